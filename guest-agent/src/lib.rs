@@ -1,0 +1,3 @@
+//! The guest side of nido. The library is the wire protocol, shared with the host; the binary is the agent.
+
+pub mod wire;

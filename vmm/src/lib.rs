@@ -1,0 +1,1 @@
+//! The core of nido: everything that starts, controls and forgets virtual machines.
