@@ -1,0 +1,796 @@
+//! The wire protocol between nido (the host) and the guest agent.
+//!
+//! # Layers
+//!
+//! ```text
+//!  kernel vsock                        virtio-serial port "org.nido.agent"
+//!  one connection = one session        resync ([`sync`]), then yamux: one stream = one session
+//!          \                                   /
+//!           \________ a byte stream __________/
+//!                           |
+//!          frames:  kind u8 | length u24 big-endian | payload
+//!                           |
+//!      kind 0x01 = one CBOR message ([`ToGuest`], [`ToHost`]); other kinds = raw bytes
+//! ```
+//!
+//! # A session
+//!
+//! The host speaks first: [`ToGuest::Hello`] carries the range of protocol versions it knows, the VM's token and a
+//! fresh nonce. The agent answers [`ToHost::Welcome`] with the version chosen, the nonce echoed, or
+//! [`ToHost::Refused`] and closes. The host may send its first request right behind the hello, without waiting.
+//!
+//! After that the host sends one request at a time and reads until the answer that ends it:
+//!
+//! | request | answers | ended by |
+//! |---|---|---|
+//! | `Ping` | | `Pong` |
+//! | `Exec` | `Started`, stdout and stderr frames, `StdinCredit` | `Exited` or `Failed` |
+//! | `Put`, then entries | | `PutDone` or `Failed` |
+//! | `Get` | entries | `TreeEnd` or `Failed` |
+//! | `Connect` | `Connected`, then the stream is raw bytes until both ends have closed | `Failed` or close |
+//! | `Power` | | `PoweringOff` or `Failed` |
+//!
+//! Closing a session cancels what runs in it: the process group of an exec is killed, a half-written file is removed.
+//! A `Failed` that answers `Put` may come while the host still sends; the session is closed afterwards.
+//!
+//! # Flow control
+//!
+//! A stream has back-pressure of its own (vsock credit, yamux window). Standard input has a credit on top, because
+//! signals travel behind it: the host may have at most [`STDIN_WINDOW`] bytes of stdin outstanding, and the agent
+//! returns credit with `StdinCredit` as the process takes them. So a process that does not read its stdin never
+//! keeps a signal from arriving.
+//!
+//! # A tree of files (`Put` and `Get`)
+//!
+//! `Entry`, file bytes in [`kind::FILE_DATA`] frames, `EntryEnd`; repeated; then `TreeEnd`. Names are lists of path
+//! components as raw bytes: never empty, never `.` or `..`, no `/`, no NUL, at most 255 bytes; the first entry has
+//! no components at all and is the root of what is copied. A directory comes before what is in it. Only files,
+//! directories and symlinks exist in this protocol; modes carry the nine permission bits.
+//!
+//! # Invariant
+//!
+//! Decoding any bytes ends in a message or an error: never a panic, and never an allocation larger than the limit
+//! of the frame that is being read.
+
+use minicbor::bytes::ByteVec;
+use minicbor::{Decode, Encode};
+
+/// The protocol version this build speaks, and the only one it accepts.
+pub const VERSION: u16 = 1;
+/// The vsock port the agent listens on.
+pub const VSOCK_PORT: u32 = 1024;
+/// The name of the virtio-serial port.
+pub const SERIAL_PORT: &str = "org.nido.agent";
+/// Length of a frame's head: kind and length.
+pub const HEAD: usize = 4;
+/// Largest payload of a message frame, in bytes.
+pub const MAX_MESSAGE: usize = 256 * 1024;
+/// Largest payload of a raw frame, in bytes.
+pub const MAX_RAW: usize = 256 * 1024;
+/// How many bytes of standard input may be outstanding.
+pub const STDIN_WINDOW: u32 = 256 * 1024;
+/// Length of a VM's token, in bytes.
+pub const TOKEN_LEN: usize = 32;
+/// Longest path component, in bytes.
+pub const MAX_COMPONENT: usize = 255;
+/// Deepest nesting of an entry.
+pub const MAX_DEPTH: usize = 256;
+
+/// What a frame carries.
+pub mod kind {
+    /// One CBOR message.
+    pub const MESSAGE: u8 = 0x01;
+    /// Bytes for the process's standard input (host to guest).
+    pub const STDIN: u8 = 0x10;
+    /// Bytes of the process's standard output, or of its terminal (guest to host).
+    pub const STDOUT: u8 = 0x11;
+    /// Bytes of the process's standard error (guest to host).
+    pub const STDERR: u8 = 0x12;
+    /// Bytes of the file whose `Entry` came last.
+    pub const FILE_DATA: u8 = 0x20;
+}
+
+/// Why bytes are not a frame or a message of this protocol.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum WireError {
+    /// A frame kind that this version does not know.
+    #[error("unknown frame kind {0:#04x}")]
+    UnknownKind(u8),
+    /// A frame longer than its kind allows.
+    #[error("a frame of {length} bytes is over the limit of {limit}")]
+    TooLong {
+        /// The length announced.
+        length: usize,
+        /// The limit for this kind.
+        limit: usize,
+    },
+    /// The payload of a message frame is not a message.
+    #[error("not a message of this protocol: {0}")]
+    Malformed(String),
+    /// A path component that must not be used.
+    #[error("the path component {0:?} is not allowed")]
+    BadComponent(String),
+}
+
+/// The head of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// One of [`kind`].
+    pub kind: u8,
+    /// Length of the payload in bytes.
+    pub length: usize,
+}
+
+impl Head {
+    /// Reads a head and checks it against the limit of its kind, before anything is allocated for the payload.
+    ///
+    /// # Errors
+    /// [`WireError::UnknownKind`], [`WireError::TooLong`].
+    pub fn parse(bytes: [u8; HEAD]) -> Result<Self, WireError> {
+        let [kind, a, b, c] = bytes;
+        let length = u32::from_be_bytes([0, a, b, c]) as usize;
+        let limit = match kind {
+            kind::MESSAGE => MAX_MESSAGE,
+            kind::STDIN | kind::STDOUT | kind::STDERR | kind::FILE_DATA => MAX_RAW,
+            other => return Err(WireError::UnknownKind(other)),
+        };
+        if length > limit {
+            return Err(WireError::TooLong { length, limit });
+        }
+        Ok(Self { kind, length })
+    }
+
+    /// The four bytes of this head. `length` must be within the kind's limit.
+    #[must_use]
+    pub fn bytes(self) -> [u8; HEAD] {
+        let [_, a, b, c] = u32::try_from(self.length).unwrap_or(u32::MAX).to_be_bytes();
+        [self.kind, a, b, c]
+    }
+}
+
+/// Encodes a message as a whole frame.
+///
+/// # Errors
+/// [`WireError::TooLong`] if it does not fit in one.
+pub fn encode<M: Encode<()>>(message: &M) -> Result<Vec<u8>, WireError> {
+    let mut frame = vec![0; HEAD];
+    minicbor::encode(message, &mut frame).map_err(|e| WireError::Malformed(e.to_string()))?;
+    let length = frame.len() - HEAD;
+    if length > MAX_MESSAGE {
+        return Err(WireError::TooLong { length, limit: MAX_MESSAGE });
+    }
+    frame[..HEAD].copy_from_slice(&Head { kind: kind::MESSAGE, length }.bytes());
+    Ok(frame)
+}
+
+/// Decodes the payload of a message frame. Bytes behind the message are an error.
+///
+/// # Errors
+/// [`WireError::Malformed`].
+pub fn decode<'b, M: Decode<'b, ()>>(payload: &'b [u8]) -> Result<M, WireError> {
+    let mut decoder = minicbor::Decoder::new(payload);
+    let message = decoder.decode().map_err(|e| WireError::Malformed(e.to_string()))?;
+    if decoder.position() != payload.len() {
+        return Err(WireError::Malformed("bytes behind the message".into()));
+    }
+    Ok(message)
+}
+
+/// What the host says.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum ToGuest {
+    /// Opens a session.
+    #[n(0)]
+    Hello(#[n(0)] Hello),
+    /// Asks for a sign of life.
+    #[n(1)]
+    Ping,
+    /// Runs a command.
+    #[n(2)]
+    Exec(#[n(0)] Exec),
+    /// No more standard input.
+    #[n(3)]
+    StdinEof,
+    /// Sends a signal to the running command's process group.
+    #[n(4)]
+    Signal(#[n(0)] u8),
+    /// The terminal has a new size.
+    #[n(5)]
+    Resize(#[n(0)] WindowSize),
+    /// Writes files into the guest: a tree follows.
+    #[n(6)]
+    Put(#[n(0)] Put),
+    /// The next entry of a tree.
+    #[n(7)]
+    Entry(#[n(0)] Entry),
+    /// The entry is complete.
+    #[n(8)]
+    EntryEnd,
+    /// The tree is complete.
+    #[n(9)]
+    TreeEnd,
+    /// Reads files out of the guest.
+    #[n(10)]
+    Get(#[n(0)] Get),
+    /// Connects to a TCP port inside the guest.
+    #[n(11)]
+    Connect(#[n(0)] Connect),
+    /// Powers the guest off, or restarts it.
+    #[n(12)]
+    Power(#[n(0)] Power),
+}
+
+/// What the agent says.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum ToHost {
+    /// The session is open.
+    #[n(0)]
+    Welcome(#[n(0)] Welcome),
+    /// The session is refused and closed.
+    #[n(1)]
+    Refused(#[n(0)] Refused),
+    /// A sign of life.
+    #[n(2)]
+    Pong(#[n(0)] Pong),
+    /// The command runs.
+    #[n(3)]
+    Started(#[n(0)] u32),
+    /// So many more bytes of standard input may be sent.
+    #[n(4)]
+    StdinCredit(#[n(0)] u32),
+    /// The command has ended, and all of its output has been sent.
+    #[n(5)]
+    Exited(#[n(0)] Exited),
+    /// Everything was written.
+    #[n(6)]
+    PutDone(#[n(0)] Summary),
+    /// The next entry of a tree.
+    #[n(7)]
+    Entry(#[n(0)] Entry),
+    /// The entry is complete.
+    #[n(8)]
+    EntryEnd,
+    /// The tree is complete.
+    #[n(9)]
+    TreeEnd(#[n(0)] Summary),
+    /// The connection stands; raw bytes follow.
+    #[n(10)]
+    Connected,
+    /// The guest has synced its disks and goes down now.
+    #[n(11)]
+    PoweringOff,
+    /// The request could not be carried out.
+    #[n(12)]
+    Failed(#[n(0)] Failed),
+}
+
+/// Opens a session.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Hello {
+    /// Oldest protocol version the host accepts.
+    #[n(0)]
+    pub oldest: u16,
+    /// Newest protocol version the host accepts.
+    #[n(1)]
+    pub newest: u16,
+    /// The VM's token, [`TOKEN_LEN`] bytes.
+    #[n(2)]
+    pub token: ByteVec,
+    /// Echoed in the answer, so that no answer of an older session can be taken for this one's.
+    #[n(3)]
+    pub nonce: u64,
+}
+
+/// Answers a hello.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Welcome {
+    /// The version both sides speak from here on.
+    #[n(0)]
+    pub version: u16,
+    /// The nonce of the hello.
+    #[n(1)]
+    pub nonce: u64,
+    /// The agent's own version, for people.
+    #[n(2)]
+    pub agent: String,
+}
+
+/// Answers a hello that is not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Refused {
+    /// Why.
+    #[n(0)]
+    pub reason: Refusal,
+    /// Oldest protocol version the agent speaks.
+    #[n(1)]
+    pub oldest: u16,
+    /// Newest protocol version the agent speaks.
+    #[n(2)]
+    pub newest: u16,
+}
+
+/// Why a hello is not accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum Refusal {
+    /// No version in common.
+    #[n(0)]
+    Version,
+    /// Not this VM's token.
+    #[n(1)]
+    Token,
+    /// Something other than a hello came first.
+    #[n(2)]
+    NoHello,
+    /// Too many sessions at once.
+    #[n(3)]
+    Busy,
+}
+
+/// A sign of life, with what the host may want to know.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Pong {
+    /// The agent's own version.
+    #[n(0)]
+    pub agent: String,
+    /// Milliseconds since the guest's kernel started.
+    #[n(1)]
+    pub uptime_ms: u64,
+    /// Sessions open now, this one included.
+    #[n(2)]
+    pub sessions: u32,
+    /// Whether the agent is the guest's first process.
+    #[n(3)]
+    pub is_init: bool,
+    /// The guest's address on its first network card, if it has one.
+    #[n(4)]
+    pub address: Option<String>,
+}
+
+/// Runs a command.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Exec {
+    /// Program and arguments; at least the program. A program without `/` is looked up in `PATH`.
+    #[n(0)]
+    pub argv: Vec<ByteVec>,
+    /// Environment on top of the user's own: `KEY=VALUE`.
+    #[n(1)]
+    pub env: Vec<ByteVec>,
+    /// Working directory; the user's home if absent.
+    #[n(2)]
+    pub directory: Option<ByteVec>,
+    /// Name or numeric id; root if absent.
+    #[n(3)]
+    pub user: Option<String>,
+    /// Whether standard input will be sent. Else it is `/dev/null`.
+    #[n(4)]
+    pub stdin: bool,
+    /// Run on a terminal of this size; stdout and stderr are then one stream.
+    #[n(5)]
+    pub pty: Option<WindowSize>,
+    /// Kill the whole process group after so long.
+    #[n(6)]
+    pub timeout_ms: Option<u64>,
+    /// Run the user's login shell instead of `argv`, which must be empty.
+    #[n(7)]
+    pub login_shell: bool,
+    /// The value of `TERM` on a terminal.
+    #[n(8)]
+    pub term: Option<String>,
+}
+
+/// Size of a terminal in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct WindowSize {
+    /// Lines.
+    #[n(0)]
+    pub rows: u16,
+    /// Columns.
+    #[n(1)]
+    pub columns: u16,
+}
+
+/// How a command ended. Exactly one of `code` and `signal` is set.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Exited {
+    /// Its exit code.
+    #[n(0)]
+    pub code: Option<u8>,
+    /// The signal that killed it.
+    #[n(1)]
+    pub signal: Option<u8>,
+    /// Whether its time ran out.
+    #[n(2)]
+    pub timed_out: bool,
+    /// How long it ran, by the guest's clock.
+    #[n(3)]
+    pub duration_ms: u64,
+}
+
+/// Writes files into the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Put {
+    /// Destination, absolute or relative to the user's home.
+    #[n(0)]
+    pub path: ByteVec,
+    /// If the destination is a directory, the copy is put into it under this name. Absent: the destination itself is
+    /// meant, whatever it is.
+    #[n(1)]
+    pub name: Option<ByteVec>,
+    /// Who shall own the files; root if absent.
+    #[n(2)]
+    pub user: Option<String>,
+    /// Make missing parent directories.
+    #[n(3)]
+    pub parents: bool,
+}
+
+/// Reads files out of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Get {
+    /// What to read, absolute or relative to root's home. A symlink given here is followed; those inside are not.
+    #[n(0)]
+    pub path: ByteVec,
+}
+
+/// One file, directory or symlink of a tree.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Entry {
+    /// Path components below the root of the tree; none for the root itself.
+    #[n(0)]
+    pub path: Vec<ByteVec>,
+    /// What it is.
+    #[n(1)]
+    pub kind: EntryKind,
+    /// The nine permission bits.
+    #[n(2)]
+    pub mode: u16,
+    /// Modification time, nanoseconds since 1970.
+    #[n(3)]
+    pub mtime_ns: i64,
+}
+
+/// What an entry is.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum EntryKind {
+    /// A file; its bytes follow. `size` is what the sender expects, for progress only.
+    #[n(0)]
+    File(#[n(0)] u64),
+    /// A directory.
+    #[n(1)]
+    Directory,
+    /// A symlink and its target.
+    #[n(2)]
+    Symlink(#[n(0)] ByteVec),
+}
+
+/// What was copied.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Summary {
+    /// Files, directories and symlinks.
+    #[n(0)]
+    pub entries: u64,
+    /// Bytes of files.
+    #[n(1)]
+    pub bytes: u64,
+    /// Things left out (sockets, devices, pipes).
+    #[n(2)]
+    pub skipped: u64,
+    /// Where it was written (`Put`).
+    #[n(3)]
+    pub path: Option<ByteVec>,
+}
+
+/// Connects to a TCP port as seen from inside the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Connect {
+    /// A numeric address; `127.0.0.1` (then `::1`) if absent.
+    #[n(0)]
+    pub host: Option<String>,
+    /// The port.
+    #[n(1)]
+    pub port: u16,
+}
+
+/// What to do with the power.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum Power {
+    /// Orderly power-off.
+    #[n(0)]
+    Off,
+    /// Orderly restart.
+    #[n(1)]
+    Restart,
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Failed {
+    /// What went wrong, for programs.
+    #[n(0)]
+    pub fault: Fault,
+    /// What went wrong, for people. Hostile text as far as the host is concerned.
+    #[n(1)]
+    pub message: String,
+}
+
+/// Kinds of failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum Fault {
+    /// No such program.
+    #[n(0)]
+    CommandNotFound,
+    /// The program is there and cannot be run.
+    #[n(1)]
+    CannotRun,
+    /// No such user in the guest.
+    #[n(2)]
+    NoUser,
+    /// No such directory to run in.
+    #[n(3)]
+    NoDirectory,
+    /// No such file or directory.
+    #[n(4)]
+    NotFound,
+    /// Permission denied.
+    #[n(5)]
+    Denied,
+    /// The guest's disk is full.
+    #[n(6)]
+    DiskFull,
+    /// A directory where a file was expected or the other way round.
+    #[n(7)]
+    WrongType,
+    /// Nothing listens there, or it cannot be reached.
+    #[n(8)]
+    Unreachable,
+    /// The request breaks the protocol or a limit.
+    #[n(9)]
+    Invalid,
+    /// Anything else.
+    #[n(10)]
+    Other,
+}
+
+/// Checks one path component that came from the other side.
+///
+/// # Errors
+/// [`WireError::BadComponent`] if it is empty, `.`, `..`, too long, or holds `/` or NUL.
+pub fn check_component(component: &[u8]) -> Result<(), WireError> {
+    let bad = component.is_empty()
+        || component == b"."
+        || component == b".."
+        || component.len() > MAX_COMPONENT
+        || component.iter().any(|&b| b == b'/' || b == 0);
+    if bad { Err(WireError::BadComponent(String::from_utf8_lossy(component).into_owned())) } else { Ok(()) }
+}
+
+/// Checks the path of an entry that came from the other side.
+///
+/// # Errors
+/// [`WireError::BadComponent`] for a bad component or a nesting deeper than [`MAX_DEPTH`].
+pub fn check_path(path: &[ByteVec]) -> Result<(), WireError> {
+    if path.len() > MAX_DEPTH {
+        return Err(WireError::BadComponent("nested too deep".into()));
+    }
+    path.iter().try_for_each(|c| check_component(c))
+}
+
+pub mod sync {
+    //! Agreement on where a session of the virtio-serial channel begins.
+    //!
+    //! The channel is one byte stream without an end, and what an older supervisor or a template left in it may still
+    //! arrive. So before yamux starts, both sides agree on a fresh nonce:
+    //!
+    //! ```text
+    //!  host                         agent
+    //!   PROBE nonce  (repeated) ->          skips everything that is not a PROBE
+    //!               <- ACK nonce            skips everything that is not ACK with its nonce
+    //!   GO nonce  ->                        answers further PROBEs; on GO with the same nonce yamux starts
+    //!   yamux (host = client)  <->  yamux (agent = server)
+    //! ```
+    //!
+    //! A block is 32 bytes: magic (8), kind (1), zero (3), nonce (16), checksum (4, big-endian FNV-1a of the 28 before
+    //! it). The magic's first byte is no yamux version, so a PROBE inside a live yamux session ends that session, and the
+    //! agent looks for blocks again. An agent that waits inside the body of a half-sent yamux frame is woken by
+    //! [`FILLER`] bytes, which the host sends when no ACK comes.
+
+    /// First bytes of a block.
+    pub const MAGIC: [u8; 8] = *b"\xffNIDO\r\n\x01";
+    /// Length of a block.
+    pub const BLOCK: usize = 32;
+    /// How many filler bytes (each `0xff`) the host sends ahead of a PROBE when earlier ones stayed unanswered.
+    pub const FILLER: usize = 64 * 1024;
+
+    /// What a block says.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Kind {
+        /// Host: are you there?
+        Probe,
+        /// Agent: I am.
+        Ack,
+        /// Host: we begin.
+        Go,
+    }
+
+    /// One block.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub struct Block {
+        /// What it says.
+        pub kind: Kind,
+        /// Which attempt it belongs to.
+        pub nonce: [u8; 16],
+    }
+
+    fn checksum(bytes: &[u8]) -> u32 {
+        bytes.iter().fold(0x811c_9dc5, |hash, &byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+    }
+
+    impl Block {
+        /// The 32 bytes of this block.
+        #[must_use]
+        pub fn bytes(self) -> [u8; BLOCK] {
+            let mut out = [0; BLOCK];
+            out[..8].copy_from_slice(&MAGIC);
+            out[8] = match self.kind {
+                Kind::Probe => 1,
+                Kind::Ack => 2,
+                Kind::Go => 3,
+            };
+            out[12..28].copy_from_slice(&self.nonce);
+            let sum = checksum(&out[..28]);
+            out[28..].copy_from_slice(&sum.to_be_bytes());
+            out
+        }
+
+        fn parse(bytes: &[u8; BLOCK]) -> Option<Self> {
+            let kind = match bytes[8] {
+                1 => Kind::Probe,
+                2 => Kind::Ack,
+                3 => Kind::Go,
+                _ => return None,
+            };
+            let nonce = bytes[12..28].try_into().ok()?;
+            let block = Self { kind, nonce };
+            (block.bytes() == *bytes).then_some(block)
+        }
+    }
+
+    /// Finds blocks in a stream of arbitrary bytes. Holds at most one block's worth of bytes.
+    #[derive(Debug, Default)]
+    pub struct Scanner {
+        held: Vec<u8>,
+    }
+
+    impl Scanner {
+        /// Takes one byte; gives the block that it completes, if any. Feed byte by byte so that nothing behind a GO is
+        /// swallowed.
+        pub fn push(&mut self, byte: u8) -> Option<Block> {
+            self.held.push(byte);
+            loop {
+                let known = self.held.len().min(MAGIC.len());
+                if self.held[..known] != MAGIC[..known] {
+                    self.drop_to_next_candidate();
+                    continue;
+                }
+                if self.held.len() < BLOCK {
+                    return None;
+                }
+                let whole: [u8; BLOCK] = self.held[..BLOCK].try_into().ok()?;
+                if let Some(block) = Block::parse(&whole) {
+                    self.held.clear();
+                    return Some(block);
+                }
+                self.drop_to_next_candidate();
+            }
+        }
+
+        fn drop_to_next_candidate(&mut self) {
+            let next = self.held.iter().skip(1).position(|&b| b == MAGIC[0]).map_or(self.held.len(), |i| i + 1);
+            self.held.drain(..next);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sample_exec() -> ToGuest {
+        ToGuest::Exec(Exec {
+            argv: vec![b"sh".to_vec().into(), b"-c".to_vec().into(), vec![0xff, 0].into()],
+            env: vec![b"A=b".to_vec().into()],
+            directory: Some(b"/tmp".to_vec().into()),
+            user: Some("user".into()),
+            pty: Some(WindowSize { rows: 24, columns: 80 }),
+            timeout_ms: Some(5),
+            ..Exec::default()
+        })
+    }
+
+    #[test]
+    fn messages_survive_the_wire() {
+        for message in [sample_exec(), ToGuest::Ping, ToGuest::Signal(9), ToGuest::Power(Power::Off)] {
+            let frame = encode(&message).unwrap();
+            let head = Head::parse(frame[..HEAD].try_into().unwrap()).unwrap();
+            assert_eq!(head, Head { kind: kind::MESSAGE, length: frame.len() - HEAD });
+            assert_eq!(decode::<ToGuest>(&frame[HEAD..]).unwrap(), message);
+        }
+    }
+
+    #[test]
+    fn an_oversized_length_is_refused_before_allocation() {
+        let head = [kind::MESSAGE, 0xff, 0xff, 0xff];
+        assert!(matches!(Head::parse(head), Err(WireError::TooLong { .. })));
+    }
+
+    #[test]
+    fn a_hostile_array_length_does_not_allocate() {
+        // An Exec whose argv claims 2^32-1 elements and holds none.
+        let payload = [0x82, 0x02, 0x81, 0x89, 0x9a, 0xff, 0xff, 0xff, 0xff];
+        assert!(decode::<ToGuest>(&payload).is_err());
+    }
+
+    #[test]
+    fn components_that_escape_are_refused() {
+        for bad in [&b""[..], b".", b"..", b"a/b", b"a\0", &[b'x'; 256]] {
+            assert!(check_component(bad).is_err(), "{bad:?}");
+        }
+        for good in [&b"a"[..], b"...", b"\xff", b"a b\n"] {
+            assert!(check_component(good).is_ok(), "{good:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_never_panics(payload in proptest::collection::vec(any::<u8>(), 0..2048)) {
+            let _ = decode::<ToGuest>(&payload);
+            let _ = decode::<ToHost>(&payload);
+        }
+
+        #[test]
+        fn damaged_messages_never_panic(at in 0usize..64, byte in any::<u8>()) {
+            let mut frame = encode(&sample_exec()).unwrap();
+            let at = HEAD + at % (frame.len() - HEAD);
+            frame[at] = byte;
+            let _ = decode::<ToGuest>(&frame[HEAD..]);
+        }
+
+        #[test]
+        fn heads_roundtrip(kind in any::<u8>(), length in 0usize..(1 << 24)) {
+            let head = Head { kind, length };
+            match Head::parse(head.bytes()) {
+                Ok(parsed) => prop_assert_eq!(parsed, head),
+                Err(WireError::TooLong { length: seen, limit }) => prop_assert!(seen == length && length > limit),
+                Err(other) => prop_assert_eq!(other, WireError::UnknownKind(kind)),
+            }
+        }
+
+        #[test]
+        fn a_block_is_found_behind_any_noise(noise in proptest::collection::vec(any::<u8>(), 0..200), nonce in any::<[u8; 16]>()) {
+            let block = sync::Block { kind: sync::Kind::Probe, nonce };
+            let mut scanner = sync::Scanner::default();
+            let mut found = Vec::new();
+            for byte in noise.into_iter().chain(block.bytes()) {
+                found.extend(scanner.push(byte));
+            }
+            prop_assert_eq!(found.last(), Some(&block));
+        }
+
+        #[test]
+        fn a_block_is_found_behind_a_cut_block(cut in 1usize..sync::BLOCK, nonce in any::<[u8; 16]>()) {
+            let block = sync::Block { kind: sync::Kind::Ack, nonce };
+            let mut scanner = sync::Scanner::default();
+            let bytes = block.bytes();
+            let mut found = None;
+            for &byte in bytes[..cut].iter().chain(&bytes) {
+                found = scanner.push(byte).or(found);
+            }
+            prop_assert_eq!(found, Some(block));
+        }
+    }
+}
