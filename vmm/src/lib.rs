@@ -1,1 +1,7 @@
 //! The core of nido: everything that starts, controls and forgets virtual machines.
+
+pub mod api;
+pub mod error;
+pub mod name;
+pub mod nido;
+pub mod state;

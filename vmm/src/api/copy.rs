@@ -1,0 +1,73 @@
+//! Copying files between host and guest.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Host to guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UploadRequest {
+    /// What to copy.
+    pub source: UploadSource,
+    /// Where to, in the guest. An existing directory takes the copy under the source's name.
+    pub destination: Vec<u8>,
+    /// Who shall own the copy in the guest; root if absent.
+    pub user: Option<String>,
+    /// Make missing parent directories.
+    pub parents: bool,
+}
+
+/// What an upload reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UploadSource {
+    /// A file or directory of the host.
+    Path(PathBuf),
+    /// Standard input.
+    Stdin,
+}
+
+/// Guest to host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DownloadRequest {
+    /// What to copy, in the guest.
+    pub source: Vec<u8>,
+    /// Where to.
+    pub destination: DownloadTarget,
+    /// Replace what exists.
+    pub overwrite: bool,
+}
+
+/// Where a download goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DownloadTarget {
+    /// A path of the host. An existing directory takes the copy under the source's name.
+    Path(PathBuf),
+    /// Standard output; the source must be a file.
+    Stdout,
+}
+
+/// How far a copy has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CopyProgress {
+    /// Bytes of files so far.
+    pub bytes: u64,
+    /// Entries so far.
+    pub entries: u64,
+    /// Bytes in all, if known beforehand.
+    pub total_bytes: Option<u64>,
+}
+
+/// What was copied.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CopyResult {
+    /// Files, directories and symlinks.
+    pub entries: u64,
+    /// Bytes of files.
+    pub bytes: u64,
+    /// Things left out: sockets, devices, pipes.
+    pub skipped: u64,
+    /// Where the copy is. Lossy where the path is not UTF-8.
+    pub path: String,
+    /// How long it took.
+    pub duration_ms: u64,
+}

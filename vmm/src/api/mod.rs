@@ -1,0 +1,16 @@
+//! Requests and answers of the core API, one file per noun. `--json`, the REST body and the MCP structured result are
+//! these types, so they are a written promise: fields are added, never renamed.
+
+pub mod copy;
+pub mod exec;
+pub mod forward;
+pub mod log;
+pub mod template;
+pub mod vm;
+
+pub use copy::*;
+pub use exec::*;
+pub use forward::*;
+pub use log::*;
+pub use template::*;
+pub use vm::*;

@@ -1,0 +1,286 @@
+//! VMs: what is asked for, and what is told about them.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::ForwardSpec;
+use crate::name::{TemplateName, VmName};
+use crate::state::{FailureCause, VmState};
+
+/// Which machine type is asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MachineChoice {
+    /// nido decides, and says why in `machine_reason`.
+    #[default]
+    Auto,
+    /// The small, quick one.
+    Microvm,
+    /// An i440FX PC.
+    Pc,
+    /// A Q35 PC with PCI Express.
+    Q35,
+}
+
+/// Which accelerator is asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AccelChoice {
+    /// KVM if it is proven to work, else TCG with a warning.
+    #[default]
+    Auto,
+    /// KVM or nothing.
+    Kvm,
+    /// Software emulation. No isolation promise.
+    Tcg,
+}
+
+/// Which network is asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetChoice {
+    /// QEMU's user network: out to wherever the host can reach (its loopback included), nothing in.
+    #[default]
+    Nat,
+    /// No network card. Exec, files and forwards work all the same.
+    None,
+}
+
+/// What a VM shall be. Everything but the name has a default.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Its name.
+    pub name: VmName,
+    /// The template it is made from; `sandbox` if absent.
+    #[serde(default = "default_template")]
+    pub template: TemplateName,
+    /// Virtual CPUs.
+    #[serde(default = "default_cpus")]
+    pub cpus: u32,
+    /// Memory in MiB.
+    #[serde(default = "default_memory_mib")]
+    pub memory_mib: u32,
+    /// Size of the disk in bytes; the template's if absent.
+    #[serde(default)]
+    pub disk_bytes: Option<u64>,
+    /// Network.
+    #[serde(default)]
+    pub net: NetChoice,
+    /// Machine type.
+    #[serde(default)]
+    pub machine: MachineChoice,
+    /// Accelerator.
+    #[serde(default)]
+    pub accel: AccelChoice,
+    /// Refuse to run without hardware isolation.
+    #[serde(default)]
+    pub require_isolation: bool,
+    /// Give the guest virtualization of its own.
+    #[serde(default)]
+    pub nested: bool,
+    /// Ports published on the host's loopback.
+    #[serde(default)]
+    pub forwards: Vec<ForwardSpec>,
+    /// Longest life after a start, in milliseconds. The VM is stopped then (and deleted if ephemeral).
+    #[serde(default)]
+    pub ttl_ms: Option<u64>,
+    /// Longest time without an exec, a copy or a forwarded connection, in milliseconds.
+    #[serde(default)]
+    pub idle_ms: Option<u64>,
+    /// Vanish when stopped.
+    #[serde(default)]
+    pub ephemeral: bool,
+    /// Free labels.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+fn default_template() -> TemplateName {
+    #[allow(clippy::unwrap_used)] // a constant that the tests parse
+    "sandbox".parse().unwrap()
+}
+const fn default_cpus() -> u32 {
+    1
+}
+const fn default_memory_mib() -> u32 {
+    512
+}
+
+impl VmSpec {
+    /// A VM of that name with every default.
+    #[must_use]
+    pub fn named(name: VmName) -> Self {
+        Self {
+            name,
+            template: default_template(),
+            cpus: default_cpus(),
+            memory_mib: default_memory_mib(),
+            disk_bytes: None,
+            net: NetChoice::default(),
+            machine: MachineChoice::default(),
+            accel: AccelChoice::default(),
+            require_isolation: false,
+            nested: false,
+            forwards: Vec::new(),
+            ttl_ms: None,
+            idle_ms: None,
+            ephemeral: false,
+            labels: BTreeMap::new(),
+        }
+    }
+}
+
+/// How a start waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartRequest {
+    /// Wait until the agent answers; else only until the start is on its way.
+    pub wait: bool,
+    /// How long the guest may take to become ready, in milliseconds; a default by accelerator if absent.
+    pub timeout_ms: Option<u64>,
+}
+
+impl Default for StartRequest {
+    fn default() -> Self {
+        Self { wait: true, timeout_ms: None }
+    }
+}
+
+/// How a VM is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopRequest {
+    /// Pull the plug at once.
+    pub force: bool,
+    /// How long an orderly power-off may take before the plug is pulled, in milliseconds.
+    pub timeout_ms: u64,
+}
+
+impl Default for StopRequest {
+    fn default() -> Self {
+        Self { force: false, timeout_ms: 30_000 }
+    }
+}
+
+/// How a start goes on, for progress shown to people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StartStage {
+    /// Disk and configuration are made.
+    Preparing,
+    /// QEMU starts.
+    Launching,
+    /// The guest boots; the agent has not answered yet.
+    Booting,
+    /// The agent answers.
+    Ready,
+}
+
+/// Everything nido tells about a VM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// Its name.
+    pub name: VmName,
+    /// Its id: never reused, names its directory.
+    pub id: String,
+    /// Its state.
+    pub status: VmState,
+    /// The template it was made from.
+    pub template: TemplateName,
+    /// Machine type, once decided.
+    pub machine: Option<String>,
+    /// Why that machine type and accelerator.
+    pub machine_reason: Option<String>,
+    /// `kvm` or `tcg`, once decided.
+    pub accel: Option<String>,
+    /// `hardware` or `emulation`, once decided.
+    pub isolation: Option<String>,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Virtual size of the disk in bytes.
+    pub disk_bytes: u64,
+    /// Network.
+    pub net: NetChoice,
+    /// The guest's address on its own network. With `nat` it cannot be reached from the host; use forwards.
+    pub ip_address: Option<String>,
+    /// A command that opens an ssh session; absent where the guest has no ssh server.
+    pub ssh_command: Option<String>,
+    /// Published ports.
+    pub forwards: Vec<ForwardSpec>,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Whether it vanishes when stopped.
+    pub ephemeral: bool,
+    /// The guest agent.
+    pub agent: AgentInfo,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// When it was last started.
+    pub started_at: Option<Timestamp>,
+    /// When its life ends.
+    pub expires_at: Option<Timestamp>,
+    /// When it will have been idle for too long, as things stand.
+    pub idle_at: Option<Timestamp>,
+    /// Why it failed.
+    pub failure: Option<Failure>,
+    /// How long its last start took.
+    pub timings: Option<Timings>,
+    /// What the user ought to know, e.g. that there is no hardware isolation.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// The guest agent as seen from the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentInfo {
+    /// It has answered since the last start.
+    pub ready: bool,
+    /// Its version.
+    pub version: Option<String>,
+    /// `vsock` or `virtio-serial`.
+    pub transport: Option<String>,
+}
+
+/// Why a VM failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// For programs.
+    pub cause: FailureCause,
+    /// For people: one sentence.
+    pub message: String,
+    /// Last lines of the console or of QEMU's own output.
+    pub log_tail: Vec<String>,
+}
+
+/// How long the last start took. Milliseconds since nido was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Timings {
+    /// `cold`: booted.
+    pub path: StartPath,
+    /// Until QEMU answered on its monitor.
+    pub qemu_ms: f64,
+    /// Until the machine's state was there; for a boot the same as `qemu_ms`.
+    pub load_ms: f64,
+    /// From there to the agent's first answer.
+    pub agent_ms: f64,
+    /// All of it.
+    pub total_ms: f64,
+}
+
+/// How a VM came to life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StartPath {
+    /// Booted.
+    Cold,
+}
+
+/// The answer of a list.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VmList {
+    /// In order of creation.
+    pub vms: Vec<VmInfo>,
+}

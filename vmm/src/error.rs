@@ -1,0 +1,280 @@
+//! What can go wrong, as data: a stable code, one sentence, a hint. The faces only render it.
+//!
+//! Invariant: a code belongs to exactly one kind, and neither ever changes its spelling once released.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The result of every operation.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What sort of failure it is; decides exit codes and HTTP statuses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// The request is wrong in itself.
+    Invalid,
+    /// What it speaks of does not exist.
+    NotFound,
+    /// The state of things does not allow it now.
+    Conflict,
+    /// The caller may not.
+    Denied,
+    /// Something that is needed is not there, or did not answer.
+    Unavailable,
+    /// A defect of nido.
+    Internal,
+}
+
+macro_rules! codes {
+    ($($variant:ident $slug:literal $kind:ident $status:literal $title:literal;)*) => {
+        /// A stable name for a failure. The slugs are a written promise.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Code { $(#[doc = $title] $variant,)* }
+
+        impl Code {
+            /// Every code there is.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+            /// The slug, e.g. `vm_not_found`.
+            #[must_use]
+            pub const fn slug(self) -> &'static str { match self { $(Self::$variant => $slug,)* } }
+            /// The kind it belongs to.
+            #[must_use]
+            pub const fn kind(self) -> Kind { match self { $(Self::$variant => Kind::$kind,)* } }
+            /// The HTTP status that goes with it.
+            #[must_use]
+            pub const fn status(self) -> u16 { match self { $(Self::$variant => $status,)* } }
+            /// A few words that are the same for every occurrence.
+            #[must_use]
+            pub const fn title(self) -> &'static str { match self { $(Self::$variant => $title,)* } }
+        }
+    };
+}
+
+codes! {
+    VmNotFound "vm_not_found" NotFound 404 "No such VM";
+    VmExists "vm_exists" Conflict 409 "A VM of that name exists";
+    VmNotRunning "vm_not_running" Conflict 409 "The VM is not running";
+    VmBusy "vm_busy" Conflict 409 "The VM is busy";
+    NameInvalid "name_invalid" Invalid 422 "Not a valid name";
+    TemplateNotFound "template_not_found" NotFound 404 "No such template";
+    TemplateInUse "template_in_use" Conflict 409 "The template is in use";
+    TemplateMismatch "template_mismatch" Conflict 409 "The template does not fit this host";
+    TemplateBuildFailed "template_build_failed" Unavailable 503 "The template could not be built";
+    QemuMissing "qemu_missing" Unavailable 503 "QEMU is not installed";
+    QemuTooOld "qemu_too_old" Unavailable 503 "QEMU is too old";
+    QemuFailed "qemu_failed" Unavailable 503 "QEMU failed";
+    KvmUnavailable "kvm_unavailable" Unavailable 503 "KVM cannot be used";
+    IsolationRequired "isolation_required" Denied 403 "Hardware isolation is required";
+    GuestFailed "guest_failed" Unavailable 503 "The guest failed";
+    AgentUnreachable "agent_unreachable" Unavailable 504 "The guest agent does not answer";
+    AgentVersion "agent_version" Conflict 409 "The guest agent speaks another protocol version";
+    CommandNotFound "command_not_found" NotFound 404 "No such command in the guest";
+    CommandCannotRun "command_cannot_run" Invalid 422 "The command cannot be run";
+    UserNotFound "user_not_found" NotFound 404 "No such user in the guest";
+    DirectoryNotFound "directory_not_found" NotFound 404 "No such directory in the guest";
+    PathNotFound "path_not_found" NotFound 404 "No such file or directory";
+    PathExists "path_exists" Conflict 409 "The destination exists";
+    PathInvalid "path_invalid" Invalid 422 "The path cannot be used";
+    PortClosed "port_closed" Unavailable 503 "Nothing listens on that port in the guest";
+    ForwardNotFound "forward_not_found" NotFound 404 "No such forward";
+    PortInUse "port_in_use" Conflict 409 "The port is taken";
+    Timeout "timeout" Unavailable 504 "The time ran out";
+    Interrupted "interrupted" Unavailable 503 "Interrupted";
+    Denied "denied" Denied 403 "Not allowed";
+    LimitExceeded "limit_exceeded" Conflict 409 "A limit was reached";
+    DiskFull "disk_full" Unavailable 507 "The disk is full";
+    ToolMissing "tool_missing" Unavailable 503 "A program that is needed is not installed";
+    SpecInvalid "spec_invalid" Invalid 422 "The request is not valid";
+    Internal "internal" Internal 500 "Internal error";
+}
+
+/// A failure, for the person or program who must act on it.
+#[derive(Debug)]
+pub struct Error {
+    code: Code,
+    message: String,
+    hint: Option<String>,
+    log_tail: Vec<String>,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// A failure with one sentence (no full stop, no line break).
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), hint: None, log_tail: Vec::new(), source: None }
+    }
+
+    /// A defect or an unexpected failure of the host.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(Code::Internal, message)
+    }
+
+    /// A failed system call on something that has a name; a full disk gets its own code.
+    pub fn io(what: impl Into<String>, source: std::io::Error) -> Self {
+        let full = matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT));
+        let code = if full { Code::DiskFull } else { Code::Internal };
+        let hint =
+            full.then(|| "free some space on the disk that holds nido's home, or use another with --home".into());
+        let message = what.into();
+        Self {
+            code,
+            message: format!("{message}: {source}"),
+            hint,
+            log_tail: Vec::new(),
+            source: Some(Box::new(source)),
+        }
+    }
+
+    /// Says what to do about it.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Adds the last lines of a log. They are shown escaped.
+    #[must_use]
+    pub fn log_tail(mut self, lines: Vec<String>) -> Self {
+        self.log_tail = lines;
+        self
+    }
+
+    /// Keeps what caused it.
+    #[must_use]
+    pub fn because(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        self.source = Some(Box::new(source));
+        self
+    }
+
+    /// The stable code.
+    #[must_use]
+    pub const fn code(&self) -> Code {
+        self.code
+    }
+
+    /// The kind.
+    #[must_use]
+    pub const fn kind(&self) -> Kind {
+        self.code.kind()
+    }
+
+    /// The sentence.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint_text(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    /// Last lines of the log that tells why.
+    #[must_use]
+    pub fn log_lines(&self) -> &[String] {
+        &self.log_tail
+    }
+
+    /// The same as an RFC 9457 problem object.
+    #[must_use]
+    pub fn problem(&self) -> Problem {
+        Problem {
+            r#type: format!("urn:nido:error:{}", self.code.slug()),
+            title: self.code.title().into(),
+            status: self.code.status(),
+            detail: self.message.clone(),
+            code: self.code.slug().into(),
+            hint: self.hint.clone(),
+            log_tail: self.log_tail.clone(),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|e| e as _)
+    }
+}
+
+impl From<Problem> for Error {
+    /// An error that came over a socket from another nido process.
+    fn from(problem: Problem) -> Self {
+        let code = Code::ALL.iter().copied().find(|c| c.slug() == problem.code).unwrap_or(Code::Internal);
+        Self { code, message: problem.detail, hint: problem.hint, log_tail: problem.log_tail, source: None }
+    }
+}
+
+/// A failure as JSON: RFC 9457 with `code`, `hint` and `log_tail` as extension members.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// A URN made of the code.
+    pub r#type: String,
+    /// A few words that are the same for every occurrence.
+    pub title: String,
+    /// HTTP status.
+    pub status: u16,
+    /// One sentence about this occurrence.
+    pub detail: String,
+    /// The stable slug.
+    pub code: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub hint: Option<String>,
+    /// Last lines of the log that tells why.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub log_tail: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn slugs_are_unique_and_well_formed() {
+        let slugs: HashSet<_> = Code::ALL.iter().map(|c| c.slug()).collect();
+        assert_eq!(slugs.len(), Code::ALL.len());
+        assert!(slugs.iter().all(|s| s.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')));
+    }
+
+    #[test]
+    fn statuses_agree_with_kinds() {
+        for code in Code::ALL {
+            let fits = match code.kind() {
+                Kind::Invalid => matches!(code.status(), 400 | 422),
+                Kind::NotFound => code.status() == 404,
+                Kind::Conflict => code.status() == 409,
+                Kind::Denied => matches!(code.status(), 401 | 403),
+                Kind::Unavailable => matches!(code.status(), 503 | 504 | 507),
+                Kind::Internal => code.status() == 500,
+            };
+            assert!(fits, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn a_problem_comes_back_as_the_same_error() {
+        for &code in Code::ALL {
+            let error = Error::new(code, "it failed").hint("try again").log_tail(vec!["last".into()]);
+            let back = Error::from(error.problem());
+            assert_eq!((back.code(), back.message(), back.hint_text()), (code, "it failed", Some("try again")));
+            assert_eq!(back.log_lines(), ["last"]);
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_told_apart() {
+        let error = Error::io("cannot write x", std::io::Error::from_raw_os_error(libc::ENOSPC));
+        assert_eq!(error.code(), Code::DiskFull);
+        assert!(error.hint_text().is_some());
+    }
+}

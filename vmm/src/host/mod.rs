@@ -1,0 +1,19 @@
+//! What this host offers: QEMU, KVM, vsock, room.
+//!
+//! Everything is found out by asking or by running, never by believing that a path exists. Answers that cost more
+//! than a file system call are cached under `$NIDO_HOME/cache/` with the facts they rest on as their key.
+//! Invariant: a cached answer is used only while every part of its key is unchanged.
+#![allow(unsafe_code)]
+
+mod cache;
+pub mod facts;
+pub mod kvm;
+mod kvm_vcpu;
+pub mod qemu;
+mod tsc;
+pub mod vsock;
+
+pub use facts::HostFacts;
+pub use kvm::KvmVerdict;
+pub use qemu::{QemuFacts, QemuProbeError, QemuVersion};
+pub use vsock::VsockVerdict;

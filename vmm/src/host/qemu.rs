@@ -1,0 +1,284 @@
+//! Which QEMU there is, and what it can do: asked of QEMU itself, over its monitor, and remembered.
+//!
+//! Starting QEMU costs tens of milliseconds, so the answers are cached by the identity of the file (path, inode, size,
+//! time of change). Invariant: a QEMU that hangs, dies or is something else ends in an error within the deadline, and
+//! nothing of it stays running.
+
+use std::fs;
+use std::io::{Read, Write as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+use super::cache;
+
+/// The oldest QEMU that nido works with.
+pub const MINIMUM_VERSION: QemuVersion = QemuVersion { major: 7, minor: 2, micro: 0 };
+/// The name looked for in `PATH`.
+pub const DEFAULT_PROGRAM: &str = "qemu-system-x86_64";
+/// How long QEMU may take to tell about itself.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The most it may say (its schema is a quarter of a megabyte).
+const OUTPUT_BYTES_MAX: u64 = 8 << 20;
+/// Raised whenever [`QemuFacts`] or the way to them changes.
+const CACHE_FORMAT: u32 = 1;
+
+/// A version of QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct QemuVersion {
+    /// First number.
+    pub major: u32,
+    /// Second number.
+    pub minor: u32,
+    /// Third number.
+    pub micro: u32,
+}
+
+impl std::fmt::Display for QemuVersion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+/// What one QEMU program can do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QemuFacts {
+    /// The program, as an absolute path.
+    pub path: PathBuf,
+    /// Its version.
+    pub version: QemuVersion,
+    /// The packager's version string; may be empty.
+    pub package: String,
+    /// It has the machine type `microvm`.
+    pub microvm: bool,
+    /// It has the machine type `pc`.
+    pub pc: bool,
+    /// It has the machine type `q35`.
+    pub q35: bool,
+    /// It can use KVM.
+    pub accel_kvm: bool,
+    /// It can emulate.
+    pub accel_tcg: bool,
+    /// It can confine itself (`-sandbox`).
+    pub sandbox: bool,
+    /// It has a user network (built with slirp).
+    pub user_network: bool,
+    /// It has `vhost-vsock-device` (virtio-mmio).
+    pub vhost_vsock_mmio: bool,
+    /// It has `vhost-vsock-pci`.
+    pub vhost_vsock_pci: bool,
+    /// Its socket character devices take `reconnect-ms` (from 9.2).
+    pub reconnect_ms: bool,
+    /// Its file-backed memory has the property `rom` (from 8.2).
+    pub memory_file_rom: bool,
+    /// It migrates to and from `file:` addresses (from 8.2).
+    pub file_migration: bool,
+}
+
+/// Why nothing is known about QEMU.
+#[derive(Debug, thiserror::Error)]
+pub enum QemuProbeError {
+    /// There is no such program.
+    #[error("QEMU was not found: {looked}")]
+    Missing {
+        /// Where it was looked for.
+        looked: String,
+    },
+    /// The program cannot be started.
+    #[error("QEMU cannot be started: {path}", path = .path.display())]
+    CannotRun {
+        /// The program.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The program did not tell about itself in time.
+    #[error("{path} did not answer within {timeout_ms} ms", path = .path.display())]
+    Hangs {
+        /// The program.
+        path: PathBuf,
+        /// How long it was waited for.
+        timeout_ms: u128,
+    },
+    /// The program does not speak as QEMU does.
+    #[error("{path} does not answer as QEMU does", path = .path.display())]
+    NotQemu {
+        /// The program.
+        path: PathBuf,
+        /// The end of what it wrote to its standard error; escape it before showing it.
+        stderr_tail: String,
+    },
+}
+
+/// Finds the program: the one named (by option or `NIDO_QEMU`), else [`DEFAULT_PROGRAM`] in `PATH`.
+///
+/// # Errors
+/// [`QemuProbeError::Missing`] with the places looked at.
+pub fn find(named: Option<&Path>) -> Result<PathBuf, QemuProbeError> {
+    find_in(named, std::env::var_os("PATH").as_deref())
+}
+
+fn find_in(named: Option<&Path>, path: Option<&std::ffi::OsStr>) -> Result<PathBuf, QemuProbeError> {
+    let program = named.unwrap_or(Path::new(DEFAULT_PROGRAM));
+    let missing = |looked| Err(QemuProbeError::Missing { looked });
+    if program.components().count() > 1 {
+        return match std::path::absolute(program) {
+            Ok(absolute) if is_program(&absolute) => Ok(absolute),
+            _ => missing(format!("{} is not a program", program.display())),
+        };
+    }
+    let dirs = path.map(|p| std::env::split_paths(p).collect::<Vec<_>>()).unwrap_or_default();
+    match dirs.iter().filter(|d| d.is_absolute()).map(|d| d.join(program)).find(|p| is_program(p)) {
+        Some(found) => Ok(found),
+        None => missing(format!("no program {} in PATH", program.display())),
+    }
+}
+
+fn is_program(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+}
+
+#[derive(PartialEq, Serialize, Deserialize)]
+struct CacheKey {
+    format: u32,
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    mtime: (i64, i64),
+    ctime: (i64, i64),
+}
+
+/// What the program can do: from the cache in `cache_dir`, or by running it once. Blocks; see [`find`] for `program`.
+///
+/// # Errors
+/// It cannot be run, hangs, or is not QEMU.
+pub fn probe(program: &Path, cache_dir: &Path) -> Result<QemuFacts, QemuProbeError> {
+    let cannot_run = |source| QemuProbeError::CannotRun { path: program.into(), source };
+    let meta = fs::metadata(program).map_err(cannot_run)?;
+    let key = CacheKey {
+        format: CACHE_FORMAT,
+        path: program.into(),
+        device: meta.dev(),
+        inode: meta.ino(),
+        bytes: meta.len(),
+        mtime: (meta.mtime(), meta.mtime_nsec()),
+        ctime: (meta.ctime(), meta.ctime_nsec()),
+    };
+    let digest = Sha256::digest(program.as_os_str().as_encoded_bytes());
+    let name = format!("qemu-{}.json", digest.iter().take(8).map(|b| format!("{b:02x}")).collect::<String>());
+    if let Some(facts) = cache::get(cache_dir, &name, &key) {
+        return Ok(facts);
+    }
+    let facts = ask(program, PROBE_TIMEOUT)?;
+    cache::put(cache_dir, &name, &key, &facts);
+    Ok(facts)
+}
+
+const QUESTIONS: &str = concat!(
+    r#"{"execute":"qmp_capabilities","id":"capabilities"}"#, "\n",
+    r#"{"execute":"qom-list-types","arguments":{"implements":"machine"},"id":"machines"}"#, "\n",
+    r#"{"execute":"qom-list-types","arguments":{"implements":"accel"},"id":"accels"}"#, "\n",
+    r#"{"execute":"qom-list-types","arguments":{"implements":"virtio-device"},"id":"virtio"}"#, "\n",
+    r#"{"execute":"qom-list-types","arguments":{"implements":"pci-device"},"id":"pci"}"#, "\n",
+    r#"{"execute":"qom-list-properties","arguments":{"typename":"memory-backend-file"},"id":"memory-file"}"#, "\n",
+    r#"{"execute":"query-command-line-options","id":"options"}"#, "\n",
+    r#"{"execute":"query-qmp-schema","id":"schema"}"#, "\n",
+    r#"{"execute":"quit","id":"quit"}"#, "\n",
+);
+
+/// Runs the program without a machine and asks it about itself.
+fn ask(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
+    let child = Command::new(program)
+        .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child = match child {
+        Ok(child) => Reaped(child),
+        Err(source) => return Err(QemuProbeError::CannotRun { path: program.into(), source }),
+    };
+    let (stdin, stdout, stderr) = (child.0.stdin.take(), child.0.stdout.take(), child.0.stderr.take());
+    let (sender, receiver) = mpsc::channel();
+    // The threads end when the child does: its death closes the pipes.
+    std::thread::spawn(move || {
+        let _ = stdin.map(|mut pipe| pipe.write_all(QUESTIONS.as_bytes()).map(|()| pipe));
+    });
+    let errors = std::thread::spawn(move || stderr.map(|pipe| read_capped(pipe, 64 << 10)).unwrap_or_default());
+    std::thread::spawn(move || sender.send(stdout.map(|pipe| read_capped(pipe, OUTPUT_BYTES_MAX)).unwrap_or_default()));
+    let output = receiver.recv_timeout(timeout);
+    drop(child);
+    let Ok(output) = output else {
+        return Err(QemuProbeError::Hangs { path: program.into(), timeout_ms: timeout.as_millis() });
+    };
+    parse(program, &output).ok_or_else(|| {
+        let said = errors.join().unwrap_or_default();
+        let tail = said.get(said.len().saturating_sub(2000)..).unwrap_or_default();
+        QemuProbeError::NotQemu { path: program.into(), stderr_tail: String::from_utf8_lossy(tail).trim().into() }
+    })
+}
+
+/// A child that is gone, and waited for, when this is.
+struct Reaped(Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn read_capped(pipe: impl Read, bytes_max: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let _ = pipe.take(bytes_max).read_to_end(&mut bytes);
+    bytes
+}
+
+/// The facts in a monitor's answers; `None` if there was no greeting. A question it could not answer counts as "no".
+fn parse(program: &Path, output: &[u8]) -> Option<QemuFacts> {
+    let lines: Vec<Value> = output.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
+    let version = lines.iter().find_map(|line| line.pointer("/QMP/version"))?;
+    let number = |key: &str| version.pointer(key)?.as_u64()?.try_into().ok();
+    let answer = |id: &str| lines.iter().find(|line| line["id"] == id).map_or(&Value::Null, |line| &line["return"]);
+    let has = |id: &str, name: &str| each(answer(id)).any(|item| item["name"] == name);
+    let machine = |prefix: &str| {
+        each(answer("machines")).filter_map(|m| m["name"].as_str()).any(|m| m.starts_with(prefix) && m.ends_with("-machine"))
+    };
+    let option = |name: &str| each(answer("options")).find(|o| o["option"] == name);
+    let schema_enum = |member: &str, beside: &str| {
+        let holds = |e: &Value, name: &str| each(&e["values"]).any(|v| v == name);
+        each(answer("schema")).any(|e| e["meta-type"] == "enum" && holds(e, member) && holds(e, beside))
+    };
+    let schema_member = |member: &str, beside: &str| {
+        let holds = |e: &Value, name: &str| each(&e["members"]).any(|m| m["name"] == name);
+        each(answer("schema")).any(|e| e["meta-type"] == "object" && holds(e, member) && holds(e, beside))
+    };
+    Some(QemuFacts {
+        path: program.into(),
+        version: QemuVersion { major: number("/qemu/major")?, minor: number("/qemu/minor")?, micro: number("/qemu/micro")? },
+        package: version["package"].as_str().unwrap_or_default().into(),
+        microvm: has("machines", "microvm-machine"),
+        pc: machine("pc-i440fx-"),
+        q35: machine("pc-q35-"),
+        accel_kvm: has("accels", "kvm-accel"),
+        accel_tcg: has("accels", "tcg-accel"),
+        sandbox: option("sandbox").is_some(),
+        user_network: schema_enum("user", "hubport"),
+        vhost_vsock_mmio: has("virtio", "vhost-vsock-device"),
+        vhost_vsock_pci: has("pci", "vhost-vsock-pci"),
+        reconnect_ms: schema_member("reconnect-ms", "telnet"),
+        memory_file_rom: has("memory-file", "rom"),
+        file_migration: schema_enum("file", "rdma") || schema_enum("file", "exec"),
+    })
+}
+
+fn each(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}

@@ -1,0 +1,346 @@
+//! What was asked for, and what the host offers, become a machine; or a refusal that says why not. Pure.
+//!
+//! ```text
+//! MachineRequest + HostFacts + QemuFacts --decide--> Machine --qemu::argv--> argument list
+//! ```
+//!
+//! Invariants: KVM is chosen only where it is proven to run; TCG is never chosen in silence (a warning stands in the
+//! [`Machine`]) and never where isolation is required; a [`Machine`] holds only what the QEMU at hand can do.
+
+use serde::{Deserialize, Serialize};
+
+use crate::api::{AccelChoice, MachineChoice, NetChoice};
+use crate::host::qemu::{MINIMUM_VERSION, QemuFacts, QemuVersion};
+use crate::host::{HostFacts, KvmVerdict, VsockVerdict};
+
+/// The least memory a VM can be given, in MiB. How much a guest really needs is its template's affair.
+pub const MEMORY_MIB_MIN: u32 = 64;
+/// The largest disk, in bytes (16 TiB: where ext4 with 4 KiB blocks ends).
+pub const DISK_BYTES_MAX: u64 = 16 << 40;
+/// The CIDs that a guest may have: below are the hypervisor's and the host's, above is "any".
+pub const GUEST_CIDS: std::ops::RangeInclusive<u32> = 3..=u32::MAX - 1;
+/// How much translated code QEMU keeps per VM under TCG, in MiB.
+const TB_SIZE_MIB: u32 = 64;
+
+/// The part of a VM's specification that decides on its machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineRequest {
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Virtual size of the disk in bytes.
+    pub disk_bytes: u64,
+    /// Machine type asked for.
+    pub machine: MachineChoice,
+    /// Accelerator asked for.
+    pub accel: AccelChoice,
+    /// Network asked for.
+    pub net: NetChoice,
+    /// Give the guest virtualization of its own.
+    pub nested: bool,
+    /// Refuse to run without hardware isolation.
+    pub require_isolation: bool,
+    /// The CID reserved for this VM, used where the kernel offers vsock.
+    pub cid: u32,
+}
+
+/// A machine type that QEMU is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MachineType {
+    /// Minimal: virtio-mmio, no PCI, at most eight virtio devices.
+    Microvm,
+    /// i440FX with PCI.
+    Pc,
+    /// Q35 with PCI Express.
+    Q35,
+}
+
+impl MachineType {
+    /// The name QEMU knows it by.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Microvm => "microvm",
+            Self::Pc => "pc",
+            Self::Q35 => "q35",
+        }
+    }
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// The host's CPU, through the kernel.
+    Kvm,
+    /// QEMU's emulator.
+    Tcg,
+}
+
+impl Accel {
+    /// The name QEMU knows it by.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+
+    /// What stands between guest and host. QEMU promises no isolation for TCG.
+    #[must_use]
+    pub const fn isolation(self) -> &'static str {
+        match self {
+            Self::Kvm => "hardware",
+            Self::Tcg => "emulation",
+        }
+    }
+}
+
+/// The way to the guest agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Transport {
+    /// Kernel vsock: the agent listens on this CID.
+    Vsock {
+        /// The guest's CID.
+        cid: u32,
+    },
+    /// A virtio-serial port that QEMU connects to the supervisor's socket.
+    VirtioSerial {
+        /// QEMU takes `reconnect-ms` (from 9.2); else `reconnect`, in seconds.
+        reconnect_ms: bool,
+    },
+}
+
+impl Transport {
+    /// `vsock` or `virtio-serial`, as VMs tell it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Vsock { .. } => "vsock",
+            Self::VirtioSerial { .. } => "virtio-serial",
+        }
+    }
+}
+
+/// A machine, decided in every respect that QEMU's command line shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Machine type.
+    pub machine: MachineType,
+    /// Accelerator.
+    pub accel: Accel,
+    /// CPU model with its switches, as `-cpu` takes it.
+    pub cpu_model: String,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Network.
+    pub net: NetChoice,
+    /// The way to the agent.
+    pub transport: Transport,
+    /// Memory for translated code, in MiB; under TCG only.
+    pub tb_size_mib: Option<u32>,
+    /// The rate of the guest's time-stamp counter in kHz, to be told to its kernel; under TCG only.
+    pub tsc_khz: Option<u32>,
+    /// One sentence: why this machine type and this accelerator.
+    pub reason: String,
+    /// What the user ought to know.
+    pub warnings: Vec<String>,
+}
+
+/// Why there is no machine for a request.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// KVM was asked for and is not usable.
+    #[error("KVM cannot be used: {why}")]
+    KvmUnavailable {
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Isolation was asked for and there is none to be had.
+    #[error("hardware isolation is required, and {why}")]
+    IsolationRequired {
+        /// Why there is none.
+        why: String,
+    },
+    /// A value is out of its range.
+    #[error("{field} {rule}")]
+    SpecInvalid {
+        /// The name of the field, as in the specification.
+        field: &'static str,
+        /// The rule it breaks.
+        rule: String,
+    },
+    /// This QEMU is older than nido supports.
+    #[error("QEMU {found} is too old: nido needs {MINIMUM_VERSION} or newer")]
+    QemuTooOld {
+        /// The version at hand.
+        found: QemuVersion,
+    },
+    /// This QEMU was built without something that is needed.
+    #[error("this QEMU was built without {what}")]
+    QemuLacks {
+        /// What it lacks.
+        what: &'static str,
+    },
+}
+
+/// Decides on a machine.
+///
+/// # Errors
+/// The first reason found why there can be none.
+pub fn decide(request: &MachineRequest, host: &HostFacts, qemu: &QemuFacts) -> Result<Machine, Refusal> {
+    check_qemu(request, qemu)?;
+    check_spec(request, host)?;
+    let mut warnings = Vec::new();
+    let (accel, accel_reason) = accelerator(request, host, qemu, &mut warnings)?;
+    let tsc_khz = if accel == Accel::Tcg { host.tsc_khz } else { None };
+    let (machine, machine_reason) = machine_type(request, accel, tsc_khz, qemu, &mut warnings)?;
+    if u64::from(request.memory_mib) > host.memory_available_mib {
+        warnings.push(format!(
+            "the VM may use {} MiB of memory, and {} MiB are free on the host",
+            request.memory_mib, host.memory_available_mib
+        ));
+    }
+    Ok(Machine {
+        machine,
+        accel,
+        cpu_model: cpu_model(accel, request.nested),
+        cpus: request.cpus,
+        memory_mib: request.memory_mib,
+        net: request.net,
+        transport: transport(request.cid, machine, host, qemu),
+        tb_size_mib: (accel == Accel::Tcg).then_some(TB_SIZE_MIB),
+        tsc_khz,
+        reason: format!("{machine_reason}; {accel_reason}"),
+        warnings,
+    })
+}
+
+fn check_qemu(request: &MachineRequest, qemu: &QemuFacts) -> Result<(), Refusal> {
+    if qemu.version < MINIMUM_VERSION {
+        return Err(Refusal::QemuTooOld { found: qemu.version });
+    }
+    if !qemu.sandbox {
+        return Err(Refusal::QemuLacks { what: "its own system call filter (-sandbox)" });
+    }
+    if request.net == NetChoice::Nat && !qemu.user_network {
+        return Err(Refusal::QemuLacks { what: "user networking (slirp)" });
+    }
+    Ok(())
+}
+
+fn check_spec(request: &MachineRequest, host: &HostFacts) -> Result<(), Refusal> {
+    let refuse = |field, rule| Err(Refusal::SpecInvalid { field, rule });
+    if !(1..=host.cpus.max(1)).contains(&request.cpus) {
+        return refuse("cpus", format!("must be between 1 and {}, the host's own", host.cpus.max(1)));
+    }
+    if request.memory_mib < MEMORY_MIB_MIN || u64::from(request.memory_mib) > host.memory_mib {
+        let rule = format!("must be between {MEMORY_MIB_MIN} and {} MiB, the host's own", host.memory_mib);
+        return refuse("memory_mib", rule);
+    }
+    if request.disk_bytes == 0 || !request.disk_bytes.is_multiple_of(512) || request.disk_bytes > DISK_BYTES_MAX {
+        return refuse("disk_bytes", "must be a multiple of 512 and at most 16 TiB".into());
+    }
+    if !GUEST_CIDS.contains(&request.cid) {
+        return refuse("cid", format!("must be between {} and {}", GUEST_CIDS.start(), GUEST_CIDS.end()));
+    }
+    Ok(())
+}
+
+fn accelerator(
+    request: &MachineRequest,
+    host: &HostFacts,
+    qemu: &QemuFacts,
+    warnings: &mut Vec<String>,
+) -> Result<(Accel, String), Refusal> {
+    let kvm_trouble = if qemu.accel_kvm { host.kvm.trouble() } else { Some("this QEMU was built without it".into()) };
+    let no_isolation = |why: String| if request.require_isolation { Err(Refusal::IsolationRequired { why }) } else { Ok(()) };
+    match (request.accel, kvm_trouble) {
+        (AccelChoice::Auto, None) => return Ok((Accel::Kvm, "kvm because it is proven to work here".into())),
+        (AccelChoice::Kvm, None) => return Ok((Accel::Kvm, "kvm as asked".into())),
+        (AccelChoice::Kvm, Some(why)) => return Err(Refusal::KvmUnavailable { why }),
+        _ if !qemu.accel_tcg => return Err(Refusal::QemuLacks { what: "software emulation (TCG)" }),
+        (AccelChoice::Tcg, _) => {
+            no_isolation("software emulation (TCG), which was asked for, has none".into())?;
+            warnings.push(format!("no hardware isolation: {}", TCG_PROMISE));
+            Ok((Accel::Tcg, "tcg as asked".into()))
+        }
+        (AccelChoice::Auto, Some(why)) => {
+            no_isolation(format!("KVM cannot be used: {why}"))?;
+            warnings.push(format!("no hardware isolation: KVM cannot be used ({why}); {TCG_PROMISE}"));
+            Ok((Accel::Tcg, format!("tcg because KVM cannot be used: {why}")))
+        }
+    }
+}
+
+const TCG_PROMISE: &str = "the VM runs under software emulation (TCG), which is slow and no security boundary";
+
+fn machine_type(
+    request: &MachineRequest,
+    accel: Accel,
+    tsc_khz: Option<u32>,
+    qemu: &QemuFacts,
+    warnings: &mut Vec<String>,
+) -> Result<(MachineType, String), Refusal> {
+    // Without a second clock an emulated microvm calibrates its time by luck.
+    let clockless = accel == Accel::Tcg && tsc_khz.is_none();
+    let asked = |machine: MachineType, has: bool, lacks: &'static str| {
+        if has { Ok((machine, format!("{} as asked", machine.name()))) } else { Err(Refusal::QemuLacks { what: lacks }) }
+    };
+    match request.machine {
+        MachineChoice::Microvm => {
+            if clockless && qemu.microvm {
+                warnings.push("the host has no steady time-stamp counter: an emulated microvm may hang at boot".into());
+            }
+            asked(MachineType::Microvm, qemu.microvm, "the machine type microvm")
+        }
+        MachineChoice::Pc => asked(MachineType::Pc, qemu.pc, "the machine type pc"),
+        MachineChoice::Q35 => asked(MachineType::Q35, qemu.q35, "the machine type q35"),
+        MachineChoice::Auto if qemu.microvm && !clockless => {
+            Ok((MachineType::Microvm, "microvm because it is the leanest machine and lacks nothing this VM needs".into()))
+        }
+        MachineChoice::Auto if qemu.q35 => {
+            let why = if clockless { "the host has no steady time-stamp counter" } else { "this QEMU has no microvm" };
+            Ok((MachineType::Q35, format!("q35 because {why}")))
+        }
+        MachineChoice::Auto => Err(Refusal::QemuLacks { what: "the machine types microvm and q35" }),
+    }
+}
+
+/// Without `nested` the guest sees no virtualization extension. Under TCG the "fast string" features are off: they make
+/// the guest copy memory with `rep movsb`, which TCG emulates byte by byte.
+fn cpu_model(accel: Accel, nested: bool) -> String {
+    let model = match accel {
+        Accel::Kvm => "host",
+        Accel::Tcg => "max,-erms,-fsrm",
+    };
+    if nested { model.into() } else { format!("{model},-vmx,-svm") }
+}
+
+fn transport(cid: u32, machine: MachineType, host: &HostFacts, qemu: &QemuFacts) -> Transport {
+    let device = if machine == MachineType::Microvm { qemu.vhost_vsock_mmio } else { qemu.vhost_vsock_pci };
+    if device && host.vsock == VsockVerdict::Usable {
+        Transport::Vsock { cid }
+    } else {
+        Transport::VirtioSerial { reconnect_ms: qemu.reconnect_ms }
+    }
+}
+
+impl KvmVerdict {
+    /// Why KVM cannot be used; `None` if it can.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        match self {
+            Self::Usable { .. } => None,
+            Self::Absent => Some("there is no /dev/kvm".into()),
+            Self::NotPermitted => Some("this user may not open /dev/kvm".into()),
+            Self::PresentUnusable { reason } => Some(reason.clone()),
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! The states of a VM, and the whole policy of what may be done in which.
+//!
+//! ```text
+//!  created --start--> starting --QmpReady--> running <--pause/resume--> paused
+//!     ^                  |                      |                         |
+//!     |                  v                      +------ stop -------------+
+//!     |               failed <---- QemuExited, unasked ----+--> stopping --QemuExited--> stopped
+//!     +-------------------- start works from created, stopped and failed --------------------+
+//! ```
+//!
+//! Two pure functions: [`admit`] answers whether a request may be carried out, [`advance`] what a fact about QEMU or
+//! the guest turns the state into. "The agent is ready" is a fact about a running VM, not a state.
+//!
+//! Invariant: after [`Fact::QemuExited`] the state is at rest, whatever it was; and `stop` is never denied.
+
+use serde::{Deserialize, Serialize};
+
+/// The state of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VmState {
+    /// Made, never started.
+    Created,
+    /// A supervisor has been asked to start it; QEMU does not answer yet.
+    Starting,
+    /// Its CPUs run.
+    Running,
+    /// Its CPUs stand still.
+    Paused,
+    /// A stop was asked for.
+    Stopping,
+    /// It ended as asked, or powered itself off.
+    Stopped,
+    /// It ended otherwise.
+    Failed,
+}
+
+impl VmState {
+    /// Every state.
+    pub const ALL: [Self; 7] =
+        [Self::Created, Self::Starting, Self::Running, Self::Paused, Self::Stopping, Self::Stopped, Self::Failed];
+
+    /// No QEMU belongs to it.
+    #[must_use]
+    pub const fn at_rest(self) -> bool {
+        matches!(self, Self::Created | Self::Stopped | Self::Failed)
+    }
+
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// The state that a word stands for.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|s| s.word() == word)
+    }
+}
+
+/// What can be asked of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Request {
+    /// Start it.
+    Start,
+    /// Stop it.
+    Stop,
+    /// Halt its CPUs.
+    Pause,
+    /// Let them run on.
+    Resume,
+    /// Use the agent: exec, copy, forward.
+    UseAgent,
+    /// Delete it.
+    Delete,
+}
+
+impl Request {
+    /// Every request.
+    pub const ALL: [Self; 6] = [Self::Start, Self::Stop, Self::Pause, Self::Resume, Self::UseAgent, Self::Delete];
+}
+
+/// Whether a request may be carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// Carry it out.
+    Do,
+    /// There is nothing to do.
+    AlreadySo,
+    /// Not in this state; a few words why.
+    Denied(&'static str),
+}
+
+/// Decides whether `request` may be carried out in `state`.
+#[must_use]
+pub const fn admit(state: VmState, request: Request) -> Admission {
+    use Admission::{AlreadySo, Denied, Do};
+    use VmState as S;
+    match (request, state) {
+        (Request::Start, S::Created | S::Stopped | S::Failed) => Do,
+        (Request::Start, S::Starting | S::Running) => AlreadySo,
+        (Request::Start, S::Paused) => Denied("it is paused; resume it"),
+        (Request::Start, S::Stopping) => Denied("it is being stopped"),
+
+        (Request::Stop, S::Created | S::Stopped | S::Failed) => AlreadySo,
+        (Request::Stop, S::Starting | S::Running | S::Paused | S::Stopping) => Do,
+
+        (Request::Pause, S::Running) => Do,
+        (Request::Pause, S::Paused) => AlreadySo,
+        (Request::Resume, S::Paused) => Do,
+        (Request::Resume, S::Running) => AlreadySo,
+        (Request::Pause | Request::Resume, S::Starting) => Denied("it is still starting"),
+        (Request::Pause | Request::Resume, S::Stopping) => Denied("it is being stopped"),
+        (Request::Pause | Request::Resume, S::Created | S::Stopped | S::Failed) => Denied("it is not running"),
+
+        (Request::UseAgent, S::Starting | S::Running) => Do,
+        (Request::UseAgent, S::Paused) => Denied("it is paused; resume it"),
+        (Request::UseAgent, S::Stopping) => Denied("it is being stopped"),
+        (Request::UseAgent, S::Created | S::Stopped | S::Failed) => Denied("it is not running; start it"),
+
+        (Request::Delete, S::Created | S::Stopped | S::Failed) => Do,
+        (Request::Delete, S::Starting | S::Running | S::Paused | S::Stopping) => {
+            Denied("it is running; stop it or force")
+        }
+    }
+}
+
+/// What is learned about QEMU or the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Fact {
+    /// QEMU answers on its monitor and the CPUs run.
+    QmpReady,
+    /// The CPUs stand still.
+    GuestPaused,
+    /// The CPUs run on.
+    GuestResumed,
+    /// The guest restarts. With `-no-reboot` QEMU ends next.
+    GuestReset,
+    /// The guest powers itself off.
+    GuestShutdown,
+    /// The guest's kernel panicked.
+    GuestPanicked,
+    /// A stop was asked for.
+    StopAsked,
+    /// QEMU is gone; whether it ended in order (exit code 0 after a shutdown).
+    QemuExited {
+        /// Exit code 0, or the end of a shutdown seen on the monitor.
+        clean: bool,
+    },
+    /// The time for starting ran out.
+    DeadlinePassed,
+}
+
+/// What `fact` turns `state` into.
+#[must_use]
+pub const fn advance(state: VmState, fact: Fact) -> VmState {
+    use VmState as S;
+    match (fact, state) {
+        // At rest nothing can be learned about a QEMU that is not there.
+        (_, S::Created | S::Stopped | S::Failed) => state,
+        (Fact::QmpReady | Fact::GuestResumed, S::Starting | S::Running | S::Paused) => S::Running,
+        (Fact::GuestPaused, S::Starting | S::Running | S::Paused) => S::Paused,
+        (Fact::StopAsked | Fact::GuestShutdown | Fact::GuestReset, _) => S::Stopping,
+        // A guest that panicked, or did not come up, is on its way down; how it ends is QemuExited's word.
+        (Fact::GuestPanicked | Fact::DeadlinePassed, _) => state,
+        (Fact::QemuExited { .. }, S::Stopping) => S::Stopped,
+        (Fact::QemuExited { clean: true }, S::Running | S::Paused) => S::Stopped,
+        (Fact::QemuExited { .. }, S::Starting | S::Running | S::Paused) => S::Failed,
+        (Fact::QmpReady | Fact::GuestResumed | Fact::GuestPaused, S::Stopping) => S::Stopping,
+    }
+}
+
+/// Why a VM failed, for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureCause {
+    /// The guest's kernel panicked.
+    GuestPanic,
+    /// The guest did not answer in time.
+    GuestTimeout,
+    /// QEMU was killed by a signal.
+    QemuSignal,
+    /// QEMU ended with an error.
+    QemuError,
+    /// KVM could not go on.
+    KvmInternalError,
+    /// The host ran out of memory.
+    OutOfMemory,
+    /// The host's disk is full.
+    DiskFull,
+    /// The host restarted, or QEMU and its supervisor were both killed.
+    HostRestart,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const FACTS: [Fact; 10] = [
+        Fact::QmpReady,
+        Fact::GuestPaused,
+        Fact::GuestResumed,
+        Fact::GuestReset,
+        Fact::GuestShutdown,
+        Fact::GuestPanicked,
+        Fact::StopAsked,
+        Fact::QemuExited { clean: true },
+        Fact::QemuExited { clean: false },
+        Fact::DeadlinePassed,
+    ];
+
+    #[test]
+    fn stop_is_never_denied() {
+        for state in VmState::ALL {
+            assert!(!matches!(admit(state, Request::Stop), Admission::Denied(_)), "{state:?}");
+        }
+    }
+
+    #[test]
+    fn words_come_back() {
+        for state in VmState::ALL {
+            assert_eq!(VmState::from_word(state.word()), Some(state));
+            assert_eq!(serde_json::to_string(&state).unwrap(), format!("\"{}\"", state.word()));
+        }
+    }
+
+    #[test]
+    fn a_stop_that_was_asked_for_ends_in_stopped() {
+        for clean in [true, false] {
+            let stopping = advance(VmState::Running, Fact::StopAsked);
+            assert_eq!(advance(stopping, Fact::QemuExited { clean }), VmState::Stopped);
+        }
+        assert_eq!(advance(VmState::Running, Fact::QemuExited { clean: false }), VmState::Failed);
+        assert_eq!(advance(VmState::Starting, Fact::QemuExited { clean: true }), VmState::Failed);
+    }
+
+    proptest! {
+        #[test]
+        fn any_history_stays_in_the_table(steps in proptest::collection::vec((0usize..6, 0usize..10, any::<bool>()), 0..60)) {
+            let mut state = VmState::Created;
+            for (request, fact, ask) in steps {
+                if ask {
+                    // A request only changes the state where it is admitted, and then as its caller does it.
+                    state = match (admit(state, Request::ALL[request]), Request::ALL[request]) {
+                        (Admission::Do, Request::Start) => VmState::Starting,
+                        (Admission::Do, Request::Stop) => advance(state, Fact::StopAsked),
+                        _ => state,
+                    };
+                } else {
+                    let next = advance(state, FACTS[fact]);
+                    if matches!(FACTS[fact], Fact::QemuExited { .. }) {
+                        prop_assert!(next.at_rest());
+                    }
+                    prop_assert!(!state.at_rest() || next == state);
+                    state = next;
+                }
+            }
+        }
+    }
+}
