@@ -165,20 +165,20 @@ impl Nido {
 pub struct ExecControl {}
 
 impl ExecControl {
-    /// Sends bytes to its standard input; waits while it does not take them.
-    pub async fn stdin(&mut self, _bytes: &[u8]) -> Result<()> {
+    /// Sends bytes to its standard input; waits while it does not take them. Other calls may be made meanwhile.
+    pub async fn stdin(&self, _bytes: &[u8]) -> Result<()> {
         todo!()
     }
     /// Ends its standard input.
-    pub async fn stdin_eof(&mut self) -> Result<()> {
+    pub async fn stdin_eof(&self) -> Result<()> {
         todo!()
     }
     /// Sends a signal to it and its children.
-    pub async fn signal(&mut self, _signal: u8) -> Result<()> {
+    pub async fn signal(&self, _signal: u8) -> Result<()> {
         todo!()
     }
     /// Tells it the terminal's new size.
-    pub async fn resize(&mut self, _rows: u16, _columns: u16) -> Result<()> {
+    pub async fn resize(&self, _rows: u16, _columns: u16) -> Result<()> {
         todo!()
     }
 }
