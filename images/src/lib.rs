@@ -1,1 +1,41 @@
-//! Placeholder head.
+//! `nido-images`: how templates come to be.
+//!
+//! A *recipe* (built in, `recipes/`) is turned into a *template*: a [`Manifest`] under `templates/` and five
+//! content-addressed *parts* under `blobs/sha256/`. [`build`] does it, [`Store`] keeps it.
+//!
+//! ```text
+//! recipe ─ packages ─┬─ kernel ── vmlinux, initramfs-base, packages ─┐
+//!  (mmdebstrap)      └─ disk ──── root (ext4 in qcow2) ──────────────┼─ publish ─ manifest
+//! agent (build.rs) ───────────── initramfs = initramfs-base + agent ─┘
+//! ```
+//!
+//! What holds everywhere: the guest agent is in the initramfs and nowhere else; a part never changes once it has its
+//! name; a build changes nothing visible until its manifest is renamed into place; what a build leaves when it is killed is
+//! removed by the next. Pure: `apt`, `cpio`, `initramfs`, `kernel`, `manifest`, `qcow2` (its parser), `recipe`.
+
+mod agent;
+mod apt;
+mod build;
+mod command;
+mod cpio;
+mod digest;
+mod error;
+mod host;
+mod initramfs;
+mod kernel;
+mod manifest;
+mod progress;
+mod qcow2;
+mod recipe;
+mod scratch;
+mod store;
+
+pub use agent::{AGENT, agent_sha256};
+pub use build::{BuildOptions, BuildOutcome, build};
+pub use error::ImageError;
+pub use host::Host;
+pub use manifest::{AgentId, Disk, FORMAT, Init, Kernel, Manifest, Part, Parts, RecipeId};
+pub use progress::{BuildProgress, Stage};
+pub use qcow2::{Compression, Qcow2Header, parse as parse_qcow2_header, read_qcow2_header};
+pub use recipe::{Recipe, Spec, find as find_recipe, names as recipe_names};
+pub use store::{Store, StoreLock, hash_file};

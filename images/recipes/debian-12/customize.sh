@@ -1,0 +1,17 @@
+# systemd as a guest wants it: the agent enabled, and nothing started that a VM with one disk and no screen has no use for.
+set -eu
+root=$1
+chroot "$root" systemctl enable nido-guest-agent.service
+chroot "$root" systemctl set-default multi-user.target
+chroot "$root" systemctl mask \
+    apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer \
+    console-getty.service getty@tty1.service serial-getty@ttyS0.service getty-static.service \
+    dev-hugepages.mount sys-kernel-config.mount sys-kernel-debug.mount sys-kernel-tracing.mount \
+    modprobe@configfs.service modprobe@drm.service modprobe@efi_pstore.service \
+    ldconfig.service systemd-firstboot.service systemd-hwdb-update.service systemd-journal-catalog-update.service \
+    systemd-network-generator.service systemd-pcrphase.service systemd-pcrphase-sysinit.service systemd-pstore.service \
+    systemd-random-seed.service systemd-update-done.service
+# The agent speaks for the user; inside, that user is an administrator.
+echo "$NIDO_USER ALL=(ALL:ALL) NOPASSWD: ALL" >"$root/etc/sudoers.d/user"
+chmod 0440 "$root/etc/sudoers.d/user"
+rm -rf "$root/var/log/journal"

@@ -1,0 +1,173 @@
+//! What can go wrong with templates, said for the person who must act: one sentence, and a hint where one helps.
+//! Invariant: no text of a child process reaches a message unescaped.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::progress::Stage;
+
+/// Everything this crate fails with.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// A program the build needs is not on this host.
+    #[error("the program {tool} is not installed")]
+    MissingTool {
+        /// Name of the program.
+        tool: String,
+        /// The Debian package that has it.
+        package: &'static str,
+    },
+    /// This user may not make the user namespace a build without root needs.
+    #[error("an ordinary user cannot build templates here: {needs}")]
+    Unprivileged {
+        /// What is missing.
+        needs: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// No built-in recipe has this name.
+    #[error("there is no recipe named {name:?}")]
+    RecipeNotFound {
+        /// The name as asked for.
+        name: String,
+    },
+    /// A recipe's text makes no sense.
+    #[error("the recipe {name} is not valid: {reason}")]
+    RecipeInvalid {
+        /// Name of the recipe.
+        name: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A template name that breaks the rule for names.
+    #[error(
+        "{name:?} is not a template name: use 1 to 63 of a-z, 0-9 and -, starting and ending with a letter or digit"
+    )]
+    NameInvalid {
+        /// The name as given.
+        name: String,
+    },
+    /// No template of this name has been built.
+    #[error("there is no template named {name}")]
+    TemplateNotFound {
+        /// The name as asked for.
+        name: String,
+    },
+    /// A manifest that cannot be understood.
+    #[error("the manifest {} is not valid: {reason}", path.display())]
+    ManifestInvalid {
+        /// The manifest's path.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A part of a template is missing or is not what the manifest says.
+    #[error("the {part} of template {template} is damaged: {reason}")]
+    Damaged {
+        /// Name of the template.
+        template: String,
+        /// Which part.
+        part: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A disk image that is not safe to use.
+    #[error("the image {} is refused: {reason}", path.display())]
+    ImageRefused {
+        /// The image's path.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The kernel package is not what a guest can boot from.
+    #[error("the kernel cannot be used: {reason}")]
+    KernelInvalid {
+        /// What is wrong.
+        reason: String,
+    },
+    /// A program of the build failed.
+    #[error("{program} failed ({status}) at the stage {stage:?}{}", last_line(tail))]
+    Command {
+        /// Where in the build.
+        stage: Stage,
+        /// Name of the program.
+        program: String,
+        /// Its exit status in words.
+        status: String,
+        /// The last lines it wrote, escaped.
+        tail: Vec<String>,
+        /// The whole log.
+        log: PathBuf,
+    },
+    /// A program of the build did not end in time and was killed.
+    #[error("{program} did not finish within {seconds} s at the stage {stage:?}")]
+    Deadline {
+        /// Where in the build.
+        stage: Stage,
+        /// Name of the program.
+        program: String,
+        /// The limit it passed.
+        seconds: u64,
+        /// The whole log.
+        log: PathBuf,
+    },
+    /// The disk (or the quota) is full.
+    #[error("no space left on the disk that holds {}", path.display())]
+    DiskFull {
+        /// A path on that disk.
+        path: PathBuf,
+    },
+    /// The caller asked to stop.
+    #[error("the build was interrupted")]
+    Interrupted,
+    /// Anything else the operating system refuses.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried, as a verb.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// The operating system's word.
+        source: io::Error,
+    },
+}
+
+impl ImageError {
+    /// Wraps an I/O error; a full disk becomes [`ImageError::DiskFull`].
+    pub(crate) fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull { path: path.to_owned() },
+            _ => Self::Io { action, path: path.to_owned(), source },
+        }
+    }
+
+    /// What the person can do about it, where there is something.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::MissingTool { package, .. } => Some(format!("install the Debian package: apt-get install {package}")),
+            Self::Unprivileged { remedy, .. } => Some(remedy.clone()),
+            Self::RecipeNotFound { .. } => {
+                Some(format!("the built-in recipes are {}", crate::recipe::names().collect::<Vec<_>>().join(", ")))
+            }
+            Self::TemplateNotFound { name } if crate::recipe::names().any(|known| known == name) => {
+                Some(format!("build it: nido template build {name}"))
+            }
+            Self::Damaged { template, .. } => Some(format!("build it again: nido template build --rebuild {template}")),
+            Self::Command { log, .. } | Self::Deadline { log, .. } => {
+                Some(format!("the whole output is in {}", log.display()))
+            }
+            Self::DiskFull { .. } => Some("free some space: a build needs about 3 GiB for a while".to_owned()),
+            _ => None,
+        }
+    }
+}
+
+/// The line most likely to say why: apt's and mmdebstrap's errors start with `E: `.
+fn last_line(tail: &[String]) -> String {
+    tail.iter()
+        .rfind(|line| line.starts_with("E: ") && !line.contains("hook failed"))
+        .or(tail.last())
+        .map_or_else(String::new, |line| format!(": {line}"))
+}

@@ -1,0 +1,201 @@
+//! The manifest of a template: everything needed to boot it, and how it came to be. It is the file
+//! `templates/<name>.json`. Invariant: a manifest that was parsed names its parts by well-formed hashes only.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::digest::is_sha256;
+
+/// Version of the manifest and of what a build makes. A template of another version is built anew.
+pub const FORMAT: u32 = 1;
+
+/// A template as published.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT`] of the program that wrote it.
+    pub format: u32,
+    /// Name of the template.
+    pub name: String,
+    /// What it was built from.
+    pub recipe: RecipeId,
+    /// When it was published.
+    pub created_at: Timestamp,
+    /// Processor architecture, `x86_64`.
+    pub architecture: String,
+    /// Who runs as process 1 once the root disk is mounted.
+    pub init: Init,
+    /// The ordinary user inside, uid 1000.
+    pub user: String,
+    /// Login shell of root and of `user`.
+    pub shell: String,
+    /// The kernel.
+    pub kernel: Kernel,
+    /// The files, by hash.
+    pub parts: Parts,
+    /// The agent inside the initramfs.
+    pub agent: AgentId,
+    /// Version of the nido that built it.
+    pub built_by: String,
+}
+
+/// The recipe a template was built from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecipeId {
+    /// Its name.
+    pub name: String,
+    /// SHA-256 over all its files.
+    pub sha256: String,
+}
+
+/// Who runs as process 1 in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Init {
+    /// The guest agent itself.
+    Agent,
+    /// systemd; the agent is one of its services.
+    Systemd,
+}
+
+/// The kernel of a template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kernel {
+    /// Release, as `uname -r` prints it.
+    pub version: String,
+    /// Kernel command line every machine type needs; the machine's own words are added to it.
+    pub append: String,
+}
+
+/// The files of a template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parts {
+    /// Uncompressed kernel (ELF).
+    pub vmlinux: Part,
+    /// Modules and agent (cpio, uncompressed).
+    pub initramfs: Part,
+    /// The part of the initramfs that depends on the kernel only.
+    pub initramfs_base: Part,
+    /// Root disk (qcow2, zstd clusters).
+    pub root: Disk,
+    /// Installed packages, one `name version architecture` a line, sorted.
+    pub packages: Part,
+}
+
+/// One content-addressed file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// SHA-256 of the content, which is also the file's name.
+    pub sha256: String,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+/// A content-addressed disk image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The file.
+    #[serde(flatten)]
+    pub file: Part,
+    /// Size of the disk the guest sees, in bytes.
+    pub virtual_bytes: u64,
+}
+
+/// The guest agent inside a template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentId {
+    /// SHA-256 of its binary.
+    pub sha256: String,
+    /// Version of the protocol it speaks.
+    pub protocol: u16,
+}
+
+impl Manifest {
+    /// Parses and checks a manifest.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong.
+    pub fn parse(json: &[u8]) -> Result<Self, String> {
+        let manifest: Self = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+        if manifest.format != FORMAT {
+            return Err(format!("its format is {}, this program reads {FORMAT}", manifest.format));
+        }
+        let malformed = manifest.parts.all().into_iter().find(|(_, part)| !is_sha256(&part.sha256));
+        if let Some((name, _)) = malformed {
+            return Err(format!("the hash of {name} is malformed"));
+        }
+        Ok(manifest)
+    }
+
+    /// The manifest as it is stored: indented JSON with a line end.
+    #[must_use]
+    pub fn to_json(&self) -> Vec<u8> {
+        // Plain structs with string keys always serialize.
+        let mut json = serde_json::to_vec_pretty(self).unwrap_or_default();
+        json.push(b'\n');
+        json
+    }
+}
+
+impl Parts {
+    /// Every part with its name.
+    #[must_use]
+    pub fn all(&self) -> [(&'static str, &Part); 5] {
+        [
+            ("vmlinux", &self.vmlinux),
+            ("initramfs", &self.initramfs),
+            ("initramfs_base", &self.initramfs_base),
+            ("root", &self.root.file),
+            ("packages", &self.packages),
+        ]
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::digest::sha256;
+
+    pub(crate) fn sample(name: &str) -> Manifest {
+        let part = |content: &str| Part { sha256: sha256(content.as_bytes()), bytes: content.len() as u64 };
+        Manifest {
+            format: FORMAT,
+            name: name.to_owned(),
+            recipe: RecipeId { name: name.to_owned(), sha256: sha256(b"recipe") },
+            created_at: Timestamp::from_second(1_700_000_000).unwrap(),
+            architecture: "x86_64".to_owned(),
+            init: Init::Systemd,
+            user: "user".to_owned(),
+            shell: "/bin/bash".to_owned(),
+            kernel: Kernel { version: "6.12.1".to_owned(), append: "quiet".to_owned() },
+            parts: Parts {
+                vmlinux: part("vmlinux"),
+                initramfs: part("initramfs"),
+                initramfs_base: part("base"),
+                root: Disk { file: part("root"), virtual_bytes: 1 << 31 },
+                packages: part("packages"),
+            },
+            agent: AgentId { sha256: sha256(b"agent"), protocol: 1 },
+            built_by: "0.1.0".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_manifest_survives_the_file() {
+        let manifest = sample("sandbox");
+        assert_eq!(Manifest::parse(&manifest.to_json()).unwrap(), manifest);
+    }
+
+    #[test]
+    fn a_hash_that_is_a_path_is_refused() {
+        let mut manifest = sample("sandbox");
+        manifest.parts.root.file.sha256 = "../../../etc/shadow".to_owned();
+        assert!(Manifest::parse(&manifest.to_json()).unwrap_err().contains("root"));
+    }
+
+    #[test]
+    fn another_format_is_refused_by_its_number() {
+        let mut manifest = sample("sandbox");
+        manifest.format = FORMAT + 1;
+        assert!(Manifest::parse(&manifest.to_json()).unwrap_err().contains("format"));
+    }
+}

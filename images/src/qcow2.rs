@@ -1,0 +1,210 @@
+//! Looks at a qcow2 header before anything opens the image: an image that names another file of the host, or asks for
+//! something unknown, is refused. Pure but for reading the first bytes. Invariant: no input makes it panic or read out of range.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::Path;
+
+use crate::error::ImageError;
+
+/// How clusters of an image may be compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Deflate, the format's first.
+    Zlib,
+    /// Zstandard.
+    Zstd,
+}
+
+/// What a safe header says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Qcow2Header {
+    /// 2 or 3.
+    pub version: u32,
+    /// Size of the disk the guest sees, in bytes.
+    pub virtual_bytes: u64,
+    /// Size of a cluster in bytes, a power of two from 512 to 2 MiB.
+    pub cluster_bytes: u32,
+    /// How compressed clusters are packed.
+    pub compression: Compression,
+}
+
+/// As much of a file as the header may need: extensions end with the first cluster, and ours are far shorter.
+const HEAD_BYTES: u64 = 64 * 1024;
+
+const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
+const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
+
+const EXTENSION_END: u32 = 0;
+const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
+const EXTENSION_BITMAPS: u32 = 0x2385_2875;
+
+/// Reads the header of the regular file at `path` and refuses what is not safe.
+///
+/// # Errors
+/// [`ImageError::ImageRefused`] with the reason, [`ImageError::Io`] if the file cannot be read.
+pub fn read_qcow2_header(path: &Path) -> Result<Qcow2Header, ImageError> {
+    let refused = |reason: String| ImageError::ImageRefused { path: path.to_owned(), reason };
+    let unreadable = |error| ImageError::io("read", path, error);
+    // Asked before opening, so that a FIFO cannot block the open.
+    if !std::fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err(refused("it is not a regular file".to_owned()));
+    }
+    let mut head = Vec::new();
+    File::open(path).and_then(|file| file.take(HEAD_BYTES).read_to_end(&mut head)).map_err(unreadable)?;
+    parse(&head).map_err(refused)
+}
+
+/// Judges the first bytes of an image (64 KiB, or the whole file if it is shorter).
+///
+/// # Errors
+/// A sentence that says why the image is refused.
+pub fn parse(head: &[u8]) -> Result<Qcow2Header, String> {
+    let cut = || "its header is cut short".to_owned();
+    let word = |at: usize| be32(head, at).ok_or_else(cut);
+    let long = |at: usize| be64(head, at).ok_or_else(cut);
+
+    if head.get(..4) != Some(b"QFI\xfb") {
+        return Err("it is not a qcow2 image".to_owned());
+    }
+    let version = word(4)?;
+    if long(8)? != 0 || word(16)? != 0 {
+        return Err("it names a backing file".to_owned());
+    }
+    let cluster_bits = word(20)?;
+    if !(9..=21).contains(&cluster_bits) {
+        return Err(format!("its clusters of 2^{cluster_bits} bytes are outside the format"));
+    }
+    let virtual_bytes = long(24)?;
+    if word(32)? != 0 {
+        return Err("it is encrypted".to_owned());
+    }
+    if word(60)? != 0 {
+        return Err("it holds internal snapshots".to_owned());
+    }
+    let (compression, extensions) = match version {
+        2 => (Compression::Zlib, 72),
+        3 => version_3(head)?,
+        other => return Err(format!("its format version {other} is unknown")),
+    };
+    check_extensions(head, extensions)?;
+    Ok(Qcow2Header { version, virtual_bytes, cluster_bytes: 1 << cluster_bits, compression })
+}
+
+/// The fields that version 3 added: how clusters are compressed, and where the extensions start.
+fn version_3(head: &[u8]) -> Result<(Compression, usize), String> {
+    let cut = || "its header is cut short".to_owned();
+    let incompatible = be64(head, 72).ok_or_else(cut)?;
+    if incompatible & 1 << 2 != 0 {
+        return Err("it keeps its data in another file".to_owned());
+    }
+    if incompatible & 0b11 != 0 {
+        return Err("it was not closed cleanly".to_owned());
+    }
+    if incompatible & !(INCOMPATIBLE_COMPRESSION | INCOMPATIBLE_EXTENDED_L2) != 0 {
+        return Err(format!("it needs features this program does not know ({incompatible:#x})"));
+    }
+    let length = be32(head, 100).ok_or_else(cut)? as usize;
+    if length < 104 || length % 8 != 0 || length > head.len() {
+        return Err(format!("its header length {length} is outside the format"));
+    }
+    let kind = if length > 104 { *head.get(104).ok_or_else(cut)? } else { 0 };
+    match (kind, incompatible & INCOMPATIBLE_COMPRESSION != 0) {
+        (0, false) => Ok((Compression::Zlib, length)),
+        (1, true) => Ok((Compression::Zstd, length)),
+        _ => Err(format!("its compression type {kind} is unknown")),
+    }
+}
+
+fn check_extensions(head: &[u8], mut at: usize) -> Result<(), String> {
+    loop {
+        // A version 2 image made by old tools may end right after its header.
+        let Some(kind) = be32(head, at) else { return Err("its header extensions do not end".to_owned()) };
+        let length = be32(head, at + 4).unwrap_or(0) as usize;
+        match kind {
+            EXTENSION_END => return Ok(()),
+            EXTENSION_BACKING_FORMAT => return Err("it names the format of a backing file".to_owned()),
+            EXTENSION_FEATURE_NAMES | EXTENSION_BITMAPS => {}
+            other => return Err(format!("its header extension {other:#010x} is not allowed")),
+        }
+        at = length.checked_next_multiple_of(8).and_then(|padded| at.checked_add(8 + padded)).unwrap_or(usize::MAX - 8);
+    }
+}
+
+fn be32(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk().map(|field| u32::from_be_bytes(*field))
+}
+
+fn be64(bytes: &[u8], at: usize) -> Option<u64> {
+    bytes.get(at..)?.first_chunk().map(|field| u64::from_be_bytes(*field))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn image() -> Vec<u8> {
+        let mut head = vec![0; 512];
+        head[..4].copy_from_slice(b"QFI\xfb");
+        head[4..8].copy_from_slice(&3_u32.to_be_bytes());
+        head[20..24].copy_from_slice(&16_u32.to_be_bytes());
+        head[24..32].copy_from_slice(&(2_u64 << 30).to_be_bytes());
+        head[72..80].copy_from_slice(&INCOMPATIBLE_COMPRESSION.to_be_bytes());
+        head[100..104].copy_from_slice(&112_u32.to_be_bytes());
+        head[104] = 1;
+        head
+    }
+
+    fn with(at: usize, bytes: &[u8]) -> Vec<u8> {
+        let mut head = image();
+        head[at..at + bytes.len()].copy_from_slice(bytes);
+        head
+    }
+
+    #[test]
+    fn a_plain_zstd_image_is_read() {
+        let expected =
+            Qcow2Header { version: 3, virtual_bytes: 2 << 30, cluster_bytes: 65536, compression: Compression::Zstd };
+        assert_eq!(parse(&image()), Ok(expected));
+    }
+
+    #[test]
+    fn images_that_reach_outside_are_refused() {
+        let cases: [(usize, &[u8], &str); 8] = [
+            (8, &512_u64.to_be_bytes(), "backing file"),
+            (16, &9_u32.to_be_bytes(), "backing file"),
+            (72, &(1_u64 << 2 | 8).to_be_bytes(), "another file"),
+            (72, &(1_u64 << 40 | 8).to_be_bytes(), "does not know"),
+            (112, &EXTENSION_BACKING_FORMAT.to_be_bytes(), "backing file"),
+            (112, &0x4441_5441_u32.to_be_bytes(), "not allowed"),
+            (32, &2_u32.to_be_bytes(), "encrypted"),
+            (60, &1_u32.to_be_bytes(), "snapshots"),
+        ];
+        for (at, bytes, reason) in cases {
+            let error = parse(&with(at, bytes)).unwrap_err();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_header_makes_the_parser_panic(mut head: Vec<u8>, version in 2_u32..4) {
+            let _ = parse(&head);
+            head.resize(head.len().max(120), 0);
+            head[..4].copy_from_slice(b"QFI\xfb");
+            head[4..8].copy_from_slice(&version.to_be_bytes());
+            let _ = parse(&head);
+        }
+
+        #[test]
+        fn a_changed_byte_never_lets_another_file_in(at in 0_usize..512, value: u8) {
+            let head = with(at, &[value]);
+            if parse(&head).is_ok() {
+                prop_assert_eq!(&head[8..20], &[0; 12][..]);
+                prop_assert_eq!(head[79] & 0b111, 0);
+            }
+        }
+    }
+}

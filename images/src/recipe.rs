@@ -1,0 +1,163 @@
+//! Recipes: what a built-in template is made of. They are text inside the program (`images/recipes/`), parsed here.
+//! Pure. Invariant: a recipe's hash covers every byte a build takes from it, and the format version.
+
+use serde::Deserialize;
+
+use crate::digest::sha256;
+use crate::error::ImageError;
+use crate::manifest::{FORMAT, Init};
+
+/// A parsed recipe.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    /// Its name, which is also the template's.
+    pub name: &'static str,
+    /// SHA-256 over all it consists of.
+    pub sha256: String,
+    /// What `recipe.toml` says.
+    pub spec: Spec,
+    /// Shell script run with the root directory as `$1` after the packages are installed; may be empty.
+    pub customize: &'static str,
+    /// Files put into the root directory before `customize`: path without leading slash, content.
+    pub files: &'static [(&'static str, &'static str)],
+}
+
+/// The content of a `recipe.toml`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// One line for people.
+    pub summary: String,
+    /// Debian release, by code name.
+    pub suite: String,
+    /// Which packages mmdebstrap starts from.
+    pub variant: String,
+    /// Packages beside those.
+    pub packages: Vec<String>,
+    /// Who is process 1 in the guest.
+    pub init: Init,
+    /// The ordinary user.
+    pub user: String,
+    /// Login shell of root and of the user.
+    pub shell: String,
+    /// Size of the root disk as the guest sees it, in MiB. A VM may ask for more.
+    pub disk_mib: u64,
+    /// The package that depends on the newest kernel image.
+    pub kernel: String,
+    /// Kernel command line every machine type needs.
+    pub append: String,
+}
+
+/// Scripts all recipes share, in the order they run.
+pub(crate) const COMMON: Common = Common {
+    kernel: include_str!("../recipes/common/kernel.sh"),
+    files: include_str!("../recipes/common/files.sh"),
+    finish: include_str!("../recipes/common/finish.sh"),
+};
+
+/// See [`COMMON`].
+pub(crate) struct Common {
+    pub(crate) kernel: &'static str,
+    pub(crate) files: &'static str,
+    pub(crate) finish: &'static str,
+}
+
+struct Source {
+    name: &'static str,
+    toml: &'static str,
+    customize: &'static str,
+    files: &'static [(&'static str, &'static str)],
+}
+
+const SOURCES: [Source; 2] = [
+    Source { name: "sandbox", toml: include_str!("../recipes/sandbox/recipe.toml"), customize: "", files: &[] },
+    Source {
+        name: "debian-12",
+        toml: include_str!("../recipes/debian-12/recipe.toml"),
+        customize: include_str!("../recipes/debian-12/customize.sh"),
+        files: &[(
+            "etc/systemd/system/nido-guest-agent.service",
+            include_str!("../recipes/debian-12/nido-guest-agent.service"),
+        )],
+    },
+];
+
+/// Names of the built-in recipes, the default one first.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    SOURCES.iter().map(|source| source.name)
+}
+
+/// Finds a built-in recipe.
+///
+/// # Errors
+/// [`ImageError::RecipeNotFound`], [`ImageError::RecipeInvalid`].
+pub fn find(name: &str) -> Result<Recipe, ImageError> {
+    let source = SOURCES
+        .iter()
+        .find(|source| source.name == name)
+        .ok_or_else(|| ImageError::RecipeNotFound { name: crate::progress::printable(name) })?;
+    let spec =
+        parse(source.toml).map_err(|reason| ImageError::RecipeInvalid { name: source.name.to_owned(), reason })?;
+    Ok(Recipe { name: source.name, sha256: hash(source), spec, customize: source.customize, files: source.files })
+}
+
+/// Parses a `recipe.toml`. Values that become arguments of programs are checked here, once.
+fn parse(toml: &str) -> Result<Spec, String> {
+    let spec: Spec = toml::from_str(toml).map_err(|error| error.to_string())?;
+    let words = spec.packages.iter().chain([&spec.suite, &spec.variant, &spec.kernel, &spec.user]);
+    if let Some(word) = words.into_iter().find(|word| !is_package_name(word)) {
+        return Err(format!("{word:?} is not a plain name"));
+    }
+    if !(512..=1024 * 1024).contains(&spec.disk_mib) {
+        return Err(format!("a disk of {} MiB is outside 512 MiB to 1 TiB", spec.disk_mib));
+    }
+    Ok(spec)
+}
+
+/// Debian's rule for package names; user and suite names of recipes keep to it too.
+fn is_package_name(word: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    word.len() >= 2
+        && word.bytes().next().is_some_and(plain)
+        && word.bytes().all(|byte| plain(byte) || matches!(byte, b'+' | b'-' | b'.'))
+}
+
+fn hash(source: &Source) -> String {
+    let mut text = format!("nido template format {FORMAT}\n");
+    let own = [("recipe.toml", source.toml), ("customize.sh", source.customize)];
+    let common = [("kernel.sh", COMMON.kernel), ("files.sh", COMMON.files), ("finish.sh", COMMON.finish)];
+    for (name, content) in own.iter().chain(&common).chain(source.files) {
+        text.push_str(&format!("{name} {}\n{content}", content.len()));
+    }
+    sha256(text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_built_in_recipe_is_valid() {
+        let hashes: std::collections::HashSet<_> = names().map(|name| find(name).unwrap().sha256).collect();
+        assert_eq!(hashes.len(), names().count());
+        assert_eq!(names().next(), Some("sandbox"));
+    }
+
+    #[test]
+    fn every_built_in_name_is_a_template_name() {
+        assert!(names().all(|name| crate::store::check_name(name).is_ok()));
+    }
+
+    #[test]
+    fn an_unknown_recipe_is_named_in_the_error() {
+        let error = find("windows").unwrap_err();
+        assert!(error.to_string().contains("windows"));
+        assert!(error.hint().unwrap().contains("sandbox"));
+    }
+
+    #[test]
+    fn a_package_that_is_an_option_is_refused() {
+        let toml = SOURCES[0].toml.replacen("packages = [", "packages = [\"--hook-dir=/tmp\", ", 1);
+        assert!(parse(&toml).unwrap_err().contains("--hook-dir"));
+    }
+}

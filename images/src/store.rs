@@ -1,0 +1,365 @@
+//! The store of templates: `blobs/sha256/<hex>` (content-addressed, mode 0444) and `templates/<name>.json`.
+//! A file appears under its final name only complete and synced. Invariant: every part a published manifest names is
+//! there; whoever publishes or collects garbage holds the lock on `templates/`.
+
+use std::collections::HashSet;
+use std::fs::{self, File, Permissions};
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use crate::digest::{is_sha256, sha256_of};
+use crate::error::ImageError;
+use crate::manifest::{Manifest, Part};
+use crate::qcow2::read_qcow2_header;
+
+/// Largest manifest read, in bytes.
+const MAX_MANIFEST_BYTES: u64 = 1024 * 1024;
+/// Names of temporary files start so; they are removed by garbage collection.
+const TEMPORARY: &str = ".new-";
+
+/// The templates and their parts under one home directory.
+#[derive(Debug, Clone)]
+pub struct Store {
+    blobs: PathBuf,
+    templates: PathBuf,
+}
+
+/// The right to publish and to remove. Held only for moments: never while a program runs.
+#[derive(Debug)]
+pub struct StoreLock {
+    _directory: File,
+}
+
+impl Store {
+    /// The store under `home`. Nothing is touched until it is used.
+    #[must_use]
+    pub fn new(home: &Path) -> Self {
+        Self { blobs: home.join("blobs").join("sha256"), templates: home.join("templates") }
+    }
+
+    /// Creates the directories (mode 0700) where they are missing.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`] or [`ImageError::DiskFull`].
+    pub fn create(&self) -> Result<(), ImageError> {
+        [&self.blobs, &self.templates].into_iter().try_for_each(|directory| create_private(directory))
+    }
+
+    /// Path of the part with this hash. The hash must come from a parsed manifest.
+    #[must_use]
+    pub fn blob_path(&self, part: &Part) -> PathBuf {
+        self.blobs.join(&part.sha256)
+    }
+
+    /// All templates, by name. Manifests that cannot be read are returned as errors beside the others.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`] if the directory cannot be read.
+    pub fn ls(&self) -> Result<Vec<Result<Manifest, ImageError>>, ImageError> {
+        let mut names: Vec<String> = entries(&self.templates)?
+            .into_iter()
+            .filter_map(|name| name.strip_suffix(".json").filter(|name| check_name(name).is_ok()).map(str::to_owned))
+            .collect();
+        names.sort();
+        Ok(names.iter().map(|name| self.open(name)).collect())
+    }
+
+    /// Reads the manifest of one template.
+    ///
+    /// # Errors
+    /// [`ImageError::NameInvalid`], [`ImageError::TemplateNotFound`], [`ImageError::ManifestInvalid`], [`ImageError::Io`].
+    pub fn open(&self, name: &str) -> Result<Manifest, ImageError> {
+        check_name(name)?;
+        let path = self.manifest_path(name);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(ImageError::TemplateNotFound { name: name.to_owned() });
+            }
+            Err(error) => return Err(ImageError::io("open", &path, error)),
+        };
+        let mut json = Vec::new();
+        file.take(MAX_MANIFEST_BYTES).read_to_end(&mut json).map_err(|error| ImageError::io("read", &path, error))?;
+        let invalid = |reason| ImageError::ManifestInvalid { path: path.clone(), reason };
+        let manifest = Manifest::parse(&json).map_err(invalid)?;
+        if manifest.name != name {
+            return Err(invalid(format!("it is the manifest of {:?}", manifest.name)));
+        }
+        Ok(manifest)
+    }
+
+    /// Checks that every part is there with the right length. Cheap: reads no content.
+    ///
+    /// # Errors
+    /// [`ImageError::Damaged`] names the first part that is not as it should be.
+    pub fn check(&self, manifest: &Manifest) -> Result<(), ImageError> {
+        for (part_name, part) in manifest.parts.all() {
+            let damaged =
+                |reason: String| ImageError::Damaged { template: manifest.name.clone(), part: part_name, reason };
+            match fs::symlink_metadata(self.blob_path(part)) {
+                Ok(found) if found.is_file() && found.len() == part.bytes => {}
+                Ok(found) => return Err(damaged(format!("it has {} bytes instead of {}", found.len(), part.bytes))),
+                Err(error) => return Err(damaged(error.to_string())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads every part of a template and compares its hash; looks at the root disk's header too.
+    ///
+    /// # Errors
+    /// [`ImageError::Damaged`] or [`ImageError::ImageRefused`].
+    pub fn verify(&self, name: &str) -> Result<Manifest, ImageError> {
+        let manifest = self.open(name)?;
+        self.check(&manifest)?;
+        for (part_name, part) in manifest.parts.all() {
+            let path = self.blob_path(part);
+            let (hash, _) =
+                File::open(&path).and_then(sha256_of).map_err(|error| ImageError::io("read", &path, error))?;
+            if hash != part.sha256 {
+                let reason = "its content does not match its hash".to_owned();
+                return Err(ImageError::Damaged { template: name.to_owned(), part: part_name, reason });
+            }
+        }
+        read_qcow2_header(&self.blob_path(&manifest.parts.root.file))?;
+        Ok(manifest)
+    }
+
+    /// Waits for the right to publish and to remove.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`] if the directory cannot be opened or locked.
+    pub fn lock(&self) -> Result<StoreLock, ImageError> {
+        let failed = |error| ImageError::io("lock", &self.templates, error);
+        let directory = File::open(&self.templates).map_err(failed)?;
+        directory.lock().map_err(failed)?;
+        Ok(StoreLock { _directory: directory })
+    }
+
+    /// Takes the finished file at `path` (on the same file system) into the store: sync, mode 0444, rename.
+    /// Hashing happens here, so a caller that holds no [`StoreLock`] yet may call [`hash_file`] first.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`] or [`ImageError::DiskFull`].
+    pub fn import(&self, path: &Path, part: &Part, _lock: &StoreLock) -> Result<(), ImageError> {
+        let target = self.blob_path(part);
+        let failed = |error| ImageError::io("store", &target, error);
+        fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(failed)?;
+        File::open(path).and_then(|file| file.sync_all()).map_err(failed)?;
+        fs::rename(path, &target).map_err(failed)?;
+        sync_directory(&self.blobs).map_err(failed)
+    }
+
+    /// Publishes a manifest under its name; an older one of that name is replaced at once.
+    ///
+    /// # Errors
+    /// [`ImageError::Damaged`] if a part is missing, [`ImageError::Io`], [`ImageError::DiskFull`].
+    pub fn publish(&self, manifest: &Manifest, _lock: &StoreLock) -> Result<(), ImageError> {
+        check_name(&manifest.name)?;
+        self.check(manifest)?;
+        let path = self.manifest_path(&manifest.name);
+        let failed = |error| ImageError::io("write", &path, error);
+        let mut file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(&self.templates).map_err(failed)?;
+        file.write_all(&manifest.to_json()).and_then(|()| file.as_file().sync_all()).map_err(failed)?;
+        file.persist(&path).map_err(|error| failed(error.error))?;
+        sync_directory(&self.templates).map_err(failed)
+    }
+
+    /// Removes a template's manifest, then every part no other template and no VM uses. `in_use` holds the hashes of
+    /// parts that VMs use. Returns the number of bytes freed.
+    ///
+    /// # Errors
+    /// [`ImageError::NameInvalid`], [`ImageError::TemplateNotFound`], [`ImageError::Io`].
+    pub fn delete(&self, name: &str, in_use: &HashSet<String>) -> Result<u64, ImageError> {
+        check_name(name)?;
+        let path = self.manifest_path(name);
+        if !path.exists() {
+            return Err(ImageError::TemplateNotFound { name: name.to_owned() });
+        }
+        let lock = self.lock()?;
+        match fs::remove_file(&path).and_then(|()| sync_directory(&self.templates)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(ImageError::io("remove", &path, error)),
+            _ => self.sweep(in_use, &lock),
+        }
+    }
+
+    /// Removes every part that no template and no VM uses. Returns the number of bytes freed.
+    ///
+    /// # Errors
+    /// [`ImageError::ManifestInvalid`] if a manifest cannot be read: then nothing is known to be unused.
+    pub fn collect_garbage(&self, in_use: &HashSet<String>) -> Result<u64, ImageError> {
+        if !self.templates.exists() {
+            return Ok(0);
+        }
+        let lock = self.lock()?;
+        self.sweep(in_use, &lock)
+    }
+
+    fn sweep(&self, in_use: &HashSet<String>, _lock: &StoreLock) -> Result<u64, ImageError> {
+        let mut keep = in_use.clone();
+        for manifest in self.ls()? {
+            keep.extend(manifest?.parts.all().map(|(_, part)| part.sha256.clone()));
+        }
+        let mut freed = 0;
+        let unused = |name: &String| is_sha256(name) && !keep.contains(name);
+        for name in entries(&self.blobs)?.into_iter().filter(unused) {
+            freed += remove(&self.blobs.join(name))?;
+        }
+        for name in entries(&self.templates)?.into_iter().filter(|name| name.starts_with(TEMPORARY)) {
+            freed += remove(&self.templates.join(name))?;
+        }
+        Ok(freed)
+    }
+
+    fn manifest_path(&self, name: &str) -> PathBuf {
+        self.templates.join(format!("{name}.json"))
+    }
+}
+
+/// The identity of a file: hash and length.
+///
+/// # Errors
+/// [`ImageError::Io`] if it cannot be read.
+pub fn hash_file(path: &Path) -> Result<Part, ImageError> {
+    let (sha256, bytes) = File::open(path).and_then(sha256_of).map_err(|error| ImageError::io("read", path, error))?;
+    Ok(Part { sha256, bytes })
+}
+
+/// Creates a directory and its parents, mode 0700.
+pub(crate) fn create_private(path: &Path) -> Result<(), ImageError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|error| ImageError::io("create", path, error))
+}
+
+/// The rule for template names: 1 to 63 of `a-z 0-9 -`, a letter or digit at both ends.
+pub(crate) fn check_name(name: &str) -> Result<(), ImageError> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let bytes = name.as_bytes();
+    let ends = bytes.first().zip(bytes.last()).is_some_and(|(first, last)| plain(*first) && plain(*last));
+    if ends && bytes.len() <= 63 && bytes.iter().all(|byte| plain(*byte) || *byte == b'-') {
+        return Ok(());
+    }
+    Err(ImageError::NameInvalid { name: crate::progress::printable(name) })
+}
+
+/// File names in a directory; none if it does not exist.
+fn entries(directory: &Path) -> Result<Vec<String>, ImageError> {
+    let failed = |error| ImageError::io("read", directory, error);
+    let listing = match fs::read_dir(directory) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        listing => listing.map_err(failed)?,
+    };
+    let names: io::Result<Vec<_>> = listing.map(|entry| entry.map(|entry| entry.file_name())).collect();
+    Ok(names.map_err(failed)?.into_iter().filter_map(|name| name.into_string().ok()).collect())
+}
+
+fn remove(path: &Path) -> Result<u64, ImageError> {
+    let bytes = fs::symlink_metadata(path).map(|found| found.len());
+    match bytes.and_then(|bytes| fs::remove_file(path).map(|()| bytes)) {
+        Ok(bytes) => Ok(bytes),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(ImageError::io("remove", path, error)),
+    }
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::tests::sample;
+
+    /// A store with the sample template under each of the names, its parts holding the sample's contents.
+    fn store(names: &[&str]) -> (tempfile::TempDir, Store) {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::new(home.path());
+        store.create().unwrap();
+        let lock = store.lock().unwrap();
+        for content in ["vmlinux", "initramfs", "base", "root", "packages"] {
+            let path = home.path().join("scratch");
+            fs::write(&path, content).unwrap();
+            let part = hash_file(&path).unwrap();
+            store.import(&path, &part, &lock).unwrap();
+        }
+        for name in names {
+            store.publish(&sample(name), &lock).unwrap();
+        }
+        (home, store)
+    }
+
+    fn blobs(store: &Store) -> usize {
+        entries(&store.blobs).unwrap().len()
+    }
+
+    #[test]
+    fn a_published_template_is_listed_and_opened() {
+        let (_home, store) = store(&["two", "one"]);
+        let names: Vec<_> = store.ls().unwrap().into_iter().map(|manifest| manifest.unwrap().name).collect();
+        assert_eq!(names, ["one", "two"]);
+        assert_eq!(store.open("one").unwrap(), sample("one"));
+        assert_eq!(blobs(&store), 5);
+    }
+
+    #[test]
+    fn parts_are_read_only() {
+        let (_home, store) = store(&[]);
+        let mode = fs::metadata(store.blob_path(&sample("x").parts.vmlinux)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o444);
+    }
+
+    #[test]
+    fn delete_keeps_what_others_use() {
+        let (_home, store) = store(&["one", "two"]);
+        assert_eq!(store.delete("one", &HashSet::new()).unwrap(), 0);
+        assert_eq!(blobs(&store), 5);
+        let root = sample("two").parts.root.file;
+        let freed = store.delete("two", &HashSet::from([root.sha256.clone()])).unwrap();
+        assert_eq!(freed, ("vmlinux".len() + "initramfs".len() + "base".len() + "packages".len()) as u64);
+        assert!(store.blob_path(&root).exists());
+        assert!(matches!(store.delete("two", &HashSet::new()), Err(ImageError::TemplateNotFound { .. })));
+        assert_eq!(store.collect_garbage(&HashSet::new()).unwrap(), 4);
+        assert_eq!(blobs(&store), 0);
+    }
+
+    #[test]
+    fn an_unreadable_manifest_stops_garbage_collection() {
+        let (home, store) = store(&["one"]);
+        fs::write(home.path().join("templates/broken.json"), "{").unwrap();
+        assert!(matches!(store.collect_garbage(&HashSet::new()), Err(ImageError::ManifestInvalid { .. })));
+        assert_eq!(blobs(&store), 5);
+    }
+
+    #[test]
+    fn a_manifest_without_its_parts_is_not_published() {
+        let (_home, store) = store(&[]);
+        let lock = store.lock().unwrap();
+        let mut manifest = sample("one");
+        manifest.parts.vmlinux.bytes += 1;
+        assert!(matches!(store.publish(&manifest, &lock), Err(ImageError::Damaged { part: "vmlinux", .. })));
+    }
+
+    #[test]
+    fn changed_content_is_found() {
+        let (_home, store) = store(&["one"]);
+        let path = store.blob_path(&sample("one").parts.packages);
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        fs::write(&path, "PACKAGES").unwrap();
+        assert!(matches!(store.verify("one"), Err(ImageError::Damaged { part: "packages", .. })));
+    }
+
+    #[test]
+    fn names_that_are_paths_are_refused() {
+        let (_home, store) = store(&[]);
+        for name in ["", "..", "a/b", "-a", "a-", "A", "a\n", &"a".repeat(64)] {
+            assert!(matches!(store.open(name), Err(ImageError::NameInvalid { .. })), "{name:?}");
+        }
+        assert!(matches!(store.open("a-1"), Err(ImageError::TemplateNotFound { .. })));
+    }
+}
