@@ -2,6 +2,10 @@
 
 pub mod api;
 pub mod error;
+pub mod guest;
+pub mod host;
+pub mod machine;
 pub mod name;
 pub mod nido;
+pub mod qemu;
 pub mod state;

@@ -260,15 +260,16 @@ fn accelerator(
     warnings: &mut Vec<String>,
 ) -> Result<(Accel, String), Refusal> {
     let kvm_trouble = if qemu.accel_kvm { host.kvm.trouble() } else { Some("this QEMU was built without it".into()) };
-    let no_isolation = |why: String| if request.require_isolation { Err(Refusal::IsolationRequired { why }) } else { Ok(()) };
+    let no_isolation =
+        |why: String| if request.require_isolation { Err(Refusal::IsolationRequired { why }) } else { Ok(()) };
     match (request.accel, kvm_trouble) {
-        (AccelChoice::Auto, None) => return Ok((Accel::Kvm, "kvm because it is proven to work here".into())),
-        (AccelChoice::Kvm, None) => return Ok((Accel::Kvm, "kvm as asked".into())),
-        (AccelChoice::Kvm, Some(why)) => return Err(Refusal::KvmUnavailable { why }),
-        _ if !qemu.accel_tcg => return Err(Refusal::QemuLacks { what: "software emulation (TCG)" }),
+        (AccelChoice::Auto, None) => Ok((Accel::Kvm, "kvm because it is proven to work here".into())),
+        (AccelChoice::Kvm, None) => Ok((Accel::Kvm, "kvm as asked".into())),
+        (AccelChoice::Kvm, Some(why)) => Err(Refusal::KvmUnavailable { why }),
+        _ if !qemu.accel_tcg => Err(Refusal::QemuLacks { what: "software emulation (TCG)" }),
         (AccelChoice::Tcg, _) => {
             no_isolation("software emulation (TCG), which was asked for, has none".into())?;
-            warnings.push(format!("no hardware isolation: {}", TCG_PROMISE));
+            warnings.push(format!("no hardware isolation: {TCG_PROMISE}"));
             Ok((Accel::Tcg, "tcg as asked".into()))
         }
         (AccelChoice::Auto, Some(why)) => {
@@ -291,7 +292,11 @@ fn machine_type(
     // Without a second clock an emulated microvm calibrates its time by luck.
     let clockless = accel == Accel::Tcg && tsc_khz.is_none();
     let asked = |machine: MachineType, has: bool, lacks: &'static str| {
-        if has { Ok((machine, format!("{} as asked", machine.name()))) } else { Err(Refusal::QemuLacks { what: lacks }) }
+        if has {
+            Ok((machine, format!("{} as asked", machine.name())))
+        } else {
+            Err(Refusal::QemuLacks { what: lacks })
+        }
     };
     match request.machine {
         MachineChoice::Microvm => {
@@ -302,9 +307,10 @@ fn machine_type(
         }
         MachineChoice::Pc => asked(MachineType::Pc, qemu.pc, "the machine type pc"),
         MachineChoice::Q35 => asked(MachineType::Q35, qemu.q35, "the machine type q35"),
-        MachineChoice::Auto if qemu.microvm && !clockless => {
-            Ok((MachineType::Microvm, "microvm because it is the leanest machine and lacks nothing this VM needs".into()))
-        }
+        MachineChoice::Auto if qemu.microvm && !clockless => Ok((
+            MachineType::Microvm,
+            "microvm because it is the leanest machine and lacks nothing this VM needs".into(),
+        )),
         MachineChoice::Auto if qemu.q35 => {
             let why = if clockless { "the host has no steady time-stamp counter" } else { "this QEMU has no microvm" };
             Ok((MachineType::Q35, format!("q35 because {why}")))
@@ -341,6 +347,180 @@ impl KvmVerdict {
             Self::Absent => Some("there is no /dev/kvm".into()),
             Self::NotPermitted => Some("this user may not open /dev/kvm".into()),
             Self::PresentUnusable { reason } => Some(reason.clone()),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A QEMU that can do everything, at the oldest version.
+    pub(crate) fn qemu_facts() -> QemuFacts {
+        QemuFacts {
+            path: "/usr/bin/qemu-system-x86_64".into(),
+            version: MINIMUM_VERSION,
+            package: String::new(),
+            microvm: true,
+            pc: true,
+            q35: true,
+            accel_kvm: true,
+            accel_tcg: true,
+            sandbox: true,
+            user_network: true,
+            vhost_vsock_mmio: true,
+            vhost_vsock_pci: true,
+            reconnect_ms: false,
+            memory_file_rom: false,
+            file_migration: false,
+        }
+    }
+
+    fn host(kvm: KvmVerdict) -> HostFacts {
+        HostFacts {
+            cpus: 4,
+            memory_mib: 8192,
+            memory_available_mib: 4096,
+            tsc_khz: Some(2_300_000),
+            kvm,
+            vsock: VsockVerdict::Absent,
+            boot_id: String::new(),
+            uid: 1000,
+            gid: 1000,
+        }
+    }
+
+    fn request() -> MachineRequest {
+        MachineRequest {
+            cpus: 1,
+            memory_mib: 512,
+            disk_bytes: 1 << 30,
+            machine: MachineChoice::Auto,
+            accel: AccelChoice::Auto,
+            net: NetChoice::Nat,
+            nested: false,
+            require_isolation: false,
+            cid: 3,
+        }
+    }
+
+    const WORKS: KvmVerdict = KvmVerdict::Usable { micros: 9 };
+
+    #[test]
+    fn proven_kvm_is_taken_without_a_warning() {
+        let machine = decide(&request(), &host(WORKS), &qemu_facts()).unwrap();
+        assert_eq!((machine.accel, machine.accel.isolation()), (Accel::Kvm, "hardware"));
+        assert_eq!((machine.tb_size_mib, machine.tsc_khz), (None, None));
+        assert_eq!(machine.warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn without_kvm_auto_warns_and_kvm_refuses() {
+        let facts = host(KvmVerdict::PresentUnusable { reason: "it crawls".into() });
+        let machine = decide(&request(), &facts, &qemu_facts()).unwrap();
+        assert_eq!((machine.accel, machine.accel.isolation()), (Accel::Tcg, "emulation"));
+        assert!(machine.warnings[0].contains("it crawls"));
+        let kvm = MachineRequest { accel: AccelChoice::Kvm, ..request() };
+        let refusal = decide(&kvm, &facts, &qemu_facts()).unwrap_err();
+        assert_eq!(refusal, Refusal::KvmUnavailable { why: "it crawls".into() });
+    }
+
+    #[test]
+    fn a_qemu_without_kvm_is_no_kvm() {
+        let qemu = QemuFacts { accel_kvm: false, ..qemu_facts() };
+        let machine = decide(&request(), &host(WORKS), &qemu).unwrap();
+        assert_eq!(machine.accel, Accel::Tcg);
+        assert_eq!(machine.warnings.len(), 1);
+    }
+
+    #[test]
+    fn an_old_or_crippled_qemu_is_refused() {
+        let old = QemuVersion { major: 6, minor: 9, micro: 9 };
+        let refusal = decide(&request(), &host(WORKS), &QemuFacts { version: old, ..qemu_facts() }).unwrap_err();
+        assert_eq!(refusal.to_string(), "QEMU 6.9.9 is too old: nido needs 7.2.0 or newer");
+        let unconfined = QemuFacts { sandbox: false, ..qemu_facts() };
+        assert!(matches!(decide(&request(), &host(WORKS), &unconfined), Err(Refusal::QemuLacks { .. })));
+        let no_slirp = QemuFacts { user_network: false, ..qemu_facts() };
+        assert!(decide(&request(), &host(WORKS), &no_slirp).is_err());
+        let offline = MachineRequest { net: NetChoice::None, ..request() };
+        assert!(decide(&offline, &host(WORKS), &no_slirp).is_ok());
+    }
+
+    #[test]
+    fn values_out_of_range_name_their_field() {
+        let cases = [
+            ("cpus", MachineRequest { cpus: 0, ..request() }),
+            ("cpus", MachineRequest { cpus: 5, ..request() }),
+            ("memory_mib", MachineRequest { memory_mib: 63, ..request() }),
+            ("memory_mib", MachineRequest { memory_mib: 8193, ..request() }),
+            ("disk_bytes", MachineRequest { disk_bytes: 0, ..request() }),
+            ("disk_bytes", MachineRequest { disk_bytes: 513, ..request() }),
+            ("disk_bytes", MachineRequest { disk_bytes: DISK_BYTES_MAX + 512, ..request() }),
+            ("cid", MachineRequest { cid: 2, ..request() }),
+            ("cid", MachineRequest { cid: u32::MAX, ..request() }),
+        ];
+        for (expected, request) in cases {
+            match decide(&request, &host(WORKS), &qemu_facts()) {
+                Err(Refusal::SpecInvalid { field, .. }) => assert_eq!(field, expected),
+                other => panic!("{expected}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn vsock_needs_the_host_and_the_device() {
+        let facts = HostFacts { vsock: VsockVerdict::Usable, ..host(WORKS) };
+        let with = decide(&request(), &facts, &qemu_facts()).unwrap();
+        assert_eq!(with.transport, Transport::Vsock { cid: 3 });
+        let qemu = QemuFacts { vhost_vsock_mmio: false, ..qemu_facts() };
+        assert_eq!(decide(&request(), &facts, &qemu).unwrap().transport.name(), "virtio-serial");
+        let pci = MachineRequest { machine: MachineChoice::Q35, ..request() };
+        assert_eq!(decide(&pci, &facts, &qemu).unwrap().transport.name(), "vsock");
+    }
+
+    #[test]
+    fn an_emulated_microvm_wants_a_steady_counter() {
+        let clockless = HostFacts { tsc_khz: None, ..host(KvmVerdict::Absent) };
+        assert_eq!(decide(&request(), &clockless, &qemu_facts()).unwrap().machine, MachineType::Q35);
+        let asked = MachineRequest { machine: MachineChoice::Microvm, ..request() };
+        let machine = decide(&asked, &clockless, &qemu_facts()).unwrap();
+        assert_eq!((machine.machine, machine.warnings.len()), (MachineType::Microvm, 2));
+    }
+
+    #[test]
+    fn more_memory_than_free_is_a_warning() {
+        let machine = decide(&MachineRequest { memory_mib: 5000, ..request() }, &host(WORKS), &qemu_facts()).unwrap();
+        assert!(machine.warnings[0].contains("4096 MiB"));
+    }
+
+    prop_compose! {
+        fn any_request()(
+            machine in prop::sample::select(vec![MachineChoice::Auto, MachineChoice::Microvm, MachineChoice::Pc, MachineChoice::Q35]),
+            accel in prop::sample::select(vec![AccelChoice::Auto, AccelChoice::Kvm, AccelChoice::Tcg]),
+            nested: bool,
+            require_isolation: bool,
+        ) -> MachineRequest {
+            MachineRequest { machine, accel, nested, require_isolation, ..request() }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn emulation_is_never_silent_and_never_where_isolation_is_required(
+            request in any_request(), works: bool, built_in: bool, microvm: bool,
+        ) {
+            let facts = host(if works { WORKS } else { KvmVerdict::Absent });
+            let qemu = QemuFacts { accel_kvm: built_in, microvm, ..qemu_facts() };
+            if let Ok(machine) = decide(&request, &facts, &qemu) {
+                let emulated = machine.accel == Accel::Tcg;
+                prop_assert!(!(emulated && request.require_isolation));
+                prop_assert_eq!(emulated, machine.warnings.iter().any(|w| w.starts_with("no hardware isolation")));
+                prop_assert!(emulated || (works && built_in));
+                prop_assert!(machine.machine != MachineType::Microvm || microvm);
+                prop_assert!(request.nested || machine.cpu_model.ends_with(",-vmx,-svm"));
+            }
         }
     }
 }

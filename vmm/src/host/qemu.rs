@@ -182,15 +182,24 @@ pub fn probe(program: &Path, cache_dir: &Path) -> Result<QemuFacts, QemuProbeErr
 }
 
 const QUESTIONS: &str = concat!(
-    r#"{"execute":"qmp_capabilities","id":"capabilities"}"#, "\n",
-    r#"{"execute":"qom-list-types","arguments":{"implements":"machine"},"id":"machines"}"#, "\n",
-    r#"{"execute":"qom-list-types","arguments":{"implements":"accel"},"id":"accels"}"#, "\n",
-    r#"{"execute":"qom-list-types","arguments":{"implements":"virtio-device"},"id":"virtio"}"#, "\n",
-    r#"{"execute":"qom-list-types","arguments":{"implements":"pci-device"},"id":"pci"}"#, "\n",
-    r#"{"execute":"qom-list-properties","arguments":{"typename":"memory-backend-file"},"id":"memory-file"}"#, "\n",
-    r#"{"execute":"query-command-line-options","id":"options"}"#, "\n",
-    r#"{"execute":"query-qmp-schema","id":"schema"}"#, "\n",
-    r#"{"execute":"quit","id":"quit"}"#, "\n",
+    r#"{"execute":"qmp_capabilities","id":"capabilities"}"#,
+    "\n",
+    r#"{"execute":"qom-list-types","arguments":{"implements":"machine"},"id":"machines"}"#,
+    "\n",
+    r#"{"execute":"qom-list-types","arguments":{"implements":"accel"},"id":"accels"}"#,
+    "\n",
+    r#"{"execute":"qom-list-types","arguments":{"implements":"virtio-device"},"id":"virtio"}"#,
+    "\n",
+    r#"{"execute":"qom-list-types","arguments":{"implements":"pci-device"},"id":"pci"}"#,
+    "\n",
+    r#"{"execute":"qom-list-properties","arguments":{"typename":"memory-backend-file"},"id":"memory-file"}"#,
+    "\n",
+    r#"{"execute":"query-command-line-options","id":"options"}"#,
+    "\n",
+    r#"{"execute":"query-qmp-schema","id":"schema"}"#,
+    "\n",
+    r#"{"execute":"quit","id":"quit"}"#,
+    "\n",
 );
 
 /// Runs the program without a machine and asks it about itself.
@@ -243,13 +252,16 @@ fn read_capped(pipe: impl Read, bytes_max: u64) -> Vec<u8> {
 
 /// The facts in a monitor's answers; `None` if there was no greeting. A question it could not answer counts as "no".
 fn parse(program: &Path, output: &[u8]) -> Option<QemuFacts> {
-    let lines: Vec<Value> = output.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
+    let lines: Vec<Value> =
+        output.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
     let version = lines.iter().find_map(|line| line.pointer("/QMP/version"))?;
     let number = |key: &str| version.pointer(key)?.as_u64()?.try_into().ok();
     let answer = |id: &str| lines.iter().find(|line| line["id"] == id).map_or(&Value::Null, |line| &line["return"]);
     let has = |id: &str, name: &str| each(answer(id)).any(|item| item["name"] == name);
     let machine = |prefix: &str| {
-        each(answer("machines")).filter_map(|m| m["name"].as_str()).any(|m| m.starts_with(prefix) && m.ends_with("-machine"))
+        each(answer("machines"))
+            .filter_map(|m| m["name"].as_str())
+            .any(|m| m.starts_with(prefix) && m.ends_with("-machine"))
     };
     let option = |name: &str| each(answer("options")).find(|o| o["option"] == name);
     let schema_enum = |member: &str, beside: &str| {
@@ -262,7 +274,11 @@ fn parse(program: &Path, output: &[u8]) -> Option<QemuFacts> {
     };
     Some(QemuFacts {
         path: program.into(),
-        version: QemuVersion { major: number("/qemu/major")?, minor: number("/qemu/minor")?, micro: number("/qemu/micro")? },
+        version: QemuVersion {
+            major: number("/qemu/major")?,
+            minor: number("/qemu/minor")?,
+            micro: number("/qemu/micro")?,
+        },
         package: version["package"].as_str().unwrap_or_default().into(),
         microvm: has("machines", "microvm-machine"),
         pc: machine("pc-i440fx-"),
@@ -275,10 +291,90 @@ fn parse(program: &Path, output: &[u8]) -> Option<QemuFacts> {
         vhost_vsock_pci: has("pci", "vhost-vsock-pci"),
         reconnect_ms: schema_member("reconnect-ms", "telnet"),
         memory_file_rom: has("memory-file", "rom"),
-        file_migration: schema_enum("file", "rdma") || schema_enum("file", "exec"),
+        file_migration: schema_enum("file", "exec"),
     })
 }
 
 fn each(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A program made of a shell script.
+    fn program(dir: &Path, script: &str) -> PathBuf {
+        let path = dir.join("qemu");
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    const GREETING: &str =
+        r#"{"QMP":{"version":{"qemu":{"micro":4,"minor":1,"major":9},"package":"Debian"},"capabilities":[]}}"#;
+
+    #[test]
+    fn what_it_says_is_what_it_can() {
+        let output = [
+            GREETING,
+            r#"{"return":{},"id":"capabilities"}"#,
+            r#"{"return":[{"name":"microvm-machine"},{"name":"pc-q35-9.1-machine"},{"name":"generic-pc-machine"}],"id":"machines"}"#,
+            r#"{"return":[{"name":"tcg-accel"},{"name":"accel"}],"id":"accels"}"#,
+            r#"{"event":"NEWER","data":{}}"#,
+            r#"{"return":[{"name":"vhost-vsock-device"}],"id":"virtio"}"#,
+            r#"{"error":{"class":"GenericError","desc":"?"},"id":"pci"}"#,
+            r#"{"return":[{"name":"rom"},{"name":"size"}],"id":"memory-file"}"#,
+            r#"{"return":[{"option":"sandbox","parameters":[]}],"id":"options"}"#,
+            r#"{"return":[{"meta-type":"enum","values":["user","hubport"]},{"meta-type":"enum","values":["socket","exec","file"]},
+               {"meta-type":"object","members":[{"name":"telnet"},{"name":"reconnect-ms"}]}],"id":"schema"}"#,
+        ];
+        let output = output.map(|line| line.replace('\n', " ")).join("\r\n");
+        let facts = parse(Path::new("/q"), output.as_bytes()).unwrap();
+        assert_eq!(facts.version.to_string(), "9.1.4");
+        assert!(facts.microvm && facts.q35 && facts.accel_tcg && facts.vhost_vsock_mmio && facts.memory_file_rom);
+        assert!(facts.sandbox && facts.user_network && facts.file_migration && facts.reconnect_ms);
+        assert!(!facts.pc && !facts.accel_kvm && !facts.vhost_vsock_pci);
+    }
+
+    #[test]
+    fn silence_and_nonsense_are_errors_within_the_deadline() {
+        let dir = tempfile::tempdir().unwrap();
+        let hangs = program(dir.path(), "exec sleep 1000");
+        assert!(matches!(ask(&hangs, Duration::from_millis(50)), Err(QemuProbeError::Hangs { timeout_ms: 50, .. })));
+        match ask(&program(dir.path(), "echo no such option >&2; exit 1"), PROBE_TIMEOUT) {
+            Err(QemuProbeError::NotQemu { stderr_tail, .. }) => assert_eq!(stderr_tail, "no such option"),
+            other => panic!("{other:?}"),
+        }
+        let path = dir.path().join("qemu");
+        fs::write(&path, b"\x7fELF broken").unwrap();
+        assert!(matches!(ask(&path, PROBE_TIMEOUT), Err(QemuProbeError::CannotRun { .. })));
+    }
+
+    #[test]
+    fn it_is_asked_once_until_it_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = dir.path().join("cache");
+        let script = format!("echo x >> {}/asked; echo '{GREETING}'", dir.path().display());
+        let path = program(dir.path(), &script);
+        let asked = || fs::read(dir.path().join("asked")).unwrap().len() / 2;
+        let first = probe(&path, &cache).unwrap();
+        assert_eq!((probe(&path, &cache).unwrap(), asked()), (first, 1));
+        program(dir.path(), &format!("{script}; :"));
+        probe(&path, &cache).unwrap();
+        assert_eq!(asked(), 2);
+    }
+
+    #[test]
+    fn it_is_looked_for_where_it_was_named_or_in_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = program(dir.path(), "");
+        let search = std::env::join_paths([Path::new("relative"), dir.path()]).unwrap();
+        assert_eq!(find_in(Some(&path), None).unwrap(), path);
+        assert_eq!(find_in(Some(Path::new("qemu")), Some(&search)).unwrap(), path);
+        let error = find_in(None, Some(&search)).unwrap_err();
+        assert_eq!(error.to_string(), "QEMU was not found: no program qemu-system-x86_64 in PATH");
+        let nowhere = dir.path().join("gone");
+        assert!(find_in(Some(&nowhere), Some(&search)).is_err());
+    }
 }

@@ -1,0 +1,103 @@
+//! The host's facts in one value: what [`crate::machine::decide`] decides by and `nido doctor` prints.
+//!
+//! Invariant: gathering never fails and never takes more than a fraction of a second; what cannot be found out is told
+//! as absent.
+
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{KvmVerdict, VsockVerdict, cache, kvm, tsc, vsock};
+
+/// What this host offers, QEMU apart.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFacts {
+    /// CPUs that this process may use.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Memory that is free or can be freed, in MiB.
+    pub memory_available_mib: u64,
+    /// The rate of the time-stamp counter in kHz; `None` if it is not steady.
+    pub tsc_khz: Option<u32>,
+    /// Whether KVM works.
+    pub kvm: KvmVerdict,
+    /// Whether kernel vsock can be used.
+    pub vsock: VsockVerdict,
+    /// Identifies the host's current boot; empty if unknown.
+    pub boot_id: String,
+    /// The user nido runs as.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+}
+
+/// Gathers the facts. Blocks for up to 0.3 s the first time after a boot, microseconds later.
+#[must_use]
+pub fn gather(cache_dir: &Path) -> HostFacts {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    HostFacts {
+        cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
+        memory_mib: meminfo_mib(&meminfo, "MemTotal").unwrap_or(0),
+        memory_available_mib: meminfo_mib(&meminfo, "MemAvailable").unwrap_or(0),
+        tsc_khz: tsc_khz(cache_dir),
+        kvm: kvm::probe(cache_dir),
+        vsock: vsock::probe(),
+        boot_id: boot_id().unwrap_or_default(),
+        uid: rustix::process::geteuid().as_raw(),
+        gid: rustix::process::getegid().as_raw(),
+    }
+}
+
+/// Bytes that this user can still write where `path` (an existing file or directory) lies.
+///
+/// # Errors
+/// The system's, if the path cannot be looked at.
+pub fn disk_free_bytes(path: &Path) -> std::io::Result<u64> {
+    let stat = rustix::fs::statvfs(path)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Identifies the host's current boot.
+pub(super) fn boot_id() -> Option<String> {
+    Some(fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned())
+}
+
+fn tsc_khz(cache_dir: &Path) -> Option<u32> {
+    let boot_id = boot_id()?;
+    if let Some(khz) = cache::get(cache_dir, "tsc.json", &boot_id) {
+        return khz;
+    }
+    let khz = tsc::measure_khz();
+    cache::put(cache_dir, "tsc.json", &boot_id, &khz);
+    khz
+}
+
+fn meminfo_mib(meminfo: &str, key: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib / 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_from_its_own_line() {
+        let text = "MemTotal:       24683944 kB\nMemFree:  1 kB\nMemAvailable:   24333312 kB\n";
+        assert_eq!(meminfo_mib(text, "MemTotal"), Some(24105));
+        assert_eq!(meminfo_mib(text, "MemAvailable"), Some(23763));
+        assert_eq!(meminfo_mib(text, "Mem"), None);
+    }
+
+    #[test]
+    fn facts_are_the_same_when_asked_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = gather(dir.path());
+        let second = HostFacts { memory_available_mib: first.memory_available_mib, ..gather(dir.path()) };
+        assert_eq!(first, second);
+        assert!(first.cpus >= 1 && first.memory_mib > 0 && !first.boot_id.is_empty());
+    }
+}

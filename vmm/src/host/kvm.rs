@@ -1,0 +1,232 @@
+//! Does KVM work here? Proven by running a guest, never believed because `/dev/kvm` opens.
+//!
+//! Hosts exist whose KVM opens, creates VMs and then interprets the guest's kernel at a thousandth of the speed, or
+//! stops at common instructions. Such a verdict is `PresentUnusable` and says why. Invariant: the answer comes within
+//! the deadline whatever the kernel does; `Usable` is said only after a guest program ran, right and quickly.
+
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::os::fd::{IntoRawFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
+
+use super::{cache, kvm_vcpu};
+
+const DEVICE: &str = "/dev/kvm";
+const CACHE_NAME: &str = "kvm.json";
+/// The whole experiment, set-up included.
+const DEADLINE: Duration = Duration::from_millis(180);
+/// Ten thousand turns of a loop: microseconds where KVM works, 15 ms where the guest is interpreted.
+const RUN_MAX: Duration = Duration::from_millis(2);
+/// The quickest of so many runs counts, so that a busy host is not taken for a bad one.
+const RUNS: u32 = 5;
+/// How often a vCPU that does not come back is interrupted.
+const KICK_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Whether KVM can be used, and if not, why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verdict", rename_all = "snake_case")]
+pub enum KvmVerdict {
+    /// There is no `/dev/kvm`.
+    Absent,
+    /// This user may not open it.
+    NotPermitted,
+    /// It opens and does not work; `reason` is one sentence.
+    PresentUnusable {
+        /// What went wrong.
+        reason: String,
+    },
+    /// A guest ran.
+    Usable {
+        /// How long the test program took, in microseconds.
+        micros: u64,
+    },
+}
+
+/// What a verdict rests on: it is good until the host boots again, the device changes or another user asks.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct CacheKey {
+    boot_id: String,
+    uid: u32,
+    device: (u64, u64),
+    ctime: (i64, i64),
+}
+
+/// The verdict: remembered in `cache_dir` until the host's next boot, else by experiment (at most 0.2 s). Blocks.
+#[must_use]
+pub fn probe(cache_dir: &Path) -> KvmVerdict {
+    let device = match OpenOptions::new().read(true).write(true).open(DEVICE) {
+        Ok(device) => device,
+        Err(error) => return unopened(&error),
+    };
+    let key = cache_key(Path::new(DEVICE));
+    if let Some(verdict) = key.as_ref().and_then(|key| cache::get(cache_dir, CACHE_NAME, key)) {
+        return verdict;
+    }
+    let verdict = experiment(device.into());
+    if let Some(key) = &key {
+        cache::put(cache_dir, CACHE_NAME, key, &verdict);
+    }
+    verdict
+}
+
+/// Remembers until the host's next boot that KVM failed in earnest, whatever the experiment said.
+pub fn remember_unusable(cache_dir: &Path, reason: impl Into<String>) {
+    if let Some(key) = cache_key(Path::new(DEVICE)) {
+        cache::put(cache_dir, CACHE_NAME, &key, &KvmVerdict::PresentUnusable { reason: reason.into() });
+    }
+}
+
+/// Forgets the remembered verdict, so that the next [`probe`] experiments again.
+pub fn forget(cache_dir: &Path) {
+    cache::forget(cache_dir, CACHE_NAME);
+}
+
+fn cache_key(device: &Path) -> Option<CacheKey> {
+    let meta = std::fs::metadata(device).ok()?;
+    Some(CacheKey {
+        boot_id: super::facts::boot_id()?,
+        uid: rustix::process::geteuid().as_raw(),
+        device: (meta.rdev(), meta.ino()),
+        ctime: (meta.ctime(), meta.ctime_nsec()),
+    })
+}
+
+fn unopened(error: &std::io::Error) -> KvmVerdict {
+    match error.kind() {
+        ErrorKind::NotFound => KvmVerdict::Absent,
+        ErrorKind::PermissionDenied => KvmVerdict::NotPermitted,
+        _ => KvmVerdict::PresentUnusable { reason: format!("{DEVICE} does not open: {error}") },
+    }
+}
+
+/// Runs the test program on a thread of its own and gives it until [`DEADLINE`]; then interrupts it, then leaves it.
+fn experiment(device: OwnedFd) -> KvmVerdict {
+    let start = Instant::now();
+    let (sender, receiver) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let _ = sender.send(Err(kick::this_thread()));
+        // SAFETY: the descriptor was just opened on the KVM device and nothing else owns it.
+        let kvm = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(device.into_raw_fd()) };
+        let _ = sender.send(Ok(kvm_vcpu::best_run(&kvm, RUNS, RUN_MAX / 10)));
+    });
+    let mut runner = None;
+    let result = loop {
+        let left = DEADLINE.saturating_sub(start.elapsed());
+        match receiver.recv_timeout(left.min(if left.is_zero() { KICK_INTERVAL } else { left })) {
+            Ok(Ok(result)) => break result,
+            Ok(Err(id)) => runner = Some(id),
+            Err(RecvTimeoutError::Disconnected) => break Err("the KVM test ended without a result".into()),
+            Err(RecvTimeoutError::Timeout) => break stop(runner, &receiver),
+        }
+    };
+    drop(thread); // it has ended, or hangs in the kernel and cannot be joined
+    match result {
+        Ok(best) if best <= RUN_MAX => {
+            KvmVerdict::Usable { micros: u64::try_from(best.as_micros()).unwrap_or(u64::MAX) }
+        }
+        Ok(best) => KvmVerdict::PresentUnusable {
+            reason: format!(
+                "KVM interprets the guest instead of running it (10000 turns of a loop took {} ms)",
+                best.as_millis()
+            ),
+        },
+        Err(reason) => KvmVerdict::PresentUnusable { reason },
+    }
+}
+
+type Message = Result<Result<Duration, String>, kick::Thread>;
+
+/// Interrupts the vCPU a few times; whatever comes of it, the test has failed.
+fn stop(runner: Option<kick::Thread>, receiver: &mpsc::Receiver<Message>) -> Result<Duration, String> {
+    let late = format!("KVM did not run the test program within {} ms", DEADLINE.as_millis());
+    for _ in 0..4 {
+        if let Some(thread) = runner {
+            thread.interrupt();
+        }
+        if let Ok(Ok(_)) = receiver.recv_timeout(KICK_INTERVAL) {
+            break;
+        }
+    }
+    Err(late)
+}
+
+/// Interrupting a system call of one thread.
+mod kick {
+    use std::sync::Once;
+
+    /// A thread of this process.
+    #[derive(Clone, Copy)]
+    pub struct Thread(libc::pid_t);
+
+    /// The calling thread, made interruptible.
+    pub fn this_thread() -> Thread {
+        static HANDLER: Once = Once::new();
+        // SAFETY: the handler does nothing; the signal is one that nothing else here uses; no SA_RESTART, so that
+        // the system call it meets returns EINTR.
+        HANDLER.call_once(|| unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = ignore as *const () as libc::sighandler_t;
+            libc::sigaction(signal(), &raw const action, std::ptr::null_mut());
+        });
+        // SAFETY: reads the calling thread's id.
+        Thread(unsafe { libc::gettid() })
+    }
+
+    impl Thread {
+        /// Makes its current system call return; does nothing if it has ended.
+        pub fn interrupt(self) {
+            // SAFETY: sends a signal with an empty handler to a thread of this process; an ended thread gives ESRCH.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.0, signal()) };
+        }
+    }
+
+    fn signal() -> libc::c_int {
+        libc::SIGRTMIN() + 3
+    }
+
+    extern "C" fn ignore(_: libc::c_int) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_open_is_told_apart() {
+        assert_eq!(unopened(&ErrorKind::NotFound.into()), KvmVerdict::Absent);
+        assert_eq!(unopened(&ErrorKind::PermissionDenied.into()), KvmVerdict::NotPermitted);
+        let busy = std::io::Error::from_raw_os_error(libc::EBUSY);
+        assert!(matches!(unopened(&busy), KvmVerdict::PresentUnusable { .. }));
+    }
+
+    #[test]
+    fn a_descriptor_that_is_not_kvm_is_no_kvm() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(experiment(file.into()), KvmVerdict::PresentUnusable { .. }));
+    }
+
+    #[test]
+    fn a_failure_in_earnest_outweighs_the_experiment() {
+        let dir = tempfile::tempdir().unwrap();
+        remember_unusable(dir.path(), "the guest never came up");
+        let said = probe(dir.path());
+        let opens = OpenOptions::new().read(true).write(true).open(DEVICE).is_ok();
+        assert_eq!(said == KvmVerdict::PresentUnusable { reason: "the guest never came up".into() }, opens);
+        forget(dir.path());
+        assert!(!dir.path().join(CACHE_NAME).exists());
+    }
+
+    /// Whatever this host is, asking twice gives the same answer, the second time from the cache.
+    #[test]
+    fn the_verdict_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = probe(dir.path());
+        assert_eq!(probe(dir.path()), first);
+    }
+}

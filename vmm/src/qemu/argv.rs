@@ -1,0 +1,269 @@
+//! A decided machine becomes QEMU's command line, in named parts. Pure.
+//!
+//! Invariant: the list depends on nothing but the arguments of [`parts`]; each value that comes from outside passes
+//! through [`escaped`], so no value can become another option. `tests/golden/argv/` shows the whole list for every
+//! kind of machine.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+
+use nido_guest_agent::config::FW_CFG_NAME;
+use nido_guest_agent::wire::SERIAL_PORT;
+
+use crate::api::NetChoice;
+use crate::machine::{Accel, Machine, MachineType, Transport};
+
+/// What belongs to one start of one VM. Paths are absolute or relative to the VM's directory.
+#[derive(Clone, Debug)]
+pub struct Files {
+    /// The VM's name, for process lists.
+    pub vm_name: String,
+    /// The kernel: an uncompressed ELF with a PVH entry.
+    pub kernel: OsString,
+    /// The initramfs.
+    pub initrd: OsString,
+    /// The template's own words for the kernel's command line; may be empty.
+    pub kernel_append: String,
+    /// The root disk.
+    pub disk: Disk,
+    /// QEMU listens here for the monitor.
+    pub monitor_socket: OsString,
+    /// QEMU dials here for the agent's port.
+    pub channel_socket: OsString,
+    /// The guest's serial console is appended here.
+    pub console_log: OsString,
+    /// What the guest is told at boot.
+    pub guest_config: OsString,
+}
+
+/// The root disk: a qcow2 overlay on a frozen qcow2.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// The VM's own layer.
+    pub overlay: OsString,
+    /// The template's layer, opened read-only. It is named here, so the path in the overlay's header does not matter.
+    pub base: OsString,
+    /// Nothing of it needs to survive a crash of the host: flushes are skipped.
+    pub ephemeral: bool,
+}
+
+/// Some arguments that belong together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// What they are about.
+    pub name: &'static str,
+    /// The arguments.
+    pub args: Vec<OsString>,
+}
+
+/// The command line in parts, in the order QEMU gets them; the program's own name is not in it.
+#[must_use]
+pub fn parts(machine: &Machine, files: &Files) -> Vec<Part> {
+    let mut parts = vec![
+        identity(files),
+        machine_part(machine),
+        cpu(machine),
+        sandbox(),
+        console(files),
+        monitor(files),
+        channel(machine, files),
+        disk(machine, &files.disk),
+    ];
+    parts.extend((machine.net == NetChoice::Nat).then(|| nat(machine)));
+    parts.extend([rng(machine), fw_cfg(files), kernel(machine, files)]);
+    parts
+}
+
+/// The arguments of all parts, one after the other.
+#[must_use]
+pub fn flatten(parts: Vec<Part>) -> Vec<OsString> {
+    parts.into_iter().flat_map(|part| part.args).collect()
+}
+
+/// A value inside a `key=value,key=value` argument: QEMU ends it at a comma that is not doubled.
+#[must_use]
+pub fn escaped(value: &OsStr) -> OsString {
+    let bytes = value.as_bytes().iter().flat_map(|b| std::iter::repeat_n(*b, if *b == b',' { 2 } else { 1 }));
+    OsString::from_vec(bytes.collect())
+}
+
+/// The kernel's command line.
+#[must_use]
+pub fn kernel_command_line(machine: &Machine, template: &str) -> String {
+    // A panic or a power-off ends QEMU (with -no-reboot). The self-tests of the crypto code cost half a second of
+    // emulated time at every boot.
+    let mut words = vec!["console=ttyS0 quiet reboot=t panic=-1 cryptomgr.notests".to_owned()];
+    words.extend(machine.tsc_khz.map(|khz| format!("tsc_early_khz={khz}")));
+    words.extend((!template.is_empty()).then(|| template.to_owned()));
+    words.join(" ")
+}
+
+fn part<const N: usize>(name: &'static str, args: [&str; N]) -> Part {
+    Part { name, args: args.iter().map(Into::into).collect() }
+}
+
+/// `before` and the escaped value in one argument.
+fn with_value(before: &str, value: &OsStr, after: &str) -> OsString {
+    let mut arg = OsString::from(before);
+    arg.push(escaped(value));
+    arg.push(after);
+    arg
+}
+
+/// The name of a virtio device on this machine's bus.
+fn virtio(machine: &Machine, device: &str) -> String {
+    let bus = if machine.machine == MachineType::Microvm { "device" } else { "pci" };
+    format!("{device}-{bus}")
+}
+
+fn identity(files: &Files) -> Part {
+    let mut part = part(
+        "identity",
+        ["-name", "", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-msg", "timestamp=on"],
+    );
+    part.args[1] = with_value("guest=", files.vm_name.as_ref(), ",debug-threads=on");
+    part
+}
+
+fn machine_part(machine: &Machine) -> Part {
+    let kind = match (machine.machine, machine.accel) {
+        // Emulated, a timer interrupt can arrive before the kernel has set up the interrupt controller of old.
+        (MachineType::Microvm, Accel::Tcg) => "microvm,acpi=on,rtc=on,pic=off",
+        (MachineType::Microvm, Accel::Kvm) => "microvm,acpi=on,rtc=on",
+        (MachineType::Pc, _) => "pc,vmport=off,usb=off,smbus=off,sata=off,i8042=off",
+        (MachineType::Q35, _) => "q35,vmport=off,usb=off,smbus=off,sata=off,i8042=off",
+    };
+    let kind = format!("{kind},mem-merge=off,dump-guest-core=off");
+    let accel = match machine.tb_size_mib {
+        Some(mib) => format!("{},tb-size={mib}", machine.accel.name()),
+        None => machine.accel.name().to_owned(),
+    };
+    part("machine", ["-machine", &kind, "-accel", &accel])
+}
+
+fn cpu(machine: &Machine) -> Part {
+    let (smp, memory) = (format!("cpus={}", machine.cpus), format!("size={}M", machine.memory_mib));
+    part("cpu and memory", ["-cpu", &machine.cpu_model, "-smp", &smp, "-m", &memory])
+}
+
+fn sandbox() -> Part {
+    part("sandbox", ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"])
+}
+
+fn console(files: &Files) -> Part {
+    let mut part = part("console", ["-chardev", "", "-serial", "chardev:console"]);
+    part.args[1] = with_value("file,id=console,path=", &files.console_log, ",append=on");
+    part
+}
+
+fn monitor(files: &Files) -> Part {
+    let mut part = part("monitor", ["-chardev", "", "-mon", "chardev=monitor,mode=control"]);
+    part.args[1] = with_value("socket,id=monitor,path=", &files.monitor_socket, ",server=on,wait=off");
+    part
+}
+
+fn channel(machine: &Machine, files: &Files) -> Part {
+    match machine.transport {
+        Transport::Vsock { cid } => {
+            let device = format!("{},guest-cid={cid}", virtio(machine, "vhost-vsock"));
+            part("channel", ["-device", &device])
+        }
+        Transport::VirtioSerial { reconnect_ms } => {
+            let reconnect = if reconnect_ms { ",reconnect-ms=100" } else { ",reconnect=1" };
+            let bus = format!("{},max_ports=2", virtio(machine, "virtio-serial"));
+            let port = format!("virtserialport,chardev=agent,name={SERIAL_PORT}");
+            let mut part = part("channel", ["-chardev", "", "-device", &bus, "-device", &port]);
+            let after = format!(",server=off{reconnect}");
+            part.args[1] = with_value("socket,id=agent,path=", &files.channel_socket, &after);
+            part
+        }
+    }
+}
+
+fn disk(machine: &Machine, disk: &Disk) -> Part {
+    let flush = if disk.ephemeral { ",cache.no-flush=on" } else { "" };
+    let device = format!("{},drive=disk", virtio(machine, "virtio-blk"));
+    let overlay =
+        format!("driver=qcow2,node-name=disk,file=disk-file,backing=base,discard=unmap,detect-zeroes=unmap{flush}");
+    let mut part = part(
+        "disk",
+        [
+            "-blockdev",
+            "",
+            "-blockdev",
+            "driver=qcow2,node-name=base,file=base-file,read-only=on",
+            "-blockdev",
+            "",
+            "-blockdev",
+            &overlay,
+            "-device",
+            &device,
+        ],
+    );
+    part.args[1] = with_value("driver=file,node-name=base-file,filename=", &disk.base, ",read-only=on,aio=threads");
+    let after = format!(",aio=threads,discard=unmap{flush}");
+    part.args[5] = with_value("driver=file,node-name=disk-file,filename=", &disk.overlay, &after);
+    part
+}
+
+fn nat(machine: &Machine) -> Part {
+    // A PCI network card would bring a boot ROM along; the kernel is given, so nothing boots from the network.
+    let rom = if machine.machine == MachineType::Microvm { "" } else { ",romfile=" };
+    let device = format!("{},netdev=net{rom}", virtio(machine, "virtio-net"));
+    part("net", ["-netdev", "user,id=net", "-device", &device])
+}
+
+fn rng(machine: &Machine) -> Part {
+    let device = format!("{},rng=rng", virtio(machine, "virtio-rng"));
+    part("rng", ["-object", "rng-builtin,id=rng", "-device", &device])
+}
+
+fn fw_cfg(files: &Files) -> Part {
+    let mut part = part("fw_cfg", ["-fw_cfg", ""]);
+    part.args[1] = with_value(&format!("name={FW_CFG_NAME},file="), &files.guest_config, "");
+    part
+}
+
+fn kernel(machine: &Machine, files: &Files) -> Part {
+    // These three are whole arguments: no comma is doubled in them.
+    let append = kernel_command_line(machine, &files.kernel_append);
+    let mut part = part("kernel", ["-kernel", "", "-initrd", "", "-append", &append]);
+    part.args[1].clone_from(&files.kernel);
+    part.args[3].clone_from(&files.initrd);
+    part
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Splits as QEMU does: at single commas, doubled commas standing for one.
+    fn qemu_values(arg: &[u8]) -> Vec<Vec<u8>> {
+        let (mut values, mut value, mut rest) = (Vec::new(), Vec::new(), arg);
+        while let Some((first, tail)) = rest.split_first() {
+            rest = tail;
+            match (first, tail.first()) {
+                (b',', Some(b',')) => {
+                    value.push(b',');
+                    rest = &tail[1..];
+                }
+                (b',', _) => values.push(std::mem::take(&mut value)),
+                _ => value.push(*first),
+            }
+        }
+        values.push(value);
+        values
+    }
+
+    proptest! {
+        #[test]
+        fn a_value_stays_one_value(bytes in proptest::collection::vec(prop_oneof![Just(b','), 1u8..], 0..40)) {
+            let arg = with_value("file,path=", OsStr::from_bytes(&bytes), ",append=on");
+            let values = qemu_values(arg.as_bytes());
+            prop_assert_eq!(values.len(), 3);
+            prop_assert_eq!(&values[1], &[b"path=".as_slice(), &bytes].concat());
+        }
+    }
+}

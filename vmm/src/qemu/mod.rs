@@ -1,0 +1,14 @@
+//! QEMU as nido uses it: its command line, its process, its monitor.
+//!
+//! Invariant: QEMU works in the VM's own directory, and every file and socket of the VM is named on the command line
+//! relative to it, so neither long paths nor commas in them matter.
+
+pub mod argv;
+#[cfg(test)]
+mod argv_golden;
+pub mod monitor;
+mod monitor_wire;
+pub mod process;
+
+pub use monitor::{Monitor, MonitorError, MonitorEvent};
+pub use process::{Launch, QemuExit, QemuProcess};

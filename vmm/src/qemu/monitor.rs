@@ -1,0 +1,421 @@
+//! The client of QEMU's monitor (QMP).
+//!
+//! One task owns the socket; [`Monitor`] sends it commands, the owner of the VM receives the events. Invariants: every
+//! command ends within its deadline, or at once when QEMU is gone; an answer belongs to its command by number; the
+//! guest cannot stall the monitor by causing events (they are dropped, and counted, when the owner does not keep up).
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use qapi::{Command, qmp};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep, timeout_at};
+
+pub use super::monitor_wire::Event;
+use super::monitor_wire::{self as wire, Lines, Message, WireError};
+
+/// How many events may wait for their owner.
+const EVENTS_MAX: usize = 256;
+/// How long QEMU may take over the first command.
+const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(10);
+/// How soon a monitor that does not listen yet is dialled again.
+const REDIAL: Duration = Duration::from_millis(2);
+
+/// Why a command has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// QEMU closed the monitor: it has ended, or is about to.
+    #[error("QEMU is gone")]
+    QemuGone,
+    /// No answer came in time.
+    #[error("QEMU did not answer {command} within {timeout_ms} ms")]
+    Timeout {
+        /// The command.
+        command: &'static str,
+        /// How long it was waited for.
+        timeout_ms: u128,
+    },
+    /// QEMU refused.
+    #[error("QEMU refused {command}: {desc}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// QEMU's class of error.
+        class: String,
+        /// QEMU's sentence; escape it before showing it.
+        desc: String,
+    },
+    /// The other end does not speak QMP, or answered what the command cannot return.
+    #[error("the monitor does not speak QMP: {reason}")]
+    Protocol {
+        /// What was wrong.
+        reason: String,
+    },
+    /// The socket cannot be used.
+    #[error("the monitor cannot be reached: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl From<WireError> for MonitorError {
+    fn from(error: WireError) -> Self {
+        Self::Protocol { reason: error.to_string() }
+    }
+}
+
+/// What the owner of the VM is told. The stream ends when QEMU closes the monitor.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MonitorEvent {
+    /// Something happened.
+    Event(Event),
+    /// So many events were dropped before the next one: ask for the status anew.
+    Lost(u64),
+}
+
+/// A connection to a monitor, ready for commands. Clones share it; it closes when the last is dropped.
+#[derive(Clone, Debug)]
+pub struct Monitor {
+    requests: mpsc::Sender<Request>,
+    last_id: Arc<AtomicU64>,
+}
+
+#[derive(Debug)]
+struct Request {
+    id: u64,
+    line: Vec<u8>,
+    answer: oneshot::Sender<Answer>,
+}
+
+type Answer = Result<Value, Refused>;
+
+#[derive(Debug)]
+struct Refused {
+    class: String,
+    desc: String,
+}
+
+impl Monitor {
+    /// Dials the monitor until it listens, and negotiates. Needs a runtime, which then drives the connection. The death of
+    /// QEMU before it listens cannot be seen from here: watch its process beside this.
+    ///
+    /// # Errors
+    /// Nobody listened in time, or who listens does not speak QMP.
+    pub async fn connect(path: &Path, timeout: Duration) -> Result<(Self, mpsc::Receiver<MonitorEvent>), MonitorError> {
+        let deadline = Instant::now() + timeout;
+        let late = |_| MonitorError::Timeout { command: "the connection", timeout_ms: timeout.as_millis() };
+        let stream = timeout_at(deadline, dial(path)).await.map_err(late)??;
+        timeout_at(deadline, Self::negotiate(stream)).await.map_err(late)?
+    }
+
+    /// Negotiates on a connected socket; as [`Monitor::connect`].
+    ///
+    /// # Errors
+    /// The other end does not speak QMP, or closes. There is no deadline of its own.
+    pub async fn negotiate(mut stream: UnixStream) -> Result<(Self, mpsc::Receiver<MonitorEvent>), MonitorError> {
+        let mut lines = Lines::default();
+        loop {
+            if let Some(line) = lines.next_line()? {
+                match wire::read(&line)? {
+                    Message::Greeting(_) => break,
+                    _ => return Err(MonitorError::Protocol { reason: "it did not begin with a greeting".into() }),
+                }
+            }
+            let mut chunk = [0; 4096];
+            match stream.read(&mut chunk).await? {
+                0 => return Err(MonitorError::QemuGone),
+                n => lines.push(&chunk[..n]),
+            }
+        }
+        let (requests, commands) = mpsc::channel(16);
+        let (events, received) = mpsc::channel(EVENTS_MAX);
+        let driver = Driver { commands, events, waiting: HashMap::new(), lost: 0, output: Vec::new() };
+        tokio::spawn(driver.run(stream, lines));
+        let monitor = Self { requests, last_id: Arc::default() };
+        monitor.execute(qmp::qmp_capabilities { enable: None }, NEGOTIATION_TIMEOUT).await?;
+        Ok((monitor, received))
+    }
+
+    /// Runs one command. Dropping the future forgets the answer, not the command.
+    ///
+    /// # Errors
+    /// See [`MonitorError`].
+    pub async fn execute<C: Command>(&self, command: C, timeout: Duration) -> Result<C::Ok, MonitorError> {
+        let id = self.last_id.fetch_add(1, Ordering::Relaxed);
+        let strange = |e: serde_json::Error| MonitorError::Protocol { reason: format!("{}: {e}", C::NAME) };
+        let line = wire::write(&command, id).map_err(strange)?;
+        let (sender, answer) = oneshot::channel();
+        let exchange = async {
+            self.requests.send(Request { id, line, answer: sender }).await.map_err(|_| MonitorError::QemuGone)?;
+            answer.await.map_err(|_| MonitorError::QemuGone)
+        };
+        let late = |_| MonitorError::Timeout { command: C::NAME, timeout_ms: timeout.as_millis() };
+        match tokio::time::timeout(timeout, exchange).await.map_err(late)?? {
+            Ok(value) => serde_json::from_value(value).map_err(strange),
+            Err(Refused { class, desc }) => Err(MonitorError::Refused { command: C::NAME, class, desc }),
+        }
+    }
+
+    /// What the machine is doing.
+    ///
+    /// # Errors
+    /// See [`MonitorError`]; so too below.
+    pub async fn query_status(&self, timeout: Duration) -> Result<qmp::RunState, MonitorError> {
+        Ok(self.execute(qmp::query_status {}, timeout).await?.status)
+    }
+
+    /// QEMU's version.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn query_version(&self, timeout: Duration) -> Result<qmp::VersionInfo, MonitorError> {
+        self.execute(qmp::query_version {}, timeout).await
+    }
+
+    /// Lets the vCPUs run.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn cont(&self, timeout: Duration) -> Result<(), MonitorError> {
+        self.execute(qmp::cont {}, timeout).await.map(drop)
+    }
+
+    /// Halts the vCPUs.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn stop(&self, timeout: Duration) -> Result<(), MonitorError> {
+        self.execute(qmp::stop {}, timeout).await.map(drop)
+    }
+
+    /// Presses the power button: a request to the guest.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn system_powerdown(&self, timeout: Duration) -> Result<(), MonitorError> {
+        self.execute(qmp::system_powerdown {}, timeout).await.map(drop)
+    }
+
+    /// Presses the reset button.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn system_reset(&self, timeout: Duration) -> Result<(), MonitorError> {
+        self.execute(qmp::system_reset {}, timeout).await.map(drop)
+    }
+
+    /// Ends QEMU at once. That QEMU is gone before it answers counts as done.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn quit(&self, timeout: Duration) -> Result<(), MonitorError> {
+        match self.execute(qmp::quit {}, timeout).await {
+            Ok(_) | Err(MonitorError::QemuGone) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Dials until somebody listens; other failures are final.
+async fn dial(path: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                sleep(REDIAL).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// The task that owns the socket.
+struct Driver {
+    commands: mpsc::Receiver<Request>,
+    events: mpsc::Sender<MonitorEvent>,
+    waiting: HashMap<u64, oneshot::Sender<Answer>>,
+    lost: u64,
+    output: Vec<u8>,
+}
+
+impl Driver {
+    /// Runs until QEMU closes, speaks nonsense, or nobody is left to give commands. Ending drops the senders, which tells
+    /// every waiting command and the events' owner.
+    async fn run(mut self, mut stream: UnixStream, mut lines: Lines) {
+        let (mut input, mut output) = stream.split();
+        let mut chunk = vec![0; 16 << 10];
+        loop {
+            loop {
+                match lines.next_line().and_then(|line| line.map(|l| wire::read(&l)).transpose()) {
+                    Ok(Some(message)) => self.receive(message),
+                    Ok(None) => break,
+                    Err(error) => return tracing::warn!(%error, "the monitor is closed"),
+                }
+            }
+            tokio::select! {
+                read = input.read(&mut chunk) => match read {
+                    Ok(n) if n > 0 => lines.push(&chunk[..n]),
+                    _ => return,
+                },
+                written = output.write(&self.output), if !self.output.is_empty() => match written {
+                    Ok(n) => drop(self.output.drain(..n)),
+                    Err(_) => return,
+                },
+                request = self.commands.recv() => match request {
+                    Some(request) => {
+                        self.waiting.retain(|_, answer| !answer.is_closed());
+                        self.output.extend_from_slice(&request.line);
+                        self.waiting.insert(request.id, request.answer);
+                    }
+                    None => return,
+                },
+            }
+        }
+    }
+
+    fn receive(&mut self, message: Message) {
+        match message {
+            Message::Return { id, value } => self.answer(id, Ok(value)),
+            Message::Error { id, class, desc } => self.answer(id, Err(Refused { class, desc })),
+            Message::Event(event) => self.tell(event),
+            Message::Greeting(_) | Message::Other => {}
+        }
+    }
+
+    /// An answer that nobody waits for (any more) is dropped.
+    fn answer(&mut self, id: Option<u64>, answer: Answer) {
+        if let Some(waiting) = id.and_then(|id| self.waiting.remove(&id)) {
+            let _ = waiting.send(answer);
+        }
+    }
+
+    fn tell(&mut self, event: Event) {
+        if self.lost > 0 && self.events.try_send(MonitorEvent::Lost(self.lost)).is_ok() {
+            self.lost = 0;
+        }
+        if self.lost > 0 || self.events.try_send(MonitorEvent::Event(event)).is_err() {
+            self.lost += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncBufReadExt as _, BufReader};
+    use tokio::task::JoinHandle;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(30);
+    const GREETING: &str =
+        r#"{"QMP":{"version":{"qemu":{"major":7,"minor":2,"micro":0},"package":""},"capabilities":[]}}"#;
+
+    /// The other end: says `lines`, one after each command it has read (the greeting and the capabilities come first),
+    /// `ID` standing for the command's number. Then closes.
+    async fn qemu(lines: &[&str]) -> (Monitor, mpsc::Receiver<MonitorEvent>, JoinHandle<Vec<String>>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let script: Vec<String> =
+            std::iter::once(r#"{"return":{},"id":ID}"#).chain(lines.iter().copied()).map(String::from).collect();
+        let task = tokio::spawn(async move {
+            let (input, mut output) = theirs.into_split();
+            let mut commands = BufReader::new(input).lines();
+            output.write_all(format!("{GREETING}\r\n").as_bytes()).await.unwrap();
+            let mut heard = Vec::new();
+            for line in script {
+                let Some(command) = commands.next_line().await.unwrap() else { break };
+                let id = serde_json::from_str::<Value>(&command).unwrap()["id"].to_string();
+                heard.push(command);
+                output.write_all(format!("{}\r\n", line.replace("ID", &id)).as_bytes()).await.unwrap();
+            }
+            heard
+        });
+        let (monitor, events) = Monitor::negotiate(ours).await.unwrap();
+        (monitor, events, task)
+    }
+
+    #[tokio::test]
+    async fn a_command_gets_its_answer_past_events_of_any_age() {
+        let answer = [
+            r#"{"event":"QUANTUM_LEAP","timestamp":{"seconds":0,"microseconds":0}}"#,
+            r#"{"return":{"status":"postmigrate"},"id":999}"#,
+            r#"{"return":{"running":false,"singlestep":false,"status":"paused"},"id":ID}"#,
+        ];
+        let (monitor, mut events, _task) = qemu(&[&answer.join("\r\n")]).await;
+        assert_eq!(monitor.query_status(SOON).await.unwrap(), qmp::RunState::paused);
+        match events.recv().await {
+            Some(MonitorEvent::Event(event)) => assert_eq!(event.name, "QUANTUM_LEAP"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refusal_names_the_command() {
+        let refusal = r#"{"error":{"class":"GenericError","desc":"not now"},"id":ID}"#;
+        let (monitor, _events, _task) = qemu(&[refusal]).await;
+        let error = monitor.stop(SOON).await.unwrap_err();
+        assert_eq!(error.to_string(), "QEMU refused stop: not now");
+    }
+
+    #[tokio::test]
+    async fn its_end_ends_every_wait() {
+        let (monitor, mut events, task) = qemu(&[r#"{"half":"#]).await;
+        assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::QemuGone)));
+        assert_eq!(events.recv().await, None);
+        assert_eq!(task.await.unwrap().len(), 2);
+        assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::QemuGone)));
+        monitor.quit(SOON).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn garbage_closes_the_monitor() {
+        let (monitor, mut events, _task) = qemu(&["\u{1b}[2J not json", "{}"]).await;
+        assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::QemuGone)));
+        assert_eq!(events.recv().await, None);
+    }
+
+    #[tokio::test]
+    async fn silence_ends_at_the_deadline_and_a_late_answer_harms_nobody() {
+        let late = r#"{"return":{},"id":1}"#.to_owned() + "\r\n" + r#"{"return":{},"id":ID}"#;
+        let (monitor, _events, _task) = qemu(&["{}", &late]).await;
+        let error = monitor.stop(Duration::from_millis(50)).await.unwrap_err();
+        assert_eq!(error.to_string(), "QEMU did not answer stop within 50 ms");
+        monitor.cont(SOON).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_does_not_greet_is_no_monitor() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"SSH-2.0-OpenSSH\r\n").await.unwrap();
+        assert!(matches!(Monitor::negotiate(ours).await, Err(MonitorError::Protocol { .. })));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        assert!(matches!(Monitor::negotiate(ours).await, Err(MonitorError::QemuGone)));
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_events_is_counted_and_stalls_nothing() {
+        let event = r#"{"event":"VSERPORT_CHANGE","timestamp":{"seconds":0,"microseconds":0}}"#;
+        let flood = vec![event; EVENTS_MAX + 10].join("\r\n") + "\r\n" + r#"{"return":{},"id":ID}"#;
+        let after = format!("{event}\r\n{}", r#"{"return":{},"id":ID}"#);
+        let (monitor, mut events, _task) = qemu(&[&flood, &after]).await;
+        monitor.cont(SOON).await.unwrap();
+        for _ in 0..EVENTS_MAX {
+            assert!(matches!(events.recv().await, Some(MonitorEvent::Event(_))));
+        }
+        monitor.cont(SOON).await.unwrap();
+        assert_eq!(events.recv().await, Some(MonitorEvent::Lost(10)));
+        assert!(matches!(events.recv().await, Some(MonitorEvent::Event(_))));
+    }
+
+    #[tokio::test]
+    async fn a_monitor_that_never_listens_ends_at_the_deadline() {
+        let dir = tempfile::tempdir().unwrap();
+        let result = Monitor::connect(&dir.path().join("qmp.sock"), Duration::from_millis(100)).await;
+        assert!(matches!(result, Err(MonitorError::Timeout { .. })));
+    }
+}
