@@ -70,7 +70,8 @@ pub fn parts(machine: &Machine, files: &Files) -> Vec<Part> {
         disk(machine, &files.disk),
     ];
     parts.extend((machine.net == NetChoice::Nat).then(|| nat(machine)));
-    parts.extend([rng(machine), fw_cfg(files), kernel(machine, files)]);
+    // "panic": how a guest's kernel says that it panics, before `panic=-1` makes it reset.
+    parts.extend([rng(machine), fw_cfg(files), part("panic", ["-device", "pvpanic"]), kernel(machine, files)]);
     parts
 }
 

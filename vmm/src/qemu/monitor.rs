@@ -116,22 +116,11 @@ impl Monitor {
     /// Negotiates on a connected socket; as [`Monitor::connect`].
     ///
     /// # Errors
-    /// The other end does not speak QMP, or closes. There is no deadline of its own.
+    /// The other end does not speak QMP, says nothing for a while, or closes.
     pub async fn negotiate(mut stream: UnixStream) -> Result<(Self, mpsc::Receiver<MonitorEvent>), MonitorError> {
         let mut lines = Lines::default();
-        loop {
-            if let Some(line) = lines.next_line()? {
-                match wire::read(&line)? {
-                    Message::Greeting(_) => break,
-                    _ => return Err(MonitorError::Protocol { reason: "it did not begin with a greeting".into() }),
-                }
-            }
-            let mut chunk = [0; 4096];
-            match stream.read(&mut chunk).await? {
-                0 => return Err(MonitorError::QemuGone),
-                n => lines.push(&chunk[..n]),
-            }
-        }
+        let late = |_| MonitorError::Timeout { command: "the greeting", timeout_ms: NEGOTIATION_TIMEOUT.as_millis() };
+        tokio::time::timeout(NEGOTIATION_TIMEOUT, greeting(&mut stream, &mut lines)).await.map_err(late)??;
         let (requests, commands) = mpsc::channel(16);
         let (events, received) = mpsc::channel(EVENTS_MAX);
         let driver = Driver { commands, events, waiting: HashMap::new(), lost: 0, output: Vec::new() };
@@ -230,6 +219,22 @@ async fn dial(path: &Path) -> io::Result<UnixStream> {
                 sleep(REDIAL).await;
             }
             Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Reads the first message, which has to be the greeting.
+async fn greeting(stream: &mut UnixStream, lines: &mut Lines) -> Result<(), MonitorError> {
+    let mut chunk = [0; 4096];
+    loop {
+        match lines.next_line()?.map(|line| wire::read(&line)).transpose()? {
+            Some(Message::Greeting(_)) => return Ok(()),
+            Some(_) => return Err(MonitorError::Protocol { reason: "it did not begin with a greeting".into() }),
+            None => {}
+        }
+        match stream.read(&mut chunk).await? {
+            0 => return Err(MonitorError::QemuGone),
+            n => lines.push(&chunk[..n]),
         }
     }
 }

@@ -18,8 +18,6 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::lock::Held;
-
 /// How to start QEMU.
 #[derive(Debug)]
 pub struct Launch<'a> {
@@ -31,8 +29,8 @@ pub struct Launch<'a> {
     pub vm_dir: &'a Path,
     /// Where its standard output and error go; opened for appending.
     pub log: File,
-    /// The VM's lock, which it inherits.
-    pub lock: &'a Held,
+    /// The VM's locked file (see [`crate::lock`]), which it inherits.
+    pub lock: &'a File,
 }
 
 /// How QEMU ended.
@@ -61,7 +59,7 @@ impl QemuProcess {
     /// # Errors
     /// The program cannot be executed or the system has no room for it.
     pub fn spawn(launch: Launch<'_>) -> io::Result<Self> {
-        let lock_fd = launch.lock.file().as_raw_fd();
+        let lock_fd = launch.lock.as_raw_fd();
         let mut command = Command::new(launch.program);
         command
             .args(launch.args)
@@ -204,7 +202,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::lock::is_held;
+    use crate::lock::{Held, is_held};
 
     const DIR: &str = "NIDO_TEST_LOCK_DIR";
 
@@ -212,7 +210,8 @@ mod tests {
         let lock = Held::try_take(&dir.join("vm.lock")).unwrap().unwrap();
         let log = OpenOptions::new().append(true).create(true).open(dir.join("qemu.log")).unwrap();
         let args: Vec<OsString> = args.iter().map(Into::into).collect();
-        QemuProcess::spawn(Launch { program: program.as_ref(), args: &args, vm_dir: dir, log, lock: &lock }).unwrap()
+        QemuProcess::spawn(Launch { program: program.as_ref(), args: &args, vm_dir: dir, log, lock: lock.file() })
+            .unwrap()
     }
 
     async fn ended(process: &QemuProcess) -> QemuExit {
