@@ -1,0 +1,97 @@
+//! What all sessions share.
+//!
+//! Invariant: the count of open sessions is right whatever ends a session, because [`Seat`] keeps it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nido_guest_agent::wire::{Fault, Power};
+use tokio::sync::mpsc;
+
+use crate::children::Children;
+
+/// How many sessions may be open at once.
+pub const MAX_SESSIONS: usize = 64;
+
+/// The agent.
+pub struct Agent {
+    /// The VM's token.
+    pub token: Vec<u8>,
+    /// Whether it is the guest's first process.
+    pub is_init: bool,
+    /// What it has started.
+    pub children: Children,
+    /// Whether commands must get a neutral out-of-memory score, because the agent has another.
+    pub resets_oom_score: bool,
+    /// Where a request to go down goes.
+    pub power: mpsc::Sender<Power>,
+    sessions: AtomicUsize,
+}
+
+impl Agent {
+    /// An agent without sessions.
+    pub fn new(token: Vec<u8>, is_init: bool, power: mpsc::Sender<Power>) -> Self {
+        let score = std::fs::read("/proc/self/oom_score_adj").unwrap_or_default();
+        let resets_oom_score = score.trim_ascii() != b"0" && !score.is_empty();
+        Self { token, is_init, children: Children::default(), resets_oom_score, power, sessions: AtomicUsize::new(0) }
+    }
+
+    /// Takes a seat for one more session, if there is one.
+    pub fn sit(self: &Arc<Self>) -> Option<Seat> {
+        let taken = self.sessions.fetch_add(1, Ordering::Relaxed);
+        let seat = Seat(self.clone());
+        (taken < MAX_SESSIONS).then_some(seat)
+    }
+
+    /// How many sessions are open.
+    pub fn sessions(&self) -> usize {
+        self.sessions.load(Ordering::Relaxed)
+    }
+}
+
+/// One open session.
+pub struct Seat(Arc<Agent>);
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if self.0.sessions.fetch_sub(1, Ordering::Relaxed) == 1 {
+            crate::sys::trim_allocator();
+        }
+    }
+}
+
+/// A request that was not carried out: what the host is told.
+#[derive(Debug)]
+pub struct Refusal {
+    /// What went wrong, for programs.
+    pub fault: Fault,
+    /// What went wrong, for people.
+    pub message: String,
+}
+
+impl Refusal {
+    /// A refusal with its sentence.
+    pub fn new(fault: Fault, message: impl Into<String>) -> Self {
+        Self { fault, message: message.into() }
+    }
+
+    /// A refusal because a call on `subject` failed.
+    pub fn from_io(subject: &str, error: &std::io::Error) -> Self {
+        Self::new(fault_of(error), format!("{subject}: {error}"))
+    }
+}
+
+/// The fault that an operating system error amounts to.
+pub fn fault_of(error: &std::io::Error) -> Fault {
+    use std::io::ErrorKind::{
+        DirectoryNotEmpty, IsADirectory, NotADirectory, NotFound, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem,
+        StorageFull,
+    };
+    match error.kind() {
+        NotFound => Fault::NotFound,
+        PermissionDenied | ReadOnlyFilesystem => Fault::Denied,
+        StorageFull | QuotaExceeded => Fault::DiskFull,
+        IsADirectory | NotADirectory | DirectoryNotEmpty => Fault::WrongType,
+        _ => Fault::Other,
+    }
+}

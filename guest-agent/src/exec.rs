@@ -1,0 +1,375 @@
+//! Running a command for a session.
+//!
+//! Four things go on at once, and none may hold up another: frames from the host are obeyed (a signal arrives even
+//! when the command neither reads its input nor has its output read), standard input is fed, output is sent, the
+//! time limit is watched. Invariant: a session that goes away takes the process group with it, and an exit is
+//! reported only after the output that preceded it.
+
+use std::collections::VecDeque;
+use std::future::pending;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nido_guest_agent::wire::{self, Exec, Exited, Fault, HEAD, STDIN_WINDOW, ToGuest, ToHost, WindowSize, kind};
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, sleep_until};
+
+use crate::agent::{Agent, Refusal};
+use crate::children::Ended;
+use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming, raw_frame};
+use crate::program::{self, Started};
+
+/// Largest payload of an output frame, in bytes: what a pipe holds.
+const OUTPUT_CHUNK: usize = 64 * 1024;
+/// How long a finished command's output is still read when something else keeps it open.
+const LINGER: Duration = Duration::from_millis(100);
+/// How long a process group may live between SIGHUP and SIGKILL when its session is gone.
+const HANGUP_GRACE: Duration = Duration::from_millis(500);
+/// Credit is returned in pieces of at least this size, in bytes, or when everything was taken.
+const CREDIT_PIECE: u32 = STDIN_WINDOW / 4;
+
+/// Runs a command to its end. What it could not do for the command's or host's fault, it has told the host.
+///
+/// # Errors
+/// The session is at its end.
+pub async fn run(
+    agent: &Arc<Agent>,
+    request: Exec,
+    input: &mut FrameReader,
+    output: &mut FrameWriter,
+) -> Result<(), FrameError> {
+    let begun = Instant::now();
+    let limit = request.timeout_ms.map(Duration::from_millis);
+    let has_stdin = request.stdin;
+    let starter = agent.clone();
+    let started = tokio::task::spawn_blocking(move || program::start(&starter, &request)).await;
+    let started = match started.map_err(io::Error::other)? {
+        Ok(started) => started,
+        Err(Refusal { fault, message }) => {
+            return Ok(output.send(&ToHost::Failed(wire::Failed { fault, message })).await?);
+        }
+    };
+    let mut group = Group { pid: started.pid, ended: false };
+    output.send(&ToHost::Started(started.pid.as_raw_nonzero().get().cast_unsigned())).await?;
+
+    let Started { pid, stdin, stdout, stderr, terminal, ended } = started;
+    let feed = Feed::default();
+    let sent = send_output([stdout, stderr], ended, &feed, output);
+    let window = terminal.as_deref();
+    let status = tokio::select! {
+        status = sent => status?,
+        over = obey(pid, has_stdin, window, &feed, input) => return Err(over),
+        () = feed_stdin(stdin, terminal.is_some(), &feed) => unreachable_end().await?,
+        () = kill_at(pid, limit.map(|limit| begun + limit), &feed) => unreachable_end().await?,
+    };
+    group.ended = true;
+    let (code, signal) = match status {
+        Ended::Code(code) => (Some(code), None),
+        Ended::Signal(signal) => (None, Some(signal)),
+    };
+    let timed_out = feed.state().timed_out;
+    let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    Ok(output.send(&ToHost::Exited(Exited { code, signal, timed_out, duration_ms })).await?)
+}
+
+/// The type of a branch that never completes.
+async fn unreachable_end() -> Result<Ended, FrameError> {
+    pending().await
+}
+
+/// The command's process group; hung up and killed when the session ends before the command.
+struct Group {
+    pid: Pid,
+    ended: bool,
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        let pid = self.pid;
+        // An error means that the group is gone already, which is what is wanted.
+        let _ = kill_process_group(pid, Signal::HUP);
+        tokio::spawn(async move {
+            let deadline = Instant::now() + HANGUP_GRACE;
+            while rustix::process::test_kill_process_group(pid).is_ok() && Instant::now() < deadline {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            let _ = kill_process_group(pid, Signal::KILL);
+        });
+    }
+}
+
+/// What the branches of one command share.
+#[derive(Default)]
+struct Feed {
+    state: Mutex<FeedState>,
+    /// Told when input or its end has come.
+    more: Notify,
+    /// Told when there is credit to return.
+    credit: Notify,
+}
+
+#[derive(Default)]
+struct FeedState {
+    /// Input on its way to the command; with `credit` never more than the window.
+    bytes: VecDeque<u8>,
+    /// No more input will come.
+    end: bool,
+    /// Taken by the command and not yet told to the host.
+    credit: u32,
+    /// Sent by the host and not yet credited.
+    outstanding: u32,
+    timed_out: bool,
+}
+
+impl Feed {
+    fn state(&self) -> std::sync::MutexGuard<'_, FeedState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes input from the host, if it keeps to its window.
+    fn push(&self, bytes: &[u8]) -> Result<(), FrameError> {
+        let mut state = self.state();
+        let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        if state.outstanding.saturating_add(length) > STDIN_WINDOW {
+            return Err(protocol("more standard input than was allowed"));
+        }
+        state.outstanding += length;
+        state.bytes.extend(bytes);
+        drop(state);
+        self.more.notify_one();
+        Ok(())
+    }
+
+    /// The command has taken `count` bytes, or nobody will ever take them.
+    fn taken(&self, count: usize) {
+        let mut state = self.state();
+        state.bytes.drain(..count);
+        state.credit += u32::try_from(count).unwrap_or(u32::MAX);
+        if state.credit >= CREDIT_PIECE || state.bytes.is_empty() {
+            self.credit.notify_one();
+        }
+    }
+
+    fn take_credit(&self) -> u32 {
+        let mut state = self.state();
+        let credit = std::mem::take(&mut state.credit);
+        state.outstanding -= credit;
+        credit
+    }
+}
+
+fn protocol(message: &str) -> FrameError {
+    FrameError::Wire(wire::WireError::Malformed(message.into()))
+}
+
+/// Does what the host says while the command runs. Returns only when the session is over.
+async fn obey(
+    pid: Pid,
+    has_stdin: bool,
+    terminal: Option<&AsyncFd<OwnedFd>>,
+    feed: &Feed,
+    input: &mut FrameReader,
+) -> FrameError {
+    loop {
+        match input.next().await {
+            Ok(Some(Incoming::Raw(kind::STDIN, bytes))) if has_stdin => {
+                if let Err(error) = feed.push(&bytes) {
+                    return error;
+                }
+            }
+            Ok(Some(Incoming::Message(ToGuest::StdinEof))) => {
+                feed.state().end = true;
+                feed.more.notify_one();
+            }
+            Ok(Some(Incoming::Message(ToGuest::Signal(number)))) => signal_group(pid, number),
+            Ok(Some(Incoming::Message(ToGuest::Resize(size)))) => {
+                if let Some(terminal) = terminal {
+                    // Fails only if the terminal is closed already.
+                    let _ = rustix::termios::tcsetwinsize(terminal, program::winsize(size));
+                }
+            }
+            Ok(Some(_)) => return protocol("a frame that does not belong to a running command"),
+            Ok(None) => return io::Error::from(io::ErrorKind::UnexpectedEof).into(),
+            Err(error) => return error,
+        }
+    }
+}
+
+/// Sends a signal to the whole group. An unknown number and a group that is gone are the same to the host: nothing
+/// happens.
+fn signal_group(pid: Pid, number: u8) {
+    if let Some(signal) = Signal::from_named_raw(i32::from(number)) {
+        let _ = kill_process_group(pid, signal);
+    }
+}
+
+/// Writes input to the command as it takes it. Never returns.
+async fn feed_stdin(stdin: Option<AsyncFd<OwnedFd>>, is_terminal: bool, feed: &Feed) {
+    let mut stdin = stdin;
+    loop {
+        let (piece, end) = {
+            let state = feed.state();
+            let waiting = state.bytes.as_slices().0;
+            (waiting[..waiting.len().min(OUTPUT_CHUNK)].to_vec(), state.end)
+        };
+        if piece.is_empty() {
+            if end && let Some(closing) = stdin.take() {
+                if is_terminal {
+                    // On a terminal the end of input is a character (Ctrl-D).
+                    let _ = write_some(&closing, b"\x04").await;
+                    stdin = Some(closing);
+                    feed.state().end = false;
+                }
+                continue;
+            }
+            feed.more.notified().await;
+            continue;
+        }
+        let count = match &stdin {
+            Some(open) => write_some(open, &piece).await,
+            None => Ok(piece.len()),
+        };
+        match count {
+            Ok(count) => feed.taken(count),
+            // The command has closed its input: what comes is dropped, so that the host is not kept waiting.
+            Err(_closed) => stdin = None,
+        }
+    }
+}
+
+async fn write_some(file: &AsyncFd<OwnedFd>, bytes: &[u8]) -> io::Result<usize> {
+    file.async_io(Interest::WRITABLE, |file| Ok(rustix::io::write(file, bytes)?)).await
+}
+
+/// Kills the group when its time has run out. Never returns.
+async fn kill_at(pid: Pid, deadline: Option<Instant>, feed: &Feed) {
+    if let Some(deadline) = deadline {
+        sleep_until(deadline).await;
+        feed.state().timed_out = true;
+        // Gone already is as good.
+        let _ = kill_process_group(pid, Signal::KILL);
+    }
+    pending::<()>().await;
+}
+
+type Outlet = Option<Arc<AsyncFd<OwnedFd>>>;
+
+/// Sends output and credit until the command has ended and its output is through.
+async fn send_output(
+    [mut stdout, mut stderr]: [Outlet; 2],
+    mut ended: oneshot::Receiver<Ended>,
+    feed: &Feed,
+    host: &mut FrameWriter,
+) -> Result<Ended, FrameError> {
+    let (mut first, mut second) = (raw_frame(OUTPUT_CHUNK), raw_frame(OUTPUT_CHUNK));
+    let mut status = None;
+    // Bytes that lay in the pipes when the command ended: these are its own and must go out, however slow the host.
+    let mut owed = 0;
+    let mut deadline = Instant::now();
+    loop {
+        if let Some(status) = status
+            && stdout.is_none()
+            && stderr.is_none()
+        {
+            return Ok(status);
+        }
+        let count = tokio::select! {
+            () = feed.credit.notified() => {
+                let credit = feed.take_credit();
+                if credit > 0 {
+                    host.send(&ToHost::StdinCredit(credit)).await?;
+                }
+                0
+            }
+            count = read_some(stdout.as_deref(), &mut first), if stdout.is_some() => {
+                forward(count, kind::STDOUT, &mut stdout, &mut first, host).await?
+            }
+            count = read_some(stderr.as_deref(), &mut second), if stderr.is_some() => {
+                forward(count, kind::STDERR, &mut stderr, &mut second, host).await?
+            }
+            end = &mut ended, if status.is_none() => {
+                status = Some(end.map_err(|_| io::Error::other("the command was lost"))?);
+                owed = waiting(stdout.as_deref()) + waiting(stderr.as_deref());
+                deadline = Instant::now() + LINGER;
+                0
+            }
+            () = sleep_until(deadline), if status.is_some() && owed == 0 => {
+                (stdout, stderr) = (None, None);
+                0
+            }
+        };
+        owed = owed.saturating_sub(count);
+        if status.is_some() && owed == 0 && Instant::now() >= deadline {
+            (stdout, stderr) = (None, None);
+        }
+    }
+}
+
+/// Sends what was read; at its end or an error the outlet is closed.
+async fn forward(
+    count: io::Result<usize>,
+    kind: u8,
+    outlet: &mut Outlet,
+    frame: &mut Vec<u8>,
+    host: &mut FrameWriter,
+) -> Result<usize, FrameError> {
+    match count {
+        // A terminal whose last user has gone gives EIO, a pipe gives zero bytes.
+        Ok(0) | Err(_) => {
+            *outlet = None;
+            Ok(0)
+        }
+        Ok(count) => {
+            host.send_raw(kind, frame).await?;
+            frame.truncate(HEAD);
+            Ok(count)
+        }
+    }
+}
+
+async fn read_some(outlet: Option<&AsyncFd<OwnedFd>>, frame: &mut Vec<u8>) -> io::Result<usize> {
+    let Some(outlet) = outlet else { return pending().await };
+    let buffer = |file: &OwnedFd| Ok(rustix::io::read(file, rustix::buffer::spare_capacity(frame))?);
+    let mut buffer = buffer;
+    outlet.async_io(Interest::READABLE, |file| buffer(file)).await
+}
+
+fn waiting(outlet: Option<&AsyncFd<OwnedFd>>) -> usize {
+    outlet
+        .and_then(|outlet| rustix::io::ioctl_fionread(outlet).ok())
+        .map_or(0, |count| usize::try_from(count).unwrap_or(usize::MAX))
+}
+
+/// Checks the parts of a request that need no look at the guest.
+///
+/// # Errors
+/// What breaks the protocol.
+pub fn check(request: &Exec) -> Result<(), Refusal> {
+    let invalid = |message: &str| Err(Refusal::new(Fault::Invalid, message));
+    let holds_nul = |bytes: &[u8]| bytes.contains(&0);
+    if request.login_shell != request.argv.is_empty() {
+        return invalid("either a command or the login shell must be asked for");
+    }
+    let strings = request.argv.iter().chain(&request.env).chain(&request.directory);
+    if strings.into_iter().any(|bytes| holds_nul(bytes)) {
+        return invalid("arguments, environment and directory cannot hold NUL");
+    }
+    if request.argv.first().is_some_and(|program| program.is_empty()) {
+        return invalid("the program's name is empty");
+    }
+    if request.env.iter().any(|pair| pair.first() == Some(&b'=') || !pair.contains(&b'=')) {
+        return invalid("an environment variable must be KEY=VALUE");
+    }
+    if matches!(request.pty, Some(WindowSize { rows: 0, .. } | WindowSize { columns: 0, .. })) {
+        return invalid("a terminal needs rows and columns");
+    }
+    Ok(())
+}

@@ -1,0 +1,106 @@
+//! Going down in order: processes are asked, then ended, the disks are written, the power goes off.
+//!
+//! Invariant: it always ends. Every wait has a deadline, and the last step is the kernel's.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use nido_guest_agent::wire::Power;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::mount::{MountFlags, mount_remount};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use crate::agent::Agent;
+use crate::sys::Launch;
+
+/// How long processes may take after SIGTERM.
+const TERM_GRACE: Duration = Duration::from_secs(5);
+/// How long the kernel may take to end them after SIGKILL.
+const KILL_GRACE: Duration = Duration::from_secs(2);
+
+/// Who does it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// The agent, as process 1.
+    Init,
+    /// systemd is told.
+    Systemd,
+}
+
+/// Waits until the host asks for it, or (as process 1) somebody in the guest by a signal.
+///
+/// # Errors
+/// Signals cannot be watched.
+pub async fn asked(asks: &mut mpsc::Receiver<Power>, mode: Mode) -> io::Result<Power> {
+    if mode == Mode::Systemd {
+        return asks.recv().await.ok_or_else(|| io::Error::other("nobody can ask any more"));
+    }
+    let mut term = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let power = tokio::select! {
+        Some(power) = asks.recv() => power,
+        _ = term.recv() => Power::Off,
+        _ = interrupt.recv() => Power::Restart,
+    };
+    Ok(power)
+}
+
+/// Takes the guest down. As process 1 it does not return.
+///
+/// # Errors
+/// systemd cannot be told, or the kernel refuses.
+pub async fn go_down(agent: &Agent, power: Power, mode: Mode) -> io::Result<()> {
+    match mode {
+        Mode::Systemd => tell_systemd(agent, power).await,
+        Mode::Init => end_everything(agent, power).await,
+    }
+}
+
+async fn tell_systemd(agent: &Agent, power: Power) -> io::Result<()> {
+    let verb = match power {
+        Power::Off => c"poweroff",
+        Power::Restart => c"reboot",
+    };
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    let launch = Launch {
+        programs: &[c"/bin/systemctl".into(), c"/usr/bin/systemctl".into()],
+        argv: &[c"systemctl".into(), CString::from(c"--no-block"), verb.into()],
+        environment: &[],
+        directory: c"/",
+        stdio: [null.as_fd(), null.as_fd(), null.as_fd()],
+        terminal: false,
+        identity: None,
+        reset_oom_score: false,
+    };
+    agent.children.launch(&launch).map_err(io::Error::other)?;
+    // systemd ends this process when its turn has come.
+    std::future::pending().await
+}
+
+async fn end_everything(agent: &Agent, power: Power) -> io::Result<()> {
+    // Interactive shells ignore SIGTERM and obey SIGHUP; stopped processes obey once they go on.
+    let politely = &[Signal::SIGHUP, Signal::SIGTERM, Signal::SIGCONT][..];
+    for (signals, grace) in [(politely, TERM_GRACE), (&[Signal::SIGKILL], KILL_GRACE)] {
+        let mut gone = std::pin::pin!(agent.children.all_gone());
+        // Registered before the signals, so that the last death is not missed.
+        let _ = futures::poll!(&mut gone);
+        // As process 1, "every process" does not include the caller; an error says that there is no other.
+        let sent = signals.iter().try_for_each(|&signal| kill(Pid::from_raw(-1), signal));
+        if sent.is_err() || timeout(grace, gone).await.is_ok() {
+            break;
+        }
+    }
+    // What cannot be written now never can; the power goes off all the same.
+    rustix::fs::sync();
+    let _ = mount_remount("/", MountFlags::RDONLY, c"");
+    let command = match power {
+        Power::Off => rustix::system::RebootCommand::PowerOff,
+        Power::Restart => rustix::system::RebootCommand::Restart,
+    };
+    Ok(rustix::system::reboot(command)?)
+}

@@ -1,0 +1,210 @@
+//! One session: hello first, then one request after another until the host closes.
+//!
+//! Invariant: nothing is done for a host that has not shown the VM's token, and a host that breaks the protocol is
+//! told so and loses the session, never the agent.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nido_guest_agent::wire::{
+    self, Fault, Hello, Pong, Power, Refusal as Reason, Refused, ToGuest, ToHost, VERSION, Welcome,
+};
+use subtle::ConstantTimeEq;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::time::timeout;
+
+use crate::agent::{Agent, Refusal};
+use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
+use crate::{exec, files, forward, network};
+
+/// How long the host may take for its hello.
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// How long what a refused host still sends is read and dropped, so that the refusal reaches it.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the host may take to close the session after it was told that the guest goes down.
+const FAREWELL_DEADLINE: Duration = Duration::from_millis(500);
+/// How long writing everything to the disks may take before the guest goes down.
+const SYNC_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Serves one session to its end.
+pub async fn serve<S: AsyncRead + AsyncWrite + Send + 'static>(agent: Arc<Agent>, stream: S) {
+    let (source, sink) = tokio::io::split(stream);
+    let (mut input, mut output) = (FrameReader::new(Box::new(source)), FrameWriter::new(Box::new(sink)));
+    let seat = agent.sit();
+    let busy = seat.is_none();
+    let welcomed = match timeout(HELLO_DEADLINE, greet(&agent, busy, &mut input, &mut output)).await {
+        Ok(welcomed) => welcomed,
+        Err(_late) => return,
+    };
+    match welcomed {
+        Ok(true) => {}
+        Ok(false) => return drain(input, output).await,
+        Err(_gone) => return,
+    }
+    input.lift_greeting_limit();
+    match answer_requests(&agent, input, output).await {
+        Over::Closed => {}
+        Over::Broken(input, output) => drain(input, output).await,
+        Over::Forwards(input, output, target) => forward::copy(input, output, target).await,
+    }
+}
+
+/// How a session's requests came to an end.
+enum Over {
+    /// The host has closed it, or it broke.
+    Closed,
+    /// The host was told `Failed`, and may still be sending.
+    Broken(FrameReader, FrameWriter),
+    /// It has become the two ends of a connection.
+    Forwards(FrameReader, FrameWriter, tokio::net::TcpStream),
+}
+
+/// Reads the hello and answers it. False if the host was refused.
+async fn greet(
+    agent: &Agent,
+    busy: bool,
+    input: &mut FrameReader,
+    output: &mut FrameWriter,
+) -> Result<bool, FrameError> {
+    let answer = match input.next().await {
+        Ok(Some(Incoming::Message(ToGuest::Hello(hello)))) => judge(&hello, &agent.token, busy).map(|()| hello.nonce),
+        Ok(None) | Err(FrameError::Io(_)) => return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
+        Ok(Some(_)) | Err(FrameError::Wire(_)) => Err(Reason::NoHello),
+    };
+    match answer {
+        Ok(nonce) => {
+            let welcome = Welcome { version: VERSION, nonce, agent: env!("CARGO_PKG_VERSION").into() };
+            output.send(&ToHost::Welcome(welcome)).await?;
+            Ok(true)
+        }
+        Err(reason) => {
+            output.send(&ToHost::Refused(Refused { reason, oldest: VERSION, newest: VERSION })).await?;
+            Ok(false)
+        }
+    }
+}
+
+/// Whether a hello opens the session. The token comes first: who does not have it learns nothing else.
+fn judge(hello: &Hello, token: &[u8], busy: bool) -> Result<(), Reason> {
+    if !bool::from(hello.token.as_slice().ct_eq(token)) {
+        return Err(Reason::Token);
+    }
+    if !(hello.oldest..=hello.newest).contains(&VERSION) {
+        return Err(Reason::Version);
+    }
+    if busy { Err(Reason::Busy) } else { Ok(()) }
+}
+
+async fn answer_requests(agent: &Arc<Agent>, mut input: FrameReader, mut output: FrameWriter) -> Over {
+    loop {
+        let request = match input.next().await {
+            Ok(Some(Incoming::Message(request))) => request,
+            // Input of a command that ended or was never started may still be under way.
+            Ok(Some(Incoming::Raw(wire::kind::STDIN, _))) => continue,
+            Ok(Some(Incoming::Raw(kind, _))) => {
+                return broken(input, output, &format!("frame kind {kind:#04x} outside of a request")).await;
+            }
+            Ok(None) | Err(FrameError::Io(_)) => return Over::Closed,
+            Err(FrameError::Wire(error)) => return broken(input, output, &error.to_string()).await,
+        };
+        let done = match request {
+            ToGuest::Ping => output.send(&pong(agent)).await.map_err(FrameError::from),
+            ToGuest::Exec(exec) => exec::run(agent, exec, &mut input, &mut output).await,
+            ToGuest::Put(put) => match files::receive(put, &mut input, &mut output).await {
+                Ok(files::Received::Done) => Ok(()),
+                Ok(files::Received::Failed) => return Over::Broken(input, output),
+                Err(error) => Err(error),
+            },
+            ToGuest::Get(get) => files::send(get, &mut output).await,
+            ToGuest::Connect(connect) => match forward::connect(&connect).await {
+                Ok(target) => match output.send(&ToHost::Connected).await {
+                    Ok(()) => return Over::Forwards(input, output, target),
+                    Err(error) => Err(error.into()),
+                },
+                Err(refusal) => fail(&mut output, refusal).await,
+            },
+            ToGuest::Power(power) => go_down(agent, power, &mut input, &mut output).await,
+            ToGuest::StdinEof | ToGuest::Signal(_) | ToGuest::Resize(_) => Ok(()),
+            ToGuest::Hello(_) | ToGuest::Entry(_) | ToGuest::EntryEnd | ToGuest::TreeEnd => {
+                return broken(input, output, "a message that belongs to no request").await;
+            }
+        };
+        match done {
+            Ok(()) => {}
+            Err(FrameError::Io(_)) => return Over::Closed,
+            Err(FrameError::Wire(error)) => return broken(input, output, &error.to_string()).await,
+        }
+    }
+}
+
+/// Tells the host that its request was not carried out.
+async fn fail(output: &mut FrameWriter, Refusal { fault, message }: Refusal) -> Result<(), FrameError> {
+    Ok(output.send(&ToHost::Failed(wire::Failed { fault, message })).await?)
+}
+
+async fn broken(input: FrameReader, mut output: FrameWriter, message: &str) -> Over {
+    match fail(&mut output, Refusal::new(Fault::Invalid, message)).await {
+        Ok(()) => Over::Broken(input, output),
+        Err(_gone) => Over::Closed,
+    }
+}
+
+/// Closes our side and drops what still comes, so that the last answer is not lost to a reset.
+async fn drain(input: FrameReader, mut output: FrameWriter) {
+    output.close().await;
+    let mut rest = input.into_stream();
+    let mut bin = vec![0; 64 * 1024];
+    let to_end = async { while matches!(rest.read(&mut bin).await, Ok(1..)) {} };
+    // Late or not, the session is over.
+    let _ = timeout(DRAIN_DEADLINE, to_end).await;
+}
+
+fn pong(agent: &Agent) -> ToHost {
+    let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let uptime_ms = uptime.tv_sec.cast_unsigned() * 1000 + uptime.tv_nsec.cast_unsigned() / 1_000_000;
+    ToHost::Pong(Pong {
+        agent: env!("CARGO_PKG_VERSION").into(),
+        uptime_ms,
+        sessions: u32::try_from(agent.sessions()).unwrap_or(u32::MAX),
+        is_init: agent.is_init,
+        address: network::address(),
+    })
+}
+
+async fn go_down(
+    agent: &Agent,
+    power: Power,
+    input: &mut FrameReader,
+    output: &mut FrameWriter,
+) -> Result<(), FrameError> {
+    let synced = tokio::task::spawn_blocking(rustix::fs::sync);
+    if timeout(SYNC_DEADLINE, synced).await.is_err() {
+        return fail(output, Refusal::new(Fault::Other, "the disks could not be synced in time")).await;
+    }
+    output.send(&ToHost::PoweringOff).await?;
+    output.close().await;
+    // The host closes when it has read the answer; only then is it sure to have arrived.
+    let _ = timeout(FAREWELL_DEADLINE, input.next()).await;
+    // A second request while the first is carried out changes nothing.
+    let _ = agent.power.try_send(power);
+    Err(std::io::Error::from(std::io::ErrorKind::ConnectionAborted).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(token: &[u8], oldest: u16, newest: u16) -> Hello {
+        Hello { oldest, newest, token: token.to_vec().into(), nonce: 7 }
+    }
+
+    #[test]
+    fn the_token_is_judged_before_anything_else() {
+        assert_eq!(judge(&hello(b"right", VERSION, VERSION), b"right", false), Ok(()));
+        assert_eq!(judge(&hello(b"right", 0, 9), b"right", false), Ok(()));
+        assert_eq!(judge(&hello(b"wrong", 8, 9), b"right", true), Err(Reason::Token));
+        assert_eq!(judge(&hello(b"", 0, 9), b"right", false), Err(Reason::Token));
+        assert_eq!(judge(&hello(b"right", VERSION + 1, VERSION + 2), b"right", false), Err(Reason::Version));
+        assert_eq!(judge(&hello(b"right", 0, 9), b"right", true), Err(Reason::Busy));
+    }
+}

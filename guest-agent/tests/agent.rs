@@ -1,0 +1,13 @@
+//! The real agent, run as an ordinary process, against a host that follows the protocol and hosts that do not.
+
+#[path = "support/mod.rs"]
+mod support;
+
+#[path = "agent/channel.rs"]
+mod channel;
+#[path = "agent/exec.rs"]
+mod exec;
+#[path = "agent/files.rs"]
+mod files;
+#[path = "agent/forward.rs"]
+mod forward;

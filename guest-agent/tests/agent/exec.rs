@@ -1,0 +1,308 @@
+//! Commands: streams, exits, signals, time limits, terminals, and many at once.
+
+use nido_guest_agent::wire::{Exec, Fault, STDIN_WINDOW, ToGuest, ToHost, WindowSize, kind};
+
+use super::channel::gone;
+use crate::support::{Answer, Host, command, shell};
+
+#[tokio::test]
+async fn streams_and_exit_codes_are_kept_apart() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let output = session.run("echo out; echo err >&2; exit 42").await;
+    assert_eq!(
+        (output.stdout.as_slice(), output.stderr.as_slice(), output.code),
+        (&b"out\n"[..], &b"err\n"[..], Some(42))
+    );
+    let output = session.run("kill -9 $$").await;
+    assert_eq!((output.code, output.signal, output.timed_out), (None, Some(9), false));
+}
+
+#[tokio::test]
+async fn arguments_environment_and_directory_arrive_as_bytes() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let exec = Exec {
+        env: vec![b"ODD=a\nb\xff".to_vec().into(), b"PATH=/usr/bin:/bin".to_vec().into()],
+        directory: Some(b"/usr".to_vec().into()),
+        ..command(&["sh", "-c", "pwd; printf '%s|' \"$ODD\" \"$PATH\" \"$HOME\" \"$1\"", "sh", "two words\t"])
+    };
+    session.start(exec).await;
+    let output = session.finish().await;
+    let home = std::env::var("HOME").unwrap();
+    let wanted = [b"/usr\na\nb\xff|/usr/bin:/bin|", home.as_bytes(), b"|two words\t|"].concat();
+    assert_eq!(output.stdout, wanted);
+}
+
+#[tokio::test]
+async fn what_cannot_be_run_is_told_apart() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let script = host.path("script");
+    std::fs::write(&script, "#!/no/such/interpreter\n").unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let directory = |path: &str| Exec { directory: Some(path.as_bytes().to_vec().into()), ..shell("true") };
+    let user = |name: &str| Exec { user: Some(name.into()), ..shell("true") };
+    for (exec, fault) in [
+        (command(&["no-such-command"]), Fault::CommandNotFound),
+        (command(&["/no/such/command"]), Fault::CommandNotFound),
+        (command(&["/etc/passwd"]), Fault::CannotRun),
+        (command(&["/etc"]), Fault::CannotRun),
+        (command(&[script.to_str().unwrap()]), Fault::CannotRun),
+        (directory("/no/such/directory"), Fault::NoDirectory),
+        (directory("/etc/passwd"), Fault::NoDirectory),
+        (user("no-such-user"), Fault::NoUser),
+        (user("4000000000"), Fault::NoUser),
+        (Exec::default(), Fault::Invalid),
+        (command(&[""]), Fault::Invalid),
+        (Exec { env: vec![b"=x".to_vec().into()], ..shell("true") }, Fault::Invalid),
+        (Exec { pty: Some(WindowSize { rows: 0, columns: 1 }), ..shell("true") }, Fault::Invalid),
+    ] {
+        session.send(&ToGuest::Exec(exec.clone())).await;
+        assert_eq!(session.failure().await, fault, "{exec:?}");
+    }
+    assert_eq!(session.run("echo still here").await.stdout, b"still here\n");
+}
+
+#[tokio::test]
+async fn standard_input_is_streamed_under_credit() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    session.start(Exec { stdin: true, ..command(&["cat"]) }).await;
+    let piece: Vec<u8> = (0..=255).cycle().take(50_000).collect();
+    let total = 60 * piece.len();
+    let (mut credit, mut sent, mut received) = (STDIN_WINDOW as usize, 0, Vec::new());
+    while received.len() < total {
+        if sent < total && credit >= piece.len() {
+            session.send_raw(kind::STDIN, &piece).await;
+            credit -= piece.len();
+            sent += piece.len();
+            if sent == total {
+                session.send(&ToGuest::StdinEof).await;
+            }
+            continue;
+        }
+        match session.next().await {
+            Some(Answer::Raw(kind::STDOUT, bytes)) => received.extend(bytes),
+            Some(Answer::Message(ToHost::StdinCredit(more))) => credit += more as usize,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(received.chunks(piece.len()).all(|chunk| chunk == piece));
+    assert_eq!(session.finish().await.code, Some(0));
+}
+
+#[tokio::test]
+async fn more_input_than_the_window_ends_the_session() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let pid = session.start(Exec { stdin: true, ..shell("sleep 1000") }).await;
+    for _ in 0..3 {
+        session.send_raw(kind::STDIN, &vec![0; STDIN_WINDOW as usize / 2]).await;
+    }
+    loop {
+        match session.next().await {
+            Some(Answer::Message(ToHost::StdinCredit(_))) => {}
+            Some(Answer::Message(ToHost::Failed(failed))) => break assert_eq!(failed.fault, Fault::Invalid),
+            other => panic!("{other:?}"),
+        }
+    }
+    gone(pid).await;
+}
+
+#[tokio::test]
+async fn a_command_that_ignores_its_input_can_still_be_signalled() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    session.start(Exec { stdin: true, ..shell("sleep 1000; true") }).await;
+    session.send_raw(kind::STDIN, &vec![0; STDIN_WINDOW as usize]).await;
+    session.send(&ToGuest::Signal(15)).await;
+    assert_eq!(session.finish().await.signal, Some(15));
+}
+
+#[tokio::test]
+async fn a_command_whose_output_is_not_read_can_still_be_signalled() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let pid = session.start(command(&["cat", "/dev/zero"])).await;
+    // The other session shows that the agent is past the signal before anything is read.
+    session.send(&ToGuest::Signal(9)).await;
+    gone(pid).await;
+    let output = session.finish().await;
+    assert_eq!(output.signal, Some(9));
+}
+
+#[tokio::test]
+async fn input_for_a_command_that_has_closed_it_is_dropped() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    session.start(Exec { stdin: true, ..shell("exec 0<&-; echo closed; read line; sleep 1000") }).await;
+    assert_eq!(session.next().await, Some(Answer::Raw(kind::STDOUT, b"closed\n".to_vec())));
+    for _ in 0..3 {
+        session.send_raw(kind::STDIN, &vec![0; STDIN_WINDOW as usize]).await;
+        let mut credited = 0;
+        while credited < STDIN_WINDOW {
+            match session.next().await {
+                Some(Answer::Message(ToHost::StdinCredit(more))) => credited += more,
+                Some(Answer::Raw(kind::STDERR, _)) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    session.send(&ToGuest::Signal(9)).await;
+    assert_eq!(session.finish().await.signal, Some(9));
+}
+
+#[tokio::test]
+async fn the_time_limit_kills_the_whole_group() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let script = "trap '' TERM HUP; sleep 1000 & sleep 1000";
+    let pid = session.start(Exec { timeout_ms: Some(100), ..shell(script) }).await;
+    let output = session.finish().await;
+    assert_eq!((output.code, output.signal, output.timed_out), (None, Some(9), true));
+    gone(pid).await;
+}
+
+#[tokio::test]
+async fn a_closed_session_kills_the_whole_group() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let pid = session.start(shell("trap '' HUP TERM; sleep 1000 & sleep 1000")).await;
+    drop(session);
+    gone(pid).await;
+    host.open().await;
+}
+
+#[tokio::test]
+async fn large_output_arrives_whole() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let output = session.run("head -c 30000000 /dev/zero | tr '\\0' x; head -c 3000000 /dev/zero >&2").await;
+    assert_eq!((output.stdout.len(), output.stderr.len(), output.code), (30_000_000, 3_000_000, Some(0)));
+    assert!(output.stdout.iter().all(|&byte| byte == b'x'));
+}
+
+#[tokio::test]
+async fn what_a_command_leaves_in_the_background_does_not_hold_its_exit() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let output = session.run("sleep 1000 & echo $!; head -c 60000 /dev/zero; exit 5").await;
+    assert_eq!(output.code, Some(5));
+    let line = output.stdout.iter().position(|&byte| byte == b'\n').unwrap();
+    assert_eq!(output.stdout.len() - line - 1, 60_000);
+    let background = std::str::from_utf8(&output.stdout[..line]).unwrap().to_owned();
+    // It was left running on purpose, as by any shell.
+    assert_eq!(session.run(&format!("kill {background}")).await.code, Some(0));
+    let output = session.run("cat /dev/zero & echo $! >&2; exit 6").await;
+    assert_eq!(output.code, Some(6));
+    let background = String::from_utf8(output.stderr).unwrap();
+    session.run(&format!("kill -9 {background}")).await;
+}
+
+#[tokio::test]
+async fn a_terminal_has_a_size_a_name_and_one_stream() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let pty = Some(WindowSize { rows: 33, columns: 111 });
+    let exec = Exec { pty, term: Some("vt100".into()), ..shell("tty >/dev/null && stty size; echo $TERM >&2") };
+    session.start(exec).await;
+    let output = session.finish().await;
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "33 111\r\nvt100\r\n");
+    assert_eq!(output.code, Some(0));
+}
+
+/// Reads a terminal until it has shown some text.
+async fn see(session: &mut crate::support::Session, text: &str) {
+    let mut seen = Vec::new();
+    while !String::from_utf8_lossy(&seen).contains(text) {
+        match session.next().await {
+            Some(Answer::Raw(kind::STDOUT, bytes)) => seen.extend(bytes),
+            Some(Answer::Message(ToHost::StdinCredit(_))) => {}
+            other => panic!("{other:?} instead of {text:?} after {:?}", String::from_utf8_lossy(&seen)),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_terminal_can_be_typed_at_resized_and_interrupted() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let pty = Some(WindowSize { rows: 24, columns: 80 });
+    let script = "trap 'echo resized; stty size' WINCH; echo ready; while read line; do echo got-$line; done; echo end; \
+                  sleep 1000";
+    session.start(Exec { pty, stdin: true, ..shell(script) }).await;
+    see(&mut session, "ready").await;
+    session.send(&ToGuest::Resize(WindowSize { rows: 50, columns: 132 })).await;
+    session.send_raw(kind::STDIN, b"word\n").await;
+    see(&mut session, "got-word").await;
+    session.send_raw(kind::STDIN, b"stty\n").await;
+    see(&mut session, "got-stty").await;
+    session.send(&ToGuest::StdinEof).await;
+    see(&mut session, "end").await;
+    session.send_raw(kind::STDIN, b"\x03").await;
+    assert_eq!(session.finish().await.signal, Some(2));
+    let output = {
+        session.start(Exec { pty: Some(WindowSize { rows: 50, columns: 132 }), ..shell("stty size") }).await;
+        session.finish().await
+    };
+    assert_eq!(output.stdout, b"50 132\r\n");
+}
+
+#[tokio::test]
+async fn a_login_shell_is_one() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    session.start(Exec { login_shell: true, stdin: true, ..Exec::default() }).await;
+    session.send_raw(kind::STDIN, b"echo $0; exit 9\n").await;
+    let output = session.finish().await;
+    assert_eq!((output.stdout.first(), output.code), (Some(&b'-'), Some(9)));
+}
+
+#[tokio::test]
+async fn many_commands_at_once_do_not_disturb_each_other() {
+    let mut host = Host::start().await;
+    let mut stuck = host.open().await;
+    stuck.start(shell("sleep 1000")).await;
+    let mut flooding = host.open().await;
+    flooding.start(command(&["cat", "/dev/zero"])).await;
+    let mut sessions = Vec::new();
+    for number in 0..40 {
+        let mut session = host.open().await;
+        session.send(&ToGuest::Exec(shell(&format!("sleep 0.1; echo {number}; exit {number}")))).await;
+        sessions.push(session);
+    }
+    for (number, session) in sessions.iter_mut().enumerate() {
+        assert!(matches!(session.message().await, ToHost::Started(_)));
+        let output = session.finish().await;
+        assert_eq!(output.code.map(usize::from), Some(number));
+        assert_eq!(output.stdout, format!("{number}\n").as_bytes());
+    }
+}
+
+#[tokio::test]
+async fn a_thousand_short_commands_lose_no_exit() {
+    let mut host = Host::start().await;
+    let mut sessions = [host.open().await, host.open().await, host.open().await, host.open().await];
+    for round in 0..250u32 {
+        for session in &mut sessions {
+            session.send(&ToGuest::Exec(command(&["true"]))).await;
+        }
+        for session in &mut sessions {
+            assert!(matches!(session.message().await, ToHost::Started(_)), "{round}");
+            assert_eq!(session.finish().await.code, Some(0), "{round}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn commands_inherit_nothing_of_the_agent() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let output = session.run("ls /proc/self/fd; env | cut -d= -f1 | sort | tr '\\n' ' '").await;
+    let text = String::from_utf8(output.stdout).unwrap();
+    // 3 is the directory that ls reads.
+    assert_eq!(text, "0\n1\n2\n3\nHOME LANG LOGNAME PATH PWD SHELL USER ");
+    let output = session.run("grep -E '^Sig(Ign|Blk)' /proc/self/status").await;
+    assert_eq!(output.stdout, b"SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n");
+}
