@@ -19,5 +19,7 @@ echo LANG=C.UTF-8 >"$root/etc/default/locale"
 
 # How this host reaches its mirror is not the guest's business.
 rm -f "$root/etc/apt/apt.conf.d/99mmdebstrap"
+# Skipping syncs is right for a build that fails as a whole, wrong for a guest.
+sed -i /force-unsafe-io/d "$root/etc/dpkg/dpkg.cfg.d/99mmdebstrap"
 rm -rf "$root"/var/cache/debconf/*-old "$root"/var/lib/dpkg/*-old "$root/var/cache/ldconfig/aux-cache"
 find "$root/var/log" -type f -delete

@@ -19,6 +19,10 @@ impl Listener {
             return None;
         }
         let detail = if let Some(words) = line.strip_prefix("I: ") {
+            // These two repeat a script's text, or say what the next stage says anyway.
+            if words.starts_with("running --") || words.starts_with("success") {
+                return None;
+            }
             words.trim_end_matches('.').to_owned()
         } else if let Some(package) = line.strip_prefix("Get:") {
             format!("download {}", package.split(' ').nth(4).unwrap_or("the package lists"))

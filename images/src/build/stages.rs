@@ -38,8 +38,9 @@ const SHORT_DEADLINE: Duration = Duration::from_secs(60);
 /// Where mmdebstrap keeps its hooks for a root with `/bin` inside `/usr`.
 const MERGED_USR_HOOKS: &str = "/usr/share/mmdebstrap/hooks/merged-usr";
 
-/// What dpkg leaves out of the guest, now and when the user installs packages.
-const DPKG_OPTIONS: [&str; 8] = [
+/// What dpkg leaves out of the guest, now and when the user installs packages. The first is for the build only.
+const DPKG_OPTIONS: [&str; 9] = [
+    "force-unsafe-io",
     "path-exclude=/usr/share/man/*",
     "path-exclude=/usr/share/info/*",
     "path-exclude=/usr/share/lintian/*",
@@ -159,6 +160,11 @@ impl Work<'_, '_> {
     /// Turns the root directory into a disk image.
     pub fn disk(&mut self, host: &Host) -> Result<Disk, ImageError> {
         self.tell(Stage::Disk, "make the file system", Some(0.0));
+        // Real root leaves device nodes there, a user namespace cannot; the guest mounts its own.
+        let mut empty_dev = host.confined("find", self.scratch);
+        empty_dev.arg(self.scratch.join(ROOTFS).join("dev")).args(["-mindepth", "1", "-delete"]);
+        self.session.run(Stage::Disk, empty_dev, SHORT_DEADLINE, &mut |_| {})?;
+
         let raw = self.scratch.join("root.raw");
         let mut mkfs = host.confined("mkfs.ext4", self.scratch);
         // A small journal: a guest killed in mid-write must come back without a check, but most guests are short-lived.
