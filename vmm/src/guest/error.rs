@@ -1,0 +1,122 @@
+//! What can go wrong between nido and a guest agent, as data. `crate::error` turns it into codes and hints.
+//!
+//! Invariant: text that came from the guest is kept apart (in [`GuestError::Guest`]) and bounded; whoever shows it
+//! escapes it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nido_guest_agent::wire::{Failed, Fault, WireError};
+
+/// Longest text of a guest's that is kept, in bytes.
+const MAX_GUEST_TEXT: usize = 4096;
+
+/// Why something asked of a guest was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// No connection could be made before the deadline.
+    #[error("the guest agent cannot be reached: {0}")]
+    Unreachable(String),
+    /// The connection stands, but an answer did not come in time.
+    #[error("the guest agent took too long {what}")]
+    Timeout {
+        /// What was waited for, as in "took too long to answer the greeting".
+        what: &'static str,
+    },
+    /// Host and guest have no protocol version in common.
+    #[error("the guest agent speaks protocol version {guest}, this nido speaks {host}")]
+    VersionMismatch {
+        /// The version this build speaks.
+        host: u16,
+        /// The newest version the guest speaks.
+        guest: u16,
+    },
+    /// The guest does not know the token it was given.
+    #[error("the guest agent refused this VM's token")]
+    TokenRefused,
+    /// Too many sessions at once.
+    #[error("the guest agent has too many sessions open")]
+    Busy,
+    /// The connection ended before the answer did.
+    #[error("the connection to the guest agent ended early")]
+    Gone,
+    /// The guest broke the protocol.
+    #[error("the guest agent broke the protocol: {0}")]
+    Protocol(#[from] WireError),
+    /// The guest understood and could not do it. The text is the guest's own.
+    #[error("the guest could not do it: {}", .0.message.escape_debug())]
+    Guest(Failed),
+    /// A system call on this side failed.
+    #[error("{}: {source}", path.display())]
+    HostIo {
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The destination on this side exists.
+    #[error("{} exists", .0.display())]
+    PathExists(PathBuf),
+    /// The source, or the directory of the destination, does not exist on this side.
+    #[error("{}: no such file or directory", .0.display())]
+    PathNotFound(PathBuf),
+    /// A path that cannot be used.
+    #[error("{0}")]
+    BadName(String),
+    /// The disk on this side is full.
+    #[error("the disk that holds {} is full", .0.display())]
+    DiskFull(PathBuf),
+    /// The guest sent more than this side accepts.
+    #[error("the guest sent more {what} than the limit of {limit}")]
+    LimitExceeded {
+        /// More of what.
+        what: &'static str,
+        /// How many are accepted.
+        limit: u64,
+    },
+}
+
+impl GuestError {
+    /// A breach of the protocol, in words.
+    pub(crate) fn breach(what: impl Into<String>) -> Self {
+        Self::Protocol(WireError::Malformed(what.into()))
+    }
+
+    /// What the guest says went wrong, its text cut to a bearable length.
+    pub(crate) fn failed(mut failed: Failed) -> Self {
+        let cut = failed.message.floor_char_boundary(MAX_GUEST_TEXT);
+        failed.message.truncate(cut);
+        Self::Guest(failed)
+    }
+
+    /// A failed system call on this side; a full disk and a missing file get their own kinds.
+    pub(crate) fn host(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => Self::DiskFull(path),
+            Some(libc::ENOENT) => Self::PathNotFound(path),
+            _ => Self::HostIo { path, source },
+        }
+    }
+
+    /// The stream failed or ended: to the caller that is one and the same.
+    pub(crate) fn stream(source: &io::Error) -> Self {
+        tracing::debug!("the guest's stream failed: {source}");
+        Self::Gone
+    }
+
+    /// What the guest says went wrong, if that is what this is.
+    #[must_use]
+    pub fn fault(&self) -> Option<Fault> {
+        match self {
+            Self::Guest(failed) => Some(failed.fault),
+            _ => None,
+        }
+    }
+
+    /// Whether a new connection might do better: for waiting until a guest has started.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Unreachable(_) | Self::Timeout { .. } | Self::Busy | Self::Gone)
+    }
+}

@@ -1,0 +1,238 @@
+//! Copying files into a guest and out of it.
+//!
+//! Where a copy lands is decided as `cp -r` does: an existing directory gets it under the source's name, anything else
+//! is the destination itself. On this side a copy is complete or not there at all: it grows in a fresh directory next
+//! to its destination and is renamed at the end.
+//!
+//! Invariant: what is missing or in the way on this side is reported before anything is sent, and the memory of a copy
+//! does not depend on its size.
+
+mod place;
+mod receive;
+mod send;
+mod wire;
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nido_guest_agent::wire::{Get, Put, ToGuest, check_component};
+use tokio::time::Instant;
+
+use self::place::Destination;
+use self::receive::Receiver;
+use self::wire::Wire;
+use super::client::Guest;
+use super::error::GuestError;
+use super::frames::FrameBuffer;
+use super::session::greet;
+use super::transport;
+
+/// How far a copy has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Files, directories and symlinks, the one under way included.
+    pub entries: u64,
+    /// Bytes of files.
+    pub bytes: u64,
+}
+
+/// What was copied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Copied {
+    /// Files, directories and symlinks.
+    pub entries: u64,
+    /// Bytes of files.
+    pub bytes: u64,
+    /// Things left out: sockets, devices, pipes, and what vanished meanwhile.
+    pub skipped: u64,
+    /// Where the copy is: a path of the guest's for an upload (its own word, if it gave one), of this side for a
+    /// download. Any bytes.
+    pub path: Vec<u8>,
+}
+
+/// What to accept from a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Files, directories and symlinks.
+    pub entries: u64,
+    /// Bytes of files.
+    pub bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { entries: 1_000_000, bytes: 64 << 30 }
+    }
+}
+
+/// What to copy into a guest.
+pub enum Source {
+    /// A file or directory. A symlink given here is followed, those inside are copied as they are.
+    Path(PathBuf),
+    /// The bytes of one file, of unknown length.
+    Reader {
+        /// Where they come from.
+        reader: Box<dyn Read + Send>,
+        /// Its permission bits.
+        mode: u16,
+    },
+}
+
+/// A copy into a guest.
+pub struct Upload {
+    /// What.
+    pub source: Source,
+    /// Where to in the guest: absolute, or relative to the user's home. Any bytes.
+    pub destination: Vec<u8>,
+    /// Who shall own it; root if absent.
+    pub user: Option<String>,
+    /// Make missing parent directories.
+    pub parents: bool,
+}
+
+/// A copy out of a guest.
+#[derive(Debug, Clone)]
+pub struct Download {
+    /// What, in the guest: absolute, or relative to root's home. Any bytes.
+    pub source: Vec<u8>,
+    /// Where to on this side.
+    pub destination: PathBuf,
+    /// Replace a file that exists; merge into a directory that exists.
+    pub overwrite: bool,
+    /// What to accept.
+    pub limits: Limits,
+}
+
+impl Guest {
+    /// Copies into the guest. `deadline` is for the start; the copy itself may take as long as it moves.
+    ///
+    /// # Errors
+    /// [`GuestError::PathNotFound`], [`GuestError::HostIo`] for the source; [`GuestError::Guest`] with the guest's
+    /// reason (disk full, not found, denied, wrong type); those of [`Guest::session`].
+    pub async fn upload(
+        &self,
+        upload: Upload,
+        progress: impl FnMut(Progress) + Send + 'static,
+        deadline: Instant,
+    ) -> Result<Copied, GuestError> {
+        let Upload { source, destination, user, parents } = upload;
+        let source = match source {
+            Source::Reader { reader, mode } => send::Opened::from_reader(reader, mode),
+            Source::Path(path) => in_background(move || send::Opened::from_path(path)).await?,
+        };
+        let name = source.name.clone().map(Into::into);
+        let put = Put { path: destination.clone().into(), name, user, parents };
+        let mut copied =
+            self.copy(&ToGuest::Put(put), deadline, move |wire| send::send(wire, source, progress)).await?;
+        if copied.path.is_empty() {
+            copied.path = destination;
+        }
+        Ok(copied)
+    }
+
+    /// Copies out of the guest. `deadline` is for the start; the copy itself may take as long as it moves. Dropping the
+    /// future stops it and removes what it has made so far.
+    ///
+    /// # Errors
+    /// [`GuestError::PathExists`], [`GuestError::PathNotFound`], [`GuestError::DiskFull`], [`GuestError::HostIo`] for
+    /// the destination; [`GuestError::LimitExceeded`]; [`GuestError::Guest`]; those of [`Guest::session`].
+    pub async fn download(
+        &self,
+        download: Download,
+        progress: impl FnMut(Progress) + Send + 'static,
+        deadline: Instant,
+    ) -> Result<Copied, GuestError> {
+        let Download { source, destination, overwrite, limits } = download;
+        let name = last_name(&source).map(<[u8]>::to_vec);
+        let destination = in_background(move || Destination::resolve(&destination, name.as_deref(), overwrite)).await?;
+        let get = ToGuest::Get(Get { path: source.into() });
+        self.copy(&get, deadline, move |wire| {
+            let mut receiver = Receiver::new(wire, limits, progress);
+            place::download(&mut receiver, &destination)
+        })
+        .await
+    }
+
+    /// Copies one file out of the guest to `writer`.
+    ///
+    /// # Errors
+    /// Those of [`Self::download`]; [`GuestError::Guest`] with
+    /// [`Fault::WrongType`](nido_guest_agent::wire::Fault::WrongType) if it is a directory.
+    pub async fn download_to(
+        &self,
+        source: Vec<u8>,
+        writer: impl Write + Send + 'static,
+        limits: Limits,
+        progress: impl FnMut(Progress) + Send + 'static,
+        deadline: Instant,
+    ) -> Result<Copied, GuestError> {
+        let get = ToGuest::Get(Get { path: source.into() });
+        self.copy(&get, deadline, move |wire| Receiver::new(wire, limits, progress).copy_to(writer)).await
+    }
+
+    /// Opens a session with `request` and runs `work` on it, on a thread of its own.
+    async fn copy<T: Send + 'static>(
+        &self,
+        request: &ToGuest,
+        deadline: Instant,
+        work: impl FnOnce(Wire) -> Result<T, GuestError> + Send + 'static,
+    ) -> Result<T, GuestError> {
+        let stream = self.dial(deadline).await?;
+        let mut frames = FrameBuffer::default();
+        greet(&stream, &mut frames, self.token(), Some(request), deadline).await?;
+        let fd = Arc::new(stream.into_fd());
+        let wire = Wire::new(Arc::clone(&fd), frames);
+        let _cancel = EndOnDrop(fd);
+        in_background(move || work(wire)).await
+    }
+}
+
+/// Ends the stream when the caller has gone, or has what it wanted; the thread at work sees it at its next step.
+struct EndOnDrop(Arc<OwnedFd>);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        // Fails only if the stream has ended already.
+        let _ = transport::shutdown(self.0.as_fd(), Shutdown::Both);
+    }
+}
+
+async fn in_background<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, GuestError> + Send + 'static,
+) -> Result<T, GuestError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| match error.try_into_panic() {
+        Ok(panic) => std::panic::resume_unwind(panic),
+        // The runtime is going down.
+        Err(_) => Err(GuestError::Gone),
+    })
+}
+
+/// The name that a copy of the guest's `path` gets in a directory; none if the path ends in `.` or `..` or is the root.
+fn last_name(path: &[u8]) -> Option<&[u8]> {
+    let end = path.iter().rposition(|&b| b != b'/')?;
+    let name = path[..=end].rsplit(|&b| b == b'/').next()?;
+    check_component(name).is_ok().then_some(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_is_named_after_the_last_component() {
+        for (path, name) in [
+            ("/etc/hosts", Some("hosts")),
+            ("/srv/data//", Some("data")),
+            ("plain", Some("plain")),
+            ("/srv/.", None),
+            ("..", None),
+            ("/", None),
+            ("", None),
+        ] {
+            assert_eq!(last_name(path.as_bytes()), name.map(str::as_bytes), "{path}");
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! The sending half of a copy into a guest: walks a tree of this host and writes it as frames.
+//!
+//! Small files share a write, large ones are read straight into the frame they leave in.
+//!
+//! Invariant: below the root no symlink is followed and nothing but files, directories and symlinks is opened for
+//! reading, so a copy cannot wander off or hang on a pipe.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nido_guest_agent::wire::{self, Entry, EntryKind, HEAD, Head, MAX_DEPTH, MAX_RAW, ToGuest, ToHost, kind};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+
+use super::wire::Wire;
+use super::{Copied, Progress};
+use crate::guest::error::GuestError;
+use crate::guest::session::unexpected;
+
+/// Size of the one buffer: a full frame and some small ones.
+const BUFFER: usize = HEAD + MAX_RAW + 8 * 1024;
+/// With less room than this left, the buffer is sent before more of a file is read.
+const LEAST_READ: usize = 32 * 1024;
+
+/// How an entry of this host is opened for reading. Not blocking, in case it has become a pipe meanwhile.
+const OPEN: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
+
+/// A source that is there and can be read.
+pub(super) struct Opened {
+    root: Root,
+    /// For messages.
+    path: PathBuf,
+    /// The name of the copy if its destination is a directory.
+    pub name: Option<Vec<u8>>,
+}
+
+enum Root {
+    File(OwnedFd, Stat),
+    Directory(OwnedFd, Stat),
+    Reader(Box<dyn Read + Send>, u16),
+}
+
+impl Opened {
+    pub fn from_reader(reader: Box<dyn Read + Send>, mode: u16) -> Self {
+        Self { root: Root::Reader(reader, mode), path: "the input".into(), name: None }
+    }
+
+    pub fn from_path(path: PathBuf) -> Result<Self, GuestError> {
+        let failed = |error: Errno| GuestError::host(&path, error.into());
+        // Asked before opening, because opening a device can do things.
+        let kind = FileType::from_raw_mode(rustix::fs::stat(&path).map_err(failed)?.st_mode);
+        if !matches!(kind, FileType::RegularFile | FileType::Directory) {
+            return Err(GuestError::BadName(format!("{} is neither a file nor a directory", path.display())));
+        }
+        let fd = rustix::fs::open(&path, OPEN.difference(OFlags::NOFOLLOW), Mode::empty()).map_err(failed)?;
+        let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+        let root = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => Root::File(fd, stat),
+            FileType::Directory => Root::Directory(fd, stat),
+            _ => return Err(GuestError::BadName(format!("{} changed while it was opened", path.display()))),
+        };
+        Ok(Self { root, name: copy_name(&path), path })
+    }
+}
+
+/// The name of a copy of `path`: none for `dir/.` and the like, whose contents are meant.
+fn copy_name(path: &Path) -> Option<Vec<u8>> {
+    let bytes = path.as_os_str().as_bytes();
+    super::last_name(bytes).map(<[u8]>::to_vec)
+}
+
+/// Sends the tree and waits for the guest's word that it has all of it.
+pub(super) fn send(wire: Wire, source: Opened, report: impl FnMut(Progress)) -> Result<Copied, GuestError> {
+    let mut sender = Sender { wire, out: vec![0; BUFFER], used: 0, progress: Progress::default(), skipped: 0, report };
+    let mut at = Place { path: source.path, components: Vec::new() };
+    match source.root {
+        Root::File(fd, stat) => sender.file(&at, File::from(fd), &stat)?,
+        Root::Directory(fd, stat) => sender.directory(&mut at, fd, &stat)?,
+        Root::Reader(reader, mode) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let mtime_ns = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
+            sender.message(&ToGuest::Entry(Entry { path: Vec::new(), kind: EntryKind::File(0), mode, mtime_ns }))?;
+            sender.bytes(&at, reader)?;
+        }
+    }
+    sender.finish()
+}
+
+/// Where the walk stands.
+struct Place {
+    path: PathBuf,
+    components: Vec<Vec<u8>>,
+}
+
+impl Place {
+    fn failed(&self, error: Errno) -> GuestError {
+        GuestError::host(&self.path, error.into())
+    }
+
+    fn entry(&self, kind: EntryKind, stat: &Stat) -> Entry {
+        let path = self.components.iter().map(|c| c.clone().into()).collect();
+        let mtime_ns = i64::try_from(i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec));
+        let mode = u16::try_from(stat.st_mode & 0o777).unwrap_or(0);
+        Entry { path, kind, mode, mtime_ns: mtime_ns.unwrap_or(0) }
+    }
+}
+
+struct Sender<F> {
+    wire: Wire,
+    out: Vec<u8>,
+    used: usize,
+    progress: Progress,
+    skipped: u64,
+    report: F,
+}
+
+impl<F: FnMut(Progress)> Sender<F> {
+    fn flush(&mut self) -> Result<(), GuestError> {
+        self.wire.send(&self.out[..self.used])?;
+        self.used = 0;
+        (self.report)(self.progress);
+        Ok(())
+    }
+
+    fn message(&mut self, message: &ToGuest) -> Result<(), GuestError> {
+        let frame = wire::encode(message)?;
+        if self.used + frame.len() > self.out.len() {
+            self.flush()?;
+        }
+        if let Some(room) = self.out[self.used..].get_mut(..frame.len()) {
+            room.copy_from_slice(&frame);
+            self.used += frame.len();
+            return Ok(());
+        }
+        self.wire.send(&frame)
+    }
+
+    fn file(&mut self, at: &Place, file: File, stat: &Stat) -> Result<(), GuestError> {
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        self.message(&ToGuest::Entry(at.entry(EntryKind::File(size), stat)))?;
+        self.bytes(at, file)
+    }
+
+    /// Sends the bytes of the entry that was announced, up to the end, and ends it.
+    fn bytes(&mut self, at: &Place, mut from: impl Read) -> Result<(), GuestError> {
+        loop {
+            if self.out.len() - self.used < HEAD + LEAST_READ {
+                self.flush()?;
+            }
+            let start = self.used + HEAD;
+            let end = self.out.len().min(start + MAX_RAW);
+            let length = match from.read(&mut self.out[start..end]) {
+                Ok(0) => break,
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(source) => return Err(GuestError::HostIo { path: at.path.clone(), source }),
+            };
+            self.out[self.used..start].copy_from_slice(&Head { kind: kind::FILE_DATA, length }.bytes());
+            self.used = start + length;
+            self.progress.bytes += length as u64;
+        }
+        self.progress.entries += 1;
+        self.message(&ToGuest::EntryEnd)
+    }
+
+    fn directory(&mut self, at: &mut Place, fd: OwnedFd, stat: &Stat) -> Result<(), GuestError> {
+        if at.components.len() >= MAX_DEPTH {
+            return Err(GuestError::BadName(format!("{} is nested too deep", at.path.display())));
+        }
+        self.message(&ToGuest::Entry(at.entry(EntryKind::Directory, stat)))?;
+        self.progress.entries += 1;
+        self.message(&ToGuest::EntryEnd)?;
+        let listing = Dir::new(fd).map_err(|e| at.failed(e))?;
+        self.children(at, listing)
+    }
+
+    fn children(&mut self, at: &mut Place, mut listing: Dir) -> Result<(), GuestError> {
+        while let Some(found) = listing.read() {
+            let found = found.map_err(|e| at.failed(e))?;
+            let name = found.file_name();
+            if matches!(name.to_bytes(), b"." | b"..") {
+                continue;
+            }
+            let fd = listing.fd().map_err(|e| at.failed(e))?;
+            at.path.push(std::ffi::OsStr::from_bytes(name.to_bytes()));
+            at.components.push(name.to_bytes().to_vec());
+            match self.child(at, fd, name) {
+                // Gone since the directory was read.
+                Err(GuestError::PathNotFound(path)) if path == at.path => self.skipped += 1,
+                outcome => outcome?,
+            }
+            at.components.pop();
+            at.path.pop();
+        }
+        Ok(())
+    }
+
+    fn child(&mut self, at: &mut Place, dir: impl AsFd, name: &CStr) -> Result<(), GuestError> {
+        let stat = rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| at.failed(e))?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Symlink => {
+                let target = rustix::fs::readlinkat(&dir, name, Vec::new()).map_err(|e| at.failed(e))?;
+                let kind = EntryKind::Symlink(target.into_bytes().into());
+                self.message(&ToGuest::Entry(at.entry(kind, &stat)))?;
+                self.progress.entries += 1;
+                return self.message(&ToGuest::EntryEnd);
+            }
+            FileType::RegularFile | FileType::Directory => {}
+            _ => {
+                self.skipped += 1;
+                return Ok(());
+            }
+        }
+        let fd = rustix::fs::openat(&dir, name, OPEN, Mode::empty()).map_err(|e| at.failed(e))?;
+        let stat = rustix::fs::fstat(&fd).map_err(|e| at.failed(e))?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => self.file(at, File::from(fd), &stat),
+            FileType::Directory => self.directory(at, fd, &stat),
+            _ => {
+                self.skipped += 1;
+                Ok(())
+            }
+        }
+    }
+
+    fn finish(mut self) -> Result<Copied, GuestError> {
+        self.message(&ToGuest::TreeEnd)?;
+        self.flush()?;
+        match self.wire.answer("to finish a copy")? {
+            ToHost::PutDone(done) => Ok(Copied {
+                entries: self.progress.entries,
+                bytes: self.progress.bytes,
+                skipped: self.skipped.saturating_add(done.skipped),
+                path: done.path.map(Into::into).unwrap_or_default(),
+            }),
+            other => Err(unexpected(other)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_of_a_directorys_contents_has_no_name() {
+        let name = |path: &str| copy_name(Path::new(path)).map(|name| String::from_utf8_lossy(&name).into_owned());
+        assert_eq!(name("/srv/data"), Some("data".into()));
+        assert_eq!(name("/srv/data/"), Some("data".into()));
+        assert_eq!(name("/srv/data/."), None);
+        assert_eq!(name(".."), None);
+    }
+}

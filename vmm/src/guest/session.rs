@@ -1,0 +1,238 @@
+//! One session with a guest agent: the greeting, and requests one after another.
+//!
+//! ```text
+//!  Stream -- hello (version, token, nonce) [+ first request] ->
+//!         <- welcome (version, nonce) | refused --
+//!         -- request ->  <- answers --   ... again and again; closing cancels
+//! ```
+//!
+//! Invariant: nothing is taken for an answer before a welcome has repeated this session's own nonce, and a frame leaves
+//! whole even if whoever sent it stopped waiting halfway.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nido_guest_agent::wire::{self, Head, Hello, Pong, Power, Refusal, Refused, ToGuest, ToHost};
+use tokio::sync::Mutex;
+use tokio::time::{Instant, timeout_at};
+
+use super::error::GuestError;
+use super::frames::{Frame, FrameBuffer};
+use super::transport::Stream;
+
+/// Longest version text of an agent's that is kept, in bytes.
+const MAX_AGENT_TEXT: usize = 128;
+/// How long the sending of a small message may take: the agent always reads.
+pub(crate) const SEND_LIMIT: Duration = Duration::from_secs(10);
+
+/// An open session. Dropping it closes it, which cancels whatever runs in it.
+#[derive(Debug)]
+pub struct Session {
+    pub(crate) link: Arc<Link>,
+    pub(crate) frames: FrameBuffer,
+    agent: String,
+}
+
+impl Session {
+    /// Opens a session on a fresh stream.
+    ///
+    /// # Errors
+    /// [`GuestError::Timeout`], [`GuestError::VersionMismatch`], [`GuestError::TokenRefused`], [`GuestError::Busy`],
+    /// [`GuestError::Gone`], [`GuestError::Protocol`].
+    pub async fn open(stream: Stream, token: &[u8], deadline: Instant) -> Result<Self, GuestError> {
+        Self::open_with(stream, token, None, deadline).await
+    }
+
+    /// Opens a session and sends its first request along with the hello, which saves a round trip.
+    pub(crate) async fn open_with(
+        stream: Stream,
+        token: &[u8],
+        first: Option<&ToGuest>,
+        deadline: Instant,
+    ) -> Result<Self, GuestError> {
+        let mut frames = FrameBuffer::default();
+        let agent = greet(&stream, &mut frames, token, first, deadline).await?;
+        Ok(Self { link: Arc::new(Link { stream, outbox: Mutex::default() }), frames, agent })
+    }
+
+    /// The agent's own version, for people. The guest's text: escape it before showing it.
+    #[must_use]
+    pub fn agent(&self) -> &str {
+        &self.agent
+    }
+
+    /// Asks for a sign of life.
+    ///
+    /// # Errors
+    /// As for any request: [`GuestError::Timeout`], [`GuestError::Gone`], [`GuestError::Protocol`],
+    /// [`GuestError::Guest`].
+    pub async fn ping(&mut self, deadline: Instant) -> Result<Pong, GuestError> {
+        self.link.send(&ToGuest::Ping).await?;
+        self.pong(deadline).await
+    }
+
+    pub(crate) async fn pong(&mut self, deadline: Instant) -> Result<Pong, GuestError> {
+        match self.answer(deadline, "to answer a ping").await? {
+            ToHost::Pong(mut pong) => {
+                pong.agent.truncate(pong.agent.floor_char_boundary(MAX_AGENT_TEXT));
+                Ok(pong)
+            }
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Has the guest go down in an orderly way; returns once it says that it does.
+    ///
+    /// # Errors
+    /// As for [`Self::ping`].
+    pub async fn power(&mut self, power: Power, deadline: Instant) -> Result<(), GuestError> {
+        self.link.send(&ToGuest::Power(power)).await?;
+        self.powering_off(deadline).await
+    }
+
+    pub(crate) async fn powering_off(&mut self, deadline: Instant) -> Result<(), GuestError> {
+        match self.answer(deadline, "to begin its power-off").await? {
+            ToHost::PoweringOff => Ok(()),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// The next message, where no raw frame is allowed.
+    pub(crate) async fn answer(&mut self, deadline: Instant, what: &'static str) -> Result<ToHost, GuestError> {
+        let frame = next_frame(&self.link.stream, &mut self.frames);
+        Ok(in_time(frame, deadline, what).await?.must_be_message()?)
+    }
+}
+
+/// Runs the greeting; gives the agent's version text.
+pub(crate) async fn greet(
+    stream: &Stream,
+    frames: &mut FrameBuffer,
+    token: &[u8],
+    first: Option<&ToGuest>,
+    deadline: Instant,
+) -> Result<String, GuestError> {
+    let nonce = getrandom::u64().map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
+    let hello = Hello { oldest: wire::VERSION, newest: wire::VERSION, token: token.to_vec().into(), nonce };
+    let mut bytes = wire::encode(&ToGuest::Hello(hello))?;
+    if let Some(first) = first {
+        bytes.extend_from_slice(&wire::encode(first)?);
+    }
+    let exchange = async {
+        // A refusal may come, and the stream end, while the request is still on its way: so read in any case.
+        let sent = write_all(stream, &bytes).await;
+        let answer = next_frame(stream, frames).await?.must_be_message()?;
+        sent.map(|()| answer)
+    };
+    match in_time(exchange, deadline, "to answer the greeting").await? {
+        ToHost::Welcome(welcome) if welcome.nonce != nonce => {
+            Err(GuestError::breach("a welcome that answers another hello"))
+        }
+        ToHost::Welcome(welcome) if welcome.version != wire::VERSION => {
+            Err(GuestError::VersionMismatch { host: wire::VERSION, guest: welcome.version })
+        }
+        ToHost::Welcome(mut welcome) => {
+            welcome.agent.truncate(welcome.agent.floor_char_boundary(MAX_AGENT_TEXT));
+            Ok(welcome.agent)
+        }
+        ToHost::Refused(refused) => Err(refusal(&refused)),
+        other => Err(unexpected(other)),
+    }
+}
+
+fn refusal(refused: &Refused) -> GuestError {
+    match refused.reason {
+        Refusal::Version => GuestError::VersionMismatch { host: wire::VERSION, guest: refused.newest },
+        Refusal::Token => GuestError::TokenRefused,
+        Refusal::Busy => GuestError::Busy,
+        Refusal::NoHello => GuestError::breach("it took the hello for something else"),
+    }
+}
+
+/// What a message is that does not belong here: a failure, or a breach of the protocol.
+pub(crate) fn unexpected(message: ToHost) -> GuestError {
+    match message {
+        ToHost::Failed(failed) => GuestError::failed(failed),
+        ToHost::Refused(refused) => refusal(&refused),
+        _ => GuestError::breach("an answer that does not belong to the request"),
+    }
+}
+
+/// Reads until a whole frame is there. Dropping the future loses nothing.
+pub(crate) async fn next_frame<'a>(stream: &Stream, frames: &'a mut FrameBuffer) -> Result<Frame<'a>, GuestError> {
+    while !frames.is_whole()? {
+        match stream.read(frames.spare()).await {
+            Ok(0) => return Err(GuestError::Gone),
+            Ok(count) => frames.filled(count),
+            Err(error) => return Err(GuestError::stream(&error)),
+        }
+    }
+    Ok(frames.pop())
+}
+
+async fn write_all(stream: &Stream, mut bytes: &[u8]) -> Result<(), GuestError> {
+    while !bytes.is_empty() {
+        let count = stream.write(bytes).await.map_err(|e| GuestError::stream(&e))?;
+        bytes = &bytes[count..];
+    }
+    Ok(())
+}
+
+/// Waits for `work`, but not longer than until `deadline`.
+pub(crate) async fn in_time<T>(
+    work: impl Future<Output = Result<T, GuestError>>,
+    deadline: Instant,
+    what: &'static str,
+) -> Result<T, GuestError> {
+    timeout_at(deadline, work).await.unwrap_or(Err(GuestError::Timeout { what }))
+}
+
+/// The sending side of a session, shared by everyone who may send.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub stream: Stream,
+    outbox: Mutex<Outbox>,
+}
+
+/// The frame that is on its way.
+#[derive(Debug, Default)]
+struct Outbox {
+    frame: Vec<u8>,
+    sent: usize,
+}
+
+impl Link {
+    /// Sends one message.
+    pub async fn send(&self, message: &ToGuest) -> Result<(), GuestError> {
+        let frame = wire::encode(message)?;
+        let sending = self.send_frame(|outbox| *outbox = frame);
+        in_time(sending, Instant::now() + SEND_LIMIT, "to take a message").await
+    }
+
+    /// Sends one frame of raw bytes. Waits as long as the agent does not read.
+    pub async fn send_raw(&self, kind: u8, payload: &[u8]) -> Result<(), GuestError> {
+        self.send_frame(|outbox| {
+            outbox.extend_from_slice(&Head { kind, length: payload.len() }.bytes());
+            outbox.extend_from_slice(payload);
+        })
+        .await
+    }
+
+    /// Once `fill` has run, the frame will leave whole: if this future is dropped, the next sender finishes it first.
+    async fn send_frame(&self, fill: impl FnOnce(&mut Vec<u8>)) -> Result<(), GuestError> {
+        let mut outbox = self.outbox.lock().await;
+        self.flush(&mut outbox).await?;
+        (outbox.sent, _) = (0, outbox.frame.clear());
+        fill(&mut outbox.frame);
+        self.flush(&mut outbox).await
+    }
+
+    async fn flush(&self, outbox: &mut Outbox) -> Result<(), GuestError> {
+        while outbox.sent < outbox.frame.len() {
+            let sent = self.stream.write(&outbox.frame[outbox.sent..]).await;
+            outbox.sent += sent.map_err(|e| GuestError::stream(&e))?;
+        }
+        Ok(())
+    }
+}
