@@ -1,1 +1,69 @@
-fn main() {}
+//! The command line of nido: parse, call one method of the core, render. Nothing else.
+//!
+//! Invariant: every way out of a verb passes through here and becomes one of the codes of [`exit`].
+
+mod commands;
+mod exit;
+mod output;
+mod parse;
+mod progress;
+mod sanitize;
+mod session;
+mod signals;
+mod stdio;
+mod terminal;
+mod usage;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use nido_vmm::error::Error;
+
+use crate::commands::{Cli, Context};
+use crate::exit::{Codes, Exit, Failure, Outcome};
+use crate::output::Output;
+
+fn main() -> ExitCode {
+    match usage::parse() {
+        Ok(cli) => run(cli).into(),
+        Err(exit) => exit.into(),
+    }
+}
+
+fn run(cli: Cli) -> Exit {
+    let context = Context::new(&cli.global);
+    let codes = cli.verb.codes();
+    commands::start_log(&cli);
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let error = Error::io("cannot start the runtime", error);
+            return settle(&context.output, codes, Err(error.into()));
+        }
+    };
+    let outcome = runtime.block_on(cli.verb.run(&context));
+    // Only interrupted work may have something to undo; a thread that still reads stdin must not hold nido up.
+    runtime.shutdown_timeout(match outcome {
+        Err(Failure::Interrupted { undo, .. }) => undo,
+        _ => Duration::ZERO,
+    });
+    settle(&context.output, codes, outcome)
+}
+
+/// Tells what went wrong and decides on the exit code.
+fn settle(output: &Output, codes: Codes, outcome: Outcome) -> Exit {
+    match outcome {
+        Ok(exit) => exit,
+        Err(Failure::Nido(error)) => {
+            output.error(&error);
+            Exit::of_error(&error, codes)
+        }
+        Err(Failure::Stdout(error)) => {
+            if error.kind() != std::io::ErrorKind::BrokenPipe {
+                output.error(&Error::internal(format!("cannot write to standard output: {error}")));
+            }
+            Exit::of_stdout(&error, codes)
+        }
+        Err(Failure::Interrupted { signal, .. }) => Exit::Signal(signal),
+    }
+}

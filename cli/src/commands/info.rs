@@ -1,0 +1,95 @@
+//! `info`: everything about one VM.
+
+use jiff::Timestamp;
+use nido_vmm::api::{NetChoice, VmInfo};
+use nido_vmm::name::VmName;
+
+use super::Context;
+use super::ls::between;
+use crate::exit::{Exit, Outcome};
+use crate::output::pairs;
+use crate::parse::{show_bytes, show_seconds};
+
+const EXAMPLES: &str = "\
+Examples:
+  nido info web
+  nido info web --json | jq .agent";
+
+/// Show everything about a VM
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Name of the VM
+    name: VmName,
+}
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        let vm = cx.nido().await?.info(&self.name).await?;
+        cx.output.answer(&vm, || pairs(&facts(&vm, Timestamp::now())))?;
+        Ok(Exit::Success)
+    }
+}
+
+fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
+    let mut facts = vec![
+        ("name", vm.name.to_string()),
+        ("id", vm.id.clone()),
+        ("status", vm.status.word().into()),
+        ("template", vm.template.to_string()),
+        (
+            "size",
+            format!(
+                "{} CPU, {} memory, {} disk",
+                vm.cpus,
+                show_bytes(u64::from(vm.memory_mib) << 20),
+                show_bytes(vm.disk_bytes)
+            ),
+        ),
+    ];
+    let mut some = |key, value: Option<String>| facts.extend(value.map(|value| (key, value)));
+    some("machine", vm.machine.clone());
+    some("accel", vm.accel.clone());
+    some("isolation", vm.isolation.clone());
+    some("reason", vm.machine_reason.clone());
+    some("agent", agent(vm));
+    some("network", Some(if vm.net == NetChoice::Nat { "nat" } else { "none" }.into()));
+    some("address", vm.ip_address.clone());
+    some("ssh", vm.ssh_command.clone());
+    for forward in &vm.forwards {
+        some("forward", Some(forward.to_string()));
+    }
+    for (key, value) in &vm.labels {
+        some("label", Some(format!("{key}={value}")));
+    }
+    some("ephemeral", vm.ephemeral.then(|| "yes".into()));
+    some("created", Some(past(vm.created_at, now)));
+    some("started", vm.started_at.map(|at| past(at, now)));
+    some("expires", vm.expires_at.map(|at| format!("{at:.0} (in {})", show_seconds(between(now, at)))));
+    some("idle until", vm.idle_at.map(|at| format!("{at:.0} (in {})", show_seconds(between(now, at)))));
+    some(
+        "last start",
+        vm.timings.map(|t| format!("{:.0} ms: QEMU {:.0} ms, guest {:.0} ms", t.total_ms, t.qemu_ms, t.agent_ms)),
+    );
+    for warning in &vm.warnings {
+        some("warning", Some(warning.clone()));
+    }
+    if let Some(failure) = &vm.failure {
+        some("failure", Some(failure.message.clone()));
+        for line in &failure.log_tail {
+            some("  |", Some(line.clone()));
+        }
+    }
+    facts
+}
+
+fn agent(vm: &VmInfo) -> Option<String> {
+    let transport = vm.agent.transport.as_deref()?;
+    let state = if vm.agent.ready { "ready" } else { "not ready" };
+    let version = vm.agent.version.as_deref().map(|v| format!("version {v}, ")).unwrap_or_default();
+    Some(format!("{state} ({version}{transport})"))
+}
+
+fn past(at: Timestamp, now: Timestamp) -> String {
+    format!("{at:.0} ({} ago)", show_seconds(between(at, now)))
+}

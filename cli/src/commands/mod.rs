@@ -1,0 +1,198 @@
+//! One file per verb: its flags, its help, its run.
+//!
+//! Invariant: a verb calls the core, and nothing but the core, for whatever it does to a VM.
+
+mod completions;
+mod copy;
+mod cp;
+mod create;
+mod delete;
+mod doctor;
+mod download;
+mod exec;
+mod forward;
+mod info;
+mod logs;
+mod ls;
+mod man;
+mod pause;
+mod proxy;
+mod restart;
+mod resume;
+mod run;
+mod shell;
+mod spawn;
+mod start;
+mod stop;
+mod supervise;
+mod template;
+mod upload;
+mod vm_args;
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Parser, Subcommand};
+use nido_vmm::api::VmInfo;
+use nido_vmm::error::Error;
+use nido_vmm::nido::{Nido, OpenOptions};
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::exit::{Codes, Exit, Outcome};
+use crate::output::Output;
+
+const EXAMPLES: &str = "\
+Examples:
+  nido template build sandbox          build the default template, once
+  nido spawn web                       make a VM, start it, wait until it is ready
+  nido exec web -- uname -a            run a command in it
+  nido upload web ./site /srv/site     copy a file or a directory into it
+  nido delete web --force --yes        throw it away
+  nido run -- python3 -c 'print(42)'   the same in one: a VM for a single command
+
+Exit codes: exec, run and shell end with the command's own code; 124 its time ran out, 125 nido failed,
+126 it cannot be run, 127 it was not found, 128+n killed by signal n. Every other verb: 0 done, 1 failed,
+2 usage, 70 a defect of nido.";
+
+/// Starts, controls and forgets virtual machines, without libvirt.
+#[derive(Debug, Parser)]
+#[command(name = "nido", version, after_help = EXAMPLES, propagate_version = false, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Flags that every verb takes, before or after it.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Global options")]
+pub struct Global {
+    /// Where VMs and templates are kept [env: NIDO_HOME; default: /var/lib/nido for root, else
+    /// $XDG_DATA_HOME/nido]
+    #[arg(long, global = true, value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
+    home: Option<PathBuf>,
+    /// The QEMU to use [env: NIDO_QEMU; default: qemu-system-x86_64 in PATH]
+    #[arg(long, global = true, value_name = "FILE", value_hint = clap::ValueHint::ExecutablePath)]
+    qemu: Option<PathBuf>,
+    /// Answer in JSON on stdout, report errors in JSON on stderr
+    #[arg(long, global = true)]
+    json: bool,
+    /// No progress and no summary; lists print names only
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// Tell on stderr what nido does; twice for more
+    #[arg(long, short, global = true, action = ArgAction::Count)]
+    verbose: u8,
+    /// No colours [env: NO_COLOR]
+    #[arg(long, global = true)]
+    no_color: bool,
+}
+
+/// What nido can do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    Spawn(spawn::Args),
+    Create(create::Args),
+    Start(start::Args),
+    Stop(stop::Args),
+    Pause(pause::Args),
+    Resume(resume::Args),
+    Restart(restart::Args),
+    Delete(delete::Args),
+    Ls(ls::Args),
+    Info(info::Args),
+    Exec(exec::Args),
+    Shell(shell::Args),
+    Run(run::Args),
+    Upload(upload::Args),
+    Download(download::Args),
+    Cp(cp::Args),
+    Logs(logs::Args),
+    Forward(forward::Args),
+    Proxy(proxy::Args),
+    Template(template::Args),
+    Doctor(doctor::Args),
+    Completions(completions::Args),
+    Man(man::Args),
+    #[command(hide = true)]
+    Supervise(supervise::Args),
+}
+
+impl Verb {
+    /// Whose exit codes count.
+    pub const fn codes(&self) -> Codes {
+        match self {
+            Self::Exec(_) | Self::Run(_) | Self::Shell(_) => Codes::Guest,
+            _ => Codes::Own,
+        }
+    }
+
+    /// Does it.
+    pub async fn run(self, cx: &Context) -> Outcome {
+        match self {
+            Self::Spawn(args) => args.run(cx).await,
+            Self::Create(args) => args.run(cx).await,
+            Self::Start(args) => args.run(cx).await,
+            Self::Stop(args) => args.run(cx).await,
+            Self::Pause(args) => args.run(cx).await,
+            Self::Resume(args) => args.run(cx).await,
+            Self::Restart(args) => args.run(cx).await,
+            Self::Delete(args) => args.run(cx).await,
+            Self::Ls(args) => args.run(cx).await,
+            Self::Info(args) => args.run(cx).await,
+            Self::Exec(args) => args.run(cx).await,
+            Self::Shell(args) => args.run(cx).await,
+            Self::Run(args) => Box::pin(args.run(cx)).await,
+            Self::Upload(args) => args.run(cx).await,
+            Self::Download(args) => args.run(cx).await,
+            Self::Cp(args) => args.run(cx).await,
+            Self::Logs(args) => args.run(cx).await,
+            Self::Forward(args) => args.run(cx).await,
+            Self::Proxy(args) => args.run(cx).await,
+            Self::Template(args) => args.run(cx).await,
+            Self::Doctor(args) => args.run(cx).await,
+            Self::Completions(args) => args.run(cx),
+            Self::Man(args) => args.run(cx),
+            Self::Supervise(args) => args.run(cx).await,
+        }
+    }
+}
+
+/// What every verb is given.
+#[derive(Debug)]
+pub struct Context {
+    /// How to speak.
+    pub output: Output,
+    /// How nido is opened.
+    pub options: OpenOptions,
+}
+
+impl Context {
+    /// From the global flags.
+    pub fn new(global: &Global) -> Self {
+        let options = OpenOptions { home: global.home.clone(), qemu: global.qemu.clone(), supervisor: None };
+        Self { output: Output::new(global.json, global.quiet, global.no_color), options }
+    }
+
+    /// Opens the core.
+    pub async fn nido(&self) -> Result<Nido, Error> {
+        Nido::open(self.options.clone()).await
+    }
+
+    /// The answer of a verb that acted on one VM: its name, or all about it in JSON.
+    pub fn acted(&self, vm: &VmInfo) -> Outcome {
+        self.output.answer(vm, || format!("{}\n", vm.name))?;
+        Ok(Exit::Success)
+    }
+}
+
+/// Begins to log to stderr, where that was asked for. A supervisor always logs: its stderr is its log file.
+pub fn start_log(cli: &Cli) {
+    let level = match (cli.global.verbose, &cli.verb) {
+        (0, Verb::Supervise(_)) => LevelFilter::INFO,
+        (0, _) => return,
+        (1, _) => LevelFilter::DEBUG,
+        (_, _) => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).with_ansi(false).init();
+}

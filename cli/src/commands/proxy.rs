@@ -1,0 +1,29 @@
+//! `proxy`: our standard streams, connected to a port of the guest.
+
+use nido_vmm::name::VmName;
+
+use super::Context;
+use crate::exit::{Exit, Outcome};
+
+const EXAMPLES: &str = "\
+Examples:
+  ssh -o ProxyCommand='nido proxy web 22' user@web
+  printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nido proxy web 80";
+
+/// Connect standard input and output to a port of a VM
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Name of the VM
+    name: VmName,
+    /// Port in the guest
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    port: u16,
+}
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        cx.nido().await?.proxy(&self.name, self.port).await?;
+        Ok(Exit::Success)
+    }
+}

@@ -1,0 +1,41 @@
+//! `shell`: the user's login shell on a terminal.
+
+use nido_vmm::api::ExecRequest;
+use nido_vmm::error::{Code, Error};
+use nido_vmm::name::VmName;
+
+use super::Context;
+use super::exec::PlaceArgs;
+use crate::exit::Outcome;
+use crate::{session, terminal};
+
+const EXAMPLES: &str = "\
+Examples:
+  nido shell web
+  nido shell web -u user -w /srv
+
+The guest speaks to your terminal directly, as with ssh: open a shell only in guests whose programs you
+would let do that.";
+
+/// Open a shell in a VM
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Name of the VM
+    name: VmName,
+    #[command(flatten)]
+    place: PlaceArgs,
+}
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        if cx.output.json {
+            let error = Error::new(Code::SpecInvalid, "a shell has no JSON form");
+            return Err(error.hint("use 'nido exec NAME --json -- CMD'").into());
+        }
+        terminal::require(true)?;
+        let request = ExecRequest { stdin: true, ..self.place.request(true)? };
+        let nido = cx.nido().await?;
+        session::run(&cx.output, &nido, &self.name, request, true).await
+    }
+}

@@ -1,0 +1,81 @@
+//! `spawn`: a VM made, started and ready. Interrupted, there is none.
+
+use std::time::Duration;
+
+use nido_vmm::api::{StartRequest, VmInfo, VmSpec};
+use nido_vmm::error::{Code, Error};
+use nido_vmm::name::VmName;
+use nido_vmm::nido::Nido;
+
+use super::Context;
+use super::vm_args::{StartArgs, VmArgs, summarize};
+use crate::exit::{Failure, Outcome};
+use crate::progress::Progress;
+use crate::signals::Signals;
+
+const EXAMPLES: &str = "\
+Examples:
+  nido spawn web
+  nido spawn web --template debian-12 --cpus 2 --memory 1G --disk 8G
+  nido spawn web -p 8080:80 --ttl 2h --label role=demo
+  nido spawn box --net none --require-isolation --ephemeral
+  nido spawn web --json | jq .status
+
+Prints the VM's name. Ctrl-C while it starts leaves no VM behind.";
+
+/// Make a VM, start it and wait until it is ready
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Name of the new VM
+    name: VmName,
+    #[command(flatten)]
+    vm: VmArgs,
+    #[command(flatten)]
+    start: StartArgs,
+}
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        let nido = cx.nido().await?;
+        let start = self.start.request();
+        let vm = spawn(cx, &nido, self.vm.spec(self.name), start).await?;
+        summarize(&cx.output, &vm);
+        cx.acted(&vm)
+    }
+}
+
+/// Makes and starts a VM; a signal undoes it, and a second one stops waiting for that.
+pub async fn spawn(cx: &Context, nido: &Nido, spec: VmSpec, start: StartRequest) -> Result<VmInfo, Failure> {
+    let name = spec.name.clone();
+    let mut signals = Signals::listen()?;
+    // Until the first stage is told the name is not ours, and what bears it must not be touched.
+    let mut ours = false;
+    let interrupted = {
+        let mut progress = Progress::new(&cx.output, name.as_str());
+        let mut told = |stage| {
+            ours = true;
+            progress.start(stage);
+        };
+        tokio::select! {
+            vm = nido.spawn(spec, start, &mut told) => return Ok(vm?),
+            number = signals.next_end() => number,
+        }
+    };
+    if ours {
+        cx.output.talk(&format!("interrupted; removing {name}"));
+        tokio::select! {
+            gone = nido.delete(&name, true) => absent(gone)?,
+            _ = signals.next_end() => cx.output.warn(&format!("{name} may be left; see 'nido delete {name} --force'")),
+        }
+    }
+    Err(Failure::Interrupted { signal: interrupted, undo: Duration::ZERO })
+}
+
+/// A VM that is not there is as good as deleted.
+pub fn absent(deleted: Result<VmInfo, Error>) -> Result<(), Error> {
+    match deleted {
+        Err(error) if error.code() != Code::VmNotFound => Err(error),
+        _ => Ok(()),
+    }
+}

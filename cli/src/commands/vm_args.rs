@@ -1,0 +1,160 @@
+//! Flags that say what a VM shall be and how a start waits, shared by `spawn`, `create`, `run`, `start`, `restart`.
+
+use clap::ValueEnum;
+use nido_vmm::api::{AccelChoice, ForwardSpec, MachineChoice, NetChoice, StartRequest, VmInfo, VmSpec};
+use nido_vmm::name::{TemplateName, VmName};
+
+use crate::output::Output;
+use crate::parse;
+
+/// What a VM shall be.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "The VM")]
+pub struct VmArgs {
+    /// Template to make it from [default: sandbox]
+    #[arg(long, short = 'T', value_name = "NAME")]
+    template: Option<TemplateName>,
+    /// Virtual CPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    /// Memory, for example 512M or 2G [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = parse::memory_mib)]
+    memory: Option<u32>,
+    /// Size of the disk, for example 4G [default: the template's]
+    #[arg(long, value_name = "SIZE", value_parser = parse::size)]
+    disk: Option<u64>,
+    /// Network: nat reaches whatever the host can reach, none has no network card [default: nat]
+    #[arg(long, value_name = "KIND")]
+    net: Option<Net>,
+    /// Publish a port of the guest on the host's loopback; may be repeated
+    #[arg(long, short, value_name = "[[HOST:]PORT:]GUEST")]
+    publish: Vec<ForwardSpec>,
+    /// Stop it so long after its start, for example 10m
+    #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
+    ttl: Option<u64>,
+    /// Stop it after so long without an exec, a copy or a forwarded connection
+    #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
+    idle: Option<u64>,
+    /// Delete it when it stops
+    #[arg(long)]
+    ephemeral: bool,
+    /// Give the guest virtualization of its own
+    #[arg(long)]
+    nested: bool,
+    /// Machine type [default: auto]
+    #[arg(long, value_name = "TYPE")]
+    machine: Option<Machine>,
+    /// Accelerator: auto takes kvm where it is proven to work, else tcg with a warning [default: auto]
+    #[arg(long, value_name = "KIND")]
+    accel: Option<Accel>,
+    /// Refuse to start without hardware isolation
+    #[arg(long)]
+    require_isolation: bool,
+    /// Label; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse::label)]
+    label: Vec<(String, String)>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Net {
+    Nat,
+    None,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Machine {
+    Auto,
+    Microvm,
+    Pc,
+    Q35,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Accel {
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+impl VmArgs {
+    /// The core's specification; what was not said keeps the core's default.
+    pub fn spec(self, name: VmName) -> VmSpec {
+        let defaults = VmSpec::named(name);
+        VmSpec {
+            template: self.template.unwrap_or(defaults.template),
+            cpus: self.cpus.unwrap_or(defaults.cpus),
+            memory_mib: self.memory.unwrap_or(defaults.memory_mib),
+            disk_bytes: self.disk,
+            net: self.net.map_or(defaults.net, |net| match net {
+                Net::Nat => NetChoice::Nat,
+                Net::None => NetChoice::None,
+            }),
+            machine: self.machine.map_or(defaults.machine, |machine| match machine {
+                Machine::Auto => MachineChoice::Auto,
+                Machine::Microvm => MachineChoice::Microvm,
+                Machine::Pc => MachineChoice::Pc,
+                Machine::Q35 => MachineChoice::Q35,
+            }),
+            accel: self.accel.map_or(defaults.accel, |accel| match accel {
+                Accel::Auto => AccelChoice::Auto,
+                Accel::Kvm => AccelChoice::Kvm,
+                Accel::Tcg => AccelChoice::Tcg,
+            }),
+            require_isolation: self.require_isolation,
+            nested: self.nested,
+            forwards: self.publish,
+            ttl_ms: self.ttl,
+            idle_ms: self.idle,
+            ephemeral: self.ephemeral,
+            labels: self.label.into_iter().collect(),
+            ..defaults
+        }
+    }
+}
+
+/// How a start waits.
+#[derive(Debug, clap::Args)]
+pub struct StartArgs {
+    /// Do not wait until the guest is ready
+    #[arg(long)]
+    no_wait: bool,
+    /// How long the guest may take to become ready, for example 60s [default: depends on the accelerator]
+    #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
+    timeout: Option<u64>,
+}
+
+impl StartArgs {
+    /// The core's request.
+    pub const fn request(&self) -> StartRequest {
+        StartRequest { wait: !self.no_wait, timeout_ms: self.timeout }
+    }
+}
+
+/// Tells people what they got: warnings, and how long it took. In JSON all that is part of the answer.
+pub fn summarize(output: &Output, vm: &VmInfo) {
+    if output.json {
+        return;
+    }
+    vm.warnings.iter().for_each(|warning| output.warn(warning));
+    output.talk(&summary(vm));
+}
+
+fn summary(vm: &VmInfo) -> String {
+    let isolation = match vm.isolation.as_deref() {
+        Some("hardware") => Some("hardware isolation"),
+        Some(_) => Some("no hardware isolation"),
+        None => None,
+    };
+    let facts = [vm.machine.as_deref(), vm.accel.as_deref(), isolation].into_iter().flatten();
+    match &vm.timings {
+        Some(timings) if vm.agent.ready => {
+            let facts: Vec<_> = std::iter::once("cold boot").chain(facts).collect();
+            format!("{} is ready after {:.2} s ({})", vm.name, timings.total_ms / 1000.0, facts.join(", "))
+        }
+        _ => {
+            let facts: Vec<_> = facts.collect();
+            let facts = if facts.is_empty() { String::new() } else { format!(" ({})", facts.join(", ")) };
+            format!("{} is {}{facts}", vm.name, vm.status.word())
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Progress on stderr: drawn on a terminal, told line by line elsewhere, absent with `--quiet` and `--json`.
+//!
+//! Invariant: when a [`Progress`] is dropped, its drawing is gone from the screen.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use nido_vmm::api::{BuildStep, CopyProgress, StartStage};
+
+use crate::output::Output;
+use crate::sanitize::line;
+
+/// How often the drawing moves.
+const TICK: Duration = Duration::from_millis(100);
+const SPINNER: &str = "{spinner} {msg} {elapsed}";
+const COPY: &str = "{spinner} {msg} {binary_bytes} ({binary_bytes_per_sec})";
+const COPY_OF: &str = "{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} ({binary_bytes_per_sec}, {eta} left)";
+
+/// Work that is under way.
+#[derive(Debug)]
+pub struct Progress<'a> {
+    output: &'a Output,
+    /// What is being worked on.
+    subject: String,
+    bar: Option<ProgressBar>,
+    /// What was told last, so that nothing is told twice.
+    last: Option<String>,
+    sized: bool,
+}
+
+impl<'a> Progress<'a> {
+    /// Begins to watch work on `subject`.
+    pub fn new(output: &'a Output, subject: &str) -> Self {
+        let bar = (output.talks() && output.stderr_is_terminal).then(|| {
+            let bar = ProgressBar::new_spinner().with_style(style(SPINNER, false)).with_message(line(subject));
+            bar.enable_steady_tick(TICK);
+            bar
+        });
+        Self { output, subject: line(subject), bar, last: None, sized: false }
+    }
+
+    /// A start has come so far.
+    pub fn start(&mut self, stage: StartStage) {
+        self.stage(match stage {
+            StartStage::Preparing => "preparing disk and configuration",
+            StartStage::Launching => "starting QEMU",
+            StartStage::Booting => "booting",
+            StartStage::Ready => "ready",
+        });
+    }
+
+    /// A build has come so far. Only a new stage is told where nothing can be drawn.
+    pub fn build(&mut self, step: &BuildStep) {
+        let stage = format!("[{}/{}] {}", step.index, step.total, step.stage);
+        match &self.bar {
+            Some(bar) => {
+                let percent = step.fraction.map(|f| format!(" {:.0}%", f * 100.0)).unwrap_or_default();
+                bar.set_message(line(&format!("{}: {stage}{percent} {}", self.subject, step.detail)));
+            }
+            None => self.stage(&stage),
+        }
+    }
+
+    /// A copy has come so far. Nothing is told where nothing can be drawn.
+    pub fn copy(&mut self, progress: CopyProgress) {
+        let Some(bar) = &self.bar else { return };
+        if let (Some(total), false) = (progress.total_bytes, self.sized) {
+            bar.set_length(total);
+            bar.set_style(style(COPY_OF, true));
+            self.sized = true;
+        } else if self.last.is_none() && !self.sized {
+            bar.set_style(style(COPY, false));
+            self.last = Some(String::new());
+        }
+        bar.set_position(progress.bytes);
+    }
+
+    fn stage(&mut self, stage: &str) {
+        if self.last.as_deref() == Some(stage) {
+            return;
+        }
+        let text = format!("{}: {stage}", self.subject);
+        match &self.bar {
+            Some(bar) => bar.set_message(line(&text)),
+            None => self.output.talk(&text),
+        }
+        self.last = Some(stage.to_owned());
+    }
+}
+
+impl Drop for Progress<'_> {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn style(template: &str, bar: bool) -> ProgressStyle {
+    let fallback = if bar { ProgressStyle::default_bar } else { ProgressStyle::default_spinner };
+    ProgressStyle::with_template(template).unwrap_or_else(|_| fallback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_templates_parse() {
+        for template in [SPINNER, COPY, COPY_OF] {
+            assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
+        }
+    }
+}

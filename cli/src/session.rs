@@ -1,0 +1,330 @@
+//! One command of a guest, wired to our own standard streams, signals and terminal.
+//!
+//! ```text
+//!  stdin thread --> feed ----> ExecControl            ExecEvents --> pump --> sanitizer --> writer thread
+//!  signals -----> escalation -^                                        \--> collected, with --json
+//! ```
+//!
+//! Invariant: leaving this function, on whatever way, drops the command's events, which kills it if it still runs; and
+//! no step waits for the guest in a way that a third Ctrl-C cannot end.
+
+use std::future::Future;
+use std::pin::pin;
+use std::time::Duration;
+
+use base64::Engine as _;
+use nido_vmm::api::{ExecEvent, ExecExit, ExecRequest, ExecResult, Truncated};
+use nido_vmm::error::Error;
+use nido_vmm::name::VmName;
+use nido_vmm::nido::{ExecControl, Nido};
+
+use crate::exit::{Exit, Failure, Outcome};
+use crate::output::Output;
+use crate::sanitize::Sanitizer;
+use crate::signals::{KILL, Signalled, Signals, TERMINATE};
+use crate::stdio::{self, Stream, Writer};
+use crate::terminal::{self, RawMode};
+
+/// How much of each stream `--json` keeps, in bytes.
+const COLLECT_LIMIT: usize = 16 << 20;
+/// How long passing on a signal may take before nido listens again.
+const TELL_LIMIT: Duration = Duration::from_secs(1);
+
+/// Runs a command to its end. `raw` lets the guest's bytes reach a terminal as they are.
+pub async fn run(output: &Output, nido: &Nido, name: &VmName, request: ExecRequest, raw: bool) -> Outcome {
+    if output.json {
+        collected(output, nido, name, request).await
+    } else {
+        streamed(output, nido, name, request, raw).await
+    }
+}
+
+/// What can happen next while a command runs.
+enum Next {
+    Event(Option<Result<ExecEvent, Error>>),
+    Signal(Signalled),
+    Written(bool),
+}
+
+async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequest, raw: bool) -> Outcome {
+    let pty = request.pty.is_some();
+    let wants_stdin = request.stdin;
+    let mut signals = Signals::listen()?;
+    let mut escalation = Escalation::default();
+    let (control, mut events) = match begin(nido, name, request, &mut signals).await? {
+        Ok(command) => command,
+        Err(number) => return Ok(Exit::Signal(number)),
+    };
+    let _raw_mode = if pty && wants_stdin { Some(RawMode::enter()?) } else { None };
+    let mut feed = pin!(feed(output, &control, wants_stdin));
+    let mut feeding = true;
+    let mut screens = Screens::new(output, raw || pty);
+    let writer = Writer::start();
+    // A piece that waits for the writer keeps further events from being read.
+    let mut waiting: Option<(Stream, Vec<u8>)> = None;
+    let exit = loop {
+        let next = tokio::select! {
+            signal = signals.next() => Next::Signal(signal),
+            () = &mut feed, if feeding => { feeding = false; continue }
+            event = events.next(), if waiting.is_none() => Next::Event(event),
+            room = writer.room(), if waiting.is_some() => {
+                if let (Some(room), Some(piece)) = (room, waiting.take()) {
+                    room.send(piece);
+                    Next::Written(true)
+                } else {
+                    Next::Written(false)
+                }
+            }
+        };
+        match next {
+            Next::Signal(Signalled::Resized) if pty => {
+                let (rows, columns) = terminal::size();
+                tell(control.resize(rows, columns)).await;
+            }
+            Next::Signal(Signalled::Resized) => {}
+            Next::Signal(Signalled::End(number)) => {
+                let step = escalation.next(number);
+                tell(control.signal(step.signal)).await;
+                if step.leave {
+                    return Ok(Exit::Signal(number));
+                }
+            }
+            Next::Event(Some(event)) => match event? {
+                ExecEvent::Started(_) => {}
+                ExecEvent::Stdout(bytes) => waiting = screens.show(Stream::Out, bytes),
+                ExecEvent::Stderr(bytes) => waiting = screens.show(Stream::Err, bytes),
+                ExecEvent::Exited(exit) => break exit,
+            },
+            Next::Event(None) => return Err(Error::internal("the command ended without saying how").into()),
+            Next::Written(true) => {}
+            // The writer says why below.
+            Next::Written(false) => {
+                return Err(writer.finish().await.err().unwrap_or(std::io::ErrorKind::BrokenPipe.into()).into());
+            }
+        }
+    };
+    drain(output, writer, screens, &mut signals).await?;
+    Ok(ended(output, &exit))
+}
+
+/// Starts the command; a signal before it runs ends the attempt.
+async fn begin(
+    nido: &Nido,
+    name: &VmName,
+    request: ExecRequest,
+    signals: &mut Signals,
+) -> Result<Result<(ExecControl, nido_vmm::nido::ExecEvents), u8>, Error> {
+    tokio::select! {
+        command = nido.exec(name, request) => command.map(Ok),
+        number = signals.next_end() => Ok(Err(number)),
+    }
+}
+
+/// Writes what is left; a signal ends the wait.
+async fn drain(output: &Output, writer: Writer, mut screens: Screens, signals: &mut Signals) -> Result<(), Failure> {
+    let write = async {
+        for piece in screens.finish() {
+            if let Some(room) = writer.room().await {
+                room.send(piece);
+            }
+        }
+        writer.finish().await
+    };
+    let _ = output;
+    tokio::select! {
+        written = write => Ok(written?),
+        signal = signals.next_end() => Err(Failure::Interrupted { signal, undo: Duration::ZERO }),
+    }
+}
+
+fn ended(output: &Output, exit: &ExecExit) -> Exit {
+    if exit.timed_out {
+        output.talk("the command's time ran out; it was killed");
+    }
+    Exit::of_command(exit)
+}
+
+/// Passes on standard input to its end. An error means that the command is gone, which its events tell better.
+async fn feed(output: &Output, control: &ExecControl, wanted: bool) {
+    if !wanted {
+        return;
+    }
+    let mut pieces = stdio::read();
+    while let Some(piece) = pieces.recv().await {
+        match piece {
+            Ok(bytes) => {
+                if control.stdin(&bytes).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => output.warn(&format!("standard input cannot be read: {error}")),
+        }
+    }
+    let _ = control.stdin_eof().await;
+}
+
+/// Says something to the command, but does not wait for ever for a guest that does not listen.
+async fn tell(message: impl Future<Output = Result<(), Error>>) {
+    let _ = tokio::time::timeout(TELL_LIMIT, message).await;
+}
+
+/// Repeated signals become harsher: as it came, then SIGTERM, then SIGKILL and out.
+#[derive(Debug, Default)]
+struct Escalation {
+    count: u32,
+}
+
+struct Step {
+    signal: u8,
+    leave: bool,
+}
+
+impl Escalation {
+    fn next(&mut self, number: u8) -> Step {
+        self.count += 1;
+        match self.count {
+            1 => Step { signal: number, leave: false },
+            2 => Step { signal: TERMINATE, leave: false },
+            _ => Step { signal: KILL, leave: true },
+        }
+    }
+}
+
+/// A sanitizer for each stream that leads to a terminal.
+#[derive(Debug)]
+struct Screens {
+    out: Option<Sanitizer>,
+    err: Option<Sanitizer>,
+}
+
+impl Screens {
+    fn new(output: &Output, raw: bool) -> Self {
+        let screen = |terminal: bool| (terminal && !raw).then(Sanitizer::default);
+        Self { out: screen(output.stdout_is_terminal), err: screen(output.stderr_is_terminal) }
+    }
+
+    fn show(&mut self, stream: Stream, bytes: Vec<u8>) -> Option<(Stream, Vec<u8>)> {
+        let screen = match stream {
+            Stream::Out => &mut self.out,
+            Stream::Err => &mut self.err,
+        };
+        let bytes = match screen {
+            Some(screen) => screen.push(&bytes),
+            None => bytes,
+        };
+        (!bytes.is_empty()).then_some((stream, bytes))
+    }
+
+    fn finish(&mut self) -> Vec<(Stream, Vec<u8>)> {
+        let out = self.out.as_mut().map(|screen| (Stream::Out, screen.finish()));
+        let err = self.err.as_mut().map(|screen| (Stream::Err, screen.finish()));
+        out.into_iter().chain(err).filter(|(_, bytes)| !bytes.is_empty()).collect()
+    }
+}
+
+async fn collected(output: &Output, nido: &Nido, name: &VmName, request: ExecRequest) -> Outcome {
+    let wants_stdin = request.stdin;
+    let mut signals = Signals::listen()?;
+    let mut escalation = Escalation::default();
+    let (control, mut events) = match begin(nido, name, request, &mut signals).await? {
+        Ok(command) => command,
+        Err(number) => return Ok(Exit::Signal(number)),
+    };
+    let mut feed = pin!(feed(output, &control, wants_stdin));
+    let mut feeding = true;
+    let (mut out, mut err) = (Collected::default(), Collected::default());
+    let exit = loop {
+        tokio::select! {
+            signal = signals.next() => if let Signalled::End(number) = signal {
+                let step = escalation.next(number);
+                tell(control.signal(step.signal)).await;
+                if step.leave {
+                    return Ok(Exit::Signal(number));
+                }
+            },
+            () = &mut feed, if feeding => feeding = false,
+            event = events.next() => match event {
+                Some(Ok(ExecEvent::Started(_))) => {}
+                Some(Ok(ExecEvent::Stdout(bytes))) => out.add(&bytes),
+                Some(Ok(ExecEvent::Stderr(bytes))) => err.add(&bytes),
+                Some(Ok(ExecEvent::Exited(exit))) => break exit,
+                Some(Err(error)) => return Err(error.into()),
+                None => return Err(Error::internal("the command ended without saying how").into()),
+            },
+        }
+    };
+    output.answer(&result(out, err, exit), String::new)?;
+    Ok(Exit::of_command(&exit))
+}
+
+/// One stream, up to the limit.
+#[derive(Debug, Default)]
+struct Collected {
+    bytes: Vec<u8>,
+    truncated: bool,
+}
+
+impl Collected {
+    fn add(&mut self, bytes: &[u8]) {
+        let room = COLLECT_LIMIT - self.bytes.len();
+        self.truncated |= bytes.len() > room;
+        self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
+    }
+
+    /// As text, or as base64 where it is none. A character cut by the limit is left out.
+    fn text(mut self) -> (Option<String>, Option<String>) {
+        if self.truncated {
+            let whole = match std::str::from_utf8(&self.bytes) {
+                Err(error) if error.error_len().is_none() => error.valid_up_to(),
+                _ => self.bytes.len(),
+            };
+            self.bytes.truncate(whole);
+        }
+        match String::from_utf8(self.bytes) {
+            Ok(text) => (Some(text), None),
+            Err(error) => (None, Some(base64::engine::general_purpose::STANDARD.encode(error.as_bytes()))),
+        }
+    }
+}
+
+fn result(out: Collected, err: Collected, exit: ExecExit) -> ExecResult {
+    let truncated = Truncated { stdout: out.truncated, stderr: err.truncated };
+    let (stdout, stdout_base64) = out.text();
+    let (stderr, stderr_base64) = err.text();
+    ExecResult { stdout, stdout_base64, stderr, stderr_base64, exit, truncated }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::signals::INTERRUPT;
+
+    #[test]
+    fn the_third_interrupt_kills() {
+        let mut escalation = Escalation::default();
+        let steps: Vec<_> = (0..4).map(|_| escalation.next(INTERRUPT)).map(|s| (s.signal, s.leave)).collect();
+        assert_eq!(steps, [(2, false), (15, false), (9, true), (9, true)]);
+    }
+
+    #[test]
+    fn what_is_no_text_comes_as_base64() {
+        let collect = |bytes: &[u8]| {
+            let mut collected = Collected::default();
+            collected.add(bytes);
+            collected.text()
+        };
+        assert_eq!(collect("grün".as_bytes()), (Some("grün".into()), None));
+        assert_eq!(collect(b"\xff\x00"), (None, Some("/wA=".into())));
+    }
+
+    #[test]
+    fn a_stream_is_cut_at_the_limit_and_says_so() {
+        let mut collected = Collected::default();
+        collected.add(&vec![b'a'; COLLECT_LIMIT - 1]);
+        assert!(!collected.truncated);
+        collected.add("é".as_bytes());
+        assert!(collected.truncated);
+        let (text, base64) = collected.text();
+        assert_eq!((text.map(|t| t.len()), base64), (Some(COLLECT_LIMIT - 1), None));
+    }
+}

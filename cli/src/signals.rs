@@ -1,0 +1,89 @@
+//! Signals to nido itself, as events.
+//!
+//! Invariant: once [`Signals::listen`] has returned, none of these signals ends nido by itself any more; so it is only
+//! called by verbs that have something to undo or to pass on, and they decide.
+
+use std::future::Future;
+use std::time::Duration;
+
+use nido_vmm::error::Error;
+use rustix::process::Signal as Number;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::exit::Failure;
+
+/// What came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signalled {
+    /// A signal that asks for an end, by its number.
+    End(u8),
+    /// The terminal has another size.
+    Resized,
+}
+
+/// The signals that are listened to.
+#[derive(Debug)]
+pub struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+    quit: Signal,
+    resize: Signal,
+}
+
+/// SIGINT's number.
+pub const INTERRUPT: u8 = number(Number::INT);
+/// SIGTERM's number.
+pub const TERMINATE: u8 = number(Number::TERM);
+/// SIGKILL's number.
+pub const KILL: u8 = number(Number::KILL);
+const HANGUP: u8 = number(Number::HUP);
+const QUIT: u8 = number(Number::QUIT);
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // signal numbers are 1 to 64
+const fn number(signal: Number) -> u8 {
+    signal.as_raw() as u8
+}
+
+impl Signals {
+    /// Begins to listen.
+    pub fn listen() -> Result<Self, Error> {
+        let on = |kind| signal(kind).map_err(|error| Error::io("cannot listen for signals", error));
+        Ok(Self {
+            interrupt: on(SignalKind::interrupt())?,
+            terminate: on(SignalKind::terminate())?,
+            hangup: on(SignalKind::hangup())?,
+            quit: on(SignalKind::quit())?,
+            resize: on(SignalKind::window_change())?,
+        })
+    }
+
+    /// The next one. May be dropped and called again without loss.
+    pub async fn next(&mut self) -> Signalled {
+        tokio::select! {
+            _ = self.interrupt.recv() => Signalled::End(INTERRUPT),
+            _ = self.terminate.recv() => Signalled::End(TERMINATE),
+            _ = self.hangup.recv() => Signalled::End(HANGUP),
+            _ = self.quit.recv() => Signalled::End(QUIT),
+            _ = self.resize.recv() => Signalled::Resized,
+        }
+    }
+
+    /// The next one that asks for an end.
+    pub async fn next_end(&mut self) -> u8 {
+        loop {
+            if let Signalled::End(number) = self.next().await {
+                return number;
+            }
+        }
+    }
+}
+
+/// Does `work` until it ends or a signal comes; then it is dropped, and has `undo` to clear up what it left half done.
+pub async fn until_signal<T>(undo: Duration, work: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
+    let mut signals = Signals::listen()?;
+    tokio::select! {
+        result = work => Ok(result?),
+        signal = signals.next_end() => Err(Failure::Interrupted { signal, undo }),
+    }
+}
