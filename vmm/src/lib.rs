@@ -1,11 +1,34 @@
 //! The core of nido: everything that starts, controls and forgets virtual machines.
+//!
+//! ```text
+//!  faces (cli, mcp, rest)
+//!        |
+//!     nido.rs  Nido: one method per operation ---- api/ error.rs name.rs   what is asked and answered  [pure]
+//!        |  \
+//!        |   +-- store/      facts that processes agree on (SQLite)
+//!        |   +-- home.rs     every path        lock.rs  who lives
+//!        |   +-- host/ + machine.rs            what the host offers, what machine that makes  [machine.rs: pure]
+//!        |
+//!     supervisor/  one process per running VM: owns QEMU, carries sessions, keeps limits
+//!        |   \
+//!      qemu/   guest/   its command line, process and monitor; the client of the agent inside
+//! ```
+//!
+//! Invariants: state.rs is the only place that knows which request is allowed when; nothing outside `home.rs` makes a path
+//! of the home; every wait has a deadline.
 
 pub mod api;
+pub mod disk;
 pub mod error;
+mod error_sources;
 pub mod guest;
+pub mod home;
 pub mod host;
+pub mod lock;
 pub mod machine;
 pub mod name;
 pub mod nido;
 pub mod qemu;
 pub mod state;
+pub mod store;
+pub mod supervisor;

@@ -1,10 +1,34 @@
 //! `Nido`: the core API, one method per operation. Every face calls these and nothing else.
+//!
+//! The methods are spread over `nido/*.rs` by noun; this file opens a home and holds what they share.
+//!
+//! Invariant: whoever changes a VM at rest, or starts it, holds its `supervisor.lock`; the lock is handed on to the
+//! supervisor with the start. So a killed command leaves either nothing, or a VM whose row tells the truth once the next
+//! command has settled it (`nido/settle.rs`).
+
+mod copies;
+mod create;
+mod delete;
+mod doctor;
+mod exec;
+mod forwards;
+mod lifecycle;
+mod list;
+mod logs;
+mod settle;
+mod supervision;
+mod templates;
 
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::api::*;
-use crate::error::Result;
-use crate::name::{TemplateName, VmName};
+pub use exec::{ExecControl, ExecEvents};
+pub use logs::LogStream;
+
+use crate::error::{Code, Error, Result};
+use crate::home::{Home, VmDir};
+use crate::host::{HostFacts, QemuFacts, facts, qemu};
+use crate::store::Store;
 
 /// How nido is opened.
 #[derive(Debug, Clone, Default)]
@@ -19,188 +43,84 @@ pub struct OpenOptions {
 
 /// The core API over one home.
 #[derive(Debug)]
-pub struct Nido {}
+pub struct Nido {
+    home: Home,
+    store: Mutex<Store>,
+    options: OpenOptions,
+}
 
 impl Nido {
     /// Opens (and makes, the first time) a home. Also settles what a crash may have left behind.
-    pub async fn open(_options: OpenOptions) -> Result<Self> {
-        todo!()
+    ///
+    /// # Errors
+    /// `denied` if the home belongs to somebody else, `disk_full`, `internal`.
+    pub async fn open(options: OpenOptions) -> Result<Self> {
+        let nido = Self::open_unsettled(options)?;
+        nido.settle_all().await?;
+        Ok(nido)
     }
 
-    /// Makes a VM without starting it.
-    pub async fn create(&self, _spec: VmSpec) -> Result<VmInfo> {
-        todo!()
-    }
-    /// Makes a VM and starts it. If this fails or is dropped half-way, the VM is gone again.
-    pub async fn spawn(
-        &self,
-        _spec: VmSpec,
-        _start: StartRequest,
-        _progress: &mut dyn FnMut(StartStage),
-    ) -> Result<VmInfo> {
-        todo!()
-    }
-    /// Starts a VM that is at rest.
-    pub async fn start(
-        &self,
-        _name: &VmName,
-        _start: StartRequest,
-        _progress: &mut dyn FnMut(StartStage),
-    ) -> Result<VmInfo> {
-        todo!()
-    }
-    /// Stops a VM. The answer of an ephemeral VM is the last that is heard of it.
-    pub async fn stop(&self, _name: &VmName, _stop: StopRequest) -> Result<VmInfo> {
-        todo!()
-    }
-    /// Stops and starts again.
-    pub async fn restart(
-        &self,
-        _name: &VmName,
-        _stop: StopRequest,
-        _start: StartRequest,
-        _progress: &mut dyn FnMut(StartStage),
-    ) -> Result<VmInfo> {
-        todo!()
-    }
-    /// Halts the CPUs.
-    pub async fn pause(&self, _name: &VmName) -> Result<VmInfo> {
-        todo!()
-    }
-    /// Lets them run on.
-    pub async fn resume(&self, _name: &VmName) -> Result<VmInfo> {
-        todo!()
-    }
-    /// Deletes a VM and everything of it; a running one only with `force`.
-    pub async fn delete(&self, _name: &VmName, _force: bool) -> Result<VmInfo> {
-        todo!()
-    }
-    /// All VMs. Touches no socket: what is known from the store and the locks.
-    pub fn list(&self) -> Result<VmList> {
-        todo!()
-    }
-    /// One VM.
-    pub async fn info(&self, _name: &VmName) -> Result<VmInfo> {
-        todo!()
+    /// Opens a home and leaves everything as it is: for supervisors.
+    pub(crate) fn open_unsettled(options: OpenOptions) -> Result<Self> {
+        let named =
+            options.home.clone().or_else(|| std::env::var_os("NIDO_HOME").filter(|v| !v.is_empty()).map(PathBuf::from));
+        let home = Home::open(&named.map_or_else(Home::default_root, Ok)?)?;
+        let store = Mutex::new(Store::open(&home.database())?);
+        Ok(Self { home, store, options })
     }
 
-    /// Starts a command. Dropping both halves kills it.
-    pub async fn exec(&self, _name: &VmName, _request: ExecRequest) -> Result<(ExecControl, ExecEvents)> {
-        todo!()
-    }
-    /// Copies from the host into the guest.
-    pub async fn upload(
-        &self,
-        _name: &VmName,
-        _request: UploadRequest,
-        _progress: &mut dyn FnMut(CopyProgress),
-    ) -> Result<CopyResult> {
-        todo!()
-    }
-    /// Copies from the guest to the host.
-    pub async fn download(
-        &self,
-        _name: &VmName,
-        _request: DownloadRequest,
-        _progress: &mut dyn FnMut(CopyProgress),
-    ) -> Result<CopyResult> {
-        todo!()
-    }
-    /// Publishes a port of the guest; the answer has the host port that was taken.
-    pub async fn forward_add(&self, _name: &VmName, _spec: ForwardSpec) -> Result<ForwardSpec> {
-        todo!()
-    }
-    /// Published ports.
-    pub fn forward_list(&self, _name: &VmName) -> Result<ForwardList> {
-        todo!()
-    }
-    /// Unpublishes a port, named as it is listed.
-    pub async fn forward_remove(&self, _name: &VmName, _spec: &ForwardSpec) -> Result<()> {
-        todo!()
-    }
-    /// Connects standard input and output to a port of the guest until both directions have ended.
-    pub async fn proxy(&self, _name: &VmName, _port: u16) -> Result<()> {
-        todo!()
-    }
-    /// Reads a log.
-    pub fn logs(&self, _name: &VmName, _request: LogRequest) -> Result<LogStream> {
-        todo!()
+    /// Where everything is kept.
+    #[must_use]
+    pub fn home(&self) -> &Home {
+        &self.home
     }
 
-    /// Templates and recipes.
-    pub fn template_list(&self) -> Result<TemplateList> {
-        todo!()
-    }
-    /// One template.
-    pub fn template_info(&self, _name: &TemplateName) -> Result<TemplateInfo> {
-        todo!()
-    }
-    /// Builds a template from the recipe of that name. Dropping the future cancels the build.
-    pub async fn template_build(
-        &self,
-        _name: &TemplateName,
-        _request: BuildRequest,
-        _progress: &mut (dyn FnMut(BuildStep) + Send),
-    ) -> Result<BuildResult> {
-        todo!()
-    }
-    /// Deletes a template that no VM uses.
-    pub fn template_delete(&self, _name: &TemplateName) -> Result<()> {
-        todo!()
+    pub(crate) fn options(&self) -> &OpenOptions {
+        &self.options
     }
 
-    /// Looks at the host. With `gc`, removes what crashes left behind.
-    pub async fn doctor(&self, _gc: bool) -> Result<DoctorReport> {
-        todo!()
+    pub(crate) fn store(&self) -> MutexGuard<'_, Store> {
+        // Each method of the store is a transaction of its own: a panic in one leaves nothing half-done.
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The hidden verb: supervises one VM until it is at rest. Returns when there is nothing left to supervise.
-    pub async fn supervise(_options: OpenOptions, _id: &str) -> Result<()> {
-        todo!()
+    pub(crate) fn vm_dir(&self, id: &str) -> VmDir {
+        self.home.vm(id)
+    }
+
+    /// What the host and its QEMU offer.
+    async fn host_facts(&self) -> Result<(HostFacts, QemuFacts)> {
+        let (cache, named) = (self.home.cache(), self.options.qemu.clone());
+        // Both may run programs the first time after a boot or an upgrade.
+        let gathered = tokio::task::spawn_blocking(move || {
+            let program = qemu::find(named.as_deref())?;
+            let qemu = qemu::probe(&program, &cache)?;
+            Ok::<_, Error>((facts::gather(&cache), qemu))
+        });
+        gathered.await.map_err(|e| Error::internal(format!("the host could not be looked at: {e}")))?
+    }
+
+    fn supervisor_program(&self) -> Result<PathBuf> {
+        self.options
+            .supervisor
+            .clone()
+            .map_or_else(|| std::env::current_exe().map_err(|e| Error::io("cannot find nido's own program", e)), Ok)
     }
 }
 
-/// What the caller says to a running command.
-#[derive(Debug)]
-pub struct ExecControl {}
-
-impl ExecControl {
-    /// Sends bytes to its standard input; waits while it does not take them. Other calls may be made meanwhile.
-    pub async fn stdin(&self, _bytes: &[u8]) -> Result<()> {
-        todo!()
+/// A random id: 16 hex digits.
+fn new_id() -> Result<String> {
+    use std::fmt::Write;
+    let mut id = String::with_capacity(16);
+    for byte in random_bytes::<8>()? {
+        let _ = write!(id, "{byte:02x}");
     }
-    /// Ends its standard input.
-    pub async fn stdin_eof(&self) -> Result<()> {
-        todo!()
-    }
-    /// Sends a signal to it and its children.
-    pub async fn signal(&self, _signal: u8) -> Result<()> {
-        todo!()
-    }
-    /// Tells it the terminal's new size.
-    pub async fn resize(&self, _rows: u16, _columns: u16) -> Result<()> {
-        todo!()
-    }
+    Ok(id)
 }
 
-/// What a running command says.
-#[derive(Debug)]
-pub struct ExecEvents {}
-
-impl ExecEvents {
-    /// The next event; `None` after [`ExecEvent::Exited`].
-    pub async fn next(&mut self) -> Option<Result<ExecEvent>> {
-        todo!()
-    }
-}
-
-/// A log being read.
-#[derive(Debug)]
-pub struct LogStream {}
-
-impl LogStream {
-    /// The next piece, as written by the guest: hostile bytes. `None` at the end.
-    pub async fn next(&mut self) -> Option<Result<Vec<u8>>> {
-        todo!()
-    }
+/// Bytes that nobody can guess.
+fn random_bytes<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|e| Error::new(Code::Internal, format!("no random numbers: {e}")))?;
+    Ok(bytes)
 }

@@ -81,10 +81,16 @@ impl AsyncWrite for Tunnel {
 
 impl Guest {
     /// Carries every connection that `listener` gets to `to` inside the guest, at most `limit` at once. Runs until
-    /// dropped, which closes all of them.
+    /// dropped, which closes all of them. What `enter` gives is held as long as its connection.
     ///
     /// A connection that the guest does not answer is closed; the rest goes on.
-    pub async fn forward(&self, listener: TcpListener, to: Connect, limit: usize) {
+    pub async fn forward<U: Send + 'static>(
+        &self,
+        listener: TcpListener,
+        to: Connect,
+        limit: usize,
+        enter: impl Fn() -> U,
+    ) {
         let places = Arc::new(Semaphore::new(limit));
         let mut connections = JoinSet::new();
         loop {
@@ -93,12 +99,12 @@ impl Guest {
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((client, _)) => {
-                    let (guest, to) = (self.clone(), to.clone());
+                    let (guest, to, use_of_vm) = (self.clone(), to.clone(), enter());
                     connections.spawn(async move {
                         if let Err(error) = guest.carry(client, &to).await {
                             tracing::info!(port = to.port, "a forwarded connection failed: {error}");
                         }
-                        drop(place);
+                        drop((place, use_of_vm));
                     });
                 }
                 Err(error) => {

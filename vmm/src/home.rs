@@ -1,0 +1,180 @@
+//! Every path and file name, once. What the files are for and who writes them: `docs/state.md`.
+//!
+//! Invariant: nothing that users or guests choose becomes a path: VMs' directories carry ids, templates' files carry
+//! parsed names.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Code, Error, Result};
+
+/// Locked while QEMU lives: QEMU inherits the descriptor.
+pub const VM_LOCK: &str = "vm.lock";
+/// Locked by whoever may change the VM: its supervisor, or the command that starts or deletes it.
+pub const SUPERVISOR_LOCK: &str = "supervisor.lock";
+/// QEMU's monitor.
+pub const QMP_SOCKET: &str = "qmp.sock";
+/// Where QEMU brings the guest's virtio-serial port; the supervisor listens.
+pub const CHANNEL_SOCKET: &str = "channel.sock";
+/// Each connection is one stream to the agent; the supervisor listens.
+pub const AGENT_SOCKET: &str = "agent.sock";
+/// Requests to the supervisor.
+pub const CONTROL_SOCKET: &str = "control.sock";
+/// The guest's serial console, as QEMU writes it.
+pub const CONSOLE_LOG: &str = "console.log";
+/// What QEMU itself prints.
+pub const QEMU_LOG: &str = "qemu.log";
+/// What the supervisor has to say.
+pub const SUPERVISOR_LOG: &str = "supervisor.log";
+/// What the guest is told at boot (holds the token).
+pub const GUEST_CONFIG: &str = "guest.cbor";
+/// The VM's disk: an overlay on the template's.
+pub const DISK: &str = "disk.qcow2";
+
+/// Where nido keeps everything.
+#[derive(Debug, Clone)]
+pub struct Home {
+    root: PathBuf,
+}
+
+impl Home {
+    /// The home that applies when none is named: `/var/lib/nido` for root, `$XDG_DATA_HOME/nido` or
+    /// `~/.local/share/nido` for others.
+    ///
+    /// # Errors
+    /// `spec_invalid` if the user has no home directory.
+    pub fn default_root() -> Result<PathBuf> {
+        if rustix::process::geteuid().is_root() {
+            return Ok("/var/lib/nido".into());
+        }
+        let from = |key: &str| std::env::var_os(key).map(PathBuf::from).filter(|p| p.is_absolute());
+        from("XDG_DATA_HOME")
+            .or_else(|| from("HOME").map(|home| home.join(".local/share")))
+            .map(|base| base.join("nido"))
+            .ok_or_else(|| {
+                Error::new(Code::SpecInvalid, "there is no home directory to keep VMs in").hint("set NIDO_HOME")
+            })
+    }
+
+    /// Opens a home; makes it (0700) if it is not there.
+    ///
+    /// # Errors
+    /// `denied` if it belongs to another user, `disk_full`, `internal`.
+    pub fn open(root: &Path) -> Result<Self> {
+        let shown = root.display();
+        let root = std::path::absolute(root).map_err(|e| Error::io(format!("cannot use {shown}"), e))?;
+        for dir in [root.clone(), root.join("vms")] {
+            make_private_dir(&dir).map_err(|e| Error::io(format!("cannot make {}", dir.display()), e))?;
+        }
+        let meta = std::fs::metadata(&root).map_err(|e| Error::io(format!("cannot read {shown}"), e))?;
+        let me = rustix::process::geteuid().as_raw();
+        if meta.uid() != me {
+            return Err(Error::new(Code::Denied, format!("{shown} belongs to another user (uid {})", meta.uid()))
+                .hint("use a home of your own with --home or NIDO_HOME"));
+        }
+        if meta.mode() & 0o077 != 0 {
+            return Err(Error::new(Code::Denied, format!("{shown} can be opened by other users"))
+                .hint(format!("it holds tokens and monitor sockets: chmod 700 {shown}")));
+        }
+        Ok(Self { root })
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn database(&self) -> PathBuf {
+        self.root.join("nido.db")
+    }
+
+    /// Facts about the host that are worth keeping.
+    #[must_use]
+    pub fn cache(&self) -> PathBuf {
+        self.root.join("cache")
+    }
+
+    /// The directory of all VMs.
+    #[must_use]
+    pub fn vms(&self) -> PathBuf {
+        self.root.join("vms")
+    }
+
+    /// A VM's directory.
+    #[must_use]
+    pub fn vm(&self, id: &str) -> VmDir {
+        VmDir { path: self.root.join("vms").join(id) }
+    }
+
+    /// A part of a template, as seen from inside a VM's directory: goes into the overlay's header, so a home can move.
+    #[must_use]
+    pub fn blob_from_vm_dir(sha256: &str) -> String {
+        format!("../../blobs/sha256/{sha256}")
+    }
+
+    /// A part of a template.
+    #[must_use]
+    pub fn blob(&self, sha256: &str) -> PathBuf {
+        self.root.join("blobs/sha256").join(sha256)
+    }
+}
+
+fn make_private_dir(path: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// A VM's directory.
+#[derive(Debug, Clone)]
+pub struct VmDir {
+    path: PathBuf,
+}
+
+impl VmDir {
+    /// The directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// One of its files.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Makes it, 0700.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn make(&self) -> Result<()> {
+        make_private_dir(&self.path).map_err(|e| Error::io("cannot make the VM's directory", e))
+    }
+
+    /// A way to its sockets that is short enough for a socket address, however deep the home lies.
+    ///
+    /// # Errors
+    /// The directory cannot be opened.
+    pub fn sockets(&self) -> std::io::Result<SocketDir> {
+        use rustix::fs::{Mode, OFlags};
+        let fd = rustix::fs::open(&self.path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(SocketDir { fd })
+    }
+}
+
+/// An open VM directory, for socket addresses.
+#[derive(Debug)]
+pub struct SocketDir {
+    fd: OwnedFd,
+}
+
+impl SocketDir {
+    /// A path to `name` in it; valid as long as this value lives.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
+    }
+}

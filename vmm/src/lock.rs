@@ -1,0 +1,115 @@
+//! Locks that say who lives: the kernel frees them when their last holder dies, whatever killed it.
+//!
+//! They are "open file description" locks: like `flock` they are inherited and end with the last holder; unlike `flock`
+//! they can be looked at without being taken, so a glance never makes another process's attempt fail.
+//!
+//! Invariant: a lock is only believed if the file that was locked is still the one under that name, so a directory that
+//! is deleted meanwhile never leaves two holders.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
+/// A lock that is held. Whoever inherits the descriptor holds it too.
+#[derive(Debug)]
+pub struct Held(File);
+
+impl Held {
+    /// Tries to take the lock; makes the file if need be. `None`: somebody else holds it.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn try_take(path: &Path) -> std::io::Result<Option<Self>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let file = options.open(path)?;
+        match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file())) {
+            Ok(_) => {}
+            Err(Errno::EAGAIN | Errno::EACCES) => return Ok(None),
+            Err(other) => return Err(other.into()),
+        }
+        let (ours, named) = (file.metadata()?, std::fs::metadata(path)?);
+        if (ours.dev(), ours.ino()) == (named.dev(), named.ino()) {
+            Ok(Some(Self(file)))
+        } else {
+            Err(std::io::ErrorKind::NotFound.into())
+        }
+    }
+
+    /// Takes the lock, waiting until `deadline`. `None`: it is still held by somebody else then.
+    ///
+    /// # Errors
+    /// As [`Held::try_take`].
+    pub async fn take(path: &Path, deadline: Instant) -> std::io::Result<Option<Self>> {
+        let mut pause = Duration::from_millis(1);
+        loop {
+            if let Some(held) = Self::try_take(path)? {
+                return Ok(Some(held));
+            }
+            if Instant::now() >= deadline {
+                return Ok(None);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+    }
+
+    /// The lock of a descriptor that was inherited locked.
+    #[must_use]
+    pub fn inherited(file: File) -> Self {
+        Self(file)
+    }
+
+    /// The descriptor.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.0
+    }
+}
+
+/// Whether somebody holds the lock. A file that is not there is not locked.
+#[must_use]
+pub fn is_held(path: &Path) -> bool {
+    let Ok(file) = File::open(path) else { return false };
+    let mut lock = whole_file();
+    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).is_ok() && i32::from(lock.l_type) != libc::F_UNLCK
+}
+
+#[allow(clippy::cast_possible_truncation)] // constants of one digit
+fn whole_file() -> libc::flock {
+    libc::flock { l_type: libc::F_WRLCK as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_holder_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        assert!(!is_held(&path));
+        let first = Held::try_take(&path).unwrap();
+        assert!(first.is_some());
+        assert!(is_held(&path));
+        assert!(Held::try_take(&path).unwrap().is_none());
+        drop(first);
+        assert!(!is_held(&path));
+        assert!(Held::try_take(&path).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_lock_on_a_file_that_was_replaced_is_not_believed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let _first = Held::try_take(&path).unwrap().unwrap();
+        std::fs::remove_file(&path).unwrap();
+        // A new file under the name is another lock; the old holder no longer stands for the name.
+        assert!(!is_held(&path));
+        assert!(Held::try_take(&path).unwrap().is_some());
+    }
+}

@@ -1,0 +1,115 @@
+//! Copies between host and guest, seen from the API.
+
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant as TokioInstant;
+
+use super::Nido;
+use super::exec::{ANSWER_WITHIN, guest_error};
+use crate::api::{CopyProgress, CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
+use crate::error::Result;
+use crate::guest::{Copied, Download, GuestError, Limits, Progress, Source, Upload};
+use crate::name::VmName;
+
+/// Mode of a file whose bytes come from standard input.
+const STDIN_MODE: u16 = 0o644;
+
+impl Nido {
+    /// Copies from the host into the guest. Dropping the future stops it; the guest keeps nothing half-written.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_not_running`, `path_not_found`, `disk_full`, `denied`, `user_not_found`, `path_invalid`.
+    pub async fn upload(
+        &self,
+        name: &VmName,
+        request: UploadRequest,
+        progress: &mut dyn FnMut(CopyProgress),
+    ) -> Result<CopyResult> {
+        let began = Instant::now();
+        let reached = self.reach(name).await?;
+        let (source, total_bytes) = match request.source {
+            UploadSource::Path(path) => {
+                let total = std::fs::metadata(&path).ok().filter(std::fs::Metadata::is_file).map(|meta| meta.len());
+                (Source::Path(path), total)
+            }
+            UploadSource::Stdin => (Source::Reader { reader: Box::new(std::io::stdin()), mode: STDIN_MODE }, None),
+        };
+        let upload = Upload { source, destination: request.destination, user: request.user, parents: request.parents };
+        let (tell, heard) = mpsc::unbounded_channel();
+        let send = move |now| {
+            let _ = tell.send(now);
+        };
+        let work = reached.guest.upload(upload, throttled(send), TokioInstant::now() + ANSWER_WITHIN);
+        finish(name, began, follow(work, heard, total_bytes, progress).await)
+    }
+
+    /// Copies from the guest to the host. Dropping the future stops it; nothing half-written is left.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_not_running`, `path_not_found`, `path_exists`, `disk_full`, `denied`, `limit_exceeded`.
+    pub async fn download(
+        &self,
+        name: &VmName,
+        request: DownloadRequest,
+        progress: &mut dyn FnMut(CopyProgress),
+    ) -> Result<CopyResult> {
+        let began = Instant::now();
+        let reached = self.reach(name).await?;
+        let (tell, heard) = mpsc::unbounded_channel();
+        let send = throttled(move |now| {
+            let _ = tell.send(now);
+        });
+        let deadline = TokioInstant::now() + ANSWER_WITHIN;
+        let copied = match request.destination {
+            DownloadTarget::Path(destination) => {
+                let (source, overwrite) = (request.source, request.overwrite);
+                let download = Download { source, destination, overwrite, limits: Limits::default() };
+                follow(reached.guest.download(download, send, deadline), heard, None, progress).await
+            }
+            DownloadTarget::Stdout => {
+                let work =
+                    reached.guest.download_to(request.source, std::io::stdout(), Limits::default(), send, deadline);
+                follow(work, heard, None, progress).await
+            }
+        };
+        finish(name, began, copied)
+    }
+}
+
+/// Passes on at most some twenty reports a second: a copy of many small files must not be slowed by its telling.
+fn throttled(tell: impl Fn(Progress)) -> impl FnMut(Progress) {
+    let mut last: Option<Instant> = None;
+    move |now| {
+        if last.is_none_or(|at| at.elapsed().as_millis() >= 50) {
+            last = Some(Instant::now());
+            tell(now);
+        }
+    }
+}
+
+async fn follow(
+    work: impl Future<Output = Result<Copied, GuestError>>,
+    mut heard: mpsc::UnboundedReceiver<Progress>,
+    total_bytes: Option<u64>,
+    progress: &mut dyn FnMut(CopyProgress),
+) -> Result<Copied, GuestError> {
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            outcome = &mut work => return outcome,
+            Some(now) = heard.recv() => progress(CopyProgress { bytes: now.bytes, entries: now.entries, total_bytes }),
+        }
+    }
+}
+
+fn finish(name: &VmName, began: Instant, copied: Result<Copied, GuestError>) -> Result<CopyResult> {
+    let copied = copied.map_err(|e| guest_error(name, e))?;
+    Ok(CopyResult {
+        entries: copied.entries,
+        bytes: copied.bytes,
+        skipped: copied.skipped,
+        path: String::from_utf8_lossy(&copied.path).into_owned(),
+        duration_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+    })
+}

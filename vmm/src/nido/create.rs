@@ -1,0 +1,203 @@
+//! Making a VM: its row, its directory, its disk.
+//!
+//! Order: directory and lock, then the row (which reserves the name), then the disk. A directory without a row is a
+//! leftover that anybody may remove once its lock is free.
+
+use std::time::{Duration, Instant};
+
+use nido_guest_agent::config::{Channel, GuestConfig, Init, Network, StaticNetwork};
+use nido_images::Manifest;
+
+use super::{Nido, new_id, random_bytes};
+use crate::api::{NetChoice, VmInfo, VmSpec};
+use crate::disk;
+use crate::error::{Code, Error, Result};
+use crate::home::{DISK, GUEST_CONFIG, Home, SUPERVISOR_LOCK, VmDir};
+use crate::lock::Held;
+use crate::machine::{self, Machine, MachineRequest, Transport};
+use crate::state::VmState;
+use crate::store::{BootParts, VmRow};
+
+/// Most labels a VM may carry.
+const LABELS_MAX: usize = 64;
+/// Longest label key or value, in bytes.
+const LABEL_BYTES_MAX: usize = 256;
+
+impl Nido {
+    /// Makes a VM without starting it.
+    ///
+    /// # Errors
+    /// `vm_exists`, `template_not_found`, `spec_invalid` and whatever the host lacks to run it.
+    pub async fn create(&self, spec: VmSpec) -> Result<VmInfo> {
+        let (row, _held) = self.make_vm(spec, VmState::Created).await?;
+        Ok(self.describe(&row))
+    }
+
+    /// Makes a VM and holds it. Nothing is left if this fails.
+    pub(super) async fn make_vm(&self, spec: VmSpec, state: VmState) -> Result<(VmRow, Held)> {
+        check_labels(&spec)?;
+        let (host, qemu) = self.host_facts().await?;
+        let _template_lock = self.templates_shared()?;
+        let manifest = self.manifest(&spec.template)?;
+        let parts = boot_parts(&manifest);
+        let disk_bytes = disk_bytes(&spec, &parts)?;
+        // Decided again at each start; here it is only asked whether it can be.
+        machine::decide(&machine_request(&spec, disk_bytes, *machine::GUEST_CIDS.start()), &host, &qemu)?;
+        let (row, held) = self.insert(spec, state, parts, disk_bytes).await?;
+        let dir = self.vm_dir(&row.id);
+        if let Err(error) = make_disk(&dir, &row) {
+            self.erase(&row.id)?;
+            return Err(error);
+        }
+        Ok((row, held))
+    }
+
+    async fn insert(&self, spec: VmSpec, state: VmState, parts: BootParts, disk_bytes: u64) -> Result<(VmRow, Held)> {
+        self.remove_strays();
+        let row = VmRow::new(new_id()?, spec, state, parts, disk_bytes);
+        let dir = self.vm_dir(&row.id);
+        dir.make()?;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        // Somebody who removes leftovers may hold the lock for a moment.
+        let held = Held::take(&dir.file(SUPERVISOR_LOCK), deadline)
+            .await
+            .map_err(|e| Error::io("cannot lock the new VM", e))?
+            .ok_or_else(|| Error::new(Code::VmBusy, "the new VM's directory is held by another process"))?;
+        if let Err(error) = self.store().insert_vm(&row) {
+            let _ = std::fs::remove_dir_all(dir.path());
+            return Err(error);
+        }
+        Ok((row, held))
+    }
+
+    /// Removes directories that belong to no VM: a command was killed between making one and its row.
+    pub(super) fn remove_strays(&self) -> Vec<String> {
+        let Ok(entries) = std::fs::read_dir(self.home.vms()) else { return Vec::new() };
+        let mut removed = Vec::new();
+        for entry in entries.flatten() {
+            let Ok(id) = entry.file_name().into_string() else { continue };
+            if !matches!(self.store().vm_by_id(&id), Ok(None)) {
+                continue;
+            }
+            let dir = self.vm_dir(&id);
+            let Ok(Some(_held)) = Held::try_take(&dir.file(SUPERVISOR_LOCK)) else { continue };
+            if matches!(self.store().vm_by_id(&id), Ok(None))
+                && !crate::lock::is_held(&dir.file(crate::home::VM_LOCK))
+                && std::fs::remove_dir_all(dir.path()).is_ok()
+            {
+                removed.push(id);
+            }
+        }
+        removed
+    }
+}
+
+fn check_labels(spec: &VmSpec) -> Result<()> {
+    let long = |text: &String| text.len() > LABEL_BYTES_MAX;
+    if spec.labels.len() > LABELS_MAX || spec.labels.iter().any(|(k, v)| k.is_empty() || long(k) || long(v)) {
+        let rule =
+            format!("at most {LABELS_MAX} labels, each key and value at most {LABEL_BYTES_MAX} bytes and no empty key");
+        return Err(Error::new(Code::SpecInvalid, format!("the labels are not valid: {rule}")));
+    }
+    if spec.ttl_ms == Some(0) || spec.idle_ms == Some(0) {
+        return Err(Error::new(Code::SpecInvalid, "a time limit of zero would end the VM at once")
+            .hint("leave it out for no limit"));
+    }
+    Ok(())
+}
+
+fn boot_parts(manifest: &Manifest) -> BootParts {
+    BootParts {
+        vmlinux: manifest.parts.vmlinux.sha256.clone(),
+        initramfs: manifest.parts.initramfs.sha256.clone(),
+        root: manifest.parts.root.file.sha256.clone(),
+        root_bytes: manifest.parts.root.virtual_bytes,
+        init: manifest.init,
+        append: manifest.kernel.append.clone(),
+        packages: manifest.parts.packages.sha256.clone(),
+    }
+}
+
+fn disk_bytes(spec: &VmSpec, parts: &BootParts) -> Result<u64> {
+    let asked = spec.disk_bytes.unwrap_or(parts.root_bytes).next_multiple_of(512);
+    if asked < parts.root_bytes {
+        let rule = format!("the disk cannot be smaller than its template's, {} MiB", parts.root_bytes >> 20);
+        return Err(Error::new(Code::SpecInvalid, rule).hint("leave --disk out, or ask for more"));
+    }
+    Ok(asked)
+}
+
+/// What decides on the machine of a VM.
+pub(super) fn machine_request(spec: &VmSpec, disk_bytes: u64, cid: u32) -> MachineRequest {
+    MachineRequest {
+        cpus: spec.cpus,
+        memory_mib: spec.memory_mib,
+        disk_bytes,
+        machine: spec.machine,
+        accel: spec.accel,
+        net: spec.net,
+        nested: spec.nested,
+        require_isolation: spec.require_isolation,
+        cid,
+    }
+}
+
+/// Makes the VM's disk if it is not there yet.
+pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
+    let path = dir.file(DISK);
+    if path.exists() {
+        return Ok(());
+    }
+    // A half-written overlay must never carry the disk's name.
+    let fresh = dir.file("disk.qcow2.new");
+    let _ = std::fs::remove_file(&fresh);
+    disk::create_overlay(&fresh, row.disk_bytes, &Home::blob_from_vm_dir(&row.parts.root))
+        .and_then(|()| std::fs::rename(&fresh, &path))
+        .map_err(|e| Error::io("cannot make the VM's disk", e))
+}
+
+/// Writes what the guest is told at boot, with a fresh token.
+pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) -> Result<()> {
+    let network = (row.spec.net == NetChoice::Nat).then(|| {
+        // QEMU's user network is always the same inside.
+        Network::Static(StaticNetwork {
+            address: "10.0.2.15".into(),
+            prefix: 24,
+            gateway: Some("10.0.2.2".into()),
+            dns: vec!["10.0.2.3".into()],
+        })
+    });
+    let config = GuestConfig {
+        hostname: row.spec.name.to_string(),
+        token: random_bytes::<{ nido_guest_agent::wire::TOKEN_LEN }>()?.to_vec().into(),
+        init: match row.parts.init {
+            nido_images::Init::Agent => Init::Agent,
+            nido_images::Init::Systemd => Init::System,
+        },
+        channel: match machine.transport {
+            Transport::Vsock { .. } => Channel::Vsock,
+            Transport::VirtioSerial { .. } => Channel::Serial,
+        },
+        network,
+    };
+    let bytes = minicbor::to_vec(&config)
+        .map_err(|e| Error::internal(format!("cannot write the guest's configuration: {e}")))?;
+    write_private(&dir.file(GUEST_CONFIG), &bytes).map_err(|e| Error::io("cannot write the guest's configuration", e))
+}
+
+/// Reads the VM's token.
+pub(crate) fn read_token(dir: &VmDir) -> Result<Vec<u8>> {
+    let bytes = std::fs::read(dir.file(GUEST_CONFIG)).map_err(|e| Error::io("cannot read the VM's token", e))?;
+    let config: GuestConfig = minicbor::decode(&bytes)
+        .map_err(|e| Error::internal(format!("the guest's configuration cannot be read: {e}")))?;
+    Ok(config.token.into())
+}
+
+fn write_private(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let fresh = path.with_extension("new");
+    let _ = std::fs::remove_file(&fresh);
+    std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh)?.write_all(bytes)?;
+    std::fs::rename(&fresh, path)
+}

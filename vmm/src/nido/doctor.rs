@@ -1,0 +1,190 @@
+//! Looking at the host: can it run VMs, how well, and is anything left over from a crash.
+
+use crate::api::{CheckStatus, DoctorCheck, DoctorReport};
+use crate::error::Result;
+use crate::host::{HostFacts, KvmVerdict, QemuFacts, VsockVerdict, facts, qemu};
+use crate::nido::Nido;
+
+/// Less free space than this on the home's disk is worth a word, in bytes.
+const LOW_DISK: u64 = 4 << 30;
+
+impl Nido {
+    /// Looks at the host. With `gc`, removes what crashes left behind.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub async fn doctor(&self, gc: bool) -> Result<DoctorReport> {
+        let mut checks = Vec::new();
+        let cache = self.home.cache();
+        let qemu = qemu::find(self.options.qemu.as_deref()).and_then(|program| qemu::probe(&program, &cache));
+        checks.push(check_qemu(qemu.as_ref()));
+        let host = tokio::task::spawn_blocking(move || facts::gather(&cache))
+            .await
+            .map_err(|e| crate::error::Error::internal(format!("the host could not be looked at: {e}")))?;
+        checks.push(check_kvm(&host, qemu.as_ref().ok()));
+        checks.push(check_vsock(&host));
+        checks.push(check_memory(&host));
+        checks.push(self.check_disk());
+        checks.push(self.check_templates()?);
+        checks.push(self.check_build_tools());
+        checks.push(self.check_leftovers(gc)?);
+        Ok(DoctorReport { ok: checks.iter().all(|check| check.status != CheckStatus::Failed), checks })
+    }
+
+    fn check_disk(&self) -> DoctorCheck {
+        let shown = self.home.root().display();
+        match facts::disk_free_bytes(self.home.root()) {
+            Ok(free) if free >= LOW_DISK => {
+                check("disk", CheckStatus::Ok, format!("{} GiB free for {shown}", free >> 30))
+            }
+            Ok(free) => check("disk", CheckStatus::Warning, format!("only {} MiB free for {shown}", free >> 20))
+                .hint("free some space, or keep VMs elsewhere with NIDO_HOME"),
+            Err(e) => check("disk", CheckStatus::Failed, format!("{shown} cannot be looked at: {e}"))
+                .hint("use another home with --home"),
+        }
+    }
+
+    fn check_templates(&self) -> Result<DoctorCheck> {
+        let list = self.template_list()?;
+        let stale: Vec<_> = list.templates.iter().filter(|t| !t.agent_current).map(|t| t.name.to_string()).collect();
+        if list.templates.is_empty() {
+            return Ok(
+                check("templates", CheckStatus::Warning, "there is none yet").hint("nido template build sandbox")
+            );
+        }
+        if let Some(first) = stale.first() {
+            return Ok(check(
+                "templates",
+                CheckStatus::Warning,
+                format!("{} holds the agent of another nido", stale.join(", ")),
+            )
+            .hint(format!("nido template build {first}")));
+        }
+        let names: Vec<_> = list.templates.iter().map(|t| t.name.to_string()).collect();
+        Ok(check("templates", CheckStatus::Ok, names.join(", ")))
+    }
+
+    fn check_build_tools(&self) -> DoctorCheck {
+        match nido_images::Host::probe() {
+            Ok(_) => check("template build", CheckStatus::Ok, "everything that it needs is installed"),
+            Err(error) => {
+                let plain = check("template build", CheckStatus::Warning, error.to_string());
+                match error.hint() {
+                    Some(hint) => plain.hint(hint),
+                    None => plain,
+                }
+            }
+        }
+    }
+
+    fn check_leftovers(&self, gc: bool) -> Result<DoctorCheck> {
+        // Rows were settled when the home was opened; what is left are files.
+        if !gc {
+            let strays = self.count_strays();
+            return Ok(if strays == 0 {
+                check("leftovers", CheckStatus::Ok, "none")
+            } else {
+                check("leftovers", CheckStatus::Warning, format!("{strays} VM directories belong to no VM"))
+                    .hint("nido doctor --gc")
+            });
+        }
+        let strays = self.remove_strays().len();
+        let bytes = self.drop_unused_parts()?;
+        Ok(check(
+            "leftovers",
+            CheckStatus::Ok,
+            format!("removed {strays} directories and {} MiB of unused template parts", bytes >> 20),
+        ))
+    }
+
+    fn count_strays(&self) -> usize {
+        let Ok(entries) = std::fs::read_dir(self.home.vms()) else { return 0 };
+        let ids = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        ids.filter(|id| matches!(self.store().vm_by_id(id), Ok(None))).count()
+    }
+}
+
+fn check(name: &str, status: CheckStatus, detail: impl Into<String>) -> DoctorCheck {
+    DoctorCheck { name: name.into(), status, detail: detail.into(), hint: None }
+}
+
+impl DoctorCheck {
+    fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+fn check_qemu(found: Result<&QemuFacts, &crate::host::QemuProbeError>) -> DoctorCheck {
+    match found {
+        Err(error) => check("qemu", CheckStatus::Failed, error.to_string()).hint("apt-get install qemu-system-x86"),
+        Ok(qemu) if qemu.version < qemu::MINIMUM_VERSION => {
+            let detail =
+                format!("{} is version {}; nido needs {}", qemu.path.display(), qemu.version, qemu::MINIMUM_VERSION);
+            check("qemu", CheckStatus::Failed, detail)
+                .hint("install a newer qemu-system-x86, or name one with NIDO_QEMU")
+        }
+        Ok(qemu) => {
+            let can = [
+                ("microvm", qemu.microvm),
+                ("pc", qemu.pc),
+                ("q35", qemu.q35),
+                ("kvm", qemu.accel_kvm),
+                ("tcg", qemu.accel_tcg),
+                ("sandbox", qemu.sandbox),
+                ("user network", qemu.user_network),
+                ("vhost-vsock", qemu.vhost_vsock_mmio),
+            ];
+            let list: Vec<_> = can.iter().filter(|(_, has)| *has).map(|(what, _)| *what).collect();
+            check("qemu", CheckStatus::Ok, format!("{} {}: {}", qemu.path.display(), qemu.version, list.join(", ")))
+        }
+    }
+}
+
+fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorCheck {
+    let emulation = "VMs run under emulation, slowly and without isolation";
+    match (&host.kvm, qemu.is_none_or(|q| q.accel_kvm)) {
+        (KvmVerdict::Usable { micros }, true) => {
+            check("kvm", CheckStatus::Ok, format!("usable: proven by running code in it ({micros} µs)"))
+        }
+        (KvmVerdict::Usable { .. }, false) => {
+            check("kvm", CheckStatus::Warning, "usable, but this QEMU was built without it")
+        }
+        (verdict, _) => {
+            let why = verdict.trouble().unwrap_or_default();
+            let plain = check("kvm", CheckStatus::Warning, format!("{why}; {emulation}"));
+            match verdict {
+                KvmVerdict::NotPermitted => {
+                    plain.hint("join the group that owns it: adduser $USER kvm, then log in again")
+                }
+                KvmVerdict::Absent => plain.hint("modprobe kvm_intel or kvm_amd; in a VM, its host must allow nesting"),
+                _ => plain,
+            }
+        }
+    }
+}
+
+fn check_vsock(host: &HostFacts) -> DoctorCheck {
+    match &host.vsock {
+        VsockVerdict::Usable => check("vsock", CheckStatus::Ok, "/dev/vhost-vsock is usable"),
+        VsockVerdict::Absent => {
+            check("vsock", CheckStatus::Ok, "there is no /dev/vhost-vsock; agents are reached over virtio-serial")
+                .hint("modprobe vhost_vsock makes exec and copies a little quicker")
+        }
+        VsockVerdict::NotPermitted => check(
+            "vsock",
+            CheckStatus::Ok,
+            "this user may not open /dev/vhost-vsock; agents are reached over virtio-serial",
+        )
+        .hint("join the group that owns /dev/vhost-vsock"),
+        VsockVerdict::Unusable { reason } => {
+            check("vsock", CheckStatus::Ok, format!("not usable ({reason}); agents are reached over virtio-serial"))
+        }
+    }
+}
+
+fn check_memory(host: &HostFacts) -> DoctorCheck {
+    let detail = format!("{} MiB of {} MiB available, {} CPUs", host.memory_available_mib, host.memory_mib, host.cpus);
+    let status = if host.memory_available_mib < 1024 { CheckStatus::Warning } else { CheckStatus::Ok };
+    check("memory", status, detail)
+}

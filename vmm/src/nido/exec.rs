@@ -1,0 +1,186 @@
+//! Running commands, seen from the API: the guest's client with the VM's state and our errors around it.
+
+use std::time::Duration;
+
+use nido_guest_agent::wire::{Exec, WindowSize};
+use tokio::net::UnixStream;
+use tokio::time::Instant;
+
+use super::Nido;
+use super::create::read_token;
+use super::lifecycle::denied;
+use crate::api::{ExecEvent, ExecExit, ExecRequest};
+use crate::error::{Error, Result};
+use crate::guest::{Control, Endpoint, Event, Events, Guest};
+use crate::home::AGENT_SOCKET;
+use crate::machine::Transport;
+use crate::name::VmName;
+use crate::state::{Admission, Request as Act, VmState, admit};
+use crate::store::VmRow;
+use crate::supervisor::control::Request;
+
+/// How long the agent of a running VM may take to answer a request.
+pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// A running VM's agent, and what says that it is in use.
+pub(super) struct Reached {
+    pub guest: Guest,
+    /// With virtio-serial the supervisor sees the use itself; with vsock it is told.
+    pub lease: Option<UnixStream>,
+}
+
+impl Nido {
+    /// Starts a command. Dropping the events kills it.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_not_running`, `command_not_found`, `command_cannot_run`, `user_not_found`,
+    /// `directory_not_found`, `agent_unreachable`.
+    pub async fn exec(&self, name: &VmName, request: ExecRequest) -> Result<(ExecControl, ExecEvents)> {
+        let reached = self.reach(name).await?;
+        let running = reached
+            .guest
+            .exec(wire_exec(request), Instant::now() + ANSWER_WITHIN)
+            .await
+            .map_err(|e| guest_error(name, e))?;
+        let name = name.clone();
+        let control = ExecControl { control: running.control, name: name.clone() };
+        Ok((control, ExecEvents { events: running.events, started: Some(running.pid), name, _lease: reached.lease }))
+    }
+
+    /// The agent of a VM that can be used, or why it cannot. Waits for one that is still starting, and for the
+    /// supervisor of one that has lost it.
+    pub(super) async fn reach(&self, name: &VmName) -> Result<Reached> {
+        let mut row = self.store().vm_by_name(name)?;
+        if let Admission::Denied(why) = admit(row.state, Act::UseAgent) {
+            return Err(denied(&row, "used", why));
+        }
+        if row.state == VmState::Starting || !row.agent.ready {
+            self.ask(&row, &Request::Ready).await?;
+            row = self.store().vm_by_name(name)?;
+        }
+        let guest = self.guest(&row)?;
+        let lease = match guest.endpoint() {
+            Endpoint::Vsock { .. } => Some(self.lease(&row).await?),
+            Endpoint::Serial { .. } => {
+                // A supervisor must be there before the agent's socket can be.
+                let socket = self.vm_dir(&row.id).sockets().map(|dir| dir.path(AGENT_SOCKET));
+                let alive = match socket {
+                    Ok(path) => UnixStream::connect(path).await.is_ok(),
+                    Err(_) => false,
+                };
+                if !alive {
+                    drop(self.supervisor(&row).await?);
+                }
+                None
+            }
+        };
+        Ok(Reached { guest, lease })
+    }
+
+    pub(crate) fn guest(&self, row: &VmRow) -> Result<Guest> {
+        let dir = self.vm_dir(&row.id);
+        let endpoint = match row.machine.as_ref().map(|m| m.transport) {
+            Some(Transport::Vsock { cid }) => Endpoint::Vsock { cid, port: nido_guest_agent::wire::VSOCK_PORT },
+            Some(Transport::VirtioSerial { .. }) | None => {
+                Endpoint::Serial { dir: dir.path().to_owned(), socket: AGENT_SOCKET.into() }
+            }
+        };
+        Ok(Guest::new(endpoint, read_token(&dir)?))
+    }
+}
+
+/// An error of the guest's client about the VM `name`.
+pub(super) fn guest_error(name: &VmName, error: crate::guest::GuestError) -> Error {
+    Error::from_guest(name.as_str(), error)
+}
+
+fn wire_exec(request: ExecRequest) -> Exec {
+    let size = |(rows, columns)| WindowSize { rows, columns };
+    Exec {
+        login_shell: request.argv.is_empty(),
+        argv: request.argv.into_iter().map(Into::into).collect(),
+        env: request.env.into_iter().map(Into::into).collect(),
+        directory: request.directory.map(Into::into),
+        user: request.user,
+        stdin: request.stdin,
+        pty: request.pty.map(size),
+        timeout_ms: request.timeout_ms,
+        term: request.term,
+    }
+}
+
+/// What the caller says to a running command.
+#[derive(Debug, Clone)]
+pub struct ExecControl {
+    control: Control,
+    name: VmName,
+}
+
+impl ExecControl {
+    /// Sends bytes to its standard input; waits while it does not take them.
+    ///
+    /// # Errors
+    /// `agent_unreachable` if the connection is gone.
+    pub async fn stdin(&self, bytes: &[u8]) -> Result<()> {
+        self.control.stdin(bytes).await.map_err(|e| guest_error(&self.name, e))
+    }
+
+    /// Ends its standard input.
+    ///
+    /// # Errors
+    /// As [`ExecControl::stdin`].
+    pub async fn stdin_eof(&self) -> Result<()> {
+        self.control.eof().await.map_err(|e| guest_error(&self.name, e))
+    }
+
+    /// Sends a signal to it and its children.
+    ///
+    /// # Errors
+    /// As [`ExecControl::stdin`].
+    pub async fn signal(&self, signal: u8) -> Result<()> {
+        self.control.signal(signal).await.map_err(|e| guest_error(&self.name, e))
+    }
+
+    /// Tells it the terminal's new size.
+    ///
+    /// # Errors
+    /// As [`ExecControl::stdin`].
+    pub async fn resize(&self, rows: u16, columns: u16) -> Result<()> {
+        self.control.resize(WindowSize { rows, columns }).await.map_err(|e| guest_error(&self.name, e))
+    }
+}
+
+/// What a running command says. Dropping it kills the command.
+#[derive(Debug)]
+pub struct ExecEvents {
+    events: Events,
+    started: Option<u32>,
+    name: VmName,
+    _lease: Option<UnixStream>,
+}
+
+impl ExecEvents {
+    /// The next event; `None` after [`ExecEvent::Exited`].
+    pub async fn next(&mut self) -> Option<Result<ExecEvent>> {
+        if let Some(pid) = self.started.take() {
+            return Some(Ok(ExecEvent::Started(pid)));
+        }
+        match self.events.next().await {
+            Ok(event) => event.map(|event| Ok(api_event(event))),
+            Err(error) => Some(Err(guest_error(&self.name, error))),
+        }
+    }
+}
+
+fn api_event(event: Event) -> ExecEvent {
+    match event {
+        Event::Stdout(bytes) => ExecEvent::Stdout(bytes),
+        Event::Stderr(bytes) => ExecEvent::Stderr(bytes),
+        Event::Exited(exited) => ExecEvent::Exited(ExecExit {
+            exit_code: exited.code,
+            signal: exited.signal,
+            timed_out: exited.timed_out,
+            duration_ms: exited.duration_ms,
+        }),
+    }
+}

@@ -1,0 +1,185 @@
+//! Templates: what the images crate makes, with the VMs that use them in view.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use nido_images::ImageError;
+use nido_images::Manifest;
+use nido_images::Store as ImageStore;
+use rustix::fs::{FlockOperation, flock};
+use tokio::sync::mpsc;
+
+use super::Nido;
+use crate::api::{BuildRequest, BuildResult, BuildStep, TemplateInfo, TemplateList};
+use crate::error::{Code, Error, Result};
+use crate::name::TemplateName;
+
+impl Nido {
+    fn images(&self) -> ImageStore {
+        ImageStore::new(self.home.root())
+    }
+
+    /// Keeps template parts from being removed while a VM that needs them is being made.
+    pub(super) fn templates_shared(&self) -> Result<File> {
+        self.templates_lock(FlockOperation::LockShared)
+    }
+
+    fn templates_lock(&self, how: FlockOperation) -> Result<File> {
+        let path = self.home.root().join("templates.lock");
+        let broken = |e| Error::io("cannot lock the templates", e);
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(broken)?;
+        flock(file.as_fd(), how).map_err(|e| broken(e.into()))?;
+        Ok(file)
+    }
+
+    /// The manifest of a template whose parts are all there.
+    pub(super) fn manifest(&self, name: &TemplateName) -> Result<Manifest> {
+        let images = self.images();
+        let manifest = images.open(name.as_str()).map_err(Error::from)?;
+        images.check(&manifest)?;
+        Ok(manifest)
+    }
+
+    /// Templates and recipes.
+    ///
+    /// # Errors
+    /// Of the disk.
+    pub fn template_list(&self) -> Result<TemplateList> {
+        let used = self.template_users()?;
+        let templates = self
+            .images()
+            .ls()?
+            .into_iter()
+            .filter_map(|found| found.inspect_err(|e| tracing::warn!("a template cannot be read: {e}")).ok())
+            .map(|manifest| describe(&manifest, &used))
+            .collect::<Result<_>>()?;
+        Ok(TemplateList { templates, recipes: nido_images::recipe_names().map(str::to_owned).collect() })
+    }
+
+    /// One template.
+    ///
+    /// # Errors
+    /// `template_not_found`, `template_mismatch` if it is damaged.
+    pub fn template_info(&self, name: &TemplateName) -> Result<TemplateInfo> {
+        describe(&self.manifest(name)?, &self.template_users()?)
+    }
+
+    /// Builds a template from the recipe of that name. Dropping the future cancels the build.
+    ///
+    /// # Errors
+    /// `template_not_found` for an unknown recipe, `tool_missing`, `template_build_failed`, `disk_full`, `denied`.
+    pub async fn template_build(
+        &self,
+        name: &TemplateName,
+        request: BuildRequest,
+        progress: &mut (dyn FnMut(BuildStep) + Send),
+    ) -> Result<BuildResult> {
+        let began = Instant::now();
+        let cancel = CancelOnDrop(Arc::default());
+        let (home, recipe, flag) = (self.home.root().to_owned(), name.to_string(), Arc::clone(&cancel.0));
+        let (steps, mut step) = mpsc::unbounded_channel();
+        let options = nido_images::BuildOptions { rebuild: request.rebuild, ..Default::default() };
+        let work = tokio::task::spawn_blocking(move || {
+            let mut tell = |progress: nido_images::BuildProgress| drop(steps.send(progress));
+            nido_images::build(&home, &recipe, &options, &mut tell, &flag)
+        });
+        while let Some(now) = step.recv().await {
+            progress(build_step(now));
+        }
+        let outcome = work.await.map_err(|e| Error::internal(format!("the build broke down: {e}")))??;
+        self.drop_unused_parts()?;
+        let template = describe(&outcome.manifest, &self.template_users()?)?;
+        let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Ok(BuildResult { template, already_built: outcome.already_built, duration_ms })
+    }
+
+    /// Deletes a template that no VM uses.
+    ///
+    /// # Errors
+    /// `template_not_found`, `template_in_use` with the VMs that use it.
+    pub fn template_delete(&self, name: &TemplateName) -> Result<()> {
+        let _lock = self.templates_lock(FlockOperation::LockExclusive)?;
+        let users: Vec<String> = self
+            .template_users()?
+            .into_iter()
+            .filter(|(template, _)| template == name.as_str())
+            .map(|(_, vm)| vm)
+            .collect();
+        if !users.is_empty() {
+            let list = users.join(", ");
+            return Err(Error::new(Code::TemplateInUse, format!("template '{name}' is used by {list}"))
+                .hint(format!("delete them first: nido delete {}", users.join(" "))));
+        }
+        let in_use = self.store().parts_in_use()?;
+        self.images().delete(name.as_str(), &in_use)?;
+        Ok(())
+    }
+
+    /// Removes parts that neither a template nor a VM names any more; how many bytes that freed.
+    pub(super) fn drop_unused_parts(&self) -> Result<u64> {
+        let _lock = self.templates_lock(FlockOperation::LockExclusive)?;
+        let in_use: HashSet<String> = self.store().parts_in_use()?;
+        match self.images().collect_garbage(&in_use) {
+            Ok(bytes) => Ok(bytes),
+            // Nothing was ever built here.
+            Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(0),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Which VM was made from which template.
+    fn template_users(&self) -> Result<Vec<(String, String)>> {
+        let rows = self.store().vms()?;
+        Ok(rows.into_iter().map(|row| (row.spec.template.to_string(), row.spec.name.to_string())).collect())
+    }
+}
+
+/// Tells a build to end when the future that waits for it is dropped.
+struct CancelOnDrop(Arc<AtomicBool>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn digest(bytes: &[u8]) -> String {
+    use sha2::Digest;
+    use std::fmt::Write;
+    sha2::Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut hex, byte| {
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}
+
+fn build_step(progress: nido_images::BuildProgress) -> BuildStep {
+    BuildStep {
+        stage: progress.stage.word().to_owned(),
+        index: u32::try_from(progress.index).unwrap_or(u32::MAX),
+        total: u32::try_from(progress.total).unwrap_or(u32::MAX),
+        detail: progress.detail,
+        fraction: progress.fraction,
+    }
+}
+
+fn describe(manifest: &Manifest, users: &[(String, String)]) -> Result<TemplateInfo> {
+    Ok(TemplateInfo {
+        name: manifest.name.parse()?,
+        recipe: manifest.recipe.name.clone(),
+        digest: digest(&manifest.to_json()),
+        init: match manifest.init {
+            nido_images::Init::Agent => "agent".into(),
+            nido_images::Init::Systemd => "systemd".into(),
+        },
+        kernel: manifest.kernel.version.clone(),
+        size_bytes: manifest.parts.all().iter().map(|(_, part)| part.bytes).sum(),
+        disk_bytes: manifest.parts.root.virtual_bytes,
+        created_at: manifest.created_at,
+        agent_current: manifest.agent.sha256 == nido_images::agent_sha256(),
+        used_by: users.iter().filter(|(template, _)| *template == manifest.name).map(|(_, vm)| vm.clone()).collect(),
+    })
+}

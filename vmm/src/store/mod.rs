@@ -1,0 +1,114 @@
+//! The store: facts that several processes must agree on, in one SQLite file in WAL mode.
+//!
+//! Every method is one transaction. Uniqueness is a constraint, a change of state a conditional `UPDATE`. Whoever
+//! changes a VM's row beyond its forwards holds the VM's `supervisor.lock`.
+
+mod vms;
+
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::Connection;
+
+pub use vms::{BootParts, VmRow, VmUpdate};
+
+use crate::error::{Code, Error, Result};
+
+/// What this build writes into `user_version`.
+const SCHEMA_VERSION: i64 = 1;
+
+const SCHEMA: &str = "
+CREATE TABLE vms (
+    id            TEXT PRIMARY KEY,
+    name          TEXT NOT NULL UNIQUE,
+    spec          TEXT NOT NULL,             -- VmSpec, as asked
+    state         TEXT NOT NULL,             -- VmState
+    parts         TEXT NOT NULL,             -- BootParts: what of the template it uses
+    disk_bytes    INTEGER NOT NULL,
+    cid           INTEGER UNIQUE,            -- vsock address, while it has one
+    created_ms    INTEGER NOT NULL,
+    machine       TEXT,                      -- Machine, as decided at the last start
+    started_ms    INTEGER,
+    expires_ms    INTEGER,
+    agent         TEXT,                      -- AgentInfo of the last start
+    ip_address    TEXT,
+    failure       TEXT,                      -- Failure
+    timings       TEXT,                      -- Timings
+    deleting      INTEGER NOT NULL DEFAULT 0 -- its files are being removed; the row goes last
+) STRICT;
+CREATE TABLE forwards (
+    vm_id      TEXT NOT NULL REFERENCES vms(id) ON DELETE CASCADE,
+    host       TEXT NOT NULL,
+    host_port  INTEGER NOT NULL,
+    guest_port INTEGER NOT NULL,
+    PRIMARY KEY (vm_id, host, host_port, guest_port)
+) STRICT, WITHOUT ROWID;
+";
+
+/// An open store.
+#[derive(Debug)]
+pub struct Store {
+    connection: Connection,
+}
+
+impl Store {
+    /// Opens the store; makes it if it is not there.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal` (also for a store written by a newer nido).
+    pub fn open(path: &Path) -> Result<Self> {
+        let connection = Connection::open(path).map_err(fault)?;
+        connection.busy_timeout(Duration::from_secs(10)).map_err(fault)?;
+        // WAL: readers never wait. NORMAL: a killed process loses nothing; a power cut at most the last changes.
+        connection
+            .execute_batch(
+                "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON; PRAGMA cache_size=-256;",
+            )
+            .map_err(fault)?;
+        let store = Self { connection };
+        store.migrate()?;
+        Ok(store)
+    }
+
+    fn migrate(&self) -> Result<()> {
+        let version = |c: &Connection| c.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0));
+        match version(&self.connection).map_err(fault)? {
+            SCHEMA_VERSION => return Ok(()),
+            0 => {}
+            newer => {
+                return Err(Error::internal(format!(
+                    "the store has version {newer}; this nido knows {SCHEMA_VERSION}"
+                ))
+                .hint("use the nido that wrote it, or another home"));
+            }
+        }
+        let transaction =
+            rusqlite::Transaction::new_unchecked(&self.connection, rusqlite::TransactionBehavior::Immediate)
+                .map_err(fault)?;
+        if version(&transaction).map_err(fault)? == 0 {
+            transaction.execute_batch(SCHEMA).map_err(fault)?;
+            transaction.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(fault)?;
+        }
+        transaction.commit().map_err(fault)
+    }
+}
+
+/// A failure of SQLite as one of ours.
+#[allow(clippy::needless_pass_by_value)] // the shape map_err wants
+fn fault(error: rusqlite::Error) -> Error {
+    let code = match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::DiskFull) => Code::DiskFull,
+        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => Code::VmBusy,
+        _ => Code::Internal,
+    };
+    Error::new(code, format!("the store failed: {error}"))
+}
+
+/// A value of ours that does not decode: the store was written by something else.
+fn decode<T: serde::de::DeserializeOwned>(column: &str, text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|e| Error::internal(format!("the store's column {column} cannot be read: {e}")))
+}
+
+fn encode<T: serde::Serialize>(value: &T) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| Error::internal(format!("cannot write to the store: {e}")))
+}

@@ -1,0 +1,68 @@
+//! What is said over a supervisor's control socket: one JSON line asks, JSON lines answer, the last one ends it.
+//!
+//! A connection that asked for a [`Request::Lease`] counts as activity for as long as it stays open: the kernel closes it
+//! when its holder dies, so no lease outlives a killed client.
+
+use serde::{Deserialize, Serialize};
+
+use crate::api::{ForwardSpec, StartStage, StopRequest};
+use crate::error::Problem;
+
+/// Longest line either side accepts, in bytes.
+pub const MAX_LINE: usize = 64 * 1024;
+
+/// What can be asked of a supervisor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Request {
+    /// Say when the agent is ready, or why it will not be. Answers stages on the way.
+    Ready,
+    /// Stop the VM; answered when QEMU is gone and the store says so.
+    Stop(StopRequest),
+    /// Halt the CPUs.
+    Pause,
+    /// Let them run on.
+    Resume,
+    /// Count as activity until this connection closes.
+    Lease,
+    /// Listen on a port of the host.
+    ForwardAdd {
+        /// Which; a host port of 0 takes a free one.
+        forward: ForwardSpec,
+    },
+    /// Stop listening.
+    ForwardRemove {
+        /// Which.
+        forward: ForwardSpec,
+    },
+    /// Say how things are.
+    Status,
+}
+
+/// What a supervisor answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum Answer {
+    /// Not the end: how far a start has come.
+    Stage {
+        /// The stage.
+        stage: StartStage,
+    },
+    /// Done.
+    Done,
+    /// The forward as it stands now.
+    Forward {
+        /// With the port that was taken.
+        forward: ForwardSpec,
+    },
+    /// How things are.
+    Status {
+        /// For how long nothing has used the VM; absent while something does.
+        idle_ms: Option<u64>,
+    },
+    /// It could not be done.
+    Failed {
+        /// Why.
+        problem: Problem,
+    },
+}

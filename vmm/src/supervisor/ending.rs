@@ -1,0 +1,134 @@
+//! How a VM ended, from everything that was seen: pure.
+
+use crate::api::Failure;
+use crate::qemu::QemuExit;
+use crate::state::{Fact, FailureCause, VmState, advance};
+
+/// What was seen of the end.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// QMP's word for why the machine shut down: `guest-shutdown`, `guest-reset`, `host-qmp-quit`, …
+    pub shutdown_reason: Option<String>,
+    /// The guest's kernel said that it panics.
+    pub panicked: bool,
+    /// The guest did not become ready in time, so the plug was pulled.
+    pub late_after_ms: Option<u64>,
+    /// KVM gave up.
+    pub kvm_error: bool,
+    /// The last lines of QEMU's own output.
+    pub qemu_tail: Vec<String>,
+    /// The last lines of the guest's console.
+    pub console_tail: Vec<String>,
+}
+
+/// The state a VM ends in, and why if that is a failure. `state` is the one before QEMU ended.
+#[must_use]
+pub fn verdict(state: VmState, exit: QemuExit, seen: &Seen) -> (VmState, Option<Failure>) {
+    if let Some((cause, message)) = guest_trouble(seen) {
+        return (VmState::Failed, Some(Failure { cause, message, log_tail: seen.console_tail.clone() }));
+    }
+    let clean = match exit {
+        QemuExit::Code(0) => true,
+        // Not our child: only the monitor could tell.
+        QemuExit::Unknown => seen.shutdown_reason.is_some(),
+        QemuExit::Code(_) | QemuExit::Signal(_) => false,
+    };
+    let state = match (state, seen.shutdown_reason.as_deref()) {
+        // A guest that restarts ends QEMU too; it ended as it wanted to.
+        (VmState::Starting | VmState::Running | VmState::Paused, Some("guest-shutdown" | "guest-reset")) if clean => {
+            advance(state, Fact::GuestShutdown)
+        }
+        _ => state,
+    };
+    let ended = advance(state, Fact::QemuExited { clean });
+    let failure = (ended == VmState::Failed).then(|| {
+        let (cause, message) = qemu_trouble(exit, seen);
+        let log_tail = if seen.qemu_tail.is_empty() { seen.console_tail.clone() } else { seen.qemu_tail.clone() };
+        Failure { cause, message, log_tail }
+    });
+    (ended, failure)
+}
+
+fn guest_trouble(seen: &Seen) -> Option<(FailureCause, String)> {
+    if seen.panicked {
+        return Some((FailureCause::GuestPanic, "the guest's kernel panicked".into()));
+    }
+    if seen.kvm_error {
+        return Some((FailureCause::KvmInternalError, "KVM could not run the guest's instructions".into()));
+    }
+    let late = seen.late_after_ms?;
+    Some((FailureCause::GuestTimeout, format!("the guest agent did not answer within {:.1} s", late as f64 / 1000.0)))
+}
+
+fn qemu_trouble(exit: QemuExit, seen: &Seen) -> (FailureCause, String) {
+    let said = |word: &str| seen.qemu_tail.iter().any(|line| line.contains(word));
+    if said("Cannot allocate memory") || said("cannot set up guest memory") {
+        return (FailureCause::OutOfMemory, "the host has not enough memory for the VM".into());
+    }
+    if said("No space left on device") {
+        return (FailureCause::DiskFull, "the host's disk is full".into());
+    }
+    match exit {
+        QemuExit::Signal(9) => {
+            (FailureCause::QemuSignal, "QEMU was killed (signal 9), perhaps for want of memory".into())
+        }
+        QemuExit::Signal(signal) => (FailureCause::QemuSignal, format!("QEMU was killed by signal {signal}")),
+        QemuExit::Code(0) => (FailureCause::QemuError, "QEMU ended before the guest was up".into()),
+        QemuExit::Code(code) => (FailureCause::QemuError, format!("QEMU ended with exit code {code}")),
+        QemuExit::Unknown => (FailureCause::QemuError, "QEMU ended, and nobody saw how".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(reason: &str) -> Seen {
+        Seen { shutdown_reason: Some(reason.into()), ..Seen::default() }
+    }
+
+    #[test]
+    fn a_guest_that_powers_itself_off_has_stopped() {
+        for exit in [QemuExit::Code(0), QemuExit::Unknown] {
+            for reason in ["guest-shutdown", "guest-reset"] {
+                assert_eq!(verdict(VmState::Running, exit, &seen(reason)), (VmState::Stopped, None));
+            }
+        }
+    }
+
+    #[test]
+    fn a_stop_that_was_asked_for_is_no_failure_however_it_ended() {
+        for exit in [QemuExit::Code(0), QemuExit::Signal(9), QemuExit::Unknown] {
+            assert_eq!(verdict(VmState::Stopping, exit, &Seen::default()), (VmState::Stopped, None));
+        }
+    }
+
+    #[test]
+    fn a_panic_is_a_failure_even_though_qemu_ended_well() {
+        let panicked = Seen { panicked: true, ..seen("guest-reset") };
+        let (state, failure) = verdict(VmState::Running, QemuExit::Code(0), &panicked);
+        assert_eq!((state, failure.unwrap().cause), (VmState::Failed, FailureCause::GuestPanic));
+    }
+
+    #[test]
+    fn causes_are_told_apart() {
+        let cause = |exit, tail: &str| {
+            let seen = Seen { qemu_tail: vec![tail.into()], ..Seen::default() };
+            verdict(VmState::Running, exit, &seen).1.unwrap().cause
+        };
+        assert_eq!(cause(QemuExit::Signal(9), ""), FailureCause::QemuSignal);
+        assert_eq!(cause(QemuExit::Code(1), "oh"), FailureCause::QemuError);
+        assert_eq!(
+            cause(QemuExit::Code(1), "qemu: cannot set up guest memory 'ram': Cannot allocate memory"),
+            FailureCause::OutOfMemory
+        );
+        assert_eq!(cause(QemuExit::Code(1), "write: No space left on device"), FailureCause::DiskFull);
+    }
+
+    #[test]
+    fn a_late_guest_is_told_with_its_time() {
+        let late = Seen { late_after_ms: Some(1500), ..Seen::default() };
+        let (_, failure) = verdict(VmState::Running, QemuExit::Code(0), &late);
+        assert_eq!(failure.unwrap().message, "the guest agent did not answer within 1.5 s");
+    }
+}

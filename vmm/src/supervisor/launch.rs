@@ -1,0 +1,104 @@
+//! Starting QEMU for a VM, and finding the QEMU of one that lost its supervisor.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+
+use crate::error::{Code, Error, Result};
+use crate::home::{CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, QEMU_LOG, QMP_SOCKET, VM_LOCK};
+use crate::lock::Held;
+use crate::machine::Machine;
+use crate::qemu::argv::{Disk, Files, flatten, parts};
+use crate::qemu::{Monitor, MonitorError, MonitorEvent, QemuProcess, process};
+use crate::store::VmRow;
+
+/// How long QEMU may take until its monitor answers.
+const MONITOR_WITHIN: Duration = Duration::from_secs(30);
+
+/// A QEMU that runs, and the line to it.
+pub(super) struct Running {
+    pub process: QemuProcess,
+    pub monitor: Monitor,
+    pub events: mpsc::Receiver<MonitorEvent>,
+}
+
+/// Why there is no QEMU.
+pub(super) enum LaunchError {
+    /// It ended before it answered.
+    Ended(process::QemuExit),
+    /// It could not be started or reached.
+    Failed(Error),
+}
+
+/// Starts QEMU for the VM. The working directory is the VM's.
+pub(super) async fn launch(home: &Home, row: &VmRow, machine: &Machine, qemu: &Path) -> Result<Running, LaunchError> {
+    let process = spawn(home, row, machine, qemu).map_err(LaunchError::Failed)?;
+    let connected = tokio::select! {
+        connected = Monitor::connect(Path::new(QMP_SOCKET), MONITOR_WITHIN) => connected,
+        exit = process.wait() => return Err(LaunchError::Ended(exit.unwrap_or(process::QemuExit::Unknown))),
+    };
+    match connected {
+        Ok((monitor, events)) => Ok(Running { process, monitor, events }),
+        // It closed the monitor: give it the moment it takes to be seen ending.
+        Err(MonitorError::QemuGone | MonitorError::Io(_)) => {
+            match tokio::time::timeout(Duration::from_secs(2), process.wait()).await {
+                Ok(exit) => Err(LaunchError::Ended(exit.unwrap_or(process::QemuExit::Unknown))),
+                Err(_) => Err(give_up(&process, "QEMU's monitor does not answer").await),
+            }
+        }
+        Err(error) => Err(give_up(&process, &error.to_string()).await),
+    }
+}
+
+async fn give_up(process: &QemuProcess, why: &str) -> LaunchError {
+    let _ = process.kill();
+    let _ = tokio::time::timeout(Duration::from_secs(5), process.wait()).await;
+    LaunchError::Failed(Error::new(Code::QemuFailed, format!("QEMU could not be controlled: {}", why.escape_debug())))
+}
+
+fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &Path) -> Result<QemuProcess> {
+    let files = Files {
+        vm_name: row.spec.name.to_string(),
+        kernel: home.blob(&row.parts.vmlinux).into(),
+        initrd: home.blob(&row.parts.initramfs).into(),
+        kernel_append: row.parts.append.clone(),
+        disk: Disk { overlay: DISK.into(), base: home.blob(&row.parts.root).into(), ephemeral: row.spec.ephemeral },
+        monitor_socket: QMP_SOCKET.into(),
+        channel_socket: CHANNEL_SOCKET.into(),
+        console_log: CONSOLE_LOG.into(),
+        guest_config: GUEST_CONFIG.into(),
+    };
+    for part in [&row.parts.vmlinux, &row.parts.initramfs, &row.parts.root] {
+        std::fs::File::open(home.blob(part)).map_err(|e| {
+            Error::new(Code::TemplateMismatch, format!("a part of the VM's template cannot be read: {e}"))
+                .hint(format!("nido template build {}", row.spec.template))
+        })?;
+    }
+    let _ = std::fs::remove_file(QMP_SOCKET);
+    let broken = |e| Error::io("cannot prepare QEMU", e);
+    let log = OpenOptions::new().append(true).create(true).mode(0o600).open(QEMU_LOG).map_err(broken)?;
+    // The last run's words are not this one's: they would be taken for the reason of its end.
+    log.set_len(0).map_err(broken)?;
+    let _ = std::fs::write(CONSOLE_LOG, b"");
+    let lock = Held::try_take(Path::new(VM_LOCK))
+        .map_err(broken)?
+        .ok_or_else(|| Error::new(Code::VmBusy, "a QEMU of this VM runs already"))?;
+    let args = flatten(parts(machine, &files));
+    tracing::info!(program = %qemu.display(), ?args, "starting QEMU");
+    QemuProcess::spawn(process::Launch { program: qemu, args: &args, vm_dir: Path::new("."), log, lock: lock.file() })
+        .map_err(|e| Error::io(format!("cannot start {}", qemu.display()), e))
+}
+
+/// Finds the QEMU behind the VM's monitor. The working directory is the VM's.
+pub(super) async fn attach() -> Result<Running> {
+    let lost =
+        |why: String| Error::new(Code::QemuFailed, format!("the VM's QEMU cannot be reached: {}", why.escape_debug()));
+    let stream = UnixStream::connect(QMP_SOCKET).await.map_err(|e| lost(e.to_string()))?;
+    let process = QemuProcess::behind(&stream).map_err(|e| lost(e.to_string()))?;
+    let (monitor, events) = Monitor::negotiate(stream).await.map_err(|e| lost(e.to_string()))?;
+    Ok(Running { process, monitor, events })
+}

@@ -1,0 +1,102 @@
+//! When a VM's time is up: pure.
+//!
+//! Idle means that no exec, copy or forwarded connection is open. A running exec is activity, however quiet; asking for
+//! the VM's status is not.
+
+use std::time::{Duration, Instant};
+
+/// The limits of one VM, and what has been seen of its use.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    expires_at: Option<Instant>,
+    idle: Option<Duration>,
+    users: usize,
+    quiet_since: Instant,
+}
+
+/// Which limit was reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reached {
+    /// Its life is over.
+    Ttl,
+    /// Nobody has used it for too long.
+    Idle,
+}
+
+impl Limits {
+    /// Limits that begin to count at `now`.
+    #[must_use]
+    pub const fn new(now: Instant, expires_at: Option<Instant>, idle: Option<Duration>) -> Self {
+        Self { expires_at, idle, users: 0, quiet_since: now }
+    }
+
+    /// So many sessions are open now.
+    pub fn used_by(&mut self, users: usize, now: Instant) {
+        if self.users > 0 || users > 0 {
+            self.quiet_since = now;
+        }
+        self.users = users;
+    }
+
+    /// For how long nothing has used it; `None` while something does.
+    #[must_use]
+    pub fn idle_for(&self, now: Instant) -> Option<Duration> {
+        (self.users == 0).then(|| now.saturating_duration_since(self.quiet_since))
+    }
+
+    /// When to look again.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let idle = self.idle.filter(|_| self.users == 0).map(|idle| self.quiet_since + idle);
+        match (self.expires_at, idle) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    /// The limit that is reached at `now`.
+    #[must_use]
+    pub fn reached(&self, now: Instant) -> Option<Reached> {
+        if self.expires_at.is_some_and(|at| now >= at) {
+            return Some(Reached::Ttl);
+        }
+        let idle_for = self.idle_for(now)?;
+        self.idle.is_some_and(|idle| idle_for >= idle).then_some(Reached::Idle)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn an_open_session_is_activity_however_long() {
+        let start = Instant::now();
+        let mut limits = Limits::new(start, None, Some(10 * S));
+        limits.used_by(1, start + 5 * S);
+        assert_eq!(limits.reached(start + 500 * S), None);
+        assert_eq!(limits.next_deadline(), None);
+        limits.used_by(0, start + 500 * S);
+        assert_eq!(limits.reached(start + 509 * S), None);
+        assert_eq!(limits.reached(start + 510 * S), Some(Reached::Idle));
+        assert_eq!(limits.next_deadline(), Some(start + 510 * S));
+    }
+
+    #[test]
+    fn a_life_ends_even_in_use() {
+        let start = Instant::now();
+        let mut limits = Limits::new(start, Some(start + 3 * S), Some(10 * S));
+        limits.used_by(2, start);
+        assert_eq!(limits.reached(start + 2 * S), None);
+        assert_eq!(limits.reached(start + 3 * S), Some(Reached::Ttl));
+    }
+
+    #[test]
+    fn without_limits_there_is_no_deadline() {
+        let limits = Limits::new(Instant::now(), None, None);
+        assert_eq!(limits.next_deadline(), None);
+        assert_eq!(limits.reached(Instant::now() + 1_000_000 * S), None);
+    }
+}

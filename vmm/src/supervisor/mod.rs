@@ -1,0 +1,126 @@
+//! The supervisor: one process per running VM, this same program. It starts QEMU, or takes over one that lost its
+//! supervisor; carries sessions to the agent; keeps the limits; writes down how it all ended.
+//!
+//! ```text
+//!   command --control.sock--> serve.rs --orders--+
+//!   client  --agent.sock----> guest::Channel ----+--> the loop in run.rs --> store
+//!   QEMU    --qmp.sock------> events ------------+        |
+//!           --exit (pidfd)---> ------------------+        +--> QMP, agent, forwards
+//! ```
+//!
+//! Invariants: it can be killed at any instant: QEMU goes on, holding `vm.lock`, and the next command starts another
+//! supervisor, which finds everything it needs in the store and in the VM's directory. It holds `supervisor.lock` from
+//! before its first line to its end, and what it writes into the store last is how the VM ended.
+
+pub mod control;
+mod ending;
+mod forwards;
+mod launch;
+mod limits;
+mod logs;
+mod run;
+mod serve;
+
+use std::fs::File;
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use rustix::fs::Mode;
+
+pub(crate) use logs::log_tail;
+
+use crate::api::Failure;
+use crate::error::{Code, Error, Result};
+use crate::home::{SUPERVISOR_LOCK, VM_LOCK, VmDir};
+use crate::lock::{Held, is_held};
+use crate::name::VmName;
+use crate::nido::{Nido, OpenOptions};
+use crate::state::{FailureCause, VmState};
+
+/// What a supervisor is started with.
+#[derive(Debug, Clone)]
+pub struct SuperviseRequest {
+    /// The VM's id.
+    pub id: String,
+    /// How long ago the user asked for the start, in milliseconds; for the timings.
+    pub asked_ms_ago: f64,
+    /// How long the guest may take to become ready; a default by accelerator if absent.
+    pub ready_within_ms: Option<u64>,
+}
+
+impl Nido {
+    /// The hidden verb: supervises one VM until it is at rest. Returns when there is nothing left to supervise.
+    ///
+    /// # Errors
+    /// Whatever keeps it from supervising. The VM's row says how the VM ended.
+    pub async fn supervise(options: OpenOptions, request: SuperviseRequest) -> Result<()> {
+        let asked_at =
+            Instant::now().checked_sub(Duration::from_secs_f64(request.asked_ms_ago.clamp(0.0, 1e9) / 1000.0));
+        let nido = Self::open_unsettled(options)?;
+        let dir = nido.vm_dir(&request.id);
+        let Some(_lock) = own_lock(&dir)? else { return Ok(()) };
+        let Some(row) = nido.store().vm_by_id(&request.id)? else { return Ok(()) };
+        let attach = is_held(&dir.file(VM_LOCK));
+        if !attach && row.state != VmState::Starting {
+            return Ok(());
+        }
+        settle_in(&dir)?;
+        let asked_at = asked_at.unwrap_or_else(Instant::now);
+        run::Supervisor::prepare(nido, row, asked_at, request.ready_within_ms)?.run(attach, announce).await
+    }
+}
+
+/// The lock that came as standard input, or else taken here. `None`: another supervisor has it.
+fn own_lock(dir: &VmDir) -> Result<Option<Held>> {
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+    let path = dir.file(SUPERVISOR_LOCK);
+    let broken = |e| Error::io("cannot lock the VM", e);
+    let inherited = File::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(broken)?);
+    let same = match (inherited.metadata(), std::fs::metadata(&path)) {
+        (Ok(ours), Ok(named)) => (ours.dev(), ours.ino()) == (named.dev(), named.ino()),
+        _ => false,
+    };
+    if same {
+        return Ok(Some(Held::inherited(inherited)));
+    }
+    Held::try_take(&path).map_err(broken)
+}
+
+/// Makes this process fit to stay: it works in the VM's directory, and what it creates is private.
+fn settle_in(dir: &VmDir) -> Result<()> {
+    rustix::process::umask(Mode::from_bits_truncate(0o177));
+    std::env::set_current_dir(dir.path()).map_err(|e| Error::io("cannot enter the VM's directory", e))
+}
+
+/// Tells whoever started this supervisor that it listens now, and lets go of the pipe.
+fn announce() {
+    let mut out = std::io::stdout();
+    let _ = out.write_all(b"listening\n").and_then(|()| out.flush());
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(&null);
+    }
+}
+
+/// The error that tells a user why a VM failed.
+pub(crate) fn failure_error(name: &VmName, failure: &Failure) -> Error {
+    let code = match failure.cause {
+        FailureCause::GuestTimeout => Code::AgentUnreachable,
+        FailureCause::GuestPanic => Code::GuestFailed,
+        FailureCause::DiskFull => Code::DiskFull,
+        FailureCause::OutOfMemory => Code::LimitExceeded,
+        FailureCause::KvmInternalError => Code::KvmUnavailable,
+        FailureCause::QemuSignal | FailureCause::QemuError | FailureCause::HostRestart => Code::QemuFailed,
+    };
+    let hint = match failure.cause {
+        FailureCause::GuestTimeout => {
+            "the lines above are the end of its console; --timeout gives it longer".to_owned()
+        }
+        FailureCause::GuestPanic => format!("its console: nido logs {name}"),
+        FailureCause::KvmInternalError => "--accel tcg runs it without KVM".to_owned(),
+        FailureCause::OutOfMemory => "give it less with --memory, or stop other VMs".to_owned(),
+        FailureCause::DiskFull => "free some space on the disk that holds nido's home".to_owned(),
+        _ => format!("start it again with nido start {name}; nido doctor looks at the host"),
+    };
+    Error::new(code, format!("VM '{name}' failed: {}", failure.message)).hint(hint).log_tail(failure.log_tail.clone())
+}

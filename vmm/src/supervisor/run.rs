@@ -1,0 +1,503 @@
+//! The loop that owns a running VM: everything that happens comes in here, every decision is somebody else's pure
+//! function, and what is done about it goes out to QEMU, the agent and the store.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use nido_guest_agent::wire::{Pong, Power};
+use rustix::fs::unlink;
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant as TokioInstant, sleep_until};
+
+use super::ending::{Seen, verdict};
+use super::failure_error;
+use super::forwards::{Forwards, bind};
+use super::launch::{LaunchError, Running, attach, launch};
+use super::limits::{Limits, Reached};
+use super::logs::{log_tail, rotate};
+use super::serve::{Desk, Life, Order, Users, serve};
+use crate::api::{AgentInfo, Failure, ForwardSpec, StartPath, StopRequest, Timings};
+use crate::error::{Code, Error, Problem, Result};
+use crate::guest::{Channel, Guest};
+use crate::home::{
+    AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG, VmDir,
+};
+use crate::host::qemu;
+use crate::machine::{Accel, Machine, Transport};
+use crate::nido::Nido;
+use crate::qemu::{MonitorEvent, QemuExit};
+use crate::state::{Fact, VmState, advance};
+use crate::store::{VmRow, VmUpdate};
+
+/// How long a guest may take to become ready if nobody says otherwise.
+const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
+/// How long any QMP command may take.
+const QMP_WITHIN: Duration = Duration::from_secs(10);
+/// How long QEMU may take to quit before it is killed.
+const QUIT_WITHIN: Duration = Duration::from_secs(5);
+/// How often logs are looked at.
+const LOGS_EVERY: Duration = Duration::from_secs(5);
+/// How long answers to the last requests may take to be written.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How long the VM is told to stop when its time is up, before the plug is pulled.
+const LIMIT_STOP_MS: u64 = 10_000;
+
+/// One VM's supervisor.
+pub(super) struct Supervisor {
+    nido: Nido,
+    row: VmRow,
+    machine: Machine,
+    dir: VmDir,
+    guest: Guest,
+    asked_at: Instant,
+    ready_within: Duration,
+    life: watch::Sender<Life>,
+    orders: mpsc::Receiver<Order>,
+    users: Users,
+    channel: Option<Channel>,
+    forwards: Forwards,
+    limits: Limits,
+    state: VmState,
+    seen: Seen,
+    /// When the plug is pulled.
+    kill_at: Option<TokioInstant>,
+    quit_sent: bool,
+}
+
+impl Supervisor {
+    /// Opens the VM's sockets.
+    pub(super) fn prepare(nido: Nido, row: VmRow, asked_at: Instant, ready_within_ms: Option<u64>) -> Result<Self> {
+        let machine = row.machine.clone().ok_or_else(|| Error::internal("the VM has no machine"))?;
+        let dir = nido.vm_dir(&row.id);
+        let guest = nido.guest(&row)?;
+        let channel = match machine.transport {
+            Transport::VirtioSerial { .. } => Some(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?)),
+            Transport::Vsock { .. } => None,
+        };
+        let default = if machine.accel == Accel::Kvm { READY_WITHIN.0 } else { READY_WITHIN.1 };
+        let (order_desk, orders) = mpsc::channel(16);
+        let users = Users::new();
+        let life = watch::channel(Life::Launching).0;
+        let desk = Desk { orders: order_desk, life: life.subscribe(), users: users.clone() };
+        tokio::spawn(serve(listen(CONTROL_SOCKET)?, desk));
+        let limits =
+            Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
+        let state = row.state;
+        let ready_within = ready_within_ms.map_or(default, Duration::from_millis);
+        Ok(Self {
+            nido,
+            row,
+            machine,
+            dir,
+            guest,
+            asked_at,
+            ready_within,
+            life,
+            orders,
+            users,
+            channel,
+            forwards: Forwards::default(),
+            limits,
+            state,
+            seen: Seen::default(),
+            kill_at: None,
+            quit_sent: false,
+        })
+    }
+
+    /// Supervises until the VM is at rest.
+    pub(super) async fn run(mut self, attach_to: bool, announce: impl FnOnce()) -> Result<()> {
+        announce();
+        let running = if attach_to { self.take_over().await } else { self.start().await };
+        match running {
+            Ok(running) => {
+                let exit = self.watch_over(running).await;
+                self.gather_tails();
+                let (state, failure) = verdict(self.state, exit, &self.seen);
+                self.end(state, failure, None).await
+            }
+            Err(Ended::Exit(exit)) => {
+                self.gather_tails();
+                let (state, failure) = verdict(self.state, exit, &self.seen);
+                self.end(state, failure, None).await
+            }
+            // It never ran: what keeps it from running is the answer, and the VM is as it was.
+            Err(Ended::Error(error)) => {
+                tracing::error!("{error}");
+                self.end(VmState::Stopped, None, Some(error.problem())).await
+            }
+        }
+    }
+
+    async fn start(&mut self) -> Result<Running, Ended> {
+        self.bind_forwards().await.map_err(Ended::Error)?;
+        let named = self.nido.options().qemu.clone();
+        let program = qemu::find(named.as_deref()).map_err(|e| Ended::Error(e.into()))?;
+        let running = launch(self.nido.home(), &self.row, &self.machine, &program).await.map_err(|e| match e {
+            LaunchError::Ended(exit) => Ended::Exit(exit),
+            LaunchError::Failed(error) => Ended::Error(error),
+        })?;
+        let qemu_ms = self.asked_at.elapsed().as_secs_f64() * 1000.0;
+        let timings = Timings { path: StartPath::Cold, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 };
+        self.row.timings = Some(timings);
+        self.learn(Fact::QmpReady);
+        self.life.send_replace(Life::Booting);
+        Ok(running)
+    }
+
+    async fn take_over(&mut self) -> Result<Running, Ended> {
+        tracing::info!("taking over the QEMU of VM {}", self.row.spec.name);
+        let running = match attach().await {
+            Ok(running) => running,
+            Err(error) => {
+                // It holds the lock but does not talk. Without its monitor nothing can be done but wait for its end.
+                tracing::error!("{error}");
+                return Err(self.wait_for_lock(error).await);
+            }
+        };
+        if let Err(error) = self.bind_forwards().await {
+            tracing::error!("a published port is lost: {error}");
+        }
+        match running.monitor.query_status(QMP_WITHIN).await {
+            Ok(qapi::qmp::RunState::paused) => self.learn(Fact::GuestPaused),
+            Ok(_) => self.learn(Fact::QmpReady),
+            Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
+        }
+        self.life.send_replace(Life::Booting);
+        Ok(running)
+    }
+
+    /// Waits until a QEMU that cannot be reached has ended by itself.
+    async fn wait_for_lock(&self, error: Error) -> Ended {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while crate::lock::is_held(&self.dir.file(crate::home::VM_LOCK)) {
+            if Instant::now() > deadline {
+                return Ended::Error(error);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ended::Exit(QemuExit::Unknown)
+    }
+
+    async fn bind_forwards(&mut self) -> Result<()> {
+        for spec in self.row.forwards.clone() {
+            let (bound, listener) = bind(&spec).await?;
+            if bound != spec {
+                let store = self.nido.store();
+                store.remove_forward(&self.row.id, &spec)?;
+                store.add_forward(&self.row.id, &bound)?;
+            }
+            self.forwards.start(bound, listener, self.guest.clone(), self.forward_users());
+        }
+        Ok(())
+    }
+
+    /// With virtio-serial, forwarded connections pass the channel, which counts them.
+    fn forward_users(&self) -> Users {
+        if self.channel.is_some() { Users::new() } else { self.users.clone() }
+    }
+
+    /// Everything from QEMU's first answer to its end.
+    async fn watch_over(&mut self, mut running: Running) -> QemuExit {
+        let mut ready = self.watch_for_agent();
+        let mut logs = tokio::time::interval(LOGS_EVERY);
+        logs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut direct = self.users.watch();
+        let mut spliced =
+            self.channel.as_ref().map_or_else(|| Users::new().watch(), |channel| channel.activity().open());
+        let mut monitor_open = true;
+        loop {
+            let users = *direct.borrow_and_update() + *spliced.borrow_and_update();
+            self.limits.used_by(users, Instant::now());
+            if self.kill_at.is_none()
+                && let Some(reached) = self.limits.reached(Instant::now())
+            {
+                self.time_is_up(reached, &running);
+            }
+            let wake = self.next_wake();
+            tokio::select! {
+                exit = running.process.wait() => {
+                    // What QEMU said last may still be on its way.
+                    self.drain_events(&mut running).await;
+                    return exit.unwrap_or(QemuExit::Unknown);
+                }
+                event = running.events.recv(), if monitor_open => match event {
+                    Some(event) => self.on_event(event, &running).await,
+                    None => monitor_open = false,
+                },
+                Some(order) = self.orders.recv() => self.on_order(order, &running).await,
+                outcome = &mut ready, if *self.life.borrow() == Life::Booting => self.on_agent(outcome.ok().flatten(), &running),
+                _ = direct.changed() => {}
+                Ok(()) = spliced.changed() => {}
+                _ = logs.tick() => rotate_logs(),
+                () = sleep_until(wake.unwrap_or_else(TokioInstant::now)), if wake.is_some() => self.pull_plug(&running),
+            }
+        }
+    }
+
+    fn next_wake(&self) -> Option<TokioInstant> {
+        self.kill_at.or_else(|| self.limits.next_deadline().map(TokioInstant::from_std))
+    }
+
+    /// Asks the agent for its first sign of life. `None` if it does not come in time.
+    fn watch_for_agent(&self) -> oneshot::Receiver<Option<Pong>> {
+        let (done, ready) = oneshot::channel();
+        let (guest, link, within) = (self.guest.clone(), self.channel.as_ref().map(Channel::link), self.ready_within);
+        tokio::spawn(async move {
+            let deadline = TokioInstant::now() + within;
+            if let Some(mut link) = link {
+                // Dialling before the channel is up would only wait in its queue.
+                let up = link.wait_for(|link| *link == crate::guest::Link::Up);
+                let _ = tokio::time::timeout_at(deadline, up).await;
+            }
+            let pong = guest.wait_ready(deadline).await.inspect_err(|e| tracing::warn!("no sign of life: {e}")).ok();
+            let _ = done.send(pong);
+        });
+        ready
+    }
+
+    fn on_agent(&mut self, pong: Option<Pong>, running: &Running) {
+        let Some(pong) = pong else {
+            if self.row.agent.ready {
+                // A VM that was taken over: its agent has answered before, and may again.
+                self.life.send_replace(Life::Ready);
+                return;
+            }
+            self.seen.late_after_ms = Some(u64::try_from(self.ready_within.as_millis()).unwrap_or(u64::MAX));
+            self.learn(Fact::DeadlinePassed);
+            self.quit(running);
+            return;
+        };
+        let total_ms = self.asked_at.elapsed().as_secs_f64() * 1000.0;
+        if !self.row.agent.ready
+            && let Some(timings) = &mut self.row.timings
+        {
+            timings.agent_ms = total_ms - timings.qemu_ms;
+            timings.total_ms = total_ms;
+        }
+        let version = pong.agent.chars().filter(|c| c.is_ascii_graphic()).take(64).collect();
+        self.row.agent = AgentInfo { ready: true, version: Some(version), transport: None };
+        self.row.ip_address = pong.address.and_then(|a| a.parse::<std::net::IpAddr>().ok()).map(|a| a.to_string());
+        self.write(&VmUpdate {
+            agent: Some(self.row.agent.clone()),
+            ip_address: Some(self.row.ip_address.clone()),
+            timings: Some(self.row.timings),
+            ..VmUpdate::default()
+        });
+        self.life.send_replace(Life::Ready);
+    }
+
+    async fn on_event(&mut self, event: MonitorEvent, running: &Running) {
+        let MonitorEvent::Event(event) = event else {
+            tracing::warn!("QEMU sent events faster than they were read");
+            return self.ask_status(running).await;
+        };
+        tracing::info!(event = %event.name, data = %event.data, "QEMU");
+        match event.name.as_str() {
+            "SHUTDOWN" => {
+                let reason = event.data.get("reason").and_then(|r| r.as_str()).unwrap_or("unknown");
+                self.seen.shutdown_reason = Some(reason.chars().take(40).collect());
+            }
+            "GUEST_PANICKED" => self.seen.panicked = true,
+            "STOP" => self.ask_status(running).await,
+            "RESUME" => self.learn(Fact::GuestResumed),
+            _ => {}
+        }
+    }
+
+    async fn ask_status(&mut self, running: &Running) {
+        match running.monitor.query_status(QMP_WITHIN).await {
+            Ok(qapi::qmp::RunState::internal_error) => {
+                self.seen.kvm_error = true;
+                self.quit(running);
+            }
+            Ok(qapi::qmp::RunState::running) => self.learn(Fact::GuestResumed),
+            Ok(qapi::qmp::RunState::shutdown) => {}
+            Ok(_) => self.learn(Fact::GuestPaused),
+            Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
+        }
+    }
+
+    async fn drain_events(&mut self, running: &mut Running) {
+        let deadline = TokioInstant::now() + Duration::from_millis(200);
+        while let Ok(Some(event)) = tokio::time::timeout_at(deadline, running.events.recv()).await {
+            if let MonitorEvent::Event(event) = &event
+                && event.name == "SHUTDOWN"
+            {
+                let reason = event.data.get("reason").and_then(|r| r.as_str()).unwrap_or("unknown");
+                self.seen.shutdown_reason = Some(reason.chars().take(40).collect());
+            }
+        }
+    }
+
+    async fn on_order(&mut self, order: Order, running: &Running) {
+        match order {
+            Order::Stop(stop) => self.begin_stop(stop, running),
+            Order::Pause(reply) => {
+                let outcome = running.monitor.stop(QMP_WITHIN).await.map_err(|e| qmp_error(&e));
+                if outcome.is_ok() {
+                    self.learn(Fact::GuestPaused);
+                }
+                let _ = reply.send(outcome);
+            }
+            Order::Resume(reply) => {
+                let outcome = running.monitor.cont(QMP_WITHIN).await.map_err(|e| qmp_error(&e));
+                if outcome.is_ok() {
+                    self.learn(Fact::GuestResumed);
+                }
+                let _ = reply.send(outcome);
+            }
+            Order::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
+            Order::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec))),
+            Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
+        }
+    }
+
+    async fn add_forward(&mut self, spec: &ForwardSpec) -> Result<ForwardSpec> {
+        let (bound, listener) = bind(spec).await?;
+        self.nido.store().add_forward(&self.row.id, &bound)?;
+        self.forwards.start(bound.clone(), listener, self.guest.clone(), self.forward_users());
+        Ok(bound)
+    }
+
+    fn remove_forward(&mut self, spec: &ForwardSpec) -> Result<()> {
+        self.nido.store().remove_forward(&self.row.id, spec)?;
+        self.forwards.stop(spec);
+        Ok(())
+    }
+
+    fn time_is_up(&mut self, reached: Reached, running: &Running) {
+        let what = match reached {
+            Reached::Ttl => "its time to live is over",
+            Reached::Idle => "it has been idle for too long",
+        };
+        tracing::info!("stopping VM {}: {what}", self.row.spec.name);
+        self.begin_stop(StopRequest { force: false, timeout_ms: LIMIT_STOP_MS }, running);
+    }
+
+    /// Asks the guest to go down, and sets the time at which the plug is pulled.
+    fn begin_stop(&mut self, stop: StopRequest, running: &Running) {
+        let paused = self.state == VmState::Paused;
+        self.learn(Fact::StopAsked);
+        if stop.force {
+            return self.quit(running);
+        }
+        let deadline = TokioInstant::now() + Duration::from_millis(stop.timeout_ms);
+        self.kill_at = Some(self.kill_at.map_or(deadline, |earlier| earlier.min(deadline)));
+        let (guest, monitor, ready) = (self.guest.clone(), running.monitor.clone(), self.row.agent.ready);
+        tokio::spawn(async move {
+            if paused {
+                let _ = monitor.cont(QMP_WITHIN).await;
+            }
+            // The agent syncs and powers off; where it does not answer, the power button is what is left.
+            if !ready || guest.power(Power::Off, deadline).await.is_err() {
+                let _ = monitor.system_powerdown(QMP_WITHIN).await;
+            }
+        });
+    }
+
+    fn quit(&mut self, running: &Running) {
+        self.quit_sent = true;
+        self.kill_at = Some(TokioInstant::now() + QUIT_WITHIN);
+        let monitor = running.monitor.clone();
+        tokio::spawn(async move { monitor.quit(QUIT_WITHIN).await });
+    }
+
+    /// A deadline has passed: first QEMU is asked to quit, then it is killed.
+    fn pull_plug(&mut self, running: &Running) {
+        if self.kill_at.is_none_or(|at| TokioInstant::now() < at) {
+            return;
+        }
+        if self.quit_sent {
+            tracing::warn!("QEMU does not quit; killing it");
+            let _ = running.process.kill();
+            self.kill_at = Some(TokioInstant::now() + QUIT_WITHIN);
+        } else {
+            tracing::warn!("the guest did not power off in time; pulling the plug");
+            self.quit(running);
+        }
+    }
+
+    fn learn(&mut self, fact: Fact) {
+        let next = advance(self.state, fact);
+        if next != self.state {
+            self.state = next;
+            self.write(&VmUpdate {
+                state: Some(next),
+                timings: Some(self.row.timings.filter(|timings| timings.total_ms > 0.0)),
+                ..VmUpdate::default()
+            });
+        }
+    }
+
+    fn write(&self, update: &VmUpdate) {
+        if let Err(error) = self.nido.store().update_vm(&self.row.id, update) {
+            tracing::error!("cannot write to the store: {error}");
+        }
+    }
+
+    fn gather_tails(&mut self) {
+        self.seen.qemu_tail = log_tail(&self.dir, &[QEMU_LOG]);
+        self.seen.console_tail = log_tail(&self.dir, &[CONSOLE_LOG]);
+        let panicked = self.seen.console_tail.iter().any(|line| line.contains("Kernel panic - not syncing"));
+        self.seen.panicked |= panicked && self.state != VmState::Stopping;
+    }
+
+    /// Writes down how it ended, tells everybody who waits, and leaves nothing behind.
+    async fn end(self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
+        let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).problem()));
+        tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
+        let update = VmUpdate {
+            state: Some(state),
+            cid: Some(None),
+            expires_at: Some(None),
+            agent: Some(AgentInfo { ready: false, ..self.row.agent.clone() }),
+            ip_address: Some(None),
+            failure: Some(failure),
+            ..VmUpdate::default()
+        };
+        let written = self.nido.store().update_vm(&self.row.id, &update);
+        for socket in [QMP_SOCKET, CHANNEL_SOCKET, AGENT_SOCKET, CONTROL_SOCKET] {
+            let _ = unlink(Path::new(socket));
+        }
+        let erased = if self.row.spec.ephemeral { self.nido.erase(&self.row.id) } else { Ok(()) };
+        self.life.send_replace(Life::Ended(problem));
+        // Connections that wait for this end hold a receiver each; the accepting task holds one for ever.
+        let deadline = Instant::now() + LAST_WORDS;
+        while self.life.receiver_count() > 1 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        written.and(erased)
+    }
+}
+
+/// How a VM ended without having run under this supervisor.
+enum Ended {
+    Exit(QemuExit),
+    Error(Error),
+}
+
+fn listen(name: &str) -> Result<UnixListener> {
+    let _ = unlink(Path::new(name));
+    UnixListener::bind(name).map_err(|e| Error::io(format!("cannot listen on {name}"), e))
+}
+
+fn rotate_logs() {
+    for log in [CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOG] {
+        if let Err(error) = rotate(Path::new(log)) {
+            tracing::warn!("cannot rotate {log}: {error}");
+        }
+    }
+}
+
+fn instant_of(at: Timestamp) -> Instant {
+    let left = at.duration_since(Timestamp::now());
+    let now = Instant::now();
+    Duration::try_from(left).map_or(now, |left| now.checked_add(left).unwrap_or(now))
+}
+
+fn qmp_error(error: &crate::qemu::MonitorError) -> Error {
+    Error::new(Code::QemuFailed, error.to_string().escape_debug().to_string())
+}

@@ -1,0 +1,200 @@
+//! The control socket: reads one request a connection, passes it to the loop, writes what comes of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+
+use super::control::{Answer, MAX_LINE, Request};
+use crate::api::{ForwardSpec, StartStage, StopRequest};
+use crate::error::{Code, Error, Problem, Result};
+
+/// How long a client may take to say what it wants.
+const REQUEST_WITHIN: Duration = Duration::from_secs(10);
+
+/// How far the VM's life has come.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Life {
+    /// QEMU does not answer yet.
+    Launching,
+    /// The agent does not.
+    Booting,
+    /// It does.
+    Ready,
+    /// It is over, and the store says so. Why, if it was not wanted.
+    Ended(Option<Problem>),
+}
+
+/// What the loop is asked to do.
+#[derive(Debug)]
+pub(super) enum Order {
+    Stop(StopRequest),
+    Pause(oneshot::Sender<Result<()>>),
+    Resume(oneshot::Sender<Result<()>>),
+    ForwardAdd(ForwardSpec, oneshot::Sender<Result<ForwardSpec>>),
+    ForwardRemove(ForwardSpec, oneshot::Sender<Result<()>>),
+    Status(oneshot::Sender<Option<Duration>>),
+}
+
+/// Counts who uses the VM on ways that the channel does not see.
+#[derive(Debug, Clone)]
+pub(super) struct Users(Arc<watch::Sender<usize>>);
+
+/// One use; ends when dropped.
+#[derive(Debug)]
+pub(super) struct Use(Arc<watch::Sender<usize>>);
+
+impl Users {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(watch::channel(0).0))
+    }
+
+    pub(super) fn enter(&self) -> Use {
+        self.0.send_modify(|users| *users += 1);
+        Use(Arc::clone(&self.0))
+    }
+
+    pub(super) fn watch(&self) -> watch::Receiver<usize> {
+        self.0.subscribe()
+    }
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        self.0.send_modify(|users| *users -= 1);
+    }
+}
+
+/// What each connection needs.
+#[derive(Debug, Clone)]
+pub(super) struct Desk {
+    pub orders: mpsc::Sender<Order>,
+    pub life: watch::Receiver<Life>,
+    pub users: Users,
+}
+
+/// Accepts connections until dropped.
+pub(super) async fn serve(listener: UnixListener, desk: Desk) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let desk = desk.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = attend(stream, desk).await {
+                        tracing::debug!("a control connection ended: {error}");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!("cannot accept a control connection: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
+    let (reader, mut writer) = stream.into_split();
+    let mut reader = BufReader::with_capacity(1024, reader).take(MAX_LINE as u64);
+    let mut line = Vec::new();
+    let read = timeout(REQUEST_WITHIN, reader.read_until(b'\n', &mut line)).await;
+    if !matches!(read, Ok(Ok(n)) if n > 0) {
+        return Ok(());
+    }
+    let answer = match serde_json::from_slice(&line) {
+        Err(error) => failed(&Error::new(Code::SpecInvalid, format!("not a request to a supervisor: {error}"))),
+        Ok(Request::Ready) => until_ready(&mut desk.life, &mut writer).await?,
+        Ok(Request::Stop(stop)) => until_ended(&mut desk, stop).await,
+        Ok(Request::Lease) => {
+            let _use = desk.users.enter();
+            // Held until the client closes, or dies.
+            let mut rest = [0; 64];
+            while matches!(reader.get_mut().read(&mut rest).await, Ok(n) if n > 0) {}
+            return Ok(());
+        }
+        Ok(Request::Pause) => done(desk.ask(Order::Pause).await),
+        Ok(Request::Resume) => done(desk.ask(Order::Resume).await),
+        Ok(Request::ForwardAdd { forward }) => match desk.ask(|reply| Order::ForwardAdd(forward, reply)).await {
+            Ok(forward) => Answer::Forward { forward },
+            Err(error) => failed(&error),
+        },
+        Ok(Request::ForwardRemove { forward }) => done(desk.ask(|reply| Order::ForwardRemove(forward, reply)).await),
+        Ok(Request::Status) => match desk.ask(|reply| Order::Status(reply_ok(reply))).await {
+            Ok(idle) => Answer::Status { idle_ms: idle.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)) },
+            Err(error) => failed(&error),
+        },
+    };
+    send(&mut writer, &answer).await
+}
+
+/// Turns a channel for results into one for plain values.
+fn reply_ok<T: Send + 'static>(reply: oneshot::Sender<Result<T>>) -> oneshot::Sender<T> {
+    let (plain, value) = oneshot::channel();
+    tokio::spawn(async move {
+        if let Ok(value) = value.await {
+            let _ = reply.send(Ok(value));
+        }
+    });
+    plain
+}
+
+impl Desk {
+    async fn ask<T>(&self, order: impl FnOnce(oneshot::Sender<Result<T>>) -> Order) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        let ending = || Error::new(Code::VmNotRunning, "the VM has just ended");
+        self.orders.send(order(reply)).await.map_err(|_| ending())?;
+        answer.await.map_err(|_| ending())?
+    }
+}
+
+async fn until_ready(
+    life: &mut watch::Receiver<Life>,
+    writer: &mut (impl AsyncWriteExt + Unpin),
+) -> std::io::Result<Answer> {
+    loop {
+        let now = life.borrow_and_update().clone();
+        let stage = match now {
+            Life::Launching => StartStage::Launching,
+            Life::Booting => StartStage::Booting,
+            Life::Ready => {
+                send(writer, &Answer::Stage { stage: StartStage::Ready }).await?;
+                return Ok(Answer::Done);
+            }
+            Life::Ended(problem) => return Ok(Answer::Failed { problem: problem.unwrap_or_else(ended_early) }),
+        };
+        send(writer, &Answer::Stage { stage }).await?;
+        if life.changed().await.is_err() {
+            return Ok(Answer::Failed { problem: ended_early() });
+        }
+    }
+}
+
+async fn until_ended(desk: &mut Desk, stop: StopRequest) -> Answer {
+    // If the loop is over already, its last word is in `life`.
+    let _ = desk.orders.send(Order::Stop(stop)).await;
+    match desk.life.wait_for(|life| matches!(life, Life::Ended(_))).await {
+        Ok(_) => Answer::Done,
+        Err(_) => failed(&Error::internal("the supervisor ended before the VM did")),
+    }
+}
+
+fn ended_early() -> Problem {
+    Error::new(Code::VmNotRunning, "the VM was stopped, or powered itself off, before its agent answered").problem()
+}
+
+fn done(outcome: Result<()>) -> Answer {
+    outcome.map_or_else(|error| failed(&error), |()| Answer::Done)
+}
+
+fn failed(error: &Error) -> Answer {
+    Answer::Failed { problem: error.problem() }
+}
+
+async fn send(writer: &mut (impl AsyncWriteExt + Unpin), answer: &Answer) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    writer.write_all(&line).await
+}
