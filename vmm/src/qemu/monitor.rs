@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use qapi::{Command, qmp};
@@ -83,6 +83,7 @@ pub enum MonitorEvent {
 pub struct Monitor {
     requests: mpsc::Sender<Request>,
     last_id: Arc<AtomicU64>,
+    nonsense: Arc<OnceLock<WireError>>,
 }
 
 #[derive(Debug)]
@@ -123,9 +124,10 @@ impl Monitor {
         tokio::time::timeout(NEGOTIATION_TIMEOUT, greeting(&mut stream, &mut lines)).await.map_err(late)??;
         let (requests, commands) = mpsc::channel(16);
         let (events, received) = mpsc::channel(EVENTS_MAX);
-        let driver = Driver { commands, events, waiting: HashMap::new(), lost: 0, output: Vec::new() };
+        let monitor = Self { requests, last_id: Arc::default(), nonsense: Arc::default() };
+        let (nonsense, waiting) = (monitor.nonsense.clone(), HashMap::new());
+        let driver = Driver { commands, events, waiting, lost: 0, output: Vec::new(), nonsense };
         tokio::spawn(driver.run(stream, lines));
-        let monitor = Self { requests, last_id: Arc::default() };
         monitor.execute(qmp::qmp_capabilities { enable: None }, NEGOTIATION_TIMEOUT).await?;
         Ok((monitor, received))
     }
@@ -140,14 +142,18 @@ impl Monitor {
         let line = wire::write(&command, id).map_err(strange)?;
         let (sender, answer) = oneshot::channel();
         let exchange = async {
-            self.requests.send(Request { id, line, answer: sender }).await.map_err(|_| MonitorError::QemuGone)?;
-            answer.await.map_err(|_| MonitorError::QemuGone)
+            self.requests.send(Request { id, line, answer: sender }).await.map_err(|_| self.why_closed())?;
+            answer.await.map_err(|_| self.why_closed())
         };
         let late = |_| MonitorError::Timeout { command: C::NAME, timeout_ms: timeout.as_millis() };
         match tokio::time::timeout(timeout, exchange).await.map_err(late)?? {
             Ok(value) => serde_json::from_value(value).map_err(strange),
             Err(Refused { class, desc }) => Err(MonitorError::Refused { command: C::NAME, class, desc }),
         }
+    }
+
+    fn why_closed(&self) -> MonitorError {
+        self.nonsense.get().map_or(MonitorError::QemuGone, |error| (*error).into())
     }
 
     /// What the machine is doing.
@@ -246,6 +252,7 @@ struct Driver {
     waiting: HashMap<u64, oneshot::Sender<Answer>>,
     lost: u64,
     output: Vec<u8>,
+    nonsense: Arc<OnceLock<WireError>>,
 }
 
 impl Driver {
@@ -259,7 +266,7 @@ impl Driver {
                 match lines.next_line().and_then(|line| line.map(|l| wire::read(&l)).transpose()) {
                     Ok(Some(message)) => self.receive(message),
                     Ok(None) => break,
-                    Err(error) => return tracing::warn!(%error, "the monitor is closed"),
+                    Err(error) => return drop(self.nonsense.set(error)),
                 }
             }
             tokio::select! {
@@ -379,7 +386,8 @@ mod tests {
     #[tokio::test]
     async fn garbage_closes_the_monitor() {
         let (monitor, mut events, _task) = qemu(&["\u{1b}[2J not json", "{}"]).await;
-        assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::QemuGone)));
+        assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::Protocol { .. })));
+        assert!(matches!(monitor.quit(SOON).await, Err(MonitorError::Protocol { .. })));
         assert_eq!(events.recv().await, None);
     }
 

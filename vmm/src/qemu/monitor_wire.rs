@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 pub const LINE_BYTES_MAX: usize = 1 << 20;
 
 /// A line that can be nothing of QEMU's.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     /// It is longer than [`LINE_BYTES_MAX`].
     #[error("a line of the monitor is longer than {LINE_BYTES_MAX} bytes")]

@@ -1,0 +1,52 @@
+//! `-machine none -qmp stdio`: what this QEMU says it can do. It has no kernel vsock, so that the agent is always reached
+//! through the socket that stands for the virtio-serial port.
+
+use std::io::{BufRead as _, Write as _};
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use crate::script::Script;
+
+/// Answers questions on standard input until `quit` or its end.
+pub fn answer(script: &Script) -> ExitCode {
+    if script.not_qemu {
+        println!("hello, I am not QEMU");
+        eprintln!("usage: hello");
+        return ExitCode::SUCCESS;
+    }
+    if script.hang_probe {
+        loop {
+            std::thread::park();
+        }
+    }
+    say(&json!({ "QMP": { "version": script.version_object(), "capabilities": [] } }));
+    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+        let Ok(question) = serde_json::from_str::<Value>(&line) else { continue };
+        say(&json!({ "return": told(&question), "id": question["id"] }));
+        if question["execute"] == "quit" {
+            break;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn told(question: &Value) -> Value {
+    let names = |names: &[&str]| names.iter().map(|name| json!({ "name": name })).collect::<Value>();
+    match (question["execute"].as_str(), question["arguments"]["implements"].as_str()) {
+        (Some("qom-list-types"), Some("machine")) => {
+            names(&["microvm-machine", "pc-i440fx-7.2-machine", "pc-q35-7.2-machine"])
+        }
+        (Some("qom-list-types"), Some("accel")) => names(&["kvm-accel", "tcg-accel"]),
+        (Some("qom-list-types"), _) => names(&["virtio-net-device", "virtio-net-pci"]),
+        (Some("qom-list-properties"), _) => names(&["mem-path", "share"]),
+        (Some("query-command-line-options"), _) => json!([{ "option": "sandbox", "parameters": [] }]),
+        (Some("query-qmp-schema"), _) => json!([{ "meta-type": "enum", "values": ["user", "tap", "hubport"] }]),
+        _ => json!({}),
+    }
+}
+
+fn say(value: &Value) {
+    println!("{value}");
+    let _ = std::io::stdout().flush();
+}
