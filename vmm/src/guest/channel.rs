@@ -203,10 +203,9 @@ async fn serve_client(
 ) -> Result<(), GuestError> {
     let gone = HangUp::of(&client).map_err(|e| GuestError::stream(&e))?;
     // A connection that says nothing is no use of the guest: it may only look whether someone listens.
-    tokio::select! {
-        biased;
-        () = gone.wait() => return Ok(()),
-        ready = client.readable() => ready.map_err(|e| GuestError::stream(&e))?,
+    client.readable().await.map_err(|e| GuestError::stream(&e))?;
+    if gone.is_now() {
+        return Ok(());
     }
     let _visit = activity.enter();
     let up = tokio::select! {

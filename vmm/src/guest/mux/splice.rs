@@ -13,6 +13,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures::{AsyncWrite, Stream};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncWrite as _, Interest};
 use tokio::net::UnixStream;
@@ -35,6 +36,12 @@ impl HangUp {
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
         // A hang-up is always reported; priority data does not exist here, so nothing else is.
         Ok(Self(watch(socket.as_fd().try_clone_to_owned()?, Interest::PRIORITY)?))
+    }
+
+    /// Whether it is gone at this moment.
+    pub fn is_now(&self) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(self.0.get_ref().as_fd(), PollFlags::empty())];
+        poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().contains(PollFlags::HUP)
     }
 
     fn poll(&self, cx: &mut Context<'_>) -> Poll<()> {

@@ -1,0 +1,169 @@
+//! The real agent as an ordinary process, behind a channel as a supervisor runs it: what QEMU would carry in between
+//! are plain bytes, so a unix socket stands for it.
+
+#![allow(dead_code, reason = "each test target uses its own part")]
+
+use std::future::Future;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use nido_guest_agent::config::{Channel as Reach, GuestConfig, Init};
+use nido_guest_agent::wire::{Exec, Exited};
+use nido_vmm::guest::{Channel, Endpoint, Event, Guest, GuestError, Running};
+use tempfile::TempDir;
+use tokio::net::UnixListener;
+use tokio::time::{Instant, timeout};
+
+/// The token of every test VM.
+pub const TOKEN: &[u8; 32] = b"0123456789abcdef0123456789abcdef";
+
+/// A deadline that a healthy machine never reaches.
+pub fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+/// Fails the test instead of hanging it.
+pub async fn within<T>(work: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(60), work).await.expect("finished in time")
+}
+
+/// Waits until `condition` holds.
+pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let wait = async {
+        while !condition().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(60), wait).await.unwrap_or_else(|_| panic!("{what}: not in time"));
+}
+
+/// Writes the agent down once per test program. Nothing is forked before it is closed again.
+fn agent_program() -> &'static Path {
+    static PROGRAM: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
+    let (_, path) = PROGRAM.get_or_init(|| {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("nido-guest-agent");
+        std::fs::write(&path, nido_images::AGENT).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        (dir, path)
+    });
+    path
+}
+
+/// A VM's directory with the channel served in it.
+pub struct Rig {
+    pub dir: TempDir,
+    pub channel: Channel,
+    pub guest: Guest,
+    agent: Option<Child>,
+}
+
+impl Rig {
+    /// The channel alone; nobody dials yet.
+    pub fn without_agent() -> Self {
+        let dir = TempDir::new().unwrap();
+        let channel = UnixListener::bind(dir.path().join("channel.sock")).unwrap();
+        let clients = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
+        let endpoint = Endpoint::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
+        let guest = Guest::new(endpoint, TOKEN.to_vec());
+        Self { channel: Channel::start(channel, clients), dir, guest, agent: None }
+    }
+
+    /// With an agent that answers.
+    pub async fn start() -> Self {
+        let mut rig = Self::without_agent();
+        rig.start_agent();
+        rig.guest.wait_ready(soon()).await.unwrap();
+        rig
+    }
+
+    /// With an agent that sees a file system of one MiB at `full` in the rig's directory.
+    pub async fn start_with_small_disk() -> Self {
+        let mut rig = Self::without_agent();
+        let disk = rig.dir.path().join("full");
+        std::fs::create_dir(&disk).unwrap();
+        let mut shell = Command::new("unshare");
+        shell.args(if nix::unistd::geteuid().is_root() { "-m" } else { "-Urm" }.split(' '));
+        shell.args(["--", "sh", "-ec", "mount -t tmpfs -o size=1m none \"$1\"; shift; exec \"$@\"", "sh"]);
+        shell.arg(&disk).arg(agent_program());
+        rig.spawn(shell);
+        rig.guest.wait_ready(soon()).await.unwrap();
+        rig
+    }
+
+    pub fn start_agent(&mut self) {
+        self.spawn(Command::new(agent_program()));
+    }
+
+    fn spawn(&mut self, mut command: Command) {
+        let config = GuestConfig {
+            hostname: "test".into(),
+            token: TOKEN.to_vec().into(),
+            init: Init::Agent,
+            channel: Reach::Serial,
+            network: None,
+        };
+        let file = self.path("config");
+        std::fs::write(&file, minicbor::to_vec(&config).unwrap()).unwrap();
+        command.arg("serve").arg("--channel-socket").arg(self.path("channel.sock")).arg("--config").arg(file);
+        self.stop_agent();
+        self.agent = Some(command.stdin(Stdio::null()).spawn().unwrap());
+    }
+
+    pub fn stop_agent(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            agent.kill().unwrap();
+            agent.wait().unwrap();
+        }
+    }
+
+    /// A path in the rig's directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs a shell script to its end.
+    pub async fn sh(&self, script: &str) -> Outcome {
+        let running = self.guest.exec(shell(script), soon()).await.unwrap();
+        within(collect(running)).await.unwrap()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.stop_agent();
+    }
+}
+
+/// A request for a shell script.
+pub fn shell(script: &str) -> Exec {
+    command(&["sh", "-c", script])
+}
+
+pub fn command(argv: &[&str]) -> Exec {
+    Exec { argv: argv.iter().map(|a| a.as_bytes().to_vec().into()).collect(), ..Exec::default() }
+}
+
+/// What a command did.
+#[derive(Debug)]
+pub struct Outcome {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub exited: Exited,
+}
+
+/// Takes all events.
+pub async fn collect(mut running: Running) -> Result<Outcome, GuestError> {
+    let (mut stdout, mut stderr, mut last) = (Vec::new(), Vec::new(), None);
+    while let Some(event) = running.events.next().await? {
+        match event {
+            Event::Stdout(bytes) => stdout.extend(bytes),
+            Event::Stderr(bytes) => stderr.extend(bytes),
+            Event::Exited(exited) => last = Some(exited),
+        }
+    }
+    Ok(Outcome { stdout, stderr, exited: last.expect("an exit") })
+}
