@@ -170,8 +170,10 @@ fn become_program(prepared: &Prepared<'_>) -> (Step, i32) {
             return (Step::Directory, errno());
         }
         libc::umask(0o022);
-        // Rust ignores SIGPIPE in the agent; programs expect the default.
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        // Rust ignores SIGPIPE in the agent, and whoever started the agent may ignore more; programs expect defaults.
+        for signal in 1..32 {
+            libc::signal(signal, libc::SIG_DFL);
+        }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());

@@ -1,4 +1,5 @@
 //! The real agent, run as an ordinary process, against a host that follows the protocol and hosts that do not.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on shall stop")]
 
 #[path = "support/mod.rs"]
 mod support;

@@ -44,9 +44,9 @@ pub fn write_tree(request: &Put, mut queue: mpsc::Receiver<Inbound>) -> Result<S
         write_directory(&place, root, ids, &mut queue, &mut summary)?;
     } else {
         let parent = place.open_parent()?;
-        write_leaf(&parent, &place.name, &root, ids, &mut queue, &mut summary)?;
+        let leaf = write_leaf(&parent, &place.name, &root, ids, &mut queue, &mut summary)?;
         match queue.blocking_recv() {
-            Some(Inbound::TreeEnd) => {}
+            Some(Inbound::TreeEnd) => leaf.take_name(&place.name)?,
             _ => return Err(malformed("a tree whose root is no directory has one entry")),
         }
     }
@@ -169,10 +169,15 @@ impl<'a> Temporary<'a> {
         Ok(Self { directory, name: temporary_name()?, kept: false })
     }
 
-    fn rename(mut self, target: &OsStr, flags: RenameFlags) -> Result<(), Errno> {
-        rustix::fs::renameat_with(self.directory, &self.name, self.directory, target, flags)?;
-        self.kept = true;
-        Ok(())
+    /// Becomes what it was written for, in place of what may have that name.
+    fn take_name(self, target: &OsStr) -> Result<(), Refusal> {
+        self.rename(target, RenameFlags::empty())
+    }
+
+    fn rename(mut self, target: &OsStr, flags: RenameFlags) -> Result<(), Refusal> {
+        let renamed = rustix::fs::renameat_with(self.directory, &self.name, self.directory, target, flags);
+        self.kept = renamed.is_ok();
+        renamed.map_err(|error| failed(Path::new(target), error))
     }
 }
 
@@ -189,15 +194,15 @@ impl Drop for Temporary<'_> {
     }
 }
 
-/// Writes a file or symlink: all of it, then its name.
-fn write_leaf(
-    directory: &OwnedFd,
+/// Writes a file or symlink under a temporary name.
+fn write_leaf<'a>(
+    directory: &'a OwnedFd,
     name: &OsStr,
     entry: &Entry,
     ids: Ids,
     queue: &mut mpsc::Receiver<Inbound>,
     summary: &mut Summary,
-) -> Result<(), Refusal> {
+) -> Result<Temporary<'a>, Refusal> {
     let shown = Path::new(name);
     let temporary = Temporary::new(directory)?;
     match &entry.kind {
@@ -222,9 +227,8 @@ fn write_leaf(
     }
     rustix::fs::utimensat(directory, &temporary.name, &times(entry), AtFlags::SYMLINK_NOFOLLOW)
         .map_err(|error| failed(shown, error))?;
-    temporary.rename(name, RenameFlags::empty()).map_err(|error| failed(shown, error))?;
     summary.entries += 1;
-    Ok(())
+    Ok(temporary)
 }
 
 fn write_bytes(
@@ -278,7 +282,7 @@ fn write_directory(
     let directory = rustix::fs::openat(&parent, &temporary.name, AS_PLACE | OFlags::NOFOLLOW, Mode::empty())
         .map_err(|error| failed(&shown, error))?;
     Tree { root: directory, at: None, open: vec![root], ids }.write(queue, summary)?;
-    temporary.rename(&place.name, RenameFlags::NOREPLACE).map_err(|error| failed(&shown, error))
+    temporary.rename(&place.name, RenameFlags::NOREPLACE)
 }
 
 /// A directory being filled.
@@ -323,7 +327,7 @@ impl Tree {
         let Some((_, directory)) = &self.at else { return Err(malformed("no directory")) };
         let name = OsStr::from_bytes(name);
         if entry.kind != EntryKind::Directory {
-            return write_leaf(directory, name, &entry, self.ids, queue, summary);
+            return write_leaf(directory, name, &entry, self.ids, queue, summary)?.take_name(name);
         }
         expect_end(queue)?;
         summary.entries += 1;

@@ -46,8 +46,30 @@ impl Host {
         host
     }
 
+    /// Starts an agent in a mount name space where `disk` in the test's directory is a file system of 1 MiB.
+    pub async fn start_on_small_disk() -> Self {
+        let mut host = Self::start_under(&[
+            "unshare",
+            "--user",
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-ec",
+            "mount -t tmpfs -o size=1m tmpfs \"$(dirname \"$4\")/disk\"; exec \"$@\"",
+            "sh",
+        ])
+        .await;
+        let channel = host.accept().await;
+        host.begin(channel).await;
+        host
+    }
+
     /// Starts an agent and leaves it to the test to talk to it.
     pub async fn start_silent() -> Self {
+        Self::start_under(&[]).await
+    }
+
+    async fn start_under(wrapper: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("channel.sock");
         let listener = UnixListener::bind(&socket).unwrap();
@@ -60,7 +82,12 @@ impl Host {
         };
         let saved = directory.path().join("config");
         std::fs::write(&saved, minicbor::to_vec(&config).unwrap()).unwrap();
-        let agent = tokio::process::Command::new(env!("CARGO_BIN_EXE_nido-guest-agent"))
+        if !wrapper.is_empty() {
+            std::fs::create_dir(directory.path().join("disk")).unwrap();
+        }
+        let command: Vec<_> = wrapper.iter().chain([&env!("CARGO_BIN_EXE_nido-guest-agent")]).collect();
+        let agent = tokio::process::Command::new(command[0])
+            .args(&command[1..])
             .args([Path::new("serve"), Path::new("--channel-socket"), &socket, Path::new("--config"), &saved])
             .stdin(Stdio::null())
             .kill_on_drop(true)
@@ -121,6 +148,23 @@ impl Host {
     /// A path in the test's directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
+    }
+}
+
+impl Drop for Host {
+    /// Ends what the agent still runs; being killed, it cannot do that itself.
+    fn drop(&mut self) {
+        let Some(agent) = self.agent.id() else { return };
+        let running = std::fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| {
+            let entry = entry.ok()?;
+            let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+            // pid (name) state parent group ...
+            let parent: u32 = stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()?;
+            (parent == agent).then(|| entry.file_name().to_str()?.parse().ok())?
+        });
+        for child in running.filter_map(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process_group(child, rustix::process::Signal::KILL);
+        }
     }
 }
 
