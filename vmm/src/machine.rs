@@ -13,8 +13,9 @@ use crate::api::{AccelChoice, MachineChoice, NetChoice};
 use crate::host::qemu::{MINIMUM_VERSION, QemuFacts, QemuVersion};
 use crate::host::{HostFacts, KvmVerdict, VsockVerdict};
 
-/// The least memory a VM can be given, in MiB. How much a guest really needs is its template's affair.
-pub const MEMORY_MIB_MIN: u32 = 64;
+/// The least memory a VM can be given, in MiB: with 64 a stock Debian kernel ends in "System is deadlocked on memory",
+/// with 96 it just comes up. How much a guest needs to be of use is its template's affair.
+pub const MEMORY_MIB_MIN: u32 = 128;
 /// The largest disk, in bytes (16 TiB: where ext4 with 4 KiB blocks ends).
 pub const DISK_BYTES_MAX: u64 = 16 << 40;
 /// The CIDs that a guest may have: below are the hypervisor's and the host's, above is "any".
@@ -453,7 +454,7 @@ pub(crate) mod tests {
         let cases = [
             ("cpus", MachineRequest { cpus: 0, ..request() }),
             ("cpus", MachineRequest { cpus: 5, ..request() }),
-            ("memory_mib", MachineRequest { memory_mib: 63, ..request() }),
+            ("memory_mib", MachineRequest { memory_mib: 127, ..request() }),
             ("memory_mib", MachineRequest { memory_mib: 8193, ..request() }),
             ("disk_bytes", MachineRequest { disk_bytes: 0, ..request() }),
             ("disk_bytes", MachineRequest { disk_bytes: 513, ..request() }),
