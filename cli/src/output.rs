@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn columns_stand_under_each_other() {
         let rows = [["web".to_owned(), "running".to_owned()], ["a\x1b[2Jb".to_owned(), String::new()]];
-        assert_eq!(table(["NAME", "STATUS"], rows), "NAME      STATUS\nweb       running\na^[[2Jb\n");
+        assert_eq!(table(["NAME", "STATUS"], rows), "NAME     STATUS\nweb      running\na^[[2Jb\n");
     }
 
     #[test]

@@ -1,0 +1,151 @@
+//! What goes wrong: with the contract's code, one sentence, and nothing left over.
+
+use rustix::process::Signal;
+
+use crate::support::{Home, until};
+
+#[test]
+fn what_is_not_there_is_said() {
+    let home = Home::new();
+    for arguments in [["info", "web"], ["start", "web"], ["stop", "web"], ["delete", "web"], ["logs", "web"]] {
+        home.nido(arguments).arg("--json").run().fails(1, "vm_not_found");
+    }
+    home.nido(["exec", "web", "--json", "--", "true"]).run().fails(125, "vm_not_found");
+    home.nido(["spawn", "web", "--json", "-T", "nothing"]).run().fails(1, "template_not_found");
+    home.nido(["template", "info", "nothing", "--json"]).run().fails(1, "template_not_found");
+    home.nido(["template", "build", "nothing", "--json"]).run().fails(1, "template_not_found");
+    home.nido(["create", "web"]).run().ok();
+    home.nido(["create", "web", "--json"]).run().fails(1, "vm_exists");
+    home.nido(["spawn", "web", "--json"]).run().fails(1, "vm_exists");
+    assert_eq!(home.names(), ["web"], "the VM that was there is untouched");
+    home.nido(["template", "delete", "sandbox", "--json"]).run().fails(1, "template_in_use");
+}
+
+#[test]
+fn without_a_usable_qemu_there_is_no_vm() {
+    let home = Home::new();
+    home.qemu("old-version");
+    home.nido(["spawn", "web", "--json"]).run().fails(1, "qemu_too_old");
+    home.qemu("not-qemu");
+    home.nido(["spawn", "web", "--json"]).run().exits(1);
+    std::fs::remove_file(home.qemu_path()).unwrap();
+    home.nido(["spawn", "web", "--json"]).run().fails(1, "qemu_missing");
+    home.expect_empty();
+}
+
+#[test]
+fn isolation_that_is_required_is_not_replaced() {
+    let home = Home::new();
+    let spawn = ["spawn", "web", "--json", "--accel", "tcg", "--require-isolation"];
+    home.nido(spawn).run().fails(1, "isolation_required");
+    home.expect_empty();
+}
+
+#[test]
+fn a_qemu_that_dies_at_its_start_is_quoted_harmlessly() {
+    let home = Home::new();
+    home.qemu("escape-stderr;die-at-start:the disk is made of cheese");
+    let problem = home.nido(["spawn", "web", "--json"]).run().fails(1, "qemu_failed");
+    assert!(problem["log_tail"].to_string().contains("made of cheese"), "{problem}");
+    let told = home.nido(["spawn", "web"]).run().exits(1);
+    assert!(told.stderr.contains("made of cheese") && told.stderr.contains("^["), "{}", told.stderr);
+    assert!(!told.stderr.contains('\x1b'), "{:?}", told.stderr);
+    home.expect_empty();
+}
+
+#[test]
+fn a_guest_that_never_answers_ends_at_its_deadline() {
+    let home = Home::new();
+    home.qemu("no-agent;escape-console");
+    let spawn = ["spawn", "web", "--json", "--accel", "tcg", "--timeout", "1s"];
+    let problem = home.nido(spawn).run().fails(1, "agent_unreachable");
+    assert!(problem["log_tail"].to_string().contains("Linux version"), "{problem}");
+    home.expect_empty();
+}
+
+#[test]
+fn a_monitor_that_says_nothing_ends_at_a_deadline() {
+    let home = Home::new();
+    for words in ["no-greeting", "hang-qmp", "garbage-qmp", "never-listens"] {
+        home.qemu(words);
+        let ran = home.nido(["spawn", "web", "--json", "--timeout", "2s"]).run().exits(1);
+        assert!(ran.problem()["code"].is_string(), "{words}");
+        home.expect_empty();
+    }
+}
+
+#[test]
+fn events_nobody_knows_do_no_harm() {
+    let home = Home::new();
+    home.qemu("unknown-event");
+    home.spawn("web");
+    home.nido(["pause", "web"]).run().ok();
+    home.nido(["resume", "web"]).run().ok();
+    home.nido(["stop", "web"]).run().ok();
+}
+
+#[test]
+fn a_vm_that_breaks_down_says_why() {
+    let home = Home::new();
+    for (words, cause, status) in [
+        ("panic-after-ms:400", "guest_panic", "failed"),
+        ("exit-signal:11@400", "qemu_signal", "failed"),
+        ("die-after-ms:400", "qemu_error", "failed"),
+        ("shutdown-after-ms:400", "", "stopped"),
+    ] {
+        home.qemu(words);
+        home.nido(["spawn", "web", "--no-wait", "--accel", "tcg"]).run().ok();
+        let info = home.await_info("web", |info| ["failed", "stopped"].contains(&info["status"].as_str().unwrap()));
+        assert_eq!(info["status"], status, "{words}: {info}");
+        assert_eq!(info["failure"]["cause"].as_str().unwrap_or_default(), cause, "{words}: {info}");
+        home.nido(["delete", "web"]).run().ok();
+    }
+}
+
+#[test]
+fn an_interrupted_spawn_leaves_nothing() {
+    for signal in [Signal::INT, Signal::TERM] {
+        let home = Home::new();
+        home.qemu("no-agent");
+        let spawn = home.nido(["spawn", "web", "--accel", "tcg"]).start();
+        until("the VM's row", || (home.names() == ["web"]).then_some(()));
+        spawn.signal(signal);
+        let ran = spawn.wait().exits(128 + signal.as_raw());
+        assert!(ran.stderr.contains("interrupted; removing web"), "{}", ran.stderr);
+        home.expect_empty();
+    }
+}
+
+#[test]
+fn an_interrupted_spawn_does_not_touch_a_vm_that_was_there() {
+    let home = Home::new();
+    home.nido(["create", "web"]).run().ok();
+    // Whether the signal comes before or after the refusal, the VM stays.
+    let spawn = home.nido(["spawn", "web"]).start();
+    spawn.signal(Signal::TERM);
+    drop(spawn.wait());
+    assert_eq!(home.names(), ["web"]);
+}
+
+#[test]
+fn a_killed_spawn_leaves_nothing_that_cannot_be_deleted() {
+    let home = Home::new();
+    home.qemu("no-agent");
+    let spawn = home.nido(["spawn", "web", "--accel", "tcg"]).start();
+    until("the VM's row", || (home.names() == ["web"]).then_some(()));
+    spawn.signal(Signal::KILL);
+    home.nido(["delete", "web", "--force"]).run().ok();
+    home.expect_empty();
+}
+
+#[test]
+fn the_doctor_says_what_is_missing() {
+    let home = Home::new();
+    let well = home.nido(["doctor", "--json"]).run();
+    assert!(well.json()["checks"].as_array().unwrap().len() > 3);
+    std::fs::remove_file(home.qemu_path()).unwrap();
+    let ill = home.nido(["doctor", "--json"]).run().exits(1);
+    assert_eq!(ill.json()["ok"], false);
+    let told = home.nido(["doctor"]).run().exits(1);
+    assert!(told.text().contains("failed   ") && told.text().contains("hint: "), "{}", told.text());
+}

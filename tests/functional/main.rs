@@ -1,0 +1,18 @@
+//! The real `nido` against a QEMU that is none, with the real guest agent as an ordinary process of the host.
+//!
+//! What needs a real guest is in `tests/boot`.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod exec;
+mod failures;
+mod files;
+mod forwards;
+mod lifecycle;
+mod logs;
+mod run;
+mod terminal;
+mod usage;
+
+#[path = "../support/mod.rs"]
+mod support;

@@ -1,0 +1,178 @@
+//! What tests that run the real `nido` share: a home of their own, nido with a deadline, a terminal, and a guard.
+//!
+//! Invariant: when a [`Home`] is dropped, no process that belongs to it is left; if one was, the test fails.
+
+pub mod processes;
+pub mod run;
+pub mod terminal;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nido_images::{AgentId, Disk, FORMAT, Init, Kernel, Manifest, Parts, RecipeId, Store, hash_file};
+use tempfile::TempDir;
+
+pub use run::{Live, Nido};
+
+/// How long anything may take that a test waits for.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A home of its own, with a QEMU that is none.
+pub struct Home {
+    directory: TempDir,
+}
+
+impl Home {
+    /// With the template `sandbox`, whose parts are a few bytes each, and a QEMU that behaves.
+    pub fn new() -> Self {
+        let home = Self::bare();
+        publish(&home.path(), "sandbox");
+        home.qemu("");
+        home
+    }
+
+    /// With nothing in it, and no QEMU.
+    pub fn bare() -> Self {
+        let directory = tempfile::Builder::new().prefix("nido-test-").tempdir().unwrap();
+        fs::create_dir(directory.path().join("home")).unwrap();
+        fs::set_permissions(directory.path().join("home"), fs::Permissions::from_mode(0o700)).unwrap();
+        Self { directory }
+    }
+
+    /// `NIDO_HOME`.
+    pub fn path(&self) -> PathBuf {
+        self.directory.path().join("home")
+    }
+
+    /// A place for the test's own files, outside of `NIDO_HOME`.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// From now on QEMU misbehaves like this; the words are those of `tests/fake-qemu/script.rs`.
+    pub fn qemu(&self, words: &str) {
+        let agent = self.scratch("agent");
+        if !agent.exists() {
+            write_program(&agent, nido_images::AGENT);
+        }
+        let fake = env!("CARGO_BIN_EXE_fake-qemu");
+        let script = format!(
+            "#!/bin/sh\nexport FAKE_QEMU='{words}' FAKE_QEMU_AGENT='{}'\nexec '{fake}' \"$@\"\n",
+            agent.display()
+        );
+        // What was learned about another QEMU must not be remembered: the file may look the same otherwise.
+        let _ = fs::remove_dir_all(self.path().join("cache"));
+        write_program(&self.qemu_path(), script.as_bytes());
+    }
+
+    /// Where QEMU is, if there is one.
+    pub fn qemu_path(&self) -> PathBuf {
+        self.scratch("qemu")
+    }
+
+    /// A nido that is about to be run in this home.
+    pub fn nido<const N: usize>(&self, arguments: [&str; N]) -> Nido<'_> {
+        Nido::new(self, arguments.iter().map(Into::into).collect())
+    }
+
+    /// Spawns a VM and expects that to work.
+    pub fn spawn(&self, name: &str) -> serde_json::Value {
+        self.nido(["spawn", name, "--json", "--accel", "tcg"]).run().ok().json()
+    }
+
+    /// What nido says about a VM.
+    pub fn info(&self, name: &str) -> serde_json::Value {
+        self.nido(["info", name, "--json"]).run().ok().json()
+    }
+
+    /// Waits until `wanted` holds of what nido says about a VM.
+    pub fn await_info(&self, name: &str, wanted: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
+        until(&format!("the awaited state of {name}"), || Some(self.info(name)).filter(|info| wanted(info)))
+    }
+
+    /// Names of all VMs.
+    pub fn names(&self) -> Vec<String> {
+        self.nido(["ls", "-q"]).run().ok().text().lines().map(str::to_owned).collect()
+    }
+
+    /// Expects that there is nothing: no VM, no file of one, no process.
+    pub fn expect_empty(&self) {
+        assert_eq!(self.names(), Vec::<String>::new());
+        let left: Vec<_> = fs::read_dir(self.path().join("vms")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert_eq!(left, Vec::<PathBuf>::new(), "files of VMs are left");
+        processes::expect_none(self.directory.path());
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            processes::end_all(self.directory.path());
+            return;
+        }
+        if self.path().join("nido.db").exists() {
+            let _ = fs::remove_file(self.qemu_path());
+            for name in self.names() {
+                self.nido(["delete", &name, "--force", "--yes"]).run().ok();
+            }
+        }
+        processes::expect_none(self.directory.path());
+    }
+}
+
+/// Looks again and again, until there is something to be seen.
+pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(seen) = look() {
+            return seen;
+        }
+        assert!(began.elapsed() < DEADLINE, "waited for {what} in vain");
+        std::thread::yield_now();
+    }
+}
+
+fn write_program(path: &Path, content: &[u8]) {
+    // Written under another name: a program that is being run cannot be written to.
+    let fresh = path.with_extension("new");
+    fs::write(&fresh, content).unwrap();
+    fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(&fresh, path).unwrap();
+}
+
+/// Publishes a template whose parts are a few bytes each.
+pub fn publish(home: &Path, name: &str) {
+    let store = Store::new(home);
+    store.create().unwrap();
+    let lock = store.lock().unwrap();
+    let part = |content: &str| {
+        let path = home.join("part");
+        fs::write(&path, content).unwrap();
+        let part = hash_file(&path).unwrap();
+        store.import(&path, &part, &lock).unwrap();
+        part
+    };
+    let manifest = Manifest {
+        format: FORMAT,
+        name: name.into(),
+        recipe: RecipeId { name: name.into(), sha256: "0".repeat(64) },
+        created_at: "2024-05-06T07:08:09Z".parse().unwrap(),
+        architecture: "x86_64".into(),
+        init: Init::Agent,
+        user: "user".into(),
+        shell: "/bin/sh".into(),
+        kernel: Kernel { version: "6.12.0-fake".into(), append: "quiet".into() },
+        parts: Parts {
+            vmlinux: part("vmlinux"),
+            initramfs: part("initramfs"),
+            initramfs_base: part("initramfs base"),
+            root: Disk { file: part("root"), virtual_bytes: 64 << 20 },
+            packages: part("packages"),
+        },
+        agent: AgentId { sha256: nido_images::agent_sha256().into(), protocol: 1 },
+        built_by: env!("CARGO_PKG_VERSION").into(),
+    };
+    store.publish(&manifest, &lock).unwrap();
+}

@@ -1,0 +1,47 @@
+//! The processes that belong to a home: those that work in it or name it on their command line.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use rustix::process::{Pid, Signal, getpid, kill_process};
+
+use super::until;
+
+/// Expects that none is left, or that the last is on its way out.
+pub fn expect_none(home: &Path) {
+    let mut left = Vec::new();
+    let gone = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        until("the end of every process of the home", || {
+            left = of(home);
+            left.is_empty().then_some(())
+        });
+    }));
+    if gone.is_err() {
+        end_all(home);
+        panic!("processes are left: {left:?}");
+    }
+}
+
+/// Kills all of them.
+pub fn end_all(home: &Path) {
+    for (pid, _) in of(home) {
+        let _ = kill_process(pid, Signal::KILL);
+    }
+}
+
+/// Process ids and command lines.
+pub fn of(home: &Path) -> Vec<(Pid, String)> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    entries
+        .filter_map(|entry| {
+            let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)?;
+            // Dead ones that nobody has waited for yet have no command line.
+            let line = fs::read(entry.path().join("cmdline")).ok().filter(|line| !line.is_empty())?;
+            let works_there = fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(home));
+            let names_it = line.windows(home.as_os_str().len()).any(|part| part == home.as_os_str().as_bytes());
+            let shown = String::from_utf8_lossy(&line).replace('\0', " ");
+            (pid != getpid() && (works_there || names_it)).then_some((pid, shown))
+        })
+        .collect()
+}
