@@ -61,11 +61,15 @@ impl Nido {
     }
 
     /// Opens a home and leaves everything as it is: for supervisors.
-    pub(crate) fn open_unsettled(options: OpenOptions) -> Result<Self> {
+    pub(crate) fn open_unsettled(mut options: OpenOptions) -> Result<Self> {
         let named =
             options.home.clone().or_else(|| std::env::var_os("NIDO_HOME").filter(|v| !v.is_empty()).map(PathBuf::from));
         let home = Home::open(&named.map_or_else(Home::default_root, Ok)?)?;
         let store = Mutex::new(Store::open(&home.database())?);
+        let named = options.qemu.or_else(|| std::env::var_os("NIDO_QEMU").filter(|v| !v.is_empty()).map(PathBuf::from));
+        // A supervisor works in another directory: a relative path would mean another file there.
+        let absolute = |p: PathBuf| if p.components().count() > 1 { std::path::absolute(&p).unwrap_or(p) } else { p };
+        options.qemu = named.map(absolute);
         Ok(Self { home, store, options })
     }
 
