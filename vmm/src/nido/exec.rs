@@ -62,15 +62,8 @@ impl Nido {
         let lease = match guest.endpoint() {
             Endpoint::Vsock { .. } => Some(self.lease(&row).await?),
             Endpoint::Serial { .. } => {
-                // A supervisor must be there before the agent's socket can be.
-                let socket = self.vm_dir(&row.id).sockets().map(|dir| dir.path(AGENT_SOCKET));
-                let alive = match socket {
-                    Ok(path) => UnixStream::connect(path).await.is_ok(),
-                    Err(_) => false,
-                };
-                if !alive {
-                    drop(self.supervisor(&row).await?);
-                }
+                // The agent's socket is the supervisor's: there must be one.
+                drop(self.supervisor(&row).await?);
                 None
             }
         };

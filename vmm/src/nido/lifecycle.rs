@@ -75,7 +75,8 @@ impl Nido {
         let held = Held::take(&lock, Instant::now() + LET_GO).await.map_err(|e| Error::io("cannot lock the VM", e))?;
         let Some(held) = held else {
             // Another command started it in this moment.
-            return self.await_start(&self.store().vm_by_name(name)?, start, progress).await;
+            let row = self.store().vm_by_name(name)?;
+            return self.await_start(&row, start, progress).await;
         };
         let row = self.store().vm_by_name(name)?;
         if !matches!(admit(row.state, Act::Start), Admission::Do) {

@@ -277,7 +277,7 @@ impl Supervisor {
             timings.agent_ms = total_ms - timings.qemu_ms;
             timings.total_ms = total_ms;
         }
-        let version = pong.agent.chars().filter(|c| c.is_ascii_graphic()).take(64).collect();
+        let version = pong.agent.chars().filter(char::is_ascii_graphic).take(64).collect();
         self.row.agent = AgentInfo { ready: true, version: Some(version), transport: None };
         self.row.ip_address = pong.address.and_then(|a| a.parse::<std::net::IpAddr>().ok()).map(|a| a.to_string());
         self.write(&VmUpdate {

@@ -110,6 +110,8 @@ async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
         Ok(Request::Stop(stop)) => until_ended(&mut desk, stop).await,
         Ok(Request::Lease) => {
             let _use = desk.users.enter();
+            // It does not care how the VM ends, and must not hold up the end.
+            drop(desk);
             // Held until the client closes, or dies.
             let mut rest = [0; 64];
             while matches!(reader.get_mut().read(&mut rest).await, Ok(n) if n > 0) {}
