@@ -120,7 +120,9 @@ async fn a_signal_overtakes_input_that_nobody_reads() {
     });
     control.signal(15).await.unwrap();
     assert_eq!(within(collect(running)).await.unwrap().exited.signal, Some(15));
-    assert!(matches!(within(stuck).await.unwrap(), Err(GuestError::Gone)));
+    // What was still to be sent is either refused or was dropped by the agent; it never stays stuck.
+    let sent = within(stuck).await.unwrap();
+    assert!(matches!(sent, Ok(()) | Err(GuestError::Gone)), "{sent:?}");
 }
 
 #[tokio::test(flavor = "current_thread")]

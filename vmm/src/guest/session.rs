@@ -10,6 +10,7 @@
 //! whole even if whoever sent it stopped waiting halfway.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -76,6 +77,8 @@ impl Session {
         match self.answer(deadline, "to answer a ping").await? {
             ToHost::Pong(mut pong) => {
                 pong.agent.truncate(pong.agent.floor_char_boundary(MAX_AGENT_TEXT));
+                // Anything else is not what it says it is.
+                pong.address = pong.address.filter(|text| text.parse::<IpAddr>().is_ok());
                 Ok(pong)
             }
             other => Err(unexpected(other)),
