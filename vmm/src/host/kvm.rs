@@ -6,7 +6,7 @@
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
-use std::os::fd::{IntoRawFd as _, OwnedFd};
+use std::os::fd::{FromRawFd as _, IntoRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -19,14 +19,16 @@ use super::{cache, kvm_vcpu};
 
 const DEVICE: &str = "/dev/kvm";
 const CACHE_NAME: &str = "kvm.json";
-/// The whole experiment, set-up included.
-const DEADLINE: Duration = Duration::from_millis(180);
+/// The whole experiment, set-up included: 10 ms where the host runs on metal, 60 to 260 ms where its KVM is itself emulated.
+const DEADLINE: Duration = Duration::from_millis(600);
 /// Ten thousand turns of a loop: microseconds where KVM works, 15 ms where the guest is interpreted.
 const RUN_MAX: Duration = Duration::from_millis(2);
 /// The quickest of so many runs counts, so that a busy host is not taken for a bad one.
 const RUNS: u32 = 5;
 /// How often a vCPU that does not come back is interrupted.
 const KICK_INTERVAL: Duration = Duration::from_millis(5);
+/// How often at most.
+const KICKS: u32 = 4;
 
 /// Whether KVM can be used, and if not, why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,7 +59,7 @@ struct CacheKey {
     ctime: (i64, i64),
 }
 
-/// The verdict: remembered in `cache_dir` until the host's next boot, else by experiment (at most 0.2 s). Blocks.
+/// The verdict: remembered in `cache_dir` until the host's next boot, else by experiment. Blocks.
 #[must_use]
 pub fn probe(cache_dir: &Path) -> KvmVerdict {
     let device = match OpenOptions::new().read(true).write(true).open(DEVICE) {
@@ -68,7 +70,12 @@ pub fn probe(cache_dir: &Path) -> KvmVerdict {
     if let Some(verdict) = key.as_ref().and_then(|key| cache::get(cache_dir, CACHE_NAME, key)) {
         return verdict;
     }
-    let verdict = experiment(device.into());
+    let Some(result) = experiment(device.into()) else {
+        // The host may only have been busy: not worth remembering.
+        let reason = format!("KVM did not run the test program within {} ms", DEADLINE.as_millis());
+        return KvmVerdict::PresentUnusable { reason };
+    };
+    let verdict = judge(result);
     if let Some(key) = &key {
         cache::put(cache_dir, CACHE_NAME, key, &verdict);
     }
@@ -105,55 +112,52 @@ fn unopened(error: &std::io::Error) -> KvmVerdict {
     }
 }
 
-/// Runs the test program on a thread of its own and gives it until [`DEADLINE`]; then interrupts it, then leaves it.
-fn experiment(device: OwnedFd) -> KvmVerdict {
-    let start = Instant::now();
-    let (sender, receiver) = mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        let _ = sender.send(Err(kick::this_thread()));
-        // SAFETY: the descriptor was just opened on the KVM device and nothing else owns it.
-        let kvm = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(device.into_raw_fd()) };
-        let _ = sender.send(Ok(kvm_vcpu::best_run(&kvm, RUNS, RUN_MAX / 10)));
-    });
-    let mut runner = None;
-    let result = loop {
-        let left = DEADLINE.saturating_sub(start.elapsed());
-        match receiver.recv_timeout(left.min(if left.is_zero() { KICK_INTERVAL } else { left })) {
-            Ok(Ok(result)) => break result,
-            Ok(Err(id)) => runner = Some(id),
-            Err(RecvTimeoutError::Disconnected) => break Err("the KVM test ended without a result".into()),
-            Err(RecvTimeoutError::Timeout) => break stop(runner, &receiver),
-        }
-    };
-    drop(thread); // it has ended, or hangs in the kernel and cannot be joined
+/// What a finished experiment proves.
+fn judge(result: Result<Duration, String>) -> KvmVerdict {
     match result {
         Ok(best) if best <= RUN_MAX => {
             KvmVerdict::Usable { micros: u64::try_from(best.as_micros()).unwrap_or(u64::MAX) }
         }
-        Ok(best) => KvmVerdict::PresentUnusable {
-            reason: format!(
-                "KVM interprets the guest instead of running it (10000 turns of a loop took {} ms)",
-                best.as_millis()
-            ),
-        },
+        Ok(best) => {
+            let ms = best.as_millis();
+            let reason = format!("KVM interprets the guest instead of running it ({ms} ms for 10000 turns of a loop)");
+            KvmVerdict::PresentUnusable { reason }
+        }
         Err(reason) => KvmVerdict::PresentUnusable { reason },
     }
 }
 
-type Message = Result<Result<Duration, String>, kick::Thread>;
+enum Message {
+    Began(kick::Thread),
+    Done(Result<Duration, String>),
+}
 
-/// Interrupts the vCPU a few times; whatever comes of it, the test has failed.
-fn stop(runner: Option<kick::Thread>, receiver: &mpsc::Receiver<Message>) -> Result<Duration, String> {
-    let late = format!("KVM did not run the test program within {} ms", DEADLINE.as_millis());
-    for _ in 0..4 {
-        if let Some(thread) = runner {
-            thread.interrupt();
-        }
-        if let Ok(Ok(_)) = receiver.recv_timeout(KICK_INTERVAL) {
-            break;
+/// Runs the test program on a thread of its own and gives it until [`DEADLINE`]; then interrupts it and gives up (`None`).
+/// If the kernel does not let go of the thread even so, it is left to itself.
+fn experiment(device: OwnedFd) -> Option<Result<Duration, String>> {
+    let end = Instant::now() + DEADLINE;
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let _ = sender.send(Message::Began(kick::this_thread()));
+        // SAFETY: the descriptor was just opened on the KVM device and nothing else owns it.
+        let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
+        let _ = sender.send(Message::Done(kvm_vcpu::best_run(&kvm, RUNS, RUN_MAX / 10)));
+    });
+    let mut runner = None;
+    loop {
+        match receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(Message::Began(thread)) => runner = Some(thread),
+            Ok(Message::Done(result)) => return Some(result),
+            Err(RecvTimeoutError::Disconnected) => return Some(Err("the test of KVM ended without a result".into())),
+            Err(RecvTimeoutError::Timeout) => break,
         }
     }
-    Err(late)
+    let interrupted = |_: &u32| {
+        runner.inspect(|thread| thread.interrupt());
+        !matches!(receiver.recv_timeout(KICK_INTERVAL), Err(RecvTimeoutError::Timeout))
+    };
+    let _ = (0..KICKS).find(interrupted);
+    None
 }
 
 /// Interrupting a system call of one thread.
@@ -164,7 +168,7 @@ mod kick {
     #[derive(Clone, Copy)]
     pub struct Thread(libc::pid_t);
 
-    /// The calling thread, made interruptible.
+    /// The calling thread, made interruptible, and by this alone.
     pub fn this_thread() -> Thread {
         static HANDLER: Once = Once::new();
         // SAFETY: the handler does nothing; the signal is one that nothing else here uses; no SA_RESTART, so that
@@ -174,6 +178,13 @@ mod kick {
             action.sa_sigaction = ignore as *const () as libc::sighandler_t;
             libc::sigaction(signal(), &raw const action, std::ptr::null_mut());
         });
+        // SAFETY: the set lives in this frame; the mask is the calling thread's own.
+        unsafe {
+            let mut others: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&raw mut others);
+            libc::sigdelset(&raw mut others, signal());
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const others, std::ptr::null_mut());
+        }
         // SAFETY: reads the calling thread's id.
         Thread(unsafe { libc::gettid() })
     }
@@ -208,7 +219,30 @@ mod tests {
     #[test]
     fn a_descriptor_that_is_not_kvm_is_no_kvm() {
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert!(matches!(experiment(file.into()), KvmVerdict::PresentUnusable { .. }));
+        assert!(matches!(experiment(file.into()), Some(Err(_))));
+    }
+
+    #[test]
+    fn a_thread_that_hangs_in_a_system_call_can_be_interrupted() {
+        let (sender, receiver) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            sender.send(kick::this_thread()).unwrap();
+            // SAFETY: waits for a signal, for ever if none comes.
+            unsafe { libc::pause() }
+        });
+        let runner = receiver.recv().unwrap();
+        while !thread.is_finished() {
+            runner.interrupt();
+            std::thread::yield_now();
+        }
+        assert_eq!(thread.join().unwrap(), -1);
+    }
+
+    #[test]
+    fn only_a_quick_and_right_run_is_kvm() {
+        assert_eq!(judge(Ok(Duration::from_micros(24))), KvmVerdict::Usable { micros: 24 });
+        assert!(matches!(judge(Ok(Duration::from_millis(8))), KvmVerdict::PresentUnusable { .. }));
+        assert_eq!(judge(Err("no".into())), KvmVerdict::PresentUnusable { reason: "no".into() });
     }
 
     #[test]
