@@ -159,13 +159,13 @@ impl Session<'_> {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => match group.0.try_wait().map_err(failed)? {
                     None => std::thread::sleep(LOOK),
-                    Some(status) => return self.judge(stage, program, status, tail),
+                    Some(status) => return self.judge(stage, program, status, &tail),
                 },
             }
         }
     }
 
-    fn judge(&self, stage: Stage, program: String, status: ExitStatus, tail: Tail) -> Result<(), ImageError> {
+    fn judge(&self, stage: Stage, program: String, status: ExitStatus, tail: &Tail) -> Result<(), ImageError> {
         if status.success() {
             return Ok(());
         }

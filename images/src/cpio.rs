@@ -94,8 +94,11 @@ pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A reader for what the writer makes, so that tests can look inside: (path, mode, content, device numbers).
-    pub(crate) fn read(mut bytes: &[u8]) -> Vec<(String, u32, Vec<u8>, (u32, u32))> {
+    /// Path, mode, content, device numbers.
+    type Found = (String, u32, Vec<u8>, (u32, u32));
+
+    /// A reader for what the writer makes, so that tests can look inside.
+    pub(crate) fn read(mut bytes: &[u8]) -> Vec<Found> {
         let mut found = Vec::new();
         while !bytes.is_empty() {
             assert_eq!(&bytes[..6], b"070701");

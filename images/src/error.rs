@@ -158,7 +158,7 @@ impl ImageError {
             Self::Command { log, .. } | Self::Deadline { log, .. } => {
                 Some(format!("the whole output is in {}", log.display()))
             }
-            Self::DiskFull { .. } => Some("free some space: a build needs about 3 GiB for a while".to_owned()),
+            Self::DiskFull { .. } => Some("free some space: a build needs about 1.5 GiB for a while".to_owned()),
             _ => None,
         }
     }

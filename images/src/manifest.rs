@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::is_sha256;
 
-/// Version of the manifest and of what a build makes. A template of another version is built anew.
+/// Version of the manifest and of what a build makes of a recipe. A template of another version is built anew, so a change of
+/// the stages that must reach existing templates raises it.
 pub const FORMAT: u32 = 1;
 
 /// A template as published.

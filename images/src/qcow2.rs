@@ -106,7 +106,7 @@ fn version_3(head: &[u8]) -> Result<(Compression, usize), String> {
         return Err(format!("it needs features this program does not know ({incompatible:#x})"));
     }
     let length = be32(head, 100).ok_or_else(cut)? as usize;
-    if length < 104 || length % 8 != 0 || length > head.len() {
+    if length < 104 || !length.is_multiple_of(8) || length > head.len() {
         return Err(format!("its header length {length} is outside the format"));
     }
     let kind = if length > 104 { *head.get(104).ok_or_else(cut)? } else { 0 };

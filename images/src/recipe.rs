@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use crate::digest::sha256;
 use crate::error::ImageError;
+use crate::kernel::WANTED_MODULES;
 use crate::manifest::{FORMAT, Init};
 
 /// A parsed recipe.
@@ -61,6 +62,19 @@ pub(crate) struct Common {
     pub(crate) files: &'static str,
     pub(crate) finish: &'static str,
 }
+
+/// What dpkg leaves out of the guest, now and when the user installs packages. The first is for the build only.
+pub(crate) const DPKG_OPTIONS: [&str; 9] = [
+    "force-unsafe-io",
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/lintian/*",
+    "path-exclude=/usr/share/locale/*",
+    "path-include=/usr/share/locale/locale.alias",
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+    "path-exclude=/usr/share/bug/*",
+];
 
 struct Source {
     name: &'static str,
@@ -129,6 +143,7 @@ fn hash(source: &Source) -> String {
     for (name, content) in own.iter().chain(&common).chain(source.files) {
         text.push_str(&format!("{name} {}\n{content}", content.len()));
     }
+    text.push_str(&format!("{}\n{}\n", WANTED_MODULES.join(" "), DPKG_OPTIONS.join(" ")));
     sha256(text.as_bytes())
 }
 

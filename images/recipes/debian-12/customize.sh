@@ -7,7 +7,7 @@ chroot "$root" systemctl mask \
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer \
     console-getty.service getty@tty1.service serial-getty@ttyS0.service getty-static.service \
     dev-hugepages.mount sys-kernel-config.mount sys-kernel-debug.mount sys-kernel-tracing.mount \
-    modprobe@configfs.service modprobe@drm.service modprobe@efi_pstore.service \
+    modprobe@.service systemd-modules-load.service systemd-remount-fs.service systemd-journal-flush.service \
     proc-sys-fs-binfmt_misc.automount systemd-ask-password-console.path systemd-ask-password-wall.path \
     systemd-binfmt.service systemd-update-utmp.service systemd-update-utmp-runlevel.service \
     ldconfig.service systemd-firstboot.service systemd-hwdb-update.service systemd-journal-catalog-update.service \

@@ -18,7 +18,7 @@ use crate::kernel::{self, Packing};
 use crate::manifest::{Disk, Manifest, Part};
 use crate::progress::{BuildProgress, Stage};
 use crate::qcow2::{Compression, read_qcow2_header};
-use crate::recipe::{COMMON, Recipe};
+use crate::recipe::{COMMON, DPKG_OPTIONS, Recipe};
 use crate::store::{Store, hash_file};
 
 const ROOTFS: &str = "rootfs";
@@ -37,19 +37,6 @@ const SHORT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Where mmdebstrap keeps its hooks for a root with `/bin` inside `/usr`.
 const MERGED_USR_HOOKS: &str = "/usr/share/mmdebstrap/hooks/merged-usr";
-
-/// What dpkg leaves out of the guest, now and when the user installs packages. The first is for the build only.
-const DPKG_OPTIONS: [&str; 9] = [
-    "force-unsafe-io",
-    "path-exclude=/usr/share/man/*",
-    "path-exclude=/usr/share/info/*",
-    "path-exclude=/usr/share/lintian/*",
-    "path-exclude=/usr/share/locale/*",
-    "path-include=/usr/share/locale/locale.alias",
-    "path-exclude=/usr/share/doc/*",
-    "path-include=/usr/share/doc/*/copyright",
-    "path-exclude=/usr/share/bug/*",
-];
 
 /// What the kernel stage makes.
 pub struct MadeKernel {
