@@ -339,19 +339,6 @@ fn transport(cid: u32, machine: MachineType, host: &HostFacts, qemu: &QemuFacts)
     }
 }
 
-impl KvmVerdict {
-    /// Why KVM cannot be used; `None` if it can.
-    #[must_use]
-    pub fn trouble(&self) -> Option<String> {
-        match self {
-            Self::Usable { .. } => None,
-            Self::Absent => Some("there is no /dev/kvm".into()),
-            Self::NotPermitted => Some("this user may not open /dev/kvm".into()),
-            Self::PresentUnusable { reason } => Some(reason.clone()),
-        }
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use proptest::prelude::*;
