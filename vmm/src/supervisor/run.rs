@@ -41,6 +41,8 @@ const QUIT_WITHIN: Duration = Duration::from_secs(5);
 const LOGS_EVERY: Duration = Duration::from_secs(5);
 /// How long answers to the last requests may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How long the command that asked for a start may take to ask how it goes.
+const ASKED_WITHIN: Duration = Duration::from_millis(500);
 /// How long the VM is told to stop when its time is up, before the plug is pulled.
 const LIMIT_STOP_MS: u64 = 10_000;
 
@@ -202,6 +204,7 @@ impl Supervisor {
     /// Everything from QEMU's first answer to its end.
     async fn watch_over(&mut self, mut running: Running) -> QemuExit {
         let mut ready = self.watch_for_agent();
+        let mut awaiting_agent = true;
         let mut logs = tokio::time::interval(LOGS_EVERY);
         logs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut direct = self.users.watch();
@@ -228,7 +231,10 @@ impl Supervisor {
                     None => monitor_open = false,
                 },
                 Some(order) = self.orders.recv() => self.on_order(order, &running).await,
-                outcome = &mut ready, if *self.life.borrow() == Life::Booting => self.on_agent(outcome.ok().flatten(), &running),
+                outcome = &mut ready, if awaiting_agent => {
+                    awaiting_agent = false;
+                    self.on_agent(outcome.ok().flatten(), &running);
+                }
                 _ = direct.changed() => {}
                 Ok(()) = spliced.changed() => {}
                 _ = logs.tick() => rotate_logs(),
@@ -447,6 +453,7 @@ impl Supervisor {
 
     /// Writes down how it ended, tells everybody who waits, and leaves nothing behind.
     async fn end(self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
+        let never_ran = *self.life.borrow() == Life::Launching;
         let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).problem()));
         tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
         let update = VmUpdate {
@@ -459,6 +466,14 @@ impl Supervisor {
             ..VmUpdate::default()
         };
         let written = self.nido.store().update_vm(&self.row.id, &update);
+        if never_ran {
+            // Whoever asked for the start knows that we listen, and is about to ask how it goes.
+            self.life.send_replace(Life::Ended(problem.clone()));
+            let deadline = Instant::now() + ASKED_WITHIN;
+            while self.life.receiver_count() < 2 && Instant::now() < deadline {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
         for socket in [QMP_SOCKET, CHANNEL_SOCKET, AGENT_SOCKET, CONTROL_SOCKET] {
             let _ = unlink(Path::new(socket));
         }
