@@ -147,7 +147,7 @@ fn pid(child: &Child) -> Pid {
 }
 
 /// Waits for the end of a child; kills it and fails if that does not come.
-pub(super) fn wait(child: &mut Child, what: &str) -> ExitStatus {
+fn wait(child: &mut Child, what: &str) -> ExitStatus {
     let pidfd = pidfd_open(pid(child), PidfdFlags::empty()).unwrap();
     let deadline = Instant::now() + DEADLINE;
     loop {

@@ -47,13 +47,12 @@ fn resize(terminal: &File, rows: u16, columns: u16) {
 }
 
 impl Terminal {
-    /// Waits until `text` has been shown; tells all that was.
-    pub fn shows(&mut self, text: &str) -> &str {
+    /// Waits until `text` has been shown.
+    pub fn shows(&mut self, text: &str) {
         let deadline = Instant::now() + DEADLINE;
         while !self.seen.contains(text) {
             assert!(Instant::now() < deadline && self.read(1000), "'{text}' was not shown, but {:?}", self.seen);
         }
-        &self.seen
     }
 
     /// Reads what there is within so many milliseconds.
@@ -91,7 +90,18 @@ impl Terminal {
 
     /// Waits for nido's end: its exit code, and all that was shown.
     pub fn ends(mut self) -> (i32, String) {
-        let status = super::run::wait(&mut self.child, "on a terminal");
+        let deadline = Instant::now() + DEADLINE;
+        let status = loop {
+            // Read meanwhile: a full terminal would keep nido from ending.
+            self.read(20);
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > deadline {
+                let _ = self.child.kill();
+                panic!("nido does not end; shown was {:?}", self.seen);
+            }
+        };
         while self.read(0) {}
         assert!(!self.is_raw(), "the terminal was left in raw mode");
         (status.code().unwrap_or(-1), self.seen.clone())

@@ -7,6 +7,7 @@ use crate::exit::{Exit, Outcome};
 
 const EXAMPLES: &str = "\
 Examples:
+  nido proxy web 5432 < request > answer
   ssh -o ProxyCommand='nido proxy web 22' user@web
   printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nido proxy web 80";
 
