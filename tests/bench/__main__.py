@@ -1,0 +1,69 @@
+"""Measures nido beside what people would otherwise use, and prints a table. Started by `scripts/bench`."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+import measures
+import report
+from rig import Rig, say
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few samples: does it work, is anything far off")
+    parser.add_argument("--only", metavar="NAME", action="append", choices=list(measures.ALL),
+                        help=f"only this measurement; may be repeated ({', '.join(measures.ALL)})")
+    parser.add_argument("--json", metavar="FILE", help="write everything, each sample included, as JSON")
+    parser.add_argument("--write", metavar="", nargs="?", const="docs/performance.md",
+                        help="write the page docs/performance.md as well (needs all measurements)")
+    parser.add_argument("--qemu", metavar="PATH", help="another QEMU")
+    parser.add_argument("--nido", required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--home", required=True, help=argparse.SUPPRESS)
+    parsed = parser.parse_args()
+    if parsed.write and (parsed.only or parsed.quick):
+        parser.error("--write needs all measurements with all samples: leave out --only and --quick")
+    return parsed
+
+
+def measure(args, scratch):
+    """Runs the measurements; gives the machine's facts and the results."""
+    results = []
+    with Rig(args.nido, args.home, args.qemu) as rig:
+        say("what is measured")
+        facts = report.machine(rig)
+        bench = measures.Bench(rig, scratch, args.quick)
+        for name in args.only or measures.ALL:
+            say(f"{name} ({time.strftime('%H:%M:%S')})")
+            results += measures.ALL[name](bench)
+        facts["load_average"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
+    return facts, results
+
+
+def main():
+    args = arguments()
+    # Ended from outside it cleans up as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    scratch = tempfile.mkdtemp(prefix="nido-bench-", dir=args.home)
+    try:
+        facts, results = measure(args, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    page = report.markdown(facts, results, "scripts/bench --write" if args.write else "scripts/bench")
+    print(page, end="")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"machine": facts, "results": [result.json() for result in results]}, file, indent=1)
+            file.write("\n")
+    if args.write:
+        with open(args.write, "w", encoding="utf-8") as file:
+            file.write(page)
+    return 0
+
+
+sys.exit(main())

@@ -1,0 +1,119 @@
+"""What nido's cold start is compared with: the same QEMU, by hand.
+
+A directory is made, the disk overlay copied, QEMU started with the very arguments nido used, and the same agent asked
+for a sign of life over the same virtio-serial port: the preamble of `wire.rs` and a single yamux stream. No store, no
+locks, no supervisor, no checks. It all happens inside this process, so not even the start of an interpreter counts.
+"""
+
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import time
+
+import wire
+
+MAGIC = b"\xffNIDO\r\n\x01"
+PROBE, ACK, GO = 1, 2, 3
+DATA, WINDOW_UPDATE, YAMUX_PING = 0, 1, 2
+SYN, YAMUX_ACK, FIN, RESET = 1, 2, 4, 8
+# How long a guest may take, in seconds.
+DEADLINE = 180
+
+
+def _block(kind, nonce):
+    body = MAGIC + bytes([kind, 0, 0, 0]) + nonce
+    digest = 0x811C9DC5
+    for byte in body:
+        digest = (digest ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return body + digest.to_bytes(4, "big")
+
+
+def agree(port):
+    """Agrees with the agent where the connection begins. A PROBE sent early waits until the guest opens its port."""
+    nonce = os.urandom(16)
+    port.sendall(_block(PROBE, nonce))
+    answer, held = _block(ACK, nonce), b""
+    while answer not in held:
+        piece = port.recv(4096)
+        if not piece:
+            raise wire.WireError("QEMU closed the channel")
+        held += piece
+    port.sendall(_block(GO, nonce))
+
+
+class Stream:
+    """The first and only stream of a yamux connection."""
+
+    def __init__(self, port):
+        self.port, self.held, self.opened = port, b"", False
+
+    def sendall(self, data):
+        flags = 0 if self.opened else SYN
+        self.opened = True
+        self.port.sendall(struct.pack(">BBHII", 0, DATA, flags, 1, len(data)) + data)
+
+    def recv(self, _count):
+        while True:
+            _, kind, flags, stream, length = struct.unpack(">BBHII", self._take(12))
+            if kind == DATA:
+                data = self._take(length)
+                if data or flags & (FIN | RESET):
+                    return data
+            elif kind == YAMUX_PING and flags & SYN:
+                self.port.sendall(struct.pack(">BBHII", 0, YAMUX_PING, YAMUX_ACK, stream, length))
+            elif kind > YAMUX_PING:
+                return b""
+
+    def _take(self, count):
+        while len(self.held) < count:
+            piece = self.port.recv(65536)
+            if not piece:
+                raise wire.WireError("QEMU closed the channel")
+            self.held += piece
+        taken, self.held = self.held[:count], self.held[count:]
+        return taken
+
+
+class Template:
+    """What two VMs of nido's leave to start another one of the same kind by hand: the arguments and the configuration
+    of one that runs, and the disk of one that never did."""
+
+    def __init__(self, running, unstarted, keep_in):
+        self.argv, self.depth = running.qemu_argv(), keep_in
+        self.pristine, self.config = os.path.join(keep_in, "pristine.qcow2"), os.path.join(keep_in, "guest.cbor")
+        shutil.copy(os.path.join(running.dir, "guest.cbor"), self.config)
+        subprocess.run(["cp", "--sparse=always", os.path.join(unstarted.dir, "disk.qcow2"), self.pristine], check=True)
+        self.token = wire.token_of(running.dir)
+        os.makedirs(os.path.join(keep_in, "vms"))
+        # The overlay names its base relative to a VM's directory.
+        os.symlink(os.path.join(running.rig.home, "blobs"), os.path.join(keep_in, "blobs"))
+
+    def boot(self):
+        """Starts it and waits for the agent; gives the seconds that took. QEMU is gone when this returns."""
+        path = os.path.join(self.depth, "vms", "bare")
+        begun = time.monotonic()
+        os.makedirs(path, mode=0o700)
+        qemu = None
+        try:
+            shutil.copy(self.pristine, os.path.join(path, "disk.qcow2"))
+            shutil.copy(self.config, os.path.join(path, "guest.cbor"))
+            with socket.socket(socket.AF_UNIX) as listener, open(os.path.join(path, "qemu.log"), "wb") as log:
+                listener.bind(os.path.join(path, "channel.sock"))
+                listener.listen(1)
+                listener.settimeout(DEADLINE)
+                # In a session of its own, as nido's: the kernel shares the processors out by session.
+                streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+                qemu = subprocess.Popen(self.argv, cwd=path, start_new_session=True, **streams)
+                port, _ = listener.accept()
+                with port:
+                    port.settimeout(DEADLINE)
+                    agree(port)
+                    wire.Session(Stream(port), self.token, wire.message(wire.PING)).pong()
+                    return time.monotonic() - begun
+        finally:
+            if qemu:
+                qemu.kill()
+                qemu.wait()
+            shutil.rmtree(path, ignore_errors=True)

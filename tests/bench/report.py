@@ -1,0 +1,70 @@
+"""The findings as a Markdown page and as JSON. The page is `docs/performance.md`; nobody types it."""
+
+import os
+import platform
+import re
+
+
+def machine(rig):
+    """What was measured, and where."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        model = re.search(r"^model name\s*: (.*)$", file.read(), re.MULTILINE)
+    with open("/proc/meminfo", encoding="ascii") as file:
+        memory = int(file.readline().split()[1])
+    return {
+        "processor": model.group(1) if model else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / (1 << 20), 1),
+        "kernel": platform.release(),
+        "nido": rig.output("--version").strip(),
+        **seen_in_a_vm(rig),
+    }
+
+
+def seen_in_a_vm(rig):
+    vm = rig.spawn("facts")
+    try:
+        info = rig.json("info", vm.name)
+        qemu = vm.qemu_argv()[0]
+        version = os.popen(f"'{qemu}' --version").read().splitlines()[0]
+        facts = {key: info[key] for key in ("machine", "accel", "cpus", "memory_mib")}
+        return {"qemu": version, **facts, "transport": info["agent"]["transport"], "guest_kernel": vm.exec("uname", "-r").strip()}
+    finally:
+        rig.delete(vm)
+
+
+def figure(value, unit):
+    if unit == "KiB":
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def markdown(facts, results, command):
+    """The page."""
+    lines = [
+        "# Performance",
+        "",
+        f"Written by `{command}`; what is compared was measured in turns, in one run. No figure here is typed, and none is",
+        "a test: machines differ, and so do their days. Ratios carry further than milliseconds.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items()]
+    lines += ["", "## Targets", "", "| measurement | figure | found | target | |", "|---|---|---|---|---|"]
+    for result in results:
+        for verdict in result.verdicts:
+            word = "met" if verdict.met() else "**short**"
+            unit = f" {verdict.unit}" if verdict.unit else ""
+            found = f"{figure(verdict.value, '')}{unit}"
+            lines.append(f"| {result.name} | {verdict.what} | {found} | {verdict.sign} {verdict.target:g}{unit} | {word} |")
+    for result in results:
+        body = result.json()
+        lines += ["", f"## {result.title}", "", f"In {result.unit}.", ""]
+        lines += ["| | median | p95 | min | max | IQR | n |", "|---|---|---|---|---|---|---|"]
+        for side, found in body["sides"].items():
+            cells = [figure(found[key], result.unit) for key in ("median", "p95", "min", "max", "iqr")]
+            lines.append(f"| {side} | {' | '.join(cells)} | {found['n']} |")
+        for note in result.notes:
+            lines += ["", f"{note[0].upper()}{note[1:]}."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,53 @@
+"""What one measurement has found: samples by side, and verdicts against targets."""
+
+from dataclasses import dataclass, field
+
+import sampling
+
+
+@dataclass
+class Verdict:
+    """A figure that has a target. `sign` is `<=`, `<` or `>=`."""
+
+    what: str
+    value: float
+    sign: str
+    target: float
+    unit: str = ""
+
+    def met(self):
+        return {"<=": self.value <= self.target, "<": self.value < self.target, ">=": self.value >= self.target}[self.sign]
+
+    def json(self):
+        return {
+            "what": self.what, "value": self.value, "target": f"{self.sign} {self.target:g}", "unit": self.unit,
+            "met": self.met(),
+        }
+
+
+@dataclass
+class Result:
+    """One measurement: a title, the samples of each side, what they mean."""
+
+    name: str
+    title: str
+    unit: str
+    samples: dict = field(default_factory=dict)
+    verdicts: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+
+    def median(self, side):
+        return sampling.summary(self.samples[side])["median"]
+
+    def require(self, what, value, sign, target, unit=""):
+        self.verdicts.append(Verdict(what, value, sign, target, unit))
+
+    def json(self):
+        return {
+            "name": self.name, "title": self.title, "unit": self.unit,
+            "sides": {
+                side: {**sampling.summary(samples), "samples": samples} for side, samples in self.samples.items()
+            },
+            "verdicts": [verdict.json() for verdict in self.verdicts],
+            "notes": self.notes,
+        }
