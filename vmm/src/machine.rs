@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{AccelChoice, MachineChoice, NetChoice};
 use crate::host::qemu::{MINIMUM_VERSION, QemuFacts, QemuVersion};
-use crate::host::{HostFacts, KvmVerdict, VsockVerdict};
+use crate::host::{HostFacts, VsockVerdict};
 
 /// The least memory a VM can be given, in MiB: with 64 a stock Debian kernel ends in "System is deadlocked on memory",
 /// with 96 it just comes up. How much a guest needs to be of use is its template's affair.
@@ -344,6 +344,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::host::KvmVerdict;
 
     /// A QEMU that can do everything, at the oldest version.
     pub(crate) fn qemu_facts() -> QemuFacts {
