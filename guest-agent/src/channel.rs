@@ -14,12 +14,12 @@ use std::time::Duration;
 use nido_guest_agent::wire::{SERIAL_PORT, VSOCK_PORT, sync};
 use rustix::fs::{Mode, OFlags};
 use tokio::task::JoinSet;
-use tokio_util::compat::{FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
+use tokio_util::compat::TokioAsyncReadCompatExt;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use crate::agent::{Agent, MAX_SESSIONS};
 use crate::port::Port;
-use crate::session;
+use crate::{session, stream};
 
 /// Streams in one multiplexed connection: more than sessions, so that one too many is refused and not fatal.
 const MAX_STREAMS: usize = 2 * MAX_SESSIONS;
@@ -40,7 +40,7 @@ pub async fn serve_vsock(agent: Arc<Agent>) -> io::Result<()> {
             connection = listener.accept() => match connection {
                 // Programs inside the guest can connect, too, and have no business here.
                 Ok((stream, peer)) if peer.cid() == VMADDR_CID_HOST && sessions.len() < MAX_STREAMS => {
-                    sessions.spawn(session::serve(agent.clone(), stream));
+                    sessions.spawn(session::serve(agent.clone(), stream::split(stream)));
                 }
                 Ok(_) => {}
                 Err(error) if is_fatal(&error) => return Err(error),
@@ -144,6 +144,6 @@ async fn serve_mux(agent: &Arc<Agent>, port: &mut Port) {
     config.set_split_send_size(MUX_FRAME);
     let mut connection = yamux::Connection::new(port.compat(), config, yamux::Mode::Server);
     while let Some(Ok(stream)) = poll_fn(|context| connection.poll_next_inbound(context)).await {
-        tokio::spawn(session::serve(agent.clone(), stream.compat()));
+        tokio::spawn(session::serve(agent.clone(), stream::split_mux(stream)));
     }
 }

@@ -181,7 +181,7 @@ async fn obey(
     loop {
         match input.next().await {
             Ok(Some(Incoming::Raw(kind::STDIN, bytes))) if has_stdin => {
-                if let Err(error) = feed.push(&bytes) {
+                if let Err(error) = feed.push(bytes.as_ref()) {
                     return error;
                 }
             }

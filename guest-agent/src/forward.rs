@@ -48,7 +48,7 @@ pub async fn connect(request: &Connect) -> Result<TcpStream, Refusal> {
 
 /// Copies both ways until both ends have closed.
 pub async fn copy(input: FrameReader, output: FrameWriter, mut target: TcpStream) {
-    let mut host = tokio::io::join(input.into_stream(), output.into_stream());
+    let mut host = tokio::io::join(input, output.into_stream());
     // Whichever end broke, both are closed by being dropped.
     let _: io::Result<_> = tokio::io::copy_bidirectional_with_sizes(&mut host, &mut target, BUFFER, BUFFER).await;
 }

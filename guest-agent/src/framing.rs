@@ -1,30 +1,28 @@
 //! Frames on a byte stream: reading them without losing bytes when a wait is given up, writing each in one go.
 //!
-//! Invariant: nothing is allocated for a payload before its head has passed the limit in force, which is
-//! [`GREETING_LIMIT`] until the token has been checked.
+//! Raw bytes are handed on in the pieces in which they came, not gathered into frames: they are a stream, and each
+//! gathering would be a copy. Invariant: nothing is allocated for a message before its head has passed the limit in
+//! force, which is [`GREETING_LIMIT`] until the token has been checked.
 
 use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
 use nido_guest_agent::wire::{self, HEAD, Head, ToGuest, ToHost, WireError, kind};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
+
+use crate::stream::{Piece, Sink, Source};
 
 /// Largest frame accepted before the token was checked, in bytes.
 pub const GREETING_LIMIT: usize = 1024;
-/// How much is read ahead, in bytes: heads and small messages. Larger payloads bypass this buffer.
-const READ_AHEAD: usize = 4096;
-
-/// The reading half of a session's stream.
-pub type Source = Box<dyn AsyncRead + Send + Unpin>;
-/// The writing half of a session's stream.
-pub type Sink = Box<dyn AsyncWrite + Send + Unpin>;
 
 /// What came in.
 #[derive(Debug)]
 pub enum Incoming {
     /// A message.
     Message(ToGuest),
-    /// A frame of raw bytes and its kind.
-    Raw(u8, Vec<u8>),
+    /// Raw bytes of a kind: a frame or a part of one, never empty.
+    Raw(u8, Piece),
 }
 
 /// Why no further frame can be read.
@@ -38,20 +36,24 @@ pub enum FrameError {
     Wire(#[from] WireError),
 }
 
-/// Reads frames. [`FrameReader::next`] may be dropped at any await: what was read stays here.
+/// Reads frames. [`FrameReader::next`] may be dropped at any await: what was read stays here. Once the framing is
+/// over (a forwarded connection), it can be read as bytes.
 pub struct FrameReader {
-    stream: BufReader<Source>,
+    source: Source,
+    /// What was received and not yet used.
+    piece: Piece,
+    /// The head being read, and how much of it there is.
     head: [u8; HEAD],
     have: usize,
-    payload: Vec<u8>,
+    /// The message being read.
+    message: Vec<u8>,
     limit: usize,
 }
 
 impl FrameReader {
     /// Wraps the reading half of a fresh session.
-    pub fn new(stream: Source) -> Self {
-        let stream = BufReader::with_capacity(READ_AHEAD, stream);
-        Self { stream, head: [0; HEAD], have: 0, payload: Vec::new(), limit: GREETING_LIMIT }
+    pub fn new(source: Source) -> Self {
+        Self { source, piece: Piece::default(), head: [0; HEAD], have: 0, message: Vec::new(), limit: GREETING_LIMIT }
     }
 
     /// From here on frames may have the size the protocol allows.
@@ -59,40 +61,83 @@ impl FrameReader {
         self.limit = usize::MAX;
     }
 
-    /// The next frame; `None` at the end of the stream, wherever in a frame it comes.
+    /// The next message or piece of raw bytes; `None` at the end of the stream, wherever in a frame it comes.
     ///
     /// # Errors
     /// The stream fails, or what it carries is not a frame of this protocol.
     pub async fn next(&mut self) -> Result<Option<Incoming>, FrameError> {
-        while self.have < HEAD {
-            match self.stream.read(&mut self.head[self.have..]).await? {
-                0 => return Ok(None),
-                count => self.have += count,
+        loop {
+            if self.have == HEAD {
+                if let Some(incoming) = self.take_payload()? {
+                    return Ok(Some(incoming));
+                }
+            } else if !self.piece.is_empty() {
+                self.take_head()?;
+                continue;
             }
-        }
-        let head = Head::parse(self.head)?;
-        if head.length > self.limit {
-            return Err(WireError::TooLong { length: head.length, limit: self.limit }.into());
-        }
-        self.payload.reserve_exact(head.length.saturating_sub(self.payload.len()));
-        while self.payload.len() < head.length {
-            let missing = head.length - self.payload.len();
-            let mut rest = (&mut self.stream).take(missing as u64);
-            if rest.read_buf(&mut self.payload).await? == 0 {
-                return Ok(None);
+            if self.have < HEAD || self.piece.is_empty() {
+                match self.source.next().await? {
+                    Some(piece) => self.piece = piece,
+                    None => return Ok(None),
+                }
             }
-        }
-        self.have = 0;
-        let payload = std::mem::take(&mut self.payload);
-        match head.kind {
-            kind::MESSAGE => Ok(Some(Incoming::Message(wire::decode(&payload)?))),
-            raw => Ok(Some(Incoming::Raw(raw, payload))),
         }
     }
 
-    /// Gives the stream back, with what has been read ahead of it. Only between frames.
-    pub fn into_stream(self) -> BufReader<Source> {
-        self.stream
+    fn take_head(&mut self) -> Result<(), FrameError> {
+        let part = self.piece.split_off_front(HEAD - self.have);
+        self.head[self.have..self.have + part.as_ref().len()].copy_from_slice(part.as_ref());
+        self.have += part.as_ref().len();
+        if self.have == HEAD {
+            let head = Head::parse(self.head)?;
+            if head.length > self.limit {
+                return Err(WireError::TooLong { length: head.length, limit: self.limit }.into());
+            }
+            if head.length == 0 && head.kind != kind::MESSAGE {
+                self.have = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// What can be handed on of the frame whose head was read.
+    fn take_payload(&mut self) -> Result<Option<Incoming>, FrameError> {
+        let head = Head::parse(self.head)?;
+        if head.kind != kind::MESSAGE {
+            if self.piece.is_empty() {
+                return Ok(None);
+            }
+            let part = self.piece.split_off_front(head.length);
+            let length = head.length - part.as_ref().len();
+            self.head = Head { kind: head.kind, length }.bytes();
+            if length == 0 {
+                self.have = 0;
+            }
+            return Ok(Some(Incoming::Raw(head.kind, part)));
+        }
+        self.message.reserve_exact(head.length - self.message.len());
+        let part = self.piece.split_off_front(head.length - self.message.len());
+        self.message.extend_from_slice(part.as_ref());
+        if self.message.len() < head.length {
+            return Ok(None);
+        }
+        self.have = 0;
+        let message = std::mem::take(&mut self.message);
+        Ok(Some(Incoming::Message(wire::decode(&message)?)))
+    }
+}
+
+impl AsyncRead for FrameReader {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let reader = self.get_mut();
+        if reader.piece.is_empty() {
+            match ready!(reader.source.poll_next(context))? {
+                Some(piece) => reader.piece = piece,
+                None => return Poll::Ready(Ok(())),
+            }
+        }
+        into.put_slice(reader.piece.split_off_front(into.remaining()).as_ref());
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -149,10 +194,12 @@ pub fn raw_frame(payload: usize) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn reader(bytes: &'static [u8]) -> FrameReader {
-        FrameReader::new(Box::new(bytes))
+        FrameReader::new(Source::of_bytes(bytes))
     }
 
     fn block_on<F: Future>(future: F) -> F::Output {
@@ -168,7 +215,7 @@ mod tests {
 
     #[test]
     fn a_cut_frame_is_the_end() {
-        assert!(block_on(reader(&[kind::STDIN, 0, 0, 9, 1, 2]).next()).unwrap().is_none());
+        assert!(block_on(reader(&[kind::MESSAGE, 0, 0, 9, 1, 2]).next()).unwrap().is_none());
         assert!(block_on(reader(&[kind::STDIN, 0]).next()).unwrap().is_none());
     }
 
@@ -176,15 +223,62 @@ mod tests {
     fn giving_up_a_wait_loses_nothing() {
         block_on(async {
             let (mut host, guest) = tokio::io::duplex(64);
-            let mut frames = FrameReader::new(Box::new(guest));
-            for part in [&[kind::STDIN, 0][..], &[0, 3, b'a'], b"b"] {
+            let mut frames = FrameReader::new(Source::of_bytes(guest));
+            let ping = wire::encode(&ToGuest::Signal(15)).unwrap();
+            let (most, last) = ping.split_at(ping.len() - 1);
+            for part in most.chunks(1) {
                 host.write_all(part).await.unwrap();
                 let mut wait = Box::pin(frames.next());
                 assert!(futures::poll!(&mut wait).is_pending());
             }
-            host.write_all(b"c").await.unwrap();
-            let Some(Incoming::Raw(kind::STDIN, bytes)) = frames.next().await.unwrap() else { panic!("no frame") };
-            assert_eq!(bytes, b"abc");
+            host.write_all(last).await.unwrap();
+            let Some(Incoming::Message(ToGuest::Signal(15))) = frames.next().await.unwrap() else { panic!("lost") };
         });
+    }
+
+    proptest! {
+        #[test]
+        fn frames_are_the_same_however_they_are_cut(
+            payloads in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..50), 0..20),
+            cut in 1usize..40,
+        ) {
+            let mut sent = Vec::new();
+            for (number, payload) in payloads.iter().enumerate() {
+                sent.extend(Head { kind: kind::FILE_DATA, length: payload.len() }.bytes());
+                sent.extend(payload);
+                sent.extend(wire::encode(&ToGuest::Signal(number as u8)).unwrap());
+            }
+            let (mut host, guest) = tokio::io::duplex(cut);
+            let received = block_on(async {
+                let write = async { host.write_all(&sent).await.unwrap(); drop(host) };
+                let read = async {
+                    let mut frames = FrameReader::new(Source::of_bytes(guest));
+                    let mut received = vec![Vec::new()];
+                    while let Some(incoming) = frames.next().await.unwrap() {
+                        match incoming {
+                            Incoming::Raw(kind::FILE_DATA, piece) => {
+                                assert!(!piece.is_empty());
+                                received.last_mut().unwrap().extend_from_slice(piece.as_ref());
+                            }
+                            Incoming::Message(ToGuest::Signal(number)) => {
+                                assert_eq!(usize::from(number) + 1, received.len());
+                                received.push(Vec::new());
+                            }
+                            other => panic!("{other:?}"),
+                        }
+                    }
+                    received
+                };
+                futures::future::join(write, read).await.1
+            });
+            prop_assert_eq!(&received[..payloads.len()], &payloads[..]);
+        }
+
+        #[test]
+        fn any_bytes_end_in_frames_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+            let mut frames = FrameReader::new(Source::of_bytes(io::Cursor::new(bytes)));
+            frames.lift_greeting_limit();
+            block_on(async { while let Ok(Some(_)) = frames.next().await {} });
+        }
     }
 }

@@ -26,6 +26,7 @@ mod port;
 mod power;
 mod program;
 mod session;
+mod stream;
 mod sys;
 
 use std::io;

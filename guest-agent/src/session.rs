@@ -10,11 +10,12 @@ use nido_guest_agent::wire::{
     self, Fault, Hello, Pong, Power, Refusal as Reason, Refused, ToGuest, ToHost, VERSION, Welcome,
 };
 use subtle::ConstantTimeEq;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
 use crate::agent::{Agent, Refusal};
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
+use crate::stream::{Sink, Source};
 use crate::{exec, files, forward, network};
 
 /// How long the host may take for its hello.
@@ -27,9 +28,8 @@ const FAREWELL_DEADLINE: Duration = Duration::from_millis(500);
 const SYNC_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Serves one session to its end.
-pub async fn serve<S: AsyncRead + AsyncWrite + Send + 'static>(agent: Arc<Agent>, stream: S) {
-    let (source, sink) = tokio::io::split(stream);
-    let (mut input, mut output) = (FrameReader::new(Box::new(source)), FrameWriter::new(Box::new(sink)));
+pub async fn serve(agent: Arc<Agent>, (source, sink): (Source, Sink)) {
+    let (mut input, mut output) = (FrameReader::new(source), FrameWriter::new(sink));
     let seat = agent.sit();
     let busy = seat.is_none();
     let welcomed = match timeout(HELLO_DEADLINE, greet(&agent, busy, &mut input, &mut output)).await {
@@ -150,11 +150,10 @@ async fn broken(input: FrameReader, mut output: FrameWriter, message: &str) -> O
 }
 
 /// Closes our side and drops what still comes, so that the last answer is not lost to a reset.
-async fn drain(input: FrameReader, mut output: FrameWriter) {
+async fn drain(mut input: FrameReader, mut output: FrameWriter) {
     output.close().await;
-    let mut rest = input.into_stream();
     let mut bin = vec![0; 64 * 1024];
-    let to_end = async { while matches!(rest.read(&mut bin).await, Ok(1..)) {} };
+    let to_end = async { while matches!(input.read(&mut bin).await, Ok(1..)) {} };
     // Late or not, the session is over.
     let _ = timeout(DRAIN_DEADLINE, to_end).await;
 }

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::agent::Refusal;
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
+use crate::stream::Piece;
 
 /// How many pieces may wait between the session and the disk.
 const QUEUE: usize = 2;
@@ -26,7 +27,7 @@ const CHUNK: usize = 4 * crate::port::KERNEL_CHUNK - 12 - HEAD;
 #[derive(Debug)]
 enum Inbound {
     Entry(Entry),
-    Bytes(Vec<u8>),
+    Bytes(Piece),
     EntryEnd,
     TreeEnd,
 }

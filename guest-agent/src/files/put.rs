@@ -240,8 +240,8 @@ fn write_bytes(
     loop {
         match queue.blocking_recv() {
             Some(Inbound::Bytes(bytes)) => {
-                file.write_all(&bytes).map_err(|error| failed(shown, error))?;
-                summary.bytes += bytes.len() as u64;
+                file.write_all(bytes.as_ref()).map_err(|error| failed(shown, error))?;
+                summary.bytes += bytes.as_ref().len() as u64;
             }
             Some(Inbound::EntryEnd) => return Ok(file),
             _ => return Err(malformed("a file that does not end")),

@@ -168,30 +168,28 @@ impl Drop for Host {
     }
 }
 
-/// Speaks the preamble until the agent has acknowledged it.
+/// Speaks the preamble until the agent has acknowledged a nonce that was sent once: a second acknowledgement could
+/// come behind it and be taken for the multiplexer's.
 pub async fn agree(channel: &mut UnixStream, seed: u8) {
-    let nonce = [seed; 16];
-    let block = |kind| sync::Block { kind, nonce }.bytes();
+    let (mut nonce, mut sent) = ([seed; 16], 0);
     let mut scanner = sync::Scanner::default();
-    let acknowledged = async {
+    let agreed = async {
         loop {
-            channel.write_all(&block(sync::Kind::Probe)).await.unwrap();
-            let answer = tokio::time::timeout(Duration::from_millis(200), async {
-                loop {
-                    let found = scanner.push(channel.read_u8().await.unwrap());
-                    if found == Some(sync::Block { kind: sync::Kind::Ack, nonce }) {
-                        return;
-                    }
-                }
+            channel.write_all(&sync::Block { kind: sync::Kind::Probe, nonce }.bytes()).await.unwrap();
+            sent += 1;
+            let acknowledged = tokio::time::timeout(Duration::from_millis(500), async {
+                let ack = Some(sync::Block { kind: sync::Kind::Ack, nonce });
+                while scanner.push(channel.read_u8().await.unwrap()) != ack {}
             });
-            if answer.await.is_ok() {
-                return;
+            match acknowledged.await {
+                Ok(()) if sent == 1 => return,
+                Ok(()) => (nonce[0], sent) = (nonce[0].wrapping_add(1), 0),
+                Err(_silence) => channel.write_all(&vec![0xff; sync::FILLER]).await.unwrap(),
             }
-            channel.write_all(&vec![0xff; sync::FILLER]).await.unwrap();
         }
     };
-    soon("the agent's acknowledgement", acknowledged).await;
-    channel.write_all(&block(sync::Kind::Go)).await.unwrap();
+    soon("the agent's acknowledgement", agreed).await;
+    channel.write_all(&sync::Block { kind: sync::Kind::Go, nonce }.bytes()).await.unwrap();
 }
 
 /// What the agent sent.
