@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 /// The modules the agent needs before the root disk is there. What the kernel has built in is left out.
-pub const WANTED_MODULES: [&str; 7] = [
+pub const WANTED_MODULES: [&str; 8] = [
     "qemu_fw_cfg",
     "virtio_mmio",
     "virtio_pci",
@@ -12,6 +12,7 @@ pub const WANTED_MODULES: [&str; 7] = [
     "virtio_blk",
     "virtio_net",
     "virtio_rng",
+    "pvpanic_mmio",
 ];
 
 /// Largest kernel accepted, in bytes, packed or not.
