@@ -1,0 +1,67 @@
+//! The core of the suite: spawn, exec, copy, forward, stop, start, delete; as whoever runs the suite and, if that is
+//! root, as an ordinary user too.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use crate::rig::{TestHome, Who, eventually};
+
+#[test]
+fn as_the_caller() {
+    walk(&TestHome::new());
+}
+
+#[test]
+fn as_an_ordinary_user() {
+    if rustix::process::geteuid().is_root() {
+        walk(&TestHome::of(Who::Nobody));
+    } else {
+        // The other test is that user's run already.
+        println!("the suite itself runs as an ordinary user: `as_the_caller` is this test");
+    }
+}
+
+fn walk(home: &TestHome) {
+    let vm = home.spawn("web", &["--label", "role=core"]);
+    assert_eq!(vm.exec(["hostname"]).text(), "web");
+    let ids = vm.exec(["id", "-u"]).text();
+    assert_eq!(ids, "0", "a command runs as root unless told otherwise");
+    vm.sh("exit 42").run().expect(42);
+
+    // Both ways, file and directory.
+    let here = home.user_dir();
+    let tree = here.join("tree");
+    fs::create_dir_all(tree.join("sub")).unwrap();
+    fs::write(tree.join("sub/a file"), "hello\n").unwrap();
+    vm.nido("upload", &[tree.to_str().unwrap(), "/srv/"]).ok();
+    assert_eq!(vm.exec(["cat", "/srv/tree/sub/a file"]).text(), "hello");
+    vm.nido("download", &["/srv/tree", here.join("back").to_str().unwrap()]).ok();
+    assert_eq!(fs::read_to_string(here.join("back/sub/a file")).unwrap(), "hello\n");
+
+    // A port.
+    vm.sh("cd /srv/tree && nohup python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 &").ok();
+    let address = vm.nido("forward", &[]).args(["x"]).run();
+    assert_eq!(address.code, 2, "a verb of forward is needed");
+    let forward = home.nido(["forward", "add", "web", "8000"]).json();
+    let port = u16::try_from(forward["host_port"].as_u64().unwrap()).unwrap();
+    let page = eventually("the page", || {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+        stream.write_all(b"GET /sub/a%20file HTTP/1.0\r\n\r\n").ok()?;
+        let mut page = String::new();
+        stream.read_to_string(&mut page).ok()?;
+        (!page.is_empty()).then_some(page)
+    });
+    assert!(page.ends_with("\r\n\r\nhello\n"), "{page:?}");
+
+    // What was written is there after a stop in order.
+    vm.sh("echo kept > /root/note").ok();
+    vm.nido("stop", &[]).ok();
+    assert_eq!(vm.status(), "stopped");
+    vm.exec(["true"]).problem(125, "vm_not_running");
+    vm.nido("start", &[]).ok();
+    assert_eq!(vm.exec(["cat", "/root/note"]).text(), "kept");
+    home.nido(["delete", "web"]).problem(1, "vm_busy");
+    home.nido(["delete", "web", "--force"]).ok();
+    home.assert_empty();
+}

@@ -1,0 +1,84 @@
+//! What a VM is made of, and what is left of a spawn that does not come to its end.
+
+use rustix::process::Signal;
+
+use crate::rig::{TestHome, Vm, eventually};
+
+#[test]
+fn the_guest_has_what_was_asked_for() {
+    let home = TestHome::new();
+    let flags = ["--cpus", "2", "--memory", "768M", "--disk", "4G", "--label", "role=demo", "--label", "tier=1"];
+    let vm = home.spawn("big", &flags);
+    assert_eq!(vm.exec(["nproc"]).text(), "2");
+    let memory: u64 = vm.sh("awk '/MemTotal/ {print $2}' /proc/meminfo").text().parse().unwrap();
+    assert!((660 << 10..=768 << 10).contains(&memory), "{memory} KiB");
+    let disk: u64 = vm.exec(["stat", "-f", "-c", "%b", "/"]).text().parse::<u64>().unwrap()
+        * vm.exec(["stat", "-f", "-c", "%S", "/"]).text().parse::<u64>().unwrap();
+    assert!(disk > 36 << 27, "the file system has grown with the disk: {disk} bytes");
+    assert_eq!(vm.exec(["cat", "/sys/block/vda/size"]).text(), ((4_u64 << 30) / 512).to_string());
+    let info = vm.info();
+    assert_eq!((&info["cpus"], &info["memory_mib"], &info["disk_bytes"]), (&2.into(), &768.into(), &(4_u64 << 30).into()));
+    assert_eq!(info["labels"], serde_json::json!({ "role": "demo", "tier": "1" }));
+    // It stays so.
+    vm.nido("restart", &[]).ok();
+    assert_eq!(vm.exec(["nproc"]).text(), "2");
+
+    home.nido(["spawn", "small", "--disk", "1G"]).problem(2, "spec_invalid");
+    home.nido(["spawn", "small", "--memory", "1M"]).problem(2, "spec_invalid");
+    assert_eq!(home.names(), ["big"]);
+}
+
+#[test]
+fn interrupted_it_leaves_no_vm() {
+    let home = TestHome::new();
+    let moments: [(&str, fn(&TestHome) -> bool); 3] = [
+        ("the directory", |home| !home.vm_dirs().is_empty()),
+        ("the supervisor", |home| home.processes().iter().any(|p| p.arguments.contains(&"supervise".into()))),
+        ("QEMU", |home| home.processes().iter().any(|p| p.name.starts_with("qemu-system-"))),
+    ];
+    for (moment, is_now) in moments {
+        for signal in [Signal::INT, Signal::TERM] {
+            let (spawning, _keys) = home.nido(["spawn", "web", "--net", "none"]).start();
+            eventually(moment, || is_now(&home).then_some(()));
+            spawning.signal(signal);
+            let done = spawning.wait();
+            assert_eq!(done.code, 128 + signal.as_raw(), "{moment}: {}", done.stderr);
+            home.assert_empty();
+        }
+    }
+}
+
+#[test]
+fn of_two_with_one_name_one_wins() {
+    let home = TestHome::new();
+    for _ in 0..3 {
+        let spawn = || home.nido(["--json", "spawn", "web", "--net", "none"]).start();
+        let racers = [spawn(), spawn(), spawn()];
+        let done: Vec<_> = racers.into_iter().map(|(racer, _keys)| racer.wait()).collect();
+        let winners = done.iter().filter(|done| done.code == 0).count();
+        assert_eq!(winners, 1, "{done:#?}");
+        for loser in done.iter().filter(|done| done.code != 0) {
+            assert_eq!(loser.code, 1);
+            assert!(loser.stderr.contains("\"vm_exists\""), "{}", loser.stderr);
+        }
+        // The winner's VM is whole, and a later spawn does it no harm.
+        let vm = Vm { home: &home, name: "web" };
+        vm.exec(["true"]).ok();
+        home.nido(["spawn", "web"]).problem(1, "vm_exists");
+        assert_eq!((vm.status().as_str(), home.vm_dirs().len()), ("running", 1));
+        vm.delete();
+    }
+}
+
+#[test]
+fn without_waiting() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--no-wait", "--net", "none"]);
+    assert!(["starting", "running"].contains(&vm.status().as_str()));
+    vm.exec(["true"]).ok();
+    assert_eq!(vm.info()["agent"]["ready"], true);
+    // And deleted before it is up.
+    home.nido(["spawn", "other", "--no-wait", "--net", "none"]).ok();
+    home.nido(["delete", "other", "--force"]).ok();
+    assert_eq!(home.names(), ["web"]);
+}
