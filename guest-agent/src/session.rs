@@ -166,7 +166,7 @@ fn pong(agent: &Agent) -> ToHost {
         uptime_ms,
         sessions: u32::try_from(agent.sessions()).unwrap_or(u32::MAX),
         is_init: agent.is_init,
-        address: network::address(),
+        address: network::address().map(|address| address.to_string()),
     })
 }
 

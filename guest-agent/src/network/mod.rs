@@ -9,6 +9,7 @@ mod link;
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use nido_guest_agent::config::{Network, StaticNetwork};
 
@@ -60,6 +61,7 @@ pub fn set_up(network: Option<&Network>) -> io::Result<()> {
 
 fn apply(routes: &link::Routes, card: &link::Card, settings: &Settings) -> io::Result<()> {
     routes.add_address(card.index, settings.address, settings.prefix)?;
+    *ADDRESS.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings.address);
     if let Some(gateway) = settings.gateway {
         routes.default_route(card.index, gateway)?;
     }
@@ -83,12 +85,13 @@ pub fn replace_file(path: &Path, contents: &[u8]) -> io::Result<()> {
     std::fs::rename(&temporary, path)
 }
 
-/// The IPv4 address of the first network card, if it has one.
-pub fn address() -> Option<String> {
-    let card = link::first_card().ok()?;
-    let own = nix::ifaddrs::getifaddrs().ok()?.filter(|interface| interface.interface_name == card.name);
-    own.filter_map(|interface| Some(interface.address?.as_sockaddr_in()?.ip().to_string())).next()
+/// The address that the agent has given to the first network card. Kept, because asking the kernel for it would be
+/// most of the work of a ping.
+pub fn address() -> Option<Ipv4Addr> {
+    *ADDRESS.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+static ADDRESS: Mutex<Option<Ipv4Addr>> = Mutex::new(None);
 
 #[cfg(test)]
 mod tests {
