@@ -213,7 +213,9 @@ impl Supervisor {
         let mut monitor_open = true;
         loop {
             let users = *direct.borrow_and_update() + *spliced.borrow_and_update();
-            self.limits.used_by(users, Instant::now());
+            // A guest that boots is not idle: nobody could have used it yet.
+            let booting = usize::from(*self.life.borrow() == Life::Booting);
+            self.limits.used_by(users + booting, Instant::now());
             if self.kill_at.is_none()
                 && let Some(reached) = self.limits.reached(Instant::now())
             {
