@@ -33,6 +33,16 @@ fn push_visible(c: char, out: &mut String) {
     };
 }
 
+fn shown(c: char) -> String {
+    let mut text = String::new();
+    if is_harmful(c) {
+        push_visible(c, &mut text);
+    } else {
+        text.push(c);
+    }
+    text
+}
+
 /// One line of text, every control visible, line ends too.
 pub fn line(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -107,13 +117,7 @@ impl Sanitizer {
                 },
                 Some(0x80..) => match character(rest) {
                     Character::Whole(c) => {
-                        let mut shown = String::new();
-                        if is_harmful(c) {
-                            push_visible(c, &mut shown)
-                        } else {
-                            shown.push(c)
-                        }
-                        out.extend_from_slice(shown.as_bytes());
+                        out.extend_from_slice(shown(c).as_bytes());
                         c.len_utf8()
                     }
                     Character::Begun => return at,

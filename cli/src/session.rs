@@ -103,7 +103,7 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
             }
         }
     };
-    drain(output, writer, screens, &mut signals).await?;
+    drain(writer, screens, &mut signals).await?;
     Ok(ended(output, &exit))
 }
 
@@ -121,7 +121,7 @@ async fn begin(
 }
 
 /// Writes what is left; a signal ends the wait.
-async fn drain(output: &Output, writer: Writer, mut screens: Screens, signals: &mut Signals) -> Result<(), Failure> {
+async fn drain(writer: Writer, mut screens: Screens, signals: &mut Signals) -> Result<(), Failure> {
     let write = async {
         for piece in screens.finish() {
             if let Some(room) = writer.room().await {
@@ -130,7 +130,6 @@ async fn drain(output: &Output, writer: Writer, mut screens: Screens, signals: &
         }
         writer.finish().await
     };
-    let _ = output;
     tokio::select! {
         written = write => Ok(written?),
         signal = signals.next_end() => Err(Failure::Interrupted { signal, undo: Duration::ZERO }),

@@ -59,7 +59,7 @@ impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let raw = self.how.raw();
         let request = self.how.request(self.command, self.timeout, cx.output.json)?;
-        let copies = self.copy.into_iter().map(upload).collect::<Result<Vec<_>, _>>()?;
+        let copies = self.copy.iter().map(upload).collect::<Result<Vec<_>, _>>()?;
         let name = fresh_name()?;
         let mut spec = self.vm.spec(name.clone());
         if !self.keep {
@@ -96,7 +96,7 @@ async fn copy_in(cx: &Context, nido: &Nido, name: &VmName, copies: Vec<UploadReq
 }
 
 /// `SRC:DST`, split at the last colon.
-fn upload(text: OsString) -> Result<UploadRequest, Error> {
+fn upload(text: &OsString) -> Result<UploadRequest, Error> {
     let bytes = text.as_bytes();
     match bytes.iter().rposition(|b| *b == b':') {
         Some(at) if at > 0 && at + 1 < bytes.len() => Ok(UploadRequest {
@@ -130,10 +130,10 @@ mod tests {
 
     #[test]
     fn a_copy_is_split_at_its_last_colon() {
-        let request = upload("a:b:/c d".into()).unwrap();
+        let request = upload(&"a:b:/c d".into()).unwrap();
         assert_eq!((request.source, request.destination), (UploadSource::Path("a:b".into()), b"/c d".to_vec()));
         for bad in ["", "a", ":/b", "a:"] {
-            assert_eq!(upload(bad.into()).unwrap_err().code(), Code::SpecInvalid, "{bad}");
+            assert_eq!(upload(&bad.into()).unwrap_err().code(), Code::SpecInvalid, "{bad}");
         }
     }
 
