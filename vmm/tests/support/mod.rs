@@ -3,9 +3,11 @@
 
 #![allow(dead_code, reason = "each test target uses its own part")]
 
+use std::fs::File;
 use std::future::Future;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -13,6 +15,7 @@ use std::time::Duration;
 use nido_guest_agent::config::{Channel as Reach, GuestConfig, Init};
 use nido_guest_agent::wire::{Exec, Exited};
 use nido_vmm::guest::{Channel, Endpoint, Event, Guest, GuestError, Running};
+use rustix::fs::MemfdFlags;
 use tempfile::TempDir;
 use tokio::net::UnixListener;
 use tokio::time::{Instant, timeout};
@@ -40,17 +43,15 @@ pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     timeout(Duration::from_secs(60), wait).await.unwrap_or_else(|_| panic!("{what}: not in time"));
 }
 
-/// Writes the agent down once per test program. Nothing is forked before it is closed again.
-fn agent_program() -> &'static Path {
-    static PROGRAM: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
-    let (_, path) = PROGRAM.get_or_init(|| {
-        let dir = TempDir::new().unwrap();
-        let path = dir.path().join("nido-guest-agent");
-        std::fs::write(&path, nido_images::AGENT).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        (dir, path)
+/// The agent as a program: a file in memory that every child inherits, so that nothing of it is left behind.
+fn agent_program() -> PathBuf {
+    static PROGRAM: OnceLock<OwnedFd> = OnceLock::new();
+    let program = PROGRAM.get_or_init(|| {
+        let fd = rustix::fs::memfd_create("nido-guest-agent", MemfdFlags::empty()).unwrap();
+        File::from(fd.try_clone().unwrap()).write_all(nido_images::AGENT).unwrap();
+        fd
     });
-    path
+    format!("/proc/self/fd/{}", program.as_raw_fd()).into()
 }
 
 /// A VM's directory with the channel served in it.

@@ -63,7 +63,7 @@ impl Destination {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => split(path, slash)?,
             Err(error) => return Err(GuestError::host(path, error)),
         };
-        let flags = DIRECTORY.difference(OFlags::NOFOLLOW);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let parent = rustix::fs::open(&parent_path, flags, Mode::empty())
             .map_err(|e| GuestError::host(&parent_path, e.into()))?;
         let this = Self { parent, parent_path, name, overwrite, must_be_directory };
