@@ -8,7 +8,7 @@
 //! ```
 
 use super::Nido;
-use crate::api::Failure;
+use crate::api::{AgentInfo, Failure};
 use crate::error::Result;
 use crate::home::{CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOCK, VM_LOCK};
 use crate::lock::{Held, is_held};
@@ -66,6 +66,8 @@ impl Nido {
                 state: Some(state),
                 cid: Some(None),
                 expires_at: Some(None),
+                agent: Some(AgentInfo { ready: false, ..row.agent.clone() }),
+                ip_address: Some(None),
                 failure: Some(failure),
                 ..VmUpdate::default()
             };

@@ -29,6 +29,9 @@ const FOUND_WITHIN: Duration = Duration::from_secs(15);
 /// How long the answer to anything but a start or a stop may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
+/// How many supervisors of one VM may die over one request before it is given up.
+const ASKED_AGAIN: u32 = 3;
+
 /// A start that a supervisor carries out.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Launch {
@@ -90,13 +93,35 @@ impl Nido {
         request: &Request,
         progress: &mut dyn FnMut(StartStage),
     ) -> Result<Answer> {
+        for _ in 0..ASKED_AGAIN {
+            if let Some(answer) = self.ask_once(row, request, progress).await? {
+                return Ok(answer);
+            }
+            // A supervisor that died is answered for by what it wrote into the store.
+            let why = self.gone(row).await;
+            let goes_on = self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest());
+            let may_repeat = !matches!(request, Request::ForwardAdd { .. } | Request::ForwardRemove { .. });
+            // It was killed, and QEMU has another one now.
+            if !(goes_on && may_repeat) {
+                return Err(why);
+            }
+        }
+        Err(self.gone(row).await)
+    }
+
+    /// Asks whichever supervisor there is. `None` if it is gone before its answer.
+    async fn ask_once(
+        &self,
+        row: &VmRow,
+        request: &Request,
+        progress: &mut dyn FnMut(StartStage),
+    ) -> Result<Option<Answer>> {
         let mut connection = BufReader::new(self.supervisor(row).await?);
         let mut line =
             serde_json::to_vec(request).map_err(|e| Error::internal(format!("cannot ask the supervisor: {e}")))?;
         line.push(b'\n');
-        // A supervisor that dies in between is answered for by what it wrote into the store.
         if connection.get_mut().write_all(&line).await.is_err() {
-            return Err(self.gone(row).await);
+            return Ok(None);
         }
         let limit = match request {
             // These have deadlines of their own, kept by the supervisor.
@@ -109,10 +134,10 @@ impl Nido {
                 None => read_answer(&mut connection).await,
             };
             match answer? {
-                None => return Err(self.gone(row).await),
+                None => return Ok(None),
                 Some(Answer::Stage { stage }) => progress(stage),
                 Some(Answer::Failed { problem }) => return Err(problem.into()),
-                Some(done) => return Ok(done),
+                Some(done) => return Ok(Some(done)),
             }
         }
     }
