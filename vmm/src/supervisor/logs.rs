@@ -15,6 +15,8 @@ use crate::home::VmDir;
 pub const LOG_BYTES_MAX: u64 = 4 << 20;
 /// How many lines go into an error.
 const TAIL_LINES: usize = 20;
+/// How many lines before a panic go with it.
+const BEFORE_PANIC: usize = 5;
 /// How much of a log is looked at for them, in bytes.
 const TAIL_BYTES: u64 = 16 * 1024;
 /// Longest line in an error, in characters.
@@ -30,16 +32,31 @@ pub fn log_tail(dir: &VmDir, names: &[&str]) -> Vec<String> {
         .unwrap_or_default()
 }
 
+/// The lines with which the kernel's last panic began, if the end of the console `name` has one. What follows them, a
+/// trace of its stack, can be much longer than a tail.
+#[must_use]
+pub fn panic_lines(dir: &VmDir, name: &str) -> Option<Vec<String>> {
+    let lines = last_lines(&dir.file(name)).ok()?;
+    let at = lines.iter().rposition(|line| line.contains("Kernel panic - not syncing"))?;
+    let from = at.saturating_sub(BEFORE_PANIC);
+    Some(lines[from..].iter().take(TAIL_LINES).cloned().collect())
+}
+
 fn tail_of(path: &Path) -> std::io::Result<Vec<String>> {
+    let mut lines = last_lines(path)?;
+    let from = lines.len().saturating_sub(TAIL_LINES);
+    Ok(lines.split_off(from))
+}
+
+fn last_lines(path: &Path) -> std::io::Result<Vec<String>> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))?;
     let mut bytes = Vec::new();
     file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    let from = lines.len().saturating_sub(TAIL_LINES);
-    Ok(lines[from..].iter().map(|line| line.chars().take(TAIL_LINE_CHARS).collect()).collect())
+    let lines = text.lines().map(str::trim_end).filter(|line| !line.is_empty());
+    Ok(lines.map(|line| line.chars().take(TAIL_LINE_CHARS).collect()).collect())
 }
 
 /// Rotates the log at `path` if it is too long: `NAME` becomes `NAME.1` by copying, for its writers keep their descriptor.
@@ -81,6 +98,21 @@ mod tests {
         assert_eq!(tail.len(), TAIL_LINES);
         assert_eq!(tail[TAIL_LINES - 2], "line 4999");
         assert_eq!(tail[TAIL_LINES - 1].chars().count(), TAIL_LINE_CHARS);
+    }
+
+    #[test]
+    fn a_panic_is_found_behind_its_trace() {
+        let home = tempfile::tempdir().unwrap();
+        let home = Home::open(&home.path().join("h")).unwrap();
+        let dir = home.vm("1");
+        dir.make().unwrap();
+        let trace: String = (0..60).map(|n| format!("[ 5.0] frame_{n}+0x1/0x2\r\n")).collect();
+        std::fs::write(dir.file("a.log"), format!("before\n[ 5.0] Kernel panic - not syncing: why\n{trace}")).unwrap();
+        let lines = panic_lines(&dir, "a.log").unwrap();
+        assert_eq!(lines[..2], ["before", "[ 5.0] Kernel panic - not syncing: why"]);
+        assert_eq!(lines.len(), TAIL_LINES);
+        std::fs::write(dir.file("a.log"), trace).unwrap();
+        assert_eq!(panic_lines(&dir, "a.log"), None);
     }
 
     #[test]

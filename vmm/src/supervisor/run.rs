@@ -16,7 +16,7 @@ use super::failure_error;
 use super::forwards::{Forwards, bind};
 use super::launch::{LaunchError, Running, attach, launch};
 use super::limits::{Limits, Reached};
-use super::logs::{log_tail, rotate};
+use super::logs::{log_tail, panic_lines, rotate};
 use super::serve::{Desk, Life, Order, Users, serve};
 use crate::api::{AgentInfo, Failure, ForwardSpec, StartPath, StopRequest, Timings};
 use crate::error::{Code, Error, Problem, Result};
@@ -448,9 +448,9 @@ impl Supervisor {
 
     fn gather_tails(&mut self) {
         self.seen.qemu_tail = log_tail(&self.dir, &[QEMU_LOG]);
-        self.seen.console_tail = log_tail(&self.dir, &[CONSOLE_LOG]);
-        let panicked = self.seen.console_tail.iter().any(|line| line.contains("Kernel panic - not syncing"));
-        self.seen.panicked |= panicked && self.state != VmState::Stopping;
+        let panic = panic_lines(&self.dir, CONSOLE_LOG);
+        self.seen.panicked |= panic.is_some() && self.state != VmState::Stopping;
+        self.seen.console_tail = panic.unwrap_or_else(|| log_tail(&self.dir, &[CONSOLE_LOG]));
     }
 
     /// Writes down how it ended, tells everybody who waits, and leaves nothing behind.
