@@ -48,7 +48,7 @@ fn a_kernel_panic_is_told() {
     let info = ends_as(&vm, "failed");
     assert_eq!(info["failure"]["cause"], "guest_panic");
     let tail = info["failure"]["log_tail"].to_string();
-    assert!(tail.contains("Kernel panic"), "{tail}");
+    assert!(tail.contains("Kernel panic") && tail.contains("last words"), "{tail}");
     for shown in [vm.nido("info", &[]).text(), vm.nido("info", &["--json"]).text(), vm.nido("logs", &[]).text()] {
         assert!(shown.contains("Kernel panic"), "{shown:?}");
         assert!(!shown.contains(['\x1b', '\x07']), "{shown:?}");
@@ -79,7 +79,10 @@ fn a_killed_qemu_is_told() {
     qemu.kill();
     eventually("both deaths", || (!qemu.is_alive() && !supervisor.is_alive()).then_some(()));
     let info = ends_as(&vm, "failed");
-    assert_eq!(info["failure"]["cause"], "host_restart");
+    // The last threads of a killed QEMU may outlive its name by a moment, and get a supervisor for that long.
+    let cause = info["failure"]["cause"].as_str().unwrap();
+    assert!(["host_restart", "qemu_error"].contains(&cause), "{info:#}");
+    assert_eq!(info["agent"]["ready"], false);
     home.nido(["delete", "web"]).ok();
     home.assert_empty();
 }

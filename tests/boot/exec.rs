@@ -17,8 +17,18 @@ fn arguments_environment_place_and_user() {
     let vm = home.spawn("web", &["--net", "none"]);
 
     // Arguments arrive byte for byte, and no shell sees them.
-    let odd: [&[u8]; 10] =
-        [b"a b", b"", b"-x", b"--", "\u{e9}\u{1f600}".as_bytes(), b"\xff\xfe", b"new\nline", b"$HOME `id` 'q' \"q\"", b"*", b"\x1b[2J"];
+    let odd: [&[u8]; 10] = [
+        b"a b",
+        b"",
+        b"-x",
+        b"--",
+        "\u{e9}\u{1f600}".as_bytes(),
+        b"\xff\xfe",
+        b"new\nline",
+        b"$HOME `id` 'q' \"q\"",
+        b"*",
+        b"\x1b[2J",
+    ];
     let print = [&b"sh"[..], b"-c", b"for a; do printf '%s\\0' \"$a\"; done", b"sh"];
     let words = print.iter().chain(&odd).map(|word| OsStr::from_bytes(word));
     let expected: Vec<u8> = odd.iter().flat_map(|word| word.iter().chain(&[0])).copied().collect();

@@ -42,8 +42,17 @@ fn odd_tree(at: &Path) {
     fs::create_dir_all(at.join("a dir/deeper/still")).unwrap();
     fs::create_dir(at.join("empty")).unwrap();
     let names: [&[u8]; 11] = [
-        b"plain", b"with space", b"comma,name", b"new\nline", b"\xff\xfe not utf-8", b"-dash", b"..dots", b"*", b"\x1b[2J",
-        "\u{fc}ber \u{1f600}".as_bytes(), &[b'n'; 255],
+        b"plain",
+        b"with space",
+        b"comma,name",
+        b"new\nline",
+        b"\xff\xfe not utf-8",
+        b"-dash",
+        b"..dots",
+        b"*",
+        b"\x1b[2J",
+        "\u{fc}ber \u{1f600}".as_bytes(),
+        &[b'n'; 255],
     ];
     for (age, name) in (0..).zip(names) {
         let path = at.join(OsStr::from_bytes(name));
@@ -52,7 +61,9 @@ fn odd_tree(at: &Path) {
     }
     fs::write(at.join("nothing"), "").unwrap();
     fs::write(at.join("a dir/deeper/file"), "deep").unwrap();
-    for (name, mode) in [("plain", 0o600), ("with space", 0o755), ("comma,name", 0o444), ("-dash", 0o640), ("empty", 0o711)] {
+    for (name, mode) in
+        [("plain", 0o600), ("with space", 0o755), ("comma,name", 0o444), ("-dash", 0o640), ("empty", 0o711)]
+    {
         fs::set_permissions(at.join(name), fs::Permissions::from_mode(mode)).unwrap();
     }
     symlink("plain", at.join("link")).unwrap();

@@ -22,7 +22,10 @@ fn serve(vm: &Vm<'_>) {
 }
 
 fn connect(forward: &serde_json::Value) -> std::io::Result<TcpStream> {
-    TcpStream::connect((forward["host"].as_str().unwrap(), u16::try_from(forward["host_port"].as_u64().unwrap()).unwrap()))
+    TcpStream::connect((
+        forward["host"].as_str().unwrap(),
+        u16::try_from(forward["host_port"].as_u64().unwrap()).unwrap(),
+    ))
 }
 
 fn count(forward: &serde_json::Value, bytes: usize) -> String {

@@ -26,7 +26,9 @@ fn escape_sequences_stay_text() {
 
     // Errors with words of the guest's in them.
     let odd = "no\x1b[2Jsuch\u{202e}";
-    for done in [vm.exec([odd]).run(), vm.nido("download", &[odd, "x"]).run(), vm.nido("exec", &["-u", odd, "--", "id"]).run()] {
+    for done in
+        [vm.exec([odd]).run(), vm.nido("download", &[odd, "x"]).run(), vm.nido("exec", &["-u", odd, "--", "id"]).run()]
+    {
         assert!(done.code != 0 && !done.stderr.contains(['\x1b', '\u{202e}']), "{:?}", done.stderr);
     }
     // Bytes that are no text come as base64 in JSON.

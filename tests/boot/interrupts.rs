@@ -6,7 +6,7 @@ use crate::rig::{Running, TestHome, Vm, eventually};
 
 /// A script in the guest that has said that it is ready.
 fn ready(vm: &Vm<'_>, script: &str) -> (Running, std::process::ChildStdin) {
-    let (running, keys) = vm.sh(&format!("{script}; echo ready; while :; do sleep 0.1; done")).start();
+    let (running, keys) = vm.sh(&format!("{script}\necho ready\nwhile :; do sleep 0.1; done")).start();
     running.read_until("ready\n");
     (running, keys)
 }

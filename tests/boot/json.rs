@@ -5,9 +5,31 @@ use serde_json::Value;
 use crate::rig::TestHome;
 
 const VM_FIELDS: [&str; 25] = [
-    "name", "id", "status", "template", "machine", "machine_reason", "accel", "isolation", "cpus", "memory_mib",
-    "disk_bytes", "net", "ip_address", "ssh_command", "forwards", "labels", "ephemeral", "agent", "created_at",
-    "started_at", "expires_at", "idle_at", "failure", "timings", "warnings",
+    "name",
+    "id",
+    "status",
+    "template",
+    "machine",
+    "machine_reason",
+    "accel",
+    "isolation",
+    "cpus",
+    "memory_mib",
+    "disk_bytes",
+    "net",
+    "ip_address",
+    "ssh_command",
+    "forwards",
+    "labels",
+    "ephemeral",
+    "agent",
+    "created_at",
+    "started_at",
+    "expires_at",
+    "idle_at",
+    "failure",
+    "timings",
+    "warnings",
 ];
 
 #[track_caller]
@@ -35,7 +57,11 @@ fn every_verb_answers_in_json() {
     let home = TestHome::new();
     let call = |words: &[&str]| home.nido(words).json();
 
-    is_vm(&call(&["create", "web", "--net", "none", "--ttl", "1h", "--idle", "1h", "--label", "a=b"]), "web", "created");
+    is_vm(
+        &call(&["create", "web", "--net", "none", "--ttl", "1h", "--idle", "1h", "--label", "a=b"]),
+        "web",
+        "created",
+    );
     let started = call(&["start", "web"]);
     is_vm(&started, "web", "running");
     has(&started["timings"], &["path", "qemu_ms", "load_ms", "agent_ms", "total_ms"]);
@@ -50,7 +76,10 @@ fn every_verb_answers_in_json() {
 
     let result = call(&["exec", "web", "--", "sh", "-c", "echo out; echo err >&2"]);
     has(&result, &["stdout", "stderr", "exit_code", "signal", "timed_out", "truncated", "duration_ms"]);
-    assert_eq!((&result["stdout"], &result["stderr"], &result["exit_code"]), (&"out\n".into(), &"err\n".into(), &0.into()));
+    assert_eq!(
+        (&result["stdout"], &result["stderr"], &result["exit_code"]),
+        (&"out\n".into(), &"err\n".into(), &0.into())
+    );
     assert_eq!(result["truncated"], serde_json::json!({ "stdout": false, "stderr": false }));
     let done = home.nido(["--json", "exec", "web", "--", "sh", "-c", "exit 3"]).run().expect(3);
     assert_eq!(done.json()["exit_code"], 3);
@@ -93,7 +122,18 @@ fn every_verb_answers_in_json() {
     let template = call(&["template", "info", "sandbox"]);
     has(
         &template,
-        &["name", "recipe", "digest", "init", "kernel", "size_bytes", "disk_bytes", "created_at", "agent_current", "used_by"],
+        &[
+            "name",
+            "recipe",
+            "digest",
+            "init",
+            "kernel",
+            "size_bytes",
+            "disk_bytes",
+            "created_at",
+            "agent_current",
+            "used_by",
+        ],
     );
     assert_eq!(template["used_by"], serde_json::json!(["web"]));
     home.nido(["template", "delete", "sandbox"]).problem(1, "template_in_use");

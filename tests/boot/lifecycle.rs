@@ -55,7 +55,9 @@ fn stop_start_restart_delete() {
     let (stubborn, _keys) = vm.sh("trap '' TERM HUP INT; echo up; while :; do sleep 1; done").start();
     stubborn.read_until("up\n");
     vm.nido("stop", &[]).ok();
-    stubborn.wait().expect(125);
+    // Its end may be heard before the guest's.
+    let ended = stubborn.wait();
+    assert!([125, 137].contains(&ended.code), "{ended:?}");
     assert_eq!(vm.status(), "stopped");
     assert_eq!(vm.info()["failure"], serde_json::Value::Null);
     vm.nido("stop", &[]).ok();

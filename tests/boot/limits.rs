@@ -6,11 +6,11 @@ use crate::rig::{TestHome, eventually};
 fn an_idle_vm_is_stopped_and_a_used_one_is_not() {
     let home = TestHome::new();
     // Booting takes longer than this, and is no idleness.
-    let vm = home.spawn("web", &["--net", "none", "--idle", "2s"]);
+    let vm = home.spawn("web", &["--net", "none", "--idle", "5s"]);
     let info = vm.info();
     assert!(info["idle_at"].is_string() && info["expires_at"].is_null(), "{info:#}");
     // A command that is quiet for longer than the limit is activity all the same.
-    vm.exec(["sleep", "6"]).ok();
+    vm.exec(["sleep", "11"]).ok();
     // Asking is none: if it were, this would never end.
     eventually("the end of an idle VM", || {
         home.nido(["ls"]).ok();
@@ -22,11 +22,12 @@ fn an_idle_vm_is_stopped_and_a_used_one_is_not() {
 #[test]
 fn a_forwarded_connection_is_activity() {
     let home = TestHome::new();
-    let vm = home.spawn("web", &["--net", "none", "--idle", "2s", "--ephemeral", "-p", "7000"]);
+    let vm = home.spawn("web", &["--net", "none", "--idle", "5s", "--ephemeral", "-p", "7000"]);
     // An echo that waits for as long as the client does.
     let server = "import socket; s = socket.create_server(('127.0.0.1', 7000)); print('up', flush=True)\n\
                   c = s.accept()[0]\nwhile d := c.recv(99): c.sendall(d)";
-    vm.sh(&format!("setsid python3 -c \"{server}\" > /tmp/up 2>&1 & until grep -q up /tmp/up; do sleep 0.1; done")).ok();
+    vm.sh(&format!("setsid python3 -c \"{server}\" > /tmp/up 2>&1 & until grep -q up /tmp/up; do sleep 0.1; done"))
+        .ok();
     let port = vm.info()["forwards"][0]["host_port"].as_u64().unwrap();
     let mut stream = std::net::TcpStream::connect(("127.0.0.1", u16::try_from(port).unwrap())).unwrap();
     let mut echo = |word: &[u8]| {
@@ -38,7 +39,7 @@ fn a_forwarded_connection_is_activity() {
     };
     echo(b"one");
     let begun = std::time::Instant::now();
-    eventually("three times the limit", || (begun.elapsed().as_secs() >= 6).then_some(()));
+    eventually("twice the limit", || (begun.elapsed().as_secs() >= 11).then_some(()));
     echo(b"two");
     drop(stream);
     eventually("the end of an idle VM", || home.names().is_empty().then_some(()));

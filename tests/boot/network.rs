@@ -12,7 +12,7 @@ fn nat_has_an_address_a_route_and_a_name_server() {
     assert_eq!(vm.info()["net"], "nat");
     assert_eq!(vm.info()["ip_address"], "10.0.2.15");
     assert_eq!(vm.sh("ip -4 -o address show eth0 | grep -o 'inet [^ ]*'").text(), "inet 10.0.2.15/24");
-    assert_eq!(vm.sh("ip route show default").text().trim(), "default via 10.0.2.2 dev eth0");
+    assert!(vm.sh("ip route show default").text().starts_with("default via 10.0.2.2 dev eth0"));
     assert!(vm.exec(["cat", "/etc/resolv.conf"]).text().contains("nameserver 10.0.2.3"));
     // Outwards it reaches what this host reaches.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

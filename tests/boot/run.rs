@@ -20,7 +20,10 @@ fn a_command_in_a_vm_of_its_own() {
     let flags = ["--net", "none", "--copy", "work:/deep/work", "-w", "/deep/work", "-e", "A=b", "-u", "user"];
     let done = home.nido(["run", "-q"]).args(flags).args(["--", "python3", "job.py"]).ok();
     assert_eq!(done.stdout, b"42\n");
-    assert_eq!(home.nido(["run", "-i", "--net", "none", "--", "tr", "a-z", "A-Z"]).stdin("hello").ok().stdout, b"HELLO");
+    assert_eq!(
+        home.nido(["run", "-i", "--net", "none", "--", "tr", "a-z", "A-Z"]).stdin("hello").ok().stdout,
+        b"HELLO"
+    );
     home.assert_empty();
 }
 

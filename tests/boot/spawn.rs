@@ -17,7 +17,10 @@ fn the_guest_has_what_was_asked_for() {
     assert!(disk > 36 << 27, "the file system has grown with the disk: {disk} bytes");
     assert_eq!(vm.exec(["cat", "/sys/block/vda/size"]).text(), ((4_u64 << 30) / 512).to_string());
     let info = vm.info();
-    assert_eq!((&info["cpus"], &info["memory_mib"], &info["disk_bytes"]), (&2.into(), &768.into(), &(4_u64 << 30).into()));
+    assert_eq!(
+        (&info["cpus"], &info["memory_mib"], &info["disk_bytes"]),
+        (&2.into(), &768.into(), &(4_u64 << 30).into())
+    );
     assert_eq!(info["labels"], serde_json::json!({ "role": "demo", "tier": "1" }));
     // It stays so.
     vm.nido("restart", &[]).ok();

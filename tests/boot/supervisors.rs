@@ -129,7 +129,10 @@ fn killed_with_the_command_that_spawns() {
         let (spawning, _keys) = home.nido(["spawn", "web", "--net", "none"]).start();
         eventually(moment, || is_now(&home).then_some(()));
         spawning.signal(Signal::KILL);
-        home.processes().iter().filter(|p| p.arguments.contains(&"supervise".into())).for_each(crate::rig::Process::kill);
+        home.processes()
+            .iter()
+            .filter(|p| p.arguments.contains(&"supervise".into()))
+            .for_each(crate::rig::Process::kill);
         spawning.wait().expect(137);
         if home.names().is_empty() {
             // Its row was not there yet: the next one is made as if nothing had been.

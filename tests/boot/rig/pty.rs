@@ -1,7 +1,7 @@
 //! A terminal for `nido`, as a person's terminal emulator gives it: the test holds the other end.
 
-use std::io::{Read, Write};
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
