@@ -276,12 +276,9 @@ mod tests {
         assert!(QemuProcess::behind(&socket).is_err());
     }
 
-    /// Run by the next test in a process of its own: starts a child, tells its number, and waits to be killed.
-    #[test]
-    #[ignore = "one half of another test"]
-    fn supervisor_that_gets_killed() {
-        let Some(dir) = std::env::var_os(DIR) else { return };
-        let process = run(Path::new(&dir), "/bin/sh", &["-c", "exec sleep 100"]);
+    /// The supervisor of the next test, in a process of its own: starts a child, tells its number, waits to be killed.
+    fn be_the_supervisor(dir: &Path) {
+        let process = run(dir, "/bin/sh", &["-c", "exec sleep 100"]);
         println!("\nchild {}", process.pid());
         io::stdout().flush().unwrap();
         let _ = io::stdin().read_line(&mut String::new());
@@ -289,10 +286,13 @@ mod tests {
 
     #[tokio::test]
     async fn the_lock_outlives_a_supervisor_that_is_killed() {
+        if let Some(dir) = std::env::var_os(DIR) {
+            return be_the_supervisor(Path::new(&dir));
+        }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.lock");
         let mut supervisor = Command::new(std::env::current_exe().unwrap())
-            .args(["supervisor_that_gets_killed", "--ignored", "--nocapture"])
+            .args(["the_lock_outlives_a_supervisor_that_is_killed", "--nocapture"])
             .env(DIR, dir.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -93,12 +93,22 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &Path) -> Result<Qem
         .map_err(|e| Error::io(format!("cannot start {}", qemu.display()), e))
 }
 
+/// A QEMU that was found again.
+pub(super) enum Attached {
+    /// Its monitor answers.
+    Running(Running),
+    /// It lives, and its monitor does not answer: it hangs, or was halted.
+    Mute(QemuProcess, Error),
+}
+
 /// Finds the QEMU behind the VM's monitor. The working directory is the VM's.
-pub(super) async fn attach() -> Result<Running> {
+pub(super) async fn attach() -> Result<Attached> {
     let lost =
         |why: String| Error::new(Code::QemuFailed, format!("the VM's QEMU cannot be reached: {}", why.escape_debug()));
     let stream = UnixStream::connect(QMP_SOCKET).await.map_err(|e| lost(e.to_string()))?;
     let process = QemuProcess::behind(&stream).map_err(|e| lost(e.to_string()))?;
-    let (monitor, events) = Monitor::negotiate(stream).await.map_err(|e| lost(e.to_string()))?;
-    Ok(Running { process, monitor, events })
+    Ok(match Monitor::negotiate(stream).await {
+        Ok((monitor, events)) => Attached::Running(Running { process, monitor, events }),
+        Err(error) => Attached::Mute(process, lost(error.to_string())),
+    })
 }

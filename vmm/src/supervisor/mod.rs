@@ -18,6 +18,7 @@ mod forwards;
 mod launch;
 mod limits;
 mod logs;
+mod react;
 mod run;
 mod serve;
 

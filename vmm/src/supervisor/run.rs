@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use nido_guest_agent::wire::{Pong, Power};
+use nido_guest_agent::wire::Pong;
 use rustix::fs::unlink;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -14,12 +14,13 @@ use tokio::time::{Instant as TokioInstant, sleep_until};
 use super::ending::{Seen, verdict};
 use super::failure_error;
 use super::forwards::{Forwards, bind};
-use super::launch::{LaunchError, Running, attach, launch};
-use super::limits::{Limits, Reached};
+use super::launch::{Attached, LaunchError, Running, attach, launch};
+use super::limits::Limits;
 use super::logs::{log_tail, panic_lines, rotate};
+use super::react::QMP_WITHIN;
 use super::serve::{Desk, Life, Order, Users, serve};
-use crate::api::{AgentInfo, Failure, ForwardSpec, StartPath, StopRequest, Timings};
-use crate::error::{Code, Error, Problem, Result};
+use crate::api::{AgentInfo, Failure, StartPath, Timings};
+use crate::error::{Error, Problem, Result};
 use crate::guest::{Channel, Guest};
 use crate::home::{
     AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG, VmDir,
@@ -27,45 +28,39 @@ use crate::home::{
 use crate::host::qemu;
 use crate::machine::{Accel, Machine, Transport};
 use crate::nido::Nido;
-use crate::qemu::{MonitorEvent, QemuExit};
+use crate::qemu::QemuExit;
 use crate::state::{Fact, VmState, advance};
 use crate::store::{VmRow, VmUpdate};
 
 /// How long a guest may take to become ready if nobody says otherwise.
 const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
-/// How long any QMP command may take.
-const QMP_WITHIN: Duration = Duration::from_secs(10);
-/// How long QEMU may take to quit before it is killed.
-const QUIT_WITHIN: Duration = Duration::from_secs(5);
 /// How often logs are looked at.
 const LOGS_EVERY: Duration = Duration::from_secs(5);
 /// How long answers to the last requests may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long the command that asked for a start may take to ask how it goes.
 const ASKED_WITHIN: Duration = Duration::from_millis(500);
-/// How long the VM is told to stop when its time is up, before the plug is pulled.
-const LIMIT_STOP_MS: u64 = 10_000;
 
 /// One VM's supervisor.
 pub(super) struct Supervisor {
-    nido: Nido,
-    row: VmRow,
-    machine: Machine,
-    dir: VmDir,
-    guest: Guest,
-    asked_at: Instant,
-    ready_within: Duration,
-    life: watch::Sender<Life>,
-    orders: mpsc::Receiver<Order>,
-    users: Users,
-    channel: Option<Channel>,
-    forwards: Forwards,
-    limits: Limits,
-    state: VmState,
-    seen: Seen,
+    pub(super) nido: Nido,
+    pub(super) row: VmRow,
+    pub(super) machine: Machine,
+    pub(super) dir: VmDir,
+    pub(super) guest: Guest,
+    pub(super) asked_at: Instant,
+    pub(super) ready_within: Duration,
+    pub(super) life: watch::Sender<Life>,
+    pub(super) orders: mpsc::Receiver<Order>,
+    pub(super) users: Users,
+    pub(super) channel: Option<Channel>,
+    pub(super) forwards: Forwards,
+    pub(super) limits: Limits,
+    pub(super) state: VmState,
+    pub(super) seen: Seen,
     /// When the plug is pulled.
-    kill_at: Option<TokioInstant>,
-    quit_sent: bool,
+    pub(super) kill_at: Option<TokioInstant>,
+    pub(super) quit_sent: bool,
 }
 
 impl Supervisor {
@@ -130,6 +125,8 @@ impl Supervisor {
                 tracing::error!("{error}");
                 self.end(VmState::Stopped, None, Some(error.problem())).await
             }
+            // It lives, and there is no way to it. What the store says stays as it is.
+            Err(Ended::OutOfReach(error)) => Err(error),
         }
     }
 
@@ -152,12 +149,12 @@ impl Supervisor {
     async fn take_over(&mut self) -> Result<Running, Ended> {
         tracing::info!("taking over the QEMU of VM {}", self.row.spec.name);
         let running = match attach().await {
-            Ok(running) => running,
-            Err(error) => {
-                // It holds the lock but does not talk. Without its monitor nothing can be done but wait for its end.
+            Ok(Attached::Running(running)) => running,
+            Ok(Attached::Mute(process, error)) => {
                 tracing::error!("{error}");
-                return Err(self.wait_for_lock(error).await);
+                return Err(Ended::Exit(self.watch_over_mute(&process).await));
             }
+            Err(error) => return Err(self.wait_for_lock(error).await),
         };
         if let Err(error) = self.bind_forwards().await {
             tracing::error!("a published port is lost: {error}");
@@ -171,12 +168,12 @@ impl Supervisor {
         Ok(running)
     }
 
-    /// Waits until a QEMU that cannot be reached has ended by itself.
+    /// Waits for a moment whether a QEMU that cannot be reached is about to end.
     async fn wait_for_lock(&self, error: Error) -> Ended {
         let deadline = Instant::now() + Duration::from_secs(10);
         while crate::lock::is_held(&self.dir.file(crate::home::VM_LOCK)) {
             if Instant::now() > deadline {
-                return Ended::Error(error);
+                return Ended::OutOfReach(error);
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -197,7 +194,7 @@ impl Supervisor {
     }
 
     /// With virtio-serial, forwarded connections pass the channel, which counts them.
-    fn forward_users(&self) -> Users {
+    pub(super) fn forward_users(&self) -> Users {
         if self.channel.is_some() { Users::new() } else { self.users.clone() }
     }
 
@@ -266,169 +263,7 @@ impl Supervisor {
         ready
     }
 
-    fn on_agent(&mut self, pong: Option<Pong>, running: &Running) {
-        let Some(pong) = pong else {
-            if self.row.agent.ready {
-                // A VM that was taken over: its agent has answered before, and may again.
-                self.life.send_replace(Life::Ready);
-                return;
-            }
-            self.seen.late_after_ms = Some(u64::try_from(self.ready_within.as_millis()).unwrap_or(u64::MAX));
-            self.learn(Fact::DeadlinePassed);
-            self.quit(running);
-            return;
-        };
-        let total_ms = self.asked_at.elapsed().as_secs_f64() * 1000.0;
-        if !self.row.agent.ready
-            && let Some(timings) = &mut self.row.timings
-        {
-            timings.agent_ms = total_ms - timings.qemu_ms;
-            timings.total_ms = total_ms;
-        }
-        let version = pong.agent.chars().filter(char::is_ascii_graphic).take(64).collect();
-        self.row.agent = AgentInfo { ready: true, version: Some(version), transport: None };
-        self.row.ip_address = pong.address.and_then(|a| a.parse::<std::net::IpAddr>().ok()).map(|a| a.to_string());
-        self.write(&VmUpdate {
-            agent: Some(self.row.agent.clone()),
-            ip_address: Some(self.row.ip_address.clone()),
-            timings: Some(self.row.timings),
-            ..VmUpdate::default()
-        });
-        self.life.send_replace(Life::Ready);
-    }
-
-    async fn on_event(&mut self, event: MonitorEvent, running: &Running) {
-        let MonitorEvent::Event(event) = event else {
-            tracing::warn!("QEMU sent events faster than they were read");
-            return self.ask_status(running).await;
-        };
-        tracing::info!(event = %event.name, data = %event.data, "QEMU");
-        match event.name.as_str() {
-            "SHUTDOWN" => {
-                let reason = event.data.get("reason").and_then(|r| r.as_str()).unwrap_or("unknown");
-                self.seen.shutdown_reason = Some(reason.chars().take(40).collect());
-            }
-            "GUEST_PANICKED" => self.seen.panicked = true,
-            "STOP" => self.ask_status(running).await,
-            "RESUME" => self.learn(Fact::GuestResumed),
-            _ => {}
-        }
-    }
-
-    async fn ask_status(&mut self, running: &Running) {
-        match running.monitor.query_status(QMP_WITHIN).await {
-            Ok(qapi::qmp::RunState::internal_error) => {
-                self.seen.kvm_error = true;
-                self.quit(running);
-            }
-            Ok(qapi::qmp::RunState::running) => self.learn(Fact::GuestResumed),
-            Ok(qapi::qmp::RunState::shutdown) => {}
-            Ok(_) => self.learn(Fact::GuestPaused),
-            Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
-        }
-    }
-
-    async fn drain_events(&mut self, running: &mut Running) {
-        let deadline = TokioInstant::now() + Duration::from_millis(200);
-        while let Ok(Some(event)) = tokio::time::timeout_at(deadline, running.events.recv()).await {
-            if let MonitorEvent::Event(event) = &event
-                && event.name == "SHUTDOWN"
-            {
-                let reason = event.data.get("reason").and_then(|r| r.as_str()).unwrap_or("unknown");
-                self.seen.shutdown_reason = Some(reason.chars().take(40).collect());
-            }
-        }
-    }
-
-    async fn on_order(&mut self, order: Order, running: &Running) {
-        match order {
-            Order::Stop(stop) => self.begin_stop(stop, running),
-            Order::Pause(reply) => {
-                let outcome = running.monitor.stop(QMP_WITHIN).await.map_err(|e| qmp_error(&e));
-                if outcome.is_ok() {
-                    self.learn(Fact::GuestPaused);
-                }
-                let _ = reply.send(outcome);
-            }
-            Order::Resume(reply) => {
-                let outcome = running.monitor.cont(QMP_WITHIN).await.map_err(|e| qmp_error(&e));
-                if outcome.is_ok() {
-                    self.learn(Fact::GuestResumed);
-                }
-                let _ = reply.send(outcome);
-            }
-            Order::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
-            Order::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec))),
-            Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
-        }
-    }
-
-    async fn add_forward(&mut self, spec: &ForwardSpec) -> Result<ForwardSpec> {
-        let (bound, listener) = bind(spec).await?;
-        self.nido.store().add_forward(&self.row.id, &bound)?;
-        self.forwards.start(bound.clone(), listener, self.guest.clone(), self.forward_users());
-        Ok(bound)
-    }
-
-    fn remove_forward(&mut self, spec: &ForwardSpec) -> Result<()> {
-        self.nido.store().remove_forward(&self.row.id, spec)?;
-        self.forwards.stop(spec);
-        Ok(())
-    }
-
-    fn time_is_up(&mut self, reached: Reached, running: &Running) {
-        let what = match reached {
-            Reached::Ttl => "its time to live is over",
-            Reached::Idle => "it has been idle for too long",
-        };
-        tracing::info!("stopping VM {}: {what}", self.row.spec.name);
-        self.begin_stop(StopRequest { force: false, timeout_ms: LIMIT_STOP_MS }, running);
-    }
-
-    /// Asks the guest to go down, and sets the time at which the plug is pulled.
-    fn begin_stop(&mut self, stop: StopRequest, running: &Running) {
-        let paused = self.state == VmState::Paused;
-        self.learn(Fact::StopAsked);
-        if stop.force {
-            return self.quit(running);
-        }
-        let deadline = TokioInstant::now() + Duration::from_millis(stop.timeout_ms);
-        self.kill_at = Some(self.kill_at.map_or(deadline, |earlier| earlier.min(deadline)));
-        let (guest, monitor, ready) = (self.guest.clone(), running.monitor.clone(), self.row.agent.ready);
-        tokio::spawn(async move {
-            if paused {
-                let _ = monitor.cont(QMP_WITHIN).await;
-            }
-            // The agent syncs and powers off; where it does not answer, the power button is what is left.
-            if !ready || guest.power(Power::Off, deadline).await.is_err() {
-                let _ = monitor.system_powerdown(QMP_WITHIN).await;
-            }
-        });
-    }
-
-    fn quit(&mut self, running: &Running) {
-        self.quit_sent = true;
-        self.kill_at = Some(TokioInstant::now() + QUIT_WITHIN);
-        let monitor = running.monitor.clone();
-        tokio::spawn(async move { monitor.quit(QUIT_WITHIN).await });
-    }
-
-    /// A deadline has passed: first QEMU is asked to quit, then it is killed.
-    fn pull_plug(&mut self, running: &Running) {
-        if self.kill_at.is_none_or(|at| TokioInstant::now() < at) {
-            return;
-        }
-        if self.quit_sent {
-            tracing::warn!("QEMU does not quit; killing it");
-            let _ = running.process.kill();
-            self.kill_at = Some(TokioInstant::now() + QUIT_WITHIN);
-        } else {
-            tracing::warn!("the guest did not power off in time; pulling the plug");
-            self.quit(running);
-        }
-    }
-
-    fn learn(&mut self, fact: Fact) {
+    pub(super) fn learn(&mut self, fact: Fact) {
         let next = advance(self.state, fact);
         if next != self.state {
             self.state = next;
@@ -440,7 +275,7 @@ impl Supervisor {
         }
     }
 
-    fn write(&self, update: &VmUpdate) {
+    pub(super) fn write(&self, update: &VmUpdate) {
         if let Err(error) = self.nido.store().update_vm(&self.row.id, update) {
             tracing::error!("cannot write to the store: {error}");
         }
@@ -494,6 +329,7 @@ impl Supervisor {
 enum Ended {
     Exit(QemuExit),
     Error(Error),
+    OutOfReach(Error),
 }
 
 fn listen(name: &str) -> Result<UnixListener> {
@@ -513,8 +349,4 @@ fn instant_of(at: Timestamp) -> Instant {
     let left = at.duration_since(Timestamp::now());
     let now = Instant::now();
     Duration::try_from(left).map_or(now, |left| now.checked_add(left).unwrap_or(now))
-}
-
-fn qmp_error(error: &crate::qemu::MonitorError) -> Error {
-    Error::new(Code::QemuFailed, error.to_string().escape_debug().to_string())
 }

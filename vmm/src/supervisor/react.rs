@@ -1,0 +1,215 @@
+//! What the supervisor does about what happens: an answer of the agent, an event of QEMU's, an order, a deadline.
+//!
+//! Invariant: nothing here waits for the guest. Whatever may take long is a task of its own, with a deadline.
+
+use std::time::{Duration, Instant};
+
+use nido_guest_agent::wire::{Pong, Power};
+use tokio::time::Instant as TokioInstant;
+
+use super::forwards::bind;
+use super::launch::Running;
+use super::limits::Reached;
+use super::run::Supervisor;
+use super::serve::{Life, Order};
+use crate::api::{AgentInfo, ForwardSpec, StopRequest};
+use crate::error::{Code, Error, Result};
+use crate::qemu::{MonitorError, MonitorEvent, QemuExit, QemuProcess};
+use crate::state::{Fact, VmState};
+use crate::store::VmUpdate;
+
+/// How long any QMP command may take.
+pub(super) const QMP_WITHIN: Duration = Duration::from_secs(10);
+/// How long QEMU may take to quit before it is killed.
+const QUIT_WITHIN: Duration = Duration::from_secs(5);
+/// How long the VM is told to stop when its time is up, before the plug is pulled.
+const LIMIT_STOP_MS: u64 = 10_000;
+
+impl Supervisor {
+    pub(super) fn on_agent(&mut self, pong: Option<Pong>, running: &Running) {
+        let Some(pong) = pong else {
+            if self.row.agent.ready {
+                // A VM that was taken over: its agent has answered before, and may again.
+                self.life.send_replace(Life::Ready);
+                return;
+            }
+            self.seen.late_after_ms = Some(u64::try_from(self.ready_within.as_millis()).unwrap_or(u64::MAX));
+            self.learn(Fact::DeadlinePassed);
+            self.quit(running);
+            return;
+        };
+        let total_ms = self.asked_at.elapsed().as_secs_f64() * 1000.0;
+        if !self.row.agent.ready
+            && let Some(timings) = &mut self.row.timings
+        {
+            timings.agent_ms = total_ms - timings.qemu_ms;
+            timings.total_ms = total_ms;
+        }
+        let version = pong.agent.chars().filter(char::is_ascii_graphic).take(64).collect();
+        self.row.agent = AgentInfo { ready: true, version: Some(version), transport: None };
+        self.row.ip_address = pong.address.and_then(|a| a.parse::<std::net::IpAddr>().ok()).map(|a| a.to_string());
+        self.write(&VmUpdate {
+            agent: Some(self.row.agent.clone()),
+            ip_address: Some(self.row.ip_address.clone()),
+            timings: Some(self.row.timings),
+            ..VmUpdate::default()
+        });
+        self.life.send_replace(Life::Ready);
+    }
+
+    pub(super) async fn on_event(&mut self, event: MonitorEvent, running: &Running) {
+        let MonitorEvent::Event(event) = event else {
+            tracing::warn!("QEMU sent events faster than they were read");
+            return self.ask_status(running).await;
+        };
+        tracing::info!(event = %event.name, data = %event.data, "QEMU");
+        match event.name.as_str() {
+            "SHUTDOWN" => self.seen.shutdown_reason = Some(shutdown_reason(&event)),
+            "GUEST_PANICKED" => self.seen.panicked = true,
+            "STOP" => self.ask_status(running).await,
+            "RESUME" => self.learn(Fact::GuestResumed),
+            _ => {}
+        }
+    }
+
+    async fn ask_status(&mut self, running: &Running) {
+        match running.monitor.query_status(QMP_WITHIN).await {
+            Ok(qapi::qmp::RunState::internal_error) => {
+                self.seen.kvm_error = true;
+                self.quit(running);
+            }
+            Ok(qapi::qmp::RunState::running) => self.learn(Fact::GuestResumed),
+            Ok(qapi::qmp::RunState::shutdown) => {}
+            Ok(_) => self.learn(Fact::GuestPaused),
+            Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
+        }
+    }
+
+    pub(super) async fn drain_events(&mut self, running: &mut Running) {
+        let deadline = TokioInstant::now() + Duration::from_millis(200);
+        while let Ok(Some(event)) = tokio::time::timeout_at(deadline, running.events.recv()).await {
+            if let MonitorEvent::Event(event) = &event
+                && event.name == "SHUTDOWN"
+            {
+                self.seen.shutdown_reason = Some(shutdown_reason(event));
+            }
+        }
+    }
+
+    pub(super) async fn on_order(&mut self, order: Order, running: &Running) {
+        match order {
+            Order::Stop(stop) => self.begin_stop(stop, running),
+            Order::Pause(reply) => {
+                let outcome = running.monitor.stop(QMP_WITHIN).await.map_err(|e| qmp_error(&e));
+                if outcome.is_ok() {
+                    self.learn(Fact::GuestPaused);
+                }
+                let _ = reply.send(outcome);
+            }
+            Order::Resume(reply) => {
+                let outcome = running.monitor.cont(QMP_WITHIN).await.map_err(|e| qmp_error(&e));
+                if outcome.is_ok() {
+                    self.learn(Fact::GuestResumed);
+                }
+                let _ = reply.send(outcome);
+            }
+            Order::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
+            Order::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec))),
+            Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
+        }
+    }
+
+    async fn add_forward(&mut self, spec: &ForwardSpec) -> Result<ForwardSpec> {
+        let (bound, listener) = bind(spec).await?;
+        self.nido.store().add_forward(&self.row.id, &bound)?;
+        self.forwards.start(bound.clone(), listener, self.guest.clone(), self.forward_users());
+        Ok(bound)
+    }
+
+    fn remove_forward(&mut self, spec: &ForwardSpec) -> Result<()> {
+        self.nido.store().remove_forward(&self.row.id, spec)?;
+        self.forwards.stop(spec);
+        Ok(())
+    }
+
+    pub(super) fn time_is_up(&mut self, reached: Reached, running: &Running) {
+        let what = match reached {
+            Reached::Ttl => "its time to live is over",
+            Reached::Idle => "it has been idle for too long",
+        };
+        tracing::info!("stopping VM {}: {what}", self.row.spec.name);
+        self.begin_stop(StopRequest { force: false, timeout_ms: LIMIT_STOP_MS }, running);
+    }
+
+    /// Asks the guest to go down, and sets the time at which the plug is pulled.
+    fn begin_stop(&mut self, stop: StopRequest, running: &Running) {
+        let paused = self.state == VmState::Paused;
+        self.learn(Fact::StopAsked);
+        if stop.force {
+            return self.quit(running);
+        }
+        let deadline = TokioInstant::now() + Duration::from_millis(stop.timeout_ms);
+        self.kill_at = Some(self.kill_at.map_or(deadline, |earlier| earlier.min(deadline)));
+        let (guest, monitor, ready) = (self.guest.clone(), running.monitor.clone(), self.row.agent.ready);
+        tokio::spawn(async move {
+            if paused {
+                let _ = monitor.cont(QMP_WITHIN).await;
+            }
+            // The agent syncs and powers off; where it does not answer, the power button is what is left.
+            if !ready || guest.power(Power::Off, deadline).await.is_err() {
+                let _ = monitor.system_powerdown(QMP_WITHIN).await;
+            }
+        });
+    }
+
+    fn quit(&mut self, running: &Running) {
+        self.quit_sent = true;
+        self.kill_at = Some(TokioInstant::now() + QUIT_WITHIN);
+        let monitor = running.monitor.clone();
+        tokio::spawn(async move { monitor.quit(QUIT_WITHIN).await });
+    }
+
+    /// A deadline has passed: first QEMU is asked to quit, then it is killed.
+    pub(super) fn pull_plug(&mut self, running: &Running) {
+        if self.kill_at.is_none_or(|at| TokioInstant::now() < at) {
+            return;
+        }
+        if self.quit_sent {
+            tracing::warn!("QEMU does not quit; killing it");
+            let _ = running.process.kill();
+            self.kill_at = Some(TokioInstant::now() + QUIT_WITHIN);
+        } else {
+            tracing::warn!("the guest did not power off in time; pulling the plug");
+            self.quit(running);
+        }
+    }
+
+    /// Watches over a QEMU whose monitor does not answer: all that can be done with it is to end it.
+    pub(super) async fn watch_over_mute(&mut self, process: &QemuProcess) -> QemuExit {
+        loop {
+            tokio::select! {
+                exit = process.wait() => return exit.unwrap_or(QemuExit::Unknown),
+                Some(order) = self.orders.recv() => {
+                    let mute = || Error::new(Code::QemuFailed, "the VM's QEMU does not answer").hint("nido stop --force ends it");
+                    match order {
+                        Order::Stop(_) => {
+                            self.learn(Fact::StopAsked);
+                            let _ = process.kill();
+                        }
+                        Order::Pause(reply) | Order::Resume(reply) | Order::ForwardRemove(_, reply) => drop(reply.send(Err(mute()))),
+                        Order::ForwardAdd(_, reply) => drop(reply.send(Err(mute()))),
+                        Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn qmp_error(error: &MonitorError) -> Error {
+    Error::new(Code::QemuFailed, error.to_string().escape_debug().to_string())
+}
+
+fn shutdown_reason(event: &crate::qemu::monitor::Event) -> String {
+    event.data.get("reason").and_then(|reason| reason.as_str()).unwrap_or("unknown").chars().take(40).collect()
+}
