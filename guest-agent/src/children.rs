@@ -91,13 +91,17 @@ impl Children {
         }
     }
 
-    fn reap_ended(&self) {
+    /// Reaps what has ended; whether no child is left.
+    fn reap_ended(&self) -> bool {
         loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) => self.hand_over(pid, status),
-                Ok(None) => return,
+                Ok(None) => return false,
                 Err(rustix::io::Errno::INTR) => {}
-                Err(_no_child) => return self.all_gone.notify_waiters(),
+                Err(_no_child) => {
+                    self.all_gone.notify_waiters();
+                    return true;
+                }
             }
         }
     }
@@ -113,8 +117,13 @@ impl Children {
         }
     }
 
-    /// Ready once a round of reaping found no child left. Only worth waiting for as process 1.
+    /// Ready once no child is left; for process 1, whose children inherit all orphans to it, once no process is left.
     pub async fn all_gone(&self) {
-        self.all_gone.notified().await;
+        let mut told = std::pin::pin!(self.all_gone.notified());
+        // Registered before looking, so that the last death is not missed.
+        told.as_mut().enable();
+        if !self.reap_ended() {
+            told.await;
+        }
     }
 }

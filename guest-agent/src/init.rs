@@ -26,6 +26,7 @@ pub const SAVED_CONFIG: &str = "/run/nido/config";
 const SAVED_AGENT: &str = "/run/nido/nido-guest-agent";
 /// How long the root disk may take to appear.
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
+const DISK: &str = "/dev/vda";
 const NEW_ROOT: &str = "/newroot";
 const MODULES: &str = "/lib/modules";
 
@@ -112,7 +113,6 @@ fn load_module(name: &str) -> io::Result<()> {
 }
 
 fn mount_root() -> io::Result<()> {
-    const DISK: &str = "/dev/vda";
     let deadline = Instant::now() + DISK_DEADLINE;
     while !Path::new(DISK).exists() {
         if Instant::now() > deadline {
@@ -121,19 +121,22 @@ fn mount_root() -> io::Result<()> {
         std::thread::sleep(Duration::from_millis(1));
     }
     fs::create_dir_all(NEW_ROOT)?;
-    mount(DISK, NEW_ROOT, "ext4", MountFlags::NOATIME, c"").map_err(|error| during("mounting the root disk", error))?;
-    grow(DISK).map_err(|error| during("growing the root file system", error))
+    mount(DISK, NEW_ROOT, "ext4", MountFlags::NOATIME, c"").map_err(|error| during("mounting the root disk", error))
 }
 
-/// Lets the file system fill its disk, if that has become larger.
-fn grow(disk: &str) -> io::Result<()> {
-    let mut device = fs::File::open(disk)?;
+/// Lets the root file system fill its disk, if that has become larger. The file system is in use meanwhile, and this
+/// may take a second: it is done beside the first sessions.
+///
+/// # Errors
+/// The disk cannot be read, or the kernel refuses.
+pub fn grow_root() -> io::Result<()> {
+    let mut device = fs::File::open(DISK)?;
     let bytes = device.seek(io::SeekFrom::End(0))?;
     let mut superblock = vec![0; 1024];
     device.seek(io::SeekFrom::Start(1024))?;
     device.read_exact(&mut superblock)?;
     match wanted_blocks(&superblock, bytes) {
-        Some(blocks) => sys::resize_ext4(&fs::File::open(NEW_ROOT)?, blocks),
+        Some(blocks) => sys::resize_ext4(&fs::File::open("/")?, blocks),
         None => Ok(()),
     }
 }

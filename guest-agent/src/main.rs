@@ -135,6 +135,11 @@ async fn serve_until_power(token: Vec<u8>, reach: Reach) -> io::Result<()> {
                     std::process::exit(1);
                 }
             });
+            tokio::task::spawn_blocking(|| {
+                if let Err(error) = init::grow_root() {
+                    eprintln!("nido-guest-agent: the root file system does not fill its disk: {error}");
+                }
+            });
             power
         }
         Reach::Socket(path) => {
@@ -149,11 +154,19 @@ async fn serve_until_power(token: Vec<u8>, reach: Reach) -> io::Result<()> {
     power::go_down(&agent, power, mode).await
 }
 
+/// What the host has decided is there before the first session; what the network has to be asked for is not waited
+/// for.
 fn start_network(network: Option<Network>) -> io::Result<()> {
-    std::thread::Builder::new().name("network".into()).stack_size(THREAD_STACK).spawn(move || {
+    let is_asked_for = network == Some(Network::Dhcp);
+    let set_up = move || {
         if let Err(error) = network::set_up(network.as_ref()) {
             eprintln!("nido-guest-agent: the network could not be set up: {error}");
         }
-    })?;
+    };
+    if is_asked_for {
+        std::thread::Builder::new().name("network".into()).stack_size(THREAD_STACK).spawn(set_up)?;
+    } else {
+        set_up();
+    }
     Ok(())
 }

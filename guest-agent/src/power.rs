@@ -86,12 +86,11 @@ async fn end_everything(agent: &Agent, power: Power) -> io::Result<()> {
     // Interactive shells ignore SIGTERM and obey SIGHUP; stopped processes obey once they go on.
     let politely = &[Signal::SIGHUP, Signal::SIGTERM, Signal::SIGCONT][..];
     for (signals, grace) in [(politely, TERM_GRACE), (&[Signal::SIGKILL], KILL_GRACE)] {
-        let mut gone = std::pin::pin!(agent.children.all_gone());
-        // Registered before the signals, so that the last death is not missed.
-        let _ = futures::poll!(&mut gone);
-        // As process 1, "every process" does not include the caller; an error says that there is no other.
-        let sent = signals.iter().try_for_each(|&signal| kill(Pid::from_raw(-1), signal));
-        if sent.is_err() || timeout(grace, gone).await.is_ok() {
+        for &signal in signals {
+            // As process 1, "every process" does not include the caller. That there is no other is no failure.
+            let _ = kill(Pid::from_raw(-1), signal);
+        }
+        if timeout(grace, agent.children.all_gone()).await.is_ok() {
             break;
         }
     }
