@@ -96,8 +96,18 @@ impl Store {
 /// A failure of SQLite as one of ours.
 #[allow(clippy::needless_pass_by_value)] // the shape map_err wants
 fn fault(error: rusqlite::Error) -> Error {
+    let full = match &error {
+        // The shared index of the write-ahead log could not grow: SQLite has no other word for a full disk there.
+        rusqlite::Error::SqliteFailure(e, _) => {
+            e.code == rusqlite::ErrorCode::DiskFull || e.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE
+        }
+        _ => false,
+    };
+    if full {
+        return Error::new(Code::DiskFull, "the store cannot be written: the disk is full")
+            .hint("free some space on the disk that holds nido's home, or use another with --home");
+    }
     let code = match error.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::DiskFull) => Code::DiskFull,
         Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => Code::VmBusy,
         _ => Code::Internal,
     };
