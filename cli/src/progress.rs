@@ -25,18 +25,19 @@ pub struct Progress<'a> {
     bar: Option<ProgressBar>,
     /// What was told last, so that nothing is told twice.
     last: Option<String>,
-    sized: bool,
+    /// The drawing counts bytes.
+    counting: bool,
 }
 
 impl<'a> Progress<'a> {
     /// Begins to watch work on `subject`.
     pub fn new(output: &'a Output, subject: &str) -> Self {
         let bar = (output.talks() && output.stderr_is_terminal).then(|| {
-            let bar = ProgressBar::new_spinner().with_style(style(SPINNER, false)).with_message(line(subject));
+            let bar = ProgressBar::new_spinner().with_style(style(SPINNER)).with_message(line(subject));
             bar.enable_steady_tick(TICK);
             bar
         });
-        Self { output, subject: line(subject), bar, last: None, sized: false }
+        Self { output, subject: line(subject), bar, last: None, counting: false }
     }
 
     /// A start has come so far.
@@ -64,13 +65,12 @@ impl<'a> Progress<'a> {
     /// A copy has come so far. Nothing is told where nothing can be drawn.
     pub fn copy(&mut self, progress: CopyProgress) {
         let Some(bar) = &self.bar else { return };
-        if let (Some(total), false) = (progress.total_bytes, self.sized) {
+        if !self.counting {
+            self.counting = true;
+            bar.set_style(style(if progress.total_bytes.is_some() { COPY_OF } else { COPY }));
+        }
+        if let Some(total) = progress.total_bytes {
             bar.set_length(total);
-            bar.set_style(style(COPY_OF, true));
-            self.sized = true;
-        } else if self.last.is_none() && !self.sized {
-            bar.set_style(style(COPY, false));
-            self.last = Some(String::new());
         }
         bar.set_position(progress.bytes);
     }
@@ -96,9 +96,8 @@ impl Drop for Progress<'_> {
     }
 }
 
-fn style(template: &str, bar: bool) -> ProgressStyle {
-    let fallback = if bar { ProgressStyle::default_bar } else { ProgressStyle::default_spinner };
-    ProgressStyle::with_template(template).unwrap_or_else(|_| fallback())
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner())
 }
 
 #[cfg(test)]

@@ -66,7 +66,10 @@ fn with_json_the_output_is_collected() {
     let ran = home.nido(["exec", "web", "--json", "--", "sh", "-c", "echo out; echo err >&2; exit 3"]).run().exits(3);
     let result = ran.json();
     assert_eq!((&result["stdout"], &result["stderr"]), (&json!("out\n"), &json!("err\n")));
-    assert_eq!((&result["exit_code"], &result["signal"], &result["timed_out"]), (&json!(3), &json!(null), &json!(false)));
+    assert_eq!(
+        (&result["exit_code"], &result["signal"], &result["timed_out"]),
+        (&json!(3), &json!(null), &json!(false))
+    );
     assert_eq!(result["truncated"], json!({ "stdout": false, "stderr": false }));
     assert!(result["duration_ms"].is_u64());
     assert_eq!(ran.stderr, "");
@@ -84,7 +87,8 @@ fn with_json_the_output_is_collected() {
 fn an_interrupt_reaches_the_command() {
     let home = vm();
     for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
-        let script = format!("trap 'echo caught; exit 7' {}; echo ready; while :; do sleep 0.05; done", signal.as_raw());
+        let script =
+            format!("trap 'echo caught; exit 7' {}; echo ready; while :; do sleep 0.05; done", signal.as_raw());
         let exec = home.nido(["exec", "web", "--", "sh", "-c"]).arg(script).start();
         assert_eq!(exec.line(), "ready");
         exec.signal(signal);
@@ -151,7 +155,8 @@ fn a_killed_nido_takes_its_command_along() {
 #[test]
 fn many_commands_run_at_once() {
     let home = vm();
-    let all: Vec<_> = (0..12).map(|n| (n, home.nido(["exec", "web", "--", "sh", "-c"]).arg(format!("exit {n}")).start())).collect();
+    let all: Vec<_> =
+        (0..12).map(|n| (n, home.nido(["exec", "web", "--", "sh", "-c"]).arg(format!("exit {n}")).start())).collect();
     for (n, exec) in all {
         exec.wait().exits(n);
     }

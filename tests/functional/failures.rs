@@ -150,6 +150,46 @@ fn a_killed_spawn_leaves_nothing_that_cannot_be_deleted() {
 }
 
 #[test]
+fn a_template_that_lost_a_part_is_not_booted() {
+    let home = Home::new();
+    home.nido(["create", "old"]).run().ok();
+    for blob in std::fs::read_dir(home.path().join("blobs/sha256")).unwrap().flatten() {
+        if std::fs::read(blob.path()).unwrap() == b"vmlinux" {
+            std::fs::remove_file(blob.path()).unwrap();
+        }
+    }
+    home.nido(["spawn", "web", "--json"]).run().fails(1, "template_mismatch");
+    let problem = home.nido(["start", "old", "--json"]).run().exits(1).problem();
+    assert!(problem["detail"].is_string() && problem["code"] != "internal", "{problem}");
+    home.nido(["delete", "old"]).run().ok();
+    home.expect_empty();
+}
+
+#[test]
+fn a_full_disk_is_said_and_survived() {
+    let home = Home::new();
+    home.nido(["create", "old"]).run().ok();
+    let small = home.scratch("small");
+    std::fs::create_dir(&small).unwrap();
+    // A tiny file system of its own, that only this script and what it starts can see.
+    let script = "set -e
+        mount -t tmpfs -o size=2m,mode=700 none \"$1\"
+        cp -r \"$2\"/. \"$1\"
+        cat /dev/zero > \"$1/filler\" 2> /dev/null || true
+        \"$3\" --home \"$1\" create web --json || echo \"exit $?\"
+        rm \"$1/filler\"
+        \"$3\" --home \"$1\" create web
+        \"$3\" --home \"$1\" ls -q";
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--map-root-user", "--mount", "sh", "-c", script, "sh"]);
+    command.arg(&small).arg(home.path()).arg(env!("CARGO_BIN_EXE_nido")).env("NIDO_QEMU", home.qemu_path());
+    let ran = command.output().unwrap();
+    let (stdout, stderr) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert!(stderr.contains("\"code\":\"disk_full\""), "{stdout}{stderr}");
+    assert_eq!(stdout, "exit 1\nweb\nold\nweb\n", "{stderr}");
+}
+
+#[test]
 fn the_doctor_says_what_is_missing() {
     let home = Home::new();
     let well = home.nido(["doctor", "--json"]).run();

@@ -82,9 +82,15 @@ fn what_is_missing_is_said_and_nothing_is_left() {
     let (missing, there) = (home.scratch("here/missing"), home.scratch("there/x"));
     home.nido(["upload", "web", "--json"]).arg(&missing).arg(&there).run().fails(1, "path_not_found");
     home.nido(["download", "web", "--json"]).arg(&there).arg(&missing).run().fails(1, "path_not_found");
-    home.nido(["upload", "web", "--json", "/etc/hostname"]).arg(home.scratch("there/no/x")).run().fails(1, "path_not_found");
+    home.nido(["upload", "web", "--json", "/etc/hostname"])
+        .arg(home.scratch("there/no/x"))
+        .run()
+        .fails(1, "path_not_found");
     home.nido(["upload", "web", "--parents", "/etc/hostname"]).arg(home.scratch("there/no/x")).run().ok();
-    home.nido(["upload", "web", "--json", "-u", "nobody-at-all", "/etc/hostname"]).arg(&there).run().fails(1, "user_not_found");
+    home.nido(["upload", "web", "--json", "-u", "nobody-at-all", "/etc/hostname"])
+        .arg(&there)
+        .run()
+        .fails(1, "user_not_found");
     assert_eq!(fs::read_dir(home.scratch("here")).unwrap().count(), 0);
     assert_eq!(fs::read_dir(home.scratch("there")).unwrap().count(), 1);
 }
@@ -113,5 +119,7 @@ fn an_interrupted_copy_leaves_nothing_half_written() {
     crate::support::until("the begun file", || fs::read_dir(home.scratch("there")).unwrap().next()).unwrap();
     up.signal(rustix::process::Signal::INT);
     up.wait().exits(130);
-    crate::support::until("an empty directory", || fs::read_dir(home.scratch("there")).unwrap().next().is_none().then_some(()));
+    crate::support::until("an empty directory", || {
+        fs::read_dir(home.scratch("there")).unwrap().next().is_none().then_some(())
+    });
 }

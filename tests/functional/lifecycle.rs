@@ -154,6 +154,18 @@ fn a_vm_whose_processes_were_all_killed_is_told_as_failed() {
 }
 
 #[test]
+fn a_home_may_have_any_name() {
+    // Longer than a socket's path may be, and with what QEMU's options take for separators.
+    let home = Home::at(&format!("a, b=c,,d 'e' %s/{}/home", "long".repeat(40)));
+    home.spawn("web");
+    home.nido(["exec", "web", "--", "true"]).run().ok();
+    kill_process(supervisor(&home), Signal::KILL).unwrap();
+    home.nido(["exec", "web", "--", "true"]).run().ok();
+    home.nido(["restart", "web"]).run().ok();
+    home.nido(["exec", "web", "--", "true"]).run().ok();
+}
+
+#[test]
 fn everything_of_a_vm_is_private() {
     use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
     let home = Home::new();

@@ -48,7 +48,8 @@ fn a_shell_has_a_terminal_of_our_size_that_follows_ours() {
 fn the_terminal_is_given_back_when_nido_is_ended() {
     let home = vm();
     for signal in [Signal::TERM, Signal::HUP] {
-        let mut terminal = home.nido(["exec", "-it", "web", "--", "sh", "-c", "echo rea\"\"dy; sleep 1000"]).on_terminal();
+        let mut terminal =
+            home.nido(["exec", "-it", "web", "--", "sh", "-c", "echo rea\"\"dy; sleep 1000"]).on_terminal();
         terminal.shows("ready");
         assert!(terminal.is_raw());
         terminal.signal(signal);

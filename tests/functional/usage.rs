@@ -5,8 +5,29 @@ use std::process::Stdio;
 use crate::support::Home;
 
 const VERBS: [&str; 23] = [
-    "spawn", "create", "start", "stop", "pause", "resume", "restart", "delete", "ls", "info", "exec", "shell", "run",
-    "upload", "download", "cp", "logs", "forward", "proxy", "template", "doctor", "completions", "man",
+    "spawn",
+    "create",
+    "start",
+    "stop",
+    "pause",
+    "resume",
+    "restart",
+    "delete",
+    "ls",
+    "info",
+    "exec",
+    "shell",
+    "run",
+    "upload",
+    "download",
+    "cp",
+    "logs",
+    "forward",
+    "proxy",
+    "template",
+    "doctor",
+    "completions",
+    "man",
 ];
 
 #[test]

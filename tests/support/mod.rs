@@ -22,12 +22,18 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 /// A home of its own, with a QEMU that is none.
 pub struct Home {
     directory: TempDir,
+    path: PathBuf,
 }
 
 impl Home {
     /// With the template `sandbox`, whose parts are a few bytes each, and a QEMU that behaves.
     pub fn new() -> Self {
-        let home = Self::bare();
+        Self::at("home")
+    }
+
+    /// As [`Self::new`], at a path that ends in `tail`.
+    pub fn at(tail: &str) -> Self {
+        let home = Self::bare_at(tail);
         publish(&home.path(), "sandbox");
         home.qemu("");
         home
@@ -35,15 +41,20 @@ impl Home {
 
     /// With nothing in it, and no QEMU.
     pub fn bare() -> Self {
+        Self::bare_at("home")
+    }
+
+    fn bare_at(tail: &str) -> Self {
         let directory = tempfile::Builder::new().prefix("nido-test-").tempdir().unwrap();
-        fs::create_dir(directory.path().join("home")).unwrap();
-        fs::set_permissions(directory.path().join("home"), fs::Permissions::from_mode(0o700)).unwrap();
-        Self { directory }
+        let path = directory.path().join(tail);
+        fs::create_dir_all(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+        Self { directory, path }
     }
 
     /// `NIDO_HOME`.
     pub fn path(&self) -> PathBuf {
-        self.directory.path().join("home")
+        self.path.clone()
     }
 
     /// A place for the test's own files, outside of `NIDO_HOME`.
