@@ -528,6 +528,26 @@ async fn a_connection_whose_client_has_gone_does_not_stay() {
     until("the sessions end", async || rig.guest.ping(soon()).await.unwrap().sessions == 1).await;
 }
 
+/// The same where the server is silent: then nothing but the client's own end can tell that nobody is left, and the
+/// VM would never count as idle.
+#[tokio::test(flavor = "current_thread")]
+async fn a_half_closed_connection_ends_with_its_client() {
+    let rig = Rig::start().await;
+    let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = Connect { host: None, port: server.local_addr().unwrap().port() };
+    let mut tunnel = rig.guest.connect(&to, soon()).await.unwrap();
+    let (mut inside, _) = server.accept().await.unwrap();
+    tunnel.shutdown().await.unwrap();
+    assert_eq!(within(inside.read(&mut [0])).await.unwrap(), 0);
+    let mut open = rig.channel.activity().open();
+    within(open.wait_for(|open| *open == 1)).await.unwrap();
+    drop(tunnel);
+    within(open.wait_for(|open| *open == 0)).await.unwrap();
+    // The agent notices as a host without it would: when the server says something, or closes.
+    drop(inside);
+    until("the session ends", async || rig.guest.ping(soon()).await.unwrap().sessions == 1).await;
+}
+
 #[tokio::test(flavor = "current_thread")]
 async fn a_dead_agent_is_noticed_and_a_new_one_served() {
     let mut rig = Rig::start().await;
