@@ -42,7 +42,7 @@ fn interrupted_at_any_moment_it_leaves_nothing() {
     let home = TestHome::new();
     // While it starts.
     let (running, _keys) = home.nido(["run", "--net", "none", "--", "sleep", "98774"]).start();
-    eventually("QEMU", || home.processes().into_iter().find(|p| p.name.starts_with("qemu-system-")));
+    eventually("QEMU", || home.qemu());
     running.signal(Signal::INT);
     running.wait().expect(130);
     home.assert_empty();

@@ -99,7 +99,7 @@ fn killed_while_the_guest_boots() {
     let home = TestHome::new();
     let vm = Vm { home: &home, name: "web" };
     let (spawning, _keys) = home.nido(["spawn", "web", "--net", "none"]).start();
-    let qemu = eventually("QEMU", || home.processes().into_iter().find(|p| p.name.starts_with("qemu-system-")));
+    let qemu = eventually("QEMU", || home.qemu());
     vm.kill_supervisor();
     let done = spawning.wait();
     // Either another supervisor carried the start on, or it failed and nothing is left of it.
@@ -123,7 +123,7 @@ fn killed_with_the_command_that_spawns() {
     let moments: [(&str, fn(&TestHome) -> bool); 3] = [
         ("its directory is there", |home| !home.vm_dirs().is_empty()),
         ("its supervisor is there", |home| home.processes().iter().any(|p| p.arguments.contains(&"supervise".into()))),
-        ("QEMU is there", |home| home.processes().iter().any(|p| p.name.starts_with("qemu-system-"))),
+        ("QEMU is there", |home| home.qemu().is_some()),
     ];
     for (moment, is_now) in moments {
         let (spawning, _keys) = home.nido(["spawn", "web", "--net", "none"]).start();

@@ -51,8 +51,7 @@ fn a_login_shell() {
     eventually("the sleep", || vm.exec(["pgrep", "-x", "-f", "sleep 98769"]).run().code.eq(&0).then_some(()));
     shell.keys("\x1a");
     shell.expect("Stopped");
-    shell.keys("kill %1; exit 3\r");
-    // bash warns about a stopped job once.
+    shell.keys("kill -KILL %1; wait; exit 3\r");
     let (code, _) = shell.wait();
     assert_eq!(code, 3);
 }

@@ -135,6 +135,11 @@ impl TestHome {
         processes_in(self.base.path())
     }
 
+    /// The first QEMU that is found.
+    pub fn qemu(&self) -> Option<Process> {
+        self.processes().into_iter().find(Process::is_qemu)
+    }
+
     /// Fails unless the home is as if nothing had ever been spawned in it.
     #[track_caller]
     pub fn assert_empty(&self) {
@@ -214,7 +219,7 @@ impl Vm<'_> {
     }
 
     #[track_caller]
-    fn process(&self, what: &str, is_it: impl Fn(&Process) -> bool) -> Process {
+    fn process(&self, what: &str, is_it: impl FnMut(&Process) -> bool) -> Process {
         let found: Vec<_> = processes_in(&self.dir()).into_iter().filter(is_it).collect();
         match &found[..] {
             [one] => one.clone(),
@@ -224,7 +229,7 @@ impl Vm<'_> {
 
     #[track_caller]
     pub fn qemu(&self) -> Process {
-        self.process("QEMU", |process| process.name.starts_with("qemu-system-"))
+        self.process("QEMU", Process::is_qemu)
     }
 
     #[track_caller]

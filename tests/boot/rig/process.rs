@@ -27,6 +27,12 @@ impl Process {
         fs::read_link(format!("/proc/{}/cwd", self.pid)).ok()
     }
 
+    /// Whether it is a VM; a QEMU that is asked what it can do is none.
+    pub fn is_qemu(&self) -> bool {
+        self.arguments.first().is_some_and(|program| program.contains("qemu-system-"))
+            && self.arguments.iter().any(|argument| argument.starts_with("guest="))
+    }
+
     /// One line of `/proc/PID/status`.
     pub fn status(&self, key: &str) -> Option<String> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
