@@ -1,4 +1,4 @@
-//! What the host tells the guest before the first session: one CBOR map, handed over as the QEMU firmware
+//! What the host tells the guest before the first session: one CBOR array, handed over as the QEMU firmware
 //! configuration file `opt/nido/config` (readable by the guest's root only), so it is there before any channel is.
 //!
 //! It is the host's word and small by construction; still it is decoded with the same care as the wire.
