@@ -3,7 +3,7 @@
 //! Invariant: the count of open sessions is right whatever ends a session, because [`Seat`] keeps it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nido_guest_agent::wire::{Fault, Power};
 use tokio::sync::mpsc;
@@ -26,6 +26,8 @@ pub struct Agent {
     /// Where a request to go down goes.
     pub power: mpsc::Sender<Power>,
     sessions: AtomicUsize,
+    /// Whether memory was used that is worth giving back once nobody is there.
+    was_busy: AtomicBool,
 }
 
 impl Agent {
@@ -33,7 +35,15 @@ impl Agent {
     pub fn new(token: Vec<u8>, is_init: bool, power: mpsc::Sender<Power>) -> Self {
         let score = std::fs::read("/proc/self/oom_score_adj").unwrap_or_default();
         let resets_oom_score = score.trim_ascii() != b"0" && !score.is_empty();
-        Self { token, is_init, children: Children::default(), resets_oom_score, power, sessions: AtomicUsize::new(0) }
+        Self {
+            token,
+            is_init,
+            children: Children::default(),
+            resets_oom_score,
+            power,
+            sessions: AtomicUsize::new(0),
+            was_busy: AtomicBool::new(false),
+        }
     }
 
     /// Takes a seat for one more session, if there is one.
@@ -41,6 +51,11 @@ impl Agent {
         let taken = self.sessions.fetch_add(1, Ordering::Relaxed);
         let seat = Seat(self.clone());
         (taken < MAX_SESSIONS).then_some(seat)
+    }
+
+    /// Says that large buffers are in use.
+    pub fn takes_memory(&self) {
+        self.was_busy.store(true, Ordering::Relaxed);
     }
 
     /// How many sessions are open.
@@ -54,7 +69,8 @@ pub struct Seat(Arc<Agent>);
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        if self.0.sessions.fetch_sub(1, Ordering::Relaxed) == 1 {
+        let left = self.0.sessions.fetch_sub(1, Ordering::Relaxed) - 1;
+        if left == 0 && self.0.was_busy.swap(false, Ordering::Relaxed) {
             crate::sys::trim_allocator();
         }
     }

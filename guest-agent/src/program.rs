@@ -59,7 +59,7 @@ pub fn start(agent: &Agent, request: &Exec) -> Result<Started, Refusal> {
     let search = environment.iter().find_map(|pair| pair.strip_prefix(b"PATH=")).unwrap_or_default();
     let (programs, argv) = program(&user, request, search);
     let directory = directory(&user, request);
-    let ends = Ends::open(request)
+    let ends = Ends::open(request, user.uid)
         .map_err(|error| Refusal::from_io("cannot set up the command's input and output", &error))?;
 
     let strings = |list: Vec<Vec<u8>>| list.into_iter().map(c_string).collect::<Result<Vec<_>, _>>();
@@ -185,11 +185,22 @@ struct Ends {
 }
 
 impl Ends {
-    fn open(request: &Exec) -> io::Result<Self> {
-        if let Some(size) = request.pty {
-            return Self::open_terminal(size);
+    /// Opens them for a user: programs open `/dev/stdout` and their terminal by name, which takes more than having them.
+    fn open(request: &Exec, uid: u32) -> io::Result<Self> {
+        let ends = match request.pty {
+            Some(size) => Self::open_terminal(size)?,
+            None => Self::open_pipes(request.stdin)?,
+        };
+        if uid != 0 && rustix::process::geteuid().is_root() {
+            for end in [&ends.child_out, &ends.child_err].into_iter().chain(ends.stdin.as_ref()) {
+                rustix::fs::fchown(end, Some(rustix::fs::Uid::from_raw(uid)), None)?;
+            }
         }
-        let (child_in, stdin) = if request.stdin {
+        Ok(ends)
+    }
+
+    fn open_pipes(has_stdin: bool) -> io::Result<Self> {
+        let (child_in, stdin) = if has_stdin {
             let (read, write) = io::pipe()?;
             (OwnedFd::from(read), Some(OwnedFd::from(write)))
         } else {

@@ -107,6 +107,9 @@ async fn answer_requests(agent: &Arc<Agent>, mut input: FrameReader, mut output:
             Ok(None) | Err(FrameError::Io(_)) => return Over::Closed,
             Err(FrameError::Wire(error)) => return broken(input, output, &error.to_string()).await,
         };
+        if matches!(request, ToGuest::Put(_) | ToGuest::Get(_) | ToGuest::Connect(_)) {
+            agent.takes_memory();
+        }
         let done = match request {
             ToGuest::Ping => output.send(&pong(agent)).await.map_err(FrameError::from),
             ToGuest::Exec(exec) => exec::run(agent, exec, &mut input, &mut output).await,

@@ -304,3 +304,24 @@ async fn commands_inherit_nothing_of_the_agent() {
     let standard = masks.lines().map(|mask| u32::from_str_radix(mask, 16).unwrap() & 0x7fff_ffff);
     assert_eq!(standard.collect::<Vec<_>>(), [0, 0]);
 }
+
+#[tokio::test]
+async fn another_user_gets_its_own_ids_home_and_streams() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    if !rustix::process::geteuid().is_root() {
+        // An agent that is not root has nobody else to become, and says so.
+        session.send(&ToGuest::Exec(Exec { user: Some("root".into()), ..shell("true") })).await;
+        assert_eq!(session.failure().await, Fault::Denied);
+        return;
+    }
+    let script = "id -u; id -G; echo $HOME $USER; pwd; echo named >/dev/stderr; umask";
+    let wanted = |pty| Exec { user: Some("nobody".into()), pty, ..shell(script) };
+    session.start(wanted(None)).await;
+    let output = session.finish().await;
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "65534\n65534\n/nonexistent nobody\n/\n0022\n");
+    assert_eq!(output.stderr, b"named\n");
+    session.start(wanted(Some(WindowSize { rows: 24, columns: 80 }))).await;
+    let output = session.finish().await;
+    assert!(String::from_utf8(output.stdout).unwrap().contains("named\r\n"));
+}
