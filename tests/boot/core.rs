@@ -9,21 +9,26 @@ use crate::rig::{TestHome, Who, eventually};
 
 #[test]
 fn as_the_caller() {
-    walk(&TestHome::new());
+    walk(&TestHome::new(), "sandbox");
+}
+
+#[test]
+fn as_the_caller_with_systemd() {
+    walk(&TestHome::new(), "debian-12");
 }
 
 #[test]
 fn as_an_ordinary_user() {
     if rustix::process::geteuid().is_root() {
-        walk(&TestHome::of(Who::Nobody));
+        walk(&TestHome::of(Who::Nobody), "sandbox");
     } else {
         // The other test is that user's run already.
         println!("the suite itself runs as an ordinary user: `as_the_caller` is this test");
     }
 }
 
-fn walk(home: &TestHome) {
-    let vm = home.spawn("web", &["--label", "role=core"]);
+fn walk(home: &TestHome, template: &str) {
+    let vm = home.spawn("web", &["--template", template, "--label", "role=core"]);
     assert_eq!(vm.exec(["hostname"]).text(), "web");
     let ids = vm.exec(["id", "-u"]).text();
     assert_eq!(ids, "0", "a command runs as root unless told otherwise");
@@ -41,8 +46,6 @@ fn walk(home: &TestHome) {
 
     // A port.
     vm.sh("cd /srv/tree && nohup python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 &").ok();
-    let address = vm.nido("forward", &[]).args(["x"]).run();
-    assert_eq!(address.code, 2, "a verb of forward is needed");
     let forward = home.nido(["forward", "add", "web", "8000"]).json();
     let port = u16::try_from(forward["host_port"].as_u64().unwrap()).unwrap();
     let page = eventually("the page", || {
@@ -53,6 +56,17 @@ fn walk(home: &TestHome) {
         (!page.is_empty()).then_some(page)
     });
     assert!(page.ends_with("\r\n\r\nhello\n"), "{page:?}");
+
+    // As people see it.
+    let list = home.nido(["ls"]).text();
+    let row: Vec<_> = list.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row[..3], ["web", "running", template], "{list}");
+    let facts = vm.nido("info", &[]).text();
+    for fact in ["status:", "isolation:", "agent:", "label:", "forward:", "role=core"] {
+        assert!(facts.contains(fact), "{fact} in {facts}");
+    }
+    assert!(vm.nido("logs", &["--source", "supervisor"]).text().contains("starting QEMU"));
+    vm.nido("logs", &["--source", "qemu"]).ok();
 
     // What was written is there after a stop in order.
     vm.sh("echo kept > /root/note").ok();

@@ -87,10 +87,13 @@ fn a_killed_qemu_is_told() {
     home.assert_empty();
 }
 
+/// A way for a VM to end.
+type Ending = fn(&Vm<'_>);
+
 #[test]
 fn ephemeral_vms_vanish() {
     let home = TestHome::new();
-    let ways: [(&str, fn(&Vm<'_>)); 4] = [
+    let ways: [(&str, Ending); 4] = [
         ("stopped", |vm| drop(vm.nido("stop", &[]).ok())),
         ("forced", |vm| drop(vm.nido("stop", &["--force"]).ok())),
         ("by itself", |vm| drop(vm.exec(["kill", "-TERM", "1"]).run())),

@@ -233,7 +233,7 @@ fn interrupted_copies_leave_nothing() {
     running.signal(Signal::INT);
     running.wait().expect(130);
     let left: Vec<PathBuf> = fs::read_dir(&here).unwrap().flatten().map(|entry| entry.path()).collect();
-    assert_eq!(left, [PathBuf::new(); 0]);
+    assert!(left.is_empty(), "{left:?}");
 }
 
 fn digest(path: &Path) -> String {

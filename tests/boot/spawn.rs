@@ -4,6 +4,9 @@ use rustix::process::Signal;
 
 use crate::rig::{TestHome, Vm, eventually};
 
+/// Whether something has come so far.
+type Moment = fn(&TestHome) -> bool;
+
 #[test]
 fn the_guest_has_what_was_asked_for() {
     let home = TestHome::new();
@@ -34,7 +37,7 @@ fn the_guest_has_what_was_asked_for() {
 #[test]
 fn interrupted_it_leaves_no_vm() {
     let home = TestHome::new();
-    let moments: [(&str, fn(&TestHome) -> bool); 3] = [
+    let moments: [(&str, Moment); 3] = [
         ("the directory", |home| !home.vm_dirs().is_empty()),
         ("the supervisor", |home| home.processes().iter().any(|p| p.arguments.contains(&"supervise".into()))),
         ("QEMU", |home| home.qemu().is_some()),
@@ -84,4 +87,31 @@ fn without_waiting() {
     home.nido(["spawn", "other", "--no-wait", "--net", "none"]).ok();
     home.nido(["delete", "other", "--force"]).ok();
     assert_eq!(home.names(), ["web"]);
+}
+
+#[test]
+fn isolation_is_not_promised_in_vain() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--net", "none"]);
+    let info = vm.info();
+    if info["accel"] == "kvm" {
+        assert_eq!((&info["isolation"], &info["warnings"]), (&"hardware".into(), &serde_json::Value::Null));
+        home.spawn("safe", &["--net", "none", "--require-isolation", "--accel", "kvm"]);
+    } else {
+        assert!(info["warnings"][0].as_str().unwrap().contains("no hardware isolation"), "{info:#}");
+        home.nido(["spawn", "safe", "--require-isolation"]).problem(1, "isolation_required");
+        home.nido(["spawn", "safe", "--accel", "kvm"]).problem(1, "kvm_unavailable");
+    }
+    // Emulation that is asked for is no surprise.
+    let slow = home.spawn("slow", &["--net", "none", "--accel", "tcg"]);
+    assert_eq!((&slow.info()["accel"], &slow.info()["isolation"]), (&"tcg".into(), &"emulation".into()));
+    slow.exec(["true"]).ok();
+}
+
+#[test]
+fn virtualization_in_the_guest_only_where_asked_for() {
+    let home = TestHome::new();
+    let has_it = |vm: &Vm<'_>| vm.sh("grep -cwE 'svm|vmx' /proc/cpuinfo || true").text() != "0";
+    assert!(!has_it(&home.spawn("plain", &["--net", "none", "--accel", "tcg"])));
+    assert!(has_it(&home.spawn("nested", &["--net", "none", "--accel", "tcg", "--nested"])));
 }

@@ -11,6 +11,9 @@ fn boot_id(vm: &Vm<'_>) -> String {
     vm.exec(["cat", "/proc/sys/kernel/random/boot_id"]).text()
 }
 
+/// Whether something has come so far.
+type Moment = fn(&TestHome) -> bool;
+
 #[test]
 fn the_guest_survives_its_supervisor() {
     let home = TestHome::new();
@@ -120,7 +123,7 @@ fn killed_with_the_command_that_spawns() {
     let home = TestHome::new();
     let vm = Vm { home: &home, name: "web" };
     // At each of these moments both are killed; whatever is found afterwards can be started or deleted.
-    let moments: [(&str, fn(&TestHome) -> bool); 3] = [
+    let moments: [(&str, Moment); 3] = [
         ("its directory is there", |home| !home.vm_dirs().is_empty()),
         ("its supervisor is there", |home| home.processes().iter().any(|p| p.arguments.contains(&"supervise".into()))),
         ("QEMU is there", |home| home.qemu().is_some()),

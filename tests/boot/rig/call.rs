@@ -137,7 +137,7 @@ impl Call {
     fn args_first(self, flag: &str) -> Self {
         let mut words = vec![self.command.get_program().to_owned(), flag.into()];
         words.extend(self.command.get_args().map(OsStr::to_owned));
-        self.with_words(words)
+        self.with_words(&words)
     }
 
     /// The same with another program in front.
@@ -145,10 +145,10 @@ impl Call {
         let mut words: Vec<OsString> = wrapper.iter().map(Into::into).collect();
         words.push(self.command.get_program().to_owned());
         words.extend(self.command.get_args().map(OsStr::to_owned));
-        self.with_words(words)
+        self.with_words(&words)
     }
 
-    fn with_words(mut self, words: Vec<OsString>) -> Self {
+    fn with_words(mut self, words: &[OsString]) -> Self {
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).env_clear().current_dir(self.command.get_current_dir().expect("a home's calls"));
         command.envs(self.command.get_envs().filter_map(|(key, value)| Some((key, value?))));
