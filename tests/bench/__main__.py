@@ -20,14 +20,19 @@ def arguments():
     parser.add_argument("--only", metavar="NAME", action="append", choices=list(measures.ALL),
                         help=f"only this measurement; may be repeated ({', '.join(measures.ALL)})")
     parser.add_argument("--json", metavar="FILE", help="write everything, each sample included, as JSON")
-    parser.add_argument("--write", metavar="", nargs="?", const="docs/performance.md",
-                        help="write the page docs/performance.md as well (needs all measurements)")
+    parser.add_argument("--write", metavar="FILE", nargs="?", const="docs/performance.md",
+                        help="write the page as well (docs/performance.md; needs all measurements)")
     parser.add_argument("--qemu", metavar="PATH", help="another QEMU")
     parser.add_argument("--nido", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--home", required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--from", dest="start", default=".", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
-    if parsed.write and (parsed.only or parsed.quick):
-        parser.error("--write needs all measurements with all samples: leave out --only and --quick")
+    # Files are named as seen from where the command was given; the page has its place in the checkout.
+    for option in ("json", "qemu"):
+        if getattr(parsed, option):
+            setattr(parsed, option, os.path.join(parsed.start, getattr(parsed, option)))
+    if parsed.write and parsed.only:
+        parser.error("--write needs all measurements: leave out --only")
     return parsed
 
 
@@ -36,12 +41,14 @@ def measure(args, scratch):
     results = []
     with Rig(args.nido, args.home, args.qemu) as rig:
         say("what is measured")
+        before = os.getloadavg()
         facts = report.machine(rig)
         bench = measures.Bench(rig, scratch, args.quick)
         for name in args.only or measures.ALL:
             say(f"{name} ({time.strftime('%H:%M:%S')})")
             results += measures.ALL[name](bench)
-        facts["load_average"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
+        # nido's own guest is one process that computes; much more than that was somebody else.
+        facts["load_before_and_after"] = f"{before[0]:.1f}, {os.getloadavg()[0]:.1f}"
     return facts, results
 
 
@@ -54,7 +61,8 @@ def main():
         facts, results = measure(args, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    page = report.markdown(facts, results, "scripts/bench --write" if args.write else "scripts/bench")
+    command = " ".join(["scripts/bench", *["--quick"] * args.quick, *["--write"] * bool(args.write)])
+    page = report.markdown(facts, results, command)
     print(page, end="")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:

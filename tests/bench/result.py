@@ -1,5 +1,6 @@
 """What one measurement has found: samples by side, and verdicts against targets."""
 
+import statistics
 from dataclasses import dataclass, field
 
 import sampling
@@ -38,6 +39,11 @@ class Result:
 
     def median(self, side):
         return sampling.summary(self.samples[side])["median"]
+
+    def more(self, side, other):
+        """How much more a side is than the other, turn by turn; the median of that. What else the machine did fell on
+        both samples of a turn."""
+        return statistics.median(a - b for a, b in zip(self.samples[side], self.samples[other], strict=True))
 
     def require(self, what, value, sign, target, unit=""):
         self.verdicts.append(Verdict(what, value, sign, target, unit))
