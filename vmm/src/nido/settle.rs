@@ -21,7 +21,10 @@ impl Nido {
     pub(super) async fn settle_all(&self) -> Result<()> {
         let rows = self.store().vms_in_motion()?;
         for row in rows {
-            self.settle(&row).await?;
+            // One VM that cannot be settled is no reason to refuse everything else.
+            if let Err(error) = self.settle(&row).await {
+                tracing::warn!("VM {} cannot be settled: {error}", row.spec.name);
+            }
         }
         Ok(())
     }
@@ -48,8 +51,11 @@ impl Nido {
         let Some(row) = self.store().vm_by_id(&row.id)? else { return Ok(None) };
         if is_held(&dir.file(VM_LOCK)) {
             tracing::info!("VM {} lost its supervisor; starting another", row.spec.name);
-            self.start_supervisor(&row.id, held, None).await?;
-            return self.store().vm_by_id(&row.id);
+            if self.supervise_again(&row.id, held).await? {
+                return self.store().vm_by_id(&row.id);
+            }
+            // QEMU ended in this very moment.
+            return Box::pin(self.settle(&row)).await;
         }
         if row.deleting {
             self.erase(&row.id)?;

@@ -79,6 +79,15 @@ impl Nido {
         }
     }
 
+    /// Starts a supervisor for a QEMU that lost its own; false if that QEMU has ended meanwhile.
+    pub(super) async fn supervise_again(&self, id: &str, held: Held) -> Result<bool> {
+        match self.start_supervisor(id, held, None).await {
+            Ok(()) => Ok(true),
+            Err(error) if is_held(&self.vm_dir(id).file(VM_LOCK)) => Err(error),
+            Err(_nothing_left) => Ok(false),
+        }
+    }
+
     /// Asks the VM's supervisor; starts one if QEMU lost it.
     ///
     /// # Errors
@@ -162,7 +171,7 @@ impl Nido {
                 return Ok(connection);
             }
             match Held::try_take(&dir.file(SUPERVISOR_LOCK)) {
-                Ok(Some(held)) if is_held(&dir.file(VM_LOCK)) => self.start_supervisor(&row.id, held, None).await?,
+                Ok(Some(held)) if is_held(&dir.file(VM_LOCK)) => drop(self.supervise_again(&row.id, held).await?),
                 Ok(Some(held)) => {
                     drop(held);
                     return Err(self.gone(row).await);

@@ -6,7 +6,7 @@
 mod vms;
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
@@ -14,6 +14,8 @@ pub use vms::{BootParts, VmRow, VmUpdate};
 
 use crate::error::{Code, Error, Result};
 
+/// How long to wait for another process that is writing.
+const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What this build writes into `user_version`.
 const SCHEMA_VERSION: i64 = 1;
 
@@ -58,13 +60,18 @@ impl Store {
     /// `disk_full`, `internal` (also for a store written by a newer nido).
     pub fn open(path: &Path) -> Result<Self> {
         let connection = Connection::open(path).map_err(fault)?;
-        connection.busy_timeout(Duration::from_secs(10)).map_err(fault)?;
+        connection.busy_timeout(BUSY_FOR).map_err(fault)?;
         // WAL: readers never wait. NORMAL: a killed process loses nothing; a power cut at most the last changes.
-        connection
-            .execute_batch(
-                "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON; PRAGMA cache_size=-256;",
-            )
-            .map_err(fault)?;
+        let settings =
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON; PRAGMA cache_size=-256;";
+        let deadline = Instant::now() + BUSY_FOR;
+        // Where two processes make the store at the same moment, SQLite does not wait for the other by itself.
+        while let Err(error) = connection.execute_batch(settings) {
+            if error.sqlite_error_code() != Some(rusqlite::ErrorCode::DatabaseBusy) || Instant::now() > deadline {
+                return Err(fault(error));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
         let store = Self { connection };
         store.migrate()?;
         Ok(store)
