@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 
-use crate::support::{Home, until};
+use crate::support::Home;
 
 #[test]
 fn what_is_not_there_is_said() {
@@ -118,8 +118,8 @@ fn an_interrupted_spawn_leaves_nothing() {
     for signal in [Signal::INT, Signal::TERM] {
         let home = Home::new();
         home.qemu("no-agent");
-        let spawn = home.nido(["spawn", "web", "--accel", "tcg"]).start();
-        until("the VM's row", || (home.names() == ["web"]).then_some(()));
+        let mut spawn = home.nido(["spawn", "web", "--accel", "tcg"]).start();
+        spawn.until("the VM's row", || (home.names() == ["web"]).then_some(()));
         spawn.signal(signal);
         let ran = spawn.wait().exits(128 + signal.as_raw());
         assert!(ran.stderr.contains("interrupted; removing web"), "{}", ran.stderr);
@@ -142,8 +142,8 @@ fn an_interrupted_spawn_does_not_touch_a_vm_that_was_there() {
 fn a_killed_spawn_leaves_nothing_that_cannot_be_deleted() {
     let home = Home::new();
     home.qemu("no-agent");
-    let spawn = home.nido(["spawn", "web", "--accel", "tcg"]).start();
-    until("the VM's row", || (home.names() == ["web"]).then_some(()));
+    let mut spawn = home.nido(["spawn", "web", "--accel", "tcg"]).start();
+    spawn.until("the VM's row", || (home.names() == ["web"]).then_some(()));
     spawn.signal(Signal::KILL);
     home.nido(["delete", "web", "--force"]).run().ok();
     home.expect_empty();

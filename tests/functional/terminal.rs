@@ -33,10 +33,10 @@ fn a_shell_has_a_terminal_of_our_size_that_follows_ours() {
     terminal.shows("<xterm>");
     assert!(terminal.is_raw());
     terminal.resizes(33, 99);
-    terminal.types("trap 'stty size' WINCH; stty size; stty size\n");
-    terminal.shows("33 99");
+    terminal.types("until [ \"$(stty size)\" = '33 99' ]; do sleep 0.05; done; echo res\"\"ized\n");
+    terminal.shows("resized");
     // Ctrl-C is a key like others: it interrupts what runs in there, not nido.
-    terminal.types("sh -c 'trap \"echo inter\"rupted INT; echo rea\"\"dy; sleep 100'\n");
+    terminal.types("sh -c 'trap \"echo inter\"\"rupted; exit\" INT; echo rea\"\"dy; while :; do sleep 0.05; done'\n");
     terminal.shows("ready\r\n");
     terminal.types("\x03");
     terminal.shows("interrupted");

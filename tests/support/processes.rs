@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use rustix::process::{Pid, Signal, getpid, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
 
 use super::until;
 
@@ -28,6 +29,14 @@ pub fn end_all(home: &Path) {
     for (pid, _) in of(home) {
         let _ = kill_process(pid, Signal::KILL);
     }
+}
+
+/// Kills one and waits until the kernel has taken everything from it.
+pub fn kill(pid: Pid) {
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    let limit = Timespec { tv_sec: 60, tv_nsec: 0 };
+    assert_eq!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)), Ok(1));
 }
 
 /// Process ids and command lines.

@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde_json::Value;
 
-use super::{DEADLINE, Home};
+use super::{DEADLINE, Home, until};
 
 /// A nido that is about to be run.
 pub struct Nido<'a> {
@@ -128,6 +128,15 @@ impl Live {
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(pid(&self.child), signal).unwrap();
+    }
+
+    /// Looks again and again, until there is something to be seen; it must not end meanwhile.
+    pub fn until<T>(&mut self, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+        until(what, || {
+            let ended = self.child.try_wait().unwrap();
+            assert!(ended.is_none(), "nido {} ended before {what}: {ended:?}", self.what);
+            look()
+        })
     }
 
     /// Waits for its end.
