@@ -24,8 +24,9 @@ use crate::guest::error::GuestError;
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// So many PROBEs that were read and not answered call for filler bytes.
 const PATIENCE: u32 = 5;
-/// Send buffer while a session runs, in bytes; the kernel gives what it allows.
-const SEND_BUFFER: usize = 256 * 1024;
+/// Send buffer while a session runs, in bytes; the kernel doubles it. What lies in it delays every other stream, and
+/// QEMU takes 4 KiB at a time anyway.
+const SEND_BUFFER: usize = 128 * 1024;
 
 /// Runs the preamble on a fresh connection from QEMU. Afterwards the next byte either way is the multiplexer's.
 ///
