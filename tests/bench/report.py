@@ -51,6 +51,13 @@ def markdown(facts, results, command):
         "|---|---|",
     ]
     lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items()]
+    busy = float(facts["load_before_and_after"].split(",")[0])
+    if busy > facts["cores"] / 2:
+        lines += [
+            "",
+            f"**The machine was busy with other work** (a load of {busy:g} on {facts['cores']} cores before the first sample): times are",
+            "too long and rates too low by about that much. What was measured in turns can still be compared.",
+        ]
     lines += ["", "## Targets", "", "| measurement | figure | found | target | |", "|---|---|---|---|---|"]
     for result in results:
         for verdict in result.verdicts:
