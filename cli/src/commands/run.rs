@@ -48,11 +48,11 @@ pub struct Args {
     /// How long the guest may take to become ready [default: depends on the accelerator]
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     start_timeout: Option<u64>,
-    #[command(flatten)]
-    vm: VmArgs,
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
     command: Vec<OsString>,
+    #[command(flatten)]
+    vm: VmArgs,
 }
 
 impl Args {

@@ -30,9 +30,9 @@ pub struct Args {
     /// Name of the new VM
     name: VmName,
     #[command(flatten)]
-    vm: VmArgs,
-    #[command(flatten)]
     start: StartArgs,
+    #[command(flatten)]
+    vm: VmArgs,
 }
 
 impl Args {
