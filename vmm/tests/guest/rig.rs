@@ -1,8 +1,6 @@
 //! The real agent as an ordinary process, behind a channel as a supervisor runs it: what QEMU would carry in between
 //! are plain bytes, so a unix socket stands for it.
 
-#![allow(dead_code, reason = "each test target uses its own part")]
-
 use std::fs::File;
 use std::future::Future;
 use std::io::Write;

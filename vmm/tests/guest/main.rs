@@ -1,0 +1,13 @@
+//! The guest's client and the channel: against the real agent, and against scripted peers that lie.
+
+#![allow(clippy::unwrap_used)]
+
+mod channel;
+mod exec;
+mod files;
+mod forward;
+mod hostile_channel;
+mod hostile_files;
+mod hostile_session;
+mod liar;
+mod rig;
