@@ -1,7 +1,7 @@
 //! `nido-images`: how templates come to be.
 //!
 //! A *recipe* (built in, `recipes/`) is turned into a *template*: a [`Manifest`] under `templates/` and five
-//! content-addressed *parts* under `blobs/sha256/`. [`build`] does it, [`Store`] keeps it.
+//! content-addressed *parts* under `blobs/sha256/`. [`build()`] does it, [`Store`] keeps it.
 //!
 //! ```text
 //! recipe ─ packages ─┬─ kernel ── vmlinux, initramfs-base, packages ─┐

@@ -1,7 +1,7 @@
 //! Cuts the bytes of a session into frames. Pure: the callers, blocking or not, do the reading.
 //!
 //! Invariant: the one buffer grows only for a frame whose head has been checked, so never beyond
-//! [`wire::MAX_RAW`](nido_guest_agent::wire::MAX_RAW) plus a head; frames are lent out of it, not copied.
+//! [`wire::MAX_RAW`] plus a head; frames are lent out of it, not copied.
 
 use nido_guest_agent::wire::{self, HEAD, Head, ToHost, WireError, kind};
 
