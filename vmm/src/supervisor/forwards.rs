@@ -51,13 +51,25 @@ impl Forwards {
         }
     }
 
-    /// Stops one; whether there was one.
-    pub(super) fn stop(&mut self, spec: &ForwardSpec) -> bool {
-        self.tasks.remove(spec).is_some_and(|task| {
-            task.abort();
-            true
-        })
+    /// Stops one. Its port is free when this returns.
+    pub(super) async fn stop(&mut self, spec: &ForwardSpec) {
+        if let Some(task) = self.tasks.remove(spec) {
+            end(task).await;
+        }
     }
+
+    /// Stops all of them. Their ports are free when this returns.
+    pub(super) async fn close(&mut self) {
+        for task in std::mem::take(&mut self.tasks).into_values() {
+            end(task).await;
+        }
+    }
+}
+
+async fn end(task: JoinHandle<()>) {
+    task.abort();
+    // That it was cancelled is what is wanted.
+    let _ = task.await;
 }
 
 impl Drop for Forwards {

@@ -114,7 +114,7 @@ impl Supervisor {
                 let _ = reply.send(outcome);
             }
             Order::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
-            Order::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec))),
+            Order::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec).await)),
             Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
         }
     }
@@ -126,9 +126,9 @@ impl Supervisor {
         Ok(bound)
     }
 
-    fn remove_forward(&mut self, spec: &ForwardSpec) -> Result<()> {
+    async fn remove_forward(&mut self, spec: &ForwardSpec) -> Result<()> {
         self.nido.store().remove_forward(&self.row.id, spec)?;
-        self.forwards.stop(spec);
+        self.forwards.stop(spec).await;
         Ok(())
     }
 

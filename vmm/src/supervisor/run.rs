@@ -289,7 +289,7 @@ impl Supervisor {
     }
 
     /// Writes down how it ended, tells everybody who waits, and leaves nothing behind.
-    async fn end(self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
+    async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
         let never_ran = *self.life.borrow() == Life::Launching;
         let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).problem()));
         tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
@@ -314,6 +314,8 @@ impl Supervisor {
         for socket in [QMP_SOCKET, CHANNEL_SOCKET, AGENT_SOCKET, CONTROL_SOCKET] {
             let _ = unlink(Path::new(socket));
         }
+        // Whoever hears of the end may use the ports again.
+        self.forwards.close().await;
         let erased = if self.row.spec.ephemeral { self.nido.erase(&self.row.id) } else { Ok(()) };
         self.life.send_replace(Life::Ended(problem));
         // Connections that wait for this end hold a receiver each; the accepting task holds one for ever.
