@@ -76,7 +76,7 @@ fn with_json_the_output_is_collected() {
 
     let ran = home.nido(["exec", "web", "--json", "--", "printf", "\\377"]).run().ok();
     assert_eq!(ran.json()["stdout_base64"], "/w==");
-    let ran = home.nido(["exec", "web", "--json", "--", "head", "-c", "17000000", "/dev/zero"]).run().ok();
+    let ran = home.nido(["exec", "web", "--json", "--", "sh", "-c", "yes | head -c 17000000"]).run().ok();
     assert_eq!(ran.json()["stdout"].as_str().unwrap().len(), 16 << 20);
     assert_eq!(ran.json()["truncated"]["stdout"], true);
     let ran = home.nido(["exec", "web", "--json", "--timeout", "300ms", "--", "sleep", "60"]).run().exits(124);
