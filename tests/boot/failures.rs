@@ -40,6 +40,27 @@ fn a_guest_whose_agent_is_not_there() {
 }
 
 #[test]
+fn a_guest_that_hangs_is_told_with_its_last_words() {
+    // A kernel that has no way to the host: the agent waits for ever.
+    let home = TestHome::new();
+    let manifest = home.path().join("templates/sandbox.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    let words = json["kernel"]["append"].as_str().unwrap();
+    let without = "ignore_loglevel initcall_blacklist=virtio_console_init module_blacklist=vmw_vsock_virtio_transport";
+    json["kernel"]["append"] = format!("{words} {without}").into();
+    fs::write(&manifest, serde_json::to_vec(&json).unwrap()).unwrap();
+    let problem = home.nido(["spawn", "web", "--net", "none", "--timeout", "15s"]).problem(1, "agent_unreachable");
+    let tail = problem["log_tail"].as_array().unwrap();
+    assert!((1..=20).contains(&tail.len()), "{problem:#}");
+    assert!(problem["detail"].as_str().unwrap().contains("15.0 s"), "{problem:#}");
+    home.assert_empty();
+    // And as people see it.
+    let done = home.nido(["spawn", "web", "--net", "none", "--timeout", "15s"]).run().expect(1);
+    assert!(done.stderr.contains("\n  | [") && done.stderr.contains("hint: "), "{}", done.stderr);
+    home.assert_empty();
+}
+
+#[test]
 fn parts_that_are_missing() {
     let home = TestHome::new();
     let json: serde_json::Value =

@@ -139,7 +139,7 @@ fn every_verb_answers_in_json() {
     home.nido(["template", "delete", "sandbox"]).problem(1, "template_in_use");
     let built = call(&["template", "build", "sandbox"]);
     has(&built, &["template", "already_built", "duration_ms"]);
-    assert_eq!(built["already_built"], true);
+    assert_eq!(built["already_built"], true, "the suite's templates are those of this nido");
     let report = call(&["doctor"]);
     assert_eq!(report["ok"], true, "{report:#}");
     report["checks"].as_array().unwrap().iter().for_each(|check| has(check, &["name", "status", "detail"]));
