@@ -31,12 +31,13 @@ async fn main() -> Outcome {
     }
 }
 
-/// The supervisor's part.
+/// The supervisor's part, as long as somebody holds its standard input open.
 async fn serve(dir: &Path) -> Outcome {
     let channel = UnixListener::bind(dir.join("channel.sock"))?;
     let clients = UnixListener::bind(dir.join("agent.sock"))?;
     let _channel = Channel::start(channel, clients);
-    std::future::pending().await
+    tokio::task::spawn_blocking(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink())).await??;
+    Ok(())
 }
 
 /// Ends a process when dropped.
@@ -51,7 +52,7 @@ impl Drop for Ended {
 }
 
 fn spawn(program: &Path, arguments: &[&str]) -> Outcome<Ended> {
-    Ok(Ended(Command::new(program).args(arguments).stdin(Stdio::null()).spawn()?))
+    Ok(Ended(Command::new(program).args(arguments).stdin(Stdio::piped()).spawn()?))
 }
 
 fn deadline() -> tokio::time::Instant {
