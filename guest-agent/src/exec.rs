@@ -28,6 +28,8 @@ use crate::program::{self, Started};
 const OUTPUT_CHUNK: usize = 64 * 1024;
 /// How long a finished command's output is still read when something else keeps it open.
 const LINGER: Duration = Duration::from_millis(100);
+/// More than a terminal holds of what was written to it and not yet read, in bytes.
+const TERMINAL_HOLDS: usize = 128 * 1024;
 /// How long a process group may live between SIGHUP and SIGKILL when its session is gone.
 const HANGUP_GRACE: Duration = Duration::from_millis(500);
 /// Credit is returned in pieces of at least this size, in bytes, or when everything was taken.
@@ -274,6 +276,8 @@ async fn send_output(
     // Bytes that lay in the pipes when the command ended: these are its own and must go out, however slow the host.
     let mut owed = 0;
     let mut deadline = Instant::now();
+    // Of a terminal only a part of them can be counted: the rest shows as that is read. More than it holds is not owed.
+    let mut uncounted = if stderr.is_none() { TERMINAL_HOLDS } else { 0 };
     loop {
         if let Some(status) = status
             && stdout.is_none()
@@ -301,14 +305,15 @@ async fn send_output(
                 deadline = Instant::now() + LINGER;
                 0
             }
-            () = sleep_until(deadline), if status.is_some() && owed == 0 => {
-                (stdout, stderr) = (None, None);
-                0
-            }
+            () = sleep_until(deadline), if status.is_some() && owed == 0 => 0,
         };
         owed = owed.saturating_sub(count);
         if status.is_some() && owed == 0 && Instant::now() >= deadline {
-            (stdout, stderr) = (None, None);
+            let rest = if uncounted > 0 { read_at_once(stdout.as_deref(), &mut first) } else { Ok(0) };
+            uncounted = uncounted.saturating_sub(forward(rest, kind::STDOUT, &mut stdout, &mut first, host).await?);
+            if stdout.is_none() {
+                stderr = None;
+            }
         }
     }
 }
@@ -340,6 +345,12 @@ async fn read_some(outlet: Option<&AsyncFd<OwnedFd>>, frame: &mut Vec<u8>) -> io
     let buffer = |file: &OwnedFd| Ok(rustix::io::read(file, rustix::buffer::spare_capacity(frame))?);
     let mut buffer = buffer;
     outlet.async_io(Interest::READABLE, |file| buffer(file)).await
+}
+
+/// Reads what there is. Unlike a look at what could be read, it brings along what the kernel still has on its way.
+fn read_at_once(outlet: Option<&AsyncFd<OwnedFd>>, frame: &mut Vec<u8>) -> io::Result<usize> {
+    let Some(outlet) = outlet else { return Ok(0) };
+    Ok(rustix::io::read(outlet, rustix::buffer::spare_capacity(frame))?)
 }
 
 fn waiting(outlet: Option<&AsyncFd<OwnedFd>>) -> usize {

@@ -212,6 +212,27 @@ async fn a_terminal_has_a_size_a_name_and_one_stream() {
     assert_eq!(output.code, Some(0));
 }
 
+/// What a command wrote last was lost on a terminal if it was read late.
+#[tokio::test]
+async fn a_terminal_that_is_read_late_loses_nothing() {
+    const BYTES: usize = 256 * 1024 + 10_000;
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let pty = Some(WindowSize { rows: 24, columns: 80 });
+    let script = format!("head -c {BYTES} /dev/zero | tr '\\0' x");
+    let pid = session.start(Exec { pty, ..shell(&script) }).await;
+    // The window is full, the rest lies in the terminal, the command has ended.
+    let ended = || !std::path::Path::new(&format!("/proc/{pid}")).exists();
+    while !ended() {
+        tokio::task::yield_now().await;
+    }
+    // Another session is answered all the same; by then the first would have been given up.
+    let mut other = host.open().await;
+    assert_eq!(other.run("sleep 0.4").await.code, Some(0));
+    let output = session.finish().await;
+    assert_eq!((output.stdout.len(), output.code), (BYTES, Some(0)));
+}
+
 /// Reads a terminal until it has shown some text.
 async fn see(session: &mut crate::support::Session, text: &str) {
     let mut seen = Vec::new();
