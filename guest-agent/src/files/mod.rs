@@ -5,6 +5,7 @@
 //! of files, and a half-written file is never seen under its final name.
 
 mod get;
+mod output;
 mod put;
 
 use std::io;

@@ -6,7 +6,7 @@
 
 use std::ffi::{CString, OsStr, OsString};
 use std::fs;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Tim
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
+use super::output::Output;
 use super::{Inbound, resolve};
 use crate::agent::Refusal;
 use crate::passwd::{self, User};
@@ -213,11 +214,11 @@ fn write_leaf<'a>(
             give_to(directory, &temporary.name, ids).map_err(|error| failed(shown, error))?;
             expect_end(queue)?;
         }
-        EntryKind::File(_) => {
+        EntryKind::File(announced) => {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let file = rustix::fs::openat(directory, &temporary.name, flags, Mode::from_raw_mode(0o600))
                 .map_err(|error| failed(shown, error))?;
-            let file = write_bytes(file.into(), shown, queue, summary)?;
+            let file = write_bytes(file.into(), *announced, shown, queue, summary)?;
             if let Some((uid, gid)) = ids {
                 rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
                     .map_err(|error| failed(shown, error))?;
@@ -232,18 +233,20 @@ fn write_leaf<'a>(
 }
 
 fn write_bytes(
-    mut file: fs::File,
+    file: fs::File,
+    announced: u64,
     shown: &Path,
     queue: &mut mpsc::Receiver<Inbound>,
     summary: &mut Summary,
 ) -> Result<fs::File, Refusal> {
+    let mut output = Output::new(file, announced);
     loop {
         match queue.blocking_recv() {
             Some(Inbound::Bytes(bytes)) => {
-                file.write_all(bytes.as_ref()).map_err(|error| failed(shown, error))?;
+                output.write(bytes.as_ref()).map_err(|error| failed(shown, error))?;
                 summary.bytes += bytes.as_ref().len() as u64;
             }
-            Some(Inbound::EntryEnd) => return Ok(file),
+            Some(Inbound::EntryEnd) => return output.finish().map_err(|error| failed(shown, error)),
             _ => return Err(malformed("a file that does not end")),
         }
     }
