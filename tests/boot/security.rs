@@ -101,7 +101,7 @@ fn the_monitor_cannot_start_programs() {
         "execute": "migrate",
         "arguments": { "uri": format!("exec:touch {}", marker.display()) },
     });
-    writeln!(monitor, "{command}").unwrap();
+    monitor.write_all(format!("{command}\n").as_bytes()).unwrap();
     // It is refused, or fails, or the sandbox ends QEMU for trying. What it must not do is succeed.
     let answer = next();
     if answer.as_deref().is_some_and(|answer| answer.contains("\"return\"")) {
