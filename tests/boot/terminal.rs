@@ -15,7 +15,11 @@ fn a_command_on_a_terminal() {
     assert_eq!(screen.replace('\r', ""), "33 101\nxterm\n/dev/pts/0\nerr\n");
 
     // A new size reaches the command.
-    let mut terminal = on_terminal(&["bash", "-c", "trap 'stty size' WINCH; echo up; while :; do sleep 0.1; done"]);
+    let mut terminal = on_terminal(&[
+        "bash",
+        "-c",
+        "trap 'stty size' WINCH; trap 'exit 130' INT; echo up; while :; do sleep 0.1; done",
+    ]);
     terminal.expect("up");
     terminal.resize(20, 60);
     terminal.expect("20 60");
@@ -51,6 +55,8 @@ fn a_login_shell() {
     eventually("the sleep", || vm.exec(["pgrep", "-x", "-f", "sleep 98769"]).run().code.eq(&0).then_some(()));
     shell.keys("\x1a");
     shell.expect("Stopped");
+    // Only a shell that asks is sure to take what is typed.
+    shell.expect("$ ");
     shell.keys("kill -KILL %1; wait; exit 3\r");
     let (code, _) = shell.wait();
     assert_eq!(code, 3);
