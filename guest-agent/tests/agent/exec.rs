@@ -212,7 +212,7 @@ async fn a_terminal_has_a_size_a_name_and_one_stream() {
     assert_eq!(output.code, Some(0));
 }
 
-/// What a command wrote last was lost on a terminal if it was read late.
+/// The window is full and the command has ended before anything is read.
 #[tokio::test]
 async fn a_terminal_that_is_read_late_loses_nothing() {
     const BYTES: usize = 256 * 1024 + 10_000;
