@@ -5,7 +5,7 @@
 //! nothing of it stays running.
 
 use std::fs;
-use std::io::{Read, Write as _};
+use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -198,8 +198,6 @@ const QUESTIONS: &str = concat!(
     "\n",
     r#"{"execute":"query-qmp-schema","id":"schema"}"#,
     "\n",
-    r#"{"execute":"quit","id":"quit"}"#,
-    "\n",
 );
 
 /// Runs the program without a machine and asks it about itself.
@@ -217,11 +215,10 @@ fn ask(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
     let (stdin, stdout, stderr) = (child.0.stdin.take(), child.0.stdout.take(), child.0.stderr.take());
     let (sender, receiver) = mpsc::channel();
     // The threads end when the child does: its death closes the pipes.
-    std::thread::spawn(move || {
-        let _ = stdin.map(|mut pipe| pipe.write_all(QUESTIONS.as_bytes()).map(|()| pipe));
-    });
+    // Its input stays open until the answers are there: a QEMU that ends, or is left, drops what it has not yet written.
+    let _input = std::thread::spawn(move || stdin.map(|mut pipe| pipe.write_all(QUESTIONS.as_bytes()).map(|()| pipe)));
     let errors = std::thread::spawn(move || stderr.map(|pipe| read_capped(pipe, 64 << 10)).unwrap_or_default());
-    std::thread::spawn(move || sender.send(stdout.map(|pipe| read_capped(pipe, OUTPUT_BYTES_MAX)).unwrap_or_default()));
+    std::thread::spawn(move || sender.send(stdout.map(read_answers).unwrap_or_default()));
     let output = receiver.recv_timeout(timeout);
     drop(child);
     let Ok(output) = output else {
@@ -244,6 +241,19 @@ impl Drop for Reaped {
     }
 }
 
+/// Reads up to the answer to the last question.
+fn read_answers(pipe: impl Read) -> Vec<u8> {
+    let mut pipe = BufReader::new(pipe.take(OUTPUT_BYTES_MAX));
+    let mut bytes = Vec::new();
+    loop {
+        let from = bytes.len();
+        let last = matches!(pipe.read_until(b'\n', &mut bytes), Ok(0) | Err(_));
+        if last || serde_json::from_slice(&bytes[from..]).is_ok_and(|line: Value| line["id"] == "schema") {
+            return bytes;
+        }
+    }
+}
+
 fn read_capped(pipe: impl Read, bytes_max: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
     let _ = pipe.take(bytes_max).read_to_end(&mut bytes);
@@ -255,6 +265,8 @@ fn parse(program: &Path, output: &[u8]) -> Option<QemuFacts> {
     let lines: Vec<Value> =
         output.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
     let version = lines.iter().find_map(|line| line.pointer("/QMP/version"))?;
+    // Answers that break off are none: what is missing in them would count as "no", and be remembered.
+    lines.iter().find(|line| line["id"] == "schema")?;
     let number = |key: &str| version.pointer(key)?.as_u64()?.try_into().ok();
     let answer = |id: &str| lines.iter().find(|line| line["id"] == id).map_or(&Value::Null, |line| &line["return"]);
     let has = |id: &str, name: &str| each(answer(id)).any(|item| item["name"] == name);
@@ -314,6 +326,19 @@ mod tests {
     const GREETING: &str =
         r#"{"QMP":{"version":{"qemu":{"micro":4,"minor":1,"major":9},"package":"Debian"},"capabilities":[]}}"#;
 
+    const LAST: &str = r#"{"return":[],"id":"schema"}"#;
+
+    /// A QEMU that ended before it had written everything was remembered as one that can do nothing.
+    #[test]
+    fn answers_that_break_off_are_an_error_and_not_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let cut = &LAST[..LAST.len() / 2];
+        let path = program(dir.path(), &format!("echo '{GREETING}'; printf '%s' '{cut}'"));
+        assert!(matches!(probe(&path, dir.path()), Err(QemuProbeError::NotQemu { .. })));
+        program(dir.path(), &format!("echo '{GREETING}'; echo '{LAST}'; exec sleep 1000"));
+        probe(&path, dir.path()).unwrap();
+    }
+
     #[test]
     fn what_it_says_is_what_it_can() {
         let output = [
@@ -355,7 +380,7 @@ mod tests {
     fn it_is_asked_once_until_it_changes() {
         let dir = tempfile::tempdir().unwrap();
         let cache = dir.path().join("cache");
-        let script = format!("echo x >> {}/asked; echo '{GREETING}'", dir.path().display());
+        let script = format!("echo x >> {}/asked; echo '{GREETING}'; echo '{LAST}'", dir.path().display());
         let path = program(dir.path(), &script);
         let asked = || fs::read(dir.path().join("asked")).unwrap().len() / 2;
         let first = probe(&path, &cache).unwrap();
