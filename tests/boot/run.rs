@@ -1,6 +1,7 @@
 //! `run`: a VM for one command, and nothing afterwards.
 
 use std::fs;
+use std::io::Write as _;
 
 use rustix::process::Signal;
 
@@ -46,8 +47,9 @@ fn interrupted_at_any_moment_it_leaves_nothing() {
     running.signal(Signal::INT);
     running.wait().expect(130);
     home.assert_empty();
-    // While the command runs.
-    let (running, _keys) = home.nido(["run", "--net", "none", "--", "sh", "-c", "echo up; sleep 98774"]).start();
+    // While the command runs. A shell would not do: between two commands it can lose the signal.
+    let (running, mut keys) = home.nido(["run", "-i", "--net", "none", "--", "cat"]).start();
+    keys.write_all(b"up\n").unwrap();
     running.read_until("up\n");
     running.signal(Signal::INT);
     running.wait().expect(130);
