@@ -31,6 +31,9 @@ pub struct GuestConfig {
     /// The first network card's settings; absent if the VM has none.
     #[n(4)]
     pub network: Option<Network>,
+    /// The VM's id. A root disk that carries another one (it belongs to a template) gets a new machine id and host keys.
+    #[n(5)]
+    pub identity: String,
 }
 
 /// Who goes on as process 1.

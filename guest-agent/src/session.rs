@@ -127,6 +127,9 @@ async fn answer_requests(agent: &Arc<Agent>, mut input: FrameReader, mut output:
                 Err(refusal) => fail(&mut output, refusal).await,
             },
             ToGuest::Power(power) => go_down(agent, power, &mut input, &mut output).await,
+            ToGuest::Freeze | ToGuest::Thaw | ToGuest::Renew(_) => {
+                return broken(input, output, "saving and loading are not known here").await;
+            }
             ToGuest::StdinEof | ToGuest::Signal(_) | ToGuest::Resize(_) => Ok(()),
             ToGuest::Hello(_) | ToGuest::Entry(_) | ToGuest::EntryEnd | ToGuest::TreeEnd => {
                 return broken(input, output, "a message that belongs to no request").await;

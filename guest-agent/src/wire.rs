@@ -29,9 +29,21 @@
 //! | `Get` | entries | `TreeEnd` or `Failed` |
 //! | `Connect` | `Connected`, then the stream is raw bytes until both ends have closed | `Failed` or close |
 //! | `Power` | | `PoweringOff` or `Failed` |
+//! | `Freeze` | | `Frozen` or `Failed` |
+//! | `Thaw` | | `Thawed` or `Failed` |
+//! | `Renew` | | `Renewed` or `Failed` |
 //!
 //! Closing a session cancels what runs in it: the process group of an exec is killed, a half-written file is removed.
 //! A `Failed` that answers `Put` may come while the host still sends; the session is closed afterwards.
+//!
+//! # Saving and loading
+//!
+//! A guest whose memory is saved is first told to `Freeze`: the agent writes everything to the root disk and holds the
+//! file system still, so that disk and memory fit each other and the disk alone is clean. It thaws by itself after
+//! [`FREEZE_LIMIT_MS`] of the guest's time if nobody says `Thaw`. A guest that was loaded from saved memory is a twin of
+//! others: it is told to `Renew` before anybody else talks to it, which thaws it, and gives it random numbers, the time, a
+//! token and (if its disk carries another VM's identity) a name, machine id and host keys of its own. From `Renewed` on
+//! only the new token opens sessions. If `Renew` fails, the guest must not be used.
 //!
 //! # Flow control
 //!
@@ -56,7 +68,7 @@ use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 
 /// The protocol version this build speaks, and the only one it accepts.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// The vsock port the agent listens on.
 pub const VSOCK_PORT: u32 = 1024;
 /// The name of the virtio-serial port.
@@ -71,6 +83,10 @@ pub const MAX_RAW: usize = 256 * 1024;
 pub const STDIN_WINDOW: u32 = 256 * 1024;
 /// Length of a VM's token, in bytes.
 pub const TOKEN_LEN: usize = 32;
+/// How many random bytes a renewal brings.
+pub const ENTROPY_LEN: usize = 64;
+/// After so much time, in milliseconds by the guest's clock, a frozen file system thaws by itself.
+pub const FREEZE_LIMIT_MS: u64 = 60_000;
 /// Longest path component, in bytes.
 pub const MAX_COMPONENT: usize = 255;
 /// Deepest nesting of an entry.
@@ -218,6 +234,15 @@ pub enum ToGuest {
     /// Powers the guest off, or restarts it.
     #[n(12)]
     Power(#[n(0)] Power),
+    /// Writes everything to the root disk and holds its file system still.
+    #[n(13)]
+    Freeze,
+    /// Lets it go on.
+    #[n(14)]
+    Thaw,
+    /// Makes a guest that was loaded from saved memory a machine of its own.
+    #[n(15)]
+    Renew(#[n(0)] Renew),
 }
 
 /// What the agent says.
@@ -262,6 +287,15 @@ pub enum ToHost {
     /// The request could not be carried out.
     #[n(12)]
     Failed(#[n(0)] Failed),
+    /// The root file system stands still.
+    #[n(13)]
+    Frozen,
+    /// It goes on.
+    #[n(14)]
+    Thawed,
+    /// The guest is a machine of its own.
+    #[n(15)]
+    Renewed(#[n(0)] Pong),
 }
 
 /// Opens a session.
@@ -502,6 +536,39 @@ pub enum Power {
     /// Orderly restart.
     #[n(1)]
     Restart,
+}
+
+/// What a guest that was loaded from saved memory is told.
+#[derive(Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Renew {
+    /// The VM's token from now on, [`TOKEN_LEN`] bytes.
+    #[n(0)]
+    pub token: ByteVec,
+    /// [`ENTROPY_LEN`] bytes for the kernel's random numbers.
+    #[n(1)]
+    pub entropy: ByteVec,
+    /// The time, nanoseconds since 1970.
+    #[n(2)]
+    pub time_ns: i64,
+    /// The guest's host name: the VM's name.
+    #[n(3)]
+    pub hostname: String,
+    /// The VM's id. A disk that carries another one gets a new machine id and new host keys.
+    #[n(4)]
+    pub identity: String,
+    /// The first network card's settings.
+    #[n(5)]
+    pub network: Option<crate::config::Network>,
+}
+
+impl std::fmt::Debug for Renew {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Renew")
+            .field("hostname", &self.hostname)
+            .field("identity", &self.identity)
+            .field("time_ns", &self.time_ns)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Why a request was not carried out.

@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 
-VERSION = 1
+VERSION = 2
 MESSAGE, STDOUT, STDERR = 0x01, 0x11, 0x12
 HELLO, PING, EXEC = 0, 1, 2
 WELCOME, PONG, STARTED, STDIN_CREDIT, EXITED = 0, 2, 3, 4, 5

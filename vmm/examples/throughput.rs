@@ -69,6 +69,7 @@ async fn measure(mib: usize) -> Outcome {
         token: TOKEN.to_vec().into(),
         init: Init::Agent,
         channel: Reach::Serial,
+        identity: "0123456789abcdef".into(),
         network: None,
     };
     std::fs::write(path("config"), minicbor::to_vec(&config)?)?;

@@ -78,6 +78,7 @@ impl Host {
             token: TOKEN.to_vec().into(),
             init: Init::Agent,
             channel: Channel::Serial,
+            identity: "0123456789abcdef".into(),
             network: None,
         };
         let saved = directory.path().join("config");

@@ -179,6 +179,7 @@ pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) ->
             Transport::VirtioSerial { .. } => Channel::Serial,
         },
         network,
+        identity: row.id.clone(),
     };
     let bytes = minicbor::to_vec(&config)
         .map_err(|e| Error::internal(format!("cannot write the guest's configuration: {e}")))?;

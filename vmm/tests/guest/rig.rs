@@ -103,6 +103,7 @@ impl Rig {
             token: TOKEN.to_vec().into(),
             init: Init::Agent,
             channel: Reach::Serial,
+            identity: "0123456789abcdef".into(),
             network: None,
         };
         let file = self.path("config");
