@@ -54,6 +54,12 @@ pub enum ImageError {
         /// The name as asked for.
         name: String,
     },
+    /// The template is not what it was when work on it began.
+    #[error("template {name} was built anew meanwhile")]
+    TemplateChanged {
+        /// Its name.
+        name: String,
+    },
     /// A manifest that cannot be understood.
     #[error("the manifest {} is not valid: {reason}", path.display())]
     ManifestInvalid {

@@ -32,9 +32,12 @@ mod store;
 
 pub use agent::{AGENT, agent_sha256};
 pub use build::{BuildOptions, BuildOutcome, build};
+pub use digest::{SPARSE_BLOCK, sparse_sha256};
 pub use error::ImageError;
 pub use host::Host;
-pub use manifest::{AgentId, Disk, FORMAT, Init, Kernel, Manifest, Part, Parts, RecipeId};
+pub use manifest::{
+    AgentId, Bake, BakedMachine, Digest, Disk, FORMAT, Init, Kernel, Manifest, Part, Parts, QemuId, RecipeId,
+};
 pub use progress::{BuildProgress, Stage};
 pub use qcow2::{Compression, Qcow2Header, parse as parse_qcow2_header, read_qcow2_header};
 pub use recipe::{Recipe, Spec, find as find_recipe, names as recipe_names};

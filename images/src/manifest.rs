@@ -37,6 +37,9 @@ pub struct Manifest {
     pub agent: AgentId,
     /// Version of the nido that built it.
     pub built_by: String,
+    /// The guest saved while it ran, once for each kind of machine: what VMs are forked from. May be empty.
+    #[serde(default)]
+    pub bakes: Vec<Bake>,
 }
 
 /// The recipe a template was built from.
@@ -110,7 +113,86 @@ pub struct AgentId {
     pub protocol: u16,
 }
 
+/// A guest of the template, saved while its agent waited for the host. A machine of the same kind goes on from there.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bake {
+    /// When it was saved.
+    pub created_at: Timestamp,
+    /// The machine it was saved on.
+    pub machine: BakedMachine,
+    /// The QEMU it was saved by. No other can load it.
+    pub qemu: QemuId,
+    /// The token the saved agent expects, in hexadecimal. Of use only until a fork is renewed.
+    pub token: String,
+    /// The guest's memory: a file as long as the memory, with holes. Its hash is that of [`crate::sparse_sha256`].
+    pub memory: Part,
+    /// Everything of the machine but its memory.
+    pub state: Part,
+    /// What the guest had written to its disk: an overlay on the template's root disk.
+    pub disk: Disk,
+}
+
+impl std::fmt::Debug for Bake {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Without the token.
+        f.debug_struct("Bake").field("machine", &self.machine).field("qemu", &self.qemu).finish_non_exhaustive()
+    }
+}
+
+/// Everything of a machine that its guest may have noticed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BakedMachine {
+    /// `microvm`, `pc` or `q35`.
+    pub machine: String,
+    /// `kvm` or `tcg`.
+    pub accel: String,
+    /// CPU model with its switches.
+    pub cpu_model: String,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// `nat` or `none`.
+    pub net: String,
+    /// `vsock` or `virtio-serial`.
+    pub transport: String,
+    /// Rate of the time-stamp counter in kHz, where the guest was told it.
+    pub tsc_khz: Option<u32>,
+    /// The host's CPU, where the guest sees it (`kvm`).
+    pub host_cpu: Option<String>,
+}
+
+/// One build of QEMU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QemuId {
+    /// Its version, for people.
+    pub version: String,
+    /// SHA-256 of the program.
+    pub sha256: String,
+}
+
+/// How a part's hash is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Digest {
+    /// Over its bytes.
+    Plain,
+    /// Over its blocks that are not all zero: [`crate::sparse_sha256`].
+    Sparse,
+}
+
 impl Manifest {
+    /// Every part with its name and the kind of its hash, those of the bakes included.
+    pub fn all_parts(&self) -> impl Iterator<Item = (&'static str, &Part, Digest)> {
+        let plain = self.parts.all().into_iter().map(|(name, part)| (name, part, Digest::Plain));
+        plain.chain(self.bakes.iter().flat_map(|bake| {
+            [
+                ("memory", &bake.memory, Digest::Sparse),
+                ("state", &bake.state, Digest::Plain),
+                ("disk", &bake.disk.file, Digest::Plain),
+            ]
+        }))
+    }
+
     /// Parses and checks a manifest.
     ///
     /// # Errors
@@ -120,8 +202,8 @@ impl Manifest {
         if manifest.format != FORMAT {
             return Err(format!("its format is {}, this program reads {FORMAT}", manifest.format));
         }
-        let malformed = manifest.parts.all().into_iter().find(|(_, part)| !is_sha256(&part.sha256));
-        if let Some((name, _)) = malformed {
+        let malformed = manifest.all_parts().find(|(_, part, _)| !is_sha256(&part.sha256));
+        if let Some((name, ..)) = malformed {
             return Err(format!("the hash of {name} is malformed"));
         }
         Ok(manifest)
@@ -177,6 +259,7 @@ pub(crate) mod tests {
             },
             agent: AgentId { sha256: sha256(b"agent"), protocol: 1 },
             built_by: "0.1.0".to_owned(),
+            bakes: Vec::new(),
         }
     }
 

@@ -8,9 +8,9 @@ use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::digest::{is_sha256, sha256_of};
+use crate::digest::{is_sha256, sha256_of, sparse_sha256};
 use crate::error::ImageError;
-use crate::manifest::{Manifest, Part};
+use crate::manifest::{Bake, Digest, Manifest, Part, Parts};
 use crate::qcow2::read_qcow2_header;
 
 /// Largest manifest read, in bytes.
@@ -94,7 +94,7 @@ impl Store {
     /// # Errors
     /// [`ImageError::Damaged`] names the first part that is not as it should be.
     pub fn check(&self, manifest: &Manifest) -> Result<(), ImageError> {
-        for (part_name, part) in manifest.parts.all() {
+        for (part_name, part, _) in manifest.all_parts() {
             let damaged =
                 |reason: String| ImageError::Damaged { template: manifest.name.clone(), part: part_name, reason };
             match fs::symlink_metadata(self.blob_path(part)) {
@@ -113,10 +113,14 @@ impl Store {
     pub fn verify(&self, name: &str) -> Result<Manifest, ImageError> {
         let manifest = self.open(name)?;
         self.check(&manifest)?;
-        for (part_name, part) in manifest.parts.all() {
+        for (part_name, part, digest) in manifest.all_parts() {
             let path = self.blob_path(part);
-            let (hash, _) =
-                File::open(&path).and_then(sha256_of).map_err(|error| ImageError::io("read", &path, error))?;
+            let (hash, _) = File::open(&path)
+                .and_then(|file| match digest {
+                    Digest::Plain => sha256_of(file),
+                    Digest::Sparse => sparse_sha256(&file),
+                })
+                .map_err(|error| ImageError::io("read", &path, error))?;
             if hash != part.sha256 {
                 let reason = "its content does not match its hash".to_owned();
                 return Err(ImageError::Damaged { template: name.to_owned(), part: part_name, reason });
@@ -142,10 +146,19 @@ impl Store {
     ///
     /// # Errors
     /// [`ImageError::Io`] or [`ImageError::DiskFull`].
-    pub fn import(&self, path: &Path, part: &Part, _lock: &StoreLock) -> Result<(), ImageError> {
+    pub fn import(&self, path: &Path, part: &Part, lock: &StoreLock) -> Result<(), ImageError> {
+        self.import_as(path, part, 0o444, lock)
+    }
+
+    /// As [`Store::import`], with another mode: a QEMU that opens a memory image for writing, although it maps it privately,
+    /// needs one that its owner may write.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn import_as(&self, path: &Path, part: &Part, mode: u32, _lock: &StoreLock) -> Result<(), ImageError> {
         let target = self.blob_path(part);
         let failed = |error| ImageError::io("store", &target, error);
-        fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(failed)?;
+        fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed)?;
         File::open(path).and_then(|file| file.sync_all()).map_err(failed)?;
         fs::rename(path, &target).map_err(failed)?;
         sync_directory(&self.blobs).map_err(failed)
@@ -164,6 +177,22 @@ impl Store {
         file.write_all(&manifest.to_json()).and_then(|()| file.as_file().sync_all()).map_err(failed)?;
         file.persist(&path).map_err(|error| failed(error.error))?;
         sync_directory(&self.templates).map_err(failed)
+    }
+
+    /// Adds a bake whose parts are in the store to a template, in place of an older one for the same machine. `of` is what was
+    /// baked: a template that was built anew meanwhile does not get it.
+    ///
+    /// # Errors
+    /// [`ImageError::TemplateChanged`], and those of [`Store::open`] and [`Store::publish`].
+    pub fn add_bake(&self, name: &str, bake: Bake, of: &Parts, lock: &StoreLock) -> Result<Manifest, ImageError> {
+        let mut manifest = self.open(name)?;
+        if manifest.parts != *of {
+            return Err(ImageError::TemplateChanged { name: name.to_owned() });
+        }
+        manifest.bakes.retain(|other| other.machine != bake.machine);
+        manifest.bakes.push(bake);
+        self.publish(&manifest, lock)?;
+        Ok(manifest)
     }
 
     /// Removes a template's manifest, then every part no other template and no VM uses. `in_use` holds the hashes of
@@ -199,7 +228,7 @@ impl Store {
     fn sweep(&self, in_use: &HashSet<String>, _lock: &StoreLock) -> Result<u64, ImageError> {
         let mut keep = in_use.clone();
         for manifest in self.ls()? {
-            keep.extend(manifest?.parts.all().map(|(_, part)| part.sha256.clone()));
+            keep.extend(manifest?.all_parts().map(|(_, part, _)| part.sha256.clone()));
         }
         let mut freed = 0;
         let unused = |name: &String| is_sha256(name) && !keep.contains(name);

@@ -184,6 +184,7 @@ pub fn publish(home: &Path, name: &str) {
         },
         agent: AgentId { sha256: nido_images::agent_sha256().into(), protocol: 1 },
         built_by: env!("CARGO_PKG_VERSION").into(),
+        bakes: Vec::new(),
     };
     store.publish(&manifest, &lock).unwrap();
 }

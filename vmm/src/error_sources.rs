@@ -50,6 +50,7 @@ impl From<ImageError> for Error {
             ImageError::Unprivileged { .. } => Code::Denied,
             ImageError::RecipeNotFound { .. } | ImageError::TemplateNotFound { .. } => Code::TemplateNotFound,
             ImageError::NameInvalid { .. } => Code::NameInvalid,
+            ImageError::TemplateChanged { .. } => Code::VmBusy,
             ImageError::ManifestInvalid { .. } | ImageError::Damaged { .. } | ImageError::ImageRefused { .. } => {
                 Code::TemplateMismatch
             }

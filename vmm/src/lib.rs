@@ -18,6 +18,7 @@
 //! of the home; every wait has a deadline.
 
 pub mod api;
+pub mod bake;
 pub mod disk;
 pub mod error;
 mod error_sources;

@@ -139,6 +139,7 @@ fn run(
         },
         agent: AgentId { sha256: agent_sha256().to_owned(), protocol: nido_guest_agent::wire::VERSION },
         built_by: env!("CARGO_PKG_VERSION").to_owned(),
+        bakes: Vec::new(),
     };
     work.publish(&manifest)?;
     Ok(BuildOutcome { manifest, already_built: false, stages_reused })

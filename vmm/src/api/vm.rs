@@ -48,6 +48,17 @@ pub enum NetChoice {
     None,
 }
 
+impl NetChoice {
+    /// The word for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Nat => "nat",
+            Self::None => "none",
+        }
+    }
+}
+
 /// What a VM shall be. Everything but the name has a default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -21,6 +21,8 @@ pub struct HostFacts {
     pub memory_available_mib: u64,
     /// The rate of the time-stamp counter in kHz; `None` if it is not steady.
     pub tsc_khz: Option<u32>,
+    /// The CPU's name, stepping and microcode: under KVM the guest sees it.
+    pub cpu_model: String,
     /// Whether KVM works.
     pub kvm: KvmVerdict,
     /// Whether kernel vsock can be used.
@@ -42,6 +44,7 @@ pub fn gather(cache_dir: &Path) -> HostFacts {
         memory_mib: meminfo_mib(&meminfo, "MemTotal").unwrap_or(0),
         memory_available_mib: meminfo_mib(&meminfo, "MemAvailable").unwrap_or(0),
         tsc_khz: tsc_khz(cache_dir),
+        cpu_model: cpu_model(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
         kvm: kvm::probe(cache_dir),
         vsock: vsock::probe(),
         boot_id: boot_id().unwrap_or_default(),
@@ -74,6 +77,14 @@ fn tsc_khz(cache_dir: &Path) -> Option<u32> {
     khz
 }
 
+/// What of the first CPU's entry tells one kind from another.
+fn cpu_model(cpuinfo: &str) -> String {
+    let keys = ["vendor_id", "cpu family", "model", "model name", "stepping", "microcode"];
+    let first = cpuinfo.split("\n\n").next().unwrap_or_default();
+    let pairs = first.lines().filter_map(|line| line.split_once(':')).map(|(key, value)| (key.trim(), value.trim()));
+    pairs.filter(|(key, _)| keys.contains(key)).map(|(_, value)| value).collect::<Vec<_>>().join(" ")
+}
+
 fn meminfo_mib(meminfo: &str, key: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -90,6 +101,14 @@ mod tests {
         assert_eq!(meminfo_mib(text, "MemTotal"), Some(24105));
         assert_eq!(meminfo_mib(text, "MemAvailable"), Some(23763));
         assert_eq!(meminfo_mib(text, "Mem"), None);
+    }
+
+    #[test]
+    fn a_cpu_is_told_by_its_own_entry() {
+        let text =
+            "processor\t: 0\nvendor_id\t: V\nmodel\t\t: 1\nmodel name\t: M x\ncpu MHz\t: 9\n\nmodel name\t: other\n";
+        assert_eq!(cpu_model(text), "V 1 M x");
+        assert_eq!(cpu_model(""), "");
     }
 
     #[test]

@@ -27,7 +27,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The most it may say (its schema is a quarter of a megabyte).
 const OUTPUT_BYTES_MAX: u64 = 8 << 20;
 /// Raised whenever [`QemuFacts`] or the way to them changes.
-const CACHE_FORMAT: u32 = 1;
+const CACHE_FORMAT: u32 = 2;
 
 /// A version of QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -55,6 +55,8 @@ pub struct QemuFacts {
     pub version: QemuVersion,
     /// The packager's version string; may be empty.
     pub package: String,
+    /// SHA-256 of the program: two builds of one version may save machines differently.
+    pub sha256: String,
     /// It has the machine type `microvm`.
     pub microvm: bool,
     /// It has the machine type `pc`.
@@ -176,9 +178,27 @@ pub fn probe(program: &Path, cache_dir: &Path) -> Result<QemuFacts, QemuProbeErr
     if let Some(facts) = cache::get(cache_dir, &name, &key) {
         return Ok(facts);
     }
-    let facts = ask(program, PROBE_TIMEOUT)?;
+    let hash = hash_of(program).map_err(|source| QemuProbeError::CannotRun { path: program.into(), source })?;
+    let facts = QemuFacts { sha256: hash, ..ask(program, PROBE_TIMEOUT)? };
     cache::put(cache_dir, &name, &key, &facts);
     Ok(facts)
+}
+
+fn hash_of(program: &Path) -> std::io::Result<String> {
+    use std::fmt::Write as _;
+    let mut hash = Sha256::new();
+    let mut file = fs::File::open(program)?;
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => break,
+            count => hash.update(&buffer[..count]),
+        }
+    }
+    Ok(hash.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    }))
 }
 
 const QUESTIONS: &str = concat!(
@@ -292,6 +312,7 @@ fn parse(program: &Path, output: &[u8]) -> Option<QemuFacts> {
             micro: number("/qemu/micro")?,
         },
         package: version["package"].as_str().unwrap_or_default().into(),
+        sha256: String::new(),
         microvm: has("machines", "microvm-machine"),
         pc: machine("pc-i440fx-"),
         q35: machine("pc-q35-"),

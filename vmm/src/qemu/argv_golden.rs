@@ -40,6 +40,7 @@ fn machine(kind: MachineChoice, accel: AccelChoice, vsock: VsockVerdict) -> Mach
         memory_mib: 8192,
         memory_available_mib: 4096,
         tsc_khz: Some(2_300_000),
+        cpu_model: String::new(),
         kvm: KvmVerdict::Usable { micros: 20 },
         vsock,
         boot_id: String::new(),
