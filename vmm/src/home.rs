@@ -29,6 +29,10 @@ pub const QEMU_LOG: &str = "qemu.log";
 pub const SUPERVISOR_LOG: &str = "supervisor.log";
 /// What the guest is told at boot (holds the token).
 pub const GUEST_CONFIG: &str = "guest.cbor";
+/// The memory of a VM that is there to be baked.
+pub const MEMORY_IMAGE: &str = "memory.img";
+/// The device state of one.
+pub const DEVICE_STATE: &str = "state.bin";
 /// The VM's disk: an overlay on the template's.
 pub const DISK: &str = "disk.qcow2";
 

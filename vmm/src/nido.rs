@@ -6,6 +6,7 @@
 //! supervisor with the start. So a killed command leaves either nothing, or a VM whose row tells the truth once the next
 //! command has settled it (`nido/settle.rs`).
 
+mod bake;
 mod copies;
 mod create;
 mod delete;
@@ -22,6 +23,7 @@ mod templates;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub(crate) use create::guest_network;
 pub use exec::{ExecControl, ExecEvents};
 pub use logs::LogStream;
 

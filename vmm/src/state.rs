@@ -197,6 +197,8 @@ pub enum FailureCause {
     OutOfMemory,
     /// The host's disk is full.
     DiskFull,
+    /// The guest was loaded and could not be made a machine of its own.
+    RenewalFailed,
     /// The host restarted, or QEMU and its supervisor were both killed.
     HostRestart,
 }

@@ -11,7 +11,7 @@ use nido_vmm::nido::Nido;
 
 use super::exec::ExecArgs;
 use super::spawn::{absent, spawn};
-use super::vm_args::VmArgs;
+use super::vm_args::{PathArgs, VmArgs};
 use super::{Context, copy};
 use crate::exit::{Failure, Outcome};
 use crate::{parse, sanitize, session};
@@ -52,6 +52,8 @@ pub struct Args {
     #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
     command: Vec<OsString>,
     #[command(flatten)]
+    path: PathArgs,
+    #[command(flatten)]
     vm: VmArgs,
 }
 
@@ -67,7 +69,7 @@ impl Args {
             spec.idle_ms = spec.idle_ms.or(Some(IDLE_MS));
         }
         let nido = cx.nido().await?;
-        let start = StartRequest { wait: true, timeout_ms: self.start_timeout };
+        let start = StartRequest { wait: true, timeout_ms: self.start_timeout, path: self.path.choice() };
         let vm = Box::pin(spawn(cx, &nido, spec, start)).await?;
         vm.warnings.iter().for_each(|warning| cx.output.warn(warning));
         let outcome = async {

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use clap::Subcommand;
-use nido_vmm::api::{BuildRequest, TemplateInfo};
+use nido_vmm::api::{BakeInfo, BakeRequest, BuildRequest, TemplateInfo};
 use nido_vmm::name::TemplateName;
 
 use super::Context;
+use super::vm_args::MachineArgs;
 use crate::exit::{Exit, Outcome};
 use crate::output::{pairs, table};
 use crate::parse::show_bytes;
@@ -19,6 +20,7 @@ Examples:
   nido template build sandbox
   nido template build debian-12 --rebuild   with the newest packages
   nido template info sandbox
+  nido template bake sandbox --memory 2G --cpus 2   so that such VMs are forked, too
   nido template delete debian-12
 
 A template that stands ready is not built again unless its recipe or nido's guest agent has changed.";
@@ -51,6 +53,19 @@ enum Verb {
         /// Fetch packages anew even if nothing has changed
         #[arg(long)]
         rebuild: bool,
+        /// Do not save a running guest to fork from: VMs will boot
+        #[arg(long)]
+        no_bake: bool,
+    },
+    /// Save a template's guest while it runs, so that VMs of that kind are forked instead of booted
+    Bake {
+        /// Name of the template
+        name: TemplateName,
+        /// Bake anew even where a bake fits
+        #[arg(long)]
+        again: bool,
+        #[command(flatten)]
+        machine: MachineArgs,
     },
     /// Delete a template that no VM uses
     Delete {
@@ -68,7 +83,8 @@ impl Args {
                 cx.output.answer(&template, || pairs(&facts(&template)))?;
                 Ok(Exit::Success)
             }
-            Verb::Build { name, rebuild } => build(cx, &name, rebuild).await,
+            Verb::Build { name, rebuild, no_bake } => build(cx, &name, BuildRequest { rebuild, bake: !no_bake }).await,
+            Verb::Bake { name, again, machine } => bake(cx, &name, BakeRequest { again, ..machine.bake() }).await,
             Verb::Delete { name } => {
                 let nido = cx.nido().await?;
                 nido.template_delete(&name)?;
@@ -103,12 +119,12 @@ async fn list(cx: &Context) -> Outcome {
     Ok(Exit::Success)
 }
 
-async fn build(cx: &Context, name: &TemplateName, rebuild: bool) -> Outcome {
+async fn build(cx: &Context, name: &TemplateName, request: BuildRequest) -> Outcome {
     let nido = cx.nido().await?;
     let built = {
         let mut progress = Progress::new(&cx.output, name.as_str());
         let mut told = |step| progress.build(&step);
-        until_signal(UNDO_LIMIT, nido.template_build(name, BuildRequest { rebuild }, &mut told)).await?
+        until_signal(UNDO_LIMIT, nido.template_build(name, request, &mut told)).await?
     };
     cx.output.talk(&if built.already_built {
         format!("{name} is up to date")
@@ -120,8 +136,32 @@ async fn build(cx: &Context, name: &TemplateName, rebuild: bool) -> Outcome {
     Ok(Exit::Success)
 }
 
+async fn bake(cx: &Context, name: &TemplateName, request: BakeRequest) -> Outcome {
+    let nido = cx.nido().await?;
+    let baked = {
+        let mut progress = Progress::new(&cx.output, name.as_str());
+        let mut told = |stage| progress.start(stage);
+        until_signal(Duration::ZERO, nido.template_bake(name, &request, &mut told)).await?
+    };
+    cx.output.talk(&if baked.already_baked {
+        format!("{name} has been baked for {}", machine(&baked.bake))
+    } else {
+        let seconds = Duration::from_millis(baked.duration_ms).as_secs_f64();
+        format!("{name} was baked for {} in {seconds:.1} s", machine(&baked.bake))
+    });
+    cx.output.answer(&baked, || format!("{name}\n"))?;
+    Ok(Exit::Success)
+}
+
+/// The machine of a bake in a few words.
+fn machine(bake: &BakeInfo) -> String {
+    let BakeInfo { machine, accel, cpus, memory_mib, net, .. } = bake;
+    format!("{machine}, {accel}, {cpus} CPU, {memory_mib} MiB, network {net}")
+}
+
 fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
     let agent = if template.agent_current { "of this nido" } else { "of another nido; build the template again" };
+    let bakes: Vec<_> = template.bakes.iter().map(machine).collect();
     let users = if template.used_by.is_empty() { "no VM".into() } else { template.used_by.join(", ") };
     vec![
         ("name", template.name.to_string()),
@@ -134,5 +174,9 @@ fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
         ("disk", show_bytes(template.disk_bytes)),
         ("created", format!("{:.0}", template.created_at)),
         ("used by", users),
+        (
+            "forks on",
+            if bakes.is_empty() { "no machine; see nido template bake --help".into() } else { bakes.join("\n") },
+        ),
     ]
 }

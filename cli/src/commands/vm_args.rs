@@ -1,7 +1,10 @@
 //! Flags that say what a VM shall be and how a start waits, shared by `spawn`, `create`, `run`, `start`, `restart`.
 
 use clap::ValueEnum;
-use nido_vmm::api::{AccelChoice, ForwardSpec, MachineChoice, NetChoice, StartRequest, VmInfo, VmSpec};
+use nido_vmm::api::{
+    AccelChoice, BakeRequest, ForwardSpec, MachineChoice, NetChoice, PathChoice, StartPath, StartRequest, VmInfo,
+    VmSpec,
+};
 use nido_vmm::name::{TemplateName, VmName};
 
 use crate::output::Output;
@@ -14,18 +17,9 @@ pub struct VmArgs {
     /// Template to make it from [default: sandbox]
     #[arg(long, short = 'T', value_name = "NAME")]
     template: Option<TemplateName>,
-    /// Virtual CPUs [default: 1]
-    #[arg(long, value_name = "N")]
-    cpus: Option<u32>,
-    /// Memory, for example 512M or 2G [default: 512M]
-    #[arg(long, value_name = "SIZE", value_parser = parse::memory_mib)]
-    memory: Option<u32>,
     /// Size of the disk, for example 4G [default: the template's]
     #[arg(long, value_name = "SIZE", value_parser = parse::size)]
     disk: Option<u64>,
-    /// Network: nat reaches whatever the host can reach, none has no network card [default: nat]
-    #[arg(long, value_name = "KIND")]
-    net: Option<Net>,
     /// Publish a port of the guest on the host's loopback; may be repeated
     #[arg(long, short, value_name = "[[HOST:]PORT:]GUEST")]
     publish: Vec<ForwardSpec>,
@@ -38,6 +32,29 @@ pub struct VmArgs {
     /// Delete it when it stops
     #[arg(long)]
     ephemeral: bool,
+    /// Refuse to start without hardware isolation
+    #[arg(long)]
+    require_isolation: bool,
+    /// Label; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse::label)]
+    label: Vec<(String, String)>,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+/// What of a VM its guest may notice, and a bake therefore fixes.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "The machine")]
+pub struct MachineArgs {
+    /// Virtual CPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    /// Memory, for example 512M or 2G [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = parse::memory_mib)]
+    memory: Option<u32>,
+    /// Network: nat reaches whatever the host can reach, none has no network card [default: nat]
+    #[arg(long, value_name = "KIND")]
+    net: Option<Net>,
     /// Give the guest virtualization of its own
     #[arg(long)]
     nested: bool,
@@ -47,12 +64,6 @@ pub struct VmArgs {
     /// Accelerator: auto takes kvm where it is proven to work, else tcg with a warning [default: auto]
     #[arg(long, value_name = "KIND")]
     accel: Option<Accel>,
-    /// Refuse to start without hardware isolation
-    #[arg(long)]
-    require_isolation: bool,
-    /// Label; may be repeated
-    #[arg(long, value_name = "KEY=VALUE", value_parser = parse::label)]
-    label: Vec<(String, String)>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -80,34 +91,50 @@ impl VmArgs {
     /// The core's specification; what was not said keeps the core's default.
     pub fn spec(self, name: VmName) -> VmSpec {
         let defaults = VmSpec::named(name);
+        let machine = self.machine.bake();
         VmSpec {
             template: self.template.unwrap_or(defaults.template),
-            cpus: self.cpus.unwrap_or(defaults.cpus),
-            memory_mib: self.memory.unwrap_or(defaults.memory_mib),
+            cpus: machine.cpus.unwrap_or(defaults.cpus),
+            memory_mib: machine.memory_mib.unwrap_or(defaults.memory_mib),
             disk_bytes: self.disk,
-            net: self.net.map_or(defaults.net, |net| match net {
-                Net::Nat => NetChoice::Nat,
-                Net::None => NetChoice::None,
-            }),
-            machine: self.machine.map_or(defaults.machine, |machine| match machine {
-                Machine::Auto => MachineChoice::Auto,
-                Machine::Microvm => MachineChoice::Microvm,
-                Machine::Pc => MachineChoice::Pc,
-                Machine::Q35 => MachineChoice::Q35,
-            }),
-            accel: self.accel.map_or(defaults.accel, |accel| match accel {
-                Accel::Auto => AccelChoice::Auto,
-                Accel::Kvm => AccelChoice::Kvm,
-                Accel::Tcg => AccelChoice::Tcg,
-            }),
+            net: machine.net,
+            machine: machine.machine,
+            accel: machine.accel,
+            nested: machine.nested,
             require_isolation: self.require_isolation,
-            nested: self.nested,
             forwards: self.publish,
             ttl_ms: self.ttl,
             idle_ms: self.idle,
             ephemeral: self.ephemeral,
             labels: self.label.into_iter().collect(),
             ..defaults
+        }
+    }
+}
+
+impl MachineArgs {
+    /// The core's words; what was not said keeps the core's default.
+    pub fn bake(self) -> BakeRequest {
+        BakeRequest {
+            cpus: self.cpus,
+            memory_mib: self.memory,
+            net: self.net.map_or(NetChoice::default(), |net| match net {
+                Net::Nat => NetChoice::Nat,
+                Net::None => NetChoice::None,
+            }),
+            machine: self.machine.map_or(MachineChoice::default(), |machine| match machine {
+                Machine::Auto => MachineChoice::Auto,
+                Machine::Microvm => MachineChoice::Microvm,
+                Machine::Pc => MachineChoice::Pc,
+                Machine::Q35 => MachineChoice::Q35,
+            }),
+            accel: self.accel.map_or(AccelChoice::default(), |accel| match accel {
+                Accel::Auto => AccelChoice::Auto,
+                Accel::Kvm => AccelChoice::Kvm,
+                Accel::Tcg => AccelChoice::Tcg,
+            }),
+            nested: self.nested,
+            ..BakeRequest::default()
         }
     }
 }
@@ -121,12 +148,36 @@ pub struct StartArgs {
     /// How long the guest may take to become ready, for example 60s [default: depends on the accelerator]
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     timeout: Option<u64>,
+    #[command(flatten)]
+    path: PathArgs,
 }
 
 impl StartArgs {
     /// The core's request.
     pub const fn request(&self) -> StartRequest {
-        StartRequest { wait: !self.no_wait, timeout_ms: self.timeout }
+        StartRequest { wait: !self.no_wait, timeout_ms: self.timeout, path: self.path.choice() }
+    }
+}
+
+/// How the guest comes to life.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct PathArgs {
+    /// Boot, even where the template has been baked for such a machine
+    #[arg(long)]
+    cold: bool,
+    /// Fork, or fail and say why that cannot be
+    #[arg(long, conflicts_with = "cold")]
+    fork: bool,
+}
+
+impl PathArgs {
+    /// The core's word.
+    pub const fn choice(self) -> PathChoice {
+        match (self.cold, self.fork) {
+            (true, _) => PathChoice::Cold,
+            (false, true) => PathChoice::Fork,
+            (false, false) => PathChoice::Auto,
+        }
     }
 }
 
@@ -139,6 +190,11 @@ pub fn summarize(output: &Output, vm: &VmInfo) {
     output.talk(&summary(vm));
 }
 
+/// Milliseconds as people read them.
+fn seconds(ms: f64) -> String {
+    if ms < 1000.0 { format!("{ms:.0} ms") } else { format!("{:.2} s", ms / 1000.0) }
+}
+
 fn summary(vm: &VmInfo) -> String {
     let isolation = match vm.isolation.as_deref() {
         Some("hardware") => Some("hardware isolation"),
@@ -148,8 +204,13 @@ fn summary(vm: &VmInfo) -> String {
     let facts = [vm.machine.as_deref(), vm.accel.as_deref(), isolation].into_iter().flatten();
     match &vm.timings {
         Some(timings) if vm.agent.ready => {
-            let facts: Vec<_> = std::iter::once("cold boot").chain(facts).collect();
-            format!("{} is ready after {:.2} s ({})", vm.name, timings.total_ms / 1000.0, facts.join(", "))
+            let path = match timings.path {
+                StartPath::Cold => "cold boot",
+                StartPath::Fork => "fork",
+                StartPath::Pool => "from the pool",
+            };
+            let facts: Vec<_> = std::iter::once(path).chain(facts).collect();
+            format!("{} is ready after {} ({})", vm.name, seconds(timings.total_ms), facts.join(", "))
         }
         _ => {
             let facts: Vec<_> = facts.collect();

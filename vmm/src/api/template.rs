@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::{AccelChoice, MachineChoice, NetChoice};
 use crate::name::TemplateName;
 
 /// What nido tells about a template.
@@ -28,6 +29,66 @@ pub struct TemplateInfo {
     pub agent_current: bool,
     /// VMs made from it.
     pub used_by: Vec<String>,
+    /// The machines that VMs can be forked on.
+    pub bakes: Vec<BakeInfo>,
+}
+
+/// A guest of a template, saved while it ran on one kind of machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BakeInfo {
+    /// When it was saved.
+    pub created_at: Timestamp,
+    /// Machine type.
+    pub machine: String,
+    /// `kvm` or `tcg`.
+    pub accel: String,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// `nat` or `none`.
+    pub net: String,
+    /// `vsock` or `virtio-serial`.
+    pub transport: String,
+    /// The QEMU that saved it.
+    pub qemu: String,
+    /// Bytes on the host's disk, without the memory image.
+    pub size_bytes: u64,
+}
+
+/// For which machine a template is baked. What is absent is as for a VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BakeRequest {
+    /// Virtual CPUs.
+    pub cpus: Option<u32>,
+    /// Memory in MiB.
+    pub memory_mib: Option<u32>,
+    /// Network.
+    pub net: NetChoice,
+    /// Machine type.
+    pub machine: MachineChoice,
+    /// Accelerator.
+    pub accel: AccelChoice,
+    /// Virtualization in the guest.
+    pub nested: bool,
+    /// Bake anew even where a bake fits.
+    pub again: bool,
+    /// How long the guest may take to become ready, in milliseconds.
+    pub timeout_ms: Option<u64>,
+}
+
+/// How a bake ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BakeResult {
+    /// The template.
+    pub template: TemplateName,
+    /// What was saved.
+    pub bake: BakeInfo,
+    /// Nothing had to be done.
+    pub already_baked: bool,
+    /// How long it took.
+    pub duration_ms: u64,
 }
 
 /// The answer of a list of templates.
@@ -44,6 +105,8 @@ pub struct TemplateList {
 pub struct BuildRequest {
     /// Fetch packages anew even if nothing in the recipe has changed.
     pub rebuild: bool,
+    /// Bake it for the usual machines as well.
+    pub bake: bool,
 }
 
 /// How far a build has come.

@@ -151,12 +151,28 @@ pub struct StartRequest {
     pub wait: bool,
     /// How long the guest may take to become ready, in milliseconds; a default by accelerator if absent.
     pub timeout_ms: Option<u64>,
+    /// How the guest comes to life.
+    #[serde(default)]
+    pub path: PathChoice,
 }
 
 impl Default for StartRequest {
     fn default() -> Self {
-        Self { wait: true, timeout_ms: None }
+        Self { wait: true, timeout_ms: None, path: PathChoice::Auto }
     }
+}
+
+/// How a guest shall come to life.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PathChoice {
+    /// The quickest that fits; `timings.path` and `machine_reason` say which and why.
+    #[default]
+    Auto,
+    /// Boot.
+    Cold,
+    /// Fork, or fail.
+    Fork,
 }
 
 /// How a VM is stopped.
@@ -186,6 +202,19 @@ pub enum StartStage {
     Booting,
     /// The agent answers.
     Ready,
+}
+
+impl StartStage {
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Preparing => "preparing",
+            Self::Launching => "launching",
+            Self::Booting => "booting",
+            Self::Ready => "ready",
+        }
+    }
 }
 
 /// Everything nido tells about a VM.
@@ -269,13 +298,13 @@ pub struct Failure {
 /// How long the last start took. Milliseconds since nido was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Timings {
-    /// `cold`: booted.
+    /// How it came to life.
     pub path: StartPath,
     /// Until QEMU answered on its monitor.
     pub qemu_ms: f64,
     /// Until the machine's state was there; for a boot the same as `qemu_ms`.
     pub load_ms: f64,
-    /// From there to the agent's first answer.
+    /// From there until the guest was ready: to the agent's first answer, or the end of its renewal.
     pub agent_ms: f64,
     /// All of it.
     pub total_ms: f64,
@@ -287,6 +316,10 @@ pub struct Timings {
 pub enum StartPath {
     /// Booted.
     Cold,
+    /// Forked: it went on from a saved guest.
+    Fork,
+    /// Claimed: a fork that was waiting for it.
+    Pool,
 }
 
 /// The answer of a list.

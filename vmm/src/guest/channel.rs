@@ -14,13 +14,12 @@ use std::time::Duration;
 
 use nido_guest_agent::wire::{self, Refusal, Refused, ToHost};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::error::GuestError;
-use super::mux::{HangUp, Mux};
-use super::session::Session;
+use super::mux::{self, HangUp, Mux};
 use super::transport::Stream;
 
 /// How many clients are served at once. Further ones are told that the agent is busy.
@@ -93,19 +92,46 @@ pub struct Channel {
     activity: Activity,
     link: watch::Receiver<Link>,
     mux: watch::Receiver<Option<Mux>>,
+    open: watch::Sender<bool>,
+    quiet: mpsc::Sender<Quiet>,
     tasks: [AbortHandle; 2],
 }
 
 impl Channel {
-    /// Starts serving: `channel` is where QEMU dials, `clients` is `agent.sock`. Needs a running tokio runtime.
+    /// Starts serving: `channel` is where QEMU dials, `clients` is `agent.sock`. Clients wait for [`Self::open`]. Needs a
+    /// running tokio runtime.
     #[must_use]
     pub fn start(channel: UnixListener, clients: UnixListener) -> Self {
         let activity = Activity::new();
         let (link_now, link) = watch::channel(Link::Waiting);
         let (mux_now, mux) = watch::channel(None);
-        let dials = tokio::spawn(serve_channel(channel, link_now, mux_now)).abort_handle();
-        let visits = tokio::spawn(serve_clients(clients, mux.clone(), activity.clone())).abort_handle();
-        Self { activity, link, mux, tasks: [dials, visits] }
+        let (open, opened) = watch::channel(false);
+        let (quiet, hushed) = mpsc::channel(1);
+        let dials = tokio::spawn(serve_channel(channel, link_now, mux_now, hushed)).abort_handle();
+        let door = Door { opened, mux: mux.clone() };
+        let visits = tokio::spawn(serve_clients(clients, door, activity.clone())).abort_handle();
+        Self { activity, link, mux, open, quiet, tasks: [dials, visits] }
+    }
+
+    /// Lets clients through, or makes new ones wait: until a guest that was loaded is a machine of its own, nobody but the
+    /// supervisor may talk to it.
+    pub fn open(&self, open: bool) {
+        self.open.send_replace(open);
+    }
+
+    /// Ends every session and leaves the agent waiting for the host's next word, so that the machine can be saved. The
+    /// connection stays; nothing goes over it any more.
+    ///
+    /// # Errors
+    /// [`GuestError::Gone`], [`GuestError::Timeout`].
+    pub async fn quieten(&self, deadline: Instant) -> Result<(), GuestError> {
+        let (reply, answer) = oneshot::channel();
+        self.quiet.send(Quiet { deadline, reply }).await.map_err(|_| GuestError::Gone)?;
+        match timeout_at(deadline, answer).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Err(GuestError::Gone),
+            Err(_) => Err(GuestError::Timeout { what: "to fall silent" }),
+        }
     }
 
     /// The state of the channel, as it changes.
@@ -120,11 +146,11 @@ impl Channel {
         &self.activity
     }
 
-    /// Opens a session for the supervisor itself, once the channel is up.
+    /// A stream for the supervisor itself, once the channel is up, whether or not it is open for others.
     ///
     /// # Errors
-    /// [`GuestError::Unreachable`] if the channel does not come up in time; the errors of [`Session::open`].
-    pub async fn session(&self, token: &[u8], deadline: Instant) -> Result<Session, GuestError> {
+    /// [`GuestError::Unreachable`] if the channel does not come up in time.
+    pub async fn stream(&self, deadline: Instant) -> Result<Stream, GuestError> {
         let mut mux = self.mux.clone();
         let mux = match timeout_at(deadline, mux.wait_for(Option::is_some)).await {
             Ok(Ok(mux)) => mux.clone(),
@@ -133,8 +159,7 @@ impl Channel {
         let Some(mux) = mux else { return Err(GuestError::Unreachable("its channel is not up".into())) };
         let (ours, theirs) = UnixStream::pair().map_err(|e| GuestError::stream(&e))?;
         tokio::spawn(async move { mux.serve(theirs, |_, _| ()).await });
-        let ours = ours.into_std().and_then(|ours| Stream::new(ours.into())).map_err(|e| GuestError::stream(&e))?;
-        Session::open(ours, token, deadline).await
+        ours.into_std().and_then(|ours| Stream::new(ours.into())).map_err(|e| GuestError::stream(&e))
     }
 }
 
@@ -144,7 +169,19 @@ impl Drop for Channel {
     }
 }
 
-async fn serve_channel(channel: UnixListener, link: watch::Sender<Link>, current: watch::Sender<Option<Mux>>) {
+/// A wish for silence.
+#[derive(Debug)]
+struct Quiet {
+    deadline: Instant,
+    reply: oneshot::Sender<Result<(), GuestError>>,
+}
+
+async fn serve_channel(
+    channel: UnixListener,
+    link: watch::Sender<Link>,
+    current: watch::Sender<Option<Mux>>,
+    mut hushed: mpsc::Receiver<Quiet>,
+) {
     loop {
         let socket = match channel.accept().await {
             Ok((socket, _)) => socket,
@@ -155,12 +192,20 @@ async fn serve_channel(channel: UnixListener, link: watch::Sender<Link>, current
             }
         };
         link.send_replace(Link::Agreeing);
+        // A second way to the same connection: it outlives the multiplexer when that is ended for a save.
+        let kept = duplicate(&socket);
         match Mux::start(socket, Instant::now() + AGREEMENT_LIMIT).await {
             Ok(mux) => {
                 current.send_replace(Some(mux.clone()));
                 link.send_replace(Link::Up);
-                let reason = mux.ended().await;
-                tracing::info!("the agent's channel ended: {reason}");
+                tokio::select! {
+                    reason = mux.ended() => tracing::info!("the agent's channel ended: {reason}"),
+                    Some(quiet) = hushed.recv() => {
+                        current.send_replace(None);
+                        mux.end().await;
+                        keep_quiet(kept, quiet).await;
+                    }
+                }
             }
             Err(error) => tracing::info!("no agreement on the agent's channel: {error}"),
         }
@@ -169,7 +214,50 @@ async fn serve_channel(channel: UnixListener, link: watch::Sender<Link>, current
     }
 }
 
-async fn serve_clients(clients: UnixListener, mux: watch::Receiver<Option<Mux>>, activity: Activity) {
+fn duplicate(socket: &UnixStream) -> std::io::Result<UnixStream> {
+    let again = rustix::io::fcntl_dupfd_cloexec(socket, 0)?;
+    UnixStream::from_std(again.into())
+}
+
+/// Silences the agent, then holds the connection until QEMU closes it.
+async fn keep_quiet(socket: std::io::Result<UnixStream>, quiet: Quiet) {
+    let outcome = async {
+        let socket = socket.map_err(|e| GuestError::stream(&e))?;
+        mux::quieten(&socket, quiet.deadline).await.map(|()| socket)
+    };
+    match outcome.await {
+        Ok(socket) => {
+            let _ = quiet.reply.send(Ok(()));
+            // Whatever the guest still says is no answer to anything.
+            let mut bin = [0; 4096];
+            while socket.readable().await.is_ok() {
+                match socket.try_read(&mut bin) {
+                    Ok(1..) => {}
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                    Ok(0) | Err(_) => return,
+                }
+            }
+        }
+        Err(error) => drop(quiet.reply.send(Err(error))),
+    }
+}
+
+/// What clients have to wait for.
+#[derive(Debug, Clone)]
+struct Door {
+    opened: watch::Receiver<bool>,
+    mux: watch::Receiver<Option<Mux>>,
+}
+
+impl Door {
+    /// Waits until the channel is up and open for clients.
+    async fn pass(mut self) -> Option<Mux> {
+        self.opened.wait_for(|open| *open).await.ok()?;
+        self.mux.wait_for(Option::is_some).await.ok()?.clone()
+    }
+}
+
+async fn serve_clients(clients: UnixListener, door: Door, activity: Activity) {
     let places = Arc::new(Semaphore::new(MAX_CLIENTS));
     let mut visits = JoinSet::new();
     loop {
@@ -186,9 +274,9 @@ async fn serve_clients(clients: UnixListener, mux: watch::Receiver<Option<Mux>>,
             refuse(&client);
             continue;
         };
-        let (mux, activity) = (mux.clone(), activity.clone());
+        let (door, activity) = (door.clone(), activity.clone());
         visits.spawn(async move {
-            if let Err(error) = serve_client(client, mux, &activity).await {
+            if let Err(error) = serve_client(client, door, &activity).await {
                 tracing::debug!("a client's session ended: {error}");
             }
             drop(place);
@@ -196,11 +284,7 @@ async fn serve_clients(clients: UnixListener, mux: watch::Receiver<Option<Mux>>,
     }
 }
 
-async fn serve_client(
-    client: UnixStream,
-    mut mux: watch::Receiver<Option<Mux>>,
-    activity: &Activity,
-) -> Result<(), GuestError> {
+async fn serve_client(client: UnixStream, door: Door, activity: &Activity) -> Result<(), GuestError> {
     let gone = HangUp::of(&client).map_err(|e| GuestError::stream(&e))?;
     // A connection that says nothing is no use of the guest: it may only look whether someone listens.
     client.readable().await.map_err(|e| GuestError::stream(&e))?;
@@ -209,10 +293,7 @@ async fn serve_client(
     }
     let _visit = activity.enter();
     let up = tokio::select! {
-        up = timeout(CLIENT_PATIENCE, mux.wait_for(Option::is_some)) => match up {
-            Ok(Ok(mux)) => mux.clone(),
-            _ => None,
-        },
+        up = timeout(CLIENT_PATIENCE, door.pass()) => up.ok().flatten(),
         () = gone.wait() => None,
     };
     drop(gone);

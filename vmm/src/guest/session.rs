@@ -14,7 +14,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nido_guest_agent::wire::{self, Head, Hello, Pong, Power, Refusal, Refused, ToGuest, ToHost};
+use nido_guest_agent::wire::{self, Head, Hello, Pong, Power, Refusal, Refused, Renew, ToGuest, ToHost};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 
@@ -75,12 +75,7 @@ impl Session {
 
     pub(crate) async fn pong(&mut self, deadline: Instant) -> Result<Pong, GuestError> {
         match self.answer(deadline, "to answer a ping").await? {
-            ToHost::Pong(mut pong) => {
-                pong.agent.truncate(pong.agent.floor_char_boundary(MAX_AGENT_TEXT));
-                // Anything else is not what it says it is.
-                pong.address = pong.address.filter(|text| text.parse::<IpAddr>().is_ok());
-                Ok(pong)
-            }
+            ToHost::Pong(pong) => Ok(checked(pong)),
             other => Err(unexpected(other)),
         }
     }
@@ -97,6 +92,42 @@ impl Session {
     pub(crate) async fn powering_off(&mut self, deadline: Instant) -> Result<(), GuestError> {
         match self.answer(deadline, "to begin its power-off").await? {
             ToHost::PoweringOff => Ok(()),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Has the guest hold its root file system still.
+    ///
+    /// # Errors
+    /// As for [`Self::ping`].
+    pub async fn freeze(&mut self, deadline: Instant) -> Result<(), GuestError> {
+        self.link.send(&ToGuest::Freeze).await?;
+        match self.answer(deadline, "to freeze its disk").await? {
+            ToHost::Frozen => Ok(()),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Lets the root file system go on.
+    ///
+    /// # Errors
+    /// As for [`Self::ping`].
+    pub async fn thaw(&mut self, deadline: Instant) -> Result<(), GuestError> {
+        self.link.send(&ToGuest::Thaw).await?;
+        match self.answer(deadline, "to thaw its disk").await? {
+            ToHost::Thawed => Ok(()),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Makes a guest that was loaded a machine of its own, over a fresh stream. `token` is the one it was saved with.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`], and [`GuestError::Guest`] if a step failed: then the guest must not be used.
+    pub async fn renew(stream: Stream, token: &[u8], renew: Renew, deadline: Instant) -> Result<Pong, GuestError> {
+        let mut session = Self::open_with(stream, token, Some(&ToGuest::Renew(renew)), deadline).await?;
+        match session.answer(deadline, "to be renewed").await? {
+            ToHost::Renewed(pong) => Ok(checked(pong)),
             other => Err(unexpected(other)),
         }
     }
@@ -142,6 +173,13 @@ pub(crate) async fn greet(
         ToHost::Refused(refused) => Err(refusal(&refused)),
         other => Err(unexpected(other)),
     }
+}
+
+/// A sign of life without what cannot be true.
+fn checked(mut pong: Pong) -> Pong {
+    pong.agent.truncate(pong.agent.floor_char_boundary(MAX_AGENT_TEXT));
+    pong.address = pong.address.filter(|text| text.parse::<IpAddr>().is_ok());
+    pong
 }
 
 fn refusal(refused: &Refused) -> GuestError {

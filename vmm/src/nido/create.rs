@@ -16,7 +16,7 @@ use crate::home::{DISK, GUEST_CONFIG, Home, SUPERVISOR_LOCK, VmDir};
 use crate::lock::Held;
 use crate::machine::{self, Machine, MachineRequest, Transport};
 use crate::state::VmState;
-use crate::store::{BootParts, VmRow};
+use crate::store::{BootParts, Purpose, VmRow};
 
 /// Most labels a VM may carry.
 const LABELS_MAX: usize = 64;
@@ -29,12 +29,12 @@ impl Nido {
     /// # Errors
     /// `vm_exists`, `template_not_found`, `spec_invalid` and whatever the host lacks to run it.
     pub async fn create(&self, spec: VmSpec) -> Result<VmInfo> {
-        let (row, _held) = self.make_vm(spec, VmState::Created).await?;
+        let (row, _held) = self.make_vm(spec, Purpose::Use, VmState::Created).await?;
         Ok(self.describe(&row))
     }
 
     /// Makes a VM and holds it. Nothing is left if this fails.
-    pub(super) async fn make_vm(&self, spec: VmSpec, state: VmState) -> Result<(VmRow, Held)> {
+    pub(super) async fn make_vm(&self, spec: VmSpec, purpose: Purpose, state: VmState) -> Result<(VmRow, Held)> {
         check_labels(&spec)?;
         let (host, qemu) = self.host_facts().await?;
         let _template_lock = self.templates_shared()?;
@@ -43,18 +43,12 @@ impl Nido {
         let disk_bytes = disk_bytes(&spec, &parts)?;
         // Decided again at each start; here it is only asked whether it can be.
         machine::decide(&machine_request(&spec, disk_bytes, *machine::GUEST_CIDS.start()), &host, &qemu)?;
-        let (row, held) = self.insert(spec, state, parts, disk_bytes).await?;
-        let dir = self.vm_dir(&row.id);
-        if let Err(error) = make_disk(&dir, &row) {
-            self.erase(&row.id)?;
-            return Err(error);
-        }
-        Ok((row, held))
+        // Its disk is made when it starts: what it stands on is decided then.
+        self.insert(VmRow::new(new_id()?, spec, purpose, state, parts, disk_bytes)).await
     }
 
-    async fn insert(&self, spec: VmSpec, state: VmState, parts: BootParts, disk_bytes: u64) -> Result<(VmRow, Held)> {
+    async fn insert(&self, row: VmRow) -> Result<(VmRow, Held)> {
         self.remove_strays();
-        let row = VmRow::new(new_id()?, spec, state, parts, disk_bytes);
         let dir = self.vm_dir(&row.id);
         dir.make()?;
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -115,6 +109,7 @@ fn boot_parts(manifest: &Manifest) -> BootParts {
         init: manifest.init,
         append: manifest.kernel.append.clone(),
         packages: manifest.parts.packages.sha256.clone(),
+        frozen: None,
     }
 }
 
@@ -151,22 +146,20 @@ pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
     // A half-written overlay must never carry the disk's name.
     let fresh = dir.file("disk.qcow2.new");
     let _ = std::fs::remove_file(&fresh);
-    disk::create_overlay(&fresh, row.disk_bytes, &Home::blob_from_vm_dir(&row.parts.root))
+    let (bytes, below) = match (&row.parts.frozen, row.purpose) {
+        // A guest that goes on finds the disk it was saved with; the supervisor enlarges it.
+        (Some(frozen), _) => (frozen.virtual_bytes, Home::blob_from_vm_dir(&frozen.sha256)),
+        // It becomes a part itself, and lies beside the disk it stands on.
+        (None, Purpose::Bake) => (row.disk_bytes, row.parts.root.clone()),
+        (None, _) => (row.disk_bytes, Home::blob_from_vm_dir(&row.parts.root)),
+    };
+    disk::create_overlay(&fresh, bytes, &below)
         .and_then(|()| std::fs::rename(&fresh, &path))
         .map_err(|e| Error::io("cannot make the VM's disk", e))
 }
 
 /// Writes what the guest is told at boot, with a fresh token.
 pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) -> Result<()> {
-    let network = (row.spec.net == NetChoice::Nat).then(|| {
-        // QEMU's user network is always the same inside.
-        Network::Static(StaticNetwork {
-            address: "10.0.2.15".into(),
-            prefix: 24,
-            gateway: Some("10.0.2.2".into()),
-            dns: vec!["10.0.2.3".into()],
-        })
-    });
     let config = GuestConfig {
         hostname: row.spec.name.to_string(),
         token: random_bytes::<{ nido_guest_agent::wire::TOKEN_LEN }>()?.to_vec().into(),
@@ -178,12 +171,25 @@ pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) ->
             Transport::Vsock { .. } => Channel::Vsock,
             Transport::VirtioSerial { .. } => Channel::Serial,
         },
-        network,
+        network: guest_network(row.spec.net),
         identity: row.id.clone(),
     };
     let bytes = minicbor::to_vec(&config)
         .map_err(|e| Error::internal(format!("cannot write the guest's configuration: {e}")))?;
     write_private(&dir.file(GUEST_CONFIG), &bytes).map_err(|e| Error::io("cannot write the guest's configuration", e))
+}
+
+/// What the guest is told about its network.
+pub(crate) fn guest_network(net: NetChoice) -> Option<Network> {
+    (net == NetChoice::Nat).then(|| {
+        // QEMU's user network is always the same inside.
+        Network::Static(StaticNetwork {
+            address: "10.0.2.15".into(),
+            prefix: 24,
+            gateway: Some("10.0.2.2".into()),
+            dns: vec!["10.0.2.3".into()],
+        })
+    })
 }
 
 /// Reads the VM's token.

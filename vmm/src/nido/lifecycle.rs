@@ -13,7 +13,7 @@ use crate::lock::Held;
 use crate::machine::{self, GUEST_CIDS, Machine, Transport};
 use crate::name::VmName;
 use crate::state::{Admission, Request as Act, VmState, admit};
-use crate::store::{VmRow, VmUpdate};
+use crate::store::{BootParts, Purpose, VmRow, VmUpdate};
 use crate::supervisor::control::Request;
 
 /// How long a start waits for whoever works on the VM at the moment.
@@ -32,7 +32,7 @@ impl Nido {
         progress: &mut dyn FnMut(StartStage),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
-        let (row, held) = self.make_vm(spec, VmState::Starting).await?;
+        let (row, held) = self.make_vm(spec, Purpose::Use, VmState::Starting).await?;
         // Told only now: whoever drops this future knows by it whether the name is theirs to remove.
         progress(StartStage::Preparing);
         let name = row.spec.name.clone();
@@ -95,16 +95,19 @@ impl Nido {
     }
 
     /// Decides on the machine, writes it down and hands the VM to a new supervisor.
-    async fn launch(&self, row: &VmRow, held: Held, start: StartRequest, asked_at: Instant) -> Result<()> {
+    pub(super) async fn launch(&self, row: &VmRow, held: Held, start: StartRequest, asked_at: Instant) -> Result<()> {
         let (host, qemu) = self.host_facts().await?;
         let started_at = Timestamp::now();
         let expires_at = row.spec.ttl_ms.and_then(|ttl| {
             started_at.checked_add(SignedDuration::from_millis(i64::try_from(ttl).unwrap_or(i64::MAX))).ok()
         });
         let mut tries = 0;
-        let machine = loop {
+        // What is forked needs the parts of its bake.
+        let _parts_stay = self.templates_shared()?;
+        let (machine, frozen) = loop {
             let cid = random_cid()?;
-            let machine = machine::decide(&machine_request(&row.spec, row.disk_bytes, cid), &host, &qemu)?;
+            let mut machine = machine::decide(&machine_request(&row.spec, row.disk_bytes, cid), &host, &qemu)?;
+            let (origin, frozen) = self.origin(row, start.path, &mut machine, (&host, &qemu))?;
             let update = VmUpdate {
                 state: Some(VmState::Starting),
                 cid: Some(matches!(machine.transport, Transport::Vsock { .. }).then_some(cid)),
@@ -115,14 +118,17 @@ impl Nido {
                 ip_address: Some(None),
                 failure: Some(None),
                 timings: Some(None),
+                parts: Some(BootParts { frozen: frozen.clone(), ..row.parts.clone() }),
+                origin: Some(origin),
             };
             match self.store().update_vm(&row.id, &update) {
                 // Another VM has this vsock address: take another.
                 Err(e) if e.code() == Code::VmBusy && tries < 8 => tries += 1,
                 Err(e) => return Err(e),
-                Ok(()) => break machine,
+                Ok(()) => break (machine, frozen),
             }
         };
+        let row = &VmRow { parts: BootParts { frozen, ..row.parts.clone() }, ..row.clone() };
         self.prepare(row, &machine)?;
         let launch = super::supervision::Launch { asked_at, timeout_ms: start.timeout_ms };
         self.start_supervisor(&row.id, held, Some(launch)).await

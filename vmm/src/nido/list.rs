@@ -7,7 +7,7 @@ use crate::api::{VmInfo, VmList};
 use crate::error::Result;
 use crate::name::VmName;
 use crate::state::VmState;
-use crate::store::VmRow;
+use crate::store::{Purpose, VmRow};
 use crate::supervisor::control::{Answer, Request};
 
 impl Nido {
@@ -17,7 +17,13 @@ impl Nido {
     /// Of the store.
     pub fn list(&self) -> Result<VmList> {
         let rows = self.store().vms()?;
-        Ok(VmList { vms: rows.iter().filter(|row| !row.deleting).map(|row| self.describe(row)).collect() })
+        Ok(VmList {
+            vms: rows
+                .iter()
+                .filter(|row| !row.deleting && row.purpose == Purpose::Use)
+                .map(|row| self.describe(row))
+                .collect(),
+        })
     }
 
     /// One VM.

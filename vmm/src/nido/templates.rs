@@ -14,12 +14,15 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::sync::mpsc;
 
 use super::Nido;
-use crate::api::{BuildRequest, BuildResult, BuildStep, TemplateInfo, TemplateList};
+use crate::api::{
+    BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, StartStage, TemplateInfo, TemplateList,
+};
 use crate::error::{Code, Error, Result};
 use crate::name::TemplateName;
+use crate::store::Purpose;
 
 impl Nido {
-    fn images(&self) -> ImageStore {
+    pub(super) fn images(&self) -> ImageStore {
         ImageStore::new(self.home.root())
     }
 
@@ -92,9 +95,30 @@ impl Nido {
         }
         let outcome = work.await.map_err(|e| Error::internal(format!("the build broke down: {e}")))??;
         self.drop_unused_parts()?;
-        let template = describe(&outcome.manifest, &self.template_users()?)?;
+        let mut already_built = outcome.already_built;
+        if request.bake {
+            already_built &= self.default_bakes(name, progress).await?;
+        }
+        let template = self.template_info(name)?;
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        Ok(BuildResult { template, already_built: outcome.already_built, duration_ms })
+        Ok(BuildResult { template, already_built, duration_ms })
+    }
+
+    /// Bakes a fresh template for the machine that a VM has if nothing is said about it, with and without a network. True if
+    /// nothing had to be done.
+    async fn default_bakes(&self, name: &TemplateName, progress: &mut (dyn FnMut(BuildStep) + Send)) -> Result<bool> {
+        let mut nothing_done = true;
+        let kinds = [NetChoice::Nat, NetChoice::None];
+        for (number, net) in (1..).zip(kinds) {
+            let mut tell = |stage: StartStage| {
+                let detail = format!("a machine with network {}: {}", net.name(), stage.word());
+                let total = kinds.len() as u32;
+                progress(BuildStep { stage: "bake".into(), index: number, total, detail, fraction: None });
+            };
+            let request = BakeRequest { net, ..BakeRequest::default() };
+            nothing_done &= self.template_bake(name, &request, &mut tell).await?.already_baked;
+        }
+        Ok(nothing_done)
     }
 
     /// Deletes a template that no VM uses.
@@ -133,8 +157,8 @@ impl Nido {
 
     /// Which VM was made from which template.
     fn template_users(&self) -> Result<Vec<(String, String)>> {
-        let rows = self.store().vms()?;
-        Ok(rows.into_iter().map(|row| (row.spec.template.to_string(), row.spec.name.to_string())).collect())
+        let rows = self.store().vms()?.into_iter().filter(|row| row.purpose == Purpose::Use);
+        Ok(rows.map(|row| (row.spec.template.to_string(), row.spec.name.to_string())).collect())
     }
 }
 
@@ -176,6 +200,7 @@ fn describe(manifest: &Manifest, users: &[(String, String)]) -> Result<TemplateI
             nido_images::Init::Systemd => "systemd".into(),
         },
         kernel: manifest.kernel.version.clone(),
+        bakes: manifest.bakes.iter().map(super::bake::bake_info).collect(),
         size_bytes: manifest.parts.all().iter().map(|(_, part)| part.bytes).sum(),
         disk_bytes: manifest.parts.root.virtual_bytes,
         created_at: manifest.created_at,

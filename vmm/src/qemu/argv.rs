@@ -34,15 +34,36 @@ pub struct Files {
     pub console_log: OsString,
     /// What the guest is told at boot.
     pub guest_config: OsString,
+    /// Where the guest's memory comes from.
+    pub memory: Memory,
+    /// The machine waits for a saved state, and stands still when it has it.
+    pub incoming: bool,
 }
 
-/// The root disk: a qcow2 overlay on a frozen qcow2.
+/// Where a guest's memory comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// From the system, empty.
+    Fresh,
+    /// A file that holds it, and keeps what the guest writes: for a guest that is to be saved.
+    File(OsString),
+    /// A file that is never written: what the guest changes is its own.
+    Image {
+        /// The file.
+        path: OsString,
+        /// QEMU can map a file privately that it has opened for reading only.
+        read_only: bool,
+    },
+}
+
+/// The root disk: a qcow2 overlay on frozen qcow2 layers.
 #[derive(Clone, Debug)]
 pub struct Disk {
     /// The VM's own layer.
     pub overlay: OsString,
-    /// The template's layer, opened read-only. It is named here, so the path in the overlay's header does not matter.
-    pub base: OsString,
+    /// The layers below, opened read-only, the lowest first. They are named here, so the paths in the headers do not
+    /// matter.
+    pub bases: Vec<OsString>,
     /// Nothing of it needs to survive a crash of the host: flushes are skipped.
     pub ephemeral: bool,
 }
@@ -61,7 +82,7 @@ pub struct Part {
 pub fn parts(machine: &Machine, files: &Files) -> Vec<Part> {
     let mut parts = vec![
         identity(files),
-        machine_part(machine),
+        machine_part(machine, &files.memory),
         cpu(machine),
         sandbox(),
         console(files),
@@ -72,6 +93,7 @@ pub fn parts(machine: &Machine, files: &Files) -> Vec<Part> {
     parts.extend((machine.net == NetChoice::Nat).then(|| nat(machine)));
     // "panic": how a guest's kernel says that it panics, before `panic=-1` makes it reset.
     parts.extend([rng(machine), fw_cfg(files), part("panic", ["-device", "pvpanic"]), kernel(machine, files)]);
+    parts.extend(files.incoming.then(|| part("incoming", ["-incoming", "defer", "-S"])));
     parts
 }
 
@@ -130,7 +152,7 @@ fn identity(files: &Files) -> Part {
     part
 }
 
-fn machine_part(machine: &Machine) -> Part {
+fn machine_part(machine: &Machine, memory: &Memory) -> Part {
     let kind = match (machine.machine, machine.accel) {
         // Emulated, a timer interrupt can arrive before the kernel has set up the interrupt controller of old.
         (MachineType::Microvm, Accel::Tcg) => "microvm,acpi=on,rtc=on,pic=off",
@@ -138,12 +160,30 @@ fn machine_part(machine: &Machine) -> Part {
         (MachineType::Pc, _) => "pc,vmport=off,usb=off,smbus=off,sata=off,i8042=off",
         (MachineType::Q35, _) => "q35,vmport=off,usb=off,smbus=off,sata=off,i8042=off",
     };
-    let kind = format!("{kind},mem-merge=off,dump-guest-core=off");
+    let mut kind = format!("{kind},mem-merge=off,dump-guest-core=off");
+    // The name that the memory has without a file, so that a machine with one can load what a machine without has saved.
+    let ram = if machine.machine == MachineType::Microvm { "microvm.ram" } else { "pc.ram" };
+    let backend = memory_backend(machine, memory, ram);
+    if backend.is_some() {
+        kind = format!("{kind},memory-backend={ram}");
+    }
     let accel = match machine.tb_size_mib {
         Some(mib) => format!("{},tb-size={mib}", machine.accel.name()),
         None => machine.accel.name().to_owned(),
     };
-    part("machine", ["-machine", &kind, "-accel", &accel])
+    let mut part = part("machine", ["-machine", &kind, "-accel", &accel]);
+    part.args.extend(backend.into_iter().flat_map(|backend| ["-object".into(), backend]));
+    part
+}
+
+fn memory_backend(machine: &Machine, memory: &Memory, ram: &str) -> Option<OsString> {
+    let before = format!("memory-backend-file,id={ram},size={}M,mem-path=", machine.memory_mib);
+    match memory {
+        Memory::Fresh => None,
+        Memory::File(path) => Some(with_value(&before, path, ",share=on")),
+        Memory::Image { path, read_only: true } => Some(with_value(&before, path, ",share=off,readonly=on,rom=off")),
+        Memory::Image { path, read_only: false } => Some(with_value(&before, path, ",share=off")),
+    }
 }
 
 fn cpu(machine: &Machine) -> Part {
@@ -188,27 +228,22 @@ fn channel(machine: &Machine, files: &Files) -> Part {
 fn disk(machine: &Machine, disk: &Disk) -> Part {
     let flush = if disk.ephemeral { ",cache.no-flush=on" } else { "" };
     let device = format!("{},drive=disk", virtio(machine, "virtio-blk"));
-    let overlay =
-        format!("driver=qcow2,node-name=disk,file=disk-file,backing=base,discard=unmap,detect-zeroes=unmap{flush}");
-    let mut part = part(
-        "disk",
-        [
-            "-blockdev",
-            "",
-            "-blockdev",
-            "driver=qcow2,node-name=base,file=base-file,read-only=on",
-            "-blockdev",
-            "",
-            "-blockdev",
-            &overlay,
-            "-device",
-            &device,
-        ],
-    );
-    part.args[1] = with_value("driver=file,node-name=base-file,filename=", &disk.base, ",read-only=on,aio=threads");
+    let mut args: Vec<OsString> = Vec::new();
+    let mut below = String::new();
+    for (number, base) in disk.bases.iter().enumerate() {
+        // The lowest is "base", the next "base1".
+        let node = if number == 0 { "base".to_owned() } else { format!("base{number}") };
+        let file = format!("driver=file,node-name={node}-file,filename=");
+        let layer = format!("driver=qcow2,node-name={node},file={node}-file{below},read-only=on");
+        let file = with_value(&file, base, ",read-only=on,aio=threads");
+        args.extend(["-blockdev".into(), file, "-blockdev".into(), layer.into()]);
+        below = format!(",backing={node}");
+    }
+    let overlay = format!("driver=qcow2,node-name=disk,file=disk-file{below},discard=unmap,detect-zeroes=unmap{flush}");
     let after = format!(",aio=threads,discard=unmap{flush}");
-    part.args[5] = with_value("driver=file,node-name=disk-file,filename=", &disk.overlay, &after);
-    part
+    let file = with_value("driver=file,node-name=disk-file,filename=", &disk.overlay, &after);
+    args.extend(["-blockdev".into(), file, "-blockdev".into(), overlay.into(), "-device".into(), device.into()]);
+    Part { name: "disk", args }
 }
 
 fn nat(machine: &Machine) -> Part {

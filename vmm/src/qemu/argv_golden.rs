@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use super::argv::{Disk, Files, Part, flatten, parts};
+use super::argv::{Disk, Files, Memory, Part, flatten, parts};
 use crate::api::{AccelChoice, MachineChoice, NetChoice};
 use crate::host::{HostFacts, KvmVerdict, VsockVerdict};
 use crate::machine::{Machine, MachineRequest, Transport, decide, tests::qemu_facts};
@@ -15,11 +15,17 @@ fn files(ephemeral: bool) -> Files {
         kernel: "/home/ada/nido, mine/blobs/sha256/aa".into(),
         initrd: "/home/ada/nido, mine/blobs/sha256/bb".into(),
         kernel_append: "nido.template=sandbox".into(),
-        disk: Disk { overlay: "disk.qcow2".into(), base: "/home/ada/nido, mine/blobs/sha256/cc".into(), ephemeral },
+        disk: Disk {
+            overlay: "disk.qcow2".into(),
+            bases: vec!["/home/ada/nido, mine/blobs/sha256/cc".into()],
+            ephemeral,
+        },
         monitor_socket: "qmp.sock".into(),
         channel_socket: "channel.sock".into(),
         console_log: "console.log".into(),
         guest_config: "guest.cbor".into(),
+        memory: Memory::Fresh,
+        incoming: false,
     }
 }
 
@@ -64,6 +70,26 @@ fn every_machine() -> Vec<(String, Machine)> {
     all
 }
 
+/// Every machine booted, booted to be saved, and forked.
+fn every_start() -> Vec<(String, Machine, Files)> {
+    let fork = |read_only| {
+        let memory = Memory::Image { path: "/home/ada/nido, mine/blobs/sha256/dd".into(), read_only };
+        let mut files = Files { memory, incoming: true, ..files(false) };
+        files.disk.bases.push("/home/ada/nido, mine/blobs/sha256/ee".into());
+        files
+    };
+    let bake = || Files { memory: Memory::File("memory.img".into()), ..files(true) };
+    let starts = |(name, machine): (String, Machine)| {
+        [
+            (name.clone(), machine.clone(), files(false)),
+            (format!("{name}-bake"), machine.clone(), bake()),
+            (format!("{name}-fork"), machine.clone(), fork(true)),
+            (format!("{name}-fork-7.2"), machine, fork(false)),
+        ]
+    };
+    every_machine().into_iter().flat_map(starts).collect()
+}
+
 fn rendered(parts: &[Part]) -> String {
     let block = |part: &Part| {
         let args: Vec<_> = part.args.iter().map(|a| a.to_str().unwrap()).collect();
@@ -76,9 +102,9 @@ fn rendered(parts: &[Part]) -> String {
 fn command_lines_are_the_golden_ones() {
     let dir = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/argv"));
     let mut names = BTreeSet::new();
-    for (name, machine) in every_machine() {
+    for (name, machine, files) in every_start() {
         let path = dir.join(format!("{name}.txt"));
-        let now = rendered(&parts(&machine, &files(false)));
+        let now = rendered(&parts(&machine, &files));
         if std::env::var_os("NIDO_BLESS").is_some() {
             std::fs::write(&path, &now).unwrap();
         }

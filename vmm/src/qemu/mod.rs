@@ -6,6 +6,7 @@
 pub mod argv;
 #[cfg(test)]
 mod argv_golden;
+pub mod migration;
 pub mod monitor;
 mod monitor_wire;
 pub mod process;

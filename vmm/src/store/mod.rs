@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
-pub use vms::{BootParts, VmRow, VmUpdate};
+pub use vms::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
 
 use crate::error::{Code, Error, Result};
 
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What this build writes into `user_version`.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
 CREATE TABLE vms (
@@ -36,7 +36,9 @@ CREATE TABLE vms (
     ip_address    TEXT,
     failure       TEXT,                      -- Failure
     timings       TEXT,                      -- Timings
-    deleting      INTEGER NOT NULL DEFAULT 0 -- its files are being removed; the row goes last
+    deleting      INTEGER NOT NULL DEFAULT 0, -- its files are being removed; the row goes last
+    purpose       TEXT NOT NULL DEFAULT 'use', -- Purpose
+    origin        TEXT                       -- Origin: how its last start brought it to life
 ) STRICT;
 CREATE TABLE forwards (
     vm_id      TEXT NOT NULL REFERENCES vms(id) ON DELETE CASCADE,
@@ -46,6 +48,13 @@ CREATE TABLE forwards (
     PRIMARY KEY (vm_id, host, host_port, guest_port)
 ) STRICT, WITHOUT ROWID;
 ";
+
+/// What takes a store from one version to the next, by the version it starts from.
+const STEPS: [(i64, &str); 1] = [(
+    1,
+    "ALTER TABLE vms ADD COLUMN purpose TEXT NOT NULL DEFAULT 'use';
+     ALTER TABLE vms ADD COLUMN origin TEXT;",
+)];
 
 /// An open store.
 #[derive(Debug)]
@@ -81,7 +90,7 @@ impl Store {
         let version = |c: &Connection| c.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0));
         match version(&self.connection).map_err(fault)? {
             SCHEMA_VERSION => return Ok(()),
-            0 => {}
+            0..SCHEMA_VERSION => {}
             newer => {
                 return Err(Error::internal(format!(
                     "the store has version {newer}; this nido knows {SCHEMA_VERSION}"
@@ -92,10 +101,15 @@ impl Store {
         let transaction =
             rusqlite::Transaction::new_unchecked(&self.connection, rusqlite::TransactionBehavior::Immediate)
                 .map_err(fault)?;
-        if version(&transaction).map_err(fault)? == 0 {
+        // Asked again: another process may have done it meanwhile.
+        let from = version(&transaction).map_err(fault)?;
+        if from == 0 {
             transaction.execute_batch(SCHEMA).map_err(fault)?;
-            transaction.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(fault)?;
         }
+        for (_, step) in STEPS.iter().filter(|(step, _)| from > 0 && *step >= from) {
+            transaction.execute_batch(step).map_err(fault)?;
+        }
+        transaction.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(fault)?;
         transaction.commit().map_err(fault)
     }
 }

@@ -28,6 +28,65 @@ pub struct BootParts {
     pub init: nido_images::Init,
     /// Kernel command line of the template.
     pub append: String,
+    /// What the baked guest had written to its disk, if the VM was forked from one: a layer on `root`.
+    #[serde(default)]
+    pub frozen: Option<Frozen>,
+}
+
+/// The disk of a bake: a layer between a template's root disk and its forks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frozen {
+    /// Its hash.
+    pub sha256: String,
+    /// Its virtual size: that of the disk the baked guest saw.
+    pub virtual_bytes: u64,
+}
+
+/// What a VM is there for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// For its user.
+    Use,
+    /// To be saved once it is ready, and to vanish then.
+    Bake,
+    /// To wait, paused, for somebody to claim it.
+    Pool,
+}
+
+impl Purpose {
+    const ALL: [Self; 3] = [Self::Use, Self::Bake, Self::Pool];
+
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Use => "use",
+            Self::Bake => "bake",
+            Self::Pool => "pool",
+        }
+    }
+}
+
+/// How a start brings the guest to life.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Origin {
+    /// Its kernel boots.
+    #[default]
+    Boot,
+    /// It goes on from a bake.
+    Fork(Saved),
+}
+
+/// A bake as a start needs it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Hash of the memory image.
+    pub memory: String,
+    /// Hash of the device state.
+    pub state: String,
+    /// The token the saved agent expects, in hexadecimal.
+    pub token: String,
 }
 
 /// One VM as the store knows it.
@@ -65,13 +124,19 @@ pub struct VmRow {
     pub deleting: bool,
     /// Published ports.
     pub forwards: Vec<ForwardSpec>,
+    /// What it is there for.
+    pub purpose: Purpose,
+    /// How its last start brought it to life.
+    pub origin: Origin,
 }
 
 impl VmRow {
     /// A VM as it is created.
     #[must_use]
-    pub fn new(id: String, spec: VmSpec, state: VmState, parts: BootParts, disk_bytes: u64) -> Self {
+    pub fn new(id: String, spec: VmSpec, purpose: Purpose, state: VmState, parts: BootParts, disk_bytes: u64) -> Self {
         Self {
+            purpose,
+            origin: Origin::Boot,
             id,
             forwards: spec.forwards.clone(),
             spec,
@@ -113,10 +178,14 @@ pub struct VmUpdate {
     pub failure: Option<Option<Failure>>,
     /// How long the start took.
     pub timings: Option<Option<Timings>>,
+    /// What of its template it uses.
+    pub parts: Option<BootParts>,
+    /// How it comes to life.
+    pub origin: Option<Origin>,
 }
 
 const COLUMNS: &str = "id, spec, state, parts, disk_bytes, cid, created_ms, machine, started_ms, expires_ms, agent, \
-                       ip_address, failure, timings, deleting";
+                       ip_address, failure, timings, deleting, purpose, origin";
 
 struct Raw {
     id: String,
@@ -134,6 +203,8 @@ struct Raw {
     failure: Option<String>,
     timings: Option<String>,
     deleting: bool,
+    purpose: String,
+    origin: Option<String>,
 }
 
 impl Raw {
@@ -154,6 +225,8 @@ impl Raw {
             failure: row.get(12)?,
             timings: row.get(13)?,
             deleting: row.get(14)?,
+            purpose: row.get(15)?,
+            origin: row.get(16)?,
         })
     }
 
@@ -167,7 +240,12 @@ impl Raw {
         let state = VmState::from_word(&self.state).ok_or_else(|| {
             Error::internal(format!("the store knows a state '{}' that nido does not", self.state.escape_debug()))
         })?;
+        let purpose = Purpose::ALL.into_iter().find(|p| p.word() == self.purpose).ok_or_else(|| {
+            Error::internal(format!("the store knows a purpose '{}' that nido does not", self.purpose.escape_debug()))
+        })?;
         Ok(VmRow {
+            purpose,
+            origin: optional("origin", self.origin.as_deref())?.unwrap_or_default(),
             spec: decode("spec", &self.spec)?,
             state,
             parts: decode("parts", &self.parts)?,
@@ -197,7 +275,8 @@ impl Store {
         let transaction = self.connection.unchecked_transaction().map_err(fault)?;
         transaction
             .execute(
-                "INSERT INTO vms (id, name, spec, state, parts, disk_bytes, created_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                "INSERT INTO vms (id, name, spec, state, parts, disk_bytes, created_ms, purpose) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
                 params![
                     row.id,
                     row.spec.name.as_str(),
@@ -205,7 +284,8 @@ impl Store {
                     row.state.word(),
                     encode(&row.parts)?,
                     i64::try_from(row.disk_bytes).unwrap_or(i64::MAX),
-                    row.created_at.as_millisecond()
+                    row.created_at.as_millisecond(),
+                    row.purpose.word()
                 ],
             )
             .map_err(|e| match e.sqlite_error_code() {
@@ -336,6 +416,12 @@ impl Store {
         if let Some(timings) = &update.timings {
             set("timings", Box::new(timings.as_ref().map(encode).transpose()?));
         }
+        if let Some(parts) = &update.parts {
+            set("parts", Box::new(encode(parts)?));
+        }
+        if let Some(origin) = &update.origin {
+            set("origin", Box::new(encode(origin)?));
+        }
         if sets.is_empty() {
             return Ok(());
         }
@@ -373,11 +459,16 @@ impl Store {
     /// # Errors
     /// Of the store.
     pub fn parts_in_use(&self) -> Result<std::collections::HashSet<String>> {
-        Ok(self
-            .vms()?
-            .into_iter()
-            .flat_map(|vm| [vm.parts.vmlinux, vm.parts.initramfs, vm.parts.root, vm.parts.packages])
-            .collect())
+        let mut used = std::collections::HashSet::new();
+        for vm in self.vms()? {
+            used.extend([vm.parts.vmlinux, vm.parts.initramfs, vm.parts.root, vm.parts.packages]);
+            used.extend(vm.parts.frozen.map(|frozen| frozen.sha256));
+            // A guest reads its memory image for as long as it runs.
+            if let (Origin::Fork(saved), false) = (vm.origin, vm.state.at_rest()) {
+                used.extend([saved.memory, saved.state]);
+            }
+        }
+        Ok(used)
     }
 
     /// A VM's published ports in order.
@@ -447,6 +538,7 @@ mod tests {
             packages: "d".into(),
             init: nido_images::Init::Agent,
             append: "quiet".into(),
+            frozen: None,
         }
     }
 
@@ -459,7 +551,7 @@ mod tests {
     fn row(id: &str, name: &str) -> VmRow {
         let mut spec = VmSpec::named(name.parse().unwrap());
         spec.forwards = vec!["8080:80".parse().unwrap()];
-        VmRow::new(id.into(), spec, VmState::Created, parts(), 1 << 30)
+        VmRow::new(id.into(), spec, Purpose::Use, VmState::Created, parts(), 1 << 30)
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! A connection that asked for a [`Request::Lease`] counts as activity for as long as it stays open: the kernel closes it
 //! when its holder dies, so no lease outlives a killed client.
 
+use nido_images::Bake;
 use serde::{Deserialize, Serialize};
 
 use crate::api::{ForwardSpec, StartStage, StopRequest};
@@ -59,6 +60,11 @@ pub enum Answer {
     Status {
         /// For how long nothing has used the VM; absent while something does.
         idle_ms: Option<u64>,
+    },
+    /// The guest has been saved, and the VM is gone.
+    Baked {
+        /// What was saved.
+        bake: Box<Bake>,
     },
     /// It could not be done.
     Failed {

@@ -13,6 +13,8 @@ pub struct Seen {
     pub panicked: bool,
     /// The guest did not become ready in time, so the plug was pulled.
     pub late_after_ms: Option<u64>,
+    /// It was loaded and could not be made a machine of its own; why.
+    pub not_renewed: Option<String>,
     /// KVM gave up.
     pub kvm_error: bool,
     /// The last lines of QEMU's own output.
@@ -26,6 +28,11 @@ pub struct Seen {
 pub fn verdict(state: VmState, exit: QemuExit, seen: &Seen) -> (VmState, Option<Failure>) {
     if let Some((cause, message)) = guest_trouble(seen) {
         return (VmState::Failed, Some(Failure { cause, message, log_tail: seen.console_tail.clone() }));
+    }
+    if let (Some(why), QemuExit::Code(0) | QemuExit::Unknown) = (&seen.not_renewed, exit) {
+        let message = format!("the guest could not be made a machine of its own: {why}");
+        let failure = Failure { cause: FailureCause::RenewalFailed, message, log_tail: seen.console_tail.clone() };
+        return (VmState::Failed, Some(failure));
     }
     let clean = match exit {
         QemuExit::Code(0) => true,

@@ -9,12 +9,13 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
 use crate::error::{Code, Error, Result};
-use crate::home::{CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, QEMU_LOG, QMP_SOCKET, VM_LOCK};
+use crate::home::{CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, MEMORY_IMAGE, QEMU_LOG, QMP_SOCKET, VM_LOCK};
+use crate::host::QemuFacts;
 use crate::lock::Held;
 use crate::machine::Machine;
-use crate::qemu::argv::{Disk, Files, flatten, parts};
+use crate::qemu::argv::{Disk, Files, Memory, flatten, parts};
 use crate::qemu::{Monitor, MonitorError, MonitorEvent, QemuProcess, process};
-use crate::store::VmRow;
+use crate::store::{Origin, Purpose, VmRow};
 
 /// How long QEMU may take until its monitor answers.
 const MONITOR_WITHIN: Duration = Duration::from_secs(30);
@@ -35,7 +36,12 @@ pub(super) enum LaunchError {
 }
 
 /// Starts QEMU for the VM. The working directory is the VM's.
-pub(super) async fn launch(home: &Home, row: &VmRow, machine: &Machine, qemu: &Path) -> Result<Running, LaunchError> {
+pub(super) async fn launch(
+    home: &Home,
+    row: &VmRow,
+    machine: &Machine,
+    qemu: &QemuFacts,
+) -> Result<Running, LaunchError> {
     let process = spawn(home, row, machine, qemu).map_err(LaunchError::Failed)?;
     let connected = tokio::select! {
         connected = Monitor::connect(Path::new(QMP_SOCKET), MONITOR_WITHIN) => connected,
@@ -60,19 +66,36 @@ async fn give_up(process: &QemuProcess, why: &str) -> LaunchError {
     LaunchError::Failed(Error::new(Code::QemuFailed, format!("QEMU could not be controlled: {}", why.escape_debug())))
 }
 
-fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &Path) -> Result<QemuProcess> {
+fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Result<QemuProcess> {
+    let layers = [Some(&row.parts.root), row.parts.frozen.as_ref().map(|frozen| &frozen.sha256)];
+    let bases: Vec<_> = layers.into_iter().flatten().collect();
+    let (memory, image) = match &row.origin {
+        Origin::Fork(saved) => {
+            let path = home.blob(&saved.memory).into();
+            (Memory::Image { path, read_only: qemu.memory_file_rom }, Some(&saved.memory))
+        }
+        Origin::Boot if row.purpose == Purpose::Bake => (Memory::File(MEMORY_IMAGE.into()), None),
+        Origin::Boot => (Memory::Fresh, None),
+    };
+    let incoming = image.is_some();
     let files = Files {
+        memory,
+        incoming,
         vm_name: row.spec.name.to_string(),
         kernel: home.blob(&row.parts.vmlinux).into(),
         initrd: home.blob(&row.parts.initramfs).into(),
         kernel_append: row.parts.append.clone(),
-        disk: Disk { overlay: DISK.into(), base: home.blob(&row.parts.root).into(), ephemeral: row.spec.ephemeral },
+        disk: Disk {
+            overlay: DISK.into(),
+            bases: bases.iter().map(|hash| home.blob(hash).into()).collect(),
+            ephemeral: row.spec.ephemeral,
+        },
         monitor_socket: QMP_SOCKET.into(),
         channel_socket: CHANNEL_SOCKET.into(),
         console_log: CONSOLE_LOG.into(),
         guest_config: GUEST_CONFIG.into(),
     };
-    for part in [&row.parts.vmlinux, &row.parts.initramfs, &row.parts.root] {
+    for part in [&row.parts.vmlinux, &row.parts.initramfs].into_iter().chain(bases).chain(image) {
         std::fs::File::open(home.blob(part)).map_err(|e| {
             Error::new(Code::TemplateMismatch, format!("a part of the VM's template cannot be read: {e}"))
                 .hint(format!("nido template build {}", row.spec.template))
@@ -88,9 +111,10 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &Path) -> Result<Qem
         .map_err(broken)?
         .ok_or_else(|| Error::new(Code::VmBusy, "a QEMU of this VM runs already"))?;
     let args = flatten(parts(machine, &files));
-    tracing::info!(program = %qemu.display(), ?args, "starting QEMU");
-    QemuProcess::spawn(process::Launch { program: qemu, args: &args, vm_dir: Path::new("."), log, lock: lock.file() })
-        .map_err(|e| Error::io(format!("cannot start {}", qemu.display()), e))
+    let program = qemu.path.as_path();
+    tracing::info!(program = %program.display(), ?args, "starting QEMU");
+    QemuProcess::spawn(process::Launch { program, args: &args, vm_dir: Path::new("."), log, lock: lock.file() })
+        .map_err(|e| Error::io(format!("cannot start {}", program.display()), e))
 }
 
 /// A QEMU that was found again.

@@ -12,6 +12,8 @@
 //! supervisor, which finds everything it needs in the store and in the VM's directory. It holds `supervisor.lock` from
 //! before its first line to its end, and what it writes into the store last is how the VM ended.
 
+mod bake;
+mod begin;
 pub mod control;
 mod ending;
 mod forwards;
@@ -107,7 +109,7 @@ fn announce() {
 pub(crate) fn failure_error(name: &VmName, failure: &Failure) -> Error {
     let code = match failure.cause {
         FailureCause::GuestTimeout => Code::AgentUnreachable,
-        FailureCause::GuestPanic => Code::GuestFailed,
+        FailureCause::GuestPanic | FailureCause::RenewalFailed => Code::GuestFailed,
         FailureCause::DiskFull => Code::DiskFull,
         FailureCause::OutOfMemory => Code::LimitExceeded,
         FailureCause::KvmInternalError => Code::KvmUnavailable,
@@ -118,6 +120,7 @@ pub(crate) fn failure_error(name: &VmName, failure: &Failure) -> Error {
             "the lines above are the end of its console; --timeout gives it longer".to_owned()
         }
         FailureCause::GuestPanic => format!("its console: nido logs {name}"),
+        FailureCause::RenewalFailed => "with --cold it boots instead of being forked".to_owned(),
         FailureCause::KvmInternalError => "--accel tcg runs it without KVM".to_owned(),
         FailureCause::OutOfMemory => "give it less with --memory, or stop other VMs".to_owned(),
         FailureCause::DiskFull => "free some space on the disk that holds nido's home".to_owned(),

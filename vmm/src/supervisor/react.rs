@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use nido_guest_agent::wire::{Pong, Power};
 use tokio::time::Instant as TokioInstant;
 
+use super::begin::Awake;
 use super::forwards::bind;
 use super::launch::Running;
 use super::limits::Reached;
@@ -16,7 +17,7 @@ use crate::api::{AgentInfo, ForwardSpec, StopRequest};
 use crate::error::{Code, Error, Result};
 use crate::qemu::{MonitorError, MonitorEvent, QemuExit, QemuProcess};
 use crate::state::{Fact, VmState};
-use crate::store::VmUpdate;
+use crate::store::{Purpose, VmUpdate};
 
 /// How long any QMP command may take.
 pub(super) const QMP_WITHIN: Duration = Duration::from_secs(10);
@@ -26,23 +27,31 @@ const QUIT_WITHIN: Duration = Duration::from_secs(5);
 const LIMIT_STOP_MS: u64 = 10_000;
 
 impl Supervisor {
-    pub(super) fn on_agent(&mut self, pong: Option<Pong>, running: &Running) {
-        let Some(pong) = pong else {
-            if self.row.agent.ready {
-                // A VM that was taken over: its agent has answered before, and may again.
-                self.life.send_replace(Life::Ready);
-                return;
+    pub(super) async fn on_agent(&mut self, answer: Awake, running: &Running) {
+        match answer {
+            // A VM that was taken over: its agent has answered before, and may again.
+            Awake::Late if self.row.agent.ready => drop(self.life.send_replace(Life::Ready)),
+            Awake::Late => {
+                self.seen.late_after_ms = Some(u64::try_from(self.ready_within.as_millis()).unwrap_or(u64::MAX));
+                self.learn(Fact::DeadlinePassed);
+                self.quit(running);
             }
-            self.seen.late_after_ms = Some(u64::try_from(self.ready_within.as_millis()).unwrap_or(u64::MAX));
-            self.learn(Fact::DeadlinePassed);
-            self.quit(running);
-            return;
-        };
-        let total_ms = self.asked_at.elapsed().as_secs_f64() * 1000.0;
+            Awake::NotRenewed(why) => {
+                tracing::error!("the guest could not be renewed: {why}");
+                self.seen.not_renewed = Some(why.escape_debug().take(400).collect());
+                self.quit(running);
+            }
+            Awake::Yes(_) if self.row.purpose == Purpose::Bake => self.bake(running).await,
+            Awake::Yes(pong) => self.on_ready(pong),
+        }
+    }
+
+    pub(super) fn on_ready(&mut self, pong: Pong) {
+        let total_ms = self.asked_for_ms();
         if !self.row.agent.ready
             && let Some(timings) = &mut self.row.timings
         {
-            timings.agent_ms = total_ms - timings.qemu_ms;
+            timings.agent_ms = total_ms - timings.load_ms;
             timings.total_ms = total_ms;
         }
         let version = pong.agent.chars().filter(char::is_ascii_graphic).take(64).collect();
@@ -162,7 +171,7 @@ impl Supervisor {
         });
     }
 
-    fn quit(&mut self, running: &Running) {
+    pub(super) fn quit(&mut self, running: &Running) {
         self.quit_sent = true;
         self.kill_at = Some(TokioInstant::now() + QUIT_WITHIN);
         let monitor = running.monitor.clone();

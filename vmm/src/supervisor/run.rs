@@ -2,35 +2,34 @@
 //! function, and what is done about it goes out to QEMU, the agent and the store.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use nido_guest_agent::wire::Pong;
 use rustix::fs::unlink;
 use tokio::net::UnixListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant as TokioInstant, sleep_until};
 
+use super::begin::{Awake, Ended};
 use super::ending::{Seen, verdict};
 use super::failure_error;
-use super::forwards::{Forwards, bind};
-use super::launch::{Attached, LaunchError, Running, attach, launch};
+use super::forwards::Forwards;
+use super::launch::Running;
 use super::limits::Limits;
 use super::logs::{log_tail, panic_lines, rotate};
-use super::react::QMP_WITHIN;
 use super::serve::{Desk, Life, Order, Users, serve};
-use crate::api::{AgentInfo, Failure, StartPath, Timings};
+use crate::api::{AgentInfo, Failure};
 use crate::error::{Error, Problem, Result};
 use crate::guest::{Channel, Guest};
 use crate::home::{
     AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG, VmDir,
 };
-use crate::host::qemu;
 use crate::machine::{Accel, Machine, Transport};
 use crate::nido::Nido;
 use crate::qemu::QemuExit;
 use crate::state::{Fact, VmState, advance};
-use crate::store::{VmRow, VmUpdate};
+use crate::store::{Purpose, VmRow, VmUpdate};
 
 /// How long a guest may take to become ready if nobody says otherwise.
 const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
@@ -53,7 +52,7 @@ pub(super) struct Supervisor {
     pub(super) life: watch::Sender<Life>,
     pub(super) orders: mpsc::Receiver<Order>,
     pub(super) users: Users,
-    pub(super) channel: Option<Channel>,
+    pub(super) channel: Option<Arc<Channel>>,
     pub(super) forwards: Forwards,
     pub(super) limits: Limits,
     pub(super) state: VmState,
@@ -61,6 +60,8 @@ pub(super) struct Supervisor {
     /// When the plug is pulled.
     pub(super) kill_at: Option<TokioInstant>,
     pub(super) quit_sent: bool,
+    /// What has been saved, if this VM is there to be baked.
+    pub(super) baked: Option<Result<()>>,
 }
 
 impl Supervisor {
@@ -70,7 +71,9 @@ impl Supervisor {
         let dir = nido.vm_dir(&row.id);
         let guest = nido.guest(&row)?;
         let channel = match machine.transport {
-            Transport::VirtioSerial { .. } => Some(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?)),
+            Transport::VirtioSerial { .. } => {
+                Some(Arc::new(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?)))
+            }
             Transport::Vsock { .. } => None,
         };
         let default = if machine.accel == Accel::Kvm { READY_WITHIN.0 } else { READY_WITHIN.1 };
@@ -101,6 +104,7 @@ impl Supervisor {
             seen: Seen::default(),
             kill_at: None,
             quit_sent: false,
+            baked: None,
         })
     }
 
@@ -130,74 +134,6 @@ impl Supervisor {
         }
     }
 
-    async fn start(&mut self) -> Result<Running, Ended> {
-        self.bind_forwards().await.map_err(Ended::Error)?;
-        let named = self.nido.options().qemu.clone();
-        let program = qemu::find(named.as_deref()).map_err(|e| Ended::Error(e.into()))?;
-        let running = launch(self.nido.home(), &self.row, &self.machine, &program).await.map_err(|e| match e {
-            LaunchError::Ended(exit) => Ended::Exit(exit),
-            LaunchError::Failed(error) => Ended::Error(error),
-        })?;
-        let qemu_ms = self.asked_at.elapsed().as_secs_f64() * 1000.0;
-        let timings = Timings { path: StartPath::Cold, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 };
-        self.row.timings = Some(timings);
-        self.learn(Fact::QmpReady);
-        self.life.send_replace(Life::Booting);
-        Ok(running)
-    }
-
-    async fn take_over(&mut self) -> Result<Running, Ended> {
-        tracing::info!("taking over the QEMU of VM {}", self.row.spec.name);
-        let running = match attach().await {
-            Ok(Attached::Running(running)) => running,
-            Ok(Attached::Mute(process, error)) => {
-                tracing::error!("{error}");
-                return Err(Ended::Exit(self.watch_over_mute(&process).await));
-            }
-            Err(error) => return Err(self.wait_for_lock(error).await),
-        };
-        if let Err(error) = self.bind_forwards().await {
-            tracing::error!("a published port is lost: {error}");
-        }
-        match running.monitor.query_status(QMP_WITHIN).await {
-            Ok(qapi::qmp::RunState::paused) => self.learn(Fact::GuestPaused),
-            Ok(_) => self.learn(Fact::QmpReady),
-            Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
-        }
-        self.life.send_replace(Life::Booting);
-        Ok(running)
-    }
-
-    /// Waits for a moment whether a QEMU that cannot be reached is about to end.
-    async fn wait_for_lock(&self, error: Error) -> Ended {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while crate::lock::is_held(&self.dir.file(crate::home::VM_LOCK)) {
-            if Instant::now() > deadline {
-                return Ended::OutOfReach(error);
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Ended::Exit(QemuExit::Unknown)
-    }
-
-    async fn bind_forwards(&mut self) -> Result<()> {
-        for spec in self.row.forwards.clone() {
-            let (bound, listener) = bind(&spec).await?;
-            if bound != spec {
-                let store = self.nido.store();
-                store.remove_forward(&self.row.id, &spec)?;
-                store.add_forward(&self.row.id, &bound)?;
-            }
-            self.forwards.start(bound, listener, self.guest.clone(), self.forward_users());
-        }
-        Ok(())
-    }
-
-    /// With virtio-serial, forwarded connections pass the channel, which counts them.
-    pub(super) fn forward_users(&self) -> Users {
-        if self.channel.is_some() { Users::new() } else { self.users.clone() }
-    }
-
     /// Everything from QEMU's first answer to its end.
     async fn watch_over(&mut self, mut running: Running) -> QemuExit {
         let mut ready = self.watch_for_agent();
@@ -211,7 +147,8 @@ impl Supervisor {
         loop {
             let users = *direct.borrow_and_update() + *spliced.borrow_and_update();
             // A guest that boots is not idle: nobody could have used it yet.
-            let booting = usize::from(*self.life.borrow() == Life::Booting);
+            // But one that is there to be baked is there for somebody who waits for it.
+            let booting = usize::from(*self.life.borrow() == Life::Booting && self.row.purpose != Purpose::Bake);
             self.limits.used_by(users + booting, Instant::now());
             if self.kill_at.is_none()
                 && let Some(reached) = self.limits.reached(Instant::now())
@@ -232,7 +169,7 @@ impl Supervisor {
                 Some(order) = self.orders.recv() => self.on_order(order, &running).await,
                 outcome = &mut ready, if awaiting_agent => {
                     awaiting_agent = false;
-                    self.on_agent(outcome.ok().flatten(), &running);
+                    self.on_agent(outcome.unwrap_or(Awake::Late), &running).await;
                 }
                 _ = direct.changed() => {}
                 Ok(()) = spliced.changed() => {}
@@ -244,23 +181,6 @@ impl Supervisor {
 
     fn next_wake(&self) -> Option<TokioInstant> {
         self.kill_at.or_else(|| self.limits.next_deadline().map(TokioInstant::from_std))
-    }
-
-    /// Asks the agent for its first sign of life. `None` if it does not come in time.
-    fn watch_for_agent(&self) -> oneshot::Receiver<Option<Pong>> {
-        let (done, ready) = oneshot::channel();
-        let (guest, link, within) = (self.guest.clone(), self.channel.as_ref().map(Channel::link), self.ready_within);
-        tokio::spawn(async move {
-            let deadline = TokioInstant::now() + within;
-            if let Some(mut link) = link {
-                // Dialling before the channel is up would only wait in its queue.
-                let up = link.wait_for(|link| *link == crate::guest::Link::Up);
-                let _ = tokio::time::timeout_at(deadline, up).await;
-            }
-            let pong = guest.wait_ready(deadline).await.inspect_err(|e| tracing::warn!("no sign of life: {e}")).ok();
-            let _ = done.send(pong);
-        });
-        ready
     }
 
     pub(super) fn learn(&mut self, fact: Fact) {
@@ -316,8 +236,13 @@ impl Supervisor {
         }
         // Whoever hears of the end may use the ports again.
         self.forwards.close().await;
+        let baked = self.baked.take().map(|saved| saved.and_then(|()| self.keep_bake())).transpose();
         let erased = if self.row.spec.ephemeral { self.nido.erase(&self.row.id) } else { Ok(()) };
-        self.life.send_replace(Life::Ended(problem));
+        self.life.send_replace(match (problem, baked) {
+            (None, Ok(Some(bake))) => Life::Baked(Box::new(bake)),
+            (None, Err(error)) => Life::Ended(Some(error.problem())),
+            (problem, _) => Life::Ended(problem),
+        });
         // Connections that wait for this end hold a receiver each; the accepting task holds one for ever.
         let deadline = Instant::now() + LAST_WORDS;
         while self.life.receiver_count() > 1 && Instant::now() < deadline {
@@ -325,13 +250,6 @@ impl Supervisor {
         }
         written.and(erased)
     }
-}
-
-/// How a VM ended without having run under this supervisor.
-enum Ended {
-    Exit(QemuExit),
-    Error(Error),
-    OutOfReach(Error),
 }
 
 fn listen(name: &str) -> Result<UnixListener> {

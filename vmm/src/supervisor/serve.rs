@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use nido_images::Bake;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -26,6 +27,8 @@ pub(super) enum Life {
     Ready,
     /// It is over, and the store says so. Why, if it was not wanted.
     Ended(Option<Problem>),
+    /// It was there to be baked, and has been: its parts are in the store.
+    Baked(Box<Bake>),
 }
 
 /// What the loop is asked to do.
@@ -106,7 +109,10 @@ async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
     }
     let answer = match serde_json::from_slice(&line) {
         Err(error) => failed(&Error::new(Code::SpecInvalid, format!("not a request to a supervisor: {error}"))),
-        Ok(Request::Ready) => until_ready(&mut desk.life, &mut writer).await?,
+        Ok(Request::Ready) => {
+            let _use = desk.users.enter();
+            until_ready(&mut desk.life, &mut writer, reader.get_mut()).await?
+        }
         Ok(Request::Stop(stop)) => until_ended(&mut desk, stop).await,
         Ok(Request::Lease) => {
             let _use = desk.users.enter();
@@ -155,6 +161,7 @@ impl Desk {
 async fn until_ready(
     life: &mut watch::Receiver<Life>,
     writer: &mut (impl AsyncWriteExt + Unpin),
+    reader: &mut (impl AsyncReadExt + Unpin),
 ) -> std::io::Result<Answer> {
     loop {
         let now = life.borrow_and_update().clone();
@@ -165,11 +172,17 @@ async fn until_ready(
                 send(writer, &Answer::Stage { stage: StartStage::Ready }).await?;
                 return Ok(Answer::Done);
             }
+            Life::Baked(bake) => return Ok(Answer::Baked { bake }),
             Life::Ended(problem) => return Ok(Answer::Failed { problem: problem.unwrap_or_else(ended_early) }),
         };
         send(writer, &Answer::Stage { stage }).await?;
-        if life.changed().await.is_err() {
-            return Ok(Answer::Failed { problem: ended_early() });
+        let mut rest = [0; 16];
+        tokio::select! {
+            changed = life.changed() => if changed.is_err() {
+                return Ok(Answer::Failed { problem: ended_early() });
+            },
+            // Who asked has gone. (It has nothing more to say.)
+            _ = reader.read(&mut rest) => return Err(std::io::ErrorKind::BrokenPipe.into()),
         }
     }
 }
@@ -177,7 +190,7 @@ async fn until_ready(
 async fn until_ended(desk: &mut Desk, stop: StopRequest) -> Answer {
     // If the loop is over already, its last word is in `life`.
     let _ = desk.orders.send(Order::Stop(stop)).await;
-    match desk.life.wait_for(|life| matches!(life, Life::Ended(_))).await {
+    match desk.life.wait_for(|life| matches!(life, Life::Ended(_) | Life::Baked(_))).await {
         Ok(_) => Answer::Done,
         Err(_) => failed(&Error::internal("the supervisor ended before the VM did")),
     }

@@ -91,7 +91,8 @@ async fn the_supervisors_own_sessions_and_mere_looks_are_no_activity() {
     let mut open = rig.channel.activity().open();
     within(open.wait_for(|open| *open == 0)).await.unwrap();
     open.mark_unchanged();
-    let mut session = rig.channel.session(TOKEN, soon()).await.unwrap();
+    let mut session =
+        nido_vmm::guest::Session::open(rig.channel.stream(soon()).await.unwrap(), TOKEN, soon()).await.unwrap();
     session.ping(soon()).await.unwrap();
     let look = tokio::net::UnixStream::connect(rig.path("agent.sock")).await.unwrap();
     drop(look);

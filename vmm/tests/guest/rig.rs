@@ -68,7 +68,9 @@ impl Rig {
         let clients = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
         let endpoint = Endpoint::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
         let guest = Guest::new(endpoint, TOKEN.to_vec());
-        Self { channel: Channel::start(channel, clients), dir, guest, agent: None }
+        let channel = Channel::start(channel, clients);
+        channel.open(true);
+        Self { channel, dir, guest, agent: None }
     }
 
     /// With an agent that answers.

@@ -5,6 +5,9 @@
 //! seconds' worth. A guest that reads and does not answer may be stuck inside a frame of an older session: filler
 //! bytes get it out.
 //!
+//! A machine that is about to be saved gets no GO: its agent is left waiting for one ([`Until::Answered`]), so that each
+//! machine that goes on from there agrees with its own host at once.
+//!
 //! Invariant: GO follows the ACK to a PROBE that was sent exactly once, so no second ACK can come behind it and be
 //! taken for the start of the multiplexed stream.
 
@@ -28,11 +31,20 @@ const PATIENCE: u32 = 5;
 /// QEMU takes 4 KiB at a time anyway.
 const SEND_BUFFER: usize = 128 * 1024;
 
-/// Runs the preamble on a fresh connection from QEMU. Afterwards the next byte either way is the multiplexer's.
+/// How far the preamble goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Until {
+    /// The agent waits for our next word.
+    Answered,
+    /// The multiplexed stream begins.
+    Begun,
+}
+
+/// Runs the preamble on a connection from QEMU. After [`Until::Begun`] the next byte either way is the multiplexer's.
 ///
 /// # Errors
 /// [`GuestError::Gone`] if QEMU closed the connection, [`GuestError::Timeout`].
-pub(super) async fn agree(socket: &UnixStream, deadline: Instant) -> Result<(), GuestError> {
+pub(super) async fn agree(socket: &UnixStream, until: Until, deadline: Instant) -> Result<(), GuestError> {
     // With the smallest buffer "writable" means "what was sent before has been read".
     set_socket_send_buffer_size(socket, 1).map_err(|e| GuestError::stream(&e.into()))?;
     let mut talk = Talk::new()?;
@@ -59,6 +71,9 @@ pub(super) async fn agree(socket: &UnixStream, deadline: Instant) -> Result<(), 
             }
             () = sleep_until(deadline) => return Err(GuestError::Timeout { what: "to open its channel" }),
         }
+    }
+    if until == Until::Answered {
+        return Ok(());
     }
     while !talk.out.is_empty() {
         let ready = tokio::time::timeout_at(deadline, socket.writable()).await;

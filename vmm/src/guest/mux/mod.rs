@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use yamux::{Config, Connection, Mode};
 
+use self::agree::Until;
 use self::io::ChannelIo;
 pub(super) use self::splice::HangUp;
 use super::error::GuestError;
@@ -49,6 +50,7 @@ impl Resets {
 enum Request {
     Open(oneshot::Sender<yamux::Stream>),
     Reset(u32),
+    End,
 }
 
 /// A channel that has been agreed on. Clones speak to the same one; when the last is dropped the channel is closed.
@@ -64,7 +66,7 @@ impl Mux {
     /// # Errors
     /// [`GuestError::Gone`], [`GuestError::Timeout`].
     pub async fn start(socket: UnixStream, deadline: Instant) -> Result<Self, GuestError> {
-        agree::agree(&socket, deadline).await?;
+        agree::agree(&socket, Until::Begun, deadline).await?;
         let mut config = Config::default();
         config.set_max_num_streams(MAX_STREAMS);
         config.set_max_connection_receive_window(Some(MAX_STREAMS * yamux::DEFAULT_CREDIT as usize));
@@ -102,12 +104,27 @@ impl Mux {
         splice::splice(client, stream, on_bytes).await.map_err(|e| GuestError::stream(&e))
     }
 
+    /// Ends it, and every stream in it, whoever still uses it. The connection itself stays if its owner holds it.
+    pub async fn end(&self) {
+        // Gone already is as good.
+        let _ = self.requests.send(Request::End).await;
+        self.ended().await;
+    }
+
     /// Waits for the end of the channel; gives the reason.
     pub async fn ended(&self) -> String {
         let mut ended = self.ended.clone();
         let reason = ended.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
         reason.unwrap_or_else(|| "its task has ended".into())
     }
+}
+
+/// Leaves the agent behind `socket`, whose multiplexer has been ended, waiting for the host's next word.
+///
+/// # Errors
+/// [`GuestError::Gone`], [`GuestError::Timeout`].
+pub(super) async fn quieten(socket: &UnixStream, deadline: Instant) -> Result<(), GuestError> {
+    agree::agree(socket, Until::Answered, deadline).await
 }
 
 /// The one task's state.
@@ -130,6 +147,7 @@ impl Driver {
                         self.resets.add(id);
                         continue;
                     }
+                    Poll::Ready(Some(Request::End)) => return Poll::Ready("it was ended".into()),
                     Poll::Ready(None) => return Poll::Ready("nobody uses it any more".into()),
                     Poll::Pending => {}
                 }

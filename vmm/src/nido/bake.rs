@@ -1,0 +1,202 @@
+//! Baking: a template's guest is booted once and saved, so that VMs can be forked from it; and the choice between a
+//! fork and a boot at each start.
+//!
+//! A bake is made by a VM like any other, under a name of its own, which saves itself when it is ready and vanishes.
+//! Invariant: a template's manifest names a bake only when all its parts are in the store.
+
+use std::hash::{BuildHasher, Hasher};
+use std::time::Instant;
+
+use nido_images::{Bake, Manifest};
+
+use super::Nido;
+use super::create::machine_request;
+use crate::api::{BakeInfo, BakeRequest, BakeResult, PathChoice, StartRequest, StartStage, VmSpec};
+use crate::bake::{Unfit, choose, qemu_id, shape};
+use crate::error::{Code, Error, Result};
+use crate::host::{HostFacts, QemuFacts};
+use crate::machine::{self, Machine};
+use crate::name::{TemplateName, VmName};
+use crate::state::VmState;
+use crate::store::{Frozen, Origin, Purpose, Saved, VmRow};
+use crate::supervisor::control::{Answer, Request};
+
+/// How soon a VM that is to be baked goes away when nobody waits for it any more.
+const FORSAKEN_MS: u64 = 3000;
+
+impl Nido {
+    /// Bakes a template for one kind of machine. A bake for the same kind is replaced.
+    ///
+    /// # Errors
+    /// `template_not_found`, those of a start, `vm_busy` if the template was built anew meanwhile.
+    pub async fn template_bake(
+        &self,
+        name: &TemplateName,
+        request: &BakeRequest,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<BakeResult> {
+        let began = Instant::now();
+        let (info, already_baked) = {
+            let _parts_stay = self.templates_shared()?;
+            let manifest = self.manifest(name)?;
+            let spec = bake_spec(name, request)?;
+            let (host, qemu) = self.host_facts().await?;
+            let disk_bytes = manifest.parts.root.virtual_bytes;
+            let machine =
+                machine::decide(&machine_request(&spec, disk_bytes, *machine::GUEST_CIDS.start()), &host, &qemu)?;
+            match choose(&manifest.bakes, &shape(&machine, &host), &qemu_id(&qemu)) {
+                Ok(bake) if !request.again => (bake_info(bake), true),
+                _ => {
+                    let bake = self.bake(spec, request.timeout_ms, progress).await?;
+                    let images = self.images();
+                    let lock = images.lock()?;
+                    let info = bake_info(&bake);
+                    images.add_bake(name.as_str(), bake, &manifest.parts, &lock)?;
+                    (info, false)
+                }
+            }
+        };
+        if !already_baked {
+            self.drop_unused_parts()?;
+        }
+        let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Ok(BakeResult { template: name.clone(), bake: info, already_baked, duration_ms })
+    }
+
+    /// Runs a VM until it has saved itself.
+    async fn bake(
+        &self,
+        spec: VmSpec,
+        timeout_ms: Option<u64>,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<Bake> {
+        let asked_at = Instant::now();
+        progress(StartStage::Preparing);
+        let (row, held) = self.make_vm(spec, Purpose::Bake, VmState::Starting).await?;
+        let start = StartRequest { wait: true, timeout_ms, path: PathChoice::Cold };
+        let outcome = match self.launch(&row, held, start, asked_at).await {
+            Ok(()) => self.ask_with_stages(&row, &Request::Ready, progress).await,
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(Answer::Baked { bake }) => Ok(*bake),
+            Ok(_) => Err(Error::internal("a VM was there to be baked, and was not")),
+            Err(error) => {
+                if let Err(left) = self.delete(&row.spec.name, true).await
+                    && left.code() != Code::VmNotFound
+                {
+                    tracing::warn!("VM {} could not be removed: {left}", row.spec.name);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// How a VM that is about to start comes to life, and what its disk stands on. The machine is told why.
+    pub(super) fn origin(
+        &self,
+        row: &VmRow,
+        path: PathChoice,
+        machine: &mut Machine,
+        (host, qemu): (&HostFacts, &QemuFacts),
+    ) -> Result<(Origin, Option<Frozen>)> {
+        let boot = |row: &VmRow| (Origin::Boot, row.parts.frozen.clone());
+        if row.purpose == Purpose::Bake {
+            return Ok(boot(row));
+        }
+        let refused = |why: &str| {
+            Error::new(Code::TemplateMismatch, format!("VM '{}' cannot be forked: {why}", row.spec.name))
+                .hint(format!("nido template bake {} --help; without --fork it boots", row.spec.template))
+        };
+        if self.vm_dir(&row.id).file(crate::home::DISK).exists() {
+            machine.reason.push_str("; booted because its disk has been in use");
+            return if path == PathChoice::Fork { Err(refused("its disk has been in use")) } else { Ok(boot(row)) };
+        }
+        if path == PathChoice::Cold {
+            machine.reason.push_str("; booted as asked");
+            return Ok((Origin::Boot, None));
+        }
+        match self.fitting_bake(row, machine, (host, qemu)) {
+            Ok(bake) => {
+                machine.reason.push_str("; forked from a bake of the template");
+                let frozen = Frozen { sha256: bake.disk.file.sha256, virtual_bytes: bake.disk.virtual_bytes };
+                let saved = Saved { memory: bake.memory.sha256, state: bake.state.sha256, token: bake.token };
+                Ok((Origin::Fork(saved), Some(frozen)))
+            }
+            Err(unfit) if path == PathChoice::Fork => Err(refused(unfit.why())),
+            Err(unfit) => {
+                machine.reason.push_str(&format!("; booted because {}", unfit.why()));
+                if let Unfit::Mismatch(why) = &unfit {
+                    let mend = format!("nido template bake {}", row.spec.template);
+                    machine.warnings.push(format!(
+                        "booted instead of forked: the template's bake cannot be used, {why}; mend it with: {mend}"
+                    ));
+                }
+                Ok((Origin::Boot, None))
+            }
+        }
+    }
+
+    fn fitting_bake(
+        &self,
+        row: &VmRow,
+        machine: &Machine,
+        (host, qemu): (&HostFacts, &QemuFacts),
+    ) -> Result<Bake, Unfit> {
+        let changed = || Unfit::Missing("the template has changed since the VM was made".into());
+        let manifest = self.manifest(&row.spec.template).map_err(|_| changed())?;
+        if !same_parts(&manifest, row) {
+            return Err(changed());
+        }
+        choose(&manifest.bakes, &shape(machine, host), &qemu_id(qemu)).cloned()
+    }
+}
+
+fn same_parts(manifest: &Manifest, row: &VmRow) -> bool {
+    let (parts, ours) = (&manifest.parts, &row.parts);
+    parts.vmlinux.sha256 == ours.vmlinux
+        && parts.initramfs.sha256 == ours.initramfs
+        && parts.root.file.sha256 == ours.root
+}
+
+fn bake_spec(template: &TemplateName, request: &BakeRequest) -> Result<VmSpec> {
+    let defaults = VmSpec::named(random_name("bake")?);
+    Ok(VmSpec {
+        template: template.clone(),
+        cpus: request.cpus.unwrap_or(defaults.cpus),
+        memory_mib: request.memory_mib.unwrap_or(defaults.memory_mib),
+        net: request.net,
+        machine: request.machine,
+        accel: request.accel,
+        nested: request.nested,
+        ephemeral: true,
+        idle_ms: Some(FORSAKEN_MS),
+        ..defaults
+    })
+}
+
+/// A prefix and six random letters. The standard library seeds its hash tables from the system's random numbers.
+pub(super) fn random_name(prefix: &str) -> Result<VmName> {
+    let mut number = std::hash::RandomState::new().build_hasher().finish();
+    let mut name = format!("{prefix}-");
+    for _ in 0..6 {
+        name.push(char::from(b'a' + u8::try_from(number % 26).unwrap_or(0)));
+        number /= 26;
+    }
+    name.parse()
+}
+
+/// A bake as it is told.
+pub(super) fn bake_info(bake: &Bake) -> BakeInfo {
+    BakeInfo {
+        created_at: bake.created_at,
+        machine: bake.machine.machine.clone(),
+        accel: bake.machine.accel.clone(),
+        cpus: bake.machine.cpus,
+        memory_mib: bake.machine.memory_mib,
+        net: bake.machine.net.clone(),
+        transport: bake.machine.transport.clone(),
+        qemu: bake.qemu.version.clone(),
+        size_bytes: bake.state.bytes + bake.disk.file.bytes,
+    }
+}

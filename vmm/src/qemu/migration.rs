@@ -1,0 +1,152 @@
+//! A machine's state out of QEMU and into another: QMP's migration, over a unix socket between QEMU and us.
+//!
+//! `unix:` works with every QEMU; `file:` only from 8.2. QEMU and this process share their working directory, so the
+//! socket is named relatively. With [`Memory::Apart`] the stream holds everything but the memory, which lies in a file of
+//! its own; with [`Memory::Within`] it holds the memory too.
+//!
+//! Invariant: every wait has a deadline, and nothing of the stream is looked at here: it comes from QEMU.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use qapi::qmp::{self, MigrationCapability, MigrationCapabilityStatus, MigrationStatus};
+
+use super::monitor::{Monitor, MonitorError};
+
+/// How long one command about a migration may take.
+const COMMAND_WITHIN: Duration = Duration::from_secs(10);
+/// Pause between looks at how far it is, at first and at most.
+const LOOK_EVERY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
+
+/// Where the guest's memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// In a file that both machines map.
+    Apart,
+    /// In the stream.
+    Within,
+}
+
+/// Why a machine's state could not be saved or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrationError {
+    /// A command failed.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// QEMU gave up.
+    #[error("QEMU could not {what} the machine's state{}", .desc.as_ref().map(|d| format!(": {d}")).unwrap_or_default())]
+    Failed {
+        /// `save` or `load`.
+        what: &'static str,
+        /// QEMU's sentence; escape it before showing it.
+        desc: Option<String>,
+    },
+    /// It took too long.
+    #[error("the machine's state could not be moved in time")]
+    Late,
+    /// The stream broke, or the file.
+    #[error("the machine's state could not be moved: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Writes the state of a halted machine to `file`; returns once QEMU and the file agree that it is whole.
+///
+/// # Errors
+/// See [`MigrationError`]. The machine stands as before.
+pub async fn save(
+    monitor: &Monitor,
+    socket: &Path,
+    mut file: File,
+    memory: Memory,
+    within: Duration,
+) -> Result<(), MigrationError> {
+    let deadline = Instant::now() + within;
+    set_capabilities(monitor, memory).await?;
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket)?;
+    listener.set_nonblocking(true)?;
+    let uri = Some(format!("unix:{}", socket.display()));
+    let sent = async {
+        monitor.execute(qmp::migrate { uri, channels: None, detach: None, resume: None }, COMMAND_WITHIN).await?;
+        // QEMU has connected, or is about to.
+        let stream = loop {
+            match listener.accept() {
+                Ok((stream, _)) => break stream,
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error.into()),
+                Err(_) if Instant::now() > deadline => return Err(MigrationError::Late),
+                Err(_) => tokio::time::sleep(LOOK_EVERY.0).await,
+            }
+        };
+        let copy = copying(stream, deadline, move |mut stream| io::copy(&mut stream, &mut file).map(drop));
+        let (copied, done) = tokio::join!(copy, completed(monitor, "save", deadline));
+        done.and(copied)
+    };
+    let sent = sent.await;
+    let _ = std::fs::remove_file(socket);
+    sent
+}
+
+/// Loads a state from `file` into a machine that was started to wait for one; it stands still afterwards.
+///
+/// # Errors
+/// See [`MigrationError`]. QEMU may have ended itself.
+pub async fn load(
+    monitor: &Monitor,
+    socket: &Path,
+    mut file: File,
+    memory: Memory,
+    within: Duration,
+) -> Result<(), MigrationError> {
+    let deadline = Instant::now() + within;
+    set_capabilities(monitor, memory).await?;
+    let _ = std::fs::remove_file(socket);
+    let uri = Some(format!("unix:{}", socket.display()));
+    monitor.execute(qmp::migrate_incoming { uri, channels: None, exit_on_error: None }, COMMAND_WITHIN).await?;
+    let stream = UnixStream::connect(socket)?;
+    let copy = copying(stream, deadline, move |mut stream| io::copy(&mut file, &mut stream).map(drop));
+    let (copied, done) = tokio::join!(copy, completed(monitor, "load", deadline));
+    let _ = std::fs::remove_file(socket);
+    // What QEMU says is the better reason.
+    done.and(copied)
+}
+
+async fn set_capabilities(monitor: &Monitor, memory: Memory) -> Result<(), MigrationError> {
+    let state = memory == Memory::Apart;
+    let capabilities = vec![MigrationCapabilityStatus { capability: MigrationCapability::x_ignore_shared, state }];
+    monitor.execute(qmp::migrate_set_capabilities { capabilities }, COMMAND_WITHIN).await?;
+    Ok(())
+}
+
+/// Copies on a thread of its own, which ends when QEMU's end does, or at the deadline.
+async fn copying(
+    stream: UnixStream,
+    deadline: Instant,
+    copy: impl FnOnce(UnixStream) -> io::Result<()> + Send + 'static,
+) -> Result<(), MigrationError> {
+    stream.set_nonblocking(false)?;
+    let left = Some(deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
+    stream.set_read_timeout(left)?;
+    stream.set_write_timeout(left)?;
+    let copied = tokio::task::spawn_blocking(move || copy(stream)).await;
+    Ok(copied.map_err(io::Error::other)??)
+}
+
+/// Waits until QEMU says that it is done.
+async fn completed(monitor: &Monitor, what: &'static str, deadline: Instant) -> Result<(), MigrationError> {
+    let mut pause = LOOK_EVERY.0;
+    while Instant::now() < deadline {
+        let now = monitor.execute(qmp::query_migrate {}, COMMAND_WITHIN).await?;
+        match now.status {
+            Some(MigrationStatus::completed) => return Ok(()),
+            Some(MigrationStatus::failed | MigrationStatus::cancelled) => {
+                return Err(MigrationError::Failed { what, desc: now.error_desc });
+            }
+            _ => tokio::time::sleep(pause).await,
+        }
+        pause = (pause * 3 / 2).min(LOOK_EVERY.1);
+    }
+    Err(MigrationError::Late)
+}

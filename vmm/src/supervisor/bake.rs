@@ -1,0 +1,118 @@
+//! Saving a guest so that others can go on from it: the end of a VM that is there to be baked.
+//!
+//! ```text
+//!  ready - freeze - end the channel's talk - halt - save state - quit      memory.img, state.bin, disk.qcow2
+//!                                                                            hashed, into the store of parts
+//! ```
+//!
+//! Invariant: the agent in the saved memory has no session and waits for its host's first word, its disk is clean, and
+//! nothing of the three files changes after QEMU has ended.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+use nido_images::{Bake, Disk, Part, hash_file, sparse_sha256};
+use tokio::time::Instant;
+
+use super::begin::Way;
+use super::launch::Running;
+use super::react::QMP_WITHIN;
+use super::run::Supervisor;
+use crate::bake::{qemu_id, shape};
+use crate::error::{Code, Error, Result};
+use crate::guest::{GuestError, Session};
+use crate::home::{DEVICE_STATE, DISK, MEMORY_IMAGE};
+use crate::host::{QemuFacts, facts, qemu};
+use crate::qemu::migration::{self, Memory};
+use crate::state::Fact;
+
+/// How long the guest may take to fall silent.
+const QUIET_WITHIN: Duration = Duration::from_secs(30);
+/// How long QEMU may take to save a machine's state.
+const SAVED_WITHIN: Duration = Duration::from_secs(60);
+/// The socket over which a state is saved.
+const SAVE_SOCKET: &str = "save.sock";
+
+impl Supervisor {
+    /// Saves the guest and ends its machine; whether that succeeded is told when QEMU has ended.
+    pub(super) async fn bake(&mut self, running: &Running) {
+        let saved = tokio::select! {
+            saved = self.save_for_bake(running) => saved,
+            // The loop sees it too, and tells why.
+            _ = running.process.wait() => return,
+        };
+        self.baked = Some(saved.inspect_err(|error| tracing::error!("{error}")));
+        self.learn(Fact::StopAsked);
+        self.quit(running);
+    }
+
+    async fn save_for_bake(&self, running: &Running) -> Result<()> {
+        let deadline = Instant::now() + QUIET_WITHIN;
+        let name = self.row.spec.name.as_str();
+        self.silence(deadline).await.map_err(|e| Error::from_guest(name, e))?;
+        let broken = |why: String| Error::new(Code::QemuFailed, format!("the guest cannot be saved: {why}"));
+        running.monitor.stop(QMP_WITHIN).await.map_err(|e| broken(e.to_string().escape_debug().to_string()))?;
+        let state = File::create(DEVICE_STATE).map_err(|e| Error::io("cannot save the guest", e))?;
+        migration::save(&running.monitor, Path::new(SAVE_SOCKET), state, Memory::Apart, SAVED_WITHIN)
+            .await
+            .map_err(|e| broken(e.to_string().escape_debug().to_string()))
+    }
+
+    /// Freezes the guest's disk, and leaves its agent waiting for the first word of another host.
+    async fn silence(&self, deadline: Instant) -> Result<(), GuestError> {
+        let way = Way { guest: self.guest.clone(), channel: self.channel.clone() };
+        let mut session = Session::open(way.stream(deadline).await?, self.guest.token(), deadline).await?;
+        session.freeze(deadline).await?;
+        drop(session);
+        match &self.channel {
+            Some(channel) => channel.quieten(deadline).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Takes what was saved into the store of parts.
+    pub(super) fn keep_bake(&self) -> Result<Bake> {
+        let home = self.nido.home();
+        let program = qemu::find(self.nido.options().qemu.as_deref())?;
+        let qemu = qemu::probe(&program, &home.cache())?;
+        let machine = shape(&self.machine, &facts::gather(&home.cache()));
+        let here = |name: &str| self.dir.file(name);
+        let (state, disk) = (hash_file(&here(DEVICE_STATE))?, hash_file(&here(DISK))?);
+        let memory = memory_part(&here(MEMORY_IMAGE))?;
+        let images = nido_images::Store::new(home.root());
+        let lock = images.lock()?;
+        images.import_as(&here(MEMORY_IMAGE), &memory, memory_mode(&qemu), &lock)?;
+        images.import(&here(DEVICE_STATE), &state, &lock)?;
+        images.import(&here(DISK), &disk, &lock)?;
+        Ok(Bake {
+            created_at: jiff::Timestamp::now(),
+            machine,
+            qemu: qemu_id(&qemu),
+            token: hex(self.guest.token()),
+            memory,
+            state,
+            disk: Disk { file: disk, virtual_bytes: self.row.disk_bytes },
+        })
+    }
+}
+
+fn memory_part(path: &Path) -> Result<Part> {
+    let broken = |e| Error::io("cannot read the saved memory", e);
+    let file = File::open(path).map_err(broken)?;
+    let (sha256, _) = sparse_sha256(&file).map_err(broken)?;
+    Ok(Part { sha256, bytes: file.metadata().map_err(broken)?.len() })
+}
+
+/// An older QEMU opens the image for writing although it maps it privately, and only root may do that without the right.
+fn memory_mode(qemu: &QemuFacts) -> u32 {
+    if qemu.memory_file_rom || rustix::process::geteuid().is_root() { 0o400 } else { 0o600 }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

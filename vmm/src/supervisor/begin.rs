@@ -1,0 +1,289 @@
+//! How a VM comes under supervision: its kernel boots, it goes on from a bake, or its QEMU is taken over from a
+//! supervisor that died. Ends with the guest's first answer.
+//!
+//! ```text
+//!  Boot   QEMU ............................ agent answers a ping
+//!  Fork   QEMU (waits) - load - resize - cont - agent renewed -> open for clients
+//! ```
+//!
+//! Invariant: until a guest that was loaded has been renewed, nobody talks to it but this supervisor.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nido_guest_agent::wire::{ENTROPY_LEN, Pong, Renew};
+use qapi::qmp::{self, RunState};
+use tokio::sync::oneshot;
+use tokio::time::Instant as TokioInstant;
+
+use super::forwards::bind;
+use super::launch::{Attached, LaunchError, Running, attach, launch};
+use super::react::QMP_WITHIN;
+use super::run::Supervisor;
+use super::serve::{Life, Users};
+use crate::api::{StartPath, Timings};
+use crate::error::{Code, Error, Result};
+use crate::guest::{Endpoint, Guest, GuestError, Link, Session, connect};
+use crate::host::qemu;
+use crate::qemu::QemuExit;
+use crate::qemu::migration::{self, Memory};
+use crate::state::Fact;
+use crate::store::{Origin, Purpose, Saved};
+
+/// How long loading a bake may take: milliseconds as a rule.
+const LOADED_WITHIN: Duration = Duration::from_secs(60);
+/// The socket over which a state is loaded.
+const LOAD_SOCKET: &str = "load.sock";
+
+/// How a VM ended without having run under this supervisor.
+pub(super) enum Ended {
+    /// QEMU has ended.
+    Exit(QemuExit),
+    /// It never ran.
+    Error(Error),
+    /// It lives, and there is no way to it.
+    OutOfReach(Error),
+}
+
+/// The guest's first answer, or why there is none.
+pub(super) enum Awake {
+    /// It is there.
+    Yes(Pong),
+    /// It did not answer in time.
+    Late,
+    /// It could not be made a machine of its own.
+    NotRenewed(String),
+}
+
+impl Supervisor {
+    pub(super) async fn start(&mut self) -> Result<Running, Ended> {
+        self.bind_forwards().await.map_err(Ended::Error)?;
+        let named = self.nido.options().qemu.clone();
+        let program = qemu::find(named.as_deref()).map_err(|e| Ended::Error(e.into()))?;
+        let facts = qemu::probe(&program, &self.nido.home().cache()).map_err(|e| Ended::Error(e.into()))?;
+        let running = launch(self.nido.home(), &self.row, &self.machine, &facts).await.map_err(|e| match e {
+            LaunchError::Ended(exit) => Ended::Exit(exit),
+            LaunchError::Failed(error) => Ended::Error(error),
+        })?;
+        let qemu_ms = self.asked_for_ms();
+        let mut timings = Timings { path: StartPath::Cold, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 };
+        if let Origin::Fork(saved) = self.row.origin.clone() {
+            timings.path = StartPath::Fork;
+            self.load(&saved, &running).await?;
+            timings.load_ms = self.asked_for_ms();
+        }
+        self.row.timings = Some(timings);
+        self.learn(Fact::QmpReady);
+        self.life.send_replace(Life::Booting);
+        Ok(running)
+    }
+
+    /// Milliseconds since the user asked for the start.
+    pub(super) fn asked_for_ms(&self) -> f64 {
+        self.asked_at.elapsed().as_secs_f64() * 1000.0
+    }
+
+    /// Loads a bake into a QEMU that waits for one, and lets it go on.
+    async fn load(&self, saved: &Saved, running: &Running) -> Result<(), Ended> {
+        let broken = |why: String| Error::new(Code::QemuFailed, format!("the VM cannot be forked: {why}"));
+        let work = async {
+            let state = File::open(self.nido.home().blob(&saved.state)).map_err(|e| broken(e.to_string()))?;
+            migration::load(&running.monitor, Path::new(LOAD_SOCKET), state, Memory::Apart, LOADED_WITHIN)
+                .await
+                .map_err(|e| broken(e.to_string().escape_debug().to_string()))?;
+            self.resize_disk(running).await?;
+            running.monitor.cont(QMP_WITHIN).await.map_err(|e| broken(e.to_string().escape_debug().to_string()))
+        };
+        let failed = tokio::select! {
+            outcome = work => match outcome {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            },
+            // Its log says why.
+            exit = running.process.wait() => return Err(Ended::Exit(exit.unwrap_or(QemuExit::Unknown))),
+        };
+        // A QEMU that cannot load ends itself.
+        match tokio::time::timeout(Duration::from_secs(1), running.process.wait()).await {
+            Ok(exit) => Err(Ended::Exit(exit.unwrap_or(QemuExit::Unknown))),
+            Err(_) => {
+                let _ = running.process.kill();
+                let _ = running.process.wait().await;
+                Err(Ended::Error(failed.hint("with --cold it boots instead")))
+            }
+        }
+    }
+
+    /// The guest was saved with a disk of its template's size; the VM may have been promised a larger one.
+    async fn resize_disk(&self, running: &Running) -> Result<()> {
+        let baked = self.row.parts.frozen.as_ref().map_or(self.row.disk_bytes, |frozen| frozen.virtual_bytes);
+        if baked == self.row.disk_bytes {
+            return Ok(());
+        }
+        let size = i64::try_from(self.row.disk_bytes).unwrap_or(i64::MAX);
+        let resize = qmp::block_resize { device: None, node_name: Some("disk".into()), size };
+        running.monitor.execute(resize, QMP_WITHIN).await.map(drop).map_err(|e| {
+            let why = e.to_string().escape_debug().to_string();
+            Error::new(Code::QemuFailed, format!("the VM's disk cannot be enlarged: {why}"))
+        })
+    }
+
+    pub(super) async fn take_over(&mut self) -> Result<Running, Ended> {
+        tracing::info!("taking over the QEMU of VM {}", self.row.spec.name);
+        let running = match attach().await {
+            Ok(Attached::Running(running)) => running,
+            Ok(Attached::Mute(process, error)) => {
+                tracing::error!("{error}");
+                return Err(Ended::Exit(self.watch_over_mute(&process).await));
+            }
+            Err(error) => return Err(self.wait_for_lock(error).await),
+        };
+        // Nobody waits any more for what was half made to be saved, or to wait.
+        if !self.row.agent.ready && self.row.purpose != Purpose::Use || self.row.purpose == Purpose::Bake {
+            let _ = running.process.kill();
+            return Err(Ended::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
+        }
+        if let Err(error) = self.bind_forwards().await {
+            tracing::error!("a published port is lost: {error}");
+        }
+        match running.monitor.query_status(QMP_WITHIN).await {
+            // It was loading, and what it loads is not known to be whole.
+            Ok(RunState::inmigrate) => {
+                let _ = running.process.kill();
+                return Err(Ended::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
+            }
+            Ok(RunState::paused) if !self.row.agent.ready && self.row.origin != Origin::Boot => {
+                // Loaded, and about to go on.
+                let _ = running.monitor.cont(QMP_WITHIN).await;
+                self.learn(Fact::QmpReady);
+            }
+            Ok(RunState::paused) => self.learn(Fact::GuestPaused),
+            Ok(_) => self.learn(Fact::QmpReady),
+            Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
+        }
+        self.life.send_replace(Life::Booting);
+        Ok(running)
+    }
+
+    /// Waits for a moment whether a QEMU that cannot be reached is about to end.
+    async fn wait_for_lock(&self, error: Error) -> Ended {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while crate::lock::is_held(&self.dir.file(crate::home::VM_LOCK)) {
+            if Instant::now() > deadline {
+                return Ended::OutOfReach(error);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ended::Exit(QemuExit::Unknown)
+    }
+
+    pub(super) async fn bind_forwards(&mut self) -> Result<()> {
+        for spec in self.row.forwards.clone() {
+            let (bound, listener) = bind(&spec).await?;
+            if bound != spec {
+                let store = self.nido.store();
+                store.remove_forward(&self.row.id, &spec)?;
+                store.add_forward(&self.row.id, &bound)?;
+            }
+            self.forwards.start(bound, listener, self.guest.clone(), self.forward_users());
+        }
+        Ok(())
+    }
+
+    /// With virtio-serial, forwarded connections pass the channel, which counts them.
+    pub(super) fn forward_users(&self) -> Users {
+        if self.channel.is_some() { Users::new() } else { self.users.clone() }
+    }
+
+    /// Waits for the guest's first answer, on a task of its own.
+    pub(super) fn watch_for_agent(&self) -> oneshot::Receiver<Awake> {
+        let (done, awake) = oneshot::channel();
+        let deadline = TokioInstant::now() + self.ready_within;
+        let link = self.channel.as_ref().map(|channel| channel.link());
+        let guest = self.guest.clone();
+        let door = self.channel.clone();
+        let renewal = match &self.row.origin {
+            Origin::Fork(saved) if !self.row.agent.ready => Some((saved.clone(), self.renewal())),
+            _ => None,
+        };
+        tokio::spawn(async move {
+            let answer = match renewal {
+                Some((saved, renewal)) => {
+                    let tokens = [unhex(&saved.token), guest.token().to_vec()];
+                    let way = Way { guest: guest.clone(), channel: door.clone() };
+                    renewed(&way, &tokens, renewal, deadline).await
+                }
+                None => {
+                    door.iter().for_each(|door| door.open(true));
+                    if let Some(mut link) = link {
+                        // Dialling before the channel is up would only wait in its queue.
+                        let _ = tokio::time::timeout_at(deadline, link.wait_for(|link| *link == Link::Up)).await;
+                    }
+                    let pong = guest.wait_ready(deadline).await;
+                    pong.inspect_err(|e| tracing::warn!("no sign of life: {e}")).map_or(Awake::Late, Awake::Yes)
+                }
+            };
+            if matches!(answer, Awake::Yes(_)) {
+                door.iter().for_each(|door| door.open(true));
+            }
+            let _ = done.send(answer);
+        });
+        awake
+    }
+
+    /// What makes the guest a machine of its own; the random bytes and the time are put in when it is sent.
+    pub(super) fn renewal(&self) -> Renew {
+        Renew {
+            token: self.guest.token().to_vec().into(),
+            entropy: Vec::new().into(),
+            time_ns: 0,
+            hostname: self.row.spec.name.to_string(),
+            identity: self.row.id.clone(),
+            network: crate::nido::guest_network(self.row.spec.net),
+        }
+    }
+}
+
+/// How the supervisor itself reaches the agent.
+pub(super) struct Way {
+    pub guest: Guest,
+    pub channel: Option<std::sync::Arc<crate::guest::Channel>>,
+}
+
+impl Way {
+    pub(super) async fn stream(&self, deadline: TokioInstant) -> Result<crate::guest::Stream, GuestError> {
+        match (&self.channel, self.guest.endpoint()) {
+            (Some(channel), _) => channel.stream(deadline).await,
+            (None, endpoint @ (Endpoint::Vsock { .. } | Endpoint::Serial { .. })) => connect(endpoint, deadline).await,
+        }
+    }
+}
+
+/// Renews the guest. Of the tokens the one that is accepted counts: a supervisor that died may have been here before.
+pub(super) async fn renewed(way: &Way, tokens: &[Vec<u8>], renewal: Renew, deadline: TokioInstant) -> Awake {
+    let mut refused = None;
+    for token in tokens {
+        match renew_once(way, token, renewal.clone(), deadline).await {
+            Ok(pong) => return Awake::Yes(pong),
+            Err(GuestError::TokenRefused) => refused = Some(Awake::NotRenewed(GuestError::TokenRefused.to_string())),
+            Err(GuestError::Timeout { .. } | GuestError::Unreachable(_)) => return Awake::Late,
+            Err(error) => return Awake::NotRenewed(error.to_string()),
+        }
+    }
+    refused.unwrap_or(Awake::Late)
+}
+
+async fn renew_once(way: &Way, token: &[u8], mut renewal: Renew, deadline: TokioInstant) -> Result<Pong, GuestError> {
+    let stream = way.stream(deadline).await?;
+    let mut entropy = vec![0; ENTROPY_LEN];
+    getrandom::fill(&mut entropy).map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
+    renewal.entropy = entropy.into();
+    renewal.time_ns = i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX);
+    Session::renew(stream, token, renewal, deadline).await
+}
+
+/// Bytes from their hexadecimal digits; what is none counts as nothing.
+pub(super) fn unhex(text: &str) -> Vec<u8> {
+    let digits: Vec<u8> = text.chars().filter_map(|c| c.to_digit(16)).filter_map(|d| u8::try_from(d).ok()).collect();
+    digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+}
