@@ -8,19 +8,36 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use nido_guest_agent::wire::{Fault, Power};
 use tokio::sync::mpsc;
 
+use crate::access::Access;
 use crate::children::Children;
+use crate::freeze::Freezer;
 
 /// How many sessions may be open at once.
 pub const MAX_SESSIONS: usize = 64;
 
+/// What the agent is in its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The guest's first process.
+    Init,
+    /// A service of the guest's.
+    Service,
+    /// An ordinary process that leaves the machine alone.
+    Visitor,
+}
+
 /// The agent.
 pub struct Agent {
-    /// The VM's token.
-    pub token: Vec<u8>,
-    /// Whether it is the guest's first process.
-    pub is_init: bool,
+    /// Who may talk to it.
+    pub access: Access,
+    /// What it is in its machine.
+    pub role: Role,
     /// What it has started.
-    pub children: Children,
+    pub children: Arc<Children>,
+    /// The root file system, as far as it is frozen.
+    pub freezer: Freezer,
+    /// Held by the session that renews the guest.
+    pub renewing: tokio::sync::Mutex<()>,
     /// Whether commands must get a neutral out-of-memory score, because the agent has another.
     pub resets_oom_score: bool,
     /// Where a request to go down goes.
@@ -32,14 +49,14 @@ pub struct Agent {
 
 impl Agent {
     /// An agent without sessions.
-    pub fn new(token: Vec<u8>, is_init: bool, power: mpsc::Sender<Power>) -> Self {
-        let score = std::fs::read("/proc/self/oom_score_adj").unwrap_or_default();
-        let resets_oom_score = score.trim_ascii() != b"0" && !score.is_empty();
+    pub fn new(token: Vec<u8>, role: Role, power: mpsc::Sender<Power>) -> Self {
         Self {
-            token,
-            is_init,
-            children: Children::default(),
-            resets_oom_score,
+            access: Access::new(token),
+            role,
+            children: Arc::default(),
+            freezer: Freezer::new(role != Role::Visitor),
+            renewing: tokio::sync::Mutex::default(),
+            resets_oom_score: has_oom_score(),
             power,
             sessions: AtomicUsize::new(0),
             was_busy: AtomicBool::new(false),
@@ -62,6 +79,12 @@ impl Agent {
     pub fn sessions(&self) -> usize {
         self.sessions.load(Ordering::Relaxed)
     }
+}
+
+/// Whether the agent has an out-of-memory score that its children should not inherit.
+pub fn has_oom_score() -> bool {
+    let score = std::fs::read("/proc/self/oom_score_adj").unwrap_or_default();
+    score.trim_ascii() != b"0" && !score.is_empty()
 }
 
 /// One open session.

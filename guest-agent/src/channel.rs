@@ -28,7 +28,11 @@ const RECEIVE_WINDOW: usize = MAX_STREAMS * 256 * 1024;
 /// Largest frame of the multiplexer, in bytes: with its 12-byte head it fills whole buffers of the kernel's port.
 const MUX_FRAME: usize = 4 * crate::port::KERNEL_CHUNK - 12;
 
-/// Serves sessions over kernel vsock, one connection each, for ever.
+/// How long no further connection is accepted after one that could not be.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// Serves sessions over kernel vsock, one connection each, for ever. When the guest is loaded from saved memory, the
+/// connections of before are reset and the listener stays, whatever the machine's number is now.
 ///
 /// # Errors
 /// The guest has no vsock.
@@ -44,7 +48,8 @@ pub async fn serve_vsock(agent: Arc<Agent>) -> io::Result<()> {
                 }
                 Ok(_) => {}
                 Err(error) if is_fatal(&error) => return Err(error),
-                Err(_this_one) => {}
+                // What failed may go on failing for a while.
+                Err(_this_one) => tokio::time::sleep(ACCEPT_PAUSE).await,
             },
             Some(_ended) = sessions.join_next() => {}
         }

@@ -49,14 +49,17 @@ pub async fn run(
     let limit = request.timeout_ms.map(Duration::from_millis);
     let has_stdin = request.stdin;
     let starter = agent.clone();
-    let started = tokio::task::spawn_blocking(move || program::start(&starter, &request)).await;
-    let started = match started.map_err(io::Error::other)? {
+    // Guarded from its first moment: the session may be gone before it hears that the command runs.
+    let start = move || {
+        let started = program::start(&starter, &request)?;
+        Ok((Group { pid: started.pid, ended: false }, started))
+    };
+    let (mut group, started) = match tokio::task::spawn_blocking(start).await.map_err(io::Error::other)? {
         Ok(started) => started,
         Err(Refusal { fault, message }) => {
             return Ok(output.send(&ToHost::Failed(wire::Failed { fault, message })).await?);
         }
     };
-    let mut group = Group { pid: started.pid, ended: false };
     output.send(&ToHost::Started(started.pid.as_raw_nonzero().get().cast_unsigned())).await?;
 
     let Started { pid, stdin, stdout, stderr, terminal, ended } = started;

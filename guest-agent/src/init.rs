@@ -17,8 +17,7 @@ use std::time::{Duration, Instant};
 use nido_guest_agent::config::{Channel, FW_CFG_PATH, GuestConfig, Init};
 use rustix::mount::{MountFlags, mount, mount_move};
 
-use crate::network::replace_file;
-use crate::{Reach, power, read_config, run as serve, sys};
+use crate::{Reach, hostname, identity, power, read_config, run as serve, sys};
 
 /// Where the initramfs leaves the configuration for the agent as a service.
 pub const SAVED_CONFIG: &str = "/run/nido/config";
@@ -43,8 +42,9 @@ pub fn run() -> io::Result<()> {
         leave_for_service()?;
     }
     switch_root()?;
-    name_guest(&config.hostname)?;
+    hostname::set(&config.hostname)?;
     if rest {
+        identity::settle_before_init(&config).map_err(|error| during("making the disk this VM's own", error))?;
         let error = std::process::Command::new("/sbin/init").env_clear().exec();
         return Err(during("starting /sbin/init", error));
     }
@@ -52,8 +52,7 @@ pub fn run() -> io::Result<()> {
     raise_limits()?;
     // Ctrl-Alt-Del would restart the guest without asking anybody.
     nix::sys::reboot::set_cad_enabled(false)?;
-    let reach = Reach::Guest { channel: config.channel, network: config.network, power: power::Mode::Init };
-    serve(config.token.to_vec(), reach)
+    serve(config, Reach::Guest(power::Mode::Init))
 }
 
 fn during(what: &str, error: impl Into<io::Error>) -> io::Error {
@@ -125,11 +124,16 @@ fn mount_root() -> io::Result<()> {
 }
 
 /// Lets the root file system fill its disk, if that has become larger. The file system is in use meanwhile, and this
-/// may take a second: it is done beside the first sessions.
-///
-/// # Errors
-/// The disk cannot be read, or the kernel refuses.
-pub fn grow_root() -> io::Result<()> {
+/// may take a second: it is done beside the sessions.
+pub fn grow_root_beside() {
+    tokio::task::spawn_blocking(|| {
+        if let Err(error) = grow_root() {
+            eprintln!("nido-guest-agent: the root file system does not fill its disk: {error}");
+        }
+    });
+}
+
+fn grow_root() -> io::Result<()> {
     let mut device = fs::File::open(DISK)?;
     let bytes = device.seek(io::SeekFrom::End(0))?;
     let mut superblock = vec![0; 1024];
@@ -180,22 +184,6 @@ fn switch_root() -> io::Result<()> {
     std::env::set_current_dir("/")
 }
 
-/// Gives the guest its name, in the kernel and in the files that programs read.
-fn name_guest(name: &str) -> io::Result<()> {
-    nix::unistd::sethostname(name).map_err(|error| during("setting the host name", error))?;
-    replace_file(Path::new("/etc/hostname"), format!("{name}\n").as_bytes())?;
-    let hosts = Path::new("/etc/hosts");
-    let present = fs::read_to_string(hosts).unwrap_or_else(|_| "127.0.0.1\tlocalhost\n::1\tlocalhost\n".into());
-    replace_file(hosts, own_hosts(&present, name).as_bytes())
-}
-
-/// The hosts file with one line for the guest itself, as Debian writes it.
-fn own_hosts(present: &str, name: &str) -> String {
-    const OWN: &str = "127.0.1.1";
-    let others = present.lines().filter(|line| line.split_whitespace().next() != Some(OWN));
-    others.map(|line| format!("{line}\n")).collect::<String>() + &format!("{OWN}\t{name}\n")
-}
-
 /// What programs expect beyond the kernel's own views, where no other init mounts it.
 fn mount_for_programs() -> io::Result<()> {
     mount_own("devpts", "/dev/pts", MountFlags::NOSUID | MountFlags::NOEXEC, "mode=0620,gid=5,ptmxmode=0666")?;
@@ -238,12 +226,5 @@ mod tests {
         assert_eq!(wanted_blocks(&superblock((1 << 32) + 5, 2, true), 8_192_000), None);
         assert_eq!(wanted_blocks(&superblock(1, 77, true), 8_192_000), None);
         assert_eq!(wanted_blocks(&[], 8_192_000), None);
-    }
-
-    #[test]
-    fn the_guest_is_in_its_own_hosts_file_once() {
-        let first = own_hosts("127.0.0.1\tlocalhost\n", "web");
-        assert_eq!(first, "127.0.0.1\tlocalhost\n127.0.1.1\tweb\n");
-        assert_eq!(own_hosts(&first, "db"), "127.0.0.1\tlocalhost\n127.0.1.1\tdb\n");
     }
 }

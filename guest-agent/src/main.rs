@@ -12,19 +12,26 @@
 //! Invariant: one thread runs all sessions and never blocks; what may block (files, starting programs, name files)
 //! happens in threads with small stacks.
 
+mod access;
 mod agent;
 mod channel;
 mod children;
+mod chore;
+mod etc;
 mod exec;
 mod files;
 mod forward;
 mod framing;
+mod freeze;
+mod hostname;
+mod identity;
 mod init;
 mod network;
 mod passwd;
 mod port;
 mod power;
 mod program;
+mod renew;
 mod session;
 mod stream;
 mod sys;
@@ -35,11 +42,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use minicbor::Decode as _;
-use nido_guest_agent::config::{Channel, GuestConfig, MAX_CONFIG, Network};
-use nido_guest_agent::wire::TOKEN_LEN;
+use nido_guest_agent::config::{Channel, GuestConfig, MAX_CONFIG};
+use nido_guest_agent::wire::{Power, TOKEN_LEN};
 use tokio::sync::mpsc;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Role};
 
 /// Stack of the threads that may block, in bytes.
 const THREAD_STACK: usize = 192 * 1024;
@@ -73,20 +80,27 @@ fn main() -> ExitCode {
 /// Where and how an agent serves.
 enum Reach {
     /// As the guest's agent, over the guest's channel.
-    Guest { channel: Channel, network: Option<Network>, power: power::Mode },
+    Guest(power::Mode),
     /// As an ordinary process that leaves the machine alone.
     Socket(PathBuf),
 }
 
+impl Reach {
+    fn role(&self) -> Role {
+        match self {
+            Self::Guest(power::Mode::Init) => Role::Init,
+            Self::Guest(power::Mode::Systemd) => Role::Service,
+            Self::Socket(_) => Role::Visitor,
+        }
+    }
+}
+
 fn service() -> io::Result<()> {
-    let config = read_config(init::SAVED_CONFIG)?;
-    let (channel, network) = (config.channel, config.network);
-    run(config.token.to_vec(), Reach::Guest { channel, network, power: power::Mode::Systemd })
+    run(read_config(init::SAVED_CONFIG)?, Reach::Guest(power::Mode::Systemd))
 }
 
 fn serve(socket: PathBuf, config: PathBuf) -> io::Result<()> {
-    let config = read_config(config)?;
-    run(config.token.to_vec(), Reach::Socket(socket))
+    run(read_config(config)?, Reach::Socket(socket))
 }
 
 /// Reads and checks the configuration.
@@ -106,67 +120,70 @@ fn read_config(path: impl AsRef<std::path::Path>) -> io::Result<GuestConfig> {
 }
 
 /// Runs the agent to the end of the guest (or of the test).
-fn run(token: Vec<u8>, reach: Reach) -> io::Result<()> {
+fn run(config: GuestConfig, reach: Reach) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_stack_size(THREAD_STACK)
         .max_blocking_threads(MAX_THREADS)
         .build()?;
-    runtime.block_on(serve_until_power(token, reach))
+    runtime.block_on(serve_until_power(config, reach))
 }
 
-async fn serve_until_power(token: Vec<u8>, reach: Reach) -> io::Result<()> {
+async fn serve_until_power(config: GuestConfig, reach: Reach) -> io::Result<()> {
     let (asked, mut asks) = mpsc::channel(1);
-    let is_init = std::process::id() == 1;
-    let agent = Arc::new(Agent::new(token, is_init, asked));
-    let reaper = agent.clone();
-    tokio::spawn(async move { reaper.children.reap().await });
+    let agent = Arc::new(Agent::new(config.token.to_vec(), reach.role(), asked));
+    let reaper = agent.children.clone();
+    tokio::spawn(async move { reaper.reap().await });
     let mode = match reach {
-        Reach::Guest { channel, network, power } => {
-            start_network(network)?;
-            let serving = agent.clone();
-            tokio::spawn(async move {
-                let served = match channel {
-                    Channel::Vsock => channel::serve_vsock(serving).await,
-                    Channel::Serial => channel::serve_serial(serving).await,
-                };
-                if let Err(error) = served {
-                    eprintln!("nido-guest-agent: the channel to the host is broken: {error}");
-                    std::process::exit(1);
-                }
-            });
-            tokio::task::spawn_blocking(|| {
-                if let Err(error) = init::grow_root() {
-                    eprintln!("nido-guest-agent: the root file system does not fill its disk: {error}");
-                }
-            });
-            power
-        }
+        Reach::Guest(mode) => mode,
         Reach::Socket(path) => {
-            let serving = agent.clone();
             tokio::select! {
-                served = channel::serve_socket(serving, &path) => return served,
+                served = channel::serve_socket(agent.clone(), &path) => return served,
                 _power = asks.recv() => return Ok(()),
             }
         }
     };
+    if let Err(error) = settle(&agent, &config).await {
+        let message = format!("the disk could not be made this VM's own, so the guest is not used: {error}");
+        return fail_boot(&agent, mode, message).await;
+    }
+    let (serving, channel) = (agent.clone(), config.channel);
+    tokio::spawn(async move {
+        let served = match channel {
+            Channel::Vsock => channel::serve_vsock(serving).await,
+            Channel::Serial => channel::serve_serial(serving).await,
+        };
+        if let Err(error) = served {
+            eprintln!("nido-guest-agent: the channel to the host is broken: {error}");
+            std::process::exit(1);
+        }
+    });
+    init::grow_root_beside();
     let power = power::asked(&mut asks, mode).await?;
+    // If it stays frozen the guest goes down all the same.
+    let _ = agent.freezer.thaw().await;
     power::go_down(&agent, power, mode).await
 }
 
-/// What the host has decided is there before the first session; what the network has to be asked for is not waited
-/// for.
-fn start_network(network: Option<Network>) -> io::Result<()> {
-    let is_asked_for = network == Some(Network::Dhcp);
-    let set_up = move || {
-        if let Err(error) = network::set_up(network.as_ref()) {
-            eprintln!("nido-guest-agent: the network could not be set up: {error}");
-        }
-    };
-    if is_asked_for {
-        std::thread::Builder::new().name("network".into()).stack_size(THREAD_STACK).spawn(set_up)?;
-    } else {
-        set_up();
+/// What is there before the first session: the network, and a disk that is this VM's own.
+async fn settle(agent: &Agent, config: &GuestConfig) -> io::Result<()> {
+    if agent.role == Role::Service {
+        // An agent that was killed while it held the file system still has left it so.
+        agent.freezer.thaw().await.map_err(|refusal| io::Error::other(refusal.message))?;
     }
-    Ok(())
+    if let Err(error) = network::set(config.network.as_ref()) {
+        eprintln!("nido-guest-agent: the network could not be set up: {error}");
+    }
+    identity::settle(&agent.children, config, agent.role == Role::Init).await
+}
+
+/// Ends a boot that must not be used: process 1 by ending, a service by asking for the power to go off.
+async fn fail_boot(agent: &Agent, mode: power::Mode, message: String) -> io::Result<()> {
+    if mode == power::Mode::Systemd {
+        // Without a console it is in the journal.
+        let _ = std::fs::write("/dev/console", format!("nido-guest-agent: {message}\n"));
+        eprintln!("nido-guest-agent: {message}");
+        power::go_down(agent, Power::Off, mode).await?;
+    }
+    Err(io::Error::other(message))
 }

@@ -9,14 +9,14 @@ use std::time::Duration;
 use nido_guest_agent::wire::{
     self, Fault, Hello, Pong, Power, Refusal as Reason, Refused, ToGuest, ToHost, VERSION, Welcome,
 };
-use subtle::ConstantTimeEq;
 use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
-use crate::agent::{Agent, Refusal};
+use crate::access::{Access, Number, Pass};
+use crate::agent::{Agent, Refusal, Role};
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
 use crate::stream::{Sink, Source};
-use crate::{exec, files, forward, network};
+use crate::{exec, files, forward, network, renew};
 
 /// How long the host may take for its hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -32,17 +32,24 @@ pub async fn serve(agent: Arc<Agent>, (source, sink): (Source, Sink)) {
     let (mut input, mut output) = (FrameReader::new(source), FrameWriter::new(sink));
     let seat = agent.sit();
     let busy = seat.is_none();
-    let welcomed = match timeout(HELLO_DEADLINE, greet(&agent, busy, &mut input, &mut output)).await {
-        Ok(welcomed) => welcomed,
+    let mut pass = match timeout(HELLO_DEADLINE, greet(&agent, busy, &mut input, &mut output)).await {
+        Ok(Ok(Some(pass))) => pass,
+        Ok(Ok(None)) => return drain(input, output).await,
+        Ok(Err(_gone)) => return,
         Err(_late) => return,
     };
-    match welcomed {
-        Ok(true) => {}
-        Ok(false) => return drain(input, output).await,
-        Err(_gone) => return,
-    }
     input.lift_greeting_limit();
-    match answer_requests(&agent, input, output).await {
+    let number = pass.number;
+    tokio::select! {
+        biased;
+        // The stream is dropped, and with it all that runs for this session.
+        () = pass.withdrawn() => {}
+        () = serve_admitted(&agent, number, input, output) => {}
+    }
+}
+
+async fn serve_admitted(agent: &Arc<Agent>, number: Number, input: FrameReader, output: FrameWriter) {
+    match answer_requests(agent, number, input, output).await {
         Over::Closed => {}
         Over::Broken(input, output) => drain(input, output).await,
         Over::Forwards(input, output, target) => forward::copy(input, output, target).await,
@@ -59,43 +66,43 @@ enum Over {
     Forwards(FrameReader, FrameWriter, tokio::net::TcpStream),
 }
 
-/// Reads the hello and answers it. False if the host was refused.
+/// Reads the hello and answers it. Nothing if the host was refused.
 async fn greet(
     agent: &Agent,
     busy: bool,
     input: &mut FrameReader,
     output: &mut FrameWriter,
-) -> Result<bool, FrameError> {
+) -> Result<Option<Pass>, FrameError> {
     let answer = match input.next().await {
-        Ok(Some(Incoming::Message(ToGuest::Hello(hello)))) => judge(&hello, &agent.token, busy).map(|()| hello.nonce),
+        Ok(Some(Incoming::Message(ToGuest::Hello(hello)))) => {
+            judge(&hello, &agent.access, busy).map(|pass| (pass, hello.nonce))
+        }
         Ok(None) | Err(FrameError::Io(_)) => return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
         Ok(Some(_)) | Err(FrameError::Wire(_)) => Err(Reason::NoHello),
     };
     match answer {
-        Ok(nonce) => {
+        Ok((pass, nonce)) => {
             let welcome = Welcome { version: VERSION, nonce, agent: env!("CARGO_PKG_VERSION").into() };
             output.send(&ToHost::Welcome(welcome)).await?;
-            Ok(true)
+            Ok(Some(pass))
         }
         Err(reason) => {
             output.send(&ToHost::Refused(Refused { reason, oldest: VERSION, newest: VERSION })).await?;
-            Ok(false)
+            Ok(None)
         }
     }
 }
 
 /// Whether a hello opens the session. The token comes first: who does not have it learns nothing else.
-fn judge(hello: &Hello, token: &[u8], busy: bool) -> Result<(), Reason> {
-    if !bool::from(hello.token.as_slice().ct_eq(token)) {
-        return Err(Reason::Token);
-    }
+fn judge(hello: &Hello, access: &Access, busy: bool) -> Result<Pass, Reason> {
+    let pass = access.admit(&hello.token).ok_or(Reason::Token)?;
     if !(hello.oldest..=hello.newest).contains(&VERSION) {
         return Err(Reason::Version);
     }
-    if busy { Err(Reason::Busy) } else { Ok(()) }
+    if busy { Err(Reason::Busy) } else { Ok(pass) }
 }
 
-async fn answer_requests(agent: &Arc<Agent>, mut input: FrameReader, mut output: FrameWriter) -> Over {
+async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameReader, mut output: FrameWriter) -> Over {
     loop {
         let request = match input.next().await {
             Ok(Some(Incoming::Message(request))) => request,
@@ -111,7 +118,7 @@ async fn answer_requests(agent: &Arc<Agent>, mut input: FrameReader, mut output:
             agent.takes_memory();
         }
         let done = match request {
-            ToGuest::Ping => output.send(&pong(agent)).await.map_err(FrameError::from),
+            ToGuest::Ping => answer(&mut output, Ok(ToHost::Pong(pong(agent)))).await,
             ToGuest::Exec(exec) => exec::run(agent, exec, &mut input, &mut output).await,
             ToGuest::Put(put) => match files::receive(put, &mut input, &mut output).await {
                 Ok(files::Received::Done) => Ok(()),
@@ -127,8 +134,11 @@ async fn answer_requests(agent: &Arc<Agent>, mut input: FrameReader, mut output:
                 Err(refusal) => fail(&mut output, refusal).await,
             },
             ToGuest::Power(power) => go_down(agent, power, &mut input, &mut output).await,
-            ToGuest::Freeze | ToGuest::Thaw | ToGuest::Renew(_) => {
-                return broken(input, output, "saving and loading are not known here").await;
+            ToGuest::Freeze => answer(&mut output, agent.freezer.freeze().await.map(|()| ToHost::Frozen)).await,
+            ToGuest::Thaw => answer(&mut output, agent.freezer.thaw().await.map(|()| ToHost::Thawed)).await,
+            ToGuest::Renew(order) => {
+                let renewed = renew::renew(agent, order, number).await;
+                answer(&mut output, renewed.map(|()| ToHost::Renewed(pong(agent)))).await
             }
             ToGuest::StdinEof | ToGuest::Signal(_) | ToGuest::Resize(_) => Ok(()),
             ToGuest::Hello(_) | ToGuest::Entry(_) | ToGuest::EntryEnd | ToGuest::TreeEnd => {
@@ -140,6 +150,14 @@ async fn answer_requests(agent: &Arc<Agent>, mut input: FrameReader, mut output:
             Err(FrameError::Io(_)) => return Over::Closed,
             Err(FrameError::Wire(error)) => return broken(input, output, &error.to_string()).await,
         }
+    }
+}
+
+/// Tells the host how its request ended.
+async fn answer(output: &mut FrameWriter, result: Result<ToHost, Refusal>) -> Result<(), FrameError> {
+    match result {
+        Ok(message) => Ok(output.send(&message).await?),
+        Err(refusal) => fail(output, refusal).await,
     }
 }
 
@@ -164,16 +182,16 @@ async fn drain(mut input: FrameReader, mut output: FrameWriter) {
     let _ = timeout(DRAIN_DEADLINE, to_end).await;
 }
 
-fn pong(agent: &Agent) -> ToHost {
+fn pong(agent: &Agent) -> Pong {
     let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     let uptime_ms = uptime.tv_sec.cast_unsigned() * 1000 + uptime.tv_nsec.cast_unsigned() / 1_000_000;
-    ToHost::Pong(Pong {
+    Pong {
         agent: env!("CARGO_PKG_VERSION").into(),
         uptime_ms,
         sessions: u32::try_from(agent.sessions()).unwrap_or(u32::MAX),
-        is_init: agent.is_init,
+        is_init: agent.role == Role::Init,
         address: network::address().map(|address| address.to_string()),
-    })
+    }
 }
 
 async fn go_down(
@@ -182,6 +200,9 @@ async fn go_down(
     input: &mut FrameReader,
     output: &mut FrameWriter,
 ) -> Result<(), FrameError> {
+    if let Err(refusal) = agent.freezer.thaw().await {
+        return fail(output, refusal).await;
+    }
     let synced = tokio::task::spawn_blocking(rustix::fs::sync);
     if timeout(SYNC_DEADLINE, synced).await.is_err() {
         return fail(output, Refusal::new(Fault::Other, "the disks could not be synced in time")).await;
@@ -205,11 +226,13 @@ mod tests {
 
     #[test]
     fn the_token_is_judged_before_anything_else() {
-        assert_eq!(judge(&hello(b"right", VERSION, VERSION), b"right", false), Ok(()));
-        assert_eq!(judge(&hello(b"right", 0, 9), b"right", false), Ok(()));
-        assert_eq!(judge(&hello(b"wrong", 8, 9), b"right", true), Err(Reason::Token));
-        assert_eq!(judge(&hello(b"", 0, 9), b"right", false), Err(Reason::Token));
-        assert_eq!(judge(&hello(b"right", VERSION + 1, VERSION + 2), b"right", false), Err(Reason::Version));
-        assert_eq!(judge(&hello(b"right", 0, 9), b"right", true), Err(Reason::Busy));
+        let access = Access::new(b"right".to_vec());
+        let judged = |token, oldest, newest, busy| judge(&hello(token, oldest, newest), &access, busy).err();
+        assert_eq!(judged(b"right", VERSION, VERSION, false), None);
+        assert_eq!(judged(b"right", 0, 9, false), None);
+        assert_eq!(judged(b"wrong", 8, 9, true), Some(Reason::Token));
+        assert_eq!(judged(b"", 0, 9, false), Some(Reason::Token));
+        assert_eq!(judged(b"right", VERSION + 1, VERSION + 2, false), Some(Reason::Version));
+        assert_eq!(judged(b"right", 0, 9, true), Some(Reason::Busy));
     }
 }

@@ -1,4 +1,4 @@
-//! The only unsafe code of the agent: starting a process, and three calls to the kernel that no crate wraps.
+//! The only unsafe code of the agent: starting a process, and the few calls to the kernel that no crate wraps.
 //!
 //! A process is started as `posix_spawn` does it: the child shares the agent's memory and the launching thread sleeps
 //! until the program is loaded. So a launch costs no copy of page tables (dear under emulation), and a failure comes
@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use nido_guest_agent::wire::ENTROPY_LEN;
 use rustix::process::Pid;
 use tokio::io::unix::AsyncFd;
 
@@ -243,4 +244,55 @@ pub fn resize_ext4(root: &File, blocks: u64) -> io::Result<()> {
     // SAFETY: the request reads one u64 behind the pointer.
     let result = unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_RESIZE_FS, &raw const blocks) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Writes everything of the file system that `root` is in, and holds it still.
+///
+/// # Errors
+/// The kernel refuses; `EBUSY` if it stands still already.
+pub fn freeze(root: &File) -> io::Result<()> {
+    /// `_IOWR('X', 119, int)`
+    const FIFREEZE: libc::c_ulong = 0xc004_5877;
+    // SAFETY: the request takes no argument.
+    let result = unsafe { libc::ioctl(root.as_raw_fd(), FIFREEZE, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Lets the file system that `root` is in go on.
+///
+/// # Errors
+/// The kernel refuses; `EINVAL` if it does not stand still.
+pub fn thaw(root: &File) -> io::Result<()> {
+    /// `_IOWR('X', 120, int)`
+    const FITHAW: libc::c_ulong = 0xc004_5878;
+    // SAFETY: the request takes no argument.
+    let result = unsafe { libc::ioctl(root.as_raw_fd(), FITHAW, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Mixes secret random bytes into the kernel's pool, credits them in full, and makes its generator use them at once.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn seed_random(device: &File, bytes: &[u8; ENTROPY_LEN]) -> io::Result<()> {
+    /// `_IOW('R', 3, int[2])`
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    /// `_IO('R', 7)`
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    /// `struct rand_pool_info`.
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_bits: libc::c_int,
+        length: libc::c_int,
+        bytes: [u8; ENTROPY_LEN],
+    }
+    let info = PoolInfo { entropy_bits: 8 * ENTROPY_LEN as i32, length: ENTROPY_LEN as i32, bytes: *bytes };
+    // SAFETY: the request reads the two numbers behind the pointer and as many bytes behind them as the second says.
+    let added = unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &raw const info) };
+    if added < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the request takes no argument.
+    let reseeded = unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG, 0) };
+    if reseeded < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -779,9 +779,21 @@ mod tests {
         })
     }
 
+    fn sample_renew() -> ToGuest {
+        ToGuest::Renew(Renew {
+            token: vec![7; TOKEN_LEN].into(),
+            entropy: vec![9; ENTROPY_LEN].into(),
+            time_ns: 1_700_000_000_123_456_789,
+            hostname: "web".into(),
+            identity: "0123456789abcdef".into(),
+            network: Some(crate::config::Network::Dhcp),
+        })
+    }
+
     #[test]
     fn messages_survive_the_wire() {
-        for message in [sample_exec(), ToGuest::Ping, ToGuest::Signal(9), ToGuest::Power(Power::Off)] {
+        let simple = [ToGuest::Ping, ToGuest::Signal(9), ToGuest::Power(Power::Off), ToGuest::Freeze, ToGuest::Thaw];
+        for message in simple.into_iter().chain([sample_exec(), sample_renew()]) {
             let frame = encode(&message).unwrap();
             let head = Head::parse(frame[..HEAD].try_into().unwrap()).unwrap();
             assert_eq!(head, Head { kind: kind::MESSAGE, length: frame.len() - HEAD });
@@ -820,11 +832,27 @@ mod tests {
         }
 
         #[test]
-        fn damaged_messages_never_panic(at in 0usize..64, byte in any::<u8>()) {
-            let mut frame = encode(&sample_exec()).unwrap();
-            let at = HEAD + at % (frame.len() - HEAD);
-            frame[at] = byte;
-            let _ = decode::<ToGuest>(&frame[HEAD..]);
+        fn damaged_messages_never_panic(at in 0usize..256, byte in any::<u8>()) {
+            for message in [sample_exec(), sample_renew()] {
+                let mut frame = encode(&message).unwrap();
+                let at = HEAD + at % (frame.len() - HEAD);
+                frame[at] = byte;
+                let _ = decode::<ToGuest>(&frame[HEAD..]);
+            }
+        }
+
+        #[test]
+        fn every_renewal_survives_the_wire(
+            token in proptest::collection::vec(any::<u8>(), 0..80),
+            entropy in proptest::collection::vec(any::<u8>(), 0..80),
+            time_ns in any::<i64>(),
+            hostname in any::<String>(),
+            identity in any::<String>(),
+        ) {
+            let (token, entropy) = (token.into(), entropy.into());
+            let message = ToGuest::Renew(Renew { token, entropy, time_ns, hostname, identity, network: None });
+            let frame = encode(&message).unwrap();
+            prop_assert_eq!(decode::<ToGuest>(&frame[HEAD..]).unwrap(), message);
         }
 
         #[test]

@@ -12,3 +12,5 @@ mod exec;
 mod files;
 #[path = "agent/forward.rs"]
 mod forward;
+#[path = "agent/saving.rs"]
+mod saving;

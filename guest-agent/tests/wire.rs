@@ -3,8 +3,8 @@
 
 use nido_guest_agent::config::{Channel, GuestConfig, Init, Network, StaticNetwork};
 use nido_guest_agent::wire::{
-    Connect, Entry, EntryKind, Exec, Exited, Failed, Fault, HEAD, Hello, Power, Put, Refusal, Refused, Summary,
-    ToGuest, ToHost, WindowSize, decode, encode,
+    Connect, Entry, EntryKind, Exec, Exited, Failed, Fault, HEAD, Hello, Pong, Power, Put, Refusal, Refused, Renew,
+    Summary, ToGuest, ToHost, WindowSize, decode, encode,
 };
 
 fn payload<M: minicbor::Encode<()>>(message: &M) -> String {
@@ -21,6 +21,15 @@ fn what_the_host_says() {
     let pty = Some(WindowSize { rows: 24, columns: 80 });
     let exec = Exec { argv: vec![bytes("ls")], pty, ..Exec::default() };
     let entry = Entry { path: vec![bytes("a")], kind: EntryKind::File(5), mode: 0o644, mtime_ns: -1 };
+    let network = StaticNetwork { address: "a".into(), prefix: 24, gateway: Some("g".into()), dns: Vec::new() };
+    let renew = Renew {
+        token: vec![0xaa].into(),
+        entropy: vec![0xbb].into(),
+        time_ns: 5,
+        hostname: "w".into(),
+        identity: "m".into(),
+        network: Some(Network::Static(network)),
+    };
     let put = Put { path: bytes("/t"), name: None, user: Some("u".into()), parents: true };
     for (message, wanted) in [
         (ToGuest::Hello(hello), "820081840102".to_owned() + "42aaaa" + "190100"),
@@ -33,6 +42,12 @@ fn what_the_host_says() {
         (ToGuest::TreeEnd, "820980".into()),
         (ToGuest::Connect(Connect { host: None, port: 80 }), "820b8182f61850".into()),
         (ToGuest::Power(Power::Restart), "820c8101".into()),
+        (ToGuest::Freeze, "820d80".into()),
+        (ToGuest::Thaw, "820e80".into()),
+        (
+            ToGuest::Renew(renew),
+            "820f8186".to_owned() + "41aa" + "41bb" + "05" + "6177" + "616d" + "82018184616118186167" + "80",
+        ),
     ] {
         assert_eq!(payload(&message), wanted, "{message:?}");
     }
@@ -42,6 +57,7 @@ fn what_the_host_says() {
 fn what_the_agent_says() {
     let refused = Refused { reason: Refusal::Token, oldest: 1, newest: 1 };
     let exited = Exited { code: None, signal: Some(9), timed_out: true, duration_ms: 100 };
+    let pong = Pong { agent: "a".into(), uptime_ms: 1, sessions: 2, is_init: false, address: None };
     let failed = Failed { fault: Fault::DiskFull, message: "no".into() };
     for (message, wanted) in [
         (ToHost::Refused(refused), "82018183010101"),
@@ -50,6 +66,9 @@ fn what_the_agent_says() {
         (ToHost::PutDone(Summary { entries: 1, bytes: 2, skipped: 0, path: None }), "82068183010200"),
         (ToHost::PoweringOff, "820b80"),
         (ToHost::Failed(failed), "820c818206626e6f"),
+        (ToHost::Frozen, "820d80"),
+        (ToHost::Thawed, "820e80"),
+        (ToHost::Renewed(pong), "820f818461610102f4"),
     ] {
         assert_eq!(payload(&message), wanted, "{message:?}");
     }

@@ -63,15 +63,15 @@ impl Routes {
         Ok(Self(socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?))
     }
 
-    /// Brings an interface up.
+    /// Brings an interface up, or down, which removes its routes.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn up(&self, index: u32) -> io::Result<()> {
+    pub fn set_up(&self, index: u32, up: bool) -> io::Result<()> {
         const UP: u32 = libc::IFF_UP.cast_unsigned();
         let mut body = vec![0; 4];
         body.extend(index.to_ne_bytes());
-        body.extend(UP.to_ne_bytes());
+        body.extend(if up { UP } else { 0 }.to_ne_bytes());
         body.extend(UP.to_ne_bytes());
         self.ask(libc::RTM_NEWLINK, 0, &body)
     }
@@ -83,14 +83,27 @@ impl Routes {
     pub fn add_address(&self, index: u32, address: Ipv4Addr, prefix: u8) -> io::Result<()> {
         let host_bits = u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
         let broadcast = Ipv4Addr::from(u32::from(address) | host_bits);
-        let mut body = vec![libc::AF_INET as u8, prefix, 0, 0];
-        body.extend(index.to_ne_bytes());
+        let mut body = address_head(index, prefix);
         for (kind, value) in
             [(libc::IFA_ADDRESS, address), (libc::IFA_LOCAL, address), (libc::IFA_BROADCAST, broadcast)]
         {
             attribute(&mut body, kind, value.octets());
         }
         self.ask(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &body)
+    }
+
+    /// Takes an address from an interface.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn remove_address(&self, index: u32, address: Ipv4Addr, prefix: u8) -> io::Result<()> {
+        let mut body = address_head(index, prefix);
+        attribute(&mut body, libc::IFA_LOCAL, address.octets());
+        match self.ask(libc::RTM_DELADDR, 0, &body) {
+            // Somebody in the guest has done it.
+            Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(()),
+            result => result,
+        }
     }
 
     /// Sends everything else through a gateway.
@@ -126,6 +139,12 @@ impl Routes {
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer is cut short")),
         }
     }
+}
+
+fn address_head(index: u32, prefix: u8) -> Vec<u8> {
+    let mut body = vec![libc::AF_INET as u8, prefix, 0, 0];
+    body.extend(index.to_ne_bytes());
+    body
 }
 
 fn attribute(body: &mut Vec<u8>, kind: u16, value: [u8; 4]) {

@@ -1,7 +1,7 @@
 //! The guest's first network card: loopback up, card up, address, route, name servers; as the host says or by DHCP.
 //!
-//! Invariant: a network that does not come up never holds up the channel to the host. It is set up beside it, and
-//! what went wrong is said on the console.
+//! Invariant: what the network has to be asked for never holds up the channel to the host, and of two set-ups the
+//! later one stays.
 
 mod dhcp;
 mod link;
@@ -9,9 +9,11 @@ mod link;
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nido_guest_agent::config::{Network, StaticNetwork};
+
+use crate::etc::{PUBLIC, replace_file};
 
 /// What a card is set up with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,26 +44,88 @@ fn invalid(message: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, message)
 }
 
-/// Sets up loopback and the first card. With DHCP it does not return while the lease is kept, so it wants a thread of
-/// its own.
+/// What is set up now. Kept, because asking the kernel for it would be most of the work of a ping, and of a renewal
+/// that changes nothing.
+static CURRENT: Mutex<Current> = Mutex::new(Current { round: 0, wanted: None, is_settled: false, address: None });
+
+struct Current {
+    /// Counts set-ups, so that a lease of an older one is not applied any more.
+    round: u64,
+    /// What was asked for.
+    wanted: Option<Network>,
+    /// Whether it is there, or is being asked for.
+    is_settled: bool,
+    /// The card's address and the length of its prefix.
+    address: Option<(Ipv4Addr, u8)>,
+}
+
+fn current() -> MutexGuard<'static, Current> {
+    CURRENT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The address that the agent has given to the first network card.
+pub fn address() -> Option<Ipv4Addr> {
+    current().address.map(|(address, _)| address)
+}
+
+/// Makes the network as it is wanted, whatever it was. Nothing happens if it is so already. What the network itself has
+/// to be asked for is not waited for.
 ///
 /// # Errors
-/// There is no card, the kernel refuses, or nobody answers.
-pub fn set_up(network: Option<&Network>) -> io::Result<()> {
+/// There is no card, or the kernel refuses.
+pub fn set(wanted: Option<&Network>) -> io::Result<()> {
+    let (round, old) = {
+        let mut current = current();
+        if current.is_settled && current.wanted.as_ref() == wanted {
+            return Ok(());
+        }
+        current.round += 1;
+        current.wanted = wanted.cloned();
+        current.is_settled = false;
+        (current.round, current.address.take())
+    };
+    if let Some((address, prefix)) = old {
+        let (routes, card) = (link::Routes::open()?, link::first_card()?);
+        routes.remove_address(card.index, address, prefix)?;
+        routes.set_up(card.index, false)?;
+    }
+    if wanted == Some(&Network::Dhcp) {
+        current().is_settled = true;
+        let ask = move || {
+            if let Err(error) = set_up(Some(&Network::Dhcp), round) {
+                eprintln!("nido-guest-agent: the network could not be set up: {error}");
+            }
+        };
+        std::thread::Builder::new().name("network".into()).stack_size(crate::THREAD_STACK).spawn(ask)?;
+        return Ok(());
+    }
+    set_up(wanted, round)?;
+    current().is_settled = true;
+    Ok(())
+}
+
+/// Sets up loopback and the first card. With DHCP it does not return while the lease is kept.
+fn set_up(network: Option<&Network>, round: u64) -> io::Result<()> {
     let routes = link::Routes::open()?;
-    routes.up(1)?;
+    routes.set_up(1, true)?;
     let Some(network) = network else { return Ok(()) };
     let card = link::first_card()?;
-    routes.up(card.index)?;
+    routes.set_up(card.index, true)?;
     match network {
-        Network::Static(given) => apply(&routes, &card, &Settings::parse(given)?),
-        Network::Dhcp => dhcp::keep_lease(&card, |settings| apply(&routes, &card, settings)),
+        Network::Static(given) => apply(&routes, &card, &Settings::parse(given)?, round),
+        Network::Dhcp => dhcp::keep_lease(&card, |settings| apply(&routes, &card, settings, round)),
     }
 }
 
-fn apply(routes: &link::Routes, card: &link::Card, settings: &Settings) -> io::Result<()> {
-    routes.add_address(card.index, settings.address, settings.prefix)?;
-    *ADDRESS.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings.address);
+fn apply(routes: &link::Routes, card: &link::Card, settings: &Settings, round: u64) -> io::Result<()> {
+    {
+        let mut current = current();
+        if current.round != round {
+            return Err(io::Error::other("another network was set up meanwhile"));
+        }
+        routes.add_address(card.index, settings.address, settings.prefix)?;
+        current.address = Some((settings.address, settings.prefix));
+    }
     if let Some(gateway) = settings.gateway {
         routes.default_route(card.index, gateway)?;
     }
@@ -69,29 +133,8 @@ fn apply(routes: &link::Routes, card: &link::Card, settings: &Settings) -> io::R
         return Ok(());
     }
     let servers: String = settings.dns.iter().map(|server| format!("nameserver {server}\n")).collect();
-    replace_file(Path::new("/etc/resolv.conf"), servers.as_bytes())
+    replace_file(Path::new("/etc/resolv.conf"), servers.as_bytes(), PUBLIC)
 }
-
-/// Writes a small file of the guest's configuration by renaming, unless it holds just that already.
-///
-/// # Errors
-/// The file system refuses.
-pub fn replace_file(path: &Path, contents: &[u8]) -> io::Result<()> {
-    if std::fs::read(path).is_ok_and(|present| present == contents) {
-        return Ok(());
-    }
-    let temporary = path.with_extension("nido-new");
-    std::fs::write(&temporary, contents)?;
-    std::fs::rename(&temporary, path)
-}
-
-/// The address that the agent has given to the first network card. Kept, because asking the kernel for it would be
-/// most of the work of a ping.
-pub fn address() -> Option<Ipv4Addr> {
-    *ADDRESS.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-static ADDRESS: Mutex<Option<Ipv4Addr>> = Mutex::new(None);
 
 #[cfg(test)]
 mod tests {
@@ -112,17 +155,5 @@ mod tests {
         assert_eq!((settings.address, settings.prefix), (Ipv4Addr::new(10, 0, 2, 15), 24));
         assert!(Settings::parse(&given("ten", 24)).is_err());
         assert!(Settings::parse(&given("10.0.2.15", 33)).is_err());
-    }
-
-    #[test]
-    fn a_file_is_replaced_as_a_whole() {
-        let directory = std::env::temp_dir().join(format!("nido-agent-test-{}", std::process::id()));
-        std::fs::create_dir_all(&directory).unwrap();
-        let file = directory.join("resolv.conf");
-        std::os::unix::fs::symlink("/nowhere/at/all", &file).unwrap();
-        replace_file(&file, b"nameserver 10.0.2.3\n").unwrap();
-        assert_eq!(std::fs::read(&file).unwrap(), b"nameserver 10.0.2.3\n");
-        assert!(!file.is_symlink());
-        std::fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -26,7 +26,7 @@ async fn a_ping_is_answered() {
 async fn a_request_may_follow_the_hello_at_once() {
     let mut host = Host::start().await;
     let mut session = host.stream().await;
-    let hello = nido_guest_agent::wire::Hello { oldest: 1, newest: 1, token: TOKEN.to_vec().into(), nonce: 3 };
+    let hello = nido_guest_agent::wire::Hello { oldest: 1, newest: VERSION, token: TOKEN.to_vec().into(), nonce: 3 };
     let both = [ToGuest::Hello(hello), ToGuest::Ping].map(|m| nido_guest_agent::wire::encode(&m).unwrap()).concat();
     session.stream.write_all(&both).await.unwrap();
     assert!(matches!(session.message().await, ToHost::Welcome(_)));

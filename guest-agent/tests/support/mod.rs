@@ -169,9 +169,15 @@ impl Drop for Host {
     }
 }
 
-/// Speaks the preamble until the agent has acknowledged a nonce that was sent once: a second acknowledgement could
-/// come behind it and be taken for the multiplexer's.
+/// Speaks the preamble to its end.
 pub async fn agree(channel: &mut UnixStream, seed: u8) {
+    let nonce = probe(channel, seed).await;
+    channel.write_all(&sync::Block { kind: sync::Kind::Go, nonce }.bytes()).await.unwrap();
+}
+
+/// Speaks the preamble until the agent has acknowledged a nonce that was sent once: a second acknowledgement could
+/// come behind it and be taken for the multiplexer's. Gives the nonce.
+pub async fn probe(channel: &mut UnixStream, seed: u8) -> [u8; 16] {
     let (mut nonce, mut sent) = ([seed; 16], 0);
     let mut scanner = sync::Scanner::default();
     let agreed = async {
@@ -183,14 +189,13 @@ pub async fn agree(channel: &mut UnixStream, seed: u8) {
                 while scanner.push(channel.read_u8().await.unwrap()) != ack {}
             });
             match acknowledged.await {
-                Ok(()) if sent == 1 => return,
+                Ok(()) if sent == 1 => return nonce,
                 Ok(()) => (nonce[0], sent) = (nonce[0].wrapping_add(1), 0),
                 Err(_silence) => channel.write_all(&vec![0xff; sync::FILLER]).await.unwrap(),
             }
         }
     };
-    soon("the agent's acknowledgement", agreed).await;
-    channel.write_all(&sync::Block { kind: sync::Kind::Go, nonce }.bytes()).await.unwrap();
+    soon("the agent's acknowledgement", agreed).await
 }
 
 /// What the agent sent.

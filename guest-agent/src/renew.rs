@@ -1,0 +1,210 @@
+//! Making a guest that was loaded from saved memory a machine of its own.
+//!
+//! ```text
+//! thaw -> random numbers -> clock -> host name -> network -> boot id
+//!      -> (the disk is another VM's) machine id -> host keys -> hooks -> identity
+//!      -> the saved configuration -> the token, and the end of all other sessions
+//! ```
+//!
+//! Random numbers come before whatever is made of them. Invariant: the first step that fails ends the renewal, and the
+//! old token stays; a guest that was not renewed to the end is never one that answers to the new token.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nido_guest_agent::wire::{ENTROPY_LEN, Fault, Renew, TOKEN_LEN};
+use rustix::time::{ClockId, Timespec, clock_settime};
+use tokio::time::timeout;
+
+use crate::access::Number;
+use crate::agent::{Agent, Refusal, Role, fault_of};
+use crate::etc::{named, replace_file};
+use crate::{hostname, identity, init, network};
+
+/// How long the steps without programs may take together.
+const DEADLINE: Duration = Duration::from_secs(20);
+const RUN: &str = "/run/nido";
+const BOOT_ID: &str = "/run/nido/boot_id";
+const KERNELS_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+const NANOS: i64 = 1_000_000_000;
+
+/// Renews the guest for the session `by`, which is then the only one. A visitor of a machine leaves that alone and only
+/// changes its token.
+///
+/// # Errors
+/// The order is malformed, or a step failed: its name is in the message.
+pub async fn renew(agent: &Arc<Agent>, order: Renew, by: Number) -> Result<(), Refusal> {
+    let entropy = check(&order).map_err(|message| Refusal::new(Fault::Invalid, message))?;
+    let _only_one = agent.renewing.lock().await;
+    agent.freezer.thaw().await?;
+    let token = order.token.to_vec();
+    if agent.role != Role::Visitor {
+        let order = Arc::new(order);
+        renew_machine(&order, entropy).await?;
+        renew_disk(agent, &order).await?;
+        if agent.role == Role::Service {
+            in_thread(move || step("the saved configuration", save_config(&order))).await?;
+        }
+        init::grow_root_beside();
+    }
+    agent.access.replace(token, by);
+    Ok(())
+}
+
+/// Whether an order can be carried out; gives its random bytes.
+fn check(order: &Renew) -> Result<[u8; ENTROPY_LEN], String> {
+    if order.token.len() != TOKEN_LEN {
+        return Err(format!("the token is not {TOKEN_LEN} bytes long"));
+    }
+    if order.time_ns < 0 {
+        return Err("the time is before 1970".into());
+    }
+    if !hostname::is_valid(&order.hostname) {
+        return Err(format!("{:?} cannot be a host name", order.hostname));
+    }
+    if !identity::is_valid(&order.identity) {
+        return Err(format!("{:?} cannot be an identity", order.identity));
+    }
+    order.entropy.as_slice().try_into().map_err(|_| format!("there are not {ENTROPY_LEN} random bytes"))
+}
+
+/// Names the step that failed.
+fn step<T>(name: &str, result: io::Result<T>) -> Result<T, Refusal> {
+    result.map_err(|error| Refusal::new(fault_of(&error), format!("renewing {name}: {error}")))
+}
+
+/// Does what may block, in time.
+async fn in_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
+) -> Result<T, Refusal> {
+    match timeout(DEADLINE, tokio::task::spawn_blocking(work)).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(panic)) => Err(Refusal::new(Fault::Other, format!("renewing: {panic}"))),
+        Err(_late) => Err(Refusal::new(Fault::Other, format!("renewing took longer than {} s", DEADLINE.as_secs()))),
+    }
+}
+
+/// The steps in the kernel's memory, and the name.
+async fn renew_machine(order: &Arc<Renew>, entropy: [u8; ENTROPY_LEN]) -> Result<(), Refusal> {
+    let order = order.clone();
+    in_thread(move || {
+        step("the random numbers", renew_random(&entropy))?;
+        step("the clock", set_clock(order.time_ns))?;
+        step("the host name", hostname::set(&order.hostname))?;
+        step("the network", network::set(order.network.as_ref()))?;
+        step("the boot id", renew_boot_id())
+    })
+    .await
+}
+
+/// The steps on the disk, unless it is this VM's already.
+async fn renew_disk(agent: &Agent, order: &Arc<Renew>) -> Result<(), Refusal> {
+    let root = Path::new("/");
+    let wanted = order.clone();
+    let found = in_thread(move || {
+        if identity::is_own(root, &wanted.identity) {
+            return Ok(None);
+        }
+        step("the machine id", identity::renew_machine_id(root))?;
+        let keys = step("the host keys", identity::host_keys(root))?;
+        Ok(Some((keys, step("what the hooks renew", identity::hooks(root))?)))
+    });
+    let Some((keys, hooks)) = found.await? else { return Ok(()) };
+    step("the host keys", identity::renew_host_keys(&agent.children, &keys).await)?;
+    let hooks = identity::run_hooks(&agent.children, hooks, &order.hostname, &order.identity);
+    step("what the hooks renew", hooks.await)?;
+    let wanted = order.clone();
+    in_thread(move || step("the identity", identity::record(root, &wanted.identity))).await
+}
+
+/// Makes the kernel's random numbers differ from those of every twin, from the next one on.
+fn renew_random(entropy: &[u8; ENTROPY_LEN]) -> io::Result<()> {
+    let device = File::options().write(true).open("/dev/urandom").map_err(named("/dev/urandom"))?;
+    crate::sys::seed_random(&device, entropy)
+}
+
+fn set_clock(time_ns: i64) -> io::Result<()> {
+    let time = Timespec { tv_sec: time_ns.div_euclid(NANOS), tv_nsec: time_ns.rem_euclid(NANOS) };
+    Ok(clock_settime(ClockId::Realtime, time)?)
+}
+
+/// Puts a fresh boot id where programs read the kernel's, which is a constant of the saved memory.
+fn renew_boot_id() -> io::Result<()> {
+    let line = uuid_line(identity::random_uuid()?);
+    fs::create_dir_all(RUN).map_err(named(RUN))?;
+    // In place, for what is mounted is the file itself; a new file gets its mode by being new.
+    match File::options().write(true).open(BOOT_ID) {
+        Ok(mut file) => io::Write::write_all(&mut file, line.as_bytes()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            replace_file(Path::new(BOOT_ID), line.as_bytes(), 0o444)
+        }
+        Err(error) => Err(error),
+    }
+    .map_err(named(BOOT_ID))?;
+    let file = |path: &str| fs::metadata(path).map(|facts| (facts.dev(), facts.ino())).map_err(named(path));
+    if file(BOOT_ID)? != file(KERNELS_BOOT_ID)? {
+        rustix::mount::mount_bind(BOOT_ID, KERNELS_BOOT_ID).map_err(|error| named(KERNELS_BOOT_ID)(error.into()))?;
+    }
+    Ok(())
+}
+
+/// A UUID as the kernel writes it.
+fn uuid_line(uuid: u128) -> String {
+    let hex = format!("{uuid:032x}");
+    format!("{}-{}-{}-{}-{}\n", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// Changes what an agent that is started again as a service would read: an older token must not come back.
+fn save_config(order: &Renew) -> io::Result<()> {
+    let mut config = crate::read_config(init::SAVED_CONFIG)?;
+    config.token = order.token.clone();
+    config.hostname.clone_from(&order.hostname);
+    config.identity.clone_from(&order.identity);
+    config.network.clone_from(&order.network);
+    let bytes = minicbor::to_vec(&config).map_err(io::Error::other)?;
+    replace_file(Path::new(init::SAVED_CONFIG), &bytes, 0o600)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn order() -> Renew {
+        Renew {
+            token: vec![1; TOKEN_LEN].into(),
+            entropy: vec![2; ENTROPY_LEN].into(),
+            time_ns: 0,
+            hostname: "web".into(),
+            identity: "0123abc".into(),
+            network: None,
+        }
+    }
+
+    #[test]
+    fn an_order_is_whole_or_refused() {
+        assert_eq!(check(&order()).unwrap(), [2; ENTROPY_LEN]);
+        for bad in [
+            Renew { token: vec![1; TOKEN_LEN - 1].into(), ..order() },
+            Renew { token: Vec::new().into(), ..order() },
+            Renew { entropy: vec![2; ENTROPY_LEN + 1].into(), ..order() },
+            Renew { entropy: Vec::new().into(), ..order() },
+            Renew { time_ns: -1, ..order() },
+            Renew { hostname: "a b".into(), ..order() },
+            Renew { identity: String::new(), ..order() },
+            Renew { identity: "../x".into(), ..order() },
+        ] {
+            assert!(check(&bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_boot_id_looks_like_the_kernels() {
+        let line = uuid_line(0x0123_4567_89ab_4def_8123_4567_89ab_cdef);
+        assert_eq!(line, "01234567-89ab-4def-8123-456789abcdef\n");
+        assert_eq!(line.len(), fs::read(KERNELS_BOOT_ID).unwrap().len());
+    }
+}
