@@ -66,15 +66,14 @@ impl Freezer {
         Ok(())
     }
 
-    /// Lets the file system go on, whoever froze it; nothing happens if it moves.
+    /// Lets the file system go on; nothing happens, and it costs nothing, if this agent has not frozen it.
     ///
     /// # Errors
     /// The kernel refuses, or not in time.
     pub async fn thaw(&self) -> Result<(), Refusal> {
         let mut timer = self.lock().await?;
-        if let Some(older) = timer.take() {
-            older.abort();
-        }
+        let Some(frozen) = timer.take() else { return Ok(()) };
+        frozen.abort();
         if !self.is_real {
             return Ok(());
         }

@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use crate::etc::{PUBLIC, named, replace_file};
+use crate::etc::{PUBLIC, named, overwrite_file};
 
 /// Longest name the kernel takes, in bytes.
 const MAX_NAME: usize = 64;
@@ -23,10 +23,11 @@ pub fn is_valid(name: &str) -> bool {
 /// The kernel or the file system refuses.
 pub fn set(name: &str) -> io::Result<()> {
     nix::unistd::sethostname(name).map_err(|error| named("setting the host name")(error.into()))?;
-    replace_file(Path::new("/etc/hostname"), format!("{name}\n").as_bytes(), PUBLIC).map_err(named("/etc/hostname"))?;
+    overwrite_file(Path::new("/etc/hostname"), format!("{name}\n").as_bytes(), PUBLIC)
+        .map_err(named("/etc/hostname"))?;
     let hosts = Path::new("/etc/hosts");
     let present = fs::read_to_string(hosts).unwrap_or_else(|_| "127.0.0.1\tlocalhost\n::1\tlocalhost\n".into());
-    replace_file(hosts, own_hosts(&present, name).as_bytes(), PUBLIC).map_err(named("/etc/hosts"))
+    overwrite_file(hosts, own_hosts(&present, name).as_bytes(), PUBLIC).map_err(named("/etc/hosts"))
 }
 
 /// The hosts file with one line for the guest itself, as Debian writes it.

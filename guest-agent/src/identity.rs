@@ -20,7 +20,7 @@ use nido_guest_agent::config::GuestConfig;
 
 use crate::children::Children;
 use crate::chore::{self, Chore};
-use crate::etc::{PUBLIC, named, replace_file};
+use crate::etc::{PUBLIC, named, overwrite_file};
 
 /// Longest identity, in bytes.
 const MAX_IDENTITY: usize = 64;
@@ -53,10 +53,15 @@ pub fn is_own(root: &Path, identity: &str) -> bool {
 /// The file system refuses.
 pub fn record(root: &Path, identity: &str) -> io::Result<()> {
     let file = root.join(IDENTITY);
+    let line = format!("{identity}\n");
+    match overwrite_file(&file, line.as_bytes(), PUBLIC) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        written => return written.map_err(named(file.display())),
+    }
     if let Some(directory) = file.parent() {
         fs::create_dir_all(directory).map_err(named(directory.display()))?;
     }
-    replace_file(&file, format!("{identity}\n").as_bytes(), PUBLIC).map_err(named(file.display()))
+    overwrite_file(&file, line.as_bytes(), PUBLIC).map_err(named(file.display()))
 }
 
 /// Gives the guest a fresh machine id, also where D-Bus keeps a copy of its own.
@@ -68,7 +73,7 @@ pub fn renew_machine_id(root: &Path) -> io::Result<()> {
     for file in ["etc/machine-id", "var/lib/dbus/machine-id"].map(|file| root.join(file)) {
         let is_copy = file.symlink_metadata().is_ok_and(|facts| facts.is_file());
         if is_copy || file.ends_with("etc/machine-id") {
-            replace_file(&file, line.as_bytes(), 0o444).map_err(named(file.display()))?;
+            overwrite_file(&file, line.as_bytes(), 0o444).map_err(named(file.display()))?;
         }
     }
     Ok(())

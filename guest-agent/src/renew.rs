@@ -6,6 +6,10 @@
 //!      -> the saved configuration -> the token, and the end of all other sessions
 //! ```
 //!
+//! It is quick because little code runs: under emulation an instruction costs most when it runs for the first time, and
+//! after a load everything does. So there is no thread, files are written in place, and what can be made ready before the
+//! save is made ready then ([`prepare`]).
+//!
 //! Random numbers come before whatever is made of them. Invariant: the first step that fails ends the renewal, and the
 //! old token stays; a guest that was not renewed to the end is never one that answers to the new token.
 
@@ -14,19 +18,16 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nido_guest_agent::wire::{ENTROPY_LEN, Fault, Renew, TOKEN_LEN};
 use rustix::time::{ClockId, Timespec, clock_settime};
-use tokio::time::timeout;
 
 use crate::access::Number;
 use crate::agent::{Agent, Refusal, Role, fault_of};
 use crate::etc::{named, replace_file};
 use crate::{hostname, identity, init, network};
 
-/// How long the steps without programs may take together.
-const DEADLINE: Duration = Duration::from_secs(20);
 const RUN: &str = "/run/nido";
 const BOOT_ID: &str = "/run/nido/boot_id";
 const KERNELS_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -43,13 +44,14 @@ pub async fn renew(agent: &Arc<Agent>, order: Renew, by: Number) -> Result<(), R
     agent.freezer.thaw().await?;
     let token = order.token.to_vec();
     if agent.role != Role::Visitor {
-        let order = Arc::new(order);
-        renew_machine(&order, entropy).await?;
+        renew_machine(&order, &entropy)?;
         renew_disk(agent, &order).await?;
         if agent.role == Role::Service {
-            in_thread(move || step("the saved configuration", save_config(&order))).await?;
+            step("the saved configuration", save_config(&order))?;
         }
-        init::grow_root_beside();
+        if order.disk_grown {
+            init::grow_root_beside();
+        }
     }
     agent.access.replace(token, by);
     Ok(())
@@ -77,48 +79,36 @@ fn step<T>(name: &str, result: io::Result<T>) -> Result<T, Refusal> {
     result.map_err(|error| Refusal::new(fault_of(&error), format!("renewing {name}: {error}")))
 }
 
-/// Does what may block, in time.
-async fn in_thread<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
-) -> Result<T, Refusal> {
-    match timeout(DEADLINE, tokio::task::spawn_blocking(work)).await {
-        Ok(Ok(result)) => result,
-        Ok(Err(panic)) => Err(Refusal::new(Fault::Other, format!("renewing: {panic}"))),
-        Err(_late) => Err(Refusal::new(Fault::Other, format!("renewing took longer than {} s", DEADLINE.as_secs()))),
-    }
-}
-
-/// The steps in the kernel's memory, and the name.
-async fn renew_machine(order: &Arc<Renew>, entropy: [u8; ENTROPY_LEN]) -> Result<(), Refusal> {
-    let order = order.clone();
-    in_thread(move || {
-        step("the random numbers", renew_random(&entropy))?;
-        step("the clock", set_clock(order.time_ns))?;
-        step("the host name", hostname::set(&order.hostname))?;
-        step("the network", network::set(order.network.as_ref()))?;
-        step("the boot id", renew_boot_id())
-    })
-    .await
+/// The steps in the kernel's memory, and the name. None of them waits for anything but the guest's own disk.
+fn renew_machine(order: &Renew, entropy: &[u8; ENTROPY_LEN]) -> Result<(), Refusal> {
+    step("the random numbers", renew_random(entropy))?;
+    step("the clock", set_clock(order.time_ns))?;
+    step("the host name", hostname::set(&order.hostname))?;
+    step("the network", network::set(order.network.as_ref()))?;
+    step("the boot id", renew_boot_id())
 }
 
 /// The steps on the disk, unless it is this VM's already.
-async fn renew_disk(agent: &Agent, order: &Arc<Renew>) -> Result<(), Refusal> {
+async fn renew_disk(agent: &Agent, order: &Renew) -> Result<(), Refusal> {
     let root = Path::new("/");
-    let wanted = order.clone();
-    let found = in_thread(move || {
-        if identity::is_own(root, &wanted.identity) {
-            return Ok(None);
-        }
-        step("the machine id", identity::renew_machine_id(root))?;
-        let keys = step("the host keys", identity::host_keys(root))?;
-        Ok(Some((keys, step("what the hooks renew", identity::hooks(root))?)))
-    });
-    let Some((keys, hooks)) = found.await? else { return Ok(()) };
+    if identity::is_own(root, &order.identity) {
+        return Ok(());
+    }
+    step("the machine id", identity::renew_machine_id(root))?;
+    let keys = step("the host keys", identity::host_keys(root))?;
     step("the host keys", identity::renew_host_keys(&agent.children, &keys).await)?;
+    let hooks = step("what the hooks renew", identity::hooks(root))?;
     let hooks = identity::run_hooks(&agent.children, hooks, &order.hostname, &order.identity);
     step("what the hooks renew", hooks.await)?;
-    let wanted = order.clone();
-    in_thread(move || step("the identity", identity::record(root, &wanted.identity))).await
+    step("the identity", identity::record(root, &order.identity))
+}
+
+/// Makes ready what every renewal needs, before the guest is saved.
+///
+/// # Errors
+/// The kernel or the file system refuses.
+pub fn prepare(agent: &Agent) -> Result<(), Refusal> {
+    if agent.role == Role::Visitor { Ok(()) } else { step("the boot id", renew_boot_id()) }
 }
 
 /// Makes the kernel's random numbers differ from those of every twin, from the next one on.
@@ -145,12 +135,19 @@ fn renew_boot_id() -> io::Result<()> {
         Err(error) => Err(error),
     }
     .map_err(named(BOOT_ID))?;
+    if IS_MOUNTED.load(Ordering::Relaxed) {
+        return Ok(());
+    }
     let file = |path: &str| fs::metadata(path).map(|facts| (facts.dev(), facts.ino())).map_err(named(path));
     if file(BOOT_ID)? != file(KERNELS_BOOT_ID)? {
         rustix::mount::mount_bind(BOOT_ID, KERNELS_BOOT_ID).map_err(|error| named(KERNELS_BOOT_ID)(error.into()))?;
     }
+    IS_MOUNTED.store(true, Ordering::Relaxed);
     Ok(())
 }
+
+/// The boot id lies over the kernel's.
+static IS_MOUNTED: AtomicBool = AtomicBool::new(false);
 
 /// A UUID as the kernel writes it.
 fn uuid_line(uuid: u128) -> String {
@@ -181,6 +178,7 @@ mod tests {
             hostname: "web".into(),
             identity: "0123abc".into(),
             network: None,
+            disk_grown: false,
         }
     }
 

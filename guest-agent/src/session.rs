@@ -134,7 +134,13 @@ async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameRea
                 Err(refusal) => fail(&mut output, refusal).await,
             },
             ToGuest::Power(power) => go_down(agent, power, &mut input, &mut output).await,
-            ToGuest::Freeze => answer(&mut output, agent.freezer.freeze().await.map(|()| ToHost::Frozen)).await,
+            ToGuest::Freeze => {
+                let frozen = match renew::prepare(agent) {
+                    Ok(()) => agent.freezer.freeze().await,
+                    refused => refused,
+                };
+                answer(&mut output, frozen.map(|()| ToHost::Frozen)).await
+            }
             ToGuest::Thaw => answer(&mut output, agent.freezer.thaw().await.map(|()| ToHost::Thawed)).await,
             ToGuest::Renew(order) => {
                 let renewed = renew::renew(agent, order, number).await;

@@ -559,6 +559,9 @@ pub struct Renew {
     /// The first network card's settings.
     #[n(5)]
     pub network: Option<crate::config::Network>,
+    /// The root disk is larger than the guest knows: its file system shall grow, beside the first sessions.
+    #[n(6)]
+    pub disk_grown: bool,
 }
 
 impl std::fmt::Debug for Renew {
@@ -787,6 +790,7 @@ mod tests {
             hostname: "web".into(),
             identity: "0123456789abcdef".into(),
             network: Some(crate::config::Network::Dhcp),
+            disk_grown: false,
         })
     }
 
@@ -850,7 +854,7 @@ mod tests {
             identity in any::<String>(),
         ) {
             let (token, entropy) = (token.into(), entropy.into());
-            let message = ToGuest::Renew(Renew { token, entropy, time_ns, hostname, identity, network: None });
+            let message = ToGuest::Renew(Renew { token, entropy, time_ns, hostname, identity, network: None, disk_grown: false });
             let frame = encode(&message).unwrap();
             prop_assert_eq!(decode::<ToGuest>(&frame[HEAD..]).unwrap(), message);
         }

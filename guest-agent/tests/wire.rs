@@ -29,6 +29,7 @@ fn what_the_host_says() {
         hostname: "w".into(),
         identity: "m".into(),
         network: Some(Network::Static(network)),
+        disk_grown: false,
     };
     let put = Put { path: bytes("/t"), name: None, user: Some("u".into()), parents: true };
     for (message, wanted) in [
@@ -46,7 +47,7 @@ fn what_the_host_says() {
         (ToGuest::Thaw, "820e80".into()),
         (
             ToGuest::Renew(renew),
-            "820f8186".to_owned() + "41aa" + "41bb" + "05" + "6177" + "616d" + "82018184616118186167" + "80",
+            "820f8187".to_owned() + "41aa" + "41bb" + "05" + "6177" + "616d" + "82018184616118186167" + "80" + "f4",
         ),
     ] {
         assert_eq!(payload(&message), wanted, "{message:?}");

@@ -18,6 +18,7 @@ fn order(token: [u8; TOKEN_LEN]) -> Renew {
         hostname: "nobody-is-called-this".into(),
         identity: "0123456789abcdef".into(),
         network: None,
+        disk_grown: false,
     }
 }
 

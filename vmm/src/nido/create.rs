@@ -161,7 +161,7 @@ pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
 /// Writes what the guest is told at boot, with a fresh token.
 pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) -> Result<()> {
     let config = GuestConfig {
-        hostname: row.spec.name.to_string(),
+        hostname: hostname(row),
         token: random_bytes::<{ nido_guest_agent::wire::TOKEN_LEN }>()?.to_vec().into(),
         init: match row.parts.init {
             nido_images::Init::Agent => Init::Agent,
@@ -177,6 +177,11 @@ pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) ->
     let bytes = minicbor::to_vec(&config)
         .map_err(|e| Error::internal(format!("cannot write the guest's configuration: {e}")))?;
     write_private(&dir.file(GUEST_CONFIG), &bytes).map_err(|e| Error::io("cannot write the guest's configuration", e))
+}
+
+/// The guest's own name. One that is there to be baked has the shortest, so that its forks only ever write more over it.
+fn hostname(row: &VmRow) -> String {
+    if row.purpose == Purpose::Bake { "n".into() } else { row.spec.name.to_string() }
 }
 
 /// What the guest is told about its network.

@@ -63,7 +63,9 @@ impl Supervisor {
     async fn silence(&self, deadline: Instant) -> Result<(), GuestError> {
         let way = Way { guest: self.guest.clone(), channel: self.channel.clone() };
         let mut session = Session::open(way.stream(deadline).await?, self.guest.token(), deadline).await?;
+        // Everything is on the disk then. It goes on at once: thawing after each fork would cost more than all the rest.
         session.freeze(deadline).await?;
+        session.thaw(deadline).await?;
         drop(session);
         match &self.channel {
             Some(channel) => channel.quieten(deadline).await,

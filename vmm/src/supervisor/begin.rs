@@ -240,6 +240,7 @@ impl Supervisor {
             hostname: self.row.spec.name.to_string(),
             identity: self.row.id.clone(),
             network: crate::nido::guest_network(self.row.spec.net),
+            disk_grown: self.row.parts.frozen.as_ref().is_some_and(|frozen| frozen.virtual_bytes < self.row.disk_bytes),
         }
     }
 }
