@@ -5,6 +5,7 @@ for a sign of life over the same virtio-serial port: the preamble of `wire.rs` a
 locks, no supervisor, no checks. It all happens inside this process, so not even the start of an interpreter counts.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -117,3 +118,109 @@ class Template:
                 qemu.kill()
                 qemu.wait()
             shutil.rmtree(path, ignore_errors=True)
+
+
+class Monitor:
+    """QEMU's monitor, for the few commands that a fork takes."""
+
+    def __init__(self, path, deadline):
+        self.socket, self.held = self._dial(path, deadline), b""
+        self._line()
+        self.run("qmp_capabilities")
+
+    @staticmethod
+    def _dial(path, deadline):
+        while True:
+            try:
+                return wire.unix_connect(path, DEADLINE)
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
+
+    def _line(self):
+        while b"\n" not in self.held:
+            piece = self.socket.recv(65536)
+            if not piece:
+                raise wire.WireError("QEMU closed its monitor")
+            self.held += piece
+        line, self.held = self.held.split(b"\n", 1)
+        return json.loads(line)
+
+    def run(self, command, **arguments):
+        self.socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        while True:
+            answer = self._line()
+            if "error" in answer:
+                raise wire.WireError(f"{command}: {answer['error']}")
+            if "return" in answer:
+                return answer["return"]
+
+    def load(self, state, at):
+        """Loads a machine's state over a socket, whose name QEMU gets relative to its own directory."""
+        self.run("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+        self.run("migrate-incoming", uri="unix:load.sock")
+        with wire.unix_connect(os.path.join(at, "load.sock"), DEADLINE) as stream:
+            stream.sendall(state)
+            while self.run("query-migrate").get("status") != "completed":
+                time.sleep(0.001)
+
+
+class Baked(Template):
+    """What a forked VM leaves to fork another one by hand: the same agent answers a ping, with the token it was saved
+    with; it is not renewed, so two such guests are twins."""
+
+    def __init__(self, running, keep_in, bake):
+        self.argv, self.depth = running.qemu_argv(), keep_in
+        blobs = os.path.join(running.rig.home, "blobs", "sha256")
+        with open(os.path.join(blobs, bake["state"]["sha256"]), "rb") as state:
+            self.state = state.read()
+        self.token = bytes.fromhex(bake["token"])
+        self.config = os.path.join(running.dir, "guest.cbor")
+        self.pristine = os.path.join(keep_in, "pristine.qcow2")
+        base = os.path.join(blobs, bake["disk"]["sha256"])
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, self.pristine]
+        subprocess.run(create, check=True)
+        os.makedirs(os.path.join(keep_in, "vms"))
+
+    def start(self, name):
+        """Forks; gives the seconds until the agent answered, and what ends the guest."""
+        path = os.path.join(self.depth, "vms", name)
+        begun = time.monotonic()
+        os.makedirs(path, mode=0o700)
+        shutil.copy(self.pristine, os.path.join(path, "disk.qcow2"))
+        shutil.copy(self.config, os.path.join(path, "guest.cbor"))
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.path.join(path, "channel.sock"))
+        listener.listen(1)
+        listener.settimeout(DEADLINE)
+        with open(os.path.join(path, "qemu.log"), "wb") as log:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            qemu = subprocess.Popen(self.argv, cwd=path, start_new_session=True, **streams)
+        port = None
+
+        def end():
+            qemu.kill()
+            qemu.wait()
+            listener.close()
+            if port:
+                port.close()
+            shutil.rmtree(path, ignore_errors=True)
+
+        try:
+            monitor = Monitor(os.path.join(path, "qmp.sock"), begun + DEADLINE)
+            port, _ = listener.accept()
+            port.settimeout(DEADLINE)
+            monitor.load(self.state, path)
+            monitor.run("cont")
+            agree(port)
+            wire.Session(Stream(port), self.token, wire.message(wire.PING)).pong()
+            return time.monotonic() - begun, end
+        except BaseException:
+            end()
+            raise
+
+    def boot(self):
+        seconds, end = self.start("bare")
+        end()
+        return seconds

@@ -5,7 +5,7 @@ use crate::rig::TestHome;
 /// What is decided about a VM shows in `info`, and the guest is what it says.
 fn check_sandbox(machine: &'static str) {
     let home = TestHome::new();
-    let vm = home.spawn("box", &["--machine", machine]);
+    let vm = home.spawn("box", &["--machine", machine, "--cold"]);
     let info = vm.info();
     assert_eq!((&info["status"], &info["machine"]), (&"running".into(), &machine.into()));
     assert_eq!(info["template"], "sandbox");
@@ -40,7 +40,7 @@ fn sandbox_on_q35() {
 
 fn check_debian(machine: &str) {
     let home = TestHome::new();
-    let vm = home.spawn("deb", &["--template", "debian-12", "--machine", machine]);
+    let vm = home.spawn("deb", &["--template", "debian-12", "--machine", machine, "--cold"]);
     assert_eq!(vm.info()["template"], "debian-12");
     assert_eq!(vm.exec(["cat", "/proc/1/comm"]).text(), "systemd");
     assert_eq!(vm.exec(["systemctl", "is-active", "nido-guest-agent.service"]).text(), "active");
@@ -104,7 +104,7 @@ fn thirty_cold_boots_in_a_row() {
     let home = TestHome::new();
     let mut booted = 0;
     for _ in 0..30 {
-        let vm = home.spawn("again", &[]);
+        let vm = home.spawn("again", &["--cold"]);
         assert_eq!(vm.exec(["cat", "/proc/sys/kernel/hostname"]).text(), "again");
         vm.delete();
         booted += 1;

@@ -65,7 +65,7 @@ fn every_verb_answers_in_json() {
     let started = call(&["start", "web"]);
     is_vm(&started, "web", "running");
     has(&started["timings"], &["path", "qemu_ms", "load_ms", "agent_ms", "total_ms"]);
-    assert_eq!(started["timings"]["path"], "cold");
+    assert_eq!(started["timings"]["path"], "fork");
     if started["accel"] == "tcg" {
         assert!(started["warnings"][0].as_str().unwrap().contains("isolation"), "{started:#}");
     }

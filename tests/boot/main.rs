@@ -19,6 +19,7 @@ mod endings;
 mod exec;
 mod failures;
 mod files;
+mod forks;
 mod forwards;
 mod hostile;
 mod interrupts;

@@ -1,0 +1,182 @@
+//! VMs that go on from a bake instead of booting: when they do, that each is a machine of its own, and what is said where
+//! they cannot.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::rig::{TestHome, Vm, eventually};
+
+fn path(info: &Value) -> &str {
+    info["timings"]["path"].as_str().unwrap()
+}
+
+#[test]
+fn a_fresh_vm_is_forked_and_one_that_was_in_use_boots() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--disk", "4G"]);
+    let info = vm.info();
+    assert_eq!(path(&info), "fork");
+    assert!(info["machine_reason"].as_str().unwrap().contains("forked"), "{info:#}");
+    assert_eq!(vm.exec(["hostname"]).text(), "web");
+    assert_eq!(vm.sh("cat /etc/hostname; getent hosts web | awk '{print $1}'").text(), "web\n127.0.1.1");
+    assert_eq!(vm.sh("ip -br -4 addr show eth0 | awk '{print $3}'").text(), "10.0.2.15/24");
+    // The disk that was asked for, although the guest was saved with another.
+    assert_eq!(vm.exec(["cat", "/sys/block/vda/size"]).text(), ((4_u64 << 30) / 512).to_string());
+    eventually("the file system has grown", || {
+        let kib: u64 = vm.sh("df -k --output=size / | tail -n 1").text().trim().parse().unwrap();
+        (kib > 7 << 19).then_some(())
+    });
+    vm.sh("echo kept > /root/note").ok();
+    let id = vm.exec(["cat", "/etc/machine-id"]).text();
+    vm.nido("stop", &[]).ok();
+    let again = vm.nido("start", &[]).json();
+    assert_eq!(path(&again), "cold");
+    assert!(again["machine_reason"].as_str().unwrap().contains("its disk has been in use"), "{again:#}");
+    assert_eq!(vm.sh("cat /root/note /etc/machine-id").text(), format!("kept\n{id}"));
+    assert_eq!(vm.exec(["cat", "/sys/block/vda/size"]).text(), ((4_u64 << 30) / 512).to_string());
+}
+
+#[test]
+fn what_was_created_is_forked_when_it_starts() {
+    let home = TestHome::new();
+    home.nido(["create", "later", "--net", "none"]).ok();
+    assert_eq!(path(&home.nido(["start", "later"]).json()), "fork");
+    home.nido(["exec", "later", "--", "sh", "-c", "! ip link show eth0"]).ok();
+    home.nido(["delete", "--force", "later"]).ok();
+    assert_eq!(home.nido(["run", "-q", "--fork", "--", "hostname"]).ok().text().get(..4), Some("run-"));
+}
+
+#[test]
+fn what_was_not_baked_boots_and_says_why() {
+    let home = TestHome::new();
+    let cold = home.spawn("asked", &["--cold", "--net", "none"]);
+    assert_eq!(path(&cold.info()), "cold");
+    assert!(cold.info()["machine_reason"].as_str().unwrap().ends_with("booted as asked"));
+    let id = cold.exec(["cat", "/etc/machine-id"]).text();
+    assert_eq!(id.len(), 32, "a guest that boots has a machine id of its own: {id:?}");
+    cold.delete();
+
+    let refused = home.nido(["spawn", "more", "--memory", "640M", "--fork"]).problem(1, "template_mismatch");
+    assert!(refused["detail"].as_str().unwrap().contains("640 MiB"), "{refused:#}");
+    home.assert_empty();
+    home.nido(["template", "bake", "sandbox", "--memory", "640M", "--net", "none"]).ok();
+    let told = home.nido(["template", "info", "sandbox"]).json();
+    assert!(told["bakes"].as_array().unwrap().iter().any(|bake| bake["memory_mib"] == 640), "{told:#}");
+    let more = home.spawn("more", &["--memory", "640M", "--net", "none", "--fork"]);
+    assert_eq!(path(&more.info()), "fork");
+    // A second bake of the same machine has nothing to do, unless it is insisted on.
+    let again = ["template", "bake", "sandbox", "--memory", "640M", "--net", "none"];
+    assert_eq!(home.nido(again).json()["already_baked"], true);
+    assert_eq!(home.nido(again).args(["--again"]).json()["already_baked"], false);
+    more.exec(["true"]).ok();
+    more.delete();
+    assert_eq!(home.nido(["doctor", "--gc"]).run().code, 0);
+}
+
+#[test]
+fn a_bake_of_another_qemu_is_never_loaded() {
+    let home = TestHome::new();
+    let manifest = home.path().join("templates/sandbox.json");
+    let mut template: Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    for bake in template["bakes"].as_array_mut().unwrap() {
+        bake["qemu"] = json!({ "version": "6.1.0 (another)", "sha256": "0".repeat(64) });
+    }
+    fs::write(&manifest, serde_json::to_vec(&template).unwrap()).unwrap();
+    let refused = home.nido(["spawn", "web", "--fork"]).problem(1, "template_mismatch");
+    assert!(refused["detail"].as_str().unwrap().contains("6.1.0"), "{refused:#}");
+    let done = home.nido(["spawn", "web"]).ok();
+    assert!(
+        done.stderr.contains("booted instead of forked") && done.stderr.contains("nido template bake"),
+        "{}",
+        done.stderr
+    );
+    assert_eq!(path(&home.nido(["info", "web"]).json()), "cold");
+    // Baked again it is as good as new.
+    home.nido(["template", "bake", "sandbox"]).ok();
+    home.nido(["spawn", "quick", "--fork"]).ok();
+    for name in ["web", "quick"] {
+        home.nido(["delete", "--force", name]).ok();
+    }
+}
+
+/// What must be different in every clone.
+fn fingerprint(vm: &Vm<'_>) -> Vec<String> {
+    let script = "cat /etc/machine-id /proc/sys/kernel/random/boot_id /var/lib/nido/identity /etc/hostname
+        head -c 32 /dev/urandom | base64 -w 0; echo
+        python3 -c 'import os, uuid; print(os.getrandom(32).hex(), uuid.uuid4())'";
+    let mut facts: Vec<_> = vm.sh(script).text().lines().map(str::to_owned).collect();
+    assert_eq!(facts.len(), 6, "{facts:?}");
+    facts.push(format!("{:?}", fs::read(vm.dir().join("guest.cbor")).unwrap()));
+    facts
+}
+
+#[test]
+fn twenty_clones_share_nothing() {
+    let home = TestHome::new();
+    let names: Vec<&'static str> = (0..20).map(|number| &*format!("clone-{number}").leak()).collect();
+    let vms: Vec<_> = names.iter().map(|name| home.spawn(name, &["--fork"])).collect();
+    let mut seen = BTreeSet::new();
+    for vm in &vms {
+        for fact in fingerprint(vm) {
+            assert!(seen.insert(fact.clone()), "two clones share {fact}");
+        }
+        let guest: f64 = vm.exec(["date", "+%s.%N"]).text().parse().unwrap();
+        let host = jiff::Timestamp::now().as_millisecond() as f64 / 1000.0;
+        // Off by the age of the bake, it would be minutes; what is left is the time the answer took.
+        assert!((guest - host).abs() < 10.0, "the guest's clock says {guest}, the host's {host}");
+    }
+    // Each writes to a disk and a memory of its own.
+    vms[0].sh("echo mine > /root/mine; echo mine > /dev/shm/mine").ok();
+    vms[1].sh("! test -e /root/mine && ! test -e /dev/shm/mine").ok();
+    // The token of one opens no other.
+    fs::copy(vms[1].dir().join("guest.cbor"), vms[0].dir().join("guest.cbor")).unwrap();
+    vms[0].exec(["true"]).problem(125, "denied");
+    vms.iter().for_each(Vm::delete);
+    home.assert_empty();
+}
+
+#[test]
+fn two_hundred_forks_in_a_row() {
+    let home = TestHome::new();
+    for _ in 0..200 {
+        let vm = home.spawn("again", &["--fork", "--ephemeral"]);
+        assert_eq!(vm.exec(["cat", "/proc/sys/kernel/hostname"]).text(), "again");
+        vm.delete();
+    }
+}
+
+#[test]
+fn a_supervisor_killed_while_it_forks_is_replaced() {
+    let home = TestHome::new();
+    for _ in 0..10 {
+        let (spawning, _keys) = home.nido(["spawn", "web", "--fork", "--net", "none"]).start();
+        let qemu = eventually("QEMU", || home.qemu());
+        let is_supervisor = |process: &crate::rig::Process| process.arguments.iter().any(|word| word == "supervise");
+        if let Some(supervisor) = home.processes().into_iter().find(is_supervisor) {
+            supervisor.kill();
+        }
+        let done = spawning.wait();
+        if done.code == 0 {
+            // Another one has brought it to its end: renewed, or it would not answer to its token.
+            assert_eq!(home.nido(["exec", "web", "--", "hostname"]).text(), "web");
+            home.nido(["delete", "--force", "web"]).ok();
+        }
+        eventually("QEMU's end", || (!qemu.is_alive()).then_some(()));
+        home.assert_empty();
+    }
+}
+
+#[test]
+fn a_template_whose_bake_is_in_use_keeps_its_parts() {
+    let home = TestHome::new();
+    let vm = home.spawn("user", &["--net", "none", "--fork"]);
+    let refused = home.nido(["template", "delete", "sandbox"]).problem(1, "template_in_use");
+    assert!(refused["detail"].as_str().unwrap().contains("user"));
+    // Its bake is replaced, and the one it runs on stays until it is gone.
+    home.nido(["template", "bake", "sandbox", "--net", "none", "--again"]).ok();
+    vm.sh("find / -xdev -type f -size -64k | head -n 2000 | xargs cat > /dev/null").ok();
+    vm.nido("restart", &[]).ok();
+    assert_eq!(vm.exec(["hostname"]).text(), "user");
+}
