@@ -39,6 +39,8 @@ pub use manifest::{
     AgentId, Bake, BakedMachine, Digest, Disk, FORMAT, Init, Kernel, Manifest, Part, Parts, QemuId, RecipeId,
 };
 pub use progress::{BuildProgress, Stage};
-pub use qcow2::{Compression, Qcow2Header, parse as parse_qcow2_header, read_qcow2_header};
+pub use qcow2::{
+    Compression, Overlay, Qcow2Header, parse as parse_qcow2_header, read_overlay_header, read_qcow2_header,
+};
 pub use recipe::{Recipe, Spec, find as find_recipe, names as recipe_names};
 pub use store::{Store, StoreLock, hash_file};
