@@ -12,8 +12,8 @@
 //!    end
 //! ```
 //!
-//! Numbers are big-endian. Extents begin and end at multiples of [`BLOCK`] (or end where the part ends) and hold no block
-//! that is all zero, so that every content has one form but for where extents are split.
+//! Numbers are big-endian. Extents begin and end at multiples of [`BLOCK`] (or end where the part ends), hold no block that
+//! is all zero, and are split at multiples of [`MAX_EXTENT_BYTES`] and nowhere else: every content has one form.
 //!
 //! Invariant: no name, path or number in an archive decides where anything is written; a hash is only ever compared with
 //! what the manifest says.
@@ -204,6 +204,10 @@ impl Extents {
         if !offset.is_multiple_of(BLOCK) || (!end.is_multiple_of(BLOCK) && end != self.part_bytes) {
             return Err("an extent does not lie on blocks".to_owned());
         }
+        let window = u64::from(MAX_EXTENT_BYTES);
+        if offset / window != (end - 1) / window || (offset == self.end && !offset.is_multiple_of(window)) {
+            return Err("its extents are not split where they should be".to_owned());
+        }
         self.end = end;
         Ok(())
     }
@@ -281,6 +285,12 @@ mod tests {
         assert!(refused(5, 65536).contains("blocks"));
         assert!(refused(0, 100).contains("blocks"));
         assert!(Extents::of(3 * BLOCK + 5).admit(3 * BLOCK, 5).is_ok());
+        assert!(Extents::of(1 << 30).admit(15 * BLOCK, 131_072).unwrap_err().contains("split"));
+        let mut parted = Extents::of(1 << 30);
+        assert!(parted.admit(14 * BLOCK, 65536).is_ok());
+        assert!(parted.admit(15 * BLOCK, 65536).unwrap_err().contains("split"));
+        let mut joined = Extents::of(1 << 30);
+        assert!(joined.admit(15 * BLOCK, 65536).is_ok() && joined.admit(16 * BLOCK, 65536).is_ok());
         assert!(Extents::of(u64::MAX).admit(0, MAX_EXTENT_BYTES + 65536).unwrap_err().contains("outside"));
     }
 

@@ -75,8 +75,7 @@ pub(crate) fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
     }
 }
 
-/// Where the data at `from` ends.
-pub(crate) fn next_hole(file: &File, from: u64) -> io::Result<u64> {
+fn next_hole(file: &File, from: u64) -> io::Result<u64> {
     Ok(rustix::fs::seek(file, SeekFrom::Hole(from))?)
 }
 

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::archive::{BLOCK, Frame, Head, MAX_EXTENT_BYTES, WINDOW_LOG, is_zero};
-use crate::digest::{next_data, next_hole, unhex};
+use crate::digest::{next_data, unhex};
 use crate::error::ImageError;
 use crate::import::judge;
 use crate::manifest::Manifest;
@@ -139,19 +139,18 @@ impl<W: Write> Writer<'_, '_, W> {
     /// Writes what is no hole.
     fn extents(&mut self, piece: &Piece, file: &File, path: &Path, before: u64) -> Result<(), ImageError> {
         let unreadable = |error| ImageError::io("read", path, error);
+        let window = u64::from(MAX_EXTENT_BYTES);
         let mut buffer = vec![0; MAX_EXTENT_BYTES as usize];
         let mut at = 0;
+        // By windows, wherever the file system sees holes: so the same content makes the same archive.
         while let Some(data) = next_data(file, at).map_err(unreadable)?.filter(|data| *data < piece.part.bytes) {
-            at = (data - data % BLOCK).max(at);
-            let hole = next_hole(file, data).map_err(unreadable)?.next_multiple_of(BLOCK).min(piece.part.bytes);
-            while at < hole {
-                let wanted = usize::try_from(hole - at).unwrap_or(usize::MAX).min(buffer.len());
-                let content = &mut buffer[..wanted];
-                file.read_exact_at(content, at).map_err(unreadable)?;
-                self.runs(content, at)?;
-                at += wanted as u64;
-                self.tell(piece.name, before + at);
-            }
+            at = data - data % window;
+            let wanted = usize::try_from(piece.part.bytes - at).unwrap_or(usize::MAX).min(buffer.len());
+            let content = &mut buffer[..wanted];
+            file.read_exact_at(content, at).map_err(unreadable)?;
+            self.runs(content, at)?;
+            at += wanted as u64;
+            self.tell(piece.name, before + at);
         }
         Ok(())
     }

@@ -31,7 +31,7 @@ fn an_imported_sandbox_runs_like_the_one_that_was_built() {
     // Through a pipe and back, under another name: with the same parts.
     let before = fs::read_dir(&parts).unwrap().count();
     let piped = home.nido(["template", "export", "sandbox", "-"]).ok().stdout;
-    assert_eq!(piped, fs::read(&file).unwrap(), "the same template makes the same archive");
+    assert!(piped == fs::read(&file).unwrap(), "the same template makes the same archive");
     home.nido(["template", "import", "-", "--name", "piped"]).stdin(piped).ok();
     assert_eq!(fs::read_dir(&parts).unwrap().count(), before);
     let second = home.spawn("second", &["-T", "piped", "--net", "none"]);

@@ -62,7 +62,7 @@ fn bombs_are_refused_before_they_go_off() {
     let endless = |m: &Manifest| {
         let block = [b'x'; BLOCK as usize];
         let extents = (0..200_u64)
-            .map(|at| [Frame::Extent { offset: at * BLOCK, length: 65536 }.encode(), block.to_vec()].concat());
+            .map(|at| [Frame::Extent { offset: at * 2 * BLOCK, length: 65536 }.encode(), block.to_vec()].concat());
         [begin(m), extents.flatten().collect()].concat()
     };
     assert!(to.refuses(&forged(|_| {}, endless)).contains("past the end"));

@@ -47,6 +47,7 @@ fn a_template_arrives_as_it_was_and_its_holes_are_holes() {
     assert!(allocated(memory) <= 192 * 1024, "{}", allocated(memory));
     assert!(allocated(&from.manifest.parts.root.file) <= 192 * 1024);
     assert_eq!(to.leftovers(), [""; 0]);
+    assert!(to.archive() == from.archive(), "the same template makes the same archive, wherever its holes lie");
 }
 
 #[test]
