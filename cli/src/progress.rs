@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use nido_vmm::api::{BuildStep, CopyProgress, StartStage};
+use nido_vmm::api::{BuildStep, CopyProgress, StartStage, TravelStep};
 
 use crate::output::Output;
 use crate::sanitize::line;
@@ -73,6 +73,13 @@ impl<'a> Progress<'a> {
             bar.set_length(total);
         }
         bar.set_position(progress.bytes);
+    }
+
+    /// An export or import has come so far. Only a new stage is told where nothing can be drawn.
+    pub fn travel(&mut self, step: &TravelStep) {
+        let stage = format!("[{}/{}] {}", step.index, step.total, step.stage);
+        self.stage(&stage);
+        self.copy(CopyProgress { bytes: step.bytes, entries: 0, total_bytes: Some(step.total_bytes) });
     }
 
     fn stage(&mut self, stage: &str) {

@@ -3,6 +3,9 @@
 /// The statically linked guest agent, an x86-64 ELF file of at most 4 MiB.
 pub const AGENT: &[u8] = include_bytes!(env!("NIDO_AGENT_FILE"));
 
+/// Version of the protocol that [`AGENT`] speaks.
+pub const AGENT_PROTOCOL: u16 = nido_guest_agent::wire::VERSION;
+
 /// SHA-256 of [`AGENT`] in lower-case hexadecimal, computed when nido was built.
 #[must_use]
 pub const fn agent_sha256() -> &'static str {

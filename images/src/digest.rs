@@ -67,7 +67,7 @@ pub fn sparse_sha256(file: &File) -> io::Result<(String, u64)> {
 }
 
 /// Where data begins at or after `from`; `None` if only a hole is left.
-fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+pub(crate) fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
     match rustix::fs::seek(file, SeekFrom::Data(from)) {
         Ok(at) => Ok(Some(at)),
         Err(rustix::io::Errno::NXIO) => Ok(None),
@@ -85,7 +85,20 @@ pub fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// The bytes of a SHA-256 written in hexadecimal; `None` if it is none.
+pub(crate) fn unhex(text: &str) -> Option<[u8; 32]> {
+    if !is_sha256(text) {
+        return None;
+    }
+    let mut bytes = [0; 32];
+    for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// Bytes in lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
@@ -103,6 +116,7 @@ mod tests {
         assert_eq!(sha256(b""), known);
         assert_eq!(sha256_of(&b""[..]).unwrap(), (known.to_owned(), 0));
         assert!(is_sha256(known));
+        assert_eq!(hex(&unhex(known).unwrap()), known);
     }
 
     #[test]
@@ -127,5 +141,6 @@ mod tests {
         assert!(!is_sha256("../../etc/passwd"));
         assert!(!is_sha256(&"A".repeat(64)));
         assert!(!is_sha256(&"a".repeat(63)));
+        assert_eq!(unhex(&"A".repeat(64)), None);
     }
 }

@@ -54,6 +54,12 @@ pub enum ImageError {
         /// The name as asked for.
         name: String,
     },
+    /// A template of this name exists, and is another one.
+    #[error("there is a template named {name} already")]
+    TemplateExists {
+        /// Its name.
+        name: String,
+    },
     /// The template is not what it was when work on it began.
     #[error("template {name} was built anew meanwhile")]
     TemplateChanged {
@@ -85,6 +91,42 @@ pub enum ImageError {
         path: PathBuf,
         /// Why.
         reason: String,
+    },
+    /// An archive that is not what this program would have written, or not safe to take in.
+    #[error("the archive is refused: {reason}")]
+    ArchiveRefused {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The agent inside an archive speaks another protocol than this program.
+    #[error("the guest agent in the archive speaks protocol version {theirs}, this nido speaks {ours}")]
+    AgentProtocol {
+        /// The version in the archive.
+        theirs: u16,
+        /// The version of this program.
+        ours: u16,
+    },
+    /// A template that no import would take.
+    #[error("the template {name} cannot be exported: {reason}")]
+    NotExportable {
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// A file of the caller's that would have to be replaced.
+    #[error("{} exists", path.display())]
+    PathExists {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A path that cannot become a file.
+    #[error("{} cannot be written: {reason}", path.display())]
+    PathInvalid {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        reason: &'static str,
     },
     /// The kernel package is not what a guest can boot from.
     #[error("the kernel cannot be used: {reason}")]
@@ -125,7 +167,7 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// The caller asked to stop.
-    #[error("the build was interrupted")]
+    #[error("the work on the template was interrupted")]
     Interrupted,
     /// Anything else the operating system refuses.
     #[error("cannot {action} {}: {source}", path.display())]
@@ -164,7 +206,18 @@ impl ImageError {
             Self::Command { log, .. } | Self::Deadline { log, .. } => {
                 Some(format!("the whole output is in {}", log.display()))
             }
-            Self::DiskFull { .. } => Some("free some space: a build needs about 1.5 GiB for a while".to_owned()),
+            Self::TemplateExists { .. } => {
+                Some("--name gives the imported one another name, --force replaces the one that is here".to_owned())
+            }
+            Self::PathExists { .. } => Some("--force replaces it".to_owned()),
+            Self::AgentProtocol { theirs, ours } if theirs > ours => Some("import it with a newer nido".to_owned()),
+            Self::AgentProtocol { .. } => {
+                Some("build the template with a nido as new as this one, and export it again".to_owned())
+            }
+            Self::ArchiveRefused { .. } => Some("nothing of it was kept; fetch it again or ask who made it".to_owned()),
+            Self::DiskFull { .. } => Some(
+                "free some space: a build needs about 1.5 GiB for a while, an import as much as its parts".to_owned(),
+            ),
             _ => None,
         }
     }

@@ -1,7 +1,8 @@
 //! `nido-images`: how templates come to be.
 //!
 //! A *recipe* (built in, `recipes/`) is turned into a *template*: a [`Manifest`] under `templates/` and five
-//! content-addressed *parts* under `blobs/sha256/`. [`build()`] does it, [`Store`] keeps it.
+//! content-addressed *parts* under `blobs/sha256/`. [`build()`] does it, [`Store`] keeps it, [`export()`] and [`import()`] carry
+//! it elsewhere.
 //!
 //! ```text
 //! recipe ─ packages ─┬─ kernel ── vmlinux, initramfs-base, packages ─┐
@@ -11,34 +12,45 @@
 //!
 //! What holds everywhere: the guest agent is in the initramfs and nowhere else; a part never changes once it has its
 //! name; a build changes nothing visible until its manifest is renamed into place; what a build leaves when it is killed is
-//! removed by the next. Pure: `apt`, `cpio`, `initramfs`, `kernel`, `manifest`, `qcow2` (its parser), `recipe`.
+//! removed by the next. Pure: `apt`, `archive`, `cpio`, `initramfs`, `kernel`, `manifest`, `qcow2` (its parser), `recipe`.
 
 mod agent;
 mod apt;
+mod archive;
 mod build;
 mod command;
 mod cpio;
 mod digest;
 mod error;
+mod export;
 mod host;
+mod import;
 mod initramfs;
 mod kernel;
 mod manifest;
+mod outfile;
 mod progress;
 mod qcow2;
 mod recipe;
 mod scratch;
 mod store;
+mod travel;
 
-pub use agent::{AGENT, agent_sha256};
+pub use agent::{AGENT, AGENT_PROTOCOL, agent_sha256};
 pub use build::{BuildOptions, BuildOutcome, build};
 pub use digest::{SPARSE_BLOCK, sparse_sha256};
 pub use error::ImageError;
+pub use export::{ExportOptions, ExportOutcome, export};
 pub use host::Host;
+pub use import::{ImportNote, ImportOptions, ImportOutcome, import};
 pub use manifest::{
     AgentId, Bake, BakedMachine, Digest, Disk, FORMAT, Init, Kernel, Manifest, Part, Parts, QemuId, RecipeId,
 };
+pub use outfile::write_file_whole;
 pub use progress::{BuildProgress, Stage};
-pub use qcow2::{Compression, Qcow2Header, parse as parse_qcow2_header, read_qcow2_header};
+pub use qcow2::{
+    Compression, Overlay, Qcow2Header, parse as parse_qcow2_header, read_overlay_header, read_qcow2_header,
+};
 pub use recipe::{Recipe, Spec, find as find_recipe, names as recipe_names};
 pub use store::{Store, StoreLock, hash_file};
+pub use travel::{TravelProgress, Watch};

@@ -29,11 +29,23 @@ pub struct Qcow2Header {
     pub compression: Compression,
 }
 
+/// What the header of a safe overlay says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlay {
+    /// The image itself.
+    pub header: Qcow2Header,
+    /// The file it stands on, as it is named there. To be judged before anything opens the image without naming another.
+    pub backing: String,
+}
+
 /// As much of a file as the header may need: extensions end with the first cluster, and ours are far shorter.
 const HEAD_BYTES: u64 = 64 * 1024;
 
 const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
 const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
+
+/// Longest name of a backing file in bytes: the format's own limit.
+const MAX_BACKING_NAME: usize = 1023;
 
 const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
@@ -45,6 +57,18 @@ const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 /// # Errors
 /// [`ImageError::ImageRefused`] with the reason, [`ImageError::Io`] if the file cannot be read.
 pub fn read_qcow2_header(path: &Path) -> Result<Qcow2Header, ImageError> {
+    read_head(path, parse)
+}
+
+/// As [`read_qcow2_header`] for an overlay: an image that names a qcow2 file it stands on, and nothing else.
+///
+/// # Errors
+/// As there.
+pub fn read_overlay_header(path: &Path) -> Result<Overlay, ImageError> {
+    read_head(path, parse_overlay)
+}
+
+fn read_head<T>(path: &Path, parse: impl FnOnce(&[u8]) -> Result<T, String>) -> Result<T, ImageError> {
     let refused = |reason: String| ImageError::ImageRefused { path: path.to_owned(), reason };
     let unreadable = |error| ImageError::io("read", path, error);
     // Asked before opening, so that a FIFO cannot block the open.
@@ -61,6 +85,43 @@ pub fn read_qcow2_header(path: &Path) -> Result<Qcow2Header, ImageError> {
 /// # Errors
 /// A sentence that says why the image is refused.
 pub fn parse(head: &[u8]) -> Result<Qcow2Header, String> {
+    // What names another file is told first: it is the worst.
+    if head.get(..4) == Some(b"QFI\xfb") && backing_range(head)? != (0, 0) {
+        return Err("it names a backing file".to_owned());
+    }
+    let (header, format) = parse_own(head)?;
+    match format {
+        None => Ok(header),
+        Some(_) => Err("it names the format of a backing file".to_owned()),
+    }
+}
+
+/// Judges the first bytes of an overlay (64 KiB, or the whole file if it is shorter).
+///
+/// # Errors
+/// A sentence that says why the image is refused.
+pub fn parse_overlay(head: &[u8]) -> Result<Overlay, String> {
+    let (header, format) = parse_own(head)?;
+    let (offset, length) = backing_range(head)?;
+    if (offset, length) == (0, 0) {
+        return Err("it names no backing file".to_owned());
+    }
+    if format != Some(b"qcow2".as_slice()) {
+        return Err("it does not say that its backing file is qcow2".to_owned());
+    }
+    let name = usize::try_from(offset).ok().and_then(|start| head.get(start..)?.get(..length as usize));
+    let name = name.filter(|name| (1..=MAX_BACKING_NAME).contains(&name.len()));
+    let backing = name.and_then(|name| str::from_utf8(name).ok()).ok_or("the name of its backing file is malformed")?;
+    Ok(Overlay { header, backing: backing.to_owned() })
+}
+
+/// Where the name of the backing file is and how long; zeros if there is none.
+fn backing_range(head: &[u8]) -> Result<(u64, u32), String> {
+    be64(head, 8).zip(be32(head, 16)).ok_or_else(|| "its header is cut short".to_owned())
+}
+
+/// Everything but the name of the backing file: the header, and the format of the backing file if it is named.
+fn parse_own(head: &[u8]) -> Result<(Qcow2Header, Option<&[u8]>), String> {
     let cut = || "its header is cut short".to_owned();
     let word = |at: usize| be32(head, at).ok_or_else(cut);
     let long = |at: usize| be64(head, at).ok_or_else(cut);
@@ -69,9 +130,6 @@ pub fn parse(head: &[u8]) -> Result<Qcow2Header, String> {
         return Err("it is not a qcow2 image".to_owned());
     }
     let version = word(4)?;
-    if long(8)? != 0 || word(16)? != 0 {
-        return Err("it names a backing file".to_owned());
-    }
     let cluster_bits = word(20)?;
     if !(9..=21).contains(&cluster_bits) {
         return Err(format!("its clusters of 2^{cluster_bits} bytes are outside the format"));
@@ -88,8 +146,8 @@ pub fn parse(head: &[u8]) -> Result<Qcow2Header, String> {
         3 => version_3(head)?,
         other => return Err(format!("its format version {other} is unknown")),
     };
-    check_extensions(head, extensions)?;
-    Ok(Qcow2Header { version, virtual_bytes, cluster_bytes: 1 << cluster_bits, compression })
+    let format = check_extensions(head, extensions)?;
+    Ok((Qcow2Header { version, virtual_bytes, cluster_bytes: 1 << cluster_bits, compression }, format))
 }
 
 /// The fields that version 3 added: how clusters are compressed, and where the extensions start.
@@ -117,14 +175,18 @@ fn version_3(head: &[u8]) -> Result<(Compression, usize), String> {
     }
 }
 
-fn check_extensions(head: &[u8], mut at: usize) -> Result<(), String> {
+/// Walks the extensions; the format of the backing file, if one names it.
+fn check_extensions(head: &[u8], mut at: usize) -> Result<Option<&[u8]>, String> {
+    let mut format = None;
     loop {
         // A version 2 image made by old tools may end right after its header.
         let Some(kind) = be32(head, at) else { return Err("its header extensions do not end".to_owned()) };
         let length = be32(head, at + 4).unwrap_or(0) as usize;
         match kind {
-            EXTENSION_END => return Ok(()),
-            EXTENSION_BACKING_FORMAT => return Err("it names the format of a backing file".to_owned()),
+            EXTENSION_END => return Ok(format),
+            EXTENSION_BACKING_FORMAT => {
+                format = Some(head.get(at + 8..).and_then(|rest| rest.get(..length)).unwrap_or(&[]));
+            }
             EXTENSION_FEATURE_NAMES | EXTENSION_BITMAPS => {}
             other => return Err(format!("its header extension {other:#010x} is not allowed")),
         }
@@ -188,14 +250,39 @@ mod tests {
         }
     }
 
+    /// The same image as an overlay on `backing`.
+    fn overlay(format: &[u8], backing: &[u8]) -> Vec<u8> {
+        let mut head = with(112, &EXTENSION_BACKING_FORMAT.to_be_bytes());
+        head[8..16].copy_from_slice(&256_u64.to_be_bytes());
+        head[16..20].copy_from_slice(&u32::try_from(backing.len()).unwrap().to_be_bytes());
+        head[116..120].copy_from_slice(&u32::try_from(format.len()).unwrap().to_be_bytes());
+        head[120..120 + format.len()].copy_from_slice(format);
+        head[256..256 + backing.len()].copy_from_slice(backing);
+        head
+    }
+
+    #[test]
+    fn an_overlay_names_a_qcow2_file_and_is_no_plain_image() {
+        let read = parse_overlay(&overlay(b"qcow2", b"../base")).unwrap();
+        assert_eq!((read.backing.as_str(), read.header), ("../base", parse(&image()).unwrap()));
+        assert!(parse(&overlay(b"qcow2", b"../base")).unwrap_err().contains("backing file"));
+        assert!(parse_overlay(&image()).unwrap_err().contains("no backing file"));
+        for (format, backing) in [(&b"raw"[..], &b"base"[..]), (b"", b"base"), (b"qcow2", b""), (b"qcow2", b"\xff")] {
+            assert!(parse_overlay(&overlay(format, backing)).is_err(), "{format:?} {backing:?}");
+        }
+        let mut far = overlay(b"qcow2", b"base");
+        far[8..16].copy_from_slice(&u64::MAX.to_be_bytes());
+        assert!(parse_overlay(&far).unwrap_err().contains("malformed"));
+    }
+
     proptest! {
         #[test]
         fn no_header_makes_the_parser_panic(mut head: Vec<u8>, version in 2_u32..4) {
-            let _ = parse(&head);
+            let _ = (parse(&head), parse_overlay(&head));
             head.resize(head.len().max(120), 0);
             head[..4].copy_from_slice(b"QFI\xfb");
             head[4..8].copy_from_slice(&version.to_be_bytes());
-            let _ = parse(&head);
+            let _ = (parse(&head), parse_overlay(&head));
         }
 
         #[test]

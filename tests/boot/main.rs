@@ -32,4 +32,5 @@ mod run;
 mod security;
 mod spawn;
 mod supervisors;
+mod templates_travel;
 mod terminal;

@@ -12,6 +12,7 @@ mod lifecycle;
 mod logs;
 mod run;
 mod terminal;
+mod travel;
 mod usage;
 
 #[path = "../support/mod.rs"]

@@ -58,9 +58,11 @@ codes! {
     VmBusy "vm_busy" Conflict 409 "The VM is busy";
     NameInvalid "name_invalid" Invalid 422 "Not a valid name";
     TemplateNotFound "template_not_found" NotFound 404 "No such template";
+    TemplateExists "template_exists" Conflict 409 "A template of that name exists";
     TemplateInUse "template_in_use" Conflict 409 "The template is in use";
     TemplateMismatch "template_mismatch" Conflict 409 "The template does not fit this host";
     TemplateBuildFailed "template_build_failed" Unavailable 503 "The template could not be built";
+    ArchiveInvalid "archive_invalid" Invalid 422 "Not a template archive that can be used";
     QemuMissing "qemu_missing" Unavailable 503 "QEMU is not installed";
     QemuTooOld "qemu_too_old" Unavailable 503 "QEMU is too old";
     QemuFailed "qemu_failed" Unavailable 503 "QEMU failed";

@@ -50,6 +50,12 @@ impl From<ImageError> for Error {
             ImageError::Unprivileged { .. } => Code::Denied,
             ImageError::RecipeNotFound { .. } | ImageError::TemplateNotFound { .. } => Code::TemplateNotFound,
             ImageError::NameInvalid { .. } => Code::NameInvalid,
+            ImageError::TemplateExists { .. } => Code::TemplateExists,
+            ImageError::ArchiveRefused { .. } => Code::ArchiveInvalid,
+            ImageError::AgentProtocol { .. } => Code::AgentVersion,
+            ImageError::NotExportable { .. } => Code::LimitExceeded,
+            ImageError::PathExists { .. } => Code::PathExists,
+            ImageError::PathInvalid { .. } => Code::PathInvalid,
             ImageError::TemplateChanged { .. } => Code::VmBusy,
             ImageError::ManifestInvalid { .. } | ImageError::Damaged { .. } | ImageError::ImageRefused { .. } => {
                 Code::TemplateMismatch

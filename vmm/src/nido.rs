@@ -19,6 +19,7 @@ mod logs;
 mod settle;
 mod supervision;
 mod templates;
+mod travel;
 
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};

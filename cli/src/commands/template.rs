@@ -1,17 +1,26 @@
-//! `template`: what VMs are made from: listed, shown, built, deleted.
+//! `template`: what VMs are made from: listed, shown, built, exported, imported, deleted.
 
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use clap::Subcommand;
-use nido_vmm::api::{BakeInfo, BakeRequest, BuildRequest, TemplateInfo};
+use nido_vmm::api::{
+    BakeInfo, BakeRequest, BuildRequest, ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult,
+    ImportSource, TemplateInfo,
+};
+use nido_vmm::error::{Code, Error};
 use nido_vmm::name::TemplateName;
 
 use super::Context;
 use super::vm_args::MachineArgs;
-use crate::exit::{Exit, Outcome};
+use crate::exit::{Exit, Failure, Outcome};
 use crate::output::{pairs, table};
 use crate::parse::show_bytes;
 use crate::progress::Progress;
+use crate::sanitize::line;
 use crate::signals::until_signal;
 
 const EXAMPLES: &str = "\
@@ -22,13 +31,18 @@ Examples:
   nido template info sandbox
   nido template bake sandbox --memory 2G --cpus 2   so that such VMs are forked, too
   nido template delete debian-12
+  nido template export sandbox sandbox.nido
+  nido template import sandbox.nido --name theirs
+  nido template export sandbox - --no-memory | ssh host nido template import -
 
-A template that stands ready is not built again unless its recipe or nido's guest agent has changed.";
+A template that stands ready is not built again unless its recipe or nido's guest agent has changed.
+VMs of an imported template run what its maker put into it. What an archive says is checked before anything of it
+is used, but to import it is to run somebody's guest.";
 
-/// How long an interrupted build may take to end its programs and remove its files.
+/// How long an interrupted build, export or import may take to end its programs and remove its files.
 const UNDO_LIMIT: Duration = Duration::from_secs(30);
 
-/// List, build and delete what VMs are made from
+/// List, build, export, import and delete what VMs are made from
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -67,11 +81,49 @@ enum Verb {
         #[command(flatten)]
         machine: MachineArgs,
     },
+    /// Write a template into one file
+    Export(ExportArgs),
+    /// Take in a template that was exported
+    Import(ImportArgs),
     /// Delete a template that no VM uses
     Delete {
         /// Name of the template
         name: TemplateName,
     },
+}
+
+#[derive(Debug, clap::Args)]
+struct ExportArgs {
+    /// Name of the template
+    name: TemplateName,
+    /// The file to write, readable by its owner only; - is standard output
+    #[arg(value_hint = clap::ValueHint::FilePath)]
+    file: OsString,
+    /// Leave out saved guests: smaller, but VMs made from it boot instead of being forked
+    #[arg(long)]
+    no_memory: bool,
+    /// How hard to compress, from 1 (fast) to 19 (small)
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
+    level: i32,
+    /// Replace the file if it exists
+    #[arg(long, short)]
+    force: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct ImportArgs {
+    /// The file to read; - is standard input
+    #[arg(value_hint = clap::ValueHint::FilePath)]
+    file: OsString,
+    /// The name it gets here, if not the one it was exported under
+    #[arg(long)]
+    name: Option<TemplateName>,
+    /// Leave out saved guests: their state is loaded into QEMU itself
+    #[arg(long)]
+    no_memory: bool,
+    /// Replace another template of that name
+    #[arg(long, short)]
+    force: bool,
 }
 
 impl Args {
@@ -85,6 +137,8 @@ impl Args {
             }
             Verb::Build { name, rebuild, no_bake } => build(cx, &name, BuildRequest { rebuild, bake: !no_bake }).await,
             Verb::Bake { name, again, machine } => bake(cx, &name, BakeRequest { again, ..machine.bake() }).await,
+            Verb::Export(args) => export(cx, args).await,
+            Verb::Import(args) => import(cx, args).await,
             Verb::Delete { name } => {
                 let nido = cx.nido().await?;
                 nido.template_delete(&name)?;
@@ -157,6 +211,87 @@ async fn bake(cx: &Context, name: &TemplateName, request: BakeRequest) -> Outcom
 fn machine(bake: &BakeInfo) -> String {
     let BakeInfo { machine, accel, cpus, memory_mib, net, .. } = bake;
     format!("{machine}, {accel}, {cpus} CPU, {memory_mib} MiB, network {net}")
+}
+
+async fn export(cx: &Context, args: ExportArgs) -> Outcome {
+    let ExportArgs { name, file, no_memory, level, force } = args;
+    let target = if file != "-" {
+        ExportTarget::Path(file.into())
+    } else if cx.output.stdout_is_terminal {
+        return Err(Error::new(Code::SpecInvalid, "an archive is not written to a terminal")
+            .hint("name a file, or send standard output to a file or a pipe")
+            .into());
+    } else {
+        ExportTarget::Stream(File::from(io::stdout().as_fd().try_clone_to_owned()?))
+    };
+    let nido = cx.nido().await?;
+    let request = ExportRequest { target, overwrite: force, memory: !no_memory, level };
+    let done = {
+        let mut progress = Progress::new(&cx.output, name.as_str());
+        let mut told = |step| progress.travel(&step);
+        until_signal(UNDO_LIMIT, nido.template_export(&name, request, &mut told)).await.map_err(reader_gone)?
+    };
+    cx.output.talk(&exported(&done));
+    if let Some(path) = &done.path {
+        cx.output.answer(&done, || format!("{}\n", line(path)))?;
+    }
+    Ok(Exit::Success)
+}
+
+fn exported(done: &ExportResult) -> String {
+    let seconds = Duration::from_millis(done.duration_ms).as_secs_f64();
+    let bakes = match done.bakes {
+        0 => String::new(),
+        1 => ", 1 saved guest".into(),
+        count => format!(", {count} saved guests"),
+    };
+    let (data, archive) = (show_bytes(done.data_bytes), show_bytes(done.archive_bytes));
+    format!("{} was exported in {seconds:.1} s: {data} in {archive}{bakes}", done.template)
+}
+
+/// An archive that nobody reads to its end is no error of ours.
+fn reader_gone(failure: Failure) -> Failure {
+    let Failure::Nido(error) = &failure else { return failure };
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
+    while let Some(error) = cause {
+        if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) {
+            return Failure::Stdout(io::ErrorKind::BrokenPipe.into());
+        }
+        cause = error.source();
+    }
+    failure
+}
+
+async fn import(cx: &Context, args: ImportArgs) -> Outcome {
+    let ImportArgs { file, name, no_memory, force } = args;
+    let subject = name.as_ref().map_or("importing", TemplateName::as_str).to_owned();
+    let source = if file == "-" {
+        ImportSource::Stream(File::from(io::stdin().as_fd().try_clone_to_owned()?))
+    } else {
+        ImportSource::Path(file.into())
+    };
+    let nido = cx.nido().await?;
+    let done = {
+        let mut progress = Progress::new(&cx.output, &subject);
+        let mut told = |step| progress.travel(&step);
+        let request = ImportRequest { source, name, force, memory: !no_memory };
+        until_signal(UNDO_LIMIT, nido.template_import(request, &mut told)).await?
+    };
+    if !cx.output.json {
+        done.warnings.iter().for_each(|warning| cx.output.warn(warning));
+    }
+    cx.output.talk(&imported(&done));
+    cx.output.answer(&done, || format!("{}\n", done.template.name))?;
+    Ok(Exit::Success)
+}
+
+fn imported(done: &ImportResult) -> String {
+    let name = &done.template.name;
+    if done.already_present {
+        return format!("{name} was here already");
+    }
+    let size = show_bytes(done.template.size_bytes);
+    format!("{name} was imported in {:.1} s ({size})", Duration::from_millis(done.duration_ms).as_secs_f64())
 }
 
 fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {

@@ -1,5 +1,8 @@
 //! Templates: what VMs are made from.
 
+use std::fs::File;
+use std::path::PathBuf;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -131,6 +134,95 @@ pub struct BuildResult {
     pub template: TemplateInfo,
     /// Nothing had to be done.
     pub already_built: bool,
+    /// How long it took.
+    pub duration_ms: u64,
+}
+
+/// How a template is exported.
+#[derive(Debug)]
+pub struct ExportRequest {
+    /// Where to.
+    pub target: ExportTarget,
+    /// Replace a file that exists.
+    pub overwrite: bool,
+    /// Take saved guests along, from which VMs are forked.
+    pub memory: bool,
+    /// How hard to compress, 1 to 19.
+    pub level: i32,
+}
+
+/// Where an archive goes.
+#[derive(Debug)]
+pub enum ExportTarget {
+    /// A file, which appears when it is complete, readable by its owner only.
+    Path(PathBuf),
+    /// A pipe, a socket, an open file.
+    Stream(File),
+}
+
+/// How a template is imported.
+#[derive(Debug)]
+pub struct ImportRequest {
+    /// Where from.
+    pub source: ImportSource,
+    /// The name it gets, if not that of the archive.
+    pub name: Option<TemplateName>,
+    /// Replace another template of that name.
+    pub force: bool,
+    /// Take in saved guests too, from which VMs are forked.
+    pub memory: bool,
+}
+
+/// Where an archive comes from.
+#[derive(Debug)]
+pub enum ImportSource {
+    /// A file or a named pipe.
+    Path(PathBuf),
+    /// A pipe, a socket, an open file.
+    Stream(File),
+}
+
+/// How far an export or an import has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TravelStep {
+    /// The part that is worked on, or `publish`.
+    pub stage: String,
+    /// Its number, from 1.
+    pub index: u32,
+    /// How many there are.
+    pub total: u32,
+    /// Bytes of the parts that are done, holes included.
+    pub bytes: u64,
+    /// Bytes of all parts.
+    pub total_bytes: u64,
+}
+
+/// How an export ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportResult {
+    /// The template.
+    pub template: TemplateName,
+    /// The file that was written; `null` for a stream.
+    pub path: Option<String>,
+    /// Length of the archive in bytes.
+    pub archive_bytes: u64,
+    /// Bytes of the parts that are no holes.
+    pub data_bytes: u64,
+    /// How many saved guests it holds.
+    pub bakes: u32,
+    /// How long it took.
+    pub duration_ms: u64,
+}
+
+/// How an import ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImportResult {
+    /// The template.
+    pub template: TemplateInfo,
+    /// It was here already; nothing was done.
+    pub already_present: bool,
+    /// In which ways it is not as it was where it came from.
+    pub warnings: Vec<String>,
     /// How long it took.
     pub duration_ms: u64,
 }

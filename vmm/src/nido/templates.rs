@@ -156,14 +156,14 @@ impl Nido {
     }
 
     /// Which VM was made from which template.
-    fn template_users(&self) -> Result<Vec<(String, String)>> {
+    pub(super) fn template_users(&self) -> Result<Vec<(String, String)>> {
         let rows = self.store().vms()?.into_iter().filter(|row| row.purpose == Purpose::Use);
         Ok(rows.map(|row| (row.spec.template.to_string(), row.spec.name.to_string())).collect())
     }
 }
 
-/// Tells a build to end when the future that waits for it is dropped.
-struct CancelOnDrop(Arc<AtomicBool>);
+/// Tells work to end when the future that waits for it is dropped.
+pub(super) struct CancelOnDrop(pub(super) Arc<AtomicBool>);
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
@@ -190,7 +190,7 @@ fn build_step(progress: nido_images::BuildProgress) -> BuildStep {
     }
 }
 
-fn describe(manifest: &Manifest, users: &[(String, String)]) -> Result<TemplateInfo> {
+pub(super) fn describe(manifest: &Manifest, users: &[(String, String)]) -> Result<TemplateInfo> {
     Ok(TemplateInfo {
         name: manifest.name.parse()?,
         recipe: manifest.recipe.name.clone(),
