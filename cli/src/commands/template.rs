@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use clap::Subcommand;
-use nido_vmm::api::{BuildRequest, TemplateInfo};
+use clap::{Subcommand, ValueEnum};
+use nido_vmm::api::{BuildRequest, KernelChoice, TemplateInfo};
 use nido_vmm::name::TemplateName;
 
 use super::Context;
@@ -18,6 +18,7 @@ Examples:
   nido template ls
   nido template build sandbox
   nido template build debian-12 --rebuild   with the newest packages
+  nido template build sandbox --kernel slim with a kernel compiled for guests: boots faster
   nido template info sandbox
   nido template delete debian-12
 
@@ -51,12 +52,23 @@ enum Verb {
         /// Fetch packages anew even if nothing has changed
         #[arg(long)]
         rebuild: bool,
+        /// Its kernel [default: the one it has; stock for a new template]
+        #[arg(long, value_name = "KIND")]
+        kernel: Option<Kernel>,
     },
     /// Delete a template that no VM uses
     Delete {
         /// Name of the template
         name: TemplateName,
     },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Kernel {
+    /// Debian's own, with all its modules
+    Stock,
+    /// Compiled from Debian's source with what guests need: boots in a third of the time, no modules
+    Slim,
 }
 
 impl Args {
@@ -68,7 +80,13 @@ impl Args {
                 cx.output.answer(&template, || pairs(&facts(&template)))?;
                 Ok(Exit::Success)
             }
-            Verb::Build { name, rebuild } => build(cx, &name, rebuild).await,
+            Verb::Build { name, rebuild, kernel } => {
+                let kernel = kernel.map(|kernel| match kernel {
+                    Kernel::Stock => KernelChoice::Stock,
+                    Kernel::Slim => KernelChoice::Slim,
+                });
+                build(cx, &name, BuildRequest { rebuild, kernel }).await
+            }
             Verb::Delete { name } => {
                 let nido = cx.nido().await?;
                 nido.template_delete(&name)?;
@@ -103,12 +121,12 @@ async fn list(cx: &Context) -> Outcome {
     Ok(Exit::Success)
 }
 
-async fn build(cx: &Context, name: &TemplateName, rebuild: bool) -> Outcome {
+async fn build(cx: &Context, name: &TemplateName, request: BuildRequest) -> Outcome {
     let nido = cx.nido().await?;
     let built = {
         let mut progress = Progress::new(&cx.output, name.as_str());
         let mut told = |step| progress.build(&step);
-        until_signal(UNDO_LIMIT, nido.template_build(name, BuildRequest { rebuild }, &mut told)).await?
+        until_signal(UNDO_LIMIT, nido.template_build(name, request, &mut told)).await?
     };
     cx.output.talk(&if built.already_built {
         format!("{name} is up to date")

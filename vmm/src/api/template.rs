@@ -1,6 +1,7 @@
 //! Templates: what VMs are made from.
 
 use jiff::Timestamp;
+pub use nido_images::KernelChoice;
 use serde::{Deserialize, Serialize};
 
 use crate::name::TemplateName;
@@ -44,6 +45,8 @@ pub struct TemplateList {
 pub struct BuildRequest {
     /// Fetch packages anew even if nothing in the recipe has changed.
     pub rebuild: bool,
+    /// Which kernel it shall boot; by default the one it boots now, or the stock kernel.
+    pub kernel: Option<KernelChoice>,
 }
 
 /// How far a build has come.
