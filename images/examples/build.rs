@@ -1,4 +1,4 @@
-//! Builds a template by hand: `cargo run -p nido-images --example build -- HOME RECIPE [--rebuild]`.
+//! Builds a template by hand: `cargo run -p nido-images --example build -- HOME RECIPE [--rebuild] [--slim]`.
 //! Prints one line per change of stage or detail; a line on standard input, or its end with `--stdin`, stops the build.
 
 use std::path::PathBuf;
@@ -9,13 +9,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let (Some(home), Some(recipe)) = (arguments.next(), arguments.next()) else {
-        eprintln!("usage: build HOME RECIPE [--rebuild] [--stdin]");
+        eprintln!("usage: build HOME RECIPE [--rebuild] [--slim] [--stdin]");
         return ExitCode::from(2);
     };
     let flags: Vec<String> = arguments.collect();
-    let options = nido_images::BuildOptions { rebuild: flags.iter().any(|flag| flag == "--rebuild") };
+    let has = |flag: &str| flags.iter().any(|given| given == flag);
+    let options = nido_images::BuildOptions {
+        rebuild: has("--rebuild"),
+        kernel: has("--slim").then_some(nido_images::KernelChoice::Slim),
+    };
     let cancel = Arc::new(AtomicBool::new(false));
-    if flags.iter().any(|flag| flag == "--stdin") {
+    if has("--stdin") {
         let cancel = Arc::clone(&cancel);
         std::thread::spawn(move || {
             let _ = std::io::stdin().read_line(&mut String::new());

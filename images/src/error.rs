@@ -10,13 +10,13 @@ use crate::progress::Stage;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
-    /// A program the build needs is not on this host.
-    #[error("the program {tool} is not installed")]
+    /// Something the build needs is not on this host.
+    #[error("{tool} is not installed")]
     MissingTool {
-        /// Name of the program.
+        /// What it is, in words: `the program xz`.
         tool: String,
-        /// The Debian package that has it.
-        package: &'static str,
+        /// The Debian packages that have it, separated by blanks.
+        package: String,
     },
     /// This user may not make the user namespace a build without root needs.
     #[error("an ordinary user cannot build templates here: {needs}")]
@@ -194,7 +194,7 @@ impl ImageError {
     #[must_use]
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::MissingTool { package, .. } => Some(format!("install the Debian package: apt-get install {package}")),
+            Self::MissingTool { package, .. } => Some(format!("install from Debian: apt-get install {package}")),
             Self::Unprivileged { remedy, .. } => Some(remedy.clone()),
             Self::RecipeNotFound { .. } => {
                 Some(format!("the built-in recipes are {}", crate::recipe::names().collect::<Vec<_>>().join(", ")))

@@ -19,6 +19,19 @@ const TOOLS: [(&str, &str); 8] = [
     ("mkfs.ext4", "e2fsprogs"),
     ("qemu-img", "qemu-utils"),
 ];
+/// Programs that compile a kernel, likewise.
+const COMPILER_TOOLS: [(&str, &str); 7] = [
+    ("gcc", "gcc"),
+    ("ld", "binutils"),
+    ("make", "make"),
+    ("flex", "flex"),
+    ("bison", "bison"),
+    ("bc", "bc"),
+    ("tar", "tar"),
+];
+/// Headers that compiling a kernel needs, likewise.
+const COMPILER_HEADERS: [(&str, &str); 2] =
+    [("/usr/include/stdio.h", "libc6-dev"), ("/usr/include/gelf.h", "libelf-dev")];
 const XZ: (&str, &str) = ("xz", "xz-utils");
 const NEWUIDMAP: (&str, &str) = ("newuidmap", "uidmap");
 
@@ -51,6 +64,22 @@ impl Host {
             host.probe_namespace()?;
         }
         Ok(host)
+    }
+
+    /// Looks for everything that compiling a kernel needs beside that.
+    ///
+    /// # Errors
+    /// [`ImageError::MissingTool`] with all that is missing.
+    pub fn probe_compiler(&self) -> Result<(), ImageError> {
+        let tools = COMPILER_TOOLS.into_iter().filter(|(tool, _)| !self.has(tool));
+        let headers = COMPILER_HEADERS.into_iter().filter(|(header, _)| !Path::new(header).is_file());
+        let missing: Vec<_> = tools.chain(headers).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let words = |of: fn(&(&'static str, &'static str)) -> &'static str| missing.iter().map(of).collect::<Vec<_>>();
+        let tool = format!("what compiles a kernel ({})", words(|pair| pair.0).join(", "));
+        Err(ImageError::MissingTool { tool, package: words(|pair| pair.1).join(" ") })
     }
 
     /// The host as far as it is needed to remove what an earlier build left.
@@ -101,9 +130,15 @@ impl Host {
             .stdin(Stdio::null());
     }
 
-    fn require(&self, tool: &str, package: &'static str) -> Result<(), ImageError> {
-        let found = std::env::split_paths(&self.path).any(|directory| is_executable(&directory.join(tool)));
-        if found { Ok(()) } else { Err(ImageError::MissingTool { tool: tool.to_owned(), package }) }
+    fn require(&self, tool: &str, package: &str) -> Result<(), ImageError> {
+        if self.has(tool) {
+            return Ok(());
+        }
+        Err(ImageError::MissingTool { tool: format!("the program {tool}"), package: package.to_owned() })
+    }
+
+    fn has(&self, tool: &str) -> bool {
+        std::env::split_paths(&self.path).any(|directory| is_executable(&directory.join(tool)))
     }
 
     /// Proves that a user namespace with subordinate ids works, and explains why not.
@@ -192,6 +227,13 @@ mod tests {
         let error = host.require("mkfs.ext4", "e2fsprogs").unwrap_err();
         assert!(error.to_string().contains("mkfs.ext4"));
         assert!(error.hint().unwrap().contains("e2fsprogs"));
+    }
+
+    #[test]
+    fn everything_a_compiler_misses_is_named_at_once() {
+        let host = Host { path: OsString::from("/nonexistent"), root: true };
+        let hint = host.probe_compiler().unwrap_err().hint().unwrap();
+        assert!(COMPILER_TOOLS.iter().all(|(_, package)| hint.contains(package)), "{hint}");
     }
 
     #[test]

@@ -10,9 +10,13 @@
 //! agent (build.rs) ───────────── initramfs = initramfs-base + agent ─┘
 //! ```
 //!
+//! With `--kernel slim` the kernel stage compiles one of its own from Debian's source instead of taking the package's; the
+//! root disk is the same for both.
+//!
 //! What holds everywhere: the guest agent is in the initramfs and nowhere else; a part never changes once it has its
 //! name; a build changes nothing visible until its manifest is renamed into place; what a build leaves when it is killed is
-//! removed by the next. Pure: `apt`, `archive`, `cpio`, `initramfs`, `kernel`, `manifest`, `qcow2` (its parser), `recipe`.
+//! removed by the next. Pure: `apt`, `archive`, `cpio`, `initramfs`, `kernel`, `manifest`, `qcow2` (its parser), `recipe`,
+//! `slim`.
 
 mod agent;
 mod apt;
@@ -33,6 +37,7 @@ mod progress;
 mod qcow2;
 mod recipe;
 mod scratch;
+mod slim;
 mod store;
 mod travel;
 
@@ -43,6 +48,7 @@ pub use error::ImageError;
 pub use export::{ExportOptions, ExportOutcome, export};
 pub use host::Host;
 pub use import::{ImportNote, ImportOptions, ImportOutcome, import};
+pub use kernel::KernelChoice;
 pub use manifest::{
     AgentId, Bake, BakedMachine, Digest, Disk, FORMAT, Init, Kernel, Manifest, Part, Parts, QemuId, RecipeId,
 };

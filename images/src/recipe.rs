@@ -5,15 +5,16 @@ use serde::Deserialize;
 
 use crate::digest::sha256;
 use crate::error::ImageError;
-use crate::kernel::WANTED_MODULES;
+use crate::kernel::{KernelChoice, WANTED_MODULES};
 use crate::manifest::{FORMAT, Init};
+use crate::slim;
 
 /// A parsed recipe.
 #[derive(Debug, Clone)]
 pub struct Recipe {
     /// Its name, which is also the template's.
     pub name: &'static str,
-    /// SHA-256 over all it consists of.
+    /// SHA-256 over all it consists of, with the stock kernel.
     pub sha256: String,
     /// What `recipe.toml` says.
     pub spec: Spec,
@@ -21,6 +22,17 @@ pub struct Recipe {
     pub customize: &'static str,
     /// Files put into the root directory before `customize`: path without leading slash, content.
     pub files: &'static [(&'static str, &'static str)],
+}
+
+impl Recipe {
+    /// SHA-256 over all a template with this kernel consists of.
+    #[must_use]
+    pub fn identity(&self, kernel: KernelChoice) -> String {
+        match kernel {
+            KernelChoice::Stock => self.sha256.clone(),
+            KernelChoice::Slim => sha256(format!("{}\n{}\n", self.sha256, slim::recipe_sha256()).as_bytes()),
+        }
+    }
 }
 
 /// The content of a `recipe.toml`.
@@ -129,7 +141,7 @@ fn parse(toml: &str) -> Result<Spec, String> {
 }
 
 /// Debian's rule for package names; user and suite names of recipes keep to it too.
-fn is_package_name(word: &str) -> bool {
+pub(crate) fn is_package_name(word: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     word.len() >= 2
         && word.bytes().next().is_some_and(plain)
@@ -161,6 +173,13 @@ mod tests {
     #[test]
     fn every_built_in_name_is_a_template_name() {
         assert!(names().all(|name| crate::store::check_name(name).is_ok()));
+    }
+
+    #[test]
+    fn another_kernel_makes_another_template() {
+        let recipe = find("sandbox").unwrap();
+        assert_eq!(recipe.identity(KernelChoice::Stock), recipe.sha256);
+        assert_ne!(recipe.identity(KernelChoice::Slim), recipe.sha256);
     }
 
     #[test]

@@ -6,10 +6,10 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::time::Duration;
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 use nido_vmm::api::{
     BakeInfo, BakeRequest, BuildRequest, ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult,
-    ImportSource, TemplateInfo,
+    ImportSource, KernelChoice, TemplateInfo,
 };
 use nido_vmm::error::{Code, Error};
 use nido_vmm::name::TemplateName;
@@ -28,6 +28,7 @@ Examples:
   nido template ls
   nido template build sandbox
   nido template build debian-12 --rebuild   with the newest packages
+  nido template build sandbox --kernel slim with a kernel compiled for guests: boots faster
   nido template info sandbox
   nido template bake sandbox --memory 2G --cpus 2   so that such VMs are forked, too
   nido template delete debian-12
@@ -70,6 +71,9 @@ enum Verb {
         /// Do not save a running guest to fork from: VMs will boot
         #[arg(long)]
         no_bake: bool,
+        /// Its kernel [default: the one it has; stock for a new template]
+        #[arg(long, value_name = "KIND")]
+        kernel: Option<Kernel>,
     },
     /// Save a template's guest while it runs, so that VMs of that kind are forked instead of booted
     Bake {
@@ -126,6 +130,14 @@ struct ImportArgs {
     force: bool,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Kernel {
+    /// Debian's own, with all its modules
+    Stock,
+    /// Compiled from Debian's source with what guests need: boots in a third of the time, no modules
+    Slim,
+}
+
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         match self.verb {
@@ -135,7 +147,13 @@ impl Args {
                 cx.output.answer(&template, || pairs(&facts(&template)))?;
                 Ok(Exit::Success)
             }
-            Verb::Build { name, rebuild, no_bake } => build(cx, &name, BuildRequest { rebuild, bake: !no_bake }).await,
+            Verb::Build { name, rebuild, no_bake, kernel } => {
+                let kernel = kernel.map(|kernel| match kernel {
+                    Kernel::Stock => KernelChoice::Stock,
+                    Kernel::Slim => KernelChoice::Slim,
+                });
+                build(cx, &name, BuildRequest { rebuild, bake: !no_bake, kernel }).await
+            }
             Verb::Bake { name, again, machine } => bake(cx, &name, BakeRequest { again, ..machine.bake() }).await,
             Verb::Export(args) => export(cx, args).await,
             Verb::Import(args) => import(cx, args).await,

@@ -2,7 +2,9 @@
 //! through a flag. Invariant: until the manifest is published nothing of the build is visible, and however it ends nothing
 //! is left but the log (a killed build's scratch goes with the next build).
 
+mod kept;
 mod packages;
+mod slim;
 mod stages;
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -16,11 +18,14 @@ use crate::agent::agent_sha256;
 use crate::command::{BuildLog, Session};
 use crate::error::ImageError;
 use crate::host::Host;
+use crate::kernel::KernelChoice;
 use crate::manifest::{AgentId, FORMAT, Kernel, Manifest, Parts, RecipeId};
 use crate::progress::{BuildProgress, Stage};
 use crate::recipe::{self, Recipe};
 use crate::scratch::Scratch;
 use crate::store::{Store, create_private};
+use kept::{KeptKernels, stock_key};
+use stages::{Made, Work};
 
 /// How long a build waits for another build of the same template.
 const LOCK_DEADLINE: Duration = Duration::from_secs(2 * 60 * 60);
@@ -30,6 +35,8 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(2 * 60 * 60);
 pub struct BuildOptions {
     /// Build everything anew, with fresh packages, even if the template is up to date.
     pub rebuild: bool,
+    /// Which kernel it shall boot. By default the one it boots now; a new template gets the stock kernel.
+    pub kernel: Option<KernelChoice>,
 }
 
 /// What a build came to.
@@ -44,11 +51,13 @@ pub struct BuildOutcome {
 }
 
 /// How much has to be done.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Plan {
     UpToDate,
     /// Only the agent is another one.
     InitramfsOnly,
+    /// Another kernel is asked for.
+    KernelOnly,
     Everything,
 }
 
@@ -70,8 +79,12 @@ pub fn build(
     let (path, file) = lock(home, &recipe, progress, cancel)?;
 
     // Looked at under the lock: a build that waited for another finds its result.
-    let existing = store.open(recipe.name).and_then(|manifest| store.check(&manifest).map(|()| manifest));
-    let plan = plan(existing.as_ref().ok(), &recipe.sha256, options.rebuild);
+    let opened = store.open(recipe.name);
+    let present =
+        opened.as_ref().map_or_else(|_| KernelChoice::default(), |found| KernelChoice::of(&found.kernel.version));
+    let kernel = options.kernel.unwrap_or(present);
+    let existing = opened.and_then(|manifest| store.check(&manifest).map(|()| manifest));
+    let plan = plan(existing.as_ref().ok(), &recipe, kernel, options.rebuild);
     if let (Plan::UpToDate, Ok(manifest)) = (&plan, &existing) {
         let stages_reused = Stage::ALL[1..5].to_vec();
         return Ok(BuildOutcome { manifest: manifest.clone(), already_built: true, stages_reused });
@@ -82,7 +95,8 @@ pub fn build(
     if let Err(reason) = &existing {
         session.log.line(&format!("no template to build on: {reason}"));
     }
-    let result = run(home, &store, &recipe, (plan, existing.ok()), progress, &mut session);
+    let wanted = Wanted { plan, kernel, existing: existing.ok() };
+    let result = run(home, &store, &recipe, wanted, progress, &mut session);
     let words = match &result {
         Ok(_) => "done".to_owned(),
         Err(error) => format!("failed: {error}"),
@@ -91,39 +105,40 @@ pub fn build(
     result
 }
 
+/// What a build is to do.
+struct Wanted {
+    plan: Plan,
+    kernel: KernelChoice,
+    /// The template as it is, if all its parts are there.
+    existing: Option<Manifest>,
+}
+
 /// Runs the stages the plan asks for.
 fn run(
     home: &Path,
     store: &Store,
     recipe: &Recipe,
-    (plan, existing): (Plan, Option<Manifest>),
+    wanted: Wanted,
     progress: &mut dyn FnMut(BuildProgress),
     session: &mut Session<'_>,
 ) -> Result<BuildOutcome, ImageError> {
-    let host = if plan == Plan::Everything { Some(Host::probe()?) } else { None };
     let scratch = Scratch::create(&home.join("build"))?;
     for path in scratch.leftovers() {
         session.log.line(&format!("cannot remove what an earlier build left: {}", path.display()));
     }
-    let mut work = stages::Work { store, recipe, scratch: scratch.path(), session, progress };
-    let (base, made, stages_reused) = match (host, existing) {
-        (None, Some(manifest)) => {
-            let base = store.blob_path(&manifest.parts.initramfs_base);
-            (base, stages::Made::from(manifest), vec![Stage::Packages, Stage::Kernel, Stage::Disk])
-        }
-        (host, _) => {
-            let host = host.map_or_else(Host::probe, Ok)?;
-            work.packages(&host)?;
-            let kernel = work.kernel(&host)?;
-            let root = work.disk(&host)?;
-            (scratch.path().join(stages::BASE), stages::Made { kernel, root }, Vec::new())
-        }
+    let kept = KeptKernels::new(home)?;
+    let kernel = wanted.kernel;
+    let mut work = Work { store, recipe, scratch: scratch.path(), session, progress };
+    let (made, stages_reused) = make(&mut work, &kept, wanted)?;
+    let base = match scratch.path().join(stages::BASE) {
+        base if base.exists() => base,
+        _ => store.blob_path(&made.kernel.base),
     };
     let initramfs = work.initramfs(&base)?;
     let manifest = Manifest {
         format: FORMAT,
         name: recipe.name.to_owned(),
-        recipe: RecipeId { name: recipe.name.to_owned(), sha256: recipe.sha256.clone() },
+        recipe: RecipeId { name: recipe.name.to_owned(), sha256: recipe.identity(kernel) },
         created_at: jiff::Timestamp::now(),
         architecture: "x86_64".to_owned(),
         init: recipe.spec.init,
@@ -135,24 +150,78 @@ fn run(
             initramfs,
             initramfs_base: made.kernel.base,
             root: made.root,
-            packages: made.kernel.packages,
+            packages: made.packages,
         },
         agent: AgentId { sha256: agent_sha256().to_owned(), protocol: nido_guest_agent::wire::VERSION },
         built_by: env!("CARGO_PKG_VERSION").to_owned(),
         bakes: Vec::new(),
     };
     work.publish(&manifest)?;
+    if let Ok(templates) = store.ls().and_then(|found| found.into_iter().collect::<Result<Vec<_>, _>>()) {
+        kept.prune(&templates.iter().map(|template| template.parts.root.file.sha256.clone()).collect());
+    }
     Ok(BuildOutcome { manifest, already_built: false, stages_reused })
 }
 
-/// Decides what is left to do. `existing` is a template whose parts are all there.
-fn plan(existing: Option<&Manifest>, recipe_sha256: &str, rebuild: bool) -> Plan {
-    match existing {
-        Some(manifest) if !rebuild && manifest.recipe.sha256 == recipe_sha256 => {
-            if manifest.agent.sha256 == agent_sha256() { Plan::UpToDate } else { Plan::InitramfsOnly }
+/// Makes kernel and root disk, or takes what is there; says which stages that saved.
+fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(Made, Vec<Stage>), ImageError> {
+    let Some(manifest) = wanted.existing else { return Ok((make_everything(work, kept, wanted.kernel)?, Vec::new())) };
+    let made = Made::from(manifest);
+    let stock = stock_key(&made.root.file);
+    match (wanted.plan, wanted.kernel) {
+        (Plan::UpToDate | Plan::InitramfsOnly, _) => {
+            return Ok((made, vec![Stage::Packages, Stage::Kernel, Stage::Disk]));
         }
-        _ => Plan::Everything,
+        (Plan::KernelOnly, KernelChoice::Slim) => {
+            let host = Host::probe()?;
+            host.probe_compiler()?;
+            let kernel = work.slim_kernel(&host, kept)?;
+            let files = (work.store.blob_path(&made.kernel.vmlinux), work.store.blob_path(&made.kernel.base));
+            work.keep(kept, &stock, &made.kernel, (&files.0, &files.1));
+            return Ok((Made { kernel, ..made }, vec![Stage::Packages, Stage::Disk]));
+        }
+        (Plan::KernelOnly, KernelChoice::Stock) => match kept.find(&stock) {
+            Some(found) => {
+                let kernel = found.link_into(work.scratch)?;
+                return Ok((Made { kernel, ..made }, vec![Stage::Packages, Stage::Kernel, Stage::Disk]));
+            }
+            // Another version would not fit the modules in the root disk.
+            None => work.session.log.line("the stock kernel is not kept: everything is built anew"),
+        },
+        (Plan::Everything, _) => {}
     }
+    Ok((make_everything(work, kept, wanted.kernel)?, Vec::new()))
+}
+
+/// Makes kernel and root disk anew. The modules of the stock kernel are in every root disk, so that it serves both kernels.
+fn make_everything(work: &mut Work<'_, '_>, kept: &KeptKernels, kernel: KernelChoice) -> Result<Made, ImageError> {
+    let host = Host::probe()?;
+    if kernel == KernelChoice::Slim {
+        host.probe_compiler()?;
+    }
+    work.packages(&host)?;
+    let stock = work.kernel(&host)?;
+    let packages = work.package_list()?;
+    if kernel == KernelChoice::Stock {
+        return Ok(Made { kernel: stock, packages, root: work.disk(&host)? });
+    }
+    let aside = work.set_kernel_aside()?;
+    let kernel = work.slim_kernel(&host, kept)?;
+    let root = work.disk(&host)?;
+    work.keep(kept, &stock_key(&root.file), &stock, (&aside.0, &aside.1));
+    Ok(Made { kernel, packages, root })
+}
+
+/// Decides what is left to do. `existing` is a template whose parts are all there.
+fn plan(existing: Option<&Manifest>, recipe: &Recipe, kernel: KernelChoice, rebuild: bool) -> Plan {
+    let Some(manifest) = existing.filter(|_| !rebuild) else { return Plan::Everything };
+    if manifest.recipe.sha256 == recipe.identity(kernel.other()) {
+        return Plan::KernelOnly;
+    }
+    if manifest.recipe.sha256 != recipe.identity(kernel) {
+        return Plan::Everything;
+    }
+    if manifest.agent.sha256 == agent_sha256() { Plan::UpToDate } else { Plan::InitramfsOnly }
 }
 
 /// Opens the log of this template's builds and locks it: one build of a template at a time.
@@ -168,24 +237,44 @@ fn lock(
     let failed = |error| ImageError::io("open", &path, error);
     let mut options = OpenOptions::new();
     let file = options.append(true).create(true).mode(0o600).open(&path).map_err(failed)?;
+    let waiting = Waiting { stage: Stage::Resolve, program: "another build of this template", log: &path };
+    wait_for_lock(&file, &path, &waiting, progress, cancel)?;
+    Ok((path, file))
+}
+
+/// What is said of waiting for a lock.
+struct Waiting<'a> {
+    stage: Stage,
+    /// Who holds it.
+    program: &'a str,
+    log: &'a Path,
+}
+
+/// Waits for the lock on `file`, which is at `path`.
+fn wait_for_lock(
+    file: &File,
+    path: &Path,
+    waiting: &Waiting<'_>,
+    progress: &mut dyn FnMut(BuildProgress),
+    cancel: &AtomicBool,
+) -> Result<(), ImageError> {
     let end = Instant::now() + LOCK_DEADLINE;
     let mut told = false;
     loop {
         match file.try_lock() {
-            Ok(()) => return Ok((path, file)),
-            Err(TryLockError::Error(error)) => return Err(failed(error)),
+            Ok(()) => return Ok(()),
+            Err(TryLockError::Error(error)) => return Err(ImageError::io("lock", path, error)),
             Err(TryLockError::WouldBlock) => {}
         }
         if cancel.load(std::sync::atomic::Ordering::Relaxed) {
             return Err(ImageError::Interrupted);
         }
         if Instant::now() >= end {
-            let program = "another build of this template".to_owned();
-            let seconds = LOCK_DEADLINE.as_secs();
-            return Err(ImageError::Deadline { stage: Stage::Resolve, program, seconds, log: path });
+            let (program, seconds) = (waiting.program.to_owned(), LOCK_DEADLINE.as_secs());
+            return Err(ImageError::Deadline { stage: waiting.stage, program, seconds, log: waiting.log.to_owned() });
         }
         if !told {
-            progress(BuildProgress::new(Stage::Resolve, "waiting for another build of this template", None));
+            progress(BuildProgress::new(waiting.stage, format!("waiting for {}", waiting.program), None));
             told = true;
         }
         std::thread::sleep(Duration::from_millis(100));
@@ -206,14 +295,20 @@ mod tests {
 
     #[test]
     fn only_what_changed_is_built() {
+        use KernelChoice::{Slim, Stock};
+        let recipe = recipe::find("sandbox").unwrap();
         let mut manifest = sample("sandbox");
-        let recipe = manifest.recipe.sha256.clone();
-        assert_eq!(plan(None, &recipe, false), Plan::Everything);
-        assert_eq!(plan(Some(&manifest), &recipe, false), Plan::InitramfsOnly);
-        manifest.agent.sha256 = agent_sha256().to_owned();
-        assert_eq!(plan(Some(&manifest), &recipe, false), Plan::UpToDate);
-        assert_eq!(plan(Some(&manifest), &recipe, true), Plan::Everything);
-        assert_eq!(plan(Some(&manifest), "another recipe", false), Plan::Everything);
+        assert_eq!(plan(None, &recipe, Stock, false), Plan::Everything);
+        assert_eq!(plan(Some(&manifest), &recipe, Stock, false), Plan::Everything);
+        for (kernel, other) in [(Stock, Slim), (Slim, Stock)] {
+            manifest.recipe.sha256 = recipe.identity(kernel);
+            manifest.agent.sha256 = "another agent".to_owned();
+            assert_eq!(plan(Some(&manifest), &recipe, kernel, false), Plan::InitramfsOnly);
+            manifest.agent.sha256 = agent_sha256().to_owned();
+            assert_eq!(plan(Some(&manifest), &recipe, kernel, false), Plan::UpToDate);
+            assert_eq!(plan(Some(&manifest), &recipe, kernel, true), Plan::Everything);
+            assert_eq!(plan(Some(&manifest), &recipe, other, false), Plan::KernelOnly);
+        }
     }
 
     #[test]

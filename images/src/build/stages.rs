@@ -24,7 +24,8 @@ use crate::store::{Store, hash_file};
 const ROOTFS: &str = "rootfs";
 const KERNEL: &str = "kernel";
 const FILES: &str = "files";
-const VMLINUX: &str = "vmlinux";
+/// The uncompressed kernel.
+pub const VMLINUX: &str = "vmlinux";
 /// The initramfs without the agent.
 pub const BASE: &str = "initramfs-base";
 const INITRAMFS: &str = "initramfs";
@@ -33,30 +34,31 @@ const PACKAGES: &str = "packages";
 
 const PACKAGES_DEADLINE: Duration = Duration::from_secs(60 * 60);
 const DISK_DEADLINE: Duration = Duration::from_secs(20 * 60);
-const SHORT_DEADLINE: Duration = Duration::from_secs(60);
+pub const SHORT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Where mmdebstrap keeps its hooks for a root with `/bin` inside `/usr`.
 const MERGED_USR_HOOKS: &str = "/usr/share/mmdebstrap/hooks/merged-usr";
 
 /// What the kernel stage makes.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MadeKernel {
     pub version: String,
     pub vmlinux: Part,
     pub base: Part,
-    pub packages: Part,
 }
 
 /// What the expensive stages make, or what an existing template has of it.
 pub struct Made {
     pub kernel: MadeKernel,
+    pub packages: Part,
     pub root: Disk,
 }
 
 impl From<Manifest> for Made {
     fn from(manifest: Manifest) -> Self {
         let Manifest { kernel, parts, .. } = manifest;
-        let (vmlinux, base, packages) = (parts.vmlinux, parts.initramfs_base, parts.packages);
-        Self { kernel: MadeKernel { version: kernel.version, vmlinux, base, packages }, root: parts.root }
+        let kernel = MadeKernel { version: kernel.version, vmlinux: parts.vmlinux, base: parts.initramfs_base };
+        Self { kernel, packages: parts.packages, root: parts.root }
     }
 }
 
@@ -104,7 +106,7 @@ impl Work<'_, '_> {
         })
     }
 
-    /// Extracts the kernel, the modules the agent loads, and the list of packages.
+    /// Extracts the stock kernel and the modules the agent loads.
     pub fn kernel(&mut self, host: &Host) -> Result<MadeKernel, ImageError> {
         self.tell(Stage::Kernel, "extract the kernel", Some(0.0));
         let invalid = |reason| ImageError::KernelInvalid { reason };
@@ -136,12 +138,26 @@ impl Work<'_, '_> {
         }
         let base = initramfs::base(&unpacked).map_err(|error| invalid(error.to_string()))?;
         write_file(&self.scratch.join(BASE), &base)?;
+        let part = |name: &str| hash_file(&self.scratch.join(name));
+        Ok(MadeKernel { version, vmlinux: part(VMLINUX)?, base: part(BASE)? })
+    }
 
+    /// Makes room for another kernel's files; returns where those of this one are now.
+    pub fn set_kernel_aside(&mut self) -> Result<(PathBuf, PathBuf), ImageError> {
+        let aside = |name: &str| {
+            let (from, to) = (self.scratch.join(name), self.scratch.join(format!("stock-{name}")));
+            fs::rename(&from, &to).map(|()| to).map_err(|error| ImageError::io("move", &from, error))
+        };
+        Ok((aside(VMLINUX)?, aside(BASE)?))
+    }
+
+    /// Writes the list of packages.
+    pub fn package_list(&mut self) -> Result<Part, ImageError> {
         let status = read(&self.scratch.join(ROOTFS).join("var/lib/dpkg/status"))?;
         let list = packages::installed(&String::from_utf8_lossy(&status));
-        write_file(&self.scratch.join(PACKAGES), list.as_bytes())?;
-        let part = |name: &str| hash_file(&self.scratch.join(name));
-        Ok(MadeKernel { version, vmlinux: part(VMLINUX)?, base: part(BASE)?, packages: part(PACKAGES)? })
+        let path = self.scratch.join(PACKAGES);
+        write_file(&path, list.as_bytes())?;
+        hash_file(&path)
     }
 
     /// Turns the root directory into a disk image.
@@ -215,7 +231,7 @@ impl Work<'_, '_> {
     }
 
     /// The host's apt options for reaching its mirror.
-    fn host_options(&mut self, host: &Host) -> Result<Vec<String>, ImageError> {
+    pub fn host_options(&mut self, host: &Host) -> Result<Vec<String>, ImageError> {
         let mut command = host.command("apt-config", self.scratch);
         command.arg("dump");
         let dump = self.session.capture(Stage::Resolve, command, SHORT_DEADLINE)?;
@@ -257,7 +273,7 @@ impl Work<'_, '_> {
         }
     }
 
-    fn tell(&mut self, stage: Stage, detail: &str, fraction: Option<f32>) {
+    pub fn tell(&mut self, stage: Stage, detail: &str, fraction: Option<f32>) {
         (self.progress)(BuildProgress::new(stage, detail, fraction));
     }
 }
@@ -280,7 +296,7 @@ fn the_kernel_version(boot: &Path) -> Result<String, ImageError> {
 }
 
 /// The host's apt source files.
-fn apt_sources() -> Vec<(String, String)> {
+pub fn apt_sources() -> Vec<(String, String)> {
     let mut paths = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(listing) = fs::read_dir("/etc/apt/sources.list.d") {
         paths.extend(listing.filter_map(Result::ok).map(|entry| entry.path()));
@@ -292,7 +308,7 @@ fn apt_sources() -> Vec<(String, String)> {
         .collect()
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, ImageError> {
+pub fn read(path: &Path) -> Result<Vec<u8>, ImageError> {
     fs::read(path).map_err(|error| ImageError::io("read", path, error))
 }
 

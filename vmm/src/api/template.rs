@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::PathBuf;
 
 use jiff::Timestamp;
+pub use nido_images::KernelChoice;
 use serde::{Deserialize, Serialize};
 
 use super::{AccelChoice, MachineChoice, NetChoice};
@@ -110,6 +111,8 @@ pub struct BuildRequest {
     pub rebuild: bool,
     /// Bake it for the usual machines as well.
     pub bake: bool,
+    /// Which kernel it shall boot; by default the one it boots now, or the stock kernel.
+    pub kernel: Option<KernelChoice>,
 }
 
 /// How far a build has come.

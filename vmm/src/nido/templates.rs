@@ -85,7 +85,7 @@ impl Nido {
         let cancel = CancelOnDrop(Arc::default());
         let (home, recipe, flag) = (self.home.root().to_owned(), name.to_string(), Arc::clone(&cancel.0));
         let (steps, mut step) = mpsc::unbounded_channel();
-        let options = nido_images::BuildOptions { rebuild: request.rebuild };
+        let options = nido_images::BuildOptions { rebuild: request.rebuild, kernel: request.kernel };
         let work = tokio::task::spawn_blocking(move || {
             let mut tell = |progress: nido_images::BuildProgress| drop(steps.send(progress));
             nido_images::build(&home, &recipe, &options, &mut tell, &flag)
