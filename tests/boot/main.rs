@@ -30,6 +30,7 @@ mod network;
 mod rig;
 mod run;
 mod security;
+mod snapshots;
 mod spawn;
 mod supervisors;
 mod templates_travel;

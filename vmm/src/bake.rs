@@ -68,16 +68,37 @@ pub fn choose<'a>(bakes: &'a [Bake], wanted: &BakedMachine, qemu: &QemuId) -> Re
         let closest = bakes.iter().map(|bake| differences(&bake.machine, wanted)).min_by_key(Vec::len);
         return Err(Unfit::Missing(format!("no bake has {}", closest.unwrap_or_default().join(" and "))));
     };
-    let loadable = fitting.iter().find(|bake| bake.qemu.sha256 == qemu.sha256 && clocks_agree(&bake.machine, wanted));
-    loadable.copied().ok_or_else(|| {
-        Unfit::Mismatch(if newest.qemu.sha256 == qemu.sha256 {
-            "it was baked on a host whose time-stamp counter runs at another rate".into()
-        } else if newest.qemu.version == qemu.version {
-            format!("it was baked by another build of QEMU {}", qemu.version)
+    let loadable = |bake: &&Bake| fits((&bake.machine, &bake.qemu), wanted, qemu).is_ok();
+    match fitting.iter().copied().find(loadable) {
+        Some(bake) => Ok(bake),
+        None => Err(fits((&newest.machine, &newest.qemu), wanted, qemu)
+            .err()
+            .unwrap_or_else(|| Unfit::Missing(String::new()))),
+    }
+}
+
+/// Whether what one machine was saved as can be loaded into another of this shape under this QEMU.
+///
+/// # Errors
+/// What is in the way.
+pub fn fits(saved: (&BakedMachine, &QemuId), wanted: &BakedMachine, qemu: &QemuId) -> Result<(), Unfit> {
+    let (machine, by) = saved;
+    let differences = differences(machine, wanted);
+    if !differences.is_empty() {
+        return Err(Unfit::Missing(format!("it was not saved with {}", differences.join(" and "))));
+    }
+    if by.sha256 != qemu.sha256 {
+        return Err(Unfit::Mismatch(if by.version == qemu.version {
+            format!("it was saved by another build of QEMU {}", qemu.version)
         } else {
-            format!("it was baked by QEMU {}, and here is {}", newest.qemu.version, qemu.version)
-        })
-    })
+            format!("it was saved by QEMU {}, and here is {}", by.version, qemu.version)
+        }));
+    }
+    if clocks_agree(machine, wanted) {
+        Ok(())
+    } else {
+        Err(Unfit::Mismatch("it was saved on a host whose time-stamp counter runs at another rate".into()))
+    }
 }
 
 fn same_kind(bake: &BakedMachine, wanted: &BakedMachine) -> bool {
@@ -166,7 +187,7 @@ mod tests {
     fn what_cannot_be_loaded_here_is_a_mismatch() {
         let why = |bake: Bake| choose(&[bake], &machine(), &qemu("7.2", "a")).unwrap_err();
         let other = why(bake(machine(), qemu("10.0", "b")));
-        assert_eq!(other, Unfit::Mismatch("it was baked by QEMU 10.0, and here is 7.2".into()));
+        assert_eq!(other, Unfit::Mismatch("it was saved by QEMU 10.0, and here is 7.2".into()));
         assert!(
             matches!(why(bake(machine(), qemu("7.2", "b"))), Unfit::Mismatch(why) if why.contains("another build"))
         );

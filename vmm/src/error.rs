@@ -62,6 +62,8 @@ codes! {
     TemplateInUse "template_in_use" Conflict 409 "The template is in use";
     TemplateMismatch "template_mismatch" Conflict 409 "The template does not fit this host";
     TemplateBuildFailed "template_build_failed" Unavailable 503 "The template could not be built";
+    SnapshotNotFound "snapshot_not_found" NotFound 404 "No such snapshot";
+    SnapshotExists "snapshot_exists" Conflict 409 "A snapshot of that name exists";
     ArchiveInvalid "archive_invalid" Invalid 422 "Not a template archive that can be used";
     QemuMissing "qemu_missing" Unavailable 503 "QEMU is not installed";
     QemuTooOld "qemu_too_old" Unavailable 503 "QEMU is too old";

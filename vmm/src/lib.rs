@@ -30,6 +30,7 @@ pub mod machine;
 pub mod name;
 pub mod nido;
 pub mod qemu;
+pub mod snapshot;
 pub mod state;
 pub mod store;
 pub mod supervisor;

@@ -69,6 +69,11 @@ name_type!(
     TemplateName,
     "template"
 );
+name_type!(
+    /// The name of a snapshot, unique for its VM.
+    SnapshotName,
+    "snapshot"
+);
 
 #[cfg(test)]
 mod tests {

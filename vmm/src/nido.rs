@@ -17,6 +17,7 @@ mod lifecycle;
 mod list;
 mod logs;
 mod settle;
+mod snapshots;
 mod supervision;
 mod templates;
 mod travel;

@@ -21,6 +21,7 @@ mod restart;
 mod resume;
 mod run;
 mod shell;
+mod snapshot;
 mod spawn;
 mod start;
 mod stop;
@@ -110,6 +111,7 @@ pub enum Verb {
     Logs(logs::Args),
     Forward(forward::Args),
     Proxy(proxy::Args),
+    Snapshot(snapshot::Args),
     Template(template::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
@@ -149,6 +151,7 @@ impl Verb {
             Self::Logs(args) => args.run(cx).await,
             Self::Forward(args) => args.run(cx).await,
             Self::Proxy(args) => args.run(cx).await,
+            Self::Snapshot(args) => args.run(cx).await,
             Self::Template(args) => args.run(cx).await,
             Self::Doctor(args) => args.run(cx).await,
             Self::Completions(args) => args.run(cx),

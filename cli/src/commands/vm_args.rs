@@ -208,6 +208,7 @@ fn summary(vm: &VmInfo) -> String {
                 StartPath::Cold => "cold boot",
                 StartPath::Fork => "fork",
                 StartPath::Pool => "from the pool",
+                StartPath::Restore => "restored",
             };
             let facts: Vec<_> = std::iter::once(path).chain(facts).collect();
             format!("{} is ready after {} ({})", vm.name, seconds(timings.total_ms), facts.join(", "))

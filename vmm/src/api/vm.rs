@@ -320,6 +320,8 @@ pub enum StartPath {
     Fork,
     /// Claimed: a fork that was waiting for it.
     Pool,
+    /// Restored: it went on from a snapshot of its own.
+    Restore,
 }
 
 /// The answer of a list.

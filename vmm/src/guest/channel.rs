@@ -119,6 +119,16 @@ impl Channel {
         self.open.send_replace(open);
     }
 
+    /// Ends every session and agrees with the agent anew: it was started again.
+    pub fn reset(&self) {
+        let mux = self.mux.borrow().clone();
+        tokio::spawn(async move {
+            if let Some(mux) = mux {
+                mux.end().await;
+            }
+        });
+    }
+
     /// Ends every session and leaves the agent waiting for the host's next word, so that the machine can be saved. The
     /// connection stays; nothing goes over it any more.
     ///

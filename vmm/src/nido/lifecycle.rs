@@ -13,11 +13,11 @@ use crate::lock::Held;
 use crate::machine::{self, GUEST_CIDS, Machine, Transport};
 use crate::name::VmName;
 use crate::state::{Admission, Request as Act, VmState, admit};
-use crate::store::{BootParts, Purpose, VmRow, VmUpdate};
+use crate::store::{BootParts, Origin, Purpose, VmRow, VmUpdate};
 use crate::supervisor::control::Request;
 
 /// How long a start waits for whoever works on the VM at the moment.
-const LET_GO: Duration = Duration::from_secs(5);
+pub(super) const LET_GO: Duration = Duration::from_secs(5);
 
 impl Nido {
     /// Makes a VM and starts it. If this fails, the VM is gone again; if the future is dropped half-way, a
@@ -96,6 +96,18 @@ impl Nido {
 
     /// Decides on the machine, writes it down and hands the VM to a new supervisor.
     pub(super) async fn launch(&self, row: &VmRow, held: Held, start: StartRequest, asked_at: Instant) -> Result<()> {
+        self.launch_from(row, held, start, asked_at, None).await
+    }
+
+    /// The same, where it is decided already what the VM goes on from.
+    pub(super) async fn launch_from(
+        &self,
+        row: &VmRow,
+        held: Held,
+        start: StartRequest,
+        asked_at: Instant,
+        from: Option<Origin>,
+    ) -> Result<()> {
         let (host, qemu) = self.host_facts().await?;
         let started_at = Timestamp::now();
         let expires_at = row.spec.ttl_ms.and_then(|ttl| {
@@ -107,7 +119,13 @@ impl Nido {
         let (machine, frozen) = loop {
             let cid = random_cid()?;
             let mut machine = machine::decide(&machine_request(&row.spec, row.disk_bytes, cid), &host, &qemu)?;
-            let (origin, frozen) = self.origin(row, start.path, &mut machine, (&host, &qemu))?;
+            let (origin, frozen) = match &from {
+                Some(origin) => {
+                    machine.reason.push_str("; goes on from a snapshot");
+                    (origin.clone(), row.parts.frozen.clone())
+                }
+                None => self.origin(row, start.path, &mut machine, (&host, &qemu))?,
+            };
             let update = VmUpdate {
                 state: Some(VmState::Starting),
                 cid: Some(matches!(machine.transport, Transport::Vsock { .. }).then_some(cid)),
@@ -140,7 +158,7 @@ impl Nido {
         write_guest_config(&dir, row, machine)
     }
 
-    async fn await_start(
+    pub(super) async fn await_start(
         &self,
         row: &VmRow,
         start: StartRequest,
@@ -152,7 +170,7 @@ impl Nido {
         self.describe_current(row)
     }
 
-    fn describe_current(&self, row: &VmRow) -> Result<VmInfo> {
+    pub(super) fn describe_current(&self, row: &VmRow) -> Result<VmInfo> {
         let now = self.store().vm_by_id(&row.id)?;
         Ok(self.describe(now.as_ref().unwrap_or(row)))
     }

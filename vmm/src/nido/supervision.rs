@@ -109,7 +109,10 @@ impl Nido {
             // A supervisor that died is answered for by what it wrote into the store.
             let why = self.gone(row).await;
             let goes_on = self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest());
-            let may_repeat = !matches!(request, Request::ForwardAdd { .. } | Request::ForwardRemove { .. });
+            let may_repeat = !matches!(
+                request,
+                Request::ForwardAdd { .. } | Request::ForwardRemove { .. } | Request::Snapshot { .. }
+            );
             // It was killed, and QEMU has another one now.
             if !(goes_on && may_repeat) {
                 return Err(why);
@@ -134,7 +137,7 @@ impl Nido {
         }
         let limit = match request {
             // These have deadlines of their own, kept by the supervisor.
-            Request::Ready | Request::Stop(_) => None,
+            Request::Ready | Request::Stop(_) | Request::Snapshot { .. } => None,
             _ => Some(ANSWER_WITHIN),
         };
         loop {

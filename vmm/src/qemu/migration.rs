@@ -65,6 +65,9 @@ pub async fn save(
 ) -> Result<(), MigrationError> {
     let deadline = Instant::now() + within;
     set_capabilities(monitor, memory).await?;
+    if memory == Memory::Within {
+        unlimit(monitor).await?;
+    }
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
     listener.set_nonblocking(true)?;
@@ -117,6 +120,23 @@ async fn set_capabilities(monitor: &Monitor, memory: Memory) -> Result<(), Migra
     let state = memory == Memory::Apart;
     let capabilities = vec![MigrationCapabilityStatus { capability: MigrationCapability::x_ignore_shared, state }];
     monitor.execute(qmp::migrate_set_capabilities { capabilities }, COMMAND_WITHIN).await?;
+    Ok(())
+}
+
+/// QEMU sends a memory no faster than a network of old would take it, unless told otherwise.
+async fn unlimit(monitor: &Monitor) -> Result<(), MigrationError> {
+    /// `migrate-set-parameters` with the one parameter that every QEMU knows.
+    #[derive(Debug, serde::Serialize)]
+    struct SetBandwidth {
+        #[serde(rename = "max-bandwidth")]
+        max_bandwidth: u64,
+    }
+    impl qapi::Command for SetBandwidth {
+        const NAME: &'static str = "migrate-set-parameters";
+        const ALLOW_OOB: bool = false;
+        type Ok = qapi::Empty;
+    }
+    monitor.execute(SetBandwidth { max_bandwidth: 1 << 40 }, COMMAND_WITHIN).await?;
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use super::{Store, decode, encode, fault};
 use crate::api::{AgentInfo, Failure, ForwardSpec, Timings, VmSpec};
 use crate::error::{Code, Error, Result};
 use crate::machine::Machine;
-use crate::name::VmName;
+use crate::name::{SnapshotName, VmName};
 use crate::state::VmState;
 
 /// What of its template a VM uses. The parts are content-addressed, so a newer template of the same name changes nothing.
@@ -76,6 +76,13 @@ pub enum Origin {
     Boot,
     /// It goes on from a bake.
     Fork(Saved),
+    /// It goes on from a snapshot of its own.
+    Restore {
+        /// Its name.
+        snapshot: SnapshotName,
+        /// The token the saved agent expects, in hexadecimal.
+        token: String,
+    },
 }
 
 /// A bake as a start needs it.

@@ -9,7 +9,7 @@
 //! Invariant: until a guest that was loaded has been renewed, nobody talks to it but this supervisor.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nido_guest_agent::wire::{ENTROPY_LEN, Pong, Renew};
@@ -25,14 +25,15 @@ use super::serve::{Life, Users};
 use crate::api::{StartPath, Timings};
 use crate::error::{Code, Error, Result};
 use crate::guest::{Endpoint, Guest, GuestError, Link, Session, connect};
+use crate::home::DEVICE_STATE;
 use crate::host::qemu;
 use crate::qemu::QemuExit;
 use crate::qemu::migration::{self, Memory};
 use crate::state::Fact;
 use crate::store::{Origin, Purpose, Saved};
 
-/// How long loading a bake may take: milliseconds as a rule.
-const LOADED_WITHIN: Duration = Duration::from_secs(60);
+/// How long loading may take: milliseconds for a bake, seconds for a large memory.
+const LOADED_WITHIN: Duration = Duration::from_secs(600);
 /// The socket over which a state is loaded.
 const LOAD_SOCKET: &str = "load.sock";
 
@@ -68,9 +69,9 @@ impl Supervisor {
         })?;
         let qemu_ms = self.asked_for_ms();
         let mut timings = Timings { path: StartPath::Cold, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 };
-        if let Origin::Fork(saved) = self.row.origin.clone() {
-            timings.path = StartPath::Fork;
-            self.load(&saved, &running).await?;
+        if let Some((path, state, memory)) = self.what_to_load() {
+            timings.path = path;
+            self.load(&state, memory, &running).await?;
             timings.load_ms = self.asked_for_ms();
         }
         self.row.timings = Some(timings);
@@ -79,17 +80,29 @@ impl Supervisor {
         Ok(running)
     }
 
+    /// The state that the machine goes on from.
+    fn what_to_load(&self) -> Option<(StartPath, PathBuf, Memory)> {
+        match &self.row.origin {
+            Origin::Boot => None,
+            Origin::Fork(saved) => Some((StartPath::Fork, self.nido.home().blob(&saved.state), Memory::Apart)),
+            Origin::Restore { snapshot, .. } => {
+                let state = crate::snapshot::dir(&self.dir, snapshot).join(DEVICE_STATE);
+                Some((StartPath::Restore, state, Memory::Within))
+            }
+        }
+    }
+
     /// Milliseconds since the user asked for the start.
     pub(super) fn asked_for_ms(&self) -> f64 {
         self.asked_at.elapsed().as_secs_f64() * 1000.0
     }
 
     /// Loads a bake into a QEMU that waits for one, and lets it go on.
-    async fn load(&self, saved: &Saved, running: &Running) -> Result<(), Ended> {
-        let broken = |why: String| Error::new(Code::QemuFailed, format!("the VM cannot be forked: {why}"));
+    async fn load(&self, state: &Path, memory: Memory, running: &Running) -> Result<(), Ended> {
+        let broken = |why: String| Error::new(Code::QemuFailed, format!("the VM cannot go on: {why}"));
         let work = async {
-            let state = File::open(self.nido.home().blob(&saved.state)).map_err(|e| broken(e.to_string()))?;
-            migration::load(&running.monitor, Path::new(LOAD_SOCKET), state, Memory::Apart, LOADED_WITHIN)
+            let state = File::open(state).map_err(|e| broken(e.to_string()))?;
+            migration::load(&running.monitor, Path::new(LOAD_SOCKET), state, memory, LOADED_WITHIN)
                 .await
                 .map_err(|e| broken(e.to_string().escape_debug().to_string()))?;
             self.resize_disk(running).await?;
@@ -146,6 +159,7 @@ impl Supervisor {
         if let Err(error) = self.bind_forwards().await {
             tracing::error!("a published port is lost: {error}");
         }
+        self.mend_snapshot(&running).await;
         match running.monitor.query_status(QMP_WITHIN).await {
             // It was loading, and what it loads is not known to be whole.
             Ok(RunState::inmigrate) => {
@@ -203,13 +217,15 @@ impl Supervisor {
         let guest = self.guest.clone();
         let door = self.channel.clone();
         let renewal = match &self.row.origin {
-            Origin::Fork(saved) if !self.row.agent.ready => Some((saved.clone(), self.renewal())),
+            Origin::Fork(Saved { token, .. }) | Origin::Restore { token, .. } if !self.row.agent.ready => {
+                Some((unhex(token), self.renewal()))
+            }
             _ => None,
         };
         tokio::spawn(async move {
             let answer = match renewal {
-                Some((saved, renewal)) => {
-                    let tokens = [unhex(&saved.token), guest.token().to_vec()];
+                Some((token, renewal)) => {
+                    let tokens = [token, guest.token().to_vec()];
                     let way = Way { guest: guest.clone(), channel: door.clone() };
                     renewed(&way, &tokens, renewal, deadline).await
                 }

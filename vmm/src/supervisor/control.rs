@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{ForwardSpec, StartStage, StopRequest};
 use crate::error::Problem;
+use crate::name::SnapshotName;
 
 /// Longest line either side accepts, in bytes.
 pub const MAX_LINE: usize = 64 * 1024;
@@ -24,6 +25,11 @@ pub enum Request {
     Pause,
     /// Let them run on.
     Resume,
+    /// Take a snapshot; answered when it is whole.
+    Snapshot {
+        /// Its name.
+        name: SnapshotName,
+    },
     /// Count as activity until this connection closes.
     Lease,
     /// Listen on a port of the host.

@@ -69,15 +69,15 @@ async fn give_up(process: &QemuProcess, why: &str) -> LaunchError {
 fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Result<QemuProcess> {
     let layers = [Some(&row.parts.root), row.parts.frozen.as_ref().map(|frozen| &frozen.sha256)];
     let bases: Vec<_> = layers.into_iter().flatten().collect();
+    let incoming = row.origin != Origin::Boot;
     let (memory, image) = match &row.origin {
         Origin::Fork(saved) => {
             let path = home.blob(&saved.memory).into();
             (Memory::Image { path, read_only: qemu.memory_file_rom }, Some(&saved.memory))
         }
         Origin::Boot if row.purpose == Purpose::Bake => (Memory::File(MEMORY_IMAGE.into()), None),
-        Origin::Boot => (Memory::Fresh, None),
+        Origin::Boot | Origin::Restore { .. } => (Memory::Fresh, None),
     };
-    let incoming = image.is_some();
     let files = Files {
         memory,
         incoming,

@@ -23,6 +23,7 @@ mod logs;
 mod react;
 mod run;
 mod serve;
+mod snapshot;
 
 use std::fs::File;
 use std::io::Write;

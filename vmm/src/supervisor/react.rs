@@ -73,6 +73,10 @@ impl Supervisor {
         };
         tracing::info!(event = %event.name, data = %event.data, "QEMU");
         match event.name.as_str() {
+            // The agent was started again, or its guest closed the port: what was agreed with it is void.
+            "VSERPORT_CHANGE" if event.data.get("open") == Some(&serde_json::Value::Bool(false)) => {
+                self.channel.iter().for_each(|channel| channel.reset());
+            }
             "SHUTDOWN" => self.seen.shutdown_reason = Some(shutdown_reason(&event)),
             "GUEST_PANICKED" => self.seen.panicked = true,
             "STOP" => self.ask_status(running).await,
@@ -122,6 +126,7 @@ impl Supervisor {
                 }
                 let _ = reply.send(outcome);
             }
+            Order::Snapshot(name, reply) => self.take_snapshot(name, running, reply),
             Order::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
             Order::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec).await)),
             Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
@@ -205,7 +210,10 @@ impl Supervisor {
                             self.learn(Fact::StopAsked);
                             let _ = process.kill();
                         }
-                        Order::Pause(reply) | Order::Resume(reply) | Order::ForwardRemove(_, reply) => drop(reply.send(Err(mute()))),
+                        Order::Pause(reply)
+                        | Order::Resume(reply)
+                        | Order::Snapshot(_, reply)
+                        | Order::ForwardRemove(_, reply) => drop(reply.send(Err(mute()))),
                         Order::ForwardAdd(_, reply) => drop(reply.send(Err(mute()))),
                         Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
                     }
@@ -215,7 +223,7 @@ impl Supervisor {
     }
 }
 
-fn qmp_error(error: &MonitorError) -> Error {
+pub(super) fn qmp_error(error: &MonitorError) -> Error {
     Error::new(Code::QemuFailed, error.to_string().escape_debug().to_string())
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use rustix::fs::unlink;
 use tokio::net::UnixListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant as TokioInstant, sleep_until};
 
 use super::begin::{Awake, Ended};
@@ -62,6 +62,8 @@ pub(super) struct Supervisor {
     pub(super) quit_sent: bool,
     /// What has been saved, if this VM is there to be baked.
     pub(super) baked: Option<Result<()>>,
+    /// One snapshot at a time.
+    pub(super) snapshotting: Arc<Semaphore>,
 }
 
 impl Supervisor {
@@ -105,6 +107,7 @@ impl Supervisor {
             kill_at: None,
             quit_sent: false,
             baked: None,
+            snapshotting: Arc::new(Semaphore::new(1)),
         })
     }
 

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use super::control::{Answer, MAX_LINE, Request};
 use crate::api::{ForwardSpec, StartStage, StopRequest};
 use crate::error::{Code, Error, Problem, Result};
+use crate::name::SnapshotName;
 
 /// How long a client may take to say what it wants.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
@@ -37,6 +38,7 @@ pub(super) enum Order {
     Stop(StopRequest),
     Pause(oneshot::Sender<Result<()>>),
     Resume(oneshot::Sender<Result<()>>),
+    Snapshot(SnapshotName, oneshot::Sender<Result<()>>),
     ForwardAdd(ForwardSpec, oneshot::Sender<Result<ForwardSpec>>),
     ForwardRemove(ForwardSpec, oneshot::Sender<Result<()>>),
     Status(oneshot::Sender<Option<Duration>>),
@@ -124,6 +126,10 @@ async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
             return Ok(());
         }
         Ok(Request::Pause) => done(desk.ask(Order::Pause).await),
+        Ok(Request::Snapshot { name }) => {
+            let _use = desk.users.enter();
+            done(desk.ask(|reply| Order::Snapshot(name, reply)).await)
+        }
         Ok(Request::Resume) => done(desk.ask(Order::Resume).await),
         Ok(Request::ForwardAdd { forward }) => match desk.ask(|reply| Order::ForwardAdd(forward, reply)).await {
             Ok(forward) => Answer::Forward { forward },

@@ -1,0 +1,122 @@
+//! `snapshot`: a VM as it was at one moment, to go back to.
+
+use std::time::Duration;
+
+use clap::Subcommand;
+use nido_vmm::api::{RestoreRequest, SnapshotInfo};
+use nido_vmm::error::Error;
+use nido_vmm::name::{SnapshotName, VmName};
+
+use super::Context;
+use super::vm_args::summarize;
+use crate::exit::{Exit, Outcome};
+use crate::output::table;
+use crate::parse::{self, show_bytes};
+use crate::progress::Progress;
+use crate::signals::until_signal;
+
+const EXAMPLES: &str = "\
+Examples:
+  nido snapshot create web                 prints the name it got
+  nido snapshot create web before-upgrade
+  nido snapshot ls web
+  nido snapshot restore web before-upgrade
+  nido snapshot delete web before-upgrade
+
+Of a running VM memory, devices and disk are kept, and it stands still meanwhile, for less than a second as a rule; of
+one that is stopped the disk. Restoring gives up what the VM has done since.";
+
+/// How long what is interrupted may take to be undone. The supervisor ends a snapshot by itself.
+const UNDO_LIMIT: Duration = Duration::ZERO;
+
+/// Keep a VM as it is, and go back to it
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Take a snapshot; prints its name
+    Create {
+        /// Name of the VM
+        name: VmName,
+        /// Name of the snapshot [default: made of the time]
+        snapshot: Option<SnapshotName>,
+    },
+    /// List a VM's snapshots, the oldest first
+    #[command(visible_alias = "list")]
+    Ls {
+        /// Name of the VM
+        name: VmName,
+    },
+    /// Make a VM what it was
+    Restore {
+        /// Name of the VM
+        name: VmName,
+        /// Name of the snapshot
+        snapshot: SnapshotName,
+        /// Take back the disk only, and leave the VM stopped
+        #[arg(long)]
+        disk_only: bool,
+        /// How long the guest may take to become ready, for example 60s [default: depends on the accelerator]
+        #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
+        timeout: Option<u64>,
+    },
+    /// Delete a snapshot
+    Delete {
+        /// Name of the VM
+        name: VmName,
+        /// Name of the snapshot
+        snapshot: SnapshotName,
+    },
+}
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        let nido = cx.nido().await?;
+        match self.verb {
+            Verb::Create { name, snapshot } => {
+                let snapshot = snapshot.map_or_else(fresh_name, Ok)?;
+                let made = until_signal(UNDO_LIMIT, nido.snapshot_create(&name, &snapshot)).await?;
+                cx.output.answer(&made, || format!("{}\n", made.name))?;
+            }
+            Verb::Ls { name } => {
+                let list = nido.snapshot_list(&name)?;
+                cx.output.answer(&list, || {
+                    if cx.output.quiet {
+                        return list.snapshots.iter().map(|snapshot| format!("{}\n", snapshot.name)).collect();
+                    }
+                    table(["NAME", "HOLDS", "SIZE", "CREATED"], list.snapshots.iter().map(row))
+                })?;
+            }
+            Verb::Restore { name, snapshot, disk_only, timeout } => {
+                let request = RestoreRequest { disk_only, timeout_ms: timeout };
+                let vm = {
+                    let mut progress = Progress::new(&cx.output, name.as_str());
+                    let mut told = |stage| progress.start(stage);
+                    until_signal(UNDO_LIMIT, nido.snapshot_restore(&name, &snapshot, request, &mut told)).await?
+                };
+                summarize(&cx.output, &vm);
+                return cx.acted(&vm);
+            }
+            Verb::Delete { name, snapshot } => {
+                let gone = nido.snapshot_delete(&name, &snapshot)?;
+                cx.output.answer(&gone, || format!("{}\n", gone.name))?;
+            }
+        }
+        Ok(Exit::Success)
+    }
+}
+
+fn row(snapshot: &SnapshotInfo) -> [String; 4] {
+    let holds = if snapshot.running { "memory, disk" } else { "disk" };
+    [snapshot.name.to_string(), holds.into(), show_bytes(snapshot.size_bytes), format!("{:.0}", snapshot.created_at)]
+}
+
+/// The time to the second, as a name.
+fn fresh_name() -> Result<SnapshotName, Error> {
+    jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S").to_string().parse()
+}

@@ -1,0 +1,159 @@
+//! Snapshots of real guests: what they hold, and going back to them again and again.
+
+use serde_json::Value;
+
+use crate::rig::{TestHome, Vm, eventually};
+
+/// A process that counts in memory, and a file that it never touches.
+fn start_counting(vm: &Vm<'_>) {
+    let script = "echo before > /root/note; sync
+        nohup sh -c 'n=0; while :; do n=$((n + 1)); echo $n > /dev/shm/count; sleep 0.05; done' > /dev/null 2>&1 &";
+    vm.sh(script).ok();
+    eventually("the counter", || (count(vm) > 3).then_some(()));
+}
+
+fn count(vm: &Vm<'_>) -> u64 {
+    vm.sh("cat /dev/shm/count 2> /dev/null || echo 0").text().trim().parse().unwrap_or(0)
+}
+
+fn names(vm: &Vm<'_>) -> Vec<String> {
+    let list = vm.home.nido(["snapshot", "ls", vm.name]).json();
+    list["snapshots"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().to_owned()).collect()
+}
+
+fn snapshot(vm: &Vm<'_>, verb: &str, name: &str) -> Value {
+    vm.home.nido(["snapshot", verb, vm.name, name]).json()
+}
+
+/// The kernel has written nothing to its log about a broken file system.
+fn check_disk(vm: &Vm<'_>) {
+    assert_eq!(vm.sh("dmesg | grep -iE 'ext4.*(error|corrupt)' | head -n 3").text(), "");
+}
+
+#[test]
+fn a_running_vm_goes_back_to_where_it_was() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["-p", "0:80"]);
+    start_counting(&vm);
+    let made = snapshot(&vm, "create", "first");
+    assert_eq!((&made["running"], &made["vm"]), (&true.into(), &"web".into()));
+    assert!(made["size_bytes"].as_u64().unwrap() > 1 << 20);
+    // It went on meanwhile, and its disk takes writes again.
+    let then = count(&vm);
+    eventually("more", || (count(&vm) > then).then_some(()));
+    vm.sh("echo after > /root/note; rm /bin/ping; sync").ok();
+    let id = vm.exec(["cat", "/etc/machine-id"]).text();
+    let boot = vm.exec(["cat", "/proc/sys/kernel/random/boot_id"]).text();
+
+    for round in 0..2 {
+        let restored = snapshot(&vm, "restore", "first");
+        assert_eq!((&restored["timings"]["path"], &restored["status"]), (&"restore".into(), &"running".into()));
+        assert_eq!(vm.exec(["cat", "/root/note"]).text(), "before", "round {round}");
+        vm.sh("test -x /bin/ping").ok();
+        // The process lives, and goes on from there.
+        let then = count(&vm);
+        eventually("more", || (count(&vm) > then).then_some(()));
+        // The same machine, at another time, with random numbers of its own.
+        assert_eq!(vm.exec(["cat", "/etc/machine-id"]).text(), id);
+        assert_ne!(vm.exec(["cat", "/proc/sys/kernel/random/boot_id"]).text(), boot);
+        let guest: f64 = vm.exec(["date", "+%s.%N"]).text().parse().unwrap();
+        let host = jiff::Timestamp::now().as_millisecond() as f64 / 1000.0;
+        assert!((guest - host).abs() < 10.0, "{guest} {host}");
+        vm.sh("echo again > /root/note; sync").ok();
+    }
+    // A snapshot of what was restored, and back and forth between the two.
+    vm.sh("echo second > /root/note").ok();
+    snapshot(&vm, "create", "second");
+    assert_eq!(names(&vm), ["first", "second"]);
+    for (name, note) in [("first", "before"), ("second", "second"), ("first", "before")] {
+        snapshot(&vm, "restore", name);
+        assert_eq!(vm.exec(["cat", "/root/note"]).text(), note);
+        check_disk(&vm);
+    }
+    assert_eq!(vm.info()["forwards"].as_array().unwrap().len(), 1);
+    snapshot(&vm, "delete", "first");
+    assert_eq!(names(&vm), ["second"]);
+    home.nido(["snapshot", "restore", "web", "first"]).problem(1, "snapshot_not_found");
+    // Its disk alone is whole, too: the guest had written everything down.
+    let stopped = home.nido(["snapshot", "restore", "web", "second", "--disk-only"]).json();
+    assert_eq!(stopped["status"], "stopped");
+    vm.nido("start", &[]).ok();
+    assert_eq!(vm.exec(["cat", "/root/note"]).text(), "second");
+    assert_eq!(vm.exec(["cat", "/etc/machine-id"]).text(), id);
+    check_disk(&vm);
+}
+
+#[test]
+fn a_vm_that_booted_is_no_different() {
+    let home = TestHome::new();
+    for machine in ["microvm", "q35"] {
+        let vm = home.spawn("cold", &["--cold", "--net", "none", "--machine", machine]);
+        start_counting(&vm);
+        snapshot(&vm, "create", "s");
+        vm.sh("echo after > /root/note").ok();
+        // In the middle of a command that does not survive it.
+        let (running, _keys) = vm.sh("echo up; exec sleep 98770").start();
+        running.read_until("up\n");
+        snapshot(&vm, "restore", "s");
+        assert_ne!(running.wait().code, 0);
+        assert_eq!(vm.exec(["cat", "/root/note"]).text(), "before");
+        vm.delete();
+    }
+}
+
+#[test]
+fn a_stopped_vm_has_its_disk_kept() {
+    let home = TestHome::new();
+    home.nido(["create", "web", "--net", "none"]).ok();
+    home.nido(["snapshot", "create", "web", "early"]).problem(1, "vm_not_running");
+    home.nido(["start", "web"]).ok();
+    home.nido(["exec", "web", "--", "sh", "-c", "echo one > /root/note"]).ok();
+    home.nido(["stop", "web"]).ok();
+    let made = home.nido(["snapshot", "create", "web", "one"]).json();
+    assert_eq!(made["running"], false);
+    home.nido(["snapshot", "create", "web", "one"]).problem(1, "snapshot_exists");
+    home.nido(["start", "web"]).ok();
+    home.nido(["exec", "web", "--", "sh", "-c", "echo two > /root/note"]).ok();
+    assert_eq!(home.nido(["snapshot", "restore", "web", "one"]).json()["status"], "stopped");
+    home.nido(["start", "web"]).ok();
+    assert_eq!(home.nido(["exec", "web", "--", "cat", "/root/note"]).text(), "one");
+    home.nido(["pause", "web"]).ok();
+    home.nido(["snapshot", "create", "web", "paused"]).problem(1, "vm_not_running");
+    home.nido(["delete", "--force", "web"]).ok();
+    home.assert_empty();
+}
+
+#[test]
+fn an_ephemeral_vm_is_kept_from_vanishing() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--ephemeral", "--net", "none"]);
+    snapshot(&vm, "create", "s");
+    home.nido(["snapshot", "restore", "web", "s"]).problem(2, "spec_invalid");
+    assert_eq!(vm.status(), "running");
+}
+
+#[test]
+fn a_supervisor_killed_while_it_takes_one_is_replaced_and_the_vm_goes_on() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--net", "none"]);
+    start_counting(&vm);
+    let snapshots = vm.dir().join("snapshots");
+    for _ in 0..5 {
+        let (taking, _keys) = home.nido(["snapshot", "create", "web", "s"]).start();
+        eventually("the beginning", || snapshots.join(".new-s").exists().then_some(()));
+        vm.kill_supervisor();
+        let done = taking.wait();
+        let then = count(&vm);
+        eventually("more", || (count(&vm) > then).then_some(()));
+        vm.sh("echo more > /root/more; sync").ok();
+        assert_eq!(vm.status(), "running");
+        // Whole, or not there at all.
+        let whole = names(&vm) == ["s"];
+        assert_eq!(snapshots.join("s").exists(), whole, "{}", done.stderr);
+        assert!(!snapshots.join(".new-s").exists());
+        if whole {
+            snapshot(&vm, "restore", "s");
+            snapshot(&vm, "delete", "s");
+        }
+    }
+}

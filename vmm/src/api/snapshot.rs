@@ -1,0 +1,38 @@
+//! Snapshots: a VM as it was at one moment.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::name::{SnapshotName, VmName};
+
+/// What nido tells about a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotInfo {
+    /// The VM it is of.
+    pub vm: VmName,
+    /// Its name, unique for that VM.
+    pub name: SnapshotName,
+    /// When it was taken.
+    pub created_at: Timestamp,
+    /// It holds memory and devices: restored, the VM goes on where it was. Else only the disk.
+    pub running: bool,
+    /// Bytes on the host's disk.
+    pub size_bytes: u64,
+}
+
+/// The answer of a list of snapshots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotList {
+    /// The oldest first.
+    pub snapshots: Vec<SnapshotInfo>,
+}
+
+/// How a snapshot is restored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RestoreRequest {
+    /// Take back the disk only, and leave the VM stopped.
+    pub disk_only: bool,
+    /// How long the guest may take to become ready, in milliseconds.
+    pub timeout_ms: Option<u64>,
+}

@@ -1,0 +1,320 @@
+//! Snapshots on the disk: one directory each, below the VM's own.
+//!
+//! ```text
+//!  snapshots/.new-NAME/   while it is taken          -- rename -->   snapshots/NAME/
+//!     disk.qcow2   a copy of the VM's own layer        state.bin   memory and devices (of a running VM)
+//!     snapshot.json   what is in it, and what it takes to load it: 0600, it holds a token
+//! ```
+//!
+//! Each snapshot has a copy of the VM's layer (where the file system can, the blocks are shared), so chains of layers never
+//! grow, deleting frees space at once, and nothing depends on anything but the template's parts.
+//!
+//! Invariant: a directory under a snapshot's name is whole. Whoever makes one holds the VM's `supervisor.lock`.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use nido_images::{BakedMachine, QemuId};
+use serde::{Deserialize, Serialize};
+
+use crate::api::SnapshotInfo;
+use crate::error::{Code, Error, Result};
+use crate::home::{DEVICE_STATE, DISK, VmDir};
+use crate::name::{SnapshotName, VmName};
+
+const DIRECTORY: &str = "snapshots";
+const UNFINISHED: &str = ".new-";
+const RECORD: &str = "snapshot.json";
+/// Version of [`Record`].
+const FORMAT: u32 = 1;
+/// Blocks in which a file is copied where its blocks cannot be shared, in bytes.
+const BLOCK: usize = 1 << 20;
+
+/// What is written down about a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// [`FORMAT`] of the program that took it.
+    pub format: u32,
+    /// When it was taken.
+    pub created_at: Timestamp,
+    /// What it takes to load it, if the VM ran.
+    pub running: Option<Running>,
+}
+
+/// A running VM's part of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    /// The machine it ran on.
+    pub machine: BakedMachine,
+    /// The QEMU that saved it.
+    pub qemu: QemuId,
+    /// The token the saved agent expects, in hexadecimal.
+    pub token: String,
+}
+
+impl Record {
+    /// A record of now.
+    #[must_use]
+    pub fn now(running: Option<Running>) -> Self {
+        Self { format: FORMAT, created_at: Timestamp::now(), running }
+    }
+}
+
+/// The directory of a snapshot.
+#[must_use]
+pub fn dir(vm: &VmDir, name: &SnapshotName) -> PathBuf {
+    vm.file(DIRECTORY).join(name.as_str())
+}
+
+/// A snapshot that is being taken. Dropped before it is published, it leaves nothing.
+#[derive(Debug)]
+pub struct Unfinished {
+    path: PathBuf,
+    target: PathBuf,
+    published: bool,
+}
+
+impl Unfinished {
+    /// Begins one.
+    ///
+    /// # Errors
+    /// `snapshot_exists`, `disk_full`, `internal`.
+    pub fn begin(vm: &VmDir, name: &SnapshotName) -> Result<Self> {
+        let target = dir(vm, name);
+        if target.exists() {
+            return Err(Error::new(Code::SnapshotExists, format!("there is a snapshot named '{name}' already"))
+                .hint("choose another name, or delete it: nido snapshot delete"));
+        }
+        remove_unfinished(vm);
+        let path = vm.file(DIRECTORY).join(format!("{UNFINISHED}{name}"));
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(failed)?;
+        Ok(Self { path, target, published: false })
+    }
+
+    /// Where the machine's state goes.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn state(&self) -> Result<File> {
+        let file = File::options().write(true).create_new(true).mode(0o600).open(self.path.join(DEVICE_STATE));
+        file.map_err(failed)
+    }
+
+    /// Copies the VM's layer, which nobody changes meanwhile.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn copy_disk(&self, vm: &VmDir) -> Result<()> {
+        copy_layer(&vm.file(DISK), &self.path.join(DISK))
+    }
+
+    /// Gives it its name. Everything is on the disk before.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn publish(mut self, record: &Record) -> Result<()> {
+        let text = serde_json::to_vec(record).map_err(|e| Error::internal(e.to_string()))?;
+        let written = || -> io::Result<()> {
+            let mut file = File::options().write(true).create_new(true).mode(0o600).open(self.path.join(RECORD))?;
+            io::Write::write_all(&mut file, &text)?;
+            for entry in fs::read_dir(&self.path)? {
+                File::open(entry?.path())?.sync_all()?;
+            }
+            fs::rename(&self.path, &self.target)?;
+            self.target.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        };
+        written().map_err(failed)?;
+        self.published = true;
+        Ok(())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.published {
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+fn failed(error: io::Error) -> Error {
+    Error::io("cannot take the snapshot", error)
+}
+
+/// Removes what somebody left who was killed while taking one; whether there was anything.
+pub fn remove_unfinished(vm: &VmDir) -> bool {
+    let Ok(entries) = fs::read_dir(vm.file(DIRECTORY)) else { return false };
+    let left = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(UNFINISHED));
+    left.map(|entry| fs::remove_dir_all(entry.path())).count() > 0
+}
+
+/// The record of a snapshot.
+///
+/// # Errors
+/// `snapshot_not_found`, `template_mismatch` if it was written by another nido.
+pub fn open(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<Record> {
+    let text = match fs::read(dir(vm, name).join(RECORD)) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(Error::new(Code::SnapshotNotFound, format!("VM '{of}' has no snapshot named '{name}'"))
+                .hint(format!("nido snapshot ls {of}")));
+        }
+        Err(error) => return Err(Error::io("cannot read the snapshot", error)),
+    };
+    let record: Record = serde_json::from_slice(&text)
+        .map_err(|e| Error::internal(format!("the snapshot's record cannot be read: {e}")))?;
+    if record.format != FORMAT {
+        let words = format!("snapshot '{name}' has format {}, this nido reads {FORMAT}", record.format);
+        return Err(Error::new(Code::TemplateMismatch, words));
+    }
+    Ok(record)
+}
+
+/// All snapshots of a VM, the oldest first.
+///
+/// # Errors
+/// `internal`.
+pub fn list(vm: &VmDir, of: &VmName) -> Result<Vec<SnapshotInfo>> {
+    let entries = match fs::read_dir(vm.file(DIRECTORY)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|e| Error::io("cannot list the snapshots", e))?,
+    };
+    let names = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<SnapshotName>().ok());
+    let mut all = names.map(|name| info(vm, of, &name)).collect::<Result<Vec<_>>>()?;
+    all.sort_by(|a, b| (a.created_at, a.name.as_str()).cmp(&(b.created_at, b.name.as_str())));
+    Ok(all)
+}
+
+/// One snapshot as it is told.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn info(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<SnapshotInfo> {
+    let record = open(vm, of, name)?;
+    let blocks = |file: &str| fs::metadata(dir(vm, name).join(file)).map_or(0, |facts| facts.blocks() * 512);
+    Ok(SnapshotInfo {
+        vm: of.clone(),
+        name: name.clone(),
+        created_at: record.created_at,
+        running: record.running.is_some(),
+        size_bytes: blocks(DISK) + blocks(DEVICE_STATE),
+    })
+}
+
+/// Puts a snapshot's layer in the place of the VM's own.
+///
+/// # Errors
+/// `disk_full`, `internal`; then the VM's own is as it was.
+pub fn take_back_disk(vm: &VmDir, name: &SnapshotName) -> Result<()> {
+    let fresh = vm.file("disk.qcow2.new");
+    let _ = fs::remove_file(&fresh);
+    copy_layer(&dir(vm, name).join(DISK), &fresh)?;
+    fs::rename(&fresh, vm.file(DISK)).map_err(|e| Error::io("cannot restore the disk", e))
+}
+
+/// Deletes a snapshot: it is nobody's from the first step on.
+///
+/// # Errors
+/// `snapshot_not_found`, `internal`.
+pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
+    let broken = |e| Error::io("cannot delete the snapshot", e);
+    let doomed = vm.file(DIRECTORY).join(format!("{UNFINISHED}{name}"));
+    let _ = fs::remove_dir_all(&doomed);
+    match fs::rename(dir(vm, name), &doomed) {
+        // Says that there is none.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => open(vm, of, name).map(drop),
+        renamed => renamed.and_then(|()| fs::remove_dir_all(&doomed)).map_err(broken),
+    }
+}
+
+/// Copies a layer: shares its blocks where the file system can, else copies what is not a hole.
+fn copy_layer(from: &Path, to: &Path) -> Result<()> {
+    let copy = || -> io::Result<()> {
+        let source = File::open(from)?;
+        let target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
+        if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
+            return Ok(());
+        }
+        copy_sparse(&source, &target)
+    };
+    copy().map_err(|e| Error::io("cannot copy the VM's disk", e))
+}
+
+fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
+    use std::os::unix::fs::FileExt as _;
+    let length = source.metadata()?.len();
+    target.set_len(length)?;
+    let mut buffer = vec![0; BLOCK];
+    let mut at = 0;
+    loop {
+        at = match rustix::fs::seek(source, rustix::fs::SeekFrom::Data(at)) {
+            Ok(data) => data,
+            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let hole = rustix::fs::seek(source, rustix::fs::SeekFrom::Hole(at))?.min(length);
+        while at < hole {
+            let wanted = usize::try_from(hole - at).unwrap_or(BLOCK).min(BLOCK);
+            source.read_exact_at(&mut buffer[..wanted], at)?;
+            target.write_all_at(&buffer[..wanted], at)?;
+            at += wanted as u64;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt as _;
+
+    use super::*;
+
+    fn vm() -> (tempfile::TempDir, VmDir) {
+        let root = tempfile::tempdir().unwrap();
+        fs::set_permissions(root.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        let vm = crate::home::Home::open(root.path()).unwrap().vm("0123456789abcdef");
+        vm.make().unwrap();
+        (root, vm)
+    }
+
+    fn name(text: &str) -> SnapshotName {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_snapshot_is_there_when_it_is_whole() {
+        let (_root, vm) = vm();
+        let of: VmName = "web".parse().unwrap();
+        fs::write(vm.file(DISK), "one").unwrap();
+        drop(Unfinished::begin(&vm, &name("never")).unwrap());
+        std::mem::forget(Unfinished::begin(&vm, &name("killed")).unwrap());
+        assert_eq!(list(&vm, &of).unwrap(), []);
+        assert!(remove_unfinished(&vm) && !remove_unfinished(&vm));
+        let taking = Unfinished::begin(&vm, &name("first")).unwrap();
+        taking.copy_disk(&vm).unwrap();
+        taking.publish(&Record::now(None)).unwrap();
+        assert_eq!(Unfinished::begin(&vm, &name("first")).unwrap_err().code(), Code::SnapshotExists);
+        let told = list(&vm, &of).unwrap();
+        assert_eq!((told.len(), told[0].name.as_str(), told[0].running), (1, "first", false));
+
+        fs::write(vm.file(DISK), "two").unwrap();
+        take_back_disk(&vm, &name("first")).unwrap();
+        assert_eq!(fs::read(vm.file(DISK)).unwrap(), b"one");
+        delete(&vm, &of, &name("first")).unwrap();
+        assert_eq!(delete(&vm, &of, &name("first")).unwrap_err().code(), Code::SnapshotNotFound);
+        assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_copy_has_the_same_holes() {
+        let (_root, vm) = vm();
+        let layer = File::create(vm.file(DISK)).unwrap();
+        layer.set_len(64 << 20).unwrap();
+        layer.write_all_at(b"data", 33 << 20).unwrap();
+        copy_layer(&vm.file(DISK), &vm.file("copy")).unwrap();
+        assert_eq!(fs::read(vm.file("copy")).unwrap(), fs::read(vm.file(DISK)).unwrap());
+        assert!(fs::metadata(vm.file("copy")).unwrap().blocks() * 512 < 4 << 20);
+    }
+}
