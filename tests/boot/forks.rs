@@ -180,3 +180,51 @@ fn a_template_whose_bake_is_in_use_keeps_its_parts() {
     vm.nido("restart", &[]).ok();
     assert_eq!(vm.exec(["hostname"]).text(), "user");
 }
+
+#[test]
+fn a_running_vm_is_copied_and_runs_on() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["-p", "0:80", "--label", "a=b"]);
+    let script = "echo data > /root/note; echo memory > /dev/shm/note
+        nohup sh -c 'while :; do date +%s.%N > /dev/shm/tick; sleep 0.05; done' > /dev/null 2>&1 &";
+    vm.sh(script).ok();
+    let own = fingerprint(&vm);
+    let forked = home.nido(["fork", "web", "one", "two", "three"]).json();
+    assert_eq!(forked["copies"].as_array().unwrap().len(), 3);
+    let mut seen: BTreeSet<String> = fingerprint(&vm).into_iter().collect();
+    for name in ["one", "two", "three"] {
+        let info = home.nido(["info", name]).json();
+        assert_eq!((path(&info), &info["labels"]["a"]), ("fork", &"b".into()));
+        assert!(info["forwards"].as_array().unwrap().is_empty());
+        let sh = |script: &str| home.nido(["exec", name, "--", "sh", "-c", script]).text();
+        assert_eq!(sh("cat /root/note /dev/shm/note /proc/sys/kernel/hostname"), format!("data\nmemory\n{name}"));
+        // The process goes on in the copy.
+        let tick = sh("cat /dev/shm/tick");
+        eventually("the next tick", || (sh("cat /dev/shm/tick") != tick).then_some(()));
+        for fact in fingerprint(&Vm { home: &home, name: name.to_owned().leak() }) {
+            assert!(seen.insert(fact.clone()), "two machines share {fact}");
+        }
+        sh("echo mine > /root/note");
+    }
+    // The original has kept its identity, its processes and its disk.
+    assert_eq!(fingerprint(&vm)[0], own[0]);
+    assert_eq!(
+        vm.sh("cat /root/note; cat /proc/sys/kernel/hostname; dmesg | grep -ci 'ext4.*error'").run().stdout,
+        b"data\nweb\n0\n"
+    );
+    assert!(home.nido(["snapshot", "ls", "web"]).json()["snapshots"].as_array().unwrap().is_empty());
+    // A copy of a copy, which also boots from its own disk.
+    home.nido(["fork", "two", "four"]).ok();
+    assert_eq!(home.nido(["exec", "four", "--", "cat", "/root/note"]).text(), "mine");
+    home.nido(["restart", "four"]).ok();
+    assert_eq!(home.nido(["exec", "four", "--", "cat", "/root/note", "/etc/hostname"]).text(), "mine\nfour");
+    // All or none.
+    home.nido(["fork", "web", "five", "one"]).problem(1, "vm_exists");
+    home.nido(["fork", "web", "five", "five"]).problem(2, "spec_invalid");
+    home.nido(["stop", "four"]).ok();
+    home.nido(["fork", "four", "five"]).problem(1, "vm_not_running");
+    assert_eq!(home.names().len(), 5);
+    for name in ["one", "two", "three", "four"] {
+        home.nido(["delete", "--force", name]).ok();
+    }
+}

@@ -12,6 +12,7 @@ mod create;
 mod delete;
 mod doctor;
 mod exec;
+mod fork;
 mod forwards;
 mod lifecycle;
 mod list;

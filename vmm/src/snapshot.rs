@@ -215,6 +215,16 @@ pub fn take_back_disk(vm: &VmDir, name: &SnapshotName) -> Result<()> {
     fs::rename(&fresh, vm.file(DISK)).map_err(|e| Error::io("cannot restore the disk", e))
 }
 
+/// Makes a snapshot of one VM another's.
+///
+/// # Errors
+/// `internal`.
+pub fn hand_over(from: &VmDir, to: &VmDir, name: &SnapshotName) -> Result<()> {
+    let broken = |e| Error::io("cannot hand over the snapshot", e);
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(to.file(DIRECTORY)).map_err(broken)?;
+    fs::rename(dir(from, name), dir(to, name)).map_err(broken)
+}
+
 /// Deletes a snapshot: it is nobody's from the first step on.
 ///
 /// # Errors

@@ -10,6 +10,7 @@ mod delete;
 mod doctor;
 mod download;
 mod exec;
+mod fork;
 mod forward;
 mod info;
 mod logs;
@@ -112,6 +113,7 @@ pub enum Verb {
     Forward(forward::Args),
     Proxy(proxy::Args),
     Snapshot(snapshot::Args),
+    Fork(fork::Args),
     Template(template::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
@@ -152,6 +154,7 @@ impl Verb {
             Self::Forward(args) => args.run(cx).await,
             Self::Proxy(args) => args.run(cx).await,
             Self::Snapshot(args) => args.run(cx).await,
+            Self::Fork(args) => Box::pin(args.run(cx)).await,
             Self::Template(args) => args.run(cx).await,
             Self::Doctor(args) => args.run(cx).await,
             Self::Completions(args) => args.run(cx),

@@ -324,6 +324,15 @@ pub enum StartPath {
     Restore,
 }
 
+/// How a fork of a running VM ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ForkResult {
+    /// The VM that was copied. It runs on.
+    pub vm: VmName,
+    /// The copies, in the order they were named.
+    pub copies: Vec<VmInfo>,
+}
+
 /// The answer of a list.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct VmList {

@@ -15,6 +15,7 @@ use crate::api::{BakeInfo, BakeRequest, BakeResult, PathChoice, StartRequest, St
 use crate::bake::{Unfit, choose, qemu_id, shape};
 use crate::error::{Code, Error, Result};
 use crate::host::{HostFacts, QemuFacts};
+use crate::lock::Held;
 use crate::machine::{self, Machine};
 use crate::name::{TemplateName, VmName};
 use crate::state::VmState;
@@ -22,7 +23,7 @@ use crate::store::{Frozen, Origin, Purpose, Saved, VmRow};
 use crate::supervisor::control::{Answer, Request};
 
 /// How soon a VM that is to be baked goes away when nobody waits for it any more.
-const FORSAKEN_MS: u64 = 3000;
+pub(super) const FORSAKEN_MS: u64 = 3000;
 
 impl Nido {
     /// Bakes a template for one kind of machine. A bake for the same kind is replaced.
@@ -70,12 +71,23 @@ impl Nido {
         timeout_ms: Option<u64>,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Bake> {
-        let asked_at = Instant::now();
         progress(StartStage::Preparing);
         let (row, held) = self.make_vm(spec, Purpose::Bake, VmState::Starting).await?;
+        self.await_bake(&row, held, timeout_ms, None, progress).await
+    }
+
+    /// Starts a VM that is there to be baked, and waits until it has been. Nothing is left of it then.
+    pub(super) async fn await_bake(
+        &self,
+        row: &VmRow,
+        held: Held,
+        timeout_ms: Option<u64>,
+        from: Option<Origin>,
+        progress: &mut dyn FnMut(StartStage),
+    ) -> Result<Bake> {
         let start = StartRequest { wait: true, timeout_ms, path: PathChoice::Cold };
-        let outcome = match self.launch(&row, held, start, asked_at).await {
-            Ok(()) => self.ask_with_stages(&row, &Request::Ready, progress).await,
+        let outcome = match self.launch_from(row, held, start, Instant::now(), from).await {
+            Ok(()) => self.ask_with_stages(row, &Request::Ready, progress).await,
             Err(error) => Err(error),
         };
         match outcome {
@@ -99,7 +111,7 @@ impl Nido {
         path: PathChoice,
         machine: &mut Machine,
         (host, qemu): (&HostFacts, &QemuFacts),
-    ) -> Result<(Origin, Option<Frozen>)> {
+    ) -> Result<(Origin, Vec<Frozen>)> {
         let boot = |row: &VmRow| (Origin::Boot, row.parts.frozen.clone());
         if row.purpose == Purpose::Bake {
             return Ok(boot(row));
@@ -114,14 +126,12 @@ impl Nido {
         }
         if path == PathChoice::Cold {
             machine.reason.push_str("; booted as asked");
-            return Ok((Origin::Boot, None));
+            return Ok((Origin::Boot, Vec::new()));
         }
         match self.fitting_bake(row, machine, (host, qemu)) {
             Ok(bake) => {
                 machine.reason.push_str("; forked from a bake of the template");
-                let frozen = Frozen { sha256: bake.disk.file.sha256, virtual_bytes: bake.disk.virtual_bytes };
-                let saved = Saved { memory: bake.memory.sha256, state: bake.state.sha256, token: bake.token };
-                Ok((Origin::Fork(saved), Some(frozen)))
+                Ok((Origin::Fork(saved(&bake)), vec![frozen(&bake)]))
             }
             Err(unfit) if path == PathChoice::Fork => Err(refused(unfit.why())),
             Err(unfit) => {
@@ -132,7 +142,7 @@ impl Nido {
                         "booted instead of forked: the template's bake cannot be used, {why}; mend it with: {mend}"
                     ));
                 }
-                Ok((Origin::Boot, None))
+                Ok((Origin::Boot, Vec::new()))
             }
         }
     }
@@ -157,6 +167,16 @@ fn same_parts(manifest: &Manifest, row: &VmRow) -> bool {
     parts.vmlinux.sha256 == ours.vmlinux
         && parts.initramfs.sha256 == ours.initramfs
         && parts.root.file.sha256 == ours.root
+}
+
+/// What a start needs of a bake.
+pub(super) fn saved(bake: &Bake) -> Saved {
+    Saved { memory: bake.memory.sha256.clone(), state: bake.state.sha256.clone(), token: bake.token.clone() }
+}
+
+/// What a disk needs of one.
+pub(super) fn frozen(bake: &Bake) -> Frozen {
+    Frozen { sha256: bake.disk.file.sha256.clone(), virtual_bytes: bake.disk.virtual_bytes }
 }
 
 fn bake_spec(template: &TemplateName, request: &BakeRequest) -> Result<VmSpec> {

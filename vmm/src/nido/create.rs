@@ -16,7 +16,7 @@ use crate::home::{DISK, GUEST_CONFIG, Home, SUPERVISOR_LOCK, VmDir};
 use crate::lock::Held;
 use crate::machine::{self, Machine, MachineRequest, Transport};
 use crate::state::VmState;
-use crate::store::{BootParts, Purpose, VmRow};
+use crate::store::{BootParts, Origin, Purpose, VmRow};
 
 /// Most labels a VM may carry.
 const LABELS_MAX: usize = 64;
@@ -47,7 +47,7 @@ impl Nido {
         self.insert(VmRow::new(new_id()?, spec, purpose, state, parts, disk_bytes)).await
     }
 
-    async fn insert(&self, row: VmRow) -> Result<(VmRow, Held)> {
+    pub(super) async fn insert(&self, row: VmRow) -> Result<(VmRow, Held)> {
         self.remove_strays();
         let dir = self.vm_dir(&row.id);
         dir.make()?;
@@ -109,7 +109,7 @@ fn boot_parts(manifest: &Manifest) -> BootParts {
         init: manifest.init,
         append: manifest.kernel.append.clone(),
         packages: manifest.parts.packages.sha256.clone(),
-        frozen: None,
+        frozen: Vec::new(),
     }
 }
 
@@ -146,7 +146,7 @@ pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
     // A half-written overlay must never carry the disk's name.
     let fresh = dir.file("disk.qcow2.new");
     let _ = std::fs::remove_file(&fresh);
-    let (bytes, below) = match (&row.parts.frozen, row.purpose) {
+    let (bytes, below) = match (row.parts.frozen.last(), row.purpose) {
         // A guest that goes on finds the disk it was saved with; the supervisor enlarges it.
         (Some(frozen), _) => (frozen.virtual_bytes, Home::blob_from_vm_dir(&frozen.sha256)),
         // It becomes a part itself, and lies beside the disk it stands on.
@@ -160,9 +160,14 @@ pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
 
 /// Writes what the guest is told at boot, with a fresh token.
 pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) -> Result<()> {
+    // Who is loaded only to be saved again keeps what it knows.
+    let token = match (&row.origin, row.purpose) {
+        (Origin::Restore { token, .. }, Purpose::Bake) => crate::supervisor::unhex(token),
+        _ => random_bytes::<{ nido_guest_agent::wire::TOKEN_LEN }>()?.to_vec(),
+    };
     let config = GuestConfig {
         hostname: hostname(row),
-        token: random_bytes::<{ nido_guest_agent::wire::TOKEN_LEN }>()?.to_vec().into(),
+        token: token.into(),
         init: match row.parts.init {
             nido_images::Init::Agent => Init::Agent,
             nido_images::Init::Systemd => Init::System,

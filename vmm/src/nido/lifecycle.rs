@@ -116,12 +116,16 @@ impl Nido {
         let mut tries = 0;
         // What is forked needs the parts of its bake.
         let _parts_stay = self.templates_shared()?;
-        let (machine, frozen) = loop {
+        let (machine, frozen, origin) = loop {
             let cid = random_cid()?;
             let mut machine = machine::decide(&machine_request(&row.spec, row.disk_bytes, cid), &host, &qemu)?;
             let (origin, frozen) = match &from {
                 Some(origin) => {
-                    machine.reason.push_str("; goes on from a snapshot");
+                    machine.reason.push_str(match origin {
+                        Origin::Boot => "; booted",
+                        Origin::Fork(_) => "; forked from a running VM",
+                        Origin::Restore { .. } => "; goes on from a snapshot",
+                    });
                     (origin.clone(), row.parts.frozen.clone())
                 }
                 None => self.origin(row, start.path, &mut machine, (&host, &qemu))?,
@@ -137,16 +141,16 @@ impl Nido {
                 failure: Some(None),
                 timings: Some(None),
                 parts: Some(BootParts { frozen: frozen.clone(), ..row.parts.clone() }),
-                origin: Some(origin),
+                origin: Some(origin.clone()),
             };
             match self.store().update_vm(&row.id, &update) {
                 // Another VM has this vsock address: take another.
                 Err(e) if e.code() == Code::VmBusy && tries < 8 => tries += 1,
                 Err(e) => return Err(e),
-                Ok(()) => break (machine, frozen),
+                Ok(()) => break (machine, frozen, origin),
             }
         };
-        let row = &VmRow { parts: BootParts { frozen, ..row.parts.clone() }, ..row.clone() };
+        let row = &VmRow { parts: BootParts { frozen, ..row.parts.clone() }, origin, ..row.clone() };
         self.prepare(row, &machine)?;
         let launch = super::supervision::Launch { asked_at, timeout_ms: start.timeout_ms };
         self.start_supervisor(&row.id, held, Some(launch)).await

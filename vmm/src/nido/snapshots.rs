@@ -123,7 +123,7 @@ impl Nido {
     }
 
     /// Locks a VM at rest.
-    async fn hold_at_rest(&self, row: &VmRow) -> Result<(Held, VmRow)> {
+    pub(super) async fn hold_at_rest(&self, row: &VmRow) -> Result<(Held, VmRow)> {
         let name = &row.spec.name;
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
         let held = Held::take(&lock, Instant::now() + LET_GO).await.map_err(|e| Error::io("cannot lock the VM", e))?;

@@ -28,12 +28,12 @@ pub struct BootParts {
     pub init: nido_images::Init,
     /// Kernel command line of the template.
     pub append: String,
-    /// What the baked guest had written to its disk, if the VM was forked from one: a layer on `root`.
+    /// What the guests that it was forked from had written to their disks: layers on `root`, the lowest first.
     #[serde(default)]
-    pub frozen: Option<Frozen>,
+    pub frozen: Vec<Frozen>,
 }
 
-/// The disk of a bake: a layer between a template's root disk and its forks.
+/// The disk of a bake: a layer between another disk and its forks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Frozen {
     /// Its hash.
@@ -469,7 +469,7 @@ impl Store {
         let mut used = std::collections::HashSet::new();
         for vm in self.vms()? {
             used.extend([vm.parts.vmlinux, vm.parts.initramfs, vm.parts.root, vm.parts.packages]);
-            used.extend(vm.parts.frozen.map(|frozen| frozen.sha256));
+            used.extend(vm.parts.frozen.into_iter().map(|frozen| frozen.sha256));
             // A guest reads its memory image for as long as it runs.
             if let (Origin::Fork(saved), false) = (vm.origin, vm.state.at_rest()) {
                 used.extend([saved.memory, saved.state]);
@@ -545,7 +545,7 @@ mod tests {
             packages: "d".into(),
             init: nido_images::Init::Agent,
             append: "quiet".into(),
-            frozen: None,
+            frozen: Vec::new(),
         }
     }
 

@@ -129,7 +129,7 @@ impl Supervisor {
 
     /// The guest was saved with a disk of its template's size; the VM may have been promised a larger one.
     async fn resize_disk(&self, running: &Running) -> Result<()> {
-        let baked = self.row.parts.frozen.as_ref().map_or(self.row.disk_bytes, |frozen| frozen.virtual_bytes);
+        let baked = self.row.parts.frozen.last().map_or(self.row.disk_bytes, |frozen| frozen.virtual_bytes);
         if baked == self.row.disk_bytes {
             return Ok(());
         }
@@ -217,7 +217,10 @@ impl Supervisor {
         let guest = self.guest.clone();
         let door = self.channel.clone();
         let renewal = match &self.row.origin {
-            Origin::Fork(Saved { token, .. }) | Origin::Restore { token, .. } if !self.row.agent.ready => {
+            // Who is loaded only to be saved again is not made a machine of its own.
+            Origin::Fork(Saved { token, .. }) | Origin::Restore { token, .. }
+                if !self.row.agent.ready && self.row.purpose != Purpose::Bake =>
+            {
                 Some((unhex(token), self.renewal()))
             }
             _ => None,
@@ -256,7 +259,7 @@ impl Supervisor {
             hostname: self.row.spec.name.to_string(),
             identity: self.row.id.clone(),
             network: crate::nido::guest_network(self.row.spec.net),
-            disk_grown: self.row.parts.frozen.as_ref().is_some_and(|frozen| frozen.virtual_bytes < self.row.disk_bytes),
+            disk_grown: self.row.parts.frozen.last().is_some_and(|frozen| frozen.virtual_bytes < self.row.disk_bytes),
         }
     }
 }
@@ -300,7 +303,7 @@ async fn renew_once(way: &Way, token: &[u8], mut renewal: Renew, deadline: Tokio
 }
 
 /// Bytes from their hexadecimal digits; what is none counts as nothing.
-pub(super) fn unhex(text: &str) -> Vec<u8> {
+pub(crate) fn unhex(text: &str) -> Vec<u8> {
     let digits: Vec<u8> = text.chars().filter_map(|c| c.to_digit(16)).filter_map(|d| u8::try_from(d).ok()).collect();
     digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect()
 }

@@ -67,15 +67,15 @@ async fn give_up(process: &QemuProcess, why: &str) -> LaunchError {
 }
 
 fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Result<QemuProcess> {
-    let layers = [Some(&row.parts.root), row.parts.frozen.as_ref().map(|frozen| &frozen.sha256)];
-    let bases: Vec<_> = layers.into_iter().flatten().collect();
+    let frozen = row.parts.frozen.iter().map(|frozen| &frozen.sha256);
+    let bases: Vec<_> = std::iter::once(&row.parts.root).chain(frozen).collect();
     let incoming = row.origin != Origin::Boot;
     let (memory, image) = match &row.origin {
         Origin::Fork(saved) => {
             let path = home.blob(&saved.memory).into();
             (Memory::Image { path, read_only: qemu.memory_file_rom }, Some(&saved.memory))
         }
-        Origin::Boot if row.purpose == Purpose::Bake => (Memory::File(MEMORY_IMAGE.into()), None),
+        _ if row.purpose == Purpose::Bake => (Memory::File(MEMORY_IMAGE.into()), None),
         Origin::Boot | Origin::Restore { .. } => (Memory::Fresh, None),
     };
     let files = Files {

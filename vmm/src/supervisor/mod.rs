@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::Mode;
 
+pub(crate) use begin::unhex;
 pub(crate) use logs::log_tail;
 
 use crate::api::Failure;

@@ -1,0 +1,44 @@
+//! `fork`: copies of a running VM, which runs on.
+
+use std::time::Duration;
+
+use nido_vmm::name::VmName;
+
+use super::Context;
+use super::vm_args::summarize;
+use crate::exit::{Exit, Outcome};
+use crate::progress::Progress;
+use crate::signals::until_signal;
+
+const EXAMPLES: &str = "\
+Examples:
+  nido fork web web-2
+  nido fork warmed-up worker-1 worker-2 worker-3
+
+Prints the names of the copies. Each has the memory, the disk and the processes of the original at one moment, and a host
+name, a machine id, host keys and random numbers of its own. Published ports stay with the original.";
+
+/// Copy a running VM, which runs on
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Name of the running VM
+    name: VmName,
+    /// Names of the copies
+    #[arg(required = true, value_name = "NEW")]
+    copies: Vec<VmName>,
+}
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        let nido = cx.nido().await?;
+        let forked = {
+            let mut progress = Progress::new(&cx.output, self.name.as_str());
+            let mut told = |_: &VmName, stage| progress.start(stage);
+            until_signal(Duration::ZERO, nido.fork(&self.name, &self.copies, &mut told)).await?
+        };
+        forked.copies.iter().for_each(|copy| summarize(&cx.output, copy));
+        cx.output.answer(&forked, || forked.copies.iter().map(|copy| format!("{}\n", copy.name)).collect())?;
+        Ok(Exit::Success)
+    }
+}
