@@ -87,6 +87,18 @@ impl Host {
         Self { path: search_path(), root: rustix::process::geteuid().is_root() }
     }
 
+    /// The host as far as it is needed to make one disk image of another.
+    ///
+    /// # Errors
+    /// [`ImageError::MissingTool`].
+    pub(crate) fn for_images() -> Result<Self, ImageError> {
+        let host = Self::for_cleaning();
+        for (tool, package) in [("qemu-img", "qemu-utils"), ("setpriv", "util-linux")] {
+            host.require(tool, package)?;
+        }
+        Ok(host)
+    }
+
     /// Whether builds run as real root.
     #[must_use]
     pub fn is_root(&self) -> bool {

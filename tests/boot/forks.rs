@@ -228,3 +228,67 @@ fn a_running_vm_is_copied_and_runs_on() {
         home.nido(["delete", "--force", name]).ok();
     }
 }
+
+/// A guest with host keys and something that has to be renewed by a hook. The sandbox has no ssh server, so a few lines stand
+/// in for the maker of keys.
+const OWN_THINGS: &str = r#"
+    cat > /usr/bin/ssh-keygen <<'KEYGEN'
+#!/bin/sh
+while [ $# -gt 1 ]; do case $1 in -f) file=$2 ;; -t) kind=$2 ;; esac; shift; done
+head -c 32 /dev/urandom | base64 > "$file" && echo "$kind of $(cat "$file")" > "$file.pub"
+KEYGEN
+    chmod 755 /usr/bin/ssh-keygen
+    mkdir -p /etc/ssh /etc/nido/renew.d
+    for kind in ed25519 ecdsa; do ssh-keygen -t $kind -f /etc/ssh/ssh_host_${kind}_key; done
+    printf '#!/bin/sh\necho "$NIDO_NAME $NIDO_IDENTITY" > /etc/renewed\n' > /etc/nido/renew.d/10-app
+    chmod 755 /etc/nido/renew.d/10-app
+    echo mine > /root/note
+"#;
+
+#[test]
+fn a_template_is_made_of_a_vm_and_its_clones_renew_what_is_in_it() {
+    let home = TestHome::new();
+    let vm = home.spawn("maker", &["--disk", "3G"]);
+    vm.sh(OWN_THINGS).ok();
+    let key = vm.exec(["cat", "/etc/ssh/ssh_host_ed25519_key"]).text();
+    let made = home.nido(["template", "create", "mine", "--from", "maker"]).json();
+    assert_eq!(made["template"]["bakes"].as_array().unwrap().len(), 2, "{made:#}");
+    assert_eq!(made["template"]["disk_bytes"], 3_u64 << 30);
+    assert_eq!((vm.status().as_str(), vm.exec(["cat", "/root/note"]).text().as_str()), ("running", "mine"));
+    home.nido(["template", "create", "mine", "--from", "maker"]).problem(1, "template_exists");
+
+    let mut seen = BTreeSet::from([key.clone()]);
+    for (name, flag) in [("one", "--fork"), ("two", "--fork"), ("three", "--cold")] {
+        home.nido(["spawn", name, "-T", "mine", flag]).ok();
+        let sh = |script: &str| home.nido(["exec", name, "--", "sh", "-c", script]).text();
+        assert_eq!(sh("cat /root/note"), "mine");
+        assert!(seen.insert(sh("cat /etc/ssh/ssh_host_ed25519_key")), "a clone has the host key of another");
+        assert!(seen.insert(sh("cat /etc/ssh/ssh_host_ecdsa_key")));
+        assert!(sh("cat /etc/ssh/ssh_host_ecdsa_key.pub").starts_with("ecdsa of "));
+        let id = home.nido(["info", name]).json()["id"].as_str().unwrap().to_owned();
+        assert_eq!(sh("cat /etc/renewed"), format!("{name} {id}"));
+        assert!(seen.insert(sh("cat /etc/machine-id")));
+    }
+    // The VM that it was made of has kept its own.
+    assert_eq!(vm.exec(["cat", "/etc/ssh/ssh_host_ed25519_key"]).text(), key);
+    for name in ["one", "two", "three"] {
+        home.nido(["delete", "--force", name]).ok();
+    }
+
+    // A clone that cannot be renewed is none.
+    vm.sh(
+        "printf '#!/bin/sh\necho no >&2\nexit 7\n' > /etc/nido/renew.d/20-fails; chmod 755 /etc/nido/renew.d/20-fails",
+    )
+    .ok();
+    vm.nido("stop", &[]).ok();
+    let made = home.nido(["template", "create", "broken", "--from", "maker", "--no-bake"]).json();
+    assert!(made["template"]["bakes"].as_array().unwrap().is_empty());
+    home.nido(["spawn", "never", "-T", "broken"]).problem(1, "guest_failed");
+    vm.nido("start", &[]).ok();
+    let failed = home.nido(["fork", "maker", "never"]).problem(1, "guest_failed");
+    assert!(failed["detail"].as_str().unwrap().contains("20-fails"), "{failed:#}");
+    assert_eq!(home.names(), ["maker"]);
+    for template in ["mine", "broken"] {
+        home.nido(["template", "delete", template]).ok();
+    }
+}

@@ -12,7 +12,7 @@ use nido_vmm::api::{
     ImportSource, KernelChoice, TemplateInfo,
 };
 use nido_vmm::error::{Code, Error};
-use nido_vmm::name::TemplateName;
+use nido_vmm::name::{TemplateName, VmName};
 
 use super::Context;
 use super::vm_args::MachineArgs;
@@ -30,6 +30,7 @@ Examples:
   nido template build debian-12 --rebuild   with the newest packages
   nido template build sandbox --kernel slim with a kernel compiled for guests: boots faster
   nido template info sandbox
+  nido template create mine --from web
   nido template bake sandbox --memory 2G --cpus 2   so that such VMs are forked, too
   nido template delete debian-12
   nido template export sandbox sandbox.nido
@@ -74,6 +75,17 @@ enum Verb {
         /// Its kernel [default: the one it has; stock for a new template]
         #[arg(long, value_name = "KIND")]
         kernel: Option<Kernel>,
+    },
+    /// Make a template of a VM's disk, and bake it
+    Create {
+        /// Name of the new template
+        name: TemplateName,
+        /// The VM; one that runs stands still for a moment
+        #[arg(long, value_name = "VM")]
+        from: VmName,
+        /// Do not save a running guest to fork from: VMs will boot
+        #[arg(long)]
+        no_bake: bool,
     },
     /// Save a template's guest while it runs, so that VMs of that kind are forked instead of booted
     Bake {
@@ -153,6 +165,19 @@ impl Args {
                     Kernel::Slim => KernelChoice::Slim,
                 });
                 build(cx, &name, BuildRequest { rebuild, bake: !no_bake, kernel }).await
+            }
+            Verb::Create { name, from, no_bake } => {
+                let nido = cx.nido().await?;
+                let built = {
+                    let mut progress = Progress::new(&cx.output, name.as_str());
+                    let mut told = |step| progress.build(&step);
+                    until_signal(UNDO_LIMIT, nido.template_create(&name, &from, !no_bake, &mut told)).await?
+                };
+                let size = show_bytes(built.template.size_bytes);
+                let seconds = Duration::from_millis(built.duration_ms).as_secs_f64();
+                cx.output.talk(&format!("{name} was made of {from} in {seconds:.1} s ({size})"));
+                cx.output.answer(&built, || format!("{name}\n"))?;
+                Ok(Exit::Success)
             }
             Verb::Bake { name, again, machine } => bake(cx, &name, BakeRequest { again, ..machine.bake() }).await,
             Verb::Export(args) => export(cx, args).await,

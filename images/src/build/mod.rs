@@ -76,7 +76,7 @@ pub fn build(
     let store = Store::new(home);
     store.create()?;
     progress(BuildProgress::new(Stage::Resolve, format!("recipe {}", recipe.name), None));
-    let (path, file) = lock(home, &recipe, progress, cancel)?;
+    let (path, file) = lock(home, recipe.name, progress, cancel)?;
 
     // Looked at under the lock: a build that waited for another finds its result.
     let opened = store.open(recipe.name);
@@ -227,19 +227,31 @@ fn plan(existing: Option<&Manifest>, recipe: &Recipe, kernel: KernelChoice, rebu
 /// Opens the log of this template's builds and locks it: one build of a template at a time.
 fn lock(
     home: &Path,
-    recipe: &Recipe,
+    name: &str,
     progress: &mut dyn FnMut(BuildProgress),
     cancel: &AtomicBool,
 ) -> Result<(PathBuf, File), ImageError> {
     let logs = home.join("logs");
     create_private(&logs)?;
-    let path = logs.join(format!("template-{}.log", recipe.name));
+    let path = logs.join(format!("template-{name}.log"));
     let failed = |error| ImageError::io("open", &path, error);
     let mut options = OpenOptions::new();
     let file = options.append(true).create(true).mode(0o600).open(&path).map_err(failed)?;
     let waiting = Waiting { stage: Stage::Resolve, program: "another build of this template", log: &path };
     wait_for_lock(&file, &path, &waiting, progress, cancel)?;
     Ok((path, file))
+}
+
+/// The log of work on the template `name`, emptied; whoever has it is the only one who works on that template.
+pub(crate) fn open_log(
+    home: &Path,
+    name: &str,
+    progress: &mut dyn FnMut(BuildProgress),
+    cancel: &AtomicBool,
+) -> Result<BuildLog, ImageError> {
+    let (path, file) = lock(home, name, progress, cancel)?;
+    file.set_len(0).map_err(|error| ImageError::io("empty", &path, error))?;
+    Ok(BuildLog::new(path, file))
 }
 
 /// What is said of waiting for a lock.

@@ -162,7 +162,7 @@ impl Nido {
     }
 }
 
-fn same_parts(manifest: &Manifest, row: &VmRow) -> bool {
+pub(super) fn same_parts(manifest: &Manifest, row: &VmRow) -> bool {
     let (parts, ours) = (&manifest.parts, &row.parts);
     parts.vmlinux.sha256 == ours.vmlinux
         && parts.initramfs.sha256 == ours.initramfs

@@ -18,8 +18,8 @@ use crate::api::{
     BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, StartStage, TemplateInfo, TemplateList,
 };
 use crate::error::{Code, Error, Result};
-use crate::name::TemplateName;
-use crate::store::Purpose;
+use crate::name::{SnapshotName, TemplateName, VmName};
+use crate::store::{Purpose, VmRow};
 
 impl Nido {
     pub(super) fn images(&self) -> ImageStore {
@@ -119,6 +119,80 @@ impl Nido {
             nothing_done &= self.template_bake(name, &request, &mut tell).await?.already_baked;
         }
         Ok(nothing_done)
+    }
+
+    /// Makes a template of a VM: its disk as it is, everything else as in the template it was made from; then bakes it. A
+    /// running VM stands still for a moment and runs on.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `template_exists`, `template_mismatch` if the VM's own template has changed since, those of a
+    /// snapshot and of a build.
+    pub async fn template_create(
+        &self,
+        name: &TemplateName,
+        from: &VmName,
+        bake: bool,
+        progress: &mut (dyn FnMut(BuildStep) + Send),
+    ) -> Result<BuildResult> {
+        let began = Instant::now();
+        let row = self.store().vm_by_name(from)?;
+        {
+            let _parts_stay = self.templates_shared()?;
+            let of = self.manifest(&row.spec.template)?;
+            if !super::bake::same_parts(&of, &row) {
+                let words = format!("template '{}' has changed since VM '{from}' was made from it", of.name);
+                return Err(Error::new(Code::TemplateMismatch, words).hint("make a VM from it as it is now"));
+            }
+            self.flatten(name, &row, of, progress).await?;
+        }
+        if bake {
+            self.default_bakes(name, progress).await?;
+        }
+        let template = self.template_info(name)?;
+        let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Ok(BuildResult { template, already_built: false, duration_ms })
+    }
+
+    async fn flatten(
+        &self,
+        name: &TemplateName,
+        row: &VmRow,
+        of: Manifest,
+        progress: &mut (dyn FnMut(BuildStep) + Send),
+    ) -> Result<()> {
+        let (vm, dir) = (&row.spec.name, self.vm_dir(&row.id));
+        let lower = std::iter::once(&row.parts.root).chain(row.parts.frozen.iter().map(|frozen| &frozen.sha256));
+        let mut files: Vec<_> = lower.map(|hash| self.home.blob(hash)).collect();
+        // Of a VM that runs a copy is taken: a snapshot, which goes again.
+        let mut held = None;
+        let copy = if row.state.at_rest() {
+            held = Some(self.hold_at_rest(row).await?);
+            files.push(dir.file(crate::home::DISK));
+            None
+        } else {
+            let copy: SnapshotName = super::bake::random_name("template")?.as_str().parse()?;
+            self.snapshot_create(vm, &copy).await?;
+            files.push(crate::snapshot::dir(&dir, &copy).join(crate::home::DISK));
+            Some(copy)
+        };
+        let cancel = CancelOnDrop(Arc::default());
+        let (home, flag, name) = (self.home.root().to_owned(), Arc::clone(&cancel.0), name.to_string());
+        let disk = nido_images::Layers { files, virtual_bytes: row.disk_bytes };
+        let (steps, mut step) = mpsc::unbounded_channel();
+        let work = tokio::task::spawn_blocking(move || {
+            let mut tell = |progress: nido_images::BuildProgress| drop(steps.send(progress));
+            nido_images::create(&home, &name, &of, &disk, &mut tell, &flag)
+        });
+        while let Some(now) = step.recv().await {
+            progress(build_step(now));
+        }
+        let outcome = work.await.map_err(|e| Error::internal(format!("the work broke down: {e}")));
+        if let Some(copy) = copy {
+            let _ = crate::snapshot::delete(&dir, vm, &copy);
+        }
+        drop(held);
+        outcome??;
+        Ok(())
     }
 
     /// Deletes a template that no VM uses.
