@@ -1,8 +1,5 @@
-//! The recipe of the slim kernel (`images/recipes/kernels/slim/`): its text, parsed; which of its options came out of the
-//! kernel's own configuration; how far its compilation is. Pure. Invariant: a kernel whose configuration lost an option
-//! that the recipe names is never used.
-
-use std::collections::HashSet;
+//! The recipe of the slim kernel (`images/recipes/kernels/slim/`): its text, parsed; whether it is made in memory; how far
+//! that is. Pure. Invariant: the recipe's hash covers every byte a build takes from it.
 
 use serde::Deserialize;
 
@@ -14,7 +11,7 @@ use crate::recipe::is_package_name;
 pub const CONFIG: &str = include_str!("../recipes/kernels/slim/config");
 /// Downloads the source.
 pub const FETCH: &str = include_str!("../recipes/kernels/slim/fetch.sh");
-/// Unpacks, configures and compiles it.
+/// Unpacks, configures and compiles it; stops if an option of [`CONFIG`] does not survive.
 pub const MAKE: &str = include_str!("../recipes/kernels/slim/make.sh");
 /// Where the source is while it is compiled.
 const PLACE: &str = "/mnt/linux/";
@@ -67,15 +64,14 @@ pub fn source_version(text: &str) -> Option<&str> {
     (first.is_ascii_digit() && version.len() <= 64 && version.bytes().all(plain)).then_some(version)
 }
 
-/// The options a configuration sets, as written: `CONFIG_X=y`.
-fn options(config: &str) -> impl Iterator<Item = &str> {
-    config.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
-}
+/// Available memory from which on a kernel is made in memory, in KiB. The files take a quarter of it.
+const IN_MEMORY_KIB: u64 = 4 * 1024 * 1024;
 
-/// The options of `wanted` that `config`, as the kernel's own tools made it, does not have so.
-pub fn lost<'a>(wanted: &'a str, config: &str) -> Vec<&'a str> {
-    let present: HashSet<&str> = options(config).collect();
-    options(wanted).filter(|option| !present.contains(option)).collect()
+/// Whether a host with this `/proc/meminfo` has memory enough to hold source and objects.
+pub fn fits_in_memory(meminfo: &str) -> bool {
+    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = available.and_then(|rest| rest.split_whitespace().next()).and_then(|kib| kib.parse::<u64>().ok());
+    kib.is_some_and(|kib| kib >= IN_MEMORY_KIB)
 }
 
 /// Progress made out of what make prints.
@@ -91,8 +87,11 @@ impl Compilation {
         Self { steps: steps.max(1), done: 0 }
     }
 
-    /// Takes a line; if a file is being worked on, returns what to show and how much is done.
+    /// Takes a line; if a step begins or a file is being worked on, returns what to show and how much is done.
     pub fn hear(&mut self, line: &str) -> Option<(String, f32)> {
+        if let Some(step) = line.strip_prefix("--- ") {
+            return Some((printable(step), 0.0));
+        }
         let (verb, file) = line.strip_prefix("  ")?.split_once(' ')?;
         if verb.is_empty() || !verb.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit()) {
             return None;
@@ -110,6 +109,12 @@ impl Compilation {
 mod tests {
     use super::*;
     use crate::kernel::SLIM_SUFFIX;
+    use std::collections::HashSet;
+
+    /// The options of the recipe, as written: `CONFIG_X=y`.
+    fn options() -> impl Iterator<Item = &'static str> {
+        CONFIG.lines().filter(|line| !line.is_empty() && !line.starts_with('#'))
+    }
 
     /// What nido and its agent cannot do without, by who needs it. The recipe holds more; it must never hold less.
     const NEEDED: [(&str, &str); 15] = [
@@ -144,7 +149,7 @@ mod tests {
     #[test]
     fn the_configuration_is_well_formed() {
         let mut names = HashSet::new();
-        for option in options(CONFIG) {
+        for option in options() {
             let (name, value) = option.split_once('=').unwrap_or_else(|| panic!("{option:?} has no value"));
             let bare = name.strip_prefix("CONFIG_").unwrap_or_default();
             let plain = |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_';
@@ -157,7 +162,7 @@ mod tests {
 
     #[test]
     fn everything_nido_needs_is_built_in() {
-        let present: HashSet<&str> = options(CONFIG).collect();
+        let present: HashSet<&str> = options().collect();
         for (who, needed) in NEEDED {
             for name in needed.split(' ') {
                 assert!(present.contains(format!("CONFIG_{name}=y").as_str()), "{who}: {name}");
@@ -167,17 +172,14 @@ mod tests {
 
     #[test]
     fn the_kernel_tells_what_it_is() {
-        assert!(options(CONFIG).any(|option| option == format!("CONFIG_LOCALVERSION=\"{SLIM_SUFFIX}\"")));
+        assert!(options().any(|option| option == format!("CONFIG_LOCALVERSION=\"{SLIM_SUFFIX}\"")));
     }
 
     #[test]
-    fn an_option_that_was_dropped_or_changed_is_named() {
-        let wanted = "# why\nCONFIG_A=y\nCONFIG_B=y\nCONFIG_N=64\nCONFIG_S=\"x\"\n";
-        assert_eq!(
-            lost(wanted, "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_N=8\nCONFIG_S=\"x\"\n"),
-            ["CONFIG_B=y", "CONFIG_N=64"]
-        );
-        assert!(lost(wanted, wanted).is_empty());
+    fn a_kernel_is_made_in_memory_only_where_that_is_plenty() {
+        assert!(fits_in_memory("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:    8000000 kB\n"));
+        assert!(!fits_in_memory("MemTotal:  9000000 kB\nMemAvailable:    2000000 kB\n"));
+        assert!(!fits_in_memory(""));
     }
 
     #[test]
@@ -197,6 +199,7 @@ mod tests {
     #[test]
     fn compilation_is_counted_by_the_file() {
         let mut compilation = Compilation::new(2);
+        assert_eq!(compilation.hear("--- configure the kernel"), Some(("configure the kernel".to_owned(), 0.0)));
         assert_eq!(compilation.hear("make[1]: Entering directory 'linux'"), None);
         assert_eq!(compilation.hear("  CC      kernel/sched/core.o"), Some(("compile kernel/sched".to_owned(), 0.5)));
         assert_eq!(

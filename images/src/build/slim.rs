@@ -3,7 +3,6 @@
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use super::kept::{KeptKernels, slim_key};
@@ -20,7 +19,6 @@ use crate::store::hash_file;
 
 const SOURCE: &str = "source";
 const FETCH_DEADLINE: Duration = Duration::from_secs(30 * 60);
-const UNPACK_DEADLINE: Duration = Duration::from_secs(20 * 60);
 /// Five minutes on two cores of 2020; a single slow one may take its time.
 const COMPILE_DEADLINE: Duration = Duration::from_secs(90 * 60);
 
@@ -108,21 +106,17 @@ impl Work<'_, '_> {
 
     fn compile(&mut self, host: &Host, spec: &SlimSpec) -> Result<MadeKernel, ImageError> {
         let source = self.scratch.join(SOURCE);
-        self.tell(Stage::Kernel, "unpack the kernel's source", Some(0.0));
-        self.session.run(Stage::Kernel, self.step(host, "unpack"), UNPACK_DEADLINE, &mut |_| {})?;
-
-        self.tell(Stage::Kernel, "configure", Some(0.0));
         write_file(&source.join("config"), slim::CONFIG.as_bytes())?;
-        self.session.run(Stage::Kernel, self.step(host, "configure"), UNPACK_DEADLINE, &mut |_| {})?;
-        let config = read(&source.join("config"))?;
-        let lost = slim::lost(slim::CONFIG, &String::from_utf8_lossy(&config));
-        if !lost.is_empty() {
-            let reason = format!("its source does not take these options: {}", lost.join(", "));
-            return Err(ImageError::KernelInvalid { reason });
-        }
-
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let in_memory = slim::fits_in_memory(&fs::read_to_string("/proc/meminfo").unwrap_or_default());
+        let mut command = host.confined("sh", self.scratch);
+        command
+            .env("NIDO_OUT", &source)
+            .env("NIDO_CPUS", cpus.to_string())
+            .env("NIDO_IN_MEMORY", if in_memory { "yes" } else { "no" })
+            .args(["-c", slim::MAKE]);
+        self.session.log.line(&format!("--- kernel: compiled on {cpus} CPUs, in memory: {in_memory}"));
         let mut compilation = Compilation::new(spec.steps);
-        let command = self.step(host, "compile");
         let progress = &mut *self.progress;
         self.session.run(Stage::Kernel, command, COMPILE_DEADLINE, &mut |line| {
             if let Some((detail, fraction)) = compilation.hear(line) {
@@ -147,15 +141,6 @@ impl Work<'_, '_> {
         let base = self.scratch.join(BASE);
         write_file(&base, &initramfs::base(&[]).map_err(|error| invalid(error.to_string()))?)?;
         Ok(MadeKernel { version, vmlinux: hash_file(&vmlinux)?, base: hash_file(&base)? })
-    }
-
-    /// One step of the recipe's script.
-    fn step(&self, host: &Host, step: &str) -> Command {
-        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let mut command = host.confined("sh", self.scratch);
-        command.env("NIDO_OUT", self.scratch.join(SOURCE)).env("NIDO_CPUS", cpus.to_string());
-        command.args(["-c", slim::MAKE, "sh", step]);
-        command
     }
 }
 
