@@ -5,6 +5,7 @@ pub mod copy;
 pub mod exec;
 pub mod forward;
 pub mod log;
+pub mod pool;
 pub mod template;
 pub mod vm;
 
@@ -12,5 +13,6 @@ pub use copy::*;
 pub use exec::*;
 pub use forward::*;
 pub use log::*;
+pub use pool::*;
 pub use template::*;
 pub use vm::*;

@@ -111,7 +111,7 @@ fn memory_mode(qemu: &QemuFacts) -> u32 {
     if qemu.memory_file_rom || rustix::process::geteuid().is_root() { 0o400 } else { 0o600 }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");

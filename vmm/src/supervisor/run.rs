@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use rustix::fs::unlink;
 use tokio::net::UnixListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant as TokioInstant, sleep_until};
 
 use super::begin::{Awake, Ended};
@@ -62,6 +62,8 @@ pub(super) struct Supervisor {
     pub(super) quit_sent: bool,
     /// What has been saved, if this VM is there to be baked.
     pub(super) baked: Option<Result<()>>,
+    /// The guest's next answer, if it has been sent on its way again.
+    pub(super) awaited: Option<oneshot::Receiver<Awake>>,
 }
 
 impl Supervisor {
@@ -105,6 +107,7 @@ impl Supervisor {
             kill_at: None,
             quit_sent: false,
             baked: None,
+            awaited: None,
         })
     }
 
@@ -166,7 +169,12 @@ impl Supervisor {
                     Some(event) => self.on_event(event, &running).await,
                     None => monitor_open = false,
                 },
-                Some(order) = self.orders.recv() => self.on_order(order, &running).await,
+                Some(order) = self.orders.recv() => {
+                    self.on_order(order, &running).await;
+                    if let Some(next) = self.awaited.take() {
+                        (ready, awaiting_agent) = (next, true);
+                    }
+                }
                 outcome = &mut ready, if awaiting_agent => {
                     awaiting_agent = false;
                     self.on_agent(outcome.unwrap_or(Awake::Late), &running).await;
