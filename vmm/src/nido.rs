@@ -7,6 +7,7 @@
 //! command has settled it (`nido/settle.rs`).
 
 mod bake;
+mod claim;
 mod copies;
 mod create;
 mod delete;
@@ -17,6 +18,7 @@ mod forwards;
 mod lifecycle;
 mod list;
 mod logs;
+mod pool;
 mod settle;
 mod snapshots;
 mod supervision;

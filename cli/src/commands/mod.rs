@@ -17,6 +17,8 @@ mod logs;
 mod ls;
 mod man;
 mod pause;
+mod pool;
+mod pool_fill;
 mod proxy;
 mod restart;
 mod resume;
@@ -115,11 +117,14 @@ pub enum Verb {
     Snapshot(snapshot::Args),
     Fork(fork::Args),
     Template(template::Args),
+    Pool(pool::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
     #[command(hide = true)]
     Supervise(supervise::Args),
+    #[command(hide = true)]
+    PoolFill(pool_fill::Args),
 }
 
 impl Verb {
@@ -156,10 +161,12 @@ impl Verb {
             Self::Snapshot(args) => args.run(cx).await,
             Self::Fork(args) => Box::pin(args.run(cx)).await,
             Self::Template(args) => args.run(cx).await,
+            Self::Pool(args) => Box::pin(args.run(cx)).await,
             Self::Doctor(args) => args.run(cx).await,
             Self::Completions(args) => args.run(cx),
             Self::Man(args) => args.run(cx),
             Self::Supervise(args) => args.run(cx).await,
+            Self::PoolFill(args) => Box::pin(args.run(cx)).await,
         }
     }
 }
@@ -192,10 +199,11 @@ impl Context {
     }
 }
 
-/// Begins to log to stderr, where that was asked for. A supervisor always logs: its stderr is its log file.
+/// Begins to log to stderr, where that was asked for. Supervisors and fillers always log: their stderr is
+/// their log file.
 pub fn start_log(cli: &Cli) {
     let level = match (cli.global.verbose, &cli.verb) {
-        (0, Verb::Supervise(_)) => LevelFilter::INFO,
+        (0, Verb::Supervise(_) | Verb::PoolFill(_)) => LevelFilter::INFO,
         (0, _) => return,
         (1, _) => LevelFilter::DEBUG,
         (_, _) => LevelFilter::TRACE,

@@ -59,6 +59,7 @@ impl Nido {
         };
         if !already_baked {
             self.drop_unused_parts()?;
+            self.renew_pools();
         }
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(BakeResult { template: name.clone(), bake: info, already_baked, duration_ms })

@@ -86,7 +86,7 @@ impl Nido {
     }
 }
 
-fn check_labels(spec: &VmSpec) -> Result<()> {
+pub(super) fn check_labels(spec: &VmSpec) -> Result<()> {
     let long = |text: &String| text.len() > LABEL_BYTES_MAX;
     if spec.labels.len() > LABELS_MAX || spec.labels.iter().any(|(k, v)| k.is_empty() || long(k) || long(v)) {
         let rule =
@@ -100,7 +100,7 @@ fn check_labels(spec: &VmSpec) -> Result<()> {
     Ok(())
 }
 
-fn boot_parts(manifest: &Manifest) -> BootParts {
+pub(super) fn boot_parts(manifest: &Manifest) -> BootParts {
     BootParts {
         vmlinux: manifest.parts.vmlinux.sha256.clone(),
         initramfs: manifest.parts.initramfs.sha256.clone(),
@@ -113,7 +113,7 @@ fn boot_parts(manifest: &Manifest) -> BootParts {
     }
 }
 
-fn disk_bytes(spec: &VmSpec, parts: &BootParts) -> Result<u64> {
+pub(super) fn disk_bytes(spec: &VmSpec, parts: &BootParts) -> Result<u64> {
     let asked = spec.disk_bytes.unwrap_or(parts.root_bytes).next_multiple_of(512);
     if asked < parts.root_bytes {
         let rule = format!("the disk cannot be smaller than its template's, {} MiB", parts.root_bytes >> 20);
@@ -182,6 +182,13 @@ pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) ->
     let bytes = minicbor::to_vec(&config)
         .map_err(|e| Error::internal(format!("cannot write the guest's configuration: {e}")))?;
     write_private(&dir.file(GUEST_CONFIG), &bytes).map_err(|e| Error::io("cannot write the guest's configuration", e))
+}
+
+impl Nido {
+    /// Gives the VM a fresh token, for its guest to be renewed with.
+    pub(crate) fn write_fresh_token(&self, row: &VmRow, machine: &Machine) -> Result<()> {
+        write_guest_config(&self.vm_dir(&row.id), row, machine)
+    }
 }
 
 /// The guest's own name. One that is there to be baked has the shortest, so that its forks only ever write more over it.

@@ -9,6 +9,8 @@ use crate::home::SUPERVISOR_LOCK;
 use crate::lock::Held;
 use crate::name::VmName;
 use crate::state::{Admission, Request, admit};
+use crate::store::Purpose;
+use crate::supervisor::control::Request as Control;
 
 /// How long whoever still works on the VM may take to let go of it.
 const LET_GO: Duration = Duration::from_secs(15);
@@ -19,9 +21,17 @@ impl Nido {
     /// # Errors
     /// `vm_not_found`, `vm_busy`.
     pub async fn delete(&self, name: &VmName, force: bool) -> Result<VmInfo> {
-        let row = self.store().vm_by_name(name)?;
+        let row = self.store().any_vm_by_name(name)?;
         let info = self.describe(&row);
         match admit(row.state, Request::Delete) {
+            Admission::Denied(_) if row.purpose == Purpose::Pool => {
+                // Unless somebody claims it in this moment.
+                if let Err(error) = self.ask(&row, &Control::Retire).await
+                    && self.store().vm_by_id(&row.id)?.is_some_and(|now| now.purpose != Purpose::Pool)
+                {
+                    return Err(error);
+                }
+            }
             Admission::Denied(_) if force => {
                 self.stop_row(&row, StopRequest { force: true, ..StopRequest::default() }).await?;
             }
@@ -41,6 +51,12 @@ impl Nido {
         };
         // Somebody may have started it while we waited for the lock.
         let Some(now) = self.store().vm_by_id(&row.id)? else { return Ok(info) };
+        if now.purpose != row.purpose {
+            return Err(Error::new(
+                Code::VmBusy,
+                format!("'{name}' was claimed meanwhile; it is VM '{}' now", now.spec.name),
+            ));
+        }
         if !now.state.at_rest()
             && held.is_some()
             && crate::lock::is_held(&self.vm_dir(&row.id).file(crate::home::VM_LOCK))

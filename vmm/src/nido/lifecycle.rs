@@ -32,6 +32,10 @@ impl Nido {
         progress: &mut dyn FnMut(StartStage),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
+        if let Some(info) = Box::pin(self.spawn_from_pool(&spec, start, asked_at, progress)).await? {
+            self.refill();
+            return Ok(info);
+        }
         let (row, held) = self.make_vm(spec, Purpose::Use, VmState::Starting).await?;
         // Told only now: whoever drops this future knows by it whether the name is theirs to remove.
         progress(StartStage::Preparing);
@@ -41,7 +45,10 @@ impl Nido {
             Err(error) => Err(error),
         };
         match outcome {
-            Ok(info) => Ok(info),
+            Ok(info) => {
+                self.refill();
+                Ok(info)
+            }
             Err(error) => {
                 let gone = self.delete(&name, true).await;
                 match gone {

@@ -210,7 +210,7 @@ impl Nido {
     }
 }
 
-async fn read_answer(connection: &mut BufReader<UnixStream>) -> Result<Option<Answer>> {
+pub(super) async fn read_answer(connection: &mut BufReader<UnixStream>) -> Result<Option<Answer>> {
     let mut line = Vec::new();
     loop {
         let Ok(buffer) = connection.fill_buf().await else { return Ok(None) };

@@ -99,6 +99,9 @@ impl Nido {
         if request.bake {
             already_built &= self.default_bakes(name, progress).await?;
         }
+        if !already_built {
+            self.renew_pools();
+        }
         let template = self.template_info(name)?;
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(BuildResult { template, already_built, duration_ms })
@@ -201,6 +204,7 @@ impl Nido {
     /// `template_not_found`, `template_in_use` with the VMs that use it.
     pub fn template_delete(&self, name: &TemplateName) -> Result<()> {
         let _lock = self.templates_lock(FlockOperation::LockExclusive)?;
+        self.refuse_pools_of(name)?;
         let users: Vec<String> = self
             .template_users()?
             .into_iter()

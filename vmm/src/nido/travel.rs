@@ -88,6 +88,9 @@ impl Nido {
         let swept = self.drop_unused_parts();
         let outcome = outcome?;
         swept?;
+        if !outcome.already_present {
+            self.renew_pools();
+        }
         Ok(ImportResult {
             template: describe(&outcome.manifest, &self.template_users()?)?,
             already_present: outcome.already_present,

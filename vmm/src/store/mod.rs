@@ -3,6 +3,7 @@
 //! Every method is one transaction. Uniqueness is a constraint, a change of state a conditional `UPDATE`. Whoever
 //! changes a VM's row beyond its forwards holds the VM's `supervisor.lock`.
 
+mod pools;
 mod vms;
 
 use std::path::Path;
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
+pub use pools::{Claim, PoolRow};
 pub use vms::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
 
 use crate::error::{Code, Error, Result};
@@ -17,7 +19,7 @@ use crate::error::{Code, Error, Result};
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What this build writes into `user_version`.
-const SCHEMA_VERSION: i64 = 2;
+const SCHEMA_VERSION: i64 = 3;
 
 const SCHEMA: &str = "
 CREATE TABLE vms (
@@ -47,14 +49,31 @@ CREATE TABLE forwards (
     guest_port INTEGER NOT NULL,
     PRIMARY KEY (vm_id, host, host_port, guest_port)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE pools (
+    template   TEXT NOT NULL,
+    kind       TEXT NOT NULL,                -- PoolKind: the machine of its clones
+    wanted     INTEGER NOT NULL,             -- how many shall wait; at least 1
+    PRIMARY KEY (template, kind)
+) STRICT, WITHOUT ROWID;
 ";
 
 /// What takes a store from one version to the next, by the version it starts from.
-const STEPS: [(i64, &str); 1] = [(
-    1,
-    "ALTER TABLE vms ADD COLUMN purpose TEXT NOT NULL DEFAULT 'use';
-     ALTER TABLE vms ADD COLUMN origin TEXT;",
-)];
+const STEPS: [(i64, &str); 2] = [
+    (
+        1,
+        "ALTER TABLE vms ADD COLUMN purpose TEXT NOT NULL DEFAULT 'use';
+         ALTER TABLE vms ADD COLUMN origin TEXT;",
+    ),
+    (
+        2,
+        "CREATE TABLE pools (
+             template TEXT NOT NULL,
+             kind     TEXT NOT NULL,
+             wanted   INTEGER NOT NULL,
+             PRIMARY KEY (template, kind)
+         ) STRICT, WITHOUT ROWID;",
+    ),
+];
 
 /// An open store.
 #[derive(Debug)]

@@ -296,10 +296,7 @@ impl Store {
                 ],
             )
             .map_err(|e| match e.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::ConstraintViolation) => {
-                    Error::new(Code::VmExists, format!("a VM named '{}' exists already", row.spec.name))
-                        .hint(format!("choose another name, or: nido delete {}", row.spec.name))
-                }
+                Some(rusqlite::ErrorCode::ConstraintViolation) => name_taken(&row.spec.name),
                 _ => fault(e),
             })?;
         for forward in &row.forwards {
@@ -308,15 +305,21 @@ impl Store {
         transaction.commit().map_err(fault)
     }
 
-    /// The VM of that name.
+    /// The VM of that name that is there for its user.
     ///
     /// # Errors
     /// `vm_not_found`.
     pub fn vm_by_name(&self, name: &VmName) -> Result<VmRow> {
-        self.one_vm("name", name.as_str())?.ok_or_else(|| {
-            Error::new(Code::VmNotFound, format!("there is no VM named '{name}'"))
-                .hint("nido ls shows the VMs there are")
-        })
+        let row = self.any_vm_by_name(name)?;
+        if row.purpose == Purpose::Use { Ok(row) } else { Err(no_such_vm(name)) }
+    }
+
+    /// The VM of that name, whatever it is there for.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn any_vm_by_name(&self, name: &VmName) -> Result<VmRow> {
+        self.one_vm("name", name.as_str())?.ok_or_else(|| no_such_vm(name))
     }
 
     /// The VM of that id, if it is still there.
@@ -359,7 +362,7 @@ impl Store {
         )
     }
 
-    fn select(&self, clause: &str) -> Result<Vec<VmRow>> {
+    pub(super) fn select(&self, clause: &str) -> Result<Vec<VmRow>> {
         let mut statement = self.connection.prepare(&format!("SELECT {COLUMNS} FROM vms {clause}")).map_err(fault)?;
         let raws: Vec<Raw> =
             statement.query_map([], Raw::read).map_err(fault)?.collect::<Result<_, _>>().map_err(fault)?;
@@ -514,7 +517,16 @@ impl Store {
     }
 }
 
-fn insert_forward(connection: &rusqlite::Connection, id: &str, forward: &ForwardSpec) -> Result<()> {
+fn no_such_vm(name: &VmName) -> Error {
+    Error::new(Code::VmNotFound, format!("there is no VM named '{name}'")).hint("nido ls shows the VMs there are")
+}
+
+pub(super) fn name_taken(name: &VmName) -> Error {
+    Error::new(Code::VmExists, format!("a VM named '{name}' exists already"))
+        .hint(format!("choose another name, or: nido delete {name}"))
+}
+
+pub(super) fn insert_forward(connection: &rusqlite::Connection, id: &str, forward: &ForwardSpec) -> Result<()> {
     connection
         .execute(
             "INSERT OR IGNORE INTO forwards (vm_id, host, host_port, guest_port) VALUES (?1, ?2, ?3, ?4)",

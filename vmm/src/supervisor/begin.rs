@@ -128,7 +128,7 @@ impl Supervisor {
     }
 
     /// The guest was saved with a disk of its template's size; the VM may have been promised a larger one.
-    async fn resize_disk(&self, running: &Running) -> Result<()> {
+    pub(super) async fn resize_disk(&self, running: &Running) -> Result<()> {
         let baked = self.row.parts.frozen.last().map_or(self.row.disk_bytes, |frozen| frozen.virtual_bytes);
         if baked == self.row.disk_bytes {
             return Ok(());
@@ -151,8 +151,8 @@ impl Supervisor {
             }
             Err(error) => return Err(self.wait_for_lock(error).await),
         };
-        // Nobody waits any more for what was half made to be saved, or to wait.
-        if !self.row.agent.ready && self.row.purpose != Purpose::Use || self.row.purpose == Purpose::Bake {
+        // Nobody waits any more for what was there to be saved. A clone is made anew more quickly than it is trusted again.
+        if self.row.purpose != Purpose::Use {
             let _ = running.process.kill();
             return Err(Ended::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
         }
@@ -167,7 +167,10 @@ impl Supervisor {
                 return Err(Ended::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
             }
             Ok(RunState::paused) if !self.row.agent.ready && self.row.origin != Origin::Boot => {
-                // Loaded, and about to go on.
+                // Loaded, or claimed, and about to go on.
+                if let Err(error) = self.resize_disk(&running).await {
+                    tracing::error!("{error}");
+                }
                 let _ = running.monitor.cont(QMP_WITHIN).await;
                 self.learn(Fact::QmpReady);
             }
@@ -216,6 +219,8 @@ impl Supervisor {
         let link = self.channel.as_ref().map(|channel| channel.link());
         let guest = self.guest.clone();
         let door = self.channel.clone();
+        // Nobody uses a clone before it is claimed.
+        let opens = self.row.purpose != Purpose::Pool;
         let renewal = match &self.row.origin {
             // Who is loaded only to be saved again is not made a machine of its own.
             Origin::Fork(Saved { token, .. }) | Origin::Restore { token, .. }
@@ -242,7 +247,7 @@ impl Supervisor {
                     pong.inspect_err(|e| tracing::warn!("no sign of life: {e}")).map_or(Awake::Late, Awake::Yes)
                 }
             };
-            if matches!(answer, Awake::Yes(_)) {
+            if opens && matches!(answer, Awake::Yes(_)) {
                 door.iter().for_each(|door| door.open(true));
             }
             let _ = done.send(answer);

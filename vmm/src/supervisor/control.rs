@@ -6,7 +6,7 @@
 use nido_images::Bake;
 use serde::{Deserialize, Serialize};
 
-use crate::api::{ForwardSpec, StartStage, StopRequest};
+use crate::api::{ForwardSpec, StartStage, StopRequest, VmSpec};
 use crate::error::Problem;
 use crate::name::SnapshotName;
 
@@ -14,7 +14,7 @@ use crate::name::SnapshotName;
 pub const MAX_LINE: usize = 64 * 1024;
 
 /// What can be asked of a supervisor.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
     /// Say when the agent is ready, or why it will not be. Answers stages on the way.
@@ -42,8 +42,29 @@ pub enum Request {
         /// Which.
         forward: ForwardSpec,
     },
+    /// Become somebody's VM. Only a clone that waits in a pool does; answers stages, the first once it has.
+    Claim(Box<ClaimOrder>),
+    /// End and vanish. Only a clone that nobody has claimed does; answered when it is gone.
+    Retire,
     /// Say how things are.
     Status,
+}
+
+/// What a clone becomes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClaimOrder {
+    /// What was asked for. It fits the clone.
+    pub spec: VmSpec,
+    /// Virtual size of its disk; no smaller than the clone's.
+    pub disk_bytes: u64,
+    /// Why this machine.
+    pub reason: String,
+    /// What the user ought to know.
+    pub warnings: Vec<String>,
+    /// How long ago the user asked, in milliseconds.
+    pub asked_ms_ago: f64,
+    /// How long the guest may take to become ready, in milliseconds.
+    pub ready_within_ms: Option<u64>,
 }
 
 /// What a supervisor answers.

@@ -88,7 +88,8 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
         disk: Disk {
             overlay: DISK.into(),
             bases: bases.iter().map(|hash| home.blob(hash).into()).collect(),
-            ephemeral: row.spec.ephemeral,
+            // A clone vanishes when it stops, but whoever claims it may want to keep it.
+            ephemeral: row.spec.ephemeral && row.purpose != Purpose::Pool,
         },
         monitor_socket: QMP_SOCKET.into(),
         channel_socket: CHANNEL_SOCKET.into(),

@@ -20,6 +20,7 @@ mod forwards;
 mod launch;
 mod limits;
 mod logs;
+mod pool;
 mod react;
 mod run;
 mod serve;

@@ -42,6 +42,7 @@ impl Supervisor {
                 self.quit(running);
             }
             Awake::Yes(_) if self.row.purpose == Purpose::Bake => self.bake(running).await,
+            Awake::Yes(pong) if self.row.purpose == Purpose::Pool => self.park(pong, running).await,
             Awake::Yes(pong) => self.on_ready(pong),
         }
     }
@@ -58,6 +59,7 @@ impl Supervisor {
         self.row.agent = AgentInfo { ready: true, version: Some(version), transport: None };
         self.row.ip_address = pong.address.and_then(|a| a.parse::<std::net::IpAddr>().ok()).map(|a| a.to_string());
         self.write(&VmUpdate {
+            state: Some(self.state),
             agent: Some(self.row.agent.clone()),
             ip_address: Some(self.row.ip_address.clone()),
             timings: Some(self.row.timings),
@@ -129,6 +131,17 @@ impl Supervisor {
             Order::Snapshot(name, reply) => self.take_snapshot(name, running, reply),
             Order::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
             Order::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec).await)),
+            Order::Claim(order, reply) => {
+                let outcome = self.claim(*order, running).await;
+                let _ = reply.send(outcome);
+            }
+            Order::Retire(reply) => {
+                let mine = self.is_pooled();
+                if mine.is_ok() {
+                    self.begin_stop(StopRequest { force: true, ..StopRequest::default() }, running);
+                }
+                let _ = reply.send(mine);
+            }
             Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
         }
     }
@@ -210,10 +223,19 @@ impl Supervisor {
                             self.learn(Fact::StopAsked);
                             let _ = process.kill();
                         }
+                        Order::Retire(reply) => {
+                            let mine = self.is_pooled();
+                            if mine.is_ok() {
+                                self.learn(Fact::StopAsked);
+                                let _ = process.kill();
+                            }
+                            let _ = reply.send(mine);
+                        }
                         Order::Pause(reply)
                         | Order::Resume(reply)
                         | Order::Snapshot(_, reply)
-                        | Order::ForwardRemove(_, reply) => drop(reply.send(Err(mute()))),
+                        | Order::ForwardRemove(_, reply)
+                        | Order::Claim(_, reply) => drop(reply.send(Err(mute()))),
                         Order::ForwardAdd(_, reply) => drop(reply.send(Err(mute()))),
                         Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
                     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use rustix::fs::unlink;
 use tokio::net::UnixListener;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant as TokioInstant, sleep_until};
 
 use super::begin::{Awake, Ended};
@@ -64,6 +64,8 @@ pub(super) struct Supervisor {
     pub(super) baked: Option<Result<()>>,
     /// One snapshot at a time.
     pub(super) snapshotting: Arc<Semaphore>,
+    /// The guest's next answer, if it has been sent on its way again.
+    pub(super) awaited: Option<oneshot::Receiver<Awake>>,
 }
 
 impl Supervisor {
@@ -108,6 +110,7 @@ impl Supervisor {
             quit_sent: false,
             baked: None,
             snapshotting: Arc::new(Semaphore::new(1)),
+            awaited: None,
         })
     }
 
@@ -169,7 +172,12 @@ impl Supervisor {
                     Some(event) => self.on_event(event, &running).await,
                     None => monitor_open = false,
                 },
-                Some(order) = self.orders.recv() => self.on_order(order, &running).await,
+                Some(order) = self.orders.recv() => {
+                    self.on_order(order, &running).await;
+                    if let Some(next) = self.awaited.take() {
+                        (ready, awaiting_agent) = (next, true);
+                    }
+                }
                 outcome = &mut ready, if awaiting_agent => {
                     awaiting_agent = false;
                     self.on_agent(outcome.unwrap_or(Awake::Late), &running).await;

@@ -1,15 +1,18 @@
 //! The control socket: reads one request a connection, passes it to the loop, writes what comes of it.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nido_images::Bake;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
-use super::control::{Answer, MAX_LINE, Request};
+use super::control::{Answer, ClaimOrder, MAX_LINE, Request};
 use crate::api::{ForwardSpec, StartStage, StopRequest};
 use crate::error::{Code, Error, Problem, Result};
 use crate::name::SnapshotName;
@@ -41,6 +44,8 @@ pub(super) enum Order {
     Snapshot(SnapshotName, oneshot::Sender<Result<()>>),
     ForwardAdd(ForwardSpec, oneshot::Sender<Result<ForwardSpec>>),
     ForwardRemove(ForwardSpec, oneshot::Sender<Result<()>>),
+    Claim(Box<ClaimOrder>, oneshot::Sender<Result<()>>),
+    Retire(oneshot::Sender<Result<()>>),
     Status(oneshot::Sender<Option<Duration>>),
 }
 
@@ -115,7 +120,25 @@ async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
             let _use = desk.users.enter();
             until_ready(&mut desk.life, &mut writer, reader.get_mut()).await?
         }
-        Ok(Request::Stop(stop)) => until_ended(&mut desk, stop).await,
+        Ok(Request::Stop(stop)) => {
+            // If the loop is over already, its last word is in `life`.
+            let _ = desk.orders.send(Order::Stop(stop)).await;
+            until_ended(&mut desk).await
+        }
+        // Who gave up meanwhile must not be given a VM.
+        Ok(Request::Claim(_)) if gone(reader.get_ref()) => return Ok(()),
+        Ok(Request::Claim(order)) => match desk.ask(|reply| Order::Claim(order, reply)).await {
+            Ok(()) => {
+                let _use = desk.users.enter();
+                send(&mut writer, &Answer::Stage { stage: StartStage::Preparing }).await?;
+                until_ready(&mut desk.life, &mut writer, reader.get_mut()).await?
+            }
+            Err(error) => failed(&error),
+        },
+        Ok(Request::Retire) => match desk.ask(Order::Retire).await {
+            Ok(()) => until_ended(&mut desk).await,
+            Err(error) => failed(&error),
+        },
         Ok(Request::Lease) => {
             let _use = desk.users.enter();
             // It does not care how the VM ends, and must not hold up the end.
@@ -193,13 +216,17 @@ async fn until_ready(
     }
 }
 
-async fn until_ended(desk: &mut Desk, stop: StopRequest) -> Answer {
-    // If the loop is over already, its last word is in `life`.
-    let _ = desk.orders.send(Order::Stop(stop)).await;
+async fn until_ended(desk: &mut Desk) -> Answer {
     match desk.life.wait_for(|life| matches!(life, Life::Ended(_) | Life::Baked(_))).await {
         Ok(_) => Answer::Done,
         Err(_) => failed(&Error::internal("the supervisor ended before the VM did")),
     }
+}
+
+/// Whether the other end has been closed.
+fn gone(reader: &BufReader<OwnedReadHalf>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(AsRef::<UnixStream>::as_ref(reader.get_ref()).as_fd(), PollFlags::empty())];
+    poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().contains(PollFlags::HUP)
 }
 
 fn ended_early() -> Problem {

@@ -1,0 +1,101 @@
+//! `pool`: clones of a template that wait, loaded and halted, for the next `spawn` or `run`.
+
+use clap::Subcommand;
+use nido_vmm::api::{POOL_MAX, PoolInfo, PoolRequest};
+use nido_vmm::name::TemplateName;
+
+use super::Context;
+use super::vm_args::MachineArgs;
+use crate::exit::{Exit, Outcome};
+use crate::output::table;
+use crate::parse::show_bytes;
+use crate::sanitize::line;
+
+const EXAMPLES: &str = "\
+Examples:
+  nido pool set sandbox 4
+  nido pool set sandbox 2 --memory 2G      the template must have been baked for such a machine
+  nido pool ls
+  nido run -- true                         takes a clone; another is made in the background
+  nido pool set sandbox 0
+
+A clone that waits takes memory, but no CPU time. It is a machine of its own already; whoever takes it gives it its
+name, a fresh token, the time and fresh random numbers.";
+
+/// Keep clones of a template ready to be taken
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Set how many clones of a template wait; 0 ends the pool
+    Set {
+        /// Name of the template
+        template: TemplateName,
+        /// How many, at most 100
+        #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(0..=i64::from(POOL_MAX)))]
+        wanted: u32,
+        #[command(flatten)]
+        machine: MachineArgs,
+    },
+    /// List pools, and how full they are
+    #[command(visible_alias = "list")]
+    Ls,
+}
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        let nido = cx.nido().await?;
+        match self.verb {
+            Verb::Set { template, wanted, machine } => {
+                let pool = nido.pool_set(&template, &PoolRequest::of(wanted, &machine.bake())).await?;
+                cx.output.talk(&match wanted {
+                    0 => format!("{template} has no such pool any more"),
+                    _ => format!("{} of {wanted} clones of {template} wait; see nido pool ls", pool.ready),
+                });
+                cx.output.answer(&pool, || format!("{template}\n"))?;
+            }
+            Verb::Ls => {
+                let list = nido.pool_list().await?;
+                cx.output.answer(&list, || {
+                    if cx.output.quiet {
+                        return list.pools.iter().map(|pool| format!("{}\n", pool.template)).collect();
+                    }
+                    table(["TEMPLATE", "MACHINE", "WANTED", "READY", "FILLING"], list.pools.iter().map(row))
+                })?;
+                if !cx.output.json {
+                    for pool in &list.pools {
+                        pool.trouble.iter().for_each(|why| cx.output.warn(&line(why)));
+                    }
+                }
+            }
+        }
+        Ok(Exit::Success)
+    }
+}
+
+fn row(pool: &PoolInfo) -> [String; 5] {
+    [
+        pool.template.to_string(),
+        machine(pool),
+        pool.wanted.to_string(),
+        pool.ready.to_string(),
+        pool.filling.to_string(),
+    ]
+}
+
+/// The machine in a few words; what nido decides by itself is left out.
+fn machine(pool: &PoolInfo) -> String {
+    let kind = &pool.kind;
+    let asked = [kind.machine.name(), kind.accel.name()].into_iter().filter(|word| *word != "auto").map(str::to_owned);
+    let mut words: Vec<_> = asked.collect();
+    words.push(format!("{} CPU", kind.cpus));
+    words.push(show_bytes(u64::from(kind.memory_mib) << 20));
+    words.push(format!("network {}", kind.net.name()));
+    words.extend(kind.nested.then(|| "nested".to_owned()));
+    words.join(", ")
+}

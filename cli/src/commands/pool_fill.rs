@@ -1,0 +1,17 @@
+//! `pool-fill`, hidden: the process that fills the pools in the background. Only nido itself starts it.
+
+use nido_vmm::nido::Nido;
+
+use super::Context;
+use crate::exit::{Exit, Outcome};
+
+/// Make and remove clones until every pool is as it shall be
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        Nido::pool_fill(cx.options.clone()).await?;
+        Ok(Exit::Success)
+    }
+}

@@ -1,0 +1,137 @@
+//! The warm pool: forks that are loaded, renewed and halted before anybody asks for them.
+
+use serde::{Deserialize, Serialize};
+
+use super::{AccelChoice, BakeRequest, MachineChoice, NetChoice, VmSpec};
+use crate::name::TemplateName;
+
+/// Most clones that one pool may keep.
+pub const POOL_MAX: u32 = 100;
+
+/// The machine of a pool's clones. A template has at most one pool for each.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PoolKind {
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Network.
+    pub net: NetChoice,
+    /// Machine type, as asked.
+    pub machine: MachineChoice,
+    /// Accelerator, as asked.
+    pub accel: AccelChoice,
+    /// Virtualization in the guest.
+    pub nested: bool,
+}
+
+impl PoolKind {
+    /// The kind of machine that a VM asks for.
+    #[must_use]
+    pub const fn of(spec: &VmSpec) -> Self {
+        let VmSpec { cpus, memory_mib, net, machine, accel, nested, .. } = *spec;
+        Self { cpus, memory_mib, net, machine, accel, nested }
+    }
+
+    /// The same machine, as one is asked to be baked.
+    #[must_use]
+    pub fn bake_request(&self) -> BakeRequest {
+        let Self { cpus, memory_mib, net, machine, accel, nested } = *self;
+        BakeRequest {
+            cpus: Some(cpus),
+            memory_mib: Some(memory_mib),
+            net,
+            machine,
+            accel,
+            nested,
+            ..BakeRequest::default()
+        }
+    }
+
+    /// The flags that ask for it on the command line, each with a space before it; empty for the machine one gets without.
+    #[must_use]
+    pub fn flags(&self, defaults: &Self) -> String {
+        let mut flags = String::new();
+        let mut add = |differs: bool, flag: String| flags.push_str(if differs { &flag } else { "" });
+        add(self.cpus != defaults.cpus, format!(" --cpus {}", self.cpus));
+        add(self.memory_mib != defaults.memory_mib, format!(" --memory {}M", self.memory_mib));
+        add(self.net != defaults.net, format!(" --net {}", self.net.name()));
+        add(self.machine != defaults.machine, format!(" --machine {}", self.machine.name()));
+        add(self.accel != defaults.accel, format!(" --accel {}", self.accel.name()));
+        add(self.nested, " --nested".into());
+        flags
+    }
+}
+
+/// How many clones to keep, and of what machine; what is absent has the default of a VM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoolRequest {
+    /// How many clones wait: 0 to [`POOL_MAX`]. 0 ends the pool.
+    pub wanted: u32,
+    /// Virtual CPUs.
+    #[serde(default)]
+    pub cpus: Option<u32>,
+    /// Memory in MiB.
+    #[serde(default)]
+    pub memory_mib: Option<u32>,
+    /// Network.
+    #[serde(default)]
+    pub net: NetChoice,
+    /// Machine type.
+    #[serde(default)]
+    pub machine: MachineChoice,
+    /// Accelerator.
+    #[serde(default)]
+    pub accel: AccelChoice,
+    /// Virtualization in the guest.
+    #[serde(default)]
+    pub nested: bool,
+}
+
+impl PoolRequest {
+    /// So many clones of the machine that a bake is asked for.
+    #[must_use]
+    pub const fn of(wanted: u32, bake: &BakeRequest) -> Self {
+        let BakeRequest { cpus, memory_mib, net, machine, accel, nested, .. } = *bake;
+        Self { wanted, cpus, memory_mib, net, machine, accel, nested }
+    }
+}
+
+/// One pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolInfo {
+    /// The template its clones are made from.
+    pub template: TemplateName,
+    /// Their machine.
+    #[serde(flatten)]
+    pub kind: PoolKind,
+    /// How many shall wait.
+    pub wanted: u32,
+    /// How many wait.
+    pub ready: u32,
+    /// How many are being made.
+    pub filling: u32,
+    /// Why it cannot be filled as things stand.
+    pub trouble: Option<String>,
+}
+
+/// All pools.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolList {
+    /// In order of template and machine.
+    pub pools: Vec<PoolInfo>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_say_what_is_not_the_default() {
+        let plain = PoolKind::of(&VmSpec::named("x".parse().unwrap()));
+        assert_eq!(plain.flags(&plain), "");
+        let other = PoolKind { memory_mib: 640, net: NetChoice::None, nested: true, ..plain.clone() };
+        assert_eq!(other.flags(&plain), " --memory 640M --net none --nested");
+    }
+}

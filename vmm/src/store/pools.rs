@@ -1,0 +1,304 @@
+//! The table `pools`, and the moment in which a clone of a pool becomes somebody's VM.
+//!
+//! Invariant: a clone is claimed once, by one `UPDATE` that also takes the name, or not at all.
+
+use jiff::Timestamp;
+use rusqlite::{TransactionBehavior, params};
+
+use super::vms::{insert_forward, name_taken};
+use super::{Origin, Store, VmRow, decode, encode, fault};
+use crate::api::{AgentInfo, ForwardSpec, PoolKind, VmSpec};
+use crate::error::{Error, Result};
+use crate::machine::Machine;
+use crate::name::TemplateName;
+use crate::state::VmState;
+
+/// One pool as the store knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolRow {
+    /// The template its clones are made from.
+    pub template: TemplateName,
+    /// Their machine.
+    pub kind: PoolKind,
+    /// How many shall wait.
+    pub wanted: u32,
+}
+
+/// What a clone becomes.
+#[derive(Debug)]
+pub struct Claim<'a> {
+    /// What was asked for.
+    pub spec: &'a VmSpec,
+    /// Virtual size of its disk.
+    pub disk_bytes: u64,
+    /// Its machine, with the reason for this VM.
+    pub machine: &'a Machine,
+    /// How its guest is brought to it: with the token that it has in the pool.
+    pub origin: &'a Origin,
+    /// Published ports, with the host's ports as they were taken.
+    pub forwards: &'a [ForwardSpec],
+    /// When it is claimed.
+    pub now: Timestamp,
+    /// When its life ends.
+    pub expires_at: Option<Timestamp>,
+}
+
+impl Store {
+    /// Keeps `wanted` clones of a kind from now on; none at all for 0.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn set_pool(&self, template: &TemplateName, kind: &PoolKind, wanted: u32) -> Result<()> {
+        let kind = encode(kind)?;
+        let done = if wanted == 0 {
+            let delete = "DELETE FROM pools WHERE template = ?1 AND kind = ?2";
+            self.connection.execute(delete, params![template.as_str(), kind])
+        } else {
+            let upsert = "INSERT INTO pools (template, kind, wanted) VALUES (?1, ?2, ?3) \
+                          ON CONFLICT (template, kind) DO UPDATE SET wanted = excluded.wanted";
+            self.connection.execute(upsert, params![template.as_str(), kind, wanted])
+        };
+        done.map(drop).map_err(fault)
+    }
+
+    /// All pools, in order of template and machine.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn pools(&self) -> Result<Vec<PoolRow>> {
+        let mut statement = self
+            .connection
+            .prepare("SELECT template, kind, wanted FROM pools ORDER BY template, kind")
+            .map_err(fault)?;
+        let rows = statement
+            .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, row.get(2)?)))
+            .map_err(fault)?;
+        rows.map(|row| {
+            let (template, kind, wanted) = row.map_err(fault)?;
+            Ok(PoolRow { template: template.parse()?, kind: decode("kind", &kind)?, wanted })
+        })
+        .collect()
+    }
+
+    /// All clones of all pools, whatever their state, the oldest first.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn clones(&self) -> Result<Vec<VmRow>> {
+        self.select("WHERE purpose = 'pool' AND deleting = 0 ORDER BY created_ms, name")
+    }
+
+    /// Whether fewer clones are there than all pools together want. Quick.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn pools_short(&self) -> Result<bool> {
+        let count = "SELECT (SELECT coalesce(sum(wanted), 0) FROM pools) > \
+                     (SELECT count(*) FROM vms WHERE purpose = 'pool' AND deleting = 0)";
+        self.connection.query_row(count, [], |row| row.get(0)).map_err(fault)
+    }
+
+    /// Whether any clone waits. Quick.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn has_waiting_clones(&self) -> Result<bool> {
+        let exists = "SELECT EXISTS (SELECT 1 FROM vms WHERE purpose = 'pool' AND state = 'paused')";
+        self.connection.query_row(exists, [], |row| row.get(0)).map_err(fault)
+    }
+
+    /// The ids of clones that wait and go on from the bake with this memory image, in random order, so that several who
+    /// claim at the same time rarely meet.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn waiting_clones(&self, memory_sha256: &str) -> Result<Vec<String>> {
+        let query = "SELECT id FROM vms WHERE purpose = 'pool' AND state = 'paused' AND deleting = 0 \
+                     AND json_extract(agent, '$.ready') = 1 AND json_extract(origin, '$.memory') = ?1 \
+                     ORDER BY random()";
+        let mut statement = self.connection.prepare(query).map_err(fault)?;
+        let ids = statement.query_map([memory_sha256], |row| row.get(0)).map_err(fault)?;
+        ids.collect::<rusqlite::Result<_>>().map_err(fault)
+    }
+
+    /// Makes a waiting clone somebody's VM that is starting; false if it no longer waits. The caller holds its
+    /// `supervisor.lock`.
+    ///
+    /// # Errors
+    /// `vm_exists` if the name is taken; the clone waits on then.
+    pub fn claim_vm(&self, id: &str, claim: &Claim<'_>) -> Result<bool> {
+        let transaction =
+            rusqlite::Transaction::new_unchecked(&self.connection, TransactionBehavior::Immediate).map_err(fault)?;
+        let update = "UPDATE vms SET purpose = 'use', name = ?2, spec = ?3, state = ?4, disk_bytes = ?5, machine = ?6, \
+                      origin = ?7, created_ms = ?8, started_ms = ?8, expires_ms = ?9, agent = ?10, timings = NULL \
+                      WHERE id = ?1 AND purpose = 'pool' AND state = 'paused' AND deleting = 0";
+        let changed = transaction
+            .execute(
+                update,
+                params![
+                    id,
+                    claim.spec.name.as_str(),
+                    encode(claim.spec)?,
+                    VmState::Starting.word(),
+                    i64::try_from(claim.disk_bytes).unwrap_or(i64::MAX),
+                    encode(claim.machine)?,
+                    encode(claim.origin)?,
+                    claim.now.as_millisecond(),
+                    claim.expires_at.map(Timestamp::as_millisecond),
+                    encode(&AgentInfo::default())?,
+                ],
+            )
+            .map_err(|e| match e.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::ConstraintViolation) => name_taken(&claim.spec.name),
+                _ => fault(e),
+            })?;
+        if changed == 0 {
+            return Ok(false);
+        }
+        for forward in claim.forwards {
+            insert_forward(&transaction, id, forward)?;
+        }
+        transaction.commit().map_err(fault)?;
+        Ok::<_, Error>(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{AccelChoice, MachineChoice, NetChoice};
+    use crate::error::Code;
+    use crate::machine::{Accel, MachineType, Transport};
+    use crate::store::{BootParts, Purpose, Saved, VmUpdate};
+
+    fn machine() -> Machine {
+        Machine {
+            machine: MachineType::Microvm,
+            accel: Accel::Tcg,
+            cpu_model: "max".into(),
+            cpus: 1,
+            memory_mib: 512,
+            net: NetChoice::Nat,
+            transport: Transport::VirtioSerial { reconnect_ms: false },
+            tb_size_mib: None,
+            tsc_khz: None,
+            reason: String::new(),
+            warnings: Vec::new(),
+        }
+    }
+
+    fn origin(memory: &str, token: &str) -> Origin {
+        Origin::Fork(Saved { memory: memory.into(), state: "s".into(), token: token.into() })
+    }
+
+    fn open_with_clones(count: usize) -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("db")).unwrap();
+        for number in 0..count {
+            let parts = BootParts {
+                vmlinux: "a".into(),
+                initramfs: "b".into(),
+                root: "c".into(),
+                root_bytes: 1,
+                packages: "d".into(),
+                init: nido_images::Init::Agent,
+                append: String::new(),
+                frozen: Vec::new(),
+            };
+            let spec = VmSpec::named(format!("pool-{number}").parse().unwrap());
+            let id = number.to_string();
+            store.insert_vm(&VmRow::new(id.clone(), spec, Purpose::Pool, VmState::Starting, parts, 1 << 30)).unwrap();
+            let update = VmUpdate {
+                state: Some(VmState::Paused),
+                agent: Some(AgentInfo { ready: true, ..AgentInfo::default() }),
+                origin: Some(origin("m", "bake")),
+                ..VmUpdate::default()
+            };
+            store.update_vm(&id, &update).unwrap();
+        }
+        (dir, store)
+    }
+
+    fn claim(store: &Store, id: &str, name: &str) -> Result<bool> {
+        let spec = VmSpec { ephemeral: true, ..VmSpec::named(name.parse().unwrap()) };
+        let (machine, origin) = (machine(), origin("m", "mine"));
+        store.claim_vm(
+            id,
+            &Claim {
+                spec: &spec,
+                disk_bytes: 2 << 30,
+                machine: &machine,
+                origin: &origin,
+                forwards: &["8080:80".parse().unwrap()],
+                now: Timestamp::now(),
+                expires_at: None,
+            },
+        )
+    }
+
+    #[test]
+    fn a_clone_is_claimed_once_and_becomes_a_vm_that_starts() {
+        let (_dir, store) = open_with_clones(2);
+        assert_eq!(store.waiting_clones("m").unwrap().len(), 2);
+        assert_eq!(store.waiting_clones("other").unwrap().len(), 0);
+        assert!(claim(&store, "0", "web").unwrap());
+        assert!(!claim(&store, "0", "again").unwrap());
+        assert_eq!(store.waiting_clones("m").unwrap(), ["1"]);
+        let row = store.vm_by_name(&"web".parse().unwrap()).unwrap();
+        assert_eq!((row.purpose, row.state, row.agent.ready), (Purpose::Use, VmState::Starting, false));
+        assert_eq!((row.forwards.len(), row.disk_bytes, row.origin), (1, 2 << 30, origin("m", "mine")));
+    }
+
+    #[test]
+    fn a_name_that_is_taken_leaves_the_clone_waiting() {
+        let (_dir, store) = open_with_clones(2);
+        assert!(claim(&store, "0", "web").unwrap());
+        assert_eq!(claim(&store, "1", "web").unwrap_err().code(), Code::VmExists);
+        assert_eq!(store.waiting_clones("m").unwrap(), ["1"]);
+        assert!(store.forwards("1").unwrap().is_empty());
+    }
+
+    #[test]
+    fn clones_are_nobodys_vms() {
+        let (_dir, store) = open_with_clones(1);
+        let name = "pool-0".parse().unwrap();
+        assert_eq!(store.vm_by_name(&name).unwrap_err().code(), Code::VmNotFound);
+        assert_eq!(store.any_vm_by_name(&name).unwrap().purpose, Purpose::Pool);
+    }
+
+    #[test]
+    fn pools_are_kept_by_template_and_machine() {
+        let (_dir, store) = open_with_clones(1);
+        let template: TemplateName = "sandbox".parse().unwrap();
+        let kind = PoolKind {
+            cpus: 1,
+            memory_mib: 512,
+            net: NetChoice::Nat,
+            machine: MachineChoice::Auto,
+            accel: AccelChoice::Auto,
+            nested: false,
+        };
+        let large = PoolKind { memory_mib: 2048, ..kind.clone() };
+        assert!(!store.pools_short().unwrap());
+        store.set_pool(&template, &kind, 1).unwrap();
+        assert!(!store.pools_short().unwrap());
+        store.set_pool(&template, &large, 3).unwrap();
+        store.set_pool(&template, &kind, 2).unwrap();
+        assert!(store.pools_short().unwrap());
+        let wanted: Vec<_> = store.pools().unwrap().into_iter().map(|pool| (pool.kind, pool.wanted)).collect();
+        assert_eq!(wanted, [(large.clone(), 3), (kind.clone(), 2)]);
+        store.set_pool(&template, &kind, 0).unwrap();
+        store.set_pool(&template, &large, 0).unwrap();
+        assert_eq!(store.pools().unwrap(), []);
+    }
+
+    #[test]
+    fn a_store_of_the_version_before_gets_its_pools() {
+        let (dir, store) = open_with_clones(1);
+        store.connection.execute_batch("DROP TABLE pools; PRAGMA user_version = 2;").unwrap();
+        drop(store);
+        let store = Store::open(&dir.path().join("db")).unwrap();
+        assert_eq!(store.pools().unwrap(), []);
+        assert_eq!(store.clones().unwrap().len(), 1);
+    }
+}
