@@ -78,18 +78,19 @@ class Stream:
 
 
 class Template:
-    """What two VMs of nido's leave to start another one of the same kind by hand: the arguments and the configuration
-    of one that runs, and the disk of one that never did."""
+    """What a VM of nido's leaves to start another one of the same kind by hand: its arguments and its configuration, and
+    the disk that its own stands on."""
 
-    def __init__(self, running, unstarted, keep_in):
+    def __init__(self, running, keep_in):
         self.argv, self.depth = running.qemu_argv(), keep_in
         self.pristine, self.config = os.path.join(keep_in, "pristine.qcow2"), os.path.join(keep_in, "guest.cbor")
         shutil.copy(os.path.join(running.dir, "guest.cbor"), self.config)
-        subprocess.run(["cp", "--sparse=always", os.path.join(unstarted.dir, "disk.qcow2"), self.pristine], check=True)
+        node = "node-name=base-file,filename="
+        base = next(arg.split(node)[1].split(",")[0] for arg in self.argv if node in arg)
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, self.pristine]
+        subprocess.run(create, check=True)
         self.token = wire.token_of(running.dir)
         os.makedirs(os.path.join(keep_in, "vms"))
-        # The overlay names its base relative to a VM's directory.
-        os.symlink(os.path.join(running.rig.home, "blobs"), os.path.join(keep_in, "blobs"))
 
     def boot(self):
         """Starts it and waits for the agent; gives the seconds that took. QEMU is gone when this returns."""

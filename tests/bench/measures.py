@@ -9,6 +9,7 @@ import os
 import tempfile
 
 import bare
+import forks
 import wire
 from guest_ssh import GuestSsh
 from result import Result
@@ -59,24 +60,23 @@ def milliseconds(measure, *args):
 
 def spawn(bench):
     """Cold start to ready, against the same QEMU started by hand."""
-    running, unstarted = bench.rig.spawn("model"), bench.rig.create("disk")
+    running = bench.rig.spawn("model", "--cold")
     with tempfile.TemporaryDirectory(dir=bench.scratch) as place:
-        template = bare.Template(running, unstarted, place)
+        template = bare.Template(running, place)
         bench.rig.delete(running)
-        bench.rig.delete(unstarted)
         result = Result("spawn", "Cold start to ready, template `sandbox`", "ms")
         phases = {"qemu": [], "agent": []}
 
         def with_nido():
             name = bench.rig.fresh_name("spawn")
-            seconds = bench.rig.timed("spawn", name)
+            seconds = bench.rig.timed("spawn", name, "--cold")
             timings = bench.rig.json("info", name)["timings"]
             phases["qemu"].append(timings["qemu_ms"])
             phases["agent"].append(timings["agent_ms"])
             bench.rig.run("delete", "--force", "--yes", name)
             return seconds * 1000
 
-        sides = {"`nido spawn`, whole process": with_nido, "bare script": milliseconds(template.boot)}
+        sides = {"`nido spawn --cold`, whole process": with_nido, "bare script": milliseconds(template.boot)}
         result.samples = in_turns(sides, bench.count(15, 4), warm_up=1, what="spawn")
         nido, script = (result.median(side) for side in sides)
         result.require("nido / bare", nido / script, "<=", 1.3)
@@ -256,4 +256,4 @@ def lists(bench):
 
 
 # Memory comes first: what several nido processes share is nobody's own, so no other VM should run then.
-ALL = {"memory": memory, "spawn": spawn, "exec": execs, "copy": copies, "ls": lists}
+ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists}

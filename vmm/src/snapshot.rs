@@ -147,8 +147,14 @@ fn failed(error: io::Error) -> Error {
 /// Removes what somebody left who was killed while taking one; whether there was anything.
 pub fn remove_unfinished(vm: &VmDir) -> bool {
     let Ok(entries) = fs::read_dir(vm.file(DIRECTORY)) else { return false };
-    let left = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(UNFINISHED));
-    left.map(|entry| fs::remove_dir_all(entry.path())).count() > 0
+    let mut found = false;
+    for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(UNFINISHED)) {
+        found = true;
+        if let Err(error) = fs::remove_dir_all(entry.path()) {
+            tracing::warn!("an unfinished snapshot cannot be removed: {error}");
+        }
+    }
+    found
 }
 
 /// The record of a snapshot.

@@ -1,0 +1,207 @@
+"""Forks, claims from a pool, snapshots: how soon a guest is there, and what it costs to have many.
+
+Compared with the same done by hand (`bare.Baked`): QEMU started with nido's own arguments, the state loaded, the same
+agent asked for a sign of life. By hand nothing is renewed, so two such guests are twins; nido's are not.
+"""
+
+import concurrent.futures
+import json
+import os
+import tempfile
+import time
+
+import bare
+import wire
+from result import Result
+from rig import host_kb, say
+from sampling import in_turns
+
+FORK, COLD, BARE = "`nido spawn`, forked, whole process", "`nido spawn --cold`, whole process", "bare script, forked"
+
+
+def bakes(rig):
+    with open(os.path.join(rig.home, "templates", "sandbox.json"), encoding="utf-8") as manifest:
+        return json.load(manifest)["bakes"]
+
+
+def the_bake(rig, memory_mib=512, net="nat"):
+    fits = lambda machine: (machine["memory_mib"], machine["net"], machine["cpus"]) == (memory_mib, net, 1)
+    return next(bake for bake in bakes(rig) if fits(bake["machine"]))
+
+
+def timed_spawn(rig, *flags):
+    """Whole `nido spawn`; gives its seconds and nido's own account of the start. The VM is gone afterwards."""
+    name = rig.fresh_name("spawn")
+    seconds = rig.timed("spawn", name, *flags)
+    timings = rig.json("info", name)["timings"]
+    rig.run("delete", "--force", "--yes", name)
+    return seconds, timings
+
+
+def fork(bench):
+    """A fork to ready, by nido and by hand, beside a cold boot."""
+    rig = bench.rig
+    with tempfile.TemporaryDirectory(dir=bench.scratch) as place:
+        model = rig.spawn("model", "--fork")
+        by_hand = bare.Baked(model, place, the_bake(rig))
+        rig.delete(model)
+        result = Result("fork", "Fork to ready, template `sandbox`", "ms")
+        phases = {"until QEMU's monitor answers": [], "until the state is loaded": [], "until ready": []}
+
+        def forked():
+            seconds, timings = timed_spawn(rig, "--fork")
+            for phase, key in zip(phases, ("qemu_ms", "load_ms", "total_ms"), strict=True):
+                phases[phase].append(timings[key])
+            return seconds * 1000
+
+        sides = {FORK: forked, BARE: lambda: by_hand.boot() * 1000}
+        result.samples = in_turns(sides, bench.count(40, 8), warm_up=2, what="fork")
+        cold = in_turns({COLD: lambda: timed_spawn(rig, "--cold")[0] * 1000}, bench.count(5, 2), what="cold")
+        result.samples.update(cold)
+        result.samples.update({f"nido, {phase}": found for phase, found in phases.items()})
+        result.require("nido's fork to ready / bare fork", result.median("nido, until ready") / result.median(BARE), "<=", 1.25)
+        result.require("cold / fork", result.median(COLD) / result.median(FORK), ">=", 20)
+        result.notes.append("nido renews each fork before it counts as ready: random numbers, clock, machine id, name, token")
+        burst = burst_of(bench, by_hand)
+    return [result, burst]
+
+
+def burst_of(bench, by_hand):
+    """Eight at once: until the last is ready."""
+    rig, count = bench.rig, 8
+    result = Result("burst", f"{count} forks at once, until the last is ready", "ms")
+
+    def at_once(start, end):
+        with concurrent.futures.ThreadPoolExecutor(count) as threads:
+            begun = time.monotonic()
+            started = list(threads.map(start, range(count)))
+            seconds = time.monotonic() - begun
+            list(threads.map(end, started))
+        return seconds * 1000
+
+    def with_nido():
+        names = [rig.fresh_name("burst") for _ in range(count)]
+        end = lambda name: rig.run("delete", "--force", "--yes", name)
+        return at_once(lambda n: rig.timed("spawn", names[n], "--fork") and names[n], end)
+
+    def bare_burst():
+        return at_once(lambda n: by_hand.start(f"burst-{n}")[1], lambda end: end())
+
+    sides = {"`nido spawn`": with_nido, "bare script": bare_burst}
+    result.samples = in_turns(sides, bench.count(5, 2), what="burst")
+    result.require("nido / bare", result.median("`nido spawn`") / result.median("bare script"), "<=", 1.3)
+    return result
+
+
+def flat(bench):
+    """Whether a fork takes longer with more memory, or with more VMs that nido knows."""
+    rig = bench.rig
+    sizes = (256, 4096)
+    for mib in sizes:
+        rig.run("template", "bake", "sandbox", "--memory", f"{mib}M", "--net", "none")
+    result = Result("flat", "Fork to ready (nido's own account), by memory and by VMs known", "ms")
+    spawn = lambda mib: lambda: timed_spawn(rig, "--fork", "--net", "none", "--memory", f"{mib}M")[1]["total_ms"]
+    result.samples = in_turns({f"{mib} MiB": spawn(mib) for mib in sizes}, bench.count(15, 4), warm_up=1, what="flat")
+    few = "512 MiB, no other VM"
+    result.samples.update(in_turns({few: spawn(512)}, bench.count(15, 4)))
+    say("  creating 100 VMs")
+    known = [rig.create("known") for _ in range(100)]
+    many = "512 MiB, 100 VMs known"
+    result.samples.update(in_turns({many: spawn(512)}, bench.count(15, 4)))
+    for vm in known:
+        rig.delete(vm)
+    result.require("4 GiB / 256 MiB", result.median("4096 MiB") / result.median("256 MiB"), "<=", 1.2)
+    result.require("100 VMs / none", result.median(many) / result.median(few), "<=", 1.2)
+    return [result]
+
+
+def cpu_seconds(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
+        fields = stat.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def many(bench):
+    """Clones that run and do nothing: what each costs, and a fork among them."""
+    rig, count, rest = bench.rig, bench.count(50, 10), bench.count(20, 5)
+    result = Result("many", f"{count} idle clones", "ms")
+    alone = "fork to ready, nothing else runs"
+    spawn = lambda: timed_spawn(rig, "--fork")[1]["total_ms"]
+    result.samples = in_turns({alone: spawn}, bench.count(10, 3), warm_up=1)
+    say(f"  spawning {count} clones")
+    clones = [rig.spawn("many", "--fork") for _ in range(count)]
+    pids = [pid for vm in clones for pid in (vm.qemu_pid(), vm.supervisor_pid())]
+    time.sleep(5)
+    before, begun = sum(map(cpu_seconds, pids)), time.monotonic()
+    time.sleep(rest)
+    share = 100 * (sum(map(cpu_seconds, pids)) - before) / (time.monotonic() - begun) / count
+    among = f"fork to ready, among {count}"
+    result.samples.update(in_turns({among: spawn}, bench.count(10, 3)))
+    pss = [sum(host_kb(pid, "Pss", "smaps_rollup") for pid in (vm.qemu_pid(), vm.supervisor_pid())) / 1024 for vm in clones]
+    for vm in clones:
+        rig.delete(vm)
+    result.require("an idle clone, of a core", share, "<=", 1, "%")
+    result.require("memory of a clone (PSS), supervisor included", sum(pss) / count, "<=", 45, "MiB")
+    result.require("fork among them / alone", result.median(among) / result.median(alone), "<=", 2)
+    return [result]
+
+
+def pool(bench):
+    """A clone that waits: claimed, and used for one command."""
+    rig = bench.rig
+    rig.run("pool", "set", "sandbox", "4")
+    result = Result("pool", "From the pool", "ms")
+
+    def full():
+        deadline = time.monotonic() + 120
+        while any(entry["ready"] < entry["wanted"] for entry in rig.json("pool", "ls")["pools"]):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the pool does not fill")
+            time.sleep(0.1)
+        # The filler has to be gone, too.
+        time.sleep(0.5)
+
+    def claim():
+        full()
+        _, timings = timed_spawn(rig)
+        if timings["path"] != "pool":
+            raise RuntimeError(f"the VM came from elsewhere: {timings}")
+        return timings["total_ms"]
+
+    def run():
+        full()
+        return rig.timed("run", "--", "true") * 1000
+
+    claimed, whole = "claim to ready", "`nido run -- true`, whole process"
+    try:
+        result.samples = in_turns({claimed: claim, whole: run}, bench.count(20, 4), warm_up=1, what="pool")
+    finally:
+        rig.run("pool", "set", "sandbox", "0")
+    result.require(claimed, result.median(claimed), "<=", 15, "ms")
+    result.require("nido run -- true", result.median(whole), "<=", 80, "ms")
+    return [result]
+
+
+def snapshots(bench):
+    """A snapshot of a running VM: how long it stands still, and going back."""
+    rig = bench.rig
+    vm = rig.spawn("snapped")
+    vm.exec("sh", "-c", "head -c 64M /dev/urandom > /dev/shm/data")
+    result = Result("snapshot", "Snapshot of a running 512 MiB VM with 64 MiB of data in memory", "ms")
+    create, still, restore = "`nido snapshot create`, whole process", "the VM stands still", "restore to ready"
+    result.samples = {create: [], still: [], restore: []}
+    for number in range(bench.count(8, 2)):
+        name = f"s{number}"
+        result.samples[create].append(rig.timed("snapshot", "create", vm.name, name) * 1000)
+        with open(os.path.join(vm.dir, "supervisor.log"), encoding="utf-8") as log:
+            words = [line for line in log if "stood still for" in line][-1].split()
+        result.samples[still].append(float(words[words.index("ms") - 1]))
+        rig.run("snapshot", "restore", vm.name, name)
+        result.samples[restore].append(rig.json("info", vm.name)["timings"]["total_ms"])
+        rig.run("snapshot", "delete", vm.name, name)
+    rig.delete(vm)
+    result.require(still, result.median(still), "<", 1000, "ms")
+    return [result]
+
+
+ALL = {"fork": fork, "pool": pool, "flat": flat, "many": many, "snapshot": snapshots}
