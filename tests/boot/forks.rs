@@ -138,6 +138,27 @@ fn twenty_clones_share_nothing() {
 }
 
 #[test]
+fn a_guest_with_systemd_is_forked_too() {
+    let home = TestHome::new();
+    let mut ids = BTreeSet::new();
+    for name in ["left", "right"] {
+        let vm = home.spawn(name, &["-T", "debian-12", "--fork"]);
+        assert_eq!(vm.sh("hostname; cat /proc/1/comm").text(), format!("{name}\nsystemd"));
+        assert!(ids.insert(vm.exec(["cat", "/etc/machine-id"]).text()), "two clones share a machine id");
+        let state = vm.exec(["systemctl", "is-system-running", "--wait"]).run();
+        assert_eq!(state.text(), "running", "{}", vm.exec(["systemctl", "--failed", "--no-legend", "--plain"]).text());
+        // Its agent may be started again: the next session finds the new one.
+        vm.exec(["systemctl", "restart", "--no-block", "nido-guest-agent.service"]).run();
+        eventually("the new agent", || {
+            let again = vm.exec(["systemctl", "is-active", "nido-guest-agent.service"]).run();
+            (again.code == 0).then_some(())
+        });
+        vm.nido("stop", &[]).ok();
+        assert_eq!(vm.status(), "stopped");
+    }
+}
+
+#[test]
 fn two_hundred_forks_in_a_row() {
     let home = TestHome::new();
     for _ in 0..200 {
