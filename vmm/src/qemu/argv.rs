@@ -216,7 +216,8 @@ fn channel(machine: &Machine, files: &Files) -> Part {
         Transport::VirtioSerial { reconnect_ms } => {
             let reconnect = if reconnect_ms { ",reconnect-ms=100" } else { ",reconnect=1" };
             let bus = format!("{},max_ports=2", virtio(machine, "virtio-serial"));
-            let port = format!("virtserialport,chardev=agent,name={SERIAL_PORT}");
+            // Without an id QEMU does not tell when the guest opens and closes it.
+            let port = format!("virtserialport,id=agent-port,chardev=agent,name={SERIAL_PORT}");
             let mut part = part("channel", ["-chardev", "", "-device", &bus, "-device", &port]);
             let after = format!(",server=off{reconnect}");
             part.args[1] = with_value("socket,id=agent,path=", &files.channel_socket, &after);

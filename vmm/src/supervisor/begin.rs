@@ -34,6 +34,8 @@ use crate::store::{Origin, Purpose, Saved};
 
 /// How long loading may take: milliseconds for a bake, seconds for a large memory.
 const LOADED_WITHIN: Duration = Duration::from_secs(600);
+/// How long a QEMU that was left by its supervisor may take to listen to another.
+const REACHED_WITHIN: Duration = Duration::from_secs(15);
 /// The socket over which a state is loaded.
 const LOAD_SOCKET: &str = "load.sock";
 
@@ -143,13 +145,12 @@ impl Supervisor {
 
     pub(super) async fn take_over(&mut self) -> Result<Running, Ended> {
         tracing::info!("taking over the QEMU of VM {}", self.row.spec.name);
-        let running = match attach().await {
-            Ok(Attached::Running(running)) => running,
-            Ok(Attached::Mute(process, error)) => {
+        let running = match self.attach().await? {
+            Attached::Running(running) => running,
+            Attached::Mute(process, error) => {
                 tracing::error!("{error}");
                 return Err(Ended::Exit(self.watch_over_mute(&process).await));
             }
-            Err(error) => return Err(self.wait_for_lock(error).await),
         };
         // Nobody waits any more for what was there to be saved. A clone is made anew more quickly than it is trusted again.
         if self.row.purpose != Purpose::Use {
@@ -161,10 +162,14 @@ impl Supervisor {
         }
         self.mend_snapshot(&running).await;
         match running.monitor.query_status(QMP_WITHIN).await {
-            // It was loading, and what it loads is not known to be whole.
+            // It was loading, and what it has loaded is not known to be whole. Its guest has done nothing yet, so another
+            // QEMU is as good.
             Ok(RunState::inmigrate) => {
+                tracing::info!("it was still loading; starting over");
                 let _ = running.process.kill();
-                return Err(Ended::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
+                let _ = running.process.wait().await;
+                self.forwards.close().await;
+                return self.start().await;
             }
             Ok(RunState::paused) if !self.row.agent.ready && self.row.origin != Origin::Boot => {
                 // Loaded, or claimed, and about to go on.
@@ -182,16 +187,19 @@ impl Supervisor {
         Ok(running)
     }
 
-    /// Waits for a moment whether a QEMU that cannot be reached is about to end.
-    async fn wait_for_lock(&self, error: Error) -> Ended {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while crate::lock::is_held(&self.dir.file(crate::home::VM_LOCK)) {
-            if Instant::now() > deadline {
-                return Ended::OutOfReach(error);
+    /// Finds the QEMU that holds the VM's lock. One that cannot be reached has only just been started, or is about to end.
+    async fn attach(&self) -> Result<Attached, Ended> {
+        let deadline = Instant::now() + REACHED_WITHIN;
+        loop {
+            match attach().await {
+                Ok(attached) => return Ok(attached),
+                Err(_) if !crate::lock::is_held(&self.dir.file(crate::home::VM_LOCK)) => {
+                    return Err(Ended::Exit(QemuExit::Unknown));
+                }
+                Err(error) if Instant::now() > deadline => return Err(Ended::OutOfReach(error)),
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        Ended::Exit(QemuExit::Unknown)
     }
 
     pub(super) async fn bind_forwards(&mut self) -> Result<()> {
