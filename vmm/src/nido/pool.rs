@@ -83,7 +83,8 @@ impl Nido {
     /// # Errors
     /// Of the store, and what the host lacks.
     pub async fn pool_list(&self) -> Result<PoolList> {
-        let (pools, clones) = (self.store().pools()?, self.store().clones()?);
+        let pools = self.store().pools()?;
+        let clones = self.store().clones()?;
         if pools.is_empty() {
             return Ok(PoolList { pools: Vec::new() });
         }
@@ -226,7 +227,8 @@ impl Nido {
     }
 
     async fn pool_plan(&self) -> Result<Plan> {
-        let (pools, clones) = (self.store().pools()?, self.store().clones()?);
+        let pools = self.store().pools()?;
+        let clones = self.store().clones()?;
         if pools.is_empty() {
             return Ok(plan(&[], &clones));
         }
