@@ -27,6 +27,7 @@ mod json;
 mod lifecycle;
 mod limits;
 mod network;
+mod pool;
 mod rig;
 mod run;
 mod security;

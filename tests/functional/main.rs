@@ -10,6 +10,7 @@ mod files;
 mod forwards;
 mod lifecycle;
 mod logs;
+mod pool;
 mod run;
 mod terminal;
 mod travel;

@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use crate::support::Home;
 
-const VERBS: [&str; 23] = [
+const VERBS: [&str; 24] = [
     "spawn",
     "create",
     "start",
@@ -25,6 +25,7 @@ const VERBS: [&str; 23] = [
     "forward",
     "proxy",
     "template",
+    "pool",
     "doctor",
     "completions",
     "man",

@@ -39,6 +39,8 @@ const AT_ONCE: usize = 2;
 const FAILURES_MAX: u32 = 2;
 /// How long the filler waits after a failure.
 const BACK_OFF: Duration = Duration::from_secs(1);
+/// How long a filler leaves the host to whoever has just taken a clone, and to the first command they run in it.
+const OTHERS_FIRST: Duration = Duration::from_millis(100);
 /// How long a filler may take to let go of the pools.
 const LET_GO: Duration = Duration::from_secs(60);
 /// Where its log is begun anew, in bytes.
@@ -83,7 +85,8 @@ impl Nido {
     /// # Errors
     /// Of the store, and what the host lacks.
     pub async fn pool_list(&self) -> Result<PoolList> {
-        let (pools, clones) = (self.store().pools()?, self.store().clones()?);
+        let pools = self.store().pools()?;
+        let clones = self.store().clones()?;
         if pools.is_empty() {
             return Ok(PoolList { pools: Vec::new() });
         }
@@ -106,6 +109,7 @@ impl Nido {
         let _ = rustix::process::setsid();
         let nido = Self::open(options).await?;
         let path = nido.home.root().join(POOL_LOCK);
+        tokio::time::sleep(OTHERS_FIRST).await;
         loop {
             let Some(held) = Held::try_take(&path).map_err(|e| Error::io("cannot lock the pools", e))? else {
                 return Ok(());
@@ -226,7 +230,8 @@ impl Nido {
     }
 
     async fn pool_plan(&self) -> Result<Plan> {
-        let (pools, clones) = (self.store().pools()?, self.store().clones()?);
+        let pools = self.store().pools()?;
+        let clones = self.store().clones()?;
         if pools.is_empty() {
             return Ok(plan(&[], &clones));
         }

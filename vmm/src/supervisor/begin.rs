@@ -19,6 +19,7 @@ use tokio::time::Instant as TokioInstant;
 
 use super::forwards::bind;
 use super::launch::{Attached, LaunchError, Running, attach, launch};
+use super::pool::warm;
 use super::react::QMP_WITHIN;
 use super::run::Supervisor;
 use super::serve::{Life, Users};
@@ -255,6 +256,9 @@ impl Supervisor {
                     pong.inspect_err(|e| tracing::warn!("no sign of life: {e}")).map_or(Awake::Late, Awake::Yes)
                 }
             };
+            if !opens && matches!(answer, Awake::Yes(_)) {
+                warm(&Way { guest: guest.clone(), channel: door.clone() }, deadline).await;
+            }
             if opens && matches!(answer, Awake::Yes(_)) {
                 door.iter().for_each(|door| door.open(true));
             }

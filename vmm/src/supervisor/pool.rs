@@ -10,9 +10,11 @@
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
-use nido_guest_agent::wire::Pong;
+use nido_guest_agent::wire::{Exec, Pong};
 use tokio::net::TcpListener;
+use tokio::time::Instant as TokioInstant;
 
+use super::begin::Way;
 use super::control::ClaimOrder;
 use super::forwards::bind;
 use super::launch::Running;
@@ -22,9 +24,13 @@ use super::run::Supervisor;
 use super::serve::Life;
 use crate::api::{ForwardSpec, StartPath, Timings};
 use crate::error::{Code, Error, Result};
+use crate::guest::{GuestError, Session};
 use crate::machine::Machine;
 use crate::state::{Fact, VmState, advance};
 use crate::store::{Claim, Origin, Purpose, VmRow};
+
+/// How long a clone's first command may take, in milliseconds.
+const WARM_WITHIN_MS: u64 = 10_000;
 
 impl Supervisor {
     /// Halts a clone that is ready: from here on it waits.
@@ -119,6 +125,22 @@ impl Supervisor {
         }
         self.awaited = Some(self.watch_for_agent());
         Ok(())
+    }
+}
+
+/// Has the guest run a command that does nothing. Under emulation what runs for the first time after a load is slow:
+/// whoever claims the clone shall not wait for that. It is no reason to fail.
+pub(super) async fn warm(way: &Way, deadline: TokioInstant) {
+    let work = async {
+        let session = Session::open(way.stream(deadline).await?, way.guest.token(), deadline).await?;
+        let argv = ["sh", "-c", "true"].map(|word| word.as_bytes().to_vec().into()).to_vec();
+        let request = Exec { argv, timeout_ms: Some(WARM_WITHIN_MS), ..Exec::default() };
+        let mut running = session.exec(request, deadline).await?;
+        while running.events.next().await?.is_some() {}
+        Ok::<_, GuestError>(())
+    };
+    if let Err(error) = work.await {
+        tracing::warn!("the clone's first command failed: {error}");
     }
 }
 
