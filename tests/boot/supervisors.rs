@@ -101,7 +101,7 @@ fn a_command_ends_clearly_when_its_supervisor_is_killed() {
 fn killed_while_the_guest_boots() {
     let home = TestHome::new();
     let vm = Vm { home: &home, name: "web" };
-    let (spawning, _keys) = home.nido(["spawn", "web", "--net", "none"]).start();
+    let (spawning, _keys) = home.nido(["spawn", "web", "--net", "none", "--cold"]).start();
     let qemu = eventually("QEMU", || home.qemu());
     vm.kill_supervisor();
     let done = spawning.wait();

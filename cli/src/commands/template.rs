@@ -146,7 +146,7 @@ struct ImportArgs {
 enum Kernel {
     /// Debian's own, with all its modules
     Stock,
-    /// Compiled from Debian's source with what guests need: boots in a third of the time, no modules
+    /// Compiled from Debian's source with what guests need: boots in half the time, no modules
     Slim,
 }
 

@@ -51,16 +51,15 @@ pub fn slim_key(source_version: &str, tag: &str) -> String {
 }
 
 impl KeptKernels {
-    /// Those under `home`. Creates their directory.
-    pub fn new(home: &Path) -> Result<Self, ImageError> {
-        let directory = home.join("cache").join("kernels");
-        create_private(&directory)?;
-        Ok(Self { directory })
+    /// Those under `home`. Nothing is touched until one is kept.
+    pub fn new(home: &Path) -> Self {
+        Self { directory: home.join("cache").join("kernels") }
     }
 
-    /// Where they are; its lock is held by who compiles one.
-    pub fn directory(&self) -> &Path {
-        &self.directory
+    /// Where they are, created if need be; its lock is held by who compiles one.
+    pub fn directory(&self) -> Result<&Path, ImageError> {
+        create_private(&self.directory)?;
+        Ok(&self.directory)
     }
 
     /// Looks for a kernel and reads it. One that is damaged is removed.
@@ -100,7 +99,7 @@ impl KeptKernels {
         link(vmlinux, &new.join(VMLINUX))?;
         link(base, &new.join(BASE))?;
         write_file(&new.join(RECORD), &serde_json::to_vec_pretty(&record).unwrap_or_default())?;
-        let target = self.directory.join(key);
+        let target = self.directory()?.join(key);
         match fs::rename(&new, &target) {
             // It is kept already.
             Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) => {
@@ -170,7 +169,7 @@ mod tests {
     #[test]
     fn what_is_kept_comes_back_as_it_was() {
         let (home, scratch, kernel) = home();
-        let kept = KeptKernels::new(home.path()).unwrap();
+        let kept = KeptKernels::new(home.path());
         let files = (scratch.join("made"), scratch.join("base"));
         assert!(kept.find("slim-1-a").is_none());
         kept.keep("slim-1-a", &kernel, (&files.0, &files.1), &scratch).unwrap();
@@ -184,11 +183,11 @@ mod tests {
     #[test]
     fn a_damaged_kernel_is_not_used_and_goes() {
         let (home, scratch, kernel) = home();
-        let kept = KeptKernels::new(home.path()).unwrap();
+        let kept = KeptKernels::new(home.path());
         kept.keep("slim-1-a", &kernel, (&scratch.join("made"), &scratch.join("base")), &scratch).unwrap();
-        fs::write(kept.directory().join("slim-1-a").join(VMLINUX), "the kernal").unwrap();
+        fs::write(kept.directory.join("slim-1-a").join(VMLINUX), "the kernal").unwrap();
         assert!(kept.find("slim-1-a").is_none());
-        assert!(!kept.directory().join("slim-1-a").exists());
+        assert!(!kept.directory.join("slim-1-a").exists());
     }
 
     #[test]

@@ -126,7 +126,7 @@ fn run(
     for path in scratch.leftovers() {
         session.log.line(&format!("cannot remove what an earlier build left: {}", path.display()));
     }
-    let kept = KeptKernels::new(home)?;
+    let kept = KeptKernels::new(home);
     let kernel = wanted.kernel;
     let mut work = Work { store, recipe, scratch: scratch.path(), session, progress };
     let (made, stages_reused) = make(&mut work, &kept, wanted)?;

@@ -32,7 +32,7 @@ impl Work<'_, '_> {
     pub fn slim_kernel(&mut self, host: &Host, kept: &KeptKernels) -> Result<MadeKernel, ImageError> {
         let spec =
             slim::spec().map_err(|reason| ImageError::RecipeInvalid { name: "kernels/slim".to_owned(), reason })?;
-        let path = kept.directory();
+        let path = kept.directory()?;
         let lock = File::open(path).map_err(|error| ImageError::io("open", path, error))?;
         let waiting = Waiting { stage: Stage::Kernel, program: "another build's kernel", log: self.session.log.path() };
         wait_for_lock(&lock, path, &waiting, self.progress, self.session.cancel)?;
@@ -73,7 +73,7 @@ impl Work<'_, '_> {
         command
             .env("NIDO_SOURCE", &spec.source)
             .env("NIDO_OUT", &out)
-            .env("NIDO_KEPT", kept.directory())
+            .env("NIDO_KEPT", kept.directory()?)
             .env("NIDO_TAG", tag)
             .args(["--mode=root", "--variant=custom", "--format=null", "--architectures=amd64", "--verbose"])
             .args(network.iter().map(|option| format!("--aptopt={option}")))
