@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -148,10 +149,13 @@ fn eight_at_once_get_eight_vms() {
 fn a_clone_that_was_killed_is_replaced() {
     let home = TestHome::new();
     filled(&home, 2);
+    let before = qemus(&home);
     processes(&home, "supervise")[0].kill();
     // Its QEMU goes with it, and another comes.
-    full(&home, 2);
-    eventually("the end of what nobody looks after", || (qemus(&home).len() == 2).then_some(()));
+    eventually("another clone", || {
+        let (now, waits) = (qemus(&home), pool(&home)["ready"] == 2);
+        (waits && now.len() == 2 && now != before).then_some(())
+    });
     home.qemu().unwrap().kill();
     let vm = home.spawn("web", &["--net", "none"]);
     assert_eq!(vm.exec(["hostname"]).text(), "web");
@@ -181,13 +185,25 @@ fn a_filler_that_was_killed_is_replaced() {
     }
 }
 
+/// What the guests are told: a claim replaces the file of its clone.
+fn tokens(home: &TestHome) -> BTreeSet<u64> {
+    let file = |dir: String| home.path().join("vms").join(dir).join("guest.cbor").metadata();
+    home.vm_dirs().into_iter().filter_map(|dir| file(dir).ok()).map(|meta| meta.ino()).collect()
+}
+
 #[test]
 fn whoever_is_killed_while_a_clone_is_claimed_leaks_nothing() {
     let home = TestHome::new();
-    for round in 0..6 {
+    for (claimer_dies, at_once) in
+        [(true, true), (true, false), (false, true), (false, false), (true, false), (false, false)]
+    {
         filled(&home, 2);
+        let before = tokens(&home);
         let (spawning, _keys) = home.nido(["spawn", "web", "--net", "none"]).start();
-        if round % 2 == 0 {
+        if !at_once {
+            eventually("a claim", || (tokens(&home) != before).then_some(()));
+        }
+        if claimer_dies {
             spawning.signal(Signal::KILL);
             spawning.wait();
         } else {
@@ -195,7 +211,9 @@ fn whoever_is_killed_while_a_clone_is_claimed_leaks_nothing() {
             spawning.wait().expect(0);
         }
         // Either nobody got it, or it is a VM.
-        if home.names().contains(&"web".to_owned()) {
+        let claimed = home.names().contains(&"web".to_owned());
+        assert!(claimed || claimer_dies, "who lives on gets a VM");
+        if claimed {
             assert_eq!(home.nido(["exec", "web", "--", "hostname"]).text(), "web");
             home.nido(["delete", "--force", "web"]).ok();
         }

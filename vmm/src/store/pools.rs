@@ -94,7 +94,8 @@ impl Store {
     /// Of the store.
     pub fn pools_short(&self) -> Result<bool> {
         let count = "SELECT (SELECT coalesce(sum(wanted), 0) FROM pools) > \
-                     (SELECT count(*) FROM vms WHERE purpose = 'pool' AND deleting = 0)";
+                     (SELECT count(*) FROM vms WHERE purpose = 'pool' AND deleting = 0 \
+                      AND state IN ('starting', 'running', 'paused'))";
         self.connection.query_row(count, [], |row| row.get(0)).map_err(fault)
     }
 

@@ -155,6 +155,8 @@ impl Supervisor {
         };
         // Nobody waits any more for what was there to be saved. A clone is made anew more quickly than it is trusted again.
         if self.row.purpose != Purpose::Use {
+            // It no longer counts, from here on.
+            self.learn(Fact::StopAsked);
             let _ = running.process.kill();
             return Err(Ended::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
         }

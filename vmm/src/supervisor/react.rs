@@ -131,6 +131,8 @@ impl Supervisor {
             Order::Snapshot(name, reply) => self.take_snapshot(name, running, reply),
             Order::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
             Order::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec).await)),
+            // Whoever asked may have given up, and made another VM.
+            Order::Claim(_, reply) if reply.is_closed() => {}
             Order::Claim(order, reply) => {
                 let outcome = self.claim(*order, running).await;
                 let _ = reply.send(outcome);

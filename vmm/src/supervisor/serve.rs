@@ -125,15 +125,9 @@ async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
             let _ = desk.orders.send(Order::Stop(stop)).await;
             until_ended(&mut desk).await
         }
-        // Who gave up meanwhile must not be given a VM.
-        Ok(Request::Claim(_)) if gone(reader.get_ref()) => return Ok(()),
-        Ok(Request::Claim(order)) => match desk.ask(|reply| Order::Claim(order, reply)).await {
-            Ok(()) => {
-                let _use = desk.users.enter();
-                send(&mut writer, &Answer::Stage { stage: StartStage::Preparing }).await?;
-                until_ready(&mut desk.life, &mut writer, reader.get_mut()).await?
-            }
-            Err(error) => failed(&error),
+        Ok(Request::Claim(order)) => match until_claimed(&mut desk, order, &mut writer, reader.get_mut()).await? {
+            Some(answer) => answer,
+            None => return Ok(()),
         },
         Ok(Request::Retire) => match desk.ask(Order::Retire).await {
             Ok(()) => until_ended(&mut desk).await,
@@ -214,6 +208,29 @@ async fn until_ready(
             _ = reader.read(&mut rest) => return Err(std::io::ErrorKind::BrokenPipe.into()),
         }
     }
+}
+
+/// `None`: who asked has gone, and gets no VM.
+async fn until_claimed(
+    desk: &mut Desk,
+    order: Box<ClaimOrder>,
+    writer: &mut (impl AsyncWriteExt + Unpin),
+    reader: &mut BufReader<OwnedReadHalf>,
+) -> std::io::Result<Option<Answer>> {
+    if gone(reader) {
+        return Ok(None);
+    }
+    let mut rest = [0; 16];
+    let claimed = tokio::select! {
+        claimed = desk.ask(|reply| Order::Claim(order, reply)) => claimed,
+        _ = reader.read(&mut rest) => return Ok(None),
+    };
+    if let Err(error) = claimed {
+        return Ok(Some(failed(&error)));
+    }
+    let _use = desk.users.enter();
+    send(writer, &Answer::Stage { stage: StartStage::Preparing }).await?;
+    until_ready(&mut desk.life, writer, reader).await.map(Some)
 }
 
 async fn until_ended(desk: &mut Desk) -> Answer {
