@@ -32,6 +32,7 @@ mod rig;
 mod run;
 mod security;
 mod snapshots;
+mod soak;
 mod spawn;
 mod supervisors;
 mod templates_travel;

@@ -36,7 +36,7 @@ const BLOCK: usize = 1 << 20;
 /// What is written down about a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// [`FORMAT`] of the program that took it.
+    /// The version of this record.
     pub format: u32,
     /// When it was taken.
     pub created_at: Timestamp,

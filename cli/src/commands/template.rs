@@ -354,7 +354,7 @@ fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
         ("used by", users),
         (
             "forks on",
-            if bakes.is_empty() { "no machine; see nido template bake --help".into() } else { bakes.join("\n") },
+            if bakes.is_empty() { "no machine; see nido template bake --help".into() } else { bakes.join("; ") },
         ),
     ]
 }

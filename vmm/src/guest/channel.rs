@@ -150,7 +150,7 @@ impl Channel {
         self.link.clone()
     }
 
-    /// How busy its clients are. What [`Self::session`] does is not counted.
+    /// How busy its clients are. What goes over [`Self::stream`] is not counted.
     #[must_use]
     pub fn activity(&self) -> &Activity {
         &self.activity

@@ -64,6 +64,10 @@ impl Nido {
             return Err(Error::new(Code::VmBusy, format!("VM '{name}' was started meanwhile")));
         }
         self.erase(&row.id)?;
+        if row.parts.frozen.len() > 1 {
+            // A copy of a running VM stands on parts that no template names.
+            self.drop_private_parts();
+        }
         Ok(info)
     }
 

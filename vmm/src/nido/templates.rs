@@ -233,6 +233,17 @@ impl Nido {
         }
     }
 
+    /// The same, unless somebody is making something of parts just now: then whoever comes next does it.
+    pub(super) fn drop_private_parts(&self) {
+        let freed = self.templates_lock(FlockOperation::NonBlockingLockExclusive).and_then(|_lock| {
+            let in_use = self.store().parts_in_use()?;
+            Ok(self.images().collect_garbage(&in_use)?)
+        });
+        if let Err(error) = freed {
+            tracing::info!("unused parts stay for now: {error}");
+        }
+    }
+
     /// Which VM was made from which template.
     pub(super) fn template_users(&self) -> Result<Vec<(String, String)>> {
         let rows = self.store().vms()?.into_iter().filter(|row| row.purpose == Purpose::Use);
