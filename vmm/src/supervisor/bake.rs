@@ -1,9 +1,11 @@
 //! Saving a guest so that others can go on from it: the end of a VM that is there to be baked.
 //!
 //! ```text
-//!  ready - freeze - end the channel's talk - halt - save state - quit      memory.img, state.bin, disk.qcow2
-//!                                                                            hashed, into the store of parts
+//!  ready - freeze - end the channel's talk - rest - halt - save state - quit    memory.img, state.bin, disk.qcow2
+//!                                                                                 hashed, into the store of parts
 //! ```
+//!
+//! What the guest has not done when it is halted, each of its forks does first: so it is left alone until it rests.
 //!
 //! Invariant: the agent in the saved memory has no session and waits for its host's first word, its disk is clean, and
 //! nothing of the three files changes after QEMU has ended.
@@ -26,11 +28,17 @@ use crate::home::{DEVICE_STATE, DISK, MEMORY_IMAGE};
 use crate::host::{QemuFacts, facts, qemu};
 use crate::qemu::migration::{self, Memory};
 use crate::state::Fact;
+use crate::store::Origin;
 
 /// How long the guest may take to fall silent.
 const QUIET_WITHIN: Duration = Duration::from_secs(30);
 /// How long QEMU may take to save a machine's state.
 const SAVED_WITHIN: Duration = Duration::from_secs(60);
+/// How long the guest may take to come to rest.
+const RESTS_WITHIN: Duration = Duration::from_secs(8);
+/// Over how long its CPU time is counted, and what share of it counts as rest.
+const LOOK_EVERY: Duration = Duration::from_millis(400);
+const RESTING_PERCENT: u32 = 3;
 /// The socket over which a state is saved.
 const SAVE_SOCKET: &str = "save.sock";
 
@@ -51,6 +59,10 @@ impl Supervisor {
         let deadline = Instant::now() + QUIET_WITHIN;
         let name = self.row.spec.name.as_str();
         self.silence(deadline).await.map_err(|e| Error::from_guest(name, e))?;
+        // A copy of a running VM is wanted at once, and its programs may never rest.
+        if self.row.origin == Origin::Boot {
+            rest(running.process.pid()).await;
+        }
         let broken = |why: String| Error::new(Code::QemuFailed, format!("the guest cannot be saved: {why}"));
         running.monitor.stop(QMP_WITHIN).await.map_err(|e| broken(e.to_string().escape_debug().to_string()))?;
         let state = File::create(DEVICE_STATE).map_err(|e| Error::io("cannot save the guest", e))?;
@@ -97,6 +109,32 @@ impl Supervisor {
             disk: Disk { file: disk, virtual_bytes: self.row.disk_bytes },
         })
     }
+}
+
+/// Waits until the guest has nothing left to do, but not for ever: some always have.
+async fn rest(qemu: i32) {
+    let deadline = Instant::now() + RESTS_WITHIN;
+    let mut before = cpu_time(qemu);
+    while Instant::now() < deadline {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let now = cpu_time(qemu);
+        let used = now.saturating_sub(before);
+        if used < LOOK_EVERY * RESTING_PERCENT / 100 {
+            return;
+        }
+        before = now;
+    }
+    tracing::warn!("the guest does not come to rest; it is saved as it is");
+}
+
+/// How much CPU time all threads of a process have used. Zero if it cannot be seen.
+fn cpu_time(pid: i32) -> Duration {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let nanos = tasks.filter_map(|task| {
+        let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split_ascii_whitespace().next()?.parse::<u64>().ok()
+    });
+    Duration::from_nanos(nanos.sum())
 }
 
 fn memory_part(path: &Path) -> Result<Part> {
