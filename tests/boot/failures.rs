@@ -9,13 +9,13 @@ use crate::rig::{TestHome, eventually, send};
 #[test]
 fn a_guest_that_never_answers() {
     let home = TestHome::new();
-    let problem = home.nido(["spawn", "web", "--timeout", "200ms"]).problem(1, "agent_unreachable");
+    let problem = home.nido(["spawn", "web", "--cold", "--timeout", "200ms"]).problem(1, "agent_unreachable");
     assert!(problem["detail"].as_str().unwrap().contains("0.2 s") && problem["hint"].is_string(), "{problem:#}");
     home.assert_empty();
 
     // Late enough for the kernel to have said something: its words are in the error.
     home.nido(["create", "web", "--net", "none"]).ok();
-    let told = home.nido(["start", "web", "--timeout", "200ms"]).problem(1, "agent_unreachable");
+    let told = home.nido(["start", "web", "--cold", "--timeout", "200ms"]).problem(1, "agent_unreachable");
     let info = home.nido(["info", "web"]).json();
     assert_eq!((&info["status"], &info["failure"]["cause"]), (&"failed".into(), &"guest_timeout".into()));
     if let Some(tail) = told.get("log_tail") {
@@ -35,7 +35,7 @@ fn a_guest_whose_agent_is_not_there() {
     let base = json["parts"]["initramfs_base"].clone();
     json["parts"]["initramfs"] = base;
     fs::write(&manifest, serde_json::to_vec(&json).unwrap()).unwrap();
-    let problem = home.nido(["spawn", "web", "--net", "none"]).problem(1, "guest_failed");
+    let problem = home.nido(["spawn", "web", "--cold", "--net", "none"]).problem(1, "guest_failed");
     let tail = problem["log_tail"].to_string();
     assert!(tail.contains("Kernel panic"), "{problem:#}");
     home.assert_empty();
@@ -50,7 +50,7 @@ fn a_guest_that_hangs_is_told_with_its_last_words() {
     json["kernel"]["append"] = format!("{} ignore_loglevel", json["kernel"]["append"].as_str().unwrap()).into();
     fs::write(&manifest, serde_json::to_vec(&json).unwrap()).unwrap();
 
-    let (spawning, _keys) = home.nido(["spawn", "web", "--net", "none", "--timeout", "15s"]).start();
+    let (spawning, _keys) = home.nido(["spawn", "web", "--cold", "--net", "none", "--timeout", "15s"]).start();
     let qemu = eventually("QEMU", || home.qemu());
     eventually("the kernel's first words", || {
         let dir = home.path().join("vms").join(home.vm_dirs().first()?);
