@@ -177,8 +177,8 @@ class Baked(Template):
         with open(os.path.join(blobs, bake["state"]["sha256"]), "rb") as state:
             self.state = state.read()
         self.token = bytes.fromhex(bake["token"])
-        self.config = os.path.join(running.dir, "guest.cbor")
-        self.pristine = os.path.join(keep_in, "pristine.qcow2")
+        self.config, self.pristine = (os.path.join(keep_in, name) for name in ("guest.cbor", "pristine.qcow2"))
+        shutil.copy(os.path.join(running.dir, "guest.cbor"), self.config)
         base = os.path.join(blobs, bake["disk"]["sha256"])
         create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, self.pristine]
         subprocess.run(create, check=True)
