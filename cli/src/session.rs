@@ -9,7 +9,6 @@
 //! no step waits for the guest in a way that a third Ctrl-C cannot end.
 
 use std::future::Future;
-use std::pin::pin;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -17,6 +16,7 @@ use nido_vmm::api::{ExecEvent, ExecExit, ExecRequest, ExecResult, Truncated};
 use nido_vmm::error::Error;
 use nido_vmm::name::VmName;
 use nido_vmm::nido::{ExecControl, Nido};
+use tokio::task::AbortHandle;
 
 use crate::exit::{Exit, Failure, Outcome};
 use crate::output::Output;
@@ -56,8 +56,7 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
         Err(number) => return Ok(Exit::Signal(number)),
     };
     let _raw_mode = if pty && wants_stdin { Some(RawMode::enter()?) } else { None };
-    let mut feed = pin!(feed(output, &control, wants_stdin));
-    let mut feeding = true;
+    let _feed = Feed::start(output, &control, wants_stdin);
     let mut screens = Screens::new(output, raw || pty);
     let writer = Writer::start();
     // A piece that waits for the writer keeps further events from being read.
@@ -65,7 +64,6 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
     let exit = loop {
         let next = tokio::select! {
             signal = signals.next() => Next::Signal(signal),
-            () = &mut feed, if feeding => { feeding = false; continue }
             event = events.next(), if waiting.is_none() => Next::Event(event),
             room = writer.room(), if waiting.is_some() => {
                 if let (Some(room), Some(piece)) = (room, waiting.take()) {
@@ -143,11 +141,26 @@ fn ended(output: &Output, exit: &ExecExit) -> Exit {
     Exit::of_command(exit)
 }
 
-/// Passes on standard input to its end. An error means that the command is gone, which its events tell better.
-async fn feed(output: &Output, control: &ExecControl, wanted: bool) {
-    if !wanted {
-        return;
+/// Passes on standard input to its end, on a task of its own: a piece that is half sent must go on while a signal waits
+/// for its turn behind it. Dropped, it ends.
+struct Feed(Option<AbortHandle>);
+
+impl Feed {
+    fn start(output: &Output, control: &ExecControl, wanted: bool) -> Self {
+        Self(wanted.then(|| tokio::spawn(feed(output.clone(), control.clone())).abort_handle()))
     }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}
+
+/// An error means that the command is gone, which its events tell better.
+async fn feed(output: Output, control: ExecControl) {
     let mut pieces = stdio::read();
     while let Some(piece) = pieces.recv().await {
         match piece {
@@ -229,8 +242,7 @@ async fn collected(output: &Output, nido: &Nido, name: &VmName, request: ExecReq
         Ok(command) => command,
         Err(number) => return Ok(Exit::Signal(number)),
     };
-    let mut feed = pin!(feed(output, &control, wants_stdin));
-    let mut feeding = true;
+    let _feed = Feed::start(output, &control, wants_stdin);
     let (mut out, mut err) = (Collected::default(), Collected::default());
     let exit = loop {
         tokio::select! {
@@ -241,7 +253,6 @@ async fn collected(output: &Output, nido: &Nido, name: &VmName, request: ExecReq
                     return Ok(Exit::Signal(number));
                 }
             },
-            () = &mut feed, if feeding => feeding = false,
             event = events.next() => match event {
                 Some(Ok(ExecEvent::Started(_))) => {}
                 Some(Ok(ExecEvent::Stdout(bytes))) => out.add(&bytes),

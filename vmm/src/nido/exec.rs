@@ -110,7 +110,8 @@ pub struct ExecControl {
 }
 
 impl ExecControl {
-    /// Sends bytes to its standard input; waits while it does not take them.
+    /// Sends bytes to its standard input; waits while it does not take them. Drive it on a task of its own: a signal
+    /// waits for its turn behind a piece that is half sent.
     ///
     /// # Errors
     /// `agent_unreachable` if the connection is gone.
