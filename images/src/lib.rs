@@ -44,7 +44,7 @@ mod travel;
 
 pub use agent::{AGENT, AGENT_PROTOCOL, agent_sha256};
 pub use build::{BuildOptions, BuildOutcome, build};
-pub use digest::{SPARSE_BLOCK, sparse_sha256};
+pub use digest::{SPARSE_BLOCK, sha256, sparse_sha256};
 pub use error::ImageError;
 pub use export::{ExportOptions, ExportOutcome, export};
 pub use flatten::{Layers, create};

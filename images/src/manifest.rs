@@ -160,6 +160,19 @@ pub struct BakedMachine {
     pub tsc_khz: Option<u32>,
     /// The host's CPU, where the guest sees it (`kvm`).
     pub host_cpu: Option<String>,
+    /// Digest of the devices and their switches, in hexadecimal digits; empty in what was saved before they counted.
+    #[serde(default)]
+    pub devices: String,
+}
+
+impl BakedMachine {
+    /// Whether whoever asks for the one machine may get the other: they differ, if at all, in what no user asks for (the
+    /// rate of the clock, the devices of another nido), so of two bakes of them the older is of no use.
+    #[must_use]
+    pub fn is_asked_for_as(&self, other: &Self) -> bool {
+        let asked = Self { tsc_khz: other.tsc_khz, devices: other.devices.clone(), ..self.clone() };
+        asked == *other
+    }
 }
 
 /// One build of QEMU.
@@ -274,6 +287,26 @@ pub(crate) mod tests {
         let mut manifest = sample("sandbox");
         manifest.parts.root.file.sha256 = "../../../etc/shadow".to_owned();
         assert!(Manifest::parse(&manifest.to_json()).unwrap_err().contains("root"));
+    }
+
+    #[test]
+    fn of_two_bakes_that_only_the_host_tells_apart_one_is_enough() {
+        let machine = BakedMachine {
+            machine: "microvm".to_owned(),
+            accel: "tcg".to_owned(),
+            cpu_model: "max".to_owned(),
+            cpus: 1,
+            memory_mib: 512,
+            net: "nat".to_owned(),
+            transport: "virtio-serial".to_owned(),
+            tsc_khz: Some(2_000_000),
+            host_cpu: None,
+            devices: "d0".to_owned(),
+        };
+        let elsewhere = BakedMachine { tsc_khz: None, devices: "d1".to_owned(), ..machine.clone() };
+        assert!(elsewhere.is_asked_for_as(&machine));
+        assert!(!BakedMachine { memory_mib: 1024, ..machine.clone() }.is_asked_for_as(&machine));
+        assert!(!BakedMachine { host_cpu: Some(String::new()), ..machine.clone() }.is_asked_for_as(&machine));
     }
 
     #[test]

@@ -189,7 +189,7 @@ impl Store {
         if manifest.parts != *of {
             return Err(ImageError::TemplateChanged { name: name.to_owned() });
         }
-        manifest.bakes.retain(|other| other.machine != bake.machine);
+        manifest.bakes.retain(|other| !other.machine.is_asked_for_as(&bake.machine));
         manifest.bakes.push(bake);
         self.publish(&manifest, lock)?;
         Ok(manifest)

@@ -7,6 +7,7 @@ use nido_images::{Bake, BakedMachine, QemuId};
 
 use crate::host::{HostFacts, QemuFacts};
 use crate::machine::{Accel, Machine};
+use crate::qemu::argv;
 
 /// How far the host's time-stamp counter may have been measured differently, in parts per million. The guest's clock runs
 /// off by as much.
@@ -43,6 +44,7 @@ pub fn shape(machine: &Machine, host: &HostFacts) -> BakedMachine {
         transport: machine.transport.name().into(),
         tsc_khz: machine.tsc_khz,
         host_cpu: (machine.accel == Accel::Kvm).then(|| host.cpu_model.clone()),
+        devices: nido_images::sha256(argv::devices(machine).as_bytes()),
     }
 }
 
@@ -93,6 +95,9 @@ pub fn fits(saved: (&BakedMachine, &QemuId), wanted: &BakedMachine, qemu: &QemuI
         } else {
             format!("it was saved by QEMU {}, and here is {}", by.version, qemu.version)
         }));
+    }
+    if machine.devices != wanted.devices {
+        return Err(Unfit::Mismatch("it was saved by another nido, whose machines have other devices".into()));
     }
     if clocks_agree(machine, wanted) {
         Ok(())
@@ -145,6 +150,7 @@ mod tests {
             transport: "virtio-serial".into(),
             tsc_khz: Some(2_300_000),
             host_cpu: None,
+            devices: "d0".into(),
         }
     }
 
@@ -193,6 +199,8 @@ mod tests {
         );
         let fast = BakedMachine { tsc_khz: Some(2_400_000), ..machine() };
         assert!(matches!(why(bake(fast, qemu("7.2", "a"))), Unfit::Mismatch(why) if why.contains("time-stamp")));
+        let other_devices = BakedMachine { devices: String::new(), ..machine() };
+        assert!(matches!(why(bake(other_devices, qemu("7.2", "a"))), Unfit::Mismatch(why) if why.contains("devices")));
         let clockless = BakedMachine { tsc_khz: None, ..machine() };
         assert!(matches!(why(bake(clockless, qemu("7.2", "a"))), Unfit::Mismatch(_)));
     }

@@ -14,7 +14,7 @@ use crate::api::NetChoice;
 use crate::machine::{Accel, Machine, MachineType, Transport};
 
 /// What belongs to one start of one VM. Paths are absolute or relative to the VM's directory.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Files {
     /// The VM's name, for process lists.
     pub vm_name: String,
@@ -41,9 +41,10 @@ pub struct Files {
 }
 
 /// Where a guest's memory comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Memory {
     /// From the system, empty.
+    #[default]
     Fresh,
     /// A file that holds it, and keeps what the guest writes: for a guest that is to be saved.
     File(OsString),
@@ -57,7 +58,7 @@ pub enum Memory {
 }
 
 /// The root disk: a qcow2 overlay on frozen qcow2 layers.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Disk {
     /// The VM's own layer.
     pub overlay: OsString,
@@ -101,6 +102,20 @@ pub fn parts(machine: &Machine, files: &Files) -> Vec<Part> {
 #[must_use]
 pub fn flatten(parts: Vec<Part>) -> Vec<OsString> {
     parts.into_iter().flat_map(|part| part.args).collect()
+}
+
+/// What a guest sees of its machine besides its size: the machine type and the devices, each with its switches, a line
+/// each. A state that was saved with others cannot be loaded.
+#[must_use]
+pub fn devices(machine: &Machine) -> String {
+    let transport = match machine.transport {
+        // A clone gets an address of its own.
+        Transport::Vsock { .. } => Transport::Vsock { cid: 3 },
+        serial @ Transport::VirtioSerial { .. } => serial,
+    };
+    let args = flatten(parts(&Machine { transport, ..machine.clone() }, &Files::default()));
+    let seen = args.windows(2).filter(|pair| pair[0] == "-machine" || pair[0] == "-device");
+    seen.map(|pair| pair[1].to_string_lossy().into_owned() + "\n").collect()
 }
 
 /// A value inside a `key=value,key=value` argument: QEMU ends it at a comma that is not doubled.
@@ -250,7 +265,9 @@ fn disk(machine: &Machine, disk: &Disk) -> Part {
 fn nat(machine: &Machine) -> Part {
     // A PCI network card would bring a boot ROM along; the kernel is given, so nothing boots from the network.
     let rom = if machine.machine == MachineType::Microvm { "" } else { ",romfile=" };
-    let device = format!("{},netdev=net{rom}", virtio(machine, "virtio-net"));
+    // Asked to announce itself, each guest that was loaded would spend its first milliseconds telling a switch that is
+    // not there where it has moved to.
+    let device = format!("{},netdev=net,guest_announce=off{rom}", virtio(machine, "virtio-net"));
     part("net", ["-netdev", "user,id=net", "-device", &device])
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use super::argv::{Disk, Files, Memory, Part, flatten, parts};
+use super::argv::{Disk, Files, Memory, Part, devices, flatten, parts};
 use crate::api::{AccelChoice, MachineChoice, NetChoice};
 use crate::host::{HostFacts, KvmVerdict, VsockVerdict};
 use crate::machine::{Machine, MachineRequest, Transport, decide, tests::qemu_facts};
@@ -146,4 +146,18 @@ fn a_newer_qemu_redials_sooner() {
     assert!(!redials(&machine));
     machine.transport = Transport::VirtioSerial { reconnect_ms: true };
     assert!(redials(&machine));
+}
+
+#[test]
+fn the_devices_of_a_machine_are_told_from_others_but_not_its_address() {
+    let of = |kind, vsock| machine(kind, AccelChoice::Tcg, vsock);
+    let here = of(MachineChoice::Microvm, VsockVerdict::Usable);
+    let elsewhere = Machine { transport: Transport::Vsock { cid: 99 }, memory_mib: 1024, ..here.clone() };
+    assert_eq!(devices(&here), devices(&elsewhere));
+    let lines: Vec<_> = devices(&here).lines().map(str::to_owned).collect();
+    assert!(lines[0].starts_with("microvm,") && lines.contains(&"virtio-rng-device,rng=rng".to_owned()), "{lines:?}");
+    assert!(lines.contains(&"vhost-vsock-device,guest-cid=3".to_owned()), "{lines:?}");
+    assert_ne!(devices(&here), devices(&of(MachineChoice::Microvm, VsockVerdict::Absent)));
+    assert_ne!(devices(&here), devices(&of(MachineChoice::Pc, VsockVerdict::Usable)));
+    assert_ne!(devices(&here), devices(&Machine { net: NetChoice::None, ..here.clone() }));
 }

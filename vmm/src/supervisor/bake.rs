@@ -35,10 +35,12 @@ const QUIET_WITHIN: Duration = Duration::from_secs(30);
 /// How long QEMU may take to save a machine's state.
 const SAVED_WITHIN: Duration = Duration::from_secs(60);
 /// How long the guest may take to come to rest.
-const RESTS_WITHIN: Duration = Duration::from_secs(8);
-/// Over how long its CPU time is counted, and what share of it counts as rest.
+const RESTS_WITHIN: Duration = Duration::from_secs(20);
+/// Over how long its CPU time is counted, what share of it counts as rest, and how many such spans in a row it takes: what
+/// a kernel puts off, it puts off for a second or two (the addresses of a network card, for one).
 const LOOK_EVERY: Duration = Duration::from_millis(400);
 const RESTING_PERCENT: u32 = 3;
+const RESTING_SPANS: u32 = 10;
 /// The socket over which a state is saved.
 const SAVE_SOCKET: &str = "save.sock";
 
@@ -114,12 +116,13 @@ impl Supervisor {
 /// Waits until the guest has nothing left to do, but not for ever: some always have.
 async fn rest(qemu: i32) {
     let deadline = Instant::now() + RESTS_WITHIN;
-    let mut before = cpu_time(qemu);
+    let (mut before, mut rested) = (cpu_time(qemu), 0);
     while Instant::now() < deadline {
         tokio::time::sleep(LOOK_EVERY).await;
         let now = cpu_time(qemu);
-        let used = now.saturating_sub(before);
-        if used < LOOK_EVERY * RESTING_PERCENT / 100 {
+        let rests = now.saturating_sub(before) < LOOK_EVERY * RESTING_PERCENT / 100;
+        rested = if rests { rested + 1 } else { 0 };
+        if rested == RESTING_SPANS {
             return;
         }
         before = now;

@@ -151,6 +151,7 @@ impl Rig {
                 transport: "virtio-serial".into(),
                 tsc_khz: Some(2_000_000),
                 host_cpu: None,
+                devices: String::new(),
             },
             qemu: QemuId { version: "7.2".into(), sha256: sha256(b"qemu") },
             token: "00ff".into(),
