@@ -115,29 +115,39 @@ async fn dial(path: &Path, patience: Duration) -> io::Result<OwnedFd> {
 
 /// Serves one connection of the port after another, until the host's end is closed.
 async fn serve_port(agent: &Arc<Agent>, port: &mut Port) -> io::Result<()> {
-    while agree(port).await? {
+    while agree(agent, port).await? {
         serve_mux(agent, port).await;
         port.forget_unsent();
     }
     Ok(())
 }
 
-/// Waits until the host and the agent agree where a connection begins; false if the host's end is closed.
-async fn agree(port: &mut Port) -> io::Result<bool> {
+/// Waits until the host and the agent agree where a connection begins, answering letters meanwhile; false if the host's
+/// end is closed.
+async fn agree(agent: &Arc<Agent>, port: &mut Port) -> io::Result<bool> {
     let mut scanner = sync::Scanner::default();
     let mut offered = None;
     loop {
         let Some(byte) = port.next_byte().await? else { return Ok(false) };
-        match scanner.push(byte) {
+        let answer = match scanner.push(byte) {
             Some(sync::Block { kind: sync::Kind::Probe, nonce }) => {
                 offered = Some(nonce);
-                let ack = sync::Block { kind: sync::Kind::Ack, nonce };
-                if !port.send_block(&ack.bytes()).await? {
-                    return Ok(false);
-                }
+                Some(sync::Block { kind: sync::Kind::Ack, nonce }.bytes().to_vec())
+            }
+            Some(sync::Block { kind: sync::Kind::Letter(length), nonce }) => {
+                let Some(letter) = port.next_bytes(length.into()).await? else { return Ok(false) };
+                let words = session::answer_letter(agent, &letter).await;
+                let length = u16::try_from(words.len()).unwrap_or_default();
+                let block = sync::Block { kind: sync::Kind::Reply(length), nonce };
+                Some([&block.bytes(), &words[..length.into()]].concat())
             }
             Some(sync::Block { kind: sync::Kind::Go, nonce }) if offered == Some(nonce) => return Ok(true),
-            Some(_) | None => {}
+            Some(_) | None => None,
+        };
+        if let Some(answer) = answer
+            && !port.send_block(&answer).await?
+        {
+            return Ok(false);
         }
     }
 }

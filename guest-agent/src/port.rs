@@ -62,7 +62,20 @@ impl Port {
         Ok(Some(self.ahead[self.start - 1]))
     }
 
-    /// Sends a block of the preamble; false if the host's end was closed meanwhile.
+    /// The next `length` bytes; `None` if the host's end is closed before they have come.
+    ///
+    /// # Errors
+    /// The port is broken.
+    pub async fn next_bytes(&mut self, length: usize) -> io::Result<Option<Vec<u8>>> {
+        let mut bytes = vec![0; length];
+        match self.read_exact(&mut bytes).await {
+            Ok(_) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sends a block of the preamble and what follows it; false if the host's end was closed meanwhile.
     ///
     /// # Errors
     /// The port is broken.

@@ -125,11 +125,11 @@ fn set_clock(time_ns: i64) -> io::Result<()> {
 /// Puts a fresh boot id where programs read the kernel's, which is a constant of the saved memory.
 fn renew_boot_id() -> io::Result<()> {
     let line = uuid_line(identity::random_uuid()?);
-    fs::create_dir_all(RUN).map_err(named(RUN))?;
     // In place, for what is mounted is the file itself; a new file gets its mode by being new.
     match File::options().write(true).open(BOOT_ID) {
         Ok(mut file) => io::Write::write_all(&mut file, line.as_bytes()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir_all(RUN).map_err(named(RUN))?;
             replace_file(Path::new(BOOT_ID), line.as_bytes(), 0o444)
         }
         Err(error) => Err(error),

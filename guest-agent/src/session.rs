@@ -24,6 +24,8 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the host may take to close the session after it was told that the guest goes down.
 const FAREWELL_DEADLINE: Duration = Duration::from_millis(500);
+/// The most of a failure's text that goes into the answer to a letter, in bytes.
+const LETTERS_FAULT: usize = 2048;
 /// How long writing everything to the disks may take before the guest goes down.
 const SYNC_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -82,12 +84,11 @@ async fn greet(
     };
     match answer {
         Ok((pass, nonce)) => {
-            let welcome = Welcome { version: VERSION, nonce, agent: env!("CARGO_PKG_VERSION").into() };
-            output.send(&ToHost::Welcome(welcome)).await?;
+            output.send(&welcome(nonce)).await?;
             Ok(Some(pass))
         }
         Err(reason) => {
-            output.send(&ToHost::Refused(Refused { reason, oldest: VERSION, newest: VERSION })).await?;
+            output.send(&refused(reason)).await?;
             Ok(None)
         }
     }
@@ -100,6 +101,48 @@ fn judge(hello: &Hello, access: &Access, busy: bool) -> Result<Pass, Reason> {
         return Err(Reason::Version);
     }
     if busy { Err(Reason::Busy) } else { Ok(pass) }
+}
+
+/// Carries out a letter: a hello and a renewal. Gives the messages a session would have given, as one piece.
+///
+/// It is the first thing that runs in a guest that was loaded, where everything that runs for the first time is dear; hence
+/// no session, no stream and no timer. A host that goes meanwhile does not stop it: the next one is told which token counts.
+pub async fn answer_letter(agent: &Arc<Agent>, letter: &[u8]) -> Vec<u8> {
+    let (first, second) = match wire::decode_first(letter) {
+        Ok((ToGuest::Hello(hello), rest)) => {
+            (judge(&hello, &agent.access, false).map(|pass| (pass, hello.nonce)), rest)
+        }
+        _ => (Err(Reason::NoHello), &[][..]),
+    };
+    let (pass, nonce) = match first {
+        Ok(admitted) => admitted,
+        Err(reason) => return encoded(&[refused(reason)]),
+    };
+    let answer = match wire::decode_first(second) {
+        Ok((ToGuest::Renew(order), [])) => renew::renew(agent, order, pass.number).await,
+        _ => Err(Refusal::new(Fault::Invalid, "a letter holds a hello and a renewal, and nothing else")),
+    };
+    let answer = match answer {
+        Ok(()) => ToHost::Renewed(pong(agent)),
+        Err(Refusal { fault, mut message }) => {
+            message.truncate(message.floor_char_boundary(LETTERS_FAULT));
+            ToHost::Failed(wire::Failed { fault, message })
+        }
+    };
+    encoded(&[welcome(nonce), answer])
+}
+
+fn encoded(messages: &[ToHost]) -> Vec<u8> {
+    // What was refused is short enough for a frame, and so is the rest.
+    messages.iter().flat_map(|message| wire::encode(message).unwrap_or_default()).collect()
+}
+
+fn welcome(nonce: u64) -> ToHost {
+    ToHost::Welcome(Welcome { version: VERSION, nonce, agent: env!("CARGO_PKG_VERSION").into() })
+}
+
+fn refused(reason: Reason) -> ToHost {
+    ToHost::Refused(Refused { reason, oldest: VERSION, newest: VERSION })
 }
 
 async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameReader, mut output: FrameWriter) -> Over {

@@ -68,7 +68,7 @@ use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 
 /// The protocol version this build speaks, and the only one it accepts.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// The vsock port the agent listens on.
 pub const VSOCK_PORT: u32 = 1024;
 /// The name of the virtio-serial port.
@@ -190,6 +190,21 @@ pub fn decode<'b, M: Decode<'b, ()>>(payload: &'b [u8]) -> Result<M, WireError> 
         return Err(WireError::Malformed("bytes behind the message".into()));
     }
     Ok(message)
+}
+
+/// Decodes the message frame at the front of bytes that are all there will be; gives what is behind it, too.
+///
+/// # Errors
+/// [`WireError::Malformed`] if there is no whole message frame.
+pub fn decode_first<'b, M: Decode<'b, ()>>(bytes: &'b [u8]) -> Result<(M, &'b [u8]), WireError> {
+    let cut = || WireError::Malformed("it was cut".into());
+    let (head, rest) = bytes.split_first_chunk::<HEAD>().ok_or_else(cut)?;
+    let head = Head::parse(*head)?;
+    if head.kind != kind::MESSAGE {
+        return Err(WireError::Malformed(format!("a frame of kind {:#04x} here", head.kind)));
+    }
+    let (payload, rest) = rest.split_at_checked(head.length).ok_or_else(cut)?;
+    Ok((decode(payload)?, rest))
 }
 
 /// What the host says.
@@ -662,8 +677,16 @@ pub mod sync {
     //!   yamux (host = client)  <->  yamux (agent = server)
     //! ```
     //!
-    //! A block is 32 bytes: magic (8), kind (1), zero (3), nonce (16), checksum (4, big-endian FNV-1a of the 28 before
-    //! it). The magic's first byte is no yamux version, so a PROBE inside a live yamux session ends that session, and the
+    //! Or, to a guest that has just been loaded, the hello and the `Renew` of a session in one piece, and the answers to
+    //! them: setting up the multiplexer would cost it more than what it is asked for.
+    //!
+    //! ```text
+    //!   LETTER nonce length, hello and renew frame  ->
+    //!               <- REPLY nonce length, the frames that answer them; further blocks may follow
+    //! ```
+    //!
+    //! A block is 32 bytes: magic (8), kind (1), length of what follows (3, big-endian; zero but in LETTER and REPLY),
+    //! nonce (16), checksum (4, big-endian FNV-1a of the 28 before it). The magic's first byte is no yamux version, so a PROBE inside a live yamux session ends that session, and the
     //! agent looks for blocks again. An agent that waits inside the body of a half-sent yamux frame is woken by
     //! [`FILLER`] bytes, which the host sends when no ACK comes.
 
@@ -671,6 +694,8 @@ pub mod sync {
     pub const MAGIC: [u8; 8] = *b"\xffNIDO\r\n\x01";
     /// Length of a block.
     pub const BLOCK: usize = 32;
+    /// The most that may follow a LETTER or a REPLY, in bytes.
+    pub const LETTER_MAX: usize = 4096;
     /// How many filler bytes (each `0xff`) the host sends ahead of a PROBE when earlier ones stayed unanswered.
     pub const FILLER: usize = 64 * 1024;
 
@@ -683,6 +708,35 @@ pub mod sync {
         Ack,
         /// Host: we begin.
         Go,
+        /// Host: here are a hello and an order, so many bytes.
+        Letter(u16),
+        /// Agent: this is the answer, so many bytes.
+        Reply(u16),
+    }
+
+    impl Kind {
+        fn number(self) -> u8 {
+            match self {
+                Self::Probe => 1,
+                Self::Ack => 2,
+                Self::Go => 3,
+                Self::Letter(_) => 4,
+                Self::Reply(_) => 5,
+            }
+        }
+
+        fn parse(number: u8, length: [u8; 3]) -> Option<Self> {
+            let length = u16::from_be_bytes([length[1], length[2]]);
+            let kind = match number {
+                1 => Self::Probe,
+                2 => Self::Ack,
+                3 => Self::Go,
+                4 => Self::Letter(length),
+                5 => Self::Reply(length),
+                _ => return None,
+            };
+            (usize::from(length) <= LETTER_MAX).then_some(kind)
+        }
     }
 
     /// One block.
@@ -704,11 +758,10 @@ pub mod sync {
         pub fn bytes(self) -> [u8; BLOCK] {
             let mut out = [0; BLOCK];
             out[..8].copy_from_slice(&MAGIC);
-            out[8] = match self.kind {
-                Kind::Probe => 1,
-                Kind::Ack => 2,
-                Kind::Go => 3,
-            };
+            out[8] = self.kind.number();
+            if let Kind::Letter(length) | Kind::Reply(length) = self.kind {
+                out[10..12].copy_from_slice(&length.to_be_bytes());
+            }
             out[12..28].copy_from_slice(&self.nonce);
             let sum = checksum(&out[..28]);
             out[28..].copy_from_slice(&sum.to_be_bytes());
@@ -716,12 +769,7 @@ pub mod sync {
         }
 
         fn parse(bytes: &[u8; BLOCK]) -> Option<Self> {
-            let kind = match bytes[8] {
-                1 => Kind::Probe,
-                2 => Kind::Ack,
-                3 => Kind::Go,
-                _ => return None,
-            };
+            let kind = Kind::parse(bytes[8], [bytes[9], bytes[10], bytes[11]])?;
             let nonce = bytes[12..28].try_into().ok()?;
             let block = Self { kind, nonce };
             (block.bytes() == *bytes).then_some(block)

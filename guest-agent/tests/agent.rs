@@ -12,5 +12,7 @@ mod exec;
 mod files;
 #[path = "agent/forward.rs"]
 mod forward;
+#[path = "agent/letters.rs"]
+mod letters;
 #[path = "agent/saving.rs"]
 mod saving;

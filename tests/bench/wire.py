@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 
-VERSION = 2
+VERSION = 3
 MESSAGE, STDOUT, STDERR = 0x01, 0x11, 0x12
 HELLO, PING, EXEC = 0, 1, 2
 WELCOME, PONG, STARTED, STDIN_CREDIT, EXITED = 0, 2, 3, 4, 5

@@ -35,7 +35,7 @@ async fn main() -> Outcome {
 async fn serve(dir: &Path) -> Outcome {
     let channel = UnixListener::bind(dir.join("channel.sock"))?;
     let clients = UnixListener::bind(dir.join("agent.sock"))?;
-    let open = Channel::start(channel, clients);
+    let open = Channel::start(channel, clients, false);
     open.open(true);
     tokio::task::spawn_blocking(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink())).await??;
     Ok(())

@@ -2,14 +2,14 @@
 //! each client gets a stream of its own to the agent.
 //!
 //! ```text
-//!  channel.sock <- QEMU        Waiting --dial--> Agreeing --ACK--> Up --end--> Waiting ...
+//!  channel.sock <- QEMU        Waiting --dial--> [letters] Agreeing --ACK--> Up --end--> Waiting ...
 //!  agent.sock   <- clients     each waits until the channel is up, then is spliced
 //! ```
 //!
 //! Invariant: one connection from QEMU at a time; when it ends, every splice ends, and the next dial starts afresh.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nido_guest_agent::wire::{self, Refusal, Refused, ToHost};
@@ -20,6 +20,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::error::GuestError;
 use super::mux::{self, HangUp, Mux};
+use super::session::in_time;
 use super::transport::Stream;
 
 /// How many clients are served at once. Further ones are told that the agent is busy.
@@ -94,23 +95,50 @@ pub struct Channel {
     mux: watch::Receiver<Option<Mux>>,
     open: watch::Sender<bool>,
     quiet: mpsc::Sender<Quiet>,
+    /// Taken away when the letters are over.
+    letters: Mutex<Option<mpsc::Sender<Letter>>>,
     tasks: [AbortHandle; 2],
 }
 
 impl Channel {
     /// Starts serving: `channel` is where QEMU dials, `clients` is `agent.sock`. Clients wait for [`Self::open`]. Needs a
     /// running tokio runtime.
+    ///
+    /// With `letters` the agent is one that was saved while it waited for its host. It is spoken to by [`Self::letter`]
+    /// only, and the multiplexer waits for [`Self::end_letters`].
     #[must_use]
-    pub fn start(channel: UnixListener, clients: UnixListener) -> Self {
+    pub fn start(channel: UnixListener, clients: UnixListener, letters: bool) -> Self {
         let activity = Activity::new();
         let (link_now, link) = watch::channel(Link::Waiting);
         let (mux_now, mux) = watch::channel(None);
         let (open, opened) = watch::channel(false);
         let (quiet, hushed) = mpsc::channel(1);
-        let dials = tokio::spawn(serve_channel(channel, link_now, mux_now, hushed)).abort_handle();
+        let (letter, posted) = mpsc::channel(1);
+        let dials = Dials { link: link_now, current: mux_now, hushed, posted };
+        let dials = tokio::spawn(dials.serve(channel)).abort_handle();
         let door = Door { opened, mux: mux.clone() };
         let visits = tokio::spawn(serve_clients(clients, door, activity.clone())).abort_handle();
-        Self { activity, link, mux, open, quiet, tasks: [dials, visits] }
+        let letters = Mutex::new(letters.then_some(letter));
+        Self { activity, link, mux, open, quiet, letters, tasks: [dials, visits] }
+    }
+
+    /// Has the agent answer a session in one piece. `None` if the time for letters is over: then there are streams.
+    ///
+    /// # Errors
+    /// [`GuestError::Gone`], [`GuestError::Timeout`].
+    pub async fn letter(&self, words: Vec<u8>, deadline: Instant) -> Option<Result<Vec<u8>, GuestError>> {
+        let letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        let (reply, answer) = oneshot::channel();
+        let exchange = async {
+            letters.send(Letter { words, deadline, reply }).await.map_err(|_| GuestError::Gone)?;
+            answer.await.map_err(|_| GuestError::Gone)?
+        };
+        Some(in_time(exchange, deadline, "to answer a letter").await)
+    }
+
+    /// Lets the multiplexer begin.
+    pub fn end_letters(&self) {
+        self.letters.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     /// Lets clients through, or makes new ones wait: until a guest that was loaded is a machine of its own, nobody but the
@@ -186,41 +214,60 @@ struct Quiet {
     reply: oneshot::Sender<Result<(), GuestError>>,
 }
 
-async fn serve_channel(
-    channel: UnixListener,
+/// A session in one piece.
+#[derive(Debug)]
+struct Letter {
+    words: Vec<u8>,
+    deadline: Instant,
+    reply: oneshot::Sender<Result<Vec<u8>, GuestError>>,
+}
+
+/// Serves QEMU's connections, one after the other.
+struct Dials {
     link: watch::Sender<Link>,
     current: watch::Sender<Option<Mux>>,
-    mut hushed: mpsc::Receiver<Quiet>,
-) {
-    loop {
-        let socket = match channel.accept().await {
-            Ok((socket, _)) => socket,
-            Err(error) => {
-                tracing::warn!("cannot accept QEMU's connection: {error}");
-                sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        link.send_replace(Link::Agreeing);
-        // A second way to the same connection: it outlives the multiplexer when that is ended for a save.
-        let kept = duplicate(&socket);
-        match Mux::start(socket, Instant::now() + AGREEMENT_LIMIT).await {
-            Ok(mux) => {
-                current.send_replace(Some(mux.clone()));
-                link.send_replace(Link::Up);
-                tokio::select! {
-                    reason = mux.ended() => tracing::info!("the agent's channel ended: {reason}"),
-                    Some(quiet) = hushed.recv() => {
-                        current.send_replace(None);
-                        mux.end().await;
-                        keep_quiet(kept, quiet).await;
-                    }
+    hushed: mpsc::Receiver<Quiet>,
+    posted: mpsc::Receiver<Letter>,
+}
+
+impl Dials {
+    async fn serve(mut self, channel: UnixListener) {
+        loop {
+            let socket = match channel.accept().await {
+                Ok((socket, _)) => socket,
+                Err(error) => {
+                    tracing::warn!("cannot accept QEMU's connection: {error}");
+                    sleep(ACCEPT_PAUSE).await;
+                    continue;
                 }
+            };
+            // Ends when nobody can post any more.
+            while let Some(letter) = self.posted.recv().await {
+                let _ = letter.reply.send(mux::letter(&socket, &letter.words, letter.deadline).await);
             }
-            Err(error) => tracing::info!("no agreement on the agent's channel: {error}"),
+            self.link.send_replace(Link::Agreeing);
+            // A second way to the same connection: it outlives the multiplexer when that is ended for a save.
+            let kept = duplicate(&socket);
+            match Mux::start(socket, Instant::now() + AGREEMENT_LIMIT).await {
+                Ok(mux) => self.serve_mux(mux, kept).await,
+                Err(error) => tracing::info!("no agreement on the agent's channel: {error}"),
+            }
+            self.current.send_replace(None);
+            self.link.send_replace(Link::Waiting);
         }
-        current.send_replace(None);
-        link.send_replace(Link::Waiting);
+    }
+
+    async fn serve_mux(&mut self, mux: Mux, kept: std::io::Result<UnixStream>) {
+        self.current.send_replace(Some(mux.clone()));
+        self.link.send_replace(Link::Up);
+        tokio::select! {
+            reason = mux.ended() => tracing::info!("the agent's channel ended: {reason}"),
+            Some(quiet) = self.hushed.recv() => {
+                self.current.send_replace(None);
+                mux.end().await;
+                keep_quiet(kept, quiet).await;
+            }
+        }
     }
 }
 

@@ -18,6 +18,7 @@ use nido_guest_agent::wire::{self, Head, Hello, Pong, Power, Refusal, Refused, R
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 
+use super::channel::Channel;
 use super::error::GuestError;
 use super::frames::{Frame, FrameBuffer};
 use super::transport::Stream;
@@ -126,10 +127,29 @@ impl Session {
     /// Those of [`Self::open`], and [`GuestError::Guest`] if a step failed: then the guest must not be used.
     pub async fn renew(stream: Stream, token: &[u8], renew: Renew, deadline: Instant) -> Result<Pong, GuestError> {
         let mut session = Self::open_with(stream, token, Some(&ToGuest::Renew(renew)), deadline).await?;
-        match session.answer(deadline, "to be renewed").await? {
-            ToHost::Renewed(pong) => Ok(checked(pong)),
-            other => Err(unexpected(other)),
-        }
+        renewed(session.answer(deadline, "to be renewed").await?)
+    }
+
+    /// Does the same by letter; `None` if the time for letters is over.
+    ///
+    /// # Errors
+    /// As for [`Self::renew`].
+    pub async fn renew_by_letter(
+        channel: &Channel,
+        token: &[u8],
+        renew: &Renew,
+        deadline: Instant,
+    ) -> Option<Result<Pong, GuestError>> {
+        let (nonce, words) = match opening(token, Some(&ToGuest::Renew(renew.clone()))) {
+            Ok(opening) => opening,
+            Err(error) => return Some(Err(error)),
+        };
+        let answer = channel.letter(words, deadline).await?;
+        Some(answer.and_then(|words| {
+            let (welcome, rest) = wire::decode_first(&words)?;
+            welcomed(welcome, nonce)?;
+            renewed(wire::decode_first(rest)?.0)
+        }))
     }
 
     /// The next message, where no raw frame is allowed.
@@ -147,19 +167,30 @@ pub(crate) async fn greet(
     first: Option<&ToGuest>,
     deadline: Instant,
 ) -> Result<String, GuestError> {
-    let nonce = getrandom::u64().map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
-    let hello = Hello { oldest: wire::VERSION, newest: wire::VERSION, token: token.to_vec().into(), nonce };
-    let mut bytes = wire::encode(&ToGuest::Hello(hello))?;
-    if let Some(first) = first {
-        bytes.extend_from_slice(&wire::encode(first)?);
-    }
+    let (nonce, bytes) = opening(token, first)?;
     let exchange = async {
         // A refusal may come, and the stream end, while the request is still on its way: so read in any case.
         let sent = write_all(stream, &bytes).await;
         let answer = next_frame(stream, frames).await?.must_be_message()?;
         sent.map(|()| answer)
     };
-    match in_time(exchange, deadline, "to answer the greeting").await? {
+    welcomed(in_time(exchange, deadline, "to answer the greeting").await?, nonce)
+}
+
+/// What opens a session, with its nonce.
+fn opening(token: &[u8], first: Option<&ToGuest>) -> Result<(u64, Vec<u8>), GuestError> {
+    let nonce = getrandom::u64().map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
+    let hello = Hello { oldest: wire::VERSION, newest: wire::VERSION, token: token.to_vec().into(), nonce };
+    let mut bytes = wire::encode(&ToGuest::Hello(hello))?;
+    if let Some(first) = first {
+        bytes.extend_from_slice(&wire::encode(first)?);
+    }
+    Ok((nonce, bytes))
+}
+
+/// Whether the answer to a hello opens the session; gives the agent's version text.
+fn welcomed(answer: ToHost, nonce: u64) -> Result<String, GuestError> {
+    match answer {
         ToHost::Welcome(welcome) if welcome.nonce != nonce => {
             Err(GuestError::breach("a welcome that answers another hello"))
         }
@@ -171,6 +202,13 @@ pub(crate) async fn greet(
             Ok(welcome.agent)
         }
         ToHost::Refused(refused) => Err(refusal(&refused)),
+        other => Err(unexpected(other)),
+    }
+}
+
+fn renewed(answer: ToHost) -> Result<Pong, GuestError> {
+    match answer {
+        ToHost::Renewed(pong) => Ok(checked(pong)),
         other => Err(unexpected(other)),
     }
 }

@@ -138,6 +138,18 @@ pub struct VmRow {
 }
 
 impl VmRow {
+    /// The token of the saved guest that it goes on from, if it is made a machine of its own then. Who is loaded only to
+    /// be saved again is not.
+    #[must_use]
+    pub fn renewed_from(&self) -> Option<&str> {
+        match &self.origin {
+            Origin::Fork(Saved { token, .. }) | Origin::Restore { token, .. } => {
+                (self.purpose != Purpose::Bake).then_some(token)
+            }
+            Origin::Boot => None,
+        }
+    }
+
     /// A VM as it is created.
     #[must_use]
     pub fn new(id: String, spec: VmSpec, purpose: Purpose, state: VmState, parts: BootParts, disk_bytes: u64) -> Self {

@@ -31,7 +31,7 @@ use crate::host::qemu;
 use crate::qemu::QemuExit;
 use crate::qemu::migration::{self, Memory};
 use crate::state::Fact;
-use crate::store::{Origin, Purpose, Saved};
+use crate::store::{Origin, Purpose};
 
 /// How long loading may take: milliseconds for a bake, seconds for a large memory.
 const LOADED_WITHIN: Duration = Duration::from_secs(600);
@@ -232,21 +232,16 @@ impl Supervisor {
         let door = self.channel.clone();
         // Nobody uses a clone before it is claimed.
         let opens = self.row.purpose != Purpose::Pool;
-        let renewal = match &self.row.origin {
-            // Who is loaded only to be saved again is not made a machine of its own.
-            Origin::Fork(Saved { token, .. }) | Origin::Restore { token, .. }
-                if !self.row.agent.ready && self.row.purpose != Purpose::Bake =>
-            {
-                Some((unhex(token), self.renewal()))
-            }
-            _ => None,
-        };
+        let saved = self.row.renewed_from().filter(|_| !self.row.agent.ready);
+        let renewal = saved.map(|token| (unhex(token), self.renewal()));
         tokio::spawn(async move {
             let answer = match renewal {
                 Some((token, renewal)) => {
                     let tokens = [token, guest.token().to_vec()];
                     let way = Way { guest: guest.clone(), channel: door.clone() };
-                    renewed(&way, &tokens, renewal, deadline).await
+                    let answer = renewed(&way, &tokens, renewal, deadline).await;
+                    door.iter().for_each(|channel| channel.end_letters());
+                    answer
                 }
                 None => {
                     door.iter().for_each(|door| door.open(true));
@@ -313,12 +308,16 @@ pub(super) async fn renewed(way: &Way, tokens: &[Vec<u8>], renewal: Renew, deadl
 }
 
 async fn renew_once(way: &Way, token: &[u8], mut renewal: Renew, deadline: TokioInstant) -> Result<Pong, GuestError> {
-    let stream = way.stream(deadline).await?;
     let mut entropy = vec![0; ENTROPY_LEN];
     getrandom::fill(&mut entropy).map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
     renewal.entropy = entropy.into();
     renewal.time_ns = i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX);
-    Session::renew(stream, token, renewal, deadline).await
+    if let Some(channel) = &way.channel
+        && let Some(answer) = Session::renew_by_letter(channel, token, &renewal, deadline).await
+    {
+        return answer;
+    }
+    Session::renew(way.stream(deadline).await?, token, renewal, deadline).await
 }
 
 /// Bytes from their hexadecimal digits; what is none counts as nothing.

@@ -72,7 +72,7 @@ impl Nido {
         }
         settle_in(&dir)?;
         let asked_at = asked_at.unwrap_or_else(Instant::now);
-        run::Supervisor::prepare(nido, row, asked_at, request.ready_within_ms)?.run(attach, announce).await
+        run::Supervisor::prepare(nido, row, attach, asked_at, request.ready_within_ms)?.run(attach, announce).await
     }
 }
 

@@ -70,13 +70,21 @@ pub(super) struct Supervisor {
 
 impl Supervisor {
     /// Opens the VM's sockets.
-    pub(super) fn prepare(nido: Nido, row: VmRow, asked_at: Instant, ready_within_ms: Option<u64>) -> Result<Self> {
+    pub(super) fn prepare(
+        nido: Nido,
+        row: VmRow,
+        attach: bool,
+        asked_at: Instant,
+        ready_within_ms: Option<u64>,
+    ) -> Result<Self> {
         let machine = row.machine.clone().ok_or_else(|| Error::internal("the VM has no machine"))?;
         let dir = nido.vm_dir(&row.id);
         let guest = nido.guest(&row)?;
         let channel = match machine.transport {
             Transport::VirtioSerial { .. } => {
-                Some(Arc::new(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?)))
+                // A guest that is loaded here waits for its first word; what another supervisor has told it, nobody knows.
+                let letters = !attach && row.renewed_from().is_some();
+                Some(Arc::new(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?, letters)))
             }
             Transport::Vsock { .. } => None,
         };

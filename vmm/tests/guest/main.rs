@@ -9,5 +9,6 @@ mod forward;
 mod hostile_channel;
 mod hostile_files;
 mod hostile_session;
+mod letters;
 mod liar;
 mod rig;

@@ -63,12 +63,21 @@ pub struct Rig {
 impl Rig {
     /// The channel alone; nobody dials yet.
     pub fn without_agent() -> Self {
+        Self::with_channel(false)
+    }
+
+    /// The channel alone, for an agent that is spoken to by letter first.
+    pub fn with_letters() -> Self {
+        Self::with_channel(true)
+    }
+
+    fn with_channel(letters: bool) -> Self {
         let dir = TempDir::new().unwrap();
         let channel = UnixListener::bind(dir.path().join("channel.sock")).unwrap();
         let clients = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
         let endpoint = Endpoint::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
         let guest = Guest::new(endpoint, TOKEN.to_vec());
-        let channel = Channel::start(channel, clients);
+        let channel = Channel::start(channel, clients, letters);
         channel.open(true);
         Self { channel, dir, guest, agent: None }
     }

@@ -8,6 +8,9 @@
 //! A machine that is about to be saved gets no GO: its agent is left waiting for one ([`Until::Answered`]), so that each
 //! machine that goes on from there agrees with its own host at once.
 //!
+//! A guest that has just been loaded is there at once, and has nothing left to say to anybody: what it is told first is a
+//! whole session in one piece ([`letter`]).
+//!
 //! Invariant: GO follows the ACK to a PROBE that was sent exactly once, so no second ACK can come behind it and be
 //! taken for the start of the multiplexed stream.
 
@@ -60,7 +63,7 @@ pub(super) async fn agree(socket: &UnixStream, until: Until, deadline: Instant) 
             }
             ready = socket.writable(), if !talk.out.is_empty() => {
                 ready.map_err(|e| GuestError::stream(&e))?;
-                talk.write(socket)?;
+                write_some(socket, &mut talk.out)?;
             }
             () = sleep_until(tick) => {
                 pause = (pause * 3 / 2).min(PAUSE.1);
@@ -78,9 +81,91 @@ pub(super) async fn agree(socket: &UnixStream, until: Until, deadline: Instant) 
     while !talk.out.is_empty() {
         let ready = tokio::time::timeout_at(deadline, socket.writable()).await;
         ready.map_err(|_| GuestError::Timeout { what: "to open its channel" })?.map_err(|e| GuestError::stream(&e))?;
-        talk.write(socket)?;
+        write_some(socket, &mut talk.out)?;
     }
     set_socket_send_buffer_size(socket, SEND_BUFFER).map_err(|e| GuestError::stream(&e.into()))
+}
+
+/// Sends a session in one piece to an agent that waits for its host's first word, and waits for all it is answered.
+/// Any number may follow one another, before [`agree`].
+///
+/// # Errors
+/// [`GuestError::Gone`] if QEMU closed the connection, [`GuestError::Timeout`].
+pub(super) async fn letter(socket: &UnixStream, words: &[u8], deadline: Instant) -> Result<Vec<u8>, GuestError> {
+    let length = u16::try_from(words.len()).map_err(|_| GuestError::breach("a letter that is too long"))?;
+    let mut nonce = [0; 16];
+    getrandom::fill(&mut nonce).map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
+    let mut out = Block { kind: Kind::Letter(length), nonce }.bytes().to_vec();
+    out.extend_from_slice(words);
+    let exchange = async {
+        while !out.is_empty() {
+            socket.writable().await.map_err(|e| GuestError::stream(&e))?;
+            write_some(socket, &mut out)?;
+        }
+        let mut reply = Reply::new(nonce);
+        loop {
+            socket.readable().await.map_err(|e| GuestError::stream(&e))?;
+            if let Some(words) = reply.read(socket)? {
+                return Ok(words);
+            }
+        }
+    };
+    tokio::time::timeout_at(deadline, exchange).await.unwrap_or(Err(GuestError::Timeout { what: "to answer a letter" }))
+}
+
+/// What has come of an answer to a letter. Holds no more than the longest one.
+struct Reply {
+    nonce: [u8; 16],
+    scanner: Scanner,
+    length: Option<usize>,
+    words: Vec<u8>,
+}
+
+impl Reply {
+    fn new(nonce: [u8; 16]) -> Self {
+        Self { nonce, scanner: Scanner::default(), length: None, words: Vec::new() }
+    }
+
+    /// Reads what is there; gives the answer once it is whole. Whatever comes before it is left from another time.
+    fn read(&mut self, socket: &UnixStream) -> Result<Option<Vec<u8>>, GuestError> {
+        for &byte in &read_some(socket)? {
+            if self.length.is_some() {
+                self.words.push(byte);
+            } else if let Some(Block { kind: Kind::Reply(length), nonce }) = self.scanner.push(byte)
+                && nonce == self.nonce
+            {
+                self.length = Some(length.into());
+            }
+            if self.length == Some(self.words.len()) {
+                return Ok(Some(std::mem::take(&mut self.words)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Reads what is there; empty if nothing is.
+fn read_some(socket: &UnixStream) -> Result<Vec<u8>, GuestError> {
+    let mut bytes = vec![0; 4096];
+    match socket.try_read(&mut bytes) {
+        Ok(0) => Err(GuestError::Gone),
+        Ok(count) => {
+            bytes.truncate(count);
+            Ok(bytes)
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Vec::new()),
+        Err(error) => Err(GuestError::stream(&error)),
+    }
+}
+
+/// Writes what fits of `out`, and takes it off its front.
+fn write_some(socket: &UnixStream, out: &mut Vec<u8>) -> Result<(), GuestError> {
+    match socket.try_write(out) {
+        Ok(count) => drop(out.drain(..count)),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+        Err(error) => return Err(GuestError::stream(&error)),
+    }
+    Ok(())
 }
 
 /// Whether the other side has read what was sent so far, with [`agree`]'s small send buffer.
@@ -129,14 +214,7 @@ impl Talk {
 
     /// Reads what is there; true once GO is due and queued.
     fn read(&mut self, socket: &UnixStream) -> Result<bool, GuestError> {
-        let mut bytes = [0; 4096];
-        let count = match socket.try_read(&mut bytes) {
-            Ok(0) => return Err(GuestError::Gone),
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-            Err(error) => return Err(GuestError::stream(&error)),
-        };
-        for &byte in &bytes[..count] {
+        for &byte in &read_some(socket)? {
             let Some(block) = self.scanner.push(byte) else { continue };
             if (block != Block { kind: Kind::Ack, nonce: self.nonce }) {
                 continue;
@@ -149,14 +227,5 @@ impl Talk {
             self.begin()?;
         }
         Ok(false)
-    }
-
-    fn write(&mut self, socket: &UnixStream) -> Result<(), GuestError> {
-        match socket.try_write(&self.out) {
-            Ok(count) => drop(self.out.drain(..count)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(GuestError::stream(&error)),
-        }
-        Ok(())
     }
 }

@@ -119,6 +119,14 @@ impl Mux {
     }
 }
 
+/// Sends a session in one piece to an agent whose multiplexer has not begun; gives all it is answered.
+///
+/// # Errors
+/// [`GuestError::Gone`], [`GuestError::Timeout`].
+pub(super) async fn letter(socket: &UnixStream, words: &[u8], deadline: Instant) -> Result<Vec<u8>, GuestError> {
+    agree::letter(socket, words, deadline).await
+}
+
 /// Leaves the agent behind `socket`, whose multiplexer has been ended, waiting for the host's next word.
 ///
 /// # Errors

@@ -1,0 +1,112 @@
+//! Orders in one piece, before any multiplexer: what a guest that has just been loaded is told first.
+
+use nido_guest_agent::wire::{
+    self, ENTROPY_LEN, Fault, HEAD, Head, Hello, Refusal, Refused, Renew, TOKEN_LEN, ToGuest, ToHost, VERSION, Welcome,
+    sync,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use crate::support::{Host, TOKEN, agree, shell, soon};
+
+const NEW_TOKEN: [u8; TOKEN_LEN] = [8; TOKEN_LEN];
+
+fn words(token: &[u8], request: &ToGuest) -> Vec<u8> {
+    let hello = ToGuest::Hello(Hello { oldest: VERSION, newest: VERSION, token: token.to_vec().into(), nonce: 99 });
+    [wire::encode(&hello).unwrap(), wire::encode(request).unwrap()].concat()
+}
+
+fn order(token: [u8; TOKEN_LEN]) -> ToGuest {
+    ToGuest::Renew(Renew {
+        token: token.to_vec().into(),
+        entropy: vec![9; ENTROPY_LEN].into(),
+        time_ns: 1_700_000_000_000_000_000,
+        hostname: "nobody-is-called-this".into(),
+        identity: "0123456789abcdef".into(),
+        network: None,
+        disk_grown: false,
+    })
+}
+
+async fn post(channel: &mut UnixStream, seed: u8, words: &[u8]) {
+    let kind = sync::Kind::Letter(u16::try_from(words.len()).unwrap());
+    let block = sync::Block { kind, nonce: [seed; 16] }.bytes();
+    channel.write_all(&[&block, words].concat()).await.unwrap();
+}
+
+/// The next block, and what follows it.
+async fn receive(channel: &mut UnixStream) -> (sync::Block, Vec<u8>) {
+    let mut scanner = sync::Scanner::default();
+    let block = loop {
+        if let Some(block) = scanner.push(soon("a block", channel.read_u8()).await.unwrap()) {
+            break block;
+        }
+    };
+    let length = if let sync::Kind::Reply(length) = block.kind { usize::from(length) } else { 0 };
+    let mut words = vec![0; length];
+    soon("the rest of a reply", channel.read_exact(&mut words)).await.unwrap();
+    (block, words)
+}
+
+/// Posts a letter; gives the messages that answer it.
+async fn ask(channel: &mut UnixStream, seed: u8, words: &[u8]) -> Vec<ToHost> {
+    post(channel, seed, words).await;
+    let (block, mut answer) = receive(channel).await;
+    assert_eq!((block.nonce, block.kind), ([seed; 16], sync::Kind::Reply(u16::try_from(answer.len()).unwrap())));
+    let mut messages = Vec::new();
+    while !answer.is_empty() {
+        let head = Head::parse(answer[..HEAD].try_into().unwrap()).unwrap();
+        messages.push(wire::decode(&answer[HEAD..HEAD + head.length]).unwrap());
+        answer.drain(..HEAD + head.length);
+    }
+    messages
+}
+
+#[tokio::test]
+async fn a_guest_is_renewed_by_letter_and_then_the_multiplexer_begins() {
+    let mut host = Host::start_silent().await;
+    let mut channel = host.accept().await;
+    channel.write_all(b"noise\xff\xffNIDO").await.unwrap();
+    let refused = ask(&mut channel, 2, &words(&NEW_TOKEN, &order(NEW_TOKEN))).await;
+    assert!(matches!(&refused[..], [ToHost::Refused(Refused { reason: Refusal::Token, .. })]), "{refused:?}");
+    let renewed = ask(&mut channel, 3, &words(&TOKEN, &order(NEW_TOKEN))).await;
+    assert!(
+        matches!(&renewed[..], [ToHost::Welcome(Welcome { nonce: 99, .. }), ToHost::Renewed(pong)] if pong.sessions == 0),
+        "{renewed:?}"
+    );
+    agree(&mut channel, 4).await;
+    host.multiplex(channel);
+    let Some(ToHost::Refused(Refused { reason, .. })) = host.stream().await.greet(&TOKEN, VERSION, VERSION).await
+    else {
+        panic!("the old token still opens sessions")
+    };
+    assert_eq!(reason, Refusal::Token);
+    let welcome = host.stream().await.greet(&NEW_TOKEN, VERSION, VERSION).await;
+    assert!(matches!(welcome, Some(ToHost::Welcome(_))), "{welcome:?}");
+}
+
+#[tokio::test]
+async fn a_letter_holds_a_hello_and_an_order_and_nothing_else() {
+    let mut host = Host::start_silent().await;
+    let mut channel = host.accept().await;
+    let whole = &words(&TOKEN, &order(NEW_TOKEN));
+    let hello = whole.len() - wire::encode(&order(NEW_TOKEN)).unwrap().len();
+    for (seed, bad) in [&b""[..], b"\xff", &[0xff; 4096], &whole[..10], &whole[hello..]].iter().enumerate() {
+        let answer = ask(&mut channel, u8::try_from(seed).unwrap(), bad).await;
+        assert!(
+            matches!(&answer[..], [ToHost::Refused(Refused { reason: Refusal::NoHello, .. })]),
+            "{bad:?}: {answer:?}"
+        );
+    }
+    let exec = words(&TOKEN, &ToGuest::Exec(shell("sleep 1000")));
+    for (seed, bad) in
+        [&whole[..hello], &whole[..whole.len() - 1], &[whole, &b"x"[..]].concat(), &exec].iter().enumerate()
+    {
+        let answer = ask(&mut channel, u8::try_from(seed).unwrap(), bad).await;
+        let [ToHost::Welcome(_), ToHost::Failed(failed)] = &answer[..] else { panic!("{bad:?}: {answer:?}") };
+        assert_eq!(failed.fault, Fault::Invalid);
+    }
+    agree(&mut channel, 9).await;
+    host.multiplex(channel);
+    host.open().await;
+}
