@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use nido_guest_agent::wire::{self, Refusal, Refused, ToHost};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -29,6 +29,9 @@ const MAX_CLIENTS: usize = 64;
 const CLIENT_PATIENCE: Duration = Duration::from_secs(120);
 /// After so long without an agreement the connection is dropped, and QEMU dials again.
 const AGREEMENT_LIMIT: Duration = Duration::from_secs(3600);
+/// How long after the last letter the multiplexer may be put off while nobody wants it: guests that were loaded together
+/// need their first moments for becoming machines of their own.
+const MUX_LATEST: Duration = Duration::from_secs(1);
 /// Pause after a listener could not accept (out of descriptors, mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -95,6 +98,8 @@ pub struct Channel {
     mux: watch::Receiver<Option<Mux>>,
     open: watch::Sender<bool>,
     quiet: mpsc::Sender<Quiet>,
+    /// Somebody waits for the multiplexer.
+    wanted: Arc<Notify>,
     /// Taken away when the letters are over.
     letters: Mutex<Option<mpsc::Sender<Letter>>>,
     tasks: [AbortHandle; 2],
@@ -114,12 +119,13 @@ impl Channel {
         let (open, opened) = watch::channel(false);
         let (quiet, hushed) = mpsc::channel(1);
         let (letter, posted) = mpsc::channel(1);
-        let dials = Dials { link: link_now, current: mux_now, hushed, posted };
+        let wanted = Arc::new(Notify::new());
+        let dials = Dials { link: link_now, current: mux_now, hushed, posted, wanted: wanted.clone() };
         let dials = tokio::spawn(dials.serve(channel)).abort_handle();
-        let door = Door { opened, mux: mux.clone() };
+        let door = Door { opened, mux: mux.clone(), wanted: wanted.clone() };
         let visits = tokio::spawn(serve_clients(clients, door, activity.clone())).abort_handle();
         let letters = Mutex::new(letters.then_some(letter));
-        Self { activity, link, mux, open, quiet, letters, tasks: [dials, visits] }
+        Self { activity, link, mux, open, quiet, wanted, letters, tasks: [dials, visits] }
     }
 
     /// Has the agent answer a session in one piece. `None` if the time for letters is over: then there are streams.
@@ -136,7 +142,7 @@ impl Channel {
         Some(in_time(exchange, deadline, "to answer a letter").await)
     }
 
-    /// Lets the multiplexer begin.
+    /// Lets the multiplexer begin, as soon as somebody wants it, and before long in any case.
     pub fn end_letters(&self) {
         self.letters.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
@@ -163,6 +169,7 @@ impl Channel {
     /// # Errors
     /// [`GuestError::Gone`], [`GuestError::Timeout`].
     pub async fn quieten(&self, deadline: Instant) -> Result<(), GuestError> {
+        self.wanted.notify_one();
         let (reply, answer) = oneshot::channel();
         self.quiet.send(Quiet { deadline, reply }).await.map_err(|_| GuestError::Gone)?;
         match timeout_at(deadline, answer).await {
@@ -189,6 +196,7 @@ impl Channel {
     /// # Errors
     /// [`GuestError::Unreachable`] if the channel does not come up in time.
     pub async fn stream(&self, deadline: Instant) -> Result<Stream, GuestError> {
+        self.wanted.notify_one();
         let mut mux = self.mux.clone();
         let mux = match timeout_at(deadline, mux.wait_for(Option::is_some)).await {
             Ok(Ok(mux)) => mux.clone(),
@@ -228,6 +236,7 @@ struct Dials {
     current: watch::Sender<Option<Mux>>,
     hushed: mpsc::Receiver<Quiet>,
     posted: mpsc::Receiver<Letter>,
+    wanted: Arc<Notify>,
 }
 
 impl Dials {
@@ -241,10 +250,7 @@ impl Dials {
                     continue;
                 }
             };
-            // Ends when nobody can post any more.
-            while let Some(letter) = self.posted.recv().await {
-                let _ = letter.reply.send(mux::letter(&socket, &letter.words, letter.deadline).await);
-            }
+            self.serve_letters(&socket).await;
             self.link.send_replace(Link::Agreeing);
             // A second way to the same connection: it outlives the multiplexer when that is ended for a save.
             let kept = duplicate(&socket);
@@ -254,6 +260,19 @@ impl Dials {
             }
             self.current.send_replace(None);
             self.link.send_replace(Link::Waiting);
+        }
+    }
+
+    async fn serve_letters(&mut self, socket: &UnixStream) {
+        let mut had_any = false;
+        // Ends when nobody can post any more.
+        while let Some(letter) = self.posted.recv().await {
+            let _ = letter.reply.send(mux::letter(socket, &letter.words, letter.deadline).await);
+            had_any = true;
+        }
+        if had_any {
+            // Late or not, it is time.
+            let _ = timeout(MUX_LATEST, self.wanted.notified()).await;
         }
     }
 
@@ -304,11 +323,13 @@ async fn keep_quiet(socket: std::io::Result<UnixStream>, quiet: Quiet) {
 struct Door {
     opened: watch::Receiver<bool>,
     mux: watch::Receiver<Option<Mux>>,
+    wanted: Arc<Notify>,
 }
 
 impl Door {
     /// Waits until the channel is up and open for clients.
     async fn pass(mut self) -> Option<Mux> {
+        self.wanted.notify_one();
         self.opened.wait_for(|open| *open).await.ok()?;
         self.mux.wait_for(Option::is_some).await.ok()?.clone()
     }
