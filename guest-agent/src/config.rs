@@ -34,6 +34,9 @@ pub struct GuestConfig {
     /// The VM's id. A root disk that carries another one (it belongs to a template) gets a new machine id and host keys.
     #[n(5)]
     pub identity: String,
+    /// VMs will be run inside this one.
+    #[n(6)]
+    pub nested: bool,
 }
 
 /// Who goes on as process 1.

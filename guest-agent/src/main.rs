@@ -26,6 +26,7 @@ mod freeze;
 mod hostname;
 mod identity;
 mod init;
+mod nested;
 mod network;
 mod passwd;
 mod port;
@@ -173,6 +174,9 @@ async fn settle(agent: &Agent, config: &GuestConfig) -> io::Result<()> {
     }
     if let Err(error) = network::set(config.network.as_ref()) {
         eprintln!("nido-guest-agent: the network could not be set up: {error}");
+    }
+    if config.nested {
+        nested::prepare(&agent.children).await;
     }
     identity::settle(&agent.children, config, agent.role == Role::Init).await
 }

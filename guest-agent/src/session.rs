@@ -16,7 +16,7 @@ use crate::access::{Access, Number, Pass};
 use crate::agent::{Agent, Refusal, Role};
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
 use crate::stream::{Sink, Source};
-use crate::{exec, files, forward, network, renew};
+use crate::{exec, files, forward, nested, network, renew};
 
 /// How long the host may take for its hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -178,7 +178,7 @@ async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameRea
             },
             ToGuest::Power(power) => go_down(agent, power, &mut input, &mut output).await,
             ToGuest::Freeze => {
-                let frozen = match renew::prepare(agent) {
+                let frozen = match can_be_saved().and_then(|()| renew::prepare(agent)) {
                     Ok(()) => agent.freezer.freeze().await,
                     refused => refused,
                 };
@@ -199,6 +199,19 @@ async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameRea
             Err(FrameError::Io(_)) => return Over::Closed,
             Err(FrameError::Wire(error)) => return broken(input, output, &error.to_string()).await,
         }
+    }
+}
+
+/// A machine inside this one holds state in the processor that no saved memory has.
+fn can_be_saved() -> Result<(), Refusal> {
+    match nested::machines() {
+        0 => Ok(()),
+        count => Err(Refusal::new(
+            Fault::Busy,
+            format!(
+                "{count} virtual machines or users of KVM run inside it, and cannot be saved along with it: end them first"
+            ),
+        )),
     }
 }
 

@@ -637,6 +637,9 @@ pub enum Fault {
     /// Anything else.
     #[n(10)]
     Other,
+    /// Something in the guest is in the way for now.
+    #[n(11)]
+    Busy,
 }
 
 /// Checks one path component that came from the other side.

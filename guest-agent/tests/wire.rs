@@ -91,14 +91,16 @@ fn what_the_guest_knows_first() {
         channel: Channel::Serial,
         identity: "0123456789abcdef".into(),
         network: Some(Network::Static(network)),
+        nested: true,
     };
     assert_eq!(
         payload(&config),
-        "86616841010101820181846161".to_owned()
+        "87616841010101820181846161".to_owned()
             + "1818"
             + "f6"
             + "816164"
             + "70"
             + &"0123456789abcdef".bytes().map(|b| format!("{b:02x}")).collect::<String>()
+            + "f5"
     );
 }

@@ -95,7 +95,7 @@ struct Source {
     files: &'static [(&'static str, &'static str)],
 }
 
-const SOURCES: [Source; 2] = [
+const SOURCES: [Source; 3] = [
     Source { name: "sandbox", toml: include_str!("../recipes/sandbox/recipe.toml"), customize: "", files: &[] },
     Source {
         name: "debian-12",
@@ -106,6 +106,7 @@ const SOURCES: [Source; 2] = [
             include_str!("../recipes/debian-12/nido-guest-agent.service"),
         )],
     },
+    Source { name: "kvm-host", toml: include_str!("../recipes/kvm-host/recipe.toml"), customize: "", files: &[] },
 ];
 
 /// Names of the built-in recipes, the default one first.

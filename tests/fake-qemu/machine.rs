@@ -115,7 +115,9 @@ impl Machine {
         if machine.script.escape_console {
             machine.print("\x1b]0;owned\x07\x1b[2J\x1b[31mred\x1b[0m\n");
         }
-        if let (Some(channel), false) = (channel, machine.script.no_agent) {
+        let under_kvm = options.first("-accel").is_some_and(|accel| accel.starts_with("kvm"));
+        let silent = machine.script.no_agent || machine.script.kvm_is_broken && under_kvm;
+        if let (Some(channel), false) = (channel, silent) {
             let agent = guest::start_agent(&channel, &config)?;
             machine.agent = i32::try_from(agent.id()).ok().map(Pid::from_raw);
             await_end(agent, sender.clone());

@@ -19,6 +19,8 @@ pub struct Script {
     pub escape_console: bool,
     /// `no-agent`: the guest runs and its agent never answers.
     pub no_agent: bool,
+    /// `kvm-is-broken`: as with `no-agent`, but only under KVM.
+    pub kvm_is_broken: bool,
     /// `never-listens`: there is no monitor.
     pub never_listens: bool,
     /// `no-greeting`: the monitor takes connections and says nothing.
@@ -69,6 +71,7 @@ impl Script {
             "escape-stderr" => self.escape_stderr = true,
             "escape-console" => self.escape_console = true,
             "no-agent" => self.no_agent = true,
+            "kvm-is-broken" => self.kvm_is_broken = true,
             "never-listens" => self.never_listens = true,
             "no-greeting" => self.no_greeting = true,
             "garbage-qmp" => self.garbage_qmp = true,

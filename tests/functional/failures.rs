@@ -63,6 +63,36 @@ fn a_guest_that_never_answers_ends_at_its_deadline() {
     home.expect_empty();
 }
 
+/// What was found out about KVM is remembered in the home; the test has it remember that KVM works.
+#[test]
+fn a_vm_that_does_not_boot_under_kvm_is_started_again_without_it() {
+    let home = Home::new();
+    home.qemu("kvm-is-broken");
+    home.nido(["doctor"]).run().ok();
+    let remembered = home.path().join("cache/kvm.json");
+    let Ok(text) = std::fs::read_to_string(&remembered) else {
+        eprintln!("SKIPPED: this host's /dev/kvm does not open, so nothing can be believed of it");
+        return;
+    };
+    let mut verdict: serde_json::Value = serde_json::from_str(&text).unwrap();
+    verdict["value"] = serde_json::json!({"verdict": "usable", "micros": 9});
+    std::fs::write(&remembered, verdict.to_string()).unwrap();
+
+    let ran = home.nido(["spawn", "web", "--timeout", "2s"]).run().ok();
+    assert!(ran.stderr.contains("did not boot in time under it"), "{}", ran.stderr);
+    let info = home.info("web");
+    assert_eq!((info["accel"].as_str(), info["status"].as_str()), (Some("tcg"), Some("running")), "{info}");
+    // It is remembered.
+    home.nido(["spawn", "db"]).run().ok();
+    assert_eq!(home.info("db")["accel"], "tcg");
+    // Who insists on KVM is told.
+    home.nido(["spawn", "kv", "--accel", "kvm", "--json"]).run().fails(1, "kvm_unavailable");
+    std::fs::write(&remembered, verdict.to_string()).unwrap();
+    home.nido(["spawn", "kv", "--accel", "kvm", "--timeout", "2s", "--json"]).run().fails(1, "agent_unreachable");
+    assert_eq!(home.names(), ["db", "web"]);
+    assert_eq!(std::fs::read_to_string(&remembered).unwrap(), verdict.to_string());
+}
+
 #[test]
 fn a_monitor_that_says_nothing_ends_at_a_deadline() {
     let home = Home::new();

@@ -72,6 +72,7 @@ async fn measure(mib: usize) -> Outcome {
         channel: Reach::Serial,
         identity: "0123456789abcdef".into(),
         network: None,
+        nested: false,
     };
     std::fs::write(path("config"), minicbor::to_vec(&config)?)?;
     std::fs::write(path("agent"), nido_images::AGENT)?;

@@ -69,6 +69,7 @@ codes! {
     QemuTooOld "qemu_too_old" Unavailable 503 "QEMU is too old";
     QemuFailed "qemu_failed" Unavailable 503 "QEMU failed";
     KvmUnavailable "kvm_unavailable" Unavailable 503 "KVM cannot be used";
+    NestedUnavailable "nested_unavailable" Unavailable 503 "The host does not allow VMs inside a VM";
     IsolationRequired "isolation_required" Denied 403 "Hardware isolation is required";
     GuestFailed "guest_failed" Unavailable 503 "The guest failed";
     AgentUnreachable "agent_unreachable" Unavailable 504 "The guest agent does not answer";

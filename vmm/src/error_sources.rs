@@ -14,6 +14,7 @@ impl From<Refusal> for Error {
             Refusal::KvmUnavailable { .. } => {
                 (Code::KvmUnavailable, "nido doctor says more; --accel auto falls back to emulation, with a warning")
             }
+            Refusal::NestingOff { remedy, .. } => (Code::NestedUnavailable, remedy.as_str()),
             Refusal::IsolationRequired { .. } => (Code::IsolationRequired, "nido doctor says what KVM lacks"),
             Refusal::SpecInvalid { .. } => (Code::SpecInvalid, "nido doctor shows what the host has"),
             Refusal::QemuTooOld { .. } => {
@@ -121,6 +122,7 @@ impl Error {
                 Some("the guest's disk is full: free some space in it, or spawn it with a larger --disk"),
             ),
             Fault::WrongType => (Code::PathInvalid, Some("one side is a directory, the other is not")),
+            Fault::Busy => (Code::VmBusy, Some("end what is in the way in the guest, then try again")),
             Fault::Unreachable => (Code::PortClosed, Some("does anything listen on that port in the guest?")),
             Fault::Invalid => (Code::SpecInvalid, None),
             Fault::Other => (Code::GuestFailed, None),

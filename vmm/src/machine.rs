@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{AccelChoice, MachineChoice, NetChoice};
 use crate::host::qemu::{MINIMUM_VERSION, QemuFacts, QemuVersion};
-use crate::host::{HostFacts, VsockVerdict};
+use crate::host::{HostFacts, Nesting, VsockVerdict};
 
 /// The least memory a VM can be given, in MiB: with 64 a stock Debian kernel ends in "System is deadlocked on memory",
 /// with 96 it just comes up. How much a guest needs to be of use is its template's affair.
@@ -169,6 +169,14 @@ pub enum Refusal {
         /// Why there is none.
         why: String,
     },
+    /// VMs inside the VM were asked for, and the host's KVM does not allow them.
+    #[error("the host does not let a VM have VMs of its own: the parameter `nested` of its module {module} is off")]
+    NestingOff {
+        /// The module.
+        module: &'static str,
+        /// What turns it on.
+        remedy: String,
+    },
     /// A value is out of its range.
     #[error("{field} {rule}")]
     SpecInvalid {
@@ -200,6 +208,9 @@ pub fn decide(request: &MachineRequest, host: &HostFacts, qemu: &QemuFacts) -> R
     check_spec(request, host)?;
     let mut warnings = Vec::new();
     let (accel, accel_reason) = accelerator(request, host, qemu, &mut warnings)?;
+    if let (true, Accel::Kvm, Nesting::Off { module }) = (request.nested, accel, host.nesting) {
+        return Err(Refusal::NestingOff { module: module.name(), remedy: module.turn_on() });
+    }
     let tsc_khz = if accel == Accel::Tcg { host.tsc_khz } else { None };
     let (machine, machine_reason) = machine_type(request, accel, tsc_khz, qemu, &mut warnings)?;
     if u64::from(request.memory_mib) > host.memory_available_mib {
@@ -344,7 +355,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::host::KvmVerdict;
+    use crate::host::{KvmModule, KvmVerdict};
 
     /// A QEMU that can do everything, at the oldest version.
     pub(crate) fn qemu_facts() -> QemuFacts {
@@ -377,6 +388,7 @@ pub(crate) mod tests {
             cpu_model: String::new(),
             kvm,
             vsock: VsockVerdict::Absent,
+            nesting: Nesting::Unknown,
             boot_id: String::new(),
             uid: 1000,
             gid: 1000,
@@ -405,6 +417,19 @@ pub(crate) mod tests {
         assert_eq!((machine.accel, machine.accel.isolation()), (Accel::Kvm, "hardware"));
         assert_eq!((machine.tb_size_mib, machine.tsc_khz), (None, None));
         assert_eq!(machine.warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn vms_inside_a_vm_need_the_hosts_leave_under_kvm_only() {
+        let off = HostFacts { nesting: Nesting::Off { module: KvmModule::KvmIntel }, ..host(WORKS) };
+        let nested = MachineRequest { nested: true, ..request() };
+        let refusal = decide(&nested, &off, &qemu_facts()).unwrap_err();
+        let Refusal::NestingOff { module: "kvm_intel", remedy } = refusal else { panic!("{refusal:?}") };
+        assert!(remedy.contains("nested=1"), "{remedy}");
+        assert_eq!(decide(&request(), &off, &qemu_facts()).unwrap().cpu_model, "host,-vmx,-svm");
+        assert_eq!(decide(&nested, &host(WORKS), &qemu_facts()).unwrap().cpu_model, "host");
+        let emulated = MachineRequest { accel: AccelChoice::Tcg, ..nested };
+        assert_eq!(decide(&emulated, &off, &qemu_facts()).unwrap().accel, Accel::Tcg);
     }
 
     #[test]

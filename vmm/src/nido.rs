@@ -30,6 +30,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) use create::guest_network;
 pub use exec::{ExecControl, ExecEvents};
+pub(crate) use lifecycle::random_cid;
 pub use logs::LogStream;
 
 use crate::error::{Code, Error, Result};

@@ -80,6 +80,7 @@ impl Host {
             channel: Channel::Serial,
             identity: "0123456789abcdef".into(),
             network: None,
+            nested: false,
         };
         let saved = directory.path().join("config");
         std::fs::write(&saved, minicbor::to_vec(&config).unwrap()).unwrap();

@@ -27,12 +27,68 @@ pub struct HostFacts {
     pub kvm: KvmVerdict,
     /// Whether kernel vsock can be used.
     pub vsock: VsockVerdict,
+    /// Whether guests of this host's KVM may have KVM of their own.
+    pub nesting: Nesting,
     /// Identifies the host's current boot; empty if unknown.
     pub boot_id: String,
     /// The user nido runs as.
     pub uid: u32,
     /// Its group.
     pub gid: u32,
+}
+
+/// What the kernel's module for KVM says of virtual machines inside virtual machines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Nesting {
+    /// No module says anything: there is no KVM, or it is built into the kernel.
+    Unknown,
+    /// Its parameter `nested` is on.
+    On,
+    /// It is off in this module.
+    Off {
+        /// Its name.
+        module: KvmModule,
+    },
+}
+
+/// The kernel's modules for KVM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvmModule {
+    /// For AMD's processors.
+    KvmAmd,
+    /// For Intel's.
+    KvmIntel,
+}
+
+impl KvmModule {
+    /// As `modprobe` knows it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::KvmAmd => "kvm_amd",
+            Self::KvmIntel => "kvm_intel",
+        }
+    }
+
+    /// The command that turns nesting on, now and from the next boot on. No VM may run meanwhile.
+    #[must_use]
+    pub fn turn_on(self) -> String {
+        let name = self.name();
+        format!(
+            "with all VMs stopped, as root: echo options {name} nested=1 > /etc/modprobe.d/kvm-nested.conf && \
+             modprobe -r {name} && modprobe {name}"
+        )
+    }
+}
+
+fn nesting(modules: &Path) -> Nesting {
+    let of = |module: KvmModule| {
+        let value = fs::read_to_string(modules.join(module.name()).join("parameters/nested")).ok()?;
+        Some(if matches!(value.trim(), "1" | "Y") { Nesting::On } else { Nesting::Off { module } })
+    };
+    of(KvmModule::KvmIntel).or_else(|| of(KvmModule::KvmAmd)).unwrap_or(Nesting::Unknown)
 }
 
 /// Gathers the facts. Blocks for up to 0.3 s the first time after a boot, microseconds later.
@@ -47,6 +103,7 @@ pub fn gather(cache_dir: &Path) -> HostFacts {
         cpu_model: cpu_model(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
         kvm: kvm::probe(cache_dir),
         vsock: vsock::probe(),
+        nesting: nesting(Path::new("/sys/module")),
         boot_id: boot_id().unwrap_or_default(),
         uid: rustix::process::geteuid().as_raw(),
         gid: rustix::process::getegid().as_raw(),
@@ -101,6 +158,24 @@ mod tests {
         assert_eq!(meminfo_mib(text, "MemTotal"), Some(24105));
         assert_eq!(meminfo_mib(text, "MemAvailable"), Some(23763));
         assert_eq!(meminfo_mib(text, "Mem"), None);
+    }
+
+    #[test]
+    fn nesting_is_what_the_module_says() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(nesting(dir.path()), Nesting::Unknown);
+        let parameters = dir.path().join("kvm_amd/parameters");
+        fs::create_dir_all(&parameters).unwrap();
+        for (text, found) in [
+            ("1\n", Nesting::On),
+            ("Y\n", Nesting::On),
+            ("0\n", Nesting::Off { module: KvmModule::KvmAmd }),
+            ("N\n", Nesting::Off { module: KvmModule::KvmAmd }),
+        ] {
+            fs::write(parameters.join("nested"), text).unwrap();
+            assert_eq!(nesting(dir.path()), found, "{text:?}");
+        }
+        assert!(KvmModule::KvmAmd.turn_on().contains("options kvm_amd nested=1"));
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub mod qemu;
 mod tsc;
 pub mod vsock;
 
-pub use facts::HostFacts;
+pub use facts::{HostFacts, KvmModule, Nesting};
 pub use kvm::KvmVerdict;
 pub use qemu::{QemuFacts, QemuProbeError, QemuVersion};
 pub use vsock::VsockVerdict;

@@ -65,6 +65,23 @@ impl Nido {
         Ok(BakeResult { template: name.clone(), bake: info, already_baked, duration_ms })
     }
 
+    /// Why a VM of this template with the default settings would not be forked; nothing if it would.
+    pub(super) fn unfit_by_default(&self, name: &TemplateName, host: &HostFacts, qemu: &QemuFacts) -> Option<String> {
+        let unfit = || -> Result<Option<String>> {
+            let manifest = self.manifest(name)?;
+            let request = machine_request(
+                &bake_spec(name, &BakeRequest::default())?,
+                manifest.parts.root.virtual_bytes,
+                *machine::GUEST_CIDS.start(),
+            );
+            let machine = machine::decide(&request, host, qemu)?;
+            Ok(choose(&manifest.bakes, &shape(&machine, host), &qemu_id(qemu))
+                .err()
+                .map(|unfit| unfit.why().to_owned()))
+        };
+        unfit().unwrap_or_else(|error| Some(error.to_string()))
+    }
+
     /// Runs a VM until it has saved itself.
     async fn bake(
         &self,

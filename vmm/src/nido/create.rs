@@ -178,6 +178,7 @@ pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) ->
         },
         network: guest_network(row.spec.net),
         identity: row.id.clone(),
+        nested: row.spec.nested,
     };
     let bytes = minicbor::to_vec(&config)
         .map_err(|e| Error::internal(format!("cannot write the guest's configuration: {e}")))?;

@@ -1,8 +1,8 @@
 //! Looking at the host: can it run VMs, how well, and is anything left over from a crash.
 
-use crate::api::{CheckStatus, DoctorCheck, DoctorReport};
+use crate::api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo};
 use crate::error::Result;
-use crate::host::{HostFacts, KvmVerdict, QemuFacts, VsockVerdict, facts, qemu};
+use crate::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, VsockVerdict, facts, kvm, qemu};
 use crate::nido::Nido;
 
 /// Less free space than this on the home's disk is worth a word, in bytes.
@@ -18,14 +18,22 @@ impl Nido {
         let cache = self.home.cache();
         let qemu = qemu::find(self.options.qemu.as_deref()).and_then(|program| qemu::probe(&program, &cache));
         checks.push(check_qemu(qemu.as_ref()));
-        let host = tokio::task::spawn_blocking(move || facts::gather(&cache))
-            .await
-            .map_err(|e| crate::error::Error::internal(format!("the host could not be looked at: {e}")))?;
+        let host = tokio::task::spawn_blocking(move || {
+            // Who asks the doctor may have changed something.
+            kvm::forget(&cache);
+            facts::gather(&cache)
+        })
+        .await
+        .map_err(|e| crate::error::Error::internal(format!("the host could not be looked at: {e}")))?;
         checks.push(check_kvm(&host, qemu.as_ref().ok()));
+        checks.push(check_nesting(&host));
         checks.push(check_vsock(&host));
+        checks.push(check_user(&host));
         checks.push(check_memory(&host));
+        checks.push(check_cgroups(std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").ok().as_deref()));
         checks.push(self.check_disk());
         checks.push(self.check_templates()?);
+        checks.extend(qemu.as_ref().ok().map(|qemu| self.check_bakes(&host, qemu)));
         checks.push(self.check_build_tools());
         checks.push(self.check_leftovers(gc)?);
         Ok(DoctorReport { ok: checks.iter().all(|check| check.status != CheckStatus::Failed), checks })
@@ -62,6 +70,19 @@ impl Nido {
         }
         let names: Vec<_> = list.templates.iter().map(|t| t.name.to_string()).collect();
         Ok(check("templates", CheckStatus::Ok, names.join(", ")))
+    }
+
+    /// Whether VMs with the default settings are forked.
+    fn check_bakes(&self, host: &HostFacts, qemu: &QemuFacts) -> DoctorCheck {
+        let unfit = |template: &TemplateInfo| {
+            let why = self.unfit_by_default(&template.name, host, qemu)?;
+            Some((format!("VMs of {} boot instead of being forked: {why}", template.name), template.name.clone()))
+        };
+        let templates = self.template_list().map(|list| list.templates).unwrap_or_default();
+        match templates.iter().find_map(unfit) {
+            Some((why, name)) => check("bakes", CheckStatus::Warning, why).hint(format!("nido template bake {name}")),
+            None => check("bakes", CheckStatus::Ok, "VMs with the default settings are forked"),
+        }
     }
 
     fn check_build_tools(&self) -> DoctorCheck {
@@ -154,6 +175,10 @@ fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorCheck {
             let why = verdict.trouble().unwrap_or_default();
             let plain = check("kvm", CheckStatus::Warning, format!("{why}; {emulation}"));
             match verdict {
+                _ if qemu.is_some_and(|qemu| !qemu.accel_tcg) => {
+                    check("kvm", CheckStatus::Failed, format!("{why}, and this QEMU was built without emulation (TCG)"))
+                        .hint("apt-get install qemu-system-x86")
+                }
                 KvmVerdict::NotPermitted => {
                     plain.hint("join the group that owns it: adduser $USER kvm, then log in again")
                 }
@@ -161,6 +186,44 @@ fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorCheck {
                 _ => plain,
             }
         }
+    }
+}
+
+fn check_nesting(host: &HostFacts) -> DoctorCheck {
+    let usable = host.kvm.trouble().is_none();
+    match host.nesting {
+        _ if !usable => {
+            check("nesting", CheckStatus::Ok, "an emulated VM can have VMs of its own (--nested); they are slow")
+        }
+        Nesting::On => check("nesting", CheckStatus::Ok, "a VM can have VMs of its own (--nested)"),
+        Nesting::Unknown => {
+            check("nesting", CheckStatus::Ok, "the kernel does not say whether a VM can have VMs of its own")
+        }
+        Nesting::Off { module } => {
+            let why = format!("a VM cannot have VMs of its own: the parameter `nested` of {} is off", module.name());
+            check("nesting", CheckStatus::Ok, why).hint(module.turn_on())
+        }
+    }
+}
+
+fn check_user(host: &HostFacts) -> DoctorCheck {
+    if host.uid == 0 {
+        return check("user", CheckStatus::Ok, "root");
+    }
+    let groups = rustix::process::getgroups().unwrap_or_default();
+    let groups: Vec<_> = groups.iter().map(|group| group.as_raw().to_string()).collect();
+    check(
+        "user",
+        CheckStatus::Ok,
+        format!("user {}, group {}, further groups {}", host.uid, host.gid, groups.join(" ")),
+    )
+}
+
+/// `controllers`: what the file of that name says, if it is there.
+fn check_cgroups(controllers: Option<&str>) -> DoctorCheck {
+    match controllers {
+        Some(list) => check("cgroups", CheckStatus::Ok, format!("version 2: {}", list.trim())),
+        None => check("cgroups", CheckStatus::Ok, "version 1 or none"),
     }
 }
 

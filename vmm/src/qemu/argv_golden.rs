@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::argv::{Disk, Files, Memory, Part, devices, flatten, parts};
 use crate::api::{AccelChoice, MachineChoice, NetChoice};
-use crate::host::{HostFacts, KvmVerdict, VsockVerdict};
+use crate::host::{HostFacts, KvmVerdict, Nesting, VsockVerdict};
 use crate::machine::{Machine, MachineRequest, Transport, decide, tests::qemu_facts};
 
 fn files(ephemeral: bool) -> Files {
@@ -49,6 +49,7 @@ fn machine(kind: MachineChoice, accel: AccelChoice, vsock: VsockVerdict) -> Mach
         cpu_model: String::new(),
         kvm: KvmVerdict::Usable { micros: 20 },
         vsock,
+        nesting: Nesting::On,
         boot_id: String::new(),
         uid: 1000,
         gid: 1000,

@@ -19,6 +19,7 @@ use tokio::time::Instant as TokioInstant;
 
 use super::forwards::bind;
 use super::launch::{Attached, LaunchError, Running, attach, launch};
+use super::logs::log_tail;
 use super::pool::warm;
 use super::react::QMP_WITHIN;
 use super::run::Supervisor;
@@ -26,17 +27,21 @@ use super::serve::{Life, Users};
 use crate::api::{StartPath, Timings};
 use crate::error::{Code, Error, Result};
 use crate::guest::{Endpoint, Guest, GuestError, Link, Session, connect};
-use crate::home::DEVICE_STATE;
-use crate::host::qemu;
+use crate::home::{DEVICE_STATE, QEMU_LOG};
+use crate::host::{QemuFacts, qemu};
+use crate::machine::Transport;
+use crate::nido::random_cid;
 use crate::qemu::QemuExit;
 use crate::qemu::migration::{self, Memory};
 use crate::state::Fact;
-use crate::store::{Origin, Purpose};
+use crate::store::{Origin, Purpose, VmUpdate};
 
 /// How long loading may take: milliseconds for a bake, seconds for a large memory.
 const LOADED_WITHIN: Duration = Duration::from_secs(600);
 /// How long a QEMU that was left by its supervisor may take to listen to another.
 const REACHED_WITHIN: Duration = Duration::from_secs(15);
+/// How many vsock addresses are tried when the first is taken.
+const OTHER_ADDRESSES: u32 = 4;
 /// The socket over which a state is loaded.
 const LOAD_SOCKET: &str = "load.sock";
 
@@ -66,10 +71,7 @@ impl Supervisor {
         let named = self.nido.options().qemu.clone();
         let program = qemu::find(named.as_deref()).map_err(|e| Ended::Error(e.into()))?;
         let facts = qemu::probe(&program, &self.nido.home().cache()).map_err(|e| Ended::Error(e.into()))?;
-        let running = launch(self.nido.home(), &self.row, &self.machine, &facts).await.map_err(|e| match e {
-            LaunchError::Ended(exit) => Ended::Exit(exit),
-            LaunchError::Failed(error) => Ended::Error(error),
-        })?;
+        let running = self.launch(&facts).await?;
         let qemu_ms = self.asked_for_ms();
         let mut timings = Timings { path: StartPath::Cold, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 };
         if let Some((path, state, memory)) = self.what_to_load() {
@@ -81,6 +83,39 @@ impl Supervisor {
         self.learn(Fact::QmpReady);
         self.life.send_replace(Life::Booting);
         Ok(running)
+    }
+
+    /// Starts QEMU. A vsock address can be taken by somebody whom no home knows: then there is another.
+    async fn launch(&mut self, facts: &QemuFacts) -> Result<Running, Ended> {
+        let mut tries = 0;
+        loop {
+            match launch(self.nido.home(), &self.row, &self.machine, facts).await {
+                Ok(running) => return Ok(running),
+                Err(LaunchError::Ended(_)) if tries < OTHER_ADDRESSES && self.address_was_taken() => {
+                    tries += 1;
+                    self.take_another_address().map_err(Ended::Error)?;
+                }
+                Err(LaunchError::Ended(exit)) => return Err(Ended::Exit(exit)),
+                Err(LaunchError::Failed(error)) => return Err(Ended::Error(error)),
+            }
+        }
+    }
+
+    fn address_was_taken(&self) -> bool {
+        matches!(self.machine.transport, Transport::Vsock { .. })
+            && log_tail(&self.dir, &[QEMU_LOG]).iter().any(|line| says_address_is_taken(line))
+    }
+
+    fn take_another_address(&mut self) -> Result<()> {
+        let cid = random_cid()?;
+        tracing::warn!("another program has the VM's vsock address; trying {cid}");
+        self.machine.transport = Transport::Vsock { cid };
+        let machine = Some(self.machine.clone());
+        let update = VmUpdate { cid: Some(Some(cid)), machine: machine.clone(), ..VmUpdate::default() };
+        self.nido.store().update_vm(&self.row.id, &update)?;
+        (self.row.cid, self.row.machine) = (Some(cid), machine);
+        self.guest = self.nido.guest(&self.row)?;
+        Ok(())
     }
 
     /// The state that the machine goes on from.
@@ -276,6 +311,11 @@ impl Supervisor {
             disk_grown: self.row.parts.frozen.last().is_some_and(|frozen| frozen.virtual_bytes < self.row.disk_bytes),
         }
     }
+}
+
+/// Whether a line of QEMU's is the one with which it ends because another program has the VM's vsock address.
+fn says_address_is_taken(line: &str) -> bool {
+    line.contains("unable to set guest cid") && line.contains("Address already in use")
 }
 
 /// How the supervisor itself reaches the agent.

@@ -29,7 +29,7 @@ use crate::machine::{Accel, Machine, Transport};
 use crate::nido::Nido;
 use crate::qemu::QemuExit;
 use crate::state::{Fact, VmState, advance};
-use crate::store::{Purpose, VmRow, VmUpdate};
+use crate::store::{Origin, Purpose, VmRow, VmUpdate};
 
 /// How long a guest may take to become ready if nobody says otherwise.
 const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
@@ -82,8 +82,9 @@ impl Supervisor {
         let guest = nido.guest(&row)?;
         let channel = match machine.transport {
             Transport::VirtioSerial { .. } => {
-                // A guest that is loaded here waits for its first word; what another supervisor has told it, nobody knows.
-                let letters = !attach && row.renewed_from().is_some();
+                // The agent of a bake waits for its host's first word. That of a snapshot goes on in the middle of what was
+                // said, and what another supervisor has told a clone, nobody knows.
+                let letters = !attach && matches!(row.origin, Origin::Fork(_)) && row.renewed_from().is_some();
                 Some(Arc::new(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?, letters)))
             }
             Transport::Vsock { .. } => None,

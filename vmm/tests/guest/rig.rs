@@ -116,6 +116,7 @@ impl Rig {
             channel: Reach::Serial,
             identity: "0123456789abcdef".into(),
             network: None,
+            nested: false,
         };
         let file = self.path("config");
         std::fs::write(&file, minicbor::to_vec(&config).unwrap()).unwrap();
