@@ -243,12 +243,13 @@ impl Vm<'_> {
         self.process("supervisor", |process| process.arguments.iter().any(|argument| argument == "supervise"))
     }
 
-    /// Kills the supervisor and waits until it is gone.
+    /// Kills the supervisor and waits until it is gone, with all its threads and what they held open.
     #[track_caller]
     pub fn kill_supervisor(&self) {
-        let supervisor = self.supervisor();
-        supervisor.kill();
-        super::eventually("the supervisor's death", || (!supervisor.is_alive()).then_some(()));
+        let lock = fs::File::open(self.dir().join("supervisor.lock")).unwrap();
+        self.supervisor().kill();
+        let free = || rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared).ok();
+        super::eventually("the supervisor's death", free);
     }
 
     pub fn delete(&self) {
