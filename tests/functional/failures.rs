@@ -89,7 +89,9 @@ fn a_vm_that_does_not_boot_under_kvm_is_started_again_without_it() {
     home.nido(["spawn", "kv", "--accel", "kvm", "--json"]).run().fails(1, "kvm_unavailable");
     std::fs::write(&remembered, verdict.to_string()).unwrap();
     home.nido(["spawn", "kv", "--accel", "kvm", "--timeout", "2s", "--json"]).run().fails(1, "agent_unreachable");
-    assert_eq!(home.names(), ["db", "web"]);
+    let mut names = home.names();
+    names.sort();
+    assert_eq!(names, ["db", "web"]);
     assert_eq!(std::fs::read_to_string(&remembered).unwrap(), verdict.to_string());
 }
 
