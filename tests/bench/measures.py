@@ -10,6 +10,7 @@ import tempfile
 
 import bare
 import forks
+import others
 import wire
 from guest_ssh import GuestSsh
 from result import Result
@@ -256,4 +257,4 @@ def lists(bench):
 
 
 # Memory comes first: what several nido processes share is nobody's own, so no other VM should run then.
-ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists}
+ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "others": others.others}
