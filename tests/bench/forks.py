@@ -11,12 +11,14 @@ import tempfile
 import time
 
 import bare
+import slim
 import wire
 from result import Result
 from rig import host_kb, say
 from sampling import in_turns
 
 FORK, COLD, BARE = "`nido spawn`, forked, whole process", "`nido spawn --cold`, whole process", "bare script, forked"
+SLIM_FORK, SLIM_COLD = "the same with the slim kernel, forked", "the same with the slim kernel, cold"
 CLAIMED, BARE_CLAIM, RUN = "claim to ready", "bare script, claimed", "`nido run -- true`, whole process"
 
 
@@ -39,6 +41,11 @@ def timed_spawn(rig, *flags):
     return seconds, timings
 
 
+def whole(rig, *flags):
+    """Milliseconds of a whole `nido spawn`, to be called when it is its turn."""
+    return lambda: timed_spawn(rig, *flags)[0] * 1000
+
+
 def fork(bench):
     """A fork to ready, by nido and by hand, beside a cold boot."""
     rig = bench.rig
@@ -56,9 +63,16 @@ def fork(bench):
             return seconds * 1000
 
         sides = {FORK: forked, BARE: lambda: by_hand.boot() * 1000}
+        colds = {COLD: whole(rig, "--cold")}
+        lacking = slim.missing(rig)
+        if lacking:
+            say(f"  the slim kernel is not measured: {lacking}")
+            result.notes.append(f"the slim kernel was not measured: {lacking}")
+        else:
+            sides[SLIM_FORK] = whole(rig, "--fork", "--template", slim.NAME)
+            colds[SLIM_COLD] = whole(rig, "--cold", "--template", slim.NAME)
         result.samples = in_turns(sides, bench.count(40, 8), warm_up=2, what="fork")
-        cold = in_turns({COLD: lambda: timed_spawn(rig, "--cold")[0] * 1000}, bench.count(5, 2), what="cold")
-        result.samples.update(cold)
+        result.samples.update(in_turns(colds, bench.count(5, 2), what="cold"))
         result.samples.update({f"nido, {phase}": found for phase, found in phases.items()})
         result.require("nido's fork to ready / bare fork", result.median("nido, until ready") / result.median(BARE), "<=", 1.25)
         result.require("cold / fork", result.median(COLD) / result.median(FORK), ">=", 20)

@@ -16,6 +16,7 @@ import time
 from xml.sax.saxutils import escape, quoteattr
 
 import bare
+import forks
 import wire
 from result import Result
 from rig import say
@@ -30,9 +31,9 @@ class Unusable(Exception):
     """libvirt cannot be measured here; says why."""
 
 
-def after(argv, option, number=0):
-    """The value of the option's so-and-so-manieth occurrence."""
-    return [value for key, value in zip(argv, argv[1:]) if key == option][number]
+def after(argv, option):
+    """What stands behind an option."""
+    return argv[argv.index(option) + 1]
 
 
 def value_of(argv, start, key):
@@ -132,19 +133,15 @@ class Daemon:
         if done.returncode != 0:
             raise Unusable(f"virsh {words[0]}: {' '.join(done.stderr.decode(errors='replace').split())}")
 
-    def _pids(self):
-        """The emulators that this daemon has started, by the files it keeps of them."""
-        folder = os.path.join(self.place, "run", "libvirt", "qemu", "run")
-        for name in os.listdir(folder) if os.path.isdir(folder) else ():
-            if name.endswith(".pid"):
-                with open(os.path.join(folder, name), encoding="ascii") as file:
-                    yield int(file.read())
+    def _kill_domain(self):
+        """Ends the domain's QEMU, if it runs: libvirtd leaves it alone when it goes itself."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            with open(os.path.join(self.place, "run", "libvirt", "qemu", "run", f"{NAME}.pid"), encoding="ascii") as file:
+                os.kill(int(file.read()), signal.SIGKILL)
 
     def end(self):
         """Ends the domain and the daemon."""
-        for pid in self._pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._kill_domain()
         self.process.terminate()
         try:
             self.process.wait(timeout=20)
@@ -181,14 +178,8 @@ class Domain:
 
 
 def measured(bench, result, template):
-    rig = bench.rig
-
-    def with_nido():
-        name = rig.fresh_name("pc")
-        seconds = rig.timed("spawn", name, "--cold", "--machine", "pc")
-        rig.run("delete", "--force", "--yes", name)
-        return seconds * 1000
-
+    """Measures it, in turns with nido and with QEMU by hand."""
+    with_nido = forks.whole(bench.rig, "--cold", "--machine", "pc")
     # A socket's address holds 108 bytes, and libvirt's paths are long: not in the scratch directory, which may lie deep.
     with tempfile.TemporaryDirectory(prefix="nido-bench-") as place:
         daemon = Daemon(place)

@@ -21,6 +21,7 @@ import time
 MIB = 1 << 20
 BIG = 256
 GUEST_FILE = "/root/bench.bin"
+BARE = "bare script"
 
 
 class Bench:
@@ -77,7 +78,7 @@ def spawn(bench):
             bench.rig.run("delete", "--force", "--yes", name)
             return seconds * 1000
 
-        sides = {"`nido spawn --cold`, whole process": with_nido, "bare script": milliseconds(template.boot)}
+        sides = {forks.COLD: with_nido, BARE: milliseconds(template.boot)}
         result.samples = in_turns(sides, bench.count(15, 4), warm_up=1, what="spawn")
         nido, script = (result.median(side) for side in sides)
         result.require("nido / bare", nido / script, "<=", 1.3)

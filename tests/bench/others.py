@@ -14,8 +14,10 @@ import tempfile
 import time
 
 import bare
+import forks
 import guest_ssh
 import libvirt
+import slim
 import wire
 from result import Result
 from rig import say, timed
@@ -27,7 +29,6 @@ QGA_PORT = "org.qemu.guest_agent.0"
 # connection and nobody answers it.
 GREETING = 1
 SETTLE = ["systemctl", "is-system-running", "--wait"]
-FORK, COLD = "`nido spawn --fork`, whole process", "`nido spawn --cold`, whole process"
 DEBIAN = "full Debian with systemd and sshd in QEMU, to the first answered ssh"
 
 
@@ -41,7 +42,7 @@ class Debian:
 
     def __init__(self, rig, place):
         self.place, self.key = place, guest_ssh.make_key(place)
-        if "debian-12" not in templates(rig):
+        if "debian-12" not in slim.templates(rig):
             say("  building the template debian-12")
             rig.run("template", "build", "debian-12", "--no-bake")
         self.vm = rig.spawn("debian", "--template", "debian-12", "--machine", "pc", "--cold")
@@ -182,38 +183,24 @@ def _line(command, **arguments):
     return json.dumps({"execute": command, **({"arguments": arguments} if arguments else {})}).encode() + b"\n"
 
 
-def templates(rig):
-    """What is built in the home: each template's entry by its name."""
-    return {entry["name"]: entry for entry in rig.json("template", "ls")["templates"]}
-
-
-def timed_spawn(rig, *flags):
-    """Milliseconds of a whole `nido spawn`; the VM is gone afterwards."""
-    name = rig.fresh_name("spawn")
-    seconds = rig.timed("spawn", name, *flags)
-    rig.run("delete", "--force", "--yes", name)
-    return seconds * 1000
-
-
 def full_debian(bench, debian):
     """Until one can work in it: a full Debian with ssh beside nido's fork and cold start. Gives the last guest, too."""
     rig, count = bench.rig, bench.count(3, 1)
     result = Result("others", "Until the first command can run: nido, and a full Debian with ssh", "ms")
-    sides = {FORK: lambda: timed_spawn(rig, "--fork"), COLD: lambda: timed_spawn(rig, "--cold")}
-    # A fork takes so little of a turn that several are measured in each.
-    often = {FORK: 5, COLD: 1}
-    result.samples = {FORK: [], COLD: [], DEBIAN: []}
-    timed_spawn(rig, "--fork")
+    fork, cold = forks.whole(rig, "--fork"), forks.whole(rig, "--cold")
+    result.samples = {forks.FORK: [], forks.COLD: [], DEBIAN: []}
+    fork()
     guest = None
     for turn in range(count):
         if guest:
             guest.end()
-        for side, measure in sides.items():
-            result.samples[side] += [measure() for _ in range(often[side])]
+        # A fork takes so little of a turn that several are measured in each.
+        result.samples[forks.FORK] += [fork() for _ in range(5)]
+        result.samples[forks.COLD].append(cold())
         seconds, guest = debian.start()
         result.samples[DEBIAN].append(seconds * 1000)
         say(f"  full Debian: {turn + 1} of {count}")
-    result.require("full Debian with ssh / nido's fork", result.median(DEBIAN) / result.median(FORK), ">=", 100)
+    result.require("full Debian with ssh / nido's fork", result.median(DEBIAN) / result.median(forks.FORK), ">=", 100)
     result.notes.append(
         "the Debian is nido's template debian-12 on machine `pc`, with openssh-server and qemu-guest-agent, started by hand;"
         " sshd without PAM, ed25519 keys; the copy of its disk and the first boot of that disk do not count"
