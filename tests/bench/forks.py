@@ -18,7 +18,7 @@ from rig import host_kb, say
 from sampling import in_turns
 
 FORK, COLD, BARE = "`nido spawn`, forked, whole process", "`nido spawn --cold`, whole process", "bare script, forked"
-SLIM_FORK, SLIM_COLD = "the same with the slim kernel, forked", "the same with the slim kernel, cold"
+SLIM_FORK, SLIM_COLD = "`nido spawn` with the slim kernel, forked", "`nido spawn --cold` with the slim kernel"
 CLAIMED, BARE_CLAIM, RUN = "claim to ready", "bare script, claimed", "`nido run -- true`, whole process"
 
 
