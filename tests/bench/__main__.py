@@ -10,7 +10,9 @@ import tempfile
 import time
 
 import measures
+import plot
 import report
+import slim
 from rig import Rig, say
 
 
@@ -21,8 +23,11 @@ def arguments():
                         help=f"only this measurement; may be repeated ({', '.join(measures.ALL)})")
     parser.add_argument("--json", metavar="FILE", help="write everything, each sample included, as JSON")
     parser.add_argument("--write", metavar="FILE", nargs="?", const="docs/performance.md",
-                        help="write the page as well (docs/performance.md; needs all measurements)")
+                        help="write the page as well, and its picture beside it (docs/performance.md, .svg; needs all"
+                             " measurements)")
     parser.add_argument("--qemu", metavar="PATH", help="another QEMU")
+    parser.add_argument("--slim", action="store_true",
+                        help="make the template sandbox-slim first: compiles a kernel, some minutes")
     parser.add_argument("--nido", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--home", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--from", dest="start", default=".", help=argparse.SUPPRESS)
@@ -40,11 +45,14 @@ def measure(args, scratch):
     """Runs the measurements; gives the machine's facts and the results."""
     results = []
     with Rig(args.nido, args.home, args.qemu) as rig:
+        names = args.only or list(measures.ALL)
+        if args.slim or "fork" in names:
+            slim.make(rig, args.slim)
         say("what is measured")
         before = os.getloadavg()
         facts = report.machine(rig)
         bench = measures.Bench(rig, scratch, args.quick)
-        for name in args.only or measures.ALL:
+        for name in names:
             say(f"{name} ({time.strftime('%H:%M:%S')})")
             results += measures.ALL[name](bench)
         # nido's own guest is one process that computes; much more than that was somebody else.
@@ -61,8 +69,10 @@ def main():
         facts, results = measure(args, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    command = " ".join(["scripts/bench", *["--quick"] * args.quick, *["--write"] * bool(args.write)])
-    page = report.markdown(facts, results, command)
+    command = " ".join(["scripts/bench", *(f"--{word}" for word in ("quick", "slim", "write") if getattr(args, word))])
+    picture = plot.svg(results) if args.write else None
+    beside = os.path.splitext(args.write)[0] + ".svg" if picture else None
+    page = report.markdown(facts, results, command, beside and os.path.basename(beside))
     print(page, end="")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
@@ -71,6 +81,9 @@ def main():
     if args.write:
         with open(args.write, "w", encoding="utf-8") as file:
             file.write(page)
+    if picture:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(picture)
     return 0
 
 

@@ -167,6 +167,47 @@ class Monitor:
                 time.sleep(0.001)
 
 
+class Clone:
+    """A QEMU that takes over a saved state."""
+
+    def __init__(self, baked, path):
+        self.token, self.path, self.port = baked.token, path, None
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(os.path.join(path, "channel.sock"))
+        self.listener.listen(1)
+        self.listener.settimeout(DEADLINE)
+        with open(os.path.join(path, "qemu.log"), "wb") as log:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self.qemu = subprocess.Popen(baked.argv, cwd=path, start_new_session=True, **streams)
+
+    def load(self, state, deadline):
+        self.monitor = Monitor(os.path.join(self.path, "qmp.sock"), deadline)
+        self.port, _ = self.listener.accept()
+        self.port.settimeout(DEADLINE)
+        self.monitor.load(state, self.path)
+
+    def agree(self):
+        """Agrees with the agent and opens a session, by which it answers a ping."""
+        agree(self.port)
+        self.session = wire.Session(Stream(self.port), self.token, wire.message(wire.PING))
+        self.session.pong()
+
+    def claim(self):
+        """Seconds until a clone that waited answers again."""
+        begun = time.monotonic()
+        self.monitor.run("cont")
+        self.session.ping()
+        return time.monotonic() - begun
+
+    def end(self):
+        self.qemu.kill()
+        self.qemu.wait()
+        self.listener.close()
+        if self.port:
+            self.port.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
 class Baked(Template):
     """What a forked VM leaves to fork another one by hand: the same agent answers a ping, with the token it was saved
     with; it is not renewed, so two such guests are twins."""
@@ -184,42 +225,44 @@ class Baked(Template):
         subprocess.run(create, check=True)
         os.makedirs(os.path.join(keep_in, "vms"))
 
-    def start(self, name):
-        """Forks; gives the seconds until the agent answered, and what ends the guest."""
+    def load(self, name):
+        """A clone whose state is loaded and that stands still."""
         path = os.path.join(self.depth, "vms", name)
         begun = time.monotonic()
         os.makedirs(path, mode=0o700)
         shutil.copy(self.pristine, os.path.join(path, "disk.qcow2"))
         shutil.copy(self.config, os.path.join(path, "guest.cbor"))
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(os.path.join(path, "channel.sock"))
-        listener.listen(1)
-        listener.settimeout(DEADLINE)
-        with open(os.path.join(path, "qemu.log"), "wb") as log:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            qemu = subprocess.Popen(self.argv, cwd=path, start_new_session=True, **streams)
-        port = None
-
-        def end():
-            qemu.kill()
-            qemu.wait()
-            listener.close()
-            if port:
-                port.close()
-            shutil.rmtree(path, ignore_errors=True)
-
+        clone = Clone(self, path)
         try:
-            monitor = Monitor(os.path.join(path, "qmp.sock"), begun + DEADLINE)
-            port, _ = listener.accept()
-            port.settimeout(DEADLINE)
-            monitor.load(self.state, path)
-            monitor.run("cont")
-            agree(port)
-            wire.Session(Stream(port), self.token, wire.message(wire.PING)).pong()
-            return time.monotonic() - begun, end
+            clone.load(self.state, begun + DEADLINE)
         except BaseException:
-            end()
+            clone.end()
             raise
+        return clone
+
+    def start(self, name):
+        """Forks; gives the seconds until the agent answered, and what ends the guest."""
+        begun = time.monotonic()
+        clone = self.load(name)
+        try:
+            clone.monitor.run("cont")
+            clone.agree()
+            return time.monotonic() - begun, clone.end
+        except BaseException:
+            clone.end()
+            raise
+
+    def wait(self, name):
+        """A clone that waits to be claimed: it has run until its agent answered, and stands still. Its session is open."""
+        clone = self.load(name)
+        try:
+            clone.monitor.run("cont")
+            clone.agree()
+            clone.monitor.run("stop")
+        except BaseException:
+            clone.end()
+            raise
+        return clone
 
     def boot(self):
         seconds, end = self.start("bare")

@@ -11,12 +11,15 @@ import tempfile
 import time
 
 import bare
+import slim
 import wire
 from result import Result
 from rig import host_kb, say
 from sampling import in_turns
 
 FORK, COLD, BARE = "`nido spawn`, forked, whole process", "`nido spawn --cold`, whole process", "bare script, forked"
+SLIM_FORK, SLIM_COLD = "`nido spawn` with the slim kernel, forked", "`nido spawn --cold` with the slim kernel"
+CLAIMED, BARE_CLAIM, RUN = "claim to ready", "bare script, claimed", "`nido run -- true`, whole process"
 
 
 def bakes(rig):
@@ -38,6 +41,11 @@ def timed_spawn(rig, *flags):
     return seconds, timings
 
 
+def whole(rig, *flags):
+    """Milliseconds of a whole `nido spawn`, to be called when it is its turn."""
+    return lambda: timed_spawn(rig, *flags)[0] * 1000
+
+
 def fork(bench):
     """A fork to ready, by nido and by hand, beside a cold boot."""
     rig = bench.rig
@@ -55,9 +63,16 @@ def fork(bench):
             return seconds * 1000
 
         sides = {FORK: forked, BARE: lambda: by_hand.boot() * 1000}
+        colds = {COLD: whole(rig, "--cold")}
+        lacking = slim.missing(rig)
+        if lacking:
+            say(f"  the slim kernel is not measured: {lacking}")
+            result.notes.append(f"the slim kernel was not measured: {lacking}")
+        else:
+            sides[SLIM_FORK] = whole(rig, "--fork", "--template", slim.NAME)
+            colds[SLIM_COLD] = whole(rig, "--cold", "--template", slim.NAME)
         result.samples = in_turns(sides, bench.count(40, 8), warm_up=2, what="fork")
-        cold = in_turns({COLD: lambda: timed_spawn(rig, "--cold")[0] * 1000}, bench.count(5, 2), what="cold")
-        result.samples.update(cold)
+        result.samples.update(in_turns(colds, bench.count(5, 2), what="cold"))
         result.samples.update({f"nido, {phase}": found for phase, found in phases.items()})
         result.require("nido's fork to ready / bare fork", result.median("nido, until ready") / result.median(BARE), "<=", 1.25)
         result.require("cold / fork", result.median(COLD) / result.median(FORK), ">=", 20)
@@ -147,39 +162,61 @@ def many(bench):
 
 
 def pool(bench):
-    """A clone that waits: claimed, and used for one command."""
+    """A clone that waits: claimed, and used for one command; beside one that waits by hand."""
+    with tempfile.TemporaryDirectory(dir=bench.scratch) as place:
+        model = bench.rig.spawn("model", "--fork")
+        by_hand = bare.Baked(model, place, the_bake(bench.rig))
+        bench.rig.delete(model)
+        return [pool_beside(bench, by_hand)]
+
+
+def full_pool(rig):
+    """Waits until nothing is left to be made."""
+    deadline = time.monotonic() + 120
+    while any(entry["ready"] < entry["wanted"] for entry in rig.json("pool", "ls")["pools"]):
+        if time.monotonic() > deadline:
+            raise RuntimeError("the pool does not fill")
+        time.sleep(0.1)
+    # The filler has to be gone, too.
+    time.sleep(0.5)
+
+
+def pool_beside(bench, by_hand):
     rig = bench.rig
-    rig.run("pool", "set", "sandbox", "4")
     result = Result("pool", "From the pool", "ms")
 
-    def full():
-        deadline = time.monotonic() + 120
-        while any(entry["ready"] < entry["wanted"] for entry in rig.json("pool", "ls")["pools"]):
-            if time.monotonic() > deadline:
-                raise RuntimeError("the pool does not fill")
-            time.sleep(0.1)
-        # The filler has to be gone, too.
-        time.sleep(0.5)
-
     def claim():
-        full()
+        full_pool(rig)
         _, timings = timed_spawn(rig)
         if timings["path"] != "pool":
             raise RuntimeError(f"the VM came from elsewhere: {timings}")
         return timings["total_ms"]
 
     def run():
-        full()
+        full_pool(rig)
         return rig.timed("run", "--", "true") * 1000
 
-    claimed, whole = "claim to ready", "`nido run -- true`, whole process"
+    def bare_claim():
+        full_pool(rig)
+        clone = by_hand.wait("waits")
+        try:
+            return clone.claim() * 1000
+        finally:
+            clone.end()
+
+    rig.run("pool", "set", "sandbox", "4")
+    sides = {CLAIMED: claim, BARE_CLAIM: bare_claim, RUN: run}
     try:
-        result.samples = in_turns({claimed: claim, whole: run}, bench.count(20, 4), warm_up=1, what="pool")
+        result.samples = in_turns(sides, bench.count(20, 4), warm_up=1, what="pool")
     finally:
         rig.run("pool", "set", "sandbox", "0")
-    result.require(claimed, result.median(claimed), "<=", 15, "ms")
-    result.require("nido run -- true", result.median(whole), "<=", 80, "ms")
-    return [result]
+    result.require(CLAIMED, result.median(CLAIMED), "<=", 15, "ms")
+    result.require("nido run -- true", result.median(RUN), "<=", 80, "ms")
+    result.notes.append(
+        "bare: a clone that was loaded, asked and stopped by hand; from QEMU's `cont` until its open session answers a ping."
+        " Nido's claim renews the clone on top: random numbers, clock, name, token"
+    )
+    return result
 
 
 def snapshots(bench):

@@ -5,8 +5,8 @@ network, and nothing is configured that a fresh `openssh-server` would not have,
 make ssh quicker.
 """
 
-import glob
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -21,44 +21,63 @@ PACKAGES = (
 DEADLINE = 60
 
 
+def make_key(scratch):
+    """A key pair of this run's own; gives the path of the private one."""
+    key = os.path.join(scratch, "key")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    return key
+
+
+def unpack(vm, scratch, packages, what):
+    """Fetches those of the Debian packages that the guest lacks, and unpacks them in it."""
+    present = vm.exec("dpkg-query", "-W", "-f", "${Package}\n").split()
+    wanted = [package for package in packages if package not in present]
+    say(f"  fetching {len(wanted)} Debian packages for {what} in the guest")
+    debs = os.path.join(scratch, "debs")
+    os.makedirs(debs)
+    # As root apt would fetch as another user, who cannot write here.
+    fetch = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", *wanted]
+    subprocess.run(fetch, cwd=debs, check=True)
+    vm.rig.run("upload", vm.name, debs, "/root/debs")
+    shutil.rmtree(debs)
+    # Symlinks to directories (a merged /usr) stay what they are.
+    each = 'for deb in /root/debs/*.deb; do dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink -C /; done'
+    vm.exec("sh", "-ec", each + "; rm -rf /root/debs; ldconfig")
+
+
+def install(vm, scratch, key):
+    """An ssh server in the guest that lets this key in as root; it does not run yet."""
+    unpack(vm, scratch, PACKAGES, "an ssh server")
+    with open(key + ".pub", "rb") as public:
+        vm.exec(
+            "sh", "-ec",
+            "grep -q ^sshd: /etc/passwd || echo 'sshd:x:105:65534::/run/sshd:/usr/sbin/nologin' >>/etc/passwd;"
+            "mkdir -p /root/.ssh /etc/ssh/sshd_config.d; chmod 700 /root/.ssh; cat >/root/.ssh/authorized_keys;"
+            "printf 'UsePAM no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n'"
+            " >/etc/ssh/sshd_config.d/bench.conf;"
+            "cp -n /usr/share/openssh/sshd_config /etc/ssh/; ssh-keygen -q -A",
+            stdin=public.read(),
+        )
+
+
+def options(key):
+    """What ssh and scp are told: this key, and no file of whoever measures."""
+    words = {
+        "IdentityFile": key, "IdentitiesOnly": "yes", "BatchMode": "yes", "LogLevel": "ERROR",
+        "StrictHostKeyChecking": "no", "UserKnownHostsFile": "/dev/null", "GlobalKnownHostsFile": "/dev/null",
+    }
+    return ["-F", "/dev/null", *(part for key, value in words.items() for part in ("-o", f"{key}={value}"))]
+
+
 class GuestSsh:
     """ssh into one VM, by two ways: through `nido proxy`, and through a TCP port that `nido forward` publishes."""
 
     def __init__(self, vm, scratch):
-        self.vm, self.scratch = vm, scratch
-        self.key = os.path.join(scratch, "key")
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.key], check=True)
-        self._install()
-        self._start()
+        self.vm, self.key = vm, make_key(scratch)
+        install(vm, scratch, self.key)
+        vm.exec("sh", "-ec", "mkdir -p /run/sshd; /usr/sbin/sshd </dev/null")
         self.port = vm.rig.json("forward", "add", vm.name, "22")["host_port"]
         self._wait()
-
-    def _install(self):
-        present = self.vm.exec("dpkg-query", "-W", "-f", "${Package}\n").split()
-        wanted = [package for package in PACKAGES if package not in present]
-        say(f"  fetching {len(wanted)} Debian packages for an ssh server in the guest")
-        debs = os.path.join(self.scratch, "debs")
-        os.makedirs(debs)
-        # As root apt would fetch as another user, who cannot write here.
-        fetch = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", *wanted]
-        subprocess.run(fetch, cwd=debs, check=True)
-        self.vm.rig.run("upload", self.vm.name, debs, "/root/debs")
-        # Symlinks to directories (a merged /usr) stay what they are.
-        unpack = 'for deb in /root/debs/*.deb; do dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink -C /; done'
-        self.vm.exec("sh", "-ec", unpack + "; rm -rf /root/debs; ldconfig")
-        for deb in glob.glob(os.path.join(debs, "*.deb")):
-            os.unlink(deb)
-
-    def _start(self):
-        with open(self.key + ".pub", "rb") as public:
-            self.vm.exec(
-                "sh", "-ec",
-                "grep -q ^sshd: /etc/passwd || echo 'sshd:x:105:65534::/run/sshd:/usr/sbin/nologin' >>/etc/passwd;"
-                "mkdir -p /run/sshd /root/.ssh; chmod 700 /root/.ssh; cat >/root/.ssh/authorized_keys;"
-                "cp -n /usr/share/openssh/sshd_config /etc/ssh/; ssh-keygen -q -A;"
-                "/usr/sbin/sshd -o UsePAM=no -o PermitRootLogin=prohibit-password </dev/null",
-                stdin=public.read(),
-            )
 
     def _wait(self):
         """Waits until the server answers: a forward connects only when the guest does."""
@@ -71,16 +90,8 @@ class GuestSsh:
                 raise TimeoutError("the guest's ssh server does not answer")
 
     def _options(self, way):
-        common = {
-            "IdentityFile": self.key, "IdentitiesOnly": "yes", "BatchMode": "yes", "LogLevel": "ERROR",
-            "StrictHostKeyChecking": "no", "UserKnownHostsFile": "/dev/null", "GlobalKnownHostsFile": "/dev/null",
-        }
-        if way == "proxy":
-            common["ProxyCommand"] = f"'{self.vm.rig.nido}' proxy {self.vm.name} 22"
-        flags = ["-F", "/dev/null"]
-        for key, value in common.items():
-            flags += ["-o", f"{key}={value}"]
-        return flags
+        proxy = ["-o", f"ProxyCommand='{self.vm.rig.nido}' proxy {self.vm.name} 22"] if way == "proxy" else []
+        return [*options(self.key), *proxy]
 
     def true(self, way):
         """Seconds of `ssh vm true`; `way` is proxy or forward."""

@@ -10,6 +10,7 @@ import tempfile
 
 import bare
 import forks
+import others
 import wire
 from guest_ssh import GuestSsh
 from result import Result
@@ -20,6 +21,7 @@ import time
 MIB = 1 << 20
 BIG = 256
 GUEST_FILE = "/root/bench.bin"
+BARE = "bare script"
 
 
 class Bench:
@@ -76,7 +78,7 @@ def spawn(bench):
             bench.rig.run("delete", "--force", "--yes", name)
             return seconds * 1000
 
-        sides = {"`nido spawn --cold`, whole process": with_nido, "bare script": milliseconds(template.boot)}
+        sides = {forks.COLD: with_nido, BARE: milliseconds(template.boot)}
         result.samples = in_turns(sides, bench.count(15, 4), warm_up=1, what="spawn")
         nido, script = (result.median(side) for side in sides)
         result.require("nido / bare", nido / script, "<=", 1.3)
@@ -256,4 +258,4 @@ def lists(bench):
 
 
 # Memory comes first: what several nido processes share is nobody's own, so no other VM should run then.
-ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists}
+ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "others": others.others}

@@ -39,14 +39,15 @@ def figure(value, unit):
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-def markdown(facts, results, command):
-    """The page."""
+def markdown(facts, results, command, picture=None):
+    """The page; the picture is a file beside it."""
     lines = [
         "# Performance",
         "",
         f"Written by `{command}`; what is compared was measured in turns, in one run. No figure here is typed, and none is",
         "a test: machines differ, and so do their days. Ratios carry further than milliseconds.",
         "",
+        *([f"![How long each way takes until a machine can be used: the figures below]({picture})", ""] if picture else ()),
         "| | |",
         "|---|---|",
     ]
@@ -67,8 +68,10 @@ def markdown(facts, results, command):
             lines.append(f"| {result.name} | {verdict.what} | {found} | {verdict.sign} {verdict.target:g}{unit} | {word} |")
     for result in results:
         body = result.json()
-        lines += ["", f"## {result.title}", "", f"In {result.unit}.", ""]
-        lines += ["| | median | p95 | min | max | IQR | n |", "|---|---|---|---|---|---|---|"]
+        lines += ["", f"## {result.title}"]
+        if body["sides"]:
+            lines += ["", f"In {result.unit}.", ""]
+            lines += ["| | median | p95 | min | max | IQR | n |", "|---|---|---|---|---|---|---|"]
         for side, found in body["sides"].items():
             cells = [figure(found[key], result.unit) for key in ("median", "p95", "min", "max", "iqr")]
             lines.append(f"| {side} | {' | '.join(cells)} | {found['n']} |")
