@@ -2,7 +2,7 @@
 //! that says whose disk it is.
 //!
 //! ```text
-//! /var/lib/nido/identity is the wanted one?  yes -> nothing to do
+//! /var/lib/nido-guest/identity is the wanted one?  yes -> nothing to do
 //!                                            no  -> machine id -> host keys -> hooks -> the line, last
 //! ```
 //!
@@ -25,7 +25,7 @@ use crate::etc::{PUBLIC, named, overwrite_file};
 /// Longest identity, in bytes.
 const MAX_IDENTITY: usize = 64;
 /// Below the root: whose disk this is.
-const IDENTITY: &str = "var/lib/nido/identity";
+const IDENTITY: &str = "var/lib/nido-guest/identity";
 /// Below the root: programs that renew what applications keep.
 const HOOKS: &str = "etc/nido/renew.d";
 /// Below the root: where host keys are.

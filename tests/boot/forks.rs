@@ -103,7 +103,7 @@ fn a_bake_of_another_qemu_is_never_loaded() {
 
 /// What must be different in every clone.
 fn fingerprint(vm: &Vm<'_>) -> Vec<String> {
-    let script = "cat /etc/machine-id /proc/sys/kernel/random/boot_id /var/lib/nido/identity /etc/hostname
+    let script = "cat /etc/machine-id /proc/sys/kernel/random/boot_id /var/lib/nido-guest/identity /etc/hostname
         head -c 32 /dev/urandom | base64 -w 0; echo
         python3 -c 'import os, uuid; print(os.getrandom(32).hex(), uuid.uuid4())'";
     let mut facts: Vec<_> = vm.sh(script).text().lines().map(str::to_owned).collect();

@@ -129,8 +129,9 @@ fn eight_at_once_get_eight_vms() {
     for name in &names {
         let vm = Vm { home: &home, name };
         from_pool += usize::from(path(&vm.info()) == "pool");
-        let facts =
-            vm.sh("cat /etc/machine-id /var/lib/nido/identity; head -c 32 /dev/urandom | base64 -w 0; echo; hostname");
+        let facts = vm.sh(
+            "cat /etc/machine-id /var/lib/nido-guest/identity; head -c 32 /dev/urandom | base64 -w 0; echo; hostname",
+        );
         let facts = facts.text();
         assert_eq!(facts.lines().last(), Some(*name));
         let token = format!("{:?}", fs::read(vm.dir().join("guest.cbor")).unwrap());

@@ -261,6 +261,8 @@ pub struct VmInfo {
     pub accel: Option<String>,
     /// `hardware` or `emulation`, once decided.
     pub isolation: Option<String>,
+    /// Whether it may have VMs of its own.
+    pub nested: bool,
     /// Virtual CPUs.
     pub cpus: u32,
     /// Memory in MiB.

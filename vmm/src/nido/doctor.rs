@@ -80,6 +80,7 @@ impl Nido {
         };
         let templates = self.template_list().map(|list| list.templates).unwrap_or_default();
         match templates.iter().find_map(unfit) {
+            None if templates.is_empty() => check("bakes", CheckStatus::Ok, "there is no template to fork from"),
             Some((why, name)) => check("bakes", CheckStatus::Warning, why).hint(format!("nido template bake {name}")),
             None => check("bakes", CheckStatus::Ok, "VMs with the default settings are forked"),
         }

@@ -56,6 +56,7 @@ impl Nido {
             machine_reason: machine.map(|m| m.reason.clone()),
             accel: machine.map(|m| m.accel.name().into()),
             isolation: machine.map(|m| m.accel.isolation().into()),
+            nested: row.spec.nested,
             cpus: row.spec.cpus,
             memory_mib: row.spec.memory_mib,
             disk_bytes: row.disk_bytes,
