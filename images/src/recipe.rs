@@ -106,7 +106,12 @@ const SOURCES: [Source; 3] = [
             include_str!("../recipes/debian-12/nido-guest-agent.service"),
         )],
     },
-    Source { name: "kvm-host", toml: include_str!("../recipes/kvm-host/recipe.toml"), customize: "", files: &[] },
+    Source {
+        name: "kvm-host",
+        toml: include_str!("../recipes/kvm-host/recipe.toml"),
+        customize: include_str!("../recipes/kvm-host/customize.sh"),
+        files: &[],
+    },
 ];
 
 /// Names of the built-in recipes, the default one first.

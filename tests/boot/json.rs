@@ -13,6 +13,7 @@ const VM_FIELDS: [&str; 25] = [
     "machine_reason",
     "accel",
     "isolation",
+    "nested",
     "cpus",
     "memory_mib",
     "disk_bytes",

@@ -170,7 +170,15 @@ impl Nido {
         let mut held = None;
         let copy = if row.state.at_rest() {
             held = Some(self.hold_at_rest(row).await?);
-            files.push(dir.file(crate::home::DISK));
+            let disk = dir.file(crate::home::DISK);
+            if !disk.exists() {
+                let words =
+                    format!("VM '{vm}' has never been started, so it has nothing that its template does not have");
+                return Err(
+                    Error::new(Code::SpecInvalid, words).hint(format!("nido start {vm}, and change something in it"))
+                );
+            }
+            files.push(disk);
             None
         } else {
             let copy: SnapshotName = super::bake::random_name("template")?.as_str().parse()?;
