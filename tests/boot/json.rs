@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::rig::TestHome;
 
-const VM_FIELDS: [&str; 25] = [
+const VM_FIELDS: [&str; 26] = [
     "name",
     "id",
     "status",
