@@ -10,9 +10,12 @@
 mod rig;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -36,8 +39,9 @@ fn cid(vm: &Vm<'_>) -> u32 {
 }
 
 /// One command over a QEMU's monitor that no supervisor holds.
-fn ask_qemu(vm: &Vm<'_>, command: &str) -> Value {
-    let mut monitor = UnixStream::connect(vm.dir().join("qmp.sock")).unwrap();
+fn ask_qemu(monitor: &Path, command: &str) -> Value {
+    let mut monitor = UnixStream::connect(monitor).unwrap();
+    monitor.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let mut lines = BufReader::new(monitor.try_clone().unwrap()).lines();
     for command in ["qmp_capabilities", command] {
         writeln!(monitor, "{}", json!({"execute": command})).unwrap();
@@ -64,9 +68,10 @@ fn kvm_is_really_used() {
     let descriptors = fs::read_dir(format!("/proc/{}/fd", vm.qemu().pid)).unwrap().flatten();
     let links: Vec<_> = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
     assert!(links.iter().any(|link| link.to_string_lossy().contains("kvm-vcpu")), "{links:?}");
-    // QEMU's.
+    // QEMU's. Any command of nido's would bring the next supervisor, which takes the monitor.
+    let monitor = vm.dir().join("qmp.sock");
     vm.kill_supervisor();
-    assert_eq!(ask_qemu(&vm, "query-kvm"), json!({"enabled": true, "present": true}));
+    assert_eq!(ask_qemu(&monitor, "query-kvm"), json!({"enabled": true, "present": true}));
     assert_eq!(vm.exec(["hostname"]).text(), "web");
 }
 
@@ -116,7 +121,7 @@ s.sendall(bytes([1])+len(hello).to_bytes(3,'big')+hello)
 answer=s.recv(4096)
 print({{0:'welcome',1:'refused'}}[answer[5]])"
     );
-    let ran = std::process::Command::new("python3").args(["-c", &script]).output().unwrap();
+    let ran = Command::new("python3").args(["-c", &script]).output().unwrap();
     assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
     String::from_utf8(ran.stdout).unwrap().trim().to_owned()
 }
@@ -125,31 +130,44 @@ print({{0:'welcome',1:'refused'}}[answer[5]])"
 #[test]
 fn an_address_that_is_taken_is_replaced() {
     let home = TestHome::new();
-    let (qemu, taken) = (home.user_dir().join("qemu-system-taken"), home.user_dir().join("taken"));
-    // Whoever starts it first finds its address taken by then: another QEMU, halted, holds it.
+    let place = |name: &str| home.user_dir().join(name);
+    let (qemu, wanted, held) = (place("qemu-system-slow"), place("wanted"), place("held"));
+    // Started for the first time it waits until somebody has its address.
     let script = format!(
         "#!/bin/bash
-real=$(command -v qemu-system-x86_64)
-if [[ \"$*\" =~ guest-cid=([0-9]+) && ! -e '{taken}' ]]; then
-    echo \"${{BASH_REMATCH[1]}}\" > '{taken}'
-    \"$real\" -M q35 -accel tcg -nodefaults -display none -S -device vhost-vsock-pci,guest-cid=${{BASH_REMATCH[1]}} &
-    echo $! > '{taken}.pid'
-    sleep 3
+if [[ \"$*\" =~ guest-cid=([0-9]+) && ! -e '{held}' ]]; then
+    echo \"${{BASH_REMATCH[1]}}\" > '{wanted}.new' && mv '{wanted}.new' '{wanted}'
+    while [[ ! -e '{held}' ]]; do sleep 0.1; done
 fi
-exec \"$real\" \"$@\"
+exec /usr/bin/qemu-system-x86_64 \"$@\"
 ",
-        taken = taken.display()
+        wanted = wanted.display(),
+        held = held.display()
     );
     fs::write(&qemu, script).unwrap();
     fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
-    home.nido(["spawn", "web", "--cold"]).env("NIDO_QEMU", &qemu).ok();
-    let holder: i32 = fs::read_to_string(taken.with_extension("pid")).unwrap().trim().parse().unwrap();
+    let (first, mut holder) = std::thread::scope(|scope| {
+        let holder = scope.spawn(|| {
+            let first: u32 = rig::eventually("an address", || fs::read_to_string(&wanted).ok()).trim().parse().unwrap();
+            let machine = ["-M", "q35", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio"];
+            let device = format!("vhost-vsock-pci,guest-cid={first}");
+            let mut holder = Command::new("/usr/bin/qemu-system-x86_64");
+            holder.args(machine).args(["-device", &device]).stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut holder = holder.spawn().unwrap();
+            // Its prompt comes when its machine is made.
+            holder.stdout.as_mut().unwrap().read_exact(&mut [0; 4]).unwrap();
+            fs::write(&held, "").unwrap();
+            (first, holder)
+        });
+        home.nido(["spawn", "web", "--cold"]).env("NIDO_QEMU", &qemu).ok();
+        holder.join().unwrap()
+    });
     let vm = Vm { home: &home, name: "web" };
     on_kvm(&vm);
-    let first: u32 = fs::read_to_string(&taken).unwrap().trim().parse().unwrap();
     assert_ne!(cid(&vm), first);
     assert_eq!(vm.exec(["hostname"]).text(), "web");
-    rig::send(holder, rustix::process::Signal::KILL);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
 }
 
 #[test]
