@@ -15,7 +15,7 @@ fn what_is_not_there_is_said() {
     home.nido(["template", "info", "nothing", "--json"]).run().fails(1, "template_not_found");
     home.nido(["template", "build", "nothing", "--json"]).run().fails(1, "template_not_found");
     home.nido(["create", "web"]).run().ok();
-    home.nido(["template", "create", "mine", "--from", "web", "--json"]).run().fails(1, "spec_invalid");
+    home.nido(["template", "create", "mine", "--from", "web", "--json"]).run().fails(1, "vm_not_running");
     home.nido(["create", "web", "--json"]).run().fails(1, "vm_exists");
     home.nido(["spawn", "web", "--json"]).run().fails(1, "vm_exists");
     assert_eq!(home.names(), ["web"], "the VM that was there is untouched");

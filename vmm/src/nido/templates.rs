@@ -175,7 +175,7 @@ impl Nido {
                 let words =
                     format!("VM '{vm}' has never been started, so it has nothing that its template does not have");
                 return Err(
-                    Error::new(Code::SpecInvalid, words).hint(format!("nido start {vm}, and change something in it"))
+                    Error::new(Code::VmNotRunning, words).hint(format!("nido start {vm}, and change something in it"))
                 );
             }
             files.push(disk);
