@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  Boot   QEMU ............................ agent answers a ping
-//!  Fork   QEMU (waits) - load - resize - cont - agent renewed -> open for clients
+//!  Fork   QEMU (waits) - load - cont - resize - agent renewed -> open for clients
 //! ```
 //!
 //! Invariant: until a guest that was loaded has been renewed, nobody talks to it but this supervisor.
@@ -143,8 +143,9 @@ impl Supervisor {
             migration::load(&running.monitor, Path::new(LOAD_SOCKET), state, memory, LOADED_WITHIN)
                 .await
                 .map_err(|e| broken(e.to_string().escape_debug().to_string()))?;
-            self.resize_disk(running).await?;
-            running.monitor.cont(QMP_WITHIN).await.map_err(|e| broken(e.to_string().escape_debug().to_string()))
+            running.monitor.cont(QMP_WITHIN).await.map_err(|e| broken(e.to_string().escape_debug().to_string()))?;
+            // Not before: QEMU 10 keeps the disk of a loaded machine inactive until it goes on.
+            self.resize_disk(running).await
         };
         let failed = tokio::select! {
             outcome = work => match outcome {
@@ -211,10 +212,10 @@ impl Supervisor {
             }
             Ok(RunState::paused) if !self.row.agent.ready && self.row.origin != Origin::Boot => {
                 // Loaded, or claimed, and about to go on.
+                let _ = running.monitor.cont(QMP_WITHIN).await;
                 if let Err(error) = self.resize_disk(&running).await {
                     tracing::error!("{error}");
                 }
-                let _ = running.monitor.cont(QMP_WITHIN).await;
                 self.learn(Fact::QmpReady);
             }
             Ok(RunState::paused) => self.learn(Fact::GuestPaused),
