@@ -157,3 +157,44 @@ fn a_supervisor_killed_while_it_takes_one_is_replaced_and_the_vm_goes_on() {
         }
     }
 }
+
+#[test]
+fn a_command_killed_while_it_copies_a_vm_leaves_nothing_in_it() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--net", "none"]);
+    start_counting(&vm);
+    let snapshots = vm.dir().join("snapshots");
+    for command in [&["fork", "web", "copy"][..], &["template", "create", "copy", "--from", "web", "--no-bake"]] {
+        // At the beginning, while the VM is saved, and when its snapshot is another's already.
+        for moment in ["aside", "saving", "saved"] {
+            let before = home.vm_dirs().len();
+            let (copying, _keys) = home.nido(command).start();
+            eventually(moment, || {
+                let begun = home.vm_dirs().len() > before;
+                let saving = snapshots.join(".new-aside").exists();
+                let saved =
+                    home.vm_dirs().iter().any(|id| home.path().join("vms").join(id).join("snapshots/aside").exists());
+                match moment {
+                    "aside" => begun,
+                    "saving" => saving,
+                    _ => saved,
+                }
+                .then_some(())
+            });
+            copying.signal(rustix::process::Signal::KILL);
+            copying.wait().expect(137);
+            assert_eq!(home.names(), ["web"]);
+            // What saved the VM finishes, and what would have been the copy goes.
+            eventually("nothing is left", || {
+                home.nido(["ls"]).ok();
+                (home.vm_dirs().len() == 1 && !snapshots.join(".new-aside").exists()).then_some(())
+            });
+            assert_eq!(names(&vm), [""; 0]);
+            let then = count(&vm);
+            eventually("more", || (count(&vm) > then).then_some(()));
+            check_disk(&vm);
+        }
+    }
+    vm.delete();
+    home.assert_empty();
+}

@@ -147,3 +147,23 @@ fn killed_with_the_command_that_spawns() {
         home.assert_empty();
     }
 }
+
+#[test]
+fn killed_while_a_guest_that_was_saved_goes_on_it_keeps_what_was_promised() {
+    let home = TestHome::new();
+    let vm = Vm { home: &home, name: "web" };
+    // Milliseconds after QEMU came: before, while and after the guest is loaded, gets its disk and is renewed.
+    for after in [0, 20, 40, 60, 80, 100, 150] {
+        let (spawning, _keys) = home.nido(["spawn", "web", "--net", "none", "--disk", "4G", "--fork"]).start();
+        eventually("QEMU", || home.qemu());
+        std::thread::sleep(std::time::Duration::from_millis(after));
+        vm.kill_supervisor();
+        let done = spawning.wait();
+        if done.code == 0 {
+            assert_eq!(vm.exec(["cat", "/sys/block/vda/size"]).text(), ((4_u64 << 30) / 512).to_string(), "{after} ms");
+            assert_eq!(vm.exec(["hostname"]).text(), "web");
+            vm.delete();
+        }
+        home.assert_empty();
+    }
+}

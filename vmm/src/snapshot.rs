@@ -1,7 +1,7 @@
 //! Snapshots on the disk: one directory each, below the VM's own.
 //!
 //! ```text
-//!  snapshots/.new-NAME/   while it is taken          -- rename -->   snapshots/NAME/
+//!  snapshots/.new-NAME/   while it is taken   -- rename -->   snapshots/NAME/   -- rename -->   snapshots/.gone-NAME/
 //!     disk.qcow2   a copy of the VM's own layer        state.bin   memory and devices (of a running VM)
 //!     snapshot.json   what is in it, and what it takes to load it: 0600, it holds a token
 //! ```
@@ -27,6 +27,8 @@ use crate::name::{SnapshotName, VmName};
 
 const DIRECTORY: &str = "snapshots";
 const UNFINISHED: &str = ".new-";
+/// Of one that is being deleted.
+const DOOMED: &str = ".gone-";
 const RECORD: &str = "snapshot.json";
 /// Version of [`Record`].
 const FORMAT: u32 = 1;
@@ -78,12 +80,12 @@ pub struct Unfinished {
 }
 
 impl Unfinished {
-    /// Begins one.
+    /// Begins one of a VM; `into` is the VM that gets it, mostly the same.
     ///
     /// # Errors
     /// `snapshot_exists`, `disk_full`, `internal`.
-    pub fn begin(vm: &VmDir, name: &SnapshotName) -> Result<Self> {
-        let target = dir(vm, name);
+    pub fn begin(vm: &VmDir, into: &VmDir, name: &SnapshotName) -> Result<Self> {
+        let target = dir(into, name);
         if target.exists() {
             return Err(Error::new(Code::SnapshotExists, format!("there is a snapshot named '{name}' already"))
                 .hint("choose another name, or delete it: nido snapshot delete"));
@@ -123,6 +125,9 @@ impl Unfinished {
             for entry in fs::read_dir(&self.path)? {
                 File::open(entry?.path())?.sync_all()?;
             }
+            if let Some(parent) = self.target.parent().filter(|parent| !parent.exists()) {
+                fs::DirBuilder::new().mode(0o700).create(parent)?;
+            }
             fs::rename(&self.path, &self.target)?;
             self.target.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
         };
@@ -144,12 +149,17 @@ fn failed(error: io::Error) -> Error {
     Error::io("cannot take the snapshot", error)
 }
 
-/// Removes what somebody left who was killed while taking one; whether there was anything.
+/// Removes what somebody left who was killed while taking or deleting one; whether one was being taken.
 pub fn remove_unfinished(vm: &VmDir) -> bool {
     let Ok(entries) = fs::read_dir(vm.file(DIRECTORY)) else { return false };
     let mut found = false;
-    for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(UNFINISHED)) {
-        found = true;
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let (taken, doomed) = [UNFINISHED, DOOMED].map(|prefix| name.to_string_lossy().starts_with(prefix)).into();
+        if !taken && !doomed {
+            continue;
+        }
+        found |= taken;
         if let Err(error) = fs::remove_dir_all(entry.path()) {
             tracing::warn!("an unfinished snapshot cannot be removed: {error}");
         }
@@ -221,23 +231,13 @@ pub fn take_back_disk(vm: &VmDir, name: &SnapshotName) -> Result<()> {
     fs::rename(&fresh, vm.file(DISK)).map_err(|e| Error::io("cannot restore the disk", e))
 }
 
-/// Makes a snapshot of one VM another's.
-///
-/// # Errors
-/// `internal`.
-pub fn hand_over(from: &VmDir, to: &VmDir, name: &SnapshotName) -> Result<()> {
-    let broken = |e| Error::io("cannot hand over the snapshot", e);
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(to.file(DIRECTORY)).map_err(broken)?;
-    fs::rename(dir(from, name), dir(to, name)).map_err(broken)
-}
-
 /// Deletes a snapshot: it is nobody's from the first step on.
 ///
 /// # Errors
 /// `snapshot_not_found`, `internal`.
 pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
     let broken = |e| Error::io("cannot delete the snapshot", e);
-    let doomed = vm.file(DIRECTORY).join(format!("{UNFINISHED}{name}"));
+    let doomed = vm.file(DIRECTORY).join(format!("{DOOMED}{name}"));
     let _ = fs::remove_dir_all(&doomed);
     match fs::rename(dir(vm, name), &doomed) {
         // Says that there is none.
@@ -304,14 +304,14 @@ mod tests {
         let (_root, vm) = vm();
         let of: VmName = "web".parse().unwrap();
         fs::write(vm.file(DISK), "one").unwrap();
-        drop(Unfinished::begin(&vm, &name("never")).unwrap());
-        std::mem::forget(Unfinished::begin(&vm, &name("killed")).unwrap());
+        drop(Unfinished::begin(&vm, &vm, &name("never")).unwrap());
+        std::mem::forget(Unfinished::begin(&vm, &vm, &name("killed")).unwrap());
         assert_eq!(list(&vm, &of).unwrap(), []);
         assert!(remove_unfinished(&vm) && !remove_unfinished(&vm));
-        let taking = Unfinished::begin(&vm, &name("first")).unwrap();
+        let taking = Unfinished::begin(&vm, &vm, &name("first")).unwrap();
         taking.copy_disk(&vm).unwrap();
         taking.publish(&Record::now(None)).unwrap();
-        assert_eq!(Unfinished::begin(&vm, &name("first")).unwrap_err().code(), Code::SnapshotExists);
+        assert_eq!(Unfinished::begin(&vm, &vm, &name("first")).unwrap_err().code(), Code::SnapshotExists);
         let told = list(&vm, &of).unwrap();
         assert_eq!((told.len(), told[0].name.as_str(), told[0].running), (1, "first", false));
 
@@ -321,6 +321,33 @@ mod tests {
         delete(&vm, &of, &name("first")).unwrap();
         assert_eq!(delete(&vm, &of, &name("first")).unwrap_err().code(), Code::SnapshotNotFound);
         assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_deletion_that_was_cut_off_is_no_snapshot_that_was() {
+        let (_root, vm) = vm();
+        fs::create_dir_all(vm.file(DIRECTORY).join(".gone-first")).unwrap();
+        assert!(!remove_unfinished(&vm));
+        assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_snapshot_for_another_vm_is_never_among_its_own() {
+        let (root, vm) = vm();
+        let other = crate::home::Home::open(root.path()).unwrap().vm("fedcba9876543210");
+        let of: VmName = "web".parse().unwrap();
+        fs::write(vm.file(DISK), "one").unwrap();
+        let taking = Unfinished::begin(&vm, &other, &name("aside")).unwrap();
+        taking.copy_disk(&vm).unwrap();
+        // The one that wanted it was killed, and its VM removed.
+        assert_eq!(taking.publish(&Record::now(None)).unwrap_err().code(), Code::Internal);
+        assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+        other.make().unwrap();
+        let taking = Unfinished::begin(&vm, &other, &name("aside")).unwrap();
+        taking.copy_disk(&vm).unwrap();
+        taking.publish(&Record::now(None)).unwrap();
+        assert_eq!(list(&vm, &of).unwrap(), []);
+        assert_eq!(list(&other, &of).unwrap().len(), 1);
     }
 
     #[test]

@@ -51,7 +51,7 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
     some("machine", vm.machine.clone());
     some("accel", vm.accel.clone());
     some("isolation", vm.isolation.clone());
-    some("nested", vm.nested.then(|| "the guest has KVM of its own".to_owned()));
+    some("nested", vm.nested.then(|| "the guest may run VMs of its own".to_owned()));
     some("reason", vm.machine_reason.clone());
     some("agent", agent(vm));
     some("network", Some(if vm.net == NetChoice::Nat { "nat" } else { "none" }.into()));

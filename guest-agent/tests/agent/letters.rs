@@ -1,31 +1,18 @@
 //! Orders in one piece, before any multiplexer: what a guest that has just been loaded is told first.
 
 use nido_guest_agent::wire::{
-    self, ENTROPY_LEN, Fault, HEAD, Head, Hello, Refusal, Refused, Renew, TOKEN_LEN, ToGuest, ToHost, VERSION, Welcome,
-    sync,
+    self, Fault, HEAD, Head, Hello, Refusal, Refused, TOKEN_LEN, ToGuest, ToHost, VERSION, Welcome, sync,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-use crate::support::{Host, TOKEN, agree, shell, soon};
+use crate::support::{Host, TOKEN, agree, order, shell, soon};
 
 const NEW_TOKEN: [u8; TOKEN_LEN] = [8; TOKEN_LEN];
 
 fn words(token: &[u8], request: &ToGuest) -> Vec<u8> {
     let hello = ToGuest::Hello(Hello { oldest: VERSION, newest: VERSION, token: token.to_vec().into(), nonce: 99 });
     [wire::encode(&hello).unwrap(), wire::encode(request).unwrap()].concat()
-}
-
-fn order(token: [u8; TOKEN_LEN]) -> ToGuest {
-    ToGuest::Renew(Renew {
-        token: token.to_vec().into(),
-        entropy: vec![9; ENTROPY_LEN].into(),
-        time_ns: 1_700_000_000_000_000_000,
-        hostname: "nobody-is-called-this".into(),
-        identity: "0123456789abcdef".into(),
-        network: None,
-        disk_grown: false,
-    })
 }
 
 async fn post(channel: &mut UnixStream, seed: u8, words: &[u8]) {
@@ -67,9 +54,9 @@ async fn a_guest_is_renewed_by_letter_and_then_the_multiplexer_begins() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
     channel.write_all(b"noise\xff\xffNIDO").await.unwrap();
-    let refused = ask(&mut channel, 2, &words(&NEW_TOKEN, &order(NEW_TOKEN))).await;
+    let refused = ask(&mut channel, 2, &words(&NEW_TOKEN, &ToGuest::Renew(order(NEW_TOKEN)))).await;
     assert!(matches!(&refused[..], [ToHost::Refused(Refused { reason: Refusal::Token, .. })]), "{refused:?}");
-    let renewed = ask(&mut channel, 3, &words(&TOKEN, &order(NEW_TOKEN))).await;
+    let renewed = ask(&mut channel, 3, &words(&TOKEN, &ToGuest::Renew(order(NEW_TOKEN)))).await;
     assert!(
         matches!(&renewed[..], [ToHost::Welcome(Welcome { nonce: 99, .. }), ToHost::Renewed(pong)] if pong.sessions == 0),
         "{renewed:?}"
@@ -89,8 +76,8 @@ async fn a_guest_is_renewed_by_letter_and_then_the_multiplexer_begins() {
 async fn a_letter_holds_a_hello_and_an_order_and_nothing_else() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
-    let whole = &words(&TOKEN, &order(NEW_TOKEN));
-    let hello = whole.len() - wire::encode(&order(NEW_TOKEN)).unwrap().len();
+    let whole = &words(&TOKEN, &ToGuest::Renew(order(NEW_TOKEN)));
+    let hello = whole.len() - wire::encode(&ToGuest::Renew(order(NEW_TOKEN))).unwrap().len();
     for (seed, bad) in [&b""[..], b"\xff", &[0xff; 4096], &whole[..10], &whole[hello..]].iter().enumerate() {
         let answer = ask(&mut channel, u8::try_from(seed).unwrap(), bad).await;
         assert!(

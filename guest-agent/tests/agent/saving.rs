@@ -6,21 +6,9 @@ use nido_guest_agent::wire::{
 use tokio::io::AsyncWriteExt;
 
 use super::channel::gone;
-use crate::support::{Host, TOKEN, agree, probe, shell, soon};
+use crate::support::{Host, TOKEN, agree, order, probe, shell, soon};
 
 const NEW_TOKEN: [u8; TOKEN_LEN] = [8; TOKEN_LEN];
-
-fn order(token: [u8; TOKEN_LEN]) -> Renew {
-    Renew {
-        token: token.to_vec().into(),
-        entropy: vec![9; ENTROPY_LEN].into(),
-        time_ns: 1_700_000_000_000_000_000,
-        hostname: "nobody-is-called-this".into(),
-        identity: "0123456789abcdef".into(),
-        network: None,
-        disk_grown: false,
-    }
-}
 
 #[tokio::test]
 async fn freezing_and_thawing_are_answered_however_often_they_are_asked_for() {

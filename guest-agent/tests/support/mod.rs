@@ -10,7 +10,8 @@ use futures::channel::{mpsc, oneshot};
 use futures::{SinkExt, StreamExt};
 use nido_guest_agent::config::{Channel, GuestConfig, Init};
 use nido_guest_agent::wire::{
-    self, Exec, Failed, Fault, HEAD, Head, Hello, ToGuest, ToHost, VERSION, Welcome, kind, sync,
+    self, ENTROPY_LEN, Exec, Failed, Fault, HEAD, Head, Hello, Renew, TOKEN_LEN, ToGuest, ToHost, VERSION, Welcome,
+    kind, sync,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -323,4 +324,17 @@ pub fn shell(script: &str) -> Exec {
 /// A command.
 pub fn command(argv: &[&str]) -> Exec {
     Exec { argv: argv.iter().map(|argument| argument.as_bytes().to_vec().into()).collect(), ..Exec::default() }
+}
+
+/// A renewal that names another token.
+pub fn order(token: [u8; TOKEN_LEN]) -> Renew {
+    Renew {
+        token: token.to_vec().into(),
+        entropy: vec![9; ENTROPY_LEN].into(),
+        time_ns: 1_700_000_000_000_000_000,
+        hostname: "nobody-is-called-this".into(),
+        identity: "0123456789abcdef".into(),
+        network: None,
+        disk_grown: false,
+    }
 }

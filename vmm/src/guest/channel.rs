@@ -128,7 +128,7 @@ impl Channel {
         Self { activity, link, mux, open, quiet, wanted, letters, tasks: [dials, visits] }
     }
 
-    /// Has the agent answer a session in one piece. `None` if the time for letters is over: then there are streams.
+    /// Has the agent answer a hello and an order in one piece. `None` if the time for letters is over: then there are streams.
     ///
     /// # Errors
     /// [`GuestError::Gone`], [`GuestError::Timeout`].
@@ -222,7 +222,7 @@ struct Quiet {
     reply: oneshot::Sender<Result<(), GuestError>>,
 }
 
-/// A session in one piece.
+/// A hello and an order in one piece.
 #[derive(Debug)]
 struct Letter {
     words: Vec<u8>,

@@ -13,10 +13,23 @@ use super::bake::{FORSAKEN_MS, frozen, random_name, saved};
 use super::lifecycle::denied;
 use crate::api::{ForkResult, PathChoice, StartRequest, StartStage, VmSpec};
 use crate::error::{Code, Error, Result};
+use crate::lock::Held;
 use crate::name::{SnapshotName, VmName};
 use crate::snapshot;
 use crate::state::VmState;
 use crate::store::{BootParts, Origin, Purpose, VmRow};
+use crate::supervisor::control::Request;
+
+/// A snapshot of a running VM that is not among its snapshots: it lies in the directory of a VM of its own, which vanishes
+/// when nobody holds it any more. So nothing stays behind of a command that is killed.
+pub(super) struct Aside {
+    /// The VM that has it.
+    pub row: VmRow,
+    /// Its lock.
+    pub held: Held,
+    /// The snapshot's name there.
+    pub name: SnapshotName,
+}
 
 impl Nido {
     /// Makes copies of a running VM under new names: the same memory, disk and processes, each renewed. Ports are not
@@ -67,42 +80,52 @@ impl Nido {
         progress: &mut dyn FnMut(&VmName, StartStage),
     ) -> Result<(BootParts, Origin)> {
         let vm = &source.spec.name;
-        let name: SnapshotName = random_name("fork")?.as_str().parse()?;
-        self.snapshot_create(vm, &name).await?;
-        let source_dir = self.vm_dir(&source.id);
-        let record = snapshot::open(&source_dir, vm, &name)?;
-        let outcome = async {
+        let Aside { row, held, name } = self.snapshot_aside(source).await?;
+        let dir = self.vm_dir(&row.id);
+        let token = snapshot::open(&dir, vm, &name).and_then(|record| {
+            snapshot::take_back_disk(&dir, &name)?;
             let token = record.running.map(|running| running.token);
-            let token = token.ok_or_else(|| Error::internal("a snapshot of a running VM without memory"))?;
-            let spec = VmSpec {
-                name: random_name("bake")?,
-                ephemeral: true,
-                idle_ms: Some(FORSAKEN_MS),
-                ttl_ms: None,
-                forwards: Vec::new(),
-                ..source.spec.clone()
-            };
-            let (id, disk_bytes) = (super::new_id()?, source.disk_bytes);
-            let row = VmRow::new(id, spec, Purpose::Bake, VmState::Starting, source.parts.clone(), disk_bytes);
-            let (row, held) = self.insert(row).await?;
-            let dir = self.vm_dir(&row.id);
-            let moved =
-                snapshot::hand_over(&source_dir, &dir, &name).and_then(|()| snapshot::take_back_disk(&dir, &name));
-            if let Err(error) = moved {
+            token.ok_or_else(|| Error::internal("a snapshot of a running VM without memory"))
+        });
+        let token = match token {
+            Ok(token) => token,
+            Err(error) => {
                 self.erase(&row.id)?;
                 return Err(error);
             }
-            let from = Some(Origin::Restore { snapshot: name.clone(), token });
-            self.await_bake(&row, held, None, from, &mut |stage| progress(vm, stage)).await
         };
-        let outcome = outcome.await;
-        if outcome.is_err() {
-            let _ = snapshot::delete(&source_dir, vm, &name);
-        }
-        let bake = outcome?;
+        let from = Some(Origin::Restore { snapshot: name, token });
+        let bake = self.await_bake(&row, held, None, from, &mut |stage| progress(vm, stage)).await?;
         let mut parts = source.parts.clone();
         parts.frozen.push(frozen(&bake));
         Ok((parts, Origin::Fork(saved(&bake))))
+    }
+
+    /// Takes a snapshot of a running VM that is not among its snapshots.
+    pub(super) async fn snapshot_aside(&self, source: &VmRow) -> Result<Aside> {
+        let spec = VmSpec {
+            name: random_name("bake")?,
+            ephemeral: true,
+            idle_ms: Some(FORSAKEN_MS),
+            ttl_ms: None,
+            forwards: Vec::new(),
+            ..source.spec.clone()
+        };
+        let (id, disk_bytes) = (super::new_id()?, source.disk_bytes);
+        let row = VmRow::new(id, spec, Purpose::Bake, VmState::Starting, source.parts.clone(), disk_bytes);
+        let (row, held) = self.insert(row).await?;
+        let name: SnapshotName = "aside".parse()?;
+        let taken = async {
+            self.ask(source, &Request::Ready).await?;
+            self.ask(source, &Request::Snapshot { name: name.clone(), into: Some(row.id.clone()) }).await
+        };
+        match taken.await {
+            Ok(_) => Ok(Aside { row, held, name }),
+            Err(error) => {
+                self.erase(&row.id)?;
+                Err(error)
+            }
+        }
     }
 
     async fn start_copy(

@@ -42,13 +42,7 @@ impl Nido {
         progress(StartStage::Preparing);
         let name = row.spec.name.clone();
         let outcome = match self.launch(&row, held, start, asked_at).await {
-            Ok(()) => match self.await_start(&row, start, progress).await {
-                Err(error) if self.kvm_failed(&row) => {
-                    tracing::warn!("VM {name} is started again, without KVM: {error}");
-                    Box::pin(self.start(&name, start, progress)).await
-                }
-                outcome => outcome,
-            },
+            Ok(()) => self.await_start_or_without_kvm(&row, start, progress).await,
             Err(error) => Err(error),
         };
         match outcome {
@@ -105,10 +99,20 @@ impl Nido {
             }
             return Err(error);
         }
-        match self.await_start(&row, start, progress).await {
-            Err(error) if self.kvm_failed(&row) => {
-                tracing::warn!("VM {name} is started again, without KVM: {error}");
-                Box::pin(self.start(name, start, progress)).await
+        self.await_start_or_without_kvm(&row, start, progress).await
+    }
+
+    /// Waits for a VM that was just launched; if KVM failed it, it is started once more without.
+    async fn await_start_or_without_kvm(
+        &self,
+        row: &VmRow,
+        start: StartRequest,
+        progress: &mut dyn FnMut(StartStage),
+    ) -> Result<VmInfo> {
+        match self.await_start(row, start, progress).await {
+            Err(error) if self.kvm_failed(row) => {
+                tracing::warn!("VM {} is started again, without KVM: {error}", row.spec.name);
+                Box::pin(self.start(&row.spec.name, start, progress)).await
             }
             outcome => outcome,
         }

@@ -27,7 +27,7 @@ impl Nido {
         match row.state {
             VmState::Starting | VmState::Running => {
                 self.ask(&row, &Request::Ready).await?;
-                self.ask(&row, &Request::Snapshot { name: name.clone() }).await?;
+                self.ask(&row, &Request::Snapshot { name: name.clone(), into: None }).await?;
             }
             VmState::Paused => return Err(denied(&row, "snapshotted", "it is paused; resume it")),
             VmState::Stopping => return Err(denied(&row, "snapshotted", "it is being stopped")),
@@ -36,7 +36,7 @@ impl Nido {
                 if !dir.file(DISK).exists() {
                     return Err(denied(&row, "snapshotted", "it has never been started"));
                 }
-                let unfinished = Unfinished::begin(&dir, name)?;
+                let unfinished = Unfinished::begin(&dir, &dir, name)?;
                 unfinished.copy_disk(&dir)?;
                 unfinished.publish(&Record::now(None))?;
             }

@@ -18,7 +18,7 @@ use crate::api::{
     BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, StartStage, TemplateInfo, TemplateList,
 };
 use crate::error::{Code, Error, Result};
-use crate::name::{SnapshotName, TemplateName, VmName};
+use crate::name::{TemplateName, VmName};
 use crate::store::{Purpose, VmRow};
 
 impl Nido {
@@ -166,7 +166,7 @@ impl Nido {
         let (vm, dir) = (&row.spec.name, self.vm_dir(&row.id));
         let lower = std::iter::once(&row.parts.root).chain(row.parts.frozen.iter().map(|frozen| &frozen.sha256));
         let mut files: Vec<_> = lower.map(|hash| self.home.blob(hash)).collect();
-        // Of a VM that runs a copy is taken: a snapshot, which goes again.
+        // Of a VM that runs a copy is taken: a snapshot aside, which goes again.
         let mut held = None;
         let copy = if row.state.at_rest() {
             held = Some(self.hold_at_rest(row).await?);
@@ -181,10 +181,9 @@ impl Nido {
             files.push(disk);
             None
         } else {
-            let copy: SnapshotName = super::bake::random_name("template")?.as_str().parse()?;
-            self.snapshot_create(vm, &copy).await?;
-            files.push(crate::snapshot::dir(&dir, &copy).join(crate::home::DISK));
-            Some(copy)
+            let aside = self.snapshot_aside(row).await?;
+            files.push(crate::snapshot::dir(&self.vm_dir(&aside.row.id), &aside.name).join(crate::home::DISK));
+            Some(aside)
         };
         let cancel = CancelOnDrop(Arc::default());
         let (home, flag, name) = (self.home.root().to_owned(), Arc::clone(&cancel.0), name.to_string());
@@ -198,8 +197,8 @@ impl Nido {
             progress(build_step(now));
         }
         let outcome = work.await.map_err(|e| Error::internal(format!("the work broke down: {e}")));
-        if let Some(copy) = copy {
-            let _ = crate::snapshot::delete(&dir, vm, &copy);
+        if let Some(aside) = copy {
+            self.erase(&aside.row.id)?;
         }
         drop(held);
         outcome??;

@@ -4,6 +4,7 @@
 //! changes a VM's row beyond its forwards holds the VM's `supervisor.lock`.
 
 mod pools;
+mod row;
 mod vms;
 
 use std::path::Path;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 
 pub use pools::{Claim, PoolRow};
-pub use vms::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
+pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
 
 use crate::error::{Code, Error, Result};
 

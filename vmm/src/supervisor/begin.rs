@@ -210,9 +210,11 @@ impl Supervisor {
                 self.forwards.close().await;
                 return self.start().await;
             }
-            Ok(RunState::paused) if !self.row.agent.ready && self.row.origin != Origin::Boot => {
-                // Loaded, or claimed, and about to go on.
-                let _ = running.monitor.cont(QMP_WITHIN).await;
+            // Loaded, or claimed; whether it goes on already, and has its disk, only the one knew who died.
+            Ok(status) if !self.row.agent.ready && self.row.origin != Origin::Boot => {
+                if status == RunState::paused {
+                    let _ = running.monitor.cont(QMP_WITHIN).await;
+                }
                 if let Err(error) = self.resize_disk(&running).await {
                     tracing::error!("{error}");
                 }

@@ -29,6 +29,8 @@ pub enum Request {
     Snapshot {
         /// Its name.
         name: SnapshotName,
+        /// The VM that gets it, if it is not this one: a VM of the same home, by its id.
+        into: Option<String>,
     },
     /// Count as activity until this connection closes.
     Lease,

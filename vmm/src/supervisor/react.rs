@@ -128,7 +128,7 @@ impl Supervisor {
                 }
                 let _ = reply.send(outcome);
             }
-            Order::Snapshot(name, reply) => self.take_snapshot(name, running, reply),
+            Order::Snapshot(name, into, reply) => self.take_snapshot(name, into, running, reply),
             Order::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
             Order::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec).await)),
             // Whoever asked may have given up, and made another VM.
@@ -235,7 +235,7 @@ impl Supervisor {
                         }
                         Order::Pause(reply)
                         | Order::Resume(reply)
-                        | Order::Snapshot(_, reply)
+                        | Order::Snapshot(_, _, reply)
                         | Order::ForwardRemove(_, reply)
                         | Order::Claim(_, reply) => drop(reply.send(Err(mute()))),
                         Order::ForwardAdd(_, reply) => drop(reply.send(Err(mute()))),

@@ -41,7 +41,7 @@ pub(super) enum Order {
     Stop(StopRequest),
     Pause(oneshot::Sender<Result<()>>),
     Resume(oneshot::Sender<Result<()>>),
-    Snapshot(SnapshotName, oneshot::Sender<Result<()>>),
+    Snapshot(SnapshotName, Option<String>, oneshot::Sender<Result<()>>),
     ForwardAdd(ForwardSpec, oneshot::Sender<Result<ForwardSpec>>),
     ForwardRemove(ForwardSpec, oneshot::Sender<Result<()>>),
     Claim(Box<ClaimOrder>, oneshot::Sender<Result<()>>),
@@ -143,9 +143,9 @@ async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
             return Ok(());
         }
         Ok(Request::Pause) => done(desk.ask(Order::Pause).await),
-        Ok(Request::Snapshot { name }) => {
+        Ok(Request::Snapshot { name, into }) => {
             let _use = desk.users.enter();
-            done(desk.ask(|reply| Order::Snapshot(name, reply)).await)
+            done(desk.ask(|reply| Order::Snapshot(name, into, reply)).await)
         }
         Ok(Request::Resume) => done(desk.ask(Order::Resume).await),
         Ok(Request::ForwardAdd { forward }) => match desk.ask(|reply| Order::ForwardAdd(forward, reply)).await {

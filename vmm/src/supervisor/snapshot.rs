@@ -38,6 +38,8 @@ const SAVE_SOCKET: &str = "snapshot.sock";
 struct Taking {
     vm: VmName,
     dir: VmDir,
+    /// The directory of the VM that gets it.
+    into: VmDir,
     way: Way,
     monitor: Monitor,
     running: snapshot::Running,
@@ -48,6 +50,7 @@ impl Supervisor {
     pub(super) fn take_snapshot(
         &self,
         name: SnapshotName,
+        into: Option<String>,
         running: &Running,
         reply: tokio::sync::oneshot::Sender<Result<()>>,
     ) {
@@ -55,7 +58,7 @@ impl Supervisor {
             let busy = Error::new(Code::VmBusy, "another snapshot of this VM is being taken");
             return drop(reply.send(Err(busy)));
         };
-        let taking = match self.taking(running) {
+        let taking = match self.taking(into, running) {
             Ok(taking) => taking,
             Err(error) => return drop(reply.send(Err(error))),
         };
@@ -66,7 +69,7 @@ impl Supervisor {
         });
     }
 
-    fn taking(&self, running: &Running) -> Result<Taking> {
+    fn taking(&self, into: Option<String>, running: &Running) -> Result<Taking> {
         let vm = self.row.spec.name.clone();
         if self.state != VmState::Running || !self.row.agent.ready {
             let what = if self.state == VmState::Paused { "it is paused; resume it" } else { "it is not ready" };
@@ -77,6 +80,7 @@ impl Supervisor {
         Ok(Taking {
             vm,
             dir: self.dir.clone(),
+            into: into.map_or_else(|| self.dir.clone(), |id| home.vm(&id)),
             way: Way { guest: self.guest.clone(), channel: self.channel.clone() },
             monitor: running.monitor.clone(),
             running: snapshot::Running {
@@ -106,7 +110,7 @@ impl Supervisor {
 
 impl Taking {
     async fn take(self, name: &SnapshotName) -> Result<()> {
-        let unfinished = Unfinished::begin(&self.dir, name)?;
+        let unfinished = Unfinished::begin(&self.dir, &self.into, name)?;
         let guest_error = |e: GuestError| Error::from_guest(self.vm.as_str(), e);
         let deadline = Instant::now() + FROZEN_WITHIN;
         let stream = self.way.stream(deadline).await.map_err(guest_error)?;

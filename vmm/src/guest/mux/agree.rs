@@ -9,7 +9,7 @@
 //! machine that goes on from there agrees with its own host at once.
 //!
 //! A guest that has just been loaded is there at once, and has nothing left to say to anybody: what it is told first is a
-//! whole session in one piece ([`letter`]).
+//! hello and an order in one piece ([`letter`]).
 //!
 //! Invariant: GO follows the ACK to a PROBE that was sent exactly once, so no second ACK can come behind it and be
 //! taken for the start of the multiplexed stream.
@@ -86,7 +86,7 @@ pub(super) async fn agree(socket: &UnixStream, until: Until, deadline: Instant) 
     set_socket_send_buffer_size(socket, SEND_BUFFER).map_err(|e| GuestError::stream(&e.into()))
 }
 
-/// Sends a session in one piece to an agent that waits for its host's first word, and waits for all it is answered.
+/// Sends a hello and an order in one piece to an agent that waits for its host's first word, and waits for all it is answered.
 /// Any number may follow one another, before [`agree`].
 ///
 /// # Errors

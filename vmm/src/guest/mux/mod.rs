@@ -119,7 +119,7 @@ impl Mux {
     }
 }
 
-/// Sends a session in one piece to an agent whose multiplexer has not begun; gives all it is answered.
+/// Sends a hello and an order in one piece to an agent whose multiplexer has not begun; gives all it is answered.
 ///
 /// # Errors
 /// [`GuestError::Gone`], [`GuestError::Timeout`].
