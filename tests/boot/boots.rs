@@ -38,6 +38,23 @@ fn sandbox_on_q35() {
     check_sandbox("q35");
 }
 
+/// Emulated: the one kind of virtualization that every host can give away.
+#[test]
+fn only_nested_guests_see_virtualization_whatever_the_machine() {
+    let home = TestHome::new();
+    for machine in ["microvm", "pc", "q35"] {
+        for (name, flags, seen) in [("outer", &["--nested"][..], true), ("plain", &[], false)] {
+            let vm = home
+                .spawn(name, &[&["--machine", machine, "--accel", "tcg", "--net", "none", "--cold"], flags].concat());
+            let info = vm.info();
+            assert_eq!((&info["machine"], &info["nested"]), (&machine.into(), &seen.into()));
+            let found = vm.exec(["grep", "-cwE", "svm|vmx", "/proc/cpuinfo"]).run().text() != "0";
+            assert_eq!(found, seen, "{machine} {flags:?}");
+            vm.delete();
+        }
+    }
+}
+
 fn check_debian(machine: &str) {
     let home = TestHome::new();
     let vm = home.spawn("deb", &["--template", "debian-12", "--machine", machine, "--cold"]);

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use super::argv::{Disk, Files, Memory, Part, devices, flatten, parts};
 use crate::api::{AccelChoice, MachineChoice, NetChoice};
-use crate::host::{HostFacts, KvmVerdict, Nesting, VsockVerdict};
+use crate::host::qemu::MINIMUM_VERSION;
+use crate::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, QemuVersion, VsockVerdict};
 use crate::machine::{Machine, MachineRequest, Transport, decide, tests::qemu_facts};
 
 fn files(ephemeral: bool) -> Files {
@@ -29,7 +30,19 @@ fn files(ephemeral: bool) -> Files {
     }
 }
 
+/// A QEMU as its version has it, and its word in a golden file's name.
+fn qemus() -> [(&'static str, QemuFacts); 2] {
+    let newer = QemuVersion { major: 10, minor: 0, ..MINIMUM_VERSION };
+    let newer =
+        QemuFacts { version: newer, reconnect_ms: true, memory_file_rom: true, file_migration: true, ..qemu_facts() };
+    [("", qemu_facts()), ("-qemu-10", newer)]
+}
+
 fn machine(kind: MachineChoice, accel: AccelChoice, vsock: VsockVerdict) -> Machine {
+    machine_on(&qemu_facts(), kind, accel, vsock, false)
+}
+
+fn machine_on(qemu: &QemuFacts, kind: MachineChoice, accel: AccelChoice, vsock: VsockVerdict, nested: bool) -> Machine {
     let request = MachineRequest {
         cpus: 2,
         memory_mib: 512,
@@ -37,7 +50,7 @@ fn machine(kind: MachineChoice, accel: AccelChoice, vsock: VsockVerdict) -> Mach
         machine: kind,
         accel,
         net: NetChoice::Nat,
-        nested: false,
+        nested,
         require_isolation: false,
         cid: 4711,
     };
@@ -54,7 +67,7 @@ fn machine(kind: MachineChoice, accel: AccelChoice, vsock: VsockVerdict) -> Mach
         uid: 1000,
         gid: 1000,
     };
-    decide(&request, &host, &qemu_facts()).unwrap()
+    decide(&request, &host, qemu).unwrap()
 }
 
 fn every_machine() -> Vec<(String, Machine)> {
@@ -71,24 +84,40 @@ fn every_machine() -> Vec<(String, Machine)> {
     all
 }
 
-/// Every machine booted, booted to be saved, and forked.
+/// Every machine under every QEMU booted; without VMs of its own also booted to be saved, and forked.
 fn every_start() -> Vec<(String, Machine, Files)> {
-    let fork = |read_only| {
-        let memory = Memory::Image { path: "/home/ada/nido, mine/blobs/sha256/dd".into(), read_only };
-        let mut files = Files { memory, incoming: true, ..files(false) };
-        files.disk.bases.push("/home/ada/nido, mine/blobs/sha256/ee".into());
-        files
-    };
-    let bake = || Files { memory: Memory::File("memory.img".into()), ..files(true) };
-    let starts = |(name, machine): (String, Machine)| {
-        [
-            (name.clone(), machine.clone(), files(false)),
-            (format!("{name}-bake"), machine.clone(), bake()),
-            (format!("{name}-fork"), machine.clone(), fork(true)),
-            (format!("{name}-fork-7.2"), machine, fork(false)),
-        ]
-    };
-    every_machine().into_iter().flat_map(starts).collect()
+    let mut all = Vec::new();
+    for (suffix, qemu) in qemus() {
+        let read_only = qemu.memory_file_rom;
+        for kind in [MachineChoice::Microvm, MachineChoice::Pc, MachineChoice::Q35] {
+            for accel in [AccelChoice::Kvm, AccelChoice::Tcg] {
+                for vsock in [VsockVerdict::Usable, VsockVerdict::Absent] {
+                    let name = |machine: &Machine| {
+                        let words = [machine.machine.name(), machine.accel.name(), machine.transport.name()];
+                        format!("{}{suffix}", words.join("-"))
+                    };
+                    let plain = machine_on(&qemu, kind, accel, vsock.clone(), false);
+                    let nested = machine_on(&qemu, kind, accel, vsock, true);
+                    all.push((format!("{}-nested", name(&nested)), nested, files(false)));
+                    all.push((format!("{}-bake", name(&plain)), plain.clone(), baked()));
+                    all.push((format!("{}-fork", name(&plain)), plain.clone(), forked(read_only)));
+                    all.push((name(&plain), plain, files(false)));
+                }
+            }
+        }
+    }
+    all
+}
+
+fn baked() -> Files {
+    Files { memory: Memory::File("memory.img".into()), ..files(true) }
+}
+
+fn forked(read_only: bool) -> Files {
+    let memory = Memory::Image { path: "/home/ada/nido, mine/blobs/sha256/dd".into(), read_only };
+    let mut files = Files { memory, incoming: true, ..files(false) };
+    files.disk.bases.push("/home/ada/nido, mine/blobs/sha256/ee".into());
+    files
 }
 
 fn rendered(parts: &[Part]) -> String {
