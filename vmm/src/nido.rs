@@ -12,6 +12,7 @@ mod copies;
 mod create;
 mod delete;
 mod doctor;
+mod events;
 mod exec;
 mod fork;
 mod forwards;
@@ -29,6 +30,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) use create::guest_network;
+pub use events::{EventFeed, Watch};
 pub use exec::{ExecControl, ExecEvents};
 pub(crate) use lifecycle::random_cid;
 pub use logs::LogStream;

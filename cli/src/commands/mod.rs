@@ -9,6 +9,7 @@ mod create;
 mod delete;
 mod doctor;
 mod download;
+mod events;
 mod exec;
 mod fork;
 mod forward;
@@ -112,6 +113,7 @@ pub enum Verb {
     Download(download::Args),
     Cp(cp::Args),
     Logs(logs::Args),
+    Events(events::Args),
     Forward(forward::Args),
     Proxy(proxy::Args),
     Snapshot(snapshot::Args),
@@ -156,6 +158,7 @@ impl Verb {
             Self::Download(args) => args.run(cx).await,
             Self::Cp(args) => args.run(cx).await,
             Self::Logs(args) => args.run(cx).await,
+            Self::Events(args) => args.run(cx).await,
             Self::Forward(args) => args.run(cx).await,
             Self::Proxy(args) => args.run(cx).await,
             Self::Snapshot(args) => args.run(cx).await,

@@ -195,6 +195,16 @@ fn seconds(ms: f64) -> String {
     if ms < 1000.0 { format!("{ms:.0} ms") } else { format!("{:.2} s", ms / 1000.0) }
 }
 
+/// How a VM came to life, for people.
+pub const fn path_words(path: StartPath) -> &'static str {
+    match path {
+        StartPath::Cold => "cold boot",
+        StartPath::Fork => "fork",
+        StartPath::Pool => "from the pool",
+        StartPath::Restore => "restored",
+    }
+}
+
 fn summary(vm: &VmInfo) -> String {
     let isolation = match vm.isolation.as_deref() {
         Some("hardware") => Some("hardware isolation"),
@@ -204,13 +214,7 @@ fn summary(vm: &VmInfo) -> String {
     let facts = [vm.machine.as_deref(), vm.accel.as_deref(), isolation].into_iter().flatten();
     match &vm.timings {
         Some(timings) if vm.agent.ready => {
-            let path = match timings.path {
-                StartPath::Cold => "cold boot",
-                StartPath::Fork => "fork",
-                StartPath::Pool => "from the pool",
-                StartPath::Restore => "restored",
-            };
-            let facts: Vec<_> = std::iter::once(path).chain(facts).collect();
+            let facts: Vec<_> = std::iter::once(path_words(timings.path)).chain(facts).collect();
             format!("{} is ready after {} ({})", vm.name, seconds(timings.total_ms), facts.join(", "))
         }
         _ => {

@@ -2,6 +2,7 @@
 //! these types, so they are a written promise: fields are added, never renamed.
 
 pub mod copy;
+pub mod event;
 pub mod exec;
 pub mod forward;
 pub mod log;
@@ -11,6 +12,7 @@ pub mod template;
 pub mod vm;
 
 pub use copy::*;
+pub use event::*;
 pub use exec::*;
 pub use forward::*;
 pub use log::*;

@@ -182,6 +182,7 @@ impl Nido {
                 timings: Some(None),
                 parts: Some(BootParts { frozen: frozen.clone(), ..row.parts.clone() }),
                 origin: Some(origin.clone()),
+                ..VmUpdate::default()
             };
             match self.store().update_vm(&row.id, &update) {
                 // Another VM has this vsock address: take another.

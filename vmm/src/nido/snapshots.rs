@@ -41,7 +41,9 @@ impl Nido {
                 unfinished.publish(&Record::now(None))?;
             }
         }
-        snapshot::info(&dir, vm, name)
+        let info = snapshot::info(&dir, vm, name)?;
+        self.store().announce_snapshot(&row, name, info.created_at)?;
+        Ok(info)
     }
 
     /// A VM's snapshots, the oldest first.
@@ -50,7 +52,11 @@ impl Nido {
     /// `vm_not_found`.
     pub fn snapshot_list(&self, vm: &VmName) -> Result<SnapshotList> {
         let row = self.store().vm_by_name(vm)?;
-        Ok(SnapshotList { snapshots: snapshot::list(&self.vm_dir(&row.id), vm)? })
+        let snapshots = snapshot::list(&self.vm_dir(&row.id), vm)?;
+        for found in &snapshots {
+            self.store().announce_snapshot(&row, &found.name, found.created_at)?;
+        }
+        Ok(SnapshotList { snapshots })
     }
 
     /// Deletes a snapshot; how it was is the answer. The VM may run meanwhile.
@@ -97,7 +103,12 @@ impl Nido {
         progress(StartStage::Preparing);
         snapshot::take_back_disk(&dir, name)?;
         let Some(saved) = saved else {
-            let update = VmUpdate { state: Some(VmState::Stopped), failure: Some(None), ..VmUpdate::default() };
+            let update = VmUpdate {
+                state: Some(VmState::Stopped),
+                failure: Some(None),
+                restored: Some(name.clone()),
+                ..VmUpdate::default()
+            };
             self.store().update_vm(&row.id, &update)?;
             return self.describe_current(&row);
         };

@@ -53,13 +53,16 @@ impl Nido {
     /// Of the disk.
     pub fn template_list(&self) -> Result<TemplateList> {
         let used = self.template_users()?;
-        let templates = self
+        let templates: Vec<TemplateInfo> = self
             .images()
             .ls()?
             .into_iter()
             .filter_map(|found| found.inspect_err(|e| tracing::warn!("a template cannot be read: {e}")).ok())
             .map(|manifest| describe(&manifest, &used))
             .collect::<Result<_>>()?;
+        for template in &templates {
+            self.store().announce_template(&template.name, &template.created_at.to_string())?;
+        }
         Ok(TemplateList { templates, recipes: nido_images::recipe_names().map(str::to_owned).collect() })
     }
 
@@ -103,6 +106,7 @@ impl Nido {
             self.renew_pools();
         }
         let template = self.template_info(name)?;
+        self.store().announce_template(name, &template.created_at.to_string())?;
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(BuildResult { template, already_built, duration_ms })
     }
@@ -152,6 +156,7 @@ impl Nido {
             self.default_bakes(name, progress).await?;
         }
         let template = self.template_info(name)?;
+        self.store().announce_template(name, &template.created_at.to_string())?;
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(BuildResult { template, already_built: false, duration_ms })
     }
@@ -225,6 +230,7 @@ impl Nido {
         }
         let in_use = self.store().parts_in_use()?;
         self.images().delete(name.as_str(), &in_use)?;
+        self.store().forget_template(name)?;
         Ok(())
     }
 

@@ -91,8 +91,10 @@ impl Nido {
         if !outcome.already_present {
             self.renew_pools();
         }
+        let template = describe(&outcome.manifest, &self.template_users()?)?;
+        self.store().announce_template(&template.name, &template.created_at.to_string())?;
         Ok(ImportResult {
-            template: describe(&outcome.manifest, &self.template_users()?)?,
+            template,
             already_present: outcome.already_present,
             warnings: outcome.notes.iter().map(ToString::to_string).collect(),
             duration_ms: millis(began),

@@ -1,8 +1,10 @@
 //! The store: facts that several processes must agree on, in one SQLite file in WAL mode.
 //!
 //! Every method is one transaction. Uniqueness is a constraint, a change of state a conditional `UPDATE`. Whoever
-//! changes a VM's row beyond its forwards holds the VM's `supervisor.lock`.
+//! changes a VM's row beyond its forwards holds the VM's `supervisor.lock`. What happens to VMs becomes an event in the
+//! same transaction ([`events`]).
 
+mod events;
 mod pools;
 mod row;
 mod vms;
@@ -19,62 +21,58 @@ use crate::error::{Code, Error, Result};
 
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
-/// What this build writes into `user_version`.
-const SCHEMA_VERSION: i64 = 3;
-
-const SCHEMA: &str = "
-CREATE TABLE vms (
-    id            TEXT PRIMARY KEY,
-    name          TEXT NOT NULL UNIQUE,
-    spec          TEXT NOT NULL,             -- VmSpec, as asked
-    state         TEXT NOT NULL,             -- VmState
-    parts         TEXT NOT NULL,             -- BootParts: what of the template it uses
-    disk_bytes    INTEGER NOT NULL,
-    cid           INTEGER UNIQUE,            -- vsock address, while it has one
-    created_ms    INTEGER NOT NULL,
-    machine       TEXT,                      -- Machine, as decided at the last start
-    started_ms    INTEGER,
-    expires_ms    INTEGER,
-    agent         TEXT,                      -- AgentInfo of the last start
-    ip_address    TEXT,
-    failure       TEXT,                      -- Failure
-    timings       TEXT,                      -- Timings
-    deleting      INTEGER NOT NULL DEFAULT 0, -- its files are being removed; the row goes last
-    purpose       TEXT NOT NULL DEFAULT 'use', -- Purpose
-    origin        TEXT                       -- Origin: how its last start brought it to life
-) STRICT;
-CREATE TABLE forwards (
-    vm_id      TEXT NOT NULL REFERENCES vms(id) ON DELETE CASCADE,
-    host       TEXT NOT NULL,
-    host_port  INTEGER NOT NULL,
-    guest_port INTEGER NOT NULL,
-    PRIMARY KEY (vm_id, host, host_port, guest_port)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE pools (
-    template   TEXT NOT NULL,
-    kind       TEXT NOT NULL,                -- PoolKind: the machine of its clones
-    wanted     INTEGER NOT NULL,             -- how many shall wait; at least 1
-    PRIMARY KEY (template, kind)
-) STRICT, WITHOUT ROWID;
-";
-
-/// What takes a store from one version to the next, by the version it starts from.
-const STEPS: [(i64, &str); 2] = [
-    (
-        1,
-        "ALTER TABLE vms ADD COLUMN purpose TEXT NOT NULL DEFAULT 'use';
-         ALTER TABLE vms ADD COLUMN origin TEXT;",
-    ),
-    (
-        2,
-        "CREATE TABLE pools (
-             template TEXT NOT NULL,
-             kind     TEXT NOT NULL,
-             wanted   INTEGER NOT NULL,
-             PRIMARY KEY (template, kind)
-         ) STRICT, WITHOUT ROWID;",
-    ),
+/// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
+const STEPS: [&str; 4] = [
+    "CREATE TABLE vms (
+        id            TEXT PRIMARY KEY,
+        name          TEXT NOT NULL UNIQUE,
+        spec          TEXT NOT NULL,             -- VmSpec, as asked
+        state         TEXT NOT NULL,             -- VmState
+        parts         TEXT NOT NULL,             -- BootParts: what of the template it uses
+        disk_bytes    INTEGER NOT NULL,
+        cid           INTEGER UNIQUE,            -- vsock address, while it has one
+        created_ms    INTEGER NOT NULL,
+        machine       TEXT,                      -- Machine, as decided at the last start
+        started_ms    INTEGER,
+        expires_ms    INTEGER,
+        agent         TEXT,                      -- AgentInfo of the last start
+        ip_address    TEXT,
+        failure       TEXT,                      -- Failure
+        timings       TEXT,                      -- Timings
+        deleting      INTEGER NOT NULL DEFAULT 0 -- its files are being removed; the row goes last
+    ) STRICT;
+    CREATE TABLE forwards (
+        vm_id      TEXT NOT NULL REFERENCES vms(id) ON DELETE CASCADE,
+        host       TEXT NOT NULL,
+        host_port  INTEGER NOT NULL,
+        guest_port INTEGER NOT NULL,
+        PRIMARY KEY (vm_id, host, host_port, guest_port)
+    ) STRICT, WITHOUT ROWID;",
+    "ALTER TABLE vms ADD COLUMN purpose TEXT NOT NULL DEFAULT 'use'; -- Purpose
+     ALTER TABLE vms ADD COLUMN origin TEXT;                         -- Origin: how its last start brought it to life",
+    "CREATE TABLE pools (
+        template   TEXT NOT NULL,
+        kind       TEXT NOT NULL,                -- PoolKind: the machine of its clones
+        wanted     INTEGER NOT NULL,             -- how many shall wait; at least 1
+        PRIMARY KEY (template, kind)
+    ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE events (
+        cursor     INTEGER PRIMARY KEY AUTOINCREMENT, -- never used twice
+        at_ms      INTEGER NOT NULL,
+        event      TEXT NOT NULL,                -- EventKind
+        vm_name    TEXT,
+        details    TEXT NOT NULL                 -- EventDetails
+    ) STRICT;
+    CREATE TABLE announced (                     -- of what lies in files: about which of them there was an event
+        event      TEXT NOT NULL,
+        owner      TEXT NOT NULL,                -- a VM's id, or nothing
+        name       TEXT NOT NULL,
+        stamp      TEXT NOT NULL,                -- when it was made
+        PRIMARY KEY (event, owner, name)
+    ) STRICT, WITHOUT ROWID;",
 ];
+/// What this build writes into `user_version`.
+const SCHEMA_VERSION: i64 = STEPS.len() as i64;
 
 /// An open store.
 #[derive(Debug)]
@@ -106,6 +104,16 @@ impl Store {
         Ok(store)
     }
 
+    /// Does several things, or none of them. Nobody else writes meanwhile.
+    fn in_transaction<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let transaction =
+            rusqlite::Transaction::new_unchecked(&self.connection, rusqlite::TransactionBehavior::Immediate)
+                .map_err(fault)?;
+        let done = work()?;
+        transaction.commit().map_err(fault)?;
+        Ok(done)
+    }
+
     fn migrate(&self) -> Result<()> {
         let version = |c: &Connection| c.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0));
         match version(&self.connection).map_err(fault)? {
@@ -123,10 +131,7 @@ impl Store {
                 .map_err(fault)?;
         // Asked again: another process may have done it meanwhile.
         let from = version(&transaction).map_err(fault)?;
-        if from == 0 {
-            transaction.execute_batch(SCHEMA).map_err(fault)?;
-        }
-        for (_, step) in STEPS.iter().filter(|(step, _)| from > 0 && *step >= from) {
+        for step in &STEPS[usize::try_from(from).unwrap_or(0).min(STEPS.len())..] {
             transaction.execute_batch(step).map_err(fault)?;
         }
         transaction.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(fault)?;
@@ -162,4 +167,31 @@ fn decode<T: serde::de::DeserializeOwned>(column: &str, text: &str) -> Result<T>
 
 fn encode<T: serde::Serialize>(value: &T) -> Result<String> {
     serde_json::to_string(value).map_err(|e| Error::internal(format!("cannot write to the store: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(connection: &Connection) -> Vec<(String, String)> {
+        let columns = "SELECT m.name, group_concat(c.name) FROM sqlite_schema m, pragma_table_info(m.name) c \
+                       WHERE m.type = 'table' GROUP BY m.name ORDER BY m.name";
+        let mut statement = connection.prepare(columns).unwrap();
+        let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+        rows.map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn a_store_of_any_version_becomes_one_of_today() {
+        let dir = tempfile::tempdir().unwrap();
+        let new = shape(&Store::open(&dir.path().join("new")).unwrap().connection);
+        for version in 1..STEPS.len() {
+            let path = dir.path().join(version.to_string());
+            let old = Connection::open(&path).unwrap();
+            STEPS[..version].iter().for_each(|step| old.execute_batch(step).unwrap());
+            old.pragma_update(None, "user_version", version as i64).unwrap();
+            drop(old);
+            assert_eq!(shape(&Store::open(&path).unwrap().connection), new, "from version {version}");
+        }
+    }
 }

@@ -3,11 +3,12 @@
 //! Invariant: a clone is claimed once, by one `UPDATE` that also takes the name, or not at all.
 
 use jiff::Timestamp;
-use rusqlite::{TransactionBehavior, params};
+use rusqlite::params;
 
+use super::events::of_vm;
 use super::vms::{insert_forward, name_taken};
 use super::{Origin, Store, VmRow, decode, encode, fault};
-use crate::api::{AgentInfo, ForwardSpec, PoolKind, VmSpec};
+use crate::api::{AgentInfo, EventKind, ForwardSpec, PoolKind, VmSpec};
 use crate::error::{Error, Result};
 use crate::machine::Machine;
 use crate::name::TemplateName;
@@ -128,39 +129,40 @@ impl Store {
     /// # Errors
     /// `vm_exists` if the name is taken; the clone waits on then.
     pub fn claim_vm(&self, id: &str, claim: &Claim<'_>) -> Result<bool> {
-        let transaction =
-            rusqlite::Transaction::new_unchecked(&self.connection, TransactionBehavior::Immediate).map_err(fault)?;
-        let update = "UPDATE vms SET purpose = 'use', name = ?2, spec = ?3, state = ?4, disk_bytes = ?5, machine = ?6, \
-                      origin = ?7, created_ms = ?8, started_ms = ?8, expires_ms = ?9, agent = ?10, timings = NULL \
-                      WHERE id = ?1 AND purpose = 'pool' AND state = 'paused' AND deleting = 0";
-        let changed = transaction
-            .execute(
-                update,
-                params![
-                    id,
-                    claim.spec.name.as_str(),
-                    encode(claim.spec)?,
-                    VmState::Starting.word(),
-                    i64::try_from(claim.disk_bytes).unwrap_or(i64::MAX),
-                    encode(claim.machine)?,
-                    encode(claim.origin)?,
-                    claim.now.as_millisecond(),
-                    claim.expires_at.map(Timestamp::as_millisecond),
-                    encode(&AgentInfo::default())?,
-                ],
-            )
-            .map_err(|e| match e.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::ConstraintViolation) => name_taken(&claim.spec.name),
-                _ => fault(e),
-            })?;
-        if changed == 0 {
-            return Ok(false);
-        }
-        for forward in claim.forwards {
-            insert_forward(&transaction, id, forward)?;
-        }
-        transaction.commit().map_err(fault)?;
-        Ok::<_, Error>(true)
+        self.in_transaction(|| {
+            let update = "UPDATE vms SET purpose = 'use', name = ?2, spec = ?3, state = ?4, disk_bytes = ?5, machine = ?6, \
+                          origin = ?7, created_ms = ?8, started_ms = ?8, expires_ms = ?9, agent = ?10, timings = NULL \
+                          WHERE id = ?1 AND purpose = 'pool' AND state = 'paused' AND deleting = 0";
+            let changed = self.connection
+                .execute(
+                    update,
+                    params![
+                        id,
+                        claim.spec.name.as_str(),
+                        encode(claim.spec)?,
+                        VmState::Starting.word(),
+                        i64::try_from(claim.disk_bytes).unwrap_or(i64::MAX),
+                        encode(claim.machine)?,
+                        encode(claim.origin)?,
+                        claim.now.as_millisecond(),
+                        claim.expires_at.map(Timestamp::as_millisecond),
+                        encode(&AgentInfo::default())?,
+                    ],
+                )
+                .map_err(|e| match e.sqlite_error_code() {
+                    Some(rusqlite::ErrorCode::ConstraintViolation) => name_taken(&claim.spec.name),
+                    _ => fault(e),
+                })?;
+            if changed == 0 {
+                return Ok(false);
+            }
+            for forward in claim.forwards {
+                insert_forward(&self.connection, id, forward)?;
+            }
+            let row = self.vm_by_id(id)?.ok_or_else(|| Error::internal("a VM vanished while it was claimed"))?;
+            self.append(EventKind::VmCreated, Some(&row.spec.name), &of_vm(&row))?;
+            Ok(true)
+        })
     }
 }
 
@@ -291,15 +293,5 @@ mod tests {
         store.set_pool(&template, &kind, 0).unwrap();
         store.set_pool(&template, &large, 0).unwrap();
         assert_eq!(store.pools().unwrap(), []);
-    }
-
-    #[test]
-    fn a_store_of_the_version_before_gets_its_pools() {
-        let (dir, store) = open_with_clones(1);
-        store.connection.execute_batch("DROP TABLE pools; PRAGMA user_version = 2;").unwrap();
-        drop(store);
-        let store = Store::open(&dir.path().join("db")).unwrap();
-        assert_eq!(store.pools().unwrap(), []);
-        assert_eq!(store.clones().unwrap().len(), 1);
     }
 }

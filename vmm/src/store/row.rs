@@ -5,7 +5,7 @@ use rusqlite::Row;
 use serde::{Deserialize, Serialize};
 
 use super::decode;
-use crate::api::{AgentInfo, Failure, ForwardSpec, Timings, VmSpec};
+use crate::api::{AgentInfo, Failure, ForwardSpec, Limit, Timings, VmSpec};
 use crate::error::{Error, Result};
 use crate::machine::Machine;
 use crate::name::SnapshotName;
@@ -201,6 +201,10 @@ pub struct VmUpdate {
     pub parts: Option<BootParts>,
     /// How it comes to life.
     pub origin: Option<Origin>,
+    /// No column, but an event: this time is up.
+    pub expired: Option<Limit>,
+    /// No column, but an event: the disk is as it was in this snapshot.
+    pub restored: Option<SnapshotName>,
 }
 
 /// The columns in the order in which [`Raw::read`] takes them.

@@ -3,9 +3,10 @@
 use jiff::Timestamp;
 use rusqlite::{OptionalExtension, Row, params};
 
+use super::events::{events_of, of_vm};
 use super::row::{COLUMNS, Raw};
 use super::{Origin, Purpose, Store, VmRow, VmUpdate, encode, fault};
-use crate::api::ForwardSpec;
+use crate::api::{EventKind, ForwardSpec};
 use crate::error::{Code, Error, Result};
 use crate::name::VmName;
 
@@ -15,30 +16,35 @@ impl Store {
     /// # Errors
     /// `vm_exists` if the name is taken.
     pub fn insert_vm(&self, row: &VmRow) -> Result<()> {
-        let transaction = self.connection.unchecked_transaction().map_err(fault)?;
-        transaction
-            .execute(
-                "INSERT INTO vms (id, name, spec, state, parts, disk_bytes, created_ms, purpose) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
-                params![
-                    row.id,
-                    row.spec.name.as_str(),
-                    encode(&row.spec)?,
-                    row.state.word(),
-                    encode(&row.parts)?,
-                    i64::try_from(row.disk_bytes).unwrap_or(i64::MAX),
-                    row.created_at.as_millisecond(),
-                    row.purpose.word()
-                ],
-            )
-            .map_err(|e| match e.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::ConstraintViolation) => name_taken(&row.spec.name),
-                _ => fault(e),
-            })?;
-        for forward in &row.forwards {
-            insert_forward(&transaction, &row.id, forward)?;
-        }
-        transaction.commit().map_err(fault)
+        self.in_transaction(|| {
+            let insert = "INSERT INTO vms (id, name, spec, state, parts, disk_bytes, created_ms, purpose) \
+                          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
+            self.connection
+                .execute(
+                    insert,
+                    params![
+                        row.id,
+                        row.spec.name.as_str(),
+                        encode(&row.spec)?,
+                        row.state.word(),
+                        encode(&row.parts)?,
+                        i64::try_from(row.disk_bytes).unwrap_or(i64::MAX),
+                        row.created_at.as_millisecond(),
+                        row.purpose.word()
+                    ],
+                )
+                .map_err(|e| match e.sqlite_error_code() {
+                    Some(rusqlite::ErrorCode::ConstraintViolation) => name_taken(&row.spec.name),
+                    _ => fault(e),
+                })?;
+            for forward in &row.forwards {
+                insert_forward(&self.connection, &row.id, forward)?;
+            }
+            if row.purpose == Purpose::Use {
+                self.append(EventKind::VmCreated, Some(&row.spec.name), &of_vm(row))?;
+            }
+            Ok(())
+        })
     }
 
     /// The VM of that name that is there for its user.
@@ -168,9 +174,22 @@ impl Store {
         if let Some(origin) = &update.origin {
             set("origin", Box::new(encode(origin)?));
         }
-        if sets.is_empty() {
+        if sets.is_empty() && update.expired.is_none() && update.restored.is_none() {
             return Ok(());
         }
+        self.in_transaction(|| {
+            let Some(before) = self.vm_by_id(id)? else { return Ok(()) };
+            if !sets.is_empty() {
+                self.set_columns(id, &sets, values)?;
+            }
+            for (kind, details) in events_of(&before, update) {
+                self.append(kind, Some(&before.spec.name), &details)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn set_columns(&self, id: &str, sets: &[&str], mut values: Vec<Box<dyn rusqlite::ToSql>>) -> Result<()> {
         let assignments = sets.iter().map(|column| format!("{column} = ?")).collect::<Vec<_>>().join(", ");
         values.push(Box::new(id.to_owned()));
         self.connection
@@ -197,7 +216,18 @@ impl Store {
     /// # Errors
     /// Of the store.
     pub fn remove_vm(&self, id: &str) -> Result<()> {
-        self.connection.execute("DELETE FROM vms WHERE id = ?1", [id]).map_err(fault).map(drop)
+        self.in_transaction(|| {
+            let row = self.vm_by_id(id);
+            self.connection.execute("DELETE FROM announced WHERE owner = ?1", [id]).map_err(fault)?;
+            self.connection.execute("DELETE FROM vms WHERE id = ?1", [id]).map_err(fault)?;
+            match row {
+                Ok(Some(row)) if row.purpose == Purpose::Use => {
+                    self.append(EventKind::VmDeleted, Some(&row.spec.name), &of_vm(&row))
+                }
+                // What cannot be read can be removed all the same.
+                _ => Ok(()),
+            }
+        })
     }
 
     /// Hashes of all template parts that VMs use.

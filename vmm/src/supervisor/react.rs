@@ -13,7 +13,7 @@ use super::launch::Running;
 use super::limits::Reached;
 use super::run::Supervisor;
 use super::serve::{Life, Order};
-use crate::api::{AgentInfo, ForwardSpec, StopRequest};
+use crate::api::{AgentInfo, ForwardSpec, Limit, StopRequest};
 use crate::error::{Code, Error, Result};
 use crate::qemu::{MonitorError, MonitorEvent, QemuExit, QemuProcess};
 use crate::state::{Fact, VmState};
@@ -94,6 +94,8 @@ impl Supervisor {
                 self.quit(running);
             }
             Ok(qapi::qmp::RunState::running) => self.learn(Fact::GuestResumed),
+            // It goes on by itself; nobody has asked for a pause.
+            Ok(_) if self.is_being_saved() => {}
             Ok(qapi::qmp::RunState::shutdown) => {}
             Ok(_) => self.learn(Fact::GuestPaused),
             Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
@@ -114,6 +116,9 @@ impl Supervisor {
     pub(super) async fn on_order(&mut self, order: Order, running: &Running) {
         match order {
             Order::Stop(stop) => self.begin_stop(stop, running),
+            Order::Pause(reply) if self.is_being_saved() => {
+                drop(reply.send(Err(Error::new(Code::VmBusy, "a snapshot of this VM is being taken"))));
+            }
             Order::Pause(reply) => {
                 let outcome = running.monitor.stop(QMP_WITHIN).await.map_err(|e| qmp_error(&e));
                 if outcome.is_ok() {
@@ -167,6 +172,8 @@ impl Supervisor {
             Reached::Idle => "it has been idle for too long",
         };
         tracing::info!("stopping VM {}: {what}", self.row.spec.name);
+        let limit = if reached == Reached::Ttl { Limit::Ttl } else { Limit::Idle };
+        self.write(&VmUpdate { expired: Some(limit), ..VmUpdate::default() });
         self.begin_stop(StopRequest { force: false, timeout_ms: LIMIT_STOP_MS }, running);
     }
 

@@ -69,6 +69,11 @@ impl Supervisor {
         });
     }
 
+    /// Whether it stands still only for a snapshot.
+    pub(super) fn is_being_saved(&self) -> bool {
+        self.snapshotting.available_permits() == 0
+    }
+
     fn taking(&self, into: Option<String>, running: &Running) -> Result<Taking> {
         let vm = self.row.spec.name.clone();
         if self.state != VmState::Running || !self.row.agent.ready {

@@ -1,0 +1,194 @@
+//! Events: what happened to VMs, snapshots and templates, in the order in which it happened.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::Timings;
+use crate::error::{Code, Error};
+use crate::name::{SnapshotName, TemplateName, VmName};
+use crate::state::FailureCause;
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum EventKind {
+    /// A VM was made, or a clone of the pool became one.
+    VmCreated,
+    /// A VM runs, and its agent has answered for the first time since this start.
+    VmStarted,
+    /// A VM ended as asked, or powered itself off.
+    VmStopped,
+    /// A VM is gone.
+    VmDeleted,
+    /// A VM ended, or could not start, without having been asked to.
+    VmCrashed,
+    /// A VM's CPUs stand still.
+    VmPaused,
+    /// They run on.
+    VmResumed,
+    /// A VM's time is up, to live or to be idle; it is being stopped.
+    VmExpired,
+    /// A snapshot is whole.
+    SnapshotCreated,
+    /// A VM is as it was in a snapshot.
+    SnapshotRestored,
+    /// A template is there: built, imported, or made of a VM. Also when one is replaced.
+    TemplateCreated,
+}
+
+impl EventKind {
+    /// Every kind.
+    pub const ALL: [Self; 11] = [
+        Self::VmCreated,
+        Self::VmStarted,
+        Self::VmStopped,
+        Self::VmDeleted,
+        Self::VmCrashed,
+        Self::VmPaused,
+        Self::VmResumed,
+        Self::VmExpired,
+        Self::SnapshotCreated,
+        Self::SnapshotRestored,
+        Self::TemplateCreated,
+    ];
+
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::VmCreated => "vm.created",
+            Self::VmStarted => "vm.started",
+            Self::VmStopped => "vm.stopped",
+            Self::VmDeleted => "vm.deleted",
+            Self::VmCrashed => "vm.crashed",
+            Self::VmPaused => "vm.paused",
+            Self::VmResumed => "vm.resumed",
+            Self::VmExpired => "vm.expired",
+            Self::SnapshotCreated => "snapshot.created",
+            Self::SnapshotRestored => "snapshot.restored",
+            Self::TemplateCreated => "template.created",
+        }
+    }
+}
+
+impl std::fmt::Display for EventKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.word())
+    }
+}
+
+impl std::str::FromStr for EventKind {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self, Error> {
+        Self::ALL.into_iter().find(|kind| kind.word() == word).ok_or_else(|| {
+            let known: Vec<_> = Self::ALL.iter().map(|kind| kind.word()).collect();
+            Error::new(Code::SpecInvalid, format!("there is no event '{}'", word.escape_debug()))
+                .hint(format!("one of {}", known.join(", ")))
+        })
+    }
+}
+
+impl TryFrom<String> for EventKind {
+    type Error = Error;
+
+    fn try_from(word: String) -> Result<Self, Error> {
+        word.parse()
+    }
+}
+
+impl From<EventKind> for String {
+    fn from(kind: EventKind) -> Self {
+        kind.word().into()
+    }
+}
+
+/// One event. Cursors grow, and are never used twice in a home; there may be gaps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// Its place in the order. To go on behind it: `since`, or the header `Last-Event-ID`.
+    pub cursor: u64,
+    /// What happened.
+    pub event: EventKind,
+    /// When.
+    pub timestamp: Timestamp,
+    /// The VM, by the name it had; none for what happens to templates.
+    pub vm_name: Option<VmName>,
+    /// More about it.
+    pub details: EventDetails,
+}
+
+/// More about an event. What does not belong to its kind is left out, but for the first two.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EventDetails {
+    /// The guest's address, as last known.
+    pub ip_address: Option<String>,
+    /// Of a crash: the last lines of the console or of QEMU's own output. The guest wrote them: text of unknown worth.
+    pub last_log_entries: Vec<String>,
+    /// The VM's id, which no other VM ever has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vm_id: Option<String>,
+    /// The template: the VM's, or the one that is there now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template: Option<TemplateName>,
+    /// The snapshot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotName>,
+    /// Of a crash: the cause, for programs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cause: Option<FailureCause>,
+    /// Of a crash: the cause, in a sentence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// Of an end: how long ago the VM's start was asked for, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ran_ms: Option<u64>,
+    /// Which time is up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<Limit>,
+    /// Of a start: how long it took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timings: Option<Timings>,
+}
+
+/// A limit of a VM's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Limit {
+    /// `--ttl`.
+    Ttl,
+    /// `--idle`.
+    Idle,
+}
+
+/// Which events are asked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EventsRequest {
+    /// Those behind this cursor; 0 is all there are.
+    pub since: u64,
+    /// Only these kinds; none named is all.
+    pub kinds: Vec<EventKind>,
+    /// Only of the VM of this name.
+    pub vm: Option<VmName>,
+}
+
+impl EventsRequest {
+    /// Whether an event is among those asked for.
+    #[must_use]
+    pub fn wants(&self, event: &Event) -> bool {
+        event.cursor > self.since
+            && (self.kinds.is_empty() || self.kinds.contains(&event.event))
+            && self.vm.as_ref().is_none_or(|vm| event.vm_name.as_ref() == Some(vm))
+    }
+}
+
+/// Some events, the oldest first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EventList {
+    /// Them.
+    pub events: Vec<Event>,
+    /// To go on from here.
+    pub cursor: u64,
+}

@@ -1,0 +1,143 @@
+//! The events, read: those there are, and those that come.
+//!
+//! Nobody tells a reader that there is something new: whoever writes may be killed before. Instead readers watch the store's
+//! file, which the kernel does for them, and look by themselves now and then.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::Nido;
+use crate::api::{Event, EventList, EventsRequest};
+use crate::error::{Error, Result};
+
+/// How often a reader looks by itself.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// The most events that [`Nido::events`] gives at once.
+const PAGE: usize = 1000;
+
+impl Nido {
+    /// The events behind a cursor, the oldest first; at most a thousand of them. The answer's cursor is where to go on.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn events(&self, request: &EventsRequest) -> Result<EventList> {
+        self.announce_found();
+        let mut request = request.clone();
+        let mut events = Vec::new();
+        loop {
+            let (more, cursor) = self.store().events(&request)?;
+            let done = cursor == request.since;
+            request.since = cursor;
+            events.extend(more);
+            if done || events.len() >= PAGE {
+                break;
+            }
+        }
+        events.truncate(PAGE);
+        let cursor = match events.last() {
+            Some(last) if events.len() == PAGE => last.cursor,
+            _ => request.since,
+        };
+        Ok(EventList { events, cursor })
+    }
+
+    /// The cursor behind the last event: from there on only what is new is seen.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn last_event(&self) -> Result<u64> {
+        self.store().last_cursor()
+    }
+
+    /// The events behind a cursor, and all that come.
+    ///
+    /// # Errors
+    /// `internal` if the store cannot be watched.
+    pub fn follow_events(&self, request: EventsRequest) -> Result<EventFeed<'_>> {
+        Ok(EventFeed { watch: Watch::new(self)?, nido: self, request, ready: Vec::new().into_iter() })
+    }
+
+    /// What lies in files and whose maker was killed before saying so is announced by whoever looks for events.
+    pub(super) fn announce_found(&self) {
+        if let Err(error) = self.template_list() {
+            tracing::warn!("the templates cannot be looked at: {error}");
+        }
+        let rows = self.store().vms().unwrap_or_default();
+        for row in rows.iter().filter(|row| row.purpose == crate::store::Purpose::Use) {
+            if self.vm_dir(&row.id).file("snapshots").exists()
+                && let Err(error) = self.snapshot_list(&row.spec.name)
+            {
+                tracing::warn!("the snapshots of VM {} cannot be looked at: {error}", row.spec.name);
+            }
+        }
+    }
+}
+
+/// Events, one after the other, as they come. Dropping it ends it.
+#[derive(Debug)]
+pub struct EventFeed<'a> {
+    nido: &'a Nido,
+    watch: Watch,
+    request: EventsRequest,
+    ready: std::vec::IntoIter<Event>,
+}
+
+impl EventFeed<'_> {
+    /// The next event. Waits for it, without a limit.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub async fn next(&mut self) -> Result<Event> {
+        loop {
+            if let Some(event) = self.ready.next() {
+                return Ok(event);
+            }
+            let (events, cursor) = self.nido.store().events(&self.request)?;
+            if cursor == self.request.since {
+                self.watch.changed().await;
+            }
+            self.request.since = cursor;
+            self.ready = events.into_iter();
+        }
+    }
+}
+
+/// Waits for writes to the store by anybody.
+#[derive(Debug)]
+pub struct Watch {
+    descriptor: AsyncFd<OwnedFd>,
+}
+
+impl Watch {
+    /// Watches from now on.
+    ///
+    /// # Errors
+    /// `internal`.
+    pub fn new(nido: &Nido) -> Result<Self> {
+        let broken = |e: std::io::Error| Error::io("cannot watch the store", e);
+        let descriptor = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| broken(e.into()))?;
+        // The log of writes comes and goes with the last process that has the store open, so its directory is watched.
+        inotify::add_watch(&descriptor, nido.home().root(), WatchFlags::MODIFY | WatchFlags::CREATE)
+            .map_err(|e| broken(e.into()))?;
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe for the sake of types that are no descriptors; this is one"
+        )]
+        let descriptor = AsyncFd::with_interest(descriptor, Interest::READABLE).map_err(broken)?;
+        Ok(Self { descriptor })
+    }
+
+    /// Returns when something may have been written since the last time, at the latest after [`LOOK_EVERY`].
+    pub async fn changed(&mut self) {
+        let readable = tokio::time::timeout(LOOK_EVERY, self.descriptor.readable()).await;
+        if let Ok(Ok(mut guard)) = readable {
+            let mut buffer = [0; 4096];
+            while rustix::io::read(self.descriptor.as_fd(), &mut buffer).is_ok_and(|n| n > 0) {}
+            guard.clear_ready();
+        }
+    }
+}
