@@ -138,3 +138,32 @@ fn random_bytes<const N: usize>() -> Result<[u8; N]> {
     getrandom::fill(&mut bytes).map_err(|e| Error::new(Code::Internal, format!("no random numbers: {e}")))?;
     Ok(bytes)
 }
+
+/// Servers call the API from several threads.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn send<T: Send>(_: &T) {}
+
+    #[test]
+    fn every_operation_can_wander_between_threads() {
+        let check = |nido: &Nido, name: &crate::name::VmName| {
+            let mut stage = |_: crate::api::StartStage| ();
+            let mut stages = |_: &crate::name::VmName, _: crate::api::StartStage| ();
+            let spec = crate::api::VmSpec::named(name.clone());
+            send(&nido.spawn(spec.clone(), crate::api::StartRequest::default(), &mut stage));
+            send(&nido.create(spec));
+            send(&nido.start(name, crate::api::StartRequest::default(), &mut stage));
+            send(&nido.stop(name, crate::api::StopRequest::default()));
+            send(&nido.delete(name, true));
+            send(&nido.info(name));
+            send(&nido.fork(name, &[], &mut stages));
+            let snapshot = "s".parse().unwrap();
+            send(&nido.snapshot_create(name, &snapshot));
+            send(&nido.snapshot_restore(name, &snapshot, crate::api::RestoreRequest::default(), &mut stage));
+        };
+        let _ = check;
+        send(&Nido::open(OpenOptions::default()));
+    }
+}

@@ -101,7 +101,7 @@ impl Nido {
         held: Held,
         timeout_ms: Option<u64>,
         from: Option<Origin>,
-        progress: &mut dyn FnMut(StartStage),
+        progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Bake> {
         let start = StartRequest { wait: true, timeout_ms, path: PathChoice::Cold };
         let outcome = match self.launch_from(row, held, start, Instant::now(), from).await {

@@ -46,7 +46,7 @@ impl Nido {
         spec: &VmSpec,
         start: StartRequest,
         asked_at: Instant,
-        progress: &mut dyn FnMut(StartStage),
+        progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Option<VmInfo>> {
         if start.path == PathChoice::Cold || !self.store().has_waiting_clones()? {
             return Ok(None);
@@ -97,7 +97,7 @@ impl Nido {
         Ok((bake.memory.sha256.clone(), order))
     }
 
-    async fn claim(&self, id: &str, order: &ClaimOrder, progress: &mut dyn FnMut(StartStage)) -> Result<Asked> {
+    async fn claim(&self, id: &str, order: &ClaimOrder, progress: &mut (dyn FnMut(StartStage) + Send)) -> Result<Asked> {
         let mut line = serde_json::to_vec(&Request::Claim(Box::new(order.clone())))
             .map_err(|e| Error::internal(format!("cannot ask the supervisor: {e}")))?;
         line.push(b'\n');

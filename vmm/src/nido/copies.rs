@@ -24,7 +24,7 @@ impl Nido {
         &self,
         name: &VmName,
         request: UploadRequest,
-        progress: &mut dyn FnMut(CopyProgress),
+        progress: &mut (dyn FnMut(CopyProgress) + Send),
     ) -> Result<CopyResult> {
         let began = Instant::now();
         let reached = self.reach(name).await?;
@@ -52,7 +52,7 @@ impl Nido {
         &self,
         name: &VmName,
         request: DownloadRequest,
-        progress: &mut dyn FnMut(CopyProgress),
+        progress: &mut (dyn FnMut(CopyProgress) + Send),
     ) -> Result<CopyResult> {
         let began = Instant::now();
         let reached = self.reach(name).await?;
@@ -92,7 +92,7 @@ async fn follow(
     work: impl Future<Output = Result<Copied, GuestError>>,
     mut heard: mpsc::UnboundedReceiver<Progress>,
     total_bytes: Option<u64>,
-    progress: &mut dyn FnMut(CopyProgress),
+    progress: &mut (dyn FnMut(CopyProgress) + Send),
 ) -> Result<Copied, GuestError> {
     let mut work = std::pin::pin!(work);
     loop {

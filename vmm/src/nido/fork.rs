@@ -41,7 +41,7 @@ impl Nido {
         &self,
         vm: &VmName,
         copies: &[VmName],
-        progress: &mut dyn FnMut(&VmName, StartStage),
+        progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
     ) -> Result<ForkResult> {
         let row = self.store().vm_by_name(vm)?;
         if row.state != VmState::Running {
@@ -77,7 +77,7 @@ impl Nido {
     async fn bake_running(
         &self,
         source: &VmRow,
-        progress: &mut dyn FnMut(&VmName, StartStage),
+        progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
     ) -> Result<(BootParts, Origin)> {
         let vm = &source.spec.name;
         let Aside { row, held, name } = self.snapshot_aside(source).await?;
@@ -134,7 +134,7 @@ impl Nido {
         name: &VmName,
         parts: BootParts,
         origin: Origin,
-        progress: &mut dyn FnMut(&VmName, StartStage),
+        progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
     ) -> Result<crate::api::VmInfo> {
         let asked_at = Instant::now();
         let spec = VmSpec { name: name.clone(), forwards: Vec::new(), ..source.spec.clone() };

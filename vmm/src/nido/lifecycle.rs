@@ -30,7 +30,7 @@ impl Nido {
         &self,
         spec: VmSpec,
         start: StartRequest,
-        progress: &mut dyn FnMut(StartStage),
+        progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
         if let Some(info) = Box::pin(self.spawn_from_pool(&spec, start, asked_at, progress)).await? {
@@ -69,7 +69,7 @@ impl Nido {
         &self,
         name: &VmName,
         start: StartRequest,
-        progress: &mut dyn FnMut(StartStage),
+        progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
         let row = self.store().vm_by_name(name)?;
@@ -107,7 +107,7 @@ impl Nido {
         &self,
         row: &VmRow,
         start: StartRequest,
-        progress: &mut dyn FnMut(StartStage),
+        progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         match self.await_start(row, start, progress).await {
             Err(error) if self.kvm_failed(row) => {
@@ -207,7 +207,7 @@ impl Nido {
         &self,
         row: &VmRow,
         start: StartRequest,
-        progress: &mut dyn FnMut(StartStage),
+        progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         if start.wait {
             self.ask_with_stages(row, &Request::Ready, progress).await?;
@@ -254,7 +254,7 @@ impl Nido {
         name: &VmName,
         stop: StopRequest,
         start: StartRequest,
-        progress: &mut dyn FnMut(StartStage),
+        progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let row = self.store().vm_by_name(name)?;
         if row.spec.ephemeral {

@@ -82,7 +82,7 @@ impl Nido {
         vm: &VmName,
         name: &SnapshotName,
         request: RestoreRequest,
-        progress: &mut dyn FnMut(StartStage),
+        progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
         let row = self.store().vm_by_name(vm)?;

@@ -100,7 +100,7 @@ impl Nido {
         &self,
         row: &VmRow,
         request: &Request,
-        progress: &mut dyn FnMut(StartStage),
+        progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Answer> {
         for _ in 0..ASKED_AGAIN {
             if let Some(answer) = self.ask_once(row, request, progress).await? {
@@ -126,7 +126,7 @@ impl Nido {
         &self,
         row: &VmRow,
         request: &Request,
-        progress: &mut dyn FnMut(StartStage),
+        progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Option<Answer>> {
         let mut connection = BufReader::new(self.supervisor(row).await?);
         let mut line =
