@@ -11,8 +11,7 @@
 use std::future::Future;
 use std::time::Duration;
 
-use base64::Engine as _;
-use nido_vmm::api::{ExecEvent, ExecExit, ExecRequest, ExecResult, Truncated};
+use nido_vmm::api::{Collected, ExecEvent, ExecExit, ExecRequest};
 use nido_vmm::error::Error;
 use nido_vmm::name::VmName;
 use nido_vmm::nido::{ExecControl, Nido};
@@ -243,7 +242,7 @@ async fn collected(output: &Output, nido: &Nido, name: &VmName, request: ExecReq
         Err(number) => return Ok(Exit::Signal(number)),
     };
     let _feed = Feed::start(output, &control, wants_stdin);
-    let (mut out, mut err) = (Collected::default(), Collected::default());
+    let mut output_so_far = Collected::new(COLLECT_LIMIT);
     let exit = loop {
         tokio::select! {
             signal = signals.next() => if let Signalled::End(number) = signal {
@@ -254,54 +253,15 @@ async fn collected(output: &Output, nido: &Nido, name: &VmName, request: ExecReq
                 }
             },
             event = events.next() => match event {
-                Some(Ok(ExecEvent::Started(_))) => {}
-                Some(Ok(ExecEvent::Stdout(bytes))) => out.add(&bytes),
-                Some(Ok(ExecEvent::Stderr(bytes))) => err.add(&bytes),
                 Some(Ok(ExecEvent::Exited(exit))) => break exit,
+                Some(Ok(event)) => output_so_far.add(&event),
                 Some(Err(error)) => return Err(error.into()),
                 None => return Err(Error::internal("the command ended without saying how").into()),
             },
         }
     };
-    output.answer(&result(out, err, exit), String::new)?;
+    output.answer(&output_so_far.result(exit), String::new)?;
     Ok(Exit::of_command(&exit))
-}
-
-/// One stream, up to the limit.
-#[derive(Debug, Default)]
-struct Collected {
-    bytes: Vec<u8>,
-    truncated: bool,
-}
-
-impl Collected {
-    fn add(&mut self, bytes: &[u8]) {
-        let room = COLLECT_LIMIT - self.bytes.len();
-        self.truncated |= bytes.len() > room;
-        self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
-    }
-
-    /// As text, or as base64 where it is none. A character cut by the limit is left out.
-    fn text(mut self) -> (Option<String>, Option<String>) {
-        if self.truncated {
-            let whole = match std::str::from_utf8(&self.bytes) {
-                Err(error) if error.error_len().is_none() => error.valid_up_to(),
-                _ => self.bytes.len(),
-            };
-            self.bytes.truncate(whole);
-        }
-        match String::from_utf8(self.bytes) {
-            Ok(text) => (Some(text), None),
-            Err(error) => (None, Some(base64::engine::general_purpose::STANDARD.encode(error.as_bytes()))),
-        }
-    }
-}
-
-fn result(out: Collected, err: Collected, exit: ExecExit) -> ExecResult {
-    let truncated = Truncated { stdout: out.truncated, stderr: err.truncated };
-    let (stdout, stdout_base64) = out.text();
-    let (stderr, stderr_base64) = err.text();
-    ExecResult { stdout, stdout_base64, stderr, stderr_base64, exit, truncated }
 }
 
 #[cfg(test)]
@@ -314,27 +274,5 @@ mod tests {
         let mut escalation = Escalation::default();
         let steps: Vec<_> = (0..4).map(|_| escalation.next(INTERRUPT)).map(|s| (s.signal, s.leave)).collect();
         assert_eq!(steps, [(2, false), (15, false), (9, true), (9, true)]);
-    }
-
-    #[test]
-    fn what_is_no_text_comes_as_base64() {
-        let collect = |bytes: &[u8]| {
-            let mut collected = Collected::default();
-            collected.add(bytes);
-            collected.text()
-        };
-        assert_eq!(collect("grün".as_bytes()), (Some("grün".into()), None));
-        assert_eq!(collect(b"\xff\x00"), (None, Some("/wA=".into())));
-    }
-
-    #[test]
-    fn a_stream_is_cut_at_the_limit_and_says_so() {
-        let mut collected = Collected::default();
-        collected.add(&vec![b'a'; COLLECT_LIMIT - 1]);
-        assert!(!collected.truncated);
-        collected.add("é".as_bytes());
-        assert!(collected.truncated);
-        let (text, base64) = collected.text();
-        assert_eq!((text.map(|t| t.len()), base64), (Some(COLLECT_LIMIT - 1), None));
     }
 }

@@ -218,7 +218,7 @@ impl From<Problem> for Error {
 }
 
 /// A failure as JSON: RFC 9457 with `code`, `hint` and `log_tail` as extension members.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Problem {
     /// A URN made of the code.
     pub r#type: String,

@@ -6,8 +6,13 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
+use utoipa::openapi::RefOr;
+
 use crate::error::{Code, Error};
 
+/// The rule, as a regular expression.
+const PATTERN: &str = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$";
 /// The rule, as it is told to people.
 pub const RULE: &str = "1 to 63 characters of a-z, 0-9 and '-', starting and ending with a letter or digit";
 
@@ -50,6 +55,18 @@ macro_rules! name_type {
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> { s.serialize_str(&self.0) }
         }
+
+        impl utoipa::PartialSchema for $name {
+            fn schema() -> RefOr<Schema> {
+                let rule = ObjectBuilder::new()
+                    .schema_type(Type::String)
+                    .pattern(Some(PATTERN))
+                    .description(Some(concat!("The name of a ", $what, ".")));
+                rule.into()
+            }
+        }
+
+        impl utoipa::ToSchema for $name {}
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {

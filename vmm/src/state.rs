@@ -16,7 +16,7 @@
 use serde::{Deserialize, Serialize};
 
 /// The state of a VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum VmState {
     /// Made, never started.
@@ -180,7 +180,7 @@ pub const fn advance(state: VmState, fact: Fact) -> VmState {
 }
 
 /// Why a VM failed, for programs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureCause {
     /// The guest's kernel panicked.

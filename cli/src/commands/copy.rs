@@ -1,10 +1,13 @@
 //! What `upload`, `download` and `cp` share: one copy, watched, and its report.
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt as _;
 use std::time::Duration;
 
 use nido_vmm::api::{CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
+use nido_vmm::error::Error;
 use nido_vmm::name::VmName;
 use nido_vmm::nido::Nido;
 
@@ -16,15 +19,29 @@ use crate::signals::until_signal;
 
 /// How long an interrupted copy may take to remove what it left half done.
 const UNDO_LIMIT: Duration = Duration::from_secs(5);
+/// Mode of a file whose bytes come from standard input.
+const STDIN_MODE: u16 = 0o644;
 
 /// The host's side of a copy into the guest; `-` is standard input.
-pub fn source(path: OsString) -> UploadSource {
-    if path == "-" { UploadSource::Stdin } else { UploadSource::Path(path.into()) }
+pub fn source(path: OsString) -> Result<UploadSource, Error> {
+    if path != "-" {
+        return Ok(UploadSource::Path(path.into()));
+    }
+    let file = own(std::io::stdin()).map_err(|e| Error::io("cannot read standard input", e))?;
+    Ok(UploadSource::Stream { file, mode: STDIN_MODE })
 }
 
 /// The host's side of a copy out of the guest; `-` is standard output.
-pub fn target(path: OsString) -> DownloadTarget {
-    if path == "-" { DownloadTarget::Stdout } else { DownloadTarget::Path(path.into()) }
+pub fn target(path: OsString) -> Result<DownloadTarget, Error> {
+    if path != "-" {
+        return Ok(DownloadTarget::Path(path.into()));
+    }
+    let file = own(std::io::stdout()).map_err(|e| Error::io("cannot write to standard output", e))?;
+    Ok(DownloadTarget::Stream(file))
+}
+
+fn own(stream: impl AsFd) -> std::io::Result<File> {
+    stream.as_fd().try_clone_to_owned().map(File::from)
 }
 
 /// A path in the guest.
@@ -36,7 +53,8 @@ pub fn guest(path: OsString) -> Vec<u8> {
 pub async fn upload(cx: &Context, nido: &Nido, name: &VmName, request: UploadRequest) -> Result<CopyResult, Failure> {
     let mut progress = Progress::new(&cx.output, "uploading");
     // Somebody who types may take for ever.
-    let undo = if request.source == UploadSource::Stdin { Duration::ZERO } else { UNDO_LIMIT };
+    let typed = matches!(request.source, UploadSource::Stream { .. });
+    let undo = if typed { Duration::ZERO } else { UNDO_LIMIT };
     until_signal(undo, nido.upload(name, request, &mut |at| progress.copy(at))).await
 }
 

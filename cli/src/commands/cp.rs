@@ -50,15 +50,15 @@ impl Args {
             Plan::Up { name, sources, destination } => {
                 let nido = cx.nido().await?;
                 for source in sources {
-                    let request = self.upload.clone().request(source, destination.clone());
+                    let request = self.upload.clone().request(source, destination.clone())?;
                     add(&mut total, copy::upload(cx, &nido, &name, request).await)?;
                 }
             }
             Plan::Down { name, sources, destination } => {
                 let nido = cx.nido().await?;
                 for source in sources {
-                    let target = copy::target(destination.clone());
-                    to_stdout = target == DownloadTarget::Stdout;
+                    let target = copy::target(destination.clone())?;
+                    to_stdout = matches!(target, DownloadTarget::Stream(_));
                     let request =
                         DownloadRequest { source: copy::guest(source), destination: target, overwrite: self.force };
                     add(&mut total, copy::download(cx, &nido, &name, request).await)?;

@@ -39,10 +39,10 @@ impl Args {
         let nido = cx.nido().await?;
         let request = DownloadRequest {
             source: copy::guest(self.source),
-            destination: copy::target(self.destination),
+            destination: copy::target(self.destination)?,
             overwrite: self.force,
         };
-        let to_stdout = request.destination == DownloadTarget::Stdout;
+        let to_stdout = matches!(request.destination, DownloadTarget::Stream(_));
         let done = copy::download(cx, &nido, &self.name, request).await?;
         copy::report(cx, &done, to_stdout)
     }

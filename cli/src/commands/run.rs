@@ -133,7 +133,8 @@ mod tests {
     #[test]
     fn a_copy_is_split_at_its_last_colon() {
         let request = upload(&"a:b:/c d".into()).unwrap();
-        assert_eq!((request.source, request.destination), (UploadSource::Path("a:b".into()), b"/c d".to_vec()));
+        assert!(matches!(request.source, UploadSource::Path(path) if path.as_os_str() == "a:b"));
+        assert_eq!(request.destination, b"/c d");
         for bad in ["", "a", ":/b", "a:"] {
             assert_eq!(upload(&bad.into()).unwrap_err().code(), Code::SpecInvalid, "{bad}");
         }

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 
 use nido_vmm::api::UploadRequest;
+use nido_vmm::error::Error;
 use nido_vmm::name::VmName;
 
 use super::{Context, copy};
@@ -47,7 +48,7 @@ pub struct UploadArgs {
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
-        let request = self.how.request(self.source, self.destination);
+        let request = self.how.request(self.source, self.destination)?;
         let done = copy::upload(cx, &nido, &self.name, request).await?;
         copy::report(cx, &done, false)
     }
@@ -55,8 +56,8 @@ impl Args {
 
 impl UploadArgs {
     /// The core's request.
-    pub fn request(self, source: OsString, destination: OsString) -> UploadRequest {
-        let (source, destination) = (copy::source(source), copy::guest(destination));
-        UploadRequest { source, destination, user: self.user, parents: self.parents }
+    pub fn request(self, source: OsString, destination: OsString) -> Result<UploadRequest, Error> {
+        let (source, destination) = (copy::source(source)?, copy::guest(destination));
+        Ok(UploadRequest { source, destination, user: self.user, parents: self.parents })
     }
 }

@@ -1,11 +1,12 @@
 //! Copying files between host and guest.
 
+use std::fs::File;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 /// Host to guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct UploadRequest {
     /// What to copy.
     pub source: UploadSource,
@@ -18,16 +19,21 @@ pub struct UploadRequest {
 }
 
 /// What an upload reads.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum UploadSource {
     /// A file or directory of the host.
     Path(PathBuf),
-    /// Standard input.
-    Stdin,
+    /// The bytes of one file: a pipe, a socket, an open file.
+    Stream {
+        /// Where they come from.
+        file: File,
+        /// Its permission bits in the guest.
+        mode: u16,
+    },
 }
 
 /// Guest to host.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct DownloadRequest {
     /// What to copy, in the guest.
     pub source: Vec<u8>,
@@ -38,12 +44,12 @@ pub struct DownloadRequest {
 }
 
 /// Where a download goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum DownloadTarget {
     /// A path of the host. An existing directory takes the copy under the source's name.
     Path(PathBuf),
-    /// Standard output; the source must be a file.
-    Stdout,
+    /// A pipe, a socket, an open file; the source must be a file.
+    Stream(File),
 }
 
 /// How far a copy has come.
@@ -58,7 +64,7 @@ pub struct CopyProgress {
 }
 
 /// What was copied.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct CopyResult {
     /// Files, directories and symlinks.
     pub entries: u64,

@@ -97,6 +97,18 @@ impl TryFrom<String> for EventKind {
     }
 }
 
+impl utoipa::PartialSchema for EventKind {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+        let words = utoipa::openapi::ObjectBuilder::new()
+            .schema_type(utoipa::openapi::schema::Type::String)
+            .enum_values(Some(Self::ALL.map(Self::word)))
+            .description(Some("What happened."));
+        words.into()
+    }
+}
+
+impl utoipa::ToSchema for EventKind {}
+
 impl From<EventKind> for String {
     fn from(kind: EventKind) -> Self {
         kind.word().into()
@@ -104,7 +116,7 @@ impl From<EventKind> for String {
 }
 
 /// One event. Cursors grow, and are never used twice in a home; there may be gaps.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Event {
     /// Its place in the order. To go on behind it: `since`, or the header `Last-Event-ID`.
     pub cursor: u64,
@@ -119,7 +131,7 @@ pub struct Event {
 }
 
 /// More about an event. What does not belong to its kind is left out, but for the first two.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default)]
 pub struct EventDetails {
     /// The guest's address, as last known.
@@ -153,7 +165,7 @@ pub struct EventDetails {
 }
 
 /// A limit of a VM's life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Limit {
     /// `--ttl`.
@@ -163,7 +175,7 @@ pub enum Limit {
 }
 
 /// Which events are asked for.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EventsRequest {
     /// Those behind this cursor; 0 is all there are.
@@ -185,7 +197,7 @@ impl EventsRequest {
 }
 
 /// Some events, the oldest first.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct EventList {
     /// Them.
     pub events: Vec<Event>,

@@ -7,11 +7,12 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Code, Error};
 
 /// One published port: connections to `host:host_port` reach `127.0.0.1:guest_port` inside the guest.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ForwardSpec {
     /// Address of the host to listen on.
     #[serde(default = "loopback")]
+    #[schema(value_type = String, default = "127.0.0.1", example = "127.0.0.1")]
     pub host: IpAddr,
     /// Port of the host; 0 takes a free one when the forward is made.
     #[serde(default)]
@@ -25,7 +26,7 @@ const fn loopback() -> IpAddr {
 }
 
 /// The answer of a list of forwards.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ForwardList {
     /// In order of host port.
     pub forwards: Vec<ForwardSpec>,

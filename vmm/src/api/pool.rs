@@ -9,7 +9,7 @@ use crate::name::TemplateName;
 pub const POOL_MAX: u32 = 100;
 
 /// The machine of a pool's clones. A template has at most one pool for each.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct PoolKind {
     /// Virtual CPUs.
     pub cpus: u32,
@@ -64,7 +64,7 @@ impl PoolKind {
 }
 
 /// How many clones to keep, and of what machine; what is absent has the default of a VM.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PoolRequest {
     /// How many clones wait: 0 to [`POOL_MAX`]. 0 ends the pool.
@@ -99,7 +99,7 @@ impl PoolRequest {
 }
 
 /// One pool.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct PoolInfo {
     /// The template its clones are made from.
     pub template: TemplateName,
@@ -117,7 +117,7 @@ pub struct PoolInfo {
 }
 
 /// All pools.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct PoolList {
     /// In order of template and machine.
     pub pools: Vec<PoolInfo>,

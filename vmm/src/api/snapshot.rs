@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::name::{SnapshotName, VmName};
 
 /// What nido tells about a snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct SnapshotInfo {
     /// The VM it is of.
     pub vm: VmName,
@@ -21,14 +21,14 @@ pub struct SnapshotInfo {
 }
 
 /// The answer of a list of snapshots.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct SnapshotList {
     /// The oldest first.
     pub snapshots: Vec<SnapshotInfo>,
 }
 
 /// How a snapshot is restored.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RestoreRequest {
     /// Take back the disk only, and leave the VM stopped.

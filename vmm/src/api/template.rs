@@ -11,7 +11,7 @@ use super::{AccelChoice, MachineChoice, NetChoice};
 use crate::name::TemplateName;
 
 /// What nido tells about a template.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct TemplateInfo {
     /// Its name.
     pub name: TemplateName,
@@ -38,7 +38,7 @@ pub struct TemplateInfo {
 }
 
 /// A guest of a template, saved while it ran on one kind of machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct BakeInfo {
     /// When it was saved.
     pub created_at: Timestamp,
@@ -61,7 +61,7 @@ pub struct BakeInfo {
 }
 
 /// For which machine a template is baked. What is absent is as for a VM.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BakeRequest {
     /// Virtual CPUs.
@@ -83,7 +83,7 @@ pub struct BakeRequest {
 }
 
 /// How a bake ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct BakeResult {
     /// The template.
     pub template: TemplateName,
@@ -96,7 +96,7 @@ pub struct BakeResult {
 }
 
 /// The answer of a list of templates.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct TemplateList {
     /// Templates that stand ready, by name.
     pub templates: Vec<TemplateInfo>,
@@ -131,7 +131,7 @@ pub struct BuildStep {
 }
 
 /// How a build ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct BuildResult {
     /// The template.
     pub template: TemplateInfo,
@@ -201,7 +201,7 @@ pub struct TravelStep {
 }
 
 /// How an export ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ExportResult {
     /// The template.
     pub template: TemplateName,
@@ -218,7 +218,7 @@ pub struct ExportResult {
 }
 
 /// How an import ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ImportResult {
     /// The template.
     pub template: TemplateInfo,

@@ -10,7 +10,7 @@ use crate::name::{TemplateName, VmName};
 use crate::state::{FailureCause, VmState};
 
 /// Which machine type is asked for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MachineChoice {
     /// nido decides, and says why in `machine_reason`.
@@ -38,7 +38,7 @@ impl MachineChoice {
 }
 
 /// Which accelerator is asked for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AccelChoice {
     /// KVM if it is proven to work, else TCG with a warning.
@@ -63,7 +63,7 @@ impl AccelChoice {
 }
 
 /// Which network is asked for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum NetChoice {
     /// QEMU's user network: out to wherever the host can reach (its loopback included), nothing in.
@@ -85,7 +85,7 @@ impl NetChoice {
 }
 
 /// What a VM shall be. Everything but the name has a default.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmSpec {
     /// Its name.
@@ -170,7 +170,7 @@ impl VmSpec {
 }
 
 /// How a start waits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct StartRequest {
     /// Wait until the agent answers; else only until the start is on its way.
     pub wait: bool,
@@ -188,7 +188,7 @@ impl Default for StartRequest {
 }
 
 /// How a guest shall come to life.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PathChoice {
     /// The quickest that fits; `timings.path` and `machine_reason` say which and why.
@@ -201,7 +201,7 @@ pub enum PathChoice {
 }
 
 /// How a VM is stopped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct StopRequest {
     /// Pull the plug at once.
     pub force: bool,
@@ -216,7 +216,7 @@ impl Default for StopRequest {
 }
 
 /// How a start goes on, for progress shown to people.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum StartStage {
     /// Disk and configuration are made.
@@ -243,7 +243,7 @@ impl StartStage {
 }
 
 /// Everything nido tells about a VM.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct VmInfo {
     /// Its name.
     pub name: VmName,
@@ -301,7 +301,7 @@ pub struct VmInfo {
 }
 
 /// The guest agent as seen from the host.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AgentInfo {
     /// It has answered since the last start.
     pub ready: bool,
@@ -312,7 +312,7 @@ pub struct AgentInfo {
 }
 
 /// Why a VM failed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Failure {
     /// For programs.
     pub cause: FailureCause,
@@ -323,7 +323,7 @@ pub struct Failure {
 }
 
 /// How long the last start took. Milliseconds since nido was asked.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Timings {
     /// How it came to life.
     pub path: StartPath,
@@ -338,7 +338,7 @@ pub struct Timings {
 }
 
 /// How a VM came to life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum StartPath {
     /// Booted.
@@ -352,7 +352,7 @@ pub enum StartPath {
 }
 
 /// How a fork of a running VM ended.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ForkResult {
     /// The VM that was copied. It runs on.
     pub vm: VmName,
@@ -361,7 +361,7 @@ pub struct ForkResult {
 }
 
 /// The answer of a list.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct VmList {
     /// In order of creation.
     pub vms: Vec<VmInfo>,

@@ -12,9 +12,6 @@ use crate::error::Result;
 use crate::guest::{Copied, Download, GuestError, Limits, Progress, Source, Upload};
 use crate::name::VmName;
 
-/// Mode of a file whose bytes come from standard input.
-const STDIN_MODE: u16 = 0o644;
-
 impl Nido {
     /// Copies from the host into the guest. Dropping the future stops it; the guest keeps nothing half-written.
     ///
@@ -33,7 +30,7 @@ impl Nido {
                 let total = std::fs::metadata(&path).ok().filter(std::fs::Metadata::is_file).map(|meta| meta.len());
                 (Source::Path(path), total)
             }
-            UploadSource::Stdin => (Source::Reader { reader: Box::new(std::io::stdin()), mode: STDIN_MODE }, None),
+            UploadSource::Stream { file, mode } => (Source::Reader { reader: Box::new(file), mode }, None),
         };
         let upload = Upload { source, destination: request.destination, user: request.user, parents: request.parents };
         let (tell, heard) = mpsc::unbounded_channel();
@@ -67,9 +64,9 @@ impl Nido {
                 let download = Download { source, destination, overwrite, limits: Limits::default() };
                 follow(reached.guest.download(download, send, deadline), heard, None, progress).await
             }
-            DownloadTarget::Stdout => {
+            DownloadTarget::Stream(file) => {
                 let work =
-                    reached.guest.download_to(request.source, std::io::stdout(), Limits::default(), send, deadline);
+                    reached.guest.download_to(request.source, file, Limits::default(), send, deadline);
                 follow(work, heard, None, progress).await
             }
         };
