@@ -87,6 +87,16 @@ codes! {
     Timeout "timeout" Unavailable 504 "The time ran out";
     Interrupted "interrupted" Unavailable 503 "Interrupted";
     Denied "denied" Denied 403 "Not allowed";
+    Unauthorized "unauthorized" Denied 401 "Who asks is not known";
+    TokenNotFound "token_not_found" NotFound 404 "No such token";
+    TokenExists "token_exists" Conflict 409 "A token of that name exists";
+    OperationNotFound "operation_not_found" NotFound 404 "No such operation";
+    RouteNotFound "route_not_found" NotFound 404 "No such resource";
+    MethodNotAllowed "method_not_allowed" Invalid 405 "Not a method of this resource";
+    RequestInvalid "request_invalid" Invalid 400 "The request cannot be read";
+    BodyTooLarge "body_too_large" Invalid 413 "The body is too large";
+    MediaTypeUnsupported "media_type_unsupported" Invalid 415 "Not a media type that is understood";
+    RateLimited "rate_limited" Unavailable 429 "Too many requests";
     LimitExceeded "limit_exceeded" Conflict 409 "A limit was reached";
     DiskFull "disk_full" Unavailable 507 "The disk is full";
     ToolMissing "tool_missing" Unavailable 503 "A program that is needed is not installed";
@@ -255,11 +265,11 @@ mod tests {
     fn statuses_agree_with_kinds() {
         for code in Code::ALL {
             let fits = match code.kind() {
-                Kind::Invalid => matches!(code.status(), 400 | 422),
+                Kind::Invalid => matches!(code.status(), 400 | 405 | 413 | 415 | 422),
                 Kind::NotFound => code.status() == 404,
                 Kind::Conflict => code.status() == 409,
                 Kind::Denied => matches!(code.status(), 401 | 403),
-                Kind::Unavailable => matches!(code.status(), 503 | 504 | 507),
+                Kind::Unavailable => matches!(code.status(), 429 | 503 | 504 | 507),
                 Kind::Internal => code.status() == 500,
             };
             assert!(fits, "{code:?}");

@@ -23,6 +23,7 @@ pub mod disk;
 pub mod error;
 mod error_sources;
 pub mod guest;
+mod hex;
 pub mod home;
 pub mod host;
 pub mod lock;

@@ -24,6 +24,7 @@ mod settle;
 mod snapshots;
 mod supervision;
 mod templates;
+mod tokens;
 mod travel;
 
 use std::path::PathBuf;
@@ -124,12 +125,7 @@ impl Nido {
 
 /// A random id: 16 hex digits.
 fn new_id() -> Result<String> {
-    use std::fmt::Write;
-    let mut id = String::with_capacity(16);
-    for byte in random_bytes::<8>()? {
-        let _ = write!(id, "{byte:02x}");
-    }
-    Ok(id)
+    Ok(crate::hex::encode(&random_bytes::<8>()?))
 }
 
 /// Bytes that nobody can guess.

@@ -9,6 +9,7 @@ pub mod log;
 pub mod pool;
 pub mod snapshot;
 pub mod template;
+pub mod token;
 pub mod vm;
 
 pub use copy::*;
@@ -19,4 +20,5 @@ pub use log::*;
 pub use pool::*;
 pub use snapshot::*;
 pub use template::*;
+pub use token::*;
 pub use vm::*;

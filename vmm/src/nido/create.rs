@@ -162,7 +162,7 @@ pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
 pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) -> Result<()> {
     // Who is loaded only to be saved again keeps what it knows.
     let token = match (&row.origin, row.purpose) {
-        (Origin::Restore { token, .. }, Purpose::Bake) => crate::supervisor::unhex(token),
+        (Origin::Restore { token, .. }, Purpose::Bake) => crate::hex::decode(token),
         _ => random_bytes::<{ nido_guest_agent::wire::TOKEN_LEN }>()?.to_vec(),
     };
     let config = GuestConfig {

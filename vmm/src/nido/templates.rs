@@ -275,11 +275,7 @@ impl Drop for CancelOnDrop {
 
 fn digest(bytes: &[u8]) -> String {
     use sha2::Digest;
-    use std::fmt::Write;
-    sha2::Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut hex, byte| {
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
+    crate::hex::encode(&sha2::Sha256::digest(bytes))
 }
 
 fn build_step(progress: nido_images::BuildProgress) -> BuildStep {

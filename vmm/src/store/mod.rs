@@ -7,6 +7,7 @@
 mod events;
 mod pools;
 mod row;
+mod tokens;
 mod vms;
 
 use std::path::Path;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 
 pub use pools::{Claim, PoolRow};
+pub use tokens::TokenRow;
 pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
 
 use crate::error::{Code, Error, Result};
@@ -22,7 +24,7 @@ use crate::error::{Code, Error, Result};
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-const STEPS: [&str; 4] = [
+const STEPS: [&str; 5] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -69,6 +71,14 @@ const STEPS: [&str; 4] = [
         name       TEXT NOT NULL,
         stamp      TEXT NOT NULL,                -- when it was made
         PRIMARY KEY (event, owner, name)
+    ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE tokens (
+        id         TEXT PRIMARY KEY,
+        name       TEXT NOT NULL UNIQUE,
+        sha256     TEXT NOT NULL,                -- of the secret, in hexadecimal
+        scope      TEXT NOT NULL,                -- Scope
+        created_ms INTEGER NOT NULL,
+        expires_ms INTEGER
     ) STRICT, WITHOUT ROWID;",
 ];
 /// What this build writes into `user_version`.

@@ -105,7 +105,7 @@ impl Supervisor {
             created_at: jiff::Timestamp::now(),
             machine,
             qemu: qemu_id(&qemu),
-            token: hex(self.guest.token()),
+            token: crate::hex::encode(self.guest.token()),
             memory,
             state,
             disk: Disk { file: disk, virtual_bytes: self.row.disk_bytes },
@@ -150,12 +150,4 @@ fn memory_part(path: &Path) -> Result<Part> {
 /// An older QEMU opens the image for writing although it maps it privately, and only root may do that without the right.
 fn memory_mode(qemu: &QemuFacts) -> u32 {
     if qemu.memory_file_rom || rustix::process::geteuid().is_root() { 0o400 } else { 0o600 }
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }

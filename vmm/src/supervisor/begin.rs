@@ -271,7 +271,7 @@ impl Supervisor {
         // Nobody uses a clone before it is claimed.
         let opens = self.row.purpose != Purpose::Pool;
         let saved = self.row.renewed_from().filter(|_| !self.row.agent.ready);
-        let renewal = saved.map(|token| (unhex(token), self.renewal()));
+        let renewal = saved.map(|token| (crate::hex::decode(token), self.renewal()));
         tokio::spawn(async move {
             let answer = match renewal {
                 Some((token, renewal)) => {
@@ -361,10 +361,4 @@ async fn renew_once(way: &Way, token: &[u8], mut renewal: Renew, deadline: Tokio
         return answer;
     }
     Session::renew(way.stream(deadline).await?, token, renewal, deadline).await
-}
-
-/// Bytes from their hexadecimal digits; what is none counts as nothing.
-pub(crate) fn unhex(text: &str) -> Vec<u8> {
-    let digits: Vec<u8> = text.chars().filter_map(|c| c.to_digit(16)).filter_map(|d| u8::try_from(d).ok()).collect();
-    digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect()
 }

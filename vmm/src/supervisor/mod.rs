@@ -32,7 +32,6 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::Mode;
 
-pub(crate) use begin::unhex;
 pub(crate) use logs::log_tail;
 
 use crate::api::Failure;

@@ -82,7 +82,7 @@ impl Supervisor {
             return Err(Error::internal("a clone that was not forked"));
         };
         // What the guest listens to until it has been renewed again.
-        saved.token = super::bake::hex(self.guest.token());
+        saved.token = crate::hex::encode(self.guest.token());
         let machine =
             Machine { reason: order.reason.clone(), warnings: order.warnings.clone(), ..self.machine.clone() };
         let now = Timestamp::now();

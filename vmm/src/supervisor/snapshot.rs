@@ -91,7 +91,7 @@ impl Supervisor {
             running: snapshot::Running {
                 machine: shape(&self.machine, &facts::gather(&home.cache())),
                 qemu: qemu_id(&qemu),
-                token: super::bake::hex(self.guest.token()),
+                token: crate::hex::encode(self.guest.token()),
             },
         })
     }

@@ -1,0 +1,90 @@
+//! Tokens: who may use the servers, and for what.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Code, Error};
+
+/// What a token is good for. Each holds what those before it hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// Look: VMs, logs, events, templates, the host.
+    Read,
+    /// Make, use and delete VMs and snapshots: commands, files, ports.
+    Run,
+    /// Everything: templates, pools, webhooks, the audit log.
+    Admin,
+}
+
+impl Scope {
+    /// Every scope.
+    pub const ALL: [Self; 3] = [Self::Read, Self::Run, Self::Admin];
+
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Run => "run",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+impl std::str::FromStr for Scope {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self, Error> {
+        Self::ALL.into_iter().find(|scope| scope.word() == word).ok_or_else(|| {
+            Error::new(Code::SpecInvalid, format!("there is no scope '{}'", word.escape_debug()))
+                .hint("one of read, run, admin")
+        })
+    }
+}
+
+/// A token that is to be made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenRequest {
+    /// What it is called, in lists and in the audit log: 1 to 63 of `a-z 0-9 -`.
+    #[schema(pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    pub name: String,
+    /// What it is good for.
+    pub scope: Scope,
+    /// How long it is good, in milliseconds; for ever if absent.
+    #[serde(default)]
+    pub expires_in_ms: Option<u64>,
+}
+
+/// What is told about a token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct TokenInfo {
+    /// Its id: the part of it that is no secret.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// What it is good for.
+    pub scope: Scope,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// When it ends.
+    pub expires_at: Option<Timestamp>,
+}
+
+/// A token that was made. Only this answer has it whole: what is kept is a hash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct TokenCreated {
+    /// What is told about it.
+    #[serde(flatten)]
+    pub info: TokenInfo,
+    /// The token, for the header `Authorization: Bearer`.
+    pub token: String,
+}
+
+/// The answer of a list of tokens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct TokenList {
+    /// In order of name.
+    pub tokens: Vec<TokenInfo>,
+}
