@@ -87,7 +87,7 @@ fn a_timeout_ends_the_whole_group() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
     let script = "trap '' TERM INT HUP; sleep 98765 & (sleep 98765 & wait) & echo up; wait";
-    let done = home.nido(["exec", "web", "--timeout", "700ms", "--", "sh", "-c", script]).run().expect(124);
+    let done = home.nido(["exec", "web", "--timeout", "2s", "--", "sh", "-c", script]).run().expect(124);
     assert_eq!(done.stdout, b"up\n");
     eventually("the end of the group", || pids_with(&vm, "sleep 98765").is_empty().then_some(()));
     let told = home.nido(["exec", "web", "--json", "--timeout", "300ms", "--", "sleep", "98765"]).run().expect(124);

@@ -25,8 +25,9 @@ use super::error::GuestError;
 /// How long the first attempt at a connection may take. A guest that has just been restored loses the first one, and
 /// the kernel's own limit is two seconds. Later attempts get longer, so that a slow guest is reached too.
 const FIRST_ATTEMPT: Duration = Duration::from_millis(30);
-/// How long a later attempt may take at most.
-const LONGEST_ATTEMPT: Duration = Duration::from_millis(500);
+/// How long a later attempt may take at most: the kernel's own limit, because a guest that needs longer than that for its
+/// answer would never be reached.
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
 /// Pause after a refused attempt, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 

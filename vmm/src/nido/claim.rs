@@ -97,7 +97,12 @@ impl Nido {
         Ok((bake.memory.sha256.clone(), order))
     }
 
-    async fn claim(&self, id: &str, order: &ClaimOrder, progress: &mut (dyn FnMut(StartStage) + Send)) -> Result<Asked> {
+    async fn claim(
+        &self,
+        id: &str,
+        order: &ClaimOrder,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<Asked> {
         let mut line = serde_json::to_vec(&Request::Claim(Box::new(order.clone())))
             .map_err(|e| Error::internal(format!("cannot ask the supervisor: {e}")))?;
         line.push(b'\n');

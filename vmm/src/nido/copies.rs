@@ -65,8 +65,7 @@ impl Nido {
                 follow(reached.guest.download(download, send, deadline), heard, None, progress).await
             }
             DownloadTarget::Stream(file) => {
-                let work =
-                    reached.guest.download_to(request.source, file, Limits::default(), send, deadline);
+                let work = reached.guest.download_to(request.source, file, Limits::default(), send, deadline);
                 follow(work, heard, None, progress).await
             }
         };

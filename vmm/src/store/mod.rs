@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 
 pub use pools::{Claim, PoolRow};
-pub use tokens::TokenRow;
 pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
+pub use tokens::TokenRow;
 
 use crate::error::{Code, Error, Result};
 

@@ -25,7 +25,8 @@ impl Store {
         let TokenInfo { id, name, scope, created_at, expires_at } = &token.info;
         let expires = expires_at.map(Timestamp::as_millisecond);
         let row = params![id, name, token.sha256, scope.word(), created_at.as_millisecond(), expires];
-        let insert = "INSERT INTO tokens (id, name, sha256, scope, created_ms, expires_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+        let insert =
+            "INSERT INTO tokens (id, name, sha256, scope, created_ms, expires_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
         let taken = || {
             Error::new(Code::TokenExists, format!("there is a token named '{name}' already"))
                 .hint(format!("choose another name, or: nido token revoke {name}"))
