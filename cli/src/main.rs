@@ -11,6 +11,7 @@ mod output;
 mod parse;
 mod progress;
 mod sanitize;
+mod serve;
 mod session;
 mod signals;
 mod stdio;
@@ -37,7 +38,12 @@ fn run(cli: Cli) -> Exit {
     let context = Context::new(&cli.global);
     let codes = cli.verb.codes();
     commands::start_log(&cli);
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let mut runtime = if cli.verb.serves() {
+        tokio::runtime::Builder::new_multi_thread()
+    } else {
+        tokio::runtime::Builder::new_current_thread()
+    };
+    let runtime = match runtime.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             let error = Error::io("cannot start the runtime", error);

@@ -124,6 +124,13 @@ impl Nido {
 }
 
 /// A random id: 16 hex digits.
+///
+/// # Errors
+/// `internal` if the system has no random numbers.
+pub fn random_id() -> Result<String> {
+    new_id()
+}
+
 fn new_id() -> Result<String> {
     Ok(crate::hex::encode(&random_bytes::<8>()?))
 }

@@ -2,6 +2,7 @@
 //!
 //! Invariant: a verb calls the core, and nothing but the core, for whatever it does to a VM.
 
+mod api_server;
 mod completions;
 mod copy;
 mod cp;
@@ -31,6 +32,7 @@ mod start;
 mod stop;
 mod supervise;
 mod template;
+mod token;
 mod upload;
 mod vm_args;
 
@@ -120,6 +122,8 @@ pub enum Verb {
     Fork(fork::Args),
     Template(template::Args),
     Pool(pool::Args),
+    ApiServer(api_server::Args),
+    Token(token::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -136,6 +140,11 @@ impl Verb {
             Self::Exec(_) | Self::Run(_) | Self::Shell(_) => Codes::Guest,
             _ => Codes::Own,
         }
+    }
+
+    /// Whether it serves many callers at once.
+    pub const fn serves(&self) -> bool {
+        matches!(self, Self::ApiServer(_))
     }
 
     /// Does it.
@@ -165,6 +174,8 @@ impl Verb {
             Self::Fork(args) => Box::pin(args.run(cx)).await,
             Self::Template(args) => args.run(cx).await,
             Self::Pool(args) => Box::pin(args.run(cx)).await,
+            Self::ApiServer(args) => Box::pin(args.run(cx)).await,
+            Self::Token(args) => args.run(cx).await,
             Self::Doctor(args) => args.run(cx).await,
             Self::Completions(args) => args.run(cx),
             Self::Man(args) => args.run(cx),

@@ -169,8 +169,106 @@ impl VmSpec {
     }
 }
 
+/// A VM that is to be made, and started unless that is not wanted. Everything but the name has a default.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SpawnRequest {
+    /// Its name.
+    pub name: VmName,
+    /// The template it is made from.
+    #[serde(default = "default_template")]
+    #[schema(default = "sandbox")]
+    pub template: TemplateName,
+    /// Virtual CPUs.
+    #[serde(default = "default_cpus")]
+    #[schema(minimum = 1, maximum = 64)]
+    pub cpus: u32,
+    /// Memory in MiB.
+    #[serde(default = "default_memory_mib")]
+    #[schema(minimum = 64)]
+    pub memory_mib: u32,
+    /// Size of the disk in bytes; the template's if absent.
+    #[serde(default)]
+    pub disk_bytes: Option<u64>,
+    /// Network.
+    #[serde(default)]
+    pub net: NetChoice,
+    /// Machine type.
+    #[serde(default)]
+    pub machine: MachineChoice,
+    /// Accelerator.
+    #[serde(default)]
+    pub accel: AccelChoice,
+    /// Refuse to run without hardware isolation.
+    #[serde(default)]
+    pub require_isolation: bool,
+    /// Give the guest virtualization of its own.
+    #[serde(default)]
+    pub nested: bool,
+    /// Ports published on the host's loopback.
+    #[serde(default)]
+    pub forwards: Vec<ForwardSpec>,
+    /// Longest life after a start, in milliseconds. The VM is stopped then (and deleted if ephemeral).
+    #[serde(default)]
+    pub ttl_ms: Option<u64>,
+    /// Longest time without an exec, a copy or a forwarded connection, in milliseconds.
+    #[serde(default)]
+    pub idle_ms: Option<u64>,
+    /// Vanish when stopped.
+    #[serde(default)]
+    pub ephemeral: bool,
+    /// Free labels.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// Start it.
+    #[serde(default = "yes")]
+    #[schema(default = true)]
+    pub start: bool,
+    /// Wait until the agent answers; else only until the start is on its way.
+    #[serde(default = "yes")]
+    #[schema(default = true)]
+    pub wait: bool,
+    /// How long the guest may take to become ready, in milliseconds; a default by accelerator if absent.
+    #[serde(default)]
+    pub start_timeout_ms: Option<u64>,
+    /// How the guest comes to life.
+    #[serde(default)]
+    pub path: PathChoice,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+impl SpawnRequest {
+    /// What the VM shall be, and how it is started, if it is.
+    #[must_use]
+    pub fn split(self) -> (VmSpec, Option<StartRequest>) {
+        let start = StartRequest { wait: self.wait, timeout_ms: self.start_timeout_ms, path: self.path };
+        let spec = VmSpec {
+            name: self.name,
+            template: self.template,
+            cpus: self.cpus,
+            memory_mib: self.memory_mib,
+            disk_bytes: self.disk_bytes,
+            net: self.net,
+            machine: self.machine,
+            accel: self.accel,
+            require_isolation: self.require_isolation,
+            nested: self.nested,
+            forwards: self.forwards,
+            ttl_ms: self.ttl_ms,
+            idle_ms: self.idle_ms,
+            ephemeral: self.ephemeral,
+            labels: self.labels,
+        };
+        (spec, self.start.then_some(start))
+    }
+}
+
 /// How a start waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct StartRequest {
     /// Wait until the agent answers; else only until the start is on its way.
     pub wait: bool,
@@ -202,6 +300,7 @@ pub enum PathChoice {
 
 /// How a VM is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct StopRequest {
     /// Pull the plug at once.
     pub force: bool,

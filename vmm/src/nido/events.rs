@@ -45,6 +45,14 @@ impl Nido {
         Ok(EventList { events, cursor })
     }
 
+    /// The same as it stands in the store: for who asks again and again. The same cursor back means that there are no more.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn events_behind(&self, request: &EventsRequest) -> Result<(Vec<Event>, u64)> {
+        self.store().events(request)
+    }
+
     /// The cursor behind the last event: from there on only what is new is seen.
     ///
     /// # Errors

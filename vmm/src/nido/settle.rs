@@ -17,8 +17,11 @@ use crate::store::{VmRow, VmUpdate};
 use crate::supervisor::log_tail;
 
 impl Nido {
-    /// Settles every VM that needs it. Cheap when nothing does.
-    pub(super) async fn settle_all(&self) -> Result<()> {
+    /// Settles every VM that needs it, as opening does: for who keeps a home open for long. Cheap when nothing needs it.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub async fn settle_all(&self) -> Result<()> {
         let rows = self.store().vms_in_motion()?;
         for row in rows {
             // One VM that cannot be settled is no reason to refuse everything else.

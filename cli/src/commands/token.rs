@@ -1,0 +1,93 @@
+//! `token`: who may use the servers, and for what.
+
+use clap::Subcommand;
+use nido_vmm::api::{Scope, TokenInfo, TokenRequest};
+
+use super::Context;
+use crate::exit::{Exit, Outcome};
+use crate::output::table;
+use crate::parse;
+
+const EXAMPLES: &str = "\
+Examples:
+  nido token create --name ci --scope run --expires 30d
+  nido token list
+  nido token revoke ci
+
+Scopes: read looks at VMs, logs and events; run also makes, uses and deletes VMs; admin also templates, pools,
+webhooks and the audit log. A token is shown once, when it is made; nido keeps only a hash of it.";
+
+/// Manage the tokens of the servers
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Make a token and show it, once
+    Create {
+        /// What it is called in lists and in the audit log
+        #[arg(long)]
+        name: String,
+        /// What it is good for: read, run or admin
+        #[arg(long)]
+        scope: Scope,
+        /// How long it is good, like 12h or 30d; for ever if absent
+        #[arg(long, value_name = "DURATION", value_parser = parse::duration_ms)]
+        expires: Option<u64>,
+    },
+    /// List the tokens there are, without their secrets
+    #[command(visible_alias = "ls")]
+    List,
+    /// Revoke tokens, at once
+    #[command(visible_alias = "rm")]
+    Revoke {
+        /// Name or id
+        #[arg(required = true, value_name = "NAME")]
+        tokens: Vec<String>,
+    },
+}
+
+const HEAD: [&str; 5] = ["NAME", "SCOPE", "ID", "CREATED", "EXPIRES"];
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        let nido = cx.nido().await?;
+        match self.verb {
+            Verb::Create { name, scope, expires } => {
+                let made = nido.token_create(&TokenRequest { name, scope, expires_in_ms: expires })?;
+                cx.output.answer(&made, || format!("{}\n", made.token))?;
+                cx.output.talk("this is the only time it is shown");
+            }
+            Verb::List => {
+                let list = nido.token_list()?;
+                cx.output.answer(&list, || {
+                    if cx.output.quiet {
+                        return list.tokens.iter().map(|token| format!("{}\n", token.name)).collect();
+                    }
+                    table(HEAD, list.tokens.iter().map(row))
+                })?;
+            }
+            Verb::Revoke { tokens } => {
+                for named in tokens {
+                    let gone = nido.token_revoke(&named)?;
+                    cx.output.answer(&gone, || format!("{}\n", gone.name))?;
+                }
+            }
+        }
+        Ok(Exit::Success)
+    }
+}
+
+fn row(token: &TokenInfo) -> [String; 5] {
+    [
+        token.name.clone(),
+        token.scope.word().into(),
+        token.id.clone(),
+        format!("{:.0}", token.created_at),
+        token.expires_at.map_or_else(|| "never".into(), |end| format!("{end:.0}")),
+    ]
+}

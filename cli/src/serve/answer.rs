@@ -1,0 +1,58 @@
+//! Answers: JSON, and `application/problem+json` where something is wrong.
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use nido_vmm::error::{Code, Error};
+use serde::Serialize;
+
+/// An error as an answer.
+#[derive(Debug)]
+pub struct Problem(pub Error);
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        Self(error)
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let code = self.0.code();
+        let problem = self.0.problem();
+        let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let mut response = (status, body(&problem)).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        match code {
+            Code::Unauthorized => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"nido\""));
+            }
+            Code::RateLimited => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            _ => {}
+        }
+        response.extensions_mut().insert(code);
+        response
+    }
+}
+
+/// What every handler returns.
+pub type Answer = Result<Response, Problem>;
+
+/// A value as JSON with status 200.
+pub fn ok<T: Serialize>(value: &T) -> Answer {
+    Ok(json(StatusCode::OK, value))
+}
+
+/// A value as JSON.
+pub fn json<T: Serialize>(status: StatusCode, value: &T) -> Response {
+    let mut response = (status, body(value)).into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+fn body<T: Serialize>(value: &T) -> Vec<u8> {
+    // Our own types have string keys and no failing serializers.
+    serde_json::to_vec(value).unwrap_or_default()
+}

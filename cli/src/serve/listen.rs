@@ -1,0 +1,245 @@
+//! Sockets: TCP with or without TLS, or a unix socket; and the limits that keep one client from using up the server.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::Request;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use nido_vmm::error::{Code, Error, Result};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower::Service;
+
+use super::App;
+use super::guard::Peer;
+use crate::signals::Signals;
+
+/// How many connections may be open at once.
+const CONNECTIONS: usize = 512;
+/// How long a client may take to send the head of a request, or to agree on TLS.
+const HEAD_WITHIN: Duration = Duration::from_secs(10);
+/// The largest head, in bytes.
+const HEAD_MAX: usize = 32 * 1024;
+/// How long running requests may take when the server ends.
+const FINISH_WITHIN: Duration = Duration::from_secs(30);
+/// How long the server rests when the system has no more descriptors.
+const REST: Duration = Duration::from_millis(100);
+
+/// Where a server listens.
+#[derive(Debug)]
+pub enum Listen {
+    /// On a port.
+    Tcp {
+        /// Its address; port 0 takes a free one.
+        address: SocketAddr,
+        /// Encrypted with this.
+        tls: Option<Tls>,
+    },
+    /// On a unix socket, which only its owner can use.
+    Unix(PathBuf),
+}
+
+/// A certificate and its key.
+#[derive(Debug)]
+pub struct Tls {
+    /// PEM: the server's certificate, then those between it and the root.
+    pub certificate: PathBuf,
+    /// PEM: its private key.
+    pub key: PathBuf,
+}
+
+/// A server that listens, and does not serve yet.
+pub struct Bound {
+    socket: Socket,
+    tls: Option<TlsAcceptor>,
+}
+
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+/// Begins to listen.
+pub async fn bind(listen: &Listen) -> Result<Bound> {
+    match listen {
+        Listen::Tcp { address, tls } => {
+            let tls = tls.as_ref().map(acceptor).transpose()?;
+            let listener = TcpListener::bind(address).await.map_err(|e| match e.kind() {
+                std::io::ErrorKind::AddrInUse => {
+                    Error::new(Code::PortInUse, format!("{address} is taken")).hint("choose another with --port")
+                }
+                _ => Error::io(format!("cannot listen on {address}"), e),
+            })?;
+            Ok(Bound { socket: Socket::Tcp(listener), tls })
+        }
+        Listen::Unix(path) => {
+            let shown = path.display();
+            let broken = |e| Error::io(format!("cannot listen on {shown}"), e);
+            if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
+                if UnixStream::connect(path).await.is_ok() {
+                    return Err(Error::new(Code::PortInUse, format!("{shown} is another server's"))
+                        .hint("choose another with --socket"));
+                }
+                std::fs::remove_file(path).map_err(broken)?;
+            }
+            // Nobody else can connect before it is the owner's alone.
+            let old = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+            let listener = UnixListener::bind(path);
+            rustix::process::umask(old);
+            let listener = listener.map_err(broken)?;
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(broken)?;
+            Ok(Bound { socket: Socket::Unix(listener, path.clone()), tls: None })
+        }
+    }
+}
+
+fn acceptor(tls: &Tls) -> Result<TlsAcceptor> {
+    let bad = |what: &str, why: String| {
+        Error::new(Code::SpecInvalid, format!("the {what} cannot be used: {why}")).hint("it has to be a PEM file")
+    };
+    let certificates = CertificateDer::pem_file_iter(&tls.certificate)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|e| bad("certificate", e.to_string()))?;
+    let key = PrivateKeyDer::from_pem_file(&tls.key).map_err(|e| bad("key", e.to_string()))?;
+    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .and_then(|builder| builder.with_no_client_auth().with_single_cert(certificates, key))
+        .map_err(|e| bad("certificate", e.to_string()))?;
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+impl Bound {
+    /// Where it listens, as clients write it.
+    pub fn address(&self) -> String {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        match &self.socket {
+            Socket::Tcp(listener) => {
+                listener.local_addr().map_or_else(|e| e.to_string(), |address| format!("{scheme}://{address}"))
+            }
+            Socket::Unix(_, path) => path.display().to_string(),
+        }
+    }
+
+    /// Serves until a signal comes; then what runs may finish.
+    pub async fn run(self, router: Router, app: Arc<App>) {
+        let Ok(mut signals) = Signals::listen() else { return };
+        let connections = TaskTracker::new();
+        let room = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                accepted = self.accept() => accepted,
+                _ = signals.next_end() => break,
+            };
+            match accepted {
+                Ok((stream, peer)) => {
+                    let serving = Serving { router: router.clone(), ending: app.ending.clone(), _place: place };
+                    app.metrics.connection();
+                    connections.spawn(serving.start(stream, peer, self.tls.clone()));
+                }
+                // A client that has gone already, or no descriptors left.
+                Err(error) => {
+                    tracing::debug!("a connection was lost: {error}");
+                    tokio::time::sleep(REST).await;
+                }
+            }
+        }
+        if let Socket::Unix(_, path) = &self.socket {
+            let _ = std::fs::remove_file(path);
+        }
+        drop(self);
+        app.ending.cancel();
+        connections.close();
+        if tokio::time::timeout(FINISH_WITHIN, connections.wait()).await.is_err() {
+            tracing::warn!("requests were cut off: the server ends");
+        }
+    }
+
+    async fn accept(&self) -> std::io::Result<(Stream, Peer)> {
+        match &self.socket {
+            Socket::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                let _ = stream.set_nodelay(true);
+                Ok((Stream::Tcp(stream), Peer::Network { tls: self.tls.is_some() }))
+            }
+            Socket::Unix(listener, _) => {
+                let (stream, _) = listener.accept().await?;
+                let uid = stream.peer_cred()?.uid();
+                Ok((Stream::Unix(stream), Peer::Local { uid }))
+            }
+        }
+    }
+}
+
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// One connection.
+struct Serving {
+    router: Router,
+    ending: CancellationToken,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Serving {
+    async fn start(self, stream: Stream, peer: Peer, tls: Option<TlsAcceptor>) {
+        match (stream, tls) {
+            (Stream::Unix(stream), _) => self.serve(stream, peer).await,
+            (Stream::Tcp(stream), None) => self.serve(stream, peer).await,
+            (Stream::Tcp(stream), Some(tls)) => {
+                if let Ok(Ok(stream)) = tokio::time::timeout(HEAD_WITHIN, tls.accept(stream)).await {
+                    self.serve(stream, peer).await;
+                }
+            }
+        }
+    }
+
+    async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: Peer) {
+        let router = self.router;
+        let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+            let mut router = router.clone();
+            let peer = peer.clone();
+            async move {
+                let mut request = request.map(Body::new);
+                request.extensions_mut().insert(peer);
+                let Ok(response) = router.call(request).await;
+                Ok::<_, Infallible>(response)
+            }
+        });
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_WITHIN)
+            .max_buf_size(HEAD_MAX)
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades();
+        let mut connection = std::pin::pin!(connection);
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = self.ending.cancelled() => {
+                // What is being answered is answered, and then it is over.
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!("a connection ended: {error}");
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! What the server counts, in the text format of Prometheus.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use nido_vmm::api::{StartPath, VmInfo};
+use nido_vmm::state::VmState;
+
+/// Upper ends of the buckets for times, in seconds.
+const BUCKETS: [f64; 10] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+/// Counters since the server began.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    connections: AtomicU64,
+    execs: AtomicU64,
+    bytes_in: AtomicU64,
+    bytes_out: AtomicU64,
+    /// By method, route and status.
+    requests: Mutex<BTreeMap<(String, String, u16), u64>>,
+    /// By code.
+    errors: Mutex<BTreeMap<&'static str, u64>>,
+    /// By path.
+    spawns: Mutex<BTreeMap<&'static str, Times>>,
+}
+
+#[derive(Debug, Default)]
+struct Times {
+    buckets: [u64; BUCKETS.len()],
+    count: u64,
+    sum: f64,
+}
+
+impl Metrics {
+    /// A connection was accepted.
+    pub fn connection(&self) {
+        self.connections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A request was answered.
+    pub fn request(&self, method: &str, route: &str, status: u16) {
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        *requests.entry((method.to_owned(), route.to_owned(), status)).or_default() += 1;
+    }
+
+    /// It was answered with an error.
+    pub fn error(&self, code: &'static str) {
+        *self.errors.lock().unwrap_or_else(PoisonError::into_inner).entry(code).or_default() += 1;
+    }
+
+    /// A command was run.
+    pub fn exec(&self) {
+        self.execs.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Bytes went into a guest.
+    pub fn bytes_in(&self, bytes: u64) {
+        self.bytes_in.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes came out of one.
+    pub fn bytes_out(&self, bytes: u64) {
+        self.bytes_out.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A VM is ready.
+    pub fn spawn(&self, vm: &VmInfo) {
+        let Some(timings) = &vm.timings else { return };
+        let path = match timings.path {
+            StartPath::Cold => "cold",
+            StartPath::Fork => "fork",
+            StartPath::Pool => "pool",
+            StartPath::Restore => "restore",
+        };
+        let took = Duration::from_secs_f64((timings.total_ms / 1000.0).clamp(0.0, 1e6)).as_secs_f64();
+        let mut spawns = self.spawns.lock().unwrap_or_else(PoisonError::into_inner);
+        let times = spawns.entry(path).or_default();
+        times.count += 1;
+        times.sum += took;
+        for (bucket, end) in times.buckets.iter_mut().zip(BUCKETS) {
+            *bucket += u64::from(took <= end);
+        }
+    }
+
+    /// Everything, as text.
+    pub fn render(&self, vms: &[VmInfo]) -> String {
+        let mut text = String::new();
+        let head = |text: &mut String, name: &str, kind: &str, help: &str| {
+            let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        };
+        head(&mut text, "nido_vms", "gauge", "VMs by state.");
+        for state in VmState::ALL {
+            let count = vms.iter().filter(|vm| vm.status == state).count();
+            let _ = writeln!(text, "nido_vms{{state=\"{}\"}} {count}", state.word());
+        }
+        let plain = [
+            ("nido_http_connections_total", "Connections accepted.", &self.connections),
+            ("nido_execs_total", "Commands run.", &self.execs),
+            ("nido_guest_bytes_in_total", "Bytes sent into guests.", &self.bytes_in),
+            ("nido_guest_bytes_out_total", "Bytes received from guests.", &self.bytes_out),
+        ];
+        for (name, help, counter) in plain {
+            head(&mut text, name, "counter", help);
+            let _ = writeln!(text, "{name} {}", counter.load(Ordering::Relaxed));
+        }
+        head(&mut text, "nido_http_requests_total", "counter", "Requests by method, route and status.");
+        for ((method, route, status), count) in &*self.requests.lock().unwrap_or_else(PoisonError::into_inner) {
+            let labels = format!("method=\"{method}\",route=\"{route}\",status=\"{status}\"");
+            let _ = writeln!(text, "nido_http_requests_total{{{labels}}} {count}");
+        }
+        head(&mut text, "nido_errors_total", "counter", "Requests that failed, by code.");
+        for (code, count) in &*self.errors.lock().unwrap_or_else(PoisonError::into_inner) {
+            let _ = writeln!(text, "nido_errors_total{{code=\"{code}\"}} {count}");
+        }
+        head(&mut text, "nido_spawn_seconds", "histogram", "Time until a VM was ready, by how it came to life.");
+        for (path, times) in &*self.spawns.lock().unwrap_or_else(PoisonError::into_inner) {
+            for (count, end) in times.buckets.iter().zip(BUCKETS) {
+                let _ = writeln!(text, "nido_spawn_seconds_bucket{{path=\"{path}\",le=\"{end}\"}} {count}");
+            }
+            let _ = writeln!(text, "nido_spawn_seconds_bucket{{path=\"{path}\",le=\"+Inf\"}} {}", times.count);
+            let _ = writeln!(text, "nido_spawn_seconds_sum{{path=\"{path}\"}} {}", times.sum);
+            let _ = writeln!(text, "nido_spawn_seconds_count{{path=\"{path}\"}} {}", times.count);
+        }
+        text
+    }
+}

@@ -1,0 +1,119 @@
+//! The REST API: the core over HTTP, for scripts, services and the page for people.
+//!
+//! ```text
+//!  listen.rs   sockets, TLS, limits of connections ──> guard.rs  who asks, from where, how often
+//!                                                        │
+//!                      routes/*.rs  parse, call one method of the core, render      answer.rs  problem+json
+//!                                                        │
+//!                      operations.rs  what changes something goes to its end, whoever hangs up
+//! ```
+//!
+//! Invariant: VMs do not depend on this server. It may be killed at any time, and nothing that it was asked for is left
+//! half-done but what the core would leave itself.
+
+mod answer;
+mod ask;
+mod guard;
+mod listen;
+mod metrics;
+mod openapi;
+mod operations;
+mod routes;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nido_vmm::error::Result;
+use nido_vmm::nido::{Nido, Watch};
+use tokio::sync::{Mutex, watch};
+use tokio_util::sync::CancellationToken;
+
+pub use self::guard::Hosts;
+pub use self::listen::{Listen, Tls};
+use self::metrics::Metrics;
+use self::operations::Operations;
+
+/// How long the last look for VMs without a supervisor counts.
+const SETTLED_FOR: Duration = Duration::from_millis(100);
+
+/// How a server is started.
+#[derive(Debug)]
+pub struct Options {
+    /// Where it listens.
+    pub listen: Listen,
+    /// Which names it answers to.
+    pub hosts: Hosts,
+    /// How many requests a caller may make in a second, on average.
+    pub rate: u32,
+}
+
+/// What every request needs.
+#[derive(Debug)]
+pub struct App {
+    nido: Nido,
+    hosts: Hosts,
+    rates: guard::Rates,
+    operations: Operations,
+    metrics: Metrics,
+    settled: Mutex<Option<Instant>>,
+    /// The last event's cursor: whoever listens is woken by it.
+    changes: watch::Sender<u64>,
+    /// Done when the server ends: what would go on for ever ends with it.
+    ending: CancellationToken,
+}
+
+impl App {
+    /// The core. What a crash has left since the last request is settled first, as every command does.
+    async fn nido(&self) -> Result<&Nido> {
+        let mut settled = self.settled.lock().await;
+        if settled.is_none_or(|at| at.elapsed() > SETTLED_FOR) {
+            self.nido.settle_all().await?;
+            *settled = Some(Instant::now());
+        }
+        Ok(&self.nido)
+    }
+}
+
+/// Serves until a signal ends it; `ready` is told where.
+///
+/// # Errors
+/// `port_in_use`, `denied`, those of the core.
+pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Result<()> {
+    let bound = listen::bind(&options.listen).await?;
+    let app = Arc::new(App {
+        nido,
+        hosts: options.hosts,
+        rates: guard::Rates::new(options.rate),
+        operations: Operations::default(),
+        metrics: Metrics::default(),
+        settled: Mutex::new(None),
+        changes: watch::channel(0).0,
+        ending: CancellationToken::new(),
+    });
+    let watching = tokio::spawn(watch_events(Arc::clone(&app)));
+    let router = routes::router(&app);
+    ready(&bound.address());
+    bound.run(router, Arc::clone(&app)).await;
+    watching.abort();
+    app.operations.finish().await;
+    Ok(())
+}
+
+/// Wakes the listeners when something happens: one watch of the store for all of them.
+async fn watch_events(app: Arc<App>) {
+    let mut store = match Watch::new(&app.nido) {
+        Ok(store) => store,
+        Err(error) => return tracing::error!("events will not be told: {error}"),
+    };
+    loop {
+        if let Ok(cursor) = app.nido.last_event() {
+            app.changes.send_if_modified(|last| std::mem::replace(last, cursor) != cursor);
+        }
+        store.changed().await;
+    }
+}
+
+/// The description of the API.
+pub fn openapi() -> String {
+    openapi::text()
+}

@@ -1,0 +1,244 @@
+//! Commands in a VM: run to their end, or followed as server-sent events; and runs, a VM for one command.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::IntoResponse;
+use axum::response::sse::{self, KeepAlive, Sse};
+use base64::Engine as _;
+use futures::stream;
+use nido_vmm::api::{Collected, ExecEvent, ExecRequest, ExecResult, SpawnRequest, VmInfo};
+use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::name::VmName;
+use nido_vmm::nido::{ExecControl, ExecEvents, Nido};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::vms::Vm;
+use crate::serve::App;
+use crate::serve::answer::Answer;
+use crate::serve::ask::{Body, Names, accepts, plain};
+use crate::serve::guard::Uses;
+use crate::serve::operations::{self, value};
+
+/// How much of each stream a JSON answer holds, in bytes.
+const COLLECT_MAX: usize = 4 << 20;
+/// How long a command may take if nobody says otherwise.
+const TIMEOUT_MS: u64 = 60_000;
+
+pub fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new().routes(routes!(exec)).routes(routes!(run))
+}
+
+/// A command.
+#[derive(Debug, Default, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExecBody {
+    /// Program and arguments, passed on as they are: no shell is in between.
+    pub argv: Vec<String>,
+    /// Instead of that a line for the guest's `sh -c`.
+    pub command: Option<String>,
+    /// Environment on top of the user's own.
+    pub env: BTreeMap<String, String>,
+    /// Working directory; the user's home if absent.
+    pub directory: Option<String>,
+    /// Name or numeric id; root if absent.
+    pub user: Option<String>,
+    /// Its standard input, as text.
+    pub stdin: Option<String>,
+    /// Its standard input, as base64.
+    pub stdin_base64: Option<String>,
+    /// Kill it and its children after so long, in milliseconds; a minute if absent, 0 is never.
+    pub timeout_ms: Option<u64>,
+}
+
+impl ExecBody {
+    /// The core's request, and the standard input.
+    pub fn split(self) -> Result<(ExecRequest, Vec<u8>)> {
+        let bad = |words: &str| Error::new(Code::SpecInvalid, words);
+        let argv = match (self.argv.is_empty(), self.command) {
+            (false, None) => self.argv,
+            (true, Some(line)) => vec!["sh".into(), "-c".into(), line],
+            (true, None) => return Err(bad("argv: there is no command").hint("argv is a list, command a line for sh")),
+            (false, Some(_)) => return Err(bad("command: argv is given as well; one of them")),
+        };
+        if argv.iter().any(|word| word.contains('\0')) {
+            return Err(bad("argv: a word holds a zero byte"));
+        }
+        let variable = |(key, value): (String, String)| {
+            if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
+                return Err(bad("env: a name is empty or holds '=', or there is a zero byte"));
+            }
+            Ok(format!("{key}={value}").into_bytes())
+        };
+        let stdin = match (self.stdin, self.stdin_base64) {
+            (Some(_), Some(_)) => return Err(bad("stdin_base64: stdin is given as well; one of them")),
+            (Some(text), None) => Some(text.into_bytes()),
+            (None, Some(text)) => {
+                let bytes = base64::engine::general_purpose::STANDARD.decode(text);
+                Some(bytes.map_err(|_| bad("stdin_base64: it is not base64"))?)
+            }
+            (None, None) => None,
+        };
+        let request = ExecRequest {
+            argv: argv.into_iter().map(String::into_bytes).collect(),
+            env: self.env.into_iter().map(variable).collect::<Result<_>>()?,
+            directory: self.directory.map(String::into_bytes),
+            user: self.user,
+            stdin: stdin.is_some(),
+            timeout_ms: Some(self.timeout_ms.unwrap_or(TIMEOUT_MS)).filter(|ms| *ms > 0),
+            ..ExecRequest::default()
+        };
+        Ok((request, stdin.unwrap_or_default()))
+    }
+}
+
+/// Runs a command in a VM. Answered when it has ended, with what it wrote (at most 4 MiB of each stream); with
+/// `Accept: text/event-stream` as it goes on: the events `started`, `stdout`, `stderr`, `exit`, and `error` if the VM is
+/// lost. Hanging up kills it. For standard input as it comes, and a terminal, see the WebSocket at the same path.
+#[utoipa::path(post, path = "/v1/vms/{name}/exec", operation_id = "vm_exec", tag = "exec", params(Vm),
+    request_body = ExecBody,
+    responses((status = 200, description = "How it ended.", content(
+        (ExecResult = "application/json"),
+        (String = "text/event-stream")))))]
+async fn exec(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Names(vm): Names<Vm>,
+    headers: HeaderMap,
+    Body(body): Body<ExecBody>,
+) -> Answer {
+    let (request, stdin) = body.split()?;
+    if accepts(&headers, "text/event-stream") {
+        let (control, events) = app.nido().await?.exec(&vm.name, request).await?;
+        app.metrics.exec();
+        feed(control, stdin);
+        let events = stream::unfold(Some(events), |events| async move {
+            let mut events = events?;
+            let event = events.next().await?;
+            let over = !matches!(event, Ok(ref event) if !matches!(event, ExecEvent::Exited(_)));
+            Some((Ok::<_, Infallible>(frame(event)), (!over).then_some(events)))
+        });
+        return Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response());
+    }
+    let owner = Arc::clone(&app);
+    let is_async = operations::wants_async(&headers);
+    let work = async move {
+        let nido = owner.nido().await?;
+        owner.metrics.exec();
+        value(&collect(nido, &vm.name, request, stdin).await?)
+    };
+    if is_async {
+        return operations::run(&app, &headers, "vm_exec", StatusCode::OK, |_| Box::pin(work)).await;
+    }
+    // Not detached: who hangs up does not want the command any more.
+    Ok(crate::serve::answer::json(StatusCode::OK, &work.await?))
+}
+
+/// Sends the standard input, on a task of its own; it ends with the command.
+fn feed(control: ExecControl, stdin: Vec<u8>) {
+    if stdin.is_empty() {
+        tokio::spawn(async move { control.stdin_eof().await });
+        return;
+    }
+    tokio::spawn(async move {
+        control.stdin(&stdin).await?;
+        control.stdin_eof().await
+    });
+}
+
+/// Runs a command to its end.
+async fn collect(nido: &Nido, name: &VmName, request: ExecRequest, stdin: Vec<u8>) -> Result<ExecResult> {
+    let wants_stdin = request.stdin;
+    let (control, mut events): (ExecControl, ExecEvents) = nido.exec(name, request).await?;
+    if wants_stdin {
+        feed(control, stdin);
+    }
+    let mut collected = Collected::new(COLLECT_MAX);
+    while let Some(event) = events.next().await {
+        match event? {
+            ExecEvent::Exited(exit) => return Ok(collected.result(exit)),
+            event => collected.add(&event),
+        }
+    }
+    Err(Error::internal("the command ended without saying how"))
+}
+
+fn frame(event: Result<ExecEvent>) -> sse::Event {
+    let (kind, data) = match event {
+        Ok(ExecEvent::Started(pid)) => ("started", json!({ "pid": pid })),
+        Ok(ExecEvent::Stdout(bytes)) => ("stdout", piece(bytes)),
+        Ok(ExecEvent::Stderr(bytes)) => ("stderr", piece(bytes)),
+        Ok(ExecEvent::Exited(exit)) => ("exit", json!(exit)),
+        Err(error) => ("error", json!(error.problem())),
+    };
+    sse::Event::default().event(kind).data(data.to_string())
+}
+
+/// A piece of a stream: text where it is UTF-8 by itself, else base64.
+fn piece(bytes: Vec<u8>) -> serde_json::Value {
+    match String::from_utf8(bytes) {
+        Ok(text) => json!({ "text": text }),
+        Err(error) => json!({ "base64": base64::engine::general_purpose::STANDARD.encode(error.as_bytes()) }),
+    }
+}
+
+/// A VM for one command: both in one.
+#[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct RunRequest {
+    /// The command.
+    exec: ExecBody,
+    /// The VM; a name is made up if there is none. It is gone when the command has ended.
+    #[serde(default)]
+    vm: serde_json::Map<String, serde_json::Value>,
+}
+
+/// How a run ended.
+#[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
+struct RunResult {
+    /// The VM as it was when it was ready.
+    vm: VmInfo,
+    /// How the command ended.
+    exec: ExecResult,
+}
+
+/// Runs a command in a fresh VM, which is gone afterwards.
+#[utoipa::path(post, path = "/v1/runs", operation_id = "run", tag = "exec", request_body = RunRequest,
+    responses((status = 200, body = RunResult)))]
+async fn run(State(app): State<Arc<App>>, _: Uses, headers: HeaderMap, Body(mut body): Body<RunRequest>) -> Answer {
+    let name = format!("run-{}", &nido_vmm::nido::random_id()?[..8]);
+    body.vm.entry("name").or_insert(name.into());
+    let spawn: SpawnRequest = serde_json::from_value(body.vm.into())
+        .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", plain(&e.to_string()))))?;
+    let (mut spec, start) = spawn.split();
+    let start = start.filter(|start| start.wait);
+    let start = start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run starts its VM and waits for it"))?;
+    spec.ephemeral = true;
+    spec.idle_ms = spec.idle_ms.or(Some(60_000));
+    let (request, stdin) = body.exec.split()?;
+    let owner = Arc::clone(&app);
+    operations::run(&app, &headers, "run", StatusCode::OK, |stage| {
+        Box::pin(async move {
+            let nido = owner.nido().await?;
+            let vm = nido.spawn(spec, start, &mut |now| stage.start(now)).await?;
+            owner.metrics.spawn(&vm);
+            owner.metrics.exec();
+            stage.word("running");
+            let exec = collect(nido, &vm.name, request, stdin).await;
+            let gone = nido.delete(&vm.name, true).await;
+            let exec = exec?;
+            match gone {
+                Err(error) if error.code() != Code::VmNotFound => return Err(error),
+                _ => {}
+            }
+            value(&RunResult { vm, exec })
+        })
+    })
+    .await
+}

@@ -1,0 +1,37 @@
+//! Warm pools.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use nido_vmm::api::{PoolInfo, PoolList, PoolRequest};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::templates::Template;
+use crate::serve::App;
+use crate::serve::answer::{self, Answer};
+use crate::serve::ask::{Body, Names};
+use crate::serve::guard::{Looks, Rules};
+
+pub fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(set))
+}
+
+/// All pools.
+#[utoipa::path(get, path = "/v1/pools", operation_id = "pool_list", tag = "pools",
+    responses((status = 200, body = PoolList)))]
+async fn list(State(app): State<Arc<App>>, _: Looks) -> Answer {
+    answer::ok(&app.nido().await?.pool_list().await?)
+}
+
+/// Sets how many clones of a template wait, for one kind of machine. They are made in the background.
+#[utoipa::path(put, path = "/v1/pools/{name}", operation_id = "pool_set", tag = "pools", params(Template),
+    request_body = PoolRequest, responses((status = 200, body = PoolInfo)))]
+async fn set(
+    State(app): State<Arc<App>>,
+    _: Rules,
+    Names(template): Names<Template>,
+    Body(request): Body<PoolRequest>,
+) -> Answer {
+    answer::ok(&app.nido().await?.pool_set(&template.name, &request).await?)
+}

@@ -1,0 +1,93 @@
+//! Snapshots of a VM.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use nido_vmm::api::{RestoreRequest, SnapshotInfo, SnapshotList, VmInfo};
+use nido_vmm::name::{SnapshotName, VmName};
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::vms::Vm;
+use crate::serve::App;
+use crate::serve::answer::{self, Answer};
+use crate::serve::ask::{Body, Names};
+use crate::serve::guard::{Looks, Uses};
+use crate::serve::operations::{self, value};
+
+pub fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(delete)).routes(routes!(restore))
+}
+
+/// The snapshot of a path.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+struct Which {
+    /// Name of the VM.
+    name: VmName,
+    /// Name of the snapshot.
+    snapshot: SnapshotName,
+}
+
+/// A snapshot that is to be taken.
+#[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct SnapshotRequest {
+    /// Its name.
+    name: SnapshotName,
+}
+
+/// A VM's snapshots, the oldest first.
+#[utoipa::path(get, path = "/v1/vms/{name}/snapshots", operation_id = "snapshot_list", tag = "snapshots", params(Vm),
+    responses((status = 200, body = SnapshotList)))]
+async fn list(State(app): State<Arc<App>>, _: Looks, Names(vm): Names<Vm>) -> Answer {
+    answer::ok(&app.nido().await?.snapshot_list(&vm.name)?)
+}
+
+/// Takes a snapshot: of a VM that runs memory, devices and disk, of one at rest the disk.
+#[utoipa::path(post, path = "/v1/vms/{name}/snapshots", operation_id = "snapshot_create", tag = "snapshots", params(Vm),
+    request_body = SnapshotRequest, responses((status = 201, body = SnapshotInfo)))]
+async fn create(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Names(vm): Names<Vm>,
+    headers: HeaderMap,
+    Body(what): Body<SnapshotRequest>,
+) -> Answer {
+    let owner = Arc::clone(&app);
+    operations::run(&app, &headers, "vm_snapshot", StatusCode::CREATED, |_| {
+        Box::pin(async move { value(&owner.nido().await?.snapshot_create(&vm.name, &what.name).await?) })
+    })
+    .await
+}
+
+/// Deletes a snapshot; how it was is the answer.
+#[utoipa::path(delete, path = "/v1/vms/{name}/snapshots/{snapshot}", operation_id = "snapshot_delete", tag = "snapshots",
+    params(Which), responses((status = 200, body = SnapshotInfo)))]
+async fn delete(State(app): State<Arc<App>>, _: Uses, Names(which): Names<Which>) -> Answer {
+    answer::ok(&app.nido().await?.snapshot_delete(&which.name, &which.snapshot)?)
+}
+
+/// Makes a VM what it was. What it has done since is lost.
+#[utoipa::path(post, path = "/v1/vms/{name}/snapshots/{snapshot}/restore", operation_id = "snapshot_restore",
+    tag = "snapshots", params(Which), request_body(content = Option<RestoreRequest>),
+    responses((status = 200, body = VmInfo)))]
+async fn restore(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Names(which): Names<Which>,
+    headers: HeaderMap,
+    Body(how): Body<RestoreRequest>,
+) -> Answer {
+    let owner = Arc::clone(&app);
+    operations::run(&app, &headers, "vm_restore", StatusCode::OK, |stage| {
+        Box::pin(async move {
+            let nido = owner.nido().await?;
+            value(&nido.snapshot_restore(&which.name, &which.snapshot, how, &mut |now| stage.start(now)).await?)
+        })
+    })
+    .await
+}

@@ -1,0 +1,203 @@
+//! VMs: made, listed, started, stopped, copied, deleted; and runs, which are all of that for one command.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use nido_vmm::api::{ForkResult, SpawnRequest, StartRequest, StopRequest, VmInfo, VmList};
+use nido_vmm::name::VmName;
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::serve::App;
+use crate::serve::answer::{self, Answer};
+use crate::serve::ask::{Body, Names, Query};
+use crate::serve::guard::{Looks, Uses};
+use crate::serve::operations::{self, value};
+
+pub fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(info, delete))
+        .routes(routes!(start))
+        .routes(routes!(stop))
+        .routes(routes!(restart))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(fork))
+}
+
+/// The VM of a path.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub struct Vm {
+    /// Name of the VM.
+    pub name: VmName,
+}
+
+/// All VMs, in order of creation.
+#[utoipa::path(get, path = "/v1/vms", operation_id = "vm_list", tag = "vms", responses((status = 200, body = VmList)))]
+async fn list(State(app): State<Arc<App>>, _: Looks) -> Answer {
+    answer::ok(&app.nido().await?.list()?)
+}
+
+/// Makes a VM and starts it; answered when it is ready. With `"start": false` it is only made. A VM whose start fails is gone
+/// again.
+#[utoipa::path(post, path = "/v1/vms", operation_id = "vm_spawn", tag = "vms", request_body = SpawnRequest,
+    responses((status = 201, body = VmInfo, headers(("Location" = String, description = "The VM.")))))]
+async fn create(State(app): State<Arc<App>>, _: Uses, headers: HeaderMap, Body(body): Body<SpawnRequest>) -> Answer {
+    let place = HeaderValue::from_str(&format!("/v1/vms/{}", body.name));
+    let owner = Arc::clone(&app);
+    let mut response = operations::run(&app, &headers, "vm_spawn", StatusCode::CREATED, |stage| {
+        Box::pin(async move {
+            let nido = owner.nido().await?;
+            let (spec, start) = body.split();
+            let Some(start) = start else { return value(&nido.create(spec).await?) };
+            let vm = nido.spawn(spec, start, &mut |now| stage.start(now)).await?;
+            owner.metrics.spawn(&vm);
+            value(&vm)
+        })
+    })
+    .await?;
+    if let (StatusCode::CREATED, Ok(place)) = (response.status(), place) {
+        response.headers_mut().insert(header::LOCATION, place);
+    }
+    Ok(response)
+}
+
+/// Everything about a VM.
+#[utoipa::path(get, path = "/v1/vms/{name}", operation_id = "vm_info", tag = "vms", params(Vm),
+    responses((status = 200, body = VmInfo)))]
+async fn info(State(app): State<Arc<App>>, _: Looks, Names(vm): Names<Vm>) -> Answer {
+    answer::ok(&app.nido().await?.info(&vm.name).await?)
+}
+
+/// How a VM is deleted.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Force {
+    /// Also one that runs.
+    #[serde(default)]
+    force: bool,
+}
+
+/// Deletes a VM and everything of it; how it was is the answer. One that runs only with `force=true`.
+#[utoipa::path(delete, path = "/v1/vms/{name}", operation_id = "vm_delete", tag = "vms", params(Vm, Force),
+    responses((status = 200, body = VmInfo)))]
+async fn delete(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Names(vm): Names<Vm>,
+    Query(how): Query<Force>,
+    headers: HeaderMap,
+) -> Answer {
+    let owner = Arc::clone(&app);
+    operations::run(&app, &headers, "vm_delete", StatusCode::OK, |_| {
+        Box::pin(async move { value(&owner.nido().await?.delete(&vm.name, how.force).await?) })
+    })
+    .await
+}
+
+/// Starts a VM; answered when it is ready. One that runs stays as it is.
+#[utoipa::path(post, path = "/v1/vms/{name}/start", operation_id = "vm_start", tag = "vms", params(Vm),
+    request_body(content = Option<StartRequest>), responses((status = 200, body = VmInfo)))]
+async fn start(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Names(vm): Names<Vm>,
+    headers: HeaderMap,
+    Body(how): Body<StartRequest>,
+) -> Answer {
+    let owner = Arc::clone(&app);
+    operations::run(&app, &headers, "vm_start", StatusCode::OK, |stage| {
+        Box::pin(async move {
+            let info = owner.nido().await?.start(&vm.name, how, &mut |now| stage.start(now)).await?;
+            owner.metrics.spawn(&info);
+            value(&info)
+        })
+    })
+    .await
+}
+
+/// Stops a VM: in order, with `"force": true` at once. One that does not run stays as it is.
+#[utoipa::path(post, path = "/v1/vms/{name}/stop", operation_id = "vm_stop", tag = "vms", params(Vm),
+    request_body(content = Option<StopRequest>), responses((status = 200, body = VmInfo)))]
+async fn stop(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Names(vm): Names<Vm>,
+    headers: HeaderMap,
+    Body(how): Body<StopRequest>,
+) -> Answer {
+    let owner = Arc::clone(&app);
+    operations::run(&app, &headers, "vm_stop", StatusCode::OK, |_| {
+        Box::pin(async move { value(&owner.nido().await?.stop(&vm.name, how).await?) })
+    })
+    .await
+}
+
+/// Stops a VM and starts it again.
+#[utoipa::path(post, path = "/v1/vms/{name}/restart", operation_id = "vm_restart", tag = "vms", params(Vm),
+    request_body(content = Option<StopRequest>), responses((status = 200, body = VmInfo)))]
+async fn restart(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Names(vm): Names<Vm>,
+    headers: HeaderMap,
+    Body(how): Body<StopRequest>,
+) -> Answer {
+    let owner = Arc::clone(&app);
+    operations::run(&app, &headers, "vm_restart", StatusCode::OK, |stage| {
+        Box::pin(async move {
+            let start = StartRequest::default();
+            value(&owner.nido().await?.restart(&vm.name, how, start, &mut |now| stage.start(now)).await?)
+        })
+    })
+    .await
+}
+
+/// Halts a VM's CPUs.
+#[utoipa::path(post, path = "/v1/vms/{name}/pause", operation_id = "vm_pause", tag = "vms", params(Vm),
+    responses((status = 200, body = VmInfo)))]
+async fn pause(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>) -> Answer {
+    answer::ok(&app.nido().await?.pause(&vm.name).await?)
+}
+
+/// Lets them run on.
+#[utoipa::path(post, path = "/v1/vms/{name}/resume", operation_id = "vm_resume", tag = "vms", params(Vm),
+    responses((status = 200, body = VmInfo)))]
+async fn resume(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>) -> Answer {
+    answer::ok(&app.nido().await?.resume(&vm.name).await?)
+}
+
+/// Which copies are to be made.
+#[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct ForkRequest {
+    /// Their names.
+    #[schema(min_items = 1)]
+    names: Vec<VmName>,
+}
+
+/// Makes copies of a VM that runs: the same memory, disk and processes, each a machine of its own. All or none.
+#[utoipa::path(post, path = "/v1/vms/{name}/fork", operation_id = "vm_fork", tag = "vms", params(Vm),
+    request_body = ForkRequest, responses((status = 201, body = ForkResult)))]
+async fn fork(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Names(vm): Names<Vm>,
+    headers: HeaderMap,
+    Body(how): Body<ForkRequest>,
+) -> Answer {
+    let owner = Arc::clone(&app);
+    operations::run(&app, &headers, "vm_fork", StatusCode::CREATED, |stage| {
+        Box::pin(async move {
+            let nido = owner.nido().await?;
+            value(&nido.fork(&vm.name, &how.names, &mut |_, now| stage.start(now)).await?)
+        })
+    })
+    .await
+}
