@@ -184,7 +184,7 @@ impl Args {
             Verb::Import(args) => import(cx, args).await,
             Verb::Delete { name } => {
                 let nido = cx.nido().await?;
-                nido.template_delete(&name)?;
+                nido.template_delete(&name).await?;
                 cx.output.answer(&serde_json::json!({ "deleted": name }), || format!("{name}\n"))?;
                 Ok(Exit::Success)
             }

@@ -38,7 +38,7 @@ impl Nido {
     ) -> Result<BakeResult> {
         let began = Instant::now();
         let (info, already_baked) = {
-            let _parts_stay = self.templates_shared()?;
+            let _parts_stay = self.templates_shared().await?;
             let manifest = self.manifest(name)?;
             let spec = bake_spec(name, request)?;
             let (host, qemu) = self.host_facts().await?;
@@ -49,16 +49,19 @@ impl Nido {
                 Ok(bake) if !request.again => (bake_info(bake), true),
                 _ => {
                     let bake = self.bake(spec, request.timeout_ms, progress).await?;
-                    let images = self.images();
-                    let lock = images.lock()?;
                     let info = bake_info(&bake);
-                    images.add_bake(name.as_str(), bake, &manifest.parts, &lock)?;
+                    let (template, parts) = (name.clone(), manifest.parts);
+                    let add = move |images: &nido_images::Store| {
+                        let lock = images.lock()?;
+                        images.add_bake(template.as_str(), bake, &parts, &lock)
+                    };
+                    self.with_images(add).await?;
                     (info, false)
                 }
             }
         };
         if !already_baked {
-            self.drop_unused_parts()?;
+            self.drop_unused_parts().await?;
             self.renew_pools();
         }
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);

@@ -37,7 +37,7 @@ impl Nido {
     pub(super) async fn make_vm(&self, spec: VmSpec, purpose: Purpose, state: VmState) -> Result<(VmRow, Held)> {
         check_labels(&spec)?;
         let (host, qemu) = self.host_facts().await?;
-        let _template_lock = self.templates_shared()?;
+        let _template_lock = self.templates_shared().await?;
         let manifest = self.manifest(&spec.template)?;
         let parts = boot_parts(&manifest);
         let disk_bytes = disk_bytes(&spec, &parts)?;

@@ -66,7 +66,7 @@ impl Nido {
         self.erase(&row.id)?;
         if row.parts.frozen.len() > 1 {
             // A copy of a running VM stands on parts that no template names.
-            self.drop_private_parts();
+            self.drop_private_parts().await;
         }
         Ok(info)
     }

@@ -35,7 +35,7 @@ impl Nido {
         checks.push(self.check_templates()?);
         checks.extend(qemu.as_ref().ok().map(|qemu| self.check_bakes(&host, qemu)));
         checks.push(self.check_build_tools());
-        checks.push(self.check_leftovers(gc)?);
+        checks.push(self.check_leftovers(gc).await?);
         Ok(DoctorReport { ok: checks.iter().all(|check| check.status != CheckStatus::Failed), checks })
     }
 
@@ -99,7 +99,7 @@ impl Nido {
         }
     }
 
-    fn check_leftovers(&self, gc: bool) -> Result<DoctorCheck> {
+    async fn check_leftovers(&self, gc: bool) -> Result<DoctorCheck> {
         // Rows were settled when the home was opened; what is left are files.
         if !gc {
             let strays = self.count_strays();
@@ -111,7 +111,7 @@ impl Nido {
             });
         }
         let strays = self.remove_strays().len();
-        let bytes = self.drop_unused_parts()?;
+        let bytes = self.drop_unused_parts().await?;
         Ok(check(
             "leftovers",
             CheckStatus::Ok,

@@ -56,7 +56,7 @@ impl Nido {
             }
         }
         progress(vm, StartStage::Preparing);
-        let _parts_stay = self.templates_shared()?;
+        let _parts_stay = self.templates_shared().await?;
         let (parts, origin) = self.bake_running(&row, progress).await?;
         let mut made = Vec::new();
         for copy in copies {

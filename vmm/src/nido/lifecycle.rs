@@ -155,7 +155,7 @@ impl Nido {
         });
         let mut tries = 0;
         // What is forked needs the parts of its bake.
-        let _parts_stay = self.templates_shared()?;
+        let _parts_stay = self.templates_shared().await?;
         let (machine, frozen, origin) = loop {
             let cid = random_cid()?;
             let mut machine = machine::decide(&machine_request(&row.spec, row.disk_bytes, cid), &host, &qemu)?;

@@ -58,7 +58,7 @@ impl Nido {
             return Err(Error::new(Code::SpecInvalid, format!("a pool keeps at most {POOL_MAX} clones")));
         }
         {
-            let _template_stays = self.templates_shared()?;
+            let _template_stays = self.templates_shared().await?;
             if request.wanted > 0 {
                 let (host, qemu) = self.host_facts().await?;
                 self.bake_for(template, &kind, (&host, &qemu))?;
@@ -226,7 +226,7 @@ impl Nido {
                 }
             }
         }
-        if clones.is_empty() { Ok(()) } else { self.drop_unused_parts().map(drop) }
+        if clones.is_empty() { Ok(()) } else { self.drop_unused_parts().await.map(drop) }
     }
 
     async fn pool_plan(&self) -> Result<Plan> {

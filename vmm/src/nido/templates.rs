@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nido_images::ImageError;
 use nido_images::Manifest;
@@ -21,22 +21,50 @@ use crate::error::{Code, Error, Result};
 use crate::name::{TemplateName, VmName};
 use crate::store::{Purpose, VmRow};
 
+/// How long whoever makes something of templates, or removes what of them nobody needs, may take.
+const LET_GO: Duration = Duration::from_secs(600);
+
 impl Nido {
     pub(super) fn images(&self) -> ImageStore {
         ImageStore::new(self.home.root())
     }
 
     /// Keeps template parts from being removed while a VM that needs them is being made.
-    pub(super) fn templates_shared(&self) -> Result<File> {
-        self.templates_lock(FlockOperation::LockShared)
+    pub(super) async fn templates_shared(&self) -> Result<File> {
+        self.templates_lock(FlockOperation::NonBlockingLockShared, LET_GO).await
     }
 
-    fn templates_lock(&self, how: FlockOperation) -> Result<File> {
+    /// Waits without holding up whoever else this process works for: it may be them who hold the lock.
+    async fn templates_lock(&self, how: FlockOperation, within: Duration) -> Result<File> {
         let path = self.home.root().join("templates.lock");
         let broken = |e| Error::io("cannot lock the templates", e);
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(broken)?;
-        flock(file.as_fd(), how).map_err(|e| broken(e.into()))?;
-        Ok(file)
+        let deadline = Instant::now() + within;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            match flock(file.as_fd(), how) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    return Err(Error::new(Code::VmBusy, "the templates are being worked on").hint("try again later"));
+                }
+                Err(error) => return Err(broken(error.into())),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+    }
+
+    /// Works on the images on a thread of its own: their store may be locked by somebody who takes minutes.
+    pub(super) async fn with_images<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&ImageStore) -> Result<T, ImageError> + Send + 'static,
+    ) -> Result<T, ImageError> {
+        let images = self.images();
+        match tokio::task::spawn_blocking(move || work(&images)).await {
+            Ok(done) => done,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
     }
 
     /// The manifest of a template whose parts are all there.
@@ -97,7 +125,7 @@ impl Nido {
             progress(build_step(now));
         }
         let outcome = work.await.map_err(|e| Error::internal(format!("the build broke down: {e}")))??;
-        self.drop_unused_parts()?;
+        self.drop_unused_parts().await?;
         let mut already_built = outcome.already_built;
         if request.bake {
             already_built &= self.default_bakes(name, progress).await?;
@@ -144,7 +172,7 @@ impl Nido {
         let began = Instant::now();
         let row = self.store().vm_by_name(from)?;
         {
-            let _parts_stay = self.templates_shared()?;
+            let _parts_stay = self.templates_shared().await?;
             let of = self.manifest(&row.spec.template)?;
             if !super::bake::same_parts(&of, &row) {
                 let words = format!("template '{}' has changed since VM '{from}' was made from it", of.name);
@@ -214,8 +242,8 @@ impl Nido {
     ///
     /// # Errors
     /// `template_not_found`, `template_in_use` with the VMs that use it.
-    pub fn template_delete(&self, name: &TemplateName) -> Result<()> {
-        let _lock = self.templates_lock(FlockOperation::LockExclusive)?;
+    pub async fn template_delete(&self, name: &TemplateName) -> Result<()> {
+        let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, LET_GO).await?;
         self.refuse_pools_of(name)?;
         let users: Vec<String> = self
             .template_users()?
@@ -229,16 +257,17 @@ impl Nido {
                 .hint(format!("delete them first: nido delete {}", users.join(" "))));
         }
         let in_use = self.store().parts_in_use()?;
-        self.images().delete(name.as_str(), &in_use)?;
+        let gone = name.clone();
+        self.with_images(move |images| images.delete(gone.as_str(), &in_use)).await?;
         self.store().forget_template(name)?;
         Ok(())
     }
 
     /// Removes parts that neither a template nor a VM names any more; how many bytes that freed.
-    pub(super) fn drop_unused_parts(&self) -> Result<u64> {
-        let _lock = self.templates_lock(FlockOperation::LockExclusive)?;
+    pub(super) async fn drop_unused_parts(&self) -> Result<u64> {
+        let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, LET_GO).await?;
         let in_use: HashSet<String> = self.store().parts_in_use()?;
-        match self.images().collect_garbage(&in_use) {
+        match self.with_images(move |images| images.collect_garbage(&in_use)).await {
             Ok(bytes) => Ok(bytes),
             // Nothing was ever built here.
             Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(0),
@@ -247,12 +276,13 @@ impl Nido {
     }
 
     /// The same, unless somebody is making something of parts just now: then whoever comes next does it.
-    pub(super) fn drop_private_parts(&self) {
-        let freed = self.templates_lock(FlockOperation::NonBlockingLockExclusive).and_then(|_lock| {
+    pub(super) async fn drop_private_parts(&self) {
+        let freed = async {
+            let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, Duration::ZERO).await?;
             let in_use = self.store().parts_in_use()?;
-            Ok(self.images().collect_garbage(&in_use)?)
-        });
-        if let Err(error) = freed {
+            Ok::<_, Error>(self.with_images(move |images| images.collect_garbage(&in_use)).await?)
+        };
+        if let Err(error) = freed.await {
             tracing::info!("unused parts stay for now: {error}");
         }
     }

@@ -85,7 +85,7 @@ impl Nido {
         let source = request.source;
         let outcome = watched(move |mut watch| import(&home, source, &options, &mut watch), progress).await;
         // What was replaced, and what a failure at the very end may have left.
-        let swept = self.drop_unused_parts();
+        let swept = self.drop_unused_parts().await;
         let outcome = outcome?;
         swept?;
         if !outcome.already_present {

@@ -96,7 +96,7 @@ async fn info(State(app): State<Arc<App>>, _: Looks, Names(template): Names<Temp
 #[utoipa::path(delete, path = "/v1/templates/{name}", operation_id = "template_delete", tag = "templates",
     params(Template), responses((status = 204)))]
 async fn delete(State(app): State<Arc<App>>, _: Rules, Names(template): Names<Template>) -> Answer {
-    app.nido().await?.template_delete(&template.name)?;
+    app.nido().await?.template_delete(&template.name).await?;
     Ok(empty(StatusCode::NO_CONTENT))
 }
 
