@@ -2,6 +2,7 @@
 //!
 //! Invariant: when a [`Home`] is dropped, no process that belongs to it is left; if one was, the test fails.
 
+pub mod http;
 pub mod processes;
 pub mod run;
 pub mod terminal;

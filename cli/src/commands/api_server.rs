@@ -19,7 +19,7 @@ Examples:
   curl --unix-socket /run/user/1000/nido.sock http://localhost/v1/vms
   nido api-server start --allow-remote --tls-cert cert.pem --tls-key key.pem --allow-host ci.example
 
-Over TCP every request needs a token, also on this machine. Over a unix socket, which only its owner can use,
+The first line on standard output is the address, when it listens. Over TCP every request needs a token, also on this machine. Over a unix socket, which only its owner can use,
 none does. VMs do not depend on the server: it may be stopped at any time.";
 
 /// Serve the REST API
@@ -80,7 +80,12 @@ impl Args {
         };
         let options = start.options()?;
         let nido = cx.nido().await?;
-        serve(nido, options, |address| cx.output.talk(&format!("listening on {address}"))).await?;
+        let ready = |address: &str| {
+            let listening = serde_json::json!({ "address": address });
+            // Nobody may be there to read it; that is no reason not to serve.
+            let _ = cx.output.answer(&listening, || format!("{address}\n"));
+        };
+        serve(nido, options, ready).await?;
         Ok(Exit::Success)
     }
 }

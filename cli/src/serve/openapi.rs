@@ -2,7 +2,9 @@
 
 use std::sync::OnceLock;
 
+use nido_vmm::api::LogSource;
 use nido_vmm::error::{Code, Problem};
+use serde_json::{Value, json};
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::{Operation, ParameterBuilder, ParameterIn};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
@@ -46,6 +48,12 @@ const MAY_WAIT: [&str; 13] = [
     "template_bake",
 ];
 
+/// The operations whose body may be left out.
+const MAY_BE_EMPTY: [&str; 6] =
+    ["vm_start", "vm_stop", "vm_restart", "snapshot_restore", "template_build", "template_bake"];
+/// What the guest's system calls cannot take.
+const NO_ZERO: &str = "^[^\\u0000]*$";
+
 const ABOUT: &str = "Throw-away virtual machines on this host. Every error is a problem (RFC 9457) with a stable `code` \
 and mostly a `hint`. Requests that change something go to their end even if the caller hangs up; with \
 `Prefer: respond-async` they are answered at once with 202 and an operation to poll and to cancel.";
@@ -53,7 +61,66 @@ and mostly a `hint`. Requests that change something go to their end even if the 
 /// As it is served and kept in the repository.
 pub fn text() -> String {
     static TEXT: OnceLock<String> = OnceLock::new();
-    TEXT.get_or_init(|| describe().to_pretty_json().unwrap_or_default() + "\n").clone()
+    let make = || {
+        let mut api = serde_json::to_value(describe()).unwrap_or_default();
+        sharpen(&mut api);
+        serde_json::to_string_pretty(&api).unwrap_or_default() + "\n"
+    };
+    TEXT.get_or_init(make).clone()
+}
+
+/// What the types hold and their derived schemas do not say: how large numbers may be, what a command needs, which bodies
+/// may be absent.
+fn sharpen(api: &mut Value) {
+    limit_numbers(api);
+    for path in api["paths"].as_object_mut().into_iter().flat_map(|paths| paths.values_mut()) {
+        for operation in path.as_object_mut().into_iter().flat_map(|item| item.values_mut()) {
+            if operation["operationId"].as_str().is_some_and(|id| MAY_BE_EMPTY.contains(&id)) {
+                operation["requestBody"]["required"] = json!(false);
+            }
+        }
+    }
+    let schemas = &mut api["components"]["schemas"];
+    let exec = &mut schemas["ExecBody"];
+    exec["oneOf"] = json!([{ "required": ["argv"] }, { "required": ["command"] }]);
+    exec["not"] = json!({ "required": ["stdin", "stdin_base64"] });
+    for word in ["argv", "command", "stdin", "stdin_base64"] {
+        let kind = if word == "argv" { "array" } else { "string" };
+        exec["properties"][word]["type"] = json!(kind);
+    }
+    exec["properties"]["argv"]["minItems"] = json!(1);
+    exec["properties"]["argv"]["items"]["pattern"] = json!(NO_ZERO);
+    exec["properties"]["env"]["additionalProperties"]["pattern"] = json!(NO_ZERO);
+    exec["properties"]["env"]["propertyNames"] = json!({ "pattern": "^[^=\\u0000]+$" });
+    for word in ["command", "directory", "user"] {
+        exec["properties"][word]["pattern"] = json!(NO_ZERO);
+    }
+    exec["properties"]["stdin_base64"]["pattern"] =
+        json!("^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$");
+    schemas["ForwardSpec"]["properties"]["host"]["anyOf"] = json!([{ "format": "ipv4" }, { "format": "ipv6" }]);
+    schemas["ForwardSpec"]["properties"]["guest_port"]["minimum"] = json!(1);
+}
+
+/// Says of every integer what its type can hold.
+fn limit_numbers(schema: &mut Value) {
+    match schema {
+        Value::Object(object) => {
+            let most = match object.get("format").and_then(Value::as_str) {
+                Some("uint8") => Some(u64::from(u8::MAX)),
+                Some("uint16") => Some(u64::from(u16::MAX)),
+                Some("uint32") => Some(u64::from(u32::MAX)),
+                Some("uint64") => Some(u64::MAX),
+                _ => None,
+            };
+            if let Some(most) = most {
+                object.entry("maximum").or_insert(json!(most));
+                object.entry("minimum").or_insert(json!(0));
+            }
+            object.values_mut().for_each(limit_numbers);
+        }
+        Value::Array(items) => items.iter_mut().for_each(limit_numbers),
+        _ => {}
+    }
 }
 
 fn describe() -> OpenApi {
@@ -69,6 +136,7 @@ fn describe() -> OpenApi {
     let bearer = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build());
     let mut components = api.components.take().unwrap_or_else(|| ComponentsBuilder::new().build());
     components.schemas.insert(Problem::name().into_owned(), Problem::schema());
+    components.schemas.insert(LogSource::name().into_owned(), LogSource::schema());
     components.schemas.insert(Pending::name().into_owned(), Pending::schema());
     let mut statuses: Vec<u16> = Code::ALL.iter().map(|code| code.status()).collect();
     statuses.sort_unstable();

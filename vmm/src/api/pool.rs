@@ -68,6 +68,7 @@ impl PoolKind {
 #[serde(deny_unknown_fields)]
 pub struct PoolRequest {
     /// How many clones wait: 0 to [`POOL_MAX`]. 0 ends the pool.
+    #[schema(maximum = 100)]
     pub wanted: u32,
     /// Virtual CPUs.
     #[serde(default)]

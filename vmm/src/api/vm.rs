@@ -122,9 +122,11 @@ pub struct VmSpec {
     pub forwards: Vec<ForwardSpec>,
     /// Longest life after a start, in milliseconds. The VM is stopped then (and deleted if ephemeral).
     #[serde(default)]
+    #[schema(minimum = 1)]
     pub ttl_ms: Option<u64>,
     /// Longest time without an exec, a copy or a forwarded connection, in milliseconds.
     #[serde(default)]
+    #[schema(minimum = 1)]
     pub idle_ms: Option<u64>,
     /// Vanish when stopped.
     #[serde(default)]
@@ -210,9 +212,11 @@ pub struct SpawnRequest {
     pub forwards: Vec<ForwardSpec>,
     /// Longest life after a start, in milliseconds. The VM is stopped then (and deleted if ephemeral).
     #[serde(default)]
+    #[schema(minimum = 1)]
     pub ttl_ms: Option<u64>,
     /// Longest time without an exec, a copy or a forwarded connection, in milliseconds.
     #[serde(default)]
+    #[schema(minimum = 1)]
     pub idle_ms: Option<u64>,
     /// Vanish when stopped.
     #[serde(default)]

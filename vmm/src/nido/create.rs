@@ -114,7 +114,8 @@ pub(super) fn boot_parts(manifest: &Manifest) -> BootParts {
 }
 
 pub(super) fn disk_bytes(spec: &VmSpec, parts: &BootParts) -> Result<u64> {
-    let asked = spec.disk_bytes.unwrap_or(parts.root_bytes).next_multiple_of(512);
+    let asked = spec.disk_bytes.unwrap_or(parts.root_bytes);
+    let asked = asked.checked_next_multiple_of(512).unwrap_or(u64::MAX);
     if asked < parts.root_bytes {
         let rule = format!("the disk cannot be smaller than its template's, {} MiB", parts.root_bytes >> 20);
         return Err(Error::new(Code::SpecInvalid, rule).hint("leave --disk out, or ask for more"));

@@ -47,6 +47,9 @@ impl Nido {
         if row.state != VmState::Running {
             return Err(denied(&row, "forked", "it is not running"));
         }
+        if copies.is_empty() {
+            return Err(Error::new(Code::SpecInvalid, "no copy is named").hint("nido fork VM NEW..."));
+        }
         for (number, copy) in copies.iter().enumerate() {
             if copies[..number].contains(copy) {
                 return Err(Error::new(Code::SpecInvalid, format!("'{copy}' is named twice")));

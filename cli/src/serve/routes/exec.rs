@@ -14,7 +14,7 @@ use nido_vmm::api::{Collected, ExecEvent, ExecRequest, ExecResult, SpawnRequest,
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::{ExecControl, ExecEvents, Nido};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::json;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -40,8 +40,10 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 #[serde(default, deny_unknown_fields)]
 pub struct ExecBody {
     /// Program and arguments, passed on as they are: no shell is in between.
-    pub argv: Vec<String>,
+    #[serde(deserialize_with = "given")]
+    pub argv: Option<Vec<String>>,
     /// Instead of that a line for the guest's `sh -c`.
+    #[serde(deserialize_with = "given")]
     pub command: Option<String>,
     /// Environment on top of the user's own.
     pub env: BTreeMap<String, String>,
@@ -50,22 +52,29 @@ pub struct ExecBody {
     /// Name or numeric id; root if absent.
     pub user: Option<String>,
     /// Its standard input, as text.
+    #[serde(deserialize_with = "given")]
     pub stdin: Option<String>,
     /// Its standard input, as base64.
+    #[serde(deserialize_with = "given")]
     pub stdin_base64: Option<String>,
     /// Kill it and its children after so long, in milliseconds; a minute if absent, 0 is never.
     pub timeout_ms: Option<u64>,
+}
+
+/// What is there is a value, not `null`.
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> std::result::Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
 }
 
 impl ExecBody {
     /// The core's request, and the standard input.
     pub fn split(self) -> Result<(ExecRequest, Vec<u8>)> {
         let bad = |words: &str| Error::new(Code::SpecInvalid, words);
-        let argv = match (self.argv.is_empty(), self.command) {
-            (false, None) => self.argv,
-            (true, Some(line)) => vec!["sh".into(), "-c".into(), line],
-            (true, None) => return Err(bad("argv: there is no command").hint("argv is a list, command a line for sh")),
-            (false, Some(_)) => return Err(bad("command: argv is given as well; one of them")),
+        let argv = match (self.argv, self.command) {
+            (Some(argv), None) if !argv.is_empty() => argv,
+            (None, Some(line)) => vec!["sh".into(), "-c".into(), line],
+            (Some(_), Some(_)) => return Err(bad("command: argv is given as well; one of them")),
+            (_, None) => return Err(bad("argv: there is no command").hint("argv is a list, command a line for sh")),
         };
         if argv.iter().any(|word| word.contains('\0')) {
             return Err(bad("argv: a word holds a zero byte"));
@@ -194,8 +203,9 @@ fn piece(bytes: Vec<u8>) -> serde_json::Value {
 struct RunRequest {
     /// The command.
     exec: ExecBody,
-    /// The VM; a name is made up if there is none. It is gone when the command has ended.
+    /// The VM, as it is spawned; a name is made up if there is none. It is gone when the command has ended.
     #[serde(default)]
+    #[schema(value_type = Option<SpawnRequest>)]
     vm: serde_json::Map<String, serde_json::Value>,
 }
 

@@ -73,7 +73,7 @@ async fn delete(State(app): State<Arc<App>>, _: Uses, Names(which): Names<Which>
 
 /// Makes a VM what it was. What it has done since is lost.
 #[utoipa::path(post, path = "/v1/vms/{name}/snapshots/{snapshot}/restore", operation_id = "snapshot_restore",
-    tag = "snapshots", params(Which), request_body(content = Option<RestoreRequest>),
+    tag = "snapshots", params(Which), request_body = RestoreRequest,
     responses((status = 200, body = VmInfo)))]
 async fn restore(
     State(app): State<Arc<App>>,

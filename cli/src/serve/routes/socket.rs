@@ -2,13 +2,15 @@
 //!
 //! ```text
 //!  client                                                        server
-//!   text  {"start": ExecBody, "pty": {"rows","columns"}}  ->
+//!   text  {"start": ExecBody, "pty": {"rows","columns"}}  ->      `pty` only for a terminal
 //!                                                        <-  text    {"started": {"pid"}}
 //!   binary  bytes of standard input                      ->
 //!   text  {"eof": true} {"signal": 15} {"resize": {…}}    ->
 //!                                                        <-  binary  1 and bytes of stdout, 2 and bytes of stderr
 //!                                                        <-  text    {"exit": ExecExit}  or  {"error": Problem}, then the end
 //! ```
+//!
+//! A browser cannot give a header; it gives its token as a protocol: `nido` and `nido.token.TOKEN`.
 //!
 //! Invariant: the end of the connection, whatever ends it, kills the command.
 
@@ -17,6 +19,7 @@ use std::sync::Arc;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
+use axum::routing::get;
 use nido_vmm::api::ExecEvent;
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
@@ -25,7 +28,6 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::time::{Duration, timeout};
 use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use super::exec::ExecBody;
 use super::vms::Vm;
@@ -42,7 +44,7 @@ const STARTED_WITHIN: Duration = Duration::from_secs(30);
 const INPUT_WAITING: usize = 16;
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new().routes(routes!(attach))
+    OpenApiRouter::new().route("/v1/vms/{name}/exec", get(attach))
 }
 
 /// The upgrade of a connection; anything else is told what to do.
@@ -60,13 +62,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
     }
 }
 
-/// Opens a WebSocket for one command. The first message is text: `{"start": …, "pty": {"rows": 24, "columns": 80}}`, the
-/// command as it is posted, `pty` only for a terminal. Binary messages are standard input; `{"eof": true}`, `{"signal": 15}`
-/// and `{"resize": {"rows": 24, "columns": 80}}` are text. The answers are binary for output (the first byte is 1 for
-/// stdout, 2 for stderr), and text: `started`, and `exit` or `error` at the end. A browser gives its token as a protocol:
-/// `nido` and `nido.token.TOKEN`.
-#[utoipa::path(get, path = "/v1/vms/{name}/exec", operation_id = "vm_exec_socket", tag = "exec", params(Vm),
-    responses((status = 101, description = "The connection is a WebSocket from here on.")))]
+/// Opens a WebSocket for one command. OpenAPI has no words for that; docs/api.md has.
 async fn attach(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>, Upgrade(upgrade): Upgrade) -> Answer {
     // Whether it can be used is told before the connection is another.
     app.nido().await?.info(&vm.name).await?;

@@ -102,7 +102,7 @@ async fn delete(State(app): State<Arc<App>>, _: Rules, Names(template): Names<Te
 
 /// Builds a template from the recipe of its name. Takes minutes: ask with `Prefer: respond-async`.
 #[utoipa::path(post, path = "/v1/templates/{name}/build", operation_id = "template_build", tag = "templates",
-    params(Template), request_body(content = Option<RecipeRequest>), responses((status = 200, body = BuildResult)))]
+    params(Template), request_body = RecipeRequest, responses((status = 200, body = BuildResult)))]
 async fn build(
     State(app): State<Arc<App>>,
     _: Rules,
@@ -125,7 +125,7 @@ async fn build(
 
 /// Bakes a template for one kind of machine, so that such VMs are forked.
 #[utoipa::path(post, path = "/v1/templates/{name}/bake", operation_id = "template_bake", tag = "templates",
-    params(Template), request_body(content = Option<BakeRequest>), responses((status = 200, body = BakeResult)))]
+    params(Template), request_body = BakeRequest, responses((status = 200, body = BakeResult)))]
 async fn bake(
     State(app): State<Arc<App>>,
     _: Rules,

@@ -103,7 +103,7 @@ async fn delete(
 
 /// Starts a VM; answered when it is ready. One that runs stays as it is.
 #[utoipa::path(post, path = "/v1/vms/{name}/start", operation_id = "vm_start", tag = "vms", params(Vm),
-    request_body(content = Option<StartRequest>), responses((status = 200, body = VmInfo)))]
+    request_body = StartRequest, responses((status = 200, body = VmInfo)))]
 async fn start(
     State(app): State<Arc<App>>,
     _: Uses,
@@ -124,7 +124,7 @@ async fn start(
 
 /// Stops a VM: in order, with `"force": true` at once. One that does not run stays as it is.
 #[utoipa::path(post, path = "/v1/vms/{name}/stop", operation_id = "vm_stop", tag = "vms", params(Vm),
-    request_body(content = Option<StopRequest>), responses((status = 200, body = VmInfo)))]
+    request_body = StopRequest, responses((status = 200, body = VmInfo)))]
 async fn stop(
     State(app): State<Arc<App>>,
     _: Uses,
@@ -141,7 +141,7 @@ async fn stop(
 
 /// Stops a VM and starts it again.
 #[utoipa::path(post, path = "/v1/vms/{name}/restart", operation_id = "vm_restart", tag = "vms", params(Vm),
-    request_body(content = Option<StopRequest>), responses((status = 200, body = VmInfo)))]
+    request_body = StopRequest, responses((status = 200, body = VmInfo)))]
 async fn restart(
     State(app): State<Arc<App>>,
     _: Uses,

@@ -1,0 +1,320 @@
+//! The REST API over the real program: who may ask, what is answered, what streams, and what outlives the server.
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::support::http::Server;
+use crate::support::{Home, until};
+
+#[test]
+fn a_vm_lives_over_http() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    let made = server.post("/v1/vms", &json!({"name": "web", "accel": "tcg", "labels": {"a": "b"}}));
+    assert_eq!(made.header("location"), "/v1/vms/web");
+    let vm = made.ok(201);
+    assert_eq!(
+        (&vm["status"], &vm["labels"]["a"], &vm["agent"]["ready"]),
+        (&"running".into(), &"b".into(), &true.into())
+    );
+    assert_eq!(server.get("/v1/vms").ok(200)["vms"][0]["name"], "web");
+    // The same as on the command line.
+    assert_eq!(server.get("/v1/vms/web").ok(200), home.info("web"));
+    server.post("/v1/vms", &json!({"name": "web"})).problem(409, "vm_exists");
+    server.get("/v1/vms/nobody").problem(404, "vm_not_found");
+    assert_eq!(server.post("/v1/vms/web/pause", &json!({})).ok(200)["status"], "paused");
+    assert_eq!(server.post("/v1/vms/web/resume", &json!({})).ok(200)["status"], "running");
+    server.send("DELETE", "/v1/vms/web", &[], b"").problem(409, "vm_busy");
+    // A body may be absent where nothing has to be said.
+    assert_eq!(server.send("POST", "/v1/vms/web/stop", &[], b"").ok(200)["status"], "stopped");
+    assert_eq!(server.post("/v1/vms/web/start", &json!({"wait": true})).ok(200)["status"], "running");
+    assert_eq!(server.send("DELETE", "/v1/vms/web?force=true", &[], b"").ok(200)["name"], "web");
+    home.expect_no_vms();
+    let only_made = server.post("/v1/vms", &json!({"name": "cold", "start": false})).ok(201);
+    assert_eq!(only_made["status"], "created");
+}
+
+#[test]
+fn nobody_is_let_in_without_a_good_token() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    let ask = |headers: &[(&str, &str)]| server.plain("GET", "/v1/vms", headers, b"");
+    assert_eq!(ask(&[]).header("www-authenticate"), "Bearer realm=\"nido\"");
+    let good = format!("Bearer {}", server.token());
+    for bad in ["", "Bearer", "Bearer x", "Basic eDp5", &good[..good.len() - 1], &format!("{good}0")] {
+        ask(&[("authorization", bad)]).problem(401, "unauthorized");
+    }
+    ask(&[("authorization", &good)]).ok(200);
+    // What says nothing about VMs is open.
+    server.plain("GET", "/healthz", &[], b"").ok(200);
+    server.plain("GET", "/openapi.json", &[], b"").ok(200);
+    server.plain("GET", "/metrics", &[], b"").problem(401, "unauthorized");
+    home.nido(["token", "revoke", "tests"]).run().ok();
+    ask(&[("authorization", &good)]).problem(401, "unauthorized");
+}
+
+#[test]
+fn a_scope_holds_what_it_says_and_no_more() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    let token = |scope: &str| {
+        let made = home.nido(["token", "create", "--name", scope, "--scope", scope, "--json"]).run().ok().json();
+        format!("Bearer {}", made["token"].as_str().unwrap())
+    };
+    let (read, run) = (token("read"), token("run"));
+    let ask = |token: &str, method: &str, path: &str, body: &str| {
+        let headers = [("authorization", token), ("content-type", "application/json")];
+        server.plain(method, path, &headers, body.as_bytes())
+    };
+    ask(&read, "GET", "/v1/vms", "").ok(200);
+    ask(&read, "POST", "/v1/vms", r#"{"name": "web"}"#).problem(403, "denied");
+    ask(&run, "POST", "/v1/vms", r#"{"name": "web", "accel": "tcg"}"#).ok(201);
+    for (method, path) in [("POST", "/v1/vms/web/exec"), ("GET", "/v1/vms/web/files?path=/etc/hostname")] {
+        ask(&read, method, path, r#"{"argv": ["true"]}"#).problem(403, "denied");
+    }
+    ask(&run, "DELETE", "/v1/templates/sandbox", "").problem(403, "denied");
+    ask(&run, "PUT", "/v1/pools/sandbox", r#"{"wanted": 1}"#).problem(403, "denied");
+}
+
+#[test]
+fn pages_of_others_and_names_that_point_here_are_refused() {
+    let home = Home::new();
+    let server = Server::with(&home, &["--allow-host", "ci.example"]);
+    let token = format!("Bearer {}", server.token());
+    let ask = |key: &str, value: &str| server.plain("GET", "/v1/vms", &[("authorization", &token), (key, value)], b"");
+    ask("host", "evil.example").problem(403, "denied");
+    ask("host", "ci.example").ok(200);
+    for origin in ["http://evil.example", "null", "https://localhost"] {
+        ask("origin", origin).problem(403, "denied");
+    }
+    let own = format!("http://{}", server.address());
+    let answer = ask("origin", &own);
+    assert_eq!(answer.header("access-control-allow-origin"), "");
+    answer.ok(200);
+    // Also for what needs no token.
+    server.plain("GET", "/healthz", &[("host", "evil.example")], b"").problem(403, "denied");
+}
+
+#[test]
+fn mistakes_are_problems_that_name_the_field() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    let post = |body: &str, kind: &str| server.send("POST", "/v1/vms", &[("content-type", kind)], body.as_bytes());
+    let wrong = |body: &str, field: &str| {
+        let problem = post(body, "application/json").problem(422, "spec_invalid");
+        assert!(problem["detail"].as_str().unwrap().starts_with(field), "{problem}");
+    };
+    wrong(r#"{"name": "web", "cpus": "two"}"#, "cpus: ");
+    wrong(r#"{"name": "Web"}"#, "name: 'Web' is not a VM name");
+    wrong(r#"{"name": "web", "forwards": [{"guest_port": 80}, {"guest_port": "x"}]}"#, "forwards[1].guest_port: ");
+    wrong(r#"{"name": "web", "colour": "red"}"#, "colour: unknown field");
+    wrong("[]", "");
+    post("{", "application/json").problem(400, "request_invalid");
+    post("{} {}", "application/json").problem(422, "spec_invalid");
+    post("{}", "text/plain").problem(415, "media_type_unsupported");
+    post(&"x".repeat(2 << 20), "application/json").problem(413, "body_too_large");
+    server.get("/v1/nothing").problem(404, "route_not_found");
+    let not_allowed = server.send("PATCH", "/v1/vms", &[], b"");
+    assert_eq!(not_allowed.header("allow"), "GET,HEAD,POST");
+    not_allowed.problem(405, "method_not_allowed");
+    server.get("/v1/vms/Web").problem(422, "name_invalid");
+    server.get("/v1/events?since=x").problem(422, "spec_invalid");
+    server.get("/v1/operations/x").problem(404, "operation_not_found");
+    assert!(home.names().is_empty());
+}
+
+#[test]
+fn commands_run_and_stream() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let exec = |body| server.post("/v1/vms/web/exec", &body);
+    let done = exec(json!({"argv": ["sh", "-c", "echo out; echo err >&2; exit 3"]})).ok(200);
+    assert_eq!((&done["stdout"], &done["stderr"], &done["exit_code"]), (&"out\n".into(), &"err\n".into(), &3.into()));
+    assert_eq!(
+        exec(json!({"command": "cat; echo $A", "stdin": "in\n", "env": {"A": "b"}})).ok(200)["stdout"],
+        "in\nb\n"
+    );
+    assert_eq!(exec(json!({"argv": ["printf", "\\377"]})).ok(200)["stdout_base64"], "/w==");
+    assert_eq!(exec(json!({"argv": ["sleep", "60"], "timeout_ms": 100})).ok(200)["timed_out"], true);
+    exec(json!({"argv": ["no-such-command"]})).problem(404, "command_not_found");
+    exec(json!({})).problem(422, "spec_invalid");
+    exec(json!({"argv": ["true"], "command": "true"})).problem(422, "spec_invalid");
+    let bearer = format!("Bearer {}", server.token());
+    let headers = [("authorization", &*bearer), ("content-type", "application/json"), ("accept", "text/event-stream")];
+    let body = json!({"command": "echo one; read x; echo $x", "stdin": "two\n"}).to_string();
+    let mut stream = server.open("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    let mut told = Vec::new();
+    while told.last().is_none_or(|line: &String| line != "event: exit") {
+        told.push(stream.line());
+    }
+    assert!(told.contains(&"event: started".to_owned()) && stream.line().contains("\"exit_code\":0"), "{told:?}");
+    assert!(told.iter().any(|line| line.contains("one")) && told.iter().any(|line| line.contains("two")), "{told:?}");
+}
+
+#[test]
+fn a_command_dies_with_its_listener() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let bearer = format!("Bearer {}", server.token());
+    let headers = [("authorization", &*bearer), ("content-type", "application/json"), ("accept", "text/event-stream")];
+    let body = json!({"argv": ["sleep", "98731"]}).to_string();
+    let mut stream = server.open("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    assert_eq!(stream.line(), "event: started");
+    drop(stream);
+    until("the end of the command", || {
+        let found = home.nido(["exec", "web", "--", "pgrep", "-fx", "sleep 98731"]).run();
+        found.text().trim().is_empty().then_some(())
+    });
+}
+
+#[test]
+fn files_go_both_ways() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let there = home.scratch("there");
+    let path = format!("/v1/vms/web/files?path={}", there.display());
+    let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
+    let sent = server.send("PUT", &format!("{path}&mode=600"), &[], &bytes).ok(200);
+    assert_eq!(sent["bytes"], 3_000_000);
+    let got = server.get(&path);
+    assert_eq!((got.header("content-type"), got.body == bytes), ("application/octet-stream", true));
+    server.get("/v1/vms/web/files?path=/no/such/file").problem(404, "path_not_found");
+    server.get("/v1/vms/web/files?path=relative").problem(422, "path_invalid");
+    server.send("PUT", &format!("{path}&mode=7777"), &[], b"x").problem(422, "spec_invalid");
+}
+
+#[test]
+fn events_are_told_to_those_who_listen_and_those_who_come_back() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    let bearer = format!("Bearer {}", server.token());
+    let listen = |last: Option<&str>| {
+        let mut headers = vec![("authorization", &*bearer), ("accept", "text/event-stream")];
+        headers.extend(last.map(|cursor| ("last-event-id", cursor)));
+        server.open("GET", "/v1/events?vm=web", &headers, b"")
+    };
+    let mut live = listen(None);
+    assert_eq!(live.status, 200);
+    home.spawn("web");
+    let kind = |stream: &mut crate::support::http::Stream| loop {
+        if let Some(kind) = stream.line().strip_prefix("event: ") {
+            return kind.to_owned();
+        }
+    };
+    assert_eq!([kind(&mut live), kind(&mut live)], ["vm.created", "vm.started"]);
+    home.nido(["stop", "web"]).run().ok();
+    assert_eq!(kind(&mut live), "vm.stopped");
+    // Somebody who was away goes on where they were.
+    let all = server.get("/v1/events?vm=web").ok(200);
+    let cursor = all["events"][0]["cursor"].to_string();
+    let mut back = listen(Some(&cursor));
+    assert_eq!([kind(&mut back), kind(&mut back)], ["vm.started", "vm.stopped"]);
+    let crashes = server.get("/v1/events?event=vm.crashed").ok(200);
+    assert_eq!(crashes["events"], json!([]));
+    server.get("/v1/events?event=vm.sneezed").problem(422, "spec_invalid");
+}
+
+#[test]
+fn what_takes_long_is_polled_and_cancelled() {
+    let home = Home::new();
+    home.qemu("agent-late");
+    let server = Server::start(&home);
+    let bearer = format!("Bearer {}", server.token());
+    let headers = [("authorization", &*bearer), ("content-type", "application/json"), ("prefer", "respond-async")];
+    let begun = server.plain("POST", "/v1/vms", &headers, br#"{"name": "web", "accel": "tcg"}"#);
+    let place = begun.header("location").to_owned();
+    assert_eq!(begun.header("preference-applied"), "respond-async");
+    assert_eq!(begun.ok(202)["status"], "running");
+    until("its VM", || home.names().contains(&"web".to_owned()).then_some(()));
+    assert_eq!(server.send("DELETE", &place, &[], b"").ok(200)["status"], "cancelled");
+    assert_eq!(server.get(&place).ok(200)["status"], "cancelled");
+    home.qemu("");
+    let begun = server.plain("POST", "/v1/vms", &headers, br#"{"name": "two", "accel": "tcg"}"#).ok(202);
+    let place = format!("/v1/operations/{}", begun["id"].as_str().unwrap());
+    let ended = until("the end", || Some(server.get(&place).ok(200)).filter(|now| now["status"] != "running"));
+    assert_eq!((&ended["status"], &ended["result"]["name"]), (&"succeeded".into(), &"two".into()), "{ended}");
+    for vm in home.names() {
+        home.nido(["delete", &vm, "--force"]).run().ok();
+    }
+}
+
+#[test]
+fn vms_outlive_the_server_and_what_runs_is_finished() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let bearer = format!("Bearer {}", server.token());
+    let headers = [("authorization", &*bearer), ("content-type", "application/json"), ("accept", "text/event-stream")];
+    let body = json!({"command": "echo up; sleep 0.3; echo done"}).to_string();
+    let mut running = server.open("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    while !running.line().contains("up") {}
+    server.live().signal(Signal::TERM);
+    while !running.line().contains("done") {}
+    drop(running);
+    server.end();
+    assert_eq!(home.info("web")["status"], "running");
+    home.nido(["exec", "web", "--", "true"]).run().ok();
+}
+
+#[test]
+fn a_supervisor_that_was_killed_is_replaced_for_the_next_request() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    for _ in 0..3 {
+        crate::support::processes::kill_supervisors(&home.path());
+        let done = server.post("/v1/vms/web/exec", &json!({"argv": ["echo", "back"]})).ok(200);
+        assert_eq!(done["stdout"], "back\n");
+    }
+}
+
+#[test]
+fn other_machines_are_let_in_over_tls_only() {
+    let home = Home::new();
+    let refused = |flags: &[&str]| {
+        let mut nido = home.nido(["api-server", "start", "--port", "0", "--json"]);
+        for flag in flags {
+            nido = nido.arg(flag);
+        }
+        nido.run().fails(1, "denied");
+    };
+    refused(&["--allow-remote"]);
+    refused(&["--bind", "0.0.0.0"]);
+    let server = Server::with(&home, &["--allow-remote", "--insecure-http"]);
+    assert!(server.address().starts_with("0.0.0.0:"));
+}
+
+#[test]
+fn over_a_unix_socket_the_kernel_says_who_asks() {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::fs::PermissionsExt as _;
+    let home = Home::new();
+    let socket = home.scratch("api.sock");
+    let live = home.nido(["api-server", "start", "--socket"]).arg(&socket).start();
+    assert_eq!(live.line(), socket.display().to_string());
+    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    stream.write_all(b"GET /v1/vms HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("{\"vms\":[]}"), "{answer}");
+    home.nido(["api-server", "start", "--json", "--socket"]).arg(&socket).run().fails(1, "port_in_use");
+    live.signal(Signal::TERM);
+    live.wait().ok();
+    assert!(!socket.exists());
+}
+
+#[test]
+fn the_description_in_the_repository_is_the_one_that_is_served() {
+    let home = Home::bare();
+    let now = home.nido(["api-server", "openapi"]).run().ok();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/openapi.json");
+    if std::env::var_os("NIDO_BLESS").is_some() {
+        std::fs::write(path, &now.stdout).unwrap();
+    }
+    let kept = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(now.text() == kept, "docs/openapi.json is stale; NIDO_BLESS=1 writes it anew");
+}
