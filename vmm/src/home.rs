@@ -52,13 +52,9 @@ impl Home {
         if rustix::process::geteuid().is_root() {
             return Ok("/var/lib/nido".into());
         }
-        let from = |key: &str| std::env::var_os(key).map(PathBuf::from).filter(|p| p.is_absolute());
-        from("XDG_DATA_HOME")
-            .or_else(|| from("HOME").map(|home| home.join(".local/share")))
-            .map(|base| base.join("nido"))
-            .ok_or_else(|| {
-                Error::new(Code::SpecInvalid, "there is no home directory to keep VMs in").hint("set NIDO_HOME")
-            })
+        xdg("XDG_DATA_HOME", ".local/share").map(|base| base.join("nido")).ok_or_else(|| {
+            Error::new(Code::SpecInvalid, "there is no home directory to keep VMs in").hint("set NIDO_HOME")
+        })
     }
 
     /// Opens a home; makes it (0700) if it is not there.
@@ -120,11 +116,31 @@ impl Home {
         format!("../../blobs/sha256/{sha256}")
     }
 
+    /// Where the audit log is. Of the home that applies when none is named: `/var/log/nido` for root, else `nido` in
+    /// `$XDG_STATE_HOME` or `~/.local/state`. Of every other: in the home.
+    #[must_use]
+    pub fn audit(&self) -> PathBuf {
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let is_default = Self::default_root().is_ok_and(|default| real(&default) == real(&self.root));
+        let outside = match (is_default, rustix::process::geteuid().is_root()) {
+            (false, _) => None,
+            (true, true) => Some("/var/log/nido".into()),
+            (true, false) => xdg("XDG_STATE_HOME", ".local/state").map(|base| base.join("nido")),
+        };
+        outside.unwrap_or_else(|| self.root.join("audit"))
+    }
+
     /// A part of a template.
     #[must_use]
     pub fn blob(&self, sha256: &str) -> PathBuf {
         self.root.join("blobs/sha256").join(sha256)
     }
+}
+
+/// A base directory of the user: what the variable names, else `tail` in the user's home directory.
+fn xdg(variable: &str, tail: &str) -> Option<PathBuf> {
+    let from = |key: &str| std::env::var_os(key).map(PathBuf::from).filter(|p| p.is_absolute());
+    from(variable).or_else(|| from("HOME").map(|home| home.join(tail)))
 }
 
 fn make_private_dir(path: &Path) -> std::io::Result<()> {
