@@ -4,6 +4,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod audit;
 mod exec;
 mod failures;
 mod files;

@@ -120,20 +120,25 @@ impl Home {
     /// `$XDG_STATE_HOME` or `~/.local/state`. Of every other: in the home.
     #[must_use]
     pub fn audit(&self) -> PathBuf {
-        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let is_default = Self::default_root().is_ok_and(|default| real(&default) == real(&self.root));
-        let outside = match (is_default, rustix::process::geteuid().is_root()) {
-            (false, _) => None,
-            (true, true) => Some("/var/log/nido".into()),
-            (true, false) => xdg("XDG_STATE_HOME", ".local/state").map(|base| base.join("nido")),
-        };
-        outside.unwrap_or_else(|| self.root.join("audit"))
+        let real = |path: PathBuf| path.canonicalize().unwrap_or(path);
+        let is_default = Self::default_root().is_ok_and(|default| real(default) == real(self.root.clone()));
+        let is_root = rustix::process::geteuid().is_root();
+        audit_of(&self.root, is_default, is_root, xdg("XDG_STATE_HOME", ".local/state"))
     }
 
     /// A part of a template.
     #[must_use]
     pub fn blob(&self, sha256: &str) -> PathBuf {
         self.root.join("blobs/sha256").join(sha256)
+    }
+}
+
+/// Where the audit log of the home at `root` is. Pure.
+fn audit_of(root: &Path, is_default: bool, is_root: bool, state: Option<PathBuf>) -> PathBuf {
+    match (is_default, is_root, state) {
+        (true, true, _) => "/var/log/nido".into(),
+        (true, false, Some(state)) => state.join("nido"),
+        _ => root.join("audit"),
     }
 }
 
@@ -196,5 +201,23 @@ impl SocketDir {
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_home_has_its_audit_log_apart_and_every_other_within() {
+        let place = |is_default, is_root, state: Option<&str>| {
+            audit_of(Path::new("/home/me/vms"), is_default, is_root, state.map(PathBuf::from))
+        };
+        assert_eq!(place(true, true, Some("/root/.local/state")), Path::new("/var/log/nido"));
+        assert_eq!(place(true, false, Some("/home/me/.local/state")), Path::new("/home/me/.local/state/nido"));
+        for (is_default, is_root, state) in [(false, true, Some("/s")), (false, false, Some("/s")), (true, false, None)]
+        {
+            assert_eq!(place(is_default, is_root, state), Path::new("/home/me/vms/audit"));
+        }
     }
 }

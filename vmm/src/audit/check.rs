@@ -54,6 +54,7 @@ impl<'a> Check<'a> {
             Ok(line) => self.took(line, text),
             Err(message) => {
                 let due = self.before.as_ref().map(|(seq, _)| seq + 1);
+                let due = due.or_else(|| Line::parse(text).map(|line| line.record.seq));
                 self.wrong(Some(place), due, message);
                 return false;
             }

@@ -8,11 +8,12 @@ use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
+use jiff::Timestamp;
 use ring::rand::SystemRandom;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 
 use super::log::Log;
-use crate::api::AuditCheckpoint;
+use crate::api::{AuditCheckpoint, AuditVerdict};
 use crate::error::{Code, Error, Result};
 use crate::text::{hex, unhex};
 
@@ -62,6 +63,35 @@ impl Key {
         checkpoint.public_key = self.public();
         checkpoint.signature = hex(self.0.sign(checkpoint.statement().as_bytes()).as_ref());
         checkpoint
+    }
+}
+
+impl Log {
+    /// Signs the last line's number and chain.
+    ///
+    /// # Errors
+    /// As [`crate::nido::Nido::audit_checkpoint`].
+    pub fn checkpoint(&self) -> Result<AuditCheckpoint> {
+        match self.check(None)? {
+            (AuditVerdict { ok: true, last_seq: Some(seq), chain: Some(chain), .. }, Some(head)) => {
+                let now = Timestamp::now();
+                let time = Timestamp::from_second(now.as_second()).unwrap_or(now);
+                let (public_key, signature) = (String::new(), String::new());
+                Ok(Key::open(self)?.sign(AuditCheckpoint {
+                    format: FORMAT,
+                    seq,
+                    chain,
+                    time,
+                    head,
+                    public_key,
+                    signature,
+                }))
+            }
+            (verdict, _) => Err(verdict.error().unwrap_or_else(|| {
+                Error::new(Code::PathNotFound, "there is no line in the audit log yet")
+                    .hint("it begins with the first exec or delete")
+            })),
+        }
     }
 }
 

@@ -203,7 +203,7 @@ fn opening(next: &Record, last: &Last) -> Record {
 
 /// Which older file goes, and which are renamed to which number, in this order; 0 is the newest. Pure. Wherever it is cut off, each
 /// line is in exactly one file, and the order of the numbers is that of the lines.
-fn moves(older: &[u32], keep: u32) -> (Option<u32>, Vec<(u32, u32)>) {
+pub(super) fn moves(older: &[u32], keep: u32) -> (Option<u32>, Vec<(u32, u32)>) {
     let free = (1..=keep).find(|number| !older.contains(number));
     let hole = free.unwrap_or(keep);
     (if free.is_none() { Some(keep) } else { None }, (0..hole).rev().map(|number| (number, number + 1)).collect())

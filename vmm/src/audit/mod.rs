@@ -21,6 +21,8 @@ pub mod line;
 pub mod log;
 pub(crate) mod read;
 pub mod redact;
+#[cfg(test)]
+mod tests;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};

@@ -3,7 +3,10 @@
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read as _};
 
+use super::check::Check;
 use super::log::Log;
+use crate::api::{AuditCheckpoint, AuditHead, AuditVerdict};
+use crate::error::{Error, Result};
 
 /// The files of a log, open, and how long they were.
 #[derive(Debug)]
@@ -39,6 +42,22 @@ impl Log {
             Ok(Files(opened.collect::<io::Result<_>>()?))
         })
     }
+
+    /// Whether the lines hang together, and fit a checkpoint; and the first line that is kept.
+    ///
+    /// # Errors
+    /// `internal` if the files cannot be read.
+    pub fn check(&self, against: Option<&AuditCheckpoint>) -> Result<(AuditVerdict, Option<AuditHead>)> {
+        let files = self.open_all().map_err(unreadable)?;
+        let mut check = Check::new(files.count(), against);
+        files.each(|place, text, whole| check.line(place, text, whole)).map_err(unreadable)?;
+        Ok(check.end())
+    }
+}
+
+/// The log is there but cannot be read.
+pub(crate) fn unreadable(error: io::Error) -> Error {
+    Error::io("cannot read the audit log", error)
 }
 
 impl Files {

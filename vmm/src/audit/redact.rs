@@ -239,7 +239,8 @@ mod tests {
 
         #[test]
         fn the_length_is_limited(text in "\\PC{0,3000}") {
-            prop_assert!(params(&json!({ "name": &text, "command": [&text, &text] })).len() <= LIMIT + 4 * HEAD);
+            let written = params(&json!({ "name": &text, "command": [&text, &text] }));
+            prop_assert!(written.len() <= LIMIT + 4 * HEAD, "{}", written.len());
         }
     }
 }

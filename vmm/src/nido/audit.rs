@@ -2,14 +2,12 @@
 
 use std::collections::VecDeque;
 
-use jiff::Timestamp;
-
 use super::{Nido, new_id};
-use crate::api::{AuditAgainst, AuditCheckpoint, AuditFilter, AuditHead, AuditList, AuditRecord, AuditVerdict};
-use crate::audit::check::Check;
-use crate::audit::checkpoint::{FORMAT, Key, check_signature};
+use crate::api::{AuditAgainst, AuditCheckpoint, AuditFilter, AuditList, AuditRecord, AuditVerdict};
+use crate::audit::checkpoint::{Key, check_signature};
 use crate::audit::line::Line;
 use crate::audit::log::Log;
+use crate::audit::read::unreadable;
 use crate::audit::{self, Audited, Caller};
 use crate::error::{Code, Error, Result};
 
@@ -70,7 +68,7 @@ impl Nido {
     pub fn audit_verify(&self, against: Option<&AuditCheckpoint>) -> Result<AuditVerdict> {
         against.map(check_signature).transpose()?;
         let log = self.audit_log();
-        let (mut verdict, _) = checked(&log, against)?;
+        let (mut verdict, _) = log.check(against)?;
         verdict.against = against.map(|checkpoint| AuditAgainst {
             seq: checkpoint.seq,
             time: checkpoint.time,
@@ -85,38 +83,8 @@ impl Nido {
     /// # Errors
     /// `audit_broken` if the log does not hold together, `path_not_found` if it is empty, `internal`.
     pub fn audit_checkpoint(&self) -> Result<AuditCheckpoint> {
-        let log = self.audit_log();
-        match checked(&log, None)? {
-            (AuditVerdict { ok: true, last_seq: Some(seq), chain: Some(chain), .. }, Some(head)) => {
-                let (public_key, signature) = (String::new(), String::new());
-                let time = Timestamp::now().round(jiff::Unit::Second).unwrap_or(Timestamp::UNIX_EPOCH);
-                Ok(Key::open(&log)?.sign(AuditCheckpoint {
-                    format: FORMAT,
-                    seq,
-                    chain,
-                    time,
-                    head,
-                    public_key,
-                    signature,
-                }))
-            }
-            (verdict, _) => Err(verdict.error().unwrap_or_else(|| {
-                Error::new(Code::PathNotFound, "there is no line in the audit log yet")
-                    .hint("it begins with the first exec or delete")
-            })),
-        }
+        self.audit_log().checkpoint()
     }
-}
-
-fn checked(log: &Log, against: Option<&AuditCheckpoint>) -> Result<(AuditVerdict, Option<AuditHead>)> {
-    let files = log.open_all().map_err(unreadable)?;
-    let mut check = Check::new(files.count(), against);
-    files.each(|place, text, whole| check.line(place, text, whole)).map_err(unreadable)?;
-    Ok(check.end())
-}
-
-fn unreadable(error: std::io::Error) -> Error {
-    Error::io("cannot read the audit log", error)
 }
 
 impl AuditVerdict {
