@@ -5,6 +5,7 @@
 
 use std::future::Future;
 use std::os::unix::ffi::OsStrExt as _;
+use std::pin::Pin;
 
 use nido_vmm::api::{DownloadRequest, DownloadTarget, ExecRequest, UploadRequest, UploadSource};
 use nido_vmm::audit::redact::bytes;
@@ -18,37 +19,38 @@ use crate::exit::{Exit, Failure, Outcome};
 
 impl Context {
     /// Does `act`, with its attempt in the audit log before and its outcome behind.
-    pub async fn audited<T, E: Into<Failure>>(
-        &self,
-        nido: &Nido,
-        tool: &str,
+    pub fn audited<'a, T: 'a, E: Into<Failure> + 'a>(
+        &'a self,
+        nido: &'a Nido,
+        tool: &'a str,
         arguments: Value,
-        act: impl Future<Output = Result<T, E>>,
-    ) -> Result<T, Failure> {
-        self.audited_as(nido, tool, arguments, act, |_| String::new()).await
+        act: impl Future<Output = Result<T, E>> + 'a,
+    ) -> impl Future<Output = Result<T, Failure>> + 'a {
+        self.audited_as(nido, tool, arguments, Box::pin(act), |_| String::new())
     }
 
     /// As [`Self::audited`], for what ends as a command of a guest ends.
-    pub async fn audited_command(
-        &self,
-        nido: &Nido,
-        tool: &str,
+    pub fn audited_command<'a>(
+        &'a self,
+        nido: &'a Nido,
+        tool: &'a str,
         arguments: Value,
-        act: impl Future<Output = Outcome>,
-    ) -> Outcome {
-        self.audited_as(nido, tool, arguments, act, |exit| ended(*exit)).await
+        act: impl Future<Output = Outcome> + 'a,
+    ) -> impl Future<Output = Outcome> + 'a {
+        self.audited_as(nido, tool, arguments, Box::pin(act), |exit| ended(*exit))
     }
 
+    /// `act` comes boxed: what it is made of would be kept twice otherwise.
     async fn audited_as<T, E: Into<Failure>>(
         &self,
         nido: &Nido,
         tool: &str,
         arguments: Value,
-        act: impl Future<Output = Result<T, E>>,
-        word: impl FnOnce(&T) -> String,
+        act: Pin<Box<dyn Future<Output = Result<T, E>> + '_>>,
+        word: fn(&T) -> String,
     ) -> Result<T, Failure> {
         let audited = nido.audit_begin(&Caller::command_line(), tool, &arguments)?;
-        let outcome = Box::pin(act).await.map_err(Into::into);
+        let outcome = act.await.map_err(Into::into);
         let (ending, reason) = match &outcome {
             Ok(value) => (Ending::Success, word(value)),
             Err(Failure::Nido(error)) => (Ending::Error, error.code().slug().to_owned()),

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Home, until};
+use crate::support::{Home, Nido, until};
 
 fn log(home: &Home) -> PathBuf {
     home.path().join("audit/mcp-audit.log")
@@ -257,7 +257,7 @@ fn twenty_at_once_write_whole_lines() {
 fn writers_killed_at_any_moment_leave_a_log_that_hangs_together() {
     let home = Home::new();
     let names: Vec<_> = (0..100).map(|n| format!("gone-{n}")).collect();
-    let begin = || names.iter().fold(home.nido(["delete"]), |nido, name| nido.arg(name)).start();
+    let begin = || names.iter().fold(home.nido(["delete"]), Nido::arg).start();
     let mut wanted = 1;
     for round in 0..12 {
         // Killed as soon as the log has grown by this much: anywhere between two lines, or within one.

@@ -77,9 +77,8 @@ impl Files {
             let mut text = Vec::new();
             for line in 1.. {
                 text.clear();
-                match reader.read_until(b'\n', &mut text)? {
-                    0 => break,
-                    _ => {}
+                if reader.read_until(b'\n', &mut text)? == 0 {
+                    break;
                 }
                 let place = Place { file: &name, line, newest: number + 1 == count };
                 let whole = text.pop_if(|last| *last == b'\n').is_some();

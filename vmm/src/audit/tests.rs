@@ -9,7 +9,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::log::{LOG, Log, moves};
-use super::{Audited, Caller, Face};
+use super::{Audited, Caller, Face, denied};
 use crate::api::{AuditCheckpoint, AuditVerdict};
 use crate::audit::checkpoint::check_signature;
 use crate::error::{Code, Error};
@@ -102,6 +102,18 @@ fn an_operation_that_is_dropped_ends_as_unknown() {
     let caller = Caller { face: Face::Api, actor: "token:ci".into(), agent: None };
     drop(Audited::begin(place.log.clone(), &caller, "vm_delete", &json!({}), "1").unwrap());
     assert!(place.lines()[1].contains("result='unknown' reason='interrupted' actor='token:ci' id='1' stage='outcome'"));
+}
+
+#[test]
+fn what_was_denied_is_one_line() {
+    let place = Place::new();
+    let caller = Caller { face: Face::Mcp, actor: "uid:7".into(), agent: Some("x' tool='y".into()) };
+    denied(&place.log, &caller, "vm_exec", &json!({ "token": "hunter2" }), "1", "not_in_allowlist").unwrap();
+    let [line] = place.lines().try_into().unwrap();
+    let told = r#"[MCP] agent='x\' tool=\'y' tool='vm_exec' params='{"token":"[redacted: 7 bytes]"}' result='denied' reason='not_in_allowlist'"#;
+    assert!(line.contains(told), "{line}");
+    assert!(line.contains("stage='outcome' seq='1'"), "{line}");
+    place.expect(1);
 }
 
 #[test]
