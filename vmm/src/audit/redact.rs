@@ -157,8 +157,8 @@ mod tests {
 
     use super::*;
 
-    fn redacted(from: Value) -> Value {
-        serde_json::from_str(&params(&from)).unwrap()
+    fn redacted(from: &Value) -> Value {
+        serde_json::from_str(&params(from)).unwrap()
     }
 
     #[test]
@@ -169,7 +169,7 @@ mod tests {
             "nested": { "content": null, "user": "root" }
         });
         assert_eq!(
-            redacted(from),
+            redacted(&from),
             json!({
                 "name": "web", "token": "[redacted: 9 bytes]", "apiToken": "[redacted: 1 bytes]",
                 "webhook-secret": "[redacted: 2 bytes]", "PASSWORD": "[redacted: 3 bytes]", "stdin": "[redacted: 5 bytes]",
@@ -182,8 +182,8 @@ mod tests {
     #[test]
     fn of_the_environment_the_names_are_kept() {
         let env = json!({ "env": ["LANG=C", "TOKEN=a=b", "EMPTY=", 7] });
-        assert_eq!(redacted(env), json!({ "env": ["LANG", "TOKEN", "EMPTY", "[redacted: 1 bytes]"] }));
-        assert_eq!(redacted(json!({ "environment": { "A": "b" } })), json!({ "environment": ["A"] }));
+        assert_eq!(redacted(&env), json!({ "env": ["LANG", "TOKEN", "EMPTY", "[redacted: 1 bytes]"] }));
+        assert_eq!(redacted(&json!({ "environment": { "A": "b" } })), json!({ "environment": ["A"] }));
     }
 
     #[test]
@@ -210,7 +210,7 @@ mod tests {
             "--token",
             "--force"
         ]);
-        assert_eq!(redacted(json!({ "command": command })), json!({ "command": kept }));
+        assert_eq!(redacted(&json!({ "command": command })), json!({ "command": kept }));
     }
 
     #[test]
@@ -218,7 +218,7 @@ mod tests {
         let fits = json!({ "a": "x".repeat(LIMIT - 8) });
         assert_eq!(params(&fits), fits.to_string());
         let long = json!({ "command": "é".repeat(LIMIT), "name": "web" });
-        let short = redacted(long.clone());
+        let short = redacted(&long);
         assert_eq!(short["name"], "web");
         assert_eq!(short["bytes"], long.to_string().len());
         assert_eq!(short["sha256"], hex(&Sha256::digest(long.to_string().as_bytes())));
