@@ -1,6 +1,4 @@
-//! Knowledge about characters and bytes that more than one part needs. Pure.
-
-use std::fmt::Write as _;
+//! Text: what more than one part has to know about characters. Pure.
 
 /// Whether a character must not be shown, or stand in a line of a log, as it is: controls, and what hides or reorders
 /// text. Line end, tab and carriage return count as harmful here.
@@ -13,25 +11,6 @@ pub fn is_harmful(c: char) -> bool {
             | '\u{fff9}'..='\u{fffb}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
 }
 
-/// Bytes in lower-case hexadecimal.
-#[must_use]
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-/// The bytes that hexadecimal digits stand for.
-#[must_use]
-pub fn unhex(text: &str) -> Option<Vec<u8>> {
-    if !text.len().is_multiple_of(2) || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return None;
-    }
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
-}
-
 /// The longest head of `text` that has at most `limit` bytes and cuts no character.
 #[must_use]
 pub fn head(text: &str, limit: usize) -> &str {
@@ -42,15 +21,6 @@ pub fn head(text: &str, limit: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn hexadecimal_there_and_back() {
-        let all: Vec<u8> = (0..=255).collect();
-        assert_eq!(unhex(&hex(&all)).unwrap(), all);
-        for bad in ["a", "zz", "+1", "é"] {
-            assert_eq!(unhex(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn a_head_cuts_no_character() {

@@ -7,7 +7,7 @@ use crate::audit::Face;
 use crate::name::VmName;
 
 /// One line of the audit log. Bytes that are no text are shown as `\xNN`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditRecord {
     /// The line's number. Grows by one with every line.
     pub seq: u64,
@@ -36,7 +36,7 @@ pub struct AuditRecord {
 }
 
 /// Which lines are asked for; what is absent does not matter.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuditFilter {
     /// Those of this time and later.
@@ -76,7 +76,7 @@ fn names(params: &serde_json::Value, vm: &str) -> bool {
 }
 
 /// Some lines, the oldest first.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditList {
     /// Them.
     pub records: Vec<AuditRecord>,
@@ -85,7 +85,7 @@ pub struct AuditList {
 }
 
 /// Whether the audit log hangs together.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditVerdict {
     /// Nothing is wrong.
     pub ok: bool,
@@ -110,7 +110,7 @@ pub struct AuditVerdict {
 }
 
 /// What is wrong with an audit log.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditTrouble {
     /// The file's name, within the log's directory. Absent where something is missing altogether.
     pub file: Option<String>,
@@ -123,7 +123,7 @@ pub struct AuditTrouble {
 }
 
 /// A checkpoint that the log was compared with.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditAgainst {
     /// The number it speaks of.
     pub seq: u64,
@@ -136,7 +136,7 @@ pub struct AuditAgainst {
 }
 
 /// A signed statement about the audit log, to be kept where whoever can write the log cannot write.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AuditCheckpoint {
     /// Of this document: 1.
@@ -156,7 +156,7 @@ pub struct AuditCheckpoint {
 }
 
 /// The first line of an audit log.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AuditHead {
     /// Its number.

@@ -10,7 +10,7 @@ use super::line::{Line, NO_CHAIN};
 use super::log::ROTATE;
 use super::read::Place;
 use crate::api::{AuditCheckpoint, AuditHead, AuditTrouble, AuditVerdict};
-use crate::text::hex;
+use crate::hex;
 
 /// A log that is being looked at.
 #[derive(Debug)]
@@ -85,7 +85,7 @@ impl<'a> Check<'a> {
 
     fn took(&mut self, line: Line, text: &[u8]) {
         let seq = line.record.seq;
-        let sha256 = || hex(&Sha256::digest(text));
+        let sha256 = || hex::encode(&Sha256::digest(text));
         if self.against.is_some_and(|checkpoint| checkpoint.seq == seq) {
             self.at_checkpoint = Some(line.chain.clone());
         }

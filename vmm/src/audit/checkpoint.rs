@@ -15,7 +15,7 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 use super::log::Log;
 use crate::api::{AuditCheckpoint, AuditVerdict};
 use crate::error::{Code, Error, Result};
-use crate::text::{hex, unhex};
+use crate::hex;
 
 /// The key, beside the log: PKCS #8.
 const KEY: &str = "audit.key";
@@ -54,14 +54,14 @@ impl Key {
     /// The public half, in hexadecimal.
     #[must_use]
     pub fn public(&self) -> String {
-        hex(self.0.public_key().as_ref())
+        hex::encode(self.0.public_key().as_ref())
     }
 
     /// Puts key and signature into a checkpoint.
     #[must_use]
     pub fn sign(&self, mut checkpoint: AuditCheckpoint) -> AuditCheckpoint {
         checkpoint.public_key = self.public();
-        checkpoint.signature = hex(self.0.sign(checkpoint.statement().as_bytes()).as_ref());
+        checkpoint.signature = hex::encode(self.0.sign(checkpoint.statement().as_bytes()).as_ref());
         checkpoint
     }
 }
@@ -116,9 +116,7 @@ pub fn check_signature(checkpoint: &AuditCheckpoint) -> Result<()> {
     if checkpoint.format != FORMAT {
         return refuse("the checkpoint has a format that this nido does not know");
     }
-    let (Some(key), Some(signature)) = (unhex(&checkpoint.public_key), unhex(&checkpoint.signature)) else {
-        return refuse("the checkpoint's key or signature is not in hexadecimal");
-    };
+    let (key, signature) = (hex::decode(&checkpoint.public_key), hex::decode(&checkpoint.signature));
     match UnparsedPublicKey::new(&ED25519, key).verify(checkpoint.statement().as_bytes(), &signature) {
         Ok(()) => Ok(()),
         Err(_) => refuse("the checkpoint's signature is wrong: it was altered"),

@@ -14,7 +14,8 @@ use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
 
 use super::Face;
-use crate::text::{hex, is_harmful};
+use crate::hex;
+use crate::text::is_harmful;
 
 /// The chain before the first line there ever was.
 pub const NO_CHAIN: &str = "0000000000000000000000000000000000000000000000000000000000000000";
@@ -91,7 +92,7 @@ fn chain(previous: &str, body: &[u8]) -> String {
     let mut hash = Sha256::new();
     hash.update(previous.as_bytes());
     hash.update(body);
-    hex(&hash.finalize())
+    hex::encode(&hash.finalize())
 }
 
 /// A line as it stands in a file.

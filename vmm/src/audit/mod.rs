@@ -36,7 +36,7 @@ use crate::text::head;
 const MAX_WORD: usize = 256;
 
 /// Which face was asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Face {
     /// The MCP server.

@@ -6,7 +6,8 @@
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
-use crate::text::{head, hex};
+use crate::hex;
+use crate::text::head;
 
 /// The longest arguments that are written down as they are, in bytes.
 pub const LIMIT: usize = 4096;
@@ -44,7 +45,7 @@ pub fn params(arguments: &Value) -> String {
     if let Some(name) = redacted.get("name").and_then(Value::as_str).filter(|name| name.len() <= NAME) {
         short.insert("name".into(), name.into());
     }
-    short.insert("sha256".into(), hex(&Sha256::digest(text.as_bytes())).into());
+    short.insert("sha256".into(), hex::encode(&Sha256::digest(text.as_bytes())).into());
     short.insert("bytes".into(), text.len().into());
     short.insert("head".into(), head(&text, HEAD).into());
     Value::Object(short).to_string()
@@ -148,7 +149,7 @@ fn words(name: &str) -> Vec<String> {
 /// Bytes that need not be text, for arguments: as text where they are, else in hexadecimal.
 #[must_use]
 pub fn bytes(from: &[u8]) -> Value {
-    std::str::from_utf8(from).map_or_else(|_| json!({ "hex": hex(from) }), Value::from)
+    std::str::from_utf8(from).map_or_else(|_| json!({ "hex": hex::encode(from) }), Value::from)
 }
 
 #[cfg(test)]
@@ -221,7 +222,7 @@ mod tests {
         let short = redacted(&long);
         assert_eq!(short["name"], "web");
         assert_eq!(short["bytes"], long.to_string().len());
-        assert_eq!(short["sha256"], hex(&Sha256::digest(long.to_string().as_bytes())));
+        assert_eq!(short["sha256"], hex::encode(&Sha256::digest(long.to_string().as_bytes())));
         assert!(long.to_string().starts_with(short["head"].as_str().unwrap()));
     }
 

@@ -29,7 +29,6 @@ use crate::host::{QemuFacts, facts, qemu};
 use crate::qemu::migration::{self, Memory};
 use crate::state::Fact;
 use crate::store::Origin;
-pub(super) use crate::text::hex;
 
 /// How long the guest may take to fall silent.
 const QUIET_WITHIN: Duration = Duration::from_secs(30);
