@@ -151,6 +151,24 @@ fn an_interrupted_command_and_a_killed_nido_can_be_told_apart() {
 }
 
 #[test]
+fn an_outcome_that_cannot_be_written_is_told_and_changes_nothing() {
+    let home = Home::new();
+    home.spawn("web");
+    let mut exec = home.nido(["exec", "web", "-i", "--", "sh", "-c", "echo ready; cat >/dev/null; exit 3"]).start();
+    assert_eq!(exec.line(), "ready");
+    let (audit, aside) = (home.path().join("audit"), home.scratch("audit"));
+    fs::rename(&audit, &aside).unwrap();
+    fs::write(&audit, "no directory").unwrap();
+    drop(exec.stdin.take());
+    let ended = exec.wait().exits(3);
+    assert!(ended.stderr.contains("warning: the audit log cannot be written"), "{}", ended.stderr);
+    fs::remove_file(&audit).unwrap();
+    fs::rename(&aside, &audit).unwrap();
+    let records = show(&home, []);
+    assert_eq!(records.iter().map(what).collect::<Vec<_>>(), [["vm_exec", "attempt", "pending", ""]]);
+}
+
+#[test]
 fn what_was_done_to_the_log_is_found_and_named() {
     let home = with_operations(3);
     let good = lines(&home);

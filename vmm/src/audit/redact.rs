@@ -68,27 +68,27 @@ fn field(key: &str, from: &Value) -> Value {
     if is_secret(key) { hidden(from) } else { value(from) }
 }
 
-/// Items of a list; of those that are arguments of a command, `--password x`, `--password=x` and `TOKEN=x` lose the value.
+/// Items of a list; of those that are arguments of a command, `--password x`, `--password=x`, `TOKEN=x` and `Cookie: x` lose
+/// the value.
 fn list(items: &[Value]) -> Value {
     let mut secret_follows = false;
     let redacted = items.iter().map(|item| {
-        let Some(text) = item.as_str() else {
-            secret_follows = false;
-            return value(item);
-        };
-        if std::mem::take(&mut secret_follows) && !text.starts_with('-') {
+        let text = item.as_str();
+        if std::mem::take(&mut secret_follows) && !text.is_some_and(|text| text.starts_with("--")) {
             return hidden(item);
         }
-        match text.split_once('=') {
-            Some((name, value)) if is_word(name) && is_secret(name) => format!("{name}={}", hint(value.len())).into(),
-            Some(_) => item.clone(),
-            None => {
-                secret_follows = text.starts_with("--") && is_word(text) && is_secret(text);
-                item.clone()
-            }
-        }
+        let Some(text) = text else { return value(item) };
+        secret_follows = text.starts_with("--") && is_word(text) && is_secret(text);
+        pair(text.as_bytes()).map_or_else(|| item.clone(), Value::from)
     });
     Value::Array(redacted.collect())
+}
+
+/// `NAME=VALUE` or `NAME: VALUE` without the value, if that is a secret.
+fn pair(text: &[u8]) -> Option<String> {
+    let at = text.iter().position(|b| matches!(b, b'=' | b':'))?;
+    let name = std::str::from_utf8(&text[..at]).ok()?;
+    (is_word(name) && is_secret(name)).then(|| format!("{name}{}{}", char::from(text[at]), hint(text.len() - at - 1)))
 }
 
 /// Of environment variables only the names.
@@ -149,7 +149,11 @@ fn words(name: &str) -> Vec<String> {
 /// Bytes that need not be text, for arguments: as text where they are, else in hexadecimal.
 #[must_use]
 pub fn bytes(from: &[u8]) -> Value {
-    std::str::from_utf8(from).map_or_else(|_| json!({ "hex": hex::encode(from) }), Value::from)
+    match std::str::from_utf8(from) {
+        Ok(text) => text.into(),
+        // What is a secret must be known as one while it can be.
+        Err(_) => pair(from).map_or_else(|| json!({ "hex": hex::encode(from) }), Value::from),
+    }
 }
 
 #[cfg(test)]
@@ -189,29 +193,20 @@ mod tests {
 
     #[test]
     fn arguments_of_a_command_that_are_called_secret_are_left_out() {
-        let command = json!([
-            "login",
-            "--password",
-            "hunter2",
-            "--user=me",
-            "--api-token=abc",
-            "PGPASSWORD=x",
-            "DB_PASSWORD=xy",
-            "--token",
-            "--force"
-        ]);
-        let kept = json!([
-            "login",
-            "--password",
-            "[redacted: 7 bytes]",
-            "--user=me",
-            "--api-token=[redacted: 3 bytes]",
-            "PGPASSWORD=[redacted: 1 bytes]",
-            "DB_PASSWORD=[redacted: 2 bytes]",
-            "--token",
-            "--force"
-        ]);
-        assert_eq!(redacted(&json!({ "command": command })), json!({ "command": kept }));
+        for (argument, kept) in [
+            (&["--password", "hunter2", "x"][..], &["--password", "[redacted: 7 bytes]", "x"][..]),
+            (&["--password", "-hunter2"], &["--password", "[redacted: 8 bytes]"]),
+            (&["--token", "--force"], &["--token", "--force"]),
+            (&["--api-token=abc", "--user=me"], &["--api-token=[redacted: 3 bytes]", "--user=me"]),
+            (
+                &["PGPASSWORD=x", "DB_PASSWORD=a=b"],
+                &["PGPASSWORD=[redacted: 1 bytes]", "DB_PASSWORD=[redacted: 3 bytes]"],
+            ),
+            (&["-H", "Authorization: Bearer x"], &["-H", "Authorization:[redacted: 9 bytes]"]),
+            (&["a b token=x", "http://x:y"], &["a b token=x", "http://x:y"]),
+        ] {
+            assert_eq!(redacted(&json!({ "command": argument })), json!({ "command": kept }));
+        }
     }
 
     #[test]
@@ -229,6 +224,10 @@ mod tests {
     #[test]
     fn bytes_that_are_no_text_are_kept_as_digits() {
         assert_eq!((bytes(b"ls"), bytes(b"\xff\x00")), (json!("ls"), json!({ "hex": "ff00" })));
+        assert_eq!(bytes(b"--token=\xff\x00"), "--token=[redacted: 2 bytes]");
+        let command = json!({ "command": ["--token", bytes(b"\xff"), bytes(b"\xff")] });
+        let kept = json!({ "command": ["--token", "[redacted: 12 bytes]", { "hex": "ff" }] });
+        assert_eq!(redacted(&command), kept);
     }
 
     proptest! {

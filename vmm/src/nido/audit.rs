@@ -17,7 +17,8 @@ impl Nido {
     }
 
     /// Writes down that `caller` asks for `tool` with these arguments, which are redacted, and waits until that is on the
-    /// disk. The operation must not be done if this fails. How it ended goes to [`Audited::end`].
+    /// disk, which blocks the thread for some milliseconds. The operation must not be done if this fails. How it ended goes to
+    /// [`Audited::end`].
     ///
     /// # Errors
     /// `audit_failed`.
