@@ -4,6 +4,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
+use nido_vmm::audit::Face;
+use nido_vmm::audit::line::Record;
+use nido_vmm::audit::log::Log;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -298,6 +301,52 @@ fn writers_killed_at_any_moment_leave_a_log_that_hangs_together() {
     home.nido(["delete", "gone"]).run().exits(1);
     let verdict = verify(&home);
     assert_eq!((&verdict["last_seq"], &verdict["half_line"]), (&json!(last + 2), &json!(false)));
+}
+
+/// Writes lines that are long, so that the store's files are small beside the log.
+fn fill(home: &Home) {
+    let audit = Log::at(home.path().join("audit"));
+    let word = |text: &str| text.as_bytes().to_vec();
+    for _ in 0..100 {
+        let record = Record {
+            time: jiff::Timestamp::UNIX_EPOCH,
+            face: Face::Api,
+            agent: Vec::new(),
+            tool: word("vm_exec"),
+            params: vec![b'x'; 4000],
+            result: word("success"),
+            reason: Vec::new(),
+            actor: word("token:ci"),
+            id: word("1"),
+            stage: word("outcome"),
+            seq: 0,
+        };
+        audit.append(record).unwrap();
+    }
+}
+
+#[test]
+fn a_line_that_only_fits_in_part_is_taken_back() {
+    let home = Home::new();
+    fill(&home);
+    let length = fs::metadata(log(&home)).unwrap().len();
+    // Without the signal a write ends where the limit is, as on a full disk.
+    let limited = |bytes: u64| {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "trap '' XFSZ; exec prlimit --fsize=\"$0\" \"$@\"", &bytes.to_string()]);
+        command.args([env!("CARGO_BIN_EXE_nido"), "delete", "gone", "--json"]).env("NIDO_HOME", home.path());
+        let ran = command.output().unwrap();
+        let problem: Value = serde_json::from_slice(&ran.stderr).unwrap();
+        problem["code"].as_str().unwrap().to_owned()
+    };
+    for room in [0, 1, 100, 250] {
+        assert_eq!(limited(length + room), "audit_failed");
+        assert_eq!(fs::metadata(log(&home)).unwrap().len(), length, "{room}");
+    }
+    let verdict = verify(&home);
+    assert_eq!((&verdict["lines"], &verdict["half_line"]), (&json!(100), &json!(false)));
+    assert_eq!(limited(length + 10_000), "vm_not_found");
+    assert_eq!(verify(&home)["lines"], 102);
 }
 
 #[test]
