@@ -5,6 +5,7 @@
 // Comments of arguments are help texts, where square brackets say what may be left out.
 #![allow(rustdoc::broken_intra_doc_links)]
 
+mod audit;
 mod commands;
 mod exit;
 mod output;

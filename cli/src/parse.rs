@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
+use jiff::{SignedDuration, Timestamp};
 use nido_vmm::error::{Code, Error};
 
 use crate::sanitize;
@@ -85,6 +86,16 @@ pub fn duration_ms(text: &str) -> Result<u64, Error> {
         rest = &rest[digits + letters..];
     }
     if sum == 0 { Err(fail()) } else { Ok(sum) }
+}
+
+/// A moment: as it stands in answers (`2026-01-04T15:00:00Z`), or so long before `now` (`2h`).
+pub fn moment(text: &str, now: Timestamp) -> Result<Timestamp, Error> {
+    if let Ok(time) = text.parse() {
+        return Ok(time);
+    }
+    let ago = duration_ms(text).ok().and_then(|ms| i64::try_from(ms).ok()).map(SignedDuration::from_millis);
+    ago.and_then(|ago| now.checked_sub(ago).ok())
+        .ok_or_else(|| wrong(text, "a time", "for example 2026-01-04T15:00:00Z, or 2h for the last two hours"))
 }
 
 /// A label, `KEY=VALUE`.
@@ -183,6 +194,16 @@ mod tests {
             ["", "0s", "s", "1x", "1m1h", "1s1s", "-1s", "1.5h", "1h30", "ten", "99999999999999999999s", "1 s", "1é"]
         {
             assert_eq!(duration_ms(bad).unwrap_err().code(), Code::SpecInvalid, "{bad}");
+        }
+    }
+
+    #[test]
+    fn moments() {
+        let now: Timestamp = "2026-01-04T15:00:00Z".parse().unwrap();
+        assert_eq!(moment("2026-01-04T15:00:00+01:00", now).unwrap().to_string(), "2026-01-04T14:00:00Z");
+        assert_eq!(moment("1h30m", now).unwrap().to_string(), "2026-01-04T13:30:00Z");
+        for bad in ["", "yesterday", "-1h", "9999999d"] {
+            assert_eq!(moment(bad, now).unwrap_err().code(), Code::SpecInvalid, "{bad}");
         }
     }
 

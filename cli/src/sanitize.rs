@@ -8,17 +8,10 @@
 
 use std::fmt::Write as _;
 
+pub use nido_vmm::text::is_harmful;
+
 /// Longest colour sequence that passes, in bytes.
 const MAX_COLOUR: usize = 48;
-
-/// Whether a character must not reach a terminal as it is. Line end, tab and carriage return count as harmful here.
-pub fn is_harmful(c: char) -> bool {
-    c.is_control()
-        || matches!(c,
-            '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{180e}' | '\u{200b}'..='\u{200f}'
-            | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{feff}' | '\u{ffa0}'
-            | '\u{fff9}'..='\u{fffb}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
-}
 
 fn push_visible(c: char, out: &mut String) {
     // Writing to a String cannot fail.

@@ -4,7 +4,7 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use crate::support::http::Server;
-use crate::support::{Home, until};
+use crate::support::{Home, processes, until};
 
 #[test]
 fn a_vm_lives_over_http() {
@@ -29,7 +29,7 @@ fn a_vm_lives_over_http() {
     assert_eq!(server.send("POST", "/v1/vms/web/stop", &[], b"").ok(200)["status"], "stopped");
     assert_eq!(server.post("/v1/vms/web/start", &json!({"wait": true})).ok(200)["status"], "running");
     assert_eq!(server.send("DELETE", "/v1/vms/web?force=true", &[], b"").ok(200)["name"], "web");
-    home.expect_no_vms();
+    assert!(home.names().is_empty());
     let only_made = server.post("/v1/vms", &json!({"name": "cold", "start": false})).ok(201);
     assert_eq!(only_made["status"], "created");
 }
@@ -220,7 +220,7 @@ fn events_are_told_to_those_who_listen_and_those_who_come_back() {
 #[test]
 fn what_takes_long_is_polled_and_cancelled() {
     let home = Home::new();
-    home.qemu("agent-late");
+    home.qemu("no-agent");
     let server = Server::start(&home);
     let bearer = format!("Bearer {}", server.token());
     let headers = [("authorization", &*bearer), ("content-type", "application/json"), ("prefer", "respond-async")];
@@ -231,6 +231,8 @@ fn what_takes_long_is_polled_and_cancelled() {
     until("its VM", || home.names().contains(&"web".to_owned()).then_some(()));
     assert_eq!(server.send("DELETE", &place, &[], b"").ok(200)["status"], "cancelled");
     assert_eq!(server.get(&place).ok(200)["status"], "cancelled");
+    // Nothing half-made stays.
+    until("the VM is gone", || home.names().is_empty().then_some(()));
     home.qemu("");
     let begun = server.plain("POST", "/v1/vms", &headers, br#"{"name": "two", "accel": "tcg"}"#).ok(202);
     let place = format!("/v1/operations/{}", begun["id"].as_str().unwrap());
@@ -254,7 +256,7 @@ fn vms_outlive_the_server_and_what_runs_is_finished() {
     server.live().signal(Signal::TERM);
     while !running.line().contains("done") {}
     drop(running);
-    server.end();
+    server.ended();
     assert_eq!(home.info("web")["status"], "running");
     home.nido(["exec", "web", "--", "true"]).run().ok();
 }
@@ -265,7 +267,8 @@ fn a_supervisor_that_was_killed_is_replaced_for_the_next_request() {
     let server = Server::start(&home);
     home.spawn("web");
     for _ in 0..3 {
-        crate::support::processes::kill_supervisors(&home.path());
+        let supervisors = processes::of(&home.path()).into_iter().filter(|(_, line)| line.contains("supervise"));
+        supervisors.for_each(|(pid, _)| processes::kill(pid));
         let done = server.post("/v1/vms/web/exec", &json!({"argv": ["echo", "back"]})).ok(200);
         assert_eq!(done["stdout"], "back\n");
     }
@@ -317,4 +320,41 @@ fn the_description_in_the_repository_is_the_one_that_is_served() {
     }
     let kept = std::fs::read_to_string(path).unwrap_or_default();
     assert!(now.text() == kept, "docs/openapi.json is stale; NIDO_BLESS=1 writes it anew");
+}
+
+#[test]
+fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    server.post("/v1/vms", &json!({"name": "web", "accel": "tcg"})).ok(201);
+    server.post("/v1/vms/web/exec", &json!({"command": "exit 3", "env": {"TOKEN": "s3cret"}, "stdin": "hunter2"})).ok(200);
+    server.get("/v1/vms/web/files?path=/etc/hostname");
+    server.post("/v1/vms/nobody/stop", &json!({})).problem(404, "vm_not_found");
+    let lines = home.nido(["audit", "show", "--json"]).run().ok().json()["records"].as_array().unwrap().clone();
+    let told: Vec<_> = lines
+        .iter()
+        .filter(|line| line["face"] == "api")
+        .map(|line| ["tool", "stage", "result", "reason"].map(|key| line[key].as_str().unwrap_or_default().to_owned()))
+        .collect();
+    let expect = |tool: &str, result: &str, reason: &str| {
+        let attempt = told.iter().position(|line| line[0] == tool && line[1] == "attempt").unwrap();
+        let outcome = told[attempt..].iter().position(|line| line == &[tool, "outcome", result, reason]);
+        assert!(outcome.is_some(), "{tool} {result} {reason}: {told:#?}");
+    };
+    expect("vm_spawn", "success", "");
+    expect("vm_exec", "success", "exit_code:3");
+    expect("vm_download", "success", "");
+    expect("vm_stop", "error", "vm_not_found");
+    assert!(lines.iter().any(|line| line["actor"] == "token:tests"));
+    let log = format!("{lines:?}");
+    assert!(!log.contains("s3cret") && !log.contains("hunter2"), "{log}");
+    home.nido(["audit", "verify"]).run().ok();
+    // Where it cannot be written down, it is not done.
+    let audit = home.path().join("audit");
+    std::fs::rename(&audit, home.scratch("kept")).unwrap();
+    std::fs::write(&audit, "").unwrap();
+    server.send("DELETE", "/v1/vms/web?force=true", &[], b"").problem(503, "audit_failed");
+    assert_eq!(server.get("/v1/vms/web").ok(200)["status"], "running");
+    std::fs::remove_file(&audit).unwrap();
+    std::fs::rename(home.scratch("kept"), &audit).unwrap();
 }

@@ -5,6 +5,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod api;
+mod audit;
 mod exec;
 mod failures;
 mod files;

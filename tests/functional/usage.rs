@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use crate::support::Home;
 
-const VERBS: [&str; 24] = [
+const VERBS: [&str; 25] = [
     "spawn",
     "create",
     "start",
@@ -26,6 +26,7 @@ const VERBS: [&str; 24] = [
     "proxy",
     "template",
     "pool",
+    "audit",
     "doctor",
     "completions",
     "man",
@@ -127,7 +128,10 @@ fn shells_get_their_completions() {
         assert!(script.text().contains("nido") && script.text().contains("require-isolation"), "{shell}");
     }
     let bash = home.nido(["completions", "bash"]).run().ok();
-    let checked = std::process::Command::new("bash").args(["-n", "-c", bash.text()]).status().unwrap();
+    // It is longer than an argument may be.
+    let script = home.scratch("completions.bash");
+    std::fs::write(&script, bash.text()).unwrap();
+    let checked = std::process::Command::new("bash").arg("-n").arg(&script).status().unwrap();
     assert!(checked.success());
 }
 

@@ -9,7 +9,7 @@ use super::{DEADLINE, Home, Live};
 
 /// A server that runs, and a token that opens it.
 pub struct Server {
-    live: Live,
+    live: Option<Live>,
     address: String,
     token: String,
 }
@@ -40,7 +40,7 @@ impl Server {
         }
         let live = nido.start();
         let address = live.line().rsplit("://").next().unwrap().to_owned();
-        Self { live, address, token: made["token"].as_str().unwrap().to_owned() }
+        Self { live: Some(live), address, token: made["token"].as_str().unwrap().to_owned() }
     }
 
     /// Where it listens.
@@ -50,7 +50,12 @@ impl Server {
 
     /// Its process.
     pub fn live(&self) -> &Live {
-        &self.live
+        self.live.as_ref().unwrap()
+    }
+
+    /// Waits for its end, which somebody has asked for.
+    pub fn ended(mut self) {
+        self.live.take().unwrap().wait().ok();
     }
 
     /// The token for everything.
@@ -98,6 +103,17 @@ impl Server {
     }
 }
 
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(live) = self.live.take() {
+            live.signal(rustix::process::Signal::TERM);
+            if !std::thread::panicking() {
+                live.wait().ok();
+            }
+        }
+    }
+}
+
 /// An answer whose body comes bit by bit.
 pub struct Stream {
     /// Its status.
@@ -139,8 +155,9 @@ impl Stream {
         let chunked = self.headers.iter().any(|(key, value)| key == "transfer-encoding" && value == "chunked");
         if !chunked {
             self.reader.read_to_end(&mut body).unwrap();
+            return Answer { status: self.status, headers: self.headers, body };
         }
-        while chunked {
+        loop {
             let mut size = String::new();
             self.reader.read_line(&mut size).unwrap();
             let size = usize::from_str_radix(size.trim(), 16).expect("the size of a chunk: the answer broke off");
@@ -149,10 +166,9 @@ impl Stream {
             self.reader.read_exact(&mut body[begin..]).unwrap();
             self.reader.read_line(&mut String::new()).unwrap();
             if size == 0 {
-                break;
+                return Answer { status: self.status, headers: self.headers, body };
             }
         }
-        Answer { status: self.status, headers: self.headers, body }
     }
 }
 

@@ -97,6 +97,8 @@ codes! {
     BodyTooLarge "body_too_large" Invalid 413 "The body is too large";
     MediaTypeUnsupported "media_type_unsupported" Invalid 415 "Not a media type that is understood";
     RateLimited "rate_limited" Unavailable 429 "Too many requests";
+    AuditFailed "audit_failed" Unavailable 503 "The audit log cannot be written";
+    AuditBroken "audit_broken" Conflict 409 "The audit log does not hold together";
     LimitExceeded "limit_exceeded" Conflict 409 "A limit was reached";
     DiskFull "disk_full" Unavailable 507 "The disk is full";
     ToolMissing "tool_missing" Unavailable 503 "A program that is needed is not installed";

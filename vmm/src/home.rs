@@ -52,13 +52,9 @@ impl Home {
         if rustix::process::geteuid().is_root() {
             return Ok("/var/lib/nido".into());
         }
-        let from = |key: &str| std::env::var_os(key).map(PathBuf::from).filter(|p| p.is_absolute());
-        from("XDG_DATA_HOME")
-            .or_else(|| from("HOME").map(|home| home.join(".local/share")))
-            .map(|base| base.join("nido"))
-            .ok_or_else(|| {
-                Error::new(Code::SpecInvalid, "there is no home directory to keep VMs in").hint("set NIDO_HOME")
-            })
+        xdg("XDG_DATA_HOME", ".local/share").map(|base| base.join("nido")).ok_or_else(|| {
+            Error::new(Code::SpecInvalid, "there is no home directory to keep VMs in").hint("set NIDO_HOME")
+        })
     }
 
     /// Opens a home; makes it (0700) if it is not there.
@@ -120,11 +116,36 @@ impl Home {
         format!("../../blobs/sha256/{sha256}")
     }
 
+    /// Where the audit log is. Of the home that applies when none is named: `/var/log/nido` for root, else `nido` in
+    /// `$XDG_STATE_HOME` or `~/.local/state`. Of every other: in the home.
+    #[must_use]
+    pub fn audit(&self) -> PathBuf {
+        let real = |path: PathBuf| path.canonicalize().unwrap_or(path);
+        let is_default = Self::default_root().is_ok_and(|default| real(default) == real(self.root.clone()));
+        let is_root = rustix::process::geteuid().is_root();
+        audit_of(&self.root, is_default, is_root, xdg("XDG_STATE_HOME", ".local/state"))
+    }
+
     /// A part of a template.
     #[must_use]
     pub fn blob(&self, sha256: &str) -> PathBuf {
         self.root.join("blobs/sha256").join(sha256)
     }
+}
+
+/// Where the audit log of the home at `root` is. Pure.
+fn audit_of(root: &Path, is_default: bool, is_root: bool, state: Option<PathBuf>) -> PathBuf {
+    match (is_default, is_root, state) {
+        (true, true, _) => "/var/log/nido".into(),
+        (true, false, Some(state)) => state.join("nido"),
+        _ => root.join("audit"),
+    }
+}
+
+/// A base directory of the user: what the variable names, else `tail` in the user's home directory.
+fn xdg(variable: &str, tail: &str) -> Option<PathBuf> {
+    let from = |key: &str| std::env::var_os(key).map(PathBuf::from).filter(|p| p.is_absolute());
+    from(variable).or_else(|| from("HOME").map(|home| home.join(tail)))
 }
 
 fn make_private_dir(path: &Path) -> std::io::Result<()> {
@@ -180,5 +201,23 @@ impl SocketDir {
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_home_has_its_audit_log_apart_and_every_other_within() {
+        let place = |is_default, is_root, state: Option<&str>| {
+            audit_of(Path::new("/home/me/vms"), is_default, is_root, state.map(PathBuf::from))
+        };
+        assert_eq!(place(true, true, Some("/root/.local/state")), Path::new("/var/log/nido"));
+        assert_eq!(place(true, false, Some("/home/me/.local/state")), Path::new("/home/me/.local/state/nido"));
+        for (is_default, is_root, state) in [(false, true, Some("/s")), (false, false, Some("/s")), (true, false, None)]
+        {
+            assert_eq!(place(is_default, is_root, state), Path::new("/home/me/vms/audit"));
+        }
     }
 }

@@ -7,6 +7,7 @@
 //!        |  \
 //!        |   +-- store/      facts that processes agree on (SQLite)
 //!        |   +-- home.rs     every path        lock.rs  who lives
+//!        |   +-- audit/      who asked for what, in lines that hang together
 //!        |   +-- host/ + machine.rs            what the host offers, what machine that makes  [machine.rs: pure]
 //!        |
 //!     supervisor/  one process per running VM: owns QEMU, carries sessions, keeps limits
@@ -18,6 +19,7 @@
 //! of the home; every wait has a deadline.
 
 pub mod api;
+pub mod audit;
 pub mod bake;
 pub mod disk;
 pub mod error;
@@ -35,3 +37,4 @@ pub mod snapshot;
 pub mod state;
 pub mod store;
 pub mod supervisor;
+pub mod text;

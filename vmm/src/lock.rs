@@ -58,6 +58,23 @@ impl Held {
         }
     }
 
+    /// As [`Held::take`], for locks that are held for moments only: blocks the thread.
+    ///
+    /// # Errors
+    /// As [`Held::try_take`]; that another file came under the name meanwhile is no error.
+    pub fn take_blocking(path: &Path, deadline: Instant) -> std::io::Result<Option<Self>> {
+        let mut pause = Duration::from_micros(50);
+        loop {
+            match Self::try_take(path) {
+                Ok(Some(held)) => return Ok(Some(held)),
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                _ if Instant::now() >= deadline => return Ok(None),
+                _ => std::thread::sleep(pause),
+            }
+            pause = (pause * 2).min(Duration::from_millis(2));
+        }
+    }
+
     /// The lock of a descriptor that was inherited locked.
     #[must_use]
     pub fn inherited(file: File) -> Self {

@@ -12,6 +12,7 @@ use nido_vmm::name::VmName;
 use nido_vmm::nido::Nido;
 
 use super::Context;
+use crate::audit;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::parse::show_bytes;
 use crate::progress::Progress;
@@ -55,7 +56,10 @@ pub async fn upload(cx: &Context, nido: &Nido, name: &VmName, request: UploadReq
     // Somebody who types may take for ever.
     let typed = matches!(request.source, UploadSource::Stream { .. });
     let undo = if typed { Duration::ZERO } else { UNDO_LIMIT };
-    until_signal(undo, nido.upload(name, request, &mut |at| progress.copy(at))).await
+    let arguments = audit::upload(name, &request);
+    let mut told = |at| progress.copy(at);
+    let copied = until_signal(undo, nido.upload(name, request, &mut told));
+    cx.audited(nido, "vm_upload", arguments, copied).await
 }
 
 /// Copies out of the guest. A signal undoes it.
@@ -66,7 +70,10 @@ pub async fn download(
     request: DownloadRequest,
 ) -> Result<CopyResult, Failure> {
     let mut progress = Progress::new(&cx.output, "downloading");
-    until_signal(UNDO_LIMIT, nido.download(name, request, &mut |at| progress.copy(at))).await
+    let arguments = audit::download(name, &request);
+    let mut told = |at| progress.copy(at);
+    let copied = until_signal(UNDO_LIMIT, nido.download(name, request, &mut told));
+    cx.audited(nido, "vm_download", arguments, copied).await
 }
 
 /// Tells what was copied: one line on stderr, or JSON on stdout (unless that carries the file itself).

@@ -6,7 +6,7 @@ use nido_vmm::api::VmList;
 use nido_vmm::name::VmName;
 
 use super::Context;
-use crate::exit::{Codes, Exit, Outcome};
+use crate::exit::{Codes, Exit, Failure, Outcome};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,12 +44,14 @@ impl Args {
         let mut vms = Vec::new();
         let mut exit = Exit::Success;
         for name in &self.name {
-            match nido.delete(name, self.force).await {
+            let arguments = serde_json::json!({ "name": name, "force": self.force });
+            match cx.audited(&nido, "vm_delete", arguments, nido.delete(name, self.force)).await {
                 Ok(vm) => vms.push(vm),
-                Err(error) => {
+                Err(Failure::Nido(error)) => {
                     cx.output.error(&error);
                     exit = Exit::of_error(&error, Codes::Own);
                 }
+                Err(other) => return Err(other),
             }
         }
         let list = VmList { vms };

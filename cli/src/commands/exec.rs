@@ -9,7 +9,7 @@ use nido_vmm::name::VmName;
 
 use super::Context;
 use crate::exit::Outcome;
-use crate::{parse, session, terminal};
+use crate::{audit, parse, session, terminal};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -76,7 +76,9 @@ impl Args {
         let raw = self.how.raw;
         let request = self.how.request(self.command, self.timeout, cx.output.json)?;
         let nido = cx.nido().await?;
-        session::run(&cx.output, &nido, &self.name, request, raw).await
+        let arguments = audit::exec(&self.name, &request);
+        let command = session::run(&cx.output, &nido, &self.name, request, raw);
+        cx.audited_command(&nido, "vm_exec", arguments, command).await
     }
 }
 

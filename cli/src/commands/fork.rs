@@ -35,7 +35,9 @@ impl Args {
         let forked = {
             let mut progress = Progress::new(&cx.output, self.name.as_str());
             let mut told = |_: &VmName, stage| progress.start(stage);
-            until_signal(Duration::ZERO, nido.fork(&self.name, &self.copies, &mut told)).await?
+            let arguments = serde_json::json!({ "name": self.name, "copies": self.copies });
+            let forked = until_signal(Duration::ZERO, nido.fork(&self.name, &self.copies, &mut told));
+            cx.audited(&nido, "vm_fork", arguments, forked).await?
         };
         forked.copies.iter().for_each(|copy| summarize(&cx.output, copy));
         cx.output.answer(&forked, || forked.copies.iter().map(|copy| format!("{}\n", copy.name)).collect())?;

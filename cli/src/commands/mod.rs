@@ -3,6 +3,7 @@
 //! Invariant: a verb calls the core, and nothing but the core, for whatever it does to a VM.
 
 mod api_server;
+mod audit;
 mod completions;
 mod copy;
 mod cp;
@@ -124,6 +125,7 @@ pub enum Verb {
     Pool(pool::Args),
     ApiServer(api_server::Args),
     Token(token::Args),
+    Audit(audit::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -176,6 +178,7 @@ impl Verb {
             Self::Pool(args) => Box::pin(args.run(cx)).await,
             Self::ApiServer(args) => Box::pin(args.run(cx)).await,
             Self::Token(args) => args.run(cx).await,
+            Self::Audit(args) => args.run(cx).await,
             Self::Doctor(args) => args.run(cx).await,
             Self::Completions(args) => args.run(cx),
             Self::Man(args) => args.run(cx),

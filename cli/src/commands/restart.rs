@@ -37,7 +37,11 @@ impl Args {
         let stop = StopRequest { force: self.force, timeout_ms };
         let vm = {
             let mut progress = Progress::new(&cx.output, self.name.as_str());
-            nido.restart(&self.name, stop, self.start.request(), &mut |stage| progress.start(stage)).await?
+            let mut told = |stage| progress.start(stage);
+            let arguments =
+                serde_json::json!({ "name": self.name, "force": self.force, "stop_timeout_ms": timeout_ms });
+            let restarted = nido.restart(&self.name, stop, self.start.request(), &mut told);
+            cx.audited(&nido, "vm_restart", arguments, restarted).await?
         };
         summarize(&cx.output, &vm);
         cx.acted(&vm)

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
-use nido_vmm::api::{StartRequest, UploadRequest, UploadSource};
+use nido_vmm::api::{ExecRequest, StartRequest, UploadRequest, UploadSource, VmSpec};
 use nido_vmm::error::{Code, Error};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::Nido;
@@ -14,7 +14,7 @@ use super::spawn::{absent, spawn};
 use super::vm_args::{PathArgs, VmArgs};
 use super::{Context, copy};
 use crate::exit::{Failure, Outcome};
-use crate::{parse, sanitize, session};
+use crate::{audit, parse, sanitize, session};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -70,11 +70,31 @@ impl Args {
         }
         let nido = cx.nido().await?;
         let start = StartRequest { wait: true, timeout_ms: self.start_timeout, path: self.path.choice() };
-        let vm = Box::pin(spawn(cx, &nido, spec, start)).await?;
+        let mut arguments = audit::exec(&name, &request);
+        arguments["template"] = spec.template.as_str().into();
+        let job = Job { spec, start, copies, request, raw, keep: self.keep };
+        cx.audited_command(&nido, "vm_run", arguments, job.run(cx, &nido)).await
+    }
+}
+
+/// What is done between the attempt and its outcome.
+struct Job {
+    spec: VmSpec,
+    start: StartRequest,
+    copies: Vec<UploadRequest>,
+    request: ExecRequest,
+    raw: bool,
+    keep: bool,
+}
+
+impl Job {
+    async fn run(self, cx: &Context, nido: &Nido) -> Outcome {
+        let name = self.spec.name.clone();
+        let vm = Box::pin(spawn(cx, nido, self.spec, self.start)).await?;
         vm.warnings.iter().for_each(|warning| cx.output.warn(warning));
         let outcome = async {
-            copy_in(cx, &nido, &name, copies).await?;
-            session::run(&cx.output, &nido, &name, request, raw).await
+            copy_in(cx, nido, &name, self.copies).await?;
+            session::run(&cx.output, nido, &name, self.request, self.raw).await
         };
         let outcome = outcome.await;
         if self.keep {

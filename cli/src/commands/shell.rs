@@ -7,7 +7,7 @@ use nido_vmm::name::VmName;
 use super::Context;
 use super::exec::PlaceArgs;
 use crate::exit::Outcome;
-use crate::{session, terminal};
+use crate::{audit, session, terminal};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -36,6 +36,8 @@ impl Args {
         terminal::require(true)?;
         let request = ExecRequest { stdin: true, ..self.place.request(true)? };
         let nido = cx.nido().await?;
-        session::run(&cx.output, &nido, &self.name, request, true).await
+        let arguments = audit::exec(&self.name, &request);
+        let shell = session::run(&cx.output, &nido, &self.name, request, true);
+        cx.audited_command(&nido, "vm_shell", arguments, shell).await
     }
 }

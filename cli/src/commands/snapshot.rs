@@ -6,6 +6,7 @@ use clap::Subcommand;
 use nido_vmm::api::{RestoreRequest, SnapshotInfo};
 use nido_vmm::error::Error;
 use nido_vmm::name::{SnapshotName, VmName};
+use serde_json::json;
 
 use super::Context;
 use super::vm_args::summarize;
@@ -97,13 +98,18 @@ impl Args {
                 let vm = {
                     let mut progress = Progress::new(&cx.output, name.as_str());
                     let mut told = |stage| progress.start(stage);
-                    until_signal(UNDO_LIMIT, nido.snapshot_restore(&name, &snapshot, request, &mut told)).await?
+                    let arguments = json!({ "name": name, "snapshot": snapshot, "disk_only": disk_only });
+                    let restored =
+                        until_signal(UNDO_LIMIT, nido.snapshot_restore(&name, &snapshot, request, &mut told));
+                    cx.audited(&nido, "vm_restore", arguments, restored).await?
                 };
                 summarize(&cx.output, &vm);
                 return cx.acted(&vm);
             }
             Verb::Delete { name, snapshot } => {
-                let gone = nido.snapshot_delete(&name, &snapshot)?;
+                let arguments = json!({ "name": name, "snapshot": snapshot });
+                let gone = async { nido.snapshot_delete(&name, &snapshot) };
+                let gone = cx.audited(&nido, "vm_snapshot_delete", arguments, gone).await?;
                 cx.output.answer(&gone, || format!("{}\n", gone.name))?;
             }
         }

@@ -33,6 +33,8 @@ impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
         let timeout_ms = self.timeout.unwrap_or(StopRequest::default().timeout_ms);
-        cx.acted(&nido.stop(&self.name, StopRequest { force: self.force, timeout_ms }).await?)
+        let request = StopRequest { force: self.force, timeout_ms };
+        let arguments = serde_json::json!({ "name": self.name, "force": self.force, "timeout_ms": timeout_ms });
+        cx.acted(&cx.audited(&nido, "vm_stop", arguments, nido.stop(&self.name, request)).await?)
     }
 }

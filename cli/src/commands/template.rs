@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
@@ -11,8 +12,10 @@ use nido_vmm::api::{
     BakeInfo, BakeRequest, BuildRequest, ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult,
     ImportSource, KernelChoice, TemplateInfo,
 };
+use nido_vmm::audit::redact::bytes;
 use nido_vmm::error::{Code, Error};
 use nido_vmm::name::{TemplateName, VmName};
+use serde_json::json;
 
 use super::Context;
 use super::vm_args::MachineArgs;
@@ -171,7 +174,8 @@ impl Args {
                 let built = {
                     let mut progress = Progress::new(&cx.output, name.as_str());
                     let mut told = |step| progress.build(&step);
-                    until_signal(UNDO_LIMIT, nido.template_create(&name, &from, !no_bake, &mut told)).await?
+                    let made = until_signal(UNDO_LIMIT, nido.template_create(&name, &from, !no_bake, &mut told));
+                    cx.audited(&nido, "template_create", json!({ "name": name, "from": from }), made).await?
                 };
                 let size = show_bytes(built.template.size_bytes);
                 let seconds = Duration::from_millis(built.duration_ms).as_secs_f64();
@@ -184,8 +188,9 @@ impl Args {
             Verb::Import(args) => import(cx, args).await,
             Verb::Delete { name } => {
                 let nido = cx.nido().await?;
-                nido.template_delete(&name).await?;
-                cx.output.answer(&serde_json::json!({ "deleted": name }), || format!("{name}\n"))?;
+                let gone = nido.template_delete(&name);
+                cx.audited(&nido, "template_delete", json!({ "name": name }), gone).await?;
+                cx.output.answer(&json!({ "deleted": name }), || format!("{name}\n"))?;
                 Ok(Exit::Success)
             }
         }
@@ -221,7 +226,9 @@ async fn build(cx: &Context, name: &TemplateName, request: BuildRequest) -> Outc
     let built = {
         let mut progress = Progress::new(&cx.output, name.as_str());
         let mut told = |step| progress.build(&step);
-        until_signal(UNDO_LIMIT, nido.template_build(name, request, &mut told)).await?
+        let arguments = json!({ "name": name, "rebuild": request.rebuild });
+        let built = until_signal(UNDO_LIMIT, nido.template_build(name, request, &mut told));
+        cx.audited(&nido, "template_build", arguments, built).await?
     };
     cx.output.talk(&if built.already_built {
         format!("{name} is up to date")
@@ -308,6 +315,7 @@ fn reader_gone(failure: Failure) -> Failure {
 async fn import(cx: &Context, args: ImportArgs) -> Outcome {
     let ImportArgs { file, name, no_memory, force } = args;
     let subject = name.as_ref().map_or("importing", TemplateName::as_str).to_owned();
+    let arguments = json!({ "file": bytes(file.as_bytes()), "name": name, "force": force });
     let source = if file == "-" {
         ImportSource::Stream(File::from(io::stdin().as_fd().try_clone_to_owned()?))
     } else {
@@ -318,7 +326,8 @@ async fn import(cx: &Context, args: ImportArgs) -> Outcome {
         let mut progress = Progress::new(&cx.output, &subject);
         let mut told = |step| progress.travel(&step);
         let request = ImportRequest { source, name, force, memory: !no_memory };
-        until_signal(UNDO_LIMIT, nido.template_import(request, &mut told)).await?
+        let imported = until_signal(UNDO_LIMIT, nido.template_import(request, &mut told));
+        cx.audited(&nido, "template_import", arguments, imported).await?
     };
     if !cx.output.json {
         done.warnings.iter().for_each(|warning| cx.output.warn(warning));

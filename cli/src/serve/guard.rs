@@ -147,16 +147,16 @@ macro_rules! scoped {
     ($(#[$doc:meta])* $name:ident, $scope:expr) => {
         $(#[$doc])*
         #[derive(Debug)]
-        pub struct $name(pub Caller);
+        pub struct $name;
 
         impl<S: Send + Sync> FromRequestParts<S> for $name {
             type Rejection = Problem;
 
             async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
-                let caller = parts.extensions.get::<Caller>().cloned();
+                let caller = parts.extensions.get::<Caller>();
                 let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "a token is needed"))?;
                 if caller.scope >= $scope {
-                    return Ok(Self(caller));
+                    return Ok(Self);
                 }
                 let words = format!("this takes a token of the scope {}", $scope.word());
                 Err(Error::new(Code::Denied, words).hint("nido token create --scope").into())

@@ -136,8 +136,7 @@ impl Bound {
     }
 
     /// Serves until a signal comes; then what runs may finish.
-    pub async fn run(self, router: Router, app: Arc<App>) {
-        let Ok(mut signals) = Signals::listen() else { return };
+    pub async fn run(self, router: Router, app: Arc<App>, mut signals: Signals) {
         let connections = TaskTracker::new();
         let room = Arc::new(Semaphore::new(CONNECTIONS));
         loop {

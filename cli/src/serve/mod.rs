@@ -3,6 +3,8 @@
 //! ```text
 //!  listen.rs   sockets, TLS, limits of connections ──> guard.rs  who asks, from where, how often
 //!                                                        │
+//!                      audit.rs  what changes something is written down before it begins
+//!                                                        │
 //!                      routes/*.rs  parse, call one method of the core, render      answer.rs  problem+json
 //!                                                        │
 //!                      operations.rs  what changes something goes to its end, whoever hangs up
@@ -13,6 +15,7 @@
 
 mod answer;
 mod ask;
+mod audit;
 mod guard;
 mod listen;
 mod metrics;
@@ -32,6 +35,7 @@ pub use self::guard::Hosts;
 pub use self::listen::{Listen, Tls};
 use self::metrics::Metrics;
 use self::operations::Operations;
+use crate::signals::Signals;
 
 /// How long the last look for VMs without a supervisor counts.
 const SETTLED_FOR: Duration = Duration::from_millis(100);
@@ -92,8 +96,10 @@ pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Re
     });
     let watching = tokio::spawn(watch_events(Arc::clone(&app)));
     let router = routes::router(&app);
+    // From here on a signal is an orderly end; whoever hears that we listen may send one at once.
+    let signals = Signals::listen()?;
     ready(&bound.address());
-    bound.run(router, Arc::clone(&app)).await;
+    bound.run(router, Arc::clone(&app), signals).await;
     watching.abort();
     app.operations.finish().await;
     Ok(())

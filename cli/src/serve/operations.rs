@@ -5,16 +5,21 @@
 //! states and events are in the store.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use jiff::Timestamp;
 use nido_vmm::api::StartStage;
+use nido_vmm::audit::Audited;
 use nido_vmm::error::{Code, Error, Problem, Result};
+use nido_vmm::name::VmName;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::task::AbortHandle;
@@ -22,6 +27,7 @@ use tokio_util::task::TaskTracker;
 
 use super::App;
 use super::answer::{self, Answer};
+use super::audit::{Ticket, end_with};
 
 /// How long an operation that has ended is known.
 const KEPT: Duration = Duration::from_secs(3600);
@@ -72,10 +78,13 @@ pub struct OperationList {
     pub operations: Vec<Operation>,
 }
 
+/// What is known, by the time it began and its id; with what stops it.
+type Known = BTreeMap<(Timestamp, String), (Operation, Option<AbortHandle>)>;
+
 /// The operations of a server.
 #[derive(Debug, Default)]
 pub struct Operations {
-    known: Mutex<BTreeMap<(Timestamp, String), (Operation, Option<AbortHandle>)>>,
+    known: Mutex<Known>,
     running: TaskTracker,
 }
 
@@ -108,18 +117,19 @@ pub type Work = Pin<Box<dyn Future<Output = Result<Value>> + Send>>;
 /// Does something. The answer has `status` and the value, or is 202 with an operation if the caller wants that.
 pub async fn run(
     app: &Arc<App>,
-    headers: &HeaderMap,
+    Asked { headers, ticket }: Asked,
     kind: &'static str,
     status: StatusCode,
     work: impl FnOnce(Stage) -> Work + Send,
 ) -> Answer {
-    if !wants_async(headers) {
+    if !wants_async(&headers) {
         let work = work(Stage { app: Arc::clone(app), key: None });
-        let done = app.operations.running.spawn(work).await;
+        let audited = ticket.and_then(|ticket| ticket.take());
+        let done = app.operations.running.spawn(written_down(work, audited)).await;
         let value = done.map_err(|e| Error::internal(format!("the operation broke down: {e}")))??;
         return Ok(answer::json(status, &value));
     }
-    let operation = begin(app, kind, work)?;
+    let operation = begin(app, kind, work, ticket)?;
     let mut response = answer::json(StatusCode::ACCEPTED, &operation);
     let headers = response.headers_mut();
     if let Ok(place) = HeaderValue::from_str(&format!("/v1/operations/{}", operation.id)) {
@@ -129,7 +139,12 @@ pub async fn run(
     Ok(response)
 }
 
-fn begin(app: &Arc<App>, kind: &'static str, work: impl FnOnce(Stage) -> Work) -> Result<Operation> {
+fn begin(
+    app: &Arc<App>,
+    kind: &'static str,
+    work: impl FnOnce(Stage) -> Work,
+    ticket: Option<Ticket>,
+) -> Result<Operation> {
     let (created_at, id) = (Timestamp::now(), nido_vmm::nido::random_id()?);
     let operation = Operation {
         id: id.clone(),
@@ -146,8 +161,9 @@ fn begin(app: &Arc<App>, kind: &'static str, work: impl FnOnce(Stage) -> Work) -
     app.operations.lock().insert(key.clone(), (operation.clone(), None));
     let work = work(Stage { app: Arc::clone(app), key: Some(key.clone()) });
     let (owner, done) = (Arc::clone(app), key.clone());
+    let audited = ticket.and_then(|ticket| ticket.take());
     let task = app.operations.running.spawn(async move {
-        let outcome = work.await;
+        let outcome = written_down(work, audited).await;
         owner.operations.end(&done, outcome);
     });
     if let Some((operation, abort)) = app.operations.lock().get_mut(&key)
@@ -158,6 +174,40 @@ fn begin(app: &Arc<App>, kind: &'static str, work: impl FnOnce(Stage) -> Work) -
     Ok(operation)
 }
 
+/// Does it, and ends its line in the audit log. If it is cut off the line says so by itself.
+async fn written_down(work: Work, audited: Option<Audited>) -> Result<Value> {
+    let outcome = work.await;
+    end_with(audited, &outcome);
+    outcome
+}
+
+/// What an operation needs of its request.
+#[derive(Debug)]
+pub struct Asked {
+    headers: HeaderMap,
+    ticket: Option<Ticket>,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Asked {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> std::result::Result<Self, Infallible> {
+        Ok(Self { headers: parts.headers.clone(), ticket: parts.extensions.get::<Ticket>().cloned() })
+    }
+}
+
+impl Asked {
+    /// The headers.
+    pub fn headers(&self) -> &HeaderMap {
+        &self.headers
+    }
+
+    /// The line in the audit log, for who ends it by themselves.
+    pub fn take_line(&self) -> Option<Audited> {
+        self.ticket.as_ref().and_then(Ticket::take)
+    }
+}
+
 /// RFC 7240.
 pub fn wants_async(headers: &HeaderMap) -> bool {
     let wishes = headers.get_all("prefer").iter().filter_map(|value| value.to_str().ok());
@@ -165,7 +215,7 @@ pub fn wants_async(headers: &HeaderMap) -> bool {
 }
 
 impl Operations {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<(Timestamp, String), (Operation, Option<AbortHandle>)>> {
+    fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -236,6 +286,44 @@ impl Operations {
         if tokio::time::timeout(FINISH_WITHIN, self.running.wait()).await.is_err() {
             tracing::warn!("operations were cut off: the server ends");
         }
+    }
+}
+
+/// Removes a VM that was begun if its operation is cut off. Nothing half-made stays.
+#[derive(Debug)]
+pub struct Undo {
+    app: Arc<App>,
+    name: Option<VmName>,
+}
+
+impl Undo {
+    /// Nothing has been begun yet.
+    pub fn new(app: &Arc<App>) -> Self {
+        Self { app: Arc::clone(app), name: None }
+    }
+
+    /// The VM of that name is ours from here on.
+    pub fn begun(&mut self, name: &VmName) {
+        self.name.get_or_insert_with(|| name.clone());
+    }
+
+    /// It stays, or has been removed already.
+    pub fn done(mut self) {
+        self.name = None;
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        let Some(name) = self.name.take() else { return };
+        let app = Arc::clone(&self.app);
+        self.app.operations.running.spawn(async move {
+            if let Err(error) = app.nido.delete(&name, true).await
+                && error.code() != Code::VmNotFound
+            {
+                tracing::error!("VM {name} was begun and could not be removed: {error}");
+            }
+        });
     }
 }
 

@@ -5,12 +5,13 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use axum::response::sse::{self, KeepAlive, Sse};
 use base64::Engine as _;
 use futures::stream;
-use nido_vmm::api::{Collected, ExecEvent, ExecRequest, ExecResult, SpawnRequest, VmInfo};
+use nido_vmm::api::{Collected, ExecEvent, ExecExit, ExecRequest, ExecResult, SpawnRequest, VmInfo};
+use nido_vmm::audit::Ending;
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::{ExecControl, ExecEvents, Nido};
@@ -20,11 +21,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::Vm;
-use crate::serve::App;
 use crate::serve::answer::Answer;
 use crate::serve::ask::{Body, Names, accepts, plain};
 use crate::serve::guard::Uses;
-use crate::serve::operations::{self, value};
+use crate::serve::operations::{self, Asked, Undo, value};
+use crate::serve::{App, audit};
 
 /// How much of each stream a JSON answer holds, in bytes.
 const COLLECT_MAX: usize = 4 << 20;
@@ -119,34 +120,61 @@ async fn exec(
     State(app): State<Arc<App>>,
     _: Uses,
     Names(vm): Names<Vm>,
-    headers: HeaderMap,
+    asked: Asked,
     Body(body): Body<ExecBody>,
 ) -> Answer {
     let (request, stdin) = body.split()?;
-    if accepts(&headers, "text/event-stream") {
+    if accepts(asked.headers(), "text/event-stream") {
         let (control, events) = app.nido().await?.exec(&vm.name, request).await?;
         app.metrics.exec();
         feed(control, stdin);
-        let events = stream::unfold(Some(events), |events| async move {
-            let mut events = events?;
+        let line = asked.take_line();
+        let events = stream::unfold(Some((events, line)), |running| async move {
+            let (mut events, line) = running?;
             let event = events.next().await?;
-            let over = !matches!(event, Ok(ref event) if !matches!(event, ExecEvent::Exited(_)));
-            Some((Ok::<_, Infallible>(frame(event)), (!over).then_some(events)))
+            let next = match &event {
+                Ok(ExecEvent::Exited(exit)) => {
+                    audit::end(line, Ending::Success, &how(exit));
+                    None
+                }
+                Ok(_) => Some((events, line)),
+                Err(error) => {
+                    audit::end(line, Ending::Error, error.code().slug());
+                    None
+                }
+            };
+            Some((Ok::<_, Infallible>(frame(event)), next))
         });
         return Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response());
     }
     let owner = Arc::clone(&app);
-    let is_async = operations::wants_async(&headers);
+    let is_async = operations::wants_async(asked.headers());
     let work = async move {
         let nido = owner.nido().await?;
         owner.metrics.exec();
         value(&collect(nido, &vm.name, request, stdin).await?)
     };
     if is_async {
-        return operations::run(&app, &headers, "vm_exec", StatusCode::OK, |_| Box::pin(work)).await;
+        return operations::run(&app, asked, "vm_exec", StatusCode::OK, |_| Box::pin(work)).await;
     }
     // Not detached: who hangs up does not want the command any more.
-    Ok(crate::serve::answer::json(StatusCode::OK, &work.await?))
+    let line = asked.take_line();
+    let outcome = work.await;
+    match &outcome {
+        Ok(done) => audit::end(line, Ending::Success, &format!("exit_code:{}", done["exit_code"])),
+        Err(error) => audit::end(line, Ending::Error, error.code().slug()),
+    }
+    Ok(crate::serve::answer::json(StatusCode::OK, &outcome?))
+}
+
+/// How a command ended, in a word for the audit log.
+pub fn how(exit: &ExecExit) -> String {
+    match (exit.exit_code, exit.signal) {
+        _ if exit.timed_out => "timed_out".into(),
+        (Some(code), _) => format!("exit_code:{code}"),
+        (None, Some(signal)) => format!("signal:{signal}"),
+        (None, None) => String::new(),
+    }
 }
 
 /// Sends the standard input, on a task of its own; it ends with the command.
@@ -221,7 +249,7 @@ struct RunResult {
 /// Runs a command in a fresh VM, which is gone afterwards.
 #[utoipa::path(post, path = "/v1/runs", operation_id = "run", tag = "exec", request_body = RunRequest,
     responses((status = 200, body = RunResult)))]
-async fn run(State(app): State<Arc<App>>, _: Uses, headers: HeaderMap, Body(mut body): Body<RunRequest>) -> Answer {
+async fn run(State(app): State<Arc<App>>, _: Uses, asked: Asked, Body(mut body): Body<RunRequest>) -> Answer {
     let name = format!("run-{}", &nido_vmm::nido::random_id()?[..8]);
     body.vm.entry("name").or_insert(name.into());
     let spawn: SpawnRequest = serde_json::from_value(body.vm.into())
@@ -233,15 +261,27 @@ async fn run(State(app): State<Arc<App>>, _: Uses, headers: HeaderMap, Body(mut 
     spec.idle_ms = spec.idle_ms.or(Some(60_000));
     let (request, stdin) = body.exec.split()?;
     let owner = Arc::clone(&app);
-    operations::run(&app, &headers, "run", StatusCode::OK, |stage| {
+    operations::run(&app, asked, "run", StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
-            let vm = nido.spawn(spec, start, &mut |now| stage.start(now)).await?;
+            let (mut undo, name) = (Undo::new(&owner), spec.name.clone());
+            let mut tell = |now| {
+                undo.begun(&name);
+                stage.start(now);
+            };
+            let vm = match nido.spawn(spec, start, &mut tell).await {
+                Ok(vm) => vm,
+                Err(error) => {
+                    undo.done();
+                    return Err(error);
+                }
+            };
             owner.metrics.spawn(&vm);
             owner.metrics.exec();
             stage.word("running");
             let exec = collect(nido, &vm.name, request, stdin).await;
             let gone = nido.delete(&vm.name, true).await;
+            undo.done();
             let exec = exec?;
             match gone {
                 Err(error) if error.code() != Code::VmNotFound => return Err(error),

@@ -25,10 +25,10 @@ use nido_vmm::error::{Code, Error};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::answer::Problem;
-use super::{App, guard};
+use super::{App, audit, guard};
 
 /// The largest JSON body, in bytes.
-const BODY_MAX: usize = 1 << 20;
+pub const BODY_MAX: usize = 1 << 20;
 
 /// Every route, and what is described of it.
 pub fn described() -> OpenApiRouter<Arc<App>> {
@@ -54,6 +54,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .fallback(|| async { no_such_route() })
         .method_not_allowed_fallback(|| async { not_a_method() })
         .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), audit::audit))
         .layer(middleware::from_fn_with_state(Arc::clone(app), guard::guard))
         .layer(middleware::from_fn_with_state(Arc::clone(app), count))
         .with_state(Arc::clone(app))

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::StatusCode;
 use nido_vmm::api::{RestoreRequest, SnapshotInfo, SnapshotList, VmInfo};
 use nido_vmm::name::{SnapshotName, VmName};
 use serde::{Deserialize, Serialize};
@@ -16,7 +16,7 @@ use crate::serve::App;
 use crate::serve::answer::{self, Answer};
 use crate::serve::ask::{Body, Names};
 use crate::serve::guard::{Looks, Uses};
-use crate::serve::operations::{self, value};
+use crate::serve::operations::{self, Asked, value};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(delete)).routes(routes!(restore))
@@ -54,11 +54,11 @@ async fn create(
     State(app): State<Arc<App>>,
     _: Uses,
     Names(vm): Names<Vm>,
-    headers: HeaderMap,
+    asked: Asked,
     Body(what): Body<SnapshotRequest>,
 ) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, &headers, "vm_snapshot", StatusCode::CREATED, |_| {
+    operations::run(&app, asked, "vm_snapshot", StatusCode::CREATED, |_| {
         Box::pin(async move { value(&owner.nido().await?.snapshot_create(&vm.name, &what.name).await?) })
     })
     .await
@@ -79,11 +79,11 @@ async fn restore(
     State(app): State<Arc<App>>,
     _: Uses,
     Names(which): Names<Which>,
-    headers: HeaderMap,
+    asked: Asked,
     Body(how): Body<RestoreRequest>,
 ) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, &headers, "vm_restore", StatusCode::OK, |stage| {
+    operations::run(&app, asked, "vm_restore", StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             value(&nido.snapshot_restore(&which.name, &which.snapshot, how, &mut |now| stage.start(now)).await?)

@@ -34,7 +34,9 @@ use super::vms::Vm;
 use crate::serve::App;
 use crate::serve::answer::{Answer, Problem};
 use crate::serve::ask::{Names, plain};
+use crate::serve::audit::end_with;
 use crate::serve::guard::Uses;
+use crate::serve::operations::Asked;
 
 /// The largest message of a client, in bytes.
 const MESSAGE_MAX: usize = 1 << 20;
@@ -63,13 +65,22 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
 }
 
 /// Opens a WebSocket for one command. OpenAPI has no words for that; docs/api.md has.
-async fn attach(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>, Upgrade(upgrade): Upgrade) -> Answer {
+async fn attach(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Names(vm): Names<Vm>,
+    asked: Asked,
+    Upgrade(upgrade): Upgrade,
+) -> Answer {
     // Whether it can be used is told before the connection is another.
     app.nido().await?.info(&vm.name).await?;
     let upgrade = upgrade.protocols(["nido"]).max_message_size(MESSAGE_MAX);
+    let line = asked.take_line();
     Ok(upgrade.on_upgrade(move |socket| async move {
         let mut socket = socket;
-        if let Err(error) = session(&app, &vm.name, &mut socket).await {
+        let outcome = session(&app, &vm.name, &mut socket).await;
+        end_with(line, &outcome);
+        if let Err(error) = outcome {
             let _ = say(&mut socket, json!({ "error": error.problem() })).await;
         }
         let _ = socket.send(Message::Close(None)).await;

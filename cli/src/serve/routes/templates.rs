@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::StatusCode;
 use nido_vmm::api::{BakeRequest, BakeResult, BuildRequest, BuildResult, KernelChoice, TemplateInfo, TemplateList};
 use nido_vmm::name::{TemplateName, VmName};
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ use crate::serve::App;
 use crate::serve::answer::{self, Answer};
 use crate::serve::ask::{Body, Names};
 use crate::serve::guard::{Looks, Rules};
-use crate::serve::operations::{self, empty, value};
+use crate::serve::operations::{self, Asked, empty, value};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
@@ -68,14 +68,9 @@ async fn list(State(app): State<Arc<App>>, _: Looks) -> Answer {
 /// Makes a template of a VM: its disk as it is. A VM that runs stands still for a moment and runs on.
 #[utoipa::path(post, path = "/v1/templates", operation_id = "template_create", tag = "templates",
     request_body = TemplateRequest, responses((status = 201, body = BuildResult)))]
-async fn create(
-    State(app): State<Arc<App>>,
-    _: Rules,
-    headers: HeaderMap,
-    Body(what): Body<TemplateRequest>,
-) -> Answer {
+async fn create(State(app): State<Arc<App>>, _: Rules, asked: Asked, Body(what): Body<TemplateRequest>) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, &headers, "template_create", StatusCode::CREATED, |stage| {
+    operations::run(&app, asked, "template_create", StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let mut tell = |step: nido_vmm::api::BuildStep| stage.word(&step.stage);
@@ -107,13 +102,13 @@ async fn build(
     State(app): State<Arc<App>>,
     _: Rules,
     Names(template): Names<Template>,
-    headers: HeaderMap,
+    asked: Asked,
     Body(how): Body<RecipeRequest>,
 ) -> Answer {
     let owner = Arc::clone(&app);
     let kernel = how.slim_kernel.map(|slim| if slim { KernelChoice::Slim } else { KernelChoice::Stock });
     let request = BuildRequest { rebuild: how.rebuild, bake: !how.no_bake, kernel };
-    operations::run(&app, &headers, "template_build", StatusCode::OK, |stage| {
+    operations::run(&app, asked, "template_build", StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let mut tell = |step: nido_vmm::api::BuildStep| stage.word(&step.stage);
@@ -130,11 +125,11 @@ async fn bake(
     State(app): State<Arc<App>>,
     _: Rules,
     Names(template): Names<Template>,
-    headers: HeaderMap,
+    asked: Asked,
     Body(how): Body<BakeRequest>,
 ) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, &headers, "template_bake", StatusCode::OK, |stage| {
+    operations::run(&app, asked, "template_bake", StatusCode::OK, |stage| {
         Box::pin(async move {
             value(&owner.nido().await?.template_bake(&template.name, &how, &mut |now| stage.start(now)).await?)
         })

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use nido_vmm::api::{ForkResult, SpawnRequest, StartRequest, StopRequest, VmInfo, VmList};
 use nido_vmm::name::VmName;
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ use crate::serve::App;
 use crate::serve::answer::{self, Answer};
 use crate::serve::ask::{Body, Names, Query};
 use crate::serve::guard::{Looks, Uses};
-use crate::serve::operations::{self, value};
+use crate::serve::operations::{self, Asked, Undo, value};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
@@ -47,15 +47,23 @@ async fn list(State(app): State<Arc<App>>, _: Looks) -> Answer {
 /// again.
 #[utoipa::path(post, path = "/v1/vms", operation_id = "vm_spawn", tag = "vms", request_body = SpawnRequest,
     responses((status = 201, body = VmInfo, headers(("Location" = String, description = "The VM.")))))]
-async fn create(State(app): State<Arc<App>>, _: Uses, headers: HeaderMap, Body(body): Body<SpawnRequest>) -> Answer {
+async fn create(State(app): State<Arc<App>>, _: Uses, asked: Asked, Body(body): Body<SpawnRequest>) -> Answer {
     let place = HeaderValue::from_str(&format!("/v1/vms/{}", body.name));
     let owner = Arc::clone(&app);
-    let mut response = operations::run(&app, &headers, "vm_spawn", StatusCode::CREATED, |stage| {
+    let mut response = operations::run(&app, asked, "vm_spawn", StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let (spec, start) = body.split();
             let Some(start) = start else { return value(&nido.create(spec).await?) };
-            let vm = nido.spawn(spec, start, &mut |now| stage.start(now)).await?;
+            let (mut undo, name) = (Undo::new(&owner), spec.name.clone());
+            let mut tell = |now| {
+                undo.begun(&name);
+                stage.start(now);
+            };
+            let vm = nido.spawn(spec, start, &mut tell).await;
+            // If it failed, the core has removed it.
+            undo.done();
+            let vm = vm?;
             owner.metrics.spawn(&vm);
             value(&vm)
         })
@@ -92,10 +100,10 @@ async fn delete(
     _: Uses,
     Names(vm): Names<Vm>,
     Query(how): Query<Force>,
-    headers: HeaderMap,
+    asked: Asked,
 ) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, &headers, "vm_delete", StatusCode::OK, |_| {
+    operations::run(&app, asked, "vm_delete", StatusCode::OK, |_| {
         Box::pin(async move { value(&owner.nido().await?.delete(&vm.name, how.force).await?) })
     })
     .await
@@ -108,11 +116,11 @@ async fn start(
     State(app): State<Arc<App>>,
     _: Uses,
     Names(vm): Names<Vm>,
-    headers: HeaderMap,
+    asked: Asked,
     Body(how): Body<StartRequest>,
 ) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, &headers, "vm_start", StatusCode::OK, |stage| {
+    operations::run(&app, asked, "vm_start", StatusCode::OK, |stage| {
         Box::pin(async move {
             let info = owner.nido().await?.start(&vm.name, how, &mut |now| stage.start(now)).await?;
             owner.metrics.spawn(&info);
@@ -129,11 +137,11 @@ async fn stop(
     State(app): State<Arc<App>>,
     _: Uses,
     Names(vm): Names<Vm>,
-    headers: HeaderMap,
+    asked: Asked,
     Body(how): Body<StopRequest>,
 ) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, &headers, "vm_stop", StatusCode::OK, |_| {
+    operations::run(&app, asked, "vm_stop", StatusCode::OK, |_| {
         Box::pin(async move { value(&owner.nido().await?.stop(&vm.name, how).await?) })
     })
     .await
@@ -146,11 +154,11 @@ async fn restart(
     State(app): State<Arc<App>>,
     _: Uses,
     Names(vm): Names<Vm>,
-    headers: HeaderMap,
+    asked: Asked,
     Body(how): Body<StopRequest>,
 ) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, &headers, "vm_restart", StatusCode::OK, |stage| {
+    operations::run(&app, asked, "vm_restart", StatusCode::OK, |stage| {
         Box::pin(async move {
             let start = StartRequest::default();
             value(&owner.nido().await?.restart(&vm.name, how, start, &mut |now| stage.start(now)).await?)
@@ -189,11 +197,11 @@ async fn fork(
     State(app): State<Arc<App>>,
     _: Uses,
     Names(vm): Names<Vm>,
-    headers: HeaderMap,
+    asked: Asked,
     Body(how): Body<ForkRequest>,
 ) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, &headers, "vm_fork", StatusCode::CREATED, |stage| {
+    operations::run(&app, asked, "vm_fork", StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             value(&nido.fork(&vm.name, &how.names, &mut |_, now| stage.start(now)).await?)

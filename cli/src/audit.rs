@@ -1,0 +1,112 @@
+//! The command line's side of the audit log: attempt and outcome around what a verb does, and how its arguments are told.
+//!
+//! Invariant: what must be audited is given to [`Context::audited`] unbegun; where the attempt cannot be written down it never
+//! begins.
+
+use std::future::Future;
+use std::os::unix::ffi::OsStrExt as _;
+use std::pin::Pin;
+
+use nido_vmm::api::{DownloadRequest, DownloadTarget, ExecRequest, UploadRequest, UploadSource};
+use nido_vmm::audit::redact::bytes;
+use nido_vmm::audit::{Caller, Ending};
+use nido_vmm::name::VmName;
+use nido_vmm::nido::Nido;
+use serde_json::{Value, json};
+
+use crate::commands::Context;
+use crate::exit::{Exit, Failure, Outcome};
+
+impl Context {
+    /// Does `act`, with its attempt in the audit log before and its outcome behind.
+    pub fn audited<'a, T: 'a, E: Into<Failure> + 'a>(
+        &'a self,
+        nido: &'a Nido,
+        tool: &'a str,
+        arguments: Value,
+        act: impl Future<Output = Result<T, E>> + 'a,
+    ) -> impl Future<Output = Result<T, Failure>> + 'a {
+        self.audited_as(nido, tool, arguments, Box::pin(act), |_| String::new())
+    }
+
+    /// As [`Self::audited`], for what ends as a command of a guest ends.
+    pub fn audited_command<'a>(
+        &'a self,
+        nido: &'a Nido,
+        tool: &'a str,
+        arguments: Value,
+        act: impl Future<Output = Outcome> + 'a,
+    ) -> impl Future<Output = Outcome> + 'a {
+        self.audited_as(nido, tool, arguments, Box::pin(act), |exit| ended(*exit))
+    }
+
+    /// `act` comes boxed: what it is made of would be kept twice otherwise.
+    async fn audited_as<T, E: Into<Failure>>(
+        &self,
+        nido: &Nido,
+        tool: &str,
+        arguments: Value,
+        act: Pin<Box<dyn Future<Output = Result<T, E>> + '_>>,
+        word: fn(&T) -> String,
+    ) -> Result<T, Failure> {
+        let audited = nido.audit_begin(&Caller::command_line(), tool, &arguments)?;
+        let outcome = act.await.map_err(Into::into);
+        let (ending, reason) = match &outcome {
+            Ok(value) => (Ending::Success, word(value)),
+            Err(Failure::Nido(error)) => (Ending::Error, error.code().slug().to_owned()),
+            Err(Failure::Stdout(_)) => (Ending::Error, "output_lost".to_owned()),
+            Err(Failure::Interrupted { .. }) => (Ending::Unknown, "interrupted".to_owned()),
+        };
+        if let Err(error) = audited.end_as(ending, &reason) {
+            // It has been done; only the line about it is missing.
+            self.output.warn(&error.to_string());
+        }
+        outcome
+    }
+}
+
+/// How a command of a guest ended, in a word.
+fn ended(exit: Exit) -> String {
+    match exit {
+        Exit::Guest(code) => format!("exit_code:{code}"),
+        Exit::Signal(number) => format!("signal:{number}"),
+        Exit::TimedOut => "timed_out".into(),
+        _ => String::new(),
+    }
+}
+
+/// The arguments of a command in a guest.
+pub fn exec(name: &VmName, request: &ExecRequest) -> Value {
+    json!({
+        "name": name,
+        "command": list(&request.argv),
+        "user": request.user,
+        "workdir": request.directory.as_deref().map(bytes),
+        "env": list(&request.env),
+        "interactive": request.stdin,
+        "tty": request.pty.is_some(),
+        "timeout_ms": request.timeout_ms,
+    })
+}
+
+/// The arguments of a copy into a guest.
+pub fn upload(name: &VmName, request: &UploadRequest) -> Value {
+    let source = match &request.source {
+        UploadSource::Path(path) => bytes(path.as_os_str().as_bytes()),
+        UploadSource::Stream { .. } => "-".into(),
+    };
+    json!({ "name": name, "source": source, "destination": bytes(&request.destination), "user": request.user })
+}
+
+/// The arguments of a copy out of a guest.
+pub fn download(name: &VmName, request: &DownloadRequest) -> Value {
+    let destination = match &request.destination {
+        DownloadTarget::Path(path) => bytes(path.as_os_str().as_bytes()),
+        DownloadTarget::Stream(_) => "-".into(),
+    };
+    json!({ "name": name, "source": bytes(&request.source), "destination": destination, "overwrite": request.overwrite })
+}
+
+fn list(items: &[Vec<u8>]) -> Value {
+    items.iter().map(|item| bytes(item)).collect()
+}

@@ -1,0 +1,170 @@
+//! `audit`: who asked for what, whether the lines about it hang together, and a signature to be kept elsewhere.
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+use jiff::Timestamp;
+use nido_vmm::api::{AuditCheckpoint, AuditFilter, AuditRecord, AuditVerdict};
+use nido_vmm::error::Error;
+use nido_vmm::name::VmName;
+
+use super::Context;
+use crate::exit::{Codes, Exit, Outcome};
+use crate::output::{json, table};
+use crate::parse;
+
+const EXAMPLES: &str = "\
+Examples:
+  nido audit show --tail 20
+  nido audit show --since 2h --tool vm_exec --vm web
+  nido audit show --result denied --json | jq '.records[].params'
+  nido audit verify
+  nido audit checkpoint -o checkpoint.json     keep it where whoever can write the log cannot write
+  nido audit verify --against checkpoint.json
+
+verify finds lines that were altered, removed, inserted or moved. That the last lines were cut off, or that the whole
+log was written anew, only a checkpoint kept elsewhere can show.";
+
+/// Show and check the log of who asked for what
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Show lines, the oldest first
+    Show(ShowArgs),
+    /// Check that the lines hang together; exit code 1 if they do not
+    Verify {
+        /// Check too that the log still holds what this checkpoint was made of
+        #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
+        against: Option<PathBuf>,
+    },
+    /// Sign the last line's number and chain
+    Checkpoint {
+        /// Write to this file, which must not exist, instead of standard output
+        #[arg(long, short, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
+        output: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct ShowArgs {
+    /// Those since a time (2026-01-04T15:00:00Z) or for so long (2h)
+    #[arg(long, value_name = "TIME", value_parser = since)]
+    since: Option<Timestamp>,
+    /// Those of this operation, for example vm_exec
+    #[arg(long, value_name = "TOOL")]
+    tool: Option<String>,
+    /// Those of this caller, for example uid:1000
+    #[arg(long, value_name = "ACTOR")]
+    actor: Option<String>,
+    /// Those with this result: pending, success, error, denied or unknown
+    #[arg(long, value_name = "RESULT")]
+    result: Option<String>,
+    /// Those about this VM
+    #[arg(long, value_name = "NAME")]
+    vm: Option<VmName>,
+    /// Only so many, the last ones
+    #[arg(long, value_name = "N")]
+    tail: Option<usize>,
+}
+
+const HEAD: [&str; 8] = ["SEQ", "TIME", "FACE", "ACTOR", "TOOL", "RESULT", "REASON", "PARAMS"];
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        match self.verb {
+            Verb::Show(args) => show(cx, args).await,
+            Verb::Verify { against } => verify(cx, against).await,
+            Verb::Checkpoint { output } => checkpoint(cx, output).await,
+        }
+    }
+}
+
+async fn show(cx: &Context, args: ShowArgs) -> Outcome {
+    let ShowArgs { since, tool, actor, result, vm, tail } = args;
+    let list = cx.nido().await?.audit_show(&AuditFilter { since, tool, actor, result, vm, tail })?;
+    cx.output.answer(&list, || {
+        if cx.output.quiet {
+            return list.records.iter().map(|record| format!("{}\n", record.seq)).collect();
+        }
+        table(HEAD, list.records.iter().map(row))
+    })?;
+    if list.damaged > 0 {
+        cx.output.warn(&format!("{} lines are none that nido writes; see nido audit verify", list.damaged));
+    }
+    Ok(Exit::Success)
+}
+
+fn row(record: &AuditRecord) -> [String; 8] {
+    let claims = record.agent.as_ref().map(|agent| format!(" (says it is {agent})")).unwrap_or_default();
+    [
+        record.seq.to_string(),
+        format!("{:.0}", record.time),
+        record.face.word().into(),
+        format!("{}{claims}", record.actor),
+        record.tool.clone(),
+        record.result.clone(),
+        record.reason.clone().unwrap_or_else(|| "-".into()),
+        json(&record.params, false),
+    ]
+}
+
+async fn verify(cx: &Context, against: Option<PathBuf>) -> Outcome {
+    let against = against.as_deref().map(AuditCheckpoint::read).transpose()?;
+    let verdict = cx.nido().await?.audit_verify(against.as_ref())?;
+    if let Some(checkpoint) = &verdict.against {
+        let own = if checkpoint.own_key { "the key of this log" } else { "NOT the key that this log has now" };
+        cx.output.warn(&format!(
+            "the signature was checked with the key in the checkpoint, {}, which is {own}: compare it with the one you wrote down",
+            checkpoint.public_key
+        ));
+    }
+    cx.output.answer(&verdict, || if verdict.ok { told(&verdict) } else { String::new() })?;
+    match verdict.error() {
+        None => Ok(Exit::Success),
+        Some(error) => {
+            cx.output.error(&error);
+            Ok(Exit::of_error(&error, Codes::Own))
+        }
+    }
+}
+
+/// A verdict without trouble, in sentences.
+fn told(verdict: &AuditVerdict) -> String {
+    let (Some(first), Some(last)) = (verdict.first_seq, verdict.last_seq) else { return "the log is empty\n".into() };
+    let mut text =
+        format!("{} lines in {} files hang together, numbers {first} to {last}\n", verdict.lines, verdict.files);
+    if first > 1 {
+        text.push_str(&format!("what came before number {first} is not kept any more\n"));
+    }
+    if verdict.half_line {
+        text.push_str("the last line is begun and not ended: its writer was killed; the next one takes it away\n");
+    }
+    if let Some(checkpoint) = &verdict.against {
+        text.push_str(&format!("line {} is the one that was signed at {:.0}\n", checkpoint.seq, checkpoint.time));
+    }
+    text
+}
+
+async fn checkpoint(cx: &Context, output: Option<PathBuf>) -> Outcome {
+    let made = cx.nido().await?.audit_checkpoint()?;
+    if let Some(path) = &output {
+        made.write(path)?;
+    } else {
+        cx.output.data(&(json(&made, !cx.output.json || cx.output.stdout_is_terminal) + "\n"))?;
+    }
+    cx.output.talk(&format!("signed up to line {} with the key {}", made.seq, made.public_key));
+    if let Some(path) = &output {
+        cx.output.answer(&made, || format!("{}\n", crate::sanitize::line(&path.to_string_lossy())))?;
+    }
+    Ok(Exit::Success)
+}
+
+fn since(text: &str) -> Result<Timestamp, Error> {
+    parse::moment(text, Timestamp::now())
+}

@@ -1,0 +1,211 @@
+//! The audit log: who asked nido for what, what became of it, in lines that hang together.
+//!
+//! ```text
+//!  face -- audit_begin --> attempt, on the disk --> the act --> outcome, on the disk
+//!              |                                      (none: killed on the way)
+//!              +-- cannot be written: the act is refused
+//!
+//!  line.rs    a line: rendered, parsed, chained          [pure]
+//!  redact.rs  what of the arguments may be written down  [pure]
+//!  log.rs     the files: appended to, mended, rotated
+//!  read.rs    the files: read
+//!  check.rs   whether lines hang together                [pure]
+//!  checkpoint.rs  a signed statement about the last line, to be kept elsewhere
+//! ```
+//!
+//! What it shows and what it cannot: `docs/audit.md`.
+
+pub(crate) mod check;
+pub mod checkpoint;
+pub mod line;
+pub mod log;
+pub(crate) mod read;
+pub mod redact;
+#[cfg(test)]
+mod tests;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use self::line::Record;
+use self::log::Log;
+use crate::error::{Error, Result};
+use crate::text::head;
+
+/// The longest text of any kind but arguments, in bytes; more is cut off.
+const MAX_WORD: usize = 256;
+
+/// Which face was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Face {
+    /// The MCP server.
+    Mcp,
+    /// The REST server.
+    Api,
+    /// The command line.
+    Cli,
+}
+
+impl Face {
+    /// The word in a line.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Mcp => "MCP",
+            Self::Api => "API",
+            Self::Cli => "CLI",
+        }
+    }
+
+    fn of_word(word: &str) -> Option<Self> {
+        [Self::Mcp, Self::Api, Self::Cli].into_iter().find(|face| face.word() == word)
+    }
+}
+
+/// On whose behalf something is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller {
+    /// Which face was asked.
+    pub face: Face,
+    /// Who really called: `uid:1000` by peer credentials, `token:ci` by a token's name.
+    pub actor: String,
+    /// What the client says it is. A claim.
+    pub agent: Option<String>,
+}
+
+impl Caller {
+    /// The user who runs this program on a command line: the real one, whoever it runs as.
+    #[must_use]
+    pub fn command_line() -> Self {
+        let actor = format!("uid:{}", rustix::process::getuid().as_raw());
+        Self { face: Face::Cli, actor, agent: None }
+    }
+}
+
+/// What became of an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// It was done.
+    Success,
+    /// It failed.
+    Error,
+    /// It was not allowed.
+    Denied,
+    /// Nobody knows: it was broken off.
+    Unknown,
+}
+
+impl Ending {
+    /// The word in a line.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Error => "error",
+            Self::Denied => "denied",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// An operation whose attempt is written down and whose outcome is not yet.
+///
+/// Dropped without an end, it writes that nobody knows (`result='unknown' reason='interrupted'`).
+#[derive(Debug)]
+pub struct Audited {
+    log: Log,
+    record: Record,
+    ended: bool,
+}
+
+impl Audited {
+    /// Writes the attempt down and waits until it is on the disk.
+    pub(crate) fn begin(
+        log: Log,
+        caller: &Caller,
+        tool: &str,
+        arguments: &serde_json::Value,
+        id: &str,
+    ) -> Result<Self> {
+        let record = Record { result: b"pending".to_vec(), ..record(caller, tool, arguments, id, "attempt") };
+        log.append(record.clone())?;
+        Ok(Self { log, record, ended: false })
+    }
+
+    /// Writes down what became of it: `success`, or `error` with the error's code.
+    ///
+    /// # Errors
+    /// `audit_failed`; the operation has been done all the same.
+    pub fn end<T>(self, outcome: &Result<T>) -> Result<()> {
+        match outcome {
+            Ok(_) => self.end_as(Ending::Success, ""),
+            Err(error) => self.end_as(Ending::Error, error.code().slug()),
+        }
+    }
+
+    /// Writes down what became of it, and a word that says why.
+    ///
+    /// # Errors
+    /// As [`Self::end`].
+    pub fn end_as(mut self, ending: Ending, reason: &str) -> Result<()> {
+        self.write(ending, reason)
+    }
+
+    fn write(&mut self, ending: Ending, reason: &str) -> Result<()> {
+        self.ended = true;
+        let (result, reason, stage) = (word(ending.word()), word(reason), word("outcome"));
+        self.log.append(Record { result, reason, stage, ..self.record.clone() }).map(drop)
+    }
+}
+
+impl Drop for Audited {
+    fn drop(&mut self) {
+        if !self.ended
+            && let Err(error) = self.write(Ending::Unknown, "interrupted")
+        {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+/// Writes down that something was not allowed; it needs no attempt, for nothing is done.
+pub(crate) fn denied(
+    log: &Log,
+    caller: &Caller,
+    tool: &str,
+    arguments: &serde_json::Value,
+    id: &str,
+    reason: &str,
+) -> Result<()> {
+    let record = record(caller, tool, arguments, id, "outcome");
+    log.append(Record { result: word(Ending::Denied.word()), reason: word(reason), ..record }).map(drop)
+}
+
+/// A record without its result; time and number come when it is written.
+fn record(caller: &Caller, tool: &str, arguments: &serde_json::Value, id: &str, stage: &str) -> Record {
+    Record {
+        time: Timestamp::UNIX_EPOCH,
+        face: caller.face,
+        agent: word(caller.agent.as_deref().unwrap_or_default()),
+        tool: word(tool),
+        params: redact::params(arguments).into_bytes(),
+        result: Vec::new(),
+        reason: Vec::new(),
+        actor: word(&caller.actor),
+        id: word(id),
+        stage: word(stage),
+        seq: 0,
+    }
+}
+
+fn word(text: &str) -> Vec<u8> {
+    head(text, MAX_WORD).as_bytes().to_vec()
+}
+
+/// The audit log cannot be used, and so nothing is done.
+fn failed(what: impl std::fmt::Display, source: std::io::Error) -> Error {
+    Error::new(crate::error::Code::AuditFailed, format!("the audit log cannot be written: {what}: {source}"))
+        .hint("nothing that has to be audited is done without it; make it writable again, then try again")
+        .because(source)
+}

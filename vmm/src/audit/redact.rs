@@ -1,0 +1,246 @@
+//! What of an operation's arguments may be written down. Pure.
+//!
+//! Secrets are recognised by the names of what holds them: a secret in the middle of a shell script is not. Invariant: what
+//! comes out is JSON of at most [`LIMIT`] bytes and a bit, and says how much was left out.
+
+use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
+
+use crate::hex;
+use crate::text::head;
+
+/// The longest arguments that are written down as they are, in bytes.
+pub const LIMIT: usize = 4096;
+/// How much is shown of those that are longer.
+const HEAD: usize = 1024;
+/// The longest name that is kept of those.
+const NAME: usize = 128;
+
+/// Words in a name that say that its value is nobody's business.
+const SECRET: [&str; 10] = [
+    "passphrase",
+    "credential",
+    "credentials",
+    "authorization",
+    "cookie",
+    "stdin",
+    "content",
+    "contents",
+    "data",
+    "apikey",
+];
+/// Ends of such words: `PGPASSWORD`.
+const SECRET_END: [&str; 4] = ["token", "secret", "password", "passwd"];
+
+/// Arguments as they are written down: redacted, as JSON, of limited length.
+#[must_use]
+pub fn params(arguments: &Value) -> String {
+    let redacted = value(arguments);
+    let text = redacted.to_string();
+    if text.len() <= LIMIT {
+        return text;
+    }
+    let mut short = Map::new();
+    // Which VM it was about must be found all the same.
+    if let Some(name) = redacted.get("name").and_then(Value::as_str).filter(|name| name.len() <= NAME) {
+        short.insert("name".into(), name.into());
+    }
+    short.insert("sha256".into(), hex::encode(&Sha256::digest(text.as_bytes())).into());
+    short.insert("bytes".into(), text.len().into());
+    short.insert("head".into(), head(&text, HEAD).into());
+    Value::Object(short).to_string()
+}
+
+fn value(from: &Value) -> Value {
+    match from {
+        Value::Object(fields) => {
+            Value::Object(fields.iter().map(|(key, value)| (key.clone(), field(key, value))).collect())
+        }
+        Value::Array(items) => list(items),
+        other => other.clone(),
+    }
+}
+
+fn field(key: &str, from: &Value) -> Value {
+    if matches!(key.to_ascii_lowercase().as_str(), "env" | "environment") {
+        return names_only(from);
+    }
+    if is_secret(key) { hidden(from) } else { value(from) }
+}
+
+/// Items of a list; of those that are arguments of a command, `--password x`, `--password=x`, `TOKEN=x` and `Cookie: x` lose
+/// the value.
+fn list(items: &[Value]) -> Value {
+    let mut secret_follows = false;
+    let redacted = items.iter().map(|item| {
+        let text = item.as_str();
+        if std::mem::take(&mut secret_follows) && !text.is_some_and(|text| text.starts_with("--")) {
+            return hidden(item);
+        }
+        let Some(text) = text else { return value(item) };
+        secret_follows = text.starts_with("--") && is_word(text) && is_secret(text);
+        pair(text.as_bytes()).map_or_else(|| item.clone(), Value::from)
+    });
+    Value::Array(redacted.collect())
+}
+
+/// `NAME=VALUE` or `NAME: VALUE` without the value, if that is a secret.
+fn pair(text: &[u8]) -> Option<String> {
+    let at = text.iter().position(|b| matches!(b, b'=' | b':'))?;
+    let name = std::str::from_utf8(&text[..at]).ok()?;
+    (is_word(name) && is_secret(name)).then(|| format!("{name}{}{}", char::from(text[at]), hint(text.len() - at - 1)))
+}
+
+/// Of environment variables only the names.
+fn names_only(environment: &Value) -> Value {
+    let name = |pair: &str| Value::from(pair.split_once('=').map_or(pair, |(name, _)| name));
+    match environment {
+        Value::Array(pairs) => {
+            pairs.iter().map(|pair| pair.as_str().map_or_else(|| hidden(pair), name)).collect::<Vec<_>>().into()
+        }
+        Value::Object(variables) => variables.keys().cloned().collect::<Vec<_>>().into(),
+        Value::String(pair) => name(pair),
+        other => hidden(other),
+    }
+}
+
+fn hidden(from: &Value) -> Value {
+    match from {
+        Value::Null | Value::Bool(_) => from.clone(),
+        Value::String(text) => hint(text.len()).into(),
+        other => hint(other.to_string().len()).into(),
+    }
+}
+
+fn hint(bytes: usize) -> String {
+    format!("[redacted: {bytes} bytes]")
+}
+
+fn is_word(text: &str) -> bool {
+    text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
+/// Whether one of the words a name is made of is secret: `apiToken`, `API_TOKEN`, `--api-token`;
+/// or it is the key of somebody or something.
+fn is_secret(name: &str) -> bool {
+    let words = words(name);
+    let has = |wanted: &[&str]| words.iter().any(|word| wanted.contains(&word.as_str()));
+    let key = has(&["key"]) && has(&["api", "private", "access"]);
+    key || words.iter().any(|word| SECRET.contains(&word.as_str()) || SECRET_END.iter().any(|end| word.ends_with(end)))
+}
+
+fn words(name: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut after_small = false;
+    for c in name.chars() {
+        if !c.is_ascii_alphanumeric() || (c.is_ascii_uppercase() && after_small) {
+            words.push(String::new());
+        }
+        after_small = c.is_ascii_lowercase();
+        if c.is_ascii_alphanumeric()
+            && let Some(word) = words.last_mut()
+        {
+            word.push(c.to_ascii_lowercase());
+        }
+    }
+    words
+}
+
+/// Bytes that need not be text, for arguments: as text where they are, else in hexadecimal.
+#[must_use]
+pub fn bytes(from: &[u8]) -> Value {
+    match std::str::from_utf8(from) {
+        Ok(text) => text.into(),
+        // What is a secret must be known as one while it can be.
+        Err(_) => pair(from).map_or_else(|| json!({ "hex": hex::encode(from) }), Value::from),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn redacted(from: &Value) -> Value {
+        serde_json::from_str(&params(from)).unwrap()
+    }
+
+    #[test]
+    fn secrets_are_known_by_their_names() {
+        let from = json!({
+            "name": "web", "token": "t0ps3cret", "apiToken": "x", "webhook-secret": "yy", "PASSWORD": "zzz", "stdin": "hello",
+            "content": "file", "data": [1, 2], "private_key": "k", "public_key": "p", "tokens_left": 3, "interactive": true,
+            "nested": { "content": null, "user": "root" }
+        });
+        assert_eq!(
+            redacted(&from),
+            json!({
+                "name": "web", "token": "[redacted: 9 bytes]", "apiToken": "[redacted: 1 bytes]",
+                "webhook-secret": "[redacted: 2 bytes]", "PASSWORD": "[redacted: 3 bytes]", "stdin": "[redacted: 5 bytes]",
+                "content": "[redacted: 4 bytes]", "data": "[redacted: 5 bytes]", "private_key": "[redacted: 1 bytes]",
+                "public_key": "p", "tokens_left": 3, "interactive": true, "nested": { "content": null, "user": "root" }
+            })
+        );
+    }
+
+    #[test]
+    fn of_the_environment_the_names_are_kept() {
+        let env = json!({ "env": ["LANG=C", "TOKEN=a=b", "EMPTY=", 7] });
+        assert_eq!(redacted(&env), json!({ "env": ["LANG", "TOKEN", "EMPTY", "[redacted: 1 bytes]"] }));
+        assert_eq!(redacted(&json!({ "environment": { "A": "b" } })), json!({ "environment": ["A"] }));
+    }
+
+    #[test]
+    fn arguments_of_a_command_that_are_called_secret_are_left_out() {
+        for (argument, kept) in [
+            (&["--password", "hunter2", "x"][..], &["--password", "[redacted: 7 bytes]", "x"][..]),
+            (&["--password", "-hunter2"], &["--password", "[redacted: 8 bytes]"]),
+            (&["--token", "--force"], &["--token", "--force"]),
+            (&["--api-token=abc", "--user=me"], &["--api-token=[redacted: 3 bytes]", "--user=me"]),
+            (
+                &["PGPASSWORD=x", "DB_PASSWORD=a=b"],
+                &["PGPASSWORD=[redacted: 1 bytes]", "DB_PASSWORD=[redacted: 3 bytes]"],
+            ),
+            (&["-H", "Authorization: Bearer x"], &["-H", "Authorization:[redacted: 9 bytes]"]),
+            (&["a b token=x", "http://x:y"], &["a b token=x", "http://x:y"]),
+        ] {
+            assert_eq!(redacted(&json!({ "command": argument })), json!({ "command": kept }));
+        }
+    }
+
+    #[test]
+    fn what_is_too_long_becomes_a_hash_and_a_head() {
+        let fits = json!({ "a": "x".repeat(LIMIT - 8) });
+        assert_eq!(params(&fits), fits.to_string());
+        let long = json!({ "command": "é".repeat(LIMIT), "name": "web" });
+        let short = redacted(&long);
+        assert_eq!(short["name"], "web");
+        assert_eq!(short["bytes"], long.to_string().len());
+        assert_eq!(short["sha256"], hex::encode(&Sha256::digest(long.to_string().as_bytes())));
+        assert!(long.to_string().starts_with(short["head"].as_str().unwrap()));
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_kept_as_digits() {
+        assert_eq!((bytes(b"ls"), bytes(b"\xff\x00")), (json!("ls"), json!({ "hex": "ff00" })));
+        assert_eq!(bytes(b"--token=\xff\x00"), "--token=[redacted: 2 bytes]");
+        let command = json!({ "command": ["--token", bytes(b"\xff"), bytes(b"\xff")] });
+        let kept = json!({ "command": ["--token", "[redacted: 12 bytes]", { "hex": "ff" }] });
+        assert_eq!(redacted(&command), kept);
+    }
+
+    proptest! {
+        #[test]
+        fn a_secret_never_comes_out(secret in "[A-Z]{12,40}", key in "(my_)?(token|secret|password|stdin|content|data)") {
+            let from = json!({ &key: &secret, "deep": [{ &key: [&secret] }], "env": [format!("K={secret}")], "command": [format!("--{key}"), &secret, format!("{key}={secret}")] });
+            prop_assert!(!params(&from).contains(&secret), "{}", params(&from));
+        }
+
+        #[test]
+        fn the_length_is_limited(text in "\\PC{0,3000}") {
+            let written = params(&json!({ "name": &text, "command": [&text, &text] }));
+            prop_assert!(written.len() <= LIMIT + 4 * HEAD, "{}", written.len());
+        }
+    }
+}
