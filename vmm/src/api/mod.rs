@@ -11,6 +11,7 @@ pub mod snapshot;
 pub mod template;
 pub mod token;
 pub mod vm;
+pub mod webhook;
 
 pub use copy::*;
 pub use event::*;
@@ -22,3 +23,4 @@ pub use snapshot::*;
 pub use template::*;
 pub use token::*;
 pub use vm::*;
+pub use webhook::*;
