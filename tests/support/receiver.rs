@@ -117,11 +117,6 @@ impl Receiver {
     pub fn messages(&self) -> Vec<Message> {
         self.shared.lock().unwrap().messages.clone()
     }
-
-    /// How many messages were taken so far.
-    pub fn taken(&self) -> usize {
-        self.shared.lock().unwrap().messages.iter().filter(|message| message.taken).count()
-    }
 }
 
 impl Drop for Receiver {

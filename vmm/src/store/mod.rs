@@ -115,7 +115,8 @@ const STEPS: [&str; 6] = [
     ) STRICT;
     CREATE INDEX deliveries_of ON deliveries (webhook_id, id);
     CREATE INDEX deliveries_pending ON deliveries (webhook_id, lane, id) WHERE state = 'pending';
-    CREATE INDEX deliveries_due ON deliveries (webhook_id, due_ms) WHERE due_ms IS NOT NULL;",
+    CREATE INDEX deliveries_due ON deliveries (webhook_id, due_ms) WHERE due_ms IS NOT NULL;
+    CREATE INDEX deliveries_done ON deliveries (webhook_id, done_ms) WHERE done_ms IS NOT NULL;",
 ];
 /// What this build writes into `user_version`.
 const SCHEMA_VERSION: i64 = STEPS.len() as i64;

@@ -221,11 +221,11 @@ impl Store {
     /// # Errors
     /// Of the store.
     pub fn prune_deliveries(&self, now_ms: i64) -> Result<()> {
-        let old = "DELETE FROM deliveries WHERE state <> 'pending' AND done_ms < ?1";
-        self.connection.execute(old, [now_ms - KEPT_MS]).map_err(fault)?;
-        let many = "DELETE FROM deliveries WHERE webhook_id = ?1 AND state <> 'pending' AND id <= (SELECT id FROM deliveries \
-                    WHERE webhook_id = ?1 AND state <> 'pending' ORDER BY id DESC LIMIT 1 OFFSET ?2)";
         for (webhook, _) in self.webhooks()? {
+            let old = "DELETE FROM deliveries WHERE webhook_id = ?1 AND done_ms < ?2";
+            self.connection.execute(old, params![webhook.id, now_ms - KEPT_MS]).map_err(fault)?;
+            let many = "DELETE FROM deliveries WHERE id IN (SELECT id FROM deliveries WHERE webhook_id = ?1 AND \
+                        done_ms IS NOT NULL ORDER BY done_ms DESC, id DESC LIMIT -1 OFFSET ?2)";
             self.connection.execute(many, params![webhook.id, KEPT]).map_err(fault)?;
         }
         Ok(())
@@ -426,6 +426,8 @@ mod tests {
             "SELECT min(due_ms) FROM deliveries WHERE webhook_id = 'a' AND due_ms > 1",
             "SELECT EXISTS (SELECT 1 FROM deliveries WHERE due_ms IS NOT NULL)",
             "SELECT min(id) FROM deliveries WHERE webhook_id = 'a' AND lane = 'b' AND state = 'pending'",
+            "SELECT id FROM deliveries WHERE webhook_id = 'a' AND done_ms < 1",
+            "SELECT id FROM deliveries WHERE webhook_id = 'a' AND done_ms IS NOT NULL ORDER BY done_ms DESC, id DESC LIMIT 9",
         ] {
             let explain = format!("EXPLAIN QUERY PLAN {query}");
             let plan: Vec<String> = store

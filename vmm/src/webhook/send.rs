@@ -200,3 +200,52 @@ fn reason(error: &reqwest::Error) -> String {
     let text: String = deepest.to_string().chars().flat_map(char::escape_debug).take(WHY_MAX).collect();
     format!("no answer: {text}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(url: &str, allow_private: bool) -> WebhookRow {
+        WebhookRow {
+            id: "w".into(),
+            url: url.into(),
+            events: Vec::new(),
+            format: WebhookFormat::Standard,
+            secret: Secret::new([7; 32]),
+            allow_private,
+            created_at: Timestamp::UNIX_EPOCH,
+            disabled: None,
+        }
+    }
+
+    async fn why(url: &str, allow_private: bool) -> String {
+        match Sender::new(&row(url, allow_private)).unwrap().post("msg", "{}".into()).await {
+            Answer { status: None, verdict: Verdict::Again { why, .. } } => why,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_name_that_leads_inside_is_not_followed() {
+        let error = resolve("localhost", false).await.unwrap_err();
+        assert_eq!(error.code(), Code::WebhookInvalid);
+        assert!(resolve("localhost", true).await.unwrap().iter().all(|address| address.ip().is_loopback()));
+        // The check stands where the connection is made, not only where an endpoint is added.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let refused = why(&format!("https://localhost:{port}/secret-path"), false).await;
+        assert!(refused.ends_with("is not one of the Internet's"), "{refused}");
+        listener.set_nonblocking(true).unwrap();
+        assert!(listener.accept().is_err(), "nothing was connected to");
+        assert!(Sender::new(&row("https://127.0.0.1/", false)).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_reason_never_tells_the_url() {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let refused = why(&format!("http://127.0.0.1:{port}/secret-path"), true).await;
+        assert!(refused.contains("refused") && !refused.contains("secret-path"), "{refused}");
+        let unknown = why("https://nobody.invalid/secret-path", false).await;
+        assert_eq!(unknown, "the endpoint's name cannot be resolved");
+    }
+}
