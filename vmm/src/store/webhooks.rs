@@ -48,6 +48,10 @@ impl WebhookRow {
 
 const COLUMNS: &str = "id, url, events, format, secret, allow_private, created_ms, disabled";
 
+/// The columns of a delivery that is listed.
+const DELIVERY: &str =
+    "id, webhook_id, event, cursor, state, attempts, due_ms, last_status, last_error, created_ms, done_ms";
+
 /// A row as SQLite gives it, to be decoded by [`row_of`].
 type Raw = (String, String, String, String, String, bool, i64, Option<String>);
 
@@ -140,10 +144,8 @@ impl Store {
     /// # Errors
     /// Of the store.
     pub fn deliveries(&self, webhook_id: Option<&str>) -> Result<Vec<Delivery>> {
-        let columns =
-            "id, webhook_id, event, cursor, state, attempts, due_ms, last_status, last_error, created_ms, done_ms";
         let of = if webhook_id.is_some() { "WHERE webhook_id = ?1" } else { "WHERE ?1 IS NULL" };
-        let query = format!("SELECT {columns} FROM deliveries {of} ORDER BY id DESC LIMIT ?2");
+        let query = format!("SELECT {DELIVERY} FROM deliveries {of} ORDER BY id DESC LIMIT ?2");
         let mut statement = self.connection.prepare(&query).map_err(fault)?;
         let limit = i64::try_from(DELIVERIES_MAX).unwrap_or(i64::MAX);
         let mut rows = statement.query(params![webhook_id, limit]).map_err(fault)?;
@@ -160,10 +162,8 @@ impl Store {
     /// # Errors
     /// `webhook_not_found`.
     pub fn delivery(&self, id: u64) -> Result<Delivery> {
-        let columns =
-            "id, webhook_id, event, cursor, state, attempts, due_ms, last_status, last_error, created_ms, done_ms";
         let mut statement =
-            self.connection.prepare(&format!("SELECT {columns} FROM deliveries WHERE id = ?1")).map_err(fault)?;
+            self.connection.prepare(&format!("SELECT {DELIVERY} FROM deliveries WHERE id = ?1")).map_err(fault)?;
         let mut rows = statement.query([i64::try_from(id).unwrap_or(i64::MAX)]).map_err(fault)?;
         rows.next().map_err(fault)?.map(delivery).transpose()?.ok_or_else(|| {
             Error::new(Code::WebhookNotFound, format!("there is no delivery {id}"))
@@ -172,7 +172,7 @@ impl Store {
     }
 }
 
-/// A delivery of a row with the columns of [`Store::deliveries`].
+/// A delivery of a row with the columns of [`DELIVERY`].
 fn delivery(row: &Row<'_>) -> Result<Delivery> {
     fn get<T: rusqlite::types::FromSql>(row: &Row<'_>, column: usize) -> Result<T> {
         row.get(column).map_err(fault)
