@@ -15,6 +15,7 @@ mod run;
 mod terminal;
 mod travel;
 mod usage;
+mod webhook_endpoints;
 mod webhooks;
 
 #[path = "../support/mod.rs"]

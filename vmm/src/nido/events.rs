@@ -139,7 +139,7 @@ impl Watch {
         Ok(Self { descriptor })
     }
 
-    /// Returns when something may have been written since the last time, at the latest after [`LOOK_EVERY`].
+    /// Returns when something may have been written since the last time, at the latest after `LOOK_EVERY`.
     pub async fn changed(&mut self) {
         let readable = tokio::time::timeout(LOOK_EVERY, self.descriptor.readable()).await;
         if let Ok(Ok(mut guard)) = readable {

@@ -2,7 +2,7 @@
 //!
 //! Every method is one transaction. Uniqueness is a constraint, a change of state a conditional `UPDATE`. Whoever
 //! changes a VM's row beyond its forwards holds the VM's `supervisor.lock`. What happens to VMs becomes an event in the
-//! same transaction ([`events`]).
+//! same transaction (`events`).
 
 mod events;
 mod outbox;

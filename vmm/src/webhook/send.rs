@@ -1,7 +1,7 @@
 //! One attempt: a signed message is posted, and the answer's status is all that is read of it.
 //!
 //! Invariant: the addresses that were checked are the very addresses that are connected to. A name goes through
-//! [`Checked`], an address in the URL itself through [`Sender::new`], and redirects are not followed.
+//! `Checked`, an address in the URL itself through [`Sender::new`], and redirects are not followed.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
