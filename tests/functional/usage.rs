@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use crate::support::Home;
 
-const VERBS: [&str; 24] = [
+const VERBS: [&str; 25] = [
     "spawn",
     "create",
     "start",
@@ -26,6 +26,7 @@ const VERBS: [&str; 24] = [
     "proxy",
     "template",
     "pool",
+    "webhook",
     "doctor",
     "completions",
     "man",

@@ -92,6 +92,9 @@ fn an_endpoint_that_is_gone_is_not_asked_again() {
     let after = deliveries(&home);
     assert!(!after.is_empty() && after.iter().all(|delivery| delivery["state"] == "failed"), "{after:?}");
     home.nido(["webhook", "redeliver", "1", "--json"]).run().fails(2, "webhook_invalid");
+    let doctor = home.nido(["doctor", "--json"]).run().json();
+    let check = doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == "webhooks").unwrap();
+    assert_eq!(check["status"], "warning", "{check}");
     assert!(home.nido(["webhook", "list"]).run().ok().text().contains("disabled: "));
     remove(&home, &webhook);
     home.nido(["webhook", "remove", webhook["id"].as_str().unwrap(), "--json"]).run().fails(1, "webhook_not_found");

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use proptest::prelude::*;
 
 use super::*;
-use crate::api::{Delivery, EventDetails, WebhookFormat};
+use crate::api::{Delivery, EventDetails, EventKind, WebhookFormat};
 use crate::store::WebhookRow;
 use crate::webhook::Secret;
 
