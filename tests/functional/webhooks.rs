@@ -126,6 +126,8 @@ fn a_deliverer_that_is_killed_again_and_again_loses_nothing() {
     let receiver = Receiver::start();
     let home = Home::new();
     add(&home, &receiver.url());
+    // So that it is killed while it waits for an answer, too.
+    receiver.dawdle(Duration::from_millis(10));
     const ROUNDS: usize = 25;
     for round in 0..ROUNDS {
         let name = format!("vm-{}", round % 3);

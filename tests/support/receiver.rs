@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -54,6 +55,7 @@ impl Message {
 struct Shared {
     replies: VecDeque<Reply>,
     hangs: bool,
+    dawdles: Duration,
     messages: Vec<Message>,
     streams: Vec<TcpStream>,
     ends: bool,
@@ -113,6 +115,11 @@ impl Receiver {
         self.shared.lock().unwrap().hangs = true;
     }
 
+    /// From now on it takes its time for each answer.
+    pub fn dawdle(&self, time: Duration) {
+        self.shared.lock().unwrap().dawdles = time;
+    }
+
     /// All messages so far.
     pub fn messages(&self) -> Vec<Message> {
         self.shared.lock().unwrap().messages.clone()
@@ -155,13 +162,14 @@ fn serve(stream: TcpStream, shared: &Mutex<Shared>) -> std::io::Result<()> {
             headers.iter().find(|(name, _)| name == "content-length").map_or(0, |(_, value)| value.parse().unwrap());
         let mut body = vec![0; length];
         reader.read_exact(&mut body)?;
-        let reply = {
+        let (reply, pause) = {
             let mut shared = shared.lock().unwrap();
             let told = shared.replies.pop_front().or_else(|| shared.hangs.then_some(Reply::Hang));
             let body = String::from_utf8(body).unwrap();
             shared.messages.push(Message { headers, body, taken: told.is_none() });
-            told.unwrap_or_else(|| Reply::status(200, ""))
+            (told.unwrap_or_else(|| Reply::status(200, "")), shared.dawdles)
         };
+        std::thread::sleep(pause);
         match reply {
             Reply::Say(text) => stream.write_all(text.as_bytes())?,
             Reply::Last(text) => {

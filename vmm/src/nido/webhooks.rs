@@ -113,3 +113,22 @@ impl Nido {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nido::OpenOptions;
+
+    fn send<T: Send>(_: &T) {}
+
+    /// Servers call the API from several threads.
+    #[test]
+    fn every_operation_can_wander_between_threads() {
+        let check = |nido: &Nido, request: WebhookRequest| {
+            send(&nido.webhook_add(request));
+            send(&nido.webhook_test("1"));
+        };
+        let _ = check;
+        send(&Nido::deliver(OpenOptions::default()));
+    }
+}

@@ -158,7 +158,10 @@ impl Desk {
         let now = now_ms();
         let attempts: Vec<_> = self.landed.drain(..).map(|(flight, answer)| judge(&flight, answer, now)).collect();
         let mut tries = 0;
-        while let Err(error) = nido.store().settle(&attempts, now) {
+        loop {
+            // The store is let go of before anything is waited for.
+            let written = nido.store().settle(&attempts, now);
+            let Err(error) = written else { break };
             tries += 1;
             if tries == WRITES_MAX {
                 return Err(error);
