@@ -177,7 +177,7 @@ impl Verb {
             Self::Proxy(args) => args.run(cx).await,
             Self::Snapshot(args) => args.run(cx).await,
             Self::Fork(args) => Box::pin(args.run(cx)).await,
-            Self::Template(args) => args.run(cx).await,
+            Self::Template(args) => Box::pin(args.run(cx)).await,
             Self::Pool(args) => Box::pin(args.run(cx)).await,
             Self::ApiServer(args) => Box::pin(args.run(cx)).await,
             Self::Token(args) => args.run(cx).await,

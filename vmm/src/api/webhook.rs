@@ -12,7 +12,7 @@ pub const WEBHOOKS_MAX: usize = 64;
 pub const DELIVERIES_MAX: usize = 1000;
 
 /// What an endpoint is sent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum WebhookFormat {
     /// The event as JSON, signed.
@@ -45,7 +45,7 @@ impl std::str::FromStr for WebhookFormat {
 }
 
 /// The endpoint to be added.
-#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct WebhookRequest {
     /// Where messages are posted: `https://…`; `http://…` only with `allow_private`. At most 2048 bytes.
@@ -76,7 +76,7 @@ impl std::fmt::Debug for WebhookRequest {
 }
 
 /// One endpoint. Its secret is told once, when it is added.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct WebhookInfo {
     /// Its id.
     pub id: String,
@@ -97,7 +97,7 @@ pub struct WebhookInfo {
 }
 
 /// The endpoint that was added.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct WebhookAdded {
     /// It.
     #[serde(flatten)]
@@ -113,14 +113,14 @@ impl std::fmt::Debug for WebhookAdded {
 }
 
 /// All endpoints.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct WebhookList {
     /// In order of their making.
     pub webhooks: Vec<WebhookInfo>,
 }
 
 /// What became of a delivery so far.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DeliveryState {
     /// It is, or will be, attempted.
@@ -154,7 +154,7 @@ impl std::str::FromStr for DeliveryState {
 }
 
 /// One event on its way to one endpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Delivery {
     /// Its number.
     pub id: u64,
@@ -183,14 +183,14 @@ pub struct Delivery {
 }
 
 /// Some deliveries, the oldest first.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct DeliveryList {
     /// The newest [`DELIVERIES_MAX`] at most.
     pub deliveries: Vec<Delivery>,
 }
 
 /// How a test message fared.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct WebhookTest {
     /// The endpoint.
     pub webhook_id: String,

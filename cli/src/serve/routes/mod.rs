@@ -14,6 +14,7 @@ mod snapshots;
 mod socket;
 mod templates;
 mod vms;
+mod webhooks;
 
 use std::sync::Arc;
 
@@ -41,6 +42,7 @@ pub fn described() -> OpenApiRouter<Arc<App>> {
         .merge(forwards::routes())
         .merge(templates::routes())
         .merge(pools::routes())
+        .merge(webhooks::routes())
         .merge(logs::routes())
         .merge(events::routes())
         .merge(operations::routes())
