@@ -128,7 +128,10 @@ fn shells_get_their_completions() {
         assert!(script.text().contains("nido") && script.text().contains("require-isolation"), "{shell}");
     }
     let bash = home.nido(["completions", "bash"]).run().ok();
-    let checked = std::process::Command::new("bash").args(["-n", "-c", bash.text()]).status().unwrap();
+    // Longer than one argument may be.
+    let script = home.scratch("completions");
+    std::fs::write(&script, bash.text()).unwrap();
+    let checked = std::process::Command::new("bash").arg("-n").arg(&script).status().unwrap();
     assert!(checked.success());
 }
 

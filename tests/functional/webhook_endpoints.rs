@@ -197,6 +197,9 @@ fn a_test_message_tells_how_it_fared() {
     let home = Home::bare();
     let webhook = add(&home, &receiver.url());
     let id = webhook["id"].as_str().unwrap();
+    let mut listed = home.nido(["webhook", "list", "--json"]).run().ok().json()["webhooks"][0].clone();
+    listed["secret"] = webhook["secret"].clone();
+    assert_eq!(listed, webhook, "what is told of it at first is told of it later, but for the secret");
     let test = home.nido(["webhook", "test", id, "--json"]).run().ok().json();
     assert_eq!((&test["delivered"], &test["status"], &test["error"]), (&true.into(), &200.into(), &Value::Null));
     let message = receiver.messages().pop().unwrap();

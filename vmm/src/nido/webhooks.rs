@@ -42,7 +42,7 @@ impl Nido {
             format,
             secret,
             allow_private,
-            created_at: Timestamp::now(),
+            created_at: now(),
             disabled: None,
         };
         self.store().add_webhook(&row)?;
@@ -95,7 +95,7 @@ impl Nido {
     pub async fn webhook_test(&self, id: &str) -> Result<WebhookTest> {
         let row = self.store().webhook(id)?;
         let message_id = format!("msg_{id}_test_{}", new_id()?);
-        let body = encode_body(&Body::test(Timestamp::now()))?;
+        let body = encode_body(&Body::test(now()))?;
         let began = Instant::now();
         let answer = Sender::new(&row)?.post(&message_id, body).await;
         let error = match answer.verdict {
@@ -112,6 +112,12 @@ impl Nido {
             duration_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
         })
     }
+}
+
+/// Now, in the milliseconds that the store keeps.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
 }
 
 #[cfg(test)]
