@@ -327,7 +327,9 @@ fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
     let home = Home::new();
     let server = Server::start(&home);
     server.post("/v1/vms", &json!({"name": "web", "accel": "tcg"})).ok(201);
-    server.post("/v1/vms/web/exec", &json!({"command": "exit 3", "env": {"TOKEN": "s3cret"}, "stdin": "hunter2"})).ok(200);
+    server
+        .post("/v1/vms/web/exec", &json!({"command": "exit 3", "env": {"TOKEN": "s3cret"}, "stdin": "hunter2"}))
+        .ok(200);
     server.get("/v1/vms/web/files?path=/etc/hostname");
     server.post("/v1/vms/nobody/stop", &json!({})).problem(404, "vm_not_found");
     let lines = home.nido(["audit", "show", "--json"]).run().ok().json()["records"].as_array().unwrap().clone();

@@ -17,6 +17,8 @@ mod run;
 mod terminal;
 mod travel;
 mod usage;
+mod webhook_endpoints;
+mod webhooks;
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use crate::support::Home;
 
-const VERBS: [&str; 25] = [
+const VERBS: [&str; 29] = [
     "spawn",
     "create",
     "start",
@@ -27,9 +27,13 @@ const VERBS: [&str; 25] = [
     "template",
     "pool",
     "audit",
+    "webhook",
     "doctor",
     "completions",
     "man",
+    "events",
+    "api-server",
+    "token",
 ];
 
 #[test]

@@ -4,6 +4,7 @@
 
 pub mod http;
 pub mod processes;
+pub mod receiver;
 pub mod run;
 pub mod terminal;
 

@@ -103,6 +103,8 @@ codes! {
     DiskFull "disk_full" Unavailable 507 "The disk is full";
     ToolMissing "tool_missing" Unavailable 503 "A program that is needed is not installed";
     SpecInvalid "spec_invalid" Invalid 422 "The request is not valid";
+    WebhookInvalid "webhook_invalid" Invalid 422 "Not a valid webhook";
+    WebhookNotFound "webhook_not_found" NotFound 404 "No such webhook, or no such delivery";
     Internal "internal" Internal 500 "Internal error";
 }
 

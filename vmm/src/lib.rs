@@ -13,6 +13,8 @@
 //!     supervisor/  one process per running VM: owns QEMU, carries sessions, keeps limits
 //!        |   \
 //!      qemu/   guest/   its command line, process and monitor; the client of the agent inside
+//!
+//!     webhook/     messages about events: signed, retried, delivered by a process that lives while there are some
 //! ```
 //!
 //! Invariants: state.rs is the only place that knows which request is allowed when; nothing outside `home.rs` makes a path
@@ -38,3 +40,4 @@ pub mod state;
 pub mod store;
 pub mod supervisor;
 pub mod text;
+pub mod webhook;

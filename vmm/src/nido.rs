@@ -7,11 +7,13 @@
 //! command has settled it (`nido/settle.rs`).
 
 mod audit;
+mod background;
 mod bake;
 mod claim;
 mod copies;
 mod create;
 mod delete;
+mod deliverer;
 mod doctor;
 mod events;
 mod exec;
@@ -27,11 +29,13 @@ mod supervision;
 mod templates;
 mod tokens;
 mod travel;
+mod webhooks;
 
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 pub(crate) use create::guest_network;
+pub(crate) use deliverer::StoreGuard;
 pub use events::{EventFeed, Watch};
 pub use exec::{ExecControl, ExecEvents};
 pub(crate) use lifecycle::random_cid;
@@ -69,6 +73,7 @@ impl Nido {
     pub async fn open(options: OpenOptions) -> Result<Self> {
         let nido = Self::open_unsettled(options)?;
         nido.settle_all().await?;
+        nido.go_on_delivering();
         Ok(nido)
     }
 
@@ -95,9 +100,10 @@ impl Nido {
         &self.options
     }
 
-    pub(crate) fn store(&self) -> MutexGuard<'_, Store> {
+    /// The store, until the guard is dropped. If deliveries were queued meanwhile, that sees to it that they are sent.
+    pub(crate) fn store(&self) -> StoreGuard<'_> {
         // Each method of the store is a transaction of its own: a panic in one leaves nothing half-done.
-        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+        StoreGuard::new(self, self.store.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(crate) fn vm_dir(&self, id: &str) -> VmDir {

@@ -24,6 +24,7 @@ none does. VMs do not depend on the server: it may be stopped at any time.";
 
 /// Serve the REST API
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     #[command(subcommand)]
     verb: Verb,

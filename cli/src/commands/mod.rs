@@ -9,6 +9,7 @@ mod copy;
 mod cp;
 mod create;
 mod delete;
+mod deliver;
 mod doctor;
 mod download;
 mod events;
@@ -36,6 +37,7 @@ mod template;
 mod token;
 mod upload;
 mod vm_args;
+mod webhook;
 
 use std::path::PathBuf;
 
@@ -126,6 +128,7 @@ pub enum Verb {
     ApiServer(api_server::Args),
     Token(token::Args),
     Audit(audit::Args),
+    Webhook(webhook::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -133,6 +136,8 @@ pub enum Verb {
     Supervise(supervise::Args),
     #[command(hide = true)]
     PoolFill(pool_fill::Args),
+    #[command(hide = true)]
+    Deliver(deliver::Args),
 }
 
 impl Verb {
@@ -174,16 +179,18 @@ impl Verb {
             Self::Proxy(args) => args.run(cx).await,
             Self::Snapshot(args) => args.run(cx).await,
             Self::Fork(args) => Box::pin(args.run(cx)).await,
-            Self::Template(args) => args.run(cx).await,
+            Self::Template(args) => Box::pin(args.run(cx)).await,
             Self::Pool(args) => Box::pin(args.run(cx)).await,
             Self::ApiServer(args) => Box::pin(args.run(cx)).await,
             Self::Token(args) => args.run(cx).await,
             Self::Audit(args) => args.run(cx).await,
+            Self::Webhook(args) => args.run(cx).await,
             Self::Doctor(args) => args.run(cx).await,
             Self::Completions(args) => args.run(cx),
             Self::Man(args) => args.run(cx),
             Self::Supervise(args) => args.run(cx).await,
             Self::PoolFill(args) => Box::pin(args.run(cx)).await,
+            Self::Deliver(args) => args.run(cx).await,
         }
     }
 }
@@ -216,11 +223,11 @@ impl Context {
     }
 }
 
-/// Begins to log to stderr, where that was asked for. Supervisors and fillers always log: their stderr is
+/// Begins to log to stderr, where that was asked for. Supervisors, fillers and deliverers always log: their stderr is
 /// their log file.
 pub fn start_log(cli: &Cli) {
     let level = match (cli.global.verbose, &cli.verb) {
-        (0, Verb::Supervise(_) | Verb::PoolFill(_)) => LevelFilter::INFO,
+        (0, Verb::Supervise(_) | Verb::PoolFill(_) | Verb::Deliver(_)) => LevelFilter::INFO,
         (0, _) => return,
         (1, _) => LevelFilter::DEBUG,
         (_, _) => LevelFilter::TRACE,

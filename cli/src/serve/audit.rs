@@ -113,6 +113,10 @@ fn tool(method: &Method, route: &str) -> Option<&'static str> {
         (_, "/v1/templates/{name}/bake") => "template_bake",
         (_, "/v1/pools/{name}") => "pool_set",
         ("DELETE", "/v1/operations/{id}") => "operation_cancel",
+        ("POST", "/v1/webhooks") => "webhook_add",
+        ("DELETE", "/v1/webhooks/{id}") => "webhook_remove",
+        (_, "/v1/webhooks/{id}/test") => "webhook_test",
+        (_, "/v1/webhooks/deliveries/{delivery}/redeliver") => "webhook_redeliver",
         // A route that this list does not know is written down all the same.
         _ => "other",
     };

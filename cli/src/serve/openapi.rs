@@ -19,7 +19,9 @@ use super::operations::Operation as Pending;
 use super::routes;
 
 /// What each noun is about.
-const TAGS: [(&str, &str); 9] = [
+const TAGS: [(&str, &str); 12] = [
+    ("host", "The host, and the server's own health."),
+    ("audit", "Who asked for what."),
     ("vms", "Virtual machines, from being made to being forgotten."),
     ("exec", "Commands in a VM."),
     ("files", "Files of a VM, streamed."),
@@ -27,6 +29,7 @@ const TAGS: [(&str, &str); 9] = [
     ("forwards", "Ports of a guest published on the host."),
     ("templates", "What VMs are made from."),
     ("pools", "Clones that wait."),
+    ("webhooks", "Endpoints that are told of events."),
     ("events", "What happened, and what happens."),
     ("operations", "What goes on, for requests with `Prefer: respond-async`."),
 ];

@@ -12,6 +12,7 @@ pub mod snapshot;
 pub mod template;
 pub mod token;
 pub mod vm;
+pub mod webhook;
 
 pub use audit::*;
 pub use copy::*;
@@ -24,3 +25,4 @@ pub use snapshot::*;
 pub use template::*;
 pub use token::*;
 pub use vm::*;
+pub use webhook::*;

@@ -1,6 +1,6 @@
 //! Looking at the host: can it run VMs, how well, and is anything left over from a crash.
 
-use crate::api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo};
+use crate::api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo, WebhookInfo};
 use crate::error::Result;
 use crate::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, VsockVerdict, facts, kvm, qemu};
 use crate::nido::Nido;
@@ -35,6 +35,7 @@ impl Nido {
         checks.push(self.check_templates()?);
         checks.extend(qemu.as_ref().ok().map(|qemu| self.check_bakes(&host, qemu)));
         checks.push(self.check_build_tools());
+        checks.extend(check_webhooks(&self.webhook_list()?.webhooks));
         checks.push(self.check_leftovers(gc).await?);
         Ok(DoctorReport { ok: checks.iter().all(|check| check.status != CheckStatus::Failed), checks })
     }
@@ -134,6 +135,26 @@ impl DoctorCheck {
     fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+}
+
+/// Whether every endpoint is still sent something. Nothing to say where there are none.
+fn check_webhooks(webhooks: &[WebhookInfo]) -> Option<DoctorCheck> {
+    let pending: u64 = webhooks.iter().map(|webhook| webhook.pending).sum();
+    let disabled = webhooks.iter().find_map(|webhook| Some((&webhook.id, webhook.disabled.as_ref()?)));
+    match disabled {
+        None if webhooks.is_empty() => None,
+        Some((id, why)) => {
+            let what = format!("webhook {id} is disabled: {why}");
+            Some(
+                check("webhooks", CheckStatus::Warning, what)
+                    .hint(format!("nido webhook remove {id}, and add it again")),
+            )
+        }
+        None => {
+            let what = format!("{} endpoints, {pending} deliveries wait for them", webhooks.len());
+            Some(check("webhooks", CheckStatus::Ok, what))
+        }
     }
 }
 

@@ -9,13 +9,9 @@
 //! Invariant: whoever changes the need looks for a filler after that, and a filler counts once more after it has let go of
 //! its lock; so no need is overlooked, and no process stays when there is none.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use tokio::process::Command;
 
 use super::bake::random_name;
 use super::create::machine_request;
@@ -43,8 +39,6 @@ const BACK_OFF: Duration = Duration::from_secs(1);
 const OTHERS_FIRST: Duration = Duration::from_millis(100);
 /// How long a filler may take to let go of the pools.
 const LET_GO: Duration = Duration::from_secs(60);
-/// Where its log is begun anew, in bytes.
-const LOG_MAX: u64 = 1 << 20;
 
 impl Nido {
     /// Sets how many clones of a template wait, for one kind of machine. They are made in the background; what is too much
@@ -144,28 +138,9 @@ impl Nido {
         if is_held(&self.home.root().join(POOL_LOCK)) {
             return;
         }
-        if let Err(error) = self.try_start_filler() {
+        if let Err(error) = self.start_in_background("pool-fill", "pool.log") {
             tracing::warn!("the pools are not refilled: {error}");
         }
-    }
-
-    fn try_start_filler(&self) -> Result<()> {
-        let broken = |e| Error::io("cannot fill the pools", e);
-        let logs = self.home.root().join("logs");
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&logs).map_err(broken)?;
-        let log =
-            OpenOptions::new().append(true).create(true).mode(0o600).open(logs.join("pool.log")).map_err(broken)?;
-        if log.metadata().is_ok_and(|meta| meta.len() > LOG_MAX) {
-            log.set_len(0).map_err(broken)?;
-        }
-        let mut command = Command::new(self.supervisor_program()?);
-        command.arg("--home").arg(self.home.root());
-        if let Some(qemu) = &self.options.qemu {
-            command.arg("--qemu").arg(qemu);
-        }
-        command.arg("pool-fill").current_dir(self.home.root());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(log));
-        command.spawn().map(drop).map_err(broken)
     }
 
     /// Works until every pool is as it shall be. The caller holds the lock.

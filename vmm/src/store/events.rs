@@ -1,7 +1,7 @@
 //! The table `events`: everything that happened, one row each, written in the transaction that made it happen.
 //!
 //! ```text
-//!  update_vm ─ insert_vm ─ claim_vm ─ remove_vm ─ announce ──> what of it is an event [pure] ──> append
+//!  update_vm ─ insert_vm ─ claim_vm ─ remove_vm ─ announce ──> what of it is an event [pure] ──> append ──> queue
 //! ```
 //!
 //! Invariant: SQLite lets one writer in at a time, so a reader that has seen a cursor will never see a smaller one appear.
@@ -91,7 +91,7 @@ pub(super) fn of_vm(row: &VmRow) -> EventDetails {
 }
 
 impl Store {
-    /// Writes an event into the transaction that is open.
+    /// Writes an event, and a delivery for every endpoint that is told of it, into the transaction that is open.
     pub(super) fn append(&self, kind: EventKind, vm: Option<&VmName>, details: &EventDetails) -> Result<()> {
         let now = Timestamp::now().as_millisecond();
         self.connection
@@ -101,6 +101,14 @@ impl Store {
             })
             .map_err(fault)?;
         let cursor = self.connection.last_insert_rowid();
+        let event = Event {
+            cursor: cursor.unsigned_abs(),
+            event: kind,
+            timestamp: Timestamp::from_millisecond(now).map_err(|e| Error::internal(e.to_string()))?,
+            vm_name: vm.cloned(),
+            details: details.clone(),
+        };
+        self.queue(&event)?;
         if cursor % PRUNED_EVERY == 0 { prune(&self.connection, cursor, now) } else { Ok(()) }
     }
 

@@ -5,26 +5,33 @@
 //! same transaction (`events.rs`).
 
 mod events;
+mod outbox;
 mod pools;
 mod row;
 mod tokens;
 mod vms;
+mod webhooks;
 
+use std::cell::Cell;
+use std::fs::{OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
+pub use outbox::{Attempt, Due, Outcome};
 pub use pools::{Claim, PoolRow};
 pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
 pub use tokens::TokenRow;
+pub use webhooks::WebhookRow;
 
 use crate::error::{Code, Error, Result};
 
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-const STEPS: [&str; 5] = [
+const STEPS: [&str; 6] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -80,6 +87,36 @@ const STEPS: [&str; 5] = [
         created_ms INTEGER NOT NULL,
         expires_ms INTEGER
     ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE webhooks (
+        id            TEXT PRIMARY KEY,
+        url           TEXT NOT NULL,
+        events        TEXT NOT NULL,             -- EventKinds; none is all
+        format        TEXT NOT NULL,             -- WebhookFormat
+        secret        TEXT NOT NULL,             -- whsec_…
+        allow_private INTEGER NOT NULL,
+        created_ms    INTEGER NOT NULL,
+        disabled      TEXT                       -- why it is sent nothing any more
+    ) STRICT;
+    CREATE TABLE deliveries (
+        id            INTEGER PRIMARY KEY AUTOINCREMENT,
+        webhook_id    TEXT NOT NULL REFERENCES webhooks(id) ON DELETE CASCADE,
+        lane          TEXT NOT NULL,             -- of one lane one at a time is sent, in order: a VM's id, a template
+        event         TEXT NOT NULL,             -- EventKind
+        cursor        INTEGER NOT NULL,          -- of the event, which may be forgotten before it is delivered
+        body          TEXT NOT NULL,             -- Body
+        state         TEXT NOT NULL DEFAULT 'pending', -- DeliveryState
+        attempts      INTEGER NOT NULL DEFAULT 0,
+        due_ms        INTEGER,                   -- of the first pending one of each lane, and of no other
+        last_status   INTEGER,
+        last_error    TEXT,
+        created_ms    INTEGER NOT NULL,
+        queued_ms     INTEGER NOT NULL,          -- when it was queued for the last time
+        done_ms       INTEGER
+    ) STRICT;
+    CREATE INDEX deliveries_of ON deliveries (webhook_id, id);
+    CREATE INDEX deliveries_pending ON deliveries (webhook_id, lane, id) WHERE state = 'pending';
+    CREATE INDEX deliveries_due ON deliveries (webhook_id, due_ms) WHERE due_ms IS NOT NULL;
+    CREATE INDEX deliveries_done ON deliveries (webhook_id, done_ms) WHERE done_ms IS NOT NULL;",
 ];
 /// What this build writes into `user_version`.
 const SCHEMA_VERSION: i64 = STEPS.len() as i64;
@@ -88,6 +125,8 @@ const SCHEMA_VERSION: i64 = STEPS.len() as i64;
 #[derive(Debug)]
 pub struct Store {
     connection: Connection,
+    /// Whether a delivery was queued since somebody asked.
+    queued: Cell<bool>,
 }
 
 impl Store {
@@ -96,6 +135,7 @@ impl Store {
     /// # Errors
     /// `disk_full`, `internal` (also for a store written by a newer nido).
     pub fn open(path: &Path) -> Result<Self> {
+        keep_private(path).map_err(|e| Error::io("cannot make the store", e))?;
         let connection = Connection::open(path).map_err(fault)?;
         connection.busy_timeout(BUSY_FOR).map_err(fault)?;
         // WAL: readers never wait. NORMAL: a killed process loses nothing; a power cut at most the last changes.
@@ -109,7 +149,7 @@ impl Store {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        let store = Self { connection };
+        let store = Self { connection, queued: Cell::new(false) };
         store.migrate()?;
         Ok(store)
     }
@@ -147,6 +187,25 @@ impl Store {
         transaction.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(fault)?;
         transaction.commit().map_err(fault)
     }
+}
+
+/// Makes the store's file if need be; it holds secrets, so only its owner may read it. What SQLite lays beside it gets the
+/// same mode as the file has.
+fn keep_private(path: &Path) -> std::io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    if file.metadata()?.permissions().mode() & 0o077 == 0 {
+        return Ok(());
+    }
+    // Of an older nido. Those beside it first: once the file itself is private, nobody looks again.
+    for ending in ["-wal", "-shm"] {
+        let mut beside = path.as_os_str().to_owned();
+        beside.push(ending);
+        match std::fs::set_permissions(Path::new(&beside), Permissions::from_mode(0o600)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+    }
+    file.set_permissions(Permissions::from_mode(0o600))
 }
 
 /// A failure of SQLite as one of ours.
@@ -189,6 +248,28 @@ mod tests {
         let mut statement = connection.prepare(columns).unwrap();
         let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
         rows.map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn nobody_else_may_read_a_store_new_or_old() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nido.db");
+        let modes = || {
+            let entries = std::fs::read_dir(dir.path()).unwrap().map(Result::unwrap);
+            entries
+                .map(|entry| (entry.file_name(), entry.metadata().unwrap().permissions().mode() & 0o777))
+                .collect::<Vec<_>>()
+        };
+        let private =
+            |modes: Vec<_>| assert!(modes.len() == 3 && modes.iter().all(|(_, mode)| *mode == 0o600), "{modes:?}");
+        let open = Store::open(&path).unwrap();
+        private(modes());
+        for (name, _) in modes() {
+            std::fs::set_permissions(dir.path().join(name), Permissions::from_mode(0o644)).unwrap();
+        }
+        let _again = Store::open(&path).unwrap();
+        private(modes());
+        drop(open);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 #![allow(unused_qualifications, reason = "the macros that describe routes write them")]
 
+mod audit;
 mod events;
 mod exec;
 mod files;
@@ -14,6 +15,7 @@ mod snapshots;
 mod socket;
 mod templates;
 mod vms;
+mod webhooks;
 
 use std::sync::Arc;
 
@@ -25,7 +27,8 @@ use nido_vmm::error::{Code, Error};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::answer::Problem;
-use super::{App, audit, guard};
+use super::audit as log;
+use super::{App, guard};
 
 /// The largest JSON body, in bytes.
 pub const BODY_MAX: usize = 1 << 20;
@@ -41,8 +44,10 @@ pub fn described() -> OpenApiRouter<Arc<App>> {
         .merge(forwards::routes())
         .merge(templates::routes())
         .merge(pools::routes())
+        .merge(webhooks::routes())
         .merge(logs::routes())
         .merge(events::routes())
+        .merge(audit::routes())
         .merge(operations::routes())
         .merge(host::routes())
 }
@@ -54,7 +59,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .fallback(|| async { no_such_route() })
         .method_not_allowed_fallback(|| async { not_a_method() })
         .layer(DefaultBodyLimit::max(BODY_MAX))
-        .layer(middleware::from_fn_with_state(Arc::clone(app), audit::audit))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), log::audit))
         .layer(middleware::from_fn_with_state(Arc::clone(app), guard::guard))
         .layer(middleware::from_fn_with_state(Arc::clone(app), count))
         .with_state(Arc::clone(app))

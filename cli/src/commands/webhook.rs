@@ -1,0 +1,183 @@
+//! `webhook`: endpoints that are told of events, and what became of each message.
+
+use clap::Subcommand;
+use nido_vmm::api::{Delivery, EventKind, WebhookFormat, WebhookInfo, WebhookRequest, WebhookTest};
+
+use super::Context;
+use crate::exit::{Exit, Outcome};
+use crate::output::table;
+
+const EXAMPLES: &str = "\
+Examples:
+  nido webhook add --url https://example.com/hooks/nido
+  nido webhook add --event vm.crashed --url https://hooks.slack.com/services/T0/B0/x --format slack
+  nido webhook add --event vm.started,vm.stopped --url http://127.0.0.1:8080/ --allow-private
+  nido webhook test 3f2a9c1e5b7d8046
+  nido webhook deliveries 3f2a9c1e5b7d8046
+  nido webhook redeliver 17
+  nido webhook remove 3f2a9c1e5b7d8046
+
+Messages are signed as Standard Webhooks has it: headers webhook-id, webhook-timestamp, webhook-signature. Each arrives at
+least once, those of one VM in order; what does not arrive is tried again for 3 days. No server has to run for that:
+whichever nido process wrote the event starts one that delivers, and it ends when nothing is left.
+
+Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
+snapshot.created snapshot.restored template.created.";
+
+/// Have events posted to an endpoint on the web
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Add an endpoint; prints its id and its secret, which is not shown again
+    Add(AddArgs),
+    /// List endpoints
+    #[command(visible_alias = "ls")]
+    List,
+    /// Remove an endpoint; what waits for it is not sent
+    #[command(visible_alias = "rm")]
+    Remove {
+        /// Id of the endpoint
+        #[arg(value_name = "ID")]
+        id: String,
+    },
+    /// List deliveries, the newest last; finished ones are kept for 7 days, at most 1000 an endpoint
+    Deliveries {
+        /// Only those to this endpoint
+        #[arg(value_name = "ID")]
+        id: Option<String>,
+    },
+    /// Send a delivery again, under the same message id; one that is pending, at once
+    Redeliver {
+        /// Number of the delivery
+        delivery: u64,
+    },
+    /// Send an endpoint one test message, and tell how it fared
+    Test {
+        /// Id of the endpoint
+        #[arg(value_name = "ID")]
+        id: String,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct AddArgs {
+    /// Where messages are posted: https://…
+    #[arg(long, value_hint = clap::ValueHint::Url)]
+    url: String,
+    /// The events it is told of; may be repeated; without it all
+    #[arg(long = "event", short, value_name = "EVENT", value_delimiter = ',')]
+    events: Vec<EventKind>,
+    /// What messages are signed with: whsec_ and 24 to 64 bytes in base64; without it a new one is made. Other users of
+    /// this host may see it while nido runs
+    #[arg(long, value_name = "SECRET")]
+    secret: Option<String>,
+    /// What is posted: standard (the event, in JSON) or slack (a sentence)
+    #[arg(long, default_value = "standard", value_name = "FORMAT")]
+    format: WebhookFormat,
+    /// The endpoint may lie in a private network or on this host, and be reached by plain http
+    #[arg(long)]
+    allow_private: bool,
+}
+
+const HEAD: [&str; 5] = ["ID", "URL", "EVENTS", "PENDING", "STATUS"];
+const DELIVERIES_HEAD: [&str; 8] = ["ID", "WEBHOOK", "EVENT", "CURSOR", "STATE", "ATTEMPTS", "ANSWER", "NEXT OR WHY"];
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        let nido = cx.nido().await?;
+        match self.verb {
+            Verb::Add(args) => {
+                let AddArgs { url, events, secret, format, allow_private } = args;
+                let given = secret.is_some();
+                let added = nido.webhook_add(WebhookRequest { url, events, secret, format, allow_private }).await?;
+                cx.output.answer(&added, || match given {
+                    true => format!("{}\n", added.webhook.id),
+                    false => format!("{}\n{}\n", added.webhook.id, added.secret),
+                })?;
+                if !given {
+                    cx.output.talk("keep the secret: it is not shown again");
+                }
+            }
+            Verb::List => {
+                let list = nido.webhook_list()?;
+                cx.output.answer(&list, || {
+                    if cx.output.quiet {
+                        return list.webhooks.iter().map(|webhook| format!("{}\n", webhook.id)).collect();
+                    }
+                    table(HEAD, list.webhooks.iter().map(row))
+                })?;
+            }
+            Verb::Remove { id } => {
+                let removed = nido.webhook_remove(&id)?;
+                cx.output.answer(&removed, || format!("{}\n", removed.id))?;
+            }
+            Verb::Deliveries { id } => {
+                let list = nido.webhook_deliveries(id.as_deref())?;
+                cx.output.answer(&list, || {
+                    if cx.output.quiet {
+                        return list.deliveries.iter().map(|delivery| format!("{}\n", delivery.id)).collect();
+                    }
+                    table(DELIVERIES_HEAD, list.deliveries.iter().map(delivery_row))
+                })?;
+            }
+            Verb::Redeliver { delivery } => {
+                let queued = nido.webhook_redeliver(delivery)?;
+                cx.output.answer(&queued, || format!("{}\n", queued.id))?;
+            }
+            Verb::Test { id } => {
+                let test = nido.webhook_test(&id).await?;
+                cx.output.answer(&test, || told(&test))?;
+                if !test.delivered {
+                    return Ok(Exit::Failure);
+                }
+            }
+        }
+        Ok(Exit::Success)
+    }
+}
+
+fn row(webhook: &WebhookInfo) -> [String; 5] {
+    let events: Vec<_> = webhook.events.iter().map(|event| event.word()).collect();
+    [
+        webhook.id.clone(),
+        webhook.url.clone(),
+        if events.is_empty() { "all".into() } else { events.join(",") },
+        webhook.pending.to_string(),
+        webhook.disabled.as_ref().map_or_else(|| "enabled".into(), |why| format!("disabled: {why}")),
+    ]
+}
+
+fn delivery_row(delivery: &Delivery) -> [String; 8] {
+    let dash = || "-".to_owned();
+    let next = delivery.next_at.map(|at| format!("{at:.0}"));
+    [
+        delivery.id.to_string(),
+        delivery.webhook_id.clone(),
+        delivery.event.word().into(),
+        delivery.cursor.to_string(),
+        delivery.state.word().into(),
+        delivery.attempts.to_string(),
+        delivery.last_status.map_or_else(dash, |status| status.to_string()),
+        match (next, &delivery.last_error) {
+            (Some(next), Some(why)) => format!("{next}: {why}"),
+            (next, why) => next.or_else(|| why.clone()).unwrap_or_else(dash),
+        },
+    ]
+}
+
+fn told(test: &WebhookTest) -> String {
+    let status = test.status.map(|status| format!("the endpoint answered {status}"));
+    let what = test.error.clone().or(status).unwrap_or_default();
+    format!(
+        "{}: {}, {} ms\n",
+        if test.delivered { "delivered" } else { "failed" },
+        crate::sanitize::line(&what),
+        test.duration_ms
+    )
+}

@@ -1,0 +1,85 @@
+//! Webhooks. Their URLs may hold secrets, so only those who may do everything see them.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use nido_vmm::api::{Delivery, DeliveryList, WebhookAdded, WebhookInfo, WebhookList, WebhookRequest, WebhookTest};
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::serve::App;
+use crate::serve::answer::{self, Answer};
+use crate::serve::ask::{Body, Names};
+use crate::serve::guard::Rules;
+
+pub fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(list, add))
+        .routes(routes!(remove))
+        .routes(routes!(deliveries))
+        .routes(routes!(test))
+        .routes(routes!(redeliver))
+}
+
+/// The endpoint of a path.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+struct Webhook {
+    /// Id of the endpoint.
+    id: String,
+}
+
+/// The delivery of a path.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+struct Which {
+    /// Number of the delivery.
+    delivery: u64,
+}
+
+/// All endpoints.
+#[utoipa::path(get, path = "/v1/webhooks", operation_id = "webhook_list", tag = "webhooks",
+    responses((status = 200, body = WebhookList)))]
+async fn list(State(app): State<Arc<App>>, _: Rules) -> Answer {
+    answer::ok(&app.nido().await?.webhook_list()?)
+}
+
+/// Adds an endpoint. The answer holds its secret, which is not told again.
+#[utoipa::path(post, path = "/v1/webhooks", operation_id = "webhook_add", tag = "webhooks",
+    request_body = WebhookRequest, responses((status = 201, body = WebhookAdded)))]
+async fn add(State(app): State<Arc<App>>, _: Rules, Body(request): Body<WebhookRequest>) -> Answer {
+    let added = app.nido().await?.webhook_add(request).await?;
+    Ok(answer::json(StatusCode::CREATED, &added))
+}
+
+/// Removes an endpoint; what waits for it is not sent.
+#[utoipa::path(delete, path = "/v1/webhooks/{id}", operation_id = "webhook_remove", tag = "webhooks", params(Webhook),
+    responses((status = 200, body = WebhookInfo)))]
+async fn remove(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>) -> Answer {
+    answer::ok(&app.nido().await?.webhook_remove(&webhook.id)?)
+}
+
+/// An endpoint's newest deliveries, the oldest of them first.
+#[utoipa::path(get, path = "/v1/webhooks/{id}/deliveries", operation_id = "webhook_deliveries", tag = "webhooks",
+    params(Webhook), responses((status = 200, body = DeliveryList)))]
+async fn deliveries(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>) -> Answer {
+    answer::ok(&app.nido().await?.webhook_deliveries(Some(&webhook.id))?)
+}
+
+/// Sends an endpoint one test message, and tells how it fared.
+#[utoipa::path(post, path = "/v1/webhooks/{id}/test", operation_id = "webhook_test", tag = "webhooks", params(Webhook),
+    responses((status = 200, body = WebhookTest)))]
+async fn test(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>) -> Answer {
+    answer::ok(&app.nido().await?.webhook_test(&webhook.id).await?)
+}
+
+/// Sends a delivery again, under the same message id.
+#[utoipa::path(post, path = "/v1/webhooks/deliveries/{delivery}/redeliver", operation_id = "webhook_redeliver",
+    tag = "webhooks", params(Which), responses((status = 202, body = Delivery)))]
+async fn redeliver(State(app): State<Arc<App>>, _: Rules, Names(which): Names<Which>) -> Answer {
+    let queued = app.nido().await?.webhook_redeliver(which.delivery)?;
+    Ok(answer::json(StatusCode::ACCEPTED, &queued))
+}

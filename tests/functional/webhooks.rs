@@ -1,0 +1,244 @@
+//! Webhooks from end to end: what happens is told, once and in order, whoever is killed meanwhile.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use nido_vmm::api::VmSpec;
+use nido_vmm::state::VmState;
+use nido_vmm::store::{BootParts, Purpose, Store, VmRow, VmUpdate};
+use nido_vmm::webhook::Secret;
+use serde_json::Value;
+
+use crate::support::receiver::{Message, Receiver};
+use crate::support::{Home, processes, until};
+
+/// Adds an endpoint on loopback.
+pub(super) fn add(home: &Home, url: &str) -> Value {
+    home.nido(["webhook", "add", "--allow-private", "--json", "--url", url]).run().ok().json()
+}
+
+pub(super) fn deliveries(home: &Home) -> Vec<Value> {
+    home.nido(["webhook", "deliveries", "--json"]).run().ok().json()["deliveries"].as_array().unwrap().clone()
+}
+
+pub(super) fn remove(home: &Home, webhook: &Value) {
+    home.nido(["webhook", "remove", webhook["id"].as_str().unwrap()]).run().ok();
+}
+
+/// Makes a VM that never runs: one event.
+pub(super) fn create(home: &Home, name: &str) {
+    home.nido(["create", name, "--accel", "tcg"]).run().ok();
+}
+
+/// The deliverers that live.
+fn deliverers(home: &Home) -> Vec<rustix::process::Pid> {
+    let all = processes::of(&home.path());
+    all.into_iter().filter(|(_, line)| line.trim_end().ends_with(" deliver")).map(|(pid, _)| pid).collect()
+}
+
+pub(super) fn expect_no_deliverer(home: &Home) {
+    until("the end of the deliverer", || deliverers(home).is_empty().then_some(()));
+}
+
+/// Waits until the messages of so many events were taken.
+pub(super) fn await_taken(receiver: &Receiver, count: usize) -> Vec<Message> {
+    until(&format!("{count} messages"), || (distinct(&receiver.messages()).len() >= count).then_some(()));
+    receiver.messages().into_iter().filter(|message| message.taken).collect()
+}
+
+fn distinct(messages: &[Message]) -> HashSet<String> {
+    messages.iter().filter(|message| message.taken).map(|message| message.header("webhook-id").to_owned()).collect()
+}
+
+/// Expects that what is about one VM came in order, whatever came twice.
+pub(super) fn expect_order(messages: &[Message]) {
+    let mut last: HashMap<String, u64> = HashMap::new();
+    let mut seen = HashSet::new();
+    for message in messages {
+        let id = message.header("webhook-id");
+        let cursor: u64 = id.rsplit('_').next().unwrap().parse().unwrap();
+        let vm = message.json()["details"]["vm_id"].as_str().unwrap().to_owned();
+        if seen.insert(id.to_owned()) {
+            let before = last.insert(vm, cursor).unwrap_or(0);
+            assert!(before < cursor, "{cursor} came behind {before}");
+        }
+    }
+}
+
+#[test]
+fn every_event_of_a_life_arrives_once_in_order_and_signed() {
+    let receiver = Receiver::start();
+    let home = Home::new();
+    let webhook = add(&home, &receiver.url());
+    home.spawn("web");
+    for verb in ["pause", "resume", "stop"] {
+        home.nido([verb, "web"]).run().ok();
+    }
+    home.nido(["delete", "web", "--yes"]).run().ok();
+    let messages = await_taken(&receiver, 6);
+    let secret = Secret::parse(webhook["secret"].as_str().unwrap()).unwrap();
+    for message in &messages {
+        let (id, at) = (message.header("webhook-id"), message.header("webhook-timestamp").parse().unwrap());
+        assert_eq!(message.header("webhook-signature"), secret.sign(id, at, &message.body));
+        assert_eq!(message.header("content-type"), "application/json");
+        assert_eq!(message.header("user-agent"), concat!("nido/", env!("CARGO_PKG_VERSION")));
+        let body = message.json();
+        let keys: Vec<_> = body.as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["event", "timestamp", "vm_name", "details"]);
+        assert_eq!(body["vm_name"], "web");
+        assert!(body["details"]["last_log_entries"].is_array());
+    }
+    let events: Vec<_> = messages.iter().map(|message| message.json()["event"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(events, ["vm.created", "vm.started", "vm.paused", "vm.resumed", "vm.stopped", "vm.deleted"]);
+    expect_no_deliverer(&home);
+    assert!(
+        deliveries(&home)
+            .iter()
+            .all(|it| it["state"] == "delivered" && it["attempts"] == 1 && it["last_status"] == 200)
+    );
+    assert_eq!(home.nido(["webhook", "list", "--json"]).run().ok().json()["webhooks"][0]["pending"], 0);
+}
+
+#[test]
+fn an_endpoint_that_was_away_and_a_host_that_was_off_lose_nothing() {
+    let port = Receiver::start().port();
+    let home = Home::new();
+    let url = format!("http://localhost:{port}/hook");
+    add(&home, &url);
+    create(&home, "web");
+    home.nido(["delete", "web", "--yes"]).run().ok();
+    let refused = until("the delivery to fail", || {
+        Some(deliveries(&home).swap_remove(0)).filter(|delivery| delivery["last_error"].is_string())
+    });
+    assert!(refused["last_error"].as_str().unwrap().contains("refused"), "{refused}");
+    // As after a restart of the host: nothing lives, and somebody runs nido.
+    until("a deliverer", || deliverers(&home).pop().map(processes::kill));
+    let receiver = Receiver::at(port);
+    home.nido(["ls"]).run().ok();
+    let messages = await_taken(&receiver, 2);
+    let events: Vec<_> = messages.iter().map(|message| message.json()["event"].clone()).collect();
+    assert_eq!(events, ["vm.created", "vm.deleted"]);
+    expect_no_deliverer(&home);
+}
+
+#[test]
+fn a_deliverer_that_is_killed_again_and_again_loses_nothing() {
+    let receiver = Receiver::start();
+    let home = Home::new();
+    add(&home, &receiver.url());
+    // So that it is killed while it waits for an answer, too.
+    receiver.dawdle(Duration::from_millis(10));
+    const ROUNDS: usize = 25;
+    for round in 0..ROUNDS {
+        let name = format!("vm-{}", round % 3);
+        if round >= 3 {
+            home.nido(["delete", &name, "--yes"]).run().ok();
+        }
+        create(&home, &name);
+        // At whatever it is doing now.
+        std::thread::sleep(Duration::from_millis(u64::try_from(round % 7).unwrap() * 3));
+        deliverers(&home).into_iter().for_each(processes::kill);
+    }
+    home.nido(["ls"]).run().ok();
+    await_taken(&receiver, ROUNDS + ROUNDS - 3);
+    expect_no_deliverer(&home);
+    expect_order(&receiver.messages());
+    assert!(deliveries(&home).iter().all(|delivery| delivery["state"] == "delivered"));
+}
+
+#[test]
+fn a_crash_is_told_though_no_command_runs() {
+    let receiver = Receiver::start();
+    let home = Home::new();
+    let url = receiver.url();
+    home.nido(["webhook", "add", "--allow-private", "--event", "vm.crashed", "--url", &url]).run().ok();
+    home.spawn("web");
+    assert!(deliverers(&home).is_empty(), "nothing to deliver yet");
+    let qemu = processes::of(&home.path()).into_iter().find(|(_, line)| line.contains("fake-qemu")).unwrap();
+    processes::kill(qemu.0);
+    let crash = await_taken(&receiver, 1).remove(0).json();
+    assert_eq!((&crash["event"], &crash["vm_name"]), (&"vm.crashed".into(), &"web".into()));
+    assert_eq!(crash["details"]["cause"], "qemu_signal");
+    expect_no_deliverer(&home);
+}
+
+#[test]
+fn commands_at_the_same_time_need_one_deliverer_and_keep_the_order() {
+    let receiver = Receiver::start();
+    let home = Home::new();
+    add(&home, &receiver.url());
+    let names: Vec<_> = (0..8).map(|number| format!("vm-{number}")).collect();
+    for verb in ["create", "delete", "create", "delete"] {
+        let all: Vec<_> = names.iter().map(|name| home.nido([verb, name]).arg("--quiet")).collect();
+        let all: Vec<_> =
+            all.into_iter().map(|one| if verb == "delete" { one.arg("--yes") } else { one }.start()).collect();
+        all.into_iter().for_each(|one| drop(one.wait().ok()));
+    }
+    await_taken(&receiver, 4 * names.len());
+    expect_no_deliverer(&home);
+    expect_order(&receiver.messages());
+    assert_eq!(receiver.messages().len(), 4 * names.len(), "nobody was killed, so nothing came twice");
+}
+
+/// How quickly a full outbox is emptied, and what memory that takes. Not part of every run: it is about time.
+#[test]
+#[ignore = "measures"]
+fn ten_thousand_deliveries_drain_quickly_in_little_memory() {
+    const COUNT: usize = 10_000;
+    for vms in [1, 1000] {
+        let receiver = Receiver::start();
+        let home = Home::new();
+        add(&home, &receiver.url());
+        fill(&home, vms, COUNT);
+        let began = Instant::now();
+        let deliverer = home.nido(["--home"]).arg(home.path()).arg("deliver").start();
+        until("the deliverer", || deliverers(&home).pop());
+        let mut peak_kib = 0;
+        let status = || {
+            let pid = deliverers(&home).pop()?;
+            std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()
+        };
+        while let Some(status) = status() {
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or("0 kB");
+            let kib: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
+            peak_kib = peak_kib.max(kib);
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        deliverer.wait().ok();
+        let took = began.elapsed();
+        let messages = receiver.messages();
+        assert_eq!(messages.len(), COUNT);
+        expect_order(&messages);
+        let rate = COUNT as f64 / took.as_secs_f64();
+        println!("{COUNT} deliveries about {vms} VMs: {rate:.0}/s, peak {peak_kib} KiB");
+        assert!(rate > 500.0 && peak_kib < 64 << 10);
+    }
+}
+
+/// Queues so many deliveries, about so many VMs in turn, as if nobody had delivered meanwhile.
+fn fill(home: &Home, vms: usize, count: usize) {
+    let store = Store::open(&home.path().join("nido.db")).unwrap();
+    let parts = BootParts {
+        vmlinux: String::new(),
+        initramfs: String::new(),
+        root: String::new(),
+        root_bytes: 1,
+        packages: String::new(),
+        init: nido_images::Init::Agent,
+        append: String::new(),
+        frozen: Vec::new(),
+    };
+    let ids: Vec<_> = (0..vms).map(|number| format!("vm-{number}")).collect();
+    let rounds = count / vms;
+    for round in 0..rounds {
+        for id in &ids {
+            let spec = VmSpec::named(id.parse().unwrap());
+            let state = if round % 2 == 0 { VmState::Running } else { VmState::Paused };
+            match round {
+                0 => store.insert_vm(&VmRow::new(id.clone(), spec, Purpose::Use, state, parts.clone(), 1)).unwrap(),
+                _ if round == rounds - 1 => store.remove_vm(id).unwrap(),
+                _ => store.update_vm(id, &VmUpdate { state: Some(state), ..VmUpdate::default() }).unwrap(),
+            }
+        }
+    }
+}

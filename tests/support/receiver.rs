@@ -1,0 +1,183 @@
+//! An endpoint for webhooks: takes messages on loopback and answers as it is told.
+
+use std::collections::VecDeque;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use serde_json::Value;
+
+/// How to treat one message.
+#[derive(Debug, Clone)]
+pub enum Reply {
+    /// These bytes, and the connection stays open.
+    Say(String),
+    /// These bytes, and the connection is closed.
+    Last(String),
+    /// Nothing, for as long as the receiver lives.
+    Hang,
+}
+
+impl Reply {
+    /// A status, and header lines that each end in `\r\n`.
+    pub fn status(status: u16, headers: &str) -> Self {
+        Self::Say(format!("HTTP/1.1 {status} Whatever\r\n{headers}content-length: 0\r\n\r\n"))
+    }
+}
+
+/// A message as it came.
+#[derive(Debug, Clone)]
+pub struct Message {
+    /// Header lines, names in small letters.
+    pub headers: Vec<(String, String)>,
+    /// The body.
+    pub body: String,
+    /// Whether it was answered with 200.
+    pub taken: bool,
+}
+
+impl Message {
+    /// A header; fails if it is not there.
+    pub fn header(&self, name: &str) -> &str {
+        let found = self.headers.iter().find(|(key, _)| key == name);
+        &found.unwrap_or_else(|| panic!("{name} is missing: {self:?}")).1
+    }
+
+    /// The body as JSON.
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    replies: VecDeque<Reply>,
+    hangs: bool,
+    dawdles: Duration,
+    messages: Vec<Message>,
+    streams: Vec<TcpStream>,
+    ends: bool,
+}
+
+/// A receiver that listens until it is dropped. What it was not told to treat otherwise, it takes.
+pub struct Receiver {
+    port: u16,
+    shared: Arc<Mutex<Shared>>,
+    accepts: Option<JoinHandle<()>>,
+}
+
+impl Receiver {
+    /// At a free port.
+    pub fn start() -> Self {
+        Self::at(0)
+    }
+
+    /// At this port.
+    pub fn at(port: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let shared = Arc::new(Mutex::new(Shared::default()));
+        let ours = shared.clone();
+        let accepts = std::thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let mut now = ours.lock().unwrap();
+                if now.ends {
+                    return;
+                }
+                now.streams.push(stream.try_clone().unwrap());
+                drop(now);
+                let shared = ours.clone();
+                std::thread::spawn(move || drop(serve(stream, &shared)));
+            }
+        });
+        Self { port, shared, accepts: Some(accepts) }
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}/hook", self.port)
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The next messages that come are treated like this, one each.
+    pub fn reply(&self, replies: impl IntoIterator<Item = Reply>) {
+        self.shared.lock().unwrap().replies.extend(replies);
+    }
+
+    /// From now on it answers nothing.
+    pub fn hang(&self) {
+        self.shared.lock().unwrap().hangs = true;
+    }
+
+    /// From now on it takes its time for each answer.
+    pub fn dawdle(&self, time: Duration) {
+        self.shared.lock().unwrap().dawdles = time;
+    }
+
+    /// All messages so far.
+    pub fn messages(&self) -> Vec<Message> {
+        self.shared.lock().unwrap().messages.clone()
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        {
+            let mut shared = self.shared.lock().unwrap();
+            shared.ends = true;
+            for stream in shared.streams.drain(..) {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        }
+        let _ = TcpStream::connect(("127.0.0.1", self.port));
+        self.accepts.take().unwrap().join().unwrap();
+    }
+}
+
+/// Takes messages over one connection.
+fn serve(stream: TcpStream, shared: &Mutex<Shared>) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut stream = stream;
+    loop {
+        let mut headers = Vec::new();
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        if !line.starts_with("POST /") {
+            return Ok(());
+        }
+        loop {
+            line.clear();
+            reader.read_line(&mut line)?;
+            let Some((name, value)) = line.trim_end().split_once(": ") else { break };
+            headers.push((name.to_lowercase(), value.to_owned()));
+        }
+        let length =
+            headers.iter().find(|(name, _)| name == "content-length").map_or(0, |(_, value)| value.parse().unwrap());
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body)?;
+        let (reply, pause) = {
+            let mut shared = shared.lock().unwrap();
+            let told = shared.replies.pop_front().or_else(|| shared.hangs.then_some(Reply::Hang));
+            let body = String::from_utf8(body).unwrap();
+            shared.messages.push(Message { headers, body, taken: told.is_none() });
+            (told.unwrap_or_else(|| Reply::status(200, "")), shared.dawdles)
+        };
+        std::thread::sleep(pause);
+        match reply {
+            Reply::Say(text) => stream.write_all(text.as_bytes())?,
+            Reply::Last(text) => {
+                stream.write_all(text.as_bytes())?;
+                return stream.shutdown(Shutdown::Both);
+            }
+            // Until the connection is closed.
+            Reply::Hang => return reader.read_to_end(&mut Vec::new()).map(drop),
+        }
+    }
+}
