@@ -11,6 +11,7 @@ import tempfile
 import bare
 import forks
 import others
+import rest
 import wire
 from guest_ssh import GuestSsh
 from result import Result
@@ -258,4 +259,4 @@ def lists(bench):
 
 
 # Memory comes first: what several nido processes share is nobody's own, so no other VM should run then.
-ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "others": others.others}
+ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "rest": rest.rest, "others": others.others}

@@ -360,3 +360,30 @@ fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
     std::fs::remove_file(&audit).unwrap();
     std::fs::rename(home.scratch("kept"), &audit).unwrap();
 }
+
+#[test]
+fn a_request_with_a_key_is_carried_out_once() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    let send = |server: &Server, key: &str, body: &str| {
+        let headers = [("content-type", "application/json"), ("idempotency-key", key)];
+        server.send("POST", "/v1/vms", &headers, body.as_bytes())
+    };
+    let web = r#"{"name": "web", "accel": "tcg"}"#;
+    let first = send(&server, "k1", web);
+    assert_eq!(first.header("idempotency-replayed"), "");
+    let first = first.ok(201);
+    let again = send(&server, "k1", web);
+    assert_eq!((again.header("idempotency-replayed"), again.header("location")), ("true", "/v1/vms/web"));
+    assert_eq!(again.ok(201), first);
+    send(&server, "k1", r#"{"name": "other"}"#).problem(422, "spec_invalid");
+    send(&server, "k2", web).problem(409, "vm_exists");
+    send(&server, &"k".repeat(300), web).problem(422, "spec_invalid");
+    // A mistake stays one; what the state of things forbade may be tried again.
+    send(&server, "k3", r#"{"name": "Web"}"#).problem(422, "spec_invalid");
+    let mistake = send(&server, "k3", r#"{"name": "Web"}"#);
+    assert_eq!(mistake.header("idempotency-replayed"), "true");
+    mistake.problem(422, "spec_invalid");
+    home.nido(["delete", "web", "--force"]).run().ok();
+    send(&server, "k2", web).ok(201);
+}

@@ -6,6 +6,7 @@
 //! supervisor with the start. So a killed command leaves either nothing, or a VM whose row tells the truth once the next
 //! command has settled it (`nido/settle.rs`).
 
+mod answers;
 mod audit;
 mod background;
 mod bake;

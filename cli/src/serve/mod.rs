@@ -19,6 +19,7 @@ mod audit;
 mod guard;
 mod listen;
 mod metrics;
+mod once;
 mod openapi;
 mod operations;
 mod routes;
@@ -62,6 +63,8 @@ pub struct App {
     settled: Mutex<Option<Instant>>,
     /// The last event's cursor: whoever listens is woken by it.
     changes: watch::Sender<u64>,
+    /// A word for this run of the server.
+    run: String,
     /// Done when the server ends: what would go on for ever ends with it.
     ending: CancellationToken,
 }
@@ -93,6 +96,7 @@ pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Re
         settled: Mutex::new(None),
         changes: watch::channel(0).0,
         ending: CancellationToken::new(),
+        run: nido_vmm::nido::random_id()?,
     });
     let watching = tokio::spawn(watch_events(Arc::clone(&app)));
     let router = routes::router(&app);

@@ -4,6 +4,7 @@
 //! changes a VM's row beyond its forwards holds the VM's `supervisor.lock`. What happens to VMs becomes an event in the
 //! same transaction (`events.rs`).
 
+mod answers;
 mod events;
 mod outbox;
 mod pools;
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
+pub use answers::Known;
 pub use outbox::{Attempt, Due, Outcome};
 pub use pools::{Claim, PoolRow};
 pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
@@ -31,7 +33,7 @@ use crate::error::{Code, Error, Result};
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-const STEPS: [&str; 6] = [
+const STEPS: [&str; 7] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -117,6 +119,15 @@ const STEPS: [&str; 6] = [
     CREATE INDEX deliveries_pending ON deliveries (webhook_id, lane, id) WHERE state = 'pending';
     CREATE INDEX deliveries_due ON deliveries (webhook_id, due_ms) WHERE due_ms IS NOT NULL;
     CREATE INDEX deliveries_done ON deliveries (webhook_id, done_ms) WHERE done_ms IS NOT NULL;",
+    "CREATE TABLE answers (
+        caller     TEXT NOT NULL,
+        key        TEXT NOT NULL,                -- the caller's, for one request
+        request    TEXT NOT NULL,                -- hash of it
+        run        TEXT NOT NULL,                -- of the server that carries it out
+        answer     TEXT,                         -- as the server keeps it; absent while it is carried out
+        at_ms      INTEGER NOT NULL,
+        PRIMARY KEY (caller, key)
+    ) STRICT, WITHOUT ROWID;",
 ];
 /// What this build writes into `user_version`.
 const SCHEMA_VERSION: i64 = STEPS.len() as i64;

@@ -28,7 +28,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::answer::Problem;
 use super::audit as log;
-use super::{App, guard};
+use super::{App, guard, once};
 
 /// The largest JSON body, in bytes.
 pub const BODY_MAX: usize = 1 << 20;
@@ -60,6 +60,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .method_not_allowed_fallback(|| async { not_a_method() })
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .layer(middleware::from_fn_with_state(Arc::clone(app), log::audit))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), once::once))
         .layer(middleware::from_fn_with_state(Arc::clone(app), guard::guard))
         .layer(middleware::from_fn_with_state(Arc::clone(app), count))
         .with_state(Arc::clone(app))
