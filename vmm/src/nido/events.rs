@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 
 /// How often a reader looks by itself.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// When a reader looks again after a write, the last first: what is written counts only a moment later.
+const ECHOES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(20), Duration::from_millis(3)];
 /// The most events that [`Nido::events`] gives at once.
 const PAGE: usize = 1000;
 
@@ -118,6 +120,8 @@ impl EventFeed<'_> {
 #[derive(Debug)]
 pub struct Watch {
     descriptor: AsyncFd<OwnedFd>,
+    /// How often it still looks soon, because something has been written.
+    echoes: usize,
 }
 
 impl Watch {
@@ -136,13 +140,16 @@ impl Watch {
             reason = "its successor is unsafe for the sake of types that are no descriptors; this is one"
         )]
         let descriptor = AsyncFd::with_interest(descriptor, Interest::READABLE).map_err(broken)?;
-        Ok(Self { descriptor })
+        Ok(Self { descriptor, echoes: 0 })
     }
 
     /// Returns when something may have been written since the last time, at the latest after two seconds.
     pub async fn changed(&mut self) {
-        let readable = tokio::time::timeout(LOOK_EVERY, self.descriptor.readable()).await;
+        let within = self.echoes.checked_sub(1).map_or(LOOK_EVERY, |left| ECHOES[left]);
+        self.echoes = self.echoes.saturating_sub(1);
+        let readable = tokio::time::timeout(within, self.descriptor.readable()).await;
         if let Ok(Ok(mut guard)) = readable {
+            self.echoes = ECHOES.len();
             let mut buffer = [0; 4096];
             while rustix::io::read(self.descriptor.as_fd(), &mut buffer).is_ok_and(|n| n > 0) {}
             guard.clear_ready();

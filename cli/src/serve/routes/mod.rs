@@ -10,6 +10,7 @@ mod forwards;
 mod host;
 mod logs;
 mod operations;
+mod page;
 mod pools;
 mod snapshots;
 mod socket;
@@ -50,6 +51,7 @@ pub fn described() -> OpenApiRouter<Arc<App>> {
         .merge(audit::routes())
         .merge(operations::routes())
         .merge(host::routes())
+        .merge(page::routes())
 }
 
 /// The whole application.

@@ -1,0 +1,51 @@
+// The page for people in a real browser: a token that is wrong and one that is right, a VM spawned, `uname -a` typed into its
+// terminal, the VM deleted after a question; by keyboard where a keyboard can do it. Any error of the page or of its policy
+// fails the test.
+//
+//   node page.js ADDRESS TOKEN [PICTURE]
+"use strict";
+
+const { chromium } = require("playwright-core");
+const assert = require("assert");
+const [address, token, picture] = process.argv.slice(2);
+(async () => {
+  const flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync";
+  const executablePath = process.env.CHROMIUM ?? "/usr/bin/chromium";
+  const browser = await chromium.launch({ executablePath, args: flags.split(" ") });
+  const page = await browser.newPage();
+  const trouble = [];
+  page.on("pageerror", (e) => trouble.push(String(e)));
+  page.on("console", (m) => m.type() === "error" && trouble.push(m.text()));
+  await page.goto(address + "/");
+  await page.fill("#token", "nido_wrong");
+  await page.keyboard.press("Enter");
+  await page.waitForFunction(() => document.querySelector("#token-trouble").textContent.includes("token"));
+  trouble.length = 0;
+  await page.fill("#token", token);
+  await page.keyboard.press("Enter");
+  await page.waitForFunction(() => document.querySelector("#state").textContent.includes("connected"));
+  await page.fill("#spawn [name=name]", "page");
+  await page.selectOption("#spawn [name=template]", "sandbox");
+  await page.selectOption("#spawn [name=net]", "none");
+  await page.press("#spawn [name=name]", "Enter");
+  await page.waitForSelector('tr[data-vm=page] td.running', { timeout: 60000 });
+  await page.click('[aria-label="Terminal page"]');
+  await page.waitForSelector("#terminal .xterm-rows");
+  await page.waitForFunction(() => document.querySelector("#terminal .xterm-rows").textContent.includes("#"), null, { timeout: 60000 });
+  await page.keyboard.type("uname -a; echo $((6 * 7))42\n");
+  await page.waitForFunction(() => /Linux page .*x86_64[^]*4242/.test(document.querySelector("#terminal .xterm-rows").textContent), null, { timeout: 60000 });
+  await page.waitForFunction(() => document.querySelector("#events").textContent.includes("vm.started page"));
+  if (picture) await page.screenshot({ path: picture, fullPage: true });
+  await page.focus('[aria-label="Delete page"]');
+  await page.keyboard.press("Enter");
+  await page.waitForSelector("#confirm[open]");
+  await page.keyboard.press("Enter"); // the focus is on Cancel
+  assert(await page.$("tr[data-vm=page]"));
+  await page.click('[aria-label="Delete page"]');
+  await page.click("#confirm button.danger");
+  await page.waitForSelector("tr[data-vm=page]", { state: "detached", timeout: 60000 });
+  await page.waitForFunction(() => document.querySelector("#events").textContent.includes("vm.deleted page"));
+  assert.deepStrictEqual(trouble, []);
+  await browser.close();
+  console.log("page: ok");
+})().catch((e) => { console.error(e); process.exit(1); });
