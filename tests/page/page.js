@@ -8,6 +8,15 @@
 const { chromium } = require("playwright-core");
 const assert = require("assert");
 const [address, token, picture] = process.argv.slice(2);
+// Looks again and again: a page with a strict policy does not let a waiting function be compiled in it.
+async function until(page, look) {
+  const end = Date.now() + 60000;
+  while (!(await page.evaluate(look))) {
+    assert(Date.now() < end, `waited in vain: ${look}`);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}
+
 (async () => {
   const flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync";
   const executablePath = process.env.CHROMIUM ?? "/usr/bin/chromium";
@@ -19,11 +28,11 @@ const [address, token, picture] = process.argv.slice(2);
   await page.goto(address + "/");
   await page.fill("#token", "nido_wrong");
   await page.keyboard.press("Enter");
-  await page.waitForFunction(() => document.querySelector("#token-trouble").textContent.includes("token"));
+  await until(page, () => document.querySelector("#token-trouble").textContent.includes("token"));
   trouble.length = 0;
   await page.fill("#token", token);
   await page.keyboard.press("Enter");
-  await page.waitForFunction(() => document.querySelector("#state").textContent.includes("connected"));
+  await until(page, () => document.querySelector("#state").textContent.includes("connected"));
   await page.fill("#spawn [name=name]", "page");
   await page.selectOption("#spawn [name=template]", "sandbox");
   await page.selectOption("#spawn [name=net]", "none");
@@ -31,10 +40,10 @@ const [address, token, picture] = process.argv.slice(2);
   await page.waitForSelector('tr[data-vm=page] td.running', { timeout: 60000 });
   await page.click('[aria-label="Terminal page"]');
   await page.waitForSelector("#terminal .xterm-rows");
-  await page.waitForFunction(() => document.querySelector("#terminal .xterm-rows").textContent.includes("#"), null, { timeout: 60000 });
+  await until(page, () => document.querySelector("#terminal .xterm-rows").textContent.includes("#"));
   await page.keyboard.type("uname -a; echo $((6 * 7))42\n");
-  await page.waitForFunction(() => /Linux page .*x86_64[^]*4242/.test(document.querySelector("#terminal .xterm-rows").textContent), null, { timeout: 60000 });
-  await page.waitForFunction(() => document.querySelector("#events").textContent.includes("vm.started page"));
+  await until(page, () => /Linux page .*x86_64[^]*4242/.test(document.querySelector("#terminal .xterm-rows").textContent));
+  await until(page, () => document.querySelector("#events").textContent.includes("vm.started page"));
   if (picture) await page.screenshot({ path: picture, fullPage: true });
   await page.focus('[aria-label="Delete page"]');
   await page.keyboard.press("Enter");
@@ -44,7 +53,7 @@ const [address, token, picture] = process.argv.slice(2);
   await page.click('[aria-label="Delete page"]');
   await page.click("#confirm button.danger");
   await page.waitForSelector("tr[data-vm=page]", { state: "detached", timeout: 60000 });
-  await page.waitForFunction(() => document.querySelector("#events").textContent.includes("vm.deleted page"));
+  await until(page, () => document.querySelector("#events").textContent.includes("vm.deleted page"));
   assert.deepStrictEqual(trouble, []);
   await browser.close();
   console.log("page: ok");
