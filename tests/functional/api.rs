@@ -108,9 +108,10 @@ fn mistakes_are_problems_that_name_the_field() {
     wrong(r#"{"name": "Web"}"#, "name: 'Web' is not a VM name");
     wrong(r#"{"name": "web", "forwards": [{"guest_port": 80}, {"guest_port": "x"}]}"#, "forwards[1].guest_port: ");
     wrong(r#"{"name": "web", "colour": "red"}"#, "colour: unknown field");
+    wrong(r#"{"name": "web", "forwards": [{"guest_port": 0}]}"#, "forwards[0].guest_port: a port is 1 to 65535");
     wrong("[]", "");
     post("{", "application/json").problem(400, "request_invalid");
-    post("{} {}", "application/json").problem(422, "spec_invalid");
+    post("{} {}", "application/json").problem(400, "request_invalid");
     post("{}", "text/plain").problem(415, "media_type_unsupported");
     post(&"x".repeat(2 << 20), "application/json").problem(413, "body_too_large");
     server.get("/v1/nothing").problem(404, "route_not_found");

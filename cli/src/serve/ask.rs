@@ -6,6 +6,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use nido_vmm::error::{Code, Error};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::answer::Problem;
 
@@ -37,18 +38,32 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
-    let mut json = serde_json::Deserializer::from_slice(bytes);
-    let value: T = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+    let no_json = |error| Error::new(Code::RequestInvalid, format!("the body is not JSON: {error}"));
+    let mut json: Value = serde_json::from_slice(bytes).map_err(no_json)?;
+    whole_numbers(&mut json);
+    serde_path_to_error::deserialize(json).map_err(|error| {
         let path = error.path().to_string();
-        let error = error.into_inner();
-        if error.is_syntax() || error.is_eof() {
-            return Error::new(Code::RequestInvalid, format!("the body is not JSON: {error}"));
-        }
+        let error: serde_json::Error = error.into_inner();
         let field = if path == "." { String::new() } else { format!("{}: ", plain(&path)) };
-        Error::new(Code::SpecInvalid, format!("{field}{}", plain(&error.to_string())))
-    })?;
-    json.end().map_err(|error| Error::new(Code::RequestInvalid, format!("the body is not JSON: {error}")))?;
-    Ok(value)
+        Error::new(Code::SpecInvalid, format!("{field}{}", plain(&error.to_string()))).into()
+    })
+}
+
+/// To JSON `1.0` is a whole number as good as `1`.
+fn whole_numbers(json: &mut Value) {
+    match json {
+        Value::Number(number) => {
+            let whole = number.as_f64().filter(|float| number.is_f64() && float.fract() == 0.0 && float.abs() < 9e15);
+            if let Some(whole) = whole {
+                #[allow(clippy::cast_possible_truncation, reason = "whole, and smaller than 2^53")]
+                let whole = whole as i64;
+                *number = whole.into();
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(whole_numbers),
+        Value::Object(fields) => fields.values_mut().for_each(whole_numbers),
+        _ => {}
+    }
 }
 
 /// The media type of a body, without its parameters.

@@ -91,7 +91,7 @@ fn tool(method: &Method, route: &str) -> Option<&'static str> {
     let tool = match (method.as_str(), route) {
         ("GET", "/v1/vms/{name}/files") => "vm_download",
         ("PUT", "/v1/vms/{name}/files") => "vm_upload",
-        ("GET" | "POST", "/v1/vms/{name}/exec") => "vm_exec",
+        ("POST", "/v1/vms/{name}/exec") | ("GET", "/v1/vms/{name}/exec/socket") => "vm_exec",
         ("GET" | "HEAD" | "OPTIONS", _) => return None,
         ("POST", "/v1/vms") => "vm_spawn",
         ("DELETE", "/v1/vms/{name}") => "vm_delete",

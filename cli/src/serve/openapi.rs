@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use nido_vmm::api::LogSource;
+use nido_vmm::api::{EventKind, LogSource};
 use nido_vmm::error::{Code, Problem};
 use serde_json::{Value, json};
 use utoipa::openapi::header::HeaderBuilder;
@@ -83,6 +83,12 @@ fn sharpen(api: &mut Value) {
             }
         }
     }
+    let kinds = EventKind::ALL.map(|kind| kind.word().replace('.', "\\.")).join("|");
+    let parameters = api["paths"]["/v1/events"]["get"]["parameters"].as_array_mut();
+    if let Some(which) = parameters.and_then(|all| all.iter_mut().find(|one| one["name"] == "event")) {
+        which["schema"]["pattern"] = json!(format!("^({kinds})(,({kinds}))*$"));
+        which["schema"]["type"] = json!("string");
+    }
     let schemas = &mut api["components"]["schemas"];
     let exec = &mut schemas["ExecBody"];
     exec["oneOf"] = json!([{ "required": ["argv"] }, { "required": ["command"] }]);
@@ -108,14 +114,15 @@ fn sharpen(api: &mut Value) {
 fn limit_numbers(schema: &mut Value) {
     match schema {
         Value::Object(object) => {
-            let most = match object.get("format").and_then(Value::as_str) {
-                Some("uint8") => Some(u64::from(u8::MAX)),
-                Some("uint16") => Some(u64::from(u16::MAX)),
-                Some("uint32") => Some(u64::from(u32::MAX)),
-                Some("uint64") => Some(u64::MAX),
-                _ => None,
+            let (format, most) = match object.get("format").and_then(Value::as_str) {
+                Some("u-int8" | "uint8") => ("uint8", u64::from(u8::MAX)),
+                Some("u-int16" | "uint16") => ("uint16", u64::from(u16::MAX)),
+                Some("u-int32" | "uint32") => ("uint32", u64::from(u32::MAX)),
+                Some("u-int64" | "uint64") => ("uint64", u64::MAX),
+                _ => ("", 0),
             };
-            if let Some(most) = most {
+            if most > 0 {
+                object.insert("format".into(), json!(format));
                 object.entry("maximum").or_insert(json!(most));
                 object.entry("minimum").or_insert(json!(0));
             }

@@ -18,11 +18,20 @@ pub struct ForwardSpec {
     #[serde(default)]
     pub host_port: u16,
     /// Port in the guest.
+    #[serde(deserialize_with = "port")]
     pub guest_port: u16,
 }
 
 const fn loopback() -> IpAddr {
     IpAddr::V4(Ipv4Addr::LOCALHOST)
+}
+
+/// A port that something can listen on.
+fn port<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    match u16::deserialize(deserializer)? {
+        0 => Err(serde::de::Error::custom("a port is 1 to 65535")),
+        port => Ok(port),
+    }
 }
 
 /// The answer of a list of forwards.

@@ -157,7 +157,7 @@ function openTerminal(vm) {
   const terminal = new Terminal({ cursorBlink: true, screenReaderMode: false, scrollback: 5000 });
   const fit = new FitAddon.FitAddon();
   const scheme = location.protocol === "https:" ? "wss" : "ws";
-  const socket = new WebSocket(`${scheme}://${location.host}/v1/vms/${vm}/exec`, ["nido", `nido.token.${state.token}`]);
+  const socket = new WebSocket(`${scheme}://${location.host}/v1/vms/${vm}/exec/socket`, ["nido", `nido.token.${state.token}`]);
   socket.binaryType = "arraybuffer";
   const encoder = new TextEncoder();
   const send = (message) => socket.readyState === WebSocket.OPEN && socket.send(message);

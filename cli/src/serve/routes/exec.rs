@@ -110,7 +110,7 @@ impl ExecBody {
 
 /// Runs a command in a VM. Answered when it has ended, with what it wrote (at most 4 MiB of each stream); with
 /// `Accept: text/event-stream` as it goes on: the events `started`, `stdout`, `stderr`, `exit`, and `error` if the VM is
-/// lost. Hanging up kills it. For standard input as it comes, and a terminal, see the WebSocket at the same path.
+/// lost. Hanging up kills it. For standard input as it comes, and a terminal, see the WebSocket at `exec/socket` (docs/api.md).
 #[utoipa::path(post, path = "/v1/vms/{name}/exec", operation_id = "vm_exec", tag = "exec", params(Vm),
     request_body = ExecBody,
     responses((status = 200, description = "How it ended.", content(

@@ -46,7 +46,7 @@ const STARTED_WITHIN: Duration = Duration::from_secs(30);
 const INPUT_WAITING: usize = 16;
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new().route("/v1/vms/{name}/exec", get(attach))
+    OpenApiRouter::new().route("/v1/vms/{name}/exec/socket", get(attach))
 }
 
 /// The upgrade of a connection; anything else is told what to do.
