@@ -124,11 +124,17 @@ impl Nido {
     }
 
     fn supervisor_program(&self) -> Result<PathBuf> {
-        self.options
-            .supervisor
-            .clone()
-            .map_or_else(|| std::env::current_exe().map_err(|e| Error::io("cannot find nido's own program", e)), Ok)
+        self.options.supervisor.clone().map_or_else(own_program, Ok)
     }
+}
+
+/// The program that runs. One that was replaced since it was started is run as it is now.
+fn own_program() -> Result<PathBuf> {
+    let program = std::env::current_exe().map_err(|e| Error::io("cannot find nido's own program", e))?;
+    Ok(match program.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
+        Some(path) if !program.exists() => PathBuf::from(path),
+        _ => program,
+    })
 }
 
 /// A random id: 16 hex digits.

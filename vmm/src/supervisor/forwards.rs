@@ -30,7 +30,8 @@ pub(super) async fn bind(spec: &ForwardSpec) -> Result<(ForwardSpec, TcpListener
             Error::new(Code::Denied, format!("this user may not listen on port {}", spec.host_port))
                 .hint("use a port above 1023")
         }
-        std::io::ErrorKind::AddrNotAvailable => {
+        // The second is what a multicast address, or one that takes a scope, is answered.
+        std::io::ErrorKind::AddrNotAvailable | std::io::ErrorKind::InvalidInput => {
             Error::new(Code::SpecInvalid, format!("this host has no address {}", spec.host))
                 .hint("127.0.0.1 or 0.0.0.0 are always there")
         }

@@ -41,7 +41,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 #[into_params(parameter_in = Query)]
 struct Where {
     /// Its path in the guest, absolute.
-    #[param(pattern = "^/.*$", example = "/etc/os-release")]
+    #[param(pattern = "^/[^\\u0000]*$", example = "/etc/os-release")]
     path: String,
 }
 
@@ -51,7 +51,7 @@ struct Where {
 #[into_params(parameter_in = Query)]
 struct To {
     /// Its path in the guest, absolute.
-    #[param(pattern = "^/.*$", example = "/srv/data.bin")]
+    #[param(pattern = "^/[^\\u0000]*$", example = "/srv/data.bin")]
     path: String,
     /// Its permission bits, in octal.
     #[param(pattern = "^[0-7]{3,4}$", example = "644")]
