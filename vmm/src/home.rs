@@ -176,7 +176,12 @@ impl VmDir {
     /// # Errors
     /// `disk_full`, `internal`.
     pub fn make(&self) -> Result<()> {
-        make_private_dir(&self.path).map_err(|e| Error::io("cannot make the VM's directory", e))
+        match std::fs::DirBuilder::new().mode(0o700).create(&self.path) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                Err(Error::io("cannot make the VM's directory", e))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A way to its sockets that is short enough for a socket address, however deep the home lies.

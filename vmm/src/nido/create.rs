@@ -50,13 +50,7 @@ impl Nido {
     pub(super) async fn insert(&self, row: VmRow) -> Result<(VmRow, Held)> {
         self.remove_strays();
         let dir = self.vm_dir(&row.id);
-        dir.make()?;
-        let deadline = Instant::now() + Duration::from_secs(5);
-        // Somebody who removes leftovers may hold the lock for a moment.
-        let held = Held::take(&dir.file(SUPERVISOR_LOCK), deadline)
-            .await
-            .map_err(|e| Error::io("cannot lock the new VM", e))?
-            .ok_or_else(|| Error::new(Code::VmBusy, "the new VM's directory is held by another process"))?;
+        let held = make_and_hold(&dir).await?;
         if let Err(error) = self.store().insert_vm(&row) {
             let _ = std::fs::remove_dir_all(dir.path());
             return Err(error);
@@ -83,6 +77,21 @@ impl Nido {
             }
         }
         removed
+    }
+}
+
+/// Makes the directory of a new VM and holds it. Until it has a row, whoever removes strays may take it for one: it is
+/// made again then.
+async fn make_and_hold(dir: &VmDir) -> Result<Held> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        dir.make()?;
+        match Held::take(&dir.file(SUPERVISOR_LOCK), deadline).await {
+            Ok(Some(held)) => return Ok(held),
+            Ok(None) => return Err(Error::new(Code::VmBusy, "the new VM's directory is held by another process")),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && Instant::now() < deadline => {}
+            Err(e) => return Err(Error::io("cannot lock the new VM", e)),
+        }
     }
 }
 
@@ -226,4 +235,38 @@ fn write_private(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
     let _ = std::fs::remove_file(&fresh);
     std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh)?.write_all(bytes)?;
     std::fs::rename(&fresh, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    // A command that removed strays took the directory of a VM that another one was just making: "cannot lock the new VM".
+    #[test]
+    fn a_directory_that_is_taken_for_a_stray_is_made_again() {
+        let root = tempfile::tempdir().unwrap();
+        let home = Home::open(&root.path().join("home")).unwrap();
+        let dir = home.vm("fresh");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let remover = scope.spawn(|| {
+                let mut removed = 0;
+                while !done.load(Ordering::Relaxed) {
+                    let Ok(Some(_held)) = Held::try_take(&dir.file(SUPERVISOR_LOCK)) else { continue };
+                    removed += u32::from(std::fs::remove_dir_all(dir.path()).is_ok());
+                }
+                removed
+            });
+            for _ in 0..300 {
+                let held = runtime.block_on(make_and_hold(&dir)).unwrap();
+                assert!(dir.file(SUPERVISOR_LOCK).exists(), "what is held is there");
+                drop(held);
+            }
+            done.store(true, Ordering::Relaxed);
+            assert!(remover.join().unwrap() > 0, "nothing was taken for a stray");
+        });
+    }
 }
