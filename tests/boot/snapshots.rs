@@ -6,14 +6,8 @@ use crate::rig::{TestHome, Vm, eventually};
 
 /// A process that counts in memory, and a file that it never touches.
 fn start_counting(vm: &Vm<'_>) {
-    let script = "echo before > /root/note; sync
-        nohup sh -c 'n=0; while :; do n=$((n + 1)); echo $n > /dev/shm/count; sleep 0.05; done' > /dev/null 2>&1 &";
-    vm.sh(script).ok();
-    eventually("the counter", || (count(vm) > 3).then_some(()));
-}
-
-fn count(vm: &Vm<'_>) -> u64 {
-    vm.sh("cat /dev/shm/count 2> /dev/null || echo 0").text().trim().parse().unwrap_or(0)
+    vm.sh("echo before > /root/note; sync").ok();
+    vm.start_counting();
 }
 
 fn names(vm: &Vm<'_>) -> Vec<String> {
@@ -39,8 +33,7 @@ fn a_running_vm_goes_back_to_where_it_was() {
     assert_eq!((&made["running"], &made["vm"]), (&true.into(), &"web".into()));
     assert!(made["size_bytes"].as_u64().unwrap() > 1 << 20);
     // It went on meanwhile, and its disk takes writes again.
-    let then = count(&vm);
-    eventually("more", || (count(&vm) > then).then_some(()));
+    vm.await_count();
     vm.sh("echo after > /root/note; rm /bin/ping; sync").ok();
     let id = vm.exec(["cat", "/etc/machine-id"]).text();
     let boot = vm.exec(["cat", "/proc/sys/kernel/random/boot_id"]).text();
@@ -51,8 +44,7 @@ fn a_running_vm_goes_back_to_where_it_was() {
         assert_eq!(vm.exec(["cat", "/root/note"]).text(), "before", "round {round}");
         vm.sh("test -x /bin/ping").ok();
         // The process lives, and goes on from there.
-        let then = count(&vm);
-        eventually("more", || (count(&vm) > then).then_some(()));
+        vm.await_count();
         // The same machine, at another time, with random numbers of its own.
         assert_eq!(vm.exec(["cat", "/etc/machine-id"]).text(), id);
         assert_ne!(vm.exec(["cat", "/proc/sys/kernel/random/boot_id"]).text(), boot);
@@ -143,8 +135,7 @@ fn a_supervisor_killed_while_it_takes_one_is_replaced_and_the_vm_goes_on() {
         eventually("the beginning", || snapshots.join(".new-s").exists().then_some(()));
         vm.kill_supervisor();
         let done = taking.wait();
-        let then = count(&vm);
-        eventually("more", || (count(&vm) > then).then_some(()));
+        vm.await_count();
         vm.sh("echo more > /root/more; sync").ok();
         assert_eq!(vm.status(), "running");
         // Whole, or not there at all.
@@ -190,8 +181,7 @@ fn a_command_killed_while_it_copies_a_vm_leaves_nothing_in_it() {
                 (home.vm_dirs().len() == 1 && !snapshots.join(".new-aside").exists()).then_some(())
             });
             assert_eq!(names(&vm), [""; 0]);
-            let then = count(&vm);
-            eventually("more", || (count(&vm) > then).then_some(()));
+            vm.await_count();
             check_disk(&vm);
         }
     }

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use super::call::Call;
 use super::process::{Process, processes_in};
+use super::wait::eventually;
 
 /// `nobody` and `nogroup`.
 const NOBODY: u32 = 65534;
@@ -211,6 +212,25 @@ impl Vm<'_> {
         self.exec(["sh", "-c", script])
     }
 
+    /// Starts a process in the guest that counts in memory, twenty times a second. It starts no others, which would keep an
+    /// emulated processor busy.
+    pub fn start_counting(&self) {
+        let script = "exec 3<> <(:); while :; do echo $((++n)) > /dev/shm/count; read -rt 0.05 -u 3; done";
+        self.sh(&format!("nohup bash -c '{script}' > /dev/null 2>&1 &")).ok();
+        eventually("the counter", || (self.count() > 3).then_some(()));
+    }
+
+    /// How far it has come.
+    pub fn count(&self) -> u64 {
+        self.sh("cat /dev/shm/count 2> /dev/null || echo 0").text().trim().parse().unwrap_or(0)
+    }
+
+    /// Waits until it has gone on.
+    pub fn await_count(&self) {
+        let then = self.count();
+        eventually("more", || (self.count() > then).then_some(()));
+    }
+
     pub fn info(&self) -> Value {
         self.home.nido(["info", self.name]).json()
     }
@@ -249,7 +269,7 @@ impl Vm<'_> {
         let lock = fs::File::open(self.dir().join("supervisor.lock")).unwrap();
         self.supervisor().kill();
         let free = || rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared).ok();
-        super::eventually("the supervisor's death", free);
+        eventually("the supervisor's death", free);
     }
 
     pub fn delete(&self) {
