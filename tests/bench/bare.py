@@ -202,15 +202,17 @@ class Clone:
     def end(self):
         self.qemu.kill()
         self.qemu.wait()
-        self.listener.close()
-        if self.port:
-            self.port.close()
+        for end in (self.listener, self.port):
+            if end:
+                end.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 class Baked(Template):
     """What a forked VM leaves to fork another one by hand: the same agent answers a ping, with the token it was saved
     with; it is not renewed, so two such guests are twins."""
+
+    clone = Clone
 
     def __init__(self, running, keep_in, bake):
         self.argv, self.depth = running.qemu_argv(), keep_in
@@ -232,7 +234,7 @@ class Baked(Template):
         os.makedirs(path, mode=0o700)
         shutil.copy(self.pristine, os.path.join(path, "disk.qcow2"))
         shutil.copy(self.config, os.path.join(path, "guest.cbor"))
-        clone = Clone(self, path)
+        clone = self.clone(self, path)
         try:
             clone.load(self.state, begun + DEADLINE)
         except BaseException:

@@ -10,6 +10,7 @@ import tempfile
 
 import bare
 import forks
+import kvm
 import others
 import rest
 import wire
@@ -259,4 +260,4 @@ def lists(bench):
 
 
 # Memory comes first: what several nido processes share is nobody's own, so no other VM should run then.
-ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "rest": rest.rest, "others": others.others}
+ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "rest": rest.rest, "others": others.others, **kvm.ALL}

@@ -48,6 +48,16 @@ class Result:
     def require(self, what, value, sign, target, unit=""):
         self.verdicts.append(Verdict(what, value, sign, target, unit))
 
+    @classmethod
+    def of_json(cls, found):
+        """The measurement that `json` wrote down, elsewhere."""
+        samples = {side: of["samples"] for side, of in found["sides"].items()}
+        result = cls(found["name"], found["title"], found["unit"], samples, notes=found["notes"])
+        for verdict in found["verdicts"]:
+            sign, target = verdict["target"].split()
+            result.require(verdict["what"], verdict["value"], sign, float(target), verdict["unit"])
+        return result
+
     def json(self):
         return {
             "name": self.name, "title": self.title, "unit": self.unit,

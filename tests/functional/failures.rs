@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 
-use crate::support::Home;
+use crate::support::{Home, until};
 
 #[test]
 fn what_is_not_there_is_said() {
@@ -83,6 +83,17 @@ fn a_vm_that_does_not_boot_under_kvm_is_started_again_without_it() {
     assert!(ran.stderr.contains("did not boot in time under it"), "{}", ran.stderr);
     let info = home.info("web");
     assert_eq!((info["accel"].as_str(), info["status"].as_str()), (Some("tcg"), Some("running")), "{info}");
+    // Also if nobody waits, or if it vanishes when it stops.
+    std::fs::write(&remembered, verdict.to_string()).unwrap();
+    home.nido(["spawn", "later", "--timeout", "2s", "--no-wait"]).run().ok();
+    until("the emulated one", || (home.info("later")["accel"] == "tcg").then_some(()));
+    home.nido(["start", "later"]).run().ok();
+    assert_eq!(home.info("later")["agent"]["ready"], true);
+    home.nido(["delete", "--force", "later"]).run().ok();
+    std::fs::write(&remembered, verdict.to_string()).unwrap();
+    let ran = home.nido(["spawn", "brief", "--timeout", "2s", "--ephemeral"]).run().ok();
+    assert!(ran.stderr.contains("did not boot in time under it"), "{}", ran.stderr);
+    home.nido(["delete", "--force", "brief"]).run().ok();
     // It is remembered.
     home.nido(["spawn", "db"]).run().ok();
     assert_eq!(home.info("db")["accel"], "tcg");

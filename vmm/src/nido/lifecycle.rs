@@ -6,14 +6,13 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::Nido;
 use super::create::{machine_request, make_disk, write_guest_config};
-use crate::api::{AccelChoice, AgentInfo, StartRequest, StartStage, StopRequest, VmInfo, VmSpec};
+use crate::api::{AgentInfo, StartRequest, StartStage, StopRequest, VmInfo, VmSpec};
 use crate::error::{Code, Error, Result};
 use crate::home::SUPERVISOR_LOCK;
-use crate::host::kvm;
 use crate::lock::Held;
-use crate::machine::{self, Accel, GUEST_CIDS, Machine, Transport};
+use crate::machine::{self, GUEST_CIDS, Machine, Transport};
 use crate::name::VmName;
-use crate::state::{Admission, FailureCause, Request as Act, VmState, admit};
+use crate::state::{Admission, Request as Act, VmState, admit};
 use crate::store::{BootParts, Origin, Purpose, VmRow, VmUpdate};
 use crate::supervisor::control::Request;
 
@@ -42,7 +41,7 @@ impl Nido {
         progress(StartStage::Preparing);
         let name = row.spec.name.clone();
         let outcome = match self.launch(&row, held, start, asked_at).await {
-            Ok(()) => self.await_start_or_without_kvm(&row, start, progress).await,
+            Ok(()) => self.await_start(&row, start, progress).await,
             Err(error) => Err(error),
         };
         match outcome {
@@ -99,43 +98,11 @@ impl Nido {
             }
             return Err(error);
         }
-        self.await_start_or_without_kvm(&row, start, progress).await
-    }
-
-    /// Waits for a VM that was just launched; if KVM failed it, it is started once more without.
-    async fn await_start_or_without_kvm(
-        &self,
-        row: &VmRow,
-        start: StartRequest,
-        progress: &mut (dyn FnMut(StartStage) + Send),
-    ) -> Result<VmInfo> {
-        match self.await_start(row, start, progress).await {
-            Err(error) if self.kvm_failed(row) => {
-                tracing::warn!("VM {} is started again, without KVM: {error}", row.spec.name);
-                Box::pin(self.start(&row.spec.name, start, progress)).await
-            }
-            outcome => outcome,
-        }
-    }
-
-    /// Whether KVM, which nobody insisted on, has failed a VM that booted. Then it counts as unusable until the host's
-    /// next boot, so the next start is an emulated one and says so; there is no third.
-    fn kvm_failed(&self, row: &VmRow) -> bool {
-        let Ok(Some(now)) = self.store().vm_by_id(&row.id) else { return false };
-        let chosen = now.spec.accel == AccelChoice::Auto && now.origin == Origin::Boot;
-        let under_kvm = now.machine.as_ref().is_some_and(|machine| machine.accel == Accel::Kvm);
-        let cause = now.failure.as_ref().map(|failure| failure.cause);
-        let failed = matches!(cause, Some(FailureCause::GuestTimeout | FailureCause::KvmInternalError));
-        if !(chosen && under_kvm && failed) {
-            return false;
-        }
-        let what = if cause == Some(FailureCause::GuestTimeout) { "did not boot in time" } else { "could not run" };
-        kvm::remember_unusable(&self.home().cache(), format!("a VM {what} under it"));
-        true
+        self.await_start(&row, start, progress).await
     }
 
     /// Decides on the machine, writes it down and hands the VM to a new supervisor.
-    pub(super) async fn launch(&self, row: &VmRow, held: Held, start: StartRequest, asked_at: Instant) -> Result<()> {
+    pub(crate) async fn launch(&self, row: &VmRow, held: Held, start: StartRequest, asked_at: Instant) -> Result<()> {
         self.launch_from(row, held, start, asked_at, None).await
     }
 

@@ -63,7 +63,7 @@ impl Nido {
             Instant::now().checked_sub(Duration::from_secs_f64(request.asked_ms_ago.clamp(0.0, 1e9) / 1000.0));
         let nido = Self::open_unsettled(options)?;
         let dir = nido.vm_dir(&request.id);
-        let Some(_lock) = own_lock(&dir)? else { return Ok(()) };
+        let Some(lock) = own_lock(&dir)? else { return Ok(()) };
         let Some(row) = nido.store().vm_by_id(&request.id)? else { return Ok(()) };
         let attach = is_held(&dir.file(VM_LOCK));
         if !attach && row.state != VmState::Starting {
@@ -71,7 +71,9 @@ impl Nido {
         }
         settle_in(&dir)?;
         let asked_at = asked_at.unwrap_or_else(Instant::now);
-        run::Supervisor::prepare(nido, row, attach, asked_at, request.ready_within_ms)?.run(attach, announce).await
+        run::Supervisor::prepare(nido, row, lock, attach, asked_at, request.ready_within_ms)?
+            .run(attach, announce)
+            .await
     }
 }
 

@@ -19,16 +19,18 @@ use super::launch::Running;
 use super::limits::Limits;
 use super::logs::{log_tail, panic_lines, rotate};
 use super::serve::{Desk, Life, Order, Users, serve};
-use crate::api::{AgentInfo, Failure};
+use crate::api::{AccelChoice, AgentInfo, Failure, StartRequest};
 use crate::error::{Error, Problem, Result};
 use crate::guest::{Channel, Guest};
 use crate::home::{
     AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG, VmDir,
 };
+use crate::host::kvm;
+use crate::lock::Held;
 use crate::machine::{Accel, Machine, Transport};
 use crate::nido::Nido;
 use crate::qemu::QemuExit;
-use crate::state::{Fact, VmState, advance};
+use crate::state::{Fact, FailureCause, VmState, advance};
 use crate::store::{Origin, Purpose, VmRow, VmUpdate};
 
 /// How long a guest may take to become ready if nobody says otherwise.
@@ -44,11 +46,14 @@ const ASKED_WITHIN: Duration = Duration::from_millis(500);
 pub(super) struct Supervisor {
     pub(super) nido: Nido,
     pub(super) row: VmRow,
+    pub(super) lock: Held,
     pub(super) machine: Machine,
     pub(super) dir: VmDir,
     pub(super) guest: Guest,
     pub(super) asked_at: Instant,
     pub(super) ready_within: Duration,
+    /// The limit for that, if somebody set one.
+    pub(super) asked_within_ms: Option<u64>,
     pub(super) life: watch::Sender<Life>,
     pub(super) orders: mpsc::Receiver<Order>,
     pub(super) users: Users,
@@ -73,6 +78,7 @@ impl Supervisor {
     pub(super) fn prepare(
         nido: Nido,
         row: VmRow,
+        lock: Held,
         attach: bool,
         asked_at: Instant,
         ready_within_ms: Option<u64>,
@@ -102,11 +108,13 @@ impl Supervisor {
         Ok(Self {
             nido,
             row,
+            lock,
             machine,
             dir,
             guest,
             asked_at,
             ready_within,
+            asked_within_ms: ready_within_ms,
             life,
             orders,
             users,
@@ -130,15 +138,9 @@ impl Supervisor {
         match running {
             Ok(running) => {
                 let exit = self.watch_over(running).await;
-                self.gather_tails();
-                let (state, failure) = verdict(self.state, exit, &self.seen);
-                self.end(state, failure, None).await
+                self.conclude(exit).await
             }
-            Err(Ended::Exit(exit)) => {
-                self.gather_tails();
-                let (state, failure) = verdict(self.state, exit, &self.seen);
-                self.end(state, failure, None).await
-            }
+            Err(Ended::Exit(exit)) => self.conclude(exit).await,
             // It never ran: what keeps it from running is the answer, and the VM is as it was.
             Err(Ended::Error(error)) => {
                 tracing::error!("{error}");
@@ -147,6 +149,34 @@ impl Supervisor {
             // It lives, and there is no way to it. What the store says stays as it is.
             Err(Ended::OutOfReach(error)) => Err(error),
         }
+    }
+
+    /// QEMU has ended: so has the VM, unless KVM is to blame.
+    async fn conclude(mut self, exit: QemuExit) -> Result<()> {
+        self.gather_tails();
+        let (state, failure) = verdict(self.state, exit, &self.seen);
+        if let Some(failure) = &failure
+            && kvm_is_to_blame(&self.row, &self.machine, failure.cause)
+        {
+            match self.start_without_kvm(failure).await {
+                Ok(()) => return Ok(()),
+                Err(error) => tracing::error!("it cannot be started without KVM: {error}"),
+            }
+        }
+        self.end(state, failure, None).await
+    }
+
+    /// Hands the VM to another supervisor, which starts it without KVM. That counts as unusable from now on, until the host's
+    /// next boot, so there is no third start. Whoever waits for this one finds its connection ended and asks the next.
+    async fn start_without_kvm(&mut self, failure: &Failure) -> Result<()> {
+        let what = if failure.cause == FailureCause::GuestTimeout { "did not boot in time" } else { "could not run" };
+        tracing::warn!("VM {} {what} under KVM and is started again without: {}", self.row.spec.name, failure.message);
+        kvm::remember_unusable(&self.nido.home().cache(), format!("a VM {what} under it"));
+        self.leave_sockets();
+        self.forwards.close().await;
+        let lock = self.lock.file().try_clone().map_err(|e| Error::io("cannot hand the VM's lock on", e))?;
+        let start = StartRequest { timeout_ms: self.asked_within_ms, ..StartRequest::default() };
+        self.nido.launch(&self.row, Held::inherited(lock), start, Instant::now()).await
     }
 
     /// Everything from QEMU's first answer to its end.
@@ -228,6 +258,12 @@ impl Supervisor {
         self.seen.console_tail = panic.unwrap_or_else(|| log_tail(&self.dir, &[CONSOLE_LOG]));
     }
 
+    fn leave_sockets(&self) {
+        for socket in [QMP_SOCKET, CHANNEL_SOCKET, AGENT_SOCKET, CONTROL_SOCKET] {
+            let _ = unlink(Path::new(socket));
+        }
+    }
+
     /// Writes down how it ended, tells everybody who waits, and leaves nothing behind.
     async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
         let never_ran = *self.life.borrow() == Life::Launching;
@@ -251,9 +287,7 @@ impl Supervisor {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         }
-        for socket in [QMP_SOCKET, CHANNEL_SOCKET, AGENT_SOCKET, CONTROL_SOCKET] {
-            let _ = unlink(Path::new(socket));
-        }
+        self.leave_sockets();
         // Whoever hears of the end may use the ports again.
         self.forwards.close().await;
         let baked = self.baked.take().map(|saved| saved.and_then(|()| self.keep_bake())).transpose();
@@ -270,6 +304,13 @@ impl Supervisor {
         }
         written.and(erased)
     }
+}
+
+/// Whether KVM, which nobody insisted on, has failed a VM that booted.
+fn kvm_is_to_blame(row: &VmRow, machine: &Machine, cause: FailureCause) -> bool {
+    let chosen = row.spec.accel == AccelChoice::Auto && row.origin == Origin::Boot && row.purpose == Purpose::Use;
+    let failed = matches!(cause, FailureCause::GuestTimeout | FailureCause::KvmInternalError);
+    chosen && machine.accel == Accel::Kvm && failed
 }
 
 fn listen(name: &str) -> Result<UnixListener> {
