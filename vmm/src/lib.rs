@@ -15,6 +15,7 @@
 //!      qemu/   guest/   its command line, process and monitor; the client of the agent inside
 //!
 //!     policy/      which commands callers of a server may run; what a person must approve  [pure, but for reading it]
+//!     roots.rs     files of the host that callers of a server may name
 //!     webhook/     messages about events: signed, retried, delivered by a process that lives while there are some
 //! ```
 //!
@@ -37,6 +38,7 @@ pub mod name;
 pub mod nido;
 pub mod policy;
 pub mod qemu;
+pub mod roots;
 pub mod snapshot;
 pub mod state;
 pub mod store;
