@@ -37,6 +37,7 @@ pub mod machine;
 pub mod name;
 pub mod nido;
 pub mod policy;
+mod presence;
 pub mod qemu;
 pub mod roots;
 pub mod snapshot;
