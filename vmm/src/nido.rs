@@ -22,6 +22,7 @@ mod exec;
 mod fork;
 mod forwards;
 mod jobs;
+mod leases;
 mod lifecycle;
 mod list;
 mod logs;
@@ -41,6 +42,7 @@ pub(crate) use create::guest_network;
 pub(crate) use deliverer::StoreGuard;
 pub use events::{EventFeed, Watch};
 pub use exec::{ExecControl, ExecEvents};
+pub use leases::Lease;
 pub(crate) use lifecycle::random_cid;
 pub use logs::LogStream;
 
