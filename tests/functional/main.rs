@@ -5,11 +5,13 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod api;
+mod approvals;
 mod audit;
 mod exec;
 mod failures;
 mod files;
 mod forwards;
+mod leases;
 mod lifecycle;
 mod logs;
 mod pool;

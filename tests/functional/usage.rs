@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use crate::support::Home;
 
-const VERBS: [&str; 29] = [
+const VERBS: [&str; 32] = [
     "spawn",
     "create",
     "start",
@@ -34,6 +34,9 @@ const VERBS: [&str; 29] = [
     "events",
     "api-server",
     "token",
+    "approvals",
+    "approve",
+    "deny",
 ];
 
 #[test]

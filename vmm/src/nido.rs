@@ -7,6 +7,7 @@
 //! command has settled it (`nido/settle.rs`).
 
 mod answers;
+mod approvals;
 mod audit;
 mod background;
 mod bake;
@@ -20,6 +21,8 @@ mod events;
 mod exec;
 mod fork;
 mod forwards;
+mod jobs;
+mod leases;
 mod lifecycle;
 mod list;
 mod logs;
@@ -39,12 +42,14 @@ pub(crate) use create::guest_network;
 pub(crate) use deliverer::StoreGuard;
 pub use events::{EventFeed, Watch};
 pub use exec::{ExecControl, ExecEvents};
+pub use leases::Lease;
 pub(crate) use lifecycle::random_cid;
 pub use logs::LogStream;
 
 use crate::error::{Code, Error, Result};
 use crate::home::{Home, VmDir};
 use crate::host::{HostFacts, QemuFacts, facts, qemu};
+use crate::presence::Presence;
 use crate::store::Store;
 
 /// How nido is opened.
@@ -64,6 +69,8 @@ pub struct Nido {
     home: Home,
     store: Mutex<Store>,
     options: OpenOptions,
+    /// That this process lives, once somebody has to know.
+    presence: Mutex<Option<Presence>>,
 }
 
 impl Nido {
@@ -88,7 +95,7 @@ impl Nido {
         // A supervisor works in another directory: a relative path would mean another file there.
         let absolute = |p: PathBuf| if p.components().count() > 1 { std::path::absolute(&p).unwrap_or(p) } else { p };
         options.qemu = named.map(absolute);
-        Ok(Self { home, store, options })
+        Ok(Self { home, store, options, presence: Mutex::default() })
     }
 
     /// Where everything is kept.

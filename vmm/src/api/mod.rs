@@ -1,11 +1,14 @@
 //! Requests and answers of the core API, one file per noun. `--json`, the REST body and the MCP structured result are
 //! these types, so they are a written promise: fields are added, never renamed.
 
+pub mod approval;
 pub mod audit;
 pub mod copy;
 pub mod event;
 pub mod exec;
 pub mod forward;
+pub mod job;
+pub mod lease;
 pub mod log;
 pub mod pool;
 pub mod snapshot;
@@ -14,11 +17,14 @@ pub mod token;
 pub mod vm;
 pub mod webhook;
 
+pub use approval::*;
 pub use audit::*;
 pub use copy::*;
 pub use event::*;
 pub use exec::*;
 pub use forward::*;
+pub use job::*;
+pub use lease::*;
 pub use log::*;
 pub use pool::*;
 pub use snapshot::*;
