@@ -182,6 +182,7 @@ mod tests {
             send(&nido.stop(name, crate::api::StopRequest::default()));
             send(&nido.delete(name, true));
             send(&nido.info(name));
+            send(&nido.lease_end(nido.lease_open().unwrap()));
             send(&nido.fork(name, &[], &mut stages));
             let snapshot = "s".parse().unwrap();
             send(&nido.snapshot_create(name, &snapshot));
