@@ -85,6 +85,17 @@ impl Server {
         self.open(method, path, headers, body).answer()
     }
 
+    /// A request whose body is said to have `length` bytes and breaks off behind `body`.
+    pub fn hang_up(&self, method: &str, path: &str, headers: &[(&str, &str)], length: usize, body: &[u8]) {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        let mut head = format!("{method} {path} HTTP/1.1\r\ncontent-length: {length}\r\n");
+        for (key, value) in headers {
+            head.push_str(&format!("{key}: {value}\r\n"));
+        }
+        head.push_str("\r\n");
+        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body)).unwrap();
+    }
+
     /// A request whose answer is read as it comes.
     pub fn open(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Stream {
         let mut stream = TcpStream::connect(&self.address).unwrap();
