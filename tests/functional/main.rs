@@ -6,6 +6,7 @@
 
 mod api;
 mod audit;
+mod description;
 mod exec;
 mod failures;
 mod files;

@@ -17,6 +17,7 @@ mod answer;
 mod ask;
 mod audit;
 mod guard;
+mod links;
 mod listen;
 mod metrics;
 mod once;

@@ -4,6 +4,7 @@
 
 mod audit;
 mod events;
+mod examples;
 mod exec;
 mod files;
 mod forwards;
@@ -33,6 +34,11 @@ use super::{App, guard, once};
 
 /// The largest JSON body, in bytes.
 pub const BODY_MAX: usize = 1 << 20;
+
+/// Examples of what routes take and answer.
+pub fn examples() -> Vec<examples::Example> {
+    examples::all()
+}
 
 /// Every route, and what is described of it.
 pub fn described() -> OpenApiRouter<Arc<App>> {
