@@ -224,7 +224,7 @@ fn directories_go_both_ways_as_archives() {
     let path = format!("/v1/vms/web/files?path={}", twice.display());
     let headers = format!("Bearer {}", server.token());
     let headers = [("authorization", &*headers), ("content-type", "application/x-tar"), ("host", "localhost")];
-    server.hang_up("PUT", &path, &headers, whole.len(), &whole[..2_000_000]);
+    drop(server.begin("PUT", &path, &headers, whole.len(), &whole[..2_000_000]));
     until("nothing is left", || {
         let names = std::fs::read_dir(home.scratch("")).unwrap().map(|entry| entry.unwrap().file_name());
         let left = names.filter(|name| name.to_str().is_some_and(|name| name.starts_with(".nido-") || name == "twice"));
@@ -440,6 +440,77 @@ fn looks_are_in_the_audit_log_once() {
     ];
     assert_eq!(told, expected);
     assert_eq!(home.nido(["audit", "verify", "--json"]).run().ok().json()["lines"], 6);
+}
+
+#[test]
+fn who_sends_too_slowly_is_told() {
+    let home = Home::new();
+    let server = Server::with(&home, &["--patience", "300ms"]);
+    home.spawn("web");
+    let bearer = format!("Bearer {}", server.token());
+    let begin = |method: &str, path: &str, kind: &str, extra: (&str, &str), sent: &[u8]| {
+        let headers = [
+            ("authorization", &*bearer),
+            ("content-type", kind),
+            ("host", "localhost"),
+            ("connection", "close"),
+            extra,
+        ];
+        server.begin(method, path, &headers, 4000, sent)
+    };
+    let json = "application/json";
+    for extra in [("accept", json), ("idempotency-key", "k")] {
+        let stalled = begin("POST", "/v1/vms", json, extra, b"{");
+        Server::answer_to(stalled).problem(408, "request_timeout");
+    }
+    // Every drop comes in time, all of them do not.
+    let mut dripping = begin("POST", "/v1/vms", json, ("accept", json), b"{");
+    let drops = std::thread::spawn({
+        let mut stream = dripping.try_clone().unwrap();
+        move || {
+            let pause = std::time::Duration::from_millis(50);
+            (0..200)
+                .take_while(|_| {
+                    std::thread::sleep(pause);
+                    std::io::Write::write_all(&mut stream, b" ").is_ok()
+                })
+                .count()
+        }
+    });
+    let mut answer = String::new();
+    std::io::Read::read_to_string(&mut dripping, &mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    drop(dripping);
+    assert!(drops.join().unwrap() < 200);
+    let there = home.scratch("there");
+    let path = format!("/v1/vms/web/files?path={}", there.display());
+    for kind in ["application/octet-stream", "application/x-tar"] {
+        let stalled = begin("PUT", &path, kind, ("accept", json), &[0; 100]);
+        Server::answer_to(stalled).problem(408, "request_timeout");
+    }
+    assert!(!there.exists());
+    server.get("/v1/vms").ok(200);
+}
+
+#[test]
+fn a_command_dies_with_a_listener_who_does_not_read() {
+    let home = Home::new();
+    let server = Server::with(&home, &["--patience", "200ms"]);
+    home.spawn("web");
+    let bearer = format!("Bearer {}", server.token());
+    let headers = [("authorization", &*bearer), ("content-type", "application/json"), ("accept", "text/event-stream")];
+    let body = json!({"argv": ["sh", "-c", "exec yes 98732"]}).to_string();
+    let mut stream = server.open("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    assert_eq!(stream.line(), "event: started");
+    until("the end of the command", || {
+        let found = home.nido(["exec", "web", "--", "pgrep", "-fx", "yes 98732"]).run();
+        found.text().trim().is_empty().then_some(())
+    });
+    drop(stream);
+    // Who is still written to is not cut off: so much takes longer than that.
+    let body = json!({"command": "for n in 1 2 3 4; do sleep 0.2; echo $n; done"}).to_string();
+    let mut stream = server.open("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    while stream.line() != "event: exit" {}
 }
 
 #[test]

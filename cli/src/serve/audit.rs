@@ -11,7 +11,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State};
 use axum::http::Method;
 use axum::middleware::Next;
@@ -24,6 +24,7 @@ use super::App;
 use super::answer::Problem;
 use super::ask::media_type;
 use super::guard::Caller;
+use super::pace;
 use super::routes::BODY_MAX;
 
 /// The line about a request that is still open.
@@ -197,8 +198,7 @@ async fn arguments(request: Request) -> Result<(Request, Value)> {
     }
     let mut body = body;
     if media_type(&parts.headers).as_deref() == Some("application/json") {
-        let too_large = |_| Error::new(Code::BodyTooLarge, format!("the body is longer than {BODY_MAX} bytes"));
-        let bytes = to_bytes(body, BODY_MAX).await.map_err(too_large)?;
+        let bytes = pace::read(body, BODY_MAX).await?;
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(fields)) => arguments.extend(fields),
             Ok(other) => drop(arguments.insert("body".into(), other)),

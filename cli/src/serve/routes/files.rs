@@ -24,6 +24,7 @@ use crate::serve::App;
 use crate::serve::answer::{self, Answer};
 use crate::serve::ask::{Names, Query, accepts, media_type};
 use crate::serve::guard::Uses;
+use crate::serve::pace;
 
 /// How much of a download is read at once, in bytes.
 const PIECE: usize = 64 * 1024;
@@ -147,7 +148,7 @@ async fn upload(
     let mut pieces = body.into_data_stream();
     let sending = async {
         while let Some(piece) = pieces.next().await {
-            let piece = piece.map_err(|_| Error::new(Code::Interrupted, "the client has hung up"))?;
+            let piece = piece.map_err(|error| pace::broken(&error))?;
             app.metrics.bytes_in(piece.len() as u64);
             // The copy has ended, and says why.
             if writer.write_all(&piece).await.is_err() {
