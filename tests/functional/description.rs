@@ -105,10 +105,10 @@ fn found(expression: &str, told: &Told) -> String {
 
 #[test]
 fn who_follows_the_links_gets_what_they_promise() {
+    let receiver = Receiver::start();
     let home = Home::new();
     let server = Server::start(&home);
     let mut client = Client::new(&server);
-    let receiver = Receiver::start();
     let hook = json!({ "url": receiver.url(), "allow_private": true });
     let hook = client.ask("webhook_add", &BTreeMap::new(), Some(&hook), "");
 

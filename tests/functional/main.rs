@@ -8,6 +8,7 @@ mod api;
 mod audit;
 mod description;
 mod exec;
+mod exec_socket;
 mod failures;
 mod files;
 mod forwards;
@@ -16,9 +17,11 @@ mod logs;
 mod pool;
 mod run;
 mod terminal;
+mod tls;
 mod travel;
 mod usage;
 mod webhook_endpoints;
+mod webhook_routes;
 mod webhooks;
 
 #[path = "../support/mod.rs"]
