@@ -12,6 +12,7 @@ mod exec_socket;
 mod failures;
 mod files;
 mod forwards;
+mod killed;
 mod lifecycle;
 mod logs;
 mod pool;

@@ -34,13 +34,25 @@ impl Server {
     /// The same with more flags.
     pub fn with(home: &Home, flags: &[&str]) -> Self {
         let made = home.nido(["token", "create", "--name", "tests", "--scope", "admin", "--json"]).run().ok().json();
+        Self::with_token(home, flags, made["token"].as_str().unwrap().to_owned())
+    }
+
+    fn with_token(home: &Home, flags: &[&str], token: String) -> Self {
         let mut nido = home.nido(["api-server", "start", "--port", "0"]);
         for flag in flags {
             nido = nido.arg(flag);
         }
         let live = nido.start();
         let address = live.line().rsplit("://").next().unwrap().to_owned();
-        Self { live: Some(live), address, token: made["token"].as_str().unwrap().to_owned() }
+        Self { live: Some(live), address, token }
+    }
+
+    /// Kills it; the next one takes its place, and the same token.
+    pub fn killed(mut self, home: &Home) -> Self {
+        let live = self.live.take().unwrap();
+        live.kill();
+        assert!(live.end(), "it has ended by itself");
+        Self::with_token(home, &[], std::mem::take(&mut self.token))
     }
 
     /// Where it listens.
