@@ -7,19 +7,24 @@
 mod api;
 mod approvals;
 mod audit;
+mod description;
 mod exec;
+mod exec_socket;
 mod failures;
 mod files;
 mod forwards;
+mod killed;
 mod leases;
 mod lifecycle;
 mod logs;
 mod pool;
 mod run;
 mod terminal;
+mod tls;
 mod travel;
 mod usage;
 mod webhook_endpoints;
+mod webhook_routes;
 mod webhooks;
 
 #[path = "../support/mod.rs"]

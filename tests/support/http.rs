@@ -34,13 +34,25 @@ impl Server {
     /// The same with more flags.
     pub fn with(home: &Home, flags: &[&str]) -> Self {
         let made = home.nido(["token", "create", "--name", "tests", "--scope", "admin", "--json"]).run().ok().json();
+        Self::with_token(home, flags, made["token"].as_str().unwrap().to_owned())
+    }
+
+    fn with_token(home: &Home, flags: &[&str], token: String) -> Self {
         let mut nido = home.nido(["api-server", "start", "--port", "0"]);
         for flag in flags {
             nido = nido.arg(flag);
         }
         let live = nido.start();
         let address = live.line().rsplit("://").next().unwrap().to_owned();
-        Self { live: Some(live), address, token: made["token"].as_str().unwrap().to_owned() }
+        Self { live: Some(live), address, token }
+    }
+
+    /// Kills it; the next one takes its place, and the same token.
+    pub fn killed(mut self, home: &Home) -> Self {
+        let live = self.live.take().unwrap();
+        live.kill();
+        assert!(live.end(), "it has ended by itself");
+        Self::with_token(home, &[], std::mem::take(&mut self.token))
     }
 
     /// Where it listens.
@@ -83,6 +95,24 @@ impl Server {
     /// A request as it is.
     pub fn plain(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
         self.open(method, path, headers, body).answer()
+    }
+
+    /// A request whose body is said to have `length` bytes, and that is not sent further than `body`.
+    pub fn begin(&self, method: &str, path: &str, headers: &[(&str, &str)], length: usize, body: &[u8]) -> TcpStream {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        let mut head = format!("{method} {path} HTTP/1.1\r\ncontent-length: {length}\r\n");
+        for (key, value) in headers {
+            head.push_str(&format!("{key}: {value}\r\n"));
+        }
+        head.push_str("\r\n");
+        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body)).unwrap();
+        stream
+    }
+
+    /// The answer to a request that was begun.
+    pub fn answer_to(stream: TcpStream) -> Answer {
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        Stream::read(BufReader::new(stream)).answer()
     }
 
     /// A request whose answer is read as it comes.

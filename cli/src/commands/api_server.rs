@@ -2,13 +2,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Subcommand;
 use nido_vmm::error::{Code, Error};
 
 use super::Context;
 use crate::exit::{Exit, Outcome};
-use crate::serve::{Hosts, Listen, Options, Tls, openapi, serve};
+use crate::parse::duration_ms;
+use crate::serve::{Hosts, Listen, Options, Patience, Tls, openapi, serve};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -68,6 +70,9 @@ struct Start {
     /// How many requests a caller may make in a second, on average
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     rate: u32,
+    /// How long to wait for the next byte of a request's body; twice as long for all of a JSON body, and for a client to read
+    #[arg(long, value_name = "TIME", hide = true, default_value = "30s", value_parser = duration_ms)]
+    patience: u64,
 }
 
 impl Args {
@@ -94,8 +99,9 @@ impl Args {
 impl Start {
     fn options(self) -> Result<Options, Error> {
         let hosts = Hosts { names: self.hosts };
+        let patience = Patience::of(Duration::from_millis(self.patience));
         if let Some(path) = self.socket {
-            return Ok(Options { listen: Listen::Unix(path), hosts, rate: self.rate });
+            return Ok(Options { listen: Listen::Unix(path), hosts, rate: self.rate, patience });
         }
         let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| Tls { certificate, key });
         let everywhere = IpAddr::V4(if self.allow_remote { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST });
@@ -109,6 +115,6 @@ impl Start {
                 .hint("--tls-cert and --tls-key, or --insecure-http if something else encrypts it"));
         }
         let address = SocketAddr::new(address, self.port);
-        Ok(Options { listen: Listen::Tcp { address, tls }, hosts, rate: self.rate })
+        Ok(Options { listen: Listen::Tcp { address, tls }, hosts, rate: self.rate, patience })
     }
 }

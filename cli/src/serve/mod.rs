@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  listen.rs   sockets, TLS, limits of connections ──> guard.rs  who asks, from where, how often
+//!       pace.rs  how slow a client may be                │
 //!                                                        │
 //!                      audit.rs  what changes something is written down before it begins
 //!                                                        │
@@ -17,11 +18,13 @@ mod answer;
 mod ask;
 mod audit;
 mod guard;
+mod links;
 mod listen;
 mod metrics;
 mod once;
 mod openapi;
 mod operations;
+mod pace;
 mod routes;
 
 use std::sync::Arc;
@@ -36,6 +39,7 @@ pub use self::guard::Hosts;
 pub use self::listen::{Listen, Tls};
 use self::metrics::Metrics;
 use self::operations::Operations;
+pub use self::pace::Patience;
 use crate::signals::Signals;
 
 /// How long the last look for VMs without a supervisor counts.
@@ -50,6 +54,8 @@ pub struct Options {
     pub hosts: Hosts,
     /// How many requests a caller may make in a second, on average.
     pub rate: u32,
+    /// How long clients are waited for.
+    pub patience: Patience,
 }
 
 /// What every request needs.
@@ -58,6 +64,7 @@ pub struct App {
     nido: Nido,
     hosts: Hosts,
     rates: guard::Rates,
+    patience: Patience,
     operations: Operations,
     metrics: Metrics,
     settled: Mutex<Option<Instant>>,
@@ -91,6 +98,7 @@ pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Re
         nido,
         hosts: options.hosts,
         rates: guard::Rates::new(options.rate),
+        patience: options.patience,
         operations: Operations::default(),
         metrics: Metrics::default(),
         settled: Mutex::new(None),
