@@ -13,6 +13,7 @@ import forks
 import kvm
 import others
 import rest
+import webhooks
 import wire
 from guest_ssh import GuestSsh
 from result import Result
@@ -260,4 +261,5 @@ def lists(bench):
 
 
 # Memory comes first: what several nido processes share is nobody's own, so no other VM should run then.
-ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "rest": rest.rest, "others": others.others, **kvm.ALL}
+ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "rest": rest.rest, "webhooks": webhooks.webhooks,
+       "others": others.others, **kvm.ALL}
