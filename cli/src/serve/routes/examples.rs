@@ -58,9 +58,9 @@ examples! {
     bodies:
     "vm_spawn" => SpawnRequest: json!({ "name": "web", "memory_mib": 512, "ttl_ms": 600_000, "labels": { "job": "42" } });
     "vm_start" => StartRequest: json!({ "wait": true });
-    "vm_stop" => StopRequest: json!({ "force": false, "timeout_ms": 30_000 });
+    "vm_stop" => StopRequest: json!({ "force": true });
     "vm_restart" => StopRequest: json!({ "force": true });
-    "vm_fork" => ForkRequest: json!({ "names": ["web-2", "web-3"] });
+    "vm_fork" => ForkRequest: json!({ "names": ["web-2"] });
     "vm_exec" => ExecBody: json!({ "argv": ["uname", "-a"], "timeout_ms": 10_000 });
     "run" => RunRequest: json!({ "exec": { "command": "make -C /src test" }, "vm": { "memory_mib": 1024 } });
     "snapshot_create" => SnapshotRequest: json!({ "name": "before" });
@@ -76,7 +76,7 @@ examples! {
     "vm_spawn" 201 => VmInfo: vm("web");
     "vm_info" 200 => VmInfo: vm("web");
     "vm_list" 200 => VmList: json!({ "vms": [vm("web")] });
-    "vm_fork" 201 => ForkResult: json!({ "vm": "web", "copies": [vm("web-2"), vm("web-3")] });
+    "vm_fork" 201 => ForkResult: json!({ "vm": "web", "copies": [vm("web-2")] });
     "vm_exec" 200 => ExecResult: exec();
     "vm_upload" 200 => CopyResult:
         json!({ "entries": 1, "bytes": 5120, "skipped": 0, "path": "/srv/data.bin", "duration_ms": 9 });
