@@ -12,6 +12,7 @@ mod files;
 mod forwards;
 mod lifecycle;
 mod logs;
+mod mcp;
 mod pool;
 mod run;
 mod terminal;

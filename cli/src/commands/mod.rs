@@ -20,6 +20,7 @@ mod info;
 mod logs;
 mod ls;
 mod man;
+mod mcp_server;
 mod pause;
 mod pool;
 mod pool_fill;
@@ -126,6 +127,7 @@ pub enum Verb {
     Template(template::Args),
     Pool(pool::Args),
     ApiServer(api_server::Args),
+    McpServer(mcp_server::Args),
     Token(token::Args),
     Audit(audit::Args),
     Webhook(webhook::Args),
@@ -151,7 +153,7 @@ impl Verb {
 
     /// Whether it serves many callers at once.
     pub const fn serves(&self) -> bool {
-        matches!(self, Self::ApiServer(_))
+        matches!(self, Self::ApiServer(_) | Self::McpServer(_))
     }
 
     /// Does it.
@@ -182,6 +184,7 @@ impl Verb {
             Self::Template(args) => Box::pin(args.run(cx)).await,
             Self::Pool(args) => Box::pin(args.run(cx)).await,
             Self::ApiServer(args) => Box::pin(args.run(cx)).await,
+            Self::McpServer(args) => Box::pin(args.run(cx)).await,
             Self::Token(args) => args.run(cx).await,
             Self::Audit(args) => args.run(cx).await,
             Self::Webhook(args) => args.run(cx).await,
@@ -228,6 +231,8 @@ impl Context {
 pub fn start_log(cli: &Cli) {
     let level = match (cli.global.verbose, &cli.verb) {
         (0, Verb::Supervise(_) | Verb::PoolFill(_) | Verb::Deliver(_)) => LevelFilter::INFO,
+        // Its client keeps what it says here.
+        (0, Verb::McpServer(_)) => LevelFilter::WARN,
         (0, _) => return,
         (1, _) => LevelFilter::DEBUG,
         (_, _) => LevelFilter::TRACE,

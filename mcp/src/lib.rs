@@ -1,0 +1,27 @@
+//! The MCP server: the core for agents, over stdio and over Streamable HTTP.
+//!
+//! ```text
+//!  stdio.rs  http.rs        how messages come in
+//!        \   /
+//!       server.rs           what the protocol asks: lists, calls
+//!           |
+//!       call.rs             one call: may it be, attempt, progress, cancellation, outcome
+//!           |
+//!       tools/*.rs          one file per noun: parse, call the core, answer       schema.rs answer.rs  [pure]
+//! ```
+//!
+//! The only crate that knows the protocol's library. Both revisions of the protocol, the one with `initialize` and the one
+//! without, come through the same code.
+//!
+//! Invariant: no data of a VM or a guest is ever part of a tool's name, title, description or schema.
+
+mod answer;
+mod app;
+mod call;
+mod progress;
+pub mod schema;
+mod server;
+pub mod stdio;
+pub mod tools;
+
+pub use self::app::{App, Principal, Settings};
