@@ -5,6 +5,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod api;
+mod approvals;
 mod audit;
 mod exec;
 mod failures;

@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use crate::support::Home;
 
-const VERBS: [&str; 30] = [
+const VERBS: [&str; 33] = [
     "spawn",
     "create",
     "start",
@@ -35,6 +35,9 @@ const VERBS: [&str; 30] = [
     "api-server",
     "mcp-server",
     "token",
+    "approvals",
+    "approve",
+    "deny",
 ];
 
 #[test]

@@ -87,6 +87,9 @@ codes! {
     Timeout "timeout" Unavailable 504 "The time ran out";
     Interrupted "interrupted" Unavailable 503 "Interrupted";
     Denied "denied" Denied 403 "Not allowed";
+    ApprovalRequired "approval_required" Denied 403 "A person has to approve this";
+    ApprovalNotFound "approval_not_found" NotFound 404 "No such approval";
+    ApprovalEnded "approval_ended" Conflict 409 "The approval is over";
     Unauthorized "unauthorized" Denied 401 "Who asks is not known";
     TokenNotFound "token_not_found" NotFound 404 "No such token";
     TokenExists "token_exists" Conflict 409 "A token of that name exists";

@@ -14,6 +14,7 @@
 //!        |   \
 //!      qemu/   guest/   its command line, process and monitor; the client of the agent inside
 //!
+//!     policy/      which commands callers of a server may run; what a person must approve  [pure, but for reading it]
 //!     webhook/     messages about events: signed, retried, delivered by a process that lives while there are some
 //! ```
 //!
@@ -34,6 +35,7 @@ pub mod lock;
 pub mod machine;
 pub mod name;
 pub mod nido;
+pub mod policy;
 pub mod qemu;
 pub mod snapshot;
 pub mod state;

@@ -7,6 +7,7 @@
 //! command has settled it (`nido/settle.rs`).
 
 mod answers;
+mod approvals;
 mod audit;
 mod background;
 mod bake;

@@ -3,6 +3,8 @@
 //! Invariant: a verb calls the core, and nothing but the core, for whatever it does to a VM.
 
 mod api_server;
+mod approvals;
+mod approve;
 mod audit;
 mod completions;
 mod copy;
@@ -130,6 +132,9 @@ pub enum Verb {
     McpServer(mcp_server::Args),
     Token(token::Args),
     Audit(audit::Args),
+    Approvals(approvals::Args),
+    Approve(approve::Args),
+    Deny(approve::DenyArgs),
     Webhook(webhook::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
@@ -187,6 +192,9 @@ impl Verb {
             Self::McpServer(args) => Box::pin(args.run(cx)).await,
             Self::Token(args) => args.run(cx).await,
             Self::Audit(args) => args.run(cx).await,
+            Self::Approvals(args) => args.run(cx).await,
+            Self::Approve(args) => args.run(cx).await,
+            Self::Deny(args) => args.run(cx).await,
             Self::Webhook(args) => args.run(cx).await,
             Self::Doctor(args) => args.run(cx).await,
             Self::Completions(args) => args.run(cx),

@@ -1,6 +1,7 @@
 //! Requests and answers of the core API, one file per noun. `--json`, the REST body and the MCP structured result are
 //! these types, so they are a written promise: fields are added, never renamed.
 
+pub mod approval;
 pub mod audit;
 pub mod copy;
 pub mod event;
@@ -14,6 +15,7 @@ pub mod token;
 pub mod vm;
 pub mod webhook;
 
+pub use approval::*;
 pub use audit::*;
 pub use copy::*;
 pub use event::*;

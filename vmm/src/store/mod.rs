@@ -5,6 +5,7 @@
 //! same transaction (`events.rs`).
 
 mod answers;
+mod approvals;
 mod events;
 mod outbox;
 mod pools;
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 
 pub use answers::Known;
+pub use approvals::ApprovalRow;
 pub use outbox::{Attempt, Due, Outcome};
 pub use pools::{Claim, PoolRow};
 pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
@@ -33,7 +35,7 @@ use crate::error::{Code, Error, Result};
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-const STEPS: [&str; 7] = [
+const STEPS: [&str; 8] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -128,6 +130,21 @@ const STEPS: [&str; 7] = [
         at_ms      INTEGER NOT NULL,
         PRIMARY KEY (caller, key)
     ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE approvals (
+        id         TEXT PRIMARY KEY,
+        tool       TEXT NOT NULL,
+        vm_id      TEXT NOT NULL,                -- not a reference: what was asked about a VM outlives it for an hour
+        vm_name    TEXT NOT NULL,
+        actor      TEXT NOT NULL,
+        agent      TEXT,
+        arguments  TEXT NOT NULL,                -- redacted, for people
+        digest     TEXT NOT NULL,                -- of all of them: Ask::digest
+        state      TEXT NOT NULL DEFAULT 'pending', -- ApprovalState; that time ran out is never written
+        created_ms INTEGER NOT NULL,
+        expires_ms INTEGER NOT NULL,
+        decided_ms INTEGER,
+        decided_by TEXT
+    ) STRICT;",
 ];
 /// What this build writes into `user_version`.
 const SCHEMA_VERSION: i64 = STEPS.len() as i64;

@@ -1,0 +1,74 @@
+//! `approvals`: what programs have asked a person to approve.
+
+use jiff::Timestamp;
+use nido_vmm::api::{Approval, ApprovalState};
+
+use super::Context;
+use crate::exit::{Exit, Outcome};
+use crate::output::{json, table};
+use crate::parse::show_seconds;
+
+const EXAMPLES: &str = "\
+Examples:
+  nido approvals
+  nido approvals --all
+  nido approvals -q | xargs nido deny
+
+A program that was refused with approval_required waits here for two minutes. Read what it wants to do and to which VM
+before you approve it; what it calls itself is only a claim. Each approval is good for one use of exactly these arguments.";
+
+/// List what waits for your approval
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Also what was approved, denied, used or ran out of time within the last hour
+    #[arg(long, short)]
+    all: bool,
+}
+
+const HEAD: [&str; 8] = ["ID", "STATE", "OPERATION", "VM", "ARGUMENTS", "ASKED BY", "AGE", "LEFT"];
+/// How much of the arguments a row shows, in characters; `--json` has all of them.
+const ARGUMENTS_MAX: usize = 60;
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        let nido = cx.nido().await?;
+        let mut list = nido.approvals()?;
+        list.approvals.retain(|approval| self.all || approval.state == ApprovalState::Pending);
+        cx.output.answer(&list, || {
+            if cx.output.quiet {
+                return list.approvals.iter().map(|approval| format!("{}\n", approval.id)).collect();
+            }
+            let now = Timestamp::now();
+            table(HEAD, list.approvals.iter().map(|approval| row(approval, now)))
+        })?;
+        Ok(Exit::Success)
+    }
+}
+
+fn row(approval: &Approval, now: Timestamp) -> [String; 8] {
+    let seconds = |from: Timestamp, to: Timestamp| u64::try_from(to.duration_since(from).as_secs()).unwrap_or(0);
+    let open = matches!(approval.state, ApprovalState::Pending | ApprovalState::Approved);
+    let mut arguments = json(&approval.arguments, false);
+    if arguments.chars().count() > ARGUMENTS_MAX {
+        arguments = arguments.chars().take(ARGUMENTS_MAX - 3).chain("...".chars()).collect();
+    }
+    [
+        approval.id.clone(),
+        approval.state.word().into(),
+        approval.tool.clone(),
+        approval.vm_name.to_string(),
+        arguments,
+        who(approval),
+        show_seconds(seconds(approval.created_at, now)),
+        if open { show_seconds(seconds(now, approval.expires_at)) } else { "-".into() },
+    ]
+}
+
+/// Who asks, and what the client calls itself.
+pub fn who(approval: &Approval) -> String {
+    match &approval.agent {
+        Some(agent) => format!("{} ({agent})", approval.actor),
+        None => approval.actor.clone(),
+    }
+}

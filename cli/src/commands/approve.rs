@@ -1,0 +1,79 @@
+//! `approve` and `deny`: a person's word about what a program has asked for.
+
+use nido_vmm::api::Approval;
+use nido_vmm::audit::Caller;
+use serde_json::json;
+
+use super::Context;
+use super::approvals::who;
+use crate::exit::{Exit, Outcome};
+
+const APPROVE_EXAMPLES: &str = "\
+Examples:
+  nido approvals
+  nido approve apr_0123456789abcdef
+  nido approve apr_0123456789abcdef --json
+
+The program that asked may then do this once, with exactly the arguments it asked for, within two minutes of having asked.
+Look at them first: nido approvals. Until it was used, an approval can be taken back with nido deny.";
+
+const DENY_EXAMPLES: &str = "\
+Examples:
+  nido deny apr_0123456789abcdef
+  nido approvals -q | xargs nido deny
+  nido deny apr_0123456789abcdef --json
+
+The program that asked is told that you said no. An approval that was given and not used yet is taken back.";
+
+/// Approve what a program has asked for
+#[derive(Debug, clap::Args)]
+#[command(after_help = APPROVE_EXAMPLES)]
+pub struct Args {
+    /// Id of the approval
+    id: String,
+}
+
+/// Deny what a program has asked for
+#[derive(Debug, clap::Args)]
+#[command(after_help = DENY_EXAMPLES)]
+pub struct DenyArgs {
+    /// Ids of the approvals
+    #[arg(required = true, value_name = "ID")]
+    ids: Vec<String>,
+}
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        decide(cx, &self.id, true).await
+    }
+}
+
+impl DenyArgs {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        for id in &self.ids {
+            decide(cx, id, false).await?;
+        }
+        Ok(Exit::Success)
+    }
+}
+
+async fn decide(cx: &Context, id: &str, yes: bool) -> Outcome {
+    let nido = cx.nido().await?;
+    let asked = nido.approval(id)?;
+    let by = Caller::command_line().actor;
+    let arguments = json!({
+        "approval_id": id, "tool": asked.tool, "vm_name": asked.vm_name, "vm_id": asked.vm_id, "actor": asked.actor,
+    });
+    let tool = if yes { "approval_approve" } else { "approval_deny" };
+    let decided =
+        cx.audited(&nido, tool, arguments, async { if yes { nido.approve(id, &by) } else { nido.deny(id, &by) } });
+    let decided = decided.await?;
+    cx.output.answer(&decided, || format!("{}\n", decided.id))?;
+    cx.output.talk(&words(&decided, yes));
+    Ok(Exit::Success)
+}
+
+fn words(decided: &Approval, yes: bool) -> String {
+    let (verb, asker) = (if yes { "approved" } else { "denied" }, who(decided));
+    format!("{verb}: {} of VM {}, asked for by {asker}", decided.tool, decided.vm_name)
+}

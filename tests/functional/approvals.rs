@@ -1,0 +1,107 @@
+//! Approvals over the real `nido`: what waits is listed, a person's word counts once, and for nothing but what was asked.
+
+use nido_vmm::api::Ask;
+use nido_vmm::error::Code;
+use nido_vmm::nido::{Nido, OpenOptions};
+use serde_json::{Value, json};
+
+use crate::support::Home;
+
+/// A server's side of it.
+async fn server(home: &Home) -> Nido {
+    let options = OpenOptions {
+        home: Some(home.path()),
+        qemu: Some(home.qemu_path()),
+        supervisor: Some(env!("CARGO_BIN_EXE_nido").into()),
+    };
+    Nido::open(options).await.unwrap()
+}
+
+fn with_server<T>(home: &Home, work: impl AsyncFnOnce(&Nido) -> T) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async { work(&server(home).await).await })
+}
+
+fn ask(vm: &Value) -> Ask {
+    Ask {
+        tool: "vm_delete".into(),
+        vm_id: vm["id"].as_str().unwrap().into(),
+        vm_name: vm["name"].as_str().unwrap().parse().unwrap(),
+        actor: "token:ci".into(),
+        agent: Some("nice\x1b[2J\u{202e}client".into()),
+        arguments: json!({ "name": vm["name"], "force": true }),
+    }
+}
+
+fn created(home: &Home, name: &str) -> Value {
+    home.nido(["create", name, "--json"]).run().ok().json()
+}
+
+#[test]
+fn a_person_approves_and_it_is_used_once() {
+    let home = Home::new();
+    let vm = created(&home, "web");
+    with_server(&home, async |nido| {
+        let id = nido.approval_ask(&ask(&vm)).unwrap().id;
+        let list = home.nido(["approvals", "--json"]).run().ok().json();
+        let shown = &list["approvals"][0];
+        assert_eq!(
+            (&shown["id"], &shown["state"], &shown["tool"]),
+            (&json!(id), &json!("pending"), &json!("vm_delete"))
+        );
+        assert_eq!((&shown["vm_name"], &shown["arguments"]["force"]), (&json!("web"), &json!(true)));
+        let table = home.nido(["approvals"]).run().ok();
+        let row = table.text().lines().nth(1).unwrap().to_owned();
+        for word in [&id, "vm_delete", "web", "token:ci", "nice^[[2J\\u{202e}client"] {
+            assert!(row.contains(word), "{word} is not in {row}");
+        }
+        assert_eq!(home.nido(["approvals", "-q"]).run().ok().text().trim(), id);
+        assert_eq!(nido.approval_use(&id, &ask(&vm)).unwrap_err().code(), Code::ApprovalRequired);
+        let done = home.nido(["approve", &id]).run().ok();
+        assert_eq!(done.text().trim(), id);
+        assert!(
+            done.stderr.contains("approved: vm_delete of VM web") && !done.stderr.contains('\x1b'),
+            "{}",
+            done.stderr
+        );
+        assert_eq!(home.nido(["approvals", "-q"]).run().ok().text(), "", "nothing waits");
+        nido.approval_use(&id, &ask(&vm)).unwrap();
+        assert_eq!(nido.approval_use(&id, &ask(&vm)).unwrap_err().code(), Code::ApprovalRequired);
+        home.nido(["approve", &id, "--json"]).run().fails(1, "approval_ended");
+        let all = home.nido(["approvals", "--all", "--json"]).run().ok().json();
+        assert_eq!(all["approvals"][0]["state"], "used");
+    });
+    let lines = home.nido(["audit", "show", "--json", "--tool", "approval_approve", "--vm", "web"]).run().ok().json();
+    let what: Vec<_> =
+        lines["records"].as_array().unwrap().iter().map(|line| line["result"].as_str().unwrap()).collect();
+    assert_eq!(what, ["pending", "success", "pending", "error"]);
+}
+
+#[test]
+fn a_no_stays_a_no() {
+    let home = Home::new();
+    let vm = created(&home, "web");
+    with_server(&home, async |nido| {
+        let id = nido.approval_ask(&ask(&vm)).unwrap().id;
+        home.nido(["approve", &id]).run().ok();
+        assert_eq!(home.nido(["deny", &id, "--json"]).run().ok().json()["state"], "denied", "taken back");
+        assert_eq!(nido.approval_use(&id, &ask(&vm)).unwrap_err().code(), Code::Denied);
+        assert_eq!(nido.approval_ask(&ask(&vm)).unwrap().id, id, "asking again does not help");
+    });
+    home.nido(["deny", "apr_\x1b", "--json"]).run().fails(1, "approval_not_found");
+}
+
+#[test]
+fn an_approval_dies_with_its_vm() {
+    let home = Home::new();
+    let first = created(&home, "web");
+    with_server(&home, async |nido| {
+        let id = nido.approval_ask(&ask(&first)).unwrap().id;
+        home.nido(["approve", &id]).run().ok();
+        home.nido(["delete", "web"]).run().ok();
+        let second = created(&home, "web");
+        let error = nido.approval_use(&id, &ask(&second)).unwrap_err();
+        assert_eq!(error.code(), Code::Denied);
+        assert!(error.message().contains("another VM"), "{error}");
+    });
+}

@@ -1,0 +1,425 @@
+//! What a server lets its callers do: which commands, which paths of the host, what a person must approve. Pure, but for
+//! reading the file. Its format: `docs/policy.md`.
+//!
+//! ```text
+//!  [vm.NAME] says something about commands?  else [template.NAME]?  else [[allow]]?  else every command is allowed
+//! ```
+//!
+//! Invariant: a list that is active allows what one of its rules allows in full, and nothing else. There are no deny-lists and no
+//! matching inside shell text: both have been shown to be no obstacle.
+
+mod rule;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use rule::{Arg, Piece, Program, Rule, Variable};
+
+use self::rule::Miss;
+use crate::api::ExecRequest;
+use crate::error::{Code, Error, Result};
+use crate::name::{TemplateName, VmName};
+use crate::text::head;
+
+/// The word in the audit log for a command that no rule allows.
+pub const NOT_IN_ALLOWLIST: &str = "not_in_allowlist";
+/// The longest file that is read, in bytes.
+const FILE_MAX: u64 = 1 << 20;
+/// How much of a program's name a refusal shows, in bytes.
+const SHOWN_MAX: usize = 80;
+
+/// What a server lets its callers do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Policy {
+    /// Whether a person must approve what destroys.
+    pub confirm: Confirm,
+    /// Whether callers may only look.
+    pub read_only: bool,
+    /// Directories of the host that files may be copied from and to.
+    pub roots: Vec<PathBuf>,
+    /// The commands that may be run; all if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allow: Option<Vec<Rule>>,
+    /// What is different for VMs of a template.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    template: BTreeMap<TemplateName, Section>,
+    /// What is different for a VM.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    vm: BTreeMap<VmName, Section>,
+}
+
+/// Whether a person must approve what destroys.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Confirm {
+    /// Each time.
+    #[default]
+    Always,
+    /// Never: whoever may call, may.
+    Never,
+}
+
+impl std::str::FromStr for Confirm {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self> {
+        match word {
+            "always" => Ok(Self::Always),
+            "never" => Ok(Self::Never),
+            _ => Err(Error::new(Code::SpecInvalid, format!("'{}' is not 'always' or 'never'", word.escape_debug()))),
+        }
+    }
+}
+
+/// What is different for some VMs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Section {
+    /// Every command is allowed here.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    unrestricted: bool,
+    /// The commands that are allowed here, instead of those that are elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allow: Option<Vec<Rule>>,
+}
+
+/// What of a command is judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Command<'a> {
+    /// Program and arguments. Empty: a login shell.
+    pub argv: &'a [Vec<u8>],
+    /// Variables that the caller sets: `KEY=VALUE`.
+    pub env: &'a [Vec<u8>],
+    /// Who it runs as; root if absent.
+    pub user: Option<&'a str>,
+}
+
+impl<'a> From<&'a ExecRequest> for Command<'a> {
+    fn from(request: &'a ExecRequest) -> Self {
+        Self { argv: &request.argv, env: &request.env, user: request.user.as_deref() }
+    }
+}
+
+/// What is decided about a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may run.
+    Allowed,
+    /// It may not.
+    Denied(Denial),
+}
+
+/// Why a command may not run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Denial {
+    /// A word for the audit log.
+    pub reason: &'static str,
+    /// A sentence. What the caller sent is escaped in it.
+    pub detail: String,
+}
+
+impl Verdict {
+    /// The same as a result.
+    ///
+    /// # Errors
+    /// The denial.
+    pub fn into_result(self) -> Result<(), Denial> {
+        match self {
+            Self::Allowed => Ok(()),
+            Self::Denied(denial) => Err(denial),
+        }
+    }
+}
+
+impl From<Denial> for Error {
+    fn from(denial: Denial) -> Self {
+        Self::new(Code::Denied, denial.detail)
+            .hint("the policy of this server says what may run; do not look for a way around it, ask the user")
+    }
+}
+
+/// Whether a command may be run in a VM.
+#[must_use]
+pub fn decide(policy: &Policy, vm: &VmName, template: &TemplateName, command: &Command<'_>) -> Verdict {
+    let Some(rules) = policy.rules(vm, template) else { return Verdict::Allowed };
+    let Some(program) = command.argv.first() else {
+        return denied("a login shell is not in the list of allowed commands");
+    };
+    let mut nearest = Miss::Program;
+    for rule in rules {
+        match rule.check(command) {
+            Ok(()) => return Verdict::Allowed,
+            Err(miss) => nearest = nearest.max(miss),
+        }
+    }
+    let program = String::from_utf8_lossy(program);
+    let program = head(&program, SHOWN_MAX).escape_debug();
+    denied(match nearest {
+        Miss::Program => format!("'{program}' is not in the list of allowed commands, spelled like this"),
+        Miss::Arguments => format!("'{program}' is allowed, but not with these arguments"),
+        Miss::User => format!("'{program}' is allowed, but not as this user"),
+        Miss::Environment => format!("'{program}' is allowed, but not with these variables"),
+    })
+}
+
+/// Whether a line of shell may be run in a VM: only where every command may.
+#[must_use]
+pub fn decide_shell(policy: &Policy, vm: &VmName, template: &TemplateName) -> Verdict {
+    match policy.rules(vm, template) {
+        None => Verdict::Allowed,
+        Some(_) => denied(
+            "a line of shell cannot be judged, and there is a list of allowed commands: send program and arguments",
+        ),
+    }
+}
+
+fn denied(detail: impl Into<String>) -> Verdict {
+    Verdict::Denied(Denial { reason: NOT_IN_ALLOWLIST, detail: detail.into() })
+}
+
+impl Policy {
+    /// Reads a policy from a file that nobody else may write.
+    ///
+    /// # Errors
+    /// `path_not_found`, `denied` if others may write it, `spec_invalid` with the line that is wrong.
+    pub fn load(path: &Path) -> Result<Self> {
+        let shown = path.display();
+        let unreadable = |e: std::io::Error| match e.kind() {
+            std::io::ErrorKind::NotFound => Error::new(Code::PathNotFound, format!("there is no policy at {shown}")),
+            _ => Error::io(format!("cannot read the policy {shown}"), e),
+        };
+        let file = File::open(path).map_err(unreadable)?;
+        let meta = file.metadata().map_err(unreadable)?;
+        let mine = [0, rustix::process::geteuid().as_raw()].contains(&meta.uid());
+        if !mine || meta.mode() & 0o022 != 0 {
+            return Err(Error::new(Code::Denied, format!("others may write the policy {shown}"))
+                .hint("it must belong to you or to root: chmod go-w"));
+        }
+        let mut text = String::new();
+        file.take(FILE_MAX + 1).read_to_string(&mut text).map_err(unreadable)?;
+        if text.len() as u64 > FILE_MAX {
+            return Err(Error::new(Code::SpecInvalid, format!("the policy {shown} is longer than {FILE_MAX} bytes")));
+        }
+        Self::parse(&text).map_err(|e| {
+            let wrong = Error::new(e.code(), format!("the policy {shown} is not valid: {}", e.message()));
+            wrong.hint("docs/policy.md has the format")
+        })
+    }
+
+    /// A policy from its text.
+    ///
+    /// # Errors
+    /// `spec_invalid`.
+    pub fn parse(text: &str) -> Result<Self> {
+        let wrong = |words: String| Error::new(Code::SpecInvalid, words);
+        let policy: Self = toml::from_str(text).map_err(|e| {
+            let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+            wrong(format!("line {line}: {}", e.message().replace('\n', " ")))
+        })?;
+        for (kind, name, section) in policy.sections() {
+            if section.unrestricted && section.allow.is_some() {
+                return Err(wrong(format!("[{kind}.{name}] has both a list and 'unrestricted'")));
+            }
+        }
+        if let Some(root) = policy.roots.iter().find(|root| !root.is_absolute()) {
+            return Err(wrong(format!("the root '{}' is not an absolute path", root.display())));
+        }
+        let lists = policy.sections().filter_map(|(_, _, section)| section.allow.as_ref()).chain(&policy.allow);
+        lists.flatten().try_for_each(|rule| rule.clone().checked().map(drop))?;
+        Ok(policy)
+    }
+
+    fn sections(&self) -> impl Iterator<Item = (&'static str, &str, &Section)> {
+        let templates = self.template.iter().map(|(name, section)| ("template", name.as_str(), section));
+        templates.chain(self.vm.iter().map(|(name, section)| ("vm", name.as_str(), section)))
+    }
+
+    /// The same as a file has it.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        // Strings, lists and tables with string keys: they always serialize.
+        toml::to_string(self).unwrap_or_else(|e| format!("# {e}\n"))
+    }
+
+    /// Adds a rule for all VMs about which no section says anything. From then on there is a list.
+    pub fn allow(&mut self, rule: Rule) {
+        self.allow.get_or_insert_default().push(rule);
+    }
+
+    /// The list that counts for a VM: the most specific one, alone. `None`: every command is allowed.
+    #[must_use]
+    pub fn rules(&self, vm: &VmName, template: &TemplateName) -> Option<&[Rule]> {
+        let sections = [self.vm.get(vm), self.template.get(template)];
+        for section in sections.into_iter().flatten() {
+            match (&section.allow, section.unrestricted) {
+                (Some(rules), _) => return Some(rules),
+                (None, true) => return None,
+                (None, false) => {}
+            }
+        }
+        self.allow.as_deref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const EXAMPLE: &str = "
+        confirm = 'never'
+        read_only = true
+        roots = ['/srv/x']
+
+        [[allow]]
+        program = '/usr/bin/git'
+        args = ['clone', 'https://*', '**']
+        env = ['LANG']
+
+        [template.scratch]
+        unrestricted = true
+
+        [vm.locked]
+        allow = []
+
+        [[vm.build.allow]]
+        program = 'make'
+        users = ['dev']
+    ";
+
+    fn verdict(policy: &Policy, vm: &str, template: &str, argv: &[&str]) -> Verdict {
+        let argv: Vec<Vec<u8>> = argv.iter().map(|arg| arg.as_bytes().to_vec()).collect();
+        let command = Command { argv: &argv, env: &[], user: Some("dev") };
+        decide(policy, &vm.parse().unwrap(), &template.parse().unwrap(), &command)
+    }
+
+    #[test]
+    fn the_most_specific_list_counts_alone() {
+        let policy = Policy::parse(EXAMPLE).unwrap();
+        let git = ["/usr/bin/git", "clone", "https://x"];
+        let allowed = |vm, template, argv: &[&str]| verdict(&policy, vm, template, argv) == Verdict::Allowed;
+        assert!(allowed("web", "sandbox", &git) && !allowed("web", "sandbox", &["make"]));
+        assert!(allowed("build", "sandbox", &["make"]) && !allowed("build", "sandbox", &git));
+        assert!(allowed("build", "scratch", &["make"]) && !allowed("build", "scratch", &git));
+        assert!(allowed("web", "scratch", &["anything"]) && allowed("web", "scratch", &[]));
+        assert!(!allowed("locked", "scratch", &["make"]), "an empty list allows nothing");
+        let shell = |vm: &str, template: &str| {
+            decide_shell(&policy, &vm.parse().unwrap(), &template.parse().unwrap()) == Verdict::Allowed
+        };
+        assert_eq!((shell("web", "sandbox"), shell("web", "scratch")), (false, true));
+        assert_eq!((policy.confirm, policy.read_only), (Confirm::Never, true));
+    }
+
+    #[test]
+    fn without_a_list_everything_is_allowed_and_with_one_little_is() {
+        let mut policy = Policy::default();
+        assert_eq!((policy.confirm, policy.read_only, policy.roots.len()), (Confirm::Always, false, 0));
+        assert_eq!(verdict(&policy, "web", "sandbox", &["sh", "-c", "x"]), Verdict::Allowed);
+        policy.allow("ls /srv/*".parse().unwrap());
+        let why = |argv: &[&str]| match verdict(&policy, "web", "sandbox", argv) {
+            Verdict::Denied(denial) => denial,
+            Verdict::Allowed => panic!("{argv:?} is allowed"),
+        };
+        assert_eq!(why(&["sh\x1b", "-c", "ls"]).reason, "not_in_allowlist");
+        assert!(why(&["sh\x1b", "-c", "ls"]).detail.starts_with("'sh\\u{1b}' is not in the list"));
+        assert!(why(&["ls", "/etc"]).detail.contains("not with these arguments"));
+        assert!(why(&[]).detail.contains("login shell"));
+        assert_eq!(Error::from(why(&["x"])).code(), Code::Denied);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_its_line() {
+        for (text, words) in [
+            (
+                "confrim = 'never'",
+                &["line 1", "`confrim`", "`confirm`, `read_only`, `roots`, `allow`, `template`, `vm`"][..],
+            ),
+            ("\n[vm.web]\nallows = []", &["line 3", "`allows`", "`unrestricted` or `allow`"]),
+            ("[[allow]]\nprogram = 'ls'\nargv = []", &["line 3", "`argv`", "`program`, `args`, `env`, `users`"]),
+            ("[[allow]]\nargs = []", &["program"]),
+            ("[[allow]]\nprogram = 'b*'", &["line 2", "without wildcards"]),
+            ("[[allow]]\nprogram = 'ls'\nargs = ['**', 'a']", &["** and -** stand last"]),
+            ("[vm.Web]", &["'Web'"]),
+            ("[vm.web]\nallow = []\nunrestricted = true", &["[vm.web]", "both"]),
+            ("roots = ['srv']", &["'srv'", "absolute"]),
+            ("confirm = 'yes'", &["line 1", "`always` or `never`"]),
+            ("confirm =", &["line 1"]),
+        ] {
+            let error = Policy::parse(text).unwrap_err();
+            assert_eq!(error.code(), Code::SpecInvalid);
+            for word in words {
+                assert!(error.message().contains(word), "{text}: {error}");
+            }
+            assert!(!error.message().contains('\n'));
+        }
+    }
+
+    #[test]
+    fn a_policy_that_others_may_write_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("policy.toml");
+        assert_eq!(Policy::load(&path).unwrap_err().code(), Code::PathNotFound);
+        std::fs::write(&path, EXAMPLE).unwrap();
+        let mode = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        mode(0o664);
+        assert_eq!(Policy::load(&path).unwrap_err().code(), Code::Denied);
+        mode(0o644);
+        assert_eq!(Policy::load(&path).unwrap(), Policy::parse(EXAMPLE).unwrap());
+        std::fs::write(&path, "x = 1").unwrap();
+        let error = Policy::load(&path).unwrap_err();
+        assert!(error.message().contains("policy.toml") && error.hint_text().is_some(), "{error}");
+    }
+
+    fn rules() -> impl Strategy<Value = Option<Vec<Rule>>> {
+        let arg = any::<String>().prop_filter_map("a pattern", |text| match Arg::try_from(text) {
+            Ok(word @ Arg::Word(_)) => Some(word),
+            _ => None,
+        });
+        let args = (
+            proptest::collection::vec(arg, 0..3),
+            prop_oneof![Just(None), Just(Some(Arg::Rest)), Just(Some(Arg::RestWithOptions))],
+        );
+        let rule = (
+            "/?[a-zé ]{1,8}",
+            args,
+            proptest::collection::vec("[A-Z_]{1,4}", 0..3),
+            proptest::option::of(proptest::collection::vec(any::<String>(), 0..2)),
+        );
+        let rule = rule.prop_map(|(program, (args, rest), env, users)| Rule {
+            program: program.try_into().unwrap(),
+            args: args.into_iter().chain(rest).collect(),
+            env: env.into_iter().map(|name| name.try_into().unwrap()).collect(),
+            users,
+        });
+        proptest::option::of(proptest::collection::vec(rule, 0..3))
+    }
+
+    proptest! {
+        #[test]
+        fn a_policy_comes_back_as_it_was_written(
+            allow in rules(), vm in rules(), unrestricted in any::<bool>(), read_only in any::<bool>(),
+            never in any::<bool>(), root in "/[a-zé \"'\\\\]{0,8}",
+        ) {
+            let unrestricted = unrestricted && vm.is_none();
+            let section = Section { unrestricted, allow: vm };
+            let policy = Policy {
+                confirm: if never { Confirm::Never } else { Confirm::Always },
+                read_only,
+                roots: vec![root.into()],
+                allow,
+                template: BTreeMap::from([("sandbox".parse().unwrap(), section.clone())]),
+                vm: BTreeMap::from([("web-1".parse().unwrap(), section)]),
+            };
+            prop_assert_eq!(Policy::parse(&policy.to_toml()).unwrap(), policy);
+        }
+    }
+}
