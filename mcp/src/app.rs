@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use nido_vmm::api::Scope;
 use nido_vmm::error::Result;
 use nido_vmm::nido::Nido;
+use nido_vmm::policy::Policy;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -35,8 +36,8 @@ impl Principal {
 /// How the server was started.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
-    /// Only tools that change nothing.
-    pub read_only: bool,
+    /// What callers may do at all.
+    pub policy: Policy,
     /// Only these tools, if that is said.
     pub tools: Option<Vec<String>>,
     /// Not these.

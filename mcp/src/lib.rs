@@ -18,6 +18,7 @@
 mod answer;
 mod app;
 mod call;
+pub mod http;
 mod progress;
 pub mod schema;
 mod server;

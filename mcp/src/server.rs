@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use http::request::Parts;
 use nido_vmm::error::Code;
 use rmcp::model::{
     CacheScope, CallToolRequestParams, CallToolResponse, ErrorData, Implementation, ListToolsResult,
@@ -35,8 +36,15 @@ impl Server {
         Self { app: Arc::clone(app), principal: Some(principal) }
     }
 
-    fn principal(&self, _context: &RequestContext<RoleServer>) -> Result<Principal, ErrorData> {
-        let known = self.principal.clone();
+    /// For callers who are known with each request.
+    pub fn of_requests(app: &Arc<App>) -> Self {
+        Self { app: Arc::clone(app), principal: None }
+    }
+
+    /// Who asks. A session does not lend its caller's rights to whoever else knows its number.
+    fn principal(&self, context: &RequestContext<RoleServer>) -> Result<Principal, ErrorData> {
+        let with_request = || context.extensions.get::<Parts>()?.extensions.get::<Principal>().cloned();
+        let known = self.principal.clone().or_else(with_request);
         known.ok_or_else(|| ErrorData::invalid_request(Code::Unauthorized.title(), None))
     }
 }

@@ -1,22 +1,30 @@
 //! `mcp-server`: tools for agents, over the Model Context Protocol.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 use nido_mcp::{App, Settings, stdio};
+use nido_vmm::error::{Code, Error};
+use nido_vmm::policy::{Confirm, Policy};
 
 use super::Context;
+use super::listen_args::ListenArgs;
 use crate::exit::{Exit, Outcome};
+use crate::serve::{Faces, Listen, serve};
 use crate::signals::Signals;
 
 const EXAMPLES: &str = "\
 Examples:
   nido mcp-server start
   nido mcp-server start --read-only
-  nido mcp-server start --tools vm_spawn,vm_exec,vm_delete
+  nido mcp-server start --tools vm_spawn,vm_exec,vm_delete --policy policy.toml
+  nido mcp-server start --transport http --port 8080
+  nido mcp-server start --transport http --no-token
 
-The client starts it, speaks on its standard input and reads its standard output, where nothing but messages is ever
-written; what is worth telling goes to standard error. It ends when standard input does. VMs do not depend on it.";
+Over stdio the client starts it, speaks on its standard input and reads its standard output, where nothing but messages is
+ever written; what is worth telling goes to standard error. It ends when standard input does. Over http it serves at /mcp,
+with the tokens of `nido token`. VMs do not depend on it.";
 
 /// Serve agents over the Model Context Protocol
 #[derive(Debug, clap::Args)]
@@ -28,13 +36,16 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    Start(Start),
+    Start(Box<Start>),
 }
 
 /// Serve until standard input ends, or a signal comes
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 struct Start {
+    /// How clients reach it
+    #[arg(long, value_enum, default_value = "stdio")]
+    transport: Transport,
     /// Only offer tools that change nothing
     #[arg(long)]
     read_only: bool,
@@ -44,6 +55,25 @@ struct Start {
     /// Do not offer these tools
     #[arg(long, value_name = "TOOL", value_delimiter = ',', value_parser = tool())]
     exclude_tools: Vec<String>,
+    /// What callers may do: commands, confirmation, paths of the host
+    #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
+    policy: Option<PathBuf>,
+    /// Whether a person confirms what destroys: always or never [default: always, or what the policy says]
+    #[arg(long, value_name = "WHEN")]
+    confirm: Option<Confirm>,
+    /// Let whoever reaches the port do everything, without a token; for this machine only
+    #[arg(long)]
+    no_token: bool,
+    #[command(flatten)]
+    listen: ListenArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Transport {
+    /// A client that starts it, on standard input and output
+    Stdio,
+    /// Streamable HTTP, at /mcp
+    Http,
 }
 
 /// Names of tools, and nothing else.
@@ -53,14 +83,50 @@ fn tool() -> clap::builder::PossibleValuesParser {
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
-        let Verb::Start(start) = self.verb;
-        let settings = Settings { read_only: start.read_only, tools: start.tools, exclude: start.exclude_tools };
+        let Verb::Start(mut start) = self.verb;
+        let settings = start.settings()?;
+        match start.transport {
+            Transport::Stdio => start.stdio(cx, settings).await,
+            Transport::Http => start.http(cx, settings).await,
+        }
+    }
+}
+
+impl Start {
+    fn settings(&mut self) -> Result<Settings, Error> {
+        let mut policy = self.policy.as_deref().map(Policy::load).transpose()?.unwrap_or_default();
+        policy.read_only |= self.read_only;
+        policy.confirm = self.confirm.unwrap_or(policy.confirm);
+        Ok(Settings { policy, tools: self.tools.take(), exclude: std::mem::take(&mut self.exclude_tools) })
+    }
+
+    async fn stdio(self, cx: &Context, settings: Settings) -> Outcome {
+        if self.no_token || self.listen.is_given() {
+            let words = "a client on standard input and output needs no port and no token";
+            return Err(Error::new(Code::SpecInvalid, words).hint("--transport http serves on a port").into());
+        }
         let app = App::new(Arc::new(cx.nido().await?), settings);
         let mut signals = Signals::listen()?;
         let end = async {
             signals.next_end().await;
         };
         stdio::serve(&app, end).await?;
+        Ok(Exit::Success)
+    }
+
+    async fn http(self, cx: &Context, settings: Settings) -> Outcome {
+        let mut options = self.listen.options(Faces { rest: false, mcp: Some(settings) })?;
+        if self.no_token {
+            if !matches!(&options.listen, Listen::Tcp { address, .. } if address.ip().is_loopback()) {
+                let words = "other machines are let in with a token only";
+                return Err(Error::new(Code::Denied, words).hint("--no-token is for this machine").into());
+            }
+            cx.output.warn(
+                "every program and every user of this machine may do everything with these VMs: no token is asked for",
+            );
+            options.no_token = true;
+        }
+        serve(cx.nido().await?, options, |address| cx.listening(address)).await?;
         Ok(Exit::Success)
     }
 }

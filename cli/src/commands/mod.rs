@@ -19,6 +19,7 @@ mod exec;
 mod fork;
 mod forward;
 mod info;
+mod listen_args;
 mod logs;
 mod ls;
 mod man;
@@ -225,6 +226,13 @@ impl Context {
     /// Opens the core.
     pub async fn nido(&self) -> Result<Nido, Error> {
         Nido::open(self.options.clone()).await
+    }
+
+    /// The first line of a server: where it listens.
+    pub fn listening(&self, address: &str) {
+        let listening = serde_json::json!({ "address": address });
+        // Nobody may be there to read it; that is no reason not to serve.
+        let _ = self.output.answer(&listening, || format!("{address}\n"));
     }
 
     /// The answer of a verb that acted on one VM: its name, or all about it in JSON.

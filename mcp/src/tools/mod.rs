@@ -102,7 +102,7 @@ impl Tool {
     /// Why this caller may not use it here; the reason is a word for the audit log.
     pub(crate) fn refused(&self, settings: &Settings, principal: &Principal) -> Option<(&'static str, String)> {
         let name = self.name;
-        if settings.read_only && !self.hints.read_only {
+        if settings.policy.read_only && !self.hints.read_only {
             return Some(("read_only", format!("{name} changes something, and this server only looks")));
         }
         let named = |list: &Vec<String>| list.iter().any(|one| one == name);
