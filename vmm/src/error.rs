@@ -94,6 +94,7 @@ codes! {
     TokenNotFound "token_not_found" NotFound 404 "No such token";
     TokenExists "token_exists" Conflict 409 "A token of that name exists";
     OperationNotFound "operation_not_found" NotFound 404 "No such operation";
+    JobNotFound "job_not_found" NotFound 404 "No such job";
     RouteNotFound "route_not_found" NotFound 404 "No such resource";
     MethodNotAllowed "method_not_allowed" Invalid 405 "Not a method of this resource";
     RequestInvalid "request_invalid" Invalid 400 "The request cannot be read";

@@ -110,6 +110,12 @@ impl Home {
         VmDir { path: self.root.join("vms").join(id) }
     }
 
+    /// The directory of those who are there: servers that carry out jobs, sessions that VMs belong to.
+    #[must_use]
+    pub fn present(&self) -> PathBuf {
+        self.root.join("present")
+    }
+
     /// A part of a template, as seen from inside a VM's directory: goes into the overlay's header, so a home can move.
     #[must_use]
     pub fn blob_from_vm_dir(sha256: &str) -> String {
@@ -148,7 +154,7 @@ fn xdg(variable: &str, tail: &str) -> Option<PathBuf> {
     from(variable).or_else(|| from("HOME").map(|home| home.join(tail)))
 }
 
-fn make_private_dir(path: &Path) -> std::io::Result<()> {
+pub(crate) fn make_private_dir(path: &Path) -> std::io::Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 

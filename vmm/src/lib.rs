@@ -15,6 +15,7 @@
 //!      qemu/   guest/   its command line, process and monitor; the client of the agent inside
 //!
 //!     policy/      which commands callers of a server may run; what a person must approve  [pure, but for reading it]
+//!     roots.rs     files of the host that callers of a server may name
 //!     webhook/     messages about events: signed, retried, delivered by a process that lives while there are some
 //! ```
 //!
@@ -36,7 +37,9 @@ pub mod machine;
 pub mod name;
 pub mod nido;
 pub mod policy;
+mod presence;
 pub mod qemu;
+pub mod roots;
 pub mod snapshot;
 pub mod state;
 pub mod store;

@@ -88,12 +88,24 @@ impl Held {
     }
 }
 
-/// Whether somebody holds the lock. A file that is not there is not locked.
+/// Whether somebody holds the lock. A file that is not there, or cannot be looked at, is not locked.
 #[must_use]
 pub fn is_held(path: &Path) -> bool {
-    let Ok(file) = File::open(path) else { return false };
+    is_free(path).is_ok_and(|free| !free)
+}
+
+/// Whether nobody holds the lock, for whom it matters that the look itself may fail. A file that is not there is not locked.
+///
+/// # Errors
+/// The file cannot be looked at.
+pub fn is_free(path: &Path) -> std::io::Result<bool> {
+    let file = match File::open(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(true),
+        opened => opened?,
+    };
     let mut lock = whole_file();
-    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).is_ok() && i32::from(lock.l_type) != libc::F_UNLCK
+    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock))?;
+    Ok(i32::from(lock.l_type) == libc::F_UNLCK)
 }
 
 #[allow(clippy::cast_possible_truncation)] // constants of one digit

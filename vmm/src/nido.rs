@@ -21,6 +21,7 @@ mod events;
 mod exec;
 mod fork;
 mod forwards;
+mod jobs;
 mod lifecycle;
 mod list;
 mod logs;
@@ -46,6 +47,7 @@ pub use logs::LogStream;
 use crate::error::{Code, Error, Result};
 use crate::home::{Home, VmDir};
 use crate::host::{HostFacts, QemuFacts, facts, qemu};
+use crate::presence::Presence;
 use crate::store::Store;
 
 /// How nido is opened.
@@ -65,6 +67,8 @@ pub struct Nido {
     home: Home,
     store: Mutex<Store>,
     options: OpenOptions,
+    /// That this process lives, once somebody has to know.
+    presence: Mutex<Option<Presence>>,
 }
 
 impl Nido {
@@ -89,7 +93,7 @@ impl Nido {
         // A supervisor works in another directory: a relative path would mean another file there.
         let absolute = |p: PathBuf| if p.components().count() > 1 { std::path::absolute(&p).unwrap_or(p) } else { p };
         options.qemu = named.map(absolute);
-        Ok(Self { home, store, options })
+        Ok(Self { home, store, options, presence: Mutex::default() })
     }
 
     /// Where everything is kept.

@@ -59,8 +59,12 @@ impl Args {
                 for source in sources {
                     let target = copy::target(destination.clone())?;
                     to_stdout = matches!(target, DownloadTarget::Stream(_));
-                    let request =
-                        DownloadRequest { source: copy::guest(source), destination: target, overwrite: self.force };
+                    let request = DownloadRequest {
+                        source: copy::guest(source),
+                        destination: target,
+                        overwrite: self.force,
+                        max_bytes: None,
+                    };
                     add(&mut total, copy::download(cx, &nido, &name, request).await)?;
                 }
             }

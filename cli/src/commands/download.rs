@@ -41,6 +41,7 @@ impl Args {
             source: copy::guest(self.source),
             destination: copy::target(self.destination)?,
             overwrite: self.force,
+            max_bytes: None,
         };
         let to_stdout = matches!(request.destination, DownloadTarget::Stream(_));
         let done = copy::download(cx, &nido, &self.name, request).await?;

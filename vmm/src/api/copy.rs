@@ -41,6 +41,8 @@ pub struct DownloadRequest {
     pub destination: DownloadTarget,
     /// Replace what exists.
     pub overwrite: bool,
+    /// Give up when there are more bytes of files than this; 64 GiB if absent.
+    pub max_bytes: Option<u64>,
 }
 
 /// Where a download goes.

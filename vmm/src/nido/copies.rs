@@ -58,14 +58,16 @@ impl Nido {
             let _ = tell.send(now);
         });
         let deadline = TokioInstant::now() + ANSWER_WITHIN;
+        let limits = Limits::default();
+        let limits = Limits { bytes: request.max_bytes.unwrap_or(limits.bytes), ..limits };
         let copied = match request.destination {
             DownloadTarget::Path(destination) => {
                 let (source, overwrite) = (request.source, request.overwrite);
-                let download = Download { source, destination, overwrite, limits: Limits::default() };
+                let download = Download { source, destination, overwrite, limits };
                 follow(reached.guest.download(download, send, deadline), heard, None, progress).await
             }
             DownloadTarget::Stream(file) => {
-                let work = reached.guest.download_to(request.source, file, Limits::default(), send, deadline);
+                let work = reached.guest.download_to(request.source, file, limits, send, deadline);
                 follow(work, heard, None, progress).await
             }
         };

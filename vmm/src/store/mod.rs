@@ -7,6 +7,7 @@
 mod answers;
 mod approvals;
 mod events;
+mod jobs;
 mod outbox;
 mod pools;
 mod row;
@@ -35,7 +36,7 @@ use crate::error::{Code, Error, Result};
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-const STEPS: [&str; 8] = [
+const STEPS: [&str; 9] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -144,6 +145,21 @@ const STEPS: [&str; 8] = [
         expires_ms INTEGER NOT NULL,
         decided_ms INTEGER,
         decided_by TEXT
+    ) STRICT;",
+    "CREATE TABLE jobs (
+        id           TEXT PRIMARY KEY,
+        tool         TEXT NOT NULL,
+        vm_name      TEXT,
+        actor        TEXT NOT NULL,
+        holder       TEXT NOT NULL,              -- who carries it out: a file below present/
+        state        TEXT NOT NULL DEFAULT 'running', -- JobState
+        started_ms   INTEGER NOT NULL,
+        ended_ms     INTEGER,
+        stage        TEXT,                       -- JobProgress
+        percent      INTEGER,
+        cancel_asked INTEGER NOT NULL DEFAULT 0,
+        result       TEXT,                       -- JSON
+        error        TEXT                        -- Problem
     ) STRICT;",
 ];
 /// What this build writes into `user_version`.

@@ -73,8 +73,12 @@ async fn download(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>, Qu
     let reader = pipe::Receiver::from_file(File::from(reader)).map_err(broken)?;
     let owner = Arc::clone(&app);
     let mut copying = tokio::spawn(async move {
-        let request =
-            DownloadRequest { source, destination: DownloadTarget::Stream(File::from(writer)), overwrite: false };
+        let request = DownloadRequest {
+            source,
+            destination: DownloadTarget::Stream(File::from(writer)),
+            overwrite: false,
+            max_bytes: None,
+        };
         owner.nido.download(&vm.name, request, &mut |_| ()).await
     });
     // An error before the first byte is a problem; one behind it breaks the answer off, which a client sees.

@@ -1,0 +1,120 @@
+//! Jobs: work that goes on after its first answer, and is asked about later.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::Problem;
+use crate::name::VmName;
+
+/// The longest result that is kept, as JSON, in bytes.
+pub const JOB_RESULT_MAX: usize = 256 << 10;
+/// How many jobs are known at most. Those that ended first go first.
+pub const JOBS_MAX: usize = 1000;
+
+/// A job that is to begin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobRequest {
+    /// The operation, for example `vm_create`.
+    pub tool: String,
+    /// The VM it is about.
+    pub vm_name: Option<VmName>,
+    /// Whose it is, as in the audit log: `uid:1000`, `token:ci`.
+    pub actor: String,
+}
+
+/// How a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum JobState {
+    /// It goes on.
+    Running,
+    /// It has ended well.
+    Done,
+    /// It has failed.
+    Failed,
+    /// It was cancelled.
+    Cancelled,
+    /// Whoever carried it out was killed.
+    Lost,
+}
+
+impl JobState {
+    /// Every state.
+    pub const ALL: [Self; 5] = [Self::Running, Self::Done, Self::Failed, Self::Cancelled, Self::Lost];
+
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Lost => "lost",
+        }
+    }
+}
+
+/// How far a job has come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct JobProgress {
+    /// What it is at, in a word or two.
+    pub stage: String,
+    /// How much of it is done, of a hundred.
+    pub percent: Option<u8>,
+}
+
+/// One job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Job {
+    /// Its id: `job_` and 16 hexadecimal digits.
+    pub id: String,
+    /// The operation.
+    pub tool: String,
+    /// The VM it is about.
+    pub vm_name: Option<VmName>,
+    /// Whose it is.
+    pub actor: String,
+    /// How it stands.
+    pub state: JobState,
+    /// When it began.
+    pub started_at: Timestamp,
+    /// When it ended; when it was found to be lost.
+    pub ended_at: Option<Timestamp>,
+    /// How far it has come, if it says so.
+    pub progress: Option<JobProgress>,
+    /// Whether it is to be cancelled.
+    pub cancel_asked: bool,
+    /// What it was done for.
+    pub result: Option<Value>,
+    /// Why it failed.
+    pub error: Option<Problem>,
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum JobOutcome {
+    /// Well, and with this.
+    Done(Value),
+    /// It failed.
+    Failed(Problem),
+    /// It was cancelled, and is not going on.
+    Cancelled,
+}
+
+/// Whose jobs somebody may see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Viewer<'a> {
+    /// Everybody's: for whom the home belongs to.
+    Everyone,
+    /// Those of this caller.
+    Actor(&'a str),
+}
+
+/// The answer of a list of jobs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct JobList {
+    /// The newest first.
+    pub jobs: Vec<Job>,
+}

@@ -1,0 +1,488 @@
+//! Files of the host that a caller may name: single ones, below directories that were allowed.
+//!
+//! ```text
+//!  /srv/exchange/in/data.csv      which root? by whole components
+//!  [opened root]  in/data.csv     openat2: beneath, no symlinks, no magic links
+//! ```
+//!
+//! Invariant: no path of a caller is ever resolved by anything but `openat2` from a root that was opened at the start, and its
+//! last component by calls that follow nothing. So whoever writes below a root meanwhile (a guest's download, another program)
+//! cannot make a path mean something else; nothing but regular files is opened; and a file that is written appears whole.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use crate::error::{Code, Error, Result};
+
+const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+/// How often the kernel is asked again when something was renamed while it looked.
+const TRIES: u32 = 64;
+
+/// The directories that were allowed, each held open.
+#[derive(Debug, Default)]
+pub struct Roots(Vec<Root>);
+
+#[derive(Debug)]
+struct Root {
+    fd: OwnedFd,
+    /// As it was named, absolute.
+    named: PathBuf,
+    /// Without symlinks.
+    real: PathBuf,
+}
+
+/// A file that may be read.
+#[derive(Debug)]
+pub struct Readable {
+    /// It, open at its beginning.
+    pub file: File,
+    /// How long it is now.
+    pub bytes: u64,
+    /// Its permission bits.
+    pub mode: u16,
+    /// Its own name.
+    pub name: OsString,
+}
+
+/// A file that is being written, and has no name, or a name of its own, until it is whole. Dropped, nothing is left of it.
+#[derive(Debug)]
+pub struct Writing {
+    file: File,
+    /// Where it lies if it needs a name.
+    fresh: Option<String>,
+    directory: OwnedFd,
+    name: OsString,
+    overwrite: bool,
+    /// For messages and for the answer.
+    path: PathBuf,
+}
+
+impl Roots {
+    /// Opens the directories. Those may be named through symlinks: whoever allows them is trusted.
+    ///
+    /// # Errors
+    /// `path_not_found`, `path_invalid` if one is no directory.
+    pub fn open(paths: &[PathBuf]) -> Result<Self> {
+        paths.iter().map(|path| Root::open(path)).collect::<Result<_>>().map(Self)
+    }
+
+    /// The directories, as they were named.
+    #[must_use]
+    pub fn paths(&self) -> Vec<&Path> {
+        self.0.iter().map(|root| root.named.as_path()).collect()
+    }
+
+    /// Opens a regular file. A relative path is one below the first root.
+    ///
+    /// # Errors
+    /// `denied` outside of the roots and where a symlink is on the way, `path_not_found`, `path_invalid` for what is no regular
+    /// file, `limit_exceeded`.
+    pub fn read(&self, path: &Path, max_bytes: u64) -> Result<Readable> {
+        let (root, below) = self.find(path)?;
+        let name = below.file_name().ok_or_else(|| not_a_file(path, FileType::Directory))?.to_owned();
+        // Looked at before it is opened: to open a device or a pipe may do something, or never return.
+        let found = root.resolve(&below, OFlags::PATH | OFlags::CLOEXEC).map_err(|e| refused(path, e))?;
+        let stat = rustix::fs::fstat(&found).map_err(|e| refused(path, e))?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if kind != FileType::RegularFile {
+            return Err(not_a_file(path, kind));
+        }
+        let bytes = u64::try_from(stat.st_size).unwrap_or(0);
+        check_size(path, bytes, max_bytes)?;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let open = rustix::fs::open(of(&found), flags, Mode::empty()).map_err(|e| refused(path, e))?;
+        let mode = u16::try_from(stat.st_mode & 0o777).unwrap_or(0);
+        Ok(Readable { file: open.into(), bytes, mode, name })
+    }
+
+    /// Begins a file. Its directory must be there. A relative path is one below the first root.
+    ///
+    /// # Errors
+    /// `denied` outside of the roots and where a symlink is on the way, `path_not_found`, `path_exists` unless it may be
+    /// overwritten, `path_invalid` for what is no regular file.
+    pub fn write(&self, path: &Path, overwrite: bool) -> Result<Writing> {
+        let (root, below) = self.find(path)?;
+        let name = below.file_name().ok_or_else(|| not_a_file(path, FileType::Directory))?.to_owned();
+        let parent = below.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let directory = root.resolve(parent, DIRECTORY).map_err(|e| refused(path, e))?;
+        check_target(&directory, &name, overwrite, path)?;
+        let (file, fresh) = make(&directory).map_err(|e| refused(path, e))?;
+        Ok(Writing { file: file.into(), fresh, directory, name, overwrite, path: root.named.join(&below) })
+    }
+
+    /// The root of a path, and what of it lies below. Pure but for what it borrows: nothing is looked up.
+    fn find(&self, path: &Path) -> Result<(&Root, PathBuf)> {
+        if path.components().any(|part| part == Component::ParentDir) {
+            return Err(
+                Error::new(Code::Denied, format!("{} leads upwards", shown(path))).hint("write the path without '..'")
+            );
+        }
+        let below = |root: &&Root| [&root.named, &root.real].into_iter().find_map(|dir| path.strip_prefix(dir).ok());
+        let roots = self.0.iter().filter_map(|root| below(&root).map(|rest| (root, rest)));
+        // Where one root lies in another, the inner one knows what is in it.
+        let found = match path.is_absolute() {
+            true => roots.min_by_key(|(_, rest)| rest.components().count()),
+            false => self.0.first().map(|root| (root, path)),
+        };
+        let (root, rest) = found.ok_or_else(|| {
+            let roots: Vec<_> = self.0.iter().map(|root| shown(&root.named)).collect();
+            let hint = match roots.is_empty() {
+                true => "this server may use no files of its host; send the content itself".into(),
+                false => format!("allowed are paths below {}", roots.join(", ")),
+            };
+            Error::new(Code::Denied, format!("{} is outside of what this server may use", shown(path))).hint(hint)
+        })?;
+        Ok((root, rest.components().collect()))
+    }
+}
+
+impl Root {
+    fn open(path: &Path) -> Result<Self> {
+        let failed = |e: std::io::Error| match e.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(errno) => refused(path, errno),
+            None => Error::io(format!("cannot use {}", shown(path)), e),
+        };
+        let fd = rustix::fs::open(path, DIRECTORY, Mode::empty()).map_err(|e| refused(path, e))?;
+        let real = std::fs::read_link(of(&fd)).map_err(failed)?;
+        Ok(Self { fd, named: std::path::absolute(path).map_err(failed)?, real })
+    }
+
+    fn resolve(&self, below: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+        for _ in 0..TRIES {
+            match rustix::fs::openat2(&self.fd, below, flags, Mode::empty(), INSIDE) {
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                outcome => return outcome,
+            }
+        }
+        Err(Errno::AGAIN)
+    }
+}
+
+impl Writing {
+    /// The file, to be written to.
+    ///
+    /// # Errors
+    /// `internal` if there are too many open files.
+    pub fn file(&self) -> Result<File> {
+        self.file.try_clone().map_err(|e| Error::io(format!("cannot write {}", shown(&self.path)), e))
+    }
+
+    /// Gives it its name, in one step. The answer is its path.
+    ///
+    /// # Errors
+    /// `limit_exceeded` if it has become too long, `path_exists` if something came under its name meanwhile.
+    pub fn commit(mut self, max_bytes: u64) -> Result<PathBuf> {
+        let bytes =
+            self.file.metadata().map_err(|e| Error::io(format!("cannot write {}", shown(&self.path)), e))?.len();
+        check_size(&self.path, bytes, max_bytes)?;
+        check_target(&self.directory, &self.name, self.overwrite, &self.path)?;
+        self.publish().map_err(|e| refused(&self.path, e))?;
+        Ok(std::mem::take(&mut self.path))
+    }
+
+    fn publish(&mut self) -> rustix::io::Result<()> {
+        if self.fresh.is_none() {
+            let name = if self.overwrite { OsString::from(fresh_name()?) } else { self.name.clone() };
+            let from = of(&self.file);
+            rustix::fs::linkat(CWD, &from, &self.directory, &name, AtFlags::SYMLINK_FOLLOW)?;
+            if !self.overwrite {
+                return Ok(());
+            }
+            self.fresh = name.into_string().ok();
+        }
+        let Some(fresh) = &self.fresh else { return Err(Errno::INVAL) };
+        let flags = if self.overwrite { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
+        rustix::fs::renameat_with(&self.directory, fresh, &self.directory, &self.name, flags)?;
+        self.fresh = None;
+        Ok(())
+    }
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        if let Some(fresh) = &self.fresh
+            && let Err(error) = rustix::fs::unlinkat(&self.directory, fresh, AtFlags::empty())
+        {
+            tracing::warn!("cannot remove {fresh}: {error}");
+        }
+    }
+}
+
+/// A new file: without a name where the file system can do that, so that nothing is left of it whoever is killed.
+fn make(directory: &OwnedFd) -> rustix::io::Result<(OwnedFd, Option<String>)> {
+    let mode = Mode::from_raw_mode(0o666);
+    let nameless = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    match rustix::fs::openat(directory, ".", nameless, mode) {
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => {}
+        outcome => return outcome.map(|fd| (fd, None)),
+    }
+    let name = fresh_name()?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(directory, &name, flags, mode).map(|fd| (fd, Some(name)))
+}
+
+fn fresh_name() -> rustix::io::Result<String> {
+    getrandom::u64().map(|number| format!(".nido-{number:016x}")).map_err(|_| Errno::IO)
+}
+
+/// Whether a file may come under this name, as things are now.
+fn check_target(directory: &OwnedFd, name: &OsStr, overwrite: bool, path: &Path) -> Result<()> {
+    let kind = match rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => return Ok(()),
+        Err(error) => return Err(refused(path, error)),
+        Ok(stat) => FileType::from_raw_mode(stat.st_mode),
+    };
+    match kind {
+        FileType::RegularFile if overwrite => Ok(()),
+        FileType::RegularFile => Err(refused(path, Errno::EXIST)),
+        kind => Err(not_a_file(path, kind)),
+    }
+}
+
+/// A way to an open file that needs no name.
+fn of(fd: &impl std::os::fd::AsFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string().escape_debug().to_string()
+}
+
+fn check_size(path: &Path, bytes: u64, max_bytes: u64) -> Result<()> {
+    if bytes <= max_bytes {
+        return Ok(());
+    }
+    let words = format!("{} has {bytes} bytes; at most {max_bytes} are copied", shown(path));
+    Err(Error::new(Code::LimitExceeded, words).hint("copy it in parts, or let the user copy it with nido cp"))
+}
+
+fn not_a_file(path: &Path, kind: FileType) -> Error {
+    let (what, hint) = match kind {
+        FileType::Directory => ("a directory", "only single files can be copied: pack it first, for example with tar"),
+        FileType::Symlink => ("a symlink", "name the file itself"),
+        _ => ("no regular file", "only regular files can be copied"),
+    };
+    Error::new(Code::PathInvalid, format!("{} is {what}", shown(path))).hint(hint)
+}
+
+/// A failed system call, as what it means to whoever named the path.
+fn refused(path: &Path, error: Errno) -> Error {
+    let (code, words, hint) = match error {
+        Errno::NOENT => (Code::PathNotFound, "is not there", "check the path on the host"),
+        Errno::EXIST => (Code::PathExists, "exists", "choose another name, or say that it may be overwritten"),
+        Errno::LOOP | Errno::XDEV => {
+            (Code::Denied, "is reached over a symlink", "name the file itself, below an allowed directory")
+        }
+        Errno::NOTDIR => {
+            (Code::PathInvalid, "is reached over something that is no directory", "check the path on the host")
+        }
+        Errno::NAMETOOLONG | Errno::INVAL => (Code::PathInvalid, "is no path that can be used", "choose another name"),
+        Errno::ACCESS | Errno::PERM => {
+            (Code::Denied, "cannot be used by the user whom nido runs as", "check its permissions")
+        }
+        other => return Error::io(format!("cannot use {}", shown(path)), other.into()),
+    };
+    Error::new(code, format!("{} {words}", shown(path))).hint(hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::fs::symlink;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    const BIG: u64 = 1 << 20;
+
+    /// `root/` with `a` and `sub/b`, `outside/secret` beside it.
+    fn place() -> (tempfile::TempDir, PathBuf, Roots) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        std::fs::create_dir_all(root.join("sub")).unwrap();
+        std::fs::create_dir(dir.path().join("outside")).unwrap();
+        for (name, text) in [("root/a", "inside"), ("root/sub/b", "inside"), ("outside/secret", "secret")] {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        let roots = Roots::open(std::slice::from_ref(&root)).unwrap();
+        (dir, root, roots)
+    }
+
+    fn text(readable: Result<Readable>) -> Result<String> {
+        let mut text = String::new();
+        readable?.file.read_to_string(&mut text).unwrap();
+        Ok(text)
+    }
+
+    fn code<T: std::fmt::Debug>(outcome: Result<T>) -> Code {
+        let error = outcome.unwrap_err();
+        assert!(error.hint_text().is_some(), "{error}");
+        error.code()
+    }
+
+    fn names(dir: &Path) -> Vec<OsString> {
+        let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn files_below_a_root_are_read() {
+        let (dir, root, roots) = place();
+        let read = roots.read(&root.join("sub/./b"), BIG).unwrap();
+        assert_eq!((read.bytes, read.name.to_str(), read.mode & 0o400), (6, Some("b"), 0o400));
+        assert_eq!(text(roots.read(Path::new("sub/b"), BIG)).unwrap(), "inside");
+        assert_eq!(code(roots.read(&root.join("a"), 5)), Code::LimitExceeded);
+        assert_eq!(code(roots.read(&root.join("none"), BIG)), Code::PathNotFound);
+        for directory in [&root, &root.join("sub"), Path::new(".")] {
+            let error = roots.read(directory, BIG).unwrap_err();
+            assert!(error.code() == Code::PathInvalid && error.hint_text().unwrap().contains("tar"), "{error}");
+        }
+        // A root that was named through a symlink is known by both names.
+        let link = dir.path().join("link");
+        symlink(&root, &link).unwrap();
+        let roots = Roots::open(std::slice::from_ref(&link)).unwrap();
+        for name in [link.join("a"), root.join("a")] {
+            assert_eq!(text(roots.read(&name, BIG)).unwrap(), "inside");
+        }
+    }
+
+    #[test]
+    fn nothing_else_is() {
+        let (dir, root, roots) = place();
+        std::fs::create_dir(dir.path().join("root-2")).unwrap();
+        std::fs::write(dir.path().join("root-2/a"), "secret").unwrap();
+        let outside = dir.path().join("outside");
+        symlink(outside.join("secret"), root.join("link")).unwrap();
+        symlink("../outside", root.join("way")).unwrap();
+        symlink("a", root.join("harmless")).unwrap();
+        symlink("/proc/self/root", root.join("magic")).unwrap();
+        symlink("/proc/self/fd", root.join("fds")).unwrap();
+        for path in [
+            outside.join("secret"),
+            dir.path().join("root-2/a"),
+            root.join("../outside/secret"),
+            root.join("sub/../a"),
+            "../outside/secret".into(),
+            "/etc/passwd".into(),
+            "/".into(),
+            root.join("way/secret"),
+            root.join("magic/etc/passwd"),
+            root.join("fds/0"),
+        ] {
+            assert_eq!(code(roots.read(&path, BIG)), Code::Denied, "{}", path.display());
+            assert_eq!(code(roots.write(&path.with_file_name("new"), true)), Code::Denied, "{}", path.display());
+        }
+        for link in ["link", "harmless", "magic"] {
+            assert!(matches!(code(roots.read(&root.join(link), BIG)), Code::Denied | Code::PathInvalid), "{link}");
+        }
+        assert_eq!(names(&outside), ["secret"]);
+        assert_eq!(code(Roots::default().read(Path::new("a"), BIG)), Code::Denied);
+        assert_eq!(code(Roots::open(&[root.join("a")])), Code::PathInvalid);
+        assert_eq!(code(Roots::open(&[root.join("none")])), Code::PathNotFound);
+    }
+
+    // To open a pipe that nobody writes to waits for ever.
+    #[test]
+    fn pipes_and_sockets_are_refused_at_once() {
+        let (_dir, root, roots) = place();
+        rustix::fs::mkfifoat(CWD, root.join("pipe"), Mode::RUSR | Mode::WUSR).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
+        for name in ["pipe", "socket"] {
+            assert_eq!(code(roots.read(&root.join(name), BIG)), Code::PathInvalid);
+            assert_eq!(code(roots.write(&root.join(name), true)), Code::PathInvalid);
+        }
+        let devices = Roots::open(&["/dev".into()]).unwrap();
+        assert_eq!(code(devices.read(Path::new("/dev/zero"), BIG)), Code::PathInvalid);
+    }
+
+    #[test]
+    fn a_file_appears_whole_or_not_at_all() {
+        let (_dir, root, roots) = place();
+        let new = roots.write(&root.join("sub/new"), false).unwrap();
+        new.file().unwrap().write_all(b"text").unwrap();
+        assert!(!root.join("sub/new").exists());
+        assert_eq!(new.commit(BIG).unwrap(), root.join("sub/new"));
+        assert_eq!(std::fs::read(root.join("sub/new")).unwrap(), b"text");
+        assert_eq!(code(roots.write(&root.join("sub/new"), false)), Code::PathExists);
+        let given_up = roots.write(&root.join("sub/other"), false).unwrap();
+        given_up.file().unwrap().write_all(b"half").unwrap();
+        drop(given_up);
+        let long = roots.write(&root.join("sub/long"), false).unwrap();
+        long.file().unwrap().write_all(b"too long").unwrap();
+        assert_eq!(code(long.commit(7)), Code::LimitExceeded);
+        let again = roots.write(&root.join("sub/new"), true).unwrap();
+        again.file().unwrap().write_all(b"newer").unwrap();
+        again.commit(BIG).unwrap();
+        assert_eq!(std::fs::read(root.join("sub/new")).unwrap(), b"newer");
+        // Somebody else was quicker.
+        let late = roots.write(&root.join("sub/late"), false).unwrap();
+        std::fs::write(root.join("sub/late"), "theirs").unwrap();
+        assert_eq!(code(late.commit(BIG)), Code::PathExists);
+        assert_eq!(std::fs::read(root.join("sub/late")).unwrap(), b"theirs");
+        assert_eq!(names(&root.join("sub")), ["b", "late", "new"]);
+        assert_eq!(code(roots.write(&root.join("none/new"), false)), Code::PathNotFound);
+        assert_eq!(code(roots.write(&root.join("a/new"), false)), Code::PathInvalid);
+        assert_eq!(code(roots.write(&root.join("sub"), true)), Code::PathInvalid);
+    }
+
+    #[test]
+    fn a_file_system_without_nameless_files_will_do() {
+        let (_dir, root, roots) = place();
+        for overwrite in [false, true] {
+            let mut new = roots.write(&root.join("sub/new"), overwrite).unwrap();
+            let name = fresh_name().unwrap();
+            new.file = File::create(root.join("sub").join(&name)).unwrap();
+            new.fresh = Some(name);
+            new.commit(BIG).unwrap();
+            assert_eq!(names(&root.join("sub")), ["b", "new"]);
+        }
+        let mut given_up = roots.write(&root.join("sub/x"), false).unwrap();
+        given_up.fresh = Some("new".into());
+        drop(given_up);
+        assert_eq!(names(&root.join("sub")), ["b"]);
+    }
+
+    #[test]
+    fn a_symlink_that_comes_and_goes_leads_nowhere() {
+        let (dir, root, roots) = place();
+        std::fs::write(dir.path().join("outside/b"), "secret").unwrap();
+        symlink("../outside", root.join("way")).unwrap();
+        symlink("../outside/secret", root.join("file")).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let open = rustix::fs::open(&root, DIRECTORY, Mode::empty()).unwrap();
+                while !done.load(Ordering::Relaxed) {
+                    for (one, other) in [("sub", "way"), ("a", "file")] {
+                        rustix::fs::renameat_with(&open, one, &open, other, RenameFlags::EXCHANGE).unwrap();
+                    }
+                }
+            });
+            let mut inside = 0;
+            for n in 0..4000 {
+                for path in ["sub/b", "a"] {
+                    inside += match text(roots.read(Path::new(path), BIG)) {
+                        Ok(text) => {
+                            assert_eq!(text, "inside");
+                            1
+                        }
+                        Err(_) => 0,
+                    };
+                }
+                if let Ok(new) = roots.write(Path::new("sub/new"), n % 2 == 0) {
+                    let _ = new.commit(BIG);
+                }
+            }
+            done.store(true, Ordering::Relaxed);
+            assert!(inside > 0, "nothing was ever read");
+        });
+        assert_eq!(names(&dir.path().join("outside")), ["b", "secret"]);
+    }
+}
