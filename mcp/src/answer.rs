@@ -1,10 +1,31 @@
 //! What a tool answers: a value, or a failure that says what to do next. Pure.
 
+use nido_vmm::api::Job;
 use nido_vmm::error::{Code, Error};
-use nido_vmm::text::is_harmful;
-use rmcp::model::{CallToolResult, ContentBlock};
+use nido_vmm::text::{for_reader, is_harmful};
+use rmcp::model::{CallToolResult, ContentBlock, Resource};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+
+/// A call that lasts longer than a client waits: it goes on, and is asked for later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct JobBegun {
+    /// It goes on.
+    #[schema(pattern = "^running$")]
+    pub status: String,
+    /// What to give to job_get and job_cancel.
+    pub job_id: String,
+    /// What to do next.
+    pub next_step: String,
+}
+
+impl JobBegun {
+    /// For this job.
+    pub fn new(job: &Job) -> Self {
+        let next_step = "it goes on; call job_get with this job_id and wait_ms until it has ended".into();
+        Self { status: "running".into(), job_id: job.id.clone(), next_step }
+    }
+}
 
 /// What a tool has done.
 #[derive(Debug)]
@@ -13,13 +34,16 @@ pub struct Done {
     pub value: Value,
     /// A word about it for the audit log.
     pub word: String,
+    /// Where there is more of it.
+    pub links: Vec<Resource>,
 }
 
 impl Done {
     /// An answer of which the audit log needs no more than that there was one.
     pub fn new(value: &impl Serialize) -> Result<Self, Error> {
-        let value = serde_json::to_value(value).map_err(|e| Error::internal(e.to_string()))?;
-        Ok(Self { value, word: String::new() })
+        let mut value = serde_json::to_value(value).map_err(|e| Error::internal(e.to_string()))?;
+        readable(&mut value);
+        Ok(Self { value, word: String::new(), links: Vec::new() })
     }
 }
 
@@ -46,6 +70,9 @@ pub struct Failure {
     /// What the person at the machine can do about it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub hint: Option<String>,
+    /// The approval that makes it possible, once a person has given it: give it as approval_id.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub approval_id: Option<String>,
     /// Last lines of the log that tells why. They may come from the guest.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub log_tail: Vec<String>,
@@ -61,13 +88,14 @@ impl Failed {
             hint: error.hint_text().map(plain),
             log_tail: error.log_lines().iter().map(|line| plain(line)).collect(),
             state,
+            approval_id: None,
         };
         Self { error }
     }
 
     /// The same for a reader.
     fn text(&self) -> String {
-        let Failure { code, message, state, next_step, hint, log_tail } = &self.error;
+        let Failure { code, message, state, next_step, hint, approval_id: _, log_tail } = &self.error;
         let mut text = format!("{message} ({code})");
         if let Some(state) = state {
             text += &format!("\nState of the VM: {state}");
@@ -85,6 +113,16 @@ impl Failed {
     }
 }
 
+/// Takes out of every text what a reader would not see: some of it is a guest's.
+pub fn readable(value: &mut Value) {
+    match value {
+        Value::String(text) if text.chars().any(is_harmful) => *text = for_reader(text.as_bytes(), usize::MAX).text,
+        Value::Array(items) => items.iter_mut().for_each(readable),
+        Value::Object(fields) => fields.values_mut().for_each(readable),
+        _ => {}
+    }
+}
+
 /// One line without what hides, reorders or controls.
 pub fn plain(text: &str) -> String {
     text.chars().map(|c| if c == '\t' { ' ' } else { c }).filter(|c| !is_harmful(*c)).collect()
@@ -93,7 +131,11 @@ pub fn plain(text: &str) -> String {
 /// The result of a call.
 pub fn result(outcome: Result<Done, Failed>) -> CallToolResult {
     match outcome {
-        Ok(done) => CallToolResult::structured(done.value),
+        Ok(done) => {
+            let mut result = CallToolResult::structured(done.value);
+            result.content.extend(done.links.into_iter().map(ContentBlock::resource_link));
+            result
+        }
         Err(failed) => {
             let mut result = CallToolResult::structured_error(json!(failed));
             result.content = vec![ContentBlock::text(failed.text())];
@@ -125,6 +167,8 @@ const fn next_step(code: Code) -> Option<&'static str> {
         Code::QemuMissing | Code::QemuTooOld | Code::KvmUnavailable | Code::NestedUnavailable | Code::ToolMissing => {
             "the host lacks something: tell the user, calling again does not help"
         }
+        Code::ApprovalRequired => "tell the user what you want to do and why, and do what the hint says",
+        Code::JobNotFound => "jobs are known to whoever began them; check the job_id",
         Code::RateLimited => "wait a second and call again",
         _ => return None,
     })
@@ -133,6 +177,13 @@ const fn next_step(code: Code) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_text_of_an_answer_hides_anything() {
+        let lines = json!({ "failure": { "log_tail": ["\u{1b}[2Jpanic\u{202e}", "a\tb\n"] } });
+        let done = Done::new(&lines).unwrap();
+        assert_eq!(done.value, json!({ "failure": { "log_tail": ["panic", "a\tb\n"] } }));
+    }
 
     #[test]
     fn a_failure_says_what_to_do_as_text_and_as_data() {

@@ -3,28 +3,38 @@
 //! ```text
 //!  may it be? ── no ──> denied, written down
 //!      │ yes
-//!  attempt, on the disk ──> the work, a task of its own ──> outcome, on the disk ──> answer
-//!                                    │ cancelled, or the server ends: it stops and clears up
+//!  attempt, on the disk ──> a person's word, where one is needed (confirm.rs)
+//!      │
+//!  the work, a task of its own ──> outcome, on the disk ──> answer
+//!      │ cancelled, or the server ends: it stops and clears up
+//!      │ too long for a client to wait: a job, answered at once and asked for later
 //! ```
 //!
 //! Invariant: where the attempt cannot be written, nothing is done.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use nido_vmm::api::{JobOutcome, JobProgress, JobRequest};
 use nido_vmm::audit::{Audited, Caller, Ending, Face};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::Nido;
 use rmcp::RoleServer;
-use rmcp::model::{CallToolResult, ErrorData};
+use rmcp::model::{CallToolResponse, ErrorData};
 use rmcp::service::RequestContext;
 use serde_json::Value;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::answer::{Done, Failed, plain, result};
+use crate::answer::{Done, Failed, JobBegun, plain, result};
 use crate::app::{App, Principal};
+use crate::confirm::{Retry, Word, confirm};
 use crate::progress::Progress;
 use crate::tools::Tool;
+
+/// How often whoever carries a job out looks whether it is to be cancelled.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// What a tool knows of the call that it serves.
 #[derive(Debug, Clone)]
@@ -34,6 +44,16 @@ pub struct Call {
     pub progress: Progress,
     /// Nobody wants the answer any more.
     pub cancelled: CancellationToken,
+    notes: Arc<Mutex<Notes>>,
+}
+
+/// What is known of a refusal beside its error.
+#[derive(Debug, Default)]
+struct Notes {
+    /// Why, in a word for the audit log.
+    reason: Option<&'static str>,
+    /// What would make it possible.
+    approval: Option<String>,
 }
 
 impl Call {
@@ -48,6 +68,28 @@ impl Call {
             () = self.cancelled.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
         }
     }
+
+    /// Why it will be refused, in a word for the audit log.
+    pub fn refused_because(&self, reason: &'static str) {
+        self.notes().reason = Some(reason);
+    }
+
+    /// Which approval would make it possible.
+    pub fn needs_approval(&self, id: &str) {
+        self.notes().approval = Some(id.into());
+    }
+
+    fn notes(&self) -> std::sync::MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How an error is told.
+    async fn failed(&self, error: &Error, name: Option<VmName>) -> Failed {
+        let state = state(self, error, name).await;
+        let mut failed = Failed::new(error, state);
+        failed.error.approval_id = self.notes().approval.take();
+        failed
+    }
 }
 
 /// Carries a call out.
@@ -55,52 +97,114 @@ pub async fn carry_out(
     app: &Arc<App>,
     tool: &'static Tool,
     principal: &Principal,
-    arguments: Value,
+    (arguments, retry): (Value, Retry),
     context: RequestContext<RoleServer>,
-) -> Result<CallToolResult, ErrorData> {
+) -> Result<CallToolResponse, ErrorData> {
     let agent = context.client_info().map(|client| client.name);
     let who = Caller { face: Face::Mcp, actor: principal.actor.clone(), agent };
     if let Some((reason, words)) = tool.refused(app.settings(), principal) {
         let denied = denied(app, &who, tool.name, arguments, reason).await;
         let error = denied.err().unwrap_or_else(|| Error::new(Code::Denied, words));
-        return Ok(result(Err(Failed::new(&error, None))));
+        return Ok(result(Err(Failed::new(&error, None))).into());
     }
     let cancelled = app.ending().child_token();
-    let call = Call { app: Arc::clone(app), who, progress: Progress::new(), cancelled: cancelled.clone() };
-    let progress = call.progress.clone();
+    let notes = Arc::default();
+    let call = Call { app: Arc::clone(app), who, progress: Progress::new(), cancelled: cancelled.clone(), notes };
+    let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
+    let audited = match begin(&call, tool.name, arguments.clone()).await {
+        Ok(audited) => audited,
+        Err(error) => return Ok(result(Err(Failed::new(&error, None))).into()),
+    };
+    // Asked here and not in the task: what a client is asked belongs to its request.
+    let word = tokio::select! {
+        word = confirm(&call, tool, &arguments, retry, &context) => word,
+        () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
+    };
+    let word = match word {
+        Ok(Word::Go(word)) => word,
+        Ok(Word::Ask(question)) => {
+            end(audited, Ending::Denied, Code::ApprovalRequired.slug().into()).await;
+            return Ok((*question).into());
+        }
+        Err(error) => {
+            end_with(audited, &call, &Err::<&Done, _>(&error), "").await;
+            return Ok(result(Err(call.failed(&error, name).await)).into());
+        }
+    };
     // Whoever drops this call does not want its work any more.
-    let _unwanted = cancelled.clone().drop_guard();
-    let mut work = app.tasks().spawn(work(call, tool, arguments));
+    let unwanted = cancelled.clone().drop_guard();
+    let mut work = app.tasks().spawn(work(call.clone(), tool, arguments, audited, word));
+    let progress = call.progress.clone();
     let mut telling = std::pin::pin!(async {
         if let Some(token) = context.meta.get_progress_token() {
             progress.pass_on(context.peer.clone(), token).await;
         }
         std::future::pending::<()>().await;
     });
+    let mut patience = std::pin::pin!(tokio::time::sleep(app.settings().answer_within));
     loop {
         tokio::select! {
-            done = &mut work => return done.map_err(|e| ErrorData::internal_error(e.to_string(), None)),
+            done = &mut work => {
+                return match done {
+                    Ok(Ok(done)) => Ok(result(Ok(done)).into()),
+                    Ok(Err(error)) => Ok(result(Err(call.failed(&error, name).await)).into()),
+                    Err(broken) => Err(ErrorData::internal_error(broken.to_string(), None)),
+                };
+            }
             () = context.ct.cancelled(), if !cancelled.is_cancelled() => cancelled.cancel(),
             () = &mut telling => {}
+            () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => {
+                let request = JobRequest { tool: tool.name.into(), vm_name: name.clone(), actor: principal.actor.clone() };
+                // Where there can be no job, it is waited for after all.
+                match app.unsettled().job_begin(&request) {
+                    Ok(job) => {
+                        unwanted.disarm();
+                        app.tasks().spawn(job_of(call, job.id.clone(), work));
+                        return Ok(result(Done::new(&JobBegun::new(&job)).map_err(|e| Failed::new(&e, None))).into());
+                    }
+                    Err(error) => tracing::warn!("a call that lasts cannot become a job: {error}"),
+                }
+                patience.as_mut().reset(tokio::time::Instant::now() + Duration::from_secs(86_400));
+            }
         }
     }
 }
 
-/// The attempt, the work and the outcome.
-async fn work(call: Call, tool: &'static Tool, arguments: Value) -> CallToolResult {
-    let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse().ok());
-    let audited = match begin(&call, tool.name, arguments.clone()).await {
-        Ok(audited) => audited,
-        Err(error) => return result(Err(Failed::new(&error, None))),
-    };
+/// The work and its outcome.
+async fn work(call: Call, tool: &'static Tool, arguments: Value, audited: Audited, word: &'static str) -> Result<Done> {
     let outcome = (tool.run)(call.clone(), arguments).await;
-    end(audited, &outcome).await;
-    match outcome {
-        Ok(done) => result(Ok(done)),
-        Err(error) => {
-            let state = state(&call, &error, name).await;
-            result(Err(Failed::new(&error, state)))
+    end_with(audited, &call, &outcome.as_ref(), word).await;
+    outcome
+}
+
+/// Carries a job to its end, and writes down how that was.
+async fn job_of(call: Call, id: String, mut work: JoinHandle<Result<Done>>) {
+    let nido = Arc::clone(call.app.unsettled());
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    let mut told = String::new();
+    let outcome = loop {
+        tokio::select! {
+            done = &mut work => break done,
+            _ = look.tick() => {
+                if nido.job_is_cancelled(&id).unwrap_or(false) {
+                    call.cancelled.cancel();
+                }
+                let (stage, percent) = call.progress.now();
+                if stage != told {
+                    told.clone_from(&stage);
+                    let _ = nido.job_progress(&id, &JobProgress { stage, percent });
+                }
+            }
         }
+    };
+    let outcome = match outcome {
+        Ok(Ok(done)) => JobOutcome::Done(done.value),
+        Ok(Err(error)) if error.code() == Code::Interrupted => JobOutcome::Cancelled,
+        Ok(Err(error)) => JobOutcome::Failed(error.problem()),
+        Err(broken) => JobOutcome::Failed(Error::internal(broken.to_string()).problem()),
+    };
+    if let Err(error) = nido.job_end(&id, outcome) {
+        tracing::error!("the end of job {id} cannot be kept: {error}");
     }
 }
 
@@ -118,15 +222,23 @@ async fn denied(app: &App, who: &Caller, tool: &'static str, arguments: Value, r
     written.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
 }
 
-/// Writes down how it ended. It has been done; that only the line about it is missing goes to the server's own log.
-async fn end(audited: Audited, outcome: &Result<Done>) {
+/// Writes down how it ended; `word` says why it was done without a person's word, or with it.
+async fn end_with(audited: Audited, call: &Call, outcome: &Result<&Done, &Error>, word: &'static str) {
     let (ending, reason) = match outcome {
-        Ok(done) => (Ending::Success, done.word.clone()),
-        Err(error) if matches!(error.code(), Code::Denied | Code::Unauthorized) => {
-            (Ending::Denied, error.code().slug().into())
+        Ok(done) => {
+            let words = [word, done.word.as_str()].into_iter().filter(|word| !word.is_empty());
+            (Ending::Success, words.collect::<Vec<_>>().join(","))
+        }
+        Err(error) if matches!(error.code(), Code::Denied | Code::Unauthorized | Code::ApprovalRequired) => {
+            (Ending::Denied, call.notes().reason.unwrap_or(error.code().slug()).into())
         }
         Err(error) => (Ending::Error, error.code().slug().into()),
     };
+    end(audited, ending, reason).await;
+}
+
+/// It has been done; that only the line about it is missing goes to the server's own log.
+async fn end(audited: Audited, ending: Ending, reason: String) {
     let ended = tokio::task::spawn_blocking(move || audited.end_as(ending, &reason)).await;
     if let Ok(Err(error)) = ended {
         tracing::error!("{}", plain(error.message()));

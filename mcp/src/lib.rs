@@ -3,9 +3,9 @@
 //! ```text
 //!  stdio.rs  http.rs        how messages come in
 //!        \   /
-//!       server.rs           what the protocol asks: lists, calls
+//!       server.rs           what the protocol asks: lists, calls       resources.rs prompts.rs watch.rs
 //!           |
-//!       call.rs             one call: may it be, attempt, progress, cancellation, outcome
+//!       call.rs             one call: may it be, attempt, progress, cancellation, outcome      confirm.rs
 //!           |
 //!       tools/*.rs          one file per noun: parse, call the core, answer       schema.rs answer.rs  [pure]
 //! ```
@@ -18,11 +18,16 @@
 mod answer;
 mod app;
 mod call;
+mod confirm;
 pub mod http;
+mod outputs;
 mod progress;
+mod prompts;
+mod resources;
 pub mod schema;
 mod server;
 pub mod stdio;
 pub mod tools;
+mod watch;
 
-pub use self::app::{App, Principal, Settings};
+pub use self::app::{ANSWER_WITHIN, App, Principal, Settings};

@@ -52,6 +52,14 @@ impl Progress {
         self.tell(done, Some(4.0), words);
     }
 
+    /// How far it has come: in words, and of a hundred.
+    pub fn now(&self) -> (String, Option<u8>) {
+        let step = self.0.borrow();
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
+        let percent = step.total.map(|total| (step.done / total * 100.0).clamp(0.0, 100.0) as u8);
+        (step.message.clone(), percent)
+    }
+
     /// Passes on what is told, for as long as somebody tells.
     pub async fn pass_on(&self, peer: Peer<RoleServer>, token: ProgressToken) {
         let mut steps = self.0.subscribe();

@@ -31,6 +31,12 @@ pub fn answer<T: ToSchema>() -> Value {
     alternatives(vec![whole::<T>()])
 }
 
+/// The same of a tool that may take longer than a client waits: or a job.
+#[must_use]
+pub fn answer_or_job<T: ToSchema>() -> Value {
+    alternatives(vec![whole::<T>(), whole::<crate::answer::JobBegun>()])
+}
+
 /// An object that is one of these, or an error.
 #[must_use]
 pub fn alternatives(mut schemas: Vec<Value>) -> Value {

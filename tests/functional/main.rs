@@ -14,6 +14,7 @@ mod forwards;
 mod lifecycle;
 mod logs;
 mod mcp;
+mod mcp_http;
 mod pool;
 mod run;
 mod terminal;

@@ -33,8 +33,13 @@ impl Server {
 
     /// The same with more flags.
     pub fn with(home: &Home, flags: &[&str]) -> Self {
+        Self::serving(home, "api-server", flags)
+    }
+
+    /// Another verb that serves.
+    pub fn serving(home: &Home, verb: &str, flags: &[&str]) -> Self {
         let made = home.nido(["token", "create", "--name", "tests", "--scope", "admin", "--json"]).run().ok().json();
-        let mut nido = home.nido(["api-server", "start", "--port", "0"]);
+        let mut nido = home.nido([verb, "start", "--port", "0"]);
         for flag in flags {
             nido = nido.arg(flag);
         }
@@ -87,6 +92,11 @@ impl Server {
 
     /// A request whose answer is read as it comes.
     pub fn open(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Stream {
+        Stream::read(BufReader::new(self.begin(method, path, headers, body)))
+    }
+
+    /// A request whose answer is not read.
+    pub fn begin(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut head = format!("{method} {path} HTTP/1.1\r\nconnection: close\r\ncontent-length: {}\r\n", body.len());
@@ -99,7 +109,7 @@ impl Server {
         head.push_str("\r\n");
         // A server that refuses the head may have closed already.
         let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
-        Stream::read(BufReader::new(stream))
+        stream
     }
 }
 

@@ -119,6 +119,20 @@ impl Client {
         }
     }
 
+    /// Waits for what the server says by itself.
+    pub fn hear(&mut self, method: &str) -> Value {
+        loop {
+            if let Some(at) = self.heard.iter().position(|message| message["method"] == method) {
+                return self.heard.remove(at);
+            }
+            let message = self.next();
+            match message["id"].as_u64() {
+                Some(id) if message.get("method").is_none() => drop(self.answers.insert(id, message)),
+                _ => self.heard.push(message),
+            }
+        }
+    }
+
     /// Asks and waits for the answer.
     pub fn ask(&mut self, method: &str, params: Value) -> Value {
         let id = self.request(method, params);

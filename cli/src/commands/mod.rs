@@ -23,6 +23,7 @@ mod listen_args;
 mod logs;
 mod ls;
 mod man;
+mod mcp_install;
 mod mcp_server;
 mod pause;
 mod pool;

@@ -118,7 +118,8 @@ pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Re
     });
     let watching = tokio::spawn(watch_events(Arc::clone(&app)));
     let mut router = if options.faces.rest { routes::router(&app) } else { routes::nothing(&app) };
-    let agents = options.faces.mcp.map(|settings| nido_mcp::App::new(Arc::clone(&app.nido), settings));
+    let agents = options.faces.mcp.map(|settings| nido_mcp::App::new(Arc::clone(&app.nido), settings, &[]));
+    let agents = agents.transpose()?;
     if let Some(agents) = &agents {
         let http = nido_mcp::http::Http::new(agents, &app.hosts.names, bound.is_remote());
         router = router.merge(mcp::router(&app, &http));

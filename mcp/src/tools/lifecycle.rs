@@ -22,9 +22,10 @@ pub const SPAWN: Tool = Tool {
         from a few milliseconds (a pool or a saved guest) to a minute (a cold boot under emulation). The answer has \
         expires_at, and in timings how long it took. Next: vm_exec, vm_upload; at the end vm_delete.",
     hints: ADDS,
+    confirmed: false,
     scope: Scope::Run,
     takes: spawn_arguments,
-    gives: schema::answer::<VmInfo>,
+    gives: schema::answer_or_job::<VmInfo>,
     run: |call, given| Box::pin(async move { spawn(&call, given).await }),
 };
 
@@ -83,7 +84,12 @@ async fn spawn(call: &Call, given: Value) -> Result<Done> {
     };
     let made = call.unless_cancelled(nido.spawn(spec.clone(), start, &mut tell)).await;
     match made {
-        Ok(vm) => Done::new(&vm),
+        Ok(vm) => {
+            if vm.ephemeral {
+                call.app.remember(&call.who.actor, &vm.id);
+            }
+            Done::new(&vm)
+        }
         Err(error) if error.code() == Code::Interrupted && begun => {
             remove(call, &name).await;
             Err(error)
@@ -120,9 +126,10 @@ pub const CREATE: Tool = Tool {
         runs; for a VM that is to be used now, vm_spawn does both in one. Calling again with the same name and the same \
         request answers with the VM that is there. Uses disk space only when it is started. Next: vm_start.",
     hints: ADDS,
+    confirmed: false,
     scope: Scope::Run,
     takes: || schema::told(schema::arguments::<VmSpec>(), &OF_A_VM),
-    gives: schema::answer::<VmInfo>,
+    gives: schema::answer_or_job::<VmInfo>,
     run: |call, given| Box::pin(async move { create(&call, arguments(given)?).await }),
 };
 
@@ -130,7 +137,12 @@ async fn create(call: &Call, spec: VmSpec) -> Result<Done> {
     let nido = call.nido().await?;
     let name = spec.name.clone();
     match nido.create(spec.clone()).await {
-        Ok(vm) => Done::new(&vm),
+        Ok(vm) => {
+            if vm.ephemeral {
+                call.app.remember(&call.who.actor, &vm.id);
+            }
+            Done::new(&vm)
+        }
         Err(error) if error.code() == Code::VmExists => match nido.spec(&name) {
             Ok(there) if there == spec => Done::new(&nido.info(&name).await?),
             _ => Err(error),
@@ -146,9 +158,10 @@ pub const START: Tool = Tool {
         is as it was left. One that runs already is answered as it is. To make a new VM use vm_spawn. Takes from a few \
         milliseconds to a minute. Next: vm_exec.",
     hints: Hints { read_only: false, destructive: false, idempotent: true, open_world: false },
+    confirmed: false,
     scope: Scope::Run,
     takes: schema::arguments::<Start>,
-    gives: schema::answer::<VmInfo>,
+    gives: schema::answer_or_job::<VmInfo>,
     run: |call, given| Box::pin(async move { start(&call, arguments(given)?).await }),
 };
 
@@ -177,9 +190,10 @@ pub const STOP: Tool = Tool {
         vm_start starts it again. One made ephemeral is gone afterwards. One that does not run is answered as it is. To get \
         rid of a VM use vm_delete. Next: vm_start or vm_delete.",
     hints: Hints { read_only: false, destructive: true, idempotent: true, open_world: false },
+    confirmed: false,
     scope: Scope::Run,
     takes: schema::arguments::<Stop>,
-    gives: schema::answer::<VmInfo>,
+    gives: schema::answer_or_job::<VmInfo>,
     run: |call, given| Box::pin(async move { stop(&call, arguments(given)?).await }),
 };
 

@@ -4,6 +4,7 @@ mod exec;
 mod files;
 #[cfg(test)]
 mod golden;
+mod jobs;
 mod lifecycle;
 mod snapshots;
 mod templates;
@@ -21,7 +22,7 @@ use crate::app::{Principal, Settings};
 use crate::call::Call;
 
 /// Every tool, in the order in which they are listed.
-pub const ALL: [&Tool; 14] = [
+pub const ALL: [&Tool; 16] = [
     &vms::LS,
     &vms::INFO,
     &lifecycle::SPAWN,
@@ -36,6 +37,8 @@ pub const ALL: [&Tool; 14] = [
     &snapshots::RESTORE,
     &templates::LIST,
     &templates::CREATE,
+    &jobs::GET,
+    &jobs::CANCEL,
 ];
 
 /// One tool.
@@ -49,6 +52,8 @@ pub struct Tool {
     pub about: &'static str,
     /// What a client may assume.
     pub hints: Hints,
+    /// A person has to confirm it.
+    pub confirmed: bool,
     /// What a caller needs.
     pub scope: Scope,
     /// The schema of its arguments.

@@ -18,9 +18,10 @@ pub const SNAPSHOT: Tool = Tool {
         host's disk as the VM has memory. To start other VMs from its disk use template_create. Next: vm_restore goes back \
         to it.",
     hints: ADDS,
+    confirmed: false,
     scope: Scope::Run,
     takes: schema::arguments::<Take>,
-    gives: schema::answer::<SnapshotInfo>,
+    gives: schema::answer_or_job::<SnapshotInfo>,
     run: |call, given| Box::pin(async move { take(&call, arguments(given)?).await }),
 };
 
@@ -43,11 +44,12 @@ pub const RESTORE: Tool = Tool {
     title: "Go back to a snapshot",
     about: "Makes a virtual machine what it was when the snapshot was taken. What it has done since is lost and cannot be \
         fetched any more: fetch what is still needed with vm_download first. A snapshot of a VM that ran goes on where it \
-        was; with disk_only the disk is taken back and the VM stays stopped. The snapshot stays. Next: vm_exec.",
+        was; with disk_only the disk is taken back and the VM stays stopped. The snapshot stays. The user may be asked first. Next: vm_exec.",
     hints: DESTROYS,
+    confirmed: true,
     scope: Scope::Run,
     takes: schema::arguments::<Restore>,
-    gives: schema::answer::<VmInfo>,
+    gives: schema::answer_or_job::<VmInfo>,
     run: |call, given| Box::pin(async move { restore(&call, arguments(given)?).await }),
 };
 
@@ -65,6 +67,9 @@ struct Restore {
     /// How long the guest may take to become ready, in milliseconds.
     #[serde(default)]
     timeout_ms: Option<u64>,
+    /// The approval_id of an earlier answer approval_required, once the user has approved it. Else leave it out.
+    #[serde(default, rename = "approval_id")]
+    _approval_id: Option<String>,
 }
 
 async fn restore(call: &Call, asked: Restore) -> Result<Done> {

@@ -20,6 +20,7 @@ pub const LIST: Tool = Tool {
         build more (nido template build NAME). Use it before vm_spawn if it is not known which template fits. Changes \
         nothing. If next_cursor is in the answer, there are more: call again with cursor set to it.",
     hints: LOOKS,
+    confirmed: false,
     scope: Scope::Read,
     takes: schema::arguments::<List>,
     gives: schema::answer::<Page>,
@@ -69,9 +70,10 @@ pub const CREATE: Tool = Tool {
         set, a guest of it is booted once and saved, so that its VMs start quickly; that takes a minute or more. For going \
         back in one VM use vm_snapshot. If it is cancelled, nothing is left. Next: vm_spawn with template set to its name.",
     hints: ADDS,
+    confirmed: false,
     scope: Scope::Admin,
     takes: schema::arguments::<Create>,
-    gives: schema::answer::<BuildResult>,
+    gives: schema::answer_or_job::<BuildResult>,
     run: |call, given| Box::pin(async move { create(&call, arguments(given)?).await }),
 };
 

@@ -23,6 +23,7 @@ pub const LS: Tool = Tool {
         by label or state, or to see what is left over. For one VM whose name is known, vm_info is shorter. Changes \
         nothing. If next_cursor is in the answer, there are more: call again with cursor set to it.",
     hints: LOOKS,
+    confirmed: false,
     scope: Scope::Read,
     takes: schema::arguments::<Ls>,
     gives: schema::answer::<Page>,
@@ -78,6 +79,7 @@ pub const INFO: Tool = Tool {
         it failed if it did. Use it before anything that depends on the state, and after an error. To find VMs whose name \
         is not known, use vm_ls. Changes nothing.",
     hints: LOOKS,
+    confirmed: false,
     scope: Scope::Read,
     takes: schema::arguments::<OneVm>,
     gives: schema::answer::<VmInfo>,
@@ -102,12 +104,14 @@ pub const DELETE: Tool = Tool {
     title: "Delete a VM",
     about: "Deletes a virtual machine with its disk and its snapshots. This cannot be undone: fetch what is still needed with \
         vm_download first. Without force a VM that runs is refused; vm_stop it first, or set force to end it at once. Use \
-        it for every VM that is not needed any more, unless it was made ephemeral with ttl_ms. The answer is the VM as it \
+        it for every VM that is not needed any more, unless it was made ephemeral with ttl_ms. The user may be asked first; throw-away \
+        VMs of your own are not asked about. The answer is the VM as it \
         was; a VM that does not exist is the error vm_not_found.",
     hints: DESTROYS,
+    confirmed: true,
     scope: Scope::Run,
     takes: schema::arguments::<Delete>,
-    gives: schema::answer::<VmInfo>,
+    gives: schema::answer_or_job::<VmInfo>,
     run: |call, given| Box::pin(async move { delete(&call, arguments(given)?).await }),
 };
 
@@ -120,6 +124,9 @@ struct Delete {
     /// Also if it runs: it is ended at once, without a power-off.
     #[serde(default)]
     force: bool,
+    /// The approval_id of an earlier answer approval_required, once the user has approved it. Else leave it out.
+    #[serde(default, rename = "approval_id")]
+    _approval_id: Option<String>,
 }
 
 async fn delete(call: &Call, asked: Delete) -> Result<Done> {
