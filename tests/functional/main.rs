@@ -11,6 +11,7 @@ mod exec;
 mod failures;
 mod files;
 mod forwards;
+mod leases;
 mod lifecycle;
 mod logs;
 mod mcp;

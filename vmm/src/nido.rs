@@ -22,6 +22,7 @@ mod exec;
 mod fork;
 mod forwards;
 mod jobs;
+mod leases;
 mod lifecycle;
 mod list;
 mod logs;
@@ -41,6 +42,7 @@ pub(crate) use create::guest_network;
 pub(crate) use deliverer::StoreGuard;
 pub use events::{EventFeed, Watch};
 pub use exec::{ExecControl, ExecEvents};
+pub use leases::Lease;
 pub(crate) use lifecycle::random_cid;
 pub use logs::LogStream;
 
@@ -180,6 +182,7 @@ mod tests {
             send(&nido.stop(name, crate::api::StopRequest::default()));
             send(&nido.delete(name, true));
             send(&nido.info(name));
+            send(&nido.lease_end(nido.lease_open().unwrap()));
             send(&nido.fork(name, &[], &mut stages));
             let snapshot = "s".parse().unwrap();
             send(&nido.snapshot_create(name, &snapshot));

@@ -26,9 +26,9 @@ pub struct Args {
     all: bool,
 }
 
-const HEAD: [&str; 8] = ["ID", "STATE", "OPERATION", "VM", "ARGUMENTS", "ASKED BY", "AGE", "LEFT"];
-/// How much of the arguments a row shows, in characters; `--json` has all of them.
-const ARGUMENTS_MAX: usize = 60;
+const HEAD: [&str; 8] = ["ID", "STATE", "OPERATION", "VM", "ASKED BY", "AGE", "LEFT", "ARGUMENTS"];
+/// How much of the arguments a row shows, in characters; `--json` has more of them.
+const ARGUMENTS_MAX: usize = 200;
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
@@ -58,10 +58,10 @@ fn row(approval: &Approval, now: Timestamp) -> [String; 8] {
         approval.state.word().into(),
         approval.tool.clone(),
         approval.vm_name.to_string(),
-        arguments,
         who(approval),
         show_seconds(seconds(approval.created_at, now)),
         if open { show_seconds(seconds(now, approval.expires_at)) } else { "-".into() },
+        arguments,
     ]
 }
 

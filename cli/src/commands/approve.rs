@@ -2,11 +2,11 @@
 
 use nido_vmm::api::Approval;
 use nido_vmm::audit::Caller;
-use serde_json::json;
 
 use super::Context;
 use super::approvals::who;
 use crate::exit::{Exit, Outcome};
+use crate::output::json;
 
 const APPROVE_EXAMPLES: &str = "\
 Examples:
@@ -61,7 +61,7 @@ async fn decide(cx: &Context, id: &str, yes: bool) -> Outcome {
     let nido = cx.nido().await?;
     let asked = nido.approval(id)?;
     let by = Caller::command_line().actor;
-    let arguments = json!({
+    let arguments = serde_json::json!({
         "approval_id": id, "tool": asked.tool, "vm_name": asked.vm_name, "vm_id": asked.vm_id, "actor": asked.actor,
     });
     let tool = if yes { "approval_approve" } else { "approval_deny" };
@@ -75,5 +75,6 @@ async fn decide(cx: &Context, id: &str, yes: bool) -> Outcome {
 
 fn words(decided: &Approval, yes: bool) -> String {
     let (verb, asker) = (if yes { "approved" } else { "denied" }, who(decided));
-    format!("{verb}: {} of VM {}, asked for by {asker}", decided.tool, decided.vm_name)
+    let arguments = json(&decided.arguments, false);
+    format!("{verb}: {} of VM {}, asked for by {asker}, with {arguments}", decided.tool, decided.vm_name)
 }

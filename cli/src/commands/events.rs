@@ -107,7 +107,12 @@ fn about(details: &EventDetails) -> String {
         words.push(format!("snapshot {snapshot}"));
     }
     if let Some(limit) = details.limit {
-        words.push(format!("{} is over", if limit == Limit::Ttl { "time to live" } else { "idle time" }));
+        let what = match limit {
+            Limit::Ttl => "time to live",
+            Limit::Idle => "idle time",
+            Limit::Session => "the session it was made for",
+        };
+        words.push(format!("{what} is over"));
     }
     if let Some(timings) = &details.timings {
         words.push(format!("{} in {:.0} ms", path_words(timings.path), timings.total_ms));

@@ -172,6 +172,8 @@ pub enum Limit {
     Ttl,
     /// `--idle`.
     Idle,
+    /// The session it was made for is over.
+    Session,
 }
 
 /// Which events are asked for.

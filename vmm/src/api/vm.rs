@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::ForwardSpec;
+use super::{ForwardSpec, LeaseId};
 use crate::name::{TemplateName, VmName};
 use crate::state::{FailureCause, VmState};
 
@@ -134,6 +134,9 @@ pub struct VmSpec {
     /// Free labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// The session it is made for. It is destroyed when that is over, and so it is ephemeral, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<LeaseId>,
 }
 
 fn default_template() -> TemplateName {
@@ -167,6 +170,7 @@ impl VmSpec {
             idle_ms: None,
             ephemeral: false,
             labels: BTreeMap::new(),
+            lease: None,
         }
     }
 }
@@ -265,6 +269,7 @@ impl SpawnRequest {
             idle_ms: self.idle_ms,
             ephemeral: self.ephemeral,
             labels: self.labels,
+            lease: None,
         };
         (spec, self.start.then_some(start))
     }

@@ -29,7 +29,7 @@ impl Nido {
     /// # Errors
     /// `vm_exists`, `template_not_found`, `spec_invalid` and whatever the host lacks to run it.
     pub async fn create(&self, spec: VmSpec) -> Result<VmInfo> {
-        let (row, _held) = self.make_vm(spec, Purpose::Use, VmState::Created).await?;
+        let (row, _held) = self.make_vm(self.leased(spec)?, Purpose::Use, VmState::Created).await?;
         Ok(self.describe(&row))
     }
 

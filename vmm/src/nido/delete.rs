@@ -9,7 +9,7 @@ use crate::home::SUPERVISOR_LOCK;
 use crate::lock::Held;
 use crate::name::VmName;
 use crate::state::{Admission, Request, admit};
-use crate::store::Purpose;
+use crate::store::{Purpose, VmRow};
 use crate::supervisor::control::Request as Control;
 
 /// How long whoever still works on the VM may take to let go of it.
@@ -22,18 +22,24 @@ impl Nido {
     /// `vm_not_found`, `vm_busy`.
     pub async fn delete(&self, name: &VmName, force: bool) -> Result<VmInfo> {
         let row = self.store().any_vm_by_name(name)?;
-        let info = self.describe(&row);
+        self.delete_row(&row, force).await
+    }
+
+    /// The same for this very VM, whatever has its name meanwhile.
+    pub(super) async fn delete_row(&self, row: &VmRow, force: bool) -> Result<VmInfo> {
+        let name = &row.spec.name;
+        let info = self.describe(row);
         match admit(row.state, Request::Delete) {
             Admission::Denied(_) if row.purpose == Purpose::Pool => {
                 // Unless somebody claims it in this moment.
-                if let Err(error) = self.ask(&row, &Control::Retire).await
+                if let Err(error) = self.ask(row, &Control::Retire).await
                     && self.store().vm_by_id(&row.id)?.is_some_and(|now| now.purpose != Purpose::Pool)
                 {
                     return Err(error);
                 }
             }
             Admission::Denied(_) if force => {
-                self.stop_row(&row, StopRequest { force: true, ..StopRequest::default() }).await?;
+                self.stop_row(row, StopRequest { force: true, ..StopRequest::default() }).await?;
             }
             Admission::Denied(why) => {
                 return Err(Error::new(Code::VmBusy, format!("VM '{name}' cannot be deleted: {why}"))

@@ -112,6 +112,7 @@ impl Nido {
             idle_ms: Some(FORSAKEN_MS),
             ttl_ms: None,
             forwards: Vec::new(),
+            lease: None,
             ..source.spec.clone()
         };
         let (id, disk_bytes) = (super::new_id()?, source.disk_bytes);

@@ -33,6 +33,7 @@ impl Nido {
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
+        let spec = self.leased(spec)?;
         if let Some(info) = Box::pin(self.spawn_from_pool(&spec, start, asked_at, progress)).await? {
             self.refill();
             return Ok(info);

@@ -6,6 +6,8 @@
 //!  free             held      QEMU lost its supervisor: start another
 //!  free             free      QEMU is gone and nobody wrote it down: do that now
 //! ```
+//!
+//! A VM that was made for a session which is over goes, too: at rest here, running by its supervisor.
 
 use super::Nido;
 use crate::api::{AgentInfo, Failure};
@@ -24,6 +26,10 @@ impl Nido {
     pub async fn settle_all(&self) -> Result<()> {
         let rows = self.store().vms_in_motion()?;
         for row in rows {
+            // Made for a session that goes on.
+            if row.state == VmState::Created && !row.deleting && !self.is_orphan(&row) {
+                continue;
+            }
             // One VM that cannot be settled is no reason to refuse everything else.
             if let Err(error) = self.settle(&row).await {
                 tracing::warn!("VM {} cannot be settled: {error}", row.spec.name);
@@ -84,8 +90,8 @@ impl Nido {
         }
         let row = self.store().vm_by_id(&row.id)?;
         if let Some(row) = &row
-            && row.spec.ephemeral
-            && matches!(row.state, VmState::Stopped | VmState::Failed)
+            && (row.spec.ephemeral && matches!(row.state, VmState::Stopped | VmState::Failed)
+                || row.state.at_rest() && self.is_orphan(row))
         {
             self.erase(&row.id)?;
             return Ok(None);

@@ -10,9 +10,12 @@ use super::{Store, decode, fault};
 use crate::api::{APPROVAL_LIFETIME, APPROVALS_PENDING_MAX, Approval, ApprovalState, Ask};
 use crate::audit::redact;
 use crate::error::{Code, Error, Result};
+use crate::text::head;
 
 /// How long one is remembered after it is over, in milliseconds: an hour.
 const KEPT_MS: i64 = 3600 * 1000;
+/// How much is kept of what a client calls itself, in bytes.
+const AGENT_MAX: usize = 256;
 const COLUMNS: &str = "id, tool, vm_id, vm_name, actor, agent, arguments, state, created_ms, expires_ms, \
                        decided_ms, decided_by, digest";
 
@@ -54,9 +57,9 @@ impl Store {
                           expires_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
             let expires = now + i64::try_from(APPROVAL_LIFETIME.as_millis()).unwrap_or(0);
             let arguments = redact::params(&ask.arguments);
-            let name = ask.vm_name.as_str();
+            let (name, agent) = (ask.vm_name.as_str(), ask.agent.as_deref().map(|agent| head(agent, AGENT_MAX)));
             let row =
-                params![id, ask.tool, ask.vm_id, name, ask.actor, ask.agent, arguments, digest, now, expires];
+                params![id, ask.tool, ask.vm_id, name, ask.actor, agent, arguments, digest, now, expires];
             self.connection.execute(insert, row).map_err(fault)?;
             self.approval(id)?.map(|row| row.approval).ok_or_else(|| Error::internal("an approval was not kept"))
         })
@@ -264,8 +267,9 @@ mod tests {
         for n in 0..APPROVALS_PENDING_MAX {
             store.ask_approval(&format!("apr_{n}"), &ask(&n.to_string())).unwrap();
         }
-        let other = Ask { actor: "uid:7".into(), ..ask("x") };
-        assert!(store.ask_approval("apr_o", &other).is_ok(), "each caller has its own");
+        let other = Ask { actor: "uid:7".into(), agent: Some("x".repeat(5000)), ..ask("x") };
+        let asked = store.ask_approval("apr_o", &other).expect("each caller has its own");
+        assert_eq!(asked.agent.map(|agent| agent.len()), Some(AGENT_MAX));
         assert_eq!(store.ask_approval("apr_x", &ask("x")).unwrap_err().code(), Code::LimitExceeded);
     }
 }

@@ -93,14 +93,15 @@ impl Store {
         self.select("ORDER BY created_ms, name")
     }
 
-    /// VMs whose state claims that somebody takes care of them. Usually few, so every command can afford to check them.
+    /// VMs whose state claims that somebody takes care of them, and those of sessions. Usually few, so every command can afford to check them.
     ///
     /// # Errors
     /// Of the store.
     pub fn vms_in_motion(&self) -> Result<Vec<VmRow>> {
         self.select(
             "WHERE deleting = 1 OR state NOT IN ('created', 'stopped', 'failed') \
-             OR (state IN ('stopped', 'failed') AND json_extract(spec, '$.ephemeral') = 1)",
+             OR (state IN ('stopped', 'failed') AND json_extract(spec, '$.ephemeral') = 1) \
+             OR json_extract(spec, '$.lease') IS NOT NULL",
         )
     }
 

@@ -11,7 +11,7 @@ use super::begin::Awake;
 use super::forwards::bind;
 use super::launch::Running;
 use super::limits::Reached;
-use super::run::Supervisor;
+use super::run::{SESSION_EVERY, Supervisor};
 use super::serve::{Life, Order};
 use crate::api::{AgentInfo, ForwardSpec, Limit, StopRequest};
 use crate::error::{Code, Error, Result};
@@ -177,6 +177,13 @@ impl Supervisor {
         self.begin_stop(StopRequest { force: false, timeout_ms: LIMIT_STOP_MS }, running);
     }
 
+    /// Nobody will miss what is in it, so it is not asked to go down.
+    pub(super) fn session_is_over(&mut self, running: &Running) {
+        tracing::info!("ending VM {}: the session it was made for is over", self.row.spec.name);
+        self.write(&VmUpdate { expired: Some(Limit::Session), ..VmUpdate::default() });
+        self.begin_stop(StopRequest { force: true, ..StopRequest::default() }, running);
+    }
+
     /// Asks the guest to go down, and sets the time at which the plug is pulled.
     fn begin_stop(&mut self, stop: StopRequest, running: &Running) {
         let paused = self.state == VmState::Paused;
@@ -222,9 +229,14 @@ impl Supervisor {
 
     /// Watches over a QEMU whose monitor does not answer: all that can be done with it is to end it.
     pub(super) async fn watch_over_mute(&mut self, process: &QemuProcess) -> QemuExit {
+        let mut session = tokio::time::interval(SESSION_EVERY);
         loop {
             tokio::select! {
                 exit = process.wait() => return exit.unwrap_or(QemuExit::Unknown),
+                _ = session.tick(), if self.row.spec.lease.is_some() => if self.nido.is_orphan(&self.row) {
+                    self.learn(Fact::StopAsked);
+                    let _ = process.kill();
+                },
                 Some(order) = self.orders.recv() => {
                     let mute = || Error::new(Code::QemuFailed, "the VM's QEMU does not answer").hint("nido stop --force ends it");
                     match order {

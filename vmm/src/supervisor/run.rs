@@ -35,6 +35,8 @@ use crate::store::{Origin, Purpose, VmRow, VmUpdate};
 const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
 /// How often logs are looked at.
 const LOGS_EVERY: Duration = Duration::from_secs(5);
+/// How often the supervisor of a session's VM looks whether the session goes on.
+pub(super) const SESSION_EVERY: Duration = Duration::from_secs(1);
 /// How long answers to the last requests may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long the command that asked for a start may take to ask how it goes.
@@ -155,6 +157,8 @@ impl Supervisor {
         let mut awaiting_agent = true;
         let mut logs = tokio::time::interval(LOGS_EVERY);
         logs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut session = tokio::time::interval(SESSION_EVERY);
+        session.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut direct = self.users.watch();
         let mut spliced =
             self.channel.as_ref().map_or_else(|| Users::new().watch(), |channel| channel.activity().open());
@@ -194,6 +198,11 @@ impl Supervisor {
                 _ = direct.changed() => {}
                 Ok(()) = spliced.changed() => {}
                 _ = logs.tick() => rotate_logs(),
+                _ = session.tick(), if self.row.spec.lease.is_some() && !self.quit_sent => {
+                    if self.nido.is_orphan(&self.row) {
+                        self.session_is_over(&running);
+                    }
+                }
                 () = sleep_until(wake.unwrap_or_else(TokioInstant::now)), if wake.is_some() => self.pull_plug(&running),
             }
         }
