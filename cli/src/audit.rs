@@ -93,7 +93,7 @@ pub fn exec(name: &VmName, request: &ExecRequest) -> Value {
 pub fn upload(name: &VmName, request: &UploadRequest) -> Value {
     let source = match &request.source {
         UploadSource::Path(path) => bytes(path.as_os_str().as_bytes()),
-        UploadSource::Stream { .. } => "-".into(),
+        UploadSource::Stream { .. } | UploadSource::Archive(_) => "-".into(),
     };
     json!({ "name": name, "source": source, "destination": bytes(&request.destination), "user": request.user })
 }
@@ -102,7 +102,7 @@ pub fn upload(name: &VmName, request: &UploadRequest) -> Value {
 pub fn download(name: &VmName, request: &DownloadRequest) -> Value {
     let destination = match &request.destination {
         DownloadTarget::Path(path) => bytes(path.as_os_str().as_bytes()),
-        DownloadTarget::Stream(_) => "-".into(),
+        DownloadTarget::Stream(_) | DownloadTarget::Archive(_) => "-".into(),
     };
     json!({ "name": name, "source": bytes(&request.source), "destination": destination, "overwrite": request.overwrite })
 }

@@ -10,7 +10,7 @@
 //!      │ too long for a client to wait: a job, answered at once and asked for later
 //! ```
 //!
-//! Invariant: where the attempt cannot be written, nothing is done.
+//! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written down, nothing is shown.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -111,8 +111,8 @@ pub async fn carry_out(
     let notes = Arc::default();
     let call = Call { app: Arc::clone(app), who, progress: Progress::new(), cancelled: cancelled.clone(), notes };
     let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
-    let audited = match begin(&call, tool.name, arguments.clone()).await {
-        Ok(audited) => audited,
+    let line = match begin(&call, tool, arguments.clone()).await {
+        Ok(line) => line,
         Err(error) => return Ok(result(Err(Failed::new(&error, None))).into()),
     };
     // Asked here and not in the task: what a client is asked belongs to its request.
@@ -123,17 +123,17 @@ pub async fn carry_out(
     let word = match word {
         Ok(Word::Go(word)) => word,
         Ok(Word::Ask(question)) => {
-            end(audited, Ending::Denied, Code::ApprovalRequired.slug().into()).await;
+            let _ = end(&call, line, Ending::Denied, Code::ApprovalRequired.slug().into()).await;
             return Ok((*question).into());
         }
         Err(error) => {
-            end_with(audited, &call, &Err::<&Done, _>(&error), "").await;
+            let _ = end_with(line, &call, &Err::<&Done, _>(&error), "").await;
             return Ok(result(Err(call.failed(&error, name).await)).into());
         }
     };
     // Whoever drops this call does not want its work any more.
     let unwanted = cancelled.clone().drop_guard();
-    let mut work = app.tasks().spawn(work(call.clone(), tool, arguments, audited, word));
+    let mut work = app.tasks().spawn(work(call.clone(), tool, arguments, line, word));
     let progress = call.progress.clone();
     let mut telling = std::pin::pin!(async {
         if let Some(token) = context.meta.get_progress_token() {
@@ -171,10 +171,10 @@ pub async fn carry_out(
 }
 
 /// The work and its outcome.
-async fn work(call: Call, tool: &'static Tool, arguments: Value, audited: Audited, word: &'static str) -> Result<Done> {
+async fn work(call: Call, tool: &'static Tool, arguments: Value, line: Line, word: &'static str) -> Result<Done> {
     let outcome = (tool.run)(call.clone(), arguments).await;
-    end_with(audited, &call, &outcome.as_ref(), word).await;
-    outcome
+    let written = end_with(line, &call, &outcome.as_ref(), word).await;
+    outcome.and_then(|done| written.map(|()| done))
 }
 
 /// Carries a job to its end, and writes down how that was.
@@ -208,11 +208,24 @@ async fn job_of(call: Call, id: String, mut work: JoinHandle<Result<Done>>) {
     }
 }
 
+/// The line about a call.
+#[derive(Debug)]
+enum Line {
+    /// The attempt stands in the log, and waits for its outcome.
+    Open(Box<Audited>),
+    /// It only looks: one line is enough, when it has looked.
+    Looks(&'static str, Value),
+}
+
 /// Writes the attempt down. It is synced to the disk, which may take its time.
-async fn begin(call: &Call, tool: &'static str, arguments: Value) -> Result<Audited> {
+async fn begin(call: &Call, tool: &'static Tool, arguments: Value) -> Result<Line> {
+    if tool.hints.read_only {
+        return Ok(Line::Looks(tool.name, arguments));
+    }
     let (nido, who) = (Arc::clone(call.app.unsettled()), call.who.clone());
-    let begun = tokio::task::spawn_blocking(move || nido.audit_begin(&who, tool, &arguments)).await;
-    begun.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
+    let begun = tokio::task::spawn_blocking(move || nido.audit_begin(&who, tool.name, &arguments)).await;
+    let begun = begun.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?;
+    begun.map(|audited| Line::Open(Box::new(audited)))
 }
 
 /// Writes down that it was not allowed.
@@ -223,7 +236,7 @@ async fn denied(app: &App, who: &Caller, tool: &'static str, arguments: Value, r
 }
 
 /// Writes down how it ended; `word` says why it was done without a person's word, or with it.
-async fn end_with(audited: Audited, call: &Call, outcome: &Result<&Done, &Error>, word: &'static str) {
+async fn end_with(line: Line, call: &Call, outcome: &Result<&Done, &Error>, word: &'static str) -> Result<()> {
     let (ending, reason) = match outcome {
         Ok(done) => {
             let words = [word, done.word.as_str()].into_iter().filter(|word| !word.is_empty());
@@ -234,15 +247,23 @@ async fn end_with(audited: Audited, call: &Call, outcome: &Result<&Done, &Error>
         }
         Err(error) => (Ending::Error, error.code().slug().into()),
     };
-    end(audited, ending, reason).await;
+    end(call, line, ending, reason).await
 }
 
-/// It has been done; that only the line about it is missing goes to the server's own log.
-async fn end(audited: Audited, ending: Ending, reason: String) {
-    let ended = tokio::task::spawn_blocking(move || audited.end_as(ending, &reason)).await;
-    if let Ok(Err(error)) = ended {
-        tracing::error!("{}", plain(error.message()));
-    }
+/// What was done has been done: that only the line about it is missing goes to the server's own log. What was only looked at is
+/// not shown without its line.
+async fn end(call: &Call, line: Line, ending: Ending, reason: String) -> Result<()> {
+    let (nido, who) = (Arc::clone(call.app.unsettled()), call.who.clone());
+    let ended = tokio::task::spawn_blocking(move || match line {
+        Line::Open(audited) => {
+            if let Err(error) = audited.end_as(ending, &reason) {
+                tracing::error!("{}", plain(error.message()));
+            }
+            Ok(())
+        }
+        Line::Looks(tool, arguments) => nido.audit_looked(&who, tool, &arguments, ending, &reason),
+    });
+    ended.await.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
 }
 
 /// The state of the VM that a call was about, if it explains why it failed.

@@ -144,18 +144,15 @@ impl ServerHandler for Server {
         let principal = self.principal(&context)?;
         let agent = context.client_info().map(|client| client.name);
         let who = Caller { face: Face::Mcp, actor: principal.actor.clone(), agent };
-        let (nido, arguments) = (Arc::clone(self.app.unsettled()), json!({ "uri": request.uri }));
-        let begun = tokio::task::spawn_blocking(move || nido.audit_begin(&who, "resource_read", &arguments)).await;
-        let audited = begun.map_err(|e| ErrorData::internal_error(e.to_string(), None))?.map_err(|e| refused(&e))?;
         let contents = resources::read(&self.app, &principal, &request.uri).await;
         let (ending, reason) = match &contents {
             Ok(_) => (Ending::Success, ""),
             Err(error) => (Ending::Error, error.code().slug()),
         };
-        let ended = tokio::task::spawn_blocking(move || audited.end_as(ending, reason)).await;
-        if let Ok(Err(error)) = ended {
-            tracing::error!("{}", plain(error.message()));
-        }
+        let (nido, arguments) = (Arc::clone(self.app.unsettled()), json!({ "uri": request.uri }));
+        let written =
+            tokio::task::spawn_blocking(move || nido.audit_looked(&who, "resource_read", &arguments, ending, reason));
+        written.await.map_err(|e| ErrorData::internal_error(e.to_string(), None))?.map_err(|e| refused(&e))?;
         let result = ReadResourceResult::new(vec![contents.map_err(|e| refused(&e))?]);
         Ok(result.with_ttl_ms(FRESH_FOR_MS).with_cache_scope(CacheScope::Private).into())
     }

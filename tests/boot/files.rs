@@ -2,9 +2,10 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -254,7 +255,7 @@ fn a_large_file_takes_no_more_memory_than_a_small_one() {
         let file = home.user_dir().join(format!("{mib}"));
         let mut random = File::open("/dev/urandom").unwrap();
         let mut chunk = vec![0; 1 << 20];
-        std::io::Read::read_exact(&mut random, &mut chunk).unwrap();
+        random.read_exact(&mut chunk).unwrap();
         let mut out = File::create(&file).unwrap();
         for number in 0..mib {
             chunk[..4].copy_from_slice(&u32::to_le_bytes(number));
@@ -272,4 +273,45 @@ fn a_large_file_takes_no_more_memory_than_a_small_one() {
     for (small, large) in [(small.0, large.0), (small.1, large.1), (small.2, large.2)] {
         assert!(large < small + 8 * 1024, "{small} KiB with 1 MiB became {large} KiB with 256 MiB");
     }
+}
+
+/// A request of HTTP/1.0, whose answer ends with its connection: its head and its body.
+fn ask(socket: &Path, head: &str, body: &[u8]) -> (String, Vec<u8>) {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    let head = format!("{head}host: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
+    stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body)).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n").unwrap() + 4;
+    let body = answer.split_off(end);
+    (String::from_utf8(answer).unwrap(), body)
+}
+
+#[test]
+fn a_directory_goes_over_http_as_an_archive_and_back() {
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--net", "none"]);
+    let (here, back) = (home.user_dir().join("here"), home.user_dir().join("back"));
+    fs::create_dir(&back).unwrap();
+    odd_tree(&here);
+    let socket = home.user_dir().join("api.sock");
+    let (server, _stdin) = home.nido(["api-server", "start", "--socket", text(&socket)]).start();
+    eventually("the server", || socket.exists().then_some(()));
+    let tar = |at: &Path| Command::new("tar").args(["-C", text(at), "-c", "."]).output().unwrap().stdout;
+    let url = "/v1/vms/web/files?path=/srv/deep/tree&parents=true";
+    let put = format!("PUT {url} HTTP/1.0\r\ncontent-type: application/x-tar\r\n");
+    let (head, said) = ask(&socket, &put, &tar(&here));
+    assert!(head.starts_with("HTTP/1.0 200"), "{head}{}", String::from_utf8_lossy(&said));
+    assert_eq!(facts_there(&vm, "/srv/deep/tree"), facts_here(&here));
+    assert_eq!(vm.sh("find /srv ! -user root | wc -l").text(), "0");
+
+    let get = "GET /v1/vms/web/files?path=/srv/deep/tree HTTP/1.0\r\naccept: application/x-tar\r\n";
+    let (head, packed) = ask(&socket, get, b"");
+    assert!(head.starts_with("HTTP/1.0 200"), "{head}");
+    let archive = home.user_dir().join("packed.tar");
+    fs::write(&archive, packed).unwrap();
+    assert!(Command::new("tar").args(["-C", text(&back), "-xpf", text(&archive)]).status().unwrap().success());
+    assert_eq!(facts_here(&back), facts_here(&here));
+    server.signal(Signal::TERM);
+    server.wait().expect(0);
 }

@@ -188,6 +188,51 @@ fn files_go_both_ways() {
 }
 
 #[test]
+fn directories_go_both_ways_as_archives() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let (here, there) = (home.scratch("here"), home.scratch("there"));
+    std::fs::create_dir_all(here.join("a/b")).unwrap();
+    std::fs::write(here.join("a/b/file"), vec![5; 3_000_000]).unwrap();
+    std::os::unix::fs::symlink("../nowhere", here.join("a/link")).unwrap();
+    let tar = |arguments: &[&str]| std::process::Command::new("tar").args(arguments).output().unwrap().stdout;
+    let whole = tar(&["-C", here.to_str().unwrap(), "-c", "."]);
+    let path = format!("/v1/vms/web/files?path={}", there.display());
+    let put = |path: &str, body: &[u8]| server.send("PUT", path, &[("content-type", "application/x-tar")], body);
+    put(&path, &whole[..1_000_000]).problem(422, "spec_invalid");
+    assert!(!there.exists());
+    let sent = put(&path, &whole).ok(200);
+    assert_eq!((&sent["entries"], &sent["bytes"]), (&5.into(), &3_000_000.into()));
+    assert_eq!(std::fs::read(there.join("a/b/file")).unwrap(), [5; 3_000_000]);
+    let got = server.send("GET", &path, &[("accept", "application/x-tar")], b"");
+    assert_eq!((got.status, got.header("content-type")), (200, "application/x-tar"));
+    let packed = home.scratch("packed.tar");
+    std::fs::write(&packed, got.body).unwrap();
+    let mut listed: Vec<_> =
+        String::from_utf8(tar(&["-tf", packed.to_str().unwrap()])).unwrap().lines().map(str::to_owned).collect();
+    listed.sort();
+    assert_eq!(listed, ["./", "./a/", "./a/b/", "./a/b/file", "./a/link"]);
+    // Whoever does not know is told.
+    let problem = server.get(&path).problem(422, "path_invalid");
+    assert!(problem["hint"].as_str().unwrap().contains("application/x-tar"), "{problem}");
+    put(&format!("{path}&mode=600"), &whole).problem(422, "spec_invalid");
+    let unknown = server.send("PUT", &path, &[("content-type", "application/zip")], &whole);
+    unknown.problem(415, "media_type_unsupported");
+    // A body that breaks off leaves nothing.
+    let twice = home.scratch("twice");
+    let path = format!("/v1/vms/web/files?path={}", twice.display());
+    let headers = format!("Bearer {}", server.token());
+    let headers = [("authorization", &*headers), ("content-type", "application/x-tar"), ("host", "localhost")];
+    drop(server.begin("PUT", &path, &headers, whole.len(), &whole[..2_000_000]));
+    until("nothing is left", || {
+        let names = std::fs::read_dir(home.scratch("")).unwrap().map(|entry| entry.unwrap().file_name());
+        let left = names.filter(|name| name.to_str().is_some_and(|name| name.starts_with(".nido-") || name == "twice"));
+        (left.count() == 0).then_some(())
+    });
+}
+
+#[test]
 fn events_are_told_to_those_who_listen_and_those_who_come_back() {
     let home = Home::new();
     let server = Server::start(&home);
@@ -357,9 +402,115 @@ fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
     std::fs::rename(&audit, home.scratch("kept")).unwrap();
     std::fs::write(&audit, "").unwrap();
     server.send("DELETE", "/v1/vms/web?force=true", &[], b"").problem(503, "audit_failed");
-    assert_eq!(server.get("/v1/vms/web").ok(200)["status"], "running");
+    // Nor is anything told.
+    server.get("/v1/vms/web").problem(503, "audit_failed");
+    server.get("/healthz").ok(200);
     std::fs::remove_file(&audit).unwrap();
     std::fs::rename(home.scratch("kept"), &audit).unwrap();
+    assert_eq!(server.get("/v1/vms/web").ok(200)["status"], "running");
+}
+
+#[test]
+fn looks_are_in_the_audit_log_once() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    server.get("/v1/vms").ok(200);
+    server.get("/v1/vms/web").ok(200);
+    server.get("/v1/vms/nobody").problem(404, "vm_not_found");
+    server.get("/v1/events?vm=web").ok(200);
+    let read = home.nido(["token", "create", "--name", "read", "--scope", "read", "--json"]).run().ok().json();
+    let read = format!("Bearer {}", read["token"].as_str().unwrap());
+    server.plain("GET", "/v1/audit", &[("authorization", &read)], b"").problem(403, "denied");
+    for not in ["/", "/healthz", "/openapi.json", "/metrics"] {
+        assert_eq!(server.get(not).status, 200);
+    }
+    let told = server.get("/v1/audit").ok(200)["records"].clone();
+    let told: Vec<_> = told.as_array().unwrap().iter().filter(|line| line["face"] == "api").collect();
+    let words = |line: &serde_json::Value| {
+        ["tool", "stage", "result", "reason", "actor"].map(|key| line[key].as_str().unwrap_or_default().to_owned())
+    };
+    let told: Vec<_> = told.into_iter().map(words).collect();
+    let expected = [
+        ["vm_ls", "outcome", "success", "", "token:tests"],
+        ["vm_info", "outcome", "success", "", "token:tests"],
+        ["vm_info", "outcome", "error", "vm_not_found", "token:tests"],
+        ["events", "outcome", "success", "", "token:tests"],
+        ["audit_show", "outcome", "denied", "denied", "token:read"],
+    ];
+    assert_eq!(told, expected);
+    assert_eq!(home.nido(["audit", "verify", "--json"]).run().ok().json()["lines"], 6);
+}
+
+#[test]
+fn who_sends_too_slowly_is_told() {
+    let home = Home::new();
+    let server = Server::with(&home, &["--patience", "300ms"]);
+    home.spawn("web");
+    let bearer = format!("Bearer {}", server.token());
+    let begin = |method: &str, path: &str, kind: &str, extra: (&str, &str), sent: &[u8]| {
+        let headers = [
+            ("authorization", &*bearer),
+            ("content-type", kind),
+            ("host", "localhost"),
+            ("connection", "close"),
+            extra,
+        ];
+        server.begin(method, path, &headers, 4000, sent)
+    };
+    let json = "application/json";
+    for extra in [("accept", json), ("idempotency-key", "k")] {
+        let stalled = begin("POST", "/v1/vms", json, extra, b"{");
+        Server::answer_to(stalled).problem(408, "request_timeout");
+    }
+    // Every drop comes in time, all of them do not.
+    let mut dripping = begin("POST", "/v1/vms", json, ("accept", json), b"{");
+    let drops = std::thread::spawn({
+        let mut stream = dripping.try_clone().unwrap();
+        move || {
+            let pause = std::time::Duration::from_millis(50);
+            (0..200)
+                .take_while(|_| {
+                    std::thread::sleep(pause);
+                    std::io::Write::write_all(&mut stream, b" ").is_ok()
+                })
+                .count()
+        }
+    });
+    let mut answer = String::new();
+    std::io::Read::read_to_string(&mut dripping, &mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    drop(dripping);
+    assert!(drops.join().unwrap() < 200);
+    let there = home.scratch("there");
+    let path = format!("/v1/vms/web/files?path={}", there.display());
+    for kind in ["application/octet-stream", "application/x-tar"] {
+        let stalled = begin("PUT", &path, kind, ("accept", json), &[0; 100]);
+        Server::answer_to(stalled).problem(408, "request_timeout");
+    }
+    assert!(!there.exists());
+    server.get("/v1/vms").ok(200);
+}
+
+#[test]
+fn a_command_dies_with_a_listener_who_does_not_read() {
+    let home = Home::new();
+    let server = Server::with(&home, &["--patience", "200ms"]);
+    home.spawn("web");
+    let bearer = format!("Bearer {}", server.token());
+    let headers = [("authorization", &*bearer), ("content-type", "application/json"), ("accept", "text/event-stream")];
+    let body = json!({"argv": ["sh", "-c", "exec yes 98732"]}).to_string();
+    let mut stream = server.open("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    assert_eq!(stream.line(), "event: started");
+    until("the end of the command", || {
+        let found = home.nido(["exec", "web", "--", "pgrep", "-fx", "yes 98732"]).run();
+        found.text().trim().is_empty().then_some(())
+    });
+    drop(stream);
+    // Who is still written to is not cut off: so much takes longer than that.
+    let body = json!({"command": "for n in 1 2 3 4; do sleep 0.2; echo $n; done"}).to_string();
+    let mut stream = server.open("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    while stream.line() != "event: exit" {}
 }
 
 #[test]

@@ -7,7 +7,9 @@
 mod api;
 mod approvals;
 mod audit;
+mod description;
 mod exec;
+mod exec_socket;
 mod failures;
 mod files;
 mod forwards;
@@ -19,9 +21,11 @@ mod mcp_http;
 mod pool;
 mod run;
 mod terminal;
+mod tls;
 mod travel;
 mod usage;
 mod webhook_endpoints;
+mod webhook_routes;
 mod webhooks;
 
 #[path = "../support/mod.rs"]

@@ -85,7 +85,8 @@ fn every_call_is_written_down_with_who_and_how() {
     assert_eq!(line(0), is("vm_spawn", "attempt", "pending", ""));
     assert_eq!(line(1), is("vm_spawn", "outcome", "success", ""));
     assert_eq!(line(3), is("vm_exec", "outcome", "success", "exit_code:1"));
-    assert_eq!(line(6), is("vm_delete", "outcome", "denied", "tool_not_offered"));
+    assert_eq!(line(4), is("vm_ls", "outcome", "success", ""));
+    assert_eq!(line(5), is("vm_delete", "outcome", "denied", "tool_not_offered"));
     assert_eq!(log["records"][2]["agent"], "tests");
     assert!(log["records"][2]["actor"].as_str().unwrap().starts_with("uid:"));
     assert!(!log.to_string().contains("secret"));

@@ -90,6 +90,24 @@ impl Server {
         self.open(method, path, headers, body).answer()
     }
 
+    /// A request whose body is said to have `length` bytes, and that is not sent further than `body`.
+    pub fn begin(&self, method: &str, path: &str, headers: &[(&str, &str)], length: usize, body: &[u8]) -> TcpStream {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        let mut head = format!("{method} {path} HTTP/1.1\r\ncontent-length: {length}\r\n");
+        for (key, value) in headers {
+            head.push_str(&format!("{key}: {value}\r\n"));
+        }
+        head.push_str("\r\n");
+        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body)).unwrap();
+        stream
+    }
+
+    /// The answer to a request that was begun.
+    pub fn answer_to(stream: TcpStream) -> Answer {
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        Stream::read(BufReader::new(stream)).answer()
+    }
+
     /// A request whose answer is read as it comes.
     pub fn open(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Stream {
         Stream::read(BufReader::new(self.begin(method, path, headers, body)))

@@ -8,6 +8,8 @@ pub mod processes;
 pub mod receiver;
 pub mod run;
 pub mod terminal;
+pub mod tls;
+pub mod websocket;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;

@@ -1,12 +1,13 @@
 //! An endpoint for webhooks: takes messages on loopback and answers as it is told.
 
 use std::collections::VecDeque;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::Value;
 
 /// How to treat one message.
@@ -64,6 +65,7 @@ struct Shared {
 /// A receiver that listens until it is dropped. What it was not told to treat otherwise, it takes.
 pub struct Receiver {
     port: u16,
+    encrypted: bool,
     shared: Arc<Mutex<Shared>>,
     accepts: Option<JoinHandle<()>>,
 }
@@ -76,6 +78,16 @@ impl Receiver {
 
     /// At this port.
     pub fn at(port: u16) -> Self {
+        Self::with(port, None)
+    }
+
+    /// At a free port, encrypted with this.
+    pub fn encrypted(config: Arc<ServerConfig>) -> Self {
+        Self::with(0, Some(config))
+    }
+
+    fn with(port: u16, tls: Option<Arc<ServerConfig>>) -> Self {
+        let encrypted = tls.is_some();
         let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
         let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Mutex::new(Shared::default()));
@@ -88,15 +100,27 @@ impl Receiver {
                 }
                 now.streams.push(stream.try_clone().unwrap());
                 drop(now);
-                let shared = ours.clone();
-                std::thread::spawn(move || drop(serve(stream, &shared)));
+                let (shared, tls) = (ours.clone(), tls.clone());
+                std::thread::spawn(move || {
+                    let socket = stream.try_clone()?;
+                    match tls.map(ServerConnection::new) {
+                        None => serve(stream, &socket, &shared),
+                        Some(session) => {
+                            let session = session.map_err(std::io::Error::other)?;
+                            serve(StreamOwned::new(session, stream), &socket, &shared)
+                        }
+                    }
+                });
             }
         });
-        Self { port, shared, accepts: Some(accepts) }
+        Self { port, encrypted, shared, accepts: Some(accepts) }
     }
 
     /// Its URL.
     pub fn url(&self) -> String {
+        if self.encrypted {
+            return format!("https://localhost:{}/hook", self.port);
+        }
         format!("http://127.0.0.1:{}/hook", self.port)
     }
 
@@ -140,11 +164,10 @@ impl Drop for Receiver {
     }
 }
 
-/// Takes messages over one connection.
-fn serve(stream: TcpStream, shared: &Mutex<Shared>) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
-    let mut reader = BufReader::new(stream.try_clone()?);
-    let mut stream = stream;
+/// Takes messages over one connection, encrypted or not.
+fn serve(stream: impl Read + Write, socket: &TcpStream, shared: &Mutex<Shared>) -> std::io::Result<()> {
+    socket.set_nodelay(true)?;
+    let mut reader = BufReader::new(stream);
     loop {
         let mut headers = Vec::new();
         let mut line = String::new();
@@ -171,10 +194,10 @@ fn serve(stream: TcpStream, shared: &Mutex<Shared>) -> std::io::Result<()> {
         };
         std::thread::sleep(pause);
         match reply {
-            Reply::Say(text) => stream.write_all(text.as_bytes())?,
+            Reply::Say(text) => reader.get_mut().write_all(text.as_bytes())?,
             Reply::Last(text) => {
-                stream.write_all(text.as_bytes())?;
-                return stream.shutdown(Shutdown::Both);
+                reader.get_mut().write_all(text.as_bytes())?;
+                return socket.shutdown(Shutdown::Both);
             }
             // Until the connection is closed.
             Reply::Hang => return reader.read_to_end(&mut Vec::new()).map(drop),

@@ -102,6 +102,12 @@ impl Error {
             GuestError::PathExists(_) => (Code::PathExists, "--force replaces it".into()),
             GuestError::PathNotFound(_) => (Code::PathNotFound, "check the path on this side".into()),
             GuestError::BadName(_) => (Code::PathInvalid, "check the path".into()),
+            GuestError::BadArchive(_) => (
+                Code::SpecInvalid,
+                "files, directories and symlinks, with names below the directory: tar -C DIR --hard-dereference -c ."
+                    .into(),
+            ),
+            GuestError::ArchiveTooLarge { .. } => (Code::LimitExceeded, "send it in parts".into()),
             GuestError::DiskFull(_) => (Code::DiskFull, "free some space; nothing was left half-written".into()),
         };
         Self::new(code, error.to_string()).hint(hint).because(error)

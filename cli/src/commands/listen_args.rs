@@ -2,10 +2,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nido_vmm::error::{Code, Error};
 
-use crate::serve::{Faces, Hosts, Listen, Options, Tls};
+use crate::parse::duration_ms;
+use crate::serve::{Faces, Hosts, Listen, Options, Patience, Tls};
 
 /// Where a server listens, and whom it lets in.
 #[derive(Debug, clap::Args)]
@@ -37,6 +39,9 @@ pub struct ListenArgs {
     /// How many requests a caller may make in a second, on average
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     rate: u32,
+    /// How long to wait for the next byte of a request's body; twice as long for all of a JSON body, and for a client to read
+    #[arg(long, value_name = "TIME", hide = true, default_value = "30s", value_parser = duration_ms)]
+    patience: u64,
 }
 
 impl ListenArgs {
@@ -48,8 +53,9 @@ impl ListenArgs {
     /// How the server is started.
     pub fn options(self, faces: Faces) -> Result<Options, Error> {
         let (hosts, rate) = (Hosts { names: self.hosts }, self.rate);
+        let patience = Patience::of(Duration::from_millis(self.patience));
         if let Some(path) = self.socket {
-            return Ok(Options { listen: Listen::Unix(path), hosts, rate, no_token: false, faces });
+            return Ok(Options { listen: Listen::Unix(path), hosts, rate, patience, no_token: false, faces });
         }
         let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| Tls { certificate, key });
         let everywhere = IpAddr::V4(if self.allow_remote { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST });
@@ -63,6 +69,6 @@ impl ListenArgs {
                 .hint("--tls-cert and --tls-key, or --insecure-http if something else encrypts it"));
         }
         let address = SocketAddr::new(address, self.port.unwrap_or(8080));
-        Ok(Options { listen: Listen::Tcp { address, tls }, hosts, rate, no_token: false, faces })
+        Ok(Options { listen: Listen::Tcp { address, tls }, hosts, rate, patience, no_token: false, faces })
     }
 }

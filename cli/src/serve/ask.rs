@@ -1,6 +1,5 @@
 //! What requests carry, parsed once at the border: every mistake is a problem that names the field.
 
-use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, RawQuery, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
@@ -9,6 +8,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::answer::Problem;
+use super::pace;
+use super::routes::BODY_MAX;
 
 /// A JSON body. An absent one counts as `{}`.
 #[derive(Debug)]
@@ -17,13 +18,9 @@ pub struct Body<T>(pub T);
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         let kind = media_type(request.headers());
-        let bytes = Bytes::from_request(request, state).await.map_err(|rejection| {
-            let too_large = rejection.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE;
-            let code = if too_large { Code::BodyTooLarge } else { Code::RequestInvalid };
-            Error::new(code, rejection.body_text().to_lowercase())
-        })?;
+        let bytes = pace::read(request.into_body(), BODY_MAX).await?;
         if bytes.is_empty() && kind.is_none() {
             return parse(b"{}").map(Self);
         }

@@ -27,6 +27,7 @@ use tower::Service;
 
 use super::App;
 use super::guard::Peer;
+use super::pace::Watched;
 use crate::signals::Signals;
 
 /// How many connections may be open at once.
@@ -155,7 +156,8 @@ impl Bound {
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    let serving = Serving { router: router.clone(), ending: app.ending.clone(), _place: place };
+                    let unread = app.patience.unread;
+                    let serving = Serving { router: router.clone(), ending: app.ending.clone(), unread, _place: place };
                     app.metrics.connection();
                     connections.spawn(serving.start(stream, peer, self.tls.clone()));
                 }
@@ -202,6 +204,7 @@ enum Stream {
 struct Serving {
     router: Router,
     ending: CancellationToken,
+    unread: Duration,
     _place: OwnedSemaphorePermit,
 }
 
@@ -234,7 +237,7 @@ impl Serving {
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_WITHIN)
             .max_buf_size(HEAD_MAX)
-            .serve_connection(TokioIo::new(stream), service)
+            .serve_connection(TokioIo::new(Watched::new(stream, self.unread)), service)
             .with_upgrades();
         let mut connection = std::pin::pin!(connection);
         let ended = tokio::select! {

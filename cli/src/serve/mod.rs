@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  listen.rs   sockets, TLS, limits of connections ──> guard.rs  who asks, from where, how often
+//!       pace.rs  how slow a client may be                │
 //!                                                        │
 //!                      audit.rs  what changes something is written down before it begins
 //!                                                        │
@@ -19,12 +20,14 @@ mod answer;
 mod ask;
 mod audit;
 mod guard;
+mod links;
 mod listen;
 mod mcp;
 mod metrics;
 mod once;
 mod openapi;
 mod operations;
+mod pace;
 mod routes;
 
 use std::sync::Arc;
@@ -39,6 +42,7 @@ pub use self::guard::Hosts;
 pub use self::listen::{Listen, Tls};
 use self::metrics::Metrics;
 use self::operations::Operations;
+pub use self::pace::Patience;
 use crate::signals::Signals;
 
 /// How long the last look for VMs without a supervisor counts.
@@ -57,6 +61,8 @@ pub struct Options {
     pub no_token: bool,
     /// What is served.
     pub faces: Faces,
+    /// How long clients are waited for.
+    pub patience: Patience,
 }
 
 /// What a server serves.
@@ -75,6 +81,7 @@ pub struct App {
     hosts: Hosts,
     no_token: bool,
     rates: guard::Rates,
+    patience: Patience,
     operations: Operations,
     metrics: Metrics,
     settled: Mutex<Option<Instant>>,
@@ -109,6 +116,7 @@ pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Re
         hosts: options.hosts,
         no_token: options.no_token,
         rates: guard::Rates::new(options.rate),
+        patience: options.patience,
         operations: Operations::default(),
         metrics: Metrics::default(),
         settled: Mutex::new(None),

@@ -17,6 +17,7 @@ use super::App;
 use super::answer::{self, Problem};
 use super::ask::accepts;
 use super::guard::Caller;
+use super::pace;
 use super::routes::BODY_MAX;
 
 /// Longest key, in bytes.
@@ -48,8 +49,7 @@ pub async fn once(State(app): State<Arc<App>>, request: Request, next: Next) -> 
         }
     };
     let (parts, body) = request.into_parts();
-    let too_large = |_| Error::new(Code::BodyTooLarge, format!("the body is longer than {BODY_MAX} bytes"));
-    let bytes = to_bytes(body, BODY_MAX).await.map_err(too_large)?;
+    let bytes = pace::read(body, BODY_MAX).await?;
     let mut digest = Sha256::new();
     digest.update(parts.uri.to_string());
     digest.update([0]);

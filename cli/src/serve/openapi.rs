@@ -16,7 +16,7 @@ use utoipa::openapi::{
 use utoipa::{PartialSchema, ToSchema};
 
 use super::operations::Operation as Pending;
-use super::routes;
+use super::{links, routes};
 
 /// What each noun is about.
 const TAGS: [(&str, &str); 12] = [
@@ -73,9 +73,10 @@ pub fn text() -> String {
 }
 
 /// What the types hold and their derived schemas do not say: how large numbers may be, what a command needs, which bodies
-/// may be absent.
+/// may be absent; and what a client can do next.
 fn sharpen(api: &mut Value) {
     limit_numbers(api);
+    lead_on(api);
     for path in api["paths"].as_object_mut().into_iter().flat_map(|paths| paths.values_mut()) {
         for operation in path.as_object_mut().into_iter().flat_map(|item| item.values_mut()) {
             if operation["operationId"].as_str().is_some_and(|id| MAY_BE_EMPTY.contains(&id)) {
@@ -108,6 +109,28 @@ fn sharpen(api: &mut Value) {
         json!("^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$");
     schemas["ForwardSpec"]["properties"]["host"]["anyOf"] = json!([{ "format": "ipv4" }, { "format": "ipv6" }]);
     schemas["ForwardSpec"]["properties"]["guest_port"]["minimum"] = json!(1);
+}
+
+/// Adds examples, and the links from answers to what can be asked next.
+fn lead_on(api: &mut Value) {
+    let examples = routes::examples();
+    let items = api["paths"].as_object_mut().into_iter().flat_map(|paths| paths.values_mut());
+    for operation in items.flat_map(|item| item.as_object_mut()).flat_map(|item| item.values_mut()) {
+        let Some(id) = operation["operationId"].as_str().map(str::to_owned) else { continue };
+        for (_, place, example) in examples.iter().filter(|(of, ..)| *of == id) {
+            let holder = match place {
+                None => &mut operation["requestBody"],
+                Some(status) => &mut operation["responses"][status.to_string()],
+            };
+            holder["content"]["application/json"]["example"] = example.clone();
+        }
+        let may_wait = MAY_WAIT.contains(&id.as_str());
+        for (status, answer) in operation["responses"].as_object_mut().into_iter().flatten() {
+            if let Some(links) = links::of(&id, status, may_wait) {
+                answer["links"] = links;
+            }
+        }
+    }
 }
 
 /// Says of every integer what its type can hold.

@@ -30,6 +30,9 @@ pub enum UploadSource {
         /// Its permission bits in the guest.
         mode: u16,
     },
+    /// A tar archive: a pipe, a socket, an open file. It is unpacked into the destination, which is made if it is not there;
+    /// owners are left out, modes masked to the nine permission bits, devices and pipes skipped.
+    Archive(File),
 }
 
 /// Guest to host.
@@ -52,6 +55,8 @@ pub enum DownloadTarget {
     Path(PathBuf),
     /// A pipe, a socket, an open file; the source must be a file.
     Stream(File),
+    /// The same for a directory, or a file: a tar archive, its entries called `./PATH`.
+    Archive(File),
 }
 
 /// How far a copy has come.

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Invariants: whoever is killed at whatever instant leaves whole lines and at most one begun line at the very end, which the
-//! next writer takes away; a line that was acknowledged is on the disk, and so is every line before it. The first line of
+//! next writer takes away; a line that was waited for is on the disk, and so is every line before it. The first line of
 //! a file that is not the first one says which chain it follows, so it can be checked when its predecessors are gone.
 
 use std::fs::{File, OpenOptions};
@@ -76,12 +76,25 @@ impl Log {
     /// # Errors
     /// `audit_failed`.
     pub fn append(&self, record: Record) -> Result<u64> {
-        self.make_directory().map_err(|e| failed(self.directory.display(), e))?;
-        let written = self.locked(|| self.append_locked(record));
-        let (file, seq) = written.map_err(|e| failed(self.directory.join(LOG).display(), e))?;
+        let (file, seq) = self.write(record)?;
         // Others may write meanwhile: this covers their lines, too.
         file.sync_data().map_err(|e| failed(self.directory.join(LOG).display(), e))?;
         Ok(seq)
+    }
+
+    /// As [`Self::append`], but does not wait for the disk: a power cut may take the line, and whatever comes behind it, but
+    /// nothing that was waited for.
+    ///
+    /// # Errors
+    /// `audit_failed`.
+    pub fn append_soon(&self, record: Record) -> Result<u64> {
+        self.write(record).map(|(_, seq)| seq)
+    }
+
+    fn write(&self, record: Record) -> Result<(File, u64)> {
+        self.make_directory().map_err(|e| failed(self.directory.display(), e))?;
+        let written = self.locked(|| self.append_locked(record));
+        written.map_err(|e| failed(self.directory.join(LOG).display(), e))
     }
 
     /// Does something while nobody writes.

@@ -5,6 +5,9 @@
 //!              |                                      (none: killed on the way)
 //!              +-- cannot be written: the act is refused
 //!
+//!  face -- a look at something -- audit_looked --> outcome, on its way to the disk --> the answer
+//!                                      +-- cannot be written: the answer is withheld
+//!
 //!  line.rs    a line: rendered, parsed, chained          [pure]
 //!  redact.rs  what of the arguments may be written down  [pure]
 //!  log.rs     the files: appended to, mended, rotated
@@ -180,6 +183,20 @@ pub(crate) fn denied(
 ) -> Result<()> {
     let record = record(caller, tool, arguments, id, "outcome");
     log.append(Record { result: word(Ending::Denied.word()), reason: word(reason), ..record }).map(drop)
+}
+
+/// Writes down that something was looked at, and what came of it. It changes nothing, so it needs no attempt and the disk is not
+/// waited for.
+pub(crate) fn looked(
+    log: &Log,
+    caller: &Caller,
+    tool: &str,
+    arguments: &serde_json::Value,
+    id: &str,
+    (ending, reason): (Ending, &str),
+) -> Result<()> {
+    let record = record(caller, tool, arguments, id, "outcome");
+    log.append_soon(Record { result: word(ending.word()), reason: word(reason), ..record }).map(drop)
 }
 
 /// A record without its result; time and number come when it is written.

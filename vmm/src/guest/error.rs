@@ -63,6 +63,17 @@ pub enum GuestError {
     /// A path that cannot be used.
     #[error("{0}")]
     BadName(String),
+    /// A tar archive that cannot be unpacked.
+    #[error("the archive cannot be used: {0}")]
+    BadArchive(String),
+    /// A tar archive with more in it than is accepted.
+    #[error("the archive holds more {what} than the limit of {limit}")]
+    ArchiveTooLarge {
+        /// More of what.
+        what: &'static str,
+        /// How many are accepted.
+        limit: u64,
+    },
     /// The disk on this side is full.
     #[error("the disk that holds {} is full", .0.display())]
     DiskFull(PathBuf),

@@ -8,7 +8,7 @@ use crate::audit::checkpoint::{Key, check_signature};
 use crate::audit::line::Line;
 use crate::audit::log::Log;
 use crate::audit::read::unreadable;
-use crate::audit::{self, Audited, Caller};
+use crate::audit::{self, Audited, Caller, Ending};
 use crate::error::{Code, Error, Result};
 
 impl Nido {
@@ -32,6 +32,22 @@ impl Nido {
     /// `audit_failed`.
     pub fn audit_denied(&self, caller: &Caller, tool: &str, arguments: &serde_json::Value, reason: &str) -> Result<()> {
         audit::denied(&self.audit_log(), caller, tool, arguments, &new_id()?, reason)
+    }
+
+    /// Writes down that `caller` looked at something with `tool`, and how that ended: one line, without waiting for the disk. The
+    /// answer must be withheld if this fails. What changes anything, or reaches into a guest, goes to [`Self::audit_begin`].
+    ///
+    /// # Errors
+    /// `audit_failed`.
+    pub fn audit_looked(
+        &self,
+        caller: &Caller,
+        tool: &str,
+        arguments: &serde_json::Value,
+        ending: Ending,
+        reason: &str,
+    ) -> Result<()> {
+        audit::looked(&self.audit_log(), caller, tool, arguments, &new_id()?, (ending, reason))
     }
 
     /// The lines that a filter wants, the oldest first.

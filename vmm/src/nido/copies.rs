@@ -16,7 +16,8 @@ impl Nido {
     /// Copies from the host into the guest. Dropping the future stops it; the guest keeps nothing half-written.
     ///
     /// # Errors
-    /// `vm_not_found`, `vm_not_running`, `path_not_found`, `disk_full`, `denied`, `user_not_found`, `path_invalid`.
+    /// `vm_not_found`, `vm_not_running`, `path_not_found`, `disk_full`, `denied`, `user_not_found`, `path_invalid`; of an
+    /// archive `spec_invalid`, `limit_exceeded`.
     pub async fn upload(
         &self,
         name: &VmName,
@@ -31,6 +32,7 @@ impl Nido {
                 (Source::Path(path), total)
             }
             UploadSource::Stream { file, mode } => (Source::Reader { reader: Box::new(file), mode }, None),
+            UploadSource::Archive(file) => (Source::Archive(Box::new(file)), None),
         };
         let upload = Upload { source, destination: request.destination, user: request.user, parents: request.parents };
         let (tell, heard) = mpsc::unbounded_channel();
@@ -68,6 +70,10 @@ impl Nido {
             }
             DownloadTarget::Stream(file) => {
                 let work = reached.guest.download_to(request.source, file, limits, send, deadline);
+                follow(work, heard, None, progress).await
+            }
+            DownloadTarget::Archive(file) => {
+                let work = reached.guest.download_archive(request.source, file, Limits::default(), send, deadline);
                 follow(work, heard, None, progress).await
             }
         };

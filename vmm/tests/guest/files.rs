@@ -232,3 +232,104 @@ async fn dropping_a_download_leaves_nothing() {
     }
     until("the copy is removed", async || std::fs::read_dir(&into).unwrap().count() == 0).await;
 }
+
+fn archive(bytes: Vec<u8>, destination: &Path) -> Upload {
+    let source = Source::Archive(Box::new(std::io::Cursor::new(bytes)));
+    Upload { source, destination: destination.as_os_str().as_bytes().to_vec(), user: None, parents: false }
+}
+
+/// GNU tar's archive of a directory.
+fn tar(directory: &Path, arguments: &[&str]) -> Vec<u8> {
+    let mut command = std::process::Command::new("tar");
+    let made = command.arg("-C").arg(directory).arg("-c").args(arguments).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    made.stdout
+}
+
+/// As [`describe`], with times to the second: an archive has no finer ones.
+fn describe_roughly(root: &Path) -> Vec<String> {
+    let cut = |line: String| {
+        let (rest, time) = line.rsplit_once(' ').unwrap();
+        format!("{rest} {}", time.parse::<i64>().unwrap() / 1_000_000_000)
+    };
+    describe(root).into_iter().map(cut).collect()
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_tree_survives_as_an_archive_both_ways() {
+    let rig = Rig::start().await;
+    let (tree, there, back) = (rig.path("tree"), rig.path("there"), rig.path("back"));
+    make_tree(&tree);
+    let sent = within(rig.guest.upload(archive(tar(&tree, &["."]), &there), nowhere, soon())).await.unwrap();
+    assert_eq!(sent.path, there.as_os_str().as_bytes());
+    assert_eq!(describe_roughly(&there), describe_roughly(&tree));
+    let packed = rig.path("packed.tar");
+    let file = std::fs::File::create(&packed).unwrap();
+    let source = there.as_os_str().as_bytes().to_vec();
+    let got = rig.guest.download_archive(source, file, Limits::default(), nowhere, soon());
+    let got = within(got).await.unwrap();
+    assert_eq!((got.entries, got.bytes), (sent.entries, sent.bytes));
+    std::fs::create_dir(&back).unwrap();
+    let mut unpack = std::process::Command::new("tar");
+    let unpacked = unpack.arg("-xpf").arg(&packed).arg("-C").arg(&back).output().unwrap();
+    assert!(unpacked.status.success(), "{}", String::from_utf8_lossy(&unpacked.stderr));
+    assert_eq!(describe_roughly(&back), describe_roughly(&tree));
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn directories_that_an_archive_does_not_name_are_made() {
+    let rig = Rig::start().await;
+    let (tree, there) = (rig.path("tree"), rig.path("there"));
+    make_tree(&tree);
+    let scattered = ["--no-recursion", "deep/er/still/big", "plain", "deep/dangling", "empty", "deep/er/still"];
+    within(rig.guest.upload(archive(tar(&tree, &scattered), &there), nowhere, soon())).await.unwrap();
+    assert_eq!(std::fs::read(there.join("deep/er/still/big")).unwrap().len(), 3_000_001);
+    assert_eq!(std::fs::metadata(there.join("deep/er")).unwrap().mode() & 0o7777, 0o755);
+    assert_eq!(std::fs::metadata(there.join("empty")).unwrap().mode() & 0o7777, 0o500);
+    // Into what is there each file is put by itself.
+    std::fs::write(there.join("own"), "own").unwrap();
+    within(rig.guest.upload(archive(tar(&tree, &["nothing", "plain"]), &there), nowhere, soon())).await.unwrap();
+    assert_eq!(std::fs::read(there.join("own")).unwrap(), b"own");
+    assert_eq!(std::fs::read(there.join("nothing")).unwrap(), b"");
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn an_archive_that_is_refused_leaves_nothing() {
+    let rig = Rig::start().await;
+    let (tree, there) = (rig.path("tree"), rig.path("there"));
+    make_tree(&tree);
+    let whole = tar(&tree, &["."]);
+    let outside = tar(&tree, &["-P", "--transform", "s,plain,../escaped,", "plain"]);
+    std::fs::hard_link(tree.join("plain"), tree.join("twin")).unwrap();
+    let linked = tar(&tree, &["."]);
+    for bad in [whole[..whole.len() / 2].to_vec(), outside, linked, b"no archive".to_vec(), Vec::new()] {
+        let refused = within(rig.guest.upload(archive(bad, &there), nowhere, soon())).await;
+        assert!(matches!(refused, Err(GuestError::BadArchive(_))), "{refused:?}");
+    }
+    let is_left = || {
+        let mut names = std::fs::read_dir(rig.path("")).unwrap().map(|entry| entry.unwrap().file_name());
+        names.any(|name| name == "there" || name == "escaped" || name.as_bytes().starts_with(b".nido-"))
+    };
+    until("nothing is left", async || !is_left()).await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_symlink_in_an_archive_leads_nowhere() {
+    let rig = Rig::start().await;
+    let (outside, tree, there) = (rig.path("outside"), rig.path("tree"), rig.path("there"));
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::create_dir(&tree).unwrap();
+    std::os::unix::fs::symlink(&outside, tree.join("x")).unwrap();
+    let mut link = tar(&tree, &["x"]);
+    std::fs::remove_file(tree.join("x")).unwrap();
+    std::fs::create_dir(tree.join("x")).unwrap();
+    std::fs::write(tree.join("x/file"), "escaped").unwrap();
+    // The link first, then something that is said to be in it.
+    link.truncate(1024);
+    while link.ends_with(&[0; 512]) {
+        link.truncate(link.len() - 512);
+    }
+    let both = [link, tar(&tree, &["x/file"])].concat();
+    within(rig.guest.upload(archive(both, &there), nowhere, soon())).await.unwrap_err();
+    assert!(std::fs::read_dir(&outside).unwrap().next().is_none());
+}

@@ -196,3 +196,55 @@ async fn a_failure_in_the_middle_of_an_upload_is_the_reason_given() {
     let (outcome, ()) = within(async { tokio::join!(liar.guest.upload(request, nowhere, soon()), lie) }).await;
     assert_eq!(outcome.unwrap_err().fault(), Some(Fault::DiskFull));
 }
+
+/// Takes a file as an archive, from a guest that sends what it likes.
+async fn archive_of(limits: Limits, send: impl AsyncFnOnce(&mut End)) -> (Vec<u8>, Result<Copied, GuestError>) {
+    let liar = Liar::new();
+    let here = TempDir::new().unwrap();
+    let packed = here.path().join("packed");
+    let file = std::fs::File::create(&packed).unwrap();
+    let work = liar.guest.download_archive(b"/x".to_vec(), file, limits, nowhere, soon());
+    let lie = async {
+        let mut end = liar.accept_welcome().await;
+        send(&mut end).await;
+        end
+    };
+    let (copied, _end) = within(async { tokio::join!(work, lie) }).await;
+    (std::fs::read(packed).unwrap(), copied)
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn an_archive_has_no_byte_that_the_guest_did_not_send() {
+    // One that fits a frame is as long as it is, whatever was said.
+    let (packed, copied) = archive_of(Limits::default(), async |end| {
+        end.entry(&[], EntryKind::File(1 << 60), 0o644).await;
+        end.data(b"three").await;
+        end.say(&ToHost::EntryEnd).await;
+        end.say(&ToHost::TreeEnd(Summary::default())).await;
+    })
+    .await;
+    copied.unwrap();
+    assert_eq!((packed.len(), &packed[512..517]), (4 * 512, &b"three"[..]));
+    // A longer one that ends early breaks the archive off.
+    let (packed, copied) = archive_of(Limits::default(), async |end| {
+        end.entry(&[], EntryKind::File(1 << 30), 0o644).await;
+        end.data(&[7; 200_000]).await;
+        end.data(&[7; 200_000]).await;
+        end.say(&ToHost::EntryEnd).await;
+    })
+    .await;
+    assert!(copied.unwrap_err().to_string().contains("shorter"));
+    assert!(packed.len() <= 512 + 400_000 && !packed.ends_with(&[0; 512]));
+    // One that has grown is as long as it was.
+    let (packed, copied) = archive_of(Limits::default(), async |end| {
+        end.entry(&[], EntryKind::File(300_000), 0o644).await;
+        end.data(&[7; 200_000]).await;
+        end.data(&[7; 200_000]).await;
+        end.say(&ToHost::EntryEnd).await;
+        end.say(&ToHost::TreeEnd(Summary::default())).await;
+    })
+    .await;
+    copied.unwrap();
+    assert_eq!(packed[512..].iter().filter(|&&byte| byte == 7).count(), 300_000);
+    assert_eq!(packed.len() % 512, 0);
+}

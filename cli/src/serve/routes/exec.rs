@@ -143,7 +143,7 @@ fn piece(bytes: Vec<u8>) -> serde_json::Value {
 /// A VM for one command: both in one.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-struct RunRequest {
+pub struct RunRequest {
     /// The command.
     exec: ExecBody,
     /// The VM, as it is spawned; a name is made up if there is none. It is gone when the command has ended.
@@ -154,7 +154,7 @@ struct RunRequest {
 
 /// How a run ended.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
-struct RunResult {
+pub struct RunResult {
     /// The VM as it was when it was ready.
     vm: VmInfo,
     /// How the command ended.

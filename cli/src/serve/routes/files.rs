@@ -1,4 +1,4 @@
-//! Files of a VM, streamed both ways.
+//! Files of a VM, streamed both ways; directories as tar archives.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -22,11 +22,16 @@ use utoipa_axum::routes;
 use super::vms::Vm;
 use crate::serve::App;
 use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Names, Query, media_type};
+use crate::serve::ask::{Names, Query, accepts, media_type};
 use crate::serve::guard::Uses;
+use crate::serve::pace;
 
 /// How much of a download is read at once, in bytes.
 const PIECE: usize = 64 * 1024;
+/// The bytes of a file.
+const BYTES: &str = "application/octet-stream";
+/// A directory.
+const TAR: &str = "application/x-tar";
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
@@ -53,7 +58,7 @@ struct To {
     /// Its path in the guest, absolute.
     #[param(pattern = "^/[^\\u0000]*$", example = "/srv/data.bin")]
     path: String,
-    /// Its permission bits, in octal.
+    /// Its permission bits, in octal; 644 if absent. An archive has those of its entries.
     #[param(pattern = "^[0-7]{3,4}$", example = "644")]
     mode: Option<String>,
     /// Who shall own it; root if absent.
@@ -63,42 +68,55 @@ struct To {
     parents: bool,
 }
 
-/// Reads a file of the guest.
+/// Reads a file of the guest; with `Accept: application/x-tar` a directory, as a tar archive whose entries are called `./PATH`.
 #[utoipa::path(get, path = "/v1/vms/{name}/files", operation_id = "vm_download", tag = "files", params(Vm, Where),
-    responses((status = 200, description = "The bytes.", content_type = "application/octet-stream", body = [u8])))]
-async fn download(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>, Query(at): Query<Where>) -> Answer {
+    responses((status = 200, description = "The bytes of the file, or the archive.", content(
+        ([u8] = "application/octet-stream"),
+        ([u8] = "application/x-tar")))))]
+async fn download(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Names(vm): Names<Vm>,
+    Query(at): Query<Where>,
+    headers: HeaderMap,
+) -> Answer {
     let source = guest_path(&at.path)?;
+    let kind = if accepts(&headers, TAR) { TAR } else { BYTES };
     app.nido().await?;
     let (writer, reader) = pipe()?;
     let reader = pipe::Receiver::from_file(File::from(reader)).map_err(broken)?;
     let owner = Arc::clone(&app);
     let mut copying = tokio::spawn(async move {
-        let request = DownloadRequest {
-            source,
-            destination: DownloadTarget::Stream(File::from(writer)),
-            overwrite: false,
-            max_bytes: None,
-        };
+        let writer = File::from(writer);
+        let destination = if kind == TAR { DownloadTarget::Archive(writer) } else { DownloadTarget::Stream(writer) };
+        let request = DownloadRequest { source, destination, overwrite: false, max_bytes: None };
         owner.nido.download(&vm.name, request, &mut |_| ()).await
     });
     // An error before the first byte is a problem; one behind it breaks the answer off, which a client sees.
     let mut bytes = ReaderStream::with_capacity(reader, PIECE);
     let first = bytes.next().await;
     if first.is_none() {
-        joined((&mut copying).await)?;
+        joined((&mut copying).await).map_err(|error| match error.code() {
+            Code::PathInvalid => error.hint("a directory is answered as a tar archive: Accept: application/x-tar"),
+            _ => error,
+        })?;
     }
     let counter = Arc::clone(&app);
     let rest = stream::iter(first).chain(bytes).inspect_ok(move |piece| counter.metrics.bytes_out(piece.len() as u64));
     let end = stream::once(async move { joined(copying.await).map(|_| Bytes::new()).map_err(std::io::Error::other) });
     let mut response = Stream::from_stream(rest.chain(end)).into_response();
-    let kind = HeaderValue::from_static("application/octet-stream");
-    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     Ok(response)
 }
 
-/// Writes a file of the guest. It appears under its name when it is whole.
+/// Writes a file of the guest: it appears under its name when it is whole. A body that is `application/x-tar` is unpacked
+/// into a directory: one that is not there appears when it is whole, into one that is there each file is put by itself. Owners
+/// are left out, modes masked to the nine permission bits, devices and pipes skipped; hard links, sparse files, and names that
+/// are absolute or hold `..` are refused.
 #[utoipa::path(put, path = "/v1/vms/{name}/files", operation_id = "vm_upload", tag = "files", params(Vm, To),
-    request_body(content = [u8], content_type = "application/octet-stream", description = "The bytes."),
+    request_body(description = "The bytes of a file, or an archive.", content(
+        ([u8] = "application/octet-stream"),
+        ([u8] = "application/x-tar"))),
     responses((status = 200, body = CopyResult)))]
 async fn upload(
     State(app): State<Arc<App>>,
@@ -108,24 +126,29 @@ async fn upload(
     headers: HeaderMap,
     body: Stream,
 ) -> Answer {
-    if media_type(&headers).is_some_and(|kind| kind != "application/octet-stream") {
-        return Err(Error::new(Code::MediaTypeUnsupported, "a file is sent as application/octet-stream").into());
+    let is_archive = match media_type(&headers).as_deref() {
+        None | Some(BYTES) => false,
+        Some(TAR) => true,
+        Some(_) => {
+            let words = "a file is sent as application/octet-stream, a directory as application/x-tar";
+            return Err(Error::new(Code::MediaTypeUnsupported, words).into());
+        }
+    };
+    if is_archive && to.mode.is_some() {
+        return Err(Error::new(Code::SpecInvalid, "mode: an archive has those of its entries").into());
     }
-    let bad = || Error::new(Code::SpecInvalid, "mode: not permission bits in octal");
-    let mode = to.mode.map_or(Ok(0o644), |text| u16::from_str_radix(&text, 8).map_err(|_| bad()))?;
-    if mode > 0o777 {
-        return Err(bad().into());
-    }
+    let mode = permissions(to.mode.as_deref().unwrap_or("644"))?;
     let destination = guest_path(&to.path)?;
     let nido = app.nido().await?;
     let (writer, reader) = pipe()?;
     let mut writer = pipe::Sender::from_file(File::from(writer)).map_err(broken)?;
-    let source = UploadSource::Stream { file: File::from(reader), mode };
+    let file = File::from(reader);
+    let source = if is_archive { UploadSource::Archive(file) } else { UploadSource::Stream { file, mode } };
     let request = UploadRequest { source, destination, user: to.user, parents: to.parents };
     let mut pieces = body.into_data_stream();
     let sending = async {
         while let Some(piece) = pieces.next().await {
-            let piece = piece.map_err(|_| Error::new(Code::Interrupted, "the client has hung up"))?;
+            let piece = piece.map_err(|error| pace::broken(&error))?;
             app.metrics.bytes_in(piece.len() as u64);
             // The copy has ended, and says why.
             if writer.write_all(&piece).await.is_err() {
@@ -145,6 +168,11 @@ async fn upload(
     sent?;
     drop(writer);
     answer::ok(&copying.await?)
+}
+
+fn permissions(text: &str) -> Result<u16> {
+    let mode = u16::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| Error::new(Code::SpecInvalid, "mode: not permission bits in octal"))
 }
 
 fn guest_path(path: &str) -> Result<Vec<u8>> {

@@ -4,6 +4,7 @@
 
 mod audit;
 mod events;
+mod examples;
 mod exec;
 mod files;
 mod forwards;
@@ -29,10 +30,15 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::answer::Problem;
 use super::audit as log;
-use super::{App, guard, once};
+use super::{App, guard, once, pace};
 
 /// The largest JSON body, in bytes.
 pub const BODY_MAX: usize = 1 << 20;
+
+/// Examples of what routes take and answer.
+pub fn examples() -> Vec<examples::Example> {
+    examples::all()
+}
 
 /// Every route, and what is described of it.
 pub fn described() -> OpenApiRouter<Arc<App>> {
@@ -63,6 +69,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .layer(middleware::from_fn_with_state(Arc::clone(app), log::audit))
         .layer(middleware::from_fn_with_state(Arc::clone(app), once::once))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), pace::pace))
         .layer(middleware::from_fn_with_state(Arc::clone(app), guard::guard))
         .layer(middleware::from_fn_with_state(Arc::clone(app), count))
         .with_state(Arc::clone(app))

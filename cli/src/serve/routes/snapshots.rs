@@ -35,7 +35,7 @@ struct Which {
 /// A snapshot that is to be taken.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-struct SnapshotRequest {
+pub struct SnapshotRequest {
     /// Its name.
     name: SnapshotName,
 }

@@ -36,7 +36,7 @@ pub struct Template {
 /// A template that is to be made of a VM.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-struct TemplateRequest {
+pub struct TemplateRequest {
     /// Its name.
     name: TemplateName,
     /// The VM whose disk it gets.
@@ -49,7 +49,7 @@ struct TemplateRequest {
 /// How a template is built from the recipe of its name.
 #[derive(Debug, Default, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
-struct RecipeRequest {
+pub struct RecipeRequest {
     /// Fetch packages anew even if nothing in the recipe has changed.
     rebuild: bool,
     /// Do not bake it: its VMs boot.

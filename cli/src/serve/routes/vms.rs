@@ -184,7 +184,7 @@ async fn resume(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>) -> A
 /// Which copies are to be made.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-struct ForkRequest {
+pub struct ForkRequest {
     /// Their names.
     #[schema(min_items = 1)]
     names: Vec<VmName>,

@@ -11,7 +11,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::log::{LOG, Log, moves};
-use super::{Audited, Caller, Face, denied};
+use super::{Audited, Caller, Ending, Face, denied, looked};
 use crate::api::{AuditCheckpoint, AuditVerdict};
 use crate::error::{Code, Error};
 
@@ -270,4 +270,24 @@ fn cost() {
         .collect();
     times.sort();
     println!("attempt and outcome: median {:?}, 99% {:?}, worst {:?}", times[250], times[495], times[499]);
+}
+
+#[test]
+fn looks_stand_in_the_same_chain() {
+    let place = Place::with_limits(4000, 9);
+    let caller = Caller { face: Face::Api, actor: "token:ci".into(), agent: None };
+    for round in 0..20 {
+        let ending = if round % 2 == 0 { (Ending::Success, "") } else { (Ending::Error, "vm_not_found") };
+        looked(&place.log, &caller, "vm_info", &json!({ "name": "web" }), "0123456789abcdef", ending).unwrap();
+        place.write(1);
+    }
+    let verdict = place.verdict();
+    assert!(verdict.ok && verdict.files > 2, "{verdict:?}");
+    assert!(verdict.last_seq.unwrap() >= 60);
+    assert!(place.lines().iter().any(|line| line.contains("tool='vm_info'") && line.contains("stage='outcome'")));
+    // Where it cannot be written it is said.
+    fs::remove_dir_all(&place.path).unwrap();
+    fs::write(&place.path, "").unwrap();
+    let refused = looked(&place.log, &caller, "vm_ls", &json!({}), "0123456789abcdef", (Ending::Success, ""));
+    assert_eq!(refused.unwrap_err().code(), Code::AuditFailed);
 }

@@ -10,6 +10,7 @@
 mod place;
 mod receive;
 mod send;
+mod tar;
 mod wire;
 
 use std::io::{Read, Write};
@@ -79,6 +80,8 @@ pub enum Source {
         /// Its permission bits.
         mode: u16,
     },
+    /// A tar archive, unpacked on the way: the destination is the directory that gets what is in it.
+    Archive(Box<dyn Read + Send>),
 }
 
 /// A copy into a guest.
@@ -121,6 +124,7 @@ impl Guest {
         let Upload { source, destination, user, parents } = upload;
         let source = match source {
             Source::Reader { reader, mode } => send::Opened::from_reader(reader, mode),
+            Source::Archive(reader) => send::Opened::from_archive(reader),
             Source::Path(path) => in_background(move || send::Opened::from_path(path)).await?,
         };
         let name = source.name.clone().map(Into::into);
@@ -171,6 +175,24 @@ impl Guest {
     ) -> Result<Copied, GuestError> {
         let get = ToGuest::Get(Get { path: source.into() });
         self.copy(&get, deadline, move |wire| Receiver::new(wire, limits, progress).copy_to(writer)).await
+    }
+
+    /// Copies a tree out of the guest to `writer`, as a tar archive. A file alone is an archive of one entry.
+    ///
+    /// # Errors
+    /// Those of [`Self::download`]; also if a file becomes shorter while it is copied.
+    pub async fn download_archive(
+        &self,
+        source: Vec<u8>,
+        writer: impl Write + Send + 'static,
+        limits: Limits,
+        progress: impl FnMut(Progress) + Send + 'static,
+        deadline: Instant,
+    ) -> Result<Copied, GuestError> {
+        let name = last_name(&source).map(<[u8]>::to_vec);
+        let get = ToGuest::Get(Get { path: source.into() });
+        self.copy(&get, deadline, move |wire| Receiver::new(wire, limits, progress).archive_to(writer, name.as_deref()))
+            .await
     }
 
     /// Opens a session with `request` and runs `work` on it, on a thread of its own.

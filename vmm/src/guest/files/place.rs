@@ -111,7 +111,7 @@ pub(super) fn download<F: FnMut(Progress)>(
 ) -> Result<Copied, GuestError> {
     let fresh = Fresh::make(destination)?;
     let Some(root) = receiver.item()? else { return Err(GuestError::breach("an empty tree")) };
-    if root.kind == ItemKind::File {
+    if let ItemKind::File(_) = root.kind {
         if destination.must_be_directory {
             return Err(GuestError::PathNotFound(destination.path()));
         }
@@ -187,7 +187,7 @@ impl Tree<'_> {
         }
         let Some((_, dir)) = &self.near else { return Err(GuestError::Gone) };
         match &item.kind {
-            ItemKind::File => {
+            ItemKind::File(_) => {
                 let file = rustix::fs::openat(dir, name, NEW_FILE, Mode::RUSR | Mode::WUSR);
                 write_file(receiver, &item, file.map_err(|e| self.refused(e))?, self.destination)
             }

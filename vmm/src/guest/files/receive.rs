@@ -31,7 +31,8 @@ pub(super) struct Item {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum ItemKind {
-    File,
+    /// So long when it was opened; more or less may come.
+    File(u64),
     Directory,
     Symlink(Vec<u8>),
 }
@@ -76,7 +77,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
             return Err(GuestError::LimitExceeded { what: "bytes of a path", limit: MAX_PATH as u64 });
         }
         let kind = match entry.kind {
-            EntryKind::File(_) => ItemKind::File,
+            EntryKind::File(size) => ItemKind::File(size),
             EntryKind::Directory => ItemKind::Directory,
             EntryKind::Symlink(_) if is_root => return Err(GuestError::breach("a tree whose root is a symlink")),
             EntryKind::Symlink(target) => ItemKind::Symlink(checked_target(target.into())?),
@@ -117,7 +118,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
     pub fn copy_to(mut self, mut writer: impl Write) -> Result<Copied, GuestError> {
         let failed = |error| GuestError::host(Path::new("the output"), error);
         match self.item()? {
-            Some(Item { kind: ItemKind::File, .. }) => {}
+            Some(Item { kind: ItemKind::File(_), .. }) => {}
             _ => {
                 let message = "it is not a file".into();
                 return Err(GuestError::Guest(Failed { fault: Fault::WrongType, message }));

@@ -17,8 +17,9 @@ use nido_guest_agent::wire::{self, Entry, EntryKind, HEAD, Head, MAX_DEPTH, MAX_
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
+use super::tar::{Archive, Member, MemberKind};
 use super::wire::Wire;
-use super::{Copied, Progress};
+use super::{Copied, Limits, Progress};
 use crate::guest::error::GuestError;
 use crate::guest::session::unexpected;
 
@@ -43,11 +44,16 @@ enum Root {
     File(OwnedFd, Stat),
     Directory(OwnedFd, Stat),
     Reader(Box<dyn Read + Send>, u16),
+    Archive(Box<dyn Read + Send>),
 }
 
 impl Opened {
     pub fn from_reader(reader: Box<dyn Read + Send>, mode: u16) -> Self {
         Self { root: Root::Reader(reader, mode), path: "the input".into(), name: None }
+    }
+
+    pub fn from_archive(reader: Box<dyn Read + Send>) -> Self {
+        Self { root: Root::Archive(reader), path: "the archive".into(), name: None }
     }
 
     pub fn from_path(path: PathBuf) -> Result<Self, GuestError> {
@@ -82,13 +88,18 @@ pub(super) fn send(wire: Wire, source: Opened, report: impl FnMut(Progress)) -> 
         Root::File(fd, stat) => sender.file(&at, File::from(fd), &stat)?,
         Root::Directory(fd, stat) => sender.directory(&mut at, fd, &stat)?,
         Root::Reader(reader, mode) => {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let mtime_ns = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
-            sender.message(&ToGuest::Entry(Entry { path: Vec::new(), kind: EntryKind::File(0), mode, mtime_ns }))?;
+            let entry = Entry { path: Vec::new(), kind: EntryKind::File(0), mode, mtime_ns: now_ns() };
+            sender.message(&ToGuest::Entry(entry))?;
             sender.bytes(&at, reader)?;
         }
+        Root::Archive(reader) => sender.archive(&at, Archive::new(reader, Limits::default()))?,
     }
     sender.finish()
+}
+
+fn now_ns() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
 }
 
 /// Where the walk stands.
@@ -172,9 +183,7 @@ impl<F: FnMut(Progress)> Sender<F> {
         if at.components.len() >= MAX_DEPTH {
             return Err(GuestError::BadName(format!("{} is nested too deep", at.path.display())));
         }
-        self.message(&ToGuest::Entry(at.entry(EntryKind::Directory, stat)))?;
-        self.progress.entries += 1;
-        self.message(&ToGuest::EntryEnd)?;
+        self.empty_entry(at.entry(EntryKind::Directory, stat))?;
         let listing = Dir::new(fd).map_err(|e| at.failed(e))?;
         self.children(at, listing)
     }
@@ -206,9 +215,7 @@ impl<F: FnMut(Progress)> Sender<F> {
             FileType::Symlink => {
                 let target = rustix::fs::readlinkat(&dir, name, Vec::new()).map_err(|e| at.failed(e))?;
                 let kind = EntryKind::Symlink(target.into_bytes().into());
-                self.message(&ToGuest::Entry(at.entry(kind, &stat)))?;
-                self.progress.entries += 1;
-                return self.message(&ToGuest::EntryEnd);
+                return self.empty_entry(at.entry(kind, &stat));
             }
             FileType::RegularFile | FileType::Directory => {}
             _ => {
@@ -228,6 +235,55 @@ impl<F: FnMut(Progress)> Sender<F> {
         }
     }
 
+    /// Sends what is in an archive. Directories that it does not name are made, and those that it comes back to are named to
+    /// the guest again, which changes nothing about them: so none has to be remembered.
+    fn archive(&mut self, at: &Place, mut archive: Archive<impl Read>) -> Result<(), GuestError> {
+        let mut next = archive.next()?;
+        let is_root = |member: &mut Member| member.path.is_empty();
+        let root = next.take_if(is_root).unwrap_or_else(|| directory(&[]));
+        self.empty_entry(entry(root, EntryKind::Directory))?;
+        // The directory that the last entry is in, or is.
+        let mut inside: Vec<Vec<u8>> = Vec::new();
+        loop {
+            let Some(member) = next.map_or_else(|| archive.next(), |member| Ok(Some(member)))? else { return Ok(()) };
+            next = None;
+            let Some((_, above)) = member.path.split_last() else { continue };
+            let known = inside.iter().zip(above).take_while(|(one, other)| one == other).count();
+            for depth in known + 1..=above.len() {
+                archive.count()?;
+                self.empty_entry(entry(directory(&above[..depth]), EntryKind::Directory))?;
+            }
+            inside = above.to_vec();
+            match &member.kind {
+                MemberKind::Special => self.skipped += 1,
+                MemberKind::Directory => {
+                    inside.clone_from(&member.path);
+                    self.empty_entry(entry(member, EntryKind::Directory))?;
+                }
+                MemberKind::Symlink(target) => {
+                    let kind = EntryKind::Symlink(target.clone().into());
+                    self.empty_entry(entry(member, kind))?;
+                }
+                MemberKind::File(size) => {
+                    let kind = EntryKind::File(*size);
+                    self.message(&ToGuest::Entry(entry(member, kind)))?;
+                    let sent = self.bytes(at, &mut archive);
+                    sent.map_err(|error| match error {
+                        GuestError::HostIo { source, .. } => archive.failed(source),
+                        error => error,
+                    })?;
+                }
+            }
+        }
+    }
+
+    /// Sends an entry that has no bytes.
+    fn empty_entry(&mut self, entry: Entry) -> Result<(), GuestError> {
+        self.message(&ToGuest::Entry(entry))?;
+        self.progress.entries += 1;
+        self.message(&ToGuest::EntryEnd)
+    }
+
     fn finish(mut self) -> Result<Copied, GuestError> {
         self.message(&ToGuest::TreeEnd)?;
         self.flush()?;
@@ -241,6 +297,16 @@ impl<F: FnMut(Progress)> Sender<F> {
             other => Err(unexpected(other)),
         }
     }
+}
+
+/// A directory that an archive does not say more about.
+fn directory(path: &[Vec<u8>]) -> Member {
+    Member { path: path.to_vec(), kind: MemberKind::Directory, mode: 0o755, mtime_ns: now_ns() }
+}
+
+fn entry(member: Member, kind: EntryKind) -> Entry {
+    let path = member.path.into_iter().map(Into::into).collect();
+    Entry { path, kind, mode: member.mode, mtime_ns: member.mtime_ns }
 }
 
 #[cfg(test)]
