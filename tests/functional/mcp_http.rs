@@ -136,7 +136,7 @@ fn hanging_up_kills_the_command() {
     let bearer = format!("Bearer {}", server.token());
     let mut headers = headers("tools/call", Some("vm_exec"));
     headers.push(("authorization", &bearer));
-    let stream = server.begin("POST", "/mcp", &headers, asked.as_bytes());
+    let stream = server.unread("POST", "/mcp", &headers, asked.as_bytes());
     let pid: u32 = until("the command", || std::fs::read_to_string(&mark).ok()?.trim().parse().ok());
     drop(stream);
     until("its end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));

@@ -110,11 +110,11 @@ impl Server {
 
     /// A request whose answer is read as it comes.
     pub fn open(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Stream {
-        Stream::read(BufReader::new(self.begin(method, path, headers, body)))
+        Stream::read(BufReader::new(self.unread(method, path, headers, body)))
     }
 
     /// A request whose answer is not read.
-    pub fn begin(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> TcpStream {
+    pub fn unread(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut head = format!("{method} {path} HTTP/1.1\r\nconnection: close\r\ncontent-length: {}\r\n", body.len());
