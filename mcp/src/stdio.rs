@@ -7,19 +7,20 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use nido_vmm::error::{Error, Result};
+use nido_vmm::error::{Code, Error, Result};
 use rmcp::ServiceExt;
 use rmcp::service::ServerInitializeError;
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio_util::sync::CancellationToken;
 
+use crate::answer::plain;
 use crate::app::{App, Principal};
 use crate::server::Server;
 
 /// Serves until standard input ends, or `end` comes.
 ///
 /// # Errors
-/// `internal` if the client does not speak the protocol.
+/// `request_invalid` if the client does not speak the protocol.
 pub async fn serve(app: &Arc<App>, end: impl Future<Output = ()>) -> Result<()> {
     let served = tokio::select! {
         served = session(app) => served,
@@ -41,7 +42,10 @@ async fn session(app: &Arc<App>) -> Result<()> {
         }
         // It went away before it said anything that needs an answer.
         Err(ServerInitializeError::ConnectionClosed(_)) => Ok(()),
-        Err(error) => Err(Error::internal(format!("the client does not speak MCP: {error}"))),
+        Err(error) => {
+            let words = format!("the client does not speak MCP: {}", plain(&error.to_string()));
+            Err(Error::new(Code::RequestInvalid, words))
+        }
     }
 }
 

@@ -106,7 +106,11 @@ impl Subscribed {
     /// Whether there was room.
     pub fn add(&self, uri: String) -> bool {
         let mut uris = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (uris.len() < SUBSCRIPTIONS || uris.contains(&uri)) && (uris.insert(uri) || true)
+        let room = uris.len() < SUBSCRIPTIONS || uris.contains(&uri);
+        if room {
+            uris.insert(uri);
+        }
+        room
     }
 
     pub fn remove(&self, uri: &str) {

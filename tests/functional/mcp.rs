@@ -70,6 +70,8 @@ fn every_call_is_written_down_with_who_and_how() {
     client.good("vm_spawn", json!({"name": "web", "accel": "tcg"}));
     client.good("vm_exec", json!({"name": "web", "argv": ["false"], "stdin": "secret"}));
     client.good("vm_ls", json!({}));
+    let path = home.scratch("file");
+    client.good("vm_upload", json!({"name": "web", "path": path, "content_base64": "c2VjcmV0"}));
     client.bad("vm_delete", json!({"name": "web"}), "denied");
     assert!(!client.tools().contains_key("vm_delete"));
     drop(client);
@@ -86,10 +88,10 @@ fn every_call_is_written_down_with_who_and_how() {
     assert_eq!(line(1), is("vm_spawn", "outcome", "success", ""));
     assert_eq!(line(3), is("vm_exec", "outcome", "success", "exit_code:1"));
     assert_eq!(line(4), is("vm_ls", "outcome", "success", ""));
-    assert_eq!(line(5), is("vm_delete", "outcome", "denied", "tool_not_offered"));
+    assert_eq!(line(7), is("vm_delete", "outcome", "denied", "tool_not_offered"));
     assert_eq!(log["records"][2]["agent"], "tests");
     assert!(log["records"][2]["actor"].as_str().unwrap().starts_with("uid:"));
-    assert!(!log.to_string().contains("secret"));
+    assert!(!log.to_string().contains("secret") && !log.to_string().contains("c2VjcmV0"));
 }
 
 #[test]
@@ -488,4 +490,18 @@ fn clients_are_told_how_to_start_it_and_keep_what_they_knew() {
     std::fs::write(&file, "// comment").unwrap();
     install(&["--client", "vscode", "--write", "--json"]).fails(2, "spec_invalid");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "// comment");
+}
+
+#[test]
+fn lines_that_are_no_messages_are_answered_and_nothing_else_is_said() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Legacy);
+    client.say(&json!("no message"));
+    client.say(&json!({"jsonrpc": "2.0", "id": 77, "method": "no/such/method"}));
+    assert_eq!(client.answer(77)["error"]["code"], -32601);
+    client.good("vm_ls", json!({}));
+    client.ended().ok();
+    // Somebody who says something else from the beginning.
+    let ran = home.nido(["mcp-server", "start", "--json"]).input("GET / HTTP/1.1\r\n\r\n").run();
+    assert!(ran.text().lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{}", ran.text());
 }

@@ -168,3 +168,28 @@ fn sessions_of_clients_with_initialize_work_over_http() {
     assert!(matches!(server.plain("DELETE", "/mcp", &with_session, b"").status, 200 | 202 | 204));
     assert_eq!(server.plain("POST", "/mcp", &with_session, asked.to_string().as_bytes()).status, 404);
 }
+
+#[test]
+fn there_is_an_end_to_sessions() {
+    let home = Home::new();
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let bearer = format!("Bearer {}", server.token());
+    let hello = json!({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+        "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}});
+    let usual = [
+        ("content-type", "application/json"),
+        ("accept", "application/json, text/event-stream"),
+        ("authorization", bearer.as_str()),
+    ];
+    let begin = || server.plain("POST", "/mcp", &usual, hello.to_string().as_bytes());
+    let session = begin().header("mcp-session-id").to_owned();
+    for _ in 1..256 {
+        assert_eq!(begin().status, 200);
+    }
+    begin().problem(429, "rate_limited");
+    // Clients without sessions are served all the same, and one that ends makes room.
+    call(&server, server.token(), "vm_ls", json!({}));
+    let with_session = [&usual[..], &[("mcp-session-id", session.as_str())]].concat();
+    server.plain("DELETE", "/mcp", &with_session, b"");
+    until("room", || (begin().status == 200).then_some(()));
+}

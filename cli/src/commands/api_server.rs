@@ -1,6 +1,9 @@
 //! `api-server`: the REST API and the page for people, until a signal ends it.
 
+use std::path::PathBuf;
+
 use clap::Subcommand;
+use nido_vmm::policy::Policy;
 
 use super::Context;
 use super::listen_args::ListenArgs;
@@ -43,6 +46,9 @@ struct Start {
     /// Serve agents as well, at /mcp
     #[arg(long)]
     mcp: bool,
+    /// What agents may do: commands, confirmation, paths of the host
+    #[arg(long, value_name = "FILE", requires = "mcp", value_hint = clap::ValueHint::FilePath)]
+    mcp_policy: Option<PathBuf>,
 }
 
 impl Args {
@@ -54,7 +60,8 @@ impl Args {
                 return Ok(Exit::Success);
             }
         };
-        let mcp = start.mcp.then(nido_mcp::Settings::default);
+        let policy = start.mcp_policy.as_deref().map(Policy::load).transpose()?.unwrap_or_default();
+        let mcp = start.mcp.then(|| nido_mcp::Settings { policy, ..nido_mcp::Settings::default() });
         let options = start.listen.options(Faces { rest: true, mcp })?;
         let nido = cx.nido().await?;
         serve(nido, options, |address| cx.listening(address)).await?;
