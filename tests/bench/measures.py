@@ -12,6 +12,7 @@ import bare
 import forks
 import others
 import rest
+import webhooks
 import wire
 from guest_ssh import GuestSsh
 from result import Result
@@ -259,4 +260,5 @@ def lists(bench):
 
 
 # Memory comes first: what several nido processes share is nobody's own, so no other VM should run then.
-ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "rest": rest.rest, "others": others.others}
+ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "rest": rest.rest, "webhooks": webhooks.webhooks,
+       "others": others.others}

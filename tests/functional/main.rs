@@ -13,6 +13,7 @@ mod exec_socket;
 mod failures;
 mod files;
 mod forwards;
+mod killed;
 mod leases;
 mod lifecycle;
 mod logs;

@@ -1,11 +1,8 @@
 //! Webhooks from end to end: what happens is told, once and in order, whoever is killed meanwhile.
 
 use std::collections::{HashMap, HashSet};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nido_vmm::api::VmSpec;
-use nido_vmm::state::VmState;
-use nido_vmm::store::{BootParts, Purpose, Store, VmRow, VmUpdate};
 use nido_vmm::webhook::Secret;
 use serde_json::Value;
 
@@ -31,7 +28,7 @@ pub(super) fn create(home: &Home, name: &str) {
 }
 
 /// The deliverers that live.
-fn deliverers(home: &Home) -> Vec<rustix::process::Pid> {
+pub(super) fn deliverers(home: &Home) -> Vec<rustix::process::Pid> {
     let all = processes::of(&home.path());
     all.into_iter().filter(|(_, line)| line.trim_end().ends_with(" deliver")).map(|(pid, _)| pid).collect()
 }
@@ -57,7 +54,8 @@ pub(super) fn expect_order(messages: &[Message]) {
     for message in messages {
         let id = message.header("webhook-id");
         let cursor: u64 = id.rsplit('_').next().unwrap().parse().unwrap();
-        let vm = message.json()["details"]["vm_id"].as_str().unwrap().to_owned();
+        // What is about no VM is in order, too.
+        let vm = message.json()["details"]["vm_id"].as_str().unwrap_or_default().to_owned();
         if seen.insert(id.to_owned()) {
             let before = last.insert(vm, cursor).unwrap_or(0);
             assert!(before < cursor, "{cursor} came behind {before}");
@@ -178,67 +176,4 @@ fn commands_at_the_same_time_need_one_deliverer_and_keep_the_order() {
     expect_no_deliverer(&home);
     expect_order(&receiver.messages());
     assert_eq!(receiver.messages().len(), 4 * names.len(), "nobody was killed, so nothing came twice");
-}
-
-/// How quickly a full outbox is emptied, and what memory that takes. Not part of every run: it is about time.
-#[test]
-#[ignore = "measures"]
-fn ten_thousand_deliveries_drain_quickly_in_little_memory() {
-    const COUNT: usize = 10_000;
-    for vms in [1, 1000] {
-        let receiver = Receiver::start();
-        let home = Home::new();
-        add(&home, &receiver.url());
-        fill(&home, vms, COUNT);
-        let began = Instant::now();
-        let deliverer = home.nido(["--home"]).arg(home.path()).arg("deliver").start();
-        until("the deliverer", || deliverers(&home).pop());
-        let mut peak_kib = 0;
-        let status = || {
-            let pid = deliverers(&home).pop()?;
-            std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()
-        };
-        while let Some(status) = status() {
-            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or("0 kB");
-            let kib: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
-            peak_kib = peak_kib.max(kib);
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        deliverer.wait().ok();
-        let took = began.elapsed();
-        let messages = receiver.messages();
-        assert_eq!(messages.len(), COUNT);
-        expect_order(&messages);
-        let rate = COUNT as f64 / took.as_secs_f64();
-        println!("{COUNT} deliveries about {vms} VMs: {rate:.0}/s, peak {peak_kib} KiB");
-        assert!(rate > 500.0 && peak_kib < 64 << 10);
-    }
-}
-
-/// Queues so many deliveries, about so many VMs in turn, as if nobody had delivered meanwhile.
-fn fill(home: &Home, vms: usize, count: usize) {
-    let store = Store::open(&home.path().join("nido.db")).unwrap();
-    let parts = BootParts {
-        vmlinux: String::new(),
-        initramfs: String::new(),
-        root: String::new(),
-        root_bytes: 1,
-        packages: String::new(),
-        init: nido_images::Init::Agent,
-        append: String::new(),
-        frozen: Vec::new(),
-    };
-    let ids: Vec<_> = (0..vms).map(|number| format!("vm-{number}")).collect();
-    let rounds = count / vms;
-    for round in 0..rounds {
-        for id in &ids {
-            let spec = VmSpec::named(id.parse().unwrap());
-            let state = if round % 2 == 0 { VmState::Running } else { VmState::Paused };
-            match round {
-                0 => store.insert_vm(&VmRow::new(id.clone(), spec, Purpose::Use, state, parts.clone(), 1)).unwrap(),
-                _ if round == rounds - 1 => store.remove_vm(id).unwrap(),
-                _ => store.update_vm(id, &VmUpdate { state: Some(state), ..VmUpdate::default() }).unwrap(),
-            }
-        }
-    }
 }

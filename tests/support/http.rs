@@ -39,13 +39,25 @@ impl Server {
     /// Another verb that serves.
     pub fn serving(home: &Home, verb: &str, flags: &[&str]) -> Self {
         let made = home.nido(["token", "create", "--name", "tests", "--scope", "admin", "--json"]).run().ok().json();
+        Self::with_token(home, (verb, flags), made["token"].as_str().unwrap().to_owned())
+    }
+
+    fn with_token(home: &Home, (verb, flags): (&str, &[&str]), token: String) -> Self {
         let mut nido = home.nido([verb, "start", "--port", "0"]);
         for flag in flags {
             nido = nido.arg(flag);
         }
         let live = nido.start();
         let address = live.line().rsplit("://").next().unwrap().to_owned();
-        Self { live: Some(live), address, token: made["token"].as_str().unwrap().to_owned() }
+        Self { live: Some(live), address, token }
+    }
+
+    /// Kills it; the next one takes its place, and the same token.
+    pub fn killed(mut self, home: &Home) -> Self {
+        let live = self.live.take().unwrap();
+        live.kill();
+        assert!(live.end(), "it has ended by itself");
+        Self::with_token(home, ("api-server", &[]), std::mem::take(&mut self.token))
     }
 
     /// Where it listens.

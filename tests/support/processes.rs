@@ -33,10 +33,16 @@ pub fn end_all(home: &Path) {
 
 /// Kills one and waits until the kernel has taken everything from it.
 pub fn kill(pid: Pid) {
-    let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
-    kill_process(pid, Signal::KILL).unwrap();
+    assert!(kill_if_alive(pid), "{pid:?} has ended by itself");
+}
+
+/// The same for one that may have ended by itself; whether it had not.
+pub fn kill_if_alive(pid: Pid) -> bool {
+    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return false };
+    let was_alive = kill_process(pid, Signal::KILL).is_ok();
     let limit = Timespec { tv_sec: 60, tv_nsec: 0 };
     assert_eq!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)), Ok(1));
+    was_alive
 }
 
 /// Process ids and command lines.

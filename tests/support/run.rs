@@ -139,6 +139,16 @@ impl Live {
         })
     }
 
+    /// Kills it, whatever it is doing; it may have ended by itself.
+    pub fn kill(&self) {
+        let _ = kill_process(pid(&self.child), Signal::KILL);
+    }
+
+    /// Waits for its end, whatever that is: whether it was killed.
+    pub fn end(self) -> bool {
+        self.wait().status.code().is_none()
+    }
+
     /// Waits for its end.
     pub fn wait(mut self) -> Ran {
         let status = wait(&mut self.child, &self.what);

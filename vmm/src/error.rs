@@ -98,7 +98,7 @@ codes! {
     RouteNotFound "route_not_found" NotFound 404 "No such resource";
     MethodNotAllowed "method_not_allowed" Invalid 405 "Not a method of this resource";
     RequestInvalid "request_invalid" Invalid 400 "The request cannot be read";
-    RequestTimeout "request_timeout" Unavailable 408 "The request came too slowly";
+    RequestTimeout "request_timeout" Invalid 408 "The request came too slowly";
     BodyTooLarge "body_too_large" Invalid 413 "The body is too large";
     MediaTypeUnsupported "media_type_unsupported" Invalid 415 "Not a media type that is understood";
     RateLimited "rate_limited" Unavailable 429 "Too many requests";
@@ -274,7 +274,7 @@ mod tests {
     fn statuses_agree_with_kinds() {
         for code in Code::ALL {
             let fits = match code.kind() {
-                Kind::Invalid => matches!(code.status(), 400 | 405 | 413 | 415 | 422),
+                Kind::Invalid => matches!(code.status(), 400 | 405 | 408 | 413 | 415 | 422),
                 Kind::NotFound => code.status() == 404,
                 Kind::Conflict => code.status() == 409,
                 Kind::Denied => matches!(code.status(), 401 | 403),

@@ -1,0 +1,169 @@
+//! Whatever is killed at whatever moment: nothing that happened is hidden, told out of order, or left lying about.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read as _;
+use std::net::TcpStream;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::webhooks::{add, deliverers, expect_no_deliverer, expect_order, remove};
+use crate::support::http::Server;
+use crate::support::receiver::Receiver;
+use crate::support::{Home, Live, processes, until};
+
+/// Rounds, unless `NIDO_KILL_ROUNDS` says otherwise.
+const ROUNDS: u64 = 200;
+/// How many names there are: few, so that operations meet.
+const NAMES: u64 = 5;
+/// Within which time after the beginning of a round something is killed, in microseconds: as long as a command takes.
+const MOMENT_US: u64 = 60_000;
+
+/// A sequence that looks random and is the same for the same seed (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % limit
+    }
+
+    fn name(&mut self) -> String {
+        format!("vm-{}", self.below(NAMES))
+    }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    Some(std::env::var(variable).ok()?.parse().unwrap())
+}
+
+/// Something over REST, whose answer nobody waits for yet. The server may die meanwhile.
+fn ask(server: &Server, random: &mut Random) -> TcpStream {
+    let name = random.name();
+    let (method, path, body) = match random.below(12) {
+        0..5 => ("POST", "/v1/vms".into(), json!({ "name": name, "start": false, "accel": "tcg" }).to_string()),
+        5 => ("POST", "/v1/vms".into(), json!({ "name": name, "accel": "tcg" }).to_string()),
+        6 => ("POST", format!("/v1/vms/{name}/stop"), json!({ "force": true }).to_string()),
+        7 => ("GET", "/v1/vms".into(), String::new()),
+        _ => ("DELETE", format!("/v1/vms/{name}?force=true"), String::new()),
+    };
+    let bearer = format!("Bearer {}", server.token());
+    let mut headers = vec![("authorization", &*bearer), ("host", "localhost"), ("connection", "close")];
+    headers.extend((!body.is_empty()).then_some(("content-type", "application/json")));
+    server.begin(method, &path, &headers, body.len(), body.as_bytes())
+}
+
+/// Something on the command line.
+fn command(home: &Home, random: &mut Random) -> Live {
+    let name = random.name();
+    let nido = match random.below(12) {
+        0..5 => home.nido(["create", &name, "--accel", "tcg"]),
+        5 => home.nido(["spawn", &name, "--accel", "tcg"]),
+        6 => home.nido(["stop", &name, "--force"]),
+        7 => home.nido(["ls"]),
+        _ => home.nido(["delete", &name, "--force", "--yes"]),
+    };
+    nido.start()
+}
+
+#[test]
+fn whoever_is_killed_again_and_again_hides_nothing_and_leaves_nothing() {
+    let seed = number("NIDO_KILL_SEED").unwrap_or_else(|| u64::from(std::process::id()) * 7919);
+    let rounds = number("NIDO_KILL_ROUNDS").unwrap_or(ROUNDS);
+    println!("NIDO_KILL_SEED={seed} NIDO_KILL_ROUNDS={rounds}");
+    let mut random = Random(seed);
+    let receiver = Receiver::start();
+    // So that deliverers are killed while they wait for an answer, too.
+    receiver.dawdle(Duration::from_millis(2));
+    let home = Home::new();
+    let webhook = add(&home, &receiver.url());
+    let mut server = Server::start(&home);
+    let mut killed = [0_u64; 3];
+    for _ in 0..rounds {
+        let mut asked = ask(&server, &mut random);
+        let command = command(&home, &mut random);
+        // The moment, whatever it is.
+        std::thread::sleep(Duration::from_micros(random.below(MOMENT_US)));
+        let victim = usize::try_from(random.below(3)).unwrap();
+        match victim {
+            0 => command.kill(),
+            1 => server = server.killed(&home),
+            _ => {
+                for deliverer in deliverers(&home) {
+                    processes::kill_if_alive(deliverer);
+                }
+            }
+        }
+        killed[victim] += 1;
+        // Refused, done or broken off: all of it is fine, as long as it ends.
+        let _ = asked.read_to_end(&mut Vec::new());
+        let _ = command.end();
+    }
+    assert!(rounds < 50 || killed.iter().all(|count| *count > 0), "{killed:?}");
+
+    let audit = home.nido(["audit", "verify", "--json"]).run().ok().json();
+    assert_eq!(audit["ok"], true, "{audit}");
+    let doctor = home.nido(["doctor", "--json"]).run().json();
+    let leftovers = doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == "leftovers").unwrap();
+    assert_eq!(leftovers["status"], "ok", "{leftovers}");
+    // Those that live work, and go when they are told to.
+    for name in home.names() {
+        home.nido(["delete", &name, "--force", "--yes"]).run().ok();
+    }
+    let events = all_events(&home);
+    let cursors: BTreeSet<u64> = events.iter().map(|event| event["cursor"].as_u64().unwrap()).collect();
+    assert_eq!(cursors.len(), events.len());
+    expect_whole_lives(&events);
+
+    // Everything arrived, and nothing else.
+    let arrived = || -> BTreeSet<u64> {
+        let taken = receiver.messages().into_iter().filter(|message| message.taken);
+        taken.map(|message| message.header("webhook-id").rsplit('_').next().unwrap().parse().unwrap()).collect()
+    };
+    until("every event", || arrived().is_superset(&cursors).then_some(()));
+    assert_eq!(arrived(), cursors);
+    expect_order(&receiver.messages());
+    for message in receiver.messages() {
+        let cursor: u64 = message.header("webhook-id").rsplit('_').next().unwrap().parse().unwrap();
+        let event = events.iter().find(|event| event["cursor"] == cursor).unwrap();
+        assert_eq!((&message.json()["event"], &message.json()["vm_name"]), (&event["event"], &event["vm_name"]));
+    }
+    expect_no_deliverer(&home);
+    remove(&home, &webhook);
+    drop(server);
+    home.expect_empty();
+    assert_eq!(home.nido(["audit", "verify", "--json"]).run().ok().json()["ok"], true);
+}
+
+/// The whole log, the oldest first.
+fn all_events(home: &Home) -> Vec<Value> {
+    let mut all = Vec::new();
+    let mut since = 0;
+    loop {
+        let page = home.nido(["events", "--json", "--since", &since.to_string()]).run().ok().json();
+        all.extend(page["events"].as_array().unwrap().iter().cloned());
+        let cursor = page["cursor"].as_u64().unwrap();
+        if cursor == since {
+            return all;
+        }
+        since = cursor;
+    }
+}
+
+/// What is told of a VM begins with its making and ends with its deletion, both once: nothing in between is missing at an end.
+fn expect_whole_lives(events: &[Value]) {
+    let mut lives: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for event in events.iter().filter(|event| event["vm_name"].is_string()) {
+        let vm = event["details"]["vm_id"].as_str().unwrap();
+        lives.entry(vm).or_default().push(event["event"].as_str().unwrap());
+    }
+    for (vm, life) in &lives {
+        let count = |word: &str| life.iter().filter(|event| **event == word).count();
+        assert_eq!((life.first(), life.last()), (Some(&"vm.created"), Some(&"vm.deleted")), "{vm}: {life:?}");
+        assert_eq!((count("vm.created"), count("vm.deleted")), (1, 1), "{vm}: {life:?}");
+    }
+    assert!(!lives.is_empty());
+}
