@@ -6,6 +6,7 @@ Makes a VM, works in it, is asked before it is deleted, and says yes. Ends with 
 """
 
 import asyncio
+import os
 import sys
 
 import mcp
@@ -58,8 +59,6 @@ async def main():
     kind, *rest = sys.argv[1:]
     server = rest[0] if kind == "http" else mcp.StdioServerParameters(command=rest[0], args=rest[1:], env=None)
     if kind == "stdio":
-        import os
-
         server.env = {key: value for key, value in os.environ.items() if key.startswith("NIDO_") or key == "PATH"}
     for mode in ("2026-07-28", "legacy"):
         await session(server, mode)
