@@ -17,6 +17,8 @@ mod killed;
 mod leases;
 mod lifecycle;
 mod logs;
+mod mcp;
+mod mcp_http;
 mod pool;
 mod run;
 mod terminal;

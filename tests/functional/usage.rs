@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use crate::support::Home;
 
-const VERBS: [&str; 32] = [
+const VERBS: [&str; 33] = [
     "spawn",
     "create",
     "start",
@@ -33,6 +33,7 @@ const VERBS: [&str; 32] = [
     "man",
     "events",
     "api-server",
+    "mcp-server",
     "token",
     "approvals",
     "approve",

@@ -33,12 +33,17 @@ impl Server {
 
     /// The same with more flags.
     pub fn with(home: &Home, flags: &[&str]) -> Self {
-        let made = home.nido(["token", "create", "--name", "tests", "--scope", "admin", "--json"]).run().ok().json();
-        Self::with_token(home, flags, made["token"].as_str().unwrap().to_owned())
+        Self::serving(home, "api-server", flags)
     }
 
-    fn with_token(home: &Home, flags: &[&str], token: String) -> Self {
-        let mut nido = home.nido(["api-server", "start", "--port", "0"]);
+    /// Another verb that serves.
+    pub fn serving(home: &Home, verb: &str, flags: &[&str]) -> Self {
+        let made = home.nido(["token", "create", "--name", "tests", "--scope", "admin", "--json"]).run().ok().json();
+        Self::with_token(home, (verb, flags), made["token"].as_str().unwrap().to_owned())
+    }
+
+    fn with_token(home: &Home, (verb, flags): (&str, &[&str]), token: String) -> Self {
+        let mut nido = home.nido([verb, "start", "--port", "0"]);
         for flag in flags {
             nido = nido.arg(flag);
         }
@@ -52,7 +57,7 @@ impl Server {
         let live = self.live.take().unwrap();
         live.kill();
         assert!(live.end(), "it has ended by itself");
-        Self::with_token(home, &[], std::mem::take(&mut self.token))
+        Self::with_token(home, ("api-server", &[]), std::mem::take(&mut self.token))
     }
 
     /// Where it listens.
@@ -117,6 +122,11 @@ impl Server {
 
     /// A request whose answer is read as it comes.
     pub fn open(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Stream {
+        Stream::read(BufReader::new(self.unread(method, path, headers, body)))
+    }
+
+    /// A request whose answer is not read.
+    pub fn unread(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut head = format!("{method} {path} HTTP/1.1\r\nconnection: close\r\ncontent-length: {}\r\n", body.len());
@@ -129,7 +139,7 @@ impl Server {
         head.push_str("\r\n");
         // A server that refuses the head may have closed already.
         let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
-        Stream::read(BufReader::new(stream))
+        stream
     }
 }
 

@@ -3,6 +3,7 @@
 //! Invariant: when a [`Home`] is dropped, no process that belongs to it is left; if one was, the test fails.
 
 pub mod http;
+pub mod mcp;
 pub mod processes;
 pub mod receiver;
 pub mod run;

@@ -116,6 +116,12 @@ impl Home {
         self.root.join("present")
     }
 
+    /// Where agents on this machine may have files copied from and to.
+    #[must_use]
+    pub fn exchange(&self) -> PathBuf {
+        self.root.join("exchange")
+    }
+
     /// A part of a template, as seen from inside a VM's directory: goes into the overlay's header, so a home can move.
     #[must_use]
     pub fn blob_from_vm_dir(sha256: &str) -> String {

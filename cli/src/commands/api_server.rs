@@ -1,16 +1,14 @@
 //! `api-server`: the REST API and the page for people, until a signal ends it.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::Subcommand;
-use nido_vmm::error::{Code, Error};
+use nido_vmm::policy::Policy;
 
 use super::Context;
+use super::listen_args::ListenArgs;
 use crate::exit::{Exit, Outcome};
-use crate::parse::duration_ms;
-use crate::serve::{Hosts, Listen, Options, Patience, Tls, openapi, serve};
+use crate::serve::{Faces, openapi, serve};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -43,36 +41,14 @@ enum Verb {
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 struct Start {
-    /// The port; 0 takes a free one
-    #[arg(long, default_value_t = 8080)]
-    port: u16,
-    /// Listen on a unix socket instead
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["port", "allow_remote", "bind"], value_hint = clap::ValueHint::FilePath)]
-    socket: Option<PathBuf>,
-    /// Let other machines in: listen on every address. Takes --tls-cert and --tls-key, or --insecure-http
+    #[command(flatten)]
+    listen: ListenArgs,
+    /// Serve agents as well, at /mcp
     #[arg(long)]
-    allow_remote: bool,
-    /// The address to listen on [default: 127.0.0.1; with --allow-remote 0.0.0.0]
-    #[arg(long, value_name = "ADDRESS")]
-    bind: Option<IpAddr>,
-    /// The server's certificate, and those between it and the root, as PEM
-    #[arg(long, value_name = "FILE", requires = "tls_key", value_hint = clap::ValueHint::FilePath)]
-    tls_cert: Option<PathBuf>,
-    /// Its private key, as PEM
-    #[arg(long, value_name = "FILE", requires = "tls_cert", value_hint = clap::ValueHint::FilePath)]
-    tls_key: Option<PathBuf>,
-    /// Let other machines in without encryption: tokens and everything else can be read on the way
-    #[arg(long, requires = "allow_remote")]
-    insecure_http: bool,
-    /// A name under which clients know this machine; may be repeated
-    #[arg(long = "allow-host", value_name = "NAME")]
-    hosts: Vec<String>,
-    /// How many requests a caller may make in a second, on average
-    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
-    rate: u32,
-    /// How long to wait for the next byte of a request's body; twice as long for all of a JSON body, and for a client to read
-    #[arg(long, value_name = "TIME", hide = true, default_value = "30s", value_parser = duration_ms)]
-    patience: u64,
+    mcp: bool,
+    /// What agents may do: commands, confirmation, paths of the host
+    #[arg(long, value_name = "FILE", requires = "mcp", value_hint = clap::ValueHint::FilePath)]
+    mcp_policy: Option<PathBuf>,
 }
 
 impl Args {
@@ -84,37 +60,11 @@ impl Args {
                 return Ok(Exit::Success);
             }
         };
-        let options = start.options()?;
+        let policy = start.mcp_policy.as_deref().map(Policy::load).transpose()?.unwrap_or_default();
+        let mcp = start.mcp.then(|| nido_mcp::Settings { policy, ..nido_mcp::Settings::default() });
+        let options = start.listen.options(Faces { rest: true, mcp })?;
         let nido = cx.nido().await?;
-        let ready = |address: &str| {
-            let listening = serde_json::json!({ "address": address });
-            // Nobody may be there to read it; that is no reason not to serve.
-            let _ = cx.output.answer(&listening, || format!("{address}\n"));
-        };
-        serve(nido, options, ready).await?;
+        serve(nido, options, |address| cx.listening(address)).await?;
         Ok(Exit::Success)
-    }
-}
-
-impl Start {
-    fn options(self) -> Result<Options, Error> {
-        let hosts = Hosts { names: self.hosts };
-        let patience = Patience::of(Duration::from_millis(self.patience));
-        if let Some(path) = self.socket {
-            return Ok(Options { listen: Listen::Unix(path), hosts, rate: self.rate, patience });
-        }
-        let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| Tls { certificate, key });
-        let everywhere = IpAddr::V4(if self.allow_remote { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST });
-        let address = self.bind.unwrap_or(everywhere);
-        if !address.is_loopback() && !self.allow_remote {
-            let words = format!("{address} can be reached by other machines");
-            return Err(Error::new(Code::Denied, words).hint("--allow-remote lets them in"));
-        }
-        if !address.is_loopback() && tls.is_none() && !self.insecure_http {
-            return Err(Error::new(Code::Denied, "other machines are let in over an encrypted connection only")
-                .hint("--tls-cert and --tls-key, or --insecure-http if something else encrypts it"));
-        }
-        let address = SocketAddr::new(address, self.port);
-        Ok(Options { listen: Listen::Tcp { address, tls }, hosts, rate: self.rate, patience })
     }
 }

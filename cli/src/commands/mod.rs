@@ -19,9 +19,12 @@ mod exec;
 mod fork;
 mod forward;
 mod info;
+mod listen_args;
 mod logs;
 mod ls;
 mod man;
+mod mcp_install;
+mod mcp_server;
 mod pause;
 mod pool;
 mod pool_fill;
@@ -128,6 +131,7 @@ pub enum Verb {
     Template(template::Args),
     Pool(pool::Args),
     ApiServer(api_server::Args),
+    McpServer(mcp_server::Args),
     Token(token::Args),
     Audit(audit::Args),
     Approvals(approvals::Args),
@@ -156,7 +160,7 @@ impl Verb {
 
     /// Whether it serves many callers at once.
     pub const fn serves(&self) -> bool {
-        matches!(self, Self::ApiServer(_))
+        matches!(self, Self::ApiServer(_) | Self::McpServer(_))
     }
 
     /// Does it.
@@ -187,6 +191,7 @@ impl Verb {
             Self::Template(args) => Box::pin(args.run(cx)).await,
             Self::Pool(args) => Box::pin(args.run(cx)).await,
             Self::ApiServer(args) => Box::pin(args.run(cx)).await,
+            Self::McpServer(args) => Box::pin(args.run(cx)).await,
             Self::Token(args) => args.run(cx).await,
             Self::Audit(args) => args.run(cx).await,
             Self::Approvals(args) => args.run(cx).await,
@@ -224,6 +229,13 @@ impl Context {
         Nido::open(self.options.clone()).await
     }
 
+    /// The first line of a server: where it listens.
+    pub fn listening(&self, address: &str) {
+        let listening = serde_json::json!({ "address": address });
+        // Nobody may be there to read it; that is no reason not to serve.
+        let _ = self.output.answer(&listening, || format!("{address}\n"));
+    }
+
     /// The answer of a verb that acted on one VM: its name, or all about it in JSON.
     pub fn acted(&self, vm: &VmInfo) -> Outcome {
         self.output.answer(vm, || format!("{}\n", vm.name))?;
@@ -236,6 +248,8 @@ impl Context {
 pub fn start_log(cli: &Cli) {
     let level = match (cli.global.verbose, &cli.verb) {
         (0, Verb::Supervise(_) | Verb::PoolFill(_) | Verb::Deliver(_)) => LevelFilter::INFO,
+        // Its client keeps what it says here.
+        (0, Verb::McpServer(_)) => LevelFilter::WARN,
         (0, _) => return,
         (1, _) => LevelFilter::DEBUG,
         (_, _) => LevelFilter::TRACE,

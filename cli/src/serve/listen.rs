@@ -136,6 +136,14 @@ impl Bound {
         }
     }
 
+    /// Whether other machines can reach it.
+    pub fn is_remote(&self) -> bool {
+        match &self.socket {
+            Socket::Tcp(listener) => !listener.local_addr().is_ok_and(|address| address.ip().is_loopback()),
+            Socket::Unix(..) => false,
+        }
+    }
+
     /// Serves until a signal comes; then what runs may finish.
     pub async fn run(self, router: Router, app: Arc<App>, mut signals: Signals) {
         let connections = TaskTracker::new();

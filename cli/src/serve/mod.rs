@@ -9,6 +9,8 @@
 //!                      routes/*.rs  parse, call one method of the core, render      answer.rs  problem+json
 //!                                                        │
 //!                      operations.rs  what changes something goes to its end, whoever hangs up
+//!                                                        │
+//!                      mcp.rs  agents, behind the same guard
 //! ```
 //!
 //! Invariant: VMs do not depend on this server. It may be killed at any time, and nothing that it was asked for is left
@@ -20,6 +22,7 @@ mod audit;
 mod guard;
 mod links;
 mod listen;
+mod mcp;
 mod metrics;
 mod once;
 mod openapi;
@@ -54,15 +57,29 @@ pub struct Options {
     pub hosts: Hosts,
     /// How many requests a caller may make in a second, on average.
     pub rate: u32,
+    /// Whoever comes may do everything, without a token. For this machine only.
+    pub no_token: bool,
+    /// What is served.
+    pub faces: Faces,
     /// How long clients are waited for.
     pub patience: Patience,
+}
+
+/// What a server serves.
+#[derive(Debug)]
+pub struct Faces {
+    /// The REST API and the page for people.
+    pub rest: bool,
+    /// Agents, at `/mcp`.
+    pub mcp: Option<nido_mcp::Settings>,
 }
 
 /// What every request needs.
 #[derive(Debug)]
 pub struct App {
-    nido: Nido,
+    nido: Arc<Nido>,
     hosts: Hosts,
+    no_token: bool,
     rates: guard::Rates,
     patience: Patience,
     operations: Operations,
@@ -95,8 +112,9 @@ impl App {
 pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Result<()> {
     let bound = listen::bind(&options.listen).await?;
     let app = Arc::new(App {
-        nido,
+        nido: Arc::new(nido),
         hosts: options.hosts,
+        no_token: options.no_token,
         rates: guard::Rates::new(options.rate),
         patience: options.patience,
         operations: Operations::default(),
@@ -107,14 +125,30 @@ pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Re
         run: nido_vmm::nido::random_id()?,
     });
     let watching = tokio::spawn(watch_events(Arc::clone(&app)));
-    let router = routes::router(&app);
+    let mut router = if options.faces.rest { routes::router(&app) } else { routes::nothing(&app) };
+    let agents = options.faces.mcp.map(|settings| nido_mcp::App::new(Arc::clone(&app.nido), settings, &[]));
+    let agents = agents.transpose()?;
+    if let Some(agents) = &agents {
+        let http = nido_mcp::http::Http::new(agents, &app.hosts.names, bound.is_remote());
+        router = router.merge(mcp::router(&app, &http));
+    }
+    let ending = tokio::spawn(end_with(agents, app.ending.clone()));
     // From here on a signal is an orderly end; whoever hears that we listen may send one at once.
     let signals = Signals::listen()?;
     ready(&bound.address());
     bound.run(router, Arc::clone(&app), signals).await;
     watching.abort();
     app.operations.finish().await;
+    let _ = ending.await;
     Ok(())
+}
+
+/// What agents have begun ends when the server begins to end: their streams would last for ever.
+async fn end_with(agents: Option<Arc<nido_mcp::App>>, ending: CancellationToken) {
+    ending.cancelled().await;
+    if let Some(agents) = agents {
+        agents.finish().await;
+    }
 }
 
 /// Wakes the listeners when something happens: one watch of the store for all of them.

@@ -1,7 +1,14 @@
 //! Running commands in a guest.
 
+use std::collections::BTreeMap;
+
 use base64::Engine as _;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::error::{Code, Error};
+
+/// How long a command may take if nobody says otherwise.
+const TIMEOUT_MS: u64 = 60_000;
 
 /// A command to run. Bytes are as the caller's operating system gave them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -22,6 +29,81 @@ pub struct ExecRequest {
     pub term: Option<String>,
     /// Kill the command and its children after so long.
     pub timeout_ms: Option<u64>,
+}
+
+/// A command.
+#[derive(Debug, Default, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExecBody {
+    /// Program and arguments, passed on as they are: no shell is in between.
+    #[serde(deserialize_with = "given")]
+    pub argv: Option<Vec<String>>,
+    /// Instead of that a line for the guest's `sh -c`.
+    #[serde(deserialize_with = "given")]
+    pub command: Option<String>,
+    /// Environment on top of the user's own.
+    pub env: BTreeMap<String, String>,
+    /// Working directory; the user's home if absent.
+    pub directory: Option<String>,
+    /// Name or numeric id; root if absent.
+    pub user: Option<String>,
+    /// Its standard input, as text.
+    #[serde(deserialize_with = "given")]
+    pub stdin: Option<String>,
+    /// Its standard input, as base64.
+    #[serde(deserialize_with = "given")]
+    pub stdin_base64: Option<String>,
+    /// Kill it and its children after so long, in milliseconds; a minute if absent, 0 is never.
+    pub timeout_ms: Option<u64>,
+}
+
+/// What is there is a value, not `null`.
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
+}
+
+impl ExecBody {
+    /// The core's request, and the standard input.
+    ///
+    /// # Errors
+    /// `spec_invalid`, with the field.
+    pub fn split(self) -> Result<(ExecRequest, Vec<u8>), Error> {
+        let bad = |words: &str| Error::new(Code::SpecInvalid, words);
+        let argv = match (self.argv, self.command) {
+            (Some(argv), None) if !argv.is_empty() => argv,
+            (None, Some(line)) => vec!["sh".into(), "-c".into(), line],
+            (Some(_), Some(_)) => return Err(bad("command: argv is given as well; one of them")),
+            (_, None) => return Err(bad("argv: there is no command").hint("argv is a list, command a line for sh")),
+        };
+        if argv.iter().any(|word| word.contains('\0')) {
+            return Err(bad("argv: a word holds a zero byte"));
+        }
+        let variable = |(key, value): (String, String)| {
+            if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
+                return Err(bad("env: a name is empty or holds '=', or there is a zero byte"));
+            }
+            Ok(format!("{key}={value}").into_bytes())
+        };
+        let stdin = match (self.stdin, self.stdin_base64) {
+            (Some(_), Some(_)) => return Err(bad("stdin_base64: stdin is given as well; one of them")),
+            (Some(text), None) => Some(text.into_bytes()),
+            (None, Some(text)) => {
+                let bytes = base64::engine::general_purpose::STANDARD.decode(text);
+                Some(bytes.map_err(|_| bad("stdin_base64: it is not base64"))?)
+            }
+            (None, None) => None,
+        };
+        let request = ExecRequest {
+            argv: argv.into_iter().map(String::into_bytes).collect(),
+            env: self.env.into_iter().map(variable).collect::<Result<_, Error>>()?,
+            directory: self.directory.map(String::into_bytes),
+            user: self.user,
+            stdin: stdin.is_some(),
+            timeout_ms: Some(self.timeout_ms.unwrap_or(TIMEOUT_MS)).filter(|ms| *ms > 0),
+            ..ExecRequest::default()
+        };
+        Ok((request, stdin.unwrap_or_default()))
+    }
 }
 
 /// What happens while a command runs.
@@ -48,6 +130,19 @@ pub struct ExecExit {
     pub timed_out: bool,
     /// How long it ran, by the guest's clock.
     pub duration_ms: u64,
+}
+
+impl ExecExit {
+    /// The same in a word, for the audit log.
+    #[must_use]
+    pub fn word(&self) -> String {
+        match (self.exit_code, self.signal) {
+            _ if self.timed_out => "timed_out".into(),
+            (Some(code), _) => format!("exit_code:{code}"),
+            (None, Some(signal)) => format!("signal:{signal}"),
+            (None, None) => String::new(),
+        }
+    }
 }
 
 /// A command that was run to its end, its output collected.

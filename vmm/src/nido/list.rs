@@ -3,7 +3,7 @@
 use jiff::{SignedDuration, Timestamp};
 
 use super::Nido;
-use crate::api::{VmInfo, VmList};
+use crate::api::{VmInfo, VmList, VmSpec};
 use crate::error::Result;
 use crate::name::VmName;
 use crate::state::VmState;
@@ -24,6 +24,14 @@ impl Nido {
                 .map(|row| self.describe(row))
                 .collect(),
         })
+    }
+
+    /// What a VM was asked to be.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn spec(&self, name: &VmName) -> Result<VmSpec> {
+        Ok(self.store().vm_by_name(name)?.spec)
     }
 
     /// One VM.

@@ -1,6 +1,5 @@
 //! Commands in a VM: run to their end, or followed as server-sent events; and runs, a VM for one command.
 
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 
@@ -10,12 +9,12 @@ use axum::response::IntoResponse;
 use axum::response::sse::{self, KeepAlive, Sse};
 use base64::Engine as _;
 use futures::stream;
-use nido_vmm::api::{Collected, ExecEvent, ExecExit, ExecRequest, ExecResult, SpawnRequest, VmInfo};
+use nido_vmm::api::{Collected, ExecBody, ExecEvent, ExecRequest, ExecResult, SpawnRequest, VmInfo};
 use nido_vmm::audit::Ending;
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::{ExecControl, ExecEvents, Nido};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -29,83 +28,9 @@ use crate::serve::{App, audit};
 
 /// How much of each stream a JSON answer holds, in bytes.
 const COLLECT_MAX: usize = 4 << 20;
-/// How long a command may take if nobody says otherwise.
-const TIMEOUT_MS: u64 = 60_000;
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(exec)).routes(routes!(run))
-}
-
-/// A command.
-#[derive(Debug, Default, Deserialize, Serialize, utoipa::ToSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct ExecBody {
-    /// Program and arguments, passed on as they are: no shell is in between.
-    #[serde(deserialize_with = "given")]
-    pub argv: Option<Vec<String>>,
-    /// Instead of that a line for the guest's `sh -c`.
-    #[serde(deserialize_with = "given")]
-    pub command: Option<String>,
-    /// Environment on top of the user's own.
-    pub env: BTreeMap<String, String>,
-    /// Working directory; the user's home if absent.
-    pub directory: Option<String>,
-    /// Name or numeric id; root if absent.
-    pub user: Option<String>,
-    /// Its standard input, as text.
-    #[serde(deserialize_with = "given")]
-    pub stdin: Option<String>,
-    /// Its standard input, as base64.
-    #[serde(deserialize_with = "given")]
-    pub stdin_base64: Option<String>,
-    /// Kill it and its children after so long, in milliseconds; a minute if absent, 0 is never.
-    pub timeout_ms: Option<u64>,
-}
-
-/// What is there is a value, not `null`.
-fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> std::result::Result<Option<T>, D::Error> {
-    T::deserialize(deserializer).map(Some)
-}
-
-impl ExecBody {
-    /// The core's request, and the standard input.
-    pub fn split(self) -> Result<(ExecRequest, Vec<u8>)> {
-        let bad = |words: &str| Error::new(Code::SpecInvalid, words);
-        let argv = match (self.argv, self.command) {
-            (Some(argv), None) if !argv.is_empty() => argv,
-            (None, Some(line)) => vec!["sh".into(), "-c".into(), line],
-            (Some(_), Some(_)) => return Err(bad("command: argv is given as well; one of them")),
-            (_, None) => return Err(bad("argv: there is no command").hint("argv is a list, command a line for sh")),
-        };
-        if argv.iter().any(|word| word.contains('\0')) {
-            return Err(bad("argv: a word holds a zero byte"));
-        }
-        let variable = |(key, value): (String, String)| {
-            if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
-                return Err(bad("env: a name is empty or holds '=', or there is a zero byte"));
-            }
-            Ok(format!("{key}={value}").into_bytes())
-        };
-        let stdin = match (self.stdin, self.stdin_base64) {
-            (Some(_), Some(_)) => return Err(bad("stdin_base64: stdin is given as well; one of them")),
-            (Some(text), None) => Some(text.into_bytes()),
-            (None, Some(text)) => {
-                let bytes = base64::engine::general_purpose::STANDARD.decode(text);
-                Some(bytes.map_err(|_| bad("stdin_base64: it is not base64"))?)
-            }
-            (None, None) => None,
-        };
-        let request = ExecRequest {
-            argv: argv.into_iter().map(String::into_bytes).collect(),
-            env: self.env.into_iter().map(variable).collect::<Result<_>>()?,
-            directory: self.directory.map(String::into_bytes),
-            user: self.user,
-            stdin: stdin.is_some(),
-            timeout_ms: Some(self.timeout_ms.unwrap_or(TIMEOUT_MS)).filter(|ms| *ms > 0),
-            ..ExecRequest::default()
-        };
-        Ok((request, stdin.unwrap_or_default()))
-    }
 }
 
 /// Runs a command in a VM. Answered when it has ended, with what it wrote (at most 4 MiB of each stream); with
@@ -134,7 +59,7 @@ async fn exec(
             let event = events.next().await?;
             let next = match &event {
                 Ok(ExecEvent::Exited(exit)) => {
-                    audit::end(line, Ending::Success, &how(exit));
+                    audit::end(line, Ending::Success, &exit.word());
                     None
                 }
                 Ok(_) => Some((events, line)),
@@ -165,16 +90,6 @@ async fn exec(
         Err(error) => audit::end(line, Ending::Error, error.code().slug()),
     }
     Ok(crate::serve::answer::json(StatusCode::OK, &outcome?))
-}
-
-/// How a command ended, in a word for the audit log.
-pub fn how(exit: &ExecExit) -> String {
-    match (exit.exit_code, exit.signal) {
-        _ if exit.timed_out => "timed_out".into(),
-        (Some(code), _) => format!("exit_code:{code}"),
-        (None, Some(signal)) => format!("signal:{signal}"),
-        (None, None) => String::new(),
-    }
 }
 
 /// Sends the standard input, on a task of its own; it ends with the command.

@@ -75,6 +75,14 @@ pub fn router(app: &Arc<App>) -> Router {
         .with_state(Arc::clone(app))
 }
 
+/// No routes: what is there is merged with it.
+pub fn nothing(app: &Arc<App>) -> Router {
+    Router::new()
+        .fallback(|| async { no_such_route() })
+        .layer(middleware::from_fn_with_state(Arc::clone(app), guard::guard))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), count))
+}
+
 fn no_such_route() -> Problem {
     Error::new(Code::RouteNotFound, "there is nothing at this path")
         .hint("GET /openapi.json tells what there is")
@@ -88,7 +96,7 @@ fn not_a_method() -> Problem {
 }
 
 /// Counts requests, and keeps browsers from guessing what answers are.
-async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+pub async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let mut response = next.run(request).await.into_response();

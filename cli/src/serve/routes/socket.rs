@@ -29,7 +29,6 @@ use serde_json::json;
 use tokio::time::{Duration, timeout};
 use utoipa_axum::router::OpenApiRouter;
 
-use super::exec::ExecBody;
 use super::vms::Vm;
 use crate::serve::App;
 use crate::serve::answer::{Answer, Problem};
@@ -37,6 +36,7 @@ use crate::serve::ask::{Names, plain};
 use crate::serve::audit::end_with;
 use crate::serve::guard::Uses;
 use crate::serve::operations::Asked;
+use nido_vmm::api::ExecBody;
 
 /// The largest message of a client, in bytes.
 const MESSAGE_MAX: usize = 1 << 20;

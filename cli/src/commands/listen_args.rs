@@ -1,0 +1,74 @@
+//! The flags of every verb that serves over HTTP: where it listens, and whom it lets in.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nido_vmm::error::{Code, Error};
+
+use crate::parse::duration_ms;
+use crate::serve::{Faces, Hosts, Listen, Options, Patience, Tls};
+
+/// Where a server listens, and whom it lets in.
+#[derive(Debug, clap::Args)]
+pub struct ListenArgs {
+    /// The port; 0 takes a free one [default: 8080]
+    #[arg(long)]
+    port: Option<u16>,
+    /// Listen on a unix socket instead
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["port", "allow_remote", "bind"], value_hint = clap::ValueHint::FilePath)]
+    socket: Option<PathBuf>,
+    /// Let other machines in: listen on every address. Takes --tls-cert and --tls-key, or --insecure-http
+    #[arg(long)]
+    allow_remote: bool,
+    /// The address to listen on [default: 127.0.0.1; with --allow-remote 0.0.0.0]
+    #[arg(long, value_name = "ADDRESS")]
+    bind: Option<IpAddr>,
+    /// The server's certificate, and those between it and the root, as PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key", value_hint = clap::ValueHint::FilePath)]
+    tls_cert: Option<PathBuf>,
+    /// Its private key, as PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert", value_hint = clap::ValueHint::FilePath)]
+    tls_key: Option<PathBuf>,
+    /// Let other machines in without encryption: tokens and everything else can be read on the way
+    #[arg(long, requires = "allow_remote")]
+    insecure_http: bool,
+    /// A name under which clients know this machine; may be repeated
+    #[arg(long = "allow-host", value_name = "NAME")]
+    hosts: Vec<String>,
+    /// How many requests a caller may make in a second, on average
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    rate: u32,
+    /// How long to wait for the next byte of a request's body; twice as long for all of a JSON body, and for a client to read
+    #[arg(long, value_name = "TIME", hide = true, default_value = "30s", value_parser = duration_ms)]
+    patience: u64,
+}
+
+impl ListenArgs {
+    /// Whether something was said about where to listen.
+    pub fn is_given(&self) -> bool {
+        self.port.is_some() || self.socket.is_some() || self.allow_remote || self.bind.is_some()
+    }
+
+    /// How the server is started.
+    pub fn options(self, faces: Faces) -> Result<Options, Error> {
+        let (hosts, rate) = (Hosts { names: self.hosts }, self.rate);
+        let patience = Patience::of(Duration::from_millis(self.patience));
+        if let Some(path) = self.socket {
+            return Ok(Options { listen: Listen::Unix(path), hosts, rate, patience, no_token: false, faces });
+        }
+        let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| Tls { certificate, key });
+        let everywhere = IpAddr::V4(if self.allow_remote { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST });
+        let address = self.bind.unwrap_or(everywhere);
+        if !address.is_loopback() && !self.allow_remote {
+            let words = format!("{address} can be reached by other machines");
+            return Err(Error::new(Code::Denied, words).hint("--allow-remote lets them in"));
+        }
+        if !address.is_loopback() && tls.is_none() && !self.insecure_http {
+            return Err(Error::new(Code::Denied, "other machines are let in over an encrypted connection only")
+                .hint("--tls-cert and --tls-key, or --insecure-http if something else encrypts it"));
+        }
+        let address = SocketAddr::new(address, self.port.unwrap_or(8080));
+        Ok(Options { listen: Listen::Tcp { address, tls }, hosts, rate, patience, no_token: false, faces })
+    }
+}

@@ -1,0 +1,171 @@
+//! `mcp-server`: tools for agents, over the Model Context Protocol.
+
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Subcommand, ValueEnum};
+use nido_mcp::{App, Settings, stdio};
+use nido_vmm::error::{Code, Error};
+use nido_vmm::nido::Nido;
+use nido_vmm::policy::{Confirm, Policy};
+
+use super::Context;
+use super::listen_args::ListenArgs;
+use super::mcp_install::Install;
+use crate::exit::{Exit, Outcome};
+use crate::parse::duration_ms;
+use crate::serve::{Faces, Listen, serve};
+use crate::signals::Signals;
+
+const EXAMPLES: &str = "\
+Examples:
+  nido mcp-server install --client claude-code --write
+  nido mcp-server start
+  nido mcp-server start --read-only
+  nido mcp-server start --tools vm_spawn,vm_exec,vm_delete --policy policy.toml
+  nido mcp-server start --transport http --port 8080
+  nido mcp-server start --transport http --no-token
+
+Over stdio the client starts it, speaks on its standard input and reads its standard output, where nothing but messages is
+ever written; what is worth telling goes to standard error. It ends when standard input does. Over http it serves at /mcp,
+with the tokens of `nido token`. VMs do not depend on it.";
+
+/// Serve agents over the Model Context Protocol
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Start(Box<Start>),
+    Install(Install),
+}
+
+/// Serve until standard input ends, or a signal comes
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+struct Start {
+    /// How clients reach it
+    #[arg(long, value_enum, default_value = "stdio")]
+    transport: Transport,
+    /// Only offer tools that change nothing
+    #[arg(long)]
+    read_only: bool,
+    /// Only offer these tools
+    #[arg(long, value_name = "TOOL", value_delimiter = ',', value_parser = tool())]
+    tools: Option<Vec<String>>,
+    /// Do not offer these tools
+    #[arg(long, value_name = "TOOL", value_delimiter = ',', value_parser = tool())]
+    exclude_tools: Vec<String>,
+    /// What callers may do: commands, confirmation, paths of the host
+    #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
+    policy: Option<PathBuf>,
+    /// Whether a person confirms what destroys: always or never [default: always, or what the policy says]
+    #[arg(long, value_name = "WHEN")]
+    confirm: Option<Confirm>,
+    /// How long a call may last; one that lasts longer is answered with a job, and goes on
+    #[arg(long, value_name = "TIME", default_value = "40s", value_parser = duration)]
+    answer_within: Duration,
+    /// Let whoever reaches the port do everything, without a token; for this machine only
+    #[arg(long)]
+    no_token: bool,
+    #[command(flatten)]
+    listen: ListenArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Transport {
+    /// A client that starts it, on standard input and output
+    Stdio,
+    /// Streamable HTTP, at /mcp
+    Http,
+}
+
+/// Where a client that runs on this machine, as this user, may have files copied from and to: the directory that it started
+/// this in, unless that is everything there is, all that the user has, or where nido keeps its tokens; and one of nido's own.
+fn own_roots(nido: &Nido) -> Result<Vec<PathBuf>, Error> {
+    let own = nido.home().exchange();
+    std::fs::create_dir_all(&own).map_err(|e| Error::io(format!("cannot make {}", own.display()), e))?;
+    let here = std::env::current_dir().and_then(std::fs::canonicalize).ok();
+    let user = std::env::var_os("HOME").and_then(|home| std::fs::canonicalize(home).ok());
+    let kept = std::fs::canonicalize(nido.home().root()).ok();
+    let holds = |here: &PathBuf, other: &Option<PathBuf>| other.as_ref().is_some_and(|other| other.starts_with(here));
+    let within = |here: &PathBuf| kept.as_ref().is_some_and(|kept| here.starts_with(kept));
+    let narrow =
+        |here: &PathBuf| here.parent().is_some() && !holds(here, &user) && !holds(here, &kept) && !within(here);
+    Ok(here.filter(narrow).into_iter().chain([own]).collect())
+}
+
+/// A time, and not none.
+fn duration(text: &str) -> Result<Duration, Error> {
+    Ok(Duration::from_millis(duration_ms(text)?.max(1)))
+}
+
+/// Names of tools, and nothing else.
+fn tool() -> clap::builder::PossibleValuesParser {
+    clap::builder::PossibleValuesParser::new(nido_mcp::tools::ALL.map(|tool| tool.name))
+}
+
+impl Args {
+    pub async fn run(self, cx: &Context) -> Outcome {
+        let mut start = match self.verb {
+            Verb::Start(start) => start,
+            Verb::Install(install) => return install.run(cx),
+        };
+        let settings = start.settings()?;
+        match start.transport {
+            Transport::Stdio => start.stdio(cx, settings).await,
+            Transport::Http => start.http(cx, settings).await,
+        }
+    }
+}
+
+impl Start {
+    fn settings(&mut self) -> Result<Settings, Error> {
+        let mut policy = self.policy.as_deref().map(Policy::load).transpose()?.unwrap_or_default();
+        policy.read_only |= self.read_only;
+        policy.confirm = self.confirm.unwrap_or(policy.confirm);
+        let (tools, exclude) = (self.tools.take(), std::mem::take(&mut self.exclude_tools));
+        Ok(Settings { policy, tools, exclude, answer_within: self.answer_within })
+    }
+
+    async fn stdio(self, cx: &Context, settings: Settings) -> Outcome {
+        if self.no_token || self.listen.is_given() {
+            let words = "a client on standard input and output needs no port and no token";
+            return Err(Error::new(Code::SpecInvalid, words).hint("--transport http serves on a port").into());
+        }
+        if std::io::stdin().is_terminal() {
+            cx.output.talk("waiting for messages of an MCP client on standard input; nido mcp-server install tells one how to start this");
+        }
+        let nido = cx.nido().await?;
+        let roots = own_roots(&nido)?;
+        let app = App::new(Arc::new(nido), settings, &roots)?;
+        let mut signals = Signals::listen()?;
+        let end = async {
+            signals.next_end().await;
+        };
+        stdio::serve(&app, end).await?;
+        Ok(Exit::Success)
+    }
+
+    async fn http(self, cx: &Context, settings: Settings) -> Outcome {
+        let mut options = self.listen.options(Faces { rest: false, mcp: Some(settings) })?;
+        if self.no_token {
+            if !matches!(&options.listen, Listen::Tcp { address, .. } if address.ip().is_loopback()) {
+                let words = "other machines are let in with a token only";
+                return Err(Error::new(Code::Denied, words).hint("--no-token is for this machine").into());
+            }
+            cx.output.warn(
+                "every program and every user of this machine may do everything with these VMs: no token is asked for",
+            );
+            options.no_token = true;
+        }
+        serve(cx.nido().await?, options, |address| cx.listening(address)).await?;
+        Ok(Exit::Success)
+    }
+}

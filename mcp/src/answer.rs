@@ -1,0 +1,199 @@
+//! What a tool answers: a value, or a failure that says what to do next. Pure.
+
+use nido_vmm::api::Job;
+use nido_vmm::error::{Code, Error};
+use nido_vmm::text::{for_reader, is_harmful};
+use rmcp::model::{CallToolResult, ContentBlock, Resource};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// A call that lasts longer than a client waits: it goes on, and is asked for later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct JobBegun {
+    /// It goes on.
+    #[schema(pattern = "^running$")]
+    pub status: String,
+    /// What to give to job_get and job_cancel.
+    pub job_id: String,
+    /// What to do next.
+    pub next_step: String,
+}
+
+impl JobBegun {
+    /// For this job.
+    pub fn new(job: &Job) -> Self {
+        let next_step = "it goes on; call job_get with this job_id and wait_ms until it has ended".into();
+        Self { status: "running".into(), job_id: job.id.clone(), next_step }
+    }
+}
+
+/// What a tool has done.
+#[derive(Debug)]
+pub struct Done {
+    /// The answer, as its schema says.
+    pub value: Value,
+    /// A word about it for the audit log.
+    pub word: String,
+    /// Where there is more of it.
+    pub links: Vec<Resource>,
+}
+
+impl Done {
+    /// An answer of which the audit log needs no more than that there was one.
+    pub fn new(value: &impl Serialize) -> Result<Self, Error> {
+        let mut value = serde_json::to_value(value).map_err(|e| Error::internal(e.to_string()))?;
+        readable(&mut value);
+        Ok(Self { value, word: String::new(), links: Vec::new() })
+    }
+}
+
+/// A failure, as tools tell it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Failed {
+    /// What went wrong.
+    pub error: Failure,
+}
+
+/// What went wrong, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Failure {
+    /// A stable word, for programs.
+    pub code: String,
+    /// One sentence.
+    pub message: String,
+    /// The state that the VM is in, where that is the reason.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub state: Option<String>,
+    /// What to do next.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub next_step: Option<String>,
+    /// What the person at the machine can do about it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub hint: Option<String>,
+    /// The approval that makes it possible, once a person has given it: give it as approval_id.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub approval_id: Option<String>,
+    /// Last lines of the log that tells why. They may come from the guest.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub log_tail: Vec<String>,
+}
+
+impl Failed {
+    /// A failure of the core; `state` is that of the VM it was about.
+    pub fn new(error: &Error, state: Option<String>) -> Self {
+        let error = Failure {
+            code: error.code().slug().into(),
+            message: plain(error.message()),
+            next_step: next_step(error.code()).map(Into::into),
+            hint: error.hint_text().map(plain),
+            log_tail: error.log_lines().iter().map(|line| plain(line)).collect(),
+            state,
+            approval_id: None,
+        };
+        Self { error }
+    }
+
+    /// The same for a reader.
+    fn text(&self) -> String {
+        let Failure { code, message, state, next_step, hint, approval_id: _, log_tail } = &self.error;
+        let mut text = format!("{message} ({code})");
+        if let Some(state) = state {
+            text += &format!("\nState of the VM: {state}");
+        }
+        if let Some(next) = next_step {
+            text += &format!("\nNext step: {next}");
+        }
+        if let Some(hint) = hint {
+            text += &format!("\nHint: {hint}");
+        }
+        if !log_tail.is_empty() {
+            text += &format!("\nLast lines of the log:\n{}", log_tail.join("\n"));
+        }
+        text
+    }
+}
+
+/// Takes out of every text what a reader would not see: some of it is a guest's.
+pub fn readable(value: &mut Value) {
+    match value {
+        Value::String(text) if text.chars().any(is_harmful) => *text = for_reader(text.as_bytes(), usize::MAX).text,
+        Value::Array(items) => items.iter_mut().for_each(readable),
+        Value::Object(fields) => fields.values_mut().for_each(readable),
+        _ => {}
+    }
+}
+
+/// One line without what hides, reorders or controls.
+pub fn plain(text: &str) -> String {
+    text.chars().map(|c| if c == '\t' { ' ' } else { c }).filter(|c| !is_harmful(*c)).collect()
+}
+
+/// The result of a call.
+pub fn result(outcome: Result<Done, Failed>) -> CallToolResult {
+    match outcome {
+        Ok(done) => {
+            let mut result = CallToolResult::structured(done.value);
+            result.content.extend(done.links.into_iter().map(ContentBlock::resource_link));
+            result
+        }
+        Err(failed) => {
+            let mut result = CallToolResult::structured_error(json!(failed));
+            result.content = vec![ContentBlock::text(failed.text())];
+            result
+        }
+    }
+}
+
+/// Which tool helps.
+const fn next_step(code: Code) -> Option<&'static str> {
+    Some(match code {
+        Code::VmNotFound => "vm_ls lists the VMs there are; vm_spawn makes one",
+        Code::VmExists => "choose another name, use the VM as it is, or vm_delete it first",
+        Code::VmNotRunning => "vm_info tells its state; vm_start starts it",
+        Code::VmBusy => "vm_info tells its state; wait for it to settle, or vm_stop it first",
+        Code::NameInvalid | Code::SpecInvalid | Code::RequestInvalid => "correct that argument and call again",
+        Code::TemplateNotFound => "template_list lists the templates there are",
+        Code::TemplateExists => "choose another name for the template",
+        Code::SnapshotNotFound => "vm_snapshot takes one; check the name of the snapshot",
+        Code::SnapshotExists => "choose another name for the snapshot",
+        Code::CommandNotFound => "check the program's name; packages are installed with vm_exec",
+        Code::PathExists => "choose another path, or ask to overwrite it",
+        Code::PathNotFound | Code::DirectoryNotFound => "check the path; vm_exec with ls shows what there is",
+        Code::UserNotFound => "leave user out to run as root",
+        Code::AgentUnreachable | Code::Timeout => "vm_info tells how the VM is; try again, or vm_stop and vm_start it",
+        Code::GuestFailed => "the log below tells why; vm_delete it and vm_spawn it anew",
+        Code::PortInUse => "choose another host port, or 0 for a free one",
+        Code::Denied => "this server does not allow it: tell the user, do not try around it",
+        Code::QemuMissing | Code::QemuTooOld | Code::KvmUnavailable | Code::NestedUnavailable | Code::ToolMissing => {
+            "the host lacks something: tell the user, calling again does not help"
+        }
+        Code::ApprovalRequired => "tell the user what you want to do and why, and do what the hint says",
+        Code::JobNotFound => "jobs are known to whoever began them; check the job_id",
+        Code::RateLimited => "wait a second and call again",
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_text_of_an_answer_hides_anything() {
+        let lines = json!({ "failure": { "log_tail": ["\u{1b}[2Jpanic\u{202e}", "a\tb\n"] } });
+        let done = Done::new(&lines).unwrap();
+        assert_eq!(done.value, json!({ "failure": { "log_tail": ["panic", "a\tb\n"] } }));
+    }
+
+    #[test]
+    fn a_failure_says_what_to_do_as_text_and_as_data() {
+        let error = Error::new(Code::VmNotRunning, "VM 'web' is stopped\u{1b}[2J").hint("nido start web");
+        let result = result(Err(Failed::new(&error, Some("stopped".into()))));
+        assert_eq!(result.is_error, Some(true));
+        let failure = &result.structured_content.unwrap()["error"];
+        assert_eq!((&failure["code"], &failure["state"]), (&json!("vm_not_running"), &json!("stopped")));
+        assert_eq!(failure["message"], "VM 'web' is stopped[2J");
+        let text = serde_json::to_string(&result.content).unwrap();
+        assert!(text.contains("vm_not_running") && text.contains("vm_start starts it"), "{text}");
+    }
+}

@@ -1,0 +1,178 @@
+//! What every call needs: the core, how the server was started, and the work that is under way.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use nido_vmm::api::Scope;
+use nido_vmm::error::Result;
+use nido_vmm::nido::Nido;
+use nido_vmm::policy::Policy;
+use nido_vmm::roots::Roots;
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::outputs::Outputs;
+use crate::watch::Changes;
+
+/// How long the last look for VMs without a supervisor counts.
+const SETTLED_FOR: Duration = Duration::from_millis(100);
+/// How long a call may take until it is answered with a job, unless somebody says otherwise: clients give up after 60 s.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(40);
+/// How many VMs are remembered as somebody's own.
+const OWN_MAX: usize = 4096;
+/// How long work that is cut off may take to clear up behind itself when the server ends.
+const FINISH_WITHIN: Duration = Duration::from_secs(30);
+
+/// Who calls, as far as it is known for certain.
+#[derive(Debug, Clone)]
+pub struct Principal {
+    /// For the audit log: `uid:N` or `token:NAME`.
+    pub actor: String,
+    /// What they may do.
+    pub scope: Scope,
+}
+
+impl Principal {
+    /// The user who runs this program: the one at the other end of its standard input.
+    #[must_use]
+    pub fn own_user() -> Self {
+        Self { actor: format!("uid:{}", rustix::process::getuid().as_raw()), scope: Scope::Admin }
+    }
+}
+
+/// How the server was started.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// What callers may do at all.
+    pub policy: Policy,
+    /// Only these tools, if that is said.
+    pub tools: Option<Vec<String>>,
+    /// Not these.
+    pub exclude: Vec<String>,
+    /// How long a call may take until it is answered with a job.
+    pub answer_within: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let (policy, tools, exclude) = Default::default();
+        Self { policy, tools, exclude, answer_within: ANSWER_WITHIN }
+    }
+}
+
+/// One server: what its sessions share.
+#[derive(Debug)]
+pub struct App {
+    nido: Arc<Nido>,
+    settings: Settings,
+    settled: Mutex<Option<Instant>>,
+    tasks: TaskTracker,
+    ending: CancellationToken,
+    quiet: CancellationToken,
+    roots: Roots,
+    outputs: Outputs,
+    changes: Changes,
+    /// Who made which throw-away VM, by its id.
+    own: std::sync::Mutex<HashMap<String, String>>,
+}
+
+impl App {
+    /// A server over this core. Files of the host are those below the policy's roots, or below `roots` where it names none.
+    ///
+    /// # Errors
+    /// Of a root that cannot be opened.
+    pub fn new(nido: Arc<Nido>, settings: Settings, roots: &[PathBuf]) -> Result<Arc<Self>> {
+        let own = &settings.policy.roots;
+        let roots = Roots::open(if own.is_empty() { roots } else { own })?;
+        let ending = CancellationToken::new();
+        Ok(Arc::new(Self {
+            nido,
+            settings,
+            roots,
+            outputs: Outputs::default(),
+            changes: Changes::default(),
+            own: std::sync::Mutex::default(),
+            settled: Mutex::new(None),
+            tasks: TaskTracker::new(),
+            quiet: ending.child_token(),
+            ending,
+        }))
+    }
+
+    /// The files of the host that may be named.
+    pub(crate) fn roots(&self) -> &Roots {
+        &self.roots
+    }
+
+    /// What commands wrote.
+    pub(crate) fn outputs(&self) -> &Outputs {
+        &self.outputs
+    }
+
+    /// What happens.
+    pub(crate) fn changes(&self) -> &Changes {
+        &self.changes
+    }
+
+    /// This caller has made this throw-away VM.
+    pub(crate) fn remember(&self, actor: &str, vm: &str) {
+        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever is forgotten is asked; that is no harm.
+        if own.len() >= OWN_MAX {
+            own.clear();
+        }
+        own.insert(vm.into(), actor.into());
+    }
+
+    /// Whether this caller has made this throw-away VM since the server started.
+    pub(crate) fn made(&self, actor: &str, vm: &str) -> bool {
+        let own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        own.get(vm).is_some_and(|maker| maker == actor)
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The core as it is: for the audit log, which must not wait for anything.
+    pub(crate) fn unsettled(&self) -> &Arc<Nido> {
+        &self.nido
+    }
+
+    /// The core. What a crash has left since the last call is settled first, as every command does.
+    pub(crate) async fn nido(&self) -> Result<&Nido> {
+        let mut settled = self.settled.lock().await;
+        if settled.is_none_or(|at| at.elapsed() > SETTLED_FOR) {
+            self.nido.settle_all().await?;
+            *settled = Some(Instant::now());
+        }
+        Ok(&self.nido)
+    }
+
+    /// Work that goes on whatever becomes of the session that asked for it.
+    pub(crate) fn tasks(&self) -> &TaskTracker {
+        &self.tasks
+    }
+
+    /// Done when the server ends.
+    pub(crate) fn ending(&self) -> &CancellationToken {
+        &self.ending
+    }
+
+    /// Done when nobody listens any more, at the latest when the server ends.
+    pub(crate) fn quiet(&self) -> &CancellationToken {
+        &self.quiet
+    }
+
+    /// Ends what is under way and waits until it has cleared up.
+    pub async fn finish(&self) {
+        self.ending.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(FINISH_WITHIN, self.tasks.wait()).await.is_err() {
+            tracing::warn!("work was cut off: the server ends");
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! One call of a tool, from being asked to being answered.
+//!
+//! ```text
+//!  may it be? ── no ──> denied, written down
+//!      │ yes
+//!  attempt, on the disk ──> a person's word, where one is needed (confirm.rs)
+//!      │
+//!  the work, a task of its own ──> outcome, on the disk ──> answer
+//!      │ cancelled, or the server ends: it stops and clears up
+//!      │ too long for a client to wait: a job, answered at once and asked for later
+//! ```
+//!
+//! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written down, nothing is shown.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nido_vmm::api::{JobOutcome, JobProgress, JobRequest};
+use nido_vmm::audit::{Audited, Caller, Ending, Face};
+use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::name::VmName;
+use nido_vmm::nido::Nido;
+use rmcp::RoleServer;
+use rmcp::model::{CallToolResponse, ErrorData};
+use rmcp::service::RequestContext;
+use serde_json::Value;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::answer::{Done, Failed, JobBegun, plain, result};
+use crate::app::{App, Principal};
+use crate::confirm::{Retry, Word, confirm};
+use crate::progress::Progress;
+use crate::tools::Tool;
+
+/// How often whoever carries a job out looks whether it is to be cancelled.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// What a tool knows of the call that it serves.
+#[derive(Debug, Clone)]
+pub struct Call {
+    pub app: Arc<App>,
+    pub who: Caller,
+    pub progress: Progress,
+    /// Nobody wants the answer any more.
+    pub cancelled: CancellationToken,
+    notes: Arc<Mutex<Notes>>,
+}
+
+/// What is known of a refusal beside its error.
+#[derive(Debug, Default)]
+struct Notes {
+    /// Why, in a word for the audit log.
+    reason: Option<&'static str>,
+    /// What would make it possible.
+    approval: Option<String>,
+}
+
+impl Call {
+    pub async fn nido(&self) -> Result<&Nido> {
+        self.app.nido().await
+    }
+
+    /// Does `work` unless nobody wants it any more; then it is dropped where it is.
+    pub async fn unless_cancelled<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::select! {
+            outcome = work => outcome,
+            () = self.cancelled.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
+        }
+    }
+
+    /// Why it will be refused, in a word for the audit log.
+    pub fn refused_because(&self, reason: &'static str) {
+        self.notes().reason = Some(reason);
+    }
+
+    /// Which approval would make it possible.
+    pub fn needs_approval(&self, id: &str) {
+        self.notes().approval = Some(id.into());
+    }
+
+    fn notes(&self) -> std::sync::MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How an error is told.
+    async fn failed(&self, error: &Error, name: Option<VmName>) -> Failed {
+        let state = state(self, error, name).await;
+        let mut failed = Failed::new(error, state);
+        failed.error.approval_id = self.notes().approval.take();
+        failed
+    }
+}
+
+/// Carries a call out.
+pub async fn carry_out(
+    app: &Arc<App>,
+    tool: &'static Tool,
+    principal: &Principal,
+    (arguments, retry): (Value, Retry),
+    context: RequestContext<RoleServer>,
+) -> Result<CallToolResponse, ErrorData> {
+    let agent = context.client_info().map(|client| client.name);
+    let who = Caller { face: Face::Mcp, actor: principal.actor.clone(), agent };
+    if let Some((reason, words)) = tool.refused(app.settings(), principal) {
+        let denied = denied(app, &who, tool.name, arguments, reason).await;
+        let error = denied.err().unwrap_or_else(|| Error::new(Code::Denied, words));
+        return Ok(result(Err(Failed::new(&error, None))).into());
+    }
+    let cancelled = app.ending().child_token();
+    let notes = Arc::default();
+    let call = Call { app: Arc::clone(app), who, progress: Progress::new(), cancelled: cancelled.clone(), notes };
+    let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
+    let line = match begin(&call, tool, arguments.clone()).await {
+        Ok(line) => line,
+        Err(error) => return Ok(result(Err(Failed::new(&error, None))).into()),
+    };
+    // Asked here and not in the task: what a client is asked belongs to its request.
+    let word = tokio::select! {
+        word = confirm(&call, tool, &arguments, retry, &context) => word,
+        () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
+    };
+    let word = match word {
+        Ok(Word::Go(word)) => word,
+        Ok(Word::Ask(question)) => {
+            let _ = end(&call, line, Ending::Denied, Code::ApprovalRequired.slug().into()).await;
+            return Ok((*question).into());
+        }
+        Err(error) => {
+            let _ = end_with(line, &call, &Err::<&Done, _>(&error), "").await;
+            return Ok(result(Err(call.failed(&error, name).await)).into());
+        }
+    };
+    // Whoever drops this call does not want its work any more.
+    let unwanted = cancelled.clone().drop_guard();
+    let mut work = app.tasks().spawn(work(call.clone(), tool, arguments, line, word));
+    let progress = call.progress.clone();
+    let mut telling = std::pin::pin!(async {
+        if let Some(token) = context.meta.get_progress_token() {
+            progress.pass_on(context.peer.clone(), token).await;
+        }
+        std::future::pending::<()>().await;
+    });
+    let mut patience = std::pin::pin!(tokio::time::sleep(app.settings().answer_within));
+    loop {
+        tokio::select! {
+            done = &mut work => {
+                return match done {
+                    Ok(Ok(done)) => Ok(result(Ok(done)).into()),
+                    Ok(Err(error)) => Ok(result(Err(call.failed(&error, name).await)).into()),
+                    Err(broken) => Err(ErrorData::internal_error(broken.to_string(), None)),
+                };
+            }
+            () = context.ct.cancelled(), if !cancelled.is_cancelled() => cancelled.cancel(),
+            () = &mut telling => {}
+            () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => {
+                let request = JobRequest { tool: tool.name.into(), vm_name: name.clone(), actor: principal.actor.clone() };
+                // Where there can be no job, it is waited for after all.
+                match app.unsettled().job_begin(&request) {
+                    Ok(job) => {
+                        unwanted.disarm();
+                        app.tasks().spawn(job_of(call, job.id.clone(), work));
+                        return Ok(result(Done::new(&JobBegun::new(&job)).map_err(|e| Failed::new(&e, None))).into());
+                    }
+                    Err(error) => tracing::warn!("a call that lasts cannot become a job: {error}"),
+                }
+                patience.as_mut().reset(tokio::time::Instant::now() + Duration::from_secs(86_400));
+            }
+        }
+    }
+}
+
+/// The work and its outcome.
+async fn work(call: Call, tool: &'static Tool, arguments: Value, line: Line, word: &'static str) -> Result<Done> {
+    let outcome = (tool.run)(call.clone(), arguments).await;
+    let written = end_with(line, &call, &outcome.as_ref(), word).await;
+    outcome.and_then(|done| written.map(|()| done))
+}
+
+/// Carries a job to its end, and writes down how that was.
+async fn job_of(call: Call, id: String, mut work: JoinHandle<Result<Done>>) {
+    let nido = Arc::clone(call.app.unsettled());
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    let mut told = String::new();
+    let outcome = loop {
+        tokio::select! {
+            done = &mut work => break done,
+            _ = look.tick() => {
+                if nido.job_is_cancelled(&id).unwrap_or(false) {
+                    call.cancelled.cancel();
+                }
+                let (stage, percent) = call.progress.now();
+                if stage != told {
+                    told.clone_from(&stage);
+                    let _ = nido.job_progress(&id, &JobProgress { stage, percent });
+                }
+            }
+        }
+    };
+    let outcome = match outcome {
+        Ok(Ok(done)) => JobOutcome::Done(done.value),
+        Ok(Err(error)) if error.code() == Code::Interrupted => JobOutcome::Cancelled,
+        Ok(Err(error)) => JobOutcome::Failed(error.problem()),
+        Err(broken) => JobOutcome::Failed(Error::internal(broken.to_string()).problem()),
+    };
+    if let Err(error) = nido.job_end(&id, outcome) {
+        tracing::error!("the end of job {id} cannot be kept: {error}");
+    }
+}
+
+/// The line about a call.
+#[derive(Debug)]
+enum Line {
+    /// The attempt stands in the log, and waits for its outcome.
+    Open(Box<Audited>),
+    /// It only looks: one line is enough, when it has looked.
+    Looks(&'static str, Value),
+}
+
+/// Writes the attempt down. It is synced to the disk, which may take its time.
+async fn begin(call: &Call, tool: &'static Tool, arguments: Value) -> Result<Line> {
+    if tool.hints.read_only {
+        return Ok(Line::Looks(tool.name, arguments));
+    }
+    let (nido, who) = (Arc::clone(call.app.unsettled()), call.who.clone());
+    let begun = tokio::task::spawn_blocking(move || nido.audit_begin(&who, tool.name, &arguments)).await;
+    let begun = begun.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?;
+    begun.map(|audited| Line::Open(Box::new(audited)))
+}
+
+/// Writes down that it was not allowed.
+async fn denied(app: &App, who: &Caller, tool: &'static str, arguments: Value, reason: &'static str) -> Result<()> {
+    let (nido, who) = (Arc::clone(app.unsettled()), who.clone());
+    let written = tokio::task::spawn_blocking(move || nido.audit_denied(&who, tool, &arguments, reason)).await;
+    written.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
+}
+
+/// Writes down how it ended; `word` says why it was done without a person's word, or with it.
+async fn end_with(line: Line, call: &Call, outcome: &Result<&Done, &Error>, word: &'static str) -> Result<()> {
+    let (ending, reason) = match outcome {
+        Ok(done) => {
+            let words = [word, done.word.as_str()].into_iter().filter(|word| !word.is_empty());
+            (Ending::Success, words.collect::<Vec<_>>().join(","))
+        }
+        Err(error) if matches!(error.code(), Code::Denied | Code::Unauthorized | Code::ApprovalRequired) => {
+            (Ending::Denied, call.notes().reason.unwrap_or(error.code().slug()).into())
+        }
+        Err(error) => (Ending::Error, error.code().slug().into()),
+    };
+    end(call, line, ending, reason).await
+}
+
+/// What was done has been done: that only the line about it is missing goes to the server's own log. What was only looked at is
+/// not shown without its line.
+async fn end(call: &Call, line: Line, ending: Ending, reason: String) -> Result<()> {
+    let (nido, who) = (Arc::clone(call.app.unsettled()), call.who.clone());
+    let ended = tokio::task::spawn_blocking(move || match line {
+        Line::Open(audited) => {
+            if let Err(error) = audited.end_as(ending, &reason) {
+                tracing::error!("{}", plain(error.message()));
+            }
+            Ok(())
+        }
+        Line::Looks(tool, arguments) => nido.audit_looked(&who, tool, &arguments, ending, &reason),
+    });
+    ended.await.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
+}
+
+/// The state of the VM that a call was about, if it explains why it failed.
+async fn state(call: &Call, error: &Error, name: Option<VmName>) -> Option<String> {
+    let explains = matches!(
+        error.code(),
+        Code::VmNotRunning | Code::VmBusy | Code::VmExists | Code::AgentUnreachable | Code::GuestFailed | Code::Timeout
+    );
+    let info = call.app.unsettled().info(&name.filter(|_| explains)?).await.ok()?;
+    Some(info.status.word().into())
+}

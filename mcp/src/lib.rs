@@ -1,0 +1,33 @@
+//! The MCP server: the core for agents, over stdio and over Streamable HTTP.
+//!
+//! ```text
+//!  stdio.rs  http.rs        how messages come in
+//!        \   /
+//!       server.rs           what the protocol asks: lists, calls       resources.rs prompts.rs watch.rs
+//!           |
+//!       call.rs             one call: may it be, attempt, progress, cancellation, outcome      confirm.rs
+//!           |
+//!       tools/*.rs          one file per noun: parse, call the core, answer       schema.rs answer.rs  [pure]
+//! ```
+//!
+//! The only crate that knows the protocol's library. Both revisions of the protocol, the one with `initialize` and the one
+//! without, come through the same code.
+//!
+//! Invariant: no data of a VM or a guest is ever part of a tool's name, title, description or schema.
+
+mod answer;
+mod app;
+mod call;
+mod confirm;
+pub mod http;
+mod outputs;
+mod progress;
+mod prompts;
+mod resources;
+pub mod schema;
+mod server;
+pub mod stdio;
+pub mod tools;
+mod watch;
+
+pub use self::app::{ANSWER_WITHIN, App, Principal, Settings};

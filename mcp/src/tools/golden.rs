@@ -1,0 +1,99 @@
+//! Every tool as clients see it, against `tests/golden/mcp/*.json`, and the table in `docs/mcp.md`. `NIDO_BLESS=1 cargo test -p
+//! nido-mcp golden` writes them anew; read the difference: a model will read it too.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use super::{ALL, Hints, Tool};
+
+const TABLE_BEGINS: &str = "<!-- tools: written by the tests of nido-mcp -->\n";
+const TABLE_ENDS: &str = "<!-- /tools -->\n";
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn bless() -> bool {
+    std::env::var_os("NIDO_BLESS").is_some()
+}
+
+#[test]
+fn golden_files_are_what_clients_see() {
+    let directory = root().join("tests/golden/mcp");
+    std::fs::create_dir_all(&directory).unwrap();
+    let mut expected = BTreeSet::new();
+    for tool in ALL {
+        let now = serde_json::to_string_pretty(&tool.described()).unwrap() + "\n";
+        let path = directory.join(format!("{}.json", tool.name));
+        if bless() {
+            std::fs::write(&path, &now).unwrap();
+        }
+        let golden = std::fs::read_to_string(&path).unwrap_or_default();
+        assert_eq!(now, golden, "{}: the tool changed; NIDO_BLESS=1 writes the golden files anew", tool.name);
+        expected.insert(format!("{}.json", tool.name));
+    }
+    let there = std::fs::read_dir(&directory).unwrap();
+    let there: BTreeSet<_> = there.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(there, expected, "golden files without a tool");
+}
+
+fn table() -> String {
+    let yes = |hint: bool| if hint { "yes" } else { "no" };
+    let row = |tool: &Tool| {
+        let Hints { read_only, destructive, idempotent, open_world } = tool.hints;
+        let hints = [read_only, destructive, idempotent, open_world].map(yes).join(" | ");
+        format!("| `{}` | {} | {} | {hints} |\n", tool.name, tool.title, tool.scope.word())
+    };
+    let head =
+        "| tool | | scope | reads only | destructive | idempotent | open world |\n|---|---|---|---|---|---|---|\n";
+    head.to_owned() + &ALL.map(row).concat()
+}
+
+#[test]
+fn golden_table_of_the_documentation() {
+    let path = root().join("docs/mcp.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = text.split_once(TABLE_BEGINS).expect("where the table begins");
+    let (_, after) = rest.split_once(TABLE_ENDS).expect("where the table ends");
+    let now = format!("{before}{TABLE_BEGINS}{}{TABLE_ENDS}{after}", table());
+    if bless() {
+        std::fs::write(&path, &now).unwrap();
+    } else {
+        assert_eq!(now, text, "docs/mcp.md is stale; NIDO_BLESS=1 writes its table anew");
+    }
+}
+
+/// What every tool owes its readers.
+#[test]
+fn every_tool_is_told_whole() {
+    for tool in ALL {
+        let seen = serde_json::to_value(tool.described()).unwrap();
+        let name = tool.name;
+        assert!(tool.about.len() > 120 && tool.about.ends_with('.'), "{name}: the description says too little");
+        for hint in ["readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"] {
+            assert!(seen["annotations"][hint].is_boolean(), "{name}: {hint}");
+        }
+        let takes = &seen["inputSchema"];
+        assert_eq!((&takes["type"], &takes["additionalProperties"]), (&json!("object"), &json!(false)), "{name}");
+        for word in ["oneOf", "anyOf", "allOf"] {
+            assert!(takes.get(word).is_none(), "{name}: models are not given {word} at the root");
+        }
+        for (field, schema) in takes["properties"].as_object().unwrap() {
+            let said = schema["description"].as_str().unwrap_or_default();
+            assert!(said.len() > 8, "{name}: {field} is not described");
+            assert!(schema.get("type").is_some_and(Value::is_string), "{name}: {field} has no single type");
+            for unit in ["ms", "bytes", "mib"] {
+                let spelled = match unit {
+                    "ms" => "millisecond",
+                    "mib" => "MiB",
+                    other => other,
+                };
+                assert!(!field.ends_with(&format!("_{unit}")) || said.contains(spelled), "{name}: the unit of {field}");
+            }
+        }
+        assert_eq!(seen["outputSchema"]["type"], "object", "{name}");
+        assert!(tool.hints.read_only == (tool.scope == nido_vmm::api::Scope::Read), "{name}: scope and hints differ");
+    }
+}

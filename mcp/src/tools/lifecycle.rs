@@ -1,0 +1,229 @@
+//! VMs come and go: made, started, stopped.
+
+use nido_vmm::api::{Scope, SpawnRequest, StartRequest, StopRequest, VmInfo};
+use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::name::VmName;
+use nido_vmm::state::VmState;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{ADDS, Hints, Tool, arguments};
+use crate::answer::Done;
+use crate::call::Call;
+use crate::schema;
+
+pub const SPAWN: Tool = Tool {
+    name: "vm_spawn",
+    title: "Make and start a VM",
+    about: "Makes a virtual machine from a template, starts it and waits until commands can be run in it. Use it whenever a \
+        fresh, isolated machine is needed. Give ttl_ms and ephemeral for a VM that is only needed for this task: it is then \
+        removed by itself. Calling again with the same name and the same request answers with the VM that is there; a name \
+        that is taken by a different VM is an error. If the start fails or the call is cancelled, nothing is left. Takes \
+        from a few milliseconds (a pool or a saved guest) to a minute (a cold boot under emulation). The answer has \
+        expires_at, and in timings how long it took. Next: vm_exec, vm_upload; at the end vm_delete.",
+    hints: ADDS,
+    confirmed: false,
+    scope: Scope::Run,
+    takes: || without(&SPAWN_DOES),
+    gives: schema::answer_or_job::<VmInfo>,
+    run: |call, given| Box::pin(async move { spawn(&call, given).await }),
+};
+
+/// What is said of the arguments of a new VM.
+const OF_A_VM: [(&str, &str); 15] = [
+    ("name", "Its name: 1 to 63 of a-z, 0-9 and '-'. Unique on this host."),
+    ("template", "The template it is made from; template_list tells which there are."),
+    ("cpus", "Virtual CPUs; 1 if absent."),
+    ("memory_mib", "Memory in MiB; 512 if absent."),
+    ("disk_bytes", "Size of its disk in bytes; the template's if absent. Cannot be smaller than that."),
+    (
+        "net",
+        "nat: reaches whatever this host reaches; none: no network card. Commands and files work either way. nat if absent.",
+    ),
+    ("machine", "Machine type. Leave it out unless a certain one is needed."),
+    ("accel", "kvm or tcg (emulation, slow). Leave it out: KVM is used where it works."),
+    ("nested", "Let the guest run VMs of its own."),
+    ("require_isolation", "Refuse to run where there is no hardware isolation (KVM)."),
+    ("forwards", "Ports of the guest published on this host's loopback."),
+    (
+        "ttl_ms",
+        "Longest life after a start, in milliseconds; then it is stopped, and removed if ephemeral. No limit if absent.",
+    ),
+    ("idle_ms", "Longest time without a command, a copy or a connection, in milliseconds; then as for ttl_ms."),
+    ("ephemeral", "Remove it, disk and all, when it stops."),
+    ("labels", "Free labels, at most 64; vm_ls finds VMs by them."),
+];
+
+/// What vm_spawn does always.
+const SPAWN_DOES: [&str; 2] = ["start", "wait"];
+/// What vm_create never does.
+const CREATE_NEVER_DOES: [&str; 4] = ["start", "wait", "path", "start_timeout_ms"];
+
+/// The arguments of a new VM, without those that make no sense for the tool.
+fn without(left_out: &[&str]) -> Value {
+    let mut schema = schema::told(schema::arguments::<SpawnRequest>(), &OF_A_VM);
+    if let Some(properties) = schema["properties"].as_object_mut() {
+        let path =
+            "How it comes to life: fork (from a saved guest, or fail) or cold (boot). Leave it out for the quickest.";
+        properties["path"]["description"] = path.into();
+        properties.retain(|name, _| !left_out.contains(&name.as_str()));
+    }
+    schema
+}
+
+/// A new VM, as it is asked for; with an argument that was left out, it is none.
+fn request(given: Value, left_out: &[&str]) -> Result<SpawnRequest> {
+    if let Some(name) = left_out.iter().find(|name| given.get(name).is_some()) {
+        let words =
+            format!("{name}: there is no such argument; vm_spawn makes a VM that runs, vm_create one that does not");
+        return Err(Error::new(Code::SpecInvalid, words));
+    }
+    arguments(given)
+}
+
+async fn spawn(call: &Call, given: Value) -> Result<Done> {
+    let request = request(given, &SPAWN_DOES)?;
+    let (spec, start) = request.split();
+    let start = start.unwrap_or_default();
+    let nido = call.nido().await?;
+    let (name, mut begun) = (spec.name.clone(), false);
+    let mut tell = |stage| {
+        // Told only when the name is ours.
+        begun = true;
+        call.progress.stage(stage);
+    };
+    let made = call.unless_cancelled(nido.spawn(spec.clone(), start, &mut tell)).await;
+    match made {
+        Ok(vm) => {
+            if vm.ephemeral {
+                call.app.remember(&call.who.actor, &vm.id);
+            }
+            Done::new(&vm)
+        }
+        Err(error) if error.code() == Code::Interrupted && begun => {
+            remove(call, &name).await;
+            Err(error)
+        }
+        Err(error) if error.code() == Code::VmExists && nido.spec(&name).is_ok_and(|there| there == spec) => {
+            let vm = nido.info(&name).await?;
+            match vm.status {
+                VmState::Running => Done::new(&vm),
+                // Somebody, perhaps this very caller, is at it: wait with them.
+                VmState::Starting | VmState::Created => {
+                    let mut tell = |stage| call.progress.stage(stage);
+                    Done::new(&call.unless_cancelled(nido.start(&name, start, &mut tell)).await?)
+                }
+                _ => Err(error),
+            }
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes what was begun. Nothing half-made stays.
+async fn remove(call: &Call, name: &VmName) {
+    if let Err(error) = call.app.unsettled().delete(name, true).await
+        && error.code() != Code::VmNotFound
+    {
+        tracing::error!("VM {name} was begun and could not be removed: {error}");
+    }
+}
+
+pub const CREATE: Tool = Tool {
+    name: "vm_create",
+    title: "Make a VM",
+    about: "Makes a virtual machine without starting it. Use it to prepare a VM for later, or to publish ports before it \
+        runs; for a VM that is to be used now, vm_spawn does both in one. Calling again with the same name and the same \
+        request answers with the VM that is there. Uses disk space only when it is started. Next: vm_start.",
+    hints: ADDS,
+    confirmed: false,
+    scope: Scope::Run,
+    takes: || without(&CREATE_NEVER_DOES),
+    gives: schema::answer_or_job::<VmInfo>,
+    run: |call, given| Box::pin(async move { create(&call, given).await }),
+};
+
+async fn create(call: &Call, given: Value) -> Result<Done> {
+    let (spec, _) = request(given, &CREATE_NEVER_DOES)?.split();
+    let nido = call.nido().await?;
+    let name = spec.name.clone();
+    match nido.create(spec.clone()).await {
+        Ok(vm) => {
+            if vm.ephemeral {
+                call.app.remember(&call.who.actor, &vm.id);
+            }
+            Done::new(&vm)
+        }
+        Err(error) if error.code() == Code::VmExists => match nido.spec(&name) {
+            Ok(there) if there == spec => Done::new(&nido.info(&name).await?),
+            _ => Err(error),
+        },
+        Err(error) => Err(error),
+    }
+}
+
+pub const START: Tool = Tool {
+    name: "vm_start",
+    title: "Start a VM",
+    about: "Starts a virtual machine that is created, stopped or failed, and waits until commands can be run in it. Its disk \
+        is as it was left. One that runs already is answered as it is. To make a new VM use vm_spawn. Takes from a few \
+        milliseconds to a minute. Next: vm_exec.",
+    hints: Hints { read_only: false, destructive: false, idempotent: true, open_world: false },
+    confirmed: false,
+    scope: Scope::Run,
+    takes: schema::arguments::<Start>,
+    gives: schema::answer_or_job::<VmInfo>,
+    run: |call, given| Box::pin(async move { start(&call, arguments(given)?).await }),
+};
+
+/// Which VM is to be started.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Start {
+    /// Name of the VM.
+    name: VmName,
+    /// How long the guest may take to become ready, in milliseconds; a default by accelerator if absent.
+    #[serde(default)]
+    timeout_ms: Option<u64>,
+}
+
+async fn start(call: &Call, asked: Start) -> Result<Done> {
+    let how = StartRequest { timeout_ms: asked.timeout_ms, ..StartRequest::default() };
+    let mut tell = |stage| call.progress.stage(stage);
+    // A start that nobody waits for goes on by itself.
+    Done::new(&call.unless_cancelled(call.nido().await?.start(&asked.name, how, &mut tell)).await?)
+}
+
+pub const STOP: Tool = Tool {
+    name: "vm_stop",
+    title: "Stop a VM",
+    about: "Powers a virtual machine off, and pulls the plug if that takes too long. What runs in it ends; its disk stays, and \
+        vm_start starts it again. One made ephemeral is gone afterwards. One that does not run is answered as it is. To get \
+        rid of a VM use vm_delete. Next: vm_start or vm_delete.",
+    hints: Hints { read_only: false, destructive: true, idempotent: true, open_world: false },
+    confirmed: false,
+    scope: Scope::Run,
+    takes: schema::arguments::<Stop>,
+    gives: schema::answer_or_job::<VmInfo>,
+    run: |call, given| Box::pin(async move { stop(&call, arguments(given)?).await }),
+};
+
+/// Which VM is to be stopped.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Stop {
+    /// Name of the VM.
+    name: VmName,
+    /// Pull the plug at once. What the guest has not written to its disk is lost.
+    #[serde(default)]
+    force: bool,
+    /// How long an orderly power-off may take before the plug is pulled, in milliseconds; 30000 if absent.
+    #[serde(default)]
+    timeout_ms: Option<u64>,
+}
+
+async fn stop(call: &Call, asked: Stop) -> Result<Done> {
+    let usual = StopRequest::default();
+    let how = StopRequest { force: asked.force, timeout_ms: asked.timeout_ms.unwrap_or(usual.timeout_ms) };
+    Done::new(&call.nido().await?.stop(&asked.name, how).await?)
+}

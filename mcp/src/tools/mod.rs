@@ -1,0 +1,143 @@
+//! The tools, one file per noun. A tool parses, calls the core, answers.
+
+mod exec;
+mod files;
+#[cfg(test)]
+mod golden;
+mod jobs;
+mod lifecycle;
+mod snapshots;
+mod templates;
+mod vms;
+
+use futures::future::BoxFuture;
+use nido_vmm::api::Scope;
+use nido_vmm::error::{Code, Error, Result};
+use rmcp::model::{Tool as Described, ToolAnnotations};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::answer::{Done, plain};
+use crate::app::{Principal, Settings};
+use crate::call::Call;
+
+/// Every tool, in the order in which they are listed.
+pub const ALL: [&Tool; 16] = [
+    &vms::LS,
+    &vms::INFO,
+    &lifecycle::SPAWN,
+    &lifecycle::CREATE,
+    &lifecycle::START,
+    &lifecycle::STOP,
+    &vms::DELETE,
+    &exec::EXEC,
+    &files::UPLOAD,
+    &files::DOWNLOAD,
+    &snapshots::SNAPSHOT,
+    &snapshots::RESTORE,
+    &templates::LIST,
+    &templates::CREATE,
+    &jobs::GET,
+    &jobs::CANCEL,
+];
+
+/// One tool.
+#[derive(Debug)]
+pub struct Tool {
+    /// Its name.
+    pub name: &'static str,
+    /// Its name for people.
+    pub title: &'static str,
+    /// What it does, when to use it and when not, what it changes, what comes next.
+    pub about: &'static str,
+    /// What a client may assume.
+    pub hints: Hints,
+    /// A person has to confirm it.
+    pub confirmed: bool,
+    /// What a caller needs.
+    pub scope: Scope,
+    /// The schema of its arguments.
+    pub takes: fn() -> Value,
+    /// The schema of its answer.
+    pub gives: fn() -> Value,
+    /// Does it.
+    pub(crate) run: fn(Call, Value) -> BoxFuture<'static, Result<Done>>,
+}
+
+/// What a client may assume. Advice: nothing that matters depends on it.
+#[derive(Debug, Clone, Copy)]
+pub struct Hints {
+    /// It changes nothing.
+    pub read_only: bool,
+    /// It may destroy something.
+    pub destructive: bool,
+    /// Twice is the same as once.
+    pub idempotent: bool,
+    /// It may reach beyond this host.
+    pub open_world: bool,
+}
+
+/// It only looks.
+const LOOKS: Hints = Hints { read_only: true, destructive: false, idempotent: true, open_world: false };
+/// It adds something.
+const ADDS: Hints = Hints { read_only: false, destructive: false, idempotent: false, open_world: false };
+/// It destroys something, once.
+const DESTROYS: Hints = Hints { read_only: false, destructive: true, idempotent: true, open_world: false };
+
+impl Tool {
+    /// As clients see it.
+    #[must_use]
+    pub fn described(&self) -> Described {
+        let object = |schema: Value| match schema {
+            Value::Object(fields) => fields,
+            _ => Map::new(),
+        };
+        let Hints { read_only, destructive, idempotent, open_world } = self.hints;
+        let hints = ToolAnnotations::with_title(self.title)
+            .read_only(read_only)
+            .destructive(destructive)
+            .idempotent(idempotent)
+            .open_world(open_world);
+        Described::new(self.name, self.about, object((self.takes)()))
+            .with_title(self.title)
+            .with_raw_output_schema(object((self.gives)()).into())
+            .with_annotations(hints)
+    }
+
+    /// Why this caller may not use it here; the reason is a word for the audit log.
+    pub(crate) fn refused(&self, settings: &Settings, principal: &Principal) -> Option<(&'static str, String)> {
+        let name = self.name;
+        if settings.policy.read_only && !self.hints.read_only {
+            return Some(("read_only", format!("{name} changes something, and this server only looks")));
+        }
+        let named = |list: &Vec<String>| list.iter().any(|one| one == name);
+        if settings.exclude.iter().any(|one| one == name) || settings.tools.as_ref().is_some_and(|list| !named(list)) {
+            return Some(("tool_not_offered", format!("this server does not offer {name}")));
+        }
+        if principal.scope < self.scope {
+            return Some(("scope", format!("{name} takes a token of the scope {}", self.scope.word())));
+        }
+        None
+    }
+}
+
+/// The tool of that name.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static Tool> {
+    ALL.into_iter().find(|tool| tool.name == name)
+}
+
+/// Arguments as a type; what is wrong is told with the name of the field.
+fn arguments<T: DeserializeOwned>(arguments: Value) -> Result<T> {
+    serde_path_to_error::deserialize(arguments).map_err(|error| {
+        let path = error.path().to_string();
+        let field = if path == "." { String::new() } else { format!("{path}: ") };
+        Error::new(Code::SpecInvalid, plain(&format!("{field}{}", error.into_inner())))
+    })
+}
+
+/// One argument that stands by itself.
+fn field<T: DeserializeOwned>(name: &str, value: Option<Value>) -> Result<T> {
+    let value = value.ok_or_else(|| Error::new(Code::SpecInvalid, format!("{name}: it is missing")))?;
+    serde_json::from_value(value).map_err(|error| Error::new(Code::SpecInvalid, plain(&format!("{name}: {error}"))))
+}

@@ -1,0 +1,134 @@
+//! VMs: found, told about, thrown away.
+
+use std::collections::BTreeMap;
+
+use nido_vmm::api::{Scope, VmInfo, VmList};
+use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::name::VmName;
+use nido_vmm::state::VmState;
+use serde::{Deserialize, Serialize};
+
+use super::{DESTROYS, LOOKS, Tool, arguments};
+use crate::answer::Done;
+use crate::call::Call;
+use crate::schema;
+
+/// How many VMs a page holds if nobody says otherwise.
+const PAGE: usize = 50;
+
+pub const LS: Tool = Tool {
+    name: "vm_ls",
+    title: "List VMs",
+    about: "Lists virtual machines in order of creation, with their state, template, limits and labels. Use it to find a VM \
+        by label or state, or to see what is left over. For one VM whose name is known, vm_info is shorter. Changes \
+        nothing. If next_cursor is in the answer, there are more: call again with cursor set to it.",
+    hints: LOOKS,
+    confirmed: false,
+    scope: Scope::Read,
+    takes: schema::arguments::<Ls>,
+    gives: schema::answer::<Page>,
+    run: |call, given| Box::pin(async move { ls(&call, arguments(given)?).await }),
+};
+
+/// Which VMs are wanted.
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
+struct Ls {
+    /// Only VMs that carry all of these labels.
+    labels: BTreeMap<String, String>,
+    /// Only VMs in this state.
+    status: Option<VmState>,
+    /// The most VMs that are answered; 50 if absent.
+    #[schema(minimum = 1, maximum = 500)]
+    limit: Option<usize>,
+    /// The next_cursor of an earlier answer: what comes after it.
+    cursor: Option<String>,
+}
+
+/// Some VMs.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct Page {
+    #[serde(flatten)]
+    list: VmList,
+    /// There are more: give this as cursor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next_cursor: Option<String>,
+}
+
+async fn ls(call: &Call, asked: Ls) -> Result<Done> {
+    let limit = asked.limit.unwrap_or(PAGE);
+    if !(1..=500).contains(&limit) {
+        return Err(Error::new(Code::SpecInvalid, "limit: it is 1 to 500"));
+    }
+    let place = |vm: &VmInfo| format!("{:020}-{}", vm.created_at.as_millisecond(), vm.id);
+    let mut vms = call.nido().await?.list()?.vms;
+    vms.sort_by_key(place);
+    vms.retain(|vm| asked.cursor.as_ref().is_none_or(|cursor| place(vm) > *cursor));
+    vms.retain(|vm| asked.status.is_none_or(|status| vm.status == status));
+    vms.retain(|vm| asked.labels.iter().all(|(key, value)| vm.labels.get(key) == Some(value)));
+    let more = vms.len() > limit;
+    vms.truncate(limit);
+    let next_cursor = vms.last().filter(|_| more).map(place);
+    Done::new(&Page { list: VmList { vms }, next_cursor })
+}
+
+pub const INFO: Tool = Tool {
+    name: "vm_info",
+    title: "Tell about a VM",
+    about: "Tells everything about one virtual machine: state, machine, isolation, network, published ports, limits, and why \
+        it failed if it did. Use it before anything that depends on the state, and after an error. To find VMs whose name \
+        is not known, use vm_ls. Changes nothing.",
+    hints: LOOKS,
+    confirmed: false,
+    scope: Scope::Read,
+    takes: schema::arguments::<OneVm>,
+    gives: schema::answer::<VmInfo>,
+    run: |call, given| {
+        Box::pin(async move {
+            let OneVm { name } = arguments(given)?;
+            Done::new(&call.nido().await?.info(&name).await?)
+        })
+    },
+};
+
+/// One VM.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct OneVm {
+    /// Name of the VM.
+    name: VmName,
+}
+
+pub const DELETE: Tool = Tool {
+    name: "vm_delete",
+    title: "Delete a VM",
+    about: "Deletes a virtual machine with its disk and its snapshots. This cannot be undone: fetch what is still needed with \
+        vm_download first. Without force a VM that runs is refused; vm_stop it first, or set force to end it at once. Use \
+        it for every VM that is not needed any more, unless it was made ephemeral with ttl_ms. The user may be asked first; throw-away \
+        VMs of your own are not asked about. The answer is the VM as it \
+        was; a VM that does not exist is the error vm_not_found.",
+    hints: DESTROYS,
+    confirmed: true,
+    scope: Scope::Run,
+    takes: schema::arguments::<Delete>,
+    gives: schema::answer_or_job::<VmInfo>,
+    run: |call, given| Box::pin(async move { delete(&call, arguments(given)?).await }),
+};
+
+/// Which VM is to go.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Delete {
+    /// Name of the VM.
+    name: VmName,
+    /// Also if it runs: it is ended at once, without a power-off.
+    #[serde(default)]
+    force: bool,
+    /// The approval_id of an earlier answer approval_required, once the user has approved it. Else leave it out.
+    #[serde(default, rename = "approval_id")]
+    _approval_id: Option<String>,
+}
+
+async fn delete(call: &Call, asked: Delete) -> Result<Done> {
+    Done::new(&call.nido().await?.delete(&asked.name, asked.force).await?)
+}

@@ -1,0 +1,184 @@
+//! What happens to VMs and templates, told to sessions that want to know: one look at the event log for all of them.
+//!
+//! Invariant: nobody is told of what happened before they asked.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nido_vmm::api::{Event, EventKind, EventsRequest};
+use nido_vmm::name::VmName;
+use nido_vmm::nido::Watch;
+use rmcp::model::{ResourceUpdatedNotificationParam, SubscriptionFilter};
+use rmcp::service::SubscriptionContext;
+use rmcp::{Peer, RoleServer};
+use tokio::sync::broadcast;
+
+use crate::app::App;
+use crate::resources::{TEMPLATES, VMS, logs_uri};
+
+/// How many events a slow session may be behind.
+const BEHIND: usize = 1024;
+
+/// What has changed.
+#[derive(Debug, Clone)]
+pub struct Change {
+    kind: EventKind,
+    vm: Option<VmName>,
+}
+
+impl Change {
+    /// Which resources are not what they were.
+    fn touches(&self, uri: &str) -> bool {
+        match &self.vm {
+            Some(vm) => uri == VMS || uri == logs_uri(vm),
+            None => uri == TEMPLATES,
+        }
+    }
+
+    /// Whether there are others than before.
+    fn lists(&self) -> bool {
+        matches!(self.kind, EventKind::VmCreated | EventKind::VmDeleted)
+    }
+}
+
+/// Where changes are told. It is not looked for any before somebody listens.
+#[derive(Debug)]
+pub struct Changes {
+    sender: broadcast::Sender<Change>,
+    started: Mutex<bool>,
+}
+
+impl Default for Changes {
+    fn default() -> Self {
+        Self { sender: broadcast::channel(BEHIND).0, started: Mutex::new(false) }
+    }
+}
+
+impl Changes {
+    /// What changes from now on.
+    pub fn listen(&self, app: &Arc<App>) -> broadcast::Receiver<Change> {
+        let receiver = self.sender.subscribe();
+        let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        if !std::mem::replace(&mut *started, true) {
+            match app.unsettled().last_event().and_then(|since| Ok((since, Watch::new(app.unsettled())?))) {
+                Ok((since, store)) => drop(app.tasks().spawn(look(Arc::clone(app), since, store))),
+                Err(error) => {
+                    *started = false;
+                    tracing::error!("changes will not be told: {error}");
+                }
+            }
+        }
+        receiver
+    }
+}
+
+/// Looks for events until the server ends.
+async fn look(app: Arc<App>, since: u64, mut store: Watch) {
+    let mut request = EventsRequest { since, ..EventsRequest::default() };
+    loop {
+        match app.unsettled().events_behind(&request) {
+            Ok((events, cursor)) if cursor != request.since => {
+                request.since = cursor;
+                for Event { event: kind, vm_name: vm, .. } in events {
+                    // Nobody may be listening at the moment.
+                    let _ = app.changes().sender.send(Change { kind, vm });
+                }
+                continue;
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!("events cannot be read: {error}"),
+        }
+        tokio::select! {
+            () = store.changed() => {}
+            () = app.quiet().cancelled() => return,
+        }
+    }
+}
+
+/// What a session with `initialize` has subscribed to.
+#[derive(Debug, Default)]
+pub struct Subscribed(Mutex<HashSet<String>>);
+
+/// How many resources one session may subscribe to.
+const SUBSCRIPTIONS: usize = 256;
+
+impl Subscribed {
+    /// Whether there was room.
+    pub fn add(&self, uri: String) -> bool {
+        let mut uris = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = uris.len() < SUBSCRIPTIONS || uris.contains(&uri);
+        if room {
+            uris.insert(uri);
+        }
+        room
+    }
+
+    pub fn remove(&self, uri: &str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(uri);
+    }
+
+    fn touched_by(&self, change: &Change) -> Vec<String> {
+        let uris = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        uris.iter().filter(|uri| change.touches(uri)).cloned().collect()
+    }
+}
+
+/// Tells a session with `initialize` until it is gone.
+pub async fn tell_session(app: Arc<App>, peer: Peer<RoleServer>, subscribed: Arc<Subscribed>) {
+    let mut changes = app.changes().listen(&app);
+    loop {
+        let change = tokio::select! {
+            change = changes.recv() => change,
+            () = app.quiet().cancelled() => return,
+            () = tokio::time::sleep(std::time::Duration::from_secs(30)) => {
+                if peer.is_transport_closed() {
+                    return;
+                }
+                continue;
+            }
+        };
+        let sent = match change {
+            Ok(change) => {
+                let mut sent = Ok(());
+                for uri in subscribed.touched_by(&change) {
+                    sent = sent.and(peer.notify_resource_updated(ResourceUpdatedNotificationParam::new(uri)).await);
+                }
+                if change.lists() { sent.and(peer.notify_resource_list_changed().await) } else { sent }
+            }
+            // Whatever it missed: the list is worth another look.
+            Err(broadcast::error::RecvError::Lagged(_)) => peer.notify_resource_list_changed().await,
+            Err(broadcast::error::RecvError::Closed) => return,
+        };
+        if sent.is_err() {
+            return;
+        }
+    }
+}
+
+/// Tells a request that listens until it is cancelled or the server ends.
+pub async fn tell_listener(app: Arc<App>, context: SubscriptionContext) {
+    let mut changes = app.changes().listen(&app);
+    let SubscriptionFilter { resource_subscriptions, resources_list_changed, .. } = context.accepted().clone();
+    let (uris, lists) = (resource_subscriptions.unwrap_or_default(), resources_list_changed == Some(true));
+    loop {
+        let change = tokio::select! {
+            change = changes.recv() => change,
+            () = context.cancelled() => return,
+            () = app.quiet().cancelled() => return,
+        };
+        let (touched, listed) = match change {
+            Ok(change) => (uris.iter().filter(|uri| change.touches(uri)).cloned().collect(), change.lists()),
+            // Whatever it missed.
+            Err(broadcast::error::RecvError::Lagged(_)) => (uris.clone(), true),
+            Err(broadcast::error::RecvError::Closed) => return,
+        };
+        for uri in touched {
+            if context.sink().notify_resource_updated(uri).await.is_err() {
+                return;
+            }
+        }
+        if listed && lists && context.sink().notify_resource_list_changed().await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,509 @@
+//! The MCP server over the real program: both eras of the protocol, tools and their answers, what is written down.
+
+use serde_json::{Value, json};
+
+use crate::support::mcp::{Client, Era};
+use crate::support::{Home, until};
+
+#[test]
+fn a_vm_lives_in_both_eras() {
+    for era in Era::ALL {
+        let home = Home::new();
+        let mut client = Client::start(&home, era);
+        let request = json!({"name": "web", "accel": "tcg", "ttl_ms": 600_000, "labels": {"a": "b"}});
+        let vm = client.good("vm_spawn", request.clone());
+        assert_eq!((&vm["status"], &vm["labels"]["a"]), (&"running".into(), &"b".into()));
+        assert!(vm["expires_at"].is_string() && vm["timings"]["total_ms"].is_number(), "{vm}");
+        // The same as on the command line.
+        assert_eq!(client.good("vm_ls", json!({}))["vms"][0]["id"], home.info("web")["id"]);
+        // The same request again is the same VM; another one is a conflict.
+        assert_eq!(client.good("vm_spawn", request)["id"], vm["id"]);
+        let other = client.bad("vm_spawn", json!({"name": "web", "accel": "tcg"}), "vm_exists");
+        assert_eq!(other["state"], "running");
+        let done = client.good("vm_exec", json!({"name": "web", "command": "echo out; echo err >&2; exit 3"}));
+        assert_eq!(
+            (&done["stdout"], &done["stderr"], &done["exit_code"]),
+            (&"out\n".into(), &"err\n".into(), &3.into())
+        );
+        let done = client.good("vm_exec", json!({"name": "web", "argv": ["cat"], "stdin": "in"}));
+        assert_eq!(done["stdout"], "in");
+        home.nido(["delete", "--force", "--yes", "web"]).run().ok();
+        client.bad("vm_exec", json!({"name": "web", "argv": ["true"]}), "vm_not_found");
+        let ran = client.ended().ok();
+        assert_eq!(ran.stderr, "");
+        home.expect_empty();
+    }
+}
+
+#[test]
+fn wrong_arguments_are_answers_that_name_the_field() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    for (tool, arguments, words) in [
+        ("vm_spawn", json!({"name": "Web"}), "name: 'Web' is not a VM name"),
+        ("vm_spawn", json!({"name": "web", "cpus": "two"}), "cpus: "),
+        (
+            "vm_spawn",
+            json!({"name": "web", "net": "bridge"}),
+            "net: unknown variant `bridge`, expected `nat` or `none`",
+        ),
+        ("vm_spawn", json!({"name": "web", "colour": "red"}), "colour: unknown field"),
+        ("vm_spawn", json!({"name": "web", "start": false}), "start: there is no such argument"),
+        ("vm_create", json!({"name": "web", "lease": "0123456789abcdef"}), "lease: unknown field"),
+        ("vm_exec", json!({"argv": ["true"]}), "name: it is missing"),
+        ("vm_exec", json!({"name": "web"}), "argv: there is no command"),
+        ("vm_exec", json!({"name": "web", "argv": ["a"], "command": "a"}), "command: argv is given as well"),
+        ("vm_ls", json!({"limit": 0}), "limit: it is 1 to 500"),
+        ("vm_ls", json!({"status": "asleep"}), "status: unknown variant `asleep`, expected one of `created`"),
+    ] {
+        let error = client.bad(tool, arguments, "spec_invalid");
+        assert!(error["message"].as_str().unwrap().starts_with(words), "{error}");
+    }
+    // What is no tool is no call.
+    let answer = client.ask("tools/call", json!({"name": "vm_fly", "arguments": {}}));
+    assert_eq!(answer["error"]["code"], -32602, "{answer}");
+    assert!(home.names().is_empty());
+}
+
+#[test]
+fn every_call_is_written_down_with_who_and_how() {
+    let home = Home::new();
+    let mut client = Client::with(&home, Era::Legacy, &["--exclude-tools", "vm_delete"], json!({}));
+    client.good("vm_spawn", json!({"name": "web", "accel": "tcg"}));
+    client.good("vm_exec", json!({"name": "web", "argv": ["false"], "stdin": "secret"}));
+    client.good("vm_ls", json!({}));
+    let path = home.scratch("file");
+    client.good("vm_upload", json!({"name": "web", "path": path, "content_base64": "c2VjcmV0"}));
+    client.bad("vm_delete", json!({"name": "web"}), "denied");
+    assert!(!client.tools().contains_key("vm_delete"));
+    drop(client);
+    let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+    let line = |at: usize| {
+        let line = &log["records"][at];
+        let text = |key: &str| line[key].as_str().unwrap_or_default().to_owned();
+        (text("face"), text("tool"), text("stage"), text("result"), text("reason"))
+    };
+    let is = |tool: &str, stage: &str, result: &str, reason: &str| {
+        ("mcp".into(), tool.into(), stage.into(), result.into(), reason.into())
+    };
+    assert_eq!(line(0), is("vm_spawn", "attempt", "pending", ""));
+    assert_eq!(line(1), is("vm_spawn", "outcome", "success", ""));
+    assert_eq!(line(3), is("vm_exec", "outcome", "success", "exit_code:1"));
+    assert_eq!(line(4), is("vm_ls", "outcome", "success", ""));
+    assert_eq!(line(7), is("vm_delete", "outcome", "denied", "tool_not_offered"));
+    assert_eq!(log["records"][2]["agent"], "tests");
+    assert!(log["records"][2]["actor"].as_str().unwrap().starts_with("uid:"));
+    assert!(!log.to_string().contains("secret") && !log.to_string().contains("c2VjcmV0"));
+}
+
+#[test]
+fn a_vm_is_made_started_kept_and_taken_back_and_files_go_in_and_out() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    let request = json!({"name": "web", "accel": "tcg", "net": "none"});
+    let made = client.good("vm_create", request.clone());
+    assert_eq!(made["status"], "created");
+    assert_eq!(client.good("vm_create", request)["id"], made["id"]);
+    client.bad("vm_create", json!({"name": "web", "accel": "tcg"}), "vm_exists");
+    let stopped = client.bad("vm_exec", json!({"name": "web", "argv": ["true"]}), "vm_not_running");
+    assert_eq!((&stopped["state"], stopped["next_step"].is_string()), (&"created".into(), true));
+    assert_eq!(client.good("vm_start", json!({"name": "web"}))["status"], "running");
+    assert_eq!(client.good("vm_start", json!({"name": "web"}))["id"], made["id"]);
+    assert_eq!(client.good("vm_info", json!({"name": "web"})), home.info("web"));
+    // The fake guest's files are the host's.
+    let path = home.scratch("in/file");
+    let path = path.to_str().unwrap();
+    let copied = client.good("vm_upload", json!({"name": "web", "path": path, "content": "grün\n", "mode": "600"}));
+    assert_eq!(copied["bytes"], 6);
+    let got = client.good("vm_download", json!({"name": "web", "path": path}));
+    assert_eq!((&got["content"], &got["bytes"], got.get("content_base64")), (&"grün\n".into(), &6.into(), None));
+    client.good("vm_upload", json!({"name": "web", "path": path, "content_base64": "G1sySgA="}));
+    let got = client.good("vm_download", json!({"name": "web", "path": path}));
+    assert_eq!((got.get("content"), &got["content_base64"]), (None, &"G1sySgA=".into()), "controls are not shown");
+    client.bad("vm_download", json!({"name": "web", "path": path, "max_bytes": 4}), "limit_exceeded");
+    client.bad("vm_download", json!({"name": "web", "path": "/nowhere"}), "path_not_found");
+    for wrong in
+        [json!({"path": "a", "content": ""}), json!({"path": "/a"}), json!({"path": "/a", "content_base64": "?"})]
+    {
+        let mut wrong = wrong;
+        wrong["name"] = "web".into();
+        client.bad("vm_upload", wrong, "spec_invalid");
+    }
+    assert_eq!(client.good("vm_stop", json!({"name": "web", "force": true}))["status"], "stopped");
+    let kept = client.good("vm_snapshot", json!({"name": "web", "snapshot": "before"}));
+    assert_eq!((&kept["name"], &kept["running"]), (&"before".into(), &false.into()));
+    client.bad("vm_restore", json!({"name": "web", "snapshot": "before"}), "approval_required");
+    assert_eq!(client.good("template_list", json!({}))["templates"][0]["name"], "sandbox");
+    client.bad("template_create", json!({"name": "sandbox", "from": "web"}), "template_exists");
+}
+
+#[test]
+fn lists_come_in_pages() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    for name in ["a", "b", "c"] {
+        client.good("vm_create", json!({"name": name, "accel": "tcg", "labels": {"odd": (name != "b").to_string()}}));
+    }
+    let names = |page: &Value| {
+        let vms = page["vms"].as_array().unwrap().iter();
+        vms.map(|vm| vm["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let first = client.good("vm_ls", json!({"limit": 2}));
+    let rest = client.good("vm_ls", json!({"limit": 2, "cursor": first["next_cursor"]}));
+    assert_eq!(
+        (names(&first), names(&rest), rest.get("next_cursor")),
+        (vec!["a".into(), "b".into()], vec!["c".into()], None)
+    );
+    assert_eq!(names(&client.good("vm_ls", json!({"labels": {"odd": "true"}, "status": "created"}))), ["a", "c"]);
+}
+
+#[test]
+fn a_server_that_only_looks_offers_nothing_else() {
+    let home = Home::new();
+    let mut client = Client::with(&home, Era::Modern, &["--read-only"], json!({}));
+    assert!(client.tools().values().all(|tool| tool["annotations"]["readOnlyHint"] == true));
+    let error = client.bad("vm_spawn", json!({"name": "web"}), "denied");
+    assert!(error["message"].as_str().unwrap().contains("only looks"), "{error}");
+    assert!(home.names().is_empty());
+}
+
+#[test]
+fn cancelling_kills_the_command_and_removes_the_vm_that_was_begun() {
+    for era in Era::ALL {
+        let home = Home::new();
+        let mut client = Client::start(&home, era);
+        client.good("vm_spawn", json!({"name": "web", "accel": "tcg"}));
+        let mark = home.scratch("mark");
+        let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
+        let id = client.begin("vm_exec", json!({"name": "web", "command": command, "timeout_ms": 0}), json!({}));
+        let pid = until("the command", || {
+            let pid = std::fs::read_to_string(&mark).ok()?;
+            pid.trim().parse::<u32>().ok()
+        });
+        client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
+        until("the command's end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+        // The guest never comes to life.
+        home.qemu("no-agent");
+        let id = client.begin("vm_spawn", json!({"name": "late", "accel": "tcg"}), json!({}));
+        until("the VM that is begun", || home.names().contains(&"late".to_owned()).then_some(()));
+        client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
+        until("its end", || (!home.names().contains(&"late".to_owned())).then_some(()));
+    }
+}
+
+#[test]
+fn progress_comes_to_who_asked_for_it_and_only_grows() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    let id = client.begin("vm_spawn", json!({"name": "web", "accel": "tcg"}), json!({"progressToken": "p"}));
+    client.done("vm_spawn", id);
+    client.good("vm_exec", json!({"name": "web", "argv": ["true"]}));
+    let steps: Vec<_> = client.heard.iter().map(|message| &message["params"]).collect();
+    assert!(!steps.is_empty());
+    assert!(steps.iter().all(|step| step["progressToken"] == "p" && step["message"].is_string()), "{steps:?}");
+    let done: Vec<_> = steps.iter().map(|step| step["progress"].as_f64().unwrap()).collect();
+    assert!(done.is_sorted_by(|a, b| a < b), "{done:?}");
+}
+
+/// A VM that a person has to be asked about.
+fn kept(client: &mut Client) {
+    client.good("vm_create", json!({"name": "web", "accel": "tcg"}));
+}
+
+const FORMS: fn() -> Value = || json!({"elicitation": {}});
+
+#[test]
+fn a_client_without_forms_is_told_how_its_user_can_approve() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Legacy);
+    kept(&mut client);
+    let error = client.bad("vm_delete", json!({"name": "web"}), "approval_required");
+    let id = error["approval_id"].as_str().unwrap();
+    assert!(error["hint"].as_str().unwrap().contains(&format!("nido approve {id}")), "{error}");
+    // Not given yet; and what a model makes up is none.
+    client.bad("vm_delete", json!({"name": "web", "approval_id": id}), "approval_required");
+    client.bad("vm_delete", json!({"name": "web", "approval_id": "apr_0123456789abcdef"}), "approval_required");
+    home.nido(["approve", id]).run().ok();
+    // For exactly what was asked.
+    client.bad("vm_delete", json!({"name": "web", "approval_id": id, "force": true}), "denied");
+    client.good("vm_delete", json!({"name": "web", "approval_id": id}));
+    assert!(home.names().is_empty());
+    // For that VM, not for the next of its name.
+    kept(&mut client);
+    client.bad("vm_delete", json!({"name": "web", "approval_id": id}), "denied");
+}
+
+#[test]
+fn a_client_with_forms_asks_its_user_in_both_eras() {
+    for era in Era::ALL {
+        for (answer, goes) in [
+            (json!({"action": "decline"}), false),
+            (json!({"action": "accept", "content": {"confirm": false}}), false),
+            (json!({"action": "accept", "content": {"confirm": true}}), true),
+        ] {
+            let home = Home::new();
+            let mut client = Client::with(&home, era, &[], FORMS());
+            kept(&mut client);
+            let call = json!({"name": "vm_delete", "arguments": {"name": "web"}});
+            let result = match era {
+                Era::Legacy => {
+                    let id = client.request("tools/call", call);
+                    let asked = client.hear("elicitation/create");
+                    assert!(asked["params"]["message"].as_str().unwrap().contains("VM 'web'"), "{asked}");
+                    client.say(&json!({"jsonrpc": "2.0", "id": asked["id"], "result": answer}));
+                    client.done("vm_delete", id)
+                }
+                Era::Modern => {
+                    let asked = client.result("tools/call", call.clone());
+                    assert_eq!(asked["resultType"], "input_required", "{asked}");
+                    assert_eq!(asked["inputRequests"]["confirm"]["method"], "elicitation/create");
+                    let mut again = call;
+                    again["inputResponses"] = json!({"confirm": answer});
+                    again["requestState"] = asked["requestState"].clone();
+                    let id = client.request("tools/call", again.clone());
+                    let first = client.done("vm_delete", id);
+                    if goes {
+                        // Used up: for another VM of that name it is good for nothing.
+                        kept(&mut client);
+                        let id = client.request("tools/call", again);
+                        assert_eq!(client.done("vm_delete", id)["isError"], true);
+                        home.nido(["delete", "--yes", "web"]).run().ok();
+                    }
+                    first
+                }
+            };
+            assert_eq!(result["isError"], !goes, "{result}");
+            assert_eq!(home.names().is_empty(), goes, "{era:?} {result}");
+        }
+    }
+}
+
+#[test]
+fn ones_own_throw_away_vms_and_policies_without_confirmation_are_not_asked_about() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    client.good("vm_spawn", json!({"name": "own", "accel": "tcg", "ephemeral": true}));
+    client.good("vm_delete", json!({"name": "own", "force": true}));
+    home.nido(["create", "other", "--ephemeral"]).run().ok();
+    client.bad("vm_delete", json!({"name": "other"}), "approval_required");
+    drop(client);
+    let mut client = Client::with(&home, Era::Modern, &["--confirm", "never"], json!({}));
+    client.good("vm_delete", json!({"name": "other"}));
+    drop(client);
+    let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+    let reasons: Vec<_> = log["records"].as_array().unwrap().iter().filter(|r| r["tool"] == "vm_delete").collect();
+    let reasons: Vec<_> = reasons.iter().filter_map(|record| record["reason"].as_str()).collect();
+    assert_eq!(reasons, ["own_ephemeral", "approval_required", "confirm_never"]);
+}
+
+#[test]
+fn a_policy_says_which_commands_run_and_what_is_refused_is_written_down() {
+    let home = Home::new();
+    let policy = home.scratch("policy.toml");
+    std::fs::write(&policy, "[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n").unwrap();
+    let mut client = Client::with(&home, Era::Legacy, &["--policy", policy.to_str().unwrap()], json!({}));
+    client.good("vm_spawn", json!({"name": "web", "accel": "tcg"}));
+    assert_eq!(client.good("vm_exec", json!({"name": "web", "argv": ["echo", "hi"]}))["stdout"], "hi\n");
+    client.bad("vm_exec", json!({"name": "web", "argv": ["cat", "/etc/shadow"]}), "denied");
+    client.bad("vm_exec", json!({"name": "web", "command": "echo hi"}), "denied");
+    drop(client);
+    let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+    let denied = log["records"].as_array().unwrap().iter().filter(|r| r["result"] == "denied");
+    assert_eq!(denied.map(|r| r["reason"].as_str().unwrap()).collect::<Vec<_>>(), ["not_in_allowlist"; 2]);
+}
+
+#[test]
+fn what_lasts_becomes_a_job_that_can_be_waited_for_and_cancelled() {
+    let home = Home::new();
+    let mut client = Client::with(&home, Era::Modern, &["--answer-within", "200ms"], json!({}));
+    home.spawn("web");
+    let go = home.scratch("go");
+    let command = format!("until [ -e {} ]; do sleep 0.05; done; echo went", go.display());
+    let begun = client.good("vm_exec", json!({"name": "web", "command": command}));
+    assert_eq!(begun["status"], "running");
+    let id = begun["job_id"].as_str().unwrap();
+    assert_eq!(client.good("job_get", json!({"job_id": id}))["state"], "running");
+    std::fs::write(&go, "").unwrap();
+    let job = client.good("job_get", json!({"job_id": id, "wait_ms": 30_000}));
+    assert_eq!(
+        (&job["state"], &job["result"]["stdout"], &job["tool"]),
+        (&"done".into(), &"went\n".into(), &"vm_exec".into())
+    );
+    // Cancelled, it is killed.
+    let mark = home.scratch("mark");
+    let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
+    let begun = client.good("vm_exec", json!({"name": "web", "command": command, "timeout_ms": 0}));
+    let pid: u32 = std::fs::read_to_string(&mark).unwrap().trim().parse().unwrap();
+    client.good("job_cancel", json!({"job_id": begun["job_id"]}));
+    let job = client.good("job_get", json!({"job_id": begun["job_id"], "wait_ms": 30_000}));
+    assert_eq!(job["state"], "cancelled");
+    until("the command's end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+    client.bad("job_get", json!({"job_id": "job_0123456789abcdef"}), "job_not_found");
+    // What a server carried out ends with it.
+    let begun = client.good("vm_exec", json!({"name": "web", "argv": ["sleep", "1000"], "timeout_ms": 0}));
+    drop(client);
+    let mut client = Client::start(&home, Era::Modern);
+    assert_eq!(client.good("job_get", json!({"job_id": begun["job_id"]}))["state"], "cancelled");
+}
+
+#[test]
+fn long_output_is_cut_in_the_answer_and_whole_as_a_resource() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    home.spawn("web");
+    let command = "printf '\\033[2Jfirst\\n'; i=0; while [ $i -lt 20000 ]; do echo $i; i=$((i+1)); done; echo last";
+    let id = client.begin("vm_exec", json!({"name": "web", "command": command}), json!({}));
+    let result = client.done("vm_exec", id);
+    let answer = &result["structuredContent"];
+    let text = answer["stdout"].as_str().unwrap();
+    assert!(text.len() <= 32 << 10 && text.starts_with("first\n0\n") && text.ends_with("\nlast\n"), "{text}");
+    assert!(text.contains("bytes left out") && answer["truncated"] == json!({"stdout": true, "stderr": false}));
+    let uri = answer["full_output"][0].as_str().unwrap();
+    assert!(
+        result["content"].as_array().unwrap().iter().any(|part| part["type"] == "resource_link" && part["uri"] == uri)
+    );
+    let whole = client.result("resources/read", json!({"uri": uri}));
+    let whole = whole["contents"][0]["text"].as_str().unwrap();
+    assert!(whole.lines().count() == 20_002 && !whole.contains('\u{1b}'));
+    let listed = client.result("resources/list", json!({}));
+    assert!(listed["resources"].as_array().unwrap().iter().any(|one| one["uri"] == uri));
+}
+
+#[test]
+fn resources_are_read_and_completed_and_prompts_are_filled_in() {
+    for era in Era::ALL {
+        let home = Home::new();
+        let mut client = Client::start(&home, era);
+        home.spawn("web");
+        let read = |client: &mut Client, uri: &str| {
+            let result = client.result("resources/read", json!({"uri": uri}));
+            result["contents"][0]["text"].as_str().unwrap().to_owned()
+        };
+        let vms: Value = serde_json::from_str(&read(&mut client, "vmops://vms")).unwrap();
+        assert_eq!(vms["vms"][0]["name"], "web");
+        let templates: Value = serde_json::from_str(&read(&mut client, "vmops://templates")).unwrap();
+        assert_eq!(templates["templates"][0]["name"], "sandbox");
+        read(&mut client, "vmops://vm/web/logs");
+        for wrong in ["vmops://vm/nobody/logs", "vmops://vm/../logs", "file:///etc/passwd", "vmops://output/0"] {
+            let answer = client.ask("resources/read", json!({"uri": wrong}));
+            let code = if era == Era::Legacy { -32002 } else { -32602 };
+            assert_eq!(answer["error"]["code"], code, "{answer}");
+        }
+        let kinds = client.result("resources/templates/list", json!({}));
+        assert_eq!(kinds["resourceTemplates"][0]["uriTemplate"], "vmops://vm/{name}/logs");
+        let mut complete = |of: Value, name: &str, value: &str| {
+            let asked = json!({"ref": of, "argument": {"name": name, "value": value}});
+            client.result("completion/complete", asked)["completion"]["values"].clone()
+        };
+        let of_logs = json!({"type": "ref/resource", "uri": "vmops://vm/{name}/logs"});
+        assert_eq!(complete(of_logs.clone(), "name", "w"), json!(["web"]));
+        assert_eq!(complete(of_logs, "name", "x"), json!([]));
+        assert_eq!(
+            complete(json!({"type": "ref/prompt", "name": "quick_sandbox"}), "template", ""),
+            json!(["sandbox"])
+        );
+        let prompts = client.result("prompts/list", json!({}));
+        assert_eq!(prompts["prompts"].as_array().unwrap().len(), 2);
+        let asked = json!({"name": "quick_sandbox", "arguments": {"task": "count to ten"}});
+        let filled = client.result("prompts/get", asked);
+        assert!(filled["messages"][0]["content"]["text"].as_str().unwrap().contains("count to ten"), "{filled}");
+        let answer = client.ask("prompts/get", json!({"name": "quick_sandbox"}));
+        assert_eq!(answer["error"]["code"], -32602, "{answer}");
+    }
+}
+
+#[test]
+fn who_wants_to_know_is_told_what_happens_in_both_eras() {
+    for era in Era::ALL {
+        let home = Home::new();
+        let mut client = Client::start(&home, era);
+        match era {
+            Era::Legacy => drop(client.result("resources/subscribe", json!({"uri": "vmops://vms"}))),
+            Era::Modern => {
+                let wanted = json!({"resourcesListChanged": true, "resourceSubscriptions": ["vmops://vms"]});
+                client.request("subscriptions/listen", json!({"notifications": wanted}));
+                client.hear("notifications/subscriptions/acknowledged");
+            }
+        }
+        home.nido(["create", "web"]).run().ok();
+        assert_eq!(client.hear("notifications/resources/updated")["params"]["uri"], "vmops://vms");
+        client.hear("notifications/resources/list_changed");
+        // It does not keep the server from ending.
+        client.ended().ok();
+    }
+}
+
+#[test]
+fn files_of_the_host_are_those_below_directories_that_are_allowed() {
+    let home = Home::new();
+    let place = home.scratch("place");
+    std::fs::create_dir(&place).unwrap();
+    std::fs::write(place.join("in"), "in").unwrap();
+    std::fs::write(home.scratch("secret"), "secret").unwrap();
+    std::os::unix::fs::symlink("../secret", place.join("link")).unwrap();
+    let policy = home.scratch("policy.toml");
+    std::fs::write(&policy, format!("roots = [{place:?}]\n")).unwrap();
+    let mut client = Client::with(&home, Era::Modern, &["--policy", policy.to_str().unwrap()], json!({}));
+    home.spawn("web");
+    let guest = home.scratch("guest-file");
+    let guest = guest.to_str().unwrap();
+    client.good("vm_upload", json!({"name": "web", "path": guest, "source": "in"}));
+    let out = client.good("vm_download", json!({"name": "web", "path": guest, "destination": "out"}));
+    assert_eq!(std::fs::read_to_string(out["path"].as_str().unwrap()).unwrap(), "in");
+    client.bad("vm_download", json!({"name": "web", "path": guest, "destination": "out"}), "path_exists");
+    client.good("vm_download", json!({"name": "web", "path": guest, "destination": "out", "overwrite": true}));
+    for outside in ["../secret", "link", "/etc/passwd"] {
+        client.bad("vm_upload", json!({"name": "web", "path": guest, "source": outside}), "denied");
+    }
+    client.bad("vm_download", json!({"name": "web", "path": guest, "destination": "../x"}), "denied");
+    drop(client);
+    let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+    assert!(log["records"].as_array().unwrap().iter().any(|r| r["reason"] == "not_in_roots"));
+}
+
+#[test]
+fn clients_are_told_how_to_start_it_and_keep_what_they_knew() {
+    let home = Home::new();
+    let file = home.scratch("client.json");
+    let path = file.to_str().unwrap();
+    let install = |arguments: &[&str]| {
+        let nido = home.nido(["mcp-server", "install", "--file", path]);
+        arguments.iter().fold(nido, |nido, argument| nido.arg(*argument)).run()
+    };
+    for (client, key) in [
+        ("claude-desktop", "mcpServers"),
+        ("claude-code", "mcpServers"),
+        ("cursor", "mcpServers"),
+        ("vscode", "servers"),
+    ] {
+        let entry = install(&["--client", client, "--", "--read-only"]).ok().json()[key]["nido"].clone();
+        assert!(std::path::Path::new(entry["command"].as_str().unwrap()).is_absolute());
+        assert_eq!(entry["args"], json!(["mcp-server", "start", "--read-only"]));
+        assert_eq!(entry["env"]["NIDO_HOME"], home.path().to_str().unwrap());
+    }
+    assert!(!file.exists());
+    std::fs::write(&file, r#"{"other": 1, "mcpServers": {"x": {}}}"#).unwrap();
+    for _ in 0..2 {
+        install(&["--client", "cursor", "--write"]).ok();
+        let now: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+        assert_eq!((&now["other"], &now["mcpServers"]["x"]), (&1.into(), &json!({})));
+        assert_eq!(now["mcpServers"]["nido"]["args"], json!(["mcp-server", "start"]));
+    }
+    std::fs::write(&file, "// comment").unwrap();
+    install(&["--client", "vscode", "--write", "--json"]).fails(2, "spec_invalid");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "// comment");
+}
+
+#[test]
+fn lines_that_are_no_messages_are_answered_and_nothing_else_is_said() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Legacy);
+    client.say(&json!("no message"));
+    client.say(&json!({"jsonrpc": "2.0", "id": 77, "method": "no/such/method"}));
+    assert_eq!(client.answer(77)["error"]["code"], -32601);
+    client.good("vm_ls", json!({}));
+    client.ended().ok();
+    // Somebody who says something else from the beginning.
+    let ran = home.nido(["mcp-server", "start", "--json"]).input("GET / HTTP/1.1\r\n\r\n").run();
+    assert!(ran.text().lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{}", ran.text());
+}

@@ -1,0 +1,195 @@
+//! The MCP server over HTTP: who may call, what they may, and that the REST server's guard is in front of it.
+
+use serde_json::{Value, json};
+
+use crate::support::http::{Answer, Server};
+use crate::support::{Home, until};
+
+const VERSION: &str = "2026-07-28";
+
+/// A request as clients without sessions send it.
+fn body(method: &str, name: Option<&str>, arguments: Value) -> String {
+    let mut params = json!({ "_meta": {
+        "io.modelcontextprotocol/protocolVersion": VERSION,
+        "io.modelcontextprotocol/clientInfo": { "name": "tests", "version": "1" },
+        "io.modelcontextprotocol/clientCapabilities": {},
+    }});
+    if let Some(name) = name {
+        params["name"] = name.into();
+        params["arguments"] = arguments;
+    }
+    json!({ "jsonrpc": "2.0", "id": 1, "method": method, "params": params }).to_string()
+}
+
+fn headers<'a>(method: &'a str, name: Option<&'a str>) -> Vec<(&'a str, &'a str)> {
+    let mut headers = vec![
+        ("content-type", "application/json"),
+        ("accept", "application/json, text/event-stream"),
+        ("mcp-protocol-version", VERSION),
+        ("mcp-method", method),
+    ];
+    headers.extend(name.map(|name| ("mcp-name", name)));
+    headers
+}
+
+/// The result in an answer, which may be a stream of one message.
+fn result(answer: &Answer) -> Value {
+    let text = String::from_utf8(answer.body.clone()).unwrap();
+    assert_eq!(answer.status, 200, "{text}");
+    let message = text.lines().filter_map(|line| line.strip_prefix("data: ")).next_back().unwrap_or(&text).to_owned();
+    let message: Value = serde_json::from_str(&message).unwrap_or_else(|e| panic!("{e}: {text}"));
+    assert!(message.get("error").is_none(), "{message}");
+    message["result"].clone()
+}
+
+fn call(server: &Server, token: &str, tool: &str, arguments: Value) -> Value {
+    let bearer = format!("Bearer {token}");
+    let mut headers = headers("tools/call", Some(tool));
+    headers.push(("authorization", &bearer));
+    result(&server.plain("POST", "/mcp", &headers, body("tools/call", Some(tool), arguments).as_bytes()))
+}
+
+fn token(home: &Home, scope: &str) -> String {
+    let made = home.nido(["token", "create", "--name", scope, "--scope", scope, "--json"]).run().ok().json();
+    made["token"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn tokens_say_which_tools_there_are_and_the_log_says_whose_they_were() {
+    let home = Home::new();
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let (read, run) = (token(&home, "read"), token(&home, "run"));
+    let tools = |token: &str| {
+        let bearer = format!("Bearer {token}");
+        let mut headers = headers("tools/list", None);
+        headers.push(("authorization", &bearer));
+        let list = result(&server.plain("POST", "/mcp", &headers, body("tools/list", None, json!(null)).as_bytes()));
+        list["tools"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|tool| tool["name"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(tools(&read), ["vm_ls", "vm_info", "template_list", "job_get"]);
+    assert!(tools(&run).contains(&"vm_exec".into()) && !tools(&run).contains(&"template_create".into()));
+    assert_eq!(tools(server.token()).len(), 16);
+    let denied = call(&server, &read, "vm_spawn", json!({"name": "web"}));
+    assert_eq!((&denied["isError"], &denied["structuredContent"]["error"]["code"]), (&true.into(), &"denied".into()));
+    let vm = call(&server, &run, "vm_spawn", json!({"name": "web", "accel": "tcg"}));
+    assert_eq!(vm["structuredContent"]["status"], "running");
+    // Files of the host are nobody's business over the network.
+    let upload = json!({"name": "web", "path": "/x", "source": "/etc/passwd"});
+    assert_eq!(call(&server, &run, "vm_upload", upload)["structuredContent"]["error"]["code"], "denied");
+    let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+    let lines: Vec<_> = log["records"].as_array().unwrap().iter().filter(|line| line["tool"] == "vm_spawn").collect();
+    assert_eq!((&lines[0]["actor"], &lines[0]["reason"]), (&"token:read".into(), &"scope".into()));
+    assert_eq!((&lines[1]["actor"], &lines[1]["agent"]), (&"token:run".into(), &"tests".into()));
+}
+
+#[test]
+fn the_same_guard_is_in_front() {
+    let home = Home::new();
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let bearer = format!("Bearer {}", server.token());
+    let list = body("tools/list", None, json!(null));
+    let ask = |more: &[(&'static str, &str)]| {
+        let mut headers = headers("tools/list", None);
+        headers.extend_from_slice(more);
+        server.plain("POST", "/mcp", &headers, list.as_bytes())
+    };
+    ask(&[]).problem(401, "unauthorized");
+    ask(&[("authorization", "Bearer x")]).problem(401, "unauthorized");
+    ask(&[("authorization", &bearer), ("host", "evil.example")]).problem(403, "denied");
+    ask(&[("authorization", &bearer), ("origin", "http://evil.example")]).problem(403, "denied");
+    result(&ask(&[("authorization", &bearer)]));
+    server.get("/v1/vms").problem(404, "route_not_found");
+    // Other machines are never let in without a token.
+    for flags in [&["--no-token", "--allow-remote", "--insecure-http"][..], &["--no-token", "--socket", "/nowhere/s"]] {
+        let start = home.nido(["mcp-server", "start", "--transport", "http", "--json"]);
+        flags.iter().fold(start, |nido, flag| nido.arg(*flag)).run().fails(1, "denied");
+    }
+    home.nido(["mcp-server", "start", "--port", "0", "--json"]).run().fails(2, "spec_invalid");
+}
+
+#[test]
+fn without_a_token_it_is_this_machine_s_only_and_both_can_be_served_at_once() {
+    let home = Home::new();
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--no-token"]);
+    let list = body("tools/list", None, json!(null));
+    result(&server.plain("POST", "/mcp", &headers("tools/list", None), list.as_bytes()));
+    drop(server);
+    home.nido(["token", "revoke", "tests"]).run().ok();
+    let server = Server::with(&home, &["--mcp"]);
+    call(&server, server.token(), "vm_ls", json!({}));
+    server.get("/v1/vms").ok(200);
+}
+
+#[test]
+fn hanging_up_kills_the_command() {
+    let home = Home::new();
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    home.spawn("web");
+    let mark = home.scratch("mark");
+    let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
+    let asked = body("tools/call", Some("vm_exec"), json!({"name": "web", "command": command, "timeout_ms": 0}));
+    let bearer = format!("Bearer {}", server.token());
+    let mut headers = headers("tools/call", Some("vm_exec"));
+    headers.push(("authorization", &bearer));
+    let stream = server.unread("POST", "/mcp", &headers, asked.as_bytes());
+    let pid: u32 = until("the command", || std::fs::read_to_string(&mark).ok()?.trim().parse().ok());
+    drop(stream);
+    until("its end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+}
+
+#[test]
+fn sessions_of_clients_with_initialize_work_over_http() {
+    let home = Home::new();
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let bearer = format!("Bearer {}", server.token());
+    let usual = [
+        ("content-type", "application/json"),
+        ("accept", "application/json, text/event-stream"),
+        ("authorization", bearer.as_str()),
+    ];
+    let hello = json!({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+        "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}});
+    let begun = server.plain("POST", "/mcp", &usual, hello.to_string().as_bytes());
+    let session = begun.header("mcp-session-id").to_owned();
+    assert_eq!(result(&begun)["protocolVersion"], "2025-11-25");
+    let with_session =
+        [&usual[..], &[("mcp-session-id", session.as_str()), ("mcp-protocol-version", "2025-11-25")]].concat();
+    let ready = json!({"jsonrpc": "2.0", "method": "notifications/initialized"});
+    assert_eq!(server.plain("POST", "/mcp", &with_session, ready.to_string().as_bytes()).status, 202);
+    let asked =
+        json!({"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "vm_ls", "arguments": {}}});
+    let answer = server.plain("POST", "/mcp", &with_session, asked.to_string().as_bytes());
+    assert_eq!(result(&answer)["structuredContent"], json!({"vms": []}));
+    assert!(matches!(server.plain("DELETE", "/mcp", &with_session, b"").status, 200 | 202 | 204));
+    assert_eq!(server.plain("POST", "/mcp", &with_session, asked.to_string().as_bytes()).status, 404);
+}
+
+#[test]
+fn there_is_an_end_to_sessions() {
+    let home = Home::new();
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let bearer = format!("Bearer {}", server.token());
+    let hello = json!({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+        "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}});
+    let usual = [
+        ("content-type", "application/json"),
+        ("accept", "application/json, text/event-stream"),
+        ("authorization", bearer.as_str()),
+    ];
+    let begin = || server.plain("POST", "/mcp", &usual, hello.to_string().as_bytes());
+    let session = begin().header("mcp-session-id").to_owned();
+    for _ in 1..256 {
+        assert_eq!(begin().status, 200);
+    }
+    begin().problem(429, "rate_limited");
+    // Clients without sessions are served all the same, and one that ends makes room.
+    call(&server, server.token(), "vm_ls", json!({}));
+    let with_session = [&usual[..], &[("mcp-session-id", session.as_str())]].concat();
+    server.plain("DELETE", "/mcp", &with_session, b"");
+    until("room", || (begin().status == 200).then_some(()));
+}
