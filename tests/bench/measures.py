@@ -11,6 +11,7 @@ import tempfile
 import bare
 import forks
 import kvm
+import mcp
 import others
 import rest
 import webhooks
@@ -262,4 +263,4 @@ def lists(bench):
 
 # Memory comes first: what several nido processes share is nobody's own, so no other VM should run then.
 ALL = {"memory": memory, "spawn": spawn, **forks.ALL, "exec": execs, "copy": copies, "ls": lists, "rest": rest.rest, "webhooks": webhooks.webhooks,
-       "others": others.others, **kvm.ALL}
+       **mcp.ALL, "others": others.others, **kvm.ALL}
