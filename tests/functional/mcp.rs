@@ -356,6 +356,7 @@ fn long_output_is_cut_in_the_answer_and_whole_as_a_resource() {
     let text = answer["stdout"].as_str().unwrap();
     assert!(text.len() <= 32 << 10 && text.starts_with("first\n0\n") && text.ends_with("\nlast\n"), "{text}");
     assert!(text.contains("bytes left out") && answer["truncated"] == json!({"stdout": true, "stderr": false}));
+    assert_eq!(answer["altered"], json!({"stdout": true, "stderr": false}), "{answer}");
     let uri = answer["full_output"][0].as_str().unwrap();
     assert!(
         result["content"].as_array().unwrap().iter().any(|part| part["type"] == "resource_link" && part["uri"] == uri)
