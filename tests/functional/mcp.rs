@@ -387,6 +387,7 @@ fn resources_are_read_and_completed_and_prompts_are_filled_in() {
             let answer = client.ask("resources/read", json!({"uri": wrong}));
             let code = if era == Era::Legacy { -32002 } else { -32602 };
             assert_eq!(answer["error"]["code"], code, "{answer}");
+            assert_eq!(answer["error"]["data"]["uri"], wrong, "{answer}");
         }
         let kinds = client.result("resources/templates/list", json!({}));
         assert_eq!(kinds["resourceTemplates"][0]["uriTemplate"], "vmops://vm/{name}/logs");
