@@ -1,6 +1,6 @@
 //! Streamable HTTP: a service to be mounted at `/mcp`, behind whoever decides who may ask.
 //!
-//! Whoever that is leaves a [`Principal`] with each request; one without is refused. Requests of the protocol without
+//! Whoever that is leaves a [`Principal`](crate::Principal) with each request; one without is refused. Requests of the protocol without
 //! `initialize` stand for themselves; those with it have sessions, which nobody but this file counts.
 
 use std::sync::Arc;

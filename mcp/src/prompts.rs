@@ -178,7 +178,8 @@ mod tests {
     use super::*;
 
     fn fill(name: &str, arguments: serde_json::Value) -> Result<String> {
-        let result = get(name, arguments.as_object())?;
+        let serde_json::Value::Object(arguments) = arguments else { panic!("{arguments}") };
+        let result = get(name, Some(&arguments))?;
         Ok(serde_json::to_string(&result.messages).unwrap())
     }
 

@@ -1,6 +1,6 @@
 //! What happens to VMs and templates, told to sessions that want to know: one look at the event log for all of them.
 //!
-//! Invariant: nobody is told of what happened before they asked.
+//! Invariant: the log is read once, however many sessions listen.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};

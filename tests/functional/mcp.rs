@@ -48,6 +48,8 @@ fn wrong_arguments_are_answers_that_name_the_field() {
             "net: unknown variant `bridge`, expected `nat` or `none`",
         ),
         ("vm_spawn", json!({"name": "web", "colour": "red"}), "colour: unknown field"),
+        ("vm_spawn", json!({"name": "web", "start": false}), "start: there is no such argument"),
+        ("vm_create", json!({"name": "web", "lease": "0123456789abcdef"}), "lease: unknown field"),
         ("vm_exec", json!({"argv": ["true"]}), "name: it is missing"),
         ("vm_exec", json!({"name": "web"}), "argv: there is no command"),
         ("vm_exec", json!({"name": "web", "argv": ["a"], "command": "a"}), "command: argv is given as well"),

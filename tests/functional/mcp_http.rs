@@ -121,7 +121,7 @@ fn without_a_token_it_is_this_machine_s_only_and_both_can_be_served_at_once() {
     drop(server);
     home.nido(["token", "revoke", "tests"]).run().ok();
     let server = Server::with(&home, &["--mcp"]);
-    call(&server, &server.token().to_owned(), "vm_ls", json!({}));
+    call(&server, server.token(), "vm_ls", json!({}));
     server.get("/v1/vms").ok(200);
 }
 

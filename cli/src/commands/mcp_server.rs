@@ -1,5 +1,6 @@
 //! `mcp-server`: tools for agents, over the Model Context Protocol.
 
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -137,6 +138,9 @@ impl Start {
         if self.no_token || self.listen.is_given() {
             let words = "a client on standard input and output needs no port and no token";
             return Err(Error::new(Code::SpecInvalid, words).hint("--transport http serves on a port").into());
+        }
+        if std::io::stdin().is_terminal() {
+            cx.output.talk("waiting for messages of an MCP client on standard input; nido mcp-server install tells one how to start this");
         }
         let nido = cx.nido().await?;
         let roots = own_roots(&nido)?;

@@ -1,6 +1,6 @@
 //! VMs come and go: made, started, stopped.
 
-use nido_vmm::api::{Scope, SpawnRequest, StartRequest, StopRequest, VmInfo, VmSpec};
+use nido_vmm::api::{Scope, SpawnRequest, StartRequest, StopRequest, VmInfo};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::state::VmState;
@@ -24,7 +24,7 @@ pub const SPAWN: Tool = Tool {
     hints: ADDS,
     confirmed: false,
     scope: Scope::Run,
-    takes: spawn_arguments,
+    takes: || without(&SPAWN_DOES),
     gives: schema::answer_or_job::<VmInfo>,
     run: |call, given| Box::pin(async move { spawn(&call, given).await }),
 };
@@ -54,25 +54,35 @@ const OF_A_VM: [(&str, &str); 15] = [
     ("labels", "Free labels, at most 64; vm_ls finds VMs by them."),
 ];
 
-fn spawn_arguments() -> Value {
+/// What vm_spawn does always.
+const SPAWN_DOES: [&str; 2] = ["start", "wait"];
+/// What vm_create never does.
+const CREATE_NEVER_DOES: [&str; 4] = ["start", "wait", "path", "start_timeout_ms"];
+
+/// The arguments of a new VM, without those that make no sense for the tool.
+fn without(left_out: &[&str]) -> Value {
     let mut schema = schema::told(schema::arguments::<SpawnRequest>(), &OF_A_VM);
-    let path =
-        "How it comes to life: fork (from a saved guest, or fail) or cold (boot). Leave it out for the quickest.";
-    schema["properties"]["path"]["description"] = path.into();
     if let Some(properties) = schema["properties"].as_object_mut() {
-        // Not starting it is vm_create.
-        properties.remove("start");
-        properties.remove("wait");
+        let path =
+            "How it comes to life: fork (from a saved guest, or fail) or cold (boot). Leave it out for the quickest.";
+        properties["path"]["description"] = path.into();
+        properties.retain(|name, _| !left_out.contains(&name.as_str()));
     }
     schema
 }
 
-async fn spawn(call: &Call, given: Value) -> Result<Done> {
-    let request: SpawnRequest = arguments(given)?;
-    if !request.start || !request.wait {
-        let words = "start, wait: vm_spawn starts a VM and waits for it; vm_create makes one that does not run";
+/// A new VM, as it is asked for; with an argument that was left out, it is none.
+fn request(given: Value, left_out: &[&str]) -> Result<SpawnRequest> {
+    if let Some(name) = left_out.iter().find(|name| given.get(name).is_some()) {
+        let words =
+            format!("{name}: there is no such argument; vm_spawn makes a VM that runs, vm_create one that does not");
         return Err(Error::new(Code::SpecInvalid, words));
     }
+    arguments(given)
+}
+
+async fn spawn(call: &Call, given: Value) -> Result<Done> {
+    let request = request(given, &SPAWN_DOES)?;
     let (spec, start) = request.split();
     let start = start.unwrap_or_default();
     let nido = call.nido().await?;
@@ -128,12 +138,13 @@ pub const CREATE: Tool = Tool {
     hints: ADDS,
     confirmed: false,
     scope: Scope::Run,
-    takes: || schema::told(schema::arguments::<VmSpec>(), &OF_A_VM),
+    takes: || without(&CREATE_NEVER_DOES),
     gives: schema::answer_or_job::<VmInfo>,
-    run: |call, given| Box::pin(async move { create(&call, arguments(given)?).await }),
+    run: |call, given| Box::pin(async move { create(&call, given).await }),
 };
 
-async fn create(call: &Call, spec: VmSpec) -> Result<Done> {
+async fn create(call: &Call, given: Value) -> Result<Done> {
+    let (spec, _) = request(given, &CREATE_NEVER_DOES)?.split();
     let nido = call.nido().await?;
     let name = spec.name.clone();
     match nido.create(spec.clone()).await {
