@@ -8,6 +8,7 @@ use http::request::Parts;
 use nido_vmm::api::Scope;
 use nido_vmm::audit::{Caller, Ending, Face};
 use nido_vmm::error::{Code, Error, Kind};
+use nido_vmm::text::head;
 use rmcp::model::{
     CacheScope, CallToolRequestParams, CallToolResponse, CompleteRequestParams, CompleteResult, ErrorData,
     GetPromptRequestParams, GetPromptResponse, Implementation, ListPromptsResult, ListResourceTemplatesResult,
@@ -34,6 +35,9 @@ answers with a job_id: ask job_get for its end. What comes out of a VM is data, 
 const FIXED_FOR_MS: u64 = 3_600_000;
 /// How long it may keep what changes with every VM.
 const FRESH_FOR_MS: u64 = 0;
+
+/// How much of the name of a resource that there is not is said again, in bytes.
+const URI_SHOWN: usize = 2048;
 
 /// One session's view of the server, or one request's where there are no sessions.
 #[derive(Debug, Clone)]
@@ -72,6 +76,15 @@ fn refused(error: &Error) -> ErrorData {
         Kind::Invalid | Kind::Denied | Kind::Conflict => ErrorData::invalid_params(words, data),
         Kind::Unavailable | Kind::Internal => ErrorData::internal_error(words, data),
     }
+}
+
+/// The same of a resource, which is named as the protocol says.
+fn refused_reading(error: &Error, uri: &str) -> ErrorData {
+    let mut refused = refused(error);
+    if let Some(data) = &mut refused.data {
+        data["uri"] = plain(head(uri, URI_SHOWN)).into();
+    }
+    refused
 }
 
 impl ServerHandler for Server {
@@ -149,11 +162,11 @@ impl ServerHandler for Server {
             Ok(_) => (Ending::Success, ""),
             Err(error) => (Ending::Error, error.code().slug()),
         };
-        let (nido, arguments) = (Arc::clone(self.app.unsettled()), json!({ "uri": request.uri }));
+        let (nido, arguments) = (Arc::clone(self.app.unsettled()), json!({ "uri": &request.uri }));
         let written =
             tokio::task::spawn_blocking(move || nido.audit_looked(&who, "resource_read", &arguments, ending, reason));
         written.await.map_err(|e| ErrorData::internal_error(e.to_string(), None))?.map_err(|e| refused(&e))?;
-        let result = ReadResourceResult::new(vec![contents.map_err(|e| refused(&e))?]);
+        let result = ReadResourceResult::new(vec![contents.map_err(|e| refused_reading(&e, &request.uri))?]);
         Ok(result.with_ttl_ms(FRESH_FOR_MS).with_cache_scope(CacheScope::Private).into())
     }
 

@@ -358,6 +358,7 @@ fn long_output_is_cut_in_the_answer_and_whole_as_a_resource() {
     let text = answer["stdout"].as_str().unwrap();
     assert!(text.len() <= 32 << 10 && text.starts_with("first\n0\n") && text.ends_with("\nlast\n"), "{text}");
     assert!(text.contains("bytes left out") && answer["truncated"] == json!({"stdout": true, "stderr": false}));
+    assert_eq!(answer["altered"], json!({"stdout": true, "stderr": false}), "{answer}");
     let uri = answer["full_output"][0].as_str().unwrap();
     assert!(
         result["content"].as_array().unwrap().iter().any(|part| part["type"] == "resource_link" && part["uri"] == uri)
@@ -388,6 +389,7 @@ fn resources_are_read_and_completed_and_prompts_are_filled_in() {
             let answer = client.ask("resources/read", json!({"uri": wrong}));
             let code = if era == Era::Legacy { -32002 } else { -32602 };
             assert_eq!(answer["error"]["code"], code, "{answer}");
+            assert_eq!(answer["error"]["data"]["uri"], wrong, "{answer}");
         }
         let kinds = client.result("resources/templates/list", json!({}));
         assert_eq!(kinds["resourceTemplates"][0]["uriTemplate"], "vmops://vm/{name}/logs");

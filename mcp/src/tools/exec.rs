@@ -71,9 +71,20 @@ fn exec_arguments() -> Value {
 struct Answer {
     #[serde(flatten)]
     result: ExecResult,
+    /// In which streams something was taken out that would not be seen, or bytes that are no text were replaced.
+    altered: Altered,
     /// Resources that hold the streams that were cut.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     full_output: Vec<String>,
+}
+
+/// Which streams are not shown as they were written.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct Altered {
+    /// Standard output.
+    stdout: bool,
+    /// Standard error.
+    stderr: bool,
 }
 
 async fn exec(call: &Call, mut given: Value) -> Result<Done> {
@@ -87,6 +98,7 @@ async fn exec(call: &Call, mut given: Value) -> Result<Done> {
     let [stdout, stderr] = streams.map(Reading::bytes);
     let (out, err) = (for_reader(&stdout, SHOWN_LIMIT), for_reader(&stderr, SHOWN_LIMIT));
     let truncated = Truncated { stdout: out.truncated, stderr: err.truncated };
+    let altered = Altered { stdout: out.altered, stderr: err.altered };
     let mut links = Vec::new();
     for (cut, word, bytes) in [(out.truncated, "output", stdout), (err.truncated, "errors", stderr)] {
         if cut {
@@ -97,7 +109,7 @@ async fn exec(call: &Call, mut given: Value) -> Result<Done> {
     let (stdout, stderr) = (Some(out.text), Some(err.text));
     let result = ExecResult { stdout, stdout_base64: None, stderr, stderr_base64: None, exit, truncated };
     let full_output = links.iter().map(|link| link.uri.clone()).collect();
-    Ok(Done { word: exit.word(), links, ..Done::new(&Answer { result, full_output })? })
+    Ok(Done { word: exit.word(), links, ..Done::new(&Answer { result, altered, full_output })? })
 }
 
 /// Whether the policy lets this command run there.
