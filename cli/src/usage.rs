@@ -17,15 +17,17 @@ use crate::output::Output;
 /// Parses the arguments of this process.
 pub fn parse() -> Result<Cli, Exit> {
     let arguments: Vec<OsString> = std::env::args_os().collect();
-    let mut command = Cli::command();
-    if has(&arguments, "--no-color") {
-        command = command.color(ColorChoice::Never);
-    }
-    let matches = command.clone().try_get_matches_from(&arguments);
-    matches.and_then(|matches| Cli::from_arg_matches(&matches)).map_err(|error| report(&error, command, &arguments))
+    let matches = command(&arguments).try_get_matches_from(&arguments);
+    matches.and_then(|matches| Cli::from_arg_matches(&matches)).map_err(|error| report(&error, &arguments))
 }
 
-fn report(error: &clap::Error, command: clap::Command, arguments: &[OsString]) -> Exit {
+/// What there is to say to nido. Making it takes time, so it is made where it is needed.
+fn command(arguments: &[OsString]) -> clap::Command {
+    let command = Cli::command();
+    if has(arguments, "--no-color") { command.color(ColorChoice::Never) } else { command }
+}
+
+fn report(error: &clap::Error, arguments: &[OsString]) -> Exit {
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
         return match error.print() {
             Ok(()) => Exit::Success,
@@ -40,7 +42,7 @@ fn report(error: &clap::Error, command: clap::Command, arguments: &[OsString]) -
             let _ = error.print();
         }
     }
-    if runs_a_command(command, arguments) { Exit::NidoFailed } else { Exit::Usage }
+    if runs_a_command(command(arguments), arguments) { Exit::NidoFailed } else { Exit::Usage }
 }
 
 /// Whether a flag stands among nido's own arguments.

@@ -47,8 +47,9 @@ class Vm:
         return self._process(lambda pid, argv: "-nodefaults" in argv and os.readlink(f"/proc/{pid}/cwd") == here)
 
     def qemu_argv(self):
-        """QEMU's arguments, as it runs."""
-        return self._qemu()[1]
+        """What starts this QEMU once more: the program that nido started, which may be a script around QEMU, and its arguments."""
+        running = self._qemu()[1]
+        return [self.rig.env.get("NIDO_QEMU", running[0]), *running[1:]]
 
     def qemu_pid(self):
         return self._qemu()[0]

@@ -20,8 +20,12 @@ pub const MEMORY_MIB_MIN: u32 = 128;
 pub const DISK_BYTES_MAX: u64 = 16 << 40;
 /// The CIDs that a guest may have: below are the hypervisor's and the host's, above is "any".
 pub const GUEST_CIDS: std::ops::RangeInclusive<u32> = 3..=u32::MAX - 1;
-/// How much translated code QEMU keeps per VM under TCG, in MiB.
-const TB_SIZE_MIB: u32 = 64;
+/// How much translated code QEMU keeps per VM under TCG, in MiB: so much at least and at most, of a VM that runs VMs itself,
+/// and one part in how many of the guest's memory otherwise. It is room, which is filled as code is met; a guest that meets
+/// more code than fits has all of it translated again.
+const TB_SIZE_MIB: std::ops::RangeInclusive<u32> = 64..=1024;
+const TB_SIZE_NESTED_MIB: u32 = 512;
+const TB_SIZE_OF_MEMORY: u32 = 8;
 
 /// The part of a VM's specification that decides on its machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -227,11 +231,16 @@ pub fn decide(request: &MachineRequest, host: &HostFacts, qemu: &QemuFacts) -> R
         memory_mib: request.memory_mib,
         net: request.net,
         transport: transport(request.cid, machine, host, qemu),
-        tb_size_mib: (accel == Accel::Tcg).then_some(TB_SIZE_MIB),
+        tb_size_mib: (accel == Accel::Tcg).then(|| tb_size_mib(request.memory_mib, request.nested)),
         tsc_khz,
         reason: format!("{machine_reason}; {accel_reason}"),
         warnings,
     })
+}
+
+fn tb_size_mib(memory_mib: u32, nested: bool) -> u32 {
+    let least = if nested { TB_SIZE_NESTED_MIB } else { *TB_SIZE_MIB.start() };
+    (memory_mib / TB_SIZE_OF_MEMORY).clamp(least, *TB_SIZE_MIB.end())
 }
 
 fn check_qemu(request: &MachineRequest, qemu: &QemuFacts) -> Result<(), Refusal> {
@@ -417,6 +426,17 @@ pub(crate) mod tests {
         assert_eq!((machine.accel, machine.accel.isolation()), (Accel::Kvm, "hardware"));
         assert_eq!((machine.tb_size_mib, machine.tsc_khz), (None, None));
         assert_eq!(machine.warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn translated_code_has_room_for_what_the_guest_will_run() {
+        let room = |memory_mib, nested| {
+            let request = MachineRequest { memory_mib, nested, accel: AccelChoice::Tcg, ..request() };
+            let host = HostFacts { memory_mib: 1 << 20, memory_available_mib: 1 << 20, ..host(WORKS) };
+            decide(&request, &host, &qemu_facts()).unwrap().tb_size_mib.unwrap()
+        };
+        assert_eq!([128, 512, 1024, 4096, 65_536].map(|memory_mib| room(memory_mib, false)), [64, 64, 128, 512, 1024]);
+        assert_eq!([512, 4096, 8192].map(|memory_mib| room(memory_mib, true)), [512, 512, 1024]);
     }
 
     #[test]
