@@ -371,6 +371,33 @@ fn long_output_is_cut_in_the_answer_and_whole_as_a_resource() {
 }
 
 #[test]
+fn resources_are_listed_a_page_at_a_time() {
+    let home = Home::new();
+    for era in Era::ALL {
+        let mut client = Client::start(&home, era);
+        if era == Era::ALL[0] {
+            // One more than a page holds.
+            for number in 0..=200 {
+                client.good("vm_create", json!({"name": format!("vm-{number}")}));
+            }
+        }
+        let uris = |page: &Value| -> Vec<String> {
+            let list = page["resources"].as_array().unwrap();
+            list.iter().map(|one| one["uri"].as_str().unwrap().to_owned()).collect()
+        };
+        let first = client.result("resources/list", json!({}));
+        let second = client.result("resources/list", json!({"cursor": first["nextCursor"]}));
+        assert!(second.get("nextCursor").is_none(), "{second}");
+        let (first, second) = (uris(&first), uris(&second));
+        assert_eq!(first[..3], ["vmops://vms", "vmops://templates", "vmops://vm/vm-0/logs"]);
+        assert_eq!((first.len(), second), (202, vec!["vmops://vm/vm-200/logs".to_owned()]));
+        let answer = client.ask("resources/list", json!({"cursor": "nonsense"}));
+        assert_eq!(answer["error"]["code"], -32602, "{answer}");
+        client.bad("vm_ls", json!({"cursor": "nonsense"}), "spec_invalid");
+    }
+}
+
+#[test]
 fn resources_are_read_and_completed_and_prompts_are_filled_in() {
     for era in Era::ALL {
         let home = Home::new();
