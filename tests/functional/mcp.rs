@@ -371,6 +371,27 @@ fn long_output_is_cut_in_the_answer_and_whole_as_a_resource() {
 }
 
 #[test]
+fn what_a_client_asks_wrongly_is_told_to_it_alone() {
+    let asked = |home: &Home, era, flags: &[&str]| {
+        let mut client = Client::with(home, era, flags, json!({}));
+        assert_eq!(client.ask("tools/call", json!({"name": "nonsense", "arguments": {}}))["error"]["code"], -32602);
+        assert_eq!(client.ask("nonsense/list", json!({}))["error"]["code"], -32601);
+        let answer = client.ask("resources/read", json!({"uri": "vmops://nonsense"}));
+        assert!(answer["error"]["code"].is_i64(), "{answer}");
+        client.bad("vm_info", json!({"name": "nobody"}), "vm_not_found");
+        client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 4711}}));
+        client.say(&json!({"jsonrpc": "2.0", "id": 4711, "result": {}}));
+        client.ended().stderr
+    };
+    for era in Era::ALL {
+        let home = Home::new();
+        assert_eq!(asked(&home, era, &[]), "");
+        // It can be seen by whoever looks for it.
+        assert!(asked(&home, era, &["-v"]).contains("there is no such tool"));
+    }
+}
+
+#[test]
 fn resources_are_listed_a_page_at_a_time() {
     let home = Home::new();
     for era in Era::ALL {
