@@ -53,6 +53,7 @@ struct Page {
     list: VmList,
     /// There are more: give this as cursor.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     next_cursor: Option<String>,
 }
 
