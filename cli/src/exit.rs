@@ -14,12 +14,15 @@
 //!
 //! Invariant: only the guest's own codes overlap with these; nido itself never uses another one.
 
+use std::future::Future;
 use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use nido_vmm::api::ExecExit;
 use nido_vmm::error::{Code, Error, Kind};
+
+use crate::signals::Signals;
 
 /// SIGPIPE's number: what a Unix tool dies of when its reader is gone.
 const SIGPIPE: u8 = 13;
@@ -141,6 +144,15 @@ impl From<Error> for Failure {
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         Self::Stdout(error)
+    }
+}
+
+/// Does `work` until it ends or a signal comes; then it is dropped, and has `undo` to clear up what it left half done.
+pub async fn until_signal<T>(undo: Duration, work: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
+    let mut signals = Signals::listen()?;
+    tokio::select! {
+        result = work => Ok(result?),
+        signal = signals.next_end() => Err(Failure::Interrupted { signal, undo }),
     }
 }
 

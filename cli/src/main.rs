@@ -11,10 +11,7 @@ mod exit;
 mod output;
 mod parse;
 mod progress;
-mod sanitize;
-mod serve;
 mod session;
-mod signals;
 mod stdio;
 mod terminal;
 mod usage;
@@ -22,6 +19,7 @@ mod usage;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use nido_server::{sanitize, serve, signals};
 use nido_vmm::error::Error;
 
 use crate::commands::{Cli, Context};

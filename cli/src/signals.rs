@@ -3,14 +3,9 @@
 //! Invariant: once [`Signals::listen`] has returned, none of these signals ends nido by itself any more; so it is only
 //! called by verbs that have something to undo or to pass on, and they decide.
 
-use std::future::Future;
-use std::time::Duration;
-
 use nido_vmm::error::Error;
 use rustix::process::Signal as Number;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-
-use crate::exit::Failure;
 
 /// What came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,14 +71,5 @@ impl Signals {
                 return number;
             }
         }
-    }
-}
-
-/// Does `work` until it ends or a signal comes; then it is dropped, and has `undo` to clear up what it left half done.
-pub async fn until_signal<T>(undo: Duration, work: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
-    let mut signals = Signals::listen()?;
-    tokio::select! {
-        result = work => Ok(result?),
-        signal = signals.next_end() => Err(Failure::Interrupted { signal, undo }),
     }
 }

@@ -63,15 +63,19 @@ pub struct Failure {
     pub message: String,
     /// The state that the VM is in, where that is the reason.
     #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
     pub state: Option<String>,
     /// What to do next.
     #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
     pub next_step: Option<String>,
     /// What the person at the machine can do about it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
     pub hint: Option<String>,
     /// The approval that makes it possible, once a person has given it: give it as approval_id.
     #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
     pub approval_id: Option<String>,
     /// Last lines of the log that tells why. They may come from the guest.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]

@@ -6,8 +6,11 @@
 use std::sync::Arc;
 
 use http::HeaderMap;
+use rmcp::ServerHandler;
 use rmcp::transport::streamable_http_server::session::local::LocalSessionManager;
 use rmcp::transport::streamable_http_server::{StreamableHttpServerConfig, StreamableHttpService};
+
+use tokio_util::sync::CancellationToken;
 
 use crate::app::App;
 use crate::server::Server;
@@ -17,27 +20,63 @@ const SESSIONS: usize = 256;
 /// The longest message, in bytes: a file of 1 MiB as base64, and some.
 const MESSAGE_MAX: usize = 4 << 20;
 
+/// Who answers: nido's own [`App`], or in a test what a suite wants to find behind the same door.
+pub trait Agents: Send + Sync + 'static {
+    /// What the protocol's library asks.
+    type Handler: ServerHandler;
+
+    /// One for each session, or for each request where there are none.
+    fn handler(self: &Arc<Self>) -> Self::Handler;
+
+    /// Done when the server ends: what would go on for ever ends with it.
+    fn ending(&self) -> &CancellationToken;
+
+    /// Ends what is under way and waits until it has cleared up.
+    fn finish(&self) -> impl Future<Output = ()> + Send;
+}
+
+impl Agents for App {
+    type Handler = Server;
+
+    fn handler(self: &Arc<Self>) -> Server {
+        Server::of_requests(self)
+    }
+
+    fn ending(&self) -> &CancellationToken {
+        self.ending()
+    }
+
+    async fn finish(&self) {
+        self.finish().await;
+    }
+}
+
 /// What is mounted.
-pub type Service = StreamableHttpService<Server, LocalSessionManager>;
+pub type Service<A> = StreamableHttpService<<A as Agents>::Handler, LocalSessionManager>;
 
 /// The service and its sessions.
-#[derive(Clone)]
-pub struct Http {
-    service: Service,
+pub struct Http<A: Agents> {
+    service: Service<A>,
     sessions: Arc<LocalSessionManager>,
 }
 
-impl std::fmt::Debug for Http {
+impl<A: Agents> Clone for Http<A> {
+    fn clone(&self) -> Self {
+        Self { service: self.service.clone(), sessions: Arc::clone(&self.sessions) }
+    }
+}
+
+impl<A: Agents> std::fmt::Debug for Http<A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Http").finish_non_exhaustive()
     }
 }
 
-impl Http {
+impl<A: Agents> Http<A> {
     /// For requests that name one of these hosts, beside those of this machine; for any host if other machines are let in:
     /// then it has been checked before.
     #[must_use]
-    pub fn new(app: &Arc<App>, names: &[String], remote: bool) -> Self {
+    pub fn new(agents: &Arc<A>, names: &[String], remote: bool) -> Self {
         let own = ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned);
         let hosts: Vec<String> = own.iter().chain(names).cloned().collect();
         let origins = hosts.iter().flat_map(|host| [format!("http://{host}:*"), format!("https://{host}:*")]);
@@ -45,21 +84,21 @@ impl Http {
             .with_allowed_origins(origins)
             .enforce_origin_validation()
             .with_max_request_body_bytes(MESSAGE_MAX)
-            .with_cancellation_token(app.ending().child_token());
+            .with_cancellation_token(agents.ending().child_token());
         let config = if remote {
             config.disable_allowed_hosts()
         } else {
             config.with_allowed_hosts(hosts.into_iter().chain(["::1".to_owned()]))
         };
         let sessions = Arc::new(LocalSessionManager::default());
-        let owner = Arc::clone(app);
-        let service = Service::new(move || Ok(Server::of_requests(&owner)), Arc::clone(&sessions), config);
+        let owner = Arc::clone(agents);
+        let service = Service::<A>::new(move || Ok(owner.handler()), Arc::clone(&sessions), config);
         Self { service, sessions }
     }
 
     /// What is to be mounted.
     #[must_use]
-    pub fn service(&self) -> Service {
+    pub fn service(&self) -> Service<A> {
         self.service.clone()
     }
 

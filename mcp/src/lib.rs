@@ -21,6 +21,7 @@ mod call;
 mod confirm;
 pub mod http;
 mod outputs;
+mod pages;
 mod progress;
 mod prompts;
 mod resources;

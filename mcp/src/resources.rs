@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::answer::Done;
 use crate::app::{App, Principal};
 use crate::outputs::Output;
+use crate::pages::{page, place};
 
 /// All VMs.
 pub const VMS: &str = "vmops://vms";
@@ -19,7 +20,7 @@ pub const TEMPLATES: &str = "vmops://templates";
 pub const LOGS: &str = "vmops://vm/{name}/logs";
 /// What a command wrote.
 const OUTPUT: &str = "vmops://output/";
-/// How many VMs are listed; the others can be read all the same.
+/// Of how many VMs the consoles are on a page.
 const LISTED: usize = 200;
 /// How many of the last lines of a console are shown.
 const LINES: usize = 500;
@@ -44,8 +45,22 @@ pub fn output(output: &Output) -> Resource {
         .with_size(output.bytes.len() as u64)
 }
 
-/// What can be read.
-pub async fn list(app: &App, principal: &Principal) -> Result<Vec<Resource>> {
+/// What can be read, and the cursor of the next page: consoles in order of their VMs' creation, and before the first of them what
+/// else there is.
+pub async fn list(app: &App, principal: &Principal, cursor: Option<&str>) -> Result<(Vec<Resource>, Option<String>)> {
+    let (vms, next) = page(app.nido().await?.list()?.vms, place, cursor, LISTED)?;
+    let mut list = if cursor.is_none() { others(app, principal) } else { Vec::new() };
+    list.extend(vms.iter().map(|vm| {
+        Resource::new(logs_uri(&vm.name), format!("logs-{}", vm.name))
+            .with_description("The last lines that this VM wrote to its console")
+            .with_title(format!("Console of {}", vm.name))
+            .with_mime_type("text/plain")
+    }));
+    Ok((list, next))
+}
+
+/// What there is whichever VMs there are.
+fn others(app: &App, principal: &Principal) -> Vec<Resource> {
     let mut list = vec![
         Resource::new(VMS, "vms")
             .with_title("VMs")
@@ -56,15 +71,8 @@ pub async fn list(app: &App, principal: &Principal) -> Result<Vec<Resource>> {
             .with_description("All templates, as template_list answers them")
             .with_mime_type("application/json"),
     ];
-    let vms = app.nido().await?.list()?.vms;
-    list.extend(vms.iter().take(LISTED).map(|vm| {
-        Resource::new(logs_uri(&vm.name), format!("logs-{}", vm.name))
-            .with_description("The last lines that this VM wrote to its console")
-            .with_title(format!("Console of {}", vm.name))
-            .with_mime_type("text/plain")
-    }));
     list.extend(app.outputs().of(&principal.actor).iter().map(|one| output(one)));
-    Ok(list)
+    list
 }
 
 /// What can be read of each VM.

@@ -2,7 +2,8 @@
 //!
 //! The types' own descriptions are for OpenAPI. Agents want them differently: nothing to look up elsewhere, objects that
 //! say that they take nothing else, and optional arguments that are simply not required: some clients refuse
-//! `["string", "null"]`, and most models a schema that has alternatives at its root.
+//! `["string", "null"]`, and most models a schema that has alternatives at its root. What is `null` in an answer is said to be, but
+//! with one type at a time.
 //!
 //! Invariant: arguments and answers are objects.
 
@@ -41,6 +42,7 @@ pub fn answer_or_job<T: ToSchema>() -> Value {
 #[must_use]
 pub fn alternatives(mut schemas: Vec<Value>) -> Value {
     schemas.push(whole::<crate::answer::Failed>());
+    schemas.iter_mut().for_each(one_type_each);
     json!({ "type": "object", "anyOf": schemas })
 }
 
@@ -154,6 +156,25 @@ fn without_null(schema: &mut Value) {
     each(schema, without_null);
 }
 
+/// What may be of several types as alternatives of one type each: some clients know no other way to say that something may be `null`.
+fn one_type_each(schema: &mut Value) {
+    each(schema, one_type_each);
+    let Value::Object(fields) = schema else { return };
+    let Some(Value::Array(kinds)) = fields.get("type").cloned() else { return };
+    let constraints = std::mem::take(fields).into_iter();
+    let (said, constraints): (Map<_, _>, Map<_, _>) =
+        constraints.filter(|(key, _)| key != "type").partition(|(key, _)| key == "description" || key == "default");
+    let of_kind = |kind: &Value| {
+        let mut one = Map::from_iter([("type".to_owned(), kind.clone())]);
+        if kind != "null" {
+            one.extend(constraints.clone());
+        }
+        Value::Object(one)
+    };
+    fields.insert("anyOf".into(), kinds.iter().map(of_kind).collect());
+    fields.extend(said);
+}
+
 /// Objects that list what they hold take nothing else.
 fn closed(schema: &mut Value) {
     if let Value::Object(fields) = schema
@@ -183,7 +204,7 @@ fn each(schema: &mut Value, change: fn(&mut Value)) {
 
 #[cfg(test)]
 mod tests {
-    use nido_vmm::api::{ExecResult, SpawnRequest};
+    use nido_vmm::api::{ExecResult, SpawnRequest, VmInfo};
 
     use super::*;
 
@@ -205,6 +226,19 @@ mod tests {
         assert_eq!(schema["properties"]["net"]["enum"], json!(["nat", "none"]));
         assert_eq!(schema["properties"]["net"]["description"], "Network.");
         assert_eq!(schema["properties"]["forwards"]["items"]["additionalProperties"], false);
+    }
+
+    #[test]
+    fn answers_say_null_only_of_what_is_null_and_as_a_type_of_its_own() {
+        let schema = answer::<VmInfo>();
+        nowhere(&schema, &|part| part.get("type").is_some_and(Value::is_array));
+        let fields = &schema["anyOf"][0]["properties"];
+        let started_at = json!([{ "type": "string", "format": "date-time" }, { "type": "null" }]);
+        assert_eq!((&fields["started_at"]["anyOf"], fields["id"].get("anyOf")), (&started_at, None));
+        assert!(fields["started_at"]["description"].is_string());
+        // What is left out instead is never null.
+        let error = &schema["anyOf"][1]["properties"]["error"]["properties"];
+        assert_eq!(error["hint"]["type"], "string");
     }
 
     #[test]

@@ -131,12 +131,14 @@ impl ServerHandler for Server {
 
     async fn list_resources(
         &self,
-        _request: Option<PaginatedRequestParams>,
+        request: Option<PaginatedRequestParams>,
         context: RequestContext<RoleServer>,
     ) -> Result<ListResourcesResult, ErrorData> {
         let principal = self.principal(&context)?;
-        let list = resources::list(&self.app, &principal).await.map_err(|e| refused(&e))?;
-        let list = ListResourcesResult::with_all_items(list);
+        let cursor = request.and_then(|request| request.cursor);
+        let list = resources::list(&self.app, &principal, cursor.as_deref()).await;
+        let (list, next_cursor) = list.map_err(|e| refused(&e))?;
+        let list = ListResourcesResult { next_cursor, ..ListResourcesResult::with_all_items(list) };
         Ok(list.with_ttl_ms(FRESH_FOR_MS).with_cache_scope(CacheScope::Private))
     }
 

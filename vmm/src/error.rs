@@ -251,6 +251,7 @@ pub struct Problem {
     pub code: String,
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
     pub hint: Option<String>,
     /// Last lines of the log that tells why.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]

@@ -1,14 +1,16 @@
 //! `api-server`: the REST API and the page for people, until a signal ends it.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Subcommand;
+use nido_mcp::{App, Settings};
 use nido_vmm::policy::Policy;
 
 use super::Context;
 use super::listen_args::ListenArgs;
 use crate::exit::{Exit, Outcome};
-use crate::serve::{Faces, openapi, serve};
+use crate::serve::{openapi, serve};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -61,10 +63,11 @@ impl Args {
             }
         };
         let policy = start.mcp_policy.as_deref().map(Policy::load).transpose()?.unwrap_or_default();
-        let mcp = start.mcp.then(|| nido_mcp::Settings { policy, ..nido_mcp::Settings::default() });
-        let options = start.listen.options(Faces { rest: true, mcp })?;
-        let nido = cx.nido().await?;
-        serve(nido, options, |address| cx.listening(address)).await?;
+        let options = start.listen.options(true)?;
+        let nido = Arc::new(cx.nido().await?);
+        let settings = start.mcp.then(|| Settings { policy, ..Settings::default() });
+        let agents = settings.map(|settings| App::new(Arc::clone(&nido), settings, &[])).transpose()?;
+        serve(nido, agents, options, |address| cx.listening(address)).await?;
         Ok(Exit::Success)
     }
 }

@@ -13,10 +13,9 @@ use nido_vmm::nido::Nido;
 
 use super::Context;
 use crate::audit;
-use crate::exit::{Exit, Failure, Outcome};
+use crate::exit::{Exit, Failure, Outcome, until_signal};
 use crate::parse::show_bytes;
 use crate::progress::Progress;
-use crate::signals::until_signal;
 
 /// How long an interrupted copy may take to remove what it left half done.
 const UNDO_LIMIT: Duration = Duration::from_secs(5);

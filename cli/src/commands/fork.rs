@@ -6,9 +6,8 @@ use nido_vmm::name::VmName;
 
 use super::Context;
 use super::vm_args::summarize;
-use crate::exit::{Exit, Outcome};
+use crate::exit::{Exit, Outcome, until_signal};
 use crate::progress::Progress;
-use crate::signals::until_signal;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -7,7 +7,7 @@ use std::time::Duration;
 use nido_vmm::error::{Code, Error};
 
 use crate::parse::duration_ms;
-use crate::serve::{Faces, Hosts, Listen, Options, Patience, Tls};
+use crate::serve::{Hosts, Listen, Options, Patience, Tls};
 
 /// Where a server listens, and whom it lets in.
 #[derive(Debug, clap::Args)]
@@ -50,12 +50,12 @@ impl ListenArgs {
         self.port.is_some() || self.socket.is_some() || self.allow_remote || self.bind.is_some()
     }
 
-    /// How the server is started.
-    pub fn options(self, faces: Faces) -> Result<Options, Error> {
+    /// How the server is started; whether it is `rest` that it serves, too.
+    pub fn options(self, rest: bool) -> Result<Options, Error> {
         let (hosts, rate) = (Hosts { names: self.hosts }, self.rate);
         let patience = Patience::of(Duration::from_millis(self.patience));
         if let Some(path) = self.socket {
-            return Ok(Options { listen: Listen::Unix(path), hosts, rate, patience, no_token: false, faces });
+            return Ok(Options { listen: Listen::Unix(path), hosts, rate, patience, no_token: false, rest });
         }
         let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| Tls { certificate, key });
         let everywhere = IpAddr::V4(if self.allow_remote { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST });
@@ -69,6 +69,6 @@ impl ListenArgs {
                 .hint("--tls-cert and --tls-key, or --insecure-http if something else encrypts it"));
         }
         let address = SocketAddr::new(address, self.port.unwrap_or(8080));
-        Ok(Options { listen: Listen::Tcp { address, tls }, hosts, rate, patience, no_token: false, faces })
+        Ok(Options { listen: Listen::Tcp { address, tls }, hosts, rate, patience, no_token: false, rest })
     }
 }

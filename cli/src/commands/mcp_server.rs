@@ -16,7 +16,7 @@ use super::listen_args::ListenArgs;
 use super::mcp_install::Install;
 use crate::exit::{Exit, Outcome};
 use crate::parse::duration_ms;
-use crate::serve::{Faces, Listen, serve};
+use crate::serve::{Listen, serve};
 use crate::signals::Signals;
 
 const EXAMPLES: &str = "\
@@ -154,7 +154,7 @@ impl Start {
     }
 
     async fn http(self, cx: &Context, settings: Settings) -> Outcome {
-        let mut options = self.listen.options(Faces { rest: false, mcp: Some(settings) })?;
+        let mut options = self.listen.options(false)?;
         if self.no_token {
             if !matches!(&options.listen, Listen::Tcp { address, .. } if address.ip().is_loopback()) {
                 let words = "other machines are let in with a token only";
@@ -165,7 +165,9 @@ impl Start {
             );
             options.no_token = true;
         }
-        serve(cx.nido().await?, options, |address| cx.listening(address)).await?;
+        let nido = Arc::new(cx.nido().await?);
+        let agents = App::new(Arc::clone(&nido), settings, &[])?;
+        serve(nido, Some(agents), options, |address| cx.listening(address)).await?;
         Ok(Exit::Success)
     }
 }

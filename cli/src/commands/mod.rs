@@ -50,7 +50,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use nido_vmm::api::VmInfo;
 use nido_vmm::error::Error;
 use nido_vmm::nido::{Nido, OpenOptions};
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::EnvFilter;
 
 use crate::exit::{Codes, Exit, Outcome};
 use crate::output::Output;
@@ -246,13 +246,15 @@ impl Context {
 /// Begins to log to stderr, where that was asked for. Supervisors, fillers and deliverers always log: their stderr is
 /// their log file.
 pub fn start_log(cli: &Cli) {
-    let level = match (cli.global.verbose, &cli.verb) {
-        (0, Verb::Supervise(_) | Verb::PoolFill(_) | Verb::Deliver(_)) => LevelFilter::INFO,
-        // Its client keeps what it says here.
-        (0, Verb::McpServer(_)) => LevelFilter::WARN,
+    let told = match (cli.global.verbose, &cli.verb) {
+        (0, Verb::Supervise(_) | Verb::PoolFill(_) | Verb::Deliver(_)) => "info",
+        // Its client keeps what it says here. The protocol's library warns of every answer that is an error, and of clients that
+        // have hung up: the client has been told, or is gone.
+        (0, Verb::McpServer(_)) => "warn,rmcp=off",
         (0, _) => return,
-        (1, _) => LevelFilter::DEBUG,
-        (_, _) => LevelFilter::TRACE,
+        (1, _) => "debug",
+        (_, _) => "trace",
     };
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).with_ansi(false).init();
+    let told = EnvFilter::new(told);
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(told).with_ansi(false).init();
 }

@@ -10,11 +10,10 @@ use serde_json::json;
 
 use super::Context;
 use super::vm_args::summarize;
-use crate::exit::{Exit, Outcome};
+use crate::exit::{Exit, Outcome, until_signal};
 use crate::output::table;
 use crate::parse::{self, show_bytes};
 use crate::progress::Progress;
-use crate::signals::until_signal;
 
 const EXAMPLES: &str = "\
 Examples:

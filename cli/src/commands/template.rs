@@ -19,12 +19,11 @@ use serde_json::json;
 
 use super::Context;
 use super::vm_args::MachineArgs;
-use crate::exit::{Exit, Failure, Outcome};
+use crate::exit::{Exit, Failure, Outcome, until_signal};
 use crate::output::{pairs, table};
 use crate::parse::show_bytes;
 use crate::progress::Progress;
 use crate::sanitize::line;
-use crate::signals::until_signal;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -33,6 +33,7 @@ mod routes;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nido_mcp::http::{Agents, Http};
 use nido_vmm::error::Result;
 use nido_vmm::nido::{Nido, Watch};
 use tokio::sync::{Mutex, watch};
@@ -59,19 +60,10 @@ pub struct Options {
     pub rate: u32,
     /// Whoever comes may do everything, without a token. For this machine only.
     pub no_token: bool,
-    /// What is served.
-    pub faces: Faces,
+    /// Whether the REST API and the page for people are served.
+    pub rest: bool,
     /// How long clients are waited for.
     pub patience: Patience,
-}
-
-/// What a server serves.
-#[derive(Debug)]
-pub struct Faces {
-    /// The REST API and the page for people.
-    pub rest: bool,
-    /// Agents, at `/mcp`.
-    pub mcp: Option<nido_mcp::Settings>,
 }
 
 /// What every request needs.
@@ -105,14 +97,19 @@ impl App {
     }
 }
 
-/// Serves until a signal ends it; `ready` is told where.
+/// Serves until a signal ends it, with these agents at `/mcp`; `ready` is told where.
 ///
 /// # Errors
 /// `port_in_use`, `denied`, those of the core.
-pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Result<()> {
+pub async fn serve<A: Agents>(
+    nido: Arc<Nido>,
+    agents: Option<Arc<A>>,
+    options: Options,
+    ready: impl FnOnce(&str),
+) -> Result<()> {
     let bound = listen::bind(&options.listen).await?;
     let app = Arc::new(App {
-        nido: Arc::new(nido),
+        nido,
         hosts: options.hosts,
         no_token: options.no_token,
         rates: guard::Rates::new(options.rate),
@@ -125,11 +122,9 @@ pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Re
         run: nido_vmm::nido::random_id()?,
     });
     let watching = tokio::spawn(watch_events(Arc::clone(&app)));
-    let mut router = if options.faces.rest { routes::router(&app) } else { routes::nothing(&app) };
-    let agents = options.faces.mcp.map(|settings| nido_mcp::App::new(Arc::clone(&app.nido), settings, &[]));
-    let agents = agents.transpose()?;
+    let mut router = if options.rest { routes::router(&app) } else { routes::nothing(&app) };
     if let Some(agents) = &agents {
-        let http = nido_mcp::http::Http::new(agents, &app.hosts.names, bound.is_remote());
+        let http = Http::new(agents, &app.hosts.names, bound.is_remote());
         router = router.merge(mcp::router(&app, &http));
     }
     let ending = tokio::spawn(end_with(agents, app.ending.clone()));
@@ -144,7 +139,7 @@ pub async fn serve(nido: Nido, options: Options, ready: impl FnOnce(&str)) -> Re
 }
 
 /// What agents have begun ends when the server begins to end: their streams would last for ever.
-async fn end_with(agents: Option<Arc<nido_mcp::App>>, ending: CancellationToken) {
+async fn end_with<A: Agents>(agents: Option<Arc<A>>, ending: CancellationToken) {
     ending.cancelled().await;
     if let Some(agents) = agents {
         agents.finish().await;

@@ -161,9 +161,11 @@ struct Downloaded {
     copy: CopyResult,
     /// What stands in it, if it is UTF-8 without control characters.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     content: Option<String>,
     /// What stands in it otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     content_base64: Option<String>,
 }
 

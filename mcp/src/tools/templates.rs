@@ -45,6 +45,7 @@ struct Page {
     list: TemplateList,
     /// There are more: give this as cursor.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     next_cursor: Option<String>,
 }
 

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{DESTROYS, LOOKS, Tool, arguments};
 use crate::answer::Done;
 use crate::call::Call;
+use crate::pages::{page, place};
 use crate::schema;
 
 /// How many VMs a page holds if nobody says otherwise.
@@ -52,6 +53,7 @@ struct Page {
     list: VmList,
     /// There are more: give this as cursor.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     next_cursor: Option<String>,
 }
 
@@ -60,15 +62,10 @@ async fn ls(call: &Call, asked: Ls) -> Result<Done> {
     if !(1..=500).contains(&limit) {
         return Err(Error::new(Code::SpecInvalid, "limit: it is 1 to 500"));
     }
-    let place = |vm: &VmInfo| format!("{:020}-{}", vm.created_at.as_millisecond(), vm.id);
     let mut vms = call.nido().await?.list()?.vms;
-    vms.sort_by_key(place);
-    vms.retain(|vm| asked.cursor.as_ref().is_none_or(|cursor| place(vm) > *cursor));
     vms.retain(|vm| asked.status.is_none_or(|status| vm.status == status));
     vms.retain(|vm| asked.labels.iter().all(|(key, value)| vm.labels.get(key) == Some(value)));
-    let more = vms.len() > limit;
-    vms.truncate(limit);
-    let next_cursor = vms.last().filter(|_| more).map(place);
+    let (vms, next_cursor) = page(vms, place, asked.cursor.as_deref(), limit)?;
     Done::new(&Page { list: VmList { vms }, next_cursor })
 }
 

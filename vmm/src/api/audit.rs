@@ -103,9 +103,11 @@ pub struct AuditVerdict {
     pub half_line: bool,
     /// The checkpoint that was compared.
     #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
     pub against: Option<AuditAgainst>,
     /// The first thing that is wrong.
     #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
     pub trouble: Option<AuditTrouble>,
 }
 

@@ -140,27 +140,35 @@ pub struct EventDetails {
     pub last_log_entries: Vec<String>,
     /// The VM's id, which no other VM ever has.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub vm_id: Option<String>,
     /// The template: the VM's, or the one that is there now.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub template: Option<TemplateName>,
     /// The snapshot.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub snapshot: Option<SnapshotName>,
     /// Of a crash: the cause, for programs.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub cause: Option<FailureCause>,
     /// Of a crash: the cause, in a sentence.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub message: Option<String>,
     /// Of an end: how long ago the VM's start was asked for, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub ran_ms: Option<u64>,
     /// Which time is up.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub limit: Option<Limit>,
     /// Of a start: how long it took.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub timings: Option<Timings>,
 }
 

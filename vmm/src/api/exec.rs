@@ -150,15 +150,19 @@ impl ExecExit {
 pub struct ExecResult {
     /// Its standard output, if it is UTF-8.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub stdout: Option<String>,
     /// Its standard output, if it is not.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub stdout_base64: Option<String>,
     /// Its standard error, if it is UTF-8.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub stderr: Option<String>,
     /// Its standard error, if it is not.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub stderr_base64: Option<String>,
     /// How it ended.
     #[serde(flatten)]

@@ -87,6 +87,7 @@ pub struct Job {
     /// Whether it is to be cancelled.
     pub cancel_asked: bool,
     /// What it was done for.
+    #[schema(value_type = Option<Object>)]
     pub result: Option<Value>,
     /// Why it failed.
     pub error: Option<Problem>,

@@ -46,6 +46,7 @@ pub struct DoctorCheck {
     pub detail: String,
     /// The command or change that mends it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
     pub hint: Option<String>,
 }
 

@@ -1,0 +1,75 @@
+//! Long lists, a page at a time. Pure.
+//!
+//! Invariant: a cursor names a place, not a number of entries; what comes and goes meanwhile makes no other entry be missed or come twice.
+
+use nido_vmm::api::VmInfo;
+use nido_vmm::error::{Code, Error, Result};
+
+/// Where a VM stands: in order of creation.
+pub fn place(vm: &VmInfo) -> String {
+    format!("{:020}-{}", vm.created_at.as_millisecond(), vm.id)
+}
+
+/// At most so many of those that stand behind the cursor, and the cursor of the next page, if there is one.
+pub fn page<T>(
+    mut all: Vec<T>,
+    place: impl Fn(&T) -> String,
+    cursor: Option<&str>,
+    most: usize,
+) -> Result<(Vec<T>, Option<String>)> {
+    if cursor.is_some_and(|cursor| !is_place(cursor)) {
+        return Err(Error::new(Code::SpecInvalid, "cursor: it is none that an earlier answer gave"));
+    }
+    all.sort_by_key(&place);
+    all.retain(|one| cursor.is_none_or(|cursor| place(one).as_str() > cursor));
+    let more = all.len() > most;
+    all.truncate(most);
+    let next = all.last().filter(|_| more).map(place);
+    Ok((all, next))
+}
+
+fn is_place(text: &str) -> bool {
+    text.split_once('-')
+        .is_some_and(|(at, id)| at.len() == 20 && at.bytes().all(|byte| byte.is_ascii_digit()) && !id.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(numbers: impl IntoIterator<Item = u32>) -> Vec<String> {
+        numbers.into_iter().map(|number| format!("{number:020}-x")).collect()
+    }
+
+    #[test]
+    fn every_entry_is_on_one_page_whatever_comes_and_goes() {
+        let ask = |there: &[String], cursor: Option<&str>| page(there.to_vec(), Clone::clone, cursor, 3).unwrap();
+        let mut there = places((0..8).rev());
+        let (first, next) = ask(&there, None);
+        assert_eq!((&first, next.as_ref()), (&places(0..3), first.last()));
+        // The one that the cursor names is gone, and so is one of the next page; another has come.
+        there.retain(|one| !places([2, 4]).contains(one));
+        there.push(places([9]).remove(0));
+        let (second, next) = ask(&there, next.as_deref());
+        assert_eq!(second, places([3, 5, 6]));
+        let (third, next) = ask(&there, next.as_deref());
+        assert_eq!((third, next), (places([7, 9]), None));
+    }
+
+    #[test]
+    fn a_page_that_is_just_full_is_the_last() {
+        assert_eq!(page(places(0..3), Clone::clone, None, 3).unwrap(), (places(0..3), None));
+        assert_eq!(page(places([]), Clone::clone, None, 3).unwrap(), (vec![], None));
+    }
+
+    #[test]
+    fn what_is_no_cursor_is_refused() {
+        for wrong in ["", "x", "-", "1-x", "0000000000000000000x-x", "00000000000000000001-", "00000000000000000001"] {
+            assert_eq!(
+                page(places([]), Clone::clone, Some(wrong), 3).unwrap_err().code(),
+                Code::SpecInvalid,
+                "{wrong}"
+            );
+        }
+    }
+}
