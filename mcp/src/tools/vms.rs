@@ -3,18 +3,16 @@
 use std::collections::BTreeMap;
 
 use nido_vmm::api::{Scope, VmInfo, VmList};
-use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::error::Result;
 use nido_vmm::name::VmName;
 use nido_vmm::state::VmState;
 use serde::{Deserialize, Serialize};
 
+use super::page::{Wanted, page};
 use super::{DESTROYS, LOOKS, Tool, arguments};
 use crate::answer::Done;
 use crate::call::Call;
 use crate::schema;
-
-/// How many VMs a page holds if nobody says otherwise.
-const PAGE: usize = 50;
 
 pub const LS: Tool = Tool {
     name: "vm_ls",
@@ -56,19 +54,12 @@ struct Page {
 }
 
 async fn ls(call: &Call, asked: Ls) -> Result<Done> {
-    let limit = asked.limit.unwrap_or(PAGE);
-    if !(1..=500).contains(&limit) {
-        return Err(Error::new(Code::SpecInvalid, "limit: it is 1 to 500"));
-    }
-    let place = |vm: &VmInfo| format!("{:020}-{}", vm.created_at.as_millisecond(), vm.id);
     let mut vms = call.nido().await?.list()?.vms;
-    vms.sort_by_key(place);
-    vms.retain(|vm| asked.cursor.as_ref().is_none_or(|cursor| place(vm) > *cursor));
     vms.retain(|vm| asked.status.is_none_or(|status| vm.status == status));
     vms.retain(|vm| asked.labels.iter().all(|(key, value)| vm.labels.get(key) == Some(value)));
-    let more = vms.len() > limit;
-    vms.truncate(limit);
-    let next_cursor = vms.last().filter(|_| more).map(place);
+    let wanted = Wanted { limit: asked.limit, cursor: asked.cursor.as_deref() };
+    let place = |vm: &VmInfo| format!("{:020}-{}", vm.created_at.as_millisecond(), vm.id);
+    let (vms, next_cursor) = page(vms, wanted, place)?;
     Done::new(&Page { list: VmList { vms }, next_cursor })
 }
 
