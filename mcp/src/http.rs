@@ -12,7 +12,7 @@ use rmcp::transport::streamable_http_server::{StreamableHttpServerConfig, Stream
 use crate::app::App;
 use crate::server::Server;
 
-/// How many sessions may be open at once. One that nobody uses ends after five minutes.
+/// How many sessions may be open at once. One that nobody uses ends after a while: `Settings::session_idle`.
 const SESSIONS: usize = 256;
 /// The longest message, in bytes: a file of 1 MiB as base64, and some.
 const MESSAGE_MAX: usize = 4 << 20;
@@ -51,7 +51,9 @@ impl Http {
         } else {
             config.with_allowed_hosts(hosts.into_iter().chain(["::1".to_owned()]))
         };
-        let sessions = Arc::new(LocalSessionManager::default());
+        let mut sessions = LocalSessionManager::default();
+        sessions.session_config.keep_alive = Some(app.settings().session_idle);
+        let sessions = Arc::new(sessions);
         let owner = Arc::clone(app);
         let service = Service::new(move || Ok(Server::of_requests(&owner)), Arc::clone(&sessions), config);
         Self { service, sessions }

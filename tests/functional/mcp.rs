@@ -1,5 +1,7 @@
 //! The MCP server over the real program: both eras of the protocol, tools and their answers, what is written down.
 
+use nido_vmm::api::{JOBS_MAX, JobOutcome, JobRequest};
+use nido_vmm::nido::{Nido, OpenOptions};
 use serde_json::{Value, json};
 
 use crate::support::mcp::{Client, Era};
@@ -225,7 +227,8 @@ fn a_client_without_forms_is_told_how_its_user_can_approve() {
     client.bad("vm_delete", json!({"name": "web", "approval_id": "apr_0123456789abcdef"}), "approval_required");
     home.nido(["approve", id]).run().ok();
     // For exactly what was asked.
-    client.bad("vm_delete", json!({"name": "web", "approval_id": id, "force": true}), "denied");
+    let other = client.bad("vm_delete", json!({"name": "web", "approval_id": id, "force": true}), "denied");
+    assert!(other["next_step"].as_str().unwrap().contains("without approval_id"), "{other}");
     client.good("vm_delete", json!({"name": "web", "approval_id": id}));
     assert!(home.names().is_empty());
     // For that VM, not for the next of its name.
@@ -274,6 +277,15 @@ fn a_client_with_forms_asks_its_user_in_both_eras() {
             };
             assert_eq!(result["isError"], !goes, "{result}");
             assert_eq!(home.names().is_empty(), goes, "{era:?} {result}");
+            if !goes {
+                // What is said then is said again, and nobody is asked again.
+                let refused = result["structuredContent"]["error"].clone();
+                assert!(
+                    refused["next_step"].as_str().unwrap().starts_with("the user has refused: do not"),
+                    "{refused}"
+                );
+                assert_eq!(client.bad("vm_delete", json!({"name": "web"}), "denied"), refused);
+            }
         }
     }
 }
@@ -344,6 +356,40 @@ fn what_lasts_becomes_a_job_that_can_be_waited_for_and_cancelled() {
     drop(client);
     let mut client = Client::start(&home, Era::Modern);
     assert_eq!(client.good("job_get", json!({"job_id": begun["job_id"]}))["state"], "cancelled");
+}
+
+#[test]
+fn what_lasts_and_can_be_no_job_is_cancelled_and_says_so() {
+    let home = Home::new();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let options = OpenOptions { home: Some(home.path()), qemu: Some(home.qemu_path()), ..OpenOptions::default() };
+    let full = runtime.block_on(Nido::open(options)).unwrap();
+    let request = JobRequest { tool: "vm_exec".into(), vm_name: None, actor: "token:other".into() };
+    let jobs: Vec<_> = (0..JOBS_MAX).map(|_| full.job_begin(&request).unwrap().id).collect();
+    home.spawn("web");
+    let mut client = Client::with(&home, Era::Modern, &["--answer-within", "300ms"], json!({}));
+    let mark = home.scratch("mark");
+    let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
+    let command = json!({"name": "web", "command": command, "timeout_ms": 0});
+    let error = client.bad("vm_exec", command.clone(), "limit_exceeded");
+    let pid = std::fs::read_to_string(&mark).unwrap().trim().to_owned();
+    until("the command's end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("so it was cancelled: 1000 jobs are running already"), "{message}");
+    assert!(error["next_step"].as_str().unwrap().contains("job_cancel"), "{error}");
+    // The guest never comes to life: nothing is left of it.
+    home.qemu("no-agent");
+    client.bad("vm_spawn", json!({"name": "late", "accel": "tcg"}), "limit_exceeded");
+    assert_eq!(home.names(), ["web"]);
+    // With room for one it goes on.
+    full.job_end(&jobs[0], JobOutcome::Cancelled).unwrap();
+    let begun = client.good("vm_exec", command);
+    client.good("job_cancel", json!({"job_id": begun["job_id"]}));
+    let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+    let ends =
+        log["records"].as_array().unwrap().iter().filter(|line| line["stage"] == "outcome" && line["face"] == "mcp");
+    let ends: Vec<_> = ends.take(2).map(|line| (&line["result"], &line["reason"])).collect();
+    assert_eq!(ends, [(&"error".into(), &"interrupted".into()); 2]);
 }
 
 #[test]
