@@ -24,6 +24,7 @@ mod leases;
 mod outputs;
 mod progress;
 mod prompts;
+mod recipes;
 mod resources;
 pub mod schema;
 mod server;

@@ -500,7 +500,21 @@ fn files_of_the_host_are_those_below_directories_that_are_allowed() {
     assert_eq!(std::fs::read_to_string(out["path"].as_str().unwrap()).unwrap(), "in");
     client.bad("vm_download", json!({"name": "web", "path": guest, "destination": "out"}), "path_exists");
     client.good("vm_download", json!({"name": "web", "path": guest, "destination": "out", "overwrite": true}));
-    for outside in ["../secret", "link", "/etc/passwd"] {
+    // A directory goes with everything in it; what a symlink leads to does not.
+    std::fs::create_dir_all(place.join("tree/sub/empty")).unwrap();
+    std::fs::write(place.join("tree/sub/file"), "deep").unwrap();
+    std::os::unix::fs::symlink("../../secret", place.join("tree/way")).unwrap();
+    let copy = home.scratch("copies/tree");
+    for _ in 0..2 {
+        let done = client.good("vm_upload", json!({"name": "web", "path": copy, "source": "tree"}));
+        assert_eq!((&done["entries"], &done["bytes"]), (&5.into(), &4.into()));
+        assert_eq!(std::fs::read_to_string(copy.join("sub/file")).unwrap(), "deep");
+        assert!(copy.join("sub/empty").is_dir() && !copy.join("tree").exists());
+        assert_eq!(std::fs::read_link(copy.join("way")).unwrap(), std::path::Path::new("../../secret"));
+    }
+    client.bad("vm_upload", json!({"name": "web", "path": copy, "source": "tree", "mode": "600"}), "spec_invalid");
+    std::os::unix::fs::symlink("tree", place.join("tree-link")).unwrap();
+    for outside in ["../secret", "link", "/etc/passwd", "..", "tree-link", "tree/way", "/etc"] {
         client.bad("vm_upload", json!({"name": "web", "path": guest, "source": outside}), "denied");
     }
     client.bad("vm_download", json!({"name": "web", "path": guest, "destination": "../x"}), "denied");
