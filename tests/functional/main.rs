@@ -19,6 +19,7 @@ mod lifecycle;
 mod logs;
 mod mcp;
 mod mcp_http;
+mod mcp_jobs;
 mod mcp_leases;
 mod pool;
 mod run;

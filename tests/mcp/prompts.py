@@ -46,7 +46,8 @@ tar -cf - -T /srv/list 2>/dev/null | tar -xf - -C /srv/debs/git
 printf 'Package: git\nVersion: 1:99\nArchitecture: all\nMaintainer: tests\nDescription: git\n' >/srv/debs/git/DEBIAN/control
 dpkg-deb -Znone --build /srv/debs/git /srv/debs/git.deb >/dev/null
 cd /srv/debs
-( cat git/DEBIAN/control; echo "Filename: ./git.deb"; echo "Size: $(stat -c %s git.deb)"; echo "SHA256: $(sha256sum git.deb | cut -d' ' -f1)" ) >Packages
+sum=$(sha256sum git.deb | cut -d' ' -f1)
+{ cat git/DEBIAN/control; echo "Filename: ./git.deb"; echo "Size: $(stat -c %s git.deb)"; echo "SHA256: $sum"; } >Packages
 rm -rf git /etc/apt/sources.list.d/*
 echo 'deb [trusted=yes] file:/srv/debs ./' >/etc/apt/sources.list
 dpkg --purge --force-depends git >/dev/null
@@ -68,7 +69,8 @@ class Place:
         for name, where, what in (("app.tar.gz", path, "app"), ("flat.tar", app, ".")):
             subprocess.run(["tar", "-caf", path / name, "-C", where, what], check=True)
         git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@example", "-C", app]
-        for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"], ["clone", "-q", "--bare", ".", path / "git" / "app.git"]):
+        bare = ["clone", "-q", "--bare", ".", path / "git" / "app.git"]
+        for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"], bare):
             subprocess.run([*git, *words], check=True)
         shutil.rmtree(app / ".git")
 
@@ -85,8 +87,8 @@ def git_served(place):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["git", "daemon", "--export-all", "--reuseaddr", f"--base-path={place.path / 'git'}", "--listen=127.0.0.1", f"--port={port}"]
-    server = subprocess.Popen(words, start_new_session=True)
+    words = [f"--base-path={place.path / 'git'}", "--listen=127.0.0.1", f"--port={port}", "--export-all", "--log-destination=none"]
+    server = subprocess.Popen(["git", "daemon", "--reuseaddr", *words], start_new_session=True)
     try:
         end = time.monotonic() + DEADLINE
         while subprocess.run(["git", "ls-remote", f"git://127.0.0.1:{port}/app.git"], capture_output=True).returncode:
@@ -147,7 +149,8 @@ async def stops(place, mode, repository, code, *tools, template=None):
 
 async def sandboxes(place, mode):
     """A task is done, what came of it fetched, and the VM is gone."""
-    words = {"file": "numbers", "text": "3\n1\n2\n", "program": "sort", "argument": "--version", "a line of shell": "sort /srv/numbers | tee /srv/sorted"}
+    words = {"file": "numbers", "text": "3\n1\n2\n", "program": "sort", "argument": "--version"}
+    words["a line of shell"] = "sort /srv/numbers | tee /srv/sorted"
     async with session(place, mode, "quick_sandbox") as rig:
         recipe = await prompt(rig, "quick_sandbox", task="sort the numbers", ttl="10m")
         assert "<task>sort the numbers</task>" in recipe.text and recipe.report is None

@@ -15,7 +15,8 @@ RULES = (
 )
 STEP = re.compile(r"(\d+)\. (.+)")
 CALL = re.compile(r"(?:   )?([a-z_]+) (\{.*\})")
-ERROR = re.compile(r"   If the error is ([a-z_]+)(?P<then>:|, it is gone already\.|, tell the user what its hint says; when they have done it:)")
+ERROR = re.compile(r"   If the error is ([a-z_]+)(?P<then>:|, it is gone already\.|"
+                   r", tell the user what its hint says; when they have done it:)")
 EXIT = re.compile(r"   If its exit_code is not 0, go on with step (\d+)\.(?: Tell the user that (.+)\.)?")
 MAY = "   Should something be missing that they need, install it with vm_exec and run them again, at most three times."
 REPORT = re.compile(r"Report what is asked for between the marks: <report>(.+)</report> Say the exit_code\. "
