@@ -76,8 +76,8 @@ fn without(left_out: &[&str]) -> Value {
         let path =
             "How it comes to life: fork (from a saved guest, or fail) or cold (boot). Leave it out for the quickest.";
         properties["path"]["description"] = path.into();
-        let outlives = "An ephemeral VM that does not go with this session: only its limits, its stop or vm_delete end it. \
-            false if absent.";
+        let outlives = "An ephemeral VM that does not go with this session (one over HTTP ends when it is not used for some \
+            minutes): only its limits, its stop or vm_delete end it. false if absent.";
         properties.insert(OUTLIVES.into(), json!({ "type": "boolean", "default": false, "description": outlives }));
         properties.retain(|name, _| !left_out.contains(&name.as_str()));
     }
