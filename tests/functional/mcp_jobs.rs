@@ -63,7 +63,7 @@ fn what_lasts_and_can_be_no_job_is_cancelled_and_says_so() {
     let home = Home::new();
     let full = Full::of(&home);
     home.spawn("web");
-    let mut client = Client::with(&home, Era::Modern, &["--answer-within", "300ms"], json!({}));
+    let mut client = Client::with(&home, Era::Modern, &["--answer-within", "2s"], json!({}));
     let mark = home.scratch("mark");
     let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
     let command = json!({"name": "web", "command": command, "timeout_ms": 0});
@@ -95,7 +95,7 @@ fn what_cannot_be_cancelled_either_is_said_to_go_on() {
     home.qemu("ignore-powerdown");
     home.spawn("web");
     let mut client = Client::with(&home, Era::Modern, &["--answer-within", "300ms"], json!({}));
-    let error = client.bad("vm_stop", json!({"name": "web", "timeout_ms": 14_000}), "limit_exceeded");
+    let error = client.bad("vm_stop", json!({"name": "web", "timeout_ms": 16_000}), "limit_exceeded");
     let message = error["message"].as_str().unwrap();
     assert!(message.contains("it cannot be cancelled: it goes on, and nobody is told how it ends"), "{message}");
     assert_eq!(client.good("vm_info", json!({"name": "web"}))["status"], "stopping");

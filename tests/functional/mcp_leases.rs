@@ -190,7 +190,7 @@ fn sessions_over_http_end_with_delete_and_with_the_server() {
 #[test]
 fn sessions_over_http_end_when_nobody_uses_them() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--session-idle", "2s"]);
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--session-idle", "4s"]);
     let used = Old::begin(&server);
     let unused = Old::begin(&server);
     let stays = used.good("vm_spawn", &throw_away("stays"));
