@@ -25,7 +25,7 @@ use rmcp::model::{CallToolResponse, ErrorData};
 use rmcp::service::RequestContext;
 use serde_json::Value;
 use tokio::task::{JoinError, JoinHandle};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::answer::{Done, Failed, JobBegun, plain, result};
 use crate::app::{App, Principal};
@@ -167,7 +167,19 @@ pub async fn carry_out(
     };
     // Whoever drops this call does not want its work any more.
     let unwanted = cancelled.clone().drop_guard();
-    let mut work = app.tasks().spawn(work(call.clone(), tool, arguments, line, word));
+    let work = app.tasks().spawn(work(call.clone(), tool, arguments, line, word));
+    awaited(call, tool, name, (work, unwanted), &context).await
+}
+
+/// Waits for the work, for as long as a client does. Then it is a job, or given up.
+async fn awaited(
+    call: Call,
+    tool: &Tool,
+    name: Option<VmName>,
+    (mut work, unwanted): (JoinHandle<Result<Done>>, DropGuard),
+    context: &RequestContext<RoleServer>,
+) -> Result<CallToolResponse, ErrorData> {
+    let (app, cancelled) = (Arc::clone(&call.app), call.cancelled.clone());
     let progress = call.progress.clone();
     let mut telling = std::pin::pin!(async {
         if let Some(token) = context.meta.get_progress_token() {
