@@ -93,7 +93,7 @@ pub fn exec(name: &VmName, request: &ExecRequest) -> Value {
 pub fn upload(name: &VmName, request: &UploadRequest) -> Value {
     let source = match &request.source {
         UploadSource::Path(path) => bytes(path.as_os_str().as_bytes()),
-        UploadSource::Stream { .. } | UploadSource::Archive(_) => "-".into(),
+        UploadSource::Stream { .. } | UploadSource::Directory(_) | UploadSource::Archive(_) => "-".into(),
     };
     json!({ "name": name, "source": source, "destination": bytes(&request.destination), "user": request.user })
 }

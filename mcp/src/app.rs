@@ -14,6 +14,7 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::leases::{self, Leases};
 use crate::outputs::Outputs;
 use crate::watch::Changes;
 
@@ -21,6 +22,8 @@ use crate::watch::Changes;
 const SETTLED_FOR: Duration = Duration::from_millis(100);
 /// How long a call may take until it is answered with a job, unless somebody says otherwise: clients give up after 60 s.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(40);
+/// How long a session over HTTP goes on that nobody uses, unless somebody says otherwise.
+pub const SESSION_IDLE: Duration = Duration::from_secs(1800);
 /// How many VMs are remembered as somebody's own.
 const OWN_MAX: usize = 4096;
 /// How long work that is cut off may take to clear up behind itself when the server ends.
@@ -54,12 +57,14 @@ pub struct Settings {
     pub exclude: Vec<String>,
     /// How long a call may take until it is answered with a job.
     pub answer_within: Duration,
+    /// How long a session over HTTP goes on that nobody uses. Its throw-away VMs go with it.
+    pub session_idle: Duration,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         let (policy, tools, exclude) = Default::default();
-        Self { policy, tools, exclude, answer_within: ANSWER_WITHIN }
+        Self { policy, tools, exclude, answer_within: ANSWER_WITHIN, session_idle: SESSION_IDLE }
     }
 }
 
@@ -75,6 +80,7 @@ pub struct App {
     roots: Roots,
     outputs: Outputs,
     changes: Changes,
+    leases: Leases,
     /// Who made which throw-away VM, by its id.
     own: std::sync::Mutex<HashMap<String, String>>,
 }
@@ -94,6 +100,7 @@ impl App {
             roots,
             outputs: Outputs::default(),
             changes: Changes::default(),
+            leases: Leases::default(),
             own: std::sync::Mutex::default(),
             settled: Mutex::new(None),
             tasks: TaskTracker::new(),
@@ -115,6 +122,11 @@ impl App {
     /// What happens.
     pub(crate) fn changes(&self) -> &Changes {
         &self.changes
+    }
+
+    /// What throw-away VMs belong to.
+    pub(crate) fn leases(&self) -> &Leases {
+        &self.leases
     }
 
     /// This caller has made this throw-away VM.
@@ -167,12 +179,15 @@ impl App {
         &self.quiet
     }
 
-    /// Ends what is under way and waits until it has cleared up.
+    /// Ends what is under way, and every session with its throw-away VMs; waits until it has cleared up.
     pub async fn finish(&self) {
         self.ending.cancel();
         self.tasks.close();
         if tokio::time::timeout(FINISH_WITHIN, self.tasks.wait()).await.is_err() {
             tracing::warn!("work was cut off: the server ends");
         }
+        leases::end_all(self).await;
+        // Sessions that have ended by themselves meanwhile.
+        let _ = tokio::time::timeout(FINISH_WITHIN, self.tasks.wait()).await;
     }
 }

@@ -7,7 +7,7 @@
 //!      │
 //!  the work, a task of its own ──> outcome, on the disk ──> answer
 //!      │ cancelled, or the server ends: it stops and clears up
-//!      │ too long for a client to wait: a job, answered at once and asked for later
+//!      │ too long for a client to wait: a job, answered at once and asked for later; where there can be none, it is cancelled
 //! ```
 //!
 //! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written down, nothing is shown.
@@ -15,7 +15,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nido_vmm::api::{JobOutcome, JobProgress, JobRequest};
+use nido_vmm::api::{JobOutcome, JobProgress, JobRequest, LeaseId};
 use nido_vmm::audit::{Audited, Caller, Ending, Face};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
@@ -24,17 +24,24 @@ use rmcp::RoleServer;
 use rmcp::model::{CallToolResponse, ErrorData};
 use rmcp::service::RequestContext;
 use serde_json::Value;
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio::task::{JoinError, JoinHandle};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::answer::{Done, Failed, JobBegun, plain, result};
 use crate::app::{App, Principal};
 use crate::confirm::{Retry, Word, confirm};
+use crate::leases::Key;
 use crate::progress::Progress;
 use crate::tools::Tool;
 
 /// How often whoever carries a job out looks whether it is to be cancelled.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// How long work that is cancelled may take to stop before its caller is answered: some clients give up soon.
+const STOP_WITHIN: Duration = Duration::from_secs(10);
+
+/// What became of work.
+type Ended = std::result::Result<Result<Done>, JoinError>;
 
 /// What a tool knows of the call that it serves.
 #[derive(Debug, Clone)]
@@ -44,6 +51,8 @@ pub struct Call {
     pub progress: Progress,
     /// Nobody wants the answer any more.
     pub cancelled: CancellationToken,
+    /// What throw-away VMs belong to that it makes.
+    pub session: Key,
     notes: Arc<Mutex<Notes>>,
 }
 
@@ -54,6 +63,8 @@ struct Notes {
     reason: Option<&'static str>,
     /// What would make it possible.
     approval: Option<String>,
+    /// What to do next, if not what the error's code says.
+    next_step: Option<&'static str>,
 }
 
 impl Call {
@@ -83,21 +94,43 @@ impl Call {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What to do next, where the error's code alone does not tell.
+    pub fn next_step(&self, words: &'static str) {
+        self.notes().next_step = Some(words);
+    }
+
+    /// The lease that a throw-away VM gets.
+    pub fn lease(&self) -> Result<LeaseId> {
+        self.app.leases().of(&self.app, self.session, &self.who)
+    }
+
     /// How an error is told.
     async fn failed(&self, error: &Error, name: Option<VmName>) -> Failed {
         let state = state(self, error, name).await;
         let mut failed = Failed::new(error, state);
-        failed.error.approval_id = self.notes().approval.take();
+        let mut notes = self.notes();
+        failed.error.approval_id = notes.approval.take();
+        if let Some(words) = notes.next_step {
+            failed.error.next_step = Some(words.into());
+        }
         failed
     }
+}
+
+/// What is asked of the server.
+#[derive(Debug)]
+pub struct Asked {
+    pub tool: &'static Tool,
+    pub arguments: Value,
+    pub retry: Retry,
+    pub session: Key,
 }
 
 /// Carries a call out.
 pub async fn carry_out(
     app: &Arc<App>,
-    tool: &'static Tool,
     principal: &Principal,
-    (arguments, retry): (Value, Retry),
+    Asked { tool, arguments, retry, session }: Asked,
     context: RequestContext<RoleServer>,
 ) -> Result<CallToolResponse, ErrorData> {
     let agent = context.client_info().map(|client| client.name);
@@ -109,7 +142,8 @@ pub async fn carry_out(
     }
     let cancelled = app.ending().child_token();
     let notes = Arc::default();
-    let call = Call { app: Arc::clone(app), who, progress: Progress::new(), cancelled: cancelled.clone(), notes };
+    let call =
+        Call { app: Arc::clone(app), who, progress: Progress::new(), cancelled: cancelled.clone(), session, notes };
     let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
     let line = match begin(&call, tool, arguments.clone()).await {
         Ok(line) => line,
@@ -133,7 +167,19 @@ pub async fn carry_out(
     };
     // Whoever drops this call does not want its work any more.
     let unwanted = cancelled.clone().drop_guard();
-    let mut work = app.tasks().spawn(work(call.clone(), tool, arguments, line, word));
+    let work = app.tasks().spawn(work(call.clone(), tool, arguments, line, word));
+    awaited(call, tool, name, (work, unwanted), &context).await
+}
+
+/// Waits for the work, for as long as a client does. Then it is a job, or given up.
+async fn awaited(
+    call: Call,
+    tool: &Tool,
+    name: Option<VmName>,
+    (mut work, unwanted): (JoinHandle<Result<Done>>, DropGuard),
+    context: &RequestContext<RoleServer>,
+) -> Result<CallToolResponse, ErrorData> {
+    let (app, cancelled) = (Arc::clone(&call.app), call.cancelled.clone());
     let progress = call.progress.clone();
     let mut telling = std::pin::pin!(async {
         if let Some(token) = context.meta.get_progress_token() {
@@ -144,30 +190,55 @@ pub async fn carry_out(
     let mut patience = std::pin::pin!(tokio::time::sleep(app.settings().answer_within));
     loop {
         tokio::select! {
-            done = &mut work => {
-                return match done {
-                    Ok(Ok(done)) => Ok(result(Ok(done)).into()),
-                    Ok(Err(error)) => Ok(result(Err(call.failed(&error, name).await)).into()),
-                    Err(broken) => Err(ErrorData::internal_error(broken.to_string(), None)),
-                };
-            }
+            done = &mut work => return answered(&call, name, done).await,
             () = context.ct.cancelled(), if !cancelled.is_cancelled() => cancelled.cancel(),
             () = &mut telling => {}
-            () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => {
-                let request = JobRequest { tool: tool.name.into(), vm_name: name.clone(), actor: principal.actor.clone() };
-                // Where there can be no job, it is waited for after all.
-                match app.unsettled().job_begin(&request) {
-                    Ok(job) => {
-                        unwanted.disarm();
-                        app.tasks().spawn(job_of(call, job.id.clone(), work));
-                        return Ok(result(Done::new(&JobBegun::new(&job)).map_err(|e| Failed::new(&e, None))).into());
-                    }
-                    Err(error) => tracing::warn!("a call that lasts cannot become a job: {error}"),
-                }
-                patience.as_mut().reset(tokio::time::Instant::now() + Duration::from_secs(86_400));
-            }
+            () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => break,
         }
     }
+    let request = JobRequest { tool: tool.name.into(), vm_name: name.clone(), actor: call.who.actor.clone() };
+    match app.unsettled().job_begin(&request) {
+        Ok(job) => {
+            unwanted.disarm();
+            app.tasks().spawn(job_of(call, job.id.clone(), work));
+            Ok(result(Done::new(&JobBegun::new(&job)).map_err(|e| Failed::new(&e, None))).into())
+        }
+        Err(error) => given_up(&call, name, work, &error).await,
+    }
+}
+
+/// The answer of work that has ended.
+async fn answered(call: &Call, name: Option<VmName>, done: Ended) -> Result<CallToolResponse, ErrorData> {
+    match done {
+        Ok(Ok(done)) => Ok(result(Ok(done)).into()),
+        Ok(Err(error)) => Ok(result(Err(call.failed(&error, name).await)).into()),
+        Err(broken) => Err(ErrorData::internal_error(broken.to_string(), None)),
+    }
+}
+
+/// Work that takes too long and cannot become a job: nobody would hear of its end, so it is stopped before that is said.
+async fn given_up(
+    call: &Call,
+    name: Option<VmName>,
+    mut work: JoinHandle<Result<Done>>,
+    why: &Error,
+) -> Result<CallToolResponse, ErrorData> {
+    tracing::warn!("a call that lasts cannot become a job: {}", plain(why.message()));
+    call.cancelled.cancel();
+    let stopped = match tokio::time::timeout(STOP_WITHIN, &mut work).await {
+        Ok(Ok(Err(error))) if error.code() == Code::Interrupted => "so it was cancelled",
+        // It has ended in this very moment, one way or the other.
+        Ok(done) => return answered(call, name, done).await,
+        Err(_) => "and it cannot be cancelled: it goes on, and nobody is told how it ends",
+    };
+    let words = format!("the call takes long and cannot go on as a job, {stopped}: {}", why.message());
+    if why.code() == Code::LimitExceeded {
+        call.next_step(
+            "end other jobs: job_get with wait_ms waits for one, job_cancel stops one; vm_info tells what became of the \
+             VM; then call again",
+        );
+    }
+    Ok(result(Err(call.failed(&Error::new(why.code(), words), name).await)).into())
 }
 
 /// The work and its outcome.

@@ -84,7 +84,7 @@ pub async fn confirm(
         arguments: arguments.clone(),
     };
     if let Some(id) = arguments.get("approval_id").and_then(Value::as_str) {
-        nido.approval_use(id, &ask)?;
+        use_up(call, id, &ask)?;
         return Ok(Word::Go("approved"));
     }
     if let (Some(answers), Some(id)) = (&retry.answers, &retry.state) {
@@ -95,19 +95,22 @@ pub async fn confirm(
         ApprovalState::Pending => {}
         // The user was quicker than the model.
         _ => {
-            nido.approval_use(&approval.id, &ask)?;
+            use_up(call, &approval.id, &ask)?;
             return Ok(Word::Go("approved"));
         }
     }
     let words = question(tool, &ask);
     let shows_forms = context.client_capabilities().is_some_and(|client| shows_forms(&client));
-    let modern =
-        context.protocol_version().is_some_and(|version| version.as_str() >= ProtocolVersion::V_2026_07_28.as_str());
-    match (shows_forms, modern) {
+    match (shows_forms, is_modern(context)) {
         (true, true) => Ok(Word::Ask(Box::new(form_result(&words, &approval)?))),
         (true, false) => elicited(call, context, &words, &approval, &ask).await,
         (false, _) => Err(by_hand(call, &approval, &ask)),
     }
+}
+
+/// Whether a request stands for itself, in the protocol without `initialize`.
+pub fn is_modern(context: &RequestContext<RoleServer>) -> bool {
+    context.protocol_version().is_some_and(|version| version.as_str() >= ProtocolVersion::V_2026_07_28.as_str())
 }
 
 /// What a person is asked. Names are parsed names, so nothing of a guest is in it.
@@ -178,16 +181,44 @@ async fn decided(call: &Call, id: &str, ask: &Ask, answer: &ElicitResult) -> Res
                 return Err(Error::new(Code::Denied, "that approval is for another caller"));
             }
             nido.approve(id, &by)?;
-            nido.approval_use(id, ask)?;
+            use_up(call, id, ask)?;
             Ok(Word::Go("confirmed"))
         }
         _ => {
             if nido.approval(id)?.actor == ask.actor {
                 nido.deny(id, &by)?;
             }
-            Err(Error::new(Code::Denied, "the user said no").hint("do not try again; ask the user what to do instead"))
+            Err(refused(call))
         }
     }
+}
+
+/// Uses an approval up. What is denied here a person can still decide, so it is told differently from what the server forbids.
+fn use_up(call: &Call, id: &str, ask: &Ask) -> Result<()> {
+    let nido = call.app.unsettled();
+    nido.approval_use(id, ask).map_err(|error| {
+        if error.code() != Code::Denied {
+            return error;
+        }
+        match nido.approval(id) {
+            Ok(approval) if said_no(&approval, ask) => refused(call),
+            _ => {
+                call.next_step("call again without approval_id, so that the user is asked about exactly this");
+                error
+            }
+        }
+    })
+}
+
+/// Whether this caller has had a no about this VM. Pure.
+fn said_no(approval: &Approval, ask: &Ask) -> bool {
+    approval.state == ApprovalState::Denied && (&approval.actor, &approval.vm_id) == (&ask.actor, &ask.vm_id)
+}
+
+/// What a model is told when a person has said no: just now, or a while ago.
+fn refused(call: &Call) -> Error {
+    call.next_step("the user has refused: do not try it again, nor in another way, unless they ask for it");
+    Error::new(Code::Denied, "the user said no").hint("ask the user what to do instead")
 }
 
 /// For clients that cannot ask their user.

@@ -4,6 +4,7 @@
 //! `initialize` stand for themselves; those with it have sessions, which nobody but this file counts.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::HeaderMap;
 use rmcp::ServerHandler;
@@ -15,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::app::App;
 use crate::server::Server;
 
-/// How many sessions may be open at once. One that nobody uses ends after five minutes.
+/// How many sessions may be open at once. One that nobody uses ends after a while: `Settings::session_idle`.
 const SESSIONS: usize = 256;
 /// The longest message, in bytes: a file of 1 MiB as base64, and some.
 const MESSAGE_MAX: usize = 4 << 20;
@@ -27,6 +28,9 @@ pub trait Agents: Send + Sync + 'static {
 
     /// One for each session, or for each request where there are none.
     fn handler(self: &Arc<Self>) -> Self::Handler;
+
+    /// How long a session may go unused until it ends.
+    fn session_idle(&self) -> Duration;
 
     /// Done when the server ends: what would go on for ever ends with it.
     fn ending(&self) -> &CancellationToken;
@@ -40,6 +44,10 @@ impl Agents for App {
 
     fn handler(self: &Arc<Self>) -> Server {
         Server::of_requests(self)
+    }
+
+    fn session_idle(&self) -> Duration {
+        self.settings().session_idle
     }
 
     fn ending(&self) -> &CancellationToken {
@@ -90,7 +98,9 @@ impl<A: Agents> Http<A> {
         } else {
             config.with_allowed_hosts(hosts.into_iter().chain(["::1".to_owned()]))
         };
-        let sessions = Arc::new(LocalSessionManager::default());
+        let mut sessions = LocalSessionManager::default();
+        sessions.session_config.keep_alive = Some(agents.session_idle());
+        let sessions = Arc::new(sessions);
         let owner = Arc::clone(agents);
         let service = Service::<A>::new(move || Ok(owner.handler()), Arc::clone(&sessions), config);
         Self { service, sessions }

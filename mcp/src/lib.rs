@@ -5,7 +5,7 @@
 //!        \   /
 //!       server.rs           what the protocol asks: lists, calls       resources.rs prompts.rs watch.rs
 //!           |
-//!       call.rs             one call: may it be, attempt, progress, cancellation, outcome      confirm.rs
+//!       call.rs             one call: may it be, attempt, progress, cancellation, outcome      confirm.rs leases.rs
 //!           |
 //!       tools/*.rs          one file per noun: parse, call the core, answer       schema.rs answer.rs  [pure]
 //! ```
@@ -20,10 +20,12 @@ mod app;
 mod call;
 mod confirm;
 pub mod http;
+mod leases;
 mod outputs;
 mod pages;
 mod progress;
 mod prompts;
+mod recipes;
 mod resources;
 pub mod schema;
 mod server;
@@ -31,4 +33,4 @@ pub mod stdio;
 pub mod tools;
 mod watch;
 
-pub use self::app::{ANSWER_WITHIN, App, Principal, Settings};
+pub use self::app::{ANSWER_WITHIN, App, Principal, SESSION_IDLE, Settings};

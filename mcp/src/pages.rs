@@ -10,27 +10,33 @@ pub fn place(vm: &VmInfo) -> String {
     format!("{:020}-{}", vm.created_at.as_millisecond(), vm.id)
 }
 
-/// At most so many of those that stand behind the cursor, and the cursor of the next page, if there is one.
+/// The cursor, if it may be the [`place`] of a VM.
+pub fn cursor_of_vms(cursor: Option<&str>) -> Result<Option<&str>> {
+    let is_place = |text: &str| {
+        text.split_once('-')
+            .is_some_and(|(at, id)| at.len() == 20 && at.bytes().all(|byte| byte.is_ascii_digit()) && !id.is_empty())
+    };
+    if cursor.is_none_or(is_place) {
+        Ok(cursor)
+    } else {
+        Err(Error::new(Code::SpecInvalid, "cursor: it is none that an earlier answer gave"))
+    }
+}
+
+/// At most so many of those that stand behind the cursor, and the cursor of the next page, if there is one. `place` says where one
+/// stands among all, and never changes.
 pub fn page<T>(
     mut all: Vec<T>,
     place: impl Fn(&T) -> String,
     cursor: Option<&str>,
     most: usize,
-) -> Result<(Vec<T>, Option<String>)> {
-    if cursor.is_some_and(|cursor| !is_place(cursor)) {
-        return Err(Error::new(Code::SpecInvalid, "cursor: it is none that an earlier answer gave"));
-    }
+) -> (Vec<T>, Option<String>) {
     all.sort_by_key(&place);
     all.retain(|one| cursor.is_none_or(|cursor| place(one).as_str() > cursor));
     let more = all.len() > most;
     all.truncate(most);
     let next = all.last().filter(|_| more).map(place);
-    Ok((all, next))
-}
-
-fn is_place(text: &str) -> bool {
-    text.split_once('-')
-        .is_some_and(|(at, id)| at.len() == 20 && at.bytes().all(|byte| byte.is_ascii_digit()) && !id.is_empty())
+    (all, next)
 }
 
 #[cfg(test)]
@@ -43,7 +49,7 @@ mod tests {
 
     #[test]
     fn every_entry_is_on_one_page_whatever_comes_and_goes() {
-        let ask = |there: &[String], cursor: Option<&str>| page(there.to_vec(), Clone::clone, cursor, 3).unwrap();
+        let ask = |there: &[String], cursor: Option<&str>| page(there.to_vec(), Clone::clone, cursor, 3);
         let mut there = places((0..8).rev());
         let (first, next) = ask(&there, None);
         assert_eq!((&first, next.as_ref()), (&places(0..3), first.last()));
@@ -58,18 +64,16 @@ mod tests {
 
     #[test]
     fn a_page_that_is_just_full_is_the_last() {
-        assert_eq!(page(places(0..3), Clone::clone, None, 3).unwrap(), (places(0..3), None));
-        assert_eq!(page(places([]), Clone::clone, None, 3).unwrap(), (vec![], None));
+        assert_eq!(page(places(0..3), Clone::clone, None, 3), (places(0..3), None));
+        assert_eq!(page(places([]), Clone::clone, None, 3), (vec![], None));
     }
 
     #[test]
     fn what_is_no_cursor_is_refused() {
+        assert_eq!(cursor_of_vms(None).unwrap(), None);
+        assert_eq!(cursor_of_vms(Some(&places([7])[0])).unwrap(), Some(places([7])[0].as_str()));
         for wrong in ["", "x", "-", "1-x", "0000000000000000000x-x", "00000000000000000001-", "00000000000000000001"] {
-            assert_eq!(
-                page(places([]), Clone::clone, Some(wrong), 3).unwrap_err().code(),
-                Code::SpecInvalid,
-                "{wrong}"
-            );
+            assert_eq!(cursor_of_vms(Some(wrong)).unwrap_err().code(), Code::SpecInvalid, "{wrong}");
         }
     }
 }

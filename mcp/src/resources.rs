@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::answer::Done;
 use crate::app::{App, Principal};
 use crate::outputs::Output;
-use crate::pages::{page, place};
+use crate::pages::{cursor_of_vms, page, place};
 
 /// All VMs.
 pub const VMS: &str = "vmops://vms";
@@ -48,7 +48,7 @@ pub fn output(output: &Output) -> Resource {
 /// What can be read, and the cursor of the next page: consoles in order of their VMs' creation, and before the first of them what
 /// else there is.
 pub async fn list(app: &App, principal: &Principal, cursor: Option<&str>) -> Result<(Vec<Resource>, Option<String>)> {
-    let (vms, next) = page(app.nido().await?.list()?.vms, place, cursor, LISTED)?;
+    let (vms, next) = page(app.nido().await?.list()?.vms, place, cursor_of_vms(cursor)?, LISTED);
     let mut list = if cursor.is_none() { others(app, principal) } else { Vec::new() };
     list.extend(vms.iter().map(|vm| {
         Resource::new(logs_uri(&vm.name), format!("logs-{}", vm.name))

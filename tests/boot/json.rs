@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::rig::TestHome;
 
-const VM_FIELDS: [&str; 26] = [
+const VM_FIELDS: [&str; 27] = [
     "name",
     "id",
     "status",
@@ -23,6 +23,7 @@ const VM_FIELDS: [&str; 26] = [
     "forwards",
     "labels",
     "ephemeral",
+    "lease",
     "agent",
     "created_at",
     "started_at",

@@ -77,12 +77,12 @@ fn supervisors(home: &Home) -> Vec<Pid> {
 }
 
 /// Waits for the end of a VM's files, and asks nido nothing: that would settle it.
-fn await_gone(home: &Home, id: &str) {
+pub fn await_gone(home: &Home, id: &str) {
     let directory = home.path().join("vms").join(id);
     until("the end of the VM", || (!directory.exists()).then_some(()));
 }
 
-fn events(home: &Home, vm: &str) -> Vec<serde_json::Value> {
+pub fn events(home: &Home, vm: &str) -> Vec<serde_json::Value> {
     home.nido(["events", "--json", "--vm", vm]).run().ok().json()["events"].as_array().unwrap().clone()
 }
 

@@ -19,6 +19,8 @@ mod lifecycle;
 mod logs;
 mod mcp;
 mod mcp_http;
+mod mcp_jobs;
+mod mcp_leases;
 mod mcp_lists;
 mod pool;
 mod run;

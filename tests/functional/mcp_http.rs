@@ -8,7 +8,7 @@ use crate::support::{Home, until};
 const VERSION: &str = "2026-07-28";
 
 /// A request as clients without sessions send it.
-fn body(method: &str, name: Option<&str>, arguments: Value) -> String {
+pub fn body(method: &str, name: Option<&str>, arguments: Value) -> String {
     let mut params = json!({ "_meta": {
         "io.modelcontextprotocol/protocolVersion": VERSION,
         "io.modelcontextprotocol/clientInfo": { "name": "tests", "version": "1" },
@@ -21,7 +21,7 @@ fn body(method: &str, name: Option<&str>, arguments: Value) -> String {
     json!({ "jsonrpc": "2.0", "id": 1, "method": method, "params": params }).to_string()
 }
 
-fn headers<'a>(method: &'a str, name: Option<&'a str>) -> Vec<(&'a str, &'a str)> {
+pub fn headers<'a>(method: &'a str, name: Option<&'a str>) -> Vec<(&'a str, &'a str)> {
     let mut headers = vec![
         ("content-type", "application/json"),
         ("accept", "application/json, text/event-stream"),
@@ -33,7 +33,7 @@ fn headers<'a>(method: &'a str, name: Option<&'a str>) -> Vec<(&'a str, &'a str)
 }
 
 /// The result in an answer, which may be a stream of one message.
-fn result(answer: &Answer) -> Value {
+pub fn result(answer: &Answer) -> Value {
     let text = String::from_utf8(answer.body.clone()).unwrap();
     assert_eq!(answer.status, 200, "{text}");
     let message = text.lines().filter_map(|line| line.strip_prefix("data: ")).next_back().unwrap_or(&text).to_owned();
@@ -42,14 +42,14 @@ fn result(answer: &Answer) -> Value {
     message["result"].clone()
 }
 
-fn call(server: &Server, token: &str, tool: &str, arguments: Value) -> Value {
+pub fn call(server: &Server, token: &str, tool: &str, arguments: Value) -> Value {
     let bearer = format!("Bearer {token}");
     let mut headers = headers("tools/call", Some(tool));
     headers.push(("authorization", &bearer));
     result(&server.plain("POST", "/mcp", &headers, body("tools/call", Some(tool), arguments).as_bytes()))
 }
 
-fn token(home: &Home, scope: &str) -> String {
+pub fn token(home: &Home, scope: &str) -> String {
     let made = home.nido(["token", "create", "--name", scope, "--scope", scope, "--json"]).run().ok().json();
     made["token"].as_str().unwrap().to_owned()
 }

@@ -3,6 +3,7 @@
 #![allow(deprecated, reason = "the suite for 2025-11-25 wants logging, which the next revision has given up")]
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use http::request::Parts;
 use nido_mcp::Principal;
@@ -53,6 +54,10 @@ impl Agents for Fixture {
 
     fn handler(self: &Arc<Self>) -> Server {
         Server { fixture: Arc::clone(self), level: Arc::new(Mutex::new(LoggingLevel::Info)) }
+    }
+
+    fn session_idle(&self) -> Duration {
+        nido_mcp::SESSION_IDLE
     }
 
     fn ending(&self) -> &CancellationToken {

@@ -2,8 +2,8 @@
 
     client.py NIDO http URL      client.py NIDO stdio
 
-Makes a VM, works in it, goes back, is asked before anything is destroyed, listens, cancels, and meets a guest that wants to be
-obeyed. Ends with 0 if all of it was as it should be.
+Makes a VM, works in it, goes back, is asked before anything is destroyed, listens, cancels, meets a guest that wants to be
+obeyed, and leaves a throw-away VM behind. Ends with 0 if all of it was as it should be.
 """
 
 import asyncio
@@ -236,6 +236,30 @@ async def ends(rig):
     assert rig.by_hand("--quiet", "ls") == ""
 
 
+async def leaves(rig):
+    """A throw-away VM is left behind: what becomes of it, `left` looks at when the session is over."""
+    vm = await rig.good("vm_spawn", name=rig.name, net="none", ephemeral=True)
+    assert vm["lease"] and (await rig.good("vm_info", name=rig.name))["lease"] == vm["lease"], vm
+    # Where there are no sessions it has a time, without having been given one.
+    assert bool(vm["expires_at"]) == (not rig.has_session), vm
+
+
+async def left(rig):
+    """It goes with its session; without one it stays until its time is up, or the server ends."""
+
+    async def there():
+        return rig.by_hand("--quiet", "ls") != ""
+
+    async def gone():
+        return not await there()
+
+    if rig.has_session:
+        await until("the end of the throw-away VM", gone)
+    else:
+        assert await there()
+        rig.by_hand("delete", "--force", "--yes", rig.name)
+
+
 async def ends_unasked(rig):
     """With --confirm never nobody is asked."""
     await rig.good("vm_delete", name=rig.name, force=True)
@@ -249,13 +273,16 @@ async def told(rig, *acts):
             began = time.monotonic()
             await act(rig)
             print(f"ok: {rig}: {act.__name__} ({time.monotonic() - began:.1f} s)", flush=True)
+    if leaves in acts:
+        await left(rig)
+        print(f"ok: {rig}: left", flush=True)
 
 
 async def main():
     nido, kind, *rest = sys.argv[1:]
     server = rest[0] if kind == "http" else None
     for mode in ERAS:
-        await told(Rig(nido, server, mode), looks, lives, works, goes_back, listens, cancels, hostile, ends)
+        await told(Rig(nido, server, mode), looks, lives, works, goes_back, listens, cancels, hostile, ends, leaves)
         await told(Rig(nido, server, mode, forms=False), lives, goes_back, ends)
         if kind == "stdio":
             await told(Rig(nido, None, mode, "--answer-within", "3s", "--confirm", "never"), lives, lasts, ends_unasked)

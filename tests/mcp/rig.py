@@ -21,6 +21,8 @@ class Rig:
         self.nido, self.mode, self.forms = nido, mode, forms
         # What the person answers; every question is kept.
         self.says, self.asked, self.heard = "accept", [], []
+        # Over HTTP only the older era has any.
+        self.has_session = not url or mode == "legacy"
         self.name = f"sdk-{'http' if url else 'stdio'}-{mode}"
         env = {key: value for key, value in os.environ.items() if key.startswith("NIDO_")}
         server = url or mcp.StdioServerParameters(command=nido, args=["mcp-server", "start", *flags], env=env)

@@ -60,6 +60,13 @@ impl Server {
         Self::with_token(home, ("api-server", &[]), std::mem::take(&mut self.token))
     }
 
+    /// Kills it, and no other takes its place.
+    pub fn gone(mut self) {
+        let live = self.live.take().unwrap();
+        live.kill();
+        assert!(live.end(), "it has ended by itself");
+    }
+
     /// Where it listens.
     pub fn address(&self) -> &str {
         &self.address

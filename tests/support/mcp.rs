@@ -211,6 +211,20 @@ impl Client {
         error
     }
 
+    /// Kills the server, whatever it is doing.
+    pub fn killed(mut self) {
+        let live = self.live.take().unwrap();
+        live.kill();
+        assert!(live.end(), "it has ended by itself");
+    }
+
+    /// Tells the server to end with a signal, and waits for its end.
+    pub fn told_to_end(mut self) -> super::run::Ran {
+        let live = self.live.take().unwrap();
+        live.signal(rustix::process::Signal::TERM);
+        live.wait()
+    }
+
     /// Ends standard input and waits for the server's end.
     pub fn ended(mut self) -> super::run::Ran {
         let mut live = self.live.take().unwrap();

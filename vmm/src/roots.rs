@@ -1,4 +1,4 @@
-//! Files of the host that a caller may name: single ones, below directories that were allowed.
+//! Files of the host that a caller may name, and directories to be read: below directories that were allowed.
 //!
 //! ```text
 //!  /srv/exchange/in/data.csv      which root? by whole components
@@ -7,7 +7,7 @@
 //!
 //! Invariant: no path of a caller is ever resolved by anything but `openat2` from a root that was opened at the start, and its
 //! last component by calls that follow nothing. So whoever writes below a root meanwhile (a guest's download, another program)
-//! cannot make a path mean something else; nothing but regular files is opened; and a file that is written appears whole.
+//! cannot make a path mean something else; nothing but regular files and directories is opened; and a file that is written appears whole.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -99,6 +99,16 @@ impl Roots {
         let open = rustix::fs::open(of(&found), flags, Mode::empty()).map_err(|e| refused(path, e))?;
         let mode = u16::try_from(stat.st_mode & 0o777).unwrap_or(0);
         Ok(Readable { file: open.into(), bytes, mode, name })
+    }
+
+    /// Opens a directory, for what is in it to be read through the answer. A relative path is one below the first root.
+    ///
+    /// # Errors
+    /// `denied` outside of the roots and where a symlink is on the way, `path_not_found`, `path_invalid` for what is no directory.
+    pub fn directory(&self, path: &Path) -> Result<OwnedFd> {
+        let (root, below) = self.find(path)?;
+        let below = if below.as_os_str().is_empty() { Path::new(".") } else { &below };
+        root.resolve(below, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC).map_err(|e| refused(path, e))
     }
 
     /// Begins a file. Its directory must be there. A relative path is one below the first root.
@@ -344,6 +354,12 @@ mod tests {
             let error = roots.read(directory, BIG).unwrap_err();
             assert!(error.code() == Code::PathInvalid && error.hint_text().unwrap().contains("tar"), "{error}");
         }
+        for (directory, name) in [(root.as_path(), "a"), (Path::new("sub"), "b"), (Path::new("."), "a")] {
+            let open = roots.directory(directory).unwrap();
+            rustix::fs::statat(&open, name, AtFlags::SYMLINK_NOFOLLOW).unwrap();
+        }
+        assert_eq!(code(roots.directory(&root.join("a"))), Code::PathInvalid);
+        assert_eq!(code(roots.directory(&root.join("none"))), Code::PathNotFound);
         // A root that was named through a symlink is known by both names.
         let link = dir.path().join("link");
         symlink(&root, &link).unwrap();
@@ -379,6 +395,17 @@ mod tests {
             assert_eq!(code(roots.read(&path, BIG)), Code::Denied, "{}", path.display());
             assert_eq!(code(roots.write(&path.with_file_name("new"), true)), Code::Denied, "{}", path.display());
         }
+        for path in [
+            outside,
+            dir.path().into(),
+            root.join("../outside"),
+            root.join("way"),
+            root.join("magic"),
+            root.join("fds"),
+        ] {
+            assert_eq!(code(roots.directory(&path)), Code::Denied, "{}", path.display());
+        }
+        let outside = dir.path().join("outside");
         for link in ["link", "harmless", "magic"] {
             assert!(matches!(code(roots.read(&root.join(link), BIG)), Code::Denied | Code::PathInvalid), "{link}");
         }

@@ -64,6 +64,7 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
         some("label", Some(format!("{key}={value}")));
     }
     some("ephemeral", vm.ephemeral.then(|| "yes".into()));
+    some("session", vm.lease.as_ref().map(|lease| format!("{}; it goes when that is over", lease.as_str())));
     some("created", Some(past(vm.created_at, now)));
     some("started", vm.started_at.map(|at| past(at, now)));
     some("expires", vm.expires_at.map(|at| format!("{at:.0} (in {})", show_seconds(between(now, at)))));

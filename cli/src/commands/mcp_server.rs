@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
-use nido_mcp::{App, Settings, stdio};
+use nido_mcp::{App, SESSION_IDLE, Settings, stdio};
 use nido_vmm::error::{Code, Error};
 use nido_vmm::nido::Nido;
 use nido_vmm::policy::{Confirm, Policy};
@@ -30,7 +30,8 @@ Examples:
 
 Over stdio the client starts it, speaks on its standard input and reads its standard output, where nothing but messages is
 ever written; what is worth telling goes to standard error. It ends when standard input does. Over http it serves at /mcp,
-with the tokens of `nido token`. VMs do not depend on it.";
+with the tokens of `nido token`. VMs do not depend on it, but for ephemeral ones that agents have made: they go with their
+session.";
 
 /// Serve agents over the Model Context Protocol
 #[derive(Debug, clap::Args)]
@@ -71,6 +72,9 @@ struct Start {
     /// How long a call may last; one that lasts longer is answered with a job, and goes on
     #[arg(long, value_name = "TIME", default_value = "40s", value_parser = duration)]
     answer_within: Duration,
+    /// Over http: how long a session goes on that nobody uses [default: 30m]; its throw-away VMs go with it
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    session_idle: Option<Duration>,
     /// Let whoever reaches the port do everything, without a token; for this machine only
     #[arg(long)]
     no_token: bool,
@@ -131,12 +135,13 @@ impl Start {
         policy.read_only |= self.read_only;
         policy.confirm = self.confirm.unwrap_or(policy.confirm);
         let (tools, exclude) = (self.tools.take(), std::mem::take(&mut self.exclude_tools));
-        Ok(Settings { policy, tools, exclude, answer_within: self.answer_within })
+        let session_idle = self.session_idle.unwrap_or(SESSION_IDLE);
+        Ok(Settings { policy, tools, exclude, answer_within: self.answer_within, session_idle })
     }
 
     async fn stdio(self, cx: &Context, settings: Settings) -> Outcome {
-        if self.no_token || self.listen.is_given() {
-            let words = "a client on standard input and output needs no port and no token";
+        if self.no_token || self.session_idle.is_some() || self.listen.is_given() {
+            let words = "a client on standard input and output needs no port and no token, and ends its session itself";
             return Err(Error::new(Code::SpecInvalid, words).hint("--transport http serves on a port").into());
         }
         if std::io::stdin().is_terminal() {

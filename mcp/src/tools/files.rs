@@ -11,6 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use nido_vmm::api::{CopyProgress, CopyResult, DownloadRequest, DownloadTarget, Scope, UploadRequest, UploadSource};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
+use nido_vmm::roots::Roots;
 use nido_vmm::text::is_harmful;
 use serde::{Deserialize, Serialize};
 
@@ -30,8 +31,9 @@ pub const UPLOAD: Tool = Tool {
     name: "vm_upload",
     title: "Put a file into a VM",
     about: "Writes one file into a running virtual machine: text in content, bytes in content_base64 (both at most 1 MiB), or a \
-        file of the host in source, if this server allows that directory. It appears under its name when it is whole, and \
-        replaces a file that is there. For many files, put an archive in and unpack it with vm_exec. Next: vm_exec.",
+        file of the host in source, if this server allows its directory. It appears under its name when it is whole, and \
+        replaces a file that is there. A source that is a directory is copied with everything in it, symlinks as they are: \
+        what is in it is then in path. Next: vm_exec.",
     hints: Hints { read_only: false, destructive: true, idempotent: true, open_world: false },
     confirmed: false,
     scope: Scope::Run,
@@ -46,7 +48,7 @@ pub const UPLOAD: Tool = Tool {
 struct Upload {
     /// Name of the VM. It has to run.
     name: VmName,
-    /// Absolute path of the file in the guest.
+    /// Absolute path of the file, or of the copy of the directory, in the guest.
     path: String,
     /// What stands in it, as text. This, content_base64 or source.
     #[serde(default)]
@@ -54,10 +56,10 @@ struct Upload {
     /// What stands in it, as base64. This, content or source.
     #[serde(default)]
     content_base64: Option<String>,
-    /// Path of a file on the host, below a directory that this server allows. This, content or content_base64.
+    /// Path of a file or a directory on the host, below a directory that this server allows. This, content or content_base64.
     #[serde(default)]
     source: Option<String>,
-    /// Its permission bits, in octal; 644 if absent, or those of source.
+    /// Its permission bits, in octal; 644 if absent, or those of source. What is in a directory keeps its own.
     #[serde(default)]
     #[schema(pattern = "^[0-7]{3,4}$")]
     mode: Option<String>,
@@ -78,9 +80,8 @@ async fn upload(call: &Call, asked: Upload) -> Result<Done> {
         }
         (None, None, Some(path)) => {
             let app = Arc::clone(&call.app);
-            let found = blocking(move || app.roots().read(Path::new(&path), HOST_MAX)).await;
-            let found = found.inspect_err(|e| outside(call, e))?;
-            UploadSource::Stream { file: found.file, mode: mode.unwrap_or(found.mode & 0o777) }
+            let found = blocking(move || of_host(app.roots(), Path::new(&path), mode)).await;
+            found.inspect_err(|e| outside(call, e))?
         }
         (None, None, None) => {
             return Err(invalid("content: there is nothing to write; content, content_base64 or source"));
@@ -92,6 +93,22 @@ async fn upload(call: &Call, asked: Upload) -> Result<Done> {
     let mut tell = |now: CopyProgress| told(call, now);
     let copied = call.unless_cancelled(call.nido().await?.upload(&asked.name, request, &mut tell)).await?;
     Done::new(&copied)
+}
+
+/// A file of the host, or a directory with what is in it.
+fn of_host(roots: &Roots, path: &Path, mode: Option<u16>) -> Result<UploadSource> {
+    match roots.read(path, HOST_MAX) {
+        Ok(found) => Ok(UploadSource::Stream { file: found.file, mode: mode.unwrap_or(found.mode & 0o777) }),
+        Err(error) if error.code() == Code::PathInvalid => {
+            // Not a directory either: then what it is was said already.
+            let directory = roots.directory(path).map_err(|_| error)?;
+            if mode.is_some() {
+                return Err(invalid("mode: what is in a directory keeps its own permission bits; leave it out"));
+            }
+            Ok(UploadSource::Directory(directory))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Bytes that came with the message.

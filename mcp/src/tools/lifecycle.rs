@@ -1,26 +1,32 @@
 //! VMs come and go: made, started, stopped.
 
-use nido_vmm::api::{Scope, SpawnRequest, StartRequest, StopRequest, VmInfo};
+use nido_vmm::api::{Scope, SpawnRequest, StartRequest, StopRequest, VmInfo, VmSpec};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::state::VmState;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::{ADDS, Hints, Tool, arguments};
+use super::{ADDS, Hints, Tool, arguments, field};
 use crate::answer::Done;
 use crate::call::Call;
+use crate::leases::Key;
 use crate::schema;
+
+/// The argument with which a throw-away VM is not the session's.
+const OUTLIVES: &str = "outlives_session";
+/// The longest life of a throw-away VM where there are no sessions, unless the caller says how long.
+const TTL_MS: u64 = 3_600_000;
 
 pub const SPAWN: Tool = Tool {
     name: "vm_spawn",
     title: "Make and start a VM",
     about: "Makes a virtual machine from a template, starts it and waits until commands can be run in it. Use it whenever a \
-        fresh, isolated machine is needed. Give ttl_ms and ephemeral for a VM that is only needed for this task: it is then \
-        removed by itself. Calling again with the same name and the same request answers with the VM that is there; a name \
+        fresh, isolated machine is needed. Give ttl_ms and ephemeral for a VM that is only needed for this task: it then \
+        belongs to this session, and is removed with it, or before when its time is up. Calling again with the same name and the same request answers with the VM that is there; a name \
         that is taken by a different VM is an error. If the start fails or the call is cancelled, nothing is left. Takes \
         from a few milliseconds (a pool or a saved guest) to a minute (a cold boot under emulation). The answer has \
-        expires_at, and in timings how long it took. Next: vm_exec, vm_upload; at the end vm_delete.",
+        expires_at, lease if it belongs to the session, and in timings how long it took. Next: vm_exec, vm_upload; at the end vm_delete.",
     hints: ADDS,
     confirmed: false,
     scope: Scope::Run,
@@ -50,7 +56,11 @@ const OF_A_VM: [(&str, &str); 15] = [
         "Longest life after a start, in milliseconds; then it is stopped, and removed if ephemeral. No limit if absent.",
     ),
     ("idle_ms", "Longest time without a command, a copy or a connection, in milliseconds; then as for ttl_ms."),
-    ("ephemeral", "Remove it, disk and all, when it stops."),
+    (
+        "ephemeral",
+        "A throw-away VM: it is removed, disk and all, when it stops, when its time is up, and when this session (or the \
+         server) ends. Where the protocol has no sessions (2026-07-28 over HTTP), ttl_ms is 3600000 unless it is given.",
+    ),
     ("labels", "Free labels, at most 64; vm_ls finds VMs by them."),
 ];
 
@@ -66,25 +76,48 @@ fn without(left_out: &[&str]) -> Value {
         let path =
             "How it comes to life: fork (from a saved guest, or fail) or cold (boot). Leave it out for the quickest.";
         properties["path"]["description"] = path.into();
+        let outlives = "An ephemeral VM that does not go with this session (one over HTTP ends when it is not used for some \
+            minutes): only its limits, its stop or vm_delete end it. false if absent.";
+        properties.insert(OUTLIVES.into(), json!({ "type": "boolean", "default": false, "description": outlives }));
         properties.retain(|name, _| !left_out.contains(&name.as_str()));
     }
     schema
 }
 
-/// A new VM, as it is asked for; with an argument that was left out, it is none.
-fn request(given: Value, left_out: &[&str]) -> Result<SpawnRequest> {
+/// A new VM, as it is asked for, and how it is started; with an argument that was left out, it is none.
+fn request(call: &Call, mut given: Value, left_out: &[&str]) -> Result<(VmSpec, StartRequest)> {
     if let Some(name) = left_out.iter().find(|name| given.get(name).is_some()) {
         let words =
             format!("{name}: there is no such argument; vm_spawn makes a VM that runs, vm_create one that does not");
         return Err(Error::new(Code::SpecInvalid, words));
     }
-    arguments(given)
+    let outlives = given.as_object_mut().and_then(|given| given.remove(OUTLIVES));
+    let outlives = outlives.map_or(Ok(false), |outlives| field(OUTLIVES, Some(outlives)))?;
+    let (mut spec, start) = arguments::<SpawnRequest>(given)?.split();
+    if outlives && !spec.ephemeral {
+        let words = format!("{OUTLIVES}: only a VM that is ephemeral would go with the session");
+        return Err(Error::new(Code::SpecInvalid, words));
+    }
+    if spec.ephemeral && !outlives {
+        spec.lease = Some(call.lease()?);
+        if call.session == Key::SERVER {
+            spec.ttl_ms.get_or_insert(TTL_MS);
+        }
+    }
+    Ok((spec, start.unwrap_or_default()))
+}
+
+/// A VM that was made, for the answer; the audit log is told what it belongs to.
+fn made(call: &Call, vm: &VmInfo) -> Result<Done> {
+    if vm.ephemeral {
+        call.app.remember(&call.who.actor, &vm.id);
+    }
+    let word = vm.lease.as_ref().map_or_else(String::new, |lease| format!("lease:{}", lease.as_str()));
+    Ok(Done { word, ..Done::new(vm)? })
 }
 
 async fn spawn(call: &Call, given: Value) -> Result<Done> {
-    let request = request(given, &SPAWN_DOES)?;
-    let (spec, start) = request.split();
-    let start = start.unwrap_or_default();
+    let (spec, start) = request(call, given, &SPAWN_DOES)?;
     let nido = call.nido().await?;
     let (name, mut begun) = (spec.name.clone(), false);
     let mut tell = |stage| {
@@ -92,14 +125,9 @@ async fn spawn(call: &Call, given: Value) -> Result<Done> {
         begun = true;
         call.progress.stage(stage);
     };
-    let made = call.unless_cancelled(nido.spawn(spec.clone(), start, &mut tell)).await;
-    match made {
-        Ok(vm) => {
-            if vm.ephemeral {
-                call.app.remember(&call.who.actor, &vm.id);
-            }
-            Done::new(&vm)
-        }
+    let spawned = call.unless_cancelled(nido.spawn(spec.clone(), start, &mut tell)).await;
+    match spawned {
+        Ok(vm) => made(call, &vm),
         Err(error) if error.code() == Code::Interrupted && begun => {
             remove(call, &name).await;
             Err(error)
@@ -144,16 +172,11 @@ pub const CREATE: Tool = Tool {
 };
 
 async fn create(call: &Call, given: Value) -> Result<Done> {
-    let (spec, _) = request(given, &CREATE_NEVER_DOES)?.split();
+    let (spec, _) = request(call, given, &CREATE_NEVER_DOES)?;
     let nido = call.nido().await?;
     let name = spec.name.clone();
     match nido.create(spec.clone()).await {
-        Ok(vm) => {
-            if vm.ephemeral {
-                call.app.remember(&call.who.actor, &vm.id);
-            }
-            Done::new(&vm)
-        }
+        Ok(vm) => made(call, &vm),
         Err(error) if error.code() == Code::VmExists => match nido.spec(&name) {
             Ok(there) if there == spec => Done::new(&nido.info(&name).await?),
             _ => Err(error),

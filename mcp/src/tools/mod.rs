@@ -6,6 +6,7 @@ mod files;
 mod golden;
 mod jobs;
 mod lifecycle;
+mod page;
 mod snapshots;
 mod templates;
 mod vms;

@@ -1,17 +1,15 @@
 //! Templates: what VMs are made from.
 
 use nido_vmm::api::{BuildResult, BuildStep, Scope, TemplateList};
-use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::error::Result;
 use nido_vmm::name::{TemplateName, VmName};
 use serde::{Deserialize, Serialize};
 
+use super::page::{Wanted, page};
 use super::{ADDS, LOOKS, Tool, arguments};
 use crate::answer::{Done, plain};
 use crate::call::Call;
 use crate::schema;
-
-/// How many templates a page holds if nobody says otherwise.
-const PAGE: usize = 50;
 
 pub const LIST: Tool = Tool {
     name: "template_list",
@@ -50,16 +48,10 @@ struct Page {
 }
 
 async fn list(call: &Call, asked: List) -> Result<Done> {
-    let limit = asked.limit.unwrap_or(PAGE);
-    if !(1..=500).contains(&limit) {
-        return Err(Error::new(Code::SpecInvalid, "limit: it is 1 to 500"));
-    }
     let mut list = call.nido().await?.template_list()?;
-    list.templates.sort_by(|a, b| a.name.cmp(&b.name));
-    list.templates.retain(|one| asked.cursor.as_deref().is_none_or(|cursor| one.name.as_str() > cursor));
-    let more = list.templates.len() > limit;
-    list.templates.truncate(limit);
-    let next_cursor = list.templates.last().filter(|_| more).map(|last| last.name.as_str().to_owned());
+    let wanted = Wanted { limit: asked.limit, cursor: asked.cursor.as_deref() };
+    let (templates, next_cursor) = page(list.templates, wanted, |one| one.name.as_str().to_owned())?;
+    list.templates = templates;
     Done::new(&Page { list, next_cursor })
 }
 

@@ -3,19 +3,17 @@
 use std::collections::BTreeMap;
 
 use nido_vmm::api::{Scope, VmInfo, VmList};
-use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::error::Result;
 use nido_vmm::name::VmName;
 use nido_vmm::state::VmState;
 use serde::{Deserialize, Serialize};
 
+use super::page::{Wanted, page};
 use super::{DESTROYS, LOOKS, Tool, arguments};
 use crate::answer::Done;
 use crate::call::Call;
-use crate::pages::{page, place};
+use crate::pages::{cursor_of_vms, place};
 use crate::schema;
-
-/// How many VMs a page holds if nobody says otherwise.
-const PAGE: usize = 50;
 
 pub const LS: Tool = Tool {
     name: "vm_ls",
@@ -58,14 +56,11 @@ struct Page {
 }
 
 async fn ls(call: &Call, asked: Ls) -> Result<Done> {
-    let limit = asked.limit.unwrap_or(PAGE);
-    if !(1..=500).contains(&limit) {
-        return Err(Error::new(Code::SpecInvalid, "limit: it is 1 to 500"));
-    }
     let mut vms = call.nido().await?.list()?.vms;
     vms.retain(|vm| asked.status.is_none_or(|status| vm.status == status));
     vms.retain(|vm| asked.labels.iter().all(|(key, value)| vm.labels.get(key) == Some(value)));
-    let (vms, next_cursor) = page(vms, place, asked.cursor.as_deref(), limit)?;
+    let wanted = Wanted { limit: asked.limit, cursor: cursor_of_vms(asked.cursor.as_deref())? };
+    let (vms, next_cursor) = page(vms, wanted, place)?;
     Done::new(&Page { list: VmList { vms }, next_cursor })
 }
 

@@ -1,6 +1,7 @@
 //! Copying files between host and guest.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,9 @@ pub enum UploadSource {
         /// Its permission bits in the guest.
         mode: u16,
     },
+    /// An open directory of the host, read through it and nothing else: what is in it goes into the destination, which is made if
+    /// it is not there. Symlinks in it are copied as they are.
+    Directory(OwnedFd),
     /// A tar archive: a pipe, a socket, an open file. It is unpacked into the destination, which is made if it is not there;
     /// owners are left out, modes masked to the nine permission bits, devices and pipes skipped.
     Archive(File),

@@ -389,6 +389,9 @@ pub struct VmInfo {
     pub labels: BTreeMap<String, String>,
     /// Whether it vanishes when stopped.
     pub ephemeral: bool,
+    /// The session that it was made for: it is destroyed when that is over. Absent if it was made for none.
+    #[serde(default)]
+    pub lease: Option<LeaseId>,
     /// The guest agent.
     pub agent: AgentInfo,
     /// When it was created.

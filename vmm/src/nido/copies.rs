@@ -32,6 +32,7 @@ impl Nido {
                 (Source::Path(path), total)
             }
             UploadSource::Stream { file, mode } => (Source::Reader { reader: Box::new(file), mode }, None),
+            UploadSource::Directory(fd) => (Source::Directory(fd), None),
             UploadSource::Archive(file) => (Source::Archive(Box::new(file)), None),
         };
         let upload = Upload { source, destination: request.destination, user: request.user, parents: request.parents };

@@ -75,6 +75,7 @@ impl Nido {
             forwards: row.forwards.clone(),
             labels: row.spec.labels.clone(),
             ephemeral: row.spec.ephemeral,
+            lease: row.spec.lease.clone(),
             agent,
             created_at: row.created_at,
             started_at: row.started_at,

@@ -110,6 +110,7 @@ fn vm(name: &str) -> Value {
         "forwards": [],
         "labels": { "job": "42" },
         "ephemeral": false,
+        "lease": null,
         "agent": { "ready": true, "version": "0.1.0", "transport": "vsock" },
         "created_at": "2026-01-04T15:00:10Z",
         "started_at": "2026-01-04T15:00:10Z",

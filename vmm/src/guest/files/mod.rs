@@ -73,6 +73,8 @@ impl Default for Limits {
 pub enum Source {
     /// A file or directory. A symlink given here is followed, those inside are copied as they are.
     Path(PathBuf),
+    /// What is in an open directory. Symlinks in it are copied as they are.
+    Directory(OwnedFd),
     /// The bytes of one file, of unknown length.
     Reader {
         /// Where they come from.
@@ -125,6 +127,7 @@ impl Guest {
         let source = match source {
             Source::Reader { reader, mode } => send::Opened::from_reader(reader, mode),
             Source::Archive(reader) => send::Opened::from_archive(reader),
+            Source::Directory(fd) => send::Opened::from_directory(fd)?,
             Source::Path(path) => in_background(move || send::Opened::from_path(path)).await?,
         };
         let name = source.name.clone().map(Into::into);

@@ -56,6 +56,12 @@ impl Opened {
         Self { root: Root::Archive(reader), path: "the archive".into(), name: None }
     }
 
+    pub fn from_directory(fd: OwnedFd) -> Result<Self, GuestError> {
+        let path = PathBuf::from("the directory");
+        let stat = rustix::fs::fstat(&fd).map_err(|error| GuestError::host(&path, error.into()))?;
+        Ok(Self { root: Root::Directory(fd, stat), path, name: None })
+    }
+
     pub fn from_path(path: PathBuf) -> Result<Self, GuestError> {
         let failed = |error: Errno| GuestError::host(&path, error.into());
         // Asked before opening, because opening a device can do things.

@@ -1,0 +1,103 @@
+//! Calls of tools that last longer than a client waits: they go on as jobs, or are cancelled where there can be none.
+
+use nido_vmm::api::{JOBS_MAX, JobOutcome, JobRequest};
+use nido_vmm::nido::{Nido, OpenOptions};
+use serde_json::json;
+
+use crate::support::mcp::{Client, Era};
+use crate::support::{Home, until};
+
+#[test]
+fn what_lasts_becomes_a_job_that_can_be_waited_for_and_cancelled() {
+    let home = Home::new();
+    let mut client = Client::with(&home, Era::Modern, &["--answer-within", "200ms"], json!({}));
+    home.spawn("web");
+    let go = home.scratch("go");
+    let command = format!("until [ -e {} ]; do sleep 0.05; done; echo went", go.display());
+    let begun = client.good("vm_exec", json!({"name": "web", "command": command}));
+    assert_eq!(begun["status"], "running");
+    let id = begun["job_id"].as_str().unwrap();
+    assert_eq!(client.good("job_get", json!({"job_id": id}))["state"], "running");
+    std::fs::write(&go, "").unwrap();
+    let job = client.good("job_get", json!({"job_id": id, "wait_ms": 30_000}));
+    assert_eq!(
+        (&job["state"], &job["result"]["stdout"], &job["tool"]),
+        (&"done".into(), &"went\n".into(), &"vm_exec".into())
+    );
+    // Cancelled, it is killed.
+    let mark = home.scratch("mark");
+    let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
+    let begun = client.good("vm_exec", json!({"name": "web", "command": command, "timeout_ms": 0}));
+    let pid: u32 = std::fs::read_to_string(&mark).unwrap().trim().parse().unwrap();
+    client.good("job_cancel", json!({"job_id": begun["job_id"]}));
+    let job = client.good("job_get", json!({"job_id": begun["job_id"], "wait_ms": 30_000}));
+    assert_eq!(job["state"], "cancelled");
+    until("the command's end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+    client.bad("job_get", json!({"job_id": "job_0123456789abcdef"}), "job_not_found");
+    // What a server carried out ends with it.
+    let begun = client.good("vm_exec", json!({"name": "web", "argv": ["sleep", "1000"], "timeout_ms": 0}));
+    drop(client);
+    let mut client = Client::start(&home, Era::Modern);
+    assert_eq!(client.good("job_get", json!({"job_id": begun["job_id"]}))["state"], "cancelled");
+}
+
+/// Somebody whose jobs are all that can be kept.
+struct Full {
+    nido: Nido,
+    jobs: Vec<String>,
+}
+
+impl Full {
+    fn of(home: &Home) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let options = OpenOptions { home: Some(home.path()), qemu: Some(home.qemu_path()), ..OpenOptions::default() };
+        let nido = runtime.block_on(Nido::open(options)).unwrap();
+        let request = JobRequest { tool: "vm_exec".into(), vm_name: None, actor: "token:other".into() };
+        let jobs = (0..JOBS_MAX).map(|_| nido.job_begin(&request).unwrap().id).collect();
+        Self { nido, jobs }
+    }
+}
+
+#[test]
+fn what_lasts_and_can_be_no_job_is_cancelled_and_says_so() {
+    let home = Home::new();
+    let full = Full::of(&home);
+    home.spawn("web");
+    let mut client = Client::with(&home, Era::Modern, &["--answer-within", "2s"], json!({}));
+    let mark = home.scratch("mark");
+    let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
+    let command = json!({"name": "web", "command": command, "timeout_ms": 0});
+    let error = client.bad("vm_exec", command.clone(), "limit_exceeded");
+    let pid = std::fs::read_to_string(&mark).unwrap().trim().to_owned();
+    until("the command's end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("so it was cancelled: 1000 jobs are running already"), "{message}");
+    assert!(error["next_step"].as_str().unwrap().contains("job_cancel"), "{error}");
+    // The guest never comes to life: nothing is left of it.
+    home.qemu("no-agent");
+    client.bad("vm_spawn", json!({"name": "late", "accel": "tcg"}), "limit_exceeded");
+    assert_eq!(home.names(), ["web"]);
+    // With room for one it goes on.
+    full.nido.job_end(&full.jobs[0], JobOutcome::Cancelled).unwrap();
+    let begun = client.good("vm_exec", command);
+    client.good("job_cancel", json!({"job_id": begun["job_id"]}));
+    let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+    let ends =
+        log["records"].as_array().unwrap().iter().filter(|line| line["stage"] == "outcome" && line["face"] == "mcp");
+    let ends: Vec<_> = ends.take(2).map(|line| (&line["result"], &line["reason"])).collect();
+    assert_eq!(ends, [(&"error".into(), &"interrupted".into()); 2]);
+}
+
+#[test]
+fn what_cannot_be_cancelled_either_is_said_to_go_on() {
+    let home = Home::new();
+    let _full = Full::of(&home);
+    home.qemu("ignore-powerdown");
+    home.spawn("web");
+    let mut client = Client::with(&home, Era::Modern, &["--answer-within", "300ms"], json!({}));
+    let error = client.bad("vm_stop", json!({"name": "web", "timeout_ms": 16_000}), "limit_exceeded");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("it cannot be cancelled: it goes on, and nobody is told how it ends"), "{message}");
+    assert_eq!(client.good("vm_info", json!({"name": "web"}))["status"], "stopping");
+    home.await_info("web", |vm| vm["status"] == "stopped");
+}
