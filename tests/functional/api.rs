@@ -49,6 +49,7 @@ fn mistakes_are_problems_that_name_the_field() {
     wrong(r#"{"name": "web", "colour": "red"}"#, "colour: unknown field");
     wrong(r#"{"name": "web", "forwards": [{"guest_port": 0}]}"#, "forwards[0].guest_port: a port is 1 to 65535");
     wrong("[]", "");
+    wrong(r#"{"name": "web", "forwards": [["127.0.0.1", 0, 80]]}"#, "forwards[0]: it is an object, not a list");
     post("{", "application/json").problem(400, "request_invalid");
     post("{} {}", "application/json").problem(400, "request_invalid");
     post("{}", "text/plain").problem(415, "media_type_unsupported");
@@ -76,7 +77,8 @@ fn what_takes_long_is_polled_and_cancelled() {
     assert_eq!(begun.ok(202)["status"], "running");
     until("its VM", || home.names().contains(&"web".to_owned()).then_some(()));
     assert_eq!(server.send("DELETE", &place, &[], b"").ok(200)["status"], "cancelled");
-    assert_eq!(server.get(&place).ok(200)["status"], "cancelled");
+    server.get(&place).problem(404, "operation_not_found");
+    server.send("DELETE", &place, &[], b"").problem(404, "operation_not_found");
     // Nothing half-made stays.
     until("the VM is gone", || home.names().is_empty().then_some(()));
     home.qemu("");
@@ -84,6 +86,8 @@ fn what_takes_long_is_polled_and_cancelled() {
     let place = format!("/v1/operations/{}", begun["id"].as_str().unwrap());
     let ended = until("the end", || Some(server.get(&place).ok(200)).filter(|now| now["status"] != "running"));
     assert_eq!((&ended["status"], &ended["result"]["name"]), (&"succeeded".into(), &"two".into()), "{ended}");
+    assert_eq!(server.send("DELETE", &place, &[], b"").ok(200), ended);
+    server.get(&place).problem(404, "operation_not_found");
     for vm in home.names() {
         home.nido(["delete", &vm, "--force"]).run().ok();
     }

@@ -120,7 +120,7 @@ fn claims_are_not_believed_and_quotas_hold() {
     // Descriptions of a megabyte each could be sent for ever: they are bytes, too.
     let record = [&b"9000 comment="[..], &[b'c'; 8986], b"\n"].concat();
     let described = [entry(b'x', "x", &record), entry(b'5', "x", b"")].concat();
-    assert_eq!(read(&archive(&[described.clone()])).unwrap().len(), 1);
+    assert_eq!(read(&archive(std::slice::from_ref(&described))).unwrap().len(), 1);
     refused(&archive(&vec![described; 2]), "more bytes than");
     let record = entry(b'x', "x", b"29 size=18446744073709551615\n");
     refused(&archive(&[record, entry(b'0', "x", b"")]), "more bytes than");
