@@ -114,7 +114,7 @@ fn who_follows_the_links_gets_what_they_promise() {
 
     let vm = client.ask("vm_spawn", &BTreeMap::new(), None, "");
     assert_eq!(vm.body["name"], "web");
-    for first in ["vm_list", "events"] {
+    for first in ["vm_list", "events", "template_list", "webhook_list"] {
         let told = client.ask(first, &BTreeMap::new(), None, "");
         client.follow_all(&told, 1);
     }

@@ -13,8 +13,6 @@ const VM: &[(&str, &str)] = &[("name", "$response.body#/name")];
 const FIRST_VM: &[(&str, &str)] = &[("name", "$response.body#/vms/0/name")];
 const FIRST_COPY: &[(&str, &str)] = &[("name", "$response.body#/copies/0/name")];
 const SNAPSHOT: &[(&str, &str)] = &[("name", "$request.path.name"), ("snapshot", "$response.body#/name")];
-const FIRST_SNAPSHOT: &[(&str, &str)] =
-    &[("name", "$request.path.name"), ("snapshot", "$response.body#/snapshots/0/name")];
 const FORWARD: &[(&str, &str)] = &[("name", "$request.path.name"), ("host_port", "$response.body#/host_port")];
 const WEBHOOK: &[(&str, &str)] = &[("id", "$response.body#/id")];
 const FIRST_WEBHOOK: &[(&str, &str)] = &[("id", "$response.body#/webhooks/0/id")];
@@ -22,12 +20,10 @@ const FIRST_TEMPLATE: &[(&str, &str)] = &[("name", "$response.body#/templates/0/
 const TEMPLATE: &[(&str, &str)] = &[("name", "$response.body#/template/name")];
 const OPERATION: &[(&str, &str)] = &[("id", "$response.body#/id")];
 
-const LINKS: [Link; 34] = [
+const LINKS: [Link; 30] = [
     ("vm_spawn", 201, "info", "vm_info", VM),
     ("vm_spawn", 201, "exec", "vm_exec", VM),
     ("vm_spawn", 201, "logs", "vm_logs", VM),
-    ("vm_spawn", 201, "upload", "vm_upload", VM),
-    ("vm_spawn", 201, "download", "vm_download", VM),
     ("vm_spawn", 201, "forward", "forward_add", VM),
     ("vm_spawn", 201, "fork", "vm_fork", VM),
     ("vm_spawn", 201, "start", "vm_start", VM),
@@ -40,8 +36,6 @@ const LINKS: [Link; 34] = [
     ("vm_fork", 201, "delete", "vm_delete", FIRST_COPY),
     ("snapshot_create", 201, "restore", "snapshot_restore", SNAPSHOT),
     ("snapshot_create", 201, "delete", "snapshot_delete", SNAPSHOT),
-    ("snapshot_list", 200, "restore", "snapshot_restore", FIRST_SNAPSHOT),
-    ("snapshot_list", 200, "delete", "snapshot_delete", FIRST_SNAPSHOT),
     ("forward_add", 201, "remove", "forward_remove", FORWARD),
     ("template_list", 200, "info", "template_info", FIRST_TEMPLATE),
     ("template_create", 201, "info", "template_info", TEMPLATE),
