@@ -213,7 +213,8 @@ impl Machine {
             "cont" => (self.set_running(true), None),
             "system_powerdown" => {
                 self.event("POWERDOWN", &json!({}));
-                (json!({}), (!self.script.ignore_powerdown).then_some("guest-shutdown"))
+                let overlooked = std::mem::take(&mut self.script.overlook_powerdown) || self.script.ignore_powerdown;
+                (json!({}), (!overlooked).then_some("guest-shutdown"))
             }
             "system_reset" => (json!({}), Some("host-qmp-system-reset")),
             "quit" => (json!({}), (!self.script.ignore_quit).then_some("host-qmp-quit")),

@@ -43,6 +43,8 @@ pub struct Script {
     pub crash_on_cont: bool,
     /// `ignore-powerdown`: the guest does not care about the power button, nor its agent about being asked to power off.
     pub ignore_powerdown: bool,
+    /// `overlook-powerdown`: the guest overlooks the power button when it is pressed for the first time.
+    pub overlook_powerdown: bool,
     /// `ignore-quit`: neither the monitor's `quit` nor SIGTERM ends it.
     pub ignore_quit: bool,
 }
@@ -86,6 +88,7 @@ impl Script {
             "shutdown-after-ms" => self.shutdown_after = Some(ms(value)?),
             "crash-on-cont" => self.crash_on_cont = true,
             "ignore-powerdown" => self.ignore_powerdown = true,
+            "overlook-powerdown" => self.overlook_powerdown = true,
             "ignore-quit" => self.ignore_quit = true,
             _ => return None,
         }

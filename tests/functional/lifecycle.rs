@@ -1,6 +1,7 @@
 //! The life of VMs: made, started, halted, stopped, forgotten; and what survives what.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
 
 use crate::support::{Home, processes, until};
 
@@ -82,6 +83,37 @@ fn a_stop_pulls_the_plug_of_a_guest_that_does_not_care() {
     home.spawn("web");
     home.nido(["stop", "web", "--timeout", "300ms"]).run().ok();
     assert_eq!(home.info("web")["status"], "stopped");
+}
+
+// It was asked once: a guest that was coming up overlooked that, and the plug was pulled when the time was up.
+#[test]
+fn a_guest_that_overlooks_the_power_button_is_asked_again() {
+    let home = Home::new();
+    home.qemu("no-agent;overlook-powerdown");
+    home.nido(["spawn", "web", "--no-wait", "--accel", "tcg"]).run().ok();
+    home.nido(["stop", "web", "--timeout", "1h"]).run().ok();
+    assert_eq!(home.info("web")["status"], "stopped");
+    let log = home.nido(["logs", "web", "--source", "supervisor"]).run().ok();
+    assert!(!log.text().contains("pulling the plug"), "{}", log.text());
+    home.nido(["stop", "web", "--json", "--timeout", "2h"]).run().fails(2, "spec_invalid");
+}
+
+// A pause that was admitted before the stop halted the guest behind it, which could then never go down.
+#[test]
+fn a_guest_that_goes_down_is_not_halted() {
+    let home = Home::new();
+    home.qemu("ignore-powerdown");
+    let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
+    let stopping = home.nido(["stop", "web", "--timeout", "1h"]).start();
+    home.await_info("web", |info| info["status"] == "stopping");
+    let control = home.path().join("vms").join(id).join("control.sock");
+    let mut supervisor = std::os::unix::net::UnixStream::connect(control).unwrap();
+    supervisor.write_all(b"{\"op\":\"pause\"}\n").unwrap();
+    let mut answer = String::new();
+    BufReader::new(supervisor).read_line(&mut answer).unwrap();
+    assert!(answer.contains("failed") && answer.contains("vm_busy"), "{answer}");
+    home.nido(["stop", "web", "--force"]).run().ok();
+    stopping.wait().ok();
 }
 
 #[test]

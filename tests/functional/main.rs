@@ -5,6 +5,11 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod api;
+mod api_access;
+mod api_audit;
+mod api_events;
+mod api_exec;
+mod api_files;
 mod approvals;
 mod audit;
 mod description;

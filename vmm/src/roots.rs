@@ -128,7 +128,7 @@ impl Roots {
 
     /// The root of a path, and what of it lies below. Pure but for what it borrows: nothing is looked up.
     fn find(&self, path: &Path) -> Result<(&Root, PathBuf)> {
-        if path.components().any(|part| part == Component::ParentDir) {
+        if leads_upwards(path) {
             return Err(
                 Error::new(Code::Denied, format!("{} leads upwards", shown(path))).hint("write the path without '..'")
             );
@@ -160,7 +160,10 @@ impl Root {
         };
         let fd = rustix::fs::open(path, DIRECTORY, Mode::empty()).map_err(|e| refused(path, e))?;
         let real = std::fs::read_link(of(&fd)).map_err(failed)?;
-        Ok(Self { fd, named: std::path::absolute(path).map_err(failed)?, real })
+        // What is answered can be asked for again: a path with '..' in it could not.
+        let named = std::path::absolute(path).map_err(failed)?;
+        let named = if leads_upwards(&named) { real.clone() } else { named };
+        Ok(Self { fd, named, real })
     }
 
     fn resolve(&self, below: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
@@ -255,6 +258,10 @@ fn check_target(directory: &OwnedFd, name: &OsStr, overwrite: bool, path: &Path)
     }
 }
 
+fn leads_upwards(path: &Path) -> bool {
+    path.components().any(|part| part == Component::ParentDir)
+}
+
 /// A way to an open file that needs no name.
 fn of(fd: &impl std::os::fd::AsFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
@@ -292,6 +299,11 @@ fn refused(path: &Path, error: Errno) -> Error {
         Errno::NOTDIR => {
             (Code::PathInvalid, "is reached over something that is no directory", "check the path on the host")
         }
+        Errno::ROFS => (Code::Denied, "lies where nothing can be written", "choose another directory"),
+        Errno::ISDIR => (Code::PathInvalid, "is a directory", "choose another name"),
+        Errno::NOSYS => {
+            (Code::Internal, "cannot be looked up safely: this kernel has no openat2", "Linux 5.6 or newer has it")
+        }
         Errno::NAMETOOLONG | Errno::INVAL => (Code::PathInvalid, "is no path that can be used", "choose another name"),
         Errno::ACCESS | Errno::PERM => {
             (Code::Denied, "cannot be used by the user whom nido runs as", "check its permissions")
@@ -302,211 +314,4 @@ fn refused(path: &Path, error: Errno) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::{Read as _, Write as _};
-    use std::os::unix::fs::symlink;
-    use std::sync::atomic::{AtomicBool, Ordering};
-
-    use super::*;
-
-    const BIG: u64 = 1 << 20;
-
-    /// `root/` with `a` and `sub/b`, `outside/secret` beside it.
-    fn place() -> (tempfile::TempDir, PathBuf, Roots) {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().join("root");
-        std::fs::create_dir_all(root.join("sub")).unwrap();
-        std::fs::create_dir(dir.path().join("outside")).unwrap();
-        for (name, text) in [("root/a", "inside"), ("root/sub/b", "inside"), ("outside/secret", "secret")] {
-            std::fs::write(dir.path().join(name), text).unwrap();
-        }
-        let roots = Roots::open(std::slice::from_ref(&root)).unwrap();
-        (dir, root, roots)
-    }
-
-    fn text(readable: Result<Readable>) -> Result<String> {
-        let mut text = String::new();
-        readable?.file.read_to_string(&mut text).unwrap();
-        Ok(text)
-    }
-
-    fn code<T: std::fmt::Debug>(outcome: Result<T>) -> Code {
-        let error = outcome.unwrap_err();
-        assert!(error.hint_text().is_some(), "{error}");
-        error.code()
-    }
-
-    fn names(dir: &Path) -> Vec<OsString> {
-        let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        names.sort();
-        names
-    }
-
-    #[test]
-    fn files_below_a_root_are_read() {
-        let (dir, root, roots) = place();
-        let read = roots.read(&root.join("sub/./b"), BIG).unwrap();
-        assert_eq!((read.bytes, read.name.to_str(), read.mode & 0o400), (6, Some("b"), 0o400));
-        assert_eq!(text(roots.read(Path::new("sub/b"), BIG)).unwrap(), "inside");
-        assert_eq!(code(roots.read(&root.join("a"), 5)), Code::LimitExceeded);
-        assert_eq!(code(roots.read(&root.join("none"), BIG)), Code::PathNotFound);
-        for directory in [&root, &root.join("sub"), Path::new(".")] {
-            let error = roots.read(directory, BIG).unwrap_err();
-            assert!(error.code() == Code::PathInvalid && error.hint_text().unwrap().contains("tar"), "{error}");
-        }
-        for (directory, name) in [(root.as_path(), "a"), (Path::new("sub"), "b"), (Path::new("."), "a")] {
-            let open = roots.directory(directory).unwrap();
-            rustix::fs::statat(&open, name, AtFlags::SYMLINK_NOFOLLOW).unwrap();
-        }
-        assert_eq!(code(roots.directory(&root.join("a"))), Code::PathInvalid);
-        assert_eq!(code(roots.directory(&root.join("none"))), Code::PathNotFound);
-        // A root that was named through a symlink is known by both names.
-        let link = dir.path().join("link");
-        symlink(&root, &link).unwrap();
-        let roots = Roots::open(std::slice::from_ref(&link)).unwrap();
-        for name in [link.join("a"), root.join("a")] {
-            assert_eq!(text(roots.read(&name, BIG)).unwrap(), "inside");
-        }
-    }
-
-    #[test]
-    fn nothing_else_is() {
-        let (dir, root, roots) = place();
-        std::fs::create_dir(dir.path().join("root-2")).unwrap();
-        std::fs::write(dir.path().join("root-2/a"), "secret").unwrap();
-        let outside = dir.path().join("outside");
-        symlink(outside.join("secret"), root.join("link")).unwrap();
-        symlink("../outside", root.join("way")).unwrap();
-        symlink("a", root.join("harmless")).unwrap();
-        symlink("/proc/self/root", root.join("magic")).unwrap();
-        symlink("/proc/self/fd", root.join("fds")).unwrap();
-        for path in [
-            outside.join("secret"),
-            dir.path().join("root-2/a"),
-            root.join("../outside/secret"),
-            root.join("sub/../a"),
-            "../outside/secret".into(),
-            "/etc/passwd".into(),
-            "/".into(),
-            root.join("way/secret"),
-            root.join("magic/etc/passwd"),
-            root.join("fds/0"),
-        ] {
-            assert_eq!(code(roots.read(&path, BIG)), Code::Denied, "{}", path.display());
-            assert_eq!(code(roots.write(&path.with_file_name("new"), true)), Code::Denied, "{}", path.display());
-        }
-        for path in [
-            outside,
-            dir.path().into(),
-            root.join("../outside"),
-            root.join("way"),
-            root.join("magic"),
-            root.join("fds"),
-        ] {
-            assert_eq!(code(roots.directory(&path)), Code::Denied, "{}", path.display());
-        }
-        let outside = dir.path().join("outside");
-        for link in ["link", "harmless", "magic"] {
-            assert!(matches!(code(roots.read(&root.join(link), BIG)), Code::Denied | Code::PathInvalid), "{link}");
-        }
-        assert_eq!(names(&outside), ["secret"]);
-        assert_eq!(code(Roots::default().read(Path::new("a"), BIG)), Code::Denied);
-        assert_eq!(code(Roots::open(&[root.join("a")])), Code::PathInvalid);
-        assert_eq!(code(Roots::open(&[root.join("none")])), Code::PathNotFound);
-    }
-
-    // To open a pipe that nobody writes to waits for ever.
-    #[test]
-    fn pipes_and_sockets_are_refused_at_once() {
-        let (_dir, root, roots) = place();
-        rustix::fs::mkfifoat(CWD, root.join("pipe"), Mode::RUSR | Mode::WUSR).unwrap();
-        let _listener = std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
-        for name in ["pipe", "socket"] {
-            assert_eq!(code(roots.read(&root.join(name), BIG)), Code::PathInvalid);
-            assert_eq!(code(roots.write(&root.join(name), true)), Code::PathInvalid);
-        }
-        let devices = Roots::open(&["/dev".into()]).unwrap();
-        assert_eq!(code(devices.read(Path::new("/dev/zero"), BIG)), Code::PathInvalid);
-    }
-
-    #[test]
-    fn a_file_appears_whole_or_not_at_all() {
-        let (_dir, root, roots) = place();
-        let new = roots.write(&root.join("sub/new"), false).unwrap();
-        new.file().unwrap().write_all(b"text").unwrap();
-        assert!(!root.join("sub/new").exists());
-        assert_eq!(new.commit(BIG).unwrap(), root.join("sub/new"));
-        assert_eq!(std::fs::read(root.join("sub/new")).unwrap(), b"text");
-        assert_eq!(code(roots.write(&root.join("sub/new"), false)), Code::PathExists);
-        let given_up = roots.write(&root.join("sub/other"), false).unwrap();
-        given_up.file().unwrap().write_all(b"half").unwrap();
-        drop(given_up);
-        let long = roots.write(&root.join("sub/long"), false).unwrap();
-        long.file().unwrap().write_all(b"too long").unwrap();
-        assert_eq!(code(long.commit(7)), Code::LimitExceeded);
-        let again = roots.write(&root.join("sub/new"), true).unwrap();
-        again.file().unwrap().write_all(b"newer").unwrap();
-        again.commit(BIG).unwrap();
-        assert_eq!(std::fs::read(root.join("sub/new")).unwrap(), b"newer");
-        // Somebody else was quicker.
-        let late = roots.write(&root.join("sub/late"), false).unwrap();
-        std::fs::write(root.join("sub/late"), "theirs").unwrap();
-        assert_eq!(code(late.commit(BIG)), Code::PathExists);
-        assert_eq!(std::fs::read(root.join("sub/late")).unwrap(), b"theirs");
-        assert_eq!(names(&root.join("sub")), ["b", "late", "new"]);
-        assert_eq!(code(roots.write(&root.join("none/new"), false)), Code::PathNotFound);
-        assert_eq!(code(roots.write(&root.join("a/new"), false)), Code::PathInvalid);
-        assert_eq!(code(roots.write(&root.join("sub"), true)), Code::PathInvalid);
-    }
-
-    #[test]
-    fn a_file_system_without_nameless_files_will_do() {
-        let (_dir, root, roots) = place();
-        for overwrite in [false, true] {
-            let mut new = roots.write(&root.join("sub/new"), overwrite).unwrap();
-            let name = fresh_name().unwrap();
-            new.file = File::create(root.join("sub").join(&name)).unwrap();
-            new.fresh = Some(name);
-            new.commit(BIG).unwrap();
-            assert_eq!(names(&root.join("sub")), ["b", "new"]);
-        }
-        let mut given_up = roots.write(&root.join("sub/x"), false).unwrap();
-        given_up.fresh = Some("new".into());
-        drop(given_up);
-        assert_eq!(names(&root.join("sub")), ["b"]);
-    }
-
-    #[test]
-    fn a_symlink_that_comes_and_goes_leads_nowhere() {
-        let (dir, root, roots) = place();
-        std::fs::write(dir.path().join("outside/b"), "secret").unwrap();
-        symlink("../outside", root.join("way")).unwrap();
-        symlink("../outside/secret", root.join("file")).unwrap();
-        let done = AtomicBool::new(false);
-        let mut seen = std::collections::BTreeSet::new();
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let open = rustix::fs::open(&root, DIRECTORY, Mode::empty()).unwrap();
-                while !done.load(Ordering::Relaxed) {
-                    for (one, other) in [("sub", "way"), ("a", "file")] {
-                        rustix::fs::renameat_with(&open, one, &open, other, RenameFlags::EXCHANGE).unwrap();
-                    }
-                }
-            });
-            // Judged only when the other thread has ended: a failed assertion would wait for it for ever.
-            for n in 0..4000 {
-                for path in ["sub/b", "a"] {
-                    if let Ok(text) = roots.read(Path::new(path), BIG).map(|read| std::io::read_to_string(read.file)) {
-                        seen.insert(text.unwrap_or_else(|e| e.to_string()));
-                    }
-                }
-                if let Ok(new) = roots.write(Path::new("sub/new"), n % 2 == 0) {
-                    let _ = new.commit(BIG);
-                }
-            }
-            done.store(true, Ordering::Relaxed);
-        });
-        assert_eq!(seen, std::collections::BTreeSet::from(["inside".to_owned()]));
-        assert_eq!(names(&dir.path().join("outside")), ["b", "secret"]);
-    }
-}
+mod tests;

@@ -24,7 +24,7 @@ pub struct Args {
     /// Pull the plug at once
     #[arg(long, short)]
     force: bool,
-    /// How long an orderly power-off may take before the plug is pulled [default: 30s]
+    /// How long an orderly power-off may take before the plug is pulled, at most 1h [default: 30s]
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     timeout: Option<u64>,
 }

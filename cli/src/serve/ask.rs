@@ -4,6 +4,7 @@ use axum::extract::{FromRequest, FromRequestParts, Path, RawQuery, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use nido_vmm::error::{Code, Error};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -15,7 +16,7 @@ use super::routes::BODY_MAX;
 #[derive(Debug)]
 pub struct Body<T>(pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+impl<S: Send + Sync, T: DeserializeOwned + Serialize> FromRequest<S> for Body<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
@@ -34,16 +35,40 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     }
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+fn parse<T: DeserializeOwned + Serialize>(bytes: &[u8]) -> Result<T, Problem> {
     let no_json = |error| Error::new(Code::RequestInvalid, format!("the body is not JSON: {error}"));
     let mut json: Value = serde_json::from_slice(bytes).map_err(no_json)?;
     whole_numbers(&mut json);
-    serde_path_to_error::deserialize(json).map_err(|error| {
+    let read: T = serde_path_to_error::deserialize(&json).map_err(|error| {
         let path = error.path().to_string();
         let error: serde_json::Error = error.into_inner();
         let field = if path == "." { String::new() } else { format!("{}: ", plain(&path)) };
-        Error::new(Code::SpecInvalid, format!("{field}{}", plain(&error.to_string()))).into()
-    })
+        Error::new(Code::SpecInvalid, format!("{field}{}", plain(&error.to_string())))
+    })?;
+    let again = serde_json::to_value(&read).map_err(|e| Error::internal(e.to_string()))?;
+    let Some(field) = list_for_an_object(&json, &again) else { return Ok(read) };
+    let field = if field.is_empty() { "the body" } else { &field };
+    Err(Error::new(Code::SpecInvalid, format!("{}: it is an object, not a list", plain(field))).into())
+}
+
+/// The first place where a list was given and an object was read: its items were taken for fields, in the order in which these
+/// happen to stand in the type. Empty is the whole.
+fn list_for_an_object(given: &Value, read: &Value) -> Option<String> {
+    let below = |at: String, inner: String| {
+        let dot = if inner.is_empty() || inner.starts_with('[') { "" } else { "." };
+        format!("{at}{dot}{inner}")
+    };
+    match (given, read) {
+        (Value::Array(_), Value::Object(_)) => Some(String::new()),
+        (Value::Array(given), Value::Array(read)) => {
+            let mut pairs = given.iter().zip(read).enumerate();
+            pairs.find_map(|(at, (given, read))| Some(below(format!("[{at}]"), list_for_an_object(given, read)?)))
+        }
+        (Value::Object(given), Value::Object(read)) => given
+            .iter()
+            .find_map(|(name, given)| Some(below(name.clone(), list_for_an_object(given, read.get(name)?)?))),
+        _ => None,
+    }
 }
 
 /// To JSON `1.0` is a whole number as good as `1`.
@@ -118,4 +143,30 @@ pub fn accepts(headers: &HeaderMap, media_type: &str) -> bool {
     wanted
         .flat_map(|value| value.split(','))
         .any(|part| part.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case(media_type)))
+}
+
+#[cfg(test)]
+mod tests {
+    use nido_vmm::api::{BakeRequest, ForwardSpec, SpawnRequest};
+
+    use super::*;
+
+    // `[2, 512]` was taken for a machine of 2 CPUs and 512 MiB.
+    #[test]
+    fn a_list_is_no_object() {
+        #[track_caller]
+        fn refused<T: DeserializeOwned + Serialize + std::fmt::Debug>(body: &str, words: &str) {
+            let problem = format!("{:?}", parse::<T>(body.as_bytes()).unwrap_err());
+            assert!(problem.contains(words), "{problem}");
+        }
+        refused::<BakeRequest>("[2, 512]", "the body: it is an object");
+        refused::<BakeRequest>("[]", "the body: it is an object");
+        refused::<SpawnRequest>(
+            r#"{"name": "web", "forwards": [["127.0.0.1", 0, 80]]}"#,
+            "forwards[0]: it is an object",
+        );
+        refused::<Vec<ForwardSpec>>(r#"[{"guest_port": 1}, ["127.0.0.1", 0, 80]]"#, "[1]: it is an object");
+        let body = r#"{"name": "web", "forwards": [{"guest_port": 80.0}], "labels": {"a": "b"}}"#;
+        assert_eq!(parse::<SpawnRequest>(body.as_bytes()).unwrap().forwards.len(), 1);
+    }
 }

@@ -15,10 +15,12 @@ const FIRST_COPY: &[(&str, &str)] = &[("name", "$response.body#/copies/0/name")]
 const SNAPSHOT: &[(&str, &str)] = &[("name", "$request.path.name"), ("snapshot", "$response.body#/name")];
 const FORWARD: &[(&str, &str)] = &[("name", "$request.path.name"), ("host_port", "$response.body#/host_port")];
 const WEBHOOK: &[(&str, &str)] = &[("id", "$response.body#/id")];
+const FIRST_WEBHOOK: &[(&str, &str)] = &[("id", "$response.body#/webhooks/0/id")];
+const FIRST_TEMPLATE: &[(&str, &str)] = &[("name", "$response.body#/templates/0/name")];
 const TEMPLATE: &[(&str, &str)] = &[("name", "$response.body#/template/name")];
 const OPERATION: &[(&str, &str)] = &[("id", "$response.body#/id")];
 
-const LINKS: [Link; 26] = [
+const LINKS: [Link; 30] = [
     ("vm_spawn", 201, "info", "vm_info", VM),
     ("vm_spawn", 201, "exec", "vm_exec", VM),
     ("vm_spawn", 201, "logs", "vm_logs", VM),
@@ -35,13 +37,17 @@ const LINKS: [Link; 26] = [
     ("snapshot_create", 201, "restore", "snapshot_restore", SNAPSHOT),
     ("snapshot_create", 201, "delete", "snapshot_delete", SNAPSHOT),
     ("forward_add", 201, "remove", "forward_remove", FORWARD),
+    ("template_list", 200, "info", "template_info", FIRST_TEMPLATE),
     ("template_create", 201, "info", "template_info", TEMPLATE),
     ("template_create", 201, "delete", "template_delete", TEMPLATE),
+    ("webhook_list", 200, "deliveries", "webhook_deliveries", FIRST_WEBHOOK),
+    ("webhook_list", 200, "test", "webhook_test", FIRST_WEBHOOK),
     ("webhook_add", 201, "deliveries", "webhook_deliveries", WEBHOOK),
     ("webhook_add", 201, "test", "webhook_test", WEBHOOK),
     ("webhook_add", 201, "remove", "webhook_remove", WEBHOOK),
     ("webhook_deliveries", 200, "redeliver", "webhook_redeliver", &[("delivery", "$response.body#/deliveries/0/id")]),
     ("events", 200, "behind", "events", &[("since", "$response.body#/cursor")]),
+    ("operation_list", 200, "poll", "operation_get", &[("id", "$response.body#/operations/0/id")]),
     ("operation_get", 200, "cancel", "operation_cancel", OPERATION),
     ("*", 202, "poll", "operation_get", OPERATION),
     ("*", 202, "cancel", "operation_cancel", OPERATION),

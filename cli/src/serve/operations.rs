@@ -1,7 +1,7 @@
 //! What changes something: it goes to its end even if whoever asked hangs up, and on request (`Prefer: respond-async`) it is
 //! answered at once with an operation to poll and to cancel.
 //!
-//! Operations are known for as long as the server lives, the finished ones for an hour. What they do outlives it: VMs, their
+//! Operations are known for as long as the server lives, the finished ones for an hour, unless they are cancelled. What they do outlives it: VMs, their
 //! states and events are in the store.
 
 use std::collections::BTreeMap;
@@ -166,10 +166,10 @@ fn begin(
         let outcome = written_down(work, audited).await;
         owner.operations.end(&done, outcome);
     });
-    if let Some((operation, abort)) = app.operations.lock().get_mut(&key)
-        && operation.status == OperationStatus::Running
-    {
-        *abort = Some(task.abort_handle());
+    match app.operations.lock().get_mut(&key) {
+        Some((operation, abort)) if operation.status == OperationStatus::Running => *abort = Some(task.abort_handle()),
+        // It has ended, or was cancelled before it could be stopped.
+        _ => task.abort(),
     }
     Ok(operation)
 }
@@ -258,26 +258,20 @@ impl Operations {
     /// One of them.
     pub fn get(&self, id: &str) -> Result<Operation> {
         let found = self.lock().values().find(|(operation, _)| operation.id == id).map(|(found, _)| found.clone());
-        found.ok_or_else(|| {
-            Error::new(Code::OperationNotFound, "there is no such operation")
-                .hint("operations are known for as long as the server lives, those that ended for an hour")
-        })
+        found.ok_or_else(not_known)
     }
 
-    /// Stops one that goes on. What it has made so far is removed as if its caller had been killed.
+    /// Forgets one, and stops it if it goes on. What it has made so far is removed as if its caller had been killed.
     pub fn cancel(&self, id: &str) -> Result<Operation> {
         let mut known = self.lock();
-        if let Some((operation, abort)) = known.values_mut().find(|(operation, _)| operation.id == id)
-            && operation.status == OperationStatus::Running
-        {
-            if let Some(abort) = abort.take() {
-                abort.abort();
-            }
+        let key = known.iter().find(|(_, (operation, _))| operation.id == id).map(|(key, _)| key.clone());
+        let (mut operation, abort) = key.and_then(|key| known.remove(&key)).ok_or_else(not_known)?;
+        if operation.status == OperationStatus::Running {
+            abort.inspect(AbortHandle::abort);
             operation.status = OperationStatus::Cancelled;
             operation.ended_at = Some(Timestamp::now());
         }
-        drop(known);
-        self.get(id)
+        Ok(operation)
     }
 
     /// Waits for what goes on.
@@ -287,6 +281,12 @@ impl Operations {
             tracing::warn!("operations were cut off: the server ends");
         }
     }
+}
+
+fn not_known() -> Error {
+    Error::new(Code::OperationNotFound, "there is no such operation").hint(
+        "operations are known for as long as the server lives, those that ended for an hour, those that were cancelled not at all",
+    )
 }
 
 /// Removes a VM that was begun if its operation is cut off. Nothing half-made stays.

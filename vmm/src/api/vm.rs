@@ -313,9 +313,13 @@ pub enum PathChoice {
 pub struct StopRequest {
     /// Pull the plug at once.
     pub force: bool,
-    /// How long an orderly power-off may take before the plug is pulled, in milliseconds.
+    /// How long an orderly power-off may take before the plug is pulled, in milliseconds; an hour at most.
+    #[schema(maximum = 3_600_000)]
     pub timeout_ms: u64,
 }
+
+/// The longest that a guest may take to power off, in milliseconds.
+pub const STOP_MAX_MS: u64 = 3_600_000;
 
 impl Default for StopRequest {
     fn default() -> Self {

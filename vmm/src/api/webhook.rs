@@ -45,7 +45,7 @@ impl std::str::FromStr for WebhookFormat {
 }
 
 /// The endpoint to be added.
-#[derive(Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct WebhookRequest {
     /// Where messages are posted: `https://…`; `http://…` only with `allow_private`. At most 2048 bytes.
@@ -54,7 +54,7 @@ pub struct WebhookRequest {
     #[serde(default)]
     pub events: Vec<EventKind>,
     /// What messages are signed with: `whsec_` and 24 to 64 bytes in base64. Absent: a new one.
-    #[serde(default)]
+    #[serde(default, serialize_with = "hidden")]
     pub secret: Option<String>,
     /// What it is sent.
     #[serde(default)]
@@ -62,6 +62,11 @@ pub struct WebhookRequest {
     /// Whether it may lie in a private network or on this very host.
     #[serde(default)]
     pub allow_private: bool,
+}
+
+/// A secret that was given is not written anywhere again.
+fn hidden<S: serde::Serializer>(_: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_none()
 }
 
 impl std::fmt::Debug for WebhookRequest {

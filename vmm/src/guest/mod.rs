@@ -27,7 +27,7 @@ pub use channel::{Activity, Channel, Link};
 pub use client::Guest;
 pub use error::GuestError;
 pub use exec::{Control, Event, Events, Running};
-pub use files::{Copied, Download, Limits, Progress, Source, Upload};
+pub use files::{Copied, Download, Form, Limits, Progress, Source, Upload};
 pub use forward::{CONNECTIONS, Tunnel, proxy};
 pub use session::Session;
 pub use transport::{Endpoint, Stream, connect};

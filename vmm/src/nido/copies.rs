@@ -9,7 +9,7 @@ use super::Nido;
 use super::exec::{ANSWER_WITHIN, guest_error};
 use crate::api::{CopyProgress, CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
 use crate::error::Result;
-use crate::guest::{Copied, Download, GuestError, Limits, Progress, Source, Upload};
+use crate::guest::{Copied, Download, Form, GuestError, Limits, Progress, Source, Upload};
 use crate::name::VmName;
 
 impl Nido {
@@ -70,11 +70,11 @@ impl Nido {
                 follow(reached.guest.download(download, send, deadline), heard, None, progress).await
             }
             DownloadTarget::Stream(file) => {
-                let work = reached.guest.download_to(request.source, file, limits, send, deadline);
+                let work = reached.guest.download_to((request.source, Form::File), file, limits, send, deadline);
                 follow(work, heard, None, progress).await
             }
             DownloadTarget::Archive(file) => {
-                let work = reached.guest.download_archive(request.source, file, Limits::default(), send, deadline);
+                let work = reached.guest.download_to((request.source, Form::Archive), file, limits, send, deadline);
                 follow(work, heard, None, progress).await
             }
         };

@@ -284,7 +284,17 @@ fn encode<T: serde::Serialize>(value: &T) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        // A number of many digits came back as its neighbour: an event said another time than the webhook about it.
+        #[test]
+        fn numbers_come_back_as_they_were(ms in proptest::num::f64::NORMAL) {
+            prop_assert_eq!(decode::<f64>("timings", &encode(&ms).unwrap()).unwrap(), ms);
+        }
+    }
 
     fn shape(connection: &Connection) -> Vec<(String, String)> {
         let columns = "SELECT m.name, group_concat(c.name) FROM sqlite_schema m, pragma_table_info(m.name) c \

@@ -15,7 +15,8 @@ use super::run::{SESSION_EVERY, Supervisor};
 use super::serve::{Life, Order};
 use crate::api::{AgentInfo, ForwardSpec, Limit, StopRequest};
 use crate::error::{Code, Error, Result};
-use crate::qemu::{MonitorError, MonitorEvent, QemuExit, QemuProcess};
+use crate::guest::Guest;
+use crate::qemu::{Monitor, MonitorError, MonitorEvent, QemuExit, QemuProcess};
 use crate::state::{Fact, VmState};
 use crate::store::{Purpose, VmUpdate};
 
@@ -23,6 +24,12 @@ use crate::store::{Purpose, VmUpdate};
 pub(super) const QMP_WITHIN: Duration = Duration::from_secs(10);
 /// How long QEMU may take to quit before it is killed.
 const QUIT_WITHIN: Duration = Duration::from_secs(5);
+/// How long the agent may take to say that it powers off, before the power button is pressed.
+const AGENT_WITHIN: Duration = Duration::from_secs(30);
+/// The same of an agent that was not there yet when it was asked first.
+const NEW_AGENT_WITHIN: Duration = Duration::from_secs(5);
+/// How long after that it is asked again.
+const ASKED_AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// How long the VM is told to stop when its time is up, before the plug is pulled.
 const LIMIT_STOP_MS: u64 = 10_000;
 
@@ -119,6 +126,10 @@ impl Supervisor {
             Order::Pause(reply) if self.is_being_saved() => {
                 drop(reply.send(Err(Error::new(Code::VmBusy, "a snapshot of this VM is being taken"))));
             }
+            // What admitted it saw the VM as it was before: a guest that stands still never goes down.
+            Order::Pause(reply) if self.state == VmState::Stopping => {
+                drop(reply.send(Err(Error::new(Code::VmBusy, "this VM is being stopped"))));
+            }
             Order::Pause(reply) => {
                 let outcome = running.monitor.stop(QMP_WITHIN).await.map_err(|e| qmp_error(&e));
                 if outcome.is_ok() {
@@ -193,16 +204,13 @@ impl Supervisor {
         }
         let deadline = TokioInstant::now() + Duration::from_millis(stop.timeout_ms);
         self.kill_at = Some(self.kill_at.map_or(deadline, |earlier| earlier.min(deadline)));
-        let (guest, monitor, ready) = (self.guest.clone(), running.monitor.clone(), self.row.agent.ready);
-        tokio::spawn(async move {
-            if paused {
-                let _ = monitor.cont(QMP_WITHIN).await;
-            }
-            // The agent syncs and powers off; where it does not answer, the power button is what is left.
-            if !ready || guest.power(Power::Off, deadline).await.is_err() {
-                let _ = monitor.system_powerdown(QMP_WITHIN).await;
-            }
-        });
+        let asking = GoingDown {
+            guest: self.guest.clone(),
+            monitor: running.monitor.clone(),
+            ready: self.row.agent.ready,
+            deadline,
+        };
+        tokio::spawn(asking.ask(paused));
     }
 
     pub(super) fn quit(&mut self, running: &Running) {
@@ -262,6 +270,39 @@ impl Supervisor {
                     }
                 }
             }
+        }
+    }
+}
+
+/// A guest that is asked to go down.
+struct GoingDown {
+    guest: Guest,
+    monitor: Monitor,
+    /// Its agent has answered before.
+    ready: bool,
+    deadline: TokioInstant,
+}
+
+impl GoingDown {
+    /// Asks until the agent says that it does, the VM is gone, or the time is up. Once is not enough: while the guest comes up
+    /// it overlooks the power button, and while its disk is held still the agent does not answer.
+    async fn ask(self, paused: bool) {
+        if paused {
+            let _ = self.monitor.cont(QMP_WITHIN).await;
+        }
+        let mut may_answer = self.ready;
+        while TokioInstant::now() < self.deadline {
+            // The agent syncs and powers off; where it does not answer, the power button is what is left.
+            let patience = if self.ready { AGENT_WITHIN } else { NEW_AGENT_WITHIN };
+            let within = self.deadline.min(TokioInstant::now() + patience);
+            if may_answer && self.guest.power(Power::Off, within).await.is_ok() {
+                return;
+            }
+            if matches!(self.monitor.system_powerdown(QMP_WITHIN).await, Err(MonitorError::QemuGone)) {
+                return;
+            }
+            may_answer = true;
+            tokio::time::sleep_until(self.deadline.min(TokioInstant::now() + ASKED_AGAIN_AFTER)).await;
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use nido_guest_agent::wire::Fault;
-use nido_vmm::guest::{Download, GuestError, Limits, Progress, Source, Upload};
+use nido_vmm::guest::{Download, Form, GuestError, Limits, Progress, Source, Upload};
 
 use crate::rig::{Rig, soon, until, within};
 
@@ -166,11 +166,12 @@ async fn one_file_through_a_reader_and_a_writer() {
     let (mut out, writer) = std::io::pipe().unwrap();
     let read = std::thread::spawn(move || std::io::read_to_string(&mut out).unwrap());
     let source = there.as_os_str().as_bytes().to_vec();
-    let got = rig.guest.download_to(source, writer, Limits::default(), nowhere, soon());
+    let got = rig.guest.download_to((source, Form::File), writer, Limits::default(), nowhere, soon());
     assert_eq!(within(got).await.unwrap().bytes, 1_000_000);
     assert_eq!(read.join().unwrap(), "\u{1}".repeat(1_000_000));
     let source = rig.dir.path().as_os_str().as_bytes().to_vec();
-    let refused = within(rig.guest.download_to(source, std::io::sink(), Limits::default(), nowhere, soon())).await;
+    let refused =
+        within(rig.guest.download_to((source, Form::File), std::io::sink(), Limits::default(), nowhere, soon())).await;
     assert_eq!(refused.unwrap_err().fault(), Some(Fault::WrongType));
 }
 
@@ -211,7 +212,9 @@ async fn a_full_guest_disk_is_reported_as_such_and_keeps_the_old_file() {
 async fn a_full_host_disk_is_reported_as_such() {
     let rig = Rig::start().await;
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-    let error = within(rig.guest.download_to(b"/etc/passwd".to_vec(), full, Limits::default(), nowhere, soon())).await;
+    let error =
+        within(rig.guest.download_to((b"/etc/passwd".to_vec(), Form::File), full, Limits::default(), nowhere, soon()))
+            .await;
     assert!(matches!(error, Err(GuestError::DiskFull(_))), "{error:?}");
 }
 
@@ -266,7 +269,7 @@ async fn a_tree_survives_as_an_archive_both_ways() {
     let packed = rig.path("packed.tar");
     let file = std::fs::File::create(&packed).unwrap();
     let source = there.as_os_str().as_bytes().to_vec();
-    let got = rig.guest.download_archive(source, file, Limits::default(), nowhere, soon());
+    let got = rig.guest.download_to((source, Form::Archive), file, Limits::default(), nowhere, soon());
     let got = within(got).await.unwrap();
     assert_eq!((got.entries, got.bytes), (sent.entries, sent.bytes));
     std::fs::create_dir(&back).unwrap();

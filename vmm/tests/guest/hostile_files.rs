@@ -3,7 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 
 use nido_guest_agent::wire::{EntryKind, Failed, Fault, Summary, ToHost};
-use nido_vmm::guest::{Copied, Download, GuestError, Limits, Source, Upload};
+use nido_vmm::guest::{Copied, Download, Form, GuestError, Limits, Source, Upload};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -203,7 +203,7 @@ async fn archive_of(limits: Limits, send: impl AsyncFnOnce(&mut End)) -> (Vec<u8
     let here = TempDir::new().unwrap();
     let packed = here.path().join("packed");
     let file = std::fs::File::create(&packed).unwrap();
-    let work = liar.guest.download_archive(b"/x".to_vec(), file, limits, nowhere, soon());
+    let work = liar.guest.download_to((b"/x".to_vec(), Form::Archive), file, limits, nowhere, soon());
     let lie = async {
         let mut end = liar.accept_welcome().await;
         send(&mut end).await;
@@ -247,4 +247,36 @@ async fn an_archive_has_no_byte_that_the_guest_did_not_send() {
     copied.unwrap();
     assert_eq!(packed[512..].iter().filter(|&&byte| byte == 7).count(), 300_000);
     assert_eq!(packed.len() % 512, 0);
+}
+
+// It was cut where its first frame ended, and the archive seemed whole.
+#[tokio::test(flavor = "current_thread")]
+async fn a_file_that_does_not_know_its_length_is_not_cut() {
+    let (packed, copied) = archive_of(Limits::default(), async |end| {
+        end.entry(&[], EntryKind::File(0), 0o444).await;
+        end.data(&[7; 200_000]).await;
+        end.data(&[7; 200_000]).await;
+        end.say(&ToHost::EntryEnd).await;
+        end.say(&ToHost::TreeEnd(Summary::default())).await;
+    })
+    .await;
+    assert!(copied.unwrap_err().to_string().contains("copy it alone"));
+    assert!(!packed.ends_with(&[0; 512]));
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn an_archive_leads_nobody_through_a_symlink() {
+    let (packed, copied) = archive_of(Limits::default(), async |end| {
+        end.entry(&[], EntryKind::Directory, 0o755).await;
+        end.say(&ToHost::EntryEnd).await;
+        end.entry(&["way"], EntryKind::Symlink(b"/etc".to_vec().into()), 0o777).await;
+        end.say(&ToHost::EntryEnd).await;
+        end.entry(&["way", "passwd"], EntryKind::File(1), 0o644).await;
+        end.data(b"x").await;
+        end.say(&ToHost::EntryEnd).await;
+        end.say(&ToHost::TreeEnd(Summary::default())).await;
+    })
+    .await;
+    assert!(matches!(copied.unwrap_err(), GuestError::Protocol(_)), "refused");
+    assert!(!packed.windows(6).any(|bytes| bytes == b"passwd"));
 }

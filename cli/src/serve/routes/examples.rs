@@ -66,9 +66,9 @@ examples! {
     "snapshot_create" => SnapshotRequest: json!({ "name": "before" });
     "snapshot_restore" => RestoreRequest: json!({ "disk_only": false });
     "forward_add" => ForwardSpec: json!({ "guest_port": 80 });
-    "template_create" => TemplateRequest: json!({ "name": "mine", "from": "web", "no_bake": false });
-    "template_build" => RecipeRequest: json!({ "rebuild": false, "slim_kernel": true });
-    "template_bake" => BakeRequest: json!({ "cpus": 2, "memory_mib": 2048 });
+    "template_create" => TemplateRequest: json!({ "name": "mine", "from": "web", "no_bake": true });
+    "template_build" => RecipeRequest: json!({ "rebuild": false, "no_bake": true });
+    "template_bake" => BakeRequest: json!({ "memory_mib": 256, "net": "none" });
     "pool_set" => PoolRequest: json!({ "wanted": 4 });
     "webhook_add" => WebhookRequest:
         json!({ "url": "https://example.com/hook", "events": ["vm.crashed", "vm.stopped"] });

@@ -40,7 +40,7 @@ async fn get(State(app): State<Arc<App>>, _: Looks, Names(which): Names<Which>) 
     answer::ok(&app.operations.get(&which.id)?)
 }
 
-/// Cancels an operation. One that has ended stays as it is.
+/// Cancels an operation, and forgets it. One that has ended is only forgotten.
 #[utoipa::path(delete, path = "/v1/operations/{id}", operation_id = "operation_cancel", tag = "operations", params(Which),
     responses((status = 200, body = Operation)))]
 async fn cancel(State(app): State<Arc<App>>, _: Uses, Names(which): Names<Which>) -> Answer {

@@ -111,6 +111,15 @@ pub struct Download {
     pub limits: Limits,
 }
 
+/// How what is copied out of a guest is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// The bytes of one file.
+    File,
+    /// A tar archive of a tree; a file alone is an archive of one entry.
+    Archive,
+}
+
 impl Guest {
     /// Copies into the guest. `deadline` is for the start; the copy itself may take as long as it moves.
     ///
@@ -163,30 +172,15 @@ impl Guest {
         .await
     }
 
-    /// Copies one file out of the guest to `writer`.
+    /// Copies out of the guest to `writer`: one file as it is, or a tree as an archive.
     ///
     /// # Errors
     /// Those of [`Self::download`]; [`GuestError::Guest`] with
-    /// [`Fault::WrongType`](nido_guest_agent::wire::Fault::WrongType) if it is a directory.
+    /// [`Fault::WrongType`](nido_guest_agent::wire::Fault::WrongType) for a directory as it is; in an archive, if a file
+    /// becomes shorter while it is copied.
     pub async fn download_to(
         &self,
-        source: Vec<u8>,
-        writer: impl Write + Send + 'static,
-        limits: Limits,
-        progress: impl FnMut(Progress) + Send + 'static,
-        deadline: Instant,
-    ) -> Result<Copied, GuestError> {
-        let get = ToGuest::Get(Get { path: source.into() });
-        self.copy(&get, deadline, move |wire| Receiver::new(wire, limits, progress).copy_to(writer)).await
-    }
-
-    /// Copies a tree out of the guest to `writer`, as a tar archive. A file alone is an archive of one entry.
-    ///
-    /// # Errors
-    /// Those of [`Self::download`]; also if a file becomes shorter while it is copied.
-    pub async fn download_archive(
-        &self,
-        source: Vec<u8>,
+        (source, form): (Vec<u8>, Form),
         writer: impl Write + Send + 'static,
         limits: Limits,
         progress: impl FnMut(Progress) + Send + 'static,
@@ -194,8 +188,14 @@ impl Guest {
     ) -> Result<Copied, GuestError> {
         let name = last_name(&source).map(<[u8]>::to_vec);
         let get = ToGuest::Get(Get { path: source.into() });
-        self.copy(&get, deadline, move |wire| Receiver::new(wire, limits, progress).archive_to(writer, name.as_deref()))
-            .await
+        self.copy(&get, deadline, move |wire| {
+            let receiver = Receiver::new(wire, limits, progress);
+            match form {
+                Form::File => receiver.copy_to(writer),
+                Form::Archive => receiver.archive_to(writer, name.as_deref()),
+            }
+        })
+        .await
     }
 
     /// Opens a session with `request` and runs `work` on it, on a thread of its own.

@@ -9,7 +9,8 @@
 //! records into memory whatever length they claim, cuts off what does not fit a number, and knows no PAX value with a
 //! line end. What two readers could understand differently is refused here.
 //!
-//! Invariant: memory does not depend on an archive's size, entries or claims, and nothing of it touches this host's disk.
+//! Invariant: memory does not depend on an archive's size, entries or claims (of symlinks that a guest sends eight bytes each are
+//! kept), and nothing of it touches this host's disk.
 
 mod head;
 mod pack;

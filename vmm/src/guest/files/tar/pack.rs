@@ -5,8 +5,11 @@
 //! frame is written as long as it is, a longer one as long as it was said to be.
 //!
 //! Invariant: an archive that ends is whole. A file that became shorter breaks it off; nothing is filled with zeros that a guest
-//! only claimed to have.
+//! only claimed to have. And it leads nobody who unpacks it elsewhere: its entries come directory by directory, none below
+//! what is no directory, none where a symlink was before.
 
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
@@ -35,7 +38,9 @@ impl<F: FnMut(Progress)> Receiver<F> {
     }
 
     fn pack_all(&mut self, writer: &mut impl Write, name: Option<&[u8]>) -> Result<(), GuestError> {
+        let mut order = Order::default();
         while let Some(item) = self.item()? {
+            order.check(&item)?;
             let path = match (&item.path[..], &item.kind) {
                 (b"", ItemKind::File(_)) => [b"./", name.unwrap_or(b"file")].concat(),
                 (path, _) => [b"./", path].concat(),
@@ -63,6 +68,10 @@ impl<F: FnMut(Progress)> Receiver<F> {
                 held.extend_from_slice(bytes);
                 return Ok(());
             }
+            if announced == 0 {
+                let message = "the length of a file is not known before its end (as in /proc): copy it alone".into();
+                return Err(GuestError::Guest(Failed { fault: Fault::Other, message }));
+            }
             let size = *told.get_or_insert(announced.max(held.len() as u64));
             if written == 0 {
                 writer.write_all(&heads(item, b'0', &path, b"", size)).map_err(failed)?;
@@ -87,6 +96,36 @@ impl<F: FnMut(Progress)> Receiver<F> {
             return Err(GuestError::Guest(Failed { fault: Fault::Other, message }));
         }
         fill(writer, size)
+    }
+}
+
+/// What has come so far, as far as it matters to whoever unpacks it. A program that is not careful would write through a symlink
+/// that it has just made.
+#[derive(Default)]
+struct Order {
+    /// The directory that the last entry is, or is in.
+    inside: Vec<u8>,
+    /// Where symlinks are: of each eight bytes, as the number of entries has a limit, under a key that the guest cannot know.
+    links: HashSet<u64>,
+    key: RandomState,
+}
+
+impl Order {
+    fn check(&mut self, item: &Item) -> Result<(), GuestError> {
+        let parent = item.path.iter().rposition(|&byte| byte == b'/').map_or(&b""[..], |at| &item.path[..at]);
+        let below = self.inside.strip_prefix(parent);
+        if !below.is_some_and(|rest| parent.is_empty() || rest.is_empty() || rest.starts_with(b"/")) {
+            return Err(GuestError::breach("a file whose directory was not sent"));
+        }
+        let place = self.key.hash_one(&item.path);
+        if self.links.contains(&place) {
+            return Err(GuestError::breach("the same name twice in a directory"));
+        }
+        if let ItemKind::Symlink(_) = item.kind {
+            self.links.insert(place);
+        }
+        self.inside = if item.kind == ItemKind::Directory { item.path.clone() } else { parent.to_vec() };
+        Ok(())
     }
 }
 
@@ -128,6 +167,38 @@ mod tests {
     use super::*;
     use crate::guest::files::Limits;
 
+    fn item(path: &str, kind: ItemKind) -> Item {
+        Item { path: path.into(), kind, mode: 0o755, mtime_ns: 0 }
+    }
+
+    /// Whether a tree of these may be unpacked by anybody: `a/` is a directory, `a@` a symlink.
+    fn is_harmless(tree: &str) -> bool {
+        let mut order = Order::default();
+        tree.split(' ').all(|word| {
+            let kind = match word.as_bytes().last() {
+                Some(b'/') => ItemKind::Directory,
+                Some(b'@') => ItemKind::Symlink(b"/etc".into()),
+                _ => ItemKind::File(1),
+            };
+            order.check(&item(word.trim_end_matches(['/', '@', '.']), kind)).is_ok()
+        })
+    }
+
+    // A guest could send a symlink and a file below it, or in its place, and have who unpacks it write anywhere.
+    #[test]
+    fn an_archive_leads_nobody_elsewhere() {
+        for tree in ["./ a/ a/b a/c/ a/c/d a/e f/ f/g@ f/h", "./ a@ b@ ab/ ab/c", "./ a/ a/a/ a/a/a@ a/b/ a/b/a"] {
+            assert!(is_harmless(tree), "{tree}");
+        }
+        for tree in ["./ a@ a/passwd", "./ a@ a", "./ a@ a/ a/passwd", "./ a/ a/b@ a/b/c", "./ a/ b a/c", "./ a/ ab/c"]
+        {
+            assert!(!is_harmless(tree), "{tree}");
+        }
+        for tree in ["./ a/ a@ a/passwd", "./ a/ b/ a@ a/passwd", "./ a/b", "./ a@ a@"] {
+            assert!(!is_harmless(tree), "{tree}");
+        }
+    }
+
     #[test]
     fn what_has_no_room_in_a_head_stands_before_it() {
         let item = Item { path: Vec::new(), kind: ItemKind::File(0), mode: 0o640, mtime_ns: -1_500_000_000 };
@@ -139,7 +210,7 @@ mod tests {
         assert_eq!(read, Member { path: vec![long.to_vec()], kind, mode: 0o640, mtime_ns: -1_500_000_000 });
         assert_eq!(archive.next().unwrap(), None);
         let huge = heads(&item, b'0', b"x", b"", OCTAL_MAX + 1);
-        let limits = Limits { bytes: OCTAL_MAX + 1, ..Limits::default() };
+        let limits = Limits { bytes: 2 * OCTAL_MAX, ..Limits::default() };
         let read = Archive::new(&huge[..], limits).next().unwrap().unwrap();
         assert_eq!(read.kind, MemberKind::File(OCTAL_MAX + 1));
     }

@@ -43,6 +43,8 @@ impl Records {
                 let time = std::str::from_utf8(value).ok().and_then(nanoseconds).ok_or("a PAX time that is none")?;
                 self.mtime_ns.replace(time).is_some()
             }
+            // What programs call a file with holes: what follows is not its bytes, or not at their place.
+            b"SUN.holesdata" | b"SCHILY.realsize" => return Err("a sparse file".into()),
             _ if key.starts_with(b"GNU.sparse.") => return Err("a sparse file".into()),
             _ => false,
         };
@@ -137,7 +139,7 @@ mod tests {
 
     #[test]
     fn records_that_lie_are_refused() {
-        let wrong: [&[u8]; 10] = [
+        let wrong: [&[u8]; 12] = [
             b"x",
             b"0 \n",
             b"99 path=a\n",
@@ -148,6 +150,8 @@ mod tests {
             b"10 size=\n\n\n",
             b"9 path=a\n9 path=b\n",
             b"22 GNU.sparse.major=1\n",
+            b"24 SUN.holesdata= 0 512\n",
+            b"21 SCHILY.realsize=9\n",
         ];
         for records in wrong {
             assert!(Records::decode(records).is_err(), "{}", records.escape_ascii());

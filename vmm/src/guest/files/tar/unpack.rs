@@ -83,6 +83,15 @@ impl<R: Read> Archive<R> {
         Ok(())
     }
 
+    /// Counts bytes that have to be read.
+    fn count_bytes(&mut self, bytes: u64) -> Result<(), GuestError> {
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.bytes > self.limits.bytes {
+            return Err(GuestError::ArchiveTooLarge { what: "bytes", limit: self.limits.bytes });
+        }
+        Ok(())
+    }
+
     /// The next entry; none at the end.
     pub fn next(&mut self) -> Result<Option<Member>, GuestError> {
         let mut before = Before::default();
@@ -97,20 +106,22 @@ impl<R: Read> Archive<R> {
             let Some(head) = Head::decode(&block).map_err(|what| self.bad(&what))? else {
                 return self.end(&before).map(|()| None);
             };
-            self.count()?;
             if !self.is_about_the_next(&head, &mut before)? {
+                self.count()?;
                 return self.member(head, before).map(Some);
             }
         }
     }
 
-    /// Takes in an entry that only describes the next one.
+    /// Takes in an entry that only describes the next one. Those before one entry count as part of it, as there is one of each
+    /// kind; those that are about all could be any number.
     fn is_about_the_next(&mut self, head: &Head, before: &mut Before) -> Result<bool, GuestError> {
         let twice = match head.flag {
             b'L' => before.name.replace(self.name(head.size)?).is_some(),
             b'K' => before.target.replace(self.name(head.size)?).is_some(),
             b'x' => before.records.replace(self.records(head.size)?).is_some(),
             b'g' => {
+                self.count()?;
                 let Records { path, target, size, .. } = self.records(head.size)?;
                 if path.is_some() || target.is_some() || size.is_some() {
                     return Err(self.bad("it gives all entries one name or size"));
@@ -152,10 +163,7 @@ impl<R: Read> Archive<R> {
             return Err(refused("it has no name"));
         }
         if let MemberKind::File(_) = kind {
-            self.bytes = self.bytes.saturating_add(size);
-            if self.bytes > self.limits.bytes {
-                return Err(GuestError::ArchiveTooLarge { what: "bytes", limit: self.limits.bytes });
-            }
+            self.count_bytes(size)?;
             (self.left, self.padding) = (size, padding(size));
         } else if size != 0 {
             return Err(refused("bytes of something that is no file"));
@@ -200,6 +208,7 @@ impl<R: Read> Archive<R> {
     fn small(&mut self, size: u64, limit: u64) -> Result<Vec<u8>, GuestError> {
         let length = usize::try_from(size).ok().filter(|_| size <= limit);
         let length = length.ok_or_else(|| self.bad("a description that is too long"))?;
+        self.count_bytes(size)?;
         let mut bytes = vec![0; length];
         self.fill(&mut bytes)?;
         self.padding = padding(size);
@@ -256,164 +265,4 @@ fn components(name: &[u8]) -> Result<Vec<Vec<u8>>, &'static str> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LIMITS: Limits = Limits { entries: 100, bytes: 10_000 };
-
-    fn head(flag: u8, name: &str, size: u64) -> Head {
-        Head { flag, name: name.into(), target: Vec::new(), mode: 0o4755, size, mtime_s: 5 }
-    }
-
-    fn entry(flag: u8, name: &str, bytes: &[u8]) -> Vec<u8> {
-        let size = bytes.len() as u64;
-        let mut all = [&head(flag, name, size).encode()[..], bytes].concat();
-        all.resize(all.len() + usize::try_from(padding(size)).unwrap(), 0);
-        all
-    }
-
-    fn archive(entries: &[Vec<u8>]) -> Vec<u8> {
-        [entries.concat(), vec![0; 2 * BLOCK]].concat()
-    }
-
-    /// Everything that is in it, files with their bytes.
-    fn read(bytes: &[u8]) -> Result<Vec<(String, MemberKind, Vec<u8>)>, String> {
-        let mut archive = Archive::new(bytes, LIMITS);
-        let mut all = Vec::new();
-        while let Some(member) = archive.next().map_err(|e| e.to_string())? {
-            assert_eq!(member.mode & !0o777, 0);
-            let mut bytes = Vec::new();
-            archive.read_to_end(&mut bytes).map_err(|e| archive.failed(e).to_string())?;
-            all.push((String::from_utf8(member.path.join(&b'/')).unwrap(), member.kind, bytes));
-        }
-        Ok(all)
-    }
-
-    #[track_caller]
-    fn refused(bytes: &[u8], why: &str) {
-        let error = read(bytes).unwrap_err();
-        assert!(error.contains(why), "{error}");
-    }
-
-    #[test]
-    fn an_archive_is_read() {
-        let all = read(&archive(&[
-            entry(b'5', "./", b""),
-            entry(b'5', "a/", b""),
-            entry(b'0', "./a//b", &[7; 513]),
-            entry(b'g', "pax_global_header", b"12 comment=\n"),
-            entry(b'6', "pipe", b""),
-            entry(b'x', "x", b"15 path=long/x\n10 size=3\n"),
-        ]));
-        assert!(all.unwrap_err().contains("a description with no entry"));
-        let mut last = entry(b'0', "short", b"");
-        last.extend_from_slice(&[b"abc", &[0; 509][..]].concat());
-        let all = read(&archive(&[
-            entry(b'0', "./a//b", &[7; 513]),
-            entry(b'L', "", b"q/r\0"),
-            entry(b'0', "short", b"r"),
-            entry(b'x', "x", b"15 path=long/x\n10 size=3\n"),
-            last,
-        ]));
-        let all = all.unwrap();
-        assert_eq!(all[0], ("a/b".into(), MemberKind::File(513), vec![7; 513]));
-        assert_eq!(all[1], ("q/r".into(), MemberKind::File(1), b"r".into()));
-        // Not what the head says: what the record says.
-        assert_eq!(all[2], ("long/x".into(), MemberKind::File(3), b"abc".into()));
-        assert_eq!(read(&archive(&[])), Ok(Vec::new()));
-    }
-
-    #[test]
-    fn nothing_leaves_the_directory() {
-        for name in ["/etc/passwd", "../x", "a/../../x", "a/..", "..", "//x"] {
-            refused(&archive(&[entry(b'0', name, b"")]), "entry 1");
-            let record = format!(" path={name}\n");
-            let record = format!("{}{record}", record.len() + if record.len() > 97 { 3 } else { 2 });
-            refused(&archive(&[entry(b'x', "x", record.as_bytes()), entry(b'0', "x", b"")]), "entry");
-        }
-        refused(&archive(&[entry(b'0', ".", b"x")]), "it has no name");
-        refused(&archive(&[entry(b'0', &"a/".repeat(40), b"x")]), "of the unknown type");
-        refused(&archive(&[entry(b'L', "", &b"a/".repeat(300)), entry(b'0', "x", b"")]), "nested too deep");
-        refused(&archive(&[entry(b'L', "", &[b'n'; 256]), entry(b'0', "x", b"")]), "a name that is none");
-    }
-
-    #[test]
-    fn what_the_protocol_cannot_carry_is_refused_and_devices_are_no_files() {
-        refused(&archive(&[entry(b'1', "x", b"")]), "a hard link");
-        refused(&archive(&[entry(b'S', "x", b"")]), "a sparse file");
-        refused(&archive(&[entry(b'V', "x", b"")]), "unknown type");
-        refused(&archive(&[entry(b'2', "x", b"")]), "impossible target");
-        refused(&archive(&[entry(b'5', "x", b"bytes")]), "bytes of something that is no file");
-        refused(&archive(&[entry(b'3', "x", b"bytes")]), "bytes of something that is no file");
-        for device in [b'3', b'4', b'6'] {
-            assert_eq!(read(&archive(&[entry(device, "x", b"")])).unwrap()[0].1, MemberKind::Special);
-        }
-    }
-
-    #[test]
-    fn what_two_readers_could_understand_differently_is_refused() {
-        let pax = |records: &[u8]| entry(b'x', "x", records);
-        let file = || entry(b'0', "x", b"");
-        refused(&archive(&[pax(b"9 path=a\n"), pax(b"9 path=b\n"), file()]), "described twice");
-        refused(&archive(&[pax(b"9 path=a\n"), entry(b'L', "", b"b"), file()]), "described twice");
-        refused(&archive(&[entry(b'g', "x", b"9 path=a\n"), file()]), "one name or size");
-        refused(&archive(&[pax(b"9 path=a\n")]), "no entry behind it");
-        refused(&archive(&[pax(b"22 GNU.sparse.major=1\n"), file()]), "a sparse file");
-        refused(&[archive(&[file()]), archive(&[file()])].concat(), "behind its end");
-        refused(&[archive(&[file()]), vec![0; 2 << 20]].concat(), "behind its end");
-    }
-
-    #[test]
-    fn claims_are_not_believed_and_quotas_hold() {
-        // Nothing of that length is made room for.
-        refused(&head(b'0', "x", 1 << 30).encode(), "more bytes than the limit of 10000");
-        for flag in [b'L', b'K', b'x', b'g'] {
-            refused(&head(flag, "x", 0o777_7777_7777).encode(), "too long");
-        }
-        let parts: Vec<_> = (0..3).map(|n| entry(b'0', &format!("{n}"), &[0; 4000])).collect();
-        refused(&archive(&parts), "more bytes than");
-        refused(&archive(&vec![entry(b'5', "x", b""); 101]), "more entries than the limit of 100");
-        refused(&archive(&vec![entry(b'g', "x", b""); 101]), "more entries than the limit of 100");
-        let record = entry(b'x', "x", b"29 size=18446744073709551615\n");
-        refused(&archive(&[record, entry(b'0', "x", b"")]), "more bytes than");
-    }
-
-    #[test]
-    fn an_archive_that_breaks_off_is_none() {
-        let whole = archive(&[entry(b'0', "x", &[1; 600]), entry(b'L', "", b"name\0"), entry(b'0', "y", b"yy")]);
-        assert_eq!(read(&whole).unwrap().len(), 2);
-        // Behind the first block of zeros everything has been said.
-        for length in (0..=whole.len() - 2 * BLOCK).step_by(64) {
-            refused(&whole[..length], "it breaks off");
-        }
-        refused(b"", "it breaks off");
-        refused(&[1; 2000], "no tar archive");
-    }
-
-    #[test]
-    fn what_gnu_tar_writes_is_read_in_every_format() {
-        let here = tempfile::tempdir().unwrap();
-        let deep = "d".repeat(120);
-        std::fs::create_dir_all(here.path().join(&deep)).unwrap();
-        std::fs::write(here.path().join(&deep).join("file"), [9; 700]).unwrap();
-        std::fs::write(here.path().join("new\nline"), "x").unwrap();
-        std::os::unix::fs::symlink("t".repeat(130), here.path().join("link")).unwrap();
-        for format in ["gnu", "oldgnu", "pax", "posix"] {
-            let mut tar = std::process::Command::new("tar");
-            let made = tar.args(["-c", "--format", format, "-C"]).arg(here.path()).arg(".").output().unwrap();
-            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-            let mut all = read(&made.stdout).unwrap();
-            all.sort_by(|a, b| a.0.cmp(&b.0));
-            let kinds: Vec<_> = all.iter().map(|(name, kind, _)| (name.as_str(), kind.clone())).collect();
-            let (dir, file) = (deep.clone(), format!("{deep}/file"));
-            let expected = [
-                ("", MemberKind::Directory),
-                (&*dir, MemberKind::Directory),
-                (&*file, MemberKind::File(700)),
-                ("link", MemberKind::Symlink("t".repeat(130).into())),
-                ("new\nline", MemberKind::File(1)),
-            ];
-            assert_eq!(kinds, expected, "{format}");
-        }
-    }
-}
+mod tests;
