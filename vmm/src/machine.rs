@@ -27,6 +27,10 @@ const TB_SIZE_MIB: std::ops::RangeInclusive<u32> = 64..=1024;
 const TB_SIZE_NESTED_MIB: u32 = 512;
 const TB_SIZE_OF_MEMORY: u32 = 8;
 
+/// What was seen with QEMU 7.2 of emulated hosts with two processors (`docs/decisions/0010`).
+const NESTED_ON_ONE_CPU: &str = "VMs inside an emulated VM are reliable on one CPU only: with more, the guest's kernel may panic when it \
+                                 starts or ends one";
+
 /// The part of a VM's specification that decides on its machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineRequest {
@@ -214,6 +218,9 @@ pub fn decide(request: &MachineRequest, host: &HostFacts, qemu: &QemuFacts) -> R
     let (accel, accel_reason) = accelerator(request, host, qemu, &mut warnings)?;
     if let (true, Accel::Kvm, Nesting::Off { module }) = (request.nested, accel, host.nesting) {
         return Err(Refusal::NestingOff { module: module.name(), remedy: module.turn_on() });
+    }
+    if request.nested && accel == Accel::Tcg && request.cpus > 1 {
+        warnings.push(NESTED_ON_ONE_CPU.to_owned());
     }
     let tsc_khz = if accel == Accel::Tcg { host.tsc_khz } else { None };
     let (machine, machine_reason) = machine_type(request, accel, tsc_khz, qemu, &mut warnings)?;
@@ -448,6 +455,12 @@ pub(crate) mod tests {
         assert!(remedy.contains("nested=1"), "{remedy}");
         assert_eq!(decide(&request(), &off, &qemu_facts()).unwrap().cpu_model, "host,-vmx,-svm");
         assert_eq!(decide(&nested, &host(WORKS), &qemu_facts()).unwrap().cpu_model, "host");
+        let two = MachineRequest { cpus: 2, ..nested.clone() };
+        assert_eq!(decide(&two, &host(WORKS), &qemu_facts()).unwrap().warnings, Vec::<String>::new());
+        let warns =
+            |request| decide(&request, &off, &qemu_facts()).unwrap().warnings.contains(&NESTED_ON_ONE_CPU.to_owned());
+        assert!(warns(MachineRequest { accel: AccelChoice::Tcg, ..two }));
+        assert!(!warns(MachineRequest { accel: AccelChoice::Tcg, ..nested.clone() }));
         let emulated = MachineRequest { accel: AccelChoice::Tcg, ..nested };
         assert_eq!(decide(&emulated, &off, &qemu_facts()).unwrap().accel, Accel::Tcg);
     }
