@@ -219,13 +219,3 @@ fn without_vsock_kvm_is_used_all_the_same() {
     assert_eq!(copy.exec(["hostname"]).text(), "two");
     assert_eq!(vm.exec(["hostname"]).text(), "one");
 }
-
-/// Emulation reaches its guests over the kernel's vsock where there is one.
-#[test]
-fn an_emulated_vm_is_reached_over_vsock() {
-    let home = TestHome::new();
-    let vm = home.spawn("web", &["--cold", "--accel", "tcg", "--timeout", "5m"]);
-    let info = vm.info();
-    assert_eq!((info["accel"].as_str(), info["agent"]["transport"].as_str()), (Some("tcg"), Some("vsock")), "{info}");
-    assert_eq!(vm.exec(["hostname"]).text(), "web");
-}
