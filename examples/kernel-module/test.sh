@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the module and tries it in a VM inside the VM: if it brings the kernel down, this job is there to tell.
 #
-#   nido run -T kvm-host --nested --cpus 2 --memory 2G --copy examples/kernel-module:/src -- /src/test.sh
+#   nido run -T kvm-host --nested --memory 2G --copy examples/kernel-module:/src -- /src/test.sh
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)

@@ -3,6 +3,7 @@
 //!
 //! | variable | what it is |
 //! |---|---|
+//! | `NIDO_TEST_KVM` | set where KVM works: a test fails if a VM of its home had to do without |
 //! | `NIDO_TEST_HOME` | a home in which the templates `sandbox` and `debian-12` stand ready; only read, never changed |
 //! | `NIDO_BIN` | the `nido` under test; the one that cargo has built if absent |
 //!

@@ -23,7 +23,7 @@ pub fn answer(script: &Script) -> ExitCode {
     say(&json!({ "QMP": { "version": script.version_object(), "capabilities": [] } }));
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let Ok(question) = serde_json::from_str::<Value>(&line) else { continue };
-        say(&json!({ "return": told(&question), "id": question["id"] }));
+        say(&json!({ "return": told(&question, script), "id": question["id"] }));
         if question["execute"] == "quit" {
             break;
         }
@@ -31,8 +31,10 @@ pub fn answer(script: &Script) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn told(question: &Value) -> Value {
-    let names = |names: &[&str]| names.iter().map(|name| json!({ "name": name })).collect::<Value>();
+fn told(question: &Value, script: &Script) -> Value {
+    let has = |what: &str| !script.lacks.iter().any(|lack| what.contains(lack.as_str()));
+    let names =
+        |names: &[&str]| names.iter().filter(|name| has(name)).map(|name| json!({ "name": name })).collect::<Value>();
     match (question["execute"].as_str(), question["arguments"]["implements"].as_str()) {
         (Some("qom-list-types"), Some("machine")) => {
             names(&["microvm-machine", "pc-i440fx-7.2-machine", "pc-q35-7.2-machine"])
@@ -40,8 +42,14 @@ fn told(question: &Value) -> Value {
         (Some("qom-list-types"), Some("accel")) => names(&["kvm-accel", "tcg-accel"]),
         (Some("qom-list-types"), _) => names(&["virtio-net-device", "virtio-net-pci"]),
         (Some("qom-list-properties"), _) => names(&["mem-path", "share"]),
-        (Some("query-command-line-options"), _) => json!([{ "option": "sandbox", "parameters": [] }]),
-        (Some("query-qmp-schema"), _) => json!([{ "meta-type": "enum", "values": ["user", "tap", "hubport"] }]),
+        (Some("query-command-line-options"), _) => match has("sandbox") {
+            true => json!([{ "option": "sandbox", "parameters": [] }]),
+            false => json!([]),
+        },
+        (Some("query-qmp-schema"), _) => {
+            let kinds: Vec<_> = ["user", "tap", "hubport"].into_iter().filter(|kind| has(kind)).collect();
+            json!([{ "meta-type": "enum", "values": kinds }])
+        }
         _ => json!({}),
     }
 }

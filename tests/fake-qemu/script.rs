@@ -11,6 +11,8 @@ pub struct Script {
     pub not_qemu: bool,
     /// `old-version`: it says that it is version 6.2.
     pub old_version: bool,
+    /// `lacks:sandbox`, `lacks:microvm`, `lacks:q35`, `lacks:pc`, `lacks:user`: it was built without that.
+    pub lacks: Vec<String>,
     /// `die-at-start:MESSAGE`: it complains on its standard error and ends with code 1.
     pub die_at_start: Option<String>,
     /// `escape-stderr`: it writes terminal control sequences to its standard error.
@@ -69,6 +71,7 @@ impl Script {
             "hang-probe" => self.hang_probe = true,
             "not-qemu" => self.not_qemu = true,
             "old-version" => self.old_version = true,
+            "lacks" => self.lacks.push(value.to_owned()),
             "die-at-start" => self.die_at_start = Some(value.to_owned()),
             "escape-stderr" => self.escape_stderr = true,
             "escape-console" => self.escape_console = true,

@@ -2,6 +2,7 @@
 
 use rustix::process::Signal;
 
+use crate::support::run::Nido;
 use crate::support::{Home, until};
 
 #[test]
@@ -105,6 +106,26 @@ fn a_vm_that_does_not_boot_under_kvm_is_started_again_without_it() {
     names.sort();
     assert_eq!(names, ["db", "web"]);
     assert_eq!(std::fs::read_to_string(&remembered).unwrap(), verdict.to_string());
+
+    // A guest that does not boot without KVM either says nothing about KVM. (Another QEMU has everything forgotten.)
+    let other_qemu = |words: &str, remember: &str| {
+        home.qemu(words);
+        home.nido(["doctor"]).run().ok();
+        std::fs::write(&remembered, remember).unwrap();
+    };
+    other_qemu("no-agent", &verdict.to_string());
+    home.nido(["spawn", "mute", "--timeout", "2s", "--json"]).run().fails(1, "agent_unreachable");
+    let said = std::fs::read_to_string(&remembered).unwrap_or_default();
+    assert!(!said.contains("did not boot in time"), "{said}");
+    assert_ne!(said, verdict.to_string());
+    // Unless another one had failed before: the doctor's experiment alone makes good for that.
+    other_qemu("kvm-is-broken", &verdict.to_string());
+    home.nido(["spawn", "other", "--timeout", "2s"]).run().ok();
+    let others_fault = std::fs::read_to_string(&remembered).unwrap();
+    other_qemu("no-agent", &others_fault);
+    home.nido(["spawn", "mute", "--timeout", "2s", "--json"]).run().fails(1, "agent_unreachable");
+    assert!(others_fault.contains("VM 'other' did not boot in time under it"), "{others_fault}");
+    assert_eq!(std::fs::read_to_string(&remembered).unwrap(), others_fault);
 }
 
 #[test]
@@ -243,4 +264,40 @@ fn the_doctor_says_what_is_missing() {
     assert_eq!(ill.json()["ok"], false);
     let told = home.nido(["doctor"]).run().exits(1);
     assert!(told.text().contains("failed   ") && told.text().contains("hint: "), "{}", told.text());
+}
+
+/// What the doctor says of a QEMU is what a start says of it.
+#[test]
+fn the_doctor_knows_which_vms_a_qemu_can_start() {
+    let machine = |home: &Home, code: i32| {
+        let report = home.nido(["doctor", "--json"]).run().exits(code).json();
+        let checks = report["checks"].as_array().unwrap();
+        checks.iter().find(|check| check["name"] == "machine").unwrap().clone()
+    };
+    let all = ["", "lacks:microvm"];
+    let some = [("lacks:user", "--net none"), ("lacks:microvm;lacks:q35", "--machine pc")];
+    let none = ["lacks:sandbox", "lacks:microvm;lacks:q35;lacks:pc"];
+    for words in all {
+        let home = Home::new();
+        home.qemu(words);
+        assert_eq!(machine(&home, 0)["status"], "ok", "{words}");
+        home.nido(["create", "web"]).run().ok();
+    }
+    for (words, flags) in some {
+        let home = Home::new();
+        home.qemu(words);
+        let check = machine(&home, 0);
+        assert_eq!(check["status"], "warning", "{words}: {check}");
+        assert!(check["detail"].as_str().unwrap().contains(flags), "{check}");
+        home.nido(["create", "web", "--json"]).run().fails(1, "qemu_too_old");
+        flags.split(' ').fold(home.nido(["create", "web"]), Nido::arg).run().ok();
+    }
+    for words in none {
+        let home = Home::new();
+        home.qemu(words);
+        let check = machine(&home, 1);
+        assert_eq!(check["status"], "failed", "{words}: {check}");
+        assert!(check["hint"].is_string(), "{check}");
+        home.nido(["create", "web", "--net", "none", "--machine", "pc", "--json"]).run().fails(1, "qemu_too_old");
+    }
 }

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::webhooks::{add, await_taken, create, deliveries, expect_no_deliverer, expect_order, remove};
 use crate::support::receiver::{Receiver, Reply};
+use crate::support::run::Nido;
 use crate::support::{Home, until};
 
 #[test]
@@ -65,12 +66,34 @@ fn an_endpoint_is_left_alone_for_as_long_as_it_asks() {
     });
     let next: jiff::Timestamp = waits["next_at"].as_str().unwrap().parse().unwrap();
     assert!((3500..3700).contains(&next.duration_since(jiff::Timestamp::now()).as_secs()));
+    // So it is about other VMs, and nobody else is kept waiting.
+    let other = Receiver::start();
+    let second = add(&home, &other.url());
+    for vm in ["a", "b", "c"] {
+        create(&home, vm);
+    }
+    await_taken(&other, 3);
+    assert_eq!(receiver.messages().len(), 1);
+    remove(&home, &second);
     // Tried again by itself, without anybody's help, after a second or so.
     receiver.reply([Reply::status(503, "retry-after: 1\r\n")]);
     home.nido(["webhook", "redeliver", &waits["id"].to_string()]).run().ok();
-    await_taken(&receiver, 1);
-    assert_eq!(receiver.messages().len(), 3);
+    await_taken(&receiver, 4);
     remove(&home, &webhook);
+}
+
+#[test]
+fn slack_is_told_in_slacks_way() {
+    let home = Home::new();
+    let format = |url: &str, more: &[&str]| {
+        let add = ["webhook", "add", "--json", "--event", "vm.crashed", "--url", url];
+        let added = more.iter().copied().fold(home.nido(add), Nido::arg).run().ok().json();
+        home.nido(["webhook", "remove", added["id"].as_str().unwrap()]).run().ok();
+        added["format"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(format("https://hooks.slack.com/services/T/B/x", &[]), "slack");
+    assert_eq!(format("https://hooks.slack.com/services/T/B/x", &["--format", "standard"]), "standard");
+    assert_eq!(format("https://hooks.slack.com.example.com/", &[]), "standard");
 }
 
 #[test]

@@ -1,5 +1,5 @@
 // The page for people in a real browser: a token that is wrong and one that is right, a VM spawned, `uname -a` typed into its
-// terminal, the VM deleted after a question; by keyboard where a keyboard can do it. Any error of the page or of its policy
+// terminal, its console looked at, the VM stopped, started and deleted, after a question where something is lost; by keyboard where a keyboard can do it. Any error of the page or of its policy
 // fails the test.
 //
 //   node page.js ADDRESS TOKEN [PICTURE]
@@ -41,10 +41,25 @@ async function until(page, look) {
   await page.click('[aria-label="Terminal page"]');
   await page.waitForSelector("#terminal .xterm-rows");
   await until(page, () => document.querySelector("#terminal .xterm-rows").textContent.includes("#"));
-  await page.keyboard.type("uname -a; echo $((6 * 7))42\n");
+  await page.keyboard.type("uname -a; echo 'seen on the' console > /dev/console; echo $((6 * 7))42\n");
   await until(page, () => /Linux page .*x86_64[^]*4242/.test(document.querySelector("#terminal .xterm-rows").textContent));
   await until(page, () => document.querySelector("#events").textContent.includes("vm.started page"));
   if (picture) await page.screenshot({ path: picture, fullPage: true });
+  await page.click('[aria-label="Log page"]');
+  await page.waitForSelector("#log:not([hidden])");
+  await until(page, () => document.querySelector("#log").textContent.includes("seen on the console"));
+  assert(await page.isHidden("#terminal"));
+  await page.click('[aria-label="Stop page"]');
+  await page.waitForSelector("#confirm[open]");
+  assert((await page.textContent("#question")).includes("Stop the VM page?"));
+  await page.keyboard.press("Escape");
+  assert(await page.$('tr[data-vm=page] td.running'));
+  await page.click('[aria-label="Stop page"]');
+  await page.click("#confirm button.danger");
+  await page.waitForSelector("tr[data-vm=page] td.stopped", { timeout: 60000 });
+  await page.focus('[aria-label="Start page"]');
+  await page.keyboard.press("Enter");
+  await page.waitForSelector("tr[data-vm=page] td.running", { timeout: 60000 });
   await page.focus('[aria-label="Delete page"]');
   await page.keyboard.press("Enter");
   await page.waitForSelector("#confirm[open]");

@@ -346,7 +346,10 @@ fn imported(done: &ImportResult) -> String {
 }
 
 fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
-    let agent = if template.agent_current { "of this nido" } else { "of another nido; build the template again" };
+    let agent = match template.agent_current {
+        true => "of this nido".into(),
+        false => format!("of another nido; {}", template.renewal()),
+    };
     let bakes: Vec<_> = template.bakes.iter().map(machine).collect();
     let users = if template.used_by.is_empty() { "no VM".into() } else { template.used_by.join(", ") };
     vec![
@@ -355,7 +358,7 @@ fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
         ("digest", template.digest.clone()),
         ("init", template.init.clone()),
         ("kernel", template.kernel.clone()),
-        ("agent", agent.into()),
+        ("agent", agent),
         ("size", show_bytes(template.size_bytes)),
         ("disk", show_bytes(template.disk_bytes)),
         ("created", format!("{:.0}", template.created_at)),

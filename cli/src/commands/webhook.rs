@@ -10,7 +10,7 @@ use crate::output::table;
 const EXAMPLES: &str = "\
 Examples:
   nido webhook add --url https://example.com/hooks/nido
-  nido webhook add --event vm.crashed --url https://hooks.slack.com/services/T0/B0/x --format slack
+  nido webhook add --event vm.crashed --url https://hooks.slack.com/services/T0/B0/x
   nido webhook add --event vm.started,vm.stopped --url http://127.0.0.1:8080/ --allow-private
   nido webhook test 3f2a9c1e5b7d8046
   nido webhook deliveries 3f2a9c1e5b7d8046
@@ -77,9 +77,9 @@ struct AddArgs {
     /// this host may see it while nido runs
     #[arg(long, value_name = "SECRET")]
     secret: Option<String>,
-    /// What is posted: standard (the event, in JSON) or slack (a sentence)
-    #[arg(long, default_value = "standard", value_name = "FORMAT")]
-    format: WebhookFormat,
+    /// What is posted: standard (the event, in JSON) or slack (a sentence); without it slack to Slack's hosts, else standard
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<WebhookFormat>,
     /// The endpoint may lie in a private network or on this host, and be reached by plain http
     #[arg(long)]
     allow_private: bool,

@@ -141,7 +141,7 @@ impl Call {
     }
 
     /// The same with another program in front.
-    fn behind<const N: usize>(self, wrapper: [&str; N]) -> Self {
+    pub fn behind<const N: usize>(self, wrapper: [&str; N]) -> Self {
         let mut words: Vec<OsString> = wrapper.iter().map(Into::into).collect();
         words.push(self.command.get_program().to_owned());
         words.extend(self.command.get_args().map(OsStr::to_owned));

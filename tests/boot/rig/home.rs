@@ -156,6 +156,15 @@ impl TestHome {
         assert!(left.is_empty(), "processes that are left: {left:#?}");
     }
 
+    /// With `NIDO_TEST_KVM`: fails if a VM of this home ran without KVM because KVM was found wanting.
+    #[track_caller]
+    fn assert_kvm_was_used(&self) {
+        if std::env::var_os("NIDO_TEST_KVM").is_some() {
+            let verdict = fs::read_to_string(self.path().join("cache/kvm.json")).expect("a verdict about KVM");
+            assert!(verdict.contains(r#""usable""#), "{verdict}");
+        }
+    }
+
     fn wait_for_no_process(&self) -> Vec<Process> {
         let deadline = Instant::now() + GONE_WITHIN;
         loop {
@@ -189,6 +198,7 @@ impl Drop for TestHome {
             return;
         }
         let names = self.names();
+        self.assert_kvm_was_used();
         if !names.is_empty() {
             self.nido(["delete", "--force", "--yes"]).args(names).ok();
         }

@@ -29,12 +29,29 @@ pub struct TemplateInfo {
     pub disk_bytes: u64,
     /// When it was built.
     pub created_at: Timestamp,
-    /// Whether the agent inside is the one of this nido. If not, `template build` brings it up to date.
+    /// Whether the agent inside is the one of this nido. If not, `template build` brings that of a recipe up to date, and
+    /// another template has to be made again.
     pub agent_current: bool,
     /// VMs made from it.
     pub used_by: Vec<String>,
     /// The machines that VMs can be forked on.
     pub bakes: Vec<BakeInfo>,
+}
+
+impl TemplateInfo {
+    /// The command that brings the template up to date.
+    #[must_use]
+    pub fn renewal(&self) -> String {
+        renewal(&self.name)
+    }
+}
+
+/// The command that makes a template anew, for whoever finds it damaged or old.
+pub(crate) fn renewal(name: &TemplateName) -> String {
+    if nido_images::recipe_names().any(|recipe| recipe == name.as_str()) {
+        return format!("nido template build {name}");
+    }
+    format!("nido template delete {name}, and nido template create {name} --from a VM, or import it again")
 }
 
 /// A guest of a template, saved while it ran on one kind of machine.

@@ -143,10 +143,10 @@ fn default_template() -> TemplateName {
     #[allow(clippy::unwrap_used)] // a constant that the tests parse
     "sandbox".parse().unwrap()
 }
-const fn default_cpus() -> u32 {
+pub(crate) const fn default_cpus() -> u32 {
     1
 }
-const fn default_memory_mib() -> u32 {
+pub(crate) const fn default_memory_mib() -> u32 {
     512
 }
 

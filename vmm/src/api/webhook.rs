@@ -22,7 +22,16 @@ pub enum WebhookFormat {
     Slack,
 }
 
+/// Where Slack's incoming webhooks live.
+const SLACKS_HOSTS: [&str; 2] = ["hooks.slack.com", "hooks.slack-gov.com"];
+
 impl WebhookFormat {
+    /// What a host is usually sent.
+    #[must_use]
+    pub fn usual_at(host: &str) -> Self {
+        if SLACKS_HOSTS.contains(&host) { Self::Slack } else { Self::Standard }
+    }
+
     /// The word for it.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -56,9 +65,9 @@ pub struct WebhookRequest {
     /// What messages are signed with: `whsec_` and 24 to 64 bytes in base64. Absent: a new one.
     #[serde(default, serialize_with = "hidden")]
     pub secret: Option<String>,
-    /// What it is sent.
+    /// What it is sent. Absent: `slack` where the host is Slack's, `standard` elsewhere.
     #[serde(default)]
-    pub format: WebhookFormat,
+    pub format: Option<WebhookFormat>,
     /// Whether it may lie in a private network or on this very host.
     #[serde(default)]
     pub allow_private: bool,

@@ -102,6 +102,14 @@ pub fn remember_unusable(cache_dir: &Path, reason: impl Into<String>) {
     }
 }
 
+/// Takes back what [`remember_unusable`] was told, if that is what is remembered: something else was to blame.
+pub fn take_back(cache_dir: &Path, reason: &str) {
+    let remembered = cache_key(Path::new(DEVICE)).and_then(|key| cache::get(cache_dir, CACHE_NAME, &key));
+    if remembered == Some(KvmVerdict::PresentUnusable { reason: reason.into() }) {
+        forget(cache_dir);
+    }
+}
+
 /// Forgets the remembered verdict, so that the next [`probe`] experiments again.
 pub fn forget(cache_dir: &Path) {
     cache::forget(cache_dir, CACHE_NAME);
@@ -265,6 +273,11 @@ mod tests {
         let said = probe(dir.path());
         let opens = OpenOptions::new().read(true).write(true).open(DEVICE).is_ok();
         assert_eq!(said == KvmVerdict::PresentUnusable { reason: "the guest never came up".into() }, opens);
+        take_back(dir.path(), "another guest never came up");
+        assert_eq!(dir.path().join(CACHE_NAME).exists(), Path::new(DEVICE).exists());
+        take_back(dir.path(), "the guest never came up");
+        assert!(!dir.path().join(CACHE_NAME).exists());
+        remember_unusable(dir.path(), "the guest never came up");
         forget(dir.path());
         assert!(!dir.path().join(CACHE_NAME).exists());
     }

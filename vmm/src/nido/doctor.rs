@@ -1,12 +1,19 @@
 //! Looking at the host: can it run VMs, how well, and is anything left over from a crash.
 
-use crate::api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo, WebhookInfo};
-use crate::error::Result;
+use crate::api::{
+    AccelChoice, CheckStatus, DoctorCheck, DoctorReport, MachineChoice, NetChoice, TemplateInfo, WebhookInfo,
+    default_cpus, default_memory_mib,
+};
+use crate::error::{Error, Result};
 use crate::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, VsockVerdict, facts, kvm, qemu};
+use crate::machine::{self, MachineRequest};
 use crate::nido::Nido;
 
 /// Less free space than this on the home's disk is worth a word, in bytes.
 const LOW_DISK: u64 = 4 << 30;
+/// Less available memory than this is worth a word, in MiB.
+const LOW_MEMORY_MIB: u64 = 1024;
+const ANOTHER_QEMU: &str = "apt-get install qemu-system-x86, or name another QEMU with NIDO_QEMU";
 
 impl Nido {
     /// Looks at the host. With `gc`, removes what crashes left behind.
@@ -24,8 +31,9 @@ impl Nido {
             facts::gather(&cache)
         })
         .await
-        .map_err(|e| crate::error::Error::internal(format!("the host could not be looked at: {e}")))?;
+        .map_err(|e| Error::internal(format!("the host could not be looked at: {e}")))?;
         checks.push(check_kvm(&host, qemu.as_ref().ok()));
+        checks.extend(qemu.as_ref().ok().map(|qemu| check_machine(&host, qemu)));
         checks.push(check_nesting(&host));
         checks.push(check_vsock(&host));
         checks.push(check_user(&host));
@@ -55,7 +63,7 @@ impl Nido {
 
     fn check_templates(&self) -> Result<DoctorCheck> {
         let list = self.template_list()?;
-        let stale: Vec<_> = list.templates.iter().filter(|t| !t.agent_current).map(|t| t.name.to_string()).collect();
+        let stale: Vec<_> = list.templates.iter().filter(|template| !template.agent_current).collect();
         if list.templates.is_empty() {
             return Ok(
                 check("templates", CheckStatus::Warning, "there is none yet").hint("nido template build sandbox")
@@ -65,12 +73,11 @@ impl Nido {
             return Ok(check(
                 "templates",
                 CheckStatus::Warning,
-                format!("{} holds the agent of another nido", stale.join(", ")),
+                format!("{} holds the agent of another nido", names(&stale)),
             )
-            .hint(format!("nido template build {first}")));
+            .hint(first.renewal()));
         }
-        let names: Vec<_> = list.templates.iter().map(|t| t.name.to_string()).collect();
-        Ok(check("templates", CheckStatus::Ok, names.join(", ")))
+        Ok(check("templates", CheckStatus::Ok, names(&list.templates.iter().collect::<Vec<_>>())))
     }
 
     /// Whether VMs with the default settings are forked.
@@ -125,6 +132,10 @@ impl Nido {
         let ids = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         ids.filter(|id| matches!(self.store().vm_by_id(id), Ok(None))).count()
     }
+}
+
+fn names(templates: &[&TemplateInfo]) -> String {
+    templates.iter().map(|template| template.name.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 fn check(name: &str, status: CheckStatus, detail: impl Into<String>) -> DoctorCheck {
@@ -184,6 +195,43 @@ fn check_qemu(found: Result<&QemuFacts, &crate::host::QemuProbeError>) -> Doctor
     }
 }
 
+/// Whether a VM can be started at all, asked of whatever decides when one is.
+fn check_machine(host: &HostFacts, qemu: &QemuFacts) -> DoctorCheck {
+    let with = |net, machine_choice| {
+        let request = MachineRequest {
+            cpus: default_cpus(),
+            memory_mib: default_memory_mib(),
+            disk_bytes: 1 << 30,
+            machine: machine_choice,
+            accel: AccelChoice::default(),
+            net,
+            nested: false,
+            require_isolation: false,
+            cid: *machine::GUEST_CIDS.start(),
+        };
+        machine::decide(&request, host, qemu)
+    };
+    let (net, machine) = (NetChoice::default(), MachineChoice::default());
+    let refusal = match with(net, machine) {
+        Ok(machine) => return check("machine", CheckStatus::Ok, machine.reason),
+        Err(refusal) => refusal,
+    };
+    let others = [
+        (net, MachineChoice::Pc, "--machine pc"),
+        (NetChoice::None, machine, "--net none"),
+        (NetChoice::None, MachineChoice::Pc, "--net none --machine pc"),
+    ];
+    match others.into_iter().find(|(net, machine, _)| with(*net, *machine).is_ok()) {
+        Some((.., flags)) => {
+            check("machine", CheckStatus::Warning, format!("VMs start only with {flags}: {refusal}")).hint(ANOTHER_QEMU)
+        }
+        None => {
+            let hint = Error::from(refusal.clone()).hint_text().unwrap_or(ANOTHER_QEMU).to_owned();
+            check("machine", CheckStatus::Failed, format!("no VM can be started: {refusal}")).hint(hint)
+        }
+    }
+}
+
 fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorCheck {
     let emulation = "VMs run under emulation, slowly and without isolation";
     match (&host.kvm, qemu.is_none_or(|q| q.accel_kvm)) {
@@ -201,11 +249,11 @@ fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorCheck {
                     check("kvm", CheckStatus::Failed, format!("{why}, and this QEMU was built without emulation (TCG)"))
                         .hint("apt-get install qemu-system-x86")
                 }
-                KvmVerdict::NotPermitted => {
-                    plain.hint("join the group that owns it: adduser $USER kvm, then log in again")
-                }
+                KvmVerdict::NotPermitted => plain.hint("adduser $USER $(stat -c %G /dev/kvm), then log in again"),
+                KvmVerdict::PresentUnusable { .. } => plain
+                    .hint("dmesg | grep -i kvm may tell why; in a VM, its host must allow nesting, and well enough"),
                 KvmVerdict::Absent => plain.hint("modprobe kvm_intel or kvm_amd; in a VM, its host must allow nesting"),
-                _ => plain,
+                KvmVerdict::Usable { .. } => plain,
             }
         }
     }
@@ -261,7 +309,7 @@ fn check_vsock(host: &HostFacts) -> DoctorCheck {
             CheckStatus::Ok,
             "this user may not open /dev/vhost-vsock; agents are reached over virtio-serial",
         )
-        .hint("join the group that owns /dev/vhost-vsock"),
+        .hint("adduser $USER $(stat -c %G /dev/vhost-vsock), then log in again"),
         VsockVerdict::Unusable { reason } => {
             check("vsock", CheckStatus::Ok, format!("not usable ({reason}); agents are reached over virtio-serial"))
         }
@@ -270,6 +318,8 @@ fn check_vsock(host: &HostFacts) -> DoctorCheck {
 
 fn check_memory(host: &HostFacts) -> DoctorCheck {
     let detail = format!("{} MiB of {} MiB available, {} CPUs", host.memory_available_mib, host.memory_mib, host.cpus);
-    let status = if host.memory_available_mib < 1024 { CheckStatus::Warning } else { CheckStatus::Ok };
-    check("memory", status, detail)
+    if host.memory_available_mib >= LOW_MEMORY_MIB {
+        return check("memory", CheckStatus::Ok, detail);
+    }
+    check("memory", CheckStatus::Warning, detail).hint("nido ls shows what runs; nido stop NAME ends it")
 }

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 
 use super::{Nido, new_id, random_bytes};
-use crate::api::{Delivery, DeliveryList, WebhookAdded, WebhookInfo, WebhookList, WebhookRequest, WebhookTest};
+use crate::api::{
+    Delivery, DeliveryList, WebhookAdded, WebhookFormat, WebhookInfo, WebhookList, WebhookRequest, WebhookTest,
+};
 use crate::error::{Code, Result};
 use crate::store::WebhookRow;
 use crate::webhook::{Body, Secret, Sender, Verdict, encode_body, resolve, target};
@@ -29,6 +31,7 @@ impl Nido {
                 return Err(error);
             }
         }
+        let format = format.unwrap_or_else(|| WebhookFormat::usual_at(url.host_str().unwrap_or_default()));
         let secret = match secret {
             Some(text) => Secret::parse(&text)?,
             None => Secret::new(random_bytes()?),

@@ -36,7 +36,7 @@ use crate::error::{Code, Error, Result};
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-const STEPS: [&str; 9] = [
+const STEPS: [&str; 10] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -161,6 +161,7 @@ const STEPS: [&str; 9] = [
         result       TEXT,                       -- JSON
         error        TEXT                        -- Problem
     ) STRICT;",
+    "ALTER TABLE webhooks ADD COLUMN rests_until_ms INTEGER;", // it asked to be left alone until then
 ];
 /// What this build writes into `user_version`.
 const SCHEMA_VERSION: i64 = STEPS.len() as i64;

@@ -59,6 +59,8 @@ pub enum Outcome {
     Again {
         /// When, in milliseconds since 1970.
         at_ms: i64,
+        /// Until when the endpoint wants to be left alone, if it said so; in milliseconds since 1970.
+        rests_until_ms: Option<i64>,
         /// Why.
         why: String,
     },
@@ -116,13 +118,14 @@ impl Store {
         self.connection.query_row(query, [], |row| row.get(0)).map_err(fault)
     }
 
-    /// The first `limit` deliveries of an endpoint that are due.
+    /// The first `limit` deliveries of an endpoint that are due. None while it wants to be left alone.
     ///
     /// # Errors
     /// Of the store.
     pub fn due(&self, webhook_id: &str, now_ms: i64, limit: usize) -> Result<Vec<Due>> {
         let query = "SELECT id, cursor, body, attempts, queued_ms FROM deliveries \
-                     WHERE webhook_id = ?1 AND due_ms <= ?2 ORDER BY due_ms LIMIT ?3";
+                     WHERE webhook_id = ?1 AND due_ms <= ?2 AND NOT EXISTS (SELECT 1 FROM webhooks \
+                     WHERE id = ?1 AND rests_until_ms > ?2) ORDER BY due_ms LIMIT ?3";
         let mut statement = self.connection.prepare_cached(query).map_err(fault)?;
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let rows = statement.query_map(params![webhook_id, now_ms, limit], |row| {
@@ -142,7 +145,8 @@ impl Store {
     /// # Errors
     /// Of the store.
     pub fn next_due(&self, webhook_id: &str, now_ms: i64) -> Result<Option<i64>> {
-        let query = "SELECT min(due_ms) FROM deliveries WHERE webhook_id = ?1 AND due_ms > ?2";
+        let query = "WITH w (rest) AS (SELECT coalesce(rests_until_ms, 0) FROM webhooks WHERE id = ?1) \
+                     SELECT max(min(due_ms), rest) FROM deliveries, w WHERE webhook_id = ?1 AND max(due_ms, rest) > ?2";
         let mut statement = self.connection.prepare_cached(query).map_err(fault)?;
         statement.query_row(params![webhook_id, now_ms], |row| row.get(0)).map_err(fault)
     }
@@ -159,7 +163,7 @@ impl Store {
         let Attempt { id, attempts, status, outcome } = attempt;
         let (state, due, why) = match outcome {
             Outcome::Delivered => (DeliveryState::Delivered, None, None),
-            Outcome::Again { at_ms, why } => (DeliveryState::Pending, Some(*at_ms), Some(why)),
+            Outcome::Again { at_ms, why, .. } => (DeliveryState::Pending, Some(*at_ms), Some(why)),
             Outcome::Failed { why } | Outcome::Gone { why } => (DeliveryState::Failed, None, Some(why)),
         };
         let done = (state != DeliveryState::Pending).then_some(now_ms);
@@ -172,7 +176,7 @@ impl Store {
         // It may have been removed meanwhile.
         let Some((webhook_id, lane)) = lane.optional().map_err(fault)? else { return Ok(()) };
         match outcome {
-            Outcome::Again { .. } => Ok(()),
+            Outcome::Again { rests_until_ms, .. } => self.rest(&webhook_id, *rests_until_ms),
             Outcome::Gone { why } => self.disable(&webhook_id, why, now_ms),
             _ => self.next_of_lane(&webhook_id, &lane, now_ms),
         }
@@ -186,6 +190,15 @@ impl Store {
         update.execute(params![webhook_id, lane, now_ms]).map_err(fault).map(drop)
     }
 
+    /// Leaves an endpoint alone until then.
+    fn rest(&self, webhook_id: &str, until_ms: Option<i64>) -> Result<()> {
+        let update = "UPDATE webhooks SET rests_until_ms = max(coalesce(rests_until_ms, 0), ?2) WHERE id = ?1";
+        match until_ms {
+            Some(until_ms) => self.connection.execute(update, params![webhook_id, until_ms]).map_err(fault).map(drop),
+            None => Ok(()),
+        }
+    }
+
     /// Sends an endpoint nothing any more; what waits for it is given up.
     fn disable(&self, webhook_id: &str, why: &str, now_ms: i64) -> Result<()> {
         let disable = "UPDATE webhooks SET disabled = ?2 WHERE id = ?1";
@@ -196,7 +209,8 @@ impl Store {
     }
 
     /// Queues a delivery again, with a fresh series of attempts. One that is pending is due at once, unless it waits for
-    /// another one ahead of it; one that is finished waits for nobody, and nobody for it.
+    /// another one ahead of it; one that is finished waits for nobody, and nobody for it. Who asks for that knows better than
+    /// the endpoint whether it wants to be left alone.
     ///
     /// # Errors
     /// `webhook_not_found`, `webhook_invalid` if its endpoint is disabled.
@@ -212,6 +226,8 @@ impl Store {
                           due_ms = CASE WHEN state = 'pending' AND due_ms IS NULL THEN NULL ELSE ?2 END, \
                           lane = CASE WHEN state = 'pending' THEN lane ELSE 'again:' || id END WHERE id = ?1";
             self.connection.execute(update, params![id.cast_signed(), now_ms]).map_err(fault)?;
+            let wake = "UPDATE webhooks SET rests_until_ms = NULL WHERE id = ?1";
+            self.connection.execute(wake, [&webhook.id]).map_err(fault)?;
             self.queued.set(true);
             Ok(())
         })

@@ -49,8 +49,8 @@ impl WebhookRow {
 const COLUMNS: &str = "id, url, events, format, secret, allow_private, created_ms, disabled";
 
 /// The columns of a delivery that is listed.
-const DELIVERY: &str =
-    "id, webhook_id, event, cursor, state, attempts, due_ms, last_status, last_error, created_ms, done_ms";
+const DELIVERY: &str = "id, webhook_id, event, cursor, state, attempts, max(due_ms, coalesce((SELECT rests_until_ms FROM webhooks WHERE \
+     webhooks.id = webhook_id), 0)), last_status, last_error, created_ms, done_ms";
 
 /// A row as SQLite gives it, to be decoded by [`row_of`].
 type Raw = (String, String, String, String, String, bool, i64, Option<String>);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
+use crate::api::template;
 use crate::error::{Code, Error, Result};
 use crate::home::{CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, MEMORY_IMAGE, QEMU_LOG, QMP_SOCKET, VM_LOCK};
 use crate::host::QemuFacts;
@@ -99,7 +100,7 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
     for part in [&row.parts.vmlinux, &row.parts.initramfs].into_iter().chain(bases).chain(image) {
         std::fs::File::open(home.blob(part)).map_err(|e| {
             Error::new(Code::TemplateMismatch, format!("a part of the VM's template cannot be read: {e}"))
-                .hint(format!("nido template build {}", row.spec.template))
+                .hint(template::renewal(&row.spec.template))
         })?;
     }
     let _ = std::fs::remove_file(QMP_SOCKET);

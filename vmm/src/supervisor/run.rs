@@ -19,7 +19,7 @@ use super::launch::Running;
 use super::limits::Limits;
 use super::logs::{log_tail, panic_lines, rotate};
 use super::serve::{Desk, Life, Order, Users, serve};
-use crate::api::{AccelChoice, AgentInfo, Failure, StartRequest};
+use crate::api::{AccelChoice, AgentInfo, Failure, PathChoice, StartRequest};
 use crate::error::{Error, Problem, Result};
 use crate::guest::{Channel, Guest};
 use crate::home::{
@@ -157,27 +157,37 @@ impl Supervisor {
     async fn conclude(mut self, exit: QemuExit) -> Result<()> {
         self.gather_tails();
         let (state, failure) = verdict(self.state, exit, &self.seen);
-        if let Some(failure) = &failure
-            && kvm_is_to_blame(&self.row, &self.machine, failure.cause)
-        {
-            match self.start_without_kvm(failure).await {
-                Ok(()) => return Ok(()),
-                Err(error) => tracing::error!("it cannot be started without KVM: {error}"),
+        if let Some(failure) = &failure {
+            match kvm_is_to_blame(&self.row, &self.machine, failure.cause) {
+                Blame::Kvm => match self.start_without_kvm(failure).await {
+                    Ok(()) => return Ok(()),
+                    Err(error) => tracing::error!("it cannot be started without KVM: {error}"),
+                },
+                // It does not boot without KVM either: KVM was blamed for what the guest, or a short time limit, had done.
+                Blame::Guest => kvm::take_back(&self.nido.home().cache(), &late_under_kvm(&self.row)),
+                Blame::Unknown => {}
             }
         }
         self.end(state, failure, None).await
     }
 
-    /// Hands the VM to another supervisor, which starts it without KVM. That counts as unusable from now on, until the host's
-    /// next boot, so there is no third start. Whoever waits for this one finds its connection ended and asks the next.
+    /// Hands the VM to another supervisor, which boots it without KVM. That counts as unusable from now on, until the host's
+    /// next boot or until the guest has not booted without it either, so there is no third start. Whoever waits for this one
+    /// finds its connection ended and asks the next.
     async fn start_without_kvm(&mut self, failure: &Failure) -> Result<()> {
-        let what = if failure.cause == FailureCause::GuestTimeout { "did not boot in time" } else { "could not run" };
-        tracing::warn!("VM {} {what} under KVM and is started again without: {}", self.row.spec.name, failure.message);
-        kvm::remember_unusable(&self.nido.home().cache(), format!("a VM {what} under it"));
+        let name = &self.row.spec.name;
+        tracing::warn!("VM {name} is started again without KVM: {}", failure.message);
+        let why = match failure.cause {
+            FailureCause::GuestTimeout => late_under_kvm(&self.row),
+            _ => format!("VM '{name}' could not run under it"),
+        };
+        kvm::remember_unusable(&self.nido.home().cache(), why);
         self.leave_sockets();
         self.forwards.close().await;
         let lock = self.lock.file().try_clone().map_err(|e| Error::io("cannot hand the VM's lock on", e))?;
-        let start = StartRequest { timeout_ms: self.asked_within_ms, ..StartRequest::default() };
+        // It was booted, for it was asked to be or had nothing to be forked from: so it is again.
+        let start =
+            StartRequest { timeout_ms: self.asked_within_ms, path: PathChoice::Cold, ..StartRequest::default() };
         self.nido.launch(&self.row, Held::inherited(lock), start, Instant::now()).await
     }
 
@@ -315,11 +325,29 @@ impl Supervisor {
     }
 }
 
+/// Who has failed a VM.
+enum Blame {
+    /// KVM, as far as one can tell: another start without it will show.
+    Kvm,
+    /// The guest: it does not even boot under emulation.
+    Guest,
+    /// Neither is a reason to think otherwise of KVM.
+    Unknown,
+}
+
 /// Whether KVM, which nobody insisted on, has failed a VM that booted.
-fn kvm_is_to_blame(row: &VmRow, machine: &Machine, cause: FailureCause) -> bool {
+fn kvm_is_to_blame(row: &VmRow, machine: &Machine, cause: FailureCause) -> Blame {
     let chosen = row.spec.accel == AccelChoice::Auto && row.origin == Origin::Boot && row.purpose == Purpose::Use;
-    let failed = matches!(cause, FailureCause::GuestTimeout | FailureCause::KvmInternalError);
-    chosen && machine.accel == Accel::Kvm && failed
+    match (machine.accel, cause) {
+        (Accel::Kvm, FailureCause::GuestTimeout | FailureCause::KvmInternalError) if chosen => Blame::Kvm,
+        (Accel::Tcg, FailureCause::GuestTimeout) if chosen => Blame::Guest,
+        _ => Blame::Unknown,
+    }
+}
+
+/// What is remembered of a KVM under which this VM did not boot in time.
+fn late_under_kvm(row: &VmRow) -> String {
+    format!("VM '{}' did not boot in time under it", row.spec.name)
 }
 
 fn listen(name: &str) -> Result<UnixListener> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::task::{AbortHandle, Id, JoinSet};
 
-use super::backoff::{Failed, next_attempt};
+use super::backoff::{Failed, RETRY_AFTER_MAX_MS, next_attempt};
 use super::message_id;
 use super::send::{Answer, Sender};
 use super::verdict::Verdict;
@@ -201,7 +201,8 @@ fn judge(flight: &Flight, answer: Answer, now_ms: i64) -> Attempt {
             match next_attempt(&failed, chance()) {
                 Some(at_ms) => {
                     tracing::debug!("delivery {id} failed: {why}");
-                    Outcome::Again { at_ms, why }
+                    let asked = retry_after_ms.map(|ms| ms.clamp(0, RETRY_AFTER_MAX_MS));
+                    Outcome::Again { at_ms, rests_until_ms: asked.map(|ms| now_ms.saturating_add(ms)), why }
                 }
                 None => {
                     tracing::warn!("delivery {id} is given up after {attempts} attempts: {why}");

@@ -68,7 +68,9 @@ function row(vm) {
   const path = `/v1/vms/${vm.name}`;
   if (vm.status === "running") {
     actions.append(button("Terminal", vm, () => openTerminal(vm.name)));
-    actions.append(button("Stop", vm, () => attempt(`stopping ${vm.name}`, () => ask("POST", `${path}/stop`, {}))));
+    actions.append(button("Stop", vm, () => stop(vm)));
+  } else if (vm.status === "paused") {
+    actions.append(button("Resume", vm, () => attempt(`resuming ${vm.name}`, () => ask("POST", `${path}/resume`, {}))));
   } else if (["created", "stopped", "failed"].includes(vm.status)) {
     actions.append(button("Start", vm, () => attempt(`starting ${vm.name}`, () => ask("POST", `${path}/start`, {}))));
   }
@@ -96,13 +98,25 @@ async function list() {
   }
 }
 
-async function remove(vm) {
-  $("question").textContent = `Delete the VM ${vm.name} and everything in it?`;
+// Whether somebody said yes.
+async function confirmed(question, word) {
+  $("question").textContent = question;
+  $("yes").textContent = word;
   const dialog = $("confirm");
   dialog.returnValue = "no";
   dialog.showModal();
   await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
-  if (dialog.returnValue !== "yes") return;
+  return dialog.returnValue === "yes";
+}
+
+async function stop(vm) {
+  const lost = vm.ephemeral ? "It is ephemeral: it goes, and everything in it." : "What it has in memory is lost.";
+  if (!(await confirmed(`Stop the VM ${vm.name}? ${lost}`, "Stop"))) return;
+  await attempt(`stopping ${vm.name}`, () => ask("POST", `/v1/vms/${vm.name}/stop`, {}));
+}
+
+async function remove(vm) {
+  if (!(await confirmed(`Delete the VM ${vm.name} and everything in it?`, "Delete"))) return;
   if (state.panel?.vm === vm.name) closePanel();
   await attempt(`deleting ${vm.name}`, () => ask("DELETE", `/v1/vms/${vm.name}?force=true`));
 }

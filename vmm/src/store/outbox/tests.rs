@@ -85,7 +85,7 @@ fn a_lane_goes_one_by_one_and_lanes_do_not_wait_for_each_other() {
         happen(&store, vm, EventKind::VmPaused);
     }
     assert_eq!(due(&store, "w"), [1, 3]);
-    settle(&store, 1, Outcome::Again { at_ms: i64::MAX - 1, why: "no".into() });
+    settle(&store, 1, Outcome::Again { rests_until_ms: None, at_ms: i64::MAX - 1, why: "no".into() });
     assert_eq!(due(&store, "w"), [1, 3], "the rest waits behind it");
     assert_eq!(store.due("w", i64::MAX - 2, 9).unwrap().len(), 1);
     assert_eq!(store.next_due("w", Timestamp::now().as_millisecond()).unwrap(), Some(i64::MAX - 1));
@@ -118,6 +118,34 @@ fn an_endpoint_that_is_gone_is_sent_nothing_any_more() {
 }
 
 #[test]
+fn an_endpoint_rests_as_a_whole_and_no_other_with_it() {
+    let (_dir, store) = open();
+    add(&store, "w", &[]);
+    add(&store, "other", &[]);
+    for vm in ["1", "2", "2"] {
+        happen(&store, vm, EventKind::VmPaused);
+    }
+    let of = |webhook: &str, at: i64| store.due(webhook, at, 9).unwrap().len();
+    let (now, until) = (Timestamp::now().as_millisecond() + 1, 1 << 47);
+    assert_eq!((of("w", now), of("other", now)), (2, 2));
+    let first = store.due("w", now, 9).unwrap()[0].id;
+    let again = |until| Outcome::Again { rests_until_ms: until, at_ms: now + 9, why: "429".into() };
+    settle(&store, first, again(Some(until)));
+    assert_eq!((of("w", now), of("w", until - 1), of("other", now)), (0, 0, 2));
+    happen(&store, "3", EventKind::VmPaused);
+    assert_eq!((of("w", until - 1), of("w", until)), (0, 3), "also of what came later");
+    assert_eq!(store.next_due("w", now).unwrap(), Some(until));
+    let next: Vec<_> =
+        store.deliveries(Some("w")).unwrap().into_iter().filter_map(|delivery| delivery.next_at).collect();
+    assert_eq!(next, [Timestamp::from_millisecond(until).unwrap(); 3]);
+    // A shorter rest does not end a longer one, but a person's word does.
+    settle(&store, first, again(Some(until - 5)));
+    assert_eq!(of("w", until - 1), 0);
+    store.redeliver(first.unsigned_abs(), now).unwrap();
+    assert_eq!(of("w", now + 1000), 3);
+}
+
+#[test]
 fn what_is_sent_again_waits_for_nobody_and_nobody_for_it() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
@@ -132,7 +160,7 @@ fn what_is_sent_again_waits_for_nobody_and_nobody_for_it() {
     let again: Delivery = store.delivery(1).unwrap();
     assert_eq!((again.state, again.attempts, again.message_id.as_str()), (DeliveryState::Pending, 0, "msg_w_1"));
     // One that waits behind another goes on waiting, one that was to wait is due.
-    settle(&store, 2, Outcome::Again { at_ms: 1 << 47, why: "no".into() });
+    settle(&store, 2, Outcome::Again { rests_until_ms: None, at_ms: 1 << 47, why: "no".into() });
     store.redeliver(3, 7).unwrap();
     store.redeliver(2, 7).unwrap();
     assert_eq!(store.due("w", 8, 9).unwrap().len(), 2);
@@ -209,7 +237,7 @@ proptest! {
             match what {
                 0 | 1 => happen(&store, &vm.to_string(), EventKind::VmPaused),
                 2 => settle(&store, id, Outcome::Delivered),
-                3 if due(&store, "w").contains(&id) => settle(&store, id, Outcome::Again { at_ms: 9, why: "no".into() }),
+                3 if due(&store, "w").contains(&id) => settle(&store, id, Outcome::Again { rests_until_ms: None, at_ms: 9, why: "no".into() }),
                 4 => settle(&store, id, Outcome::Failed { why: "no".into() }),
                 5 => drop(store.redeliver(id.unsigned_abs(), 9)),
                 _ => {}
