@@ -154,6 +154,7 @@ const fn next_step(code: Code) -> Option<&'static str> {
         Code::VmNotFound => "vm_ls lists the VMs there are; vm_spawn makes one",
         Code::VmExists => "choose another name, use the VM as it is, or vm_delete it first",
         Code::VmNotRunning => "vm_info tells its state; vm_start starts it",
+        Code::VmReplaced => "vm_info tells which VM has the name now; call again only if that one is meant",
         Code::VmBusy => "vm_info tells its state; wait for it to settle, or vm_stop it first",
         Code::NameInvalid | Code::SpecInvalid | Code::RequestInvalid => "correct that argument and call again",
         Code::TemplateNotFound => "template_list lists the templates there are",

@@ -15,7 +15,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nido_vmm::api::{JobOutcome, JobProgress, JobRequest, LeaseId};
+use nido_vmm::api::{JobOutcome, JobProgress, JobRequest, LeaseId, Which};
 use nido_vmm::audit::{Audited, Caller, Ending, Face};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
@@ -29,7 +29,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::answer::{Done, Failed, JobBegun, plain, result};
 use crate::app::{App, Principal};
-use crate::confirm::{Retry, Word, confirm};
+use crate::confirm::{Leave, Retry, Word, confirm};
 use crate::leases::Key;
 use crate::progress::Progress;
 use crate::tools::Tool;
@@ -53,6 +53,8 @@ pub struct Call {
     pub cancelled: CancellationToken,
     /// What throw-away VMs belong to that it makes.
     pub session: Key,
+    /// The id of the only VM that it may be done to, where that was decided (confirm.rs).
+    vm: Option<String>,
     notes: Arc<Mutex<Notes>>,
 }
 
@@ -70,6 +72,11 @@ struct Notes {
 impl Call {
     pub async fn nido(&self) -> Result<&Nido> {
         self.app.nido().await
+    }
+
+    /// The VM of that name, if it is the one that was decided about.
+    pub fn which<'a>(&'a self, name: &'a VmName) -> Which<'a> {
+        Which { name, id: self.vm.as_deref() }
     }
 
     /// Does `work` unless nobody wants it any more; then it is dropped where it is.
@@ -142,8 +149,8 @@ pub async fn carry_out(
     }
     let cancelled = app.ending().child_token();
     let notes = Arc::default();
-    let call =
-        Call { app: Arc::clone(app), who, progress: Progress::new(), cancelled: cancelled.clone(), session, notes };
+    let (progress, vm) = (Progress::new(), None);
+    let mut call = Call { app: Arc::clone(app), who, progress, cancelled: cancelled.clone(), session, vm, notes };
     let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
     let line = match begin(&call, tool, arguments.clone()).await {
         Ok(line) => line,
@@ -155,7 +162,10 @@ pub async fn carry_out(
         () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
     };
     let word = match word {
-        Ok(Word::Go(word)) => word,
+        Ok(Word::Go(Leave { word, vm })) => {
+            call.vm = vm;
+            word
+        }
         Ok(Word::Ask(question)) => {
             let _ = end(&call, line, Ending::Denied, Code::ApprovalRequired.slug().into()).await;
             return Ok((*question).into());
