@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nido_vmm::api::{JobOutcome, JobProgress, JobRequest, LeaseId, Which};
-use nido_vmm::audit::{Audited, Caller, Ending, Face};
+use nido_vmm::audit::{Audited, Caller, Ending};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::Nido;
@@ -140,8 +140,7 @@ pub async fn carry_out(
     Asked { tool, arguments, retry, session }: Asked,
     context: RequestContext<RoleServer>,
 ) -> Result<CallToolResponse, ErrorData> {
-    let agent = context.client_info().map(|client| client.name);
-    let who = Caller { face: Face::Mcp, actor: principal.actor.clone(), agent };
+    let who = crate::server::caller(principal, &context);
     if let Some((reason, words)) = tool.refused(app.settings(), principal) {
         let denied = denied(app, &who, tool.name, arguments, reason).await;
         let error = denied.err().unwrap_or_else(|| Error::new(Code::Denied, words));
@@ -310,9 +309,9 @@ async fn begin(call: &Call, tool: &'static Tool, arguments: Value) -> Result<Lin
 }
 
 /// Writes down that it was not allowed.
-async fn denied(app: &App, who: &Caller, tool: &'static str, arguments: Value, reason: &'static str) -> Result<()> {
-    let (nido, who) = (Arc::clone(app.unsettled()), who.clone());
-    let written = tokio::task::spawn_blocking(move || nido.audit_denied(&who, tool, &arguments, reason)).await;
+pub async fn denied(app: &App, who: &Caller, tool: &str, arguments: Value, reason: &'static str) -> Result<()> {
+    let (nido, who, tool) = (Arc::clone(app.unsettled()), who.clone(), tool.to_owned());
+    let written = tokio::task::spawn_blocking(move || nido.audit_denied(&who, &tool, &arguments, reason)).await;
     written.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
 }
 

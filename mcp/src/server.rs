@@ -10,11 +10,11 @@ use nido_vmm::audit::{Caller, Ending, Face};
 use nido_vmm::error::{Code, Error, Kind};
 use nido_vmm::text::head;
 use rmcp::model::{
-    CacheScope, CallToolRequestParams, CallToolResponse, CompleteRequestParams, CompleteResult, ErrorData,
-    GetPromptRequestParams, GetPromptResponse, Implementation, ListPromptsResult, ListResourceTemplatesResult,
-    ListResourcesResult, ListToolsResult, PaginatedRequestParams, ReadResourceRequestParams, ReadResourceResponse,
-    ReadResourceResult, ServerCapabilities, ServerConfig, SubscribeRequestParams, SubscriptionFilter,
-    UnsubscribeRequestParams,
+    CacheScope, CallToolRequestParams, CallToolResponse, CompleteRequestParams, CompleteResult, CustomRequest,
+    CustomResult, ErrorCode, ErrorData, GetPromptRequestParams, GetPromptResponse, Implementation, ListPromptsResult,
+    ListResourceTemplatesResult, ListResourcesResult, ListToolsResult, PaginatedRequestParams,
+    ReadResourceRequestParams, ReadResourceResponse, ReadResourceResult, ServerCapabilities, ServerConfig,
+    SubscribeRequestParams, SubscriptionFilter, UnsubscribeRequestParams,
 };
 use rmcp::service::{NotificationContext, RequestContext, SubscriptionContext};
 use rmcp::{RoleServer, ServerHandler};
@@ -25,7 +25,7 @@ use crate::app::{App, Principal};
 use crate::confirm::{Retry, is_modern};
 use crate::leases::{Key, Session};
 use crate::watch::Subscribed;
-use crate::{call, prompts, resources, tools, watch};
+use crate::{call, malformed, prompts, resources, tools, watch};
 
 /// What a model should know before it sees any tool.
 const INSTRUCTIONS: &str = "\
@@ -73,6 +73,12 @@ impl Server {
         let known = self.principal.clone().or_else(with_request);
         known.ok_or_else(|| ErrorData::invalid_request(Code::Unauthorized.title(), None))
     }
+}
+
+/// Who asks, for the audit log.
+pub fn caller(principal: &Principal, context: &RequestContext<RoleServer>) -> Caller {
+    let agent = context.client_info().map(|client| client.name);
+    Caller { face: Face::Mcp, actor: principal.actor.clone(), agent }
 }
 
 /// An error of the protocol: for requests that are no calls of tools.
@@ -129,14 +135,34 @@ impl ServerHandler for Server {
         context: RequestContext<RoleServer>,
     ) -> Result<CallToolResponse, ErrorData> {
         let principal = self.principal(&context)?;
+        let arguments = Value::Object(request.arguments.unwrap_or_default());
         let Some(tool) = tools::find(&request.name) else {
+            let who = caller(&principal, &context);
+            call::denied(&self.app, &who, &request.name, arguments, "no_such_tool").await.map_err(|e| refused(&e))?;
             return Err(ErrorData::invalid_params("there is no such tool; tools/list tells which there are", None));
         };
-        let arguments = Value::Object(request.arguments.unwrap_or_default());
         let retry = Retry { answers: request.input_responses, state: request.request_state };
         // Large, and on the stack of whoever serves the session otherwise.
         let asked = call::Asked { tool, arguments, retry, session: self.session(&context) };
         Box::pin(call::carry_out(&self.app, &principal, asked, context)).await
+    }
+
+    async fn on_custom_request(
+        &self,
+        request: CustomRequest,
+        context: RequestContext<RoleServer>,
+    ) -> Result<CustomResult, ErrorData> {
+        let CustomRequest { method, params, .. } = request;
+        let Some(wrong) = malformed::wrong(&method, params.as_ref()) else {
+            return Err(ErrorData::new(ErrorCode::METHOD_NOT_FOUND, method, None));
+        };
+        if method == malformed::CALL {
+            let who = caller(&self.principal(&context)?, &context);
+            let (tool, arguments) = malformed::called(params.as_ref());
+            let written = call::denied(&self.app, &who, &tool, arguments, "params_invalid").await;
+            written.map_err(|e| refused(&e))?;
+        }
+        Err(ErrorData::invalid_params(wrong, None))
     }
 
     async fn list_resources(
@@ -167,8 +193,7 @@ impl ServerHandler for Server {
         context: RequestContext<RoleServer>,
     ) -> Result<ReadResourceResponse, ErrorData> {
         let principal = self.principal(&context)?;
-        let agent = context.client_info().map(|client| client.name);
-        let who = Caller { face: Face::Mcp, actor: principal.actor.clone(), agent };
+        let who = caller(&principal, &context);
         let contents = resources::read(&self.app, &principal, &request.uri).await;
         let (ending, reason) = match &contents {
             Ok(_) => (Ending::Success, ""),

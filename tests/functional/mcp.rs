@@ -49,6 +49,9 @@ fn wrong_arguments_are_answers_that_name_the_field() {
         ),
         ("vm_spawn", json!({"name": "web", "colour": "red"}), "colour: unknown field"),
         ("vm_spawn", json!({"name": "web", "start": false}), "start: there is no such argument"),
+        ("vm_spawn", json!({"name": "web", "ttl_ms": 0}), "ttl_ms: a time limit of zero"),
+        ("vm_create", json!({"name": "web", "idle_ms": 0}), "idle_ms: a time limit of zero"),
+        ("vm_create", json!({"name": "web", "labels": {"": "x"}}), "labels: at most"),
         ("vm_create", json!({"name": "web", "lease": "0123456789abcdef"}), "lease: unknown field"),
         ("vm_exec", json!({"argv": ["true"]}), "name: it is missing"),
         ("vm_exec", json!({"name": "web"}), "argv: there is no command"),
@@ -63,6 +66,40 @@ fn wrong_arguments_are_answers_that_name_the_field() {
     let answer = client.ask("tools/call", json!({"name": "vm_fly", "arguments": {}}));
     assert_eq!(answer["error"]["code"], -32602, "{answer}");
     assert!(home.names().is_empty());
+}
+
+#[test]
+fn what_is_no_call_says_why_and_is_written_down() {
+    for era in Era::ALL {
+        let home = Home::new();
+        let mut client = Client::start(&home, era);
+        for (method, params, words) in [
+            ("tools/call", json!({"name": "vm_fly", "arguments": {"stdin": "hidden"}}), "there is no such tool"),
+            (
+                "tools/call",
+                json!({"name": "vm_exec", "arguments": "{\"stdin\": \"hidden\"}"}),
+                "arguments: invalid type",
+            ),
+            ("tools/call", json!({"name": "vm_exec", "arguments": ["hidden"]}), "arguments: invalid type"),
+            ("tools/call", json!({"name": 7}), "name: invalid type"),
+            ("resources/read", json!({"uri": 7}), "uri: invalid type"),
+            ("prompts/get", json!({}), "params: missing field `name`"),
+        ] {
+            let error = client.ask(method, params)["error"].clone();
+            assert_eq!(error["code"], -32602, "{error}");
+            assert!(error["message"].as_str().unwrap().starts_with(words), "{error}");
+        }
+        drop(client);
+        let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+        let lines = log["records"].as_array().unwrap().iter();
+        let lines: Vec<_> = lines.map(|line| (&line["tool"], &line["result"], &line["reason"])).collect();
+        let is = ["vm_fly", "vm_exec", "vm_exec", "tools/call"].map(Value::from);
+        let reasons = ["no_such_tool", "params_invalid", "params_invalid", "params_invalid"].map(Value::from);
+        let denied = Value::from("denied");
+        let expected: Vec<_> = is.iter().zip(&reasons).map(|(tool, reason)| (tool, &denied, reason)).collect();
+        assert_eq!(lines, expected);
+        assert!(!log.to_string().contains("hidden"), "{log}");
+    }
 }
 
 #[test]
