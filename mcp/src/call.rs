@@ -118,7 +118,7 @@ impl Call {
         let mut notes = self.notes();
         failed.error.approval_id = notes.approval.take();
         if let Some(words) = notes.next_step {
-            failed.error.next_step = Some(words.into());
+            failed.error.next_step = words.into();
         }
         failed
     }
@@ -199,9 +199,11 @@ async fn awaited(
     let mut patience = std::pin::pin!(tokio::time::sleep(app.settings().answer_within));
     loop {
         tokio::select! {
+            // What was told before the end goes out before the answer.
+            biased;
+            () = &mut telling => {}
             done = &mut work => return answered(&call, name, done).await,
             () = context.ct.cancelled(), if !cancelled.is_cancelled() => cancelled.cancel(),
-            () = &mut telling => {}
             () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => break,
         }
     }

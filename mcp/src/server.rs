@@ -2,6 +2,7 @@
 //!
 //! Both eras of the protocol come here. Where they differ it is in how listeners are told, and in how a person is asked.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use http::request::Parts;
@@ -11,10 +12,11 @@ use nido_vmm::error::{Code, Error, Kind};
 use nido_vmm::text::head;
 use rmcp::model::{
     CacheScope, CallToolRequestParams, CallToolResponse, CompleteRequestParams, CompleteResult, CustomRequest,
-    CustomResult, ErrorCode, ErrorData, GetPromptRequestParams, GetPromptResponse, Implementation, ListPromptsResult,
-    ListResourceTemplatesResult, ListResourcesResult, ListToolsResult, PaginatedRequestParams,
-    ReadResourceRequestParams, ReadResourceResponse, ReadResourceResult, ServerCapabilities, ServerConfig,
-    SubscribeRequestParams, SubscriptionFilter, UnsubscribeRequestParams,
+    CustomResult, ErrorCode, ErrorData, GetPromptRequestParams, GetPromptResponse, Implementation,
+    InitializeRequestParams, InitializeResult, ListPromptsResult, ListResourceTemplatesResult, ListResourcesResult,
+    ListToolsResult, PaginatedRequestParams, ProtocolVersion, ReadResourceRequestParams, ReadResourceResponse,
+    ReadResourceResult, ServerCapabilities, ServerConfig, SubscribeRequestParams, SubscriptionFilter,
+    UnsubscribeRequestParams,
 };
 use rmcp::service::{NotificationContext, RequestContext, SubscriptionContext};
 use rmcp::{RoleServer, ServerHandler};
@@ -116,6 +118,25 @@ impl ServerHandler for Server {
             .enable_resources_list_changed()
             .build();
         ServerConfig::new(can).with_server_info(about).with_instructions(INSTRUCTIONS)
+    }
+
+    /// Of 2025-03-26 every server has to take batches, which no other revision knows and the library does not take.
+    fn supported_protocol_versions(&self) -> Cow<'static, [ProtocolVersion]> {
+        let spoken =
+            ProtocolVersion::KNOWN_VERSIONS.iter().filter(|version| **version != ProtocolVersion::V_2025_03_26);
+        spoken.cloned().collect()
+    }
+
+    fn negotiate_initialize(&self, request: &InitializeRequestParams) -> Result<InitializeResult, ErrorData> {
+        let asked = &request.protocol_version;
+        let mut info = self.get_info();
+        info.protocol_version = match asked {
+            // Whoever speaks it speaks the one before it, and perhaps none behind it.
+            version if *version == ProtocolVersion::V_2025_03_26 => ProtocolVersion::V_2024_11_05,
+            known if known.has_initialize() && self.supported_protocol_versions().contains(known) => known.clone(),
+            _ => ProtocolVersion::LATEST_WITH_INITIALIZE,
+        };
+        Ok(info)
     }
 
     async fn list_tools(

@@ -66,9 +66,10 @@ async fn get(call: &Call, asked: Get) -> Result<Done> {
 pub const CANCEL: Tool = Tool {
     name: "job_cancel",
     title: "Cancel a job",
-    about: "Asks that a job be cancelled: its command is killed, what it has begun to make is removed. Use it when the result is \
-        not wanted any more. A job that has ended stays as it is. The answer is the job as it stands at that moment; it ends \
-        within seconds. Next: job_get tells when it has ended.",
+    about: "Asks that a job be cancelled: a command is killed, a copy is given up, a VM or template that is being made is \
+        removed, within seconds. What stops, deletes, takes a snapshot or goes back to one cannot be broken off: it goes to its \
+        end, and the job is done then. Use it when the result is not wanted any more. A job that has ended stays as it is. The \
+        answer is the job as it stands at that moment. Next: job_get tells how it has ended.",
     hints: DESTROYS,
     confirmed: Confirmed::No,
     scope: Scope::Run,

@@ -141,7 +141,14 @@ async fn spawn(call: &Call, given: Value) -> Result<Done> {
                     let mut tell = |stage| call.progress.stage(stage);
                     Done::new(&call.unless_cancelled(nido.start(&name, start, &mut tell)).await?)
                 }
-                _ => Err(error),
+                // To begin it anew is a decision: it has ended, or somebody has halted it.
+                VmState::Paused | VmState::Stopped | VmState::Failed => {
+                    call.next_step(
+                        "it is the VM of this very request: vm_start lets it run again, with its disk as it is",
+                    );
+                    Err(error)
+                }
+                VmState::Stopping => Err(error),
             }
         }
         Err(error) => Err(error),
@@ -175,8 +182,12 @@ async fn create(call: &Call, given: Value) -> Result<Done> {
     let (spec, _) = request(call, given, &CREATE_NEVER_DOES)?;
     let nido = call.nido().await?;
     let name = spec.name.clone();
+    call.progress.tell(1.0, Some(2.0), "preparing disk and configuration");
     match nido.create(spec.clone()).await {
-        Ok(vm) => made(call, &vm),
+        Ok(vm) => {
+            call.progress.tell(2.0, Some(2.0), "made");
+            made(call, &vm)
+        }
         Err(error) if error.code() == Code::VmExists => match nido.spec(&name) {
             Ok(there) if there == spec => Done::new(&nido.info(&name).await?),
             _ => Err(error),
@@ -189,8 +200,8 @@ pub const START: Tool = Tool {
     name: "vm_start",
     title: "Start a VM",
     about: "Starts a virtual machine that is created, stopped or failed, and waits until commands can be run in it. Its disk \
-        is as it was left. One that runs already is answered as it is. To make a new VM use vm_spawn. Takes from a few \
-        milliseconds to a minute. Next: vm_exec.",
+        is as it was left. One that is paused runs on where it was. One that runs already is answered as it is. To make a \
+        new VM use vm_spawn. Takes from a few milliseconds to a minute. Next: vm_exec.",
     hints: Hints { read_only: false, destructive: false, idempotent: true, open_world: false },
     confirmed: Confirmed::No,
     scope: Scope::Run,
@@ -213,8 +224,13 @@ struct Start {
 async fn start(call: &Call, asked: Start) -> Result<Done> {
     let how = StartRequest { timeout_ms: asked.timeout_ms, ..StartRequest::default() };
     let mut tell = |stage| call.progress.stage(stage);
+    let nido = call.nido().await?;
+    if nido.info(&asked.name).await?.status == VmState::Paused {
+        // There is no other tool for it: to an agent a VM runs or does not.
+        call.unless_cancelled(nido.resume(&asked.name)).await?;
+    }
     // A start that nobody waits for goes on by itself.
-    Done::new(&call.unless_cancelled(call.nido().await?.start(&asked.name, how, &mut tell)).await?)
+    Done::new(&call.unless_cancelled(nido.start(&asked.name, how, &mut tell)).await?)
 }
 
 pub const STOP: Tool = Tool {
