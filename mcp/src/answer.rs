@@ -66,9 +66,7 @@ pub struct Failure {
     #[schema(nullable = false)]
     pub state: Option<String>,
     /// What to do next.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(nullable = false)]
-    pub next_step: Option<String>,
+    pub next_step: String,
     /// What the person at the machine can do about it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
@@ -88,7 +86,7 @@ impl Failed {
         let error = Failure {
             code: error.code().slug().into(),
             message: plain(error.message()),
-            next_step: next_step(error.code()).map(Into::into),
+            next_step: next_step(error.code()).into(),
             hint: error.hint_text().map(plain),
             log_tail: error.log_lines().iter().map(|line| plain(line)).collect(),
             state,
@@ -104,9 +102,7 @@ impl Failed {
         if let Some(state) = state {
             text += &format!("\nState of the VM: {state}");
         }
-        if let Some(next) = next_step {
-            text += &format!("\nNext step: {next}");
-        }
+        text += &format!("\nNext step: {next_step}");
         if let Some(hint) = hint {
             text += &format!("\nHint: {hint}");
         }
@@ -122,7 +118,13 @@ pub fn readable(value: &mut Value) {
     match value {
         Value::String(text) if text.chars().any(is_harmful) => *text = for_reader(text.as_bytes(), usize::MAX).text,
         Value::Array(items) => items.iter_mut().for_each(readable),
-        Value::Object(fields) => fields.values_mut().for_each(readable),
+        Value::Object(fields) => {
+            fields.values_mut().for_each(readable);
+            if fields.keys().any(|key| key.chars().any(is_harmful)) {
+                let whole = std::mem::take(fields).into_iter();
+                fields.extend(whole.map(|(key, value)| (for_reader(key.as_bytes(), usize::MAX).text, value)));
+            }
+        }
         _ => {}
     }
 }
@@ -148,34 +150,71 @@ pub fn result(outcome: Result<Done, Failed>) -> CallToolResult {
     }
 }
 
-/// Which tool helps.
-const fn next_step(code: Code) -> Option<&'static str> {
-    Some(match code {
+/// Which tool helps, or who. No code is without: a model that is left alone with an error tries the same again.
+const fn next_step(code: Code) -> &'static str {
+    match code {
         Code::VmNotFound => "vm_ls lists the VMs there are; vm_spawn makes one",
         Code::VmExists => "choose another name, use the VM as it is, or vm_delete it first",
-        Code::VmNotRunning => "vm_info tells its state; vm_start starts it",
+        Code::VmNotRunning => "vm_info tells its state; vm_start starts it, or lets one run on that is paused",
+        Code::VmReplaced => "vm_info tells which VM has the name now; call again only if that one is meant",
         Code::VmBusy => "vm_info tells its state; wait for it to settle, or vm_stop it first",
         Code::NameInvalid | Code::SpecInvalid | Code::RequestInvalid => "correct that argument and call again",
         Code::TemplateNotFound => "template_list lists the templates there are",
         Code::TemplateExists => "choose another name for the template",
+        Code::TemplateMismatch => "leave path out (vm_spawn), or set disk_only (vm_restore); else tell the user",
+        Code::TemplateBuildFailed => "the message tells why; check the VM with vm_exec, then call again",
         Code::SnapshotNotFound => "vm_snapshot takes one; check the name of the snapshot",
         Code::SnapshotExists => "choose another name for the snapshot",
         Code::CommandNotFound => "check the program's name; packages are installed with vm_exec",
+        Code::CommandCannotRun => "check with vm_exec and ls -l whether the file is a program and may be executed",
         Code::PathExists => "choose another path, or ask to overwrite it",
+        Code::PathInvalid => "check what is at that path (vm_exec with ls shows it in the VM), and choose another",
         Code::PathNotFound | Code::DirectoryNotFound => "check the path; vm_exec with ls shows what there is",
         Code::UserNotFound => "leave user out to run as root",
         Code::AgentUnreachable | Code::Timeout => "vm_info tells how the VM is; try again, or vm_stop and vm_start it",
+        Code::AgentVersion => "vm_stop and vm_start it; if that does not help, vm_spawn a new one",
         Code::GuestFailed => "the log below tells why; vm_delete it and vm_spawn it anew",
+        Code::QemuFailed => "vm_info tells why; try again once, then tell the user",
         Code::PortInUse => "choose another host port, or 0 for a free one",
+        Code::PortClosed => "start what shall listen there with vm_exec, then try again",
+        Code::Interrupted => "it was cancelled: call again if it is still wanted; vm_info tells what became of the VM",
         Code::Denied => "this server does not allow it: tell the user, do not try around it",
+        Code::IsolationRequired => "this host has no KVM: leave require_isolation out, if the user agrees",
         Code::QemuMissing | Code::QemuTooOld | Code::KvmUnavailable | Code::NestedUnavailable | Code::ToolMissing => {
             "the host lacks something: tell the user, calling again does not help"
         }
         Code::ApprovalRequired => "tell the user what you want to do and why, and do what the hint says",
+        Code::ApprovalNotFound | Code::ApprovalEnded => {
+            "call again without approval_id, so that the user is asked anew"
+        }
         Code::JobNotFound => "jobs are known to whoever began them; check the job_id",
         Code::RateLimited => "wait a second and call again",
-        _ => return None,
-    })
+        Code::LimitExceeded => {
+            "ask for less at once, or remove what is not needed any more; the message tells the limit"
+        }
+        Code::DiskFull => "the disk is full: vm_delete what is not needed, or tell the user",
+        Code::AuditFailed | Code::AuditBroken => {
+            "nothing is done while it cannot be written down: tell the user, calling again does not help"
+        }
+        Code::Internal => {
+            "it is a fault of nido or of the host: try again once, then tell the user what the message says"
+        }
+        // What tools do not speak of.
+        Code::TemplateInUse
+        | Code::ArchiveInvalid
+        | Code::ForwardNotFound
+        | Code::Unauthorized
+        | Code::TokenNotFound
+        | Code::TokenExists
+        | Code::OperationNotFound
+        | Code::RouteNotFound
+        | Code::MethodNotAllowed
+        | Code::RequestTimeout
+        | Code::BodyTooLarge
+        | Code::MediaTypeUnsupported
+        | Code::WebhookInvalid
+        | Code::WebhookNotFound => "tell the user what the message says",
+    }
 }
 
 #[cfg(test)]
@@ -184,9 +223,28 @@ mod tests {
 
     #[test]
     fn no_text_of_an_answer_hides_anything() {
-        let lines = json!({ "failure": { "log_tail": ["\u{1b}[2Jpanic\u{202e}", "a\tb\n"] } });
+        let lines = json!({
+            "failure": { "log_tail": ["\u{1b}[2Jpanic\u{202e}", "a\tb\n"] },
+            "labels": { "\u{1b}[31mred\u{202e}": "\u{200b}x", "plain": "y" },
+        });
         let done = Done::new(&lines).unwrap();
-        assert_eq!(done.value, json!({ "failure": { "log_tail": ["panic", "a\tb\n"] } }));
+        let shown = json!({ "failure": { "log_tail": ["panic", "a\tb\n"] }, "labels": { "red": "x", "plain": "y" } });
+        assert_eq!(done.value, shown);
+    }
+
+    #[test]
+    fn every_code_has_a_next_step_and_the_tools_in_it_are_there() {
+        for code in Code::ALL {
+            let step = next_step(*code);
+            assert!(step.len() > 20, "{code:?}: {step}");
+            let words = step.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            for word in words.filter(|word| ["vm_", "job_", "template_"].iter().any(|noun| word.starts_with(noun))) {
+                if word == "job_id" {
+                    continue;
+                }
+                assert!(crate::tools::find(word).is_some(), "{code:?}: {word} is no tool");
+            }
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::confirm::Questions;
 use crate::leases::{self, Leases};
 use crate::outputs::Outputs;
 use crate::watch::Changes;
@@ -81,6 +82,7 @@ pub struct App {
     outputs: Outputs,
     changes: Changes,
     leases: Leases,
+    questions: Questions,
     /// Who made which throw-away VM, by its id.
     own: std::sync::Mutex<HashMap<String, String>>,
 }
@@ -101,6 +103,7 @@ impl App {
             outputs: Outputs::default(),
             changes: Changes::default(),
             leases: Leases::default(),
+            questions: Questions::default(),
             own: std::sync::Mutex::default(),
             settled: Mutex::new(None),
             tasks: TaskTracker::new(),
@@ -127,6 +130,11 @@ impl App {
     /// What throw-away VMs belong to.
     pub(crate) fn leases(&self) -> &Leases {
         &self.leases
+    }
+
+    /// What users are being asked.
+    pub(crate) fn questions(&self) -> &Questions {
+        &self.questions
     }
 
     /// This caller has made this throw-away VM.

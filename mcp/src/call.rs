@@ -15,8 +15,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nido_vmm::api::{JobOutcome, JobProgress, JobRequest, LeaseId};
-use nido_vmm::audit::{Audited, Caller, Ending, Face};
+use nido_vmm::api::{JobOutcome, JobProgress, JobRequest, LeaseId, Which};
+use nido_vmm::audit::{Audited, Caller, Ending};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::Nido;
@@ -29,7 +29,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::answer::{Done, Failed, JobBegun, plain, result};
 use crate::app::{App, Principal};
-use crate::confirm::{Retry, Word, confirm};
+use crate::confirm::{Leave, Retry, Word, confirm};
 use crate::leases::Key;
 use crate::progress::Progress;
 use crate::tools::Tool;
@@ -53,6 +53,8 @@ pub struct Call {
     pub cancelled: CancellationToken,
     /// What throw-away VMs belong to that it makes.
     pub session: Key,
+    /// The id of the only VM that it may be done to, where that was decided (confirm.rs).
+    vm: Option<String>,
     notes: Arc<Mutex<Notes>>,
 }
 
@@ -70,6 +72,11 @@ struct Notes {
 impl Call {
     pub async fn nido(&self) -> Result<&Nido> {
         self.app.nido().await
+    }
+
+    /// The VM of that name, if it is the one that was decided about.
+    pub fn which<'a>(&'a self, name: &'a VmName) -> Which<'a> {
+        Which { name, id: self.vm.as_deref() }
     }
 
     /// Does `work` unless nobody wants it any more; then it is dropped where it is.
@@ -111,7 +118,7 @@ impl Call {
         let mut notes = self.notes();
         failed.error.approval_id = notes.approval.take();
         if let Some(words) = notes.next_step {
-            failed.error.next_step = Some(words.into());
+            failed.error.next_step = words.into();
         }
         failed
     }
@@ -133,8 +140,7 @@ pub async fn carry_out(
     Asked { tool, arguments, retry, session }: Asked,
     context: RequestContext<RoleServer>,
 ) -> Result<CallToolResponse, ErrorData> {
-    let agent = context.client_info().map(|client| client.name);
-    let who = Caller { face: Face::Mcp, actor: principal.actor.clone(), agent };
+    let who = crate::server::caller(principal, &context);
     if let Some((reason, words)) = tool.refused(app.settings(), principal) {
         let denied = denied(app, &who, tool.name, arguments, reason).await;
         let error = denied.err().unwrap_or_else(|| Error::new(Code::Denied, words));
@@ -142,8 +148,8 @@ pub async fn carry_out(
     }
     let cancelled = app.ending().child_token();
     let notes = Arc::default();
-    let call =
-        Call { app: Arc::clone(app), who, progress: Progress::new(), cancelled: cancelled.clone(), session, notes };
+    let (progress, vm) = (Progress::new(), None);
+    let mut call = Call { app: Arc::clone(app), who, progress, cancelled: cancelled.clone(), session, vm, notes };
     let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
     let line = match begin(&call, tool, arguments.clone()).await {
         Ok(line) => line,
@@ -155,7 +161,10 @@ pub async fn carry_out(
         () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
     };
     let word = match word {
-        Ok(Word::Go(word)) => word,
+        Ok(Word::Go(Leave { word, vm })) => {
+            call.vm = vm;
+            word
+        }
         Ok(Word::Ask(question)) => {
             let _ = end(&call, line, Ending::Denied, Code::ApprovalRequired.slug().into()).await;
             return Ok((*question).into());
@@ -190,9 +199,11 @@ async fn awaited(
     let mut patience = std::pin::pin!(tokio::time::sleep(app.settings().answer_within));
     loop {
         tokio::select! {
+            // What was told before the end goes out before the answer.
+            biased;
+            () = &mut telling => {}
             done = &mut work => return answered(&call, name, done).await,
             () = context.ct.cancelled(), if !cancelled.is_cancelled() => cancelled.cancel(),
-            () = &mut telling => {}
             () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => break,
         }
     }
@@ -300,9 +311,9 @@ async fn begin(call: &Call, tool: &'static Tool, arguments: Value) -> Result<Lin
 }
 
 /// Writes down that it was not allowed.
-async fn denied(app: &App, who: &Caller, tool: &'static str, arguments: Value, reason: &'static str) -> Result<()> {
-    let (nido, who) = (Arc::clone(app.unsettled()), who.clone());
-    let written = tokio::task::spawn_blocking(move || nido.audit_denied(&who, tool, &arguments, reason)).await;
+pub async fn denied(app: &App, who: &Caller, tool: &str, arguments: Value, reason: &'static str) -> Result<()> {
+    let (nido, who, tool) = (Arc::clone(app.unsettled()), who.clone(), tool.to_owned());
+    let written = tokio::task::spawn_blocking(move || nido.audit_denied(&who, &tool, &arguments, reason)).await;
     written.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
 }
 

@@ -2,22 +2,26 @@
 //!
 //! ```text
 //!  policy says never, or it is the caller's own throw-away VM ───────────────────────────> go, and written down
-//!  approval_id, or the answer to what was asked ──> used up ──────────────────────────────> go
+//!  approval_id, or the answer to a form that was given out ──> used up ───────────────────> go
 //!  else an approval is asked for:
-//!    a client without `initialize` that shows forms ──> input_required, with the approval's id as state
+//!    a client without `initialize` that shows forms ──> input_required, with a secret as state
 //!    one with `initialize` that shows forms ──> elicitation/create ──> used up ───────────> go
 //!    any other ──> approval_required: the user runs `nido approve ID`, the model calls again with approval_id
 //! ```
 //!
 //! An approval is bound to the VM's id, the caller, the tool and a digest of the arguments; it is good for two minutes and for
-//! one use. Invariant: what a model can fill in by itself never counts as consent.
+//! one use. Whoever may go on goes on with that id: if the name is another VM's when the core looks, nothing is done.
+//!
+//! Invariants: what a model can fill in by itself never counts as consent; what cannot be found out is not done.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use nido_vmm::api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
+use nido_vmm::nido::random_id;
 use nido_vmm::policy::Confirm;
 use rmcp::RoleServer;
 use rmcp::model::{
@@ -28,7 +32,7 @@ use rmcp::service::RequestContext;
 use serde_json::Value;
 
 use crate::call::Call;
-use crate::tools::Tool;
+use crate::tools::{Confirmed, Tool};
 
 /// What the form's one field is called, and the request for it.
 const FIELD: &str = "confirm";
@@ -43,10 +47,44 @@ pub struct Retry {
 /// What is decided.
 #[derive(Debug)]
 pub enum Word {
-    /// Go on; the word is for the audit log.
-    Go(&'static str),
+    /// Go on.
+    Go(Leave),
     /// Ask the user first.
     Ask(Box<InputRequiredResult>),
+}
+
+/// That it may be done, and to what.
+#[derive(Debug, Default)]
+pub struct Leave {
+    /// Why, for the audit log.
+    pub word: &'static str,
+    /// The id of the only VM that it may be done to, if that was looked at.
+    pub vm: Option<String>,
+}
+
+/// Forms that are open. What an answer has to bring back is nowhere to be seen but in the form, so that an approval's id, which
+/// is printed for people, is no answer.
+#[derive(Debug, Default)]
+pub struct Questions(Mutex<HashMap<String, (String, Instant)>>);
+
+impl Questions {
+    /// The secret of the form about this approval.
+    fn ask(&self, approval: &str) -> Result<String> {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|_, (_, at)| at.elapsed() < APPROVAL_LIFETIME);
+        if let Some((secret, _)) = open.get(approval) {
+            return Ok(secret.clone());
+        }
+        let secret = format!("{}{}", random_id()?, random_id()?);
+        open.insert(approval.into(), (secret.clone(), Instant::now()));
+        Ok(secret)
+    }
+
+    /// The approval that the form with this secret is about.
+    fn about(&self, secret: &str) -> Option<String> {
+        let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        open.iter().find(|(_, (known, _))| known == secret).map(|(approval, _)| approval.clone())
+    }
 }
 
 /// Whether it may be done now.
@@ -57,55 +95,62 @@ pub async fn confirm(
     retry: Retry,
     context: &RequestContext<RoleServer>,
 ) -> Result<Word> {
-    if !tool.confirmed {
-        return Ok(Word::Go(""));
+    if tool.confirmed == Confirmed::No {
+        return Ok(Word::Go(Leave::default()));
     }
     if call.app.settings().policy.confirm == Confirm::Never {
-        return Ok(Word::Go("confirm_never"));
+        return Ok(Word::Go(Leave { word: "confirm_never", vm: None }));
     }
     let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
+    // A name that is none is told by the tool itself; nothing can be destroyed then.
+    let Some(name) = name else { return Ok(Word::Go(Leave::default())) };
     let nido = call.nido().await?;
-    // A name that is none, or nobody's, is told by the tool itself; nothing can be destroyed then.
-    let Some(vm) = (match name {
-        Some(name) => nido.info(&name).await.ok(),
-        None => None,
-    }) else {
-        return Ok(Word::Go(""));
-    };
+    // Also of a name that is nobody's: it may be somebody's a moment later.
+    let vm = nido.info(&name).await?;
+    let go = |word| Ok(Word::Go(Leave { word, vm: Some(vm.id.clone()) }));
+    if tool.confirmed == Confirmed::OfThrowAway && !vm.ephemeral {
+        return go("");
+    }
     if vm.ephemeral && call.app.made(&call.who.actor, &vm.id) {
-        return Ok(Word::Go("own_ephemeral"));
+        return go("own_ephemeral");
     }
     let ask = Ask {
         tool: tool.name.into(),
-        vm_id: vm.id,
-        vm_name: vm.name,
+        vm_id: vm.id.clone(),
+        vm_name: vm.name.clone(),
         actor: call.who.actor.clone(),
         agent: call.who.agent.clone(),
         arguments: arguments.clone(),
     };
     if let Some(id) = arguments.get("approval_id").and_then(Value::as_str) {
         use_up(call, id, &ask)?;
-        return Ok(Word::Go("approved"));
+        return go("approved");
     }
-    if let (Some(answers), Some(id)) = (&retry.answers, &retry.state) {
-        return answered(call, id, &ask, answers).await;
+    let shows_forms = context.client_capabilities().is_some_and(|client| shows_forms(&client));
+    let by_result = shows_forms && is_modern(context);
+    // An answer to a form that nobody knows any more is none: the user is asked again.
+    if let (true, Some(answers), Some(secret)) = (by_result, &retry.answers, &retry.state)
+        && let Some(id) = call.app.questions().about(secret)
+    {
+        answered(call, &id, &ask, answers)?;
+        return go("confirmed");
     }
     let approval = nido.approval_ask(&ask)?;
-    match approval.state {
-        ApprovalState::Pending => {}
+    if approval.state != ApprovalState::Pending {
         // The user was quicker than the model.
-        _ => {
-            use_up(call, &approval.id, &ask)?;
-            return Ok(Word::Go("approved"));
-        }
+        use_up(call, &approval.id, &ask)?;
+        return go("approved");
     }
     let words = question(tool, &ask);
-    let shows_forms = context.client_capabilities().is_some_and(|client| shows_forms(&client));
-    match (shows_forms, is_modern(context)) {
-        (true, true) => Ok(Word::Ask(Box::new(form_result(&words, &approval)?))),
-        (true, false) => elicited(call, context, &words, &approval, &ask).await,
-        (false, _) => Err(by_hand(call, &approval, &ask)),
+    if by_result {
+        let secret = call.app.questions().ask(&approval.id)?;
+        return Ok(Word::Ask(Box::new(form_result(&words, secret)?)));
     }
+    if shows_forms {
+        elicited(call, context, &words, &approval, &ask).await?;
+        return go("confirmed");
+    }
+    Err(by_hand(call, &approval, &ask))
 }
 
 /// Whether a request stands for itself, in the protocol without `initialize`.
@@ -118,6 +163,7 @@ fn question(tool: &Tool, ask: &Ask) -> String {
     let agent = ask.agent.as_deref().map_or_else(|| "An agent".into(), crate::answer::plain);
     let what = match tool.name {
         "vm_restore" => "take back to a snapshot, losing what it has done since,",
+        "vm_stop" => "stop, and so destroy with its disk, because it is a throw-away VM,",
         _ => "delete, with its disk and its snapshots,",
     };
     format!("{agent} wants to {what} the VM '{}' (id {}). This cannot be undone.", ask.vm_name, ask.vm_id)
@@ -135,17 +181,17 @@ fn form(words: &str) -> Result<ElicitRequestParams> {
     Ok(ElicitRequestParams::FormElicitationParams { meta: None, message: words.into(), requested_schema })
 }
 
-fn form_result(words: &str, approval: &Approval) -> Result<InputRequiredResult> {
+fn form_result(words: &str, secret: String) -> Result<InputRequiredResult> {
     let request = InputRequest::Elicitation(ElicitRequest::new(form(words)?));
-    Ok(InputRequiredResult::new(Some(BTreeMap::from([(FIELD.to_owned(), request)])), Some(approval.id.clone())))
+    Ok(InputRequiredResult::new(Some(BTreeMap::from([(FIELD.to_owned(), request)])), Some(secret)))
 }
 
 /// What came back from a client that was asked by a result.
-async fn answered(call: &Call, id: &str, ask: &Ask, answers: &InputResponses) -> Result<Word> {
+fn answered(call: &Call, id: &str, ask: &Ask, answers: &InputResponses) -> Result<()> {
     let answer: Option<ElicitResult> =
         answers.get(FIELD).and_then(|answer| serde_json::from_value(answer.clone()).ok());
     let answer = answer.ok_or_else(|| Error::new(Code::ApprovalRequired, "the answer to the question is missing"))?;
-    decided(call, id, ask, &answer).await
+    decided(call, id, ask, &answer)
 }
 
 /// Asks a client with a session, and waits for the person.
@@ -155,11 +201,11 @@ async fn elicited(
     words: &str,
     approval: &Approval,
     ask: &Ask,
-) -> Result<Word> {
+) -> Result<()> {
     let asked = context.peer.create_elicitation_with_timeout(form(words)?, Some(APPROVAL_LIFETIME));
     let answer = call.unless_cancelled(async { Ok(asked.await) }).await?;
     match answer {
-        Ok(answer) => decided(call, &approval.id, ask, &answer).await,
+        Ok(answer) => decided(call, &approval.id, ask, &answer),
         // It says that it can ask, and cannot: the user can still say yes by hand.
         Err(error) => {
             tracing::warn!("the client could not ask its user: {error}");
@@ -169,7 +215,7 @@ async fn elicited(
 }
 
 /// A person has decided; the word is used up at once.
-async fn decided(call: &Call, id: &str, ask: &Ask, answer: &ElicitResult) -> Result<Word> {
+fn decided(call: &Call, id: &str, ask: &Ask, answer: &ElicitResult) -> Result<()> {
     let nido = Arc::clone(call.app.unsettled());
     let yes = answer.content.as_ref().is_some_and(|content| content[FIELD] == true);
     let agent = call.who.agent.as_deref().map_or_else(|| "a client".into(), crate::answer::plain);
@@ -181,8 +227,7 @@ async fn decided(call: &Call, id: &str, ask: &Ask, answer: &ElicitResult) -> Res
                 return Err(Error::new(Code::Denied, "that approval is for another caller"));
             }
             nido.approve(id, &by)?;
-            use_up(call, id, ask)?;
-            Ok(Word::Go("confirmed"))
+            use_up(call, id, ask)
         }
         _ => {
             if nido.approval(id)?.actor == ask.actor {

@@ -7,7 +7,7 @@
 //!           |
 //!       call.rs             one call: may it be, attempt, progress, cancellation, outcome      confirm.rs leases.rs
 //!           |
-//!       tools/*.rs          one file per noun: parse, call the core, answer       schema.rs answer.rs  [pure]
+//!       tools/*.rs          one file per noun: parse, call the core, answer       schema.rs answer.rs malformed.rs  [pure]
 //! ```
 //!
 //! The only crate that knows the protocol's library. Both revisions of the protocol, the one with `initialize` and the one
@@ -21,6 +21,7 @@ mod call;
 mod confirm;
 pub mod http;
 mod leases;
+mod malformed;
 mod outputs;
 mod pages;
 mod progress;

@@ -18,8 +18,12 @@ const WORK: &str = "/srv/work";
 const FETCH_MS: u64 = 300_000;
 /// How long tests may take.
 const TESTS_MS: u64 = 1_800_000;
+/// How often they may be run again, when something was missing.
+const REPEATS: u64 = 3;
 /// How long their VM lives at most.
-const TESTS_TTL_MS: u64 = 3_600_000;
+const TESTS_TTL_MS: u64 = 3 * 3_600_000;
+// Every run may take its time, what is installed before it, too, and so may the repository at the beginning.
+const _: () = assert!(TESTS_TTL_MS >= (1 + REPEATS) * (TESTS_MS + FETCH_MS) + 2 * FETCH_MS);
 /// What an archive's name ends with.
 const ARCHIVES: [&str; 4] = [".tar", ".tar.gz", ".tgz", ".tar.xz"];
 /// Unpacks an archive; most have one directory that holds everything.
@@ -131,7 +135,7 @@ pub fn deploy_and_test(name: &str, tests: &Tests<'_>) -> String {
         false => fetched,
     };
     let steps = [
-        String::from("Make a VM. It goes with this session, or after an hour.\n")
+        String::from("Make a VM. It goes with this session, or after three hours.\n")
             + &call(
                 "vm_spawn",
                 json!({
@@ -141,7 +145,9 @@ pub fn deploy_and_test(name: &str, tests: &Tests<'_>) -> String {
         fetched,
         String::from("Run the tests.\n")
             + &call("vm_exec", json!({ "name": name, "command": command, "directory": WORK, "timeout_ms": TESTS_MS }))
-            + "   Should something be missing that they need, install it with vm_exec and run them again, at most three times.\n",
+            + &format!(
+                "   Should something be missing that they need, install it with vm_exec and run them again, at most {REPEATS} times.\n"
+            ),
         delete(name),
         format!(
             "Report what is asked for between the marks: <report>{report}</report> Say the exit_code. If output was cut, read the \

@@ -2,6 +2,7 @@
 //!
 //! Both eras of the protocol come here. Where they differ it is in how listeners are told, and in how a person is asked.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use http::request::Parts;
@@ -10,9 +11,10 @@ use nido_vmm::audit::{Caller, Ending, Face};
 use nido_vmm::error::{Code, Error, Kind};
 use nido_vmm::text::head;
 use rmcp::model::{
-    CacheScope, CallToolRequestParams, CallToolResponse, CompleteRequestParams, CompleteResult, ErrorData,
-    GetPromptRequestParams, GetPromptResponse, Implementation, ListPromptsResult, ListResourceTemplatesResult,
-    ListResourcesResult, ListToolsResult, PaginatedRequestParams, ReadResourceRequestParams, ReadResourceResponse,
+    CacheScope, CallToolRequestParams, CallToolResponse, CompleteRequestParams, CompleteResult, CustomRequest,
+    CustomResult, ErrorCode, ErrorData, GetPromptRequestParams, GetPromptResponse, Implementation,
+    InitializeRequestParams, InitializeResult, ListPromptsResult, ListResourceTemplatesResult, ListResourcesResult,
+    ListToolsResult, PaginatedRequestParams, ProtocolVersion, ReadResourceRequestParams, ReadResourceResponse,
     ReadResourceResult, ServerCapabilities, ServerConfig, SubscribeRequestParams, SubscriptionFilter,
     UnsubscribeRequestParams,
 };
@@ -25,7 +27,7 @@ use crate::app::{App, Principal};
 use crate::confirm::{Retry, is_modern};
 use crate::leases::{Key, Session};
 use crate::watch::Subscribed;
-use crate::{call, prompts, resources, tools, watch};
+use crate::{call, malformed, prompts, resources, tools, watch};
 
 /// What a model should know before it sees any tool.
 const INSTRUCTIONS: &str = "\
@@ -75,6 +77,12 @@ impl Server {
     }
 }
 
+/// Who asks, for the audit log.
+pub fn caller(principal: &Principal, context: &RequestContext<RoleServer>) -> Caller {
+    let agent = context.client_info().map(|client| client.name);
+    Caller { face: Face::Mcp, actor: principal.actor.clone(), agent }
+}
+
 /// An error of the protocol: for requests that are no calls of tools.
 fn refused(error: &Error) -> ErrorData {
     let mut problem = json!(error.problem());
@@ -112,6 +120,25 @@ impl ServerHandler for Server {
         ServerConfig::new(can).with_server_info(about).with_instructions(INSTRUCTIONS)
     }
 
+    /// Of 2025-03-26 every server has to take batches, which no other revision knows and the library does not take.
+    fn supported_protocol_versions(&self) -> Cow<'static, [ProtocolVersion]> {
+        let spoken =
+            ProtocolVersion::KNOWN_VERSIONS.iter().filter(|version| **version != ProtocolVersion::V_2025_03_26);
+        spoken.cloned().collect()
+    }
+
+    fn negotiate_initialize(&self, request: &InitializeRequestParams) -> Result<InitializeResult, ErrorData> {
+        let asked = &request.protocol_version;
+        let mut info = self.get_info();
+        info.protocol_version = match asked {
+            // Whoever speaks it speaks the one before it, and perhaps none behind it.
+            version if *version == ProtocolVersion::V_2025_03_26 => ProtocolVersion::V_2024_11_05,
+            known if known.has_initialize() && self.supported_protocol_versions().contains(known) => known.clone(),
+            _ => ProtocolVersion::LATEST_WITH_INITIALIZE,
+        };
+        Ok(info)
+    }
+
     async fn list_tools(
         &self,
         _request: Option<PaginatedRequestParams>,
@@ -129,14 +156,34 @@ impl ServerHandler for Server {
         context: RequestContext<RoleServer>,
     ) -> Result<CallToolResponse, ErrorData> {
         let principal = self.principal(&context)?;
+        let arguments = Value::Object(request.arguments.unwrap_or_default());
         let Some(tool) = tools::find(&request.name) else {
+            let who = caller(&principal, &context);
+            call::denied(&self.app, &who, &request.name, arguments, "no_such_tool").await.map_err(|e| refused(&e))?;
             return Err(ErrorData::invalid_params("there is no such tool; tools/list tells which there are", None));
         };
-        let arguments = Value::Object(request.arguments.unwrap_or_default());
         let retry = Retry { answers: request.input_responses, state: request.request_state };
         // Large, and on the stack of whoever serves the session otherwise.
         let asked = call::Asked { tool, arguments, retry, session: self.session(&context) };
         Box::pin(call::carry_out(&self.app, &principal, asked, context)).await
+    }
+
+    async fn on_custom_request(
+        &self,
+        request: CustomRequest,
+        context: RequestContext<RoleServer>,
+    ) -> Result<CustomResult, ErrorData> {
+        let CustomRequest { method, params, .. } = request;
+        let Some(wrong) = malformed::wrong(&method, params.as_ref()) else {
+            return Err(ErrorData::new(ErrorCode::METHOD_NOT_FOUND, method, None));
+        };
+        if method == malformed::CALL {
+            let who = caller(&self.principal(&context)?, &context);
+            let (tool, arguments) = malformed::called(params.as_ref());
+            let written = call::denied(&self.app, &who, &tool, arguments, "params_invalid").await;
+            written.map_err(|e| refused(&e))?;
+        }
+        Err(ErrorData::invalid_params(wrong, None))
     }
 
     async fn list_resources(
@@ -167,8 +214,7 @@ impl ServerHandler for Server {
         context: RequestContext<RoleServer>,
     ) -> Result<ReadResourceResponse, ErrorData> {
         let principal = self.principal(&context)?;
-        let agent = context.client_info().map(|client| client.name);
-        let who = Caller { face: Face::Mcp, actor: principal.actor.clone(), agent };
+        let who = caller(&principal, &context);
         let contents = resources::read(&self.app, &principal, &request.uri).await;
         let (ending, reason) = match &contents {
             Ok(_) => (Ending::Success, ""),

@@ -1,6 +1,6 @@
 //! Approvals over the real `nido`: what waits is listed, a person's word counts once, and for nothing but what was asked.
 
-use nido_vmm::api::Ask;
+use nido_vmm::api::{Ask, RestoreRequest, StopRequest, Which};
 use nido_vmm::error::Code;
 use nido_vmm::nido::{Nido, OpenOptions};
 use serde_json::{Value, json};
@@ -103,5 +103,41 @@ fn an_approval_dies_with_its_vm() {
         let error = nido.approval_use(&id, &ask(&second)).unwrap_err();
         assert_eq!(error.code(), Code::Denied);
         assert!(error.message().contains("another VM"), "{error}");
+    });
+}
+
+#[test]
+fn what_was_decided_about_one_vm_is_not_done_to_the_next_of_its_name() {
+    let home = Home::new();
+    let make = || {
+        let vm = home.spawn("web");
+        home.nido(["stop", "web", "--force"]).run().ok();
+        home.nido(["snapshot", "create", "web", "before"]).run().ok();
+        vm["id"].as_str().unwrap().to_owned()
+    };
+    let first = make();
+    home.nido(["delete", "web"]).run().ok();
+    let second = make();
+    home.nido(["start", "web"]).run().ok();
+    let there = home.info("web");
+    let (name, snapshot) = ("web".parse().unwrap(), "before".parse().unwrap());
+    let which = |id| Which { name: &name, id: Some(id) };
+    with_server(&home, async |nido| {
+        let mut quiet = |_| ();
+        let how = RestoreRequest { disk_only: true, ..RestoreRequest::default() };
+        let stop = StopRequest { force: true, ..StopRequest::default() };
+        let refused = [
+            nido.delete(which(&first), true).await,
+            nido.stop(which(&first), stop).await,
+            nido.snapshot_restore(which(&first), &snapshot, how, &mut quiet).await,
+        ];
+        for refused in refused {
+            assert_eq!(refused.unwrap_err().code(), Code::VmReplaced);
+        }
+        assert_eq!(home.info("web"), there);
+        nido.stop(which(&second), stop).await.unwrap();
+        nido.snapshot_restore(which(&second), &snapshot, how, &mut quiet).await.unwrap();
+        nido.delete(which(&second), false).await.unwrap();
+        assert_eq!(nido.delete(which(&second), false).await.unwrap_err().code(), Code::VmNotFound);
     });
 }

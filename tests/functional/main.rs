@@ -23,6 +23,7 @@ mod leases;
 mod lifecycle;
 mod logs;
 mod mcp;
+mod mcp_confirm;
 mod mcp_http;
 mod mcp_jobs;
 mod mcp_leases;

@@ -49,6 +49,9 @@ fn wrong_arguments_are_answers_that_name_the_field() {
         ),
         ("vm_spawn", json!({"name": "web", "colour": "red"}), "colour: unknown field"),
         ("vm_spawn", json!({"name": "web", "start": false}), "start: there is no such argument"),
+        ("vm_spawn", json!({"name": "web", "ttl_ms": 0}), "ttl_ms: a time limit of zero"),
+        ("vm_create", json!({"name": "web", "idle_ms": 0}), "idle_ms: a time limit of zero"),
+        ("vm_create", json!({"name": "web", "labels": {"": "x"}}), "labels: at most"),
         ("vm_create", json!({"name": "web", "lease": "0123456789abcdef"}), "lease: unknown field"),
         ("vm_exec", json!({"argv": ["true"]}), "name: it is missing"),
         ("vm_exec", json!({"name": "web"}), "argv: there is no command"),
@@ -63,6 +66,40 @@ fn wrong_arguments_are_answers_that_name_the_field() {
     let answer = client.ask("tools/call", json!({"name": "vm_fly", "arguments": {}}));
     assert_eq!(answer["error"]["code"], -32602, "{answer}");
     assert!(home.names().is_empty());
+}
+
+#[test]
+fn what_is_no_call_says_why_and_is_written_down() {
+    for era in Era::ALL {
+        let home = Home::new();
+        let mut client = Client::start(&home, era);
+        for (method, params, words) in [
+            ("tools/call", json!({"name": "vm_fly", "arguments": {"stdin": "hidden"}}), "there is no such tool"),
+            (
+                "tools/call",
+                json!({"name": "vm_exec", "arguments": "{\"stdin\": \"hidden\"}"}),
+                "arguments: invalid type",
+            ),
+            ("tools/call", json!({"name": "vm_exec", "arguments": ["hidden"]}), "arguments: invalid type"),
+            ("tools/call", json!({"name": 7}), "name: invalid type"),
+            ("resources/read", json!({"uri": 7}), "uri: invalid type"),
+            ("prompts/get", json!({}), "params: missing field `name`"),
+        ] {
+            let error = client.ask(method, params)["error"].clone();
+            assert_eq!(error["code"], -32602, "{error}");
+            assert!(error["message"].as_str().unwrap().starts_with(words), "{error}");
+        }
+        drop(client);
+        let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+        let lines = log["records"].as_array().unwrap().iter();
+        let lines: Vec<_> = lines.map(|line| (&line["tool"], &line["result"], &line["reason"])).collect();
+        let is = ["vm_fly", "vm_exec", "vm_exec", "tools/call"].map(Value::from);
+        let reasons = ["no_such_tool", "params_invalid", "params_invalid", "params_invalid"].map(Value::from);
+        let denied = Value::from("denied");
+        let expected: Vec<_> = is.iter().zip(&reasons).map(|(tool, reason)| (tool, &denied, reason)).collect();
+        assert_eq!(lines, expected);
+        assert!(!log.to_string().contains("hidden"), "{log}");
+    }
 }
 
 #[test]
@@ -138,6 +175,40 @@ fn a_vm_is_made_started_kept_and_taken_back_and_files_go_in_and_out() {
 }
 
 #[test]
+fn every_next_step_leads_on() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    let request = json!({"name": "web", "accel": "tcg"});
+    let made = client.good("vm_spawn", request.clone());
+    let resumes = |client: &mut Client, error: &Value| {
+        assert_eq!(error["state"], "paused", "{error}");
+        assert!(error["next_step"].as_str().unwrap().contains("vm_start"), "{error}");
+        let now = client.good("vm_start", json!({"name": "web"}));
+        assert_eq!(
+            (&now["status"], &now["id"], &now["started_at"]),
+            (&"running".into(), &made["id"], &made["started_at"])
+        );
+        assert_eq!(client.good("vm_exec", json!({"name": "web", "argv": ["echo", "on"]}))["stdout"], "on\n");
+    };
+    home.nido(["pause", "web"]).run().ok();
+    let error = client.bad("vm_exec", json!({"name": "web", "argv": ["true"]}), "vm_not_running");
+    resumes(&mut client, &error);
+    home.nido(["pause", "web"]).run().ok();
+    let error = client.bad("vm_spawn", request.clone(), "vm_exists");
+    resumes(&mut client, &error);
+    // The VM of this very request, at rest: it is not begun anew unasked.
+    client.good("vm_stop", json!({"name": "web", "force": true}));
+    let error = client.bad("vm_spawn", request.clone(), "vm_exists");
+    assert!(error["next_step"].as_str().unwrap().contains("this very request: vm_start"), "{error}");
+    assert_eq!(client.good("vm_start", json!({"name": "web"}))["id"], made["id"]);
+    assert_eq!(client.good("vm_spawn", request)["id"], made["id"]);
+    let error = client.bad("vm_spawn", json!({"name": "web", "cpus": 2}), "vm_exists");
+    assert!(error["next_step"].as_str().unwrap().contains("another name"), "{error}");
+    let error = client.bad("vm_upload", json!({"name": "web", "path": "/dev/null/x", "content": ""}), "path_invalid");
+    assert!(error["next_step"].as_str().unwrap().contains("vm_exec with ls"), "{error}");
+}
+
+#[test]
 fn lists_come_in_pages() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
@@ -203,107 +274,41 @@ fn progress_comes_to_who_asked_for_it_and_only_grows() {
     assert!(steps.iter().all(|step| step["progressToken"] == "p" && step["message"].is_string()), "{steps:?}");
     let done: Vec<_> = steps.iter().map(|step| step["progress"].as_f64().unwrap()).collect();
     assert!(done.is_sorted_by(|a, b| a < b), "{done:?}");
+    client.heard.clear();
+    let id = client.begin("vm_create", json!({"name": "db", "accel": "tcg"}), json!({"progressToken": "c"}));
+    client.done("vm_create", id);
+    let first = &client.heard[0]["params"];
+    assert_eq!((&first["progressToken"], &first["total"]), (&"c".into(), &2.0.into()), "{first}");
 }
-
-/// A VM that a person has to be asked about.
-fn kept(client: &mut Client) {
-    client.good("vm_create", json!({"name": "web", "accel": "tcg"}));
-}
-
-const FORMS: fn() -> Value = || json!({"elicitation": {}});
 
 #[test]
-fn a_client_without_forms_is_told_how_its_user_can_approve() {
+fn a_copy_tells_how_much_of_it_is_done_both_ways() {
+    const BYTES: usize = 24 << 20;
     let home = Home::new();
-    let mut client = Client::start(&home, Era::Legacy);
-    kept(&mut client);
-    let error = client.bad("vm_delete", json!({"name": "web"}), "approval_required");
-    let id = error["approval_id"].as_str().unwrap();
-    assert!(error["hint"].as_str().unwrap().contains(&format!("nido approve {id}")), "{error}");
-    // Not given yet; and what a model makes up is none.
-    client.bad("vm_delete", json!({"name": "web", "approval_id": id}), "approval_required");
-    client.bad("vm_delete", json!({"name": "web", "approval_id": "apr_0123456789abcdef"}), "approval_required");
-    home.nido(["approve", id]).run().ok();
-    // For exactly what was asked.
-    let other = client.bad("vm_delete", json!({"name": "web", "approval_id": id, "force": true}), "denied");
-    assert!(other["next_step"].as_str().unwrap().contains("without approval_id"), "{other}");
-    client.good("vm_delete", json!({"name": "web", "approval_id": id}));
-    assert!(home.names().is_empty());
-    // For that VM, not for the next of its name.
-    kept(&mut client);
-    client.bad("vm_delete", json!({"name": "web", "approval_id": id}), "denied");
-}
-
-#[test]
-fn a_client_with_forms_asks_its_user_in_both_eras() {
-    for era in Era::ALL {
-        for (answer, goes) in [
-            (json!({"action": "decline"}), false),
-            (json!({"action": "accept", "content": {"confirm": false}}), false),
-            (json!({"action": "accept", "content": {"confirm": true}}), true),
-        ] {
-            let home = Home::new();
-            let mut client = Client::with(&home, era, &[], FORMS());
-            kept(&mut client);
-            let call = json!({"name": "vm_delete", "arguments": {"name": "web"}});
-            let result = match era {
-                Era::Legacy => {
-                    let id = client.request("tools/call", call);
-                    let asked = client.hear("elicitation/create");
-                    assert!(asked["params"]["message"].as_str().unwrap().contains("VM 'web'"), "{asked}");
-                    client.say(&json!({"jsonrpc": "2.0", "id": asked["id"], "result": answer}));
-                    client.done("vm_delete", id)
-                }
-                Era::Modern => {
-                    let asked = client.result("tools/call", call.clone());
-                    assert_eq!(asked["resultType"], "input_required", "{asked}");
-                    assert_eq!(asked["inputRequests"]["confirm"]["method"], "elicitation/create");
-                    let mut again = call;
-                    again["inputResponses"] = json!({"confirm": answer});
-                    again["requestState"] = asked["requestState"].clone();
-                    let id = client.request("tools/call", again.clone());
-                    let first = client.done("vm_delete", id);
-                    if goes {
-                        // Used up: for another VM of that name it is good for nothing.
-                        kept(&mut client);
-                        let id = client.request("tools/call", again);
-                        assert_eq!(client.done("vm_delete", id)["isError"], true);
-                        home.nido(["delete", "--yes", "web"]).run().ok();
-                    }
-                    first
-                }
-            };
-            assert_eq!(result["isError"], !goes, "{result}");
-            assert_eq!(home.names().is_empty(), goes, "{era:?} {result}");
-            if !goes {
-                // What is said then is said again, and nobody is asked again.
-                let refused = result["structuredContent"]["error"].clone();
-                assert!(
-                    refused["next_step"].as_str().unwrap().starts_with("the user has refused: do not"),
-                    "{refused}"
-                );
-                assert_eq!(client.bad("vm_delete", json!({"name": "web"}), "denied"), refused);
-            }
-        }
+    let place = home.scratch("place");
+    std::fs::create_dir(&place).unwrap();
+    std::fs::write(place.join("in"), vec![7; BYTES]).unwrap();
+    let policy = home.scratch("policy.toml");
+    std::fs::write(&policy, format!("roots = [{place:?}]\n")).unwrap();
+    let mut client = Client::with(&home, Era::Modern, &["--policy", policy.to_str().unwrap()], json!({}));
+    home.spawn("web");
+    let guest = home.scratch("guest-file");
+    for (tool, arguments) in [
+        ("vm_upload", json!({"name": "web", "path": guest, "source": "in"})),
+        ("vm_download", json!({"name": "web", "path": guest, "destination": "out"})),
+    ] {
+        client.heard.clear();
+        let id = client.begin(tool, arguments, json!({"progressToken": "p"}));
+        assert_eq!(client.done(tool, id)["isError"], false);
+        let steps: Vec<_> = client.heard.iter().map(|message| &message["params"]).collect();
+        assert!(!steps.is_empty(), "{tool}");
+        let total = BYTES as f64;
+        assert!(
+            steps.iter().all(|step| step["total"] == total && step["progress"].as_f64() <= Some(total)),
+            "{steps:?}"
+        );
     }
-}
-
-#[test]
-fn ones_own_throw_away_vms_and_policies_without_confirmation_are_not_asked_about() {
-    let home = Home::new();
-    let mut client = Client::start(&home, Era::Modern);
-    client.good("vm_spawn", json!({"name": "own", "accel": "tcg", "ephemeral": true}));
-    client.good("vm_delete", json!({"name": "own", "force": true}));
-    home.nido(["create", "other", "--ephemeral"]).run().ok();
-    client.bad("vm_delete", json!({"name": "other"}), "approval_required");
-    drop(client);
-    let mut client = Client::with(&home, Era::Modern, &["--confirm", "never"], json!({}));
-    client.good("vm_delete", json!({"name": "other"}));
-    drop(client);
-    let log = home.nido(["audit", "show", "--json"]).run().ok().json();
-    let reasons: Vec<_> = log["records"].as_array().unwrap().iter().filter(|r| r["tool"] == "vm_delete").collect();
-    let reasons: Vec<_> = reasons.iter().filter_map(|record| record["reason"].as_str()).collect();
-    assert_eq!(reasons, ["own_ephemeral", "approval_required", "confirm_never"]);
+    assert_eq!(std::fs::metadata(place.join("out")).unwrap().len(), BYTES as u64);
 }
 
 #[test]
@@ -316,10 +321,22 @@ fn a_policy_says_which_commands_run_and_what_is_refused_is_written_down() {
     assert_eq!(client.good("vm_exec", json!({"name": "web", "argv": ["echo", "hi"]}))["stdout"], "hi\n");
     client.bad("vm_exec", json!({"name": "web", "argv": ["cat", "/etc/shadow"]}), "denied");
     client.bad("vm_exec", json!({"name": "web", "command": "echo hi"}), "denied");
+    // Nor is a program put into the place of one that may be run.
+    let file = home.scratch("echo");
+    let upload = json!({"name": "web", "path": file, "content": "#!/bin/sh\n", "mode": "755"});
+    client.bad("vm_upload", upload.clone(), "denied");
+    assert!(!file.exists());
     drop(client);
     let log = home.nido(["audit", "show", "--json"]).run().ok().json();
     let denied = log["records"].as_array().unwrap().iter().filter(|r| r["result"] == "denied");
-    assert_eq!(denied.map(|r| r["reason"].as_str().unwrap()).collect::<Vec<_>>(), ["not_in_allowlist"; 2]);
+    assert_eq!(
+        denied.map(|r| r["reason"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["not_in_allowlist", "not_in_allowlist", "upload_not_allowed"]
+    );
+    std::fs::write(&policy, "upload = true\n[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n").unwrap();
+    let mut client = Client::with(&home, Era::Legacy, &["--policy", policy.to_str().unwrap()], json!({}));
+    client.good("vm_upload", upload);
+    assert!(file.exists());
 }
 
 #[test]
@@ -484,6 +501,31 @@ fn clients_are_told_how_to_start_it_and_keep_what_they_knew() {
     std::fs::write(&file, "// comment").unwrap();
     install(&["--client", "vscode", "--write", "--json"]).fails(2, "spec_invalid");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "// comment");
+}
+
+#[test]
+fn a_revision_with_batches_is_answered_with_the_one_before_it() {
+    let home = Home::new();
+    for (asked, answered) in [
+        ("2025-03-26", "2024-11-05"),
+        ("2024-11-05", "2024-11-05"),
+        ("2025-06-18", "2025-06-18"),
+        ("2025-11-25", "2025-11-25"),
+        ("1999-01-01", "2025-11-25"),
+    ] {
+        let hello = json!({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+            "protocolVersion": asked, "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}});
+        let ready = json!({"jsonrpc": "2.0", "method": "notifications/initialized"});
+        let call =
+            json!({"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "vm_ls", "arguments": {}}});
+        let ran = home.nido(["mcp-server", "start"]).input(format!("{hello}\n{ready}\n{call}\n")).run().ok();
+        let answers: Vec<Value> = ran.text().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(answers[0]["result"]["protocolVersion"], answered, "{asked}");
+        assert_eq!(answers[1]["result"]["structuredContent"], json!({"vms": []}), "{asked}");
+    }
+    let mut client = Client::start(&home, Era::Modern);
+    let told = client.result("server/discover", json!({}));
+    assert!(!told["supportedVersions"].to_string().contains("2025-03-26"), "{told}");
 }
 
 #[test]

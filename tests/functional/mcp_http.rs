@@ -126,6 +126,58 @@ fn without_a_token_it_is_this_machine_s_only_and_both_can_be_served_at_once() {
 }
 
 #[test]
+fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
+    let home = Home::new();
+    let policy = home.scratch("policy.toml");
+    std::fs::write(&policy, "[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n").unwrap();
+    let server = Server::with(&home, &["--mcp", "--mcp-policy", policy.to_str().unwrap()]);
+    let create = home.nido(["token", "create", "--name", "agents", "--scope", "run", "--only", "mcp", "--json"]);
+    let made = create.run().ok().json();
+    assert_eq!((&made["scope"], &made["only"]), (&"run".into(), &"mcp".into()), "{made}");
+    let list = home.nido(["token", "list", "--json"]).run().ok().json();
+    let only: Vec<_> =
+        list["tokens"].as_array().unwrap().iter().map(|token| (&token["name"], &token["only"])).collect();
+    assert_eq!(only, [(&json!("agents"), &json!("mcp")), (&json!("tests"), &json!(null))]);
+    let table = home.nido(["token", "list"]).run().ok();
+    assert!(table.text().lines().any(|line| line.starts_with("agents") && line.contains(" mcp ")), "{}", table.text());
+    let token = made["token"].as_str().unwrap();
+    let bearer = format!("Bearer {token}");
+    home.spawn("web");
+    // What the policy forbids is forbidden there, and cannot be had next door.
+    let words = |program: &str| json!({"name": "web", "argv": [program, "hi"]});
+    assert_eq!(call(&server, token, "vm_exec", words("echo"))["structuredContent"]["stdout"], "hi\n");
+    assert_eq!(call(&server, token, "vm_exec", words("cat"))["structuredContent"]["error"]["code"], "denied");
+    let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
+    for (method, path, body) in [
+        ("GET", "/v1/vms", ""),
+        ("POST", "/v1/vms/web/exec", r#"{"argv": ["cat", "hi"]}"#),
+        ("DELETE", "/v1/vms/web?force=true", ""),
+        ("GET", "/metrics", ""),
+        ("GET", "/v1/mcp", ""),
+        ("GET", "/mcp/", ""),
+    ] {
+        let problem = server.plain(method, path, &headers, body.as_bytes()).problem(403, "denied");
+        assert!(problem["hint"].as_str().unwrap().contains("without --only"), "{problem}");
+    }
+    let protocol = format!("nido.v1, nido.token.{token}");
+    let upgrade = [
+        ("connection", "upgrade"),
+        ("upgrade", "websocket"),
+        ("sec-websocket-version", "13"),
+        ("sec-websocket-key", "AAAAAAAAAAAAAAAAAAAAAA=="),
+        ("sec-websocket-protocol", &protocol),
+    ];
+    server.plain("GET", "/v1/vms/web/exec", &upgrade, b"").problem(403, "denied");
+    assert_eq!(home.names(), ["web"]);
+    // Any other token is good for both.
+    server.get("/v1/vms").ok(200);
+    call(&server, server.token(), "vm_ls", json!({}));
+    home.nido(["token", "create", "--name", "x", "--scope", "run", "--only", "rest", "--json"])
+        .run()
+        .fails(2, "spec_invalid");
+}
+
+#[test]
 fn hanging_up_kills_the_command() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);

@@ -9,6 +9,8 @@ obeyed, and leaves a throw-away VM behind. Ends with 0 if all of it was as it sh
 import asyncio
 import base64
 import json
+import os
+import pathlib
 import sys
 import time
 import warnings
@@ -91,6 +93,82 @@ async def works(rig):
     error = await rig.bad("spec_invalid", "vm_exec", name=rig.name)
     assert "argv" in error["message"], error
     await rig.bad("vm_not_found", "vm_exec", name="nobody", argv=["true"])
+
+
+async def cancelled(rig, steps, tool, **arguments):
+    """A call that is given up as soon as it is told how it goes."""
+    call = asyncio.create_task(rig.call(tool, steps, **arguments))
+
+    async def told():
+        assert not call.done(), call
+        return steps.done
+
+    await until(f"progress of {tool}", told)
+    call.cancel()
+    try:
+        await call
+        raise AssertionError(f"{tool} was not cancelled")
+    except asyncio.CancelledError:
+        pass
+    steps.check(least=1)
+
+
+async def copies(rig):
+    """Files of the host in and out, with the whole told beforehand; a copy that is cancelled leaves nothing behind."""
+    # Over HTTP nothing of the host may be named.
+    if rig.server:
+        error = await rig.bad("denied", "vm_upload", name=rig.name, source="/etc/passwd", path="/srv/passwd")
+        assert error["next_step"], error
+        return
+    place = pathlib.Path(os.environ["NIDO_HOME"], "exchange")
+    large, back = place / "large", place / "back"
+    size = 64 << 20
+    with open(large, "wb") as file:
+        file.truncate(size)
+    up, down = Steps(), Steps()
+    await rig.good("vm_upload", up, name=rig.name, source=str(large), path="/srv/copies/large")
+    assert await rig.sh("stat -c %s /srv/copies/large") == f"{size}\n"
+    await rig.good("vm_download", down, name=rig.name, path="/srv/copies/large", destination=str(back))
+    assert back.stat().st_size == size
+    for steps in (up, down):
+        steps.check(least=1, total=size)
+    back.unlink()
+    os.truncate(large, 2 << 30)
+    await rig.sh("rm /srv/copies/large")
+    steps = Steps()
+    await cancelled(rig, steps, "vm_upload", name=rig.name, source=str(large), path="/srv/copies/large")
+    steps.check(least=1, total=2 << 30)
+
+    async def nothing():
+        return await rig.sh("ls -A /srv/copies") == ""
+
+    await until("the end of a copy that was cancelled", nothing)
+    large.unlink()
+
+
+async def templates(rig):
+    """A template is made of the VM, stage by stage; one that is cancelled is not there."""
+    name, steps = f"{rig.name}-template", Steps()
+    made = await rig.good("template_create", steps, name=name, **{"from": rig.name}, no_bake=True)
+    while "job_id" in made:
+        job = await rig.good("job_get", job_id=made["job_id"], wait_ms=10_000)
+        made = made if job["state"] == "running" else job["result"]
+    assert made["template"]["name"] == name, made
+    steps.check(least=1)
+
+    async def names():
+        return {one["name"] for one in (await rig.good("template_list"))["templates"]}
+
+    assert name in await names()
+    other = f"{name}-2"
+    await cancelled(rig, Steps(), "template_create", name=other, **{"from": rig.name})
+
+    async def gone():
+        vms = json.loads(rig.by_hand("--json", "ls"))["vms"]
+        return other not in await names() and [one["name"] for one in vms] == [rig.name]
+
+    await until("the end of a template that was cancelled", gone)
+    rig.by_hand("template", "delete", name)
 
 
 async def goes_back(rig):
@@ -282,7 +360,7 @@ async def main():
     nido, kind, *rest = sys.argv[1:]
     server = rest[0] if kind == "http" else None
     for mode in ERAS:
-        await told(Rig(nido, server, mode), looks, lives, works, goes_back, listens, cancels, hostile, ends, leaves)
+        await told(Rig(nido, server, mode), looks, lives, works, copies, templates, goes_back, listens, cancels, hostile, ends, leaves)
         await told(Rig(nido, server, mode, forms=False), lives, goes_back, ends)
         if kind == "stdio":
             await told(Rig(nido, None, mode, "--answer-within", "3s", "--confirm", "never"), lives, lasts, ends_unasked)

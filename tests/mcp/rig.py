@@ -18,7 +18,7 @@ class Rig:
     """One session: over HTTP if there is a URL, else with a server of its own; what was asked, and what came in by itself."""
 
     def __init__(self, nido, url, mode, *flags, forms=True):
-        self.nido, self.mode, self.forms = nido, mode, forms
+        self.nido, self.server, self.mode, self.forms = nido, url, mode, forms
         # What the person answers; every question is kept.
         self.says, self.asked, self.heard = "accept", [], []
         # Over HTTP only the older era has any.
@@ -99,12 +99,14 @@ class Steps:
     """Takes progress in, and says whether it only ever grew."""
 
     def __init__(self):
-        self.done = []
+        self.done, self.totals = [], set()
 
     async def __call__(self, done, total, message):
         assert message, (done, total)
         self.done.append(done)
+        self.totals.add(total)
 
-    def check(self, least):
+    def check(self, least, total=None):
+        assert total is None or self.totals == {total}, self.totals
         assert len(self.done) >= least, self.done
         assert all(a < b for a, b in zip(self.done, self.done[1:])), f"progress has to grow: {self.done}"

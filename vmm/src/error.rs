@@ -56,6 +56,7 @@ codes! {
     VmExists "vm_exists" Conflict 409 "A VM of that name exists";
     VmNotRunning "vm_not_running" Conflict 409 "The VM is not running";
     VmBusy "vm_busy" Conflict 409 "The VM is busy";
+    VmReplaced "vm_replaced" Conflict 409 "The name belongs to another VM now";
     NameInvalid "name_invalid" Invalid 422 "Not a valid name";
     TemplateNotFound "template_not_found" NotFound 404 "No such template";
     TemplateExists "template_exists" Conflict 409 "A template of that name exists";

@@ -45,10 +45,10 @@ enum Verb {
 struct Start {
     #[command(flatten)]
     listen: ListenArgs,
-    /// Serve agents as well, at /mcp
+    /// Serve agents as well, at /mcp; give them tokens of nido token create --only mcp
     #[arg(long)]
     mcp: bool,
-    /// What agents may do: commands, confirmation, paths of the host
+    /// What agents may do at /mcp: commands, confirmation, paths of the host. The REST API does not know it
     #[arg(long, value_name = "FILE", requires = "mcp", value_hint = clap::ValueHint::FilePath)]
     mcp_policy: Option<PathBuf>,
 }

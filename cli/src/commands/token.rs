@@ -1,7 +1,7 @@
 //! `token`: who may use the servers, and for what.
 
 use clap::Subcommand;
-use nido_vmm::api::{Scope, TokenInfo, TokenRequest};
+use nido_vmm::api::{Door, Scope, TokenInfo, TokenRequest};
 
 use super::Context;
 use crate::exit::{Exit, Outcome};
@@ -11,11 +11,13 @@ use crate::parse;
 const EXAMPLES: &str = "\
 Examples:
   nido token create --name ci --scope run --expires 30d
+  nido token create --name agents --scope run --only mcp
   nido token list
   nido token revoke ci
 
 Scopes: read looks at VMs, logs and events; run also makes, uses and deletes VMs; admin also templates, pools,
-webhooks and the audit log. A token is shown once, when it is made; nido keeps only a hash of it.";
+webhooks and the audit log. A token for agents is --only mcp: any other is good for the REST API of the same server, too,
+where neither the policy of the MCP server nor its questions to a person hold. A token is shown once, when it is made; nido keeps only a hash of it.";
 
 /// Manage the tokens of the servers
 #[derive(Debug, clap::Args)]
@@ -35,6 +37,9 @@ enum Verb {
         /// What it is good for: read, run or admin
         #[arg(long)]
         scope: Scope,
+        /// The one part of a server that it is good for: mcp; all of it if absent
+        #[arg(long, value_name = "PART")]
+        only: Option<Door>,
         /// How long it is good, like 12h or 30d; for ever if absent
         #[arg(long, value_name = "DURATION", value_parser = parse::duration_ms)]
         expires: Option<u64>,
@@ -51,14 +56,14 @@ enum Verb {
     },
 }
 
-const HEAD: [&str; 5] = ["NAME", "SCOPE", "ID", "CREATED", "EXPIRES"];
+const HEAD: [&str; 6] = ["NAME", "SCOPE", "ONLY", "ID", "CREATED", "EXPIRES"];
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
         match self.verb {
-            Verb::Create { name, scope, expires } => {
-                let made = nido.token_create(&TokenRequest { name, scope, expires_in_ms: expires })?;
+            Verb::Create { name, scope, only, expires } => {
+                let made = nido.token_create(&TokenRequest { name, scope, only, expires_in_ms: expires })?;
                 cx.output.answer(&made, || format!("{}\n", made.token))?;
                 cx.output.talk("this is the only time it is shown");
             }
@@ -82,10 +87,11 @@ impl Args {
     }
 }
 
-fn row(token: &TokenInfo) -> [String; 5] {
+fn row(token: &TokenInfo) -> [String; 6] {
     [
         token.name.clone(),
         token.scope.word().into(),
+        token.only.map_or("-", Door::word).into(),
         token.id.clone(),
         format!("{:.0}", token.created_at),
         token.expires_at.map_or_else(|| "never".into(), |end| format!("{end:.0}")),

@@ -13,7 +13,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use axum::middleware::Next;
 use axum::response::Response;
-use nido_vmm::api::Scope;
+use nido_vmm::api::{Door, Scope};
 use nido_vmm::error::{Code, Error};
 
 use super::App;
@@ -79,12 +79,24 @@ pub async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next
                     .hint("Authorization: Bearer TOKEN; nido token create makes one")
             })?;
             let info = app.nido.token_check(&token)?;
+            check_door(info.only, request.uri().path())?;
             Caller { actor: format!("token:{}", info.name), scope: info.scope }
         }
     };
     app.rates.take(&caller.actor)?;
     request.extensions_mut().insert(caller);
     Ok(next.run(request).await)
+}
+
+/// A token may be good for one part of this server, and for no other.
+fn check_door(only: Option<Door>, path: &str) -> Result<(), Error> {
+    match only {
+        Some(door) if door.path() != path => {
+            let words = format!("this token is good for {} only", door.path());
+            Err(Error::new(Code::Denied, words).hint("nido token create without --only makes one for the REST API"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What tells nothing about VMs, and everybody may see.

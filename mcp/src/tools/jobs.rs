@@ -7,7 +7,7 @@ use nido_vmm::error::{Code, Error, Result};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::{DESTROYS, LOOKS, Tool, arguments};
+use super::{Confirmed, DESTROYS, LOOKS, Tool, arguments};
 use crate::answer::Done;
 use crate::call::Call;
 use crate::schema;
@@ -24,7 +24,7 @@ pub const GET: Tool = Tool {
         result that the tool would have answered, failed with its error, cancelled, or lost because the server ended. With \
         wait_ms it waits for the end first, which is better than asking again and again. Changes nothing.",
     hints: LOOKS,
-    confirmed: false,
+    confirmed: Confirmed::No,
     scope: Scope::Read,
     takes: schema::arguments::<Get>,
     gives: schema::answer::<Job>,
@@ -66,11 +66,12 @@ async fn get(call: &Call, asked: Get) -> Result<Done> {
 pub const CANCEL: Tool = Tool {
     name: "job_cancel",
     title: "Cancel a job",
-    about: "Asks that a job be cancelled: its command is killed, what it has begun to make is removed. Use it when the result is \
-        not wanted any more. A job that has ended stays as it is. The answer is the job as it stands at that moment; it ends \
-        within seconds. Next: job_get tells when it has ended.",
+    about: "Asks that a job be cancelled: a command is killed, a copy is given up, a VM or template that is being made is \
+        removed, within seconds. What stops, deletes, takes a snapshot or goes back to one cannot be broken off: it goes to its \
+        end, and the job is done then. Use it when the result is not wanted any more. A job that has ended stays as it is. The \
+        answer is the job as it stands at that moment. Next: job_get tells how it has ended.",
     hints: DESTROYS,
-    confirmed: false,
+    confirmed: Confirmed::No,
     scope: Scope::Run,
     takes: schema::arguments::<Cancel>,
     gives: schema::answer::<Job>,

@@ -7,7 +7,7 @@ use nido_vmm::state::VmState;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{ADDS, Hints, Tool, arguments, field};
+use super::{ADDS, Confirmed, Hints, Tool, arguments, field};
 use crate::answer::Done;
 use crate::call::Call;
 use crate::leases::Key;
@@ -28,7 +28,7 @@ pub const SPAWN: Tool = Tool {
         from a few milliseconds (a pool or a saved guest) to a minute (a cold boot under emulation). The answer has \
         expires_at, lease if it belongs to the session, and in timings how long it took. Next: vm_exec, vm_upload; at the end vm_delete.",
     hints: ADDS,
-    confirmed: false,
+    confirmed: Confirmed::No,
     scope: Scope::Run,
     takes: || without(&SPAWN_DOES),
     gives: schema::answer_or_job::<VmInfo>,
@@ -141,7 +141,14 @@ async fn spawn(call: &Call, given: Value) -> Result<Done> {
                     let mut tell = |stage| call.progress.stage(stage);
                     Done::new(&call.unless_cancelled(nido.start(&name, start, &mut tell)).await?)
                 }
-                _ => Err(error),
+                // To begin it anew is a decision: it has ended, or somebody has halted it.
+                VmState::Paused | VmState::Stopped | VmState::Failed => {
+                    call.next_step(
+                        "it is the VM of this very request: vm_start lets it run again, with its disk as it is",
+                    );
+                    Err(error)
+                }
+                VmState::Stopping => Err(error),
             }
         }
         Err(error) => Err(error),
@@ -164,7 +171,7 @@ pub const CREATE: Tool = Tool {
         runs; for a VM that is to be used now, vm_spawn does both in one. Calling again with the same name and the same \
         request answers with the VM that is there. Uses disk space only when it is started. Next: vm_start.",
     hints: ADDS,
-    confirmed: false,
+    confirmed: Confirmed::No,
     scope: Scope::Run,
     takes: || without(&CREATE_NEVER_DOES),
     gives: schema::answer_or_job::<VmInfo>,
@@ -175,8 +182,12 @@ async fn create(call: &Call, given: Value) -> Result<Done> {
     let (spec, _) = request(call, given, &CREATE_NEVER_DOES)?;
     let nido = call.nido().await?;
     let name = spec.name.clone();
+    call.progress.tell(1.0, Some(2.0), "preparing disk and configuration");
     match nido.create(spec.clone()).await {
-        Ok(vm) => made(call, &vm),
+        Ok(vm) => {
+            call.progress.tell(2.0, Some(2.0), "made");
+            made(call, &vm)
+        }
         Err(error) if error.code() == Code::VmExists => match nido.spec(&name) {
             Ok(there) if there == spec => Done::new(&nido.info(&name).await?),
             _ => Err(error),
@@ -189,10 +200,10 @@ pub const START: Tool = Tool {
     name: "vm_start",
     title: "Start a VM",
     about: "Starts a virtual machine that is created, stopped or failed, and waits until commands can be run in it. Its disk \
-        is as it was left. One that runs already is answered as it is. To make a new VM use vm_spawn. Takes from a few \
-        milliseconds to a minute. Next: vm_exec.",
+        is as it was left. One that is paused runs on where it was. One that runs already is answered as it is. To make a \
+        new VM use vm_spawn. Takes from a few milliseconds to a minute. Next: vm_exec.",
     hints: Hints { read_only: false, destructive: false, idempotent: true, open_world: false },
-    confirmed: false,
+    confirmed: Confirmed::No,
     scope: Scope::Run,
     takes: schema::arguments::<Start>,
     gives: schema::answer_or_job::<VmInfo>,
@@ -213,18 +224,23 @@ struct Start {
 async fn start(call: &Call, asked: Start) -> Result<Done> {
     let how = StartRequest { timeout_ms: asked.timeout_ms, ..StartRequest::default() };
     let mut tell = |stage| call.progress.stage(stage);
+    let nido = call.nido().await?;
+    if nido.info(&asked.name).await?.status == VmState::Paused {
+        // There is no other tool for it: to an agent a VM runs or does not.
+        call.unless_cancelled(nido.resume(&asked.name)).await?;
+    }
     // A start that nobody waits for goes on by itself.
-    Done::new(&call.unless_cancelled(call.nido().await?.start(&asked.name, how, &mut tell)).await?)
+    Done::new(&call.unless_cancelled(nido.start(&asked.name, how, &mut tell)).await?)
 }
 
 pub const STOP: Tool = Tool {
     name: "vm_stop",
     title: "Stop a VM",
     about: "Powers a virtual machine off, and pulls the plug if that takes too long. What runs in it ends; its disk stays, and \
-        vm_start starts it again. One made ephemeral is gone afterwards. One that does not run is answered as it is. To get \
-        rid of a VM use vm_delete. Next: vm_start or vm_delete.",
+        vm_start starts it again. One made ephemeral is gone afterwards, disk and all: the user may be asked first if it is not \
+        yours. One that does not run is answered as it is. To get rid of a VM use vm_delete. Next: vm_start or vm_delete.",
     hints: Hints { read_only: false, destructive: true, idempotent: true, open_world: false },
-    confirmed: false,
+    confirmed: Confirmed::OfThrowAway,
     scope: Scope::Run,
     takes: schema::arguments::<Stop>,
     gives: schema::answer_or_job::<VmInfo>,
@@ -243,10 +259,13 @@ struct Stop {
     /// How long an orderly power-off may take before the plug is pulled, in milliseconds; 30000 if absent.
     #[serde(default)]
     timeout_ms: Option<u64>,
+    /// The approval_id of an earlier answer approval_required, once the user has approved it. Else leave it out.
+    #[serde(default, rename = "approval_id")]
+    _approval_id: Option<String>,
 }
 
 async fn stop(call: &Call, asked: Stop) -> Result<Done> {
     let usual = StopRequest::default();
     let how = StopRequest { force: asked.force, timeout_ms: asked.timeout_ms.unwrap_or(usual.timeout_ms) };
-    Done::new(&call.nido().await?.stop(&asked.name, how).await?)
+    Done::new(&call.nido().await?.stop(call.which(&asked.name), how).await?)
 }

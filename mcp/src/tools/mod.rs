@@ -53,8 +53,8 @@ pub struct Tool {
     pub about: &'static str,
     /// What a client may assume.
     pub hints: Hints,
-    /// A person has to confirm it.
-    pub confirmed: bool,
+    /// Whether a person has to confirm it.
+    pub confirmed: Confirmed,
     /// What a caller needs.
     pub scope: Scope,
     /// The schema of its arguments.
@@ -63,6 +63,17 @@ pub struct Tool {
     pub gives: fn() -> Value,
     /// Does it.
     pub(crate) run: fn(Call, Value) -> BoxFuture<'static, Result<Done>>,
+}
+
+/// Whether a person has to confirm a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Confirmed {
+    /// No: nothing is lost that cannot be had again.
+    No,
+    /// Yes: the VM, or what it has become, is gone afterwards.
+    Yes,
+    /// Of a throw-away VM: it would be gone afterwards. Of others nothing is lost.
+    OfThrowAway,
 }
 
 /// What a client may assume. Advice: nothing that matters depends on it.

@@ -5,7 +5,7 @@ use nido_vmm::error::Result;
 use nido_vmm::name::{SnapshotName, VmName};
 use serde::Deserialize;
 
-use super::{ADDS, DESTROYS, Tool, arguments};
+use super::{ADDS, Confirmed, DESTROYS, Tool, arguments};
 use crate::answer::Done;
 use crate::call::Call;
 use crate::schema;
@@ -18,7 +18,7 @@ pub const SNAPSHOT: Tool = Tool {
         host's disk as the VM has memory. To start other VMs from its disk use template_create. Next: vm_restore goes back \
         to it.",
     hints: ADDS,
-    confirmed: false,
+    confirmed: Confirmed::No,
     scope: Scope::Run,
     takes: schema::arguments::<Take>,
     gives: schema::answer_or_job::<SnapshotInfo>,
@@ -46,7 +46,7 @@ pub const RESTORE: Tool = Tool {
         fetched any more: fetch what is still needed with vm_download first. A snapshot of a VM that ran goes on where it \
         was; with disk_only the disk is taken back and the VM stays stopped. The snapshot stays. The user may be asked first. Next: vm_exec.",
     hints: DESTROYS,
-    confirmed: true,
+    confirmed: Confirmed::Yes,
     scope: Scope::Run,
     takes: schema::arguments::<Restore>,
     gives: schema::answer_or_job::<VmInfo>,
@@ -75,5 +75,6 @@ struct Restore {
 async fn restore(call: &Call, asked: Restore) -> Result<Done> {
     let how = RestoreRequest { disk_only: asked.disk_only, timeout_ms: asked.timeout_ms };
     let mut tell = |stage| call.progress.stage(stage);
-    Done::new(&call.nido().await?.snapshot_restore(&asked.name, &asked.snapshot, how, &mut tell).await?)
+    let vm = call.which(&asked.name);
+    Done::new(&call.nido().await?.snapshot_restore(vm, &asked.snapshot, how, &mut tell).await?)
 }

@@ -6,7 +6,7 @@ use nido_vmm::name::{TemplateName, VmName};
 use serde::{Deserialize, Serialize};
 
 use super::page::{Wanted, page};
-use super::{ADDS, LOOKS, Tool, arguments};
+use super::{ADDS, Confirmed, LOOKS, Tool, arguments};
 use crate::answer::{Done, plain};
 use crate::call::Call;
 use crate::schema;
@@ -18,7 +18,7 @@ pub const LIST: Tool = Tool {
         build more (nido template build NAME). Use it before vm_spawn if it is not known which template fits. Changes \
         nothing. If next_cursor is in the answer, there are more: call again with cursor set to it.",
     hints: LOOKS,
-    confirmed: false,
+    confirmed: Confirmed::No,
     scope: Scope::Read,
     takes: schema::arguments::<List>,
     gives: schema::answer::<Page>,
@@ -63,7 +63,7 @@ pub const CREATE: Tool = Tool {
         set, a guest of it is booted once and saved, so that its VMs start quickly; that takes a minute or more. For going \
         back in one VM use vm_snapshot. If it is cancelled, nothing is left. Next: vm_spawn with template set to its name.",
     hints: ADDS,
-    confirmed: false,
+    confirmed: Confirmed::No,
     scope: Scope::Admin,
     takes: schema::arguments::<Create>,
     gives: schema::answer_or_job::<BuildResult>,

@@ -9,7 +9,7 @@ use nido_vmm::state::VmState;
 use serde::{Deserialize, Serialize};
 
 use super::page::{Wanted, page};
-use super::{DESTROYS, LOOKS, Tool, arguments};
+use super::{Confirmed, DESTROYS, LOOKS, Tool, arguments};
 use crate::answer::Done;
 use crate::call::Call;
 use crate::pages::{cursor_of_vms, place};
@@ -22,7 +22,7 @@ pub const LS: Tool = Tool {
         by label or state, or to see what is left over. For one VM whose name is known, vm_info is shorter. Changes \
         nothing. If next_cursor is in the answer, there are more: call again with cursor set to it.",
     hints: LOOKS,
-    confirmed: false,
+    confirmed: Confirmed::No,
     scope: Scope::Read,
     takes: schema::arguments::<Ls>,
     gives: schema::answer::<Page>,
@@ -71,7 +71,7 @@ pub const INFO: Tool = Tool {
         it failed if it did. Use it before anything that depends on the state, and after an error. To find VMs whose name \
         is not known, use vm_ls. Changes nothing.",
     hints: LOOKS,
-    confirmed: false,
+    confirmed: Confirmed::No,
     scope: Scope::Read,
     takes: schema::arguments::<OneVm>,
     gives: schema::answer::<VmInfo>,
@@ -100,7 +100,7 @@ pub const DELETE: Tool = Tool {
         VMs of your own are not asked about. The answer is the VM as it \
         was; a VM that does not exist is the error vm_not_found.",
     hints: DESTROYS,
-    confirmed: true,
+    confirmed: Confirmed::Yes,
     scope: Scope::Run,
     takes: schema::arguments::<Delete>,
     gives: schema::answer_or_job::<VmInfo>,
@@ -122,5 +122,5 @@ struct Delete {
 }
 
 async fn delete(call: &Call, asked: Delete) -> Result<Done> {
-    Done::new(&call.nido().await?.delete(&asked.name, asked.force).await?)
+    Done::new(&call.nido().await?.delete(call.which(&asked.name), asked.force).await?)
 }

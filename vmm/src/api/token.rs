@@ -43,6 +43,44 @@ impl std::str::FromStr for Scope {
     }
 }
 
+/// The one part of a server that a token is good for, where it is not good for all of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Door {
+    /// The MCP server, whose policy and questions the REST API does not know.
+    Mcp,
+}
+
+impl Door {
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Mcp => "mcp",
+        }
+    }
+
+    /// The path behind which it is.
+    #[must_use]
+    pub const fn path(self) -> &'static str {
+        match self {
+            Self::Mcp => "/mcp",
+        }
+    }
+}
+
+impl std::str::FromStr for Door {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self, Error> {
+        if word == Self::Mcp.word() {
+            return Ok(Self::Mcp);
+        }
+        let words = format!("there is no part '{}' of a server", word.escape_debug());
+        Err(Error::new(Code::SpecInvalid, words).hint("mcp, or leave it out for all of it"))
+    }
+}
+
 /// A token that is to be made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -52,6 +90,9 @@ pub struct TokenRequest {
     pub name: String,
     /// What it is good for.
     pub scope: Scope,
+    /// The one part of a server that it is good for; all of it if absent.
+    #[serde(default)]
+    pub only: Option<Door>,
     /// How long it is good, in milliseconds; for ever if absent.
     #[serde(default)]
     pub expires_in_ms: Option<u64>,
@@ -66,6 +107,8 @@ pub struct TokenInfo {
     pub name: String,
     /// What it is good for.
     pub scope: Scope,
+    /// The one part of a server that it is good for, if it is not good for all of it.
+    pub only: Option<Door>,
     /// When it was made.
     pub created_at: Timestamp,
     /// When it ends.

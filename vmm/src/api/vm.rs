@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{ForwardSpec, LeaseId};
+use crate::error::{Code, Error};
 use crate::name::{TemplateName, VmName};
 use crate::state::{FailureCause, VmState};
 
@@ -305,6 +306,35 @@ pub enum PathChoice {
     Cold,
     /// Fork, or fail.
     Fork,
+}
+
+/// Which VM: whichever has the name, or the one of this id and no other that has its name meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Which<'a> {
+    /// Its name.
+    pub name: &'a VmName,
+    /// Its id, where somebody has decided about that very VM.
+    pub id: Option<&'a str>,
+}
+
+impl<'a> From<&'a VmName> for Which<'a> {
+    fn from(name: &'a VmName) -> Self {
+        Self { name, id: None }
+    }
+}
+
+impl Which<'_> {
+    /// Whether the VM that has the name now, which has this id, is the one that is meant.
+    ///
+    /// # Errors
+    /// `vm_replaced`.
+    pub(crate) fn is(&self, id: &str) -> Result<(), Error> {
+        if self.id.is_none_or(|meant| meant == id) {
+            return Ok(());
+        }
+        let words = format!("VM '{}' is another one than was meant: that one is gone", self.name);
+        Err(Error::new(Code::VmReplaced, words).hint("look at the VM of that name, and decide anew"))
+    }
 }
 
 /// How a VM is stopped.

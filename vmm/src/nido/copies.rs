@@ -1,5 +1,7 @@
 //! Copies between host and guest, seen from the API.
 
+use std::fs::{File, Metadata};
+use std::io::Seek as _;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
@@ -28,10 +30,13 @@ impl Nido {
         let reached = self.reach(name).await?;
         let (source, total_bytes) = match request.source {
             UploadSource::Path(path) => {
-                let total = std::fs::metadata(&path).ok().filter(std::fs::Metadata::is_file).map(|meta| meta.len());
+                let total = std::fs::metadata(&path).ok().filter(Metadata::is_file).map(|meta| meta.len());
                 (Source::Path(path), total)
             }
-            UploadSource::Stream { file, mode } => (Source::Reader { reader: Box::new(file), mode }, None),
+            UploadSource::Stream { file, mode } => {
+                let total = left(&file);
+                (Source::Reader { reader: Box::new(file), mode }, total)
+            }
             UploadSource::Directory(fd) => (Source::Directory(fd), None),
             UploadSource::Archive(file) => (Source::Archive(Box::new(file)), None),
         };
@@ -82,6 +87,12 @@ impl Nido {
     }
 }
 
+/// How many bytes there are to be read; nobody knows of what is no file.
+fn left(mut file: &File) -> Option<u64> {
+    let all = file.metadata().ok().filter(Metadata::is_file)?.len();
+    Some(all.saturating_sub(file.stream_position().ok()?))
+}
+
 /// Passes on at most some twenty reports a second: a copy of many small files must not be slowed by its telling.
 fn throttled(tell: impl Fn(Progress)) -> impl FnMut(Progress) {
     let mut last: Option<Instant> = None;
@@ -103,7 +114,9 @@ async fn follow(
     loop {
         tokio::select! {
             outcome = &mut work => return outcome,
-            Some(now) = heard.recv() => progress(CopyProgress { bytes: now.bytes, entries: now.entries, total_bytes }),
+            Some(Progress { bytes, entries, of }) = heard.recv() => {
+                progress(CopyProgress { bytes, entries, total_bytes: total_bytes.or(of) });
+            }
         }
     }
 }

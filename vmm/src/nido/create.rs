@@ -100,11 +100,13 @@ pub(super) fn check_labels(spec: &VmSpec) -> Result<()> {
     if spec.labels.len() > LABELS_MAX || spec.labels.iter().any(|(k, v)| k.is_empty() || long(k) || long(v)) {
         let rule =
             format!("at most {LABELS_MAX} labels, each key and value at most {LABEL_BYTES_MAX} bytes and no empty key");
-        return Err(Error::new(Code::SpecInvalid, format!("the labels are not valid: {rule}")));
+        return Err(Error::new(Code::SpecInvalid, format!("labels: {rule}")));
     }
-    if spec.ttl_ms == Some(0) || spec.idle_ms == Some(0) {
-        return Err(Error::new(Code::SpecInvalid, "a time limit of zero would end the VM at once")
-            .hint("leave it out for no limit"));
+    for (field, limit) in [("ttl_ms", spec.ttl_ms), ("idle_ms", spec.idle_ms)] {
+        if limit == Some(0) {
+            let words = format!("{field}: a time limit of zero would end the VM at once");
+            return Err(Error::new(Code::SpecInvalid, words).hint("leave it out for no limit"));
+        }
     }
     Ok(())
 }

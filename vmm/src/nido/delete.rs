@@ -3,11 +3,10 @@
 use std::time::{Duration, Instant};
 
 use super::Nido;
-use crate::api::{StopRequest, VmInfo};
+use crate::api::{StopRequest, VmInfo, Which};
 use crate::error::{Code, Error, Result};
 use crate::home::SUPERVISOR_LOCK;
 use crate::lock::Held;
-use crate::name::VmName;
 use crate::state::{Admission, Request, admit};
 use crate::store::{Purpose, VmRow};
 use crate::supervisor::control::Request as Control;
@@ -19,9 +18,12 @@ impl Nido {
     /// Deletes a VM and everything of it; a running one only with `force`. The answer is how it was.
     ///
     /// # Errors
-    /// `vm_not_found`, `vm_busy`.
-    pub async fn delete(&self, name: &VmName, force: bool) -> Result<VmInfo> {
-        let row = self.store().any_vm_by_name(name)?;
+    /// `vm_not_found`, `vm_replaced`, `vm_busy`.
+    pub async fn delete(&self, vm: impl Into<Which<'_>>, force: bool) -> Result<VmInfo> {
+        let vm = vm.into();
+        let row = self.store().any_vm_by_name(vm.name)?;
+        // From here on everything is done to that id.
+        vm.is(&row.id)?;
         self.delete_row(&row, force).await
     }
 

@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::Nido;
 use super::create::{machine_request, make_disk, write_guest_config};
-use crate::api::{AgentInfo, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmSpec};
+use crate::api::{AgentInfo, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmSpec, Which};
 use crate::error::{Code, Error, Result};
 use crate::home::SUPERVISOR_LOCK;
 use crate::lock::Held;
@@ -191,13 +191,15 @@ impl Nido {
     /// Stops a VM. The answer about an ephemeral VM is the last that is heard of it.
     ///
     /// # Errors
-    /// `vm_not_found`, `spec_invalid` if it may take too long, `timeout` if even the plug could not be pulled.
-    pub async fn stop(&self, name: &VmName, stop: StopRequest) -> Result<VmInfo> {
+    /// `vm_not_found`, `vm_replaced`, `spec_invalid` if it may take too long, `timeout` if even the plug could not be pulled.
+    pub async fn stop(&self, vm: impl Into<Which<'_>>, stop: StopRequest) -> Result<VmInfo> {
+        let vm = vm.into();
         if stop.timeout_ms > STOP_MAX_MS {
             return Err(Error::new(Code::SpecInvalid, "timeout_ms: a guest may take an hour at most to power off")
                 .hint("the plug of one that takes longer can be pulled with force"));
         }
-        let row = self.store().vm_by_name(name)?;
+        let row = self.store().vm_by_name(vm.name)?;
+        vm.is(&row.id)?;
         if matches!(admit(row.state, Act::Stop), Admission::Do) {
             return self.stop_row(&row, stop).await;
         }
@@ -233,7 +235,7 @@ impl Nido {
             return Err(Error::new(Code::SpecInvalid, format!("VM '{name}' is ephemeral: it vanishes when it stops"))
                 .hint("spawn a new one"));
         }
-        self.stop(name, stop).await?;
+        self.stop(Which { name, id: Some(&row.id) }, stop).await?;
         self.start(name, start, progress).await
     }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::Nido;
 use super::lifecycle::{LET_GO, denied};
 use crate::api::{
-    PathChoice, RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, StopRequest, VmInfo,
+    PathChoice, RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, StopRequest, VmInfo, Which,
 };
 use crate::error::{Code, Error, Result};
 use crate::home::{DISK, SUPERVISOR_LOCK};
@@ -75,17 +75,20 @@ impl Nido {
     /// goes on where it was, with the time, the random numbers and the token of now.
     ///
     /// # Errors
-    /// `vm_not_found`, `snapshot_not_found`, `template_mismatch` if this host cannot load it, `spec_invalid` for an
+    /// `vm_not_found`, `vm_replaced`, `snapshot_not_found`, `template_mismatch` if this host cannot load it, `spec_invalid` for an
     /// ephemeral VM that runs, and those of a start.
     pub async fn snapshot_restore(
         &self,
-        vm: &VmName,
+        vm: impl Into<Which<'_>>,
         name: &SnapshotName,
         request: RestoreRequest,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
+        let which = vm.into();
+        let vm = which.name;
         let row = self.store().vm_by_name(vm)?;
+        which.is(&row.id)?;
         let dir = self.vm_dir(&row.id);
         let record = snapshot::open(&dir, vm, name)?;
         let saved = record.running.filter(|_| !request.disk_only);
@@ -133,14 +136,18 @@ impl Nido {
         })
     }
 
-    /// Locks a VM at rest.
+    /// Locks this very VM at rest, whatever has its name meanwhile.
     pub(super) async fn hold_at_rest(&self, row: &VmRow) -> Result<(Held, VmRow)> {
         let name = &row.spec.name;
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
-        let held = Held::take(&lock, Instant::now() + LET_GO).await.map_err(|e| Error::io("cannot lock the VM", e))?;
+        let gone = || Error::new(Code::VmNotFound, format!("VM '{name}' is gone: it was deleted meanwhile"));
+        let held = Held::take(&lock, Instant::now() + LET_GO).await.map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => gone(),
+            _ => Error::io("cannot lock the VM", e),
+        })?;
         let busy = || Error::new(Code::VmBusy, format!("VM '{name}' is held by another nido process"));
         let held = held.ok_or_else(busy)?;
-        let row = self.store().vm_by_name(name)?;
+        let row = self.store().vm_by_id(&row.id)?.ok_or_else(gone)?;
         if row.state.at_rest() { Ok((held, row)) } else { Err(busy()) }
     }
 }

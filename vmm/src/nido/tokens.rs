@@ -39,6 +39,7 @@ impl Nido {
             id: super::new_id()?,
             name: request.name.clone(),
             scope: request.scope,
+            only: request.only,
             created_at,
             expires_at: expires_at.transpose()?,
         };
@@ -81,7 +82,7 @@ impl Nido {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::Scope;
+    use crate::api::{Door, Scope};
     use crate::nido::OpenOptions;
 
     #[test]
@@ -89,10 +90,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let home = dir.path().join("home");
         let nido = Nido::open_unsettled(OpenOptions { home: Some(home), ..OpenOptions::default() }).unwrap();
-        let request = TokenRequest { name: "ci".into(), scope: Scope::Run, expires_in_ms: None };
+        let request = TokenRequest { name: "ci".into(), scope: Scope::Run, only: None, expires_in_ms: None };
         let made = nido.token_create(&request).unwrap();
         assert_eq!(nido.token_check(&made.token).unwrap().id, made.info.id);
         assert_eq!(nido.token_create(&request).unwrap_err().code(), Code::TokenExists);
+        let narrow = TokenRequest { name: "agents".into(), only: Some(Door::Mcp), ..request.clone() };
+        let narrow = nido.token_create(&narrow).unwrap();
+        assert_eq!(nido.token_check(&narrow.token).unwrap().only, Some(Door::Mcp));
+        let list = nido.token_list().unwrap().tokens;
+        assert_eq!(list.iter().map(|token| token.only).collect::<Vec<_>>(), [Some(Door::Mcp), None]);
+        assert_eq!(nido.token_revoke("agents").unwrap().only, Some(Door::Mcp));
         let flipped = if made.token.ends_with('0') { "1" } else { "0" };
         let forged = format!("{}{flipped}", &made.token[..made.token.len() - 1]);
         for bad in ["", "nido_", "nido__", &forged, &made.token[5..], &made.info.id] {

@@ -28,6 +28,8 @@ use crate::text::head;
 
 /// The word in the audit log for a command that no rule allows.
 pub const NOT_IN_ALLOWLIST: &str = "not_in_allowlist";
+/// The word for a file that may not be put into a VM for which there is a list.
+pub const UPLOAD_NOT_ALLOWED: &str = "upload_not_allowed";
 /// The longest file that is read, in bytes.
 const FILE_MAX: u64 = 1 << 20;
 /// How much of a program's name a refusal shows, in bytes.
@@ -46,6 +48,9 @@ pub struct Policy {
     /// The commands that may be run; all if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     allow: Option<Vec<Rule>>,
+    /// Whether files may be put into a VM although the list above counts for it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    upload: bool,
     /// What is different for VMs of a template.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     template: BTreeMap<TemplateName, Section>,
@@ -87,6 +92,9 @@ struct Section {
     /// The commands that are allowed here, instead of those that are elsewhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     allow: Option<Vec<Rule>>,
+    /// Whether files may be put into a VM although that list counts for it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    upload: bool,
 }
 
 /// What of a command is judged.
@@ -179,6 +187,19 @@ pub fn decide_shell(policy: &Policy, vm: &VmName, template: &TemplateName) -> Ve
     }
 }
 
+/// Whether a file may be put into a VM. Whoever writes as root what is run there writes the programs that are on a list.
+#[must_use]
+pub fn decide_upload(policy: &Policy, vm: &VmName, template: &TemplateName) -> Verdict {
+    match policy.list(vm, template) {
+        None | Some((_, true)) => Verdict::Allowed,
+        Some((_, false)) => Verdict::Denied(Denial {
+            reason: UPLOAD_NOT_ALLOWED,
+            detail: "there is a list of allowed commands for this VM, and a file could take the place of one of them"
+                .into(),
+        }),
+    }
+}
+
 fn denied(detail: impl Into<String>) -> Verdict {
     Verdict::Denied(Denial { reason: NOT_IN_ALLOWLIST, detail: detail.into() })
 }
@@ -226,6 +247,14 @@ impl Policy {
             if section.unrestricted && section.allow.is_some() {
                 return Err(wrong(format!("[{kind}.{name}] has both a list and 'unrestricted'")));
             }
+            if section.upload && section.allow.is_none() {
+                return Err(wrong(format!("[{kind}.{name}] has 'upload' and no list to which it could belong")));
+            }
+        }
+        if policy.upload && policy.allow.is_none() {
+            return Err(wrong(
+                "'upload' belongs to a list, and there is none; without one files may be put anywhere".into(),
+            ));
         }
         if let Some(root) = policy.roots.iter().find(|root| !root.is_absolute()) {
             return Err(wrong(format!("the root '{}' is not an absolute path", root.display())));
@@ -255,15 +284,20 @@ impl Policy {
     /// The list that counts for a VM: the most specific one, alone. `None`: every command is allowed.
     #[must_use]
     pub fn rules(&self, vm: &VmName, template: &TemplateName) -> Option<&[Rule]> {
+        self.list(vm, template).map(|(rules, _)| rules)
+    }
+
+    /// The same, and whether files may be put there.
+    fn list(&self, vm: &VmName, template: &TemplateName) -> Option<(&[Rule], bool)> {
         let sections = [self.vm.get(vm), self.template.get(template)];
         for section in sections.into_iter().flatten() {
             match (&section.allow, section.unrestricted) {
-                (Some(rules), _) => return Some(rules),
+                (Some(rules), _) => return Some((rules, section.upload)),
                 (None, true) => return None,
                 (None, false) => {}
             }
         }
-        self.allow.as_deref()
+        self.allow.as_deref().map(|rules| (rules, self.upload))
     }
 }
 
@@ -320,6 +354,28 @@ mod tests {
     }
 
     #[test]
+    fn where_a_list_counts_files_are_put_only_if_it_says_so() {
+        let text = |upload: &str| {
+            format!(
+                "{upload}\nallow = [{{ program = 'git' }}]\n[vm.open]\nunrestricted = true\n\
+            [vm.locked]\nallow = []\n[template.work]\nallow = []\nupload = true\n"
+            )
+        };
+        let decide = |upload: &str, vm: &str, template: &str| {
+            let policy = Policy::parse(&text(upload)).unwrap();
+            decide_upload(&policy, &vm.parse().unwrap(), &template.parse().unwrap()) == Verdict::Allowed
+        };
+        assert_eq!([decide("", "web", "sandbox"), decide("upload = true", "web", "sandbox")], [false, true]);
+        // What is said of one list is not said of another.
+        for upload in ["", "upload = true"] {
+            let told =
+                [("open", "sandbox"), ("locked", "work"), ("web", "work")].map(|(vm, of)| decide(upload, vm, of));
+            assert_eq!(told, [true, false, true]);
+        }
+        assert_eq!(decide_upload(&Policy::default(), &"a".parse().unwrap(), &"b".parse().unwrap()), Verdict::Allowed);
+    }
+
+    #[test]
     fn without_a_list_everything_is_allowed_and_with_one_little_is() {
         let mut policy = Policy::default();
         assert_eq!((policy.confirm, policy.read_only, policy.roots.len()), (Confirm::Always, false, 0));
@@ -341,15 +397,18 @@ mod tests {
         for (text, words) in [
             (
                 "confrim = 'never'",
-                &["line 1", "`confrim`", "`confirm`, `read_only`, `roots`, `allow`, `template`, `vm`"][..],
+                &["line 1", "`confrim`", "`confirm`, `read_only`, `roots`, `allow`, `upload`, `template`, `vm`"][..],
             ),
-            ("\n[vm.web]\nallows = []", &["line 3", "`allows`", "`unrestricted` or `allow`"]),
+            ("\n[vm.web]\nallows = []", &["line 3", "`allows`", "`unrestricted`, `allow`, `upload`"]),
             ("[[allow]]\nprogram = 'ls'\nargv = []", &["line 3", "`argv`", "`program`, `args`, `env`, `users`"]),
             ("[[allow]]\nargs = []", &["program"]),
             ("[[allow]]\nprogram = 'b*'", &["line 2", "without wildcards"]),
             ("[[allow]]\nprogram = 'ls'\nargs = ['**', 'a']", &["** and -** stand last"]),
             ("[vm.Web]", &["'Web'"]),
             ("[vm.web]\nallow = []\nunrestricted = true", &["[vm.web]", "both"]),
+            ("upload = true", &["'upload' belongs to a list"]),
+            ("[vm.web]\nupload = true", &["[vm.web]", "no list"]),
+            ("[template.x]\nupload = true\nunrestricted = true", &["[template.x]", "no list"]),
             ("roots = ['srv']", &["'srv'", "absolute"]),
             ("confirm = 'yes'", &["line 1", "`always` or `never`"]),
             ("confirm =", &["line 1"]),
@@ -407,14 +466,15 @@ mod tests {
         #[test]
         fn a_policy_comes_back_as_it_was_written(
             allow in rules(), vm in rules(), unrestricted in any::<bool>(), read_only in any::<bool>(),
-            never in any::<bool>(), root in "/[a-zé \"'\\\\]{0,8}",
+            never in any::<bool>(), upload in any::<bool>(), root in "/[a-zé \"'\\\\]{0,8}",
         ) {
             let unrestricted = unrestricted && vm.is_none();
-            let section = Section { unrestricted, allow: vm };
+            let section = Section { unrestricted, upload: upload && vm.is_some(), allow: vm };
             let policy = Policy {
                 confirm: if never { Confirm::Never } else { Confirm::Always },
                 read_only,
                 roots: vec![root.into()],
+                upload: upload && allow.is_some(),
                 allow,
                 template: BTreeMap::from([("sandbox".parse().unwrap(), section.clone())]),
                 vm: BTreeMap::from([("web-1".parse().unwrap(), section)]),

@@ -36,7 +36,7 @@ use crate::error::{Code, Error, Result};
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-const STEPS: [&str; 10] = [
+const STEPS: [&str; 11] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -162,6 +162,7 @@ const STEPS: [&str; 10] = [
         error        TEXT                        -- Problem
     ) STRICT;",
     "ALTER TABLE webhooks ADD COLUMN rests_until_ms INTEGER;", // it asked to be left alone until then
+    "ALTER TABLE tokens ADD COLUMN only_for TEXT;                    -- Door; all of a server if absent",
 ];
 /// What this build writes into `user_version`.
 const SCHEMA_VERSION: i64 = STEPS.len() as i64;
@@ -336,7 +337,13 @@ mod tests {
             let old = Connection::open(&path).unwrap();
             STEPS[..version].iter().for_each(|step| old.execute_batch(step).unwrap());
             old.pragma_update(None, "user_version", version as i64).unwrap();
+            // Whoever had a token then has it still.
+            let token = "INSERT INTO tokens (id, name, sha256, scope, created_ms) VALUES ('1', 'ci', 'x', 'run', 0)";
+            let had_token = old.execute(token, []).is_ok();
             drop(old);
+            let tokens = Store::open(&path).unwrap().tokens().unwrap();
+            assert_eq!(tokens.iter().filter(|token| token.only.is_none()).count(), usize::from(had_token));
+            assert!(had_token || version < 5, "from version {version}");
             assert_eq!(shape(&Store::open(&path).unwrap().connection), new, "from version {version}");
         }
     }

@@ -4,8 +4,10 @@ use jiff::Timestamp;
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::{Store, fault};
-use crate::api::TokenInfo;
+use crate::api::{Door, TokenInfo};
 use crate::error::{Code, Error, Result};
+
+const COLUMNS: &str = "id, name, sha256, scope, created_ms, expires_ms, only_for";
 
 /// A token as the store knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,16 +24,16 @@ impl Store {
     /// # Errors
     /// `token_exists`.
     pub fn insert_token(&self, token: &TokenRow) -> Result<()> {
-        let TokenInfo { id, name, scope, created_at, expires_at } = &token.info;
+        let TokenInfo { id, name, scope, only, created_at, expires_at } = &token.info;
+        let only = only.map(Door::word);
         let expires = expires_at.map(Timestamp::as_millisecond);
-        let row = params![id, name, token.sha256, scope.word(), created_at.as_millisecond(), expires];
-        let insert =
-            "INSERT INTO tokens (id, name, sha256, scope, created_ms, expires_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+        let row = params![id, name, token.sha256, scope.word(), created_at.as_millisecond(), expires, only];
+        let insert = format!("INSERT INTO tokens ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)");
         let taken = || {
             Error::new(Code::TokenExists, format!("there is a token named '{name}' already"))
                 .hint(format!("choose another name, or: nido token revoke {name}"))
         };
-        self.connection.execute(insert, row).map(drop).map_err(|e| match e.sqlite_error_code() {
+        self.connection.execute(&insert, row).map(drop).map_err(|e| match e.sqlite_error_code() {
             Some(rusqlite::ErrorCode::ConstraintViolation) => taken(),
             _ => fault(e),
         })
@@ -42,8 +44,8 @@ impl Store {
     /// # Errors
     /// Of the store.
     pub fn tokens(&self) -> Result<Vec<TokenInfo>> {
-        let query = "SELECT id, name, sha256, scope, created_ms, expires_ms FROM tokens ORDER BY name";
-        let mut statement = self.connection.prepare(query).map_err(fault)?;
+        let query = format!("SELECT {COLUMNS} FROM tokens ORDER BY name");
+        let mut statement = self.connection.prepare(&query).map_err(fault)?;
         let rows = statement.query_map([], read).map_err(fault)?;
         rows.map(|row| Ok(row.map_err(fault)??.info)).collect()
     }
@@ -53,8 +55,8 @@ impl Store {
     /// # Errors
     /// Of the store.
     pub fn token(&self, id: &str) -> Result<Option<TokenRow>> {
-        let query = "SELECT id, name, sha256, scope, created_ms, expires_ms FROM tokens WHERE id = ?1";
-        self.connection.query_row(query, [id], read).optional().map_err(fault)?.transpose()
+        let query = format!("SELECT {COLUMNS} FROM tokens WHERE id = ?1");
+        self.connection.query_row(&query, [id], read).optional().map_err(fault)?.transpose()
     }
 
     /// Removes the token of that name or id; what it was.
@@ -62,9 +64,8 @@ impl Store {
     /// # Errors
     /// `token_not_found`.
     pub fn remove_token(&self, named: &str) -> Result<TokenInfo> {
-        let delete = "DELETE FROM tokens WHERE name = ?1 OR id = ?1 \
-                      RETURNING id, name, sha256, scope, created_ms, expires_ms";
-        let gone = self.connection.query_row(delete, [named], read).optional().map_err(fault)?.transpose()?;
+        let delete = format!("DELETE FROM tokens WHERE name = ?1 OR id = ?1 RETURNING {COLUMNS}");
+        let gone = self.connection.query_row(&delete, [named], read).optional().map_err(fault)?.transpose()?;
         gone.map(|row| row.info).ok_or_else(|| {
             Error::new(Code::TokenNotFound, format!("there is no token '{}'", named.escape_debug()))
                 .hint("nido token list shows those there are")
@@ -76,11 +77,14 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Result<TokenRow>> {
     let (scope, created, expires): (String, i64, Option<i64>) = (row.get(3)?, row.get(4)?, row.get(5)?);
     let time = |ms| Timestamp::from_millisecond(ms).map_err(|e| Error::internal(e.to_string()));
     let (id, name, sha256) = (row.get(0)?, row.get(1)?, row.get(2)?);
+    let only: Option<String> = row.get(6)?;
     let decode = || -> Result<TokenRow> {
         let info = TokenInfo {
             id,
             name,
             scope: scope.parse()?,
+            // A word that is not known is an error: such a token is good for nothing, not for everything.
+            only: only.map(|word| word.parse()).transpose()?,
             created_at: time(created)?,
             expires_at: expires.map(time).transpose()?,
         };

@@ -38,6 +38,8 @@ pub struct Progress {
     pub entries: u64,
     /// Bytes of files.
     pub bytes: u64,
+    /// Bytes in all, where it is one file and the guest has said how long it is. A claim.
+    pub of: Option<u64>,
 }
 
 /// What was copied.

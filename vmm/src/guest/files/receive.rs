@@ -77,7 +77,10 @@ impl<F: FnMut(Progress)> Receiver<F> {
             return Err(GuestError::LimitExceeded { what: "bytes of a path", limit: MAX_PATH as u64 });
         }
         let kind = match entry.kind {
-            EntryKind::File(size) => ItemKind::File(size),
+            EntryKind::File(size) => {
+                self.progress.of = Some(size).filter(|_| is_root);
+                ItemKind::File(size)
+            }
             EntryKind::Directory => ItemKind::Directory,
             EntryKind::Symlink(_) if is_root => return Err(GuestError::breach("a tree whose root is a symlink")),
             EntryKind::Symlink(target) => ItemKind::Symlink(checked_target(target.into())?),
@@ -110,7 +113,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
 
     /// What was copied, after the end of the tree.
     pub fn copied(&self, path: Vec<u8>) -> Copied {
-        let Progress { entries, bytes } = self.progress;
+        let Progress { entries, bytes, of: _ } = self.progress;
         Copied { entries, bytes, skipped: self.skipped, path }
     }
 

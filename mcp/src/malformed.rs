@@ -1,0 +1,94 @@
+//! Requests whose method is known and whose params are none of that method. Pure.
+//!
+//! The protocol's library takes such a request for one of a method that it does not know; to whoever asked it is the params that
+//! are wrong, and which part of them.
+
+use nido_vmm::text::head;
+use rmcp::model::{
+    CallToolRequestParams, CompleteRequestParams, GetPromptRequestParams, ReadResourceRequestParams,
+    SubscribeRequestParams, SubscriptionsListenRequestParams, UnsubscribeRequestParams,
+};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::answer::plain;
+
+/// How much of what was said wrongly is said again, in bytes.
+const SHOWN: usize = 300;
+
+/// The method that calls a tool.
+pub const CALL: &str = "tools/call";
+
+/// What is wrong with the params of this method, or nothing if it is none that is served here.
+pub fn wrong(method: &str, params: Option<&Value>) -> Option<String> {
+    let check: fn(Value) -> Option<String> = match method {
+        CALL => told::<CallToolRequestParams>,
+        "completion/complete" => told::<CompleteRequestParams>,
+        "prompts/get" => told::<GetPromptRequestParams>,
+        "resources/read" => told::<ReadResourceRequestParams>,
+        "resources/subscribe" => told::<SubscribeRequestParams>,
+        "resources/unsubscribe" => told::<UnsubscribeRequestParams>,
+        "subscriptions/listen" => told::<SubscriptionsListenRequestParams>,
+        _ => return None,
+    };
+    let Some(params) = params else { return Some("params: they are missing".into()) };
+    if !params.is_object() {
+        return Some("params: they are an object".into());
+    }
+    let words = check(params.clone()).unwrap_or_else(|| "params: they are not those of this method".into());
+    Some(plain(head(&words, SHOWN)))
+}
+
+fn told<T: DeserializeOwned>(params: Value) -> Option<String> {
+    let error = serde_path_to_error::deserialize::<_, T>(params).err()?;
+    let path = error.path().to_string();
+    let field = if path == "." { "params".to_owned() } else { path };
+    Some(format!("{field}: {}", error.into_inner()))
+}
+
+/// Which tool was to be called, as far as that can be told, and what the audit log is told of its arguments: what is not in its
+/// place cannot be searched for secrets.
+pub fn called(params: Option<&Value>) -> (String, Value) {
+    let params = params.unwrap_or(&Value::Null);
+    let name = params["name"].as_str().unwrap_or(CALL).to_owned();
+    let arguments = match &params["arguments"] {
+        given @ Value::Object(_) => given.clone(),
+        _ => json!({}),
+    };
+    (name, arguments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_place() {
+        for (method, params, words) in [
+            (
+                CALL,
+                json!({"name": "vm_ls", "arguments": "{}"}),
+                "arguments: invalid type: string \"{}\", expected a map",
+            ),
+            (CALL, json!({"name": "vm_ls", "arguments": []}), "arguments: invalid type: sequence, expected a map"),
+            (CALL, json!({"name": 1}), "name: invalid type: integer `1`, expected a string"),
+            (CALL, json!({}), "params: missing field `name`"),
+            ("resources/read", json!({"uri": null}), "uri: invalid type: null, expected a string"),
+            ("prompts/get", json!([]), "params: they are an object"),
+        ] {
+            assert_eq!(wrong(method, Some(&params)).as_deref(), Some(words));
+        }
+        assert_eq!(wrong(CALL, None).as_deref(), Some("params: they are missing"));
+        assert_eq!(wrong("no/such/method", Some(&json!({}))), None);
+        let long = wrong(CALL, Some(&json!({"name": "vm_ls", "arguments": "\u{1b}x".repeat(1000)}))).unwrap();
+        assert!(long.len() <= SHOWN && !long.contains('\u{1b}'), "{long}");
+    }
+
+    #[test]
+    fn what_cannot_be_searched_for_secrets_is_not_written_down() {
+        let told = |params: Value| called(Some(&params));
+        assert_eq!(told(json!({"name": "vm_exec", "arguments": "stdin"})), ("vm_exec".into(), json!({})));
+        assert_eq!(told(json!({"arguments": {"a": 1}})), (CALL.into(), json!({"a": 1})));
+        assert_eq!(called(None), (CALL.into(), json!({})));
+    }
+}

@@ -1,0 +1,253 @@
+//! A person's word before something is destroyed: who is asked, about what, and what counts as an answer.
+
+use serde_json::{Value, json};
+
+use crate::support::Home;
+use crate::support::mcp::{Client, Era};
+
+/// A VM that a person has to be asked about.
+fn kept(client: &mut Client) {
+    client.good("vm_create", json!({"name": "web", "accel": "tcg"}));
+}
+
+const FORMS: fn() -> Value = || json!({"elicitation": {}});
+
+#[test]
+fn a_client_without_forms_is_told_how_its_user_can_approve() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Legacy);
+    kept(&mut client);
+    let error = client.bad("vm_delete", json!({"name": "web"}), "approval_required");
+    let id = error["approval_id"].as_str().unwrap();
+    assert!(error["hint"].as_str().unwrap().contains(&format!("nido approve {id}")), "{error}");
+    // Not given yet; and what a model makes up is none.
+    client.bad("vm_delete", json!({"name": "web", "approval_id": id}), "approval_required");
+    client.bad("vm_delete", json!({"name": "web", "approval_id": "apr_0123456789abcdef"}), "approval_required");
+    home.nido(["approve", id]).run().ok();
+    // For exactly what was asked.
+    let other = client.bad("vm_delete", json!({"name": "web", "approval_id": id, "force": true}), "denied");
+    assert!(other["next_step"].as_str().unwrap().contains("without approval_id"), "{other}");
+    client.good("vm_delete", json!({"name": "web", "approval_id": id}));
+    assert!(home.names().is_empty());
+    // For that VM, not for the next of its name.
+    kept(&mut client);
+    client.bad("vm_delete", json!({"name": "web", "approval_id": id}), "denied");
+}
+
+#[test]
+fn a_client_with_forms_asks_its_user_in_both_eras() {
+    for era in Era::ALL {
+        for (answer, goes) in [
+            (json!({"action": "decline"}), false),
+            (json!({"action": "accept", "content": {"confirm": false}}), false),
+            (json!({"action": "accept", "content": {"confirm": true}}), true),
+        ] {
+            let home = Home::new();
+            let mut client = Client::with(&home, era, &[], FORMS());
+            kept(&mut client);
+            let call = json!({"name": "vm_delete", "arguments": {"name": "web"}});
+            let result = match era {
+                Era::Legacy => {
+                    let id = client.request("tools/call", call);
+                    let asked = client.hear("elicitation/create");
+                    assert!(asked["params"]["message"].as_str().unwrap().contains("VM 'web'"), "{asked}");
+                    client.say(&json!({"jsonrpc": "2.0", "id": asked["id"], "result": answer}));
+                    client.done("vm_delete", id)
+                }
+                Era::Modern => {
+                    let asked = client.result("tools/call", call.clone());
+                    assert_eq!(asked["resultType"], "input_required", "{asked}");
+                    assert_eq!(asked["inputRequests"]["confirm"]["method"], "elicitation/create");
+                    let mut again = call;
+                    again["inputResponses"] = json!({"confirm": answer});
+                    again["requestState"] = asked["requestState"].clone();
+                    let id = client.request("tools/call", again.clone());
+                    let first = client.done("vm_delete", id);
+                    if goes {
+                        // Used up: for another VM of that name it is good for nothing.
+                        kept(&mut client);
+                        let id = client.request("tools/call", again);
+                        assert_eq!(client.done("vm_delete", id)["isError"], true);
+                        home.nido(["delete", "--yes", "web"]).run().ok();
+                    }
+                    first
+                }
+            };
+            assert_eq!(result["isError"], !goes, "{result}");
+            assert_eq!(home.names().is_empty(), goes, "{era:?} {result}");
+            if !goes {
+                // What is said then is said again, and nobody is asked again.
+                let refused = result["structuredContent"]["error"].clone();
+                assert!(
+                    refused["next_step"].as_str().unwrap().starts_with("the user has refused: do not"),
+                    "{refused}"
+                );
+                assert_eq!(client.bad("vm_delete", json!({"name": "web"}), "denied"), refused);
+            }
+        }
+    }
+}
+
+#[test]
+fn ones_own_throw_away_vms_and_policies_without_confirmation_are_not_asked_about() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    client.good("vm_spawn", json!({"name": "own", "accel": "tcg", "ephemeral": true}));
+    client.good("vm_delete", json!({"name": "own", "force": true}));
+    home.nido(["create", "other", "--ephemeral"]).run().ok();
+    client.bad("vm_delete", json!({"name": "other"}), "approval_required");
+    drop(client);
+    let mut client = Client::with(&home, Era::Modern, &["--confirm", "never"], json!({}));
+    client.good("vm_delete", json!({"name": "other"}));
+    drop(client);
+    let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+    let reasons: Vec<_> = log["records"].as_array().unwrap().iter().filter(|r| r["tool"] == "vm_delete").collect();
+    let reasons: Vec<_> = reasons.iter().filter_map(|record| record["reason"].as_str()).collect();
+    assert_eq!(reasons, ["own_ephemeral", "approval_required", "confirm_never"]);
+}
+
+/// What a client with forms gets when it asks, and how its user's answer comes back.
+enum Form {
+    /// A request of the server, with its number.
+    Asked { call: u64, question: Value },
+    /// A result, to be brought back with the answer.
+    Returned { again: Value },
+}
+
+/// Calls a tool, as far as the user being asked.
+fn form(client: &mut Client, era: Era, tool: &str, arguments: &Value) -> (Form, String) {
+    let call = json!({"name": tool, "arguments": arguments});
+    match era {
+        Era::Legacy => {
+            let call = client.request("tools/call", call);
+            let question = client.hear("elicitation/create");
+            let words = question["params"]["message"].as_str().unwrap().to_owned();
+            (Form::Asked { call, question }, words)
+        }
+        Era::Modern => {
+            let asked = client.result("tools/call", call.clone());
+            assert_eq!(asked["resultType"], "input_required", "{asked}");
+            let words = asked["inputRequests"]["confirm"]["params"]["message"].as_str().unwrap().to_owned();
+            let mut again = call;
+            again["requestState"] = asked["requestState"].clone();
+            (Form::Returned { again }, words)
+        }
+    }
+}
+
+/// The user says yes; what becomes of the call.
+fn yes(client: &mut Client, tool: &str, form: Form) -> Value {
+    let yes = json!({"action": "accept", "content": {"confirm": true}});
+    match form {
+        Form::Asked { call, question } => {
+            client.say(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
+            client.done(tool, call)
+        }
+        Form::Returned { mut again } => {
+            again["inputResponses"] = json!({"confirm": yes});
+            let id = client.request("tools/call", again);
+            client.done(tool, id)
+        }
+    }
+}
+
+#[test]
+fn a_yes_is_for_the_vm_that_was_asked_about_and_not_for_the_next_of_its_name() {
+    for era in Era::ALL {
+        for (tool, arguments) in [
+            ("vm_delete", json!({"name": "web", "force": true})),
+            ("vm_restore", json!({"name": "web", "snapshot": "before"})),
+            ("vm_stop", json!({"name": "web"})),
+        ] {
+            let home = Home::new();
+            let mut client = Client::with(&home, era, &[], FORMS());
+            let make = || {
+                if tool == "vm_stop" {
+                    home.nido(["spawn", "web", "--accel", "tcg", "--ephemeral"]).run().ok();
+                } else {
+                    home.spawn("web");
+                    home.nido(["stop", "web", "--force"]).run().ok();
+                    home.nido(["snapshot", "create", "web", "before"]).run().ok();
+                }
+            };
+            make();
+            let first = home.info("web");
+            let (open, words) = form(&mut client, era, tool, &arguments);
+            assert!(words.contains(first["id"].as_str().unwrap()), "{words}");
+            home.nido(["delete", "web", "--force", "--yes"]).run().ok();
+            make();
+            let second = home.info("web");
+            let result = yes(&mut client, tool, open);
+            let error = &result["structuredContent"]["error"];
+            let code = if era == Era::Legacy { "vm_replaced" } else { "denied" };
+            assert_eq!((&result["isError"], &error["code"]), (&true.into(), &code.into()), "{result}");
+            assert!(error["next_step"].is_string(), "{error}");
+            assert_eq!(home.info("web"), second, "{tool}");
+        }
+    }
+}
+
+#[test]
+fn a_throw_away_vm_of_somebody_else_is_not_stopped_unasked() {
+    for era in Era::ALL {
+        let home = Home::new();
+        home.nido(["spawn", "theirs", "--accel", "tcg", "--ephemeral"]).run().ok();
+        home.spawn("kept");
+        let mut client = Client::with(&home, era, &[], FORMS());
+        let (open, words) = form(&mut client, era, "vm_stop", &json!({"name": "theirs"}));
+        assert!(words.contains("wants to stop, and so destroy with its disk"), "{words}");
+        assert_eq!(home.info("theirs")["status"], "running");
+        assert_eq!(yes(&mut client, "vm_stop", open)["isError"], false);
+        assert!(!home.names().contains(&"theirs".to_owned()));
+        // Nobody is asked about what is not lost, or is the caller's own.
+        assert_eq!(client.good("vm_stop", json!({"name": "kept", "force": true}))["status"], "stopped");
+        client.good("vm_spawn", json!({"name": "own", "accel": "tcg", "ephemeral": true}));
+        client.good("vm_stop", json!({"name": "own", "force": true}));
+        drop(client);
+        home.nido(["spawn", "theirs", "--accel", "tcg", "--ephemeral"]).run().ok();
+        let mut client = Client::start(&home, era);
+        let error = client.bad("vm_stop", json!({"name": "theirs"}), "approval_required");
+        let id = error["approval_id"].as_str().unwrap();
+        home.nido(["approve", id]).run().ok();
+        client.good("vm_stop", json!({"name": "theirs", "approval_id": id}));
+        assert_eq!(home.names(), ["kept"]);
+    }
+}
+
+#[test]
+fn an_answer_to_a_form_that_was_never_shown_is_none() {
+    let yes = json!({"confirm": {"action": "accept", "content": {"confirm": true}}});
+    // A client that showed no form, and one that shows forms and answers with what is printed for people.
+    for capabilities in [json!({}), FORMS()] {
+        let home = Home::new();
+        let mut client = Client::with(&home, Era::Modern, &[], capabilities.clone());
+        kept(&mut client);
+        let call = json!({"name": "vm_delete", "arguments": {"name": "web"}});
+        let asked = client.result("tools/call", call.clone());
+        let id = home.nido(["approvals", "-q"]).run().ok().text().trim().to_owned();
+        assert!(id.starts_with("apr_"), "{id}");
+        for state in [id.as_str(), "", "0123456789abcdef0123456789abcdef"] {
+            let mut forged = call.clone();
+            forged["inputResponses"] = yes.clone();
+            forged["requestState"] = state.into();
+            let answer = client.result("tools/call", forged);
+            match asked["resultType"] == "input_required" {
+                true => assert_eq!(answer, asked, "asked again"),
+                false => assert_eq!(answer["structuredContent"]["error"]["code"], "approval_required", "{answer}"),
+            }
+        }
+        assert_eq!(asked["resultType"] == "input_required", capabilities != json!({}), "{asked}");
+        assert!(!asked["requestState"].to_string().contains(&id), "{asked}");
+        assert_eq!(home.names(), ["web"]);
+    }
+}
+
+#[test]
+fn a_name_that_is_nobody_s_is_told_without_asking() {
+    let home = Home::new();
+    let mut client = Client::with(&home, Era::Modern, &[], FORMS());
+    client.bad("vm_delete", json!({"name": "web"}), "vm_not_found");
+    client.bad("vm_delete", json!({"name": "Web"}), "spec_invalid");
+    client.bad("vm_delete", json!({}), "spec_invalid");
+    assert_eq!(home.nido(["approvals", "--all", "-q"]).run().ok().text(), "");
+}
