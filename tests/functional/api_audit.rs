@@ -76,5 +76,5 @@ fn looks_are_in_the_audit_log_once() {
         ["audit_show", "outcome", "denied", "denied", "token:read"],
     ];
     assert_eq!(told, expected);
-    assert_eq!(home.nido(["audit", "verify", "--json"]).run().ok().json()["lines"], 6);
+    assert_eq!(home.nido(["audit", "verify", "--json"]).run().ok().json()["lines"], 10);
 }
