@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::support::http::Server;
-use crate::support::Home;
+use crate::support::http::{Answer, Server};
+use crate::support::{Home, until};
 
 /// The lines of the API that these filters want.
 fn show<const N: usize>(home: &Home, filters: [&str; N]) -> Vec<Value> {
@@ -191,6 +191,41 @@ fn an_answer_that_is_told_again_is_a_line_of_its_own() {
     std::fs::remove_file(&audit).unwrap();
     std::fs::rename(home.scratch("kept"), &audit).unwrap();
     assert_eq!(send("k1", &command).ok(200), first);
+}
+
+#[test]
+fn how_a_command_ended_is_told_whichever_way_it_was_asked_for() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let commands = [
+        (json!({"command": "exit 3"}), "exit_code:3"),
+        (json!({"command": "kill -9 $$"}), "signal:9"),
+        (json!({"argv": ["sleep", "60"], "timeout_ms": 100}), "timed_out"),
+    ];
+    let expect = |tool: &str, how: &str, reason: &str| {
+        let end = until("the outcome", || {
+            let lines = show(&home, ["--tool", tool, "--tail", "1"]);
+            lines.into_iter().find(|line| line["stage"] == "outcome")
+        });
+        assert_eq!((&end["result"], &end["reason"]), (&json!("success"), &json!(reason)), "{tool} {how}");
+    };
+    for (body, reason) in commands {
+        server.post("/v1/vms/web/exec", &body).ok(200);
+        expect("vm_exec", "at once", reason);
+        let ask = |accept: (&str, &str), path: &str, body: &Value| -> Answer {
+            let headers = [("content-type", "application/json"), accept];
+            server.send("POST", path, &headers, body.to_string().as_bytes())
+        };
+        assert_eq!(ask(("accept", "text/event-stream"), "/v1/vms/web/exec", &body).status, 200);
+        expect("vm_exec", "as events", reason);
+        let place = ask(("prefer", "respond-async"), "/v1/vms/web/exec", &body).header("location").to_owned();
+        // The operation is over before its line can be anything but written.
+        until("its end", || (server.get(&place).ok(200)["status"] == "succeeded").then_some(()));
+        expect("vm_exec", "as an operation", reason);
+        ask(("accept", "*/*"), "/v1/runs", &json!({"exec": body, "vm": {"accel": "tcg"}})).ok(200);
+        expect("vm_run", "in a VM of its own", reason);
+    }
 }
 
 #[test]
