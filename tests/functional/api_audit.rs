@@ -1,5 +1,7 @@
 //! The REST API over the real program: what of it stands in the audit log.
 
+use std::io::Read as _;
+
 use serde_json::{Value, json};
 
 use crate::support::http::{Answer, Server};
@@ -226,6 +228,53 @@ fn how_a_command_ended_is_told_whichever_way_it_was_asked_for() {
         ask(("accept", "*/*"), "/v1/runs", &json!({"exec": body, "vm": {"accel": "tcg"}})).ok(200);
         expect("vm_run", "in a VM of its own", reason);
     }
+}
+
+#[test]
+fn a_download_ends_with_its_last_byte() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let (large, empty) = (home.scratch("large"), home.scratch("empty"));
+    // More than whatever lies between the guest and the client can hold.
+    std::fs::File::create(&large).unwrap().set_len(256 << 20).unwrap();
+    std::fs::write(&empty, "").unwrap();
+    let path = |file: &std::path::Path| format!("/v1/vms/web/files?path={}", file.display());
+    let bearer = format!("Bearer {}", server.token());
+    let begin = |method: &str| server.open(method, &path(&large), &[("authorization", &*bearer)], b"");
+    let ends = || {
+        ends(&home, ["--tool", "vm_download"])
+            .into_iter()
+            .map(|[_, result, reason]| [result, reason])
+            .collect::<Vec<_>>()
+    };
+
+    let cut = begin("GET");
+    assert_eq!((cut.status, ends().len()), (200, 0));
+    drop(cut);
+    until("the outcome", || (ends() == [["unknown", "interrupted"]]).then_some(()));
+
+    let mut lost = server.unread("GET", &path(&large), &[("authorization", &*bearer)], b"");
+    lost.read_exact(&mut [0; 15]).unwrap();
+    home.nido(["delete", "web", "--force", "--yes"]).run().ok();
+    let _ = std::io::copy(&mut lost, &mut std::io::sink());
+    let end = until("the outcome", || ends().get(1).cloned());
+    assert_eq!(end[0], "error", "{end:?}");
+
+    home.spawn("web");
+    assert_eq!(server.get(&path(&large)).body.len(), 256 << 20);
+    assert_eq!(ends()[2..], [["success", ""]]);
+    let nothing = server.get(&path(&empty));
+    assert_eq!((nothing.status, nothing.body.len()), (200, 0));
+    assert_eq!(server.get(&path(&empty)).status, 200);
+    assert_eq!(ends()[3..], [["success", ""], ["success", ""]]);
+    // A HEAD reaches into the guest as a GET does.
+    assert_eq!(begin("HEAD").status, 200);
+    assert_eq!(server.open("HEAD", &path(&home.scratch("none")), &[("authorization", &*bearer)], b"").status, 404);
+    assert_eq!(ends()[5..], [["success", ""], ["error", "path_not_found"]]);
+    let attempts = show(&home, ["--tool", "vm_download", "--result", "pending"]).len();
+    assert_eq!(attempts, 7);
+    assert_eq!(show(&home, ["--tool", "other"]), [] as [Value; 0]);
 }
 
 #[test]
