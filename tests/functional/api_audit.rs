@@ -225,9 +225,10 @@ fn how_a_command_ended_is_told_whichever_way_it_was_asked_for() {
         // The operation is over before its line can be anything but written.
         until("its end", || (server.get(&place).ok(200)["status"] == "succeeded").then_some(()));
         expect("vm_exec", "as an operation", reason);
-        ask(("accept", "*/*"), "/v1/runs", &json!({"exec": body, "vm": {"accel": "tcg"}})).ok(200);
+        ask(("accept", "*/*"), "/v1/runs", &json!({"exec": body, "vm": {"accel": "tcg", "name": "job"}})).ok(200);
         expect("vm_run", "in a VM of its own", reason);
     }
+    assert_eq!(show(&home, ["--tool", "vm_run", "--vm", "job"]).len(), 6);
 }
 
 #[test]

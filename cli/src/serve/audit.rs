@@ -90,7 +90,8 @@ pub async fn audit_again(
     request: Request,
     next: Next,
 ) -> std::result::Result<Response, Problem> {
-    let named = named(&request).filter(|_| request.headers().contains_key("idempotency-key"));
+    let has_key = request.method() == Method::POST && request.headers().contains_key("idempotency-key");
+    let named = named(&request).filter(|_| has_key);
     let Some((Tool::Acts(tool) | Tool::Looks(tool), who)) = named else { return Ok(next.run(request).await) };
     let (request, arguments) = arguments(request).await?;
     let response = next.run(request).await;
