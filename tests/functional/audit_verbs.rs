@@ -1,7 +1,9 @@
 //! The audit log of the command line: which verbs of the real `nido` are in it, beside those that act upon a VM itself.
 
 use std::fs;
+use std::net::TcpListener;
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::{Home, Nido};
@@ -95,6 +97,20 @@ fn what_is_cleared_away_replaced_or_opened_is_written_down() {
     assert_eq!((&ends[1].1["name"], &ends[1].1["wanted"]), (&json!("sandbox"), &json!(0)));
     let there = json!({"name": "web", "host": "127.0.0.1", "host_port": added["host_port"], "guest_port": 7});
     assert_eq!(ends[5].1, there);
+}
+
+#[test]
+fn a_way_into_a_guest_that_is_cut_off_says_so() {
+    let home = Home::new();
+    home.spawn("web");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let proxy = home.nido(["proxy", "web"]).arg(port.to_string()).start();
+    let _carried = listener.accept().unwrap();
+    proxy.signal(Signal::TERM);
+    proxy.wait().exits(143);
+    let expected = ["vm_proxy", "unknown", "interrupted"].map(str::to_owned);
+    assert_eq!(told(&home), [(expected, json!({"name": "web", "guest_port": port}))]);
 }
 
 #[test]
