@@ -1,9 +1,28 @@
 //! The REST API over the real program: what of it stands in the audit log.
 
-use serde_json::json;
+use std::io::Read as _;
 
-use crate::support::Home;
-use crate::support::http::Server;
+use serde_json::{Value, json};
+
+use crate::support::http::{Answer, Server};
+use crate::support::{Home, until};
+
+/// The lines of the API that these filters want.
+fn show<const N: usize>(home: &Home, filters: [&str; N]) -> Vec<Value> {
+    let shown = filters.into_iter().fold(home.nido(["audit", "show", "--json"]), crate::support::Nido::arg);
+    let records = shown.run().ok().json()["records"].as_array().unwrap().clone();
+    records.into_iter().filter(|line| line["face"] == "api").collect()
+}
+
+/// How they ended: tool, result, reason.
+fn ends<const N: usize>(home: &Home, filters: [&str; N]) -> Vec<[String; 3]> {
+    let outcomes = show(home, filters).into_iter().filter(|line| line["stage"] == "outcome");
+    outcomes.map(|line| ["tool", "result", "reason"].map(|key| line[key].as_str().unwrap_or_default().into())).collect()
+}
+
+fn text(home: &Home) -> String {
+    std::fs::read_to_string(home.path().join("audit/mcp-audit.log")).unwrap()
+}
 
 #[test]
 fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
@@ -64,7 +83,7 @@ fn looks_are_in_the_audit_log_once() {
     }
     let told = server.get("/v1/audit").ok(200)["records"].clone();
     let told: Vec<_> = told.as_array().unwrap().iter().filter(|line| line["face"] == "api").collect();
-    let words = |line: &serde_json::Value| {
+    let words = |line: &Value| {
         ["tool", "stage", "result", "reason", "actor"].map(|key| line[key].as_str().unwrap_or_default().to_owned())
     };
     let told: Vec<_> = told.into_iter().map(words).collect();
@@ -76,5 +95,201 @@ fn looks_are_in_the_audit_log_once() {
         ["audit_show", "outcome", "denied", "denied", "token:read"],
     ];
     assert_eq!(told, expected);
-    assert_eq!(home.nido(["audit", "verify", "--json"]).run().ok().json()["lines"], 6);
+    assert_eq!(home.nido(["audit", "verify", "--json"]).run().ok().json()["lines"], 10);
+}
+
+#[test]
+fn no_body_and_no_query_speaks_over_the_path() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    home.nido(["stop", "web"]).run().ok();
+    server.post("/v1/vms/web/snapshots", &json!({"name": "first"})).ok(201);
+    let forged = json!({"name": "innocent", "force": false}).to_string();
+    let headers = [("content-type", "application/json")];
+    let delete = |query: &str| server.send("DELETE", &format!("/v1/vms/web?{query}"), &headers, forged.as_bytes());
+    delete("force=true&name=innocent&vm=innocent").problem(422, "spec_invalid");
+    delete("force=true").ok(200);
+    // What a route does not take from the query is no name either.
+    server.post("/v1/vms?name=innocent", &json!({"name": "evil", "start": false})).ok(201);
+    let of =
+        |tool: &str| show(&home, ["--tool", tool]).into_iter().map(|line| line["params"].clone()).collect::<Vec<_>>();
+    let snapshot = json!({"name": "web", "body": {"name": "first"}});
+    assert_eq!(of("vm_snapshot"), [snapshot.clone(), snapshot]);
+    let refused = json!({"name": "web", "force": "true", "query": {"name": "innocent", "vm": "innocent"}});
+    let deleted = json!({"name": "web", "force": "true"});
+    assert_eq!(of("vm_delete"), [refused.clone(), refused, deleted.clone(), deleted]);
+    let spawned = json!({"name": "evil", "start": false, "query": {"name": "innocent"}});
+    assert_eq!(of("vm_spawn"), [spawned.clone(), spawned]);
+    assert_eq!([6, 2, 0], ["web", "evil", "innocent"].map(|vm| show(&home, ["--vm", vm]).len()));
+}
+
+#[test]
+fn contents_of_files_are_not_in_the_audit_log_whatever_they_are_called() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let path = format!("/v1/vms/web/files?path={}", home.scratch("there").display());
+    let body = json!({"name": "innocent", "line": "s3cr3t"}).to_string();
+    let put = |kind: &str| server.send("PUT", &path, &[("content-type", kind)], body.as_bytes());
+    put("application/json").problem(415, "media_type_unsupported");
+    put("application/json; charset=utf-8").problem(415, "media_type_unsupported");
+    put("application/octet-stream").ok(200);
+    put("application/x-tar").problem(422, "spec_invalid");
+    server
+        .send("PATCH", &path, &[("content-type", "application/json")], body.as_bytes())
+        .problem(405, "method_not_allowed");
+    assert_eq!(
+        ends(&home, ["--vm", "web"]).iter().map(|[tool, _, reason]| [&**tool, &**reason]).collect::<Vec<_>>(),
+        [
+            ["vm_upload", "media_type_unsupported"],
+            ["vm_upload", "media_type_unsupported"],
+            ["vm_upload", ""],
+            ["vm_upload", "spec_invalid"],
+            ["other", "method_not_allowed"],
+        ]
+    );
+    assert!(!text(&home).contains("s3cr3t") && !text(&home).contains("innocent"), "{}", text(&home));
+}
+
+#[test]
+fn an_answer_that_is_told_again_is_a_line_of_its_own() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let send = |key: &str, body: &Value| {
+        let headers = [("content-type", "application/json"), ("idempotency-key", key)];
+        server.send("POST", "/v1/vms/web/exec", &headers, body.to_string().as_bytes())
+    };
+    let command = json!({"command": "echo out; exit 3", "stdin": "s3cr3t"});
+    let first = send("k1", &command).ok(200);
+    let again = send("k1", &command);
+    assert_eq!(again.header("idempotency-replayed"), "true");
+    assert_eq!(again.ok(200), first);
+    send("k1", &json!({"command": "true"})).problem(422, "spec_invalid");
+    send("k2", &json!({})).problem(422, "spec_invalid");
+    send("k2", &json!({})).problem(422, "spec_invalid");
+    let lines = show(&home, ["--tool", "vm_exec", "--actor", "token:tests", "--vm", "web"]);
+    let words =
+        |line: &Value| ["stage", "result", "reason"].map(|key| line[key].as_str().unwrap_or_default().to_owned());
+    let expected = [
+        ["attempt", "pending", ""],
+        ["outcome", "success", "exit_code:3"],
+        ["outcome", "success", "replayed"],
+        ["outcome", "error", "spec_invalid"],
+        ["attempt", "pending", ""],
+        ["outcome", "error", "spec_invalid"],
+        ["outcome", "error", "replayed"],
+    ];
+    assert_eq!(lines.iter().map(words).collect::<Vec<_>>(), expected);
+    assert_eq!(lines[2]["params"], lines[0]["params"]);
+    assert_ne!(lines[2]["id"], lines[0]["id"]);
+    assert!(!text(&home).contains("s3cr3t"));
+    // What cannot be written down is not told again.
+    let audit = home.path().join("audit");
+    std::fs::rename(&audit, home.scratch("kept")).unwrap();
+    std::fs::write(&audit, "").unwrap();
+    send("k1", &command).problem(503, "audit_failed");
+    std::fs::remove_file(&audit).unwrap();
+    std::fs::rename(home.scratch("kept"), &audit).unwrap();
+    assert_eq!(send("k1", &command).ok(200), first);
+}
+
+#[test]
+fn how_a_command_ended_is_told_whichever_way_it_was_asked_for() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let commands = [
+        (json!({"command": "exit 3"}), "exit_code:3"),
+        (json!({"command": "kill -9 $$"}), "signal:9"),
+        (json!({"argv": ["sleep", "60"], "timeout_ms": 100}), "timed_out"),
+    ];
+    let expect = |tool: &str, how: &str, reason: &str| {
+        let end = until("the outcome", || {
+            let lines = show(&home, ["--tool", tool, "--tail", "1"]);
+            lines.into_iter().find(|line| line["stage"] == "outcome")
+        });
+        assert_eq!((&end["result"], &end["reason"]), (&json!("success"), &json!(reason)), "{tool} {how}");
+    };
+    for (body, reason) in commands {
+        server.post("/v1/vms/web/exec", &body).ok(200);
+        expect("vm_exec", "at once", reason);
+        let ask = |accept: (&str, &str), path: &str, body: &Value| -> Answer {
+            let headers = [("content-type", "application/json"), accept];
+            server.send("POST", path, &headers, body.to_string().as_bytes())
+        };
+        assert_eq!(ask(("accept", "text/event-stream"), "/v1/vms/web/exec", &body).status, 200);
+        expect("vm_exec", "as events", reason);
+        let place = ask(("prefer", "respond-async"), "/v1/vms/web/exec", &body).header("location").to_owned();
+        // The operation is over before its line can be anything but written.
+        until("its end", || (server.get(&place).ok(200)["status"] == "succeeded").then_some(()));
+        expect("vm_exec", "as an operation", reason);
+        ask(("accept", "*/*"), "/v1/runs", &json!({"exec": body, "vm": {"accel": "tcg", "name": "job"}})).ok(200);
+        expect("vm_run", "in a VM of its own", reason);
+    }
+    assert_eq!(show(&home, ["--tool", "vm_run", "--vm", "job"]).len(), 6);
+}
+
+#[test]
+fn a_download_ends_with_its_last_byte() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let (large, empty) = (home.scratch("large"), home.scratch("empty"));
+    // More than whatever lies between the guest and the client can hold.
+    std::fs::File::create(&large).unwrap().set_len(256 << 20).unwrap();
+    std::fs::write(&empty, "").unwrap();
+    let path = |file: &std::path::Path| format!("/v1/vms/web/files?path={}", file.display());
+    let bearer = format!("Bearer {}", server.token());
+    let begin = |method: &str| server.open(method, &path(&large), &[("authorization", &*bearer)], b"");
+    let ends = || {
+        ends(&home, ["--tool", "vm_download"])
+            .into_iter()
+            .map(|[_, result, reason]| [result, reason])
+            .collect::<Vec<_>>()
+    };
+
+    let cut = begin("GET");
+    assert_eq!((cut.status, ends().len()), (200, 0));
+    drop(cut);
+    until("the outcome", || (ends() == [["unknown", "interrupted"]]).then_some(()));
+
+    let mut lost = server.unread("GET", &path(&large), &[("authorization", &*bearer)], b"");
+    lost.read_exact(&mut [0; 15]).unwrap();
+    home.nido(["delete", "web", "--force", "--yes"]).run().ok();
+    let _ = std::io::copy(&mut lost, &mut std::io::sink());
+    let end = until("the outcome", || ends().get(1).cloned());
+    assert_eq!(end[0], "error", "{end:?}");
+
+    home.spawn("web");
+    assert_eq!(server.get(&path(&large)).body.len(), 256 << 20);
+    assert_eq!(ends()[2..], [["success", ""]]);
+    let nothing = server.get(&path(&empty));
+    assert_eq!((nothing.status, nothing.body.len()), (200, 0));
+    assert_eq!(server.get(&path(&empty)).status, 200);
+    assert_eq!(ends()[3..], [["success", ""], ["success", ""]]);
+    // A HEAD reaches into the guest as a GET does.
+    assert_eq!(begin("HEAD").status, 200);
+    assert_eq!(server.open("HEAD", &path(&home.scratch("none")), &[("authorization", &*bearer)], b"").status, 404);
+    assert_eq!(ends()[5..], [["success", ""], ["error", "path_not_found"]]);
+    let attempts = show(&home, ["--tool", "vm_download", "--result", "pending"]).len();
+    assert_eq!(attempts, 7);
+    assert_eq!(show(&home, ["--tool", "other"]), [] as [Value; 0]);
+}
+
+#[test]
+fn of_an_endpoint_only_the_host_is_in_the_audit_log() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    let url = "http://127.0.0.1:9/services/s3cr3t?s3cr3t#s3cr3t";
+    let added = server.post("/v1/webhooks", &json!({"url": url, "allow_private": true, "format": "slack"})).ok(201);
+    server.post("/v1/webhooks", &json!({"url": "ftp://s3cr3t"})).problem(422, "webhook_invalid");
+    server.send("DELETE", &format!("/v1/webhooks/{}", added["id"].as_str().unwrap()), &[], b"").ok(200);
+    home.nido(["webhook", "add", "--allow-private", "--url", url]).run().ok();
+    assert!(!text(&home).contains("s3cr3t"), "{}", text(&home));
+    let all = home.nido(["audit", "show", "--json", "--tool", "webhook_add"]).run().ok().json()["records"].clone();
+    let urls: Vec<_> = all.as_array().unwrap().iter().map(|line| line["params"]["url"].as_str().unwrap()).collect();
+    let kept = "http://127.0.0.1:9/[redacted: 30 bytes]";
+    assert_eq!(urls, [kept, kept, "[redacted: 12 bytes]", "[redacted: 12 bytes]", kept, kept]);
 }

@@ -12,6 +12,7 @@ mod api_exec;
 mod api_files;
 mod approvals;
 mod audit;
+mod audit_verbs;
 mod description;
 mod exec;
 mod exec_socket;

@@ -25,7 +25,12 @@ pub struct Args {
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
-        let report = cx.nido().await?.doctor(self.gc).await?;
+        let nido = cx.nido().await?;
+        let report = if self.gc {
+            cx.audited(&nido, "doctor_gc", serde_json::json!({}), nido.doctor(true)).await?
+        } else {
+            nido.doctor(false).await?
+        };
         cx.output.answer(&report, || text(&report))?;
         Ok(if report.ok { Exit::Success } else { Exit::Failure })
     }

@@ -3,6 +3,7 @@
 use clap::Subcommand;
 use nido_vmm::api::ForwardSpec;
 use nido_vmm::name::VmName;
+use serde_json::{Value, json};
 
 use super::Context;
 use crate::exit::{Exit, Outcome};
@@ -49,12 +50,22 @@ struct OneArgs {
     forward: ForwardSpec,
 }
 
+impl OneArgs {
+    /// As the audit log has it: with the names that the API knows.
+    fn told(&self) -> Value {
+        let ForwardSpec { host, host_port, guest_port } = &self.forward;
+        json!({ "name": self.name, "host": host, "host_port": host_port, "guest_port": guest_port })
+    }
+}
+
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
         match self.verb {
             Verb::Add(one) => {
-                let made = nido.forward_add(&one.name, one.forward).await?;
+                let arguments = one.told();
+                let made = nido.forward_add(&one.name, one.forward);
+                let made = cx.audited(&nido, "forward_add", arguments, made).await?;
                 cx.output.answer(&made, || format!("{made}\n"))?;
             }
             Verb::Ls { name } => {
@@ -69,7 +80,8 @@ impl Args {
                 })?;
             }
             Verb::Rm(one) => {
-                nido.forward_remove(&one.name, &one.forward).await?;
+                let gone = nido.forward_remove(&one.name, &one.forward);
+                cx.audited(&nido, "forward_remove", one.told(), gone).await?;
                 cx.output.answer(&one.forward, || format!("{}\n", one.forward))?;
             }
         }

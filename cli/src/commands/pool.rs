@@ -52,7 +52,10 @@ impl Args {
         let nido = cx.nido().await?;
         match self.verb {
             Verb::Set { template, wanted, machine } => {
-                let pool = nido.pool_set(&template, &PoolRequest::of(wanted, &machine.bake())).await?;
+                let request = PoolRequest::of(wanted, &machine.bake());
+                let mut arguments = serde_json::json!(request);
+                arguments["name"] = template.as_str().into();
+                let pool = cx.audited(&nido, "pool_set", arguments, nido.pool_set(&template, &request)).await?;
                 cx.output.talk(&match wanted {
                     0 => format!("{template} has no such pool any more"),
                     _ => format!("{} of {wanted} clones of {template} wait; see nido pool ls", pool.ready),

@@ -1,9 +1,12 @@
 //! `proxy`: our standard streams, connected to a port of the guest.
 
+use std::time::Duration;
+
 use nido_vmm::name::VmName;
+use serde_json::json;
 
 use super::Context;
-use crate::exit::{Exit, Outcome};
+use crate::exit::{Exit, Outcome, until_signal};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -24,7 +27,10 @@ pub struct Args {
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
-        cx.nido().await?.proxy(&self.name, self.port).await?;
+        let nido = cx.nido().await?;
+        let arguments = json!({ "name": self.name, "guest_port": self.port });
+        let carried = until_signal(Duration::ZERO, nido.proxy(&self.name, self.port));
+        cx.audited(&nido, "vm_proxy", arguments, carried).await?;
         Ok(Exit::Success)
     }
 }

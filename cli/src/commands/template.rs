@@ -244,7 +244,10 @@ async fn bake(cx: &Context, name: &TemplateName, request: BakeRequest) -> Outcom
     let baked = {
         let mut progress = Progress::new(&cx.output, name.as_str());
         let mut told = |stage| progress.start(stage);
-        until_signal(Duration::ZERO, nido.template_bake(name, &request, &mut told)).await?
+        let mut arguments = json!(request);
+        arguments["name"] = name.as_str().into();
+        let baked = until_signal(Duration::ZERO, nido.template_bake(name, &request, &mut told));
+        cx.audited(&nido, "template_bake", arguments, baked).await?
     };
     cx.output.talk(&if baked.already_baked {
         format!("{name} has been baked for {}", machine(&baked.bake))
@@ -264,6 +267,7 @@ fn machine(bake: &BakeInfo) -> String {
 
 async fn export(cx: &Context, args: ExportArgs) -> Outcome {
     let ExportArgs { name, file, no_memory, level, force } = args;
+    let told = bytes(file.as_bytes());
     let target = if file != "-" {
         ExportTarget::Path(file.into())
     } else if cx.output.stdout_is_terminal {
@@ -274,11 +278,13 @@ async fn export(cx: &Context, args: ExportArgs) -> Outcome {
         ExportTarget::Stream(File::from(io::stdout().as_fd().try_clone_to_owned()?))
     };
     let nido = cx.nido().await?;
+    let arguments = json!({ "name": name, "file": told, "force": force });
     let request = ExportRequest { target, overwrite: force, memory: !no_memory, level };
     let done = {
         let mut progress = Progress::new(&cx.output, name.as_str());
         let mut told = |step| progress.travel(&step);
-        until_signal(UNDO_LIMIT, nido.template_export(&name, request, &mut told)).await.map_err(reader_gone)?
+        let exported = until_signal(UNDO_LIMIT, nido.template_export(&name, request, &mut told));
+        cx.audited(&nido, "template_export", arguments, async { exported.await.map_err(reader_gone) }).await?
     };
     cx.output.talk(&exported(&done));
     if let Some(path) = &done.path {

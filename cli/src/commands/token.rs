@@ -2,6 +2,10 @@
 
 use clap::Subcommand;
 use nido_vmm::api::{Door, Scope, TokenInfo, TokenRequest};
+use nido_vmm::error::Error;
+use nido_vmm::name::VmName;
+use nido_vmm::nido::Nido;
+use serde_json::{Value, json};
 
 use super::Context;
 use crate::exit::{Exit, Outcome};
@@ -63,7 +67,9 @@ impl Args {
         let nido = cx.nido().await?;
         match self.verb {
             Verb::Create { name, scope, only, expires } => {
-                let made = nido.token_create(&TokenRequest { name, scope, only, expires_in_ms: expires })?;
+                let arguments = json!({ "name": name, "scope": scope, "only": only, "expires_in_ms": expires });
+                let made = async { nido.token_create(&TokenRequest { name, scope, only, expires_in_ms: expires }) };
+                let made = cx.audited(&nido, "token_create", arguments, made).await?;
                 cx.output.answer(&made, || format!("{}\n", made.token))?;
                 cx.output.talk("this is the only time it is shown");
             }
@@ -78,13 +84,26 @@ impl Args {
             }
             Verb::Revoke { tokens } => {
                 for named in tokens {
-                    let gone = nido.token_revoke(&named)?;
+                    let gone = async { nido.token_revoke(&named) };
+                    let gone = cx.audited(&nido, "token_revoke", revoked(&nido, &named)?, gone).await?;
                     cx.output.answer(&gone, || format!("{}\n", gone.name))?;
                 }
             }
         }
         Ok(Exit::Success)
     }
+}
+
+/// The token that is revoked, as the audit log has it: once it is gone, nobody knows whose id that was. What cannot be a name is
+/// left out; it may be the token itself.
+fn revoked(nido: &Nido, named: &str) -> Result<Value, Error> {
+    let tokens = nido.token_list()?.tokens;
+    let is_named = named.parse::<VmName>().is_ok();
+    Ok(match tokens.iter().find(|token| token.name == named || token.id == named) {
+        Some(token) => json!({ "name": token.name, "id": token.id }),
+        None if is_named => json!({ "name": named }),
+        None => json!({ "name": { "bytes": named.len() } }),
+    })
 }
 
 fn row(token: &TokenInfo) -> [String; 6] {

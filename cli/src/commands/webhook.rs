@@ -2,6 +2,7 @@
 
 use clap::Subcommand;
 use nido_vmm::api::{Delivery, EventKind, WebhookFormat, WebhookInfo, WebhookRequest, WebhookTest};
+use serde_json::json;
 
 use super::Context;
 use crate::exit::{Exit, Outcome};
@@ -95,7 +96,10 @@ impl Args {
             Verb::Add(args) => {
                 let AddArgs { url, events, secret, format, allow_private } = args;
                 let given = secret.is_some();
-                let added = nido.webhook_add(WebhookRequest { url, events, secret, format, allow_private }).await?;
+                let arguments =
+                    json!({ "url": url, "events": events, "format": format, "allow_private": allow_private });
+                let added = nido.webhook_add(WebhookRequest { url, events, secret, format, allow_private });
+                let added = cx.audited(&nido, "webhook_add", arguments, added).await?;
                 cx.output.answer(&added, || match given {
                     true => format!("{}\n", added.webhook.id),
                     false => format!("{}\n{}\n", added.webhook.id, added.secret),
@@ -114,7 +118,8 @@ impl Args {
                 })?;
             }
             Verb::Remove { id } => {
-                let removed = nido.webhook_remove(&id)?;
+                let removed = async { nido.webhook_remove(&id) };
+                let removed = cx.audited(&nido, "webhook_remove", json!({ "id": id }), removed).await?;
                 cx.output.answer(&removed, || format!("{}\n", removed.id))?;
             }
             Verb::Deliveries { id } => {

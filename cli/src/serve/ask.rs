@@ -1,6 +1,6 @@
 //! What requests carry, parsed once at the border: every mistake is a problem that names the field.
 
-use axum::extract::{FromRequest, FromRequestParts, Path, RawQuery, Request};
+use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, RawQuery, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use nido_vmm::error::{Code, Error};
@@ -9,8 +9,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::answer::Problem;
-use super::pace;
 use super::routes::BODY_MAX;
+use super::{openapi, pace};
 
 /// A JSON body. An absent one counts as `{}`.
 #[derive(Debug)]
@@ -20,6 +20,11 @@ impl<S: Send + Sync, T: DeserializeOwned + Serialize> FromRequest<S> for Body<T>
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
+        // The audit log reads the bodies that are described; what it did not read must not be acted upon.
+        let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
+        if !openapi::takes(request.method(), route).json {
+            return Err(Error::internal(format!("the body of {} {route} is not described", request.method())).into());
+        }
         let kind = media_type(request.headers());
         let bytes = pace::read(request.into_body(), BODY_MAX).await?;
         if bytes.is_empty() && kind.is_none() {

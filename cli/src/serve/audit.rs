@@ -3,11 +3,13 @@
 //!
 //! ```text
 //!  guard (who) ──> here: attempt, synced ──> handler ──> here: outcome
-//!                       └── Ticket ──> operations.rs, exec: what ends later ends its own line
+//!                       └── Ticket ──> operations.rs, exec, files: what ends later ends its own line
 //!              ──> handler of what only looks ──> here: outcome, not waited for
+//!              ──> once.rs answers by itself ──> here: outcome, not waited for
 //! ```
 //!
-//! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written, nothing is told.
+//! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written, nothing is told. What a request
+//! says and no route reads never stands where a name is looked for.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -24,6 +26,7 @@ use super::App;
 use super::answer::Problem;
 use super::ask::media_type;
 use super::guard::Caller;
+use super::openapi::{self, Takes};
 use super::pace;
 use super::routes::BODY_MAX;
 
@@ -55,30 +58,80 @@ pub fn end_with<T>(audited: Option<Audited>, outcome: &Result<T>) {
     }
 }
 
+/// Of an answer: that a line tells of it.
+#[derive(Debug, Clone, Copy)]
+struct Told;
+
 /// Writes down what is asked for and how it ended.
 pub async fn audit(
     State(app): State<Arc<App>>,
     request: Request,
     next: Next,
 ) -> std::result::Result<Response, Problem> {
-    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
-    let tool = route.and_then(|route| tool(request.method(), &route));
-    let (Some(tool), Some(caller)) = (tool, request.extensions().get::<Caller>().cloned()) else {
-        return Ok(next.run(request).await);
-    };
-    let (mut request, arguments) = arguments(request).await?;
-    let who = Who { face: Face::Api, actor: caller.actor, agent: None };
-    let owner = Arc::clone(&app);
-    let tool = match tool {
-        Tool::Acts(tool) => tool,
+    let Some((tool, who)) = named(&request) else { return Ok(next.run(request).await) };
+    let (request, arguments) = arguments(request).await?;
+    let mut response = match tool {
+        Tool::Acts(tool) => acted(&app, who, tool, arguments, request, next).await?,
         Tool::Looks(tool) => {
             let response = next.run(request).await;
-            let (ending, reason) = ending(&response);
-            // Short, but another process may hold the log.
-            blocking(move || owner.nido.audit_looked(&who, tool, &arguments, ending, reason)).await?;
-            return Ok(response);
+            let how = ending(&response);
+            looked(&app, who, tool, arguments, how).await?;
+            response
         }
     };
+    response.extensions_mut().insert(Told);
+    Ok(response)
+}
+
+/// Writes down what was answered without being carried out, because of its `Idempotency-Key`: an answer that is told again, a key
+/// that is refused. Nothing is done, so it is a look.
+pub async fn audit_again(
+    State(app): State<Arc<App>>,
+    request: Request,
+    next: Next,
+) -> std::result::Result<Response, Problem> {
+    let has_key = request.method() == Method::POST && request.headers().contains_key("idempotency-key");
+    let named = named(&request).filter(|_| has_key);
+    let Some((Tool::Acts(tool) | Tool::Looks(tool), who)) = named else { return Ok(next.run(request).await) };
+    let (request, arguments) = arguments(request).await?;
+    let response = next.run(request).await;
+    if response.extensions().get::<Told>().is_none() {
+        let (ending, reason) = ending(&response);
+        let is_again = response.headers().contains_key("idempotency-replayed");
+        looked(&app, who, tool, arguments, (ending, if is_again { "replayed" } else { reason })).await?;
+    }
+    Ok(response)
+}
+
+/// What a request is called, and who asks; nothing if it is not written down.
+fn named(request: &Request) -> Option<(Tool, Who)> {
+    let tool = tool(request.method(), request.extensions().get::<MatchedPath>()?.as_str())?;
+    let caller = request.extensions().get::<Caller>()?;
+    Some((tool, Who { face: Face::Api, actor: caller.actor.clone(), agent: None }))
+}
+
+/// The one line about a look. Short, but another process may hold the log.
+async fn looked(
+    app: &Arc<App>,
+    who: Who,
+    tool: &'static str,
+    arguments: Value,
+    (ending, reason): (Ending, &'static str),
+) -> Result<()> {
+    let owner = Arc::clone(app);
+    blocking(move || owner.nido.audit_looked(&who, tool, &arguments, ending, reason)).await
+}
+
+/// Attempt and outcome around what changes something or reaches into a guest.
+async fn acted(
+    app: &Arc<App>,
+    who: Who,
+    tool: &'static str,
+    arguments: Value,
+    mut request: Request,
+    next: Next,
+) -> Result<Response> {
+    let owner = Arc::clone(app);
     // It is synced to the disk, which may take its time.
     let audited = blocking(move || owner.nido.audit_begin(&who, tool, &arguments)).await?;
     let ticket = Ticket(Arc::new(Mutex::new(Some(audited))));
@@ -123,12 +176,14 @@ enum Tool {
 /// about VMs (the page, the description, health), and the counters, which a program fetches all day.
 fn tool(method: &Method, route: &str) -> Option<Tool> {
     use Tool::{Acts, Looks};
+    // To answer a HEAD is to do what a GET asks for, and to keep the body.
+    let method = if method == Method::HEAD { &Method::GET } else { method };
     Some(match (method.as_str(), route) {
         ("GET", "/v1/vms/{name}/files") => Acts("vm_download"),
         ("PUT", "/v1/vms/{name}/files") => Acts("vm_upload"),
         ("POST", "/v1/vms/{name}/exec") | ("GET", "/v1/vms/{name}/exec/socket") => Acts("vm_exec"),
         (_, "/" | "/page/{file}" | "/healthz" | "/openapi.json" | "/metrics") => return None,
-        ("GET" | "HEAD", route) => Looks(look(route)),
+        ("GET", route) => Looks(look(route)),
         // Answered by what is allowed, without a look.
         ("OPTIONS", _) => return None,
         ("POST", "/v1/vms") => Acts("vm_spawn"),
@@ -182,31 +237,51 @@ fn look(route: &str) -> &'static str {
     }
 }
 
-/// What is asked: the names of the path, the query, and a JSON body. Files are not read.
+/// What is asked: the names of the path, and what the route takes beside them. Files are not read.
 async fn arguments(request: Request) -> Result<(Request, Value)> {
-    let (mut parts, body) = request.into_parts();
-    let mut arguments = Map::new();
+    let (mut parts, mut body) = request.into_parts();
+    let route = parts.extensions.get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let takes = openapi::takes(&parts.method, &route.unwrap_or_default());
+    let mut path = Map::new();
     if let Ok(names) = RawPathParams::from_request_parts(&mut parts, &()).await {
-        for (name, value) in &names {
-            arguments.insert(name.to_owned(), value.into());
-        }
+        path.extend(names.iter().map(|(name, value)| (name.to_owned(), value.into())));
     }
-    if let Some(query) = parts.uri.query() {
-        for (key, value) in form_urlencoded::parse(query.as_bytes()) {
-            arguments.insert(key.into_owned(), value.into_owned().into());
-        }
-    }
-    let mut body = body;
-    if media_type(&parts.headers).as_deref() == Some("application/json") {
+    let mut json = None;
+    if takes.json && media_type(&parts.headers).as_deref() == Some("application/json") {
         let bytes = pace::read(body, BODY_MAX).await?;
-        match serde_json::from_slice(&bytes) {
-            Ok(Value::Object(fields)) => arguments.extend(fields),
-            Ok(other) => drop(arguments.insert("body".into(), other)),
-            Err(_) => drop(arguments.insert("body".into(), json!({ "bytes": bytes.len() }))),
-        }
+        json = Some(bytes.clone());
         body = Body::from(bytes);
     }
-    Ok((Request::from_parts(parts, body), Value::Object(arguments)))
+    let told = told(path, parts.uri.query().unwrap_or_default(), json.as_deref(), takes);
+    Ok((Request::from_parts(parts, body), told))
+}
+
+/// Where is kept what may not stand beside the names of the path.
+const APART: [&str; 2] = ["query", "body"];
+
+/// The path counts before the query, the query before the body. What the route does not take of the query, and a field whose name
+/// stands already, is kept apart: a name that nobody acts upon would hide the one that is acted upon.
+fn told(path: Map<String, Value>, query: &str, body: Option<&[u8]>, takes: &Takes) -> Value {
+    let mut arguments = path;
+    let mut put = |place: &str, name: String, value: Value, taken: bool| {
+        if taken && !APART.contains(&name.as_str()) && !arguments.contains_key(&name) {
+            arguments.insert(name, value);
+        } else if let Value::Object(apart) = arguments.entry(place).or_insert_with(|| json!({})) {
+            apart.insert(name, value);
+        }
+    };
+    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+        put("query", name.to_string(), value.into(), takes.query.contains(name.as_ref()));
+    }
+    match body.map(|body| (serde_json::from_slice(body), body.len())) {
+        Some((Ok(Value::Object(fields)), _)) => {
+            fields.into_iter().for_each(|(name, value)| put("body", name, value, true));
+        }
+        // No route takes such a thing.
+        Some((_, bytes)) => put("body", "bytes".into(), bytes.into(), false),
+        None => {}
+    }
+    Value::Object(arguments)
 }
 
 #[cfg(test)]
@@ -237,6 +312,43 @@ mod tests {
         assert_eq!(get("/v1/vms/{name}/exec/socket"), Some(Tool::Acts("vm_exec")));
         assert_eq!(get("/v1/vms"), Some(Tool::Looks("vm_ls")));
         assert_eq!(tool(&Method::HEAD, "/v1/vms"), Some(Tool::Looks("vm_ls")));
+        assert_eq!(tool(&Method::HEAD, "/v1/vms/{name}/files"), Some(Tool::Acts("vm_download")));
         assert_eq!(tool(&Method::PATCH, "/v1/vms"), Some(Tool::Acts("other")));
+    }
+
+    fn told_of(method: &Method, route: &str, (query, body): (&str, &str)) -> Value {
+        let path = Map::from_iter([("name".to_owned(), json!("web"))]);
+        told(path, query, Some(body.as_bytes()).filter(|body| !body.is_empty()), openapi::takes(method, route))
+    }
+
+    #[test]
+    fn what_no_route_reads_hides_no_name() {
+        let delete = |query, body| told_of(&Method::DELETE, "/v1/vms/{name}", (query, body));
+        assert_eq!(delete("force=true", ""), json!({ "name": "web", "force": "true" }));
+        assert_eq!(
+            delete("force=true&name=innocent&vm=other&force=false&query=q&body=b", ""),
+            json!({
+                "name": "web", "force": "true",
+                "query": { "name": "innocent", "vm": "other", "force": "false", "query": "q", "body": "b" }
+            })
+        );
+        let snapshot = |query, body| told_of(&Method::POST, "/v1/vms/{name}/snapshots", (query, body));
+        assert_eq!(snapshot("", r#"{"name": "first"}"#), json!({ "name": "web", "body": { "name": "first" } }));
+        assert_eq!(
+            snapshot("body=x", r#"{"body": {"name": "a"}, "query": 1, "x": 2}"#),
+            json!({ "name": "web", "x": 2, "query": { "body": "x" }, "body": { "body": { "name": "a" }, "query": 1 } })
+        );
+        for not in ["[1]", "\"text\"", "{", "{} {}"] {
+            assert_eq!(snapshot("", not), json!({ "name": "web", "body": { "bytes": not.len() } }), "{not}");
+        }
+    }
+
+    #[test]
+    fn a_body_is_read_where_one_is_taken() {
+        let json = |method, route| openapi::takes(&method, route).json;
+        assert!(json(Method::POST, "/v1/vms") && json(Method::PUT, "/v1/pools/{name}"));
+        assert!(json(Method::POST, "/v1/vms/{name}/exec") && json(Method::POST, "/v1/vms/{name}/stop"));
+        assert!(!json(Method::DELETE, "/v1/vms/{name}") && !json(Method::PUT, "/v1/vms/{name}/files"));
+        assert!(!json(Method::PATCH, "/v1/vms") && !json(Method::GET, "/v1/nothing"));
     }
 }

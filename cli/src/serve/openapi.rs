@@ -1,7 +1,9 @@
 //! The description of the API, made of the routes and the core's own types, with what holds for every route added once.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::OnceLock;
 
+use axum::http::Method;
 use nido_vmm::api::{EventKind, LogSource};
 use nido_vmm::error::{Code, Problem};
 use serde_json::{Value, json};
@@ -70,6 +72,45 @@ pub fn text() -> String {
         serde_json::to_string_pretty(&api).unwrap_or_default() + "\n"
     };
     TEXT.get_or_init(make).clone()
+}
+
+/// What a request may carry beside its path.
+#[derive(Debug, Default)]
+pub struct Takes {
+    /// A JSON body.
+    pub json: bool,
+    /// These names in the query.
+    pub query: HashSet<String>,
+}
+
+/// What is described of a route, by method; one that is not takes nothing.
+pub fn takes(method: &Method, route: &str) -> &'static Takes {
+    static TAKES: OnceLock<HashMap<String, Takes>> = OnceLock::new();
+    static NOTHING: OnceLock<Takes> = OnceLock::new();
+    let method = if method == Method::HEAD { Method::GET } else { method.clone() };
+    let known = TAKES.get_or_init(|| {
+        let api: Value = serde_json::from_str(&text()).unwrap_or_default();
+        let items = api["paths"].as_object().into_iter().flatten();
+        let of = |(route, item): (&String, &Value)| {
+            let operations = item.as_object().into_iter().flatten();
+            operations.map(|(method, operation)| (key(method, route), taken(operation))).collect::<Vec<_>>()
+        };
+        items.flat_map(of).collect()
+    });
+    known.get(&key(method.as_str(), route)).unwrap_or_else(|| NOTHING.get_or_init(Takes::default))
+}
+
+fn key(method: &str, route: &str) -> String {
+    format!("{} {route}", method.to_ascii_uppercase())
+}
+
+fn taken(operation: &Value) -> Takes {
+    let parameters = operation["parameters"].as_array().into_iter().flatten();
+    let query = parameters.filter(|one| one["in"] == "query").filter_map(|one| one["name"].as_str());
+    Takes {
+        json: operation["requestBody"]["content"].get("application/json").is_some(),
+        query: query.map(str::to_owned).collect(),
+    }
 }
 
 /// What the types hold and their derived schemas do not say: how large numbers may be, what a command needs, which bodies

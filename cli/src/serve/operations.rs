@@ -17,7 +17,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use jiff::Timestamp;
 use nido_vmm::api::StartStage;
-use nido_vmm::audit::Audited;
+use nido_vmm::audit::{Audited, Ending};
 use nido_vmm::error::{Code, Error, Problem, Result};
 use nido_vmm::name::VmName;
 use serde::{Deserialize, Serialize};
@@ -27,7 +27,7 @@ use tokio_util::task::TaskTracker;
 
 use super::App;
 use super::answer::{self, Answer};
-use super::audit::{Ticket, end_with};
+use super::audit::{self, Ticket};
 
 /// How long an operation that has ended is known.
 const KEPT: Duration = Duration::from_secs(3600);
@@ -111,8 +111,17 @@ impl Stage {
     }
 }
 
+/// What came of an operation.
+#[derive(Debug)]
+pub struct Done {
+    /// What is answered.
+    pub value: Value,
+    /// How a command ended, in a word for the audit log; empty where there was none.
+    pub word: String,
+}
+
 /// The work of an operation.
-pub type Work = Pin<Box<dyn Future<Output = Result<Value>> + Send>>;
+pub type Work = Pin<Box<dyn Future<Output = Result<Done>> + Send>>;
 
 /// Does something. The answer has `status` and the value, or is 202 with an operation if the caller wants that.
 pub async fn run(
@@ -175,10 +184,13 @@ fn begin(
 }
 
 /// Does it, and ends its line in the audit log. If it is cut off the line says so by itself.
-async fn written_down(work: Work, audited: Option<Audited>) -> Result<Value> {
+pub async fn written_down(work: Work, audited: Option<Audited>) -> Result<Value> {
     let outcome = work.await;
-    end_with(audited, &outcome);
-    outcome
+    match &outcome {
+        Ok(done) => audit::end(audited, Ending::Success, &done.word),
+        Err(error) => audit::end(audited, Ending::Error, error.code().slug()),
+    }
+    outcome.map(|done| done.value)
 }
 
 /// What an operation needs of its request.
@@ -328,8 +340,14 @@ impl Drop for Undo {
 }
 
 /// A value as the result of an operation.
-pub fn value<T: Serialize>(value: &T) -> Result<Value> {
-    serde_json::to_value(value).map_err(|e| Error::internal(e.to_string()))
+pub fn value<T: Serialize>(value: &T) -> Result<Done> {
+    ended(value, String::new())
+}
+
+/// The same of an operation that was a command, with how that ended.
+pub fn ended<T: Serialize>(value: &T, word: String) -> Result<Done> {
+    let value = serde_json::to_value(value).map_err(|e| Error::internal(e.to_string()))?;
+    Ok(Done { value, word })
 }
 
 /// An answer without a body.

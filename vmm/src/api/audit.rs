@@ -71,6 +71,8 @@ fn names(params: &serde_json::Value, vm: &str) -> bool {
     ["name", "vm", "vm_name", "names", "copies"].iter().any(|key| match params.get(key) {
         Some(serde_json::Value::String(name)) => name == vm,
         Some(serde_json::Value::Array(names)) => names.iter().any(|name| name == vm),
+        // The VM of a run, as it is spawned.
+        Some(serde_json::Value::Object(spec)) => spec.get("name").is_some_and(|name| name == vm),
         _ => false,
     })
 }

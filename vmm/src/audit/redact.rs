@@ -1,8 +1,10 @@
 //! What of an operation's arguments may be written down. Pure.
 //!
-//! Secrets are recognised by the names of what holds them: a secret in the middle of a shell script is not. Invariant: what
-//! comes out is JSON of at most [`LIMIT`] bytes and a bit, and says how much was left out.
+//! Secrets are recognised by the names of what holds them: a secret in the middle of a shell script is not. Of a `url` the host is
+//! kept: its path may be the secret, as that of Slack's endpoints is. Invariant: what comes out is JSON of at most [`LIMIT`] bytes
+//! and a bit, and says how much was left out.
 
+use reqwest::Url;
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -65,7 +67,23 @@ fn field(key: &str, from: &Value) -> Value {
     if matches!(key.to_ascii_lowercase().as_str(), "env" | "environment") {
         return names_only(from);
     }
-    if is_secret(key) { hidden(from) } else { value(from) }
+    if is_secret(key) {
+        return hidden(from);
+    }
+    if words(key).iter().any(|word| word == "url") { host_only(from) } else { value(from) }
+}
+
+/// Of an address on the web the scheme and the host; what is none is left out altogether.
+fn host_only(address: &Value) -> Value {
+    let text = address.as_str().unwrap_or_default();
+    let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
+    let Some((url, host)) = url.as_ref().and_then(|url| Some((url, url.host_str()?))) else { return hidden(address) };
+    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
+    let kept = format!("{}://{host}{port}", url.scheme());
+    match text.len().saturating_sub(kept.len()) {
+        0 => kept.into(),
+        bytes => format!("{kept}/{}", hint(bytes)).into(),
+    }
 }
 
 /// Items of a list; of those that are arguments of a command, `--password x`, `--password=x`, `TOKEN=x` and `Cookie: x` lose
@@ -182,6 +200,32 @@ mod tests {
                 "public_key": "p", "tokens_left": 3, "interactive": true, "nested": { "content": null, "user": "root" }
             })
         );
+    }
+
+    #[test]
+    fn of_an_address_the_host_is_kept() {
+        for (address, kept) in [
+            (
+                json!("https://hooks.slack.com/services/T0/B0/s3cret"),
+                json!("https://hooks.slack.com/[redacted: 22 bytes]"),
+            ),
+            (json!("https://hooks.slack.com"), json!("https://hooks.slack.com")),
+            (json!("http://127.0.0.1:8080/s3cret"), json!("http://127.0.0.1:8080/[redacted: 7 bytes]")),
+            (
+                json!("https://s3cret:s3cret@example.com/?s3cret#s3cret"),
+                json!("https://example.com/[redacted: 29 bytes]"),
+            ),
+            (json!("HTTPS:\\\\example.com\\s3cret"), json!("https://example.com/[redacted: 7 bytes]")),
+            (json!("https:example.com/s3cret"), json!("https://example.com/[redacted: 5 bytes]")),
+            (json!("hooks.slack.com/s3cret"), json!("[redacted: 22 bytes]")),
+            (json!("slack://s3cret/x"), json!("[redacted: 16 bytes]")),
+            (json!("https:///"), json!("[redacted: 9 bytes]")),
+            (json!(["https://example.com/s3cret"]), json!("[redacted: 30 bytes]")),
+            (json!(null), json!(null)),
+        ] {
+            assert_eq!(redacted(&json!({ "url": &address })), json!({ "url": kept }), "{address}");
+            assert!(!params(&json!({ "body": [{ "webhookUrl": address }] })).contains("s3cret"));
+        }
     }
 
     #[test]

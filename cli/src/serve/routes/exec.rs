@@ -23,7 +23,7 @@ use super::vms::Vm;
 use crate::serve::answer::Answer;
 use crate::serve::ask::{Body, Names, accepts, plain};
 use crate::serve::guard::Uses;
-use crate::serve::operations::{self, Asked, Undo, value};
+use crate::serve::operations::{self, Asked, Undo, ended};
 use crate::serve::{App, audit};
 
 /// How much of each stream a JSON answer holds, in bytes.
@@ -77,19 +77,15 @@ async fn exec(
     let work = async move {
         let nido = owner.nido().await?;
         owner.metrics.exec();
-        value(&collect(nido, &vm.name, request, stdin).await?)
+        let done = collect(nido, &vm.name, request, stdin).await?;
+        ended(&done, done.exit.word())
     };
     if is_async {
         return operations::run(&app, asked, "vm_exec", StatusCode::OK, |_| Box::pin(work)).await;
     }
     // Not detached: who hangs up does not want the command any more.
-    let line = asked.take_line();
-    let outcome = work.await;
-    match &outcome {
-        Ok(done) => audit::end(line, Ending::Success, &format!("exit_code:{}", done["exit_code"])),
-        Err(error) => audit::end(line, Ending::Error, error.code().slug()),
-    }
-    Ok(crate::serve::answer::json(StatusCode::OK, &outcome?))
+    let done = operations::written_down(Box::pin(work), asked.take_line()).await?;
+    Ok(crate::serve::answer::json(StatusCode::OK, &done))
 }
 
 /// Sends the standard input, on a task of its own; it ends with the command.
@@ -202,7 +198,8 @@ async fn run(State(app): State<Arc<App>>, _: Uses, asked: Asked, Body(mut body):
                 Err(error) if error.code() != Code::VmNotFound => return Err(error),
                 _ => {}
             }
-            value(&RunResult { vm, exec })
+            let word = exec.exit.word();
+            ended(&RunResult { vm, exec }, word)
         })
     })
     .await

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use axum::body::{Body as Stream, Bytes};
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::response::IntoResponse;
 use futures::{StreamExt, TryStreamExt, stream};
 use nido_vmm::api::{CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
@@ -20,11 +20,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::Vm;
-use crate::serve::App;
 use crate::serve::answer::{self, Answer};
 use crate::serve::ask::{Names, Query, accepts, media_type};
 use crate::serve::guard::Uses;
-use crate::serve::pace;
+use crate::serve::operations::Asked;
+use crate::serve::{App, audit, pace};
 
 /// How much of a download is read at once, in bytes.
 const PIECE: usize = 64 * 1024;
@@ -78,15 +78,16 @@ async fn download(
     _: Uses,
     Names(vm): Names<Vm>,
     Query(at): Query<Where>,
-    headers: HeaderMap,
+    method: Method,
+    asked: Asked,
 ) -> Answer {
     let source = guest_path(&at.path)?;
-    let kind = if accepts(&headers, TAR) { TAR } else { BYTES };
+    let kind = if accepts(asked.headers(), TAR) { TAR } else { BYTES };
     app.nido().await?;
     let (writer, reader) = pipe()?;
     let reader = pipe::Receiver::from_file(File::from(reader)).map_err(broken)?;
     let owner = Arc::clone(&app);
-    let mut copying = tokio::spawn(async move {
+    let copying = tokio::spawn(async move {
         let writer = File::from(writer);
         let destination = if kind == TAR { DownloadTarget::Archive(writer) } else { DownloadTarget::Stream(writer) };
         let request = DownloadRequest { source, destination, overwrite: false, max_bytes: None };
@@ -95,18 +96,29 @@ async fn download(
     // An error before the first byte is a problem; one behind it breaks the answer off, which a client sees.
     let mut bytes = ReaderStream::with_capacity(reader, PIECE);
     let first = bytes.next().await;
+    let typed = |body: Stream| {
+        let mut response = body.into_response();
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+        Ok(response)
+    };
     if first.is_none() {
-        joined((&mut copying).await).map_err(|error| match error.code() {
+        joined(copying.await).map_err(|error| match error.code() {
             Code::PathInvalid => error.hint("a directory is answered as a tar archive: Accept: application/x-tar"),
             _ => error,
         })?;
+        return typed(Stream::empty());
     }
     let counter = Arc::clone(&app);
     let rest = stream::iter(first).chain(bytes).inspect_ok(move |piece| counter.metrics.bytes_out(piece.len() as u64));
-    let end = stream::once(async move { joined(copying.await).map(|_| Bytes::new()).map_err(std::io::Error::other) });
-    let mut response = Stream::from_stream(rest.chain(end)).into_response();
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
-    Ok(response)
+    // Its line ends with the answer's last byte; whoever hangs up before that leaves it to say so by itself. Of a HEAD nothing
+    // follows, and nobody reads on.
+    let line = if method == Method::HEAD { None } else { asked.take_line() };
+    let end = stream::once(async move {
+        let outcome = joined(copying.await);
+        audit::end_with(line, &outcome);
+        outcome.map(|_| Bytes::new()).map_err(std::io::Error::other)
+    });
+    typed(Stream::from_stream(rest.chain(end)))
 }
 
 /// Writes a file of the guest: it appears under its name when it is whole. A body that is `application/x-tar` is unpacked

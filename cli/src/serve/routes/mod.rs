@@ -69,6 +69,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .layer(middleware::from_fn_with_state(Arc::clone(app), log::audit))
         .layer(middleware::from_fn_with_state(Arc::clone(app), once::once))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), log::audit_again))
         .layer(middleware::from_fn_with_state(Arc::clone(app), pace::pace))
         .layer(middleware::from_fn_with_state(Arc::clone(app), guard::guard))
         .layer(middleware::from_fn_with_state(Arc::clone(app), count))
