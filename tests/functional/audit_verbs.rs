@@ -39,14 +39,14 @@ fn who_may_ask_and_who_is_told_is_written_down() {
     home.nido(["webhook", "remove", &webhook]).run().ok();
     home.nido(["webhook", "remove", &webhook, "--json"]).run().fails(1, "webhook_not_found");
     let expected = [
-        ("token_create", "", json!({"name": "ci", "scope": "run", "expires_in_ms": 3_600_000})),
+        ("token_create", "", json!({"name": "ci", "scope": "run", "only": null, "expires_in_ms": 3_600_000})),
         ("token_revoke", "token_not_found", json!({"name": {"bytes": token.len()}})),
         ("token_revoke", "", json!({"name": "ci", "id": id})),
         ("token_revoke", "token_not_found", json!({"name": "ci"})),
         (
             "webhook_add",
             "",
-            json!({"url": "http://127.0.0.1:9/[redacted: 7 bytes]", "events": ["vm.crashed"], "format": "standard", "allow_private": true}),
+            json!({"url": "http://127.0.0.1:9/[redacted: 7 bytes]", "events": ["vm.crashed"], "format": null, "allow_private": true}),
         ),
         ("webhook_remove", "", json!({"id": webhook})),
         ("webhook_remove", "webhook_not_found", json!({"id": webhook})),
