@@ -5,6 +5,7 @@
 //!  guard (who) ──> here: attempt, synced ──> handler ──> here: outcome
 //!                       └── Ticket ──> operations.rs, exec: what ends later ends its own line
 //!              ──> handler of what only looks ──> here: outcome, not waited for
+//!              ──> handler of what opens a door ──> here: a refusal; what goes through is written down there
 //! ```
 //!
 //! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written, nothing is told.
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::body::Body;
 use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State};
-use axum::http::Method;
+use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use nido_vmm::audit::{Audited, Caller as Who, Ending, Face};
@@ -71,8 +72,11 @@ pub async fn audit(
     let owner = Arc::clone(&app);
     let tool = match tool {
         Tool::Acts(tool) => tool,
-        Tool::Looks(tool) => {
+        Tool::Looks(tool) | Tool::Opens(tool) => {
             let response = next.run(request).await;
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                return Ok(response);
+            }
             let (ending, reason) = ending(&response);
             // Short, but another process may hold the log.
             blocking(move || owner.nido.audit_looked(&who, tool, &arguments, ending, reason)).await?;
@@ -95,7 +99,8 @@ pub async fn audit(
     Ok(response)
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+/// Writes to the log without keeping others from being served: it may have to wait for the disk or for another process.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
 }
@@ -117,16 +122,19 @@ enum Tool {
     Acts(&'static str),
     /// It only looks.
     Looks(&'static str),
+    /// It opens a connection over which is said later what shall be done: whoever hears that writes it down.
+    Opens(&'static str),
 }
 
 /// What a request is called in the log; the names are those of the tools for agents. Not written down is what tells nothing
 /// about VMs (the page, the description, health), and the counters, which a program fetches all day.
 fn tool(method: &Method, route: &str) -> Option<Tool> {
-    use Tool::{Acts, Looks};
+    use Tool::{Acts, Looks, Opens};
     Some(match (method.as_str(), route) {
         ("GET", "/v1/vms/{name}/files") => Acts("vm_download"),
         ("PUT", "/v1/vms/{name}/files") => Acts("vm_upload"),
-        ("POST", "/v1/vms/{name}/exec") | ("GET", "/v1/vms/{name}/exec/socket") => Acts("vm_exec"),
+        ("POST", "/v1/vms/{name}/exec") => Acts("vm_exec"),
+        ("GET", "/v1/vms/{name}/exec/socket") => Opens("vm_exec"),
         (_, "/" | "/page/{file}" | "/healthz" | "/openapi.json" | "/metrics") => return None,
         ("GET" | "HEAD", route) => Looks(look(route)),
         // Answered by what is allowed, without a look.
@@ -234,7 +242,7 @@ mod tests {
     fn what_reaches_into_a_guest_is_no_look() {
         let get = |route| tool(&Method::GET, route);
         assert_eq!(get("/v1/vms/{name}/files"), Some(Tool::Acts("vm_download")));
-        assert_eq!(get("/v1/vms/{name}/exec/socket"), Some(Tool::Acts("vm_exec")));
+        assert_eq!(get("/v1/vms/{name}/exec/socket"), Some(Tool::Opens("vm_exec")));
         assert_eq!(get("/v1/vms"), Some(Tool::Looks("vm_ls")));
         assert_eq!(tool(&Method::HEAD, "/v1/vms"), Some(Tool::Looks("vm_ls")));
         assert_eq!(tool(&Method::PATCH, "/v1/vms"), Some(Tool::Acts("other")));

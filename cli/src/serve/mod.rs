@@ -8,6 +8,7 @@
 //!                                                        │
 //!                      routes/*.rs  parse, call one method of the core, render      answer.rs  problem+json
 //!                                                        │
+//!                      lasting.rs  what lasts ends with its token, and with the server
 //!                      operations.rs  what changes something goes to its end, whoever hangs up
 //!                                                        │
 //!                      mcp.rs  agents, behind the same guard
@@ -20,6 +21,7 @@ mod answer;
 mod ask;
 mod audit;
 mod guard;
+mod lasting;
 mod links;
 mod listen;
 mod mcp;
@@ -81,8 +83,10 @@ pub struct App {
     changes: watch::Sender<u64>,
     /// A word for this run of the server.
     run: String,
-    /// Done when the server ends: what would go on for ever ends with it.
+    /// Done when the server begins to end: what would go on for ever ends with it.
     ending: CancellationToken,
+    /// Done when whatever still goes on then has had its time.
+    over: CancellationToken,
 }
 
 impl App {
@@ -119,6 +123,7 @@ pub async fn serve<A: Agents>(
         settled: Mutex::new(None),
         changes: watch::channel(0).0,
         ending: CancellationToken::new(),
+        over: CancellationToken::new(),
         run: nido_vmm::nido::random_id()?,
     });
     let watching = tokio::spawn(watch_events(Arc::clone(&app)));
