@@ -48,6 +48,8 @@ use self::operations::Operations;
 pub use self::pace::Patience;
 use crate::signals::Signals;
 
+/// How often is looked whether somebody delivers what is to be delivered.
+const DELIVERING_EVERY: Duration = Duration::from_secs(2);
 /// How long the last look for VMs without a supervisor counts.
 const SETTLED_FOR: Duration = Duration::from_millis(100);
 
@@ -151,13 +153,15 @@ async fn end_with<A: Agents>(agents: Option<Arc<A>>, ending: CancellationToken) 
     }
 }
 
-/// Wakes the listeners when something happens: one watch of the store for all of them.
+/// Wakes the listeners when something happens: one watch of the store for all of them. A deliverer that was killed is replaced.
 async fn watch_events(app: Arc<App>) {
-    let mut store = match Watch::new(&app.nido) {
-        Ok(store) => store,
-        Err(error) => return tracing::error!("events will not be told: {error}"),
-    };
+    let mut store = Watch::new(&app.nido);
+    let mut looked = Instant::now();
     loop {
+        if looked.elapsed() >= DELIVERING_EVERY {
+            app.nido.go_on_delivering();
+            looked = Instant::now();
+        }
         if let Ok(cursor) = app.nido.last_event() {
             app.changes.send_if_modified(|last| std::mem::replace(last, cursor) != cursor);
         }

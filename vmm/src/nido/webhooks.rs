@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 
 use super::{Nido, new_id, random_bytes};
-use crate::api::{Delivery, DeliveryList, WebhookAdded, WebhookInfo, WebhookList, WebhookRequest, WebhookTest};
+use crate::api::{
+    Delivery, DeliveryList, DeliveryState, WebhookAdded, WebhookInfo, WebhookList, WebhookRequest, WebhookTest,
+};
 use crate::error::{Code, Result};
 use crate::store::WebhookRow;
 use crate::webhook::{Body, Secret, Sender, Verdict, encode_body, resolve, target};
@@ -56,6 +58,14 @@ impl Nido {
     pub fn webhook_list(&self) -> Result<WebhookList> {
         let rows = self.store().webhooks()?;
         Ok(WebhookList { webhooks: rows.iter().map(|(row, pending)| row.info(*pending)).collect() })
+    }
+
+    /// How many deliveries of each state every endpoint has, by its id: those that wait, and those that are remembered.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn delivery_counts(&self) -> Result<Vec<(String, [(DeliveryState, u64); 3])>> {
+        self.store().delivery_counts()
     }
 
     /// Removes an endpoint; what waits for it is never sent. The answer is how it was.
