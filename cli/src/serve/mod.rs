@@ -83,8 +83,6 @@ pub struct App {
     settled: Mutex<Option<Instant>>,
     /// The last event's cursor: whoever listens is woken by it.
     changes: watch::Sender<u64>,
-    /// A word for this run of the server.
-    run: String,
     /// Done when the server begins to end: what would go on for ever ends with it.
     ending: CancellationToken,
     /// Done when whatever still goes on then has had its time.
@@ -126,7 +124,6 @@ pub async fn serve<A: Agents>(
         changes: watch::channel(0).0,
         ending: CancellationToken::new(),
         over: CancellationToken::new(),
-        run: nido_vmm::nido::random_id()?,
     });
     let watching = tokio::spawn(watch_events(Arc::clone(&app)));
     let mut router = if options.rest { routes::router(&app) } else { routes::nothing(&app) };
