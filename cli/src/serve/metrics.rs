@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use nido_vmm::api::{DeliveryState, StartPath, VmInfo};
+use nido_vmm::api::{DeliveryCounts, StartPath, VmInfo};
 use nido_vmm::state::VmState;
 
 /// Upper ends of the buckets for times, in seconds.
@@ -86,7 +86,7 @@ impl Metrics {
     }
 
     /// Everything, as text; with what the store counts: VMs, and each endpoint's deliveries.
-    pub fn render(&self, vms: &[VmInfo], deliveries: &[(String, [(DeliveryState, u64); 3])]) -> String {
+    pub fn render(&self, vms: &[VmInfo], deliveries: &[DeliveryCounts]) -> String {
         let mut text = String::new();
         let head = |text: &mut String, name: &str, kind: &str, help: &str| {
             let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
@@ -97,8 +97,8 @@ impl Metrics {
             let _ = writeln!(text, "nido_vms{{state=\"{}\"}} {count}", state.word());
         }
         head(&mut text, "nido_webhook_deliveries", "gauge", "Deliveries in the store by endpoint and state.");
-        for (webhook, counts) in deliveries {
-            for (state, count) in counts {
+        for DeliveryCounts { webhook_id: webhook, by_state } in deliveries {
+            for (state, count) in by_state {
                 let labels = format!("webhook=\"{webhook}\",state=\"{}\"", state.word());
                 let _ = writeln!(text, "nido_webhook_deliveries{{{labels}}} {count}");
             }

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 
 use super::{Nido, new_id, random_bytes};
 use crate::api::{
-    Delivery, DeliveryList, DeliveryState, WebhookAdded, WebhookInfo, WebhookList, WebhookRequest, WebhookTest,
+    Delivery, DeliveryCounts, DeliveryList, WebhookAdded, WebhookInfo, WebhookList, WebhookRequest, WebhookTest,
 };
 use crate::error::{Code, Result};
 use crate::store::WebhookRow;
@@ -60,11 +60,11 @@ impl Nido {
         Ok(WebhookList { webhooks: rows.iter().map(|(row, pending)| row.info(*pending)).collect() })
     }
 
-    /// How many deliveries of each state every endpoint has, by its id: those that wait, and those that are remembered.
+    /// How many deliveries of each state every endpoint has.
     ///
     /// # Errors
     /// Of the store.
-    pub fn delivery_counts(&self) -> Result<Vec<(String, [(DeliveryState, u64); 3])>> {
+    pub fn delivery_counts(&self) -> Result<Vec<DeliveryCounts>> {
         self.store().delivery_counts()
     }
 

@@ -4,7 +4,9 @@ use jiff::Timestamp;
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::{Store, decode, encode, fault};
-use crate::api::{DELIVERIES_MAX, Delivery, DeliveryState, EventKind, WEBHOOKS_MAX, WebhookFormat, WebhookInfo};
+use crate::api::{
+    DELIVERIES_MAX, Delivery, DeliveryCounts, DeliveryState, EventKind, WEBHOOKS_MAX, WebhookFormat, WebhookInfo,
+};
 use crate::error::{Code, Error, Result};
 use crate::webhook::{Secret, message_id};
 
@@ -113,7 +115,7 @@ impl Store {
     ///
     /// # Errors
     /// Of the store.
-    pub fn delivery_counts(&self) -> Result<Vec<(String, [(DeliveryState, u64); 3])>> {
+    pub fn delivery_counts(&self) -> Result<Vec<DeliveryCounts>> {
         let states = [DeliveryState::Pending, DeliveryState::Delivered, DeliveryState::Failed];
         let [pending, delivered, failed] =
             states.map(|state| format!("count(*) FILTER (WHERE d.state = '{}')", state.word()));
@@ -125,7 +127,8 @@ impl Store {
         let count = |row: &Row<'_>, at| Ok::<_, rusqlite::Error>(row.get::<_, i64>(at)?.unsigned_abs());
         let rows = statement.query_map([], |row| {
             let [pending, delivered, failed] = states;
-            Ok((row.get(0)?, [(pending, count(row, 1)?), (delivered, count(row, 2)?), (failed, count(row, 3)?)]))
+            let by_state = [(pending, count(row, 1)?), (delivered, count(row, 2)?), (failed, count(row, 3)?)];
+            Ok(DeliveryCounts { webhook_id: row.get(0)?, by_state })
         });
         rows.map_err(fault)?.collect::<Result<_, _>>().map_err(fault)
     }
