@@ -328,3 +328,19 @@ fn output(app: &App, stream: u8, bytes: &[u8]) -> Message {
 fn text(message: &Value) -> Message {
     Message::Text(message.to_string().into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_leaves_two_pings_unanswered_is_gone_if_it_was_listened_to() {
+        let asked = |listening: &[bool]| {
+            let mut quiet = Quiet::since_now(Duration::from_secs(30));
+            listening.iter().map(|listening| quiet.is_gone(*listening)).collect::<Vec<_>>()
+        };
+        assert_eq!(asked(&[true, true, true]), [false, false, true]);
+        assert_eq!(asked(&[true, true, false, true, true, true]), [false, false, false, false, false, true]);
+        assert_eq!(asked(&[false; 9]), [false; 9]);
+    }
+}
