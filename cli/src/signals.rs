@@ -1,7 +1,8 @@
 //! Signals to nido itself, as events.
 //!
 //! Invariant: once [`Signals::listen`] has returned, none of these signals ends nido by itself any more; so it is only
-//! called by verbs that have something to undo or to pass on, and they decide.
+//! called by verbs that have something to undo or to pass on, and they decide. A hangup that was ignored before, as `nohup` makes
+//! it, stays ignored.
 
 use nido_vmm::error::Error;
 use rustix::process::Signal as Number;
@@ -21,7 +22,7 @@ pub enum Signalled {
 pub struct Signals {
     interrupt: Signal,
     terminate: Signal,
-    hangup: Signal,
+    hangup: Option<Signal>,
     quit: Signal,
     resize: Signal,
 }
@@ -47,7 +48,7 @@ impl Signals {
         Ok(Self {
             interrupt: on(SignalKind::interrupt())?,
             terminate: on(SignalKind::terminate())?,
-            hangup: on(SignalKind::hangup())?,
+            hangup: (!is_ignored(HANGUP)).then(|| on(SignalKind::hangup())).transpose()?,
             quit: on(SignalKind::quit())?,
             resize: on(SignalKind::window_change())?,
         })
@@ -58,7 +59,7 @@ impl Signals {
         tokio::select! {
             _ = self.interrupt.recv() => Signalled::End(INTERRUPT),
             _ = self.terminate.recv() => Signalled::End(TERMINATE),
-            _ = self.hangup.recv() => Signalled::End(HANGUP),
+            () = received(&mut self.hangup) => Signalled::End(HANGUP),
             _ = self.quit.recv() => Signalled::End(QUIT),
             _ = self.resize.recv() => Signalled::Resized,
         }
@@ -72,4 +73,19 @@ impl Signals {
             }
         }
     }
+}
+
+/// Waits for a signal; for ever if it is not listened to.
+async fn received(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether whoever started nido wanted it to ignore a signal.
+fn is_ignored(signal: u8) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }

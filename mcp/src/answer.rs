@@ -207,6 +207,8 @@ const fn next_step(code: Code) -> &'static str {
         | Code::TokenNotFound
         | Code::TokenExists
         | Code::OperationNotFound
+        | Code::AnswerTooLarge
+        | Code::OutcomeUnknown
         | Code::RouteNotFound
         | Code::MethodNotAllowed
         | Code::RequestTimeout

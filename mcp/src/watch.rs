@@ -60,8 +60,8 @@ impl Changes {
         let receiver = self.sender.subscribe();
         let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
         if !std::mem::replace(&mut *started, true) {
-            match app.unsettled().last_event().and_then(|since| Ok((since, Watch::new(app.unsettled())?))) {
-                Ok((since, store)) => drop(app.tasks().spawn(look(Arc::clone(app), since, store))),
+            match app.unsettled().last_event() {
+                Ok(since) => drop(app.tasks().spawn(look(Arc::clone(app), since, Watch::new(app.unsettled())))),
                 Err(error) => {
                     *started = false;
                     tracing::error!("changes will not be told: {error}");

@@ -152,6 +152,122 @@ fn a_request_with_a_key_is_carried_out_once() {
 }
 
 #[test]
+fn an_answer_that_is_too_large_to_keep_is_given_once_and_nothing_is_run_twice() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let proof = home.scratch("proof");
+    let command = format!("echo x >> '{}'; head -c 4000000 /dev/zero", proof.display());
+    let body = json!({ "command": command }).to_string();
+    let headers = [("content-type", "application/json"), ("idempotency-key", "large")];
+    let send = || server.send("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    let done = send().ok(200);
+    assert_eq!((done["stdout"].as_str().unwrap().len(), &done["exit_code"]), (4_000_000, &json!(0)));
+    for _ in 0..2 {
+        let again = send();
+        assert_eq!(again.header("idempotency-replayed"), "true");
+        again.problem(409, "answer_too_large");
+    }
+    assert_eq!(std::fs::read_to_string(proof).unwrap(), "x\n");
+}
+
+#[test]
+fn a_request_with_a_key_is_carried_out_by_one_server_and_never_again() {
+    let home = Home::new();
+    let (first, headers) = (Server::start(&home), [("content-type", "application/json"), ("idempotency-key", "k")]);
+    let second = first.beside(&home);
+    home.spawn("web");
+    let (proof, go) = (home.scratch("proof"), home.scratch("go"));
+    let command = |then: &str| format!("echo x >> '{}'; {then}", proof.display());
+    let begin = |server: &Server, key: &str, body: &str| {
+        let bearer = format!("Bearer {}", server.token());
+        let headers = [headers[0], ("idempotency-key", key), ("authorization", &bearer)];
+        server.unread("POST", "/v1/vms/web/exec", &headers, body.as_bytes())
+    };
+    let begun = |times: usize| {
+        until("the command", || (std::fs::read_to_string(&proof).unwrap_or_default().len() == 2 * times).then_some(()));
+    };
+    let body =
+        json!({ "command": command(&format!("until [ -e '{}' ]; do sleep 0.05; done", go.display())) }).to_string();
+    let waits = begin(&first, "k", &body);
+    begun(1);
+    let ask = |body: &str| second.send("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    ask(&body).problem(409, "vm_busy");
+    std::fs::write(&go, "").unwrap();
+    let done = Server::answer_to(waits).ok(200);
+    let again = ask(&body);
+    assert_eq!(again.header("idempotency-replayed"), "true");
+    assert_eq!(again.ok(200), done);
+    // One that was killed has left nobody who knows.
+    let body = json!({ "command": command("sleep 98751") }).to_string();
+    let lost = begin(&first, "lost", &body);
+    begun(2);
+    first.gone();
+    drop(lost);
+    for _ in 0..2 {
+        let headers = [headers[0], ("idempotency-key", "lost")];
+        let again = second.send("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+        again.problem(409, "outcome_unknown");
+    }
+    assert_eq!(std::fs::read_to_string(&proof).unwrap(), "x\nx\n");
+}
+
+#[test]
+fn what_commands_have_written_is_not_for_who_only_looks() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let token = |scope: &str| {
+        let made = home.nido(["token", "create", "--name", scope, "--scope", scope, "--json"]).run().ok().json();
+        format!("Bearer {}", made["token"].as_str().unwrap())
+    };
+    let (read, run) = (token("read"), token("run"));
+    let headers = [("content-type", "application/json"), ("prefer", "respond-async")];
+    let body = json!({"argv": ["echo", "hunter2"]}).to_string();
+    let begun = server.send("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    let place = begun.header("location").to_owned();
+    until("the end", || (server.get(&place).ok(200)["status"] == "succeeded").then_some(()));
+    let look = |token: &str, path: &str| server.plain("GET", path, &[("authorization", token)], b"").ok(200);
+    assert_eq!(look(&run, &place)["result"]["stdout"], "hunter2\n");
+    assert_eq!(look(&read, &place)["status"], "succeeded");
+    for path in [&place, "/v1/operations"] {
+        let shown = look(&read, path).to_string();
+        assert!(!shown.contains("hunter2"), "{shown}");
+    }
+}
+
+#[test]
+fn a_server_that_shall_not_hear_of_the_end_of_its_terminal_does_not() {
+    use std::io::BufRead as _;
+    let home = Home::new();
+    // As `nohup` starts it.
+    let mut server = std::process::Command::new("sh")
+        .args(["-c", "trap '' HUP; exec \"$0\" api-server start --port 0", env!("CARGO_BIN_EXE_nido")])
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("HOME", home.scratch(""))
+        .env("NIDO_HOME", home.path())
+        .env("NIDO_QEMU", home.qemu_path())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    std::io::BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.contains("http://"), "{line}");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.id())).unwrap();
+    let mask = |key: &str| {
+        let mask = status.lines().find_map(|line| line.strip_prefix(key)).unwrap().trim();
+        u64::from_str_radix(mask, 16).unwrap()
+    };
+    let hangup = 1 << (Signal::HUP.as_raw() - 1);
+    let terminate = 1 << (Signal::TERM.as_raw() - 1);
+    assert_eq!((mask("SigIgn:") & hangup, mask("SigCgt:") & hangup), (hangup, 0));
+    assert_eq!(mask("SigCgt:") & terminate, terminate);
+    rustix::process::kill_process(rustix::process::Pid::from_child(&server), Signal::TERM).unwrap();
+    assert!(server.wait().unwrap().success());
+}
+
+#[test]
 fn the_description_in_the_repository_is_the_one_that_is_served() {
     let home = Home::bare();
     let now = home.nido(["api-server", "openapi"]).run().ok();

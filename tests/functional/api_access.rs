@@ -103,6 +103,18 @@ fn over_a_unix_socket_the_kernel_says_who_asks() {
 }
 
 #[test]
+fn a_head_without_an_end_is_refused() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    let long = "x".repeat(1 << 20);
+    let mut refused = Vec::new();
+    // What was not read any more may take the answer with it.
+    let _ = std::io::Read::read_to_end(&mut server.unread("GET", "/healthz", &[("x", &long)], b""), &mut refused);
+    assert!(refused.is_empty() || refused.starts_with(b"HTTP/1.1 431 "), "{}", refused.escape_ascii());
+    server.get("/healthz").ok(200);
+}
+
+#[test]
 fn who_sends_too_slowly_is_told() {
     let home = Home::new();
     let server = Server::with(&home, &["--patience", "300ms"]);

@@ -1,5 +1,6 @@
 //! Commands over a WebSocket: who may, what goes in and comes out, terminals, and what the end of the connection means.
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::http::Server;
@@ -64,9 +65,9 @@ fn a_terminal_has_the_size_it_is_told() {
 #[test]
 fn the_end_of_the_connection_is_that_of_the_command() {
     let home = Home::new();
-    let server = Server::with(&home, &["--patience", "200ms"]);
+    let server = Server::with(&home, &["--patience", "1s"]);
     home.spawn("web");
-    // Said, or not said, or not read any more.
+    // Said, or not said, or not read any more, or not there any more when asked.
     let mut closed = start(&server, &json!({"start": {"argv": ["sleep", "98741"]}}));
     closed.close();
     expect_none(&home, "sleep 98741");
@@ -75,16 +76,199 @@ fn the_end_of_the_connection_is_that_of_the_command() {
     let deaf = start(&server, &json!({"start": {"argv": ["yes", "98743"]}}));
     expect_none(&home, "yes 98743");
     drop(deaf);
-    // Nobody is made to say anything while nothing is to be read.
-    let mut quiet = start(&server, &json!({"start": {"command": "sleep 1; echo up"}}));
+    let silent = start(&server, &json!({"start": {"argv": ["sleep", "98744"]}}));
+    expect_none(&home, "sleep 98744");
+    drop(silent);
+    // Who answers that may be quiet for as long as the command is.
+    let mut quiet = start(&server, &json!({"start": {"command": "sleep 4; echo up"}}));
     quiet.expect("up\n");
     quiet.until("exit");
     until("the outcome of each", || {
-        let lines = home.nido(["audit", "show", "--json", "--tool", "vm_exec"]).run().ok().json();
-        let lines = lines["records"].as_array().unwrap().clone();
-        let outcomes = lines.iter().filter(|line| line["face"] == "api" && line["stage"] == "outcome");
-        (outcomes.count() == 4).then_some(())
+        let told = outcomes(&home);
+        let broken_off = told.iter().filter(|line| **line == ["unknown", "interrupted"]).count();
+        (told.len() == 5 && broken_off == 4).then_some(())
     });
+}
+
+/// The lines in the audit log about commands that came over sockets.
+fn lines(home: &Home, stage: &str) -> Vec<Value> {
+    let lines = home.nido(["audit", "show", "--json", "--tool", "vm_exec"]).run().ok().json();
+    let lines = lines["records"].as_array().unwrap().clone();
+    lines.into_iter().filter(|line| line["face"] == "api" && line["stage"] == stage).collect()
+}
+
+/// Their results and reasons.
+fn outcomes(home: &Home) -> Vec<[String; 2]> {
+    let word = |line: &Value, key: &str| line[key].as_str().unwrap_or_default().to_owned();
+    lines(home, "outcome").iter().map(|line| [word(line, "result"), word(line, "reason")]).collect()
+}
+
+#[test]
+fn a_command_is_in_the_audit_log_before_it_runs() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let command = json!({"argv": ["sh", "-c", "echo hi; exit 3"], "env": {"TOKEN": "s3cret"}, "stdin": "hunter2"});
+    let mut socket = start(&server, &json!({"start": command, "pty": {"rows": 24, "columns": 80}}));
+    socket.until("exit");
+    // Whoever is told of the end finds it there.
+    assert_eq!(outcomes(&home), [["success", "exit_code:3"]]);
+    let params = &lines(&home, "attempt")[0]["params"];
+    assert_eq!((&params["name"], &params["argv"][2]), (&json!("web"), &json!("echo hi; exit 3")), "{params}");
+    assert_eq!(params["pty"], json!({"rows": 24, "columns": 80}));
+    let text = params.to_string();
+    assert!(!text.contains("s3cret") && !text.contains("hunter2"), "{text}");
+    let mut socket = start(&server, &json!({"start": {"argv": ["sleep", "60"]}}));
+    socket.say(&json!({"signal": 9}));
+    socket.until("exit");
+    assert_eq!(outcomes(&home)[1], ["success", "signal:9"]);
+    let mut socket = open(&server);
+    socket.say(&json!({"start": {"argv": ["no-such-command"]}}));
+    socket.until("error");
+    // Where nothing was begun somebody was there all the same.
+    let mut socket = open(&server);
+    socket.say(&json!({"begin": {}}));
+    socket.until("error");
+    assert_eq!(outcomes(&home)[2..], [["error", "command_not_found"], ["error", "spec_invalid"]]);
+    assert_eq!(lines(&home, "attempt").len(), 3);
+    // Where it cannot be written down it is not run.
+    let mut socket = open(&server);
+    let (audit, proof) = (home.path().join("audit"), home.scratch("proof"));
+    std::fs::rename(&audit, home.scratch("kept")).unwrap();
+    std::fs::write(&audit, "").unwrap();
+    socket.say(&json!({"start": {"argv": ["touch", proof]}}));
+    assert_eq!(socket.until("error").0["code"], "audit_failed");
+    assert_eq!((socket.next(), proof.exists()), (Message::Close, false));
+    std::fs::remove_file(&audit).unwrap();
+    std::fs::rename(home.scratch("kept"), &audit).unwrap();
+    home.nido(["audit", "verify"]).run().ok();
+}
+
+#[test]
+fn what_runs_may_finish_when_the_server_ends() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let mut idle = open(&server);
+    let mut running = start(&server, &json!({"start": {"command": "echo up; sleep 1; echo done"}}));
+    running.expect("up\n");
+    server.live().signal(Signal::TERM);
+    // Who has not said anything yet comes too late.
+    assert_eq!((idle.until("error").0["code"].as_str(), idle.next()), (Some("interrupted"), Message::Close));
+    let (exit, out, _) = running.until("exit");
+    assert_eq!((&exit["exit_code"], &out[..], running.next()), (&json!(0), &b"done\n"[..], Message::Close));
+    assert_eq!((idle.code, running.code), (Some(1001), Some(1000)));
+    drop((idle, running));
+    server.ended();
+    assert_eq!(outcomes(&home), [["error", "interrupted"], ["success", "exit_code:0"]]);
+}
+
+#[test]
+fn what_would_never_end_is_told_that_the_server_ends() {
+    let home = Home::new();
+    let server = Server::with(&home, &["--patience", "1s"]);
+    home.spawn("web");
+    let mut endless = start(&server, &json!({"start": {"argv": ["sleep", "98745"]}}));
+    let bearer = format!("Bearer {}", server.token());
+    let headers = [("authorization", &*bearer), ("content-type", "application/json"), ("accept", "text/event-stream")];
+    let body = json!({"argv": ["sleep", "98746"], "timeout_ms": 0}).to_string();
+    let mut stream = server.open("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
+    assert_eq!(stream.line(), "event: started");
+    let waiting = server.unread("POST", "/v1/vms/web/exec", &headers[..2], body.as_bytes());
+    until("the command", || (lines(&home, "attempt").len() == 3).then_some(()));
+    server.live().signal(Signal::TERM);
+    assert_eq!(endless.until("error").0["code"], "interrupted");
+    assert_eq!((endless.next(), endless.code), (Message::Close, Some(1001)));
+    drop(endless);
+    while stream.line() != "event: error" {}
+    assert!(stream.line().contains("\"code\":\"interrupted\""));
+    Server::answer_to(waiting).problem(503, "interrupted");
+    drop(stream);
+    server.ended();
+    for command in ["sleep 98745", "sleep 98746"] {
+        expect_none(&home, command);
+    }
+    let told = outcomes(&home);
+    assert!(told.len() == 3 && told.iter().all(|line| line[1] == "interrupted"), "{told:?}");
+}
+
+#[test]
+fn a_server_that_is_full_counts_sockets_and_can_be_stopped() {
+    let home = Home::new();
+    let server = Server::with(&home, &["--rate", "10000"]);
+    home.spawn("web");
+    let mut sockets: Vec<_> = (0..512).map(|_| open(&server)).collect();
+    let mut one_more = server.unread("GET", "/healthz", &[], b"");
+    one_more.set_read_timeout(Some(std::time::Duration::from_millis(300))).unwrap();
+    let answer = std::io::Read::read(&mut one_more, &mut [0; 1]);
+    assert!(answer.is_err(), "a server that is full has answered");
+    sockets.pop().unwrap().close();
+    assert_eq!(Server::answer_to(one_more).status, 200);
+    sockets.push(open(&server));
+    server.live().signal(Signal::TERM);
+    for socket in &mut sockets {
+        assert_eq!(socket.until("error").0["code"], "interrupted");
+    }
+    drop(sockets);
+    server.ended();
+}
+
+#[test]
+fn a_server_full_of_listeners_can_be_stopped() {
+    let home = Home::new();
+    let server = Server::with(&home, &["--rate", "10000"]);
+    let bearer = format!("Bearer {}", server.token());
+    let headers = [("authorization", &*bearer), ("accept", "text/event-stream")];
+    let listeners: Vec<_> = (0..512).map(|_| server.open("GET", "/v1/events", &headers, b"")).collect();
+    assert!(listeners.iter().all(|listener| listener.status == 200));
+    // Not before the server is waiting for room.
+    let next = server.unread("GET", "/healthz", &[], b"");
+    server.live().signal(Signal::TERM);
+    server.ended();
+    drop((listeners, next));
+}
+
+#[test]
+fn what_lasts_ends_with_its_token() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    home.spawn("web");
+    let made = home.nido(["token", "create", "--name", "short", "--scope", "run", "--json"]).run().ok().json();
+    let (token, bearer) = (made["token"].as_str().unwrap(), format!("Bearer {}", made["token"].as_str().unwrap()));
+    let protocols = format!("nido, nido.token.{token}");
+    let mut socket = WebSocket::open(server.address(), PATH, &[("sec-websocket-protocol", &protocols)]).ok().unwrap();
+    socket.say(&json!({"start": {"argv": ["sleep", "98747"]}}));
+    socket.until("started");
+    let json = ("content-type", "application/json");
+    let stream = ("accept", "text/event-stream");
+    let body = json!({"argv": ["sleep", "98748"], "timeout_ms": 0}).to_string();
+    let mut exec =
+        server.open("POST", "/v1/vms/web/exec", &[("authorization", &bearer), json, stream], body.as_bytes());
+    assert_eq!(exec.line(), "event: started");
+    let waiting = server.unread("POST", "/v1/vms/web/exec", &[("authorization", &bearer), json], body.as_bytes());
+    let mut events = server.open("GET", "/v1/events", &[("authorization", &bearer), stream], b"");
+    let mut log = server.unread("GET", "/v1/vms/web/logs?follow=true", &[("authorization", &bearer)], b"");
+    let good = format!("Bearer {}", server.token());
+    let mut other = server.open("GET", "/v1/events", &[("authorization", &good), stream], b"");
+    until("the commands", || (lines(&home, "attempt").len() == 3).then_some(()));
+    home.nido(["token", "revoke", "short"]).run().ok();
+    assert_eq!(socket.until("error").0["code"], "unauthorized");
+    assert_eq!((socket.next(), socket.code), (Message::Close, Some(1008)));
+    for stream in [&mut exec, &mut events] {
+        while stream.line() != "event: error" {}
+        assert!(stream.line().contains("\"code\":\"unauthorized\""));
+    }
+    Server::answer_to(waiting).problem(401, "unauthorized");
+    // A log that breaks off is not taken for whole.
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut log, &mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 200") && !text.ends_with("0\r\n\r\n"), "{text}");
+    for command in ["sleep 98747", "sleep 98748"] {
+        expect_none(&home, command);
+    }
+    // Nobody else is cut off.
+    home.nido(["stop", "web"]).run().ok();
+    while other.line() != "event: vm.stopped" {}
 }
 
 #[test]
@@ -126,6 +310,6 @@ fn a_first_message_that_starts_nothing_is_told_so() {
         let mut socket = open(&server);
         socket.say(&what);
         assert_eq!(socket.until("error").0["code"], code, "{what}");
-        assert_eq!(socket.next(), Message::Close);
+        assert_eq!((socket.next(), socket.code), (Message::Close, Some(1011)));
     }
 }

@@ -195,6 +195,38 @@ fn hanging_up_kills_the_command() {
 }
 
 #[test]
+fn streams_and_commands_end_with_their_token() {
+    let home = Home::new();
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    home.spawn("web");
+    let bearer = format!("Bearer {}", token(&home, "run"));
+    let usual = [
+        ("content-type", "application/json"),
+        ("accept", "application/json, text/event-stream"),
+        ("authorization", bearer.as_str()),
+    ];
+    let hello = json!({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+        "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}});
+    let session = server.plain("POST", "/mcp", &usual, hello.to_string().as_bytes());
+    let session = session.header("mcp-session-id").to_owned();
+    let listens = [("accept", "text/event-stream"), usual[2], ("mcp-session-id", session.as_str())];
+    let mut stream = server.unread("GET", "/mcp", &listens, b"");
+    let mark = home.scratch("mark");
+    let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
+    let asked = body("tools/call", Some("vm_exec"), json!({"name": "web", "command": command, "timeout_ms": 0}));
+    let mut headers = headers("tools/call", Some("vm_exec"));
+    headers.push(("authorization", &bearer));
+    let _runs = server.unread("POST", "/mcp", &headers, asked.as_bytes());
+    let pid: u32 = until("the command", || std::fs::read_to_string(&mark).ok()?.trim().parse().ok());
+    home.nido(["token", "revoke", "run"]).run().ok();
+    // It just ends: to a client of the protocol an event that is none of its own would mean nothing.
+    let mut told = String::new();
+    std::io::Read::read_to_string(&mut stream, &mut told).unwrap();
+    assert!(told.starts_with("HTTP/1.1 200") && told.ends_with("\r\n0\r\n\r\n") && !told.contains("error"), "{told}");
+    until("its end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+}
+
+#[test]
 fn sessions_of_clients_with_initialize_work_over_http() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);

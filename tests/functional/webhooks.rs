@@ -6,6 +6,7 @@ use std::time::Duration;
 use nido_vmm::webhook::Secret;
 use serde_json::Value;
 
+use crate::support::http::Server;
 use crate::support::receiver::{Message, Receiver};
 use crate::support::{Home, processes, until};
 
@@ -142,6 +143,37 @@ fn a_deliverer_that_is_killed_again_and_again_loses_nothing() {
     expect_no_deliverer(&home);
     expect_order(&receiver.messages());
     assert!(deliveries(&home).iter().all(|delivery| delivery["state"] == "delivered"));
+}
+
+#[test]
+fn a_server_counts_deliveries_and_replaces_who_delivers() {
+    let port = Receiver::start().port();
+    let home = Home::new();
+    let server = Server::start(&home);
+    let count = |webhook: &Value, state: &str| {
+        let text = String::from_utf8(server.get("/metrics").body).unwrap();
+        let name =
+            format!("nido_webhook_deliveries{{webhook=\"{}\",state=\"{state}\"}} ", webhook["id"].as_str().unwrap());
+        text.lines().find_map(|line| line.strip_prefix(&*name)?.parse::<u64>().ok())
+    };
+    let webhook = add(&home, &format!("http://localhost:{port}/hook"));
+    let states = ["pending", "delivered", "failed"];
+    assert_eq!(states.map(|state| count(&webhook, state)), [Some(0); 3]);
+    create(&home, "web");
+    assert_eq!(states.map(|state| count(&webhook, state)), [Some(1), Some(0), Some(0)]);
+    // From here on there is nobody but the server.
+    let first = until("a deliverer", || Some(deliverers(&home)).filter(|live| !live.is_empty()));
+    for one in &first {
+        processes::kill_if_alive(*one);
+    }
+    until("another", || deliverers(&home).into_iter().find(|live| !first.contains(live)));
+    let receiver = Receiver::at(port);
+    // It tries again by itself, but not so soon.
+    home.nido(["webhook", "redeliver", &deliveries(&home)[0]["id"].to_string()]).run().ok();
+    await_taken(&receiver, 1);
+    until("the count", || (count(&webhook, "delivered") == Some(1)).then_some(()));
+    expect_no_deliverer(&home);
+    remove(&home, &webhook);
 }
 
 #[test]

@@ -60,6 +60,11 @@ impl Server {
         Self::with_token(home, ("api-server", &[]), std::mem::take(&mut self.token))
     }
 
+    /// Another one of the same home, with the same token, while this one lives.
+    pub fn beside(&self, home: &Home) -> Self {
+        Self::with_token(home, ("api-server", &[]), self.token.clone())
+    }
+
     /// Kills it, and no other takes its place.
     pub fn gone(mut self) {
         let live = self.live.take().unwrap();

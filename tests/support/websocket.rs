@@ -10,6 +10,8 @@ use super::DEADLINE;
 /// A connection.
 pub struct WebSocket {
     stream: TcpStream,
+    /// The code that the server closed it with.
+    pub code: Option<u16>,
 }
 
 /// A message.
@@ -41,7 +43,7 @@ impl WebSocket {
         if status == 101 {
             let lower = head.to_lowercase();
             assert!(head.contains("s3pPLMBiTxaQ9kYGzzhZRbK+xOo=") && lower.contains("sec-websocket-protocol: nido"));
-            return Ok(Self { stream });
+            return Ok(Self { stream, code: None });
         }
         let lower = head.to_lowercase();
         let length = lower.split("content-length: ").nth(1).unwrap().lines().next().unwrap().parse().unwrap();
@@ -77,7 +79,7 @@ impl WebSocket {
         self.stream.write_all(&frame).unwrap();
     }
 
-    /// The next message; pings are none.
+    /// The next message. Pings are none; they are answered.
     pub fn next(&mut self) -> Message {
         loop {
             let mut head = [0; 2];
@@ -96,7 +98,11 @@ impl WebSocket {
             match head[0] & 0x0f {
                 1 => return Message::Text(serde_json::from_slice(&payload).unwrap()),
                 2 => return Message::Binary(payload),
-                8 => return Message::Close,
+                8 => {
+                    self.code = payload.first_chunk().map(|code| u16::from_be_bytes(*code));
+                    return Message::Close;
+                }
+                9 => self.send(10, &payload),
                 _ => {}
             }
         }

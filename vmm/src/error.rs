@@ -105,6 +105,8 @@ codes! {
     RateLimited "rate_limited" Unavailable 429 "Too many requests";
     AuditFailed "audit_failed" Unavailable 503 "The audit log cannot be written";
     AuditBroken "audit_broken" Conflict 409 "The audit log does not hold together";
+    AnswerTooLarge "answer_too_large" Conflict 409 "It was carried out, and its answer was too large to be kept";
+    OutcomeUnknown "outcome_unknown" Conflict 409 "It was begun, and nobody knows how it ended";
     LimitExceeded "limit_exceeded" Conflict 409 "A limit was reached";
     DiskFull "disk_full" Unavailable 507 "The disk is full";
     ToolMissing "tool_missing" Unavailable 503 "A program that is needed is not installed";

@@ -51,7 +51,7 @@ impl Args {
         };
         let mut request = EventsRequest { since, kinds: self.events, vm: self.vm };
         if self.follow {
-            let mut feed = nido.follow_events(request)?;
+            let mut feed = nido.follow_events(request);
             loop {
                 let event = feed.next().await?;
                 let line = if cx.output.json { json(&event, false) + "\n" } else { line(&event) };

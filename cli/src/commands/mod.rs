@@ -248,9 +248,9 @@ impl Context {
 pub fn start_log(cli: &Cli) {
     let told = match (cli.global.verbose, &cli.verb) {
         (0, Verb::Supervise(_) | Verb::PoolFill(_) | Verb::Deliver(_)) => "info",
-        // Its client keeps what it says here. The protocol's library warns of every answer that is an error, and of clients that
+        // A server's stderr is its log, or its client keeps what it says here. The protocol's library warns of every answer that is an error, and of clients that
         // have hung up: the client has been told, or is gone.
-        (0, Verb::McpServer(_)) => "warn,rmcp=off",
+        (0, Verb::McpServer(_) | Verb::ApiServer(_)) => "warn,rmcp=off",
         (0, _) => return,
         (1, _) => "debug",
         (_, _) => "trace",

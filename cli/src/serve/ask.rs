@@ -40,7 +40,11 @@ impl<S: Send + Sync, T: DeserializeOwned + Serialize> FromRequest<S> for Body<T>
     }
 }
 
-fn parse<T: DeserializeOwned + Serialize>(bytes: &[u8]) -> Result<T, Problem> {
+/// JSON as whatever it is meant to be.
+///
+/// # Errors
+/// `request_invalid`; `spec_invalid`, with the field.
+pub fn parse<T: DeserializeOwned + Serialize>(bytes: &[u8]) -> Result<T, Problem> {
     let no_json = |error| Error::new(Code::RequestInvalid, format!("the body is not JSON: {error}"));
     let mut json: Value = serde_json::from_slice(bytes).map_err(no_json)?;
     whole_numbers(&mut json);

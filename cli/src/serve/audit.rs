@@ -6,6 +6,7 @@
 //!                       └── Ticket ──> operations.rs, exec, files: what ends later ends its own line
 //!              ──> handler of what only looks ──> here: outcome, not waited for
 //!              ──> once.rs answers by itself ──> here: outcome, not waited for
+//!              ──> handler of what opens a door ──> here: a refusal; what goes through is written down there
 //! ```
 //!
 //! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written, nothing is told. What a request
@@ -15,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::body::Body;
 use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State};
-use axum::http::Method;
+use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use nido_vmm::audit::{Audited, Caller as Who, Ending, Face};
@@ -72,8 +73,11 @@ pub async fn audit(
     let (request, arguments) = arguments(request).await?;
     let mut response = match tool {
         Tool::Acts(tool) => acted(&app, who, tool, arguments, request, next).await?,
-        Tool::Looks(tool) => {
+        Tool::Looks(tool) | Tool::Opens(tool) => {
             let response = next.run(request).await;
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                return Ok(response);
+            }
             let how = ending(&response);
             looked(&app, who, tool, arguments, how).await?;
             response
@@ -92,7 +96,9 @@ pub async fn audit_again(
 ) -> std::result::Result<Response, Problem> {
     let has_key = request.method() == Method::POST && request.headers().contains_key("idempotency-key");
     let named = named(&request).filter(|_| has_key);
-    let Some((Tool::Acts(tool) | Tool::Looks(tool), who)) = named else { return Ok(next.run(request).await) };
+    let Some((Tool::Acts(tool) | Tool::Looks(tool) | Tool::Opens(tool), who)) = named else {
+        return Ok(next.run(request).await);
+    };
     let (request, arguments) = arguments(request).await?;
     let response = next.run(request).await;
     if response.extensions().get::<Told>().is_none() {
@@ -148,7 +154,8 @@ async fn acted(
     Ok(response)
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+/// Writes to the log without keeping others from being served: it may have to wait for the disk or for another process.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
 }
@@ -170,18 +177,21 @@ enum Tool {
     Acts(&'static str),
     /// It only looks.
     Looks(&'static str),
+    /// It opens a connection over which is said later what shall be done: whoever hears that writes it down.
+    Opens(&'static str),
 }
 
 /// What a request is called in the log; the names are those of the tools for agents. Not written down is what tells nothing
 /// about VMs (the page, the description, health), and the counters, which a program fetches all day.
 fn tool(method: &Method, route: &str) -> Option<Tool> {
-    use Tool::{Acts, Looks};
+    use Tool::{Acts, Looks, Opens};
     // To answer a HEAD is to do what a GET asks for, and to keep the body.
     let method = if method == Method::HEAD { &Method::GET } else { method };
     Some(match (method.as_str(), route) {
         ("GET", "/v1/vms/{name}/files") => Acts("vm_download"),
         ("PUT", "/v1/vms/{name}/files") => Acts("vm_upload"),
-        ("POST", "/v1/vms/{name}/exec") | ("GET", "/v1/vms/{name}/exec/socket") => Acts("vm_exec"),
+        ("POST", "/v1/vms/{name}/exec") => Acts("vm_exec"),
+        ("GET", "/v1/vms/{name}/exec/socket") => Opens("vm_exec"),
         (_, "/" | "/page/{file}" | "/healthz" | "/openapi.json" | "/metrics") => return None,
         ("GET", route) => Looks(look(route)),
         // Answered by what is allowed, without a look.
@@ -309,7 +319,7 @@ mod tests {
     fn what_reaches_into_a_guest_is_no_look() {
         let get = |route| tool(&Method::GET, route);
         assert_eq!(get("/v1/vms/{name}/files"), Some(Tool::Acts("vm_download")));
-        assert_eq!(get("/v1/vms/{name}/exec/socket"), Some(Tool::Acts("vm_exec")));
+        assert_eq!(get("/v1/vms/{name}/exec/socket"), Some(Tool::Opens("vm_exec")));
         assert_eq!(get("/v1/vms"), Some(Tool::Looks("vm_ls")));
         assert_eq!(tool(&Method::HEAD, "/v1/vms"), Some(Tool::Looks("vm_ls")));
         assert_eq!(tool(&Method::HEAD, "/v1/vms/{name}/files"), Some(Tool::Acts("vm_download")));

@@ -61,6 +61,8 @@ pub struct Caller {
     pub actor: String,
     /// What they may do.
     pub scope: Scope,
+    /// The id of their token, if they have one.
+    pub token: Option<String>,
 }
 
 /// Lets through who may ask.
@@ -71,8 +73,8 @@ pub async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next
         return Ok(next.run(request).await);
     }
     let caller = match peer {
-        Peer::Local { uid } => Caller { actor: format!("uid:{uid}"), scope: Scope::Admin },
-        Peer::Network { .. } if app.no_token => Caller { actor: "anybody".into(), scope: Scope::Admin },
+        Peer::Local { uid } => Caller { actor: format!("uid:{uid}"), scope: Scope::Admin, token: None },
+        Peer::Network { .. } if app.no_token => Caller { actor: "anybody".into(), scope: Scope::Admin, token: None },
         Peer::Network { .. } => {
             let token = bearer(request.headers()).ok_or_else(|| {
                 Error::new(Code::Unauthorized, "a token is needed")
@@ -80,7 +82,7 @@ pub async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next
             })?;
             let info = app.nido.token_check(&token)?;
             check_door(info.only, request.uri().path())?;
-            Caller { actor: format!("token:{}", info.name), scope: info.scope }
+            Caller { actor: format!("token:{}", info.name), scope: info.scope, token: Some(info.id) }
         }
     };
     app.rates.take(&caller.actor)?;

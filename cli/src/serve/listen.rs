@@ -23,6 +23,7 @@ use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tower::Service;
 
 use super::App;
@@ -36,8 +37,8 @@ const CONNECTIONS: usize = 512;
 const HEAD_WITHIN: Duration = Duration::from_secs(10);
 /// The largest head, in bytes.
 const HEAD_MAX: usize = 32 * 1024;
-/// How long running requests may take when the server ends.
-const FINISH_WITHIN: Duration = Duration::from_secs(30);
+/// How long what is cut off when the server ends may take to say so.
+const GOODBYE_WITHIN: Duration = Duration::from_secs(5);
 /// How long the server rests when the system has no more descriptors.
 const REST: Duration = Duration::from_millis(100);
 
@@ -149,17 +150,18 @@ impl Bound {
         let connections = TaskTracker::new();
         let room = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
-            let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
+            // A signal ends it also while there is no room.
             let accepted = tokio::select! {
-                accepted = self.accept() => accepted,
+                accepted = self.accept(&room) => accepted,
                 _ = signals.next_end() => break,
             };
             match accepted {
-                Ok((stream, peer)) => {
+                Ok((stream, peer, permit)) => {
+                    let place = Place(Arc::new((permit, connections.token())));
                     let unread = app.patience.unread;
-                    let serving = Serving { router: router.clone(), ending: app.ending.clone(), unread, _place: place };
+                    let serving = Serving { router: router.clone(), ending: app.ending.clone(), unread, place };
                     app.metrics.connection();
-                    connections.spawn(serving.start(stream, peer, self.tls.clone()));
+                    tokio::spawn(serving.start(stream, peer, self.tls.clone()));
                 }
                 // A client that has gone already, or no descriptors left.
                 Err(error) => {
@@ -174,12 +176,21 @@ impl Bound {
         drop(self);
         app.ending.cancel();
         connections.close();
-        if tokio::time::timeout(FINISH_WITHIN, connections.wait()).await.is_err() {
-            tracing::warn!("requests were cut off: the server ends");
+        if tokio::time::timeout(app.patience.finish, connections.wait()).await.is_err() {
+            tracing::warn!("requests are cut off: the server ends");
+            app.over.cancel();
+            let _ = tokio::time::timeout(GOODBYE_WITHIN, connections.wait()).await;
         }
     }
 
-    async fn accept(&self) -> std::io::Result<(Stream, Peer)> {
+    /// The next client, once there is room for it.
+    async fn accept(&self, room: &Arc<Semaphore>) -> std::io::Result<(Stream, Peer, OwnedSemaphorePermit)> {
+        let permit = Arc::clone(room).acquire_owned().await.map_err(std::io::Error::other)?;
+        let (stream, peer) = self.accept_one().await?;
+        Ok((stream, peer, permit))
+    }
+
+    async fn accept_one(&self) -> std::io::Result<(Stream, Peer)> {
         match &self.socket {
             Socket::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
@@ -200,12 +211,19 @@ enum Stream {
     Unix(UnixStream),
 }
 
+/// The place of a connection among those that may be open, held by whatever goes on over it, also when it is not HTTP any more:
+/// it is counted, and waited for when the server ends, for as long.
+#[derive(Debug, Clone)]
+pub struct Place(
+    #[expect(dead_code, reason = "it is there to be dropped")] Arc<(OwnedSemaphorePermit, TaskTrackerToken)>,
+);
+
 /// One connection.
 struct Serving {
     router: Router,
     ending: CancellationToken,
     unread: Duration,
-    _place: OwnedSemaphorePermit,
+    place: Place,
 }
 
 impl Serving {
@@ -222,13 +240,14 @@ impl Serving {
     }
 
     async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: Peer) {
-        let router = self.router;
+        let (router, place) = (self.router, self.place);
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let mut router = router.clone();
-            let peer = peer.clone();
+            let (peer, place) = (peer.clone(), place.clone());
             async move {
                 let mut request = request.map(Body::new);
                 request.extensions_mut().insert(peer);
+                request.extensions_mut().insert(place);
                 let Ok(response) = router.call(request).await;
                 Ok::<_, Infallible>(response)
             }

@@ -13,13 +13,14 @@ use nido_vmm::error::{Code, Error};
 use super::App;
 use super::answer::Problem;
 use super::guard::{self, Caller};
-use super::routes;
+use super::{lasting, routes};
 
 /// The one route. Audit and answers are the service's own.
 pub fn router<A: Agents>(app: &Arc<App>, http: &Http<A>) -> Router {
     Router::new()
         .route_service("/mcp", http.service())
         .layer(middleware::from_fn_with_state(http.clone(), admit::<A>))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), lasting::lasting))
         .layer(middleware::from_fn_with_state(Arc::clone(app), guard::guard))
         .layer(middleware::from_fn_with_state(Arc::clone(app), routes::count))
 }

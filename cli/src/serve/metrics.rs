@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use nido_vmm::api::{StartPath, VmInfo};
+use nido_vmm::api::{DeliveryCounts, StartPath, VmInfo};
 use nido_vmm::state::VmState;
 
 /// Upper ends of the buckets for times, in seconds.
@@ -85,8 +85,8 @@ impl Metrics {
         }
     }
 
-    /// Everything, as text.
-    pub fn render(&self, vms: &[VmInfo]) -> String {
+    /// Everything, as text; with what the store counts: VMs, and each endpoint's deliveries.
+    pub fn render(&self, vms: &[VmInfo], deliveries: &[DeliveryCounts]) -> String {
         let mut text = String::new();
         let head = |text: &mut String, name: &str, kind: &str, help: &str| {
             let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
@@ -95,6 +95,13 @@ impl Metrics {
         for state in VmState::ALL {
             let count = vms.iter().filter(|vm| vm.status == state).count();
             let _ = writeln!(text, "nido_vms{{state=\"{}\"}} {count}", state.word());
+        }
+        head(&mut text, "nido_webhook_deliveries", "gauge", "Deliveries in the store by endpoint and state.");
+        for DeliveryCounts { webhook_id: webhook, by_state } in deliveries {
+            for (state, count) in by_state {
+                let labels = format!("webhook=\"{webhook}\",state=\"{}\"", state.word());
+                let _ = writeln!(text, "nido_webhook_deliveries{{{labels}}} {count}");
+            }
         }
         let plain = [
             ("nido_http_connections_total", "Connections accepted.", &self.connections),

@@ -8,6 +8,7 @@
 //!                                                        │
 //!                      routes/*.rs  parse, call one method of the core, render      answer.rs  problem+json
 //!                                                        │
+//!                      lasting.rs  what lasts ends with its token, and with the server
 //!                      operations.rs  what changes something goes to its end, whoever hangs up
 //!                                                        │
 //!                      mcp.rs  agents, behind the same guard
@@ -20,6 +21,7 @@ mod answer;
 mod ask;
 mod audit;
 mod guard;
+mod lasting;
 mod links;
 mod listen;
 mod mcp;
@@ -46,6 +48,8 @@ use self::operations::Operations;
 pub use self::pace::Patience;
 use crate::signals::Signals;
 
+/// How often is looked whether somebody delivers what is to be delivered.
+const DELIVERING_EVERY: Duration = Duration::from_secs(2);
 /// How long the last look for VMs without a supervisor counts.
 const SETTLED_FOR: Duration = Duration::from_millis(100);
 
@@ -79,10 +83,10 @@ pub struct App {
     settled: Mutex<Option<Instant>>,
     /// The last event's cursor: whoever listens is woken by it.
     changes: watch::Sender<u64>,
-    /// A word for this run of the server.
-    run: String,
-    /// Done when the server ends: what would go on for ever ends with it.
+    /// Done when the server begins to end: what would go on for ever ends with it.
     ending: CancellationToken,
+    /// Done when whatever still goes on then has had its time.
+    over: CancellationToken,
 }
 
 impl App {
@@ -119,7 +123,7 @@ pub async fn serve<A: Agents>(
         settled: Mutex::new(None),
         changes: watch::channel(0).0,
         ending: CancellationToken::new(),
-        run: nido_vmm::nido::random_id()?,
+        over: CancellationToken::new(),
     });
     let watching = tokio::spawn(watch_events(Arc::clone(&app)));
     let mut router = if options.rest { routes::router(&app) } else { routes::nothing(&app) };
@@ -146,13 +150,15 @@ async fn end_with<A: Agents>(agents: Option<Arc<A>>, ending: CancellationToken) 
     }
 }
 
-/// Wakes the listeners when something happens: one watch of the store for all of them.
+/// Wakes the listeners when something happens: one watch of the store for all of them. A deliverer that was killed is replaced.
 async fn watch_events(app: Arc<App>) {
-    let mut store = match Watch::new(&app.nido) {
-        Ok(store) => store,
-        Err(error) => return tracing::error!("events will not be told: {error}"),
-    };
+    let mut store = Watch::new(&app.nido);
+    let mut looked = Instant::now();
     loop {
+        if looked.elapsed() >= DELIVERING_EVERY {
+            app.nido.go_on_delivering();
+            looked = Instant::now();
+        }
         if let Ok(cursor) = app.nido.last_event() {
             app.changes.send_if_modified(|last| std::mem::replace(last, cursor) != cursor);
         }

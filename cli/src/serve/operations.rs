@@ -16,13 +16,13 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use jiff::Timestamp;
-use nido_vmm::api::StartStage;
+use nido_vmm::api::{Scope, StartStage};
 use nido_vmm::audit::{Audited, Ending};
 use nido_vmm::error::{Code, Error, Problem, Result};
 use nido_vmm::name::VmName;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio_util::task::TaskTracker;
 
 use super::App;
@@ -51,10 +51,22 @@ pub struct Operation {
     pub created_at: Timestamp,
     /// When it ended.
     pub ended_at: Option<Timestamp>,
-    /// What the request would have been answered.
+    /// What the request would have been answered. What a command has written is only for who may run some.
     pub result: Option<Value>,
     /// Why it failed.
     pub error: Option<Problem>,
+}
+
+/// The operations that run commands.
+const COMMANDS: [&str; 2] = ["vm_exec", "run"];
+
+impl Operation {
+    fn shown_to(mut self, scope: Scope) -> Self {
+        if scope < Scope::Run && COMMANDS.contains(&self.kind.as_str()) {
+            self.result = None;
+        }
+        self
+    }
 }
 
 /// How an operation is.
@@ -248,6 +260,11 @@ impl Operations {
         }
     }
 
+    /// Does something that goes on though nobody waits for it any more; the server's end does.
+    pub fn go_on<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        self.running.spawn(work)
+    }
+
     fn make_room(&self) {
         let mut known = self.lock();
         let now = Timestamp::now();
@@ -262,15 +279,16 @@ impl Operations {
         }
     }
 
-    /// All that are known.
-    pub fn list(&self) -> OperationList {
-        OperationList { operations: self.lock().values().map(|(operation, _)| operation.clone()).collect() }
+    /// All that are known, as far as they are for somebody's eyes.
+    pub fn list(&self, scope: Scope) -> OperationList {
+        let shown = |operation: &Operation| operation.clone().shown_to(scope);
+        OperationList { operations: self.lock().values().map(|(operation, _)| shown(operation)).collect() }
     }
 
     /// One of them.
-    pub fn get(&self, id: &str) -> Result<Operation> {
+    pub fn get(&self, id: &str, scope: Scope) -> Result<Operation> {
         let found = self.lock().values().find(|(operation, _)| operation.id == id).map(|(found, _)| found.clone());
-        found.ok_or_else(not_known)
+        Ok(found.ok_or_else(not_known)?.shown_to(scope))
     }
 
     /// Forgets one, and stops it if it goes on. What it has made so far is removed as if its caller had been killed.

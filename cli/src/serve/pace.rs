@@ -36,13 +36,15 @@ pub struct Patience {
     pub whole: Duration,
     /// For a client to read some of its answer.
     pub unread: Duration,
+    /// For what goes on when the server ends.
+    pub finish: Duration,
 }
 
 impl Patience {
     /// In proportion to the time for the next byte of a body.
     pub const fn of(silence: Duration) -> Self {
         let twice = silence.saturating_mul(2);
-        Self { silence, whole: twice, unread: twice }
+        Self { silence, whole: twice, unread: twice, finish: silence }
     }
 }
 

@@ -157,6 +157,15 @@ impl DeliveryState {
     }
 }
 
+/// How many deliveries an endpoint has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeliveryCounts {
+    /// The endpoint's id.
+    pub webhook_id: String,
+    /// How many there are of each state: those that wait, and those that are remembered.
+    pub by_state: [(DeliveryState, u64); 3],
+}
+
 impl std::str::FromStr for DeliveryState {
     type Err = Error;
 

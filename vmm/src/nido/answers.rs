@@ -2,16 +2,17 @@
 
 use super::Nido;
 use crate::error::Result;
+use crate::presence::is_gone;
 use crate::store::Known;
 
 impl Nido {
-    /// Whether a caller's request under this key may be carried out, or what is known of it. `run` is the server's own word
-    /// for this run of it.
+    /// Whether this process may carry out a caller's request under this key, or what is known of it.
     ///
     /// # Errors
     /// Of the store.
-    pub fn answer_begin(&self, caller: &str, key: &str, request: &str, run: &str) -> Result<Known> {
-        self.store().begin_answer(caller, key, request, run)
+    pub fn answer_begin(&self, caller: &str, key: &str, request: &str) -> Result<Known> {
+        let (run, present) = (self.presence()?, self.home().present());
+        self.store().begin_answer((caller, key), request, &run, |run| is_gone(&present, run))
     }
 
     /// Keeps the answer for a day; without one the request may be made again.

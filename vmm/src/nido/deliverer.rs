@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  a command, a supervisor ── event and deliveries, committed ── deliver.lock free? ──> nido deliver ── drains, ends
-//!  any command, at its start ── anything pending, deliver.lock free? ─────────────────────^
+//!  any command, at its start; a server, all the time ── anything pending, deliver.lock free? ─────────────────────^
 //! ```
 //!
 //! Invariant: whoever queues looks at the lock after that, and a deliverer looks for more after it has let go of the lock. So
@@ -85,8 +85,9 @@ impl Nido {
         }
     }
 
-    /// Starts a deliverer for what others have left behind.
-    pub(super) fn go_on_delivering(&self) {
+    /// Starts a deliverer for what others have left behind, as opening does: for who keeps a home open for long. Cheap when
+    /// nothing waits or somebody delivers.
+    pub fn go_on_delivering(&self) {
         let pending = self.store().has_pending();
         match pending {
             Ok(false) => {}

@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 
 /// How often a reader looks by itself.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// The same where the kernel does not tell of writes.
+const LOOK_EVERY_UNWATCHED: Duration = Duration::from_secs(1);
 /// When a reader looks again after a write, the last first: what is written counts only a moment later.
 const ECHOES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(20), Duration::from_millis(3)];
 /// The most events that [`Nido::events`] gives at once.
@@ -64,11 +66,9 @@ impl Nido {
     }
 
     /// The events behind a cursor, and all that come.
-    ///
-    /// # Errors
-    /// `internal` if the store cannot be watched.
-    pub fn follow_events(&self, request: EventsRequest) -> Result<EventFeed<'_>> {
-        Ok(EventFeed { watch: Watch::new(self)?, nido: self, request, ready: Vec::new().into_iter() })
+    #[must_use]
+    pub fn follow_events(&self, request: EventsRequest) -> EventFeed<'_> {
+        EventFeed { watch: Watch::new(self), nido: self, request, ready: Vec::new().into_iter() }
     }
 
     /// What lies in files and whose maker was killed before saying so is announced by whoever looks for events.
@@ -116,20 +116,29 @@ impl EventFeed<'_> {
     }
 }
 
-/// Waits for writes to the store by anybody.
+/// Waits for writes to the store by anybody. Where the host has no watches left, it looks more often instead.
 #[derive(Debug)]
 pub struct Watch {
-    descriptor: AsyncFd<OwnedFd>,
+    descriptor: Option<AsyncFd<OwnedFd>>,
     /// How often it still looks soon, because something has been written.
     echoes: usize,
 }
 
 impl Watch {
     /// Watches from now on.
-    ///
-    /// # Errors
-    /// `internal`.
-    pub fn new(nido: &Nido) -> Result<Self> {
+    #[must_use]
+    pub fn new(nido: &Nido) -> Self {
+        Self::with(Self::descriptor(nido))
+    }
+
+    fn with(descriptor: Result<AsyncFd<OwnedFd>>) -> Self {
+        let descriptor = descriptor.inspect_err(|error| {
+            tracing::warn!("{error}; it is looked at every {} s instead", LOOK_EVERY_UNWATCHED.as_secs());
+        });
+        Self { descriptor: descriptor.ok(), echoes: 0 }
+    }
+
+    fn descriptor(nido: &Nido) -> Result<AsyncFd<OwnedFd>> {
         let broken = |e: std::io::Error| Error::io("cannot watch the store", e);
         let descriptor = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| broken(e.into()))?;
         // The log of writes comes and goes with the last process that has the store open, so its directory is watched.
@@ -139,20 +148,46 @@ impl Watch {
             deprecated,
             reason = "its successor is unsafe for the sake of types that are no descriptors; this is one"
         )]
-        let descriptor = AsyncFd::with_interest(descriptor, Interest::READABLE).map_err(broken)?;
-        Ok(Self { descriptor, echoes: 0 })
+        AsyncFd::with_interest(descriptor, Interest::READABLE).map_err(broken)
     }
 
     /// Returns when something may have been written since the last time, at the latest after two seconds.
     pub async fn changed(&mut self) {
+        let Some(descriptor) = &self.descriptor else { return tokio::time::sleep(LOOK_EVERY_UNWATCHED).await };
         let within = self.echoes.checked_sub(1).map_or(LOOK_EVERY, |left| ECHOES[left]);
         self.echoes = self.echoes.saturating_sub(1);
-        let readable = tokio::time::timeout(within, self.descriptor.readable()).await;
+        let readable = tokio::time::timeout(within, descriptor.readable()).await;
         if let Ok(Ok(mut guard)) = readable {
             self.echoes = ECHOES.len();
             let mut buffer = [0; 4096];
-            while rustix::io::read(self.descriptor.as_fd(), &mut buffer).is_ok_and(|n| n > 0) {}
+            while rustix::io::read(descriptor.as_fd(), &mut buffer).is_ok_and(|n| n > 0) {}
             guard.clear_ready();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nido::OpenOptions;
+
+    #[tokio::test]
+    async fn who_cannot_watch_looks_and_misses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || {
+            let home = Some(dir.path().join("home"));
+            Nido::open_unsettled(OpenOptions { home, ..OpenOptions::default() }).unwrap()
+        };
+        let (nido, other) = (open(), open());
+        let none = Error::io("cannot watch the store", std::io::Error::from_raw_os_error(libc::EMFILE));
+        let (watch, request) = (Watch::with(Err(none)), EventsRequest::default());
+        let mut feed = EventFeed { watch, nido: &nido, request, ready: Vec::new().into_iter() };
+        for stamp in ["1", "2"] {
+            let announce = async { other.store().announce_template(&"t".parse().unwrap(), stamp).unwrap() };
+            let told = async { tokio::time::timeout(Duration::from_secs(60), feed.next()).await };
+            // In this order: it waits already when that happens.
+            let (told, ()) = tokio::join!(biased; told, announce);
+            assert!(told.unwrap().unwrap().cursor > 0);
         }
     }
 }

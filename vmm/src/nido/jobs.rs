@@ -107,7 +107,7 @@ impl Nido {
     }
 
     /// What this process is known by, for as long as it lives.
-    fn presence(&self) -> Result<String> {
+    pub(super) fn presence(&self) -> Result<String> {
         let mut presence = self.presence.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(there) = &*presence {
             return Ok(there.id().to_owned());

@@ -77,6 +77,17 @@ impl Nido {
         let expired = row.info.expires_at.is_some_and(|end| end <= Timestamp::now());
         if bool::from(same) && !expired { Ok(row.info) } else { Err(unknown()) }
     }
+
+    /// Whether the token of that id, which was checked before, is still good: for what lasts.
+    ///
+    /// # Errors
+    /// `unauthorized` if it was revoked or has expired meanwhile; those of the store.
+    pub fn token_holds(&self, id: &str) -> Result<()> {
+        let over = |how: &str| Error::new(Code::Unauthorized, format!("the token {how}"));
+        let row = self.store().token(id)?.ok_or_else(|| over("was revoked"))?;
+        let expired = row.info.expires_at.is_some_and(|end| end <= Timestamp::now());
+        if expired { Err(over("has expired")) } else { Ok(()) }
+    }
 }
 
 #[cfg(test)]
@@ -107,12 +118,19 @@ mod tests {
         }
         let secret = made.token.rsplit('_').next().unwrap();
         assert!(!format!("{:?}", nido.token_list().unwrap()).contains(secret));
+        nido.token_holds(&made.info.id).unwrap();
         nido.token_revoke("ci").unwrap();
         assert!(nido.token_check(&made.token).is_err());
+        assert_eq!(nido.token_holds(&made.info.id).unwrap_err().code(), Code::Unauthorized);
         assert_eq!(nido.token_revoke("ci").unwrap_err().code(), Code::TokenNotFound);
         let short = TokenRequest { expires_in_ms: Some(0), ..request.clone() };
         let ended = nido.token_create(&short).unwrap();
         assert_eq!(nido.token_check(&ended.token).unwrap_err().code(), Code::Unauthorized);
+        assert_eq!(nido.token_holds(&ended.info.id).unwrap_err().code(), Code::Unauthorized);
+        // Under the same name a token is another one.
+        nido.token_revoke("ci").unwrap();
+        nido.token_create(&request).unwrap();
+        assert_eq!(nido.token_holds(&made.info.id).unwrap_err().code(), Code::Unauthorized);
         for name in ["", "A b", "../x"] {
             let bad = TokenRequest { name: name.into(), ..request.clone() };
             assert_eq!(nido.token_create(&bad).unwrap_err().code(), Code::SpecInvalid);

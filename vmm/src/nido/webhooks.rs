@@ -6,7 +6,8 @@ use jiff::Timestamp;
 
 use super::{Nido, new_id, random_bytes};
 use crate::api::{
-    Delivery, DeliveryList, WebhookAdded, WebhookFormat, WebhookInfo, WebhookList, WebhookRequest, WebhookTest,
+    Delivery, DeliveryCounts, DeliveryList, WebhookAdded, WebhookFormat, WebhookInfo, WebhookList, WebhookRequest,
+    WebhookTest,
 };
 use crate::error::{Code, Result};
 use crate::store::WebhookRow;
@@ -59,6 +60,14 @@ impl Nido {
     pub fn webhook_list(&self) -> Result<WebhookList> {
         let rows = self.store().webhooks()?;
         Ok(WebhookList { webhooks: rows.iter().map(|(row, pending)| row.info(*pending)).collect() })
+    }
+
+    /// How many deliveries of each state every endpoint has.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn delivery_counts(&self) -> Result<Vec<DeliveryCounts>> {
+        self.store().delivery_counts()
     }
 
     /// Removes an endpoint; what waits for it is never sent. The answer is how it was.

@@ -18,28 +18,38 @@ pub enum Known {
     Another,
     /// The same request is being carried out.
     Running,
+    /// The same request was begun, and whoever carried it out is gone without having said how it ended.
+    Unknown,
     /// It was answered like this.
     Answered(String),
 }
 
 impl Store {
-    /// Marks a request as being carried out by a server's run, if nothing is known of its key. What a run that is over has
-    /// left unanswered is carried out again.
+    /// Marks a request as being carried out by a server's run, if nothing is known of its key. What a run that is gone has
+    /// left unanswered is never carried out again: nobody knows how far it came.
     ///
     /// # Errors
     /// Of the store.
-    pub fn begin_answer(&self, caller: &str, key: &str, request: &str, run: &str) -> Result<Known> {
+    pub fn begin_answer(
+        &self,
+        (caller, key): (&str, &str),
+        request: &str,
+        run: &str,
+        is_gone: impl Fn(&str) -> bool,
+    ) -> Result<Known> {
         let now = jiff::Timestamp::now().as_millisecond();
         self.in_transaction(|| {
-            let forget = "DELETE FROM answers WHERE at_ms < ?1 \
-                          OR (caller = ?2 AND key = ?3 AND answer IS NULL AND run <> ?4)";
-            self.connection.execute(forget, params![now - KEPT_MS, caller, key, run]).map_err(fault)?;
-            let known = "SELECT request, answer FROM answers WHERE caller = ?1 AND key = ?2";
-            let read = |row: &rusqlite::Row<'_>| Ok((row.get::<_, String>(0)?, row.get::<_, Option<String>>(1)?));
+            let forget = "DELETE FROM answers WHERE at_ms < ?1";
+            self.connection.execute(forget, [now - KEPT_MS]).map_err(fault)?;
+            let known = "SELECT request, answer, run FROM answers WHERE caller = ?1 AND key = ?2";
+            let read = |row: &rusqlite::Row<'_>| {
+                Ok((row.get::<_, String>(0)?, row.get::<_, Option<String>>(1)?, row.get::<_, String>(2)?))
+            };
             match self.connection.query_row(known, [caller, key], read).optional().map_err(fault)? {
-                Some((other, _)) if other != request => Ok(Known::Another),
-                Some((_, Some(answer))) => Ok(Known::Answered(answer)),
-                Some((_, None)) => Ok(Known::Running),
+                Some((other, ..)) if other != request => Ok(Known::Another),
+                Some((_, Some(answer), _)) => Ok(Known::Answered(answer)),
+                Some((.., by)) if by != run && is_gone(&by) => Ok(Known::Unknown),
+                Some(_) => Ok(Known::Running),
                 None => {
                     let insert = "INSERT INTO answers (caller, key, request, run, at_ms) VALUES (?1, ?2, ?3, ?4, ?5)";
                     self.connection.execute(insert, params![caller, key, request, run, now]).map_err(fault)?;
@@ -70,16 +80,19 @@ mod tests {
     fn a_request_is_carried_out_once() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("db")).unwrap();
-        let begin = |caller, request, run| store.begin_answer(caller, "k", request, run).unwrap();
+        let is_gone = |run: &str| run == "gone";
+        let begin = |caller, request, run| store.begin_answer((caller, "k"), request, run, is_gone).unwrap();
         assert_eq!(begin("ci", "a", "1"), Known::Nothing);
         assert_eq!((begin("ci", "a", "1"), begin("ci", "b", "1")), (Known::Running, Known::Another));
         assert_eq!(begin("other", "b", "1"), Known::Nothing, "keys are each caller's own");
-        // The server was killed while it carried it out.
-        assert_eq!(begin("ci", "a", "2"), Known::Nothing);
+        assert_eq!(begin("ci", "a", "2"), Known::Running, "by another server, which lives");
         store.end_answer("ci", "k", Some("done")).unwrap();
         assert_eq!(begin("ci", "a", "3"), Known::Answered("done".into()));
         store.end_answer("other", "k", None).unwrap();
-        assert_eq!(begin("other", "c", "1"), Known::Nothing);
+        assert_eq!(begin("other", "c", "gone"), Known::Nothing);
+        // The server was killed while it carried it out.
+        assert_eq!((begin("other", "c", "2"), begin("other", "c", "2")), (Known::Unknown, Known::Unknown));
+        assert_eq!(begin("other", "d", "2"), Known::Another);
         store.connection.execute("UPDATE answers SET at_ms = 0", []).unwrap();
         assert_eq!(begin("ci", "b", "1"), Known::Nothing, "after a day it is forgotten");
     }

@@ -4,7 +4,9 @@ use jiff::Timestamp;
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::{Store, decode, encode, fault};
-use crate::api::{DELIVERIES_MAX, Delivery, EventKind, WEBHOOKS_MAX, WebhookFormat, WebhookInfo};
+use crate::api::{
+    DELIVERIES_MAX, Delivery, DeliveryCounts, DeliveryState, EventKind, WEBHOOKS_MAX, WebhookFormat, WebhookInfo,
+};
 use crate::error::{Code, Error, Result};
 use crate::webhook::{Secret, message_id};
 
@@ -107,6 +109,28 @@ impl Store {
         let rows = statement.query_map([], |row| Ok((raw(row)?, row.get::<_, i64>(8)?))).map_err(fault)?;
         rows.map(|row| row.map_err(fault).and_then(|(raw, pending)| Ok((row_of(raw)?, pending.unsigned_abs()))))
             .collect()
+    }
+
+    /// How many deliveries of each state every endpoint has, in the order of their making.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn delivery_counts(&self) -> Result<Vec<DeliveryCounts>> {
+        let states = [DeliveryState::Pending, DeliveryState::Delivered, DeliveryState::Failed];
+        let [pending, delivered, failed] =
+            states.map(|state| format!("count(*) FILTER (WHERE d.state = '{}')", state.word()));
+        let query = format!(
+            "SELECT w.id, {pending}, {delivered}, {failed} FROM webhooks w \
+             LEFT JOIN deliveries d ON d.webhook_id = w.id GROUP BY w.id ORDER BY w.created_ms, w.id"
+        );
+        let mut statement = self.connection.prepare_cached(&query).map_err(fault)?;
+        let count = |row: &Row<'_>, at| Ok::<_, rusqlite::Error>(row.get::<_, i64>(at)?.unsigned_abs());
+        let rows = statement.query_map([], |row| {
+            let [pending, delivered, failed] = states;
+            let by_state = [(pending, count(row, 1)?), (delivered, count(row, 2)?), (failed, count(row, 3)?)];
+            Ok(DeliveryCounts { webhook_id: row.get(0)?, by_state })
+        });
+        rows.map_err(fault)?.collect::<Result<_, _>>().map_err(fault)
     }
 
     /// The endpoints that are sent something.

@@ -23,8 +23,6 @@ use crate::store::{Attempt, Due, Outcome, WebhookRow};
 const AT_ONCE: usize = 8;
 /// How often old deliveries are forgotten, in results.
 const PRUNED_EVERY: usize = 500;
-/// How often the store is looked at where it cannot be watched.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How often a result is written again that could not be, a second apart.
 const WRITES_MAX: u32 = 60;
 
@@ -34,8 +32,7 @@ const WRITES_MAX: u32 = 60;
 /// Of the store.
 pub async fn drain(nido: &Nido) -> Result<()> {
     let mut desk = Desk::default();
-    // A host may have no watches left; then the store is looked at now and then.
-    let mut watch = Watch::new(nido).inspect_err(|error| tracing::warn!("{error}")).ok();
+    let mut watch = Watch::new(nido);
     nido.store().prune_deliveries(now_ms())?;
     loop {
         let next = desk.begin(nido)?;
@@ -124,11 +121,11 @@ impl Desk {
     }
 
     /// Waits until something has landed, something is due, or something was written.
-    async fn wait(&mut self, watch: &mut Option<Watch>, next_ms: Option<i64>) {
+    async fn wait(&mut self, watch: &mut Watch, next_ms: Option<i64>) {
         let pause = next_ms.map(|at| Duration::from_millis((at - now_ms()).max(0).unsigned_abs()));
         tokio::select! {
             Some(landed) = self.tasks.join_next_with_id() => self.land(landed),
-            () = changed(watch) => {}
+            () = watch.changed() => {}
             () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => {}
         }
         while let Some(landed) = self.tasks.try_join_next_with_id() {
@@ -175,14 +172,6 @@ impl Desk {
             nido.store().prune_deliveries(now)?;
         }
         Ok(())
-    }
-}
-
-/// Returns when something may have been written to the store, or after a while.
-async fn changed(watch: &mut Option<Watch>) {
-    match watch {
-        Some(watch) => watch.changed().await,
-        None => tokio::time::sleep(LOOK_EVERY).await,
     }
 }
 

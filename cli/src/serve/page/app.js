@@ -220,7 +220,8 @@ async function follow() {
         begun = frames.pop();
         for (const frame of frames) {
           const data = frame.split("\n").find((line) => line.startsWith("data:"));
-          if (!data) continue;
+          // Why the stream ends: the next request is told the same.
+          if (!data || frame.startsWith("event: error")) continue;
           const event = JSON.parse(data.slice(5));
           last = String(event.cursor);
           happened(event);

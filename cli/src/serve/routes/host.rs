@@ -49,8 +49,9 @@ async fn health(State(app): State<Arc<App>>) -> Answer {
 #[utoipa::path(get, path = "/metrics", operation_id = "metrics", tag = "host",
     responses((status = 200, body = String, content_type = "text/plain")))]
 async fn metrics(State(app): State<Arc<App>>, _: Looks) -> Answer {
-    let vms = app.nido().await?.list()?.vms;
-    Ok(typed("text/plain; version=0.0.4; charset=utf-8", app.metrics.render(&vms)))
+    let nido = app.nido().await?;
+    let text = app.metrics.render(&nido.list()?.vms, &nido.delivery_counts()?);
+    Ok(typed("text/plain; version=0.0.4; charset=utf-8", text))
 }
 
 /// This description. Needs no token.

@@ -30,7 +30,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::answer::Problem;
 use super::audit as log;
-use super::{App, guard, once, pace};
+use super::{App, guard, lasting, once, pace};
 
 /// The largest JSON body, in bytes.
 pub const BODY_MAX: usize = 1 << 20;
@@ -71,6 +71,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .layer(middleware::from_fn_with_state(Arc::clone(app), once::once))
         .layer(middleware::from_fn_with_state(Arc::clone(app), log::audit_again))
         .layer(middleware::from_fn_with_state(Arc::clone(app), pace::pace))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), lasting::lasting))
         .layer(middleware::from_fn_with_state(Arc::clone(app), guard::guard))
         .layer(middleware::from_fn_with_state(Arc::clone(app), count))
         .with_state(Arc::clone(app))

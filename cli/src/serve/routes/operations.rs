@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::extract::State;
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -11,7 +12,7 @@ use utoipa_axum::routes;
 use crate::serve::App;
 use crate::serve::answer::{self, Answer};
 use crate::serve::ask::Names;
-use crate::serve::guard::{Looks, Uses};
+use crate::serve::guard::{Caller, Looks, Uses};
 use crate::serve::operations::{Operation, OperationList};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
@@ -29,15 +30,20 @@ struct Which {
 /// What goes on, and what has ended lately.
 #[utoipa::path(get, path = "/v1/operations", operation_id = "operation_list", tag = "operations",
     responses((status = 200, body = OperationList)))]
-async fn list(State(app): State<Arc<App>>, _: Looks) -> Answer {
-    answer::ok(&app.operations.list())
+async fn list(State(app): State<Arc<App>>, _: Looks, Extension(caller): Extension<Caller>) -> Answer {
+    answer::ok(&app.operations.list(caller.scope))
 }
 
 /// How an operation is.
 #[utoipa::path(get, path = "/v1/operations/{id}", operation_id = "operation_get", tag = "operations", params(Which),
     responses((status = 200, body = Operation)))]
-async fn get(State(app): State<Arc<App>>, _: Looks, Names(which): Names<Which>) -> Answer {
-    answer::ok(&app.operations.get(&which.id)?)
+async fn get(
+    State(app): State<Arc<App>>,
+    _: Looks,
+    Extension(caller): Extension<Caller>,
+    Names(which): Names<Which>,
+) -> Answer {
+    answer::ok(&app.operations.get(&which.id, caller.scope)?)
 }
 
 /// Cancels an operation, and forgets it. One that has ended is only forgotten.

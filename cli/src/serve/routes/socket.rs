@@ -10,33 +10,35 @@
 //!                                                        <-  text    {"exit": ExecExit}  or  {"error": Problem}, then the end
 //! ```
 //!
-//! A browser cannot give a header; it gives its token as a protocol: `nido` and `nido.token.TOKEN`.
+//! A browser cannot give a header; it gives its token as a protocol: `nido` and `nido.token.TOKEN`. Whoever says nothing while nothing
+//! is said to them is asked with a ping whether they are there.
 //!
-//! Invariant: the end of the connection, whatever ends it, kills the command.
+//! Invariant: the end of the connection, whatever ends it, kills the command; and no command begins before it is in the audit log.
 
 use std::sync::Arc;
 
-use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::Extension;
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use axum::routing::get;
-use nido_vmm::api::ExecEvent;
+use nido_vmm::api::{ExecBody, ExecEvent, ExecExit};
+use nido_vmm::audit::{Audited, Caller as Who, Ending, Face};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::{ExecControl, ExecEvents};
-use serde::Deserialize;
-use serde_json::json;
-use tokio::time::{Duration, timeout};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tokio::time::{Duration, Instant, sleep_until, timeout};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::vms::Vm;
-use crate::serve::App;
 use crate::serve::answer::{Answer, Problem};
-use crate::serve::ask::{Names, plain};
-use crate::serve::audit::end_with;
-use crate::serve::guard::Uses;
-use crate::serve::operations::Asked;
-use nido_vmm::api::ExecBody;
+use crate::serve::ask::{Names, parse, plain};
+use crate::serve::guard::{Caller, Uses};
+use crate::serve::lasting::over;
+use crate::serve::listen::Place;
+use crate::serve::{App, audit};
 
 /// The largest message of a client, in bytes.
 const MESSAGE_MAX: usize = 1 << 20;
@@ -44,6 +46,12 @@ const MESSAGE_MAX: usize = 1 << 20;
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
 /// How many pieces of standard input may wait for a command that does not read.
 const INPUT_WAITING: usize = 16;
+/// How many pings in a row may go unanswered.
+const PINGS: u32 = 2;
+/// How long a client may take to agree that it is over.
+const CLOSED_WITHIN: Duration = Duration::from_secs(2);
+/// The operation's name in the audit log.
+const TOOL: &str = "vm_exec";
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().route("/v1/vms/{name}/exec/socket", get(attach))
@@ -69,32 +77,29 @@ async fn attach(
     State(app): State<Arc<App>>,
     _: Uses,
     Names(vm): Names<Vm>,
-    asked: Asked,
+    Extension(caller): Extension<Caller>,
+    Extension(place): Extension<Place>,
     Upgrade(upgrade): Upgrade,
 ) -> Answer {
     // Whether it can be used is told before the connection is another.
     app.nido().await?.info(&vm.name).await?;
     let upgrade = upgrade.protocols(["nido"]).max_message_size(MESSAGE_MAX);
-    let line = asked.take_line();
+    let who = Who { face: Face::Api, actor: caller.actor, agent: None };
+    let session = Session { app, name: vm.name, who };
     Ok(upgrade.on_upgrade(move |socket| async move {
-        let mut socket = socket;
-        let outcome = session(&app, &vm.name, &mut socket).await;
-        end_with(line, &outcome);
-        if let Err(error) = outcome {
-            let _ = say(&mut socket, json!({ "error": error.problem() })).await;
-        }
-        let _ = socket.send(Message::Close(None)).await;
+        session.run(socket, caller.token).await;
+        drop(place);
     }))
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Size {
     rows: u16,
     columns: u16,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Start {
     start: ExecBody,
@@ -113,29 +118,138 @@ struct Said {
     resize: Option<Size>,
 }
 
-async fn session(app: &Arc<App>, name: &VmName, socket: &mut WebSocket) -> Result<()> {
-    let bad = |words: String| Error::new(Code::SpecInvalid, words);
-    let first = timeout(STARTED_WITHIN, socket.recv()).await;
-    let Ok(Some(Ok(Message::Text(text)))) = first else {
-        return Err(bad("the first message does not say what to start".into()));
-    };
-    let start: Start = serde_json::from_str(&text).map_err(|e| bad(plain(&e.to_string())))?;
-    let never = start.start.timeout_ms.is_none();
-    let (mut request, _) = start.start.split()?;
-    request.stdin = true;
-    if never {
-        request.timeout_ms = None;
+/// How it ended, if not with an error.
+enum Ended {
+    /// The command has.
+    Exit(ExecExit),
+    /// The client is gone, and the command with it.
+    Gone,
+}
+
+/// One connection.
+struct Session {
+    app: Arc<App>,
+    name: VmName,
+    who: Who,
+}
+
+impl Session {
+    async fn run(self, mut socket: WebSocket, token: Option<String>) {
+        let mut line = None;
+        let outcome = tokio::select! {
+            outcome = self.serve(&mut socket, &mut line) => outcome,
+            error = over(Arc::clone(&self.app), token) => Err(error),
+        };
+        // First: whoever is told of the end finds it in the log.
+        self.write_down(line, &outcome).await;
+        let (last, code) = match outcome {
+            Ok(Ended::Gone) => return,
+            Ok(Ended::Exit(exit)) => (json!({ "exit": exit }), close_code::NORMAL),
+            Err(error) => {
+                let code = match error.code() {
+                    Code::Interrupted => close_code::AWAY,
+                    Code::Unauthorized => close_code::POLICY,
+                    _ => close_code::ERROR,
+                };
+                (json!({ "error": error.problem() }), code)
+            }
+        };
+        let _ = socket.send(text(&last)).await;
+        let _ = socket.send(Message::Close(Some(CloseFrame { code, reason: "".into() }))).await;
+        // What the client is still saying must not tear down what it has not read yet.
+        let _ = timeout(CLOSED_WITHIN, async { while let Some(Ok(_)) = socket.recv().await {} }).await;
     }
-    request.pty = start.pty.map(|size| (size.rows, size.columns));
-    request.term = start.term.filter(|_| request.pty.is_some());
-    let (control, events) = app.nido().await?.exec(name, request).await?;
-    app.metrics.exec();
-    talk(app, socket, control, events).await
+
+    /// Writes down how it ended; where nothing had been begun, that somebody came.
+    async fn write_down(&self, line: Option<Audited>, outcome: &Result<Ended>) {
+        let (ending, reason) = match outcome {
+            Ok(Ended::Exit(exit)) => (Ending::Success, exit.word()),
+            Ok(Ended::Gone) => (Ending::Unknown, Code::Interrupted.slug().into()),
+            Err(error) => (Ending::Error, error.code().slug().into()),
+        };
+        let (app, who, arguments) = (Arc::clone(&self.app), self.who.clone(), json!({ "name": self.name }));
+        let written = audit::blocking(move || match line {
+            Some(line) => line.end_as(ending, &reason),
+            None => app.nido.audit_looked(&who, TOOL, &arguments, ending, &reason),
+        });
+        if let Err(error) = written.await {
+            tracing::error!("{error}");
+        }
+    }
+
+    /// Runs a command; from when it is written down, `line` is what is open of that.
+    async fn serve(&self, socket: &mut WebSocket, line: &mut Option<Audited>) -> Result<Ended> {
+        let Some(start) = self.first(socket).await? else { return Ok(Ended::Gone) };
+        let (app, who, arguments) = (Arc::clone(&self.app), self.who.clone(), self.arguments(&start)?);
+        let begun = audit::blocking(move || app.nido.audit_begin(&who, TOOL, &arguments));
+        *line = Some(begun.await?);
+        let never = start.start.timeout_ms.is_none();
+        let (mut request, _) = start.start.split()?;
+        request.stdin = true;
+        if never {
+            request.timeout_ms = None;
+        }
+        request.pty = start.pty.map(|size| (size.rows, size.columns));
+        request.term = start.term.filter(|_| request.pty.is_some());
+        let (control, events) = self.app.nido().await?.exec(&self.name, request).await?;
+        self.app.metrics.exec();
+        talk(&self.app, socket, control, events).await
+    }
+
+    /// What shall be started. `None`: the client has gone.
+    async fn first(&self, socket: &mut WebSocket) -> Result<Option<Start>> {
+        let wanted = "the first message does not say what to start";
+        let first = tokio::select! {
+            first = timeout(STARTED_WITHIN, socket.recv()) => first,
+            () = self.app.ending.cancelled() => return Err(Error::new(Code::Interrupted, "the server ends")),
+        };
+        match first {
+            Ok(Some(Ok(Message::Text(text)))) => parse(text.as_bytes()).map(Some).map_err(|Problem(error)| error),
+            Ok(None | Some(Err(_) | Ok(Message::Close(_)))) => Ok(None),
+            Ok(Some(Ok(_))) | Err(_) => Err(Error::new(Code::SpecInvalid, wanted)),
+        }
+    }
+
+    /// The same as of a command that is posted; and its terminal.
+    fn arguments(&self, start: &Start) -> Result<Value> {
+        let broken = |error: serde_json::Error| Error::internal(error.to_string());
+        let mut arguments = Map::new();
+        arguments.insert("name".into(), json!(self.name));
+        let Value::Object(mut said) = serde_json::to_value(start).map_err(broken)? else { return Ok(Value::Null) };
+        if let Some(Value::Object(command)) = said.remove("start") {
+            arguments.extend(command);
+        }
+        arguments.extend(said);
+        // What was not said is not written down.
+        arguments.retain(|_, value| !value.is_null() && value.as_object().is_none_or(|fields| !fields.is_empty()));
+        Ok(Value::Object(arguments))
+    }
+}
+
+/// Whether the client is there while nothing is said.
+struct Quiet {
+    every: Duration,
+    ask_at: Instant,
+    unanswered: u32,
+}
+
+impl Quiet {
+    fn since_now(every: Duration) -> Self {
+        Self { every, ask_at: Instant::now() + every, unanswered: 0 }
+    }
+
+    /// It has been quiet for long enough to ask; whether it has been asked too often. Where a client is not listened to, for the
+    /// command has not read what it said before, its silence says nothing.
+    fn is_gone(&mut self, listening: bool) -> bool {
+        self.unanswered = if listening { self.unanswered + 1 } else { 0 };
+        self.ask_at = Instant::now() + self.every;
+        self.unanswered > PINGS
+    }
 }
 
 /// Carries what both say until one of them ends. Input goes through a task of its own: a command that does not read must not
 /// keep its output or a signal from getting through.
-async fn talk(app: &App, socket: &mut WebSocket, control: ExecControl, mut events: ExecEvents) -> Result<()> {
+async fn talk(app: &App, socket: &mut WebSocket, control: ExecControl, mut events: ExecEvents) -> Result<Ended> {
     let (input, mut waiting) = tokio::sync::mpsc::channel::<Option<Vec<u8>>>(INPUT_WAITING);
     let feeder = control.clone();
     let feed = tokio::spawn(async move {
@@ -150,17 +264,23 @@ async fn talk(app: &App, socket: &mut WebSocket, control: ExecControl, mut event
         }
     });
     let _ends = AbortOnDrop(feed);
+    let mut quiet = Quiet::since_now(app.patience.silence);
     loop {
         let room = input.capacity() > 0;
         tokio::select! {
-            event = events.next() => match event {
-                Some(Ok(ExecEvent::Started(pid))) => say(socket, json!({ "started": { "pid": pid } })).await?,
-                Some(Ok(ExecEvent::Stdout(bytes))) => output(app, socket, 1, &bytes).await?,
-                Some(Ok(ExecEvent::Stderr(bytes))) => output(app, socket, 2, &bytes).await?,
-                Some(Ok(ExecEvent::Exited(exit))) => return say(socket, json!({ "exit": exit })).await,
-                Some(Err(error)) => return Err(error),
-                None => return Err(Error::internal("the command ended without saying how")),
-            },
+            event = events.next() => {
+                let message = match event {
+                    Some(Ok(ExecEvent::Started(pid))) => text(&json!({ "started": { "pid": pid } })),
+                    Some(Ok(ExecEvent::Stdout(bytes))) => output(app, 1, &bytes),
+                    Some(Ok(ExecEvent::Stderr(bytes))) => output(app, 2, &bytes),
+                    Some(Ok(ExecEvent::Exited(exit))) => return Ok(Ended::Exit(exit)),
+                    Some(Err(error)) => return Err(error),
+                    None => return Err(Error::internal("the command ended without saying how")),
+                };
+                if socket.send(message).await.is_err() {
+                    return Ok(Ended::Gone);
+                }
+            }
             message = socket.recv(), if room => match message {
                 Some(Ok(Message::Binary(bytes))) => drop(input.try_send(Some(bytes.to_vec()))),
                 Some(Ok(Message::Text(text))) => {
@@ -178,9 +298,17 @@ async fn talk(app: &App, socket: &mut WebSocket, control: ExecControl, mut event
                 }
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
                 // Whoever hangs up does not want the command any more.
-                Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(()),
+                Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(Ended::Gone),
             },
+            () = sleep_until(quiet.ask_at) => {
+                if quiet.is_gone(room) || socket.send(Message::Ping(Vec::new().into())).await.is_err() {
+                    return Ok(Ended::Gone);
+                }
+                continue;
+            }
         }
+        // Also what was only handed on: where nobody reads, that is seen by the connection itself (pace.rs).
+        quiet = Quiet::since_now(app.patience.silence);
     }
 }
 
@@ -192,16 +320,27 @@ impl Drop for AbortOnDrop {
     }
 }
 
-async fn output(app: &App, socket: &mut WebSocket, stream: u8, bytes: &[u8]) -> Result<()> {
+fn output(app: &App, stream: u8, bytes: &[u8]) -> Message {
     app.metrics.bytes_out(bytes.len() as u64);
-    let message = [&[stream], bytes].concat();
-    socket.send(Message::Binary(message.into())).await.map_err(|_| gone())
+    Message::Binary([&[stream], bytes].concat().into())
 }
 
-async fn say(socket: &mut WebSocket, message: serde_json::Value) -> Result<()> {
-    socket.send(Message::Text(message.to_string().into())).await.map_err(|_| gone())
+fn text(message: &Value) -> Message {
+    Message::Text(message.to_string().into())
 }
 
-fn gone() -> Error {
-    Error::new(Code::Interrupted, "the client has hung up")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_leaves_two_pings_unanswered_is_gone_if_it_was_listened_to() {
+        let asked = |listening: &[bool]| {
+            let mut quiet = Quiet::since_now(Duration::from_secs(30));
+            listening.iter().map(|listening| quiet.is_gone(*listening)).collect::<Vec<_>>()
+        };
+        assert_eq!(asked(&[true, true, true]), [false, false, true]);
+        assert_eq!(asked(&[true, true, false, true, true, true]), [false, false, false, false, false, true]);
+        assert_eq!(asked(&[false; 9]), [false; 9]);
+    }
 }
