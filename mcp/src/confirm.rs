@@ -122,8 +122,20 @@ pub async fn confirm(
         agent: call.who.agent.clone(),
         arguments: arguments.clone(),
     };
-    if let Some(id) = arguments.get("approval_id").and_then(Value::as_str) {
-        use_up(call, id, &ask)?;
+    asked(call, tool, &ask, retry, context).await
+}
+
+/// The same of what a person has to say yes to.
+async fn asked(
+    call: &Call,
+    tool: &Tool,
+    ask: &Ask,
+    retry: Retry,
+    context: &RequestContext<RoleServer>,
+) -> Result<Word> {
+    let go = |word| Ok(Word::Go(Leave { word, vm: Some(ask.vm_id.clone()) }));
+    if let Some(id) = ask.arguments.get("approval_id").and_then(Value::as_str) {
+        use_up(call, id, ask)?;
         return go("approved");
     }
     let shows_forms = context.client_capabilities().is_some_and(|client| shows_forms(&client));
@@ -132,25 +144,25 @@ pub async fn confirm(
     if let (true, Some(answers), Some(secret)) = (by_result, &retry.answers, &retry.state)
         && let Some(id) = call.app.questions().about(secret)
     {
-        answered(call, &id, &ask, answers)?;
+        answered(call, &id, ask, answers)?;
         return go("confirmed");
     }
-    let approval = nido.approval_ask(&ask)?;
+    let approval = call.nido().await?.approval_ask(ask)?;
     if approval.state != ApprovalState::Pending {
         // The user was quicker than the model.
-        use_up(call, &approval.id, &ask)?;
+        use_up(call, &approval.id, ask)?;
         return go("approved");
     }
-    let words = question(tool, &ask);
+    let words = question(tool, ask);
     if by_result {
         let secret = call.app.questions().ask(&approval.id)?;
         return Ok(Word::Ask(Box::new(form_result(&words, secret)?)));
     }
     if shows_forms {
-        elicited(call, context, &words, &approval, &ask).await?;
+        elicited(call, context, &words, &approval, ask).await?;
         return go("confirmed");
     }
-    Err(by_hand(call, &approval, &ask))
+    Err(by_hand(call, &approval, ask))
 }
 
 /// Whether a request stands for itself, in the protocol without `initialize`.

@@ -167,3 +167,17 @@ fn expect_whole_lives(events: &[Value]) {
     }
     assert!(!lives.is_empty());
 }
+
+#[test]
+fn a_template_that_went_unsaid_is_said_to_be_gone_by_who_looks_next() {
+    let home = Home::new();
+    home.nido(["template", "ls"]).run().ok();
+    // As by somebody who was killed behind it.
+    std::fs::remove_file(home.path().join("templates/sandbox.json")).unwrap();
+    for _ in 0..2 {
+        home.nido(["template", "ls"]).run().ok();
+        let events = home.nido(["events", "--json"]).run().ok().json();
+        let kinds: Vec<_> = events["events"].as_array().unwrap().iter().map(|event| event["event"].clone()).collect();
+        assert_eq!(kinds, ["template.created", "template.deleted"]);
+    }
+}

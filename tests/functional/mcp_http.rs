@@ -178,6 +178,22 @@ fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
 }
 
 #[test]
+fn what_is_no_call_says_why_over_http_too() {
+    let home = Home::new();
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let bearer = format!("Bearer {}", server.token());
+    let mut headers = headers("tools/call", Some("vm_ls"));
+    headers.push(("authorization", &bearer));
+    let asked = body("tools/call", Some("vm_ls"), json!("{}"));
+    let answer = server.plain("POST", "/mcp", &headers, asked.as_bytes());
+    let text = String::from_utf8(answer.body).unwrap();
+    let message = text.lines().filter_map(|line| line.strip_prefix("data: ")).next_back().unwrap_or(&text);
+    let message: Value = serde_json::from_str(message).unwrap_or_else(|e| panic!("{e}: {text}"));
+    assert_eq!(message["error"]["code"], -32602, "{message}");
+    assert!(message["error"]["message"].as_str().unwrap().starts_with("arguments: invalid type: string"), "{message}");
+}
+
+#[test]
 fn hanging_up_kills_the_command() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);

@@ -18,7 +18,7 @@ Examples:
   nido events --since 1200 --json
 
 Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
-snapshot.created snapshot.restored template.created. They are kept for 30 days, at most the last 100000.
+snapshot.created snapshot.restored template.created template.deleted. They are kept for 30 days, at most the last 100000.
 Each has a cursor; --since goes on behind one, so a reader that was away misses nothing.";
 
 /// Show what happened to VMs, snapshots and templates

@@ -23,7 +23,7 @@ least once, those of one VM in order; what does not arrive is tried again for 3 
 whichever nido process wrote the event starts one that delivers, and it ends when nothing is left.
 
 Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
-snapshot.created snapshot.restored template.created.";
+snapshot.created snapshot.restored template.created template.deleted.";
 
 /// Have events posted to an endpoint on the web
 #[derive(Debug, clap::Args)]

@@ -34,11 +34,13 @@ pub enum EventKind {
     SnapshotRestored,
     /// A template is there: built, imported, or made of a VM. Also when one is replaced.
     TemplateCreated,
+    /// A template is gone.
+    TemplateDeleted,
 }
 
 impl EventKind {
     /// Every kind.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::VmCreated,
         Self::VmStarted,
         Self::VmStopped,
@@ -50,6 +52,7 @@ impl EventKind {
         Self::SnapshotCreated,
         Self::SnapshotRestored,
         Self::TemplateCreated,
+        Self::TemplateDeleted,
     ];
 
     /// The word for it.
@@ -67,6 +70,7 @@ impl EventKind {
             Self::SnapshotCreated => "snapshot.created",
             Self::SnapshotRestored => "snapshot.restored",
             Self::TemplateCreated => "template.created",
+            Self::TemplateDeleted => "template.deleted",
         }
     }
 }

@@ -81,15 +81,22 @@ impl Nido {
     /// Of the disk.
     pub fn template_list(&self) -> Result<TemplateList> {
         let used = self.template_users()?;
-        let templates: Vec<TemplateInfo> = self
-            .images()
-            .ls()?
+        // Asked before it is looked which there are: what is made meanwhile is not taken for gone.
+        let announced = self.store().announced_templates()?;
+        let found = self.images().ls()?;
+        let all_readable = found.iter().all(std::result::Result::is_ok);
+        let templates: Vec<TemplateInfo> = found
             .into_iter()
             .filter_map(|found| found.inspect_err(|e| tracing::warn!("a template cannot be read: {e}")).ok())
             .map(|manifest| describe(&manifest, &used))
             .collect::<Result<_>>()?;
         for template in &templates {
             self.store().announce_template(&template.name, &template.created_at.to_string())?;
+        }
+        // Whoever deleted it was killed before that was said.
+        let there = |name: &TemplateName| templates.iter().any(|template| template.name == *name);
+        for gone in announced.iter().filter(|name| all_readable && !there(name)) {
+            self.store().forget_template(gone)?;
         }
         Ok(TemplateList { templates, recipes: nido_images::recipe_names().map(str::to_owned).collect() })
     }

@@ -164,13 +164,31 @@ impl Store {
         self.announce((EventKind::TemplateCreated, "", template.as_str(), stamp), None, &details)
     }
 
-    /// Forgets that a template was announced: it is gone, and what comes under its name is another.
+    /// Says that a template is gone, once for each time it was announced: what comes under its name is another.
     ///
     /// # Errors
     /// Of the store.
     pub fn forget_template(&self, template: &TemplateName) -> Result<()> {
         let key = params![EventKind::TemplateCreated.word(), template.as_str()];
-        self.connection.execute("DELETE FROM announced WHERE event = ?1 AND name = ?2", key).map_err(fault).map(drop)
+        let details = EventDetails { template: Some(template.clone()), ..EventDetails::default() };
+        self.in_transaction(|| {
+            let forget = "DELETE FROM announced WHERE event = ?1 AND name = ?2";
+            match self.connection.execute(forget, key).map_err(fault)? {
+                0 => Ok(()),
+                _ => self.append(EventKind::TemplateDeleted, None, &details),
+            }
+        })
+    }
+
+    /// The templates that were announced and not forgotten.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn announced_templates(&self) -> Result<Vec<TemplateName>> {
+        let query = "SELECT DISTINCT name FROM announced WHERE event = ?1";
+        let mut statement = self.connection.prepare_cached(query).map_err(fault)?;
+        let names = statement.query_map([EventKind::TemplateCreated.word()], |row| row.get::<_, String>(0));
+        names.map_err(fault)?.map(|name| name.map_err(fault)?.parse()).collect()
     }
 
     /// Says that a snapshot is there, once for each time it was taken.
@@ -338,9 +356,13 @@ mod tests {
             store.announce_snapshot(&vm, &snapshot, at).unwrap();
         }
         assert_eq!(words(&store), ["template.created", "snapshot.created", "template.created", "snapshot.created"]);
-        store.forget_template(&template).unwrap();
+        assert_eq!(store.announced_templates().unwrap(), std::slice::from_ref(&template));
+        for _ in 0..2 {
+            store.forget_template(&template).unwrap();
+        }
+        assert!(store.announced_templates().unwrap().is_empty());
         store.announce_template(&template, &Timestamp::from_second(2).unwrap().to_string()).unwrap();
-        assert_eq!(words(&store).len(), 5);
+        assert_eq!(words(&store)[4..], ["template.deleted", "template.created"]);
     }
 
     #[test]
