@@ -19,16 +19,17 @@ const SHOWN: usize = 300;
 /// The method that calls a tool.
 pub const CALL: &str = "tools/call";
 
-/// What is wrong with the params of this method, or nothing if it is none that is served here.
-pub fn wrong(method: &str, params: Option<&Value>) -> Option<String> {
+/// What is wrong with the params of this method, or nothing if it is none that is served here: `modern` says to whom, because how
+/// to listen differs between the eras.
+pub fn wrong(method: &str, params: Option<&Value>, modern: bool) -> Option<String> {
     let check: fn(Value) -> Option<String> = match method {
         CALL => told::<CallToolRequestParams>,
         "completion/complete" => told::<CompleteRequestParams>,
         "prompts/get" => told::<GetPromptRequestParams>,
         "resources/read" => told::<ReadResourceRequestParams>,
-        "resources/subscribe" => told::<SubscribeRequestParams>,
-        "resources/unsubscribe" => told::<UnsubscribeRequestParams>,
-        "subscriptions/listen" => told::<SubscriptionsListenRequestParams>,
+        "resources/subscribe" if !modern => told::<SubscribeRequestParams>,
+        "resources/unsubscribe" if !modern => told::<UnsubscribeRequestParams>,
+        "subscriptions/listen" if modern => told::<SubscriptionsListenRequestParams>,
         _ => return None,
     };
     let Some(params) = params else { return Some("params: they are missing".into()) };
@@ -76,12 +77,23 @@ mod tests {
             ("resources/read", json!({"uri": null}), "uri: invalid type: null, expected a string"),
             ("prompts/get", json!([]), "params: they are an object"),
         ] {
-            assert_eq!(wrong(method, Some(&params)).as_deref(), Some(words));
+            for modern in [true, false] {
+                assert_eq!(wrong(method, Some(&params), modern).as_deref(), Some(words));
+            }
         }
-        assert_eq!(wrong(CALL, None).as_deref(), Some("params: they are missing"));
-        assert_eq!(wrong("no/such/method", Some(&json!({}))), None);
-        let long = wrong(CALL, Some(&json!({"name": "vm_ls", "arguments": "\u{1b}x".repeat(1000)}))).unwrap();
+        assert_eq!(wrong(CALL, None, true).as_deref(), Some("params: they are missing"));
+        assert_eq!(wrong("no/such/method", Some(&json!({})), true), None);
+        let long = wrong(CALL, Some(&json!({"name": "vm_ls", "arguments": "\u{1b}x".repeat(1000)})), true).unwrap();
         assert!(long.len() <= SHOWN && !long.contains('\u{1b}'), "{long}");
+    }
+
+    #[test]
+    fn a_method_of_the_other_era_is_none() {
+        for (method, modern) in
+            [("resources/subscribe", false), ("resources/unsubscribe", false), ("subscriptions/listen", true)]
+        {
+            assert!(wrong(method, None, modern).is_some() && wrong(method, None, !modern).is_none(), "{method}");
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ const WORK: &str = "/srv/work";
 const FETCH_MS: u64 = 300_000;
 /// How long tests may take.
 const TESTS_MS: u64 = 1_800_000;
-/// How often they may be run again, when something was missing.
+/// How often they may be run again, when something was missing. The step says it in a word.
 const REPEATS: u64 = 3;
 /// How long their VM lives at most.
 const TESTS_TTL_MS: u64 = 3 * 3_600_000;
@@ -145,9 +145,7 @@ pub fn deploy_and_test(name: &str, tests: &Tests<'_>) -> String {
         fetched,
         String::from("Run the tests.\n")
             + &call("vm_exec", json!({ "name": name, "command": command, "directory": WORK, "timeout_ms": TESTS_MS }))
-            + &format!(
-                "   Should something be missing that they need, install it with vm_exec and run them again, at most {REPEATS} times.\n"
-            ),
+            + "   Should something be missing that they need, install it with vm_exec and run them again, at most three times.\n",
         delete(name),
         format!(
             "Report what is asked for between the marks: <report>{report}</report> Say the exit_code. If output was cut, read the \

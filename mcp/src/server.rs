@@ -174,7 +174,7 @@ impl ServerHandler for Server {
         context: RequestContext<RoleServer>,
     ) -> Result<CustomResult, ErrorData> {
         let CustomRequest { method, params, .. } = request;
-        let Some(wrong) = malformed::wrong(&method, params.as_ref()) else {
+        let Some(wrong) = malformed::wrong(&method, params.as_ref(), is_modern(&context)) else {
             return Err(ErrorData::new(ErrorCode::METHOD_NOT_FOUND, method, None));
         };
         if method == malformed::CALL {
