@@ -55,7 +55,7 @@ impl Message {
 #[derive(Debug, Default)]
 struct Shared {
     replies: VecDeque<Reply>,
-    hangs: bool,
+    always: Option<Reply>,
     dawdles: Duration,
     messages: Vec<Message>,
     streams: Vec<TcpStream>,
@@ -134,9 +134,14 @@ impl Receiver {
         self.shared.lock().unwrap().replies.extend(replies);
     }
 
+    /// From now on whatever has no reply of its own is treated like this; taken, if there is none.
+    pub fn always(&self, reply: Option<Reply>) {
+        self.shared.lock().unwrap().always = reply;
+    }
+
     /// From now on it answers nothing.
     pub fn hang(&self) {
-        self.shared.lock().unwrap().hangs = true;
+        self.always(Some(Reply::Hang));
     }
 
     /// From now on it takes its time for each answer.
@@ -187,7 +192,7 @@ fn serve(stream: impl Read + Write, socket: &TcpStream, shared: &Mutex<Shared>) 
         reader.read_exact(&mut body)?;
         let (reply, pause) = {
             let mut shared = shared.lock().unwrap();
-            let told = shared.replies.pop_front().or_else(|| shared.hangs.then_some(Reply::Hang));
+            let told = shared.replies.pop_front().or_else(|| shared.always.clone());
             let body = String::from_utf8(body).unwrap();
             shared.messages.push(Message { headers, body, taken: told.is_none() });
             (told.unwrap_or_else(|| Reply::status(200, "")), shared.dawdles)
