@@ -53,7 +53,7 @@ impl Context {
         let outcome = act.await.map_err(Into::into);
         let (ending, reason) = match &outcome {
             Ok(value) => (Ending::Success, word(value)),
-            Err(Failure::Nido(error)) => (Ending::Error, error.code().slug().to_owned()),
+            Err(Failure::Nido(error)) => (Ending::from(error), error.code().slug().to_owned()),
             Err(Failure::Stdout(_)) => (Ending::Error, "output_lost".to_owned()),
             Err(Failure::Interrupted { .. }) => (Ending::Unknown, "interrupted".to_owned()),
         };
@@ -93,7 +93,7 @@ pub fn exec(name: &VmName, request: &ExecRequest) -> Value {
 pub fn upload(name: &VmName, request: &UploadRequest) -> Value {
     let source = match &request.source {
         UploadSource::Path(path) => bytes(path.as_os_str().as_bytes()),
-        UploadSource::Stream { .. } | UploadSource::Directory(_) | UploadSource::Archive(_) => "-".into(),
+        UploadSource::Stream { .. } | UploadSource::Directory { .. } | UploadSource::Archive(_) => "-".into(),
     };
     json!({ "name": name, "source": source, "destination": bytes(&request.destination), "user": request.user })
 }
@@ -102,7 +102,7 @@ pub fn upload(name: &VmName, request: &UploadRequest) -> Value {
 pub fn download(name: &VmName, request: &DownloadRequest) -> Value {
     let destination = match &request.destination {
         DownloadTarget::Path(path) => bytes(path.as_os_str().as_bytes()),
-        DownloadTarget::Stream(_) | DownloadTarget::Archive(_) => "-".into(),
+        DownloadTarget::Stream(_) | DownloadTarget::Archive(_) | DownloadTarget::FileOrArchive(_) => "-".into(),
     };
     json!({ "name": name, "source": bytes(&request.source), "destination": destination, "overwrite": request.overwrite })
 }

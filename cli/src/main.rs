@@ -12,6 +12,7 @@ mod output;
 mod parse;
 mod progress;
 mod session;
+mod staging;
 mod stdio;
 mod terminal;
 mod usage;
@@ -34,10 +35,11 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Exit {
-    let context = Context::new(&cli.global);
+    let context = Context::new(&cli.global, cli.verb.frees_space());
     let codes = cli.verb.codes();
     commands::start_log(&cli);
     let mut runtime = if cli.verb.serves() {
+        nido_vmm::host::daemon::raise_open_files();
         tokio::runtime::Builder::new_multi_thread()
     } else {
         tokio::runtime::Builder::new_current_thread()
@@ -68,7 +70,9 @@ fn settle(output: &Output, codes: Codes, outcome: Outcome) -> Exit {
         }
         Err(Failure::Stdout(error)) => {
             if error.kind() != std::io::ErrorKind::BrokenPipe {
-                output.error(&Error::internal(format!("cannot write to standard output: {error}")));
+                let exit = Exit::of_stdout(&error, codes);
+                output.error(&Error::io("cannot write to standard output", error));
+                return exit;
             }
             Exit::of_stdout(&error, codes)
         }

@@ -64,6 +64,13 @@ impl Output {
         }
     }
 
+    /// Says something on stderr that is a result, also where there is no talk. In JSON the answer has it.
+    pub fn tell(&self, text: &str) {
+        if !self.json {
+            say(&line(text));
+        }
+    }
+
     /// Warns on stderr.
     pub fn warn(&self, text: &str) {
         if self.json {

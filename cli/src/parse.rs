@@ -52,6 +52,15 @@ fn decimal(number: &str, factor: u64) -> Option<u64> {
     if product % scale == 0 { u64::try_from(product / scale).ok() } else { None }
 }
 
+/// A time limit, as it may have been written.
+pub fn show_ms(ms: u64) -> String {
+    match ms {
+        ms if ms % 1000 != 0 => format!("{ms}ms"),
+        ms if ms % 60_000 != 0 => format!("{}s", ms / 1000),
+        ms => format!("{}m", ms / 60_000),
+    }
+}
+
 /// An amount of memory in MiB.
 pub fn memory_mib(text: &str) -> Result<u32, Error> {
     let bytes = size(text)?;

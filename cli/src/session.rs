@@ -6,21 +6,24 @@
 //! ```
 //!
 //! Invariant: leaving this function, on whatever way, drops the command's events, which kills it if it still runs; and
-//! no step waits for the guest in a way that a third Ctrl-C cannot end.
+//! no step waits for the guest in a way that a third Ctrl-C, or some seconds after one SIGTERM, cannot end.
 
 use std::future::Future;
 use std::time::Duration;
 
-use nido_vmm::api::{Collected, ExecEvent, ExecExit, ExecRequest};
+use jiff::Timestamp;
+use nido_vmm::api::{Collected, ExecEvent, ExecExit, ExecRequest, ExecResult};
 use nido_vmm::error::Error;
 use nido_vmm::name::VmName;
 use nido_vmm::nido::{ExecControl, Nido};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use crate::exit::{Exit, Failure, Outcome};
 use crate::output::Output;
+use crate::parse;
 use crate::sanitize::Sanitizer;
-use crate::signals::{KILL, Signalled, Signals, TERMINATE};
+use crate::signals::{HANGUP, KILL, Signalled, Signals, TERMINATE};
 use crate::stdio::{self, Stream, Writer};
 use crate::terminal::{self, RawMode};
 
@@ -28,6 +31,9 @@ use crate::terminal::{self, RawMode};
 const COLLECT_LIMIT: usize = 16 << 20;
 /// How long passing on a signal may take before nido listens again.
 const TELL_LIMIT: Duration = Duration::from_secs(1);
+/// How long the command may take to end after SIGTERM or SIGHUP was passed on. Those who send them (`timeout`, systemd, a CI
+/// runner) send one, and expect the process to be gone soon, also if the guest stands still.
+const LEAVE_AFTER: Duration = Duration::from_secs(4);
 
 /// Runs a command to its end. `raw` lets the guest's bytes reach a terminal as they are.
 pub async fn run(output: &Output, nido: &Nido, name: &VmName, request: ExecRequest, raw: bool) -> Outcome {
@@ -42,6 +48,8 @@ pub async fn run(output: &Output, nido: &Nido, name: &VmName, request: ExecReque
 enum Next {
     Event(Option<Result<ExecEvent, Error>>),
     Signal(Signalled),
+    /// The command had its time to end.
+    Leave(u8),
     Written(bool),
 }
 
@@ -50,11 +58,12 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
     let wants_stdin = request.stdin;
     let mut signals = Signals::listen()?;
     let mut escalation = Escalation::default();
+    let watch = Watch::new(nido, name, &request);
     let (control, mut events) = match begin(nido, name, request, &mut signals).await? {
         Ok(command) => command,
         Err(number) => return Ok(Exit::Signal(number)),
     };
-    let _raw_mode = if pty && wants_stdin { Some(RawMode::enter()?) } else { None };
+    let raw_mode = if pty && wants_stdin { Some(RawMode::enter()?) } else { None };
     let _feed = Feed::start(output, &control, wants_stdin);
     let mut screens = Screens::new(output, raw || pty);
     let writer = Writer::start();
@@ -63,6 +72,7 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
     let exit = loop {
         let next = tokio::select! {
             signal = signals.next() => Next::Signal(signal),
+            number = escalation.time_to_leave() => Next::Leave(number),
             event = events.next(), if waiting.is_none() => Next::Event(event),
             room = writer.room(), if waiting.is_some() => {
                 if let (Some(room), Some(piece)) = (room, waiting.take()) {
@@ -86,11 +96,19 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
                     return Ok(Exit::Signal(number));
                 }
             }
-            Next::Event(Some(event)) => match event? {
-                ExecEvent::Started(_) => {}
-                ExecEvent::Stdout(bytes) => waiting = screens.show(Stream::Out, bytes),
-                ExecEvent::Stderr(bytes) => waiting = screens.show(Stream::Err, bytes),
-                ExecEvent::Exited(exit) => break exit,
+            Next::Leave(number) => return Ok(Exit::Signal(number)),
+            Next::Event(Some(event)) => match event {
+                Ok(ExecEvent::Started(_)) => {}
+                Ok(ExecEvent::Stdout(bytes)) => waiting = screens.show(Stream::Out, bytes),
+                Ok(ExecEvent::Stderr(bytes)) => waiting = screens.show(Stream::Err, bytes),
+                Ok(ExecEvent::Exited(exit)) => break exit,
+                Err(error) => {
+                    if raw_mode.is_some() {
+                        // The error does not begin in the middle of the guest's line.
+                        let _ = stdio::write(Stream::Err, b"\r\n");
+                    }
+                    return Err(watch.lost(error).into());
+                }
             },
             Next::Event(None) => return Err(Error::internal("the command ended without saying how").into()),
             Next::Written(true) => {}
@@ -100,8 +118,10 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
             }
         }
     };
+    drop(raw_mode);
     drain(writer, screens, &mut signals).await?;
-    Ok(ended(output, &exit))
+    watch.ended(output, &exit);
+    Ok(Exit::of_command(&exit))
 }
 
 /// Starts the command; a signal before it runs ends the attempt.
@@ -133,11 +153,37 @@ async fn drain(writer: Writer, mut screens: Screens, signals: &mut Signals) -> R
     }
 }
 
-fn ended(output: &Output, exit: &ExecExit) -> Exit {
-    if exit.timed_out {
-        output.talk("the command's time ran out; it was killed");
+/// What is known of a command and its VM, for saying why it ended.
+struct Watch<'a> {
+    nido: &'a Nido,
+    name: &'a VmName,
+    begun: Timestamp,
+    timeout_ms: Option<u64>,
+}
+
+impl<'a> Watch<'a> {
+    fn new(nido: &'a Nido, name: &'a VmName, request: &ExecRequest) -> Self {
+        Self { nido, name, begun: Timestamp::now(), timeout_ms: request.timeout_ms }
     }
-    Exit::of_command(exit)
+
+    /// The error of a command whose VM was lost: what happened to that says more than the connection does.
+    fn lost(&self, error: Error) -> Error {
+        self.nido.lost_while_in_use(self.name, self.begun, error)
+    }
+
+    /// Says why a command did not end by itself, where that is known.
+    fn ended(&self, output: &Output, exit: &ExecExit) {
+        match (exit.timed_out, self.timeout_ms) {
+            (true, Some(ms)) => output.talk(&format!("timed out after {}; killed", parse::show_ms(ms))),
+            (true, None) => output.talk("timed out; killed"),
+            (false, _) if exit.signal.is_some() => {
+                if let Some(why) = self.nido.changed_since(self.name, self.begun) {
+                    output.talk(&format!("{why} while the command ran"));
+                }
+            }
+            (false, _) => {}
+        }
+    }
 }
 
 /// Passes on standard input to its end, on a task of its own: a piece that is half sent must go on while a signal waits
@@ -179,10 +225,12 @@ async fn tell(message: impl Future<Output = Result<(), Error>>) {
     let _ = tokio::time::timeout(TELL_LIMIT, message).await;
 }
 
-/// Repeated signals become harsher: as it came, then SIGTERM, then SIGKILL and out.
+/// Repeated signals become harsher: as it came, then SIGTERM, then SIGKILL and out. After SIGTERM and SIGHUP there is a
+/// deadline as well.
 #[derive(Debug, Default)]
 struct Escalation {
     count: u32,
+    leave: Option<(Instant, u8)>,
 }
 
 struct Step {
@@ -193,10 +241,24 @@ struct Step {
 impl Escalation {
     fn next(&mut self, number: u8) -> Step {
         self.count += 1;
+        if matches!(number, TERMINATE | HANGUP) && self.leave.is_none() {
+            self.leave = Some((Instant::now() + LEAVE_AFTER, number));
+        }
         match self.count {
             1 => Step { signal: number, leave: false },
             2 => Step { signal: TERMINATE, leave: false },
             _ => Step { signal: KILL, leave: true },
+        }
+    }
+
+    /// Ready, with the signal that asked for it, once the command had its time to end.
+    async fn time_to_leave(&self) -> u8 {
+        match self.leave {
+            Some((deadline, number)) => {
+                tokio::time::sleep_until(deadline).await;
+                number
+            }
+            None => std::future::pending().await,
         }
     }
 }
@@ -234,34 +296,51 @@ impl Screens {
 }
 
 async fn collected(output: &Output, nido: &Nido, name: &VmName, request: ExecRequest) -> Outcome {
+    match collect(output, nido, name, request).await? {
+        Ok(result) => {
+            let exit = Exit::of_command(&result.exit);
+            output.answer(&result, String::new)?;
+            Ok(exit)
+        }
+        Err(exit) => Ok(exit),
+    }
+}
+
+/// Runs a command to its end and collects what it writes. A signal that ends nido before is the other outcome.
+pub async fn collect(
+    output: &Output,
+    nido: &Nido,
+    name: &VmName,
+    request: ExecRequest,
+) -> Result<Result<ExecResult, Exit>, Failure> {
     let wants_stdin = request.stdin;
     let mut signals = Signals::listen()?;
     let mut escalation = Escalation::default();
+    let watch = Watch::new(nido, name, &request);
     let (control, mut events) = match begin(nido, name, request, &mut signals).await? {
         Ok(command) => command,
-        Err(number) => return Ok(Exit::Signal(number)),
+        Err(number) => return Ok(Err(Exit::Signal(number))),
     };
     let _feed = Feed::start(output, &control, wants_stdin);
     let mut output_so_far = Collected::new(COLLECT_LIMIT);
-    let exit = loop {
+    loop {
         tokio::select! {
             signal = signals.next() => if let Signalled::End(number) = signal {
                 let step = escalation.next(number);
                 tell(control.signal(step.signal)).await;
                 if step.leave {
-                    return Ok(Exit::Signal(number));
+                    return Ok(Err(Exit::Signal(number)));
                 }
             },
+            number = escalation.time_to_leave() => return Ok(Err(Exit::Signal(number))),
             event = events.next() => match event {
-                Some(Ok(ExecEvent::Exited(exit))) => break exit,
+                Some(Ok(ExecEvent::Exited(exit))) => return Ok(Ok(output_so_far.result(exit))),
                 Some(Ok(event)) => output_so_far.add(&event),
-                Some(Err(error)) => return Err(error.into()),
+                Some(Err(error)) => return Err(watch.lost(error).into()),
                 None => return Err(Error::internal("the command ended without saying how").into()),
             },
         }
-    };
-    output.answer(&output_so_far.result(exit), String::new)?;
-    Ok(Exit::of_command(&exit))
+    }
 }
 
 #[cfg(test)]

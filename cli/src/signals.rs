@@ -33,7 +33,8 @@ pub const INTERRUPT: u8 = number(Number::INT);
 pub const TERMINATE: u8 = number(Number::TERM);
 /// SIGKILL's number.
 pub const KILL: u8 = number(Number::KILL);
-const HANGUP: u8 = number(Number::HUP);
+/// SIGHUP's number.
+pub const HANGUP: u8 = number(Number::HUP);
 const QUIT: u8 = number(Number::QUIT);
 
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // signal numbers are 1 to 64

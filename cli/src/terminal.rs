@@ -57,12 +57,11 @@ pub fn size() -> (u16, u16) {
 }
 
 /// Refuses a terminal session where there is no terminal.
-pub fn require(stdin: bool) -> Result<(), Error> {
+pub fn require(stdin: bool, what: &str, hint: &str) -> Result<(), Error> {
     let missing = match (stdin && !io::stdin().is_terminal(), !io::stdout().is_terminal()) {
         (true, _) => "standard input",
         (_, true) => "standard output",
         _ => return Ok(()),
     };
-    Err(Error::new(Code::SpecInvalid, format!("a terminal was asked for, but {missing} is none"))
-        .hint("leave out -t; use exec for commands in scripts"))
+    Err(Error::new(Code::SpecInvalid, format!("{what} needs a terminal, but {missing} is not one")).hint(hint))
 }

@@ -11,13 +11,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nido_guest_agent::wire::{SERIAL_PORT, VSOCK_PORT, sync};
+use nido_guest_agent::wire::{MAX_SESSIONS, SERIAL_PORT, VSOCK_PORT, sync};
 use rustix::fs::{Mode, OFlags};
 use tokio::task::JoinSet;
 use tokio_util::compat::TokioAsyncReadCompatExt;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
-use crate::agent::{Agent, MAX_SESSIONS};
+use crate::agent::Agent;
 use crate::port::Port;
 use crate::{session, stream};
 

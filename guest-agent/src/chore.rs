@@ -71,6 +71,7 @@ fn launch(children: &Children, chore: &Chore) -> io::Result<Launched> {
         stdio: [input.as_fd(), output.as_fd(), output.as_fd()],
         terminal: false,
         identity: None,
+        group: None,
         reset_oom_score: crate::agent::has_oom_score(),
     };
     children.launch(&launch).map_err(|error| error.error)

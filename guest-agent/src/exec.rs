@@ -2,13 +2,15 @@
 //!
 //! Four things go on at once, and none may hold up another: frames from the host are obeyed (a signal arrives even
 //! when the command neither reads its input nor has its output read), standard input is fed, output is sent, the
-//! time limit is watched. Invariant: a session that goes away takes the process group with it, and an exit is
-//! reported only after the output that preceded it.
+//! time limit is watched. Invariant: a session that goes away, and a command whose time is up, take all processes of the
+//! command with them ([`Scope`]); what a command that ended by itself has left in the background keeps running and can go
+//! on writing. An exit is reported only after the output that preceded it.
 
 use std::collections::VecDeque;
 use std::future::pending;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,6 +25,7 @@ use crate::agent::{Agent, Refusal};
 use crate::children::Ended;
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming, raw_frame};
 use crate::program::{self, Started};
+use crate::scope::Scope;
 
 /// Largest payload of an output frame, in bytes: what a pipe holds.
 const OUTPUT_CHUNK: usize = 64 * 1024;
@@ -30,8 +33,12 @@ const OUTPUT_CHUNK: usize = 64 * 1024;
 const LINGER: Duration = Duration::from_millis(100);
 /// More than a terminal holds of what was written to it and not yet read, in bytes.
 const TERMINAL_HOLDS: usize = 128 * 1024;
-/// How long a process group may live between SIGHUP and SIGKILL when its session is gone.
+/// How long a command's processes may live between SIGHUP and SIGKILL when its session is gone.
 const HANGUP_GRACE: Duration = Duration::from_millis(500);
+/// How often it is looked whether they have ended by then.
+const HANGUP_LOOK: Duration = Duration::from_millis(25);
+/// How many outlets of ended commands are kept open for what those have left in the background. Further ones are closed.
+const MAX_DRAINS: usize = 256;
 /// Credit is returned in pieces of at least this size, in bytes, or when everything was taken.
 const CREDIT_PIECE: u32 = STDIN_WINDOW / 4;
 
@@ -51,10 +58,11 @@ pub async fn run(
     let starter = agent.clone();
     // Guarded from its first moment: the session may be gone before it hears that the command runs.
     let start = move || {
-        let started = program::start(&starter, &request)?;
-        Ok((Group { pid: started.pid, ended: false }, started))
+        let mut scope = starter.scopes.scope();
+        let started = program::start(&starter, &request, &mut scope)?;
+        Ok((Guard { pid: started.pid, scope: Some(Arc::new(Mutex::new(scope))) }, started))
     };
-    let (mut group, started) = match tokio::task::spawn_blocking(start).await.map_err(io::Error::other)? {
+    let (mut guard, started) = match tokio::task::spawn_blocking(start).await.map_err(io::Error::other)? {
         Ok(started) => started,
         Err(Refusal { fault, message }) => {
             return Ok(output.send(&ToHost::Failed(wire::Failed { fault, message })).await?);
@@ -62,17 +70,18 @@ pub async fn run(
     };
     output.send(&ToHost::Started(started.pid.as_raw_nonzero().get().cast_unsigned())).await?;
 
-    let Started { pid, stdin, stdout, stderr, terminal, ended } = started;
+    let Started { stdin, stdout, stderr, terminal, ended, .. } = started;
     let feed = Feed::default();
     let sent = send_output([stdout, stderr], ended, &feed, output);
     let window = terminal.as_deref();
     let status = tokio::select! {
         status = sent => status?,
-        over = obey(pid, has_stdin, window, &feed, input) => return Err(over),
+        over = obey(&guard, has_stdin, window, &feed, input) => return Err(over),
         () = feed_stdin(stdin, terminal.is_some(), &feed) => unreachable_end().await?,
-        () = kill_at(pid, limit.map(|limit| begun + limit), &feed) => unreachable_end().await?,
+        () = kill_at(&guard, limit.map(|limit| begun + limit), &feed) => unreachable_end().await?,
     };
-    group.ended = true;
+    // What is still there was left on purpose.
+    guard.scope = None;
     let (code, signal) = match status {
         Ended::Code(code) => (Some(code), None),
         Ended::Signal(signal) => (None, Some(signal)),
@@ -87,26 +96,39 @@ async fn unreachable_end() -> Result<Ended, FrameError> {
     pending().await
 }
 
-/// The command's process group; hung up and killed when the session ends before the command.
-struct Group {
+/// The command's processes; hung up and killed when the session ends before the command.
+struct Guard {
     pid: Pid,
-    ended: bool,
+    /// Absent once the command has ended by itself.
+    scope: Option<Arc<Mutex<Scope>>>,
 }
 
-impl Drop for Group {
-    fn drop(&mut self) {
-        if self.ended {
-            return;
+impl Guard {
+    /// Kills everything that the command has started.
+    fn kill(&self) {
+        if let Some(scope) = &self.scope {
+            lock(scope).kill();
         }
-        let pid = self.pid;
+    }
+}
+
+fn lock(scope: &Mutex<Scope>) -> std::sync::MutexGuard<'_, Scope> {
+    scope.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let Some(scope) = self.scope.take() else { return };
+        // Found before they are hung up: the death of one in between makes orphans of others.
+        lock(&scope).look();
         // An error means that the group is gone already, which is what is wanted.
-        let _ = kill_process_group(pid, Signal::HUP);
+        let _ = kill_process_group(self.pid, Signal::HUP);
         tokio::spawn(async move {
             let deadline = Instant::now() + HANGUP_GRACE;
-            while rustix::process::test_kill_process_group(pid).is_ok() && Instant::now() < deadline {
-                tokio::time::sleep(Duration::from_millis(10)).await;
+            while !lock(&scope).is_empty() && Instant::now() < deadline {
+                tokio::time::sleep(HANGUP_LOOK).await;
             }
-            let _ = kill_process_group(pid, Signal::KILL);
+            lock(&scope).kill();
         });
     }
 }
@@ -177,7 +199,7 @@ fn protocol(message: &str) -> FrameError {
 
 /// Does what the host says while the command runs. Returns only when the session is over.
 async fn obey(
-    pid: Pid,
+    guard: &Guard,
     has_stdin: bool,
     terminal: Option<&AsyncFd<OwnedFd>>,
     feed: &Feed,
@@ -194,7 +216,7 @@ async fn obey(
                 feed.state().end = true;
                 feed.more.notify_one();
             }
-            Ok(Some(Incoming::Message(ToGuest::Signal(number)))) => signal_group(pid, number),
+            Ok(Some(Incoming::Message(ToGuest::Signal(number)))) => send_signal(guard, number),
             Ok(Some(Incoming::Message(ToGuest::Resize(size)))) => {
                 if let Some(terminal) = terminal {
                     // Fails only if the terminal is closed already.
@@ -208,11 +230,13 @@ async fn obey(
     }
 }
 
-/// Sends a signal to the whole group. An unknown number and a group that is gone are the same to the host: nothing
-/// happens.
-fn signal_group(pid: Pid, number: u8) {
-    if let Some(signal) = Signal::from_named_raw(i32::from(number)) {
-        let _ = kill_process_group(pid, signal);
+/// Sends a signal to the process group, as a terminal does; a kill reaches everything. An unknown number and a group that
+/// is gone are the same to the host: nothing happens.
+fn send_signal(guard: &Guard, number: u8) {
+    match Signal::from_named_raw(i32::from(number)) {
+        Some(Signal::KILL) => guard.kill(),
+        Some(signal) => drop(kill_process_group(guard.pid, signal)),
+        None => {}
     }
 }
 
@@ -254,13 +278,12 @@ async fn write_some(file: &AsyncFd<OwnedFd>, bytes: &[u8]) -> io::Result<usize> 
     file.async_io(Interest::WRITABLE, |file| Ok(rustix::io::write(file, bytes)?)).await
 }
 
-/// Kills the group when its time has run out. Never returns.
-async fn kill_at(pid: Pid, deadline: Option<Instant>, feed: &Feed) {
+/// Kills the command and all that it started when its time has run out. Never returns.
+async fn kill_at(guard: &Guard, deadline: Option<Instant>, feed: &Feed) {
     if let Some(deadline) = deadline {
         sleep_until(deadline).await;
         feed.state().timed_out = true;
-        // Gone already is as good.
-        let _ = kill_process_group(pid, Signal::KILL);
+        guard.kill();
     }
     pending::<()>().await;
 }
@@ -280,7 +303,8 @@ async fn send_output(
     let mut owed = 0;
     let mut deadline = Instant::now();
     // Of a terminal only a part of them can be counted: the rest shows as that is read. More than it holds is not owed.
-    let mut uncounted = if stderr.is_none() { TERMINAL_HOLDS } else { 0 };
+    let is_terminal = stderr.is_none();
+    let mut uncounted = if is_terminal { TERMINAL_HOLDS } else { 0 };
     loop {
         if let Some(status) = status
             && stdout.is_none()
@@ -312,6 +336,10 @@ async fn send_output(
         };
         owed = owed.saturating_sub(count);
         if status.is_some() && owed == 0 && Instant::now() >= deadline {
+            if !is_terminal {
+                [stdout.take(), stderr.take()].into_iter().flatten().for_each(drain);
+                continue;
+            }
             let rest = if uncounted > 0 { read_at_once(stdout.as_deref(), &mut first) } else { Ok(0) };
             uncounted = uncounted.saturating_sub(forward(rest, kind::STDOUT, &mut stdout, &mut first, host).await?);
             if stdout.is_none() {
@@ -341,6 +369,20 @@ async fn forward(
             Ok(count)
         }
     }
+}
+
+/// Reads and drops what background processes of an ended command write: without a reader the first line would kill them.
+fn drain(outlet: Arc<AsyncFd<OwnedFd>>) {
+    static OPEN: AtomicUsize = AtomicUsize::new(0);
+    if OPEN.fetch_add(1, Ordering::Relaxed) >= MAX_DRAINS {
+        OPEN.fetch_sub(1, Ordering::Relaxed);
+        return;
+    }
+    tokio::spawn(async move {
+        let read = |file: &OwnedFd| Ok(rustix::io::read(file, &mut [0; 4096])?);
+        while matches!(outlet.async_io(Interest::READABLE, read).await, Ok(1..)) {}
+        OPEN.fetch_sub(1, Ordering::Relaxed);
+    });
 }
 
 async fn read_some(outlet: Option<&AsyncFd<OwnedFd>>, frame: &mut Vec<u8>) -> io::Result<usize> {

@@ -5,13 +5,15 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nido_guest_agent::wire::{Connect, Fault};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::agent::Refusal;
+use crate::agent::{Refusal, TunnelPlace};
 use crate::framing::{FrameReader, FrameWriter};
 
 /// How long a connection may take to stand.
@@ -46,9 +48,44 @@ pub async fn connect(request: &Connect) -> Result<TcpStream, Refusal> {
     Err(Refusal::new(Fault::Unreachable, reason))
 }
 
-/// Copies both ways until both ends have closed.
-pub async fn copy(input: FrameReader, output: FrameWriter, mut target: TcpStream) {
-    let mut host = tokio::io::join(input, output.into_stream());
-    // Whichever end broke, both are closed by being dropped.
-    let _: io::Result<_> = tokio::io::copy_bidirectional_with_sizes(&mut host, &mut target, BUFFER, BUFFER).await;
+/// Copies both ways until both ends have closed, or another connection needs the place of this one.
+pub async fn copy(input: FrameReader, output: FrameWriter, target: TcpStream, place: &TunnelPlace) {
+    let (from_target, to_target) = target.into_split();
+    let is_half_closed = AtomicBool::new(false);
+    let copied = async {
+        tokio::try_join!(
+            pass(input, to_target, &is_half_closed, place),
+            pass(from_target, output.into_stream(), &is_half_closed, place)
+        )
+    };
+    tokio::select! {
+        // Whichever end broke, both are closed by being dropped.
+        _ended = copied => {}
+        () = place.taken_away() => {}
+    }
+}
+
+/// Carries one direction to its end, and passes that on.
+async fn pass(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    is_half_closed: &AtomicBool,
+    place: &TunnelPlace,
+) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let count = from.read(&mut buffer).await?;
+        if count == 0 {
+            break;
+        }
+        if is_half_closed.load(Ordering::Relaxed) {
+            place.half_closed();
+        }
+        to.write_all(&buffer[..count]).await?;
+        to.flush().await?;
+    }
+    to.shutdown().await?;
+    is_half_closed.store(true, Ordering::Relaxed);
+    place.half_closed();
+    Ok(())
 }

@@ -84,6 +84,17 @@ impl FrameReader {
         }
     }
 
+    /// Ready once the other side has closed the stream with nothing left to read. May be dropped without loss.
+    pub async fn closed(&mut self) {
+        if self.piece.is_empty() {
+            match self.source.next().await {
+                Ok(Some(piece)) => self.piece = piece,
+                Ok(None) | Err(_) => return,
+            }
+        }
+        std::future::pending::<()>().await;
+    }
+
     fn take_head(&mut self) -> Result<(), FrameError> {
         let part = self.piece.split_off_front(HEAD - self.have);
         self.head[self.have..self.have + part.as_ref().len()].copy_from_slice(part.as_ref());

@@ -20,7 +20,8 @@ use nido_guest_agent::config::GuestConfig;
 
 use crate::children::Children;
 use crate::chore::{self, Chore};
-use crate::etc::{PUBLIC, named, overwrite_file};
+use crate::etc::{PUBLIC, named, overwrite_file, read_file};
+use crate::warnings::warn;
 
 /// Longest identity, in bytes.
 const MAX_IDENTITY: usize = 64;
@@ -44,7 +45,7 @@ pub fn is_valid(identity: &str) -> bool {
 
 /// Whether the disk whose root is `root` belongs to this VM.
 pub fn is_own(root: &Path, identity: &str) -> bool {
-    fs::read(root.join(IDENTITY)).is_ok_and(|line| line.trim_ascii() == identity.as_bytes())
+    read_file(&root.join(IDENTITY)).is_ok_and(|line| line.trim_ascii() == identity.as_bytes())
 }
 
 /// Says that the disk belongs to this VM from now on.
@@ -123,31 +124,40 @@ pub fn host_keys(root: &Path) -> io::Result<Vec<HostKey>> {
 /// # Errors
 /// A key cannot be made, or not in time.
 pub async fn renew_host_keys(children: &Arc<Children>, keys: &[HostKey]) -> io::Result<()> {
-    for HostKey { path, kind } in keys {
-        let fresh = path.with_extension("nido-new");
-        let public = |path: &Path| PathBuf::from(format!("{}.pub", path.display()));
-        for leftover in [fresh.clone(), public(&fresh)] {
-            match fs::remove_file(&leftover) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(named(leftover.display())(error)),
-                _ => {}
-            }
+    let mut failed = None;
+    for key in keys {
+        // One that cannot be made is no reason to leave the others to two machines.
+        if let Err(error) = renew_host_key(children, key).await {
+            failed.get_or_insert(error);
         }
-        let arguments = ["-q", "-N", "", "-t", kind, "-f", &fresh.to_string_lossy()].map(str::to_owned).to_vec();
-        let chore = Chore { program: KEY_MAKER.into(), arguments, environment: Vec::new(), deadline: KEY_DEADLINE };
-        chore::run(children, chore).await.map_err(named(format!("{KEY_MAKER} for {}", path.display())))?;
-        // The public half first: whoever finds the new private half finds the whole.
-        fs::rename(public(&fresh), public(path)).map_err(named(path.display()))?;
-        fs::rename(&fresh, path).map_err(named(path.display()))?;
     }
     if !keys.is_empty() {
         reload_ssh_server();
     }
-    Ok(())
+    failed.map_or(Ok(()), Err)
+}
+
+async fn renew_host_key(children: &Arc<Children>, HostKey { path, kind }: &HostKey) -> io::Result<()> {
+    let fresh = path.with_extension("nido-new");
+    let public = |path: &Path| PathBuf::from(format!("{}.pub", path.display()));
+    for leftover in [fresh.clone(), public(&fresh)] {
+        match fs::remove_file(&leftover) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(named(leftover.display())(error)),
+            _ => {}
+        }
+    }
+    let arguments = ["-q", "-N", "", "-t", kind, "-f", &fresh.to_string_lossy()].map(str::to_owned).to_vec();
+    let chore = Chore { program: KEY_MAKER.into(), arguments, environment: Vec::new(), deadline: KEY_DEADLINE };
+    chore::run(children, chore).await.map_err(named(format!("{KEY_MAKER} for {}", path.display())))?;
+    // The public half first: whoever finds the new private half finds the whole.
+    fs::rename(public(&fresh), public(path)).map_err(named(path.display()))?;
+    fs::rename(&fresh, path).map_err(named(path.display()))
 }
 
 /// Tells a running server to read its keys again. Its file may be a leftover, so the process is looked at first.
 fn reload_ssh_server() {
-    let pid = fs::read_to_string("/run/sshd.pid").ok().and_then(|text| text.trim().parse().ok());
+    let text = read_file(Path::new("/run/sshd.pid")).unwrap_or_default();
+    let pid = str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok());
     let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) else { return };
     let name = fs::read(format!("/proc/{}/comm", pid.as_raw_nonzero())).unwrap_or_default();
     if name.trim_ascii() == b"sshd" {
@@ -202,43 +212,81 @@ fn names(directory: &Path) -> io::Result<Vec<OsString>> {
 
 /// At a cold boot, before another process 1 takes over: gives a disk that is not this VM's its machine id and host
 /// keys. The hooks, and with them the line, are left to the agent that runs as a service.
-///
-/// # Errors
-/// See [`renew_machine_id`] and [`renew_host_keys`].
-pub fn settle_before_init(config: &GuestConfig) -> io::Result<()> {
+pub fn settle_before_init(config: &GuestConfig) {
     let root = Path::new("/");
     if config.identity.is_empty() || is_own(root, &config.identity) {
-        return Ok(());
+        return;
     }
-    renew_machine_id(root)?;
-    let keys = host_keys(root)?;
-    if keys.is_empty() {
-        return Ok(());
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let children = Arc::new(Children::default());
-        let reaper = children.clone();
-        tokio::spawn(async move { reaper.reap().await });
-        renew_host_keys(&children, &keys).await
-    })
+    done("the machine id", renew_machine_id(root));
+    let keys = match host_keys(root) {
+        Ok(keys) if keys.is_empty() => return,
+        Ok(keys) => keys,
+        Err(error) => {
+            done("the host keys", Err(error));
+            return;
+        }
+    };
+    let renewed = tokio::runtime::Builder::new_current_thread().enable_all().build().and_then(|runtime| {
+        runtime.block_on(async {
+            let children = Arc::new(Children::default());
+            let reaper = children.clone();
+            tokio::spawn(async move { reaper.reap().await });
+            renew_host_keys(&children, &keys).await
+        })
+    });
+    done("the host keys", renewed);
 }
 
 /// At a cold boot, before the host is listened to: what [`settle_before_init`] has left, or (as process 1) everything.
-///
-/// # Errors
-/// A step failed; the disk is still not this VM's.
-pub async fn settle(children: &Arc<Children>, config: &GuestConfig, is_init: bool) -> io::Result<()> {
+pub async fn settle(children: &Arc<Children>, config: &GuestConfig, is_init: bool) {
     let (root, identity) = (Path::new("/"), config.identity.as_str());
     if identity.is_empty() || is_own(root, identity) {
-        return Ok(());
+        return;
     }
-    if is_init {
-        renew_machine_id(root)?;
-        renew_host_keys(children, &host_keys(root)?).await?;
+    let parts = if is_init { Parts::All } else { Parts::Hooks };
+    renew_disk(children, root, parts, &config.hostname, identity).await;
+}
+
+/// What of a disk is made this VM's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parts {
+    /// Machine id, host keys, hooks.
+    All,
+    /// Hooks only: the rest was done before.
+    Hooks,
+}
+
+/// Makes a disk this VM's own, and says so on it if everything could be done. What could not is a warning, and is tried
+/// again at the next start: a machine id that cannot be written must not keep its owner out.
+pub async fn renew_disk(children: &Arc<Children>, root: &Path, parts: Parts, hostname: &str, identity: &str) {
+    let mut is_whole = true;
+    if parts == Parts::All {
+        is_whole &= done("the machine id", renew_machine_id(root));
+        let keys = match host_keys(root) {
+            Ok(keys) => renew_host_keys(children, &keys).await,
+            Err(error) => Err(error),
+        };
+        is_whole &= done("the host keys", keys);
     }
-    run_hooks(children, hooks(root)?, &config.hostname, identity).await?;
-    record(root, identity)
+    let hooks = match hooks(root) {
+        Ok(hooks) => run_hooks(children, hooks, hostname, identity).await,
+        Err(error) => Err(error),
+    };
+    is_whole &= done("what the hooks renew", hooks);
+    if is_whole {
+        done("the identity", record(root, identity));
+    }
+}
+
+/// Warns of a step that failed; whether it did not.
+fn done(step: &str, result: io::Result<()>) -> bool {
+    match result {
+        Ok(()) => true,
+        Err(error) => {
+            warn(format!("{step} could not be renewed: {error}"));
+            false
+        }
+    }
 }
 
 #[cfg(test)]
@@ -255,6 +303,22 @@ mod tests {
         assert!(!is_own(root.path(), "0123ab") && !is_own(root.path(), "0123abcd") && !is_own(root.path(), ""));
         fs::write(root.path().join(IDENTITY), b"").unwrap();
         assert!(!is_own(root.path(), "0123abc"));
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_cannot_be_made_this_vms_own_is_not_marked_as_such_and_is_tried_again() {
+        // A machine id or a hook that could not be renewed ended the start.
+        let root = tempfile::tempdir().unwrap();
+        let children = Arc::new(Children::default());
+        fs::create_dir_all(root.path().join("etc/machine-id/in-the-way")).unwrap();
+        fs::create_dir_all(root.path().join("etc/nido")).unwrap();
+        fs::write(root.path().join(HOOKS), "no directory").unwrap();
+        renew_disk(&children, root.path(), Parts::All, "web", "0123abc").await;
+        assert!(!is_own(root.path(), "0123abc"));
+        fs::remove_dir_all(root.path().join("etc/machine-id")).unwrap();
+        fs::remove_file(root.path().join(HOOKS)).unwrap();
+        renew_disk(&children, root.path(), Parts::All, "web", "0123abc").await;
+        assert!(is_own(root.path(), "0123abc") && root.path().join("etc/machine-id").is_file());
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //!                                                                         '> System: copy into /run/nido, /sbin/init
 //! ```
 //!
-//! Invariant: a step that fails says so on the console and ends the VM; nothing waits without a deadline.
+//! Invariant: a step without which the agent cannot serve says so on the console and ends the VM; any other is a warning.
+//! Nothing waits without a deadline.
 
 use std::fs;
 use std::io::{self, Read as _, Seek as _};
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use nido_guest_agent::config::{Channel, FW_CFG_PATH, GuestConfig, Init};
 use rustix::mount::{MountFlags, mount, mount_move};
 
+use crate::warnings::{self, warn};
 use crate::{Reach, hostname, identity, power, read_config, run as serve, sys};
 
 /// Where the initramfs leaves the configuration for the agent as a service.
@@ -42,16 +44,21 @@ pub fn run() -> io::Result<()> {
         leave_for_service()?;
     }
     switch_root()?;
-    hostname::set(&config.hostname)?;
+    hostname::set(&config.hostname);
     if rest {
-        identity::settle_before_init(&config).map_err(|error| during("making the disk this VM's own", error))?;
+        identity::settle_before_init(&config);
+        warnings::save();
         let error = std::process::Command::new("/sbin/init").env_clear().exec();
         return Err(during("starting /sbin/init", error));
     }
-    mount_for_programs()?;
-    raise_limits()?;
-    // Ctrl-Alt-Del would restart the guest without asking anybody.
-    nix::sys::reboot::set_cad_enabled(false)?;
+    mount_for_programs();
+    for (what, done) in [
+        ("raising the limit of open files", raise_limits()),
+        // Ctrl-Alt-Del would restart the guest without asking anybody.
+        ("taking Ctrl-Alt-Del from the kernel", nix::sys::reboot::set_cad_enabled(false).map_err(Into::into)),
+    ] {
+        done.unwrap_or_else(|error| warn(format!("{what}: {error}")));
+    }
     serve(config, Reach::Guest(power::Mode::Init))
 }
 
@@ -128,7 +135,7 @@ fn mount_root() -> io::Result<()> {
 pub fn grow_root_beside() {
     tokio::task::spawn_blocking(|| {
         if let Err(error) = grow_root() {
-            eprintln!("nido-guest-agent: the root file system does not fill its disk: {error}");
+            warn(format!("the root file system does not fill its disk: {error}"));
         }
     });
 }
@@ -185,19 +192,28 @@ fn switch_root() -> io::Result<()> {
 }
 
 /// What programs expect beyond the kernel's own views, where no other init mounts it.
-fn mount_for_programs() -> io::Result<()> {
-    mount_own("devpts", "/dev/pts", MountFlags::NOSUID | MountFlags::NOEXEC, "mode=0620,gid=5,ptmxmode=0666")?;
-    mount_own("tmpfs", "/dev/shm", MountFlags::NOSUID | MountFlags::NODEV, "mode=1777")?;
-    mount_own("cgroup2", "/sys/fs/cgroup", PLAIN, "nsdelegate")?;
-    let links = [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")];
-    for (name, target) in links {
-        std::os::unix::fs::symlink(target, Path::new("/dev").join(name))?;
-    }
-    for shared in ["/tmp", "/run/lock"] {
-        fs::create_dir_all(shared)?;
-        fs::set_permissions(shared, fs::Permissions::from_mode(0o1777))?;
-    }
-    Ok(())
+/// Whatever of it cannot be had is a warning: the guest can still be reached, and put right.
+fn mount_for_programs() {
+    let terminals = MountFlags::NOSUID | MountFlags::NOEXEC;
+    let mounts = [
+        mount_own("devpts", "/dev/pts", terminals, "mode=0620,gid=5,ptmxmode=0666"),
+        mount_own("tmpfs", "/dev/shm", MountFlags::NOSUID | MountFlags::NODEV, "mode=1777"),
+        // Without the second option, which older kernels lack, each command that is started waits for the others' CPUs.
+        mount_own("cgroup2", "/sys/fs/cgroup", PLAIN, "nsdelegate,favordynmods")
+            .or_else(|_older| mount_own("cgroup2", "/sys/fs/cgroup", PLAIN, "nsdelegate")),
+    ];
+    let links =
+        [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")].map(|(name, target)| {
+            let link = Path::new("/dev").join(name);
+            std::os::unix::fs::symlink(target, &link).map_err(|error| during(&link.to_string_lossy(), error))
+        });
+    let shared = ["/tmp", "/run/lock"].map(|directory| {
+        let made = fs::create_dir_all(directory);
+        made.and_then(|()| fs::set_permissions(directory, fs::Permissions::from_mode(0o1777)))
+            .map_err(|error| during(directory, error))
+    });
+    let all = mounts.into_iter().chain(links).chain(shared);
+    all.filter_map(Result::err).for_each(|error| warn(error.to_string()));
 }
 
 /// As many open files as other systems allow; the kernel's own limit for process 1 is 4096.

@@ -1,4 +1,8 @@
-//! The guest side of nido. The library is the wire protocol, shared with the host; the binary is the agent.
+//! The guest side of nido. The library is what host and guest share: the wire protocol, and (feature `replace`) what both
+//! ends of a copy do to files. The binary is the agent.
 
 pub mod config;
+pub mod places;
+#[cfg(feature = "replace")]
+pub mod replace;
 pub mod wire;

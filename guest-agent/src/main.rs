@@ -33,9 +33,11 @@ mod port;
 mod power;
 mod program;
 mod renew;
+mod scope;
 mod session;
 mod stream;
 mod sys;
+mod warnings;
 
 use std::io;
 use std::path::PathBuf;
@@ -52,7 +54,7 @@ use crate::agent::{Agent, Role};
 /// Stack of the threads that may block, in bytes.
 const THREAD_STACK: usize = 192 * 1024;
 /// Most threads that may block: several per session, so that stuck ones leave room for others.
-const MAX_THREADS: usize = 4 * agent::MAX_SESSIONS;
+const MAX_THREADS: usize = 4 * nido_guest_agent::wire::MAX_WORK;
 
 fn main() -> ExitCode {
     sys::tune_allocator();
@@ -144,10 +146,15 @@ async fn serve_until_power(config: GuestConfig, reach: Reach) -> io::Result<()> 
             }
         }
     };
-    if let Err(error) = settle(&agent, &config).await {
-        let message = format!("the disk could not be made this VM's own, so the guest is not used: {error}");
-        return fail_boot(&agent, mode, message).await;
+    if agent.role == Role::Service {
+        warnings::load();
+        // An agent that was killed while it held the file system still has left it so.
+        if let Err(refusal) = agent.freezer.thaw().await {
+            let message = format!("the root file system stays frozen, so the guest is not used: {}", refusal.message);
+            return fail_boot(&agent, mode, message).await;
+        }
     }
+    settle(&agent, &config).await;
     let (serving, channel) = (agent.clone(), config.channel);
     tokio::spawn(async move {
         let served = match channel {
@@ -166,19 +173,15 @@ async fn serve_until_power(config: GuestConfig, reach: Reach) -> io::Result<()> 
     power::go_down(&agent, power, mode).await
 }
 
-/// What is there before the first session: the network, and a disk that is this VM's own.
-async fn settle(agent: &Agent, config: &GuestConfig) -> io::Result<()> {
-    if agent.role == Role::Service {
-        // An agent that was killed while it held the file system still has left it so.
-        agent.freezer.thaw().await.map_err(|refusal| io::Error::other(refusal.message))?;
-    }
+/// What is there before the first session: the network, and a disk that is this VM's own. What cannot be done is a warning.
+async fn settle(agent: &Agent, config: &GuestConfig) {
     if let Err(error) = network::set(config.network.as_ref()) {
-        eprintln!("nido-guest-agent: the network could not be set up: {error}");
+        warnings::warn(format!("the network could not be set up: {error}"));
     }
     if config.nested {
         nested::prepare(&agent.children).await;
     }
-    identity::settle(&agent.children, config, agent.role == Role::Init).await
+    identity::settle(&agent.children, config, agent.role == Role::Init).await;
 }
 
 /// Ends a boot that must not be used: process 1 by ending, a service by asking for the power to go off.

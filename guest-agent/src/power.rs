@@ -75,6 +75,7 @@ async fn tell_systemd(agent: &Agent, power: Power) -> io::Result<()> {
         stdio: [null.as_fd(), null.as_fd(), null.as_fd()],
         terminal: false,
         identity: None,
+        group: None,
         reset_oom_score: false,
     };
     agent.children.launch(&launch).map_err(io::Error::other)?;

@@ -21,6 +21,7 @@ use crate::agent::{Agent, Refusal};
 use crate::children::Ended;
 use crate::exec;
 use crate::passwd::{self, User};
+use crate::scope::Scope;
 use crate::sys::{self, Identity, Launch, LaunchError, Step};
 
 const ROOT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -47,11 +48,11 @@ pub fn winsize(size: WindowSize) -> Winsize {
     Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 }
 }
 
-/// Starts a command. Blocks on the guest's files, so not for the runtime's thread.
+/// Starts a command in `scope`. Blocks on the guest's files, so not for the runtime's thread.
 ///
 /// # Errors
 /// What the host is to be told.
-pub fn start(agent: &Agent, request: &Exec) -> Result<Started, Refusal> {
+pub fn start(agent: &Agent, request: &Exec, scope: &mut Scope) -> Result<Started, Refusal> {
     exec::check(request)?;
     let user = find_user(request.user.as_deref())?;
     let groups = passwd::groups(&user).map_err(|error| Refusal::from_io("/etc/group", &error))?;
@@ -74,17 +75,19 @@ pub fn start(agent: &Agent, request: &Exec) -> Result<Started, Refusal> {
         terminal: request.pty.is_some(),
         // An agent that is not root (only in tests) has nobody else to become.
         identity: rustix::process::geteuid().is_root().then_some(identity),
+        group: scope.members(),
         reset_oom_score: agent.resets_oom_score,
     };
     let (pid, ended) = agent.children.launch(&launch).map_err(|error| explain(&error, &launch, &directory))?;
+    scope.set_main(pid);
     ends.into_started(pid, ended).map_err(|error| Refusal::from_io("cannot watch the command's output", &error))
 }
 
 fn find_user(wanted: Option<&str>) -> Result<User, Refusal> {
     let own_id = rustix::process::geteuid().as_raw();
     let name = wanted.map_or_else(|| own_id.to_string(), str::to_owned);
-    let user = passwd::find(&name).map_err(|error| Refusal::from_io("/etc/passwd", &error))?;
-    let user = user.ok_or_else(|| Refusal::new(Fault::NoUser, format!("there is no user {name:?} in the guest")))?;
+    let user = passwd::find(&name).map_err(|error| Refusal::from_io("the guest's users and groups", &error))?;
+    let user = user.ok_or_else(|| Refusal::new(Fault::NoUser, passwd::missing(&name)))?;
     if own_id != 0 && user.uid != own_id {
         return Err(Refusal::new(Fault::Denied, "the agent does not run as root and cannot become another user"));
     }
@@ -102,7 +105,7 @@ fn environment(user: &User, request: &Exec) -> Vec<Vec<u8>> {
         pair("LANG", b"C.UTF-8"),
     ];
     if request.pty.is_some() {
-        environment.push(pair("TERM", request.term.as_deref().unwrap_or("xterm-256color").as_bytes()));
+        environment.push(pair("TERM", terminal_type(request.term.as_deref(), user).as_bytes()));
     }
     for given in &request.env {
         let key_end = given.iter().position(|&byte| byte == b'=').map_or(given.len(), |at| at + 1);
@@ -110,6 +113,30 @@ fn environment(user: &User, request: &Exec) -> Vec<Vec<u8>> {
         environment.push(given.to_vec());
     }
     environment
+}
+
+/// The terminal type of a guest that knows no better one.
+const TERMINAL_TYPE: &str = "xterm-256color";
+
+/// The terminal type for `TERM`: the host's where the guest has its description, else one that nearly all terminals obey.
+fn terminal_type<'a>(given: Option<&'a str>, user: &User) -> &'a str {
+    let own = user.home.join(".terminfo");
+    let places = ["/etc/terminfo", "/lib/terminfo", "/usr/share/terminfo"].map(PathBuf::from);
+    choose_terminal_type(given, &[&places[..], &[own]].concat())
+}
+
+fn choose_terminal_type<'a>(given: Option<&'a str>, places: &[PathBuf]) -> &'a str {
+    let Some(given) = given.filter(|name| !name.is_empty() && !name.contains(['/', '\0'])) else {
+        return TERMINAL_TYPE;
+    };
+    let first = given.as_bytes()[0];
+    // Descriptions lie in directories that are named by the first letter, or by its number.
+    let has = |place: &PathBuf| {
+        let letters = [OsStr::from_bytes(&[first]).to_owned(), format!("{first:x}").into()];
+        letters.iter().any(|letter| place.join(letter).join(given).is_file())
+    };
+    let knows_any = places.iter().any(|place| place.is_dir());
+    if !knows_any || places.iter().any(has) { given } else { TERMINAL_TYPE }
 }
 
 /// The paths to try, and the arguments.
@@ -253,7 +280,8 @@ mod tests {
     use super::*;
 
     fn user() -> User {
-        User { name: b"user".to_vec(), uid: 1000, gid: 1000, home: "/home/user".into(), shell: "/bin/bash".into() }
+        let (home, shell) = ("/home/user".into(), "/bin/bash".into());
+        User { name: b"user".to_vec(), uid: 1000, gid: 1000, has_given_group: false, home, shell }
     }
 
     #[test]
@@ -264,6 +292,24 @@ mod tests {
         assert!(environment.contains(&b"HOME=/home/user".to_vec()));
         assert_eq!(environment.iter().filter(|pair| pair.starts_with(b"PATH=")).count(), 1);
         assert!(!environment.iter().any(|pair| pair.starts_with(b"TERM=")));
+    }
+
+    #[test]
+    fn a_terminal_type_that_the_guest_does_not_know_is_replaced() {
+        let guest = tempfile::tempdir().unwrap();
+        let places = [guest.path().join("none"), guest.path().join("terminfo")];
+        let choose = |given| choose_terminal_type(given, &places);
+        assert_eq!(choose(Some("xterm-ghostty")), "xterm-ghostty", "a guest without descriptions cannot tell");
+        std::fs::create_dir_all(places[1].join("s")).unwrap();
+        std::fs::create_dir_all(places[1].join("78")).unwrap();
+        std::fs::write(places[1].join("s/screen"), "").unwrap();
+        std::fs::write(places[1].join("78/xterm-new"), "").unwrap();
+        for (given, wanted) in [("screen", "screen"), ("xterm-new", "xterm-new"), ("xterm-ghostty", TERMINAL_TYPE)] {
+            assert_eq!(choose(Some(given)), wanted);
+        }
+        for odd in [None, Some(""), Some("../s/screen"), Some("é")] {
+            assert_eq!(choose(odd), TERMINAL_TYPE);
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Making a guest that was loaded from saved memory a machine of its own.
 //!
 //! ```text
-//! thaw -> random numbers -> clock -> host name -> network -> boot id
+//! random numbers -> thaw -> clock -> host name -> network -> boot id
 //!      -> (the disk is another VM's) machine id -> host keys -> hooks -> identity
 //!      -> the saved configuration -> the token, and the end of all other sessions
 //! ```
@@ -10,8 +10,9 @@
 //! after a load everything does. So there is no thread, files are written in place, and what can be made ready before the
 //! save is made ready then ([`prepare`]).
 //!
-//! Random numbers come before whatever is made of them. Invariant: the first step that fails ends the renewal, and the
-//! old token stays; a guest that was not renewed to the end is never one that answers to the new token.
+//! Random numbers come before whatever is made of them, and before programs that wait for the disk go on. Invariant: if the
+//! random numbers, the clock or the saved configuration (it holds the token) fail, the renewal ends and the old token stays.
+//! Whatever else cannot be done is a warning: a file of the guest's that cannot be written never keeps its owner out.
 
 use std::fs::{self, File};
 use std::io;
@@ -21,12 +22,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nido_guest_agent::wire::{ENTROPY_LEN, Fault, Renew, TOKEN_LEN};
-use rustix::time::{ClockId, Timespec, clock_settime};
+use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use crate::access::Number;
 use crate::agent::{Agent, Refusal, Role, fault_of};
 use crate::etc::{named, replace_file};
-use crate::{hostname, identity, init, network};
+use crate::{hostname, identity, init, network, warnings};
 
 const RUN: &str = "/run/nido";
 const BOOT_ID: &str = "/run/nido/boot_id";
@@ -41,11 +42,15 @@ const NANOS: i64 = 1_000_000_000;
 pub async fn renew(agent: &Arc<Agent>, order: Renew, by: Number) -> Result<(), Refusal> {
     let entropy = check(&order).map_err(|message| Refusal::new(Fault::Invalid, message))?;
     let _only_one = agent.renewing.lock().await;
+    if agent.role != Role::Visitor {
+        step("the random numbers", renew_random(&entropy))?;
+    }
     agent.freezer.thaw().await?;
+    warnings::clear();
     let token = order.token.to_vec();
     if agent.role != Role::Visitor {
-        renew_machine(&order, &entropy)?;
-        renew_disk(agent, &order).await?;
+        renew_machine(&order)?;
+        renew_disk(agent, &order).await;
         if agent.role == Role::Service {
             step("the saved configuration", save_config(&order))?;
         }
@@ -80,41 +85,65 @@ fn step<T>(name: &str, result: io::Result<T>) -> Result<T, Refusal> {
 }
 
 /// The steps in the kernel's memory, and the name. None of them waits for anything but the guest's own disk.
-fn renew_machine(order: &Renew, entropy: &[u8; ENTROPY_LEN]) -> Result<(), Refusal> {
-    step("the random numbers", renew_random(entropy))?;
+fn renew_machine(order: &Renew) -> Result<(), Refusal> {
     step("the clock", set_clock(order.time_ns))?;
-    step("the host name", hostname::set(&order.hostname))?;
-    step("the network", network::set(order.network.as_ref()))?;
-    step("the boot id", renew_boot_id())
+    hostname::set(&order.hostname);
+    let network = network::set(order.network.as_ref()).map_err(|error| ("the network", error));
+    let boot_id = renew_boot_id().map_err(|error| ("the boot id", error));
+    for (what, error) in [network, boot_id].into_iter().filter_map(Result::err) {
+        warnings::warn(format!("{what} could not be renewed: {error}"));
+    }
+    Ok(())
 }
 
-/// The steps on the disk, unless it is this VM's already.
-async fn renew_disk(agent: &Agent, order: &Renew) -> Result<(), Refusal> {
+/// The steps on the disk, unless it is this VM's already. What of it cannot be done is a warning.
+async fn renew_disk(agent: &Agent, order: &Renew) {
     let root = Path::new("/");
-    if identity::is_own(root, &order.identity) {
-        return Ok(());
+    if !identity::is_own(root, &order.identity) {
+        let parts = identity::Parts::All;
+        identity::renew_disk(&agent.children, root, parts, &order.hostname, &order.identity).await;
     }
-    step("the machine id", identity::renew_machine_id(root))?;
-    let keys = step("the host keys", identity::host_keys(root))?;
-    step("the host keys", identity::renew_host_keys(&agent.children, &keys).await)?;
-    let hooks = step("what the hooks renew", identity::hooks(root))?;
-    let hooks = identity::run_hooks(&agent.children, hooks, &order.hostname, &order.identity);
-    step("what the hooks renew", hooks.await)?;
-    step("the identity", identity::record(root, &order.identity))
 }
 
 /// Makes ready what every renewal needs, before the guest is saved.
-///
-/// # Errors
-/// The kernel or the file system refuses.
-pub fn prepare(agent: &Agent) -> Result<(), Refusal> {
-    if agent.role == Role::Visitor { Ok(()) } else { step("the boot id", renew_boot_id()) }
+pub fn prepare(agent: &Agent) {
+    if agent.role != Role::Visitor
+        && let Err(error) = renew_boot_id()
+    {
+        warnings::warn(format!("the boot id could not be made ready: {error}"));
+    }
 }
 
 /// Makes the kernel's random numbers differ from those of every twin, from the next one on.
 fn renew_random(entropy: &[u8; ENTROPY_LEN]) -> io::Result<()> {
     let device = File::options().write(true).open("/dev/urandom").map_err(named("/dev/urandom"))?;
     crate::sys::seed_random(&device, entropy)
+}
+
+/// How far the clock may be behind the host's, and before it: a step back is worse for programs than a small difference.
+const BEHIND_NS: i64 = 20_000_000;
+const AHEAD_NS: i64 = NANOS / 2;
+
+/// Sets the clock of a guest that stood still. A visitor leaves its machine's clock alone.
+///
+/// # Errors
+/// The time is before 1970, or the kernel refuses.
+pub fn correct_clock(agent: &Agent, time_ns: i64) -> Result<(), Refusal> {
+    if time_ns < 0 {
+        return Err(Refusal::new(Fault::Invalid, "the time is before 1970"));
+    }
+    let now = clock_gettime(ClockId::Realtime);
+    let now = now.tv_sec.saturating_mul(NANOS).saturating_add(now.tv_nsec);
+    if agent.role == Role::Visitor || !is_wrong(now, time_ns) {
+        return Ok(());
+    }
+    set_clock(time_ns).map_err(|error| Refusal::from_io("the clock", &error))
+}
+
+/// Whether a clock that shows `now` is to be set to `right`.
+const fn is_wrong(now: i64, right: i64) -> bool {
+    let behind = right.saturating_sub(now);
+    behind > BEHIND_NS || behind < -AHEAD_NS
 }
 
 fn set_clock(time_ns: i64) -> io::Result<()> {
@@ -197,6 +226,16 @@ mod tests {
         ] {
             assert!(check(&bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_clock_steps_forward_readily_and_back_only_far() {
+        let s = NANOS;
+        assert!(is_wrong(100 * s, 145 * s));
+        assert!(is_wrong(100 * s, 100 * s + BEHIND_NS + 1));
+        assert!(!is_wrong(100 * s, 100 * s));
+        assert!(!is_wrong(100 * s, 100 * s - s / 4));
+        assert!(is_wrong(100 * s, 40 * s));
     }
 
     #[test]

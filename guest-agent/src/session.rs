@@ -7,16 +7,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nido_guest_agent::wire::{
-    self, Fault, Hello, Pong, Power, Refusal as Reason, Refused, ToGuest, ToHost, VERSION, Welcome,
+    self, Fault, Hello, OLDEST, Pong, Power, Refusal as Reason, Refused, ToGuest, ToHost, VERSION, Welcome, feature,
 };
 use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
 use crate::access::{Access, Number, Pass};
-use crate::agent::{Agent, Refusal, Role};
+use crate::agent::{Agent, Place, Refusal, Role, TunnelPlace};
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
 use crate::stream::{Sink, Source};
-use crate::{exec, files, forward, nested, network, renew};
+use crate::{exec, files, forward, nested, network, renew, warnings};
 
 /// How long the host may take for its hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -54,9 +54,12 @@ async fn serve_admitted(agent: &Arc<Agent>, number: Number, input: FrameReader, 
     match answer_requests(agent, number, input, output).await {
         Over::Closed => {}
         Over::Broken(input, output) => drain(input, output).await,
-        Over::Forwards(input, output, target) => forward::copy(input, output, target).await,
+        Over::Forwards(input, output, target, place) => forward::copy(input, output, target, &place).await,
     }
 }
+
+/// What a host may send to this agent beyond the first release of the protocol version.
+const FEATURES: u32 = feature::HOLES | feature::LINKS | feature::OWNERS;
 
 /// How a session's requests came to an end.
 enum Over {
@@ -65,7 +68,7 @@ enum Over {
     /// The host was told `Failed`, and may still be sending.
     Broken(FrameReader, FrameWriter),
     /// It has become the two ends of a connection.
-    Forwards(FrameReader, FrameWriter, tokio::net::TcpStream),
+    Forwards(FrameReader, FrameWriter, tokio::net::TcpStream, TunnelPlace),
 }
 
 /// Reads the hello and answers it. Nothing if the host was refused.
@@ -77,14 +80,14 @@ async fn greet(
 ) -> Result<Option<Pass>, FrameError> {
     let answer = match input.next().await {
         Ok(Some(Incoming::Message(ToGuest::Hello(hello)))) => {
-            judge(&hello, &agent.access, busy).map(|pass| (pass, hello.nonce))
+            judge(&hello, &agent.access, busy).map(|pass| (pass, welcome(&hello)))
         }
         Ok(None) | Err(FrameError::Io(_)) => return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
         Ok(Some(_)) | Err(FrameError::Wire(_)) => Err(Reason::NoHello),
     };
     match answer {
-        Ok((pass, nonce)) => {
-            output.send(&welcome(nonce)).await?;
+        Ok((pass, welcome)) => {
+            output.send(&welcome).await?;
             Ok(Some(pass))
         }
         Err(reason) => {
@@ -97,10 +100,13 @@ async fn greet(
 /// Whether a hello opens the session. The token comes first: who does not have it learns nothing else.
 fn judge(hello: &Hello, access: &Access, busy: bool) -> Result<Pass, Reason> {
     let pass = access.admit(&hello.token).ok_or(Reason::Token)?;
-    if !(hello.oldest..=hello.newest).contains(&VERSION) {
-        return Err(Reason::Version);
-    }
+    spoken(hello).ok_or(Reason::Version)?;
     if busy { Err(Reason::Busy) } else { Ok(pass) }
+}
+
+/// The protocol version of a session that begins with this hello.
+fn spoken(hello: &Hello) -> Option<u16> {
+    wire::common_version((OLDEST, VERSION), (hello.oldest, hello.newest))
 }
 
 /// Carries out a letter: a hello and a renewal. Gives the messages a session would have given, as one piece.
@@ -110,11 +116,11 @@ fn judge(hello: &Hello, access: &Access, busy: bool) -> Result<Pass, Reason> {
 pub async fn answer_letter(agent: &Arc<Agent>, letter: &[u8]) -> Vec<u8> {
     let (first, second) = match wire::decode_first(letter) {
         Ok((ToGuest::Hello(hello), rest)) => {
-            (judge(&hello, &agent.access, false).map(|pass| (pass, hello.nonce)), rest)
+            (judge(&hello, &agent.access, false).map(|pass| (pass, welcome(&hello))), rest)
         }
         _ => (Err(Reason::NoHello), &[][..]),
     };
-    let (pass, nonce) = match first {
+    let (pass, welcome) = match first {
         Ok(admitted) => admitted,
         Err(reason) => return encoded(&[refused(reason)]),
     };
@@ -129,7 +135,7 @@ pub async fn answer_letter(agent: &Arc<Agent>, letter: &[u8]) -> Vec<u8> {
             ToHost::Failed(wire::Failed { fault, message })
         }
     };
-    encoded(&[welcome(nonce), answer])
+    encoded(&[welcome, answer])
 }
 
 fn encoded(messages: &[ToHost]) -> Vec<u8> {
@@ -137,12 +143,17 @@ fn encoded(messages: &[ToHost]) -> Vec<u8> {
     messages.iter().flat_map(|message| wire::encode(message).unwrap_or_default()).collect()
 }
 
-fn welcome(nonce: u64) -> ToHost {
-    ToHost::Welcome(Welcome { version: VERSION, nonce, agent: env!("CARGO_PKG_VERSION").into() })
+fn welcome(hello: &Hello) -> ToHost {
+    ToHost::Welcome(Welcome {
+        version: spoken(hello).unwrap_or(VERSION),
+        nonce: hello.nonce,
+        agent: env!("CARGO_PKG_VERSION").into(),
+        features: Some(FEATURES),
+    })
 }
 
 fn refused(reason: Reason) -> ToHost {
-    ToHost::Refused(Refused { reason, oldest: VERSION, newest: VERSION })
+    ToHost::Refused(Refused { reason, oldest: OLDEST, newest: VERSION })
 }
 
 async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameReader, mut output: FrameWriter) -> Over {
@@ -160,6 +171,13 @@ async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameRea
         if matches!(request, ToGuest::Put(_) | ToGuest::Get(_) | ToGuest::Connect(_)) {
             agent.takes_memory();
         }
+        let place = match place(agent, &request, &mut input).await {
+            Ok(place) => place,
+            Err(Busy) => {
+                let told = output.send(&refused(Reason::Busy)).await;
+                return if told.is_ok() { Over::Broken(input, output) } else { Over::Closed };
+            }
+        };
         let done = match request {
             ToGuest::Ping => answer(&mut output, Ok(ToHost::Pong(pong(agent)))).await,
             ToGuest::Exec(exec) => exec::run(agent, exec, &mut input, &mut output).await,
@@ -169,17 +187,21 @@ async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameRea
                 Err(error) => Err(error),
             },
             ToGuest::Get(get) => files::send(get, &mut output).await,
-            ToGuest::Connect(connect) => match forward::connect(&connect).await {
-                Ok(target) => match output.send(&ToHost::Connected).await {
-                    Ok(()) => return Over::Forwards(input, output, target),
+            ToGuest::Connect(connect) => match (forward::connect(&connect).await, place) {
+                (Ok(target), Some(Place::Tunnel(place))) => match output.send(&ToHost::Connected).await {
+                    Ok(()) => return Over::Forwards(input, output, target, place),
                     Err(error) => Err(error.into()),
                 },
-                Err(refusal) => fail(&mut output, refusal).await,
+                (Ok(_), _) => Err(std::io::Error::other("a connection without a place").into()),
+                (Err(refusal), _) => fail(&mut output, refusal).await,
             },
             ToGuest::Power(power) => go_down(agent, power, &mut input, &mut output).await,
             ToGuest::Freeze => {
-                let frozen = match can_be_saved().and_then(|()| renew::prepare(agent)) {
-                    Ok(()) => agent.freezer.freeze().await,
+                let frozen = match can_be_saved() {
+                    Ok(()) => {
+                        renew::prepare(agent);
+                        agent.freezer.freeze().await
+                    }
                     refused => refused,
                 };
                 answer(&mut output, frozen.map(|()| ToHost::Frozen)).await
@@ -189,8 +211,11 @@ async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameRea
                 let renewed = renew::renew(agent, order, number).await;
                 answer(&mut output, renewed.map(|()| ToHost::Renewed(pong(agent)))).await
             }
+            ToGuest::SetClock(time_ns) => {
+                answer(&mut output, renew::correct_clock(agent, time_ns).map(|()| ToHost::ClockSet)).await
+            }
             ToGuest::StdinEof | ToGuest::Signal(_) | ToGuest::Resize(_) => Ok(()),
-            ToGuest::Hello(_) | ToGuest::Entry(_) | ToGuest::EntryEnd | ToGuest::TreeEnd => {
+            ToGuest::Hello(_) | ToGuest::Entry(_) | ToGuest::EntryEnd | ToGuest::TreeEnd | ToGuest::Hole(_) => {
                 return broken(input, output, "a message that belongs to no request").await;
             }
         };
@@ -199,6 +224,22 @@ async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameRea
             Err(FrameError::Io(_)) => return Over::Closed,
             Err(FrameError::Wire(error)) => return broken(input, output, &error.to_string()).await,
         }
+    }
+}
+
+/// There are too many of this kind.
+struct Busy;
+
+/// The place that a request takes, if it takes one. A host that goes while its request waits takes that along.
+async fn place(agent: &Agent, request: &ToGuest, input: &mut FrameReader) -> Result<Option<Place>, Busy> {
+    match request {
+        ToGuest::Exec(_) | ToGuest::Put(_) | ToGuest::Get(_) => tokio::select! {
+            biased;
+            place = agent.work_place() => place.map(Some).ok_or(Busy),
+            () = input.closed() => Err(Busy),
+        },
+        ToGuest::Connect(_) => agent.tunnel_place().map(Some).ok_or(Busy),
+        _ => Ok(None),
     }
 }
 
@@ -253,6 +294,7 @@ fn pong(agent: &Agent) -> Pong {
         sessions: u32::try_from(agent.sessions()).unwrap_or(u32::MAX),
         is_init: agent.role == Role::Init,
         address: network::address().map(|address| address.to_string()),
+        warnings: Some(warnings::all()).filter(|list| !list.is_empty()),
     }
 }
 
@@ -296,5 +338,13 @@ mod tests {
         assert_eq!(judged(b"", 0, 9, false), Some(Reason::Token));
         assert_eq!(judged(b"right", VERSION + 1, VERSION + 2, false), Some(Reason::Version));
         assert_eq!(judged(b"right", 0, 9, true), Some(Reason::Busy));
+    }
+
+    #[test]
+    fn a_session_speaks_the_newest_version_that_both_ends_know() {
+        for (newest, spoken) in [(VERSION, VERSION), (VERSION + 9, VERSION)] {
+            let ToHost::Welcome(welcome) = welcome(&hello(b"", 0, newest)) else { panic!("no welcome") };
+            assert_eq!((welcome.version, welcome.nonce), (spoken, 7));
+        }
     }
 }

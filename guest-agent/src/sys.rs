@@ -34,6 +34,8 @@ pub struct Launch<'a> {
     pub terminal: bool,
     /// Who it runs as; the agent's own identity if absent.
     pub identity: Option<Identity<'a>>,
+    /// The list of members of its control group.
+    pub group: Option<BorrowedFd<'a>>,
     /// Give it the neutral out-of-memory score, because the agent has another.
     pub reset_oom_score: bool,
 }
@@ -141,6 +143,10 @@ fn become_program(prepared: &Prepared<'_>) -> (Step, i32) {
     unsafe {
         if libc::setsid() < 0 {
             return (Step::Setup, errno());
+        }
+        if let Some(group) = launch.group {
+            // A process that cannot join is found by its ancestry.
+            libc::write(group.as_raw_fd(), b"0".as_ptr().cast(), 1);
         }
         for (target, source) in (0..).zip(&launch.stdio) {
             if libc::dup2(source.as_raw_fd(), target) < 0 {

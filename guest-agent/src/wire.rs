@@ -33,7 +33,10 @@
 //! | `Thaw` | | `Thawed` or `Failed` |
 //! | `Renew` | | `Renewed` or `Failed` |
 //!
-//! Closing a session cancels what runs in it: the process group of an exec is killed, a half-written file is removed.
+//! `Exec`, `Put`, `Get` and `Connect` are answered `Refused` with [`Refusal::Busy`] where there are too many of their kind
+//! ([`MAX_WORK`], [`MAX_TUNNELS`]); nothing has been done then.
+//!
+//! Closing a session cancels what runs in it: all processes that an exec started are killed, a half-written file is removed.
 //! A `Failed` that answers `Put` may come while the host still sends; the session is closed afterwards.
 //!
 //! # Saving and loading
@@ -69,8 +72,19 @@ pub mod sync;
 use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 
-/// The protocol version this build speaks, and the only one it accepts.
+/// The newest protocol version this build speaks. Raised when an end that does not know of a change would misunderstand the other;
+/// fields and messages that may be absent need no new version.
 pub const VERSION: u16 = 3;
+/// The oldest protocol version this build still speaks. A guest that goes on from memory (running, snapshot, fork) has the agent of
+/// the nido that booted it: raising this strands such guests.
+pub const OLDEST: u16 = 3;
+
+/// The version that both ends of a session speak: the newest that is in both ranges, each from the oldest to the newest.
+#[must_use]
+pub fn common_version(ours: (u16, u16), theirs: (u16, u16)) -> Option<u16> {
+    let newest = ours.1.min(theirs.1);
+    (newest >= ours.0 && newest >= theirs.0).then_some(newest)
+}
 /// The vsock port the agent listens on.
 pub const VSOCK_PORT: u32 = 1024;
 /// The name of the virtio-serial port.
@@ -91,8 +105,27 @@ pub const ENTROPY_LEN: usize = 64;
 pub const FREEZE_LIMIT_MS: u64 = 60_000;
 /// Longest path component, in bytes.
 pub const MAX_COMPONENT: usize = 255;
+/// How many entries that were left out are named.
+pub const MAX_LEFT_OUT: usize = 100;
+/// How much of the path of an entry that was left out is told, in bytes.
+pub const MAX_LEFT_OUT_PATH: usize = 1024;
 /// Deepest nesting of an entry.
 pub const MAX_DEPTH: usize = 256;
+/// How many commands and copies a guest runs at once. Further ones wait for [`QUEUE_LIMIT_MS`] and are then refused.
+pub const MAX_WORK: usize = 64;
+/// How many commands and copies wait for their turn. Further ones are refused at once.
+pub const MAX_QUEUED: usize = 256;
+/// How long a command or copy waits for its turn, in milliseconds.
+pub const QUEUE_LIMIT_MS: u64 = 10_000;
+/// How many connections to ports of the guest are open at once. They take no places of commands and copies.
+pub const MAX_TUNNELS: usize = 256;
+/// How many sessions there are at most: the above, and room for pings, power requests and sessions that have not asked for
+/// anything yet.
+pub const MAX_SESSIONS: usize = MAX_WORK + MAX_QUEUED + MAX_TUNNELS + 64;
+/// How many warnings a sign of life brings along.
+pub const MAX_WARNINGS: usize = 8;
+/// Longest warning of a sign of life, in bytes.
+pub const MAX_WARNING: usize = 200;
 
 /// What a frame carries.
 pub mod kind {
@@ -106,6 +139,19 @@ pub mod kind {
     pub const STDERR: u8 = 0x12;
     /// Bytes of the file whose `Entry` came last.
     pub const FILE_DATA: u8 = 0x20;
+}
+
+/// What a side understands beyond the first release of this protocol version: bits of [`Welcome::features`] and
+/// [`Get::features`].
+pub mod feature {
+    /// `Hole` messages.
+    pub const HOLES: u32 = 1;
+    /// [`EntryKind::Link`](super::EntryKind::Link).
+    pub const LINKS: u32 = 2;
+    /// Entries that cannot be read are left out and named in [`Summary::left_out`](super::Summary::left_out).
+    pub const LEFT_OUT: u32 = 4;
+    /// [`Entry::owner`](super::Entry::owner).
+    pub const OWNERS: u32 = 8;
 }
 
 /// Why bytes are not a frame or a message of this protocol.
@@ -260,6 +306,14 @@ pub enum ToGuest {
     /// Makes a guest that was loaded from saved memory a machine of its own.
     #[n(15)]
     Renew(#[n(0)] Renew),
+    /// So many bytes of the file whose `Entry` came last are zeros that take no room. Only to an agent with
+    /// [`feature::HOLES`].
+    #[n(20)]
+    Hole(#[n(0)] u64),
+    /// Sets the wall clock: the guest, or its host, stood still. In nanoseconds since 1970. Agents of older templates do not know
+    /// it, and close the session.
+    #[n(16)]
+    SetClock(#[n(0)] i64),
 }
 
 /// What the agent says.
@@ -313,6 +367,13 @@ pub enum ToHost {
     /// The guest is a machine of its own.
     #[n(15)]
     Renewed(#[n(0)] Pong),
+    /// So many bytes of the file whose `Entry` came last are zeros that take no room. Only if [`Get::features`] has
+    /// [`feature::HOLES`].
+    #[n(20)]
+    Hole(#[n(0)] u64),
+    /// The clock is right.
+    #[n(16)]
+    ClockSet,
 }
 
 /// Opens a session.
@@ -344,6 +405,9 @@ pub struct Welcome {
     /// The agent's own version, for people.
     #[n(2)]
     pub agent: String,
+    /// Bits of [`feature`]: what the agent understands.
+    #[n(3)]
+    pub features: Option<u32>,
 }
 
 /// Answers a hello that is not accepted.
@@ -396,6 +460,10 @@ pub struct Pong {
     /// The guest's address on its first network card, if it has one.
     #[n(4)]
     pub address: Option<String>,
+    /// What the guest could not do at its start and runs without, for people: at most [`MAX_WARNINGS`] of at most
+    /// [`MAX_WARNING`] bytes.
+    #[n(5)]
+    pub warnings: Option<Vec<String>>,
 }
 
 /// Runs a command.
@@ -410,7 +478,7 @@ pub struct Exec {
     /// Working directory; the user's home if absent.
     #[n(2)]
     pub directory: Option<ByteVec>,
-    /// Name or numeric id; root if absent.
+    /// USER, USER:GROUP or :GROUP, each a name or a number; root if absent.
     #[n(3)]
     pub user: Option<String>,
     /// Whether standard input will be sent. Else it is `/dev/null`.
@@ -474,6 +542,9 @@ pub struct Put {
     /// Make missing parent directories.
     #[n(3)]
     pub parents: bool,
+    /// Whether a file that exists takes the mode given instead of keeping its own. Absent: it takes it.
+    #[n(4)]
+    pub set_mode: Option<bool>,
 }
 
 /// Reads files out of the guest.
@@ -482,6 +553,9 @@ pub struct Get {
     /// What to read, absolute or relative to root's home. A symlink given here is followed; those inside are not.
     #[n(0)]
     pub path: ByteVec,
+    /// Bits of [`feature`]: what the host understands.
+    #[n(1)]
+    pub features: Option<u32>,
 }
 
 /// One file, directory or symlink of a tree.
@@ -499,6 +573,34 @@ pub struct Entry {
     /// Modification time, nanoseconds since 1970.
     #[n(3)]
     pub mtime_ns: i64,
+    /// User and group by number, where they are to be kept; then an existing file takes the mode, too.
+    #[n(4)]
+    pub owner: Option<Owner>,
+    /// How many bytes the file takes on the disk of the side that sends it. A claim.
+    #[n(5)]
+    pub stored: Option<u64>,
+}
+
+/// Who owns an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Owner {
+    /// The user's number.
+    #[n(0)]
+    pub uid: u32,
+    /// The group's number.
+    #[n(1)]
+    pub gid: u32,
+}
+
+/// An entry that could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct LeftOut {
+    /// Its whole path, cut to [`MAX_LEFT_OUT_PATH`] bytes.
+    #[n(0)]
+    pub path: ByteVec,
+    /// Why, for people.
+    #[n(1)]
+    pub reason: String,
 }
 
 /// What an entry is.
@@ -513,6 +615,9 @@ pub enum EntryKind {
     /// A symlink and its target.
     #[n(2)]
     Symlink(#[n(0)] ByteVec),
+    /// Another name of a file that was sent before in this tree: its path below the root.
+    #[n(3)]
+    Link(#[n(0)] Vec<ByteVec>),
 }
 
 /// What was copied.
@@ -530,6 +635,12 @@ pub struct Summary {
     /// Where it was written (`Put`).
     #[n(3)]
     pub path: Option<ByteVec>,
+    /// Which entries could not be read and are missing from the copy; the first [`MAX_LEFT_OUT`] of them.
+    #[n(4)]
+    pub left_out: Option<Vec<LeftOut>>,
+    /// How many there were.
+    #[n(5)]
+    pub left_out_count: Option<u64>,
 }
 
 /// Connects to a TCP port as seen from inside the guest.
@@ -673,6 +784,22 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// Both ends took one version only, so each change of the protocol cut off every guest that ran.
+    #[test]
+    fn two_ranges_of_versions_meet_at_the_newest_common_one() {
+        for (ours, theirs, common) in [
+            ((3, 5), (3, 4), Some(4)),
+            ((3, 5), (5, 9), Some(5)),
+            ((3, 3), (3, 3), Some(3)),
+            ((3, 5), (6, 9), None),
+            ((6, 9), (3, 5), None),
+        ] {
+            assert_eq!(common_version(ours, theirs), common, "{ours:?} {theirs:?}");
+            assert_eq!(common_version(theirs, ours), common, "{theirs:?} {ours:?}");
+        }
+        const { assert!(OLDEST <= VERSION) };
+    }
 
     fn sample_exec() -> ToGuest {
         ToGuest::Exec(Exec {

@@ -120,6 +120,14 @@ pub enum ImageError {
         /// Its path.
         path: PathBuf,
     },
+    /// Templates cannot be built on this mount.
+    #[error("templates cannot be built below {}: {reason}", path.display())]
+    BuildDirectory {
+        /// The mount.
+        path: PathBuf,
+        /// Why.
+        reason: &'static str,
+    },
     /// A path that cannot become a file.
     #[error("{} cannot be written: {reason}", path.display())]
     PathInvalid {
@@ -196,6 +204,10 @@ impl ImageError {
         match self {
             Self::MissingTool { package, .. } => Some(format!("install from Debian: apt-get install {package}")),
             Self::Unprivileged { remedy, .. } => Some(remedy.clone()),
+            Self::BuildDirectory { .. } => Some(
+                "keep the home on another file system (--home, NIDO_HOME), or mount this one without that option"
+                    .into(),
+            ),
             Self::RecipeNotFound { .. } => {
                 Some(format!("the built-in recipes are {}", crate::recipe::names().collect::<Vec<_>>().join(", ")))
             }

@@ -56,7 +56,7 @@ pub fn create(
     let scratch = Scratch::create(&home.join("build"))?;
     progress(BuildProgress::new(Stage::Disk, "join the layers of the disk", None));
     let root = scratch.path().join(ROOT);
-    let mut convert = host.command("qemu-img", scratch.path());
+    let mut convert = host.limited("qemu-img", scratch.path(), disk.virtual_bytes);
     convert
         .args(["convert", "-c", "-O", "qcow2", "-o", "compression_type=zstd,lazy_refcounts=off", "--image-opts"])
         .args([image_options(&disk.files), root.clone().into_os_string()]);

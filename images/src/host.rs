@@ -9,13 +9,14 @@ use std::process::{Command, Stdio};
 use crate::error::ImageError;
 
 /// Programs a build runs, with the Debian packages that have them.
-const TOOLS: [(&str, &str); 8] = [
+const TOOLS: [(&str, &str); 9] = [
     ("mmdebstrap", "mmdebstrap"),
     ("apt-get", "apt"),
     ("apt-config", "apt"),
     ("dpkg-deb", "dpkg"),
     ("unshare", "util-linux"),
     ("setpriv", "util-linux"),
+    ("prlimit", "util-linux"),
     ("mkfs.ext4", "e2fsprogs"),
     ("qemu-img", "qemu-utils"),
 ];
@@ -34,6 +35,14 @@ const COMPILER_HEADERS: [(&str, &str); 2] =
     [("/usr/include/stdio.h", "libc6-dev"), ("/usr/include/gelf.h", "libelf-dev")];
 const XZ: (&str, &str) = ("xz", "xz-utils");
 const NEWUIDMAP: (&str, &str) = ("newuidmap", "uidmap");
+
+/// Most address space and CPU time that a program which reads a guest's disk may use, in bytes and seconds. It also has a deadline.
+const GUEST_DATA_MEMORY: u64 = 4 << 30;
+const GUEST_DATA_CPU_SECONDS: u64 = 4 * 3600;
+/// How much larger than the disk in it an image may become, in bytes.
+const IMAGE_OVERHEAD: u64 = 1 << 30;
+/// How many ids besides the caller's a build needs.
+const SUBORDINATE_IDS: u64 = 65536;
 
 /// Variables of the caller that programs of a build may see: how to reach the network, nothing else.
 const KEPT_VARIABLES: [&str; 8] =
@@ -93,7 +102,7 @@ impl Host {
     /// [`ImageError::MissingTool`].
     pub(crate) fn for_images() -> Result<Self, ImageError> {
         let host = Self::for_cleaning();
-        for (tool, package) in [("qemu-img", "qemu-utils"), ("setpriv", "util-linux")] {
+        for (tool, package) in [("qemu-img", "qemu-utils"), ("setpriv", "util-linux"), ("prlimit", "util-linux")] {
             host.require(tool, package)?;
         }
         Ok(host)
@@ -111,6 +120,52 @@ impl Host {
         command.args(["--pdeathsig", "KILL", "--", program]);
         self.clean(&mut command, scratch);
         command
+    }
+
+    /// The same for a program that reads what a guest has written: under limits of memory, CPU time and file size, and without a
+    /// network where this user may have that. `bytes` is the size of the disk that it reads.
+    pub(crate) fn limited(&self, program: &str, scratch: &Path, bytes: u64) -> Command {
+        let words: Vec<&str> = self.without_network(scratch).iter().copied().chain(["setpriv"]).collect();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).args(["--pdeathsig", "KILL", "--", "prlimit", "--core=0"]);
+        command.arg(format!("--as={GUEST_DATA_MEMORY}")).arg(format!("--cpu={GUEST_DATA_CPU_SECONDS}"));
+        command.arg(format!("--fsize={}", bytes.saturating_add(IMAGE_OVERHEAD))).args(["--", program]);
+        self.clean(&mut command, scratch);
+        command
+    }
+
+    /// What a command begins with to have no network; nothing where that is forbidden.
+    fn without_network(&self, scratch: &Path) -> &'static [&'static str] {
+        let words: &[&str] = if self.root {
+            &["unshare", "--net", "--"]
+        } else {
+            &["unshare", "--user", "--map-current-user", "--net", "--"]
+        };
+        let mut attempt = Command::new(words[0]);
+        attempt.args(&words[1..]).arg("true");
+        self.clean(&mut attempt, scratch);
+        let possible =
+            attempt.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success());
+        if possible { words } else { &[] }
+    }
+
+    /// Whether programs can run, and devices work, in what a build unpacks below this directory.
+    ///
+    /// # Errors
+    /// [`ImageError::BuildDirectory`] with the mount that forbids it.
+    pub fn probe_directory(directory: &Path) -> Result<(), ImageError> {
+        use rustix::fs::{StatVfsMountFlags, statvfs};
+        let flags = statvfs(directory).map_err(|error| ImageError::io("read", directory, error.into()))?.f_flag;
+        let reason = if flags.contains(StatVfsMountFlags::NOEXEC) {
+            "it is mounted noexec, and a build runs programs below it"
+        } else if flags.contains(StatVfsMountFlags::NODEV) && rustix::process::geteuid().is_root() {
+            "it is mounted nodev, and a build by root makes devices below it"
+        } else {
+            return Ok(());
+        };
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let path = mount_of(&mounts, &std::path::absolute(directory).unwrap_or_else(|_| directory.into()));
+        Err(ImageError::BuildDirectory { path, reason })
     }
 
     /// The same inside its own process and mount namespaces, where it is root: really, or by a user namespace in which the
@@ -153,27 +208,29 @@ impl Host {
         std::env::split_paths(&self.path).any(|directory| is_executable(&directory.join(tool)))
     }
 
-    /// Proves that a user namespace with subordinate ids works, and explains why not.
+    /// Proves that a user namespace with subordinate ids works, and explains why not. Where ids come from is not asked before: it
+    /// need not be a file.
     fn probe_namespace(&self) -> Result<(), ImageError> {
-        let user = user_name();
+        let output = self
+            .confined("cat", Path::new("/"))
+            .args(["/proc/self/uid_map", "/proc/self/gid_map"])
+            .output()
+            .map_err(|error| ImageError::io("run", Path::new("unshare"), error))?;
+        if output.status.success() && mapped(&String::from_utf8_lossy(&output.stdout)) >= 2 * SUBORDINATE_IDS {
+            return Ok(());
+        }
+        let user = self.user_name();
         for file in ["/etc/subuid", "/etc/subgid"] {
             let text = std::fs::read_to_string(file).unwrap_or_default();
             if !has_range(&text, &user, rustix::process::getuid().as_raw()) {
                 return Err(ImageError::Unprivileged {
-                    needs: format!("{file} gives the user {user} no range of 65536 ids"),
+                    needs: format!("{file} gives the user {user} no range of {SUBORDINATE_IDS} ids"),
                     remedy: format!(
-                        "as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user} (another free range will do)"
+                        "as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user} (another free range will \
+                         do; a user that usermod does not know gets a line {user}:100000:65536 in both files)"
                     ),
                 });
             }
-        }
-        let output = self
-            .confined("true", Path::new("/"))
-            .stdout(Stdio::null())
-            .output()
-            .map_err(|error| ImageError::io("run", Path::new("unshare"), error))?;
-        if output.status.success() {
-            return Ok(());
         }
         let words = String::from_utf8_lossy(&output.stderr);
         Err(ImageError::Unprivileged {
@@ -183,6 +240,29 @@ impl Host {
                 .to_owned(),
         })
     }
+
+    /// The caller's name, wherever the system has its users from; the uid if there is none.
+    fn user_name(&self) -> String {
+        let mut command = Command::new("id");
+        command.arg("-un");
+        self.clean(&mut command, Path::new("/"));
+        let output = command.stderr(Stdio::null()).output();
+        let name = output.ok().filter(|output| output.status.success()).map(|output| output.stdout).unwrap_or_default();
+        let name = String::from_utf8_lossy(&name).trim().to_owned();
+        if name.is_empty() { rustix::process::getuid().as_raw().to_string() } else { name }
+    }
+}
+
+/// How many ids the lines of `uid_map` and `gid_map` map together. Pure.
+fn mapped(maps: &str) -> u64 {
+    maps.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok()).sum()
+}
+
+/// The mount that a path lies on. Pure, over the text of `mountinfo`.
+fn mount_of(mountinfo: &str, path: &Path) -> PathBuf {
+    let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| point.replace("\\040", " "));
+    let around = points.map(PathBuf::from).filter(|point| path.starts_with(point));
+    around.max_by_key(|point| point.components().count()).unwrap_or_else(|| path.into())
 }
 
 /// Whether a `/etc/subuid` gives this user a range of at least 65536 ids. Pure.
@@ -193,17 +273,6 @@ fn has_range(text: &str, user: &str, uid: u32) -> bool {
         let count = fields.nth(1).and_then(|count| count.parse::<u64>().ok()).unwrap_or(0);
         (owner == user || owner == uid.to_string()) && !owner.is_empty() && count >= 65536
     })
-}
-
-/// The caller's name by `/etc/passwd`, or the uid where there is none.
-fn user_name() -> String {
-    let uid = rustix::process::getuid().as_raw().to_string();
-    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
-    passwd
-        .lines()
-        .map(|line| line.split(':').collect::<Vec<_>>())
-        .find(|fields| fields.get(2) == Some(&uid.as_str()))
-        .map_or_else(|| uid.clone(), |fields| fields[0].to_owned())
 }
 
 fn search_path() -> OsString {
@@ -231,6 +300,65 @@ mod tests {
         assert!(has_range(text, "carol", 1001));
         assert!(!has_range(text, "bob", 2));
         assert!(!has_range(text, "", 3));
+    }
+
+    #[test]
+    fn ids_of_both_maps_are_counted() {
+        let whole = "         0       1000          1\n         1     100000      65536\n";
+        assert!(mapped(&whole.repeat(2)) >= 2 * SUBORDINATE_IDS);
+        assert!(mapped(whole) < 2 * SUBORDINATE_IDS);
+        assert_eq!(mapped(""), 0);
+    }
+
+    #[test]
+    fn the_innermost_mount_is_named() {
+        let text = "21 1 8:1 / / rw - ext4 a rw\n22 21 0:5 / /mnt/x rw,noexec - tmpfs b rw\n23 21 0:6 / /mnt/x\\040y rw - tmpfs c rw\n";
+        let of = |path: &str| mount_of(text, Path::new(path));
+        assert_eq!(of("/mnt/x/home/build"), Path::new("/mnt/x"));
+        assert_eq!(of("/mnt/x y/home"), Path::new("/mnt/x y"));
+        assert_eq!(of("/mnt/xy"), Path::new("/"));
+    }
+
+    /// A build on a mount without the right to run programs failed after most of a minute, with words about dpkg.
+    #[test]
+    fn a_directory_whose_mount_runs_no_programs_is_refused() {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let options = |line: &str| line.split(' ').nth(5).is_some_and(|words| words.split(',').any(|w| w == "noexec"));
+        let place = |line: &str| line.split(' ').nth(4).map(PathBuf::from).filter(|place| place.is_dir());
+        for noexec in mounts.lines().filter(|line| options(line)).filter_map(place) {
+            let refused = Host::probe_directory(&noexec).unwrap_err();
+            assert!(refused.to_string().contains("noexec"), "{refused}");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("x"), "#!/bin/sh\n").unwrap();
+        std::fs::set_permissions(directory.path().join("x"), std::fs::Permissions::from_mode(0o700)).unwrap();
+        let runs = Command::new("/bin/sh").arg("-c").arg("exec ./x").current_dir(directory.path()).status().unwrap();
+        let refused = Host::probe_directory(directory.path());
+        assert!(
+            !runs.success() || !matches!(&refused, Err(error) if error.to_string().contains("noexec")),
+            "{refused:?}"
+        );
+    }
+
+    /// qemu-img read a guest's disk without a limit of what it may use.
+    #[test]
+    fn what_reads_a_guests_disk_runs_under_limits() {
+        let host = Host::for_cleaning();
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = host.limited("sh", directory.path(), 1 << 20);
+        let output = command
+            .args(["-c", "cat /proc/self/limits; ls /sys/class/net 2>/dev/null; cat /proc/net/dev"])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let limit = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+        assert!(limit("Max address space").contains(&GUEST_DATA_MEMORY.to_string()), "{text}");
+        assert!(limit("Max cpu time").contains(&GUEST_DATA_CPU_SECONDS.to_string()), "{text}");
+        assert!(limit("Max file size").contains(&(IMAGE_OVERHEAD + (1 << 20)).to_string()), "{text}");
+        if !host.without_network(directory.path()).is_empty() {
+            let devices = text.lines().filter(|line| line.contains(':') && !line.contains("Max")).count();
+            assert_eq!(devices, 1, "only the loopback: {text}");
+        }
     }
 
     #[test]

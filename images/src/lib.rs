@@ -23,6 +23,7 @@ mod apt;
 mod archive;
 mod build;
 mod command;
+mod compose;
 mod cpio;
 mod digest;
 mod error;
@@ -44,6 +45,7 @@ mod travel;
 
 pub use agent::{AGENT, AGENT_PROTOCOL, agent_sha256};
 pub use build::{BuildOptions, BuildOutcome, build};
+pub use compose::compose_initramfs;
 pub use digest::{SPARSE_BLOCK, sha256, sparse_sha256};
 pub use error::ImageError;
 pub use export::{ExportOptions, ExportOutcome, export};

@@ -209,7 +209,11 @@ impl Store {
         let lock = self.lock()?;
         match fs::remove_file(&path).and_then(|()| sync_directory(&self.templates)) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(ImageError::io("remove", &path, error)),
-            _ => self.sweep(in_use, &lock),
+            _ => match self.sweep(in_use, &lock) {
+                // Another template is damaged: nothing is known to be unused. This one is gone all the same.
+                Err(ImageError::ManifestInvalid { .. }) => Ok(0),
+                swept => swept,
+            },
         }
     }
 
@@ -225,20 +229,29 @@ impl Store {
         self.sweep(in_use, &lock)
     }
 
-    fn sweep(&self, in_use: &HashSet<String>, _lock: &StoreLock) -> Result<u64, ImageError> {
+    /// How many bytes [`Store::collect_garbage`] would free. What is being added meanwhile may be counted.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn unused_bytes(&self, in_use: &HashSet<String>) -> Result<u64, ImageError> {
+        let length = |path: PathBuf| fs::symlink_metadata(path).map_or(0, |found| found.len());
+        Ok(self.unused(in_use)?.into_iter().map(length).sum())
+    }
+
+    /// The parts that no template and no VM uses, and manifests that were never finished.
+    fn unused(&self, in_use: &HashSet<String>) -> Result<Vec<PathBuf>, ImageError> {
         let mut keep = in_use.clone();
         for manifest in self.ls()? {
             keep.extend(manifest?.all_parts().map(|(_, part, _)| part.sha256.clone()));
         }
-        let mut freed = 0;
-        let unused = |name: &String| is_sha256(name) && !keep.contains(name);
-        for name in entries(&self.blobs)?.into_iter().filter(unused) {
-            freed += remove(&self.blobs.join(name))?;
-        }
-        for name in entries(&self.templates)?.into_iter().filter(|name| name.starts_with(TEMPORARY)) {
-            freed += remove(&self.templates.join(name))?;
-        }
-        Ok(freed)
+        let parts = entries(&self.blobs)?.into_iter().filter(|name| is_sha256(name) && !keep.contains(name));
+        let unfinished = entries(&self.templates)?.into_iter().filter(|name| name.starts_with(TEMPORARY));
+        let unfinished = unfinished.map(|name| self.templates.join(name));
+        Ok(parts.map(|name| self.blobs.join(name)).chain(unfinished).collect())
+    }
+
+    fn sweep(&self, in_use: &HashSet<String>, _lock: &StoreLock) -> Result<u64, ImageError> {
+        self.unused(in_use)?.iter().map(|path| remove(path)).sum()
     }
 
     fn manifest_path(&self, name: &str) -> PathBuf {
@@ -257,12 +270,20 @@ pub fn hash_file(path: &Path) -> Result<Part, ImageError> {
 
 /// Creates a directory and its parents, mode 0700.
 pub(crate) fn create_private(path: &Path) -> Result<(), ImageError> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|error| ImageError::io("create", path, error))
+    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+    let failed = |error| ImageError::io("create", path, error);
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        create_private(parent)?;
+    }
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        // Whatever the umask of this process.
+        Ok(()) => fs::set_permissions(path, Permissions::from_mode(0o700)).map_err(failed),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(error) => Err(failed(error)),
+    }
 }
 
 /// The rule for template names: 1 to 63 of `a-z 0-9 -`, a letter or digit at both ends.
@@ -353,7 +374,9 @@ mod tests {
         assert_eq!(freed, ("vmlinux".len() + "initramfs".len() + "base".len() + "packages".len()) as u64);
         assert!(store.blob_path(&root).exists());
         assert!(matches!(store.delete("two", &HashSet::new()), Err(ImageError::TemplateNotFound { .. })));
+        assert_eq!(store.unused_bytes(&HashSet::new()).unwrap(), 4);
         assert_eq!(store.collect_garbage(&HashSet::new()).unwrap(), 4);
+        assert_eq!(store.unused_bytes(&HashSet::new()).unwrap(), 0);
         assert_eq!(blobs(&store), 0);
     }
 
@@ -363,6 +386,10 @@ mod tests {
         fs::write(home.path().join("templates/broken.json"), "{").unwrap();
         assert!(matches!(store.collect_garbage(&HashSet::new()), Err(ImageError::ManifestInvalid { .. })));
         assert_eq!(blobs(&store), 5);
+        assert_eq!(store.delete("one", &HashSet::new()).unwrap(), 0, "another damaged one does not keep it from going");
+        assert_eq!(blobs(&store), 5);
+        store.delete("broken", &HashSet::new()).unwrap();
+        assert_eq!(blobs(&store), 0);
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub struct JobBegun {
 impl JobBegun {
     /// For this job.
     pub fn new(job: &Job) -> Self {
-        let next_step = "it goes on; call job_get with this job_id and wait_ms until it has ended".into();
+        let next_step = "it goes on; call job_get with this job_id and wait_seconds until it has ended".into();
         Self { status: "running".into(), job_id: job.id.clone(), next_step }
     }
 }
@@ -44,6 +44,15 @@ impl Done {
         let mut value = serde_json::to_value(value).map_err(|e| Error::internal(e.to_string()))?;
         readable(&mut value);
         Ok(Self { value, word: String::new(), links: Vec::new() })
+    }
+
+    /// The same with notes for the caller.
+    #[must_use]
+    pub fn noted(mut self, notes: &[String]) -> Self {
+        if let (Value::Object(fields), false) = (&mut self.value, notes.is_empty()) {
+            fields.insert("notes".into(), json!(notes));
+        }
+        self
     }
 }
 
@@ -78,6 +87,9 @@ pub struct Failure {
     /// Last lines of the log that tells why. They may come from the guest.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub log_tail: Vec<String>,
+    /// What was not as it should be, and did no harm.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub notes: Vec<String>,
 }
 
 impl Failed {
@@ -87,17 +99,18 @@ impl Failed {
             code: error.code().slug().into(),
             message: plain(error.message()),
             next_step: next_step(error.code()).into(),
-            hint: error.hint_text().map(plain),
+            hint: error.remote_hint().map(plain),
             log_tail: error.log_lines().iter().map(|line| plain(line)).collect(),
             state,
             approval_id: None,
+            notes: Vec::new(),
         };
         Self { error }
     }
 
     /// The same for a reader.
     fn text(&self) -> String {
-        let Failure { code, message, state, next_step, hint, approval_id: _, log_tail } = &self.error;
+        let Failure { code, message, state, next_step, hint, approval_id: _, log_tail, notes } = &self.error;
         let mut text = format!("{message} ({code})");
         if let Some(state) = state {
             text += &format!("\nState of the VM: {state}");
@@ -108,6 +121,9 @@ impl Failed {
         }
         if !log_tail.is_empty() {
             text += &format!("\nLast lines of the log:\n{}", log_tail.join("\n"));
+        }
+        for note in notes {
+            text += &format!("\nNote: {note}");
         }
         text
     }
@@ -132,6 +148,11 @@ pub fn readable(value: &mut Value) {
 /// One line without what hides, reorders or controls.
 pub fn plain(text: &str) -> String {
     text.chars().map(|c| if c == '\t' { ' ' } else { c }).filter(|c| !is_harmful(*c)).collect()
+}
+
+/// Several lines without what a reader would not see.
+pub fn readable_text(text: &str) -> String {
+    for_reader(text.as_bytes(), usize::MAX).text
 }
 
 /// The result of a call.
@@ -164,12 +185,19 @@ const fn next_step(code: Code) -> &'static str {
         Code::TemplateMismatch => "leave path out (vm_spawn), or set disk_only (vm_restore); else tell the user",
         Code::TemplateBuildFailed => "the message tells why; check the VM with vm_exec, then call again",
         Code::SnapshotNotFound => "vm_snapshot takes one; check the name of the snapshot",
+        Code::SnapshotDamaged => "restore another snapshot; tell the user that this one is damaged",
         Code::SnapshotExists => "choose another name for the snapshot",
         Code::CommandNotFound => "check the program's name; packages are installed with vm_exec",
         Code::CommandCannotRun => "check with vm_exec and ls -l whether the file is a program and may be executed",
         Code::PathExists => "choose another path, or ask to overwrite it",
         Code::PathInvalid => "check what is at that path (vm_exec with ls shows it in the VM), and choose another",
-        Code::PathNotFound | Code::DirectoryNotFound => "check the path; vm_exec with ls shows what there is",
+        Code::RequestInProgress | Code::CursorExpired => "wait a moment, look at what there is, and call again",
+        Code::GuestDenied => "the guest's own permissions forbid it: set user, or leave user out to act as root",
+        Code::GuestBusy => "end what is in the way in the VM with vm_exec, then call again",
+        Code::GuestInvalid => "correct the arguments and call again",
+        Code::PathNotFound | Code::GuestNotFound | Code::DirectoryNotFound => {
+            "check the path; vm_exec with ls shows what there is"
+        }
         Code::UserNotFound => "leave user out to run as root",
         Code::AgentUnreachable | Code::Timeout => "vm_info tells how the VM is; try again, or vm_stop and vm_start it",
         Code::AgentVersion => "vm_stop and vm_start it; if that does not help, vm_spawn a new one",
@@ -196,6 +224,10 @@ const fn next_step(code: Code) -> &'static str {
         Code::AuditFailed | Code::AuditBroken => {
             "nothing is done while it cannot be written down: tell the user, calling again does not help"
         }
+        Code::PermissionDenied | Code::ReadOnly | Code::AddressInUse | Code::PathUnusable => {
+            "the host does not allow it: choose another path or port, or tell the user what the message says"
+        }
+        Code::HostFailed => "the host reports a failure: try again once, then tell the user what the message says",
         Code::Internal => {
             "it is a fault of nido or of the host: try again once, then tell the user what the message says"
         }
@@ -215,7 +247,8 @@ const fn next_step(code: Code) -> &'static str {
         | Code::BodyTooLarge
         | Code::MediaTypeUnsupported
         | Code::WebhookInvalid
-        | Code::WebhookNotFound => "tell the user what the message says",
+        | Code::WebhookNotFound
+        | Code::StoreDamaged => "tell the user what the message says",
     }
 }
 

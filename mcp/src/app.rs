@@ -1,15 +1,14 @@
 //! What every call needs: the core, how the server was started, and the work that is under way.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use nido_vmm::api::Scope;
-use nido_vmm::error::Result;
+use nido_vmm::api::{Limits, Scope};
+use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::nido::Nido;
 use nido_vmm::policy::Policy;
-use nido_vmm::roots::Roots;
+use nido_vmm::roots::{DefaultPaths, HostPaths};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -25,6 +24,8 @@ const SETTLED_FOR: Duration = Duration::from_millis(100);
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(40);
 /// How long a session over HTTP goes on that nobody uses, unless somebody says otherwise.
 pub const SESSION_IDLE: Duration = Duration::from_secs(1800);
+/// How long the throw-away VMs of a session over HTTP that has ended wait for the next one of the same caller.
+pub const SESSION_GRACE: Duration = Duration::from_secs(60);
 /// How many VMs are remembered as somebody's own.
 const OWN_MAX: usize = 4096;
 /// How long work that is cut off may take to clear up behind itself when the server ends.
@@ -33,17 +34,19 @@ const FINISH_WITHIN: Duration = Duration::from_secs(30);
 /// Who calls, as far as it is known for certain.
 #[derive(Debug, Clone)]
 pub struct Principal {
-    /// For the audit log: `uid:N` or `token:NAME`.
+    /// For the audit log: `uid:N` or `token:NAME#ID`.
     pub actor: String,
     /// What they may do.
     pub scope: Scope,
+    /// What VMs may be that they make, beside what the policy says.
+    pub limits: Limits,
 }
 
 impl Principal {
     /// The user who runs this program: the one at the other end of its standard input.
     #[must_use]
-    pub fn own_user() -> Self {
-        Self { actor: format!("uid:{}", rustix::process::getuid().as_raw()), scope: Scope::Admin }
+    pub fn own_user(scope: Scope) -> Self {
+        Self { actor: format!("uid:{}", rustix::process::getuid().as_raw()), scope, limits: Limits::default() }
     }
 }
 
@@ -58,14 +61,26 @@ pub struct Settings {
     pub exclude: Vec<String>,
     /// How long a call may take until it is answered with a job.
     pub answer_within: Duration,
+    /// What a client on standard input and output may do.
+    pub scope: Scope,
     /// How long a session over HTTP goes on that nobody uses. Its throw-away VMs go with it.
     pub session_idle: Duration,
+    /// How long its throw-away VMs wait for the next session of the same caller; not at all over stdio.
+    pub session_grace: Duration,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         let (policy, tools, exclude) = Default::default();
-        Self { policy, tools, exclude, answer_within: ANSWER_WITHIN, session_idle: SESSION_IDLE }
+        Self {
+            policy,
+            tools,
+            exclude,
+            answer_within: ANSWER_WITHIN,
+            scope: Scope::Admin,
+            session_idle: SESSION_IDLE,
+            session_grace: SESSION_GRACE,
+        }
     }
 }
 
@@ -78,7 +93,7 @@ pub struct App {
     tasks: TaskTracker,
     ending: CancellationToken,
     quiet: CancellationToken,
-    roots: Roots,
+    host_paths: HostPaths,
     outputs: Outputs,
     changes: Changes,
     leases: Leases,
@@ -88,18 +103,22 @@ pub struct App {
 }
 
 impl App {
-    /// A server over this core. Files of the host are those below the policy's roots, or below `roots` where it names none.
+    /// A server over this core. Files of the host are those below the policy's roots, or below `defaults` where it names none.
     ///
     /// # Errors
     /// Of a root that cannot be opened.
-    pub fn new(nido: Arc<Nido>, settings: Settings, roots: &[PathBuf]) -> Result<Arc<Self>> {
-        let own = &settings.policy.roots;
-        let roots = Roots::open(if own.is_empty() { roots } else { own })?;
+    pub fn new(nido: Arc<Nido>, settings: Settings, defaults: &DefaultPaths) -> Result<Arc<Self>> {
+        let confirm = &settings.policy.confirm;
+        if let Some(unknown) = confirm.tools().find(|tool| crate::tools::find(tool).is_none()) {
+            let words = format!("the policy asks about '{unknown}', which is not a tool");
+            return Err(Error::new(Code::SpecInvalid, words).hint("docs/mcp.md has the names of the tools"));
+        }
+        let host_paths = HostPaths::open(&settings.policy, defaults)?;
         let ending = CancellationToken::new();
         Ok(Arc::new(Self {
             nido,
             settings,
-            roots,
+            host_paths,
             outputs: Outputs::default(),
             changes: Changes::default(),
             leases: Leases::default(),
@@ -113,8 +132,8 @@ impl App {
     }
 
     /// The files of the host that may be named.
-    pub(crate) fn roots(&self) -> &Roots {
-        &self.roots
+    pub fn host_paths(&self) -> &HostPaths {
+        &self.host_paths
     }
 
     /// What commands wrote.

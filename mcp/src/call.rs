@@ -13,9 +13,11 @@
 //! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written down, nothing is shown.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use nido_vmm::api::{JobOutcome, JobProgress, JobRequest, LeaseId, Which};
+use nido_vmm::api::{
+    EventKind, EventsRequest, Grant, JobOutcome, JobProgress, JobRequest, LeaseId, Limit, Limits, Which,
+};
 use nido_vmm::audit::{Audited, Caller, Ending};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
@@ -29,6 +31,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::answer::{Done, Failed, JobBegun, plain, result};
 use crate::app::{App, Principal};
+use crate::argument_reader;
 use crate::confirm::{Leave, Retry, Word, confirm};
 use crate::leases::Key;
 use crate::progress::Progress;
@@ -39,6 +42,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// How long work that is cancelled may take to stop before its caller is answered: some clients give up soon.
 const STOP_WITHIN: Duration = Duration::from_secs(10);
+
+/// How many of the last events are looked at for what has become of a VM.
+const EVENTS_LOOKED_AT: u64 = 2000;
 
 /// What became of work.
 type Ended = std::result::Result<Result<Done>, JoinError>;
@@ -53,6 +59,8 @@ pub struct Call {
     pub cancelled: CancellationToken,
     /// What throw-away VMs belong to that it makes.
     pub session: Key,
+    /// What VMs may be that it makes.
+    limits: Limits,
     /// The id of the only VM that it may be done to, where that was decided (confirm.rs).
     vm: Option<String>,
     notes: Arc<Mutex<Notes>>,
@@ -67,6 +75,8 @@ struct Notes {
     approval: Option<String>,
     /// What to do next, if not what the error's code says.
     next_step: Option<&'static str>,
+    /// What was not as it should be with the arguments, and did no harm.
+    arguments: Vec<String>,
 }
 
 impl Call {
@@ -106,6 +116,16 @@ impl Call {
         self.notes().next_step = Some(words);
     }
 
+    /// On whose behalf a VM is made.
+    pub fn grant(&self) -> Grant {
+        Grant::within(&self.who, self.limits.clone())
+    }
+
+    /// From now on it is done to the VM of this id, or not at all.
+    pub fn decided_about(&mut self, vm: Option<String>) {
+        self.vm = vm;
+    }
+
     /// The lease that a throw-away VM gets.
     pub fn lease(&self) -> Result<LeaseId> {
         self.app.leases().of(&self.app, self.session, &self.who)
@@ -113,12 +133,17 @@ impl Call {
 
     /// How an error is told.
     async fn failed(&self, error: &Error, name: Option<VmName>) -> Failed {
+        let gone = name.as_ref().filter(|_| error.code() == Code::VmNotFound).and_then(|name| gone(self, name));
         let state = state(self, error, name).await;
         let mut failed = Failed::new(error, state);
         let mut notes = self.notes();
         failed.error.approval_id = notes.approval.take();
+        failed.error.notes.clone_from(&notes.arguments);
         if let Some(words) = notes.next_step {
             failed.error.next_step = words.into();
+        }
+        if let Some(words) = gone {
+            failed.error.next_step = words;
         }
         failed
     }
@@ -133,6 +158,13 @@ pub struct Asked {
     pub session: Key,
 }
 
+/// What VMs may be that this caller makes. Where nobody says otherwise, no other machine reaches them.
+fn limits(app: &App, principal: &Principal) -> Limits {
+    let mut limits = app.settings().policy.limits.and(&principal.limits);
+    limits.publish.get_or_insert_with(Limits::loopback);
+    limits
+}
+
 /// Carries a call out.
 pub async fn carry_out(
     app: &Arc<App>,
@@ -141,23 +173,39 @@ pub async fn carry_out(
     context: RequestContext<RoleServer>,
 ) -> Result<CallToolResponse, ErrorData> {
     let who = crate::server::caller(principal, &context);
+    let given = argument_reader::read(&(tool.takes)(), tool.explains(), arguments);
+    let arguments = given.value;
     if let Some((reason, words)) = tool.refused(app.settings(), principal) {
         let denied = denied(app, &who, tool.name, arguments, reason).await;
         let error = denied.err().unwrap_or_else(|| Error::new(Code::Denied, words));
         return Ok(result(Err(Failed::new(&error, None))).into());
     }
     let cancelled = app.ending().child_token();
-    let notes = Arc::default();
+    let notes = Arc::new(Mutex::new(Notes { arguments: given.notes, ..Notes::default() }));
     let (progress, vm) = (Progress::new(), None);
-    let mut call = Call { app: Arc::clone(app), who, progress, cancelled: cancelled.clone(), session, vm, notes };
+    let limits = limits(app, principal);
+    let mut call =
+        Call { app: Arc::clone(app), who, progress, cancelled: cancelled.clone(), session, limits, vm, notes };
     let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
     let line = match begin(&call, tool, arguments.clone()).await {
         Ok(line) => line,
         Err(error) => return Ok(result(Err(Failed::new(&error, None))).into()),
     };
+    if let Some(error) = given.wrong {
+        let _ = end_with(line, &call, &Err::<&Done, _>(&error), "").await;
+        return Ok(result(Err(call.failed(&error, None).await)).into());
+    }
     // Asked here and not in the task: what a client is asked belongs to its request.
+    let (steps, token, peer) = (call.progress.clone(), context.meta.get_progress_token(), context.peer.clone());
+    let telling = async {
+        if let Some(token) = token {
+            steps.pass_on(peer, token).await;
+        }
+        std::future::pending::<()>().await;
+    };
     let word = tokio::select! {
-        word = confirm(&call, tool, &arguments, retry, &context) => word,
+        word = confirm(&mut call, tool, &arguments, retry, &context) => word,
+        () = telling => Err(Error::internal("progress ended")),
         () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
     };
     let word = match word {
@@ -245,7 +293,7 @@ async fn given_up(
     let words = format!("the call takes long and cannot go on as a job, {stopped}: {}", why.message());
     if why.code() == Code::LimitExceeded {
         call.next_step(
-            "end other jobs: job_get with wait_ms waits for one, job_cancel stops one; vm_info tells what became of the \
+            "end other jobs: job_get with wait_seconds waits for one, job_cancel stops one; vm_info tells what became of the \
              VM; then call again",
         );
     }
@@ -256,7 +304,8 @@ async fn given_up(
 async fn work(call: Call, tool: &'static Tool, arguments: Value, line: Line, word: &'static str) -> Result<Done> {
     let outcome = (tool.run)(call.clone(), arguments).await;
     let written = end_with(line, &call, &outcome.as_ref(), word).await;
-    outcome.and_then(|done| written.map(|()| done))
+    let notes = call.notes().arguments.clone();
+    outcome.and_then(|done| written.map(|()| done.noted(&notes)))
 }
 
 /// Carries a job to its end, and writes down how that was.
@@ -324,10 +373,7 @@ async fn end_with(line: Line, call: &Call, outcome: &Result<&Done, &Error>, word
             let words = [word, done.word.as_str()].into_iter().filter(|word| !word.is_empty());
             (Ending::Success, words.collect::<Vec<_>>().join(","))
         }
-        Err(error) if matches!(error.code(), Code::Denied | Code::Unauthorized | Code::ApprovalRequired) => {
-            (Ending::Denied, call.notes().reason.unwrap_or(error.code().slug()).into())
-        }
-        Err(error) => (Ending::Error, error.code().slug().into()),
+        Err(error) => (Ending::from(*error), call.notes().reason.unwrap_or(error.code().slug()).into()),
     };
     end(call, line, ending, reason).await
 }
@@ -346,6 +392,39 @@ async fn end(call: &Call, line: Line, ending: Ending, reason: String) -> Result<
         Line::Looks(tool, arguments) => nido.audit_looked(&who, tool, &arguments, ending, &reason),
     });
     ended.await.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
+}
+
+/// What has become of a VM of this name that was there a while ago, if its time was up.
+fn gone(call: &Call, name: &VmName) -> Option<String> {
+    let nido = call.app.unsettled();
+    let since = nido.last_event().ok()?.saturating_sub(EVENTS_LOOKED_AT);
+    let mut request = EventsRequest { since, vm: Some(name.clone()), ..EventsRequest::default() };
+    let mut last = None;
+    loop {
+        let (events, cursor) = nido.events_behind(&request).ok()?;
+        last =
+            events.into_iter().rfind(|one| matches!(one.event, EventKind::VmExpired | EventKind::VmCreated)).or(last);
+        if cursor == request.since {
+            break;
+        }
+        request.since = cursor;
+    }
+    let expired = last.filter(|event| event.event == EventKind::VmExpired)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
+    let ago = now.saturating_sub(u64::try_from(expired.timestamp.as_second()).ok()?);
+    let keep = "keep one session open for all calls, or pass outlives_session with ttl_seconds to vm_spawn";
+    Some(match expired.details.limit? {
+        Limit::Session => {
+            format!(
+                "a VM of that name was ephemeral and went with its session {ago} s ago: vm_spawn makes it again; {keep}"
+            )
+        }
+        Limit::Ttl | Limit::Idle => {
+            format!(
+                "the time of a VM of that name was up {ago} s ago: vm_spawn makes it again, with a longer limit if needed"
+            )
+        }
+    })
 }
 
 /// The state of the VM that a call was about, if it explains why it failed.

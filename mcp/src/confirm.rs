@@ -1,11 +1,13 @@
-//! A person's word before something is destroyed.
+//! A person's confirmation, before something is done that the policy asks about (`policy/confirm.rs`).
 //!
 //! ```text
-//!  policy says never, or it is the caller's own throw-away VM ───────────────────────────> go, and written down
+//!  not asked about, or it is the caller's own throw-away VM ─────────────────────────────> go, and written down
+//!  it would be refused anyway (state, policy, paths) ────────────────────────────────────> refused, nobody is asked
 //!  approval_id, or the answer to a form that was given out ──> used up ───────────────────> go
 //!  else an approval is asked for:
 //!    a client without `initialize` that shows forms ──> input_required, with a secret as state
 //!    one with `initialize` that shows forms ──> elicitation/create ──> used up ───────────> go
+//!        no answer in time ──> approval_required, and a yes in the form still counts
 //!    any other ──> approval_required: the user runs `nido approve ID`, the model calls again with approval_id
 //! ```
 //!
@@ -16,13 +18,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
-use nido_vmm::api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask};
+use nido_vmm::api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask, VmInfo};
 use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::random_id;
-use nido_vmm::policy::Confirm;
+use nido_vmm::name::{SnapshotName, VmName};
+use nido_vmm::nido::{Intent, random_id};
+use nido_vmm::policy::{Confirm, Facts, is_usual};
+use nido_vmm::text::head;
 use rmcp::RoleServer;
 use rmcp::model::{
     BooleanSchema, ClientCapabilities, ElicitRequest, ElicitRequestParams, ElicitResult, ElicitationAction,
@@ -30,9 +33,16 @@ use rmcp::model::{
 };
 use rmcp::service::RequestContext;
 use serde_json::Value;
+use tokio::sync::oneshot;
 
+use crate::answer::plain;
 use crate::call::Call;
-use crate::tools::{Confirmed, Tool};
+use crate::tools::{self, Tool};
+
+/// How often a client is told that its user has not answered yet.
+const STILL: Duration = Duration::from_secs(5);
+/// How much of the arguments a question shows, in bytes.
+const SHOWN: usize = 400;
 
 /// What the form's one field is called, and the request for it.
 const FIELD: &str = "confirm";
@@ -89,51 +99,102 @@ impl Questions {
 
 /// Whether it may be done now.
 pub async fn confirm(
-    call: &Call,
+    call: &mut Call,
     tool: &Tool,
     arguments: &Value,
     retry: Retry,
     context: &RequestContext<RoleServer>,
 ) -> Result<Word> {
-    if tool.confirmed == Confirmed::No {
+    let policy = &call.app.settings().policy.confirm;
+    if !policy.concerns(tool.name) && (*policy != Confirm::Never || !Confirm::Always.concerns(tool.name)) {
         return Ok(Word::Go(Leave::default()));
     }
-    if call.app.settings().policy.confirm == Confirm::Never {
-        return Ok(Word::Go(Leave { word: "confirm_never", vm: None }));
-    }
-    let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
-    // A name that is none is told by the tool itself; nothing can be destroyed then.
-    let Some(name) = name else { return Ok(Word::Go(Leave::default())) };
+    let Some(name) = subject(arguments) else {
+        // A name that is none is told by the tool itself; what has none is asked about all the same.
+        return match policy.concerns(tool.name) && !takes_name(tool) {
+            true => {
+                Err(Error::new(Code::Denied, format!("{} cannot be confirmed, and the policy wants that", tool.name)))
+            }
+            false => Ok(Word::Go(Leave::default())),
+        };
+    };
     let nido = call.nido().await?;
-    // Also of a name that is nobody's: it may be somebody's a moment later.
-    let vm = nido.info(&name).await?;
-    let go = |word| Ok(Word::Go(Leave { word, vm: Some(vm.id.clone()) }));
-    if tool.confirmed == Confirmed::OfThrowAway && !vm.ephemeral {
-        return go("");
+    let (vm, owner) = match nido.info(&name).await {
+        // One that is to be made.
+        Err(error) if error.code() == Code::VmNotFound && matches!(tool.name, "vm_spawn" | "vm_create") => (None, None),
+        // The tool reports it, after what is wrong with the arguments. It must not reach a VM that gets the name meanwhile.
+        Err(error) if error.code() == Code::VmNotFound => {
+            return Ok(Word::Go(Leave { word: "", vm: Some(String::new()) }));
+        }
+        found => (Some(found?), nido.owner(&name)?),
+    };
+    let own = owner.as_deref() == Some(call.who.owner().as_str());
+    let facts = Facts {
+        tool: tool.name,
+        foreign: vm.is_some() && !own,
+        ephemeral: vm.as_ref().is_some_and(|vm| vm.ephemeral),
+        overwrites: tools::files::overwrites(call, arguments),
+    };
+    let id = vm.as_ref().map(|vm| vm.id.clone());
+    let go = |word, id| Ok(Word::Go(Leave { word, vm: id }));
+    if !policy.asks(&facts) {
+        let left_out = *policy == Confirm::Never && is_usual(&facts);
+        return go(if left_out { "confirm_never" } else { "" }, id);
     }
-    if vm.ephemeral && call.app.made(&call.who.actor, &vm.id) {
-        return go("own_ephemeral");
+    let goes_anyway = matches!(tool.name, "vm_delete" | "vm_restore" | "vm_stop");
+    if goes_anyway && facts.ephemeral && id.as_ref().is_some_and(|id| call.app.made(&call.who.actor, id)) {
+        return go("own_ephemeral", id);
     }
+    call.decided_about(id.clone());
+    admitted(call, tool, arguments, &name).await?;
     let ask = Ask {
         tool: tool.name.into(),
-        vm_id: vm.id.clone(),
-        vm_name: vm.name.clone(),
+        vm_id: id.unwrap_or_default(),
+        vm_name: name,
         actor: call.who.actor.clone(),
         agent: call.who.agent.clone(),
         arguments: arguments.clone(),
     };
-    asked(call, tool, &ask, retry, context).await
+    let words = question(call, tool, &ask, vm.as_ref()).await;
+    asked(call, words, &ask, retry, context).await
+}
+
+/// The VM that a call is about.
+fn subject(arguments: &Value) -> Option<VmName> {
+    let named = arguments.get("name").or_else(|| arguments.get("vm")).or_else(|| arguments.get("from"));
+    named.and_then(Value::as_str).and_then(|name| name.parse().ok())
+}
+
+/// Whether a tool is about one VM.
+fn takes_name(tool: &Tool) -> bool {
+    let schema = (tool.takes)();
+    ["name", "vm", "from"].iter().any(|field| schema["properties"].get(field).is_some())
+}
+
+/// Whether the call would be carried out, so that nobody is asked about what cannot be done.
+async fn admitted(call: &Call, tool: &Tool, arguments: &Value, name: &VmName) -> Result<()> {
+    tools::admitted(call, tool, arguments).await?;
+    let flag = |key: &str| arguments.get(key).is_some_and(|value| *value == true);
+    let snapshot: Option<SnapshotName> = arguments.get("snapshot").and_then(Value::as_str).and_then(|s| s.parse().ok());
+    let intent = match (tool.name, &snapshot) {
+        ("vm_delete", _) => Intent::Delete { force: flag("force") },
+        ("vm_restore", Some(snapshot)) => Intent::Restore { snapshot },
+        ("vm_exec" | "vm_upload" | "vm_download", _) => Intent::UseAgent,
+        _ => return Ok(()),
+    };
+    call.nido().await?.admits(call.which(name), &intent)
 }
 
 /// The same of what a person has to say yes to.
 async fn asked(
     call: &Call,
-    tool: &Tool,
+    words: String,
     ask: &Ask,
     retry: Retry,
     context: &RequestContext<RoleServer>,
 ) -> Result<Word> {
-    let go = |word| Ok(Word::Go(Leave { word, vm: Some(ask.vm_id.clone()) }));
+    let vm = Some(ask.vm_id.clone()).filter(|id| !id.is_empty());
+    let go = |word| Ok(Word::Go(Leave { word, vm: vm.clone() }));
     if let Some(id) = ask.arguments.get("approval_id").and_then(Value::as_str) {
         use_up(call, id, ask)?;
         return go("approved");
@@ -147,13 +208,13 @@ async fn asked(
         answered(call, &id, ask, answers)?;
         return go("confirmed");
     }
-    let approval = call.nido().await?.approval_ask(ask)?;
+    let nido = call.nido().await?;
+    let approval = if shows_forms { nido.approval_ask_in_form(ask)? } else { nido.approval_ask(ask)? };
     if approval.state != ApprovalState::Pending {
         // The user was quicker than the model.
         use_up(call, &approval.id, ask)?;
         return go("approved");
     }
-    let words = question(tool, ask);
     if by_result {
         let secret = call.app.questions().ask(&approval.id)?;
         return Ok(Word::Ask(Box::new(form_result(&words, secret)?)));
@@ -162,7 +223,7 @@ async fn asked(
         elicited(call, context, &words, &approval, ask).await?;
         return go("confirmed");
     }
-    Err(by_hand(call, &approval, ask))
+    Err(by_hand(call, &approval.id, ask))
 }
 
 /// Whether a request stands for itself, in the protocol without `initialize`.
@@ -170,15 +231,81 @@ pub fn is_modern(context: &RequestContext<RoleServer>) -> bool {
     context.protocol_version().is_some_and(|version| version.as_str() >= ProtocolVersion::V_2026_07_28.as_str())
 }
 
-/// What a person is asked. Names are parsed names, so nothing of a guest is in it.
-fn question(tool: &Tool, ask: &Ask) -> String {
-    let agent = ask.agent.as_deref().map_or_else(|| "An agent".into(), crate::answer::plain);
-    let what = match tool.name {
-        "vm_restore" => "take back to a snapshot, losing what it has done since,",
-        "vm_stop" => "stop, and so destroy with its disk, because it is a throw-away VM,",
-        _ => "delete, with its disk and its snapshots,",
-    };
-    format!("{agent} wants to {what} the VM '{}' (id {}). This cannot be undone.", ask.vm_name, ask.vm_id)
+/// What a person is asked: what is done to what, and what is lost. Nothing of a guest is in it, and what the agent has written is shown
+/// without what hides or reorders text.
+async fn question(call: &Call, tool: &Tool, ask: &Ask, vm: Option<&VmInfo>) -> String {
+    let agent = ask.agent.as_deref().map_or_else(|| "An agent".into(), plain);
+    let name = &ask.vm_name;
+    let vm = vm.map_or_else(|| format!("VM '{name}'"), described);
+    let text = |key: &str| plain(head(ask.arguments.get(key).and_then(Value::as_str).unwrap_or_default(), SHOWN));
+    let flag = |key: &str| ask.arguments.get(key).is_some_and(|value| *value == true);
+    match tool.name {
+        "vm_delete" => {
+            let now = if flag("force") { " It is ended at once if it runs." } else { "" };
+            format!("{agent} wants to delete {vm}, with its disk and its snapshots.{now} This cannot be undone.")
+        }
+        "vm_restore" => {
+            let snapshot = text("snapshot");
+            let of = taken(call, name, &snapshot).await;
+            let what = if flag("disk_only") { "the disk of " } else { "" };
+            format!(
+                "{agent} wants to restore {what}{vm} to the snapshot '{snapshot}'{of}. Everything since then is lost. This cannot be \
+                 undone."
+            )
+        }
+        "vm_stop" => {
+            let lost = if vm_is_ephemeral(call, name).await {
+                ", which destroys it with its disk, because it is ephemeral"
+            } else {
+                ""
+            };
+            format!("{agent} wants to stop {vm}{lost}. This cannot be undone.")
+        }
+        "vm_exec" => {
+            let argv = ask.arguments.get("argv").map(|argv| plain(head(&argv.to_string(), SHOWN)));
+            let command = argv.unwrap_or_else(|| text("command"));
+            format!("{agent} wants to run a command in {vm}: {command}")
+        }
+        "vm_upload" => format!("{agent} wants to write the file '{}' in {vm}.", text("path")),
+        "vm_download" if flag("overwrite") => {
+            format!(
+                "{agent} wants to replace the file '{}' of this host with '{}' of {vm}.",
+                text("destination"),
+                text("path")
+            )
+        }
+        other => format!("{agent} wants to call {other} for {vm}: {}", plain(head(&ask.arguments.to_string(), SHOWN))),
+    }
+}
+
+/// A VM, for who has to decide about it. Names are parsed names.
+fn described(vm: &VmInfo) -> String {
+    let age = age(vm.created_at.into());
+    format!("VM '{}' (id {}, of template {}, {}, made {age} ago)", vm.name, vm.id, vm.template, vm.status.word())
+}
+
+fn age(since: SystemTime) -> String {
+    let minutes = since.elapsed().unwrap_or_default().as_secs() / 60;
+    match minutes {
+        ..120 => format!("{minutes} min"),
+        120..2880 => format!("{} h", minutes / 60),
+        _ => format!("{} days", minutes / 1440),
+    }
+}
+
+/// When a snapshot was taken.
+async fn taken(call: &Call, vm: &VmName, snapshot: &str) -> String {
+    let Ok(nido) = call.nido().await else { return String::new() };
+    let list = nido.snapshot_list(vm).map(|list| list.snapshots).unwrap_or_default();
+    let found = list.into_iter().find(|one| one.name.as_str() == snapshot);
+    found.map_or_else(String::new, |one| format!(" of {:.0} ({} ago)", one.created_at, age(one.created_at.into())))
+}
+
+async fn vm_is_ephemeral(call: &Call, vm: &VmName) -> bool {
+    match call.nido().await {
+        Ok(nido) => nido.spec(vm).is_ok_and(|spec| spec.ephemeral),
+        Err(_) => false,
+    }
 }
 
 fn shows_forms(client: &ClientCapabilities) -> bool {
@@ -206,7 +333,8 @@ fn answered(call: &Call, id: &str, ask: &Ask, answers: &InputResponses) -> Resul
     decided(call, id, ask, &answer)
 }
 
-/// Asks a client with a session, and waits for the person.
+/// Asks a client with a session, and waits for the person: as long as a client waits for an answer. Then the form is still open, and a yes
+/// in it is as good as one by hand.
 async fn elicited(
     call: &Call,
     context: &RequestContext<RoleServer>,
@@ -214,39 +342,93 @@ async fn elicited(
     approval: &Approval,
     ask: &Ask,
 ) -> Result<()> {
-    let asked = context.peer.create_elicitation_with_timeout(form(words)?, Some(APPROVAL_LIFETIME));
-    let answer = call.unless_cancelled(async { Ok(asked.await) }).await?;
-    match answer {
-        Ok(answer) => decided(call, &approval.id, ask, &answer),
-        // It says that it can ask, and cannot: the user can still say yes by hand.
-        Err(error) => {
-            tracing::warn!("the client could not ask its user: {error}");
-            Err(by_hand(call, approval, ask))
+    let (peer, form) = (context.peer.clone(), form(words)?);
+    let (tell, mut heard) = oneshot::channel();
+    let (late, id, cancelled) = (call.clone(), approval.id.clone(), call.cancelled.clone());
+    call.app.tasks().spawn(async move {
+        let answer = tokio::select! {
+            answer = peer.create_elicitation_with_timeout(form, Some(APPROVAL_LIFETIME)) => answer,
+            () = cancelled.cancelled() => return,
+        };
+        if let Err(Ok(answer)) = tell.send(answer)
+            && let Err(error) = written(&late, &id, &answer)
+        {
+            tracing::warn!("{}", plain(error.message()));
         }
+    });
+    let began = tokio::time::Instant::now();
+    let mut still = tokio::time::interval_at(began + STILL, STILL);
+    let patience = tokio::time::sleep(call.app.settings().answer_within);
+    let mut patience = std::pin::pin!(patience);
+    let mut asked = 0.0;
+    loop {
+        let answer = tokio::select! {
+            answer = &mut heard => answer,
+            _ = still.tick() => {
+                // Less than what the work itself tells.
+                asked += 0.01;
+                call.progress.tell(asked, None, "waiting for the user's confirmation");
+                continue;
+            }
+            () = &mut patience => {
+                heard.close();
+                return Err(by_hand(call, &approval.id, ask));
+            }
+            () = call.cancelled.cancelled() => return Err(Error::new(Code::Interrupted, "the call was cancelled")),
+        };
+        return match answer {
+            Ok(Ok(answer)) => decided(call, &approval.id, ask, &answer),
+            // It says that it can ask, and cannot: the user can still say yes by hand.
+            Ok(Err(error)) => {
+                tracing::warn!("the client could not ask its user: {error}");
+                Err(by_hand(call, &approval.id, ask))
+            }
+            Err(_) => Err(by_hand(call, &approval.id, ask)),
+        };
     }
 }
 
-/// A person has decided; the word is used up at once.
-fn decided(call: &Call, id: &str, ask: &Ask, answer: &ElicitResult) -> Result<()> {
-    let nido = Arc::clone(call.app.unsettled());
+/// What a person has said in a form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Said {
+    Yes,
+    No,
+    /// The form was closed, or sent without the tick.
+    Nothing,
+}
+
+fn said(answer: &ElicitResult) -> Said {
     let yes = answer.content.as_ref().is_some_and(|content| content[FIELD] == true);
-    let agent = call.who.agent.as_deref().map_or_else(|| "a client".into(), crate::answer::plain);
-    let by = format!("{} through {agent}", call.who.actor);
     match answer.action {
-        ElicitationAction::Accept if yes => {
-            // Whose it is, and for what, is looked at before anything is decided.
-            if nido.approval(id)?.actor != ask.actor {
-                return Err(Error::new(Code::Denied, "that approval is for another caller"));
-            }
-            nido.approve(id, &by)?;
-            use_up(call, id, ask)
-        }
-        _ => {
-            if nido.approval(id)?.actor == ask.actor {
-                nido.deny(id, &by)?;
-            }
-            Err(refused(call))
-        }
+        ElicitationAction::Accept if yes => Said::Yes,
+        ElicitationAction::Decline => Said::No,
+        _ => Said::Nothing,
+    }
+}
+
+/// Writes down what a person has said, and returns it. Whose approval it is, is looked at before anything is decided.
+fn written(call: &Call, id: &str, answer: &ElicitResult) -> Result<Said> {
+    let nido = Arc::clone(call.app.unsettled());
+    let agent = call.who.agent.as_deref().map_or_else(|| "a client".into(), plain);
+    let by = format!("{} through {agent}", call.who.actor);
+    let said = said(answer);
+    if said != Said::Nothing && nido.approval(id)?.actor != call.who.actor {
+        return Err(Error::new(Code::Denied, "that approval is for another caller"));
+    }
+    match said {
+        Said::Yes => nido.approve(id, &by).map(drop)?,
+        Said::No => nido.deny(id, &by).map(drop)?,
+        Said::Nothing => {}
+    }
+    Ok(said)
+}
+
+/// A person has answered; a yes is used up at once. Who has only closed the form was not asked.
+fn decided(call: &Call, id: &str, ask: &Ask, answer: &ElicitResult) -> Result<()> {
+    match written(call, id, answer)? {
+        Said::Yes => use_up(call, id, ask),
+        Said::No => Err(refused(call)),
+        Said::Nothing => Err(by_hand(call, id, ask)),
     }
 }
 
@@ -278,13 +460,12 @@ fn refused(call: &Call) -> Error {
     Error::new(Code::Denied, "the user said no").hint("ask the user what to do instead")
 }
 
-/// For clients that cannot ask their user.
-fn by_hand(call: &Call, approval: &Approval, ask: &Ask) -> Error {
-    call.needs_approval(&approval.id);
+/// For clients that cannot ask their user, or whose user has not answered.
+fn by_hand(call: &Call, id: &str, ask: &Ask) -> Error {
+    call.needs_approval(id);
     let words = format!("a person has to approve this for VM '{}' first", ask.vm_name);
     Error::new(Code::ApprovalRequired, words).hint(format!(
-        "ask the user to run, within two minutes: nido approve {id}; then call again with the same arguments and approval_id \
-         {id}",
-        id = approval.id
+        "ask the user to answer the form if there is one, or to run in a terminal, within two minutes: nido approve {id}; then call again \
+         with the same arguments and approval_id {id}"
     ))
 }

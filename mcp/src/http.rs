@@ -2,11 +2,15 @@
 //!
 //! Whoever that is leaves a [`Principal`](crate::Principal) with each request; one without is refused. Requests of the protocol without
 //! `initialize` stand for themselves; those with it have sessions, which nobody but this file counts.
+//!
+//! Invariants: a session is used only by the caller who opened it; no caller can keep others from opening one.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::HeaderMap;
+use nido_vmm::error::{Code, Error, Result};
 use rmcp::ServerHandler;
 use rmcp::transport::streamable_http_server::session::local::LocalSessionManager;
 use rmcp::transport::streamable_http_server::{StreamableHttpServerConfig, StreamableHttpService};
@@ -14,12 +18,43 @@ use rmcp::transport::streamable_http_server::{StreamableHttpServerConfig, Stream
 use tokio_util::sync::CancellationToken;
 
 use crate::app::App;
+use crate::messages::{self, IdSeeker, Read, Refusal};
 use crate::server::Server;
 
 /// How many sessions may be open at once. One that nobody uses ends after a while: `Settings::session_idle`.
-const SESSIONS: usize = 256;
+const SESSIONS: usize = 1024;
+/// How many of them one caller may have.
+const SHARE: usize = 256;
+/// The header that names a session.
+pub const SESSION: &str = "mcp-session-id";
 /// The longest message, in bytes: a file of 1 MiB as base64, and some.
-const MESSAGE_MAX: usize = 4 << 20;
+pub const MESSAGE_MAX: usize = 4 << 20;
+
+/// The JSON reply to an invalid message; `None` if the message is valid or needs no reply.
+#[must_use]
+pub fn refusal(message: &[u8]) -> Option<String> {
+    match messages::read(message) {
+        Read::Refused(refusal) => Some(refusal.json().to_string()),
+        Read::Message(_) | Read::Nothing => None,
+    }
+}
+
+/// A message that is too long to be kept: what it is answered, when all of it has gone by.
+#[derive(Debug, Default)]
+pub struct TooLong(IdSeeker);
+
+impl TooLong {
+    /// More of it.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        self.0.feed(bytes);
+    }
+
+    /// The answer, as JSON.
+    #[must_use]
+    pub fn refusal(&self) -> String {
+        Refusal::invalid(self.0.id(), format!("the message is longer than {MESSAGE_MAX} bytes")).json().to_string()
+    }
+}
 
 /// Who answers: nido's own [`App`], or in a test what a suite wants to find behind the same door.
 pub trait Agents: Send + Sync + 'static {
@@ -66,11 +101,13 @@ pub type Service<A> = StreamableHttpService<<A as Agents>::Handler, LocalSession
 pub struct Http<A: Agents> {
     service: Service<A>,
     sessions: Arc<LocalSessionManager>,
+    /// Who opened which.
+    owners: Arc<Mutex<HashMap<String, String>>>,
 }
 
 impl<A: Agents> Clone for Http<A> {
     fn clone(&self) -> Self {
-        Self { service: self.service.clone(), sessions: Arc::clone(&self.sessions) }
+        Self { service: self.service.clone(), sessions: Arc::clone(&self.sessions), owners: Arc::clone(&self.owners) }
     }
 }
 
@@ -82,12 +119,13 @@ impl<A: Agents> std::fmt::Debug for Http<A> {
 
 impl<A: Agents> Http<A> {
     /// For requests that name one of these hosts, beside those of this machine; for any host if other machines are let in:
-    /// then it has been checked before.
+    /// then it has been checked before. Pages of the origins in `web` may use it too.
     #[must_use]
-    pub fn new(agents: &Arc<A>, names: &[String], remote: bool) -> Self {
+    pub fn new(agents: &Arc<A>, names: &[String], web: &[String], remote: bool) -> Self {
         let own = ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned);
         let hosts: Vec<String> = own.iter().chain(names).cloned().collect();
-        let origins = hosts.iter().flat_map(|host| [format!("http://{host}:*"), format!("https://{host}:*")]);
+        let own = hosts.iter().flat_map(|host| [format!("http://{host}:*"), format!("https://{host}:*")]);
+        let origins = own.chain(web.iter().cloned());
         let config = StreamableHttpServerConfig::default()
             .with_allowed_origins(origins)
             .enforce_origin_validation()
@@ -103,7 +141,7 @@ impl<A: Agents> Http<A> {
         let sessions = Arc::new(sessions);
         let owner = Arc::clone(agents);
         let service = Service::<A>::new(move || Ok(owner.handler()), Arc::clone(&sessions), config);
-        Self { service, sessions }
+        Self { service, sessions, owners: Arc::default() }
     }
 
     /// What is to be mounted.
@@ -112,11 +150,40 @@ impl<A: Agents> Http<A> {
         self.service.clone()
     }
 
-    /// Whether a request with these headers has to wait, because it may begin a session and there are too many.
-    pub async fn is_full(&self, headers: &HeaderMap) -> bool {
-        let has_session = headers.contains_key("mcp-session-id");
+    /// Whether this caller may make a request with these headers: a session is its owner's, and their number is limited.
+    ///
+    /// # Errors
+    /// `route_not_found` of somebody else's session, `rate_limited` where a new one would be one too many.
+    pub async fn admit(&self, headers: &HeaderMap, actor: &str) -> Result<()> {
+        if let Some(session) = headers.get(SESSION) {
+            let owner = session.to_str().ok().and_then(|session| self.owners().get(session).cloned());
+            return match owner {
+                Some(owner) if owner != actor => {
+                    Err(Error::new(Code::RouteNotFound, "there is no such session").hint("initialize opens one"))
+                }
+                _ => Ok(()),
+            };
+        }
         let version = headers.get("mcp-protocol-version").and_then(|version| version.to_str().ok());
-        let needs_none = version.is_some_and(|version| version >= "2026-07-28");
-        !has_session && !needs_none && self.sessions.sessions.read().await.len() >= SESSIONS
+        if version.is_some_and(|version| version >= "2026-07-28") {
+            return Ok(());
+        }
+        let sessions = self.sessions.sessions.read().await;
+        let mut owners = self.owners();
+        owners.retain(|session, _| sessions.contains_key(session.as_str()));
+        let own = owners.values().filter(|owner| *owner == actor).count();
+        if sessions.len() >= SESSIONS || own >= SHARE {
+            return Err(Error::new(Code::RateLimited, "too many sessions are open").hint("end one, or wait"));
+        }
+        Ok(())
+    }
+
+    /// This caller has opened this session.
+    pub fn opened(&self, session: &str, actor: &str) {
+        self.owners().entry(session.into()).or_insert_with(|| actor.into());
+    }
+
+    fn owners(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -6,6 +6,10 @@
 //!  over HTTP, without             there are none: the server's own life stands for one, and such a VM always has a ttl
 //! ```
 //!
+//! A session over HTTP that ends leaves its VMs for a while (`Settings::session_grace`): client libraries that open a session for
+//! each call would lose them between two calls. The next session of the same caller takes them over with its first call, and
+//! only then: a session that goes on beside another one does not keep that one's VMs.
+//!
 //! A lease of the core is a lock that this process holds, so whoever kills it ends all of them: the VMs' supervisors see to it.
 //! What ends in order is done here, and written down.
 //!
@@ -13,9 +17,9 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nido_vmm::api::LeaseId;
+use nido_vmm::api::{LeaseId, Scope};
 use nido_vmm::audit::{Caller, Face};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
@@ -44,7 +48,18 @@ pub struct Leases(Mutex<Open>);
 #[derive(Debug)]
 struct Open {
     last: u64,
-    sessions: HashMap<Key, Option<Held>>,
+    sessions: HashMap<Key, Ongoing>,
+    /// Of sessions that have ended, and since when.
+    resting: Vec<(Instant, Held)>,
+}
+
+/// What a session that goes on has.
+#[derive(Debug, Default)]
+struct Ongoing {
+    /// The first is the one for new VMs; the others were taken over.
+    held: Vec<Held>,
+    /// Whether it has called a tool.
+    called: bool,
 }
 
 /// A lease, and who was the first to need it.
@@ -56,7 +71,11 @@ struct Held {
 
 impl Default for Leases {
     fn default() -> Self {
-        Self(Mutex::new(Open { last: 0, sessions: HashMap::from([(Key::SERVER, None)]) }))
+        Self(Mutex::new(Open {
+            last: 0,
+            sessions: HashMap::from([(Key::SERVER, Ongoing::default())]),
+            resting: Vec::new(),
+        }))
     }
 }
 
@@ -73,16 +92,36 @@ impl Leases {
         let mut open = self.open();
         let session = open.sessions.get_mut(&key);
         let session = session.ok_or_else(|| Error::new(Code::Interrupted, "the session is over"))?;
-        if let Some(held) = session {
+        if let Some(held) = session.held.first() {
             return Ok(held.lease.id().clone());
         }
         let held = Held { lease: app.unsettled().lease_open()?, who: who.clone() };
-        Ok(session.insert(held).lease.id().clone())
+        let id = held.lease.id().clone();
+        session.held.push(held);
+        Ok(id)
+    }
+
+    /// This session calls a tool. With its first call it takes over what earlier ones of the same caller have left.
+    pub fn take_over(&self, key: Key, who: &Caller) {
+        let mut open = self.open();
+        let Open { sessions, resting, .. } = &mut *open;
+        let Some(session) = sessions.get_mut(&key).filter(|_| key != Key::SERVER) else { return };
+        if std::mem::replace(&mut session.called, true) {
+            return;
+        }
+        let same = |held: &Held| (&held.who.actor, &held.who.agent) == (&who.actor, &who.agent);
+        session.held.extend(resting.extract_if(.., |(_, held)| same(held)).map(|(_, held)| held));
     }
 
     /// Whatever goes on still; nothing begins any more.
     fn take_all(&self) -> Vec<(Key, Held)> {
-        self.open().sessions.drain().filter_map(|(key, held)| Some((key, held?))).collect()
+        let mut open = self.open();
+        let resting: Vec<_> = open.resting.drain(..).map(|(_, held)| (Key(u64::MAX), held)).collect();
+        open.sessions
+            .drain()
+            .flat_map(|(key, session)| session.held.into_iter().map(move |held| (key, held)))
+            .chain(resting)
+            .collect()
     }
 }
 
@@ -100,7 +139,7 @@ impl Session {
         let key = Key(open.last);
         // One that begins when the server has ended is over at once.
         if !app.ending().is_cancelled() {
-            open.sessions.insert(key, None);
+            open.sessions.insert(key, Ongoing::default());
         }
         drop(open);
         Self { app: Arc::clone(app), key }
@@ -113,13 +152,36 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        let held = self.app.leases().open().sessions.remove(&self.key).flatten();
+        let mut open = self.app.leases().open();
+        let held = open.sessions.remove(&self.key).unwrap_or_default().held;
         // Without a runtime there is nobody to wait for the end; letting go of the lock is enough for the supervisors.
-        if let (Some(held), Ok(runtime)) = (held, tokio::runtime::Handle::try_current()) {
-            let app = Arc::clone(&self.app);
-            self.app.tasks().spawn_on(async move { end(&app, held).await }, &runtime);
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (app, grace) = (Arc::clone(&self.app), self.app.settings().session_grace);
+        if held.is_empty() {
+            return;
         }
+        if grace.is_zero() || app.ending().is_cancelled() {
+            self.app.tasks().spawn_on(
+                async move { drop(futures::future::join_all(held.into_iter().map(|held| end(&app, held))).await) },
+                &runtime,
+            );
+            return;
+        }
+        let now = Instant::now();
+        open.resting.extend(held.into_iter().map(|held| (now, held)));
+        self.app.tasks().spawn_on(async move { end_after(&app, grace).await }, &runtime);
     }
+}
+
+/// Ends what nobody has taken over for so long.
+async fn end_after(app: &App, grace: Duration) {
+    tokio::select! {
+        () = tokio::time::sleep(grace) => {}
+        // Then it is ended with everything else.
+        () = app.ending().cancelled() => return,
+    }
+    let over: Vec<_> = app.leases().open().resting.extract_if(.., |(since, _)| since.elapsed() >= grace).collect();
+    futures::future::join_all(over.into_iter().map(|(_, held)| end(app, held))).await;
 }
 
 /// The server ends, and every session with it.
@@ -127,7 +189,7 @@ pub async fn end_all(app: &App) {
     let ends = app.leases().take_all().into_iter().map(|(key, mut held)| {
         if key == Key::SERVER {
             // It was for everybody.
-            held.who = Caller { actor: Principal::own_user().actor, agent: None, face: Face::Mcp };
+            held.who = Caller { actor: Principal::own_user(Scope::Run).actor, agent: None, face: Face::Mcp };
         }
         end(app, held)
     });

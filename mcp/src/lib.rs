@@ -7,7 +7,7 @@
 //!           |
 //!       call.rs             one call: may it be, attempt, progress, cancellation, outcome      confirm.rs leases.rs
 //!           |
-//!       tools/*.rs          one file per noun: parse, call the core, answer       schema.rs answer.rs malformed.rs  [pure]
+//!       tools/*.rs          one file per noun: parse, call the core, answer       schema.rs answer.rs malformed.rs argument_reader.rs  [pure]
 //! ```
 //!
 //! The only crate that knows the protocol's library. Both revisions of the protocol, the one with `initialize` and the one
@@ -17,11 +17,13 @@
 
 mod answer;
 mod app;
+mod argument_reader;
 mod call;
 mod confirm;
 pub mod http;
 mod leases;
 mod malformed;
+mod messages;
 mod outputs;
 mod pages;
 mod progress;
@@ -34,4 +36,4 @@ pub mod stdio;
 pub mod tools;
 mod watch;
 
-pub use self::app::{ANSWER_WITHIN, App, Principal, SESSION_IDLE, Settings};
+pub use self::app::{ANSWER_WITHIN, App, Principal, SESSION_GRACE, SESSION_IDLE, Settings};

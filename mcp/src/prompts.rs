@@ -4,13 +4,16 @@
 
 use nido_vmm::api::VmInfo;
 use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::name::{TemplateName, VmName};
+use nido_vmm::policy::decide_shell;
 use rmcp::model::{
     ArgumentInfo, CompletionInfo, GetPromptResult, JsonObject, Prompt, PromptArgument, PromptMessage, Reference, Role,
 };
 
-use crate::app::App;
+use crate::app::{App, Principal};
 use crate::recipes::{self, Tests};
 use crate::resources::LOGS;
+use crate::tools;
 
 /// The longest argument that is put into a prompt, in bytes.
 const ARGUMENT_MAX: usize = 4096;
@@ -54,8 +57,39 @@ pub fn list() -> Vec<Prompt> {
     ]
 }
 
+/// The tools whose calls a prompt is made of.
+const CALLED: [&str; 6] = ["vm_spawn", "vm_exec", "vm_upload", "vm_download", "vm_delete", "job_get"];
+
+/// Those that can be followed here by this caller.
+pub fn offered(app: &App, principal: &Principal) -> Vec<Prompt> {
+    let settings = app.settings();
+    if !CALLED.iter().all(|tool| tools::is_offered(tool, settings, principal)) {
+        return Vec::new();
+    }
+    list().into_iter().filter(|prompt| prompt.name != DEPLOY_AND_TEST || !has_command_list(app)).collect()
+}
+
+/// Whether lines of shell are refused, as they are where there is a list of allowed commands.
+fn has_command_list(app: &App) -> bool {
+    let (Ok(name), Ok(template)) = (QUICK.parse::<VmName>(), QUICK.parse::<TemplateName>()) else { return true };
+    decide_shell(&app.settings().policy, &name, &template).into_result().is_err()
+}
+
+/// A name that stands for any.
+const QUICK: &str = "sandbox";
+
 /// One, filled in.
-pub fn get(name: &str, arguments: Option<&JsonObject>) -> Result<GetPromptResult> {
+pub fn get(app: &App, principal: &Principal, name: &str, arguments: Option<&JsonObject>) -> Result<GetPromptResult> {
+    let known = list().iter().any(|prompt| prompt.name == name);
+    if known && !offered(app, principal).iter().any(|prompt| prompt.name == name) {
+        let words = format!("this server does not offer {name}: it does not allow all of the calls that it takes");
+        return Err(Error::new(Code::Denied, words));
+    }
+    filled(name, arguments, !has_command_list(app))
+}
+
+/// The same wherever it is offered; `shell` says whether lines of shell are taken.
+fn filled(name: &str, arguments: Option<&JsonObject>, shell: bool) -> Result<GetPromptResult> {
     let prompt = list().into_iter().find(|prompt| prompt.name == name);
     let prompt = prompt.ok_or_else(|| invalid(format!("there is no prompt '{}'", crate::answer::plain(name))))?;
     for (key, _) in arguments.into_iter().flatten() {
@@ -78,8 +112,8 @@ pub fn get(name: &str, arguments: Option<&JsonObject>) -> Result<GetPromptResult
             recipes::deploy_and_test(&fresh("test")?, &tests)
         }
         _ => {
-            let (template, ttl_ms) = (template(or("template", "sandbox")?)?, ttl_ms(&or("ttl", "30m")?)?);
-            recipes::quick_sandbox(&fresh("sandbox")?, &needed("task")?, &template, ttl_ms)
+            let (template, ttl) = (template(or("template", "sandbox")?)?, ttl_seconds(&or("ttl", "30m")?)?);
+            recipes::quick_sandbox(&fresh("sandbox")?, &needed("task")?, &template, ttl, shell)
         }
     };
     let result = GetPromptResult::new(vec![PromptMessage::new_text(Role::User, words)]);
@@ -103,23 +137,23 @@ fn text(arguments: Option<&JsonObject>, key: &str) -> Result<Option<String>> {
 }
 
 fn template(name: String) -> Result<String> {
-    name.parse::<nido_vmm::name::TemplateName>().map_err(|error| invalid(format!("template: {error}")))?;
+    name.parse::<TemplateName>().map_err(|error| invalid(format!("template: {error}")))?;
     Ok(name)
 }
 
-/// `30m` in milliseconds.
-fn ttl_ms(text: &str) -> Result<u64> {
+/// `30m` in seconds.
+fn ttl_seconds(text: &str) -> Result<u64> {
     let wrong = || invalid(format!("ttl: '{}' is not a time such as 30m or 2h", crate::answer::plain(text)));
     let (number, unit) = text.split_at(text.len() - text.chars().last().map_or(0, char::len_utf8));
     let unit = match unit {
-        "s" => 1_000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        "d" => 86_400_000,
+        "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        "d" => 86_400,
         _ => return Err(wrong()),
     };
     let number: u64 = number.parse().map_err(|_| wrong())?;
-    number.checked_mul(unit).filter(|ms| *ms > 0).ok_or_else(wrong)
+    number.checked_mul(unit).filter(|seconds| *seconds > 0).ok_or_else(wrong)
 }
 
 fn invalid(words: String) -> Error {
@@ -127,13 +161,19 @@ fn invalid(words: String) -> Error {
 }
 
 /// What an argument may be, as far as it is written already.
-pub async fn complete(app: &App, of: &Reference, argument: &ArgumentInfo) -> Result<CompletionInfo> {
+pub async fn complete(
+    app: &App,
+    principal: &Principal,
+    of: &Reference,
+    argument: &ArgumentInfo,
+) -> Result<CompletionInfo> {
     let nido = app.nido().await?;
+    let may = |tool: &str| tools::is_offered(tool, app.settings(), principal);
     let choices: Vec<String> = match (of, argument.name.as_str()) {
-        (Reference::Resource(resource), "name") if resource.uri == LOGS => {
+        (Reference::Resource(resource), "name") if resource.uri == LOGS && may("vm_ls") => {
             nido.list()?.vms.iter().map(|vm: &VmInfo| vm.name.to_string()).collect()
         }
-        (Reference::Prompt(_), "template") => {
+        (Reference::Prompt(_), "template") if may("template_list") => {
             nido.template_list()?.templates.iter().map(|template| template.name.to_string()).collect()
         }
         (Reference::Prompt(prompt), "ttl") if prompt.name == QUICK_SANDBOX => TTLS.map(str::to_owned).to_vec(),
@@ -157,7 +197,7 @@ mod tests {
 
     fn fill(name: &str, arguments: serde_json::Value) -> Result<String> {
         let serde_json::Value::Object(arguments) = arguments else { panic!("{arguments}") };
-        let result = get(name, Some(&arguments))?;
+        let result = filled(name, Some(&arguments), true)?;
         Ok(serde_json::to_string(&result.messages).unwrap())
     }
 
@@ -165,7 +205,7 @@ mod tests {
     fn what_is_given_is_filled_in_and_each_vm_has_a_name_of_its_own() {
         let sandbox = || fill(QUICK_SANDBOX, json!({"task": "x", "ttl": "2h"})).unwrap();
         let words = sandbox();
-        assert!(words.contains(r#"\"ttl_ms\":7200000"#) && words.contains("<task>x</task>"), "{words}");
+        assert!(words.contains(r#"\"ttl_seconds\":7200"#) && words.contains("<task>x</task>"), "{words}");
         assert_ne!(words, sandbox());
         let tests = json!({"repository": "https://a/b", "test_command": "make test", "report": "only the exit code"});
         let words = fill(DEPLOY_AND_TEST, tests).unwrap();
@@ -180,9 +220,9 @@ mod tests {
         assert!(wrong(QUICK_SANDBOX, json!({"task": "x", "colour": "red"})).starts_with("colour: "));
         assert!(wrong(QUICK_SANDBOX, json!({"task": "x", "template": "No"})).starts_with("template: "));
         assert!(wrong("dance", json!({})).contains("no prompt"));
-        assert_eq!(ttl_ms("2h").unwrap(), 7_200_000);
+        assert_eq!(ttl_seconds("2h").unwrap(), 7_200);
         for bad in ["", "m", "0m", "-1m", "1.5h", "1µ", "99999999999999999999d"] {
-            assert!(ttl_ms(bad).is_err(), "{bad}");
+            assert!(ttl_seconds(bad).is_err(), "{bad}");
         }
     }
 }

@@ -14,16 +14,16 @@ use serde_json::{Value, json};
 
 /// Where the repository lies in the VM.
 const WORK: &str = "/srv/work";
-/// How long what is fetched from elsewhere may take, in milliseconds.
-const FETCH_MS: u64 = 300_000;
+/// How long what is fetched from elsewhere may take, in seconds.
+const FETCH_SECONDS: u64 = 300;
 /// How long tests may take.
-const TESTS_MS: u64 = 1_800_000;
+const TESTS_SECONDS: u64 = 1800;
 /// How often they may be run again, when something was missing. The step says it in a word.
 const REPEATS: u64 = 3;
 /// How long their VM lives at most.
-const TESTS_TTL_MS: u64 = 3 * 3_600_000;
+const TESTS_TTL_SECONDS: u64 = 3 * 3600;
 // Every run may take its time, what is installed before it, too, and so may the repository at the beginning.
-const _: () = assert!(TESTS_TTL_MS >= (1 + REPEATS) * (TESTS_MS + FETCH_MS) + 2 * FETCH_MS);
+const _: () = assert!(TESTS_TTL_SECONDS >= (1 + REPEATS) * (TESTS_SECONDS + FETCH_SECONDS) + 2 * FETCH_SECONDS);
 /// What an archive's name ends with.
 const ARCHIVES: [&str; 4] = [".tar", ".tar.gz", ".tgz", ".tar.xz"];
 /// Unpacks an archive; most have one directory that holds everything.
@@ -67,7 +67,7 @@ fn call(tool: &str, arguments: Value) -> String {
 
 /// What holds for every step.
 fn rules(last: usize) -> String {
-    let job = json!({ "job_id": "<job_id>", "wait_ms": 30_000 });
+    let job = json!({ "job_id": "<job_id>", "wait_seconds": 30 });
     format!(
         "Make the calls below in this order, with exactly these arguments; what stands between < and > in them is to be filled in.
 - If an answer has a job_id, it goes on: call job_get {job} until state is not running. The result of the job is the answer then.
@@ -100,7 +100,7 @@ fn fetched(name: &str, repository: &str, last: usize) -> String {
                 + "   If the error is command_not_found:\n"
                 + &call(
                     "vm_exec",
-                    json!({ "name": name, "command": "apt-get update && apt-get install -y git", "timeout_ms": FETCH_MS }),
+                    json!({ "name": name, "command": "apt-get update && apt-get install -y git", "timeout_seconds": FETCH_SECONDS }),
                 )
                 + &format!(
                     "   If its exit_code is not 0, go on with step {last}. Tell the user that the template has no git and that it could \
@@ -109,7 +109,7 @@ fn fetched(name: &str, repository: &str, last: usize) -> String {
                 + &call(
                     "vm_exec",
                     json!({
-                        "name": name, "argv": ["git", "clone", "--depth", "1", "--", address, WORK], "timeout_ms": FETCH_MS,
+                        "name": name, "argv": ["git", "clone", "--depth", "1", "--", address, WORK], "timeout_seconds": FETCH_SECONDS,
                     }),
                 )
         }
@@ -120,7 +120,7 @@ fn fetched(name: &str, repository: &str, last: usize) -> String {
         Origin::Archive(path) => {
             String::from("Copy the archive of this host into the VM. An error says which directories are allowed.\n")
                 + &call("vm_upload", json!({ "name": name, "source": path, "path": "/srv/work.tar" }))
-                + &call("vm_exec", json!({ "name": name, "command": UNPACK, "timeout_ms": FETCH_MS }))
+                + &call("vm_exec", json!({ "name": name, "command": UNPACK, "timeout_seconds": FETCH_SECONDS }))
         }
     }
 }
@@ -139,12 +139,15 @@ pub fn deploy_and_test(name: &str, tests: &Tests<'_>) -> String {
             + &call(
                 "vm_spawn",
                 json!({
-                    "name": name, "template": template, "memory_mib": 1024, "ephemeral": true, "ttl_ms": TESTS_TTL_MS,
+                    "name": name, "template": template, "memory_mib": 1024, "ephemeral": true, "ttl_seconds": TESTS_TTL_SECONDS,
                 }),
             ),
         fetched,
         String::from("Run the tests.\n")
-            + &call("vm_exec", json!({ "name": name, "command": command, "directory": WORK, "timeout_ms": TESTS_MS }))
+            + &call(
+                "vm_exec",
+                json!({ "name": name, "command": command, "directory": WORK, "timeout_seconds": TESTS_SECONDS }),
+            )
             + "   Should something be missing that they need, install it with vm_exec and run them again, at most three times.\n",
         delete(name),
         format!(
@@ -159,15 +162,19 @@ pub fn deploy_and_test(name: &str, tests: &Tests<'_>) -> String {
     )
 }
 
-/// Does something in a VM that is thrown away. `name` is the VM's.
-pub fn quick_sandbox(name: &str, task: &str, template: &str, ttl_ms: u64) -> String {
+/// Does something in a VM that is thrown away. `name` is the VM's; `shell` says whether lines of shell are taken here.
+pub fn quick_sandbox(name: &str, task: &str, template: &str, ttl_seconds: u64, shell: bool) -> String {
+    let line = call("vm_exec", json!({ "name": name, "command": "<a line of shell>" }));
     let steps = [
         String::from("Make the VM. It goes with this session, or when its time is up.\n")
-            + &call("vm_spawn", json!({ "name": name, "template": template, "ephemeral": true, "ttl_ms": ttl_ms })),
+            + &call(
+                "vm_spawn",
+                json!({ "name": name, "template": template, "ephemeral": true, "ttl_seconds": ttl_seconds }),
+            ),
         String::from("Do the task in it, with such calls as it takes. If one fails, do what its next_step says:\n")
             + &call("vm_upload", json!({ "name": name, "path": "/srv/<file>", "content": "<text>" }))
             + &call("vm_exec", json!({ "name": name, "argv": ["<program>", "<argument>"] }))
-            + &call("vm_exec", json!({ "name": name, "command": "<a line of shell>" })),
+            + if shell { line.as_str() } else { "" },
         String::from("Fetch what the user will need of it, if anything:\n")
             + &call("vm_download", json!({ "name": name, "path": "/srv/<file>" })),
         delete(name),
@@ -195,7 +202,7 @@ mod tests {
     fn every() -> Vec<String> {
         let tests = |repository| Tests { repository, template: "sandbox", command: "make \"test\"\n", report: "all" };
         let mut all: Vec<_> = WHAT.iter().map(|what| deploy_and_test("test-1", &tests(what))).collect();
-        all.push(quick_sandbox("sandbox-1", "x", "sandbox", 1_800_000));
+        all.push(quick_sandbox("sandbox-1", "x", "sandbox", 1800, true));
         all
     }
 

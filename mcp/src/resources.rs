@@ -3,6 +3,7 @@
 use nido_vmm::api::{LogRequest, LogSource};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
+use nido_vmm::nido::Nido;
 use nido_vmm::text::{SHOWN_LIMIT, for_reader};
 use rmcp::model::{Resource, ResourceContents, ResourceTemplate};
 use serde::Serialize;
@@ -11,6 +12,7 @@ use crate::answer::Done;
 use crate::app::{App, Principal};
 use crate::outputs::Output;
 use crate::pages::{cursor_of_vms, page, place};
+use crate::tools;
 
 /// All VMs.
 pub const VMS: &str = "vmops://vms";
@@ -24,6 +26,8 @@ const OUTPUT: &str = "vmops://output/";
 const LISTED: usize = 200;
 /// How many of the last lines of a console are shown.
 const LINES: usize = 500;
+/// How many of a supervisor's.
+const SUPERVISOR_LINES: usize = 100;
 
 /// The console of this VM.
 pub fn logs_uri(vm: &VmName) -> String {
@@ -48,12 +52,14 @@ pub fn output(output: &Output) -> Resource {
 /// What can be read, and the cursor of the next page: consoles in order of their VMs' creation, and before the first of them what
 /// else there is.
 pub async fn list(app: &App, principal: &Principal, cursor: Option<&str>) -> Result<(Vec<Resource>, Option<String>)> {
-    let (vms, next) = page(app.nido().await?.list()?.vms, place, cursor_of_vms(cursor)?, LISTED);
+    let named = may(app, principal, "vm_ls") && may(app, principal, "vm_info");
+    let vms = if named { app.nido().await?.list()?.vms } else { Vec::new() };
+    let (vms, next) = page(vms, place, cursor_of_vms(cursor)?, LISTED);
     let mut list = if cursor.is_none() { others(app, principal) } else { Vec::new() };
     list.extend(vms.iter().map(|vm| {
         Resource::new(logs_uri(&vm.name), format!("logs-{}", vm.name))
-            .with_description("The last lines that this VM wrote to its console")
-            .with_title(format!("Console of {}", vm.name))
+            .with_description("What happened to this VM, and the last lines of its supervisor and its console")
+            .with_title(format!("Log of {}", vm.name))
             .with_mime_type("text/plain")
     }));
     Ok((list, next))
@@ -61,7 +67,7 @@ pub async fn list(app: &App, principal: &Principal, cursor: Option<&str>) -> Res
 
 /// What there is whichever VMs there are.
 fn others(app: &App, principal: &Principal) -> Vec<Resource> {
-    let mut list = vec![
+    let list = [
         Resource::new(VMS, "vms")
             .with_title("VMs")
             .with_description("All virtual machines with their state, as vm_ls answers them")
@@ -71,25 +77,49 @@ fn others(app: &App, principal: &Principal) -> Vec<Resource> {
             .with_description("All templates, as template_list answers them")
             .with_mime_type("application/json"),
     ];
+    let mut list: Vec<_> =
+        list.into_iter().filter(|one| tool_of(&one.uri).is_none_or(|tool| may(app, principal, tool))).collect();
     list.extend(app.outputs().of(&principal.actor).iter().map(|one| output(one)));
     list
+}
+
+/// The tool that shows what a resource shows: where it is not offered, neither is the resource.
+fn tool_of(uri: &str) -> Option<&'static str> {
+    match uri {
+        VMS => Some("vm_ls"),
+        TEMPLATES => Some("template_list"),
+        _ if uri.starts_with(OUTPUT) => None,
+        _ => Some("vm_info"),
+    }
+}
+
+fn may(app: &App, principal: &Principal, tool: &str) -> bool {
+    tools::is_offered(tool, app.settings(), principal)
+}
+
+/// The VM whose log this is.
+pub fn vm_of(uri: &str) -> Option<VmName> {
+    uri.strip_prefix("vmops://vm/")?.strip_suffix("/logs")?.parse().ok()
 }
 
 /// What can be read of each VM.
 pub fn templates() -> Vec<ResourceTemplate> {
     vec![
         ResourceTemplate::new(LOGS, "logs")
-            .with_title("Console of a VM")
-            .with_description("The last lines that a virtual machine wrote to its console. The guest wrote them")
+            .with_title("Log of a VM")
+            .with_description("What happened to a virtual machine, and the last lines of its supervisor and its console. The guest wrote the console")
             .with_mime_type("text/plain"),
     ]
 }
 
 /// Reads one.
 pub async fn read(app: &App, principal: &Principal, uri: &str) -> Result<ResourceContents> {
+    if let Some(tool) = tool_of(uri).filter(|tool| !may(app, principal, tool)) {
+        return Err(Error::new(Code::Denied, format!("this server does not offer {tool}, which shows the same")));
+    }
     let nido = app.nido().await?;
     if uri == VMS {
-        return json(uri, &nido.list()?);
+        return json(uri, &nido.list_with_idle().await?);
     }
     if uri == TEMPLATES {
         return json(uri, &nido.template_list()?);
@@ -99,15 +129,45 @@ pub async fn read(app: &App, principal: &Principal, uri: &str) -> Result<Resourc
         let text = for_reader(&output.bytes, usize::MAX).text;
         return Ok(ResourceContents::text(text, uri).with_mime_type("text/plain"));
     }
-    let name = uri.strip_prefix("vmops://vm/").and_then(|rest| rest.strip_suffix("/logs"));
-    let name = name.and_then(|name| name.parse::<VmName>().ok()).ok_or_else(|| nothing(uri))?;
-    let request = LogRequest { source: LogSource::Console, tail_lines: Some(LINES), follow: false };
-    let mut log = nido.logs(&name, request)?;
-    let mut bytes = Vec::new();
-    while let Some(piece) = log.next().await {
-        bytes.extend(piece?);
+    let name = vm_of(uri).ok_or_else(|| nothing(uri))?;
+    Ok(ResourceContents::text(log(nido, &name).await?, uri).with_mime_type("text/plain"))
+}
+
+/// What there is to read about a VM: how it came here and why it stopped, what its supervisor says, and what its guest wrote. A guest that was
+/// forked writes nothing to its console, so the console alone would be empty for most.
+async fn log(nido: &Nido, name: &VmName) -> Result<String> {
+    let info = nido.info(name).await?;
+    let mut text = format!("== VM {name} ==\n{}: {}\n", info.created_at, "created");
+    if let Some(started) = info.started_at {
+        let path = info.timings.map_or_else(String::new, |timings| format!(" ({})", word(&timings.path)));
+        text += &format!("{started}: started{path}\n");
     }
-    Ok(ResourceContents::text(for_reader(&bytes, SHOWN_LIMIT).text, uri).with_mime_type("text/plain"))
+    text += &format!("state: {}\n", info.status.word());
+    if let Some(failure) = &info.failure {
+        text += &format!("failed: {} ({})\n", failure.message, word(&failure.cause));
+        text.extend(failure.log_tail.iter().map(|line| format!("  {line}\n")));
+    }
+    for (title, source, lines) in [
+        ("supervisor", LogSource::Supervisor, SUPERVISOR_LINES),
+        ("console, written by the guest", LogSource::Console, LINES),
+    ] {
+        let mut log = nido.logs(name, LogRequest { source, tail_lines: Some(lines), follow: false })?;
+        let mut bytes = Vec::new();
+        while let Some(piece) = log.next().await {
+            bytes.extend(piece?);
+        }
+        let shown = for_reader(&bytes, SHOWN_LIMIT).text;
+        text += &format!("== {title} ==\n{}", if shown.is_empty() { "(nothing)\n" } else { &shown });
+        if !text.ends_with('\n') {
+            text.push('\n');
+        }
+    }
+    Ok(crate::answer::readable_text(&text))
+}
+
+/// A value of the core as the word that it is in JSON.
+fn word(value: &impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 fn json(uri: &str, value: &impl Serialize) -> Result<ResourceContents> {

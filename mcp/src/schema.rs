@@ -1,11 +1,12 @@
 //! Schemas of arguments and answers, made of the core's own types. Pure.
 //!
-//! The types' own descriptions are for OpenAPI. Agents want them differently: nothing to look up elsewhere, objects that
-//! say that they take nothing else, and optional arguments that are simply not required: some clients refuse
-//! `["string", "null"]`, and most models a schema that has alternatives at its root. What is `null` in an answer is said to be, but
-//! with one type at a time.
+//! The types' own descriptions are for OpenAPI. Agents want them differently: nothing to look up elsewhere, times in seconds, and
+//! optional arguments that are simply not required: some clients refuse `["string", "null"]`, most models a schema that has
+//! alternatives at its root, and some converters a boolean `additionalProperties`. A model pays for every byte of `tools/list`, so the
+//! schema of an answer names its fields and their types, and no more.
 //!
-//! Invariant: arguments and answers are objects.
+//! Invariants: arguments and answers are objects; arguments have no boolean `additionalProperties` (`argument_reader.rs` ignores
+//! what they do not have).
 
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
@@ -21,29 +22,75 @@ const PLACE: &str = "#/components/schemas/";
 pub fn arguments<T: ToSchema>() -> Value {
     let mut schema = whole::<T>();
     without_null(&mut schema);
-    closed(&mut schema);
+    open(&mut schema);
     described_in_place(&mut schema);
+    in_seconds(&mut schema);
     schema
 }
 
-/// The schema of a tool's answer: what it gives, or an error.
+/// The schema of a tool's answer: the fields of what it gives, or an error.
 #[must_use]
 pub fn answer<T: ToSchema>() -> Value {
-    alternatives(vec![whole::<T>()])
+    fields_of(&whole::<T>(), |_| true, &["error"])
 }
 
 /// The same of a tool that may take longer than a client waits: or a job.
 #[must_use]
 pub fn answer_or_job<T: ToSchema>() -> Value {
-    alternatives(vec![whole::<T>(), whole::<crate::answer::JobBegun>()])
+    fields_of(&whole::<T>(), |_| true, &["job_id", "error"])
 }
 
-/// An object that is one of these, or an error.
+/// The fields of a VM that lead to the next call; `vm_info` lists the others, and the answer has them too.
+const OF_A_VM: [&str; 7] = ["name", "id", "status", "ip_address", "ssh_command", "lease", "expires_at"];
+
+/// The answer of a tool that changes a VM: the VM, a job or an error.
 #[must_use]
-pub fn alternatives(mut schemas: Vec<Value>) -> Value {
-    schemas.push(whole::<crate::answer::Failed>());
-    schemas.iter_mut().for_each(one_type_each);
-    json!({ "type": "object", "anyOf": schemas })
+pub fn vm_or_job() -> Value {
+    let vm = whole::<nido_vmm::api::VmInfo>();
+    fields_of(&vm, |field| OF_A_VM.contains(&field), &["job_id", "error"])
+}
+
+/// The fields of an object with their types, without what they hold; `more` are those of a job and of an error. None is required:
+/// which of them there are depends on how the call ended.
+fn fields_of(schema: &Value, wanted: impl Fn(&str) -> bool, more: &[&str]) -> Value {
+    let mut fields = Map::new();
+    for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+        if wanted(name) {
+            fields.insert(name.clone(), type_of(field));
+        }
+    }
+    for name in more {
+        let kind = if *name == "error" { "object" } else { "string" };
+        // A job has an error of its own, which may be null.
+        fields.entry((*name).to_owned()).or_insert_with(|| json!({ "type": kind }));
+    }
+    json!({ "type": "object", "properties": fields })
+}
+
+/// The type of a field, and whether it may be `null`: one type at a time, because some clients know no other way.
+fn type_of(field: &Value) -> Value {
+    let kind_of = |kind: &Value| match kind.as_str() {
+        Some("array") => json!({ "type": "array", "items": items_of(field) }),
+        _ => json!({ "type": kind }),
+    };
+    let choices = field["oneOf"].as_array().or_else(|| field["anyOf"].as_array());
+    let kinds: Vec<Value> = match (&field["type"], choices) {
+        (Value::Array(kinds), _) => kinds.clone(),
+        (Value::Null, Some(choices)) => choices.iter().map(|choice| choice["type"].clone()).collect(),
+        (kind, _) => vec![kind.clone()],
+    };
+    match kinds.as_slice() {
+        [Value::Null] => json!({}),
+        [only] => kind_of(only),
+        several => json!({ "anyOf": several.iter().map(kind_of).collect::<Vec<_>>() }),
+    }
+}
+
+fn items_of(field: &Value) -> Value {
+    match &field["items"]["type"] {
+        Value::String(kind) => json!({ "type": kind }),
+        _ => json!({}),
+    }
 }
 
 /// Says something else, or more, of arguments than their type does.
@@ -156,35 +203,44 @@ fn without_null(schema: &mut Value) {
     each(schema, without_null);
 }
 
-/// What may be of several types as alternatives of one type each: some clients know no other way to say that something may be `null`.
-fn one_type_each(schema: &mut Value) {
-    each(schema, one_type_each);
-    let Value::Object(fields) = schema else { return };
-    let Some(Value::Array(kinds)) = fields.get("type").cloned() else { return };
-    let constraints = std::mem::take(fields).into_iter();
-    let (said, constraints): (Map<_, _>, Map<_, _>) =
-        constraints.filter(|(key, _)| key != "type").partition(|(key, _)| key == "description" || key == "default");
-    let of_kind = |kind: &Value| {
-        let mut one = Map::from_iter([("type".to_owned(), kind.clone())]);
-        if kind != "null" {
-            one.extend(constraints.clone());
-        }
-        Value::Object(one)
-    };
-    fields.insert("anyOf".into(), kinds.iter().map(of_kind).collect());
-    fields.extend(said);
+/// What an object does not list is ignored and named, and that is not the schema's to say.
+fn open(schema: &mut Value) {
+    if let Value::Object(fields) = schema
+        && fields.get("additionalProperties").is_some_and(Value::is_boolean)
+    {
+        fields.remove("additionalProperties");
+    }
+    each(schema, open);
 }
 
-/// Objects that list what they hold take nothing else.
-fn closed(schema: &mut Value) {
-    if let Value::Object(fields) = schema
-        && fields.get("type").is_some_and(|kind| kind == "object")
-        && !fields.contains_key("additionalProperties")
-    {
-        fields.entry("properties").or_insert_with(|| json!({}));
-        fields.insert("additionalProperties".into(), json!(false));
-    }
-    each(schema, closed);
+/// Times in seconds, as the specification has them: `timeout_ms` is `timeout_seconds`, and a fraction is allowed. Only at the root:
+/// no argument holds a time any deeper.
+fn in_seconds(schema: &mut Value) {
+    let Some(Value::Object(fields)) = schema.get_mut("properties") else { return };
+    let known: Vec<String> = fields.keys().cloned().collect();
+    let renamed = std::mem::take(fields).into_iter().filter_map(|(name, mut field)| {
+        let Some(stem) = name.strip_suffix("_ms") else { return Some((name, field)) };
+        let name = format!("{stem}_seconds");
+        if known.contains(&name) {
+            return None;
+        }
+        // Nothing but whole milliseconds greater than nothing: any time greater than nothing.
+        let bound = match field["minimum"].as_u64() {
+            Some(1..) => "exclusiveMinimum",
+            _ => "minimum",
+        };
+        let mut described = json!({ "type": "number", bound: 0 });
+        if let Some(ms) = field["maximum"].as_u64() {
+            described["maximum"] = (ms / 1000).into();
+        }
+        if let Some(words) = field["description"].as_str() {
+            described["description"] = words.replace("milliseconds", "seconds").into();
+        }
+        field = described;
+        Some((name, field))
+    });
+    let renamed: Map<String, Value> = renamed.collect();
+    *fields = renamed;
 }
 
 /// The type's own description tells a programmer what it is for.
@@ -221,24 +277,37 @@ mod tests {
     fn arguments_have_no_null_no_references_and_no_alternatives_at_their_root() {
         let schema = arguments::<SpawnRequest>();
         nowhere(&schema, &|part| part.get("$ref").is_some() || part == "null" || part.is_null());
-        assert_eq!((&schema["type"], &schema["additionalProperties"]), (&json!("object"), &json!(false)));
-        assert_eq!(schema["properties"]["ttl_ms"]["type"], "integer");
-        assert_eq!(schema["properties"]["net"]["enum"], json!(["nat", "none"]));
+        assert_eq!(schema["type"], "object");
+        assert_eq!(schema["properties"]["net"]["type"], "string");
         assert_eq!(schema["properties"]["net"]["description"], "Network.");
-        assert_eq!(schema["properties"]["forwards"]["items"]["additionalProperties"], false);
     }
 
     #[test]
-    fn answers_say_null_only_of_what_is_null_and_as_a_type_of_its_own() {
+    fn no_input_schema_has_a_boolean_additional_properties() {
+        // Google's Python SDK converts no tool that has one.
+        for tool in crate::tools::ALL {
+            nowhere(&(tool.takes)(), &|part| part.get("additionalProperties").is_some_and(Value::is_boolean));
+        }
+        let labels = &arguments::<SpawnRequest>()["properties"]["labels"];
+        assert_eq!(labels["additionalProperties"]["type"], "string");
+    }
+
+    #[test]
+    fn times_are_numbers_of_seconds() {
+        let ttl = &arguments::<SpawnRequest>()["properties"]["ttl_seconds"];
+        assert_eq!((&ttl["type"], &ttl["exclusiveMinimum"]), (&json!("number"), &json!(0)));
+        assert!(ttl["description"].as_str().unwrap().contains("in seconds"), "{ttl}");
+        nowhere(&arguments::<SpawnRequest>(), &|part| part.get("ttl_ms").is_some());
+    }
+
+    #[test]
+    fn answers_name_their_fields_with_one_type_at_a_time() {
         let schema = answer::<VmInfo>();
         nowhere(&schema, &|part| part.get("type").is_some_and(Value::is_array));
-        let fields = &schema["anyOf"][0]["properties"];
-        let started_at = json!([{ "type": "string", "format": "date-time" }, { "type": "null" }]);
-        assert_eq!((&fields["started_at"]["anyOf"], fields["id"].get("anyOf")), (&started_at, None));
-        assert!(fields["started_at"]["description"].is_string());
-        // What is left out instead is never null.
-        let error = &schema["anyOf"][1]["properties"]["error"]["properties"];
-        assert_eq!(error["hint"]["type"], "string");
+        let fields = &schema["properties"];
+        assert_eq!(fields["started_at"]["anyOf"], json!([{ "type": "string" }, { "type": "null" }]));
+        assert_eq!((&fields["id"], &fields["error"]), (&json!({ "type": "string" }), &json!({ "type": "object" })));
+        assert_eq!(vm_or_job()["properties"]["job_id"]["type"], "string");
     }
 
     #[test]

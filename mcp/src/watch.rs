@@ -1,9 +1,11 @@
-//! What happens to VMs and templates, told to sessions that want to know: one look at the event log for all of them.
+//! What happens to VMs and templates, told to sessions that want to know: one look at the event log for all of them. Logs that grow are
+//! looked at for those who subscribed to them, every [`LOGS_EVERY`].
 //!
 //! Invariant: the log is read once, however many sessions listen.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use nido_vmm::api::{Event, EventKind, EventsRequest};
 use nido_vmm::name::VmName;
@@ -14,30 +16,35 @@ use rmcp::{Peer, RoleServer};
 use tokio::sync::broadcast;
 
 use crate::app::App;
-use crate::resources::{TEMPLATES, VMS, logs_uri};
+use crate::resources::{TEMPLATES, VMS, logs_uri, vm_of};
 
 /// How many events a slow session may be behind.
 const BEHIND: usize = 1024;
+/// How often logs are looked at, and how often a session is told of one at most.
+const LOGS_EVERY: Duration = Duration::from_secs(2);
 
 /// What has changed.
 #[derive(Debug, Clone)]
-pub struct Change {
-    kind: EventKind,
-    vm: Option<VmName>,
+pub enum Change {
+    /// Of a VM, or of the templates.
+    Event { kind: EventKind, vm: Option<VmName> },
+    /// A stream of a command was kept.
+    Output,
 }
 
 impl Change {
     /// Which resources are not what they were.
     fn touches(&self, uri: &str) -> bool {
-        match &self.vm {
-            Some(vm) => uri == VMS || uri == logs_uri(vm),
-            None => uri == TEMPLATES,
+        match self {
+            Self::Event { vm: Some(vm), .. } => uri == VMS || uri == logs_uri(vm),
+            Self::Event { vm: None, .. } => uri == TEMPLATES,
+            Self::Output => false,
         }
     }
 
     /// Whether there are others than before.
     fn lists(&self) -> bool {
-        matches!(self.kind, EventKind::VmCreated | EventKind::VmDeleted)
+        matches!(self, Self::Output | Self::Event { kind: EventKind::VmCreated | EventKind::VmDeleted, .. })
     }
 }
 
@@ -55,6 +62,12 @@ impl Default for Changes {
 }
 
 impl Changes {
+    /// The list of resources has one more.
+    pub fn output_kept(&self) {
+        // Nobody may be listening at the moment.
+        let _ = self.sender.send(Change::Output);
+    }
+
     /// What changes from now on.
     pub fn listen(&self, app: &Arc<App>) -> broadcast::Receiver<Change> {
         let receiver = self.sender.subscribe();
@@ -81,7 +94,7 @@ async fn look(app: Arc<App>, since: u64, mut store: Watch) {
                 request.since = cursor;
                 for Event { event: kind, vm_name: vm, .. } in events {
                     // Nobody may be listening at the moment.
-                    let _ = app.changes().sender.send(Change { kind, vm });
+                    let _ = app.changes().sender.send(Change::Event { kind, vm });
                 }
                 continue;
             }
@@ -117,22 +130,51 @@ impl Subscribed {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(uri);
     }
 
+    fn all(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
     fn touched_by(&self, change: &Change) -> Vec<String> {
         let uris = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         uris.iter().filter(|uri| change.touches(uri)).cloned().collect()
     }
 }
 
+/// How much of each log there was when it was last looked at.
+#[derive(Debug, Default)]
+struct Logs(HashMap<String, u64>);
+
+impl Logs {
+    /// Which of these have changed since the last look. What is seen for the first time has not.
+    fn changed(&mut self, app: &App, uris: &[String]) -> Vec<String> {
+        self.0.retain(|uri, _| uris.contains(uri));
+        let mut changed = Vec::new();
+        for (uri, vm) in uris.iter().filter_map(|uri| Some((uri, vm_of(uri)?))) {
+            let Ok(written) = app.unsettled().logs_written(&vm) else { continue };
+            if self.0.insert(uri.clone(), written).is_some_and(|before| before != written) {
+                changed.push(uri.clone());
+            }
+        }
+        changed
+    }
+}
+
 /// Tells a session with `initialize` until it is gone.
 pub async fn tell_session(app: Arc<App>, peer: Peer<RoleServer>, subscribed: Arc<Subscribed>) {
     let mut changes = app.changes().listen(&app);
+    let (mut logs, mut look) = (Logs::default(), tokio::time::interval(LOGS_EVERY));
     loop {
         let change = tokio::select! {
             change = changes.recv() => change,
             () = app.quiet().cancelled() => return,
-            () = tokio::time::sleep(std::time::Duration::from_secs(30)) => {
+            _ = look.tick() => {
                 if peer.is_transport_closed() {
                     return;
+                }
+                for uri in logs.changed(&app, &subscribed.all()) {
+                    if peer.notify_resource_updated(ResourceUpdatedNotificationParam::new(uri)).await.is_err() {
+                        return;
+                    }
                 }
                 continue;
             }
@@ -160,8 +202,17 @@ pub async fn tell_listener(app: Arc<App>, context: SubscriptionContext) {
     let mut changes = app.changes().listen(&app);
     let SubscriptionFilter { resource_subscriptions, resources_list_changed, .. } = context.accepted().clone();
     let (uris, lists) = (resource_subscriptions.unwrap_or_default(), resources_list_changed == Some(true));
+    let (mut logs, mut look) = (Logs::default(), tokio::time::interval(LOGS_EVERY));
     loop {
         let change = tokio::select! {
+            _ = look.tick() => {
+                for uri in logs.changed(&app, &uris) {
+                    if context.sink().notify_resource_updated(uri).await.is_err() {
+                        return;
+                    }
+                }
+                continue;
+            }
             change = changes.recv() => change,
             () = context.cancelled() => return,
             () = app.quiet().cancelled() => return,

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
 
 use crate::rig::{TestHome, Who, eventually};
 
@@ -25,6 +26,29 @@ fn as_an_ordinary_user() {
         // The other test is that user's run already.
         println!("the suite itself runs as an ordinary user: `as_the_caller` is this test");
     }
+}
+
+/// What a supervisor made could not be entered by an ordinary user: snapshots, forks and templates of running VMs failed.
+#[test]
+fn an_ordinary_user_saves_restores_and_forks_a_running_vm() {
+    let who = if rustix::process::geteuid().is_root() { Who::Nobody } else { Who::Caller };
+    let home = TestHome::of(who);
+    let vm = home.spawn("web", &[]);
+    // As an earlier version left it.
+    let snapshots = home.path().join("vms").join(vm.nido("info", &[]).json()["id"].as_str().unwrap()).join("snapshots");
+    vm.sh("echo kept > /root/note; sync").ok();
+    home.nido(["snapshot", "create", "web", "first"]).ok();
+    assert_eq!(fs::metadata(&snapshots).unwrap().permissions().mode() & 0o777, 0o700);
+    fs::set_permissions(&snapshots, fs::Permissions::from_mode(0o600)).unwrap();
+    home.nido(["snapshot", "create", "web", "second"]).ok();
+    vm.sh("rm /root/note").ok();
+    home.nido(["snapshot", "restore", "web", "first"]).ok();
+    assert_eq!(vm.exec(["cat", "/root/note"]).text(), "kept");
+    home.nido(["fork", "web", "copy"]).ok();
+    assert_eq!(home.nido(["exec", "copy", "--", "cat", "/root/note"]).text(), "kept");
+    home.nido(["template", "create", "mine", "--from", "web"]).ok();
+    home.nido(["delete", "web", "copy", "--force"]).ok();
+    home.assert_empty();
 }
 
 fn walk(home: &TestHome, template: &str) {
@@ -76,6 +100,6 @@ fn walk(home: &TestHome, template: &str) {
     vm.nido("start", &[]).ok();
     assert_eq!(vm.exec(["cat", "/root/note"]).text(), "kept");
     home.nido(["delete", "web"]).problem(1, "vm_busy");
-    home.nido(["delete", "web", "--force"]).ok();
+    home.nido(["delete", "web", "--force", "--yes"]).ok();
     home.assert_empty();
 }

@@ -159,3 +159,22 @@ fn many_at_once_and_a_stuck_one_blocks_nobody() {
         eventually("the end of what was stuck", || pids_with(&vm, command).is_empty().then_some(()));
     }
 }
+
+#[test]
+fn the_end_of_a_command_by_force_reaches_all_that_it_started_and_no_other_end_does() {
+    // setsid, timeout and daemons that made themselves orphans outlived "kill the command and its children"; and what a
+    // command left in the background was killed by its first line of output.
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--net", "none"]);
+    vm.sh("(while :; do echo tick; echo tock >&2; sleep 0.05; done) & echo $! >/root/ticker").ok();
+    let script = "setsid sh -c 'exec sleep 7001' & timeout 9000 sleep 7002 & (setsid sh -c 'sleep 7003 & :' &); \
+                  until test $(pgrep -fc '^sleep 700[123]$') = 3; do sleep 0.1; done; touch /root/all; wait; sleep 9000";
+    home.nido(["exec", "web", "--timeout", "15s", "--", "sh", "-c", script]).run().expect(124);
+    vm.sh("test -e /root/all && ! pgrep -f '^sleep 700[123]$'").ok();
+    vm.sh("kill -0 $(cat /root/ticker)").ok();
+    // Its control group goes when it is empty; commands that are over leave none.
+    vm.sh("kill $(cat /root/ticker)").ok();
+    vm.exec(["true"]).ok();
+    let groups = || vm.sh("ls -d /sys/fs/cgroup/nido/*/ | wc -l").text();
+    eventually("the end of the empty control groups", || (groups() == "1").then_some(()));
+}

@@ -98,7 +98,8 @@ fn ports_are_published_and_withdrawn() {
     assert_eq!(count(&counting, 17), "17");
     vm.nido("stop", &[]).ok();
     assert!(connect(&counting).is_err());
-    home.nido(["forward", "rm", "web", "7000"]).ok();
+    home.nido(["forward", "rm", "web", "7000"]).problem(2, "spec_invalid");
+    home.nido(["forward", "rm", "web", "7000", "--all"]).ok();
     assert_eq!(home.nido(["forward", "ls", "web"]).json()["forwards"].as_array().unwrap().len(), 1);
 }
 

@@ -4,10 +4,12 @@ use serde_json::Value;
 
 use crate::rig::TestHome;
 
-const VM_FIELDS: [&str; 27] = [
+const VM_FIELDS: [&str; 29] = [
     "name",
     "id",
     "status",
+    "status_cause",
+    "status_detail",
     "template",
     "machine",
     "machine_reason",
@@ -147,7 +149,7 @@ fn every_verb_answers_in_json() {
     report["checks"].as_array().unwrap().iter().for_each(|check| has(check, &["name", "status", "detail"]));
     call(&["doctor", "--gc"]);
     home.nido(["exec", "web", "--", "true"]).ok();
-    home.nido(["delete", "--force", "web"]).ok();
+    home.nido(["delete", "--force", "web", "--yes"]).ok();
     assert!(call(&["template", "delete", "debian-12"])["deleted"].is_string());
     home.nido(["spawn", "web", "--template", "debian-12"]).problem(1, "template_not_found");
 }

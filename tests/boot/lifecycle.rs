@@ -86,6 +86,31 @@ fn stop_start_restart_delete() {
     let done = home.nido(["delete", "web", "other", "missing"]).run().expect(1);
     assert!(done.stderr.contains("web") && done.stderr.contains("missing"), "{}", done.stderr);
     assert_eq!(home.names(), ["web"]);
-    home.nido(["delete", "web", "--force"]).ok();
+    home.nido(["delete", "web", "--force", "--yes"]).ok();
     home.assert_empty();
+}
+
+#[test]
+fn files_of_the_guest_that_cannot_be_written_do_not_keep_it_from_starting() {
+    // Process 1 ended when it could not write the hosts file: the VM never started again, and nobody could put it right.
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--net", "none"]);
+    let lines = "10.0.0.5\\tdb # caf\\351\\n127.0.1.1\\tweb.example web2\\n";
+    vm.sh(&format!("printf '{lines}' >>/etc/hosts; cp /etc/hosts /root/before")).ok();
+    vm.nido("restart", &[]).ok();
+    vm.sh("cmp /etc/hosts /root/before").ok();
+
+    vm.sh("rm /etc/hosts /etc/hostname; mkdir -p /etc/hosts/x; mkfifo /etc/hostname; rm -rf /tmp; touch /tmp").ok();
+    vm.nido("restart", &[]).ok();
+    assert_eq!(vm.sh("hostname").text(), "web");
+    let warnings = home.nido(["info", "web"]).json()["warnings"].to_string();
+    assert!(warnings.contains("/etc/hosts: not a regular file") && warnings.contains("/tmp"), "{warnings}");
+
+    vm.sh("rm -r /etc/hosts /tmp; echo '10.0.0.5 db' >/etc/hosts; chattr +i /etc/hosts").ok();
+    vm.nido("restart", &[]).ok();
+    home.nido(["fork", "web", "copy"]).ok();
+    let copy = |script: &str| home.nido(["exec", "copy", "--", "sh", "-c", script]).text();
+    assert_eq!(copy("hostname; cat /etc/hosts"), "copy\n10.0.0.5 db");
+    assert!(home.nido(["info", "copy"]).json()["warnings"].to_string().contains("/etc/hosts"));
+    home.nido(["delete", "--force", "copy"]).ok();
 }

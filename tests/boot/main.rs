@@ -15,6 +15,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod boots;
+mod contention;
 mod core;
 mod endings;
 mod exec;

@@ -10,7 +10,6 @@ fn nat_has_an_address_a_route_and_a_name_server() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "nat"]);
     assert_eq!(vm.info()["net"], "nat");
-    assert_eq!(vm.info()["ip_address"], "10.0.2.15");
     assert_eq!(vm.sh("ip -4 -o address show eth0 | grep -o 'inet [^ ]*'").text(), "inet 10.0.2.15/24");
     assert!(vm.sh("ip route show default").text().starts_with("default via 10.0.2.2 dev eth0"));
     assert!(vm.exec(["cat", "/etc/resolv.conf"]).text().contains("nameserver 10.0.2.3"));
@@ -48,7 +47,6 @@ fn none_has_only_the_loopback() {
 fn systemd_guests_have_the_same_network() {
     let home = TestHome::new();
     let vm = home.spawn("deb", &["--template", "debian-12"]);
-    assert_eq!(vm.info()["ip_address"], "10.0.2.15");
     assert_eq!(vm.sh("ip -4 -o address show eth0 | grep -o 'inet [^ ]*'").text(), "inet 10.0.2.15/24");
     assert!(vm.exec(["cat", "/etc/resolv.conf"]).text().contains("nameserver 10.0.2.3"));
 }

@@ -216,7 +216,7 @@ fn whoever_is_killed_while_a_clone_is_claimed_leaks_nothing() {
         assert!(claimed || claimer_dies, "who lives on gets a VM");
         if claimed {
             assert_eq!(home.nido(["exec", "web", "--", "hostname"]).text(), "web");
-            home.nido(["delete", "--force", "web"]).ok();
+            home.nido(["delete", "--force", "web", "--yes"]).ok();
         }
         full(&home, 2);
         set(&home, 0);

@@ -46,7 +46,7 @@ fn nothing_is_left_of_a_long_day() {
                 let supervisors: Vec<_> = supervisors.collect();
                 supervisors[random(supervisors.len())].kill();
             }
-            6 => drop(home.nido(["delete", "--force", &some()]).ok()),
+            6 => drop(home.nido(["delete", "--force", &some(), "--yes"]).ok()),
             _ => {
                 let vm = some();
                 assert_eq!(home.nido(["exec", &vm, "--", "hostname"]).text(), vm);
@@ -57,7 +57,7 @@ fn nothing_is_left_of_a_long_day() {
     println!("{done} things done in {seconds} s");
     home.nido(["pool", "set", "sandbox", "0", "--net", "none"]).ok();
     for vm in home.names() {
-        home.nido(["delete", "--force", &vm]).ok();
+        home.nido(["delete", "--force", &vm, "--yes"]).ok();
     }
     home.assert_empty();
 }

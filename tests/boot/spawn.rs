@@ -87,7 +87,7 @@ fn without_waiting() {
     assert_eq!(vm.info()["agent"]["ready"], true);
     // And deleted before it is up.
     home.nido(["spawn", "other", "--no-wait", "--net", "none"]).ok();
-    home.nido(["delete", "other", "--force"]).ok();
+    home.nido(["delete", "other", "--force", "--yes"]).ok();
     assert_eq!(home.names(), ["web"]);
 }
 

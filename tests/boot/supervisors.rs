@@ -65,7 +65,7 @@ fn the_guest_survives_its_supervisor() {
     assert_eq!((vm.status().as_str(), &vm.info()["failure"]), ("stopped", &serde_json::Value::Null));
     vm.nido("start", &[]).ok();
     vm.kill_supervisor();
-    home.nido(["delete", "--force", "web"]).ok();
+    home.nido(["delete", "--force", "web", "--yes"]).ok();
     home.assert_empty();
 }
 

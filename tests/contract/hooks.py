@@ -7,6 +7,7 @@ them, not again for every value that chance brings. The endpoint that takes test
 """
 
 import os
+import uuid
 
 import schemathesis
 
@@ -40,3 +41,11 @@ def is_a_usual_bake(context, case):
 @schemathesis.hook("filter_case").apply_to(operation_id="webhook_remove")
 def is_of_the_run(context, case):
     return case.path_parameters.get("id") != os.environ["CONTRACT_WEBHOOK"]
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    """A key that two requests share is refused, as it should be: each that can be one is made another."""
+    key = (case.headers or {}).get("Idempotency-Key")
+    if isinstance(key, str) and 1 <= len(key) <= 255 and key.strip() and key.isascii() and key.isprintable():
+        case.headers["Idempotency-Key"] = str(uuid.uuid4())

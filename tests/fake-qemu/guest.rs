@@ -37,6 +37,8 @@ pub fn become_agent(args: &[String]) -> ExitCode {
     for fd in open_fds().into_iter().filter(|fd| *fd > 2) {
         let _ = close(fd);
     }
+    // QEMU's own, which leaves directories unusable, is not a guest's.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     let error = Command::new(agent).args(["serve", "--channel-socket", channel, "--config", config]).exec();
     eprintln!("fake-qemu: {agent}: {error}");
     ExitCode::FAILURE

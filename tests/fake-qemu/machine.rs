@@ -36,6 +36,7 @@ enum Alarm {
     Signal(i32),
     Panic,
     Shutdown,
+    IoError { no_space: bool },
 }
 
 /// Runs the machine to its end.
@@ -85,6 +86,8 @@ struct Machine {
     client: Option<UnixStream>,
     negotiated: bool,
     running: bool,
+    /// The disk's error that stopped it: whether it is full.
+    io_error: Option<bool>,
     console: Option<File>,
     agent: Option<Pid>,
 }
@@ -107,6 +110,7 @@ impl Machine {
             client: None,
             negotiated: false,
             running: true,
+            io_error: None,
             console: Some(OpenOptions::new().append(true).create(true).open(console)?),
             agent: None,
             script,
@@ -133,6 +137,8 @@ impl Machine {
             script.exit_signal.map(|(signal, after)| (Alarm::Signal(signal), after)),
             script.panic_after.map(|after| (Alarm::Panic, after)),
             script.shutdown_after.map(|after| (Alarm::Shutdown, after)),
+            script.disk_full_after.map(|after| (Alarm::IoError { no_space: true }, after)),
+            script.io_error_after.map(|after| (Alarm::IoError { no_space: false }, after)),
         ];
         for (alarm, after) in alarms.into_iter().flatten() {
             ring_after(after, alarm, sender.clone());
@@ -174,6 +180,10 @@ impl Machine {
             }
             Alarm::Signal(signal) => die_of(signal),
             Alarm::Shutdown => self.shut_down("guest-shutdown"),
+            Alarm::IoError { no_space } => {
+                self.fail_io(no_space);
+                None
+            }
             Alarm::Panic => {
                 self.print("[    1.000000] Kernel panic - not syncing: Fatal exception (fake)\n");
                 self.event("GUEST_PANICKED", &json!({ "action": "poweroff" }));
@@ -205,12 +215,24 @@ impl Machine {
             }
             "query-version" => (self.script.version_object(), None),
             "query-status" => {
-                let status = if self.running { "running" } else { "paused" };
+                let status = match (self.running, self.io_error) {
+                    (true, _) => "running",
+                    (false, Some(_)) => "io-error",
+                    (false, None) => "paused",
+                };
                 (json!({ "running": self.running, "singlestep": false, "status": status }), None)
             }
             "stop" => (self.set_running(false), None),
             "cont" if self.script.crash_on_cont => return die_of(Signal::SIGABRT as i32),
-            "cont" => (self.set_running(true), None),
+            "cont" => {
+                let failed = self.io_error.take();
+                let done = self.set_running(true);
+                // The write that failed is repeated first.
+                if let Some(no_space) = failed.filter(|_| !std::path::Path::new("fake-space").exists()) {
+                    self.fail_io(no_space);
+                }
+                (done, None)
+            }
             "system_powerdown" => {
                 self.event("POWERDOWN", &json!({}));
                 let overlooked = std::mem::take(&mut self.script.overlook_powerdown) || self.script.ignore_powerdown;
@@ -226,6 +248,16 @@ impl Machine {
         };
         self.say(&json!({ "return": value, "id": id }));
         end.and_then(|reason| self.shut_down(reason))
+    }
+
+    fn fail_io(&mut self, no_space: bool) {
+        self.io_error = Some(no_space);
+        let reason = if no_space { "No space left on device" } else { "Input/output error" };
+        let data = json!({
+            "device": "", "node-name": "disk", "operation": "write", "action": "stop", "nospace": no_space, "reason": reason,
+        });
+        self.event("BLOCK_IO_ERROR", &data);
+        self.set_running(false);
     }
 
     fn set_running(&mut self, running: bool) -> Value {
@@ -297,6 +329,10 @@ fn await_end(mut agent: Child, sender: Sender<Happening>) {
 
 /// SIGTERM becomes a happening. To be called before there are other threads.
 fn await_sigterm(sender: Sender<Happening>) {
+    // Blocked by whoever started it: as with QEMU, it never comes.
+    if SigSet::thread_get_mask().is_ok_and(|blocked| blocked.contains(Signal::SIGTERM)) {
+        return;
+    }
     let mut terminate = SigSet::empty();
     terminate.add(Signal::SIGTERM);
     let _ = terminate.thread_block();

@@ -47,6 +47,11 @@ pub struct Script {
     pub ignore_powerdown: bool,
     /// `overlook-powerdown`: the guest overlooks the power button when it is pressed for the first time.
     pub overlook_powerdown: bool,
+    /// `disk-full-after-ms:N`: so long after the start the guest's write meets a full disk, and each one after a resume does, until
+    /// there is a file `fake-space` in the VM's directory.
+    pub disk_full_after: Option<Duration>,
+    /// `io-error-after-ms:N`: the same with another error of the disk's.
+    pub io_error_after: Option<Duration>,
     /// `ignore-quit`: neither the monitor's `quit` nor SIGTERM ends it.
     pub ignore_quit: bool,
 }
@@ -92,6 +97,8 @@ impl Script {
             "crash-on-cont" => self.crash_on_cont = true,
             "ignore-powerdown" => self.ignore_powerdown = true,
             "overlook-powerdown" => self.overlook_powerdown = true,
+            "disk-full-after-ms" => self.disk_full_after = Some(ms(value)?),
+            "io-error-after-ms" => self.io_error_after = Some(ms(value)?),
             "ignore-quit" => self.ignore_quit = true,
             _ => return None,
         }

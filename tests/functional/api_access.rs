@@ -1,9 +1,12 @@
 //! The REST API over the real program: who may ask, from where, and how slowly.
 
+use std::io::{Read as _, Write as _};
+
 use rustix::process::Signal;
 
 use crate::support::Home;
 use crate::support::http::Server;
+use crate::support::tls::Authority;
 
 #[test]
 fn nobody_is_let_in_without_a_good_token() {
@@ -62,8 +65,45 @@ fn pages_of_others_and_names_that_point_here_are_refused() {
     let answer = ask("origin", &own);
     assert_eq!(answer.header("access-control-allow-origin"), "");
     answer.ok(200);
-    // Also for what needs no token.
-    server.plain("GET", "/healthz", &[("host", "evil.example")], b"").problem(403, "denied");
+    // Also for what needs no token, but for probes, which name a server as they like.
+    server.plain("GET", "/openapi.json", &[("host", "evil.example")], b"").problem(403, "denied");
+    server.plain("GET", "/healthz", &[("host", "10.0.0.1.nip.io")], b"").ok(200);
+}
+
+// Behind a proxy with TLS the page's own requests were refused, and links lost the path that the proxy had removed.
+#[test]
+fn behind_a_proxy_its_host_and_origin_are_accepted_and_links_lead_there() {
+    let home = Home::new();
+    home.nido(["api-server", "start", "--public-url", "ci.example", "--json"]).run().exits(2);
+    let server = Server::with(&home, &["--public-url", "https://ci.example/nido/", "--mcp"]);
+    let token = format!("Bearer {}", server.token());
+    let headers = [
+        ("authorization", token.as_str()),
+        ("host", "ci.example"),
+        ("origin", "https://ci.example"),
+        ("content-type", "application/json"),
+    ];
+    let made = server.plain("POST", "/v1/vms", &headers, br#"{"name": "web", "start": false}"#);
+    assert_eq!(made.header("location"), "/nido/v1/vms/web");
+    made.ok(201);
+    server.plain("POST", "/v1/vms", &headers, br#"{"name": "db", "start": false}"#).ok(201);
+    let page = server.plain("GET", "/v1/vms?limit=1", &headers, b"");
+    assert!(page.header("link").starts_with("</nido/v1/vms?"), "{}", page.header("link"));
+    let other = [headers[0], headers[1], ("origin", "https://other.example")];
+    server.plain("GET", "/v1/vms", &other, b"").problem(403, "denied");
+    let index = String::from_utf8(server.plain("GET", "/", &headers[..2], b"").body).unwrap();
+    assert!(index.contains("src=\"page/app.js\"") && !index.contains("=\"/"), "{index}");
+}
+
+// Proxies keep an answer until a buffer is full, unless they are told not to.
+#[test]
+fn a_stream_of_events_is_not_buffered_by_proxies() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    let bearer = format!("Bearer {}", server.token());
+    let headers = [("authorization", bearer.as_str()), ("accept", "text/event-stream")];
+    let stream = server.open("GET", "/v1/events", &headers, b"");
+    assert_eq!(stream.header("x-accel-buffering"), "no");
 }
 
 #[test]
@@ -76,15 +116,33 @@ fn other_machines_are_let_in_over_tls_only() {
         }
         nido.run().fails(1, "denied");
     };
-    refused(&["--allow-remote"]);
     refused(&["--bind", "0.0.0.0"]);
     let server = Server::with(&home, &["--allow-remote", "--insecure-http"]);
     assert!(server.address().starts_with("0.0.0.0:"));
+    // Without a certificate of the user's the server makes its own, and tells its fingerprint.
+    let live = home.nido(["api-server", "start", "--port", "0", "--allow-remote", "--json"]).start();
+    let listening: serde_json::Value = serde_json::from_str(&live.line()).unwrap();
+    let address = listening["address"].as_str().unwrap().strip_prefix("https://0.0.0.0:").unwrap().to_owned();
+    let tls = &listening["tls"];
+    assert_eq!((tls["made"].clone(), tls["sha256"].as_str().unwrap().len()), (true.into(), 95), "{listening}");
+    let certificate = std::fs::read_to_string(tls["certificate"].as_str().unwrap()).unwrap();
+    let authority = Authority { root: certificate, certificate: String::new(), key: String::new() };
+    let mut stream = authority.connect(&format!("127.0.0.1:{address}"));
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    live.signal(Signal::TERM);
+    live.wait().ok();
+    let again = home.nido(["api-server", "start", "--port", "0", "--allow-remote"]).start();
+    again.line();
+    again.signal(Signal::TERM);
+    let said = again.wait().ok().stderr;
+    assert!(said.contains(tls["sha256"].as_str().unwrap()) && said.contains("kept"), "{said}");
 }
 
 #[test]
 fn over_a_unix_socket_the_kernel_says_who_asks() {
-    use std::io::{Read as _, Write as _};
     use std::os::unix::fs::PermissionsExt as _;
     let home = Home::new();
     let socket = home.scratch("api.sock");

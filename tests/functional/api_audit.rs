@@ -49,7 +49,7 @@ fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
     expect("vm_exec", "success", "exit_code:3");
     expect("vm_download", "success", "");
     expect("vm_stop", "error", "vm_not_found");
-    assert!(lines.iter().any(|line| line["actor"] == "token:tests"));
+    assert!(lines.iter().any(|line| line["actor"].as_str().unwrap().starts_with("token:tests#")));
     let log = format!("{lines:?}");
     assert!(!log.contains("s3cret") && !log.contains("hunter2"), "{log}");
     home.nido(["audit", "verify"]).run().ok();
@@ -84,7 +84,9 @@ fn looks_are_in_the_audit_log_once() {
     let told = server.get("/v1/audit").ok(200)["records"].clone();
     let told: Vec<_> = told.as_array().unwrap().iter().filter(|line| line["face"] == "api").collect();
     let words = |line: &Value| {
-        ["tool", "stage", "result", "reason", "actor"].map(|key| line[key].as_str().unwrap_or_default().to_owned())
+        let word = |key: &str| line[key].as_str().unwrap_or_default().to_owned();
+        let actor = word("actor").split('#').next().unwrap().to_owned();
+        [word("tool"), word("stage"), word("result"), word("reason"), actor]
     };
     let told: Vec<_> = told.into_iter().map(words).collect();
     let expected = [
@@ -95,7 +97,8 @@ fn looks_are_in_the_audit_log_once() {
         ["audit_show", "outcome", "denied", "denied", "token:read"],
     ];
     assert_eq!(told, expected);
-    assert_eq!(home.nido(["audit", "verify", "--json"]).run().ok().json()["lines"], 10);
+    let verdict = home.nido(["audit", "verify", "--json"]).run().ok().json();
+    assert_eq!((&verdict["lines"], &verdict["reads"]["lines"]), (&json!(4), &json!(6)), "{verdict}");
 }
 
 #[test]
@@ -111,7 +114,8 @@ fn no_body_and_no_query_speaks_over_the_path() {
     delete("force=true&name=innocent&vm=innocent").problem(422, "spec_invalid");
     delete("force=true").ok(200);
     // What a route does not take from the query is no name either.
-    server.post("/v1/vms?name=innocent", &json!({"name": "evil", "start": false})).ok(201);
+    let evil = json!({"name": "evil", "start": false});
+    server.post("/v1/vms?name=innocent", &evil).problem(422, "spec_invalid");
     let of =
         |tool: &str| show(&home, ["--tool", tool]).into_iter().map(|line| line["params"].clone()).collect::<Vec<_>>();
     let snapshot = json!({"name": "web", "body": {"name": "first"}});
@@ -169,21 +173,24 @@ fn an_answer_that_is_told_again_is_a_line_of_its_own() {
     send("k1", &json!({"command": "true"})).problem(422, "spec_invalid");
     send("k2", &json!({})).problem(422, "spec_invalid");
     send("k2", &json!({})).problem(422, "spec_invalid");
-    let lines = show(&home, ["--tool", "vm_exec", "--actor", "token:tests", "--vm", "web"]);
+    let lines = show(&home, ["--tool", "vm_exec", "--vm", "web"]);
     let words =
         |line: &Value| ["stage", "result", "reason"].map(|key| line[key].as_str().unwrap_or_default().to_owned());
     let expected = [
         ["attempt", "pending", ""],
         ["outcome", "success", "exit_code:3"],
-        ["outcome", "success", "replayed"],
-        ["outcome", "error", "spec_invalid"],
         ["attempt", "pending", ""],
         ["outcome", "error", "spec_invalid"],
-        ["outcome", "error", "replayed"],
+        // What was refused is not kept.
+        ["attempt", "pending", ""],
+        ["outcome", "error", "spec_invalid"],
     ];
-    assert_eq!(lines.iter().map(words).collect::<Vec<_>>(), expected);
-    assert_eq!(lines[2]["params"], lines[0]["params"]);
-    assert_ne!(lines[2]["id"], lines[0]["id"]);
+    let (acts, reads): (Vec<_>, Vec<_>) = lines.iter().partition(|line| line["log"] == "acts");
+    assert_eq!(acts.iter().copied().map(words).collect::<Vec<_>>(), expected);
+    let told_again = [["outcome", "success", "replayed"], ["outcome", "error", "spec_invalid"]];
+    assert_eq!(reads.iter().copied().map(words).collect::<Vec<_>>(), told_again);
+    assert_eq!(reads[0]["params"], acts[0]["params"]);
+    assert_ne!(reads[0]["id"], acts[0]["id"]);
     assert!(!text(&home).contains("s3cr3t"));
     // What cannot be written down is not told again.
     let audit = home.path().join("audit");
@@ -272,7 +279,7 @@ fn a_download_ends_with_its_last_byte() {
     // A HEAD reaches into the guest as a GET does.
     assert_eq!(begin("HEAD").status, 200);
     assert_eq!(server.open("HEAD", &path(&home.scratch("none")), &[("authorization", &*bearer)], b"").status, 404);
-    assert_eq!(ends()[5..], [["success", ""], ["error", "path_not_found"]]);
+    assert_eq!(ends()[5..], [["success", ""], ["error", "guest_not_found"]]);
     let attempts = show(&home, ["--tool", "vm_download", "--result", "pending"]).len();
     assert_eq!(attempts, 7);
     assert_eq!(show(&home, ["--tool", "other"]), [] as [Value; 0]);
@@ -292,4 +299,45 @@ fn of_an_endpoint_only_the_host_is_in_the_audit_log() {
     let urls: Vec<_> = all.as_array().unwrap().iter().map(|line| line["params"]["url"].as_str().unwrap()).collect();
     let kept = "http://127.0.0.1:9/[redacted: 30 bytes]";
     assert_eq!(urls, [kept, kept, "[redacted: 12 bytes]", "[redacted: 12 bytes]", kept, kept]);
+}
+
+// A token that may only read wrote what it liked into the log, a thousand times a second, until nothing else was left in it.
+#[test]
+fn reads_push_no_act_out_of_the_log_and_repeat_in_one_line() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    server.send("DELETE", "/v1/vms/gone", &[], b"").problem(404, "vm_not_found");
+    let long = "x".repeat(4000);
+    for _ in 0..50 {
+        server.send("GET", "/v1/vms", &[("user-agent", "a script/1.0")], b"");
+    }
+    server.send("GET", &format!("/v1/vms?x={long}"), &[], b"");
+    server.live().signal(rustix::process::Signal::TERM);
+    server.ended();
+    let lines = show(&home, ["--tool", "vm_ls"]);
+    assert!(lines.len() <= 11 && lines.iter().all(|line| line["log"] == "reads"), "{lines:?}");
+    assert!(lines.iter().any(|line| line["reason"] == "repeated:42"), "{lines:?}");
+    assert_eq!(lines[0]["agent"], "a script/1.0");
+    assert!(!text(&home).contains("x".repeat(100).as_str()));
+    assert_eq!(show(&home, ["--tool", "vm_delete"]).len(), 2);
+}
+
+// An agent that tried its token at the REST API left no trace; nor did whoever guessed tokens.
+#[test]
+fn who_is_turned_away_is_written_down() {
+    let home = Home::new();
+    let server = Server::with(&home, &["--mcp"]);
+    let create = home.nido(["token", "create", "--name", "agents", "--scope", "run", "--only", "mcp", "--json"]);
+    let made = create.run().ok().json();
+    let bearer = format!("Bearer {}", made["token"].as_str().unwrap());
+    server.plain("DELETE", "/v1/vms/web?force=true", &[("authorization", &bearer)], b"").problem(403, "denied");
+    server.plain("GET", "/v1/vms", &[("authorization", "Bearer nido_x_y")], b"").problem(401, "unauthorized");
+    server.plain("GET", "/v1/vms", &[], b"").problem(401, "unauthorized");
+    server.plain("GET", "/v1/vms", &[("host", "evil.example")], b"").problem(403, "denied");
+    server.plain("GET", "/v1/vms", &[("origin", "http://evil.example")], b"").problem(403, "denied");
+    let lines = show(&home, ["--tool", "request", "--result", "denied"]);
+    let reasons: Vec<_> = lines.iter().map(|line| line["reason"].as_str().unwrap()).collect();
+    assert_eq!(reasons, ["wrong_door", "bad_token", "no_token", "wrong_host", "wrong_origin"]);
+    let actor = format!("token:agents#{}", made["id"].as_str().unwrap());
+    assert_eq!((&lines[0]["actor"], &lines[0]["params"]["path"]), (&json!(actor), &json!("/v1/vms/web")));
 }

@@ -19,7 +19,7 @@ fn commands_run_and_stream() {
     );
     assert_eq!(exec(json!({"argv": ["printf", "\\377"]})).ok(200)["stdout_base64"], "/w==");
     assert_eq!(exec(json!({"argv": ["sleep", "60"], "timeout_ms": 100})).ok(200)["timed_out"], true);
-    exec(json!({"argv": ["no-such-command"]})).problem(404, "command_not_found");
+    exec(json!({"argv": ["no-such-command"]})).problem(422, "command_not_found");
     exec(json!({})).problem(422, "spec_invalid");
     exec(json!({"argv": ["true"], "command": "true"})).problem(422, "spec_invalid");
     let bearer = format!("Bearer {}", server.token());

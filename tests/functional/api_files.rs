@@ -15,7 +15,7 @@ fn files_go_both_ways() {
     assert_eq!(sent["bytes"], 3_000_000);
     let got = server.get(&path);
     assert_eq!((got.header("content-type"), got.body == bytes), ("application/octet-stream", true));
-    server.get("/v1/vms/web/files?path=/no/such/file").problem(404, "path_not_found");
+    server.get("/v1/vms/web/files?path=/no/such/file").problem(404, "guest_not_found");
     server.get("/v1/vms/web/files?path=relative").problem(422, "path_invalid");
     server.send("PUT", &format!("{path}&mode=7777"), &[], b"x").problem(422, "spec_invalid");
 }

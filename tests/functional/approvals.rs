@@ -13,6 +13,7 @@ async fn server(home: &Home) -> Nido {
         home: Some(home.path()),
         qemu: Some(home.qemu_path()),
         supervisor: Some(env!("CARGO_BIN_EXE_nido").into()),
+        ..OpenOptions::default()
     };
     Nido::open(options).await.unwrap()
 }
@@ -57,7 +58,7 @@ fn a_person_approves_and_it_is_used_once() {
         }
         assert_eq!(home.nido(["approvals", "-q"]).run().ok().text().trim(), id);
         assert_eq!(nido.approval_use(&id, &ask(&vm)).unwrap_err().code(), Code::ApprovalRequired);
-        let done = home.nido(["approve", &id]).run().ok();
+        let done = home.nido(["approve", &id, "--yes"]).run().ok();
         assert_eq!(done.text().trim(), id);
         assert!(
             done.stderr.contains("approved: vm_delete of VM web") && !done.stderr.contains('\x1b'),
@@ -67,7 +68,7 @@ fn a_person_approves_and_it_is_used_once() {
         assert_eq!(home.nido(["approvals", "-q"]).run().ok().text(), "", "nothing waits");
         nido.approval_use(&id, &ask(&vm)).unwrap();
         assert_eq!(nido.approval_use(&id, &ask(&vm)).unwrap_err().code(), Code::ApprovalRequired);
-        home.nido(["approve", &id, "--json"]).run().fails(1, "approval_ended");
+        home.nido(["approve", &id, "--yes", "--json"]).run().fails(1, "approval_ended");
         let all = home.nido(["approvals", "--all", "--json"]).run().ok().json();
         assert_eq!(all["approvals"][0]["state"], "used");
     });
@@ -83,7 +84,7 @@ fn a_no_stays_a_no() {
     let vm = created(&home, "web");
     with_server(&home, async |nido| {
         let id = nido.approval_ask(&ask(&vm)).unwrap().id;
-        home.nido(["approve", &id]).run().ok();
+        home.nido(["approve", &id, "--yes"]).run().ok();
         assert_eq!(home.nido(["deny", &id, "--json"]).run().ok().json()["state"], "denied", "taken back");
         assert_eq!(nido.approval_use(&id, &ask(&vm)).unwrap_err().code(), Code::Denied);
         assert_eq!(nido.approval_ask(&ask(&vm)).unwrap().id, id, "asking again does not help");
@@ -97,7 +98,7 @@ fn an_approval_dies_with_its_vm() {
     let first = created(&home, "web");
     with_server(&home, async |nido| {
         let id = nido.approval_ask(&ask(&first)).unwrap().id;
-        home.nido(["approve", &id]).run().ok();
+        home.nido(["approve", &id, "--yes"]).run().ok();
         home.nido(["delete", "web"]).run().ok();
         let second = created(&home, "web");
         let error = nido.approval_use(&id, &ask(&second)).unwrap_err();

@@ -218,7 +218,9 @@ fn a_checkpoint_kept_elsewhere_finds_a_cut_tail_and_a_rewritten_log() {
 
     let all = lines(&home);
     put(&home, &all[..3]);
-    assert_eq!(verify(&home)["ok"], true, "a chain cannot show that its end is missing");
+    // A chain cannot show that its end is missing; the store can.
+    let problem = home.nido(["audit", "verify", "--json"]).run().fails(1, "audit_broken");
+    assert!(problem["detail"].as_str().unwrap().contains("tail was cut"), "{problem}");
     let problem = against().fails(1, "audit_broken");
     assert!(problem["detail"].as_str().unwrap().contains("tail was cut"), "{problem}");
 
@@ -359,7 +361,7 @@ fn without_its_line_nothing_is_done() {
     let touch = format!("touch '{}'", flag.display());
     let problem = home.nido(["exec", "web", "--json", "--", "sh", "-c", &touch]).run().fails(125, "audit_failed");
     assert!(problem["hint"].is_string(), "{problem}");
-    home.nido(["delete", "web", "--force", "--json"]).run().fails(1, "audit_failed");
+    home.nido(["delete", "web", "--force", "--json", "--yes"]).run().fails(1, "audit_failed");
     home.nido(["stop", "web", "--json"]).run().fails(1, "audit_failed");
     home.nido(["upload", "web", "/etc/hostname", "--json"]).arg(&flag).run().fails(1, "audit_failed");
     assert!(!flag.exists(), "it was done all the same");
@@ -368,4 +370,35 @@ fn without_its_line_nothing_is_done() {
     home.nido(["exec", "web", "--", "sh", "-c", &touch]).run().ok();
     until("what the command did", || flag.exists().then_some(()));
     assert_eq!(verify(&home)["lines"], 2);
+}
+
+// `verify` said "the log is empty", and that all was well.
+#[test]
+fn a_log_that_was_emptied_or_removed_is_noticed() {
+    let home = with_operations(2);
+    let emptied = || {
+        let problem = home.nido(["audit", "verify", "--json"]).run().fails(1, "audit_broken");
+        assert!(
+            problem["detail"].as_str().unwrap().contains("the log is empty, but 3 lines were written"),
+            "{problem}"
+        );
+    };
+    fs::write(log(&home), "").unwrap();
+    emptied();
+    fs::remove_dir_all(home.path().join("audit")).unwrap();
+    emptied();
+}
+
+// Where the log was depended on the environment of each process: one home had two logs.
+#[test]
+fn a_home_has_one_log_whatever_the_environment_says() {
+    let home = with_operations(1);
+    let state = home.scratch("state");
+    home.nido(["delete", "gone", "--json"])
+        .env("XDG_DATA_HOME", home.path().parent().unwrap().as_os_str())
+        .env("XDG_STATE_HOME", state.as_os_str())
+        .run()
+        .fails(1, "vm_not_found");
+    assert_eq!((lines(&home).len(), state.exists()), (4, false));
+    assert_eq!(fs::read_to_string(home.path().join("audit-place")).unwrap(), "audit");
 }

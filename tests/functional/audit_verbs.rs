@@ -39,7 +39,11 @@ fn who_may_ask_and_who_is_told_is_written_down() {
     home.nido(["webhook", "remove", &webhook]).run().ok();
     home.nido(["webhook", "remove", &webhook, "--json"]).run().fails(1, "webhook_not_found");
     let expected = [
-        ("token_create", "", json!({"name": "ci", "scope": "run", "only": null, "expires_in_ms": 3_600_000})),
+        (
+            "token_create",
+            "",
+            json!({"name": "ci", "scope": "run", "only": null, "expires_in_ms": 3_600_000, "limits": {}}),
+        ),
         ("token_revoke", "token_not_found", json!({"name": {"bytes": token.len()}})),
         ("token_revoke", "", json!({"name": "ci", "id": id})),
         ("token_revoke", "token_not_found", json!({"name": "ci"})),

@@ -172,3 +172,84 @@ fn output_that_cannot_be_written_is_an_error() {
     assert_eq!(ended.status.code(), Some(125));
     assert!(String::from_utf8_lossy(&ended.stderr).contains("standard output"));
 }
+
+#[test]
+fn one_sigterm_ends_nido_whatever_the_guest_does() {
+    // A command that ignored it, or a guest that stood still, kept nido alive: timeout(1), systemd and CI send just one.
+    let home = vm();
+    let script = "trap '' TERM; echo ready; while :; do sleep 0.05; done";
+    let ignoring = home.nido(["exec", "web", "--", "sh", "-c", script]).start();
+    assert_eq!(ignoring.line(), "ready");
+    ignoring.signal(Signal::TERM);
+    ignoring.wait().exits(143);
+
+    let flag = home.scratch("begun");
+    let script = format!("trap '' TERM; touch '{}'; while :; do sleep 0.05; done", flag.display());
+    let mut collected = home.nido(["exec", "web", "--json", "--", "sh", "-c"]).arg(script).start();
+    collected.until("the command runs", || flag.exists().then_some(()));
+    collected.signal(Signal::TERM);
+    collected.wait().exits(143);
+
+    let still = home.nido(["exec", "web", "--", "sh", "-c", "echo ready; sleep 1000"]).start();
+    assert_eq!(still.line(), "ready");
+    home.nido(["pause", "web"]).run().ok();
+    still.signal(Signal::TERM);
+    still.wait().exits(143);
+    home.nido(["resume", "web"]).run().ok();
+    home.nido(["exec", "web", "--", "true"]).run().ok();
+}
+
+#[test]
+fn a_command_that_is_too_large_is_not_the_guests_fault() {
+    // What nido itself could not put into a frame was laid at the guest's door: "may have been tampered with".
+    let home = vm();
+    let long = "a".repeat(120_000);
+    let mut arguments = home.nido(["exec", "web", "--json", "--", "true"]);
+    let mut environment = home.nido(["exec", "web", "--json"]);
+    for name in ["A", "B", "C"] {
+        arguments = arguments.arg(&long);
+        environment = environment.arg("-e").arg(format!("{name}={long}"));
+    }
+    for ran in [arguments.run(), environment.arg("--").arg("true").run()] {
+        let problem = ran.fails(125, "limit_exceeded");
+        assert!(problem["detail"].as_str().unwrap().contains("256 KiB"), "{problem:#}");
+    }
+    home.nido(["exec", "web", "--", "true"]).run().ok();
+}
+
+#[test]
+fn quotes_of_a_guests_message_are_not_escaped() {
+    let home = vm();
+    let problem =
+        home.nido(["exec", "web", "--json", "-u", "no-such", "--", "true"]).run().fails(126, "user_not_found");
+    assert_eq!(problem["detail"], "there is no user 'no-such' in the guest");
+    let problem = home.nido(["exec", "web", "--json", "--", ""]).run().fails(125, "guest_invalid");
+    assert_eq!(problem["detail"], "the program's name is empty");
+}
+
+#[test]
+fn more_commands_than_the_guest_runs_at_once_wait_for_their_turn() {
+    // The 65th was told that the agent is out of reach, or had too many sessions.
+    let home = vm();
+    let all: Vec<_> = (0..70).map(|_| home.nido(["exec", "web", "--", "sleep", "0.5"]).start()).collect();
+    for exec in all {
+        exec.wait().ok();
+    }
+}
+
+#[test]
+fn a_command_whose_vm_is_stopped_says_so() {
+    let home = vm();
+    let exec = home.nido(["exec", "web", "--", "sh", "-c", "trap '' HUP TERM; echo ready; sleep 1000"]).start();
+    assert_eq!(exec.line(), "ready");
+    home.nido(["stop", "--force", "web"]).run().ok();
+    let ran = exec.wait().exits(125);
+    assert!(ran.stderr.contains("VM 'web' was stopped while the command ran"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_time_limit_that_passed_is_named() {
+    let home = vm();
+    let ran = home.nido(["exec", "web", "--timeout", "300ms", "--", "sleep", "60"]).run().exits(124);
+    assert_eq!(ran.stderr, "timed out after 300ms; killed\n");
+}

@@ -2,8 +2,8 @@
 
 use rustix::process::Signal;
 
+use crate::support::Home;
 use crate::support::run::Nido;
-use crate::support::{Home, until};
 
 #[test]
 fn what_is_not_there_is_said() {
@@ -65,67 +65,98 @@ fn a_guest_that_never_answers_ends_at_its_deadline() {
     home.expect_empty();
 }
 
-/// What was found out about KVM is remembered in the home; the test has it remember that KVM works.
+/// A home that was made to believe that KVM works, or that it does not. `None`: there is no `/dev/kvm` that opens, so nothing
+/// can be believed of it.
+struct KvmVerdict {
+    cached: std::path::PathBuf,
+    entry: serde_json::Value,
+}
+
+impl KvmVerdict {
+    const WORKS: &str = r#"{"verdict": "usable", "micros": 9}"#;
+    const BROKEN: &str = r#"{"verdict": "present_unusable", "reason": "the test says so"}"#;
+
+    fn of(home: &Home) -> Option<Self> {
+        home.nido(["doctor"]).run().ok();
+        let cached = home.path().join("cache/kvm.json");
+        let entry = serde_json::from_str(&std::fs::read_to_string(&cached).ok()?).unwrap();
+        Some(Self { cached, entry })
+    }
+
+    fn write(&self, verdict: &str) -> String {
+        let mut entry = self.entry.clone();
+        entry["value"] = serde_json::from_str(verdict).unwrap();
+        std::fs::write(&self.cached, entry.to_string()).unwrap();
+        entry.to_string()
+    }
+
+    /// What is cached now: a verdict of the experiment's, or none while it is undecided.
+    fn read(&self) -> Option<String> {
+        std::fs::read_to_string(&self.cached).ok()
+    }
+}
+
+/// A guest that did not answer under KVM was started again under TCG, and so was every later VM of the home.
 #[test]
-fn a_vm_that_does_not_boot_under_kvm_is_started_again_without_it() {
+fn a_vm_that_fails_under_kvm_has_failed_and_lowers_no_isolation() {
     let home = Home::new();
     home.qemu("kvm-is-broken");
-    home.nido(["doctor"]).run().ok();
-    let remembered = home.path().join("cache/kvm.json");
-    let Ok(text) = std::fs::read_to_string(&remembered) else {
+    let Some(kvm) = KvmVerdict::of(&home) else {
         eprintln!("SKIPPED: this host's /dev/kvm does not open, so nothing can be believed of it");
         return;
     };
-    let mut verdict: serde_json::Value = serde_json::from_str(&text).unwrap();
-    verdict["value"] = serde_json::json!({"verdict": "usable", "micros": 9});
-    std::fs::write(&remembered, verdict.to_string()).unwrap();
-
-    let ran = home.nido(["spawn", "web", "--timeout", "2s"]).run().ok();
-    assert!(ran.stderr.contains("did not boot in time under it"), "{}", ran.stderr);
-    let info = home.info("web");
-    assert_eq!((info["accel"].as_str(), info["status"].as_str()), (Some("tcg"), Some("running")), "{info}");
-    // Also if nobody waits, or if it vanishes when it stops.
-    std::fs::write(&remembered, verdict.to_string()).unwrap();
+    let forged = kvm.write(KvmVerdict::WORKS);
+    for more in ["--accel=auto", "--ephemeral", "--accel=kvm"] {
+        kvm.write(KvmVerdict::WORKS);
+        home.nido(["spawn", "web", more, "--timeout", "2s", "--json"]).run().fails(1, "agent_unreachable");
+        home.expect_empty();
+        // Only the experiment decides, and it ran again: the host's own verdict stands there, or none if it was busy.
+        let cached = kvm.read();
+        assert_ne!(cached.as_deref(), Some(forged.as_str()));
+        let entry = cached.map(|text| serde_json::from_str::<serde_json::Value>(&text).unwrap());
+        let verdict = entry.map_or_else(String::new, |entry| entry["value"].to_string());
+        assert!(!verdict.contains("web") && !verdict.contains("boot"), "a guest has written a verdict: {verdict}");
+    }
+    // The same if nobody waits.
+    kvm.write(KvmVerdict::WORKS);
     home.nido(["spawn", "later", "--timeout", "2s", "--no-wait"]).run().ok();
-    until("the emulated one", || (home.info("later")["accel"] == "tcg").then_some(()));
-    home.nido(["start", "later"]).run().ok();
-    assert_eq!(home.info("later")["agent"]["ready"], true);
-    home.nido(["delete", "--force", "later"]).run().ok();
-    std::fs::write(&remembered, verdict.to_string()).unwrap();
-    let ran = home.nido(["spawn", "brief", "--timeout", "2s", "--ephemeral"]).run().ok();
-    assert!(ran.stderr.contains("did not boot in time under it"), "{}", ran.stderr);
-    home.nido(["delete", "--force", "brief"]).run().ok();
-    // It is remembered.
-    home.nido(["spawn", "db"]).run().ok();
-    assert_eq!(home.info("db")["accel"], "tcg");
-    // Who insists on KVM is told.
-    home.nido(["spawn", "kv", "--accel", "kvm", "--json"]).run().fails(1, "kvm_unavailable");
-    std::fs::write(&remembered, verdict.to_string()).unwrap();
-    home.nido(["spawn", "kv", "--accel", "kvm", "--timeout", "2s", "--json"]).run().fails(1, "agent_unreachable");
-    let mut names = home.names();
-    names.sort();
-    assert_eq!(names, ["db", "web"]);
-    assert_eq!(std::fs::read_to_string(&remembered).unwrap(), verdict.to_string());
+    let info = home.await_info("later", |info| info["status"] == "failed");
+    assert_eq!(
+        (info["failure"]["cause"].as_str(), info["accel"].as_str()),
+        (Some("guest_timeout"), Some("kvm")),
+        "{info}"
+    );
+}
 
-    // A guest that does not boot without KVM either says nothing about KVM. (Another QEMU has everything forgotten.)
-    let other_qemu = |words: &str, remember: &str| {
-        home.qemu(words);
-        home.nido(["doctor"]).run().ok();
-        std::fs::write(&remembered, remember).unwrap();
+/// A VM that had run under KVM was emulated at its next start if KVM was found wanting meanwhile.
+#[test]
+fn a_vm_that_ran_with_isolation_does_not_start_without_it_unless_told_to() {
+    let home = Home::new();
+    let Some(kvm) = KvmVerdict::of(&home) else {
+        eprintln!("SKIPPED: this host's /dev/kvm does not open, so nothing can be believed of it");
+        return;
     };
-    other_qemu("no-agent", &verdict.to_string());
-    home.nido(["spawn", "mute", "--timeout", "2s", "--json"]).run().fails(1, "agent_unreachable");
-    let said = std::fs::read_to_string(&remembered).unwrap_or_default();
-    assert!(!said.contains("did not boot in time"), "{said}");
-    assert_ne!(said, verdict.to_string());
-    // Unless another one had failed before: the doctor's experiment alone makes good for that.
-    other_qemu("kvm-is-broken", &verdict.to_string());
-    home.nido(["spawn", "other", "--timeout", "2s"]).run().ok();
-    let others_fault = std::fs::read_to_string(&remembered).unwrap();
-    other_qemu("no-agent", &others_fault);
-    home.nido(["spawn", "mute", "--timeout", "2s", "--json"]).run().fails(1, "agent_unreachable");
-    assert!(others_fault.contains("VM 'other' did not boot in time under it"), "{others_fault}");
-    assert_eq!(std::fs::read_to_string(&remembered).unwrap(), others_fault);
+    kvm.write(KvmVerdict::WORKS);
+    home.nido(["spawn", "web"]).run().ok();
+    assert_eq!(home.info("web")["isolation"], "hardware");
+    kvm.write(KvmVerdict::BROKEN);
+    home.nido(["restart", "web", "--json"]).run().fails(1, "isolation_required");
+    home.nido(["start", "web", "--json"]).run().fails(1, "isolation_required");
+    home.nido(["start", "web", "--cold", "--json"]).run().fails(1, "isolation_required");
+    assert_eq!(home.info("web")["status"], "stopped");
+    let started = home.nido(["start", "web", "--accel", "tcg"]).run().ok();
+    assert!(started.stderr.contains("no hardware isolation"), "{}", started.stderr);
+    assert_eq!(home.info("web")["isolation"], "emulation");
+    // It was given up; and it comes back where it can be had.
+    home.nido(["restart", "web"]).run().ok();
+    kvm.write(KvmVerdict::WORKS);
+    home.nido(["restart", "web"]).run().ok();
+    let info = home.info("web");
+    assert_eq!(info["isolation"], "hardware", "{info}");
+    // A VM that never had any starts as before.
+    kvm.write(KvmVerdict::BROKEN);
+    home.nido(["spawn", "db"]).run().ok();
+    home.nido(["restart", "db"]).run().ok();
 }
 
 #[test]
@@ -145,7 +176,7 @@ fn a_vm_whose_monitor_went_silent_can_be_deleted() {
     home.qemu("hang-qmp");
     drop(home.nido(["spawn", "web", "--timeout", "2s"]).run());
     for name in home.names() {
-        home.nido(["delete", &name, "--force"]).run().ok();
+        home.nido(["delete", &name, "--force", "--yes"]).run().ok();
     }
     home.expect_empty();
 }
@@ -210,7 +241,7 @@ fn a_killed_spawn_leaves_nothing_that_cannot_be_deleted() {
     let mut spawn = home.nido(["spawn", "web", "--accel", "tcg"]).start();
     spawn.until("the VM's row", || (home.names() == ["web"]).then_some(()));
     spawn.signal(Signal::KILL);
-    home.nido(["delete", "web", "--force"]).run().ok();
+    home.nido(["delete", "web", "--force", "--yes"]).run().ok();
     home.expect_empty();
 }
 
@@ -242,6 +273,8 @@ fn a_full_disk_is_said_and_survived() {
         cp -r \"$2\"/. \"$1\"
         cat /dev/zero > \"$1/filler\" 2> /dev/null || true
         \"$3\" --home \"$1\" create web --json || echo \"exit $?\"
+        # What gives space back works all the same: something was kept for it.
+        \"$3\" --home \"$1\" delete old --yes
         rm \"$1/filler\"
         \"$3\" --home \"$1\" create web
         \"$3\" --home \"$1\" ls -q";
@@ -251,7 +284,7 @@ fn a_full_disk_is_said_and_survived() {
     let ran = command.output().unwrap();
     let (stdout, stderr) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
     assert!(stderr.contains("\"code\":\"disk_full\""), "{stdout}{stderr}");
-    assert_eq!(stdout, "exit 1\nweb\nold\nweb\n", "{stderr}");
+    assert_eq!(stdout, "exit 1\nold\nweb\nweb\n", "{stderr}");
 }
 
 #[test]

@@ -81,11 +81,11 @@ fn what_is_missing_is_said_and_nothing_is_left() {
     let home = vm();
     let (missing, there) = (home.scratch("here/missing"), home.scratch("there/x"));
     home.nido(["upload", "web", "--json"]).arg(&missing).arg(&there).run().fails(1, "path_not_found");
-    home.nido(["download", "web", "--json"]).arg(&there).arg(&missing).run().fails(1, "path_not_found");
+    home.nido(["download", "web", "--json"]).arg(&there).arg(&missing).run().fails(1, "guest_not_found");
     home.nido(["upload", "web", "--json", "/etc/hostname"])
         .arg(home.scratch("there/no/x"))
         .run()
-        .fails(1, "path_not_found");
+        .fails(1, "guest_not_found");
     home.nido(["upload", "web", "--parents", "/etc/hostname"]).arg(home.scratch("there/no/x")).run().ok();
     home.nido(["upload", "web", "--json", "-u", "nobody-at-all", "/etc/hostname"])
         .arg(&there)
@@ -122,4 +122,24 @@ fn an_interrupted_copy_leaves_nothing_half_written() {
     crate::support::until("an empty directory", || {
         fs::read_dir(home.scratch("there")).unwrap().next().is_none().then_some(())
     });
+}
+
+#[test]
+fn a_copy_to_standard_output_is_silent_when_its_reader_has_left() {
+    let home = Home::new();
+    home.spawn("web");
+    let big = home.scratch("big");
+    fs::write(&big, vec![b'x'; 4_000_000]).unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_nido"));
+    command.args(["cp", &format!("web:{}", big.display()), "-"]).env("NIDO_HOME", home.path());
+    command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    std::io::Read::read_exact(&mut stdout, &mut [0; 1]).unwrap();
+    drop(stdout);
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!((ended.status.code(), String::from_utf8_lossy(&ended.stderr).as_ref()), (Some(141), ""));
 }

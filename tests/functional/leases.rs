@@ -17,9 +17,13 @@ const QEMU: &str = "NIDO_TEST_LEASE_QEMU";
 
 fn with_server<T>(home: std::path::PathBuf, qemu: std::path::PathBuf, work: impl AsyncFnOnce(&Nido) -> T) -> T {
     let supervisor = Some(env!("CARGO_BIN_EXE_nido").into());
-    let options = OpenOptions { home: Some(home), qemu: Some(qemu), supervisor };
+    let options = OpenOptions { home: Some(home), qemu: Some(qemu), supervisor, ..OpenOptions::default() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async { work(&Nido::open(options).await.unwrap()).await })
+}
+
+fn grant() -> nido_vmm::api::Grant {
+    nido_vmm::api::Grant::unlimited(&nido_vmm::audit::Caller::command_line())
 }
 
 fn spec(name: &str, lease: Option<&LeaseId>) -> VmSpec {
@@ -27,7 +31,7 @@ fn spec(name: &str, lease: Option<&LeaseId>) -> VmSpec {
 }
 
 async fn spawn(nido: &Nido, name: &str, lease: Option<&LeaseId>) -> String {
-    nido.spawn(spec(name, lease), StartRequest::default(), &mut |_| ()).await.unwrap().id
+    nido.spawn(spec(name, lease), StartRequest::default(), &grant(), &mut |_| ()).await.unwrap().id
 }
 
 /// Another process with a session and a VM `web` of it.
@@ -92,15 +96,15 @@ fn a_session_that_ends_takes_its_vms_with_it() {
     with_server(home.path(), home.qemu_path(), async |nido| {
         let (lease, other) = (nido.lease_open().unwrap(), nido.lease_open().unwrap());
         spawn(nido, "web", Some(lease.id())).await;
-        let made = nido.create(spec("cold", Some(lease.id()))).await.unwrap();
+        let made = nido.create(spec("cold", Some(lease.id())), &grant()).await.unwrap();
         assert!(made.ephemeral);
-        nido.create(spec("theirs", Some(other.id()))).await.unwrap();
-        nido.create(spec("mine", None)).await.unwrap();
+        nido.create(spec("theirs", Some(other.id())), &grant()).await.unwrap();
+        nido.create(spec("mine", None), &grant()).await.unwrap();
         assert_eq!(home.names(), ["web", "cold", "theirs", "mine"], "settling leaves them alone");
         let id = lease.id().clone();
         nido.lease_end(lease).await.unwrap();
         assert_eq!(home.names(), ["theirs", "mine"]);
-        let late = nido.create(spec("late", Some(&id))).await.unwrap_err();
+        let late = nido.create(spec("late", Some(&id)), &grant()).await.unwrap_err();
         assert_eq!(late.code(), Code::Interrupted);
         drop(other);
         assert_eq!(home.names(), ["mine"], "one at rest goes with the next command");

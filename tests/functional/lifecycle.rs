@@ -37,7 +37,7 @@ fn a_vm_lives_from_spawn_to_delete() {
 
     let refused = home.nido(["delete", "web", "--json"]).run().fails(1, "vm_busy");
     assert!(refused["hint"].as_str().unwrap().contains("--force"));
-    assert_eq!(home.nido(["delete", "web", "--force"]).run().ok().text(), "web\n");
+    assert_eq!(home.nido(["delete", "web", "--force", "--yes"]).run().ok().text(), "web\n");
     home.expect_empty();
 }
 

@@ -30,7 +30,11 @@ fn a_vm_lives_in_both_eras() {
         home.nido(["delete", "--force", "--yes", "web"]).run().ok();
         client.bad("vm_exec", json!({"name": "web", "argv": ["true"]}), "vm_not_found");
         let ran = client.ended().ok();
-        assert_eq!(ran.stderr, "");
+        assert!(
+            ran.stderr.starts_with("files of the host are read") && ran.stderr.lines().count() == 1,
+            "{}",
+            ran.stderr
+        );
         home.expect_empty();
     }
 }
@@ -41,23 +45,19 @@ fn wrong_arguments_are_answers_that_name_the_field() {
     let mut client = Client::start(&home, Era::Modern);
     for (tool, arguments, words) in [
         ("vm_spawn", json!({"name": "Web"}), "name: 'Web' is not a VM name"),
-        ("vm_spawn", json!({"name": "web", "cpus": "two"}), "cpus: "),
-        (
-            "vm_spawn",
-            json!({"name": "web", "net": "bridge"}),
-            "net: unknown variant `bridge`, expected `nat` or `none`",
-        ),
-        ("vm_spawn", json!({"name": "web", "colour": "red"}), "colour: unknown field"),
+        ("vm_spawn", json!({"name": "web", "cpus": "two"}), "cpus: must be a whole number"),
+        ("vm_spawn", json!({"name": "web", "net": "bridge"}), "net: must be one of nat, none"),
         ("vm_spawn", json!({"name": "web", "start": false}), "start: there is no such argument"),
-        ("vm_spawn", json!({"name": "web", "ttl_ms": 0}), "ttl_ms: a time limit of zero"),
-        ("vm_create", json!({"name": "web", "idle_ms": 0}), "idle_ms: a time limit of zero"),
+        ("vm_spawn", json!({"name": "web", "ttl_seconds": 0}), "ttl_seconds: must be a number greater than 0"),
+        ("vm_spawn", json!({"name": "web", "ttl_ms": 0}), "ttl_ms: must be a number greater than 0"),
+        ("vm_spawn", json!({"name": "web", "forwards": [{"guest_port": 0}]}), "forwards[0].guest_port: must be"),
+        ("vm_create", json!({"name": "web", "idle_ms": 0}), "idle_ms: must be"),
         ("vm_create", json!({"name": "web", "labels": {"": "x"}}), "labels: at most"),
-        ("vm_create", json!({"name": "web", "lease": "0123456789abcdef"}), "lease: unknown field"),
         ("vm_exec", json!({"argv": ["true"]}), "name: it is missing"),
         ("vm_exec", json!({"name": "web"}), "argv: there is no command"),
         ("vm_exec", json!({"name": "web", "argv": ["a"], "command": "a"}), "command: argv is given as well"),
-        ("vm_ls", json!({"limit": 0}), "limit: it is 1 to 500"),
-        ("vm_ls", json!({"status": "asleep"}), "status: unknown variant `asleep`, expected one of `created`"),
+        ("vm_ls", json!({"limit": 0}), "limit: must be a whole number from 1 to 500"),
+        ("vm_ls", json!({"status": "asleep"}), "status: must be one of created, starting"),
     ] {
         let error = client.bad(tool, arguments, "spec_invalid");
         assert!(error["message"].as_str().unwrap().starts_with(words), "{error}");
@@ -66,6 +66,75 @@ fn wrong_arguments_are_answers_that_name_the_field() {
     let answer = client.ask("tools/call", json!({"name": "vm_fly", "arguments": {}}));
     assert_eq!(answer["error"]["code"], -32602, "{answer}");
     assert!(home.names().is_empty());
+}
+
+#[test]
+fn unknown_arguments_are_ignored_and_named_in_a_note() {
+    // Clients such as n8n add fields of their own to every call, and none of their calls was carried out.
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Legacy);
+    let extra =
+        json!({"name": "web", "accel": "tcg", "toolCallId": "7", "lease": "0123456789abcdef", "sessionId": null});
+    let made = client.good("vm_create", extra);
+    assert_eq!(made["notes"], json!(["arguments that this tool does not have were ignored: lease, toolCallId"]));
+    assert!(made["lease"].is_null(), "{made}");
+    assert!(client.good("vm_info", json!({"name": "web"})).get("notes").is_none());
+    let error = client.bad("vm_info", json!({"name": "nowhere", "verbose": true}), "vm_not_found");
+    assert!(error["notes"][0].as_str().unwrap().ends_with("ignored: verbose"), "{error}");
+}
+
+#[test]
+fn every_optional_argument_may_be_null_or_empty() {
+    // A model under OpenAI's strict mode has to send every field: most of its calls were refused, and vm_upload could never succeed.
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    let tools = client.tools();
+    let path = home.scratch("file");
+    let read = || std::fs::read_to_string(&path).unwrap();
+    for empty in [json!(null), json!(""), json!([])] {
+        let all = |client: &mut Client, tool: &str, given: Value| {
+            let mut arguments = given;
+            for (field, _) in tools[tool]["inputSchema"]["properties"].as_object().unwrap() {
+                if arguments.get(field).is_none() {
+                    arguments[field] = empty.clone();
+                }
+            }
+            client.good(tool, arguments)
+        };
+        all(&mut client, "vm_spawn", json!({"name": "web", "accel": "tcg"}));
+        assert_eq!(all(&mut client, "vm_exec", json!({"name": "web", "command": "echo a"}))["stdout"], "a\n");
+        assert_eq!(all(&mut client, "vm_exec", json!({"name": "web", "argv": ["echo", "b"]}))["stdout"], "b\n");
+        all(&mut client, "vm_upload", json!({"name": "web", "path": path, "content": "hi"}));
+        assert_eq!(read(), "hi");
+        all(&mut client, "vm_upload", json!({"name": "web", "path": path, "content_base64": "aG8="}));
+        assert_eq!(read(), "ho");
+        assert_eq!(all(&mut client, "vm_download", json!({"name": "web", "path": path}))["content"], "ho");
+        all(&mut client, "vm_ls", json!({}));
+        all(&mut client, "vm_stop", json!({"name": "web", "force": true}));
+        all(&mut client, "vm_start", json!({"name": "web"}));
+        home.nido(["delete", "--force", "--yes", "web"]).run().ok();
+    }
+    client.good("vm_spawn", json!({"name": "web", "accel": "tcg"}));
+    client.good("vm_upload", json!({"name": "web", "path": path, "content": ""}));
+    assert_eq!(read(), "", "an empty file can be written");
+}
+
+#[test]
+fn times_are_seconds_and_numbers_may_be_written_as_floats_or_text() {
+    // The specification's own call failed: timeout_seconds was an unknown field, and 5.0 was no integer.
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    client.good("vm_spawn", json!({"name": "t2-a", "accel": "tcg", "cpus": 1.0, "ttl_seconds": 600.0}));
+    for timeout in [json!(5), json!(5.0), json!("5"), json!(4.5)] {
+        client.good("vm_exec", json!({"name": "t2-a", "command": "ls -l /", "timeout_seconds": timeout}));
+    }
+    for late in [json!({"timeout_seconds": 0.2}), json!({"timeout_ms": 200})] {
+        let mut call = late;
+        call["name"] = "t2-a".into();
+        call["argv"] = json!(["sleep", "1000"]);
+        assert_eq!(client.good("vm_exec", call)["timed_out"], true);
+    }
+    assert_eq!(client.good("vm_ls", json!({"limit": 5.0}))["vms"][0]["name"], "t2-a");
 }
 
 #[test]
@@ -81,8 +150,12 @@ fn every_call_is_written_down_with_who_and_how() {
     assert!(!client.tools().contains_key("vm_delete"));
     drop(client);
     let log = home.nido(["audit", "show", "--json"]).run().ok().json();
+    // Of what is done and of what is read there are two logs; within a second nobody knows what came first.
+    let (reads, acts): (Vec<_>, Vec<_>) =
+        log["records"].as_array().unwrap().iter().cloned().partition(|line| line["log"] == "reads");
+    assert_eq!(reads.iter().map(|line| &line["tool"]).collect::<Vec<_>>(), ["vm_ls"]);
     let line = |at: usize| {
-        let line = &log["records"][at];
+        let line = &acts[at];
         let text = |key: &str| line[key].as_str().unwrap_or_default().to_owned();
         (text("face"), text("tool"), text("stage"), text("result"), text("reason"))
     };
@@ -92,10 +165,9 @@ fn every_call_is_written_down_with_who_and_how() {
     assert_eq!(line(0), is("vm_spawn", "attempt", "pending", ""));
     assert_eq!(line(1), is("vm_spawn", "outcome", "success", ""));
     assert_eq!(line(3), is("vm_exec", "outcome", "success", "exit_code:1"));
-    assert_eq!(line(4), is("vm_ls", "outcome", "success", ""));
-    assert_eq!(line(7), is("vm_delete", "outcome", "denied", "tool_not_offered"));
-    assert_eq!(log["records"][2]["agent"], "tests");
-    assert!(log["records"][2]["actor"].as_str().unwrap().starts_with("uid:"));
+    assert_eq!(line(6), is("vm_delete", "outcome", "denied", "tool_not_offered"));
+    assert_eq!(acts[2]["agent"], "tests");
+    assert!(acts[2]["actor"].as_str().unwrap().starts_with("uid:"));
     assert!(!log.to_string().contains("secret") && !log.to_string().contains("c2VjcmV0"));
 }
 
@@ -124,7 +196,7 @@ fn a_vm_is_made_started_kept_and_taken_back_and_files_go_in_and_out() {
     let got = client.good("vm_download", json!({"name": "web", "path": path}));
     assert_eq!((got.get("content"), &got["content_base64"]), (None, &"G1sySgA=".into()), "controls are not shown");
     client.bad("vm_download", json!({"name": "web", "path": path, "max_bytes": 4}), "limit_exceeded");
-    client.bad("vm_download", json!({"name": "web", "path": "/nowhere"}), "path_not_found");
+    client.bad("vm_download", json!({"name": "web", "path": "/nowhere"}), "guest_not_found");
     for wrong in
         [json!({"path": "a", "content": ""}), json!({"path": "/a"}), json!({"path": "/a", "content_base64": "?"})]
     {
@@ -212,7 +284,7 @@ fn cancelling_kills_the_command_and_removes_the_vm_that_was_begun() {
         client.good("vm_spawn", json!({"name": "web", "accel": "tcg"}));
         let mark = home.scratch("mark");
         let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
-        let id = client.begin("vm_exec", json!({"name": "web", "command": command, "timeout_ms": 0}), json!({}));
+        let id = client.begin("vm_exec", json!({"name": "web", "command": command, "timeout_seconds": 0}), json!({}));
         let pid = until("the command", || {
             let pid = std::fs::read_to_string(&mark).ok()?;
             pid.trim().parse::<u32>().ok()
@@ -269,7 +341,8 @@ fn a_policy_says_which_commands_run_and_what_is_refused_is_written_down() {
         denied.map(|r| r["reason"].as_str().unwrap()).collect::<Vec<_>>(),
         ["not_in_allowlist", "not_in_allowlist", "upload_not_allowed"]
     );
-    std::fs::write(&policy, "upload = true\n[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n").unwrap();
+    std::fs::write(&policy, "upload = true\nconfirm = 'never'\n[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n")
+        .unwrap();
     let mut client = Client::with(&home, Era::Legacy, &["--policy", policy.to_str().unwrap()], json!({}));
     client.good("vm_upload", upload);
     assert!(file.exists());
@@ -278,7 +351,7 @@ fn a_policy_says_which_commands_run_and_what_is_refused_is_written_down() {
 #[test]
 fn long_output_is_cut_in_the_answer_and_whole_as_a_resource() {
     let home = Home::new();
-    let mut client = Client::start(&home, Era::Modern);
+    let mut client = Client::with(&home, Era::Modern, &["--confirm", "never"], json!({}));
     home.spawn("web");
     let command = "printf '\\033[2Jfirst\\n'; i=0; while [ $i -lt 20000 ]; do echo $i; i=$((i+1)); done; echo last";
     let id = client.begin("vm_exec", json!({"name": "web", "command": command}), json!({}));
@@ -415,7 +488,65 @@ fn clients_are_told_how_to_start_it_and_keep_what_they_knew() {
         assert_eq!((&now["other"], &now["mcpServers"]["x"]), (&1.into(), &json!({})));
         assert_eq!(now["mcpServers"]["nido"]["args"], json!(["mcp-server", "start"]));
     }
+    // What only this environment finds is written down: the client starts it with another one.
+    let moved = home.scratch("data");
+    let install_moved = home.nido(["mcp-server", "install", "--client", "cursor", "--file", path]);
+    let entry =
+        install_moved.env("XDG_DATA_HOME", &moved).env("XDG_STATE_HOME", &moved).env("NIDO_HOME", "").run().ok().json();
+    let env = &entry["mcpServers"]["nido"]["env"];
+    assert_eq!(env["XDG_STATE_HOME"], moved.to_str().unwrap());
+    if !rustix::process::geteuid().is_root() {
+        assert_eq!(env["NIDO_HOME"], moved.join("nido").to_str().unwrap());
+    }
     std::fs::write(&file, "// comment").unwrap();
     install(&["--client", "vscode", "--write", "--json"]).fails(2, "spec_invalid");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "// comment");
+}
+
+#[test]
+fn who_follows_a_log_is_told_when_it_has_grown() {
+    for era in Era::ALL {
+        let home = Home::new();
+        let mut client = Client::start(&home, era);
+        let vm = client.good("vm_spawn", json!({"name": "web", "accel": "tcg"}));
+        let uri = "vmops://vm/web/logs";
+        match era {
+            Era::Legacy => drop(client.result("resources/subscribe", json!({"uri": uri}))),
+            Era::Modern => {
+                client.request("subscriptions/listen", json!({"notifications": {"resourceSubscriptions": [uri]}}));
+                client.hear("notifications/subscriptions/acknowledged");
+            }
+        }
+        let console = home.path().join("vms").join(vm["id"].as_str().unwrap()).join("console.log");
+        let told = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // The first look says how long the log is; what is written behind it is growth.
+            scope.spawn(|| {
+                let mut log = std::fs::File::options().append(true).create(true).open(&console).unwrap();
+                // For a minute at most: a test that fails meanwhile waits for this thread.
+                for _ in 0..1200 {
+                    if told.load(std::sync::atomic::Ordering::Relaxed) {
+                        break;
+                    }
+                    std::io::Write::write_all(&mut log, b"a line\n").unwrap();
+                    std::thread::sleep(std::time::Duration::from_millis(50));
+                }
+            });
+            while client.hear("notifications/resources/updated")["params"]["uri"] != uri {}
+            told.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        client.ended().ok();
+    }
+}
+
+#[test]
+fn a_session_begins_once() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Legacy);
+    let hello =
+        json!({"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "again", "version": "1"}});
+    let answer = client.ask("initialize", hello);
+    assert_eq!(answer["error"]["code"], -32600, "{answer}");
+    assert_eq!(client.good("vm_ls", json!({}))["vms"], json!([]));
+    client.ended().ok();
 }

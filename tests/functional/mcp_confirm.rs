@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::support::Home;
 use crate::support::mcp::{Client, Era};
+use crate::support::{Home, until};
 
 /// A VM that a person has to be asked about.
 fn kept(client: &mut Client) {
@@ -23,7 +23,7 @@ fn a_client_without_forms_is_told_how_its_user_can_approve() {
     // Not given yet; and what a model makes up is none.
     client.bad("vm_delete", json!({"name": "web", "approval_id": id}), "approval_required");
     client.bad("vm_delete", json!({"name": "web", "approval_id": "apr_0123456789abcdef"}), "approval_required");
-    home.nido(["approve", id]).run().ok();
+    home.nido(["approve", id, "--yes"]).run().ok();
     // For exactly what was asked.
     let other = client.bad("vm_delete", json!({"name": "web", "approval_id": id, "force": true}), "denied");
     assert!(other["next_step"].as_str().unwrap().contains("without approval_id"), "{other}");
@@ -37,11 +37,9 @@ fn a_client_without_forms_is_told_how_its_user_can_approve() {
 #[test]
 fn a_client_with_forms_asks_its_user_in_both_eras() {
     for era in Era::ALL {
-        for (answer, goes) in [
-            (json!({"action": "decline"}), false),
-            (json!({"action": "accept", "content": {"confirm": false}}), false),
-            (json!({"action": "accept", "content": {"confirm": true}}), true),
-        ] {
+        for (answer, goes) in
+            [(json!({"action": "decline"}), false), (json!({"action": "accept", "content": {"confirm": true}}), true)]
+        {
             let home = Home::new();
             let mut client = Client::with(&home, era, &[], FORMS());
             kept(&mut client);
@@ -51,7 +49,7 @@ fn a_client_with_forms_asks_its_user_in_both_eras() {
                     let id = client.request("tools/call", call);
                     let asked = client.hear("elicitation/create");
                     assert!(asked["params"]["message"].as_str().unwrap().contains("VM 'web'"), "{asked}");
-                    client.say(&json!({"jsonrpc": "2.0", "id": asked["id"], "result": answer}));
+                    client.say(&json!({"jsonrpc": "2.0", "id": asked["id"], "result": answer.clone()}));
                     client.done("vm_delete", id)
                 }
                 Era::Modern => {
@@ -76,12 +74,16 @@ fn a_client_with_forms_asks_its_user_in_both_eras() {
             assert_eq!(result["isError"], !goes, "{result}");
             assert_eq!(home.names().is_empty(), goes, "{era:?} {result}");
             if !goes {
-                // What is said then is said again, and nobody is asked again.
                 let refused = result["structuredContent"]["error"].clone();
                 assert!(
                     refused["next_step"].as_str().unwrap().starts_with("the user has refused: do not"),
                     "{refused}"
                 );
+                // The user may have changed their mind, and is asked again; not for ever.
+                for _ in 0..2 {
+                    let (open, _) = form(&mut client, era, "vm_delete", &json!({"name": "web"}));
+                    assert_eq!(answer_with(&mut client, "vm_delete", open, &answer)["isError"], true);
+                }
                 assert_eq!(client.bad("vm_delete", json!({"name": "web"}), "denied"), refused);
             }
         }
@@ -137,7 +139,11 @@ fn form(client: &mut Client, era: Era, tool: &str, arguments: &Value) -> (Form, 
 
 /// The user says yes; what becomes of the call.
 fn yes(client: &mut Client, tool: &str, form: Form) -> Value {
-    let yes = json!({"action": "accept", "content": {"confirm": true}});
+    answer_with(client, tool, form, &json!({"action": "accept", "content": {"confirm": true}}))
+}
+
+/// The user answers this; what becomes of the call.
+fn answer_with(client: &mut Client, tool: &str, form: Form, yes: &Value) -> Value {
     match form {
         Form::Asked { call, question } => {
             client.say(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
@@ -195,7 +201,7 @@ fn a_throw_away_vm_of_somebody_else_is_not_stopped_unasked() {
         home.spawn("kept");
         let mut client = Client::with(&home, era, &[], FORMS());
         let (open, words) = form(&mut client, era, "vm_stop", &json!({"name": "theirs"}));
-        assert!(words.contains("wants to stop, and so destroy with its disk"), "{words}");
+        assert!(words.contains("which destroys it with its disk"), "{words}");
         assert_eq!(home.info("theirs")["status"], "running");
         assert_eq!(yes(&mut client, "vm_stop", open)["isError"], false);
         assert!(!home.names().contains(&"theirs".to_owned()));
@@ -208,7 +214,7 @@ fn a_throw_away_vm_of_somebody_else_is_not_stopped_unasked() {
         let mut client = Client::start(&home, era);
         let error = client.bad("vm_stop", json!({"name": "theirs"}), "approval_required");
         let id = error["approval_id"].as_str().unwrap();
-        home.nido(["approve", id]).run().ok();
+        home.nido(["approve", id, "--yes"]).run().ok();
         client.good("vm_stop", json!({"name": "theirs", "approval_id": id}));
         assert_eq!(home.names(), ["kept"]);
     }
@@ -250,4 +256,130 @@ fn a_name_that_is_nobody_s_is_told_without_asking() {
     client.bad("vm_delete", json!({"name": "Web"}), "spec_invalid");
     client.bad("vm_delete", json!({}), "spec_invalid");
     assert_eq!(home.nido(["approvals", "--all", "-q"]).run().ok().text(), "");
+}
+
+// A dialog that was closed, or sent without the tick, was a no: the user was not asked again for two minutes.
+#[test]
+fn a_form_that_was_only_closed_was_not_answered() {
+    for era in Era::ALL {
+        for closed in [json!({"action": "cancel"}), json!({"action": "accept", "content": {"confirm": false}})] {
+            let home = Home::new();
+            let mut client = Client::with(&home, era, &[], FORMS());
+            kept(&mut client);
+            let (open, _) = form(&mut client, era, "vm_delete", &json!({"name": "web"}));
+            let result = answer_with(&mut client, "vm_delete", open, &closed);
+            let error = &result["structuredContent"]["error"];
+            assert_eq!(error["code"], "approval_required", "{result}");
+            let (open, _) = form(&mut client, era, "vm_delete", &json!({"name": "web"}));
+            assert_eq!(yes(&mut client, "vm_delete", open)["isError"], false);
+        }
+    }
+}
+
+// A client gave up after a minute, and the yes that its user gave a little later was lost.
+#[test]
+fn a_yes_that_comes_late_counts_for_the_next_call() {
+    let home = Home::new();
+    let mut client = Client::with(&home, Era::Legacy, &["--answer-within", "300ms"], FORMS());
+    kept(&mut client);
+    let (open, words) = form(&mut client, Era::Legacy, "vm_delete", &json!({"name": "web"}));
+    assert!(words.contains("of template sandbox") && words.contains("its snapshots"), "{words}");
+    let Form::Asked { call, question } = open else { panic!("asked by a result") };
+    let error = client.done("vm_delete", call)["structuredContent"]["error"].clone();
+    assert_eq!(error["code"], "approval_required", "{error}");
+    let yes = json!({"action": "accept", "content": {"confirm": true}});
+    client.say(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
+    until("the yes", || {
+        let list = home.nido(["approvals", "--all", "--json"]).run().ok().json();
+        (list["approvals"][0]["state"] == "approved").then_some(())
+    });
+    let again = json!({"name": "web", "force": false, "approval_id": error["approval_id"]});
+    client.good("vm_delete", again);
+    assert!(home.names().is_empty());
+}
+
+// `rm -rf` in a VM that somebody else had made was done unasked.
+#[test]
+fn commands_and_files_for_vms_of_others_are_asked_about() {
+    let home = Home::new();
+    home.spawn("theirs");
+    let mut client = Client::start(&home, Era::Legacy);
+    let command = json!({"name": "theirs", "argv": ["echo", "hi"]});
+    let error = client.bad("vm_exec", command.clone(), "approval_required");
+    let id = error["approval_id"].as_str().unwrap().to_owned();
+    let refused = home.nido(["approve", &id, "--json"]).run().fails(1, "approval_required");
+    assert!(refused["hint"].as_str().unwrap().contains("--yes"), "{refused}");
+    home.nido(["approve", &id, "--yes"]).run().ok();
+    let mut approved = command.clone();
+    approved["approval_id"] = id.into();
+    assert_eq!(client.good("vm_exec", approved)["stdout"], "hi\n");
+    let path = home.scratch("file");
+    client.bad("vm_upload", json!({"name": "theirs", "path": path, "content": "x"}), "approval_required");
+    client.good("vm_spawn", json!({"name": "own", "accel": "tcg"}));
+    client.good("vm_exec", json!({"name": "own", "argv": ["true"]}));
+    // Its own, but destroyed at once: refused, and nobody is asked.
+    for wrong in [json!({"name": "own", "command": "rm -rf /"}), json!({"name": "theirs", "argv": ["rm", "-rf", "/"]})]
+    {
+        client.bad("vm_exec", wrong, "denied");
+    }
+    drop(client);
+    let log = home.nido(["audit", "show", "--tool", "vm_exec", "--result", "denied", "--json"]).run().ok().json();
+    let reasons: Vec<_> = log["records"].as_array().unwrap().iter().map(|line| line["reason"].clone()).collect();
+    assert_eq!(reasons, ["approval_required", "dangerous_command", "dangerous_command"]);
+    // Any tool can be put behind a question, and that is all that is asked then.
+    let mut client = Client::with(&home, Era::Modern, &["--confirm", "vm_spawn,vm_exec@foreign"], json!({}));
+    client.bad("vm_spawn", json!({"name": "new", "accel": "tcg"}), "approval_required");
+    client.good("vm_delete", json!({"name": "own", "force": true}));
+    drop(client);
+    let policy = home.scratch("policy.toml");
+    std::fs::write(&policy, "confirm = ['vm_fly']").unwrap();
+    home.nido(["mcp-server", "start", "--json", "--policy", policy.to_str().unwrap()]).run().fails(2, "spec_invalid");
+}
+
+// A person said yes to what could not be done, and was asked again for what could.
+#[test]
+fn nobody_is_asked_about_what_cannot_be_done() {
+    let home = Home::new();
+    home.spawn("web");
+    let mut client = Client::with(&home, Era::Modern, &[], FORMS());
+    let busy = client.bad("vm_delete", json!({"name": "web"}), "vm_busy");
+    assert!(busy["hint"].is_null(), "the way around the question: {busy}");
+    client.bad("vm_restore", json!({"name": "web", "snapshot": "none"}), "snapshot_not_found");
+    assert_eq!(home.nido(["approvals", "--all", "-q"]).run().ok().text(), "");
+    home.nido(["stop", "web"]).run().ok();
+    home.nido(["snapshot", "create", "web", "clean"]).run().ok();
+    home.nido(["start", "web"]).run().ok();
+    let (_, words) = form(&mut client, Era::Modern, "vm_restore", &json!({"name": "web", "snapshot": "clean"}));
+    assert!(words.contains("to the snapshot 'clean' of 20"), "{words}");
+    let (_, words) = form(&mut client, Era::Modern, "vm_delete", &json!({"name": "web", "force": true}));
+    assert!(words.contains("ended at once"), "{words}");
+}
+
+// A file of the host could be replaced by what a guest had written, unasked.
+#[test]
+fn a_file_of_the_host_is_not_replaced_unasked() {
+    let home = Home::new();
+    let mut client = Client::start(&home, Era::Modern);
+    client.good("vm_spawn", json!({"name": "web", "accel": "tcg"}));
+    let guest = home.scratch("guest-file");
+    std::fs::write(&guest, "new").unwrap();
+    let fetch = json!({"name": "web", "path": guest, "destination": "out", "overwrite": true});
+    client.good("vm_download", fetch.clone());
+    let out = home.path().join("exchange/out");
+    std::fs::write(&out, "precious").unwrap();
+    client.bad("vm_download", fetch, "approval_required");
+    assert_eq!(std::fs::read_to_string(&out).unwrap(), "precious");
+}
+
+#[test]
+fn who_is_asked_can_be_told_at_once() {
+    let home = Home::new();
+    let watching = home.nido(["approvals", "--watch"]).start();
+    let mut client = Client::start(&home, Era::Legacy);
+    kept(&mut client);
+    let error = client.bad("vm_delete", json!({"name": "web"}), "approval_required");
+    let line = watching.line();
+    assert!(line.starts_with(error["approval_id"].as_str().unwrap()) && line.contains("vm_delete web"), "{line}");
+    watching.signal(rustix::process::Signal::TERM);
+    assert_eq!(watching.wait().code(), 0);
 }

@@ -14,7 +14,7 @@ fn files_of_the_host_are_those_below_directories_that_are_allowed() {
     std::fs::write(home.scratch("secret"), "secret").unwrap();
     std::os::unix::fs::symlink("../secret", place.join("link")).unwrap();
     let policy = home.scratch("policy.toml");
-    std::fs::write(&policy, format!("roots = [{place:?}]\n")).unwrap();
+    std::fs::write(&policy, format!("confirm = 'never'\nroots = [{place:?}]\n")).unwrap();
     let mut client = Client::with(&home, Era::Modern, &["--policy", policy.to_str().unwrap()], json!({}));
     home.spawn("web");
     let guest = home.scratch("guest-file");
@@ -47,6 +47,58 @@ fn files_of_the_host_are_those_below_directories_that_are_allowed() {
     assert!(log["records"].as_array().unwrap().iter().any(|r| r["reason"] == "not_in_roots"));
 }
 
+// `roots = []`, and a policy that did not speak of roots, gave the model the directory that the server was started in, to read and
+// to write.
+#[test]
+fn a_policy_without_roots_has_the_defaults_and_one_with_none_has_none() {
+    let home = Home::new();
+    home.spawn("web");
+    let project = home.scratch("project");
+    std::fs::create_dir_all(project.join("tree/.git")).unwrap();
+    for name in ["in", ".env", "tree/.git/config", "tree/code"] {
+        std::fs::write(project.join(name), "text").unwrap();
+    }
+    let policy = home.scratch("policy.toml");
+    let guest = home.scratch("guest-file");
+    let start = |text: &str| {
+        std::fs::write(&policy, text).unwrap();
+        let flags = ["--policy", policy.to_str().unwrap(), "--confirm", "never"];
+        Client::started(&home, Era::Legacy, &flags, json!({}), Some(&project))
+    };
+    let upload = |source: &str| json!({"name": "web", "path": guest, "source": source});
+    let download = |to: &str| json!({"name": "web", "path": guest, "destination": to});
+    let mut client = start("roots = []");
+    client.bad("vm_upload", upload("in"), "denied");
+    client.bad("vm_download", download("out"), "denied");
+    drop(client);
+    let mut client = start("");
+    client.good("vm_upload", upload("in"));
+    // The project is read and not written; what nobody has decided about is not even read.
+    client.bad("vm_download", download(project.join("out").to_str().unwrap()), "denied");
+    for hidden in [".env", "./.env", "tree/.git/config", "tree/.git", project.join(".env").to_str().unwrap()] {
+        client.bad("vm_upload", upload(hidden), "denied");
+    }
+    let out = client.good("vm_download", download("out"));
+    assert_eq!(out["path"], json!(home.path().join("exchange/out")));
+    client.bad("vm_download", download(".envrc"), "denied");
+    let copy = home.scratch("copies/tree");
+    let copied = client.good("vm_upload", json!({"name": "web", "path": copy, "source": "tree"}));
+    assert!(copy.join("code").exists() && !copy.join(".git").exists(), "{copied}");
+    assert_eq!(copied["skipped"], 1);
+    let told = client.ended();
+    assert!(told.stderr.contains(project.to_str().unwrap()) && told.stderr.contains("exchange"), "{}", told.stderr);
+    let log = home.nido(["audit", "show", "--tool", "vm_download", "--result", "success", "--json"]).run().ok().json();
+    let reason = log["records"][0]["reason"].as_str().unwrap().to_owned();
+    assert_eq!(reason, "sha256:982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1", "of 'text'");
+    // Each for itself; what is allowed by name is allowed with everything in it.
+    let mut client = start(&format!("read_roots = [{project:?}]\nwrite_roots = []"));
+    client.good("vm_upload", upload(".env"));
+    client.bad("vm_download", download("out"), "denied");
+    drop(client);
+    let told = start("roots = ['/']").ended();
+    assert!(told.stderr.contains("every file of this host"), "{}", told.stderr);
+}
+
 #[test]
 fn a_copy_tells_how_much_of_it_is_done_both_ways() {
     const BYTES: usize = 24 << 20;
@@ -55,7 +107,7 @@ fn a_copy_tells_how_much_of_it_is_done_both_ways() {
     std::fs::create_dir(&place).unwrap();
     std::fs::write(place.join("in"), vec![7; BYTES]).unwrap();
     let policy = home.scratch("policy.toml");
-    std::fs::write(&policy, format!("roots = [{place:?}]\n")).unwrap();
+    std::fs::write(&policy, format!("confirm = 'never'\nroots = [{place:?}]\n")).unwrap();
     let mut client = Client::with(&home, Era::Modern, &["--policy", policy.to_str().unwrap()], json!({}));
     home.spawn("web");
     let guest = home.scratch("guest-file");

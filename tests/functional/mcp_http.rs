@@ -57,7 +57,7 @@ pub fn token(home: &Home, scope: &str) -> String {
 #[test]
 fn tokens_say_which_tools_there_are_and_the_log_says_whose_they_were() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     let (read, run) = (token(&home, "read"), token(&home, "run"));
     let tools = |token: &str| {
         let bearer = format!("Bearer {token}");
@@ -83,14 +83,16 @@ fn tokens_say_which_tools_there_are_and_the_log_says_whose_they_were() {
     assert_eq!(call(&server, &run, "vm_upload", upload)["structuredContent"]["error"]["code"], "denied");
     let log = home.nido(["audit", "show", "--json"]).run().ok().json();
     let lines: Vec<_> = log["records"].as_array().unwrap().iter().filter(|line| line["tool"] == "vm_spawn").collect();
-    assert_eq!((&lines[0]["actor"], &lines[0]["reason"]), (&"token:read".into(), &"scope".into()));
-    assert_eq!((&lines[1]["actor"], &lines[1]["agent"]), (&"token:run".into(), &"tests".into()));
+    assert!(lines[0]["actor"].as_str().unwrap().starts_with("token:read#"), "{}", lines[0]);
+    assert_eq!(lines[0]["reason"], "scope");
+    assert!(lines[1]["actor"].as_str().unwrap().starts_with("token:run#"), "{}", lines[1]);
+    assert_eq!(lines[1]["agent"], "tests");
 }
 
 #[test]
 fn the_same_guard_is_in_front() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     let bearer = format!("Bearer {}", server.token());
     let list = body("tools/list", None, json!(null));
     let ask = |more: &[(&'static str, &str)]| {
@@ -104,8 +106,10 @@ fn the_same_guard_is_in_front() {
     ask(&[("authorization", &bearer), ("origin", "http://evil.example")]).problem(403, "denied");
     result(&ask(&[("authorization", &bearer)]));
     server.get("/v1/vms").problem(404, "route_not_found");
-    // Other machines are never let in without a token.
-    for flags in [&["--no-token", "--allow-remote", "--insecure-http"][..], &["--no-token", "--socket", "/nowhere/s"]] {
+    // A guest reaches the host's loopback: without a token no port is served, whatever it listens on.
+    for flags in
+        [&["--no-token", "--allow-remote", "--insecure-http"][..], &["--no-token"], &["--no-token", "--bind", "::1"]]
+    {
         let start = home.nido(["mcp-server", "start", "--transport", "http", "--json"]);
         flags.iter().fold(start, |nido, flag| nido.arg(*flag)).run().fails(1, "denied");
     }
@@ -113,11 +117,11 @@ fn the_same_guard_is_in_front() {
 }
 
 #[test]
-fn without_a_token_it_is_this_machine_s_only_and_both_can_be_served_at_once() {
+fn both_can_be_served_at_once_with_a_token_and_without_one_neither_is() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--no-token"]);
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     let list = body("tools/list", None, json!(null));
-    result(&server.plain("POST", "/mcp", &headers("tools/list", None), list.as_bytes()));
+    server.plain("POST", "/mcp", &headers("tools/list", None), list.as_bytes()).problem(401, "unauthorized");
     drop(server);
     home.nido(["token", "revoke", "tests"]).run().ok();
     let server = Server::with(&home, &["--mcp"]);
@@ -129,7 +133,7 @@ fn without_a_token_it_is_this_machine_s_only_and_both_can_be_served_at_once() {
 fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
     let home = Home::new();
     let policy = home.scratch("policy.toml");
-    std::fs::write(&policy, "[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n").unwrap();
+    std::fs::write(&policy, "confirm = 'never'\n[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n").unwrap();
     let server = Server::with(&home, &["--mcp", "--mcp-policy", policy.to_str().unwrap()]);
     let create = home.nido(["token", "create", "--name", "agents", "--scope", "run", "--only", "mcp", "--json"]);
     let made = create.run().ok().json();
@@ -154,7 +158,7 @@ fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
         ("DELETE", "/v1/vms/web?force=true", ""),
         ("GET", "/metrics", ""),
         ("GET", "/v1/mcp", ""),
-        ("GET", "/mcp/", ""),
+        ("GET", "/mcp/v1", ""),
     ] {
         let problem = server.plain(method, path, &headers, body.as_bytes()).problem(403, "denied");
         assert!(problem["hint"].as_str().unwrap().contains("without --only"), "{problem}");
@@ -180,7 +184,7 @@ fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
 #[test]
 fn what_is_no_call_says_why_over_http_too() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     let bearer = format!("Bearer {}", server.token());
     let mut headers = headers("tools/call", Some("vm_ls"));
     headers.push(("authorization", &bearer));
@@ -196,7 +200,7 @@ fn what_is_no_call_says_why_over_http_too() {
 #[test]
 fn hanging_up_kills_the_command() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     home.spawn("web");
     let mark = home.scratch("mark");
     let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
@@ -213,7 +217,7 @@ fn hanging_up_kills_the_command() {
 #[test]
 fn streams_and_commands_end_with_their_token() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     home.spawn("web");
     let bearer = format!("Bearer {}", token(&home, "run"));
     let usual = [
@@ -245,7 +249,7 @@ fn streams_and_commands_end_with_their_token() {
 #[test]
 fn sessions_of_clients_with_initialize_work_over_http() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     let bearer = format!("Bearer {}", server.token());
     let usual = [
         ("content-type", "application/json"),
@@ -272,7 +276,7 @@ fn sessions_of_clients_with_initialize_work_over_http() {
 #[test]
 fn there_is_an_end_to_sessions() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     let bearer = format!("Bearer {}", server.token());
     let hello = json!({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
         "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}});

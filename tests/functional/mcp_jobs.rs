@@ -10,7 +10,7 @@ use crate::support::{Home, until};
 #[test]
 fn what_lasts_becomes_a_job_that_can_be_waited_for_and_cancelled() {
     let home = Home::new();
-    let mut client = Client::with(&home, Era::Modern, &["--answer-within", "200ms"], json!({}));
+    let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "200ms"], json!({}));
     home.spawn("web");
     let go = home.scratch("go");
     let command = format!("until [ -e {} ]; do sleep 0.05; done; echo went", go.display());
@@ -63,7 +63,7 @@ fn what_lasts_and_can_be_no_job_is_cancelled_and_says_so() {
     let home = Home::new();
     let full = Full::of(&home);
     home.spawn("web");
-    let mut client = Client::with(&home, Era::Modern, &["--answer-within", "2s"], json!({}));
+    let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "2s"], json!({}));
     let mark = home.scratch("mark");
     let command = format!("echo $$ > {}; exec sleep 1000", mark.display());
     let command = json!({"name": "web", "command": command, "timeout_ms": 0});
@@ -94,7 +94,7 @@ fn what_cannot_be_cancelled_either_is_said_to_go_on() {
     let _full = Full::of(&home);
     home.qemu("ignore-powerdown");
     home.spawn("web");
-    let mut client = Client::with(&home, Era::Modern, &["--answer-within", "300ms"], json!({}));
+    let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "300ms"], json!({}));
     let error = client.bad("vm_stop", json!({"name": "web", "timeout_ms": 16_000}), "limit_exceeded");
     let message = error["message"].as_str().unwrap();
     assert!(message.contains("it cannot be cancelled: it goes on, and nobody is told how it ends"), "{message}");

@@ -160,7 +160,7 @@ impl<'a> Old<'a> {
 #[test]
 fn sessions_over_http_end_with_delete_and_with_the_server() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
+    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--session-grace", "1ms"]);
     let (one, other) = (Old::begin(&server), Old::begin(&server));
     let first = one.good("vm_spawn", &throw_away("first"));
     let second = other.good("vm_spawn", &throw_away("second"));
@@ -180,7 +180,8 @@ fn sessions_over_http_end_with_delete_and_with_the_server() {
     assert_eq!(home.names(), ["second", "kept"]);
     until("the line about it", || (session_ends(&home).len() == 2).then_some(()));
     let lines = session_ends(&home);
-    assert_eq!((&lines[0]["actor"], &lines[0]["agent"]), (&"token:tests".into(), &"old".into()));
+    assert!(lines[0]["actor"].as_str().unwrap().starts_with("token:tests#"), "{}", lines[0]);
+    assert_eq!(lines[0]["agent"], "old");
     server.live().signal(rustix::process::Signal::TERM);
     server.ended();
     assert!(!exists(&home, &second), "it is gone before the server is");
@@ -190,11 +191,13 @@ fn sessions_over_http_end_with_delete_and_with_the_server() {
 #[test]
 fn sessions_over_http_end_when_nobody_uses_them() {
     let home = Home::new();
-    let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--session-idle", "4s"]);
+    let server =
+        Server::serving(&home, "mcp-server", &["--transport", "http", "--session-idle", "4s", "--session-grace", "1s"]);
     let used = Old::begin(&server);
     let unused = Old::begin(&server);
     let stays = used.good("vm_spawn", &throw_away("stays"));
     let goes = unused.good("vm_spawn", &throw_away("goes"));
+    // A session that goes on beside it does not take its VMs over, however often it calls.
     until("the end of the session that is not used", || {
         assert_eq!(used.good("vm_info", &json!({"name": "stays"}))["id"], stays["id"]);
         (!exists(&home, &goes)).then_some(())

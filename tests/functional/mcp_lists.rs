@@ -14,15 +14,22 @@ fn what_a_client_asks_wrongly_is_told_to_it_alone() {
         let answer = client.ask("resources/read", json!({"uri": "vmops://nonsense"}));
         assert!(answer["error"]["code"].is_i64(), "{answer}");
         client.bad("vm_info", json!({"name": "nobody"}), "vm_not_found");
+        let secret =
+            json!({"name": "nobody", "argv": ["cat"], "stdin": "word-of-mouth", "env": {"KEY": "word-of-mouth"}});
+        client.bad("vm_exec", secret, "vm_not_found");
         client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 4711}}));
         client.say(&json!({"jsonrpc": "2.0", "id": 4711, "result": {}}));
-        client.ended().stderr
+        let told = client.ended().stderr;
+        // Which files of the host count is told at the start.
+        told.lines().filter(|line| !line.starts_with("files of the host are read")).collect::<String>()
     };
     for era in Era::ALL {
         let home = Home::new();
         assert_eq!(asked(&home, era, &[]), "");
         // It can be seen by whoever looks for it.
         assert!(asked(&home, era, &["-v"]).contains("there is no such tool"));
+        // Clients keep what a server says on standard error in a file.
+        assert!(!asked(&home, era, &["-vv"]).contains("word-of-mouth"));
     }
 }
 

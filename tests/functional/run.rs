@@ -56,3 +56,47 @@ fn a_vm_that_is_to_be_kept_is_kept() {
     assert!(ran.stderr.contains(&format!("{} was kept", names[0])), "{}", ran.stderr);
     home.nido(["exec", &names[0], "--", "true"]).run().ok();
 }
+
+#[test]
+fn a_vm_that_is_kept_is_named_in_every_form() {
+    // With --json and with --quiet nothing said what the VM is called.
+    let home = Home::new();
+    let ran = home.nido(["run", "--keep", "--json", "--", "sh", "-c", "echo hello; exit 3"]).run().exits(3);
+    let names = home.names();
+    assert_eq!(names.len(), 1);
+    let answer = ran.json();
+    assert_eq!((&answer["vm"]["name"], &answer["exec"]["stdout"]), (&names[0].as_str().into(), &"hello\n".into()));
+    assert_eq!(answer["exec"]["exit_code"], 3);
+    let ran = home.nido(["run", "--keep", "--quiet", "--", "true"]).run().ok();
+    let other = home.names().into_iter().find(|name| *name != names[0]).unwrap();
+    assert!(ran.stderr.contains(&format!("{other} was kept")), "{}", ran.stderr);
+}
+
+#[test]
+fn a_volume_as_docker_takes_it_is_not_run_as_a_command() {
+    let home = Home::new();
+    let problem = home.nido(["run", "--json", "-v", ".:/x", "--", "true"]).run().fails(125, "spec_invalid");
+    assert!(problem["hint"].as_str().unwrap().contains("did you mean --copy"), "{problem:#}");
+    home.expect_empty();
+}
+
+#[test]
+fn files_belong_to_the_user_of_the_command() {
+    // They belonged to root, and the command could not write beside them.
+    let home = Home::new();
+    if !rustix::process::geteuid().is_root() {
+        // The guest of these tests is a process of this host, which could not give files away.
+        let copy = format!("job:{}", home.scratch("there").display());
+        fs::write(home.scratch("job"), "x").unwrap();
+        let run = home.nido(["run", "--json", "-u", "root", "--copy", &copy, "--", "true"]);
+        run.in_directory(home.scratch("")).run().exits(125);
+        return;
+    }
+    fs::create_dir(home.scratch("work")).unwrap();
+    fs::write(home.scratch("work/job"), "the job").unwrap();
+    let copy = format!("work:{}", home.scratch("there/work").display());
+    let run = home.nido(["run", "-u", "0:65534", "--copy", &copy, "--", "stat", "-c", "%u:%g"]);
+    let ran = run.arg(home.scratch("there/work")).arg(home.scratch("there/work/job"));
+    let ran = ran.in_directory(home.scratch("")).run().ok();
+    assert_eq!(ran.text(), "0:65534\n0:65534\n");
+}

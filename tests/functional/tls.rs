@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use super::mcp_http::{body, headers};
 use super::webhooks::{await_taken, expect_no_deliverer};
 use crate::support::receiver::Receiver;
 use crate::support::tls::Authority;
@@ -78,4 +79,35 @@ fn webhooks_go_to_endpoints_whose_authority_the_host_trusts_and_to_no_others() {
     nido(["delete", "web", "--yes", "--quiet", "--no-color"]).run().ok();
     await_taken(&good, 2);
     expect_no_deliverer(&home);
+}
+
+#[test]
+fn agents_are_served_encrypted() {
+    let home = Home::new();
+    let authority = Authority::new();
+    let [_, certificate, key] = authority.write(&home);
+    let token =
+        home.nido(["token", "create", "--name", "t", "--scope", "run", "--only", "mcp", "--json"]).run().ok().json();
+    let live = home
+        .nido(["mcp-server", "start", "--transport", "http", "--port", "0", "--allow-remote", "--bind", "127.0.0.1"])
+        .arg("--tls-cert")
+        .arg(&certificate)
+        .arg("--tls-key")
+        .arg(&key)
+        .start();
+    let line = live.line();
+    let mut stream = authority.connect(line.strip_prefix("https://").unwrap());
+    let body = body("tools/list", None, serde_json::json!(null));
+    let mut head = String::from("POST /mcp HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n");
+    for (name, value) in headers("tools/list", None) {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    let token = token["token"].as_str().unwrap();
+    head.push_str(&format!("authorization: Bearer {token}\r\ncontent-length: {}\r\n\r\n{body}", body.len()));
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\"vm_spawn\""), "{answer}");
+    live.signal(Signal::TERM);
+    live.wait().ok();
 }

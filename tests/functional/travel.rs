@@ -147,7 +147,9 @@ fn files_that_exist_are_kept_unless_told_otherwise() {
     assert_eq!(done["bakes"], 0);
     export(["/dev/null", "--json"]).arg("--force").run().fails(2, "path_invalid");
     export([shown, "--json"]).arg("--level=20").run().fails(2, "spec_invalid");
-    home.nido(["template", "export", "nothing", "x", "--json"]).run().fails(1, "template_not_found");
+    let unused = home.scratch("unused");
+    home.nido(["template", "export", "nothing", "--json"]).arg(&unused).run().fails(1, "template_not_found");
+    assert!(!unused.exists());
     let nowhere = home.scratch("no/such/directory");
     export([nowhere.to_str().unwrap(), "--json"]).run().fails(2, "path_invalid");
 }

@@ -8,7 +8,7 @@ use nido_vmm::webhook::Secret;
 use serde_json::Value;
 
 use super::webhooks::{add, await_taken, create, deliveries, expect_no_deliverer, expect_order, remove};
-use crate::support::receiver::{Receiver, Reply};
+use crate::support::receiver::{Message, Receiver, Reply};
 use crate::support::run::Nido;
 use crate::support::{Home, until};
 
@@ -98,6 +98,35 @@ fn slack_is_told_in_slacks_way() {
     assert_eq!(format("https://hooks.slack.com/services/T/B/x", &[]), "slack");
     assert_eq!(format("https://hooks.slack.com/services/T/B/x", &["--format", "standard"]), "standard");
     assert_eq!(format("https://hooks.slack.com.example.com/", &[]), "standard");
+    let pagerduty = "https://events.eu.pagerduty.com/v2/enqueue";
+    assert_eq!(format(pagerduty, &["--secret", KEY]), "pagerduty");
+}
+
+const KEY: &str = "0123456789abcdef0123456789abcdef";
+
+#[test]
+fn pagerduty_gets_an_alert_for_a_crash_and_its_end() {
+    let receiver = Receiver::start();
+    let home = Home::new();
+    let url = receiver.url();
+    let add = ["webhook", "add", "--allow-private", "--json", "--format", "pagerduty", "--url", &url];
+    let problem = home.nido(add).run().fails(2, "webhook_invalid");
+    assert!(problem["hint"].as_str().unwrap().contains("--secret"), "{problem}");
+    home.nido(add).arg("--secret").arg("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").run().fails(2, "webhook_invalid");
+    let added = home.nido(add).arg("--secret").arg(KEY).run().ok().json();
+    let events = serde_json::json!(["vm.started", "vm.deleted", "vm.crashed"]);
+    assert_eq!((&added["format"], &added["events"]), (&"pagerduty".into(), &events));
+    home.nido(["create", "web", "--accel", "tcg"]).run().ok();
+    home.qemu("panic-after-ms:0;no-agent");
+    home.nido(["start", "web", "--timeout", "5s"]).run();
+    home.nido(["delete", "web", "--force", "--yes"]).run().ok();
+    let messages = await_taken(&receiver, 2);
+    let [trigger, resolve] = [&messages[0], &messages[1]].map(Message::json);
+    assert_eq!((&trigger["routing_key"], &trigger["event_action"]), (&KEY.into(), &"trigger".into()), "{trigger}");
+    assert_eq!((&trigger["payload"]["source"], &trigger["payload"]["severity"]), (&"web".into(), &"critical".into()));
+    assert_eq!((&resolve["event_action"], &resolve["dedup_key"]), (&"resolve".into(), &trigger["dedup_key"]));
+    assert!(messages[0].headers.iter().all(|(name, _)| name != "webhook-signature"));
+    remove(&home, &added);
 }
 
 #[test]
@@ -233,7 +262,10 @@ fn a_test_message_tells_how_it_fared() {
     assert_eq!(message.header("webhook-id"), test["message_id"].as_str().unwrap());
     let secret = Secret::parse(webhook["secret"].as_str().unwrap()).unwrap();
     let at = message.header("webhook-timestamp").parse().unwrap();
-    assert_eq!(message.header("webhook-signature"), secret.sign(message.header("webhook-id"), at, &message.body));
+    assert_eq!(
+        message.header("webhook-signature"),
+        secret.sign(message.header("webhook-id"), at, &message.body).unwrap()
+    );
     assert_eq!((&message.json()["event"], &message.json()["vm_name"]), (&"webhook.test".into(), &Value::Null));
     receiver.reply([Reply::status(500, "")]);
     let failed = home.nido(["webhook", "test", id]).run().exits(1);

@@ -65,6 +65,28 @@ pub(super) fn expect_order(messages: &[Message]) {
 }
 
 #[test]
+fn templates_are_announced() {
+    let receiver = Receiver::start();
+    let home = Home::new();
+    home.nido(["template", "ls"]).run().ok();
+    add(&home, &receiver.url());
+    let manifest = home.path().join("templates/sandbox.json");
+    let aside = home.scratch("sandbox.json");
+    std::fs::rename(&manifest, &aside).unwrap();
+    home.nido(["template", "ls"]).run().ok();
+    std::fs::rename(&aside, &manifest).unwrap();
+    home.nido(["template", "ls"]).run().ok();
+    let mut told = Vec::new();
+    for message in await_taken(&receiver, 2) {
+        let body = message.json();
+        assert_eq!((&body["vm_name"], &body["details"]["template"]), (&Value::Null, &"sandbox".into()));
+        told.push(body["event"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(told, ["template.deleted", "template.created"]);
+    expect_no_deliverer(&home);
+}
+
+#[test]
 fn every_event_of_a_life_arrives_once_in_order_and_signed() {
     let receiver = Receiver::start();
     let home = Home::new();
@@ -78,7 +100,7 @@ fn every_event_of_a_life_arrives_once_in_order_and_signed() {
     let secret = Secret::parse(webhook["secret"].as_str().unwrap()).unwrap();
     for message in &messages {
         let (id, at) = (message.header("webhook-id"), message.header("webhook-timestamp").parse().unwrap());
-        assert_eq!(message.header("webhook-signature"), secret.sign(id, at, &message.body));
+        assert_eq!(message.header("webhook-signature"), secret.sign(id, at, &message.body).unwrap());
         assert_eq!(message.header("content-type"), "application/json");
         assert_eq!(message.header("user-agent"), concat!("nido/", env!("CARGO_PKG_VERSION")));
         let body = message.json();

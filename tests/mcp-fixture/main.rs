@@ -8,7 +8,7 @@
 //! ```
 //!
 //! It is never shipped: an example target, which only the tests build. `scripts/mcp` starts it with a home of its own in
-//! `NIDO_HOME`; the first line on standard output is its address.
+//! `NIDO_HOME`; the first line on standard output is its address, and `token` in that home the token it wants.
 
 #![allow(missing_docs)]
 
@@ -23,7 +23,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use nido_server::serve::{Hosts, Listen, Options, Patience, serve};
-use nido_vmm::error::Result;
+use nido_vmm::api::{Limits, Scope, TokenRequest};
+use nido_vmm::error::{Error, Result};
 use nido_vmm::nido::{Nido, OpenOptions};
 
 use crate::server::Fixture;
@@ -34,10 +35,19 @@ const RATE: u32 = 100_000;
 #[tokio::main]
 async fn main() -> Result<()> {
     let home = std::env::var_os("NIDO_HOME").map(PathBuf::from);
-    let nido = Arc::new(Nido::open(OpenOptions { home, qemu: None, supervisor: None }).await?);
+    let nido = Arc::new(Nido::open(OpenOptions { home, qemu: None, ..OpenOptions::default() }).await?);
     let listen = Listen::Tcp { address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), tls: None };
-    // The suite knows no tokens.
+    // The suite knows no tokens: a proxy adds it.
+    let request = TokenRequest {
+        name: "suite".into(),
+        scope: Scope::Admin,
+        only: None,
+        expires_in_ms: None,
+        limits: Limits::default(),
+    };
+    let made = nido.token_create(&request)?;
+    std::fs::write(nido.home().root().join("token"), made.token).map_err(|e| Error::io("cannot write the token", e))?;
     let (hosts, patience) = (Hosts::default(), Patience::default());
-    let options = Options { listen, hosts, rate: RATE, no_token: true, rest: false, patience };
-    serve(nido, Some(Arc::new(Fixture::new())), options, |address| println!("{address}")).await
+    let options = Options { listen, hosts, rate: RATE, rest: false, patience };
+    serve(nido, Some(Arc::new(Fixture::new())), options, |listening| println!("{}", listening.address)).await
 }

@@ -74,7 +74,7 @@ async def very_much(rig):
 async def errors(rig):
     """A name that the guest has chosen comes back in an error."""
     name = "/tmp/\x1b[2J\u202enothing\u200b"
-    error = await rig.bad("path_not_found", "vm_download", name=rig.name, path=name)
+    error = await rig.bad("guest_not_found", "vm_download", name=rig.name, path=name)
     for text in (error["message"], error.get("hint") or "", *error.get("log_tail", [])):
         harmless(text)
 

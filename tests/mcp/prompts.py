@@ -205,7 +205,7 @@ async def confirmed(place, mode):
 
     def approve(hint):
         given = hint.split("nido approve ")[1].split(";")[0]
-        place.by_hand("approve", given)
+        place.by_hand("approve", "--yes", given)
 
     async with session(place, mode, "the end is confirmed") as maker:
         for forms in (False, True):
@@ -216,7 +216,7 @@ async def confirmed(place, mode):
                 if forms:
                     # The user says no first; then there is nothing about it in the recipe, and nothing to be tried.
                     other.says = "decline"
-                    error = await other.bad("denied", "vm_delete", name=recipe.vm)
+                    error = await other.bad("denied", "vm_delete", name=recipe.vm, force=True)
                     assert error["next_step"].startswith("the user has refused: do not"), error
                     other.says = "accept"
                 assert recipe.vm in place.vms()

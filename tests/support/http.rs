@@ -189,6 +189,11 @@ impl Stream {
         Self { status, headers, reader }
     }
 
+    /// A header; empty if it is not there.
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value)
+    }
+
     /// The next line of an event stream that is not empty: chunk sizes are left out.
     pub fn line(&mut self) -> String {
         loop {

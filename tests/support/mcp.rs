@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::io::Write as _;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -52,7 +53,16 @@ impl Client {
 
     /// The same with more flags, for a client that can more.
     pub fn with(home: &Home, era: Era, flags: &[&str], capabilities: Value) -> Self {
+        Self::started(home, era, flags, capabilities, None)
+    }
+
+    /// The same, started in a directory.
+    pub fn started(home: &Home, era: Era, flags: &[&str], capabilities: Value, directory: Option<&Path>) -> Self {
         let start = home.nido(["mcp-server", "start"]);
+        let start = match directory {
+            Some(directory) => start.in_directory(directory),
+            None => start,
+        };
         let live = flags.iter().fold(start, |nido, flag| nido.arg(*flag)).start();
         let (answers, heard, schemas) = Default::default();
         let mut client = Self { live: Some(live), era, capabilities, next: 1, answers, heard, schemas };
@@ -76,6 +86,25 @@ impl Client {
     /// Sends a message as it is.
     pub fn say(&mut self, message: &Value) {
         writeln!(self.live().stdin.as_mut().unwrap(), "{message}").unwrap();
+    }
+
+    /// Sends a line, whatever it is.
+    pub fn raw(&mut self, line: &str) {
+        writeln!(self.live().stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// Waits for an error that answers nothing.
+    pub fn next_error(&mut self) -> Value {
+        loop {
+            let message = self.next();
+            if message.get("error").is_some() && message.get("id").is_none_or(Value::is_null) {
+                return message;
+            }
+            match message["id"].as_u64() {
+                Some(id) if message.get("method").is_none() => drop(self.answers.insert(id, message)),
+                _ => self.heard.push(message),
+            }
+        }
     }
 
     /// Sends a request, and tells its number.

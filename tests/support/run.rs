@@ -20,11 +20,22 @@ pub struct Nido<'a> {
     environment: Vec<(OsString, OsString)>,
     input: Vec<u8>,
     directory: Option<std::path::PathBuf>,
+    /// What a shell does before it becomes nido.
+    before: Option<String>,
+    plainly: bool,
 }
 
 impl<'a> Nido<'a> {
     pub(super) fn new(home: &'a Home, arguments: Vec<OsString>) -> Self {
-        Self { home, arguments, environment: Vec::new(), input: Vec::new(), directory: None }
+        Self {
+            home,
+            arguments,
+            environment: Vec::new(),
+            input: Vec::new(),
+            directory: None,
+            before: None,
+            plainly: false,
+        }
     }
 
     /// One more argument.
@@ -51,9 +62,34 @@ impl<'a> Nido<'a> {
         self
     }
 
+    /// A shell does this first, as `umask 077`.
+    pub fn through(mut self, before: &str) -> Self {
+        self.before = Some(before.into());
+        self
+    }
+
+    /// Permission bits count, whoever runs the tests: root gives up what lets it pass over them.
+    pub fn plainly(mut self) -> Self {
+        self.plainly = rustix::process::geteuid().is_root();
+        self
+    }
+
     /// The command, standard streams not yet settled.
     pub(super) fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_nido"));
+        let nido = env!("CARGO_BIN_EXE_nido");
+        let mut command = match (&self.before, self.plainly) {
+            (None, false) => Command::new(nido),
+            (None, true) => {
+                let mut command = Command::new("setpriv");
+                command.arg("--bounding-set=-dac_override,-dac_read_search").arg(nido);
+                command
+            }
+            (Some(before), _) => {
+                let mut command = Command::new("sh");
+                command.args(["-c", &format!("{before}; exec \"$0\" \"$@\""), nido]);
+                command
+            }
+        };
         command
             .args(&self.arguments)
             .env_clear()

@@ -94,6 +94,8 @@ async fn measure(mib: usize) -> Outcome {
             destination: path("up").into_bytes(),
             user: None,
             parents: false,
+            preserve: false,
+            set_mode: false,
         };
         let started = Instant::now();
         guest.upload(upload, |_| (), deadline()).await?;
@@ -102,6 +104,7 @@ async fn measure(mib: usize) -> Outcome {
             source: path("up").into_bytes(),
             destination: path("down").into(),
             overwrite: true,
+            preserve: false,
             limits: Limits::default(),
         };
         let started = Instant::now();

@@ -12,7 +12,7 @@
 //!
 //! Invariant: the backing file is named with its format, so nobody ever probes what a guest wrote.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -71,13 +71,14 @@ pub fn overlay_image(virtual_bytes: u64, backing: &str) -> Vec<u8> {
     image
 }
 
-/// Writes an empty overlay to `path`, which must not exist.
+/// Writes an empty overlay to `path`, which must not exist; not synced yet.
 ///
 /// # Errors
 /// The file exists or cannot be written.
-pub fn create_overlay(path: &Path, virtual_bytes: u64, backing: &str) -> std::io::Result<()> {
+pub fn create_overlay(path: &Path, virtual_bytes: u64, backing: &str) -> std::io::Result<File> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(&overlay_image(virtual_bytes, backing))
+    file.write_all(&overlay_image(virtual_bytes, backing))?;
+    Ok(file)
 }
 
 #[cfg(test)]

@@ -3,8 +3,11 @@
 //! Invariant: a code belongs to exactly one kind, and neither ever changes its spelling once released.
 
 use std::fmt;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+
+use crate::host_error::{HostRefusal, Subject};
 
 /// The result of every operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -56,7 +59,7 @@ codes! {
     VmExists "vm_exists" Conflict 409 "A VM of that name exists";
     VmNotRunning "vm_not_running" Conflict 409 "The VM is not running";
     VmBusy "vm_busy" Conflict 409 "The VM is busy";
-    VmReplaced "vm_replaced" Conflict 409 "The name belongs to another VM now";
+    VmReplaced "vm_replaced" Conflict 412 "The name belongs to another VM now";
     NameInvalid "name_invalid" Invalid 422 "Not a valid name";
     TemplateNotFound "template_not_found" NotFound 404 "No such template";
     TemplateExists "template_exists" Conflict 409 "A template of that name exists";
@@ -65,6 +68,7 @@ codes! {
     TemplateBuildFailed "template_build_failed" Unavailable 503 "The template could not be built";
     SnapshotNotFound "snapshot_not_found" NotFound 404 "No such snapshot";
     SnapshotExists "snapshot_exists" Conflict 409 "A snapshot of that name exists";
+    SnapshotDamaged "snapshot_damaged" Conflict 409 "The snapshot is damaged";
     ArchiveInvalid "archive_invalid" Invalid 422 "Not a template archive that can be used";
     QemuMissing "qemu_missing" Unavailable 503 "QEMU is not installed";
     QemuTooOld "qemu_too_old" Unavailable 503 "QEMU is too old";
@@ -75,10 +79,14 @@ codes! {
     GuestFailed "guest_failed" Unavailable 503 "The guest failed";
     AgentUnreachable "agent_unreachable" Unavailable 504 "The guest agent does not answer";
     AgentVersion "agent_version" Conflict 409 "The guest agent speaks another protocol version";
-    CommandNotFound "command_not_found" NotFound 404 "No such command in the guest";
+    CommandNotFound "command_not_found" NotFound 422 "No such command in the guest";
     CommandCannotRun "command_cannot_run" Invalid 422 "The command cannot be run";
-    UserNotFound "user_not_found" NotFound 404 "No such user in the guest";
-    DirectoryNotFound "directory_not_found" NotFound 404 "No such directory in the guest";
+    UserNotFound "user_not_found" NotFound 422 "No such user in the guest";
+    DirectoryNotFound "directory_not_found" NotFound 422 "No such directory in the guest";
+    GuestDenied "guest_denied" Denied 422 "The guest refused access";
+    GuestBusy "guest_busy" Conflict 409 "The guest reports that it is busy";
+    GuestNotFound "guest_not_found" NotFound 404 "No such file or directory in the guest";
+    GuestInvalid "guest_invalid" Invalid 422 "The guest refused the request as invalid";
     PathNotFound "path_not_found" NotFound 404 "No such file or directory";
     PathExists "path_exists" Conflict 409 "The destination exists";
     PathInvalid "path_invalid" Invalid 422 "The path cannot be used";
@@ -106,13 +114,21 @@ codes! {
     AuditFailed "audit_failed" Unavailable 503 "The audit log cannot be written";
     AuditBroken "audit_broken" Conflict 409 "The audit log does not hold together";
     AnswerTooLarge "answer_too_large" Conflict 409 "It was carried out, and its answer was too large to be kept";
+    RequestInProgress "request_in_progress" Conflict 409 "The same request is in progress";
     OutcomeUnknown "outcome_unknown" Conflict 409 "It was begun, and nobody knows how it ended";
     LimitExceeded "limit_exceeded" Conflict 409 "A limit was reached";
+    CursorExpired "cursor_expired" NotFound 410 "The cursor is outside of the events that are kept";
     DiskFull "disk_full" Unavailable 507 "The disk is full";
     ToolMissing "tool_missing" Unavailable 503 "A program that is needed is not installed";
+    PermissionDenied "permission_denied" Denied 403 "The operating system of the host does not permit it";
+    ReadOnly "read_only" Conflict 409 "The file system is read-only";
+    AddressInUse "address_in_use" Conflict 409 "The address is in use";
+    PathUnusable "path_unusable" Conflict 409 "The path cannot be used on this host";
+    HostFailed "host_failed" Unavailable 503 "The host's operating system reported an error";
     SpecInvalid "spec_invalid" Invalid 422 "The request is not valid";
     WebhookInvalid "webhook_invalid" Invalid 422 "Not a valid webhook";
     WebhookNotFound "webhook_not_found" NotFound 404 "No such webhook, or no such delivery";
+    StoreDamaged "store_damaged" Unavailable 503 "The store is damaged";
     Internal "internal" Internal 500 "Internal error";
 }
 
@@ -132,25 +148,23 @@ impl Error {
         Self { code, message: message.into(), hint: None, log_tail: Vec::new(), source: None }
     }
 
-    /// A defect or an unexpected failure of the host.
+    /// A defect of nido.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(Code::Internal, message)
     }
 
-    /// A failed system call on something that has a name; a full disk gets its own code.
+    /// A failed system call on something that has a name. What the host refuses has a code of its own (`host_error.rs`);
+    /// only what no state of the host explains is `internal`.
     pub fn io(what: impl Into<String>, source: std::io::Error) -> Self {
-        let full = matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT));
-        let code = if full { Code::DiskFull } else { Code::Internal };
-        let hint =
-            full.then(|| "free some space on the disk that holds nido's home, or use another with --home".into());
-        let message = what.into();
-        Self {
-            code,
-            message: format!("{message}: {source}"),
-            hint,
-            log_tail: Vec::new(),
-            source: Some(Box::new(source)),
-        }
+        let refusal = HostRefusal::of(&source);
+        let message = format!("{}: {source}", what.into());
+        let hint = refusal.hint(Subject::Home).map(str::to_owned);
+        Self { code: refusal.code(), message, hint, log_tail: Vec::new(), source: Some(Box::new(source)) }
+    }
+
+    /// The same for a path, which the message names: `cannot ACTION PATH: …`.
+    pub fn io_at(action: &str, path: &Path, source: std::io::Error) -> Self {
+        Self::io(format!("cannot {action} {}", path.display().to_string().escape_debug()), source)
     }
 
     /// Says what to do about it.
@@ -190,6 +204,13 @@ impl Error {
     #[must_use]
     pub fn message(&self) -> &str {
         &self.message
+    }
+
+    /// The hint, for who is not at the command line: one that is a command or a flag of it is none for them, and would lead past the
+    /// questions and the limits of the front end that they use.
+    #[must_use]
+    pub fn remote_hint(&self) -> Option<&str> {
+        self.hint_text().filter(|hint| !is_of_command_line(hint))
     }
 
     /// What to do about it.
@@ -261,11 +282,56 @@ pub struct Problem {
     pub log_tail: Vec<String>,
 }
 
+/// Whether a hint is a command, or a flag, for the user at the command line. What only an operator can do (tokens, flags of a server) may be
+/// said to everybody.
+fn is_of_command_line(hint: &str) -> bool {
+    let is_letter = |c: char| c.is_ascii_lowercase() || c == '-';
+    let mut verbs = hint.split("nido ").skip(1).map(|rest| rest.split(|c| !is_letter(c)).next().unwrap_or_default());
+    let words =
+        hint.split_whitespace().map(|word| word.trim_matches(|c: char| !(c.is_ascii_alphanumeric() || c == '-')));
+    let mut flags = words.filter(|word| word.len() > 2 && word.starts_with("--"));
+    let of_operators = hint.contains("nido token") || hint.contains("nido approve");
+    verbs.any(|verb| VERBS.contains(&verb)) || (!of_operators && flags.any(|flag| !SERVER_FLAGS.contains(&flag)))
+}
+
+/// Verbs that act on VMs and on what belongs to them.
+const VERBS: [&str; 26] = [
+    "spawn", "create", "start", "stop", "pause", "resume", "restart", "delete", "ls", "info", "exec", "shell", "run",
+    "upload", "download", "cp", "logs", "events", "forward", "proxy", "snapshot", "fork", "template", "pool",
+    "webhook", "doctor",
+];
+/// Flags of servers, which only who starts one can give.
+const SERVER_FLAGS: [&str; 5] = ["--allow-host", "--allow-origin", "--allow-remote", "--socket", "--public-url"];
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
 
     use super::*;
+
+    // Over MCP and REST errors taught the way around the question: `nido delete --force web`.
+    #[test]
+    fn hints_for_the_command_line_are_told_nobody_else() {
+        let remote = |hint: &str| Error::new(Code::VmBusy, "x").hint(hint).remote_hint().is_some();
+        for hint in [
+            "nido stop web, or: nido delete --force web",
+            "leave --disk out, or ask for more",
+            "use another with --home",
+            "nido forward ls web shows those there are",
+            "choose another with --port",
+        ] {
+            assert!(!remote(hint), "{hint}");
+        }
+        for hint in [
+            "Authorization: Bearer TOKEN; nido token create makes one",
+            "ask the user to run: nido approve apr_1",
+            "--allow-host NAME makes it",
+            "choose another name",
+            "nido token create without --only makes one for the REST API",
+        ] {
+            assert!(remote(hint), "{hint}");
+        }
+    }
 
     #[test]
     fn slugs_are_unique_and_well_formed() {
@@ -279,9 +345,9 @@ mod tests {
         for code in Code::ALL {
             let fits = match code.kind() {
                 Kind::Invalid => matches!(code.status(), 400 | 405 | 408 | 413 | 415 | 422),
-                Kind::NotFound => code.status() == 404,
-                Kind::Conflict => code.status() == 409,
-                Kind::Denied => matches!(code.status(), 401 | 403),
+                Kind::NotFound => matches!(code.status(), 404 | 410 | 422),
+                Kind::Conflict => matches!(code.status(), 409 | 412),
+                Kind::Denied => matches!(code.status(), 401 | 403 | 422),
                 Kind::Unavailable => matches!(code.status(), 429 | 503 | 504 | 507),
                 Kind::Internal => code.status() == 500,
             };

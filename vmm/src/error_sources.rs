@@ -6,6 +6,7 @@ use nido_images::ImageError;
 use crate::error::{Code, Error};
 use crate::guest::GuestError;
 use crate::host::QemuProbeError;
+use crate::host_error::{HostRefusal, Subject};
 use crate::machine::Refusal;
 
 impl From<Refusal> for Error {
@@ -15,6 +16,14 @@ impl From<Refusal> for Error {
                 (Code::KvmUnavailable, "nido doctor says more; --accel auto falls back to emulation, with a warning")
             }
             Refusal::NestingOff { remedy, .. } => (Code::NestedUnavailable, remedy.as_str()),
+            Refusal::KvmUndecided { .. } => (
+                Code::KvmUnavailable,
+                "try again when the host is less busy; --accel tcg runs it without KVM, slowly and without isolation",
+            ),
+            Refusal::IsolationLost { .. } => (
+                Code::IsolationRequired,
+                "nido doctor says what KVM lacks; nido start NAME --accel tcg starts it without isolation",
+            ),
             Refusal::IsolationRequired { .. } => (Code::IsolationRequired, "nido doctor says what KVM lacks"),
             Refusal::SpecInvalid { .. } => (Code::SpecInvalid, "nido doctor shows what the host has"),
             Refusal::QemuTooOld { .. } => {
@@ -56,14 +65,14 @@ impl From<ImageError> for Error {
             ImageError::AgentProtocol { .. } => Code::AgentVersion,
             ImageError::NotExportable { .. } => Code::LimitExceeded,
             ImageError::PathExists { .. } => Code::PathExists,
-            ImageError::PathInvalid { .. } => Code::PathInvalid,
+            ImageError::PathInvalid { .. } | ImageError::BuildDirectory { .. } => Code::PathInvalid,
             ImageError::TemplateChanged { .. } => Code::VmBusy,
             ImageError::ManifestInvalid { .. } | ImageError::Damaged { .. } | ImageError::ImageRefused { .. } => {
                 Code::TemplateMismatch
             }
             ImageError::DiskFull { .. } => Code::DiskFull,
             ImageError::Interrupted => Code::Interrupted,
-            ImageError::Io { .. } => Code::Internal,
+            ImageError::Io { source, .. } => HostRefusal::of(source).code(),
             _ => Code::TemplateBuildFailed,
         };
         let tail = match &error {
@@ -71,7 +80,11 @@ impl From<ImageError> for Error {
             _ => Vec::new(),
         };
         let wrapped = Self::new(code, error.to_string()).log_tail(tail);
-        let wrapped = match error.hint() {
+        let refused = match &error {
+            ImageError::Io { source, .. } => HostRefusal::of(source).hint(Subject::Home).map(str::to_owned),
+            _ => None,
+        };
+        let wrapped = match error.hint().or(refused) {
             Some(hint) => wrapped.hint(hint),
             None => wrapped,
         };
@@ -87,18 +100,32 @@ impl Error {
             GuestError::Unreachable(_) | GuestError::Timeout { .. } | GuestError::Gone => {
                 (Code::AgentUnreachable, format!("nido info {vm} shows its state, nido logs {vm} its console"))
             }
-            GuestError::VersionMismatch { .. } => {
-                (Code::AgentVersion, "build the template again with this nido, and make the VM anew".into())
-            }
-            GuestError::TokenRefused => (Code::Denied, format!("restart it: nido restart {vm}")),
-            GuestError::Busy | GuestError::LimitExceeded { .. } => {
-                (Code::LimitExceeded, "end some of what runs in it".into())
-            }
+            GuestError::VersionMismatch { .. } => (
+                Code::AgentVersion,
+                format!("nido restart {vm} --cold boots it with this nido's own agent; its disk stays"),
+            ),
+            GuestError::TokenRefused => (Code::GuestDenied, format!("restart it: nido restart {vm}")),
+            GuestError::Busy => (Code::LimitExceeded, "wait until one of them has ended, then try again".into()),
+            GuestError::TunnelsBusy => (Code::LimitExceeded, "close some of them, then try again".into()),
+            GuestError::RequestTooLarge { .. } => (
+                Code::LimitExceeded,
+                "arguments and environment count together: pass large data as standard input, or copy it into a file"
+                    .into(),
+            ),
+            GuestError::LimitExceeded { .. } => (Code::LimitExceeded, "end some of what runs in it".into()),
             GuestError::Protocol(_) => {
                 (Code::AgentUnreachable, "its guest may have been tampered with; do not trust it".into())
             }
             GuestError::Guest(failed) => return Self::from_fault(failed.fault, &failed.message),
-            GuestError::HostIo { .. } => return Self::new(Code::Internal, error.to_string()).because(error),
+            GuestError::HostIo { source, .. } => {
+                let refusal = HostRefusal::of(source);
+                let plain = Self::new(refusal.code(), error.to_string());
+                let told = match refusal.hint(Subject::Copy) {
+                    Some(hint) => plain.hint(hint),
+                    None => plain,
+                };
+                return told.because(error);
+            }
             GuestError::PathExists(_) => (Code::PathExists, "--force replaces it".into()),
             GuestError::PathNotFound(_) => (Code::PathNotFound, "check the path on this side".into()),
             GuestError::BadName(_) => (Code::PathInvalid, "check the path".into()),
@@ -115,22 +142,34 @@ impl Error {
 
     /// What a guest says went wrong. Its words are shown escaped.
     fn from_fault(fault: Fault, message: &str) -> Self {
-        let text: String = message.chars().flat_map(char::escape_debug).collect();
+        let text = crate::text::on_one_line(message);
         let (code, hint) = match fault {
             Fault::CommandNotFound => (Code::CommandNotFound, Some("is it installed in the guest?")),
             Fault::CannotRun => (Code::CommandCannotRun, Some("is it a program, and executable for that user?")),
-            Fault::NoUser => (Code::UserNotFound, Some("the guest's /etc/passwd has the users it knows")),
+            Fault::NoUser => (
+                Code::UserNotFound,
+                Some(
+                    "a name must be in the guest's /etc/passwd or /etc/group; numbers need not: UID, UID:GID, USER:GROUP, :GID",
+                ),
+            ),
             Fault::NoDirectory => (Code::DirectoryNotFound, Some("make it first, or leave --workdir out")),
-            Fault::NotFound => (Code::PathNotFound, Some("check the path in the guest")),
-            Fault::Denied => (Code::Denied, Some("try another user with --user")),
+            Fault::NotFound => (Code::GuestNotFound, Some("check the path in the guest")),
+            Fault::Denied => (Code::GuestDenied, Some("the guest's own permissions decide this: use another user")),
             Fault::DiskFull => (
                 Code::DiskFull,
-                Some("the guest's disk is full: free some space in it, or spawn it with a larger --disk"),
+                Some(
+                    "free some space there in the guest; if it is the guest's disk, a VM can be spawned with a larger --disk",
+                ),
             ),
-            Fault::WrongType => (Code::PathInvalid, Some("one side is a directory, the other is not")),
-            Fault::Busy => (Code::VmBusy, Some("end what is in the way in the guest, then try again")),
+            Fault::WrongType => (
+                Code::PathInvalid,
+                Some(
+                    "only files and directories are copied, and neither replaces the other, nor a device, pipe or socket",
+                ),
+            ),
+            Fault::Busy => (Code::GuestBusy, Some("end what is in the way in the guest, then try again")),
             Fault::Unreachable => (Code::PortClosed, Some("does anything listen on that port in the guest?")),
-            Fault::Invalid => (Code::SpecInvalid, None),
+            Fault::Invalid => (Code::GuestInvalid, None),
             Fault::Other => (Code::GuestFailed, None),
         };
         let error = Self::new(code, text);

@@ -23,6 +23,7 @@
 //! of the home; every wait has a deadline.
 
 pub mod api;
+pub mod atomic_file;
 pub mod audit;
 pub mod bake;
 pub mod disk;
@@ -32,8 +33,10 @@ pub mod guest;
 mod hex;
 pub mod home;
 pub mod host;
+mod host_error;
 pub mod lock;
 pub mod machine;
+pub mod moment;
 pub mod name;
 pub mod nido;
 pub mod policy;
@@ -41,8 +44,10 @@ mod presence;
 pub mod qemu;
 pub mod roots;
 pub mod snapshot;
+mod space_reserve;
 pub mod state;
 pub mod store;
 pub mod supervisor;
 pub mod text;
+mod vm_record;
 pub mod webhook;

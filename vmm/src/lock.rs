@@ -24,8 +24,20 @@ impl Held {
     /// # Errors
     /// The file cannot be opened.
     pub fn try_take(path: &Path) -> std::io::Result<Option<Self>> {
+        Self::try_open(path, true)
+    }
+
+    /// Tries to take the lock of a file that is there; never creates it.
+    ///
+    /// # Errors
+    /// `NotFound` if there is no such file; else the file cannot be opened.
+    pub fn try_take_existing(path: &Path) -> std::io::Result<Option<Self>> {
+        Self::try_open(path, false)
+    }
+
+    fn try_open(path: &Path, create: bool) -> std::io::Result<Option<Self>> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        options.read(true).write(true).create(create).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
         let file = options.open(path)?;
         match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file())) {
             Ok(_) => {}
@@ -129,6 +141,17 @@ mod tests {
         drop(first);
         assert!(!is_held(&path));
         assert!(Held::try_take(&path).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_look_at_a_lock_never_creates_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let missing = Held::try_take_existing(&path).unwrap_err();
+        assert_eq!(missing.kind(), std::io::ErrorKind::NotFound);
+        assert!(!is_held(&path) && !path.exists());
+        let held = Held::try_take(&path).unwrap();
+        assert!(held.is_some() && Held::try_take_existing(&path).unwrap().is_none());
     }
 
     #[test]

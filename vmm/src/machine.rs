@@ -5,13 +5,14 @@
 //! ```
 //!
 //! Invariants: KVM is chosen only where it is proven to run; TCG is never chosen in silence (a warning stands in the
-//! [`Machine`]) and never where isolation is required; a [`Machine`] holds only what the QEMU at hand can do.
+//! [`Machine`]), never where isolation is required, never for a VM that ran under KVM before unless its user says so, and never
+//! because a test of KVM did not end; a [`Machine`] holds only what the QEMU at hand can do.
 
 use serde::{Deserialize, Serialize};
 
 use crate::api::{AccelChoice, MachineChoice, NetChoice};
 use crate::host::qemu::{MINIMUM_VERSION, QemuFacts, QemuVersion};
-use crate::host::{HostFacts, Nesting, VsockVerdict};
+use crate::host::{HostFacts, KvmVerdict, Nesting, VsockVerdict};
 
 /// The least memory a VM can be given, in MiB: with 64 a stock Debian kernel ends in "System is deadlocked on memory",
 /// with 96 it just comes up. How much a guest needs to be of use is its template's affair.
@@ -50,6 +51,8 @@ pub struct MachineRequest {
     pub nested: bool,
     /// Refuse to run without hardware isolation.
     pub require_isolation: bool,
+    /// What ran it at its last start. A VM that ran under KVM runs under TCG only if TCG is asked for.
+    pub ran_under: Option<Accel>,
     /// The CID reserved for this VM, used where the kernel offers vsock.
     pub cid: u32,
 }
@@ -171,6 +174,18 @@ pub enum Refusal {
         /// What is wrong with it.
         why: String,
     },
+    /// KVM is there, and whether it works could not be found out.
+    #[error("whether KVM works could not be found out: {why}")]
+    KvmUndecided {
+        /// What kept the test from ending.
+        why: String,
+    },
+    /// The VM ran with hardware isolation before, and there is none to be had.
+    #[error("the VM has run with hardware isolation so far, and KVM cannot be used: {why}")]
+    IsolationLost {
+        /// Why there is none.
+        why: String,
+    },
     /// Isolation was asked for and there is none to be had.
     #[error("hardware isolation is required, and {why}")]
     IsolationRequired {
@@ -290,10 +305,13 @@ fn accelerator(
     let kvm_trouble = if qemu.accel_kvm { host.kvm.trouble() } else { Some("this QEMU was built without it".into()) };
     let no_isolation =
         |why: String| if request.require_isolation { Err(Refusal::IsolationRequired { why }) } else { Ok(()) };
+    let undecided = qemu.accel_kvm && matches!(host.kvm, KvmVerdict::Undecided { .. });
     match (request.accel, kvm_trouble) {
         (AccelChoice::Auto, None) => Ok((Accel::Kvm, "kvm because it is proven to work here".into())),
         (AccelChoice::Kvm, None) => Ok((Accel::Kvm, "kvm as asked".into())),
+        (AccelChoice::Auto | AccelChoice::Kvm, Some(why)) if undecided => Err(Refusal::KvmUndecided { why }),
         (AccelChoice::Kvm, Some(why)) => Err(Refusal::KvmUnavailable { why }),
+        (AccelChoice::Auto, Some(why)) if request.ran_under == Some(Accel::Kvm) => Err(Refusal::IsolationLost { why }),
         _ if !qemu.accel_tcg => Err(Refusal::QemuLacks { what: "software emulation (TCG)" }),
         (AccelChoice::Tcg, _) => {
             no_isolation("software emulation (TCG), which was asked for, has none".into())?;
@@ -371,7 +389,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::host::{KvmModule, KvmVerdict};
+    use crate::host::KvmModule;
 
     /// A QEMU that can do everything, at the oldest version.
     pub(crate) fn qemu_facts() -> QemuFacts {
@@ -421,11 +439,46 @@ pub(crate) mod tests {
             net: NetChoice::Nat,
             nested: false,
             require_isolation: false,
+            ran_under: None,
             cid: 3,
         }
     }
 
     const WORKS: KvmVerdict = KvmVerdict::Usable { micros: 9 };
+
+    /// A test of KVM that timed out on a busy host had `auto` run the VM without isolation.
+    #[test]
+    fn auto_does_not_fall_back_to_tcg_when_the_kvm_test_did_not_end() {
+        let busy = host(KvmVerdict::Undecided { reason: "busy".into() });
+        for accel in [AccelChoice::Auto, AccelChoice::Kvm] {
+            let refusal = decide(&MachineRequest { accel, ..request() }, &busy, &qemu_facts()).unwrap_err();
+            assert_eq!(refusal, Refusal::KvmUndecided { why: "busy".into() });
+        }
+        let tcg = decide(&MachineRequest { accel: AccelChoice::Tcg, ..request() }, &busy, &qemu_facts()).unwrap();
+        assert_eq!(tcg.accel, Accel::Tcg);
+        // A QEMU without KVM has nothing to find out.
+        let emulator = QemuFacts { accel_kvm: false, ..qemu_facts() };
+        assert_eq!(decide(&request(), &busy, &emulator).unwrap().accel, Accel::Tcg);
+    }
+
+    /// A VM that ran under KVM was started under TCG as soon as KVM was found wanting.
+    #[test]
+    fn a_vm_that_ran_under_kvm_runs_under_tcg_only_if_asked_to() {
+        let ran = MachineRequest { ran_under: Some(Accel::Kvm), ..request() };
+        for verdict in
+            [KvmVerdict::Absent, KvmVerdict::NotPermitted, KvmVerdict::PresentUnusable { reason: "it crawls".into() }]
+        {
+            let refusal = decide(&ran, &host(verdict.clone()), &qemu_facts()).unwrap_err();
+            assert!(matches!(refusal, Refusal::IsolationLost { .. }), "{verdict:?}: {refusal}");
+            let emulator = QemuFacts { accel_kvm: false, ..qemu_facts() };
+            assert!(matches!(decide(&ran, &host(WORKS), &emulator), Err(Refusal::IsolationLost { .. })));
+            let asked = MachineRequest { accel: AccelChoice::Tcg, ..ran.clone() };
+            assert_eq!(decide(&asked, &host(verdict.clone()), &qemu_facts()).unwrap().accel, Accel::Tcg);
+            let emulated = MachineRequest { ran_under: Some(Accel::Tcg), ..request() };
+            assert_eq!(decide(&emulated, &host(verdict), &qemu_facts()).unwrap().accel, Accel::Tcg);
+        }
+        assert_eq!(decide(&ran, &host(WORKS), &qemu_facts()).unwrap().accel, Accel::Kvm);
+    }
 
     #[test]
     fn proven_kvm_is_taken_without_a_warning() {

@@ -11,6 +11,7 @@ mod approvals;
 mod audit;
 mod background;
 mod bake;
+mod begun;
 mod claim;
 mod copies;
 mod create;
@@ -26,6 +27,8 @@ mod leases;
 mod lifecycle;
 mod list;
 mod logs;
+mod orphans;
+mod own_agent;
 mod pool;
 mod settle;
 mod snapshots;
@@ -33,24 +36,36 @@ mod supervision;
 mod templates;
 mod tokens;
 mod travel;
+mod ttl;
 mod webhooks;
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
+pub use begun::BegunVm;
 pub(crate) use create::guest_network;
 pub(crate) use deliverer::StoreGuard;
 pub use events::{EventFeed, Watch};
 pub use exec::{ExecControl, ExecEvents};
 pub use leases::Lease;
 pub(crate) use lifecycle::random_cid;
+pub use list::Intent;
 pub use logs::LogStream;
+pub use orphans::Adoption;
 
+use crate::audit::log::Log;
+use crate::audit::repeats::Repeats;
 use crate::error::{Code, Error, Result};
 use crate::home::{Home, VmDir};
 use crate::host::{HostFacts, QemuFacts, facts, qemu};
+use crate::lock::Held;
 use crate::presence::Presence;
+use crate::space_reserve::SpaceReserve;
 use crate::store::Store;
+
+/// How old the last backup of the store is when another one is made.
+const BACKUP_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 
 /// How nido is opened.
 #[derive(Debug, Clone, Default)]
@@ -61,27 +76,38 @@ pub struct OpenOptions {
     pub qemu: Option<PathBuf>,
     /// The program that supervises VMs: nido's own. Absent: the running program.
     pub supervisor: Option<PathBuf>,
+    /// What is about to be done gives space back: on a full disk it may use what is kept for that.
+    pub frees_space: bool,
 }
 
 /// The core API over one home.
 #[derive(Debug)]
 pub struct Nido {
     home: Home,
+    /// See [`Nido::is_read_only`].
+    is_read_only: bool,
     store: Mutex<Store>,
     options: OpenOptions,
     /// That this process lives, once somebody has to know.
     presence: Mutex<Option<Presence>>,
+    /// What this process was asked to show, for the audit log.
+    reads: Repeats,
 }
 
 impl Nido {
     /// Opens (and makes, the first time) a home. Also settles what a crash may have left behind.
     ///
     /// # Errors
-    /// `denied` if the home belongs to somebody else, `disk_full`, `internal`.
+    /// `denied` if the home belongs to somebody else, `permission_denied`, `read_only`, `disk_full`, `internal`.
     pub async fn open(options: OpenOptions) -> Result<Self> {
         let nido = Self::open_unsettled(options)?;
-        nido.settle_all().await?;
-        nido.go_on_delivering();
+        if !nido.is_read_only() {
+            nido.settle_all().await?;
+            if !nido.options.frees_space {
+                SpaceReserve::of(&nido.home).keep();
+            }
+            nido.go_on_delivering();
+        }
         Ok(nido)
     }
 
@@ -90,12 +116,32 @@ impl Nido {
         let named =
             options.home.clone().or_else(|| std::env::var_os("NIDO_HOME").filter(|v| !v.is_empty()).map(PathBuf::from));
         let home = Home::open(&named.map_or_else(Home::default_root, Ok)?)?;
-        let store = Mutex::new(Store::open(&home.database())?);
+        // A home that cannot be written can still be read: `ls`, `info`, `template ls` and `doctor` need no more.
+        let is_read_only = !home.is_writable();
+        let open = || {
+            if is_read_only { Store::open_to_read(&home.database()) } else { Store::open(&home.database()) }
+        };
+        let store = match open() {
+            Err(error)
+                if error.code() == Code::DiskFull && options.frees_space && SpaceReserve::of(&home).release() =>
+            {
+                open()
+            }
+            opened => opened,
+        };
+        let store = Mutex::new(store?);
         let named = options.qemu.or_else(|| std::env::var_os("NIDO_QEMU").filter(|v| !v.is_empty()).map(PathBuf::from));
         // A supervisor works in another directory: a relative path would mean another file there.
         let absolute = |p: PathBuf| if p.components().count() > 1 { std::path::absolute(&p).unwrap_or(p) } else { p };
         options.qemu = named.map(absolute);
-        Ok(Self { home, store, options, presence: Mutex::default() })
+        let reads = Repeats::new(Log::reads(home.audit()));
+        Ok(Self { home, is_read_only, store, options, presence: Mutex::default(), reads })
+    }
+
+    /// Whether the home could only be opened for reading. What writes fails as `read_only` then.
+    #[must_use]
+    pub const fn is_read_only(&self) -> bool {
+        self.is_read_only
     }
 
     /// Where everything is kept.
@@ -112,6 +158,33 @@ impl Nido {
     pub(crate) fn store(&self) -> StoreGuard<'_> {
         // Each method of the store is a transaction of its own: a panic in one leaves nothing half-done.
         StoreGuard::new(self, self.store.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What the user ought to know about the home that was opened: a new store beside VMs that it does not know.
+    #[must_use]
+    pub fn notice(&self) -> Option<String> {
+        if !self.store().is_new() {
+            return None;
+        }
+        let unknown = self.unknown_vms().ok().filter(|unknown| !unknown.is_empty())?;
+        Some(lost_store(unknown.len(), self.home.root()))
+    }
+
+    /// Makes a backup of the store if the last one is a day old. Not while there are VMs that the store does not know: then an
+    /// older backup may be the only one that does.
+    fn back_up_store(&self) {
+        let [last, older] = self.home.database_backups();
+        let is_due = match std::fs::metadata(&last).and_then(|meta| meta.modified()) {
+            Ok(made) => made.elapsed().map_or(true, |age| age > BACKUP_INTERVAL),
+            Err(_) => self.store().vm_ids().is_ok_and(|ids| !ids.is_empty()),
+        };
+        if !is_due || self.unknown_vms().map_or(true, |unknown| !unknown.is_empty()) {
+            return;
+        }
+        let Ok(Some(_held)) = Held::try_take(&self.home.backup_lock()) else { return };
+        if let Err(error) = self.store().back_up(&last, &older) {
+            tracing::warn!("no backup of the store was made: {error}");
+        }
     }
 
     pub(crate) fn vm_dir(&self, id: &str) -> VmDir {
@@ -135,6 +208,15 @@ impl Nido {
     }
 }
 
+/// The sentence about a store that does not know VMs whose files are there.
+pub(crate) fn lost_store(count: usize, root: &std::path::Path) -> String {
+    let root = root.display();
+    format!(
+        "{root}/vms holds {count} VMs that the store {root}/nido.db does not know: it was lost, replaced or emptied; \
+         nido doctor --adopt brings them back"
+    )
+}
+
 /// The program that runs. One that was replaced since it was started is run as it is now.
 fn own_program() -> Result<PathBuf> {
     let program = std::env::current_exe().map_err(|e| Error::io("cannot find nido's own program", e))?;
@@ -142,6 +224,11 @@ fn own_program() -> Result<PathBuf> {
         Some(path) if !program.exists() => PathBuf::from(path),
         _ => program,
     })
+}
+
+/// The error for a VM that another command deleted while this one was working on it.
+fn gone_meanwhile(name: &crate::name::VmName) -> Error {
+    Error::new(Code::VmNotFound, format!("VM '{name}' is gone: it was deleted meanwhile"))
 }
 
 /// A random id: 16 hex digits.
@@ -176,14 +263,15 @@ mod tests {
             let mut stage = |_: crate::api::StartStage| ();
             let mut stages = |_: &crate::name::VmName, _: crate::api::StartStage| ();
             let spec = crate::api::VmSpec::named(name.clone());
-            send(&nido.spawn(spec.clone(), crate::api::StartRequest::default(), &mut stage));
-            send(&nido.create(spec));
+            let grant = &crate::api::Grant::own();
+            send(&nido.spawn(spec.clone(), crate::api::StartRequest::default(), grant, &mut stage));
+            send(&nido.create(spec, grant));
             send(&nido.start(name, crate::api::StartRequest::default(), &mut stage));
             send(&nido.stop(name, crate::api::StopRequest::default()));
             send(&nido.delete(name, true));
             send(&nido.info(name));
             send(&nido.lease_end(nido.lease_open().unwrap()));
-            send(&nido.fork(name, &[], &mut stages));
+            send(&nido.fork(name, &[], grant, &mut stages));
             let snapshot = "s".parse().unwrap();
             send(&nido.snapshot_create(name, &snapshot));
             send(&nido.snapshot_restore(name, &snapshot, crate::api::RestoreRequest::default(), &mut stage));

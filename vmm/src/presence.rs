@@ -66,7 +66,7 @@ pub fn is_gone(directory: &Path, id: &str) -> bool {
 fn sweep(directory: &Path) {
     let Ok(entries) = std::fs::read_dir(directory) else { return };
     for path in entries.flatten().map(|entry| entry.path()) {
-        if let Ok(Some(_held)) = Held::try_take(&path) {
+        if let Ok(Some(_held)) = Held::try_take_existing(&path) {
             let _ = std::fs::remove_file(&path);
         }
     }

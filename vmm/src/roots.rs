@@ -11,13 +11,18 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 
+use sha2::{Digest as _, Sha256};
+
 use crate::error::{Code, Error, Result};
+use crate::hex;
+use crate::policy::Policy;
 
 const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
@@ -28,6 +33,52 @@ const TRIES: u32 = 64;
 #[derive(Debug, Default)]
 pub struct Roots(Vec<Root>);
 
+/// The directories of the host that callers may name: to read from, and to write to.
+#[derive(Debug, Default)]
+pub struct HostPaths {
+    /// Files and directories below these may be read.
+    pub read: Roots,
+    /// Files below these may be written.
+    pub write: Roots,
+}
+
+/// Which directories count where a policy names none.
+#[derive(Debug, Clone, Default)]
+pub struct DefaultPaths {
+    /// For reading.
+    pub read: Vec<PathBuf>,
+    /// For writing.
+    pub write: Vec<PathBuf>,
+}
+
+impl HostPaths {
+    /// Opens what a policy names, and where it names nothing the defaults. Below a default root hidden names are refused: nobody
+    /// has decided what lies there.
+    ///
+    /// # Errors
+    /// As [`Roots::open`].
+    pub fn open(policy: &Policy, defaults: &DefaultPaths) -> Result<Self> {
+        let open = |named: Option<&[PathBuf]>, default: &[PathBuf]| match named {
+            Some(paths) => Roots::open(paths),
+            None => Roots::open_default(default),
+        };
+        let read = open(policy.readable_roots(), &defaults.read)?;
+        Ok(Self { read, write: open(policy.writable_roots(), &defaults.write)? })
+    }
+
+    /// Which they are, in a sentence.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let list = |roots: &Roots| match roots.0.is_empty() {
+            true => "nowhere".to_owned(),
+            false => {
+                format!("below {}", roots.paths().into_iter().map(shown).collect::<Vec<_>>().join(", "))
+            }
+        };
+        format!("files of the host are read {} and written {}", list(&self.read), list(&self.write))
+    }
+}
+
 #[derive(Debug)]
 struct Root {
     fd: OwnedFd,
@@ -35,6 +86,17 @@ struct Root {
     named: PathBuf,
     /// Without symlinks.
     real: PathBuf,
+    /// Whether names that begin with a dot may be used.
+    hidden: bool,
+}
+
+/// A directory that may be read.
+#[derive(Debug)]
+pub struct Folder {
+    /// It, open.
+    pub fd: OwnedFd,
+    /// Whether names in it that begin with a dot may be read.
+    pub hidden: bool,
 }
 
 /// A file that may be read.
@@ -69,7 +131,12 @@ impl Roots {
     /// # Errors
     /// `path_not_found`, `path_invalid` if one is no directory.
     pub fn open(paths: &[PathBuf]) -> Result<Self> {
-        paths.iter().map(|path| Root::open(path)).collect::<Result<_>>().map(Self)
+        paths.iter().map(|path| Root::open(path, true)).collect::<Result<_>>().map(Self)
+    }
+
+    /// The same of directories that nobody has named: names that begin with a dot are refused below them.
+    fn open_default(paths: &[PathBuf]) -> Result<Self> {
+        paths.iter().map(|path| Root::open(path, false)).collect::<Result<_>>().map(Self)
     }
 
     /// The directories, as they were named.
@@ -105,10 +172,12 @@ impl Roots {
     ///
     /// # Errors
     /// `denied` outside of the roots and where a symlink is on the way, `path_not_found`, `path_invalid` for what is no directory.
-    pub fn directory(&self, path: &Path) -> Result<OwnedFd> {
+    pub fn directory(&self, path: &Path) -> Result<Folder> {
         let (root, below) = self.find(path)?;
         let below = if below.as_os_str().is_empty() { Path::new(".") } else { &below };
-        root.resolve(below, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC).map_err(|e| refused(path, e))
+        let fd =
+            root.resolve(below, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC).map_err(|e| refused(path, e))?;
+        Ok(Folder { fd, hidden: root.hidden })
     }
 
     /// Begins a file. Its directory must be there. A relative path is one below the first root.
@@ -148,12 +217,18 @@ impl Roots {
             };
             Error::new(Code::Denied, format!("{} is outside of what this server may use", shown(path))).hint(hint)
         })?;
+        let is_hidden = |part: Component<'_>| matches!(part, Component::Normal(name) if is_hidden(name));
+        if !root.hidden && rest.components().any(is_hidden) {
+            let words = format!("{} has a name that begins with a dot", shown(path));
+            return Err(Error::new(Code::Denied, words)
+                .hint("such files are settings and secrets; read_roots and write_roots of a policy allow a directory with them"));
+        }
         Ok((root, rest.components().collect()))
     }
 }
 
 impl Root {
-    fn open(path: &Path) -> Result<Self> {
+    fn open(path: &Path, hidden: bool) -> Result<Self> {
         let failed = |e: std::io::Error| match e.raw_os_error().map(Errno::from_raw_os_error) {
             Some(errno) => refused(path, errno),
             None => Error::io(format!("cannot use {}", shown(path)), e),
@@ -163,7 +238,7 @@ impl Root {
         // What is answered can be asked for again: a path with '..' in it could not.
         let named = std::path::absolute(path).map_err(failed)?;
         let named = if leads_upwards(&named) { real.clone() } else { named };
-        Ok(Self { fd, named, real })
+        Ok(Self { fd, named, real, hidden })
     }
 
     fn resolve(&self, below: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
@@ -181,9 +256,30 @@ impl Writing {
     /// The file, to be written to.
     ///
     /// # Errors
-    /// `internal` if there are too many open files.
+    /// `limit_exceeded` if there are too many open files.
     pub fn file(&self) -> Result<File> {
         self.file.try_clone().map_err(|e| Error::io(format!("cannot write {}", shown(&self.path)), e))
+    }
+
+    /// SHA-256 of what has been written, in hexadecimal.
+    ///
+    /// # Errors
+    /// `internal` if it cannot be read back.
+    pub fn sha256(&self) -> Result<String> {
+        let broken = |e| Error::io(format!("cannot read back {}", shown(&self.path)), e);
+        let mut file = self.file()?;
+        file.seek(SeekFrom::Start(0)).map_err(broken)?;
+        let mut hash = Sha256::new();
+        let mut piece = vec![0; 64 << 10];
+        loop {
+            match file.read(&mut piece) {
+                Ok(0) => break,
+                Ok(length) => hash.update(&piece[..length]),
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(broken(e)),
+            }
+        }
+        Ok(hex::encode(&hash.finalize()))
     }
 
     /// Gives it its name, in one step. The answer is its path.
@@ -230,13 +326,13 @@ impl Drop for Writing {
 /// A new file: without a name where the file system can do that, so that nothing is left of it whoever is killed.
 fn make(directory: &OwnedFd) -> rustix::io::Result<(OwnedFd, Option<String>)> {
     let mode = Mode::from_raw_mode(0o666);
-    let nameless = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    let nameless = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match rustix::fs::openat(directory, ".", nameless, mode) {
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => {}
         outcome => return outcome.map(|fd| (fd, None)),
     }
     let name = fresh_name()?;
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(directory, &name, flags, mode).map(|fd| (fd, Some(name)))
 }
 
@@ -256,6 +352,10 @@ fn check_target(directory: &OwnedFd, name: &OsStr, overwrite: bool, path: &Path)
         FileType::RegularFile => Err(refused(path, Errno::EXIST)),
         kind => Err(not_a_file(path, kind)),
     }
+}
+
+fn is_hidden(name: &OsStr) -> bool {
+    name.as_encoded_bytes().first() == Some(&b'.')
 }
 
 fn leads_upwards(path: &Path) -> bool {
@@ -299,14 +399,14 @@ fn refused(path: &Path, error: Errno) -> Error {
         Errno::NOTDIR => {
             (Code::PathInvalid, "is reached over something that is no directory", "check the path on the host")
         }
-        Errno::ROFS => (Code::Denied, "lies where nothing can be written", "choose another directory"),
+        Errno::ROFS => (Code::ReadOnly, "lies where nothing can be written", "choose another directory"),
         Errno::ISDIR => (Code::PathInvalid, "is a directory", "choose another name"),
         Errno::NOSYS => {
-            (Code::Internal, "cannot be looked up safely: this kernel has no openat2", "Linux 5.6 or newer has it")
+            (Code::HostFailed, "cannot be looked up safely: this kernel has no openat2", "Linux 5.6 or newer has it")
         }
         Errno::NAMETOOLONG | Errno::INVAL => (Code::PathInvalid, "is no path that can be used", "choose another name"),
         Errno::ACCESS | Errno::PERM => {
-            (Code::Denied, "cannot be used by the user whom nido runs as", "check its permissions")
+            (Code::PermissionDenied, "cannot be used by the user whom nido runs as", "check its permissions")
         }
         other => return Error::io(format!("cannot use {}", shown(path)), other.into()),
     };

@@ -13,7 +13,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -21,14 +21,20 @@ use nido_images::{BakedMachine, QemuId};
 use serde::{Deserialize, Serialize};
 
 use crate::api::SnapshotInfo;
+use crate::atomic_file::sync_parent;
 use crate::error::{Code, Error, Result};
-use crate::home::{DEVICE_STATE, DISK, VmDir};
+use crate::home::{DEVICE_STATE, DISK, VmDir, give_owner_rights, make_private_dir, make_private_dir_in_place};
+use crate::moment;
 use crate::name::{SnapshotName, VmName};
 
 const DIRECTORY: &str = "snapshots";
 const UNFINISHED: &str = ".new-";
 /// Of one that is being deleted.
 const DOOMED: &str = ".gone-";
+/// Prefix of the name of a layer that is about to become the VM's disk.
+const COPY: &str = "disk.qcow2.restore-";
+/// The disk that a VM had before a restore.
+const PREVIOUS: &str = "disk.qcow2.previous";
 const RECORD: &str = "snapshot.json";
 /// Version of [`Record`].
 const FORMAT: u32 = 1;
@@ -61,14 +67,26 @@ impl Record {
     /// A record of now.
     #[must_use]
     pub fn now(running: Option<Running>) -> Self {
-        Self { format: FORMAT, created_at: Timestamp::now(), running }
+        Self { format: FORMAT, created_at: moment::now(), running }
     }
 }
 
 /// The directory of a snapshot.
 #[must_use]
 pub fn dir(vm: &VmDir, name: &SnapshotName) -> PathBuf {
-    vm.file(DIRECTORY).join(name.as_str())
+    directory(vm).join(name.as_str())
+}
+
+/// The directory of all snapshots of a VM, which may not exist. Supervisors of earlier versions made one that ordinary users
+/// could not enter.
+fn directory(vm: &VmDir) -> PathBuf {
+    let path = vm.file(DIRECTORY);
+    if let Err(error) = give_owner_rights(&path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!("{} cannot be made usable: {error}", path.display());
+    }
+    path
 }
 
 /// A snapshot that is being taken. Dropped before it is published, it leaves nothing.
@@ -91,8 +109,8 @@ impl Unfinished {
                 .hint("choose another name, or delete it: nido snapshot delete"));
         }
         remove_unfinished(vm);
-        let path = vm.file(DIRECTORY).join(format!("{UNFINISHED}{name}"));
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(failed)?;
+        let path = directory(vm).join(format!("{UNFINISHED}{name}"));
+        make_private_dir(&path).map_err(failed)?;
         Ok(Self { path, target, published: false })
     }
 
@@ -125,8 +143,9 @@ impl Unfinished {
             for entry in fs::read_dir(&self.path)? {
                 File::open(entry?.path())?.sync_all()?;
             }
-            if let Some(parent) = self.target.parent().filter(|parent| !parent.exists()) {
-                fs::DirBuilder::new().mode(0o700).create(parent)?;
+            if let Some(parent) = self.target.parent() {
+                // The VM that wanted it may be gone: then this fails.
+                make_private_dir_in_place(parent)?;
             }
             fs::rename(&self.path, &self.target)?;
             self.target.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
@@ -151,7 +170,7 @@ fn failed(error: io::Error) -> Error {
 
 /// Removes what somebody left who was killed while taking or deleting one; whether one was being taken.
 pub fn remove_unfinished(vm: &VmDir) -> bool {
-    let Ok(entries) = fs::read_dir(vm.file(DIRECTORY)) else { return false };
+    let Ok(entries) = fs::read_dir(directory(vm)) else { return false };
     let mut found = false;
     for entry in entries.flatten() {
         let name = entry.file_name();
@@ -170,23 +189,35 @@ pub fn remove_unfinished(vm: &VmDir) -> bool {
 /// The record of a snapshot.
 ///
 /// # Errors
-/// `snapshot_not_found`, `template_mismatch` if it was written by another nido.
+/// `snapshot_not_found`, `snapshot_damaged`, `template_mismatch` if it was written by another nido.
 pub fn open(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<Record> {
+    let damaged = |why: String| {
+        Error::new(Code::SnapshotDamaged, format!("snapshot '{name}' of VM '{of}' is damaged: {why}"))
+            .hint(format!("nido snapshot delete {of} {name}"))
+    };
     let text = match fs::read(dir(vm, name).join(RECORD)) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !dir(vm, name).exists() => {
             return Err(Error::new(Code::SnapshotNotFound, format!("VM '{of}' has no snapshot named '{name}'"))
                 .hint(format!("nido snapshot ls {of}")));
         }
-        Err(error) => return Err(Error::io("cannot read the snapshot", error)),
+        Err(error) => return Err(damaged(format!("its record cannot be read: {error}"))),
     };
-    let record: Record = serde_json::from_slice(&text)
-        .map_err(|e| Error::internal(format!("the snapshot's record cannot be read: {e}")))?;
+    let record: Record =
+        serde_json::from_slice(&text).map_err(|e| damaged(format!("its record cannot be read: {e}")))?;
     if record.format != FORMAT {
         let words = format!("snapshot '{name}' has format {}, this nido reads {FORMAT}", record.format);
         return Err(Error::new(Code::TemplateMismatch, words));
     }
-    Ok(record)
+    let needed = [Some(DISK), record.running.as_ref().map(|_| DEVICE_STATE)];
+    match needed.into_iter().flatten().find(|file| !holds_bytes(&dir(vm, name).join(file))) {
+        Some(file) => Err(damaged(format!("its {file} is missing or empty"))),
+        None => Ok(record),
+    }
+}
+
+fn holds_bytes(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|facts| facts.len() > 0)
 }
 
 /// All snapshots of a VM, the oldest first.
@@ -194,41 +225,113 @@ pub fn open(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<Record> {
 /// # Errors
 /// `internal`.
 pub fn list(vm: &VmDir, of: &VmName) -> Result<Vec<SnapshotInfo>> {
-    let entries = match fs::read_dir(vm.file(DIRECTORY)) {
+    let entries = match fs::read_dir(directory(vm)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(|e| Error::io("cannot list the snapshots", e))?,
     };
     let names = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<SnapshotName>().ok());
-    let mut all = names.map(|name| info(vm, of, &name)).collect::<Result<Vec<_>>>()?;
+    let mut all: Vec<_> = names.map(|name| describe(vm, of, &name, open(vm, of, &name))).collect();
     all.sort_by(|a, b| (a.created_at, a.name.as_str()).cmp(&(b.created_at, b.name.as_str())));
     Ok(all)
 }
 
-/// One snapshot as it is told.
+/// One snapshot that is whole.
 ///
 /// # Errors
 /// Those of [`open`].
 pub fn info(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<SnapshotInfo> {
-    let record = open(vm, of, name)?;
-    let blocks = |file: &str| fs::metadata(dir(vm, name).join(file)).map_or(0, |facts| facts.blocks() * 512);
-    Ok(SnapshotInfo {
-        vm: of.clone(),
-        name: name.clone(),
-        created_at: record.created_at,
-        running: record.running.is_some(),
-        size_bytes: blocks(DISK) + blocks(DEVICE_STATE),
-    })
+    Ok(describe(vm, of, name, Ok(open(vm, of, name)?)))
 }
 
-/// Puts a snapshot's layer in the place of the VM's own.
-///
-/// # Errors
-/// `disk_full`, `internal`; then the VM's own is as it was.
-pub fn take_back_disk(vm: &VmDir, name: &SnapshotName) -> Result<()> {
-    let fresh = vm.file("disk.qcow2.new");
-    let _ = fs::remove_file(&fresh);
-    copy_layer(&dir(vm, name).join(DISK), &fresh)?;
-    fs::rename(&fresh, vm.file(DISK)).map_err(|e| Error::io("cannot restore the disk", e))
+/// A snapshot of which a directory is there; a damaged one is marked.
+fn describe(vm: &VmDir, of: &VmName, name: &SnapshotName, record: Result<Record>) -> SnapshotInfo {
+    let blocks = |file: &str| fs::metadata(dir(vm, name).join(file)).map_or(0, |facts| facts.blocks() * 512);
+    let made = || {
+        let made = fs::metadata(dir(vm, name)).and_then(|facts| facts.modified()).ok();
+        made.and_then(|made| Timestamp::try_from(made).ok()).unwrap_or(Timestamp::UNIX_EPOCH)
+    };
+    SnapshotInfo {
+        vm: of.clone(),
+        name: name.clone(),
+        created_at: record.as_ref().map_or_else(|_| made(), |record| moment::in_ms(record.created_at)),
+        running: record.as_ref().is_ok_and(|record| record.running.is_some()),
+        size_bytes: blocks(DISK) + blocks(DEVICE_STATE),
+        damaged: record.err().map(|error| error.message().to_owned()),
+    }
+}
+
+/// A copy of a snapshot's layer beside the VM's own disk, complete and on the disk. Dropped, it leaves nothing.
+#[derive(Debug)]
+pub struct DiskCopy {
+    copy: PathBuf,
+    disk: PathBuf,
+}
+
+impl DiskCopy {
+    /// Copies the layer. The VM may run meanwhile.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`; then nothing is left.
+    pub fn take(vm: &VmDir, name: &SnapshotName) -> Result<Self> {
+        let id = crate::nido::random_id()?;
+        let this = Self { copy: vm.file(&format!("{COPY}{id}")), disk: vm.file(DISK) };
+        copy_layer(&dir(vm, name).join(DISK), &this.copy)?;
+        Ok(this)
+    }
+
+    /// Puts the copy in the place of the VM's disk, which is at rest; the disk of before is kept until that is decided.
+    ///
+    /// # Errors
+    /// `internal`; then the VM's disk is as it was.
+    pub fn put_in_place(self) -> Result<PreviousDisk> {
+        let broken = |e| Error::io("cannot restore the disk", e);
+        let previous = PreviousDisk { previous: self.disk.with_file_name(PREVIOUS), disk: self.disk.clone() };
+        let _ = fs::remove_file(&previous.previous);
+        // A second name for it: at no moment is there no disk. Where there are no such links it cannot be put back.
+        let _ = fs::hard_link(&self.disk, &previous.previous);
+        fs::rename(&self.copy, &self.disk).and_then(|()| sync_parent(&self.disk)).map_err(broken)?;
+        Ok(previous)
+    }
+}
+
+impl Drop for DiskCopy {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.copy);
+    }
+}
+
+/// The disk that a VM had before a snapshot was restored.
+#[derive(Debug)]
+pub struct PreviousDisk {
+    previous: PathBuf,
+    disk: PathBuf,
+}
+
+impl PreviousDisk {
+    /// Gives it back to the VM, which is at rest.
+    ///
+    /// # Errors
+    /// `internal`.
+    pub fn put_back(&self) -> Result<()> {
+        let put = fs::rename(&self.previous, &self.disk).and_then(|()| sync_parent(&self.disk));
+        put.map_err(|e| Error::io("cannot put the VM's disk back", e))
+    }
+
+    /// Removes it: the restore has succeeded.
+    pub fn remove(&self) {
+        let _ = fs::remove_file(&self.previous);
+    }
+}
+
+/// Removes what a restore left that was killed. Nobody restores the VM meanwhile.
+pub fn remove_restore_files(vm: &VmDir) {
+    let Ok(entries) = fs::read_dir(vm.path()) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if name == PREVIOUS || name.to_string_lossy().starts_with(COPY) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Deletes a snapshot: it is nobody's from the first step on.
@@ -246,17 +349,38 @@ pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
     }
 }
 
-/// Copies a layer: shares its blocks where the file system can, else copies what is not a hole.
+/// Copies a layer, and brings it to the disk: shares its blocks where the file system can, else copies what is not a hole.
 fn copy_layer(from: &Path, to: &Path) -> Result<()> {
     let copy = || -> io::Result<()> {
         let source = File::open(from)?;
         let target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
-        if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
-            return Ok(());
+        if rustix::fs::ioctl_ficlone(&target, &source).is_err() {
+            // A copy that cannot be finished would fill the disk for all others.
+            let free = rustix::fs::fstatvfs(&target)?;
+            if source.metadata()?.blocks().saturating_mul(512) > free.f_bavail.saturating_mul(free.f_frsize) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            copy_sparse(&source, &target)?;
         }
-        copy_sparse(&source, &target)
+        target.sync_all()
     };
-    copy().map_err(|e| Error::io("cannot copy the VM's disk", e))
+    copy().map_err(|e| {
+        let _ = fs::remove_file(to);
+        Error::io("cannot copy the VM's disk", e)
+    })
+}
+
+/// Bytes that a copy of the VM's layer takes: none where the file system can share its blocks.
+#[must_use]
+pub fn copy_bytes(vm: &VmDir) -> u64 {
+    let probe = || -> io::Result<()> {
+        let path = vm.file(".clone-probe");
+        let source = File::open(vm.file(crate::home::GUEST_CONFIG))?;
+        let target = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        let _ = fs::remove_file(&path);
+        Ok(rustix::fs::ioctl_ficlone(&target, &source)?)
+    };
+    if probe().is_ok() { 0 } else { fs::metadata(vm.file(DISK)).map_or(0, |facts| facts.blocks() * 512) }
 }
 
 fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
@@ -316,11 +440,48 @@ mod tests {
         assert_eq!((told.len(), told[0].name.as_str(), told[0].running), (1, "first", false));
 
         fs::write(vm.file(DISK), "two").unwrap();
-        take_back_disk(&vm, &name("first")).unwrap();
+        let files = |vm: &VmDir| fs::read_dir(vm.path()).unwrap().count();
+        let before = files(&vm);
+        drop(DiskCopy::take(&vm, &name("first")).unwrap());
+        let previous = DiskCopy::take(&vm, &name("first")).unwrap().put_in_place().unwrap();
         assert_eq!(fs::read(vm.file(DISK)).unwrap(), b"one");
+        previous.put_back().unwrap();
+        assert_eq!((fs::read(vm.file(DISK)).unwrap(), files(&vm)), (b"two".to_vec(), before));
+        DiskCopy::take(&vm, &name("first")).unwrap().put_in_place().unwrap().remove();
+        assert_eq!((fs::read(vm.file(DISK)).unwrap(), files(&vm)), (b"one".to_vec(), before));
+        std::mem::forget(DiskCopy::take(&vm, &name("first")).unwrap());
+        remove_restore_files(&vm);
+        assert_eq!(files(&vm), before);
         delete(&vm, &of, &name("first")).unwrap();
         assert_eq!(delete(&vm, &of, &name("first")).unwrap_err().code(), Code::SnapshotNotFound);
         assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+    }
+
+    // One damaged snapshot failed the list of all, and could neither be deleted nor made anew.
+    #[test]
+    fn a_damaged_snapshot_is_listed_beside_the_others_and_can_be_deleted() {
+        let (_root, vm) = vm();
+        let of: VmName = "web".parse().unwrap();
+        fs::write(vm.file(DISK), "one").unwrap();
+        for snapshot in ["empty", "none", "nodisk", "whole"] {
+            let taking = Unfinished::begin(&vm, &vm, &name(snapshot)).unwrap();
+            taking.copy_disk(&vm).unwrap();
+            taking.publish(&Record::now(None)).unwrap();
+        }
+        fs::write(dir(&vm, &name("empty")).join(RECORD), "").unwrap();
+        fs::remove_file(dir(&vm, &name("none")).join(RECORD)).unwrap();
+        fs::remove_file(dir(&vm, &name("nodisk")).join(DISK)).unwrap();
+        let told = list(&vm, &of).unwrap();
+        assert_eq!(told.len(), 4);
+        for snapshot in told {
+            assert_eq!(snapshot.damaged.is_some(), snapshot.name.as_str() != "whole", "{snapshot:?}");
+            if let Some(why) = snapshot.damaged {
+                assert!(why.contains(&format!("'{}' of VM 'web'", snapshot.name)), "{why}");
+                assert_eq!(open(&vm, &of, &snapshot.name).unwrap_err().code(), Code::SnapshotDamaged);
+                delete(&vm, &of, &snapshot.name).unwrap();
+                assert_eq!(open(&vm, &of, &snapshot.name).unwrap_err().code(), Code::SnapshotNotFound);
+            }
+        }
     }
 
     #[test]
@@ -340,7 +501,7 @@ mod tests {
         let taking = Unfinished::begin(&vm, &other, &name("aside")).unwrap();
         taking.copy_disk(&vm).unwrap();
         // The one that wanted it was killed, and its VM removed.
-        assert_eq!(taking.publish(&Record::now(None)).unwrap_err().code(), Code::Internal);
+        assert_eq!(taking.publish(&Record::now(None)).unwrap_err().code(), Code::PathNotFound);
         assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
         other.make().unwrap();
         let taking = Unfinished::begin(&vm, &other, &name("aside")).unwrap();

@@ -116,8 +116,8 @@ pub const fn admit(state: VmState, request: Request) -> Admission {
 
         (Request::Pause, S::Running) => Do,
         (Request::Pause, S::Paused) => AlreadySo,
-        (Request::Resume, S::Paused) => Do,
-        (Request::Resume, S::Running) => AlreadySo,
+        // Whether the CPUs run only QEMU knows: the row may lag behind.
+        (Request::Resume, S::Paused | S::Running) => Do,
         (Request::Pause | Request::Resume, S::Starting) => Denied("it is still starting"),
         (Request::Pause | Request::Resume, S::Stopping) => Denied("it is being stopped"),
         (Request::Pause | Request::Resume, S::Created | S::Stopped | S::Failed) => Denied("it is not running"),
@@ -179,6 +179,108 @@ pub const fn advance(state: VmState, fact: Fact) -> VmState {
     }
 }
 
+/// Why a VM is paused or stopped, for programs. Why one failed is [`FailureCause`]'s word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StateCause {
+    /// Paused, or stopped, because a user asked for it.
+    User,
+    /// Paused: the guest wrote to its disk, and the host's disk is full.
+    DiskFull,
+    /// Paused: the host could not read or write the guest's disk.
+    IoError,
+    /// Paused: the guest suspended itself.
+    GuestSuspended,
+    /// Paused by QEMU for another reason.
+    Qemu,
+    /// Stopped: the guest powered itself off.
+    Guest,
+    /// Stopped: its time to live is over.
+    Ttl,
+    /// Stopped: it was idle for too long.
+    Idle,
+    /// Stopped: the session it was made for is over.
+    Session,
+    /// Stopped: the host shuts down, its user logged out, or the supervisor was asked to end.
+    Host,
+    /// Stopped: its disk was restored from a snapshot.
+    Restored,
+}
+
+impl StateCause {
+    /// Every cause.
+    pub const ALL: [Self; 11] = [
+        Self::User,
+        Self::DiskFull,
+        Self::IoError,
+        Self::GuestSuspended,
+        Self::Qemu,
+        Self::Guest,
+        Self::Ttl,
+        Self::Idle,
+        Self::Session,
+        Self::Host,
+        Self::Restored,
+    ];
+
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::DiskFull => "disk_full",
+            Self::IoError => "io_error",
+            Self::GuestSuspended => "guest_suspended",
+            Self::Qemu => "qemu",
+            Self::Guest => "guest",
+            Self::Ttl => "ttl",
+            Self::Idle => "idle",
+            Self::Session => "session",
+            Self::Host => "host",
+            Self::Restored => "restored",
+        }
+    }
+
+    /// The cause that a word stands for.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|cause| cause.word() == word)
+    }
+
+    /// The cause in a sentence, with what to do about it.
+    #[must_use]
+    pub const fn detail(self) -> &'static str {
+        match self {
+            Self::User => "as requested",
+            Self::DiskFull => {
+                "the host's disk is full: free some space on the disk that holds nido's home; it resumes by itself then"
+            }
+            Self::IoError => {
+                "the host could not read or write the VM's disk: check the host's disk, then resume the VM"
+            }
+            Self::GuestSuspended => "the guest suspended itself; resume wakes it",
+            Self::Qemu => "QEMU paused it; its supervisor's log says more",
+            Self::Guest => "the guest powered itself off",
+            Self::Ttl => "its time to live is over",
+            Self::Idle => "it was idle for too long",
+            Self::Session => "the session it was made for is over",
+            Self::Host => "the host shut down, or its user logged out",
+            Self::Restored => "its disk was restored from a snapshot without memory; start it",
+        }
+    }
+
+    /// Why a paused VM cannot be used, after "it is paused".
+    #[must_use]
+    pub const fn paused_because(self) -> &'static str {
+        match self {
+            Self::DiskFull => "it is paused because the host's disk is full",
+            Self::IoError => "it is paused because the host could not read or write its disk",
+            Self::GuestSuspended => "the guest suspended itself",
+            _ => "it is paused; resume it",
+        }
+    }
+}
+
 /// Why a VM failed, for programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -187,6 +289,10 @@ pub enum FailureCause {
     GuestPanic,
     /// The guest did not answer in time.
     GuestTimeout,
+    /// The guest's agent and this nido have no version of their protocol in common.
+    AgentVersion,
+    /// The guest's agent answered, and refused the VM's token or broke the protocol.
+    AgentRefused,
     /// QEMU was killed by a signal.
     QemuSignal,
     /// QEMU ended with an error.
@@ -201,6 +307,8 @@ pub enum FailureCause {
     RenewalFailed,
     /// The host restarted, or QEMU and its supervisor were both killed.
     HostRestart,
+    /// Its directory, with its disk, was removed by something other than nido.
+    FilesLost,
 }
 
 #[cfg(test)]
@@ -234,6 +342,22 @@ mod tests {
         for state in VmState::ALL {
             assert_eq!(VmState::from_word(state.word()), Some(state));
             assert_eq!(serde_json::to_string(&state).unwrap(), format!("\"{}\"", state.word()));
+        }
+    }
+
+    #[test]
+    fn causes_have_the_same_word_in_the_store_and_in_json() {
+        for cause in StateCause::ALL {
+            assert_eq!(StateCause::from_word(cause.word()), Some(cause));
+            assert_eq!(serde_json::to_string(&cause).unwrap(), format!("\"{}\"", cause.word()));
+        }
+    }
+
+    // A row that said `running` kept a resume from ever reaching QEMU.
+    #[test]
+    fn a_resume_reaches_qemu_whatever_the_row_says() {
+        for state in [VmState::Running, VmState::Paused] {
+            assert_eq!(admit(state, Request::Resume), Admission::Do);
         }
     }
 

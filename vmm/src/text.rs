@@ -11,6 +11,20 @@ pub fn is_harmful(c: char) -> bool {
             | '\u{fff9}'..='\u{fffb}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
 }
 
+/// Text of unknown origin on one line: what is harmful is escaped, quotes and letters stay as they are.
+#[must_use]
+pub fn on_one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\\' => line.push_str("\\\\"),
+            c if is_harmful(c) => line.extend(c.escape_debug()),
+            c => line.push(c),
+        }
+    }
+    line
+}
+
 /// The longest head of `text` that has at most `limit` bytes and cuts no character.
 #[must_use]
 pub fn head(text: &str, limit: usize) -> &str {

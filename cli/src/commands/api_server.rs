@@ -4,10 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Subcommand;
-use nido_mcp::{App, Settings};
+use nido_mcp::Settings;
 use nido_vmm::policy::Policy;
+use nido_vmm::roots::DefaultPaths;
 
 use super::Context;
+use super::agents::agents;
 use super::listen_args::ListenArgs;
 use crate::exit::{Exit, Outcome};
 use crate::serve::{openapi, serve};
@@ -34,7 +36,7 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    Start(Start),
+    Start(Box<Start>),
     /// Print the description of the API: OpenAPI 3.1, as it is served at /openapi.json
     Openapi,
 }
@@ -66,8 +68,10 @@ impl Args {
         let options = start.listen.options(true)?;
         let nido = Arc::new(cx.nido().await?);
         let settings = start.mcp.then(|| Settings { policy, ..Settings::default() });
-        let agents = settings.map(|settings| App::new(Arc::clone(&nido), settings, &[])).transpose()?;
-        serve(nido, agents, options, |address| cx.listening(address)).await?;
+        let agents = settings.map(|settings| agents(cx, Arc::clone(&nido), settings, &DefaultPaths::default()));
+        let agents = agents.transpose()?;
+        let owner = Arc::clone(&nido);
+        serve(nido, agents, options, |address| cx.listening(address, &owner)).await?;
         Ok(Exit::Success)
     }
 }

@@ -1,17 +1,22 @@
 //! `approvals`: what programs have asked a person to approve.
 
+use std::collections::HashSet;
+
 use jiff::Timestamp;
 use nido_vmm::api::{Approval, ApprovalState};
+use nido_vmm::nido::{Nido, Watch};
 
 use super::Context;
 use crate::exit::{Exit, Outcome};
 use crate::output::{json, table};
 use crate::parse::show_seconds;
+use crate::signals::Signals;
 
 const EXAMPLES: &str = "\
 Examples:
   nido approvals
   nido approvals --all
+  nido approvals --watch
   nido approvals -q | xargs nido deny
 
 A program that was refused with approval_required waits here for two minutes. Read what it wants to do and to which VM
@@ -24,6 +29,9 @@ pub struct Args {
     /// Also what was approved, denied, used or ran out of time within the last hour
     #[arg(long, short)]
     all: bool,
+    /// Keep running, and print each one that waits when it is asked for
+    #[arg(long, short, conflicts_with = "all")]
+    watch: bool,
 }
 
 const HEAD: [&str; 8] = ["ID", "STATE", "OPERATION", "VM", "ASKED BY", "AGE", "LEFT", "ARGUMENTS"];
@@ -33,6 +41,9 @@ const ARGUMENTS_MAX: usize = 200;
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
+        if self.watch {
+            return watch(cx, &nido).await;
+        }
         let mut list = nido.approvals()?;
         list.approvals.retain(|approval| self.all || approval.state == ApprovalState::Pending);
         cx.output.answer(&list, || {
@@ -43,6 +54,38 @@ impl Args {
             table(HEAD, list.approvals.iter().map(|approval| row(approval, now)))
         })?;
         Ok(Exit::Success)
+    }
+}
+
+/// Prints what waits and what comes, a line each, until a signal ends it.
+async fn watch(cx: &Context, nido: &Nido) -> Outcome {
+    let (mut signals, mut store) = (Signals::listen()?, Watch::new(nido));
+    let mut told = HashSet::new();
+    loop {
+        let mut waiting = nido.approvals()?.approvals;
+        waiting.retain(|approval| approval.state == ApprovalState::Pending);
+        told.retain(|id| waiting.iter().any(|approval| approval.id == *id));
+        for approval in waiting.iter().rev().filter(|approval| !told.contains(&approval.id)) {
+            let words = format!(
+                "{} {} {} {} {}\n",
+                approval.id,
+                approval.tool,
+                approval.vm_name,
+                who(approval),
+                json(&approval.arguments, false)
+            );
+            let line = if cx.output.quiet { format!("{}\n", approval.id) } else { words };
+            cx.output.data(&if cx.output.json {
+                json(approval, false) + "\n"
+            } else {
+                crate::sanitize::line(line.trim_end()).to_string() + "\n"
+            })?;
+        }
+        told.extend(waiting.into_iter().map(|approval| approval.id));
+        tokio::select! {
+            () = store.changed() => {}
+            _ = signals.next_end() => return Ok(Exit::Success),
+        }
     }
 }
 

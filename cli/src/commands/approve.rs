@@ -5,15 +5,17 @@ use nido_vmm::audit::Caller;
 
 use super::Context;
 use super::approvals::who;
-use crate::exit::{Exit, Outcome};
+use super::confirmation::Confirmation;
+use crate::exit::{Exit, Failure, Outcome};
 use crate::output::json;
 
 const APPROVE_EXAMPLES: &str = "\
 Examples:
   nido approvals
   nido approve apr_0123456789abcdef
-  nido approve apr_0123456789abcdef --json
+  nido approve apr_0123456789abcdef --yes --json
 
+On a terminal nido asks, unless --yes is given; without a terminal --yes is needed.
 The program that asked may then do this once, with exactly the arguments it asked for, within two minutes of having asked.
 Look at them first: nido approvals. Until it was used, an approval can be taken back with nido deny.";
 
@@ -31,6 +33,8 @@ The program that asked is told that you said no. An approval that was given and 
 pub struct Args {
     /// Id of the approval
     id: String,
+    #[command(flatten)]
+    confirmation: Confirmation,
 }
 
 /// Deny what a program has asked for
@@ -44,20 +48,30 @@ pub struct DenyArgs {
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
-        decide(cx, &self.id, true).await
+        let asked = cx.nido().await?.approval(&self.id)?;
+        if !self.confirmation.required(cx, "approve", &words_of(&asked))? {
+            return Ok(Exit::Failure);
+        }
+        let decided = decide(cx, &self.id, true).await?;
+        cx.output.answer(&decided, || format!("{}\n", decided.id))?;
+        cx.output.talk(&words(&decided, true));
+        Ok(Exit::Success)
     }
 }
 
 impl DenyArgs {
     pub async fn run(self, cx: &Context) -> Outcome {
+        let mut all = Vec::new();
         for id in &self.ids {
-            decide(cx, id, false).await?;
+            all.push(decide(cx, id, false).await?);
         }
+        cx.answer_each("approvals", &all, |decided| format!("{}\n", decided.id))?;
+        all.iter().for_each(|decided| cx.output.talk(&words(decided, false)));
         Ok(Exit::Success)
     }
 }
 
-async fn decide(cx: &Context, id: &str, yes: bool) -> Outcome {
+async fn decide(cx: &Context, id: &str, yes: bool) -> Result<Approval, Failure> {
     let nido = cx.nido().await?;
     let asked = nido.approval(id)?;
     let by = Caller::command_line().actor;
@@ -67,14 +81,14 @@ async fn decide(cx: &Context, id: &str, yes: bool) -> Outcome {
     let tool = if yes { "approval_approve" } else { "approval_deny" };
     let decided =
         cx.audited(&nido, tool, arguments, async { if yes { nido.approve(id, &by) } else { nido.deny(id, &by) } });
-    let decided = decided.await?;
-    cx.output.answer(&decided, || format!("{}\n", decided.id))?;
-    cx.output.talk(&words(&decided, yes));
-    Ok(Exit::Success)
+    decided.await
 }
 
 fn words(decided: &Approval, yes: bool) -> String {
-    let (verb, asker) = (if yes { "approved" } else { "denied" }, who(decided));
-    let arguments = json(&decided.arguments, false);
-    format!("{verb}: {} of VM {}, asked for by {asker}, with {arguments}", decided.tool, decided.vm_name)
+    format!("{}: {}", if yes { "approved" } else { "denied" }, words_of(decided))
+}
+
+fn words_of(approval: &Approval) -> String {
+    let (asker, arguments) = (who(approval), json(&approval.arguments, false));
+    format!("{} of VM {}, asked for by {asker}, with {arguments}", approval.tool, approval.vm_name)
 }

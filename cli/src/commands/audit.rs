@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use jiff::Timestamp;
-use nido_vmm::api::{AuditCheckpoint, AuditFilter, AuditRecord, AuditVerdict};
+use nido_vmm::api::{AuditCheckpoint, AuditFilter, AuditLog, AuditRecord, AuditVerdict};
 use nido_vmm::error::Error;
 use nido_vmm::name::VmName;
 
@@ -22,8 +22,8 @@ Examples:
   nido audit checkpoint -o checkpoint.json     keep it where whoever can write the log cannot write
   nido audit verify --against checkpoint.json
 
-verify finds lines that were altered, removed, inserted or moved. That the last lines were cut off, or that the whole
-log was written anew, only a checkpoint kept elsewhere can show.";
+verify finds lines that were altered, removed, inserted or moved, and a log of acts that was emptied or cut off behind nido's back.
+That the log and the store were both written anew, only a checkpoint kept elsewhere can show.";
 
 /// Show and check the log of who asked for what
 #[derive(Debug, clap::Args)]
@@ -37,7 +37,7 @@ pub struct Args {
 enum Verb {
     /// Show lines, the oldest first
     Show(ShowArgs),
-    /// Check that the lines hang together; exit code 1 if they do not
+    /// Verify the hash chains of both logs; exit 1 if one is broken
     Verify {
         /// Check too that the log still holds what this checkpoint was made of
         #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
@@ -53,6 +53,9 @@ enum Verb {
 
 #[derive(Debug, clap::Args)]
 struct ShowArgs {
+    /// Those of this log: acts (what changed something, or was refused) or reads
+    #[arg(long, value_name = "LOG", value_parser = log)]
+    log: Option<AuditLog>,
     /// Those since a time (2026-01-04T15:00:00Z) or for so long (2h)
     #[arg(long, value_name = "TIME", value_parser = since)]
     since: Option<Timestamp>,
@@ -73,6 +76,14 @@ struct ShowArgs {
     tail: Option<usize>,
 }
 
+fn log(word: &str) -> Result<AuditLog, String> {
+    match word {
+        "acts" => Ok(AuditLog::Acts),
+        "reads" => Ok(AuditLog::Reads),
+        _ => Err("it is acts or reads".into()),
+    }
+}
+
 const HEAD: [&str; 8] = ["SEQ", "TIME", "FACE", "ACTOR", "TOOL", "RESULT", "REASON", "PARAMS"];
 
 impl Args {
@@ -86,8 +97,17 @@ impl Args {
 }
 
 async fn show(cx: &Context, args: ShowArgs) -> Outcome {
-    let ShowArgs { since, tool, actor, result, vm, tail } = args;
-    let list = cx.nido().await?.audit_show(&AuditFilter { since, tool, actor, result, vm, tail })?;
+    let ShowArgs { log, since, tool, actor, result, vm, tail } = args;
+    let list = cx.nido().await?.audit_show(&AuditFilter {
+        log,
+        since,
+        tool,
+        actor,
+        result,
+        vm,
+        tail,
+        ..AuditFilter::default()
+    })?;
     cx.output.answer(&list, || {
         if cx.output.quiet {
             return list.records.iter().map(|record| format!("{}\n", record.seq)).collect();
@@ -136,9 +156,14 @@ async fn verify(cx: &Context, against: Option<PathBuf>) -> Outcome {
 
 /// A verdict without trouble, in sentences.
 fn told(verdict: &AuditVerdict) -> String {
-    let (Some(first), Some(last)) = (verdict.first_seq, verdict.last_seq) else { return "the log is empty\n".into() };
+    let reads = verdict.reads.iter().filter(|reads| reads.lines > 0);
+    let reads: String =
+        reads.map(|reads| format!("verified {} records of reads in {} files\n", reads.lines, reads.files)).collect();
+    let (Some(first), Some(last)) = (verdict.first_seq, verdict.last_seq) else {
+        return format!("the log is empty\n{reads}");
+    };
     let mut text =
-        format!("{} lines in {} files hang together, numbers {first} to {last}\n", verdict.lines, verdict.files);
+        format!("verified {} records in {} files (seq {first}-{last})\n{reads}", verdict.lines, verdict.files);
     if first > 1 {
         text.push_str(&format!("what came before number {first} is not kept any more\n"));
     }

@@ -1,13 +1,15 @@
 //! What `upload`, `download` and `cp` share: one copy, watched, and its report.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nido_vmm::api::{CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
-use nido_vmm::error::Error;
+use nido_vmm::error::{Code, Error};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::Nido;
 
@@ -16,28 +18,48 @@ use crate::audit;
 use crate::exit::{Exit, Failure, Outcome, until_signal};
 use crate::parse::show_bytes;
 use crate::progress::Progress;
+use crate::sanitize;
 
 /// How long an interrupted copy may take to remove what it left half done.
 const UNDO_LIMIT: Duration = Duration::from_secs(5);
-/// Mode of a file whose bytes come from standard input.
+/// How many of the entries that could not be read are named.
+const SHOWN: usize = 20;
+/// Mode of a new file whose bytes come from standard input.
 const STDIN_MODE: u16 = 0o644;
 
-/// The host's side of a copy into the guest; `-` is standard input.
-pub fn source(path: OsString) -> Result<UploadSource, Error> {
+/// The host's side of a copy into the guest; `-` is standard input: a file, or a tar archive where the destination ends in a
+/// slash.
+pub fn source(path: OsString, destination: &OsStr) -> Result<UploadSource, Error> {
     if path != "-" {
         return Ok(UploadSource::Path(path.into()));
     }
     let file = own(std::io::stdin()).map_err(|e| Error::io("cannot read standard input", e))?;
+    if destination.as_bytes().ends_with(b"/") {
+        return Ok(UploadSource::Archive(file));
+    }
     Ok(UploadSource::Stream { file, mode: STDIN_MODE })
 }
 
-/// The host's side of a copy out of the guest; `-` is standard output.
+/// The host's side of a copy out of the guest. `-` is standard output; a character device or a pipe is written to, never
+/// replaced.
 pub fn target(path: OsString) -> Result<DownloadTarget, Error> {
-    if path != "-" {
-        return Ok(DownloadTarget::Path(path.into()));
+    if is_stdout(&path) {
+        let file = own(std::io::stdout()).map_err(|e| Error::io("cannot write to standard output", e))?;
+        return Ok(DownloadTarget::FileOrArchive(file));
     }
-    let file = own(std::io::stdout()).map_err(|e| Error::io("cannot write to standard output", e))?;
-    Ok(DownloadTarget::Stream(file))
+    let path = PathBuf::from(path);
+    let kind = std::fs::metadata(&path).map(|meta| meta.file_type());
+    if kind.is_ok_and(|kind| kind.is_char_device() || kind.is_fifo()) {
+        let flags = rustix::fs::OFlags::NOCTTY.bits().cast_signed();
+        let opened = File::options().write(true).custom_flags(flags).open(&path);
+        return opened.map(DownloadTarget::FileOrArchive).map_err(|e| Error::io_at("write to", &path, e));
+    }
+    Ok(DownloadTarget::Path(path))
+}
+
+/// Whether a path is this process's standard output. What that is may be a file, which is not to be replaced either.
+pub fn is_stdout(path: &OsStr) -> bool {
+    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == *name)
 }
 
 fn own(stream: impl AsFd) -> std::io::Result<File> {
@@ -53,7 +75,7 @@ pub fn guest(path: OsString) -> Vec<u8> {
 pub async fn upload(cx: &Context, nido: &Nido, name: &VmName, request: UploadRequest) -> Result<CopyResult, Failure> {
     let mut progress = Progress::new(&cx.output, "uploading");
     // Somebody who types may take for ever.
-    let typed = matches!(request.source, UploadSource::Stream { .. });
+    let typed = matches!(request.source, UploadSource::Stream { .. } | UploadSource::Archive(_));
     let undo = if typed { Duration::ZERO } else { UNDO_LIMIT };
     let arguments = audit::upload(name, &request);
     let mut told = |at| progress.copy(at);
@@ -71,25 +93,57 @@ pub async fn download(
     let mut progress = Progress::new(&cx.output, "downloading");
     let arguments = audit::download(name, &request);
     let mut told = |at| progress.copy(at);
+    let to_stdout = matches!(request.destination, DownloadTarget::Stream(_) | DownloadTarget::FileOrArchive(_));
     let copied = until_signal(UNDO_LIMIT, nido.download(name, request, &mut told));
-    cx.audited(nido, "vm_download", arguments, copied).await
+    match cx.audited(nido, "vm_download", arguments, copied).await {
+        // As any Unix tool whose reader has what it wants: silent.
+        Err(Failure::Nido(error)) if to_stdout && is_broken_pipe(&error) => {
+            Err(Failure::Stdout(std::io::ErrorKind::BrokenPipe.into()))
+        }
+        done => done,
+    }
 }
 
-/// Tells what was copied: one line on stderr, or JSON on stdout (unless that carries the file itself).
+/// Whether the reason at the bottom of an error is that nobody reads what is written.
+fn is_broken_pipe(error: &Error) -> bool {
+    let reasons = std::iter::successors(std::error::Error::source(error), |reason| reason.source());
+    reasons
+        .filter_map(|reason| reason.downcast_ref::<std::io::Error>())
+        .any(|reason| reason.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// Reports what was copied: one line on stderr, or JSON on stdout (unless that carries the file itself). Fails if something
+/// could not be read.
 pub fn report(cx: &Context, done: &CopyResult, to_stdout: bool) -> Outcome {
     if cx.output.json && !to_stdout {
         cx.output.answer(done, String::new)?;
     }
-    cx.output.talk(&sentence(done));
+    cx.output.talk(&sentence(done, to_stdout));
     if done.skipped > 0 && !cx.output.json {
-        cx.output.warn(&format!("{} sockets, pipes or devices were left out", done.skipped));
+        let what = if done.skipped == 1 { "socket, pipe or device" } else { "sockets, pipes or devices" };
+        cx.output.warn(&format!("skipped {} {what}", done.skipped));
     }
-    Ok(Exit::Success)
+    if done.unreadable == 0 {
+        return Ok(Exit::Success);
+    }
+    for entry in done.unreadable_entries.iter().take(SHOWN) {
+        cx.output.warn(&format!("left out {}: {}", sanitize::line(&entry.path), sanitize::line(&entry.reason)));
+    }
+    let entries = if done.unreadable == 1 { "entry" } else { "entries" };
+    let what = format!("{} {entries} could not be read; everything else was copied", done.unreadable);
+    if cx.output.json {
+        // The result says so already, and standard output holds one JSON value.
+        cx.output.warn(&what);
+    } else {
+        cx.output.error(&Error::new(Code::PermissionDenied, what).hint("check the permissions of what was left out"));
+    }
+    Ok(Exit::Failure)
 }
 
-fn sentence(done: &CopyResult) -> String {
+fn sentence(done: &CopyResult, to_stdout: bool) -> String {
     let rate = done.bytes.saturating_mul(1000) / done.duration_ms.max(1);
     let entries = if done.entries == 1 { "1 entry".into() } else { format!("{} entries", done.entries) };
     let seconds = Duration::from_millis(done.duration_ms).as_secs_f64();
-    format!("copied {entries}, {} in {seconds:.2} s ({}/s) to {}", show_bytes(done.bytes), show_bytes(rate), done.path)
+    let place = if to_stdout || done.path.is_empty() { "standard output" } else { &done.path };
+    format!("copied {entries}, {} in {seconds:.2} s ({}/s) to {place}", show_bytes(done.bytes), show_bytes(rate))
 }

@@ -3,13 +3,17 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
+use std::path::Path;
+
 use nido_vmm::api::{CopyResult, DownloadRequest, DownloadTarget};
 use nido_vmm::error::{Code, Error};
 use nido_vmm::name::VmName;
+use nido_vmm::nido::Nido;
 
 use super::upload::UploadArgs;
 use super::{Context, copy};
 use crate::exit::{Failure, Outcome};
+use crate::staging::Staging;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -17,11 +21,17 @@ Examples:
   nido cp a.txt b.txt web:/tmp
   nido cp web:/var/log/app.log .
   cat key | nido cp - web:/root/key
+  nido cp web:/srv/site - | tar -t          a directory as a tar archive
+  tar -C site -c . | nido cp - web:/srv/    the slash says: unpack a tar archive here
+  nido cp web:/etc/app.conf db:/etc/        from one VM to another
 
-One side is NAME:PATH, the other a path here; write ./a:b for a path here with a colon. With several sources
-the destination must be a directory.";
+A side is NAME:PATH, or a path here; write ./a:b for a path here with a colon. With several sources
+the destination must be a directory. What exists in a VM is replaced, what exists here only with --force. A
+file that is replaced keeps its mode, owner, attributes and hard links; devices, pipes and sockets are never
+replaced, a device or pipe here is written to. Set-id bits are not copied. What cannot be read is left out and
+named; the exit code is 1 then.";
 
-/// Copy files between here and a VM
+/// Copy files between here and a VM, or between VMs
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -40,13 +50,14 @@ pub struct Args {
 enum Plan {
     Up { name: VmName, sources: Vec<OsString>, destination: OsString },
     Down { name: VmName, sources: Vec<OsString>, destination: OsString },
+    Across { from: VmName, sources: Vec<OsString>, to: VmName, destination: OsString },
 }
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
-        let mut total = CopyResult { entries: 0, bytes: 0, skipped: 0, path: String::new(), duration_ms: 0 };
+        let mut total = nothing();
         let mut to_stdout = false;
-        match plan(self.paths)? {
+        match plan(self.paths.clone())? {
             Plan::Up { name, sources, destination } => {
                 let nido = cx.nido().await?;
                 for source in sources {
@@ -56,20 +67,66 @@ impl Args {
             }
             Plan::Down { name, sources, destination } => {
                 let nido = cx.nido().await?;
+                to_stdout = copy::is_stdout(&destination);
                 for source in sources {
-                    let target = copy::target(destination.clone())?;
-                    to_stdout = matches!(target, DownloadTarget::Stream(_));
-                    let request = DownloadRequest {
-                        source: copy::guest(source),
-                        destination: target,
-                        overwrite: self.force,
-                        max_bytes: None,
-                    };
+                    let request = self.download(source, copy::target(destination.clone())?, self.force);
                     add(&mut total, copy::download(cx, &nido, &name, request).await)?;
+                }
+            }
+            Plan::Across { from, sources, to, destination } => {
+                let nido = cx.nido().await?;
+                for source in sources {
+                    let done = self.across(cx, &nido, (&from, source), (&to, destination.clone())).await;
+                    add(&mut total, done)?;
                 }
             }
         }
         copy::report(cx, &total, to_stdout)
+    }
+
+    fn download(&self, source: OsString, destination: DownloadTarget, overwrite: bool) -> DownloadRequest {
+        let preserve = self.upload.preserve;
+        DownloadRequest { source: copy::guest(source), destination, overwrite, preserve, max_bytes: None }
+    }
+
+    /// Copies from one VM to another, over a directory of this user's here.
+    async fn across(
+        &self,
+        cx: &Context,
+        nido: &Nido,
+        (from, source): (&VmName, OsString),
+        (to, destination): (&VmName, OsString),
+    ) -> Result<CopyResult, Failure> {
+        let staging = Staging::make()?;
+        // A source without a name of its own, as `dir/.`, is copied as what is in it.
+        let has_name = Path::new(&source).file_name().is_some() && !source.as_bytes().ends_with(b"/.");
+        let place = if has_name { staging.path().to_owned() } else { staging.path().join("contents") };
+        let request = self.download(source, DownloadTarget::Path(place.clone()), false);
+        let down = copy::download(cx, nido, from, request).await?;
+        let found = std::fs::read_dir(staging.path()).and_then(|mut entries| entries.next().transpose());
+        let found = found.map_err(|e| Error::io_at("read", staging.path(), e))?;
+        let Some(found) = found.map(|entry| entry.path()).filter(|_| has_name).or(Some(place.join("."))) else {
+            return Err(Error::internal("a copy that is not where it was put").into());
+        };
+        let request = self.upload.clone().request(found.into(), destination)?;
+        let mut up = copy::upload(cx, nido, to, request).await?;
+        up.skipped += down.skipped;
+        up.unreadable += down.unreadable;
+        up.unreadable_entries.splice(..0, down.unreadable_entries);
+        up.duration_ms += down.duration_ms;
+        Ok(up)
+    }
+}
+
+fn nothing() -> CopyResult {
+    CopyResult {
+        entries: 0,
+        bytes: 0,
+        skipped: 0,
+        unreadable: 0,
+        unreadable_entries: Vec::new(),
+        path: String::new(),
+        duration_ms: 0,
     }
 }
 
@@ -78,6 +135,8 @@ fn add(total: &mut CopyResult, done: Result<CopyResult, Failure>) -> Result<(), 
     total.entries += done.entries;
     total.bytes += done.bytes;
     total.skipped += done.skipped;
+    total.unreadable += done.unreadable;
+    total.unreadable_entries.extend(done.unreadable_entries);
     total.duration_ms += done.duration_ms;
     total.path = done.path;
     Ok(())
@@ -98,20 +157,26 @@ fn plan(mut paths: Vec<OsString>) -> Result<Plan, Error> {
         (Some((name, destination)), _) if sides.iter().all(Option::is_none) => {
             Ok(Plan::Up { name, sources: paths, destination })
         }
-        (None, Some(Some((name, _)))) => {
+        (remote, Some(Some((name, _)))) => {
             let name = name.clone();
             let same =
                 |side: Option<(VmName, OsString)>| side.filter(|(other, _)| *other == name).map(|(_, path)| path);
             let sources = sides.into_iter().map(same).collect::<Option<Vec<_>>>().ok_or_else(unclear)?;
-            Ok(Plan::Down { name, sources, destination })
+            Ok(match remote {
+                None => Plan::Down { name, sources, destination },
+                Some((to, destination)) => Plan::Across { from: name, sources, to, destination },
+            })
         }
         _ => Err(unclear()),
     }
 }
 
 fn unclear() -> Error {
-    Error::new(Code::SpecInvalid, "one side of a copy must be NAME:PATH of one VM and the other a path here")
-        .hint("for example: nido cp site web:/srv, or nido cp web:/srv/site .")
+    Error::new(
+        Code::SpecInvalid,
+        "all sources of a copy must be paths here or NAME:PATH of one VM, and one side must be of a VM",
+    )
+    .hint("for example: nido cp site web:/srv, nido cp web:/srv/site . or nido cp web:/etc/app.conf db:/etc/")
 }
 
 /// `NAME:PATH`, if that is what it is.
@@ -138,11 +203,14 @@ mod tests {
         assert_eq!(planned(&["web:/a:b", "."]).unwrap(), down);
         let stdin = Plan::Up { name, sources: vec!["-".into()], destination: "x y".into() };
         assert_eq!(planned(&["-", "web:x y"]).unwrap(), stdin);
+        let (from, to) = ("web".parse().unwrap(), "db".parse().unwrap());
+        let across = Plan::Across { from, sources: vec!["/a".into()], to, destination: "/b".into() };
+        assert_eq!(planned(&["web:/a", "db:/b"]).unwrap(), across);
     }
 
     #[test]
     fn anything_else_is_refused() {
-        for bad in [&["a", "b"][..], &["web:a", "web:b"], &["web:a", "db:b", "."], &["web:a", "b", "."], &["a"]] {
+        for bad in [&["a", "b"][..], &["web:a", "db:b", "."], &["web:a", "b", "."], &["a"]] {
             assert_eq!(planned(bad).unwrap_err().code(), Code::SpecInvalid, "{bad:?}");
         }
     }

@@ -1,6 +1,7 @@
 //! `doctor`: can VMs be started here, and if not, what is missing.
 
 use nido_vmm::api::{CheckStatus, DoctorReport};
+use nido_vmm::nido::{Adoption, Nido};
 
 use super::Context;
 use crate::exit::{Exit, Outcome};
@@ -10,6 +11,7 @@ const EXAMPLES: &str = "\
 Examples:
   nido doctor
   nido doctor --gc       also remove what crashes have left behind
+  nido doctor --adopt    bring back VMs whose files are there but whose row in nido.db was lost
   nido doctor --json | jq .ok
 
 Exit code 1 if no VM can be started.";
@@ -21,11 +23,31 @@ pub struct Args {
     /// Remove what crashes have left behind
     #[arg(long)]
     gc: bool,
+    /// Bring back VMs that nido.db does not know
+    ///
+    /// Rebuilds their rows from the vm.json in their directories. A name that is taken gets a number; ephemeral VMs are kept
+    /// from then on.
+    #[arg(long, conflicts_with = "gc")]
+    adopt: bool,
 }
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
-        let nido = cx.nido().await?;
+        let nido = match cx.nido().await {
+            Ok(nido) => nido,
+            // The home is one of the things to be checked.
+            Err(error) if !self.gc && !self.adopt => {
+                let report = Nido::doctor_without_home(&cx.options, &error).await?;
+                cx.output.answer(&report, || text(&report))?;
+                return Ok(Exit::Failure);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if self.adopt {
+            let adopted = async { nido.adopt_unknown_vms().await };
+            let adopted = cx.audited(&nido, "doctor_adopt", serde_json::json!({}), adopted).await?;
+            tell(cx, &adopted);
+        }
         let report = if self.gc {
             cx.audited(&nido, "doctor_gc", serde_json::json!({}), nido.doctor(true)).await?
         } else {
@@ -33,6 +55,24 @@ impl Args {
         };
         cx.output.answer(&report, || text(&report))?;
         Ok(if report.ok { Exit::Success } else { Exit::Failure })
+    }
+}
+
+/// What was adopted, on standard error.
+fn tell(cx: &Context, adoption: &Adoption) {
+    for (name, before) in &adoption.adopted {
+        match before {
+            None => cx.output.talk(&format!("adopted VM {name}")),
+            Some(before) => {
+                cx.output.talk(&format!("adopted VM {name}, which was {before}: that name belongs to another VM"));
+            }
+        }
+    }
+    for (id, why) in &adoption.skipped {
+        cx.output.warn(&format!("directory vms/{} was not adopted: {}", line(id), line(why)));
+    }
+    if adoption.adopted.is_empty() && adoption.skipped.is_empty() {
+        cx.output.talk("every VM has its row");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use nido_vmm::api::{DownloadRequest, DownloadTarget};
+use nido_vmm::api::DownloadRequest;
 use nido_vmm::name::VmName;
 
 use super::{Context, copy};
@@ -13,9 +13,14 @@ Examples:
   nido download web /var/log/app.log .
   nido download web /srv/site ./site --force
   nido download web /etc/os-release - | grep VERSION
+  nido download web /srv/site - | tar -t
 
-What exists is only replaced with --force. Devices, sockets and pipes of the guest are left out; owners and
-set-id bits are not taken over.";
+What exists is only replaced with --force; a file then keeps its mode, owner, attributes and hard links. - is
+standard output: the bytes of a file, or a tar archive of a directory. A character device or pipe here is
+written to, never replaced. Devices, sockets and pipes of the guest are left out; set-id bits are not copied,
+owners only with --preserve and as root. Modes are masked with the umask, unless --preserve is given. Holes of
+sparse files and hard links within a tree are kept. What cannot be read is left out and named; the exit code
+is 1 then.";
 
 /// Copy a file or directory out of a VM
 #[derive(Debug, clap::Args)]
@@ -32,18 +37,22 @@ pub struct Args {
     /// Replace what exists
     #[arg(long, short)]
     force: bool,
+    /// Keep modes exactly, and (as root) owners and groups by number
+    #[arg(long, short)]
+    preserve: bool,
 }
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
+        let to_stdout = copy::is_stdout(&self.destination);
         let request = DownloadRequest {
             source: copy::guest(self.source),
             destination: copy::target(self.destination)?,
             overwrite: self.force,
+            preserve: self.preserve,
             max_bytes: None,
         };
-        let to_stdout = matches!(request.destination, DownloadTarget::Stream(_));
         let done = copy::download(cx, &nido, &self.name, request).await?;
         copy::report(cx, &done, to_stdout)
     }

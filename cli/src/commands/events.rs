@@ -58,10 +58,10 @@ impl Args {
                 stdio::write(Stream::Out, line.as_bytes())?;
             }
         }
-        let mut all = EventList { events: Vec::new(), cursor: since };
+        let mut all = EventList { events: Vec::new(), cursor: since, oldest: 0 };
         loop {
             let more = nido.events(&request)?;
-            (all.cursor, request.since) = (more.cursor, more.cursor);
+            (all.cursor, all.oldest, request.since) = (more.cursor, more.oldest, more.cursor);
             if more.events.is_empty() {
                 break;
             }

@@ -20,9 +20,11 @@ Examples:
   nido exec web --timeout 30s -- make test
   nido exec web --json -- id | jq .stdout
 
-Without -i the command's standard input is empty. The exit code is the command's own; 128+n if signal n
+Without -i the command's standard input is empty. What the command leaves in the background keeps running; a time
+limit, an interrupt and a lost nido end it together with the command. The exit code is the command's own; 128+n if signal n
 killed it, 124 if its time ran out, 125 if nido failed, 126 if it cannot be run, 127 if it was not found.
 Ctrl-C interrupts the command; pressed again it terminates it; the third time it kills it and leaves.
+SIGTERM and SIGHUP are passed on, and if the command does not end within some seconds nido kills it and leaves.
 On a terminal the command's control characters are shown, not obeyed, except with -t or --raw.";
 
 /// Run a command in a VM
@@ -60,7 +62,7 @@ pub struct ExecArgs {
 /// As whom and where a command runs; shared with `shell`.
 #[derive(Debug, clap::Args)]
 pub struct PlaceArgs {
-    /// User in the guest, by name or number [default: root]
+    /// User in the guest: USER, USER:GROUP or :GROUP, by name or number [default: root]
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
     /// Directory in the guest [default: the user's home]
@@ -94,7 +96,7 @@ impl ExecArgs {
             return Err(Error::new(Code::SpecInvalid, "-t and --json exclude each other").hint("leave out -t"));
         }
         if self.tty {
-            terminal::require(self.interactive)?;
+            terminal::require(self.interactive, "-t", "leave out -t")?;
         }
         let request = self.place.request(self.tty)?;
         let argv = command.into_iter().map(OsStringExt::into_vec).collect();

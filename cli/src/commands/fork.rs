@@ -15,7 +15,8 @@ Examples:
   nido fork warmed-up worker-1 worker-2 worker-3
 
 Prints the names of the copies. Each has the memory, the disk and the processes of the original at one moment, and a host
-name, a machine id, host keys and random numbers of its own. Published ports stay with the original.";
+name, a machine id, host keys and random numbers of its own. Commands that nido exec, run or shell run at that moment end
+in the copies; what earlier ones left in the background is there. Published ports stay with the original.";
 
 /// Copy a running VM, which runs on
 #[derive(Debug, clap::Args)]
@@ -35,7 +36,8 @@ impl Args {
             let mut progress = Progress::new(&cx.output, self.name.as_str());
             let mut told = |_: &VmName, stage| progress.start(stage);
             let arguments = serde_json::json!({ "name": self.name, "copies": self.copies });
-            let forked = until_signal(Duration::ZERO, nido.fork(&self.name, &self.copies, &mut told));
+            let grant = Context::grant();
+            let forked = until_signal(Duration::ZERO, nido.fork(&self.name, &self.copies, &grant, &mut told));
             cx.audited(&nido, "vm_fork", arguments, forked).await?
         };
         forked.copies.iter().for_each(|copy| summarize(&cx.output, copy));

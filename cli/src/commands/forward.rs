@@ -2,6 +2,7 @@
 
 use clap::Subcommand;
 use nido_vmm::api::ForwardSpec;
+use nido_vmm::error::{Code, Error};
 use nido_vmm::name::VmName;
 use serde_json::{Value, json};
 
@@ -16,6 +17,7 @@ Examples:
   nido forward add web 0.0.0.0:8443:443   on every address: anyone who reaches the host reaches the guest
   nido forward ls web
   nido forward rm web 8080:80
+  nido forward rm web 80 --all            every forward of the guest's port 80
 
 A forward works without a network card too. It connects to 127.0.0.1 inside the guest.";
 
@@ -37,8 +39,14 @@ enum Verb {
         /// Name of the VM
         name: VmName,
     },
-    /// Unpublish a port, named as it is listed
-    Rm(OneArgs),
+    /// Unpublish a port, named as it is listed; GUEST alone if it is published once
+    Rm {
+        #[command(flatten)]
+        one: OneArgs,
+        /// Every port that GUEST is published on
+        #[arg(long)]
+        all: bool,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -64,7 +72,8 @@ impl Args {
         match self.verb {
             Verb::Add(one) => {
                 let arguments = one.told();
-                let made = nido.forward_add(&one.name, one.forward);
+                let grant = Context::grant();
+                let made = nido.forward_add(&one.name, one.forward, &grant);
                 let made = cx.audited(&nido, "forward_add", arguments, made).await?;
                 cx.output.answer(&made, || format!("{made}\n"))?;
             }
@@ -79,12 +88,63 @@ impl Args {
                     }
                 })?;
             }
-            Verb::Rm(one) => {
-                let gone = nido.forward_remove(&one.name, &one.forward);
-                cx.audited(&nido, "forward_remove", one.told(), gone).await?;
-                cx.output.answer(&one.forward, || format!("{}\n", one.forward))?;
+            Verb::Rm { one, all } => {
+                // Without a VM of that name the removal says so, and the audit log has it.
+                let published = nido.forward_list(&one.name).map(|list| list.forwards).unwrap_or_default();
+                let meant = meant(&published, &one, all)?;
+                for forward in &meant {
+                    let OneArgs { name, .. } = &one;
+                    let exact = OneArgs { name: name.clone(), forward: forward.clone() };
+                    let gone = nido.forward_remove(name, forward);
+                    cx.audited(&nido, "forward_remove", exact.told(), gone).await?;
+                }
+                cx.answer_each("forwards", &meant, |forward| format!("{forward}\n"))?;
             }
         }
         Ok(Exit::Success)
+    }
+}
+
+/// The forwards that are removed. A guest port alone is clear only if it is published once, unless all are meant. One that is not
+/// there is passed on: the core knows what to say.
+fn meant(published: &[ForwardSpec], one: &OneArgs, all: bool) -> Result<Vec<ForwardSpec>, Error> {
+    let OneArgs { name, forward } = one;
+    if forward.host_port != 0 {
+        return Ok(vec![forward.clone()]);
+    }
+    let found: Vec<_> = published.iter().filter(|known| known.guest_port == forward.guest_port).cloned().collect();
+    match found.len() {
+        0 => Ok(vec![forward.clone()]),
+        2.. if !all => {
+            let (port, times) = (forward.guest_port, found.len());
+            let listed = found.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            Err(Error::new(
+                Code::SpecInvalid,
+                format!("port {port} of VM '{name}' is published {times} times: {listed}"),
+            )
+            .hint(format!("name one of them, or: nido forward rm {name} {port} --all")))
+        }
+        _ => Ok(found),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // A guest port alone removed every forward of it, and named one that was not there.
+    #[test]
+    fn a_guest_port_that_is_published_several_times_has_to_be_named_exactly() {
+        let parsed = |text: &str| text.parse::<ForwardSpec>().unwrap();
+        let published = [parsed("8080:80"), parsed("0.0.0.0:9090:80"), parsed("2222:22")];
+        let meant = |text: &str, all| {
+            let one = OneArgs { name: "web".parse().unwrap(), forward: parsed(text) };
+            meant(&published, &one, all)
+        };
+        assert_eq!(meant("80", false).unwrap_err().code(), Code::SpecInvalid);
+        assert_eq!(meant("80", true).unwrap(), published[..2]);
+        assert_eq!(meant("22", false).unwrap(), published[2..]);
+        assert_eq!(meant("8080:80", false).unwrap(), published[..1]);
+        assert_eq!(meant("443", false).unwrap(), [parsed("443")]);
     }
 }

@@ -1,33 +1,53 @@
 //! `info`: everything about one VM.
 
 use jiff::Timestamp;
-use nido_vmm::api::{NetChoice, VmInfo};
-use nido_vmm::name::VmName;
+use nido_vmm::api::{NetChoice, VmInfo, VmList};
 
 use super::Context;
 use super::ls::between;
-use crate::exit::{Exit, Outcome};
+use super::selection::{Selection, every};
+use crate::exit::{Codes, Exit, Outcome};
 use crate::output::pairs;
 use crate::parse::{show_bytes, show_seconds};
 
 const EXAMPLES: &str = "\
 Examples:
   nido info web
+  nido info web db
   nido info web --json | jq .agent";
 
 /// Show everything about a VM
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Name of the VM
-    name: VmName,
+    #[command(flatten)]
+    vms: Selection,
 }
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
-        let vm = cx.nido().await?.info(&self.name).await?;
-        cx.output.answer(&vm, || pairs(&facts(&vm, Timestamp::now())))?;
-        Ok(Exit::Success)
+        let nido = cx.nido().await?;
+        let names = self.vms.names(&nido, every)?;
+        if self.vms.is_one()
+            && let [name] = &names[..]
+        {
+            let vm = nido.info(name).await?;
+            cx.output.answer(&vm, || pairs(&facts(&vm, Timestamp::now())))?;
+            return Ok(Exit::Success);
+        }
+        let (mut list, mut exit) = (VmList { vms: Vec::new() }, Exit::Success);
+        for name in &names {
+            match nido.info(name).await {
+                Ok(vm) => list.vms.push(vm),
+                Err(error) => {
+                    cx.output.error(&error);
+                    exit = Exit::of_error(&error, Codes::Own);
+                }
+            }
+        }
+        let shown = |vm: &VmInfo| pairs(&facts(vm, Timestamp::now()));
+        cx.output.answer(&list, || list.vms.iter().map(shown).collect::<Vec<_>>().join("\n"))?;
+        Ok(exit)
     }
 }
 
@@ -35,7 +55,7 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
     let mut facts = vec![
         ("name", vm.name.to_string()),
         ("id", vm.id.clone()),
-        ("status", vm.status.word().into()),
+        ("status", status(vm)),
         ("template", vm.template.to_string()),
         (
             "size",
@@ -83,6 +103,12 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
         }
     }
     facts
+}
+
+/// The state, and why, where that is not a user's doing.
+fn status(vm: &VmInfo) -> String {
+    let detail = vm.status_detail.as_ref().map(|detail| format!(": {detail}")).unwrap_or_default();
+    format!("{}{detail}", vm.status.word())
 }
 
 fn agent(vm: &VmInfo) -> Option<String> {

@@ -2,8 +2,10 @@
 
 use jiff::Timestamp;
 use nido_vmm::api::VmInfo;
+use nido_vmm::state::StateCause;
 
 use super::Context;
+use super::selection::Filter;
 use crate::exit::{Exit, Outcome};
 use crate::output::table;
 use crate::parse::{show_bytes, show_seconds};
@@ -12,18 +14,30 @@ const EXAMPLES: &str = "\
 Examples:
   nido ls
   nido ls -q
+  nido ls --filter label=team=ci
   nido ls --json | jq -r '.vms[] | select(.status == \"running\") | .name'";
 
-const HEAD: [&str; 9] = ["NAME", "STATUS", "TEMPLATE", "MACHINE", "ACCEL", "CPUS", "MEMORY", "AGE", "EXPIRES"];
+const HEAD: [&str; 11] =
+    ["NAME", "STATUS", "TEMPLATE", "MACHINE", "ACCEL", "CPUS", "MEMORY", "AGE", "EXPIRES", "PORTS", "LABELS"];
 
 /// List VMs
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES, visible_alias = "list")]
-pub struct Args {}
+pub struct Args {
+    /// Only those with a label, as label=KEY or label=KEY=VALUE; given several times, all must hold
+    #[arg(long, value_name = "FILTER")]
+    filter: Vec<Filter>,
+}
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
-        let list = cx.nido().await?.list()?;
+        let nido = cx.nido().await?;
+        let mut list = nido.list_with_idle().await?;
+        list.vms.retain(|vm| self.filter.iter().all(|filter| filter.holds(vm)));
+        let unknown = nido.unknown_vms()?.len();
+        if unknown > 0 && nido.notice().is_none() {
+            cx.output.warn(&format!("{unknown} VMs are not listed: nido.db does not know them (nido doctor --adopt)"));
+        }
         let now = Timestamp::now();
         cx.output.answer(&list, || {
             if cx.output.quiet {
@@ -36,13 +50,13 @@ impl Args {
     }
 }
 
-fn row(vm: &VmInfo, now: Timestamp) -> [String; 9] {
+fn row(vm: &VmInfo, now: Timestamp) -> [String; 11] {
     let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".into());
     // Of the two ends that may be set, the nearer one counts.
     let end = [vm.expires_at, vm.idle_at].into_iter().flatten().min();
     [
         vm.name.to_string(),
-        vm.status.word().into(),
+        status(vm),
         vm.template.to_string(),
         or_dash(&vm.machine),
         or_dash(&vm.accel),
@@ -50,7 +64,22 @@ fn row(vm: &VmInfo, now: Timestamp) -> [String; 9] {
         show_bytes(u64::from(vm.memory_mib) << 20),
         show_seconds(between(vm.created_at, now)),
         end.map_or_else(|| "-".into(), |end| format!("in {}", show_seconds(between(now, end)))),
+        joined(vm.forwards.iter().map(ToString::to_string)),
+        joined(vm.labels.iter().map(|(key, value)| format!("{key}={value}"))),
     ]
+}
+
+fn joined(parts: impl Iterator<Item = String>) -> String {
+    let parts: Vec<_> = parts.collect();
+    if parts.is_empty() { "-".into() } else { parts.join(",") }
+}
+
+/// The state, with the cause that the user may not know: `paused(disk_full)`, `stopped(ttl)`.
+fn status(vm: &VmInfo) -> String {
+    match vm.status_cause.filter(|cause| *cause != StateCause::User) {
+        Some(cause) => format!("{}({})", vm.status.word(), cause.word()),
+        None => vm.status.word().into(),
+    }
 }
 
 /// Whole seconds from one moment to a later one; 0 if it is not later.

@@ -115,14 +115,38 @@ impl Install {
             let value = flag.clone().or_else(|| std::env::var_os(key).filter(|v| !v.is_empty()).map(PathBuf::from));
             value.and_then(|path| std::path::absolute(path).ok()).map(|path| (key.to_owned(), path))
         };
-        let environment = [named("NIDO_HOME", &cx.options.home), named("NIDO_QEMU", &cx.options.qemu)];
+        let home = named("NIDO_HOME", &cx.options.home).or_else(moved_home);
+        let qemu = named("NIDO_QEMU", &cx.options.qemu).or_else(qemu_out_of_the_way);
+        // Where the audit log is.
+        let state = named("XDG_STATE_HOME", &None);
         let environment: Map<_, _> =
-            environment.into_iter().flatten().map(|(key, path)| (key, path.to_string_lossy().into())).collect();
+            [home, qemu, state].into_iter().flatten().map(|(key, path)| (key, path.to_string_lossy().into())).collect();
         if !environment.is_empty() {
             entry.insert("env".into(), environment.into());
         }
         Ok(entry.into())
     }
+}
+
+/// nido's home, if a client that starts it with another environment would not find it.
+fn moved_home() -> Option<(String, PathBuf)> {
+    std::env::var_os("XDG_DATA_HOME").filter(|value| !value.is_empty())?;
+    Some(("NIDO_HOME".into(), nido_vmm::home::Home::default_root().ok()?))
+}
+
+/// Where clients look for programs that nobody named: those of a desktop know no more.
+const USUAL_PLACES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
+/// What QEMU is called.
+const QEMU: &str = "qemu-system-x86_64";
+
+/// The QEMU that is used here, if it is found only because of this shell's `PATH`.
+fn qemu_out_of_the_way() -> Option<(String, PathBuf)> {
+    let path = std::env::var_os("PATH")?;
+    let found = std::env::split_paths(&path).map(|place| place.join(QEMU)).find(|program| program.is_file())?;
+    if USUAL_PLACES.iter().any(|place| found.parent() == Some(Path::new(place))) {
+        return None;
+    }
+    Some(("NIDO_QEMU".into(), std::path::absolute(found).ok()?))
 }
 
 /// What a client knows, and how to start nido. Pure.

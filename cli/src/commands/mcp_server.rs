@@ -6,12 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
-use nido_mcp::{App, SESSION_IDLE, Settings, stdio};
+use nido_mcp::{SESSION_GRACE, SESSION_IDLE, Settings, stdio};
+use nido_vmm::api::Scope;
 use nido_vmm::error::{Code, Error};
 use nido_vmm::nido::Nido;
 use nido_vmm::policy::{Confirm, Policy};
+use nido_vmm::roots::DefaultPaths;
 
 use super::Context;
+use super::agents::agents;
 use super::listen_args::ListenArgs;
 use super::mcp_install::Install;
 use crate::exit::{Exit, Outcome};
@@ -26,7 +29,7 @@ Examples:
   nido mcp-server start --read-only
   nido mcp-server start --tools vm_spawn,vm_exec,vm_delete --policy policy.toml
   nido mcp-server start --transport http --port 8080
-  nido mcp-server start --transport http --no-token
+  nido mcp-server start --transport http --socket /run/user/1000/nido-mcp.sock
 
 Over stdio the client starts it, speaks on its standard input and reads its standard output, where nothing but messages is
 ever written; what is worth telling goes to standard error. It ends when standard input does. Over http it serves at /mcp,
@@ -66,16 +69,22 @@ struct Start {
     /// What callers may do: commands, confirmation, paths of the host
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     policy: Option<PathBuf>,
-    /// Whether a person confirms what destroys: always or never [default: always, or what the policy says]
+    /// What a person confirms: always, never, or tools like vm_exec@foreign,vm_delete [default: always, or what the policy says]
     #[arg(long, value_name = "WHEN")]
     confirm: Option<Confirm>,
     /// How long a call may last; one that lasts longer is answered with a job, and goes on
     #[arg(long, value_name = "TIME", default_value = "40s", value_parser = duration)]
     answer_within: Duration,
+    /// Over stdio: what the client may do, read, run or admin [default: admin]
+    #[arg(long)]
+    scope: Option<Scope>,
     /// Over http: how long a session goes on that nobody uses [default: 30m]; its throw-away VMs go with it
     #[arg(long, value_name = "TIME", value_parser = duration)]
     session_idle: Option<Duration>,
-    /// Let whoever reaches the port do everything, without a token; for this machine only
+    /// Over http: how long ephemeral VMs of a session that ended wait for the caller's next one [default: 60s]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    session_grace: Option<Duration>,
+    /// Serve without tokens; takes --socket, whose owner is the only caller
     #[arg(long)]
     no_token: bool,
     #[command(flatten)]
@@ -90,9 +99,10 @@ enum Transport {
     Http,
 }
 
-/// Where a client that runs on this machine, as this user, may have files copied from and to: the directory that it started
-/// this in, unless that is everything there is, all that the user has, or where nido keeps its tokens; and one of nido's own.
-fn own_roots(nido: &Nido) -> Result<Vec<PathBuf>, Error> {
+/// Where a client that runs on this machine, as this user, may have files copied from: the directory that it started
+/// this in, unless that is everything there is, all that the user has, or where nido keeps its tokens; and one of nido's own, which
+/// is the only one that files are copied to.
+fn own_paths(nido: &Nido) -> Result<DefaultPaths, Error> {
     let own = nido.home().exchange();
     std::fs::create_dir_all(&own).map_err(|e| Error::io(format!("cannot make {}", own.display()), e))?;
     let here = std::env::current_dir().and_then(std::fs::canonicalize).ok();
@@ -102,7 +112,7 @@ fn own_roots(nido: &Nido) -> Result<Vec<PathBuf>, Error> {
     let within = |here: &PathBuf| kept.as_ref().is_some_and(|kept| here.starts_with(kept));
     let narrow =
         |here: &PathBuf| here.parent().is_some() && !holds(here, &user) && !holds(here, &kept) && !within(here);
-    Ok(here.filter(narrow).into_iter().chain([own]).collect())
+    Ok(DefaultPaths { read: here.filter(narrow).into_iter().chain([own.clone()]).collect(), write: vec![own] })
 }
 
 /// A time, and not none.
@@ -133,14 +143,20 @@ impl Start {
     fn settings(&mut self) -> Result<Settings, Error> {
         let mut policy = self.policy.as_deref().map(Policy::load).transpose()?.unwrap_or_default();
         policy.read_only |= self.read_only;
-        policy.confirm = self.confirm.unwrap_or(policy.confirm);
+        policy.confirm = self.confirm.take().unwrap_or(policy.confirm);
         let (tools, exclude) = (self.tools.take(), std::mem::take(&mut self.exclude_tools));
         let session_idle = self.session_idle.unwrap_or(SESSION_IDLE);
-        Ok(Settings { policy, tools, exclude, answer_within: self.answer_within, session_idle })
+        let session_grace = match self.transport {
+            // The session is the process: nothing of it waits.
+            Transport::Stdio => Duration::ZERO,
+            Transport::Http => self.session_grace.unwrap_or(SESSION_GRACE),
+        };
+        let (scope, answer_within) = (self.scope.unwrap_or(Scope::Admin), self.answer_within);
+        Ok(Settings { policy, tools, exclude, answer_within, scope, session_idle, session_grace })
     }
 
     async fn stdio(self, cx: &Context, settings: Settings) -> Outcome {
-        if self.no_token || self.session_idle.is_some() || self.listen.is_given() {
+        if self.no_token || self.session_idle.is_some() || self.session_grace.is_some() || self.listen.is_given() {
             let words = "a client on standard input and output needs no port and no token, and ends its session itself";
             return Err(Error::new(Code::SpecInvalid, words).hint("--transport http serves on a port").into());
         }
@@ -148,8 +164,8 @@ impl Start {
             cx.output.talk("waiting for messages of an MCP client on standard input; nido mcp-server install tells one how to start this");
         }
         let nido = cx.nido().await?;
-        let roots = own_roots(&nido)?;
-        let app = App::new(Arc::new(nido), settings, &roots)?;
+        let defaults = own_paths(&nido)?;
+        let app = agents(cx, Arc::new(nido), settings, &defaults)?;
         let mut signals = Signals::listen()?;
         let end = async {
             signals.next_end().await;
@@ -159,20 +175,26 @@ impl Start {
     }
 
     async fn http(self, cx: &Context, settings: Settings) -> Outcome {
-        let mut options = self.listen.options(false)?;
-        if self.no_token {
-            if !matches!(&options.listen, Listen::Tcp { address, .. } if address.ip().is_loopback()) {
-                let words = "other machines are let in with a token only";
-                return Err(Error::new(Code::Denied, words).hint("--no-token is for this machine").into());
-            }
-            cx.output.warn(
-                "every program and every user of this machine may do everything with these VMs: no token is asked for",
-            );
-            options.no_token = true;
+        if self.scope.is_some() {
+            let words = "over http the token says what a client may do, and --scope is for stdio";
+            return Err(Error::new(Code::SpecInvalid, words)
+                .hint("nido token create --name NAME --scope SCOPE")
+                .into());
+        }
+        let options = self.listen.options(false)?;
+        if self.no_token && !matches!(options.listen, Listen::Unix(_)) {
+            let words = "a port without a token would be open to every program of this machine and to every guest with --net nat, \
+                which reaches the host's loopback at 10.0.2.2";
+            return Err(Error::new(Code::Denied, words)
+                .hint(
+                    "--socket PATH needs no token: only its owner can use it; for a port: nido token create --name NAME --scope run --only mcp",
+                )
+                .into());
         }
         let nido = Arc::new(cx.nido().await?);
-        let agents = App::new(Arc::clone(&nido), settings, &[])?;
-        serve(nido, Some(agents), options, |address| cx.listening(address)).await?;
+        let agents = agents(cx, Arc::clone(&nido), settings, &DefaultPaths::default())?;
+        let owner = Arc::clone(&nido);
+        serve(nido, Some(agents), options, |address| cx.listening(address, &owner)).await?;
         Ok(Exit::Success)
     }
 }

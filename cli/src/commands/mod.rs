@@ -2,11 +2,13 @@
 //!
 //! Invariant: a verb calls the core, and nothing but the core, for whatever it does to a VM.
 
+mod agents;
 mod api_server;
 mod approvals;
 mod approve;
 mod audit;
 mod completions;
+mod confirmation;
 mod copy;
 mod cp;
 mod create;
@@ -32,6 +34,7 @@ mod proxy;
 mod restart;
 mod resume;
 mod run;
+mod selection;
 mod shell;
 mod snapshot;
 mod spawn;
@@ -42,18 +45,21 @@ mod template;
 mod token;
 mod upload;
 mod vm_args;
+mod watch_ttl;
 mod webhook;
 
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, Subcommand};
-use nido_vmm::api::VmInfo;
+use nido_vmm::api::{Grant, TokenInfo, VmInfo};
+use nido_vmm::audit::Caller;
 use nido_vmm::error::Error;
 use nido_vmm::nido::{Nido, OpenOptions};
 use tracing_subscriber::EnvFilter;
 
-use crate::exit::{Codes, Exit, Outcome};
+use crate::exit::{Codes, Exit, Failure, Outcome};
 use crate::output::Output;
+use crate::serve::Listening;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -144,6 +150,8 @@ pub enum Verb {
     #[command(hide = true)]
     Supervise(supervise::Args),
     #[command(hide = true)]
+    WatchTtl(watch_ttl::Args),
+    #[command(hide = true)]
     PoolFill(pool_fill::Args),
     #[command(hide = true)]
     Deliver(deliver::Args),
@@ -161,6 +169,11 @@ impl Verb {
     /// Whether it serves many callers at once.
     pub const fn serves(&self) -> bool {
         matches!(self, Self::ApiServer(_) | Self::McpServer(_))
+    }
+
+    /// Whether it is there to give space back: a full disk does not keep it from that.
+    pub const fn frees_space(&self) -> bool {
+        matches!(self, Self::Delete(_) | Self::Stop(_) | Self::Snapshot(_) | Self::Template(_) | Self::Doctor(_))
     }
 
     /// Does it.
@@ -201,7 +214,8 @@ impl Verb {
             Self::Doctor(args) => args.run(cx).await,
             Self::Completions(args) => args.run(cx),
             Self::Man(args) => args.run(cx),
-            Self::Supervise(args) => args.run(cx).await,
+            Self::Supervise(args) => Box::pin(args.run(cx)).await,
+            Self::WatchTtl(args) => args.run(cx).await,
             Self::PoolFill(args) => Box::pin(args.run(cx)).await,
             Self::Deliver(args) => args.run(cx).await,
         }
@@ -218,22 +232,61 @@ pub struct Context {
 }
 
 impl Context {
-    /// From the global flags.
-    pub fn new(global: &Global) -> Self {
-        let options = OpenOptions { home: global.home.clone(), qemu: global.qemu.clone(), supervisor: None };
+    /// From the global flags, for a verb that gives space back or not.
+    pub fn new(global: &Global, frees_space: bool) -> Self {
+        let options =
+            OpenOptions { home: global.home.clone(), qemu: global.qemu.clone(), supervisor: None, frees_space };
         Self { output: Output::new(global.json, global.quiet, global.no_color), options }
+    }
+
+    /// On whose behalf VMs are made: the user's, without limits.
+    pub fn grant() -> Grant {
+        Grant::unlimited(&Caller::command_line())
     }
 
     /// Opens the core.
     pub async fn nido(&self) -> Result<Nido, Error> {
-        Nido::open(self.options.clone()).await
+        let nido = Nido::open(self.options.clone()).await?;
+        if let Some(notice) = nido.notice() {
+            self.output.warn(&notice);
+        }
+        Ok(nido)
     }
 
-    /// The first line of a server: where it listens.
-    pub fn listening(&self, address: &str) {
-        let listening = serde_json::json!({ "address": address });
+    /// The first line of a server: where it listens. On standard error what its clients need besides.
+    pub fn listening(&self, listening: &Listening, nido: &Nido) {
         // Nobody may be there to read it; that is no reason not to serve.
-        let _ = self.output.answer(&listening, || format!("{address}\n"));
+        let _ = self.output.answer(listening, || format!("{}\n", listening.address));
+        if let Some(own) = &listening.tls {
+            let made = if own.made { "made now" } else { "kept" };
+            self.output.talk(&format!(
+                "certificate: {}, self-signed, {made}\nSHA-256 fingerprint: {}\ncurl trusts it with --cacert FILE, or with --pinnedpubkey {} --insecure",
+                own.certificate.display(),
+                own.sha256,
+                own.public_key_pin
+            ));
+        }
+        let is_good = |token: &TokenInfo| token.expires_at.is_none_or(|end| end > jiff::Timestamp::now());
+        let has_token = nido.token_list().is_ok_and(|list| list.tokens.iter().any(is_good));
+        if listening.takes_tokens && !has_token {
+            self.output.talk(
+                "no token is valid, so no client can use this server yet: nido token create --name NAME --scope run",
+            );
+        }
+    }
+
+    /// The answer of a verb that takes several names: one thing as it is, several under `key`. Standard output gets one JSON
+    /// value in either case.
+    pub fn answer_each<T: serde::Serialize>(
+        &self,
+        key: &str,
+        all: &[T],
+        human: impl Fn(&T) -> String,
+    ) -> Result<(), Failure> {
+        match all {
+            [one] => self.output.answer(one, || human(one)),
+            all => self.output.answer(&serde_json::json!({ key: all }), || all.iter().map(human).collect()),
+        }
     }
 
     /// The answer of a verb that acted on one VM: its name, or all about it in JSON.
@@ -247,14 +300,22 @@ impl Context {
 /// their log file.
 pub fn start_log(cli: &Cli) {
     let told = match (cli.global.verbose, &cli.verb) {
-        (0, Verb::Supervise(_) | Verb::PoolFill(_) | Verb::Deliver(_)) => "info",
+        (0, Verb::Supervise(_) | Verb::WatchTtl(_) | Verb::PoolFill(_) | Verb::Deliver(_)) => "info",
         // A server's stderr is its log, or its client keeps what it says here. The protocol's library warns of every answer that is an error, and of clients that
         // have hung up: the client has been told, or is gone.
         (0, Verb::McpServer(_) | Verb::ApiServer(_)) => "warn,rmcp=off",
         (0, _) => return,
-        (1, _) => "debug",
-        (_, _) => "trace",
+        // Below a warning the protocol's library writes whole messages: standard input, environment, contents of files.
+        (1, _) => "debug,rmcp=warn",
+        (_, _) => "trace,rmcp=warn",
     };
     let told = EnvFilter::new(told);
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(told).with_ansi(false).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(told)
+        .with_ansi(false)
+        // A line that cannot be written (the disk is full, the reader is gone) would be reported on the same stderr, with a
+        // panic if that fails, too: a supervisor must outlive its log.
+        .log_internal_errors(false)
+        .init();
 }

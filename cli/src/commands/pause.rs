@@ -1,25 +1,29 @@
 //! `pause`: the CPUs of a VM halted.
 
-use nido_vmm::name::VmName;
+use nido_vmm::state::VmState;
 
 use super::Context;
+use super::selection::Selection;
 use crate::exit::Outcome;
 
 const EXAMPLES: &str = "\
 Examples:
-  nido pause web";
+  nido pause web db
+  nido pause --all
+  nido pause --filter label=team=ci";
 
 /// Halt the CPUs of a VM; its memory stays
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Name of the VM
-    name: VmName,
+    #[command(flatten)]
+    vms: Selection,
 }
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
-        cx.acted(&nido.pause(&self.name).await?)
+        let names = self.vms.names(&nido, |vm| vm.status == VmState::Running)?;
+        self.vms.each(cx, names, async |name| Ok(nido.pause(name).await?)).await
     }
 }

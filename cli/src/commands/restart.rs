@@ -4,7 +4,8 @@ use nido_vmm::api::StopRequest;
 use nido_vmm::name::VmName;
 
 use super::Context;
-use super::vm_args::{StartArgs, summarize};
+use super::selection::{Selection, every};
+use super::vm_args::{StartAccelArgs, StartArgs, summarize};
 use crate::exit::Outcome;
 use crate::parse;
 use crate::progress::Progress;
@@ -12,14 +13,15 @@ use crate::progress::Progress;
 const EXAMPLES: &str = "\
 Examples:
   nido restart web
-  nido restart web --force --no-wait";
+  nido restart web db --force --no-wait
+  nido restart --filter label=team=ci";
 
 /// Stop a VM and start it again
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Name of the VM
-    name: VmName,
+    #[command(flatten)]
+    vms: Selection,
     /// Pull the plug instead of powering off in order
     #[arg(long, short)]
     force: bool,
@@ -28,22 +30,26 @@ pub struct Args {
     stop_timeout: Option<u64>,
     #[command(flatten)]
     start: StartArgs,
+    #[command(flatten)]
+    accel: StartAccelArgs,
 }
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
         let timeout_ms = self.stop_timeout.unwrap_or(StopRequest::default().timeout_ms);
-        let stop = StopRequest { force: self.force, timeout_ms };
-        let vm = {
-            let mut progress = Progress::new(&cx.output, self.name.as_str());
+        let names = self.vms.names(&nido, every)?;
+        let restart = async |name: &VmName| {
+            let stop = StopRequest { force: self.force, timeout_ms };
+            let mut progress = Progress::new(&cx.output, name.as_str());
             let mut told = |stage| progress.start(stage);
-            let arguments =
-                serde_json::json!({ "name": self.name, "force": self.force, "stop_timeout_ms": timeout_ms });
-            let restarted = nido.restart(&self.name, stop, self.start.request(), &mut told);
-            cx.audited(&nido, "vm_restart", arguments, restarted).await?
+            let arguments = serde_json::json!({ "name": name, "force": self.force, "stop_timeout_ms": timeout_ms });
+            let restarted = nido.restart(name, stop, self.accel.with(self.start.request()), &mut told);
+            let vm = cx.audited(&nido, "vm_restart", arguments, restarted).await?;
+            drop(progress);
+            summarize(&cx.output, &vm);
+            Ok(vm)
         };
-        summarize(&cx.output, &vm);
-        cx.acted(&vm)
+        self.vms.each(cx, names, restart).await
     }
 }

@@ -1,25 +1,29 @@
 //! `resume`: a paused VM goes on.
 
-use nido_vmm::name::VmName;
+use nido_vmm::state::VmState;
 
 use super::Context;
+use super::selection::Selection;
 use crate::exit::Outcome;
 
 const EXAMPLES: &str = "\
 Examples:
-  nido resume web";
+  nido resume web db
+  nido resume --all
+  nido resume --filter label=team=ci";
 
 /// Let a paused VM run on
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Name of the VM
-    name: VmName,
+    #[command(flatten)]
+    vms: Selection,
 }
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
-        cx.acted(&nido.resume(&self.name).await?)
+        let names = self.vms.names(&nido, |vm| vm.status == VmState::Paused)?;
+        self.vms.each(cx, names, async |name| Ok(nido.resume(name).await?)).await
     }
 }

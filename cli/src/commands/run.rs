@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
-use nido_vmm::api::{ExecRequest, StartRequest, UploadRequest, UploadSource, VmSpec};
+use nido_vmm::api::{ExecRequest, ExecResult, StartRequest, UploadRequest, UploadSource, VmInfo, VmSpec, Which};
 use nido_vmm::error::{Code, Error};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::Nido;
@@ -13,13 +13,13 @@ use super::exec::ExecArgs;
 use super::spawn::{absent, spawn};
 use super::vm_args::{PathArgs, VmArgs};
 use super::{Context, copy};
-use crate::exit::{Failure, Outcome};
+use crate::exit::{Exit, Failure, Outcome};
 use crate::{audit, parse, sanitize, session};
 
 const EXAMPLES: &str = "\
 Examples:
   nido run -- python3 -c 'print(6 * 7)'
-  nido run --copy .:/work -w /work -- make test
+  nido run --copy .:/work -w /work -- python3 -m unittest
   nido run -it -- bash
   nido run --net none --timeout 60s --copy job.py:/job.py -- python3 /job.py
   echo hello | nido run -i -- tr a-z A-Z
@@ -36,10 +36,10 @@ const IDLE_MS: u64 = 60_000;
 pub struct Args {
     #[command(flatten)]
     how: ExecArgs,
-    /// Copy a file or directory into the VM before the command runs; may be repeated
+    /// Copy a file or directory into the VM before the command runs, for the command's user; may be repeated
     #[arg(long, value_name = "SRC:DST")]
     copy: Vec<OsString>,
-    /// Keep the VM, and tell its name
+    /// Keep the VM, and print its name on stderr; with --json print {vm, exec}
     #[arg(long)]
     keep: bool,
     /// Kill the command and its children after so long, for example 60s
@@ -60,8 +60,10 @@ pub struct Args {
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let raw = self.how.raw();
+        refuse_volume(self.command.first())?;
         let request = self.how.request(self.command, self.timeout, cx.output.json)?;
-        let copies = self.copy.iter().map(upload).collect::<Result<Vec<_>, _>>()?;
+        let copy = |text| Ok(UploadRequest { user: request.user.clone(), ..upload(text)? });
+        let copies = self.copy.iter().map(copy).collect::<Result<Vec<_>, Error>>()?;
         let name = fresh_name()?;
         let mut spec = self.vm.spec(name.clone());
         if !self.keep {
@@ -69,7 +71,7 @@ impl Args {
             spec.idle_ms = spec.idle_ms.or(Some(IDLE_MS));
         }
         let nido = cx.nido().await?;
-        let start = StartRequest { wait: true, timeout_ms: self.start_timeout, path: self.path.choice() };
+        let start = StartRequest { wait: true, timeout_ms: self.start_timeout, path: self.path.choice(), accel: None };
         let mut arguments = audit::exec(&name, &request);
         arguments["template"] = spec.template.as_str().into();
         let job = Job { spec, start, copies, request, raw, keep: self.keep };
@@ -92,16 +94,23 @@ impl Job {
         let name = self.spec.name.clone();
         let vm = Box::pin(spawn(cx, nido, self.spec, self.start)).await?;
         vm.warnings.iter().for_each(|warning| cx.output.warn(warning));
+        let id = vm.id.clone();
         let outcome = async {
             copy_in(cx, nido, &name, self.copies).await?;
-            session::run(&cx.output, nido, &name, self.request, self.raw).await
+            if self.keep && cx.output.json {
+                kept(cx, nido, vm, self.request).await
+            } else {
+                session::run(&cx.output, nido, &name, self.request, self.raw).await
+            }
         };
         let outcome = outcome.await;
         if self.keep {
-            cx.output.talk(&format!("{name} was kept"));
+            // The only place where its name stands: not even --quiet may swallow it.
+            cx.output.tell(&format!("{name} was kept"));
             return outcome;
         }
-        let gone = absent(nido.delete(&name, true).await);
+        let outcome = outcome.map_err(without_vm);
+        let gone = absent(nido.delete(Which { name: &name, id: Some(&id) }, true).await);
         if let (Ok(_), Err(error)) = (&outcome, gone) {
             // The command's exit code is worth more than ours.
             cx.output.error(&error);
@@ -110,9 +119,62 @@ impl Job {
     }
 }
 
+/// The command in a VM that stays: in JSON, both are the answer.
+async fn kept(cx: &Context, nido: &Nido, vm: VmInfo, request: ExecRequest) -> Outcome {
+    match session::collect(&cx.output, nido, &vm.name, request).await? {
+        Ok(exec) => {
+            let exit = Exit::of_command(&exec.exit);
+            cx.output.answer(&Kept { vm, exec }, String::new)?;
+            Ok(exit)
+        }
+        Err(exit) => Ok(exit),
+    }
+}
+
+/// What `run --keep --json` prints; as the REST API's `/v1/runs`.
+#[derive(serde::Serialize)]
+struct Kept {
+    vm: VmInfo,
+    exec: ExecResult,
+}
+
+/// An error about a VM that is deleted by the time it is read: a hint to look at the VM would lead nowhere.
+fn without_vm(failure: Failure) -> Failure {
+    match failure {
+        Failure::Nido(error) if error.code() == Code::AgentUnreachable => {
+            let again = Error::new(error.code(), error.message()).log_tail(error.log_lines().to_vec());
+            again.hint("the VM is deleted; with --keep it stays, for nido info and nido logs").into()
+        }
+        other => other,
+    }
+}
+
+/// Refuses what looks like a volume of `docker run -v`: here -v is --verbose, and the volume would be the command.
+fn refuse_volume(program: Option<&OsString>) -> Result<(), Error> {
+    let Some(text) = program.map(|program| program.as_bytes()) else { return Ok(()) };
+    let Some(at) = text.windows(2).position(|pair| pair == b":/") else { return Ok(()) };
+    let source = &text[..at];
+    let is_path =
+        source == b"." || source == b".." || [&b"./"[..], b"../", b"/", b"~"].iter().any(|p| source.starts_with(p));
+    if !is_path {
+        return Ok(());
+    }
+    let shown = sanitize::line(&String::from_utf8_lossy(text));
+    Err(Error::new(Code::SpecInvalid, format!("'{shown}' looks like SRC:DST, not like a command"))
+        .hint(format!("did you mean --copy {shown}? It copies; -v is --verbose")))
+}
+
 async fn copy_in(cx: &Context, nido: &Nido, name: &VmName, copies: Vec<UploadRequest>) -> Result<(), Failure> {
     for request in copies {
-        copy::upload(cx, nido, name, request).await?;
+        let done = copy::upload(cx, nido, name, request).await?;
+        if let Some(first) = done.unreadable_entries.first() {
+            // The command would work on less than it was given.
+            let (path, reason) = (sanitize::line(&first.path), sanitize::line(&first.reason));
+            let what = format!("{} entries could not be read, the first is {path}: {reason}", done.unreadable);
+            return Err(Error::new(Code::PermissionDenied, what)
+                .hint("leave them out of --copy, or make them readable")
+                .into());
+        }
     }
     Ok(())
 }
@@ -126,6 +188,8 @@ fn upload(text: &OsString) -> Result<UploadRequest, Error> {
             destination: bytes[at + 1..].to_vec(),
             user: None,
             parents: true,
+            preserve: false,
+            set_mode: false,
         }),
         _ => {
             let shown = sanitize::line(&text.to_string_lossy());
@@ -157,6 +221,17 @@ mod tests {
         assert_eq!(request.destination, b"/c d");
         for bad in ["", "a", ":/b", "a:"] {
             assert_eq!(upload(&bad.into()).unwrap_err().code(), Code::SpecInvalid, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_volume_is_not_taken_for_a_command() {
+        for volume in [".:/x", "./a:/x", "/a b:/x", "~/x:/y", "..:/x:/y"] {
+            let refused = refuse_volume(Some(&volume.into())).unwrap_err();
+            assert!(refused.hint_text().unwrap().contains("--copy"), "{volume}");
+        }
+        for command in ["true", "./a", "/bin/a:b", "http://x", "a:/b", ":/x"] {
+            refuse_volume(Some(&command.into())).unwrap();
         }
     }
 

@@ -33,7 +33,7 @@ impl Args {
             let error = Error::new(Code::SpecInvalid, "a shell has no JSON form");
             return Err(error.hint("use 'nido exec NAME --json -- CMD'").into());
         }
-        terminal::require(true)?;
+        terminal::require(true, "a shell", "use nido exec for commands in scripts")?;
         let request = ExecRequest { stdin: true, ..self.place.request(true)? };
         let nido = cx.nido().await?;
         let arguments = audit::exec(&self.name, &request);

@@ -9,6 +9,7 @@ use nido_vmm::name::{SnapshotName, VmName};
 use serde_json::json;
 
 use super::Context;
+use super::confirmation::Confirmation;
 use super::vm_args::summarize;
 use crate::exit::{Exit, Outcome, until_signal};
 use crate::output::table;
@@ -64,6 +65,8 @@ enum Verb {
         /// How long the guest may take to become ready, for example 60s [default: depends on the accelerator]
         #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
         timeout: Option<u64>,
+        #[command(flatten)]
+        confirmation: Confirmation,
     },
     /// Delete a snapshot
     Delete {
@@ -71,6 +74,8 @@ enum Verb {
         name: VmName,
         /// Name of the snapshot
         snapshot: SnapshotName,
+        #[command(flatten)]
+        confirmation: Confirmation,
     },
 }
 
@@ -92,7 +97,13 @@ impl Args {
                     table(["NAME", "HOLDS", "SIZE", "CREATED"], list.snapshots.iter().map(row))
                 })?;
             }
-            Verb::Restore { name, snapshot, disk_only, timeout } => {
+            Verb::Restore { name, snapshot, disk_only, timeout, confirmation } => {
+                let is_there = nido.snapshot_list(&name).is_ok();
+                if is_there
+                    && !confirmation.given(cx, &format!("restore {snapshot}: what {name} has done since then is lost?"))
+                {
+                    return Ok(Exit::Failure);
+                }
                 let request = RestoreRequest { disk_only, timeout_ms: timeout };
                 let vm = {
                     let mut progress = Progress::new(&cx.output, name.as_str());
@@ -105,7 +116,11 @@ impl Args {
                 summarize(&cx.output, &vm);
                 return cx.acted(&vm);
             }
-            Verb::Delete { name, snapshot } => {
+            Verb::Delete { name, snapshot, confirmation } => {
+                let is_there = nido.snapshot_list(&name).is_ok();
+                if is_there && !confirmation.given(cx, &format!("delete the snapshot {snapshot} of {name}?")) {
+                    return Ok(Exit::Failure);
+                }
                 let arguments = json!({ "name": name, "snapshot": snapshot });
                 let gone = async { nido.snapshot_delete(&name, &snapshot) };
                 let gone = cx.audited(&nido, "vm_snapshot_delete", arguments, gone).await?;
@@ -117,7 +132,11 @@ impl Args {
 }
 
 fn row(snapshot: &SnapshotInfo) -> [String; 4] {
-    let holds = if snapshot.running { "memory, disk" } else { "disk" };
+    let holds = match (&snapshot.damaged, snapshot.running) {
+        (Some(_), _) => "damaged",
+        (None, true) => "memory, disk",
+        (None, false) => "disk",
+    };
     [snapshot.name.to_string(), holds.into(), show_bytes(snapshot.size_bytes), format!("{:.0}", snapshot.created_at)]
 }
 

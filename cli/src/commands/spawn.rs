@@ -5,7 +5,7 @@ use std::time::Duration;
 use nido_vmm::api::{StartRequest, VmInfo, VmSpec};
 use nido_vmm::error::{Code, Error};
 use nido_vmm::name::VmName;
-use nido_vmm::nido::Nido;
+use nido_vmm::nido::{BegunVm, Nido};
 
 use super::Context;
 use super::vm_args::{StartArgs, VmArgs, summarize};
@@ -48,34 +48,30 @@ impl Args {
 /// Makes and starts a VM; a signal undoes it, and a second one stops waiting for that.
 pub async fn spawn(cx: &Context, nido: &Nido, spec: VmSpec, start: StartRequest) -> Result<VmInfo, Failure> {
     let name = spec.name.clone();
-    let mut signals = Signals::listen()?;
-    // Until the first stage is told the name is not ours, and what bears it must not be touched.
-    let mut ours = false;
+    let (mut signals, grant) = (Signals::listen()?, Context::grant());
+    let begun = BegunVm::default();
     let interrupted = {
         let mut progress = Progress::new(&cx.output, name.as_str());
-        let mut told = |stage| {
-            ours = true;
-            progress.start(stage);
-        };
+        let mut told = |stage| progress.start(stage);
         tokio::select! {
-            vm = nido.spawn(spec, start, &mut told) => return Ok(vm?),
+            vm = nido.spawn_tracked(spec, start, &grant, &begun, &mut told) => return Ok(vm?),
             number = signals.next_end() => number,
         }
     };
-    if ours {
+    if begun.id().is_some() {
         cx.output.talk(&format!("interrupted; removing {name}"));
         tokio::select! {
-            gone = nido.delete(&name, true) => absent(gone)?,
+            gone = nido.undo(&begun) => gone?,
             _ = signals.next_end() => cx.output.warn(&format!("{name} may be left; see 'nido delete {name} --force'")),
         }
     }
     Err(Failure::Interrupted { signal: interrupted, undo: Duration::ZERO })
 }
 
-/// A VM that is not there is as good as deleted.
+/// A VM that is not there, or whose name belongs to another one by now, is as good as deleted.
 pub fn absent(deleted: Result<VmInfo, Error>) -> Result<(), Error> {
     match deleted {
-        Err(error) if error.code() != Code::VmNotFound => Err(error),
+        Err(error) if !matches!(error.code(), Code::VmNotFound | Code::VmReplaced) => Err(error),
         _ => Ok(()),
     }
 }

@@ -3,14 +3,16 @@
 use nido_vmm::name::VmName;
 
 use super::Context;
-use super::vm_args::{StartArgs, summarize};
+use super::selection::Selection;
+use super::vm_args::{StartAccelArgs, StartArgs, summarize};
 use crate::exit::Outcome;
 use crate::progress::Progress;
 
 const EXAMPLES: &str = "\
 Examples:
   nido start web
-  nido start web --no-wait
+  nido start web db --no-wait
+  nido start --all
 
 Starting a VM that runs changes nothing. Ctrl-C stops the waiting, not the VM.";
 
@@ -18,20 +20,26 @@ Starting a VM that runs changes nothing. Ctrl-C stops the waiting, not the VM.";
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Name of the VM
-    name: VmName,
+    #[command(flatten)]
+    vms: Selection,
     #[command(flatten)]
     start: StartArgs,
+    #[command(flatten)]
+    accel: StartAccelArgs,
 }
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
-        let vm = {
-            let mut progress = Progress::new(&cx.output, self.name.as_str());
-            nido.start(&self.name, self.start.request(), &mut |stage| progress.start(stage)).await?
+        let names = self.vms.names(&nido, |vm| vm.status.at_rest())?;
+        let start = async |name: &VmName| {
+            let mut progress = Progress::new(&cx.output, name.as_str());
+            let request = self.accel.with(self.start.request());
+            let vm = nido.start(name, request, &mut |stage| progress.start(stage)).await?;
+            drop(progress);
+            summarize(&cx.output, &vm);
+            Ok(vm)
         };
-        summarize(&cx.output, &vm);
-        cx.acted(&vm)
+        self.vms.each(cx, names, start).await
     }
 }

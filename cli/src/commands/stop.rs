@@ -1,26 +1,33 @@
 //! `stop`: a VM powered off, in order or at once.
 
-use nido_vmm::api::StopRequest;
+use nido_vmm::api::{PLUG_PULLED, StopRequest, VmInfo};
 use nido_vmm::name::VmName;
 
 use super::Context;
-use crate::exit::Outcome;
+use super::confirmation::Confirmation;
+use super::selection::Selection;
+use crate::exit::{Exit, Outcome};
 use crate::parse;
 
 const EXAMPLES: &str = "\
 Examples:
   nido stop web
   nido stop web --timeout 2m
-  nido stop web --force
+  nido stop web db --force
+  nido stop --all
+  nido stop --filter label=team=ci
 
-Stopping a VM that is at rest changes nothing. An ephemeral VM is deleted when it stops.";
+Stopping a VM that is stopped changes nothing. An ephemeral VM is deleted when it stops: on a terminal nido asks
+before that, unless --yes is given.";
 
 /// Stop a VM: power it off in order, or pull the plug
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Name of the VM
-    name: VmName,
+    #[command(flatten)]
+    vms: Selection,
+    #[command(flatten)]
+    confirmation: Confirmation,
     /// Pull the plug at once
     #[arg(long, short)]
     force: bool,
@@ -33,8 +40,22 @@ impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
         let timeout_ms = self.timeout.unwrap_or(StopRequest::default().timeout_ms);
-        let request = StopRequest { force: self.force, timeout_ms };
-        let arguments = serde_json::json!({ "name": self.name, "force": self.force, "timeout_ms": timeout_ms });
-        cx.acted(&cx.audited(&nido, "vm_stop", arguments, nido.stop(&self.name, request)).await?)
+        let names = self.vms.names(&nido, |vm| !vm.status.at_rest())?;
+        let goes = |vm: &VmInfo| vm.ephemeral && names.contains(&vm.name);
+        let gone: Vec<_> = nido.list()?.vms.iter().filter(|vm| goes(vm)).map(|vm| vm.name.to_string()).collect();
+        let question = format!("{} and all data in it is deleted when it stops: stop it?", gone.join(", "));
+        if !gone.is_empty() && !self.confirmation.given(cx, &question) {
+            return Ok(Exit::Failure);
+        }
+        let stop = async |name: &VmName| {
+            let request = StopRequest { force: self.force, timeout_ms };
+            let arguments = serde_json::json!({ "name": name, "force": self.force, "timeout_ms": timeout_ms });
+            let vm = cx.audited(&nido, "vm_stop", arguments, nido.stop(name, request)).await?;
+            if !self.force && !cx.output.json && vm.warnings.iter().any(|warning| warning == PLUG_PULLED) {
+                cx.output.warn(PLUG_PULLED);
+            }
+            Ok(vm)
+        };
+        self.vms.each(cx, names, stop).await
     }
 }

@@ -23,7 +23,7 @@ impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let Self { id, asked_ms_ago, ready_within_ms } = self;
         let request = SuperviseRequest { id, asked_ms_ago, ready_within_ms };
-        Nido::supervise(cx.options.clone(), request).await?;
+        Box::pin(Nido::supervise(cx.options.clone(), request)).await?;
         Ok(Exit::Success)
     }
 }

@@ -18,6 +18,7 @@ use nido_vmm::name::{TemplateName, VmName};
 use serde_json::json;
 
 use super::Context;
+use super::confirmation::Confirmation;
 use super::vm_args::MachineArgs;
 use crate::exit::{Exit, Failure, Outcome, until_signal};
 use crate::output::{pairs, table};
@@ -107,6 +108,8 @@ enum Verb {
     Delete {
         /// Name of the template
         name: TemplateName,
+        #[command(flatten)]
+        confirmation: Confirmation,
     },
 }
 
@@ -136,7 +139,7 @@ struct ImportArgs {
     /// The name it gets here, if not the one it was exported under
     #[arg(long)]
     name: Option<TemplateName>,
-    /// Leave out saved guests: their state is loaded into QEMU itself
+    /// Leave out saved guests, for archives of makers you do not trust: their state is loaded into QEMU itself
     #[arg(long)]
     no_memory: bool,
     /// Replace another template of that name
@@ -185,8 +188,11 @@ impl Args {
             Verb::Bake { name, again, machine } => bake(cx, &name, BakeRequest { again, ..machine.bake() }).await,
             Verb::Export(args) => export(cx, args).await,
             Verb::Import(args) => import(cx, args).await,
-            Verb::Delete { name } => {
+            Verb::Delete { name, confirmation } => {
                 let nido = cx.nido().await?;
+                if !confirmation.given(cx, &format!("delete the template {name}?")) {
+                    return Ok(Exit::Failure);
+                }
                 let gone = nido.template_delete(&name);
                 cx.audited(&nido, "template_delete", json!({ "name": name }), gone).await?;
                 cx.output.answer(&json!({ "deleted": name }), || format!("{name}\n"))?;
@@ -198,6 +204,7 @@ impl Args {
 
 async fn list(cx: &Context) -> Outcome {
     let list = cx.nido().await?.template_list()?;
+    list.damaged.iter().for_each(|damaged| cx.output.warn(damaged));
     cx.output.answer(&list, || {
         if cx.output.quiet {
             return list.templates.iter().map(|template| format!("{}\n", template.name)).collect();

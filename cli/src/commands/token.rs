@@ -1,13 +1,16 @@
 //! `token`: who may use the servers, and for what.
 
+use std::net::IpAddr;
+
 use clap::Subcommand;
-use nido_vmm::api::{Door, Scope, TokenInfo, TokenRequest};
-use nido_vmm::error::Error;
-use nido_vmm::name::VmName;
+use nido_vmm::api::{Door, Limits, NetChoice, Scope, TokenInfo, TokenRequest};
+use nido_vmm::error::{Code, Error};
+use nido_vmm::name::{TemplateName, VmName};
 use nido_vmm::nido::Nido;
 use serde_json::{Value, json};
 
 use super::Context;
+use super::confirmation::Confirmation;
 use crate::exit::{Exit, Outcome};
 use crate::output::table;
 use crate::parse;
@@ -16,6 +19,7 @@ const EXAMPLES: &str = "\
 Examples:
   nido token create --name ci --scope run --expires 30d
   nido token create --name agents --scope run --only mcp
+  nido token create --name guests --scope run --max-vms 3 --max-memory 1G --ttl-max 1h --net none --publish none
   nido token list
   nido token revoke ci
 
@@ -47,6 +51,8 @@ enum Verb {
         /// How long it is good, like 12h or 30d; for ever if absent
         #[arg(long, value_name = "DURATION", value_parser = parse::duration_ms)]
         expires: Option<u64>,
+        #[command(flatten)]
+        limits: LimitArgs,
     },
     /// List the tokens there are, without their secrets
     #[command(visible_alias = "ls")]
@@ -57,18 +63,84 @@ enum Verb {
         /// Name or id
         #[arg(required = true, value_name = "NAME")]
         tokens: Vec<String>,
+        #[command(flatten)]
+        confirmation: Confirmation,
     },
 }
 
-const HEAD: [&str; 6] = ["NAME", "SCOPE", "ONLY", "ID", "CREATED", "EXPIRES"];
+const HEAD: [&str; 7] = ["NAME", "SCOPE", "ONLY", "ID", "CREATED", "EXPIRES", "LIMITS"];
+
+/// What VMs may be that are made with a token; what is not given is not limited.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Limits of VMs that are made with it")]
+struct LimitArgs {
+    /// VMs at a time
+    #[arg(long, value_name = "N")]
+    max_vms: Option<u32>,
+    /// Virtual CPUs of one VM
+    #[arg(long, value_name = "N")]
+    max_cpus: Option<u32>,
+    /// Memory of one VM
+    #[arg(long, value_name = "SIZE", value_parser = parse::memory_mib)]
+    max_memory: Option<u32>,
+    /// Disk of one VM
+    #[arg(long, value_name = "SIZE", value_parser = parse::size)]
+    max_disk: Option<u64>,
+    /// Longest time limit (ttl) of a VM, which then needs one
+    #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
+    ttl_max: Option<u64>,
+    /// Every VM needs a time limit (ttl)
+    #[arg(long)]
+    ttl_required: bool,
+    /// Networks that a VM may have
+    #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = network)]
+    net: Option<Vec<NetChoice>>,
+    /// Addresses of the host to publish ports on; 'none' for no address
+    #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = address)]
+    publish: Option<Vec<Option<IpAddr>>>,
+    /// Templates that VMs may be made of
+    #[arg(long, value_name = "TEMPLATE", value_delimiter = ',')]
+    templates: Option<Vec<TemplateName>>,
+}
+
+impl From<LimitArgs> for Limits {
+    fn from(args: LimitArgs) -> Self {
+        Self {
+            max_vms: args.max_vms,
+            max_cpus: args.max_cpus,
+            max_memory_mib: args.max_memory,
+            max_disk_bytes: args.max_disk,
+            ttl_max_ms: args.ttl_max,
+            ttl_required: args.ttl_required,
+            net: args.net,
+            publish: args.publish.map(|addresses| addresses.into_iter().flatten().collect()),
+            templates: args.templates,
+        }
+    }
+}
+
+fn network(word: &str) -> Result<NetChoice, Error> {
+    serde_json::from_value(word.into())
+        .map_err(|_| Error::new(Code::SpecInvalid, format!("'{}' is not a network", word.escape_debug())))
+}
+
+fn address(word: &str) -> Result<Option<IpAddr>, Error> {
+    if word == "none" {
+        return Ok(None);
+    }
+    let wrong =
+        |_| Error::new(Code::SpecInvalid, format!("'{}' is not an IP address, nor 'none'", word.escape_debug()));
+    word.parse().map(Some).map_err(wrong)
+}
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
         match self.verb {
-            Verb::Create { name, scope, only, expires } => {
-                let arguments = json!({ "name": name, "scope": scope, "only": only, "expires_in_ms": expires });
-                let made = async { nido.token_create(&TokenRequest { name, scope, only, expires_in_ms: expires }) };
+            Verb::Create { name, scope, only, expires: expires_in_ms, limits } => {
+                let request = TokenRequest { name, scope, only, expires_in_ms, limits: limits.into() };
+                let arguments = json!(request);
+                let made = async { nido.token_create(&request) };
                 let made = cx.audited(&nido, "token_create", arguments, made).await?;
                 cx.output.answer(&made, || format!("{}\n", made.token))?;
                 cx.output.talk("this is the only time it is shown");
@@ -82,12 +154,16 @@ impl Args {
                     table(HEAD, list.tokens.iter().map(row))
                 })?;
             }
-            Verb::Revoke { tokens } => {
-                for named in tokens {
-                    let gone = async { nido.token_revoke(&named) };
-                    let gone = cx.audited(&nido, "token_revoke", revoked(&nido, &named)?, gone).await?;
-                    cx.output.answer(&gone, || format!("{}\n", gone.name))?;
+            Verb::Revoke { tokens, confirmation } => {
+                if !confirmation.given(cx, "revoke, so that programs which use it are refused from now on?") {
+                    return Ok(Exit::Failure);
                 }
+                let mut all = Vec::new();
+                for named in &tokens {
+                    let gone = async { nido.token_revoke(named) };
+                    all.push(cx.audited(&nido, "token_revoke", revoked(&nido, named)?, gone).await?);
+                }
+                cx.answer_each("tokens", &all, |gone| format!("{}\n", gone.name))?;
             }
         }
         Ok(Exit::Success)
@@ -106,7 +182,7 @@ fn revoked(nido: &Nido, named: &str) -> Result<Value, Error> {
     })
 }
 
-fn row(token: &TokenInfo) -> [String; 6] {
+fn row(token: &TokenInfo) -> [String; 7] {
     [
         token.name.clone(),
         token.scope.word().into(),
@@ -114,5 +190,6 @@ fn row(token: &TokenInfo) -> [String; 6] {
         token.id.clone(),
         format!("{:.0}", token.created_at),
         token.expires_at.map_or_else(|| "never".into(), |end| format!("{end:.0}")),
+        if token.limits.is_none() { "-".into() } else { crate::output::json(&token.limits, false) },
     ]
 }

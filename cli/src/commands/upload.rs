@@ -14,9 +14,13 @@ Examples:
   nido upload web ./site /srv/site
   nido upload web app.conf /etc/app/ --user user
   pg_dump shop | nido upload web - /var/tmp/shop.sql
+  tar -C site -c . | nido upload web - /srv/site/
 
-An existing directory takes the copy under the source's name. A file is written beside its place and moved
-there when it is complete.";
+An existing directory takes the copy under the source's name. - is standard input: one file, or a tar archive
+if the destination ends with a slash. A file is written beside its place and moved there when it is complete.
+A file that exists is replaced and keeps its mode, owner, attributes and hard links; a device, pipe or socket
+is never replaced. Set-id bits are not copied. Holes of sparse files and hard links within a tree are kept.
+What cannot be read is left out and named; the exit code is 1 then.";
 
 /// Copy a file or directory into a VM
 #[derive(Debug, clap::Args)]
@@ -37,12 +41,15 @@ pub struct Args {
 /// How an upload is done; shared with `cp`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct UploadArgs {
-    /// Owner of the copy in the guest, by name or number [default: root]
+    /// Owner of the copy in the guest, by name or number [default: root; a file that exists keeps its owner]
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
     /// Make missing parent directories in the guest
     #[arg(long)]
     parents: bool,
+    /// Keep owners and groups (by number) and modes; also of files that exist
+    #[arg(long, short)]
+    pub preserve: bool,
 }
 
 impl Args {
@@ -57,7 +64,8 @@ impl Args {
 impl UploadArgs {
     /// The core's request.
     pub fn request(self, source: OsString, destination: OsString) -> Result<UploadRequest, Error> {
-        let (source, destination) = (copy::source(source)?, copy::guest(destination));
-        Ok(UploadRequest { source, destination, user: self.user, parents: self.parents })
+        let source = copy::source(source, &destination)?;
+        let (destination, preserve) = (copy::guest(destination), self.preserve);
+        Ok(UploadRequest { source, destination, user: self.user, parents: self.parents, preserve, set_mode: false })
     }
 }

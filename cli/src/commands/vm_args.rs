@@ -87,6 +87,16 @@ enum Accel {
     Tcg,
 }
 
+impl Accel {
+    const fn choice(self) -> AccelChoice {
+        match self {
+            Self::Auto => AccelChoice::Auto,
+            Self::Kvm => AccelChoice::Kvm,
+            Self::Tcg => AccelChoice::Tcg,
+        }
+    }
+}
+
 impl VmArgs {
     /// The core's specification; what was not said keeps the core's default.
     pub fn spec(self, name: VmName) -> VmSpec {
@@ -128,11 +138,7 @@ impl MachineArgs {
                 Machine::Pc => MachineChoice::Pc,
                 Machine::Q35 => MachineChoice::Q35,
             }),
-            accel: self.accel.map_or(AccelChoice::default(), |accel| match accel {
-                Accel::Auto => AccelChoice::Auto,
-                Accel::Kvm => AccelChoice::Kvm,
-                Accel::Tcg => AccelChoice::Tcg,
-            }),
+            accel: self.accel.map_or(AccelChoice::default(), Accel::choice),
             nested: self.nested,
             ..BakeRequest::default()
         }
@@ -155,7 +161,22 @@ pub struct StartArgs {
 impl StartArgs {
     /// The core's request.
     pub const fn request(&self) -> StartRequest {
-        StartRequest { wait: !self.no_wait, timeout_ms: self.timeout, path: self.path.choice() }
+        StartRequest { wait: !self.no_wait, timeout_ms: self.timeout, path: self.path.choice(), accel: None }
+    }
+}
+
+/// The accelerator of one start.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct StartAccelArgs {
+    /// Accelerator of this start [default: the VM's]; tcg gives up the hardware isolation that it had so far
+    #[arg(long, value_name = "KIND")]
+    accel: Option<Accel>,
+}
+
+impl StartAccelArgs {
+    /// The request with it.
+    pub fn with(self, request: StartRequest) -> StartRequest {
+        StartRequest { accel: self.accel.map(Accel::choice), ..request }
     }
 }
 

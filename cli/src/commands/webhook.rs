@@ -5,6 +5,7 @@ use nido_vmm::api::{Delivery, EventKind, WebhookFormat, WebhookInfo, WebhookRequ
 use serde_json::json;
 
 use super::Context;
+use super::confirmation::Confirmation;
 use crate::exit::{Exit, Outcome};
 use crate::output::table;
 
@@ -12,6 +13,7 @@ const EXAMPLES: &str = "\
 Examples:
   nido webhook add --url https://example.com/hooks/nido
   nido webhook add --event vm.crashed --url https://hooks.slack.com/services/T0/B0/x
+  nido webhook add --url https://events.pagerduty.com/v2/enqueue --secret 0123456789abcdef0123456789abcdef
   nido webhook add --event vm.started,vm.stopped --url http://127.0.0.1:8080/ --allow-private
   nido webhook test 3f2a9c1e5b7d8046
   nido webhook deliveries 3f2a9c1e5b7d8046
@@ -46,6 +48,8 @@ enum Verb {
         /// Id of the endpoint
         #[arg(value_name = "ID")]
         id: String,
+        #[command(flatten)]
+        confirmation: Confirmation,
     },
     /// List deliveries, the newest last; finished ones are kept for 7 days, at most 1000 an endpoint
     Deliveries {
@@ -71,14 +75,15 @@ struct AddArgs {
     /// Where messages are posted: https://…
     #[arg(long, value_hint = clap::ValueHint::Url)]
     url: String,
-    /// The events it is told of; may be repeated; without it all
+    /// The events it is told of; may be repeated; without it all, for PagerDuty vm.crashed, vm.started and vm.deleted
     #[arg(long = "event", short, value_name = "EVENT", value_delimiter = ',')]
     events: Vec<EventKind>,
-    /// What messages are signed with: whsec_ and 24 to 64 bytes in base64; without it a new one is made. Other users of
-    /// this host may see it while nido runs
+    /// What messages are signed with: whsec_ and 24 to 64 bytes in base64; without it a new one is made. For PagerDuty its
+    /// integration key. Other users of this host may see it while nido runs
     #[arg(long, value_name = "SECRET")]
     secret: Option<String>,
-    /// What is posted: standard (the event, in JSON) or slack (a sentence); without it slack to Slack's hosts, else standard
+    /// What is posted: standard (the event, in JSON), slack (a sentence) or pagerduty (Events API v2); without it what the
+    /// host takes if it is Slack's or PagerDuty's, else standard
     #[arg(long, value_name = "FORMAT")]
     format: Option<WebhookFormat>,
     /// The endpoint may lie in a private network or on this host, and be reached by plain http
@@ -117,7 +122,10 @@ impl Args {
                     table(HEAD, list.webhooks.iter().map(row))
                 })?;
             }
-            Verb::Remove { id } => {
+            Verb::Remove { id, confirmation } => {
+                if !confirmation.given(cx, &format!("remove the webhook {id}, and what waits to be sent to it?")) {
+                    return Ok(Exit::Failure);
+                }
                 let removed = async { nido.webhook_remove(&id) };
                 let removed = cx.audited(&nido, "webhook_remove", json!({ "id": id }), removed).await?;
                 cx.output.answer(&removed, || format!("{}\n", removed.id))?;

@@ -18,7 +18,8 @@ impl From<Error> for Problem {
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let code = self.0.code();
-        let problem = self.0.problem();
+        let mut problem = self.0.problem();
+        problem.hint = self.0.remote_hint().map(str::to_owned);
         let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, body(&problem)).into_response();
         let headers = response.headers_mut();
@@ -43,6 +44,20 @@ pub type Answer = Result<Response, Problem>;
 /// A value as JSON with status 200.
 pub fn ok<T: Serialize>(value: &T) -> Answer {
     Ok(json(StatusCode::OK, value))
+}
+
+/// Something that was made, with where it is.
+pub fn created<T: Serialize>(place: &str, value: &T) -> Response {
+    let mut response = json(StatusCode::CREATED, value);
+    locate(&mut response, place);
+    response
+}
+
+/// Says where something is that was made.
+pub fn locate(response: &mut Response, place: &str) {
+    if let (StatusCode::CREATED, Ok(place)) = (response.status(), HeaderValue::from_str(place)) {
+        response.headers_mut().insert(header::LOCATION, place);
+    }
 }
 
 /// A value as JSON.

@@ -1,9 +1,12 @@
 //! What requests carry, parsed once at the border: every mistake is a problem that names the field.
 
-use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, RawQuery, Request};
+use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, Method, header};
+use axum::middleware::Next;
+use axum::response::Response;
 use nido_vmm::error::{Code, Error};
+use nido_vmm::name::VmName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -12,7 +15,7 @@ use super::answer::Problem;
 use super::routes::BODY_MAX;
 use super::{openapi, pace};
 
-/// A JSON body. An absent one counts as `{}`.
+/// A JSON body. An absent one counts as `{}`, and so does `null`.
 #[derive(Debug)]
 pub struct Body<T>(pub T);
 
@@ -26,8 +29,10 @@ impl<S: Send + Sync, T: DeserializeOwned + Serialize> FromRequest<S> for Body<T>
             return Err(Error::internal(format!("the body of {} {route} is not described", request.method())).into());
         }
         let kind = media_type(request.headers());
+        let charset = charset(request.headers());
         let bytes = pace::read(request.into_body(), BODY_MAX).await?;
-        if bytes.is_empty() && kind.is_none() {
+        // Whatever type it claims: generated clients and HTTP libraries name one by default.
+        if bytes.is_empty() {
             return parse(b"{}").map(Self);
         }
         if kind.as_deref() != Some("application/json") {
@@ -35,6 +40,10 @@ impl<S: Send + Sync, T: DeserializeOwned + Serialize> FromRequest<S> for Body<T>
             return Err(Error::new(Code::MediaTypeUnsupported, plain(&words))
                 .hint("Content-Type: application/json")
                 .into());
+        }
+        if let Some(charset) = charset.filter(|charset| !charset.eq_ignore_ascii_case("utf-8")) {
+            let words = format!("the body is in the charset {}, not UTF-8", plain(&charset));
+            return Err(Error::new(Code::MediaTypeUnsupported, words).hint("JSON is UTF-8").into());
         }
         parse(&bytes).map(Self)
     }
@@ -46,13 +55,26 @@ impl<S: Send + Sync, T: DeserializeOwned + Serialize> FromRequest<S> for Body<T>
 /// `request_invalid`; `spec_invalid`, with the field.
 pub fn parse<T: DeserializeOwned + Serialize>(bytes: &[u8]) -> Result<T, Problem> {
     let no_json = |error| Error::new(Code::RequestInvalid, format!("the body is not JSON: {error}"));
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let mut json: Value = serde_json::from_slice(bytes).map_err(no_json)?;
+    if json.is_null() {
+        json = Value::Object(serde_json::Map::new());
+    }
+    if !json.is_object() {
+        let words = format!("the body: it is an object, not {}", kind_of(&json));
+        return Err(Error::new(Code::SpecInvalid, words).into());
+    }
     whole_numbers(&mut json);
+    if let Some(field) = too_large(&json) {
+        let words = format!("{}: a number of this API is at most {}", plain(&field), i64::MAX);
+        return Err(Error::new(Code::SpecInvalid, words).into());
+    }
+    absent_where_null(&mut json);
     let read: T = serde_path_to_error::deserialize(&json).map_err(|error| {
         let path = error.path().to_string();
         let error: serde_json::Error = error.into_inner();
         let field = if path == "." { String::new() } else { format!("{}: ", plain(&path)) };
-        Error::new(Code::SpecInvalid, format!("{field}{}", plain(&error.to_string())))
+        Error::new(Code::SpecInvalid, format!("{field}{}", plain_words(&error.to_string())))
     })?;
     let again = serde_json::to_value(&read).map_err(|e| Error::internal(e.to_string()))?;
     let Some(field) = list_for_an_object(&json, &again) else { return Ok(read) };
@@ -60,23 +82,63 @@ pub fn parse<T: DeserializeOwned + Serialize>(bytes: &[u8]) -> Result<T, Problem
     Err(Error::new(Code::SpecInvalid, format!("{}: it is an object, not a list", plain(field))).into())
 }
 
+/// A field in a field, or in a list.
+fn below(at: &str, inner: &str) -> String {
+    let dot = if inner.is_empty() || inner.starts_with('[') { "" } else { "." };
+    format!("{at}{dot}{inner}")
+}
+
+/// The first number that is larger than those that the description allows: generated clients hold numbers in 64 bits with a sign.
+fn too_large(json: &Value) -> Option<String> {
+    match json {
+        Value::Number(number) => {
+            number.as_u64().filter(|number| i64::try_from(*number).is_err()).map(|_| String::new())
+        }
+        Value::Array(items) => {
+            items.iter().enumerate().find_map(|(at, item)| Some(below(&format!("[{at}]"), &too_large(item)?)))
+        }
+        Value::Object(fields) => fields.iter().find_map(|(name, value)| Some(below(name, &too_large(value)?))),
+        _ => None,
+    }
+}
+
 /// The first place where a list was given and an object was read: its items were taken for fields, in the order in which these
 /// happen to stand in the type. Empty is the whole.
 fn list_for_an_object(given: &Value, read: &Value) -> Option<String> {
-    let below = |at: String, inner: String| {
-        let dot = if inner.is_empty() || inner.starts_with('[') { "" } else { "." };
-        format!("{at}{dot}{inner}")
-    };
     match (given, read) {
         (Value::Array(_), Value::Object(_)) => Some(String::new()),
         (Value::Array(given), Value::Array(read)) => {
             let mut pairs = given.iter().zip(read).enumerate();
-            pairs.find_map(|(at, (given, read))| Some(below(format!("[{at}]"), list_for_an_object(given, read)?)))
+            pairs.find_map(|(at, (given, read))| Some(below(&format!("[{at}]"), &list_for_an_object(given, read)?)))
         }
-        (Value::Object(given), Value::Object(read)) => given
-            .iter()
-            .find_map(|(name, given)| Some(below(name.clone(), list_for_an_object(given, read.get(name)?)?))),
+        (Value::Object(given), Value::Object(read)) => {
+            given.iter().find_map(|(name, given)| Some(below(name, &list_for_an_object(given, read.get(name)?)?)))
+        }
         _ => None,
+    }
+}
+
+/// What a JSON value is, in words.
+const fn kind_of(json: &Value) -> &'static str {
+    match json {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// A member that is `null` is absent. Items of a list are no members.
+fn absent_where_null(json: &mut Value) {
+    match json {
+        Value::Array(items) => items.iter_mut().for_each(absent_where_null),
+        Value::Object(fields) => {
+            fields.retain(|_, value| !value.is_null());
+            fields.values_mut().for_each(absent_where_null);
+        }
+        _ => {}
     }
 }
 
@@ -107,37 +169,33 @@ pub fn media_type(headers: &HeaderMap) -> Option<String> {
 #[derive(Debug)]
 pub struct Names<T>(pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Names<T> {
-    type Rejection = Problem;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let Path(names) = Path::<T>::from_request_parts(parts, state).await.map_err(|rejection| {
-            let words = rejection.body_text();
-            // What serde puts before our own sentence says nothing more.
-            let words = words.split_once("'").map_or(words.clone(), |(_, rest)| format!("'{rest}"));
-            Error::new(Code::NameInvalid, words)
-        })?;
-        Ok(Self(names))
+/// Parts of a path that may name a VM.
+pub trait OfVm {
+    /// The VM's name, if there is one.
+    fn vm(&mut self) -> Option<&mut VmName> {
+        None
     }
 }
 
-/// The query.
-#[derive(Debug)]
-pub struct Query<T>(pub T);
+/// The id of the VM that the request is about, where its `If-Match` names one: what has the name meanwhile is not touched.
+#[derive(Debug, Clone)]
+pub struct MatchedVm(pub VmName);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+impl<S: Send + Sync, T: DeserializeOwned + OfVm + Send> FromRequestParts<S> for Names<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let Ok(RawQuery(query)) = RawQuery::from_request_parts(parts, state).await;
-        let query = query.unwrap_or_default();
-        let deserializer = serde_urlencoded::Deserializer::new(form_urlencoded::parse(query.as_bytes()));
-        serde_path_to_error::deserialize(deserializer).map(Self).map_err(|error| {
-            let path = error.path().to_string();
-            let field = if path == "." { String::new() } else { format!("{}: ", plain(&path)) };
-            let words = format!("{field}{}", plain(&error.into_inner().to_string()));
-            Error::new(Code::SpecInvalid, words).into()
-        })
+        let Path(mut names) = Path::<T>::from_request_parts(parts, state).await.map_err(|rejection| {
+            let words = rejection.body_text();
+            // What serde puts before our own sentence says nothing more.
+            let words = words.split_once("'").map_or(words.clone(), |(_, rest)| format!("'{rest}"));
+            let words = words.replace("Invalid URL: Invalid UTF-8", "the path is not UTF-8");
+            Error::new(Code::NameInvalid, plain(&words))
+        })?;
+        if let (Some(MatchedVm(id)), Some(name)) = (parts.extensions.get(), names.vm()) {
+            name.clone_from(id);
+        }
+        Ok(Self(names))
     }
 }
 
@@ -146,17 +204,104 @@ pub fn plain(text: &str) -> String {
     crate::sanitize::line(text)
 }
 
-/// Whether the caller would rather have this media type than JSON.
-pub fn accepts(headers: &HeaderMap, media_type: &str) -> bool {
-    let wanted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-    wanted
-        .flat_map(|value| value.split(','))
-        .any(|part| part.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case(media_type)))
+/// The same of what a parser complains about, without the names of its types.
+pub fn plain_words(text: &str) -> String {
+    const NUMBERS: [&str; 3] = [
+        "invalid digit found in string",
+        "cannot parse integer from empty string",
+        "number too small to fit in target type",
+    ];
+    if NUMBERS.contains(&text) {
+        return "it is not a whole number".into();
+    }
+    if text == "number too large to fit in target type" {
+        return "the number is too large".into();
+    }
+    let mut words = plain(text);
+    for (theirs, ours) in [
+        ("invalid type: sequence", "it is a list"),
+        ("invalid type: map", "it is an object"),
+        ("invalid type: null", "it is null"),
+        ("invalid type: ", "it is the "),
+        ("invalid value: ", "it is the "),
+        ("integer `", "number `"),
+        ("floating point `", "number `"),
+        ("expected a sequence", "not a list"),
+        ("expected a map", "not an object"),
+        ("expected a string", "not a string"),
+        ("expected a boolean", "not true or false"),
+        ("expected u8", "not a whole number from 0 to 255"),
+        ("expected u16", "not a whole number from 0 to 65535"),
+        ("expected u32", "not a whole number from 0 to 4294967295"),
+        ("expected u64", "not a whole number from 0"),
+        ("expected usize", "not a whole number from 0"),
+    ] {
+        words = words.replace(theirs, ours);
+    }
+    if let Some((before, _)) = words.split_once("expected struct ") {
+        let before = if before.starts_with("invalid length") { "it is a list, " } else { before };
+        return format!("{before}not an object");
+    }
+    words
+}
+
+/// The charset that a body claims.
+fn charset(headers: &HeaderMap) -> Option<String> {
+    let value = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
+    let parameters = value.split(';').skip(1).filter_map(|one| one.split_once('='));
+    let charset = parameters.into_iter().find(|(name, _)| name.trim().eq_ignore_ascii_case("charset"));
+    charset.map(|(_, value)| value.trim().trim_matches('"').to_owned())
+}
+
+/// Whether the caller would rather have this media type than `other` (RFC 9110, 12.5.1): it has the greater weight, or the
+/// same and stands first.
+pub fn prefers(headers: &HeaderMap, media_type: &str, other: &str) -> bool {
+    let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let ranges: Vec<_> = values.flat_map(|value| value.split(',')).map(range).collect();
+    let weight = |kind: &str| {
+        let main = kind.split('/').next().unwrap_or_default();
+        let exact = ranges.iter().position(|(range, _)| range == kind);
+        let found = exact
+            .or_else(|| ranges.iter().position(|(range, _)| *range == format!("{main}/*")))
+            .or_else(|| ranges.iter().position(|(range, _)| range == "*/*"));
+        found.map(|at| (ranges[at].1, std::cmp::Reverse(at)))
+    };
+    // A type that is only covered by `*/*` was not asked for.
+    let is_named = ranges.iter().any(|(range, weight)| range == media_type && *weight > 0);
+    is_named && weight(media_type) > weight(other)
+}
+
+/// A media range and its weight in thousandths.
+fn range(text: &str) -> (String, u32) {
+    let mut parts = text.split(';').map(str::trim);
+    let kind = parts.next().unwrap_or_default().to_ascii_lowercase();
+    let weight = parts.find_map(|part| part.strip_prefix("q=").or_else(|| part.strip_prefix("Q=")));
+    let weight = weight.and_then(|weight| weight.parse::<f64>().ok()).filter(|weight| (0.0..=1.0).contains(weight));
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to 1000")]
+    let weight = (weight.unwrap_or(1.0) * 1000.0) as u32;
+    (kind, weight)
+}
+
+/// Refuses bodies that are encoded or a part: no route decodes or assembles one.
+pub async fn whole(request: Request, next: Next) -> Result<Response, Problem> {
+    if !matches!(*request.method(), Method::POST | Method::PUT) {
+        return Ok(next.run(request).await);
+    }
+    let encoding = request.headers().get(header::CONTENT_ENCODING).map(|value| value.as_bytes().to_ascii_lowercase());
+    if encoding.is_some_and(|encoding| encoding != b"identity" && !encoding.is_empty()) {
+        let words = "the body is encoded (Content-Encoding), which this server does not take";
+        return Err(Error::new(Code::MediaTypeUnsupported, words).hint("send it as it is").into());
+    }
+    if request.headers().contains_key(header::CONTENT_RANGE) {
+        let words = "the body is a part (Content-Range), which this server does not take";
+        return Err(Error::new(Code::RequestInvalid, words).hint("send the whole file").into());
+    }
+    Ok(next.run(request).await)
 }
 
 #[cfg(test)]
 mod tests {
-    use nido_vmm::api::{BakeRequest, ForwardSpec, SpawnRequest};
+    use nido_vmm::api::{BakeRequest, ExecBody, SpawnRequest};
 
     use super::*;
 
@@ -174,8 +319,67 @@ mod tests {
             r#"{"name": "web", "forwards": [["127.0.0.1", 0, 80]]}"#,
             "forwards[0]: it is an object",
         );
-        refused::<Vec<ForwardSpec>>(r#"[{"guest_port": 1}, ["127.0.0.1", 0, 80]]"#, "[1]: it is an object");
+        refused::<SpawnRequest>("null", "missing field `name`");
+        assert!(parse::<BakeRequest>(b" null ").is_ok(), "what a generated client sends for a body that was not given");
         let body = r#"{"name": "web", "forwards": [{"guest_port": 80.0}], "labels": {"a": "b"}}"#;
         assert_eq!(parse::<SpawnRequest>(body.as_bytes()).unwrap().forwards.len(), 1);
+    }
+
+    // `null` was refused for some optional members and taken for others.
+    #[test]
+    fn a_member_that_is_null_is_absent() {
+        let body = r#"{"name": "m", "template": null, "cpus": null, "net": null, "forwards": null, "labels": null, "ttl_ms": null}"#;
+        assert_eq!(
+            parse::<SpawnRequest>(body.as_bytes()).unwrap(),
+            parse::<SpawnRequest>(br#"{"name": "m"}"#).unwrap()
+        );
+        let body = r#"{"argv": ["id"], "command": null, "stdin": null, "env": null, "stdin_base64": null}"#;
+        assert!(parse::<ExecBody>(body.as_bytes()).unwrap().split().is_ok());
+        assert!(format!("{:?}", parse::<SpawnRequest>(br#"{"name": null}"#)).contains("missing field `name`"));
+        assert!(parse::<ExecBody>(br#"{"argv": ["id", null]}"#).is_err(), "an item of a list is no member");
+    }
+
+    // Names of types of the program stood in messages.
+    #[test]
+    fn mistakes_are_told_in_words_of_json() {
+        for (body, words) in [
+            (
+                r#"{"name": "web", "cpus": "two"}"#,
+                "cpus: it is the string \"two\", not a whole number from 0 to 4294967295",
+            ),
+            (r#"{"name": "web", "forwards": {}}"#, "forwards: it is an object, not a list"),
+            (r#"{"name": "web", "forwards": [[]]}"#, "forwards[0]: it is a list, not an object"),
+            // Generated clients could not hold it.
+            (
+                r#"{"name": "web", "ttl_ms": 9223372036854775808}"#,
+                "ttl_ms: a number of this API is at most 9223372036854775807",
+            ),
+        ] {
+            let Problem(error) = parse::<SpawnRequest>(body.as_bytes()).unwrap_err();
+            assert_eq!(error.message(), words);
+        }
+    }
+
+    // Weights and order in `Accept` were not looked at.
+    #[test]
+    fn the_media_type_of_the_greater_weight_is_answered() {
+        let events_preferred = |accept: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ACCEPT, accept.parse().unwrap());
+            prefers(&headers, "text/event-stream", "application/json")
+        };
+        for events in ["text/event-stream", "text/event-stream, application/json;q=0.5", "text/event-stream, */*"] {
+            assert!(events_preferred(events), "{events}");
+        }
+        for json in [
+            "application/json",
+            "*/*",
+            "application/json, text/event-stream;q=0.1",
+            "text/event-stream;q=0",
+            "",
+            "text/*",
+        ] {
+            assert!(!events_preferred(json), "{json}");
+        }
     }
 }

@@ -16,11 +16,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::body::Body;
 use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State};
-use axum::http::{Method, StatusCode};
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use nido_vmm::audit::{Audited, Caller as Who, Ending, Face};
 use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::text::head;
 use serde_json::{Map, Value, json};
 
 use super::App;
@@ -29,6 +30,7 @@ use super::ask::media_type;
 use super::guard::Caller;
 use super::openapi::{self, Takes};
 use super::pace;
+use super::query::{pairs, shown};
 use super::routes::BODY_MAX;
 
 /// The line about a request that is still open.
@@ -55,7 +57,7 @@ pub fn end(audited: Option<Audited>, ending: Ending, reason: &str) {
 pub fn end_with<T>(audited: Option<Audited>, outcome: &Result<T>) {
     match outcome {
         Ok(_) => end(audited, Ending::Success, ""),
-        Err(error) => end(audited, Ending::Error, error.code().slug()),
+        Err(error) => end(audited, Ending::from(error), error.code().slug()),
     }
 }
 
@@ -113,7 +115,13 @@ pub async fn audit_again(
 fn named(request: &Request) -> Option<(Tool, Who)> {
     let tool = tool(request.method(), request.extensions().get::<MatchedPath>()?.as_str())?;
     let caller = request.extensions().get::<Caller>()?;
-    Some((tool, Who { face: Face::Api, actor: caller.actor.clone(), agent: None }))
+    Some((tool, Who { face: Face::Api, actor: caller.actor.clone(), agent: agent(request.headers()) }))
+}
+
+/// What a client says it is.
+pub fn agent(headers: &HeaderMap) -> Option<String> {
+    let agent = headers.get(header::USER_AGENT)?;
+    Some(String::from_utf8_lossy(agent.as_bytes()).into_owned())
 }
 
 /// The one line about a look. Short, but another process may hold the log.
@@ -165,8 +173,7 @@ fn ending(response: &Response) -> (Ending, &'static str) {
     match response.extensions().get::<Code>() {
         None if response.status().is_client_error() => (Ending::Error, "refused"),
         None => (Ending::Success, ""),
-        Some(code @ (Code::Denied | Code::Unauthorized)) => (Ending::Denied, code.slug()),
-        Some(code) => (Ending::Error, code.slug()),
+        Some(code) => (Ending::of_code(*code), code.slug()),
     }
 }
 
@@ -220,6 +227,7 @@ fn tool(method: &Method, route: &str) -> Option<Tool> {
         ("DELETE", "/v1/webhooks/{id}") => Acts("webhook_remove"),
         (_, "/v1/webhooks/{id}/test") => Acts("webhook_test"),
         (_, "/v1/webhooks/deliveries/{delivery}/redeliver") => Acts("webhook_redeliver"),
+        ("POST", "/v1/host/check") => Acts("host_check"),
         // A route that this list does not know is written down all the same.
         _ => Acts("other"),
     })
@@ -232,11 +240,14 @@ fn look(route: &str) -> &'static str {
         "/v1/vms/{name}" => "vm_info",
         "/v1/vms/{name}/logs" => "vm_logs",
         "/v1/vms/{name}/snapshots" => "snapshot_list",
+        "/v1/vms/{name}/snapshots/{snapshot}" => "snapshot_info",
         "/v1/vms/{name}/forwards" => "forward_list",
         "/v1/templates" => "template_list",
         "/v1/templates/{name}" => "template_info",
         "/v1/pools" => "pool_list",
+        "/v1/pools/{name}" => "pool_info",
         "/v1/webhooks" => "webhook_list",
+        "/v1/webhooks/{id}" => "webhook_info",
         "/v1/webhooks/{id}/deliveries" => "webhook_deliveries",
         "/v1/events" => "events",
         "/v1/audit" => "audit_show",
@@ -269,27 +280,61 @@ async fn arguments(request: Request) -> Result<(Request, Value)> {
 /// Where is kept what may not stand beside the names of the path.
 const APART: [&str; 2] = ["query", "body"];
 
+/// How many names of a query are kept that the route does not take, and how much of each and of its value, in bytes.
+const UNKNOWN_MAX: usize = 8;
+const UNKNOWN_BYTES: usize = 64;
+
+fn short(text: &str) -> String {
+    match text.len() {
+        0..=UNKNOWN_BYTES => text.to_owned(),
+        length => format!("{}[{} bytes]", head(text, UNKNOWN_BYTES), length),
+    }
+}
+
+fn short_value(value: Value) -> Value {
+    match value {
+        Value::String(text) => short(&text).into(),
+        other => other,
+    }
+}
+
 /// The path counts before the query, the query before the body. What the route does not take of the query, and a field whose name
 /// stands already, is kept apart: a name that nobody acts upon would hide the one that is acted upon.
 fn told(path: Map<String, Value>, query: &str, body: Option<&[u8]>, takes: &Takes) -> Value {
     let mut arguments = path;
     let mut put = |place: &str, name: String, value: Value, taken: bool| {
+        let (name, value) = if taken || place == "body" { (name, value) } else { (short(&name), short_value(value)) };
         if taken && !APART.contains(&name.as_str()) && !arguments.contains_key(&name) {
             arguments.insert(name, value);
         } else if let Value::Object(apart) = arguments.entry(place).or_insert_with(|| json!({})) {
             apart.insert(name, value);
         }
     };
-    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
-        put("query", name.to_string(), value.into(), takes.query.contains(name.as_ref()));
+    match pairs(query) {
+        Ok(pairs) => {
+            for (name, value) in pairs {
+                let taken = takes.query.contains(&name);
+                put("query", name, shown(&value).into(), taken);
+            }
+        }
+        // Such a request is refused.
+        Err(_) => put("query", "raw".into(), query.into(), false),
     }
-    match body.map(|body| (serde_json::from_slice(body), body.len())) {
+    match body.filter(|body| !body.is_empty()).map(|body| (serde_json::from_slice(body), body.len())) {
         Some((Ok(Value::Object(fields)), _)) => {
             fields.into_iter().for_each(|(name, value)| put("body", name, value, true));
         }
         // No route takes such a thing.
         Some((_, bytes)) => put("body", "bytes".into(), bytes.into(), false),
         None => {}
+    }
+    // What nobody reads is not worth a log.
+    if let Some(Value::Object(unknown)) = arguments.get_mut("query")
+        && unknown.len() > UNKNOWN_MAX
+    {
+        let all = unknown.len();
+        *unknown = std::mem::take(unknown).into_iter().take(UNKNOWN_MAX).collect();
+        unknown.insert("left_out".into(), (all - UNKNOWN_MAX).into());
     }
     Value::Object(arguments)
 }
@@ -351,6 +396,17 @@ mod tests {
         for not in ["[1]", "\"text\"", "{", "{} {}"] {
             assert_eq!(snapshot("", not), json!({ "name": "web", "body": { "bytes": not.len() } }), "{not}");
         }
+    }
+
+    // A token that may only read wrote four thousand bytes into the log with each request: nothing reads what it sent.
+    #[test]
+    fn what_no_route_reads_is_not_kept_at_length() {
+        let long = "x".repeat(4000);
+        let told = told_of(&Method::GET, "/v1/vms", (&format!("x={long}&{long}=1"), ""));
+        assert!(told.to_string().len() < 400, "{told}");
+        let many: String = (0..500).map(|n| format!("q{n}=1&")).collect();
+        let told = told_of(&Method::GET, "/v1/vms", (&many, ""));
+        assert_eq!((told["query"].as_object().unwrap().len(), &told["query"]["left_out"]), (9, &json!(492)));
     }
 
     #[test]

@@ -10,23 +10,53 @@ use std::time::Instant;
 
 use axum::extract::{FromRequestParts, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, header};
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderValue, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
-use nido_vmm::api::{Door, Scope};
+use nido_vmm::api::{Door, Grant, Limits, Scope};
+use nido_vmm::audit::{Caller as Who, Face};
 use nido_vmm::error::{Code, Error};
 
-use super::App;
 use super::answer::Problem;
+use super::listen::Place;
+use super::public_url::PublicUrl;
+use super::{App, refusals};
 
 /// Which hosts this server answers to.
 #[derive(Debug, Clone, Default)]
 pub struct Hosts {
     /// Names, beside `localhost` and addresses.
     pub names: Vec<String>,
+    /// Origins of other servers whose pages may use the MCP server.
+    pub origins: Vec<String>,
+    /// Where clients reach this server through a proxy.
+    pub public: Option<PublicUrl>,
 }
 
 impl Hosts {
+    /// Every name, that of the proxy included.
+    pub fn all_names(&self) -> Vec<String> {
+        self.names.iter().cloned().chain(self.public.as_ref().map(|public| public.host.clone())).collect()
+    }
+
+    /// Every origin whose pages may use the MCP server, that of the proxy included.
+    pub fn all_origins(&self) -> Vec<String> {
+        self.origins.iter().cloned().chain(self.public.as_ref().map(|public| public.origin.clone())).collect()
+    }
+
+    /// Whether pages of this origin are this server's own, as clients see it through the proxy.
+    fn is_public_origin(&self, origin: &HeaderValue) -> bool {
+        let origin = origin.to_str().unwrap_or_default();
+        self.public.as_ref().is_some_and(|public| public.origin.eq_ignore_ascii_case(origin))
+    }
+
+    /// Whether pages of this origin were allowed by name.
+    pub fn is_allowed_origin(&self, origin: &HeaderValue) -> bool {
+        let origin = origin.to_str().unwrap_or_default();
+        self.origins.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
+    }
+
     /// Whether `Host: VALUE` means this server. An address cannot be made to point elsewhere; a name can.
     fn is_ours(&self, value: &str) -> bool {
         let host = match value.strip_prefix('[') {
@@ -36,6 +66,7 @@ impl Hosts {
         host.eq_ignore_ascii_case("localhost")
             || host.parse::<IpAddr>().is_ok()
             || self.names.iter().any(|name| name.eq_ignore_ascii_case(host))
+            || self.public.as_ref().is_some_and(|public| public.host.eq_ignore_ascii_case(host))
     }
 }
 
@@ -57,43 +88,97 @@ pub enum Peer {
 /// Who asks.
 #[derive(Debug, Clone)]
 pub struct Caller {
-    /// For the audit log: `token:NAME`, `uid:N`, or `anybody` where no token is needed.
+    /// For the audit log: `token:NAME#ID` or `uid:N`.
     pub actor: String,
     /// What they may do.
     pub scope: Scope,
     /// The id of their token, if they have one.
     pub token: Option<String>,
+    /// What VMs may be that they make.
+    pub limits: Limits,
 }
 
-/// Lets through who may ask.
-pub async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Result<Response, Problem> {
-    let peer = request.extensions().get::<Peer>().cloned().unwrap_or(Peer::Network { tls: false });
-    check_origin(&app.hosts, &peer, request.headers(), request.uri().host())?;
-    if is_open(request.uri().path()) {
-        return Ok(next.run(request).await);
+impl Caller {
+    /// What this caller's operations and kept answers belong to: a token by its id, for its name may be used again.
+    pub fn owner(&self) -> String {
+        self.token.as_ref().map_or_else(|| self.actor.clone(), |id| format!("token:{id}"))
     }
-    let caller = match peer {
-        Peer::Local { uid } => Caller { actor: format!("uid:{uid}"), scope: Scope::Admin, token: None },
-        Peer::Network { .. } if app.no_token => Caller { actor: "anybody".into(), scope: Scope::Admin, token: None },
-        Peer::Network { .. } => {
-            let token = bearer(request.headers()).ok_or_else(|| {
-                Error::new(Code::Unauthorized, "a token is needed")
-                    .hint("Authorization: Bearer TOKEN; nido token create makes one")
-            })?;
-            let info = app.nido.token_check(&token)?;
-            check_door(info.only, request.uri().path())?;
-            Caller { actor: format!("token:{}", info.name), scope: info.scope, token: Some(info.id) }
+}
+
+/// Why a request is refused: the error, the word and the caller for the audit log.
+struct Refused {
+    error: Box<Error>,
+    reason: &'static str,
+    actor: String,
+}
+
+/// Lets through who may ask. A refusal is written to the audit log, as far as there are not too many of them.
+pub async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Result<Response, Problem> {
+    match admit(&app, &request) {
+        Ok(None) => Ok(next.run(request).await),
+        Ok(Some(caller)) => {
+            if let Some(place) = request.extensions().get::<Place>() {
+                place.is_known();
+            }
+            app.rates.take(&caller.actor)?;
+            request.extensions_mut().insert(caller);
+            Ok(next.run(request).await)
         }
-    };
-    app.rates.take(&caller.actor)?;
-    request.extensions_mut().insert(caller);
-    Ok(next.run(request).await)
+        Err(Refused { error, reason, actor }) => {
+            refusals::write(&app, &request, actor, reason).await;
+            Err((*error).into())
+        }
+    }
+}
+
+/// The host and port that the target of a request names, if it does.
+fn authority(request: &Request) -> Option<&str> {
+    request.uri().authority().map(Authority::as_str)
+}
+
+/// The caller of a request; `None` for routes that need no token.
+fn admit(app: &App, request: &Request) -> Result<Option<Caller>, Refused> {
+    let peer = request.extensions().get::<Peer>().cloned().unwrap_or(Peer::Network { tls: false });
+    let unknown = |reason| move |error| Refused { error: Box::new(error), reason, actor: "unknown".into() };
+    check_head(request).map_err(unknown("malformed"))?;
+    // Probes of load balancers name the server as they like, and learn nothing.
+    if request.uri().path() != "/healthz" {
+        check_host(&app.hosts, &peer, request.headers(), authority(request)).map_err(unknown("wrong_host"))?;
+    }
+    let for_agents = request.uri().path().trim_end_matches('/') == Door::Mcp.path();
+    let origin = request.headers().get(header::ORIGIN);
+    if !(for_agents && origin.is_some_and(|origin| app.hosts.is_allowed_origin(origin))) {
+        check_origin(&app.hosts, &peer, request.headers(), authority(request)).map_err(unknown("wrong_origin"))?;
+    }
+    if is_open(request.uri().path()) {
+        return Ok(None);
+    }
+    if let Peer::Local { uid } = peer {
+        return Ok(Some(Caller {
+            actor: format!("uid:{uid}"),
+            scope: Scope::Admin,
+            token: None,
+            limits: Limits::default(),
+        }));
+    }
+    let token = bearer(request.headers()).ok_or_else(|| {
+        Error::new(Code::Unauthorized, "a token is needed")
+            .hint("Authorization: Bearer TOKEN; nido token create makes one")
+    });
+    let token = token.map_err(unknown("no_token"))?;
+    let info = app.nido.token_check(&token).map_err(unknown("bad_token"))?;
+    // A name can be given again: the id is whose it was.
+    let actor = format!("token:{}#{}", info.name, info.id);
+    if let Err(error) = check_door(info.only, request.uri().path()) {
+        return Err(Refused { error: Box::new(error), reason: "wrong_door", actor });
+    }
+    Ok(Some(Caller { actor, scope: info.scope, token: Some(info.id), limits: info.limits }))
 }
 
 /// A token may be good for one part of this server, and for no other.
 fn check_door(only: Option<Door>, path: &str) -> Result<(), Error> {
     match only {
-        Some(door) if door.path() != path => {
+        Some(door) if door.path() != path.trim_end_matches('/') => {
             let words = format!("this token is good for {} only", door.path());
             Err(Error::new(Code::Denied, words).hint("nido token create without --only makes one for the REST API"))
         }
@@ -103,22 +188,60 @@ fn check_door(only: Option<Door>, path: &str) -> Result<(), Error> {
 
 /// What tells nothing about VMs, and everybody may see.
 fn is_open(path: &str) -> bool {
-    matches!(path, "/" | "/healthz" | "/openapi.json") || path.starts_with("/page/")
+    matches!(path, "/" | "/healthz" | "/openapi.json" | "/favicon.ico")
+        || path.starts_with("/page/")
+        // Clients look there for what a server offers: there is nothing, and no token is needed to be told so.
+        || path.starts_with("/.well-known/")
+}
+
+/// What a request calls this server: the target counts if it names a host (RFC 9112, 3.2.2).
+fn named<'a>(headers: &'a HeaderMap, of_uri: Option<&'a str>) -> &'a str {
+    of_uri.or_else(|| headers.get(header::HOST)?.to_str().ok()).unwrap_or_default()
+}
+
+/// Refuses a request with two `Host`, `Authorization` or `Origin` headers: a proxy may have checked the other one.
+fn check_head(request: &Request) -> Result<(), Error> {
+    let headers = request.headers();
+    let bad = |words: &str| Err(Error::new(Code::RequestInvalid, words.to_owned()));
+    if let Some(twice) = [header::HOST, header::AUTHORIZATION, header::ORIGIN]
+        .iter()
+        .find(|name| headers.get_all(*name).iter().count() > 1)
+    {
+        return bad(&format!("the header {twice} is there more than once"));
+    }
+    let host = headers.get(header::HOST);
+    if request.version() == Version::HTTP_11 && host.is_none() {
+        return bad("a request of HTTP/1.1 has a header Host");
+    }
+    match host.map(|host| host.to_str().unwrap_or("@")) {
+        // An empty one is allowed where the target names nothing.
+        None | Some("") => Ok(()),
+        Some(host) if host.contains('@') || host.parse::<Authority>().is_err() => {
+            bad("the header Host is no host and port")
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+fn check_host(hosts: &Hosts, peer: &Peer, headers: &HeaderMap, of_uri: Option<&str>) -> Result<(), Error> {
+    let named = named(headers, of_uri);
+    if matches!(peer, Peer::Network { .. }) && !hosts.is_ours(named) {
+        let words = format!("this server does not answer to the name '{}'", named.escape_debug());
+        return Err(Error::new(Code::Denied, words).hint("--allow-host NAME makes it"));
+    }
+    Ok(())
 }
 
 fn check_origin(hosts: &Hosts, peer: &Peer, headers: &HeaderMap, of_uri: Option<&str>) -> Result<(), Error> {
     let Peer::Network { tls } = peer else { return Ok(()) };
-    let named = headers.get(header::HOST).and_then(|host| host.to_str().ok()).or(of_uri).unwrap_or_default();
-    if !hosts.is_ours(named) {
-        let words = format!("this server does not answer to the name '{}'", named.escape_debug());
-        return Err(Error::new(Code::Denied, words).hint("--allow-host NAME makes it"));
-    }
+    let named = named(headers, of_uri);
     let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
     let own = format!("{}://{named}", if *tls { "https" } else { "http" });
-    if origin.to_str().is_ok_and(|origin| origin.eq_ignore_ascii_case(&own)) {
+    if origin.to_str().is_ok_and(|origin| origin.eq_ignore_ascii_case(&own)) || hosts.is_public_origin(origin) {
         return Ok(());
     }
-    Err(Error::new(Code::Denied, "a page of another origin may not use this server"))
+    Err(Error::new(Code::Denied, "a page of another origin may not use this server")
+        .hint("behind a proxy, --public-url says under which address browsers know this server"))
 }
 
 /// The token of a request. A browser cannot give a WebSocket a header, but a protocol: `nido.token.TOKEN`.
@@ -158,6 +281,21 @@ impl Rates {
     }
 }
 
+/// On whose behalf a VM is made, and within which limits.
+#[derive(Debug)]
+pub struct Granted(pub Grant);
+
+impl<S: Send + Sync> FromRequestParts<S> for Granted {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let caller = parts.extensions.get::<Caller>();
+        let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "a token is needed"))?;
+        let who = Who { face: Face::Api, actor: caller.actor.clone(), agent: None };
+        Ok(Self(Grant::within(&who, caller.limits.clone())))
+    }
+}
+
 macro_rules! scoped {
     ($(#[$doc:meta])* $name:ident, $scope:expr) => {
         $(#[$doc])*
@@ -174,7 +312,7 @@ macro_rules! scoped {
                     return Ok(Self);
                 }
                 let words = format!("this takes a token of the scope {}", $scope.word());
-                Err(Error::new(Code::Denied, words).hint("nido token create --scope").into())
+                Err(Error::new(Code::Denied, words).hint("nido token create --name NAME --scope SCOPE").into())
             }
         }
     };
@@ -202,7 +340,7 @@ mod tests {
 
     #[test]
     fn names_that_were_made_to_point_here_are_refused() {
-        let hosts = Hosts { names: vec!["ci.example".into()] };
+        let hosts = Hosts { names: vec!["ci.example".into()], ..Hosts::default() };
         for ours in ["localhost", "localhost:8080", "127.0.0.1:8080", "[::1]:8080", "10.1.2.3", "CI.example:80"] {
             assert!(hosts.is_ours(ours), "{ours}");
         }
@@ -211,18 +349,65 @@ mod tests {
         }
     }
 
+    // `Host` twice, `Host: localhost@evil`, and a target that names another host were let through.
+    #[test]
+    fn a_request_that_can_be_read_in_two_ways_is_refused() {
+        let request = |target: &str, headers: &[(&str, &str)]| {
+            let mut request = Request::builder().uri(target);
+            for (name, value) in headers {
+                request = request.header(*name, *value);
+            }
+            request.body(axum::body::Body::empty()).unwrap()
+        };
+        let host = ("host", "localhost:8080");
+        for fine in
+            [vec![host], vec![host, ("authorization", "Bearer a")], vec![("host", "[::1]:80")], vec![("host", "")]]
+        {
+            assert!(check_head(&request("/", &fine)).is_ok(), "{fine:?}");
+        }
+        for bad in [
+            vec![],
+            vec![host, host],
+            vec![("host", "localhost:8080@evil")],
+            vec![("host", "evil@localhost")],
+            vec![("host", "local host")],
+            vec![host, ("authorization", "Bearer a"), ("authorization", "Bearer b")],
+            vec![host, ("origin", "http://localhost:8080"), ("origin", "http://evil")],
+        ] {
+            assert_eq!(check_head(&request("/", &bad)).unwrap_err().code(), Code::RequestInvalid, "{bad:?}");
+        }
+        let absolute = request("http://evil.example/v1/vms", &[host]);
+        let peer = Peer::Network { tls: false };
+        let refused = check_host(&Hosts::default(), &peer, absolute.headers(), authority(&absolute)).unwrap_err();
+        assert_eq!(refused.code(), Code::Denied);
+    }
+
     #[test]
     fn pages_of_others_are_refused() {
+        let hosts = Hosts { public: Some("https://ci.example/nido/".parse().unwrap()), ..Hosts::default() };
         let check = |origin: &'static str, tls| {
             let mut headers = HeaderMap::new();
             headers.insert(header::HOST, "localhost:8080".parse().unwrap());
             headers.insert(header::ORIGIN, origin.parse().unwrap());
-            check_origin(&Hosts::default(), &Peer::Network { tls }, &headers, None).is_ok()
+            check_origin(&hosts, &Peer::Network { tls }, &headers, None).is_ok()
         };
         assert!(check("http://localhost:8080", false) && check("https://localhost:8080", true));
+        assert!(check("https://ci.example", false), "its own page, as browsers see it through the proxy");
         for not in ["null", "http://localhost", "http://localhost:8081", "https://localhost:8080", "http://evil"] {
             assert!(!check(not, false), "{not}");
         }
+    }
+
+    // Some clients add a slash to every address.
+    #[test]
+    fn a_token_for_agents_opens_their_address_with_and_without_a_slash() {
+        for open in ["/mcp", "/mcp/"] {
+            assert!(check_door(Some(Door::Mcp), open).is_ok(), "{open}");
+        }
+        for closed in ["/", "/v1/vms", "/mcp/v1", "/mcpx", "//mcp"] {
+            assert!(check_door(Some(Door::Mcp), closed).is_err(), "{closed}");
+        }
+        assert!(check_door(None, "/v1/vms").is_ok());
     }
 
     #[test]

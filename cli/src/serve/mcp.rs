@@ -1,13 +1,19 @@
 //! Agents: the MCP server at `/mcp`, behind the same guard as everything else here.
+//!
+//! Invariants: a session is used only by who opened it; what is no message is answered with an error of the protocol.
 
 use std::sync::Arc;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
+use axum::routing::any;
+use futures::StreamExt as _;
 use nido_mcp::Principal;
-use nido_mcp::http::{Agents, Http};
+use nido_mcp::http::{Agents, Http, MESSAGE_MAX, SESSION, TooLong, refusal};
 use nido_vmm::error::{Code, Error};
 
 use super::App;
@@ -15,24 +21,133 @@ use super::answer::Problem;
 use super::guard::{self, Caller};
 use super::{lasting, routes};
 
+/// How much of a message that is too long is read, so that its sender hears the answer instead of a broken connection.
+const DRAINED_MAX: usize = 64 << 20;
+/// What clients of the protocol accept.
+const ACCEPTED: HeaderValue = HeaderValue::from_static("application/json, text/event-stream");
+/// How long a browser may remember what it may send, in seconds.
+const PREFLIGHT_MAX_AGE: HeaderValue = HeaderValue::from_static("600");
+
 /// The one route. Audit and answers are the service's own.
 pub fn router<A: Agents>(app: &Arc<App>, http: &Http<A>) -> Router {
     Router::new()
         .route_service("/mcp", http.service())
+        .route_service("/mcp/", http.service())
         .layer(middleware::from_fn_with_state(http.clone(), admit::<A>))
         .layer(middleware::from_fn_with_state(Arc::clone(app), lasting::lasting))
         .layer(middleware::from_fn_with_state(Arc::clone(app), guard::guard))
+        .route("/sse", any(no_sse))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), cross_origin))
         .layer(middleware::from_fn_with_state(Arc::clone(app), routes::count))
 }
 
-/// Tells the service who asks.
-async fn admit<A: Agents>(State(http): State<Http<A>>, mut request: Request, next: Next) -> Result<Response, Problem> {
-    if http.is_full(request.headers()).await {
-        return Err(Error::new(Code::RateLimited, "too many sessions are open").hint("end one, or wait").into());
+/// Clients of the unserved 2024-11-05 transport get an error that names /mcp.
+async fn no_sse() -> Problem {
+    let words = "the transport HTTP+SSE of 2024 is not served here: the endpoint is /mcp, with Streamable HTTP";
+    Error::new(Code::RouteNotFound, words)
+        .hint("set the client's transport to streamable HTTP and its URL to /mcp")
+        .into()
+}
+
+/// Pages of other origins that were allowed by name: a browser asks first, and hides the answer from them otherwise.
+async fn cross_origin(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let origin = request.headers().get(header::ORIGIN).filter(|origin| app.hosts.is_allowed_origin(origin)).cloned();
+    let Some(origin) = origin else { return next.run(request).await };
+    let preflight =
+        *request.method() == Method::OPTIONS && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+    let mut response = if preflight { StatusCode::NO_CONTENT.into_response() } else { next.run(request).await };
+    let headers = response.headers_mut();
+    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+    headers.append(header::VARY, HeaderValue::from_static("origin"));
+    headers.insert(
+        header::ACCESS_CONTROL_EXPOSE_HEADERS,
+        HeaderValue::from_static("mcp-session-id, mcp-protocol-version, www-authenticate"),
+    );
+    if preflight {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, DELETE"));
+        headers.insert(
+            header::ACCESS_CONTROL_ALLOW_HEADERS,
+            HeaderValue::from_static(
+                "authorization, content-type, accept, last-event-id, mcp-session-id, mcp-protocol-version, mcp-method, mcp-name",
+            ),
+        );
+        headers.insert(header::ACCESS_CONTROL_MAX_AGE, PREFLIGHT_MAX_AGE);
     }
+    response
+}
+
+/// Passes the authenticated caller to the service.
+async fn admit<A: Agents>(State(http): State<Http<A>>, request: Request, next: Next) -> Result<Response, Problem> {
     let caller = request.extensions().get::<Caller>();
     let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "a token is needed"))?;
-    let principal = Principal { actor: caller.actor.clone(), scope: caller.scope };
+    let principal = Principal { actor: caller.actor.clone(), scope: caller.scope, limits: caller.limits.clone() };
+    let actor = principal.actor.clone();
+    http.admit(request.headers(), &actor).await?;
+    let ends = *request.method() == Method::DELETE;
+    let mut request = match message(request).await {
+        Ok(request) => request,
+        Err(refused) => return Ok(refused),
+    };
     request.extensions_mut().insert(principal);
-    Ok(next.run(request).await)
+    accept_all(request.headers_mut());
+    let mut response = next.run(request).await;
+    if let Some(session) = response.headers().get(SESSION).and_then(|session| session.to_str().ok()) {
+        http.opened(session, &actor);
+    }
+    // Clients of the Python SDK take anything else for a failure.
+    if ends && response.status() == StatusCode::ACCEPTED {
+        *response.status_mut() = StatusCode::NO_CONTENT;
+    }
+    Ok(response)
+}
+
+/// Whoever accepts everything accepts both kinds of answer.
+fn accept_all(headers: &mut HeaderMap) {
+    let all = |value: &HeaderValue| {
+        value.to_str().is_ok_and(|value| value.split(',').any(|one| one.trim().starts_with("*/*")))
+    };
+    if headers.get(header::ACCEPT).is_none_or(all) {
+        headers.insert(header::ACCEPT, ACCEPTED);
+    }
+}
+
+/// The request with its message, if it is one; else what it is answered.
+async fn message(request: Request) -> Result<Request, Response> {
+    let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    if *request.method() != Method::POST || !kind.trim_start().to_ascii_lowercase().starts_with("application/json") {
+        return Ok(request);
+    }
+    let (parts, body) = request.into_parts();
+    let mut stream = body.into_data_stream();
+    let (mut bytes, mut too_long, mut length) = (Vec::new(), None::<TooLong>, 0);
+    while let Some(piece) = stream.next().await {
+        let piece =
+            piece.map_err(|error| Problem(Error::new(Code::RequestInvalid, error.to_string())).into_response())?;
+        length += piece.len();
+        if let Some(seeker) = &mut too_long {
+            seeker.feed(&piece);
+        } else {
+            bytes.extend_from_slice(&piece);
+            if bytes.len() > MESSAGE_MAX {
+                let mut seeker = TooLong::default();
+                seeker.feed(&bytes);
+                bytes = Vec::new();
+                too_long = Some(seeker);
+            }
+        }
+        if length > DRAINED_MAX {
+            break;
+        }
+    }
+    match too_long {
+        Some(seeker) => Err(refused(StatusCode::PAYLOAD_TOO_LARGE, seeker.refusal())),
+        None => match refusal(&bytes) {
+            Some(answer) => Err(refused(StatusCode::BAD_REQUEST, answer)),
+            None => Ok(Request::from_parts(parts, Body::from(bytes))),
+        },
+    }
+}
+
+fn refused(status: StatusCode, answer: String) -> Response {
+    (status, [(header::CONTENT_TYPE, "application/json")], answer).into_response()
 }

@@ -20,6 +20,9 @@
 mod answer;
 mod ask;
 mod audit;
+mod budget;
+mod certificate;
+mod condition;
 mod guard;
 mod lasting;
 mod links;
@@ -30,6 +33,9 @@ mod once;
 mod openapi;
 mod operations;
 mod pace;
+mod public_url;
+mod query;
+mod refusals;
 mod routes;
 
 use std::sync::Arc;
@@ -41,11 +47,13 @@ use nido_vmm::nido::{Nido, Watch};
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::budget::Budget;
 pub use self::guard::Hosts;
-pub use self::listen::{Listen, Tls};
+pub use self::listen::{Listen, Listening, Tls, TlsFiles};
 use self::metrics::Metrics;
 use self::operations::Operations;
 pub use self::pace::Patience;
+pub use self::public_url::PublicUrl;
 use crate::signals::Signals;
 
 /// How often is looked whether somebody delivers what is to be delivered.
@@ -62,8 +70,6 @@ pub struct Options {
     pub hosts: Hosts,
     /// How many requests a caller may make in a second, on average.
     pub rate: u32,
-    /// Whoever comes may do everything, without a token. For this machine only.
-    pub no_token: bool,
     /// Whether the REST API and the page for people are served.
     pub rest: bool,
     /// How long clients are waited for.
@@ -75,10 +81,12 @@ pub struct Options {
 pub struct App {
     nido: Arc<Nido>,
     hosts: Hosts,
-    no_token: bool,
     rates: guard::Rates,
+    refusals: refusals::Refusals,
     patience: Patience,
     operations: Operations,
+    /// The memory that answers may take.
+    output: Budget,
     metrics: Metrics,
     settled: Mutex<Option<Instant>>,
     /// The last event's cursor: whoever listens is woken by it.
@@ -109,16 +117,17 @@ pub async fn serve<A: Agents>(
     nido: Arc<Nido>,
     agents: Option<Arc<A>>,
     options: Options,
-    ready: impl FnOnce(&str),
+    ready: impl FnOnce(&Listening),
 ) -> Result<()> {
-    let bound = listen::bind(&options.listen).await?;
+    let bound = listen::bind(&options.listen, &nido.home().root().join("tls"), &options.hosts).await?;
     let app = Arc::new(App {
         nido,
         hosts: options.hosts,
-        no_token: options.no_token,
         rates: guard::Rates::new(options.rate),
+        refusals: refusals::Refusals::default(),
         patience: options.patience,
         operations: Operations::default(),
+        output: Budget::default(),
         metrics: Metrics::default(),
         settled: Mutex::new(None),
         changes: watch::channel(0).0,
@@ -128,16 +137,17 @@ pub async fn serve<A: Agents>(
     let watching = tokio::spawn(watch_events(Arc::clone(&app)));
     let mut router = if options.rest { routes::router(&app) } else { routes::nothing(&app) };
     if let Some(agents) = &agents {
-        let http = Http::new(agents, &app.hosts.names, bound.is_remote());
+        let http = Http::new(agents, &app.hosts.all_names(), &app.hosts.all_origins(), bound.is_remote());
         router = router.merge(mcp::router(&app, &http));
     }
     let ending = tokio::spawn(end_with(agents, app.ending.clone()));
     // From here on a signal is an orderly end; whoever hears that we listen may send one at once.
     let signals = Signals::listen()?;
-    ready(&bound.address());
+    ready(&bound.listening());
     bound.run(router, Arc::clone(&app), signals).await;
     watching.abort();
     app.operations.finish().await;
+    app.nido.audit_flush();
     let _ = ending.await;
     Ok(())
 }

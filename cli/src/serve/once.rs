@@ -1,25 +1,33 @@
-//! `Idempotency-Key`: a POST that is sent again, because nobody knows whether it arrived, is answered as the first time and
+//! `Idempotency-Key`: a POST that is sent again, because its sender does not know whether it arrived, is answered as the first time and
 //! not carried out again. The answers are in the store, so a server that was killed knows them too.
 //!
-//! Invariant: a request that was begun is never carried out again, unless its answer said so. Where the answer was not kept, the
-//! key says what is known.
+//! ```text
+//!  answered well                                  kept, and answered again
+//!  202 with an operation                          kept; answered again as the operation is now
+//!  refused before anything was begun              not kept: the same request begins anew
+//!  anything else                                  kept as `outcome_unknown`, with what was answered
+//! ```
+//!
+//! Invariant: a request that was begun is never carried out again. Where its answer was not kept, the key says what is known.
 
 use std::sync::Arc;
 
 use axum::body::{Body, to_bytes};
-use axum::extract::{Request, State};
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
-use axum::response::Response;
-use nido_vmm::error::{Code, Error};
+use axum::response::{IntoResponse as _, Response};
+use nido_vmm::error::{Code, Error, Kind};
 use nido_vmm::store::Known;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::App;
 use super::answer::{self, Problem};
-use super::ask::accepts;
+use super::ask::prefers;
 use super::guard::Caller;
+use super::lasting;
+use super::operations::{self, Begun, OperationStatus};
 use super::pace;
 use super::routes::BODY_MAX;
 
@@ -36,90 +44,207 @@ struct Kept {
     body: serde_json::Value,
 }
 
-/// Carries out what was not, and tells again what was.
+/// The route whose answer may be a stream of events.
+const STREAMS: &str = "/v1/vms/{name}/exec";
+/// How often a key whose request was refused is begun anew before its caller is told to try later.
+const TRIES: usize = 3;
+
+/// Carries out what was not, and answers again what was.
 pub async fn once(State(app): State<Arc<App>>, request: Request, next: Next) -> Result<Response, Problem> {
     let key = request.headers().get("idempotency-key").cloned();
-    let caller = request.extensions().get::<Caller>().map(|caller| caller.actor.clone());
-    let streams = accepts(request.headers(), "text/event-stream");
-    let (Some(key), Some(caller), &Method::POST, false) = (key, caller, request.method(), streams) else {
+    let caller = request.extensions().get::<Caller>().cloned();
+    let (Some(key), Some(caller), &Method::POST) = (key, caller, request.method()) else {
         return Ok(next.run(request).await);
     };
-    let key = match key.to_str() {
-        Ok(key) if (1..=KEY_MAX).contains(&key.len()) => key.to_owned(),
-        _ => {
-            let words = format!("Idempotency-Key: it has to be 1 to {KEY_MAX} printable characters");
-            return Err(Error::new(Code::SpecInvalid, words).into());
-        }
-    };
-    let (parts, body) = request.into_parts();
+    let key = checked(&request, key.as_bytes())?;
+    let (mut parts, body) = request.into_parts();
     let bytes = pace::read(body, BODY_MAX).await?;
     let mut digest = Sha256::new();
     digest.update(parts.uri.to_string());
     digest.update([0]);
     digest.update(&bytes);
     let sum = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    match app.nido.answer_begin(&caller, &key, &sum)? {
-        Known::Nothing => {}
-        Known::Answered(kept) => return again(&kept),
-        Known::Running => {
-            let words = "the same request is being carried out";
-            return Err(Error::new(Code::VmBusy, words).hint("send it again in a moment").into());
-        }
-        Known::Unknown => {
-            let words = "the same request was begun by a server that has ended; nobody knows how far it came";
-            return Err(Error::new(Code::OutcomeUnknown, words)
-                .hint("look at what it was about; to have it carried out once more, send it with a new key")
-                .into());
-        }
-        Known::Another => {
-            return Err(Error::new(Code::SpecInvalid, "Idempotency-Key: another request had this key")
-                .hint("a new request takes a new key")
-                .into());
+    let owner = caller.owner();
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let kept = match app.nido.answer_begin(&owner, &key, &sum)? {
+            Known::Nothing => break,
+            Known::Answered(kept) => kept,
+            known => return Err(refusal(&known).into()),
+        };
+        match again(&app, &caller, &kept)? {
+            Some(response) => return Ok(response),
+            // The operation was refused before it began.
+            None if tries < TRIES => app.nido.answer_end(&owner, &key, None)?,
+            None => return Err(refusal(&Known::Running).into()),
         }
     }
+    let begun = Begun::default();
+    parts.extensions.insert(begun.clone());
     // Whoever hangs up finds the answer when they come back.
-    let owner = Arc::clone(&app);
+    let (server, token) = (Arc::clone(&app), caller.token);
     let work = app.operations.go_on(async move {
-        let response = next.run(Request::from_parts(parts, Body::from(bytes))).await;
-        keep(&owner, &caller, &key, response).await
+        let request = Request::from_parts(parts, Body::from(bytes));
+        let response = tokio::select! {
+            response = next.run(request) => response,
+            // As for a caller who waits: what it began ends with its token.
+            error = lasting::over(Arc::clone(&server), token) => {
+                begun.set();
+                Problem(error).into_response()
+            }
+        };
+        keep(&server, &owner, &key, response, &begun).await
     });
     work.await.map_err(|e| Error::internal(format!("the request broke down: {e}")))?
 }
 
-/// Keeps an answer, unless trying again may help. Whoever waits for it gets it whether it could be kept or not.
-async fn keep(app: &App, caller: &str, key: &str, response: Response) -> Result<Response, Problem> {
+/// The key, if it can be one and the request can have one.
+fn checked(request: &Request, key: &[u8]) -> Result<String, Error> {
+    let is_key = (1..=KEY_MAX).contains(&key.len()) && key.iter().all(|byte| (0x20..0x7f).contains(byte));
+    if !is_key {
+        let words = format!("Idempotency-Key: it has to be 1 to {KEY_MAX} printable characters");
+        return Err(Error::new(Code::SpecInvalid, words));
+    }
+    let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    if route == Some(STREAMS) && prefers(request.headers(), "text/event-stream", "application/json") {
+        let words = "Idempotency-Key: an answer that is a stream of events cannot be given again";
+        return Err(Error::new(Code::SpecInvalid, words).hint("leave the key out, or ask for application/json"));
+    }
+    Ok(String::from_utf8_lossy(key).into_owned())
+}
+
+/// Why a request with a known key is not carried out.
+fn refusal(known: &Known) -> Error {
+    match known {
+        Known::Unknown => {
+            let words =
+                "a server took the same request and ended before it answered; what the request has done is not known";
+            Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY)
+        }
+        Known::Another => Error::new(Code::SpecInvalid, "Idempotency-Key: another request had this key")
+            .hint("a new request takes a new key"),
+        Known::Full => Error::new(Code::LimitExceeded, "this caller has used too many keys within a day")
+            .hint("send requests without a key, or wait"),
+        Known::Nothing | Known::Answered(_) | Known::Running => {
+            Error::new(Code::RequestInProgress, "the same request is being carried out")
+                .hint("send it again in a moment")
+        }
+    }
+}
+
+/// The hint for a request whose outcome is unknown.
+const NEW_KEY: &str = "look at what it was about; to have it carried out once more, send it with a new key";
+
+/// What becomes of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// It is given again.
+    Keep,
+    /// Nothing was done: the same request may be made again.
+    Forget,
+    /// Something may have been done: from now on that is the answer.
+    Unknown,
+}
+
+/// Decides by the code of an error, and by whether something had begun when it happened.
+fn fate(code: Option<Code>, begun: bool) -> Fate {
+    let Some(code) = code else { return Fate::Keep };
+    match code {
+        // A command that could not be started has not run.
+        Code::CommandNotFound | Code::CommandCannotRun | Code::UserNotFound | Code::DirectoryNotFound => Fate::Forget,
+        _ if begun => Fate::Unknown,
+        Code::RateLimited
+        | Code::AuditFailed
+        | Code::QemuMissing
+        | Code::QemuTooOld
+        | Code::KvmUnavailable
+        | Code::NestedUnavailable
+        | Code::ToolMissing => Fate::Forget,
+        _ => match code.kind() {
+            Kind::Invalid | Kind::NotFound | Kind::Conflict | Kind::Denied => Fate::Forget,
+            Kind::Unavailable | Kind::Internal => Fate::Unknown,
+        },
+    }
+}
+
+/// Keeps an answer as far as it is kept. Whoever waits for it gets it whether it could be kept or not.
+async fn keep(app: &App, owner: &str, key: &str, response: Response, begun: &Begun) -> Result<Response, Problem> {
+    let code = response.extensions().get::<Code>().copied();
     let (parts, body) = response.into_parts();
     let status = parts.status;
     // It is in memory already.
     let bytes = to_bytes(body, usize::MAX).await.map_err(|e| Error::internal(e.to_string()))?;
-    let passing = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::CONFLICT;
     let location = parts.headers.get(header::LOCATION).and_then(|place| place.to_str().ok()).map(str::to_owned);
-    let kept = match passing {
-        true => None,
-        false if bytes.len() > ANSWER_MAX => Some(too_large(status, bytes.len())?),
-        false => serde_json::from_slice(&bytes).ok().map(|body| Kept { status: status.as_u16(), location, body }),
+    let as_json = || match bytes.is_empty() {
+        true => Some(serde_json::Value::Null),
+        false => serde_json::from_slice(&bytes).ok(),
     };
-    let text = kept.and_then(|kept| serde_json::to_string(&kept).ok());
-    if let Err(error) = app.nido.answer_end(caller, key, text.as_deref()) {
+    let kept = match fate(code, begun.is_set()) {
+        Fate::Forget => None,
+        Fate::Unknown => Some(unknown(code, &bytes)?),
+        Fate::Keep if bytes.len() > ANSWER_MAX => Some(too_large(status, bytes.len())?),
+        Fate::Keep => as_json().map(|body| Kept { status: status.as_u16(), location, body }),
+    };
+    let text = kept.as_ref().and_then(|kept| serde_json::to_string(kept).ok());
+    let mut ended = app.nido.answer_end(owner, key, text.as_deref());
+    if let Err(error) = &ended
+        && error.code() == Code::LimitExceeded
+    {
+        let short = serde_json::to_string(&too_large(status, bytes.len())?).ok();
+        ended = app.nido.answer_end(owner, key, short.as_deref());
+    }
+    if let Err(error) = ended {
         tracing::error!("an answer could not be kept: {error}");
     }
     Ok(Response::from_parts(parts, Body::from(bytes)))
+}
+
+/// What is answered from then on if something may have been done.
+fn unknown(code: Option<Code>, bytes: &[u8]) -> Result<Kept, Error> {
+    let problem: Option<nido_vmm::error::Problem> = serde_json::from_slice(bytes).ok();
+    let why = problem.map_or_else(|| "an error".to_owned(), |problem| problem.detail);
+    let slug = code.map_or("internal", Code::slug);
+    let words = format!("the same request was answered with {slug}; what the request has done is not known: {why}");
+    kept_problem(&Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY))
 }
 
 /// What is answered from then on if an answer was too large to be kept.
 fn too_large(status: StatusCode, length: usize) -> Result<Kept, Error> {
     let words =
         format!("it was carried out and answered with {status}; the {length} bytes of that were too many to keep");
-    let problem =
-        Error::new(Code::AnswerTooLarge, words).hint("what it has done is done; ask for less with a new key").problem();
+    kept_problem(&Error::new(Code::AnswerTooLarge, words).hint("what it has done is done; ask for less with a new key"))
+}
+
+fn kept_problem(error: &Error) -> Result<Kept, Error> {
+    let problem = error.problem();
     let body = serde_json::to_value(&problem).map_err(|e| Error::internal(e.to_string()))?;
     Ok(Kept { status: problem.status, location: None, body })
 }
 
-fn again(kept: &str) -> Result<Response, Problem> {
-    let kept: Kept = serde_json::from_str(kept).map_err(|e| Error::internal(format!("a kept answer: {e}")))?;
+/// The kept answer; nothing if it was an operation that was refused before anything began.
+fn again(app: &App, caller: &Caller, kept: &str) -> Result<Option<Response>, Problem> {
+    let mut kept: Kept = serde_json::from_str(kept).map_err(|e| Error::internal(format!("a kept answer: {e}")))?;
     let status = StatusCode::from_u16(kept.status).unwrap_or(StatusCode::OK);
-    let mut response = answer::json(status, &kept.body);
+    let id = kept.location.as_deref().and_then(|place| place.strip_prefix("/v1/operations/"));
+    if let (StatusCode::ACCEPTED, Some(id)) = (status, id) {
+        let operation = app.operations.get(id, caller).map_err(|_| {
+            let words = "the same request was begun as an operation that is not known any more";
+            Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY)
+        })?;
+        let code = operation.error.as_ref().map(|problem| Error::from(problem.clone()).code());
+        // Its stage says that it was more than looked at.
+        let refused =
+            operation.status == OperationStatus::Failed && fate(code, operation.stage.is_some()) == Fate::Forget;
+        if refused {
+            return Ok(None);
+        }
+        kept.body = serde_json::to_value(&operation).map_err(|e| Error::internal(e.to_string()))?;
+    }
+    let mut response = match kept.body {
+        serde_json::Value::Null => operations::empty(status),
+        body => answer::json(status, &body),
+    };
     let headers = response.headers_mut();
     if status.is_client_error() {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
@@ -128,5 +253,39 @@ fn again(kept: &str) -> Result<Response, Problem> {
         headers.insert(header::LOCATION, place);
     }
     headers.insert("idempotency-replayed", HeaderValue::from_static("true"));
-    Ok(response)
+    Ok(Some(response))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // After any 409, 429 or 5xx the same key began anew: a command whose VM was stopped meanwhile ran twice.
+    #[test]
+    fn only_what_was_refused_before_anything_began_is_forgotten() {
+        for &code in Code::ALL {
+            let begun = fate(Some(code), true);
+            assert_ne!(begun, Fate::Keep, "{code:?}: an error is not kept as it was");
+            if begun == Fate::Forget {
+                assert_eq!(code.status(), 422, "{code:?}");
+            }
+        }
+        for code in
+            [Code::VmNotFound, Code::SpecInvalid, Code::VmExists, Code::VmNotRunning, Code::Denied, Code::QemuMissing]
+        {
+            assert_eq!(fate(Some(code), false), Fate::Forget, "{code:?}");
+        }
+        // Of these it is not known whether something had begun.
+        for code in [
+            Code::AgentUnreachable,
+            Code::Interrupted,
+            Code::Timeout,
+            Code::GuestFailed,
+            Code::Internal,
+            Code::DiskFull,
+        ] {
+            assert_eq!(fate(Some(code), false), Fate::Unknown, "{code:?}");
+        }
+        assert_eq!((fate(None, true), fate(None, false)), (Fate::Keep, Fate::Keep));
+    }
 }

@@ -5,17 +5,20 @@ use std::sync::OnceLock;
 
 use axum::http::Method;
 use nido_vmm::api::{EventKind, LogSource};
-use nido_vmm::error::{Code, Problem};
+use nido_vmm::error::Problem;
 use serde_json::{Value, json};
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::{Operation, ParameterBuilder, ParameterIn};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::tag::TagBuilder;
 use utoipa::openapi::{
-    ComponentsBuilder, ContentBuilder, InfoBuilder, LicenseBuilder, OpenApi, PathItem, Ref, RefOr, Response,
-    ResponseBuilder, SecurityRequirement,
+    ComponentsBuilder, ContentBuilder, InfoBuilder, LicenseBuilder, OpenApi, PathItem, Ref, RefOr, ResponseBuilder,
+    SecurityRequirement,
 };
 use utoipa::{PartialSchema, ToSchema};
+
+mod shapes;
+mod statuses;
 
 use super::operations::Operation as Pending;
 use super::{links, routes};
@@ -77,6 +80,8 @@ pub fn text() -> String {
 /// What a request may carry beside its path.
 #[derive(Debug, Default)]
 pub struct Takes {
+    /// The description speaks of it.
+    pub described: bool,
     /// A JSON body.
     pub json: bool,
     /// These names in the query.
@@ -100,6 +105,11 @@ pub fn takes(method: &Method, route: &str) -> &'static Takes {
     known.get(&key(method.as_str(), route)).unwrap_or_else(|| NOTHING.get_or_init(Takes::default))
 }
 
+/// Whether any method of a route is described.
+pub fn is_described(route: &str) -> bool {
+    [Method::GET, Method::POST, Method::PUT, Method::DELETE].iter().any(|method| takes(method, route).described)
+}
+
 fn key(method: &str, route: &str) -> String {
     format!("{} {route}", method.to_ascii_uppercase())
 }
@@ -108,6 +118,7 @@ fn taken(operation: &Value) -> Takes {
     let parameters = operation["parameters"].as_array().into_iter().flatten();
     let query = parameters.filter(|one| one["in"] == "query").filter_map(|one| one["name"].as_str());
     Takes {
+        described: true,
         json: operation["requestBody"]["content"].get("application/json").is_some(),
         query: query.map(str::to_owned).collect(),
     }
@@ -118,10 +129,22 @@ fn taken(operation: &Value) -> Takes {
 fn sharpen(api: &mut Value) {
     limit_numbers(api);
     lead_on(api);
+    api["servers"] = json!([
+        { "url": "/", "description": "The server that this description was fetched from." },
+        { "url": "http://127.0.0.1:8080", "description": "`nido api-server start` without options." }
+    ]);
+    if let Some(responses) = api["components"].as_object_mut() {
+        responses.insert("responses".into(), Value::Object(statuses::common()));
+    }
+    complete_operations(api);
+    describe_operations(api);
     for path in api["paths"].as_object_mut().into_iter().flat_map(|paths| paths.values_mut()) {
         for operation in path.as_object_mut().into_iter().flat_map(|item| item.values_mut()) {
             if operation["operationId"].as_str().is_some_and(|id| MAY_BE_EMPTY.contains(&id)) {
                 operation["requestBody"]["required"] = json!(false);
+                // What generated clients send for a body that was not given.
+                let schema = &mut operation["requestBody"]["content"]["application/json"]["schema"];
+                *schema = json!({ "oneOf": [{ "type": "null" }, schema.take()] });
             }
         }
     }
@@ -133,12 +156,10 @@ fn sharpen(api: &mut Value) {
     }
     let schemas = &mut api["components"]["schemas"];
     let exec = &mut schemas["ExecBody"];
-    exec["oneOf"] = json!([{ "required": ["argv"] }, { "required": ["command"] }]);
-    exec["not"] = json!({ "required": ["stdin", "stdin_base64"] });
-    for word in ["argv", "command", "stdin", "stdin_base64"] {
-        let kind = if word == "argv" { "array" } else { "string" };
-        exec["properties"][word]["type"] = json!(kind);
-    }
+    exec["properties"]["timeout_seconds"] = json!({
+        "type": "integer", "format": "int64", "minimum": 0, "maximum": i64::MAX,
+        "description": "The same as `timeout_ms` in seconds; one of them."
+    });
     exec["properties"]["argv"]["minItems"] = json!(1);
     exec["properties"]["argv"]["items"]["pattern"] = json!(NO_ZERO);
     exec["properties"]["env"]["additionalProperties"]["pattern"] = json!(NO_ZERO);
@@ -148,8 +169,84 @@ fn sharpen(api: &mut Value) {
     }
     exec["properties"]["stdin_base64"]["pattern"] =
         json!("^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$");
-    schemas["ForwardSpec"]["properties"]["host"]["anyOf"] = json!([{ "format": "ipv4" }, { "format": "ipv6" }]);
     schemas["ForwardSpec"]["properties"]["guest_port"]["minimum"] = json!(1);
+    shapes::settle(api);
+}
+
+/// An operation that one sentence describes has it as its description, too: generators print that.
+fn describe_operations(api: &mut Value) {
+    let items = api["paths"].as_object_mut().into_iter().flat_map(|paths| paths.values_mut());
+    for operation in items.filter_map(Value::as_object_mut).flat_map(|item| item.values_mut()) {
+        if let Some(summary) = operation.get("summary").cloned()
+            && operation.get("description").is_none()
+        {
+            operation["description"] = summary;
+        }
+    }
+}
+
+/// Adds what holds for all operations of a kind: their errors, and the headers of requests and answers.
+fn complete_operations(api: &mut Value) {
+    let text = |about: &str| json!({ "description": about, "schema": { "type": "string" } });
+    for (path, item) in api["paths"].as_object_mut().into_iter().flatten() {
+        for (method, operation) in item.as_object_mut().into_iter().flatten() {
+            let method = Method::from_bytes(method.to_ascii_uppercase().as_bytes()).unwrap_or_default();
+            for (status, answer) in operation["responses"].as_object_mut().into_iter().flatten() {
+                if answer["description"].as_str().is_none_or(str::is_empty) {
+                    answer["description"] = json!(usual_words(status));
+                }
+                if method == Method::POST {
+                    answer["headers"]["Idempotency-Replayed"] =
+                        text("`true` if this answer was given before to the same `Idempotency-Key`.");
+                }
+                if status == "202" {
+                    answer["headers"]["Preference-Applied"] = text("`respond-async`, where that was asked for.");
+                }
+                if status == "201" && answer["headers"].get("Location").is_none() {
+                    answer["headers"]["Location"] = text("What was made; absent if these are several.");
+                }
+            }
+            if path == "/v1/vms/{name}" && method == Method::GET {
+                operation["responses"]["200"]["headers"]["ETag"] = text("The id of the VM, for `If-Match`.");
+            }
+            statuses::add(operation, &method, path);
+            add_parameters(operation, &method, path);
+        }
+    }
+}
+
+/// The headers that requests of a kind may carry.
+fn add_parameters(operation: &mut Value, method: &Method, path: &str) {
+    let header = |name: &str, about: &str, schema: Value| json!({ "name": name, "in": "header", "required": false, "description": about, "schema": schema });
+    let mut more = Vec::new();
+    if method == Method::POST {
+        let about = "A request that is sent again with its key within a day is answered as the first time, and not carried \
+                     out again. A key belongs to one request.";
+        let schema = json!({ "type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]*[!-~][ -~]*$" });
+        more.push(header("Idempotency-Key", about, schema));
+    }
+    if path.starts_with("/v1/vms/{name}") && method != Method::GET {
+        let about =
+            "The id of the VM in double quotes, its `ETag`: nothing is done to another VM that has its name meanwhile.";
+        more.push(header("If-Match", about, json!({ "type": "string", "pattern": "^\"[0-9a-f]{16}\"$" })));
+    }
+    if more.is_empty() {
+        return;
+    }
+    match operation["parameters"].as_array_mut() {
+        Some(all) => all.extend(more),
+        None => operation["parameters"] = Value::Array(more),
+    }
+}
+
+/// What a success is, where the route does not say it.
+fn usual_words(status: &str) -> &'static str {
+    match status {
+        "201" => "It was made.",
+        "202" => "It goes on.",
+        "204" => "It is done; there is nothing to tell.",
+        _ => "Success.",
+    }
 }
 
 /// Adds examples, and the links from answers to what can be asked next.
@@ -174,15 +271,16 @@ fn lead_on(api: &mut Value) {
     }
 }
 
-/// Says of every integer what its type can hold.
+/// Says of every integer what its type can hold. The formats are those of OpenAPI itself, which has none without a sign: a generator
+/// that does not know a format takes 32 bits, too few for the size of a disk.
 fn limit_numbers(schema: &mut Value) {
     match schema {
         Value::Object(object) => {
             let (format, most) = match object.get("format").and_then(Value::as_str) {
-                Some("u-int8" | "uint8") => ("uint8", u64::from(u8::MAX)),
-                Some("u-int16" | "uint16") => ("uint16", u64::from(u16::MAX)),
-                Some("u-int32" | "uint32") => ("uint32", u64::from(u32::MAX)),
-                Some("u-int64" | "uint64") => ("uint64", u64::MAX),
+                Some("u-int8" | "uint8") => ("int32", u64::from(u8::MAX)),
+                Some("u-int16" | "uint16") => ("int32", u64::from(u16::MAX)),
+                Some("u-int32" | "uint32") => ("int64", u64::from(u32::MAX)),
+                Some("u-int64" | "uint64") => ("int64", i64::MAX.unsigned_abs()),
                 _ => ("", 0),
             };
             if most > 0 {
@@ -212,20 +310,10 @@ fn describe() -> OpenApi {
     components.schemas.insert(Problem::name().into_owned(), Problem::schema());
     components.schemas.insert(LogSource::name().into_owned(), LogSource::schema());
     components.schemas.insert(Pending::name().into_owned(), Pending::schema());
-    let mut statuses: Vec<u16> = Code::ALL.iter().map(|code| code.status()).collect();
-    statuses.sort_unstable();
-    statuses.dedup();
-    for status in &statuses {
-        components.responses.insert(status.to_string(), RefOr::T(problem(*status)));
-    }
     components.add_security_scheme("token", bearer);
     api.components = Some(components);
     api.security = Some(vec![SecurityRequirement::new("token", [""; 0])]);
     for operation in api.paths.paths.values_mut().flat_map(operations) {
-        for status in statuses.iter().map(u16::to_string) {
-            let reference = Ref::from_response_name(&status);
-            operation.responses.responses.entry(status).or_insert(RefOr::Ref(reference));
-        }
         if operation.operation_id.as_deref().is_some_and(|id| MAY_WAIT.contains(&id)) {
             let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(Pending::name()))).build();
             let location = HeaderBuilder::new().description(Some("The operation.")).build();
@@ -245,13 +333,6 @@ fn describe() -> OpenApi {
         }
     }
     api
-}
-
-/// What of a status is common to all routes.
-fn problem(status: u16) -> Response {
-    let slugs: Vec<_> = Code::ALL.iter().filter(|code| code.status() == status).map(|code| code.slug()).collect();
-    let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(Problem::name()))).build();
-    ResponseBuilder::new().description(slugs.join(", ")).content("application/problem+json", content).build()
 }
 
 fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {

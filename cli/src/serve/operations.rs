@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,7 +20,8 @@ use jiff::Timestamp;
 use nido_vmm::api::{Scope, StartStage};
 use nido_vmm::audit::{Audited, Ending};
 use nido_vmm::error::{Code, Error, Problem, Result};
-use nido_vmm::name::VmName;
+use nido_vmm::moment;
+use nido_vmm::nido::BegunVm;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -28,11 +30,15 @@ use tokio_util::task::TaskTracker;
 use super::App;
 use super::answer::{self, Answer};
 use super::audit::{self, Ticket};
+use super::budget::Held;
+use super::guard::Caller;
 
 /// How long an operation that has ended is known.
 const KEPT: Duration = Duration::from_secs(3600);
 /// How many operations are known at most; the oldest that have ended go first.
 const KNOWN: usize = 1000;
+/// How many bytes of results are kept for one caller; the oldest operations go first.
+const RESULTS_MAX: usize = 64 << 20;
 /// How long what runs may take when the server ends.
 const FINISH_WITHIN: Duration = Duration::from_secs(60);
 
@@ -67,6 +73,12 @@ impl Operation {
         }
         self
     }
+
+    /// Without what may be long: for lists.
+    fn brief(mut self) -> Self {
+        self.result = None;
+        self
+    }
 }
 
 /// How an operation is.
@@ -83,15 +95,33 @@ pub enum OperationStatus {
     Cancelled,
 }
 
-/// All operations that are known.
+/// All operations of the caller that are known, without their results; an admin's list has everybody's.
 #[derive(Debug, Clone, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct OperationList {
     /// The oldest first.
     pub operations: Vec<Operation>,
 }
 
-/// What is known, by the time it began and its id; with what stops it.
-type Known = BTreeMap<(Timestamp, String), (Operation, Option<AbortHandle>)>;
+/// An operation, and what the server needs of it.
+#[derive(Debug)]
+struct Entry {
+    operation: Operation,
+    /// Whose it is: [`Caller::owner`].
+    owner: String,
+    /// How long its result is, in bytes.
+    bytes: usize,
+    /// What stops it.
+    abort: Option<AbortHandle>,
+}
+
+impl Entry {
+    fn is_for(&self, caller: &Caller) -> bool {
+        caller.scope == Scope::Admin || self.owner == caller.owner()
+    }
+}
+
+/// What is known, by the time it began and its id.
+type Known = BTreeMap<(Timestamp, String), Entry>;
 
 /// The operations of a server.
 #[derive(Debug, Default)]
@@ -105,16 +135,39 @@ pub struct Operations {
 pub struct Stage {
     app: Arc<App>,
     key: Option<(Timestamp, String)>,
+    begun: Begun,
+}
+
+/// Whether a request has begun to change something. Until then an error means that nothing was done.
+#[derive(Debug, Clone, Default)]
+pub struct Begun(Arc<AtomicBool>);
+
+impl Begun {
+    /// It has.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether it has.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
 }
 
 impl Stage {
+    /// From here on it is not undone by an error.
+    pub fn begun(&self) -> &Begun {
+        &self.begun
+    }
+
     /// A stage has begun.
     pub fn word(&self, word: &str) {
         if let Some(key) = &self.key
-            && let Some((operation, _)) = self.app.operations.lock().get_mut(key)
+            && let Some(entry) = self.app.operations.lock().get_mut(key)
         {
-            operation.stage = Some(word.to_owned());
+            entry.operation.stage = Some(word.to_owned());
         }
+        self.begun.set();
     }
 
     /// A stage of a start has begun.
@@ -130,6 +183,19 @@ pub struct Done {
     pub value: Value,
     /// How a command ended, in a word for the audit log; empty where there was none.
     pub word: String,
+    /// The memory that the answer takes.
+    pub held: Option<Held>,
+}
+
+impl Done {
+    /// The answer.
+    pub fn answer(self, status: StatusCode) -> Response {
+        let mut response = answer::json(status, &self.value);
+        if let Some(held) = self.held {
+            held.leave_to(&mut response);
+        }
+        response
+    }
 }
 
 /// The work of an operation.
@@ -138,19 +204,19 @@ pub type Work = Pin<Box<dyn Future<Output = Result<Done>> + Send>>;
 /// Does something. The answer has `status` and the value, or is 202 with an operation if the caller wants that.
 pub async fn run(
     app: &Arc<App>,
-    Asked { headers, ticket }: Asked,
+    Asked { headers, ticket, begun, owner }: Asked,
     kind: &'static str,
     status: StatusCode,
     work: impl FnOnce(Stage) -> Work + Send,
 ) -> Answer {
     if !wants_async(&headers) {
-        let work = work(Stage { app: Arc::clone(app), key: None });
+        let work = work(Stage { app: Arc::clone(app), key: None, begun });
         let audited = ticket.and_then(|ticket| ticket.take());
         let done = app.operations.running.spawn(written_down(work, audited)).await;
-        let value = done.map_err(|e| Error::internal(format!("the operation broke down: {e}")))??;
-        return Ok(answer::json(status, &value));
+        let done = done.map_err(|e| Error::internal(format!("the operation broke down: {e}")))??;
+        return Ok(done.answer(status));
     }
-    let operation = begin(app, kind, work, ticket)?;
+    let operation = begin(app, kind, work, Asked { headers, ticket, begun, owner })?;
     let mut response = answer::json(StatusCode::ACCEPTED, &operation);
     let headers = response.headers_mut();
     if let Ok(place) = HeaderValue::from_str(&format!("/v1/operations/{}", operation.id)) {
@@ -164,9 +230,9 @@ fn begin(
     app: &Arc<App>,
     kind: &'static str,
     work: impl FnOnce(Stage) -> Work,
-    ticket: Option<Ticket>,
+    Asked { ticket, begun, owner, .. }: Asked,
 ) -> Result<Operation> {
-    let (created_at, id) = (Timestamp::now(), nido_vmm::nido::random_id()?);
+    let (created_at, id) = (moment::now(), nido_vmm::nido::random_id()?);
     let operation = Operation {
         id: id.clone(),
         kind: kind.into(),
@@ -178,31 +244,47 @@ fn begin(
         error: None,
     };
     let key = (created_at, id);
-    app.operations.make_room();
-    app.operations.lock().insert(key.clone(), (operation.clone(), None));
-    let work = work(Stage { app: Arc::clone(app), key: Some(key.clone()) });
+    app.operations.make_room()?;
+    let entry = Entry { operation: operation.clone(), owner, bytes: 0, abort: None };
+    app.operations.lock().insert(key.clone(), entry);
+    let work = work(Stage { app: Arc::clone(app), key: Some(key.clone()), begun });
     let (owner, done) = (Arc::clone(app), key.clone());
     let audited = ticket.and_then(|ticket| ticket.take());
     let task = app.operations.running.spawn(async move {
         let outcome = written_down(work, audited).await;
-        owner.operations.end(&done, outcome);
+        owner.operations.end(&done, outcome.map(|done| done.value));
     });
     match app.operations.lock().get_mut(&key) {
-        Some((operation, abort)) if operation.status == OperationStatus::Running => *abort = Some(task.abort_handle()),
+        Some(entry) if entry.operation.status == OperationStatus::Running => entry.abort = Some(task.abort_handle()),
         // It has ended, or was cancelled before it could be stopped.
         _ => task.abort(),
     }
     Ok(operation)
 }
 
+/// Does something short to its end, whoever hangs up meanwhile.
+pub async fn act<T: Send + 'static>(
+    app: &Arc<App>,
+    asked: Asked,
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    let audited = asked.take_line();
+    let done = app.operations.running.spawn(async move {
+        let outcome = work.await;
+        audit::end_with(audited, &outcome);
+        outcome
+    });
+    done.await.map_err(|e| Error::internal(format!("the operation broke down: {e}")))?
+}
+
 /// Does it, and ends its line in the audit log. If it is cut off the line says so by itself.
-pub async fn written_down(work: Work, audited: Option<Audited>) -> Result<Value> {
+pub async fn written_down(work: Work, audited: Option<Audited>) -> Result<Done> {
     let outcome = work.await;
     match &outcome {
         Ok(done) => audit::end(audited, Ending::Success, &done.word),
-        Err(error) => audit::end(audited, Ending::Error, error.code().slug()),
+        Err(error) => audit::end(audited, Ending::from(error), error.code().slug()),
     }
-    outcome.map(|done| done.value)
+    outcome
 }
 
 /// What an operation needs of its request.
@@ -210,13 +292,20 @@ pub async fn written_down(work: Work, audited: Option<Audited>) -> Result<Value>
 pub struct Asked {
     headers: HeaderMap,
     ticket: Option<Ticket>,
+    begun: Begun,
+    owner: String,
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for Asked {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> std::result::Result<Self, Infallible> {
-        Ok(Self { headers: parts.headers.clone(), ticket: parts.extensions.get::<Ticket>().cloned() })
+        Ok(Self {
+            headers: parts.headers.clone(),
+            ticket: parts.extensions.get::<Ticket>().cloned(),
+            begun: parts.extensions.get::<Begun>().cloned().unwrap_or_default(),
+            owner: parts.extensions.get::<Caller>().map(Caller::owner).unwrap_or_default(),
+        })
     }
 }
 
@@ -224,6 +313,11 @@ impl Asked {
     /// The headers.
     pub fn headers(&self) -> &HeaderMap {
         &self.headers
+    }
+
+    /// Whether the request has begun.
+    pub fn begun(&self) -> Begun {
+        self.begun.clone()
     }
 
     /// The line in the audit log, for who ends it by themselves.
@@ -244,20 +338,25 @@ impl Operations {
     }
 
     fn end(&self, key: &(Timestamp, String), outcome: Result<Value>) {
-        if let Some((operation, abort)) = self.lock().get_mut(key) {
-            *abort = None;
-            operation.ended_at = Some(Timestamp::now());
-            match outcome {
-                Ok(value) => {
-                    operation.status = OperationStatus::Succeeded;
-                    operation.result = Some(value);
-                }
-                Err(error) => {
-                    operation.status = OperationStatus::Failed;
-                    operation.error = Some(error.problem());
-                }
+        let bytes =
+            outcome.as_ref().ok().and_then(|value| serde_json::to_string(value).ok()).map_or(0, |text| text.len());
+        let mut known = self.lock();
+        let Some(Entry { operation, owner, bytes: length, abort }) = known.get_mut(key) else { return };
+        *abort = None;
+        operation.ended_at = Some(moment::now());
+        match outcome {
+            Ok(value) => {
+                operation.status = OperationStatus::Succeeded;
+                operation.result = Some(value);
+                *length = bytes;
+            }
+            Err(error) => {
+                operation.status = OperationStatus::Failed;
+                operation.error = Some(error.problem());
             }
         }
+        let owner = owner.clone();
+        keep_within(&mut known, &owner, RESULTS_MAX);
     }
 
     /// Does something that goes on though nobody waits for it any more; the server's end does.
@@ -265,41 +364,49 @@ impl Operations {
         self.running.spawn(work)
     }
 
-    fn make_room(&self) {
+    /// Forgets what is old; an error where as many go on as are known at most.
+    fn make_room(&self) -> Result<()> {
         let mut known = self.lock();
         let now = Timestamp::now();
         let is_old = |operation: &Operation| {
             operation.ended_at.is_some_and(|end| now.duration_since(end).as_secs() > KEPT.as_secs().cast_signed())
         };
-        known.retain(|_, (operation, _)| !is_old(operation));
+        known.retain(|_, entry| !is_old(&entry.operation));
         while known.len() >= KNOWN {
-            let ended = known.iter().find(|(_, (operation, _))| operation.ended_at.is_some());
-            let Some(key) = ended.map(|(key, _)| key.clone()) else { return };
+            let ended = known.iter().find(|(_, entry)| entry.operation.ended_at.is_some());
+            let Some(key) = ended.map(|(key, _)| key.clone()) else {
+                let words = format!("{KNOWN} operations go on, and no more can");
+                return Err(Error::new(Code::LimitExceeded, words).hint("wait until some have ended, or cancel some"));
+            };
             known.remove(&key);
         }
+        Ok(())
     }
 
-    /// All that are known, as far as they are for somebody's eyes.
-    pub fn list(&self, scope: Scope) -> OperationList {
-        let shown = |operation: &Operation| operation.clone().shown_to(scope);
-        OperationList { operations: self.lock().values().map(|(operation, _)| shown(operation)).collect() }
+    /// Those that are the caller's, without their results.
+    pub fn list(&self, caller: &Caller) -> OperationList {
+        let known = self.lock();
+        let own = known.values().filter(|entry| entry.is_for(caller));
+        OperationList { operations: own.map(|entry| entry.operation.clone().brief()).collect() }
     }
 
     /// One of them.
-    pub fn get(&self, id: &str, scope: Scope) -> Result<Operation> {
-        let found = self.lock().values().find(|(operation, _)| operation.id == id).map(|(found, _)| found.clone());
-        Ok(found.ok_or_else(not_known)?.shown_to(scope))
+    pub fn get(&self, id: &str, caller: &Caller) -> Result<Operation> {
+        let known = self.lock();
+        let found = known.values().find(|entry| entry.operation.id == id && entry.is_for(caller));
+        Ok(found.ok_or_else(not_known)?.operation.clone().shown_to(caller.scope))
     }
 
     /// Forgets one, and stops it if it goes on. What it has made so far is removed as if its caller had been killed.
-    pub fn cancel(&self, id: &str) -> Result<Operation> {
+    pub fn cancel(&self, id: &str, caller: &Caller) -> Result<Operation> {
         let mut known = self.lock();
-        let key = known.iter().find(|(_, (operation, _))| operation.id == id).map(|(key, _)| key.clone());
-        let (mut operation, abort) = key.and_then(|key| known.remove(&key)).ok_or_else(not_known)?;
+        let found = known.iter().find(|(_, entry)| entry.operation.id == id && entry.is_for(caller));
+        let key = found.map(|(key, _)| key.clone());
+        let Entry { mut operation, abort, .. } = key.and_then(|key| known.remove(&key)).ok_or_else(not_known)?;
         if operation.status == OperationStatus::Running {
             abort.inspect(AbortHandle::abort);
             operation.status = OperationStatus::Cancelled;
-            operation.ended_at = Some(Timestamp::now());
+            operation.ended_at = Some(moment::now());
         }
         Ok(operation)
     }
@@ -314,44 +421,52 @@ impl Operations {
 }
 
 fn not_known() -> Error {
-    Error::new(Code::OperationNotFound, "there is no such operation").hint(
-        "operations are known for as long as the server lives, those that ended for an hour, those that were cancelled not at all",
+    Error::new(Code::OperationNotFound, "the caller has no such operation").hint(
+        "operations are known to their caller and to admins for as long as the server lives, those that ended for an hour (64 MiB \
+         of results for each caller), those that were cancelled not at all",
     )
 }
 
-/// Removes a VM that was begun if its operation is cut off. Nothing half-made stays.
+/// Forgets a caller's oldest operations until the results of the rest fit.
+fn keep_within(known: &mut Known, owner: &str, most: usize) {
+    let mut bytes: usize = known.values().filter(|entry| entry.owner == owner).map(|entry| entry.bytes).sum();
+    known.retain(|_, entry| {
+        let goes = bytes > most && entry.owner == owner && entry.bytes > 0;
+        bytes -= if goes { entry.bytes } else { 0 };
+        !goes
+    });
+}
+
+/// Removes a VM that was begun if its operation is cut off: that very VM, whichever has its name by then.
 #[derive(Debug)]
 pub struct Undo {
     app: Arc<App>,
-    name: Option<VmName>,
+    /// The VM that the operation has begun to make.
+    pub begun: BegunVm,
+    armed: bool,
 }
 
 impl Undo {
     /// Nothing has been begun yet.
     pub fn new(app: &Arc<App>) -> Self {
-        Self { app: Arc::clone(app), name: None }
-    }
-
-    /// The VM of that name is ours from here on.
-    pub fn begun(&mut self, name: &VmName) {
-        self.name.get_or_insert_with(|| name.clone());
+        Self { app: Arc::clone(app), begun: BegunVm::default(), armed: true }
     }
 
     /// It stays, or has been removed already.
     pub fn done(mut self) {
-        self.name = None;
+        self.armed = false;
     }
 }
 
 impl Drop for Undo {
     fn drop(&mut self) {
-        let Some(name) = self.name.take() else { return };
-        let app = Arc::clone(&self.app);
+        if !self.armed || self.begun.id().is_none() {
+            return;
+        }
+        let (app, begun) = (Arc::clone(&self.app), self.begun.clone());
         self.app.operations.running.spawn(async move {
-            if let Err(error) = app.nido.delete(&name, true).await
-                && error.code() != Code::VmNotFound
-            {
-                tracing::error!("VM {name} was begun and could not be removed: {error}");
+            if let Err(error) = app.nido.undo(&begun).await {
+                tracing::error!("VM {} was begun and could not be removed: {error}", begun.id().unwrap_or_default());
             }
         });
     }
@@ -365,7 +480,7 @@ pub fn value<T: Serialize>(value: &T) -> Result<Done> {
 /// The same of an operation that was a command, with how that ended.
 pub fn ended<T: Serialize>(value: &T, word: String) -> Result<Done> {
     let value = serde_json::to_value(value).map_err(|e| Error::internal(e.to_string()))?;
-    Ok(Done { value, word })
+    Ok(Done { value, word, held: None })
 }
 
 /// An answer without a body.
@@ -373,4 +488,33 @@ pub fn empty(status: StatusCode) -> Response {
     let mut response = Response::default();
     *response.status_mut() = status;
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: u32, owner: &str, bytes: usize) -> ((Timestamp, String), Entry) {
+        let at = Timestamp::from_second(id.into()).unwrap();
+        let operation = Operation {
+            id: id.to_string(),
+            kind: "vm_exec".into(),
+            status: OperationStatus::Succeeded,
+            stage: None,
+            created_at: at,
+            ended_at: Some(at),
+            result: Some(Value::Null),
+            error: None,
+        };
+        ((at, id.to_string()), Entry { operation, owner: owner.into(), bytes, abort: None })
+    }
+
+    // A thousand results of many MiB each were kept in memory for an hour.
+    #[test]
+    fn the_results_of_a_caller_stay_within_a_budget() {
+        let mut known = Known::from([entry(1, "a", 40), entry(2, "b", 90), entry(3, "a", 0), entry(4, "a", 40)]);
+        keep_within(&mut known, "a", 50);
+        let left: Vec<_> = known.values().map(|entry| &*entry.operation.id).collect();
+        assert_eq!(left, ["2", "3", "4"]);
+    }
 }

@@ -5,7 +5,9 @@
 //! of files, and a half-written file is never seen under its final name.
 
 mod get;
+mod leaf;
 mod output;
+mod place;
 mod put;
 
 use std::io;
@@ -29,6 +31,7 @@ const CHUNK: usize = 4 * crate::port::KERNEL_CHUNK - 12 - HEAD;
 enum Inbound {
     Entry(Entry),
     Bytes(Piece),
+    Hole(u64),
     EntryEnd,
     TreeEnd,
 }
@@ -38,6 +41,7 @@ enum Outbound {
     Entry(Entry),
     /// A whole frame, its head still to be filled in.
     Frame(Vec<u8>),
+    Hole(u64),
     EntryEnd,
 }
 
@@ -82,6 +86,7 @@ async fn pass_on(input: &mut FrameReader, pieces: &mpsc::Sender<Inbound>) -> Res
         let piece = match input.next().await? {
             Some(Incoming::Raw(kind::FILE_DATA, bytes)) => Inbound::Bytes(bytes),
             Some(Incoming::Message(ToGuest::Entry(entry))) => Inbound::Entry(entry),
+            Some(Incoming::Message(ToGuest::Hole(length))) => Inbound::Hole(length),
             Some(Incoming::Message(ToGuest::EntryEnd)) => Inbound::EntryEnd,
             Some(Incoming::Message(ToGuest::TreeEnd)) => Inbound::TreeEnd,
             Some(_) => return Err(wire::WireError::Malformed("a frame that does not belong to a tree".into()).into()),
@@ -106,6 +111,7 @@ pub async fn send(request: Get, output: &mut FrameWriter) -> Result<(), FrameErr
         match piece {
             Outbound::Entry(entry) => output.send(&ToHost::Entry(entry)).await?,
             Outbound::Frame(mut frame) => output.send_raw(kind::FILE_DATA, &mut frame).await?,
+            Outbound::Hole(length) => output.send(&ToHost::Hole(length)).await?,
             Outbound::EntryEnd => output.send(&ToHost::EntryEnd).await?,
         }
     }

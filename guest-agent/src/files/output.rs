@@ -5,7 +5,7 @@
 //! direct writing; once it refuses, the rest is written plainly.
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, Seek as _, Write as _};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
@@ -52,6 +52,19 @@ impl Output {
             }
         }
         self.file.write_all(bytes)
+    }
+
+    /// Leaves out so many bytes, which are zeros that take no room.
+    ///
+    /// # Errors
+    /// The file cannot become so long.
+    pub fn skip(&mut self, count: u64) -> io::Result<()> {
+        if !self.held.is_empty() {
+            self.go_on_plainly()?;
+        }
+        let count = i64::try_from(count).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+        let end = self.file.seek(io::SeekFrom::Current(count))?;
+        self.file.set_len(end)
     }
 
     /// Writes what is left and gives the file back.
@@ -116,6 +129,22 @@ mod tests {
         file.read_to_end(&mut found).unwrap();
         assert!(found == bytes, "{length} bytes announced as {announced} in steps of {step}");
         found
+    }
+
+    #[test]
+    fn holes_are_zeros_wherever_they_come() {
+        for announced in [0, LONG] {
+            let mut output = Output::new(tempfile::tempfile().unwrap(), announced);
+            output.write(b"begin").unwrap();
+            output.skip(100_000).unwrap();
+            output.write(b"end").unwrap();
+            output.skip(50).unwrap();
+            let mut file = output.finish().unwrap();
+            file.rewind().unwrap();
+            let mut found = Vec::new();
+            file.read_to_end(&mut found).unwrap();
+            assert_eq!(found, [&b"begin"[..], &[0; 100_000], b"end", &[0; 50]].concat());
+        }
     }
 
     #[test]

@@ -14,6 +14,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use nido_guest_agent::config::{Network, StaticNetwork};
 
 use crate::etc::{PUBLIC, replace_file};
+use crate::warnings::warn;
+
+/// Where programs look for name servers.
+const RESOLVER: &str = "/etc/resolv.conf";
 
 /// What a card is set up with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,7 +97,7 @@ pub fn set(wanted: Option<&Network>) -> io::Result<()> {
         current().is_settled = true;
         let ask = move || {
             if let Err(error) = set_up(Some(&Network::Dhcp), round) {
-                eprintln!("nido-guest-agent: the network could not be set up: {error}");
+                warn(format!("the network could not be set up: {error}"));
             }
         };
         std::thread::Builder::new().name("network".into()).stack_size(crate::THREAD_STACK).spawn(ask)?;
@@ -133,7 +137,11 @@ fn apply(routes: &link::Routes, card: &link::Card, settings: &Settings, round: u
         return Ok(());
     }
     let servers: String = settings.dns.iter().map(|server| format!("nameserver {server}\n")).collect();
-    replace_file(Path::new("/etc/resolv.conf"), servers.as_bytes(), PUBLIC)
+    // Addresses work without names, and the guest's user may want the file as it is.
+    if let Err(error) = replace_file(Path::new(RESOLVER), servers.as_bytes(), PUBLIC) {
+        warn(format!("the name servers are not in {RESOLVER}: {error}"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

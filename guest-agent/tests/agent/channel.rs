@@ -1,6 +1,8 @@
 //! Hello, limits, broken peers, and finding each other again.
 
-use nido_guest_agent::wire::{Failed, Fault, Refusal, Refused, ToGuest, ToHost, VERSION, kind};
+use nido_guest_agent::wire::{
+    Connect, Failed, Fault, MAX_SESSIONS, MAX_TUNNELS, MAX_WORK, Refusal, Refused, ToGuest, ToHost, VERSION, kind,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::{Answer, Host, Session, TOKEN, agree, shell, soon};
@@ -77,7 +79,7 @@ async fn a_host_that_breaks_the_protocol_loses_its_session_only() {
 async fn one_session_too_many_is_told_so_and_the_others_stay() {
     let mut host = Host::start().await;
     let mut open = Vec::new();
-    for _ in 0..64 {
+    for _ in 0..MAX_SESSIONS {
         open.push(host.open().await);
     }
     let mut refused = host.stream().await;
@@ -87,6 +89,64 @@ async fn one_session_too_many_is_told_so_and_the_others_stay() {
         session.send(&ToGuest::Ping).await;
         assert!(matches!(session.message().await, ToHost::Pong(_)));
     }
+}
+
+#[tokio::test]
+async fn idle_connections_take_no_places_of_commands() {
+    // Connections and commands shared one number of places: idle connections locked out exec, copies and power-off.
+    let mut host = Host::start().await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let connect = ToGuest::Connect(Connect { host: None, port: listener.local_addr().unwrap().port() });
+    let mut tunnels = Vec::new();
+    for _ in 0..MAX_TUNNELS {
+        let mut session = host.open().await;
+        session.send(&connect).await;
+        assert!(matches!(session.message().await, ToHost::Connected));
+        tunnels.push((session, soon("a connection", listener.accept()).await.unwrap()));
+    }
+    let mut refused = host.open().await;
+    refused.send(&connect).await;
+    let ToHost::Refused(why) = refused.message().await else { panic!("not refused") };
+    assert_eq!(why.reason, Refusal::Busy);
+    assert_eq!(host.open().await.run("exit 3").await.code, Some(3));
+    // A connection that ends gives its place to the next, also where the server keeps its half open.
+    let (mut half, _server) = tunnels.swap_remove(0);
+    half.stream.shutdown().await.unwrap();
+    let again = async {
+        loop {
+            let mut session = host.open().await;
+            session.send(&connect).await;
+            if matches!(session.message().await, ToHost::Connected) {
+                return;
+            }
+        }
+    };
+    soon("a free place", again).await;
+}
+
+#[tokio::test]
+async fn a_command_too_many_waits_for_its_turn_and_pings_do_not() {
+    let mut host = Host::start().await;
+    let mut running = Vec::new();
+    for _ in 0..MAX_WORK {
+        let mut session = host.open().await;
+        session.start(shell("exec sleep 1000")).await;
+        running.push(session);
+    }
+    let mut waiting = host.open().await;
+    waiting.send(&ToGuest::Exec(shell("exit 4"))).await;
+    // One that is given up while it waits is never run.
+    let mark = host.path("mark");
+    let mut given_up = host.open().await;
+    given_up.send(&ToGuest::Exec(shell(&format!("touch {}", mark.display())))).await;
+    drop(given_up);
+    let mut ping = host.open().await;
+    ping.send(&ToGuest::Ping).await;
+    assert!(matches!(ping.message().await, ToHost::Pong(_)));
+    drop(running);
+    assert!(matches!(waiting.message().await, ToHost::Started(_)));
+    assert_eq!(waiting.finish().await.code, Some(4));
+    assert!(!mark.exists());
 }
 
 #[tokio::test]

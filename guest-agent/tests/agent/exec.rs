@@ -31,7 +31,7 @@ async fn arguments_environment_and_directory_arrive_as_bytes() {
     };
     session.start(exec).await;
     let output = session.finish().await;
-    let home = std::env::var("HOME").unwrap();
+    let home = of_passwd(5);
     let wanted = [b"/usr\na\nb\xff|/usr/bin:/bin|", home.as_bytes(), b"|two words\t|"].concat();
     assert_eq!(output.stdout, wanted);
 }
@@ -54,7 +54,9 @@ async fn what_cannot_be_run_is_told_apart() {
         (directory("/no/such/directory"), Fault::NoDirectory),
         (directory("/etc/passwd"), Fault::NoDirectory),
         (user("no-such-user"), Fault::NoUser),
-        (user("4000000000"), Fault::NoUser),
+        (user("4294967295"), Fault::NoUser),
+        (user("0:no-such-group"), Fault::NoUser),
+        (user("root:"), Fault::NoUser),
         (Exec::default(), Fault::Invalid),
         (command(&[""]), Fault::Invalid),
         (Exec { env: vec![b"=x".to_vec().into()], ..shell("true") }, Fault::Invalid),
@@ -202,6 +204,88 @@ async fn what_a_command_leaves_in_the_background_does_not_hold_its_exit() {
     session.run(&format!("kill -9 {background}")).await;
 }
 
+/// Waits until a file has grown to hold `text`.
+async fn holds(path: &std::path::Path, text: &str) {
+    let written = async {
+        while !std::fs::read_to_string(path).unwrap_or_default().contains(text) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    soon("a file", written).await;
+}
+
+#[tokio::test]
+async fn what_a_command_leaves_in_the_background_can_go_on_writing() {
+    // The end of the command took the readers away, and the next line killed what it had left in the background.
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let (go, log) = (host.path("go"), host.path("log"));
+    std::fs::write(&log, "").unwrap();
+    let script = format!(
+        "(until test -e {0}; do sleep 0.01; done; i=0; while test $i -lt 3000; do echo \"$i: a line that fills more \
+         than one pipe in the end\"; echo error >&2; i=$((i+1)); done; echo alive >>{1}) & exit 7",
+        go.display(),
+        log.display()
+    );
+    assert_eq!(session.run(&script).await.code, Some(7));
+    drop(session);
+    host.open().await;
+    std::fs::write(&go, "").unwrap();
+    holds(&log, "alive").await;
+}
+
+/// Starts a command whose children leave its process group and session, and waits until all of them run.
+async fn start_scattered(host: &mut Host, session: &mut crate::support::Session, timeout_ms: Option<u64>) -> Vec<u32> {
+    let pids = host.path("pids");
+    let script = format!(
+        "setsid sh -c 'echo $$ >>{0}; setsid sh -c \"echo \\$\\$ >>{0}; exec sleep 1000\"; :' & \
+         timeout 1000 sh -c 'echo $$ >>{0}; exec sleep 1000' & \
+         until test $(wc -l <{0}) = 3; do sleep 0.01; done; echo all >>{0}; wait",
+        pids.display()
+    );
+    std::fs::write(&pids, "").unwrap();
+    session.start(Exec { timeout_ms, ..shell(&script) }).await;
+    holds(&pids, "all").await;
+    let text = std::fs::read_to_string(&pids).unwrap();
+    text.lines().filter_map(|line| line.parse().ok()).collect()
+}
+
+#[tokio::test]
+async fn the_end_of_a_session_reaches_children_in_other_sessions_and_groups() {
+    // Only the process group was killed: children of setsid, timeout and interactive shells stayed.
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let pids = start_scattered(&mut host, &mut session, None).await;
+    assert_eq!(pids.len(), 3);
+    drop(session);
+    for pid in pids {
+        gone(pid).await;
+    }
+}
+
+#[tokio::test]
+async fn the_time_limit_reaches_children_in_other_sessions_and_groups() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let pids = start_scattered(&mut host, &mut session, Some(5000)).await;
+    assert!(session.finish().await.timed_out);
+    for pid in pids {
+        gone(pid).await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_names_something_long_is_refused_and_the_session_stays() {
+    // The refusal repeated the name, did not fit in a frame, and the session was cut off instead.
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let long = vec![b'x'; 200_000];
+    let exec = Exec { directory: Some(long.into()), ..shell("true") };
+    session.send(&ToGuest::Exec(exec)).await;
+    assert_eq!(session.failure().await, Fault::NoDirectory);
+    assert_eq!(session.run("echo still here").await.stdout, b"still here\n");
+}
+
 #[tokio::test]
 async fn a_terminal_has_a_size_a_name_and_one_stream() {
     let mut host = Host::start().await;
@@ -271,6 +355,18 @@ async fn a_terminal_can_be_typed_at_resized_and_interrupted() {
     assert_eq!(session.finish().await.signal, Some(2));
 }
 
+/// A field of this user's line in the list of users.
+fn of_passwd(field: usize) -> String {
+    let uid = rustix::process::geteuid().as_raw().to_string();
+    let users = std::fs::read_to_string("/etc/passwd").unwrap();
+    let mut lines = users.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    lines.find(|fields| fields.get(2) == Some(&uid.as_str())).unwrap()[field].to_owned()
+}
+
+fn login_shell() -> String {
+    of_passwd(6)
+}
+
 #[tokio::test]
 async fn a_login_shell_is_one() {
     let mut host = Host::start().await;
@@ -278,7 +374,11 @@ async fn a_login_shell_is_one() {
     session.start(Exec { login_shell: true, stdin: true, ..Exec::default() }).await;
     session.send_raw(kind::STDIN, b"echo $0; exit 9\n").await;
     let output = session.finish().await;
-    assert_eq!((output.stdout.first(), output.code), (Some(&b'-'), Some(9)));
+    // Users without a shell, such as nobody, have one that says so and fails.
+    match login_shell() {
+        shell if shell.ends_with("nologin") || shell.ends_with("false") => assert_eq!(output.code, Some(1)),
+        _ => assert_eq!((output.stdout.first(), output.code), (Some(&b'-'), Some(9))),
+    }
 }
 
 #[tokio::test]
@@ -341,6 +441,13 @@ async fn another_user_gets_its_own_ids_home_and_streams() {
         session.send(&ToGuest::Exec(Exec { user: Some("root".into()), ..shell("true") })).await;
         assert_eq!(session.failure().await, Fault::Denied);
         return;
+    }
+    for (user, ids) in
+        [("12345", "12345\n0\n0\n/\n"), ("1:4711", "1\n4711\n4711\n"), (":7", "0\n7\n7\n"), ("0:0", "0\n0\n")]
+    {
+        session.start(Exec { user: Some(user.into()), ..shell("id -u; id -g; id -G; echo $HOME") }).await;
+        let output = String::from_utf8(session.finish().await.stdout).unwrap();
+        assert!(output.starts_with(ids), "{user}: {output}");
     }
     let script = "id -u; id -G; echo $HOME $USER; pwd; echo named >/dev/stderr; umask";
     let wanted = |pty| Exec { user: Some("nobody".into()), pty, ..shell(script) };

@@ -30,12 +30,21 @@ fn link(path: &[&[u8]], target: &[u8]) -> Item {
 }
 
 fn put(path: &Path) -> Put {
-    Put { path: path.as_os_str().as_bytes().to_vec().into(), name: None, user: None, parents: false }
+    Put { path: path.as_os_str().as_bytes().to_vec().into(), name: None, user: None, parents: false, set_mode: None }
 }
 
 async fn send_item(session: &mut Session, (path, kind, mode, bytes): &Item) {
     let path = path.iter().map(|part| part.clone().into()).collect();
-    session.send(&ToGuest::Entry(Entry { path, kind: kind.clone(), mode: *mode, mtime_ns: TIME_NS })).await;
+    session
+        .send(&ToGuest::Entry(Entry {
+            path,
+            kind: kind.clone(),
+            mode: *mode,
+            mtime_ns: TIME_NS,
+            owner: None,
+            stored: None,
+        }))
+        .await;
     for piece in bytes.chunks(100_000) {
         session.send_raw(kind::FILE_DATA, piece).await;
     }
@@ -56,7 +65,7 @@ async fn send_tree(session: &mut Session, put: Put, items: &[Item]) -> Result<Su
 }
 
 async fn fetch(session: &mut Session, path: &Path) -> Result<(Vec<Item>, Summary), Failed> {
-    session.send(&ToGuest::Get(Get { path: path.as_os_str().as_bytes().to_vec().into() })).await;
+    session.send(&ToGuest::Get(Get { path: path.as_os_str().as_bytes().to_vec().into(), features: None })).await;
     let mut items: Vec<Item> = Vec::new();
     loop {
         match session.next().await {
@@ -133,6 +142,43 @@ async fn a_file_replaces_a_file_and_keeps_nothing_of_it() {
     let found = fs::metadata(&target).unwrap();
     assert_eq!((fs::read(&target).unwrap().as_slice(), found.mode() & 0o7777), (&b"new"[..], 0o640));
     assert_ne!(found.ino(), inode);
+}
+
+// A file that was replaced lost its mode and its other names.
+#[tokio::test]
+async fn a_file_that_is_replaced_keeps_its_mode_and_names_if_the_host_wants_that() {
+    let mut host = Host::start().await;
+    let mut session = host.open().await;
+    let (target, other) = (host.path("file"), host.path("other"));
+    let keeping = |path: &Path| Put { set_mode: Some(false), ..put(path) };
+    fs::write(&target, "an older and longer text").unwrap();
+    fs::set_permissions(&target, fs::Permissions::from_mode(0o750)).unwrap();
+    send_tree(&mut session, keeping(&target), &[file(&[], 0o644, b"new")]).await.unwrap();
+    assert_eq!((fs::read(&target).unwrap(), fs::metadata(&target).unwrap().mode() & 0o7777), (b"new".into(), 0o750));
+    fs::hard_link(&target, &other).unwrap();
+    send_tree(&mut session, keeping(&target), &[file(&[], 0o644, b"newer")]).await.unwrap();
+    assert_eq!((fs::read(&other).unwrap(), fs::metadata(&other).unwrap().mode() & 0o7777), (b"newer".into(), 0o750));
+}
+
+// A device, pipe or socket was replaced by a file; a dangling symlink, too.
+#[tokio::test]
+async fn what_is_no_file_is_not_replaced_and_a_dangling_symlink_is_followed() {
+    let mut host = Host::start().await;
+    let socket = host.path("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let small = file(&[], 0o644, b"x");
+    let mut session = host.open().await;
+    assert_eq!(send_tree(&mut session, put(&socket), std::slice::from_ref(&small)).await, Err(Fault::WrongType));
+    let tree = [directory(&[], 0o755), file(&[b"socket"], 0o644, b"x")];
+    let mut session = host.open().await;
+    assert_eq!(send_tree(&mut session, put(host.directory.path()), &tree).await, Err(Fault::WrongType));
+    assert!(std::os::unix::fs::FileTypeExt::is_socket(&fs::symlink_metadata(&socket).unwrap().file_type()));
+    let link = host.path("link");
+    symlink("missing", &link).unwrap();
+    let mut session = host.open().await;
+    send_tree(&mut session, put(&link), &[small]).await.unwrap();
+    assert_eq!(fs::read(host.path("missing")).unwrap(), b"x");
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
 }
 
 #[tokio::test]
@@ -257,7 +303,7 @@ async fn a_session_that_breaks_off_leaves_nothing_behind() {
             send_item(&mut session, item).await;
         }
         let path = if begun.is_empty() { vec![] } else { vec![b"two".to_vec().into()] };
-        let entry = Entry { path, kind: EntryKind::File(9), mode: 0o644, mtime_ns: 0 };
+        let entry = Entry { path, kind: EntryKind::File(9), mode: 0o644, mtime_ns: 0, owner: None, stored: None };
         session.send(&ToGuest::Entry(entry)).await;
         session.send_raw(kind::FILE_DATA, b"half").await;
         until(|| names(host.directory.path()).len() > before.len()).await;
@@ -334,7 +380,7 @@ async fn a_host_that_does_not_read_holds_up_nobody_else() {
     let large = host.path("large");
     fs::File::create(&large).unwrap().set_len(64 * 1024 * 1024).unwrap();
     let mut lazy = host.open().await;
-    lazy.send(&ToGuest::Get(Get { path: large.as_os_str().as_bytes().to_vec().into() })).await;
+    lazy.send(&ToGuest::Get(Get { path: large.as_os_str().as_bytes().to_vec().into(), features: None })).await;
     let mut session = host.open().await;
     assert_eq!(session.run("echo here").await.stdout, b"here\n");
     let (items, summary) = {

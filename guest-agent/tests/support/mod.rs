@@ -115,7 +115,7 @@ impl Host {
         let (streams, mut wanted) = mpsc::channel::<oneshot::Sender<yamux::Stream>>(8);
         self.streams = streams;
         tokio::spawn(async move {
-            let mut mux = yamux::Connection::new(channel.compat(), yamux::Config::default(), yamux::Mode::Client);
+            let mut mux = yamux::Connection::new(channel.compat(), many_streams(), yamux::Mode::Client);
             loop {
                 let next = poll_fn(|context| {
                     if let std::task::Poll::Ready(asked) = wanted.poll_next_unpin(context) {
@@ -337,4 +337,13 @@ pub fn order(token: [u8; TOKEN_LEN]) -> Renew {
         network: None,
         disk_grown: false,
     }
+}
+
+/// A multiplexer that takes more streams than the agent has sessions.
+fn many_streams() -> yamux::Config {
+    const STREAMS: usize = 2 * wire::MAX_SESSIONS;
+    let mut config = yamux::Config::default();
+    config.set_max_num_streams(STREAMS);
+    config.set_max_connection_receive_window(Some(STREAMS * yamux::DEFAULT_CREDIT as usize));
+    config
 }

@@ -89,6 +89,7 @@ pub fn build(
         let stages_reused = Stage::ALL[1..5].to_vec();
         return Ok(BuildOutcome { manifest: manifest.clone(), already_built: true, stages_reused });
     }
+    Host::probe_directory(home)?;
     file.set_len(0).map_err(|error| ImageError::io("empty", &path, error))?;
     let mut session = Session { log: BuildLog::new(path, file), cancel };
     session.log.line(&format!("{} nido {} builds {}", jiff::Timestamp::now(), env!("CARGO_PKG_VERSION"), recipe.name));

@@ -7,7 +7,7 @@ use nido_vmm::error::{Code, Error, Result};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::{Confirmed, DESTROYS, LOOKS, Tool, arguments};
+use super::{DESTROYS, LOOKS, Tool, arguments};
 use crate::answer::Done;
 use crate::call::Call;
 use crate::schema;
@@ -22,9 +22,8 @@ pub const GET: Tool = Tool {
     title: "Tell about a job",
     about: "Tells how a job stands that another tool has answered with status running and a job_id: running, done with the \
         result that the tool would have answered, failed with its error, cancelled, or lost because the server ended. With \
-        wait_ms it waits for the end first, which is better than asking again and again. Changes nothing.",
+        wait_seconds it waits for the end first, which is better than asking again and again. Changes nothing.",
     hints: LOOKS,
-    confirmed: Confirmed::No,
     scope: Scope::Read,
     takes: schema::arguments::<Get>,
     gives: schema::answer::<Job>,
@@ -71,7 +70,6 @@ pub const CANCEL: Tool = Tool {
         end, and the job is done then. Use it when the result is not wanted any more. A job that has ended stays as it is. The \
         answer is the job as it stands at that moment. Next: job_get tells how it has ended.",
     hints: DESTROYS,
-    confirmed: Confirmed::No,
     scope: Scope::Run,
     takes: schema::arguments::<Cancel>,
     gives: schema::answer::<Job>,

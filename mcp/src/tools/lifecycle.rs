@@ -3,11 +3,12 @@
 use nido_vmm::api::{Scope, SpawnRequest, StartRequest, StopRequest, VmInfo, VmSpec};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
+use nido_vmm::nido::BegunVm;
 use nido_vmm::state::VmState;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{ADDS, Confirmed, Hints, Tool, arguments, field};
+use super::{ADDS, Hints, Tool, arguments, field};
 use crate::answer::Done;
 use crate::call::Call;
 use crate::leases::Key;
@@ -22,16 +23,15 @@ pub const SPAWN: Tool = Tool {
     name: "vm_spawn",
     title: "Make and start a VM",
     about: "Makes a virtual machine from a template, starts it and waits until commands can be run in it. Use it whenever a \
-        fresh, isolated machine is needed. Give ttl_ms and ephemeral for a VM that is only needed for this task: it then \
+        fresh, isolated machine is needed. Give ttl_seconds and ephemeral for a VM that is only needed for this task: it then \
         belongs to this session, and is removed with it, or before when its time is up. Calling again with the same name and the same request answers with the VM that is there; a name \
         that is taken by a different VM is an error. If the start fails or the call is cancelled, nothing is left. Takes \
         from a few milliseconds (a pool or a saved guest) to a minute (a cold boot under emulation). The answer has \
         expires_at, lease if it belongs to the session, and in timings how long it took. Next: vm_exec, vm_upload; at the end vm_delete.",
     hints: ADDS,
-    confirmed: Confirmed::No,
     scope: Scope::Run,
     takes: || without(&SPAWN_DOES),
-    gives: schema::answer_or_job::<VmInfo>,
+    gives: schema::vm_or_job,
     run: |call, given| Box::pin(async move { spawn(&call, given).await }),
 };
 
@@ -39,8 +39,8 @@ pub const SPAWN: Tool = Tool {
 const OF_A_VM: [(&str, &str); 15] = [
     ("name", "Its name: 1 to 63 of a-z, 0-9 and '-'. Unique on this host."),
     ("template", "The template it is made from; template_list tells which there are."),
-    ("cpus", "Virtual CPUs; 1 if absent."),
-    ("memory_mib", "Memory in MiB; 512 if absent."),
+    ("cpus", "Virtual CPUs, at most the host's own; 1 if absent."),
+    ("memory_mib", "Memory in MiB, less than the host's own; 512 if absent."),
     ("disk_bytes", "Size of its disk in bytes; the template's if absent. Cannot be smaller than that."),
     (
         "net",
@@ -50,24 +50,24 @@ const OF_A_VM: [(&str, &str); 15] = [
     ("accel", "kvm or tcg (emulation, slow). Leave it out: KVM is used where it works."),
     ("nested", "Let the guest run VMs of its own."),
     ("require_isolation", "Refuse to run where there is no hardware isolation (KVM)."),
-    ("forwards", "Ports of the guest published on this host's loopback."),
+    ("forwards", "Ports of the guest published on this host, on its loopback if host is absent."),
     (
-        "ttl_ms",
-        "Longest life after a start, in milliseconds; then it is stopped, and removed if ephemeral. No limit if absent.",
+        "ttl_seconds",
+        "Longest life after a start, in seconds; then it is stopped, and removed if ephemeral. No limit if absent.",
     ),
-    ("idle_ms", "Longest time without a command, a copy or a connection, in milliseconds; then as for ttl_ms."),
+    ("idle_seconds", "Longest time without a command, a copy or a connection, in seconds; then as for ttl_seconds."),
     (
         "ephemeral",
         "A throw-away VM: it is removed, disk and all, when it stops, when its time is up, and when this session (or the \
-         server) ends. Where the protocol has no sessions (2026-07-28 over HTTP), ttl_ms is 3600000 unless it is given.",
+         server) ends. Where the protocol has no sessions (2026-07-28 over HTTP), ttl_seconds is 3600 unless it is given.",
     ),
     ("labels", "Free labels, at most 64; vm_ls finds VMs by them."),
 ];
 
 /// What vm_spawn does always.
-const SPAWN_DOES: [&str; 2] = ["start", "wait"];
+pub const SPAWN_DOES: [&str; 2] = ["start", "wait"];
 /// What vm_create never does.
-const CREATE_NEVER_DOES: [&str; 4] = ["start", "wait", "path", "start_timeout_ms"];
+pub const CREATE_NEVER_DOES: [&str; 4] = ["start", "wait", "path", "start_timeout_ms"];
 
 /// The arguments of a new VM, without those that make no sense for the tool.
 fn without(left_out: &[&str]) -> Value {
@@ -119,17 +119,14 @@ fn made(call: &Call, vm: &VmInfo) -> Result<Done> {
 async fn spawn(call: &Call, given: Value) -> Result<Done> {
     let (spec, start) = request(call, given, &SPAWN_DOES)?;
     let nido = call.nido().await?;
-    let (name, mut begun) = (spec.name.clone(), false);
-    let mut tell = |stage| {
-        // Told only when the name is ours.
-        begun = true;
-        call.progress.stage(stage);
-    };
-    let spawned = call.unless_cancelled(nido.spawn(spec.clone(), start, &mut tell)).await;
+    let (name, begun, grant) = (spec.name.clone(), BegunVm::default(), call.grant());
+    let mut tell = |stage| call.progress.stage(stage);
+    let spawning = Box::pin(nido.spawn_tracked(spec.clone(), start, &grant, &begun, &mut tell));
+    let spawned = call.unless_cancelled(spawning).await;
     match spawned {
         Ok(vm) => made(call, &vm),
-        Err(error) if error.code() == Code::Interrupted && begun => {
-            remove(call, &name).await;
+        Err(error) if error.code() == Code::Interrupted => {
+            remove(call, &begun).await;
             Err(error)
         }
         Err(error) if error.code() == Code::VmExists && nido.spec(&name).is_ok_and(|there| there == spec) => {
@@ -151,16 +148,23 @@ async fn spawn(call: &Call, given: Value) -> Result<Done> {
                 VmState::Stopping => Err(error),
             }
         }
+        // It was removed: what the error says about it must not lead back to it.
+        Err(error) if begun.id().is_some() && error.code() != Code::VmExists => {
+            call.next_step(
+                "nothing is left of the VM: call vm_spawn again, with a longer start_timeout_seconds if the guest was slow, or \
+                 with path cold if a saved guest did not come up; if it fails again, tell the user what the message says",
+            );
+            let hint = "its log went with it; log_tail holds the last lines, if it wrote any";
+            Err(error.hint(hint))
+        }
         Err(error) => Err(error),
     }
 }
 
 /// Removes what was begun. Nothing half-made stays.
-async fn remove(call: &Call, name: &VmName) {
-    if let Err(error) = call.app.unsettled().delete(name, true).await
-        && error.code() != Code::VmNotFound
-    {
-        tracing::error!("VM {name} was begun and could not be removed: {error}");
+async fn remove(call: &Call, begun: &BegunVm) {
+    if let Err(error) = call.app.unsettled().undo(begun).await {
+        tracing::error!("VM {} was begun and could not be removed: {error}", begun.id().unwrap_or_default());
     }
 }
 
@@ -171,10 +175,9 @@ pub const CREATE: Tool = Tool {
         runs; for a VM that is to be used now, vm_spawn does both in one. Calling again with the same name and the same \
         request answers with the VM that is there. Uses disk space only when it is started. Next: vm_start.",
     hints: ADDS,
-    confirmed: Confirmed::No,
     scope: Scope::Run,
     takes: || without(&CREATE_NEVER_DOES),
-    gives: schema::answer_or_job::<VmInfo>,
+    gives: schema::vm_or_job,
     run: |call, given| Box::pin(async move { create(&call, given).await }),
 };
 
@@ -183,7 +186,7 @@ async fn create(call: &Call, given: Value) -> Result<Done> {
     let nido = call.nido().await?;
     let name = spec.name.clone();
     call.progress.tell(1.0, Some(2.0), "preparing disk and configuration");
-    match nido.create(spec.clone()).await {
+    match nido.create(spec.clone(), &call.grant()).await {
         Ok(vm) => {
             call.progress.tell(2.0, Some(2.0), "made");
             made(call, &vm)
@@ -203,10 +206,9 @@ pub const START: Tool = Tool {
         is as it was left. One that is paused runs on where it was. One that runs already is answered as it is. To make a \
         new VM use vm_spawn. Takes from a few milliseconds to a minute. Next: vm_exec.",
     hints: Hints { read_only: false, destructive: false, idempotent: true, open_world: false },
-    confirmed: Confirmed::No,
     scope: Scope::Run,
     takes: schema::arguments::<Start>,
-    gives: schema::answer_or_job::<VmInfo>,
+    gives: schema::vm_or_job,
     run: |call, given| Box::pin(async move { start(&call, arguments(given)?).await }),
 };
 
@@ -240,10 +242,9 @@ pub const STOP: Tool = Tool {
         vm_start starts it again. One made ephemeral is gone afterwards, disk and all: the user may be asked first if it is not \
         yours. One that does not run is answered as it is. To get rid of a VM use vm_delete. Next: vm_start or vm_delete.",
     hints: Hints { read_only: false, destructive: true, idempotent: true, open_world: false },
-    confirmed: Confirmed::OfThrowAway,
     scope: Scope::Run,
     takes: schema::arguments::<Stop>,
-    gives: schema::answer_or_job::<VmInfo>,
+    gives: schema::vm_or_job,
     run: |call, given| Box::pin(async move { stop(&call, arguments(given)?).await }),
 };
 
@@ -256,7 +257,7 @@ struct Stop {
     /// Pull the plug at once. What the guest has not written to its disk is lost.
     #[serde(default)]
     force: bool,
-    /// How long an orderly power-off may take before the plug is pulled, in milliseconds; 30000 if absent.
+    /// How long an orderly power-off may take before the plug is pulled, in milliseconds; half a minute if absent.
     #[serde(default)]
     timeout_ms: Option<u64>,
     /// The approval_id of an earlier answer approval_required, once the user has approved it. Else leave it out.

@@ -1,7 +1,7 @@
 //! The tools, one file per noun. A tool parses, calls the core, answers.
 
 mod exec;
-mod files;
+pub(crate) mod files;
 #[cfg(test)]
 mod golden;
 mod jobs;
@@ -14,9 +14,10 @@ mod vms;
 use futures::future::BoxFuture;
 use nido_vmm::api::Scope;
 use nido_vmm::error::{Code, Error, Result};
-use rmcp::model::{Tool as Described, ToolAnnotations};
+use nido_vmm::policy::Policy;
+use rmcp::model::{MetaObject, Tool as Described, ToolAnnotations};
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::answer::{Done, plain};
 use crate::app::{Principal, Settings};
@@ -42,6 +43,9 @@ pub const ALL: [&Tool; 16] = [
     &jobs::CANCEL,
 ];
 
+/// The key of a tool's `_meta` under which the annotations of the specification are.
+const ANNOTATIONS: &str = "vmops/annotations";
+
 /// One tool.
 #[derive(Debug)]
 pub struct Tool {
@@ -53,8 +57,6 @@ pub struct Tool {
     pub about: &'static str,
     /// What a client may assume.
     pub hints: Hints,
-    /// Whether a person has to confirm it.
-    pub confirmed: Confirmed,
     /// What a caller needs.
     pub scope: Scope,
     /// The schema of its arguments.
@@ -63,17 +65,6 @@ pub struct Tool {
     pub gives: fn() -> Value,
     /// Does it.
     pub(crate) run: fn(Call, Value) -> BoxFuture<'static, Result<Done>>,
-}
-
-/// Whether a person has to confirm a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Confirmed {
-    /// No: nothing is lost that cannot be had again.
-    No,
-    /// Yes: the VM, or what it has become, is gone afterwards.
-    Yes,
-    /// Of a throw-away VM: it would be gone afterwards. Of others nothing is lost.
-    OfThrowAway,
 }
 
 /// What a client may assume. Advice: nothing that matters depends on it.
@@ -105,15 +96,58 @@ impl Tool {
             _ => Map::new(),
         };
         let Hints { read_only, destructive, idempotent, open_world } = self.hints;
-        let hints = ToolAnnotations::with_title(self.title)
+        let hints = ToolAnnotations::default()
             .read_only(read_only)
             .destructive(destructive)
             .idempotent(idempotent)
             .open_world(open_world);
+        let words = MetaObject(object(json!({ ANNOTATIONS: self.words() })));
         Described::new(self.name, self.about, object((self.takes)()))
             .with_title(self.title)
             .with_raw_output_schema(object((self.gives)()).into())
             .with_annotations(hints)
+            .with_meta(words)
+    }
+
+    /// The annotations of nido's specification, which MCP does not know.
+    fn words(&self) -> &'static [&'static str] {
+        match self.name {
+            "vm_delete" | "vm_restore" => &["destructive", "confirmation_required"],
+            "vm_spawn" | "template_create" => &["long_running"],
+            "vm_exec" => &["potentially_dangerous"],
+            "job_cancel" => &["destructive"],
+            _ => &["safe"],
+        }
+    }
+
+    /// Arguments that it does not have, and explains why.
+    pub(crate) fn explains(&self) -> &'static [&'static str] {
+        match self.name {
+            "vm_spawn" => &lifecycle::SPAWN_DOES,
+            "vm_create" => &lifecycle::CREATE_NEVER_DOES,
+            _ => &[],
+        }
+    }
+
+    /// The same on a server with this policy: which commands may be run is no secret to whoever has to choose one.
+    pub(crate) fn described_under(&self, policy: &Policy) -> Described {
+        let mut described = self.described();
+        let Some(allowed) = policy.summary().filter(|_| self.name == exec::EXEC.name) else { return described };
+        let words = format!(
+            "{} This server allows only these commands (* is any part of one word, ** are further words without options, -** \
+             any further words): {}.",
+            self.about,
+            plain(&allowed)
+        );
+        described.description = Some(words.into());
+        if policy.refuses_shell() {
+            let mut schema = (*described.input_schema).clone();
+            if let Some(Value::Object(properties)) = schema.get_mut("properties") {
+                properties.remove("command");
+            }
+            described.input_schema = schema.into();
+        }
+        described
     }
 
     /// Why this caller may not use it here; the reason is a word for the audit log.
@@ -130,6 +164,25 @@ impl Tool {
             return Some(("scope", format!("{name} takes a token of the scope {}", self.scope.word())));
         }
         None
+    }
+}
+
+/// Whether this caller may use the tool of that name here. What resources and prompts show goes the same way.
+pub(crate) fn is_offered(name: &str, settings: &Settings, principal: &Principal) -> bool {
+    find(name).is_some_and(|tool| tool.refused(settings, principal).is_none())
+}
+
+/// What is said of the argument of the same name.
+pub const APPROVAL_ID: &str =
+    "The approval_id of an earlier answer approval_required, once the user has approved it. Else leave it out.";
+
+/// What would refuse a call at once, so that nobody is asked about what cannot be done.
+pub(crate) async fn admitted(call: &Call, tool: &Tool, given: &Value) -> Result<()> {
+    match tool.name {
+        "vm_exec" => exec::admitted(call, given.clone()).await,
+        "vm_upload" => files::upload_admitted(call, arguments(given.clone())?).await,
+        "vm_download" => files::download_admitted(call, arguments(given.clone())?).await,
+        _ => Ok(()),
     }
 }
 

@@ -1,11 +1,11 @@
 //! Snapshots: a VM as it was at one moment, and back.
 
-use nido_vmm::api::{RestoreRequest, Scope, SnapshotInfo, VmInfo};
+use nido_vmm::api::{RestoreRequest, Scope, SnapshotInfo};
 use nido_vmm::error::Result;
 use nido_vmm::name::{SnapshotName, VmName};
 use serde::Deserialize;
 
-use super::{ADDS, Confirmed, DESTROYS, Tool, arguments};
+use super::{ADDS, DESTROYS, Tool, arguments};
 use crate::answer::Done;
 use crate::call::Call;
 use crate::schema;
@@ -18,7 +18,6 @@ pub const SNAPSHOT: Tool = Tool {
         host's disk as the VM has memory. To start other VMs from its disk use template_create. Next: vm_restore goes back \
         to it.",
     hints: ADDS,
-    confirmed: Confirmed::No,
     scope: Scope::Run,
     takes: schema::arguments::<Take>,
     gives: schema::answer_or_job::<SnapshotInfo>,
@@ -36,7 +35,7 @@ struct Take {
 }
 
 async fn take(call: &Call, asked: Take) -> Result<Done> {
-    Done::new(&call.nido().await?.snapshot_create(&asked.name, &asked.snapshot).await?)
+    Done::new(&call.nido().await?.snapshot_create(call.which(&asked.name), &asked.snapshot).await?)
 }
 
 pub const RESTORE: Tool = Tool {
@@ -44,12 +43,11 @@ pub const RESTORE: Tool = Tool {
     title: "Go back to a snapshot",
     about: "Makes a virtual machine what it was when the snapshot was taken. What it has done since is lost and cannot be \
         fetched any more: fetch what is still needed with vm_download first. A snapshot of a VM that ran goes on where it \
-        was; with disk_only the disk is taken back and the VM stays stopped. The snapshot stays. The user may be asked first. Next: vm_exec.",
+        was; with disk_only the disk is taken back and the VM does not run. The snapshot stays. The user may be asked first. Next: vm_exec.",
     hints: DESTROYS,
-    confirmed: Confirmed::Yes,
     scope: Scope::Run,
     takes: schema::arguments::<Restore>,
-    gives: schema::answer_or_job::<VmInfo>,
+    gives: schema::vm_or_job,
     run: |call, given| Box::pin(async move { restore(&call, arguments(given)?).await }),
 };
 

@@ -6,7 +6,7 @@ use nido_vmm::name::{TemplateName, VmName};
 use serde::{Deserialize, Serialize};
 
 use super::page::{Wanted, page};
-use super::{ADDS, Confirmed, LOOKS, Tool, arguments};
+use super::{ADDS, LOOKS, Tool, arguments};
 use crate::answer::{Done, plain};
 use crate::call::Call;
 use crate::schema;
@@ -18,7 +18,6 @@ pub const LIST: Tool = Tool {
         build more (nido template build NAME). Use it before vm_spawn if it is not known which template fits. Changes \
         nothing. If next_cursor is in the answer, there are more: call again with cursor set to it.",
     hints: LOOKS,
-    confirmed: Confirmed::No,
     scope: Scope::Read,
     takes: schema::arguments::<List>,
     gives: schema::answer::<Page>,
@@ -63,11 +62,10 @@ pub const CREATE: Tool = Tool {
         set, a guest of it is booted once and saved, so that its VMs start quickly; that takes a minute or more. For going \
         back in one VM use vm_snapshot. If it is cancelled, nothing is left. Next: vm_spawn with template set to its name.",
     hints: ADDS,
-    confirmed: Confirmed::No,
     scope: Scope::Admin,
     takes: schema::arguments::<Create>,
     gives: schema::answer_or_job::<BuildResult>,
-    run: |call, given| Box::pin(async move { create(&call, arguments(given)?).await }),
+    run: |call, given| Box::pin(async move { Box::pin(create(&call, arguments(given)?)).await }),
 };
 
 /// Which template is to be made.
@@ -90,5 +88,5 @@ async fn create(call: &Call, asked: Create) -> Result<Done> {
         call.progress.tell(done, Some(total), plain(&step.stage));
     };
     let work = call.nido().await?.template_create(&asked.name, &asked.from, !asked.no_bake, &mut tell);
-    Done::new(&call.unless_cancelled(work).await?)
+    Done::new(&call.unless_cancelled(Box::pin(work)).await?)
 }

@@ -6,7 +6,7 @@ mod process;
 mod pty;
 mod wait;
 
-pub use call::Running;
+pub use call::{Done, Running};
 pub use home::{TestHome, Vm, Who};
 pub use process::{Process, send};
 pub use wait::{PATIENCE, eventually};

@@ -28,7 +28,8 @@ pub struct Ask {
     pub actor: String,
     /// What the client says it is. A claim.
     pub agent: Option<String>,
-    /// The operation's arguments, as they came. What is called `approval_id` at the top does not count.
+    /// The operation's arguments, as they came. What is called `approval_id` at the top does not count, nor what is `null` or
+    /// `false` there: it is the same as left out.
     pub arguments: Value,
 }
 
@@ -38,7 +39,12 @@ impl Ask {
     pub fn digest(&self) -> String {
         let counted = match &self.arguments {
             Value::Object(fields) => {
-                fields.iter().filter(|(key, _)| *key != "approval_id").map(|(k, v)| (k.clone(), v.clone())).collect()
+                let counts = |key: &str, value: &Value| {
+                    // What is said by leaving it out is the same as what is not said.
+                    key != "approval_id" && !value.is_null() && *value != Value::Bool(false)
+                };
+                let counted = fields.iter().filter(|(key, value)| counts(key, value));
+                counted.map(|(k, v)| (k.clone(), v.clone())).collect()
             }
             other => Map::from_iter([(String::new(), other.clone())]),
         };
@@ -144,11 +150,14 @@ mod tests {
     fn the_order_of_arguments_does_not_matter_and_everything_else_does() {
         let same = digest(json!({ "name": "web", "deep": { "a": 1, "b": [1, 2] } }));
         assert_eq!(digest(json!({ "deep": { "b": [1, 2], "a": 1 }, "name": "web", "approval_id": "apr_1" })), same);
+        let left_out = json!({ "name": "web", "deep": { "a": 1, "b": [1, 2] }, "force": null, "overwrite": false });
+        assert_eq!(digest(left_out), same, "what is said by leaving it out");
         for other in [
             json!({ "name": "web", "deep": { "a": 1, "b": [2, 1] } }),
             json!({ "name": "web", "deep": { "a": "1", "b": [1, 2] } }),
             json!({ "name": "web", "deep": { "a": 1, "b": [1, 2], "approval_id": "x" } }),
-            json!({ "name": "web", "deep": { "a": 1, "b": [1, 2] }, "force": null }),
+            json!({ "name": "web", "deep": { "a": 1, "b": [1, 2] }, "force": true }),
+            json!({ "name": "web", "deep": { "a": 1, "b": [1, 2], "force": null } }),
             json!([{ "name": "web" }]),
             Value::Null,
         ] {

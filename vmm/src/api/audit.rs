@@ -6,22 +6,36 @@ use serde::{Deserialize, Serialize};
 use crate::audit::Face;
 use crate::name::VmName;
 
+/// Which of the two logs a line is in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AuditLog {
+    /// What changes something, reaches into a guest, or was refused.
+    #[default]
+    Acts,
+    /// What changes nothing.
+    Reads,
+}
+
 /// One line of the audit log. Bytes that are no text are shown as `\xNN`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditRecord {
-    /// The line's number. Grows by one with every line.
+    /// The log it is in.
+    #[serde(default)]
+    pub log: AuditLog,
+    /// The line's number in that log. Grows by one with every line.
     pub seq: u64,
     /// When, to the second.
     pub time: Timestamp,
     /// Which face was asked.
     pub face: Face,
-    /// Who really called: `uid:1000`, `token:ci`.
+    /// Who really called: `uid:1000`, `token:ci#ID`.
     pub actor: String,
     /// What the client says it is. A claim.
     pub agent: Option<String>,
     /// The operation, for example `vm_exec`.
     pub tool: String,
-    /// Its arguments, redacted; those that were too long as `sha256`, `bytes` and `head`.
+    /// Its arguments, redacted; of those that were too long both ends, with `cut: {bytes, sha256}`.
     pub params: serde_json::Value,
     /// `attempt` or `outcome`.
     pub stage: String,
@@ -39,6 +53,8 @@ pub struct AuditRecord {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuditFilter {
+    /// Of this log; of both if absent, unless [`Self::after`] is given, which then counts the lines of `acts`.
+    pub log: Option<AuditLog>,
     /// Those of this time and later.
     pub since: Option<Timestamp>,
     /// Of this operation.
@@ -51,6 +67,10 @@ pub struct AuditFilter {
     pub vm: Option<VmName>,
     /// Only so many, the last ones.
     pub tail: Option<usize>,
+    /// Only those behind this number, the first ones: at most [`Self::limit`].
+    pub after: Option<u64>,
+    /// How many lines behind [`Self::after`]; all if absent.
+    pub limit: Option<usize>,
 }
 
 impl AuditFilter {
@@ -59,6 +79,7 @@ impl AuditFilter {
     pub fn wants(&self, record: &AuditRecord) -> bool {
         let is = |wanted: &Option<String>, what: &str| wanted.as_deref().is_none_or(|wanted| wanted == what);
         self.since.is_none_or(|since| record.time >= since)
+            && self.after.is_none_or(|after| record.seq > after)
             && is(&self.tool, &record.tool)
             && is(&self.actor, &record.actor)
             && is(&self.result, &record.result)
@@ -82,6 +103,10 @@ fn names(params: &serde_json::Value, vm: &str) -> bool {
 pub struct AuditList {
     /// Them.
     pub records: Vec<AuditRecord>,
+    /// There are more: the `cursor` of the next page.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
+    pub next_cursor: Option<u64>,
     /// How many lines nido cannot have written; [`crate::nido::Nido::audit_verify`] says where the first is.
     pub damaged: u64,
 }
@@ -103,6 +128,10 @@ pub struct AuditVerdict {
     pub chain: Option<String>,
     /// The last line is begun and not ended: its writer was killed. The next one takes it away.
     pub half_line: bool,
+    /// The log of what changes nothing; everything above is about the one of what does.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(nullable = false)]
+    pub reads: Option<AuditReads>,
     /// The checkpoint that was compared.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
@@ -111,6 +140,21 @@ pub struct AuditVerdict {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub trouble: Option<AuditTrouble>,
+}
+
+/// What was looked at of the log of what changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct AuditReads {
+    /// How many files there are.
+    pub files: u64,
+    /// How many lines were looked at.
+    pub lines: u64,
+    /// The first number that is kept.
+    pub first_seq: Option<u64>,
+    /// The last number.
+    pub last_seq: Option<u64>,
+    /// The last line is begun and not ended.
+    pub half_line: bool,
 }
 
 /// What is wrong with an audit log.

@@ -13,10 +13,14 @@ pub struct UploadRequest {
     pub source: UploadSource,
     /// Where to, in the guest. An existing directory takes the copy under the source's name.
     pub destination: Vec<u8>,
-    /// Who shall own the copy in the guest; root if absent.
+    /// Who shall own the copy in the guest. If absent, a file that exists keeps its owner, and what is new is root's.
     pub user: Option<String>,
     /// Make missing parent directories.
     pub parents: bool,
+    /// Keep owners, by number, and modes, also of files that exist.
+    pub preserve: bool,
+    /// A file that exists takes the mode of [`UploadSource::Stream`]; without this it keeps its own.
+    pub set_mode: bool,
 }
 
 /// What an upload reads.
@@ -28,12 +32,17 @@ pub enum UploadSource {
     Stream {
         /// Where they come from.
         file: File,
-        /// Its permission bits in the guest.
+        /// Its permission bits in the guest, if it is new there.
         mode: u16,
     },
     /// An open directory of the host, read through it and nothing else: what is in it goes into the destination, which is made if
     /// it is not there. Symlinks in it are copied as they are.
-    Directory(OwnedFd),
+    Directory {
+        /// It.
+        fd: OwnedFd,
+        /// Whether names that begin with a dot are copied, too.
+        hidden: bool,
+    },
     /// A tar archive: a pipe, a socket, an open file. It is unpacked into the destination, which is made if it is not there;
     /// owners are left out, modes masked to the nine permission bits, devices and pipes skipped.
     Archive(File),
@@ -48,6 +57,8 @@ pub struct DownloadRequest {
     pub destination: DownloadTarget,
     /// Replace what exists.
     pub overwrite: bool,
+    /// Keep owners, by number and where this user may give files away, and modes past the umask.
+    pub preserve: bool,
     /// Give up when there are more bytes of files than this; 64 GiB if absent.
     pub max_bytes: Option<u64>,
 }
@@ -61,6 +72,8 @@ pub enum DownloadTarget {
     Stream(File),
     /// The same for a directory, or a file: a tar archive, its entries called `./PATH`.
     Archive(File),
+    /// The bytes of a file, or a tar archive of a directory.
+    FileOrArchive(File),
 }
 
 /// How far a copy has come.
@@ -74,6 +87,15 @@ pub struct CopyProgress {
     pub total_bytes: Option<u64>,
 }
 
+/// An entry that could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct UnreadableEntry {
+    /// Its path on the side that was read. Lossy where it is not UTF-8.
+    pub path: String,
+    /// What the operating system says.
+    pub reason: String,
+}
+
 /// What was copied.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct CopyResult {
@@ -83,6 +105,12 @@ pub struct CopyResult {
     pub bytes: u64,
     /// Things left out: sockets, devices, pipes.
     pub skipped: u64,
+    /// How many entries could not be read, and are missing from the copy.
+    #[serde(default)]
+    pub unreadable: u64,
+    /// The first hundred of them.
+    #[serde(default)]
+    pub unreadable_entries: Vec<UnreadableEntry>,
     /// Where the copy is. Lossy where the path is not UTF-8.
     pub path: String,
     /// How long it took.

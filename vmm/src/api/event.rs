@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::Timings;
 use crate::error::{Code, Error};
 use crate::name::{SnapshotName, TemplateName, VmName};
-use crate::state::FailureCause;
+use crate::state::{FailureCause, StateCause};
 
 /// What happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -158,7 +158,11 @@ pub struct EventDetails {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub cause: Option<FailureCause>,
-    /// Of a crash: the cause, in a sentence.
+    /// Of a pause or a stop: the cause, for programs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub status_cause: Option<StateCause>,
+    /// The cause of a crash, a pause or a stop in a sentence; absent if a user asked for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub message: Option<String>,
@@ -201,6 +205,13 @@ pub struct EventsRequest {
 }
 
 impl EventsRequest {
+    /// Whether events that this cursor has not seen are gone, or never were: it is older than `oldest`, the first that is kept,
+    /// or newer than `last`, the last one. 0 is the beginning, wherever that is.
+    #[must_use]
+    pub const fn gap(&self, oldest: u64, last: u64) -> bool {
+        self.since != 0 && (self.since.saturating_add(1) < oldest || self.since > last)
+    }
+
     /// Whether an event is among those asked for.
     #[must_use]
     pub fn wants(&self, event: &Event) -> bool {
@@ -217,4 +228,6 @@ pub struct EventList {
     pub events: Vec<Event>,
     /// To go on from here.
     pub cursor: u64,
+    /// The first event that is still kept; the next one that comes if there is none. Older cursors are `cursor_expired`.
+    pub oldest: u64,
 }

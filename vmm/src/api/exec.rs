@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use base64::Engine as _;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Code, Error};
 
@@ -19,7 +19,7 @@ pub struct ExecRequest {
     pub env: Vec<Vec<u8>>,
     /// Working directory; the user's home if absent.
     pub directory: Option<Vec<u8>>,
-    /// Name or numeric id; root if absent.
+    /// USER, USER:GROUP or :GROUP, each a name or a number; root if absent.
     pub user: Option<String>,
     /// Whether standard input will be sent.
     pub stdin: bool,
@@ -35,31 +35,25 @@ pub struct ExecRequest {
 #[derive(Debug, Default, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExecBody {
-    /// Program and arguments, passed on as they are: no shell is in between.
-    #[serde(deserialize_with = "given")]
+    /// Program and arguments, passed on as they are: no shell is in between. Either this or `command`.
     pub argv: Option<Vec<String>>,
-    /// Instead of that a line for the guest's `sh -c`.
-    #[serde(deserialize_with = "given")]
+    /// Instead of `argv` a line for the guest's `sh -c`.
     pub command: Option<String>,
     /// Environment on top of the user's own.
     pub env: BTreeMap<String, String>,
     /// Working directory; the user's home if absent.
     pub directory: Option<String>,
-    /// Name or numeric id; root if absent.
+    /// USER, USER:GROUP or :GROUP, each a name or a number; root if absent.
     pub user: Option<String>,
-    /// Its standard input, as text.
-    #[serde(deserialize_with = "given")]
+    /// Its standard input, as text. Either this or `stdin_base64`, if any.
     pub stdin: Option<String>,
     /// Its standard input, as base64.
-    #[serde(deserialize_with = "given")]
     pub stdin_base64: Option<String>,
+    /// The same as `timeout_ms` in seconds; one of them.
+    #[schema(ignore)]
+    pub timeout_seconds: Option<u64>,
     /// Kill it and its children after so long, in milliseconds; a minute if absent, 0 is never.
     pub timeout_ms: Option<u64>,
-}
-
-/// What is there is a value, not `null`.
-fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
-    T::deserialize(deserializer).map(Some)
 }
 
 impl ExecBody {
@@ -93,13 +87,18 @@ impl ExecBody {
             }
             (None, None) => None,
         };
+        let timeout_ms = match (self.timeout_seconds, self.timeout_ms) {
+            (Some(_), Some(_)) => return Err(bad("timeout_ms: timeout_seconds is given as well; one of them")),
+            (Some(seconds), None) => seconds.saturating_mul(1000),
+            (None, ms) => ms.unwrap_or(TIMEOUT_MS),
+        };
         let request = ExecRequest {
             argv: argv.into_iter().map(String::into_bytes).collect(),
             env: self.env.into_iter().map(variable).collect::<Result<_, Error>>()?,
             directory: self.directory.map(String::into_bytes),
             user: self.user,
             stdin: stdin.is_some(),
-            timeout_ms: Some(self.timeout_ms.unwrap_or(TIMEOUT_MS)).filter(|ms| *ms > 0),
+            timeout_ms: Some(timeout_ms).filter(|ms| *ms > 0),
             ..ExecRequest::default()
         };
         Ok((request, stdin.unwrap_or_default()))
@@ -209,8 +208,29 @@ impl Collected {
             ExecEvent::Started(_) | ExecEvent::Exited(_) => return,
         };
         let room = self.limit - piece.bytes.len();
+        // Behind a gap nothing is added: it would look like what came next.
+        let room = if piece.truncated { 0 } else { room };
         piece.truncated |= bytes.len() > room;
         piece.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
+    }
+
+    /// How many of these bytes would be kept.
+    #[must_use]
+    pub fn room(&self, event: &ExecEvent) -> usize {
+        match event {
+            ExecEvent::Stdout(bytes) => bytes.len().min(self.limit - self.out.bytes.len()),
+            ExecEvent::Stderr(bytes) => bytes.len().min(self.limit - self.err.bytes.len()),
+            ExecEvent::Started(_) | ExecEvent::Exited(_) => 0,
+        }
+    }
+
+    /// Leaves out what the command has said.
+    pub fn cut(&mut self, event: &ExecEvent) {
+        match event {
+            ExecEvent::Stdout(bytes) => self.out.truncated |= !bytes.is_empty(),
+            ExecEvent::Stderr(bytes) => self.err.truncated |= !bytes.is_empty(),
+            ExecEvent::Started(_) | ExecEvent::Exited(_) => {}
+        }
     }
 
     /// The whole of it, when the command has ended.
@@ -265,5 +285,19 @@ mod tests {
         assert!(!collect(3, &[b"abc"]).truncated.stdout);
         let cut = collect(3, &[b"ab", "é".as_bytes()]);
         assert_eq!((cut.stdout.as_deref(), cut.truncated.stdout, cut.truncated.stderr), (Some("ab"), true, false));
+    }
+
+    // The specification's name for it was an unknown field.
+    #[test]
+    fn a_timeout_is_given_in_seconds_or_in_milliseconds() {
+        let timeout = |text: &str| {
+            let body: ExecBody = serde_json::from_str(text).unwrap();
+            body.split().map(|(request, _)| request.timeout_ms).map_err(|error| error.code())
+        };
+        assert_eq!(timeout(r#"{"command": "id", "timeout_seconds": 5}"#), Ok(Some(5000)));
+        assert_eq!(timeout(r#"{"command": "id", "timeout_ms": 5}"#), Ok(Some(5)));
+        assert_eq!(timeout(r#"{"command": "id"}"#), Ok(Some(TIMEOUT_MS)));
+        assert_eq!(timeout(r#"{"command": "id", "timeout_seconds": 0}"#), Ok(None));
+        assert_eq!(timeout(r#"{"command": "id", "timeout_seconds": 1, "timeout_ms": 1}"#), Err(Code::SpecInvalid));
     }
 }

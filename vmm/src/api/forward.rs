@@ -16,10 +16,20 @@ pub struct ForwardSpec {
     pub host: IpAddr,
     /// Port of the host; 0 takes a free one when the forward is made.
     #[serde(default)]
+    #[schema(maximum = 65535)]
     pub host_port: u16,
     /// Port in the guest.
     #[serde(deserialize_with = "port")]
+    #[schema(minimum = 1, maximum = 65535)]
     pub guest_port: u16,
+}
+
+impl ForwardSpec {
+    /// Whether both cannot be published at once: the same port of the same address.
+    #[must_use]
+    pub fn collides(&self, other: &Self) -> bool {
+        self.host_port != 0 && (self.host, self.host_port) == (other.host, other.host_port)
+    }
 }
 
 const fn loopback() -> IpAddr {
@@ -59,7 +69,8 @@ impl FromStr for ForwardSpec {
             None => loopback(),
             Some(address) => {
                 let bare = address.strip_prefix('[').and_then(|a| a.strip_suffix(']')).unwrap_or(address);
-                bare.parse().map_err(|_| wrong())?
+                // A name that means the same everywhere.
+                if bare == "localhost" { loopback() } else { bare.parse().map_err(|_| wrong())? }
             }
         };
         if guest_port == 0 {
@@ -91,6 +102,7 @@ mod tests {
             ("8080:80", "127.0.0.1:8080:80"),
             ("0.0.0.0:8080:80", "0.0.0.0:8080:80"),
             ("[::1]:8080:80", "[::1]:8080:80"),
+            ("localhost:8080:80", "127.0.0.1:8080:80"),
         ] {
             assert_eq!(text.parse::<ForwardSpec>().unwrap().to_string(), shown);
         }

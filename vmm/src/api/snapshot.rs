@@ -18,6 +18,10 @@ pub struct SnapshotInfo {
     pub running: bool,
     /// Bytes on the host's disk.
     pub size_bytes: u64,
+    /// Why it cannot be restored, if it is damaged; it can be deleted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub damaged: Option<String>,
 }
 
 /// The answer of a list of snapshots.

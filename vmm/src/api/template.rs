@@ -117,6 +117,9 @@ pub struct BakeResult {
 pub struct TemplateList {
     /// Templates that stand ready, by name.
     pub templates: Vec<TemplateInfo>,
+    /// Templates whose manifest cannot be read, one sentence each; absent if there is none. They can be deleted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub damaged: Vec<String>,
     /// Names of recipes that can be built.
     pub recipes: Vec<String>,
 }

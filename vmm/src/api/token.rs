@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::Limits;
 use crate::error::{Code, Error};
 
 /// What a token is good for. Each holds what those before it hold.
@@ -96,6 +97,9 @@ pub struct TokenRequest {
     /// How long it is good, in milliseconds; for ever if absent.
     #[serde(default)]
     pub expires_in_ms: Option<u64>,
+    /// What VMs may be that are made with it.
+    #[serde(default)]
+    pub limits: Limits,
 }
 
 /// What is told about a token.
@@ -113,6 +117,9 @@ pub struct TokenInfo {
     pub created_at: Timestamp,
     /// When it ends.
     pub expires_at: Option<Timestamp>,
+    /// What VMs may be that are made with it.
+    #[serde(default, skip_serializing_if = "Limits::is_none")]
+    pub limits: Limits,
 }
 
 /// A token that was made. Only this answer has it whole: what is kept is a hash.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{ForwardSpec, LeaseId};
 use crate::error::{Code, Error};
 use crate::name::{TemplateName, VmName};
-use crate::state::{FailureCause, VmState};
+use crate::state::{FailureCause, StateCause, VmState};
 
 /// Which machine type is asked for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
@@ -192,7 +192,7 @@ pub struct SpawnRequest {
     pub cpus: u32,
     /// Memory in MiB.
     #[serde(default = "default_memory_mib")]
-    #[schema(minimum = 64)]
+    #[schema(minimum = 128)]
     pub memory_mib: u32,
     /// Size of the disk in bytes; the template's if absent.
     #[serde(default)]
@@ -253,7 +253,7 @@ impl SpawnRequest {
     /// What the VM shall be, and how it is started, if it is.
     #[must_use]
     pub fn split(self) -> (VmSpec, Option<StartRequest>) {
-        let start = StartRequest { wait: self.wait, timeout_ms: self.start_timeout_ms, path: self.path };
+        let start = StartRequest { wait: self.wait, timeout_ms: self.start_timeout_ms, path: self.path, accel: None };
         let spec = VmSpec {
             name: self.name,
             template: self.template,
@@ -287,11 +287,15 @@ pub struct StartRequest {
     /// How the guest comes to life.
     #[serde(default)]
     pub path: PathChoice,
+    /// The accelerator of this start instead of the VM's own. `tcg` is the only way to run a VM without hardware isolation
+    /// that has run with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accel: Option<AccelChoice>,
 }
 
 impl Default for StartRequest {
     fn default() -> Self {
-        Self { wait: true, timeout_ms: None, path: PathChoice::Auto }
+        Self { wait: true, timeout_ms: None, path: PathChoice::Auto, accel: None }
     }
 }
 
@@ -393,6 +397,12 @@ pub struct VmInfo {
     pub id: String,
     /// Its state.
     pub status: VmState,
+    /// Why it is paused or stopped; absent where that is not known, and in other states.
+    #[serde(default)]
+    pub status_cause: Option<StateCause>,
+    /// The cause in a sentence, with what to do about it; absent if a user asked for it.
+    #[serde(default)]
+    pub status_detail: Option<String>,
     /// The template it was made from.
     pub template: TemplateName,
     /// Machine type, once decided.
@@ -413,9 +423,9 @@ pub struct VmInfo {
     pub disk_bytes: u64,
     /// Network.
     pub net: NetChoice,
-    /// The guest's address on its own network. With `nat` it cannot be reached from the host; use forwards.
+    /// An address at which this host reaches the guest: that of its forwards. `null` without one.
     pub ip_address: Option<String>,
-    /// A command that opens an ssh session; absent where the guest has no ssh server.
+    /// A command that opens an ssh session through a forward of the guest's port 22; `null` without one.
     pub ssh_command: Option<String>,
     /// Published ports.
     pub forwards: Vec<ForwardSpec>,
@@ -445,6 +455,10 @@ pub struct VmInfo {
     pub warnings: Vec<String>,
 }
 
+/// The warning of a VM whose guest was not given the time it needed to power off.
+pub const PLUG_PULLED: &str =
+    "the guest did not power off in time, so its plug was pulled: what it had not written to its disk is lost";
+
 /// The guest agent as seen from the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AgentInfo {
@@ -473,13 +487,22 @@ pub struct Timings {
     /// How it came to life.
     pub path: StartPath,
     /// Until QEMU answered on its monitor.
+    #[serde(serialize_with = "in_microseconds")]
     pub qemu_ms: f64,
     /// Until the machine's state was there; for a boot the same as `qemu_ms`.
+    #[serde(serialize_with = "in_microseconds")]
     pub load_ms: f64,
     /// From there until the guest was ready: to the agent's first answer, or the end of its renewal.
+    #[serde(serialize_with = "in_microseconds")]
     pub agent_ms: f64,
     /// All of it.
+    #[serde(serialize_with = "in_microseconds")]
     pub total_ms: f64,
+}
+
+/// Milliseconds with three decimals: what is behind them is the error of floating point.
+fn in_microseconds<S: serde::Serializer>(ms: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64((ms * 1000.0).round() / 1000.0)
 }
 
 /// How a VM came to life.

@@ -20,16 +20,38 @@ pub enum WebhookFormat {
     Standard,
     /// A sentence, as Slack's incoming webhooks take it.
     Slack,
+    /// An alert, as PagerDuty's Events API v2 takes it: a crash triggers one for its VM, the VM's next start or its deletion
+    /// resolves it.
+    PagerDuty,
 }
 
 /// Where Slack's incoming webhooks live.
 const SLACKS_HOSTS: [&str; 2] = ["hooks.slack.com", "hooks.slack-gov.com"];
 
+/// Where PagerDuty's Events API is.
+const PAGERDUTY_HOSTS: [&str; 2] = ["events.pagerduty.com", "events.eu.pagerduty.com"];
+
 impl WebhookFormat {
+    /// Every format.
+    pub const ALL: [Self; 3] = [Self::Standard, Self::Slack, Self::PagerDuty];
+
     /// What a host is usually sent.
     #[must_use]
     pub fn usual_at(host: &str) -> Self {
-        if SLACKS_HOSTS.contains(&host) { Self::Slack } else { Self::Standard }
+        match host {
+            _ if SLACKS_HOSTS.contains(&host) => Self::Slack,
+            _ if PAGERDUTY_HOSTS.contains(&host) => Self::PagerDuty,
+            _ => Self::Standard,
+        }
+    }
+
+    /// The events that an endpoint is sent if none is named; none is all.
+    #[must_use]
+    pub fn usual_events(self) -> Vec<EventKind> {
+        match self {
+            Self::Standard | Self::Slack => Vec::new(),
+            Self::PagerDuty => vec![EventKind::VmStarted, EventKind::VmDeleted, EventKind::VmCrashed],
+        }
     }
 
     /// The word for it.
@@ -38,6 +60,7 @@ impl WebhookFormat {
         match self {
             Self::Standard => "standard",
             Self::Slack => "slack",
+            Self::PagerDuty => "pagerduty",
         }
     }
 }
@@ -46,9 +69,9 @@ impl std::str::FromStr for WebhookFormat {
     type Err = Error;
 
     fn from_str(word: &str) -> Result<Self, Error> {
-        [Self::Standard, Self::Slack].into_iter().find(|format| format.word() == word).ok_or_else(|| {
+        Self::ALL.into_iter().find(|format| format.word() == word).ok_or_else(|| {
             Error::new(Code::WebhookInvalid, format!("there is no format '{}'", word.escape_debug()))
-                .hint("one of standard, slack")
+                .hint("one of standard, slack, pagerduty")
         })
     }
 }
@@ -59,13 +82,15 @@ impl std::str::FromStr for WebhookFormat {
 pub struct WebhookRequest {
     /// Where messages are posted: `https://…`; `http://…` only with `allow_private`. At most 2048 bytes.
     pub url: String,
-    /// The events it is told of; none named is all.
+    /// The events it is told of; none named is all, and for `pagerduty` those that trigger and resolve alerts: `vm.crashed`,
+    /// `vm.started`, `vm.deleted`.
     #[serde(default)]
     pub events: Vec<EventKind>,
-    /// What messages are signed with: `whsec_` and 24 to 64 bytes in base64. Absent: a new one.
+    /// What messages are signed with: `whsec_` and 24 to 64 bytes in base64. Absent: a new one. For `pagerduty` it is needed: the
+    /// integration key of the service, 32 letters and digits.
     #[serde(default, serialize_with = "hidden")]
     pub secret: Option<String>,
-    /// What it is sent. Absent: `slack` where the host is Slack's, `standard` elsewhere.
+    /// What it is sent. Absent: `slack` or `pagerduty` where the host is theirs, `standard` elsewhere.
     #[serde(default)]
     pub format: Option<WebhookFormat>,
     /// Whether it may lie in a private network or on this very host.

@@ -16,6 +16,8 @@ use crate::hex;
 #[derive(Debug)]
 pub struct Check<'a> {
     against: Option<&'a AuditCheckpoint>,
+    /// A line that the store knows.
+    known: Option<(u64, String)>,
     /// The number and the chain of the line before.
     before: Option<(u64, String)>,
     /// The first line that is kept.
@@ -24,6 +26,8 @@ pub struct Check<'a> {
     at_checkpoint: Option<String>,
     /// The hash of the line that the checkpoint calls the first.
     at_head: Option<String>,
+    /// What the store knows is something else.
+    known_differs: bool,
     verdict: AuditVerdict,
 }
 
@@ -38,10 +42,25 @@ impl<'a> Check<'a> {
             last_seq: None,
             chain: None,
             half_line: false,
+            reads: None,
             against: None,
             trouble: None,
         };
-        Self { against, before: None, head: None, at_checkpoint: None, at_head: None, verdict }
+        Self {
+            against,
+            known: None,
+            before: None,
+            head: None,
+            at_checkpoint: None,
+            at_head: None,
+            known_differs: false,
+            verdict,
+        }
+    }
+
+    /// The same, where the store knows this line's number and chain.
+    pub fn with_known(self, known: Option<(u64, String)>) -> Self {
+        Self { known, ..self }
     }
 
     /// The next line, without its end, and whether it has one. `false`: something is wrong, and the rest does not matter.
@@ -86,6 +105,11 @@ impl<'a> Check<'a> {
     fn took(&mut self, line: Line, text: &[u8]) {
         let seq = line.record.seq;
         let sha256 = || hex::encode(&Sha256::digest(text));
+        if let Some((_, chain)) = self.known.take_if(|(known, _)| *known == seq)
+            && chain != line.chain
+        {
+            self.known_differs = true;
+        }
         if self.against.is_some_and(|checkpoint| checkpoint.seq == seq) {
             self.at_checkpoint = Some(line.chain.clone());
         }
@@ -110,12 +134,31 @@ impl<'a> Check<'a> {
 
     /// Behind the last line: the verdict, and the first line that is kept.
     pub fn end(mut self) -> (AuditVerdict, Option<AuditHead>) {
+        if self.verdict.ok
+            && let Some(message) = self.is_missing()
+        {
+            self.wrong(None, None, message);
+        }
         if let (true, Some(checkpoint)) = (self.verdict.ok, self.against)
             && let Some(message) = self.differs(checkpoint)
         {
             self.wrong(None, Some(checkpoint.seq), message);
         }
         (self.verdict, self.head)
+    }
+
+    /// What the log and the store disagree about.
+    fn is_missing(&self) -> Option<String> {
+        if self.known_differs {
+            return Some("the line that the store knows is not the one that is there: the log was written anew".into());
+        }
+        let (known, _) = self.known.as_ref()?;
+        let last = self.verdict.last_seq.unwrap_or(0);
+        // Rotation drops lines only at the beginning.
+        (*known > last).then(|| match last {
+            0 => format!("the log is empty, but {known} lines were written: it was emptied or removed"),
+            _ => format!("the log ends with line {last}, but line {known} was written: its tail was cut off"),
+        })
     }
 
     /// What the log and a checkpoint disagree about.

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //!  mcp-audit.log      the newest lines; whoever writes holds mcp-audit.lock
-//!  mcp-audit.log.1    what came before, up to .9; never written again
+//!  mcp-audit.log.1    what came before, up to .63; never written again
 //! ```
+//! and the same of `mcp-audit-reads.log`, up to `.3`: a chain of its own, for what changes nothing. However much is read, what was done
+//! stays.
 //!
 //! Invariants: whoever is killed at whatever instant leaves whole lines and at most one begun line at the very end, which the
 //! next writer takes away; a line that was waited for is on the disk, and so is every line before it. The first line of
@@ -11,25 +13,26 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-
-use jiff::Timestamp;
 
 use super::line::{Line, NO_CHAIN, Record};
 use super::{failed, word};
 use crate::error::Result;
 use crate::lock::Held;
+use crate::moment;
 
-/// The newest lines.
+/// The newest lines about what changes something, or was refused.
 pub const LOG: &str = "mcp-audit.log";
-/// Held by whoever writes.
-const LOCK: &str = "mcp-audit.lock";
+/// The newest lines about what changes nothing.
+pub const READS: &str = "mcp-audit-reads.log";
 /// When a new file is begun, in bytes.
 const LIMIT_BYTES: u64 = 16 << 20;
-/// How many older files are kept.
-const KEEP: u32 = 9;
+/// How many older files are kept: 1 GiB.
+const KEEP: u32 = 63;
+/// The same of reads: 64 MiB.
+const KEEP_READS: u32 = 3;
 /// How long to wait for other writers, each of whom needs less than a millisecond.
 const LOCK_LIMIT: Duration = Duration::from_secs(10);
 /// How much of a file's end is looked at first.
@@ -41,15 +44,18 @@ pub(super) const ROTATE: &str = "audit_rotate";
 #[derive(Debug, Clone)]
 pub struct Log {
     directory: PathBuf,
+    name: &'static str,
     limit_bytes: u64,
     keep: u32,
 }
 
 /// The end of a file, or of the whole log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Last {
-    seq: u64,
-    chain: String,
+pub struct Last {
+    /// The last line's number.
+    pub seq: u64,
+    /// The chain up to and with it.
+    pub chain: String,
 }
 
 impl Log {
@@ -59,10 +65,16 @@ impl Log {
         Self::with_limits(directory, LIMIT_BYTES, KEEP)
     }
 
+    /// The log of what changes nothing, beside it.
+    #[must_use]
+    pub fn reads(directory: PathBuf) -> Self {
+        Self { name: READS, ..Self::with_limits(directory, LIMIT_BYTES, KEEP_READS) }
+    }
+
     /// As [`Self::at`]: a new file is begun before one gets longer than `limit_bytes`, and `keep` older ones are kept.
     #[must_use]
     pub fn with_limits(directory: PathBuf, limit_bytes: u64, keep: u32) -> Self {
-        Self { directory, limit_bytes, keep }
+        Self { directory, name: LOG, limit_bytes, keep }
     }
 
     /// Where it is.
@@ -71,15 +83,15 @@ impl Log {
         &self.directory
     }
 
-    /// Writes a record, with the time and the next number, and waits until it is on the disk. Returns its number.
+    /// Writes a record, with the time and the next number, and waits until it is on the disk. Returns its number and the chain.
     ///
     /// # Errors
     /// `audit_failed`.
-    pub fn append(&self, record: Record) -> Result<u64> {
-        let (file, seq) = self.write(record)?;
+    pub fn append(&self, record: Record) -> Result<Last> {
+        let (file, last) = self.write(record)?;
         // Others may write meanwhile: this covers their lines, too.
-        file.sync_data().map_err(|e| failed(self.directory.join(LOG).display(), e))?;
-        Ok(seq)
+        file.sync_data().map_err(|e| failed(self.file(0).display(), e))?;
+        Ok(last)
     }
 
     /// As [`Self::append`], but does not wait for the disk: a power cut may take the line, and whatever comes behind it, but
@@ -87,25 +99,26 @@ impl Log {
     ///
     /// # Errors
     /// `audit_failed`.
-    pub fn append_soon(&self, record: Record) -> Result<u64> {
-        self.write(record).map(|(_, seq)| seq)
+    pub fn append_soon(&self, record: Record) -> Result<Last> {
+        self.write(record).map(|(_, last)| last)
     }
 
-    fn write(&self, record: Record) -> Result<(File, u64)> {
+    fn write(&self, record: Record) -> Result<(File, Last)> {
         self.make_directory().map_err(|e| failed(self.directory.display(), e))?;
         let written = self.locked(|| self.append_locked(record));
-        written.map_err(|e| failed(self.directory.join(LOG).display(), e))
+        written.map_err(|e| failed(self.file(0).display(), e))
     }
 
     /// Does something while nobody writes.
     pub(super) fn locked<T>(&self, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let held = Held::take_blocking(&self.directory.join(LOCK), Instant::now() + LOCK_LIMIT)?;
+        let lock = self.directory.join(self.name).with_extension("lock");
+        let held = Held::take_blocking(&lock, Instant::now() + LOCK_LIMIT)?;
         let _held = held.ok_or_else(|| io::Error::new(ErrorKind::TimedOut, "another process does not let go of it"))?;
         act()
     }
 
-    fn make_directory(&self) -> io::Result<()> {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
+    pub(super) fn make_directory(&self) -> io::Result<()> {
+        crate::home::make_private_dir(&self.directory)?;
         let meta = std::fs::metadata(&self.directory)?;
         if meta.uid() != rustix::process::geteuid().as_raw() || meta.mode() & 0o022 != 0 {
             return Err(io::Error::new(
@@ -116,18 +129,18 @@ impl Log {
         Ok(())
     }
 
-    /// Returns the file, which is not synced yet, and the number.
-    fn append_locked(&self, mut record: Record) -> io::Result<(File, u64)> {
-        let path = self.directory.join(LOG);
+    /// Returns the file, which is not synced yet, and where it ends.
+    fn append_locked(&self, mut record: Record) -> io::Result<(File, Last)> {
+        let path = self.file(0);
         let mut file = open(&path)?;
         let (mut length, last) = end(&file)?;
         if length < file.metadata()?.len() {
             file.set_len(length)?;
         }
         let last = last.map_or_else(|| self.last_of_older(), Ok)?;
-        record.time = Timestamp::now();
+        record.time = moment::now();
         record.seq = last.seq + 1;
-        let (mut text, _) = record.render(&last.chain);
+        let (mut text, mut chain) = record.render(&last.chain);
         if length > 0 && length + text.len() as u64 >= self.limit_bytes {
             // Nothing may be on the disk without what comes before it.
             file.sync_data()?;
@@ -135,9 +148,10 @@ impl Log {
             (file, length) = (open(&path)?, 0);
         }
         if length == 0 && last.seq > 0 {
-            let (first, chain) = opening(&record, &last).render(&last.chain);
+            let (first, opened) = opening(&record, &last).render(&last.chain);
             record.seq += 1;
-            text = format!("{first}\n{}", record.render(&chain).0);
+            (text, chain) = record.render(&opened);
+            text = format!("{first}\n{text}");
         }
         text.push('\n');
         if let Err(error) = file.write_all(text.as_bytes()) {
@@ -148,7 +162,7 @@ impl Log {
         if length == 0 {
             File::open(&self.directory)?.sync_all()?;
         }
-        Ok((file, record.seq))
+        Ok((file, Last { seq: record.seq, chain }))
     }
 
     /// Where the older files end.
@@ -176,7 +190,7 @@ impl Log {
         let mut numbers = Vec::new();
         for entry in std::fs::read_dir(&self.directory)? {
             let name = entry?.file_name();
-            let number = name.to_str().and_then(|name| name.strip_prefix(LOG)?.strip_prefix('.')?.parse().ok());
+            let number = name.to_str().and_then(|name| name.strip_prefix(self.name)?.strip_prefix('.')?.parse().ok());
             // Only names that nido gives.
             numbers.extend(number.filter(|n| *n > 0 && self.file(*n).file_name() == Some(&name)));
         }
@@ -192,7 +206,7 @@ impl Log {
     }
 
     fn file(&self, number: u32) -> PathBuf {
-        self.directory.join(if number == 0 { LOG.to_owned() } else { format!("{LOG}.{number}") })
+        self.directory.join(if number == 0 { self.name.to_owned() } else { format!("{}.{number}", self.name) })
     }
 }
 

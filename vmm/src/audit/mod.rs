@@ -10,7 +10,9 @@
 //!
 //!  line.rs    a line: rendered, parsed, chained          [pure]
 //!  redact.rs  what of the arguments may be written down  [pure]
-//!  log.rs     the files: appended to, mended, rotated
+//!  log.rs     the files: appended to, mended, rotated; two logs, one for what changes something, one for what is only read
+//!  whole.rs   arguments that are too long for a line
+//!  repeats.rs reads that repeat are counted
 //!  read.rs    the files: read
 //!  check.rs   whether lines hang together                [pure]
 //!  checkpoint.rs  a signed statement about the last line, to be kept elsewhere
@@ -24,15 +26,20 @@ pub mod line;
 pub mod log;
 pub(crate) mod read;
 pub mod redact;
+pub(crate) mod repeats;
 #[cfg(test)]
 mod tests;
+mod whole;
+
+use std::time::Instant;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use self::line::Record;
-use self::log::Log;
-use crate::error::{Error, Result};
+use self::log::{Last, Log};
+use self::repeats::Repeats;
+use crate::error::{Code, Error, Result};
 use crate::text::head;
 
 /// The longest text of any kind but arguments, in bytes; more is cut off.
@@ -71,7 +78,7 @@ impl Face {
 pub struct Caller {
     /// Which face was asked.
     pub face: Face,
-    /// Who really called: `uid:1000` by peer credentials, `token:ci` by a token's name.
+    /// Who really called: `uid:1000` by peer credentials, `token:ci#ID` by a token's name and id.
     pub actor: String,
     /// What the client says it is. A claim.
     pub agent: Option<String>,
@@ -83,6 +90,16 @@ impl Caller {
     pub fn command_line() -> Self {
         let actor = format!("uid:{}", rustix::process::getuid().as_raw());
         Self { face: Face::Cli, actor, agent: None }
+    }
+
+    /// Who owns what this caller makes: a token wherever it was used, a user apart for each front end. What an agent makes on behalf of a
+    /// user is not what that user has made.
+    #[must_use]
+    pub fn owner(&self) -> String {
+        match self.actor.starts_with("token:") {
+            true => self.actor.clone(),
+            false => format!("{} {}", self.face.word(), self.actor),
+        }
     }
 }
 
@@ -99,7 +116,23 @@ pub enum Ending {
     Unknown,
 }
 
+impl From<&Error> for Ending {
+    /// How an operation that failed like this ended: the same on every face.
+    fn from(error: &Error) -> Self {
+        Self::of_code(error.code())
+    }
+}
+
 impl Ending {
+    /// The same, where only the error's code is known.
+    #[must_use]
+    pub const fn of_code(code: Code) -> Self {
+        match code {
+            Code::Denied | Code::Unauthorized | Code::ApprovalRequired => Self::Denied,
+            _ => Self::Error,
+        }
+    }
+
     /// The word in a line.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -119,6 +152,7 @@ impl Ending {
 pub struct Audited {
     log: Log,
     record: Record,
+    attempt: Last,
     ended: bool,
 }
 
@@ -131,19 +165,25 @@ impl Audited {
         arguments: &serde_json::Value,
         id: &str,
     ) -> Result<Self> {
-        let record = Record { result: b"pending".to_vec(), ..record(caller, tool, arguments, id, "attempt") };
-        log.append(record.clone())?;
-        Ok(Self { log, record, ended: false })
+        let record = act(&log, caller, tool, arguments, id, "attempt")?;
+        let record = Record { result: b"pending".to_vec(), ..record };
+        let attempt = log.append(record.clone())?;
+        Ok(Self { log, record, attempt, ended: false })
     }
 
-    /// Writes down what became of it: `success`, or `error` with the error's code.
+    /// The line of the attempt.
+    pub(crate) fn attempt(&self) -> &Last {
+        &self.attempt
+    }
+
+    /// Writes down what became of it: `success`, or `error` or `denied` with the error's code.
     ///
     /// # Errors
     /// `audit_failed`; the operation has been done all the same.
     pub fn end<T>(self, outcome: &Result<T>) -> Result<()> {
         match outcome {
             Ok(_) => self.end_as(Ending::Success, ""),
-            Err(error) => self.end_as(Ending::Error, error.code().slug()),
+            Err(error) => self.end_as(Ending::from(error), error.code().slug()),
         }
     }
 
@@ -180,33 +220,48 @@ pub(crate) fn denied(
     arguments: &serde_json::Value,
     id: &str,
     reason: &str,
-) -> Result<()> {
-    let record = record(caller, tool, arguments, id, "outcome");
-    log.append(Record { result: word(Ending::Denied.word()), reason: word(reason), ..record }).map(drop)
+) -> Result<Last> {
+    let record = act(log, caller, tool, arguments, id, "outcome")?;
+    log.append(Record { result: word(Ending::Denied.word()), reason: word(reason), ..record })
 }
 
 /// Writes down that something was looked at, and what came of it. It changes nothing, so it needs no attempt and the disk is not
-/// waited for.
+/// waited for. What repeats is counted.
 pub(crate) fn looked(
-    log: &Log,
+    repeats: &Repeats,
     caller: &Caller,
     tool: &str,
     arguments: &serde_json::Value,
     id: &str,
     (ending, reason): (Ending, &str),
 ) -> Result<()> {
-    let record = record(caller, tool, arguments, id, "outcome");
-    log.append_soon(Record { result: word(ending.word()), reason: word(reason), ..record }).map(drop)
+    let record = record(caller, tool, redact::params(arguments), id, "outcome");
+    let record = Record { result: word(ending.word()), reason: word(reason), ..record };
+    let (own, over) = repeats.note(&record, Instant::now());
+    for record in over.into_iter().chain(own.then_some(record)) {
+        repeats.log().append_soon(record)?;
+    }
+    Ok(())
+}
+
+/// A record about something that is done or refused: arguments that do not fit into it are kept beside it, and are on the disk before
+/// it is.
+fn act(log: &Log, caller: &Caller, tool: &str, arguments: &serde_json::Value, id: &str, stage: &str) -> Result<Record> {
+    let (params, whole) = redact::params_and_whole(arguments);
+    if let Some(whole) = whole {
+        log.keep_whole(&whole)?;
+    }
+    Ok(record(caller, tool, params, id, stage))
 }
 
 /// A record without its result; time and number come when it is written.
-fn record(caller: &Caller, tool: &str, arguments: &serde_json::Value, id: &str, stage: &str) -> Record {
+fn record(caller: &Caller, tool: &str, params: String, id: &str, stage: &str) -> Record {
     Record {
         time: Timestamp::UNIX_EPOCH,
         face: caller.face,
         agent: word(caller.agent.as_deref().unwrap_or_default()),
         tool: word(tool),
-        params: redact::params(arguments).into_bytes(),
+        params: params.into_bytes(),
         result: Vec::new(),
         reason: Vec::new(),
         actor: word(&caller.actor),
@@ -222,7 +277,7 @@ fn word(text: &str) -> Vec<u8> {
 
 /// The audit log cannot be used, and so nothing is done.
 fn failed(what: impl std::fmt::Display, source: std::io::Error) -> Error {
-    Error::new(crate::error::Code::AuditFailed, format!("the audit log cannot be written: {what}: {source}"))
+    Error::new(Code::AuditFailed, format!("the audit log cannot be written: {what}: {source}"))
         .hint("nothing that has to be audited is done without it; make it writable again, then try again")
         .because(source)
 }

@@ -48,8 +48,20 @@ impl Log {
     /// # Errors
     /// `internal` if the files cannot be read.
     pub fn check(&self, against: Option<&AuditCheckpoint>) -> Result<(AuditVerdict, Option<AuditHead>)> {
+        self.check_known(against, None)
+    }
+
+    /// The same, where the store knows the number and the chain of a line.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub fn check_known(
+        &self,
+        against: Option<&AuditCheckpoint>,
+        known: Option<(u64, String)>,
+    ) -> Result<(AuditVerdict, Option<AuditHead>)> {
         let files = self.open_all().map_err(unreadable)?;
-        let mut check = Check::new(files.count(), against);
+        let mut check = Check::new(files.count(), against).with_known(known);
         files.each(|place, text, whole| check.line(place, text, whole)).map_err(unreadable)?;
         Ok(check.end())
     }

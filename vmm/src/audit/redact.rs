@@ -1,8 +1,9 @@
 //! What of an operation's arguments may be written down. Pure.
 //!
-//! Secrets are recognised by the names of what holds them: a secret in the middle of a shell script is not. Of a `url` the host is
-//! kept: its path may be the secret, as that of Slack's endpoints is. Invariant: what comes out is JSON of at most [`LIMIT`] bytes
-//! and a bit, and says how much was left out.
+//! Secrets are recognised by the names of what holds them: a secret in the middle of a shell script is not, and a script is never
+//! taken for one. Of a `url` the host is kept: its path may be the secret, as that of Slack's endpoints is. Of standard input and contents
+//! the SHA-256 is kept. Invariant: what comes out is JSON of at most [`LIMIT`] bytes; of every argument both ends are in it, what was
+//! run comes first, and it says how much was left out.
 
 use reqwest::Url;
 use serde_json::{Map, Value, json};
@@ -13,44 +14,102 @@ use crate::text::head;
 
 /// The longest arguments that are written down as they are, in bytes.
 pub const LIMIT: usize = 4096;
-/// How much is shown of those that are longer.
-const HEAD: usize = 1024;
-/// The longest name that is kept of those.
-const NAME: usize = 128;
+/// How much is shown of each text of those that are longer: as much as fits.
+const BUDGETS: [usize; 5] = [1024, 384, 128, 48, 16];
+/// What comes first, and is never left out.
+const FIRST: [&str; 10] =
+    ["name", "argv", "command", "vm", "vm_name", "names", "snapshot", "path", "source", "destination"];
+/// How many items of a list, and how many fields, are shown of those that are longer.
+const ITEMS: usize = 24;
+/// The longest name of a field there.
+const NAME: usize = 64;
+/// The field that says what was left out.
+const CUT: &str = "cut";
 
 /// Words in a name that say that its value is nobody's business.
-const SECRET: [&str; 10] = [
-    "passphrase",
-    "credential",
-    "credentials",
-    "authorization",
-    "cookie",
-    "stdin",
-    "content",
-    "contents",
-    "data",
-    "apikey",
-];
+const SECRET: [&str; 6] = ["passphrase", "credential", "credentials", "authorization", "cookie", "apikey"];
+/// Words in a name that say that its value is too much for a log.
+const DATA: [&str; 4] = ["stdin", "content", "contents", "data"];
 /// Ends of such words: `PGPASSWORD`.
 const SECRET_END: [&str; 4] = ["token", "secret", "password", "passwd"];
+
+/// Redacted arguments that do not fit into a line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Whole {
+    /// Of the text, in hexadecimal.
+    pub sha256: String,
+    /// They, as JSON.
+    pub text: String,
+}
 
 /// Arguments as they are written down: redacted, as JSON, of limited length.
 #[must_use]
 pub fn params(arguments: &Value) -> String {
+    params_and_whole(arguments).0
+}
+
+/// The same, and all of them where they are too long.
+#[must_use]
+pub fn params_and_whole(arguments: &Value) -> (String, Option<Whole>) {
     let redacted = value(arguments);
     let text = redacted.to_string();
     if text.len() <= LIMIT {
-        return text;
+        return (text, None);
     }
+    let sha256 = hex::encode(&Sha256::digest(text.as_bytes()));
+    let cut = json!({ "bytes": text.len(), "sha256": &sha256 });
+    let all = BUDGETS.iter().map(|budget| shortened(&redacted, *budget, &cut, false));
+    let first = BUDGETS.iter().map(|budget| shortened(&redacted, *budget, &cut, true));
+    let fits = all.chain(first).map(|short| short.to_string()).find(|short| short.len() <= LIMIT);
+    (fits.unwrap_or_else(|| json!({ CUT: cut }).to_string()), Some(Whole { sha256, text }))
+}
+
+/// Both ends of every text; only what counts most, or everything.
+fn shortened(redacted: &Value, budget: usize, cut: &Value, only_first: bool) -> Value {
+    let Value::Object(fields) = redacted else {
+        return json!({ "value": brief(redacted, budget), CUT: cut });
+    };
     let mut short = Map::new();
-    // Which VM it was about must be found all the same.
-    if let Some(name) = redacted.get("name").and_then(Value::as_str).filter(|name| name.len() <= NAME) {
-        short.insert("name".into(), name.into());
+    for key in FIRST {
+        if let Some(value) = fields.get(key) {
+            short.insert(key.into(), brief(value, budget));
+        }
     }
-    short.insert("sha256".into(), hex::encode(&Sha256::digest(text.as_bytes())).into());
-    short.insert("bytes".into(), text.len().into());
-    short.insert("head".into(), head(&text, HEAD).into());
-    Value::Object(short).to_string()
+    let others = fields.iter().filter(|(key, _)| !FIRST.contains(&key.as_str()) && *key != CUT);
+    for (key, value) in others.take(if only_first { 0 } else { ITEMS }) {
+        short.insert(ends(key, NAME), brief(value, budget));
+    }
+    short.insert(CUT.into(), cut.clone());
+    Value::Object(short)
+}
+
+fn brief(value: &Value, budget: usize) -> Value {
+    match value {
+        Value::String(text) => ends(text, budget).into(),
+        Value::Array(items) if items.len() > ITEMS => {
+            let (first, last) = (ITEMS * 2 / 3, ITEMS / 3);
+            let left_out = format!("[{} items left out]", items.len() - first - last);
+            let shown = items[..first].iter().map(|item| brief(item, budget)).chain([left_out.into()]);
+            shown.chain(items[items.len() - last..].iter().map(|item| brief(item, budget))).collect()
+        }
+        Value::Array(items) => items.iter().map(|item| brief(item, budget)).collect(),
+        Value::Object(fields) => {
+            let shown = fields.iter().take(ITEMS).map(|(key, value)| (ends(key, NAME), brief(value, budget)));
+            Value::Object(shown.collect())
+        }
+        other => other.clone(),
+    }
+}
+
+/// A text, or its beginning and its end.
+fn ends(text: &str, budget: usize) -> String {
+    if text.len() <= budget {
+        return text.to_owned();
+    }
+    let first = head(text, budget / 2);
+    let from = (text.len() - budget / 2..=text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+    let last = &text[from..];
+    format!("{first}[{} bytes left out]{last}", text.len() - first.len() - last.len())
 }
 
 fn value(from: &Value) -> Value {
@@ -66,6 +125,9 @@ fn value(from: &Value) -> Value {
 fn field(key: &str, from: &Value) -> Value {
     if matches!(key.to_ascii_lowercase().as_str(), "env" | "environment") {
         return names_only(from);
+    }
+    if words(key).iter().any(|word| DATA.contains(&word.as_str())) {
+        return hashed(from);
     }
     if is_secret(key) {
         return hidden(from);
@@ -89,9 +151,14 @@ fn host_only(address: &Value) -> Value {
 /// Items of a list; of those that are arguments of a command, `--password x`, `--password=x`, `TOKEN=x` and `Cookie: x` lose
 /// the value.
 fn list(items: &[Value]) -> Value {
-    let mut secret_follows = false;
+    let (mut secret_follows, mut code_follows) = (false, false);
     let redacted = items.iter().map(|item| {
         let text = item.as_str();
+        let is_code = code_follows && text.is_some_and(|text| text.contains(|c: char| !is_word_char(c) && c != '='));
+        code_follows = text.is_some_and(|text| takes_code(text) || (text == "--" && code_follows));
+        if is_code {
+            return item.clone();
+        }
         if std::mem::take(&mut secret_follows) && !text.is_some_and(|text| text.starts_with("--")) {
             return hidden(item);
         }
@@ -100,6 +167,12 @@ fn list(items: &[Value]) -> Value {
         pair(text.as_bytes()).map_or_else(|| item.clone(), Value::from)
     });
     Value::Array(redacted.collect())
+}
+
+/// Whether the argument behind this one may be a program's text, as with `sh -c`, `bash -xc`, `perl -e`.
+fn takes_code(option: &str) -> bool {
+    let short = option.strip_prefix('-').filter(|letters| letters.bytes().all(|b| b.is_ascii_alphabetic()));
+    short.is_some_and(|letters| letters.ends_with(['c', 'e'])) || matches!(option, "--command" | "--eval")
 }
 
 /// `NAME=VALUE` or `NAME: VALUE` without the value, if that is a secret.
@@ -130,12 +203,26 @@ fn hidden(from: &Value) -> Value {
     }
 }
 
+/// Of what is too much for a log, how much it was, and a hash that says whether it was something that is known.
+fn hashed(from: &Value) -> Value {
+    let text = match from {
+        Value::Null | Value::Bool(_) => return from.clone(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    format!("[redacted: {} bytes, sha256:{}]", text.len(), hex::encode(&Sha256::digest(text.as_bytes()))).into()
+}
+
 fn hint(bytes: usize) -> String {
     format!("[redacted: {bytes} bytes]")
 }
 
 fn is_word(text: &str) -> bool {
-    text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+    text.chars().all(is_word_char)
+}
+
+fn is_word_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
 }
 
 /// Whether one of the words a name is made of is secret: `apiToken`, `API_TOKEN`, `--api-token`;
@@ -144,7 +231,11 @@ fn is_secret(name: &str) -> bool {
     let words = words(name);
     let has = |wanted: &[&str]| words.iter().any(|word| wanted.contains(&word.as_str()));
     let key = has(&["key"]) && has(&["api", "private", "access"]);
-    key || words.iter().any(|word| SECRET.contains(&word.as_str()) || SECRET_END.iter().any(|end| word.ends_with(end)))
+    key || words.iter().any(|word| {
+        SECRET.contains(&word.as_str())
+            || DATA.contains(&word.as_str())
+            || SECRET_END.iter().any(|end| word.ends_with(end))
+    })
 }
 
 fn words(name: &str) -> Vec<String> {
@@ -180,6 +271,10 @@ mod tests {
 
     use super::*;
 
+    fn data(text: &str) -> String {
+        format!("[redacted: {} bytes, sha256:{}]", text.len(), hex::encode(&Sha256::digest(text)))
+    }
+
     fn redacted(from: &Value) -> Value {
         serde_json::from_str(&params(from)).unwrap()
     }
@@ -195,8 +290,8 @@ mod tests {
             redacted(&from),
             json!({
                 "name": "web", "token": "[redacted: 9 bytes]", "apiToken": "[redacted: 1 bytes]",
-                "webhook-secret": "[redacted: 2 bytes]", "PASSWORD": "[redacted: 3 bytes]", "stdin": "[redacted: 5 bytes]",
-                "content": "[redacted: 4 bytes]", "data": "[redacted: 5 bytes]", "private_key": "[redacted: 1 bytes]",
+                "webhook-secret": "[redacted: 2 bytes]", "PASSWORD": "[redacted: 3 bytes]", "stdin": data("hello"),
+                "content": data("file"), "data": data("[1,2]"), "private_key": "[redacted: 1 bytes]",
                 "public_key": "p", "tokens_left": 3, "interactive": true, "nested": { "content": null, "user": "root" }
             })
         );
@@ -253,16 +348,46 @@ mod tests {
         }
     }
 
+    // Padding in front of a command, or in a field before it, left a hash and padding in the log.
     #[test]
-    fn what_is_too_long_becomes_a_hash_and_a_head() {
+    fn of_what_is_too_long_both_ends_are_kept_and_what_was_run_comes_first() {
         let fits = json!({ "a": "x".repeat(LIMIT - 8) });
-        assert_eq!(params(&fits), fits.to_string());
-        let long = json!({ "command": "é".repeat(LIMIT), "name": "web" });
-        let short = redacted(&long);
-        assert_eq!(short["name"], "web");
-        assert_eq!(short["bytes"], long.to_string().len());
-        assert_eq!(short["sha256"], hex::encode(&Sha256::digest(long.to_string().as_bytes())));
-        assert!(long.to_string().starts_with(short["head"].as_str().unwrap()));
+        assert_eq!(params_and_whole(&fits), (fits.to_string(), None));
+        let padding = "é".repeat(LIMIT);
+        let many: Vec<_> = std::iter::repeat_n("-v", 5000).chain(["rm", "/srv"]).collect();
+        for (long, shown) in [
+            (json!({ "command": format!("# {padding}\nrm -rf /srv"), "name": "web" }), "rm -rf /srv\""),
+            (json!({ "command": format!("rm -rf /srv; # {padding}"), "name": "web" }), "\"rm -rf /srv;"),
+            (
+                json!({ "env_file": padding, "cut": padding, "name": "web", "argv": ["rm", "/srv"] }),
+                "[\"rm\",\"/srv\"]",
+            ),
+            (json!({ "name": "web", "argv": ["sh", "-c", format!("{padding}; rm /srv")] }), "rm /srv\"]"),
+            (json!({ "name": "web", "argv": many }), "\"rm\",\"/srv\"]"),
+        ] {
+            let (line, whole) = params_and_whole(&long);
+            assert!(line.contains(shown) && line.len() <= LIMIT, "{line}");
+            let (short, whole) = (redacted(&long), whole.unwrap());
+            assert_eq!((&short["name"], &short["cut"]["bytes"]), (&json!("web"), &json!(whole.text.len())));
+            assert_eq!(short["cut"]["sha256"], hex::encode(&Sha256::digest(&whole.text)));
+            assert_eq!(whole.text, long.to_string());
+        }
+        let fields: Map<_, _> = (0..5000).map(|n| (format!("{n}{}", "k".repeat(100)), json!("v".repeat(50)))).collect();
+        assert!(params(&json!(fields)).len() <= LIMIT);
+    }
+
+    // What a shell was given behind `-c` was left out as the value of a variable: `sh -c 'token=; rm -rf /srv'`.
+    #[test]
+    fn a_script_is_no_secret() {
+        for script in ["token=; rm -rf /srv", "cookie: ; rm /srv", "--password=;rm", "data=$(rm /srv)"] {
+            for option in ["-c", "-lc", "-e", "--eval"] {
+                let command = json!({ "argv": ["sh", option, script, "password=x"], "name": "web" });
+                let kept = json!({ "argv": ["sh", option, script, "password=[redacted: 1 bytes]"], "name": "web" });
+                assert_eq!(redacted(&command), kept);
+            }
+        }
+        let docker = json!({ "argv": ["docker", "run", "-e", "TOKEN=abc", "x"] });
+        assert_eq!(redacted(&docker)["argv"][3], "TOKEN=[redacted: 3 bytes]");
     }
 
     #[test]
@@ -284,7 +409,7 @@ mod tests {
         #[test]
         fn the_length_is_limited(text in "\\PC{0,3000}") {
             let written = params(&json!({ "name": &text, "command": [&text, &text] }));
-            prop_assert!(written.len() <= LIMIT + 4 * HEAD, "{}", written.len());
+            prop_assert!(written.len() <= LIMIT, "{}", written.len());
         }
     }
 }

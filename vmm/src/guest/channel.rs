@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nido_guest_agent::wire::{self, Refusal, Refused, ToHost};
+use nido_guest_agent::wire::{self, MAX_SESSIONS, Refusal, Refused, ToHost};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
@@ -23,8 +23,9 @@ use super::mux::{self, HangUp, Mux};
 use super::session::in_time;
 use super::transport::Stream;
 
-/// How many clients are served at once. Further ones are told that the agent is busy.
-const MAX_CLIENTS: usize = 64;
+/// How many clients are served at once. Further ones are told that the agent is busy. The agent tells apart what they want:
+/// idle connections to its ports take no places of commands.
+const MAX_CLIENTS: usize = MAX_SESSIONS;
 /// How long a client may wait for the channel to come up.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(120);
 /// After so long without an agreement the connection is dropped, and QEMU dials again.
@@ -381,7 +382,7 @@ async fn serve_client(client: UnixStream, door: Door, activity: &Activity) -> Re
 
 /// Says what the agent would say. A client that cannot take these few bytes at once sees its connection end instead.
 fn refuse(client: &UnixStream) {
-    let refused = Refused { reason: Refusal::Busy, oldest: wire::VERSION, newest: wire::VERSION };
+    let refused = Refused { reason: Refusal::Busy, oldest: wire::OLDEST, newest: wire::VERSION };
     if let Ok(frame) = wire::encode(&ToHost::Refused(refused)) {
         let _ = rustix::net::send(client, &frame, rustix::net::SendFlags::NOSIGNAL);
     }

@@ -95,11 +95,17 @@ impl Guest {
     /// Those of [`Self::session`]; [`GuestError::Guest`] with
     /// [`Fault::Unreachable`](nido_guest_agent::wire::Fault::Unreachable) if nothing listens there.
     pub async fn connect(&self, to: &Connect, deadline: Instant) -> Result<Tunnel, GuestError> {
-        let mut session = self.begin(&ToGuest::Connect(to.clone()), deadline).await?;
-        match session.answer(deadline, "to connect").await? {
-            ToHost::Connected => Tunnel::new(session),
-            other => Err(unexpected(other)),
-        }
+        let connect = async {
+            let mut session = self.begin(&ToGuest::Connect(to.clone()), deadline).await?;
+            match session.answer(deadline, "to connect").await? {
+                ToHost::Connected => Tunnel::new(session),
+                other => Err(unexpected(other)),
+            }
+        };
+        connect.await.map_err(|error| match error {
+            GuestError::Busy => GuestError::TunnelsBusy,
+            other => other,
+        })
     }
 
     /// Opens a session whose first request has been sent.

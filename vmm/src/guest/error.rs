@@ -6,7 +6,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nido_guest_agent::wire::{Failed, Fault, WireError};
+use nido_guest_agent::wire::{self, Failed, Fault, MAX_TUNNELS, MAX_WORK, WireError};
 
 /// Longest text of a guest's that is kept, in bytes.
 const MAX_GUEST_TEXT: usize = 4096;
@@ -34,9 +34,20 @@ pub enum GuestError {
     /// The guest does not know the token it was given.
     #[error("the guest agent refused this VM's token")]
     TokenRefused,
-    /// Too many sessions at once.
-    #[error("the guest agent has too many sessions open")]
+    /// Too many commands and copies, or sessions of any kind, at once.
+    #[error("the guest runs {MAX_WORK} commands and copies already, which is the limit")]
     Busy,
+    /// Too many connections to ports of the guest at once.
+    #[error("{MAX_TUNNELS} connections to ports of the guest are open already, which is the limit")]
+    TunnelsBusy,
+    /// The request of this side is larger than the protocol carries.
+    #[error("the request is too large for the guest: {} KiB, the limit is {} KiB", length.div_ceil(1024), limit / 1024)]
+    RequestTooLarge {
+        /// Its length in bytes.
+        length: usize,
+        /// The most there may be.
+        limit: usize,
+    },
     /// The connection ended before the answer did.
     #[error("the connection to the guest agent ended early")]
     Gone,
@@ -44,7 +55,7 @@ pub enum GuestError {
     #[error("the guest agent broke the protocol: {0}")]
     Protocol(#[from] WireError),
     /// The guest understood and could not do it. The text is the guest's own.
-    #[error("the guest could not do it: {}", .0.message.escape_debug())]
+    #[error("the guest could not do it: {}", crate::text::on_one_line(&.0.message))]
     Guest(Failed),
     /// A system call on this side failed.
     #[error("{}: {source}", path.display())]
@@ -93,6 +104,14 @@ impl GuestError {
         Self::Protocol(WireError::Malformed(what.into()))
     }
 
+    /// Makes a frame of a message of this side. One that does not fit is this side's fault, never the guest's.
+    pub(crate) fn encode(message: &wire::ToGuest) -> Result<Vec<u8>, Self> {
+        wire::encode(message).map_err(|error| match error {
+            WireError::TooLong { length, limit } => Self::RequestTooLarge { length, limit },
+            other => Self::BadName(format!("the request cannot be sent: {other}")),
+        })
+    }
+
     /// What the guest says went wrong, its text cut to a bearable length.
     pub(crate) fn failed(mut failed: Failed) -> Self {
         let cut = failed.message.floor_char_boundary(MAX_GUEST_TEXT);
@@ -128,6 +147,6 @@ impl GuestError {
     /// Whether a new connection might do better: for waiting until a guest has started.
     #[must_use]
     pub fn may_pass(&self) -> bool {
-        matches!(self, Self::Unreachable(_) | Self::Timeout { .. } | Self::Busy | Self::Gone)
+        matches!(self, Self::Unreachable(_) | Self::Timeout { .. } | Self::Busy | Self::TunnelsBusy | Self::Gone)
     }
 }

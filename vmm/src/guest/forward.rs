@@ -4,19 +4,22 @@
 //! It works without any network card in the guest, and a connection is made only when the guest answers. A half-closed
 //! connection stays half-closed.
 //!
-//! Invariant: never more than the given number of connections at once; further ones wait in the listener's queue.
+//! Invariant: never more than [`CONNECTIONS`] at once for one VM; a further one takes the place of a half-closed one that is
+//! silent, or is closed at once.
 
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use nido_guest_agent::wire::Connect;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use nido_guest_agent::places::Places;
+use nido_guest_agent::wire::{Connect, MAX_TUNNELS};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -25,8 +28,8 @@ use super::error::GuestError;
 use super::session::Session;
 use super::transport::Stream;
 
-/// How many connections one forward carries at once, unless told otherwise.
-pub const CONNECTIONS: usize = 32;
+/// How many connections all forwards of one VM carry at once. A few of the guest's places are left to `nido proxy`.
+pub const CONNECTIONS: usize = MAX_TUNNELS - 16;
 /// How long the guest may take to answer one connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 /// Bytes held per way of a connection.
@@ -80,7 +83,7 @@ impl AsyncWrite for Tunnel {
 }
 
 impl Guest {
-    /// Carries every connection that `listener` gets to `to` inside the guest, at most `limit` at once. Runs until
+    /// Carries every connection that `listener` gets to `to` inside the guest, as long as there are `places`. Runs until
     /// dropped, which closes all of them. What `enter` gives is held as long as its connection.
     ///
     /// A connection that the guest does not answer is closed; the rest goes on.
@@ -88,20 +91,21 @@ impl Guest {
         &self,
         listener: TcpListener,
         to: Connect,
-        limit: usize,
+        places: &Connections,
         enter: impl Fn() -> U,
     ) {
-        let places = Arc::new(Semaphore::new(limit));
         let mut connections = JoinSet::new();
         loop {
             while connections.try_join_next().is_some() {}
-            // Closed by nobody, so this cannot fail; if it ever did there would be nothing left to do.
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((client, _)) => {
+                    let Some(place) = places.enter() else {
+                        tracing::warn!(port = to.port, "refused a connection: all {CONNECTIONS} places are taken");
+                        continue;
+                    };
                     let (guest, to, use_of_vm) = (self.clone(), to.clone(), enter());
                     connections.spawn(async move {
-                        if let Err(error) = guest.carry(client, &to).await {
+                        if let Err(error) = guest.carry(client, &to, &place).await {
                             tracing::info!(port = to.port, "a forwarded connection failed: {error}");
                         }
                         drop((place, use_of_vm));
@@ -115,14 +119,98 @@ impl Guest {
         }
     }
 
-    async fn carry(&self, mut client: TcpStream, to: &Connect) -> Result<(), GuestError> {
-        let mut tunnel = self.connect(to, Instant::now() + CONNECT_LIMIT).await?;
+    async fn carry(&self, client: TcpStream, to: &Connect, place: &Place) -> Result<(), GuestError> {
+        let tunnel = self.connect(to, Instant::now() + CONNECT_LIMIT).await?;
         // Small messages of an interactive protocol must not wait for each other.
         let _ = client.set_nodelay(true);
-        tokio::io::copy_bidirectional_with_sizes(&mut client, &mut tunnel, BUFFER, BUFFER)
-            .await
-            .map_err(|e| GuestError::stream(&e))?;
-        Ok(())
+        let ((from_client, to_client), (from_guest, to_guest)) = (client.into_split(), tokio::io::split(tunnel));
+        let is_half_closed = AtomicBool::new(false);
+        let copied = async {
+            tokio::try_join!(
+                pass(from_client, to_guest, &is_half_closed, place),
+                pass(from_guest, to_client, &is_half_closed, place)
+            )
+        };
+        tokio::select! {
+            copied = copied => copied.map(drop).map_err(|e| GuestError::stream(&e)),
+            () = place.ended.notified() => Ok(()),
+        }
+    }
+}
+
+/// Carries one direction to its end, and passes that on.
+async fn pass(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    is_half_closed: &AtomicBool,
+    place: &Place,
+) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let count = from.read(&mut buffer).await?;
+        if count == 0 {
+            break;
+        }
+        if is_half_closed.load(Ordering::Relaxed) {
+            place.half_closed();
+        }
+        to.write_all(&buffer[..count]).await?;
+        to.flush().await?;
+    }
+    to.shutdown().await?;
+    is_half_closed.store(true, Ordering::Relaxed);
+    place.half_closed();
+    Ok(())
+}
+
+/// The places of all forwarded connections of one VM. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Connections(Arc<Mutex<Places<Arc<Notify>>>>);
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self::new(CONNECTIONS)
+    }
+}
+
+impl Connections {
+    /// So many places.
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
+        Self(Arc::new(Mutex::new(Places::new(limit))))
+    }
+
+    fn places(&self) -> MutexGuard<'_, Places<Arc<Notify>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(&self) -> Option<Place> {
+        let ended = Arc::new(Notify::new());
+        let (number, evicted) = self.places().enter(ended.clone(), std::time::Instant::now())?;
+        if let Some(evicted) = evicted {
+            evicted.notify_one();
+        }
+        Some(Place { of: self.clone(), number, ended })
+    }
+}
+
+/// The place of one connection.
+#[derive(Debug)]
+struct Place {
+    of: Connections,
+    number: u64,
+    ended: Arc<Notify>,
+}
+
+impl Place {
+    fn half_closed(&self) {
+        self.of.places().half_closed(self.number, std::time::Instant::now());
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.of.places().leave(self.number);
     }
 }
 

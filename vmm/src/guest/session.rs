@@ -54,7 +54,7 @@ impl Session {
         deadline: Instant,
     ) -> Result<Self, GuestError> {
         let mut frames = FrameBuffer::default();
-        let agent = greet(&stream, &mut frames, token, first, deadline).await?;
+        let Greeting { agent, .. } = greet(&stream, &mut frames, token, first, deadline).await?;
         Ok(Self { link: Arc::new(Link { stream, outbox: Mutex::default() }), frames, agent })
     }
 
@@ -121,6 +121,18 @@ impl Session {
         }
     }
 
+    /// Has the guest set its clock.
+    ///
+    /// # Errors
+    /// As for [`Self::ping`]; [`GuestError::Guest`] or [`GuestError::Gone`] from an agent that does not know the request.
+    pub async fn set_clock(&mut self, time_ns: i64, deadline: Instant) -> Result<(), GuestError> {
+        self.link.send(&ToGuest::SetClock(time_ns)).await?;
+        match self.answer(deadline, "to set its clock").await? {
+            ToHost::ClockSet => Ok(()),
+            other => Err(unexpected(other)),
+        }
+    }
+
     /// Makes a guest that was loaded a machine of its own, over a fresh stream. `token` is the one it was saved with.
     ///
     /// # Errors
@@ -159,20 +171,23 @@ impl Session {
     }
 }
 
-/// Runs the greeting; gives the agent's version text.
+/// Runs the greeting.
 pub(crate) async fn greet(
     stream: &Stream,
     frames: &mut FrameBuffer,
     token: &[u8],
     first: Option<&ToGuest>,
     deadline: Instant,
-) -> Result<String, GuestError> {
+) -> Result<Greeting, GuestError> {
     let (nonce, bytes) = opening(token, first)?;
     let exchange = async {
         // A refusal may come, and the stream end, while the request is still on its way: so read in any case.
         let sent = write_all(stream, &bytes).await;
-        let answer = next_frame(stream, frames).await?.must_be_message()?;
-        sent.map(|()| answer)
+        match next_frame(stream, frames).await?.must_be_message()? {
+            // Whoever refuses need not read the rest of what was sent.
+            refused @ ToHost::Refused(_) => Ok(refused),
+            answer => sent.map(|()| answer),
+        }
     };
     welcomed(in_time(exchange, deadline, "to answer the greeting").await?, nonce)
 }
@@ -180,26 +195,35 @@ pub(crate) async fn greet(
 /// What opens a session, with its nonce.
 fn opening(token: &[u8], first: Option<&ToGuest>) -> Result<(u64, Vec<u8>), GuestError> {
     let nonce = getrandom::u64().map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
-    let hello = Hello { oldest: wire::VERSION, newest: wire::VERSION, token: token.to_vec().into(), nonce };
-    let mut bytes = wire::encode(&ToGuest::Hello(hello))?;
+    let hello = Hello { oldest: wire::OLDEST, newest: wire::VERSION, token: token.to_vec().into(), nonce };
+    let mut bytes = GuestError::encode(&ToGuest::Hello(hello))?;
     if let Some(first) = first {
-        bytes.extend_from_slice(&wire::encode(first)?);
+        bytes.extend_from_slice(&GuestError::encode(first)?);
     }
     Ok((nonce, bytes))
 }
 
-/// Whether the answer to a hello opens the session; gives the agent's version text.
-fn welcomed(answer: ToHost, nonce: u64) -> Result<String, GuestError> {
+/// What the agent says of itself in its welcome.
+#[derive(Debug)]
+pub(crate) struct Greeting {
+    /// Its own version, for people.
+    pub agent: String,
+    /// What it understands: bits of [`wire::feature`].
+    pub features: u32,
+}
+
+/// Whether the answer to a hello opens the session.
+fn welcomed(answer: ToHost, nonce: u64) -> Result<Greeting, GuestError> {
     match answer {
         ToHost::Welcome(welcome) if welcome.nonce != nonce => {
             Err(GuestError::breach("a welcome that answers another hello"))
         }
-        ToHost::Welcome(welcome) if welcome.version != wire::VERSION => {
+        ToHost::Welcome(welcome) if !(wire::OLDEST..=wire::VERSION).contains(&welcome.version) => {
             Err(GuestError::VersionMismatch { host: wire::VERSION, guest: welcome.version })
         }
         ToHost::Welcome(mut welcome) => {
             welcome.agent.truncate(welcome.agent.floor_char_boundary(MAX_AGENT_TEXT));
-            Ok(welcome.agent)
+            Ok(Greeting { agent: welcome.agent, features: welcome.features.unwrap_or_default() })
         }
         ToHost::Refused(refused) => Err(refusal(&refused)),
         other => Err(unexpected(other)),
@@ -284,7 +308,7 @@ struct Outbox {
 impl Link {
     /// Sends one message.
     pub async fn send(&self, message: &ToGuest) -> Result<(), GuestError> {
-        let frame = wire::encode(message)?;
+        let frame = GuestError::encode(message)?;
         let sending = self.send_frame(|outbox| *outbox = frame);
         in_time(sending, Instant::now() + SEND_LIMIT, "to take a message").await
     }

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
@@ -41,7 +41,7 @@ pub fn forget(dir: &Path, name: &str) {
 }
 
 fn try_put<T: Serialize>(dir: &Path, name: &str, entry: &T) -> std::io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    crate::home::make_private_dir(dir)?;
     let mut file = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o600)).tempfile_in(dir)?;
     serde_json::to_writer(&mut file, entry)?;
     file.flush()?;

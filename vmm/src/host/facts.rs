@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{KvmVerdict, VsockVerdict, cache, kvm, tsc, vsock};
+use super::{KvmVerdict, VsockVerdict, cache, kvm, kvm_features, tsc, vsock};
 
 /// What this host offers, QEMU apart.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +21,7 @@ pub struct HostFacts {
     pub memory_available_mib: u64,
     /// The rate of the time-stamp counter in kHz; `None` if it is not steady.
     pub tsc_khz: Option<u32>,
-    /// The CPU's name, stepping and microcode: under KVM the guest sees it.
+    /// The CPU's name, stepping and microcode, and what of it KVM shows its guests.
     pub cpu_model: String,
     /// Whether KVM works.
     pub kvm: KvmVerdict,
@@ -95,13 +95,14 @@ fn nesting(modules: &Path) -> Nesting {
 #[must_use]
 pub fn gather(cache_dir: &Path) -> HostFacts {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kvm = kvm::probe(cache_dir);
     HostFacts {
         cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
         memory_mib: meminfo_mib(&meminfo, "MemTotal").unwrap_or(0),
         memory_available_mib: meminfo_mib(&meminfo, "MemAvailable").unwrap_or(0),
         tsc_khz: tsc_khz(cache_dir),
-        cpu_model: cpu_model(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
-        kvm: kvm::probe(cache_dir),
+        cpu_model: cpu_model(&first_cpus()) + &kvm_features(&kvm),
+        kvm,
         vsock: vsock::probe(),
         nesting: nesting(Path::new("/sys/module")),
         boot_id: boot_id().unwrap_or_default(),
@@ -132,6 +133,22 @@ fn tsc_khz(cache_dir: &Path) -> Option<u32> {
     let khz = tsc::measure_khz();
     cache::put(cache_dir, "tsc.json", &boot_id, &khz);
     khz
+}
+
+/// The beginning of `/proc/cpuinfo`: the kernel asks each CPU that is read about, and some hosts have hundreds.
+fn first_cpus() -> String {
+    use std::io::Read as _;
+    let mut bytes = [0; 8192];
+    let read = fs::File::open("/proc/cpuinfo").and_then(|mut file| file.read(&mut bytes)).unwrap_or(0);
+    String::from_utf8_lossy(&bytes[..read]).into_owned()
+}
+
+/// A digest of the features that KVM offers: they depend on the kernel, its command line and the firmware as well as on the CPU.
+fn kvm_features(kvm: &KvmVerdict) -> String {
+    match kvm {
+        KvmVerdict::Usable { .. } => kvm_features::digest().map(|digest| format!(" kvm {digest}")).unwrap_or_default(),
+        _ => String::new(),
+    }
 }
 
 /// What of the first CPU's entry tells one kind from another.

@@ -15,12 +15,14 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
+use super::kvm_vcpu::NoRun;
 use super::{cache, kvm_vcpu};
 
 const DEVICE: &str = "/dev/kvm";
 const CACHE_NAME: &str = "kvm.json";
-/// The whole experiment, set-up included. It takes about 10 ms, and half a second on a busy host whose KVM is itself emulated.
-const DEADLINE: Duration = Duration::from_secs(1);
+/// Deadlines of the experiment, set-up included, one for each try. It takes about 10 ms, and half a second on a busy host whose
+/// KVM is itself emulated. A host that is busier than that gets longer before nothing is concluded.
+const DEADLINES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(4)];
 /// Ten thousand turns of a loop: microseconds where KVM works, 15 ms where the guest is interpreted.
 const RUN_MAX: Duration = Duration::from_millis(2);
 /// The quickest of so many runs counts, so that a busy host is not taken for a bad one.
@@ -38,9 +40,15 @@ pub enum KvmVerdict {
     Absent,
     /// This user may not open it.
     NotPermitted,
-    /// It opens and does not work; `reason` is one sentence.
+    /// It opens and provably does not work; `reason` is one sentence.
     PresentUnusable {
         /// What went wrong.
+        reason: String,
+    },
+    /// It is there, and nothing is proven: the experiment did not end in time, or the kernel was short of something. Never
+    /// cached, and never a reason for emulation.
+    Undecided {
+        /// What kept the experiment from ending.
         reason: String,
     },
     /// A guest ran.
@@ -58,7 +66,7 @@ impl KvmVerdict {
             Self::Usable { .. } => None,
             Self::Absent => Some("there is no /dev/kvm".into()),
             Self::NotPermitted => Some("this user may not open /dev/kvm".into()),
-            Self::PresentUnusable { reason } => Some(reason.clone()),
+            Self::PresentUnusable { reason } | Self::Undecided { reason } => Some(reason.clone()),
         }
     }
 }
@@ -83,36 +91,40 @@ pub fn probe(cache_dir: &Path) -> KvmVerdict {
     if let Some(verdict) = key.as_ref().and_then(|key| cache::get(cache_dir, CACHE_NAME, key)) {
         return verdict;
     }
-    let Some(result) = experiment(device.into()) else {
-        // The host may only have been busy: not worth remembering.
-        let reason = format!("KVM did not run the test program within {} ms", DEADLINE.as_millis());
-        return KvmVerdict::PresentUnusable { reason };
-    };
-    let verdict = judge(result);
-    if let Some(key) = &key {
+    let verdict = experiments(&device.into(), DEADLINES);
+    if let (Some(key), KvmVerdict::Usable { .. } | KvmVerdict::PresentUnusable { .. }) = (&key, &verdict) {
         cache::put(cache_dir, CACHE_NAME, key, &verdict);
     }
     verdict
 }
 
-/// Remembers until the host's next boot that KVM failed in earnest, whatever the experiment said.
-pub fn remember_unusable(cache_dir: &Path, reason: impl Into<String>) {
-    if let Some(key) = cache_key(Path::new(DEVICE)) {
-        cache::put(cache_dir, CACHE_NAME, &key, &KvmVerdict::PresentUnusable { reason: reason.into() });
-    }
-}
-
-/// Takes back what [`remember_unusable`] was told, if that is what is remembered: something else was to blame.
-pub fn take_back(cache_dir: &Path, reason: &str) {
-    let remembered = cache_key(Path::new(DEVICE)).and_then(|key| cache::get(cache_dir, CACHE_NAME, &key));
-    if remembered == Some(KvmVerdict::PresentUnusable { reason: reason.into() }) {
-        forget(cache_dir);
-    }
+/// Runs the experiment again and caches its verdict: after a VM failed under KVM. The failure itself decides nothing, because
+/// the guest may have caused it. Blocks.
+#[must_use]
+pub fn probe_again(cache_dir: &Path) -> KvmVerdict {
+    forget(cache_dir);
+    probe(cache_dir)
 }
 
 /// Forgets the remembered verdict, so that the next [`probe`] experiments again.
 pub fn forget(cache_dir: &Path) {
     cache::forget(cache_dir, CACHE_NAME);
+}
+
+/// What gives this user the right to open the device.
+#[must_use]
+pub fn permission_hint() -> &'static str {
+    let (gid, mode) = std::fs::metadata(DEVICE).map_or((0, 0), |device| (device.gid(), device.mode()));
+    hint_for(gid, mode)
+}
+
+/// The device's own group helps only if it is a group made for this, and may read and write.
+fn hint_for(gid: u32, mode: u32) -> &'static str {
+    if gid != 0 && mode & 0o060 == 0o060 {
+        return "adduser $USER $(stat -c %G /dev/kvm), then log in again";
+    }
+    "no group may use /dev/kvm; as root: groupadd --system --force kvm, chown root:kvm /dev/kvm, chmod 660 /dev/kvm (udev's rules do \
+     this at boot), adduser $USER kvm; then log in again"
 }
 
 fn cache_key(device: &Path) -> Option<CacheKey> {
@@ -129,12 +141,29 @@ fn unopened(error: &std::io::Error) -> KvmVerdict {
     match error.kind() {
         ErrorKind::NotFound => KvmVerdict::Absent,
         ErrorKind::PermissionDenied => KvmVerdict::NotPermitted,
-        _ => KvmVerdict::PresentUnusable { reason: format!("{DEVICE} does not open: {error}") },
+        _ => judge(Err(NoRun::from_errno(error.raw_os_error(), format!("{DEVICE} does not open: {error}")))),
     }
 }
 
+/// Repeats an experiment that does not end within its deadline, with longer ones.
+fn experiments(device: &OwnedFd, deadlines: impl IntoIterator<Item = Duration>) -> KvmVerdict {
+    let mut longest = Duration::ZERO;
+    for deadline in deadlines {
+        let result = match device.try_clone() {
+            Ok(device) => experiment(device, deadline),
+            Err(error) => Some(Err(NoRun::Undecided(format!("KVM could not be tested: {error}")))),
+        };
+        if let Some(result) = result {
+            return judge(result);
+        }
+        longest = longest.max(deadline);
+    }
+    let reason = format!("KVM did not run the test program within {} ms; the host may be busy", longest.as_millis());
+    KvmVerdict::Undecided { reason }
+}
+
 /// What a finished experiment proves.
-fn judge(result: Result<Duration, String>) -> KvmVerdict {
+fn judge(result: Result<Duration, NoRun>) -> KvmVerdict {
     match result {
         Ok(best) if best <= RUN_MAX => {
             KvmVerdict::Usable { micros: u64::try_from(best.as_micros()).unwrap_or(u64::MAX) }
@@ -144,19 +173,20 @@ fn judge(result: Result<Duration, String>) -> KvmVerdict {
             let reason = format!("KVM interprets the guest instead of running it ({ms} ms for 10000 turns of a loop)");
             KvmVerdict::PresentUnusable { reason }
         }
-        Err(reason) => KvmVerdict::PresentUnusable { reason },
+        Err(NoRun::Unusable(reason)) => KvmVerdict::PresentUnusable { reason },
+        Err(NoRun::Undecided(reason)) => KvmVerdict::Undecided { reason },
     }
 }
 
 enum Message {
     Began(kick::Thread),
-    Done(Result<Duration, String>),
+    Done(Result<Duration, NoRun>),
 }
 
-/// Runs the test program on a thread of its own and gives it until [`DEADLINE`]; then interrupts it and gives up (`None`).
+/// Runs the test program on a thread of its own and gives it until the deadline; then interrupts it and gives up (`None`).
 /// If the kernel does not let go of the thread even so, it is left to itself.
-fn experiment(device: OwnedFd) -> Option<Result<Duration, String>> {
-    let end = Instant::now() + DEADLINE;
+fn experiment(device: OwnedFd, deadline: Duration) -> Option<Result<Duration, NoRun>> {
+    let end = Instant::now() + deadline;
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         let _ = sender.send(Message::Began(kick::this_thread()));
@@ -169,7 +199,9 @@ fn experiment(device: OwnedFd) -> Option<Result<Duration, String>> {
         match receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
             Ok(Message::Began(thread)) => runner = Some(thread),
             Ok(Message::Done(result)) => return Some(result),
-            Err(RecvTimeoutError::Disconnected) => return Some(Err("the test of KVM ended without a result".into())),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Some(Err(NoRun::Undecided("the test of KVM ended without a result".into())));
+            }
             Err(RecvTimeoutError::Timeout) => break,
         }
     }
@@ -233,14 +265,18 @@ mod tests {
     fn what_does_not_open_is_told_apart() {
         assert_eq!(unopened(&ErrorKind::NotFound.into()), KvmVerdict::Absent);
         assert_eq!(unopened(&ErrorKind::PermissionDenied.into()), KvmVerdict::NotPermitted);
-        let busy = std::io::Error::from_raw_os_error(libc::EBUSY);
-        assert!(matches!(unopened(&busy), KvmVerdict::PresentUnusable { .. }));
+        let broken = std::io::Error::from_raw_os_error(libc::ENODEV);
+        assert!(matches!(unopened(&broken), KvmVerdict::PresentUnusable { .. }));
+        for passing in [libc::EBUSY, libc::EMFILE, libc::ENFILE, libc::ENOMEM] {
+            let error = std::io::Error::from_raw_os_error(passing);
+            assert!(matches!(unopened(&error), KvmVerdict::Undecided { .. }), "{error}");
+        }
     }
 
     #[test]
     fn a_descriptor_that_is_not_kvm_is_no_kvm() {
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert!(matches!(experiment(file.into()), Some(Err(_))));
+        assert!(matches!(experiment(file.into(), DEADLINES[0]), Some(Err(NoRun::Unusable(_)))));
     }
 
     #[test]
@@ -263,23 +299,44 @@ mod tests {
     fn only_a_quick_and_right_run_is_kvm() {
         assert_eq!(judge(Ok(Duration::from_micros(24))), KvmVerdict::Usable { micros: 24 });
         assert!(matches!(judge(Ok(Duration::from_millis(8))), KvmVerdict::PresentUnusable { .. }));
-        assert_eq!(judge(Err("no".into())), KvmVerdict::PresentUnusable { reason: "no".into() });
+        assert_eq!(judge(Err(NoRun::Unusable("no".into()))), KvmVerdict::PresentUnusable { reason: "no".into() });
+        assert_eq!(judge(Err(NoRun::Undecided("?".into()))), KvmVerdict::Undecided { reason: "?".into() });
     }
 
+    /// A `/dev/kvm` of root's alone had the doctor advise to join the group root, which would not even have helped.
     #[test]
-    fn a_failure_in_earnest_outweighs_the_experiment() {
+    fn only_a_group_that_may_use_the_device_is_advised() {
+        assert!(hint_for(104, 0o20_660).contains("stat -c %G /dev/kvm"));
+        for (gid, mode) in [(0, 0o20_600), (0, 0o20_660), (104, 0o20_600), (104, 0o20_640)] {
+            let hint = hint_for(gid, mode);
+            assert!(hint.contains("kvm /dev/kvm") && !hint.contains("stat"), "{gid} {mode:o}: {hint}");
+        }
+    }
+
+    /// An experiment that timed out on a busy host counted as proof that KVM is unusable.
+    #[test]
+    fn an_experiment_that_times_out_proves_nothing() {
+        // No experiment ends within no time; the device is never reached.
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(experiments(&file.into(), []), KvmVerdict::Undecided { .. }));
+    }
+
+    /// A guest that failed under KVM had a verdict written that its own host's experiment did not support.
+    #[test]
+    fn only_the_experiment_writes_a_verdict() {
         let dir = tempfile::tempdir().unwrap();
-        remember_unusable(dir.path(), "the guest never came up");
-        let said = probe(dir.path());
-        let opens = OpenOptions::new().read(true).write(true).open(DEVICE).is_ok();
-        assert_eq!(said == KvmVerdict::PresentUnusable { reason: "the guest never came up".into() }, opens);
-        take_back(dir.path(), "another guest never came up");
-        assert_eq!(dir.path().join(CACHE_NAME).exists(), Path::new(DEVICE).exists());
-        take_back(dir.path(), "the guest never came up");
-        assert!(!dir.path().join(CACHE_NAME).exists());
-        remember_unusable(dir.path(), "the guest never came up");
-        forget(dir.path());
-        assert!(!dir.path().join(CACHE_NAME).exists());
+        let key = cache_key(Path::new(DEVICE));
+        let forged = KvmVerdict::PresentUnusable { reason: "somebody said so".into() };
+        if let Some(key) = &key {
+            cache::put(dir.path(), CACHE_NAME, key, &forged);
+        }
+        let found = probe_again(dir.path());
+        assert_ne!(found, forged);
+        let cached = key.and_then(|key| cache::get::<_, KvmVerdict>(dir.path(), CACHE_NAME, &key));
+        match found {
+            KvmVerdict::Usable { .. } | KvmVerdict::PresentUnusable { .. } => assert_eq!(cached, Some(found)),
+            KvmVerdict::Absent | KvmVerdict::NotPermitted | KvmVerdict::Undecided { .. } => assert_eq!(cached, None),
+        }
     }
 
     /// Whatever this host is, asking twice gives the same answer, the second time from the cache.

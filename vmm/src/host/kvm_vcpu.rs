@@ -34,19 +34,43 @@ const PROGRAM: &[u8] = &[
 const SHIFT_WITHOUT_VEX: [u8; 5] = [0xd3, 0xe8, 0x90, 0x90, 0x90];
 const SHRX_AT: usize = 19;
 
+/// Why there is no time of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoRun {
+    /// KVM cannot run guests; one sentence.
+    Unusable(String),
+    /// The kernel was short of something, or busy: another try may end otherwise. One sentence.
+    Undecided(String),
+}
+
+impl NoRun {
+    /// What an error of the kernel's proves: some pass by themselves.
+    pub fn from_errno(errno: Option<i32>, sentence: String) -> Self {
+        match errno {
+            Some(
+                libc::EAGAIN | libc::EBUSY | libc::EINTR | libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC,
+            ) => Self::Undecided(sentence),
+            _ => Self::Unusable(sentence),
+        }
+    }
+}
+
 /// Runs the program `tries` times (fewer if one run is under `good_enough`) and gives the quickest run.
 ///
 /// # Errors
 /// One sentence about the step that failed.
-pub fn best_run(kvm: &Kvm, tries: u32, good_enough: Duration) -> Result<Duration, String> {
-    let failed = |step: &'static str| move |e: kvm_ioctls::Error| format!("KVM cannot {step}: {e}");
+pub fn best_run(kvm: &Kvm, tries: u32, good_enough: Duration) -> Result<Duration, NoRun> {
+    let failed = |step: &'static str| {
+        move |e: kvm_ioctls::Error| NoRun::from_errno(Some(e.errno()), format!("KVM cannot {step}: {e}"))
+    };
     if kvm.get_api_version() != 12 {
-        return Err(format!("KVM has version {} of its interface, not 12", kvm.get_api_version()));
+        let version = kvm.get_api_version();
+        return Err(NoRun::Unusable(format!("KVM has version {version} of its interface, not 12")));
     }
     let vm = kvm.create_vm().map_err(failed("create a VM"))?;
     let cpuid =
         kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(failed("tell its CPU features"))?;
-    let memory = memory(host_has_bmi2()).map_err(|e| format!("no memory for the KVM test: {e}"))?;
+    let memory = memory(host_has_bmi2()).map_err(|e| NoRun::Undecided(format!("no memory for the KVM test: {e}")))?;
     map(&vm, &memory).map_err(failed("give a VM memory"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(failed("create a vCPU"))?;
     vcpu.set_cpuid2(&cpuid).map_err(failed("set the CPU features"))?;
@@ -120,21 +144,25 @@ fn enter_long_mode(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     vcpu.set_sregs(&sregs)
 }
 
-fn run_once(vcpu: &mut VcpuFd) -> Result<Duration, String> {
+/// One run. Its time is the shorter of the clock's and the thread's own: on a busy host the clock also counts other programs.
+fn run_once(vcpu: &mut VcpuFd) -> Result<Duration, NoRun> {
     let regs = kvm_regs { rip: CODE, rflags: 2, rsp: 0x8000, ..Default::default() };
-    vcpu.set_regs(&regs).map_err(|e| format!("KVM cannot set the vCPU's registers: {e}"))?;
-    let start = Instant::now();
+    vcpu.set_regs(&regs)
+        .map_err(|e| NoRun::from_errno(Some(e.errno()), format!("KVM cannot set the vCPU's registers: {e}")))?;
+    let (start, cpu_start) = (Instant::now(), thread_cpu_time());
     let exit = vcpu.run();
-    let took = start.elapsed();
+    let took = start.elapsed().min(thread_cpu_time().saturating_sub(cpu_start));
+    let unusable = |sentence: &str| Err(NoRun::Unusable(sentence.into()));
     match exit {
-        Ok(VcpuExit::IoOut(ANSWER_PORT, [ANSWER])) => {}
-        Ok(VcpuExit::IoOut(..)) => return Err("KVM computes wrongly: the test program gave another result".into()),
-        Ok(VcpuExit::InternalError) => {
-            return Err("KVM cannot run ordinary instructions (KVM_EXIT_INTERNAL_ERROR)".into());
-        }
-        Ok(other) => return Err(format!("KVM cannot run ordinary instructions ({other:?})")),
-        Err(e) if e.errno() == libc::EINTR => return Err("KVM did not run the test program in time".into()),
-        Err(e) => return Err(format!("KVM cannot run a vCPU: {e}")),
+        Ok(VcpuExit::IoOut(ANSWER_PORT, [ANSWER])) => Ok(took),
+        Ok(VcpuExit::IoOut(..)) => unusable("KVM computes wrongly: the test program gave another result"),
+        Ok(VcpuExit::InternalError) => unusable("KVM cannot run ordinary instructions (KVM_EXIT_INTERNAL_ERROR)"),
+        Ok(other) => unusable(&format!("KVM cannot run ordinary instructions ({other:?})")),
+        Err(e) => Err(NoRun::from_errno(Some(e.errno()), format!("KVM cannot run a vCPU: {e}"))),
     }
-    Ok(took)
+}
+
+fn thread_cpu_time() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(now).unwrap_or_default()
 }

@@ -6,10 +6,14 @@
 #![allow(unsafe_code)]
 
 mod cache;
+pub mod daemon;
 pub mod facts;
 pub mod kvm;
+mod kvm_features;
 mod kvm_vcpu;
 pub mod qemu;
+pub mod removed_dir;
+pub mod scope;
 mod tsc;
 pub mod vsock;
 

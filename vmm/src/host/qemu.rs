@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use super::cache;
+use super::{cache, daemon};
 
 /// The oldest QEMU that nido works with.
 pub const MINIMUM_VERSION: QemuVersion = QemuVersion { major: 7, minor: 2, micro: 0 };
@@ -27,7 +27,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The most it may say (its schema is a quarter of a megabyte).
 const OUTPUT_BYTES_MAX: u64 = 8 << 20;
 /// Raised whenever [`QemuFacts`] or the way to them changes.
-const CACHE_FORMAT: u32 = 2;
+const CACHE_FORMAT: u32 = 3;
 
 /// A version of QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -222,7 +222,9 @@ const QUESTIONS: &str = concat!(
 
 /// Runs the program without a machine and asks it about itself.
 fn ask(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
-    let child = Command::new(program)
+    let mut command = Command::new(program);
+    daemon::set_qemu_environment(&mut command);
+    let child = command
         .args(["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

@@ -18,7 +18,7 @@ impl Nido {
     /// Keeps the answer for a day; without one the request may be made again.
     ///
     /// # Errors
-    /// Of the store.
+    /// `limit_exceeded` if the caller's answers would be too many bytes.
     pub fn answer_end(&self, caller: &str, key: &str, answer: Option<&str>) -> Result<()> {
         self.store().end_answer(caller, key, answer)
     }

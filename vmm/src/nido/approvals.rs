@@ -11,6 +11,9 @@ use crate::api::{Approval, ApprovalList, ApprovalState, Ask};
 use crate::error::{Code, Error, Result};
 use crate::store::ApprovalRow;
 
+/// How often a person is asked about the same after they have said no in a form.
+const NOES_IN_FORMS: i64 = 3;
+
 impl Nido {
     /// Asks for approval. While one for exactly this is open, whether a person has decided or not, that is the answer.
     ///
@@ -19,6 +22,15 @@ impl Nido {
     pub fn approval_ask(&self, ask: &Ask) -> Result<Approval> {
         let id = format!("apr_{}", new_id()?);
         self.store().ask_approval(&id, ask)
+    }
+
+    /// The same where a form is shown: a no there is not the end at once.
+    ///
+    /// # Errors
+    /// As [`Self::approval_ask`].
+    pub fn approval_ask_in_form(&self, ask: &Ask) -> Result<Approval> {
+        let id = format!("apr_{}", new_id()?);
+        self.store().ask_approval_again(&id, ask, NOES_IN_FORMS)
     }
 
     /// Those that wait, and those of the last hour.

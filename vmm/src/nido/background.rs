@@ -1,15 +1,17 @@
-//! Processes in the background: nido itself with a hidden verb, started by whoever needs one.
+//! Processes in the background: nido itself with a hidden verb, started by whichever process needs one.
 //!
-//! Invariant: such a process takes its lock itself. So it does not matter how many are started: one stays.
+//! Invariant: such a process takes its lock itself. So it does not matter how many are started: one stays. It keeps nothing of the
+//! process that started it (`host/daemon.rs`).
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::process::Stdio;
-
-use tokio::process::Command;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use super::Nido;
 use crate::error::{Error, Result};
+use crate::home::make_private_dir;
+use crate::host::daemon;
 
 /// Where a log is begun anew, in bytes.
 const LOG_MAX: u64 = 1 << 20;
@@ -19,18 +21,28 @@ impl Nido {
     pub(super) fn start_in_background(&self, verb: &str, log: &str) -> Result<()> {
         let broken = |e| Error::io(format!("cannot start nido {verb}"), e);
         let logs = self.home.root().join("logs");
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&logs).map_err(broken)?;
-        let log = OpenOptions::new().append(true).create(true).mode(0o600).open(logs.join(log)).map_err(broken)?;
+        make_private_dir(&logs).map_err(broken)?;
+        let log = open_log(&logs.join(log)).map_err(broken)?;
         if log.metadata().is_ok_and(|meta| meta.len() > LOG_MAX) {
             log.set_len(0).map_err(broken)?;
         }
-        let mut command = Command::new(self.supervisor_program()?);
+        let mut command = self.daemon(self.home.root())?;
+        command.arg(verb).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(log));
+        tokio::process::Command::from(command).spawn().map(drop).map_err(broken)
+    }
+
+    /// A command for nido itself in this home, to stay; the verb is still missing.
+    pub(super) fn daemon(&self, directory: &Path) -> Result<Command> {
+        let mut command = daemon::command(&self.supervisor_program()?, directory);
         command.arg("--home").arg(self.home.root());
         if let Some(qemu) = &self.options.qemu {
             command.arg("--qemu").arg(qemu);
         }
-        command.arg(verb).current_dir(self.home.root());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(log));
-        command.spawn().map(drop).map_err(broken)
+        Ok(command)
     }
+}
+
+/// A log file, opened to be appended to.
+pub(super) fn open_log(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o600).open(path)
 }

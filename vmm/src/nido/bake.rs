@@ -11,12 +11,13 @@ use nido_images::{Bake, Manifest};
 
 use super::Nido;
 use super::create::machine_request;
-use crate::api::{BakeInfo, BakeRequest, BakeResult, PathChoice, StartRequest, StartStage, VmSpec};
+use crate::api::{BakeInfo, BakeRequest, BakeResult, Grant, PathChoice, StartRequest, StartStage, VmSpec};
 use crate::bake::{Unfit, choose, qemu_id, shape};
 use crate::error::{Code, Error, Result};
 use crate::host::{HostFacts, QemuFacts};
 use crate::lock::Held;
 use crate::machine::{self, Machine};
+use crate::moment;
 use crate::name::{TemplateName, VmName};
 use crate::state::VmState;
 use crate::store::{Frozen, Origin, Purpose, Saved, VmRow};
@@ -61,7 +62,7 @@ impl Nido {
             }
         };
         if !already_baked {
-            self.drop_unused_parts().await?;
+            self.drop_unused_parts().await;
             self.renew_pools();
         }
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -93,7 +94,7 @@ impl Nido {
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Bake> {
         progress(StartStage::Preparing);
-        let (row, held) = self.make_vm(spec, Purpose::Bake, VmState::Starting).await?;
+        let (row, held) = self.make_vm(spec, Purpose::Bake, VmState::Starting, &Grant::own()).await?;
         self.await_bake(&row, held, timeout_ms, None, progress).await
     }
 
@@ -106,8 +107,8 @@ impl Nido {
         from: Option<Origin>,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Bake> {
-        let start = StartRequest { wait: true, timeout_ms, path: PathChoice::Cold };
-        let outcome = match self.launch_from(row, held, start, Instant::now(), from).await {
+        let start = StartRequest { wait: true, timeout_ms, path: PathChoice::Cold, ..StartRequest::default() };
+        let outcome = match Box::pin(self.launch_from(row, held, start, Instant::now(), from)).await {
             Ok(()) => self.ask_with_stages(row, &Request::Ready, progress).await,
             Err(error) => Err(error),
         };
@@ -115,9 +116,7 @@ impl Nido {
             Ok(Answer::Baked { bake }) => Ok(*bake),
             Ok(_) => Err(Error::internal("a VM was there to be baked, and was not")),
             Err(error) => {
-                if let Err(left) = self.delete(&row.spec.name, true).await
-                    && left.code() != Code::VmNotFound
-                {
+                if let Err(left) = self.delete_id(&row.id).await {
                     tracing::warn!("VM {} could not be removed: {left}", row.spec.name);
                 }
                 Err(error)
@@ -141,7 +140,7 @@ impl Nido {
             Error::new(Code::TemplateMismatch, format!("VM '{}' cannot be forked: {why}", row.spec.name))
                 .hint(format!("nido template bake {} --help; without --fork it boots", row.spec.template))
         };
-        if self.vm_dir(&row.id).file(crate::home::DISK).exists() {
+        if super::create::has_disk(&self.vm_dir(&row.id)) {
             machine.reason.push_str("; booted because its disk has been in use");
             return if path == PathChoice::Fork { Err(refused("its disk has been in use")) } else { Ok(boot(row)) };
         }
@@ -192,7 +191,12 @@ pub(super) fn same_parts(manifest: &Manifest, row: &VmRow) -> bool {
 
 /// What a start needs of a bake.
 pub(super) fn saved(bake: &Bake) -> Saved {
-    Saved { memory: bake.memory.sha256.clone(), state: bake.state.sha256.clone(), token: bake.token.clone() }
+    Saved {
+        memory: bake.memory.sha256.clone(),
+        state: bake.state.sha256.clone(),
+        token: bake.token.clone(),
+        live: false,
+    }
 }
 
 /// What a disk needs of one.
@@ -230,7 +234,7 @@ pub(super) fn random_name(prefix: &str) -> Result<VmName> {
 /// A bake as it is told.
 pub(super) fn bake_info(bake: &Bake) -> BakeInfo {
     BakeInfo {
-        created_at: bake.created_at,
+        created_at: moment::in_ms(bake.created_at),
         machine: bake.machine.machine.clone(),
         accel: bake.machine.accel.clone(),
         cpus: bake.machine.cpus,

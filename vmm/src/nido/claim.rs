@@ -13,14 +13,14 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::Nido;
+use super::begun::BegunVm;
 use super::create::{boot_parts, check_labels, disk_bytes, machine_request};
 use super::supervision::read_answer;
-use crate::api::{PathChoice, StartRequest, StartStage, VmInfo, VmSpec};
+use crate::api::{Grant, PathChoice, StartRequest, StartStage, VmInfo, VmSpec};
 use crate::bake::{choose, qemu_id, shape};
 use crate::error::{Code, Error, Result};
 use crate::home::CONTROL_SOCKET;
 use crate::machine;
-use crate::store::Purpose;
 use crate::supervisor::control::{Answer, ClaimOrder, MAX_LINE, Request};
 
 /// How long a clone's supervisor may take to say whether the clone is ours.
@@ -45,20 +45,26 @@ impl Nido {
         &self,
         spec: &VmSpec,
         start: StartRequest,
-        asked_at: Instant,
+        grant: &Grant,
+        (asked_at, begun): (Instant, &BegunVm),
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Option<VmInfo>> {
         if start.path == PathChoice::Cold || !self.store().has_waiting_clones()? {
             return Ok(None);
         }
         // What is wrong with the request, whoever makes a VM of it says.
-        let Ok((memory, mut order)) = self.claim_order(spec, start).await else { return Ok(None) };
+        let Ok((memory, mut order)) = self.claim_order(spec, start, grant).await else { return Ok(None) };
         let mut tried = Vec::new();
         loop {
             let waiting = self.store().waiting_clones(&memory)?;
             let Some(id) = waiting.into_iter().find(|id| !tried.contains(id)) else { return Ok(None) };
+            order.ticket = super::new_id()?;
             order.asked_ms_ago = asked_at.elapsed().as_secs_f64() * 1000.0;
-            match self.claim(&id, &order, progress).await? {
+            let mut told = |stage| {
+                begun.set(&id);
+                progress(stage);
+            };
+            match self.claim(&id, &order, &mut told).await? {
                 Asked::Ready => {
                     let row = self.store().vm_by_id(&id)?;
                     let row = row.ok_or_else(|| Error::new(Code::VmNotRunning, "the VM has just ended"))?;
@@ -67,21 +73,20 @@ impl Nido {
                 Asked::Lost => tried.push(id),
                 Asked::Broken(error) => {
                     tracing::warn!("a clone of the pool could not go on: {error}");
-                    match self.delete(&spec.name, true).await {
-                        Err(e) if e.code() != Code::VmNotFound => return Err(e),
-                        _ => return Ok(None),
-                    }
+                    self.delete_id(&id).await?;
+                    return Ok(None);
                 }
             }
         }
     }
 
     /// What a clone is asked to become, and the memory image of the clones that can.
-    async fn claim_order(&self, spec: &VmSpec, start: StartRequest) -> Result<(String, ClaimOrder)> {
+    async fn claim_order(&self, spec: &VmSpec, start: StartRequest, grant: &Grant) -> Result<(String, ClaimOrder)> {
         check_labels(spec)?;
         let (host, qemu) = self.host_facts().await?;
         let manifest = self.manifest(&spec.template)?;
         let disk_bytes = disk_bytes(spec, &boot_parts(&manifest))?;
+        grant.limits.check(spec, disk_bytes)?;
         let request = machine_request(spec, disk_bytes, *machine::GUEST_CIDS.start());
         let machine = machine::decide(&request, &host, &qemu)?;
         let bake = choose(&manifest.bakes, &shape(&machine, &host), &qemu_id(&qemu))
@@ -93,6 +98,9 @@ impl Nido {
             warnings: machine.warnings,
             asked_ms_ago: 0.0,
             ready_within_ms: start.timeout_ms,
+            ticket: String::new(),
+            owner: grant.owner.clone(),
+            max_vms: grant.limits.max_vms,
         };
         Ok((bake.memory.sha256.clone(), order))
     }
@@ -119,20 +127,21 @@ impl Nido {
             Ok(Ok(Some(Answer::Failed { problem }))) => {
                 let error = Error::from(problem);
                 return match error.code() {
-                    // Another clone, or a fork, would meet the same.
-                    Code::VmExists | Code::PortInUse | Code::Denied | Code::SpecInvalid => Err(error),
+                    // Another clone, or a fork, would meet the same. A supervisor of an older nido that cannot read the
+                    // request says that it is invalid: that is for whoever makes a VM of it to say.
+                    Code::VmExists | Code::PortInUse | Code::Denied | Code::LimitExceeded => Err(error),
                     _ => Ok(Asked::Lost),
                 };
             }
-            // It may have died just after it wrote the row.
-            _ if self
-                .store()
-                .vm_by_id(id)?
-                .is_some_and(|row| row.purpose == Purpose::Use && row.spec == order.spec) =>
-            {
+            // It is slow, or died. Whether the clone is ours is decided in the store: once the attempt is given up there,
+            // the supervisor cannot carry it out any more.
+            _ => {
+                if self.store().give_up_claim(&order.ticket, jiff::Timestamp::now())?.is_none() {
+                    return Ok(Asked::Lost);
+                }
                 progress(StartStage::Preparing);
+                return self.await_claimed(id, progress).await;
             }
-            _ => return Ok(Asked::Lost),
         }
         loop {
             match read_answer(&mut connection).await {
@@ -146,6 +155,11 @@ impl Nido {
             }
         }
         // Its supervisor died. The next one brings it to its end.
+        self.await_claimed(id, progress).await
+    }
+
+    /// Waits until a clone that is ours is ready.
+    async fn await_claimed(&self, id: &str, progress: &mut (dyn FnMut(StartStage) + Send)) -> Result<Asked> {
         let Some(row) = self.store().vm_by_id(id)? else {
             return Ok(Asked::Broken(Error::new(Code::VmNotRunning, "the VM has just ended")));
         };

@@ -9,9 +9,11 @@ use tokio::time::Instant as TokioInstant;
 
 use super::Nido;
 use super::exec::{ANSWER_WITHIN, guest_error};
-use crate::api::{CopyProgress, CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
+use crate::api::{
+    CopyProgress, CopyResult, DownloadRequest, DownloadTarget, UnreadableEntry, UploadRequest, UploadSource, Which,
+};
 use crate::error::Result;
-use crate::guest::{Copied, Download, Form, GuestError, Limits, Progress, Source, Upload};
+use crate::guest::{Copied, Download, Form, GuestError, LeftOut, Limits, Progress, Source, Upload};
 use crate::name::VmName;
 
 impl Nido {
@@ -22,12 +24,14 @@ impl Nido {
     /// archive `spec_invalid`, `limit_exceeded`.
     pub async fn upload(
         &self,
-        name: &VmName,
+        vm: impl Into<Which<'_>>,
         request: UploadRequest,
         progress: &mut (dyn FnMut(CopyProgress) + Send),
     ) -> Result<CopyResult> {
         let began = Instant::now();
-        let reached = self.reach(name).await?;
+        let which = vm.into();
+        let name = which.name;
+        let reached = self.reach(which).await?;
         let (source, total_bytes) = match request.source {
             UploadSource::Path(path) => {
                 let total = std::fs::metadata(&path).ok().filter(Metadata::is_file).map(|meta| meta.len());
@@ -35,12 +39,13 @@ impl Nido {
             }
             UploadSource::Stream { file, mode } => {
                 let total = left(&file);
-                (Source::Reader { reader: Box::new(file), mode }, total)
+                (Source::Reader { reader: Box::new(file), mode, bytes: total }, total)
             }
-            UploadSource::Directory(fd) => (Source::Directory(fd), None),
+            UploadSource::Directory { fd, hidden } => (Source::Directory { fd, hidden }, None),
             UploadSource::Archive(file) => (Source::Archive(Box::new(file)), None),
         };
-        let upload = Upload { source, destination: request.destination, user: request.user, parents: request.parents };
+        let UploadRequest { destination, user, parents, preserve, set_mode, .. } = request;
+        let upload = Upload { source, destination, user, parents, preserve, set_mode };
         let (tell, heard) = mpsc::unbounded_channel();
         let send = move |now| {
             let _ = tell.send(now);
@@ -55,12 +60,14 @@ impl Nido {
     /// `vm_not_found`, `vm_not_running`, `path_not_found`, `path_exists`, `disk_full`, `denied`, `limit_exceeded`.
     pub async fn download(
         &self,
-        name: &VmName,
+        vm: impl Into<Which<'_>>,
         request: DownloadRequest,
         progress: &mut (dyn FnMut(CopyProgress) + Send),
     ) -> Result<CopyResult> {
         let began = Instant::now();
-        let reached = self.reach(name).await?;
+        let which = vm.into();
+        let name = which.name;
+        let reached = self.reach(which).await?;
         let (tell, heard) = mpsc::unbounded_channel();
         let send = throttled(move |now| {
             let _ = tell.send(now);
@@ -70,8 +77,8 @@ impl Nido {
         let limits = Limits { bytes: request.max_bytes.unwrap_or(limits.bytes), ..limits };
         let copied = match request.destination {
             DownloadTarget::Path(destination) => {
-                let (source, overwrite) = (request.source, request.overwrite);
-                let download = Download { source, destination, overwrite, limits };
+                let (source, overwrite, preserve) = (request.source, request.overwrite, request.preserve);
+                let download = Download { source, destination, overwrite, preserve, limits };
                 follow(reached.guest.download(download, send, deadline), heard, None, progress).await
             }
             DownloadTarget::Stream(file) => {
@@ -80,6 +87,11 @@ impl Nido {
             }
             DownloadTarget::Archive(file) => {
                 let work = reached.guest.download_to((request.source, Form::Archive), file, limits, send, deadline);
+                follow(work, heard, None, progress).await
+            }
+            DownloadTarget::FileOrArchive(file) => {
+                let what = (request.source, Form::FileOrArchive);
+                let work = reached.guest.download_to(what, file, limits, send, deadline);
                 follow(work, heard, None, progress).await
             }
         };
@@ -123,7 +135,13 @@ async fn follow(
 
 fn finish(name: &VmName, began: Instant, copied: Result<Copied, GuestError>) -> Result<CopyResult> {
     let copied = copied.map_err(|e| guest_error(name, e))?;
+    let unreadable = |entry: LeftOut| UnreadableEntry {
+        path: String::from_utf8_lossy(&entry.path).into_owned(),
+        reason: entry.reason,
+    };
     Ok(CopyResult {
+        unreadable: copied.left_out_count,
+        unreadable_entries: copied.left_out.into_iter().map(unreadable).collect(),
         entries: copied.entries,
         bytes: copied.bytes,
         skipped: copied.skipped,

@@ -1,7 +1,7 @@
 //! Making a VM: its row, its directory, its disk.
 //!
-//! Order: directory and lock, then the row (which reserves the name), then the disk. A directory without a row is a
-//! leftover that anybody may remove once its lock is free.
+//! Order: directory, lock and `vm.json`, then the row (which reserves the name), then the disk. So a directory without a row
+//! that a killed command left holds no data, and only such a one is removed (`orphans.rs`).
 
 use std::time::{Duration, Instant};
 
@@ -9,15 +9,20 @@ use nido_guest_agent::config::{Channel, GuestConfig, Init, Network, StaticNetwor
 use nido_images::Manifest;
 
 use super::{Nido, new_id, random_bytes};
-use crate::api::{NetChoice, VmInfo, VmSpec};
+use crate::api::{Grant, NetChoice, VmInfo, VmSpec};
+use crate::atomic_file::{self, Durability};
 use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::home::{DISK, GUEST_CONFIG, Home, SUPERVISOR_LOCK, VmDir};
+use crate::host::facts;
 use crate::lock::Held;
 use crate::machine::{self, Machine, MachineRequest, Transport};
 use crate::state::VmState;
 use crate::store::{BootParts, Origin, Purpose, VmRow};
+use crate::vm_record::remove_without_data;
 
+/// Less free space than this, and no VM is made, in bytes.
+pub(super) const SPACE_RESERVE_BYTES: u64 = 1 << 20;
 /// Most labels a VM may carry.
 const LABELS_MAX: usize = 64;
 /// Longest label key or value, in bytes.
@@ -27,56 +32,61 @@ impl Nido {
     /// Makes a VM without starting it.
     ///
     /// # Errors
-    /// `vm_exists`, `template_not_found`, `spec_invalid` and whatever the host lacks to run it.
-    pub async fn create(&self, spec: VmSpec) -> Result<VmInfo> {
-        let (row, _held) = self.make_vm(self.leased(spec)?, Purpose::Use, VmState::Created).await?;
+    /// `vm_exists`, `template_not_found`, `spec_invalid`, `limit_exceeded` or `denied` by the grant, and whatever the host lacks to run it.
+    pub async fn create(&self, spec: VmSpec, grant: &Grant) -> Result<VmInfo> {
+        let (row, _held) = self.make_vm(self.leased(spec)?, Purpose::Use, VmState::Created, grant).await?;
         Ok(self.describe(&row))
     }
 
     /// Makes a VM and holds it. Nothing is left if this fails.
-    pub(super) async fn make_vm(&self, spec: VmSpec, purpose: Purpose, state: VmState) -> Result<(VmRow, Held)> {
+    pub(super) async fn make_vm(
+        &self,
+        spec: VmSpec,
+        purpose: Purpose,
+        state: VmState,
+        grant: &Grant,
+    ) -> Result<(VmRow, Held)> {
         check_labels(&spec)?;
         let (host, qemu) = self.host_facts().await?;
         let _template_lock = self.templates_shared().await?;
         let manifest = self.manifest(&spec.template)?;
         let parts = boot_parts(&manifest);
         let disk_bytes = disk_bytes(&spec, &parts)?;
+        grant.limits.check(&spec, disk_bytes)?;
         // Decided again at each start; here it is only asked whether it can be.
         machine::decide(&machine_request(&spec, disk_bytes, *machine::GUEST_CIDS.start()), &host, &qemu)?;
         // Its disk is made when it starts: what it stands on is decided then.
-        self.insert(VmRow::new(new_id()?, spec, purpose, state, parts, disk_bytes)).await
+        self.insert(VmRow::new(new_id()?, spec, purpose, state, parts, disk_bytes), grant).await
     }
 
-    pub(super) async fn insert(&self, row: VmRow) -> Result<(VmRow, Held)> {
-        self.remove_strays();
+    /// Makes the directory and the row of a VM, which is the grant's then.
+    pub(super) async fn insert(&self, row: VmRow, grant: &Grant) -> Result<(VmRow, Held)> {
+        let row = VmRow { owner: grant.owner.clone(), ..row };
+        self.require_space()?;
+        self.remove_orphans();
         let dir = self.vm_dir(&row.id);
         let held = make_and_hold(&dir).await?;
-        if let Err(error) = self.store().insert_vm(&row) {
-            let _ = std::fs::remove_dir_all(dir.path());
+        // First: a row never is without its record.
+        let inserted = self.write_record(&row).and_then(|()| self.store().insert_vm_within(&row, grant.limits.max_vms));
+        if let Err(error) = inserted {
+            let _ = remove_without_data(&dir);
             return Err(error);
         }
         Ok((row, held))
     }
 
-    /// Removes directories that belong to no VM: a command was killed between making one and its row.
-    pub(super) fn remove_strays(&self) -> Vec<String> {
-        let Ok(entries) = std::fs::read_dir(self.home.vms()) else { return Vec::new() };
-        let mut removed = Vec::new();
-        for entry in entries.flatten() {
-            let Ok(id) = entry.file_name().into_string() else { continue };
-            if !matches!(self.store().vm_by_id(&id), Ok(None)) {
-                continue;
+    /// Refuses to make a VM on a disk that has no room even for its logs, before anything of it is written.
+    fn require_space(&self) -> Result<()> {
+        match facts::disk_free_bytes(self.home.root()) {
+            Ok(free) if free < SPACE_RESERVE_BYTES => {
+                let (free, needed) = (free >> 10, SPACE_RESERVE_BYTES >> 10);
+                let words =
+                    format!("the disk that holds nido's home is full: {free} KiB free, a VM needs {needed} KiB");
+                Err(Error::new(Code::DiskFull, words).hint("free some space, or use another home with --home"))
             }
-            let dir = self.vm_dir(&id);
-            let Ok(Some(_held)) = Held::try_take(&dir.file(SUPERVISOR_LOCK)) else { continue };
-            if matches!(self.store().vm_by_id(&id), Ok(None))
-                && !crate::lock::is_held(&dir.file(crate::home::VM_LOCK))
-                && std::fs::remove_dir_all(dir.path()).is_ok()
-            {
-                removed.push(id);
-            }
+            // A disk that cannot be asked is no reason to refuse.
+            _ => Ok(()),
         }
-        removed
     }
 }
 
@@ -102,6 +112,12 @@ pub(super) fn check_labels(spec: &VmSpec) -> Result<()> {
             format!("at most {LABELS_MAX} labels, each key and value at most {LABEL_BYTES_MAX} bytes and no empty key");
         return Err(Error::new(Code::SpecInvalid, format!("labels: {rule}")));
     }
+    for (at, spec_of) in spec.forwards.iter().enumerate() {
+        if spec.forwards[..at].iter().any(|before| before.collides(spec_of)) {
+            let words = format!("forwards[{at}]: port {} of {} is published twice", spec_of.host_port, spec_of.host);
+            return Err(Error::new(Code::SpecInvalid, words));
+        }
+    }
     for (field, limit) in [("ttl_ms", spec.ttl_ms), ("idle_ms", spec.idle_ms)] {
         if limit == Some(0) {
             let words = format!("{field}: a time limit of zero would end the VM at once");
@@ -115,6 +131,8 @@ pub(super) fn boot_parts(manifest: &Manifest) -> BootParts {
     BootParts {
         vmlinux: manifest.parts.vmlinux.sha256.clone(),
         initramfs: manifest.parts.initramfs.sha256.clone(),
+        initramfs_base: Some(manifest.parts.initramfs_base.sha256.clone()),
+        agent: Some(manifest.agent.sha256.clone()),
         root: manifest.parts.root.file.sha256.clone(),
         root_bytes: manifest.parts.root.virtual_bytes,
         init: manifest.init,
@@ -134,7 +152,7 @@ pub(super) fn disk_bytes(spec: &VmSpec, parts: &BootParts) -> Result<u64> {
     Ok(asked)
 }
 
-/// What decides on the machine of a VM.
+/// What decides on the machine of a VM that has not been started yet.
 pub(super) fn machine_request(spec: &VmSpec, disk_bytes: u64, cid: u32) -> MachineRequest {
     MachineRequest {
         cpus: spec.cpus,
@@ -145,14 +163,20 @@ pub(super) fn machine_request(spec: &VmSpec, disk_bytes: u64, cid: u32) -> Machi
         net: spec.net,
         nested: spec.nested,
         require_isolation: spec.require_isolation,
+        ran_under: None,
         cid,
     }
+}
+
+/// Whether the VM has a disk. An empty file is none: a power cut can leave one of a disk that nobody has written to yet.
+pub(super) fn has_disk(dir: &VmDir) -> bool {
+    std::fs::metadata(dir.file(DISK)).is_ok_and(|disk| disk.len() > 0)
 }
 
 /// Makes the VM's disk if it is not there yet.
 pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
     let path = dir.file(DISK);
-    if path.exists() {
+    if has_disk(dir) {
         return Ok(());
     }
     // A half-written overlay must never carry the disk's name.
@@ -165,8 +189,11 @@ pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
         (None, Purpose::Bake) => (row.disk_bytes, row.parts.root.clone()),
         (None, _) => (row.disk_bytes, Home::blob_from_vm_dir(&row.parts.root)),
     };
+    // The disk of an ephemeral VM is of no use after a power cut.
+    let durability = if row.spec.ephemeral { Durability::Kill } else { Durability::PowerCut };
     disk::create_overlay(&fresh, bytes, &below)
-        .and_then(|()| std::fs::rename(&fresh, &path))
+        .and_then(|file| atomic_file::publish(&file, &fresh, &path, durability))
+        .inspect_err(|_| drop(std::fs::remove_file(&fresh)))
         .map_err(|e| Error::io("cannot make the VM's disk", e))
 }
 
@@ -194,7 +221,8 @@ pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) ->
     };
     let bytes = minicbor::to_vec(&config)
         .map_err(|e| Error::internal(format!("cannot write the guest's configuration: {e}")))?;
-    write_private(&dir.file(GUEST_CONFIG), &bytes).map_err(|e| Error::io("cannot write the guest's configuration", e))
+    atomic_file::write_private(&dir.file(GUEST_CONFIG), &bytes, Durability::Kill)
+        .map_err(|e| Error::io("cannot write the guest's configuration", e))
 }
 
 impl Nido {
@@ -228,15 +256,6 @@ pub(crate) fn read_token(dir: &VmDir) -> Result<Vec<u8>> {
     let config: GuestConfig = minicbor::decode(&bytes)
         .map_err(|e| Error::internal(format!("the guest's configuration cannot be read: {e}")))?;
     Ok(config.token.into())
-}
-
-fn write_private(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let fresh = path.with_extension("new");
-    let _ = std::fs::remove_file(&fresh);
-    std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh)?.write_all(bytes)?;
-    std::fs::rename(&fresh, path)
 }
 
 #[cfg(test)]

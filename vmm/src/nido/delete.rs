@@ -1,21 +1,49 @@
 //! Deleting a VM: its process first, its files next, its row last.
+//!
+//! ```text
+//!  row: deleting - vms/ID -> vms/.gone-ID - files removed - row removed
+//! ```
+//!
+//! Invariants: the directory leaves its name in one step, so no concurrent command works in it while it is removed. Nothing is
+//! removed while QEMU holds `vm.lock`. A VM whose directory is gone already can be deleted in every state.
 
+use std::io::ErrorKind;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::Nido;
 use crate::api::{StopRequest, VmInfo, Which};
 use crate::error::{Code, Error, Result};
-use crate::home::SUPERVISOR_LOCK;
-use crate::lock::Held;
-use crate::state::{Admission, Request, admit};
+use crate::home::{CONSOLE_LOG, SUPERVISOR_LOCK, VM_LOCK};
+use crate::host::removed_dir;
+use crate::lock::{Held, is_held};
+use crate::state::{Admission, Request, VmState, admit};
 use crate::store::{Purpose, VmRow};
 use crate::supervisor::control::Request as Control;
+use crate::supervisor::log_tail;
 
-/// How long whoever still works on the VM may take to let go of it.
-const LET_GO: Duration = Duration::from_secs(15);
+/// How long another process may take to release the VM.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a QEMU that has been killed may take to release its lock.
+const QEMU_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long processes whose directory is gone may take to die of SIGKILL.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Whether a VM may be deleted as it is.
+pub(super) fn check(row: &VmRow, force: bool) -> Result<()> {
+    let name = &row.spec.name;
+    match admit(row.state, Request::Delete) {
+        Admission::Denied(why) if !force => {
+            Err(Error::new(Code::VmBusy, format!("VM '{name}' cannot be deleted: {why}"))
+                .hint(format!("nido stop {name}, or: nido delete --force {name}")))
+        }
+        _ => Ok(()),
+    }
+}
 
 impl Nido {
-    /// Deletes a VM and everything of it; a running one only with `force`. The answer is how it was.
+    /// Deletes a VM and everything of it; a running one only with `force`. The answer is how it was, a running one as it was
+    /// when it had been stopped.
     ///
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `vm_busy`.
@@ -27,67 +55,145 @@ impl Nido {
         self.delete_row(&row, force).await
     }
 
-    /// The same for this very VM, whatever has its name meanwhile.
+    /// The same for this very VM, whichever VM has its name now.
     pub(super) async fn delete_row(&self, row: &VmRow, force: bool) -> Result<VmInfo> {
-        let name = &row.spec.name;
-        let info = self.describe(row);
+        let mut info = self.describe(row);
+        if self.end_for_deletion(row, force).await? {
+            info.status = VmState::Stopped;
+            info.agent.ready = false;
+            (info.expires_at, info.idle_at) = (None, None);
+        }
+        let Some((held, now)) = self.hold_for_deletion(row).await? else { return Ok(info) };
+        if held.is_some() && is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
+            drop(held);
+            self.end_unrecorded_qemu(&now, force).await?;
+            let Some((_held, _)) = self.hold_for_deletion(row).await? else { return Ok(info) };
+            self.erase(&row.id)?;
+        } else {
+            self.erase(&row.id)?;
+        }
+        self.collect_parts_if_due().await;
+        Ok(info)
+    }
+
+    /// Ends the VM's process, if its state says that there is one. Whether it was stopped as any VM in use is.
+    async fn end_for_deletion(&self, row: &VmRow, force: bool) -> Result<bool> {
         match admit(row.state, Request::Delete) {
+            Admission::Do | Admission::AlreadySo => Ok(false),
+            // Nobody can be asked to end it; erasing ends what is left of it.
+            Admission::Denied(_) if (force || row.purpose == Purpose::Pool) && self.files_are_gone(&row.id) => {
+                Ok(false)
+            }
             Admission::Denied(_) if row.purpose == Purpose::Pool => {
-                // Unless somebody claims it in this moment.
+                // Unless another command claims it at this moment.
                 if let Err(error) = self.ask(row, &Control::Retire).await
                     && self.store().vm_by_id(&row.id)?.is_some_and(|now| now.purpose != Purpose::Pool)
                 {
                     return Err(error);
                 }
+                Ok(false)
             }
             Admission::Denied(_) if force => {
-                self.stop_row(row, StopRequest { force: true, ..StopRequest::default() }).await?;
+                self.stop_row(row, StopRequest { force: true, ..StopRequest::default() }).await.map(|_| true)
             }
-            Admission::Denied(why) => {
-                return Err(Error::new(Code::VmBusy, format!("VM '{name}' cannot be deleted: {why}"))
-                    .hint(format!("nido stop {name}, or: nido delete --force {name}")));
-            }
-            Admission::Do | Admission::AlreadySo => {}
+            Admission::Denied(_) => check(row, force).map(|()| false),
         }
+    }
+
+    /// Locks the VM, and reads its row again. The lock is `None` if its directory is gone; everything is if its row is.
+    async fn hold_for_deletion(&self, row: &VmRow) -> Result<Option<(Option<Held>, VmRow)>> {
+        let name = &row.spec.name;
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
-        let held = match Held::take(&lock, Instant::now() + LET_GO).await {
+        let held = match Held::take(&lock, Instant::now() + LOCK_TIMEOUT).await {
             Ok(Some(held)) => Some(held),
             Ok(None) => return Err(Error::new(Code::VmBusy, format!("VM '{name}' is held by another nido process"))),
             // An ephemeral VM that was stopped above is gone by now.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
             Err(e) => return Err(Error::io("cannot lock the VM", e)),
         };
-        // Somebody may have started it while we waited for the lock.
-        let Some(now) = self.store().vm_by_id(&row.id)? else { return Ok(info) };
+        // Another command may have started it before the lock was free.
+        let Some(now) = self.store().vm_by_id(&row.id)? else { return Ok(None) };
         if now.purpose != row.purpose {
-            return Err(Error::new(
-                Code::VmBusy,
-                format!("'{name}' was claimed meanwhile; it is VM '{}' now", now.spec.name),
-            ));
+            let words = format!("'{name}' was claimed meanwhile; it is VM '{}' now", now.spec.name);
+            return Err(Error::new(Code::VmBusy, words));
         }
-        if !now.state.at_rest()
-            && held.is_some()
-            && crate::lock::is_held(&self.vm_dir(&row.id).file(crate::home::VM_LOCK))
-        {
+        if !now.state.at_rest() && held.is_some() && is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
             return Err(Error::new(Code::VmBusy, format!("VM '{name}' was started meanwhile")));
         }
-        self.erase(&row.id)?;
-        if row.parts.frozen.len() > 1 {
-            // A copy of a running VM stands on parts that no template names.
-            self.drop_private_parts().await;
-        }
-        Ok(info)
+        Ok(Some((held, now)))
     }
 
-    /// Removes a VM that is at rest. The caller holds its lock (or its directory is gone).
-    pub(crate) fn erase(&self, id: &str) -> Result<()> {
-        self.store().mark_deleting(id)?;
-        match std::fs::remove_dir_all(self.vm_dir(id).path()) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("cannot remove the VM's files", e));
-            }
-            _ => {}
+    /// Ends a QEMU that lives although the VM's row says that it is at rest.
+    async fn end_unrecorded_qemu(&self, row: &VmRow, force: bool) -> Result<()> {
+        let name = &row.spec.name;
+        if !force {
+            let words = format!("VM '{name}' cannot be deleted: a QEMU of it still runs");
+            return Err(Error::new(Code::VmBusy, words).hint(format!("nido delete --force {name}")));
         }
-        self.store().remove_vm(id)
+        let Some(now) = self.settle(row).await? else { return Ok(()) };
+        self.stop_row(&now, StopRequest { force: true, ..StopRequest::default() }).await.map(drop)
+    }
+
+    /// Whether the directory of a VM is not there.
+    pub(super) fn files_are_gone(&self, id: &str) -> bool {
+        std::fs::symlink_metadata(self.vm_dir(id).path()).is_err_and(|e| e.kind() == ErrorKind::NotFound)
+    }
+
+    /// Removes a VM that is at rest. The caller holds its lock, or its directory is gone.
+    ///
+    /// # Errors
+    /// `vm_busy` if a QEMU of it lives, and those of the file system.
+    pub(crate) fn erase(&self, id: &str) -> Result<()> {
+        let dir = self.vm_dir(id);
+        if !await_release(&dir.file(VM_LOCK)) {
+            return Err(Error::new(Code::VmBusy, "the VM's files cannot be removed: its QEMU still runs"));
+        }
+        match self.store().mark_deleting(id) {
+            // Removing the files makes room for the rest.
+            Err(error) if error.code() == Code::DiskFull => {}
+            marked => marked?,
+        }
+        let broken = |e| Error::io("cannot remove the VM's files", e);
+        let last_log_entries = log_tail(&dir, &[CONSOLE_LOG]);
+        let removed = self.home.removed_vm(id);
+        // Of an attempt that was killed.
+        remove_tree(&removed).map_err(broken)?;
+        match std::fs::rename(dir.path(), &removed) {
+            Ok(()) => remove_tree(&removed).map_err(broken)?,
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                let left = removed_dir::kill_processes_in(dir.path(), KILL_TIMEOUT);
+                if left > 0 {
+                    let words = format!("{left} processes of the VM, whose directory is gone, do not end");
+                    return Err(Error::new(Code::VmBusy, words));
+                }
+            }
+            Err(e) => return Err(broken(e)),
+        }
+        self.store().remove_vm(id, last_log_entries)
+    }
+}
+
+/// Waits a moment for a QEMU that ends; whether it has.
+fn await_release(vm_lock: &Path) -> bool {
+    let deadline = Instant::now() + QEMU_EXIT_TIMEOUT;
+    while is_held(vm_lock) {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
+}
+
+/// Removes a directory with everything in it. Another process may be doing the same.
+pub(super) fn remove_tree(path: &Path) -> std::io::Result<()> {
+    let mut tries = 0;
+    loop {
+        match std::fs::remove_dir_all(path) {
+            Ok(()) => return Ok(()),
+            Err(_) if std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound) => return Ok(()),
+            Err(e) if e.kind() == ErrorKind::NotFound && tries < 100 => tries += 1,
+            Err(e) => return Err(e),
+        }
     }
 }

@@ -67,8 +67,6 @@ impl Nido {
     /// # Errors
     /// What keeps it from that; the next nido command tries again.
     pub async fn deliver(options: OpenOptions) -> Result<()> {
-        // What was started by a command on a terminal must not end with it.
-        let _ = rustix::process::setsid();
         // Settling would start another deliverer, for this one does not hold the lock yet.
         let nido = Self::open_unsettled(options)?;
         let path = nido.home.root().join(DELIVER_LOCK);

@@ -1,18 +1,25 @@
 //! Looking at the host: can it run VMs, how well, and is anything left over from a crash.
 
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
 use crate::api::{
     AccelChoice, CheckStatus, DoctorCheck, DoctorReport, MachineChoice, NetChoice, TemplateInfo, WebhookInfo,
     default_cpus, default_memory_mib,
 };
 use crate::error::{Error, Result};
-use crate::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, VsockVerdict, facts, kvm, qemu};
+use crate::home::VM_LOCK;
+use crate::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, VsockVerdict, facts, kvm, qemu, scope};
+use crate::lock::is_held;
 use crate::machine::{self, MachineRequest};
-use crate::nido::Nido;
+use crate::nido::{Nido, OpenOptions};
 
 /// Less free space than this on the home's disk is worth a word, in bytes.
 const LOW_DISK: u64 = 4 << 30;
 /// Less available memory than this is worth a word, in MiB.
 const LOW_MEMORY_MIB: u64 = 1024;
+/// How long to wait for operations that work with template parts.
+const PARTS_LOCK_TIMEOUT: Duration = Duration::from_secs(600);
 const ANOTHER_QEMU: &str = "apt-get install qemu-system-x86, or name another QEMU with NIDO_QEMU";
 
 impl Nido {
@@ -21,31 +28,54 @@ impl Nido {
     /// # Errors
     /// Of the store.
     pub async fn doctor(&self, gc: bool) -> Result<DoctorReport> {
-        let mut checks = Vec::new();
-        let cache = self.home.cache();
-        let qemu = qemu::find(self.options.qemu.as_deref()).and_then(|program| qemu::probe(&program, &cache));
-        checks.push(check_qemu(qemu.as_ref()));
-        let host = tokio::task::spawn_blocking(move || {
-            // Who asks the doctor may have changed something.
-            kvm::forget(&cache);
-            facts::gather(&cache)
-        })
-        .await
-        .map_err(|e| Error::internal(format!("the host could not be looked at: {e}")))?;
-        checks.push(check_kvm(&host, qemu.as_ref().ok()));
-        checks.extend(qemu.as_ref().ok().map(|qemu| check_machine(&host, qemu)));
-        checks.push(check_nesting(&host));
-        checks.push(check_vsock(&host));
-        checks.push(check_user(&host));
-        checks.push(check_memory(&host));
-        checks.push(check_cgroups(std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").ok().as_deref()));
+        self.report(gc, true).await
+    }
+
+    /// The same without doing anything: KVM is not tested again if its verdict is cached.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub async fn host_report(&self) -> Result<DoctorReport> {
+        self.report(false, false).await
+    }
+
+    async fn report(&self, gc: bool, again: bool) -> Result<DoctorReport> {
+        let (mut checks, host, qemu) = check_host(self.options.qemu.as_deref(), self.home.cache(), again).await?;
+        checks.push(self.check_home());
         checks.push(self.check_disk());
         checks.push(self.check_templates()?);
-        checks.extend(qemu.as_ref().ok().map(|qemu| self.check_bakes(&host, qemu)));
+        checks.extend(qemu.as_ref().map(|qemu| self.check_bakes(&host, qemu)));
         checks.push(self.check_build_tools());
         checks.extend(check_webhooks(&self.webhook_list()?.webhooks));
+        checks.push(self.check_vms().await?);
         checks.push(self.check_leftovers(gc).await?);
         Ok(DoctorReport { ok: checks.iter().all(|check| check.status != CheckStatus::Failed), checks })
+    }
+
+    /// What can be checked where nido's home cannot be opened; `error` says why.
+    ///
+    /// # Errors
+    /// `internal`.
+    pub async fn doctor_without_home(options: &OpenOptions, error: &Error) -> Result<DoctorReport> {
+        let scratch = std::env::temp_dir().join(format!("nido-doctor-{}", super::new_id()?));
+        let (mut checks, ..) = check_host(options.qemu.as_deref(), scratch.clone(), true).await?;
+        // Facts may have been cached there; what cannot be removed is a few bytes of the user's own.
+        let _ = std::fs::remove_dir_all(&scratch);
+        let plain = check("home", CheckStatus::Failed, error.message());
+        checks.push(match error.hint_text() {
+            Some(hint) => plain.hint(hint),
+            None => plain,
+        });
+        Ok(DoctorReport { ok: false, checks })
+    }
+
+    fn check_home(&self) -> DoctorCheck {
+        let shown = self.home.root().display();
+        if self.is_read_only() {
+            return check("home", CheckStatus::Failed, format!("{shown} cannot be written: VMs can only be listed"))
+                .hint("check its mount, owner and mode, or use another home with --home or NIDO_HOME");
+        }
+        check("home", CheckStatus::Ok, shown.to_string())
     }
 
     fn check_disk(&self) -> DoctorCheck {
@@ -64,6 +94,10 @@ impl Nido {
     fn check_templates(&self) -> Result<DoctorCheck> {
         let list = self.template_list()?;
         let stale: Vec<_> = list.templates.iter().filter(|template| !template.agent_current).collect();
+        if let Some(first) = list.damaged.first() {
+            return Ok(check("templates", CheckStatus::Warning, first.clone())
+                .hint("nido template delete NAME, and build or import it again"));
+        }
         if list.templates.is_empty() {
             return Ok(
                 check("templates", CheckStatus::Warning, "there is none yet").hint("nido template build sandbox")
@@ -95,7 +129,8 @@ impl Nido {
     }
 
     fn check_build_tools(&self) -> DoctorCheck {
-        match nido_images::Host::probe() {
+        let home = self.home.root();
+        match nido_images::Host::probe().and_then(|_| nido_images::Host::probe_directory(home)) {
             Ok(_) => check("template build", CheckStatus::Ok, "everything that it needs is installed"),
             Err(error) => {
                 let plain = check("template build", CheckStatus::Warning, error.to_string());
@@ -107,31 +142,95 @@ impl Nido {
         }
     }
 
+    /// Files that nobody needs any more. Rows were reconciled when the home was opened.
     async fn check_leftovers(&self, gc: bool) -> Result<DoctorCheck> {
-        // Rows were settled when the home was opened; what is left are files.
-        if !gc {
-            let strays = self.count_strays();
-            return Ok(if strays == 0 {
-                check("leftovers", CheckStatus::Ok, "none")
-            } else {
-                check("leftovers", CheckStatus::Warning, format!("{strays} VM directories belong to no VM"))
-                    .hint("nido doctor --gc")
-            });
+        if gc {
+            let directories = self.remove_orphans();
+            self.remove_all_unfinished()?;
+            let bytes = match self.collect_parts(PARTS_LOCK_TIMEOUT).await {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    let detail = format!("removed {directories} directories; template parts stay: {error}");
+                    return Ok(check("leftovers", CheckStatus::Warning, detail));
+                }
+            };
+            let detail = format!("removed {directories} directories and {} MiB of unused template parts", bytes >> 20);
+            return Ok(check("leftovers", CheckStatus::Ok, detail));
         }
-        let strays = self.remove_strays().len();
-        let bytes = self.drop_unused_parts().await?;
-        Ok(check(
-            "leftovers",
-            CheckStatus::Ok,
-            format!("removed {strays} directories and {} MiB of unused template parts", bytes >> 20),
-        ))
+        let (directories, bytes) = match (self.count_orphans()?, self.unused_part_bytes()) {
+            (directories, Ok(bytes)) => (directories, bytes),
+            (_, Err(error)) => {
+                let detail = format!("it is not known which template parts are used: {error}");
+                return Ok(check("leftovers", CheckStatus::Warning, detail));
+            }
+        };
+        if directories == 0 && bytes == 0 {
+            return Ok(check("leftovers", CheckStatus::Ok, "none"));
+        }
+        let detail =
+            format!("{directories} directories of no VM, {} MiB of unused template parts", bytes.div_ceil(1 << 20));
+        Ok(check("leftovers", CheckStatus::Warning, detail).hint("nido doctor --gc"))
     }
 
-    fn count_strays(&self) -> usize {
-        let Ok(entries) = std::fs::read_dir(self.home.vms()) else { return 0 };
-        let ids = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        ids.filter(|id| matches!(self.store().vm_by_id(id), Ok(None))).count()
+    /// Whether each VM's row and files belong together.
+    async fn check_vms(&self) -> Result<DoctorCheck> {
+        let unknown = self.unknown_vms()?;
+        let rows = self.store().vms()?;
+        let lost = rows.iter().filter(|row| !row.deleting && self.files_are_gone(&row.id));
+        let lost: Vec<_> = lost.map(|row| row.spec.name.to_string()).collect();
+        for row in rows.iter().filter(|row| row.state.at_rest() && !lost.contains(&row.spec.name.to_string())) {
+            // A VM of an older nido has none yet.
+            self.refresh_record(&row.id);
+            // A QEMU that outlived its row gets a supervisor again.
+            if is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
+                self.settle(row).await?;
+            }
+        }
+        Ok(match (unknown.len(), &lost[..]) {
+            (0, []) => check("VMs", CheckStatus::Ok, "each has its row and its files"),
+            (0, lost) => {
+                let detail = format!("the files of {} are gone, and their disks with them", lost.join(", "));
+                check("VMs", CheckStatus::Warning, detail).hint(format!("nido delete {}", lost.join(" ")))
+            }
+            (count, _) => {
+                let list = unknown.iter().take(5).map(|id| self.vm_dir(id).path().display().to_string());
+                let detail = format!(
+                    "{count} directories hold VMs that the store does not know: {}",
+                    list.collect::<Vec<_>>().join(", ")
+                );
+                check("VMs", CheckStatus::Warning, detail)
+                    .hint("nido doctor --adopt gives them a row again; then they can be started, or deleted")
+            }
+        })
     }
+}
+
+/// What does not depend on a home: QEMU, KVM, memory and so on. Facts are cached in `cache`. With `again` KVM is tested even if
+/// its verdict is cached.
+async fn check_host(
+    named: Option<&Path>,
+    cache: PathBuf,
+    again: bool,
+) -> Result<(Vec<DoctorCheck>, HostFacts, Option<QemuFacts>)> {
+    let qemu = qemu::find(named).and_then(|program| qemu::probe(&program, &cache));
+    let host = tokio::task::spawn_blocking(move || {
+        if again {
+            // The user may have changed something just before.
+            kvm::forget(&cache);
+        }
+        facts::gather(&cache)
+    })
+    .await
+    .map_err(|e| Error::internal(format!("the host could not be looked at: {e}")))?;
+    let mut checks = vec![check_qemu(qemu.as_ref()), check_kvm(&host, qemu.as_ref().ok())];
+    checks.extend(qemu.as_ref().ok().map(|qemu| check_machine(&host, qemu)));
+    checks.push(check_nesting(&host));
+    checks.push(check_vsock(&host));
+    checks.push(check_user(&host));
+    checks.push(check_unit());
+    checks.push(check_memory(&host));
+    checks.push(check_cgroups(std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").ok().as_deref()));
+    Ok((checks, host, qemu.ok()))
 }
 
 fn names(templates: &[&TemplateInfo]) -> String {
@@ -207,6 +306,7 @@ fn check_machine(host: &HostFacts, qemu: &QemuFacts) -> DoctorCheck {
             net,
             nested: false,
             require_isolation: false,
+            ran_under: None,
             cid: *machine::GUEST_CIDS.start(),
         };
         machine::decide(&request, host, qemu)
@@ -249,9 +349,15 @@ fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorCheck {
                     check("kvm", CheckStatus::Failed, format!("{why}, and this QEMU was built without emulation (TCG)"))
                         .hint("apt-get install qemu-system-x86")
                 }
-                KvmVerdict::NotPermitted => plain.hint("adduser $USER $(stat -c %G /dev/kvm), then log in again"),
+                KvmVerdict::NotPermitted => plain.hint(kvm::permission_hint()),
                 KvmVerdict::PresentUnusable { .. } => plain
                     .hint("dmesg | grep -i kvm may tell why; in a VM, its host must allow nesting, and well enough"),
+                KvmVerdict::Undecided { .. } => check(
+                    "kvm",
+                    CheckStatus::Warning,
+                    format!("{why}; until it is known, VMs start only with --accel tcg"),
+                )
+                .hint("run nido doctor again when the host is less busy, or when no other hypervisor uses KVM"),
                 KvmVerdict::Absent => plain.hint("modprobe kvm_intel or kvm_amd; in a VM, its host must allow nesting"),
                 KvmVerdict::Usable { .. } => plain,
             }
@@ -273,6 +379,15 @@ fn check_nesting(host: &HostFacts) -> DoctorCheck {
             let why = format!("a VM cannot have VMs of its own: the parameter `nested` of {} is off", module.name());
             check("nesting", CheckStatus::Ok, why).hint(module.turn_on())
         }
+    }
+}
+
+/// Whether VMs that are started from here outlive the service or the login session of this process.
+fn check_unit() -> DoctorCheck {
+    match (scope::ties_here(), scope::bus()) {
+        (Some((why, hint)), _) => check("systemd unit", CheckStatus::Warning, why).hint(hint),
+        (None, Some(_)) => check("systemd unit", CheckStatus::Ok, "each running VM gets a systemd scope of its own"),
+        (None, None) => check("systemd unit", CheckStatus::Ok, "VMs outlive the process that starts them"),
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::Nido;
 use crate::api::{Event, EventList, EventsRequest};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 
 /// How often a reader looks by itself.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -27,9 +27,18 @@ impl Nido {
     /// The events behind a cursor, the oldest first; at most a thousand of them. The answer's cursor is where to go on.
     ///
     /// # Errors
-    /// Of the store.
+    /// `cursor_expired` if events behind the cursor are not kept any more, or the cursor is ahead of them all; of the store.
     pub fn events(&self, request: &EventsRequest) -> Result<EventList> {
         self.announce_found();
+        let (oldest, last) = self.event_range()?;
+        if request.gap(oldest, last) {
+            let since = request.since;
+            let words = format!(
+                "since: events behind the cursor {since} are not kept: those there are go from {oldest} to {last}"
+            );
+            return Err(Error::new(Code::CursorExpired, words)
+                .hint("events were missed: look at what there is, and go on from 0 or from the answer's cursor"));
+        }
         let mut request = request.clone();
         let mut events = Vec::new();
         loop {
@@ -46,7 +55,7 @@ impl Nido {
             Some(last) if events.len() == PAGE => last.cursor,
             _ => request.since,
         };
-        Ok(EventList { events, cursor })
+        Ok(EventList { events, cursor, oldest })
     }
 
     /// The same as it stands in the store: for who asks again and again. The same cursor back means that there are no more.
@@ -55,6 +64,14 @@ impl Nido {
     /// Of the store.
     pub fn events_behind(&self, request: &EventsRequest) -> Result<(Vec<Event>, u64)> {
         self.store().events(request)
+    }
+
+    /// The cursors of the first event that is kept and of the last one.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn event_range(&self) -> Result<(u64, u64)> {
+        self.store().event_range()
     }
 
     /// The cursor behind the last event: from there on only what is new is seen.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use nido_guest_agent::wire::{Exec, WindowSize};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
@@ -9,8 +10,8 @@ use tokio::time::Instant;
 use super::Nido;
 use super::create::read_token;
 use super::lifecycle::denied;
-use crate::api::{ExecEvent, ExecExit, ExecRequest};
-use crate::error::{Error, Result};
+use crate::api::{ExecEvent, ExecExit, ExecRequest, Which};
+use crate::error::{Code, Error, Result};
 use crate::guest::{Control, Endpoint, Event, Events, Guest};
 use crate::home::AGENT_SOCKET;
 use crate::machine::Transport;
@@ -33,10 +34,12 @@ impl Nido {
     /// Starts a command. Dropping the events kills it.
     ///
     /// # Errors
-    /// `vm_not_found`, `vm_not_running`, `command_not_found`, `command_cannot_run`, `user_not_found`,
+    /// `vm_not_found`, `vm_replaced`, `vm_not_running`, `command_not_found`, `command_cannot_run`, `user_not_found`,
     /// `directory_not_found`, `agent_unreachable`.
-    pub async fn exec(&self, name: &VmName, request: ExecRequest) -> Result<(ExecControl, ExecEvents)> {
-        let reached = self.reach(name).await?;
+    pub async fn exec(&self, vm: impl Into<Which<'_>>, request: ExecRequest) -> Result<(ExecControl, ExecEvents)> {
+        let which = vm.into();
+        let name = which.name;
+        let reached = self.reach(which).await?;
         let running = reached
             .guest
             .exec(wire_exec(request), Instant::now() + ANSWER_WITHIN)
@@ -49,14 +52,18 @@ impl Nido {
 
     /// The agent of a VM that can be used, or why it cannot. Waits for one that is still starting, and for the
     /// supervisor of one that has lost it.
-    pub(super) async fn reach(&self, name: &VmName) -> Result<Reached> {
-        let mut row = self.store().vm_by_name(name)?;
+    pub(super) async fn reach(&self, vm: impl Into<Which<'_>>) -> Result<Reached> {
+        let which = vm.into();
+        let mut row = self.current(self.store().vm_by_name(which.name)?);
+        which.is(&row.id)?;
         if let Admission::Denied(why) = admit(row.state, Act::UseAgent) {
             return Err(denied(&row, "used", why));
         }
         if row.state == VmState::Starting || !row.agent.ready {
             self.ask(&row, &Request::Ready).await?;
-            row = self.store().vm_by_name(name)?;
+            // This very VM, whatever has its name by now.
+            let gone = || Error::new(Code::VmNotFound, format!("VM '{}' is gone", which.name));
+            row = self.store().vm_by_id(&row.id)?.ok_or_else(gone)?;
         }
         let guest = self.guest(&row)?;
         let lease = match guest.endpoint() {
@@ -68,6 +75,37 @@ impl Nido {
             }
         };
         Ok(Reached { guest, lease })
+    }
+
+    /// What has become of a VM since then, if it is no longer the running VM that it was.
+    #[must_use]
+    pub fn changed_since(&self, name: &VmName, then: Timestamp) -> Option<String> {
+        let what = match self.store().vm_by_name(name) {
+            Err(error) if error.code() == Code::VmNotFound => "was deleted",
+            Err(_) => return None,
+            Ok(row) if row.created_at > then => "was replaced by another VM",
+            Ok(row) => match row.state {
+                VmState::Stopping | VmState::Stopped | VmState::Created => "was stopped",
+                VmState::Failed => "failed",
+                _ if row.started_at.is_some_and(|started| started > then) => "was restarted or restored",
+                VmState::Starting | VmState::Running | VmState::Paused => return None,
+            },
+        };
+        Some(format!("VM '{name}' {what}"))
+    }
+
+    /// The error of a session with a guest that broke off. Where its VM has changed `since` the session began, that is the
+    /// reason, and not the agent.
+    #[must_use]
+    pub fn lost_while_in_use(&self, name: &VmName, since: Timestamp, error: Error) -> Error {
+        if error.code() != Code::AgentUnreachable {
+            return error;
+        }
+        match self.changed_since(name, since) {
+            Some(why) => Error::new(Code::VmNotRunning, format!("{why} while the command ran"))
+                .hint(format!("nido events --vm {name} shows when and why")),
+            None => error,
+        }
     }
 
     pub(crate) fn guest(&self, row: &VmRow) -> Result<Guest> {

@@ -11,13 +11,13 @@ use std::time::Instant;
 use super::Nido;
 use super::bake::{FORSAKEN_MS, frozen, random_name, saved};
 use super::lifecycle::denied;
-use crate::api::{ForkResult, PathChoice, StartRequest, StartStage, VmSpec};
+use crate::api::{ForkResult, Grant, PathChoice, StartRequest, StartStage, VmInfo, VmSpec, Which};
 use crate::error::{Code, Error, Result};
 use crate::lock::Held;
 use crate::name::{SnapshotName, VmName};
 use crate::snapshot;
 use crate::state::VmState;
-use crate::store::{BootParts, Origin, Purpose, VmRow};
+use crate::store::{BootParts, Origin, Purpose, Saved, VmRow};
 use crate::supervisor::control::Request;
 
 /// A snapshot of a running VM that is not among its snapshots: it lies in the directory of a VM of its own, which vanishes
@@ -36,15 +36,19 @@ impl Nido {
     /// published for them. Either all copies are ready, or there is none.
     ///
     /// # Errors
-    /// `vm_not_found`, `vm_not_running`, `vm_exists`, those of a snapshot and of a start.
+    /// `vm_not_found`, `vm_not_running`, `vm_exists`, `limit_exceeded` or `denied` by the grant, those of a snapshot and of a start.
     pub async fn fork(
         &self,
-        vm: &VmName,
+        vm: impl Into<Which<'_>>,
         copies: &[VmName],
+        grant: &Grant,
         progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
     ) -> Result<ForkResult> {
+        let which = vm.into();
+        let vm = which.name;
         let row = self.store().vm_by_name(vm)?;
-        if row.state != VmState::Running {
+        which.is(&row.id)?;
+        if !matches!(row.state, VmState::Running | VmState::Paused) {
             return Err(denied(&row, "forked", "it is not running"));
         }
         if copies.is_empty() {
@@ -58,22 +62,46 @@ impl Nido {
                 return Err(Error::new(Code::VmExists, format!("a VM named '{copy}' exists already")));
             }
         }
+        let copy = VmSpec { forwards: Vec::new(), ..row.spec.clone() };
+        grant.limits.check(&copy, row.disk_bytes)?;
         progress(vm, StartStage::Preparing);
+        let forked = self.fork_row(&row, copies, grant, progress).await;
+        // The parts that no copy needs any more.
+        self.collect_parts_if_due().await;
+        Ok(ForkResult { vm: vm.clone(), copies: forked? })
+    }
+
+    /// Makes all copies, or none. They belong to a lease of this operation until all are ready: whoever is killed before, or
+    /// drops this future, leaves none.
+    async fn fork_row(
+        &self,
+        row: &VmRow,
+        copies: &[VmName],
+        grant: &Grant,
+        progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
+    ) -> Result<Vec<VmInfo>> {
         let _parts_stay = self.templates_shared().await?;
-        let (parts, origin) = self.bake_running(&row, progress).await?;
-        let mut made = Vec::new();
-        for copy in copies {
-            match self.start_copy(&row, copy, parts.clone(), origin.clone(), progress).await {
-                Ok(info) => made.push(info),
-                Err(error) => {
-                    for vm in &made {
-                        let _ = self.delete(&vm.name, true).await;
-                    }
-                    return Err(error);
+        let operation = self.lease_open()?;
+        let making = async {
+            let (parts, origin) = self.bake_running(row, progress).await?;
+            let mut made = Vec::new();
+            for copy in copies {
+                let copy = VmRow { made_by: Some(operation.id().clone()), ..copy_of(row, copy, parts.clone())? };
+                made.push(self.start_copy(copy, origin.clone(), grant, progress).await?);
+            }
+            self.store().keep_vms_made_by(operation.id(), copies.len())?;
+            Ok(made)
+        };
+        let made = making.await;
+        if made.is_err() {
+            let begun = self.store().vms_made_by(operation.id())?;
+            for copy in begun {
+                if let Err(left) = self.delete_id(&copy.id).await {
+                    tracing::warn!("VM {} could not be removed: {left}", copy.spec.name);
                 }
             }
         }
-        Ok(ForkResult { vm: vm.clone(), copies: made })
+        made
     }
 
     /// Saves a running VM so that others can go on from it.
@@ -86,7 +114,7 @@ impl Nido {
         let Aside { row, held, name } = self.snapshot_aside(source).await?;
         let dir = self.vm_dir(&row.id);
         let token = snapshot::open(&dir, vm, &name).and_then(|record| {
-            snapshot::take_back_disk(&dir, &name)?;
+            snapshot::DiskCopy::take(&dir, &name)?.put_in_place()?.remove();
             let token = record.running.map(|running| running.token);
             token.ok_or_else(|| Error::internal("a snapshot of a running VM without memory"))
         });
@@ -101,7 +129,7 @@ impl Nido {
         let bake = self.await_bake(&row, held, None, from, &mut |stage| progress(vm, stage)).await?;
         let mut parts = source.parts.clone();
         parts.frozen.push(frozen(&bake));
-        Ok((parts, Origin::Fork(saved(&bake))))
+        Ok((parts, Origin::Fork(Saved { live: true, ..saved(&bake) })))
     }
 
     /// Takes a snapshot of a running VM that is not among its snapshots.
@@ -117,7 +145,7 @@ impl Nido {
         };
         let (id, disk_bytes) = (super::new_id()?, source.disk_bytes);
         let row = VmRow::new(id, spec, Purpose::Bake, VmState::Starting, source.parts.clone(), disk_bytes);
-        let (row, held) = self.insert(row).await?;
+        let (row, held) = self.insert(row, &Grant::own()).await?;
         let name: SnapshotName = "aside".parse()?;
         let taken = async {
             self.ask(source, &Request::Ready).await?;
@@ -134,28 +162,21 @@ impl Nido {
 
     async fn start_copy(
         &self,
-        source: &VmRow,
-        name: &VmName,
-        parts: BootParts,
+        copy: VmRow,
         origin: Origin,
+        grant: &Grant,
         progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
-    ) -> Result<crate::api::VmInfo> {
+    ) -> Result<VmInfo> {
         let asked_at = Instant::now();
-        let spec = VmSpec { name: name.clone(), forwards: Vec::new(), ..source.spec.clone() };
-        let (id, disk_bytes) = (super::new_id()?, source.disk_bytes);
-        let row = VmRow::new(id, spec, Purpose::Use, VmState::Starting, parts, disk_bytes);
-        let (row, held) = self.insert(row).await?;
-        let start = StartRequest { wait: true, timeout_ms: None, path: PathChoice::Fork };
-        let outcome = match self.launch_from(&row, held, start, asked_at, Some(origin)).await {
-            Ok(()) => self.await_start(&row, start, &mut |stage| progress(name, stage)).await,
-            Err(error) => Err(error),
-        };
-        if outcome.is_err()
-            && let Err(left) = self.delete(name, true).await
-            && left.code() != Code::VmNotFound
-        {
-            tracing::warn!("VM {name} could not be removed: {left}");
-        }
-        outcome
+        let (row, held) = self.insert(copy, grant).await?;
+        let start = StartRequest { wait: true, timeout_ms: None, path: PathChoice::Fork, ..StartRequest::default() };
+        Box::pin(self.launch_from(&row, held, start, asked_at, Some(origin))).await?;
+        self.await_start(&row, start, &mut |stage| progress(&row.spec.name, stage)).await
     }
+}
+
+/// A copy of a VM, before it is started.
+fn copy_of(source: &VmRow, name: &VmName, parts: BootParts) -> Result<VmRow> {
+    let spec = VmSpec { name: name.clone(), forwards: Vec::new(), ..source.spec.clone() };
+    Ok(VmRow::new(super::new_id()?, spec, Purpose::Use, VmState::Starting, parts, source.disk_bytes))
 }

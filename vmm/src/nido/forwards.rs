@@ -5,7 +5,7 @@ use tokio::time::Instant;
 
 use super::Nido;
 use super::exec::{ANSWER_WITHIN, guest_error};
-use crate::api::{ForwardList, ForwardSpec};
+use crate::api::{ForwardList, ForwardSpec, Grant};
 use crate::error::{Code, Error, Result};
 use crate::guest::proxy;
 use crate::name::VmName;
@@ -16,8 +16,9 @@ impl Nido {
     /// starts, and needs a port by number.
     ///
     /// # Errors
-    /// `vm_not_found`, `port_in_use`, `spec_invalid`.
-    pub async fn forward_add(&self, name: &VmName, spec: ForwardSpec) -> Result<ForwardSpec> {
+    /// `vm_not_found`, `port_in_use`, `spec_invalid`, `denied` by the grant.
+    pub async fn forward_add(&self, name: &VmName, spec: ForwardSpec, grant: &Grant) -> Result<ForwardSpec> {
+        grant.limits.check_forward(&spec)?;
         let row = self.store().vm_by_name(name)?;
         if row.state.at_rest() {
             if spec.host_port == 0 {
@@ -27,11 +28,21 @@ impl Nido {
                 )
                 .hint("name a port of the host, for example 8080:80"));
             }
+            if let Some(taken) = row.forwards.iter().find(|known| known.collides(&spec)) {
+                let words = format!("port {} of {} is published already, as {taken}", spec.host_port, spec.host);
+                return Err(
+                    Error::new(Code::PortInUse, words).hint("remove that forward first, or choose another port")
+                );
+            }
             self.store().add_forward(&row.id, &spec)?;
+            self.refresh_record(&row.id);
             return Ok(spec);
         }
         match self.ask(&row, &Request::ForwardAdd { forward: spec }).await? {
-            Answer::Forward { forward } => Ok(forward),
+            Answer::Forward { forward } => {
+                self.refresh_record(&row.id);
+                Ok(forward)
+            }
             other => Err(Error::internal(format!("the supervisor answered {other:?}"))),
         }
     }
@@ -64,6 +75,7 @@ impl Nido {
                 self.ask(&row, &Request::ForwardRemove { forward }).await?;
             }
         }
+        self.refresh_record(&row.id);
         Ok(())
     }
 

@@ -6,13 +6,16 @@
 //!  command:     settling starts a supervisor that looks, or removes a VM at rest
 //! ```
 //!
+//! The VMs of an operation that makes several, or none (`fork`), name a lease of that operation in `made_by`, until one change of
+//! the store keeps them all.
+//!
 //! Invariant: the lock is held before the first row names it. So a VM of a lease that nobody holds is one too many.
 
 use super::Nido;
-use crate::api::{LeaseId, VmSpec};
+use crate::api::{LeaseId, Limit, VmSpec};
 use crate::error::{Code, Error, Result};
 use crate::presence::{Presence, is_gone};
-use crate::store::VmRow;
+use crate::store::{VmRow, VmUpdate};
 
 /// A session that VMs belong to, until it is dropped or its process dies.
 #[derive(Debug)]
@@ -51,7 +54,9 @@ impl Nido {
         let rows = self.store().vms()?;
         let mut ended = Ok(());
         for row in rows.into_iter().filter(|row| row.spec.lease.as_ref() == Some(&id)) {
-            let gone = self.delete_row(&row, true).await.map(drop);
+            let over = VmUpdate { expired: Some(Limit::Session), ..VmUpdate::default() };
+            let told = self.store().update_vm(&row.id, &over);
+            let gone = self.delete_row(&row, true).await.map(drop).and(told.map(drop));
             // Its supervisor may have been quicker.
             if gone.is_err() && self.store().vm_by_id(&row.id)?.is_some() {
                 ended = ended.and(gone);
@@ -75,8 +80,11 @@ impl Nido {
         Ok(spec)
     }
 
-    /// Whether a VM belongs to a session that is over.
+    /// Whether a VM belongs to a session that is over, or to an operation that ended before it had made all its VMs.
     pub(crate) fn is_orphan(&self, row: &VmRow) -> bool {
-        row.spec.lease.as_ref().is_some_and(|lease| is_gone(&self.home().present(), lease.as_str()))
+        let is_over = |lease: &LeaseId| is_gone(&self.home().present(), lease.as_str());
+        row.spec.lease.as_ref().is_some_and(is_over)
+            // It may have ended well since the row was read.
+            || row.made_by.as_ref().is_some_and(is_over) && self.store().is_being_made(&row.id).unwrap_or(false)
     }
 }

@@ -2,17 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::SignedDuration;
 
 use super::Nido;
-use super::create::{machine_request, make_disk, write_guest_config};
-use crate::api::{AgentInfo, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmSpec, Which};
+use super::begun::BegunVm;
+use super::create::{boot_parts, disk_bytes, machine_request, make_disk, write_guest_config};
+use crate::api::{
+    AgentInfo, Grant, PathChoice, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmSpec, Which,
+};
 use crate::error::{Code, Error, Result};
-use crate::home::SUPERVISOR_LOCK;
-use crate::lock::Held;
-use crate::machine::{self, GUEST_CIDS, Machine, Transport};
+use crate::home::{SUPERVISOR_LOCK, VM_LOCK};
+use crate::lock::{Held, is_held};
+use crate::machine::{self, GUEST_CIDS, Machine, MachineRequest, Transport};
+use crate::moment;
 use crate::name::VmName;
-use crate::state::{Admission, Request as Act, VmState, admit};
+use crate::state::{Admission, Request as Act, StateCause, VmState, admit};
 use crate::store::{BootParts, Origin, Purpose, VmRow, VmUpdate};
 use crate::supervisor::control::Request;
 
@@ -20,8 +24,8 @@ use crate::supervisor::control::Request;
 pub(super) const LET_GO: Duration = Duration::from_secs(5);
 
 impl Nido {
-    /// Makes a VM and starts it. If this fails, the VM is gone again; if the future is dropped half-way, a
-    /// [`Nido::delete`] with `force` removes what was made.
+    /// Makes a VM and starts it. If this fails, the VM is gone again. An operation that may be dropped half-way uses
+    /// [`Nido::spawn_tracked`].
     ///
     /// # Errors
     /// Those of [`Nido::create`] and [`Nido::start`].
@@ -29,21 +33,45 @@ impl Nido {
         &self,
         spec: VmSpec,
         start: StartRequest,
+        grant: &Grant,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<VmInfo> {
+        self.spawn_tracked(spec, start, grant, &BegunVm::default(), progress).await
+    }
+
+    /// The same; `begun` holds which VM was begun, so that [`Nido::undo`] removes it if the future is dropped.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn spawn_tracked(
+        &self,
+        spec: VmSpec,
+        start: StartRequest,
+        grant: &Grant,
+        begun: &BegunVm,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
         let spec = self.leased(spec)?;
-        if let Some(info) = Box::pin(self.spawn_from_pool(&spec, start, asked_at, progress)).await? {
+        if let Some(info) = Box::pin(self.spawn_from_pool(&spec, start, grant, (asked_at, begun), progress)).await? {
             self.refill();
             return Ok(info);
         }
-        let (row, held) = self.make_vm(spec, Purpose::Use, VmState::Starting).await?;
-        // Told only now: whoever drops this future knows by it whether the name is theirs to remove.
+        self.check_start(&spec, start).await?;
+        let (row, held) = self.make_vm(spec, Purpose::Use, VmState::Starting, grant).await?;
+        begun.set(&row.id);
         progress(StartStage::Preparing);
-        let name = row.spec.name.clone();
-        let outcome = match self.launch(&row, held, start, asked_at).await {
+        let outcome = match Box::pin(self.launch(&row, held, start, asked_at)).await {
             Ok(()) => self.await_start(&row, start, progress).await,
-            Err(error) => Err(error),
+            Err(error) => {
+                // No supervisor has had it: nothing ran, so nothing has crashed.
+                if self.store().vm_by_id(&row.id).is_ok_and(|now| now.is_some_and(|now| now.state == VmState::Starting))
+                {
+                    let update = VmUpdate { state: Some(VmState::Stopped), ..VmUpdate::default() };
+                    self.store().update_vm(&row.id, &update).unwrap_or_else(|e| tracing::warn!("{e}"));
+                }
+                Err(error)
+            }
         };
         match outcome {
             Ok(info) => {
@@ -51,28 +79,44 @@ impl Nido {
                 Ok(info)
             }
             Err(error) => {
-                let gone = self.delete(&name, true).await;
-                match gone {
-                    Err(e) if e.code() != Code::VmNotFound => tracing::warn!("VM {name} could not be removed: {e}"),
-                    _ => {}
+                if let Err(left) = self.delete_id(&row.id).await {
+                    tracing::warn!("VM {} could not be removed: {left}", row.spec.name);
                 }
                 Err(error)
             }
         }
     }
 
+    /// Whether a VM that does not exist yet could be started so: a refusal leaves nothing, and no event.
+    async fn check_start(&self, spec: &VmSpec, start: StartRequest) -> Result<()> {
+        if start.path != PathChoice::Fork {
+            return Ok(());
+        }
+        let (host, qemu) = self.host_facts().await?;
+        let parts = boot_parts(&self.manifest(&spec.template)?);
+        let bytes = disk_bytes(spec, &parts)?;
+        let asked = machine_request(spec, bytes, *GUEST_CIDS.start());
+        let asked = MachineRequest { accel: start.accel.unwrap_or(spec.accel), ..asked };
+        let mut machine = machine::decide(&asked, &host, &qemu)?;
+        let row = VmRow::new(super::new_id()?, spec.clone(), Purpose::Use, VmState::Created, parts, bytes);
+        self.origin(&row, start.path, &mut machine, (&host, &qemu)).map(drop)
+    }
+
     /// Starts a VM that is at rest.
     ///
     /// # Errors
-    /// `vm_not_found`, `vm_busy`, `qemu_failed`, `guest_failed`, `agent_unreachable`, `port_in_use` and what the host lacks.
+    /// `vm_not_found`, `vm_replaced`, `vm_busy`, `qemu_failed`, `guest_failed`, `agent_unreachable`, `port_in_use` and what the host lacks.
     pub async fn start(
         &self,
-        name: &VmName,
+        vm: impl Into<Which<'_>>,
         start: StartRequest,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
+        let vm = vm.into();
+        let name = vm.name;
         let row = self.store().vm_by_name(name)?;
+        vm.is(&row.id)?;
         match admit(row.state, Act::Start) {
             Admission::AlreadySo => return self.await_start(&row, start, progress).await,
             Admission::Denied(why) => return Err(denied(&row, "started", why)),
@@ -80,18 +124,27 @@ impl Nido {
         }
         progress(StartStage::Preparing);
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
-        let held = Held::take(&lock, Instant::now() + LET_GO).await.map_err(|e| Error::io("cannot lock the VM", e))?;
+        let held = Held::take(&lock, Instant::now() + LET_GO).await.map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound if self.files_are_gone(&row.id) => self.files_lost(&row, "started"),
+            _ => Error::io("cannot lock the VM", e),
+        })?;
         let Some(held) = held else {
             // Another command started it in this moment.
-            let row = self.store().vm_by_name(name)?;
+            let row = self.store().vm_by_id(&row.id)?.ok_or_else(|| super::gone_meanwhile(name))?;
             return self.await_start(&row, start, progress).await;
         };
-        let row = self.store().vm_by_name(name)?;
+        let row = self.store().vm_by_id(&row.id)?.ok_or_else(|| super::gone_meanwhile(name))?;
+        if is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
+            // A QEMU that outlived its row.
+            drop(held);
+            let row = self.settle(&row).await?.ok_or_else(|| super::gone_meanwhile(name))?;
+            return self.await_start(&row, start, progress).await;
+        }
         if !matches!(admit(row.state, Act::Start), Admission::Do) {
             return Err(Error::new(Code::VmBusy, format!("VM '{name}' changed meanwhile; it is {}", row.state.word())));
         }
         self.store().update_vm(&row.id, &VmUpdate { state: Some(VmState::Starting), ..VmUpdate::default() })?;
-        if let Err(error) = self.launch(&row, held, start, asked_at).await {
+        if let Err(error) = Box::pin(self.launch(&row, held, start, asked_at)).await {
             // The state goes back to what it was, unless a supervisor has already written something else.
             let now = self.store().vm_by_id(&row.id)?;
             if now.is_some_and(|now| now.state == VmState::Starting) {
@@ -104,7 +157,7 @@ impl Nido {
 
     /// Decides on the machine, writes it down and hands the VM to a new supervisor.
     pub(crate) async fn launch(&self, row: &VmRow, held: Held, start: StartRequest, asked_at: Instant) -> Result<()> {
-        self.launch_from(row, held, start, asked_at, None).await
+        Box::pin(self.launch_from(row, held, start, asked_at, None)).await
     }
 
     /// The same, where it is decided already what the VM goes on from.
@@ -116,17 +169,23 @@ impl Nido {
         asked_at: Instant,
         from: Option<Origin>,
     ) -> Result<()> {
+        self.remove_unfinished(&row.id, from.as_ref());
         let (host, qemu) = self.host_facts().await?;
-        let started_at = Timestamp::now();
+        let started_at = moment::now();
         let expires_at = row.spec.ttl_ms.and_then(|ttl| {
             started_at.checked_add(SignedDuration::from_millis(i64::try_from(ttl).unwrap_or(i64::MAX))).ok()
         });
         let mut tries = 0;
         // What is forked needs the parts of its bake.
         let _parts_stay = self.templates_shared().await?;
-        let (machine, frozen, origin) = loop {
+        let (machine, boot_parts, origin) = loop {
             let cid = random_cid()?;
-            let mut machine = machine::decide(&machine_request(&row.spec, row.disk_bytes, cid), &host, &qemu)?;
+            let request = MachineRequest {
+                accel: start.accel.unwrap_or(row.spec.accel),
+                ran_under: row.machine.as_ref().map(|machine| machine.accel),
+                ..machine_request(&row.spec, row.disk_bytes, cid)
+            };
+            let mut machine = machine::decide(&request, &host, &qemu)?;
             let (origin, frozen) = match &from {
                 Some(origin) => {
                     machine.reason.push_str(match origin {
@@ -138,6 +197,11 @@ impl Nido {
                 }
                 None => self.origin(row, start.path, &mut machine, (&host, &qemu))?,
             };
+            let mut boot_parts = BootParts { frozen, ..row.parts.clone() };
+            // What is there to be saved becomes a part of its template, which has an agent of its own.
+            if origin == Origin::Boot && row.purpose != Purpose::Bake {
+                boot_parts = Box::pin(self.with_own_agent(boot_parts)).await?;
+            }
             let update = VmUpdate {
                 state: Some(VmState::Starting),
                 cid: Some(matches!(machine.transport, Transport::Vsock { .. }).then_some(cid)),
@@ -148,7 +212,7 @@ impl Nido {
                 ip_address: Some(None),
                 failure: Some(None),
                 timings: Some(None),
-                parts: Some(BootParts { frozen: frozen.clone(), ..row.parts.clone() }),
+                parts: Some(boot_parts.clone()),
                 origin: Some(origin.clone()),
                 ..VmUpdate::default()
             };
@@ -156,10 +220,11 @@ impl Nido {
                 // Another VM has this vsock address: take another.
                 Err(e) if e.code() == Code::VmBusy && tries < 8 => tries += 1,
                 Err(e) => return Err(e),
-                Ok(()) => break (machine, frozen, origin),
+                Ok(()) => break (machine, boot_parts, origin),
             }
         };
-        let row = &VmRow { parts: BootParts { frozen, ..row.parts.clone() }, origin, ..row.clone() };
+        let row = &VmRow { parts: boot_parts, origin, ..row.clone() };
+        self.refresh_record(&row.id);
         self.prepare(row, &machine)?;
         let launch = super::supervision::Launch { asked_at, timeout_ms: start.timeout_ms };
         self.start_supervisor(&row.id, held, Some(launch)).await
@@ -185,7 +250,7 @@ impl Nido {
 
     pub(super) fn describe_current(&self, row: &VmRow) -> Result<VmInfo> {
         let now = self.store().vm_by_id(&row.id)?;
-        Ok(self.describe(now.as_ref().unwrap_or(row)))
+        Ok(self.describe(&self.current(now.unwrap_or_else(|| row.clone()))))
     }
 
     /// Stops a VM. The answer about an ephemeral VM is the last that is heard of it.
@@ -235,8 +300,9 @@ impl Nido {
             return Err(Error::new(Code::SpecInvalid, format!("VM '{name}' is ephemeral: it vanishes when it stops"))
                 .hint("spawn a new one"));
         }
-        self.stop(Which { name, id: Some(&row.id) }, stop).await?;
-        self.start(name, start, progress).await
+        let vm = Which { name, id: Some(&row.id) };
+        self.stop(vm, stop).await?;
+        self.start(vm, start, progress).await
     }
 
     /// Halts the CPUs.
@@ -256,7 +322,7 @@ impl Nido {
     }
 
     async fn pause_or_resume(&self, name: &VmName, act: Act, done: &str, request: &Request) -> Result<VmInfo> {
-        let row = self.store().vm_by_name(name)?;
+        let row = self.current(self.store().vm_by_name(name)?);
         match admit(row.state, act) {
             Admission::Denied(why) => return Err(denied(&row, done, why)),
             Admission::AlreadySo => {}
@@ -271,6 +337,7 @@ impl Nido {
 /// The error for a request that the state does not allow.
 pub(super) fn denied(row: &VmRow, done: &str, why: &str) -> Error {
     let name = &row.spec.name;
+    let why = row.cause.filter(|_| row.state == VmState::Paused).map_or(why, |cause| cause.paused_because());
     let code = match row.state {
         VmState::Starting | VmState::Stopping => Code::VmBusy,
         _ => Code::VmNotRunning,
@@ -278,6 +345,9 @@ pub(super) fn denied(row: &VmRow, done: &str, why: &str) -> Error {
     let error = Error::new(code, format!("VM '{name}' cannot be {done}: {why}"));
     match row.state {
         VmState::Created | VmState::Stopped | VmState::Failed => error.hint(format!("nido start {name}")),
+        VmState::Paused if row.cause == Some(StateCause::DiskFull) => error.hint(format!(
+            "free some space on the disk that holds nido's home; it resumes by itself then, or: nido resume {name}"
+        )),
         VmState::Paused => error.hint(format!("nido resume {name}")),
         VmState::Starting | VmState::Stopping | VmState::Running => error,
     }

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Nido;
@@ -33,41 +33,109 @@ impl Nido {
             LogSource::Supervisor => SUPERVISOR_LOG,
         };
         let (path, alive) = (dir.file(file), dir.file(SUPERVISOR_LOCK));
-        let mut past = Vec::new();
+        let broken = |e| Error::io("cannot read the log", e);
+        let mut past = VecDeque::new();
+        let mut position = 0;
         for old in [dir.file(&format!("{file}.1")), path.clone()] {
-            match std::fs::read(&old) {
-                Ok(bytes) => past.push(bytes),
+            position = 0;
+            match Part::open(&old) {
+                Ok(part) => {
+                    position = part.end;
+                    past.push_back(part);
+                }
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                Err(e) => return Err(Error::io("cannot read the log", e)),
+                Err(e) => return Err(broken(e)),
             }
         }
-        let position = past.last().filter(|_| path.exists()).map_or(0, |last| last.len() as u64);
-        let mut past = past.concat();
         if let Some(lines) = request.tail_lines {
-            past = tail(&past, lines).to_vec();
+            tail(&mut past, lines).map_err(broken)?;
         }
         let follow = request.follow.then_some(Follow { path, alive, position, inode: 0 });
-        Ok(LogStream { past: VecDeque::from(past), follow })
+        Ok(LogStream { past, follow })
     }
 }
 
-/// The last `lines` lines of `text`.
-fn tail(text: &[u8], lines: usize) -> &[u8] {
-    let body = text.strip_suffix(b"\n").unwrap_or(text);
-    let start = body
-        .iter()
-        .enumerate()
-        .rev()
-        .filter(|&(_, &b)| b == b'\n')
-        .nth(lines.saturating_sub(1))
-        .map_or(0, |(at, _)| at + 1);
-    if lines == 0 { &[] } else { &text[start..] }
+impl Nido {
+    /// How much this VM's console and supervisor have written, in bytes: it differs when there is something new to read.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn logs_written(&self, name: &VmName) -> Result<u64> {
+        let row = self.store().vm_by_name(name)?;
+        let dir = self.vm_dir(&row.id);
+        let files = [CONSOLE_LOG, SUPERVISOR_LOG].map(|file| [dir.file(file), dir.file(&format!("{file}.1"))]);
+        let written =
+            files.as_flattened().iter().filter_map(|path| std::fs::metadata(path).ok()).map(|meta| meta.len());
+        Ok(written.sum())
+    }
+}
+
+/// What is still to be read of a file.
+#[derive(Debug)]
+struct Part {
+    file: File,
+    at: u64,
+    end: u64,
+}
+
+impl Part {
+    fn open(path: &Path) -> std::io::Result<Self> {
+        let file = File::open(path)?;
+        let end = file.metadata()?.len();
+        Ok(Self { file, at: 0, end })
+    }
+
+    /// The next piece; empty at the end, and where the file was cut short meanwhile.
+    fn read(&mut self) -> std::io::Result<Vec<u8>> {
+        let room = usize::try_from(self.end - self.at).unwrap_or(PIECE).min(PIECE);
+        let mut piece = vec![0; room];
+        let count = self.file.read_at(&mut piece, self.at)?;
+        piece.truncate(count);
+        self.at += count as u64;
+        Ok(piece)
+    }
+}
+
+/// Leaves the last `lines` lines. Read from the end, a piece at a time: a log is long, and its end is short.
+fn tail(parts: &mut VecDeque<Part>, lines: usize) -> std::io::Result<()> {
+    let (mut left, mut is_last_byte) = (lines, true);
+    for at in (0..parts.len()).rev() {
+        let part = &mut parts[at];
+        let mut end = part.end;
+        while end > 0 && left > 0 {
+            let begin = end.saturating_sub(PIECE as u64);
+            let mut piece = vec![0; usize::try_from(end - begin).unwrap_or(PIECE)];
+            let count = part.file.read_at(&mut piece, begin)?;
+            for (offset, _) in piece[..count].iter().enumerate().rev().filter(|(_, byte)| **byte == b'\n') {
+                let place = begin + offset as u64 + 1;
+                // The end of the last line begins none.
+                if std::mem::take(&mut is_last_byte) && place == part.end {
+                    continue;
+                }
+                left -= 1;
+                if left == 0 {
+                    part.at = place;
+                    break;
+                }
+            }
+            is_last_byte = false;
+            end = begin;
+        }
+        if left == 0 {
+            if lines == 0 {
+                part.at = part.end;
+            }
+            parts.drain(..at);
+            return Ok(());
+        }
+    }
+    Ok(())
 }
 
 /// A log being read.
 #[derive(Debug)]
 pub struct LogStream {
-    past: VecDeque<u8>,
+    past: VecDeque<Part>,
     follow: Option<Follow>,
 }
 
@@ -82,9 +150,12 @@ struct Follow {
 impl LogStream {
     /// The next piece, as the guest wrote it: hostile bytes. `None` at the end.
     pub async fn next(&mut self) -> Option<Result<Vec<u8>>> {
-        if !self.past.is_empty() {
-            let count = self.past.len().min(PIECE);
-            return Some(Ok(self.past.drain(..count).collect()));
+        while let Some(part) = self.past.front_mut() {
+            match part.read() {
+                Ok(piece) if piece.is_empty() => drop(self.past.pop_front()),
+                Ok(piece) => return Some(Ok(piece)),
+                Err(e) => return Some(Err(Error::io("cannot read the log", e))),
+            }
         }
         let follow = self.follow.as_mut()?;
         loop {
@@ -122,16 +193,43 @@ impl Follow {
 
 #[cfg(test)]
 mod tests {
-    use super::tail;
+    use super::*;
+
+    /// The last lines of a log in two files.
+    fn last(texts: [&[u8]; 2], lines: usize) -> Vec<u8> {
+        let dir = tempfile::tempdir().unwrap();
+        let mut parts = VecDeque::new();
+        for (name, text) in ["old", "new"].into_iter().zip(texts) {
+            std::fs::write(dir.path().join(name), text).unwrap();
+            parts.push_back(Part::open(&dir.path().join(name)).unwrap());
+        }
+        tail(&mut parts, lines).unwrap();
+        let mut all = Vec::new();
+        for part in &mut parts {
+            loop {
+                let piece = part.read().unwrap();
+                if piece.is_empty() {
+                    break;
+                }
+                all.extend(piece);
+            }
+        }
+        all
+    }
 
     #[test]
     fn the_last_lines_are_taken() {
-        let text = b"a\nb\nc\n";
-        assert_eq!(tail(text, 0), b"");
-        assert_eq!(tail(text, 1), b"c\n");
-        assert_eq!(tail(text, 2), b"b\nc\n");
-        assert_eq!(tail(text, 9), text);
-        assert_eq!(tail(b"no end", 1), b"no end");
-        assert_eq!(tail(b"", 3), b"");
+        for texts in [[&b""[..], b"a\nb\nc\n"], [b"a\n", b"b\nc\n"], [b"a\nb", b"\nc\n"], [b"a\nb\nc\n", b""]] {
+            assert_eq!(last(texts, 0), b"");
+            assert_eq!(last(texts, 1), b"c\n", "{texts:?}");
+            assert_eq!(last(texts, 2), b"b\nc\n", "{texts:?}");
+            assert_eq!(last(texts, 9), b"a\nb\nc\n", "{texts:?}");
+        }
+        assert_eq!(last([b"", b"no end"], 1), b"no end");
+        assert_eq!(last([b"", b""], 3), b"");
+        // Longer than what is read at once.
+        let long = [vec![b'x'; 2 * PIECE], b"\nlast\n".to_vec()].concat();
+        assert_eq!(last([b"first\n", &long], 1), b"last\n");
+        assert_eq!(last([b"first\n", &long], 2), long);
     }
 }

@@ -16,7 +16,7 @@ use futures::future::join_all;
 use super::bake::random_name;
 use super::create::machine_request;
 use super::{Nido, OpenOptions as NidoOptions};
-use crate::api::{POOL_MAX, PathChoice, PoolInfo, PoolKind, PoolList, PoolRequest, StartRequest, VmSpec};
+use crate::api::{Grant, POOL_MAX, PathChoice, PoolInfo, PoolKind, PoolList, PoolRequest, StartRequest, VmSpec};
 use crate::bake::{choose, qemu_id, shape};
 use crate::error::{Code, Error, Result};
 use crate::host::{HostFacts, QemuFacts};
@@ -53,7 +53,12 @@ impl Nido {
         }
         {
             let _template_stays = self.templates_shared().await?;
-            if request.wanted > 0 {
+            if request.wanted == 0 {
+                // One whose template is gone can still be ended.
+                if !self.store().pools()?.iter().any(|pool| pool.template == *template) {
+                    self.template_info(template)?;
+                }
+            } else {
                 let (host, qemu) = self.host_facts().await?;
                 self.bake_for(template, &kind, (&host, &qemu))?;
             }
@@ -99,8 +104,6 @@ impl Nido {
     /// # Errors
     /// What keeps it from that; the next claim tries again.
     pub async fn pool_fill(options: NidoOptions) -> Result<()> {
-        // What was started by a command on a terminal must not end with it.
-        let _ = rustix::process::setsid();
         let nido = Self::open(options).await?;
         let path = nido.home.root().join(POOL_LOCK);
         tokio::time::sleep(OTHERS_FIRST).await;
@@ -174,9 +177,9 @@ impl Nido {
         let asked_at = Instant::now();
         let spec = clone_spec(&pool)?;
         let name = spec.name.clone();
-        let (row, held) = self.make_vm(spec, Purpose::Pool, VmState::Starting).await?;
-        let start = StartRequest { wait: true, timeout_ms: None, path: PathChoice::Fork };
-        let made = match self.launch(&row, held, start, asked_at).await {
+        let (row, held) = self.make_vm(spec, Purpose::Pool, VmState::Starting, &Grant::own()).await?;
+        let start = StartRequest { wait: true, timeout_ms: None, path: PathChoice::Fork, ..StartRequest::default() };
+        let made = match Box::pin(self.launch(&row, held, start, asked_at)).await {
             Ok(()) => self.ask(&row, &Request::Ready).await.map(drop),
             Err(error) => Err(error),
         };
@@ -190,9 +193,10 @@ impl Nido {
     /// Ends clones that nobody has claimed meanwhile, and frees what only they used.
     async fn remove_clones(&self, clones: &[VmRow]) -> Result<()> {
         for clone in clones {
-            match self.delete(&clone.spec.name, true).await {
+            let now = self.store().vm_by_id(&clone.id)?;
+            let Some(now) = now.filter(|now| now.purpose == Purpose::Pool) else { continue };
+            match self.delete_row(&now, true).await {
                 Ok(_) => tracing::info!("clone {} was removed", clone.spec.name),
-                Err(error) if error.code() == Code::VmNotFound => {}
                 Err(error) => {
                     let now = self.store().vm_by_id(&clone.id)?;
                     if now.is_some_and(|now| now.purpose == Purpose::Pool) {
@@ -201,7 +205,10 @@ impl Nido {
                 }
             }
         }
-        if clones.is_empty() { Ok(()) } else { self.drop_unused_parts().await.map(drop) }
+        if !clones.is_empty() {
+            self.drop_unused_parts().await;
+        }
+        Ok(())
     }
 
     async fn pool_plan(&self) -> Result<Plan> {
@@ -368,6 +375,8 @@ mod tests {
         let parts = BootParts {
             vmlinux: String::new(),
             initramfs: String::new(),
+            initramfs_base: None,
+            agent: None,
             root: String::new(),
             root_bytes: 1,
             packages: String::new(),
@@ -378,7 +387,7 @@ mod tests {
         let mut row = VmRow::new(id.into(), clone_spec(pool).unwrap(), Purpose::Pool, state, parts, 1);
         row.agent = AgentInfo { ready: state == VmState::Paused, ..AgentInfo::default() };
         if let Some(memory) = memory {
-            let saved = Saved { memory: memory.into(), state: String::new(), token: String::new() };
+            let saved = Saved { memory: memory.into(), state: String::new(), token: String::new(), live: false };
             row.origin = Origin::Fork(saved);
         }
         row

@@ -4,8 +4,6 @@
 //! `supervisor.lock` (so the lock is never free in between), its standard output a pipe on which it says one line once
 //! its sockets are there.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -26,8 +24,12 @@ use crate::supervisor::control::{Answer, MAX_LINE, Request};
 const LISTENS_WITHIN: Duration = Duration::from_secs(10);
 /// How long the search for a supervisor that answers may take.
 const FOUND_WITHIN: Duration = Duration::from_secs(15);
-/// How long the answer to anything but a start or a stop may take.
+/// How long the answer to anything but a stop or a snapshot, or the next sign of life of a start, may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+/// How much longer than the guest's own time a stop may take: QEMU is asked to quit, and killed.
+const STOP_SLACK: Duration = Duration::from_secs(60);
+/// How long a snapshot may take: freezing, saving memory, copying and syncing the disk.
+const SNAPSHOT_WITHIN: Duration = Duration::from_secs(3600);
 
 /// How many supervisors of one VM may die over one request before it is given up.
 const ASKED_AGAIN: u32 = 3;
@@ -46,14 +48,10 @@ impl Nido {
     pub(super) async fn start_supervisor(&self, id: &str, held: Held, launch: Option<Launch>) -> Result<()> {
         let dir = self.vm_dir(id);
         let broken = |e| Error::io("cannot start a supervisor", e);
-        let log =
-            OpenOptions::new().append(true).create(true).mode(0o600).open(dir.file(SUPERVISOR_LOG)).map_err(broken)?;
+        let log = super::background::open_log(&dir.file(SUPERVISOR_LOG)).map_err(broken)?;
         let lock = held.file().try_clone().map_err(broken)?;
-        let mut command = Command::new(self.supervisor_program()?);
-        command.arg("--home").arg(self.home.root());
-        if let Some(qemu) = &self.options.qemu {
-            command.arg("--qemu").arg(qemu);
-        }
+        // In a session of its own: a Ctrl-C meant for the command does not reach it.
+        let mut command = self.daemon(dir.path())?;
         command.arg("supervise").arg(id);
         if let Some(launch) = launch {
             command.arg("--asked-ms-ago").arg(format!("{:.3}", launch.asked_at.elapsed().as_secs_f64() * 1000.0));
@@ -61,9 +59,8 @@ impl Nido {
                 command.arg("--ready-within-ms").arg(timeout_ms.to_string());
             }
         }
-        // A group of its own: a Ctrl-C meant for the command does not reach it.
-        command.stdin(Stdio::from(lock)).stdout(Stdio::piped()).stderr(Stdio::from(log)).process_group(0);
-        let mut child = command.spawn().map_err(broken)?;
+        command.stdin(Stdio::from(lock)).stdout(Stdio::piped()).stderr(Stdio::from(log));
+        let mut child = Command::from(command).spawn().map_err(broken)?;
         drop(held);
         let Some(stdout) = child.stdout.take() else {
             return Err(Error::internal("a supervisor without standard output"));
@@ -135,19 +132,17 @@ impl Nido {
         if connection.get_mut().write_all(&line).await.is_err() {
             return Ok(None);
         }
-        let limit = match request {
-            // These have deadlines of their own, kept by the supervisor.
-            Request::Ready | Request::Stop(_) | Request::Snapshot { .. } => None,
-            _ => Some(ANSWER_WITHIN),
-        };
+        let limit = answer_within(request);
+        let mut last = None;
         loop {
-            let answer = match limit {
-                Some(limit) => timeout(limit, read_answer(&mut connection)).await.map_err(|_| silent(row))?,
-                None => read_answer(&mut connection).await,
-            };
-            match answer? {
+            match timeout(limit, read_answer(&mut connection)).await.map_err(|_| silent(row))?? {
                 None => return Ok(None),
-                Some(Answer::Stage { stage }) => progress(stage),
+                // Told again and again, as a sign of life.
+                Some(Answer::Stage { stage }) if last == Some(stage) => {}
+                Some(Answer::Stage { stage }) => {
+                    last = Some(stage);
+                    progress(stage);
+                }
                 Some(Answer::Failed { problem }) => return Err(problem.into()),
                 Some(done) => return Ok(Some(done)),
             }
@@ -173,7 +168,7 @@ impl Nido {
             {
                 return Ok(connection);
             }
-            match Held::try_take(&dir.file(SUPERVISOR_LOCK)) {
+            match Held::try_take_existing(&dir.file(SUPERVISOR_LOCK)) {
                 Ok(Some(held)) if is_held(&dir.file(VM_LOCK)) => drop(self.supervise_again(&row.id, held).await?),
                 Ok(Some(held)) => {
                     drop(held);
@@ -203,10 +198,28 @@ impl Nido {
         match now {
             Some(now) => match &now.failure {
                 Some(failure) => crate::supervisor::failure_error(name, failure),
+                // Another supervisor has it now.
+                None if !now.state.at_rest() => Error::new(
+                    Code::VmBusy,
+                    format!("the supervisor of VM '{name}' was lost meanwhile; the VM runs on"),
+                )
+                .hint("try again"),
                 None => super::lifecycle::denied(&now, "used", "it is not running"),
             },
             None => Error::new(Code::VmNotRunning, format!("VM '{name}' has ended and is gone")),
         }
+    }
+}
+
+/// How long the supervisor may be silent: what it allows itself, and some more.
+fn answer_within(request: &Request) -> Duration {
+    match request {
+        Request::StopKept => STOP_SLACK,
+        Request::Stop(stop) if stop.force => STOP_SLACK,
+        Request::Stop(stop) => Duration::from_millis(stop.timeout_ms).saturating_add(STOP_SLACK),
+        Request::Snapshot { .. } => SNAPSHOT_WITHIN,
+        // While it waits for the guest it says so every few seconds.
+        _ => ANSWER_WITHIN,
     }
 }
 

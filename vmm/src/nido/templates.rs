@@ -1,6 +1,5 @@
 //! Templates: what the images crate makes, with the VMs that use them in view.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use crate::api::{
     BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, StartStage, TemplateInfo, TemplateList,
 };
 use crate::error::{Code, Error, Result};
+use crate::moment;
 use crate::name::{TemplateName, VmName};
 use crate::store::{Purpose, VmRow};
 
@@ -85,12 +85,22 @@ impl Nido {
         let announced = self.store().announced_templates()?;
         let found = self.images().ls()?;
         let all_readable = found.iter().all(std::result::Result::is_ok);
-        let templates: Vec<TemplateInfo> = found
-            .into_iter()
-            .filter_map(|found| found.inspect_err(|e| tracing::warn!("a template cannot be read: {e}")).ok())
-            .map(|manifest| describe(&manifest, &used))
-            .collect::<Result<_>>()?;
-        for template in &templates {
+        let mut templates: Vec<TemplateInfo> = Vec::new();
+        let mut damaged = Vec::new();
+        for manifest in found {
+            match manifest.map_err(Error::from).and_then(|manifest| describe(&manifest, &used)) {
+                Ok(template) => templates.push(template),
+                Err(error) => damaged.push(error.to_string()),
+            }
+        }
+        let list =
+            TemplateList { templates, damaged, recipes: nido_images::recipe_names().map(str::to_owned).collect() };
+        // A home that cannot be written is only read.
+        if self.is_read_only() {
+            return Ok(list);
+        }
+        let templates = &list.templates;
+        for template in templates {
             self.store().announce_template(&template.name, &template.created_at.to_string())?;
         }
         // Whoever deleted it was killed before that was said.
@@ -98,7 +108,7 @@ impl Nido {
         for gone in announced.iter().filter(|name| all_readable && !there(name)) {
             self.store().forget_template(gone)?;
         }
-        Ok(TemplateList { templates, recipes: nido_images::recipe_names().map(str::to_owned).collect() })
+        Ok(list)
     }
 
     /// One template.
@@ -132,7 +142,7 @@ impl Nido {
             progress(build_step(now));
         }
         let outcome = work.await.map_err(|e| Error::internal(format!("the build broke down: {e}")))??;
-        self.drop_unused_parts().await?;
+        self.drop_unused_parts().await;
         let mut already_built = outcome.already_built;
         if request.bake {
             already_built &= self.default_bakes(name, progress).await?;
@@ -263,7 +273,7 @@ impl Nido {
             return Err(Error::new(Code::TemplateInUse, format!("template '{name}' is used by {list}"))
                 .hint(format!("delete them first: nido delete {}", users.join(" "))));
         }
-        let in_use = self.store().parts_in_use()?;
+        let in_use = self.parts_in_use()?;
         let gone = name.clone();
         self.with_images(move |images| images.delete(gone.as_str(), &in_use)).await?;
         self.store().forget_template(name)?;
@@ -271,27 +281,41 @@ impl Nido {
     }
 
     /// Removes parts that neither a template nor a VM names any more; how many bytes that freed.
-    pub(super) async fn drop_unused_parts(&self) -> Result<u64> {
-        let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, LET_GO).await?;
-        let in_use: HashSet<String> = self.store().parts_in_use()?;
-        match self.with_images(move |images| images.collect_garbage(&in_use)).await {
-            Ok(bytes) => Ok(bytes),
+    pub(super) async fn collect_parts(&self, lock_timeout: Duration) -> Result<u64> {
+        let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, lock_timeout).await?;
+        let due = self.store().parts_due()?;
+        let in_use = self.parts_in_use()?;
+        let collected = match self.with_images(move |images| images.collect_garbage(&in_use)).await {
             // Nothing was ever built here.
             Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(0),
-            Err(e) => Err(e.into()),
+            collected => collected.map_err(Error::from),
+        };
+        // Where it failed it would fail at each command; the next change of a template tries again.
+        self.store().parts_collected(due)?;
+        collected
+    }
+
+    /// The same for an operation that has done its work already: a failure is logged.
+    pub(super) async fn drop_unused_parts(&self) {
+        if let Err(error) = self.collect_parts(LET_GO).await {
+            tracing::warn!("unused template parts stay: {error}");
         }
     }
 
-    /// The same, unless somebody is making something of parts just now: then whoever comes next does it.
-    pub(super) async fn drop_private_parts(&self) {
-        let freed = async {
-            let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, Duration::ZERO).await?;
-            let in_use = self.store().parts_in_use()?;
-            Ok::<_, Error>(self.with_images(move |images| images.collect_garbage(&in_use)).await?)
-        };
-        if let Err(error) = freed.await {
-            tracing::info!("unused parts stay for now: {error}");
+    /// The same if a VM was the last that used a part, unless another process works with parts just now: then the next command
+    /// does it.
+    pub(crate) async fn collect_parts_if_due(&self) {
+        if !self.store().parts_due().is_ok_and(|due| due != 0) {
+            return;
         }
+        if let Err(error) = self.collect_parts(Duration::ZERO).await {
+            tracing::info!("unused template parts stay for now: {error}");
+        }
+    }
+
+    /// How many bytes that would free.
+    pub(super) fn unused_part_bytes(&self) -> Result<u64> {
+        Ok(self.images().unused_bytes(&self.parts_in_use()?)?)
     }
 
     /// Which VM was made from which template.
@@ -338,7 +362,7 @@ pub(super) fn describe(manifest: &Manifest, users: &[(String, String)]) -> Resul
         bakes: manifest.bakes.iter().map(super::bake::bake_info).collect(),
         size_bytes: manifest.parts.all().iter().map(|(_, part)| part.bytes).sum(),
         disk_bytes: manifest.parts.root.virtual_bytes,
-        created_at: manifest.created_at,
+        created_at: moment::in_ms(manifest.created_at),
         agent_current: manifest.agent.sha256 == nido_images::agent_sha256(),
         used_by: users.iter().filter(|(template, _)| *template == manifest.name).map(|(_, vm)| vm.clone()).collect(),
     })

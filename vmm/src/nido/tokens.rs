@@ -12,6 +12,7 @@ use super::Nido;
 use crate::api::{TokenCreated, TokenInfo, TokenList, TokenRequest};
 use crate::error::{Code, Error, Result};
 use crate::hex;
+use crate::moment;
 use crate::name::VmName;
 use crate::store::TokenRow;
 
@@ -29,7 +30,7 @@ impl Nido {
             let words = format!("'{}' is no name for a token: {}", request.name.escape_debug(), crate::name::RULE);
             return Err(Error::new(Code::SpecInvalid, words).hint("for example: ci"));
         }
-        let created_at = Timestamp::now();
+        let created_at = moment::now();
         let too_long = || Error::new(Code::SpecInvalid, "a token cannot live that long").hint("leave it out: for ever");
         let expires_at = request.expires_in_ms.map(|ms| {
             let life = SignedDuration::from_millis(i64::try_from(ms).map_err(|_| too_long())?);
@@ -42,6 +43,7 @@ impl Nido {
             only: request.only,
             created_at,
             expires_at: expires_at.transpose()?,
+            limits: request.limits.clone(),
         };
         let secret = hex::encode(&super::random_bytes::<32>()?);
         let row = TokenRow { info: info.clone(), sha256: hex::encode(&Sha256::digest(&secret)) };
@@ -93,7 +95,7 @@ impl Nido {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{Door, Scope};
+    use crate::api::{Door, Limits, Scope};
     use crate::nido::OpenOptions;
 
     #[test]
@@ -101,13 +103,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let home = dir.path().join("home");
         let nido = Nido::open_unsettled(OpenOptions { home: Some(home), ..OpenOptions::default() }).unwrap();
-        let request = TokenRequest { name: "ci".into(), scope: Scope::Run, only: None, expires_in_ms: None };
+        let request = TokenRequest {
+            name: "ci".into(),
+            scope: Scope::Run,
+            only: None,
+            expires_in_ms: None,
+            limits: Limits::default(),
+        };
         let made = nido.token_create(&request).unwrap();
         assert_eq!(nido.token_check(&made.token).unwrap().id, made.info.id);
         assert_eq!(nido.token_create(&request).unwrap_err().code(), Code::TokenExists);
-        let narrow = TokenRequest { name: "agents".into(), only: Some(Door::Mcp), ..request.clone() };
+        let limits = Limits { max_vms: Some(2), publish: Some(vec![]), ..Limits::default() };
+        let narrow = TokenRequest { name: "agents".into(), only: Some(Door::Mcp), limits, ..request.clone() };
         let narrow = nido.token_create(&narrow).unwrap();
-        assert_eq!(nido.token_check(&narrow.token).unwrap().only, Some(Door::Mcp));
+        let checked = nido.token_check(&narrow.token).unwrap();
+        assert_eq!((checked.only, checked.limits.max_vms), (Some(Door::Mcp), Some(2)));
+        assert_eq!(checked.limits.publish, Some(vec![]), "none is not any");
         let list = nido.token_list().unwrap().tokens;
         assert_eq!(list.iter().map(|token| token.only).collect::<Vec<_>>(), [Some(Door::Mcp), None]);
         assert_eq!(nido.token_revoke("agents").unwrap().only, Some(Door::Mcp));

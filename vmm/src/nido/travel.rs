@@ -85,9 +85,8 @@ impl Nido {
         let source = request.source;
         let outcome = watched(move |mut watch| import(&home, source, &options, &mut watch), progress).await;
         // What was replaced, and what a failure at the very end may have left.
-        let swept = self.drop_unused_parts().await;
+        self.drop_unused_parts().await;
         let outcome = outcome?;
-        swept?;
         if !outcome.already_present {
             self.renew_pools();
         }
@@ -141,7 +140,6 @@ fn open(path: &Path) -> Result<File> {
         match error.kind() {
             io::ErrorKind::NotFound => Error::new(Code::PathNotFound, format!("there is no file {shown}"))
                 .hint("name an archive that nido template export has written, or - for standard input"),
-            io::ErrorKind::PermissionDenied => Error::new(Code::Denied, format!("{shown} may not be read")),
             io::ErrorKind::IsADirectory => Error::new(Code::PathInvalid, format!("{shown} is a directory")),
             _ => Error::io(format!("cannot open {shown}"), error),
         }

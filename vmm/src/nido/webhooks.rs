@@ -9,7 +9,8 @@ use crate::api::{
     Delivery, DeliveryCounts, DeliveryList, WebhookAdded, WebhookFormat, WebhookInfo, WebhookList, WebhookRequest,
     WebhookTest,
 };
-use crate::error::{Code, Result};
+use crate::error::{Code, Error, Result};
+use crate::moment;
 use crate::store::WebhookRow;
 use crate::webhook::{Body, Secret, Sender, Verdict, encode_body, resolve, target};
 
@@ -33,10 +34,18 @@ impl Nido {
             }
         }
         let format = format.unwrap_or_else(|| WebhookFormat::usual_at(url.host_str().unwrap_or_default()));
-        let secret = match secret {
-            Some(text) => Secret::parse(&text)?,
-            None => Secret::new(random_bytes()?),
+        let secret = match (secret, format) {
+            (Some(text), WebhookFormat::PagerDuty) => Secret::parse_routing_key(&text)?,
+            (None, WebhookFormat::PagerDuty) => {
+                return Err(Error::new(Code::WebhookInvalid, "PagerDuty takes messages with an integration key only")
+                    .hint("--secret KEY: the service's page shows it, under Integrations, Events API v2"));
+            }
+            (Some(text), _) => Secret::parse(&text)?,
+            (None, _) => Secret::new(random_bytes()?),
         };
+        if events.is_empty() {
+            events = format.usual_events();
+        }
         events.sort_unstable();
         events.dedup();
         let row = WebhookRow {
@@ -46,7 +55,7 @@ impl Nido {
             format,
             secret,
             allow_private,
-            created_at: now(),
+            created_at: moment::now(),
             disabled: None,
         };
         self.store().add_webhook(&row)?;
@@ -107,7 +116,7 @@ impl Nido {
     pub async fn webhook_test(&self, id: &str) -> Result<WebhookTest> {
         let row = self.store().webhook(id)?;
         let message_id = format!("msg_{id}_test_{}", new_id()?);
-        let body = encode_body(&Body::test(now()))?;
+        let body = encode_body(&Body::test(moment::now()))?;
         let began = Instant::now();
         let answer = Sender::new(&row)?.post(&message_id, body).await;
         let error = match answer.verdict {
@@ -124,12 +133,6 @@ impl Nido {
             duration_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
         })
     }
-}
-
-/// Now, in the milliseconds that the store keeps.
-fn now() -> Timestamp {
-    let now = Timestamp::now();
-    Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
 }
 
 #[cfg(test)]

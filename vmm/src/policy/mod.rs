@@ -5,9 +5,11 @@
 //!  [vm.NAME] says something about commands?  else [template.NAME]?  else [[allow]]?  else every command is allowed
 //! ```
 //!
-//! Invariant: a list that is active allows what one of its rules allows in full, and nothing else. There are no deny-lists and no
-//! matching inside shell text: both have been shown to be no obstacle.
+//! Invariant: a list that is active allows what one of its rules allows in full, and nothing else. The few commands that are refused without
+//! a list (`dangerous.rs`) are no boundary, and what a list allows is never decided by matching inside shell text.
 
+mod confirm;
+mod dangerous;
 mod rule;
 
 use std::collections::BTreeMap;
@@ -18,10 +20,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use confirm::{Confirm, Facts, Question, When, is_usual};
+pub use dangerous::DANGEROUS_COMMAND;
 pub use rule::{Arg, Piece, Program, Rule, Variable};
 
 use self::rule::Miss;
-use crate::api::ExecRequest;
+use crate::api::{ExecRequest, Limits};
 use crate::error::{Code, Error, Result};
 use crate::name::{TemplateName, VmName};
 use crate::text::head;
@@ -32,6 +36,8 @@ pub const NOT_IN_ALLOWLIST: &str = "not_in_allowlist";
 pub const UPLOAD_NOT_ALLOWED: &str = "upload_not_allowed";
 /// The longest file that is read, in bytes.
 const FILE_MAX: u64 = 1 << 20;
+/// How many rules are shown to whoever has to choose a command.
+const RULES_SHOWN: usize = 20;
 /// How much of a program's name a refusal shows, in bytes.
 const SHOWN_MAX: usize = 80;
 
@@ -39,12 +45,25 @@ const SHOWN_MAX: usize = 80;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
-    /// Whether a person must approve what destroys.
+    /// What a person confirms first.
     pub confirm: Confirm,
+    /// Whether commands that obviously destroy a guest are refused; they are if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deny_dangerous: Option<bool>,
     /// Whether callers may only look.
     pub read_only: bool,
-    /// Directories of the host that files may be copied from and to.
-    pub roots: Vec<PathBuf>,
+    /// Directories of the host that files may be read from and written to; the server's defaults if absent, none if empty.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub roots: Option<Vec<PathBuf>>,
+    /// Directories of the host that files may be read from, instead of `roots`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_roots: Option<Vec<PathBuf>>,
+    /// Directories of the host that files may be written to, instead of `roots`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub write_roots: Option<Vec<PathBuf>>,
+    /// What VMs may be.
+    #[serde(skip_serializing_if = "Limits::is_none")]
+    pub limits: Limits,
     /// The commands that may be run; all if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     allow: Option<Vec<Rule>>,
@@ -57,29 +76,6 @@ pub struct Policy {
     /// What is different for a VM.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     vm: BTreeMap<VmName, Section>,
-}
-
-/// Whether a person must approve what destroys.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Confirm {
-    /// Each time.
-    #[default]
-    Always,
-    /// Never: whoever may call, may.
-    Never,
-}
-
-impl std::str::FromStr for Confirm {
-    type Err = Error;
-
-    fn from_str(word: &str) -> Result<Self> {
-        match word {
-            "always" => Ok(Self::Always),
-            "never" => Ok(Self::Never),
-            _ => Err(Error::new(Code::SpecInvalid, format!("'{}' is not 'always' or 'never'", word.escape_debug()))),
-        }
-    }
 }
 
 /// What is different for some VMs.
@@ -176,6 +172,15 @@ pub fn decide(policy: &Policy, vm: &VmName, template: &TemplateName, command: &C
     })
 }
 
+/// Whether a command, with its standard input, is none of those that obviously destroy a guest.
+#[must_use]
+pub fn decide_dangerous(policy: &Policy, argv: &[Vec<u8>], stdin: &[u8]) -> Verdict {
+    if policy.deny_dangerous == Some(false) {
+        return Verdict::Allowed;
+    }
+    dangerous::check(argv, stdin).map_or_else(Verdict::Denied, |()| Verdict::Allowed)
+}
+
 /// Whether a line of shell may be run in a VM: only where every command may.
 #[must_use]
 pub fn decide_shell(policy: &Policy, vm: &VmName, template: &TemplateName) -> Verdict {
@@ -256,12 +261,59 @@ impl Policy {
                 "'upload' belongs to a list, and there is none; without one files may be put anywhere".into(),
             ));
         }
-        if let Some(root) = policy.roots.iter().find(|root| !root.is_absolute()) {
+        let roots = [&policy.roots, &policy.read_roots, &policy.write_roots];
+        if let Some(root) = roots.into_iter().flatten().flatten().find(|root| !root.is_absolute()) {
             return Err(wrong(format!("the root '{}' is not an absolute path", root.display())));
         }
         let lists = policy.sections().filter_map(|(_, _, section)| section.allow.as_ref()).chain(&policy.allow);
         lists.flatten().try_for_each(|rule| rule.clone().checked().map(drop))?;
         Ok(policy)
+    }
+
+    /// What may be run, for whoever has to choose a command; `None` if everything may. Short, and the same for every VM.
+    #[must_use]
+    pub fn summary(&self) -> Option<String> {
+        let own = |section: &Section| section.allow.is_some() || section.unrestricted;
+        let differ = self.sections().any(|(_, _, section)| own(section));
+        let listed = |rules: &[Rule]| {
+            let mut shown: Vec<_> = rules.iter().take(RULES_SHOWN).map(ToString::to_string).collect();
+            let more = rules.len() - shown.len();
+            shown.extend((more > 0).then(|| format!("and {more} more")));
+            if shown.is_empty() { "none".to_owned() } else { shown.join("; ") }
+        };
+        let general = self.allow.as_deref().map(listed);
+        let sections = self.sections().filter_map(|(kind, name, section)| {
+            let rules = match (&section.allow, section.unrestricted) {
+                (Some(rules), _) => listed(rules),
+                (None, true) => "everything".to_owned(),
+                (None, false) => return None,
+            };
+            let of = if kind == "vm" { "in the VM" } else { "in VMs of the template" };
+            Some(format!("{of} {name}: {rules}"))
+        });
+        let sections: Vec<_> = sections.take(RULES_SHOWN).collect();
+        match (general, differ) {
+            (None, false) => None,
+            (general, _) => Some(general.into_iter().chain(sections).collect::<Vec<_>>().join(". And ")),
+        }
+    }
+
+    /// Whether a line of shell is refused in every VM.
+    #[must_use]
+    pub fn refuses_shell(&self) -> bool {
+        self.allow.is_some() && self.sections().all(|(_, _, section)| !section.unrestricted)
+    }
+
+    /// The directories that files may be read from; `None` if the policy does not say.
+    #[must_use]
+    pub fn readable_roots(&self) -> Option<&[PathBuf]> {
+        self.read_roots.as_deref().or(self.roots.as_deref())
+    }
+
+    /// The directories that files may be written to; `None` if the policy does not say.
+    #[must_use]
+    pub fn writable_roots(&self) -> Option<&[PathBuf]> {
+        self.write_roots.as_deref().or(self.roots.as_deref())
     }
 
     fn sections(&self) -> impl Iterator<Item = (&'static str, &str, &Section)> {
@@ -353,6 +405,21 @@ mod tests {
         assert_eq!((policy.confirm, policy.read_only), (Confirm::Never, true));
     }
 
+    // `roots = []` meant the server's defaults: no policy could forbid files of the host.
+    #[test]
+    fn an_empty_list_of_roots_is_not_an_absent_one() {
+        let roots = |text: &str| {
+            let policy = Policy::parse(text).unwrap();
+            let count = |roots: Option<&[PathBuf]>| roots.map(<[PathBuf]>::len);
+            (count(policy.readable_roots()), count(policy.writable_roots()))
+        };
+        assert_eq!(roots(""), (None, None));
+        assert_eq!(roots("roots = []"), (Some(0), Some(0)));
+        assert_eq!(roots("roots = ['/a', '/b']"), (Some(2), Some(2)));
+        assert_eq!(roots("roots = ['/a', '/b']\nwrite_roots = []"), (Some(2), Some(0)));
+        assert_eq!(roots("read_roots = ['/a']"), (Some(1), None));
+    }
+
     #[test]
     fn where_a_list_counts_files_are_put_only_if_it_says_so() {
         let text = |upload: &str| {
@@ -378,7 +445,8 @@ mod tests {
     #[test]
     fn without_a_list_everything_is_allowed_and_with_one_little_is() {
         let mut policy = Policy::default();
-        assert_eq!((policy.confirm, policy.read_only, policy.roots.len()), (Confirm::Always, false, 0));
+        let said = (&policy.confirm, policy.read_only, policy.readable_roots());
+        assert_eq!(said, (&Confirm::Always, false, None));
         assert_eq!(verdict(&policy, "web", "sandbox", &["sh", "-c", "x"]), Verdict::Allowed);
         policy.allow("ls /srv/*".parse().unwrap());
         let why = |argv: &[&str]| match verdict(&policy, "web", "sandbox", argv) {
@@ -397,7 +465,11 @@ mod tests {
         for (text, words) in [
             (
                 "confrim = 'never'",
-                &["line 1", "`confrim`", "`confirm`, `read_only`, `roots`, `allow`, `upload`, `template`, `vm`"][..],
+                &[
+                    "line 1",
+                    "`confrim`",
+                    "`confirm`, `deny_dangerous`, `read_only`, `roots`, `read_roots`, `write_roots`, `limits`, `allow`, `upload`, `template`, `vm`",
+                ][..],
             ),
             ("\n[vm.web]\nallows = []", &["line 3", "`allows`", "`unrestricted`, `allow`, `upload`"]),
             ("[[allow]]\nprogram = 'ls'\nargv = []", &["line 3", "`argv`", "`program`, `args`, `env`, `users`"]),
@@ -410,7 +482,12 @@ mod tests {
             ("[vm.web]\nupload = true", &["[vm.web]", "no list"]),
             ("[template.x]\nupload = true\nunrestricted = true", &["[template.x]", "no list"]),
             ("roots = ['srv']", &["'srv'", "absolute"]),
-            ("confirm = 'yes'", &["line 1", "`always` or `never`"]),
+            ("read_roots = ['/a', 'srv']", &["'srv'", "absolute"]),
+            ("write_roots = ['']", &["''", "absolute"]),
+            ("[limits]\nmax_vm = 3", &["line 2", "`max_vm`", "`max_vms`"]),
+            ("[limits]\nnet = ['wifi']", &["line 2", "`none`"]),
+            ("confirm = 'yes'", &["line 1", "`always`, `never`"]),
+            ("confirm = ['vm_exec@mine']", &["line 1", "`foreign`"]),
             ("confirm =", &["line 1"]),
         ] {
             let error = Policy::parse(text).unwrap_err();
@@ -471,9 +548,13 @@ mod tests {
             let unrestricted = unrestricted && vm.is_none();
             let section = Section { unrestricted, upload: upload && vm.is_some(), allow: vm };
             let policy = Policy {
-                confirm: if never { Confirm::Never } else { Confirm::Always },
+                confirm: if never { Confirm::Never } else { "vm_exec@foreign,vm_spawn".parse().unwrap() },
+                deny_dangerous: upload.then_some(false),
                 read_only,
-                roots: vec![root.into()],
+                roots: Some(vec![root.into()]),
+                read_roots: None,
+                write_roots: upload.then(Vec::new),
+                limits: Limits { max_vms: upload.then_some(3), publish: never.then(Vec::new), ..Limits::default() },
                 upload: upload && allow.is_some(),
                 allow,
                 template: BTreeMap::from([("sandbox".parse().unwrap(), section.clone())]),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  clone        exactly this word
-//!  https://*    * stands for any characters of one argument, also none
+//!  https://*    * stands for any characters of one argument, also none, but in an argument with '..' or '/./' for nothing
 //!  **           at the end: any further arguments that are no options
 //!  -**          at the end: any further arguments at all
 //!  \*           a star (and \\ a backslash)
@@ -93,9 +93,16 @@ fn is_option(arg: &[u8]) -> bool {
     arg.first() == Some(&b'-')
 }
 
+/// Whether an argument has a part that means another directory than it says: `..`, or `.` within a path.
+fn leads_elsewhere(arg: &[u8]) -> bool {
+    let mut parts = arg.split(|b| matches!(b, b'/' | b'=' | b':'));
+    parts.any(|part| part == b".." || (part == b"." && arg.contains(&b'/')))
+}
+
 /// Whether an argument is made of these pieces.
 fn matches(pieces: &[Piece], arg: &[u8]) -> bool {
-    if pieces.first() == Some(&Piece::Any) && is_option(arg) {
+    let has_wildcard = pieces.contains(&Piece::Any);
+    if has_wildcard && (leads_elsewhere(arg) || (pieces.first() == Some(&Piece::Any) && is_option(arg))) {
         return false;
     }
     let Some((Piece::Text(head), pieces)) = pieces.split_first() else { return within(pieces, arg) };
@@ -244,6 +251,14 @@ impl From<Variable> for String {
     }
 }
 
+/// As [`FromStr`] takes it, but for what it says of users and variables.
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.program.0)?;
+        self.args.iter().try_for_each(|arg| write!(f, " {arg}"))
+    }
+}
+
 /// `git clone https://* **`: a program and the shape of its arguments, blanks between them.
 impl FromStr for Rule {
     type Err = Error;
@@ -370,6 +385,30 @@ mod tests {
             Some((Piece::Text(text), rest)) => arg.strip_prefix(text.as_bytes()).is_some_and(|arg| slowly(rest, arg)),
             Some((Piece::Any, rest)) => (0..=arg.len()).any(|at| slowly(rest, &arg[at..])),
         }
+    }
+
+    // `cat /srv/*` let `cat /srv/../etc/shadow` through.
+    #[test]
+    fn a_wildcard_does_not_lead_out_of_its_directory() {
+        let rule: Rule = "cat /srv/* --file=/srv/*".parse().unwrap();
+        let check = |one: &str, two: &str| {
+            let argv: Vec<_> = ["cat", one, two].map(|word| word.as_bytes().to_vec()).into();
+            rule.check(&Command { argv: &argv, env: &[], user: None }).is_ok()
+        };
+        assert!(check("/srv/a/b..c/.x", "--file=/srv/a"));
+        for (one, two) in [
+            ("/srv/../etc/shadow", "--file=/srv/a"),
+            ("/srv/..", "--file=/srv/a"),
+            ("/srv/a/../../etc", "--file=/srv/a"),
+            ("/srv/./a", "--file=/srv/a"),
+            ("/srv/a", "--file=/srv/../etc/shadow"),
+            ("/srv/a", "--file=/srv/.."),
+        ] {
+            assert!(!check(one, two), "{one} {two}");
+        }
+        let rule: Rule = "cat ../a ./*".parse().unwrap();
+        let argv: Vec<_> = ["cat", "../a", "./x"].map(|word| word.as_bytes().to_vec()).into();
+        assert!(rule.check(&Command { argv: &argv, env: &[], user: None }).is_err(), "only words without a wildcard");
     }
 
     proptest! {

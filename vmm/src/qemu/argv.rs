@@ -98,6 +98,11 @@ pub fn parts(machine: &Machine, files: &Files) -> Vec<Part> {
     parts
 }
 
+/// The name of the user network.
+pub const NET: &str = "net";
+/// A disk of the host's that fails, or is full, pauses the guest: nothing is lost, and it can resume.
+const ON_IO_ERROR: &str = ",werror=stop,rerror=stop";
+
 /// The arguments of all parts, one after the other.
 #[must_use]
 pub fn flatten(parts: Vec<Part>) -> Vec<OsString> {
@@ -115,7 +120,8 @@ pub fn devices(machine: &Machine) -> String {
     };
     let args = flatten(parts(&Machine { transport, ..machine.clone() }, &Files::default()));
     let seen = args.windows(2).filter(|pair| pair[0] == "-machine" || pair[0] == "-device");
-    seen.map(|pair| pair[1].to_string_lossy().into_owned() + "\n").collect()
+    // What QEMU does about a host's error, the guest does not see: it is no part of the machine's shape.
+    seen.map(|pair| pair[1].to_string_lossy().replace(ON_IO_ERROR, "") + "\n").collect()
 }
 
 /// A value inside a `key=value,key=value` argument: QEMU ends it at a comma that is not doubled.
@@ -248,7 +254,7 @@ fn channel(machine: &Machine, files: &Files) -> Part {
 
 fn disk(machine: &Machine, disk: &Disk) -> Part {
     let flush = if disk.ephemeral { ",cache.no-flush=on" } else { "" };
-    let device = format!("{},drive=disk", virtio(machine, "virtio-blk"));
+    let device = format!("{},drive=disk{ON_IO_ERROR}", virtio(machine, "virtio-blk"));
     let mut args: Vec<OsString> = Vec::new();
     let mut below = String::new();
     for (number, base) in disk.bases.iter().enumerate() {
@@ -272,8 +278,8 @@ fn nat(machine: &Machine) -> Part {
     let rom = if machine.machine == MachineType::Microvm { "" } else { ",romfile=" };
     // Asked to announce itself, each guest that was loaded would spend its first milliseconds telling a switch that is
     // not there where it has moved to.
-    let device = format!("{},netdev=net,guest_announce=off{rom}", virtio(machine, "virtio-net"));
-    part("net", ["-netdev", "user,id=net", "-device", &device])
+    let device = format!("{},netdev={NET},guest_announce=off{rom}", virtio(machine, "virtio-net"));
+    part("net", ["-netdev", &format!("user,id={NET}"), "-device", &device])
 }
 
 fn rng(machine: &Machine) -> Part {

@@ -52,6 +52,7 @@ fn machine_on(qemu: &QemuFacts, kind: MachineChoice, accel: AccelChoice, vsock: 
         net: NetChoice::Nat,
         nested,
         require_isolation: false,
+        ran_under: None,
         cid: 4711,
     };
     let host = HostFacts {

@@ -70,6 +70,7 @@ pub async fn save(
     }
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
+    crate::home::make_socket_private(socket)?;
     listener.set_nonblocking(true)?;
     let uri = Some(format!("unix:{}", socket.display()));
     let sent = async {
@@ -85,7 +86,15 @@ pub async fn save(
         };
         let copy = copying(stream, deadline, move |mut stream| io::copy(&mut stream, &mut file).map(drop));
         let (copied, done) = tokio::join!(copy, completed(monitor, "save", deadline));
-        done.and(copied)
+        match (done, copied) {
+            // QEMU only sees its stream break: that the file could not be written is the reason.
+            (Err(MigrationError::Failed { .. }), Err(MigrationError::Io(error)))
+                if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
+            {
+                Err(error.into())
+            }
+            (done, copied) => done.and(copied),
+        }
     };
     let sent = sent.await;
     let _ = std::fs::remove_file(socket);

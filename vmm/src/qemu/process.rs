@@ -14,6 +14,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
+use crate::host::daemon::{close_descriptors_at_exec, reset_signals, set_qemu_environment};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -54,28 +55,30 @@ pub struct QemuProcess {
 
 impl QemuProcess {
     /// Starts QEMU in a session of its own, with new privileges ruled out, a cleaned environment, default signals, files
-    /// made for the owner only, no core dumps. That it was started does not say that it will stay.
+    /// made for the owner only, no core dumps. SIGTERM, SIGINT and SIGHUP are blocked: QEMU would end of them at once, without asking
+    /// its guest; they are the supervisor's. That it was started does not say that it will stay.
     ///
     /// # Errors
     /// The program cannot be executed or the system has no room for it.
     pub fn spawn(launch: Launch<'_>) -> io::Result<Self> {
         let lock_fd = launch.lock.as_raw_fd();
         let mut command = Command::new(launch.program);
+        set_qemu_environment(&mut command);
         command
             .args(launch.args)
             .current_dir(launch.vm_dir)
-            .env_clear()
-            .env("PATH", "/usr/local/bin:/usr/bin:/bin")
-            .env("LC_ALL", "C.UTF-8")
             .stdin(Stdio::null())
             .stdout(launch.log.try_clone()?)
             .stderr(launch.log);
         // SAFETY: `prepare` makes system calls only; it neither allocates nor locks.
         unsafe { command.pre_exec(move || prepare(lock_fd)) };
-        let child = command.spawn()?;
+        let mut child = command.spawn()?;
         let pid = Pid::from_child(&child);
         // The child is not waited for yet, so its number cannot belong to another process.
-        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).inspect_err(|_| {
+            // A QEMU that nobody can watch must not stay.
+            let _ = child.kill().and_then(|()| child.wait());
+        })?;
         Ok(Self { pid, pidfd, exit: OnceLock::new() })
     }
 
@@ -94,6 +97,25 @@ impl QemuProcess {
             return Err(io::ErrorKind::NotConnected.into());
         }
         Ok(Self { pid, pidfd, exit: OnceLock::new() })
+    }
+
+    /// The process of a pidfd that was inherited.
+    ///
+    /// # Errors
+    /// It is no pidfd, or that process is gone and waited for.
+    pub fn of_pidfd(pidfd: OwnedFd) -> io::Result<Self> {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok()).and_then(Pid::from_raw);
+        let pid = pid.ok_or(io::ErrorKind::NotFound)?;
+        Ok(Self { pid, pidfd, exit: OnceLock::new() })
+    }
+
+    /// A copy of its pidfd, to be handed to another process.
+    ///
+    /// # Errors
+    /// There are too many open files.
+    pub fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
     }
 
     /// Its number, to be shown to people.
@@ -126,24 +148,12 @@ impl QemuProcess {
         gone.then(|| self.collect())
     }
 
-    /// Asks it to end (SIGTERM): QEMU shuts down at once, the guest is not asked.
-    ///
-    /// # Errors
-    /// Not permitted. A process that is gone is no error.
-    pub fn terminate(&self) -> io::Result<()> {
-        self.signal(Signal::TERM)
-    }
-
     /// Ends it (SIGKILL).
     ///
     /// # Errors
     /// Not permitted. A process that is gone is no error.
     pub fn kill(&self) -> io::Result<()> {
-        self.signal(Signal::KILL)
-    }
-
-    fn signal(&self, signal: Signal) -> io::Result<()> {
-        match pidfd_send_signal(&self.pidfd, signal) {
+        match pidfd_send_signal(&self.pidfd, Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -173,23 +183,20 @@ pub fn peer_pid(socket: impl AsFd) -> io::Result<Pid> {
 fn prepare(lock_fd: RawFd) -> io::Result<()> {
     let done = |result: libc::c_int| if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) };
     let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // The kernel's `struct sigaction` for "default": no handler, no flags, no mask. Asked of the kernel directly because the
-    // C library keeps two signals to itself. SIGKILL and SIGSTOP are refused, which does not matter.
-    let default = [0_u64; 4];
-    // SAFETY: plain system calls on values of this frame; the arrays have the sizes that the kernel expects.
+    reset_signals();
+    // SAFETY: plain system calls on values of this frame.
     unsafe {
         done(libc::setsid())?;
         libc::umask(0o177);
         done(libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core))?;
         done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
-        for signal in 1..=64 {
-            libc::syscall(libc::SYS_rt_sigaction, signal, &raw const default, std::ptr::null::<u64>(), 8);
+        let mut blocked: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut blocked);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&raw mut blocked, signal);
         }
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut none);
-        done(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()))?;
-        let all_above_standard = libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
-        done(if all_above_standard == -1 { -1 } else { 0 })?;
+        done(libc::sigprocmask(libc::SIG_SETMASK, &raw const blocked, std::ptr::null_mut()))?;
+        close_descriptors_at_exec()?;
         done(libc::fcntl(lock_fd, libc::F_SETFD, 0))
     }
 }
@@ -243,10 +250,21 @@ mod tests {
         assert_eq!(fds.len(), 4, "{log}");
         assert_eq!(fds.iter().filter(|t| t.ends_with("/vm.lock")).count(), 1, "{log}");
         let none = "0000000000000000";
-        let signals = [format!("SigBlk:\t{none}"), format!("SigIgn:\t{none}")];
-        for line in ["0177", dir.path().to_str().unwrap(), "home=", "0", "NoNewPrivs:\t1", &signals[0], &signals[1]] {
+        let ignored = format!("SigIgn:\t{none}");
+        for line in ["0177", dir.path().to_str().unwrap(), "home=", "0", "NoNewPrivs:\t1", &ignored] {
             assert!(log.lines().any(|l| l == line), "{line}: {log}");
         }
+    }
+
+    /// SIGTERM to every process, as at the host's shutdown, ended QEMU before its guest was asked.
+    #[tokio::test]
+    async fn the_signals_that_ask_for_an_end_are_blocked() {
+        let dir = tempfile::tempdir().unwrap();
+        // No shell: some begin with a signal mask of their own.
+        let process = run(dir.path(), "/bin/cat", &["/proc/self/status"]);
+        assert_eq!(ended(&process).await, QemuExit::Code(0));
+        let log = std::fs::read_to_string(dir.path().join("qemu.log")).unwrap();
+        assert!(log.lines().any(|line| line == "SigBlk:\t0000000000004003"), "{log}");
     }
 
     #[tokio::test]
@@ -306,7 +324,7 @@ mod tests {
         supervisor.wait().unwrap();
         assert!(is_held(&path), "QEMU holds the lock on");
         let orphan = QemuProcess { pid, pidfd, exit: OnceLock::new() };
-        orphan.terminate().unwrap();
+        orphan.kill().unwrap();
         assert_eq!(ended(&orphan).await, QemuExit::Unknown);
         assert!(is_freed(&path).await);
     }

@@ -53,7 +53,7 @@ fn files_below_a_root_are_read() {
     }
     for (directory, name) in [(root.as_path(), "a"), (Path::new("sub"), "b"), (Path::new("."), "a")] {
         let open = roots.directory(directory).unwrap();
-        rustix::fs::statat(&open, name, AtFlags::SYMLINK_NOFOLLOW).unwrap();
+        rustix::fs::statat(&open.fd, name, AtFlags::SYMLINK_NOFOLLOW).unwrap();
     }
     assert_eq!(code(roots.directory(&root.join("a"))), Code::PathInvalid);
     assert_eq!(code(roots.directory(&root.join("none"))), Code::PathNotFound);
@@ -79,9 +79,12 @@ fn a_root_that_was_named_with_detours_has_a_path_without() {
 
 #[test]
 fn failures_of_the_host_are_no_failures_of_nido() {
-    for (errno, expected) in
-        [(Errno::ROFS, Code::Denied), (Errno::ISDIR, Code::PathInvalid), (Errno::LOOP, Code::Denied)]
-    {
+    for (errno, expected) in [
+        (Errno::ROFS, Code::ReadOnly),
+        (Errno::ACCESS, Code::PermissionDenied),
+        (Errno::ISDIR, Code::PathInvalid),
+        (Errno::LOOP, Code::Denied),
+    ] {
         assert_eq!(refused(Path::new("/x"), errno).code(), expected);
     }
     let (_dir, root, roots) = place();

@@ -4,10 +4,16 @@
 use rusqlite::{OptionalExtension, params};
 
 use super::{Store, fault};
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 
 /// How long an answer is kept, in milliseconds: a day.
 const KEPT_MS: i64 = 24 * 3600 * 1000;
+/// How many keys of one caller are known at most.
+const KEYS_MAX: i64 = 100_000;
+/// How many bytes of answers are kept for one caller.
+const BYTES_MAX: i64 = 128 << 20;
+/// An answer of so many bytes is kept in any case.
+const SHORT: i64 = 4096;
 
 /// What is known about a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,13 +26,15 @@ pub enum Known {
     Running,
     /// The same request was begun, and whoever carried it out is gone without having said how it ended.
     Unknown,
+    /// The caller has used too many keys.
+    Full,
     /// It was answered like this.
     Answered(String),
 }
 
 impl Store {
     /// Marks a request as being carried out by a server's run, if nothing is known of its key. What a run that is gone has
-    /// left unanswered is never carried out again: nobody knows how far it came.
+    /// left unanswered is never carried out again: what it has done is not known.
     ///
     /// # Errors
     /// Of the store.
@@ -51,6 +59,11 @@ impl Store {
                 Some((.., by)) if by != run && is_gone(&by) => Ok(Known::Unknown),
                 Some(_) => Ok(Known::Running),
                 None => {
+                    let count = "SELECT COUNT(*) FROM answers WHERE caller = ?1";
+                    let keys: i64 = self.connection.query_row(count, [caller], |row| row.get(0)).map_err(fault)?;
+                    if keys >= KEYS_MAX {
+                        return Ok(Known::Full);
+                    }
                     let insert = "INSERT INTO answers (caller, key, request, run, at_ms) VALUES (?1, ?2, ?3, ?4, ?5)";
                     self.connection.execute(insert, params![caller, key, request, run, now]).map_err(fault)?;
                     Ok(Known::Nothing)
@@ -62,8 +75,16 @@ impl Store {
     /// Keeps the answer; without one the request may be made again.
     ///
     /// # Errors
-    /// Of the store.
+    /// `limit_exceeded` if the caller's answers would be too many bytes: then nothing was changed, and a short one is in order.
     pub fn end_answer(&self, caller: &str, key: &str, answer: Option<&str>) -> Result<()> {
+        let long = answer.map_or(0, |answer| i64::try_from(answer.len()).unwrap_or(i64::MAX));
+        if long > SHORT {
+            let sum = "SELECT COALESCE(SUM(OCTET_LENGTH(answer)), 0) FROM answers WHERE caller = ?1";
+            let kept: i64 = self.connection.query_row(sum, [caller], |row| row.get(0)).map_err(fault)?;
+            if kept.saturating_add(long) > BYTES_MAX {
+                return Err(Error::new(Code::LimitExceeded, "the answers that are kept for this caller are too long"));
+            }
+        }
         let statement = match answer {
             Some(_) => "UPDATE answers SET answer = ?3 WHERE caller = ?1 AND key = ?2",
             None => "DELETE FROM answers WHERE caller = ?1 AND key = ?2 AND ?3 IS NULL",

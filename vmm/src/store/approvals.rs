@@ -34,14 +34,24 @@ impl Store {
     /// # Errors
     /// `limit_exceeded` if the caller waits for too many.
     pub fn ask_approval(&self, id: &str, ask: &Ask) -> Result<Approval> {
+        self.ask_approval_again(id, ask, 0)
+    }
+
+    /// The same, where a no that a person has given in a form is not the end until there were so many.
+    ///
+    /// # Errors
+    /// `limit_exceeded` if the caller waits for too many.
+    pub fn ask_approval_again(&self, id: &str, ask: &Ask, noes: i64) -> Result<Approval> {
         let (now, digest) = (now_ms(), ask.digest());
         let open = format!(
             "SELECT {COLUMNS} FROM approvals WHERE vm_id = ?1 AND actor = ?2 AND tool = ?3 AND digest = ?4 \
-             AND state <> 'used' AND expires_ms > ?5"
+             AND state <> 'used' AND expires_ms > ?5 AND NOT (state = 'denied' AND decided_by LIKE '% through %' \
+             AND (SELECT count(*) FROM approvals WHERE vm_id = ?1 AND actor = ?2 AND tool = ?3 AND digest = ?4 \
+             AND state = 'denied' AND expires_ms > ?5) < ?6) ORDER BY created_ms DESC, rowid DESC LIMIT 1"
         );
         self.in_transaction(|| {
             self.connection.execute("DELETE FROM approvals WHERE expires_ms < ?1", [now - KEPT_MS]).map_err(fault)?;
-            let same = params![ask.vm_id, ask.actor, ask.tool, digest, now];
+            let same = params![ask.vm_id, ask.actor, ask.tool, digest, now, noes];
             if let Some(row) = self.connection.query_row(&open, same, raw).optional().map_err(fault)? {
                 return Ok(row.decode(now)?.approval);
             }
@@ -214,6 +224,21 @@ mod tests {
         assert!(store.use_approval("apr_1", &ask("1")).unwrap());
         assert_eq!(store.ask_approval("apr_4", &ask("1")).unwrap().id, "apr_4", "what was used is over");
         assert_eq!(store.approvals().unwrap().len(), 2);
+    }
+
+    // A dialog that was closed was a no for two minutes, also against the user who asked for it then.
+    #[test]
+    fn a_no_in_a_form_is_asked_about_again_but_not_for_ever() {
+        let (_dir, store) = open();
+        for number in 1..=3 {
+            let id = format!("apr_{number}");
+            assert_eq!(store.ask_approval_again(&id, &ask("1"), 3).unwrap().state, ApprovalState::Pending);
+            assert!(store.decide_approval(&id, false, "uid:1 through a client").unwrap());
+        }
+        assert_eq!(store.ask_approval_again("apr_4", &ask("1"), 3).unwrap().state, ApprovalState::Denied);
+        store.ask_approval("apr_5", &ask("2")).unwrap();
+        store.decide_approval("apr_5", false, "uid:0").unwrap();
+        assert_eq!(store.ask_approval_again("apr_6", &ask("2"), 3).unwrap().state, ApprovalState::Denied, "by hand");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::{Origin, Purpose, Store, VmRow, VmUpdate, decode, encode, fault};
 use crate::api::{Event, EventDetails, EventKind, EventsRequest};
 use crate::error::{Error, Result};
 use crate::name::{SnapshotName, TemplateName, VmName};
-use crate::state::VmState;
+use crate::state::{StateCause, VmState};
 
 /// Events older than this are forgotten, in milliseconds: 30 days.
 const KEPT_MS: i64 = 30 * 24 * 3600 * 1000;
@@ -46,7 +46,10 @@ pub(super) fn events_of(before: &VmRow, update: &VmUpdate) -> Vec<(EventKind, Ev
     let after = update.state.unwrap_or(before.state);
     let ended = after.at_rest() && !before.state.at_rest();
     match (before.state, after) {
-        (VmState::Running, VmState::Paused) => events.push((EventKind::VmPaused, about())),
+        (VmState::Starting | VmState::Running, VmState::Paused) => {
+            let cause = update.cause.flatten();
+            events.push((EventKind::VmPaused, EventDetails { status_cause: cause, message: told(cause), ..about() }));
+        }
         (VmState::Paused, VmState::Running) => events.push((EventKind::VmResumed, about())),
         (_, VmState::Failed) if ended => {
             let failure = update.failure.clone().flatten();
@@ -62,7 +65,15 @@ pub(super) fn events_of(before: &VmRow, update: &VmUpdate) -> Vec<(EventKind, Ev
         // A start that was called off before anything ran is none.
         (VmState::Starting, VmState::Created | VmState::Stopped) => {}
         (_, VmState::Stopped) if ended => {
-            events.push((EventKind::VmStopped, EventDetails { ran_ms: ran(), ..about() }));
+            let cause = update.cause.flatten();
+            let details = EventDetails {
+                ran_ms: ran(),
+                status_cause: cause,
+                message: told(cause),
+                last_log_entries: update.last_log_entries.clone().unwrap_or_default(),
+                ..about()
+            };
+            events.push((EventKind::VmStopped, details));
         }
         _ => {}
     }
@@ -78,6 +89,11 @@ pub(super) fn events_of(before: &VmRow, update: &VmUpdate) -> Vec<(EventKind, Ev
         events.push((EventKind::VmStarted, details));
     }
     events
+}
+
+/// A cause in a sentence, unless a user asked for what happened.
+fn told(cause: Option<StateCause>) -> Option<String> {
+    cause.filter(|cause| *cause != StateCause::User).map(|cause| cause.detail().into())
 }
 
 /// What every event of a VM tells.
@@ -142,6 +158,17 @@ impl Store {
             }
         }
         Ok((events, cursor))
+    }
+
+    /// The cursors of the first event that is kept and of the last one. Where none is kept, the first is the one that comes next.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn event_range(&self) -> Result<(u64, u64)> {
+        let last = self.last_cursor()?;
+        let query = "SELECT MIN(cursor) FROM events";
+        let oldest: Option<i64> = self.connection.query_row(query, [], |row| row.get(0)).map_err(fault)?;
+        Ok((oldest.map_or(last + 1, i64::unsigned_abs), last))
     }
 
     /// The last event's cursor; 0 if there never was one.
@@ -246,6 +273,8 @@ mod tests {
         let parts = BootParts {
             vmlinux: "a".into(),
             initramfs: "b".into(),
+            initramfs_base: None,
+            agent: None,
             root: "c".into(),
             root_bytes: 1,
             packages: "d".into(),
@@ -296,15 +325,17 @@ mod tests {
         for update in steps {
             store.update_vm("1", &update).unwrap();
         }
-        store.update_vm("1", &VmUpdate { ip_address: Some(None), ..to(VmState::Stopped) }).unwrap();
-        store.remove_vm("1").unwrap();
-        store.remove_vm("1").unwrap();
+        let last_log_entries = Some(vec!["Power down".to_owned()]);
+        store.update_vm("1", &VmUpdate { ip_address: Some(None), last_log_entries, ..to(VmState::Stopped) }).unwrap();
+        store.remove_vm("1", vec!["the end".into()]).unwrap();
+        store.remove_vm("1", Vec::new()).unwrap();
         let told = ["vm.created", "vm.started", "vm.paused", "vm.resumed", "vm.expired", "vm.stopped", "vm.deleted"];
         assert_eq!(words(&store), told);
         let events = all(&store);
         assert!(events.windows(2).all(|pair| pair[0].cursor < pair[1].cursor));
         assert!(events.iter().all(|event| event.vm_name.as_ref().unwrap().as_str() == "vm-1"));
         assert_eq!(events[5].details.ip_address.as_deref(), Some("10.0.2.15"), "the address it had");
+        assert_eq!(events[5].details.last_log_entries, ["Power down"]);
         assert_eq!(store.last_cursor().unwrap(), events[6].cursor);
     }
 
@@ -332,7 +363,7 @@ mod tests {
         for (id, purpose) in [("1", Purpose::Pool), ("2", Purpose::Bake)] {
             store.insert_vm(&row(id, purpose)).unwrap();
             store.update_vm(id, &answered()).unwrap();
-            store.remove_vm(id).unwrap();
+            store.remove_vm(id, Vec::new()).unwrap();
         }
         assert_eq!(words(&store), [""; 0]);
     }
@@ -391,7 +422,7 @@ mod tests {
         assert!(all(&store)[0].event != EventKind::VmCreated);
         store.connection.execute("DELETE FROM events", []).unwrap();
         let last = store.last_cursor().unwrap();
-        store.remove_vm("1").unwrap();
+        store.remove_vm("1", Vec::new()).unwrap();
         assert_eq!(all(&store)[0].cursor, last + 1);
     }
 }

@@ -6,9 +6,12 @@
 
 mod answers;
 mod approvals;
+mod audit;
+mod backup;
 mod events;
 mod jobs;
 mod outbox;
+mod parts;
 mod pools;
 mod row;
 mod tokens;
@@ -17,11 +20,12 @@ mod webhooks;
 
 use std::cell::Cell;
 use std::fs::{OpenOptions, Permissions};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rusqlite::Connection;
+use rusqlite::{Connection, OpenFlags};
 
 pub use answers::Known;
 pub use approvals::ApprovalRow;
@@ -36,7 +40,7 @@ use crate::error::{Code, Error, Result};
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-const STEPS: [&str; 11] = [
+const STEPS: [&str; 15] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -163,6 +167,23 @@ const STEPS: [&str; 11] = [
     ) STRICT;",
     "ALTER TABLE webhooks ADD COLUMN rests_until_ms INTEGER;", // it asked to be left alone until then
     "ALTER TABLE tokens ADD COLUMN only_for TEXT;                    -- Door; all of a server if absent",
+    "ALTER TABLE vms ADD COLUMN state_cause TEXT;                    -- StateCause: why it is paused or stopped",
+    "ALTER TABLE vms ADD COLUMN made_by TEXT;   -- LeaseId of the operation that makes it, until that has ended well
+     CREATE TABLE claims (
+        ticket     TEXT PRIMARY KEY,             -- of one attempt to claim a clone of a pool
+        vm_id      TEXT,                         -- the clone that was claimed; absent: the attempt was given up
+        at_ms      INTEGER NOT NULL
+     ) STRICT, WITHOUT ROWID;
+     CREATE TABLE unused_parts (due INTEGER NOT NULL) STRICT; -- one row; not 0: there may be parts that no VM uses any more
+     INSERT INTO unused_parts (due) VALUES (1);",
+    "ALTER TABLE vms ADD COLUMN owner TEXT;                          -- Caller::owner of who made it
+     ALTER TABLE tokens ADD COLUMN limits TEXT;                      -- Limits; none if absent
+     CREATE TABLE audit_heads (
+        log        TEXT PRIMARY KEY,
+        seq        INTEGER NOT NULL,             -- of a line that was written
+        chain      TEXT NOT NULL                 -- up to and with it
+     ) STRICT, WITHOUT ROWID;",
+    "ALTER TABLE vms ADD COLUMN last_ip_address TEXT;                -- the last that was not absent",
 ];
 /// What this build writes into `user_version`.
 const SCHEMA_VERSION: i64 = STEPS.len() as i64;
@@ -173,6 +194,7 @@ pub struct Store {
     connection: Connection,
     /// Whether a delivery was queued since somebody asked.
     queued: Cell<bool>,
+    is_new: bool,
 }
 
 impl Store {
@@ -181,7 +203,14 @@ impl Store {
     /// # Errors
     /// `disk_full`, `internal` (also for a store written by a newer nido).
     pub fn open(path: &Path) -> Result<Self> {
-        keep_private(path).map_err(|e| Error::io("cannot make the store", e))?;
+        keep_private(path).map_err(|e| Error::io_at("open the store", path, e))?;
+        Self::open_file(path).map_err(|error| match error.code() {
+            Code::StoreDamaged => damaged(&path.display().to_string(), error.message()),
+            _ => error,
+        })
+    }
+
+    fn open_file(path: &Path) -> Result<Self> {
         let connection = Connection::open(path).map_err(fault)?;
         connection.busy_timeout(BUSY_FOR).map_err(fault)?;
         // WAL: readers never wait. NORMAL: a killed process loses nothing; a power cut at most the last changes.
@@ -195,9 +224,42 @@ impl Store {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        let store = Self { connection, queued: Cell::new(false) };
-        store.migrate()?;
+        let mut store = Self { connection, queued: Cell::new(false), is_new: false };
+        store.is_new = store.migrate()? == 0;
         Ok(store)
+    }
+
+    /// Opens a store that cannot be written, to read it: on a read-only mount, say. Every write fails as `read_only`.
+    ///
+    /// # Errors
+    /// `path_not_found`, `permission_denied`, `read_only` if there are changes in its write-ahead log that cannot be
+    /// read without writing, `internal`.
+    pub fn open_to_read(path: &Path) -> Result<Self> {
+        std::fs::File::open(path).map_err(|e| Error::io_at("open the store", path, e))?;
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let readable = |connection: Connection| {
+            connection.busy_timeout(BUSY_FOR)?;
+            connection
+                .query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0))
+                .map(|version| (connection, version))
+        };
+        let opened = Connection::open_with_flags(path, flags).and_then(readable);
+        // Without a log beside it nothing is missing in the file itself, and SQLite need not make an index of the log.
+        let log_bytes = std::fs::metadata(beside(path, "-wal")).map_or(0, |log| log.len());
+        let (connection, version) = match opened {
+            Ok(opened) => opened,
+            Err(_) if log_bytes == 0 => {
+                let uri = format!("file:{}?immutable=1", as_uri(path));
+                Connection::open_with_flags(uri, flags).and_then(readable).map_err(fault)?
+            }
+            Err(error) => return Err(fault(error)),
+        };
+        if version != SCHEMA_VERSION {
+            let what = format!("the store has version {version}; this nido reads {SCHEMA_VERSION}");
+            return Err(Error::new(Code::ReadOnly, what)
+                .hint("it is read-only: make it writable once, or use the nido that wrote it"));
+        }
+        Ok(Self { connection, queued: Cell::new(false), is_new: false })
     }
 
     /// Does several things, or none of them. Nobody else writes meanwhile.
@@ -210,10 +272,17 @@ impl Store {
         Ok(done)
     }
 
-    fn migrate(&self) -> Result<()> {
+    /// Whether there was no store, or an empty file, before it was opened.
+    #[must_use]
+    pub fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    /// Brings the tables to this nido's version; returns the version they had.
+    fn migrate(&self) -> Result<i64> {
         let version = |c: &Connection| c.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0));
         match version(&self.connection).map_err(fault)? {
-            SCHEMA_VERSION => return Ok(()),
+            SCHEMA_VERSION => return Ok(SCHEMA_VERSION),
             0..SCHEMA_VERSION => {}
             newer => {
                 return Err(Error::internal(format!(
@@ -231,7 +300,8 @@ impl Store {
             transaction.execute_batch(step).map_err(fault)?;
         }
         transaction.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(fault)?;
-        transaction.commit().map_err(fault)
+        transaction.commit().map_err(fault)?;
+        Ok(from)
     }
 }
 
@@ -244,14 +314,26 @@ fn keep_private(path: &Path) -> std::io::Result<()> {
     }
     // Of an older nido. Those beside it first: once the file itself is private, nobody looks again.
     for ending in ["-wal", "-shm"] {
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(ending);
-        match std::fs::set_permissions(Path::new(&beside), Permissions::from_mode(0o600)) {
+        match std::fs::set_permissions(beside(path, ending), Permissions::from_mode(0o600)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
     }
     file.set_permissions(Permissions::from_mode(0o600))
+}
+
+/// A file of SQLite's beside the store.
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
+/// A path as SQLite's URIs want it.
+fn as_uri(path: &Path) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-_.~".contains(&byte);
+    let bytes = path.as_os_str().as_bytes().iter();
+    bytes.map(|&byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
 /// A failure of SQLite as one of ours.
@@ -268,11 +350,33 @@ fn fault(error: rusqlite::Error) -> Error {
         return Error::new(Code::DiskFull, "the store cannot be written: the disk is full")
             .hint("free some space on the disk that holds nido's home, or use another with --home");
     }
+    if let Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) = error.sqlite_error_code() {
+        return damaged("nido.db in nido's home", &error.to_string());
+    }
     let code = match error.sqlite_error_code() {
         Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => Code::VmBusy,
+        Some(rusqlite::ErrorCode::ReadOnly) => Code::ReadOnly,
+        Some(rusqlite::ErrorCode::CannotOpen | rusqlite::ErrorCode::PermissionDenied) => Code::PermissionDenied,
+        Some(rusqlite::ErrorCode::SystemIoFailure | rusqlite::ErrorCode::FileLockingProtocolFailed) => Code::HostFailed,
+        Some(rusqlite::ErrorCode::OutOfMemory) => Code::LimitExceeded,
         _ => Code::Internal,
     };
-    Error::new(code, format!("the store failed: {error}"))
+    let plain = Error::new(code, format!("the store failed: {error}"));
+    match code {
+        Code::ReadOnly | Code::PermissionDenied => plain.hint(
+            "nido's home must be writable for this: check its mount, owner and mode, or choose another with --home or NIDO_HOME",
+        ),
+        _ => plain,
+    }
+}
+
+/// The error for a store that SQLite cannot read.
+fn damaged(place: &str, why: &str) -> Error {
+    let why = why.rsplit_once("is damaged: ").map_or(why, |(_, why)| why);
+    Error::new(Code::StoreDamaged, format!("the store {place} is damaged: {why}")).hint(
+        "move nido.db, nido.db-wal and nido.db-shm away and put nido.db.backup in the place of nido.db; \
+         then nido doctor --adopt brings back VMs that are newer than the backup",
+    )
 }
 
 /// A value of ours that does not decode: the store was written by something else.
@@ -304,6 +408,39 @@ mod tests {
         let mut statement = connection.prepare(columns).unwrap();
         let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
         rows.map(Result::unwrap).collect()
+    }
+
+    // A store that was no database any more gave an error without its path and without a way out.
+    #[test]
+    fn a_damaged_store_is_named_with_its_path_and_a_hint() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nido.db");
+        std::fs::write(&path, [7; 4096]).unwrap();
+        let error = Store::open(&path).unwrap_err();
+        assert_eq!(error.code(), Code::StoreDamaged);
+        assert!(error.message().contains(&*path.to_string_lossy()), "{error}");
+        assert!(error.hint_text().unwrap().contains("nido doctor --adopt"));
+        // Damaged in the middle: found only when that page is read.
+        std::fs::remove_file(&path).unwrap();
+        drop(Store::open(&path).unwrap());
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[4096..].fill(7);
+        std::fs::write(&path, bytes).unwrap();
+        let error = Store::open(&path).and_then(|store| store.vms()).unwrap_err();
+        assert_eq!(error.code(), Code::StoreDamaged, "{error}");
+    }
+
+    #[test]
+    fn a_store_that_was_not_there_or_empty_is_new() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nido.db");
+        assert!(Store::open(&path).unwrap().is_new());
+        assert!(!Store::open(&path).unwrap().is_new());
+        for ending in ["", "-wal", "-shm"] {
+            let _ = std::fs::remove_file(dir.path().join(format!("nido.db{ending}")));
+        }
+        std::fs::write(&path, "").unwrap();
+        assert!(Store::open(&path).unwrap().is_new());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Invariant: a clone is claimed once, by one `UPDATE` that also takes the name, or not at all.
 
 use jiff::Timestamp;
-use rusqlite::params;
+use rusqlite::{OptionalExtension as _, params};
 
 use super::events::of_vm;
 use super::vms::{insert_forward, name_taken};
@@ -13,6 +13,9 @@ use crate::error::{Error, Result};
 use crate::machine::Machine;
 use crate::name::TemplateName;
 use crate::state::VmState;
+
+/// How long it is known what became of an attempt to claim a clone, in milliseconds.
+const CLAIMS_KEPT_MS: i64 = 24 * 3600 * 1000;
 
 /// One pool as the store knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +45,12 @@ pub struct Claim<'a> {
     pub now: Timestamp,
     /// When its life ends.
     pub expires_at: Option<Timestamp>,
+    /// The attempt that this is; empty if the command has none. An attempt that was given up claims nothing.
+    pub ticket: &'a str,
+    /// Who owns it then.
+    pub owner: Option<&'a str>,
+    /// How many VMs that owner may have.
+    pub max_vms: Option<u32>,
 }
 
 impl Store {
@@ -127,11 +136,15 @@ impl Store {
     /// `supervisor.lock`.
     ///
     /// # Errors
-    /// `vm_exists` if the name is taken; the clone waits on then.
+    /// `vm_exists` if the name is taken, `limit_exceeded`; the clone waits on then.
     pub fn claim_vm(&self, id: &str, claim: &Claim<'_>) -> Result<bool> {
         self.in_transaction(|| {
-            let update = "UPDATE vms SET purpose = 'use', name = ?2, spec = ?3, state = ?4, disk_bytes = ?5, machine = ?6, \
-                          origin = ?7, created_ms = ?8, started_ms = ?8, expires_ms = ?9, agent = ?10, timings = NULL \
+            if self.claim_of(claim.ticket)?.is_some() {
+                return Ok(false);
+            }
+            self.check_count(claim.owner, claim.max_vms)?;
+            let update = "UPDATE vms SET purpose = 'use', owner = ?11, name = ?2, spec = ?3, state = ?4, disk_bytes = ?5, machine = ?6, \
+                          origin = ?7, created_ms = ?8, started_ms = ?8, expires_ms = ?9, agent = ?10, timings = NULL, state_cause = NULL \
                           WHERE id = ?1 AND purpose = 'pool' AND state = 'paused' AND deleting = 0";
             let changed = self.connection
                 .execute(
@@ -147,6 +160,7 @@ impl Store {
                         claim.now.as_millisecond(),
                         claim.expires_at.map(Timestamp::as_millisecond),
                         encode(&AgentInfo::default())?,
+                        claim.owner,
                     ],
                 )
                 .map_err(|e| match e.sqlite_error_code() {
@@ -156,6 +170,9 @@ impl Store {
             if changed == 0 {
                 return Ok(false);
             }
+            if !claim.ticket.is_empty() {
+                self.write_claim(claim.ticket, Some(id), claim.now)?;
+            }
             for forward in claim.forwards {
                 insert_forward(&self.connection, id, forward)?;
             }
@@ -163,6 +180,31 @@ impl Store {
             self.append(EventKind::VmCreated, Some(&row.spec.name), &of_vm(&row))?;
             Ok(true)
         })
+    }
+
+    /// Gives up an attempt to claim a clone, unless it has succeeded: then the clone's id is returned. After this, it cannot
+    /// succeed any more.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn give_up_claim(&self, ticket: &str, now: Timestamp) -> Result<Option<String>> {
+        self.in_transaction(|| match self.claim_of(ticket)? {
+            Some(claimed) => Ok(claimed),
+            None => self.write_claim(ticket, None, now).map(|()| None),
+        })
+    }
+
+    /// What became of an attempt: nothing yet, given up, or the clone that was claimed.
+    fn claim_of(&self, ticket: &str) -> Result<Option<Option<String>>> {
+        let query = "SELECT vm_id FROM claims WHERE ticket = ?1";
+        self.connection.query_row(query, [ticket], |row| row.get(0)).optional().map_err(fault)
+    }
+
+    fn write_claim(&self, ticket: &str, id: Option<&str>, now: Timestamp) -> Result<()> {
+        let old = now.as_millisecond() - CLAIMS_KEPT_MS;
+        self.connection.execute("DELETE FROM claims WHERE at_ms < ?1", [old]).map_err(fault)?;
+        let insert = "INSERT INTO claims (ticket, vm_id, at_ms) VALUES (?1, ?2, ?3)";
+        self.connection.execute(insert, params![ticket, id, now.as_millisecond()]).map(drop).map_err(fault)
     }
 }
 
@@ -191,7 +233,7 @@ mod tests {
     }
 
     fn origin(memory: &str, token: &str) -> Origin {
-        Origin::Fork(Saved { memory: memory.into(), state: "s".into(), token: token.into() })
+        Origin::Fork(Saved { memory: memory.into(), state: "s".into(), token: token.into(), live: false })
     }
 
     fn open_with_clones(count: usize) -> (tempfile::TempDir, Store) {
@@ -201,6 +243,8 @@ mod tests {
             let parts = BootParts {
                 vmlinux: "a".into(),
                 initramfs: "b".into(),
+                initramfs_base: None,
+                agent: None,
                 root: "c".into(),
                 root_bytes: 1,
                 packages: "d".into(),
@@ -223,6 +267,10 @@ mod tests {
     }
 
     fn claim(store: &Store, id: &str, name: &str) -> Result<bool> {
+        claim_with(store, id, name, "")
+    }
+
+    fn claim_with(store: &Store, id: &str, name: &str, ticket: &str) -> Result<bool> {
         let spec = VmSpec { ephemeral: true, ..VmSpec::named(name.parse().unwrap()) };
         let (machine, origin) = (machine(), origin("m", "mine"));
         store.claim_vm(
@@ -235,6 +283,9 @@ mod tests {
                 forwards: &["8080:80".parse().unwrap()],
                 now: Timestamp::now(),
                 expires_at: None,
+                ticket,
+                owner: Some("CLI uid:1"),
+                max_vms: None,
             },
         )
     }
@@ -259,6 +310,22 @@ mod tests {
         assert_eq!(claim(&store, "1", "web").unwrap_err().code(), Code::VmExists);
         assert_eq!(store.waiting_clones("m").unwrap(), ["1"]);
         assert!(store.forwards("1").unwrap().is_empty());
+    }
+
+    // A claim that was slow succeeded after its command had reported an error: the VM stayed under the caller's name.
+    #[test]
+    fn an_attempt_either_succeeds_or_is_given_up() {
+        let (_dir, store) = open_with_clones(3);
+        let now = Timestamp::now();
+        assert_eq!(store.give_up_claim("late", now).unwrap(), None);
+        assert!(!claim_with(&store, "0", "web", "late").unwrap(), "it was given up before");
+        assert_eq!(store.waiting_clones("m").unwrap().len(), 3);
+        assert!(claim_with(&store, "1", "web", "quick").unwrap());
+        assert_eq!(store.give_up_claim("quick", now).unwrap().as_deref(), Some("1"));
+        assert_eq!(store.give_up_claim("late", now).unwrap(), None);
+        // One that failed for its name may be given up as well.
+        assert_eq!(claim_with(&store, "2", "web", "third").unwrap_err().code(), Code::VmExists);
+        assert_eq!(store.give_up_claim("third", now).unwrap(), None);
     }
 
     #[test]

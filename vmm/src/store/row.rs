@@ -5,19 +5,26 @@ use rusqlite::Row;
 use serde::{Deserialize, Serialize};
 
 use super::decode;
-use crate::api::{AgentInfo, Failure, ForwardSpec, Limit, Timings, VmSpec};
+use crate::api::{AgentInfo, Failure, ForwardSpec, LeaseId, Limit, Timings, VmSpec};
 use crate::error::{Error, Result};
 use crate::machine::Machine;
+use crate::moment;
 use crate::name::SnapshotName;
-use crate::state::VmState;
+use crate::state::{StateCause, VmState};
 
 /// What of its template a VM uses. The parts are content-addressed, so a newer template of the same name changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootParts {
     /// Hash of the kernel.
     pub vmlinux: String,
-    /// Hash of the initial file system.
+    /// Hash of the initial file system: [`Self::initramfs_base`] and an agent.
     pub initramfs: String,
+    /// Hash of the initial file system without an agent. VMs that an earlier version made have none.
+    #[serde(default)]
+    pub initramfs_base: Option<String>,
+    /// Hash of the agent in the initial file system, if it is known.
+    #[serde(default)]
+    pub agent: Option<String>,
     /// Hash of the disk the overlay stands on.
     pub root: String,
     /// Virtual size of that disk.
@@ -65,6 +72,12 @@ impl Purpose {
             Self::Pool => "pool",
         }
     }
+
+    /// The purpose that a word stands for.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|purpose| purpose.word() == word)
+    }
 }
 
 /// How a start brings the guest to life.
@@ -94,6 +107,10 @@ pub struct Saved {
     pub state: String,
     /// The token the saved agent expects, in hexadecimal.
     pub token: String,
+    /// The guest was saved in the middle of what it did, sessions with its agent included: it is renewed as one that is
+    /// restored from a snapshot.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub live: bool,
 }
 
 /// One VM as the store knows it.
@@ -105,6 +122,8 @@ pub struct VmRow {
     pub spec: VmSpec,
     /// Its state.
     pub state: VmState,
+    /// Why it is paused or stopped.
+    pub cause: Option<StateCause>,
     /// What of its template it uses.
     pub parts: BootParts,
     /// Virtual size of its disk.
@@ -135,6 +154,10 @@ pub struct VmRow {
     pub purpose: Purpose,
     /// How its last start brought it to life.
     pub origin: Origin,
+    /// The operation that makes it, until that has ended well: if it is over before, the VM is removed.
+    pub made_by: Option<LeaseId>,
+    /// Who made it: [`crate::audit::Caller::owner`]. Absent for what nido made for itself, or before owners were kept.
+    pub owner: Option<String>,
 }
 
 impl VmRow {
@@ -156,14 +179,16 @@ impl VmRow {
         Self {
             purpose,
             origin: Origin::Boot,
+            owner: None,
             id,
             forwards: spec.forwards.clone(),
             spec,
             state,
+            cause: None,
             parts,
             disk_bytes,
             cid: None,
-            created_at: Timestamp::now(),
+            created_at: moment::now(),
             machine: None,
             started_at: None,
             expires_at: None,
@@ -172,6 +197,7 @@ impl VmRow {
             failure: None,
             timings: None,
             deleting: false,
+            made_by: None,
         }
     }
 }
@@ -179,8 +205,10 @@ impl VmRow {
 /// What changes in a row. `None` leaves a column as it is; `Some(None)` empties it.
 #[derive(Debug, Clone, Default)]
 pub struct VmUpdate {
-    /// The state.
+    /// The state. A change of it empties the cause, unless there is another.
     pub state: Option<VmState>,
+    /// Why it is paused or stopped.
+    pub cause: Option<Option<StateCause>>,
     /// The machine.
     pub machine: Option<Machine>,
     /// The vsock address.
@@ -205,11 +233,38 @@ pub struct VmUpdate {
     pub expired: Option<Limit>,
     /// No column, but an event: the disk is as it was in this snapshot.
     pub restored: Option<SnapshotName>,
+    /// No column, but an event: what the console showed last.
+    pub last_log_entries: Option<Vec<String>>,
+}
+
+impl VmUpdate {
+    /// Both as one; `next` comes later.
+    #[must_use]
+    pub fn merged(self, next: Self) -> Self {
+        let changes_state = next.state.is_some() && next.state != self.state;
+        Self {
+            cause: next.cause.or(if changes_state { Some(None) } else { self.cause }),
+            state: next.state.or(self.state),
+            machine: next.machine.or(self.machine),
+            cid: next.cid.or(self.cid),
+            started_at: next.started_at.or(self.started_at),
+            expires_at: next.expires_at.or(self.expires_at),
+            agent: next.agent.or(self.agent),
+            ip_address: next.ip_address.or(self.ip_address),
+            failure: next.failure.or(self.failure),
+            timings: next.timings.or(self.timings),
+            parts: next.parts.or(self.parts),
+            origin: next.origin.or(self.origin),
+            expired: next.expired.or(self.expired),
+            restored: next.restored.or(self.restored),
+            last_log_entries: next.last_log_entries.or(self.last_log_entries),
+        }
+    }
 }
 
 /// The columns in the order in which [`Raw::read`] takes them.
 pub(super) const COLUMNS: &str = "id, spec, state, parts, disk_bytes, cid, created_ms, machine, started_ms, expires_ms, agent, \
-                       ip_address, failure, timings, deleting, purpose, origin";
+                       ip_address, failure, timings, deleting, purpose, origin, state_cause, made_by, owner";
 
 /// A row as `SQLite` gives it.
 pub(super) struct Raw {
@@ -230,6 +285,9 @@ pub(super) struct Raw {
     deleting: bool,
     purpose: String,
     origin: Option<String>,
+    cause: Option<String>,
+    made_by: Option<String>,
+    owner: Option<String>,
 }
 
 impl Raw {
@@ -252,6 +310,9 @@ impl Raw {
             deleting: row.get(14)?,
             purpose: row.get(15)?,
             origin: row.get(16)?,
+            cause: row.get(17)?,
+            made_by: row.get(18)?,
+            owner: row.get(19)?,
         })
     }
 
@@ -265,7 +326,7 @@ impl Raw {
         let state = VmState::from_word(&self.state).ok_or_else(|| {
             Error::internal(format!("the store knows a state '{}' that nido does not", self.state.escape_debug()))
         })?;
-        let purpose = Purpose::ALL.into_iter().find(|p| p.word() == self.purpose).ok_or_else(|| {
+        let purpose = Purpose::from_word(&self.purpose).ok_or_else(|| {
             Error::internal(format!("the store knows a purpose '{}' that nido does not", self.purpose.escape_debug()))
         })?;
         Ok(VmRow {
@@ -273,6 +334,8 @@ impl Raw {
             origin: optional("origin", self.origin.as_deref())?.unwrap_or_default(),
             spec: decode("spec", &self.spec)?,
             state,
+            // A cause of a newer nido's is no reason to refuse the row.
+            cause: self.cause.as_deref().and_then(StateCause::from_word),
             parts: decode("parts", &self.parts)?,
             disk_bytes: u64::try_from(self.disk_bytes).unwrap_or(0),
             cid: self.cid,
@@ -285,6 +348,8 @@ impl Raw {
             failure: optional("failure", self.failure.as_deref())?,
             timings: optional("timings", self.timings.as_deref())?,
             deleting: self.deleting,
+            made_by: self.made_by.map(LeaseId::try_from).transpose()?,
+            owner: self.owner,
             id: self.id,
             forwards,
         })

@@ -3,11 +3,11 @@
 use jiff::Timestamp;
 use rusqlite::{OptionalExtension, Row, params};
 
-use super::{Store, fault};
+use super::{Store, decode, encode, fault};
 use crate::api::{Door, TokenInfo};
 use crate::error::{Code, Error, Result};
 
-const COLUMNS: &str = "id, name, sha256, scope, created_ms, expires_ms, only_for";
+const COLUMNS: &str = "id, name, sha256, scope, created_ms, expires_ms, only_for, limits";
 
 /// A token as the store knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,11 +24,12 @@ impl Store {
     /// # Errors
     /// `token_exists`.
     pub fn insert_token(&self, token: &TokenRow) -> Result<()> {
-        let TokenInfo { id, name, scope, only, created_at, expires_at } = &token.info;
+        let TokenInfo { id, name, scope, only, created_at, expires_at, limits } = &token.info;
         let only = only.map(Door::word);
         let expires = expires_at.map(Timestamp::as_millisecond);
-        let row = params![id, name, token.sha256, scope.word(), created_at.as_millisecond(), expires, only];
-        let insert = format!("INSERT INTO tokens ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)");
+        let row =
+            params![id, name, token.sha256, scope.word(), created_at.as_millisecond(), expires, only, encode(limits)?];
+        let insert = format!("INSERT INTO tokens ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)");
         let taken = || {
             Error::new(Code::TokenExists, format!("there is a token named '{name}' already"))
                 .hint(format!("choose another name, or: nido token revoke {name}"))
@@ -77,8 +78,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Result<TokenRow>> {
     let (scope, created, expires): (String, i64, Option<i64>) = (row.get(3)?, row.get(4)?, row.get(5)?);
     let time = |ms| Timestamp::from_millisecond(ms).map_err(|e| Error::internal(e.to_string()));
     let (id, name, sha256) = (row.get(0)?, row.get(1)?, row.get(2)?);
-    let only: Option<String> = row.get(6)?;
-    let decode = || -> Result<TokenRow> {
+    let (only, limits): (Option<String>, Option<String>) = (row.get(6)?, row.get(7)?);
+    let parsed = || -> Result<TokenRow> {
         let info = TokenInfo {
             id,
             name,
@@ -87,8 +88,9 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Result<TokenRow>> {
             only: only.map(|word| word.parse()).transpose()?,
             created_at: time(created)?,
             expires_at: expires.map(time).transpose()?,
+            limits: limits.map(|text| decode("limits", &text)).transpose()?.unwrap_or_default(),
         };
         Ok(TokenRow { info, sha256 })
     };
-    Ok(decode())
+    Ok(parsed())
 }

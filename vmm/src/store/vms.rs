@@ -5,10 +5,11 @@ use rusqlite::{OptionalExtension, Row, params};
 
 use super::events::{events_of, of_vm};
 use super::row::{COLUMNS, Raw};
-use super::{Origin, Purpose, Store, VmRow, VmUpdate, encode, fault};
-use crate::api::{EventKind, ForwardSpec};
+use super::{Purpose, Store, VmRow, VmUpdate, encode, fault};
+use crate::api::{EventDetails, EventKind, ForwardSpec, LeaseId, Limits};
 use crate::error::{Code, Error, Result};
 use crate::name::VmName;
+use crate::state::{StateCause, VmState};
 
 impl Store {
     /// Inserts a VM with its forwards.
@@ -16,9 +17,22 @@ impl Store {
     /// # Errors
     /// `vm_exists` if the name is taken.
     pub fn insert_vm(&self, row: &VmRow) -> Result<()> {
+        self.insert_vm_within(row, None)
+    }
+
+    /// The same, if its owner has fewer than so many.
+    ///
+    /// # Errors
+    /// `vm_exists` if the name is taken, `limit_exceeded`.
+    pub fn insert_vm_within(&self, row: &VmRow, max_vms: Option<u32>) -> Result<()> {
         self.in_transaction(|| {
-            let insert = "INSERT INTO vms (id, name, spec, state, parts, disk_bytes, created_ms, purpose) \
-                          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
+            // An id is accepted wherever a name is: it must not mean two VMs.
+            if self.one_vm("id", row.spec.name.as_str())?.is_some() {
+                return Err(name_taken(&row.spec.name));
+            }
+            self.check_count(row.owner.as_deref(), max_vms)?;
+            let insert = "INSERT INTO vms (id, name, spec, state, parts, disk_bytes, created_ms, purpose, made_by, owner) \
+                          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
             self.connection
                 .execute(
                     insert,
@@ -30,7 +44,9 @@ impl Store {
                         encode(&row.parts)?,
                         i64::try_from(row.disk_bytes).unwrap_or(i64::MAX),
                         row.created_at.as_millisecond(),
-                        row.purpose.word()
+                        row.purpose.word(),
+                        row.made_by.as_ref().map(LeaseId::as_str),
+                        row.owner
                     ],
                 )
                 .map_err(|e| match e.sqlite_error_code() {
@@ -47,6 +63,14 @@ impl Store {
         })
     }
 
+    /// Whether this owner may have one more.
+    pub(super) fn check_count(&self, owner: Option<&str>, max_vms: Option<u32>) -> Result<()> {
+        let (Some(owner), Some(most)) = (owner, max_vms) else { return Ok(()) };
+        let count = "SELECT count(*) FROM vms WHERE owner = ?1 AND purpose = 'use' AND deleting = 0";
+        let count: i64 = self.connection.query_row(count, [owner], |row| row.get(0)).map_err(fault)?;
+        if count < i64::from(most) { Ok(()) } else { Err(Limits::too_many(most)) }
+    }
+
     /// The VM of that name that is there for its user.
     ///
     /// # Errors
@@ -56,12 +80,17 @@ impl Store {
         if row.purpose == Purpose::Use { Ok(row) } else { Err(no_such_vm(name)) }
     }
 
-    /// The VM of that name, whatever it is there for.
+    /// The VM of that name or id, whatever it is there for.
     ///
     /// # Errors
     /// `vm_not_found`.
     pub fn any_vm_by_name(&self, name: &VmName) -> Result<VmRow> {
-        self.one_vm("name", name.as_str())?.ok_or_else(|| no_such_vm(name))
+        // No VM is called like the id of another.
+        let by_name = self.one_vm("name", name.as_str())?;
+        match by_name {
+            None => self.one_vm("id", name.as_str())?.ok_or_else(|| no_such_vm(name)),
+            Some(row) => Ok(row),
+        }
     }
 
     /// The VM of that id, if it is still there.
@@ -93,6 +122,16 @@ impl Store {
         self.select("ORDER BY created_ms, name")
     }
 
+    /// The ids of all VMs. Quick: no row is decoded.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn vm_ids(&self) -> Result<std::collections::HashSet<String>> {
+        let mut statement = self.connection.prepare_cached("SELECT id FROM vms").map_err(fault)?;
+        let ids = statement.query_map([], |row| row.get(0)).map_err(fault)?;
+        ids.collect::<rusqlite::Result<_>>().map_err(fault)
+    }
+
     /// VMs whose state claims that somebody takes care of them, and those of sessions. Usually few, so every command can afford to check them.
     ///
     /// # Errors
@@ -101,7 +140,7 @@ impl Store {
         self.select(
             "WHERE deleting = 1 OR state NOT IN ('created', 'stopped', 'failed') \
              OR (state IN ('stopped', 'failed') AND json_extract(spec, '$.ephemeral') = 1) \
-             OR json_extract(spec, '$.lease') IS NOT NULL",
+             OR json_extract(spec, '$.lease') IS NOT NULL OR made_by IS NOT NULL",
         )
     }
 
@@ -145,6 +184,9 @@ impl Store {
         if let Some(state) = update.state {
             set("state", Box::new(state.word()));
         }
+        if let Some(cause) = update.cause {
+            set("state_cause", Box::new(cause.map(StateCause::word)));
+        }
         if let Some(machine) = &update.machine {
             set("machine", Box::new(encode(machine)?));
         }
@@ -162,6 +204,9 @@ impl Store {
         }
         if let Some(address) = &update.ip_address {
             set("ip_address", Box::new(address.clone()));
+            if let Some(address) = address {
+                set("last_ip_address", Box::new(address.clone()));
+            }
         }
         if let Some(failure) = &update.failure {
             set("failure", Box::new(failure.as_ref().map(encode).transpose()?));
@@ -180,8 +225,15 @@ impl Store {
         }
         self.in_transaction(|| {
             let Some(before) = self.vm_by_id(id)? else { return Ok(()) };
+            if update.cause.is_none() && update.state.is_some_and(|state| state != before.state) {
+                sets.push("state_cause");
+                values.push(Box::new(None::<String>));
+            }
             if !sets.is_empty() {
                 self.set_columns(id, &sets, values)?;
+            }
+            if update.state.is_some_and(VmState::at_rest) && !before.state.at_rest() && self.is_last_reader(&before)? {
+                self.mark_parts_due()?;
             }
             for (kind, details) in events_of(&before, update) {
                 self.append(kind, Some(&before.spec.name), &details)?;
@@ -212,18 +264,30 @@ impl Store {
         self.connection.execute("UPDATE vms SET deleting = 1 WHERE id = ?1", [id]).map_err(fault).map(drop)
     }
 
-    /// Removes a VM's row, after its process and its files are gone.
+    /// Removes a VM's row, after its process and its files are gone. `last_log_entries` are what its console showed last.
     ///
     /// # Errors
     /// Of the store.
-    pub fn remove_vm(&self, id: &str) -> Result<()> {
+    pub fn remove_vm(&self, id: &str, last_log_entries: Vec<String>) -> Result<()> {
         self.in_transaction(|| {
             let row = self.vm_by_id(id);
+            let is_last = match &row {
+                Ok(None) => false,
+                Ok(Some(row)) => self.is_last_user(row)?,
+                Err(_) => true,
+            };
+            if is_last {
+                self.mark_parts_due()?;
+            }
+            let last_address = "SELECT last_ip_address FROM vms WHERE id = ?1";
+            let ip_address =
+                self.connection.query_row(last_address, [id], |row| row.get(0)).optional().map_err(fault)?;
             self.connection.execute("DELETE FROM announced WHERE owner = ?1", [id]).map_err(fault)?;
             self.connection.execute("DELETE FROM vms WHERE id = ?1", [id]).map_err(fault)?;
             match row {
                 Ok(Some(row)) if row.purpose == Purpose::Use => {
-                    self.append(EventKind::VmDeleted, Some(&row.spec.name), &of_vm(&row))
+                    let details = EventDetails { ip_address: ip_address.flatten(), last_log_entries, ..of_vm(&row) };
+                    self.append(EventKind::VmDeleted, Some(&row.spec.name), &details)
                 }
                 // What cannot be read can be removed all the same.
                 _ => Ok(()),
@@ -231,21 +295,36 @@ impl Store {
         })
     }
 
-    /// Hashes of all template parts that VMs use.
+    /// Whether the operation that makes a VM has not ended well yet.
     ///
     /// # Errors
     /// Of the store.
-    pub fn parts_in_use(&self) -> Result<std::collections::HashSet<String>> {
-        let mut used = std::collections::HashSet::new();
-        for vm in self.vms()? {
-            used.extend([vm.parts.vmlinux, vm.parts.initramfs, vm.parts.root, vm.parts.packages]);
-            used.extend(vm.parts.frozen.into_iter().map(|frozen| frozen.sha256));
-            // A guest reads its memory image for as long as it runs.
-            if let (Origin::Fork(saved), false) = (vm.origin, vm.state.at_rest()) {
-                used.extend([saved.memory, saved.state]);
+    pub fn is_being_made(&self, id: &str) -> Result<bool> {
+        let query = "SELECT EXISTS (SELECT 1 FROM vms WHERE id = ?1 AND made_by IS NOT NULL)";
+        self.connection.query_row(query, [id], |row| row.get(0)).map_err(fault)
+    }
+
+    /// The VMs that an operation is making.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn vms_made_by(&self, operation: &LeaseId) -> Result<Vec<VmRow>> {
+        Ok(self.vms()?.into_iter().filter(|row| row.made_by.as_ref() == Some(operation)).collect())
+    }
+
+    /// Ends an operation well: its VMs stay. Only if there are `count` of them; else nothing changes.
+    ///
+    /// # Errors
+    /// `vm_not_running` if one of them is gone, and of the store.
+    pub fn keep_vms_made_by(&self, operation: &LeaseId, count: usize) -> Result<()> {
+        self.in_transaction(|| {
+            let update = "UPDATE vms SET made_by = NULL WHERE made_by = ?1 AND deleting = 0";
+            let kept = self.connection.execute(update, [operation.as_str()]).map_err(fault)?;
+            if kept == count {
+                return Ok(());
             }
-        }
-        Ok(used)
+            Err(Error::new(Code::VmNotRunning, "one of the new VMs has ended already, and is gone"))
+        })
     }
 
     /// A VM's published ports in order.
@@ -316,12 +395,13 @@ mod tests {
     use super::super::BootParts;
     use super::*;
     use crate::api::VmSpec;
-    use crate::state::VmState;
 
     fn parts() -> BootParts {
         BootParts {
             vmlinux: "a".into(),
             initramfs: "b".into(),
+            initramfs_base: None,
+            agent: None,
             root: "c".into(),
             root_bytes: 1,
             packages: "d".into(),
@@ -362,6 +442,20 @@ mod tests {
     }
 
     #[test]
+    fn an_owner_has_no_more_vms_than_allowed() {
+        let (_dir, store) = open();
+        let own = |id: &str, owner: &str| VmRow { owner: Some(owner.into()), ..row(id, &format!("vm-{id}")) };
+        store.insert_vm_within(&own("1", "a"), Some(1)).unwrap();
+        let refused = store.insert_vm_within(&own("2", "a"), Some(1)).unwrap_err();
+        assert_eq!(refused.code(), Code::LimitExceeded);
+        store.insert_vm_within(&own("3", "b"), Some(1)).expect("each owner has its own");
+        store.insert_vm(&row("4", "nobody-s")).unwrap();
+        assert_eq!(store.vm_by_id("1").unwrap().unwrap().owner.as_deref(), Some("a"));
+        store.mark_deleting("1").unwrap();
+        store.insert_vm_within(&own("5", "a"), Some(1)).unwrap();
+    }
+
+    #[test]
     fn a_vsock_address_is_taken_once() {
         let (_dir, store) = open();
         store.insert_vm(&row("1", "a")).unwrap();
@@ -384,6 +478,24 @@ mod tests {
     }
 
     #[test]
+    fn vms_of_an_operation_are_kept_together_or_not_at_all() {
+        let (_dir, store) = open();
+        let operation: LeaseId = "0123456789abcdef".to_owned().try_into().unwrap();
+        for (id, made_by) in [("1", Some(operation.clone())), ("2", Some(operation.clone())), ("3", None)] {
+            store.insert_vm(&VmRow { made_by, ..row(id, &format!("vm-{id}")) }).unwrap();
+        }
+        assert_eq!(store.vms_made_by(&operation).unwrap().len(), 2);
+        assert_eq!(store.vms_in_motion().unwrap().len(), 2, "looked after until then");
+        store.mark_deleting("2").unwrap();
+        store.keep_vms_made_by(&operation, 2).unwrap_err();
+        assert!(store.is_being_made("1").unwrap() && !store.is_being_made("3").unwrap());
+        store.remove_vm("2", Vec::new()).unwrap();
+        store.keep_vms_made_by(&operation, 1).unwrap();
+        assert!(!store.is_being_made("1").unwrap());
+        assert_eq!(store.vms_in_motion().unwrap().len(), 0);
+    }
+
+    #[test]
     fn a_store_of_a_newer_nido_is_left_alone() {
         let (dir, store) = open();
         store.connection.pragma_update(None, "user_version", 99).unwrap();
@@ -400,7 +512,7 @@ mod tests {
         assert_eq!(store.forwards("1").unwrap().len(), 2);
         assert!(store.remove_forward("1", &extra).unwrap());
         assert!(!store.remove_forward("1", &extra).unwrap());
-        store.remove_vm("1").unwrap();
+        store.remove_vm("1", Vec::new()).unwrap();
         assert!(store.forwards("1").unwrap().is_empty());
     }
 }

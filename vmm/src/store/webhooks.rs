@@ -63,7 +63,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
 
 fn row_of((id, url, events, format, secret, allow_private, created_ms, disabled): Raw) -> Result<WebhookRow> {
     let created_at = time(created_ms)?;
-    let (events, format, secret) = (decode("events", &events)?, format.parse()?, Secret::parse(&secret)?);
+    let (events, format, secret) = (decode("events", &events)?, format.parse()?, Secret::parse_kept(&secret)?);
     Ok(WebhookRow { id, url, events, format, secret, allow_private, created_at, disabled })
 }
 

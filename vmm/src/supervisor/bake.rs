@@ -11,23 +11,23 @@
 //! nothing of the three files changes after QEMU has ended.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nido_images::{Bake, Disk, Part, hash_file, sparse_sha256};
+use nido_images::{Bake, BakedMachine, Disk, Part, QemuId, hash_file, sparse_sha256};
 use tokio::time::Instant;
 
 use super::begin::Way;
 use super::launch::Running;
 use super::react::QMP_WITHIN;
-use super::run::Supervisor;
+use super::run::{Report, Supervisor};
 use crate::bake::{qemu_id, shape};
 use crate::error::{Code, Error, Result};
 use crate::guest::{GuestError, Session};
-use crate::home::{DEVICE_STATE, DISK, MEMORY_IMAGE};
+use crate::home::{DEVICE_STATE, DISK, MEMORY_IMAGE, VmDir};
 use crate::host::{QemuFacts, facts, qemu};
-use crate::qemu::migration::{self, Memory};
-use crate::state::Fact;
+use crate::qemu::Monitor;
+use crate::qemu::migration::{self, Memory, MigrationError};
 use crate::store::Origin;
 
 /// How long the guest may take to fall silent.
@@ -41,74 +41,135 @@ const RESTS_WITHIN: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(400);
 const RESTING_PERCENT: u32 = 3;
 const RESTING_SPANS: u32 = 10;
+/// How long the end of a QEMU may take to be seen.
+const END_SEEN_WITHIN: Duration = Duration::from_millis(500);
 /// The socket over which a state is saved.
 const SAVE_SOCKET: &str = "save.sock";
 
+/// What the guest is saved with.
+struct Saving {
+    name: String,
+    way: Way,
+    monitor: Monitor,
+    pid: i32,
+    /// It booted to be saved: it is left alone until it rests.
+    rests: bool,
+    /// It was loaded, and has never run: it is saved as it is.
+    twin: bool,
+}
+
 impl Supervisor {
-    /// Saves the guest and ends its machine; whether that succeeded is told when QEMU has ended.
-    pub(super) async fn bake(&mut self, running: &Running) {
-        let saved = tokio::select! {
-            saved = self.save_for_bake(running) => saved,
-            // The loop sees it too, and tells why.
-            _ = running.process.wait() => return,
+    /// Begins to save the guest. When that is done its machine ends; whether it succeeded is told when QEMU has ended.
+    pub(super) fn begin_bake(&self, running: &Running) {
+        let saving = Saving {
+            name: self.row.spec.name.to_string(),
+            way: self.way(),
+            monitor: running.monitor.clone(),
+            pid: running.process.pid(),
+            rests: self.row.origin == Origin::Boot,
+            twin: self.is_twin(),
         };
-        self.baked = Some(saved.inspect_err(|error| tracing::error!("{error}")));
-        self.learn(Fact::StopAsked);
-        self.quit(running);
+        let report = self.reports.0.clone();
+        tokio::spawn(async move {
+            let saved = saving.save().await;
+            if saved.is_err() {
+                // If QEMU has ended the loop sees it, and tells why.
+                tokio::time::sleep(END_SEEN_WITHIN).await;
+            }
+            let _ = report.send(Report::Saved(saved)).await;
+        });
     }
 
-    async fn save_for_bake(&self, running: &Running) -> Result<()> {
-        let deadline = Instant::now() + QUIET_WITHIN;
-        let name = self.row.spec.name.as_str();
-        self.silence(deadline).await.map_err(|e| Error::from_guest(name, e))?;
-        // A copy of a running VM is wanted at once, and its programs may never rest.
-        if self.row.origin == Origin::Boot {
-            rest(running.process.pid()).await;
-        }
+    /// Takes what was saved into the store of parts.
+    pub(super) async fn keep_bake(&self) -> Result<Bake> {
+        let home = self.nido.home();
+        let program = qemu::find(self.nido.options().qemu.as_deref())?;
+        let qemu = qemu::probe(&program, &home.cache())?;
+        let saved = Saved {
+            machine: shape(&self.machine, &facts::gather(&home.cache())),
+            qemu: qemu_id(&qemu),
+            memory_mode: memory_mode(&qemu),
+            token: crate::hex::encode(self.guest.token()),
+            disk_bytes: self.row.disk_bytes,
+            dir: self.dir.clone(),
+            home: home.root().to_owned(),
+        };
+        let kept = tokio::task::spawn_blocking(move || saved.keep()).await;
+        kept.map_err(|e| Error::internal(format!("the work broke down: {e}")))?
+    }
+}
+
+impl Saving {
+    async fn save(self) -> Result<()> {
         let broken = |why: String| Error::new(Code::QemuFailed, format!("the guest cannot be saved: {why}"));
-        running.monitor.stop(QMP_WITHIN).await.map_err(|e| broken(e.to_string().escape_debug().to_string()))?;
+        if !self.twin {
+            let deadline = Instant::now() + QUIET_WITHIN;
+            self.silence(deadline).await.map_err(|e| Error::from_guest(&self.name, e))?;
+            // A copy of a running VM is wanted at once, and its programs may never rest.
+            if self.rests {
+                rest(self.pid).await;
+            }
+            self.monitor.stop(QMP_WITHIN).await.map_err(|e| broken(crate::text::on_one_line(&e.to_string())))?;
+        }
         let state = File::create(DEVICE_STATE).map_err(|e| Error::io("cannot save the guest", e))?;
-        migration::save(&running.monitor, Path::new(SAVE_SOCKET), state, Memory::Apart, SAVED_WITHIN)
+        migration::save(&self.monitor, Path::new(SAVE_SOCKET), state, Memory::Apart, SAVED_WITHIN)
             .await
-            .map_err(|e| broken(e.to_string().escape_debug().to_string()))
+            .map_err(|e| save_error("cannot save the guest", e))
     }
 
     /// Freezes the guest's disk, and leaves its agent waiting for the first word of another host.
     async fn silence(&self, deadline: Instant) -> Result<(), GuestError> {
-        let way = Way { guest: self.guest.clone(), channel: self.channel.clone() };
-        let mut session = Session::open(way.stream(deadline).await?, self.guest.token(), deadline).await?;
+        let way = &self.way;
+        let mut session = Session::open(way.stream(deadline).await?, way.guest.token(), deadline).await?;
         // Everything is on the disk then. It goes on at once: thawing after each fork would cost more than all the rest.
         session.freeze(deadline).await?;
         session.thaw(deadline).await?;
         drop(session);
-        match &self.channel {
+        match &way.channel {
             Some(channel) => channel.quieten(deadline).await,
             None => Ok(()),
         }
     }
+}
 
-    /// Takes what was saved into the store of parts.
-    pub(super) fn keep_bake(&self) -> Result<Bake> {
-        let home = self.nido.home();
-        let program = qemu::find(self.nido.options().qemu.as_deref())?;
-        let qemu = qemu::probe(&program, &home.cache())?;
-        let machine = shape(&self.machine, &facts::gather(&home.cache()));
+/// A machine's state that could not be saved; a full disk is told as such.
+pub(super) fn save_error(what: &str, error: MigrationError) -> Error {
+    match error {
+        MigrationError::Io(error) => Error::io(what.to_owned(), error),
+        error => Error::new(Code::QemuFailed, format!("{what}: {}", crate::text::on_one_line(&error.to_string()))),
+    }
+}
+
+/// A guest that was saved, and what is told about it.
+struct Saved {
+    machine: BakedMachine,
+    qemu: QemuId,
+    memory_mode: u32,
+    token: String,
+    disk_bytes: u64,
+    dir: VmDir,
+    home: PathBuf,
+}
+
+impl Saved {
+    /// Hashes the files and takes them into the store of parts.
+    fn keep(self) -> Result<Bake> {
         let here = |name: &str| self.dir.file(name);
         let (state, disk) = (hash_file(&here(DEVICE_STATE))?, hash_file(&here(DISK))?);
         let memory = memory_part(&here(MEMORY_IMAGE))?;
-        let images = nido_images::Store::new(home.root());
+        let images = nido_images::Store::new(&self.home);
         let lock = images.lock()?;
-        images.import_as(&here(MEMORY_IMAGE), &memory, memory_mode(&qemu), &lock)?;
+        images.import_as(&here(MEMORY_IMAGE), &memory, self.memory_mode, &lock)?;
         images.import(&here(DEVICE_STATE), &state, &lock)?;
         images.import(&here(DISK), &disk, &lock)?;
         Ok(Bake {
-            created_at: jiff::Timestamp::now(),
-            machine,
-            qemu: qemu_id(&qemu),
-            token: crate::hex::encode(self.guest.token()),
+            created_at: crate::moment::now(),
+            machine: self.machine,
+            qemu: self.qemu,
+            token: self.token,
             memory,
             state,
-            disk: Disk { file: disk, virtual_bytes: self.row.disk_bytes },
+            disk: Disk { file: disk, virtual_bytes: self.disk_bytes },
         })
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  Boot   QEMU ............................ agent answers a ping
-//!  Fork   QEMU (waits) - load - cont - resize - agent renewed -> open for clients
+//!  Fork   QEMU (waits) - load - link down - cont - resize - agent renewed - link up -> open for clients
 //! ```
 //!
 //! Invariant: until a guest that was loaded has been renewed, nobody talks to it but this supervisor.
@@ -24,16 +24,17 @@ use super::pool::warm;
 use super::react::QMP_WITHIN;
 use super::run::Supervisor;
 use super::serve::{Life, Users};
-use crate::api::{StartPath, Timings};
+use crate::api::{NetChoice, StartPath, Timings};
 use crate::error::{Code, Error, Result};
 use crate::guest::{Endpoint, Guest, GuestError, Link, Session, connect};
 use crate::home::{DEVICE_STATE, QEMU_LOG};
 use crate::host::{QemuFacts, qemu};
 use crate::machine::Transport;
 use crate::nido::random_cid;
-use crate::qemu::QemuExit;
+use crate::qemu::argv::NET;
 use crate::qemu::migration::{self, Memory};
-use crate::state::Fact;
+use crate::qemu::{Monitor, QemuExit};
+use crate::state::{Fact, VmState};
 use crate::store::{Origin, Purpose, VmUpdate};
 
 /// How long loading may take: milliseconds for a bake, seconds for a large memory.
@@ -61,6 +62,8 @@ pub(super) enum Awake {
     Yes(Pong),
     /// It did not answer in time.
     Late,
+    /// It is there, and there can be no session with it.
+    Refused(GuestError),
     /// It could not be made a machine of its own.
     NotRenewed(String),
 }
@@ -142,8 +145,12 @@ impl Supervisor {
             let state = File::open(state).map_err(|e| broken(e.to_string()))?;
             migration::load(&running.monitor, Path::new(LOAD_SOCKET), state, memory, LOADED_WITHIN)
                 .await
-                .map_err(|e| broken(e.to_string().escape_debug().to_string()))?;
-            running.monitor.cont(QMP_WITHIN).await.map_err(|e| broken(e.to_string().escape_debug().to_string()))?;
+                .map_err(|e| broken(crate::text::on_one_line(&e.to_string())))?;
+            if self.is_twin() {
+                return Ok(());
+            }
+            self.set_link(false, running).await?;
+            running.monitor.cont(QMP_WITHIN).await.map_err(|e| broken(crate::text::on_one_line(&e.to_string())))?;
             // Not before: QEMU 10 keeps the disk of a loaded machine inactive until it goes on.
             self.resize_disk(running).await
         };
@@ -166,6 +173,24 @@ impl Supervisor {
         }
     }
 
+    /// A copy of a running guest that is loaded only to be saved again: its CPUs never run.
+    pub(super) fn is_twin(&self) -> bool {
+        self.row.purpose == Purpose::Bake && self.row.origin != Origin::Boot
+    }
+
+    /// Whether the guest has a network card, and is loaded: until it has been renewed nothing of it may leave the host.
+    fn has_link_to_hold(&self) -> bool {
+        self.row.origin != Origin::Boot && self.machine.net == NetChoice::Nat
+    }
+
+    /// Plugs the guest's network cable in or out. A guest that was loaded is its own twin until it has been renewed.
+    async fn set_link(&self, up: bool, running: &Running) -> Result<()> {
+        if !self.has_link_to_hold() {
+            return Ok(());
+        }
+        switch_link(&running.monitor, up).await
+    }
+
     /// The guest was saved with a disk of its template's size; the VM may have been promised a larger one.
     pub(super) async fn resize_disk(&self, running: &Running) -> Result<()> {
         let baked = self.row.parts.frozen.last().map_or(self.row.disk_bytes, |frozen| frozen.virtual_bytes);
@@ -175,7 +200,7 @@ impl Supervisor {
         let size = i64::try_from(self.row.disk_bytes).unwrap_or(i64::MAX);
         let resize = qmp::block_resize { device: None, node_name: Some("disk".into()), size };
         running.monitor.execute(resize, QMP_WITHIN).await.map(drop).map_err(|e| {
-            let why = e.to_string().escape_debug().to_string();
+            let why = crate::text::on_one_line(&e.to_string());
             Error::new(Code::QemuFailed, format!("the VM's disk cannot be enlarged: {why}"))
         })
     }
@@ -213,6 +238,9 @@ impl Supervisor {
             // Loaded, or claimed; whether it goes on already, and has its disk, only the one knew who died.
             Ok(status) if !self.row.agent.ready && self.row.origin != Origin::Boot => {
                 if status == RunState::paused {
+                    if let Err(error) = self.set_link(false, &running).await {
+                        tracing::error!("{error}");
+                    }
                     let _ = running.monitor.cont(QMP_WITHIN).await;
                 }
                 if let Err(error) = self.resize_disk(&running).await {
@@ -220,8 +248,15 @@ impl Supervisor {
                 }
                 self.learn(Fact::QmpReady);
             }
-            Ok(RunState::paused) => self.learn(Fact::GuestPaused),
-            Ok(_) => self.learn(Fact::QmpReady),
+            Ok(status) => {
+                // What the supervisor before could not write does not count any more.
+                self.unwritten.forget();
+                if self.state == VmState::Starting && status == RunState::running {
+                    self.learn(Fact::QmpReady);
+                }
+                self.observe(status, &running);
+                self.write(VmUpdate { state: Some(self.state), cause: Some(self.cause), ..VmUpdate::default() });
+            }
             Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
         }
         self.life.send_replace(Life::Booting);
@@ -262,9 +297,13 @@ impl Supervisor {
     }
 
     /// Waits for the guest's first answer, on a task of its own.
-    pub(super) fn watch_for_agent(&self) -> oneshot::Receiver<Awake> {
+    pub(super) fn watch_for_agent(&self, running: &Running) -> oneshot::Receiver<Awake> {
+        self.watch_for_agent_within(self.ready_within, running)
+    }
+
+    pub(super) fn watch_for_agent_within(&self, within: Duration, running: &Running) -> oneshot::Receiver<Awake> {
         let (done, awake) = oneshot::channel();
-        let deadline = TokioInstant::now() + self.ready_within;
+        let deadline = TokioInstant::now() + within;
         let link = self.channel.as_ref().map(|channel| channel.link());
         let guest = self.guest.clone();
         let door = self.channel.clone();
@@ -272,12 +311,18 @@ impl Supervisor {
         let opens = self.row.purpose != Purpose::Pool;
         let saved = self.row.renewed_from().filter(|_| !self.row.agent.ready);
         let renewal = saved.map(|token| (crate::hex::decode(token), self.renewal()));
+        let held = (renewal.is_some() && self.has_link_to_hold()).then(|| running.monitor.clone());
         tokio::spawn(async move {
             let answer = match renewal {
                 Some((token, renewal)) => {
                     let tokens = [token, guest.token().to_vec()];
                     let way = Way { guest: guest.clone(), channel: door.clone() };
-                    let answer = renewed(&way, &tokens, renewal, deadline).await;
+                    let mut answer = renewed(&way, &tokens, renewal, deadline).await;
+                    if let (Awake::Yes(_), Some(monitor)) = (&answer, held)
+                        && let Err(error) = switch_link(&monitor, true).await
+                    {
+                        answer = Awake::NotRenewed(error.to_string());
+                    }
                     door.iter().for_each(|channel| channel.end_letters());
                     answer
                 }
@@ -288,7 +333,11 @@ impl Supervisor {
                         let _ = tokio::time::timeout_at(deadline, link.wait_for(|link| *link == Link::Up)).await;
                     }
                     let pong = guest.wait_ready(deadline).await;
-                    pong.inspect_err(|e| tracing::warn!("no sign of life: {e}")).map_or(Awake::Late, Awake::Yes)
+                    match pong.inspect_err(|e| tracing::warn!("no sign of life: {e}")) {
+                        Ok(pong) => Awake::Yes(pong),
+                        Err(error) if error.may_pass() => Awake::Late,
+                        Err(error) => Awake::Refused(error),
+                    }
                 }
             };
             if !opens && matches!(answer, Awake::Yes(_)) {
@@ -314,6 +363,14 @@ impl Supervisor {
             disk_grown: self.row.parts.frozen.last().is_some_and(|frozen| frozen.virtual_bytes < self.row.disk_bytes),
         }
     }
+}
+
+async fn switch_link(monitor: &Monitor, up: bool) -> Result<()> {
+    let set = qmp::set_link { name: NET.into(), up };
+    monitor.execute(set, QMP_WITHIN).await.map(drop).map_err(|e| {
+        let why = crate::text::on_one_line(&e.to_string());
+        Error::new(Code::QemuFailed, format!("the VM's network cannot be switched: {why}"))
+    })
 }
 
 /// Whether a line of QEMU's is the one with which it ends because another program has the VM's vsock address.
@@ -344,6 +401,7 @@ pub(super) async fn renewed(way: &Way, tokens: &[Vec<u8>], renewal: Renew, deadl
             Ok(pong) => return Awake::Yes(pong),
             Err(GuestError::TokenRefused) => refused = Some(Awake::NotRenewed(GuestError::TokenRefused.to_string())),
             Err(GuestError::Timeout { .. } | GuestError::Unreachable(_)) => return Awake::Late,
+            Err(error @ GuestError::VersionMismatch { .. }) => return Awake::Refused(error),
             Err(error) => return Awake::NotRenewed(error.to_string()),
         }
     }

@@ -21,6 +21,8 @@ pub enum Request {
     Ready,
     /// Stop the VM; answered when QEMU is gone and the store says so.
     Stop(StopRequest),
+    /// Pull the plug and keep the VM, also an ephemeral one: it is about to be restored. Answered like a stop.
+    StopKept,
     /// Halt the CPUs.
     Pause,
     /// Let them run on.
@@ -67,6 +69,15 @@ pub struct ClaimOrder {
     pub asked_ms_ago: f64,
     /// How long the guest may take to become ready, in milliseconds.
     pub ready_within_ms: Option<u64>,
+    /// This attempt to claim a clone; empty from an older nido.
+    #[serde(default)]
+    pub ticket: String,
+    /// Who owns it then.
+    #[serde(default)]
+    pub owner: Option<String>,
+    /// How many VMs that owner may have.
+    #[serde(default)]
+    pub max_vms: Option<u32>,
 }
 
 /// What a supervisor answers.

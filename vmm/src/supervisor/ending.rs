@@ -13,14 +13,27 @@ pub struct Seen {
     pub panicked: bool,
     /// The guest did not become ready in time, so the plug was pulled.
     pub late_after_ms: Option<u64>,
+    /// The guest agent answered, and there can be no session with it; the cause, and why in a sentence.
+    pub refused: Option<(FailureCause, String)>,
     /// It was loaded and could not be made a machine of its own; why.
     pub not_renewed: Option<String>,
     /// KVM gave up.
     pub kvm_error: bool,
+    /// The disk that holds nido's home had no space left when QEMU ended.
+    pub disk_full: bool,
     /// The last lines of QEMU's own output.
     pub qemu_tail: Vec<String>,
     /// The last lines of the guest's console.
     pub console_tail: Vec<String>,
+}
+
+impl Seen {
+    /// Whether words on the console may be those of a kernel that panicked. Any program of the guest's can write them; a kernel that
+    /// panics does not power off in order afterwards.
+    #[must_use]
+    pub fn may_have_panicked(&self) -> bool {
+        self.shutdown_reason.as_deref() != Some("guest-shutdown")
+    }
 }
 
 /// The state a VM ends in, and why if that is a failure. `state` is the one before QEMU ended.
@@ -29,7 +42,10 @@ pub fn verdict(state: VmState, exit: QemuExit, seen: &Seen) -> (VmState, Option<
     if let Some((cause, message)) = guest_trouble(seen) {
         return (VmState::Failed, Some(Failure { cause, message, log_tail: seen.console_tail.clone() }));
     }
-    if let (Some(why), QemuExit::Code(0) | QemuExit::Unknown) = (&seen.not_renewed, exit) {
+    // A guest that was stopped while it was renewed was stopped, and nothing else.
+    if let (Some(why), QemuExit::Code(0) | QemuExit::Unknown) = (&seen.not_renewed, exit)
+        && state != VmState::Stopping
+    {
         let message = format!("the guest could not be made a machine of its own: {why}");
         let failure = Failure { cause: FailureCause::RenewalFailed, message, log_tail: seen.console_tail.clone() };
         return (VmState::Failed, Some(failure));
@@ -63,6 +79,9 @@ fn guest_trouble(seen: &Seen) -> Option<(FailureCause, String)> {
     if seen.kvm_error {
         return Some((FailureCause::KvmInternalError, "KVM could not run the guest's instructions".into()));
     }
+    if let Some(refused) = &seen.refused {
+        return Some(refused.clone());
+    }
     let late = seen.late_after_ms?;
     Some((FailureCause::GuestTimeout, format!("the guest agent did not answer within {:.1} s", late as f64 / 1000.0)))
 }
@@ -79,6 +98,11 @@ fn qemu_trouble(exit: QemuExit, seen: &Seen) -> (FailureCause, String) {
         QemuExit::Signal(9) => {
             (FailureCause::QemuSignal, "QEMU was killed (signal 9), perhaps for want of memory".into())
         }
+        // A page of its memory image could not be had.
+        QemuExit::Signal(7) if seen.disk_full => (
+            FailureCause::DiskFull,
+            "QEMU was killed by signal 7: the file system that holds the VM's memory image is full".into(),
+        ),
         QemuExit::Signal(signal) => (FailureCause::QemuSignal, format!("QEMU was killed by signal {signal}")),
         QemuExit::Code(0) => (FailureCause::QemuError, "QEMU ended before the guest was up".into()),
         QemuExit::Code(code) => (FailureCause::QemuError, format!("QEMU ended with exit code {code}")),
@@ -117,6 +141,14 @@ mod tests {
         assert_eq!((state, failure.unwrap().cause), (VmState::Failed, FailureCause::GuestPanic));
     }
 
+    /// A guest that wrote the words of a panic to its console and powered off was reported as failed.
+    #[test]
+    fn a_guest_that_powers_off_has_not_panicked_whatever_its_console_says() {
+        assert!(!seen("guest-shutdown").may_have_panicked());
+        assert!(seen("guest-reset").may_have_panicked());
+        assert!(Seen::default().may_have_panicked());
+    }
+
     #[test]
     fn causes_are_told_apart() {
         let cause = |exit, tail: &str| {
@@ -130,6 +162,19 @@ mod tests {
             FailureCause::OutOfMemory
         );
         assert_eq!(cause(QemuExit::Code(1), "write: No space left on device"), FailureCause::DiskFull);
+    }
+
+    /// A guest whose agent speaks another protocol was reported as one that did not answer within a minute, at once.
+    #[test]
+    fn a_guest_that_refuses_is_not_reported_as_late() {
+        let words = "the guest agent speaks protocol version 9, this nido speaks 3";
+        let refused = Seen { refused: Some((FailureCause::AgentVersion, words.into())), ..Seen::default() };
+        let (state, failure) = verdict(VmState::Running, QemuExit::Code(0), &refused);
+        let failure = failure.unwrap();
+        assert_eq!(
+            (state, failure.cause, failure.message.as_str()),
+            (VmState::Failed, FailureCause::AgentVersion, words)
+        );
     }
 
     #[test]

@@ -10,12 +10,14 @@ use tokio::task::JoinHandle;
 use super::serve::Users;
 use crate::api::ForwardSpec;
 use crate::error::{Code, Error, Result};
-use crate::guest::{CONNECTIONS, Guest};
+use crate::guest::{Connections, Guest};
 
 /// The forwards that stand. Dropping it ends all of them.
 #[derive(Debug, Default)]
 pub(super) struct Forwards {
     tasks: BTreeMap<ForwardSpec, JoinHandle<()>>,
+    /// What all of them share.
+    places: Connections,
 }
 
 /// Takes the port of the host; the answer has its number.
@@ -46,7 +48,8 @@ impl Forwards {
     /// Starts carrying connections.
     pub(super) fn start(&mut self, spec: ForwardSpec, listener: TcpListener, guest: Guest, users: Users) {
         let to = Connect { host: None, port: spec.guest_port };
-        let task = tokio::spawn(async move { guest.forward(listener, to, CONNECTIONS, || users.enter()).await });
+        let places = self.places.clone();
+        let task = tokio::spawn(async move { guest.forward(listener, to, &places, || users.enter()).await });
         if let Some(old) = self.tasks.insert(spec, task) {
             old.abort();
         }

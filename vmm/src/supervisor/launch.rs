@@ -64,7 +64,10 @@ pub(super) async fn launch(
 async fn give_up(process: &QemuProcess, why: &str) -> LaunchError {
     let _ = process.kill();
     let _ = tokio::time::timeout(Duration::from_secs(5), process.wait()).await;
-    LaunchError::Failed(Error::new(Code::QemuFailed, format!("QEMU could not be controlled: {}", why.escape_debug())))
+    LaunchError::Failed(Error::new(
+        Code::QemuFailed,
+        format!("QEMU could not be controlled: {}", crate::text::on_one_line(why)),
+    ))
 }
 
 fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Result<QemuProcess> {
@@ -103,15 +106,16 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
                 .hint(template::renewal(&row.spec.template))
         })?;
     }
-    let _ = std::fs::remove_file(QMP_SOCKET);
     let broken = |e| Error::io("cannot prepare QEMU", e);
+    // First of all: while a QEMU of this VM runs, its logs and its monitor's socket are its own.
+    let lock = Held::try_take(Path::new(VM_LOCK))
+        .map_err(broken)?
+        .ok_or_else(|| Error::new(Code::VmBusy, "a QEMU of this VM runs already"))?;
+    let _ = std::fs::remove_file(QMP_SOCKET);
     let log = OpenOptions::new().append(true).create(true).mode(0o600).open(QEMU_LOG).map_err(broken)?;
     // The last run's words are not this one's: they would be taken for the reason of its end.
     log.set_len(0).map_err(broken)?;
     let _ = std::fs::write(CONSOLE_LOG, b"");
-    let lock = Held::try_take(Path::new(VM_LOCK))
-        .map_err(broken)?
-        .ok_or_else(|| Error::new(Code::VmBusy, "a QEMU of this VM runs already"))?;
     let args = flatten(parts(machine, &files));
     let program = qemu.path.as_path();
     tracing::info!(program = %program.display(), ?args, "starting QEMU");
@@ -129,8 +133,9 @@ pub(super) enum Attached {
 
 /// Finds the QEMU behind the VM's monitor. The working directory is the VM's.
 pub(super) async fn attach() -> Result<Attached> {
-    let lost =
-        |why: String| Error::new(Code::QemuFailed, format!("the VM's QEMU cannot be reached: {}", why.escape_debug()));
+    let lost = |why: String| {
+        Error::new(Code::QemuFailed, format!("the VM's QEMU cannot be reached: {}", crate::text::on_one_line(&why)))
+    };
     let stream = UnixStream::connect(QMP_SOCKET).await.map_err(|e| lost(e.to_string()))?;
     let process = QemuProcess::behind(&stream).map_err(|e| lost(e.to_string()))?;
     Ok(match Monitor::negotiate(stream).await {

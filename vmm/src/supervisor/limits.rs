@@ -30,12 +30,28 @@ impl Limits {
         Self { expires_at, idle, users: 0, quiet_since: now }
     }
 
+    /// When its life ends, anew.
+    pub const fn expire_at(&mut self, expires_at: Option<Instant>) {
+        self.expires_at = expires_at;
+    }
+
     /// So many sessions are open now.
     pub fn used_by(&mut self, users: usize, now: Instant) {
         if self.users > 0 || users > 0 {
             self.quiet_since = now;
         }
         self.users = users;
+    }
+
+    /// It was in use until now.
+    pub const fn used(&mut self, now: Instant) {
+        self.quiet_since = now;
+    }
+
+    /// Since when nothing has used it.
+    #[must_use]
+    pub const fn quiet_since(&self) -> Instant {
+        self.quiet_since
     }
 
     /// For how long nothing has used it; `None` while something does.

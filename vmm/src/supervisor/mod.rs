@@ -10,21 +10,26 @@
 //!
 //! Invariants: it can be killed at any instant: QEMU goes on, holding `vm.lock`, and the next command starts another
 //! supervisor, which finds everything it needs in the store and in the VM's directory. It holds `supervisor.lock` from
-//! before its first line to its end, and what it writes into the store last is how the VM ended.
+//! before its first line to its end, and what it writes into the store last is how the VM ended. SIGKILL ends the supervisor alone;
+//! SIGTERM has it stop the VM in order (`terminate.rs`).
 
 mod bake;
 mod begin;
+mod clock;
 pub mod control;
 mod ending;
 mod forwards;
 mod launch;
 mod limits;
 mod logs;
+mod pause;
 mod pool;
 mod react;
 mod run;
 mod serve;
 mod snapshot;
+mod terminate;
+mod unwritten;
 
 use std::fs::File;
 use std::io::Write;
@@ -33,10 +38,12 @@ use std::time::{Duration, Instant};
 use rustix::fs::Mode;
 
 pub(crate) use logs::log_tail;
+pub(crate) use unwritten::lagging;
 
 use crate::api::Failure;
 use crate::error::{Code, Error, Result};
 use crate::home::{SUPERVISOR_LOCK, VM_LOCK, VmDir};
+use crate::host::daemon::raise_open_files;
 use crate::lock::{Held, is_held};
 use crate::name::VmName;
 use crate::nido::{Nido, OpenOptions};
@@ -96,7 +103,8 @@ fn own_lock(dir: &VmDir) -> Result<Option<Held>> {
 
 /// Makes this process fit to stay: it works in the VM's directory, and what it creates is private.
 fn settle_in(dir: &VmDir) -> Result<()> {
-    rustix::process::umask(Mode::from_bits_truncate(0o177));
+    rustix::process::umask(Mode::from_bits_truncate(0o077));
+    raise_open_files();
     std::env::set_current_dir(dir.path()).map_err(|e| Error::io("cannot enter the VM's directory", e))
 }
 
@@ -112,22 +120,32 @@ fn announce() {
 /// The error that tells a user why a VM failed.
 pub(crate) fn failure_error(name: &VmName, failure: &Failure) -> Error {
     let code = match failure.cause {
-        FailureCause::GuestTimeout => Code::AgentUnreachable,
+        FailureCause::GuestTimeout | FailureCause::AgentRefused => Code::AgentUnreachable,
+        FailureCause::AgentVersion => Code::AgentVersion,
         FailureCause::GuestPanic | FailureCause::RenewalFailed => Code::GuestFailed,
         FailureCause::DiskFull => Code::DiskFull,
         FailureCause::OutOfMemory => Code::LimitExceeded,
         FailureCause::KvmInternalError => Code::KvmUnavailable,
         FailureCause::QemuSignal | FailureCause::QemuError | FailureCause::HostRestart => Code::QemuFailed,
+        FailureCause::FilesLost => Code::VmNotRunning,
     };
     let hint = match failure.cause {
         FailureCause::GuestTimeout => {
             "the lines above are the end of its console; --timeout gives it longer".to_owned()
         }
         FailureCause::GuestPanic => format!("its console: nido logs {name}"),
+        FailureCause::AgentVersion => format!("nido start {name} --cold boots it with this nido's own agent"),
+        FailureCause::AgentRefused => {
+            format!("start it again with nido start {name} --cold; its console: nido logs {name}")
+        }
         FailureCause::RenewalFailed => "with --cold it boots instead of being forked".to_owned(),
-        FailureCause::KvmInternalError => "--accel tcg runs it without KVM".to_owned(),
+        FailureCause::KvmInternalError => {
+            "nido doctor shows whether KVM works here; --accel tcg runs it without KVM, slowly and without isolation"
+                .to_owned()
+        }
         FailureCause::OutOfMemory => "give it less with --memory, or stop other VMs".to_owned(),
         FailureCause::DiskFull => "free some space on the disk that holds nido's home".to_owned(),
+        FailureCause::FilesLost => format!("nothing of it can be started again: nido delete {name}"),
         _ => format!("start it again with nido start {name}; nido doctor looks at the host"),
     };
     Error::new(code, format!("VM '{name}' failed: {}", failure.message)).hint(hint).log_tail(failure.log_tail.clone())

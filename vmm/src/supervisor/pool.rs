@@ -19,6 +19,7 @@ use super::control::ClaimOrder;
 use super::forwards::bind;
 use super::launch::Running;
 use super::limits::Limits;
+use super::pause::Stillness;
 use super::react::QMP_WITHIN;
 use super::run::Supervisor;
 use super::serve::Life;
@@ -26,7 +27,7 @@ use crate::api::{ForwardSpec, StartPath, Timings};
 use crate::error::{Code, Error, Result};
 use crate::guest::{GuestError, Session};
 use crate::machine::Machine;
-use crate::state::{Fact, VmState, advance};
+use crate::state::{Fact, StateCause, VmState, advance};
 use crate::store::{Claim, Origin, Purpose, VmRow};
 
 /// How long a clone's first command may take, in milliseconds.
@@ -36,10 +37,10 @@ impl Supervisor {
     /// Halts a clone that is ready: from here on it waits.
     pub(super) async fn park(&mut self, pong: Pong, running: &Running) {
         if let Err(error) = running.monitor.stop(QMP_WITHIN).await {
-            tracing::error!("the clone cannot be halted: {}", error.to_string().escape_debug());
+            tracing::error!("the clone cannot be halted: {}", crate::text::on_one_line(&error.to_string()));
             return self.quit(running);
         }
-        self.learn(Fact::GuestPaused);
+        self.paused(StateCause::User);
         self.on_ready(pong);
     }
 
@@ -61,13 +62,15 @@ impl Supervisor {
         tracing::info!("the clone {} is VM {} now", self.row.spec.name, row.spec.name);
         self.row = row;
         self.machine = self.row.machine.clone().unwrap_or_else(|| self.machine.clone());
-        self.state = VmState::Starting;
+        (self.state, self.cause) = (VmState::Starting, None);
+        self.still = Stillness::default();
         self.asked_at = asked_at.unwrap_or_else(Instant::now);
         self.ready_within = order.ready_within_ms.map_or(self.ready_within, Duration::from_millis);
         self.life.send_replace(Life::Booting);
         let now = Instant::now();
         let expires_at = order.spec.ttl_ms.and_then(|ttl| now.checked_add(Duration::from_millis(ttl)));
         self.limits = Limits::new(now, expires_at, order.spec.idle_ms.map(Duration::from_millis));
+        self.watch_ttl(&running.process);
         if let Err(error) = self.wake(ports, running).await {
             tracing::error!("the claimed VM cannot go on: {error}");
             self.seen.not_renewed = Some(error.message().chars().take(400).collect());
@@ -96,12 +99,20 @@ impl Supervisor {
             forwards: &forwards,
             now,
             expires_at: order.spec.ttl_ms.and_then(|ttl| now.checked_add(life(ttl)).ok()),
+            ticket: &order.ticket,
+            owner: order.owner.as_deref(),
+            max_vms: order.max_vms,
         };
-        let store = self.nido.store();
-        if !store.claim_vm(&self.row.id, &claim)? {
-            return Err(taken());
-        }
-        store.vm_by_id(&self.row.id)?.ok_or_else(taken)
+        let row = {
+            let store = self.nido.store();
+            if !store.claim_vm(&self.row.id, &claim)? {
+                return Err(taken());
+            }
+            store.vm_by_id(&self.row.id)?.ok_or_else(taken)?
+        };
+        // Before its guest writes anything for its owner.
+        self.nido.refresh_record(&row.id);
+        Ok(row)
     }
 
     /// Lets the guest go on, and has it renewed for its new owner.
@@ -113,7 +124,7 @@ impl Supervisor {
             .monitor
             .cont(QMP_WITHIN)
             .await
-            .map_err(|e| Error::new(Code::QemuFailed, e.to_string().escape_debug().to_string()))?;
+            .map_err(|e| Error::new(Code::QemuFailed, crate::text::on_one_line(&e.to_string())))?;
         // Written down with the rest when the guest is ready.
         self.state = advance(self.state, Fact::GuestResumed);
         let awake_ms = self.asked_for_ms();
@@ -123,7 +134,7 @@ impl Supervisor {
         for (bound, listener) in ports {
             self.forwards.start(bound, listener, self.guest.clone(), self.forward_users());
         }
-        self.awaited = Some(self.watch_for_agent());
+        self.awaited = Some(self.watch_for_agent(running));
         Ok(())
     }
 }

@@ -12,25 +12,31 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant as TokioInstant, sleep_until};
 
 use super::begin::{Awake, Ended};
+use super::clock::HostClocks;
 use super::ending::{Seen, verdict};
 use super::failure_error;
 use super::forwards::Forwards;
 use super::launch::Running;
 use super::limits::Limits;
 use super::logs::{log_tail, panic_lines, rotate};
+use super::pause::{ByItself, Stillness};
 use super::serve::{Desk, Life, Order, Users, serve};
-use crate::api::{AccelChoice, AgentInfo, Failure, PathChoice, StartRequest};
+use super::terminate::Termination;
+use super::unwritten::Unwritten;
+use crate::api::{AgentInfo, Failure, StopRequest};
 use crate::error::{Error, Problem, Result};
 use crate::guest::{Channel, Guest};
 use crate::home::{
-    AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG, VmDir,
+    AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG, UNWRITTEN, VmDir,
+    make_socket_private,
 };
+use crate::host::facts::disk_free_bytes;
 use crate::host::kvm;
 use crate::lock::Held;
 use crate::machine::{Accel, Machine, Transport};
 use crate::nido::Nido;
 use crate::qemu::QemuExit;
-use crate::state::{Fact, FailureCause, VmState, advance};
+use crate::state::{Fact, FailureCause, StateCause, VmState, advance};
 use crate::store::{Origin, Purpose, VmRow, VmUpdate};
 
 /// How long a guest may take to become ready if nobody says otherwise.
@@ -39,6 +45,10 @@ const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::f
 const LOGS_EVERY: Duration = Duration::from_secs(5);
 /// How often the supervisor of a session's VM looks whether the session goes on.
 pub(super) const SESSION_EVERY: Duration = Duration::from_secs(1);
+/// With less free space a disk counts as full.
+const DISK_FULL_BYTES: u64 = 8 << 20;
+/// How often a change that the store did not take is repeated.
+const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// How long answers to the last requests may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long the command that asked for a start may take to ask how it goes.
@@ -54,8 +64,6 @@ pub(super) struct Supervisor {
     pub(super) guest: Guest,
     pub(super) asked_at: Instant,
     pub(super) ready_within: Duration,
-    /// The limit for that, if somebody set one.
-    pub(super) asked_within_ms: Option<u64>,
     pub(super) life: watch::Sender<Life>,
     pub(super) orders: mpsc::Receiver<Order>,
     pub(super) users: Users,
@@ -67,12 +75,46 @@ pub(super) struct Supervisor {
     /// When the plug is pulled.
     pub(super) kill_at: Option<TokioInstant>,
     pub(super) quit_sent: bool,
+    /// It stays when it has stopped, although it is ephemeral: it is being restored.
+    pub(super) kept: bool,
     /// What has been saved, if this VM is there to be baked.
     pub(super) baked: Option<Result<()>>,
     /// One snapshot at a time.
     pub(super) snapshotting: Arc<Semaphore>,
+    /// Signals that ask for an end.
+    pub(super) termination: Termination,
     /// The guest's next answer, if it has been sent on its way again.
     pub(super) awaited: Option<oneshot::Receiver<Awake>>,
+    /// Why the VM is paused.
+    pub(super) cause: Option<StateCause>,
+    /// Why it is being stopped, if a limit or a user ends it.
+    pub(super) stop_cause: Option<StateCause>,
+    /// What QEMU reported of the disk: whether the host's is full.
+    pub(super) no_space: Option<bool>,
+    /// How long the CPUs stood still while the guest's answer was awaited.
+    pub(super) still: Stillness,
+    /// A resume is on its way; RESUME and STOP are its own until it is over.
+    pub(super) resuming: bool,
+    /// When a full disk's VM resumes by itself.
+    pub(super) by_itself: Option<ByItself>,
+    /// The guest's clock has to be set when its agent answers.
+    pub(super) clock_stale: bool,
+    pub(super) host_clocks: HostClocks,
+    /// When the agent was asked whether the VM is in use.
+    pub(super) asked_if_idle: Option<Instant>,
+    pub(super) unwritten: Unwritten,
+    /// What tasks of the supervisor's own report.
+    pub(super) reports: (mpsc::Sender<Report>, mpsc::Receiver<Report>),
+}
+
+/// What a task beside the loop reports when it is done.
+pub(super) enum Report {
+    /// A resume: whether the CPUs run, and who asked for it, if anybody.
+    Resumed(Result<()>, Option<oneshot::Sender<Result<()>>>),
+    /// The guest was saved to be baked, or could not be.
+    Saved(Result<()>),
+    /// How many sessions the agent has, this question's own left out.
+    InUse(u32),
 }
 
 impl Supervisor {
@@ -92,7 +134,9 @@ impl Supervisor {
             Transport::VirtioSerial { .. } => {
                 // The agent of a bake waits for its host's first word. That of a snapshot goes on in the middle of what was
                 // said, and what another supervisor has told a clone, nobody knows.
-                let letters = !attach && matches!(row.origin, Origin::Fork(_)) && row.renewed_from().is_some();
+                let letters = !attach
+                    && matches!(&row.origin, Origin::Fork(saved) if !saved.live)
+                    && row.renewed_from().is_some();
                 Some(Arc::new(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?, letters)))
             }
             Transport::Vsock { .. } => None,
@@ -105,7 +149,7 @@ impl Supervisor {
         tokio::spawn(serve(listen(CONTROL_SOCKET)?, desk));
         let limits =
             Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
-        let state = row.state;
+        let (state, cause) = (row.state, row.cause);
         let ready_within = ready_within_ms.map_or(default, Duration::from_millis);
         Ok(Self {
             nido,
@@ -116,7 +160,6 @@ impl Supervisor {
             guest,
             asked_at,
             ready_within,
-            asked_within_ms: ready_within_ms,
             life,
             orders,
             users,
@@ -127,9 +170,22 @@ impl Supervisor {
             seen: Seen::default(),
             kill_at: None,
             quit_sent: false,
+            kept: false,
             baked: None,
             snapshotting: Arc::new(Semaphore::new(1)),
+            termination: Termination::listen().map_err(|e| Error::io("cannot listen to signals", e))?,
             awaited: None,
+            cause,
+            stop_cause: None,
+            no_space: None,
+            still: Stillness::default(),
+            resuming: false,
+            by_itself: None,
+            clock_stale: attach,
+            host_clocks: HostClocks::now(),
+            asked_if_idle: None,
+            unwritten: Unwritten::prepare(Path::new(UNWRITTEN)),
+            reports: mpsc::channel(16),
         })
     }
 
@@ -139,6 +195,8 @@ impl Supervisor {
         let running = if attach_to { self.take_over().await } else { self.start().await };
         match running {
             Ok(running) => {
+                self.watch_ttl(&running.process);
+                self.leave_callers_unit(&running.process);
                 let exit = self.watch_over(running).await;
                 self.conclude(exit).await
             }
@@ -153,48 +211,43 @@ impl Supervisor {
         }
     }
 
-    /// QEMU has ended: so has the VM, unless KVM is to blame.
+    /// QEMU has ended, and so has the VM. A VM that failed under KVM never gets another start without it: what failed may be the
+    /// guest's own doing.
     async fn conclude(mut self, exit: QemuExit) -> Result<()> {
         self.gather_tails();
         let (state, failure) = verdict(self.state, exit, &self.seen);
-        if let Some(failure) = &failure {
-            match kvm_is_to_blame(&self.row, &self.machine, failure.cause) {
-                Blame::Kvm => match self.start_without_kvm(failure).await {
-                    Ok(()) => return Ok(()),
-                    Err(error) => tracing::error!("it cannot be started without KVM: {error}"),
-                },
-                // It does not boot without KVM either: KVM was blamed for what the guest, or a short time limit, had done.
-                Blame::Guest => kvm::take_back(&self.nido.home().cache(), &late_under_kvm(&self.row)),
-                Blame::Unknown => {}
-            }
+        if self.machine.accel == Accel::Kvm && failure.as_ref().is_some_and(|failure| questions_kvm(failure.cause)) {
+            self.test_kvm_again().await;
         }
         self.end(state, failure, None).await
     }
 
-    /// Hands the VM to another supervisor, which boots it without KVM. That counts as unusable from now on, until the host's
-    /// next boot or until the guest has not booted without it either, so there is no third start. Whoever waits for this one
-    /// finds its connection ended and asks the next.
-    async fn start_without_kvm(&mut self, failure: &Failure) -> Result<()> {
-        let name = &self.row.spec.name;
-        tracing::warn!("VM {name} is started again without KVM: {}", failure.message);
-        let why = match failure.cause {
-            FailureCause::GuestTimeout => late_under_kvm(&self.row),
-            _ => format!("VM '{name}' could not run under it"),
-        };
-        kvm::remember_unusable(&self.nido.home().cache(), why);
-        self.leave_sockets();
-        self.forwards.close().await;
-        let lock = self.lock.file().try_clone().map_err(|e| Error::io("cannot hand the VM's lock on", e))?;
-        // It was booted, for it was asked to be or had nothing to be forked from: so it is again.
-        let start =
-            StartRequest { timeout_ms: self.asked_within_ms, path: PathChoice::Cold, ..StartRequest::default() };
-        self.nido.launch(&self.row, Held::inherited(lock), start, Instant::now()).await
+    /// Has the experiment decide anew whether KVM works, for the starts to come.
+    async fn test_kvm_again(&self) {
+        let cache = self.nido.home().cache();
+        match tokio::task::spawn_blocking(move || kvm::probe_again(&cache)).await {
+            Ok(verdict) => tracing::warn!(?verdict, "the VM failed under KVM; KVM was tested again"),
+            Err(error) => tracing::error!("KVM could not be tested again: {error}"),
+        }
     }
 
     /// Everything from QEMU's first answer to its end.
     async fn watch_over(&mut self, mut running: Running) -> QemuExit {
-        let mut ready = self.watch_for_agent();
         let mut awaiting_agent = true;
+        let mut ready = if self.is_twin() {
+            // It never runs: what was loaded is saved again.
+            awaiting_agent = false;
+            self.begin_bake(&running);
+            oneshot::channel().1
+        } else {
+            self.watch_for_agent(&running)
+        };
+        if self.state == VmState::Stopping {
+            // The supervisor before was stopping it: the deadline is this one's now.
+            self.begin_stop(StopRequest::default(), &running);
+        }
+        let mut retry = tokio::time::interval(RETRY_EVERY);
+        retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut logs = tokio::time::interval(LOGS_EVERY);
         logs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut session = tokio::time::interval(SESSION_EVERY);
@@ -208,7 +261,9 @@ impl Supervisor {
             // A guest that boots is not idle: nobody could have used it yet.
             // But one that is there to be baked is there for somebody who waits for it.
             let booting = usize::from(*self.life.borrow() == Life::Booting && self.row.purpose != Purpose::Bake);
-            self.limits.used_by(users + booting, Instant::now());
+            // Nobody can use a VM that stands still, so it is not idle either.
+            let paused = usize::from(self.state == VmState::Paused && self.row.purpose == Purpose::Use);
+            self.limits.used_by(users + booting + paused, Instant::now());
             if self.kill_at.is_none()
                 && let Some(reached) = self.limits.reached(Instant::now())
             {
@@ -227,23 +282,31 @@ impl Supervisor {
                 },
                 Some(order) = self.orders.recv() => {
                     self.on_order(order, &running).await;
-                    if let Some(next) = self.awaited.take() {
-                        (ready, awaiting_agent) = (next, true);
-                    }
                 }
+                Some(report) = self.reports.1.recv() => self.on_report(report, &running).await,
                 outcome = &mut ready, if awaiting_agent => {
                     awaiting_agent = false;
                     self.on_agent(outcome.unwrap_or(Awake::Late), &running).await;
                 }
+                () = self.termination.requested() => self.on_terminate(&running),
                 _ = direct.changed() => {}
                 Ok(()) = spliced.changed() => {}
-                _ = logs.tick() => rotate_logs(),
-                _ = session.tick(), if self.row.spec.lease.is_some() && !self.quit_sent => {
+                _ = logs.tick() => {
+                    rotate_logs();
+                    self.look_at_host(&running);
+                    // The host may have slept, which the timer does not count; the wall clock does.
+                    self.limits.expire_at(self.row.expires_at.map(instant_of));
+                }
+                _ = retry.tick(), if !self.unwritten.is_empty() => self.flush(),
+                _ = session.tick(), if (self.row.spec.lease.is_some() || self.row.made_by.is_some()) && !self.quit_sent => {
                     if self.nido.is_orphan(&self.row) {
                         self.session_is_over(&running);
                     }
                 }
                 () = sleep_until(wake.unwrap_or_else(TokioInstant::now)), if wake.is_some() => self.pull_plug(&running),
+            }
+            if let Some(next) = self.awaited.take() {
+                (ready, awaiting_agent) = (next, true);
             }
         }
     }
@@ -255,25 +318,51 @@ impl Supervisor {
     pub(super) fn learn(&mut self, fact: Fact) {
         let next = advance(self.state, fact);
         if next != self.state {
-            self.state = next;
-            self.write(&VmUpdate {
-                state: Some(next),
-                timings: Some(self.row.timings.filter(|timings| timings.total_ms > 0.0)),
-                ..VmUpdate::default()
-            });
+            self.enter(next, None);
         }
     }
 
-    pub(super) fn write(&self, update: &VmUpdate) {
-        if let Err(error) = self.nido.store().update_vm(&self.row.id, update) {
+    /// The CPUs stand still.
+    pub(super) fn paused(&mut self, cause: StateCause) {
+        let next = advance(self.state, Fact::GuestPaused);
+        if next != self.state || next == VmState::Paused && self.cause != Some(cause) {
+            self.enter(next, (next == VmState::Paused).then_some(cause));
+        }
+        self.still.note(true, Instant::now());
+    }
+
+    fn enter(&mut self, next: VmState, cause: Option<StateCause>) {
+        if next != VmState::Paused {
+            self.still.note(false, Instant::now());
+        }
+        (self.state, self.cause) = (next, cause);
+        self.by_itself = (cause == Some(StateCause::DiskFull)).then(|| ByItself::new(Instant::now()));
+        self.write(VmUpdate {
+            state: Some(next),
+            cause: Some(cause),
+            timings: Some(self.row.timings.filter(|timings| timings.total_ms > 0.0)),
+            ..VmUpdate::default()
+        });
+    }
+
+    /// Writes into the store. What it does not take is kept and repeated.
+    pub(super) fn write(&mut self, update: VmUpdate) {
+        self.unwritten.push(update);
+        self.flush();
+    }
+
+    pub(super) fn flush(&mut self) {
+        let (nido, row) = (&self.nido, &self.row);
+        if let Err(error) = self.unwritten.flush(row, |update| nido.store().update_vm(&row.id, update)) {
             tracing::error!("cannot write to the store: {error}");
         }
     }
 
     fn gather_tails(&mut self) {
+        self.seen.disk_full = disk_free_bytes(self.dir.path()).is_ok_and(|free| free < DISK_FULL_BYTES);
         self.seen.qemu_tail = log_tail(&self.dir, &[QEMU_LOG]);
         let panic = panic_lines(&self.dir, CONSOLE_LOG);
-        self.seen.panicked |= panic.is_some() && self.state != VmState::Stopping;
+        self.seen.panicked |= panic.is_some() && self.state != VmState::Stopping && self.seen.may_have_panicked();
         self.seen.console_tail = panic.unwrap_or_else(|| log_tail(&self.dir, &[CONSOLE_LOG]));
     }
 
@@ -286,18 +375,27 @@ impl Supervisor {
     /// Writes down how it ended, tells everybody who waits, and leaves nothing behind.
     async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
         let never_ran = *self.life.borrow() == Life::Launching;
+        let vanishes = self.row.spec.ephemeral && !self.kept || self.nido.is_orphan(&self.row);
+        // An ephemeral VM that has stopped is one to be removed, by whoever sees it first.
+        let state = if self.row.spec.ephemeral && self.kept { VmState::Created } else { state };
         let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).problem()));
         tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
+        let guest = self.seen.shutdown_reason.as_deref().is_some_and(|reason| reason.starts_with("guest"));
+        let cause = self.stop_cause.or(guest.then_some(StateCause::Guest)).filter(|_| state == VmState::Stopped);
         let update = VmUpdate {
             state: Some(state),
+            cause: Some(cause),
             cid: Some(None),
             expires_at: Some(None),
             agent: Some(AgentInfo { ready: false, ..self.row.agent.clone() }),
             ip_address: Some(None),
             failure: Some(failure),
+            last_log_entries: Some(self.seen.console_tail.clone()),
             ..VmUpdate::default()
         };
-        let written = self.nido.store().update_vm(&self.row.id, &update);
+        self.unwritten.push(update);
+        let (nido, row) = (&self.nido, &self.row);
+        let written = self.unwritten.flush(row, |update| nido.store().update_vm(&row.id, update));
         if never_ran {
             // Whoever asked for the start knows that we listen, and is about to ask how it goes.
             self.life.send_replace(Life::Ended(problem.clone()));
@@ -309,8 +407,12 @@ impl Supervisor {
         self.leave_sockets();
         // Whoever hears of the end may use the ports again.
         self.forwards.close().await;
-        let baked = self.baked.take().map(|saved| saved.and_then(|()| self.keep_bake())).transpose();
-        let erased = if self.row.spec.ephemeral { self.nido.erase(&self.row.id) } else { Ok(()) };
+        let baked = match self.baked.take() {
+            Some(Ok(())) => self.keep_bake().await.map(Some),
+            Some(Err(error)) => Err(error),
+            None => Ok(None),
+        };
+        let erased = if vanishes { self.nido.erase(&self.row.id) } else { Ok(()) };
         self.life.send_replace(match (problem, baked) {
             (None, Ok(Some(bake))) => Life::Baked(Box::new(bake)),
             (None, Err(error)) => Life::Ended(Some(error.problem())),
@@ -321,38 +423,25 @@ impl Supervisor {
         while self.life.receiver_count() > 1 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+        // Whoever takes it next finds everything written down.
+        drop(self.lock);
+        // Only then: nobody waits for it.
+        self.nido.collect_parts_if_due().await;
         written.and(erased)
     }
 }
 
-/// Who has failed a VM.
-enum Blame {
-    /// KVM, as far as one can tell: another start without it will show.
-    Kvm,
-    /// The guest: it does not even boot under emulation.
-    Guest,
-    /// Neither is a reason to think otherwise of KVM.
-    Unknown,
-}
-
-/// Whether KVM, which nobody insisted on, has failed a VM that booted.
-fn kvm_is_to_blame(row: &VmRow, machine: &Machine, cause: FailureCause) -> Blame {
-    let chosen = row.spec.accel == AccelChoice::Auto && row.origin == Origin::Boot && row.purpose == Purpose::Use;
-    match (machine.accel, cause) {
-        (Accel::Kvm, FailureCause::GuestTimeout | FailureCause::KvmInternalError) if chosen => Blame::Kvm,
-        (Accel::Tcg, FailureCause::GuestTimeout) if chosen => Blame::Guest,
-        _ => Blame::Unknown,
-    }
-}
-
-/// What is remembered of a KVM under which this VM did not boot in time.
-fn late_under_kvm(row: &VmRow) -> String {
-    format!("VM '{}' did not boot in time under it", row.spec.name)
+/// Whether such a failure may come from a KVM that does not work (any more).
+fn questions_kvm(cause: FailureCause) -> bool {
+    matches!(cause, FailureCause::GuestTimeout | FailureCause::KvmInternalError)
 }
 
 fn listen(name: &str) -> Result<UnixListener> {
     let _ = unlink(Path::new(name));
-    UnixListener::bind(name).map_err(|e| Error::io(format!("cannot listen on {name}"), e))
+    let failed = |e| Error::io(format!("cannot listen on {name}"), e);
+    let listener = UnixListener::bind(name).map_err(failed)?;
+    make_socket_private(Path::new(name)).map_err(failed)?;
+    Ok(listener)
 }
 
 fn rotate_logs() {

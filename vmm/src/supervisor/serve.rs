@@ -20,6 +20,9 @@ use crate::name::SnapshotName;
 /// How long a client may take to say what it wants.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
+/// How often a client that waits for a start is told that it goes on.
+const ALIVE_EVERY: Duration = Duration::from_secs(10);
+
 /// How far the VM's life has come.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Life {
@@ -39,6 +42,7 @@ pub(super) enum Life {
 #[derive(Debug)]
 pub(super) enum Order {
     Stop(StopRequest),
+    StopKept,
     Pause(oneshot::Sender<Result<()>>),
     Resume(oneshot::Sender<Result<()>>),
     Snapshot(SnapshotName, Option<String>, oneshot::Sender<Result<()>>),
@@ -125,6 +129,10 @@ async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
             let _ = desk.orders.send(Order::Stop(stop)).await;
             until_ended(&mut desk).await
         }
+        Ok(Request::StopKept) => {
+            let _ = desk.orders.send(Order::StopKept).await;
+            until_ended(&mut desk).await
+        }
         Ok(Request::Claim(order)) => match until_claimed(&mut desk, order, &mut writer, reader.get_mut()).await? {
             Some(answer) => answer,
             None => return Ok(()),
@@ -204,6 +212,8 @@ async fn until_ready(
             changed = life.changed() => if changed.is_err() {
                 return Ok(Answer::Failed { problem: ended_early() });
             },
+            // The same stage again: a sign of life.
+            () = tokio::time::sleep(ALIVE_EVERY) => {}
             // Who asked has gone. (It has nothing more to say.)
             _ = reader.read(&mut rest) => return Err(std::io::ErrorKind::BrokenPipe.into()),
         }

@@ -12,7 +12,7 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Response, Url};
 
-use super::message::render;
+use super::message::{To, render};
 use super::sign::Secret;
 use super::target;
 use super::verdict::{Verdict, verdict};
@@ -84,7 +84,8 @@ impl Sender {
 
     /// Posts a message, once. `kept` is its body as it was written with the event.
     pub async fn post(&self, message_id: &str, kept: String) -> Answer {
-        let body = match render(kept, self.format) {
+        let to = To { format: self.format, message_id, routing_key: self.secret.routing_key() };
+        let body = match render(kept, &to) {
             Ok(body) => body,
             Err(error) => return Answer::none(error.message()),
         };
@@ -103,13 +104,17 @@ impl Sender {
 
     fn request(&self, message_id: &str, body: String) -> reqwest::RequestBuilder {
         let timestamp = Timestamp::now().as_second();
-        self.client
+        let request = self
+            .client
             .post(self.url.clone())
             .header("content-type", "application/json")
             .header("webhook-id", message_id)
-            .header("webhook-timestamp", timestamp)
-            .header("webhook-signature", self.secret.sign(message_id, timestamp, &body))
-            .body(body)
+            .header("webhook-timestamp", timestamp);
+        let request = match self.secret.sign(message_id, timestamp, &body) {
+            Some(signature) => request.header("webhook-signature", signature),
+            None => request,
+        };
+        request.body(body)
     }
 }
 
@@ -197,8 +202,31 @@ fn reason(error: &reqwest::Error) -> String {
     if std::ptr::addr_eq(deepest, error) {
         return "the request failed".into();
     }
+    if let Some(rustls::Error::InvalidCertificate(why)) = deepest.downcast_ref() {
+        return format!("no answer: the endpoint's certificate {}", certificate_fault(why));
+    }
     let text: String = deepest.to_string().chars().flat_map(char::escape_debug).take(WHY_MAX).collect();
     format!("no answer: {text}")
+}
+
+/// What is wrong with a certificate.
+fn certificate_fault(error: &rustls::CertificateError) -> String {
+    use rustls::CertificateError as Fault;
+    match error {
+        Fault::UnknownIssuer => "is signed by no authority that this host trusts".into(),
+        Fault::Expired | Fault::ExpiredContext { .. } => "has expired".into(),
+        Fault::NotValidYet | Fault::NotValidYetContext { .. } => "is not valid yet".into(),
+        Fault::NotValidForName | Fault::NotValidForNameContext { .. } => "is for another name".into(),
+        Fault::Revoked => "was revoked".into(),
+        other => {
+            let text = format!("{other:?}");
+            // An authority's own certificate, which is what the usual recipes for a self-signed one make.
+            if text.contains("CaUsedAsEndEntity") {
+                return "is self-signed, as an authority's; this host would have to trust an authority that signs another one".into();
+            }
+            format!("is not valid: {}", text.chars().flat_map(char::escape_debug).take(WHY_MAX).collect::<String>())
+        }
+    }
 }
 
 #[cfg(test)]
@@ -238,6 +266,19 @@ mod tests {
         listener.set_nonblocking(true).unwrap();
         assert!(listener.accept().is_err(), "nothing was connected to");
         assert!(Sender::new(&row("https://127.0.0.1/", false)).is_err());
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_certificate_is_said_in_words() {
+        use rustls::CertificateError as Fault;
+        for (error, words) in [
+            (Fault::UnknownIssuer, "is signed by no authority that this host trusts"),
+            (Fault::Expired, "has expired"),
+            (Fault::NotValidForName, "is for another name"),
+            (Fault::BadEncoding, "is not valid: BadEncoding"),
+        ] {
+            assert_eq!(certificate_fault(&error), words);
+        }
     }
 
     #[tokio::test]

@@ -14,9 +14,20 @@ const PREFIX: &str = "whsec_";
 /// How many bytes a key may have.
 const KEY_BYTES: std::ops::RangeInclusive<usize> = 24..=64;
 
-/// The key that an endpoint's messages are signed with.
+/// How many letters and digits an integration key of PagerDuty has.
+const ROUTING_KEY_CHARS: usize = 32;
+
+/// What proves to an endpoint that a message is nido's.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Secret(Vec<u8>);
+pub struct Secret(Kind);
+
+#[derive(Clone, PartialEq, Eq)]
+enum Kind {
+    /// Messages are signed with it.
+    Key(Vec<u8>),
+    /// Messages contain it.
+    RoutingKey(String),
+}
 
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -28,7 +39,36 @@ impl Secret {
     /// Of 32 random bytes.
     #[must_use]
     pub fn new(bytes: [u8; 32]) -> Self {
-        Self(bytes.to_vec())
+        Self(Kind::Key(bytes.to_vec()))
+    }
+
+    /// Reads an integration key of PagerDuty.
+    ///
+    /// # Errors
+    /// `webhook_invalid`; it never repeats what it was given.
+    pub fn parse_routing_key(text: &str) -> Result<Self> {
+        if text.len() != ROUTING_KEY_CHARS || !text.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Err(Error::new(Code::WebhookInvalid, "the secret is no integration key of PagerDuty")
+                .hint("32 letters and digits: the service's page shows it, under Integrations, Events API v2"));
+        }
+        Ok(Self(Kind::RoutingKey(text.into())))
+    }
+
+    /// Reads what [`Self::reveal`] wrote.
+    ///
+    /// # Errors
+    /// `webhook_invalid`; it never repeats what it was given.
+    pub fn parse_kept(text: &str) -> Result<Self> {
+        if text.starts_with(PREFIX) { Self::parse(text) } else { Self::parse_routing_key(text) }
+    }
+
+    /// The integration key of PagerDuty, if it is one.
+    #[must_use]
+    pub fn routing_key(&self) -> Option<&str> {
+        match &self.0 {
+            Kind::RoutingKey(key) => Some(key),
+            Kind::Key(_) => None,
+        }
     }
 
     /// Reads `whsec_…`.
@@ -42,22 +82,27 @@ impl Secret {
         };
         let encoded = text.strip_prefix(PREFIX).ok_or_else(|| refused("does not begin with whsec_"))?;
         let key = STANDARD.decode(encoded).map_err(|_| refused("is not in base64 behind whsec_"))?;
-        if KEY_BYTES.contains(&key.len()) { Ok(Self(key)) } else { Err(refused("is not of 24 to 64 bytes")) }
+        if KEY_BYTES.contains(&key.len()) { Ok(Self(Kind::Key(key))) } else { Err(refused("is not of 24 to 64 bytes")) }
     }
 
-    /// It, as `whsec_…`.
+    /// It, as `whsec_…`, or as PagerDuty has it.
     #[must_use]
     pub fn reveal(&self) -> String {
-        format!("{PREFIX}{}", STANDARD.encode(&self.0))
+        match &self.0 {
+            Kind::Key(key) => format!("{PREFIX}{}", STANDARD.encode(key)),
+            Kind::RoutingKey(key) => key.clone(),
+        }
     }
 
-    /// The header `webhook-signature` of a message sent at `timestamp`, in seconds since 1970.
+    /// The header `webhook-signature` of a message sent at `timestamp`, in seconds since 1970. `None`: its endpoint knows a
+    /// message by what it contains.
     #[must_use]
-    pub fn sign(&self, message_id: &str, timestamp: i64, body: &str) -> String {
+    pub fn sign(&self, message_id: &str, timestamp: i64, body: &str) -> Option<String> {
+        let Kind::Key(key) = &self.0 else { return None };
         let signed = format!("{message_id}.{timestamp}.{body}");
         // HMAC takes keys of every length; the type cannot say so.
-        let mac = Hmac::<Sha256>::new_from_slice(&self.0).map(|mac| mac.chain_update(signed).finalize().into_bytes());
-        mac.map(|mac| format!("v1,{}", STANDARD.encode(mac))).unwrap_or_default()
+        let mac = Hmac::<Sha256>::new_from_slice(key).ok()?.chain_update(signed).finalize().into_bytes();
+        Some(format!("v1,{}", STANDARD.encode(mac)))
     }
 }
 
@@ -72,7 +117,7 @@ mod tests {
         // The example of the Standard Webhooks specification's own libraries.
         let secret = Secret::parse("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
         let signature = secret.sign("msg_p5jXN8AQM9LWM0D4loKWxJek", 1_614_265_330, r#"{"test": 2432232314}"#);
-        assert_eq!(signature, "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
+        assert_eq!(signature.unwrap(), "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
     }
 
     #[test]
@@ -82,6 +127,18 @@ mod tests {
             let Err(error) = Secret::parse(bad) else { panic!("{bad} was taken") };
             assert_eq!(error.code(), Code::WebhookInvalid);
             assert!(bad.len() < 8 || !error.message().contains(bad), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_integration_key_is_kept_and_signs_nothing() {
+        let key = "0123456789abcdefABCDEF0123456789";
+        let secret = Secret::parse_kept(&Secret::parse_routing_key(key).unwrap().reveal()).unwrap();
+        assert_eq!((secret.routing_key(), secret.sign("msg", 1, "{}")), (Some(key), None));
+        assert_eq!(format!("{secret:?}"), "Secret");
+        for bad in ["", &key[1..], "0123456789abcdefABCDEF012345678-", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"] {
+            let Err(error) = Secret::parse_routing_key(bad) else { panic!("{bad} was taken") };
+            assert!(bad.is_empty() || !error.message().contains(bad), "{error}");
         }
     }
 

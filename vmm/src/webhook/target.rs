@@ -23,6 +23,11 @@ pub fn parse(url: &str, allow_private: bool) -> Result<Url> {
     if url.len() > URL_MAX {
         return refused("is longer than 2048 bytes", example);
     }
+    // The parser repairs what it reads: `https:///x` would be the host `x`.
+    let has_host = url.split_once("://").is_some_and(|(_, rest)| !rest.starts_with('/'));
+    if !has_host || url.contains(|c: char| c.is_whitespace() || c.is_control() || c == '\\') {
+        return refused("cannot be read", example);
+    }
     let Ok(mut parsed) = Url::parse(url) else { return refused("cannot be read", example) };
     match parsed.scheme() {
         "https" => {}
@@ -156,6 +161,13 @@ mod tests {
             "https://169.254.169.254/latest/meta-data/",
             "https://example.com:0/",
             "https://127.0.0.1./",
+            "https:///example.com/",
+            "https:example.com/",
+            "https:/example.com/",
+            "https:\\\\example.com/",
+            "https://example.com/ a",
+            " https://example.com/",
+            "https://exam\tple.com/",
             &format!("https://example.com/{}", "a".repeat(URL_MAX)),
         ] {
             let error = parse(bad, false).unwrap_err();

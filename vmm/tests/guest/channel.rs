@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use nido_guest_agent::wire::MAX_SESSIONS;
 use nido_vmm::guest::{Guest, GuestError, Link};
 
 use crate::rig::{Rig, TOKEN, collect, command, soon, within};
@@ -65,7 +66,7 @@ async fn one_session_too_many_is_told_so() {
             Ok(session) => open.push(session),
             Err(error) => break error,
         }
-        assert!(open.len() <= 64, "more sessions than agreed");
+        assert!(open.len() <= MAX_SESSIONS, "more sessions than agreed");
     };
     assert!(matches!(refused, GuestError::Busy), "{refused}");
     drop(open);

@@ -18,6 +18,8 @@ fn upload(source: &Path, destination: &Path) -> Upload {
         destination: destination.as_os_str().as_bytes().to_vec(),
         user: None,
         parents: false,
+        preserve: false,
+        set_mode: false,
     }
 }
 
@@ -26,6 +28,7 @@ fn download(source: &Path, destination: &Path) -> Download {
         source: source.as_os_str().as_bytes().to_vec(),
         destination: destination.into(),
         overwrite: false,
+        preserve: false,
         limits: Limits::default(),
     }
 }
@@ -160,7 +163,8 @@ async fn one_file_through_a_reader_and_a_writer() {
     let rig = Rig::start().await;
     let there = rig.path("there");
     let reader = Box::new(std::io::Cursor::new(vec![1u8; 1_000_000]));
-    let request = Upload { source: Source::Reader { reader, mode: 0o600 }, ..upload(Path::new("-"), &there) };
+    let request =
+        Upload { source: Source::Reader { reader, mode: 0o600, bytes: None }, ..upload(Path::new("-"), &there) };
     assert_eq!(within(rig.guest.upload(request, nowhere, soon())).await.unwrap().bytes, 1_000_000);
     assert_eq!(there.metadata().unwrap().mode() & 0o7777, 0o600);
     let (mut out, writer) = std::io::pipe().unwrap();
@@ -196,7 +200,7 @@ async fn a_full_guest_disk_is_reported_as_such_and_keeps_the_old_file() {
     std::fs::write(&big, vec![1; 8 << 20]).unwrap();
     let there = rig.path("full/file");
     let small = Box::new(std::io::Cursor::new(b"old".to_vec()));
-    let request = Upload { source: Source::Reader { reader: small, mode: 0o644 }, ..upload(&big, &there) };
+    let request = Upload { source: Source::Reader { reader: small, mode: 0o644, bytes: None }, ..upload(&big, &there) };
     within(rig.guest.upload(request, nowhere, soon())).await.unwrap();
     for _ in 0..5 {
         let error = within(rig.guest.upload(upload(&big, &there), nowhere, soon())).await.unwrap_err();
@@ -223,7 +227,8 @@ async fn dropping_a_download_leaves_nothing() {
     let rig = Rig::start().await;
     let (endless, into) = (rig.path("endless"), rig.path("into"));
     std::fs::create_dir(&into).unwrap();
-    std::fs::File::create(&endless).unwrap().set_len(1 << 40).unwrap();
+    // Data, as holes are not sent.
+    std::fs::write(&endless, vec![7; 256 << 20]).unwrap();
     let (moved, mut started) = tokio::sync::watch::channel(0);
     let progress = move |progress: Progress| {
         moved.send_replace(progress.bytes);
@@ -238,7 +243,14 @@ async fn dropping_a_download_leaves_nothing() {
 
 fn archive(bytes: Vec<u8>, destination: &Path) -> Upload {
     let source = Source::Archive(Box::new(std::io::Cursor::new(bytes)));
-    Upload { source, destination: destination.as_os_str().as_bytes().to_vec(), user: None, parents: false }
+    Upload {
+        source,
+        destination: destination.as_os_str().as_bytes().to_vec(),
+        user: None,
+        parents: false,
+        preserve: false,
+        set_mode: false,
+    }
 }
 
 /// GNU tar's archive of a directory.

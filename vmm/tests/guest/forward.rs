@@ -1,7 +1,7 @@
 //! Forwarded connections, against the real agent.
 
 use nido_guest_agent::wire::{Connect, Fault};
-use nido_vmm::guest::proxy;
+use nido_vmm::guest::{Connections, proxy};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -30,7 +30,7 @@ async fn a_port_is_forwarded_and_half_closes_are_kept() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let here = listener.local_addr().unwrap();
     let guest = rig.guest.clone();
-    let forward = tokio::spawn(async move { guest.forward(listener, to, 4, || ()).await });
+    let forward = tokio::spawn(async move { guest.forward(listener, to, &Connections::new(4), || ()).await });
     // More than four in all, so places are given back.
     for size in [0, 1, 100_000, 3_000_000, 5, 6, 7] {
         let mut client = TcpStream::connect(here).await.unwrap();
@@ -44,6 +44,41 @@ async fn a_port_is_forwarded_and_half_closes_are_kept() {
         within(async { tokio::join!(send, async { from.read_to_end(&mut got).await.unwrap() }) }).await;
         assert_eq!(got.len(), size + " and goodbye".len());
     }
+    forward.abort();
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_forward_without_room_refuses_and_clients_that_have_gone_make_room() {
+    // The 33rd connection was accepted and never served, and clients that had gone kept their places.
+    let rig = Rig::start().await;
+    let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = Connect { host: None, port: server.local_addr().unwrap().port() };
+    // It greets, and never closes.
+    tokio::spawn(async move {
+        let mut open = Vec::new();
+        while let Ok((mut client, _)) = server.accept().await {
+            client.write_all(b"hello").await.unwrap();
+            open.push(client);
+        }
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let here = listener.local_addr().unwrap();
+    let guest = rig.guest.clone();
+    let forward = tokio::spawn(async move { guest.forward(listener, to, &Connections::new(2), || ()).await });
+    let mut clients = Vec::new();
+    for _ in 0..2 {
+        let mut client = TcpStream::connect(here).await.unwrap();
+        within(client.read_exact(&mut [0; 5])).await.unwrap();
+        clients.push(client);
+    }
+    let mut refused = TcpStream::connect(here).await.unwrap();
+    assert!(!matches!(within(refused.read(&mut [0; 5])).await, Ok(1..)));
+    drop(clients);
+    until("a place is free", async || {
+        let mut client = TcpStream::connect(here).await.unwrap();
+        within(client.read_exact(&mut [0; 5])).await.is_ok()
+    })
+    .await;
     forward.abort();
 }
 

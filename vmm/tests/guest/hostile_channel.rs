@@ -69,6 +69,7 @@ async fn serve_pings(mut streams: Streams) {
                         sessions: 1,
                         is_init: true,
                         address: None,
+                        warnings: None,
                     }),
                 };
                 stream.write_all(&wire::encode(&answer).unwrap()).await.unwrap();

@@ -20,7 +20,13 @@ async fn download_of(limits: Limits, send: impl AsyncFnOnce(&mut End)) -> (TempD
         let _ = end.0.shutdown().await;
         end
     };
-    let request = Download { source: b"/srv/copy".to_vec(), destination: into.path().into(), overwrite: false, limits };
+    let request = Download {
+        source: b"/srv/copy".to_vec(),
+        destination: into.path().into(),
+        overwrite: false,
+        preserve: false,
+        limits,
+    };
     let copy = liar.guest.download(request, nowhere, soon());
     let (outcome, _end) = within(async { tokio::join!(copy, lie) }).await;
     let left: Vec<_> = std::fs::read_dir(into.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -191,8 +197,9 @@ async fn a_failure_in_the_middle_of_an_upload_is_the_reason_given() {
         end.0.read_exact(&mut vec![0; 100_000]).await.unwrap();
         end.say(&ToHost::Failed(Failed { fault: Fault::DiskFull, message: "no space left".into() })).await;
     };
-    let source = Source::Reader { reader: Box::new(std::io::repeat(7)), mode: 0o644 };
-    let request = Upload { source, destination: b"/x".to_vec(), user: None, parents: false };
+    let source = Source::Reader { reader: Box::new(std::io::repeat(7)), mode: 0o644, bytes: None };
+    let request =
+        Upload { source, destination: b"/x".to_vec(), user: None, parents: false, preserve: false, set_mode: false };
     let (outcome, ()) = within(async { tokio::join!(liar.guest.upload(request, nowhere, soon()), lie) }).await;
     assert_eq!(outcome.unwrap_err().fault(), Some(Fault::DiskFull));
 }

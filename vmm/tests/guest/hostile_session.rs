@@ -31,7 +31,7 @@ async fn a_welcome_for_another_hello_is_no_welcome() {
 
 #[tokio::test(flavor = "current_thread")]
 async fn an_answer_without_a_welcome_is_not_taken() {
-    let pong = Pong { agent: "liar".into(), uptime_ms: 1, sessions: 1, is_init: true, address: None };
+    let pong = Pong { agent: "liar".into(), uptime_ms: 1, sessions: 1, is_init: true, address: None, warnings: None };
     let error = ping_answered(async |end, _| end.say(&ToHost::Pong(pong)).await).await;
     assert!(matches!(error, GuestError::Protocol(_)), "{error}");
 }
@@ -39,7 +39,7 @@ async fn an_answer_without_a_welcome_is_not_taken() {
 #[tokio::test(flavor = "current_thread")]
 async fn another_version_is_named() {
     let error = ping_answered(async |end, hello| {
-        let welcome = wire::Welcome { version: 9, nonce: hello.nonce, agent: String::new() };
+        let welcome = wire::Welcome { version: 9, nonce: hello.nonce, agent: String::new(), features: None };
         end.say(&ToHost::Welcome(welcome)).await;
     })
     .await;
@@ -90,8 +90,15 @@ async fn an_address_that_is_none_is_not_passed_on() {
     let lie = async {
         let mut end = liar.accept_welcome().await;
         let address = Some("\u{1b}[2Jpwned".into());
-        end.say(&ToHost::Pong(Pong { agent: "x".repeat(9999), uptime_ms: 1, sessions: 1, is_init: true, address }))
-            .await;
+        end.say(&ToHost::Pong(Pong {
+            agent: "x".repeat(9999),
+            uptime_ms: 1,
+            sessions: 1,
+            is_init: true,
+            address,
+            warnings: None,
+        }))
+        .await;
     };
     let (pong, ()) = within(async { tokio::join!(liar.guest.ping(soon()), lie) }).await;
     let pong = pong.unwrap();

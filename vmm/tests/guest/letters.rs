@@ -67,7 +67,7 @@ fn reply(to: Block, words: &[u8]) -> Vec<u8> {
 }
 
 fn renewed() -> ToHost {
-    ToHost::Renewed(Pong { agent: "x".into(), uptime_ms: 0, sessions: 1, is_init: true, address: None })
+    ToHost::Renewed(Pong { agent: "x".into(), uptime_ms: 0, sessions: 1, is_init: true, address: None, warnings: None })
 }
 
 /// Answers one letter with what `answer` makes of it; gives what came of that.

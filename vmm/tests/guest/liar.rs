@@ -72,7 +72,7 @@ impl End {
 
     pub async fn entry(&mut self, path: &[&str], kind: EntryKind, mode: u16) {
         let path = path.iter().map(|c| c.as_bytes().to_vec().into()).collect();
-        self.say(&ToHost::Entry(Entry { path, kind, mode, mtime_ns: 0 })).await;
+        self.say(&ToHost::Entry(Entry { path, kind, mode, mtime_ns: 0, owner: None, stored: None })).await;
     }
 
     pub async fn whole(&mut self, path: &[&str], kind: EntryKind) {
@@ -82,7 +82,7 @@ impl End {
 }
 
 pub fn welcome(nonce: u64) -> ToHost {
-    ToHost::Welcome(wire::Welcome { version: wire::VERSION, nonce, agent: "liar".into() })
+    ToHost::Welcome(wire::Welcome { version: wire::VERSION, nonce, agent: "liar".into(), features: None })
 }
 
 pub fn nowhere(_: Progress) {}

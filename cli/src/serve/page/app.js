@@ -65,7 +65,7 @@ function row(vm) {
   const status = element("td", vm.status, { class: vm.status });
   if (vm.failure) status.title = vm.failure.message;
   const actions = element("td");
-  const path = `/v1/vms/${vm.name}`;
+  const path = `v1/vms/${vm.name}`;
   if (vm.status === "running") {
     actions.append(button("Terminal", vm, () => openTerminal(vm.name)));
     actions.append(button("Stop", vm, () => stop(vm)));
@@ -86,7 +86,7 @@ function row(vm) {
 async function list() {
   if (!state.token) return;
   try {
-    const { vms } = await ask("GET", "/v1/vms");
+    const { vms } = await ask("GET", "v1/vms");
     // What the keyboard stands on stays under it.
     const focused = document.activeElement?.getAttribute("aria-label");
     $("vms").replaceChildren(...vms.map(row));
@@ -112,13 +112,13 @@ async function confirmed(question, word) {
 async function stop(vm) {
   const lost = vm.ephemeral ? "It is ephemeral: it goes, and everything in it." : "What it has in memory is lost.";
   if (!(await confirmed(`Stop the VM ${vm.name}? ${lost}`, "Stop"))) return;
-  await attempt(`stopping ${vm.name}`, () => ask("POST", `/v1/vms/${vm.name}/stop`, {}));
+  await attempt(`stopping ${vm.name}`, () => ask("POST", `v1/vms/${vm.name}/stop`, {}));
 }
 
 async function remove(vm) {
   if (!(await confirmed(`Delete the VM ${vm.name} and everything in it?`, "Delete"))) return;
   if (state.panel?.vm === vm.name) closePanel();
-  await attempt(`deleting ${vm.name}`, () => ask("DELETE", `/v1/vms/${vm.name}?force=true`));
+  await attempt(`deleting ${vm.name}`, () => ask("DELETE", `v1/vms/${vm.name}?force=true`));
 }
 
 function closePanel() {
@@ -144,7 +144,7 @@ async function openLog(vm) {
   log.textContent = "";
   log.focus();
   try {
-    const answer = await ask("GET", `/v1/vms/${vm}/logs?tail=200&follow=true`, undefined, { raw: true, signal: stop.signal });
+    const answer = await ask("GET", `v1/vms/${vm}/logs?tail=200&follow=true`, undefined, { raw: true, signal: stop.signal });
     const decoder = new TextDecoder();
     for await (const piece of pieces(answer.body)) {
       // Control characters are shown, not obeyed.
@@ -170,8 +170,9 @@ async function* pieces(body) {
 function openTerminal(vm) {
   const terminal = new Terminal({ cursorBlink: true, screenReaderMode: false, scrollback: 5000 });
   const fit = new FitAddon.FitAddon();
-  const scheme = location.protocol === "https:" ? "wss" : "ws";
-  const socket = new WebSocket(`${scheme}://${location.host}/v1/vms/${vm}/exec/socket`, ["nido", `nido.token.${state.token}`]);
+  const url = new URL(`v1/vms/${vm}/exec/socket`, document.baseURI);
+  url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
+  const socket = new WebSocket(url, ["nido", `nido.token.${state.token}`]);
   socket.binaryType = "arraybuffer";
   const encoder = new TextEncoder();
   const send = (message) => socket.readyState === WebSocket.OPEN && socket.send(message);
@@ -209,7 +210,7 @@ async function follow() {
     try {
       const headers = { Accept: "text/event-stream" };
       if (last) headers["Last-Event-ID"] = last;
-      const answer = await ask("GET", "/v1/events", undefined, { raw: true, headers, signal: stop.signal });
+      const answer = await ask("GET", "v1/events", undefined, { raw: true, headers, signal: stop.signal });
       tell("connected");
       await list();
       const decoder = new TextDecoder();
@@ -258,7 +259,7 @@ function forget(why) {
 
 async function enter() {
   $("leave").hidden = false;
-  const { templates } = await ask("GET", "/v1/templates");
+  const { templates } = await ask("GET", "v1/templates");
   const select = document.querySelector("#spawn [name=template]");
   select.replaceChildren(...templates.map(({ name }) => element("option", name)));
   if (templates.some(({ name }) => name === "sandbox")) select.value = "sandbox";
@@ -282,7 +283,7 @@ $("spawn").addEventListener("submit", (event) => {
   const form = event.target;
   const body = Object.fromEntries(new FormData(form));
   form.elements.name.value = "";
-  attempt(`spawning ${body.name}`, () => ask("POST", "/v1/vms", body));
+  attempt(`spawning ${body.name}`, () => ask("POST", "v1/vms", body));
 });
 setInterval(list, 30000);
 if (state.token) enter().catch((error) => forget(error.message));

@@ -75,18 +75,18 @@ examples! {
     answers:
     "vm_spawn" 201 => VmInfo: vm("web");
     "vm_info" 200 => VmInfo: vm("web");
-    "vm_list" 200 => VmList: json!({ "vms": [vm("web")] });
+    "vm_list" 200 => VmPage: json!({ "vms": [vm("web")], "next_cursor": "00000001767538810000-6f1d2c3b4a596877" });
     "vm_fork" 201 => ForkResult: json!({ "vm": "web", "copies": [vm("web-2")] });
     "vm_exec" 200 => ExecResult: exec();
     "vm_upload" 200 => CopyResult:
-        json!({ "entries": 1, "bytes": 5120, "skipped": 0, "path": "/srv/data.bin", "duration_ms": 9 });
+        json!({ "entries": 1, "bytes": 5120, "skipped": 0, "unreadable": 0, "unreadable_entries": [], "path": "/srv/data.bin", "duration_ms": 9 });
     "run" 200 => RunResult: json!({ "vm": vm("run-1f0c2d3e"), "exec": exec() });
     "snapshot_create" 201 => SnapshotInfo: snapshot();
     "snapshot_list" 200 => SnapshotList: json!({ "snapshots": [snapshot()] });
     "forward_add" 201 => ForwardSpec: json!({ "host": "127.0.0.1", "host_port": 40_123, "guest_port": 80 });
     "webhook_add" 201 => WebhookAdded: webhook();
     "webhook_deliveries" 200 => DeliveryList: json!({ "deliveries": [delivery()] });
-    "events" 200 => EventList: json!({ "events": [event()], "cursor": 42 });
+    "events" 200 => EventList: json!({ "events": [event()], "cursor": 42, "oldest": 1 });
     "operation_get" 200 => Operation: operation();
 }
 
@@ -95,6 +95,8 @@ fn vm(name: &str) -> Value {
         "name": name,
         "id": "6f1d2c3b4a596877",
         "status": "running",
+        "status_cause": null,
+        "status_detail": null,
         "template": "sandbox",
         "machine": "microvm",
         "machine_reason": "microvm: this QEMU has it",
@@ -105,7 +107,7 @@ fn vm(name: &str) -> Value {
         "memory_mib": 512,
         "disk_bytes": 4_294_967_296_u64,
         "net": "nat",
-        "ip_address": "10.0.2.15",
+        "ip_address": "127.0.0.1",
         "ssh_command": null,
         "forwards": [],
         "labels": { "job": "42" },

@@ -1,5 +1,6 @@
 //! Commands in a VM: run to their end, or followed as server-sent events; and runs, a VM for one command.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 
@@ -10,10 +11,10 @@ use axum::response::sse::{self, KeepAlive, Sse};
 use base64::Engine as _;
 use futures::stream;
 use nido_vmm::api::{Collected, ExecBody, ExecEvent, ExecRequest, ExecResult, SpawnRequest, VmInfo};
-use nido_vmm::audit::Ending;
+use nido_vmm::audit::{Audited, Ending};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
-use nido_vmm::nido::{ExecControl, ExecEvents, Nido};
+use nido_vmm::nido::{ExecControl, ExecEvents};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use utoipa_axum::router::OpenApiRouter;
@@ -21,9 +22,10 @@ use utoipa_axum::routes;
 
 use super::vms::Vm;
 use crate::serve::answer::Answer;
-use crate::serve::ask::{Body, Names, accepts, plain};
-use crate::serve::guard::Uses;
-use crate::serve::operations::{self, Asked, Undo, ended};
+use crate::serve::ask::{Body, Names, plain_words, prefers};
+use crate::serve::budget::{Held, json_length};
+use crate::serve::guard::{Granted, Uses};
+use crate::serve::operations::{self, Asked, Begun, Undo, ended};
 use crate::serve::{App, audit};
 
 /// How much of each stream a JSON answer holds, in bytes.
@@ -49,43 +51,30 @@ async fn exec(
     Body(body): Body<ExecBody>,
 ) -> Answer {
     let (request, stdin) = body.split()?;
-    if accepts(asked.headers(), "text/event-stream") {
+    if prefers(asked.headers(), "text/event-stream", "application/json") {
         let (control, events) = app.nido().await?.exec(&vm.name, request).await?;
         app.metrics.exec();
         feed(control, stdin);
         let line = asked.take_line();
-        let events = stream::unfold(Some((events, line)), |running| async move {
-            let (mut events, line) = running?;
-            let event = events.next().await?;
-            let next = match &event {
-                Ok(ExecEvent::Exited(exit)) => {
-                    audit::end(line, Ending::Success, &exit.word());
-                    None
-                }
-                Ok(_) => Some((events, line)),
-                Err(error) => {
-                    audit::end(line, Ending::Error, error.code().slug());
-                    None
-                }
-            };
-            Some((Ok::<_, Infallible>(frame(event)), next))
-        });
+        let events = stream::unfold(Some(Followed::new(events, line)), Followed::next);
         return Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response());
     }
     let owner = Arc::clone(&app);
     let is_async = operations::wants_async(asked.headers());
+    let begun = asked.begun();
     let work = async move {
-        let nido = owner.nido().await?;
+        let mut held = owner.output.hold();
+        owner.nido().await?;
         owner.metrics.exec();
-        let done = collect(nido, &vm.name, request, stdin).await?;
-        ended(&done, done.exit.word())
+        let done = collect(&owner, &vm.name, (request, stdin), (&begun, &mut held)).await?;
+        Ok(operations::Done { held: Some(held), ..ended(&done, done.exit.word())? })
     };
     if is_async {
         return operations::run(&app, asked, "vm_exec", StatusCode::OK, |_| Box::pin(work)).await;
     }
     // Not detached: who hangs up does not want the command any more.
     let done = operations::written_down(Box::pin(work), asked.take_line()).await?;
-    Ok(crate::serve::answer::json(StatusCode::OK, &done))
+    Ok(done.answer(StatusCode::OK))
 }
 
 /// Sends the standard input, on a task of its own; it ends with the command.
@@ -100,32 +89,135 @@ fn feed(control: ExecControl, stdin: Vec<u8>) {
     });
 }
 
-/// Runs a command to its end.
-async fn collect(nido: &Nido, name: &VmName, request: ExecRequest, stdin: Vec<u8>) -> Result<ExecResult> {
+/// Runs a command to its end. What it writes beyond the memory that is left for answers is cut off.
+async fn collect(
+    app: &App,
+    name: &VmName,
+    (request, stdin): (ExecRequest, Vec<u8>),
+    (begun, held): (&Begun, &mut Held),
+) -> Result<ExecResult> {
     let wants_stdin = request.stdin;
-    let (control, mut events): (ExecControl, ExecEvents) = nido.exec(name, request).await?;
+    let began_at = jiff::Timestamp::now();
+    let (control, mut events): (ExecControl, ExecEvents) = app.nido.exec(name, request).await?;
+    begun.set();
     if wants_stdin {
         feed(control, stdin);
     }
     let mut collected = Collected::new(COLLECT_MAX);
     while let Some(event) = events.next().await {
-        match event? {
+        match event.map_err(|error| app.nido.lost_while_in_use(name, began_at, error))? {
             ExecEvent::Exited(exit) => return Ok(collected.result(exit)),
-            event => collected.add(&event),
+            event => {
+                let (ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes)) = &event else { continue };
+                if held.grow(json_length(&bytes[..collected.room(&event)])) {
+                    collected.add(&event);
+                } else {
+                    collected.cut(&event);
+                }
+            }
         }
     }
     Err(Error::internal("the command ended without saying how"))
 }
 
-fn frame(event: Result<ExecEvent>) -> sse::Event {
-    let (kind, data) = match event {
-        Ok(ExecEvent::Started(pid)) => ("started", json!({ "pid": pid })),
-        Ok(ExecEvent::Stdout(bytes)) => ("stdout", piece(bytes)),
-        Ok(ExecEvent::Stderr(bytes)) => ("stderr", piece(bytes)),
-        Ok(ExecEvent::Exited(exit)) => ("exit", json!(exit)),
-        Err(error) => ("error", json!(error.problem())),
-    };
+/// A command that is followed as server-sent events.
+struct Followed {
+    events: ExecEvents,
+    line: Option<Audited>,
+    out: Text,
+    err: Text,
+    /// Frames that came of one event, and are sent one after the other.
+    frames: VecDeque<sse::Event>,
+    is_over: bool,
+}
+
+impl Followed {
+    fn new(events: ExecEvents, line: Option<Audited>) -> Self {
+        let (out, err) = (Text::default(), Text::default());
+        Self { events, line, out, err, frames: VecDeque::new(), is_over: false }
+    }
+
+    async fn next(running: Option<Self>) -> Option<(Result<sse::Event, Infallible>, Option<Self>)> {
+        let mut running = running?;
+        loop {
+            if let Some(frame) = running.frames.pop_front() {
+                return Some((Ok(frame), Some(running)));
+            }
+            if running.is_over {
+                return None;
+            }
+            let event = running.events.next().await?;
+            running.take(event);
+        }
+    }
+
+    /// Makes frames of what has happened.
+    fn take(&mut self, event: Result<ExecEvent>) {
+        match event {
+            Ok(ExecEvent::Started(pid)) => self.say("started", &json!({ "pid": pid })),
+            Ok(ExecEvent::Stdout(bytes)) => {
+                let piece = self.out.push(bytes);
+                self.frames.extend(piece.map(|piece| frame("stdout", &piece)));
+            }
+            Ok(ExecEvent::Stderr(bytes)) => {
+                let piece = self.err.push(bytes);
+                self.frames.extend(piece.map(|piece| frame("stderr", &piece)));
+            }
+            Ok(ExecEvent::Exited(exit)) => {
+                self.finish();
+                audit::end(self.line.take(), Ending::Success, &exit.word());
+                self.say("exit", &json!(exit));
+            }
+            Err(error) => {
+                self.finish();
+                audit::end(self.line.take(), Ending::from(&error), error.code().slug());
+                self.say("error", &json!(error.problem()));
+            }
+        }
+    }
+
+    /// What was held back of either stream goes out before the last word.
+    fn finish(&mut self) {
+        self.is_over = true;
+        for (kind, rest) in [("stdout", self.out.finish()), ("stderr", self.err.finish())] {
+            self.frames.extend(rest.map(|piece| frame(kind, &piece)));
+        }
+    }
+
+    fn say(&mut self, kind: &str, data: &serde_json::Value) {
+        self.frames.push_back(frame(kind, data));
+    }
+}
+
+fn frame(kind: &str, data: &serde_json::Value) -> sse::Event {
     sse::Event::default().event(kind).data(data.to_string())
+}
+
+/// A stream that is cut into pieces wherever the guest's pipe was: of a character that is cut, the first bytes wait for the
+/// rest.
+#[derive(Debug, Default)]
+struct Text {
+    held: Vec<u8>,
+}
+
+impl Text {
+    /// The next piece; none if there is no whole character in it.
+    fn push(&mut self, bytes: Vec<u8>) -> Option<serde_json::Value> {
+        let mut whole = std::mem::take(&mut self.held);
+        whole.extend(bytes);
+        if let Err(error) = std::str::from_utf8(&whole)
+            && error.error_len().is_none()
+        {
+            self.held = whole.split_off(error.valid_up_to());
+        }
+        (!whole.is_empty()).then(|| piece(whole))
+    }
+
+    /// What never became a character.
+    fn finish(&mut self) -> Option<serde_json::Value> {
+        let rest = std::mem::take(&mut self.held);
+        (!rest.is_empty()).then(|| piece(rest))
+    }
 }
 
 /// A piece of a stream: text where it is UTF-8 by itself, else base64.
@@ -142,7 +234,7 @@ fn piece(bytes: Vec<u8>) -> serde_json::Value {
 pub struct RunRequest {
     /// The command.
     exec: ExecBody,
-    /// The VM, as it is spawned; a name is made up if there is none. It is gone when the command has ended.
+    /// The VM, as it is spawned; nido chooses a name if none is given. It is gone when the command has ended.
     #[serde(default)]
     #[schema(value_type = Option<SpawnRequest>)]
     vm: serde_json::Map<String, serde_json::Value>,
@@ -160,11 +252,17 @@ pub struct RunResult {
 /// Runs a command in a fresh VM, which is gone afterwards.
 #[utoipa::path(post, path = "/v1/runs", operation_id = "run", tag = "exec", request_body = RunRequest,
     responses((status = 200, body = RunResult)))]
-async fn run(State(app): State<Arc<App>>, _: Uses, asked: Asked, Body(mut body): Body<RunRequest>) -> Answer {
+async fn run(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Granted(grant): Granted,
+    asked: Asked,
+    Body(mut body): Body<RunRequest>,
+) -> Answer {
     let name = format!("run-{}", &nido_vmm::nido::random_id()?[..8]);
     body.vm.entry("name").or_insert(name.into());
     let spawn: SpawnRequest = serde_json::from_value(body.vm.into())
-        .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", plain(&e.to_string()))))?;
+        .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", plain_words(&e.to_string()))))?;
     let (mut spec, start) = spawn.split();
     let start = start.filter(|start| start.wait);
     let start = start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run starts its VM and waits for it"))?;
@@ -175,12 +273,9 @@ async fn run(State(app): State<Arc<App>>, _: Uses, asked: Asked, Body(mut body):
     operations::run(&app, asked, "run", StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
-            let (mut undo, name) = (Undo::new(&owner), spec.name.clone());
-            let mut tell = |now| {
-                undo.begun(&name);
-                stage.start(now);
-            };
-            let vm = match nido.spawn(spec, start, &mut tell).await {
+            let undo = Undo::new(&owner);
+            let mut tell = |now| stage.start(now);
+            let vm = match nido.spawn_tracked(spec, start, &grant, &undo.begun, &mut tell).await {
                 Ok(vm) => vm,
                 Err(error) => {
                     undo.done();
@@ -190,17 +285,36 @@ async fn run(State(app): State<Arc<App>>, _: Uses, asked: Asked, Body(mut body):
             owner.metrics.spawn(&vm);
             owner.metrics.exec();
             stage.word("running");
-            let exec = collect(nido, &vm.name, request, stdin).await;
-            let gone = nido.delete(&vm.name, true).await;
+            let mut held = owner.output.hold();
+            let exec = collect(&owner, &vm.name, (request, stdin), (stage.begun(), &mut held)).await;
+            let gone = nido.undo(&undo.begun).await;
             undo.done();
             let exec = exec?;
-            match gone {
-                Err(error) if error.code() != Code::VmNotFound => return Err(error),
-                _ => {}
-            }
+            gone?;
             let word = exec.exit.word();
-            ended(&RunResult { vm, exec }, word)
+            Ok(operations::Done { held: Some(held), ..ended(&RunResult { vm, exec }, word)? })
         })
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_character_that_is_cut_between_two_pieces_stays_text() {
+        // Each half of such a character made its whole piece base64.
+        let mut text = Text::default();
+        let mut push = |bytes: &[u8]| text.push(bytes.to_vec());
+        assert_eq!(push(b"a\xc3"), Some(json!({ "text": "a" })));
+        assert_eq!(push(b"\xa9b"), Some(json!({ "text": "éb" })));
+        assert_eq!(push(b"\xf0"), None);
+        assert_eq!(push(b"\x9f\x98"), None);
+        assert_eq!(push(b"\x80"), Some(json!({ "text": "😀" })));
+        assert_eq!(push(b"\xff\xc3"), Some(json!({ "base64": "/8M=" })));
+        assert_eq!(push(b"x\xe2\x82"), Some(json!({ "text": "x" })));
+        assert_eq!(text.finish(), Some(json!({ "base64": "4oI=" })));
+        assert_eq!(text.finish(), None);
+    }
 }

@@ -21,9 +21,10 @@ use utoipa_axum::routes;
 
 use super::vms::Vm;
 use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Names, Query, accepts, media_type};
+use crate::serve::ask::{Names, media_type, prefers};
 use crate::serve::guard::Uses;
 use crate::serve::operations::Asked;
+use crate::serve::query::{GuestPath, switch};
 use crate::serve::{App, audit, pace};
 
 /// How much of a download is read at once, in bytes.
@@ -45,9 +46,10 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct Where {
-    /// Its path in the guest, absolute.
+    /// Its path in the guest, absolute. Bytes that are not UTF-8 are sent as `%XX`; a plus is a plus.
     #[param(pattern = "^/[^\\u0000]*$", example = "/etc/os-release")]
-    path: String,
+    #[serde(rename = "path")]
+    _path: String,
 }
 
 /// Where a file goes to.
@@ -55,16 +57,17 @@ struct Where {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct To {
-    /// Its path in the guest, absolute.
+    /// Its path in the guest, absolute. Bytes that are not UTF-8 are sent as `%XX`; a plus is a plus.
     #[param(pattern = "^/[^\\u0000]*$", example = "/srv/data.bin")]
-    path: String,
-    /// Its permission bits, in octal; 644 if absent. An archive has those of its entries.
+    #[serde(rename = "path")]
+    _path: String,
+    /// Its permission bits, in octal. If absent, a file that exists keeps its own, and a new one gets 644. An archive has those of its entries.
     #[param(pattern = "^[0-7]{3,4}$", example = "644")]
     mode: Option<String>,
-    /// Who shall own it; root if absent.
+    /// Who shall own it. If absent, a file that exists keeps its owner, and a new one is root's.
     user: Option<String>,
     /// Make missing parent directories.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "switch")]
     parents: bool,
 }
 
@@ -77,12 +80,12 @@ async fn download(
     State(app): State<Arc<App>>,
     _: Uses,
     Names(vm): Names<Vm>,
-    Query(at): Query<Where>,
+    GuestPath(path, _): GuestPath<Where>,
     method: Method,
     asked: Asked,
 ) -> Answer {
-    let source = guest_path(&at.path)?;
-    let kind = if accepts(asked.headers(), TAR) { TAR } else { BYTES };
+    let source = guest_path(path)?;
+    let kind = if prefers(asked.headers(), TAR, BYTES) { TAR } else { BYTES };
     app.nido().await?;
     let (writer, reader) = pipe()?;
     let reader = pipe::Receiver::from_file(File::from(reader)).map_err(broken)?;
@@ -90,7 +93,7 @@ async fn download(
     let copying = tokio::spawn(async move {
         let writer = File::from(writer);
         let destination = if kind == TAR { DownloadTarget::Archive(writer) } else { DownloadTarget::Stream(writer) };
-        let request = DownloadRequest { source, destination, overwrite: false, max_bytes: None };
+        let request = DownloadRequest { source, destination, overwrite: false, preserve: false, max_bytes: None };
         owner.nido.download(&vm.name, request, &mut |_| ()).await
     });
     // An error before the first byte is a problem; one behind it breaks the answer off, which a client sees.
@@ -134,7 +137,7 @@ async fn upload(
     State(app): State<Arc<App>>,
     _: Uses,
     Names(vm): Names<Vm>,
-    Query(to): Query<To>,
+    GuestPath(path, to): GuestPath<To>,
     headers: HeaderMap,
     body: Stream,
 ) -> Answer {
@@ -149,14 +152,15 @@ async fn upload(
     if is_archive && to.mode.is_some() {
         return Err(Error::new(Code::SpecInvalid, "mode: an archive has those of its entries").into());
     }
+    let set_mode = to.mode.is_some();
     let mode = permissions(to.mode.as_deref().unwrap_or("644"))?;
-    let destination = guest_path(&to.path)?;
+    let destination = guest_path(path)?;
     let nido = app.nido().await?;
     let (writer, reader) = pipe()?;
     let mut writer = pipe::Sender::from_file(File::from(writer)).map_err(broken)?;
     let file = File::from(reader);
     let source = if is_archive { UploadSource::Archive(file) } else { UploadSource::Stream { file, mode } };
-    let request = UploadRequest { source, destination, user: to.user, parents: to.parents };
+    let request = UploadRequest { source, destination, user: to.user, parents: to.parents, preserve: false, set_mode };
     let mut pieces = body.into_data_stream();
     let sending = async {
         while let Some(piece) = pieces.next().await {
@@ -187,11 +191,11 @@ fn permissions(text: &str) -> Result<u16> {
     mode.ok_or_else(|| Error::new(Code::SpecInvalid, "mode: not permission bits in octal"))
 }
 
-fn guest_path(path: &str) -> Result<Vec<u8>> {
-    if path.starts_with('/') && !path.contains('\0') {
-        return Ok(path.as_bytes().to_vec());
+fn guest_path(path: Vec<u8>) -> Result<Vec<u8>> {
+    if path.starts_with(b"/") && !path.contains(&0) {
+        return Ok(path);
     }
-    Err(Error::new(Code::PathInvalid, "path: it is not an absolute path in the guest"))
+    Err(Error::new(Code::PathInvalid, "path: it is no absolute path in the guest, or holds a zero byte"))
 }
 
 fn joined(outcome: std::result::Result<Result<CopyResult>, tokio::task::JoinError>) -> Result<CopyResult> {

@@ -11,20 +11,28 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::serve::answer::{self, Answer};
-use crate::serve::guard::Looks;
+use crate::serve::guard::{Looks, Uses};
 use crate::serve::{App, openapi};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
         .routes(routes!(host))
+        .routes(routes!(check))
         .routes(routes!(health))
         .routes(routes!(metrics))
         .routes(routes!(description))
 }
 
-/// The host's health: what `nido doctor` tells.
+/// The host's health: what `nido doctor` tells, with what is known of KVM.
 #[utoipa::path(get, path = "/v1/host", operation_id = "host", tag = "host", responses((status = 200, body = DoctorReport)))]
 async fn host(State(app): State<Arc<App>>, _: Looks) -> Answer {
+    answer::ok(&app.nido().await?.host_report().await?)
+}
+
+/// The same after KVM has been tested again.
+#[utoipa::path(post, path = "/v1/host/check", operation_id = "host_check", tag = "host",
+    responses((status = 200, body = DoctorReport)))]
+async fn check(State(app): State<Arc<App>>, _: Uses) -> Answer {
     answer::ok(&app.nido().await?.doctor(false).await?)
 }
 

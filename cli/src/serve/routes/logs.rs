@@ -16,8 +16,9 @@ use utoipa_axum::routes;
 use super::vms::Vm;
 use crate::serve::App;
 use crate::serve::answer::Answer;
-use crate::serve::ask::{Names, Query};
+use crate::serve::ask::Names;
 use crate::serve::guard::Looks;
+use crate::serve::query::{Query, switch};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(logs))
@@ -34,6 +35,7 @@ struct Which {
     /// Only so many of the last lines.
     tail: Option<u32>,
     /// Go on until the VM is at rest.
+    #[serde(deserialize_with = "switch")]
     follow: bool,
 }
 

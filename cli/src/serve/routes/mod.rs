@@ -30,7 +30,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::answer::Problem;
 use super::audit as log;
-use super::{App, guard, lasting, once, pace};
+use super::{App, ask, budget, condition, guard, lasting, once, pace, query};
 
 /// The largest JSON body, in bytes.
 pub const BODY_MAX: usize = 1 << 20;
@@ -67,6 +67,9 @@ pub fn router(app: &Arc<App>) -> Router {
         .fallback(|| async { no_such_route() })
         .method_not_allowed_fallback(|| async { not_a_method() })
         .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), condition::matched))
+        .layer(middleware::from_fn(query::known))
+        .layer(middleware::from_fn(ask::whole))
         .layer(middleware::from_fn_with_state(Arc::clone(app), log::audit))
         .layer(middleware::from_fn_with_state(Arc::clone(app), once::once))
         .layer(middleware::from_fn_with_state(Arc::clone(app), log::audit_again))
@@ -101,12 +104,19 @@ fn not_a_method() -> Problem {
 pub async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
-    let mut response = next.run(request).await.into_response();
+    let mut response = budget::until_sent(next.run(request).await.into_response());
     app.metrics.request(method.as_str(), route.as_deref().unwrap_or("-"), response.status().as_u16());
     if let Some(code) = response.extensions().get::<Code>() {
         app.metrics.error(code.slug());
     }
     let headers = response.headers_mut();
+    if let Some(public) = &app.hosts.public {
+        public.adapt(headers);
+    }
+    // Proxies such as nginx would keep a stream of events until a buffer is full.
+    if headers.get("content-type").is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream")) {
+        headers.insert("x-accel-buffering", axum::http::HeaderValue::from_static("no"));
+    }
     headers.insert("x-content-type-options", axum::http::HeaderValue::from_static("nosniff"));
     headers.entry("cache-control").or_insert(axum::http::HeaderValue::from_static("no-store"));
     response

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use axum::Extension;
+use axum::body::HttpBody as _;
 use axum::extract::State;
+use axum::http::StatusCode;
+use nido_vmm::error::{Code, Error};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -11,7 +14,7 @@ use utoipa_axum::routes;
 
 use crate::serve::App;
 use crate::serve::answer::{self, Answer};
-use crate::serve::ask::Names;
+use crate::serve::ask::{Names, OfVm};
 use crate::serve::guard::{Caller, Looks, Uses};
 use crate::serve::operations::{Operation, OperationList};
 
@@ -27,11 +30,13 @@ struct Which {
     id: String,
 }
 
-/// What goes on, and what has ended lately.
+impl OfVm for Which {}
+
+/// What goes on, and what has ended lately, of the caller's: without results. An admin's list has everybody's.
 #[utoipa::path(get, path = "/v1/operations", operation_id = "operation_list", tag = "operations",
     responses((status = 200, body = OperationList)))]
 async fn list(State(app): State<Arc<App>>, _: Looks, Extension(caller): Extension<Caller>) -> Answer {
-    answer::ok(&app.operations.list(caller.scope))
+    answer::ok(&app.operations.list(&caller))
 }
 
 /// How an operation is.
@@ -43,12 +48,24 @@ async fn get(
     Extension(caller): Extension<Caller>,
     Names(which): Names<Which>,
 ) -> Answer {
-    answer::ok(&app.operations.get(&which.id, caller.scope)?)
+    let operation = app.operations.get(&which.id, &caller)?;
+    let mut response = answer::json(StatusCode::OK, &operation);
+    let mut held = app.output.hold();
+    if !held.grow(usize::try_from(response.body().size_hint().upper().unwrap_or(0)).unwrap_or(usize::MAX)) {
+        return Err(Error::new(Code::RateLimited, "too many long answers are being sent").hint("wait a second").into());
+    }
+    held.leave_to(&mut response);
+    Ok(response)
 }
 
 /// Cancels an operation, and forgets it. One that has ended is only forgotten.
 #[utoipa::path(delete, path = "/v1/operations/{id}", operation_id = "operation_cancel", tag = "operations", params(Which),
     responses((status = 200, body = Operation)))]
-async fn cancel(State(app): State<Arc<App>>, _: Uses, Names(which): Names<Which>) -> Answer {
-    answer::ok(&app.operations.cancel(&which.id)?)
+async fn cancel(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Extension(caller): Extension<Caller>,
+    Names(which): Names<Which>,
+) -> Answer {
+    answer::ok(&app.operations.cancel(&which.id, &caller)?)
 }

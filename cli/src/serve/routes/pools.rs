@@ -12,9 +12,10 @@ use crate::serve::App;
 use crate::serve::answer::{self, Answer};
 use crate::serve::ask::{Body, Names};
 use crate::serve::guard::{Looks, Rules};
+use crate::serve::operations::{self, Asked};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new().routes(routes!(list)).routes(routes!(set))
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(info, set))
 }
 
 /// All pools.
@@ -24,6 +25,17 @@ async fn list(State(app): State<Arc<App>>, _: Looks) -> Answer {
     answer::ok(&app.nido().await?.pool_list().await?)
 }
 
+/// The pools of a template, one for each kind of machine.
+#[utoipa::path(get, path = "/v1/pools/{name}", operation_id = "pool_info", tag = "pools", params(Template),
+    responses((status = 200, body = PoolList)))]
+async fn info(State(app): State<Arc<App>>, _: Looks, Names(template): Names<Template>) -> Answer {
+    let nido = app.nido().await?;
+    nido.template_info(&template.name)?;
+    let mut list = nido.pool_list().await?;
+    list.pools.retain(|pool| pool.template == template.name);
+    answer::ok(&list)
+}
+
 /// Sets how many clones of a template wait, for one kind of machine. They are made in the background.
 #[utoipa::path(put, path = "/v1/pools/{name}", operation_id = "pool_set", tag = "pools", params(Template),
     request_body = PoolRequest, responses((status = 200, body = PoolInfo)))]
@@ -31,7 +43,10 @@ async fn set(
     State(app): State<Arc<App>>,
     _: Rules,
     Names(template): Names<Template>,
+    asked: Asked,
     Body(request): Body<PoolRequest>,
 ) -> Answer {
-    answer::ok(&app.nido().await?.pool_set(&template.name, &request).await?)
+    let owner = Arc::clone(&app);
+    let set = operations::act(&app, asked, async move { owner.nido().await?.pool_set(&template.name, &request).await });
+    answer::ok(&set.await?)
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::StatusCode;
 use nido_vmm::api::{RestoreRequest, SnapshotInfo, SnapshotList, VmInfo};
+use nido_vmm::error::{Code, Error};
 use nido_vmm::name::{SnapshotName, VmName};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
@@ -14,22 +15,28 @@ use utoipa_axum::routes;
 use super::vms::Vm;
 use crate::serve::App;
 use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Body, Names};
+use crate::serve::ask::{Body, Names, OfVm};
 use crate::serve::guard::{Looks, Uses};
 use crate::serve::operations::{self, Asked, value};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(delete)).routes(routes!(restore))
+    OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(info, delete)).routes(routes!(restore))
 }
 
 /// The snapshot of a path.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 struct Which {
-    /// Name of the VM.
+    /// Name of the VM, or its id.
     name: VmName,
     /// Name of the snapshot.
     snapshot: SnapshotName,
+}
+
+impl OfVm for Which {
+    fn vm(&mut self) -> Option<&mut VmName> {
+        Some(&mut self.name)
+    }
 }
 
 /// A snapshot that is to be taken.
@@ -58,17 +65,34 @@ async fn create(
     Body(what): Body<SnapshotRequest>,
 ) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, asked, "vm_snapshot", StatusCode::CREATED, |_| {
+    let place = format!("/v1/vms/{}/snapshots/{}", vm.name, what.name);
+    let mut response = operations::run(&app, asked, "vm_snapshot", StatusCode::CREATED, |_| {
         Box::pin(async move { value(&owner.nido().await?.snapshot_create(&vm.name, &what.name).await?) })
     })
-    .await
+    .await?;
+    answer::locate(&mut response, &place);
+    Ok(response)
+}
+
+/// One snapshot.
+#[utoipa::path(get, path = "/v1/vms/{name}/snapshots/{snapshot}", operation_id = "snapshot_info", tag = "snapshots",
+    params(Which), responses((status = 200, body = SnapshotInfo)))]
+async fn info(State(app): State<Arc<App>>, _: Looks, Names(which): Names<Which>) -> Answer {
+    let list = app.nido().await?.snapshot_list(&which.name)?;
+    let found = list.snapshots.into_iter().find(|snapshot| snapshot.name == which.snapshot);
+    answer::ok(&found.ok_or_else(|| {
+        Error::new(Code::SnapshotNotFound, format!("VM '{}' has no snapshot '{}'", which.name, which.snapshot))
+    })?)
 }
 
 /// Deletes a snapshot; how it was is the answer.
 #[utoipa::path(delete, path = "/v1/vms/{name}/snapshots/{snapshot}", operation_id = "snapshot_delete", tag = "snapshots",
     params(Which), responses((status = 200, body = SnapshotInfo)))]
-async fn delete(State(app): State<Arc<App>>, _: Uses, Names(which): Names<Which>) -> Answer {
-    answer::ok(&app.nido().await?.snapshot_delete(&which.name, &which.snapshot)?)
+async fn delete(State(app): State<Arc<App>>, _: Uses, Names(which): Names<Which>, asked: Asked) -> Answer {
+    let owner = Arc::clone(&app);
+    let deleted =
+        operations::act(&app, asked, async move { owner.nido().await?.snapshot_delete(&which.name, &which.snapshot) });
+    answer::ok(&deleted.await?)
 }
 
 /// Makes a VM what it was. What it has done since is lost.

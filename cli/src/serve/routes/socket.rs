@@ -24,7 +24,7 @@ use axum::http::request::Parts;
 use axum::routing::get;
 use nido_vmm::api::{ExecBody, ExecEvent, ExecExit};
 use nido_vmm::audit::{Audited, Caller as Who, Ending, Face};
-use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::error::{Code, Error, Kind, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::{ExecControl, ExecEvents};
 use serde::{Deserialize, Serialize};
@@ -34,7 +34,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::vms::Vm;
 use crate::serve::answer::{Answer, Problem};
-use crate::serve::ask::{Names, parse, plain};
+use crate::serve::ask::{Names, parse};
 use crate::serve::guard::{Caller, Uses};
 use crate::serve::lasting::over;
 use crate::serve::listen::Place;
@@ -110,7 +110,7 @@ struct Start {
     term: Option<String>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 struct Said {
     eof: bool,
@@ -149,7 +149,12 @@ impl Session {
                 let code = match error.code() {
                     Code::Interrupted => close_code::AWAY,
                     Code::Unauthorized => close_code::POLICY,
-                    _ => close_code::ERROR,
+                    Code::BodyTooLarge => close_code::SIZE,
+                    _ => match error.kind() {
+                        Kind::Invalid => close_code::INVALID,
+                        Kind::NotFound | Kind::Conflict | Kind::Denied => close_code::POLICY,
+                        Kind::Unavailable | Kind::Internal => close_code::ERROR,
+                    },
                 };
                 (json!({ "error": error.problem() }), code)
             }
@@ -183,8 +188,8 @@ impl Session {
         let (app, who, arguments) = (Arc::clone(&self.app), self.who.clone(), self.arguments(&start)?);
         let begun = audit::blocking(move || app.nido.audit_begin(&who, TOOL, &arguments));
         *line = Some(begun.await?);
-        let never = start.start.timeout_ms.is_none();
-        let (mut request, _) = start.start.split()?;
+        let never = start.start.timeout_ms.is_none() && start.start.timeout_seconds.is_none();
+        let (mut request, stdin) = start.start.split()?;
         request.stdin = true;
         if never {
             request.timeout_ms = None;
@@ -193,7 +198,7 @@ impl Session {
         request.term = start.term.filter(|_| request.pty.is_some());
         let (control, events) = self.app.nido().await?.exec(&self.name, request).await?;
         self.app.metrics.exec();
-        talk(&self.app, socket, control, events).await
+        talk(&self.app, socket, (control, stdin), events).await
     }
 
     /// What shall be started. `None`: the client has gone.
@@ -205,6 +210,7 @@ impl Session {
         };
         match first {
             Ok(Some(Ok(Message::Text(text)))) => parse(text.as_bytes()).map(Some).map_err(|Problem(error)| error),
+            Ok(Some(Err(error))) if is_too_large(&error) => Err(too_large()),
             Ok(None | Some(Err(_) | Ok(Message::Close(_)))) => Ok(None),
             Ok(Some(Ok(_))) | Err(_) => Err(Error::new(Code::SpecInvalid, wanted)),
         }
@@ -249,8 +255,17 @@ impl Quiet {
 
 /// Carries what both say until one of them ends. Input goes through a task of its own: a command that does not read must not
 /// keep its output or a signal from getting through.
-async fn talk(app: &App, socket: &mut WebSocket, control: ExecControl, mut events: ExecEvents) -> Result<Ended> {
+async fn talk(
+    app: &App,
+    socket: &mut WebSocket,
+    (control, stdin): (ExecControl, Vec<u8>),
+    mut events: ExecEvents,
+) -> Result<Ended> {
     let (input, mut waiting) = tokio::sync::mpsc::channel::<Option<Vec<u8>>>(INPUT_WAITING);
+    // What the first message gave goes before what comes.
+    if !stdin.is_empty() {
+        drop(input.try_send(Some(stdin)));
+    }
     let feeder = control.clone();
     let feed = tokio::spawn(async move {
         while let Some(piece) = waiting.recv().await {
@@ -284,8 +299,7 @@ async fn talk(app: &App, socket: &mut WebSocket, control: ExecControl, mut event
             message = socket.recv(), if room => match message {
                 Some(Ok(Message::Binary(bytes))) => drop(input.try_send(Some(bytes.to_vec()))),
                 Some(Ok(Message::Text(text))) => {
-                    let said: Said = serde_json::from_str(&text)
-                        .map_err(|e| Error::new(Code::SpecInvalid, plain(&e.to_string())))?;
+                    let said: Said = parse(text.as_bytes()).map_err(|Problem(error)| error)?;
                     if said.eof {
                         let _ = input.try_send(None);
                     }
@@ -298,6 +312,7 @@ async fn talk(app: &App, socket: &mut WebSocket, control: ExecControl, mut event
                 }
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
                 // Whoever hangs up does not want the command any more.
+                Some(Err(error)) if is_too_large(&error) => return Err(too_large()),
                 Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(Ended::Gone),
             },
             () = sleep_until(quiet.ask_at) => {
@@ -310,6 +325,15 @@ async fn talk(app: &App, socket: &mut WebSocket, control: ExecControl, mut event
         // Also what was only handed on: where nobody reads, that is seen by the connection itself (pace.rs).
         quiet = Quiet::since_now(app.patience.silence);
     }
+}
+
+/// Whether a message was longer than it may be. The type of that error is not public.
+fn is_too_large(error: &axum::Error) -> bool {
+    error.to_string().contains("too long")
+}
+
+fn too_large() -> Error {
+    Error::new(Code::BodyTooLarge, format!("a message is longer than {MESSAGE_MAX} bytes"))
 }
 
 struct AbortOnDrop(tokio::task::JoinHandle<()>);

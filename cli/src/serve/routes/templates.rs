@@ -13,7 +13,7 @@ use utoipa_axum::routes;
 
 use crate::serve::App;
 use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Body, Names};
+use crate::serve::ask::{Body, Names, OfVm};
 use crate::serve::guard::{Looks, Rules};
 use crate::serve::operations::{self, Asked, empty, value};
 
@@ -32,6 +32,8 @@ pub struct Template {
     /// Name of the template.
     pub name: TemplateName,
 }
+
+impl OfVm for Template {}
 
 /// A template that is to be made of a VM.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
@@ -70,14 +72,17 @@ async fn list(State(app): State<Arc<App>>, _: Looks) -> Answer {
     request_body = TemplateRequest, responses((status = 201, body = BuildResult)))]
 async fn create(State(app): State<Arc<App>>, _: Rules, asked: Asked, Body(what): Body<TemplateRequest>) -> Answer {
     let owner = Arc::clone(&app);
-    operations::run(&app, asked, "template_create", StatusCode::CREATED, |stage| {
+    let place = format!("/v1/templates/{}", what.name);
+    let mut response = operations::run(&app, asked, "template_create", StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let mut tell = |step: nido_vmm::api::BuildStep| stage.word(&step.stage);
             value(&nido.template_create(&what.name, &what.from, !what.no_bake, &mut tell).await?)
         })
     })
-    .await
+    .await?;
+    answer::locate(&mut response, &place);
+    Ok(response)
 }
 
 /// One template.
@@ -90,8 +95,9 @@ async fn info(State(app): State<Arc<App>>, _: Looks, Names(template): Names<Temp
 /// Deletes a template that no VM uses.
 #[utoipa::path(delete, path = "/v1/templates/{name}", operation_id = "template_delete", tag = "templates",
     params(Template), responses((status = 204)))]
-async fn delete(State(app): State<Arc<App>>, _: Rules, Names(template): Names<Template>) -> Answer {
-    app.nido().await?.template_delete(&template.name).await?;
+async fn delete(State(app): State<Arc<App>>, _: Rules, Names(template): Names<Template>, asked: Asked) -> Answer {
+    let owner = Arc::clone(&app);
+    operations::act(&app, asked, async move { owner.nido().await?.template_delete(&template.name).await }).await?;
     Ok(empty(StatusCode::NO_CONTENT))
 }
 

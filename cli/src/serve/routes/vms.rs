@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::http::{HeaderValue, StatusCode, header};
-use nido_vmm::api::{ForkResult, SpawnRequest, StartRequest, StopRequest, VmInfo, VmList};
+use axum::http::{HeaderValue, StatusCode, Uri, header};
+use nido_vmm::api::{ForkResult, SpawnRequest, StartRequest, StopRequest, VmInfo, VmPage, VmQuery};
+use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
+use nido_vmm::state::VmState;
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -13,9 +15,11 @@ use utoipa_axum::routes;
 
 use crate::serve::App;
 use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Body, Names, Query};
-use crate::serve::guard::{Looks, Uses};
+use crate::serve::ask::{Body, Names, OfVm, plain};
+use crate::serve::condition;
+use crate::serve::guard::{Granted, Looks, Uses};
 use crate::serve::operations::{self, Asked, Undo, value};
+use crate::serve::query::{Labels, Query, switch};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
@@ -33,34 +37,93 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 pub struct Vm {
-    /// Name of the VM.
+    /// Name of the VM, or its id.
     pub name: VmName,
 }
 
-/// All VMs, in order of creation.
-#[utoipa::path(get, path = "/v1/vms", operation_id = "vm_list", tag = "vms", responses((status = 200, body = VmList)))]
-async fn list(State(app): State<Arc<App>>, _: Looks) -> Answer {
-    answer::ok(&app.nido().await?.list()?)
+impl OfVm for Vm {
+    fn vm(&mut self) -> Option<&mut VmName> {
+        Some(&mut self.name)
+    }
+}
+
+/// Which VMs are listed.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(default, deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Filter {
+    /// Only those in one of these states, separated by commas.
+    #[param(example = "running,paused")]
+    status: Option<String>,
+    /// At most so many; all if absent.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<usize>,
+    /// The `next_cursor` of an earlier answer.
+    cursor: Option<String>,
+}
+
+/// The VMs, in order of creation. With `limit` a page of them; `next_cursor` and the header `Link` lead to the next.
+#[utoipa::path(get, path = "/v1/vms", operation_id = "vm_list", tag = "vms",
+    params(Filter, ("label" = Option<Vec<String>>, Query,
+        description = "Only those with this label, `KEY` or `KEY=VALUE`; given several times, with all of them.")),
+    responses((status = 200, body = VmPage, headers(("Link" = String, description = "The next page, as `rel=\"next\"`.")))))]
+async fn list(
+    State(app): State<Arc<App>>,
+    _: Looks,
+    uri: Uri,
+    Labels(labels): Labels,
+    Query(filter): Query<Filter>,
+) -> Answer {
+    let states = filter.status.as_deref().map(|words| words.split(',').map(state).collect::<Result<Vec<_>>>());
+    let mut query = VmQuery {
+        status: states.transpose()?.unwrap_or_default(),
+        limit: filter.limit,
+        cursor: filter.cursor,
+        ..VmQuery::default()
+    };
+    labels.iter().for_each(|label| query.label(label));
+    let page = app.nido().await?.list_page(&query).await?;
+    let mut response = answer::json(StatusCode::OK, &page);
+    if let Some(next) = &page.next_cursor {
+        let rest = uri.query().unwrap_or_default().split('&').filter(|part| !part.starts_with("cursor="));
+        let query = rest.chain([&*format!("cursor={next}")]).collect::<Vec<_>>().join("&");
+        if let Ok(link) = HeaderValue::from_str(&format!("<{}?{query}>; rel=\"next\"", uri.path())) {
+            response.headers_mut().insert(header::LINK, link);
+        }
+    }
+    Ok(response)
+}
+
+/// A state by its word.
+fn state(word: &str) -> Result<VmState> {
+    VmState::from_word(word).ok_or_else(|| {
+        let states = VmState::ALL.map(VmState::word).join(", ");
+        Error::new(Code::SpecInvalid, format!("status: there is no state '{}'", plain(word)))
+            .hint(format!("one of {states}"))
+    })
 }
 
 /// Makes a VM and starts it; answered when it is ready. With `"start": false` it is only made. A VM whose start fails is gone
 /// again.
 #[utoipa::path(post, path = "/v1/vms", operation_id = "vm_spawn", tag = "vms", request_body = SpawnRequest,
     responses((status = 201, body = VmInfo, headers(("Location" = String, description = "The VM.")))))]
-async fn create(State(app): State<Arc<App>>, _: Uses, asked: Asked, Body(body): Body<SpawnRequest>) -> Answer {
+async fn create(
+    State(app): State<Arc<App>>,
+    _: Uses,
+    Granted(grant): Granted,
+    asked: Asked,
+    Body(body): Body<SpawnRequest>,
+) -> Answer {
     let place = HeaderValue::from_str(&format!("/v1/vms/{}", body.name));
     let owner = Arc::clone(&app);
     let mut response = operations::run(&app, asked, "vm_spawn", StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let (spec, start) = body.split();
-            let Some(start) = start else { return value(&nido.create(spec).await?) };
-            let (mut undo, name) = (Undo::new(&owner), spec.name.clone());
-            let mut tell = |now| {
-                undo.begun(&name);
-                stage.start(now);
-            };
-            let vm = nido.spawn(spec, start, &mut tell).await;
+            let Some(start) = start else { return value(&nido.create(spec, &grant).await?) };
+            let undo = Undo::new(&owner);
+            let mut tell = |now| stage.start(now);
+            let vm = nido.spawn_tracked(spec, start, &grant, &undo.begun, &mut tell).await;
             // If it failed, the core has removed it.
             undo.done();
             let vm = vm?;
@@ -79,7 +142,10 @@ async fn create(State(app): State<Arc<App>>, _: Uses, asked: Asked, Body(body): 
 #[utoipa::path(get, path = "/v1/vms/{name}", operation_id = "vm_info", tag = "vms", params(Vm),
     responses((status = 200, body = VmInfo)))]
 async fn info(State(app): State<Arc<App>>, _: Looks, Names(vm): Names<Vm>) -> Answer {
-    answer::ok(&app.nido().await?.info(&vm.name).await?)
+    let info = app.nido().await?.info(&vm.name).await?;
+    let mut response = answer::json(StatusCode::OK, &info);
+    condition::tag(&mut response, &info.id);
+    Ok(response)
 }
 
 /// How a VM is deleted.
@@ -88,11 +154,11 @@ async fn info(State(app): State<Arc<App>>, _: Looks, Names(vm): Names<Vm>) -> An
 #[into_params(parameter_in = Query)]
 struct Force {
     /// Also one that runs.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "switch")]
     force: bool,
 }
 
-/// Deletes a VM and everything of it; how it was is the answer. One that runs only with `force=true`.
+/// Deletes a VM and everything of it; how it was when it had been stopped is the answer. One that runs only with `force=true`.
 #[utoipa::path(delete, path = "/v1/vms/{name}", operation_id = "vm_delete", tag = "vms", params(Vm, Force),
     responses((status = 200, body = VmInfo)))]
 async fn delete(
@@ -170,15 +236,17 @@ async fn restart(
 /// Halts a VM's CPUs.
 #[utoipa::path(post, path = "/v1/vms/{name}/pause", operation_id = "vm_pause", tag = "vms", params(Vm),
     responses((status = 200, body = VmInfo)))]
-async fn pause(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>) -> Answer {
-    answer::ok(&app.nido().await?.pause(&vm.name).await?)
+async fn pause(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>, asked: Asked) -> Answer {
+    let owner = Arc::clone(&app);
+    answer::ok(&operations::act(&app, asked, async move { owner.nido().await?.pause(&vm.name).await }).await?)
 }
 
 /// Lets them run on.
 #[utoipa::path(post, path = "/v1/vms/{name}/resume", operation_id = "vm_resume", tag = "vms", params(Vm),
     responses((status = 200, body = VmInfo)))]
-async fn resume(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>) -> Answer {
-    answer::ok(&app.nido().await?.resume(&vm.name).await?)
+async fn resume(State(app): State<Arc<App>>, _: Uses, Names(vm): Names<Vm>, asked: Asked) -> Answer {
+    let owner = Arc::clone(&app);
+    answer::ok(&operations::act(&app, asked, async move { owner.nido().await?.resume(&vm.name).await }).await?)
 }
 
 /// Which copies are to be made.
@@ -196,6 +264,7 @@ pub struct ForkRequest {
 async fn fork(
     State(app): State<Arc<App>>,
     _: Uses,
+    Granted(grant): Granted,
     Names(vm): Names<Vm>,
     asked: Asked,
     Body(how): Body<ForkRequest>,
@@ -204,7 +273,7 @@ async fn fork(
     operations::run(&app, asked, "vm_fork", StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
-            value(&nido.fork(&vm.name, &how.names, &mut |_, now| stage.start(now)).await?)
+            value(&nido.fork(&vm.name, &how.names, &grant, &mut |_, now| stage.start(now)).await?)
         })
     })
     .await

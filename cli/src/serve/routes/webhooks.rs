@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::StatusCode;
 use nido_vmm::api::{Delivery, DeliveryList, WebhookAdded, WebhookInfo, WebhookList, WebhookRequest, WebhookTest};
+use nido_vmm::error::{Code, Error};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -12,13 +13,15 @@ use utoipa_axum::routes;
 
 use crate::serve::App;
 use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Body, Names};
+use crate::serve::ask::{Body, Names, OfVm};
 use crate::serve::guard::Rules;
+use crate::serve::operations::{self, Asked};
+use crate::serve::query::number;
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
         .routes(routes!(list, add))
-        .routes(routes!(remove))
+        .routes(routes!(info, remove))
         .routes(routes!(deliveries))
         .routes(routes!(test))
         .routes(routes!(redeliver))
@@ -32,13 +35,18 @@ struct Webhook {
     id: String,
 }
 
+impl OfVm for Webhook {}
+
 /// The delivery of a path.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 struct Which {
     /// Number of the delivery.
+    #[serde(deserialize_with = "number")]
     delivery: u64,
 }
+
+impl OfVm for Which {}
 
 /// All endpoints.
 #[utoipa::path(get, path = "/v1/webhooks", operation_id = "webhook_list", tag = "webhooks",
@@ -50,16 +58,26 @@ async fn list(State(app): State<Arc<App>>, _: Rules) -> Answer {
 /// Adds an endpoint. The answer holds its secret, which is not told again.
 #[utoipa::path(post, path = "/v1/webhooks", operation_id = "webhook_add", tag = "webhooks",
     request_body = WebhookRequest, responses((status = 201, body = WebhookAdded)))]
-async fn add(State(app): State<Arc<App>>, _: Rules, Body(request): Body<WebhookRequest>) -> Answer {
-    let added = app.nido().await?.webhook_add(request).await?;
-    Ok(answer::json(StatusCode::CREATED, &added))
+async fn add(State(app): State<Arc<App>>, _: Rules, asked: Asked, Body(request): Body<WebhookRequest>) -> Answer {
+    let owner = Arc::clone(&app);
+    let added = operations::act(&app, asked, async move { owner.nido().await?.webhook_add(request).await }).await?;
+    Ok(answer::created(&format!("/v1/webhooks/{}", added.webhook.id), &added))
+}
+
+/// One endpoint.
+#[utoipa::path(get, path = "/v1/webhooks/{id}", operation_id = "webhook_info", tag = "webhooks", params(Webhook),
+    responses((status = 200, body = WebhookInfo)))]
+async fn info(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>) -> Answer {
+    let found = app.nido().await?.webhook_list()?.webhooks.into_iter().find(|known| known.id == webhook.id);
+    answer::ok(&found.ok_or_else(|| Error::new(Code::WebhookNotFound, "there is no such webhook"))?)
 }
 
 /// Removes an endpoint; what waits for it is not sent.
 #[utoipa::path(delete, path = "/v1/webhooks/{id}", operation_id = "webhook_remove", tag = "webhooks", params(Webhook),
     responses((status = 200, body = WebhookInfo)))]
-async fn remove(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>) -> Answer {
-    answer::ok(&app.nido().await?.webhook_remove(&webhook.id)?)
+async fn remove(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>, asked: Asked) -> Answer {
+    let owner = Arc::clone(&app);
+    answer::ok(&operations::act(&app, asked, async move { owner.nido().await?.webhook_remove(&webhook.id) }).await?)
 }
 
 /// An endpoint's newest deliveries, the oldest of them first.
@@ -72,8 +90,9 @@ async fn deliveries(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names
 /// Sends an endpoint one test message, and tells how it fared.
 #[utoipa::path(post, path = "/v1/webhooks/{id}/test", operation_id = "webhook_test", tag = "webhooks", params(Webhook),
     responses((status = 200, body = WebhookTest)))]
-async fn test(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>) -> Answer {
-    answer::ok(&app.nido().await?.webhook_test(&webhook.id).await?)
+async fn test(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>, asked: Asked) -> Answer {
+    let owner = Arc::clone(&app);
+    answer::ok(&operations::act(&app, asked, async move { owner.nido().await?.webhook_test(&webhook.id).await }).await?)
 }
 
 /// Sends a delivery again, under the same message id.

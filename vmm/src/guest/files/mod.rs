@@ -7,6 +7,8 @@
 //! Invariant: what is missing or in the way on this side is reported before anything is sent, and the memory of a copy
 //! does not depend on its size.
 
+mod fresh;
+mod merge;
 mod place;
 mod receive;
 mod send;
@@ -19,7 +21,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use nido_guest_agent::wire::{Get, Put, ToGuest, check_component};
+use nido_guest_agent::wire::{Get, Put, ToGuest, check_component, feature};
 use tokio::time::Instant;
 
 use self::place::Destination;
@@ -28,7 +30,7 @@ use self::wire::Wire;
 use super::client::Guest;
 use super::error::GuestError;
 use super::frames::FrameBuffer;
-use super::session::greet;
+use super::session::{Greeting, greet};
 use super::transport;
 
 /// How far a copy has come.
@@ -51,9 +53,22 @@ pub struct Copied {
     pub bytes: u64,
     /// Things left out: sockets, devices, pipes, and what vanished meanwhile.
     pub skipped: u64,
+    /// How many entries could not be read and are missing from the copy.
+    pub left_out_count: u64,
+    /// The first of them. Text of the guest's for a download: escape it.
+    pub left_out: Vec<LeftOut>,
     /// Where the copy is: a path of the guest's for an upload (its own word, if it gave one), of this side for a
     /// download. Any bytes.
     pub path: Vec<u8>,
+}
+
+/// An entry that could not be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Its path. Any bytes.
+    pub path: Vec<u8>,
+    /// Why.
+    pub reason: String,
 }
 
 /// What to accept from a guest.
@@ -76,13 +91,20 @@ pub enum Source {
     /// A file or directory. A symlink given here is followed, those inside are copied as they are.
     Path(PathBuf),
     /// What is in an open directory. Symlinks in it are copied as they are.
-    Directory(OwnedFd),
+    Directory {
+        /// It.
+        fd: OwnedFd,
+        /// Whether names that begin with a dot are copied, too.
+        hidden: bool,
+    },
     /// The bytes of one file, of unknown length.
     Reader {
         /// Where they come from.
         reader: Box<dyn Read + Send>,
         /// Its permission bits.
         mode: u16,
+        /// How many bytes there are, if that is known.
+        bytes: Option<u64>,
     },
     /// A tar archive, unpacked on the way: the destination is the directory that gets what is in it.
     Archive(Box<dyn Read + Send>),
@@ -98,6 +120,10 @@ pub struct Upload {
     pub user: Option<String>,
     /// Make missing parent directories.
     pub parents: bool,
+    /// Keep owners, by number, and modes: also of files that exist.
+    pub preserve: bool,
+    /// A file that exists takes the mode of [`Source::Reader`] instead of keeping its own.
+    pub set_mode: bool,
 }
 
 /// A copy out of a guest.
@@ -109,6 +135,8 @@ pub struct Download {
     pub destination: PathBuf,
     /// Replace a file that exists; merge into a directory that exists.
     pub overwrite: bool,
+    /// Keep owners, by number and where this user may give files away, and modes past the umask.
+    pub preserve: bool,
     /// What to accept.
     pub limits: Limits,
 }
@@ -120,6 +148,8 @@ pub enum Form {
     File,
     /// A tar archive of a tree; a file alone is an archive of one entry.
     Archive,
+    /// The bytes of a file, or a tar archive of a directory: as it turns out.
+    FileOrArchive,
 }
 
 impl Guest {
@@ -134,17 +164,18 @@ impl Guest {
         progress: impl FnMut(Progress) + Send + 'static,
         deadline: Instant,
     ) -> Result<Copied, GuestError> {
-        let Upload { source, destination, user, parents } = upload;
+        let Upload { source, destination, user, parents, preserve, set_mode } = upload;
         let source = match source {
-            Source::Reader { reader, mode } => send::Opened::from_reader(reader, mode),
+            Source::Reader { reader, mode, bytes } => send::Opened::from_reader(reader, mode, bytes),
             Source::Archive(reader) => send::Opened::from_archive(reader),
-            Source::Directory(fd) => send::Opened::from_directory(fd)?,
+            Source::Directory { fd, hidden } => send::Opened::from_directory(fd, hidden)?,
             Source::Path(path) => in_background(move || send::Opened::from_path(path)).await?,
         };
         let name = source.name.clone().map(Into::into);
-        let put = Put { path: destination.clone().into(), name, user, parents };
-        let mut copied =
-            self.copy(&ToGuest::Put(put), deadline, move |wire| send::send(wire, source, progress)).await?;
+        let set_mode = Some(set_mode);
+        let put = Put { path: destination.clone().into(), name, user, parents, set_mode };
+        let work = move |wire, features| send::send(wire, source, send::How { features, preserve }, progress);
+        let mut copied = self.copy(&ToGuest::Put(put), deadline, work).await?;
         if copied.path.is_empty() {
             copied.path = destination;
         }
@@ -163,11 +194,13 @@ impl Guest {
         progress: impl FnMut(Progress) + Send + 'static,
         deadline: Instant,
     ) -> Result<Copied, GuestError> {
-        let Download { source, destination, overwrite, limits } = download;
+        let Download { source, destination, overwrite, preserve, limits } = download;
         let name = last_name(&source).map(<[u8]>::to_vec);
-        let destination = in_background(move || Destination::resolve(&destination, name.as_deref(), overwrite)).await?;
-        let get = ToGuest::Get(Get { path: source.into() });
-        self.copy(&get, deadline, move |wire| {
+        let how = place::How { overwrite, preserve };
+        let destination = in_background(move || Destination::resolve(&destination, name.as_deref(), how)).await?;
+        let features = feature::HOLES | feature::LINKS | feature::LEFT_OUT | if preserve { feature::OWNERS } else { 0 };
+        let get = ToGuest::Get(Get { path: source.into(), features: Some(features) });
+        self.copy(&get, deadline, move |wire, _| {
             let mut receiver = Receiver::new(wire, limits, progress);
             place::download(&mut receiver, &destination)
         })
@@ -189,12 +222,16 @@ impl Guest {
         deadline: Instant,
     ) -> Result<Copied, GuestError> {
         let name = last_name(&source).map(<[u8]>::to_vec);
-        let get = ToGuest::Get(Get { path: source.into() });
-        self.copy(&get, deadline, move |wire| {
+        // A writer cannot make holes or links. A caller who sees the result beside the bytes is told what was left out; for any
+        // other one an archive that is not whole is an error.
+        let features = if form == Form::FileOrArchive { feature::LEFT_OUT } else { 0 };
+        let get = ToGuest::Get(Get { path: source.into(), features: Some(features) });
+        self.copy(&get, deadline, move |wire, _| {
             let receiver = Receiver::new(wire, limits, progress);
             match form {
                 Form::File => receiver.copy_to(writer),
                 Form::Archive => receiver.archive_to(writer, name.as_deref()),
+                Form::FileOrArchive => receiver.file_or_archive_to(writer),
             }
         })
         .await
@@ -205,15 +242,15 @@ impl Guest {
         &self,
         request: &ToGuest,
         deadline: Instant,
-        work: impl FnOnce(Wire) -> Result<T, GuestError> + Send + 'static,
+        work: impl FnOnce(Wire, u32) -> Result<T, GuestError> + Send + 'static,
     ) -> Result<T, GuestError> {
         let stream = self.dial(deadline).await?;
         let mut frames = FrameBuffer::default();
-        greet(&stream, &mut frames, self.token(), Some(request), deadline).await?;
+        let Greeting { features, .. } = greet(&stream, &mut frames, self.token(), Some(request), deadline).await?;
         let fd = Arc::new(stream.into_fd());
         let wire = Wire::new(Arc::clone(&fd), frames);
         let _cancel = EndOnDrop(fd);
-        in_background(move || work(wire)).await
+        in_background(move || work(wire, features)).await
     }
 }
 

@@ -9,45 +9,66 @@
 //! created only where nothing was, so nothing the guest sends can make a write land anywhere else. Modes are masked to
 //! the nine permission bits.
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::Write;
+use std::io::{Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Timespec, Timestamps};
+use nido_guest_agent::replace::free_bytes;
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 
-use super::receive::{Item, ItemKind, Receiver};
+use super::fresh::{DIRECTORY, Fresh, kind_at};
+use super::merge::{put_directory, put_new, put_over};
+use super::receive::{Item, ItemKind, Piece, Receiver};
 use super::{Copied, Progress};
 use crate::guest::error::GuestError;
 
 /// Name of the copy inside the fresh directory.
-const ROOT: &str = "root";
+pub(super) const ROOT: &str = "root";
+/// How often the free space is looked at: after so many bytes.
+const LOOK_EVERY: u64 = 16 << 20;
+/// So much stays free, in bytes: a guest must not fill the host's disk to its last byte.
+const RESERVE: u64 = 128 << 20;
+/// How many symlinks lead to a file that does not exist yet: the kernel's limit.
+const MAX_LINKS: usize = 40;
 /// Memory for directories whose mode and time are still to be set, in bytes.
 const MAX_PENDING: usize = 64 << 20;
 
-const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 const NEW_FILE: OFlags =
-    OFlags::WRONLY.union(OFlags::CREATE).union(OFlags::EXCL).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+    OFlags::RDWR.union(OFlags::CREATE).union(OFlags::EXCL).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+
+/// How a download is to be written.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct How {
+    /// Replace what exists.
+    pub overwrite: bool,
+    /// Keep owners and exact modes.
+    pub preserve: bool,
+}
 
 /// The place for a copy, looked at before the guest is asked for anything.
 #[derive(Debug)]
 pub(super) struct Destination {
-    parent: OwnedFd,
+    pub parent: OwnedFd,
     /// For messages.
-    parent_path: PathBuf,
-    name: OsString,
-    overwrite: bool,
+    pub parent_path: PathBuf,
+    pub name: OsString,
+    pub how: How,
+    /// The permission bits that this process gives to nothing new.
+    umask: u32,
     /// The destination was written with a slash behind it.
     must_be_directory: bool,
 }
 
 impl Destination {
-    /// Decides where the copy goes. `name` is what it is called in a directory.
-    pub fn resolve(path: &Path, name: Option<&[u8]>, overwrite: bool) -> Result<Self, GuestError> {
+    /// Decides where the copy goes. `name` is what it is called in a directory. A symlink that is named is followed; one
+    /// that has the copy's name in a directory is not, because a guest chose that name.
+    pub fn resolve(path: &Path, name: Option<&[u8]>, how: How) -> Result<Self, GuestError> {
         let slash = path.as_os_str().as_bytes().ends_with(b"/");
         let (parent_path, name, must_be_directory) = match std::fs::metadata(path) {
             Ok(found) if found.is_dir() => {
@@ -58,33 +79,89 @@ impl Destination {
                 (path.to_owned(), OsString::from_vec(name.to_vec()), false)
             }
             Ok(_) if slash => return Err(GuestError::host(path, Errno::NOTDIR.into())),
-            Ok(_) if !overwrite => return Err(GuestError::PathExists(path.to_owned())),
-            Ok(_) => split(path, slash)?,
+            Ok(found) if !found.is_file() => return Err(special(path)),
+            Ok(_) if !how.overwrite => return Err(GuestError::PathExists(path.to_owned())),
+            Ok(_) => split(&std::fs::canonicalize(path).map_err(|e| GuestError::host(path, e))?, slash)?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && how.overwrite => {
+                split(&follow(path)?, slash)?
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => split(path, slash)?,
             Err(error) => return Err(GuestError::host(path, error)),
         };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let parent = rustix::fs::open(&parent_path, flags, Mode::empty())
             .map_err(|e| GuestError::host(&parent_path, e.into()))?;
-        let this = Self { parent, parent_path, name, overwrite, must_be_directory };
-        if !overwrite && this.existing()?.is_some() {
-            return Err(GuestError::PathExists(this.path()));
+        let umask = if how.preserve { 0 } else { umask() };
+        let this = Self { parent, parent_path, name, how, umask, must_be_directory };
+        match this.existing()? {
+            Some(_) if !how.overwrite => Err(GuestError::PathExists(this.path())),
+            Some(kind) if !is_replaceable(kind) => Err(special(&this.path())),
+            _ => Ok(this),
         }
-        Ok(this)
     }
 
-    fn path(&self) -> PathBuf {
+    pub fn path(&self) -> PathBuf {
         self.parent_path.join(&self.name)
     }
 
-    fn failed(&self, error: Errno) -> GuestError {
+    pub fn failed(&self, error: Errno) -> GuestError {
         GuestError::host(&self.path(), error.into())
     }
 
+    /// The mode that a new entry gets here.
+    fn mode(&self, item: &Item) -> Mode {
+        Mode::from_raw_mode(u32::from(item.mode) & !self.umask)
+    }
+
+    /// Sets owner (if it is kept), mode and time.
+    fn finish(&self, fd: impl AsFd, item: &Item) -> rustix::io::Result<()> {
+        if let Some((uid, gid)) = item.owner {
+            give(rustix::fs::fchown(&fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))))?;
+        }
+        rustix::fs::fchmod(&fd, self.mode(item))?;
+        rustix::fs::futimens(&fd, &times(item.mtime_ns))
+    }
+
     /// What is there now, symlinks not followed.
-    fn existing(&self) -> Result<Option<FileType>, GuestError> {
+    pub fn existing(&self) -> Result<Option<FileType>, GuestError> {
         kind_at(&self.parent, &self.name).map_err(|e| self.failed(e))
     }
+}
+
+/// Only root gives files away; for everybody else they are the user's own, as with cp -p.
+pub(super) fn give(given: rustix::io::Result<()>) -> rustix::io::Result<()> {
+    match given {
+        Err(Errno::PERM) if !rustix::process::geteuid().is_root() => Ok(()),
+        given => given,
+    }
+}
+
+/// What a copy may take the name of.
+fn is_replaceable(kind: FileType) -> bool {
+    matches!(kind, FileType::RegularFile | FileType::Directory | FileType::Symlink)
+}
+
+pub(super) fn special(path: &Path) -> GuestError {
+    GuestError::BadName(format!("{} is not a regular file: a device, pipe or socket is not replaced", path.display()))
+}
+
+/// Where a chain of symlinks ends that leads to nothing.
+fn follow(path: &Path) -> Result<PathBuf, GuestError> {
+    let mut at = path.to_owned();
+    for _ in 0..MAX_LINKS {
+        match std::fs::read_link(&at) {
+            Ok(target) => at = at.parent().unwrap_or(Path::new("/")).join(target),
+            Err(_) => return Ok(at),
+        }
+    }
+    Err(GuestError::host(path, Errno::LOOP.into()))
+}
+
+/// The process's file mode creation mask, which can be asked for without changing it only here.
+fn umask() -> u32 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+    mask.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or(0o022)
 }
 
 /// A path that does not exist, or shall be replaced: its directory and its name.
@@ -94,14 +171,6 @@ fn split(path: &Path, slash: bool) -> Result<(PathBuf, OsString, bool), GuestErr
     };
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     Ok((parent.to_owned(), name.to_owned(), slash))
-}
-
-fn kind_at(dir: impl AsFd, name: &OsStr) -> rustix::io::Result<Option<FileType>> {
-    match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode))),
-        Err(Errno::NOENT) => Ok(None),
-        Err(error) => Err(error),
-    }
 }
 
 /// Receives the whole tree and puts it in its place.
@@ -120,14 +189,24 @@ pub(super) fn download<F: FnMut(Progress)>(
         if receiver.item()?.is_some() {
             return Err(GuestError::breach("something inside a file"));
         }
-        put_file(&fresh, destination)?;
+        let from = (&fresh.fd, OsStr::new(ROOT));
+        match destination.existing()? {
+            Some(_) if destination.how.overwrite => {
+                let given = destination.given(&root);
+                put_over(from, (&destination.parent, &destination.name), given, &destination.path())?;
+            }
+            _ => put_new(&fresh, destination)?,
+        }
     } else {
         receiver.body(false, |_| Ok(()))?;
         let made = rustix::fs::mkdirat(&fresh.fd, ROOT, Mode::RWXU);
         let tree = made.and_then(|()| rustix::fs::openat(&fresh.fd, ROOT, DIRECTORY, Mode::empty()));
         let tree = tree.map_err(|e| destination.failed(e))?;
-        Tree { tree, near: None, pending: Vec::new(), pending_bytes: 0, destination }.fill(receiver, root)?;
-        put_directory(&fresh, destination)?;
+        let mut tree = Tree { tree, near: None, pending: Vec::new(), pending_bytes: 0, destination };
+        tree.fill(receiver, root)?;
+        // A directory that may not be written cannot be moved by an ordinary user: modes come after that.
+        let merged = put_directory(&fresh, destination)?;
+        tree.finish(&merged)?;
     }
     Ok(receiver.copied(destination.path().into_os_string().into_vec()))
 }
@@ -139,14 +218,36 @@ fn write_file<F: FnMut(Progress)>(
     destination: &Destination,
 ) -> Result<(), GuestError> {
     let mut file = File::from(fd);
-    receiver.body(true, |bytes| file.write_all(bytes).map_err(|e| GuestError::host(&destination.path(), e)))?;
-    finish(&file, item).map_err(|e| destination.failed(e))
-}
-
-/// Sets mode and time.
-fn finish(fd: impl AsFd, item: &Item) -> rustix::io::Result<()> {
-    rustix::fs::fchmod(&fd, Mode::from_raw_mode(item.mode.into()))?;
-    rustix::fs::futimens(&fd, &times(item.mtime_ns))
+    let at = destination.path();
+    let full = || GuestError::DiskFull(at.clone());
+    // Known before the first byte: then nothing is written at all.
+    let needed = item.stored.unwrap_or_default();
+    if needed > LOOK_EVERY && free_bytes(&file).is_some_and(|free| free < needed.saturating_add(RESERVE)) {
+        return Err(full());
+    }
+    let (mut since, mut ends_in_hole) = (0, false);
+    receiver.body(true, |piece| match piece {
+        Piece::Bytes(bytes) => {
+            since += bytes.len() as u64;
+            if since >= LOOK_EVERY {
+                since = 0;
+                if free_bytes(&file).is_some_and(|free| free < RESERVE) {
+                    return Err(full());
+                }
+            }
+            ends_in_hole = false;
+            file.write_all(bytes).map_err(|e| GuestError::host(&at, e))
+        }
+        Piece::Hole(length) => {
+            ends_in_hole = true;
+            let length = i64::try_from(length).map_err(|_| GuestError::breach("a hole that is too long"))?;
+            file.seek(SeekFrom::Current(length)).map(drop).map_err(|e| GuestError::host(&at, e))
+        }
+    })?;
+    if ends_in_hole {
+        file.stream_position().and_then(|end| file.set_len(end)).map_err(|e| GuestError::host(&at, e))?;
+    }
+    destination.finish(&file, item).map_err(|e| destination.failed(e))
 }
 
 fn times(mtime_ns: i64) -> Timestamps {
@@ -166,14 +267,23 @@ struct Tree<'a> {
 }
 
 impl Tree<'_> {
-    fn fill<F: FnMut(Progress)>(mut self, receiver: &mut Receiver<F>, root: Item) -> Result<(), GuestError> {
+    fn fill<F: FnMut(Progress)>(&mut self, receiver: &mut Receiver<F>, root: Item) -> Result<(), GuestError> {
         self.keep(root)?;
         while let Some(item) = receiver.item()? {
             self.add(receiver, item)?;
         }
-        for item in self.pending.iter().rev() {
-            let set = self.open(&item.path, DIRECTORY).and_then(|fd| finish(fd, item));
-            set.map_err(|e| self.refused(e))?;
+        Ok(())
+    }
+
+    /// Gives the new directories their modes and times, the deepest first: not those that were there before.
+    fn finish(&mut self, merged: &HashSet<Vec<u8>>) -> Result<(), GuestError> {
+        let destination = self.destination;
+        let path = destination.path();
+        let placed = rustix::fs::openat(&destination.parent, &destination.name, DIRECTORY, Mode::empty());
+        self.tree = placed.map_err(|e| destination.failed(e))?;
+        for item in self.pending.iter().rev().filter(|item| !merged.contains(&item.path)) {
+            let set = self.open(&item.path, DIRECTORY).and_then(|fd| destination.finish(fd, item));
+            set.map_err(|e| GuestError::host(&path.join(OsStr::from_bytes(&item.path)), e.into()))?;
         }
         Ok(())
     }
@@ -199,10 +309,34 @@ impl Tree<'_> {
             ItemKind::Symlink(target) => {
                 rustix::fs::symlinkat(OsStr::from_bytes(target), dir, name)
                     .and_then(|()| rustix::fs::utimensat(dir, name, &times(item.mtime_ns), AtFlags::SYMLINK_NOFOLLOW))
+                    .and_then(|()| match item.owner {
+                        Some((uid, gid)) => {
+                            let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+                            give(rustix::fs::chownat(dir, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW))
+                        }
+                        None => Ok(()),
+                    })
                     .map_err(|e| self.refused(e))?;
                 receiver.body(false, |_| Ok(()))
             }
+            ItemKind::Link(target) => {
+                self.link(target, dir, name)?;
+                receiver.body(false, |_| Ok(()))
+            }
         }
+    }
+
+    /// Makes another name of a file that came before.
+    fn link(&self, target: &[u8], dir: &OwnedFd, name: &[u8]) -> Result<(), GuestError> {
+        let cut = target.iter().rposition(|&b| b == b'/');
+        let (parent, last) = cut.map_or((&b""[..], target), |at| (&target[..at], &target[at + 1..]));
+        let last = OsStr::from_bytes(last);
+        let parent =
+            self.open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC).map_err(|e| self.refused(e))?;
+        if kind_at(&parent, last).map_err(|e| self.refused(e))? != Some(FileType::RegularFile) {
+            return Err(GuestError::breach("a hard link to what is no file"));
+        }
+        rustix::fs::linkat(&parent, last, dir, name, AtFlags::empty()).map_err(|e| self.refused(e))
     }
 
     /// Opens a directory of the tree; `path` empty is the tree itself.
@@ -230,112 +364,4 @@ impl Tree<'_> {
             error => self.destination.failed(error),
         }
     }
-}
-
-fn put_file(fresh: &Fresh<'_>, destination: &Destination) -> Result<(), GuestError> {
-    match destination.existing()? {
-        Some(FileType::Directory) => Err(GuestError::PathExists(destination.path())),
-        Some(_) if destination.overwrite => {
-            rustix::fs::renameat(&fresh.fd, ROOT, &destination.parent, &destination.name)
-                .map_err(|e| destination.failed(e))
-        }
-        _ => put_new(fresh, destination),
-    }
-}
-
-fn put_directory(fresh: &Fresh<'_>, destination: &Destination) -> Result<(), GuestError> {
-    match destination.existing()? {
-        Some(FileType::Directory) if destination.overwrite => {
-            let path = destination.path();
-            let open = |dir: &OwnedFd, name: &OsStr| {
-                rustix::fs::openat(dir, name, DIRECTORY, Mode::empty()).map_err(|e| GuestError::host(&path, e.into()))
-            };
-            let (from, to) = (open(&fresh.fd, OsStr::new(ROOT))?, open(&destination.parent, &destination.name)?);
-            merge(&from, &to, &path)
-        }
-        _ => put_new(fresh, destination),
-    }
-}
-
-/// Renames to where nothing is; the kernel makes sure of that.
-fn put_new(fresh: &Fresh<'_>, destination: &Destination) -> Result<(), GuestError> {
-    let flags = RenameFlags::NOREPLACE;
-    match rustix::fs::renameat_with(&fresh.fd, ROOT, &destination.parent, &destination.name, flags) {
-        Err(Errno::EXIST) => Err(GuestError::PathExists(destination.path())),
-        outcome => outcome.map_err(|e| destination.failed(e)),
-    }
-}
-
-/// Moves everything in `from` into the existing directory `to`, each file as a whole, symlinks never followed.
-fn merge(from: &OwnedFd, to: &OwnedFd, path: &Path) -> Result<(), GuestError> {
-    for name in names(from).map_err(|e| GuestError::host(path, e.into()))? {
-        let path = path.join(&name);
-        let failed = |e: Errno| GuestError::host(&path, e.into());
-        let new_is_directory = kind_at(from, &name).map_err(failed)? == Some(FileType::Directory);
-        match kind_at(to, &name).map_err(failed)? {
-            Some(FileType::Directory) if new_is_directory => {
-                let open = |dir: &OwnedFd| rustix::fs::openat(dir, &name, DIRECTORY, Mode::empty()).map_err(failed);
-                merge(&open(from)?, &open(to)?, &path)?;
-            }
-            Some(FileType::Directory) => return Err(GuestError::PathExists(path)),
-            Some(_) if new_is_directory => return Err(GuestError::PathExists(path)),
-            _ => rustix::fs::renameat(from, &name, to, &name).map_err(failed)?,
-        }
-    }
-    Ok(())
-}
-
-fn names(dir: &OwnedFd) -> rustix::io::Result<Vec<OsString>> {
-    let mut names = Vec::new();
-    for found in Dir::read_from(dir)? {
-        let found = found?;
-        let name = found.file_name().to_bytes();
-        if !matches!(name, b"." | b"..") {
-            names.push(OsStr::from_bytes(name).to_owned());
-        }
-    }
-    Ok(names)
-}
-
-/// The fresh directory a copy grows in. Goes with all that is in it when dropped.
-struct Fresh<'a> {
-    fd: OwnedFd,
-    name: String,
-    destination: &'a Destination,
-}
-
-impl<'a> Fresh<'a> {
-    fn make(destination: &'a Destination) -> Result<Self, GuestError> {
-        let number = getrandom::u64().map_err(|_| destination.failed(Errno::IO))?;
-        let name = format!(".nido-{number:016x}");
-        let made = rustix::fs::mkdirat(&destination.parent, &name, Mode::RWXU);
-        let fd = made.and_then(|()| rustix::fs::openat(&destination.parent, &name, DIRECTORY, Mode::empty()));
-        Ok(Self { fd: fd.map_err(|e| destination.failed(e))?, name, destination })
-    }
-}
-
-impl Drop for Fresh<'_> {
-    fn drop(&mut self) {
-        let removed = remove_inside(&self.fd)
-            .and_then(|()| rustix::fs::unlinkat(&self.destination.parent, &self.name, AtFlags::REMOVEDIR));
-        if let Err(error) = removed {
-            let path = self.destination.parent_path.join(&self.name);
-            tracing::warn!("cannot remove {}: {error}", path.display());
-        }
-    }
-}
-
-/// Removes everything in a directory that nobody else writes to.
-fn remove_inside(dir: &OwnedFd) -> rustix::io::Result<()> {
-    for name in names(dir)? {
-        if kind_at(dir, &name)? != Some(FileType::Directory) {
-            rustix::fs::unlinkat(dir, &name, AtFlags::empty())?;
-            continue;
-        }
-        // Its mode may be the guest's already.
-        rustix::fs::chmodat(dir, &name, Mode::RWXU, AtFlags::empty())?;
-        remove_inside(&rustix::fs::openat(dir, &name, DIRECTORY, Mode::empty())?)?;
-        rustix::fs::unlinkat(dir, &name, AtFlags::REMOVEDIR)?;
-    }
-    Ok(())
 }

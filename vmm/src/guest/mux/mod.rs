@@ -26,7 +26,7 @@ use super::error::GuestError;
 pub(super) const SPLIT: usize = 64 * 1024;
 /// How many streams yamux accepts: more than are ever given out, because exceeding it ends the connection, and a
 /// stream counts until yamux has noticed that it is gone.
-const MAX_STREAMS: usize = 256;
+const MAX_STREAMS: usize = 2 * nido_guest_agent::wire::MAX_SESSIONS;
 /// How many streams a guest may try to open before it is taken for broken.
 const MAX_STRAYS: u32 = 16;
 /// Requests to the driver on their way.

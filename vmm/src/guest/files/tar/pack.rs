@@ -30,27 +30,48 @@ const RECORDS: &[u8] = b"./PaxHeaders/x";
 impl<F: FnMut(Progress)> Receiver<F> {
     /// Copies a tree to a writer as an archive. Its entries are called `./PATH`; a file alone is called `name`.
     pub fn archive_to(mut self, writer: impl Write, name: Option<&[u8]>) -> Result<Copied, GuestError> {
+        let first = self.item()?;
+        self.archive_from(first, writer, name)
+    }
+
+    /// The same where the first entry has been read.
+    pub fn archive_from(
+        mut self,
+        first: Option<Item>,
+        writer: impl Write,
+        name: Option<&[u8]>,
+    ) -> Result<Copied, GuestError> {
         let mut writer = BufWriter::with_capacity(BUFFER, writer);
-        let packed = self.pack_all(&mut writer, name);
+        let packed = self.pack_all(first, &mut writer, name);
         // After a failure nothing more is written: where it was early, there is not one byte yet.
         drop(writer.into_parts());
         packed.map(|()| self.copied(Vec::new()))
     }
 
-    fn pack_all(&mut self, writer: &mut impl Write, name: Option<&[u8]>) -> Result<(), GuestError> {
+    fn pack_all(
+        &mut self,
+        first: Option<Item>,
+        writer: &mut impl Write,
+        name: Option<&[u8]>,
+    ) -> Result<(), GuestError> {
         let mut order = Order::default();
-        while let Some(item) = self.item()? {
+        let mut next = first;
+        while let Some(item) = next {
             order.check(&item)?;
             let path = match (&item.path[..], &item.kind) {
                 (b"", ItemKind::File(_)) => [b"./", name.unwrap_or(b"file")].concat(),
                 (path, _) => [b"./", path].concat(),
             };
             self.pack(&item, path, writer)?;
+            next = self.item()?;
         }
         writer.write_all(&[0; 2 * BLOCK]).and_then(|()| writer.flush()).map_err(failed)
     }
 
     fn pack(&mut self, item: &Item, mut path: Vec<u8>, writer: &mut impl Write) -> Result<(), GuestError> {
+        if let ItemKind::Link(_) = item.kind {
+            return Err(GuestError::breach("a hard link, which was not asked for"));
+        }
         let ItemKind::File(announced) = item.kind else {
             let target = if let ItemKind::Symlink(target) = &item.kind { target.as_slice() } else { b"" };
             if item.kind == ItemKind::Directory && !path.ends_with(b"/") {
@@ -63,7 +84,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
         // Held back until it is known that there is more than one frame of it.
         let (mut held, mut told) = (Vec::new(), None);
         let mut written = 0;
-        self.body(true, |mut bytes| {
+        self.body_to(|mut bytes| {
             if told.is_none() && held.len() + bytes.len() <= MAX_RAW {
                 held.extend_from_slice(bytes);
                 return Ok(());
@@ -168,7 +189,7 @@ mod tests {
     use crate::guest::files::Limits;
 
     fn item(path: &str, kind: ItemKind) -> Item {
-        Item { path: path.into(), kind, mode: 0o755, mtime_ns: 0 }
+        Item { path: path.into(), kind, mode: 0o755, mtime_ns: 0, owner: None, stored: None }
     }
 
     /// Whether a tree of these may be unpacked by anybody: `a/` is a directory, `a@` a symlink.
@@ -201,7 +222,8 @@ mod tests {
 
     #[test]
     fn what_has_no_room_in_a_head_stands_before_it() {
-        let item = Item { path: Vec::new(), kind: ItemKind::File(0), mode: 0o640, mtime_ns: -1_500_000_000 };
+        let mut item = item("", ItemKind::File(0));
+        (item.mode, item.mtime_ns) = (0o640, -1_500_000_000);
         let (long, target) = ([b'a'; 101], [b'b'; 4000]);
         let bytes = [heads(&item, b'2', &long, &target, 0), vec![0; 2 * BLOCK]].concat();
         let mut archive = Archive::new(&bytes[..], Limits::default());

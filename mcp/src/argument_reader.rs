@@ -1,0 +1,495 @@
+//! Reads a tool's arguments: leniently where clients differ, strictly where a guess could do harm. Pure.
+//!
+//! Models and client libraries send the same call in many forms. This module turns them into the one form that the tools' types
+//! take. The tool's own input schema is the rule:
+//!
+//! ```text
+//!  null, "" or [] of an optional field, or its default     absent
+//!  5.0, "5", "true", "[1]", "{}" where the type fits       5, true, [1], {}
+//!  timeout_seconds: 1.5, or its alias timeout_ms: 1500     timeout_ms: 1500
+//!  a field that the schema does not have                   left out, and named in a note
+//!  a required field that is missing, another type,         an error for each, with the shape and an example
+//!  a value out of bounds
+//! ```
+//!
+//! Invariants: what the schema allows is read without a note and without an error; no message names a type of Rust.
+
+use nido_vmm::error::{Code, Error};
+use nido_vmm::text::head;
+use serde_json::{Map, Value, json};
+
+use crate::answer::plain;
+
+/// Fields whose empty text is a value: an empty file.
+const EMPTY_IS_A_VALUE: [&str; 2] = ["content", "content_base64"];
+/// How fields end that hold a time, and how their aliases do.
+const SECONDS: &str = "_seconds";
+const MILLISECONDS: &str = "_ms";
+/// The longest time that can be given, in seconds: ten years.
+const SECONDS_MAX: f64 = 315_360_000.0;
+/// How much of a wrong value is shown, in bytes.
+const SHOWN: usize = 60;
+/// How many wrong fields, and how many unknown ones, are named.
+const NAMED_MAX: usize = 8;
+
+/// What an example of a field looks like, where its type alone does not show it.
+const EXAMPLES: [(&str, &str); 16] = [
+    ("name", r#""web-1""#),
+    ("template", r#""sandbox""#),
+    ("snapshot", r#""before-upgrade""#),
+    ("from", r#""web-1""#),
+    ("argv", r#"["ls", "-l", "/"]"#),
+    ("command", r#""ls -l /""#),
+    ("env", r#"{"LANG": "C"}"#),
+    ("labels", r#"{"team": "web"}"#),
+    ("forwards", r#"[{"guest_port": 80, "host_port": 8080}]"#),
+    ("guest_port", "80"),
+    ("host_port", "8080"),
+    ("memory_mib", "1024"),
+    ("disk_bytes", "4294967296"),
+    ("path", r#""/srv/data.txt""#),
+    ("user", r#""root""#),
+    ("mode", r#""755""#),
+];
+
+/// Arguments that were read.
+#[derive(Debug)]
+pub struct Arguments {
+    /// As the tool's type takes them; without what was wrong.
+    pub value: Value,
+    /// What was not as it should be and did no harm, for the caller.
+    pub notes: Vec<String>,
+    /// Why the call cannot be made.
+    pub wrong: Option<Error>,
+}
+
+/// Reads the arguments of a tool with this schema. Fields in `also` are passed on although the schema does not have them: the tool
+/// explains why it does not take them.
+pub fn read(schema: &Value, also: &[&str], given: Value) -> Arguments {
+    let mut reading = Reading::default();
+    let given = match given {
+        Value::Object(fields) => fields,
+        Value::Null => Map::new(),
+        other => {
+            reading.wrong.push(format!("arguments: must be an object, not {}", shown(&other)));
+            Map::new()
+        }
+    };
+    let value = reading.object(schema, given, "", also);
+    let wrong = (!reading.wrong.is_empty()).then(|| {
+        reading.wrong.truncate(NAMED_MAX);
+        Error::new(Code::SpecInvalid, reading.wrong.join("; "))
+    });
+    let notes = if reading.unknown.is_empty() {
+        Vec::new()
+    } else {
+        let more = reading.unknown.len().saturating_sub(NAMED_MAX);
+        reading.unknown.truncate(NAMED_MAX);
+        let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+        vec![format!("arguments that this tool does not have were ignored: {}{more}", reading.unknown.join(", "))]
+    };
+    Arguments { value, notes, wrong }
+}
+
+#[derive(Debug, Default)]
+struct Reading {
+    unknown: Vec<String>,
+    wrong: Vec<String>,
+}
+
+impl Reading {
+    fn object(&mut self, schema: &Value, mut given: Map<String, Value>, place: &str, also: &[&str]) -> Value {
+        let mut read = Map::new();
+        let required =
+            |name: &str| schema["required"].as_array().is_some_and(|list| list.iter().any(|one| one == name));
+        for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+            let at = if place.is_empty() { name.clone() } else { format!("{place}.{name}") };
+            let value = given.remove(name);
+            if let Some(stem) = name.strip_suffix(SECONDS) {
+                let alias = format!("{stem}{MILLISECONDS}");
+                let milliseconds = given.remove(&alias);
+                if let Some(ms) = self.time(field, &at, value, milliseconds) {
+                    read.insert(alias, ms.into());
+                }
+                continue;
+            }
+            if required(name) {
+                match value {
+                    None | Some(Value::Null) => self.wrong.push(missing(&at, field)),
+                    Some(value) => drop(self.value(field, value, &at).map(|value| read.insert(name.clone(), value))),
+                }
+                continue;
+            }
+            let Some(value) = value.filter(|value| !is_absent(name, value)) else { continue };
+            let value = self.value(field, value, &at);
+            if let Some(value) = value.filter(|value| field.get("default") != Some(value)) {
+                read.insert(name.clone(), value);
+            }
+        }
+        for (name, value) in given {
+            if value.is_null() {
+                continue;
+            }
+            if also.contains(&name.as_str()) {
+                read.insert(name, value);
+            } else {
+                let name = plain(head(&name, SHOWN));
+                self.unknown.push(if place.is_empty() { name } else { format!("{place}.{name}") });
+            }
+        }
+        Value::Object(read)
+    }
+
+    /// A time in milliseconds, from either of its two fields.
+    fn time(&mut self, field: &Value, at: &str, seconds: Option<Value>, ms: Option<Value>) -> Option<u64> {
+        let given = |value: Option<Value>| value.filter(|value| !is_absent("", value));
+        let (seconds, ms) = (given(seconds), given(ms));
+        let alias = format!("{}{MILLISECONDS}", at.strip_suffix(SECONDS).unwrap_or(at));
+        let from_seconds = match seconds {
+            Some(value) => Some(self.value(field, value, at)?.as_f64()?),
+            None => None,
+        };
+        let from_ms = match ms {
+            Some(value) => Some(self.value(&in_milliseconds(field), value, &alias)?.as_f64()? / 1000.0),
+            None => None,
+        };
+        if let (Some(one), Some(other)) = (from_seconds, from_ms)
+            && (one - other).abs() > f64::EPSILON * one.abs().max(other.abs())
+        {
+            self.wrong.push(format!(
+                "{at}: {alias} is the same time in milliseconds and says something else; give one of them"
+            ));
+        }
+        let seconds = from_seconds.or(from_ms)?;
+        if seconds > SECONDS_MAX {
+            self.wrong.push(format!("{at}: must be at most {SECONDS_MAX}, which is ten years"));
+            return None;
+        }
+        // A short time is not none: 0 may have a meaning of its own.
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to ten years")]
+        Some((seconds * 1000.0 - 1e-6).ceil().max(0.0) as u64)
+    }
+
+    /// A value as its schema wants it; else what is wrong is noted.
+    fn value(&mut self, schema: &Value, given: Value, at: &str) -> Option<Value> {
+        let kind = schema["type"].as_str().unwrap_or_default();
+        let read = match kind {
+            "string" => Some(given.clone()).filter(Value::is_string),
+            "boolean" => boolean(&given).map(Value::from),
+            "integer" => whole(&given),
+            "number" => number(&given).map(Value::from),
+            "array" | "object" => match text_as_json(given.clone()) {
+                Value::Array(items) if kind == "array" => return Some(self.items(&schema["items"], items, at)),
+                Value::Object(fields) if kind == "object" => return Some(self.fields(schema, fields, at)),
+                _ => None,
+            },
+            _ => return Some(given),
+        };
+        let read = read.filter(|value| within(schema, value));
+        if read.is_none() {
+            self.wrong.push(format!("{at}: must be {}, not {}", shape(at, schema), shown(&given)));
+        }
+        read
+    }
+
+    fn items(&mut self, schema: &Value, items: Vec<Value>, at: &str) -> Value {
+        let items = items.into_iter().enumerate();
+        items.filter_map(|(index, item)| self.value(schema, item, &format!("{at}[{index}]"))).collect()
+    }
+
+    fn fields(&mut self, schema: &Value, fields: Map<String, Value>, at: &str) -> Value {
+        if schema.get("properties").is_some() {
+            return self.object(schema, fields, at, &[]);
+        }
+        let of_each = &schema["additionalProperties"];
+        let fields = fields.into_iter().filter_map(|(name, value)| {
+            let at = format!("{at}.{}", plain(head(&name, SHOWN)));
+            Some((name, self.value(of_each, value, &at)?))
+        });
+        Value::Object(fields.collect())
+    }
+}
+
+/// Whether this is another way not to give an optional field.
+fn is_absent(name: &str, value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty() && !EMPTY_IS_A_VALUE.contains(&name),
+        Value::Array(items) => items.is_empty(),
+        _ => false,
+    }
+}
+
+/// A list or a map that arrives as JSON in a string.
+fn text_as_json(value: Value) -> Value {
+    match value {
+        Value::String(text) if text.trim_start().starts_with(['[', '{']) => {
+            serde_json::from_str(&text).unwrap_or(Value::String(text))
+        }
+        other => other,
+    }
+}
+
+fn boolean(value: &Value) -> Option<bool> {
+    match value {
+        Value::Bool(yes) => Some(*yes),
+        Value::String(text) if text.eq_ignore_ascii_case("true") => Some(true),
+        Value::String(text) if text.eq_ignore_ascii_case("false") => Some(false),
+        _ => None,
+    }
+}
+
+fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::Number(number) => number.as_f64(),
+        Value::String(text) => serde_json::from_str::<serde_json::Number>(text.trim()).ok()?.as_f64(),
+        _ => None,
+    }
+}
+
+/// A whole number, also where it is written with a fraction of zero.
+fn whole(value: &Value) -> Option<Value> {
+    let exact = match value {
+        Value::String(text) => serde_json::from_str::<Value>(text.trim()).ok().filter(Value::is_number)?,
+        other => other.clone(),
+    };
+    if exact.is_u64() || exact.is_i64() {
+        return Some(exact);
+    }
+    // Beyond that a double does not tell whole numbers apart.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    let number = exact.as_f64()?;
+    #[expect(clippy::cast_possible_truncation, reason = "it is whole and within bounds")]
+    (number.fract() == 0.0 && number.abs() <= EXACT).then(|| json!(number as i64))
+}
+
+/// Whether a value of the right type is one that the schema allows.
+fn within(schema: &Value, value: &Value) -> bool {
+    if let Some(choices) = schema["enum"].as_array() {
+        return choices.contains(value);
+    }
+    let Some(number) = value.as_f64() else { return true };
+    let bound = |word: &str| schema[word].as_f64();
+    number.is_finite()
+        && bound("minimum").is_none_or(|least| number >= least)
+        && bound("exclusiveMinimum").is_none_or(|least| number > least)
+        && bound("maximum").is_none_or(|most| number <= most)
+}
+
+/// The schema of a time's alias.
+fn in_milliseconds(field: &Value) -> Value {
+    let mut schema = json!({ "type": "number" });
+    for bound in ["minimum", "exclusiveMinimum", "maximum"] {
+        if let Some(seconds) = field[bound].as_f64() {
+            schema[bound] = json!(seconds * 1000.0);
+        }
+    }
+    schema
+}
+
+fn missing(at: &str, schema: &Value) -> String {
+    format!("{at}: it is missing; it must be {}", shape(at, schema))
+}
+
+/// What a value has to be, in words and with an example.
+fn shape(at: &str, schema: &Value) -> String {
+    let field = at.rsplit('.').next().unwrap_or(at);
+    let example = EXAMPLES.iter().find(|(name, _)| *name == field).map(|(_, example)| (*example).to_owned());
+    let list = |choices: &Vec<Value>| choices.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", ");
+    let (words, usual) = match schema["type"].as_str().unwrap_or_default() {
+        "string" => match schema["enum"].as_array() {
+            Some(choices) => return format!("one of {}", list(choices)),
+            None => ("text".to_owned(), r#""text""#.to_owned()),
+        },
+        "boolean" => ("true or false".to_owned(), "true".to_owned()),
+        "integer" => (format!("a whole number{}", bounds(schema)), number_for(schema, 1.0)),
+        "number" => (format!("a number{}", bounds(schema)), number_for(schema, 60.0)),
+        "array" if schema["items"]["type"] == "object" => ("a list of objects".to_owned(), "[{}]".to_owned()),
+        "array" => ("a list of texts".to_owned(), r#"["a", "b"]"#.to_owned()),
+        "object" if schema.get("properties").is_some() => ("an object".to_owned(), example_of(schema)),
+        _ => ("an object with text values".to_owned(), r#"{"KEY": "value"}"#.to_owned()),
+    };
+    format!("{words}, for example {}", example.unwrap_or(usual))
+}
+
+fn bounds(schema: &Value) -> String {
+    let least = &schema["minimum"];
+    let above = &schema["exclusiveMinimum"];
+    match (least.is_number(), above.is_number(), &schema["maximum"]) {
+        (true, _, Value::Number(most)) => format!(" from {least} to {most}"),
+        (true, ..) => format!(", at least {least}"),
+        (_, true, _) => format!(" greater than {above}"),
+        (.., Value::Number(most)) => format!(", at most {most}"),
+        _ => String::new(),
+    }
+}
+
+fn number_for(schema: &Value, usual: f64) -> String {
+    let least = schema["minimum"].as_f64().unwrap_or(usual);
+    let most = schema["maximum"].as_f64().unwrap_or(usual.max(least));
+    json!(usual.clamp(least.min(most), most)).to_string().trim_end_matches(".0").to_owned()
+}
+
+/// An object with what it needs.
+fn example_of(schema: &Value) -> String {
+    let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let fields = required.map(|name| {
+        let known = EXAMPLES.iter().find(|(field, _)| *field == name);
+        format!("\"{name}\": {}", known.map_or("\"text\"", |(_, example)| example))
+    });
+    format!("{{{}}}", fields.collect::<Vec<_>>().join(", "))
+}
+
+/// A wrong value, short. A long or nested one is told by its kind.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Null => "null".into(),
+        Value::Array(_) => "a list".into(),
+        Value::Object(_) => "an object".into(),
+        Value::String(text) if text.len() > SHOWN => "a longer text".into(),
+        other => plain(&other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schema() -> Value {
+        json!({ "type": "object", "required": ["name"], "properties": {
+            "name": { "type": "string" },
+            "cpus": { "type": "integer", "minimum": 1, "maximum": 64 },
+            "force": { "type": "boolean", "default": false },
+            "net": { "type": "string", "enum": ["nat", "none"] },
+            "argv": { "type": "array", "items": { "type": "string" } },
+            "env": { "type": "object", "additionalProperties": { "type": "string" } },
+            "content": { "type": "string" },
+            "forwards": { "type": "array", "items": { "type": "object", "required": ["guest_port"], "properties": {
+                "guest_port": { "type": "integer", "minimum": 1, "maximum": 65535 },
+                "host": { "type": "string" } } } },
+            "timeout_seconds": { "type": "number", "minimum": 0, "maximum": 100 },
+        } })
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "made where it is used")]
+    fn ok(given: Value) -> Value {
+        let read = read(&schema(), &[], given.clone());
+        assert!(read.wrong.is_none() && read.notes.is_empty(), "{given}: {:?} {:?}", read.wrong, read.notes);
+        read.value
+    }
+
+    fn wrong(given: Value) -> String {
+        read(&schema(), &[], given).wrong.unwrap().message().to_owned()
+    }
+
+    #[test]
+    fn null_and_empty_values_of_optional_fields_mean_absent() {
+        // A model under OpenAI's strict mode sends every field, and was refused for most of them.
+        for empty in [json!(null), json!(""), json!([])] {
+            let mut given = json!({ "name": "web" });
+            for field in ["cpus", "force", "net", "argv", "env", "forwards", "timeout_seconds", "timeout_ms"] {
+                given[field] = empty.clone();
+            }
+            assert_eq!(ok(given), json!({ "name": "web" }), "{empty}");
+        }
+        assert_eq!(ok(json!({ "name": "web", "content": "" })), json!({ "name": "web", "content": "" }));
+        let inner = json!({ "name": "web", "argv": ["echo", ""], "env": { "A": "" } });
+        assert_eq!(ok(inner.clone()), inner);
+        let nested = json!({ "name": "web", "forwards": [{ "guest_port": 80, "host": null }] });
+        assert_eq!(ok(nested)["forwards"], json!([{ "guest_port": 80 }]));
+        // A default that is spelled out is the same call.
+        assert_eq!(ok(json!({ "name": "web", "force": false })), json!({ "name": "web" }));
+    }
+
+    #[test]
+    fn values_in_another_spelling_are_read_as_what_they_are() {
+        for (field, given, read) in [
+            ("cpus", json!(2.0), json!(2)),
+            ("cpus", json!("2"), json!(2)),
+            ("cpus", json!("2.0"), json!(2)),
+            ("force", json!("true"), json!(true)),
+            ("force", json!("True"), json!(true)),
+            ("argv", json!(r#"["ls", "-l"]"#), json!(["ls", "-l"])),
+            ("env", json!(r#"{"A": "b"}"#), json!({"A": "b"})),
+            ("forwards", json!(r#"[{"guest_port": "80"}]"#), json!([{"guest_port": 80}])),
+        ] {
+            assert_eq!(ok(json!({ "name": "web", field: given }))[field], read, "{field}: {given}");
+        }
+    }
+
+    #[test]
+    fn times_are_seconds_and_their_aliases_milliseconds() {
+        for (given, ms) in [
+            (json!({ "timeout_seconds": 5 }), 5000),
+            (json!({ "timeout_seconds": 1.5 }), 1500),
+            (json!({ "timeout_seconds": "0.25" }), 250),
+            (json!({ "timeout_seconds": 0.07 }), 70),
+            (json!({ "timeout_seconds": 0.0001 }), 1),
+            (json!({ "timeout_seconds": 0 }), 0),
+            (json!({ "timeout_ms": 2000.0 }), 2000),
+            (json!({ "timeout_ms": 2000, "timeout_seconds": null }), 2000),
+            (json!({ "timeout_ms": 2000, "timeout_seconds": 2 }), 2000),
+        ] {
+            let mut with_name = given.clone();
+            with_name["name"] = "web".into();
+            assert_eq!(ok(with_name)["timeout_ms"], ms, "{given}");
+        }
+        let differ = wrong(json!({ "name": "web", "timeout_ms": 1, "timeout_seconds": 2 }));
+        assert!(differ.contains("give one of them"), "{differ}");
+        let late = wrong(json!({ "name": "web", "timeout_ms": 200_000 }));
+        assert!(late.starts_with("timeout_ms: must be a number from 0"), "{late}");
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_and_named() {
+        let given = json!({ "name": "web", "toolCallId": "x", "nothing": null, "start": false,
+            "forwards": [{ "guest_port": 80, "colour": 1 }] });
+        let read = read(&schema(), &["start"], given);
+        assert_eq!(read.value, json!({ "name": "web", "forwards": [{ "guest_port": 80 }], "start": false }));
+        assert!(read.wrong.is_none());
+        assert_eq!(read.notes.len(), 1);
+        assert!(read.notes[0].ends_with("ignored: forwards[0].colour, toolCallId"), "{:?}", read.notes);
+    }
+
+    #[test]
+    fn wrong_values_are_refused_with_their_shape_and_an_example() {
+        for (given, words) in [
+            (json!({}), r#"name: it is missing; it must be text, for example "web-1""#),
+            (json!({ "name": null }), "name: it is missing"),
+            (json!({ "name": 5 }), r#"name: must be text, for example "web-1", not 5"#),
+            (
+                json!({ "name": "web", "cpus": 2.5 }),
+                "cpus: must be a whole number from 1 to 64, for example 1, not 2.5",
+            ),
+            (json!({ "name": "web", "cpus": 0 }), "cpus: must be a whole number from 1 to 64"),
+            (json!({ "name": "web", "cpus": true }), "cpus: must be a whole number"),
+            (json!({ "name": "web", "force": "yes" }), "force: must be true or false"),
+            (json!({ "name": "web", "net": "bridge" }), r#"net: must be one of nat, none, not "bridge""#),
+            (
+                json!({ "name": "web", "argv": "ls -l" }),
+                r#"argv: must be a list of texts, for example ["ls", "-l", "/"]"#,
+            ),
+            (json!({ "name": "web", "argv": [1] }), "argv[0]: must be text"),
+            (
+                json!({ "name": "web", "env": ["A=b"] }),
+                r#"env: must be an object with text values, for example {"LANG""#,
+            ),
+            (json!({ "name": "web", "env": { "A": 1 } }), "env.A: must be text"),
+            (json!({ "name": "web", "forwards": [{}] }), "forwards[0].guest_port: it is missing"),
+            (
+                json!({ "name": "web", "forwards": [80] }),
+                r#"forwards[0]: must be an object, for example {"guest_port": 80}"#,
+            ),
+            (json!({ "name": "web", "timeout_seconds": -1 }), "timeout_seconds: must be a number from 0 to 100"),
+            (json!([]), "arguments: must be an object"),
+        ] {
+            let said = wrong(given);
+            assert!(said.starts_with(words), "{said}");
+            for rust in ["u32", "u64", "usize", "f64", "map", "sequence", "struct", "invalid type", "expected"] {
+                assert!(!said.contains(rust), "{said}");
+            }
+        }
+        let both = wrong(json!({ "cpus": 0 }));
+        assert!(both.contains("name: ") && both.contains("; cpus: "), "all that is wrong is told at once: {both}");
+    }
+}

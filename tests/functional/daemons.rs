@@ -1,0 +1,132 @@
+//! Processes of nido that stay: what they keep of whoever started them, what ends them, and what ends when they are killed.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::{Home, processes, until};
+
+const MARK: &str = "RUNNER_TRACKING_ID";
+
+fn process_with(home: &Home, word: &str) -> Pid {
+    until(word, || processes::of(&home.path()).into_iter().find(|(_, line)| line.contains(word)).map(|(pid, _)| pid))
+}
+
+fn supervisor(home: &Home) -> Pid {
+    process_with(home, " supervise ")
+}
+
+fn qemu(home: &Home) -> Pid {
+    process_with(home, "path=qmp.sock")
+}
+
+/// What `/proc` has about a process, as text.
+fn about(pid: Pid, what: &str) -> String {
+    String::from_utf8_lossy(&fs::read(format!("/proc/{}/{what}", pid.as_raw_nonzero())).unwrap()).into_owned()
+}
+
+/// A lock of the caller's, a pipe, a mark in its environment or its directory stayed in use by supervisors, deliverers and fillers.
+#[test]
+fn processes_that_stay_keep_nothing_of_their_caller() {
+    let home = Home::new();
+    let lock = home.scratch("lock");
+    let here = home.scratch("here");
+    fs::create_dir(&here).unwrap();
+    let locked = |arguments: &[&str]| {
+        // flock(1) leaves the locked descriptor to the program that it runs.
+        let mut command = Command::new("flock");
+        command.arg("--nonblock").arg(&lock).arg(env!("CARGO_BIN_EXE_nido")).args(arguments);
+        command.env("NIDO_HOME", home.path()).env("NIDO_QEMU", home.qemu_path()).env(MARK, "q").current_dir(&here);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    };
+    locked(&["spawn", "web", "--accel", "tcg", "--ttl", "1h"]);
+    for pid in [supervisor(&home), process_with(&home, " watch-ttl ")] {
+        assert!(!about(pid, "environ").contains(MARK), "{}", about(pid, "environ"));
+        let directory = fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero())).unwrap();
+        assert!(directory.starts_with(home.path().join("vms")), "{}", directory.display());
+    }
+    // Something to deliver starts a process that stays for a while.
+    locked(&["webhook", "add", "--url", "http://127.0.0.1:9/", "--allow-private"]);
+    locked(&["create", "later"]);
+    locked(&["ls"]);
+    let webhook = home.nido(["webhook", "list", "-q"]).run().ok().text().trim().to_owned();
+    home.nido(["webhook", "remove", &webhook]).run().ok();
+}
+
+/// A VM whose supervisor was killed ran on past its time to live for as long as nobody called nido.
+#[test]
+fn a_time_to_live_ends_without_a_supervisor_and_without_a_command() {
+    let home = Home::new();
+    for more in ["--label=a=b", "--ephemeral"] {
+        home.nido(["spawn", "web", "--accel", "tcg", "--ttl", "8s", more]).run().ok();
+        processes::kill(supervisor(&home));
+        processes::expect_none(&home.path());
+        match more {
+            "--ephemeral" => home.expect_empty(),
+            _ => {
+                assert_eq!(home.info("web")["status"], "stopped");
+                home.nido(["delete", "web"]).run().ok();
+            }
+        }
+    }
+}
+
+/// Shutting a host down sends SIGTERM to every process: QEMU ended of it at once, and the VM had failed.
+#[test]
+fn sigterm_stops_a_vm_in_order() {
+    let home = Home::new();
+    home.spawn("web");
+    for signal in [Signal::TERM, Signal::HUP] {
+        kill_process(supervisor(&home), signal).unwrap();
+        let info = home.await_info("web", |info| info["status"] == "stopped");
+        assert!(info["failure"].is_null(), "{info}");
+        processes::expect_none(&home.path());
+        home.nido(["start", "web"]).run().ok();
+    }
+}
+
+/// A VM belonged to the service or session that it was started in, and went down with it.
+#[test]
+fn where_there_is_systemd_a_vm_gets_a_scope_of_its_own() {
+    let home = Home::new();
+    let programs = home.scratch("bin");
+    fs::create_dir(&programs).unwrap();
+    let said = home.scratch("busctl-said");
+    let busctl = programs.join("busctl");
+    fs::write(&busctl, format!("#!/bin/sh\necho \"$@\" >> '{}'\n", said.display())).unwrap();
+    fs::set_permissions(&busctl, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display());
+    let address = "unix:path=/nonexistent";
+    let spawn = home.nido(["spawn", "web", "--accel", "tcg"]).env("PATH", path);
+    spawn.env("DBUS_SYSTEM_BUS_ADDRESS", address).env("DBUS_SESSION_BUS_ADDRESS", address).run().ok();
+    let line = until("busctl", || fs::read_to_string(&said).ok().filter(|text| text.ends_with('\n')));
+    let id = home.info("web")["id"].as_str().unwrap().to_owned();
+    let pids = [supervisor(&home), qemu(&home)].map(|pid| pid.as_raw_nonzero().to_string()).join(" ");
+    for part in ["StartTransientUnit", &format!("nido-{id}.scope"), &format!("PIDs au 2 {pids} 0")] {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+}
+
+/// A VM whose template holds another nido's agent booted that agent, which this nido may not understand.
+#[test]
+fn a_vm_boots_with_the_agent_of_this_nido() {
+    let home = Home::new();
+    let store = nido_images::Store::new(&home.path());
+    let mut manifest = store.open("sandbox").unwrap();
+    manifest.agent.sha256 = "f".repeat(64);
+    store.publish(&manifest, &store.lock().unwrap()).unwrap();
+    home.spawn("web");
+    let blobs = home.path().join("blobs/sha256");
+    let made = |blob: &fs::DirEntry| {
+        let bytes = fs::read(blob.path()).unwrap();
+        bytes.starts_with(b"initramfs base") && bytes.len() > nido_images::AGENT.len()
+    };
+    let count = || fs::read_dir(&blobs).unwrap().flatten().filter(|blob| made(blob)).count();
+    assert_eq!(count(), 1);
+    home.nido(["restart", "web"]).run().ok();
+    home.nido(["doctor", "--gc"]).run();
+    assert_eq!(count(), 1, "it is made once, and stays while a VM uses it");
+}
