@@ -71,7 +71,10 @@ fn settle(output: &Output, codes: Codes, outcome: Outcome) -> Exit {
         Err(Failure::Stdout(error)) => {
             if error.kind() != std::io::ErrorKind::BrokenPipe {
                 let exit = Exit::of_stdout(&error, codes);
-                output.error(&Error::io("cannot write to standard output", error));
+                let is_full = error.kind() == std::io::ErrorKind::StorageFull;
+                let told = Error::io("cannot write to standard output", error);
+                // The core's hint is about nido's own disk.
+                output.error(&if is_full { told.hint("free some space where the output is written to") } else { told });
                 return exit;
             }
             Exit::of_stdout(&error, codes)

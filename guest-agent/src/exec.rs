@@ -81,14 +81,21 @@ pub async fn run(
         () = kill_at(&guard, limit.map(|limit| begun + limit), &feed) => unreachable_end().await?,
     };
     // What is still there was left on purpose.
-    guard.scope = None;
+    let scope = guard.scope.take();
     let (code, signal) = match status {
         Ended::Code(code) => (Some(code), None),
         Ended::Signal(signal) => (None, Some(signal)),
     };
     let timed_out = feed.state().timed_out;
     let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-    Ok(output.send(&ToHost::Exited(Exited { code, signal, timed_out, duration_ms })).await?)
+    output.send(&ToHost::Exited(Exited { code, signal, timed_out, duration_ms })).await?;
+    // The host does not wait for this.
+    let agent = agent.clone();
+    tokio::task::spawn_blocking(move || {
+        drop(scope);
+        agent.scopes.make_ready();
+    });
+    Ok(())
 }
 
 /// The type of a branch that never completes.

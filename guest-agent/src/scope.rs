@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -30,6 +30,8 @@ pub struct Scopes {
     /// The group above all commands'; none where the agent leaves the machine alone.
     base: Option<PathBuf>,
     count: AtomicU64,
+    /// A group for the next command, made while nobody waits for it.
+    spare: Mutex<Option<Group>>,
     /// Groups whose command has ended and that may hold background processes.
     ended: Arc<Mutex<VecDeque<PathBuf>>>,
 }
@@ -42,13 +44,26 @@ impl Scopes {
             Role::Service => own_group().map(|group| group.join("commands")),
             Role::Visitor => None,
         };
-        Self { base, count: AtomicU64::new(0), ended: Arc::default() }
+        Self { base, count: AtomicU64::new(0), spare: Mutex::default(), ended: Arc::default() }
     }
 
     /// A scope for one more command.
     pub fn scope(&self) -> Scope {
-        let group = self.base.as_deref().and_then(|base| self.group(base).ok());
+        let spare = self.spare().take();
+        let group = spare.or_else(|| self.base.as_deref().and_then(|base| self.group(base).ok()));
         Scope { group, main: None, known: BTreeMap::new(), ended: self.ended.clone() }
+    }
+
+    /// Makes what the next command needs ready. Blocks on the guest's files.
+    pub fn make_ready(&self) {
+        let mut spare = self.spare();
+        if let (None, Some(base)) = (&*spare, self.base.as_deref()) {
+            *spare = self.group(base).ok();
+        }
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Option<Group>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn group(&self, base: &Path) -> io::Result<Group> {

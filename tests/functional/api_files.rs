@@ -49,6 +49,9 @@ fn directories_go_both_ways_as_archives() {
     // Whoever does not know is told.
     let problem = server.get(&path).problem(422, "path_invalid");
     assert!(problem["hint"].as_str().unwrap().contains("application/x-tar"), "{problem}");
+    // What is below a file is no directory, so an archive would be no help.
+    let below = server.send("GET", &format!("{path}/a/b/file/x"), &[], b"").problem(422, "path_invalid");
+    assert!(!below["hint"].to_string().contains("x-tar"), "{below}");
     put(&format!("{path}&mode=600"), &whole).problem(422, "spec_invalid");
     let unknown = server.send("PUT", &path, &[("content-type", "application/zip")], &whole);
     unknown.problem(415, "media_type_unsupported");

@@ -98,6 +98,21 @@ fn a_guest_that_overlooks_the_power_button_is_asked_again() {
     home.nido(["stop", "web", "--json", "--timeout", "2h"]).run().fails(2, "spec_invalid");
 }
 
+// The next supervisor did not know that there was a deadline: the VM was `stopping` for ever.
+#[test]
+fn a_stop_whose_supervisor_is_killed_ends_all_the_same() {
+    let home = Home::new();
+    home.qemu("ignore-powerdown");
+    home.spawn("web");
+    let stopping = home.nido(["stop", "web", "--timeout", "1s"]).start();
+    home.await_info("web", |info| info["status"] == "stopping");
+    // The command asks the next supervisor again; any command that looks at the VM would start one as well.
+    let all = processes::of(&home.path()).into_iter();
+    all.filter(|(_, line)| line.contains(" supervise ")).for_each(|(pid, _)| processes::kill(pid));
+    stopping.wait();
+    home.await_info("web", |info| info["status"] == "stopped");
+}
+
 // A pause that was admitted before the stop halted the guest behind it, which could then never go down.
 #[test]
 fn a_guest_that_goes_down_is_not_halted() {

@@ -129,6 +129,9 @@ impl Error {
             GuestError::PathExists(_) => (Code::PathExists, "--force replaces it".into()),
             GuestError::PathNotFound(_) => (Code::PathNotFound, "check the path on this side".into()),
             GuestError::BadName(_) => (Code::PathInvalid, "check the path".into()),
+            GuestError::IsDirectory => {
+                (Code::PathInvalid, "ask for a tar archive of it (over HTTP: Accept: application/x-tar)".into())
+            }
             GuestError::BadArchive(_) => (
                 Code::SpecInvalid,
                 "files, directories and symlinks, with names below the directory: tar -C DIR --hard-dereference -c ."

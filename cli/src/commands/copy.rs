@@ -104,6 +104,14 @@ pub async fn download(
     }
 }
 
+/// A result that says where the bytes went. The core knows a device or pipe of the host as an open file only.
+pub fn to(destination: &OsStr, mut done: CopyResult) -> CopyResult {
+    if done.path.is_empty() && !is_stdout(destination) {
+        done.path = destination.to_string_lossy().into_owned();
+    }
+    done
+}
+
 /// Whether the reason at the bottom of an error is that nobody reads what is written.
 fn is_broken_pipe(error: &Error) -> bool {
     let reasons = std::iter::successors(std::error::Error::source(error), |reason| reason.source());
@@ -144,6 +152,6 @@ fn sentence(done: &CopyResult, to_stdout: bool) -> String {
     let rate = done.bytes.saturating_mul(1000) / done.duration_ms.max(1);
     let entries = if done.entries == 1 { "1 entry".into() } else { format!("{} entries", done.entries) };
     let seconds = Duration::from_millis(done.duration_ms).as_secs_f64();
-    let place = if to_stdout || done.path.is_empty() { "standard output" } else { &done.path };
+    let place = if to_stdout { "standard output" } else { &done.path };
     format!("copied {entries}, {} in {seconds:.2} s ({}/s) to {place}", show_bytes(done.bytes), show_bytes(rate))
 }

@@ -70,7 +70,8 @@ impl Args {
                 to_stdout = copy::is_stdout(&destination);
                 for source in sources {
                     let request = self.download(source, copy::target(destination.clone())?, self.force);
-                    add(&mut total, copy::download(cx, &nido, &name, request).await)?;
+                    let done = copy::download(cx, &nido, &name, request).await;
+                    add(&mut total, done.map(|done| copy::to(&destination, done)))?;
                 }
             }
             Plan::Across { from, sources, to, destination } => {

@@ -45,7 +45,7 @@ pub struct Args {
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
-        let to_stdout = copy::is_stdout(&self.destination);
+        let (destination, to_stdout) = (self.destination.clone(), copy::is_stdout(&self.destination));
         let request = DownloadRequest {
             source: copy::guest(self.source),
             destination: copy::target(self.destination)?,
@@ -53,7 +53,7 @@ impl Args {
             preserve: self.preserve,
             max_bytes: None,
         };
-        let done = copy::download(cx, &nido, &self.name, request).await?;
+        let done = copy::to(&destination, copy::download(cx, &nido, &self.name, request).await?);
         copy::report(cx, &done, to_stdout)
     }
 }

@@ -74,6 +74,9 @@ pub enum GuestError {
     /// A path that cannot be used.
     #[error("{0}")]
     BadName(String),
+    /// A directory where the bytes of a file were asked for.
+    #[error("it is a directory")]
+    IsDirectory,
     /// A tar archive that cannot be unpacked.
     #[error("the archive cannot be used: {0}")]
     BadArchive(String),

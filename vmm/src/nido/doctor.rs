@@ -12,6 +12,7 @@ use crate::home::VM_LOCK;
 use crate::host::{HostFacts, KvmVerdict, Nesting, QemuFacts, VsockVerdict, facts, kvm, qemu, scope};
 use crate::lock::is_held;
 use crate::machine::{self, MachineRequest};
+use crate::nido::create::SPACE_RESERVE_BYTES;
 use crate::nido::{Nido, OpenOptions};
 
 /// Less free space than this on the home's disk is worth a word, in bytes.
@@ -79,16 +80,8 @@ impl Nido {
     }
 
     fn check_disk(&self) -> DoctorCheck {
-        let shown = self.home.root().display();
-        match facts::disk_free_bytes(self.home.root()) {
-            Ok(free) if free >= LOW_DISK => {
-                check("disk", CheckStatus::Ok, format!("{} GiB free for {shown}", free >> 30))
-            }
-            Ok(free) => check("disk", CheckStatus::Warning, format!("only {} MiB free for {shown}", free >> 20))
-                .hint("free some space, or keep VMs elsewhere with NIDO_HOME"),
-            Err(e) => check("disk", CheckStatus::Failed, format!("{shown} cannot be looked at: {e}"))
-                .hint("use another home with --home"),
-        }
+        let root = self.home.root();
+        check_disk(&root.display().to_string(), facts::disk_free_bytes(root))
     }
 
     fn check_templates(&self) -> Result<DoctorCheck> {
@@ -245,6 +238,24 @@ impl DoctorCheck {
     fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+}
+
+/// Whether there is room for VMs below the home `shown`. Pure.
+fn check_disk(shown: &str, free: std::io::Result<u64>) -> DoctorCheck {
+    match free {
+        Ok(free) if free >= LOW_DISK => check("disk", CheckStatus::Ok, format!("{} GiB free for {shown}", free >> 30)),
+        Ok(free) if free >= SPACE_RESERVE_BYTES => {
+            check("disk", CheckStatus::Warning, format!("only {} MiB free for {shown}", free >> 20))
+                .hint("free some space, or keep VMs elsewhere with NIDO_HOME")
+        }
+        Ok(free) => {
+            let (free, needed) = (free >> 10, SPACE_RESERVE_BYTES >> 10);
+            check("disk", CheckStatus::Failed, format!("{free} KiB free for {shown}; a VM needs {needed} KiB"))
+                .hint("free some space: nido delete VM, nido snapshot delete VM NAME, nido doctor --gc")
+        }
+        Err(e) => check("disk", CheckStatus::Failed, format!("{shown} cannot be looked at: {e}"))
+            .hint("use another home with --home"),
     }
 }
 
@@ -437,4 +448,18 @@ fn check_memory(host: &HostFacts) -> DoctorCheck {
         return check("memory", CheckStatus::Ok, detail);
     }
     check("memory", CheckStatus::Warning, detail).hint("nido ls shows what runs; nido stop NAME ends it")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_vm_can_be_made_on_a_full_disk() {
+        let status = |free| check_disk("/home/nido", free).status;
+        assert_eq!(status(Ok(LOW_DISK)), CheckStatus::Ok);
+        assert_eq!(status(Ok(SPACE_RESERVE_BYTES)), CheckStatus::Warning);
+        assert_eq!(status(Ok(0)), CheckStatus::Failed);
+        assert_eq!(status(Err(std::io::ErrorKind::NotFound.into())), CheckStatus::Failed);
+    }
 }

@@ -105,10 +105,7 @@ async fn download(
         Ok(response)
     };
     if first.is_none() {
-        joined(copying.await).map_err(|error| match error.code() {
-            Code::PathInvalid => error.hint("a directory is answered as a tar archive: Accept: application/x-tar"),
-            _ => error,
-        })?;
+        joined(copying.await)?;
         return typed(Stream::empty());
     }
     let counter = Arc::clone(&app);

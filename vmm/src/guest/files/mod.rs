@@ -210,9 +210,8 @@ impl Guest {
     /// Copies out of the guest to `writer`: one file as it is, or a tree as an archive.
     ///
     /// # Errors
-    /// Those of [`Self::download`]; [`GuestError::Guest`] with
-    /// [`Fault::WrongType`](nido_guest_agent::wire::Fault::WrongType) for a directory as it is; in an archive, if a file
-    /// becomes shorter while it is copied.
+    /// Those of [`Self::download`]; [`GuestError::IsDirectory`] for a directory as it is; in an archive, if a
+    /// file becomes shorter while it is copied.
     pub async fn download_to(
         &self,
         (source, form): (Vec<u8>, Form),

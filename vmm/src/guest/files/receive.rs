@@ -8,7 +8,7 @@ use std::path::Path;
 
 use minicbor::bytes::ByteVec;
 use nido_guest_agent::wire::{
-    self, EntryKind, Failed, Fault, MAX_LEFT_OUT, MAX_LEFT_OUT_PATH, ToHost, check_path, kind,
+    self, EntryKind, MAX_LEFT_OUT, MAX_LEFT_OUT_PATH, ToHost, check_path, kind,
 };
 
 use super::wire::Wire;
@@ -186,10 +186,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
     pub fn copy_to(mut self, writer: impl Write) -> Result<Copied, GuestError> {
         match self.item()? {
             Some(Item { kind: ItemKind::File(_), .. }) => self.rest_of_file_to(writer),
-            _ => {
-                let message = "it is not a file".into();
-                Err(GuestError::Guest(Failed { fault: Fault::WrongType, message }))
-            }
+            _ => Err(GuestError::IsDirectory),
         }
     }
 
