@@ -255,7 +255,10 @@ fn copies_of_a_running_vm_never_draw_the_same_random_numbers() {
     const DRAWN_LEAST: usize = 20;
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
-    vm.sh("setsid sh -c 'while :; do echo drawn $(od -An -N8 -tx8 /dev/urandom) >/dev/console; done' >/dev/null 2>&1 &").ok();
+    vm.sh(
+        "setsid sh -c 'while :; do echo drawn $(od -An -N8 -tx8 /dev/urandom) >/dev/console; done' >/dev/null 2>&1 &",
+    )
+    .ok();
     // Each VM's console holds what this VM has run itself, and nothing from before.
     let drawn = |name: &'static str| {
         eventually("random numbers", || {

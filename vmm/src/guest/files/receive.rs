@@ -7,9 +7,7 @@ use std::io::Write;
 use std::path::Path;
 
 use minicbor::bytes::ByteVec;
-use nido_guest_agent::wire::{
-    self, EntryKind, MAX_LEFT_OUT, MAX_LEFT_OUT_PATH, ToHost, check_path, kind,
-};
+use nido_guest_agent::wire::{self, EntryKind, MAX_LEFT_OUT, MAX_LEFT_OUT_PATH, ToHost, check_path, kind};
 
 use super::wire::Wire;
 use super::{Copied, LeftOut, Limits, Progress};
