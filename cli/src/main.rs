@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use nido_server::{sanitize, serve, signals};
 use nido_vmm::error::Error;
+use nido_vmm::host::daemon;
 
 use crate::commands::{Cli, Context};
 use crate::exit::{Codes, Exit, Failure, Outcome};
@@ -35,11 +36,17 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Exit {
+    daemon::keep_descriptors();
+    let begun = if cli.verb.stays() { daemon::begin() } else { Ok(()) };
     let context = Context::new(&cli.global, cli.verb.frees_space());
     let codes = cli.verb.codes();
+    if let Err(error) = begun {
+        let error = Error::io("cannot close what the caller has left open", error);
+        return settle(&context.output, codes, Err(error.into()));
+    }
     commands::start_log(&cli);
     let mut runtime = if cli.verb.serves() {
-        nido_vmm::host::daemon::raise_open_files();
+        daemon::raise_open_files();
         tokio::runtime::Builder::new_multi_thread()
     } else {
         tokio::runtime::Builder::new_current_thread()

@@ -89,13 +89,13 @@ pub async fn run(
     let timed_out = feed.state().timed_out;
     let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     output.send(&ToHost::Exited(Exited { code, signal, timed_out, duration_ms })).await?;
-    // The host does not wait for this.
+    // Whoever waits for the command has its end; only what comes next in this session waits for this.
     let agent = agent.clone();
-    tokio::task::spawn_blocking(move || {
+    let made_ready = tokio::task::spawn_blocking(move || {
         drop(scope);
         agent.scopes.make_ready();
     });
-    Ok(())
+    Ok(made_ready.await.map_err(io::Error::other)?)
 }
 
 /// The type of a branch that never completes.

@@ -134,7 +134,8 @@ impl Error {
             }
             GuestError::BadArchive(_) => (
                 Code::SpecInvalid,
-                "files, directories and symlinks, with names below the directory: tar -C DIR --hard-dereference -c ."
+                "files, directories and symlinks, with names below the directory: tar -C DIR --hard-dereference -c . \
+                 (without --sparse)"
                     .into(),
             ),
             GuestError::ArchiveTooLarge { .. } => (Code::LimitExceeded, "send it in parts".into()),

@@ -171,6 +171,11 @@ impl Verb {
         matches!(self, Self::ApiServer(_) | Self::McpServer(_))
     }
 
+    /// Whether its process stays when the command that has started it is over.
+    pub const fn stays(&self) -> bool {
+        matches!(self, Self::Supervise(_) | Self::WatchTtl(_) | Self::PoolFill(_) | Self::Deliver(_))
+    }
+
     /// Whether it is there to give space back: a full disk does not keep it from that.
     pub const fn frees_space(&self) -> bool {
         matches!(self, Self::Delete(_) | Self::Stop(_) | Self::Snapshot(_) | Self::Template(_) | Self::Doctor(_))
@@ -300,7 +305,7 @@ impl Context {
 /// their log file.
 pub fn start_log(cli: &Cli) {
     let told = match (cli.global.verbose, &cli.verb) {
-        (0, Verb::Supervise(_) | Verb::WatchTtl(_) | Verb::PoolFill(_) | Verb::Deliver(_)) => "info",
+        (0, verb) if verb.stays() => "info",
         // A server's stderr is its log, or its client keeps what it says here. The protocol's library warns of every answer that is an error, and of clients that
         // have hung up: the client has been told, or is gone.
         (0, Verb::McpServer(_) | Verb::ApiServer(_)) => "warn,rmcp=off",

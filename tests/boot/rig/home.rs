@@ -273,13 +273,10 @@ impl Vm<'_> {
         self.process("supervisor", |process| process.arguments.iter().any(|argument| argument == "supervise"))
     }
 
-    /// Kills the supervisor and waits until it is gone, with all its threads and what they held open.
+    /// Kills the supervisor and waits until it is gone.
     #[track_caller]
     pub fn kill_supervisor(&self) {
-        let lock = fs::File::open(self.dir().join("supervisor.lock")).unwrap();
         self.supervisor().kill();
-        let free = || rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared).ok();
-        eventually("the supervisor's death", free);
     }
 
     pub fn delete(&self) {

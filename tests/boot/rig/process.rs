@@ -3,7 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+
+use super::wait::PATIENCE;
 
 /// One process.
 #[derive(Debug, Clone)]
@@ -44,9 +47,15 @@ impl Process {
         self.status("State").is_some_and(|state| !state.starts_with('Z'))
     }
 
-    /// Ends it with no chance to clear up.
+    /// Ends it with no chance to clear up, and waits until it is gone with all its threads and what they held open. One that has
+    /// ended by itself is as good.
+    #[track_caller]
     pub fn kill(&self) {
+        let pid = Pid::from_raw(self.pid).expect("a process has a number");
+        let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
         send(self.pid, Signal::KILL);
+        let limit = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
+        assert_eq!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)), Ok(1), "{self:?} does not die");
     }
 }
 

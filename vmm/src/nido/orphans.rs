@@ -42,9 +42,15 @@ pub struct Adoption {
 impl Nido {
     /// Writes down beside the VM's disk what its row needs.
     pub(crate) fn write_record(&self, row: &VmRow) -> Result<()> {
+        self.prepare_record(row)?()
+    }
+
+    /// The same as a job for another thread: it waits for the disk.
+    pub(crate) fn prepare_record(&self, row: &VmRow) -> Result<impl FnOnce() -> Result<()> + Send + use<>> {
+        let (record, dir) = (VmRecord::of(row)?, self.vm_dir(&row.id));
         // What vanishes when it stops is not there after a power cut anyway.
         let durability = if row.spec.ephemeral { Durability::Kill } else { Durability::PowerCut };
-        VmRecord::of(row)?.write(&self.vm_dir(&row.id), durability)
+        Ok(move || record.write(&dir, durability))
     }
 
     /// The same for a row that has changed in the store. A failure is logged: the row counts.

@@ -71,7 +71,17 @@ impl Supervisor {
         let expires_at = order.spec.ttl_ms.and_then(|ttl| now.checked_add(Duration::from_millis(ttl)));
         self.limits = Limits::new(now, expires_at, order.spec.idle_ms.map(Duration::from_millis));
         self.watch_ttl(&running.process);
-        if let Err(error) = self.wake(ports, running).await {
+        // On the disk before the owner hears that the VM is ready, while the guest is renewed.
+        let record = self.nido.prepare_record(&self.row).map(tokio::task::spawn_blocking);
+        let awake = self.wake(ports, running).await;
+        let recorded = match record {
+            Ok(writing) => writing.await.unwrap_or_else(|error| Err(Error::internal(error.to_string()))),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = recorded {
+            tracing::warn!("the record of VM {} is not up to date: {error}", self.row.id);
+        }
+        if let Err(error) = awake {
             tracing::error!("the claimed VM cannot go on: {error}");
             self.seen.not_renewed = Some(error.message().chars().take(400).collect());
             self.quit(running);
@@ -103,16 +113,11 @@ impl Supervisor {
             owner: order.owner.as_deref(),
             max_vms: order.max_vms,
         };
-        let row = {
-            let store = self.nido.store();
-            if !store.claim_vm(&self.row.id, &claim)? {
-                return Err(taken());
-            }
-            store.vm_by_id(&self.row.id)?.ok_or_else(taken)?
-        };
-        // Before its guest writes anything for its owner.
-        self.nido.refresh_record(&row.id);
-        Ok(row)
+        let store = self.nido.store();
+        if !store.claim_vm(&self.row.id, &claim)? {
+            return Err(taken());
+        }
+        store.vm_by_id(&self.row.id)?.ok_or_else(taken)
     }
 
     /// Lets the guest go on, and has it renewed for its new owner.
@@ -148,6 +153,10 @@ pub(super) async fn warm(way: &Way, deadline: TokioInstant) {
         let request = Exec { argv, timeout_ms: Some(WARM_WITHIN_MS), ..Exec::default() };
         let mut running = session.exec(request, deadline).await?;
         while running.events.next().await?.is_some() {}
+        // Answered when the agent has made ready what the next command needs: a clone is halted with nothing left to do.
+        if let Some(mut session) = running.events.finish() {
+            session.ping(deadline).await?;
+        }
         Ok::<_, GuestError>(())
     };
     if let Err(error) = work.await {
