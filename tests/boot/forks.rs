@@ -249,6 +249,40 @@ fn a_running_vm_is_copied_and_runs_on() {
     }
 }
 
+// What a process asked of /dev/urandom first was the same in all copies: they ran before they were renewed.
+#[test]
+fn copies_of_a_running_vm_never_draw_the_same_random_numbers() {
+    const DRAWN_LEAST: usize = 20;
+    let home = TestHome::new();
+    let vm = home.spawn("web", &["--net", "none"]);
+    vm.sh(
+        "setsid sh -c 'while :; do echo drawn $(od -An -N8 -tx8 /dev/urandom) >/dev/console; done' >/dev/null 2>&1 &",
+    )
+    .ok();
+    // Each VM's console holds what this VM has run itself, and nothing from before.
+    let drawn = |name: &'static str| {
+        eventually("random numbers", || {
+            let console = home.nido(["logs", name, "--source", "console"]).text();
+            let words = console.split_whitespace().collect::<Vec<_>>();
+            let numbers = words.windows(2).filter(|pair| pair[0] == "drawn" && pair[1].len() == 16);
+            let numbers: Vec<_> = numbers.map(|pair| pair[1].to_owned()).collect();
+            (numbers.len() >= DRAWN_LEAST).then_some(numbers)
+        })
+    };
+    drawn("web");
+    home.nido(["fork", "web", "one", "two"]).ok();
+    let mut seen = BTreeSet::new();
+    for name in ["one", "two", "web"] {
+        // The first one that a copy prints may have been drawn before the original was saved.
+        for number in drawn(name).into_iter().skip(1) {
+            assert!(seen.insert(number.clone()), "{name} has drawn {number}, and so has another VM");
+        }
+    }
+    for name in ["one", "two"] {
+        home.nido(["delete", "--force", name, "--yes"]).ok();
+    }
+}
+
 /// A guest with host keys and something that has to be renewed by a hook. The sandbox has no ssh server, so a few lines stand
 /// in for the maker of keys.
 const OWN_THINGS: &str = r#"
