@@ -19,7 +19,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::agent::{Agent, Refusal};
 use crate::children::Ended;
@@ -39,6 +39,8 @@ const HANGUP_GRACE: Duration = Duration::from_millis(500);
 const HANGUP_LOOK: Duration = Duration::from_millis(25);
 /// How many outlets of ended commands are kept open for what those have left in the background. Further ones are closed.
 const MAX_DRAINS: usize = 256;
+/// How long the next request of a session waits until everything is ready for the next command.
+const READY_WITHIN: Duration = Duration::from_secs(1);
 /// Credit is returned in pieces of at least this size, in bytes, or when everything was taken.
 const CREDIT_PIECE: u32 = STDIN_WINDOW / 4;
 
@@ -89,13 +91,14 @@ pub async fn run(
     let timed_out = feed.state().timed_out;
     let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     output.send(&ToHost::Exited(Exited { code, signal, timed_out, duration_ms })).await?;
-    // Whoever waits for the command has its end; only what comes next in this session waits for this.
+    // The host has the command's end already; only the next request of this session waits for this, and not for long.
     let agent = agent.clone();
     let made_ready = tokio::task::spawn_blocking(move || {
         drop(scope);
         agent.scopes.make_ready();
     });
-    Ok(made_ready.await.map_err(io::Error::other)?)
+    let _ = timeout(READY_WITHIN, made_ready).await;
+    Ok(())
 }
 
 /// The type of a branch that never completes.

@@ -30,7 +30,7 @@ pub struct Scopes {
     /// The group above all commands'; none where the agent leaves the machine alone.
     base: Option<PathBuf>,
     count: AtomicU64,
-    /// A group for the next command, made while nobody waits for it.
+    /// A group for the next command, made after the end of the one before.
     spare: Mutex<Option<Group>>,
     /// Groups whose command has ended and that may hold background processes.
     ended: Arc<Mutex<VecDeque<PathBuf>>>,
@@ -49,7 +49,8 @@ impl Scopes {
 
     /// A scope for one more command.
     pub fn scope(&self) -> Scope {
-        let spare = self.spare().take();
+        // Whatever manages the guest's control groups may have removed it since, because it was empty.
+        let spare = self.spare().take().filter(|group| group.path.is_dir());
         let group = spare.or_else(|| self.base.as_deref().and_then(|base| self.group(base).ok()));
         Scope { group, main: None, known: BTreeMap::new(), ended: self.ended.clone() }
     }

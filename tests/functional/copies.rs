@@ -77,7 +77,8 @@ fn a_download_writes_to_a_pipe_or_device_of_the_host_and_never_replaces_it() {
     home.nido(["cp", "-f"]).arg(guest(&there)).arg(&here).run().ok();
     assert_eq!(reader.join().unwrap(), b"bytes");
     assert!(is_pipe(&here));
-    home.nido(["cp"]).arg(guest(&there)).arg("/dev/null").run().ok();
+    let copied = home.nido(["cp"]).arg(guest(&there)).arg("/dev/null").run().ok();
+    assert!(copied.stderr.contains(" to /dev/null"), "{}", copied.stderr);
     home.nido(["download", "web", "-f"]).arg(&there).arg("/dev/null").run().ok();
     assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());
     assert_eq!(home.nido(["cp"]).arg(guest(&there)).arg("/dev/stdout").run().ok().text(), "bytes");

@@ -37,7 +37,10 @@ fn processes_that_stay_keep_nothing_of_their_caller() {
     let locked = |arguments: &[&str]| {
         // flock(1) leaves the locked descriptor to the program that it runs.
         let mut command = Command::new("flock");
-        command.arg("--nonblock").arg(&lock).arg(env!("CARGO_BIN_EXE_nido")).args(arguments);
+        command.arg("--nonblock").arg(&lock);
+        // Besides, the caller ignores a signal, keeps nothing private and has another file open.
+        let caller = "trap '' HUP; umask 0; exec 7</dev/zero; exec \"$0\" \"$@\"";
+        command.args(["sh", "-c", caller, env!("CARGO_BIN_EXE_nido")]).args(arguments);
         command.env("NIDO_HOME", home.path()).env("NIDO_QEMU", home.qemu_path()).env(MARK, "q").current_dir(&here);
         let output = command.output().unwrap();
         assert!(output.status.success(), "{arguments:?}: {output:?}");
@@ -47,6 +50,15 @@ fn processes_that_stay_keep_nothing_of_their_caller() {
         assert!(!about(pid, "environ").contains(MARK), "{}", about(pid, "environ"));
         let directory = fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero())).unwrap();
         assert!(directory.starts_with(home.path().join("vms")), "{}", directory.display());
+        let open = fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero())).unwrap().flatten();
+        let open: Vec<_> = open.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
+        assert!(!open.iter().any(|file| file.ends_with("zero")), "{open:?}");
+        let status = about(pid, "status");
+        let value = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).unwrap().trim().to_owned();
+        assert_eq!(value("Umask:"), "0077");
+        let ignored = u64::from_str_radix(&value("SigIgn:"), 16).unwrap();
+        assert_eq!(ignored & 1, 0, "SIGHUP is ignored: {ignored:x}");
+        assert_eq!(rustix::process::getsid(Some(pid)), Ok(pid));
     }
     // Something to deliver starts a process that stays for a while.
     locked(&["webhook", "add", "--url", "http://127.0.0.1:9/", "--allow-private"]);

@@ -170,7 +170,8 @@ fn output_that_cannot_be_written_is_an_error() {
     command.args(["exec", "web", "--", "echo", "lost"]).env("NIDO_HOME", home.path());
     let ended = command.stdin(Stdio::null()).stdout(full).output().unwrap();
     assert_eq!(ended.status.code(), Some(125));
-    assert!(String::from_utf8_lossy(&ended.stderr).contains("standard output"));
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(said.contains("standard output") && said.contains("where the output is written to"), "{said}");
 }
 
 #[test]

@@ -286,3 +286,18 @@ fn the_store_is_backed_up_and_the_backup_can_be_put_in_its_place() {
     fs::copy(backup, path).unwrap();
     assert_eq!(home.names(), ["web"]);
 }
+
+// A supervisor that was killed between the claim of a clone and its record left the record of a clone, which nobody would need.
+#[test]
+fn the_record_of_a_vm_is_right_once_another_supervisor_has_it() {
+    let home = Home::new();
+    home.spawn("web");
+    let record = directory(&home, "web").join("vm.json");
+    let right = fs::read_to_string(&record).unwrap();
+    fs::write(&record, right.replace("\"purpose\":\"use\"", "\"purpose\":\"pool\"")).unwrap();
+    assert_ne!(fs::read_to_string(&record).unwrap(), right);
+    let all = processes::of(&home.path()).into_iter();
+    all.filter(|(_, line)| line.contains(" supervise ")).for_each(|(pid, _)| processes::kill(pid));
+    home.nido(["exec", "web", "--", "true"]).run().ok();
+    assert_eq!(fs::read_to_string(&record).unwrap(), right);
+}

@@ -105,7 +105,7 @@ pub async fn download(
 }
 
 /// A result that says where the bytes went. The core knows a device or pipe of the host as an open file only.
-pub fn to(destination: &OsStr, mut done: CopyResult) -> CopyResult {
+pub fn with_destination(destination: &OsStr, mut done: CopyResult) -> CopyResult {
     if done.path.is_empty() && !is_stdout(destination) {
         done.path = destination.to_string_lossy().into_owned();
     }

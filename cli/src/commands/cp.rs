@@ -71,7 +71,7 @@ impl Args {
                 for source in sources {
                     let request = self.download(source, copy::target(destination.clone())?, self.force);
                     let done = copy::download(cx, &nido, &name, request).await;
-                    add(&mut total, done.map(|done| copy::to(&destination, done)))?;
+                    add(&mut total, done.map(|done| copy::with_destination(&destination, done)))?;
                 }
             }
             Plan::Across { from, sources, to, destination } => {

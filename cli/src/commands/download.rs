@@ -53,7 +53,7 @@ impl Args {
             preserve: self.preserve,
             max_bytes: None,
         };
-        let done = copy::to(&destination, copy::download(cx, &nido, &self.name, request).await?);
+        let done = copy::with_destination(&destination, copy::download(cx, &nido, &self.name, request).await?);
         copy::report(cx, &done, to_stdout)
     }
 }

@@ -1,6 +1,6 @@
 //! How a process of nido that stays is started: a supervisor, the pool filler, the delivery worker, the watcher of a time to live.
 //!
-//! Who starts it gives it a short list of environment variables and a directory of nido's own ([`command`]), and passes on no
+//! The process that starts it gives it a short list of environment variables and a directory of nido's own ([`command`]), and passes on no
 //! descriptor ([`keep_descriptors`]). The rest it does itself ([`begin`]): a session of its own, default signals, a umask that keeps
 //! everything private. Nothing has to happen between fork and exec, so it is started without a copy of its parent's page tables,
 //! which would take as long as all the rest.
@@ -70,7 +70,8 @@ pub fn keep_descriptors() {
 }
 
 fn close_range(flags: libc::c_uint) -> io::Result<()> {
-    // SAFETY: a plain system call; whoever closes descriptors with it owns none above standard error.
+    // SAFETY: a plain system call. It either marks descriptors, or is the first thing that a process does ([`begin`]), which owns
+    // none above standard error then.
     let done = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, flags) };
     if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

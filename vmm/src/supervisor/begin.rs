@@ -221,6 +221,8 @@ impl Supervisor {
             let _ = running.process.kill();
             return Err(Ended::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
         }
+        // The supervisor before may have died between a claim and its record, which would still call this VM a clone of the pool.
+        self.nido.refresh_record(&self.row.id);
         if let Err(error) = self.bind_forwards().await {
             tracing::error!("a published port is lost: {error}");
         }
