@@ -50,15 +50,20 @@ fn processes_that_stay_keep_nothing_of_their_caller() {
         assert!(!about(pid, "environ").contains(MARK), "{}", about(pid, "environ"));
         let directory = fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero())).unwrap();
         assert!(directory.starts_with(home.path().join("vms")), "{}", directory.display());
-        let open = fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero())).unwrap().flatten();
-        let open: Vec<_> = open.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
-        assert!(!open.iter().any(|file| file.ends_with("zero")), "{open:?}");
-        let status = about(pid, "status");
-        let value = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).unwrap().trim().to_owned();
-        assert_eq!(value("Umask:"), "0077");
-        let ignored = u64::from_str_radix(&value("SigIgn:"), 16).unwrap();
-        assert_eq!(ignored & 1, 0, "SIGHUP is ignored: {ignored:x}");
-        assert_eq!(rustix::process::getsid(Some(pid)), Ok(pid));
+        // The rest a process does itself at its very beginning, which nothing waits for.
+        let own =
+            |what: &str, is_own: &dyn Fn() -> bool| until(&format!("{what} of {pid:?}"), || is_own().then_some(()));
+        let status = |key: &str| {
+            let status = about(pid, "status");
+            status.lines().find_map(|line| line.strip_prefix(key)).unwrap().trim().to_owned()
+        };
+        own("only descriptors", &|| {
+            let open = fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero())).unwrap().flatten();
+            !open.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|file| file.ends_with("zero"))
+        });
+        own("SIGHUP with its default action", &|| u64::from_str_radix(&status("SigIgn:"), 16).unwrap() & 1 == 0);
+        own("a session", &|| rustix::process::getsid(Some(pid)) == Ok(pid));
+        own("a umask", &|| status("Umask:") == "0077");
     }
     // Something to deliver starts a process that stays for a while.
     locked(&["webhook", "add", "--url", "http://127.0.0.1:9/", "--allow-private"]);
