@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
-use nido_vmm::webhook::Secret;
+use nido_vmm::api::WebhookSecret;
 use serde_json::Value;
 
 use super::webhooks::{add, await_taken, create, deliveries, expect_no_deliverer, expect_order, remove};
@@ -226,7 +226,7 @@ fn a_secret_is_told_once_and_then_kept() {
         .run()
         .ok();
     let made = told.text().lines().nth(1).unwrap().to_owned();
-    assert!(made.starts_with("whsec_") && Secret::parse(&made).is_ok());
+    assert!(made.starts_with("whsec_") && WebhookSecret::parse(&made).is_ok());
     create(&home, "web");
     await_taken(&receiver, 2);
     expect_no_deliverer(&home);
@@ -260,7 +260,7 @@ fn a_test_message_tells_how_it_fared() {
     assert_eq!((&test["delivered"], &test["status"], &test["error"]), (&true.into(), &200.into(), &Value::Null));
     let message = receiver.messages().pop().unwrap();
     assert_eq!(message.header("webhook-id"), test["message_id"].as_str().unwrap());
-    let secret = Secret::parse(webhook["secret"].as_str().unwrap()).unwrap();
+    let secret = WebhookSecret::parse(webhook["secret"].as_str().unwrap()).unwrap();
     let at = message.header("webhook-timestamp").parse().unwrap();
     assert_eq!(
         message.header("webhook-signature"),

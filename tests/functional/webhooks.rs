@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use nido_vmm::webhook::Secret;
+use nido_vmm::api::WebhookSecret;
 use serde_json::Value;
 
 use crate::support::http::Server;
@@ -97,7 +97,7 @@ fn every_event_of_a_life_arrives_once_in_order_and_signed() {
     }
     home.nido(["delete", "web", "--yes"]).run().ok();
     let messages = await_taken(&receiver, 6);
-    let secret = Secret::parse(webhook["secret"].as_str().unwrap()).unwrap();
+    let secret = WebhookSecret::parse(webhook["secret"].as_str().unwrap()).unwrap();
     for message in &messages {
         let (id, at) = (message.header("webhook-id"), message.header("webhook-timestamp").parse().unwrap());
         assert_eq!(message.header("webhook-signature"), secret.sign(id, at, &message.body).unwrap());

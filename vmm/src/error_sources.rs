@@ -3,10 +3,10 @@
 use nido_guest_agent::wire::Fault;
 use nido_images::ImageError;
 
+use crate::error::host::{HostRefusal, Subject};
 use crate::error::{Code, Error};
 use crate::guest::GuestError;
 use crate::host::QemuProbeError;
-use crate::host_error::{HostRefusal, Subject};
 use crate::machine::Refusal;
 
 impl From<Refusal> for Error {

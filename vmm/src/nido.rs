@@ -9,14 +9,14 @@
 mod answers;
 mod approvals;
 mod audit;
-mod background;
 mod bake;
 mod begun;
 mod claim;
 mod copies;
 mod create;
 mod delete;
-mod deliverer;
+mod delivery;
+mod delivery_worker;
 mod doctor;
 mod events;
 mod exec;
@@ -32,6 +32,7 @@ mod own_agent;
 mod pool;
 mod settle;
 mod snapshots;
+mod supervise;
 mod supervision;
 mod templates;
 mod tokens;
@@ -39,55 +40,38 @@ mod travel;
 mod ttl;
 mod webhooks;
 
-use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 pub use begun::BegunVm;
-pub(crate) use create::guest_network;
-pub(crate) use deliverer::StoreGuard;
 pub use events::{EventFeed, Watch};
 pub use exec::{ExecControl, ExecEvents};
 pub use leases::Lease;
-pub(crate) use lifecycle::random_cid;
 pub use list::Intent;
 pub use logs::LogStream;
 pub use orphans::Adoption;
 
+pub use crate::context::OpenOptions;
+pub use crate::random::id as random_id;
+
 use crate::audit::log::Log;
 use crate::audit::repeats::Repeats;
+use crate::context::{Context, StoreGuard};
 use crate::error::{Code, Error, Result};
 use crate::home::{Home, VmDir};
 use crate::host::{HostFacts, QemuFacts, facts, qemu};
 use crate::lock::Held;
 use crate::presence::Presence;
 use crate::space_reserve::SpaceReserve;
-use crate::store::Store;
 
 /// How old the last backup of the store is when another one is made.
 const BACKUP_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 
-/// How nido is opened.
-#[derive(Debug, Clone, Default)]
-pub struct OpenOptions {
-    /// Where everything is kept. Absent: `NIDO_HOME`, else `/var/lib/nido` for root, else `$XDG_DATA_HOME/nido`.
-    pub home: Option<PathBuf>,
-    /// The QEMU to use. Absent: `NIDO_QEMU`, else `qemu-system-x86_64` in `PATH`.
-    pub qemu: Option<PathBuf>,
-    /// The program that supervises VMs: nido's own. Absent: the running program.
-    pub supervisor: Option<PathBuf>,
-    /// What is about to be done gives space back: on a full disk it may use what is kept for that.
-    pub frees_space: bool,
-}
-
 /// The core API over one home.
 #[derive(Debug)]
 pub struct Nido {
-    home: Home,
-    /// See [`Nido::is_read_only`].
-    is_read_only: bool,
-    store: Mutex<Store>,
-    options: OpenOptions,
+    context: Arc<Context>,
     /// That this process lives, once somebody has to know.
     presence: Mutex<Option<Presence>>,
     /// What this process was asked to show, for the audit log.
@@ -103,61 +87,46 @@ impl Nido {
         let nido = Self::open_unsettled(options)?;
         if !nido.is_read_only() {
             nido.settle_all().await?;
-            if !nido.options.frees_space {
-                SpaceReserve::of(&nido.home).keep();
+            if !nido.context.frees_space() {
+                SpaceReserve::of(nido.home()).keep();
             }
-            nido.go_on_delivering();
+            nido.resume_deliveries();
         }
         Ok(nido)
     }
 
     /// Opens a home and leaves everything as it is: for supervisors.
-    pub(crate) fn open_unsettled(mut options: OpenOptions) -> Result<Self> {
-        let named =
-            options.home.clone().or_else(|| std::env::var_os("NIDO_HOME").filter(|v| !v.is_empty()).map(PathBuf::from));
-        let home = Home::open(&named.map_or_else(Home::default_root, Ok)?)?;
-        // A home that cannot be written can still be read: `ls`, `info`, `template ls` and `doctor` need no more.
-        let is_read_only = !home.is_writable();
-        let open = || {
-            if is_read_only { Store::open_to_read(&home.database()) } else { Store::open(&home.database()) }
-        };
-        let store = match open() {
-            Err(error)
-                if error.code() == Code::DiskFull && options.frees_space && SpaceReserve::of(&home).release() =>
-            {
-                open()
-            }
-            opened => opened,
-        };
-        let store = Mutex::new(store?);
-        let named = options.qemu.or_else(|| std::env::var_os("NIDO_QEMU").filter(|v| !v.is_empty()).map(PathBuf::from));
-        // A supervisor works in another directory: a relative path would mean another file there.
-        let absolute = |p: PathBuf| if p.components().count() > 1 { std::path::absolute(&p).unwrap_or(p) } else { p };
-        options.qemu = named.map(absolute);
-        let reads = Repeats::new(Log::reads(home.audit()));
-        Ok(Self { home, is_read_only, store, options, presence: Mutex::default(), reads })
+    pub(crate) fn open_unsettled(options: OpenOptions) -> Result<Self> {
+        let context = Arc::new(Context::open(options)?);
+        let reads = Repeats::new(Log::reads(context.home().audit()));
+        Ok(Self { context, presence: Mutex::default(), reads })
     }
 
     /// Whether the home could only be opened for reading. What writes fails as `read_only` then.
     #[must_use]
-    pub const fn is_read_only(&self) -> bool {
-        self.is_read_only
+    pub fn is_read_only(&self) -> bool {
+        self.context.is_read_only()
     }
 
     /// Where everything is kept.
     #[must_use]
     pub fn home(&self) -> &Home {
-        &self.home
+        self.context.home()
     }
 
-    pub(crate) fn options(&self) -> &OpenOptions {
-        &self.options
+    /// What commands share with supervisors.
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.context
     }
 
-    /// The store, until the guard is dropped. If deliveries were queued meanwhile, that sees to it that they are sent.
+    /// The store, until the guard is dropped.
     pub(crate) fn store(&self) -> StoreGuard<'_> {
-        // Each method of the store is a transaction of its own: a panic in one leaves nothing half-done.
-        StoreGuard::new(self, self.store.lock().unwrap_or_else(PoisonError::into_inner))
+        self.context.store()
+    }
+
+    /// Starts a delivery worker for deliveries that other processes have queued: for a process that keeps a home open for long.
+    pub fn resume_deliveries(&self) {
+        self.context.resume_deliveries();
     }
 
     /// What the user ought to know about the home that was opened: a new store beside VMs that it does not know.
@@ -167,13 +136,13 @@ impl Nido {
             return None;
         }
         let unknown = self.unknown_vms().ok().filter(|unknown| !unknown.is_empty())?;
-        Some(lost_store(unknown.len(), self.home.root()))
+        Some(lost_store(unknown.len(), self.home().root()))
     }
 
     /// Makes a backup of the store if the last one is a day old. Not while there are VMs that the store does not know: then an
     /// older backup may be the only one that does.
     fn back_up_store(&self) {
-        let [last, older] = self.home.database_backups();
+        let [last, older] = self.home().database_backups();
         let is_due = match std::fs::metadata(&last).and_then(|meta| meta.modified()) {
             Ok(made) => made.elapsed().map_or(true, |age| age > BACKUP_INTERVAL),
             Err(_) => self.store().vm_ids().is_ok_and(|ids| !ids.is_empty()),
@@ -181,19 +150,19 @@ impl Nido {
         if !is_due || self.unknown_vms().map_or(true, |unknown| !unknown.is_empty()) {
             return;
         }
-        let Ok(Some(_held)) = Held::try_take(&self.home.backup_lock()) else { return };
+        let Ok(Some(_held)) = Held::try_take(&self.home().backup_lock()) else { return };
         if let Err(error) = self.store().back_up(&last, &older) {
             tracing::warn!("no backup of the store was made: {error}");
         }
     }
 
     pub(crate) fn vm_dir(&self, id: &str) -> VmDir {
-        self.home.vm(id)
+        self.context.vm_dir(id)
     }
 
     /// What the host and its QEMU offer.
     async fn host_facts(&self) -> Result<(HostFacts, QemuFacts)> {
-        let (cache, named) = (self.home.cache(), self.options.qemu.clone());
+        let (cache, named) = (self.home().cache(), self.context.qemu().map(Path::to_owned));
         // Both may run programs the first time after a boot or an upgrade.
         let gathered = tokio::task::spawn_blocking(move || {
             let program = qemu::find(named.as_deref())?;
@@ -202,14 +171,10 @@ impl Nido {
         });
         gathered.await.map_err(|e| Error::internal(format!("the host could not be looked at: {e}")))?
     }
-
-    fn supervisor_program(&self) -> Result<PathBuf> {
-        self.options.supervisor.clone().map_or_else(own_program, Ok)
-    }
 }
 
 /// The sentence about a store that does not know VMs whose files are there.
-pub(crate) fn lost_store(count: usize, root: &std::path::Path) -> String {
+pub(crate) fn lost_store(count: usize, root: &Path) -> String {
     let root = root.display();
     format!(
         "{root}/vms holds {count} VMs that the store {root}/nido.db does not know: it was lost, replaced or emptied; \
@@ -217,37 +182,9 @@ pub(crate) fn lost_store(count: usize, root: &std::path::Path) -> String {
     )
 }
 
-/// The program that runs. One that was replaced since it was started is run as it is now.
-fn own_program() -> Result<PathBuf> {
-    let program = std::env::current_exe().map_err(|e| Error::io("cannot find nido's own program", e))?;
-    Ok(match program.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
-        Some(path) if !program.exists() => PathBuf::from(path),
-        _ => program,
-    })
-}
-
 /// The error for a VM that another command deleted while this one was working on it.
 fn gone_meanwhile(name: &crate::name::VmName) -> Error {
     Error::new(Code::VmNotFound, format!("VM '{name}' is gone: it was deleted meanwhile"))
-}
-
-/// A random id: 16 hex digits.
-///
-/// # Errors
-/// `internal` if the system has no random numbers.
-pub fn random_id() -> Result<String> {
-    new_id()
-}
-
-fn new_id() -> Result<String> {
-    Ok(crate::hex::encode(&random_bytes::<8>()?))
-}
-
-/// Bytes that nobody can guess.
-fn random_bytes<const N: usize>() -> Result<[u8; N]> {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(|e| Error::new(Code::Internal, format!("no random numbers: {e}")))?;
-    Ok(bytes)
 }
 
 /// Servers call the API from several threads.

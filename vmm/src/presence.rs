@@ -26,7 +26,7 @@ impl Presence {
         crate::home::make_private_dir(directory).map_err(broken)?;
         sweep(directory);
         for _ in 0..TRIES {
-            let id = crate::nido::random_id()?;
+            let id = crate::random::id()?;
             let path = directory.join(&id);
             match Held::try_take(&path) {
                 Ok(Some(held)) => return Ok(Self { id, path, _held: held }),

@@ -273,7 +273,7 @@ impl DiskCopy {
     /// # Errors
     /// `disk_full`, `internal`; then nothing is left.
     pub fn take(vm: &VmDir, name: &SnapshotName) -> Result<Self> {
-        let id = crate::nido::random_id()?;
+        let id = crate::random::id()?;
         let this = Self { copy: vm.file(&format!("{COPY}{id}")), disk: vm.file(DISK) };
         copy_layer(&dir(vm, name).join(DISK), &this.copy)?;
         Ok(this)

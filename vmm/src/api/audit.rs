@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::audit::Face;
+use super::Face;
 use crate::name::VmName;
 
 /// Which of the two logs a line is in.

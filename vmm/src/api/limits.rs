@@ -7,8 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
+use super::Caller;
 use super::{ForwardSpec, NetChoice, VmSpec};
-use crate::audit::Caller;
 use crate::error::{Code, Error, Result};
 use crate::name::TemplateName;
 

@@ -3,6 +3,7 @@
 
 pub mod approval;
 pub mod audit;
+pub mod caller;
 pub mod copy;
 pub mod event;
 pub mod exec;
@@ -18,9 +19,12 @@ pub mod template;
 pub mod token;
 pub mod vm;
 pub mod webhook;
+pub mod webhook_message;
+pub mod webhook_secret;
 
 pub use approval::*;
 pub use audit::*;
+pub use caller::*;
 pub use copy::*;
 pub use event::*;
 pub use exec::*;
@@ -36,3 +40,5 @@ pub use template::*;
 pub use token::*;
 pub use vm::*;
 pub use webhook::*;
+pub use webhook_message::*;
+pub use webhook_secret::*;

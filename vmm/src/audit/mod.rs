@@ -34,74 +34,16 @@ mod whole;
 use std::time::Instant;
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
 
 use self::line::Record;
 use self::log::{Last, Log};
 use self::repeats::Repeats;
+pub use crate::api::{Caller, Face};
 use crate::error::{Code, Error, Result};
 use crate::text::head;
 
 /// The longest text of any kind but arguments, in bytes; more is cut off.
 const MAX_WORD: usize = 256;
-
-/// Which face was asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Face {
-    /// The MCP server.
-    Mcp,
-    /// The REST server.
-    Api,
-    /// The command line.
-    Cli,
-}
-
-impl Face {
-    /// The word in a line.
-    #[must_use]
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Mcp => "MCP",
-            Self::Api => "API",
-            Self::Cli => "CLI",
-        }
-    }
-
-    fn of_word(word: &str) -> Option<Self> {
-        [Self::Mcp, Self::Api, Self::Cli].into_iter().find(|face| face.word() == word)
-    }
-}
-
-/// On whose behalf something is done.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Caller {
-    /// Which face was asked.
-    pub face: Face,
-    /// Who really called: `uid:1000` by peer credentials, `token:ci#ID` by a token's name and id.
-    pub actor: String,
-    /// What the client says it is. A claim.
-    pub agent: Option<String>,
-}
-
-impl Caller {
-    /// The user who runs this program on a command line: the real one, whoever it runs as.
-    #[must_use]
-    pub fn command_line() -> Self {
-        let actor = format!("uid:{}", rustix::process::getuid().as_raw());
-        Self { face: Face::Cli, actor, agent: None }
-    }
-
-    /// Who owns what this caller makes: a token wherever it was used, a user apart for each front end. What an agent makes on behalf of a
-    /// user is not what that user has made.
-    #[must_use]
-    pub fn owner(&self) -> String {
-        match self.actor.starts_with("token:") {
-            true => self.actor.clone(),
-            false => format!("{} {}", self.face.word(), self.actor),
-        }
-    }
-}
 
 /// What became of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

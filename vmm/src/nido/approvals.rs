@@ -6,9 +6,10 @@
 //!                              +------person: deny-----------+--> denied        two minutes --> expired
 //! ```
 
-use super::{Nido, new_id};
+use super::Nido;
 use crate::api::{Approval, ApprovalList, ApprovalState, Ask};
 use crate::error::{Code, Error, Result};
+use crate::random;
 use crate::store::ApprovalRow;
 
 /// How often a person is asked about the same after they have said no in a form.
@@ -20,7 +21,7 @@ impl Nido {
     /// # Errors
     /// `limit_exceeded` if the caller waits for too many.
     pub fn approval_ask(&self, ask: &Ask) -> Result<Approval> {
-        let id = format!("apr_{}", new_id()?);
+        let id = format!("apr_{}", random::id()?);
         self.store().ask_approval(&id, ask)
     }
 
@@ -29,7 +30,7 @@ impl Nido {
     /// # Errors
     /// As [`Self::approval_ask`].
     pub fn approval_ask_in_form(&self, ask: &Ask) -> Result<Approval> {
-        let id = format!("apr_{}", new_id()?);
+        let id = format!("apr_{}", random::id()?);
         self.store().ask_approval_again(&id, ask, NOES_IN_FORMS)
     }
 

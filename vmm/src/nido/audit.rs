@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
+use super::Nido;
 use super::create::SPACE_RESERVE_BYTES;
-use super::{Nido, new_id};
 use crate::api::{
     AuditAgainst, AuditCheckpoint, AuditFilter, AuditList, AuditLog, AuditReads, AuditRecord, AuditVerdict,
 };
@@ -14,6 +14,7 @@ use crate::audit::read::unreadable;
 use crate::audit::{self, Audited, Caller, Ending};
 use crate::error::{Code, Error, Result};
 use crate::host::facts;
+use crate::random;
 use crate::space_reserve::SpaceReserve;
 
 /// What gives space back: it is not refused because the disk is full.
@@ -49,7 +50,7 @@ impl Nido {
     /// # Errors
     /// `audit_failed`.
     pub fn audit_begin(&self, caller: &Caller, tool: &str, arguments: &serde_json::Value) -> Result<Audited> {
-        let begin = || Audited::begin(self.audit_log()?, caller, tool, arguments, &new_id()?);
+        let begin = || Audited::begin(self.audit_log()?, caller, tool, arguments, &random::id()?);
         let audited = match begin() {
             Err(_) if FREES_SPACE.contains(&tool) && self.release_space() => begin()?,
             begun => begun?,
@@ -63,7 +64,7 @@ impl Nido {
     /// # Errors
     /// `audit_failed`.
     pub fn audit_denied(&self, caller: &Caller, tool: &str, arguments: &serde_json::Value, reason: &str) -> Result<()> {
-        let last = audit::denied(&self.audit_log()?, caller, tool, arguments, &new_id()?, reason)?;
+        let last = audit::denied(&self.audit_log()?, caller, tool, arguments, &random::id()?, reason)?;
         self.audit_written(&last);
         Ok(())
     }
@@ -82,7 +83,7 @@ impl Nido {
         reason: &str,
     ) -> Result<()> {
         self.audit_log()?;
-        audit::looked(&self.reads, caller, tool, arguments, &new_id()?, (ending, reason))
+        audit::looked(&self.reads, caller, tool, arguments, &random::id()?, (ending, reason))
     }
 
     /// Writes down how often this process was asked to show the same, where that was only counted.

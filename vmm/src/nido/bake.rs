@@ -4,7 +4,6 @@
 //! A bake is made by a VM like any other, under a name of its own, which saves itself when it is ready and vanishes.
 //! Invariant: a template's manifest names a bake only when all its parts are in the store.
 
-use std::hash::{BuildHasher, Hasher};
 use std::time::Instant;
 
 use nido_images::{Bake, Manifest};
@@ -18,7 +17,8 @@ use crate::host::{HostFacts, QemuFacts};
 use crate::lock::Held;
 use crate::machine::{self, Machine};
 use crate::moment;
-use crate::name::{TemplateName, VmName};
+use crate::name::TemplateName;
+use crate::random;
 use crate::state::VmState;
 use crate::store::{Frozen, Origin, Purpose, Saved, VmRow};
 use crate::supervisor::control::{Answer, Request};
@@ -205,7 +205,7 @@ pub(super) fn frozen(bake: &Bake) -> Frozen {
 }
 
 fn bake_spec(template: &TemplateName, request: &BakeRequest) -> Result<VmSpec> {
-    let defaults = VmSpec::named(random_name("bake")?);
+    let defaults = VmSpec::named(random::vm_name("bake")?);
     Ok(VmSpec {
         template: template.clone(),
         cpus: request.cpus.unwrap_or(defaults.cpus),
@@ -218,17 +218,6 @@ fn bake_spec(template: &TemplateName, request: &BakeRequest) -> Result<VmSpec> {
         idle_ms: Some(FORSAKEN_MS),
         ..defaults
     })
-}
-
-/// A prefix and six random letters. The standard library seeds its hash tables from the system's random numbers.
-pub(super) fn random_name(prefix: &str) -> Result<VmName> {
-    let mut number = std::hash::RandomState::new().build_hasher().finish();
-    let mut name = format!("{prefix}-");
-    for _ in 0..6 {
-        name.push(char::from(b'a' + u8::try_from(number % 26).unwrap_or(0)));
-        number /= 26;
-    }
-    name.parse()
 }
 
 /// A bake as it is told.

@@ -21,6 +21,7 @@ use crate::bake::{choose, qemu_id, shape};
 use crate::error::{Code, Error, Result};
 use crate::home::CONTROL_SOCKET;
 use crate::machine;
+use crate::random;
 use crate::supervisor::control::{Answer, ClaimOrder, MAX_LINE, Request};
 
 /// How long a clone's supervisor may take to say whether the clone is ours.
@@ -58,7 +59,7 @@ impl Nido {
         loop {
             let waiting = self.store().waiting_clones(&memory)?;
             let Some(id) = waiting.into_iter().find(|id| !tried.contains(id)) else { return Ok(None) };
-            order.ticket = super::new_id()?;
+            order.ticket = random::id()?;
             order.asked_ms_ago = asked_at.elapsed().as_secs_f64() * 1000.0;
             let mut told = |stage| {
                 begun.set(&id);

@@ -5,20 +5,20 @@
 
 use std::time::{Duration, Instant};
 
-use nido_guest_agent::config::{Channel, GuestConfig, Init, Network, StaticNetwork};
 use nido_images::Manifest;
 
-use super::{Nido, new_id, random_bytes};
-use crate::api::{Grant, NetChoice, VmInfo, VmSpec};
+use super::Nido;
+use crate::api::{Grant, VmInfo, VmSpec};
 use crate::atomic_file::{self, Durability};
 use crate::disk;
 use crate::error::{Code, Error, Result};
-use crate::home::{DISK, GUEST_CONFIG, Home, SUPERVISOR_LOCK, VmDir};
+use crate::home::{DISK, Home, SUPERVISOR_LOCK, VmDir};
 use crate::host::facts;
 use crate::lock::Held;
-use crate::machine::{self, Machine, MachineRequest, Transport};
+use crate::machine::{self, MachineRequest};
+use crate::random;
 use crate::state::VmState;
-use crate::store::{BootParts, Origin, Purpose, VmRow};
+use crate::store::{BootParts, Purpose, VmRow};
 use crate::vm_record::remove_without_data;
 
 /// Less free space than this, and no VM is made, in bytes.
@@ -56,7 +56,7 @@ impl Nido {
         // Decided again at each start; here it is only asked whether it can be.
         machine::decide(&machine_request(&spec, disk_bytes, *machine::GUEST_CIDS.start()), &host, &qemu)?;
         // Its disk is made when it starts: what it stands on is decided then.
-        self.insert(VmRow::new(new_id()?, spec, purpose, state, parts, disk_bytes), grant).await
+        self.insert(VmRow::new(random::id()?, spec, purpose, state, parts, disk_bytes), grant).await
     }
 
     /// Makes the directory and the row of a VM, which is the grant's then.
@@ -67,7 +67,8 @@ impl Nido {
         let dir = self.vm_dir(&row.id);
         let held = make_and_hold(&dir).await?;
         // First: a row never is without its record.
-        let inserted = self.write_record(&row).and_then(|()| self.store().insert_vm_within(&row, grant.limits.max_vms));
+        let inserted =
+            self.context.write_record(&row).and_then(|()| self.store().insert_vm_within(&row, grant.limits.max_vms));
         if let Err(error) = inserted {
             let _ = remove_without_data(&dir);
             return Err(error);
@@ -77,7 +78,7 @@ impl Nido {
 
     /// Refuses to make a VM on a disk that has no room even for its logs, before anything of it is written.
     fn require_space(&self) -> Result<()> {
-        match facts::disk_free_bytes(self.home.root()) {
+        match facts::disk_free_bytes(self.home().root()) {
             Ok(free) if free < SPACE_RESERVE_BYTES => {
                 let (free, needed) = (free >> 10, SPACE_RESERVE_BYTES >> 10);
                 let words =
@@ -195,67 +196,6 @@ pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
         .and_then(|file| atomic_file::publish(&file, &fresh, &path, durability))
         .inspect_err(|_| drop(std::fs::remove_file(&fresh)))
         .map_err(|e| Error::io("cannot make the VM's disk", e))
-}
-
-/// Writes what the guest is told at boot, with a fresh token.
-pub(super) fn write_guest_config(dir: &VmDir, row: &VmRow, machine: &Machine) -> Result<()> {
-    // Who is loaded only to be saved again keeps what it knows.
-    let token = match (&row.origin, row.purpose) {
-        (Origin::Restore { token, .. }, Purpose::Bake) => crate::hex::decode(token),
-        _ => random_bytes::<{ nido_guest_agent::wire::TOKEN_LEN }>()?.to_vec(),
-    };
-    let config = GuestConfig {
-        hostname: hostname(row),
-        token: token.into(),
-        init: match row.parts.init {
-            nido_images::Init::Agent => Init::Agent,
-            nido_images::Init::Systemd => Init::System,
-        },
-        channel: match machine.transport {
-            Transport::Vsock { .. } => Channel::Vsock,
-            Transport::VirtioSerial { .. } => Channel::Serial,
-        },
-        network: guest_network(row.spec.net),
-        identity: row.id.clone(),
-        nested: row.spec.nested,
-    };
-    let bytes = minicbor::to_vec(&config)
-        .map_err(|e| Error::internal(format!("cannot write the guest's configuration: {e}")))?;
-    atomic_file::write_private(&dir.file(GUEST_CONFIG), &bytes, Durability::Kill)
-        .map_err(|e| Error::io("cannot write the guest's configuration", e))
-}
-
-impl Nido {
-    /// Gives the VM a fresh token, for its guest to be renewed with.
-    pub(crate) fn write_fresh_token(&self, row: &VmRow, machine: &Machine) -> Result<()> {
-        write_guest_config(&self.vm_dir(&row.id), row, machine)
-    }
-}
-
-/// The guest's own name. One that is there to be baked has the shortest, so that its forks only ever write more over it.
-fn hostname(row: &VmRow) -> String {
-    if row.purpose == Purpose::Bake { "n".into() } else { row.spec.name.to_string() }
-}
-
-/// What the guest is told about its network.
-pub(crate) fn guest_network(net: NetChoice) -> Option<Network> {
-    (net == NetChoice::Nat).then(|| {
-        // QEMU's user network is always the same inside.
-        Network::Static(StaticNetwork {
-            address: "10.0.2.15".into(),
-            prefix: 24,
-            gateway: Some("10.0.2.2".into()),
-            dns: vec!["10.0.2.3".into()],
-        })
-    })
-}
-
-/// Reads the VM's token.
-pub(crate) fn read_token(dir: &VmDir) -> Result<Vec<u8>> {
-    let bytes = std::fs::read(dir.file(GUEST_CONFIG)).map_err(|e| Error::io("cannot read the VM's token", e))?;
-    let config: GuestConfig = minicbor::decode(&bytes)
-        .map_err(|e| Error::internal(format!("the guest's configuration cannot be read: {e}")))?;
-    Ok(config.token.into())
 }
 
 #[cfg(test)]

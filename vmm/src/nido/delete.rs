@@ -8,27 +8,19 @@
 //! removed while QEMU holds `vm.lock`. A VM whose directory is gone already can be deleted in every state.
 
 use std::io::ErrorKind;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::Nido;
 use crate::api::{StopRequest, VmInfo, Which};
 use crate::error::{Code, Error, Result};
-use crate::home::{CONSOLE_LOG, SUPERVISOR_LOCK, VM_LOCK};
-use crate::host::removed_dir;
+use crate::home::{SUPERVISOR_LOCK, VM_LOCK};
 use crate::lock::{Held, is_held};
 use crate::state::{Admission, Request, VmState, admit};
 use crate::store::{Purpose, VmRow};
 use crate::supervisor::control::Request as Control;
-use crate::supervisor::log_tail;
 
 /// How long another process may take to release the VM.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long a QEMU that has been killed may take to release its lock.
-const QEMU_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long processes whose directory is gone may take to die of SIGKILL.
-const KILL_TIMEOUT: Duration = Duration::from_secs(5);
-
 /// Whether a VM may be deleted as it is.
 pub(super) fn check(row: &VmRow, force: bool) -> Result<()> {
     let name = &row.spec.name;
@@ -68,9 +60,9 @@ impl Nido {
             drop(held);
             self.end_unrecorded_qemu(&now, force).await?;
             let Some((_held, _)) = self.hold_for_deletion(row).await? else { return Ok(info) };
-            self.erase(&row.id)?;
+            self.context.erase(&row.id)?;
         } else {
-            self.erase(&row.id)?;
+            self.context.erase(&row.id)?;
         }
         self.collect_parts_if_due().await;
         Ok(info)
@@ -137,63 +129,5 @@ impl Nido {
     /// Whether the directory of a VM is not there.
     pub(super) fn files_are_gone(&self, id: &str) -> bool {
         std::fs::symlink_metadata(self.vm_dir(id).path()).is_err_and(|e| e.kind() == ErrorKind::NotFound)
-    }
-
-    /// Removes a VM that is at rest. The caller holds its lock, or its directory is gone.
-    ///
-    /// # Errors
-    /// `vm_busy` if a QEMU of it lives, and those of the file system.
-    pub(crate) fn erase(&self, id: &str) -> Result<()> {
-        let dir = self.vm_dir(id);
-        if !await_release(&dir.file(VM_LOCK)) {
-            return Err(Error::new(Code::VmBusy, "the VM's files cannot be removed: its QEMU still runs"));
-        }
-        match self.store().mark_deleting(id) {
-            // Removing the files makes room for the rest.
-            Err(error) if error.code() == Code::DiskFull => {}
-            marked => marked?,
-        }
-        let broken = |e| Error::io("cannot remove the VM's files", e);
-        let last_log_entries = log_tail(&dir, &[CONSOLE_LOG]);
-        let removed = self.home.removed_vm(id);
-        // Of an attempt that was killed.
-        remove_tree(&removed).map_err(broken)?;
-        match std::fs::rename(dir.path(), &removed) {
-            Ok(()) => remove_tree(&removed).map_err(broken)?,
-            Err(e) if e.kind() == ErrorKind::NotFound => {
-                let left = removed_dir::kill_processes_in(dir.path(), KILL_TIMEOUT);
-                if left > 0 {
-                    let words = format!("{left} processes of the VM, whose directory is gone, do not end");
-                    return Err(Error::new(Code::VmBusy, words));
-                }
-            }
-            Err(e) => return Err(broken(e)),
-        }
-        self.store().remove_vm(id, last_log_entries)
-    }
-}
-
-/// Waits a moment for a QEMU that ends; whether it has.
-fn await_release(vm_lock: &Path) -> bool {
-    let deadline = Instant::now() + QEMU_EXIT_TIMEOUT;
-    while is_held(vm_lock) {
-        if Instant::now() > deadline {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    true
-}
-
-/// Removes a directory with everything in it. Another process may be doing the same.
-pub(super) fn remove_tree(path: &Path) -> std::io::Result<()> {
-    let mut tries = 0;
-    loop {
-        match std::fs::remove_dir_all(path) {
-            Ok(()) => return Ok(()),
-            Err(_) if std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound) => return Ok(()),
-            Err(e) if e.kind() == ErrorKind::NotFound && tries < 100 => tries += 1,
-            Err(e) => return Err(e),
-        }
     }
 }

@@ -14,6 +14,7 @@ use crate::lock::is_held;
 use crate::machine::{self, MachineRequest};
 use crate::nido::create::SPACE_RESERVE_BYTES;
 use crate::nido::{Nido, OpenOptions};
+use crate::random;
 
 /// Less free space than this on the home's disk is worth a word, in bytes.
 const LOW_DISK: u64 = 4 << 30;
@@ -41,7 +42,7 @@ impl Nido {
     }
 
     async fn report(&self, gc: bool, again: bool) -> Result<DoctorReport> {
-        let (mut checks, host, qemu) = check_host(self.options.qemu.as_deref(), self.home.cache(), again).await?;
+        let (mut checks, host, qemu) = check_host(self.context.qemu(), self.home().cache(), again).await?;
         checks.push(self.check_home());
         checks.push(self.check_disk());
         checks.push(self.check_templates()?);
@@ -58,7 +59,7 @@ impl Nido {
     /// # Errors
     /// `internal`.
     pub async fn doctor_without_home(options: &OpenOptions, error: &Error) -> Result<DoctorReport> {
-        let scratch = std::env::temp_dir().join(format!("nido-doctor-{}", super::new_id()?));
+        let scratch = std::env::temp_dir().join(format!("nido-doctor-{}", random::id()?));
         let (mut checks, ..) = check_host(options.qemu.as_deref(), scratch.clone(), true).await?;
         // Facts may have been cached there; what cannot be removed is a few bytes of the user's own.
         let _ = std::fs::remove_dir_all(&scratch);
@@ -71,7 +72,7 @@ impl Nido {
     }
 
     fn check_home(&self) -> DoctorCheck {
-        let shown = self.home.root().display();
+        let shown = self.home().root().display();
         if self.is_read_only() {
             return check("home", CheckStatus::Failed, format!("{shown} cannot be written: VMs can only be listed"))
                 .hint("check its mount, owner and mode, or use another home with --home or NIDO_HOME");
@@ -80,7 +81,7 @@ impl Nido {
     }
 
     fn check_disk(&self) -> DoctorCheck {
-        let root = self.home.root();
+        let root = self.home().root();
         check_disk(&root.display().to_string(), facts::disk_free_bytes(root))
     }
 
@@ -122,7 +123,7 @@ impl Nido {
     }
 
     fn check_build_tools(&self) -> DoctorCheck {
-        let home = self.home.root();
+        let home = self.home().root();
         match nido_images::Host::probe().and_then(|_| nido_images::Host::probe_directory(home)) {
             Ok(_) => check("template build", CheckStatus::Ok, "everything that it needs is installed"),
             Err(error) => {
@@ -173,7 +174,7 @@ impl Nido {
         let lost: Vec<_> = lost.map(|row| row.spec.name.to_string()).collect();
         for row in rows.iter().filter(|row| row.state.at_rest() && !lost.contains(&row.spec.name.to_string())) {
             // A VM of an older nido has none yet.
-            self.refresh_record(&row.id);
+            self.context.refresh_record(&row.id);
             // A QEMU that outlived its row gets a supervisor again.
             if is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
                 self.settle(row).await?;

@@ -8,16 +8,12 @@ use tokio::net::UnixStream;
 use tokio::time::Instant;
 
 use super::Nido;
-use super::create::read_token;
 use super::lifecycle::denied;
 use crate::api::{ExecEvent, ExecExit, ExecRequest, Which};
 use crate::error::{Code, Error, Result};
 use crate::guest::{Control, Endpoint, Event, Events, Guest};
-use crate::home::AGENT_SOCKET;
-use crate::machine::Transport;
 use crate::name::VmName;
 use crate::state::{Admission, Request as Act, VmState, admit};
-use crate::store::VmRow;
 use crate::supervisor::control::Request;
 
 /// How long the agent of a running VM may take to answer a request.
@@ -65,7 +61,7 @@ impl Nido {
             let gone = || Error::new(Code::VmNotFound, format!("VM '{}' is gone", which.name));
             row = self.store().vm_by_id(&row.id)?.ok_or_else(gone)?;
         }
-        let guest = self.guest(&row)?;
+        let guest = self.context.guest(&row)?;
         let lease = match guest.endpoint() {
             Endpoint::Vsock { .. } => Some(self.lease(&row).await?),
             Endpoint::Serial { .. } => {
@@ -106,17 +102,6 @@ impl Nido {
                 .hint(format!("nido events --vm {name} shows when and why")),
             None => error,
         }
-    }
-
-    pub(crate) fn guest(&self, row: &VmRow) -> Result<Guest> {
-        let dir = self.vm_dir(&row.id);
-        let endpoint = match row.machine.as_ref().map(|m| m.transport) {
-            Some(Transport::Vsock { cid }) => Endpoint::Vsock { cid, port: nido_guest_agent::wire::VSOCK_PORT },
-            Some(Transport::VirtioSerial { .. }) | None => {
-                Endpoint::Serial { dir: dir.path().to_owned(), socket: AGENT_SOCKET.into() }
-            }
-        };
-        Ok(Guest::new(endpoint, read_token(&dir)?))
     }
 }
 

@@ -9,12 +9,13 @@
 use std::time::Instant;
 
 use super::Nido;
-use super::bake::{FORSAKEN_MS, frozen, random_name, saved};
+use super::bake::{FORSAKEN_MS, frozen, saved};
 use super::lifecycle::denied;
 use crate::api::{ForkResult, Grant, PathChoice, StartRequest, StartStage, VmInfo, VmSpec, Which};
 use crate::error::{Code, Error, Result};
 use crate::lock::Held;
 use crate::name::{SnapshotName, VmName};
+use crate::random;
 use crate::snapshot;
 use crate::state::VmState;
 use crate::store::{BootParts, Origin, Purpose, Saved, VmRow};
@@ -121,7 +122,7 @@ impl Nido {
         let token = match token {
             Ok(token) => token,
             Err(error) => {
-                self.erase(&row.id)?;
+                self.context.erase(&row.id)?;
                 return Err(error);
             }
         };
@@ -135,7 +136,7 @@ impl Nido {
     /// Takes a snapshot of a running VM that is not among its snapshots.
     pub(super) async fn snapshot_aside(&self, source: &VmRow) -> Result<Aside> {
         let spec = VmSpec {
-            name: random_name("bake")?,
+            name: random::vm_name("bake")?,
             ephemeral: true,
             idle_ms: Some(FORSAKEN_MS),
             ttl_ms: None,
@@ -143,7 +144,7 @@ impl Nido {
             lease: None,
             ..source.spec.clone()
         };
-        let (id, disk_bytes) = (super::new_id()?, source.disk_bytes);
+        let (id, disk_bytes) = (random::id()?, source.disk_bytes);
         let row = VmRow::new(id, spec, Purpose::Bake, VmState::Starting, source.parts.clone(), disk_bytes);
         let (row, held) = self.insert(row, &Grant::own()).await?;
         let name: SnapshotName = "aside".parse()?;
@@ -154,7 +155,7 @@ impl Nido {
         match taken.await {
             Ok(_) => Ok(Aside { row, held, name }),
             Err(error) => {
-                self.erase(&row.id)?;
+                self.context.erase(&row.id)?;
                 Err(error)
             }
         }
@@ -178,5 +179,5 @@ impl Nido {
 /// A copy of a VM, before it is started.
 fn copy_of(source: &VmRow, name: &VmName, parts: BootParts) -> Result<VmRow> {
     let spec = VmSpec { name: name.clone(), forwards: Vec::new(), ..source.spec.clone() };
-    Ok(VmRow::new(super::new_id()?, spec, Purpose::Use, VmState::Starting, parts, source.disk_bytes))
+    Ok(VmRow::new(random::id()?, spec, Purpose::Use, VmState::Starting, parts, source.disk_bytes))
 }

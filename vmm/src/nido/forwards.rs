@@ -35,12 +35,12 @@ impl Nido {
                 );
             }
             self.store().add_forward(&row.id, &spec)?;
-            self.refresh_record(&row.id);
+            self.context.refresh_record(&row.id);
             return Ok(spec);
         }
         match self.ask(&row, &Request::ForwardAdd { forward: spec }).await? {
             Answer::Forward { forward } => {
-                self.refresh_record(&row.id);
+                self.context.refresh_record(&row.id);
                 Ok(forward)
             }
             other => Err(Error::internal(format!("the supervisor answered {other:?}"))),
@@ -75,7 +75,7 @@ impl Nido {
                 self.ask(&row, &Request::ForwardRemove { forward }).await?;
             }
         }
-        self.refresh_record(&row.id);
+        self.context.refresh_record(&row.id);
         Ok(())
     }
 

@@ -12,10 +12,11 @@ use std::sync::PoisonError;
 
 use serde_json::Value;
 
-use super::{Nido, new_id};
+use super::Nido;
 use crate::api::{JOB_RESULT_MAX, Job, JobList, JobOutcome, JobProgress, JobRequest, Viewer};
 use crate::error::{Code, Error, Result};
 use crate::presence::{Presence, is_gone};
+use crate::random;
 use crate::text::head;
 
 /// The longest word about how far a job has come, in bytes.
@@ -29,7 +30,7 @@ impl Nido {
     pub fn job_begin(&self, request: &JobRequest) -> Result<Job> {
         self.settle_jobs()?;
         let holder = self.presence()?;
-        let id = format!("job_{}", new_id()?);
+        let id = format!("job_{}", random::id()?);
         self.store().insert_job(&id, request, &holder)
     }
 

@@ -15,7 +15,7 @@ use super::Nido;
 use crate::api::{LeaseId, Limit, VmSpec};
 use crate::error::{Code, Error, Result};
 use crate::presence::{Presence, is_gone};
-use crate::store::{VmRow, VmUpdate};
+use crate::store::VmUpdate;
 
 /// A session that VMs belong to, until it is dropped or its process dies.
 #[derive(Debug)]
@@ -78,13 +78,5 @@ impl Nido {
             spec.ephemeral = true;
         }
         Ok(spec)
-    }
-
-    /// Whether a VM belongs to a session that is over, or to an operation that ended before it had made all its VMs.
-    pub(crate) fn is_orphan(&self, row: &VmRow) -> bool {
-        let is_over = |lease: &LeaseId| is_gone(&self.home().present(), lease.as_str());
-        row.spec.lease.as_ref().is_some_and(is_over)
-            // It may have ended well since the row was read.
-            || row.made_by.as_ref().is_some_and(is_over) && self.store().is_being_made(&row.id).unwrap_or(false)
     }
 }

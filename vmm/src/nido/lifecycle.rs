@@ -6,16 +6,18 @@ use jiff::SignedDuration;
 
 use super::Nido;
 use super::begun::BegunVm;
-use super::create::{boot_parts, disk_bytes, machine_request, make_disk, write_guest_config};
+use super::create::{boot_parts, disk_bytes, machine_request, make_disk};
 use crate::api::{
     AgentInfo, Grant, PathChoice, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmSpec, Which,
 };
+use crate::context::write_guest_config;
 use crate::error::{Code, Error, Result};
 use crate::home::{SUPERVISOR_LOCK, VM_LOCK};
 use crate::lock::{Held, is_held};
 use crate::machine::{self, GUEST_CIDS, Machine, MachineRequest, Transport};
 use crate::moment;
 use crate::name::VmName;
+use crate::random;
 use crate::state::{Admission, Request as Act, StateCause, VmState, admit};
 use crate::store::{BootParts, Origin, Purpose, VmRow, VmUpdate};
 use crate::supervisor::control::Request;
@@ -98,7 +100,7 @@ impl Nido {
         let asked = machine_request(spec, bytes, *GUEST_CIDS.start());
         let asked = MachineRequest { accel: start.accel.unwrap_or(spec.accel), ..asked };
         let mut machine = machine::decide(&asked, &host, &qemu)?;
-        let row = VmRow::new(super::new_id()?, spec.clone(), Purpose::Use, VmState::Created, parts, bytes);
+        let row = VmRow::new(random::id()?, spec.clone(), Purpose::Use, VmState::Created, parts, bytes);
         self.origin(&row, start.path, &mut machine, (&host, &qemu)).map(drop)
     }
 
@@ -179,7 +181,7 @@ impl Nido {
         // What is forked needs the parts of its bake.
         let _parts_stay = self.templates_shared().await?;
         let (machine, boot_parts, origin) = loop {
-            let cid = random_cid()?;
+            let cid = random::guest_cid()?;
             let request = MachineRequest {
                 accel: start.accel.unwrap_or(row.spec.accel),
                 ran_under: row.machine.as_ref().map(|machine| machine.accel),
@@ -224,7 +226,7 @@ impl Nido {
             }
         };
         let row = &VmRow { parts: boot_parts, origin, ..row.clone() };
-        self.refresh_record(&row.id);
+        self.context.refresh_record(&row.id);
         self.prepare(row, &machine)?;
         let launch = super::supervision::Launch { asked_at, timeout_ms: start.timeout_ms };
         self.start_supervisor(&row.id, held, Some(launch)).await
@@ -350,15 +352,5 @@ pub(super) fn denied(row: &VmRow, done: &str, why: &str) -> Error {
         )),
         VmState::Paused => error.hint(format!("nido resume {name}")),
         VmState::Starting | VmState::Stopping | VmState::Running => error,
-    }
-}
-
-/// A vsock address nobody is likely to have.
-pub(crate) fn random_cid() -> Result<u32> {
-    loop {
-        let cid = u32::from_le_bytes(super::random_bytes()?);
-        if GUEST_CIDS.contains(&cid) {
-            return Ok(cid);
-        }
     }
 }

@@ -13,15 +13,14 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use super::Nido;
-use super::delete::remove_tree;
 use crate::api::{AgentInfo, VmSpec};
-use crate::atomic_file::Durability;
+use crate::context::remove_tree;
 use crate::error::{Code, Error, Result};
 use crate::home::{DISK, REMOVED_PREFIX, SUPERVISOR_LOCK, VM_LOCK};
 use crate::lock::{Held, is_held};
 use crate::name::VmName;
 use crate::state::VmState;
-use crate::store::{VmRow, VmUpdate};
+use crate::store::VmUpdate;
 use crate::supervisor::control::Request;
 use crate::vm_record::{VmRecord, holds_data, remove_without_data};
 
@@ -40,32 +39,10 @@ pub struct Adoption {
 }
 
 impl Nido {
-    /// Writes down beside the VM's disk what its row needs.
-    pub(crate) fn write_record(&self, row: &VmRow) -> Result<()> {
-        self.prepare_record(row)?()
-    }
-
-    /// The same as a job for another thread: it waits for the disk.
-    pub(crate) fn prepare_record(&self, row: &VmRow) -> Result<impl FnOnce() -> Result<()> + Send + use<>> {
-        let (record, dir) = (VmRecord::of(row)?, self.vm_dir(&row.id));
-        // What vanishes when it stops is not there after a power cut anyway.
-        let durability = if row.spec.ephemeral { Durability::Kill } else { Durability::PowerCut };
-        Ok(move || record.write(&dir, durability))
-    }
-
-    /// The same for a row that has changed in the store. A failure is logged: the row counts.
-    pub(crate) fn refresh_record(&self, id: &str) {
-        let row = self.store().vm_by_id(id);
-        let written = row.and_then(|row| row.map_or(Ok(()), |row| self.write_record(&row)));
-        if let Err(error) = written {
-            tracing::warn!("the record of VM {id} is not up to date: {error}");
-        }
-    }
-
     /// The ids of all directories below `vms/` that have no row.
     fn directories_without_row(&self) -> Result<Vec<String>> {
         // In this order: what gets its row meanwhile is not taken for an orphan.
-        let entries = match std::fs::read_dir(self.home.vms()) {
+        let entries = match std::fs::read_dir(self.home().vms()) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries.map_err(|e| Error::io("cannot list the VMs' directories", e))?,
         };
@@ -108,7 +85,7 @@ impl Nido {
     }
 
     fn half_removed(&self) -> impl Iterator<Item = std::path::PathBuf> {
-        let entries = std::fs::read_dir(self.home.vms()).into_iter().flatten().flatten();
+        let entries = std::fs::read_dir(self.home().vms()).into_iter().flatten().flatten();
         let removed = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(REMOVED_PREFIX));
         removed.map(|entry| entry.path())
     }
@@ -131,7 +108,7 @@ impl Nido {
     }
 
     fn all_parts(&self) -> Result<Vec<String>> {
-        match std::fs::read_dir(self.home.blobs()) {
+        match std::fs::read_dir(self.home().blobs()) {
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(Vec::new()),
             entries => {
                 let entries = entries.map_err(|e| Error::io("cannot list the template parts", e))?;
@@ -195,7 +172,7 @@ impl Nido {
             ..VmUpdate::default()
         };
         self.store().update_vm(id, &update)?;
-        self.write_record(&row)?;
+        self.context.write_record(&row)?;
         drop(held);
         if runs {
             self.settle(&row).await?;

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 
-use super::bake::random_name;
 use super::create::machine_request;
 use super::{Nido, OpenOptions as NidoOptions};
 use crate::api::{Grant, POOL_MAX, PathChoice, PoolInfo, PoolKind, PoolList, PoolRequest, StartRequest, VmSpec};
@@ -23,6 +22,7 @@ use crate::host::{HostFacts, QemuFacts};
 use crate::lock::{Held, is_held};
 use crate::machine;
 use crate::name::TemplateName;
+use crate::random;
 use crate::state::VmState;
 use crate::store::{Origin, PoolRow, Purpose, VmRow};
 use crate::supervisor::control::Request;
@@ -65,7 +65,7 @@ impl Nido {
             self.store().set_pool(template, &kind, request.wanted)?;
         }
         if !self.pool_plan().await?.remove.is_empty() {
-            let path = self.home.root().join(POOL_LOCK);
+            let path = self.home().root().join(POOL_LOCK);
             let deadline = Instant::now() + LET_GO;
             let held = Held::take(&path, deadline).await.map_err(|e| Error::io("cannot lock the pools", e))?;
             // A filler that cannot be waited for removes them itself.
@@ -105,7 +105,7 @@ impl Nido {
     /// What keeps it from that; the next claim tries again.
     pub async fn pool_fill(options: NidoOptions) -> Result<()> {
         let nido = Self::open(options).await?;
-        let path = nido.home.root().join(POOL_LOCK);
+        let path = nido.home().root().join(POOL_LOCK);
         tokio::time::sleep(OTHERS_FIRST).await;
         loop {
             let Some(held) = Held::try_take(&path).map_err(|e| Error::io("cannot lock the pools", e))? else {
@@ -138,10 +138,10 @@ impl Nido {
     }
 
     fn start_filler(&self) {
-        if is_held(&self.home.root().join(POOL_LOCK)) {
+        if is_held(&self.home().root().join(POOL_LOCK)) {
             return;
         }
-        if let Err(error) = self.start_in_background("pool-fill", "pool.log") {
+        if let Err(error) = self.context.start_in_background("pool-fill", "pool.log") {
             tracing::warn!("the pools are not refilled: {error}");
         }
     }
@@ -278,7 +278,7 @@ fn flags(kind: &PoolKind) -> String {
 
 fn clone_spec(pool: &PoolRow) -> Result<VmSpec> {
     let PoolKind { cpus, memory_mib, net, machine, accel, nested } = pool.kind.clone();
-    let spec = VmSpec::named(random_name("pool")?);
+    let spec = VmSpec::named(random::vm_name("pool")?);
     Ok(VmSpec {
         template: pool.template.clone(),
         cpus,

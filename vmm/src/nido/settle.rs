@@ -16,9 +16,10 @@ use crate::error::{Error, Result};
 use crate::home::{CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOCK, VM_LOCK};
 use crate::host::removed_dir;
 use crate::lock::{Held, is_held};
+use crate::logs::log_tail;
 use crate::state::{Fact, FailureCause, VmState, advance};
 use crate::store::{VmRow, VmUpdate};
-use crate::supervisor::{lagging, log_tail};
+use crate::supervisor::lagging;
 
 impl Nido {
     /// Reconciles every VM that needs it, as opening does: for processes that keep a home open for long. Cheap when nothing
@@ -30,7 +31,7 @@ impl Nido {
         let rows = self.store().vms_in_motion()?;
         for row in rows {
             // Made for a session that goes on.
-            if row.state == VmState::Created && !row.deleting && !self.is_orphan(&row) {
+            if row.state == VmState::Created && !row.deleting && !self.context.is_orphan(&row) {
                 continue;
             }
             // One VM that cannot be reconciled is no reason to refuse everything else.
@@ -92,7 +93,7 @@ impl Nido {
             return Box::pin(self.settle(&row)).await;
         }
         if row.deleting {
-            self.erase(&row.id)?;
+            self.context.erase(&row.id)?;
             return Ok(None);
         }
         if !row.state.at_rest() {
@@ -122,7 +123,7 @@ impl Nido {
     fn settle_without_files(&self, id: &str) -> Result<Option<VmRow>> {
         let Some(row) = self.store().vm_by_id(id)? else { return Ok(None) };
         if row.deleting {
-            self.erase(id)?;
+            self.context.erase(id)?;
             return Ok(None);
         }
         if !row.state.at_rest() {
@@ -144,9 +145,9 @@ impl Nido {
         let row = self.store().vm_by_id(id)?;
         if let Some(row) = &row
             && (row.spec.ephemeral && matches!(row.state, VmState::Stopped | VmState::Failed)
-                || row.state.at_rest() && self.is_orphan(row))
+                || row.state.at_rest() && self.context.is_orphan(row))
         {
-            self.erase(&row.id)?;
+            self.context.erase(&row.id)?;
             return Ok(None);
         }
         Ok(row)

@@ -48,10 +48,10 @@ impl Nido {
     pub(super) async fn start_supervisor(&self, id: &str, held: Held, launch: Option<Launch>) -> Result<()> {
         let dir = self.vm_dir(id);
         let broken = |e| Error::io("cannot start a supervisor", e);
-        let log = super::background::open_log(&dir.file(SUPERVISOR_LOG)).map_err(broken)?;
+        let log = crate::context::open_log(&dir.file(SUPERVISOR_LOG)).map_err(broken)?;
         let lock = held.file().try_clone().map_err(broken)?;
         // In a session of its own: a Ctrl-C meant for the command does not reach it.
-        let mut command = self.daemon(dir.path())?;
+        let mut command = self.context.daemon(dir.path())?;
         command.arg("supervise").arg(id);
         if let Some(launch) = launch {
             command.arg("--asked-ms-ago").arg(format!("{:.3}", launch.asked_at.elapsed().as_secs_f64() * 1000.0));
@@ -70,7 +70,7 @@ impl Nido {
             Ok(Ok(n)) if n > 0 => Ok(()),
             // It ended before it listened: it has nothing to supervise, or its log says why.
             Ok(_) => Err(Error::internal("the VM's supervisor ended at once")
-                .log_tail(crate::supervisor::log_tail(&dir, &[SUPERVISOR_LOG]))
+                .log_tail(crate::logs::log_tail(&dir, &[SUPERVISOR_LOG]))
                 .hint("the lines above are from its log")),
             Err(_) => Err(Error::new(Code::Timeout, "the VM's supervisor did not come up in time")),
         }

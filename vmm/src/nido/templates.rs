@@ -26,7 +26,7 @@ const LET_GO: Duration = Duration::from_secs(600);
 
 impl Nido {
     pub(super) fn images(&self) -> ImageStore {
-        ImageStore::new(self.home.root())
+        ImageStore::new(self.home().root())
     }
 
     /// Keeps template parts from being removed while a VM that needs them is being made.
@@ -36,7 +36,7 @@ impl Nido {
 
     /// Waits without holding up whoever else this process works for: it may be them who hold the lock.
     async fn templates_lock(&self, how: FlockOperation, within: Duration) -> Result<File> {
-        let path = self.home.root().join("templates.lock");
+        let path = self.home().root().join("templates.lock");
         let broken = |e| Error::io("cannot lock the templates", e);
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(broken)?;
         let deadline = Instant::now() + within;
@@ -131,7 +131,7 @@ impl Nido {
     ) -> Result<BuildResult> {
         let began = Instant::now();
         let cancel = CancelOnDrop(Arc::default());
-        let (home, recipe, flag) = (self.home.root().to_owned(), name.to_string(), Arc::clone(&cancel.0));
+        let (home, recipe, flag) = (self.home().root().to_owned(), name.to_string(), Arc::clone(&cancel.0));
         let (steps, mut step) = mpsc::unbounded_channel();
         let options = nido_images::BuildOptions { rebuild: request.rebuild, kernel: request.kernel };
         let work = tokio::task::spawn_blocking(move || {
@@ -215,7 +215,7 @@ impl Nido {
     ) -> Result<()> {
         let (vm, dir) = (&row.spec.name, self.vm_dir(&row.id));
         let lower = std::iter::once(&row.parts.root).chain(row.parts.frozen.iter().map(|frozen| &frozen.sha256));
-        let mut files: Vec<_> = lower.map(|hash| self.home.blob(hash)).collect();
+        let mut files: Vec<_> = lower.map(|hash| self.home().blob(hash)).collect();
         // Of a VM that runs a copy is taken: a snapshot aside, which goes again.
         let mut held = None;
         let copy = if row.state.at_rest() {
@@ -236,7 +236,7 @@ impl Nido {
             Some(aside)
         };
         let cancel = CancelOnDrop(Arc::default());
-        let (home, flag, name) = (self.home.root().to_owned(), Arc::clone(&cancel.0), name.to_string());
+        let (home, flag, name) = (self.home().root().to_owned(), Arc::clone(&cancel.0), name.to_string());
         let disk = nido_images::Layers { files, virtual_bytes: row.disk_bytes };
         let (steps, mut step) = mpsc::unbounded_channel();
         let work = tokio::task::spawn_blocking(move || {
@@ -248,7 +248,7 @@ impl Nido {
         }
         let outcome = work.await.map_err(|e| Error::internal(format!("the work broke down: {e}")));
         if let Some(aside) = copy {
-            self.erase(&aside.row.id)?;
+            self.context.erase(&aside.row.id)?;
         }
         drop(held);
         outcome??;

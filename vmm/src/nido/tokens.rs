@@ -14,6 +14,7 @@ use crate::error::{Code, Error, Result};
 use crate::hex;
 use crate::moment;
 use crate::name::VmName;
+use crate::random;
 use crate::store::TokenRow;
 
 /// What every token begins with, so that it is found where it does not belong.
@@ -37,7 +38,7 @@ impl Nido {
             created_at.checked_add(life).map_err(|_| too_long())
         });
         let info = TokenInfo {
-            id: super::new_id()?,
+            id: random::id()?,
             name: request.name.clone(),
             scope: request.scope,
             only: request.only,
@@ -45,7 +46,7 @@ impl Nido {
             expires_at: expires_at.transpose()?,
             limits: request.limits.clone(),
         };
-        let secret = hex::encode(&super::random_bytes::<32>()?);
+        let secret = hex::encode(&random::bytes::<32>()?);
         let row = TokenRow { info: info.clone(), sha256: hex::encode(&Sha256::digest(&secret)) };
         self.store().insert_token(&row)?;
         Ok(TokenCreated { token: format!("{PREFIX}{}_{secret}", info.id), info })

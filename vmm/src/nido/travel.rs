@@ -52,7 +52,7 @@ impl Nido {
             ExportTarget::Path(path) => Some(path.to_string_lossy().into_owned()),
             ExportTarget::Stream(_) => None,
         };
-        let (home, template) = (self.home.root().to_owned(), name.to_string());
+        let (home, template) = (self.home().root().to_owned(), name.to_string());
         let work = move |mut watch: Watch<'_>| export(&home, &template, request, &mut watch);
         let done = watched(work, progress).await?;
         Ok(ExportResult {
@@ -76,7 +76,7 @@ impl Nido {
         progress: &mut (dyn FnMut(TravelStep) + Send),
     ) -> Result<ImportResult> {
         let began = Instant::now();
-        let home = self.home.root().to_owned();
+        let home = self.home().root().to_owned();
         let options = ImportOptions {
             name: request.name.map(|name| name.to_string()),
             force: request.force,

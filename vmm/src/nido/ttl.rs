@@ -7,7 +7,6 @@
 //! Invariant: at most one watcher a VM stays (it holds `ttl.lock`), and it ends with QEMU.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -15,7 +14,7 @@ use tokio::time::timeout;
 
 use super::{Nido, OpenOptions};
 use crate::error::{Error, Result};
-use crate::home::{SUPERVISOR_LOCK, SUPERVISOR_LOG, TTL_LOCK};
+use crate::home::{SUPERVISOR_LOCK, TTL_LOCK};
 use crate::lock::Held;
 use crate::qemu::QemuProcess;
 
@@ -27,18 +26,6 @@ const SUPERVISOR_STOP_TIMEOUT: Duration = Duration::from_secs(30);
 const SUPERVISOR_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Nido {
-    /// Starts the watcher of a VM's time to live.
-    pub(crate) fn start_ttl_watcher(&self, id: &str, expires_at: Timestamp, qemu: &QemuProcess) -> Result<()> {
-        let failed = |e| Error::io("cannot start the watcher of the time to live", e);
-        let dir = self.vm_dir(id);
-        let log = super::background::open_log(&dir.file(SUPERVISOR_LOG)).map_err(failed)?;
-        let pidfd = qemu.pidfd().map_err(failed)?;
-        let mut command = self.daemon(dir.path())?;
-        command.args(["watch-ttl", id, "--at-ms", &expires_at.as_millisecond().to_string()]);
-        command.stdin(Stdio::from(pidfd)).stdout(Stdio::null()).stderr(Stdio::from(log));
-        tokio::process::Command::from(command).spawn().map(drop).map_err(failed)
-    }
-
     /// The hidden verb: returns when the VM's QEMU has ended, by itself or because its time was up.
     ///
     /// # Errors

@@ -4,15 +4,16 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::{Nido, new_id, random_bytes};
+use super::Nido;
 use crate::api::{
-    Delivery, DeliveryCounts, DeliveryList, WebhookAdded, WebhookFormat, WebhookInfo, WebhookList, WebhookRequest,
-    WebhookTest,
+    Delivery, DeliveryCounts, DeliveryList, WebhookAdded, WebhookBody, WebhookFormat, WebhookInfo, WebhookList,
+    WebhookRequest, WebhookSecret, WebhookTest, encode_webhook_body,
 };
 use crate::error::{Code, Error, Result};
 use crate::moment;
+use crate::random;
 use crate::store::WebhookRow;
-use crate::webhook::{Body, Secret, Sender, Verdict, encode_body, resolve, target};
+use crate::webhook::{Sender, Verdict, resolve, target};
 
 /// How long the addresses of a new endpoint's name are waited for.
 const NAME_WITHIN: Duration = Duration::from_secs(5);
@@ -35,13 +36,13 @@ impl Nido {
         }
         let format = format.unwrap_or_else(|| WebhookFormat::usual_at(url.host_str().unwrap_or_default()));
         let secret = match (secret, format) {
-            (Some(text), WebhookFormat::PagerDuty) => Secret::parse_routing_key(&text)?,
+            (Some(text), WebhookFormat::PagerDuty) => WebhookSecret::parse_routing_key(&text)?,
             (None, WebhookFormat::PagerDuty) => {
                 return Err(Error::new(Code::WebhookInvalid, "PagerDuty takes messages with an integration key only")
                     .hint("--secret KEY: the service's page shows it, under Integrations, Events API v2"));
             }
-            (Some(text), _) => Secret::parse(&text)?,
-            (None, _) => Secret::new(random_bytes()?),
+            (Some(text), _) => WebhookSecret::parse(&text)?,
+            (None, _) => WebhookSecret::new(random::bytes()?),
         };
         if events.is_empty() {
             events = format.usual_events();
@@ -49,7 +50,7 @@ impl Nido {
         events.sort_unstable();
         events.dedup();
         let row = WebhookRow {
-            id: new_id()?,
+            id: random::id()?,
             url: url.to_string(),
             events,
             format,
@@ -115,8 +116,8 @@ impl Nido {
     /// `webhook_not_found`. A message that does not arrive is an answer, not an error.
     pub async fn webhook_test(&self, id: &str) -> Result<WebhookTest> {
         let row = self.store().webhook(id)?;
-        let message_id = format!("msg_{id}_test_{}", new_id()?);
-        let body = encode_body(&Body::test(moment::now()))?;
+        let message_id = format!("msg_{id}_test_{}", random::id()?);
+        let body = encode_webhook_body(&WebhookBody::test(moment::now()))?;
         let began = Instant::now();
         let answer = Sender::new(&row)?.post(&message_id, body).await;
         let error = match answer.verdict {

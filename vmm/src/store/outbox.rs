@@ -13,9 +13,8 @@
 use rusqlite::{OptionalExtension, params};
 
 use super::{Store, decode, fault};
-use crate::api::{DeliveryState, Event};
+use crate::api::{DeliveryState, Event, WebhookBody, encode_webhook_body};
 use crate::error::{Code, Error, Result};
-use crate::webhook::{Body, encode_body};
 
 /// Finished deliveries older than this are forgotten, in milliseconds: 7 days.
 const KEPT_MS: i64 = 7 * 24 * 3600 * 1000;
@@ -91,7 +90,7 @@ impl Store {
                 continue;
             }
             if body.is_none() {
-                body = Some(encode_body(&Body::of(event))?);
+                body = Some(encode_webhook_body(&WebhookBody::of(event))?);
             }
             let insert = "INSERT INTO deliveries (webhook_id, lane, event, cursor, body, created_ms, queued_ms, due_ms) \
                           VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, CASE WHEN EXISTS (SELECT 1 FROM deliveries \

@@ -6,9 +6,9 @@ use rusqlite::{OptionalExtension, Row, params};
 use super::{Store, decode, encode, fault};
 use crate::api::{
     DELIVERIES_MAX, Delivery, DeliveryCounts, DeliveryState, EventKind, WEBHOOKS_MAX, WebhookFormat, WebhookInfo,
+    WebhookSecret, webhook_message_id,
 };
 use crate::error::{Code, Error, Result};
-use crate::webhook::{Secret, message_id};
 
 /// One endpoint as the store knows it. All but `disabled` never changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub struct WebhookRow {
     /// What it is sent.
     pub format: WebhookFormat,
     /// What its messages are signed with.
-    pub secret: Secret,
+    pub secret: WebhookSecret,
     /// Whether it may lie in a private network or on this very host.
     pub allow_private: bool,
     /// When it was added.
@@ -63,7 +63,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
 
 fn row_of((id, url, events, format, secret, allow_private, created_ms, disabled): Raw) -> Result<WebhookRow> {
     let created_at = time(created_ms)?;
-    let (events, format, secret) = (decode("events", &events)?, format.parse()?, Secret::parse_kept(&secret)?);
+    let (events, format, secret) = (decode("events", &events)?, format.parse()?, WebhookSecret::parse_kept(&secret)?);
     Ok(WebhookRow { id, url, events, format, secret, allow_private, created_at, disabled })
 }
 
@@ -205,7 +205,7 @@ fn delivery(row: &Row<'_>) -> Result<Delivery> {
     let cursor = get::<i64>(row, 3)?.unsigned_abs();
     Ok(Delivery {
         id: get::<i64>(row, 0)?.unsigned_abs(),
-        message_id: message_id(&webhook_id, cursor),
+        message_id: webhook_message_id(&webhook_id, cursor),
         webhook_id,
         event: get::<String>(row, 2)?.parse()?,
         cursor,

@@ -82,8 +82,8 @@ impl Supervisor {
 
     /// Takes what was saved into the store of parts.
     pub(super) async fn keep_bake(&self) -> Result<Bake> {
-        let home = self.nido.home();
-        let program = qemu::find(self.nido.options().qemu.as_deref())?;
+        let home = self.context.home();
+        let program = qemu::find(self.context.qemu())?;
         let qemu = qemu::probe(&program, &home.cache())?;
         let saved = Saved {
             machine: shape(&self.machine, &facts::gather(&home.cache())),

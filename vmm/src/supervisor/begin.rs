@@ -19,7 +19,6 @@ use tokio::time::Instant as TokioInstant;
 
 use super::forwards::bind;
 use super::launch::{Attached, LaunchError, Running, attach, launch};
-use super::logs::log_tail;
 use super::pool::warm;
 use super::react::QMP_WITHIN;
 use super::run::Supervisor;
@@ -29,11 +28,12 @@ use crate::error::{Code, Error, Result};
 use crate::guest::{Endpoint, Guest, GuestError, Link, Session, connect};
 use crate::home::{DEVICE_STATE, QEMU_LOG};
 use crate::host::{QemuFacts, qemu};
+use crate::logs::log_tail;
 use crate::machine::Transport;
-use crate::nido::random_cid;
 use crate::qemu::argv::NET;
 use crate::qemu::migration::{self, Memory};
 use crate::qemu::{Monitor, QemuExit};
+use crate::random;
 use crate::state::{Fact, VmState};
 use crate::store::{Origin, Purpose, VmUpdate};
 
@@ -71,9 +71,9 @@ pub(super) enum Awake {
 impl Supervisor {
     pub(super) async fn start(&mut self) -> Result<Running, Ended> {
         self.bind_forwards().await.map_err(Ended::Error)?;
-        let named = self.nido.options().qemu.clone();
+        let named = self.context.qemu().map(Path::to_owned);
         let program = qemu::find(named.as_deref()).map_err(|e| Ended::Error(e.into()))?;
-        let facts = qemu::probe(&program, &self.nido.home().cache()).map_err(|e| Ended::Error(e.into()))?;
+        let facts = qemu::probe(&program, &self.context.home().cache()).map_err(|e| Ended::Error(e.into()))?;
         let running = self.launch(&facts).await?;
         let qemu_ms = self.asked_for_ms();
         let mut timings = Timings { path: StartPath::Cold, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 };
@@ -92,7 +92,7 @@ impl Supervisor {
     async fn launch(&mut self, facts: &QemuFacts) -> Result<Running, Ended> {
         let mut tries = 0;
         loop {
-            match launch(self.nido.home(), &self.row, &self.machine, facts).await {
+            match launch(self.context.home(), &self.row, &self.machine, facts).await {
                 Ok(running) => return Ok(running),
                 Err(LaunchError::Ended(_)) if tries < OTHER_ADDRESSES && self.address_was_taken() => {
                     tries += 1;
@@ -110,14 +110,14 @@ impl Supervisor {
     }
 
     fn take_another_address(&mut self) -> Result<()> {
-        let cid = random_cid()?;
+        let cid = random::guest_cid()?;
         tracing::warn!("another program has the VM's vsock address; trying {cid}");
         self.machine.transport = Transport::Vsock { cid };
         let machine = Some(self.machine.clone());
         let update = VmUpdate { cid: Some(Some(cid)), machine: machine.clone(), ..VmUpdate::default() };
-        self.nido.store().update_vm(&self.row.id, &update)?;
+        self.context.store().update_vm(&self.row.id, &update)?;
         (self.row.cid, self.row.machine) = (Some(cid), machine);
-        self.guest = self.nido.guest(&self.row)?;
+        self.guest = self.context.guest(&self.row)?;
         Ok(())
     }
 
@@ -125,7 +125,7 @@ impl Supervisor {
     fn what_to_load(&self) -> Option<(StartPath, PathBuf, Memory)> {
         match &self.row.origin {
             Origin::Boot => None,
-            Origin::Fork(saved) => Some((StartPath::Fork, self.nido.home().blob(&saved.state), Memory::Apart)),
+            Origin::Fork(saved) => Some((StartPath::Fork, self.context.home().blob(&saved.state), Memory::Apart)),
             Origin::Restore { snapshot, .. } => {
                 let state = crate::snapshot::dir(&self.dir, snapshot).join(DEVICE_STATE);
                 Some((StartPath::Restore, state, Memory::Within))
@@ -222,7 +222,7 @@ impl Supervisor {
             return Err(Ended::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
         }
         // The supervisor before may have died between a claim and its record, which would still call this VM a clone of the pool.
-        self.nido.refresh_record(&self.row.id);
+        self.context.refresh_record(&self.row.id);
         if let Err(error) = self.bind_forwards().await {
             tracing::error!("a published port is lost: {error}");
         }
@@ -284,7 +284,7 @@ impl Supervisor {
         for spec in self.row.forwards.clone() {
             let (bound, listener) = bind(&spec).await?;
             if bound != spec {
-                let store = self.nido.store();
+                let store = self.context.store();
                 store.remove_forward(&self.row.id, &spec)?;
                 store.add_forward(&self.row.id, &bound)?;
             }
@@ -361,7 +361,7 @@ impl Supervisor {
             time_ns: 0,
             hostname: self.row.spec.name.to_string(),
             identity: self.row.id.clone(),
-            network: crate::nido::guest_network(self.row.spec.net),
+            network: crate::context::guest_network(self.row.spec.net),
             disk_grown: self.row.parts.frozen.last().is_some_and(|frozen| frozen.virtual_bytes < self.row.disk_bytes),
         }
     }

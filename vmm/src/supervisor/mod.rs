@@ -21,7 +21,6 @@ mod ending;
 mod forwards;
 mod launch;
 mod limits;
-mod logs;
 mod pause;
 mod pool;
 mod react;
@@ -33,20 +32,20 @@ mod unwritten;
 
 use std::fs::File;
 use std::io::Write;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::fs::Mode;
 
-pub(crate) use logs::log_tail;
 pub(crate) use unwritten::lagging;
 
 use crate::api::Failure;
+use crate::context::Context;
 use crate::error::{Code, Error, Result};
 use crate::home::{SUPERVISOR_LOCK, VM_LOCK, VmDir};
 use crate::host::daemon::raise_open_files;
 use crate::lock::{Held, is_held};
 use crate::name::VmName;
-use crate::nido::{Nido, OpenOptions};
 use crate::state::{FailureCause, VmState};
 
 /// What a supervisor is started with.
@@ -60,28 +59,21 @@ pub struct SuperviseRequest {
     pub ready_within_ms: Option<u64>,
 }
 
-impl Nido {
-    /// The hidden verb: supervises one VM until it is at rest. Returns when there is nothing left to supervise.
-    ///
-    /// # Errors
-    /// Whatever keeps it from supervising. The VM's row says how the VM ended.
-    pub async fn supervise(options: OpenOptions, request: SuperviseRequest) -> Result<()> {
-        let asked_at =
-            Instant::now().checked_sub(Duration::from_secs_f64(request.asked_ms_ago.clamp(0.0, 1e9) / 1000.0));
-        let nido = Self::open_unsettled(options)?;
-        let dir = nido.vm_dir(&request.id);
-        let Some(lock) = own_lock(&dir)? else { return Ok(()) };
-        let Some(row) = nido.store().vm_by_id(&request.id)? else { return Ok(()) };
-        let attach = is_held(&dir.file(VM_LOCK));
-        if !attach && row.state != VmState::Starting {
-            return Ok(());
-        }
-        settle_in(&dir)?;
-        let asked_at = asked_at.unwrap_or_else(Instant::now);
-        run::Supervisor::prepare(nido, row, lock, attach, asked_at, request.ready_within_ms)?
-            .run(attach, announce)
-            .await
+/// Supervises one VM until it is at rest. Returns when there is nothing left to supervise.
+///
+/// # Errors
+/// Whatever keeps it from supervising. The VM's row says how the VM ended.
+pub async fn supervise(context: Arc<Context>, request: SuperviseRequest, asked_at: Option<Instant>) -> Result<()> {
+    let dir = context.vm_dir(&request.id);
+    let Some(lock) = own_lock(&dir)? else { return Ok(()) };
+    let Some(row) = context.store().vm_by_id(&request.id)? else { return Ok(()) };
+    let attach = is_held(&dir.file(VM_LOCK));
+    if !attach && row.state != VmState::Starting {
+        return Ok(());
     }
+    settle_in(&dir)?;
+    let asked_at = asked_at.unwrap_or_else(Instant::now);
+    run::Supervisor::prepare(context, row, lock, attach, asked_at, request.ready_within_ms)?.run(attach, announce).await
 }
 
 /// The lock that came as standard input, or else taken here. `None`: another supervisor has it.

@@ -24,6 +24,7 @@ use super::react::QMP_WITHIN;
 use super::run::Supervisor;
 use super::serve::Life;
 use crate::api::{ForwardSpec, StartPath, Timings};
+use crate::context::write_guest_config;
 use crate::error::{Code, Error, Result};
 use crate::guest::{GuestError, Session};
 use crate::machine::Machine;
@@ -72,7 +73,7 @@ impl Supervisor {
         self.limits = Limits::new(now, expires_at, order.spec.idle_ms.map(Duration::from_millis));
         self.watch_ttl(&running.process);
         // On the disk before the owner hears that the VM is ready, while the guest is renewed.
-        let record = self.nido.prepare_record(&self.row).map(tokio::task::spawn_blocking);
+        let record = self.context.prepare_record(&self.row).map(tokio::task::spawn_blocking);
         let awake = self.wake(ports, running).await;
         let recorded = match record {
             Ok(writing) => writing.await.unwrap_or_else(|error| Err(Error::internal(error.to_string()))),
@@ -113,7 +114,7 @@ impl Supervisor {
             owner: order.owner.as_deref(),
             max_vms: order.max_vms,
         };
-        let store = self.nido.store();
+        let store = self.context.store();
         if !store.claim_vm(&self.row.id, &claim)? {
             return Err(taken());
         }
@@ -122,8 +123,8 @@ impl Supervisor {
 
     /// Lets the guest go on, and has it renewed for its new owner.
     async fn wake(&mut self, ports: Vec<(ForwardSpec, TcpListener)>, running: &Running) -> Result<()> {
-        self.nido.write_fresh_token(&self.row, &self.machine)?;
-        self.guest = self.nido.guest(&self.row)?;
+        write_guest_config(&self.dir, &self.row, &self.machine)?;
+        self.guest = self.context.guest(&self.row)?;
         self.resize_disk(running).await?;
         running
             .monitor

@@ -333,13 +333,13 @@ impl Supervisor {
 
     async fn add_forward(&mut self, spec: &ForwardSpec) -> Result<ForwardSpec> {
         let (bound, listener) = bind(spec).await?;
-        self.nido.store().add_forward(&self.row.id, &bound)?;
+        self.context.store().add_forward(&self.row.id, &bound)?;
         self.forwards.start(bound.clone(), listener, self.guest.clone(), self.forward_users());
         Ok(bound)
     }
 
     async fn remove_forward(&mut self, spec: &ForwardSpec) -> Result<()> {
-        self.nido.store().remove_forward(&self.row.id, spec)?;
+        self.context.store().remove_forward(&self.row.id, spec)?;
         self.forwards.stop(spec).await;
         Ok(())
     }
@@ -392,7 +392,7 @@ impl Supervisor {
     /// Has a small process end QEMU when its time is up, should this supervisor not be there to.
     pub(super) fn watch_ttl(&self, qemu: &QemuProcess) {
         if let Some(at) = self.row.expires_at
-            && let Err(error) = self.nido.start_ttl_watcher(&self.row.id, at, qemu)
+            && let Err(error) = self.context.start_ttl_watcher(&self.row.id, at, qemu)
         {
             tracing::error!("the time to live ends only under supervision: {error}");
         }
@@ -494,7 +494,7 @@ impl Supervisor {
                     self.learn(Fact::StopAsked);
                     let _ = process.kill();
                 }
-                _ = session.tick(), if self.row.spec.lease.is_some() => if self.nido.is_orphan(&self.row) {
+                _ = session.tick(), if self.row.spec.lease.is_some() => if self.context.is_orphan(&self.row) {
                     self.learn(Fact::StopAsked);
                     let _ = process.kill();
                 },

@@ -18,12 +18,12 @@ use super::failure_error;
 use super::forwards::Forwards;
 use super::launch::Running;
 use super::limits::Limits;
-use super::logs::{log_tail, panic_lines, rotate};
 use super::pause::{ByItself, Stillness};
 use super::serve::{Desk, Life, Order, Users, serve};
 use super::terminate::Termination;
 use super::unwritten::Unwritten;
 use crate::api::{AgentInfo, Failure, StopRequest};
+use crate::context::Context;
 use crate::error::{Error, Problem, Result};
 use crate::guest::{Channel, Guest};
 use crate::home::{
@@ -33,8 +33,8 @@ use crate::home::{
 use crate::host::facts::disk_free_bytes;
 use crate::host::kvm;
 use crate::lock::Held;
+use crate::logs::{log_tail, panic_lines, rotate};
 use crate::machine::{Accel, Machine, Transport};
-use crate::nido::Nido;
 use crate::qemu::QemuExit;
 use crate::state::{Fact, FailureCause, StateCause, VmState, advance};
 use crate::store::{Origin, Purpose, VmRow, VmUpdate};
@@ -56,7 +56,7 @@ const ASKED_WITHIN: Duration = Duration::from_millis(500);
 
 /// One VM's supervisor.
 pub(super) struct Supervisor {
-    pub(super) nido: Nido,
+    pub(super) context: Arc<Context>,
     pub(super) row: VmRow,
     pub(super) lock: Held,
     pub(super) machine: Machine,
@@ -120,7 +120,7 @@ pub(super) enum Report {
 impl Supervisor {
     /// Opens the VM's sockets.
     pub(super) fn prepare(
-        nido: Nido,
+        context: Arc<Context>,
         row: VmRow,
         lock: Held,
         attach: bool,
@@ -128,8 +128,8 @@ impl Supervisor {
         ready_within_ms: Option<u64>,
     ) -> Result<Self> {
         let machine = row.machine.clone().ok_or_else(|| Error::internal("the VM has no machine"))?;
-        let dir = nido.vm_dir(&row.id);
-        let guest = nido.guest(&row)?;
+        let dir = context.vm_dir(&row.id);
+        let guest = context.guest(&row)?;
         let channel = match machine.transport {
             Transport::VirtioSerial { .. } => {
                 // The agent of a bake waits for its host's first word. That of a snapshot goes on in the middle of what was
@@ -152,7 +152,7 @@ impl Supervisor {
         let (state, cause) = (row.state, row.cause);
         let ready_within = ready_within_ms.map_or(default, Duration::from_millis);
         Ok(Self {
-            nido,
+            context,
             row,
             lock,
             machine,
@@ -224,7 +224,7 @@ impl Supervisor {
 
     /// Has the experiment decide anew whether KVM works, for the starts to come.
     async fn test_kvm_again(&self) {
-        let cache = self.nido.home().cache();
+        let cache = self.context.home().cache();
         match tokio::task::spawn_blocking(move || kvm::probe_again(&cache)).await {
             Ok(verdict) => tracing::warn!(?verdict, "the VM failed under KVM; KVM was tested again"),
             Err(error) => tracing::error!("KVM could not be tested again: {error}"),
@@ -299,7 +299,7 @@ impl Supervisor {
                 }
                 _ = retry.tick(), if !self.unwritten.is_empty() => self.flush(),
                 _ = session.tick(), if (self.row.spec.lease.is_some() || self.row.made_by.is_some()) && !self.quit_sent => {
-                    if self.nido.is_orphan(&self.row) {
+                    if self.context.is_orphan(&self.row) {
                         self.session_is_over(&running);
                     }
                 }
@@ -352,8 +352,8 @@ impl Supervisor {
     }
 
     pub(super) fn flush(&mut self) {
-        let (nido, row) = (&self.nido, &self.row);
-        if let Err(error) = self.unwritten.flush(row, |update| nido.store().update_vm(&row.id, update)) {
+        let (context, row) = (&self.context, &self.row);
+        if let Err(error) = self.unwritten.flush(row, |update| context.store().update_vm(&row.id, update)) {
             tracing::error!("cannot write to the store: {error}");
         }
     }
@@ -375,7 +375,7 @@ impl Supervisor {
     /// Writes down how it ended, tells everybody who waits, and leaves nothing behind.
     async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
         let never_ran = *self.life.borrow() == Life::Launching;
-        let vanishes = self.row.spec.ephemeral && !self.kept || self.nido.is_orphan(&self.row);
+        let vanishes = self.row.spec.ephemeral && !self.kept || self.context.is_orphan(&self.row);
         // An ephemeral VM that has stopped is one to be removed, by whoever sees it first.
         let state = if self.row.spec.ephemeral && self.kept { VmState::Created } else { state };
         let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).problem()));
@@ -394,8 +394,8 @@ impl Supervisor {
             ..VmUpdate::default()
         };
         self.unwritten.push(update);
-        let (nido, row) = (&self.nido, &self.row);
-        let written = self.unwritten.flush(row, |update| nido.store().update_vm(&row.id, update));
+        let (context, row) = (&self.context, &self.row);
+        let written = self.unwritten.flush(row, |update| context.store().update_vm(&row.id, update));
         if never_ran {
             // Whoever asked for the start knows that we listen, and is about to ask how it goes.
             self.life.send_replace(Life::Ended(problem.clone()));
@@ -412,7 +412,7 @@ impl Supervisor {
             Some(Err(error)) => Err(error),
             None => Ok(None),
         };
-        let erased = if vanishes { self.nido.erase(&self.row.id) } else { Ok(()) };
+        let erased = if vanishes { self.context.erase(&self.row.id) } else { Ok(()) };
         self.life.send_replace(match (problem, baked) {
             (None, Ok(Some(bake))) => Life::Baked(Box::new(bake)),
             (None, Err(error)) => Life::Ended(Some(error.problem())),
@@ -425,8 +425,6 @@ impl Supervisor {
         }
         // Whoever takes it next finds everything written down.
         drop(self.lock);
-        // Only then: nobody waits for it.
-        self.nido.collect_parts_if_due().await;
         written.and(erased)
     }
 }

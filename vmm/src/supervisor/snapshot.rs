@@ -110,8 +110,8 @@ impl Supervisor {
             let words = format!("VM '{vm}' cannot be snapshotted: it is not ready");
             return Err(Error::new(Code::VmBusy, words));
         }
-        let home = self.nido.home();
-        let qemu = qemu::probe(&qemu::find(self.nido.options().qemu.as_deref())?, &home.cache())?;
+        let home = self.context.home();
+        let qemu = qemu::probe(&qemu::find(self.context.qemu())?, &home.cache())?;
         let image = match &self.row.origin {
             Origin::Fork(saved) => Some(home.blob(&saved.memory)),
             Origin::Boot | Origin::Restore { .. } => None,

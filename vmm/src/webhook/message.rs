@@ -1,58 +1,12 @@
 //! What an endpoint is sent about an event: the specification's body, a sentence for Slack, or an alert for PagerDuty.
 
-use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
-
-use crate::api::{Event, EventDetails, EventKind, WebhookFormat};
+use crate::api::{EventKind, WebhookBody as Body, WebhookFormat};
 use crate::error::{Error, Result};
 
-/// The event of a message that [`crate::nido::Nido::webhook_test`] sends.
-pub const TEST_EVENT: &str = "webhook.test";
 /// The longest text for Slack, in characters; Slack cuts at 40000.
 const SLACK_MAX: usize = 3000;
 /// The longest summary that PagerDuty takes, in characters.
 const SUMMARY_MAX: usize = 1024;
-
-/// The body of a message.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Body {
-    /// What happened: an [`crate::api::EventKind`], or [`TEST_EVENT`].
-    pub event: String,
-    /// When.
-    pub timestamp: Timestamp,
-    /// The VM, by the name it had; none for what happens to templates.
-    pub vm_name: Option<String>,
-    /// More about it.
-    pub details: EventDetails,
-}
-
-impl Body {
-    /// Of an event.
-    #[must_use]
-    pub fn of(event: &Event) -> Self {
-        let Event { cursor: _, event, timestamp, vm_name, details } = event;
-        Self {
-            event: event.word().into(),
-            timestamp: *timestamp,
-            vm_name: vm_name.as_ref().map(ToString::to_string),
-            details: details.clone(),
-        }
-    }
-
-    /// Of a test.
-    #[must_use]
-    pub fn test(now: Timestamp) -> Self {
-        Self { event: TEST_EVENT.into(), timestamp: now, vm_name: None, details: EventDetails::default() }
-    }
-}
-
-/// The body of a message about an event, as it is kept until it is delivered.
-///
-/// # Errors
-/// `internal`.
-pub fn encode(body: &Body) -> Result<String> {
-    serde_json::to_string(body).map_err(|e| Error::internal(format!("an event cannot be written: {e}")))
-}
 
 /// Whom a body is posted to.
 #[derive(Debug)]

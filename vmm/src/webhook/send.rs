@@ -13,10 +13,9 @@ use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Response, Url};
 
 use super::message::{To, render};
-use super::sign::Secret;
 use super::target;
 use super::verdict::{Verdict, verdict};
-use crate::api::WebhookFormat;
+use crate::api::{WebhookFormat, WebhookSecret};
 use crate::error::{Code, Error, Result};
 use crate::store::WebhookRow;
 
@@ -55,7 +54,7 @@ impl Answer {
 pub struct Sender {
     client: Client,
     url: Url,
-    secret: Secret,
+    secret: WebhookSecret,
     format: WebhookFormat,
 }
 
@@ -239,7 +238,7 @@ mod tests {
             url: url.into(),
             events: Vec::new(),
             format: WebhookFormat::Standard,
-            secret: Secret::new([7; 32]),
+            secret: WebhookSecret::new([7; 32]),
             allow_private,
             created_at: Timestamp::UNIX_EPOCH,
             disabled: None,

@@ -4,9 +4,8 @@ use jiff::Timestamp;
 use proptest::prelude::*;
 
 use super::*;
-use crate::api::{Delivery, EventDetails, EventKind, WebhookFormat};
+use crate::api::{Delivery, EventDetails, EventKind, WebhookFormat, WebhookSecret};
 use crate::store::WebhookRow;
-use crate::webhook::Secret;
 
 fn open() -> (tempfile::TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
@@ -20,7 +19,7 @@ fn add(store: &Store, id: &str, events: &[EventKind]) {
         url: "https://example.com/".into(),
         events: events.to_vec(),
         format: WebhookFormat::Slack,
-        secret: Secret::new([7; 32]),
+        secret: WebhookSecret::new([7; 32]),
         allow_private: true,
         created_at: Timestamp::from_second(1).unwrap(),
         disabled: None,

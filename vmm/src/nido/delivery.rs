@@ -11,13 +11,11 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::task::{AbortHandle, Id, JoinSet};
 
-use super::backoff::{Failed, RETRY_AFTER_MAX_MS, next_attempt};
-use super::message_id;
-use super::send::{Answer, Sender};
-use super::verdict::Verdict;
+use super::{Nido, Watch};
+use crate::api::webhook_message_id;
 use crate::error::Result;
-use crate::nido::{Nido, Watch};
 use crate::store::{Attempt, Due, Outcome, WebhookRow};
+use crate::webhook::{Answer, Failed, RETRY_AFTER_MAX_MS, Sender, Verdict, next_attempt};
 
 /// How many messages one endpoint is sent at the same time, each of another lane.
 const AT_ONCE: usize = 8;
@@ -109,7 +107,7 @@ impl Desk {
             self.senders.entry(webhook.id.clone()).or_insert_with(|| sender.clone());
         }
         let Due { id: delivery, cursor, body, attempts, queued_ms } = due;
-        let message_id = message_id(&webhook.id, cursor);
+        let message_id = webhook_message_id(&webhook.id, cursor);
         let abort = self.tasks.spawn(async move {
             match sender {
                 Ok(sender) => sender.post(&message_id, body).await,

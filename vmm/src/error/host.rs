@@ -5,7 +5,7 @@
 
 use std::io::Error as IoError;
 
-use crate::error::Code;
+use super::Code;
 
 /// Why the host's operating system refused something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

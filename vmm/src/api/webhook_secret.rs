@@ -1,6 +1,6 @@
 //! Secrets and signatures, as Standard Webhooks has them.
 //!
-//! Invariant: a secret leaves its type only by [`Secret::reveal`]; nothing that prints one shows it.
+//! Invariant: a secret leaves its type only by [`WebhookSecret::reveal`]; nothing that prints one shows it.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -19,7 +19,7 @@ const ROUTING_KEY_CHARS: usize = 32;
 
 /// What proves to an endpoint that a message is nido's.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Secret(Kind);
+pub struct WebhookSecret(Kind);
 
 #[derive(Clone, PartialEq, Eq)]
 enum Kind {
@@ -29,13 +29,13 @@ enum Kind {
     RoutingKey(String),
 }
 
-impl std::fmt::Debug for Secret {
+impl std::fmt::Debug for WebhookSecret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Secret")
     }
 }
 
-impl Secret {
+impl WebhookSecret {
     /// Of 32 random bytes.
     #[must_use]
     pub fn new(bytes: [u8; 32]) -> Self {
@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn a_signature_is_that_of_the_standard() {
         // The example of the Standard Webhooks specification's own libraries.
-        let secret = Secret::parse("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
+        let secret = WebhookSecret::parse("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
         let signature = secret.sign("msg_p5jXN8AQM9LWM0D4loKWxJek", 1_614_265_330, r#"{"test": 2432232314}"#);
         assert_eq!(signature.unwrap(), "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
     }
@@ -124,7 +124,7 @@ mod tests {
     fn a_secret_that_is_none_is_refused_and_not_repeated() {
         let (short, long) = (STANDARD.encode([7; 23]), STANDARD.encode([7; 65]));
         for bad in ["", "whsec_", "geheim", "whsec_ge heim", "WHSEC_AAAA", &format!("whsec_{short}"), &long] {
-            let Err(error) = Secret::parse(bad) else { panic!("{bad} was taken") };
+            let Err(error) = WebhookSecret::parse(bad) else { panic!("{bad} was taken") };
             assert_eq!(error.code(), Code::WebhookInvalid);
             assert!(bad.len() < 8 || !error.message().contains(bad), "{error}");
         }
@@ -133,11 +133,11 @@ mod tests {
     #[test]
     fn an_integration_key_is_kept_and_signs_nothing() {
         let key = "0123456789abcdefABCDEF0123456789";
-        let secret = Secret::parse_kept(&Secret::parse_routing_key(key).unwrap().reveal()).unwrap();
+        let secret = WebhookSecret::parse_kept(&WebhookSecret::parse_routing_key(key).unwrap().reveal()).unwrap();
         assert_eq!((secret.routing_key(), secret.sign("msg", 1, "{}")), (Some(key), None));
         assert_eq!(format!("{secret:?}"), "Secret");
         for bad in ["", &key[1..], "0123456789abcdefABCDEF012345678-", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"] {
-            let Err(error) = Secret::parse_routing_key(bad) else { panic!("{bad} was taken") };
+            let Err(error) = WebhookSecret::parse_routing_key(bad) else { panic!("{bad} was taken") };
             assert!(bad.is_empty() || !error.message().contains(bad), "{error}");
         }
     }
@@ -146,12 +146,12 @@ mod tests {
         #[test]
         fn a_secret_comes_back_as_it_was(key in proptest::collection::vec(any::<u8>(), 24..=64)) {
             let text = format!("{PREFIX}{}", STANDARD.encode(&key));
-            prop_assert_eq!(Secret::parse(&text).unwrap().reveal(), text);
+            prop_assert_eq!(WebhookSecret::parse(&text).unwrap().reveal(), text);
         }
 
         #[test]
         fn whatever_is_changed_changes_the_signature(id in "[a-z]{1,9}", at in 0..i64::MAX, body in ".{0,40}") {
-            let (ours, other) = (Secret::new([1; 32]), Secret::new([2; 32]));
+            let (ours, other) = (WebhookSecret::new([1; 32]), WebhookSecret::new([2; 32]));
             let signature = ours.sign(&id, at, &body);
             prop_assert_ne!(&signature, &other.sign(&id, at, &body));
             prop_assert_ne!(&signature, &ours.sign(&id, at ^ 1, &body));

@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::Nido;
+use super::Context;
 use crate::error::{Error, Result};
 use crate::home::make_private_dir;
 use crate::host::daemon;
@@ -16,9 +16,12 @@ use crate::host::daemon;
 /// Where a log is begun anew, in bytes.
 const LOG_MAX: u64 = 1 << 20;
 
-impl Nido {
+impl Context {
     /// Starts `nido VERB` in this home. What it has to say goes to `logs/LOG`.
-    pub(super) fn start_in_background(&self, verb: &str, log: &str) -> Result<()> {
+    ///
+    /// # Errors
+    /// Of the log, or of starting it.
+    pub fn start_in_background(&self, verb: &str, log: &str) -> Result<()> {
         let broken = |e| Error::io(format!("cannot start nido {verb}"), e);
         let logs = self.home.root().join("logs");
         make_private_dir(&logs).map_err(broken)?;
@@ -32,8 +35,11 @@ impl Nido {
     }
 
     /// A command for nido itself in this home, to stay; the verb is still missing.
-    pub(super) fn daemon(&self, directory: &Path) -> Result<Command> {
-        let mut command = daemon::command(&self.supervisor_program()?, directory);
+    ///
+    /// # Errors
+    /// nido's own program cannot be found.
+    pub fn daemon(&self, directory: &Path) -> Result<Command> {
+        let mut command = daemon::command(&self.program()?, directory);
         command.arg("--home").arg(self.home.root());
         if let Some(qemu) = &self.options.qemu {
             command.arg("--qemu").arg(qemu);
@@ -43,6 +49,9 @@ impl Nido {
 }
 
 /// A log file, opened to be appended to.
-pub(super) fn open_log(path: &Path) -> std::io::Result<File> {
+///
+/// # Errors
+/// Of the file system.
+pub fn open_log(path: &Path) -> std::io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(path)
 }
