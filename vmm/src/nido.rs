@@ -17,6 +17,7 @@ mod create;
 mod delete;
 mod delivery;
 mod delivery_worker;
+mod denied;
 mod doctor;
 mod events;
 mod exec;

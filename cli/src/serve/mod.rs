@@ -166,7 +166,7 @@ async fn watch_events(app: Arc<App>) {
     let mut looked = Instant::now();
     loop {
         if looked.elapsed() >= DELIVERING_EVERY {
-            app.nido.go_on_delivering();
+            app.nido.resume_deliveries();
             looked = Instant::now();
         }
         if let Ok(cursor) = app.nido.last_event() {

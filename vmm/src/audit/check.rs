@@ -6,9 +6,8 @@
 
 use sha2::{Digest as _, Sha256};
 
-use super::line::{Line, NO_CHAIN};
+use super::line::{Line, NO_CHAIN, Place};
 use super::log::ROTATE;
-use super::read::Place;
 use crate::api::{AuditCheckpoint, AuditHead, AuditTrouble, AuditVerdict};
 use crate::hex;
 

@@ -225,6 +225,17 @@ impl Reader<'_> {
     }
 }
 
+/// Where a line stands.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The file's name, within the log's directory.
+    pub file: &'a str,
+    /// Counted from 1.
+    pub line: u64,
+    /// Whether it is in the newest file.
+    pub newest: bool,
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -6,22 +6,12 @@ use std::io::{self, BufRead as _, BufReader, Read as _};
 use super::check::Check;
 use super::log::Log;
 use crate::api::{AuditCheckpoint, AuditHead, AuditVerdict};
+use crate::audit::line::Place;
 use crate::error::{Error, Result};
 
 /// The files of a log, open, and how long they were.
 #[derive(Debug)]
 pub struct Files(Vec<(String, File, u64)>);
-
-/// A line, and where it stands.
-#[derive(Debug, Clone, Copy)]
-pub struct Place<'a> {
-    /// The file's name, within the log's directory.
-    pub file: &'a str,
-    /// Counted from 1.
-    pub line: u64,
-    /// Whether it is in the newest file.
-    pub newest: bool,
-}
 
 impl Log {
     /// Opens all there is. Writers do not wait for whoever reads: files only grow, and a rename changes no open file.

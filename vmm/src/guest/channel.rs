@@ -18,9 +18,9 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
+use super::deadline::in_time;
 use super::error::GuestError;
 use super::mux::{self, HangUp, Mux};
-use super::session::in_time;
 use super::transport::Stream;
 
 /// How many clients are served at once. Further ones are told that the agent is busy. The agent tells apart what they want:

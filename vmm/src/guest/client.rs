@@ -8,12 +8,11 @@
 use std::fmt;
 use std::time::Duration;
 
-use nido_guest_agent::wire::{Connect, Pong, Power, ToGuest, ToHost};
+use nido_guest_agent::wire::{Pong, Power, ToGuest};
 use tokio::time::Instant;
 
 use super::error::GuestError;
-use super::forward::Tunnel;
-use super::session::{Session, unexpected};
+use super::session::Session;
 use super::transport::{Endpoint, Stream, connect};
 
 /// How long the first attempt at a sign of life may take, while a guest starts; each further one twice as long.
@@ -87,25 +86,6 @@ impl Guest {
     /// Those of [`Self::session`] and [`Session::power`].
     pub async fn power(&self, power: Power, deadline: Instant) -> Result<(), GuestError> {
         self.begin(&ToGuest::Power(power), deadline).await?.powering_off(deadline).await
-    }
-
-    /// Connects to a TCP port inside the guest.
-    ///
-    /// # Errors
-    /// Those of [`Self::session`]; [`GuestError::Guest`] with
-    /// [`Fault::Unreachable`](nido_guest_agent::wire::Fault::Unreachable) if nothing listens there.
-    pub async fn connect(&self, to: &Connect, deadline: Instant) -> Result<Tunnel, GuestError> {
-        let connect = async {
-            let mut session = self.begin(&ToGuest::Connect(to.clone()), deadline).await?;
-            match session.answer(deadline, "to connect").await? {
-                ToHost::Connected => Tunnel::new(session),
-                other => Err(unexpected(other)),
-            }
-        };
-        connect.await.map_err(|error| match error {
-            GuestError::Busy => GuestError::TunnelsBusy,
-            other => other,
-        })
     }
 
     /// Opens a session whose first request has been sent.

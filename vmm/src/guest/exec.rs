@@ -15,8 +15,9 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::client::Guest;
+use super::deadline::in_time;
 use super::error::GuestError;
-use super::session::{Link, Session, in_time, next_frame, unexpected};
+use super::session::{Link, Session, next_frame, unexpected};
 
 /// Largest piece of standard input sent at once, in bytes. Signals travel behind it.
 const STDIN_PIECE: usize = 64 * 1024;

@@ -16,7 +16,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use nido_guest_agent::places::Places;
-use nido_guest_agent::wire::{Connect, MAX_TUNNELS};
+use nido_guest_agent::wire::{Connect, MAX_TUNNELS, ToGuest, ToHost};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep};
 
 use super::client::Guest;
 use super::error::GuestError;
-use super::session::Session;
+use super::session::{Session, unexpected};
 use super::transport::Stream;
 
 /// How many connections all forwards of one VM carry at once. A few of the guest's places are left to `nido proxy`.
@@ -83,6 +83,25 @@ impl AsyncWrite for Tunnel {
 }
 
 impl Guest {
+    /// Connects to a TCP port inside the guest.
+    ///
+    /// # Errors
+    /// Those of [`Self::session`]; [`GuestError::Guest`] with
+    /// [`Fault::Unreachable`](nido_guest_agent::wire::Fault::Unreachable) if nothing listens there.
+    pub async fn connect(&self, to: &Connect, deadline: Instant) -> Result<Tunnel, GuestError> {
+        let connect = async {
+            let mut session = self.begin(&ToGuest::Connect(to.clone()), deadline).await?;
+            match session.answer(deadline, "to connect").await? {
+                ToHost::Connected => Tunnel::new(session),
+                other => Err(unexpected(other)),
+            }
+        };
+        connect.await.map_err(|error| match error {
+            GuestError::Busy => GuestError::TunnelsBusy,
+            other => other,
+        })
+    }
+
     /// Carries every connection that `listener` gets to `to` inside the guest, as long as there are `places`. Runs until
     /// dropped, which closes all of them. What `enter` gives is held as long as its connection.
     ///

@@ -14,6 +14,7 @@
 
 mod channel;
 mod client;
+mod deadline;
 mod error;
 mod exec;
 mod files;

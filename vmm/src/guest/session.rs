@@ -9,16 +9,16 @@
 //! Invariant: nothing is taken for an answer before a welcome has repeated this session's own nonce, and a frame leaves
 //! whole even if whoever sent it stopped waiting halfway.
 
-use std::future::Future;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nido_guest_agent::wire::{self, Head, Hello, Pong, Power, Refusal, Refused, Renew, ToGuest, ToHost};
 use tokio::sync::Mutex;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use super::channel::Channel;
+use super::deadline::in_time;
 use super::error::GuestError;
 use super::frames::{Frame, FrameBuffer};
 use super::transport::Stream;
@@ -280,15 +280,6 @@ async fn write_all(stream: &Stream, mut bytes: &[u8]) -> Result<(), GuestError> 
         bytes = &bytes[count..];
     }
     Ok(())
-}
-
-/// Waits for `work`, but not longer than until `deadline`.
-pub(crate) async fn in_time<T>(
-    work: impl Future<Output = Result<T, GuestError>>,
-    deadline: Instant,
-    what: &'static str,
-) -> Result<T, GuestError> {
-    timeout_at(deadline, work).await.unwrap_or(Err(GuestError::Timeout { what }))
 }
 
 /// The sending side of a session, shared by everyone who may send.

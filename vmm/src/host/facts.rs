@@ -105,7 +105,7 @@ pub fn gather(cache_dir: &Path) -> HostFacts {
         kvm,
         vsock: vsock::probe(),
         nesting: nesting(Path::new("/sys/module")),
-        boot_id: boot_id().unwrap_or_default(),
+        boot_id: super::boot::boot_id().unwrap_or_default(),
         uid: rustix::process::geteuid().as_raw(),
         gid: rustix::process::getegid().as_raw(),
     }
@@ -120,13 +120,8 @@ pub fn disk_free_bytes(path: &Path) -> std::io::Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Identifies the host's current boot.
-pub(super) fn boot_id() -> Option<String> {
-    Some(fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned())
-}
-
 fn tsc_khz(cache_dir: &Path) -> Option<u32> {
-    let boot_id = boot_id()?;
+    let boot_id = super::boot::boot_id()?;
     if let Some(khz) = cache::get(cache_dir, "tsc.json", &boot_id) {
         return khz;
     }

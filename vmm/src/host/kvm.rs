@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use super::kvm_vcpu::NoRun;
-use super::{cache, kvm_vcpu};
+use super::cache;
+use super::kvm_vcpu::{self, NoRun};
 
 const DEVICE: &str = "/dev/kvm";
 const CACHE_NAME: &str = "kvm.json";
@@ -130,7 +130,7 @@ fn hint_for(gid: u32, mode: u32) -> &'static str {
 fn cache_key(device: &Path) -> Option<CacheKey> {
     let meta = std::fs::metadata(device).ok()?;
     Some(CacheKey {
-        boot_id: super::facts::boot_id()?,
+        boot_id: super::boot::boot_id()?,
         uid: rustix::process::geteuid().as_raw(),
         device: (meta.rdev(), meta.ino()),
         ctime: (meta.ctime(), meta.ctime_nsec()),

@@ -5,6 +5,7 @@
 //! Invariant: a cached answer is used only while every part of its key is unchanged.
 #![allow(unsafe_code)]
 
+mod boot;
 mod cache;
 pub mod daemon;
 pub mod facts;

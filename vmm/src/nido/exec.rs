@@ -8,7 +8,7 @@ use tokio::net::UnixStream;
 use tokio::time::Instant;
 
 use super::Nido;
-use super::lifecycle::denied;
+use super::denied::denied;
 use crate::api::{ExecEvent, ExecExit, ExecRequest, Which};
 use crate::error::{Code, Error, Result};
 use crate::guest::{Control, Endpoint, Event, Events, Guest};

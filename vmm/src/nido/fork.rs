@@ -10,16 +10,15 @@ use std::time::Instant;
 
 use super::Nido;
 use super::bake::{FORSAKEN_MS, frozen, saved};
-use super::lifecycle::denied;
+use super::denied::denied;
 use crate::api::{ForkResult, Grant, PathChoice, StartRequest, StartStage, VmInfo, VmSpec, Which};
 use crate::error::{Code, Error, Result};
 use crate::lock::Held;
 use crate::name::{SnapshotName, VmName};
-use crate::random;
-use crate::snapshot;
 use crate::state::VmState;
 use crate::store::{BootParts, Origin, Purpose, Saved, VmRow};
 use crate::supervisor::control::Request;
+use crate::{random, snapshot};
 
 /// A snapshot of a running VM that is not among its snapshots: it lies in the directory of a VM of its own, which vanishes
 /// when nobody holds it any more. So nothing stays behind of a command that is killed.

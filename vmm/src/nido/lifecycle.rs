@@ -7,6 +7,7 @@ use jiff::SignedDuration;
 use super::Nido;
 use super::begun::BegunVm;
 use super::create::{boot_parts, disk_bytes, machine_request, make_disk};
+use super::denied::denied;
 use crate::api::{
     AgentInfo, Grant, PathChoice, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmSpec, Which,
 };
@@ -15,12 +16,11 @@ use crate::error::{Code, Error, Result};
 use crate::home::{SUPERVISOR_LOCK, VM_LOCK};
 use crate::lock::{Held, is_held};
 use crate::machine::{self, GUEST_CIDS, Machine, MachineRequest, Transport};
-use crate::moment;
 use crate::name::VmName;
-use crate::random;
-use crate::state::{Admission, Request as Act, StateCause, VmState, admit};
+use crate::state::{Admission, Request as Act, VmState, admit};
 use crate::store::{BootParts, Origin, Purpose, VmRow, VmUpdate};
 use crate::supervisor::control::Request;
+use crate::{moment, random};
 
 /// How long a start waits for whoever works on the VM at the moment.
 pub(super) const LET_GO: Duration = Duration::from_secs(5);
@@ -333,24 +333,5 @@ impl Nido {
             }
         }
         self.describe_current(&row)
-    }
-}
-
-/// The error for a request that the state does not allow.
-pub(super) fn denied(row: &VmRow, done: &str, why: &str) -> Error {
-    let name = &row.spec.name;
-    let why = row.cause.filter(|_| row.state == VmState::Paused).map_or(why, |cause| cause.paused_because());
-    let code = match row.state {
-        VmState::Starting | VmState::Stopping => Code::VmBusy,
-        _ => Code::VmNotRunning,
-    };
-    let error = Error::new(code, format!("VM '{name}' cannot be {done}: {why}"));
-    match row.state {
-        VmState::Created | VmState::Stopped | VmState::Failed => error.hint(format!("nido start {name}")),
-        VmState::Paused if row.cause == Some(StateCause::DiskFull) => error.hint(format!(
-            "free some space on the disk that holds nido's home; it resumes by itself then, or: nido resume {name}"
-        )),
-        VmState::Paused => error.hint(format!("nido resume {name}")),
-        VmState::Starting | VmState::Stopping | VmState::Running => error,
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 
 use super::Nido;
-use super::lifecycle::denied;
+use super::denied::denied;
 use crate::api::{ForwardSpec, VmInfo, VmList, VmPage, VmQuery, VmSpec, Which};
 use crate::error::Result;
 use crate::moment;

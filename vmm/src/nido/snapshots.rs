@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use super::Nido;
-use super::lifecycle::{LET_GO, denied};
+use super::denied::denied;
+use super::lifecycle::LET_GO;
 use crate::api::{RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, VmInfo, Which};
 use crate::error::{Code, Error, Result};
 use crate::home::{DISK, SUPERVISOR_LOCK, VM_LOCK, VmDir};

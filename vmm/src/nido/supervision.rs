@@ -204,7 +204,7 @@ impl Nido {
                     format!("the supervisor of VM '{name}' was lost meanwhile; the VM runs on"),
                 )
                 .hint("try again"),
-                None => super::lifecycle::denied(&now, "used", "it is not running"),
+                None => super::denied::denied(&now, "used", "it is not running"),
             },
             None => Error::new(Code::VmNotRunning, format!("VM '{name}' has ended and is gone")),
         }

@@ -17,10 +17,10 @@ use std::time::Duration;
 use nido_images::{Bake, BakedMachine, Disk, Part, QemuId, hash_file, sparse_sha256};
 use tokio::time::Instant;
 
-use super::begin::Way;
 use super::launch::Running;
-use super::react::QMP_WITHIN;
-use super::run::{Report, Supervisor};
+use super::qmp::QMP_TIMEOUT;
+use super::readiness::AgentRoute;
+use super::state::{Report, Supervisor};
 use crate::bake::{qemu_id, shape};
 use crate::error::{Code, Error, Result};
 use crate::guest::{GuestError, Session};
@@ -49,7 +49,7 @@ const SAVE_SOCKET: &str = "save.sock";
 /// What the guest is saved with.
 struct Saving {
     name: String,
-    way: Way,
+    way: AgentRoute,
     monitor: Monitor,
     pid: i32,
     /// It booted to be saved: it is left alone until it rests.
@@ -109,7 +109,7 @@ impl Saving {
             if self.rests {
                 rest(self.pid).await;
             }
-            self.monitor.stop(QMP_WITHIN).await.map_err(|e| broken(crate::text::on_one_line(&e.to_string())))?;
+            self.monitor.stop(QMP_TIMEOUT).await.map_err(|e| broken(crate::text::on_one_line(&e.to_string())))?;
         }
         let state = File::create(DEVICE_STATE).map_err(|e| Error::io("cannot save the guest", e))?;
         migration::save(&self.monitor, Path::new(SAVE_SOCKET), state, Memory::Apart, SAVED_WITHIN)

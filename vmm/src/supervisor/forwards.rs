@@ -7,7 +7,7 @@ use nido_guest_agent::wire::Connect;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-use super::serve::Users;
+use super::control_server::ActiveSessions;
 use crate::api::ForwardSpec;
 use crate::error::{Code, Error, Result};
 use crate::guest::{Connections, Guest};
@@ -46,7 +46,7 @@ pub(super) async fn bind(spec: &ForwardSpec) -> Result<(ForwardSpec, TcpListener
 
 impl Forwards {
     /// Starts carrying connections.
-    pub(super) fn start(&mut self, spec: ForwardSpec, listener: TcpListener, guest: Guest, users: Users) {
+    pub(super) fn start(&mut self, spec: ForwardSpec, listener: TcpListener, guest: Guest, users: ActiveSessions) {
         let to = Connect { host: None, port: spec.guest_port };
         let places = self.places.clone();
         let task = tokio::spawn(async move { guest.forward(listener, to, &places, || users.enter()).await });

@@ -31,7 +31,7 @@ pub(super) struct Running {
 /// Why there is no QEMU.
 pub(super) enum LaunchError {
     /// It ended before it answered.
-    Ended(process::QemuExit),
+    Exited(process::QemuExit),
     /// It could not be started or reached.
     Failed(Error),
 }
@@ -46,14 +46,14 @@ pub(super) async fn launch(
     let process = spawn(home, row, machine, qemu).map_err(LaunchError::Failed)?;
     let connected = tokio::select! {
         connected = Monitor::connect(Path::new(QMP_SOCKET), MONITOR_WITHIN) => connected,
-        exit = process.wait() => return Err(LaunchError::Ended(exit.unwrap_or(process::QemuExit::Unknown))),
+        exit = process.wait() => return Err(LaunchError::Exited(exit.unwrap_or(process::QemuExit::Unknown))),
     };
     match connected {
         Ok((monitor, events)) => Ok(Running { process, monitor, events }),
         // It closed the monitor: give it the moment it takes to be seen ending.
         Err(MonitorError::QemuGone | MonitorError::Io(_)) => {
             match tokio::time::timeout(Duration::from_secs(2), process.wait()).await {
-                Ok(exit) => Err(LaunchError::Ended(exit.unwrap_or(process::QemuExit::Unknown))),
+                Ok(exit) => Err(LaunchError::Exited(exit.unwrap_or(process::QemuExit::Unknown))),
                 Err(_) => Err(give_up(&process, "QEMU's monitor does not answer").await),
             }
         }

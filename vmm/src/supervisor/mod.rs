@@ -2,8 +2,8 @@
 //! supervisor; carries sessions to the agent; keeps the limits; writes down how it all ended.
 //!
 //! ```text
-//!   command --control.sock--> serve.rs --orders--+
-//!   client  --agent.sock----> guest::Channel ----+--> the loop in run.rs --> store
+//!   command --control.sock--> control_server.rs --commands--+
+//!   client  --agent.sock----> guest::Channel ----+--> the loop in event_loop.rs --> store
 //!   QEMU    --qmp.sock------> events ------------+        |
 //!           --exit (pidfd)---> ------------------+        +--> QMP, agent, forwards
 //! ```
@@ -14,19 +14,23 @@
 //! SIGTERM has it stop the VM in order (`terminate.rs`).
 
 mod bake;
-mod begin;
 mod clock;
 pub mod control;
-mod ending;
+mod control_server;
+mod event_loop;
+mod exit_cause;
 mod forwards;
+mod handlers;
+mod host_clocks;
 mod launch;
 mod limits;
 mod pause;
 mod pool;
-mod react;
-mod run;
-mod serve;
+mod qmp;
+mod readiness;
 mod snapshot;
+mod startup;
+mod state;
 mod terminate;
 mod unwritten;
 
@@ -73,7 +77,9 @@ pub async fn supervise(context: Arc<Context>, request: SuperviseRequest, asked_a
     }
     settle_in(&dir)?;
     let asked_at = asked_at.unwrap_or_else(Instant::now);
-    run::Supervisor::prepare(context, row, lock, attach, asked_at, request.ready_within_ms)?.run(attach, announce).await
+    state::Supervisor::prepare(context, row, lock, attach, asked_at, request.ready_within_ms)?
+        .run(attach, announce)
+        .await
 }
 
 /// The lock that came as standard input, or else taken here. `None`: another supervisor has it.

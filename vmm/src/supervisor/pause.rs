@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use qapi::qmp::{self, RunState};
 
-use super::react::{QMP_WITHIN, qmp_error};
+use super::qmp::{QMP_TIMEOUT, qmp_error};
 use crate::error::{Code, Error, Result};
 use crate::host::facts::disk_free_bytes;
 use crate::qemu::Monitor;
@@ -150,10 +150,10 @@ impl Resume {
             }
         }
         if status == RunState::suspended {
-            self.monitor.execute(qmp::system_wakeup {}, QMP_WITHIN).await.map_err(|e| qmp_error(&e))?;
+            self.monitor.execute(qmp::system_wakeup {}, QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
             return Ok(());
         }
-        self.monitor.cont(QMP_WITHIN).await.map_err(|e| qmp_error(&e))?;
+        self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
         if failed_io { self.stays_up().await } else { Ok(()) }
     }
 
@@ -174,7 +174,7 @@ impl Resume {
     }
 
     async fn status(&self) -> Result<RunState> {
-        self.monitor.query_status(QMP_WITHIN).await.map_err(|e| qmp_error(&e))
+        self.monitor.query_status(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))
     }
 }
 

@@ -10,34 +10,28 @@
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
-use nido_guest_agent::wire::{Exec, Pong};
+use nido_guest_agent::wire::Pong;
 use tokio::net::TcpListener;
-use tokio::time::Instant as TokioInstant;
 
-use super::begin::Way;
 use super::control::ClaimOrder;
+use super::control_server::Life;
 use super::forwards::bind;
 use super::launch::Running;
 use super::limits::Limits;
 use super::pause::Stillness;
-use super::react::QMP_WITHIN;
-use super::run::Supervisor;
-use super::serve::Life;
+use super::qmp::QMP_TIMEOUT;
+use super::state::Supervisor;
 use crate::api::{ForwardSpec, StartPath, Timings};
 use crate::context::write_guest_config;
 use crate::error::{Code, Error, Result};
-use crate::guest::{GuestError, Session};
 use crate::machine::Machine;
 use crate::state::{Fact, StateCause, VmState, advance};
 use crate::store::{Claim, Origin, Purpose, VmRow};
 
-/// How long a clone's first command may take, in milliseconds.
-const WARM_WITHIN_MS: u64 = 10_000;
-
 impl Supervisor {
     /// Halts a clone that is ready: from here on it waits.
     pub(super) async fn park(&mut self, pong: Pong, running: &Running) {
-        if let Err(error) = running.monitor.stop(QMP_WITHIN).await {
+        if let Err(error) = running.monitor.stop(QMP_TIMEOUT).await {
             tracing::error!("the clone cannot be halted: {}", crate::text::on_one_line(&error.to_string()));
             return self.quit(running);
         }
@@ -128,7 +122,7 @@ impl Supervisor {
         self.resize_disk(running).await?;
         running
             .monitor
-            .cont(QMP_WITHIN)
+            .cont(QMP_TIMEOUT)
             .await
             .map_err(|e| Error::new(Code::QemuFailed, crate::text::on_one_line(&e.to_string())))?;
         // Written down with the rest when the guest is ready.
@@ -142,26 +136,6 @@ impl Supervisor {
         }
         self.awaited = Some(self.watch_for_agent(running));
         Ok(())
-    }
-}
-
-/// Has the guest run a command that does nothing. Under emulation what runs for the first time after a load is slow:
-/// whoever claims the clone shall not wait for that. It is no reason to fail.
-pub(super) async fn warm(way: &Way, deadline: TokioInstant) {
-    let work = async {
-        let session = Session::open(way.stream(deadline).await?, way.guest.token(), deadline).await?;
-        let argv = ["sh", "-c", "true"].map(|word| word.as_bytes().to_vec().into()).to_vec();
-        let request = Exec { argv, timeout_ms: Some(WARM_WITHIN_MS), ..Exec::default() };
-        let mut running = session.exec(request, deadline).await?;
-        while running.events.next().await?.is_some() {}
-        // Answered when the agent has made ready what the next command needs: a clone is halted with nothing left to do.
-        if let Some(mut session) = running.events.finish() {
-            session.ping(deadline).await?;
-        }
-        Ok::<_, GuestError>(())
-    };
-    if let Err(error) = work.await {
-        tracing::warn!("the clone's first command failed: {error}");
     }
 }
 

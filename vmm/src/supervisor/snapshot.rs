@@ -16,11 +16,11 @@ use qapi::qmp::RunState;
 use tokio::time::Instant;
 
 use super::bake::save_error;
-use super::begin::Way;
 use super::clock::set_clock;
 use super::launch::Running;
-use super::react::{QMP_WITHIN, qmp_error};
-use super::run::Supervisor;
+use super::qmp::{QMP_TIMEOUT, qmp_error};
+use super::readiness::AgentRoute;
+use super::state::Supervisor;
 use crate::bake::{qemu_id, shape};
 use crate::error::{Code, Error, Result};
 use crate::guest::{Guest, GuestError, Session};
@@ -48,7 +48,7 @@ struct Taking {
     dir: VmDir,
     /// The directory of the VM that gets it.
     into: VmDir,
-    way: Way,
+    way: AgentRoute,
     monitor: Monitor,
     running: snapshot::Running,
     /// The VM is paused, and stays so.
@@ -94,15 +94,6 @@ impl Supervisor {
         });
     }
 
-    /// Whether it stands still only for a snapshot.
-    pub(super) fn is_being_saved(&self) -> bool {
-        self.snapshotting.available_permits() == 0
-    }
-
-    pub(super) fn way(&self) -> Way {
-        Way { guest: self.guest.clone(), channel: self.channel.clone() }
-    }
-
     fn taking(&self, into: Option<String>, running: &Running) -> Result<Taking> {
         let vm = self.row.spec.name.clone();
         let paused = self.state == VmState::Paused;
@@ -143,7 +134,7 @@ impl Supervisor {
             return;
         }
         tracing::warn!("a snapshot was cut off; the VM goes on");
-        if let Err(error) = running.monitor.cont(QMP_WITHIN).await {
+        if let Err(error) = running.monitor.cont(QMP_TIMEOUT).await {
             tracing::error!("the VM cannot go on: {error}");
         }
         let way = self.way();
@@ -203,11 +194,11 @@ impl Taking {
         let mut session = Session::open(stream, self.way.guest.token(), deadline).await.map_err(guest_error)?;
         session.freeze(deadline).await.map_err(guest_error)?;
         let began = std::time::Instant::now();
-        let saved = match self.monitor.stop(QMP_WITHIN).await {
+        let saved = match self.monitor.stop(QMP_TIMEOUT).await {
             Ok(()) => self.save(unfinished).await,
             Err(error) => Err(qmp_error(&error)),
         };
-        let gone_on = self.monitor.cont(QMP_WITHIN).await.map_err(|e| qmp_error(&e));
+        let gone_on = self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e));
         tracing::info!("the VM stood still for {} ms", began.elapsed().as_millis());
         let thawed = session.thaw(Instant::now() + FROZEN_WITHIN).await.map_err(guest_error);
         let unfinished = saved?;
@@ -218,9 +209,9 @@ impl Taking {
     /// Memory and disk of a guest that stands still fit each other as they are.
     async fn save_paused(&self, unfinished: Unfinished) -> Result<Unfinished> {
         // QEMU saves a machine once; to save it again it has to have run, if only for a moment.
-        if self.monitor.query_status(QMP_WITHIN).await.map_err(|e| qmp_error(&e))? == RunState::postmigrate {
-            self.monitor.cont(QMP_WITHIN).await.map_err(|e| qmp_error(&e))?;
-            self.monitor.stop(QMP_WITHIN).await.map_err(|e| qmp_error(&e))?;
+        if self.monitor.query_status(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))? == RunState::postmigrate {
+            self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
+            self.monitor.stop(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
         }
         self.save(unfinished).await
     }
@@ -241,7 +232,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(format!("the work broke down: {e}")))?
 }
 
-async fn thaw(way: &Way, deadline: Instant) -> Result<(), GuestError> {
+async fn thaw(way: &AgentRoute, deadline: Instant) -> Result<(), GuestError> {
     let guest: &Guest = &way.guest;
     Session::open(way.stream(deadline).await?, guest.token(), deadline).await?.thaw(deadline).await
 }

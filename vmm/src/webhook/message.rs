@@ -110,6 +110,7 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::{Event, EventDetails, encode_webhook_body};
 
     const KEY: &str = "0123456789abcdef0123456789abcdef";
 
@@ -139,7 +140,7 @@ mod tests {
             details: EventDetails { ip_address: Some("192.168.122.45".into()), ..EventDetails::default() },
             ..crash()
         };
-        let kept = encode(&Body::of(&event)).unwrap();
+        let kept = encode_webhook_body(&Body::of(&event)).unwrap();
         assert_eq!(
             render(kept, &to(WebhookFormat::Standard)).unwrap(),
             r#"{"event":"vm.crashed","timestamp":"2026-01-04T14:30:00Z","vm_name":"web","details":{"ip_address":"192.168.122.45","last_log_entries":[]}}"#
@@ -148,13 +149,13 @@ mod tests {
 
     #[test]
     fn slack_gets_a_sentence_and_no_commands() {
-        let posted = render(encode(&Body::of(&crash())).unwrap(), &to(WebhookFormat::Slack)).unwrap();
+        let posted = render(encode_webhook_body(&Body::of(&crash())).unwrap(), &to(WebhookFormat::Slack)).unwrap();
         let posted: serde_json::Value = serde_json::from_str(&posted).unwrap();
         let text = posted["text"].as_str().unwrap();
         assert!(text.starts_with("*vm.crashed* VM `web`: the guest &lt;!channel&gt; panicked\n```"), "{text}");
         assert!(text.ends_with("the end```") && !text.contains('<') && text.matches("```").count() == 2, "{text}");
         assert!(text.chars().count() < SLACK_MAX + 10);
-        let test = encode(&Body::test("2026-01-04T14:30:00Z".parse().unwrap())).unwrap();
+        let test = encode_webhook_body(&Body::test("2026-01-04T14:30:00Z".parse().unwrap())).unwrap();
         assert_eq!(
             render(test, &to(WebhookFormat::Slack)).unwrap(),
             r#"{"text":"*webhook.test* a test message of nido"}"#
@@ -162,7 +163,7 @@ mod tests {
     }
 
     fn alert(event: &Event) -> serde_json::Value {
-        let posted = render(encode(&Body::of(event)).unwrap(), &to(WebhookFormat::PagerDuty)).unwrap();
+        let posted = render(encode_webhook_body(&Body::of(event)).unwrap(), &to(WebhookFormat::PagerDuty)).unwrap();
         serde_json::from_str(&posted).unwrap()
     }
 

@@ -3,45 +3,23 @@
 //! Invariant: it is locked for as long as the copy lives. What a killed copy has left is found without a lock and removed by
 //! the next download into the same directory.
 
-use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsFd, OwnedFd};
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, flock};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, flock};
 use rustix::io::Errno;
 
-use super::place::Destination;
+use super::destination::{DIRECTORY, Destination, kind_at, names};
 use crate::guest::error::GuestError;
 
-pub(super) const DIRECTORY: OFlags =
-    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+/// Name of the copy inside the fresh directory.
+pub(super) const ROOT: &str = "root";
 /// What the names of fresh directories begin with; 16 hexadecimal digits follow.
 const PREFIX: &str = ".nido-";
 /// A fresh directory younger than this may not have been locked yet.
 const LEAST_AGE: Duration = Duration::from_secs(60);
-
-/// What has a name, symlinks not followed.
-pub(super) fn kind_at(dir: impl AsFd, name: &OsStr) -> rustix::io::Result<Option<FileType>> {
-    match rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode))),
-        Err(Errno::NOENT) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// The names in a directory.
-pub(super) fn names(dir: impl AsFd) -> rustix::io::Result<Vec<OsString>> {
-    let mut names = Vec::new();
-    for found in Dir::read_from(dir)? {
-        let found = found?;
-        let name = found.file_name().to_bytes();
-        if !matches!(name, b"." | b"..") {
-            names.push(OsStr::from_bytes(name).to_owned());
-        }
-    }
-    Ok(names)
-}
 
 /// The fresh directory a copy grows in. Goes with all that is in it when dropped.
 pub(super) struct Fresh<'a> {
@@ -120,7 +98,7 @@ fn is_orphan(directory: &OwnedFd) -> bool {
     let age = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(changed);
     stat.st_uid == rustix::process::geteuid().as_raw()
         && age >= LEAST_AGE
-        && names(directory).is_ok_and(|names| names.iter().all(|name| name == super::place::ROOT))
+        && names(directory).is_ok_and(|names| names.iter().all(|name| name == ROOT))
         && flock(directory, FlockOperation::NonBlockingLockExclusive).is_ok()
 }
 

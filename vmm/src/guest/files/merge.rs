@@ -14,8 +14,8 @@ use nido_guest_agent::replace::{Found, Given, look};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps};
 use rustix::io::Errno;
 
-use super::fresh::{DIRECTORY, Fresh, kind_at, names};
-use super::place::{Destination, ROOT, give, special};
+use super::destination::{DIRECTORY, Destination, give, kind_at, names, special};
+use super::fresh::{Fresh, ROOT};
 use super::receive::Item;
 use crate::guest::error::GuestError;
 

@@ -7,9 +7,10 @@
 //! Invariant: what is missing or in the way on this side is reported before anything is sent, and the memory of a copy
 //! does not depend on its size.
 
+mod destination;
+mod download;
 mod fresh;
 mod merge;
-mod place;
 mod receive;
 mod send;
 mod tar;
@@ -24,7 +25,7 @@ use std::sync::Arc;
 use nido_guest_agent::wire::{Get, Put, ToGuest, check_component, feature};
 use tokio::time::Instant;
 
-use self::place::Destination;
+use self::destination::Destination;
 use self::receive::Receiver;
 use self::wire::Wire;
 use super::client::Guest;
@@ -196,13 +197,13 @@ impl Guest {
     ) -> Result<Copied, GuestError> {
         let Download { source, destination, overwrite, preserve, limits } = download;
         let name = last_name(&source).map(<[u8]>::to_vec);
-        let how = place::How { overwrite, preserve };
+        let how = destination::How { overwrite, preserve };
         let destination = in_background(move || Destination::resolve(&destination, name.as_deref(), how)).await?;
         let features = feature::HOLES | feature::LINKS | feature::LEFT_OUT | if preserve { feature::OWNERS } else { 0 };
         let get = ToGuest::Get(Get { path: source.into(), features: Some(features) });
         self.copy(&get, deadline, move |wire, _| {
             let mut receiver = Receiver::new(wire, limits, progress);
-            place::download(&mut receiver, &destination)
+            download::download(&mut receiver, &destination)
         })
         .await
     }

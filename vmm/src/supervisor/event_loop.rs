@@ -2,49 +2,32 @@
 //! function, and what is done about it goes out to QEMU, the agent and the store.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use rustix::fs::unlink;
-use tokio::net::UnixListener;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::time::{Instant as TokioInstant, sleep_until};
 
-use super::begin::{Awake, Ended};
-use super::clock::HostClocks;
-use super::ending::{Seen, verdict};
+use super::control_server::{ActiveSessions, Life};
+use super::exit_cause::exit_cause;
 use super::failure_error;
-use super::forwards::Forwards;
 use super::launch::Running;
-use super::limits::Limits;
-use super::pause::{ByItself, Stillness};
-use super::serve::{Desk, Life, Order, Users, serve};
-use super::terminate::Termination;
-use super::unwritten::Unwritten;
+use super::readiness::Readiness;
+use super::startup::NotRunning;
+use super::state::{SESSION_EVERY, Supervisor, instant_of};
 use crate::api::{AgentInfo, Failure, StopRequest};
-use crate::context::Context;
-use crate::error::{Error, Problem, Result};
-use crate::guest::{Channel, Guest};
-use crate::home::{
-    AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG, UNWRITTEN, VmDir,
-    make_socket_private,
-};
+use crate::error::{Problem, Result};
+use crate::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG};
 use crate::host::facts::disk_free_bytes;
 use crate::host::kvm;
-use crate::lock::Held;
 use crate::logs::{log_tail, panic_lines, rotate};
-use crate::machine::{Accel, Machine, Transport};
+use crate::machine::Accel;
 use crate::qemu::QemuExit;
-use crate::state::{Fact, FailureCause, StateCause, VmState, advance};
-use crate::store::{Origin, Purpose, VmRow, VmUpdate};
+use crate::state::{FailureCause, StateCause, VmState};
+use crate::store::{Purpose, VmUpdate};
 
-/// How long a guest may take to become ready if nobody says otherwise.
-const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
 /// How often logs are looked at.
 const LOGS_EVERY: Duration = Duration::from_secs(5);
-/// How often the supervisor of a session's VM looks whether the session goes on.
-pub(super) const SESSION_EVERY: Duration = Duration::from_secs(1);
 /// With less free space a disk counts as full.
 const DISK_FULL_BYTES: u64 = 8 << 20;
 /// How often a change that the store did not take is repeated.
@@ -54,141 +37,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long the command that asked for a start may take to ask how it goes.
 const ASKED_WITHIN: Duration = Duration::from_millis(500);
 
-/// One VM's supervisor.
-pub(super) struct Supervisor {
-    pub(super) context: Arc<Context>,
-    pub(super) row: VmRow,
-    pub(super) lock: Held,
-    pub(super) machine: Machine,
-    pub(super) dir: VmDir,
-    pub(super) guest: Guest,
-    pub(super) asked_at: Instant,
-    pub(super) ready_within: Duration,
-    pub(super) life: watch::Sender<Life>,
-    pub(super) orders: mpsc::Receiver<Order>,
-    pub(super) users: Users,
-    pub(super) channel: Option<Arc<Channel>>,
-    pub(super) forwards: Forwards,
-    pub(super) limits: Limits,
-    pub(super) state: VmState,
-    pub(super) seen: Seen,
-    /// When the plug is pulled.
-    pub(super) kill_at: Option<TokioInstant>,
-    pub(super) quit_sent: bool,
-    /// It stays when it has stopped, although it is ephemeral: it is being restored.
-    pub(super) kept: bool,
-    /// What has been saved, if this VM is there to be baked.
-    pub(super) baked: Option<Result<()>>,
-    /// One snapshot at a time.
-    pub(super) snapshotting: Arc<Semaphore>,
-    /// Signals that ask for an end.
-    pub(super) termination: Termination,
-    /// The guest's next answer, if it has been sent on its way again.
-    pub(super) awaited: Option<oneshot::Receiver<Awake>>,
-    /// Why the VM is paused.
-    pub(super) cause: Option<StateCause>,
-    /// Why it is being stopped, if a limit or a user ends it.
-    pub(super) stop_cause: Option<StateCause>,
-    /// What QEMU reported of the disk: whether the host's is full.
-    pub(super) no_space: Option<bool>,
-    /// How long the CPUs stood still while the guest's answer was awaited.
-    pub(super) still: Stillness,
-    /// A resume is on its way; RESUME and STOP are its own until it is over.
-    pub(super) resuming: bool,
-    /// When a full disk's VM resumes by itself.
-    pub(super) by_itself: Option<ByItself>,
-    /// The guest's clock has to be set when its agent answers.
-    pub(super) clock_stale: bool,
-    pub(super) host_clocks: HostClocks,
-    /// When the agent was asked whether the VM is in use.
-    pub(super) asked_if_idle: Option<Instant>,
-    pub(super) unwritten: Unwritten,
-    /// What tasks of the supervisor's own report.
-    pub(super) reports: (mpsc::Sender<Report>, mpsc::Receiver<Report>),
-}
-
-/// What a task beside the loop reports when it is done.
-pub(super) enum Report {
-    /// A resume: whether the CPUs run, and who asked for it, if anybody.
-    Resumed(Result<()>, Option<oneshot::Sender<Result<()>>>),
-    /// The guest was saved to be baked, or could not be.
-    Saved(Result<()>),
-    /// How many sessions the agent has, this question's own left out.
-    InUse(u32),
-}
-
 impl Supervisor {
-    /// Opens the VM's sockets.
-    pub(super) fn prepare(
-        context: Arc<Context>,
-        row: VmRow,
-        lock: Held,
-        attach: bool,
-        asked_at: Instant,
-        ready_within_ms: Option<u64>,
-    ) -> Result<Self> {
-        let machine = row.machine.clone().ok_or_else(|| Error::internal("the VM has no machine"))?;
-        let dir = context.vm_dir(&row.id);
-        let guest = context.guest(&row)?;
-        let channel = match machine.transport {
-            Transport::VirtioSerial { .. } => {
-                // The agent of a bake waits for its host's first word. That of a snapshot goes on in the middle of what was
-                // said, and what another supervisor has told a clone, nobody knows.
-                let letters = !attach
-                    && matches!(&row.origin, Origin::Fork(saved) if !saved.live)
-                    && row.renewed_from().is_some();
-                Some(Arc::new(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?, letters)))
-            }
-            Transport::Vsock { .. } => None,
-        };
-        let default = if machine.accel == Accel::Kvm { READY_WITHIN.0 } else { READY_WITHIN.1 };
-        let (order_desk, orders) = mpsc::channel(16);
-        let users = Users::new();
-        let life = watch::channel(Life::Launching).0;
-        let desk = Desk { orders: order_desk, life: life.subscribe(), users: users.clone() };
-        tokio::spawn(serve(listen(CONTROL_SOCKET)?, desk));
-        let limits =
-            Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
-        let (state, cause) = (row.state, row.cause);
-        let ready_within = ready_within_ms.map_or(default, Duration::from_millis);
-        Ok(Self {
-            context,
-            row,
-            lock,
-            machine,
-            dir,
-            guest,
-            asked_at,
-            ready_within,
-            life,
-            orders,
-            users,
-            channel,
-            forwards: Forwards::default(),
-            limits,
-            state,
-            seen: Seen::default(),
-            kill_at: None,
-            quit_sent: false,
-            kept: false,
-            baked: None,
-            snapshotting: Arc::new(Semaphore::new(1)),
-            termination: Termination::listen().map_err(|e| Error::io("cannot listen to signals", e))?,
-            awaited: None,
-            cause,
-            stop_cause: None,
-            no_space: None,
-            still: Stillness::default(),
-            resuming: false,
-            by_itself: None,
-            clock_stale: attach,
-            host_clocks: HostClocks::now(),
-            asked_if_idle: None,
-            unwritten: Unwritten::prepare(Path::new(UNWRITTEN)),
-            reports: mpsc::channel(16),
-        })
-    }
-
     /// Supervises until the VM is at rest.
     pub(super) async fn run(mut self, attach_to: bool, announce: impl FnOnce()) -> Result<()> {
         announce();
@@ -200,14 +49,14 @@ impl Supervisor {
                 let exit = self.watch_over(running).await;
                 self.conclude(exit).await
             }
-            Err(Ended::Exit(exit)) => self.conclude(exit).await,
+            Err(NotRunning::Exit(exit)) => self.conclude(exit).await,
             // It never ran: what keeps it from running is the answer, and the VM is as it was.
-            Err(Ended::Error(error)) => {
+            Err(NotRunning::Error(error)) => {
                 tracing::error!("{error}");
                 self.end(VmState::Stopped, None, Some(error.problem())).await
             }
             // It lives, and there is no way to it. What the store says stays as it is.
-            Err(Ended::OutOfReach(error)) => Err(error),
+            Err(NotRunning::OutOfReach(error)) => Err(error),
         }
     }
 
@@ -215,7 +64,7 @@ impl Supervisor {
     /// guest's own doing.
     async fn conclude(mut self, exit: QemuExit) -> Result<()> {
         self.gather_tails();
-        let (state, failure) = verdict(self.state, exit, &self.seen);
+        let (state, failure) = exit_cause(self.state, exit, &self.seen);
         if self.machine.accel == Accel::Kvm && failure.as_ref().is_some_and(|failure| questions_kvm(failure.cause)) {
             self.test_kvm_again().await;
         }
@@ -254,7 +103,7 @@ impl Supervisor {
         session.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut direct = self.users.watch();
         let mut spliced =
-            self.channel.as_ref().map_or_else(|| Users::new().watch(), |channel| channel.activity().open());
+            self.channel.as_ref().map_or_else(|| ActiveSessions::new().watch(), |channel| channel.activity().open());
         let mut monitor_open = true;
         loop {
             let users = *direct.borrow_and_update() + *spliced.borrow_and_update();
@@ -286,7 +135,7 @@ impl Supervisor {
                 Some(report) = self.reports.1.recv() => self.on_report(report, &running).await,
                 outcome = &mut ready, if awaiting_agent => {
                     awaiting_agent = false;
-                    self.on_agent(outcome.unwrap_or(Awake::Late), &running).await;
+                    self.on_agent(outcome.unwrap_or(Readiness::Late), &running).await;
                 }
                 () = self.termination.requested() => self.on_terminate(&running),
                 _ = direct.changed() => {}
@@ -313,49 +162,6 @@ impl Supervisor {
 
     fn next_wake(&self) -> Option<TokioInstant> {
         self.kill_at.or_else(|| self.limits.next_deadline().map(TokioInstant::from_std))
-    }
-
-    pub(super) fn learn(&mut self, fact: Fact) {
-        let next = advance(self.state, fact);
-        if next != self.state {
-            self.enter(next, None);
-        }
-    }
-
-    /// The CPUs stand still.
-    pub(super) fn paused(&mut self, cause: StateCause) {
-        let next = advance(self.state, Fact::GuestPaused);
-        if next != self.state || next == VmState::Paused && self.cause != Some(cause) {
-            self.enter(next, (next == VmState::Paused).then_some(cause));
-        }
-        self.still.note(true, Instant::now());
-    }
-
-    fn enter(&mut self, next: VmState, cause: Option<StateCause>) {
-        if next != VmState::Paused {
-            self.still.note(false, Instant::now());
-        }
-        (self.state, self.cause) = (next, cause);
-        self.by_itself = (cause == Some(StateCause::DiskFull)).then(|| ByItself::new(Instant::now()));
-        self.write(VmUpdate {
-            state: Some(next),
-            cause: Some(cause),
-            timings: Some(self.row.timings.filter(|timings| timings.total_ms > 0.0)),
-            ..VmUpdate::default()
-        });
-    }
-
-    /// Writes into the store. What it does not take is kept and repeated.
-    pub(super) fn write(&mut self, update: VmUpdate) {
-        self.unwritten.push(update);
-        self.flush();
-    }
-
-    pub(super) fn flush(&mut self) {
-        let (context, row) = (&self.context, &self.row);
-        if let Err(error) = self.unwritten.flush(row, |update| context.store().update_vm(&row.id, update)) {
-            tracing::error!("cannot write to the store: {error}");
-        }
     }
 
     fn gather_tails(&mut self) {
@@ -434,24 +240,10 @@ fn questions_kvm(cause: FailureCause) -> bool {
     matches!(cause, FailureCause::GuestTimeout | FailureCause::KvmInternalError)
 }
 
-fn listen(name: &str) -> Result<UnixListener> {
-    let _ = unlink(Path::new(name));
-    let failed = |e| Error::io(format!("cannot listen on {name}"), e);
-    let listener = UnixListener::bind(name).map_err(failed)?;
-    make_socket_private(Path::new(name)).map_err(failed)?;
-    Ok(listener)
-}
-
 fn rotate_logs() {
     for log in [CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOG] {
         if let Err(error) = rotate(Path::new(log)) {
             tracing::warn!("cannot rotate {log}: {error}");
         }
     }
-}
-
-fn instant_of(at: Timestamp) -> Instant {
-    let left = at.duration_since(Timestamp::now());
-    let now = Instant::now();
-    Duration::try_from(left).map_or(now, |left| now.checked_add(left).unwrap_or(now))
 }

@@ -1,4 +1,4 @@
-//! Where a copy out of a guest lands on this host, and how it gets there without ever being half there.
+//! A copy out of a guest, written on this host so that it is never half there.
 //!
 //! ```text
 //!  parent/.nido-<random>/root...   written here, below a descriptor of the fresh directory
@@ -10,168 +10,33 @@
 //! the nine permission bits.
 
 use std::collections::HashSet;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
 
 use nido_guest_agent::replace::free_bytes;
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
 
-use super::fresh::{DIRECTORY, Fresh, kind_at};
+use super::destination::{DIRECTORY, Destination, give, kind_at, times};
+use super::fresh::{Fresh, ROOT};
 use super::merge::{put_directory, put_new, put_over};
 use super::receive::{Item, ItemKind, Piece, Receiver};
 use super::{Copied, Progress};
 use crate::guest::error::GuestError;
 
-/// Name of the copy inside the fresh directory.
-pub(super) const ROOT: &str = "root";
 /// How often the free space is looked at: after so many bytes.
 const LOOK_EVERY: u64 = 16 << 20;
 /// So much stays free, in bytes: a guest must not fill the host's disk to its last byte.
 const RESERVE: u64 = 128 << 20;
-/// How many symlinks lead to a file that does not exist yet: the kernel's limit.
-const MAX_LINKS: usize = 40;
 /// Memory for directories whose mode and time are still to be set, in bytes.
 const MAX_PENDING: usize = 64 << 20;
 
 const NEW_FILE: OFlags =
     OFlags::RDWR.union(OFlags::CREATE).union(OFlags::EXCL).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
-
-/// How a download is to be written.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct How {
-    /// Replace what exists.
-    pub overwrite: bool,
-    /// Keep owners and exact modes.
-    pub preserve: bool,
-}
-
-/// The place for a copy, looked at before the guest is asked for anything.
-#[derive(Debug)]
-pub(super) struct Destination {
-    pub parent: OwnedFd,
-    /// For messages.
-    pub parent_path: PathBuf,
-    pub name: OsString,
-    pub how: How,
-    /// The permission bits that this process gives to nothing new.
-    umask: u32,
-    /// The destination was written with a slash behind it.
-    must_be_directory: bool,
-}
-
-impl Destination {
-    /// Decides where the copy goes. `name` is what it is called in a directory. A symlink that is named is followed; one
-    /// that has the copy's name in a directory is not, because a guest chose that name.
-    pub fn resolve(path: &Path, name: Option<&[u8]>, how: How) -> Result<Self, GuestError> {
-        let slash = path.as_os_str().as_bytes().ends_with(b"/");
-        let (parent_path, name, must_be_directory) = match std::fs::metadata(path) {
-            Ok(found) if found.is_dir() => {
-                let Some(name) = name else {
-                    let what = "the source has no name of its own: give a destination that does not exist";
-                    return Err(GuestError::BadName(what.into()));
-                };
-                (path.to_owned(), OsString::from_vec(name.to_vec()), false)
-            }
-            Ok(_) if slash => return Err(GuestError::host(path, Errno::NOTDIR.into())),
-            Ok(found) if !found.is_file() => return Err(special(path)),
-            Ok(_) if !how.overwrite => return Err(GuestError::PathExists(path.to_owned())),
-            Ok(_) => split(&std::fs::canonicalize(path).map_err(|e| GuestError::host(path, e))?, slash)?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && how.overwrite => {
-                split(&follow(path)?, slash)?
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => split(path, slash)?,
-            Err(error) => return Err(GuestError::host(path, error)),
-        };
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let parent = rustix::fs::open(&parent_path, flags, Mode::empty())
-            .map_err(|e| GuestError::host(&parent_path, e.into()))?;
-        let umask = if how.preserve { 0 } else { umask() };
-        let this = Self { parent, parent_path, name, how, umask, must_be_directory };
-        match this.existing()? {
-            Some(_) if !how.overwrite => Err(GuestError::PathExists(this.path())),
-            Some(kind) if !is_replaceable(kind) => Err(special(&this.path())),
-            _ => Ok(this),
-        }
-    }
-
-    pub fn path(&self) -> PathBuf {
-        self.parent_path.join(&self.name)
-    }
-
-    pub fn failed(&self, error: Errno) -> GuestError {
-        GuestError::host(&self.path(), error.into())
-    }
-
-    /// The mode that a new entry gets here.
-    fn mode(&self, item: &Item) -> Mode {
-        Mode::from_raw_mode(u32::from(item.mode) & !self.umask)
-    }
-
-    /// Sets owner (if it is kept), mode and time.
-    fn finish(&self, fd: impl AsFd, item: &Item) -> rustix::io::Result<()> {
-        if let Some((uid, gid)) = item.owner {
-            give(rustix::fs::fchown(&fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))))?;
-        }
-        rustix::fs::fchmod(&fd, self.mode(item))?;
-        rustix::fs::futimens(&fd, &times(item.mtime_ns))
-    }
-
-    /// What is there now, symlinks not followed.
-    pub fn existing(&self) -> Result<Option<FileType>, GuestError> {
-        kind_at(&self.parent, &self.name).map_err(|e| self.failed(e))
-    }
-}
-
-/// Only root gives files away; for everybody else they are the user's own, as with cp -p.
-pub(super) fn give(given: rustix::io::Result<()>) -> rustix::io::Result<()> {
-    match given {
-        Err(Errno::PERM) if !rustix::process::geteuid().is_root() => Ok(()),
-        given => given,
-    }
-}
-
-/// What a copy may take the name of.
-fn is_replaceable(kind: FileType) -> bool {
-    matches!(kind, FileType::RegularFile | FileType::Directory | FileType::Symlink)
-}
-
-pub(super) fn special(path: &Path) -> GuestError {
-    GuestError::BadName(format!("{} is not a regular file: a device, pipe or socket is not replaced", path.display()))
-}
-
-/// Where a chain of symlinks ends that leads to nothing.
-fn follow(path: &Path) -> Result<PathBuf, GuestError> {
-    let mut at = path.to_owned();
-    for _ in 0..MAX_LINKS {
-        match std::fs::read_link(&at) {
-            Ok(target) => at = at.parent().unwrap_or(Path::new("/")).join(target),
-            Err(_) => return Ok(at),
-        }
-    }
-    Err(GuestError::host(path, Errno::LOOP.into()))
-}
-
-/// The process's file mode creation mask, which can be asked for without changing it only here.
-fn umask() -> u32 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
-    mask.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or(0o022)
-}
-
-/// A path that does not exist, or shall be replaced: its directory and its name.
-fn split(path: &Path, slash: bool) -> Result<(PathBuf, OsString, bool), GuestError> {
-    let Some(name) = path.file_name() else {
-        return Err(GuestError::BadName(format!("{} is no name for a copy", path.display())));
-    };
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    Ok((parent.to_owned(), name.to_owned(), slash))
-}
 
 /// Receives the whole tree and puts it in its place.
 pub(super) fn download<F: FnMut(Progress)>(
@@ -248,11 +113,6 @@ fn write_file<F: FnMut(Progress)>(
         file.stream_position().and_then(|end| file.set_len(end)).map_err(|e| GuestError::host(&at, e))?;
     }
     destination.finish(&file, item).map_err(|e| destination.failed(e))
-}
-
-fn times(mtime_ns: i64) -> Timestamps {
-    let at = Timespec { tv_sec: mtime_ns.div_euclid(1_000_000_000), tv_nsec: mtime_ns.rem_euclid(1_000_000_000) };
-    Timestamps { last_access: at, last_modification: at }
 }
 
 /// The inside of a directory that is being received.

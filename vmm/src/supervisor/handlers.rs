@@ -10,14 +10,16 @@ use qapi::qmp::RunState;
 use tokio::sync::oneshot;
 use tokio::time::Instant as TokioInstant;
 
-use super::begin::Awake;
-use super::clock::{HostClocks, set_clock};
+use super::clock::set_clock;
+use super::control_server::{ActiveSessions, ControlCommand, Life};
 use super::forwards::bind;
+use super::host_clocks::HostClocks;
 use super::launch::Running;
 use super::limits::Reached;
 use super::pause::{Observed, Resume, Stillness, io_cause, observed};
-use super::run::{Report, SESSION_EVERY, Supervisor};
-use super::serve::{Life, Order, Users};
+use super::qmp::{QMP_TIMEOUT, qmp_error};
+use super::readiness::Readiness;
+use super::state::{Report, SESSION_EVERY, Supervisor};
 use crate::api::{AgentInfo, ForwardSpec, Limit, PLUG_PULLED, StopRequest};
 use crate::error::{Code, Error, Result};
 use crate::guest::{Guest, GuestError};
@@ -30,8 +32,6 @@ use crate::text::{head, on_one_line};
 
 /// What a warning of the guest's begins with.
 const OF_GUEST: &str = "in the guest: ";
-/// How long any QMP command may take.
-pub(super) const QMP_WITHIN: Duration = Duration::from_secs(10);
 /// How long QEMU may take to quit before it is killed.
 const QUIT_WITHIN: Duration = Duration::from_secs(5);
 /// How long the agent may take to say that it powers off, before the power button is pressed.
@@ -48,37 +48,37 @@ const TERMINATE_STOP_MS: u64 = 30_000;
 const LIMIT_STOP_MS: u64 = 10_000;
 
 impl Supervisor {
-    pub(super) async fn on_agent(&mut self, answer: Awake, running: &Running) {
+    pub(super) async fn on_agent(&mut self, answer: Readiness, running: &Running) {
         match answer {
             // Only the time counts in which the CPUs ran.
-            Awake::Late if !self.row.agent.ready && self.is_given_longer(running) => {}
+            Readiness::Late if !self.row.agent.ready && self.is_given_longer(running) => {}
             // A VM that was taken over: its agent has answered before, and may again.
-            Awake::Late if self.row.agent.ready => drop(self.life.send_replace(Life::Ready)),
-            Awake::Late => {
+            Readiness::Late if self.row.agent.ready => drop(self.life.send_replace(Life::Ready)),
+            Readiness::Late => {
                 self.seen.late_after_ms = Some(u64::try_from(self.ready_within.as_millis()).unwrap_or(u64::MAX));
                 self.learn(Fact::DeadlinePassed);
                 self.quit(running);
             }
             // A VM that was taken over, perhaps by a newer nido: it runs, and each request says why it cannot be carried out.
-            Awake::Refused(error) if self.row.agent.ready => {
+            Readiness::Refused(error) if self.row.agent.ready => {
                 tracing::error!("no session with the guest agent: {error}");
                 self.life.send_replace(Life::Ready);
             }
-            Awake::Refused(error) => {
+            Readiness::Refused(error) => {
                 tracing::error!("no session with the guest agent: {error}");
                 self.seen.refused = Some(refused_by_guest(&error));
                 self.quit(running);
             }
-            Awake::NotRenewed(why) => {
+            Readiness::NotRenewed(why) => {
                 tracing::error!("the guest could not be renewed: {why}");
                 self.seen.not_renewed = Some(on_one_line(&why).chars().take(400).collect());
                 self.quit(running);
             }
-            Awake::Yes(_) if self.row.purpose == Purpose::Bake => self.begin_bake(running),
-            Awake::Yes(pong) if self.row.purpose == Purpose::Pool => self.park(pong, running).await,
+            Readiness::Yes(_) if self.row.purpose == Purpose::Bake => self.begin_bake(running),
+            Readiness::Yes(pong) if self.row.purpose == Purpose::Pool => self.park(pong, running).await,
             // Its time was up before its agent answered: it is not ready, it ends.
-            Awake::Yes(_) if self.state == VmState::Stopping && !self.row.agent.ready => {}
-            Awake::Yes(pong) => self.on_ready(pong),
+            Readiness::Yes(_) if self.state == VmState::Stopping && !self.row.agent.ready => {}
+            Readiness::Yes(pong) => self.on_ready(pong),
         }
     }
 
@@ -235,7 +235,7 @@ impl Supervisor {
     }
 
     async fn ask_status(&mut self, running: &Running) {
-        match running.monitor.query_status(QMP_WITHIN).await {
+        match running.monitor.query_status(QMP_TIMEOUT).await {
             Ok(status) => self.observe(status, running),
             Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
         }
@@ -279,55 +279,55 @@ impl Supervisor {
         }
     }
 
-    pub(super) async fn on_order(&mut self, order: Order, running: &Running) {
+    pub(super) async fn on_order(&mut self, order: ControlCommand, running: &Running) {
         match order {
-            Order::Stop(stop) => {
+            ControlCommand::Stop(stop) => {
                 self.stop_cause.get_or_insert(StateCause::User);
                 self.begin_stop(stop, running);
             }
-            Order::StopKept => {
+            ControlCommand::StopKept => {
                 self.kept = true;
                 self.stop_cause.get_or_insert(StateCause::User);
                 self.begin_stop(StopRequest { force: true, ..StopRequest::default() }, running);
             }
-            Order::Pause(reply) if self.is_being_saved() => {
+            ControlCommand::Pause(reply) if self.is_being_saved() => {
                 drop(reply.send(Err(Error::new(Code::VmBusy, "a snapshot of this VM is being taken"))));
             }
             // What admitted it saw the VM as it was before: a guest that stands still never goes down.
-            Order::Pause(reply) if self.state == VmState::Stopping => {
+            ControlCommand::Pause(reply) if self.state == VmState::Stopping => {
                 drop(reply.send(Err(Error::new(Code::VmBusy, "this VM is being stopped"))));
             }
-            Order::Pause(reply) => {
-                let outcome = running.monitor.stop(QMP_WITHIN).await.map_err(|e| qmp_error(&e));
+            ControlCommand::Pause(reply) => {
+                let outcome = running.monitor.stop(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e));
                 if outcome.is_ok() && self.state != VmState::Paused {
                     self.paused(StateCause::User);
                 }
                 let _ = reply.send(outcome);
             }
-            Order::Resume(reply) if self.is_being_saved() => {
+            ControlCommand::Resume(reply) if self.is_being_saved() => {
                 drop(reply.send(Err(Error::new(Code::VmBusy, "a snapshot of this VM is being taken"))));
             }
-            Order::Resume(reply) if self.state == VmState::Stopping => {
+            ControlCommand::Resume(reply) if self.state == VmState::Stopping => {
                 drop(reply.send(Err(Error::new(Code::VmBusy, "this VM is being stopped"))));
             }
-            Order::Resume(reply) => self.begin_resume(Some(reply), running),
-            Order::Snapshot(name, into, reply) => self.take_snapshot(name, into, running, reply),
-            Order::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
-            Order::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec).await)),
+            ControlCommand::Resume(reply) => self.begin_resume(Some(reply), running),
+            ControlCommand::Snapshot(name, into, reply) => self.take_snapshot(name, into, running, reply),
+            ControlCommand::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
+            ControlCommand::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec).await)),
             // Whoever asked may have given up, and made another VM.
-            Order::Claim(_, reply) if reply.is_closed() => {}
-            Order::Claim(order, reply) => {
+            ControlCommand::Claim(_, reply) if reply.is_closed() => {}
+            ControlCommand::Claim(order, reply) => {
                 let outcome = self.claim(*order, running).await;
                 let _ = reply.send(outcome);
             }
-            Order::Retire(reply) => {
+            ControlCommand::Retire(reply) => {
                 let mine = self.is_pooled();
                 if mine.is_ok() {
                     self.begin_stop(StopRequest { force: true, ..StopRequest::default() }, running);
                 }
                 let _ = reply.send(mine);
             }
-            Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
+            ControlCommand::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
         }
     }
 
@@ -467,7 +467,7 @@ impl Supervisor {
         let mut session = tokio::time::interval(SESSION_EVERY);
         let mut direct = self.users.watch();
         let mut spliced =
-            self.channel.as_ref().map_or_else(|| Users::new().watch(), |channel| channel.activity().open());
+            self.channel.as_ref().map_or_else(|| ActiveSessions::new().watch(), |channel| channel.activity().open());
         loop {
             let users = *direct.borrow_and_update() + *spliced.borrow_and_update();
             self.limits.used_by(users, Instant::now());
@@ -501,13 +501,13 @@ impl Supervisor {
                 Some(order) = self.orders.recv() => {
                     let mute = || Error::new(Code::QemuFailed, "the VM's QEMU does not answer").hint("nido stop --force ends it");
                     match order {
-                        order @ (Order::Stop(_) | Order::StopKept) => {
-                            self.kept |= matches!(order, Order::StopKept);
+                        order @ (ControlCommand::Stop(_) | ControlCommand::StopKept) => {
+                            self.kept |= matches!(order, ControlCommand::StopKept);
                             self.stop_cause.get_or_insert(StateCause::User);
                             self.learn(Fact::StopAsked);
                             let _ = process.kill();
                         }
-                        Order::Retire(reply) => {
+                        ControlCommand::Retire(reply) => {
                             let mine = self.is_pooled();
                             if mine.is_ok() {
                                 self.learn(Fact::StopAsked);
@@ -515,13 +515,13 @@ impl Supervisor {
                             }
                             let _ = reply.send(mine);
                         }
-                        Order::Pause(reply)
-                        | Order::Resume(reply)
-                        | Order::Snapshot(_, _, reply)
-                        | Order::ForwardRemove(_, reply)
-                        | Order::Claim(_, reply) => drop(reply.send(Err(mute()))),
-                        Order::ForwardAdd(_, reply) => drop(reply.send(Err(mute()))),
-                        Order::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
+                        ControlCommand::Pause(reply)
+                        | ControlCommand::Resume(reply)
+                        | ControlCommand::Snapshot(_, _, reply)
+                        | ControlCommand::ForwardRemove(_, reply)
+                        | ControlCommand::Claim(_, reply) => drop(reply.send(Err(mute()))),
+                        ControlCommand::ForwardAdd(_, reply) => drop(reply.send(Err(mute()))),
+                        ControlCommand::Status(reply) => drop(reply.send(self.limits.idle_for(Instant::now()))),
                     }
                 }
             }
@@ -545,8 +545,8 @@ impl GoingDown {
         let mut may_answer = self.ready;
         while TokioInstant::now() < self.deadline {
             // A guest that stands still never goes down; one that a full disk has paused may stand still again.
-            if !matches!(self.monitor.query_status(QMP_WITHIN).await, Ok(RunState::running)) {
-                let _ = self.monitor.cont(QMP_WITHIN).await;
+            if !matches!(self.monitor.query_status(QMP_TIMEOUT).await, Ok(RunState::running)) {
+                let _ = self.monitor.cont(QMP_TIMEOUT).await;
             }
             // The agent syncs and powers off; where it does not answer, the power button is what is left.
             let patience = if self.ready { AGENT_WITHIN } else { NEW_AGENT_WITHIN };
@@ -554,7 +554,7 @@ impl GoingDown {
             if may_answer && self.guest.power(Power::Off, within).await.is_ok() {
                 return;
             }
-            if matches!(self.monitor.system_powerdown(QMP_WITHIN).await, Err(MonitorError::QemuGone)) {
+            if matches!(self.monitor.system_powerdown(QMP_TIMEOUT).await, Err(MonitorError::QemuGone)) {
                 return;
             }
             may_answer = true;
@@ -570,10 +570,6 @@ fn refused_by_guest(error: &GuestError) -> (FailureCause, String) {
         _ => FailureCause::AgentRefused,
     };
     (cause, error.to_string().escape_debug().take(400).collect())
-}
-
-pub(super) fn qmp_error(error: &MonitorError) -> Error {
-    Error::new(Code::QemuFailed, on_one_line(&error.to_string()))
 }
 
 fn shutdown_reason(event: &crate::qemu::monitor::Event) -> String {

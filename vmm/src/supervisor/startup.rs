@@ -12,20 +12,20 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nido_guest_agent::wire::{ENTROPY_LEN, Pong, Renew};
+use nido_guest_agent::wire::Renew;
 use qapi::qmp::{self, RunState};
 use tokio::sync::oneshot;
 use tokio::time::Instant as TokioInstant;
 
+use super::control_server::{ActiveSessions, Life};
 use super::forwards::bind;
 use super::launch::{Attached, LaunchError, Running, attach, launch};
-use super::pool::warm;
-use super::react::QMP_WITHIN;
-use super::run::Supervisor;
-use super::serve::{Life, Users};
+use super::qmp::QMP_TIMEOUT;
+use super::readiness::{AgentRoute, Readiness, renewed, warm};
+use super::state::Supervisor;
 use crate::api::{NetChoice, StartPath, Timings};
 use crate::error::{Code, Error, Result};
-use crate::guest::{Endpoint, Guest, GuestError, Link, Session, connect};
+use crate::guest::Link;
 use crate::home::{DEVICE_STATE, QEMU_LOG};
 use crate::host::{QemuFacts, qemu};
 use crate::logs::log_tail;
@@ -47,7 +47,7 @@ const OTHER_ADDRESSES: u32 = 4;
 const LOAD_SOCKET: &str = "load.sock";
 
 /// How a VM ended without having run under this supervisor.
-pub(super) enum Ended {
+pub(super) enum NotRunning {
     /// QEMU has ended.
     Exit(QemuExit),
     /// It never ran.
@@ -56,24 +56,12 @@ pub(super) enum Ended {
     OutOfReach(Error),
 }
 
-/// The guest's first answer, or why there is none.
-pub(super) enum Awake {
-    /// It is there.
-    Yes(Pong),
-    /// It did not answer in time.
-    Late,
-    /// It is there, and there can be no session with it.
-    Refused(GuestError),
-    /// It could not be made a machine of its own.
-    NotRenewed(String),
-}
-
 impl Supervisor {
-    pub(super) async fn start(&mut self) -> Result<Running, Ended> {
-        self.bind_forwards().await.map_err(Ended::Error)?;
+    pub(super) async fn start(&mut self) -> Result<Running, NotRunning> {
+        self.bind_forwards().await.map_err(NotRunning::Error)?;
         let named = self.context.qemu().map(Path::to_owned);
-        let program = qemu::find(named.as_deref()).map_err(|e| Ended::Error(e.into()))?;
-        let facts = qemu::probe(&program, &self.context.home().cache()).map_err(|e| Ended::Error(e.into()))?;
+        let program = qemu::find(named.as_deref()).map_err(|e| NotRunning::Error(e.into()))?;
+        let facts = qemu::probe(&program, &self.context.home().cache()).map_err(|e| NotRunning::Error(e.into()))?;
         let running = self.launch(&facts).await?;
         let qemu_ms = self.asked_for_ms();
         let mut timings = Timings { path: StartPath::Cold, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 };
@@ -89,17 +77,17 @@ impl Supervisor {
     }
 
     /// Starts QEMU. A vsock address can be taken by somebody whom no home knows: then there is another.
-    async fn launch(&mut self, facts: &QemuFacts) -> Result<Running, Ended> {
+    async fn launch(&mut self, facts: &QemuFacts) -> Result<Running, NotRunning> {
         let mut tries = 0;
         loop {
             match launch(self.context.home(), &self.row, &self.machine, facts).await {
                 Ok(running) => return Ok(running),
-                Err(LaunchError::Ended(_)) if tries < OTHER_ADDRESSES && self.address_was_taken() => {
+                Err(LaunchError::Exited(_)) if tries < OTHER_ADDRESSES && self.address_was_taken() => {
                     tries += 1;
-                    self.take_another_address().map_err(Ended::Error)?;
+                    self.take_another_address().map_err(NotRunning::Error)?;
                 }
-                Err(LaunchError::Ended(exit)) => return Err(Ended::Exit(exit)),
-                Err(LaunchError::Failed(error)) => return Err(Ended::Error(error)),
+                Err(LaunchError::Exited(exit)) => return Err(NotRunning::Exit(exit)),
+                Err(LaunchError::Failed(error)) => return Err(NotRunning::Error(error)),
             }
         }
     }
@@ -133,13 +121,8 @@ impl Supervisor {
         }
     }
 
-    /// Milliseconds since the user asked for the start.
-    pub(super) fn asked_for_ms(&self) -> f64 {
-        self.asked_at.elapsed().as_secs_f64() * 1000.0
-    }
-
     /// Loads a bake into a QEMU that waits for one, and lets it go on.
-    async fn load(&self, state: &Path, memory: Memory, running: &Running) -> Result<(), Ended> {
+    async fn load(&self, state: &Path, memory: Memory, running: &Running) -> Result<(), NotRunning> {
         let broken = |why: String| Error::new(Code::QemuFailed, format!("the VM cannot go on: {why}"));
         let work = async {
             let state = File::open(state).map_err(|e| broken(e.to_string()))?;
@@ -150,7 +133,7 @@ impl Supervisor {
                 return Ok(());
             }
             self.set_link(false, running).await?;
-            running.monitor.cont(QMP_WITHIN).await.map_err(|e| broken(crate::text::on_one_line(&e.to_string())))?;
+            running.monitor.cont(QMP_TIMEOUT).await.map_err(|e| broken(crate::text::on_one_line(&e.to_string())))?;
             // Not before: QEMU 10 keeps the disk of a loaded machine inactive until it goes on.
             self.resize_disk(running).await
         };
@@ -160,22 +143,17 @@ impl Supervisor {
                 Err(error) => error,
             },
             // Its log says why.
-            exit = running.process.wait() => return Err(Ended::Exit(exit.unwrap_or(QemuExit::Unknown))),
+            exit = running.process.wait() => return Err(NotRunning::Exit(exit.unwrap_or(QemuExit::Unknown))),
         };
         // A QEMU that cannot load ends itself.
         match tokio::time::timeout(Duration::from_secs(1), running.process.wait()).await {
-            Ok(exit) => Err(Ended::Exit(exit.unwrap_or(QemuExit::Unknown))),
+            Ok(exit) => Err(NotRunning::Exit(exit.unwrap_or(QemuExit::Unknown))),
             Err(_) => {
                 let _ = running.process.kill();
                 let _ = running.process.wait().await;
-                Err(Ended::Error(failed.hint("with --cold it boots instead")))
+                Err(NotRunning::Error(failed.hint("with --cold it boots instead")))
             }
         }
-    }
-
-    /// A copy of a running guest that is loaded only to be saved again: its CPUs never run.
-    pub(super) fn is_twin(&self) -> bool {
-        self.row.purpose == Purpose::Bake && self.row.origin != Origin::Boot
     }
 
     /// Whether the guest has a network card, and is loaded: until it has been renewed nothing of it may leave the host.
@@ -199,19 +177,19 @@ impl Supervisor {
         }
         let size = i64::try_from(self.row.disk_bytes).unwrap_or(i64::MAX);
         let resize = qmp::block_resize { device: None, node_name: Some("disk".into()), size };
-        running.monitor.execute(resize, QMP_WITHIN).await.map(drop).map_err(|e| {
+        running.monitor.execute(resize, QMP_TIMEOUT).await.map(drop).map_err(|e| {
             let why = crate::text::on_one_line(&e.to_string());
             Error::new(Code::QemuFailed, format!("the VM's disk cannot be enlarged: {why}"))
         })
     }
 
-    pub(super) async fn take_over(&mut self) -> Result<Running, Ended> {
+    pub(super) async fn take_over(&mut self) -> Result<Running, NotRunning> {
         tracing::info!("taking over the QEMU of VM {}", self.row.spec.name);
         let running = match self.attach().await? {
             Attached::Running(running) => running,
             Attached::Mute(process, error) => {
                 tracing::error!("{error}");
-                return Err(Ended::Exit(self.watch_over_mute(&process).await));
+                return Err(NotRunning::Exit(self.watch_over_mute(&process).await));
             }
         };
         // Nobody waits any more for what was there to be saved. A clone is made anew more quickly than it is trusted again.
@@ -219,7 +197,7 @@ impl Supervisor {
             // It no longer counts, from here on.
             self.learn(Fact::StopAsked);
             let _ = running.process.kill();
-            return Err(Ended::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
+            return Err(NotRunning::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
         }
         // The supervisor before may have died between a claim and its record, which would still call this VM a clone of the pool.
         self.context.refresh_record(&self.row.id);
@@ -227,7 +205,7 @@ impl Supervisor {
             tracing::error!("a published port is lost: {error}");
         }
         self.mend_snapshot(&running).await;
-        match running.monitor.query_status(QMP_WITHIN).await {
+        match running.monitor.query_status(QMP_TIMEOUT).await {
             // It was loading, and what it has loaded is not known to be whole. Its guest has done nothing yet, so another
             // QEMU is as good.
             Ok(RunState::inmigrate) => {
@@ -243,7 +221,7 @@ impl Supervisor {
                     if let Err(error) = self.set_link(false, &running).await {
                         tracing::error!("{error}");
                     }
-                    let _ = running.monitor.cont(QMP_WITHIN).await;
+                    let _ = running.monitor.cont(QMP_TIMEOUT).await;
                 }
                 if let Err(error) = self.resize_disk(&running).await {
                     tracing::error!("{error}");
@@ -266,15 +244,15 @@ impl Supervisor {
     }
 
     /// Finds the QEMU that holds the VM's lock. One that cannot be reached has only just been started, or is about to end.
-    async fn attach(&self) -> Result<Attached, Ended> {
+    async fn attach(&self) -> Result<Attached, NotRunning> {
         let deadline = Instant::now() + REACHED_WITHIN;
         loop {
             match attach().await {
                 Ok(attached) => return Ok(attached),
                 Err(_) if !crate::lock::is_held(&self.dir.file(crate::home::VM_LOCK)) => {
-                    return Err(Ended::Exit(QemuExit::Unknown));
+                    return Err(NotRunning::Exit(QemuExit::Unknown));
                 }
-                Err(error) if Instant::now() > deadline => return Err(Ended::OutOfReach(error)),
+                Err(error) if Instant::now() > deadline => return Err(NotRunning::OutOfReach(error)),
                 Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
             }
         }
@@ -294,16 +272,16 @@ impl Supervisor {
     }
 
     /// With virtio-serial, forwarded connections pass the channel, which counts them.
-    pub(super) fn forward_users(&self) -> Users {
-        if self.channel.is_some() { Users::new() } else { self.users.clone() }
+    pub(super) fn forward_users(&self) -> ActiveSessions {
+        if self.channel.is_some() { ActiveSessions::new() } else { self.users.clone() }
     }
 
     /// Waits for the guest's first answer, on a task of its own.
-    pub(super) fn watch_for_agent(&self, running: &Running) -> oneshot::Receiver<Awake> {
+    pub(super) fn watch_for_agent(&self, running: &Running) -> oneshot::Receiver<Readiness> {
         self.watch_for_agent_within(self.ready_within, running)
     }
 
-    pub(super) fn watch_for_agent_within(&self, within: Duration, running: &Running) -> oneshot::Receiver<Awake> {
+    pub(super) fn watch_for_agent_within(&self, within: Duration, running: &Running) -> oneshot::Receiver<Readiness> {
         let (done, awake) = oneshot::channel();
         let deadline = TokioInstant::now() + within;
         let link = self.channel.as_ref().map(|channel| channel.link());
@@ -318,12 +296,12 @@ impl Supervisor {
             let answer = match renewal {
                 Some((token, renewal)) => {
                     let tokens = [token, guest.token().to_vec()];
-                    let way = Way { guest: guest.clone(), channel: door.clone() };
+                    let way = AgentRoute { guest: guest.clone(), channel: door.clone() };
                     let mut answer = renewed(&way, &tokens, renewal, deadline).await;
-                    if let (Awake::Yes(_), Some(monitor)) = (&answer, held)
+                    if let (Readiness::Yes(_), Some(monitor)) = (&answer, held)
                         && let Err(error) = switch_link(&monitor, true).await
                     {
-                        answer = Awake::NotRenewed(error.to_string());
+                        answer = Readiness::NotRenewed(error.to_string());
                     }
                     door.iter().for_each(|channel| channel.end_letters());
                     answer
@@ -336,16 +314,16 @@ impl Supervisor {
                     }
                     let pong = guest.wait_ready(deadline).await;
                     match pong.inspect_err(|e| tracing::warn!("no sign of life: {e}")) {
-                        Ok(pong) => Awake::Yes(pong),
-                        Err(error) if error.may_pass() => Awake::Late,
-                        Err(error) => Awake::Refused(error),
+                        Ok(pong) => Readiness::Yes(pong),
+                        Err(error) if error.may_pass() => Readiness::Late,
+                        Err(error) => Readiness::Refused(error),
                     }
                 }
             };
-            if !opens && matches!(answer, Awake::Yes(_)) {
-                warm(&Way { guest: guest.clone(), channel: door.clone() }, deadline).await;
+            if !opens && matches!(answer, Readiness::Yes(_)) {
+                warm(&AgentRoute { guest: guest.clone(), channel: door.clone() }, deadline).await;
             }
-            if opens && matches!(answer, Awake::Yes(_)) {
+            if opens && matches!(answer, Readiness::Yes(_)) {
                 door.iter().for_each(|door| door.open(true));
             }
             let _ = done.send(answer);
@@ -369,7 +347,7 @@ impl Supervisor {
 
 async fn switch_link(monitor: &Monitor, up: bool) -> Result<()> {
     let set = qmp::set_link { name: NET.into(), up };
-    monitor.execute(set, QMP_WITHIN).await.map(drop).map_err(|e| {
+    monitor.execute(set, QMP_TIMEOUT).await.map(drop).map_err(|e| {
         let why = crate::text::on_one_line(&e.to_string());
         Error::new(Code::QemuFailed, format!("the VM's network cannot be switched: {why}"))
     })
@@ -378,47 +356,4 @@ async fn switch_link(monitor: &Monitor, up: bool) -> Result<()> {
 /// Whether a line of QEMU's is the one with which it ends because another program has the VM's vsock address.
 fn says_address_is_taken(line: &str) -> bool {
     line.contains("unable to set guest cid") && line.contains("Address already in use")
-}
-
-/// How the supervisor itself reaches the agent.
-pub(super) struct Way {
-    pub guest: Guest,
-    pub channel: Option<std::sync::Arc<crate::guest::Channel>>,
-}
-
-impl Way {
-    pub(super) async fn stream(&self, deadline: TokioInstant) -> Result<crate::guest::Stream, GuestError> {
-        match (&self.channel, self.guest.endpoint()) {
-            (Some(channel), _) => channel.stream(deadline).await,
-            (None, endpoint @ (Endpoint::Vsock { .. } | Endpoint::Serial { .. })) => connect(endpoint, deadline).await,
-        }
-    }
-}
-
-/// Renews the guest. Of the tokens the one that is accepted counts: a supervisor that died may have been here before.
-pub(super) async fn renewed(way: &Way, tokens: &[Vec<u8>], renewal: Renew, deadline: TokioInstant) -> Awake {
-    let mut refused = None;
-    for token in tokens {
-        match renew_once(way, token, renewal.clone(), deadline).await {
-            Ok(pong) => return Awake::Yes(pong),
-            Err(GuestError::TokenRefused) => refused = Some(Awake::NotRenewed(GuestError::TokenRefused.to_string())),
-            Err(GuestError::Timeout { .. } | GuestError::Unreachable(_)) => return Awake::Late,
-            Err(error @ GuestError::VersionMismatch { .. }) => return Awake::Refused(error),
-            Err(error) => return Awake::NotRenewed(error.to_string()),
-        }
-    }
-    refused.unwrap_or(Awake::Late)
-}
-
-async fn renew_once(way: &Way, token: &[u8], mut renewal: Renew, deadline: TokioInstant) -> Result<Pong, GuestError> {
-    let mut entropy = vec![0; ENTROPY_LEN];
-    getrandom::fill(&mut entropy).map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
-    renewal.entropy = entropy.into();
-    renewal.time_ns = i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX);
-    if let Some(channel) = &way.channel
-        && let Some(answer) = Session::renew_by_letter(channel, token, &renewal, deadline).await
-    {
-        return answer;
-    }
-    Session::renew(way.stream(deadline).await?, token, renewal, deadline).await
 }

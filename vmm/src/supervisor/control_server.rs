@@ -40,7 +40,7 @@ pub(super) enum Life {
 
 /// What the loop is asked to do.
 #[derive(Debug)]
-pub(super) enum Order {
+pub(super) enum ControlCommand {
     Stop(StopRequest),
     StopKept,
     Pause(oneshot::Sender<Result<()>>),
@@ -55,20 +55,20 @@ pub(super) enum Order {
 
 /// Counts who uses the VM on ways that the channel does not see.
 #[derive(Debug, Clone)]
-pub(super) struct Users(Arc<watch::Sender<usize>>);
+pub(super) struct ActiveSessions(Arc<watch::Sender<usize>>);
 
 /// One use; ends when dropped.
 #[derive(Debug)]
-pub(super) struct Use(Arc<watch::Sender<usize>>);
+pub(super) struct SessionGuard(Arc<watch::Sender<usize>>);
 
-impl Users {
+impl ActiveSessions {
     pub(super) fn new() -> Self {
         Self(Arc::new(watch::channel(0).0))
     }
 
-    pub(super) fn enter(&self) -> Use {
+    pub(super) fn enter(&self) -> SessionGuard {
         self.0.send_modify(|users| *users += 1);
-        Use(Arc::clone(&self.0))
+        SessionGuard(Arc::clone(&self.0))
     }
 
     pub(super) fn watch(&self) -> watch::Receiver<usize> {
@@ -76,7 +76,7 @@ impl Users {
     }
 }
 
-impl Drop for Use {
+impl Drop for SessionGuard {
     fn drop(&mut self) {
         self.0.send_modify(|users| *users -= 1);
     }
@@ -84,14 +84,14 @@ impl Drop for Use {
 
 /// What each connection needs.
 #[derive(Debug, Clone)]
-pub(super) struct Desk {
-    pub orders: mpsc::Sender<Order>,
+pub(super) struct ControlQueue {
+    pub orders: mpsc::Sender<ControlCommand>,
     pub life: watch::Receiver<Life>,
-    pub users: Users,
+    pub users: ActiveSessions,
 }
 
 /// Accepts connections until dropped.
-pub(super) async fn serve(listener: UnixListener, desk: Desk) {
+pub(super) async fn serve(listener: UnixListener, desk: ControlQueue) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
@@ -110,7 +110,7 @@ pub(super) async fn serve(listener: UnixListener, desk: Desk) {
     }
 }
 
-async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
+async fn attend(stream: UnixStream, mut desk: ControlQueue) -> std::io::Result<()> {
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::with_capacity(1024, reader).take(MAX_LINE as u64);
     let mut line = Vec::new();
@@ -126,18 +126,18 @@ async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
         }
         Ok(Request::Stop(stop)) => {
             // If the loop is over already, its last word is in `life`.
-            let _ = desk.orders.send(Order::Stop(stop)).await;
+            let _ = desk.orders.send(ControlCommand::Stop(stop)).await;
             until_ended(&mut desk).await
         }
         Ok(Request::StopKept) => {
-            let _ = desk.orders.send(Order::StopKept).await;
+            let _ = desk.orders.send(ControlCommand::StopKept).await;
             until_ended(&mut desk).await
         }
         Ok(Request::Claim(order)) => match until_claimed(&mut desk, order, &mut writer, reader.get_mut()).await? {
             Some(answer) => answer,
             None => return Ok(()),
         },
-        Ok(Request::Retire) => match desk.ask(Order::Retire).await {
+        Ok(Request::Retire) => match desk.ask(ControlCommand::Retire).await {
             Ok(()) => until_ended(&mut desk).await,
             Err(error) => failed(&error),
         },
@@ -150,18 +150,21 @@ async fn attend(stream: UnixStream, mut desk: Desk) -> std::io::Result<()> {
             while matches!(reader.get_mut().read(&mut rest).await, Ok(n) if n > 0) {}
             return Ok(());
         }
-        Ok(Request::Pause) => done(desk.ask(Order::Pause).await),
+        Ok(Request::Pause) => done(desk.ask(ControlCommand::Pause).await),
         Ok(Request::Snapshot { name, into }) => {
             let _use = desk.users.enter();
-            done(desk.ask(|reply| Order::Snapshot(name, into, reply)).await)
+            done(desk.ask(|reply| ControlCommand::Snapshot(name, into, reply)).await)
         }
-        Ok(Request::Resume) => done(desk.ask(Order::Resume).await),
-        Ok(Request::ForwardAdd { forward }) => match desk.ask(|reply| Order::ForwardAdd(forward, reply)).await {
+        Ok(Request::Resume) => done(desk.ask(ControlCommand::Resume).await),
+        Ok(Request::ForwardAdd { forward }) => match desk.ask(|reply| ControlCommand::ForwardAdd(forward, reply)).await
+        {
             Ok(forward) => Answer::Forward { forward },
             Err(error) => failed(&error),
         },
-        Ok(Request::ForwardRemove { forward }) => done(desk.ask(|reply| Order::ForwardRemove(forward, reply)).await),
-        Ok(Request::Status) => match desk.ask(|reply| Order::Status(reply_ok(reply))).await {
+        Ok(Request::ForwardRemove { forward }) => {
+            done(desk.ask(|reply| ControlCommand::ForwardRemove(forward, reply)).await)
+        }
+        Ok(Request::Status) => match desk.ask(|reply| ControlCommand::Status(reply_ok(reply))).await {
             Ok(idle) => Answer::Status { idle_ms: idle.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)) },
             Err(error) => failed(&error),
         },
@@ -180,8 +183,8 @@ fn reply_ok<T: Send + 'static>(reply: oneshot::Sender<Result<T>>) -> oneshot::Se
     plain
 }
 
-impl Desk {
-    async fn ask<T>(&self, order: impl FnOnce(oneshot::Sender<Result<T>>) -> Order) -> Result<T> {
+impl ControlQueue {
+    async fn ask<T>(&self, order: impl FnOnce(oneshot::Sender<Result<T>>) -> ControlCommand) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let ending = || Error::new(Code::VmNotRunning, "the VM has just ended");
         self.orders.send(order(reply)).await.map_err(|_| ending())?;
@@ -222,7 +225,7 @@ async fn until_ready(
 
 /// `None`: who asked has gone, and gets no VM.
 async fn until_claimed(
-    desk: &mut Desk,
+    desk: &mut ControlQueue,
     order: Box<ClaimOrder>,
     writer: &mut (impl AsyncWriteExt + Unpin),
     reader: &mut BufReader<OwnedReadHalf>,
@@ -232,7 +235,7 @@ async fn until_claimed(
     }
     let mut rest = [0; 16];
     let claimed = tokio::select! {
-        claimed = desk.ask(|reply| Order::Claim(order, reply)) => claimed,
+        claimed = desk.ask(|reply| ControlCommand::Claim(order, reply)) => claimed,
         _ = reader.read(&mut rest) => return Ok(None),
     };
     if let Err(error) = claimed {
@@ -243,7 +246,7 @@ async fn until_claimed(
     until_ready(&mut desk.life, writer, reader).await.map(Some)
 }
 
-async fn until_ended(desk: &mut Desk) -> Answer {
+async fn until_ended(desk: &mut ControlQueue) -> Answer {
     match desk.life.wait_for(|life| matches!(life, Life::Ended(_) | Life::Baked(_))).await {
         Ok(_) => Answer::Done,
         Err(_) => failed(&Error::internal("the supervisor ended before the VM did")),

@@ -6,7 +6,7 @@ use crate::state::{Fact, FailureCause, VmState, advance};
 
 /// What was seen of the end.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Seen {
+pub struct ExitEvidence {
     /// QMP's word for why the machine shut down: `guest-shutdown`, `guest-reset`, `host-qmp-quit`, …
     pub shutdown_reason: Option<String>,
     /// The guest's kernel said that it panics.
@@ -27,7 +27,7 @@ pub struct Seen {
     pub console_tail: Vec<String>,
 }
 
-impl Seen {
+impl ExitEvidence {
     /// Whether words on the console may be those of a kernel that panicked. Any program of the guest's can write them; a kernel that
     /// panics does not power off in order afterwards.
     #[must_use]
@@ -38,7 +38,7 @@ impl Seen {
 
 /// The state a VM ends in, and why if that is a failure. `state` is the one before QEMU ended.
 #[must_use]
-pub fn verdict(state: VmState, exit: QemuExit, seen: &Seen) -> (VmState, Option<Failure>) {
+pub fn exit_cause(state: VmState, exit: QemuExit, seen: &ExitEvidence) -> (VmState, Option<Failure>) {
     if let Some((cause, message)) = guest_trouble(seen) {
         return (VmState::Failed, Some(Failure { cause, message, log_tail: seen.console_tail.clone() }));
     }
@@ -72,7 +72,7 @@ pub fn verdict(state: VmState, exit: QemuExit, seen: &Seen) -> (VmState, Option<
     (ended, failure)
 }
 
-fn guest_trouble(seen: &Seen) -> Option<(FailureCause, String)> {
+fn guest_trouble(seen: &ExitEvidence) -> Option<(FailureCause, String)> {
     if seen.panicked {
         return Some((FailureCause::GuestPanic, "the guest's kernel panicked".into()));
     }
@@ -86,7 +86,7 @@ fn guest_trouble(seen: &Seen) -> Option<(FailureCause, String)> {
     Some((FailureCause::GuestTimeout, format!("the guest agent did not answer within {:.1} s", late as f64 / 1000.0)))
 }
 
-fn qemu_trouble(exit: QemuExit, seen: &Seen) -> (FailureCause, String) {
+fn qemu_trouble(exit: QemuExit, seen: &ExitEvidence) -> (FailureCause, String) {
     let said = |word: &str| seen.qemu_tail.iter().any(|line| line.contains(word));
     if said("Cannot allocate memory") || said("cannot set up guest memory") {
         return (FailureCause::OutOfMemory, "the host has not enough memory for the VM".into());
@@ -114,15 +114,15 @@ fn qemu_trouble(exit: QemuExit, seen: &Seen) -> (FailureCause, String) {
 mod tests {
     use super::*;
 
-    fn seen(reason: &str) -> Seen {
-        Seen { shutdown_reason: Some(reason.into()), ..Seen::default() }
+    fn seen(reason: &str) -> ExitEvidence {
+        ExitEvidence { shutdown_reason: Some(reason.into()), ..ExitEvidence::default() }
     }
 
     #[test]
     fn a_guest_that_powers_itself_off_has_stopped() {
         for exit in [QemuExit::Code(0), QemuExit::Unknown] {
             for reason in ["guest-shutdown", "guest-reset"] {
-                assert_eq!(verdict(VmState::Running, exit, &seen(reason)), (VmState::Stopped, None));
+                assert_eq!(exit_cause(VmState::Running, exit, &seen(reason)), (VmState::Stopped, None));
             }
         }
     }
@@ -130,14 +130,14 @@ mod tests {
     #[test]
     fn a_stop_that_was_asked_for_is_no_failure_however_it_ended() {
         for exit in [QemuExit::Code(0), QemuExit::Signal(9), QemuExit::Unknown] {
-            assert_eq!(verdict(VmState::Stopping, exit, &Seen::default()), (VmState::Stopped, None));
+            assert_eq!(exit_cause(VmState::Stopping, exit, &ExitEvidence::default()), (VmState::Stopped, None));
         }
     }
 
     #[test]
     fn a_panic_is_a_failure_even_though_qemu_ended_well() {
-        let panicked = Seen { panicked: true, ..seen("guest-reset") };
-        let (state, failure) = verdict(VmState::Running, QemuExit::Code(0), &panicked);
+        let panicked = ExitEvidence { panicked: true, ..seen("guest-reset") };
+        let (state, failure) = exit_cause(VmState::Running, QemuExit::Code(0), &panicked);
         assert_eq!((state, failure.unwrap().cause), (VmState::Failed, FailureCause::GuestPanic));
     }
 
@@ -146,14 +146,14 @@ mod tests {
     fn a_guest_that_powers_off_has_not_panicked_whatever_its_console_says() {
         assert!(!seen("guest-shutdown").may_have_panicked());
         assert!(seen("guest-reset").may_have_panicked());
-        assert!(Seen::default().may_have_panicked());
+        assert!(ExitEvidence::default().may_have_panicked());
     }
 
     #[test]
     fn causes_are_told_apart() {
         let cause = |exit, tail: &str| {
-            let seen = Seen { qemu_tail: vec![tail.into()], ..Seen::default() };
-            verdict(VmState::Running, exit, &seen).1.unwrap().cause
+            let seen = ExitEvidence { qemu_tail: vec![tail.into()], ..ExitEvidence::default() };
+            exit_cause(VmState::Running, exit, &seen).1.unwrap().cause
         };
         assert_eq!(cause(QemuExit::Signal(9), ""), FailureCause::QemuSignal);
         assert_eq!(cause(QemuExit::Code(1), "oh"), FailureCause::QemuError);
@@ -168,8 +168,9 @@ mod tests {
     #[test]
     fn a_guest_that_refuses_is_not_reported_as_late() {
         let words = "the guest agent speaks protocol version 9, this nido speaks 3";
-        let refused = Seen { refused: Some((FailureCause::AgentVersion, words.into())), ..Seen::default() };
-        let (state, failure) = verdict(VmState::Running, QemuExit::Code(0), &refused);
+        let refused =
+            ExitEvidence { refused: Some((FailureCause::AgentVersion, words.into())), ..ExitEvidence::default() };
+        let (state, failure) = exit_cause(VmState::Running, QemuExit::Code(0), &refused);
         let failure = failure.unwrap();
         assert_eq!(
             (state, failure.cause, failure.message.as_str()),
@@ -179,8 +180,8 @@ mod tests {
 
     #[test]
     fn a_late_guest_is_told_with_its_time() {
-        let late = Seen { late_after_ms: Some(1500), ..Seen::default() };
-        let (_, failure) = verdict(VmState::Running, QemuExit::Code(0), &late);
+        let late = ExitEvidence { late_after_ms: Some(1500), ..ExitEvidence::default() };
+        let (_, failure) = exit_cause(VmState::Running, QemuExit::Code(0), &late);
         assert_eq!(failure.unwrap().message, "the guest agent did not answer within 1.5 s");
     }
 }
