@@ -3,38 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use serde::{Deserialize, Serialize};
-
-/// Which kernel a template boots.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KernelChoice {
-    /// Debian's own, as its package has it.
-    #[default]
-    Stock,
-    /// Compiled from Debian's source with what a guest needs and nothing else: boots faster, takes less memory.
-    Slim,
-}
-
-/// How the release of a slim kernel ends.
-pub const SLIM_SUFFIX: &str = "-nido-slim";
-
-impl KernelChoice {
-    /// Which one a kernel is, by its release.
-    #[must_use]
-    pub fn of(release: &str) -> Self {
-        if release.ends_with(SLIM_SUFFIX) { Self::Slim } else { Self::Stock }
-    }
-
-    /// The other one.
-    #[must_use]
-    pub const fn other(self) -> Self {
-        match self {
-            Self::Stock => Self::Slim,
-            Self::Slim => Self::Stock,
-        }
-    }
-}
+pub use nido_api::KernelChoice;
 
 /// The modules the agent needs before the root disk is there. What the kernel has built in is left out.
 pub const WANTED_MODULES: [&str; 8] = [

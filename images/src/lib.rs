@@ -19,6 +19,7 @@
 //! `slim`.
 
 mod agent;
+mod api_error;
 mod apt;
 mod archive;
 mod build;

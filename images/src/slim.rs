@@ -108,7 +108,7 @@ impl Compilation {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::SLIM_SUFFIX;
+    use nido_api::SLIM_SUFFIX;
     use std::collections::HashSet;
 
     /// The options of the recipe, as written: `CONFIG_X=y`.

@@ -14,6 +14,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use kept::{KeptKernels, stock_key};
+use stages::{Made, Work};
+
 use crate::agent::agent_sha256;
 use crate::command::{BuildLog, Session};
 use crate::error::ImageError;
@@ -24,8 +27,6 @@ use crate::progress::{BuildProgress, Stage};
 use crate::recipe::{self, Recipe};
 use crate::scratch::Scratch;
 use crate::store::{Store, create_private};
-use kept::{KeptKernels, stock_key};
-use stages::{Made, Work};
 
 /// How long a build waits for another build of the same template.
 const LOCK_DEADLINE: Duration = Duration::from_secs(2 * 60 * 60);

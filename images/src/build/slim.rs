@@ -8,14 +8,13 @@ use std::time::Duration;
 use super::kept::{KeptKernels, slim_key};
 use super::stages::{BASE, MadeKernel, SHORT_DEADLINE, VMLINUX, Work, apt_sources, read};
 use super::{Waiting, packages, wait_for_lock, write_file};
-use crate::apt;
 use crate::error::ImageError;
 use crate::host::Host;
-use crate::initramfs;
 use crate::kernel::{self, KernelChoice};
 use crate::progress::{BuildProgress, Stage, printable};
 use crate::slim::{self, Compilation, SlimSpec};
 use crate::store::hash_file;
+use crate::{apt, initramfs};
 
 const SOURCE: &str = "source";
 const FETCH_DEADLINE: Duration = Duration::from_secs(30 * 60);

@@ -16,6 +16,8 @@ use std::fs;
 use std::io::Read;
 use std::path::Path;
 
+use unpack::{Archive, refused};
+
 use crate::agent::{AGENT, AGENT_PROTOCOL, agent_sha256};
 use crate::digest::sha256;
 use crate::error::ImageError;
@@ -24,7 +26,6 @@ use crate::manifest::{AgentId, Digest, Manifest, Part};
 use crate::scratch::Scratch;
 use crate::store::{Store, check_name};
 use crate::travel::{Watch, pieces};
-use unpack::{Archive, refused};
 
 /// How parts lie in the store, and memory images: QEMU may open those for writing, although it maps them privately.
 const PART_MODE: u32 = 0o444;

@@ -1,0 +1,53 @@
+//! Requests and answers of the core API, one file per noun. `--json`, the REST body and the MCP structured result are
+//! these types, so they are a written promise: fields are added, never renamed.
+
+pub mod approval;
+pub mod audit;
+pub mod caller;
+pub mod copy;
+pub mod event;
+pub mod exec;
+pub mod forward;
+pub mod job;
+pub mod lease;
+pub mod limits;
+pub mod log;
+pub mod pool;
+pub mod query;
+pub mod snapshot;
+pub mod template;
+pub mod token;
+pub mod vm;
+pub mod webhook;
+pub mod webhook_message;
+pub mod webhook_secret;
+
+pub mod error;
+pub mod hex;
+pub mod machine;
+pub mod moment;
+pub mod name;
+pub mod redact;
+pub mod state;
+pub mod text;
+
+pub use approval::*;
+pub use audit::*;
+pub use caller::*;
+pub use copy::*;
+pub use event::*;
+pub use exec::*;
+pub use forward::*;
+pub use job::*;
+pub use lease::*;
+pub use limits::*;
+pub use log::*;
+pub use pool::*;
+pub use query::*;
+pub use snapshot::*;
+pub use template::*;
+pub use token::*;
+pub use vm::*;
+pub use webhook::*;
+pub use webhook_message::*;
+pub use webhook_secret::*;

@@ -1,0 +1,242 @@
+//! What a caller may make, and who owns it then. Pure.
+//!
+//! Invariant: what is absent does not limit; a list that is there allows what is in it and nothing else, also when it is empty. The core
+//! asks here before it makes a VM, forks one or publishes a port, so that every front end has the same limits.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Caller, ForwardSpec, NetChoice, VmSpec};
+use crate::error::{Code, Error, Result};
+use crate::name::TemplateName;
+
+/// What the VMs of a caller may be.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// How many VMs one caller may have at a time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_vms: Option<u32>,
+    /// The most virtual CPUs of one VM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_cpus: Option<u32>,
+    /// The most memory of one VM, in MiB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_memory_mib: Option<u32>,
+    /// The largest disk of one VM, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_disk_bytes: Option<u64>,
+    /// The longest `ttl_ms`, in milliseconds. Every VM then needs one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl_max_ms: Option<u64>,
+    /// Every VM needs a `ttl_ms`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub ttl_required: bool,
+    /// The networks that a VM may have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net: Option<Vec<NetChoice>>,
+    /// The addresses of the host on which ports may be published.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<String>>)]
+    pub publish: Option<Vec<IpAddr>>,
+    /// The templates that VMs may be made of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub templates: Option<Vec<TemplateName>>,
+}
+
+/// On whose behalf a VM is made, and within which limits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// Who owns it: [`Caller::owner`]. Absent for what nido makes for itself.
+    pub owner: Option<String>,
+    /// What it may be.
+    pub limits: Limits,
+}
+
+impl Grant {
+    /// Without limits: the user at the command line.
+    #[must_use]
+    pub fn unlimited(caller: &Caller) -> Self {
+        Self::within(caller, Limits::default())
+    }
+
+    /// Within these limits.
+    #[must_use]
+    pub fn within(caller: &Caller, limits: Limits) -> Self {
+        Self { owner: Some(caller.owner()), limits }
+    }
+
+    /// What nido makes for itself.
+    pub fn own() -> Self {
+        Self { owner: None, limits: Limits::default() }
+    }
+}
+
+impl Limits {
+    /// The addresses of this host that no other machine reaches.
+    #[must_use]
+    pub fn loopback() -> Vec<IpAddr> {
+        vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// What both allow.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        Self {
+            max_vms: least(self.max_vms, other.max_vms),
+            max_cpus: least(self.max_cpus, other.max_cpus),
+            max_memory_mib: least(self.max_memory_mib, other.max_memory_mib),
+            max_disk_bytes: least(self.max_disk_bytes, other.max_disk_bytes),
+            ttl_max_ms: least(self.ttl_max_ms, other.ttl_max_ms),
+            ttl_required: self.ttl_required || other.ttl_required,
+            net: both(self.net.as_deref(), other.net.as_deref()),
+            publish: both(self.publish.as_deref(), other.publish.as_deref()),
+            templates: both(self.templates.as_deref(), other.templates.as_deref()),
+        }
+    }
+
+    /// Whether a VM may be this. How many there are the store looks at when it is made.
+    ///
+    /// # Errors
+    /// `limit_exceeded`, `denied`.
+    pub fn check(&self, spec: &VmSpec, disk_bytes: u64) -> Result<()> {
+        at_most("cpus", u64::from(spec.cpus), self.max_cpus.map(u64::from))?;
+        at_most("memory_mib", u64::from(spec.memory_mib), self.max_memory_mib.map(u64::from))?;
+        at_most("disk_bytes", disk_bytes, self.max_disk_bytes)?;
+        match (spec.ttl_ms, self.ttl_max_ms) {
+            (None, Some(most)) => Err(exceeded(format!("ttl_ms: a VM needs one here, of at most {most}"))),
+            (None, None) if self.ttl_required => Err(exceeded("ttl_ms: a VM needs one here".into())),
+            (ttl, most) => at_most("ttl_ms", ttl.unwrap_or(0), most),
+        }?;
+        if self.net.as_ref().is_some_and(|net| !net.contains(&spec.net)) {
+            let allowed = self.net.iter().flatten().map(|net| net.name());
+            return Err(not_among("net", spec.net.name(), allowed.map(str::to_owned)));
+        }
+        if self.templates.as_ref().is_some_and(|templates| !templates.contains(&spec.template)) {
+            let allowed = self.templates.iter().flatten().map(|name| name.as_str().to_owned());
+            return Err(not_among("template", spec.template.as_str(), allowed));
+        }
+        spec.forwards.iter().try_for_each(|forward| self.check_forward(forward))
+    }
+
+    /// Whether a port may be published there.
+    ///
+    /// # Errors
+    /// `denied`.
+    pub fn check_forward(&self, forward: &ForwardSpec) -> Result<()> {
+        match &self.publish {
+            Some(addresses) if !addresses.contains(&forward.host) => {
+                let allowed = addresses.iter().map(ToString::to_string);
+                Err(not_among("forwards", &format!("publishing on {}", forward.host), allowed))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The refusal of one VM more.
+    pub fn too_many(most: u32) -> Error {
+        exceeded(format!("you have {most} VMs, and may have no more")).hint("delete one that is not needed any more")
+    }
+}
+
+fn at_most(field: &str, value: u64, most: Option<u64>) -> Result<()> {
+    match most {
+        Some(most) if value > most => {
+            Err(exceeded(format!("{field}: {value} is more than the {most} that you may have")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn exceeded(words: String) -> Error {
+    Error::new(Code::LimitExceeded, words).hint("ask for less; who runs this server has set the limit")
+}
+
+fn not_among(field: &str, what: &str, allowed: impl Iterator<Item = String>) -> Error {
+    let allowed: Vec<_> = allowed.collect();
+    let allowed = if allowed.is_empty() { "nothing".to_owned() } else { allowed.join(", ") };
+    Error::new(Code::Denied, format!("{field}: {what} is not allowed here; allowed is {allowed}"))
+        .hint("who runs this server has set the limit")
+}
+
+fn least<T: Ord>(one: Option<T>, other: Option<T>) -> Option<T> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
+fn both<T: Clone + PartialEq>(one: Option<&[T]>, other: Option<&[T]>) -> Option<Vec<T>> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.iter().filter(|item| other.contains(item)).cloned().collect()),
+        (one, other) => one.or(other).map(<[T]>::to_vec),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> VmSpec {
+        VmSpec { ttl_ms: Some(1000), ..VmSpec::named("web".parse().unwrap()) }
+    }
+
+    #[test]
+    fn what_is_absent_does_not_limit_and_an_empty_list_allows_nothing() {
+        Limits::default().check(&VmSpec { ttl_ms: None, cpus: 64, ..spec() }, u64::MAX).unwrap();
+        let code = |limits: &Limits, spec: &VmSpec| limits.check(spec, 1 << 30).map_err(|e| e.code()).err();
+        let none = Limits { publish: Some(vec![]), net: Some(vec![]), ..Limits::default() };
+        assert_eq!(code(&none, &spec()), Some(Code::Denied));
+        let open = VmSpec { forwards: vec!["0.0.0.0:8443:80".parse().unwrap()], ..spec() };
+        let publish = |addresses| Limits { publish: Some(addresses), ..Limits::default() };
+        assert_eq!(code(&publish(vec![]), &open), Some(Code::Denied));
+        assert_eq!(code(&publish(Limits::loopback()), &open), Some(Code::Denied));
+        let near = VmSpec { forwards: vec!["8443:80".parse().unwrap()], ..spec() };
+        assert_eq!(code(&publish(Limits::loopback()), &near), None);
+    }
+
+    #[test]
+    fn each_limit_is_kept_to_the_last_unit() {
+        let limits = Limits {
+            max_cpus: Some(2),
+            max_memory_mib: Some(1024),
+            max_disk_bytes: Some(1 << 30),
+            ttl_max_ms: Some(1000),
+            net: Some(vec![NetChoice::None]),
+            templates: Some(vec!["sandbox".parse().unwrap()]),
+            ..Limits::default()
+        };
+        let fits = VmSpec { cpus: 2, memory_mib: 1024, net: NetChoice::None, ..spec() };
+        limits.check(&fits, 1 << 30).unwrap();
+        for (wrong, disk, code) in [
+            (VmSpec { cpus: 3, ..fits.clone() }, 1 << 30, Code::LimitExceeded),
+            (VmSpec { memory_mib: 1025, ..fits.clone() }, 1 << 30, Code::LimitExceeded),
+            (fits.clone(), (1 << 30) + 1, Code::LimitExceeded),
+            (VmSpec { ttl_ms: Some(1001), ..fits.clone() }, 1 << 30, Code::LimitExceeded),
+            (VmSpec { ttl_ms: None, ..fits.clone() }, 1 << 30, Code::LimitExceeded),
+            (VmSpec { net: NetChoice::Nat, ..fits.clone() }, 1 << 30, Code::Denied),
+            (VmSpec { template: "debian-12".parse().unwrap(), ..fits.clone() }, 1 << 30, Code::Denied),
+        ] {
+            let error = limits.check(&wrong, disk).unwrap_err();
+            assert!(error.code() == code && error.hint_text().is_some(), "{error}");
+        }
+    }
+
+    #[test]
+    fn of_two_limits_the_narrower_counts() {
+        let one = Limits { max_vms: Some(3), net: Some(vec![NetChoice::Nat]), ..Limits::default() };
+        let other =
+            Limits { max_vms: Some(5), max_cpus: Some(1), net: Some(vec![NetChoice::None]), ..Limits::default() };
+        let both = one.and(&other);
+        assert_eq!(both, other.and(&one));
+        assert_eq!((both.max_vms, both.max_cpus, both.net), (Some(3), Some(1), Some(vec![])));
+        assert_eq!(one.and(&Limits::default()), one);
+    }
+}

@@ -1,0 +1,113 @@
+//! The machine that a request became on a host.
+
+use serde::{Deserialize, Serialize};
+
+use crate::NetChoice;
+
+/// A machine type that QEMU is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MachineType {
+    /// Minimal: virtio-mmio, no PCI, at most eight virtio devices.
+    Microvm,
+    /// i440FX with PCI.
+    Pc,
+    /// Q35 with PCI Express.
+    Q35,
+}
+
+impl MachineType {
+    /// The name QEMU knows it by.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Microvm => "microvm",
+            Self::Pc => "pc",
+            Self::Q35 => "q35",
+        }
+    }
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// The host's CPU, through the kernel.
+    Kvm,
+    /// QEMU's emulator.
+    Tcg,
+}
+
+impl Accel {
+    /// The name QEMU knows it by.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+
+    /// What stands between guest and host. QEMU promises no isolation for TCG.
+    #[must_use]
+    pub const fn isolation(self) -> &'static str {
+        match self {
+            Self::Kvm => "hardware",
+            Self::Tcg => "emulation",
+        }
+    }
+}
+
+/// The way to the guest agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Transport {
+    /// Kernel vsock: the agent listens on this CID.
+    Vsock {
+        /// The guest's CID.
+        cid: u32,
+    },
+    /// A virtio-serial port that QEMU connects to the supervisor's socket.
+    VirtioSerial {
+        /// QEMU takes `reconnect-ms` (from 9.2); else `reconnect`, in seconds.
+        reconnect_ms: bool,
+    },
+}
+
+impl Transport {
+    /// `vsock` or `virtio-serial`, as VMs tell it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Vsock { .. } => "vsock",
+            Self::VirtioSerial { .. } => "virtio-serial",
+        }
+    }
+}
+
+/// A machine, decided in every respect that QEMU's command line shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Machine type.
+    pub machine: MachineType,
+    /// Accelerator.
+    pub accel: Accel,
+    /// CPU model with its switches, as `-cpu` takes it.
+    pub cpu_model: String,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Network.
+    pub net: NetChoice,
+    /// The way to the agent.
+    pub transport: Transport,
+    /// Memory for translated code, in MiB; under TCG only.
+    pub tb_size_mib: Option<u32>,
+    /// The rate of the guest's time-stamp counter in kHz, to be told to its kernel; under TCG only.
+    pub tsc_khz: Option<u32>,
+    /// One sentence: why this machine type and this accelerator.
+    pub reason: String,
+    /// What the user ought to know.
+    pub warnings: Vec<String>,
+}

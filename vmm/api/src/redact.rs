@@ -1,0 +1,415 @@
+//! What of an operation's arguments may be written down. Pure.
+//!
+//! Secrets are recognised by the names of what holds them: a secret in the middle of a shell script is not, and a script is never
+//! taken for one. Of a `url` the host is kept: its path may be the secret, as that of Slack's endpoints is. Of standard input and contents
+//! the SHA-256 is kept. Invariant: what comes out is JSON of at most [`LIMIT`] bytes; of every argument both ends are in it, what was
+//! run comes first, and it says how much was left out.
+
+use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
+use url::Url;
+
+use crate::hex;
+use crate::text::head;
+
+/// The longest arguments that are written down as they are, in bytes.
+pub const LIMIT: usize = 4096;
+/// How much is shown of each text of those that are longer: as much as fits.
+const BUDGETS: [usize; 5] = [1024, 384, 128, 48, 16];
+/// What comes first, and is never left out.
+const FIRST: [&str; 10] =
+    ["name", "argv", "command", "vm", "vm_name", "names", "snapshot", "path", "source", "destination"];
+/// How many items of a list, and how many fields, are shown of those that are longer.
+const ITEMS: usize = 24;
+/// The longest name of a field there.
+const NAME: usize = 64;
+/// The field that says what was left out.
+const CUT: &str = "cut";
+
+/// Words in a name that say that its value is nobody's business.
+const SECRET: [&str; 6] = ["passphrase", "credential", "credentials", "authorization", "cookie", "apikey"];
+/// Words in a name that say that its value is too much for a log.
+const DATA: [&str; 4] = ["stdin", "content", "contents", "data"];
+/// Ends of such words: `PGPASSWORD`.
+const SECRET_END: [&str; 4] = ["token", "secret", "password", "passwd"];
+
+/// Redacted arguments that do not fit into a line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Whole {
+    /// Of the text, in hexadecimal.
+    pub sha256: String,
+    /// They, as JSON.
+    pub text: String,
+}
+
+/// Arguments as they are written down: redacted, as JSON, of limited length.
+#[must_use]
+pub fn params(arguments: &Value) -> String {
+    params_and_whole(arguments).0
+}
+
+/// The same, and all of them where they are too long.
+#[must_use]
+pub fn params_and_whole(arguments: &Value) -> (String, Option<Whole>) {
+    let redacted = value(arguments);
+    let text = redacted.to_string();
+    if text.len() <= LIMIT {
+        return (text, None);
+    }
+    let sha256 = hex::encode(&Sha256::digest(text.as_bytes()));
+    let cut = json!({ "bytes": text.len(), "sha256": &sha256 });
+    let all = BUDGETS.iter().map(|budget| shortened(&redacted, *budget, &cut, false));
+    let first = BUDGETS.iter().map(|budget| shortened(&redacted, *budget, &cut, true));
+    let fits = all.chain(first).map(|short| short.to_string()).find(|short| short.len() <= LIMIT);
+    (fits.unwrap_or_else(|| json!({ CUT: cut }).to_string()), Some(Whole { sha256, text }))
+}
+
+/// Both ends of every text; only what counts most, or everything.
+fn shortened(redacted: &Value, budget: usize, cut: &Value, only_first: bool) -> Value {
+    let Value::Object(fields) = redacted else {
+        return json!({ "value": brief(redacted, budget), CUT: cut });
+    };
+    let mut short = Map::new();
+    for key in FIRST {
+        if let Some(value) = fields.get(key) {
+            short.insert(key.into(), brief(value, budget));
+        }
+    }
+    let others = fields.iter().filter(|(key, _)| !FIRST.contains(&key.as_str()) && *key != CUT);
+    for (key, value) in others.take(if only_first { 0 } else { ITEMS }) {
+        short.insert(ends(key, NAME), brief(value, budget));
+    }
+    short.insert(CUT.into(), cut.clone());
+    Value::Object(short)
+}
+
+fn brief(value: &Value, budget: usize) -> Value {
+    match value {
+        Value::String(text) => ends(text, budget).into(),
+        Value::Array(items) if items.len() > ITEMS => {
+            let (first, last) = (ITEMS * 2 / 3, ITEMS / 3);
+            let left_out = format!("[{} items left out]", items.len() - first - last);
+            let shown = items[..first].iter().map(|item| brief(item, budget)).chain([left_out.into()]);
+            shown.chain(items[items.len() - last..].iter().map(|item| brief(item, budget))).collect()
+        }
+        Value::Array(items) => items.iter().map(|item| brief(item, budget)).collect(),
+        Value::Object(fields) => {
+            let shown = fields.iter().take(ITEMS).map(|(key, value)| (ends(key, NAME), brief(value, budget)));
+            Value::Object(shown.collect())
+        }
+        other => other.clone(),
+    }
+}
+
+/// A text, or its beginning and its end.
+fn ends(text: &str, budget: usize) -> String {
+    if text.len() <= budget {
+        return text.to_owned();
+    }
+    let first = head(text, budget / 2);
+    let from = (text.len() - budget / 2..=text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+    let last = &text[from..];
+    format!("{first}[{} bytes left out]{last}", text.len() - first.len() - last.len())
+}
+
+fn value(from: &Value) -> Value {
+    match from {
+        Value::Object(fields) => {
+            Value::Object(fields.iter().map(|(key, value)| (key.clone(), field(key, value))).collect())
+        }
+        Value::Array(items) => list(items),
+        other => other.clone(),
+    }
+}
+
+fn field(key: &str, from: &Value) -> Value {
+    if matches!(key.to_ascii_lowercase().as_str(), "env" | "environment") {
+        return names_only(from);
+    }
+    if words(key).iter().any(|word| DATA.contains(&word.as_str())) {
+        return hashed(from);
+    }
+    if is_secret(key) {
+        return hidden(from);
+    }
+    if words(key).iter().any(|word| word == "url") { host_only(from) } else { value(from) }
+}
+
+/// Of an address on the web the scheme and the host; what is none is left out altogether.
+fn host_only(address: &Value) -> Value {
+    let text = address.as_str().unwrap_or_default();
+    let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
+    let Some((url, host)) = url.as_ref().and_then(|url| Some((url, url.host_str()?))) else { return hidden(address) };
+    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
+    let kept = format!("{}://{host}{port}", url.scheme());
+    match text.len().saturating_sub(kept.len()) {
+        0 => kept.into(),
+        bytes => format!("{kept}/{}", hint(bytes)).into(),
+    }
+}
+
+/// Items of a list; of those that are arguments of a command, `--password x`, `--password=x`, `TOKEN=x` and `Cookie: x` lose
+/// the value.
+fn list(items: &[Value]) -> Value {
+    let (mut secret_follows, mut code_follows) = (false, false);
+    let redacted = items.iter().map(|item| {
+        let text = item.as_str();
+        let is_code = code_follows && text.is_some_and(|text| text.contains(|c: char| !is_word_char(c) && c != '='));
+        code_follows = text.is_some_and(|text| takes_code(text) || (text == "--" && code_follows));
+        if is_code {
+            return item.clone();
+        }
+        if std::mem::take(&mut secret_follows) && !text.is_some_and(|text| text.starts_with("--")) {
+            return hidden(item);
+        }
+        let Some(text) = text else { return value(item) };
+        secret_follows = text.starts_with("--") && is_word(text) && is_secret(text);
+        pair(text.as_bytes()).map_or_else(|| item.clone(), Value::from)
+    });
+    Value::Array(redacted.collect())
+}
+
+/// Whether the argument behind this one may be a program's text, as with `sh -c`, `bash -xc`, `perl -e`.
+fn takes_code(option: &str) -> bool {
+    let short = option.strip_prefix('-').filter(|letters| letters.bytes().all(|b| b.is_ascii_alphabetic()));
+    short.is_some_and(|letters| letters.ends_with(['c', 'e'])) || matches!(option, "--command" | "--eval")
+}
+
+/// `NAME=VALUE` or `NAME: VALUE` without the value, if that is a secret.
+fn pair(text: &[u8]) -> Option<String> {
+    let at = text.iter().position(|b| matches!(b, b'=' | b':'))?;
+    let name = std::str::from_utf8(&text[..at]).ok()?;
+    (is_word(name) && is_secret(name)).then(|| format!("{name}{}{}", char::from(text[at]), hint(text.len() - at - 1)))
+}
+
+/// Of environment variables only the names.
+fn names_only(environment: &Value) -> Value {
+    let name = |pair: &str| Value::from(pair.split_once('=').map_or(pair, |(name, _)| name));
+    match environment {
+        Value::Array(pairs) => {
+            pairs.iter().map(|pair| pair.as_str().map_or_else(|| hidden(pair), name)).collect::<Vec<_>>().into()
+        }
+        Value::Object(variables) => variables.keys().cloned().collect::<Vec<_>>().into(),
+        Value::String(pair) => name(pair),
+        other => hidden(other),
+    }
+}
+
+fn hidden(from: &Value) -> Value {
+    match from {
+        Value::Null | Value::Bool(_) => from.clone(),
+        Value::String(text) => hint(text.len()).into(),
+        other => hint(other.to_string().len()).into(),
+    }
+}
+
+/// Of what is too much for a log, how much it was, and a hash that says whether it was something that is known.
+fn hashed(from: &Value) -> Value {
+    let text = match from {
+        Value::Null | Value::Bool(_) => return from.clone(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    format!("[redacted: {} bytes, sha256:{}]", text.len(), hex::encode(&Sha256::digest(text.as_bytes()))).into()
+}
+
+fn hint(bytes: usize) -> String {
+    format!("[redacted: {bytes} bytes]")
+}
+
+fn is_word(text: &str) -> bool {
+    text.chars().all(is_word_char)
+}
+
+fn is_word_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
+}
+
+/// Whether one of the words a name is made of is secret: `apiToken`, `API_TOKEN`, `--api-token`;
+/// or it is the key of somebody or something.
+fn is_secret(name: &str) -> bool {
+    let words = words(name);
+    let has = |wanted: &[&str]| words.iter().any(|word| wanted.contains(&word.as_str()));
+    let key = has(&["key"]) && has(&["api", "private", "access"]);
+    key || words.iter().any(|word| {
+        SECRET.contains(&word.as_str())
+            || DATA.contains(&word.as_str())
+            || SECRET_END.iter().any(|end| word.ends_with(end))
+    })
+}
+
+fn words(name: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut after_small = false;
+    for c in name.chars() {
+        if !c.is_ascii_alphanumeric() || (c.is_ascii_uppercase() && after_small) {
+            words.push(String::new());
+        }
+        after_small = c.is_ascii_lowercase();
+        if c.is_ascii_alphanumeric()
+            && let Some(word) = words.last_mut()
+        {
+            word.push(c.to_ascii_lowercase());
+        }
+    }
+    words
+}
+
+/// Bytes that need not be text, for arguments: as text where they are, else in hexadecimal.
+#[must_use]
+pub fn bytes(from: &[u8]) -> Value {
+    match std::str::from_utf8(from) {
+        Ok(text) => text.into(),
+        // What is a secret must be known as one while it can be.
+        Err(_) => pair(from).map_or_else(|| json!({ "hex": hex::encode(from) }), Value::from),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn data(text: &str) -> String {
+        format!("[redacted: {} bytes, sha256:{}]", text.len(), hex::encode(&Sha256::digest(text)))
+    }
+
+    fn redacted(from: &Value) -> Value {
+        serde_json::from_str(&params(from)).unwrap()
+    }
+
+    #[test]
+    fn secrets_are_known_by_their_names() {
+        let from = json!({
+            "name": "web", "token": "t0ps3cret", "apiToken": "x", "webhook-secret": "yy", "PASSWORD": "zzz", "stdin": "hello",
+            "content": "file", "data": [1, 2], "private_key": "k", "public_key": "p", "tokens_left": 3, "interactive": true,
+            "nested": { "content": null, "user": "root" }
+        });
+        assert_eq!(
+            redacted(&from),
+            json!({
+                "name": "web", "token": "[redacted: 9 bytes]", "apiToken": "[redacted: 1 bytes]",
+                "webhook-secret": "[redacted: 2 bytes]", "PASSWORD": "[redacted: 3 bytes]", "stdin": data("hello"),
+                "content": data("file"), "data": data("[1,2]"), "private_key": "[redacted: 1 bytes]",
+                "public_key": "p", "tokens_left": 3, "interactive": true, "nested": { "content": null, "user": "root" }
+            })
+        );
+    }
+
+    #[test]
+    fn of_an_address_the_host_is_kept() {
+        for (address, kept) in [
+            (
+                json!("https://hooks.slack.com/services/T0/B0/s3cret"),
+                json!("https://hooks.slack.com/[redacted: 22 bytes]"),
+            ),
+            (json!("https://hooks.slack.com"), json!("https://hooks.slack.com")),
+            (json!("http://127.0.0.1:8080/s3cret"), json!("http://127.0.0.1:8080/[redacted: 7 bytes]")),
+            (
+                json!("https://s3cret:s3cret@example.com/?s3cret#s3cret"),
+                json!("https://example.com/[redacted: 29 bytes]"),
+            ),
+            (json!("HTTPS:\\\\example.com\\s3cret"), json!("https://example.com/[redacted: 7 bytes]")),
+            (json!("https:example.com/s3cret"), json!("https://example.com/[redacted: 5 bytes]")),
+            (json!("hooks.slack.com/s3cret"), json!("[redacted: 22 bytes]")),
+            (json!("slack://s3cret/x"), json!("[redacted: 16 bytes]")),
+            (json!("https:///"), json!("[redacted: 9 bytes]")),
+            (json!(["https://example.com/s3cret"]), json!("[redacted: 30 bytes]")),
+            (json!(null), json!(null)),
+        ] {
+            assert_eq!(redacted(&json!({ "url": &address })), json!({ "url": kept }), "{address}");
+            assert!(!params(&json!({ "body": [{ "webhookUrl": address }] })).contains("s3cret"));
+        }
+    }
+
+    #[test]
+    fn of_the_environment_the_names_are_kept() {
+        let env = json!({ "env": ["LANG=C", "TOKEN=a=b", "EMPTY=", 7] });
+        assert_eq!(redacted(&env), json!({ "env": ["LANG", "TOKEN", "EMPTY", "[redacted: 1 bytes]"] }));
+        assert_eq!(redacted(&json!({ "environment": { "A": "b" } })), json!({ "environment": ["A"] }));
+    }
+
+    #[test]
+    fn arguments_of_a_command_that_are_called_secret_are_left_out() {
+        for (argument, kept) in [
+            (&["--password", "hunter2", "x"][..], &["--password", "[redacted: 7 bytes]", "x"][..]),
+            (&["--password", "-hunter2"], &["--password", "[redacted: 8 bytes]"]),
+            (&["--token", "--force"], &["--token", "--force"]),
+            (&["--api-token=abc", "--user=me"], &["--api-token=[redacted: 3 bytes]", "--user=me"]),
+            (
+                &["PGPASSWORD=x", "DB_PASSWORD=a=b"],
+                &["PGPASSWORD=[redacted: 1 bytes]", "DB_PASSWORD=[redacted: 3 bytes]"],
+            ),
+            (&["-H", "Authorization: Bearer x"], &["-H", "Authorization:[redacted: 9 bytes]"]),
+            (&["a b token=x", "http://x:y"], &["a b token=x", "http://x:y"]),
+        ] {
+            assert_eq!(redacted(&json!({ "command": argument })), json!({ "command": kept }));
+        }
+    }
+
+    // Padding in front of a command, or in a field before it, left a hash and padding in the log.
+    #[test]
+    fn of_what_is_too_long_both_ends_are_kept_and_what_was_run_comes_first() {
+        let fits = json!({ "a": "x".repeat(LIMIT - 8) });
+        assert_eq!(params_and_whole(&fits), (fits.to_string(), None));
+        let padding = "é".repeat(LIMIT);
+        let many: Vec<_> = std::iter::repeat_n("-v", 5000).chain(["rm", "/srv"]).collect();
+        for (long, shown) in [
+            (json!({ "command": format!("# {padding}\nrm -rf /srv"), "name": "web" }), "rm -rf /srv\""),
+            (json!({ "command": format!("rm -rf /srv; # {padding}"), "name": "web" }), "\"rm -rf /srv;"),
+            (
+                json!({ "env_file": padding, "cut": padding, "name": "web", "argv": ["rm", "/srv"] }),
+                "[\"rm\",\"/srv\"]",
+            ),
+            (json!({ "name": "web", "argv": ["sh", "-c", format!("{padding}; rm /srv")] }), "rm /srv\"]"),
+            (json!({ "name": "web", "argv": many }), "\"rm\",\"/srv\"]"),
+        ] {
+            let (line, whole) = params_and_whole(&long);
+            assert!(line.contains(shown) && line.len() <= LIMIT, "{line}");
+            let (short, whole) = (redacted(&long), whole.unwrap());
+            assert_eq!((&short["name"], &short["cut"]["bytes"]), (&json!("web"), &json!(whole.text.len())));
+            assert_eq!(short["cut"]["sha256"], hex::encode(&Sha256::digest(&whole.text)));
+            assert_eq!(whole.text, long.to_string());
+        }
+        let fields: Map<_, _> = (0..5000).map(|n| (format!("{n}{}", "k".repeat(100)), json!("v".repeat(50)))).collect();
+        assert!(params(&json!(fields)).len() <= LIMIT);
+    }
+
+    // What a shell was given behind `-c` was left out as the value of a variable: `sh -c 'token=; rm -rf /srv'`.
+    #[test]
+    fn a_script_is_no_secret() {
+        for script in ["token=; rm -rf /srv", "cookie: ; rm /srv", "--password=;rm", "data=$(rm /srv)"] {
+            for option in ["-c", "-lc", "-e", "--eval"] {
+                let command = json!({ "argv": ["sh", option, script, "password=x"], "name": "web" });
+                let kept = json!({ "argv": ["sh", option, script, "password=[redacted: 1 bytes]"], "name": "web" });
+                assert_eq!(redacted(&command), kept);
+            }
+        }
+        let docker = json!({ "argv": ["docker", "run", "-e", "TOKEN=abc", "x"] });
+        assert_eq!(redacted(&docker)["argv"][3], "TOKEN=[redacted: 3 bytes]");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_kept_as_digits() {
+        assert_eq!((bytes(b"ls"), bytes(b"\xff\x00")), (json!("ls"), json!({ "hex": "ff00" })));
+        assert_eq!(bytes(b"--token=\xff\x00"), "--token=[redacted: 2 bytes]");
+        let command = json!({ "command": ["--token", bytes(b"\xff"), bytes(b"\xff")] });
+        let kept = json!({ "command": ["--token", "[redacted: 12 bytes]", { "hex": "ff" }] });
+        assert_eq!(redacted(&command), kept);
+    }
+
+    proptest! {
+        #[test]
+        fn a_secret_never_comes_out(secret in "[A-Z]{12,40}", key in "(my_)?(token|secret|password|stdin|content|data)") {
+            let from = json!({ &key: &secret, "deep": [{ &key: [&secret] }], "env": [format!("K={secret}")], "command": [format!("--{key}"), &secret, format!("{key}={secret}")] });
+            prop_assert!(!params(&from).contains(&secret), "{}", params(&from));
+        }
+
+        #[test]
+        fn the_length_is_limited(text in "\\PC{0,3000}") {
+            let written = params(&json!({ "name": &text, "command": [&text, &text] }));
+            prop_assert!(written.len() <= LIMIT, "{}", written.len());
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Arguments that are too long for a line, kept whole (and redacted) beside the log.
+//!
+//! ```text
+//!  params/SHA256.json      named by its content; the line has the hash in `cut`
+//! ```
+//!
+//! Invariants: the file is on the disk before the line that names it; whoever is killed leaves whole files and temporary ones, which the
+//! next writer removes; all of them together are at most [`ALL_MAX`] bytes, the oldest go first. Their hashes, and both ends of
+//! every argument, stay in the lines.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use nido_api::error::Result;
+
+use super::failed;
+use super::log::Log;
+use super::redact::Whole;
+
+/// Where they are, in the log's directory.
+const DIRECTORY: &str = "params";
+/// The longest that is kept, in bytes.
+const ONE_MAX: usize = 8 << 20;
+/// How much is kept of all, in bytes.
+const ALL_MAX: u64 = 256 << 20;
+/// What a file is called until it is whole.
+const TEMPORARY: &str = ".tmp";
+
+impl Log {
+    /// Keeps these arguments, and waits until they are on the disk.
+    ///
+    /// # Errors
+    /// `audit_failed`.
+    pub(super) fn keep_whole(&self, whole: &Whole) -> Result<()> {
+        if whole.text.len() > ONE_MAX {
+            return Ok(());
+        }
+        self.make_directory().map_err(|e| failed(self.directory().display(), e))?;
+        let directory = self.directory().join(DIRECTORY);
+        let kept = self.locked(|| keep(&directory, whole, ALL_MAX));
+        kept.map_err(|e| failed(directory.display(), e))
+    }
+}
+
+fn keep(directory: &PathBuf, whole: &Whole, all_max: u64) -> io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    let path = directory.join(format!("{}.json", whole.sha256));
+    if std::fs::metadata(&path).is_ok_and(|meta| meta.len() == whole.text.len() as u64) {
+        return Ok(());
+    }
+    make_room(directory, all_max.saturating_sub(whole.text.len() as u64))?;
+    let temporary = directory.join(TEMPORARY);
+    let mut file = OpenOptions::new();
+    let mut file =
+        file.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&temporary)?;
+    let written = file.write_all(whole.text.as_bytes()).and_then(|()| file.sync_data());
+    if let Err(error) = written {
+        let _ = std::fs::remove_file(&temporary);
+        return Err(error);
+    }
+    std::fs::rename(&temporary, &path)?;
+    File::open(directory)?.sync_all()
+}
+
+/// Removes the oldest until there are at most so many bytes.
+fn make_room(directory: &PathBuf, most: u64) -> io::Result<()> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let meta = entry.metadata()?;
+        files.push((meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), meta.len(), entry.path()));
+    }
+    files.sort();
+    let mut bytes: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
+    for (_, length, path) in files {
+        if bytes <= most {
+            break;
+        }
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => bytes -= length,
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_is_bounded_and_the_newest_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = dir.path().join("params");
+        for n in 0..10 {
+            let whole = Whole { sha256: format!("{n}"), text: "x".repeat(100) };
+            keep(&directory, &whole, 350).unwrap();
+            keep(&directory, &whole, 350).unwrap();
+            assert!(directory.join(format!("{n}.json")).exists());
+            let bytes: u64 =
+                std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+            assert!(bytes <= 350, "{bytes}");
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! The core API of nido: one method of [`Nido`] per operation. All front ends call these and nothing else.
+//!
+//! ```text
+//!  front ends (cli, server, mcp)
+//!        |
+//!     nido.rs + nido/   one method per operation
+//!        |-- audit/       the audit log: who requested what, in a hash chain
+//!        |-- policy/      which commands callers of a server may run; what a person must approve  [pure, but for reading it]
+//!        |-- roots.rs     files of the host that callers of a server may name
+//!        |-- webhook/     messages about events: signed, retried
+//!        v
+//!     nido-supervisor, nido-store, nido-engine, nido-images
+//! ```
+
+pub mod audit;
+pub mod nido;
+pub mod policy;
+pub mod roots;
+pub mod webhook;
+
+pub use nido::{Nido, OpenOptions};

@@ -1,0 +1,220 @@
+//! `Nido`: the core API, one method per operation. Every face calls these and nothing else.
+//!
+//! The methods are spread over `nido/*.rs` by noun; this file opens a home and holds what they share.
+//!
+//! Invariant: whoever changes a VM at rest, or starts it, holds its `supervisor.lock`; the lock is handed on to the
+//! supervisor with the start. So a killed command leaves either nothing, or a VM whose row tells the truth once the next
+//! command has settled it (`nido/settle.rs`).
+
+mod answers;
+mod approvals;
+mod audit;
+mod bake;
+mod begun;
+mod claim;
+mod copies;
+mod create;
+mod delete;
+mod delivery;
+mod delivery_worker;
+mod denied;
+mod doctor;
+mod events;
+mod exec;
+mod fork;
+mod forwards;
+mod jobs;
+mod leases;
+mod lifecycle;
+mod list;
+mod logs;
+mod orphans;
+mod own_agent;
+mod pool;
+mod settle;
+mod snapshots;
+mod supervise;
+mod supervision;
+mod templates;
+mod tokens;
+mod travel;
+mod ttl;
+mod webhooks;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+pub use begun::BegunVm;
+pub use events::{EventFeed, Watch};
+pub use exec::{ExecControl, ExecEvents};
+pub use leases::Lease;
+pub use list::Intent;
+pub use logs::LogStream;
+pub use orphans::Adoption;
+
+pub use nido_engine::random::id as random_id;
+pub use nido_supervisor::context::OpenOptions;
+
+use crate::audit::log::Log;
+use crate::audit::repeats::Repeats;
+use nido_api::error::{Code, Error, Result};
+use nido_engine::home::{Home, VmDir};
+use nido_engine::host::{HostFacts, QemuFacts, facts, qemu};
+use nido_engine::lock::Held;
+use nido_engine::presence::Presence;
+use nido_engine::space_reserve::SpaceReserve;
+use nido_supervisor::context::{Context, StoreGuard};
+
+/// How old the last backup of the store is when another one is made.
+const BACKUP_INTERVAL: Duration = Duration::from_secs(24 * 3600);
+
+/// The core API over one home.
+#[derive(Debug)]
+pub struct Nido {
+    context: Arc<Context>,
+    /// That this process lives, once somebody has to know.
+    presence: Mutex<Option<Presence>>,
+    /// What this process was asked to show, for the audit log.
+    reads: Repeats,
+}
+
+impl Nido {
+    /// Opens (and makes, the first time) a home. Also settles what a crash may have left behind.
+    ///
+    /// # Errors
+    /// `denied` if the home belongs to somebody else, `permission_denied`, `read_only`, `disk_full`, `internal`.
+    pub async fn open(options: OpenOptions) -> Result<Self> {
+        let nido = Self::open_unsettled(options)?;
+        if !nido.is_read_only() {
+            nido.settle_all().await?;
+            if !nido.context.frees_space() {
+                SpaceReserve::of(nido.home()).keep();
+            }
+            nido.resume_deliveries();
+        }
+        Ok(nido)
+    }
+
+    /// Opens a home and leaves everything as it is: for supervisors.
+    pub(crate) fn open_unsettled(options: OpenOptions) -> Result<Self> {
+        let context = Arc::new(Context::open(options)?);
+        let reads = Repeats::new(Log::reads(context.home().audit()));
+        Ok(Self { context, presence: Mutex::default(), reads })
+    }
+
+    /// Whether the home could only be opened for reading. What writes fails as `read_only` then.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.context.is_read_only()
+    }
+
+    /// Where everything is kept.
+    #[must_use]
+    pub fn home(&self) -> &Home {
+        self.context.home()
+    }
+
+    /// What commands share with supervisors.
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// The store, until the guard is dropped.
+    pub(crate) fn store(&self) -> StoreGuard<'_> {
+        self.context.store()
+    }
+
+    /// Starts a delivery worker for deliveries that other processes have queued: for a process that keeps a home open for long.
+    pub fn resume_deliveries(&self) {
+        self.context.resume_deliveries();
+    }
+
+    /// What the user ought to know about the home that was opened: a new store beside VMs that it does not know.
+    #[must_use]
+    pub fn notice(&self) -> Option<String> {
+        if !self.store().is_new() {
+            return None;
+        }
+        let unknown = self.unknown_vms().ok().filter(|unknown| !unknown.is_empty())?;
+        Some(lost_store(unknown.len(), self.home().root()))
+    }
+
+    /// Makes a backup of the store if the last one is a day old. Not while there are VMs that the store does not know: then an
+    /// older backup may be the only one that does.
+    fn back_up_store(&self) {
+        let [last, older] = self.home().database_backups();
+        let is_due = match std::fs::metadata(&last).and_then(|meta| meta.modified()) {
+            Ok(made) => made.elapsed().map_or(true, |age| age > BACKUP_INTERVAL),
+            Err(_) => self.store().vm_ids().is_ok_and(|ids| !ids.is_empty()),
+        };
+        if !is_due || self.unknown_vms().map_or(true, |unknown| !unknown.is_empty()) {
+            return;
+        }
+        let Ok(Some(_held)) = Held::try_take(&self.home().backup_lock()) else { return };
+        if let Err(error) = self.store().back_up(&last, &older) {
+            tracing::warn!("no backup of the store was made: {error}");
+        }
+    }
+
+    pub(crate) fn vm_dir(&self, id: &str) -> VmDir {
+        self.context.vm_dir(id)
+    }
+
+    /// What the host and its QEMU offer.
+    async fn host_facts(&self) -> Result<(HostFacts, QemuFacts)> {
+        let (cache, named) = (self.home().cache(), self.context.qemu().map(Path::to_owned));
+        // Both may run programs the first time after a boot or an upgrade.
+        let gathered = tokio::task::spawn_blocking(move || {
+            let program = qemu::find(named.as_deref())?;
+            let qemu = qemu::probe(&program, &cache)?;
+            Ok::<_, Error>((facts::gather(&cache), qemu))
+        });
+        gathered.await.map_err(|e| Error::internal(format!("the host could not be looked at: {e}")))?
+    }
+}
+
+/// The sentence about a store that does not know VMs whose files are there.
+pub(crate) fn lost_store(count: usize, root: &Path) -> String {
+    let root = root.display();
+    format!(
+        "{root}/vms holds {count} VMs that the store {root}/nido.db does not know: it was lost, replaced or emptied; \
+         nido doctor --adopt brings them back"
+    )
+}
+
+/// The error for a VM that another command deleted while this one was working on it.
+fn gone_meanwhile(name: &nido_api::name::VmName) -> Error {
+    Error::new(Code::VmNotFound, format!("VM '{name}' is gone: it was deleted meanwhile"))
+}
+
+/// Servers call the API from several threads.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn send<T: Send>(_: &T) {}
+
+    #[test]
+    fn every_operation_can_wander_between_threads() {
+        let check = |nido: &Nido, name: &nido_api::name::VmName| {
+            let mut stage = |_: nido_api::StartStage| ();
+            let mut stages = |_: &nido_api::name::VmName, _: nido_api::StartStage| ();
+            let spec = nido_api::VmSpec::named(name.clone());
+            let grant = &nido_api::Grant::own();
+            send(&nido.spawn(spec.clone(), nido_api::StartRequest::default(), grant, &mut stage));
+            send(&nido.create(spec, grant));
+            send(&nido.start(name, nido_api::StartRequest::default(), &mut stage));
+            send(&nido.stop(name, nido_api::StopRequest::default()));
+            send(&nido.delete(name, true));
+            send(&nido.info(name));
+            send(&nido.lease_end(nido.lease_open().unwrap()));
+            send(&nido.fork(name, &[], grant, &mut stages));
+            let snapshot = "s".parse().unwrap();
+            send(&nido.snapshot_create(name, &snapshot));
+            send(&nido.snapshot_restore(name, &snapshot, nido_api::RestoreRequest::default(), &mut stage));
+        };
+        let _ = check;
+        send(&Nido::open(OpenOptions::default()));
+    }
+}

@@ -1,0 +1,222 @@
+//! The audit log of a home: written by every face before and after it acts, shown, checked, signed.
+
+use std::collections::VecDeque;
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::{
+    AuditAgainst, AuditCheckpoint, AuditFilter, AuditList, AuditLog, AuditReads, AuditRecord, AuditVerdict,
+};
+use nido_engine::host::facts;
+use nido_engine::random;
+use nido_engine::space_reserve::SpaceReserve;
+
+use super::Nido;
+use super::create::SPACE_RESERVE_BYTES;
+use crate::audit::checkpoint::{Key, check_signature};
+use crate::audit::line::Line;
+use crate::audit::log::{Last, Log};
+use crate::audit::read::unreadable;
+use crate::audit::{self, Audited, Caller, Ending};
+
+/// What gives space back: it is not refused because the disk is full.
+const FREES_SPACE: [&str; 5] = ["vm_delete", "vm_stop", "vm_snapshot_delete", "template_delete", "doctor_gc"];
+/// What the store calls the log of what is done.
+const ACTS: &str = "acts";
+
+impl Nido {
+    /// The log of what is done. Where it is, is written into the home before anything is written there.
+    fn audit_log(&self) -> Result<Log> {
+        let place = self.home().keep_audit_place();
+        let place = place.map_err(|e| Error::io("cannot write down where the audit log is", e))?;
+        Ok(Log::at(place))
+    }
+
+    /// Uses what is kept for a full disk, if this one is. Whether there is more space now.
+    fn release_space(&self) -> bool {
+        let is_full = facts::disk_free_bytes(self.home().root()).is_ok_and(|free| free < SPACE_RESERVE_BYTES);
+        is_full && SpaceReserve::of(self.home()).release()
+    }
+
+    /// The store knows a line, so that a log that was emptied is noticed.
+    fn audit_written(&self, last: &Last) {
+        if let Err(error) = self.store().audit_head_written(ACTS, last.seq, &last.chain) {
+            tracing::warn!("the store does not know how far the audit log is: {error}");
+        }
+    }
+
+    /// Writes down that `caller` asks for `tool` with these arguments, which are redacted, and waits until that is on the
+    /// disk, which blocks the thread for some milliseconds. The operation must not be done if this fails. How it ended goes to
+    /// [`Audited::end`].
+    ///
+    /// # Errors
+    /// `audit_failed`.
+    pub fn audit_begin(&self, caller: &Caller, tool: &str, arguments: &serde_json::Value) -> Result<Audited> {
+        let begin = || Audited::begin(self.audit_log()?, caller, tool, arguments, &random::id()?);
+        let audited = match begin() {
+            Err(_) if FREES_SPACE.contains(&tool) && self.release_space() => begin()?,
+            begun => begun?,
+        };
+        self.audit_written(audited.attempt());
+        Ok(audited)
+    }
+
+    /// Writes down that `caller` was not allowed what it asked for. `reason` is a word, such as `not_in_allowlist`.
+    ///
+    /// # Errors
+    /// `audit_failed`.
+    pub fn audit_denied(&self, caller: &Caller, tool: &str, arguments: &serde_json::Value, reason: &str) -> Result<()> {
+        let last = audit::denied(&self.audit_log()?, caller, tool, arguments, &random::id()?, reason)?;
+        self.audit_written(&last);
+        Ok(())
+    }
+
+    /// Writes down that `caller` looked at something with `tool`, and how that ended: one line, without waiting for the disk. The
+    /// answer must be withheld if this fails. What changes anything, or reaches into a guest, goes to [`Self::audit_begin`].
+    ///
+    /// # Errors
+    /// `audit_failed`.
+    pub fn audit_looked(
+        &self,
+        caller: &Caller,
+        tool: &str,
+        arguments: &serde_json::Value,
+        ending: Ending,
+        reason: &str,
+    ) -> Result<()> {
+        self.audit_log()?;
+        audit::looked(&self.reads, caller, tool, arguments, &random::id()?, (ending, reason))
+    }
+
+    /// Writes down how often this process was asked to show the same, where that was only counted.
+    pub fn audit_flush(&self) {
+        for record in self.reads.take() {
+            if let Err(error) = self.reads.log().append_soon(record) {
+                tracing::warn!("{error}");
+            }
+        }
+    }
+
+    /// The lines of both logs that a filter wants, the oldest first.
+    ///
+    /// # Errors
+    /// `internal` if the files cannot be read.
+    pub fn audit_show(&self, filter: &AuditFilter) -> Result<AuditList> {
+        // Numbers are those of one log: a page is of one.
+        let only = filter.log.or(filter.after.map(|_| AuditLog::Acts));
+        let mut shown = AuditList { records: Vec::new(), next_cursor: None, damaged: 0 };
+        for (log, of) in
+            [(Log::at(self.home().audit()), AuditLog::Acts), (Log::reads(self.home().audit()), AuditLog::Reads)]
+        {
+            if only.is_none_or(|only| only == of) {
+                let part = shown_of(&log, of, filter)?;
+                shown.records.extend(part.records);
+                shown.damaged += part.damaged;
+                shown.next_cursor = shown.next_cursor.or(part.next_cursor);
+            }
+        }
+        // Within a second each log keeps its own order.
+        shown.records.sort_by_key(|record| record.time);
+        let left_out = filter.tail.map_or(0, |tail| shown.records.len().saturating_sub(tail));
+        shown.records.drain(..left_out);
+        Ok(shown)
+    }
+
+    /// Whether the lines of both logs hang together, whether the one of what was done still has what the store knows of it, and, given a
+    /// checkpoint, whether it still is the one that was signed. That something is wrong is an answer, not an error.
+    ///
+    /// # Errors
+    /// `audit_broken` if the checkpoint itself is not as it was signed; `internal` if the files cannot be read.
+    pub fn audit_verify(&self, against: Option<&AuditCheckpoint>) -> Result<AuditVerdict> {
+        against.map(check_signature).transpose()?;
+        let log = Log::at(self.home().audit());
+        // Asked before the log is read: lines that come meanwhile are no reason to miss any.
+        let known = self.store().audit_head(ACTS)?;
+        let (mut verdict, _) = log.check_known(against, known)?;
+        let (reads, _) = Log::reads(self.home().audit()).check(None)?;
+        verdict.ok &= reads.ok;
+        verdict.trouble = verdict.trouble.or_else(|| reads.trouble.clone());
+        verdict.reads = Some(AuditReads {
+            files: reads.files,
+            lines: reads.lines,
+            first_seq: reads.first_seq,
+            last_seq: reads.last_seq,
+            half_line: reads.half_line,
+        });
+        verdict.against = against.map(|checkpoint| AuditAgainst {
+            seq: checkpoint.seq,
+            time: checkpoint.time,
+            public_key: checkpoint.public_key.clone(),
+            own_key: Key::existing(&log).is_some_and(|key| key.public() == checkpoint.public_key),
+        });
+        Ok(verdict)
+    }
+
+    /// Signs the number and chain of the last line about what was done. The key is made the first time.
+    ///
+    /// # Errors
+    /// `audit_broken` if the log does not hold together, `path_not_found` if it is empty, `internal`.
+    pub fn audit_checkpoint(&self) -> Result<AuditCheckpoint> {
+        self.audit_log()?.checkpoint()
+    }
+}
+
+/// The lines of one log that a filter wants.
+fn shown_of(log: &Log, of: AuditLog, filter: &AuditFilter) -> Result<AuditList> {
+    let mut records = VecDeque::new();
+    let mut damaged = 0;
+    let most = filter.limit.filter(|_| filter.after.is_some());
+    let mut next_cursor = None;
+    let files = log.open_all().map_err(unreadable)?;
+    let read = files.each(|_, text, whole| {
+        match Line::parse(text) {
+            Some(line) => {
+                let record = AuditRecord { log: of, ..AuditRecord::from(line) };
+                if filter.wants(&record) {
+                    if most.is_some_and(|most| records.len() >= most) {
+                        next_cursor = records.back().map(|last: &AuditRecord| last.seq).or(filter.after);
+                        return false;
+                    }
+                    records.push_back(record);
+                }
+                if filter.tail.is_some_and(|tail| records.len() > tail) {
+                    records.pop_front();
+                }
+            }
+            None => damaged += u64::from(whole),
+        }
+        true
+    });
+    read.map_err(unreadable)?;
+    Ok(AuditList { records: records.into(), next_cursor, damaged })
+}
+
+impl From<Line> for AuditRecord {
+    fn from(line: Line) -> Self {
+        let Line { record, chain } = line;
+        let some = |text: String| (!text.is_empty()).then_some(text);
+        let params = shown(&record.params);
+        Self {
+            log: AuditLog::Acts,
+            seq: record.seq,
+            time: record.time,
+            face: record.face,
+            actor: shown(&record.actor),
+            agent: some(shown(&record.agent)),
+            tool: shown(&record.tool),
+            params: serde_json::from_str(&params).unwrap_or_else(|_| params.into()),
+            stage: shown(&record.stage),
+            result: shown(&record.result),
+            reason: some(shown(&record.reason)),
+            id: shown(&record.id),
+            chain,
+        }
+    }
+}
+
+/// Bytes as text; those that are none as `\xNN`.
+fn shown(bytes: &[u8]) -> String {
+    bytes.utf8_chunks().fold(String::new(), |text, chunk| {
+        let invalid: String = chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}")).collect();
+        text + chunk.valid() + &invalid
+    })
+}

@@ -1,0 +1,235 @@
+//! Baking: a template's guest is booted once and saved, so that VMs can be forked from it; and the choice between a
+//! fork and a boot at each start.
+//!
+//! A bake is made by a VM like any other, under a name of its own, which saves itself when it is ready and vanishes.
+//! Invariant: a template's manifest names a bake only when all its parts are in the store.
+
+use std::time::Instant;
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::TemplateName;
+use nido_api::state::VmState;
+use nido_api::{BakeInfo, BakeRequest, BakeResult, Grant, PathChoice, StartRequest, StartStage, VmSpec, moment};
+use nido_engine::bake::{Unfit, choose, qemu_id, shape};
+use nido_engine::host::{HostFacts, QemuFacts};
+use nido_engine::lock::Held;
+use nido_engine::machine::{self, Machine};
+use nido_engine::random;
+use nido_images::{Bake, Manifest};
+use nido_store::{Frozen, Origin, Purpose, Saved, VmRow};
+use nido_supervisor::control::{Answer, Request};
+
+use super::Nido;
+use super::create::machine_request;
+
+/// How soon a VM that is to be baked goes away when nobody waits for it any more.
+pub(super) const FORSAKEN_MS: u64 = 3000;
+
+impl Nido {
+    /// Bakes a template for one kind of machine. A bake for the same kind is replaced.
+    ///
+    /// # Errors
+    /// `template_not_found`, those of a start, `vm_busy` if the template was built anew meanwhile.
+    pub async fn template_bake(
+        &self,
+        name: &TemplateName,
+        request: &BakeRequest,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<BakeResult> {
+        let began = Instant::now();
+        let (info, already_baked) = {
+            let _parts_stay = self.templates_shared().await?;
+            let manifest = self.manifest(name)?;
+            let spec = bake_spec(name, request)?;
+            let (host, qemu) = self.host_facts().await?;
+            let disk_bytes = manifest.parts.root.virtual_bytes;
+            let machine =
+                machine::decide(&machine_request(&spec, disk_bytes, *machine::GUEST_CIDS.start()), &host, &qemu)?;
+            match choose(&manifest.bakes, &shape(&machine, &host), &qemu_id(&qemu)) {
+                Ok(bake) if !request.again => (bake_info(bake), true),
+                _ => {
+                    let bake = self.bake(spec, request.timeout_ms, progress).await?;
+                    let info = bake_info(&bake);
+                    let (template, parts) = (name.clone(), manifest.parts);
+                    let add = move |images: &nido_images::Store| {
+                        let lock = images.lock()?;
+                        images.add_bake(template.as_str(), bake, &parts, &lock)
+                    };
+                    self.with_images(add).await?;
+                    (info, false)
+                }
+            }
+        };
+        if !already_baked {
+            self.drop_unused_parts().await;
+            self.renew_pools();
+        }
+        let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Ok(BakeResult { template: name.clone(), bake: info, already_baked, duration_ms })
+    }
+
+    /// Why a VM of this template with the default settings would not be forked; nothing if it would.
+    pub(super) fn unfit_by_default(&self, name: &TemplateName, host: &HostFacts, qemu: &QemuFacts) -> Option<String> {
+        let unfit = || -> Result<Option<String>> {
+            let manifest = self.manifest(name)?;
+            let request = machine_request(
+                &bake_spec(name, &BakeRequest::default())?,
+                manifest.parts.root.virtual_bytes,
+                *machine::GUEST_CIDS.start(),
+            );
+            let machine = machine::decide(&request, host, qemu)?;
+            Ok(choose(&manifest.bakes, &shape(&machine, host), &qemu_id(qemu))
+                .err()
+                .map(|unfit| unfit.why().to_owned()))
+        };
+        unfit().unwrap_or_else(|error| Some(error.to_string()))
+    }
+
+    /// Runs a VM until it has saved itself.
+    async fn bake(
+        &self,
+        spec: VmSpec,
+        timeout_ms: Option<u64>,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<Bake> {
+        progress(StartStage::Preparing);
+        let (row, held) = self.make_vm(spec, Purpose::Bake, VmState::Starting, &Grant::own()).await?;
+        self.await_bake(&row, held, timeout_ms, None, progress).await
+    }
+
+    /// Starts a VM that is there to be baked, and waits until it has been. Nothing is left of it then.
+    pub(super) async fn await_bake(
+        &self,
+        row: &VmRow,
+        held: Held,
+        timeout_ms: Option<u64>,
+        from: Option<Origin>,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<Bake> {
+        let start = StartRequest { wait: true, timeout_ms, path: PathChoice::Cold, ..StartRequest::default() };
+        let outcome = match Box::pin(self.launch_from(row, held, start, Instant::now(), from)).await {
+            Ok(()) => self.ask_with_stages(row, &Request::Ready, progress).await,
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(Answer::Baked { bake }) => Ok(*bake),
+            Ok(_) => Err(Error::internal("a VM was there to be baked, and was not")),
+            Err(error) => {
+                if let Err(left) = self.delete_id(&row.id).await {
+                    tracing::warn!("VM {} could not be removed: {left}", row.spec.name);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// How a VM that is about to start comes to life, and what its disk stands on. The machine is told why.
+    pub(super) fn origin(
+        &self,
+        row: &VmRow,
+        path: PathChoice,
+        machine: &mut Machine,
+        (host, qemu): (&HostFacts, &QemuFacts),
+    ) -> Result<(Origin, Vec<Frozen>)> {
+        let boot = |row: &VmRow| (Origin::Boot, row.parts.frozen.clone());
+        if row.purpose == Purpose::Bake {
+            return Ok(boot(row));
+        }
+        let refused = |why: &str| {
+            Error::new(Code::TemplateMismatch, format!("VM '{}' cannot be forked: {why}", row.spec.name))
+                .hint(format!("nido template bake {} --help; without --fork it boots", row.spec.template))
+        };
+        if super::create::has_disk(&self.vm_dir(&row.id)) {
+            machine.reason.push_str("; booted because its disk has been in use");
+            return if path == PathChoice::Fork { Err(refused("its disk has been in use")) } else { Ok(boot(row)) };
+        }
+        if path == PathChoice::Cold {
+            machine.reason.push_str("; booted as asked");
+            return Ok((Origin::Boot, Vec::new()));
+        }
+        match self.fitting_bake(row, machine, (host, qemu)) {
+            Ok(bake) => {
+                machine.reason.push_str("; forked from a bake of the template");
+                Ok((Origin::Fork(saved(&bake)), vec![frozen(&bake)]))
+            }
+            Err(unfit) if path == PathChoice::Fork => Err(refused(unfit.why())),
+            Err(unfit) => {
+                machine.reason.push_str(&format!("; booted because {}", unfit.why()));
+                if let Unfit::Mismatch(why) = &unfit {
+                    let mend = format!("nido template bake {}", row.spec.template);
+                    machine.warnings.push(format!(
+                        "booted instead of forked: the template's bake cannot be used, {why}; mend it with: {mend}"
+                    ));
+                }
+                Ok((Origin::Boot, Vec::new()))
+            }
+        }
+    }
+
+    fn fitting_bake(
+        &self,
+        row: &VmRow,
+        machine: &Machine,
+        (host, qemu): (&HostFacts, &QemuFacts),
+    ) -> Result<Bake, Unfit> {
+        let changed = || Unfit::Missing("the template has changed since the VM was made".into());
+        let manifest = self.manifest(&row.spec.template).map_err(|_| changed())?;
+        if !same_parts(&manifest, row) {
+            return Err(changed());
+        }
+        choose(&manifest.bakes, &shape(machine, host), &qemu_id(qemu)).cloned()
+    }
+}
+
+pub(super) fn same_parts(manifest: &Manifest, row: &VmRow) -> bool {
+    let (parts, ours) = (&manifest.parts, &row.parts);
+    parts.vmlinux.sha256 == ours.vmlinux
+        && parts.initramfs.sha256 == ours.initramfs
+        && parts.root.file.sha256 == ours.root
+}
+
+/// What a start needs of a bake.
+pub(super) fn saved(bake: &Bake) -> Saved {
+    Saved {
+        memory: bake.memory.sha256.clone(),
+        state: bake.state.sha256.clone(),
+        token: bake.token.clone(),
+        live: false,
+    }
+}
+
+/// What a disk needs of one.
+pub(super) fn frozen(bake: &Bake) -> Frozen {
+    Frozen { sha256: bake.disk.file.sha256.clone(), virtual_bytes: bake.disk.virtual_bytes }
+}
+
+fn bake_spec(template: &TemplateName, request: &BakeRequest) -> Result<VmSpec> {
+    let defaults = VmSpec::named(random::vm_name("bake")?);
+    Ok(VmSpec {
+        template: template.clone(),
+        cpus: request.cpus.unwrap_or(defaults.cpus),
+        memory_mib: request.memory_mib.unwrap_or(defaults.memory_mib),
+        net: request.net,
+        machine: request.machine,
+        accel: request.accel,
+        nested: request.nested,
+        ephemeral: true,
+        idle_ms: Some(FORSAKEN_MS),
+        ..defaults
+    })
+}
+
+/// A bake as it is told.
+pub(super) fn bake_info(bake: &Bake) -> BakeInfo {
+    BakeInfo {
+        created_at: moment::in_ms(bake.created_at),
+        machine: bake.machine.machine.clone(),
+        accel: bake.machine.accel.clone(),
+        cpus: bake.machine.cpus,
+        memory_mib: bake.machine.memory_mib,
+        net: bake.machine.net.clone(),
+        transport: bake.machine.transport.clone(),
+        qemu: bake.qemu.version.clone(),
+        size_bytes: bake.state.bytes + bake.disk.file.bytes,
+    }
+}

@@ -1,0 +1,171 @@
+//! Taking a clone that waits in a pool, instead of making a VM.
+//!
+//! The clone's supervisor makes it somebody's, in one step in the store: so there is no moment in which it is claimed and
+//! nobody looks after it, and whoever claims may die at any point.
+//!
+//! Invariant: a pool is never the reason for an error. What cannot be claimed is forked, and the machine's reason says
+//! which of the two it was.
+
+use std::time::{Duration, Instant};
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::{Grant, PathChoice, StartRequest, StartStage, VmInfo, VmSpec};
+use nido_engine::bake::{choose, qemu_id, shape};
+use nido_engine::home::CONTROL_SOCKET;
+use nido_engine::{machine, random};
+use nido_supervisor::control::{Answer, ClaimOrder, MAX_LINE, Request};
+use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use super::Nido;
+use super::begun::BegunVm;
+use super::create::{boot_parts, check_labels, disk_bytes, machine_request};
+use super::supervision::read_answer;
+
+/// How long a clone's supervisor may take to say whether the clone is ours.
+const CLAIMED_WITHIN: Duration = Duration::from_secs(2);
+
+/// What came of asking one clone.
+enum Asked {
+    /// It is ours, and ready.
+    Ready,
+    /// It waits no longer, or its supervisor is gone.
+    Lost,
+    /// It was ours, and could not go on.
+    Broken(Error),
+}
+
+impl Nido {
+    /// A VM out of a pool, if one fits. `None`: there is no clone for it, and one is to be forked or booted.
+    ///
+    /// # Errors
+    /// Only those that any VM of this name and these ports would meet.
+    pub(super) async fn spawn_from_pool(
+        &self,
+        spec: &VmSpec,
+        start: StartRequest,
+        grant: &Grant,
+        (asked_at, begun): (Instant, &BegunVm),
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<Option<VmInfo>> {
+        if start.path == PathChoice::Cold || !self.store().has_waiting_clones()? {
+            return Ok(None);
+        }
+        // What is wrong with the request, whoever makes a VM of it says.
+        let Ok((memory, mut order)) = self.claim_order(spec, start, grant).await else { return Ok(None) };
+        let mut tried = Vec::new();
+        loop {
+            let waiting = self.store().waiting_clones(&memory)?;
+            let Some(id) = waiting.into_iter().find(|id| !tried.contains(id)) else { return Ok(None) };
+            order.ticket = random::id()?;
+            order.asked_ms_ago = asked_at.elapsed().as_secs_f64() * 1000.0;
+            let mut told = |stage| {
+                begun.set(&id);
+                progress(stage);
+            };
+            match self.claim(&id, &order, &mut told).await? {
+                Asked::Ready => {
+                    let row = self.store().vm_by_id(&id)?;
+                    let row = row.ok_or_else(|| Error::new(Code::VmNotRunning, "the VM has just ended"))?;
+                    return Ok(Some(self.describe(&row)));
+                }
+                Asked::Lost => tried.push(id),
+                Asked::Broken(error) => {
+                    tracing::warn!("a clone of the pool could not go on: {error}");
+                    self.delete_id(&id).await?;
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// What a clone is asked to become, and the memory image of the clones that can.
+    async fn claim_order(&self, spec: &VmSpec, start: StartRequest, grant: &Grant) -> Result<(String, ClaimOrder)> {
+        check_labels(spec)?;
+        let (host, qemu) = self.host_facts().await?;
+        let manifest = self.manifest(&spec.template)?;
+        let disk_bytes = disk_bytes(spec, &boot_parts(&manifest))?;
+        grant.limits.check(spec, disk_bytes)?;
+        let request = machine_request(spec, disk_bytes, *machine::GUEST_CIDS.start());
+        let machine = machine::decide(&request, &host, &qemu)?;
+        let bake = choose(&manifest.bakes, &shape(&machine, &host), &qemu_id(&qemu))
+            .map_err(|unfit| Error::new(Code::TemplateMismatch, unfit.why()))?;
+        let order = ClaimOrder {
+            spec: spec.clone(),
+            disk_bytes,
+            reason: format!("{}; claimed from the pool", machine.reason),
+            warnings: machine.warnings,
+            asked_ms_ago: 0.0,
+            ready_within_ms: start.timeout_ms,
+            ticket: String::new(),
+            owner: grant.owner.clone(),
+            max_vms: grant.limits.max_vms,
+        };
+        Ok((bake.memory.sha256.clone(), order))
+    }
+
+    async fn claim(
+        &self,
+        id: &str,
+        order: &ClaimOrder,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<Asked> {
+        let mut line = serde_json::to_vec(&Request::Claim(Box::new(order.clone())))
+            .map_err(|e| Error::internal(format!("cannot ask the supervisor: {e}")))?;
+        line.push(b'\n');
+        let Ok(sockets) = self.vm_dir(id).sockets() else { return Ok(Asked::Lost) };
+        let Ok(mut connection) = UnixStream::connect(sockets.path(CONTROL_SOCKET)).await else {
+            return Ok(Asked::Lost);
+        };
+        if line.len() > MAX_LINE || connection.write_all(&line).await.is_err() {
+            return Ok(Asked::Lost);
+        }
+        let mut connection = BufReader::new(connection);
+        match timeout(CLAIMED_WITHIN, read_answer(&mut connection)).await {
+            Ok(Ok(Some(Answer::Stage { stage }))) => progress(stage),
+            Ok(Ok(Some(Answer::Failed { problem }))) => {
+                let error = Error::from(problem);
+                return match error.code() {
+                    // Another clone, or a fork, would meet the same. A supervisor of an older nido that cannot read the
+                    // request says that it is invalid: that is for whoever makes a VM of it to say.
+                    Code::VmExists | Code::PortInUse | Code::Denied | Code::LimitExceeded => Err(error),
+                    _ => Ok(Asked::Lost),
+                };
+            }
+            // It is slow, or died. Whether the clone is ours is decided in the store: once the attempt is given up there,
+            // the supervisor cannot carry it out any more.
+            _ => {
+                if self.store().give_up_claim(&order.ticket, jiff::Timestamp::now())?.is_none() {
+                    return Ok(Asked::Lost);
+                }
+                progress(StartStage::Preparing);
+                return self.await_claimed(id, progress).await;
+            }
+        }
+        loop {
+            match read_answer(&mut connection).await {
+                Ok(Some(Answer::Stage { stage })) => progress(stage),
+                Ok(Some(Answer::Done)) => return Ok(Asked::Ready),
+                Ok(Some(Answer::Failed { problem })) => return Ok(Asked::Broken(problem.into())),
+                Ok(Some(other)) => {
+                    return Ok(Asked::Broken(Error::internal(format!("the supervisor answered {other:?}"))));
+                }
+                Ok(None) | Err(_) => break,
+            }
+        }
+        // Its supervisor died. The next one brings it to its end.
+        self.await_claimed(id, progress).await
+    }
+
+    /// Waits until a clone that is ours is ready.
+    async fn await_claimed(&self, id: &str, progress: &mut (dyn FnMut(StartStage) + Send)) -> Result<Asked> {
+        let Some(row) = self.store().vm_by_id(id)? else {
+            return Ok(Asked::Broken(Error::new(Code::VmNotRunning, "the VM has just ended")));
+        };
+        Ok(match self.ask_with_stages(&row, &Request::Ready, progress).await {
+            Ok(_) => Asked::Ready,
+            Err(error) => Asked::Broken(error),
+        })
+    }
+}

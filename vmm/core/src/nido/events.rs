@@ -1,0 +1,210 @@
+//! The events, read: those there are, and those that come.
+//!
+//! Nobody tells a reader that there is something new: whoever writes may be killed before. Instead readers watch the store's
+//! file, which the kernel does for them, and look by themselves now and then.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::{Event, EventList, EventsRequest};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::Nido;
+
+/// How often a reader looks by itself.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// The same where the kernel does not tell of writes.
+const LOOK_EVERY_UNWATCHED: Duration = Duration::from_secs(1);
+/// When a reader looks again after a write, the last first: what is written counts only a moment later.
+const ECHOES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(20), Duration::from_millis(3)];
+/// The most events that [`Nido::events`] gives at once.
+const PAGE: usize = 1000;
+
+impl Nido {
+    /// The events behind a cursor, the oldest first; at most a thousand of them. The answer's cursor is where to go on.
+    ///
+    /// # Errors
+    /// `cursor_expired` if events behind the cursor are not kept any more, or the cursor is ahead of them all; of the store.
+    pub fn events(&self, request: &EventsRequest) -> Result<EventList> {
+        self.announce_found();
+        let (oldest, last) = self.event_range()?;
+        if request.gap(oldest, last) {
+            let since = request.since;
+            let words = format!(
+                "since: events behind the cursor {since} are not kept: those there are go from {oldest} to {last}"
+            );
+            return Err(Error::new(Code::CursorExpired, words)
+                .hint("events were missed: look at what there is, and go on from 0 or from the answer's cursor"));
+        }
+        let mut request = request.clone();
+        let mut events = Vec::new();
+        loop {
+            let (more, cursor) = self.store().events(&request)?;
+            let done = cursor == request.since;
+            request.since = cursor;
+            events.extend(more);
+            if done || events.len() >= PAGE {
+                break;
+            }
+        }
+        events.truncate(PAGE);
+        let cursor = match events.last() {
+            Some(last) if events.len() == PAGE => last.cursor,
+            _ => request.since,
+        };
+        Ok(EventList { events, cursor, oldest })
+    }
+
+    /// The same as it stands in the store: for who asks again and again. The same cursor back means that there are no more.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn events_behind(&self, request: &EventsRequest) -> Result<(Vec<Event>, u64)> {
+        self.store().events(request)
+    }
+
+    /// The cursors of the first event that is kept and of the last one.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn event_range(&self) -> Result<(u64, u64)> {
+        self.store().event_range()
+    }
+
+    /// The cursor behind the last event: from there on only what is new is seen.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn last_event(&self) -> Result<u64> {
+        self.store().last_cursor()
+    }
+
+    /// The events behind a cursor, and all that come.
+    #[must_use]
+    pub fn follow_events(&self, request: EventsRequest) -> EventFeed<'_> {
+        EventFeed { watch: Watch::new(self), nido: self, request, ready: Vec::new().into_iter() }
+    }
+
+    /// What lies in files and whose maker was killed before saying so is announced by whoever looks for events.
+    pub(super) fn announce_found(&self) {
+        if let Err(error) = self.template_list() {
+            tracing::warn!("the templates cannot be looked at: {error}");
+        }
+        let rows = self.store().vms().unwrap_or_default();
+        for row in rows.iter().filter(|row| row.purpose == nido_store::Purpose::Use) {
+            if self.vm_dir(&row.id).file("snapshots").exists()
+                && let Err(error) = self.snapshot_list(&row.spec.name)
+            {
+                tracing::warn!("the snapshots of VM {} cannot be looked at: {error}", row.spec.name);
+            }
+        }
+    }
+}
+
+/// Events, one after the other, as they come. Dropping it ends it.
+#[derive(Debug)]
+pub struct EventFeed<'a> {
+    nido: &'a Nido,
+    watch: Watch,
+    request: EventsRequest,
+    ready: std::vec::IntoIter<Event>,
+}
+
+impl EventFeed<'_> {
+    /// The next event. Waits for it, without a limit.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub async fn next(&mut self) -> Result<Event> {
+        loop {
+            if let Some(event) = self.ready.next() {
+                return Ok(event);
+            }
+            let (events, cursor) = self.nido.store().events(&self.request)?;
+            if cursor == self.request.since {
+                self.watch.changed().await;
+            }
+            self.request.since = cursor;
+            self.ready = events.into_iter();
+        }
+    }
+}
+
+/// Waits for writes to the store by anybody. Where the host has no watches left, it looks more often instead.
+#[derive(Debug)]
+pub struct Watch {
+    descriptor: Option<AsyncFd<OwnedFd>>,
+    /// How often it still looks soon, because something has been written.
+    echoes: usize,
+}
+
+impl Watch {
+    /// Watches from now on.
+    #[must_use]
+    pub fn new(nido: &Nido) -> Self {
+        Self::with(Self::descriptor(nido))
+    }
+
+    fn with(descriptor: Result<AsyncFd<OwnedFd>>) -> Self {
+        let descriptor = descriptor.inspect_err(|error| {
+            tracing::warn!("{error}; it is looked at every {} s instead", LOOK_EVERY_UNWATCHED.as_secs());
+        });
+        Self { descriptor: descriptor.ok(), echoes: 0 }
+    }
+
+    fn descriptor(nido: &Nido) -> Result<AsyncFd<OwnedFd>> {
+        let broken = |e: std::io::Error| Error::io("cannot watch the store", e);
+        let descriptor = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| broken(e.into()))?;
+        // The log of writes comes and goes with the last process that has the store open, so its directory is watched.
+        inotify::add_watch(&descriptor, nido.home().root(), WatchFlags::MODIFY | WatchFlags::CREATE)
+            .map_err(|e| broken(e.into()))?;
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe for the sake of types that are no descriptors; this is one"
+        )]
+        AsyncFd::with_interest(descriptor, Interest::READABLE).map_err(broken)
+    }
+
+    /// Returns when something may have been written since the last time, at the latest after two seconds.
+    pub async fn changed(&mut self) {
+        let Some(descriptor) = &self.descriptor else { return tokio::time::sleep(LOOK_EVERY_UNWATCHED).await };
+        let within = self.echoes.checked_sub(1).map_or(LOOK_EVERY, |left| ECHOES[left]);
+        self.echoes = self.echoes.saturating_sub(1);
+        let readable = tokio::time::timeout(within, descriptor.readable()).await;
+        if let Ok(Ok(mut guard)) = readable {
+            self.echoes = ECHOES.len();
+            let mut buffer = [0; 4096];
+            while rustix::io::read(descriptor.as_fd(), &mut buffer).is_ok_and(|n| n > 0) {}
+            guard.clear_ready();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nido::OpenOptions;
+
+    #[tokio::test]
+    async fn who_cannot_watch_looks_and_misses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || {
+            let home = Some(dir.path().join("home"));
+            Nido::open_unsettled(OpenOptions { home, ..OpenOptions::default() }).unwrap()
+        };
+        let (nido, other) = (open(), open());
+        let none = Error::io("cannot watch the store", std::io::Error::from_raw_os_error(libc::EMFILE));
+        let (watch, request) = (Watch::with(Err(none)), EventsRequest::default());
+        let mut feed = EventFeed { watch, nido: &nido, request, ready: Vec::new().into_iter() };
+        for stamp in ["1", "2"] {
+            let announce = async { other.store().announce_template(&"t".parse().unwrap(), stamp).unwrap() };
+            let told = async { tokio::time::timeout(Duration::from_secs(60), feed.next()).await };
+            // In this order: it waits already when that happens.
+            let (told, ()) = tokio::join!(biased; told, announce);
+            assert!(told.unwrap().unwrap().cursor > 0);
+        }
+    }
+}

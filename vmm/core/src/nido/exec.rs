@@ -1,0 +1,203 @@
+//! Running commands, seen from the API: the guest's client with the VM's state and our errors around it.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::state::{Admission, Request as Act, VmState, admit};
+use nido_api::{ExecEvent, ExecExit, ExecRequest, Which};
+use nido_engine::guest::{Control, Endpoint, Event, Events, Guest};
+use nido_guest_agent::wire::{Exec, WindowSize};
+use nido_supervisor::control::Request;
+use tokio::net::UnixStream;
+use tokio::time::Instant;
+
+use super::Nido;
+use super::denied::denied;
+
+/// How long the agent of a running VM may take to answer a request.
+pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// A running VM's agent, and what says that it is in use.
+pub(super) struct Reached {
+    pub guest: Guest,
+    /// With virtio-serial the supervisor sees the use itself; with vsock it is told.
+    pub lease: Option<UnixStream>,
+}
+
+impl Nido {
+    /// Starts a command. Dropping the events kills it.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_replaced`, `vm_not_running`, `command_not_found`, `command_cannot_run`, `user_not_found`,
+    /// `directory_not_found`, `agent_unreachable`.
+    pub async fn exec(&self, vm: impl Into<Which<'_>>, request: ExecRequest) -> Result<(ExecControl, ExecEvents)> {
+        let which = vm.into();
+        let name = which.name;
+        let reached = self.reach(which).await?;
+        let running = reached
+            .guest
+            .exec(wire_exec(request), Instant::now() + ANSWER_WITHIN)
+            .await
+            .map_err(|e| guest_error(name, e))?;
+        let name = name.clone();
+        let control = ExecControl { control: running.control, name: name.clone() };
+        Ok((control, ExecEvents { events: running.events, started: Some(running.pid), name, _lease: reached.lease }))
+    }
+
+    /// The agent of a VM that can be used, or why it cannot. Waits for one that is still starting, and for the
+    /// supervisor of one that has lost it.
+    pub(super) async fn reach(&self, vm: impl Into<Which<'_>>) -> Result<Reached> {
+        let which = vm.into();
+        let mut row = self.current(self.store().vm_by_name(which.name)?);
+        which.is(&row.id)?;
+        if let Admission::Denied(why) = admit(row.state, Act::UseAgent) {
+            return Err(denied(&row, "used", why));
+        }
+        if row.state == VmState::Starting || !row.agent.ready {
+            self.ask(&row, &Request::Ready).await?;
+            // This very VM, whatever has its name by now.
+            let gone = || Error::new(Code::VmNotFound, format!("VM '{}' is gone", which.name));
+            row = self.store().vm_by_id(&row.id)?.ok_or_else(gone)?;
+        }
+        let guest = self.context.guest(&row)?;
+        let lease = match guest.endpoint() {
+            Endpoint::Vsock { .. } => Some(self.lease(&row).await?),
+            Endpoint::Serial { .. } => {
+                // The agent's socket is the supervisor's: there must be one.
+                drop(self.supervisor(&row).await?);
+                None
+            }
+        };
+        Ok(Reached { guest, lease })
+    }
+
+    /// What has become of a VM since then, if it is no longer the running VM that it was.
+    #[must_use]
+    pub fn changed_since(&self, name: &VmName, then: Timestamp) -> Option<String> {
+        let what = match self.store().vm_by_name(name) {
+            Err(error) if error.code() == Code::VmNotFound => "was deleted",
+            Err(_) => return None,
+            Ok(row) if row.created_at > then => "was replaced by another VM",
+            Ok(row) => match row.state {
+                VmState::Stopping | VmState::Stopped | VmState::Created => "was stopped",
+                VmState::Failed => "failed",
+                _ if row.started_at.is_some_and(|started| started > then) => "was restarted or restored",
+                VmState::Starting | VmState::Running | VmState::Paused => return None,
+            },
+        };
+        Some(format!("VM '{name}' {what}"))
+    }
+
+    /// The error of a session with a guest that broke off. Where its VM has changed `since` the session began, that is the
+    /// reason, and not the agent.
+    #[must_use]
+    pub fn lost_while_in_use(&self, name: &VmName, since: Timestamp, error: Error) -> Error {
+        if error.code() != Code::AgentUnreachable {
+            return error;
+        }
+        match self.changed_since(name, since) {
+            Some(why) => Error::new(Code::VmNotRunning, format!("{why} while the command ran"))
+                .hint(format!("nido events --vm {name} shows when and why")),
+            None => error,
+        }
+    }
+}
+
+/// An error of the guest's client about the VM `name`.
+pub(super) fn guest_error(name: &VmName, error: nido_engine::guest::GuestError) -> Error {
+    nido_engine::error_sources::guest_error(name.as_str(), error)
+}
+
+fn wire_exec(request: ExecRequest) -> Exec {
+    let size = |(rows, columns)| WindowSize { rows, columns };
+    Exec {
+        login_shell: request.argv.is_empty(),
+        argv: request.argv.into_iter().map(Into::into).collect(),
+        env: request.env.into_iter().map(Into::into).collect(),
+        directory: request.directory.map(Into::into),
+        user: request.user,
+        stdin: request.stdin,
+        pty: request.pty.map(size),
+        timeout_ms: request.timeout_ms,
+        term: request.term,
+    }
+}
+
+/// What the caller says to a running command.
+#[derive(Debug, Clone)]
+pub struct ExecControl {
+    control: Control,
+    name: VmName,
+}
+
+impl ExecControl {
+    /// Sends bytes to its standard input; waits while it does not take them. Drive it on a task of its own: a signal
+    /// waits for its turn behind a piece that is half sent.
+    ///
+    /// # Errors
+    /// `agent_unreachable` if the connection is gone.
+    pub async fn stdin(&self, bytes: &[u8]) -> Result<()> {
+        self.control.stdin(bytes).await.map_err(|e| guest_error(&self.name, e))
+    }
+
+    /// Ends its standard input.
+    ///
+    /// # Errors
+    /// As [`ExecControl::stdin`].
+    pub async fn stdin_eof(&self) -> Result<()> {
+        self.control.eof().await.map_err(|e| guest_error(&self.name, e))
+    }
+
+    /// Sends a signal to it and its children.
+    ///
+    /// # Errors
+    /// As [`ExecControl::stdin`].
+    pub async fn signal(&self, signal: u8) -> Result<()> {
+        self.control.signal(signal).await.map_err(|e| guest_error(&self.name, e))
+    }
+
+    /// Tells it the terminal's new size.
+    ///
+    /// # Errors
+    /// As [`ExecControl::stdin`].
+    pub async fn resize(&self, rows: u16, columns: u16) -> Result<()> {
+        self.control.resize(WindowSize { rows, columns }).await.map_err(|e| guest_error(&self.name, e))
+    }
+}
+
+/// What a running command says. Dropping it kills the command.
+#[derive(Debug)]
+pub struct ExecEvents {
+    events: Events,
+    started: Option<u32>,
+    name: VmName,
+    _lease: Option<UnixStream>,
+}
+
+impl ExecEvents {
+    /// The next event; `None` after [`ExecEvent::Exited`].
+    pub async fn next(&mut self) -> Option<Result<ExecEvent>> {
+        if let Some(pid) = self.started.take() {
+            return Some(Ok(ExecEvent::Started(pid)));
+        }
+        match self.events.next().await {
+            Ok(event) => event.map(|event| Ok(api_event(event))),
+            Err(error) => Some(Err(guest_error(&self.name, error))),
+        }
+    }
+}
+
+fn api_event(event: Event) -> ExecEvent {
+    match event {
+        Event::Stdout(bytes) => ExecEvent::Stdout(bytes),
+        Event::Stderr(bytes) => ExecEvent::Stderr(bytes),
+        Event::Exited(exited) => ExecEvent::Exited(ExecExit {
+            exit_code: exited.code,
+            signal: exited.signal,
+            timed_out: exited.timed_out,
+            duration_ms: exited.duration_ms,
+        }),
+    }
+}

@@ -1,0 +1,183 @@
+//! Copies of a running VM, which runs on.
+//!
+//! ```text
+//!  snapshot of the VM - loaded once, with its memory in a file - baked - each copy goes on from the bake, renewed
+//! ```
+//!
+//! The snapshot becomes the bake's own and goes with it; the bake's parts stay as long as a copy needs them.
+
+use std::time::Instant;
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::{SnapshotName, VmName};
+use nido_api::state::VmState;
+use nido_api::{ForkResult, Grant, PathChoice, StartRequest, StartStage, VmInfo, VmSpec, Which};
+use nido_engine::lock::Held;
+use nido_engine::{random, snapshot};
+use nido_store::{BootParts, Origin, Purpose, Saved, VmRow};
+use nido_supervisor::control::Request;
+
+use super::Nido;
+use super::bake::{FORSAKEN_MS, frozen, saved};
+use super::denied::denied;
+
+/// A snapshot of a running VM that is not among its snapshots: it lies in the directory of a VM of its own, which vanishes
+/// when nobody holds it any more. So nothing stays behind of a command that is killed.
+pub(super) struct Aside {
+    /// The VM that has it.
+    pub row: VmRow,
+    /// Its lock.
+    pub held: Held,
+    /// The snapshot's name there.
+    pub name: SnapshotName,
+}
+
+impl Nido {
+    /// Makes copies of a running VM under new names: the same memory, disk and processes, each renewed. Ports are not
+    /// published for them. Either all copies are ready, or there is none.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_not_running`, `vm_exists`, `limit_exceeded` or `denied` by the grant, those of a snapshot and of a start.
+    pub async fn fork(
+        &self,
+        vm: impl Into<Which<'_>>,
+        copies: &[VmName],
+        grant: &Grant,
+        progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
+    ) -> Result<ForkResult> {
+        let which = vm.into();
+        let vm = which.name;
+        let row = self.store().vm_by_name(vm)?;
+        which.is(&row.id)?;
+        if !matches!(row.state, VmState::Running | VmState::Paused) {
+            return Err(denied(&row, "forked", "it is not running"));
+        }
+        if copies.is_empty() {
+            return Err(Error::new(Code::SpecInvalid, "no copy is named").hint("nido fork VM NEW..."));
+        }
+        for (number, copy) in copies.iter().enumerate() {
+            if copies[..number].contains(copy) {
+                return Err(Error::new(Code::SpecInvalid, format!("'{copy}' is named twice")));
+            }
+            if self.store().vm_by_name(copy).is_ok() {
+                return Err(Error::new(Code::VmExists, format!("a VM named '{copy}' exists already")));
+            }
+        }
+        let copy = VmSpec { forwards: Vec::new(), ..row.spec.clone() };
+        grant.limits.check(&copy, row.disk_bytes)?;
+        progress(vm, StartStage::Preparing);
+        let forked = self.fork_row(&row, copies, grant, progress).await;
+        // The parts that no copy needs any more.
+        self.collect_parts_if_due().await;
+        Ok(ForkResult { vm: vm.clone(), copies: forked? })
+    }
+
+    /// Makes all copies, or none. They belong to a lease of this operation until all are ready: whoever is killed before, or
+    /// drops this future, leaves none.
+    async fn fork_row(
+        &self,
+        row: &VmRow,
+        copies: &[VmName],
+        grant: &Grant,
+        progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
+    ) -> Result<Vec<VmInfo>> {
+        let _parts_stay = self.templates_shared().await?;
+        let operation = self.lease_open()?;
+        let making = async {
+            let (parts, origin) = self.bake_running(row, progress).await?;
+            let mut made = Vec::new();
+            for copy in copies {
+                let copy = VmRow { made_by: Some(operation.id().clone()), ..copy_of(row, copy, parts.clone())? };
+                made.push(self.start_copy(copy, origin.clone(), grant, progress).await?);
+            }
+            self.store().keep_vms_made_by(operation.id(), copies.len())?;
+            Ok(made)
+        };
+        let made = making.await;
+        if made.is_err() {
+            let begun = self.store().vms_made_by(operation.id())?;
+            for copy in begun {
+                if let Err(left) = self.delete_id(&copy.id).await {
+                    tracing::warn!("VM {} could not be removed: {left}", copy.spec.name);
+                }
+            }
+        }
+        made
+    }
+
+    /// Saves a running VM so that others can go on from it.
+    async fn bake_running(
+        &self,
+        source: &VmRow,
+        progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
+    ) -> Result<(BootParts, Origin)> {
+        let vm = &source.spec.name;
+        let Aside { row, held, name } = self.snapshot_aside(source).await?;
+        let dir = self.vm_dir(&row.id);
+        let token = snapshot::open(&dir, vm, &name).and_then(|record| {
+            snapshot::DiskCopy::take(&dir, &name)?.put_in_place()?.remove();
+            let token = record.running.map(|running| running.token);
+            token.ok_or_else(|| Error::internal("a snapshot of a running VM without memory"))
+        });
+        let token = match token {
+            Ok(token) => token,
+            Err(error) => {
+                self.context.erase(&row.id)?;
+                return Err(error);
+            }
+        };
+        let from = Some(Origin::Restore { snapshot: name, token });
+        let bake = self.await_bake(&row, held, None, from, &mut |stage| progress(vm, stage)).await?;
+        let mut parts = source.parts.clone();
+        parts.frozen.push(frozen(&bake));
+        Ok((parts, Origin::Fork(Saved { live: true, ..saved(&bake) })))
+    }
+
+    /// Takes a snapshot of a running VM that is not among its snapshots.
+    pub(super) async fn snapshot_aside(&self, source: &VmRow) -> Result<Aside> {
+        let spec = VmSpec {
+            name: random::vm_name("bake")?,
+            ephemeral: true,
+            idle_ms: Some(FORSAKEN_MS),
+            ttl_ms: None,
+            forwards: Vec::new(),
+            lease: None,
+            ..source.spec.clone()
+        };
+        let (id, disk_bytes) = (random::id()?, source.disk_bytes);
+        let row = VmRow::new(id, spec, Purpose::Bake, VmState::Starting, source.parts.clone(), disk_bytes);
+        let (row, held) = self.insert(row, &Grant::own()).await?;
+        let name: SnapshotName = "aside".parse()?;
+        let taken = async {
+            self.ask(source, &Request::Ready).await?;
+            self.ask(source, &Request::Snapshot { name: name.clone(), into: Some(row.id.clone()) }).await
+        };
+        match taken.await {
+            Ok(_) => Ok(Aside { row, held, name }),
+            Err(error) => {
+                self.context.erase(&row.id)?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_copy(
+        &self,
+        copy: VmRow,
+        origin: Origin,
+        grant: &Grant,
+        progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
+    ) -> Result<VmInfo> {
+        let asked_at = Instant::now();
+        let (row, held) = self.insert(copy, grant).await?;
+        let start = StartRequest { wait: true, timeout_ms: None, path: PathChoice::Fork, ..StartRequest::default() };
+        Box::pin(self.launch_from(&row, held, start, asked_at, Some(origin))).await?;
+        self.await_start(&row, start, &mut |stage| progress(&row.spec.name, stage)).await
+    }
+}
+
+/// A copy of a VM, before it is started.
+fn copy_of(source: &VmRow, name: &VmName, parts: BootParts) -> Result<VmRow> {
+    let spec = VmSpec { name: name.clone(), forwards: Vec::new(), ..source.spec.clone() };
+    Ok(VmRow::new(random::id()?, spec, Purpose::Use, VmState::Starting, parts, source.disk_bytes))
+}

@@ -1,0 +1,95 @@
+//! Published ports, and a port of the guest as standard input and output.
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::{ForwardList, ForwardSpec, Grant};
+use nido_engine::guest::proxy;
+use nido_guest_agent::wire::Connect;
+use nido_supervisor::control::{Answer, Request};
+use tokio::time::Instant;
+
+use super::Nido;
+use super::exec::{ANSWER_WITHIN, guest_error};
+
+impl Nido {
+    /// Publishes a port of the guest; the answer has the host port that was taken. A VM at rest publishes it when it
+    /// starts, and needs a port by number.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `port_in_use`, `spec_invalid`, `denied` by the grant.
+    pub async fn forward_add(&self, name: &VmName, spec: ForwardSpec, grant: &Grant) -> Result<ForwardSpec> {
+        grant.limits.check_forward(&spec)?;
+        let row = self.store().vm_by_name(name)?;
+        if row.state.at_rest() {
+            if spec.host_port == 0 {
+                return Err(Error::new(
+                    Code::SpecInvalid,
+                    format!("VM '{name}' is not running, so no free port can be taken for it"),
+                )
+                .hint("name a port of the host, for example 8080:80"));
+            }
+            if let Some(taken) = row.forwards.iter().find(|known| known.collides(&spec)) {
+                let words = format!("port {} of {} is published already, as {taken}", spec.host_port, spec.host);
+                return Err(
+                    Error::new(Code::PortInUse, words).hint("remove that forward first, or choose another port")
+                );
+            }
+            self.store().add_forward(&row.id, &spec)?;
+            self.context.refresh_record(&row.id);
+            return Ok(spec);
+        }
+        match self.ask(&row, &Request::ForwardAdd { forward: spec }).await? {
+            Answer::Forward { forward } => {
+                self.context.refresh_record(&row.id);
+                Ok(forward)
+            }
+            other => Err(Error::internal(format!("the supervisor answered {other:?}"))),
+        }
+    }
+
+    /// Published ports.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn forward_list(&self, name: &VmName) -> Result<ForwardList> {
+        let row = self.store().vm_by_name(name)?;
+        Ok(ForwardList { forwards: row.forwards })
+    }
+
+    /// Unpublishes a port, named as it is listed; without a host port, every forward of that guest port.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `forward_not_found`.
+    pub async fn forward_remove(&self, name: &VmName, spec: &ForwardSpec) -> Result<()> {
+        let row = self.store().vm_by_name(name)?;
+        let matches = |f: &&ForwardSpec| f.guest_port == spec.guest_port && (spec.host_port == 0 || *f == spec);
+        let found: Vec<_> = row.forwards.iter().filter(matches).cloned().collect();
+        if found.is_empty() {
+            return Err(Error::new(Code::ForwardNotFound, format!("VM '{name}' has no forward {spec}"))
+                .hint(format!("nido forward ls {name} shows those there are")));
+        }
+        for forward in found {
+            if row.state.at_rest() {
+                self.store().remove_forward(&row.id, &forward)?;
+            } else {
+                self.ask(&row, &Request::ForwardRemove { forward }).await?;
+            }
+        }
+        self.context.refresh_record(&row.id);
+        Ok(())
+    }
+
+    /// Connects standard input and output to a TCP port of the guest until the guest has closed it.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_not_running`, `port_closed`, `agent_unreachable`.
+    pub async fn proxy(&self, name: &VmName, port: u16) -> Result<()> {
+        let reached = self.reach(name).await?;
+        let tunnel = reached
+            .guest
+            .connect(&Connect { host: None, port }, Instant::now() + ANSWER_WITHIN)
+            .await
+            .map_err(|e| guest_error(name, e))?;
+        proxy(tunnel, tokio::io::stdin(), tokio::io::stdout()).await.map_err(|e| guest_error(name, e))
+    }
+}

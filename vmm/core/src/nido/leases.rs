@@ -1,0 +1,83 @@
+//! Leases: VMs that are made for a session go with it, however it ends.
+//!
+//! ```text
+//!  server:      lease_open (a lock, held) --- VMs made with its id --- lease_end, dropped, or killed
+//!  supervisor:  looks every second whether the lock is held; if not, it ends and removes its VM
+//!  command:     settling starts a supervisor that looks, or removes a VM at rest
+//! ```
+//!
+//! The VMs of an operation that makes several, or none (`fork`), name a lease of that operation in `made_by`, until one change of
+//! the store keeps them all.
+//!
+//! Invariant: the lock is held before the first row names it. So a VM of a lease that nobody holds is one too many.
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::{LeaseId, Limit, VmSpec};
+use nido_engine::presence::{Presence, is_gone};
+use nido_store::VmUpdate;
+
+use super::Nido;
+
+/// A session that VMs belong to, until it is dropped or its process dies.
+#[derive(Debug)]
+pub struct Lease {
+    id: LeaseId,
+    _presence: Presence,
+}
+
+impl Lease {
+    /// What VMs are made with: `VmSpec::lease`.
+    #[must_use]
+    pub fn id(&self) -> &LeaseId {
+        &self.id
+    }
+}
+
+impl Nido {
+    /// Opens a lease. Dropping it is enough to end it; [`Nido::lease_end`] does not wait for the supervisors to see that.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn lease_open(&self) -> Result<Lease> {
+        let presence = Presence::begin(&self.home().present())?;
+        let id = presence.id().to_owned().try_into()?;
+        Ok(Lease { id, _presence: presence })
+    }
+
+    /// Ends a lease, and destroys its VMs now. All are tried; the first error is the answer.
+    ///
+    /// # Errors
+    /// `vm_busy`, `timeout` if one could not be ended. Its supervisor goes on trying.
+    pub async fn lease_end(&self, lease: Lease) -> Result<()> {
+        let id = lease.id.clone();
+        // First: what is being made meanwhile finds it ended.
+        drop(lease);
+        let rows = self.store().vms()?;
+        let mut ended = Ok(());
+        for row in rows.into_iter().filter(|row| row.spec.lease.as_ref() == Some(&id)) {
+            let over = VmUpdate { expired: Some(Limit::Session), ..VmUpdate::default() };
+            let told = self.store().update_vm(&row.id, &over);
+            let gone = self.delete_row(&row, true).await.map(drop).and(told.map(drop));
+            // Its supervisor may have been quicker.
+            if gone.is_err() && self.store().vm_by_id(&row.id)?.is_some() {
+                ended = ended.and(gone);
+            }
+        }
+        ended
+    }
+
+    /// A request as it is carried out: what belongs to a session vanishes with it.
+    ///
+    /// # Errors
+    /// `interrupted` if the session is over.
+    pub(super) fn leased(&self, mut spec: VmSpec) -> Result<VmSpec> {
+        if let Some(lease) = &spec.lease {
+            if is_gone(&self.home().present(), lease.as_str()) {
+                let words = format!("the session that wanted VM '{}' is over", spec.name);
+                return Err(Error::new(Code::Interrupted, words));
+            }
+            spec.ephemeral = true;
+        }
+        Ok(spec)
+    }
+}

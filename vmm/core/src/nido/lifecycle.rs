@@ -1,0 +1,337 @@
+//! Starting, stopping, pausing.
+
+use std::time::{Duration, Instant};
+
+use jiff::SignedDuration;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::state::{Admission, Request as Act, VmState, admit};
+use nido_api::{
+    AgentInfo, Grant, PathChoice, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmSpec, Which, moment,
+};
+use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK};
+use nido_engine::lock::{Held, is_held};
+use nido_engine::machine::{self, GUEST_CIDS, Machine, MachineRequest, Transport};
+use nido_engine::random;
+use nido_store::{BootParts, Origin, Purpose, VmRow, VmUpdate};
+use nido_supervisor::context::write_guest_config;
+use nido_supervisor::control::Request;
+
+use super::Nido;
+use super::begun::BegunVm;
+use super::create::{boot_parts, disk_bytes, machine_request, make_disk};
+use super::denied::denied;
+
+/// How long a start waits for whoever works on the VM at the moment.
+pub(super) const LET_GO: Duration = Duration::from_secs(5);
+
+impl Nido {
+    /// Makes a VM and starts it. If this fails, the VM is gone again. An operation that may be dropped half-way uses
+    /// [`Nido::spawn_tracked`].
+    ///
+    /// # Errors
+    /// Those of [`Nido::create`] and [`Nido::start`].
+    pub async fn spawn(
+        &self,
+        spec: VmSpec,
+        start: StartRequest,
+        grant: &Grant,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<VmInfo> {
+        self.spawn_tracked(spec, start, grant, &BegunVm::default(), progress).await
+    }
+
+    /// The same; `begun` holds which VM was begun, so that [`Nido::undo`] removes it if the future is dropped.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn spawn_tracked(
+        &self,
+        spec: VmSpec,
+        start: StartRequest,
+        grant: &Grant,
+        begun: &BegunVm,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<VmInfo> {
+        let asked_at = Instant::now();
+        let spec = self.leased(spec)?;
+        if let Some(info) = Box::pin(self.spawn_from_pool(&spec, start, grant, (asked_at, begun), progress)).await? {
+            self.refill();
+            return Ok(info);
+        }
+        self.check_start(&spec, start).await?;
+        let (row, held) = self.make_vm(spec, Purpose::Use, VmState::Starting, grant).await?;
+        begun.set(&row.id);
+        progress(StartStage::Preparing);
+        let outcome = match Box::pin(self.launch(&row, held, start, asked_at)).await {
+            Ok(()) => self.await_start(&row, start, progress).await,
+            Err(error) => {
+                // No supervisor has had it: nothing ran, so nothing has crashed.
+                if self.store().vm_by_id(&row.id).is_ok_and(|now| now.is_some_and(|now| now.state == VmState::Starting))
+                {
+                    let update = VmUpdate { state: Some(VmState::Stopped), ..VmUpdate::default() };
+                    self.store().update_vm(&row.id, &update).unwrap_or_else(|e| tracing::warn!("{e}"));
+                }
+                Err(error)
+            }
+        };
+        match outcome {
+            Ok(info) => {
+                self.refill();
+                Ok(info)
+            }
+            Err(error) => {
+                if let Err(left) = self.delete_id(&row.id).await {
+                    tracing::warn!("VM {} could not be removed: {left}", row.spec.name);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether a VM that does not exist yet could be started so: a refusal leaves nothing, and no event.
+    async fn check_start(&self, spec: &VmSpec, start: StartRequest) -> Result<()> {
+        if start.path != PathChoice::Fork {
+            return Ok(());
+        }
+        let (host, qemu) = self.host_facts().await?;
+        let parts = boot_parts(&self.manifest(&spec.template)?);
+        let bytes = disk_bytes(spec, &parts)?;
+        let asked = machine_request(spec, bytes, *GUEST_CIDS.start());
+        let asked = MachineRequest { accel: start.accel.unwrap_or(spec.accel), ..asked };
+        let mut machine = machine::decide(&asked, &host, &qemu)?;
+        let row = VmRow::new(random::id()?, spec.clone(), Purpose::Use, VmState::Created, parts, bytes);
+        self.origin(&row, start.path, &mut machine, (&host, &qemu)).map(drop)
+    }
+
+    /// Starts a VM that is at rest.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_replaced`, `vm_busy`, `qemu_failed`, `guest_failed`, `agent_unreachable`, `port_in_use` and what the host lacks.
+    pub async fn start(
+        &self,
+        vm: impl Into<Which<'_>>,
+        start: StartRequest,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<VmInfo> {
+        let asked_at = Instant::now();
+        let vm = vm.into();
+        let name = vm.name;
+        let row = self.store().vm_by_name(name)?;
+        vm.is(&row.id)?;
+        match admit(row.state, Act::Start) {
+            Admission::AlreadySo => return self.await_start(&row, start, progress).await,
+            Admission::Denied(why) => return Err(denied(&row, "started", why)),
+            Admission::Do => {}
+        }
+        progress(StartStage::Preparing);
+        let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
+        let held = Held::take(&lock, Instant::now() + LET_GO).await.map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound if self.files_are_gone(&row.id) => self.files_lost(&row, "started"),
+            _ => Error::io("cannot lock the VM", e),
+        })?;
+        let Some(held) = held else {
+            // Another command started it in this moment.
+            let row = self.store().vm_by_id(&row.id)?.ok_or_else(|| super::gone_meanwhile(name))?;
+            return self.await_start(&row, start, progress).await;
+        };
+        let row = self.store().vm_by_id(&row.id)?.ok_or_else(|| super::gone_meanwhile(name))?;
+        if is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
+            // A QEMU that outlived its row.
+            drop(held);
+            let row = self.settle(&row).await?.ok_or_else(|| super::gone_meanwhile(name))?;
+            return self.await_start(&row, start, progress).await;
+        }
+        if !matches!(admit(row.state, Act::Start), Admission::Do) {
+            return Err(Error::new(Code::VmBusy, format!("VM '{name}' changed meanwhile; it is {}", row.state.word())));
+        }
+        self.store().update_vm(&row.id, &VmUpdate { state: Some(VmState::Starting), ..VmUpdate::default() })?;
+        if let Err(error) = Box::pin(self.launch(&row, held, start, asked_at)).await {
+            // The state goes back to what it was, unless a supervisor has already written something else.
+            let now = self.store().vm_by_id(&row.id)?;
+            if now.is_some_and(|now| now.state == VmState::Starting) {
+                self.store().update_vm(&row.id, &VmUpdate { state: Some(row.state), ..VmUpdate::default() })?;
+            }
+            return Err(error);
+        }
+        self.await_start(&row, start, progress).await
+    }
+
+    /// Decides on the machine, writes it down and hands the VM to a new supervisor.
+    pub(crate) async fn launch(&self, row: &VmRow, held: Held, start: StartRequest, asked_at: Instant) -> Result<()> {
+        Box::pin(self.launch_from(row, held, start, asked_at, None)).await
+    }
+
+    /// The same, where it is decided already what the VM goes on from.
+    pub(super) async fn launch_from(
+        &self,
+        row: &VmRow,
+        held: Held,
+        start: StartRequest,
+        asked_at: Instant,
+        from: Option<Origin>,
+    ) -> Result<()> {
+        self.remove_unfinished(&row.id, from.as_ref());
+        let (host, qemu) = self.host_facts().await?;
+        let started_at = moment::now();
+        let expires_at = row.spec.ttl_ms.and_then(|ttl| {
+            started_at.checked_add(SignedDuration::from_millis(i64::try_from(ttl).unwrap_or(i64::MAX))).ok()
+        });
+        let mut tries = 0;
+        // What is forked needs the parts of its bake.
+        let _parts_stay = self.templates_shared().await?;
+        let (machine, boot_parts, origin) = loop {
+            let cid = random::guest_cid()?;
+            let request = MachineRequest {
+                accel: start.accel.unwrap_or(row.spec.accel),
+                ran_under: row.machine.as_ref().map(|machine| machine.accel),
+                ..machine_request(&row.spec, row.disk_bytes, cid)
+            };
+            let mut machine = machine::decide(&request, &host, &qemu)?;
+            let (origin, frozen) = match &from {
+                Some(origin) => {
+                    machine.reason.push_str(match origin {
+                        Origin::Boot => "; booted",
+                        Origin::Fork(_) => "; forked from a running VM",
+                        Origin::Restore { .. } => "; goes on from a snapshot",
+                    });
+                    (origin.clone(), row.parts.frozen.clone())
+                }
+                None => self.origin(row, start.path, &mut machine, (&host, &qemu))?,
+            };
+            let mut boot_parts = BootParts { frozen, ..row.parts.clone() };
+            // What is there to be saved becomes a part of its template, which has an agent of its own.
+            if origin == Origin::Boot && row.purpose != Purpose::Bake {
+                boot_parts = Box::pin(self.with_own_agent(boot_parts)).await?;
+            }
+            let update = VmUpdate {
+                state: Some(VmState::Starting),
+                cid: Some(matches!(machine.transport, Transport::Vsock { .. }).then_some(cid)),
+                machine: Some(machine.clone()),
+                started_at: Some(started_at),
+                expires_at: Some(expires_at),
+                agent: Some(AgentInfo::default()),
+                ip_address: Some(None),
+                failure: Some(None),
+                timings: Some(None),
+                parts: Some(boot_parts.clone()),
+                origin: Some(origin.clone()),
+                ..VmUpdate::default()
+            };
+            match self.store().update_vm(&row.id, &update) {
+                // Another VM has this vsock address: take another.
+                Err(e) if e.code() == Code::VmBusy && tries < 8 => tries += 1,
+                Err(e) => return Err(e),
+                Ok(()) => break (machine, boot_parts, origin),
+            }
+        };
+        let row = &VmRow { parts: boot_parts, origin, ..row.clone() };
+        self.context.refresh_record(&row.id);
+        self.prepare(row, &machine)?;
+        let launch = super::supervision::Launch { asked_at, timeout_ms: start.timeout_ms };
+        self.start_supervisor(&row.id, held, Some(launch)).await
+    }
+
+    fn prepare(&self, row: &VmRow, machine: &Machine) -> Result<()> {
+        let dir = self.vm_dir(&row.id);
+        make_disk(&dir, row)?;
+        write_guest_config(&dir, row, machine)
+    }
+
+    pub(super) async fn await_start(
+        &self,
+        row: &VmRow,
+        start: StartRequest,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<VmInfo> {
+        if start.wait {
+            self.ask_with_stages(row, &Request::Ready, progress).await?;
+        }
+        self.describe_current(row)
+    }
+
+    pub(super) fn describe_current(&self, row: &VmRow) -> Result<VmInfo> {
+        let now = self.store().vm_by_id(&row.id)?;
+        Ok(self.describe(&self.current(now.unwrap_or_else(|| row.clone()))))
+    }
+
+    /// Stops a VM. The answer about an ephemeral VM is the last that is heard of it.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_replaced`, `spec_invalid` if it may take too long, `timeout` if even the plug could not be pulled.
+    pub async fn stop(&self, vm: impl Into<Which<'_>>, stop: StopRequest) -> Result<VmInfo> {
+        let vm = vm.into();
+        if stop.timeout_ms > STOP_MAX_MS {
+            return Err(Error::new(Code::SpecInvalid, "timeout_ms: a guest may take an hour at most to power off")
+                .hint("the plug of one that takes longer can be pulled with force"));
+        }
+        let row = self.store().vm_by_name(vm.name)?;
+        vm.is(&row.id)?;
+        if matches!(admit(row.state, Act::Stop), Admission::Do) {
+            return self.stop_row(&row, stop).await;
+        }
+        Ok(self.describe(&row))
+    }
+
+    pub(super) async fn stop_row(&self, row: &VmRow, stop: StopRequest) -> Result<VmInfo> {
+        match self.ask(row, &Request::Stop(stop)).await {
+            // It ended by itself before it could be asked: how, its row says.
+            Err(e) if self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest()) => return Err(e),
+            Ok(_) | Err(_) => {}
+        }
+        let mut info = self.describe_current(row)?;
+        if !info.status.at_rest() {
+            info.status = VmState::Stopped;
+        }
+        Ok(info)
+    }
+
+    /// Stops and starts again.
+    ///
+    /// # Errors
+    /// Those of both.
+    pub async fn restart(
+        &self,
+        name: &VmName,
+        stop: StopRequest,
+        start: StartRequest,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<VmInfo> {
+        let row = self.store().vm_by_name(name)?;
+        if row.spec.ephemeral {
+            return Err(Error::new(Code::SpecInvalid, format!("VM '{name}' is ephemeral: it vanishes when it stops"))
+                .hint("spawn a new one"));
+        }
+        let vm = Which { name, id: Some(&row.id) };
+        self.stop(vm, stop).await?;
+        self.start(vm, start, progress).await
+    }
+
+    /// Halts the CPUs.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_not_running`.
+    pub async fn pause(&self, name: &VmName) -> Result<VmInfo> {
+        self.pause_or_resume(name, Act::Pause, "paused", &Request::Pause).await
+    }
+
+    /// Lets them run on.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_not_running`.
+    pub async fn resume(&self, name: &VmName) -> Result<VmInfo> {
+        self.pause_or_resume(name, Act::Resume, "resumed", &Request::Resume).await
+    }
+
+    async fn pause_or_resume(&self, name: &VmName, act: Act, done: &str, request: &Request) -> Result<VmInfo> {
+        let row = self.current(self.store().vm_by_name(name)?);
+        match admit(row.state, act) {
+            Admission::Denied(why) => return Err(denied(&row, done, why)),
+            Admission::AlreadySo => {}
+            Admission::Do => {
+                self.ask(&row, request).await?;
+            }
+        }
+        self.describe_current(&row)
+    }
+}

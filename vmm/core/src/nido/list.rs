@@ -1,0 +1,225 @@
+//! Telling about VMs. Nothing here touches a socket but the question for how long a VM has been idle.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use nido_api::error::Result;
+use nido_api::name::{SnapshotName, TemplateName, VmName};
+use nido_api::state::{Admission, Request as Act, StateCause, VmState, admit};
+use nido_api::{ForwardSpec, VmInfo, VmList, VmPage, VmQuery, VmSpec, Which, moment};
+use nido_store::{Purpose, VmRow};
+use nido_supervisor::control::{Answer, Request};
+
+use super::Nido;
+use super::denied::denied;
+
+/// How long a list waits for one supervisor.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What is to be done to a VM.
+#[derive(Debug, Clone, Copy)]
+pub enum Intent<'a> {
+    /// It is deleted.
+    Delete {
+        /// Also if it runs.
+        force: bool,
+    },
+    /// It is what it was in a snapshot.
+    Restore {
+        /// Its name.
+        snapshot: &'a SnapshotName,
+    },
+    /// Commands and copies.
+    UseAgent,
+}
+
+impl Nido {
+    /// All VMs, in order of creation.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn list(&self) -> Result<VmList> {
+        let rows = self.store().vms()?;
+        Ok(VmList {
+            vms: rows
+                .iter()
+                .filter(|row| !row.deleting && row.purpose == Purpose::Use)
+                .map(|row| self.describe(&self.current(row.clone())))
+                .collect(),
+        })
+    }
+
+    /// The same, with the time at which each running VM ends for being idle. A supervisor that does not answer at once leaves
+    /// its own out.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub async fn list_with_idle(&self) -> Result<VmList> {
+        let rows = self.store().vms()?;
+        let shown = rows.iter().filter(|row| !row.deleting && row.purpose == Purpose::Use);
+        let described = shown.map(async |row| {
+            let row = &self.current(row.clone());
+            let mut info = self.describe(row);
+            info.idle_at = tokio::time::timeout(IDLE_TIMEOUT, self.idle_at(row)).await.ok().flatten();
+            info
+        });
+        Ok(VmList { vms: futures::future::join_all(described).await })
+    }
+
+    /// When a VM ends for being idle, if nobody uses it until then.
+    async fn idle_at(&self, row: &VmRow) -> Option<Timestamp> {
+        let (Some(idle_ms), VmState::Running) = (row.spec.idle_ms, row.state) else { return None };
+        let Ok(Answer::Status { idle_ms: Some(quiet_ms) }) = self.ask(row, &Request::Status).await else { return None };
+        let left = i64::try_from(idle_ms.saturating_sub(quiet_ms)).unwrap_or(i64::MAX);
+        moment::now().checked_add(SignedDuration::from_millis(left)).ok()
+    }
+
+    /// The VMs that are asked for, a page at a time, as [`Self::list_with_idle`] has them.
+    ///
+    /// # Errors
+    /// `spec_invalid` for a limit or a cursor that cannot be; of the store.
+    pub async fn list_page(&self, query: &VmQuery) -> Result<VmPage> {
+        query.page(self.list_with_idle().await?.vms)
+    }
+
+    /// What a VM was asked to be.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn spec(&self, name: &VmName) -> Result<VmSpec> {
+        Ok(self.store().vm_by_name(name)?.spec)
+    }
+
+    /// The id of a VM.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn vm_id(&self, name: &VmName) -> Result<String> {
+        Ok(self.store().vm_by_name(name)?.id)
+    }
+
+    /// What of a VM a policy is about: its id and its template.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_replaced`.
+    pub fn identity<'a>(&self, vm: impl Into<Which<'a>>) -> Result<(String, TemplateName)> {
+        let which = vm.into();
+        let row = self.store().vm_by_name(which.name)?;
+        which.is(&row.id)?;
+        Ok((row.id, row.spec.template))
+    }
+
+    /// Whether an operation would be begun as things are: for who is asked before it is.
+    ///
+    /// # Errors
+    /// Those with which the operation would fail at once.
+    pub fn admits<'a>(&self, vm: impl Into<Which<'a>>, intent: &Intent<'_>) -> Result<()> {
+        let which = vm.into();
+        let row = self.store().vm_by_name(which.name)?;
+        which.is(&row.id)?;
+        match intent {
+            Intent::Delete { force } => super::delete::check(&row, *force),
+            Intent::Restore { snapshot } => super::snapshots::check(&row, &self.vm_dir(&row.id), snapshot),
+            Intent::UseAgent => match admit(row.state, Act::UseAgent) {
+                Admission::Denied(why) => Err(denied(&row, "used", why)),
+                Admission::Do | Admission::AlreadySo => Ok(()),
+            },
+        }
+    }
+
+    /// Who made a VM, as far as it is known: [`crate::audit::Caller::owner`].
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_replaced`.
+    pub fn owner<'a>(&self, vm: impl Into<Which<'a>>) -> Result<Option<String>> {
+        let which = vm.into();
+        let row = self.store().vm_by_name(which.name)?;
+        which.is(&row.id)?;
+        Ok(row.owner)
+    }
+
+    /// One VM.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub async fn info(&self, name: &VmName) -> Result<VmInfo> {
+        let row = self.current(self.store().vm_by_name(name)?);
+        let mut info = self.describe(&row);
+        info.idle_at = self.idle_at(&row).await;
+        Ok(info)
+    }
+
+    /// A row as it is told.
+    pub(crate) fn describe(&self, row: &VmRow) -> VmInfo {
+        let machine = row.machine.as_ref();
+        let mut agent = row.agent.clone();
+        agent.transport = machine.map(|m| m.transport.name().into());
+        VmInfo {
+            name: row.spec.name.clone(),
+            id: row.id.clone(),
+            status: row.state,
+            status_cause: row.cause,
+            status_detail: row.cause.filter(|cause| *cause != StateCause::User).map(|cause| cause.detail().into()),
+            template: row.spec.template.clone(),
+            machine: machine.map(|m| m.machine.name().into()),
+            machine_reason: machine.map(|m| m.reason.clone()),
+            accel: machine.map(|m| m.accel.name().into()),
+            isolation: machine.map(|m| m.accel.isolation().into()),
+            nested: row.spec.nested,
+            cpus: row.spec.cpus,
+            memory_mib: row.spec.memory_mib,
+            disk_bytes: row.disk_bytes,
+            net: row.spec.net,
+            ip_address: reachable_address(row),
+            ssh_command: ssh_command(row),
+            forwards: row.forwards.clone(),
+            labels: row.spec.labels.clone(),
+            ephemeral: row.spec.ephemeral,
+            lease: row.spec.lease.clone(),
+            agent,
+            created_at: row.created_at,
+            started_at: row.started_at,
+            expires_at: row.expires_at,
+            idle_at: None,
+            failure: row.failure.clone(),
+            timings: row.timings,
+            warnings: machine.map(|m| m.warnings.clone()).unwrap_or_default(),
+        }
+    }
+}
+
+/// The port of ssh in a guest.
+const SSH_PORT: u16 = 22;
+
+/// An address at which this host reaches the guest: that of its forwards. The guest's own address is one on a network inside QEMU, which
+/// nothing else reaches.
+fn reachable_address(row: &VmRow) -> Option<String> {
+    let forward = forward_to(row, SSH_PORT).or_else(|| forwards_in_use(row).next())?;
+    Some(connectable(forward.host).to_string())
+}
+
+/// A command that opens an ssh session through a forward of the guest's ssh port. Without one there is nothing that connects.
+fn ssh_command(row: &VmRow) -> Option<String> {
+    let ForwardSpec { host, host_port, .. } = forward_to(row, SSH_PORT)?;
+    Some(format!("ssh -p {host_port} root@{}", connectable(*host)))
+}
+
+fn forward_to(row: &VmRow, port: u16) -> Option<&ForwardSpec> {
+    forwards_in_use(row).find(|forward| forward.guest_port == port)
+}
+
+/// The forwards that somebody listens for.
+fn forwards_in_use(row: &VmRow) -> impl Iterator<Item = &ForwardSpec> {
+    let listens = matches!(row.state, VmState::Running | VmState::Paused);
+    row.forwards.iter().filter(move |forward| listens && forward.host_port != 0)
+}
+
+/// The address that reaches what listens on `host`.
+fn connectable(host: IpAddr) -> IpAddr {
+    match host {
+        IpAddr::V4(address) if address.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(address) if address.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        other => other,
+    }
+}

@@ -1,0 +1,249 @@
+//! Snapshots, seen from the API: of a running VM its supervisor takes them, of one at rest this process.
+
+use std::time::Instant;
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::{SnapshotName, VmName};
+use nido_api::state::{StateCause, VmState};
+use nido_api::{RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, VmInfo, Which};
+use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK, VmDir};
+use nido_engine::lock::{Held, is_held};
+use nido_engine::snapshot::{self, DiskCopy, PreviousDisk, Record, Unfinished};
+use nido_store::{Origin, VmRow, VmUpdate};
+use nido_supervisor::control::Request;
+
+use super::Nido;
+use super::denied::denied;
+use super::lifecycle::LET_GO;
+
+/// Whether a VM may be what it was in a snapshot.
+pub(super) fn check(row: &VmRow, dir: &VmDir, name: &SnapshotName) -> Result<()> {
+    snapshot::info(dir, &row.spec.name, name).map(drop)
+}
+
+impl Nido {
+    /// Takes a snapshot: of a running VM memory, devices and disk, of one at rest the disk.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `snapshot_exists`, `vm_busy`, `vm_not_running` if it never ran, `agent_unreachable`, `disk_full`.
+    pub async fn snapshot_create(&self, vm: impl Into<Which<'_>>, name: &SnapshotName) -> Result<SnapshotInfo> {
+        let which = vm.into();
+        let vm = which.name;
+        let row = self.store().vm_by_name(vm)?;
+        which.is(&row.id)?;
+        let dir = self.vm_dir(&row.id);
+        match row.state {
+            VmState::Starting | VmState::Running | VmState::Paused => {
+                self.ask(&row, &Request::Ready).await?;
+                self.ask(&row, &Request::Snapshot { name: name.clone(), into: None }).await?;
+            }
+            VmState::Stopping => return Err(denied(&row, "snapshotted", "it is being stopped")),
+            VmState::Created | VmState::Stopped | VmState::Failed => {
+                let (_held, row) = self.hold_at_rest(&row).await?;
+                if !dir.file(DISK).exists() {
+                    return Err(denied(&row, "snapshotted", "it has never been started"));
+                }
+                let unfinished = Unfinished::begin(&dir, &dir, name)?;
+                unfinished.copy_disk(&dir)?;
+                unfinished.publish(&Record::now(None))?;
+            }
+        }
+        let info = snapshot::info(&dir, vm, name)?;
+        self.store().announce_snapshot(&row, name, info.created_at)?;
+        Ok(info)
+    }
+
+    /// A VM's snapshots, the oldest first.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn snapshot_list(&self, vm: &VmName) -> Result<SnapshotList> {
+        let row = self.store().vm_by_name(vm)?;
+        let snapshots = snapshot::list(&self.vm_dir(&row.id), vm)?;
+        for found in snapshots.iter().filter(|found| found.damaged.is_none()) {
+            self.store().announce_snapshot(&row, &found.name, found.created_at)?;
+        }
+        Ok(SnapshotList { snapshots })
+    }
+
+    /// Deletes a snapshot; how it was is the answer. The VM may run meanwhile.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `snapshot_not_found`.
+    pub fn snapshot_delete(&self, vm: &VmName, name: &SnapshotName) -> Result<SnapshotInfo> {
+        let row = self.store().vm_by_name(vm)?;
+        let dir = self.vm_dir(&row.id);
+        // A damaged one, too.
+        let found = snapshot::list(&dir, vm)?.into_iter().find(|found| found.name == *name);
+        snapshot::delete(&dir, vm, name)?;
+        found.ok_or_else(|| Error::internal(format!("snapshot '{name}' appeared while it was deleted")))
+    }
+
+    /// Makes a VM what it was. One that runs is ended for it, once the snapshot's disk lies beside its own; what it has done since
+    /// is lost. If the start fails, it has the disk from before. Of a snapshot with memory the VM
+    /// goes on where it was, with the time, the random numbers and the token of now.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `vm_replaced`, `snapshot_not_found`, `template_mismatch` if this host cannot load it, `spec_invalid` for an
+    /// ephemeral VM that runs, and those of a start.
+    pub async fn snapshot_restore(
+        &self,
+        vm: impl Into<Which<'_>>,
+        name: &SnapshotName,
+        request: RestoreRequest,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<VmInfo> {
+        let asked_at = Instant::now();
+        let which = vm.into();
+        let vm = which.name;
+        let row = self.store().vm_by_name(vm)?;
+        which.is(&row.id)?;
+        let dir = self.vm_dir(&row.id);
+        let record = snapshot::open(&dir, vm, name)?;
+        let saved = record.running.filter(|_| !request.disk_only);
+        if let Some(saved) = &saved {
+            self.check_loadable(&row, name, saved).await?;
+        }
+        progress(StartStage::Preparing);
+        // While it still runs: what fails here costs nothing.
+        let copy = copy_of(&dir, name).await?;
+        if !row.state.at_rest() {
+            self.stop_to_restore(&row).await?;
+        }
+        let (held, row) = self.hold_at_rest(&row).await?;
+        let previous = copy.put_in_place()?;
+        let restored = match saved {
+            None => self.restored_disk(&row, name),
+            Some(saved) => {
+                let origin = Origin::Restore { snapshot: name.clone(), token: saved.token };
+                let start = StartRequest { wait: true, timeout_ms: request.timeout_ms, ..StartRequest::default() };
+                self.start_restored(&row, held, start, (origin, asked_at), progress).await
+            }
+        };
+        match &restored {
+            Ok(_) => previous.remove(),
+            Err(_) => self.undo_restore(&row, &previous).await,
+        }
+        restored
+    }
+
+    /// Writes down that a VM's disk is that of a snapshot.
+    fn restored_disk(&self, row: &VmRow, name: &SnapshotName) -> Result<VmInfo> {
+        let at_rest = state_at_rest(row);
+        let update = VmUpdate {
+            state: Some(at_rest),
+            cause: Some((at_rest == VmState::Stopped).then_some(StateCause::Restored)),
+            failure: Some(None),
+            restored: Some(name.clone()),
+            ..VmUpdate::default()
+        };
+        self.store().update_vm(&row.id, &update)?;
+        self.describe_current(row)
+    }
+
+    /// Starts a VM whose disk is that of a snapshot, with the snapshot's memory.
+    async fn start_restored(
+        &self,
+        row: &VmRow,
+        held: Held,
+        start: StartRequest,
+        (origin, asked_at): (Origin, Instant),
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<VmInfo> {
+        self.store().update_vm(&row.id, &VmUpdate { state: Some(VmState::Starting), ..VmUpdate::default() })?;
+        if let Err(error) = Box::pin(self.launch_from(row, held, start, asked_at, Some(origin))).await {
+            self.store().update_vm(&row.id, &VmUpdate { state: Some(state_at_rest(row)), ..VmUpdate::default() })?;
+            return Err(error);
+        }
+        self.await_start(row, start, progress).await
+    }
+
+    /// Gives a VM the disk back that it had before a restore that failed. If the VM runs in spite of the error, or cannot be
+    /// locked, it keeps the snapshot's.
+    async fn undo_restore(&self, row: &VmRow, previous: &PreviousDisk) {
+        let undone = async {
+            let (_held, _) = self.hold_at_rest(row).await?;
+            previous.put_back()
+        };
+        if let Err(error) = undone.await {
+            tracing::warn!("VM {} keeps the disk of the snapshot: {error}", row.spec.name);
+        }
+    }
+
+    /// Removes what a killed operation left in the directory of a VM at rest. The caller holds the VM's lock.
+    pub(super) fn remove_unfinished(&self, id: &str, from: Option<&Origin>) {
+        let dir = self.vm_dir(id);
+        snapshot::remove_unfinished(&dir);
+        // That of a restore is in use until the VM has started.
+        if !matches!(from, Some(Origin::Restore { .. })) {
+            snapshot::remove_restore_files(&dir);
+        }
+    }
+
+    /// The same for all VMs at rest that no other process works on.
+    pub(super) fn remove_all_unfinished(&self) -> Result<()> {
+        for row in self.store().vms()?.into_iter().filter(|row| row.state.at_rest()) {
+            let dir = self.vm_dir(&row.id);
+            let held = Held::try_take_existing(&dir.file(SUPERVISOR_LOCK));
+            if matches!(held, Ok(Some(_))) && !is_held(&dir.file(VM_LOCK)) {
+                self.remove_unfinished(&row.id, None);
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops a VM that stays, also if it is ephemeral.
+    async fn stop_to_restore(&self, row: &VmRow) -> Result<()> {
+        match self.ask(row, &Request::StopKept).await {
+            // It may have ended by itself before it could be asked.
+            Err(error) if self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest()) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    async fn check_loadable(&self, row: &VmRow, name: &SnapshotName, saved: &snapshot::Running) -> Result<()> {
+        let (host, qemu) = self.host_facts().await?;
+        let request =
+            super::create::machine_request(&row.spec, row.disk_bytes, *nido_engine::machine::GUEST_CIDS.start());
+        let machine = nido_engine::machine::decide(&request, &host, &qemu)?;
+        let wanted = nido_engine::bake::shape(&machine, &host);
+        nido_engine::bake::fits((&saved.machine, &saved.qemu), &wanted, &nido_engine::bake::qemu_id(&qemu)).map_err(
+            |unfit| {
+                let words =
+                    format!("snapshot '{name}' of VM '{}' cannot be loaded here: {}", row.spec.name, unfit.why());
+                Error::new(Code::TemplateMismatch, words).hint("with --disk-only its disk is restored")
+            },
+        )
+    }
+
+    /// Locks this very VM at rest, whatever has its name meanwhile.
+    pub(super) async fn hold_at_rest(&self, row: &VmRow) -> Result<(Held, VmRow)> {
+        let name = &row.spec.name;
+        let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
+        let gone = || super::gone_meanwhile(name);
+        let held = Held::take(&lock, Instant::now() + LET_GO).await.map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound if matches!(self.store().vm_by_id(&row.id), Ok(Some(_))) => {
+                self.files_lost(row, "used")
+            }
+            std::io::ErrorKind::NotFound => gone(),
+            _ => Error::io("cannot lock the VM", e),
+        })?;
+        let busy = || Error::new(Code::VmBusy, format!("VM '{name}' is held by another nido process"));
+        let held = held.ok_or_else(busy)?;
+        let row = self.store().vm_by_id(&row.id)?.ok_or_else(gone)?;
+        if row.state.at_rest() { Ok((held, row)) } else { Err(busy()) }
+    }
+}
+
+/// Copies a snapshot's layer on a thread of its own: it may be many gigabytes.
+async fn copy_of(dir: &VmDir, name: &SnapshotName) -> Result<DiskCopy> {
+    let (dir, name) = (dir.clone(), name.clone());
+    let copied = tokio::task::spawn_blocking(move || DiskCopy::take(&dir, &name)).await;
+    copied.map_err(|e| Error::internal(format!("the copy broke down: {e}")))?
+}
+
+/// The state of a VM whose disk was restored. An ephemeral VM that has stopped is one to be removed, by whichever process sees it
+/// first; so it counts as one that was never started.
+fn state_at_rest(row: &VmRow) -> VmState {
+    if row.spec.ephemeral { VmState::Created } else { VmState::Stopped }
+}

@@ -1,0 +1,25 @@
+//! The hidden verb `supervise`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nido_api::error::Result;
+use nido_supervisor::{SuperviseRequest, supervise};
+
+use super::{Nido, OpenOptions};
+
+impl Nido {
+    /// Supervises one VM until it is at rest. Returns when there is nothing left to supervise.
+    ///
+    /// # Errors
+    /// Whatever keeps it from supervising. The VM's row says how the VM ended.
+    pub async fn supervise(options: OpenOptions, request: SuperviseRequest) -> Result<()> {
+        let asked_at =
+            Instant::now().checked_sub(Duration::from_secs_f64(request.asked_ms_ago.clamp(0.0, 1e9) / 1000.0));
+        let nido = Self::open_unsettled(options)?;
+        let supervised = supervise(Arc::clone(nido.context()), request, asked_at).await;
+        // The VM may have been the last that used a part. By now no command waits for this process.
+        nido.collect_parts_if_due().await;
+        supervised
+    }
+}

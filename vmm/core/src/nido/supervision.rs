@@ -1,0 +1,254 @@
+//! Supervisors as a command sees them: starting one, finding the one there is, asking it something.
+//!
+//! A supervisor is this same program, started with the verb `supervise`. Its standard input is the locked
+//! `supervisor.lock` (so the lock is never free in between), its standard output a pipe on which it says one line once
+//! its sockets are there.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use nido_api::StartStage;
+use nido_api::error::{Code, Error, Result};
+use nido_engine::home::{CONTROL_SOCKET, SUPERVISOR_LOCK, SUPERVISOR_LOG, VM_LOCK};
+use nido_engine::lock::{Held, is_held};
+use nido_store::VmRow;
+use nido_supervisor::control::{Answer, MAX_LINE, Request};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use super::Nido;
+
+/// How long a supervisor may take until it listens.
+const LISTENS_WITHIN: Duration = Duration::from_secs(10);
+/// How long the search for a supervisor that answers may take.
+const FOUND_WITHIN: Duration = Duration::from_secs(15);
+/// How long the answer to anything but a stop or a snapshot, or the next sign of life of a start, may take.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+/// How much longer than the guest's own time a stop may take: QEMU is asked to quit, and killed.
+const STOP_SLACK: Duration = Duration::from_secs(60);
+/// How long a snapshot may take: freezing, saving memory, copying and syncing the disk.
+const SNAPSHOT_WITHIN: Duration = Duration::from_secs(3600);
+
+/// How many supervisors of one VM may die over one request before it is given up.
+const ASKED_AGAIN: u32 = 3;
+
+/// A start that a supervisor carries out.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Launch {
+    /// When the user asked for it.
+    pub asked_at: Instant,
+    /// How long the guest may take to become ready.
+    pub timeout_ms: Option<u64>,
+}
+
+impl Nido {
+    /// Starts a supervisor and hands it the lock; returns once it listens.
+    pub(super) async fn start_supervisor(&self, id: &str, held: Held, launch: Option<Launch>) -> Result<()> {
+        let dir = self.vm_dir(id);
+        let broken = |e| Error::io("cannot start a supervisor", e);
+        let log = nido_supervisor::context::open_log(&dir.file(SUPERVISOR_LOG)).map_err(broken)?;
+        let lock = held.file().try_clone().map_err(broken)?;
+        // In a session of its own: a Ctrl-C meant for the command does not reach it.
+        let mut command = self.context.daemon(dir.path())?;
+        command.arg("supervise").arg(id);
+        if let Some(launch) = launch {
+            command.arg("--asked-ms-ago").arg(format!("{:.3}", launch.asked_at.elapsed().as_secs_f64() * 1000.0));
+            if let Some(timeout_ms) = launch.timeout_ms {
+                command.arg("--ready-within-ms").arg(timeout_ms.to_string());
+            }
+        }
+        command.stdin(Stdio::from(lock)).stdout(Stdio::piped()).stderr(Stdio::from(log));
+        let mut child = Command::from(command).spawn().map_err(broken)?;
+        drop(held);
+        let Some(stdout) = child.stdout.take() else {
+            return Err(Error::internal("a supervisor without standard output"));
+        };
+        let mut line = String::new();
+        match timeout(LISTENS_WITHIN, BufReader::new(stdout).read_line(&mut line)).await {
+            Ok(Ok(n)) if n > 0 => Ok(()),
+            // It ended before it listened: it has nothing to supervise, or its log says why.
+            Ok(_) => Err(Error::internal("the VM's supervisor ended at once")
+                .log_tail(nido_engine::logs::log_tail(&dir, &[SUPERVISOR_LOG]))
+                .hint("the lines above are from its log")),
+            Err(_) => Err(Error::new(Code::Timeout, "the VM's supervisor did not come up in time")),
+        }
+    }
+
+    /// Starts a supervisor for a QEMU that lost its own; false if that QEMU has ended meanwhile.
+    pub(super) async fn supervise_again(&self, id: &str, held: Held) -> Result<bool> {
+        match self.start_supervisor(id, held, None).await {
+            Ok(()) => Ok(true),
+            Err(error) if is_held(&self.vm_dir(id).file(VM_LOCK)) => Err(error),
+            Err(_nothing_left) => Ok(false),
+        }
+    }
+
+    /// Asks the VM's supervisor; starts one if QEMU lost it.
+    ///
+    /// # Errors
+    /// `vm_not_running` if there is nothing to supervise any more, `timeout`, and whatever it answers.
+    pub(super) async fn ask(&self, row: &VmRow, request: &Request) -> Result<Answer> {
+        self.ask_with_stages(row, request, &mut |_| {}).await
+    }
+
+    pub(super) async fn ask_with_stages(
+        &self,
+        row: &VmRow,
+        request: &Request,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<Answer> {
+        for _ in 0..ASKED_AGAIN {
+            if let Some(answer) = self.ask_once(row, request, progress).await? {
+                return Ok(answer);
+            }
+            // A supervisor that died is answered for by what it wrote into the store.
+            let why = self.gone(row).await;
+            let goes_on = self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest());
+            let may_repeat = !matches!(
+                request,
+                Request::ForwardAdd { .. } | Request::ForwardRemove { .. } | Request::Snapshot { .. }
+            );
+            // It was killed, and QEMU has another one now.
+            if !(goes_on && may_repeat) {
+                return Err(why);
+            }
+        }
+        Err(self.gone(row).await)
+    }
+
+    /// Asks whichever supervisor there is. `None` if it is gone before its answer.
+    async fn ask_once(
+        &self,
+        row: &VmRow,
+        request: &Request,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<Option<Answer>> {
+        let mut connection = BufReader::new(self.supervisor(row).await?);
+        let mut line =
+            serde_json::to_vec(request).map_err(|e| Error::internal(format!("cannot ask the supervisor: {e}")))?;
+        line.push(b'\n');
+        if connection.get_mut().write_all(&line).await.is_err() {
+            return Ok(None);
+        }
+        let limit = answer_within(request);
+        let mut last = None;
+        loop {
+            match timeout(limit, read_answer(&mut connection)).await.map_err(|_| silent(row))?? {
+                None => return Ok(None),
+                // Told again and again, as a sign of life.
+                Some(Answer::Stage { stage }) if last == Some(stage) => {}
+                Some(Answer::Stage { stage }) => {
+                    last = Some(stage);
+                    progress(stage);
+                }
+                Some(Answer::Failed { problem }) => return Err(problem.into()),
+                Some(done) => return Ok(Some(done)),
+            }
+        }
+    }
+
+    /// Holds a connection that counts as activity until it is dropped.
+    pub(super) async fn lease(&self, row: &VmRow) -> Result<UnixStream> {
+        let mut connection = self.supervisor(row).await?;
+        let line = serde_json::to_string(&Request::Lease).map_err(|e| Error::internal(e.to_string()))? + "\n";
+        connection.write_all(line.as_bytes()).await.map_err(|e| Error::io("cannot reach the VM's supervisor", e))?;
+        Ok(connection)
+    }
+
+    /// A connection to the VM's supervisor.
+    pub(super) async fn supervisor(&self, row: &VmRow) -> Result<UnixStream> {
+        let deadline = Instant::now() + FOUND_WITHIN;
+        let dir = self.vm_dir(&row.id);
+        let mut pause = Duration::from_millis(1);
+        loop {
+            if let Ok(sockets) = dir.sockets()
+                && let Ok(connection) = UnixStream::connect(sockets.path(CONTROL_SOCKET)).await
+            {
+                return Ok(connection);
+            }
+            match Held::try_take_existing(&dir.file(SUPERVISOR_LOCK)) {
+                Ok(Some(held)) if is_held(&dir.file(VM_LOCK)) => drop(self.supervise_again(&row.id, held).await?),
+                Ok(Some(held)) => {
+                    drop(held);
+                    return Err(self.gone(row).await);
+                }
+                Err(_) => return Err(self.gone(row).await),
+                // Somebody has just begun, or is about to end.
+                Ok(None) if Instant::now() < deadline => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_millis(50));
+                }
+                Ok(None) => return Err(silent(row)),
+            }
+        }
+    }
+
+    /// There is no supervisor any more: what the store says about how it ended.
+    async fn gone(&self, row: &VmRow) -> Error {
+        let name = &row.spec.name;
+        // The supervisor frees its lock only when it has written everything down.
+        let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
+        let _ = Held::take(&lock, Instant::now() + Duration::from_secs(2)).await;
+        let now = match self.settle(row).await {
+            Ok(now) => now,
+            Err(error) => return error,
+        };
+        match now {
+            Some(now) => match &now.failure {
+                Some(failure) => nido_supervisor::failure_error(name, failure),
+                // Another supervisor has it now.
+                None if !now.state.at_rest() => Error::new(
+                    Code::VmBusy,
+                    format!("the supervisor of VM '{name}' was lost meanwhile; the VM runs on"),
+                )
+                .hint("try again"),
+                None => super::denied::denied(&now, "used", "it is not running"),
+            },
+            None => Error::new(Code::VmNotRunning, format!("VM '{name}' has ended and is gone")),
+        }
+    }
+}
+
+/// How long the supervisor may be silent: what it allows itself, and some more.
+fn answer_within(request: &Request) -> Duration {
+    match request {
+        Request::StopKept => STOP_SLACK,
+        Request::Stop(stop) if stop.force => STOP_SLACK,
+        Request::Stop(stop) => Duration::from_millis(stop.timeout_ms).saturating_add(STOP_SLACK),
+        Request::Snapshot { .. } => SNAPSHOT_WITHIN,
+        // While it waits for the guest it says so every few seconds.
+        _ => ANSWER_WITHIN,
+    }
+}
+
+pub(super) async fn read_answer(connection: &mut BufReader<UnixStream>) -> Result<Option<Answer>> {
+    let mut line = Vec::new();
+    loop {
+        let Ok(buffer) = connection.fill_buf().await else { return Ok(None) };
+        if buffer.is_empty() {
+            return Ok(None);
+        }
+        let end = buffer.iter().position(|&b| b == b'\n');
+        let used = end.map_or(buffer.len(), |at| at + 1);
+        line.extend_from_slice(&buffer[..used]);
+        connection.consume(used);
+        if line.len() > MAX_LINE {
+            return Err(Error::internal("the supervisor's answer is too long"));
+        }
+        if end.is_some() {
+            break;
+        }
+    }
+    serde_json::from_slice(&line)
+        .map(Some)
+        .map_err(|e| Error::internal(format!("the supervisor's answer cannot be read: {e}")))
+}
+
+fn silent(row: &VmRow) -> Error {
+    Error::new(Code::Timeout, format!("the supervisor of VM '{}' does not answer", row.spec.name)).hint(format!(
+        "end it with kill -9; the next command starts another (its log: nido logs {} --source supervisor)",
+        row.spec.name
+    ))
+}

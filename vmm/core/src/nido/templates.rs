@@ -1,0 +1,368 @@
+//! Templates: what the images crate makes, with the VMs that use them in view.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::{TemplateName, VmName};
+use nido_api::{
+    BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, StartStage, TemplateInfo, TemplateList, moment,
+};
+use nido_images::{ImageError, Manifest, Store as ImageStore};
+use nido_store::{Purpose, VmRow};
+use rustix::fs::{FlockOperation, flock};
+use tokio::sync::mpsc;
+
+use super::Nido;
+
+/// How long whoever makes something of templates, or removes what of them nobody needs, may take.
+const LET_GO: Duration = Duration::from_secs(600);
+
+impl Nido {
+    pub(super) fn images(&self) -> ImageStore {
+        ImageStore::new(self.home().root())
+    }
+
+    /// Keeps template parts from being removed while a VM that needs them is being made.
+    pub(super) async fn templates_shared(&self) -> Result<File> {
+        self.templates_lock(FlockOperation::NonBlockingLockShared, LET_GO).await
+    }
+
+    /// Waits without holding up whoever else this process works for: it may be them who hold the lock.
+    async fn templates_lock(&self, how: FlockOperation, within: Duration) -> Result<File> {
+        let path = self.home().root().join("templates.lock");
+        let broken = |e| Error::io("cannot lock the templates", e);
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(broken)?;
+        let deadline = Instant::now() + within;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            match flock(file.as_fd(), how) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    return Err(Error::new(Code::VmBusy, "the templates are being worked on").hint("try again later"));
+                }
+                Err(error) => return Err(broken(error.into())),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+    }
+
+    /// Works on the images on a thread of its own: their store may be locked by somebody who takes minutes.
+    pub(super) async fn with_images<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&ImageStore) -> Result<T, ImageError> + Send + 'static,
+    ) -> Result<T, ImageError> {
+        let images = self.images();
+        match tokio::task::spawn_blocking(move || work(&images)).await {
+            Ok(done) => done,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    /// The manifest of a template whose parts are all there.
+    pub(super) fn manifest(&self, name: &TemplateName) -> Result<Manifest> {
+        let images = self.images();
+        let manifest = images.open(name.as_str()).map_err(Error::from)?;
+        images.check(&manifest)?;
+        Ok(manifest)
+    }
+
+    /// Templates and recipes.
+    ///
+    /// # Errors
+    /// Of the disk.
+    pub fn template_list(&self) -> Result<TemplateList> {
+        let used = self.template_users()?;
+        // Asked before it is looked which there are: what is made meanwhile is not taken for gone.
+        let announced = self.store().announced_templates()?;
+        let found = self.images().ls()?;
+        let all_readable = found.iter().all(std::result::Result::is_ok);
+        let mut templates: Vec<TemplateInfo> = Vec::new();
+        let mut damaged = Vec::new();
+        for manifest in found {
+            match manifest.map_err(Error::from).and_then(|manifest| describe(&manifest, &used)) {
+                Ok(template) => templates.push(template),
+                Err(error) => damaged.push(error.to_string()),
+            }
+        }
+        let list =
+            TemplateList { templates, damaged, recipes: nido_images::recipe_names().map(str::to_owned).collect() };
+        // A home that cannot be written is only read.
+        if self.is_read_only() {
+            return Ok(list);
+        }
+        let templates = &list.templates;
+        for template in templates {
+            self.store().announce_template(&template.name, &template.created_at.to_string())?;
+        }
+        // Whoever deleted it was killed before that was said.
+        let there = |name: &TemplateName| templates.iter().any(|template| template.name == *name);
+        for gone in announced.iter().filter(|name| all_readable && !there(name)) {
+            self.store().forget_template(gone)?;
+        }
+        Ok(list)
+    }
+
+    /// One template.
+    ///
+    /// # Errors
+    /// `template_not_found`, `template_mismatch` if it is damaged.
+    pub fn template_info(&self, name: &TemplateName) -> Result<TemplateInfo> {
+        describe(&self.manifest(name)?, &self.template_users()?)
+    }
+
+    /// Builds a template from the recipe of that name. Dropping the future cancels the build.
+    ///
+    /// # Errors
+    /// `template_not_found` for an unknown recipe, `tool_missing`, `template_build_failed`, `disk_full`, `denied`.
+    pub async fn template_build(
+        &self,
+        name: &TemplateName,
+        request: BuildRequest,
+        progress: &mut (dyn FnMut(BuildStep) + Send),
+    ) -> Result<BuildResult> {
+        let began = Instant::now();
+        let cancel = CancelOnDrop(Arc::default());
+        let (home, recipe, flag) = (self.home().root().to_owned(), name.to_string(), Arc::clone(&cancel.0));
+        let (steps, mut step) = mpsc::unbounded_channel();
+        let options = nido_images::BuildOptions { rebuild: request.rebuild, kernel: request.kernel };
+        let work = tokio::task::spawn_blocking(move || {
+            let mut tell = |progress: nido_images::BuildProgress| drop(steps.send(progress));
+            nido_images::build(&home, &recipe, &options, &mut tell, &flag)
+        });
+        while let Some(now) = step.recv().await {
+            progress(build_step(now));
+        }
+        let outcome = work.await.map_err(|e| Error::internal(format!("the build broke down: {e}")))??;
+        self.drop_unused_parts().await;
+        let mut already_built = outcome.already_built;
+        if request.bake {
+            already_built &= self.default_bakes(name, progress).await?;
+        }
+        if !already_built {
+            self.renew_pools();
+        }
+        let template = self.template_info(name)?;
+        self.store().announce_template(name, &template.created_at.to_string())?;
+        let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Ok(BuildResult { template, already_built, duration_ms })
+    }
+
+    /// Bakes a fresh template for the machine that a VM has if nothing is said about it, with and without a network. True if
+    /// nothing had to be done.
+    async fn default_bakes(&self, name: &TemplateName, progress: &mut (dyn FnMut(BuildStep) + Send)) -> Result<bool> {
+        let mut nothing_done = true;
+        let kinds = [NetChoice::Nat, NetChoice::None];
+        for (number, net) in (1..).zip(kinds) {
+            let mut tell = |stage: StartStage| {
+                let detail = format!("a machine with network {}: {}", net.name(), stage.word());
+                let total = kinds.len() as u32;
+                progress(BuildStep { stage: "bake".into(), index: number, total, detail, fraction: None });
+            };
+            let request = BakeRequest { net, ..BakeRequest::default() };
+            nothing_done &= self.template_bake(name, &request, &mut tell).await?.already_baked;
+        }
+        Ok(nothing_done)
+    }
+
+    /// Makes a template of a VM: its disk as it is, everything else as in the template it was made from; then bakes it. A
+    /// running VM stands still for a moment and runs on.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `template_exists`, `template_mismatch` if the VM's own template has changed since, those of a
+    /// snapshot and of a build.
+    pub async fn template_create(
+        &self,
+        name: &TemplateName,
+        from: &VmName,
+        bake: bool,
+        progress: &mut (dyn FnMut(BuildStep) + Send),
+    ) -> Result<BuildResult> {
+        let began = Instant::now();
+        let row = self.store().vm_by_name(from)?;
+        {
+            let _parts_stay = self.templates_shared().await?;
+            let of = self.manifest(&row.spec.template)?;
+            if !super::bake::same_parts(&of, &row) {
+                let words = format!("template '{}' has changed since VM '{from}' was made from it", of.name);
+                return Err(Error::new(Code::TemplateMismatch, words).hint("make a VM from it as it is now"));
+            }
+            self.flatten(name, &row, of, progress).await?;
+        }
+        if bake {
+            self.default_bakes(name, progress).await?;
+        }
+        let template = self.template_info(name)?;
+        self.store().announce_template(name, &template.created_at.to_string())?;
+        let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Ok(BuildResult { template, already_built: false, duration_ms })
+    }
+
+    async fn flatten(
+        &self,
+        name: &TemplateName,
+        row: &VmRow,
+        of: Manifest,
+        progress: &mut (dyn FnMut(BuildStep) + Send),
+    ) -> Result<()> {
+        let (vm, dir) = (&row.spec.name, self.vm_dir(&row.id));
+        let lower = std::iter::once(&row.parts.root).chain(row.parts.frozen.iter().map(|frozen| &frozen.sha256));
+        let mut files: Vec<_> = lower.map(|hash| self.home().blob(hash)).collect();
+        // Of a VM that runs a copy is taken: a snapshot aside, which goes again.
+        let mut held = None;
+        let copy = if row.state.at_rest() {
+            held = Some(self.hold_at_rest(row).await?);
+            let disk = dir.file(nido_engine::home::DISK);
+            if !disk.exists() {
+                let words =
+                    format!("VM '{vm}' has never been started, so it has nothing that its template does not have");
+                return Err(
+                    Error::new(Code::VmNotRunning, words).hint(format!("nido start {vm}, and change something in it"))
+                );
+            }
+            files.push(disk);
+            None
+        } else {
+            let aside = self.snapshot_aside(row).await?;
+            files.push(
+                nido_engine::snapshot::dir(&self.vm_dir(&aside.row.id), &aside.name).join(nido_engine::home::DISK),
+            );
+            Some(aside)
+        };
+        let cancel = CancelOnDrop(Arc::default());
+        let (home, flag, name) = (self.home().root().to_owned(), Arc::clone(&cancel.0), name.to_string());
+        let disk = nido_images::Layers { files, virtual_bytes: row.disk_bytes };
+        let (steps, mut step) = mpsc::unbounded_channel();
+        let work = tokio::task::spawn_blocking(move || {
+            let mut tell = |progress: nido_images::BuildProgress| drop(steps.send(progress));
+            nido_images::create(&home, &name, &of, &disk, &mut tell, &flag)
+        });
+        while let Some(now) = step.recv().await {
+            progress(build_step(now));
+        }
+        let outcome = work.await.map_err(|e| Error::internal(format!("the work broke down: {e}")));
+        if let Some(aside) = copy {
+            self.context.erase(&aside.row.id)?;
+        }
+        drop(held);
+        outcome??;
+        Ok(())
+    }
+
+    /// Deletes a template that no VM uses.
+    ///
+    /// # Errors
+    /// `template_not_found`, `template_in_use` with the VMs that use it.
+    pub async fn template_delete(&self, name: &TemplateName) -> Result<()> {
+        let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, LET_GO).await?;
+        self.refuse_pools_of(name)?;
+        let users: Vec<String> = self
+            .template_users()?
+            .into_iter()
+            .filter(|(template, _)| template == name.as_str())
+            .map(|(_, vm)| vm)
+            .collect();
+        if !users.is_empty() {
+            let list = users.join(", ");
+            return Err(Error::new(Code::TemplateInUse, format!("template '{name}' is used by {list}"))
+                .hint(format!("delete them first: nido delete {}", users.join(" "))));
+        }
+        let in_use = self.parts_in_use()?;
+        let gone = name.clone();
+        self.with_images(move |images| images.delete(gone.as_str(), &in_use)).await?;
+        self.store().forget_template(name)?;
+        Ok(())
+    }
+
+    /// Removes parts that neither a template nor a VM names any more; how many bytes that freed.
+    pub(super) async fn collect_parts(&self, lock_timeout: Duration) -> Result<u64> {
+        let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, lock_timeout).await?;
+        let due = self.store().parts_due()?;
+        let in_use = self.parts_in_use()?;
+        let collected = match self.with_images(move |images| images.collect_garbage(&in_use)).await {
+            // Nothing was ever built here.
+            Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(0),
+            collected => collected.map_err(Error::from),
+        };
+        // Where it failed it would fail at each command; the next change of a template tries again.
+        self.store().parts_collected(due)?;
+        collected
+    }
+
+    /// The same for an operation that has done its work already: a failure is logged.
+    pub(super) async fn drop_unused_parts(&self) {
+        if let Err(error) = self.collect_parts(LET_GO).await {
+            tracing::warn!("unused template parts stay: {error}");
+        }
+    }
+
+    /// The same if a VM was the last that used a part, unless another process works with parts just now: then the next command
+    /// does it.
+    pub(crate) async fn collect_parts_if_due(&self) {
+        if !self.store().parts_due().is_ok_and(|due| due != 0) {
+            return;
+        }
+        if let Err(error) = self.collect_parts(Duration::ZERO).await {
+            tracing::info!("unused template parts stay for now: {error}");
+        }
+    }
+
+    /// How many bytes that would free.
+    pub(super) fn unused_part_bytes(&self) -> Result<u64> {
+        Ok(self.images().unused_bytes(&self.parts_in_use()?)?)
+    }
+
+    /// Which VM was made from which template.
+    pub(super) fn template_users(&self) -> Result<Vec<(String, String)>> {
+        let rows = self.store().vms()?.into_iter().filter(|row| row.purpose == Purpose::Use);
+        Ok(rows.map(|row| (row.spec.template.to_string(), row.spec.name.to_string())).collect())
+    }
+}
+
+/// Tells work to end when the future that waits for it is dropped.
+pub(super) struct CancelOnDrop(pub(super) Arc<AtomicBool>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn digest(bytes: &[u8]) -> String {
+    use sha2::Digest;
+    nido_api::hex::encode(&sha2::Sha256::digest(bytes))
+}
+
+fn build_step(progress: nido_images::BuildProgress) -> BuildStep {
+    BuildStep {
+        stage: progress.stage.word().to_owned(),
+        index: u32::try_from(progress.index).unwrap_or(u32::MAX),
+        total: u32::try_from(progress.total).unwrap_or(u32::MAX),
+        detail: progress.detail,
+        fraction: progress.fraction,
+    }
+}
+
+pub(super) fn describe(manifest: &Manifest, users: &[(String, String)]) -> Result<TemplateInfo> {
+    Ok(TemplateInfo {
+        name: manifest.name.parse()?,
+        recipe: manifest.recipe.name.clone(),
+        digest: digest(&manifest.to_json()),
+        init: match manifest.init {
+            nido_images::Init::Agent => "agent".into(),
+            nido_images::Init::Systemd => "systemd".into(),
+        },
+        kernel: manifest.kernel.version.clone(),
+        bakes: manifest.bakes.iter().map(super::bake::bake_info).collect(),
+        size_bytes: manifest.parts.all().iter().map(|(_, part)| part.bytes).sum(),
+        disk_bytes: manifest.parts.root.virtual_bytes,
+        created_at: moment::in_ms(manifest.created_at),
+        agent_current: manifest.agent.sha256 == nido_images::agent_sha256(),
+        used_by: users.iter().filter(|(template, _)| *template == manifest.name).map(|(_, vm)| vm.clone()).collect(),
+    })
+}

@@ -1,0 +1,303 @@
+//! Templates travel: exported to one file or stream, imported from one.
+//!
+//! Invariant: whoever drops the future has asked the work to stop, and it stops even where the other end of a pipe neither
+//! reads nor writes.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::TemplateName;
+use nido_api::{ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult, ImportSource, TravelStep};
+use nido_images::{ExportOptions, ExportOutcome, ImportOptions, TravelProgress, Watch};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::sync::mpsc;
+
+use super::Nido;
+use super::templates::{CancelOnDrop, describe};
+
+/// How often work that waits for a pipe looks whether it is to stop.
+const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// Reports come at most this often.
+const REPORT_EVERY: Duration = Duration::from_millis(50);
+/// A pipe that is ready takes so many bytes without blocking.
+const PIPE_BYTES: usize = 4096;
+/// How hard an archive may be compressed.
+const LEVELS: std::ops::RangeInclusive<i32> = 1..=19;
+
+impl Nido {
+    /// Writes a template into one archive. Dropping the future stops it; a file that was half written is gone then.
+    ///
+    /// # Errors
+    /// `template_not_found`, `template_mismatch` if it is damaged, `path_exists`, `path_invalid`, `spec_invalid`,
+    /// `disk_full`.
+    pub async fn template_export(
+        &self,
+        name: &TemplateName,
+        request: ExportRequest,
+        progress: &mut (dyn FnMut(TravelStep) + Send),
+    ) -> Result<ExportResult> {
+        if !LEVELS.contains(&request.level) {
+            return Err(Error::new(Code::SpecInvalid, format!("there is no compression level {}", request.level))
+                .hint("use 1 (fast) to 19 (small); 3 if absent"));
+        }
+        let began = Instant::now();
+        let path = match &request.target {
+            ExportTarget::Path(path) => Some(path.to_string_lossy().into_owned()),
+            ExportTarget::Stream(_) => None,
+        };
+        let (home, template) = (self.home().root().to_owned(), name.to_string());
+        let work = move |mut watch: Watch<'_>| export(&home, &template, request, &mut watch);
+        let done = watched(work, progress).await?;
+        Ok(ExportResult {
+            template: name.clone(),
+            path,
+            archive_bytes: done.archive_bytes,
+            data_bytes: done.data_bytes,
+            bakes: u32::try_from(done.manifest.bakes.len()).unwrap_or(u32::MAX),
+            duration_ms: millis(began),
+        })
+    }
+
+    /// Takes in a template from an archive. Nothing in the archive is trusted; after an error all templates are as they were.
+    /// Dropping the future stops it.
+    ///
+    /// # Errors
+    /// `archive_invalid`, `template_exists`, `agent_version`, `path_not_found`, `disk_full`.
+    pub async fn template_import(
+        &self,
+        request: ImportRequest,
+        progress: &mut (dyn FnMut(TravelStep) + Send),
+    ) -> Result<ImportResult> {
+        let began = Instant::now();
+        let home = self.home().root().to_owned();
+        let options = ImportOptions {
+            name: request.name.map(|name| name.to_string()),
+            force: request.force,
+            without_memory: !request.memory,
+        };
+        let source = request.source;
+        let outcome = watched(move |mut watch| import(&home, source, &options, &mut watch), progress).await;
+        // What was replaced, and what a failure at the very end may have left.
+        self.drop_unused_parts().await;
+        let outcome = outcome?;
+        if !outcome.already_present {
+            self.renew_pools();
+        }
+        let template = describe(&outcome.manifest, &self.template_users()?)?;
+        self.store().announce_template(&template.name, &template.created_at.to_string())?;
+        Ok(ImportResult {
+            template,
+            already_present: outcome.already_present,
+            warnings: outcome.notes.iter().map(ToString::to_string).collect(),
+            duration_ms: millis(began),
+        })
+    }
+}
+
+fn export(home: &Path, name: &str, request: ExportRequest, watch: &mut Watch<'_>) -> Result<ExportOutcome> {
+    let options = ExportOptions { memory: request.memory, level: request.level };
+    let done = match request.target {
+        ExportTarget::Path(path) => nido_images::write_file_whole(&path, request.overwrite, |file| {
+            nido_images::export(home, name, options, (file, &path), watch)
+        }),
+        ExportTarget::Stream(stream) => {
+            let mut stream = Stream::new(stream, watch.cancel);
+            nido_images::export(home, name, options, (&mut stream, Path::new("the stream")), watch)
+        }
+    };
+    Ok(done?)
+}
+
+fn import(
+    home: &Path,
+    source: ImportSource,
+    options: &ImportOptions,
+    watch: &mut Watch<'_>,
+) -> Result<nido_images::ImportOutcome> {
+    let file = match source {
+        ImportSource::Path(path) => open(&path)?,
+        ImportSource::Stream(stream) => stream,
+    };
+    Ok(nido_images::import(home, &mut Stream::new(file, watch.cancel), options, watch)?)
+}
+
+/// Opens a file or a pipe without waiting for anybody.
+fn open(path: &Path) -> Result<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits();
+    let file =
+        File::options().read(true).custom_flags(flags.cast_signed()).open(path).and_then(|file| {
+            if file.metadata()?.is_dir() { Err(io::ErrorKind::IsADirectory.into()) } else { Ok(file) }
+        });
+    file.map_err(|error| {
+        let shown = path.display();
+        match error.kind() {
+            io::ErrorKind::NotFound => Error::new(Code::PathNotFound, format!("there is no file {shown}"))
+                .hint("name an archive that nido template export has written, or - for standard input"),
+            io::ErrorKind::IsADirectory => Error::new(Code::PathInvalid, format!("{shown} is a directory")),
+            _ => Error::io(format!("cannot open {shown}"), error),
+        }
+    })
+}
+
+/// Runs blocking work that reports how far it is, and asks it to stop if this future is dropped.
+async fn watched<T: Send + 'static>(
+    work: impl FnOnce(Watch<'_>) -> Result<T> + Send + 'static,
+    progress: &mut (dyn FnMut(TravelStep) + Send),
+) -> Result<T> {
+    let cancel = CancelOnDrop(Arc::default());
+    let flag = Arc::clone(&cancel.0);
+    let (steps, mut step) = mpsc::unbounded_channel();
+    let work = tokio::task::spawn_blocking(move || {
+        let mut tell = throttled(move |now| drop(steps.send(now)));
+        work(Watch { progress: &mut tell, cancel: &flag })
+    });
+    while let Some(now) = step.recv().await {
+        progress(travel_step(&now));
+    }
+    work.await.map_err(|e| Error::internal(format!("the work on the template broke down: {e}")))?
+}
+
+/// Passes on every new stage, and otherwise at most some twenty reports a second.
+fn throttled(tell: impl Fn(TravelProgress)) -> impl FnMut(TravelProgress) {
+    let mut last: Option<(Instant, usize)> = None;
+    move |now| {
+        if last.is_none_or(|(at, index)| index != now.index || at.elapsed() >= REPORT_EVERY) {
+            last = Some((Instant::now(), now.index));
+            tell(now);
+        }
+    }
+}
+
+fn travel_step(now: &TravelProgress) -> TravelStep {
+    TravelStep {
+        stage: now.stage.to_owned(),
+        index: u32::try_from(now.index).unwrap_or(u32::MAX),
+        total: u32::try_from(now.total).unwrap_or(u32::MAX),
+        bytes: now.bytes,
+        total_bytes: now.total_bytes,
+    }
+}
+
+fn millis(began: Instant) -> u64 {
+    u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A file, pipe or socket that is read or written without ever waiting for long.
+struct Stream<'a> {
+    file: File,
+    cancel: &'a AtomicBool,
+    /// Most bytes to write at once.
+    piece: usize,
+}
+
+impl<'a> Stream<'a> {
+    fn new(file: File, cancel: &'a AtomicBool) -> Self {
+        let regular = file.metadata().is_ok_and(|meta| meta.is_file());
+        Self { file, cancel, piece: if regular { usize::MAX } else { PIPE_BYTES } }
+    }
+
+    /// Waits until the file is ready, and fails if it is to stop first.
+    fn wait(&self, wanted: PollFlags) -> io::Result<()> {
+        loop {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(io::Error::other("asked to stop"));
+            }
+            match poll(&mut [PollFd::from_borrowed_fd(self.file.as_fd(), wanted)], Some(&LOOK)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Does what may turn out not to be possible just now.
+    fn retry(&mut self, wanted: PollFlags, mut act: impl FnMut(&mut File) -> io::Result<usize>) -> io::Result<usize> {
+        loop {
+            self.wait(wanted)?;
+            match act(&mut self.file) {
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                done => return done,
+            }
+        }
+    }
+}
+
+impl Read for Stream<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.retry(PollFlags::IN, |file| file.read(buffer))
+    }
+}
+
+impl Write for Stream<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let piece = &bytes[..bytes.len().min(self.piece)];
+        self.retry(PollFlags::OUT, |file| file.write(piece))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    fn pipe() -> (File, File) {
+        let (reader, writer) = io::pipe().unwrap();
+        (OwnedFd::from(reader).into(), OwnedFd::from(writer).into())
+    }
+
+    #[test]
+    fn a_pipe_that_says_nothing_does_not_hold_up_the_end() {
+        let (reader, writer) = pipe();
+        let cancel = AtomicBool::new(false);
+        let mut stream = Stream::new(reader, &cancel);
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(move || stream.read(&mut [0; 10]));
+            cancel.store(true, Ordering::Relaxed);
+            assert!(reading.join().unwrap().is_err());
+        });
+        drop(writer);
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_does_not_hold_up_the_end() {
+        let (_reader, writer) = pipe();
+        let cancel = AtomicBool::new(false);
+        let mut stream = Stream::new(writer, &cancel);
+        std::thread::scope(|scope| {
+            // More than any pipe takes.
+            let writing = scope.spawn(move || stream.write_all(&vec![1; 8 << 20]));
+            cancel.store(true, Ordering::Relaxed);
+            assert!(writing.join().unwrap().is_err());
+        });
+    }
+
+    #[test]
+    fn what_goes_in_comes_out() {
+        let (reader, writer) = pipe();
+        let cancel = AtomicBool::new(false);
+        let (mut to, mut from) = (Stream::new(writer, &cancel), Stream::new(reader, &cancel));
+        let sent: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
+        let got = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                to.write_all(&sent).unwrap();
+                drop(to);
+            });
+            let mut got = Vec::new();
+            from.read_to_end(&mut got).unwrap();
+            got
+        });
+        assert!(got == sent);
+    }
+}

@@ -1,0 +1,239 @@
+//! Which calls a person confirms first, as data. Pure.
+//!
+//! ```text
+//!  always    vm_delete, vm_restore, vm_stop@ephemeral, vm_exec@foreign, vm_upload@foreign, vm_download@overwrite
+//!  never     none
+//!  a list    those: TOOL for every call of it, TOOL@CONDITION for some
+//! ```
+//!
+//! Invariant: what a list does not name is not asked about, and what it names is.
+
+use std::fmt;
+use std::str::FromStr;
+
+use nido_api::error::{Code, Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// Which calls a person confirms first.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Written", into = "Written")]
+pub enum Confirm {
+    /// What destroys, and what reaches into a VM that another caller has made.
+    #[default]
+    Always,
+    /// None.
+    Never,
+    /// These.
+    These(Vec<Question>),
+}
+
+/// Some calls of a tool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Question {
+    /// The tool.
+    pub tool: String,
+    /// Which of its calls.
+    pub when: When,
+}
+
+/// Which calls of a tool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// All.
+    Any,
+    /// Those about a VM that another caller has made.
+    Foreign,
+    /// Those about a throw-away VM.
+    Ephemeral,
+    /// Those that replace a file of the host.
+    Overwrite,
+}
+
+/// What is known of a call.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    /// The tool.
+    pub tool: &'a str,
+    /// Another caller has made the VM.
+    pub foreign: bool,
+    /// The VM goes when it stops.
+    pub ephemeral: bool,
+    /// A file of the host is replaced.
+    pub overwrites: bool,
+}
+
+/// What is asked about unless the policy says otherwise.
+const USUAL: [(&str, When); 6] = [
+    ("vm_delete", When::Any),
+    ("vm_restore", When::Any),
+    ("vm_stop", When::Ephemeral),
+    ("vm_exec", When::Foreign),
+    ("vm_upload", When::Foreign),
+    ("vm_download", When::Overwrite),
+];
+
+impl When {
+    const ALL: [(Self, &'static str); 3] =
+        [(Self::Foreign, "foreign"), (Self::Ephemeral, "ephemeral"), (Self::Overwrite, "overwrite")];
+
+    fn is(self, facts: &Facts<'_>) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Foreign => facts.foreign,
+            Self::Ephemeral => facts.ephemeral,
+            Self::Overwrite => facts.overwrites,
+        }
+    }
+}
+
+impl Confirm {
+    /// Whether some calls of this tool are asked about.
+    #[must_use]
+    pub fn concerns(&self, tool: &str) -> bool {
+        self.conditions(tool).next().is_some()
+    }
+
+    /// Whether a call is asked about.
+    #[must_use]
+    pub fn asks(&self, facts: &Facts<'_>) -> bool {
+        self.conditions(facts.tool).any(|when| when.is(facts))
+    }
+
+    /// The tools that are named.
+    pub fn tools(&self) -> impl Iterator<Item = &str> {
+        let these: &[Question] = if let Self::These(these) = self { these } else { &[] };
+        these.iter().map(|question| question.tool.as_str())
+    }
+
+    fn conditions(&self, tool: &str) -> impl Iterator<Item = When> {
+        let usual: &[(&str, When)] = if *self == Self::Always { &USUAL } else { &[] };
+        let these: &[Question] = if let Self::These(these) = self { these } else { &[] };
+        let usual = usual.iter().filter(move |(name, _)| *name == tool).map(|(_, when)| *when);
+        usual.chain(these.iter().filter(move |question| question.tool == tool).map(|question| question.when))
+    }
+}
+
+/// Whether a call is among those that are asked about by default.
+#[must_use]
+pub fn is_usual(facts: &Facts<'_>) -> bool {
+    Confirm::Always.asks(facts)
+}
+
+/// As it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Word(String),
+    List(Vec<String>),
+}
+
+impl TryFrom<Written> for Confirm {
+    type Error = Error;
+
+    fn try_from(written: Written) -> Result<Self> {
+        match written {
+            Written::Word(word) => match word.as_str() {
+                "always" => Ok(Self::Always),
+                "never" => Ok(Self::Never),
+                _ => Err(wrong(format!("'{}' is none of `always`, `never` and a list of tools", word.escape_debug()))),
+            },
+            Written::List(list) => list.iter().map(|item| item.parse()).collect::<Result<_>>().map(Self::These),
+        }
+    }
+}
+
+impl From<Confirm> for Written {
+    fn from(confirm: Confirm) -> Self {
+        match confirm {
+            Confirm::Always => Self::Word("always".into()),
+            Confirm::Never => Self::Word("never".into()),
+            Confirm::These(these) => Self::List(these.iter().map(ToString::to_string).collect()),
+        }
+    }
+}
+
+/// `always`, `never`, or tools with commas between them.
+impl FromStr for Confirm {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "always" | "never" => Written::Word(text.into()).try_into(),
+            list => Written::List(list.split(',').map(str::to_owned).collect()).try_into(),
+        }
+    }
+}
+
+impl FromStr for Question {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (tool, when) = match text.split_once('@') {
+            None => (text, When::Any),
+            Some((tool, word)) => {
+                let known = When::ALL.into_iter().find(|(_, known)| *known == word);
+                let known = known.ok_or_else(|| {
+                    wrong(format!("'{}' is none of `foreign`, `ephemeral`, `overwrite`", word.escape_debug()))
+                })?;
+                (tool, known.0)
+            }
+        };
+        if tool.is_empty() || !tool.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') {
+            return Err(wrong(format!(
+                "'{}' is not a tool: `always`, `never`, or names of tools",
+                tool.escape_debug()
+            )));
+        }
+        Ok(Self { tool: tool.into(), when })
+    }
+}
+
+impl fmt::Display for Question {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = When::ALL.into_iter().find(|(when, _)| *when == self.when);
+        match word {
+            Some((_, word)) => write!(f, "{}@{word}", self.tool),
+            None => f.write_str(&self.tool),
+        }
+    }
+}
+
+fn wrong(words: String) -> Error {
+    Error::new(Code::SpecInvalid, words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OWN: Facts<'_> = Facts { tool: "vm_exec", foreign: false, ephemeral: true, overwrites: false };
+
+    // Commands in a VM that somebody else had made, and files over those of the host, could not be put behind a question at all.
+    #[test]
+    fn any_tool_can_be_asked_about_and_by_default_what_reaches_into_others_vms_is() {
+        let asks = |confirm: &str, facts: Facts<'_>| confirm.parse::<Confirm>().unwrap().asks(&facts);
+        let foreign = Facts { foreign: true, ..OWN };
+        assert_eq!([asks("always", OWN), asks("always", foreign), asks("never", foreign)], [false, true, false]);
+        assert_eq!(
+            [asks("vm_exec", OWN), asks("vm_exec@foreign", OWN), asks("vm_exec@foreign", foreign)],
+            [true, false, true]
+        );
+        let spawn = Facts { tool: "vm_spawn", ..OWN };
+        assert_eq!([asks("always", spawn), asks("vm_delete,vm_spawn", spawn)], [false, true]);
+        let delete = Facts { tool: "vm_delete", ..OWN };
+        assert_eq!([asks("always", delete), asks("vm_exec", delete)], [true, false], "a list is exactly that");
+        let write = Facts { tool: "vm_download", overwrites: true, ..OWN };
+        assert!(asks("always", write) && !asks("always", Facts { overwrites: false, ..write }));
+    }
+
+    #[test]
+    fn what_is_no_list_of_tools_is_refused() {
+        for wrong in ["", "always,never!", "vm_exec@", "vm_exec@mine", "VM_EXEC", "vm_exec,,vm_stop", "yes@foreign@x"] {
+            assert_eq!(wrong.parse::<Confirm>().unwrap_err().code(), Code::SpecInvalid, "{wrong}");
+        }
+        let list: Confirm = "vm_exec@foreign,vm_spawn".parse().unwrap();
+        let json = serde_json::to_value(&list).unwrap();
+        assert_eq!(json, serde_json::json!(["vm_exec@foreign", "vm_spawn"]));
+        assert_eq!(serde_json::from_value::<Confirm>(json).unwrap(), list);
+    }
+}

@@ -1,0 +1,566 @@
+//! What a server lets its callers do: which commands, which paths of the host, what a person must approve. Pure, but for
+//! reading the file. Its format: `docs/policy.md`.
+//!
+//! ```text
+//!  [vm.NAME] says something about commands?  else [template.NAME]?  else [[allow]]?  else every command is allowed
+//! ```
+//!
+//! Invariant: a list that is active allows what one of its rules allows in full, and nothing else. The few commands that are refused without
+//! a list (`dangerous.rs`) are no boundary, and what a list allows is never decided by matching inside shell text.
+
+mod confirm;
+mod dangerous;
+mod rule;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use confirm::{Confirm, Facts, Question, When, is_usual};
+pub use dangerous::DANGEROUS_COMMAND;
+pub use rule::{Arg, Piece, Program, Rule, Variable};
+
+use self::rule::Miss;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::{TemplateName, VmName};
+use nido_api::text::head;
+use nido_api::{ExecRequest, Limits};
+
+/// The word in the audit log for a command that no rule allows.
+pub const NOT_IN_ALLOWLIST: &str = "not_in_allowlist";
+/// The word for a file that may not be put into a VM for which there is a list.
+pub const UPLOAD_NOT_ALLOWED: &str = "upload_not_allowed";
+/// The longest file that is read, in bytes.
+const FILE_MAX: u64 = 1 << 20;
+/// How many rules are shown to whoever has to choose a command.
+const RULES_SHOWN: usize = 20;
+/// How much of a program's name a refusal shows, in bytes.
+const SHOWN_MAX: usize = 80;
+
+/// What a server lets its callers do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Policy {
+    /// What a person confirms first.
+    pub confirm: Confirm,
+    /// Whether commands that obviously destroy a guest are refused; they are if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deny_dangerous: Option<bool>,
+    /// Whether callers may only look.
+    pub read_only: bool,
+    /// Directories of the host that files may be read from and written to; the server's defaults if absent, none if empty.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub roots: Option<Vec<PathBuf>>,
+    /// Directories of the host that files may be read from, instead of `roots`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_roots: Option<Vec<PathBuf>>,
+    /// Directories of the host that files may be written to, instead of `roots`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub write_roots: Option<Vec<PathBuf>>,
+    /// What VMs may be.
+    #[serde(skip_serializing_if = "Limits::is_none")]
+    pub limits: Limits,
+    /// The commands that may be run; all if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allow: Option<Vec<Rule>>,
+    /// Whether files may be put into a VM although the list above counts for it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    upload: bool,
+    /// What is different for VMs of a template.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    template: BTreeMap<TemplateName, Section>,
+    /// What is different for a VM.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    vm: BTreeMap<VmName, Section>,
+}
+
+/// What is different for some VMs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Section {
+    /// Every command is allowed here.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    unrestricted: bool,
+    /// The commands that are allowed here, instead of those that are elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allow: Option<Vec<Rule>>,
+    /// Whether files may be put into a VM although that list counts for it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    upload: bool,
+}
+
+/// What of a command is judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Command<'a> {
+    /// Program and arguments. Empty: a login shell.
+    pub argv: &'a [Vec<u8>],
+    /// Variables that the caller sets: `KEY=VALUE`.
+    pub env: &'a [Vec<u8>],
+    /// Who it runs as; root if absent.
+    pub user: Option<&'a str>,
+}
+
+impl<'a> From<&'a ExecRequest> for Command<'a> {
+    fn from(request: &'a ExecRequest) -> Self {
+        Self { argv: &request.argv, env: &request.env, user: request.user.as_deref() }
+    }
+}
+
+/// What is decided about a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may run.
+    Allowed,
+    /// It may not.
+    Denied(Denial),
+}
+
+/// Why a command may not run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Denial {
+    /// A word for the audit log.
+    pub reason: &'static str,
+    /// A sentence. What the caller sent is escaped in it.
+    pub detail: String,
+}
+
+impl Verdict {
+    /// The same as a result.
+    ///
+    /// # Errors
+    /// The denial.
+    pub fn into_result(self) -> Result<(), Denial> {
+        match self {
+            Self::Allowed => Ok(()),
+            Self::Denied(denial) => Err(denial),
+        }
+    }
+}
+
+impl From<Denial> for Error {
+    fn from(denial: Denial) -> Self {
+        Self::new(Code::Denied, denial.detail)
+            .hint("the policy of this server says what may run; do not look for a way around it, ask the user")
+    }
+}
+
+/// Whether a command may be run in a VM.
+#[must_use]
+pub fn decide(policy: &Policy, vm: &VmName, template: &TemplateName, command: &Command<'_>) -> Verdict {
+    let Some(rules) = policy.rules(vm, template) else { return Verdict::Allowed };
+    let Some(program) = command.argv.first() else {
+        return denied("a login shell is not in the list of allowed commands");
+    };
+    let mut nearest = Miss::Program;
+    for rule in rules {
+        match rule.check(command) {
+            Ok(()) => return Verdict::Allowed,
+            Err(miss) => nearest = nearest.max(miss),
+        }
+    }
+    let program = String::from_utf8_lossy(program);
+    let program = head(&program, SHOWN_MAX).escape_debug();
+    denied(match nearest {
+        Miss::Program => format!("'{program}' is not in the list of allowed commands, spelled like this"),
+        Miss::Arguments => format!("'{program}' is allowed, but not with these arguments"),
+        Miss::User => format!("'{program}' is allowed, but not as this user"),
+        Miss::Environment => format!("'{program}' is allowed, but not with these variables"),
+    })
+}
+
+/// Whether a command, with its standard input, is none of those that obviously destroy a guest.
+#[must_use]
+pub fn decide_dangerous(policy: &Policy, argv: &[Vec<u8>], stdin: &[u8]) -> Verdict {
+    if policy.deny_dangerous == Some(false) {
+        return Verdict::Allowed;
+    }
+    dangerous::check(argv, stdin).map_or_else(Verdict::Denied, |()| Verdict::Allowed)
+}
+
+/// Whether a line of shell may be run in a VM: only where every command may.
+#[must_use]
+pub fn decide_shell(policy: &Policy, vm: &VmName, template: &TemplateName) -> Verdict {
+    match policy.rules(vm, template) {
+        None => Verdict::Allowed,
+        Some(_) => denied(
+            "a line of shell cannot be judged, and there is a list of allowed commands: send program and arguments",
+        ),
+    }
+}
+
+/// Whether a file may be put into a VM. Whoever writes as root what is run there writes the programs that are on a list.
+#[must_use]
+pub fn decide_upload(policy: &Policy, vm: &VmName, template: &TemplateName) -> Verdict {
+    match policy.list(vm, template) {
+        None | Some((_, true)) => Verdict::Allowed,
+        Some((_, false)) => Verdict::Denied(Denial {
+            reason: UPLOAD_NOT_ALLOWED,
+            detail: "there is a list of allowed commands for this VM, and a file could take the place of one of them"
+                .into(),
+        }),
+    }
+}
+
+fn denied(detail: impl Into<String>) -> Verdict {
+    Verdict::Denied(Denial { reason: NOT_IN_ALLOWLIST, detail: detail.into() })
+}
+
+impl Policy {
+    /// Reads a policy from a file that nobody else may write.
+    ///
+    /// # Errors
+    /// `path_not_found`, `denied` if others may write it, `spec_invalid` with the line that is wrong.
+    pub fn load(path: &Path) -> Result<Self> {
+        let shown = path.display();
+        let unreadable = |e: std::io::Error| match e.kind() {
+            std::io::ErrorKind::NotFound => Error::new(Code::PathNotFound, format!("there is no policy at {shown}")),
+            _ => Error::io(format!("cannot read the policy {shown}"), e),
+        };
+        let file = File::open(path).map_err(unreadable)?;
+        let meta = file.metadata().map_err(unreadable)?;
+        let mine = [0, rustix::process::geteuid().as_raw()].contains(&meta.uid());
+        if !mine || meta.mode() & 0o022 != 0 {
+            return Err(Error::new(Code::Denied, format!("others may write the policy {shown}"))
+                .hint("it must belong to you or to root: chmod go-w"));
+        }
+        let mut text = String::new();
+        file.take(FILE_MAX + 1).read_to_string(&mut text).map_err(unreadable)?;
+        if text.len() as u64 > FILE_MAX {
+            return Err(Error::new(Code::SpecInvalid, format!("the policy {shown} is longer than {FILE_MAX} bytes")));
+        }
+        Self::parse(&text).map_err(|e| {
+            let wrong = Error::new(e.code(), format!("the policy {shown} is not valid: {}", e.message()));
+            wrong.hint("docs/policy.md has the format")
+        })
+    }
+
+    /// A policy from its text.
+    ///
+    /// # Errors
+    /// `spec_invalid`.
+    pub fn parse(text: &str) -> Result<Self> {
+        let wrong = |words: String| Error::new(Code::SpecInvalid, words);
+        let policy: Self = toml::from_str(text).map_err(|e| {
+            let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+            wrong(format!("line {line}: {}", e.message().replace('\n', " ")))
+        })?;
+        for (kind, name, section) in policy.sections() {
+            if section.unrestricted && section.allow.is_some() {
+                return Err(wrong(format!("[{kind}.{name}] has both a list and 'unrestricted'")));
+            }
+            if section.upload && section.allow.is_none() {
+                return Err(wrong(format!("[{kind}.{name}] has 'upload' and no list to which it could belong")));
+            }
+        }
+        if policy.upload && policy.allow.is_none() {
+            return Err(wrong(
+                "'upload' belongs to a list, and there is none; without one files may be put anywhere".into(),
+            ));
+        }
+        let roots = [&policy.roots, &policy.read_roots, &policy.write_roots];
+        if let Some(root) = roots.into_iter().flatten().flatten().find(|root| !root.is_absolute()) {
+            return Err(wrong(format!("the root '{}' is not an absolute path", root.display())));
+        }
+        let lists = policy.sections().filter_map(|(_, _, section)| section.allow.as_ref()).chain(&policy.allow);
+        lists.flatten().try_for_each(|rule| rule.clone().checked().map(drop))?;
+        Ok(policy)
+    }
+
+    /// What may be run, for whoever has to choose a command; `None` if everything may. Short, and the same for every VM.
+    #[must_use]
+    pub fn summary(&self) -> Option<String> {
+        let own = |section: &Section| section.allow.is_some() || section.unrestricted;
+        let differ = self.sections().any(|(_, _, section)| own(section));
+        let listed = |rules: &[Rule]| {
+            let mut shown: Vec<_> = rules.iter().take(RULES_SHOWN).map(ToString::to_string).collect();
+            let more = rules.len() - shown.len();
+            shown.extend((more > 0).then(|| format!("and {more} more")));
+            if shown.is_empty() { "none".to_owned() } else { shown.join("; ") }
+        };
+        let general = self.allow.as_deref().map(listed);
+        let sections = self.sections().filter_map(|(kind, name, section)| {
+            let rules = match (&section.allow, section.unrestricted) {
+                (Some(rules), _) => listed(rules),
+                (None, true) => "everything".to_owned(),
+                (None, false) => return None,
+            };
+            let of = if kind == "vm" { "in the VM" } else { "in VMs of the template" };
+            Some(format!("{of} {name}: {rules}"))
+        });
+        let sections: Vec<_> = sections.take(RULES_SHOWN).collect();
+        match (general, differ) {
+            (None, false) => None,
+            (general, _) => Some(general.into_iter().chain(sections).collect::<Vec<_>>().join(". And ")),
+        }
+    }
+
+    /// Whether a line of shell is refused in every VM.
+    #[must_use]
+    pub fn refuses_shell(&self) -> bool {
+        self.allow.is_some() && self.sections().all(|(_, _, section)| !section.unrestricted)
+    }
+
+    /// The directories that files may be read from; `None` if the policy does not say.
+    #[must_use]
+    pub fn readable_roots(&self) -> Option<&[PathBuf]> {
+        self.read_roots.as_deref().or(self.roots.as_deref())
+    }
+
+    /// The directories that files may be written to; `None` if the policy does not say.
+    #[must_use]
+    pub fn writable_roots(&self) -> Option<&[PathBuf]> {
+        self.write_roots.as_deref().or(self.roots.as_deref())
+    }
+
+    fn sections(&self) -> impl Iterator<Item = (&'static str, &str, &Section)> {
+        let templates = self.template.iter().map(|(name, section)| ("template", name.as_str(), section));
+        templates.chain(self.vm.iter().map(|(name, section)| ("vm", name.as_str(), section)))
+    }
+
+    /// The same as a file has it.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        // Strings, lists and tables with string keys: they always serialize.
+        toml::to_string(self).unwrap_or_else(|e| format!("# {e}\n"))
+    }
+
+    /// Adds a rule for all VMs about which no section says anything. From then on there is a list.
+    pub fn allow(&mut self, rule: Rule) {
+        self.allow.get_or_insert_default().push(rule);
+    }
+
+    /// The list that counts for a VM: the most specific one, alone. `None`: every command is allowed.
+    #[must_use]
+    pub fn rules(&self, vm: &VmName, template: &TemplateName) -> Option<&[Rule]> {
+        self.list(vm, template).map(|(rules, _)| rules)
+    }
+
+    /// The same, and whether files may be put there.
+    fn list(&self, vm: &VmName, template: &TemplateName) -> Option<(&[Rule], bool)> {
+        let sections = [self.vm.get(vm), self.template.get(template)];
+        for section in sections.into_iter().flatten() {
+            match (&section.allow, section.unrestricted) {
+                (Some(rules), _) => return Some((rules, section.upload)),
+                (None, true) => return None,
+                (None, false) => {}
+            }
+        }
+        self.allow.as_deref().map(|rules| (rules, self.upload))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const EXAMPLE: &str = "
+        confirm = 'never'
+        read_only = true
+        roots = ['/srv/x']
+
+        [[allow]]
+        program = '/usr/bin/git'
+        args = ['clone', 'https://*', '**']
+        env = ['LANG']
+
+        [template.scratch]
+        unrestricted = true
+
+        [vm.locked]
+        allow = []
+
+        [[vm.build.allow]]
+        program = 'make'
+        users = ['dev']
+    ";
+
+    fn verdict(policy: &Policy, vm: &str, template: &str, argv: &[&str]) -> Verdict {
+        let argv: Vec<Vec<u8>> = argv.iter().map(|arg| arg.as_bytes().to_vec()).collect();
+        let command = Command { argv: &argv, env: &[], user: Some("dev") };
+        decide(policy, &vm.parse().unwrap(), &template.parse().unwrap(), &command)
+    }
+
+    #[test]
+    fn the_most_specific_list_counts_alone() {
+        let policy = Policy::parse(EXAMPLE).unwrap();
+        let git = ["/usr/bin/git", "clone", "https://x"];
+        let allowed = |vm, template, argv: &[&str]| verdict(&policy, vm, template, argv) == Verdict::Allowed;
+        assert!(allowed("web", "sandbox", &git) && !allowed("web", "sandbox", &["make"]));
+        assert!(allowed("build", "sandbox", &["make"]) && !allowed("build", "sandbox", &git));
+        assert!(allowed("build", "scratch", &["make"]) && !allowed("build", "scratch", &git));
+        assert!(allowed("web", "scratch", &["anything"]) && allowed("web", "scratch", &[]));
+        assert!(!allowed("locked", "scratch", &["make"]), "an empty list allows nothing");
+        let shell = |vm: &str, template: &str| {
+            decide_shell(&policy, &vm.parse().unwrap(), &template.parse().unwrap()) == Verdict::Allowed
+        };
+        assert_eq!((shell("web", "sandbox"), shell("web", "scratch")), (false, true));
+        assert_eq!((policy.confirm, policy.read_only), (Confirm::Never, true));
+    }
+
+    // `roots = []` meant the server's defaults: no policy could forbid files of the host.
+    #[test]
+    fn an_empty_list_of_roots_is_not_an_absent_one() {
+        let roots = |text: &str| {
+            let policy = Policy::parse(text).unwrap();
+            let count = |roots: Option<&[PathBuf]>| roots.map(<[PathBuf]>::len);
+            (count(policy.readable_roots()), count(policy.writable_roots()))
+        };
+        assert_eq!(roots(""), (None, None));
+        assert_eq!(roots("roots = []"), (Some(0), Some(0)));
+        assert_eq!(roots("roots = ['/a', '/b']"), (Some(2), Some(2)));
+        assert_eq!(roots("roots = ['/a', '/b']\nwrite_roots = []"), (Some(2), Some(0)));
+        assert_eq!(roots("read_roots = ['/a']"), (Some(1), None));
+    }
+
+    #[test]
+    fn where_a_list_counts_files_are_put_only_if_it_says_so() {
+        let text = |upload: &str| {
+            format!(
+                "{upload}\nallow = [{{ program = 'git' }}]\n[vm.open]\nunrestricted = true\n\
+            [vm.locked]\nallow = []\n[template.work]\nallow = []\nupload = true\n"
+            )
+        };
+        let decide = |upload: &str, vm: &str, template: &str| {
+            let policy = Policy::parse(&text(upload)).unwrap();
+            decide_upload(&policy, &vm.parse().unwrap(), &template.parse().unwrap()) == Verdict::Allowed
+        };
+        assert_eq!([decide("", "web", "sandbox"), decide("upload = true", "web", "sandbox")], [false, true]);
+        // What is said of one list is not said of another.
+        for upload in ["", "upload = true"] {
+            let told =
+                [("open", "sandbox"), ("locked", "work"), ("web", "work")].map(|(vm, of)| decide(upload, vm, of));
+            assert_eq!(told, [true, false, true]);
+        }
+        assert_eq!(decide_upload(&Policy::default(), &"a".parse().unwrap(), &"b".parse().unwrap()), Verdict::Allowed);
+    }
+
+    #[test]
+    fn without_a_list_everything_is_allowed_and_with_one_little_is() {
+        let mut policy = Policy::default();
+        let said = (&policy.confirm, policy.read_only, policy.readable_roots());
+        assert_eq!(said, (&Confirm::Always, false, None));
+        assert_eq!(verdict(&policy, "web", "sandbox", &["sh", "-c", "x"]), Verdict::Allowed);
+        policy.allow("ls /srv/*".parse().unwrap());
+        let why = |argv: &[&str]| match verdict(&policy, "web", "sandbox", argv) {
+            Verdict::Denied(denial) => denial,
+            Verdict::Allowed => panic!("{argv:?} is allowed"),
+        };
+        assert_eq!(why(&["sh\x1b", "-c", "ls"]).reason, "not_in_allowlist");
+        assert!(why(&["sh\x1b", "-c", "ls"]).detail.starts_with("'sh\\u{1b}' is not in the list"));
+        assert!(why(&["ls", "/etc"]).detail.contains("not with these arguments"));
+        assert!(why(&[]).detail.contains("login shell"));
+        assert_eq!(Error::from(why(&["x"])).code(), Code::Denied);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_its_line() {
+        for (text, words) in [
+            (
+                "confrim = 'never'",
+                &[
+                    "line 1",
+                    "`confrim`",
+                    "`confirm`, `deny_dangerous`, `read_only`, `roots`, `read_roots`, `write_roots`, `limits`, `allow`, `upload`, `template`, `vm`",
+                ][..],
+            ),
+            ("\n[vm.web]\nallows = []", &["line 3", "`allows`", "`unrestricted`, `allow`, `upload`"]),
+            ("[[allow]]\nprogram = 'ls'\nargv = []", &["line 3", "`argv`", "`program`, `args`, `env`, `users`"]),
+            ("[[allow]]\nargs = []", &["program"]),
+            ("[[allow]]\nprogram = 'b*'", &["line 2", "without wildcards"]),
+            ("[[allow]]\nprogram = 'ls'\nargs = ['**', 'a']", &["** and -** stand last"]),
+            ("[vm.Web]", &["'Web'"]),
+            ("[vm.web]\nallow = []\nunrestricted = true", &["[vm.web]", "both"]),
+            ("upload = true", &["'upload' belongs to a list"]),
+            ("[vm.web]\nupload = true", &["[vm.web]", "no list"]),
+            ("[template.x]\nupload = true\nunrestricted = true", &["[template.x]", "no list"]),
+            ("roots = ['srv']", &["'srv'", "absolute"]),
+            ("read_roots = ['/a', 'srv']", &["'srv'", "absolute"]),
+            ("write_roots = ['']", &["''", "absolute"]),
+            ("[limits]\nmax_vm = 3", &["line 2", "`max_vm`", "`max_vms`"]),
+            ("[limits]\nnet = ['wifi']", &["line 2", "`none`"]),
+            ("confirm = 'yes'", &["line 1", "`always`, `never`"]),
+            ("confirm = ['vm_exec@mine']", &["line 1", "`foreign`"]),
+            ("confirm =", &["line 1"]),
+        ] {
+            let error = Policy::parse(text).unwrap_err();
+            assert_eq!(error.code(), Code::SpecInvalid);
+            for word in words {
+                assert!(error.message().contains(word), "{text}: {error}");
+            }
+            assert!(!error.message().contains('\n'));
+        }
+    }
+
+    #[test]
+    fn a_policy_that_others_may_write_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("policy.toml");
+        assert_eq!(Policy::load(&path).unwrap_err().code(), Code::PathNotFound);
+        std::fs::write(&path, EXAMPLE).unwrap();
+        let mode = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        mode(0o664);
+        assert_eq!(Policy::load(&path).unwrap_err().code(), Code::Denied);
+        mode(0o644);
+        assert_eq!(Policy::load(&path).unwrap(), Policy::parse(EXAMPLE).unwrap());
+        std::fs::write(&path, "x = 1").unwrap();
+        let error = Policy::load(&path).unwrap_err();
+        assert!(error.message().contains("policy.toml") && error.hint_text().is_some(), "{error}");
+    }
+
+    fn rules() -> impl Strategy<Value = Option<Vec<Rule>>> {
+        let arg = any::<String>().prop_filter_map("a pattern", |text| match Arg::try_from(text) {
+            Ok(word @ Arg::Word(_)) => Some(word),
+            _ => None,
+        });
+        let args = (
+            proptest::collection::vec(arg, 0..3),
+            prop_oneof![Just(None), Just(Some(Arg::Rest)), Just(Some(Arg::RestWithOptions))],
+        );
+        let rule = (
+            "/?[a-zé ]{1,8}",
+            args,
+            proptest::collection::vec("[A-Z_]{1,4}", 0..3),
+            proptest::option::of(proptest::collection::vec(any::<String>(), 0..2)),
+        );
+        let rule = rule.prop_map(|(program, (args, rest), env, users)| Rule {
+            program: program.try_into().unwrap(),
+            args: args.into_iter().chain(rest).collect(),
+            env: env.into_iter().map(|name| name.try_into().unwrap()).collect(),
+            users,
+        });
+        proptest::option::of(proptest::collection::vec(rule, 0..3))
+    }
+
+    proptest! {
+        #[test]
+        fn a_policy_comes_back_as_it_was_written(
+            allow in rules(), vm in rules(), unrestricted in any::<bool>(), read_only in any::<bool>(),
+            never in any::<bool>(), upload in any::<bool>(), root in "/[a-zé \"'\\\\]{0,8}",
+        ) {
+            let unrestricted = unrestricted && vm.is_none();
+            let section = Section { unrestricted, upload: upload && vm.is_some(), allow: vm };
+            let policy = Policy {
+                confirm: if never { Confirm::Never } else { "vm_exec@foreign,vm_spawn".parse().unwrap() },
+                deny_dangerous: upload.then_some(false),
+                read_only,
+                roots: Some(vec![root.into()]),
+                read_roots: None,
+                write_roots: upload.then(Vec::new),
+                limits: Limits { max_vms: upload.then_some(3), publish: never.then(Vec::new), ..Limits::default() },
+                upload: upload && allow.is_some(),
+                allow,
+                template: BTreeMap::from([("sandbox".parse().unwrap(), section.clone())]),
+                vm: BTreeMap::from([("web-1".parse().unwrap(), section)]),
+            };
+            prop_assert_eq!(Policy::parse(&policy.to_toml()).unwrap(), policy);
+        }
+    }
+}

@@ -1,0 +1,462 @@
+//! One rule of a command allow-list: a program, and the shape of its arguments.
+//!
+//! ```text
+//!  clone        exactly this word
+//!  https://*    * stands for any characters of one argument, also none, but in an argument with '..' or '/./' for nothing
+//!  **           at the end: any further arguments that are no options
+//!  -**          at the end: any further arguments at all
+//!  \*           a star (and \\ a backslash)
+//! ```
+//!
+//! Invariant: nothing that begins with a dash is ever matched by a wildcard that does not begin with a dash itself. With most
+//! programs one option is enough to do anything (`--upload-pack=…`), so options are allowed by name, or all at once.
+
+use std::fmt;
+use std::str::FromStr;
+
+use nido_api::error::{Code, Error};
+use serde::{Deserialize, Serialize};
+
+use super::Command;
+
+/// Who a command runs as if nobody says otherwise.
+const DEFAULT_USER: &str = "root";
+
+/// One rule. What it does not mention is not allowed, but for the user and the working directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rule {
+    /// The program: an absolute path, or a bare name that the guest looks for in its own `PATH`.
+    pub program: Program,
+    /// The shape of its arguments; none if absent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub args: Vec<Arg>,
+    /// Names of the variables that the caller may set.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub env: Vec<Variable>,
+    /// Who it may run as; anybody if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users: Option<Vec<String>>,
+}
+
+/// What of a command a rule does not allow. The further it got, the nearer the rule was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Miss {
+    /// Another program.
+    Program,
+    /// Other arguments.
+    Arguments,
+    /// Somebody it may not run as.
+    User,
+    /// A variable that the caller may not set.
+    Environment,
+}
+
+impl Rule {
+    /// Whether the rule allows this, and if not, why.
+    pub(super) fn check(&self, command: &Command<'_>) -> Result<(), Miss> {
+        let Some((program, args)) = command.argv.split_first() else { return Err(Miss::Program) };
+        if program != self.program.0.as_bytes() {
+            return Err(Miss::Program);
+        }
+        if !shaped(&self.args, args) {
+            return Err(Miss::Arguments);
+        }
+        let user = command.user.unwrap_or(DEFAULT_USER);
+        if self.users.as_ref().is_some_and(|users| !users.iter().any(|allowed| allowed == user)) {
+            return Err(Miss::User);
+        }
+        let may_be_set = |pair: &Vec<u8>| {
+            let name = pair.iter().position(|b| *b == b'=').map(|at| &pair[..at]);
+            self.env.iter().any(|allowed| name == Some(allowed.0.as_bytes()))
+        };
+        if command.env.iter().all(may_be_set) { Ok(()) } else { Err(Miss::Environment) }
+    }
+}
+
+/// Whether arguments have this shape.
+fn shaped(shape: &[Arg], args: &[Vec<u8>]) -> bool {
+    let (words, rest) = match shape.split_last() {
+        Some((last @ (Arg::Rest | Arg::RestWithOptions), words)) => (words, Some(last)),
+        _ => (shape, None),
+    };
+    if args.len() < words.len() || (rest.is_none() && args.len() > words.len()) {
+        return false;
+    }
+    let (first, further) = args.split_at(words.len());
+    let fits = |(word, arg): (&Arg, &Vec<u8>)| matches!(word, Arg::Word(pieces) if matches(pieces, arg));
+    words.iter().zip(first).all(fits)
+        && (rest == Some(&Arg::RestWithOptions) || !further.iter().any(|arg| is_option(arg)))
+}
+
+fn is_option(arg: &[u8]) -> bool {
+    arg.first() == Some(&b'-')
+}
+
+/// Whether an argument has a part that means another directory than it says: `..`, or `.` within a path.
+fn leads_elsewhere(arg: &[u8]) -> bool {
+    let mut parts = arg.split(|b| matches!(b, b'/' | b'=' | b':'));
+    parts.any(|part| part == b".." || (part == b"." && arg.contains(&b'/')))
+}
+
+/// Whether an argument is made of these pieces.
+fn matches(pieces: &[Piece], arg: &[u8]) -> bool {
+    let has_wildcard = pieces.contains(&Piece::Any);
+    if has_wildcard && (leads_elsewhere(arg) || (pieces.first() == Some(&Piece::Any) && is_option(arg))) {
+        return false;
+    }
+    let Some((Piece::Text(head), pieces)) = pieces.split_first() else { return within(pieces, arg) };
+    arg.strip_prefix(head.as_bytes()).is_some_and(|arg| within(pieces, arg))
+}
+
+/// The same, where a wildcard comes first or nothing comes. Each text is looked for as early as it can stand, but the last one
+/// at the end.
+fn within(pieces: &[Piece], mut arg: &[u8]) -> bool {
+    let Some((last, pieces)) = pieces.split_last() else { return arg.is_empty() };
+    for piece in pieces {
+        let Piece::Text(text) = piece else { continue };
+        let text = text.as_bytes();
+        let Some(at) = arg.windows(text.len().max(1)).position(|window| window.starts_with(text)) else { return false };
+        arg = &arg[at + text.len()..];
+    }
+    match last {
+        Piece::Any => true,
+        Piece::Text(text) => arg.ends_with(text.as_bytes()),
+    }
+}
+
+/// The shape of one argument, or of all that follow.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Arg {
+    /// One argument.
+    Word(Vec<Piece>),
+    /// Any further arguments that are no options.
+    Rest,
+    /// Any further arguments.
+    RestWithOptions,
+}
+
+/// A piece of a word. Two texts, and two wildcards, never stand side by side, and no text is empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// These characters.
+    Text(String),
+    /// Any characters.
+    Any,
+}
+
+impl TryFrom<String> for Arg {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self, Error> {
+        match text.as_str() {
+            "**" => return Ok(Self::Rest),
+            "-**" => return Ok(Self::RestWithOptions),
+            _ => {}
+        }
+        let wrong = |why: &str| wrong(format!("'{}' is no pattern of an argument: {why}", text.escape_debug()));
+        let mut pieces = Vec::new();
+        let mut chars = text.chars();
+        while let Some(c) = chars.next() {
+            let literal = match c {
+                '*' if pieces.last() == Some(&Piece::Any) => {
+                    return Err(wrong("** stands alone, as the last one").hint("write * for any characters"));
+                }
+                '*' => {
+                    pieces.push(Piece::Any);
+                    continue;
+                }
+                '\\' => match chars.next() {
+                    Some(escaped @ ('*' | '\\')) => escaped,
+                    _ => return Err(wrong("a backslash stands before * or another backslash")),
+                },
+                plain => plain,
+            };
+            match pieces.last_mut() {
+                Some(Piece::Text(text)) => text.push(literal),
+                _ => pieces.push(Piece::Text(literal.into())),
+            }
+        }
+        Ok(Self::Word(pieces))
+    }
+}
+
+impl From<Arg> for String {
+    fn from(arg: Arg) -> Self {
+        arg.to_string()
+    }
+}
+
+impl fmt::Display for Arg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rest => f.write_str("**"),
+            Self::RestWithOptions => f.write_str("-**"),
+            Self::Word(pieces) => pieces.iter().try_for_each(|piece| match piece {
+                Piece::Any => f.write_str("*"),
+                Piece::Text(text) => f.write_str(&text.replace('\\', "\\\\").replace('*', "\\*")),
+            }),
+        }
+    }
+}
+
+/// A program as a rule names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Program(String);
+
+impl TryFrom<String> for Program {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self, Error> {
+        let plain = |part: &str| !matches!(part, "" | "." | "..");
+        let path = text.strip_prefix('/').map(|rest| rest.split('/').all(plain));
+        if !path.unwrap_or_else(|| plain(&text) && !text.contains('/')) || text.contains('*') {
+            let shown = text.escape_debug();
+            return Err(wrong(format!("'{shown}' is no program: an absolute path or a bare name, without wildcards"))
+                .hint("for example /usr/bin/git, or git"));
+        }
+        Ok(Self(text))
+    }
+}
+
+impl From<Program> for String {
+    fn from(program: Program) -> Self {
+        program.0
+    }
+}
+
+/// The name of a variable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Variable(String);
+
+impl TryFrom<String> for Variable {
+    type Error = Error;
+
+    fn try_from(name: String) -> Result<Self, Error> {
+        let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+        if name.is_empty() || !name.bytes().all(word) {
+            let shown = name.escape_debug();
+            return Err(wrong(format!("'{shown}' is no name of a variable: letters, digits and _, no wildcards")));
+        }
+        Ok(Self(name))
+    }
+}
+
+impl From<Variable> for String {
+    fn from(variable: Variable) -> Self {
+        variable.0
+    }
+}
+
+/// As [`FromStr`] takes it, but for what it says of users and variables.
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.program.0)?;
+        self.args.iter().try_for_each(|arg| write!(f, " {arg}"))
+    }
+}
+
+/// `git clone https://* **`: a program and the shape of its arguments, blanks between them.
+impl FromStr for Rule {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let mut words = text.split_ascii_whitespace().map(str::to_owned);
+        let program = words.next().unwrap_or_default().try_into()?;
+        let rule =
+            Self { program, args: words.map(Arg::try_from).collect::<Result<_, _>>()?, env: vec![], users: None };
+        rule.checked()
+    }
+}
+
+impl Rule {
+    /// The rule itself, if its parts go together.
+    pub(super) fn checked(self) -> Result<Self, Error> {
+        let early = self.args.iter().rev().skip(1).any(|arg| !matches!(arg, Arg::Word(_)));
+        if early {
+            Err(wrong(format!("of '{}': ** and -** stand last", self.program.0.escape_debug())))
+        } else {
+            Ok(self)
+        }
+    }
+}
+
+fn wrong(words: String) -> Error {
+    Error::new(Code::SpecInvalid, words)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn fits(rule: &str, argv: &[&str]) -> bool {
+        let argv: Vec<Vec<u8>> = argv.iter().map(|arg| arg.as_bytes().to_vec()).collect();
+        rule.parse::<Rule>().unwrap().check(&Command { argv: &argv, env: &[], user: None }).is_ok()
+    }
+
+    #[test]
+    fn a_rule_allows_its_shape() {
+        for (rule, argv) in [
+            ("ls", &["ls"][..]),
+            ("/usr/bin/git clone https://* **", &["/usr/bin/git", "clone", "https://x/y"]),
+            ("/usr/bin/git clone https://* **", &["/usr/bin/git", "clone", "https://", "a", "b"]),
+            ("cargo test -**", &["cargo", "test", "--", "--nocapture"]),
+            ("git log --max-count=*", &["git", "log", "--max-count=3"]),
+            ("cat *.rs", &["cat", "a.rs"]),
+            ("cat a*b*c", &["cat", "abbc"]),
+            ("cat a*a", &["cat", "aa"]),
+            (r"echo \*\\", &["echo", r"*\"]),
+            ("echo *", &["echo", ""]),
+        ] {
+            assert!(fits(rule, argv), "{rule}: {argv:?}");
+        }
+    }
+
+    #[test]
+    fn and_nothing_else() {
+        for (rule, argv) in [
+            ("ls", &["ls", "-l"][..]),
+            ("ls", &["/bin/ls"]),
+            ("ls", &["./ls"]),
+            ("ls", &["lsof"]),
+            ("/bin/ls", &["ls"]),
+            ("git clone https://* **", &["git", "clone"]),
+            ("git clone https://* **", &["git", "clone", "--upload-pack=x", "https://x"]),
+            ("git clone https://* **", &["git", "clone", "https://x", "--config=core.sshCommand=x"]),
+            ("git clone https://* **", &["git", "clone", "ext::sh https://x"]),
+            ("git clone *", &["git", "clone", "-u"]),
+            ("cat *.rs", &["cat", "a.rs.sh"]),
+            ("cat a*b*c", &["cat", "acb"]),
+            ("cat a*a", &["cat", "a"]),
+            ("cat a*", &["cat", "b/a"]),
+            ("cat a", &["cat", "a", ""]),
+            (r"echo \*", &["echo", "x"]),
+        ] {
+            assert!(!fits(rule, argv), "{rule}: {argv:?}");
+        }
+    }
+
+    #[test]
+    fn what_means_nothing_is_refused() {
+        for rule in [
+            "",
+            "bin/ls",
+            "/bin/../ls",
+            "/bin//ls",
+            "/bin/ls/",
+            "..",
+            "l*",
+            "ls ** a",
+            "ls -** a",
+            "ls a**",
+            r"ls \n",
+            r"ls a\",
+        ] {
+            assert_eq!(rule.parse::<Rule>().unwrap_err().code(), Code::SpecInvalid, "{rule}");
+        }
+    }
+
+    #[test]
+    fn variables_and_users_are_allowed_by_name() {
+        let rule: Rule = toml::from_str("program = 'ls'\nenv = ['LANG']\nusers = ['dev']").unwrap();
+        let check = |env: &[&str], user: Option<&str>| {
+            let env: Vec<Vec<u8>> = env.iter().map(|pair| pair.as_bytes().to_vec()).collect();
+            rule.check(&Command { argv: &[b"ls".to_vec()], env: &env, user })
+        };
+        assert_eq!(check(&["LANG=C"], Some("dev")), Ok(()));
+        assert_eq!(check(&["LANG=C"], None), Err(Miss::User), "root, if nobody says otherwise");
+        for env in ["LD_PRELOAD=/x", "PATH=/x", "LANG_=C", "LANG", "lang=C", "=LANG", ""] {
+            assert_eq!(check(&["LANG=C", env], Some("dev")), Err(Miss::Environment), "{env}");
+        }
+        for bad in ["env = ['LD_*']", "env = ['']", "env = ['A=B']", "arg = ['x']"] {
+            assert!(toml::from_str::<Rule>(&format!("program = 'ls'\n{bad}")).is_err(), "{bad}");
+        }
+    }
+
+    /// The same question answered slowly: every way in which a wildcard could stand for something is tried.
+    fn slowly(pattern: &[Piece], arg: &[u8]) -> bool {
+        match pattern.split_first() {
+            None => arg.is_empty(),
+            Some((Piece::Text(text), rest)) => arg.strip_prefix(text.as_bytes()).is_some_and(|arg| slowly(rest, arg)),
+            Some((Piece::Any, rest)) => (0..=arg.len()).any(|at| slowly(rest, &arg[at..])),
+        }
+    }
+
+    // `cat /srv/*` let `cat /srv/../etc/shadow` through.
+    #[test]
+    fn a_wildcard_does_not_lead_out_of_its_directory() {
+        let rule: Rule = "cat /srv/* --file=/srv/*".parse().unwrap();
+        let check = |one: &str, two: &str| {
+            let argv: Vec<_> = ["cat", one, two].map(|word| word.as_bytes().to_vec()).into();
+            rule.check(&Command { argv: &argv, env: &[], user: None }).is_ok()
+        };
+        assert!(check("/srv/a/b..c/.x", "--file=/srv/a"));
+        for (one, two) in [
+            ("/srv/../etc/shadow", "--file=/srv/a"),
+            ("/srv/..", "--file=/srv/a"),
+            ("/srv/a/../../etc", "--file=/srv/a"),
+            ("/srv/./a", "--file=/srv/a"),
+            ("/srv/a", "--file=/srv/../etc/shadow"),
+            ("/srv/a", "--file=/srv/.."),
+        ] {
+            assert!(!check(one, two), "{one} {two}");
+        }
+        let rule: Rule = "cat ../a ./*".parse().unwrap();
+        let argv: Vec<_> = ["cat", "../a", "./x"].map(|word| word.as_bytes().to_vec()).into();
+        assert!(rule.check(&Command { argv: &argv, env: &[], user: None }).is_err(), "only words without a wildcard");
+    }
+
+    proptest! {
+        #[test]
+        fn wildcards_mean_what_they_say(pattern in "[ab*]{0,8}", arg in "[ab-]{0,10}") {
+            prop_assume!(!pattern.contains("**"));
+            let Arg::Word(pieces) = Arg::try_from(pattern.clone()).unwrap() else { unreachable!() };
+            let option = pattern.starts_with('*') && arg.starts_with('-');
+            prop_assert_eq!(matches(&pieces, arg.as_bytes()), !option && slowly(&pieces, arg.as_bytes()));
+        }
+
+        #[test]
+        fn a_rule_of_plain_words_allows_exactly_them(
+            words in proptest::collection::vec("[ -~é\n]{0,6}", 0..5),
+            argv in proptest::collection::vec("[ -~é\n]{0,6}", 0..6),
+        ) {
+            let args = words.iter().map(|word| Arg::Word(match word.as_str() {
+                "" => vec![],
+                text => vec![Piece::Text(text.into())],
+            })).collect();
+            let rule = Rule { program: Program("ls".into()), args, env: vec![], users: None };
+            let allowed = |argv: &[String]| {
+                let argv: Vec<Vec<u8>> = std::iter::once("ls").chain(argv.iter().map(String::as_str)).map(|arg| arg.as_bytes().to_vec()).collect();
+                rule.check(&Command { argv: &argv, env: &[], user: None }).is_ok()
+            };
+            prop_assert!(allowed(&words));
+            prop_assert_eq!(allowed(&argv), argv == words);
+        }
+
+        #[test]
+        fn no_option_hides_behind_a_wildcard(args in proptest::collection::vec("[a*]{1,3}|\\*\\*", 0..4), option in "-[a-]{0,3}", at in 0usize..5, filler in "[a]{0,3}") {
+            let Ok(rule) = format!("ls {}", args.join(" ")).parse::<Rule>() else { return Ok(()) };
+            let mut argv = vec![b"ls".to_vec()];
+            argv.extend((0..4).map(|n| if n == at { option.clone() } else { filler.clone() }.into_bytes()));
+            if at < 4 {
+                let command = Command { argv: &argv, env: &[], user: None };
+                prop_assert_eq!(rule.check(&command), Err(Miss::Arguments));
+            }
+        }
+
+        #[test]
+        fn a_pattern_is_written_as_it_is_read(text in any::<String>()) {
+            if let Ok(arg) = Arg::try_from(text.clone()) {
+                prop_assert_eq!(Arg::try_from(arg.to_string()).unwrap(), arg);
+            }
+            let literal = text.replace('\\', "\\\\").replace('*', "\\*");
+            let wanted = if text.is_empty() { vec![] } else { vec![Piece::Text(text)] };
+            prop_assert_eq!(Arg::try_from(literal).unwrap(), Arg::Word(wanted));
+        }
+    }
+}

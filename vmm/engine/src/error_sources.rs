@@ -1,0 +1,141 @@
+//! Failures of the parts as failures of the API: which code each has, and what to do about it.
+
+use nido_api::error::host::{HostRefusal, Subject};
+use nido_api::error::{Code, Error};
+use nido_guest_agent::wire::Fault;
+
+use crate::guest::GuestError;
+use crate::host::QemuProbeError;
+use crate::machine::Refusal;
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        let (code, hint) = match &refusal {
+            Refusal::KvmUnavailable { .. } => {
+                (Code::KvmUnavailable, "nido doctor says more; --accel auto falls back to emulation, with a warning")
+            }
+            Refusal::NestingOff { remedy, .. } => (Code::NestedUnavailable, remedy.as_str()),
+            Refusal::KvmUndecided { .. } => (
+                Code::KvmUnavailable,
+                "try again when the host is less busy; --accel tcg runs it without KVM, slowly and without isolation",
+            ),
+            Refusal::IsolationLost { .. } => (
+                Code::IsolationRequired,
+                "nido doctor says what KVM lacks; nido start NAME --accel tcg starts it without isolation",
+            ),
+            Refusal::IsolationRequired { .. } => (Code::IsolationRequired, "nido doctor says what KVM lacks"),
+            Refusal::SpecInvalid { .. } => (Code::SpecInvalid, "nido doctor shows what the host has"),
+            Refusal::QemuTooOld { .. } => {
+                (Code::QemuTooOld, "install a newer qemu-system-x86, or name one with --qemu")
+            }
+            Refusal::QemuLacks { .. } => {
+                (Code::QemuTooOld, "install Debian's qemu-system-x86, or name another with --qemu")
+            }
+        };
+        Self::new(code, refusal.to_string()).hint(hint)
+    }
+}
+
+impl From<QemuProbeError> for Error {
+    fn from(error: QemuProbeError) -> Self {
+        let (code, hint) = match &error {
+            QemuProbeError::Missing { .. } => {
+                (Code::QemuMissing, "apt-get install qemu-system-x86, or name one with --qemu")
+            }
+            _ => (Code::QemuFailed, "check the program with its --version, or name another with --qemu"),
+        };
+        let tail = match &error {
+            QemuProbeError::NotQemu { stderr_tail, .. } => stderr_tail.lines().map(str::to_owned).collect(),
+            _ => Vec::new(),
+        };
+        Self::new(code, error.to_string()).hint(hint).log_tail(tail).because(error)
+    }
+}
+
+/// A failure between nido and the agent of the VM called `vm`.
+#[must_use]
+pub fn guest_error(vm: &str, error: GuestError) -> Error {
+    let (code, hint) = match &error {
+        GuestError::Unreachable(_) | GuestError::Timeout { .. } | GuestError::Gone => {
+            (Code::AgentUnreachable, format!("nido info {vm} shows its state, nido logs {vm} its console"))
+        }
+        GuestError::VersionMismatch { .. } => (
+            Code::AgentVersion,
+            format!("nido restart {vm} --cold boots it with this nido's own agent; its disk stays"),
+        ),
+        GuestError::TokenRefused => (Code::GuestDenied, format!("restart it: nido restart {vm}")),
+        GuestError::Busy => (Code::LimitExceeded, "wait until one of them has ended, then try again".into()),
+        GuestError::TunnelsBusy => (Code::LimitExceeded, "close some of them, then try again".into()),
+        GuestError::RequestTooLarge { .. } => (
+            Code::LimitExceeded,
+            "arguments and environment count together: pass large data as standard input, or copy it into a file"
+                .into(),
+        ),
+        GuestError::LimitExceeded { .. } => (Code::LimitExceeded, "end some of what runs in it".into()),
+        GuestError::Protocol(_) => {
+            (Code::AgentUnreachable, "its guest may have been tampered with; do not trust it".into())
+        }
+        GuestError::Guest(failed) => return fault_error(failed.fault, &failed.message),
+        GuestError::HostIo { source, .. } => {
+            let refusal = HostRefusal::of(source);
+            let plain = Error::new(refusal.code(), error.to_string());
+            let told = match refusal.hint(Subject::Copy) {
+                Some(hint) => plain.hint(hint),
+                None => plain,
+            };
+            return told.because(error);
+        }
+        GuestError::PathExists(_) => (Code::PathExists, "--force replaces it".into()),
+        GuestError::PathNotFound(_) => (Code::PathNotFound, "check the path on this side".into()),
+        GuestError::BadName(_) => (Code::PathInvalid, "check the path".into()),
+        GuestError::IsDirectory => {
+            (Code::PathInvalid, "ask for a tar archive of it (over HTTP: Accept: application/x-tar)".into())
+        }
+        GuestError::BadArchive(_) => (
+            Code::SpecInvalid,
+            "files, directories and symlinks, with names below the directory: tar -C DIR --hard-dereference -c . \
+                 (without --sparse)"
+                .into(),
+        ),
+        GuestError::ArchiveTooLarge { .. } => (Code::LimitExceeded, "send it in parts".into()),
+        GuestError::DiskFull(_) => (Code::DiskFull, "free some space; nothing was left half-written".into()),
+    };
+    Error::new(code, error.to_string()).hint(hint).because(error)
+}
+
+/// What a guest says went wrong. Its words are shown escaped.
+fn fault_error(fault: Fault, message: &str) -> Error {
+    let text = nido_api::text::on_one_line(message);
+    let (code, hint) = match fault {
+        Fault::CommandNotFound => (Code::CommandNotFound, Some("is it installed in the guest?")),
+        Fault::CannotRun => (Code::CommandCannotRun, Some("is it a program, and executable for that user?")),
+        Fault::NoUser => (
+            Code::UserNotFound,
+            Some(
+                "a name must be in the guest's /etc/passwd or /etc/group; numbers need not: UID, UID:GID, USER:GROUP, :GID",
+            ),
+        ),
+        Fault::NoDirectory => (Code::DirectoryNotFound, Some("make it first, or leave --workdir out")),
+        Fault::NotFound => (Code::GuestNotFound, Some("check the path in the guest")),
+        Fault::Denied => (Code::GuestDenied, Some("the guest's own permissions decide this: use another user")),
+        Fault::DiskFull => (
+            Code::DiskFull,
+            Some(
+                "free some space there in the guest; if it is the guest's disk, a VM can be spawned with a larger --disk",
+            ),
+        ),
+        Fault::WrongType => (
+            Code::PathInvalid,
+            Some("only files and directories are copied, and neither replaces the other, nor a device, pipe or socket"),
+        ),
+        Fault::Busy => (Code::GuestBusy, Some("end what is in the way in the guest, then try again")),
+        Fault::Unreachable => (Code::PortClosed, Some("does anything listen on that port in the guest?")),
+        Fault::Invalid => (Code::GuestInvalid, None),
+        Fault::Other => (Code::GuestFailed, None),
+    };
+    let error = Error::new(code, text);
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}

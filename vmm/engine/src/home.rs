@@ -1,0 +1,380 @@
+//! Every path and file name, once. What the files are for and who writes them: `docs/state.md`.
+//!
+//! Invariant: nothing that users or guests choose becomes a path: VMs' directories carry ids, templates' files carry
+//! parsed names.
+
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nido_api::error::{Code, Error, Result};
+
+/// Locked while QEMU lives: QEMU inherits the descriptor.
+pub const VM_LOCK: &str = "vm.lock";
+/// Locked by whoever may change the VM: its supervisor, or the command that starts or deletes it.
+pub const SUPERVISOR_LOCK: &str = "supervisor.lock";
+/// Locked by the watcher of the VM's time to live.
+pub const TTL_LOCK: &str = "ttl.lock";
+/// QEMU's monitor.
+pub const QMP_SOCKET: &str = "qmp.sock";
+/// Where QEMU brings the guest's virtio-serial port; the supervisor listens.
+pub const CHANNEL_SOCKET: &str = "channel.sock";
+/// Where the audit log is, in the home: a path, relative to it where it lies within.
+const AUDIT_PLACE: &str = "audit-place";
+/// Each connection is one stream to the agent; the supervisor listens.
+pub const AGENT_SOCKET: &str = "agent.sock";
+/// Requests to the supervisor.
+pub const CONTROL_SOCKET: &str = "control.sock";
+/// The guest's serial console, as QEMU writes it.
+pub const CONSOLE_LOG: &str = "console.log";
+/// What QEMU itself prints.
+pub const QEMU_LOG: &str = "qemu.log";
+/// What the supervisor has to say.
+pub const SUPERVISOR_LOG: &str = "supervisor.log";
+/// What the guest is told at boot (holds the token).
+pub const GUEST_CONFIG: &str = "guest.cbor";
+/// The memory of a VM that is there to be baked.
+pub const MEMORY_IMAGE: &str = "memory.img";
+/// The device state of one.
+pub const DEVICE_STATE: &str = "state.bin";
+/// What the supervisor could not write into the store yet.
+pub const UNWRITTEN: &str = "unwritten.json";
+/// The VM's disk: an overlay on the template's.
+pub const DISK: &str = "disk.qcow2";
+/// What the VM's row needs, so that the row can be rebuilt from its directory.
+pub const VM_RECORD: &str = "vm.json";
+/// Prefix of the name of a VM's directory that is being removed.
+pub const REMOVED_PREFIX: &str = ".gone-";
+
+/// Where nido keeps everything.
+#[derive(Debug, Clone)]
+pub struct Home {
+    root: PathBuf,
+}
+
+impl Home {
+    /// The home that applies when none is named: `/var/lib/nido` for root, `$XDG_DATA_HOME/nido` or
+    /// `~/.local/share/nido` for others.
+    ///
+    /// # Errors
+    /// `spec_invalid` if the user has no home directory.
+    pub fn default_root() -> Result<PathBuf> {
+        if rustix::process::geteuid().is_root() {
+            return Ok("/var/lib/nido".into());
+        }
+        xdg("XDG_DATA_HOME", ".local/share").map(|base| base.join("nido")).ok_or_else(|| {
+            Error::new(Code::SpecInvalid, "there is no home directory to keep VMs in").hint("set NIDO_HOME")
+        })
+    }
+
+    /// Opens a home; makes it (0700) if it is not there.
+    ///
+    /// # Errors
+    /// `denied` if it belongs to another user, `disk_full`, `internal`.
+    pub fn open(root: &Path) -> Result<Self> {
+        let shown = root.display();
+        let root = std::path::absolute(root).map_err(|e| Error::io_at("use", root, e))?;
+        make_private_dir(&root).map_err(|e| Error::io_at("make nido's home", &root, e))?;
+        let meta = std::fs::metadata(&root).map_err(|e| Error::io_at("read nido's home", &root, e))?;
+        let me = rustix::process::geteuid().as_raw();
+        if meta.uid() != me {
+            return Err(Error::new(Code::Denied, format!("{shown} belongs to another user (uid {})", meta.uid()))
+                .hint("use a home of your own with --home or NIDO_HOME"));
+        }
+        if meta.mode() & 0o077 != 0 {
+            return Err(Error::new(Code::Denied, format!("{shown} can be opened by other users"))
+                .hint(format!("it holds tokens and monitor sockets: chmod 700 {shown}")));
+        }
+        let home = Self { root };
+        if home.is_writable() {
+            make_private_dir(&home.vms()).map_err(|e| Error::io_at("make", &home.vms(), e))?;
+        }
+        Ok(home)
+    }
+
+    /// Whether files can be made in it: not on a read-only mount, nor where its mode forbids it.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        rustix::fs::access(&self.root, rustix::fs::Access::WRITE_OK).is_ok()
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn database(&self) -> PathBuf {
+        self.root.join("nido.db")
+    }
+
+    /// Space that is kept for giving space back.
+    #[must_use]
+    pub fn space_reserve(&self) -> PathBuf {
+        self.root.join("space.reserve")
+    }
+
+    /// Facts about the host that are worth keeping.
+    #[must_use]
+    pub fn cache(&self) -> PathBuf {
+        self.root.join("cache")
+    }
+
+    /// The directory of all VMs.
+    #[must_use]
+    pub fn vms(&self) -> PathBuf {
+        self.root.join("vms")
+    }
+
+    /// The last backup of the store, and the one before.
+    #[must_use]
+    pub fn database_backups(&self) -> [PathBuf; 2] {
+        [self.root.join("nido.db.backup"), self.root.join("nido.db.backup.1")]
+    }
+
+    /// Held by the process that makes a backup of the store.
+    #[must_use]
+    pub fn backup_lock(&self) -> PathBuf {
+        self.root.join("nido.db.backup.lock")
+    }
+
+    /// Where the directory of a VM that is being removed lies until all its files are gone.
+    #[must_use]
+    pub fn removed_vm(&self, id: &str) -> PathBuf {
+        self.root.join("vms").join(format!("{REMOVED_PREFIX}{id}"))
+    }
+
+    /// A VM's directory.
+    #[must_use]
+    pub fn vm(&self, id: &str) -> VmDir {
+        VmDir { path: self.root.join("vms").join(id) }
+    }
+
+    /// The directory of those who are there: servers that carry out jobs, sessions that VMs belong to.
+    #[must_use]
+    pub fn present(&self) -> PathBuf {
+        self.root.join("present")
+    }
+
+    /// Where agents on this machine may have files copied from and to.
+    #[must_use]
+    pub fn exchange(&self) -> PathBuf {
+        self.root.join("exchange")
+    }
+
+    /// A part of a template, as seen from inside a VM's directory: goes into the overlay's header, so a home can move.
+    #[must_use]
+    pub fn blob_from_vm_dir(sha256: &str) -> String {
+        format!("../../blobs/sha256/{sha256}")
+    }
+
+    /// Where the audit log is: where the home says. Before anything was written into it: of the home that applies when none is named,
+    /// `/var/log/nido` for root, else `nido` in `$XDG_STATE_HOME` or `~/.local/state`; of every other, in the home.
+    #[must_use]
+    pub fn audit(&self) -> PathBuf {
+        match std::fs::read(self.root.join(AUDIT_PLACE)) {
+            Ok(kept) if !kept.is_empty() => self.root.join(OsString::from_vec(kept)),
+            _ => self.audit_of_environment(),
+        }
+    }
+
+    /// The same, and from now on it is there, whatever the environment of other processes says: one home never has two logs.
+    ///
+    /// # Errors
+    /// The home cannot be written.
+    pub fn keep_audit_place(&self) -> std::io::Result<PathBuf> {
+        let kept = self.root.join(AUDIT_PLACE);
+        if !kept.exists() {
+            let place = self.audit_of_environment();
+            // A home may be moved, and what is in it with it.
+            let told = place.strip_prefix(&self.root).unwrap_or(&place);
+            let fresh = self.root.join(format!(".{AUDIT_PLACE}-{}", std::process::id()));
+            std::fs::write(&fresh, told.as_os_str().as_bytes())?;
+            let linked = std::fs::hard_link(&fresh, &kept);
+            std::fs::remove_file(&fresh)?;
+            match linked {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(self.audit())
+    }
+
+    fn audit_of_environment(&self) -> PathBuf {
+        let real = |path: PathBuf| path.canonicalize().unwrap_or(path);
+        let is_default = Self::default_root().is_ok_and(|default| real(default) == real(self.root.clone()));
+        let is_root = rustix::process::geteuid().is_root();
+        audit_of(&self.root, is_default, is_root, xdg("XDG_STATE_HOME", ".local/state"))
+    }
+
+    /// The directory of all template parts.
+    #[must_use]
+    pub fn blobs(&self) -> PathBuf {
+        self.root.join("blobs/sha256")
+    }
+
+    /// A part of a template.
+    #[must_use]
+    pub fn blob(&self, sha256: &str) -> PathBuf {
+        self.blobs().join(sha256)
+    }
+}
+
+/// Where the audit log of the home at `root` is. Pure.
+fn audit_of(root: &Path, is_default: bool, is_root: bool, state: Option<PathBuf>) -> PathBuf {
+    match (is_default, is_root, state) {
+        (true, true, _) => "/var/log/nido".into(),
+        (true, false, Some(state)) => state.join("nido"),
+        _ => root.join("audit"),
+    }
+}
+
+/// A base directory of the user: what the variable names, else `tail` in the user's home directory.
+fn xdg(variable: &str, tail: &str) -> Option<PathBuf> {
+    let from = |key: &str| std::env::var_os(key).map(PathBuf::from).filter(|p| p.is_absolute());
+    from(variable).or_else(|| from("HOME").map(|home| home.join(tail)))
+}
+
+/// Makes a directory, and its parents, for its owner alone (0700), whatever the umask of this process. One that is there already
+/// is left as it is, a read-only one included, unless its owner cannot enter it: earlier versions made such directories.
+pub fn make_private_dir(path: &Path) -> std::io::Result<()> {
+    if let Some(parent) = path.parent()
+        && !parent.as_os_str().is_empty()
+        && !parent.is_dir()
+    {
+        make_private_dir(parent)?;
+    }
+    make_private_dir_in_place(path)
+}
+
+/// The same in a directory that has to be there.
+pub fn make_private_dir_in_place(path: &Path) -> std::io::Result<()> {
+    match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            // What is there may be a file, or have been removed in this moment: the caller finds out by using it.
+            if !path.is_dir() && path.exists() {
+                return Err(error);
+            }
+            if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.mode() & 0o100 != 0) {
+                return Ok(());
+            }
+        }
+        Err(error) => return Err(error),
+    }
+    match give_owner_rights(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        given => given,
+    }
+}
+
+/// Gives the owner of a directory all rights to it, if that is this user and one is missing.
+pub fn give_owner_rights(path: &Path) -> std::io::Result<()> {
+    let meta = std::fs::symlink_metadata(path)?;
+    let ours = meta.is_dir() && meta.uid() == rustix::process::geteuid().as_raw();
+    if !ours || meta.mode() & 0o700 == 0o700 {
+        return Ok(());
+    }
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(meta.mode() & 0o7777 | 0o700))
+}
+
+/// Makes a socket that was just bound its owner's alone (0600), whatever the umask of this process.
+pub fn make_socket_private(path: &Path) -> std::io::Result<()> {
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+}
+
+/// A VM's directory.
+#[derive(Debug, Clone)]
+pub struct VmDir {
+    path: PathBuf,
+}
+
+impl VmDir {
+    /// The directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// One of its files.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Makes it, 0700.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn make(&self) -> Result<()> {
+        make_private_dir_in_place(&self.path).map_err(|e| Error::io_at("make the VM's directory", &self.path, e))
+    }
+
+    /// A way to its sockets that is short enough for a socket address, however deep the home lies.
+    ///
+    /// # Errors
+    /// The directory cannot be opened.
+    pub fn sockets(&self) -> std::io::Result<SocketDir> {
+        use rustix::fs::{Mode, OFlags};
+        let fd = rustix::fs::open(&self.path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(SocketDir { fd })
+    }
+}
+
+/// An open VM directory, for socket addresses.
+#[derive(Debug)]
+pub struct SocketDir {
+    fd: OwnedFd,
+}
+
+impl SocketDir {
+    /// A path to `name` in it; valid as long as this value lives.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Directories that a supervisor made could not be entered by an ordinary user: snapshots and forks of running VMs failed.
+    #[test]
+    fn directories_are_usable_whatever_the_umask() {
+        let root = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+        // The umask belongs to the process, and other tests run in it: a directory with too few rights stands for one.
+        let (outer, inner) = (root.path().join("a"), root.path().join("a/b/c"));
+        make_private_dir(&inner).unwrap();
+        assert_eq!((mode(&outer), mode(&inner)), (0o700, 0o700));
+        for earlier in [0o600, 0o200, 0o000] {
+            std::fs::set_permissions(&outer, std::fs::Permissions::from_mode(earlier)).unwrap();
+            make_private_dir(&outer).unwrap();
+            assert_eq!(mode(&outer), 0o700);
+        }
+        // More than that is the user's business.
+        std::fs::set_permissions(&outer, std::fs::Permissions::from_mode(0o755)).unwrap();
+        make_private_dir(&outer).unwrap();
+        assert_eq!(mode(&outer), 0o755);
+        std::fs::write(root.path().join("file"), b"").unwrap();
+        assert!(make_private_dir(&root.path().join("file")).is_err());
+    }
+
+    #[test]
+    fn the_default_home_has_its_audit_log_apart_and_every_other_within() {
+        let place = |is_default, is_root, state: Option<&str>| {
+            audit_of(Path::new("/home/me/vms"), is_default, is_root, state.map(PathBuf::from))
+        };
+        assert_eq!(place(true, true, Some("/root/.local/state")), Path::new("/var/log/nido"));
+        assert_eq!(place(true, false, Some("/home/me/.local/state")), Path::new("/home/me/.local/state/nido"));
+        for (is_default, is_root, state) in [(false, true, Some("/s")), (false, false, Some("/s")), (true, false, None)]
+        {
+            assert_eq!(place(is_default, is_root, state), Path::new("/home/me/vms/audit"));
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! How one VM runs on this host: what machine a request becomes, QEMU's command line, process and monitor, the guest agent's client,
+//! disks, snapshots, paths and locks. Nothing here knows a database, or who calls.
+//!
+//! ```text
+//!   machine.rs + host/     request and host facts become a machine      [machine.rs: pure]
+//!   qemu/                  its command line, process, monitor, migration
+//!   guest/                 the client of the agent inside
+//!   home.rs                every path of a home
+//!   lock.rs presence.rs    who lives
+//! ```
+//!
+//! Invariants: nothing outside `home.rs` makes a path of the home; every wait has a deadline.
+
+pub mod atomic_file;
+pub mod bake;
+pub mod disk;
+pub mod error_sources;
+pub mod guest;
+pub mod home;
+pub mod host;
+pub mod lock;
+pub mod logs;
+pub mod machine;
+pub mod presence;
+pub mod qemu;
+pub mod random;
+pub mod snapshot;
+pub mod space_reserve;
+pub mod template;

@@ -1,0 +1,519 @@
+//! What was asked for, and what the host offers, become a machine; or a refusal that says why not. Pure.
+//!
+//! ```text
+//! MachineRequest + HostFacts + QemuFacts --decide--> Machine --qemu::argv--> argument list
+//! ```
+//!
+//! Invariants: KVM is chosen only where it is proven to run; TCG is never chosen in silence (a warning stands in the
+//! [`Machine`]), never where isolation is required, never for a VM that ran under KVM before unless its user says so, and never
+//! because a test of KVM did not end; a [`Machine`] holds only what the QEMU at hand can do.
+
+use crate::host::qemu::{MINIMUM_VERSION, QemuFacts, QemuVersion};
+use crate::host::{HostFacts, KvmVerdict, Nesting, VsockVerdict};
+pub use nido_api::machine::{Accel, Machine, MachineType, Transport};
+use nido_api::{AccelChoice, MachineChoice, NetChoice};
+
+/// The least memory a VM can be given, in MiB: with 64 a stock Debian kernel ends in "System is deadlocked on memory",
+/// with 96 it just comes up. How much a guest needs to be of use is its template's affair.
+pub const MEMORY_MIB_MIN: u32 = 128;
+/// The largest disk, in bytes (16 TiB: where ext4 with 4 KiB blocks ends).
+pub const DISK_BYTES_MAX: u64 = 16 << 40;
+/// The CIDs that a guest may have: below are the hypervisor's and the host's, above is "any".
+pub const GUEST_CIDS: std::ops::RangeInclusive<u32> = 3..=u32::MAX - 1;
+/// How much translated code QEMU keeps per VM under TCG, in MiB: so much at least and at most, of a VM that runs VMs itself,
+/// and one part in how many of the guest's memory otherwise. It is room, which is filled as code is met; a guest that meets
+/// more code than fits has all of it translated again.
+const TB_SIZE_MIB: std::ops::RangeInclusive<u32> = 64..=1024;
+const TB_SIZE_NESTED_MIB: u32 = 512;
+const TB_SIZE_OF_MEMORY: u32 = 8;
+
+/// What was seen with QEMU 7.2 of emulated hosts with two processors (`docs/decisions/0010`).
+const NESTED_ON_ONE_CPU: &str = "VMs inside an emulated VM are reliable on one CPU only: with more, the guest's kernel may panic when it \
+                                 starts or ends one";
+
+/// The part of a VM's specification that decides on its machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineRequest {
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Virtual size of the disk in bytes.
+    pub disk_bytes: u64,
+    /// Machine type asked for.
+    pub machine: MachineChoice,
+    /// Accelerator asked for.
+    pub accel: AccelChoice,
+    /// Network asked for.
+    pub net: NetChoice,
+    /// Give the guest virtualization of its own.
+    pub nested: bool,
+    /// Refuse to run without hardware isolation.
+    pub require_isolation: bool,
+    /// What ran it at its last start. A VM that ran under KVM runs under TCG only if TCG is asked for.
+    pub ran_under: Option<Accel>,
+    /// The CID reserved for this VM, used where the kernel offers vsock.
+    pub cid: u32,
+}
+
+/// Why there is no machine for a request.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// KVM was asked for and is not usable.
+    #[error("KVM cannot be used: {why}")]
+    KvmUnavailable {
+        /// What is wrong with it.
+        why: String,
+    },
+    /// KVM is there, and whether it works could not be found out.
+    #[error("whether KVM works could not be found out: {why}")]
+    KvmUndecided {
+        /// What kept the test from ending.
+        why: String,
+    },
+    /// The VM ran with hardware isolation before, and there is none to be had.
+    #[error("the VM has run with hardware isolation so far, and KVM cannot be used: {why}")]
+    IsolationLost {
+        /// Why there is none.
+        why: String,
+    },
+    /// Isolation was asked for and there is none to be had.
+    #[error("hardware isolation is required, and {why}")]
+    IsolationRequired {
+        /// Why there is none.
+        why: String,
+    },
+    /// VMs inside the VM were asked for, and the host's KVM does not allow them.
+    #[error("the host does not let a VM have VMs of its own: the parameter `nested` of its module {module} is off")]
+    NestingOff {
+        /// The module.
+        module: &'static str,
+        /// What turns it on.
+        remedy: String,
+    },
+    /// A value is out of its range.
+    #[error("{field} {rule}")]
+    SpecInvalid {
+        /// The name of the field, as in the specification.
+        field: &'static str,
+        /// The rule it breaks.
+        rule: String,
+    },
+    /// This QEMU is older than nido supports.
+    #[error("QEMU {found} is too old: nido needs {MINIMUM_VERSION} or newer")]
+    QemuTooOld {
+        /// The version at hand.
+        found: QemuVersion,
+    },
+    /// This QEMU was built without something that is needed.
+    #[error("this QEMU was built without {what}")]
+    QemuLacks {
+        /// What it lacks.
+        what: &'static str,
+    },
+}
+
+/// Decides on a machine.
+///
+/// # Errors
+/// The first reason found why there can be none.
+pub fn decide(request: &MachineRequest, host: &HostFacts, qemu: &QemuFacts) -> Result<Machine, Refusal> {
+    check_qemu(request, qemu)?;
+    check_spec(request, host)?;
+    let mut warnings = Vec::new();
+    let (accel, accel_reason) = accelerator(request, host, qemu, &mut warnings)?;
+    if let (true, Accel::Kvm, Nesting::Off { module }) = (request.nested, accel, host.nesting) {
+        return Err(Refusal::NestingOff { module: module.name(), remedy: module.turn_on() });
+    }
+    if request.nested && accel == Accel::Tcg && request.cpus > 1 {
+        warnings.push(NESTED_ON_ONE_CPU.to_owned());
+    }
+    let tsc_khz = if accel == Accel::Tcg { host.tsc_khz } else { None };
+    let (machine, machine_reason) = machine_type(request, accel, tsc_khz, qemu, &mut warnings)?;
+    if u64::from(request.memory_mib) > host.memory_available_mib {
+        warnings.push(format!(
+            "the VM may use {} MiB of memory, and {} MiB are free on the host",
+            request.memory_mib, host.memory_available_mib
+        ));
+    }
+    Ok(Machine {
+        machine,
+        accel,
+        cpu_model: cpu_model(accel, request.nested),
+        cpus: request.cpus,
+        memory_mib: request.memory_mib,
+        net: request.net,
+        transport: transport(request.cid, machine, host, qemu),
+        tb_size_mib: (accel == Accel::Tcg).then(|| tb_size_mib(request.memory_mib, request.nested)),
+        tsc_khz,
+        reason: format!("{machine_reason}; {accel_reason}"),
+        warnings,
+    })
+}
+
+fn tb_size_mib(memory_mib: u32, nested: bool) -> u32 {
+    let least = if nested { TB_SIZE_NESTED_MIB } else { *TB_SIZE_MIB.start() };
+    (memory_mib / TB_SIZE_OF_MEMORY).clamp(least, *TB_SIZE_MIB.end())
+}
+
+fn check_qemu(request: &MachineRequest, qemu: &QemuFacts) -> Result<(), Refusal> {
+    if qemu.version < MINIMUM_VERSION {
+        return Err(Refusal::QemuTooOld { found: qemu.version });
+    }
+    if !qemu.sandbox {
+        return Err(Refusal::QemuLacks { what: "its own system call filter (-sandbox)" });
+    }
+    if request.net == NetChoice::Nat && !qemu.user_network {
+        return Err(Refusal::QemuLacks { what: "user networking (slirp)" });
+    }
+    Ok(())
+}
+
+fn check_spec(request: &MachineRequest, host: &HostFacts) -> Result<(), Refusal> {
+    let refuse = |field, rule| Err(Refusal::SpecInvalid { field, rule });
+    if !(1..=host.cpus.max(1)).contains(&request.cpus) {
+        return refuse("cpus", format!("must be between 1 and {}, the host's own", host.cpus.max(1)));
+    }
+    if request.memory_mib < MEMORY_MIB_MIN || u64::from(request.memory_mib) > host.memory_mib {
+        let rule = format!("must be between {MEMORY_MIB_MIN} and {} MiB, the host's own", host.memory_mib);
+        return refuse("memory_mib", rule);
+    }
+    if request.disk_bytes == 0 || !request.disk_bytes.is_multiple_of(512) || request.disk_bytes > DISK_BYTES_MAX {
+        return refuse("disk_bytes", "must be a multiple of 512 and at most 16 TiB".into());
+    }
+    if !GUEST_CIDS.contains(&request.cid) {
+        return refuse("cid", format!("must be between {} and {}", GUEST_CIDS.start(), GUEST_CIDS.end()));
+    }
+    Ok(())
+}
+
+fn accelerator(
+    request: &MachineRequest,
+    host: &HostFacts,
+    qemu: &QemuFacts,
+    warnings: &mut Vec<String>,
+) -> Result<(Accel, String), Refusal> {
+    let kvm_trouble = if qemu.accel_kvm { host.kvm.trouble() } else { Some("this QEMU was built without it".into()) };
+    let no_isolation =
+        |why: String| if request.require_isolation { Err(Refusal::IsolationRequired { why }) } else { Ok(()) };
+    let undecided = qemu.accel_kvm && matches!(host.kvm, KvmVerdict::Undecided { .. });
+    match (request.accel, kvm_trouble) {
+        (AccelChoice::Auto, None) => Ok((Accel::Kvm, "kvm because it is proven to work here".into())),
+        (AccelChoice::Kvm, None) => Ok((Accel::Kvm, "kvm as asked".into())),
+        (AccelChoice::Auto | AccelChoice::Kvm, Some(why)) if undecided => Err(Refusal::KvmUndecided { why }),
+        (AccelChoice::Kvm, Some(why)) => Err(Refusal::KvmUnavailable { why }),
+        (AccelChoice::Auto, Some(why)) if request.ran_under == Some(Accel::Kvm) => Err(Refusal::IsolationLost { why }),
+        _ if !qemu.accel_tcg => Err(Refusal::QemuLacks { what: "software emulation (TCG)" }),
+        (AccelChoice::Tcg, _) => {
+            no_isolation("software emulation (TCG), which was asked for, has none".into())?;
+            warnings.push(format!("no hardware isolation: {TCG_PROMISE}"));
+            Ok((Accel::Tcg, "tcg as asked".into()))
+        }
+        (AccelChoice::Auto, Some(why)) => {
+            no_isolation(format!("KVM cannot be used: {why}"))?;
+            warnings.push(format!("no hardware isolation: KVM cannot be used ({why}); {TCG_PROMISE}"));
+            Ok((Accel::Tcg, format!("tcg because KVM cannot be used: {why}")))
+        }
+    }
+}
+
+const TCG_PROMISE: &str = "the VM runs under software emulation (TCG), which is slow and no security boundary";
+
+fn machine_type(
+    request: &MachineRequest,
+    accel: Accel,
+    tsc_khz: Option<u32>,
+    qemu: &QemuFacts,
+    warnings: &mut Vec<String>,
+) -> Result<(MachineType, String), Refusal> {
+    // Without a second clock an emulated microvm calibrates its time by luck.
+    let clockless = accel == Accel::Tcg && tsc_khz.is_none();
+    let asked = |machine: MachineType, has: bool, lacks: &'static str| {
+        if has {
+            Ok((machine, format!("{} as asked", machine.name())))
+        } else {
+            Err(Refusal::QemuLacks { what: lacks })
+        }
+    };
+    match request.machine {
+        MachineChoice::Microvm => {
+            if clockless && qemu.microvm {
+                warnings.push("the host has no steady time-stamp counter: an emulated microvm may hang at boot".into());
+            }
+            asked(MachineType::Microvm, qemu.microvm, "the machine type microvm")
+        }
+        MachineChoice::Pc => asked(MachineType::Pc, qemu.pc, "the machine type pc"),
+        MachineChoice::Q35 => asked(MachineType::Q35, qemu.q35, "the machine type q35"),
+        MachineChoice::Auto if qemu.microvm && !clockless => Ok((
+            MachineType::Microvm,
+            "microvm because it is the leanest machine and lacks nothing this VM needs".into(),
+        )),
+        MachineChoice::Auto if qemu.q35 => {
+            let why = if clockless { "the host has no steady time-stamp counter" } else { "this QEMU has no microvm" };
+            Ok((MachineType::Q35, format!("q35 because {why}")))
+        }
+        MachineChoice::Auto => Err(Refusal::QemuLacks { what: "the machine types microvm and q35" }),
+    }
+}
+
+/// Without `nested` the guest sees no virtualization extension. Under TCG the "fast string" features are off: they make
+/// the guest copy memory with `rep movsb`, which TCG emulates byte by byte.
+fn cpu_model(accel: Accel, nested: bool) -> String {
+    let model = match accel {
+        Accel::Kvm => "host",
+        Accel::Tcg => "max,-erms,-fsrm",
+    };
+    if nested { model.into() } else { format!("{model},-vmx,-svm") }
+}
+
+fn transport(cid: u32, machine: MachineType, host: &HostFacts, qemu: &QemuFacts) -> Transport {
+    let device = if machine == MachineType::Microvm { qemu.vhost_vsock_mmio } else { qemu.vhost_vsock_pci };
+    if device && host.vsock == VsockVerdict::Usable {
+        Transport::Vsock { cid }
+    } else {
+        Transport::VirtioSerial { reconnect_ms: qemu.reconnect_ms }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::host::KvmModule;
+
+    /// A QEMU that can do everything, at the oldest version.
+    pub fn qemu_facts() -> QemuFacts {
+        QemuFacts {
+            path: "/usr/bin/qemu-system-x86_64".into(),
+            version: MINIMUM_VERSION,
+            package: String::new(),
+            sha256: String::new(),
+            microvm: true,
+            pc: true,
+            q35: true,
+            accel_kvm: true,
+            accel_tcg: true,
+            sandbox: true,
+            user_network: true,
+            vhost_vsock_mmio: true,
+            vhost_vsock_pci: true,
+            reconnect_ms: false,
+            memory_file_rom: false,
+            file_migration: false,
+        }
+    }
+
+    fn host(kvm: KvmVerdict) -> HostFacts {
+        HostFacts {
+            cpus: 4,
+            memory_mib: 8192,
+            memory_available_mib: 4096,
+            tsc_khz: Some(2_300_000),
+            cpu_model: String::new(),
+            kvm,
+            vsock: VsockVerdict::Absent,
+            nesting: Nesting::Unknown,
+            boot_id: String::new(),
+            uid: 1000,
+            gid: 1000,
+        }
+    }
+
+    fn request() -> MachineRequest {
+        MachineRequest {
+            cpus: 1,
+            memory_mib: 512,
+            disk_bytes: 1 << 30,
+            machine: MachineChoice::Auto,
+            accel: AccelChoice::Auto,
+            net: NetChoice::Nat,
+            nested: false,
+            require_isolation: false,
+            ran_under: None,
+            cid: 3,
+        }
+    }
+
+    const WORKS: KvmVerdict = KvmVerdict::Usable { micros: 9 };
+
+    /// A test of KVM that timed out on a busy host had `auto` run the VM without isolation.
+    #[test]
+    fn auto_does_not_fall_back_to_tcg_when_the_kvm_test_did_not_end() {
+        let busy = host(KvmVerdict::Undecided { reason: "busy".into() });
+        for accel in [AccelChoice::Auto, AccelChoice::Kvm] {
+            let refusal = decide(&MachineRequest { accel, ..request() }, &busy, &qemu_facts()).unwrap_err();
+            assert_eq!(refusal, Refusal::KvmUndecided { why: "busy".into() });
+        }
+        let tcg = decide(&MachineRequest { accel: AccelChoice::Tcg, ..request() }, &busy, &qemu_facts()).unwrap();
+        assert_eq!(tcg.accel, Accel::Tcg);
+        // A QEMU without KVM has nothing to find out.
+        let emulator = QemuFacts { accel_kvm: false, ..qemu_facts() };
+        assert_eq!(decide(&request(), &busy, &emulator).unwrap().accel, Accel::Tcg);
+    }
+
+    /// A VM that ran under KVM was started under TCG as soon as KVM was found wanting.
+    #[test]
+    fn a_vm_that_ran_under_kvm_runs_under_tcg_only_if_asked_to() {
+        let ran = MachineRequest { ran_under: Some(Accel::Kvm), ..request() };
+        for verdict in
+            [KvmVerdict::Absent, KvmVerdict::NotPermitted, KvmVerdict::PresentUnusable { reason: "it crawls".into() }]
+        {
+            let refusal = decide(&ran, &host(verdict.clone()), &qemu_facts()).unwrap_err();
+            assert!(matches!(refusal, Refusal::IsolationLost { .. }), "{verdict:?}: {refusal}");
+            let emulator = QemuFacts { accel_kvm: false, ..qemu_facts() };
+            assert!(matches!(decide(&ran, &host(WORKS), &emulator), Err(Refusal::IsolationLost { .. })));
+            let asked = MachineRequest { accel: AccelChoice::Tcg, ..ran.clone() };
+            assert_eq!(decide(&asked, &host(verdict.clone()), &qemu_facts()).unwrap().accel, Accel::Tcg);
+            let emulated = MachineRequest { ran_under: Some(Accel::Tcg), ..request() };
+            assert_eq!(decide(&emulated, &host(verdict), &qemu_facts()).unwrap().accel, Accel::Tcg);
+        }
+        assert_eq!(decide(&ran, &host(WORKS), &qemu_facts()).unwrap().accel, Accel::Kvm);
+    }
+
+    #[test]
+    fn proven_kvm_is_taken_without_a_warning() {
+        let machine = decide(&request(), &host(WORKS), &qemu_facts()).unwrap();
+        assert_eq!((machine.accel, machine.accel.isolation()), (Accel::Kvm, "hardware"));
+        assert_eq!((machine.tb_size_mib, machine.tsc_khz), (None, None));
+        assert_eq!(machine.warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn translated_code_has_room_for_what_the_guest_will_run() {
+        let room = |memory_mib, nested| {
+            let request = MachineRequest { memory_mib, nested, accel: AccelChoice::Tcg, ..request() };
+            let host = HostFacts { memory_mib: 1 << 20, memory_available_mib: 1 << 20, ..host(WORKS) };
+            decide(&request, &host, &qemu_facts()).unwrap().tb_size_mib.unwrap()
+        };
+        assert_eq!([128, 512, 1024, 4096, 65_536].map(|memory_mib| room(memory_mib, false)), [64, 64, 128, 512, 1024]);
+        assert_eq!([512, 4096, 8192].map(|memory_mib| room(memory_mib, true)), [512, 512, 1024]);
+    }
+
+    #[test]
+    fn vms_inside_a_vm_need_the_hosts_leave_under_kvm_only() {
+        let off = HostFacts { nesting: Nesting::Off { module: KvmModule::KvmIntel }, ..host(WORKS) };
+        let nested = MachineRequest { nested: true, ..request() };
+        let refusal = decide(&nested, &off, &qemu_facts()).unwrap_err();
+        let Refusal::NestingOff { module: "kvm_intel", remedy } = refusal else { panic!("{refusal:?}") };
+        assert!(remedy.contains("nested=1"), "{remedy}");
+        assert_eq!(decide(&request(), &off, &qemu_facts()).unwrap().cpu_model, "host,-vmx,-svm");
+        assert_eq!(decide(&nested, &host(WORKS), &qemu_facts()).unwrap().cpu_model, "host");
+        let two = MachineRequest { cpus: 2, ..nested.clone() };
+        assert_eq!(decide(&two, &host(WORKS), &qemu_facts()).unwrap().warnings, Vec::<String>::new());
+        let warns =
+            |request| decide(&request, &off, &qemu_facts()).unwrap().warnings.contains(&NESTED_ON_ONE_CPU.to_owned());
+        assert!(warns(MachineRequest { accel: AccelChoice::Tcg, ..two }));
+        assert!(!warns(MachineRequest { accel: AccelChoice::Tcg, ..nested.clone() }));
+        let emulated = MachineRequest { accel: AccelChoice::Tcg, ..nested };
+        assert_eq!(decide(&emulated, &off, &qemu_facts()).unwrap().accel, Accel::Tcg);
+    }
+
+    #[test]
+    fn without_kvm_auto_warns_and_kvm_refuses() {
+        let facts = host(KvmVerdict::PresentUnusable { reason: "it crawls".into() });
+        let machine = decide(&request(), &facts, &qemu_facts()).unwrap();
+        assert_eq!((machine.accel, machine.accel.isolation()), (Accel::Tcg, "emulation"));
+        assert!(machine.warnings[0].contains("it crawls"));
+        let kvm = MachineRequest { accel: AccelChoice::Kvm, ..request() };
+        let refusal = decide(&kvm, &facts, &qemu_facts()).unwrap_err();
+        assert_eq!(refusal, Refusal::KvmUnavailable { why: "it crawls".into() });
+    }
+
+    #[test]
+    fn a_qemu_without_kvm_is_no_kvm() {
+        let qemu = QemuFacts { accel_kvm: false, ..qemu_facts() };
+        let machine = decide(&request(), &host(WORKS), &qemu).unwrap();
+        assert_eq!(machine.accel, Accel::Tcg);
+        assert_eq!(machine.warnings.len(), 1);
+    }
+
+    #[test]
+    fn an_old_or_crippled_qemu_is_refused() {
+        let old = QemuVersion { major: 6, minor: 9, micro: 9 };
+        let refusal = decide(&request(), &host(WORKS), &QemuFacts { version: old, ..qemu_facts() }).unwrap_err();
+        assert_eq!(refusal.to_string(), "QEMU 6.9.9 is too old: nido needs 7.2.0 or newer");
+        let unconfined = QemuFacts { sandbox: false, ..qemu_facts() };
+        assert!(matches!(decide(&request(), &host(WORKS), &unconfined), Err(Refusal::QemuLacks { .. })));
+        let no_slirp = QemuFacts { user_network: false, ..qemu_facts() };
+        assert!(decide(&request(), &host(WORKS), &no_slirp).is_err());
+        let offline = MachineRequest { net: NetChoice::None, ..request() };
+        assert!(decide(&offline, &host(WORKS), &no_slirp).is_ok());
+    }
+
+    #[test]
+    fn values_out_of_range_name_their_field() {
+        let cases = [
+            ("cpus", MachineRequest { cpus: 0, ..request() }),
+            ("cpus", MachineRequest { cpus: 5, ..request() }),
+            ("memory_mib", MachineRequest { memory_mib: 127, ..request() }),
+            ("memory_mib", MachineRequest { memory_mib: 8193, ..request() }),
+            ("disk_bytes", MachineRequest { disk_bytes: 0, ..request() }),
+            ("disk_bytes", MachineRequest { disk_bytes: 513, ..request() }),
+            ("disk_bytes", MachineRequest { disk_bytes: DISK_BYTES_MAX + 512, ..request() }),
+            ("cid", MachineRequest { cid: 2, ..request() }),
+            ("cid", MachineRequest { cid: u32::MAX, ..request() }),
+        ];
+        for (expected, request) in cases {
+            match decide(&request, &host(WORKS), &qemu_facts()) {
+                Err(Refusal::SpecInvalid { field, .. }) => assert_eq!(field, expected),
+                other => panic!("{expected}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn vsock_needs_the_host_and_the_device() {
+        let facts = HostFacts { vsock: VsockVerdict::Usable, ..host(WORKS) };
+        let with = decide(&request(), &facts, &qemu_facts()).unwrap();
+        assert_eq!(with.transport, Transport::Vsock { cid: 3 });
+        let qemu = QemuFacts { vhost_vsock_mmio: false, ..qemu_facts() };
+        assert_eq!(decide(&request(), &facts, &qemu).unwrap().transport.name(), "virtio-serial");
+        let pci = MachineRequest { machine: MachineChoice::Q35, ..request() };
+        assert_eq!(decide(&pci, &facts, &qemu).unwrap().transport.name(), "vsock");
+    }
+
+    #[test]
+    fn an_emulated_microvm_wants_a_steady_counter() {
+        let clockless = HostFacts { tsc_khz: None, ..host(KvmVerdict::Absent) };
+        assert_eq!(decide(&request(), &clockless, &qemu_facts()).unwrap().machine, MachineType::Q35);
+        let asked = MachineRequest { machine: MachineChoice::Microvm, ..request() };
+        let machine = decide(&asked, &clockless, &qemu_facts()).unwrap();
+        assert_eq!((machine.machine, machine.warnings.len()), (MachineType::Microvm, 2));
+    }
+
+    #[test]
+    fn more_memory_than_free_is_a_warning() {
+        let machine = decide(&MachineRequest { memory_mib: 5000, ..request() }, &host(WORKS), &qemu_facts()).unwrap();
+        assert!(machine.warnings[0].contains("4096 MiB"));
+    }
+
+    prop_compose! {
+        fn any_request()(
+            machine in prop::sample::select(vec![MachineChoice::Auto, MachineChoice::Microvm, MachineChoice::Pc, MachineChoice::Q35]),
+            accel in prop::sample::select(vec![AccelChoice::Auto, AccelChoice::Kvm, AccelChoice::Tcg]),
+            nested: bool,
+            require_isolation: bool,
+        ) -> MachineRequest {
+            MachineRequest { machine, accel, nested, require_isolation, ..request() }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn emulation_is_never_silent_and_never_where_isolation_is_required(
+            request in any_request(), works: bool, built_in: bool, microvm: bool,
+        ) {
+            let facts = host(if works { WORKS } else { KvmVerdict::Absent });
+            let qemu = QemuFacts { accel_kvm: built_in, microvm, ..qemu_facts() };
+            if let Ok(machine) = decide(&request, &facts, &qemu) {
+                let emulated = machine.accel == Accel::Tcg;
+                prop_assert!(!(emulated && request.require_isolation));
+                prop_assert_eq!(emulated, machine.warnings.iter().any(|w| w.starts_with("no hardware isolation")));
+                prop_assert!(emulated || (works && built_in));
+                prop_assert!(machine.machine != MachineType::Microvm || microvm);
+                prop_assert!(request.nested || machine.cpu_model.ends_with(",-vmx,-svm"));
+            }
+        }
+    }
+}

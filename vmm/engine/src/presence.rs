@@ -1,0 +1,123 @@
+//! That somebody is still there, for what belongs to them: a lock of its own below `present/`, held for as long.
+//!
+//! Invariant: nobody is taken for gone because the look failed. Only a lock that is seen to be free, or a file that is seen not
+//! to be there, says so.
+
+use std::path::{Path, PathBuf};
+
+use nido_api::error::{Error, Result};
+
+use crate::lock::{Held, is_free};
+
+/// How often another id is tried when somebody swept the file away before it was locked.
+const TRIES: u32 = 16;
+
+/// Somebody who is there, until it is dropped or its process dies.
+#[derive(Debug)]
+pub struct Presence {
+    id: String,
+    path: PathBuf,
+    _held: Held,
+}
+
+impl Presence {
+    /// Somebody new. What those who died have left is removed.
+    pub fn begin(directory: &Path) -> Result<Self> {
+        let broken = |e| Error::io(format!("cannot use {}", directory.display()), e);
+        crate::home::make_private_dir(directory).map_err(broken)?;
+        sweep(directory);
+        for _ in 0..TRIES {
+            let id = crate::random::id()?;
+            let path = directory.join(&id);
+            match Held::try_take(&path) {
+                Ok(Some(held)) => return Ok(Self { id, path, _held: held }),
+                Ok(None) => {}
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(broken(e)),
+            }
+        }
+        Err(Error::internal("no lock could be taken that says that this process lives"))
+    }
+
+    /// What others know it by.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        // While it is locked: nobody else can have it, and without the file it counts as gone.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Whether somebody is certainly gone.
+pub fn is_gone(directory: &Path, id: &str) -> bool {
+    match is_free(&directory.join(id)) {
+        Ok(free) => free,
+        Err(error) => {
+            tracing::warn!("cannot see whether {id} is there: {error}");
+            false
+        }
+    }
+}
+
+/// Removes the files of those who died.
+fn sweep(directory: &Path) {
+    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if let Ok(Some(_held)) = Held::try_take_existing(&path) {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_dropped_is_gone_and_leaves_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("present");
+        let (first, second) = (Presence::begin(&dir).unwrap(), Presence::begin(&dir).unwrap());
+        let id = first.id().to_owned();
+        assert!(!is_gone(&dir, &id) && !is_gone(&dir, second.id()));
+        drop(first);
+        assert!(is_gone(&dir, &id) && !is_gone(&dir, second.id()));
+        drop(second);
+        assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+        std::fs::write(dir.join("0123"), "").unwrap();
+        assert!(is_gone(&dir, "0123"), "killed");
+        let third = Presence::begin(&dir).unwrap();
+        assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1, "swept");
+        assert!(!is_gone(&dir, third.id()));
+    }
+
+    #[test]
+    fn a_look_that_fails_says_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        // No file, but not for want of one.
+        let file = root.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(!is_gone(&file, "0123"));
+    }
+
+    #[test]
+    fn many_come_and_go_at_once() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("present");
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let one = Presence::begin(&dir).unwrap();
+                        assert!(!is_gone(&dir, one.id()));
+                    }
+                });
+            }
+        });
+        assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+    }
+}

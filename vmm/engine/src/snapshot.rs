@@ -1,0 +1,523 @@
+//! Snapshots on the disk: one directory each, below the VM's own.
+//!
+//! ```text
+//!  snapshots/.new-NAME/   while it is taken   -- rename -->   snapshots/NAME/   -- rename -->   snapshots/.gone-NAME/
+//!     disk.qcow2   a copy of the VM's own layer        state.bin   memory and devices (of a running VM)
+//!     snapshot.json   what is in it, and what it takes to load it: 0600, it holds a token
+//! ```
+//!
+//! Each snapshot has a copy of the VM's layer (where the file system can, the blocks are shared), so chains of layers never
+//! grow, deleting frees space at once, and nothing depends on anything but the template's parts.
+//!
+//! Invariant: a directory under a snapshot's name is whole. Whoever makes one holds the VM's `supervisor.lock`.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::{SnapshotName, VmName};
+use nido_api::{SnapshotInfo, moment};
+use nido_images::{BakedMachine, QemuId};
+use serde::{Deserialize, Serialize};
+
+use crate::atomic_file::sync_parent;
+use crate::home::{DEVICE_STATE, DISK, VmDir, give_owner_rights, make_private_dir, make_private_dir_in_place};
+
+const DIRECTORY: &str = "snapshots";
+const UNFINISHED: &str = ".new-";
+/// Of one that is being deleted.
+const DOOMED: &str = ".gone-";
+/// Prefix of the name of a layer that is about to become the VM's disk.
+const COPY: &str = "disk.qcow2.restore-";
+/// The disk that a VM had before a restore.
+const PREVIOUS: &str = "disk.qcow2.previous";
+const RECORD: &str = "snapshot.json";
+/// Version of [`Record`].
+const FORMAT: u32 = 1;
+/// Blocks in which a file is copied where its blocks cannot be shared, in bytes.
+const BLOCK: usize = 1 << 20;
+
+/// What is written down about a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The version of this record.
+    pub format: u32,
+    /// When it was taken.
+    pub created_at: Timestamp,
+    /// What it takes to load it, if the VM ran.
+    pub running: Option<Running>,
+}
+
+/// A running VM's part of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    /// The machine it ran on.
+    pub machine: BakedMachine,
+    /// The QEMU that saved it.
+    pub qemu: QemuId,
+    /// The token the saved agent expects, in hexadecimal.
+    pub token: String,
+}
+
+impl Record {
+    /// A record of now.
+    #[must_use]
+    pub fn now(running: Option<Running>) -> Self {
+        Self { format: FORMAT, created_at: moment::now(), running }
+    }
+}
+
+/// The directory of a snapshot.
+#[must_use]
+pub fn dir(vm: &VmDir, name: &SnapshotName) -> PathBuf {
+    directory(vm).join(name.as_str())
+}
+
+/// The directory of all snapshots of a VM, which may not exist. Supervisors of earlier versions made one that ordinary users
+/// could not enter.
+fn directory(vm: &VmDir) -> PathBuf {
+    let path = vm.file(DIRECTORY);
+    if let Err(error) = give_owner_rights(&path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!("{} cannot be made usable: {error}", path.display());
+    }
+    path
+}
+
+/// A snapshot that is being taken. Dropped before it is published, it leaves nothing.
+#[derive(Debug)]
+pub struct Unfinished {
+    path: PathBuf,
+    target: PathBuf,
+    published: bool,
+}
+
+impl Unfinished {
+    /// Begins one of a VM; `into` is the VM that gets it, mostly the same.
+    ///
+    /// # Errors
+    /// `snapshot_exists`, `disk_full`, `internal`.
+    pub fn begin(vm: &VmDir, into: &VmDir, name: &SnapshotName) -> Result<Self> {
+        let target = dir(into, name);
+        if target.exists() {
+            return Err(Error::new(Code::SnapshotExists, format!("there is a snapshot named '{name}' already"))
+                .hint("choose another name, or delete it: nido snapshot delete"));
+        }
+        remove_unfinished(vm);
+        let path = directory(vm).join(format!("{UNFINISHED}{name}"));
+        make_private_dir(&path).map_err(failed)?;
+        Ok(Self { path, target, published: false })
+    }
+
+    /// Where the machine's state goes.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn state(&self) -> Result<File> {
+        let file = File::options().write(true).create_new(true).mode(0o600).open(self.path.join(DEVICE_STATE));
+        file.map_err(failed)
+    }
+
+    /// Copies the VM's layer, which nobody changes meanwhile.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn copy_disk(&self, vm: &VmDir) -> Result<()> {
+        copy_layer(&vm.file(DISK), &self.path.join(DISK))
+    }
+
+    /// Gives it its name. Everything is on the disk before.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn publish(mut self, record: &Record) -> Result<()> {
+        let text = serde_json::to_vec(record).map_err(|e| Error::internal(e.to_string()))?;
+        let written = || -> io::Result<()> {
+            let mut file = File::options().write(true).create_new(true).mode(0o600).open(self.path.join(RECORD))?;
+            io::Write::write_all(&mut file, &text)?;
+            for entry in fs::read_dir(&self.path)? {
+                File::open(entry?.path())?.sync_all()?;
+            }
+            if let Some(parent) = self.target.parent() {
+                // The VM that wanted it may be gone: then this fails.
+                make_private_dir_in_place(parent)?;
+            }
+            fs::rename(&self.path, &self.target)?;
+            self.target.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        };
+        written().map_err(failed)?;
+        self.published = true;
+        Ok(())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.published {
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+fn failed(error: io::Error) -> Error {
+    Error::io("cannot take the snapshot", error)
+}
+
+/// Removes what somebody left who was killed while taking or deleting one; whether one was being taken.
+pub fn remove_unfinished(vm: &VmDir) -> bool {
+    let Ok(entries) = fs::read_dir(directory(vm)) else { return false };
+    let mut found = false;
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let (taken, doomed) = [UNFINISHED, DOOMED].map(|prefix| name.to_string_lossy().starts_with(prefix)).into();
+        if !taken && !doomed {
+            continue;
+        }
+        found |= taken;
+        if let Err(error) = fs::remove_dir_all(entry.path()) {
+            tracing::warn!("an unfinished snapshot cannot be removed: {error}");
+        }
+    }
+    found
+}
+
+/// The record of a snapshot.
+///
+/// # Errors
+/// `snapshot_not_found`, `snapshot_damaged`, `template_mismatch` if it was written by another nido.
+pub fn open(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<Record> {
+    let damaged = |why: String| {
+        Error::new(Code::SnapshotDamaged, format!("snapshot '{name}' of VM '{of}' is damaged: {why}"))
+            .hint(format!("nido snapshot delete {of} {name}"))
+    };
+    let text = match fs::read(dir(vm, name).join(RECORD)) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !dir(vm, name).exists() => {
+            return Err(Error::new(Code::SnapshotNotFound, format!("VM '{of}' has no snapshot named '{name}'"))
+                .hint(format!("nido snapshot ls {of}")));
+        }
+        Err(error) => return Err(damaged(format!("its record cannot be read: {error}"))),
+    };
+    let record: Record =
+        serde_json::from_slice(&text).map_err(|e| damaged(format!("its record cannot be read: {e}")))?;
+    if record.format != FORMAT {
+        let words = format!("snapshot '{name}' has format {}, this nido reads {FORMAT}", record.format);
+        return Err(Error::new(Code::TemplateMismatch, words));
+    }
+    let needed = [Some(DISK), record.running.as_ref().map(|_| DEVICE_STATE)];
+    match needed.into_iter().flatten().find(|file| !holds_bytes(&dir(vm, name).join(file))) {
+        Some(file) => Err(damaged(format!("its {file} is missing or empty"))),
+        None => Ok(record),
+    }
+}
+
+fn holds_bytes(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|facts| facts.len() > 0)
+}
+
+/// All snapshots of a VM, the oldest first.
+///
+/// # Errors
+/// `internal`.
+pub fn list(vm: &VmDir, of: &VmName) -> Result<Vec<SnapshotInfo>> {
+    let entries = match fs::read_dir(directory(vm)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|e| Error::io("cannot list the snapshots", e))?,
+    };
+    let names = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<SnapshotName>().ok());
+    let mut all: Vec<_> = names.map(|name| describe(vm, of, &name, open(vm, of, &name))).collect();
+    all.sort_by(|a, b| (a.created_at, a.name.as_str()).cmp(&(b.created_at, b.name.as_str())));
+    Ok(all)
+}
+
+/// One snapshot that is whole.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn info(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<SnapshotInfo> {
+    Ok(describe(vm, of, name, Ok(open(vm, of, name)?)))
+}
+
+/// A snapshot of which a directory is there; a damaged one is marked.
+fn describe(vm: &VmDir, of: &VmName, name: &SnapshotName, record: Result<Record>) -> SnapshotInfo {
+    let blocks = |file: &str| fs::metadata(dir(vm, name).join(file)).map_or(0, |facts| facts.blocks() * 512);
+    let made = || {
+        let made = fs::metadata(dir(vm, name)).and_then(|facts| facts.modified()).ok();
+        made.and_then(|made| Timestamp::try_from(made).ok()).unwrap_or(Timestamp::UNIX_EPOCH)
+    };
+    SnapshotInfo {
+        vm: of.clone(),
+        name: name.clone(),
+        created_at: record.as_ref().map_or_else(|_| made(), |record| moment::in_ms(record.created_at)),
+        running: record.as_ref().is_ok_and(|record| record.running.is_some()),
+        size_bytes: blocks(DISK) + blocks(DEVICE_STATE),
+        damaged: record.err().map(|error| error.message().to_owned()),
+    }
+}
+
+/// A copy of a snapshot's layer beside the VM's own disk, complete and on the disk. Dropped, it leaves nothing.
+#[derive(Debug)]
+pub struct DiskCopy {
+    copy: PathBuf,
+    disk: PathBuf,
+}
+
+impl DiskCopy {
+    /// Copies the layer. The VM may run meanwhile.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`; then nothing is left.
+    pub fn take(vm: &VmDir, name: &SnapshotName) -> Result<Self> {
+        let id = crate::random::id()?;
+        let this = Self { copy: vm.file(&format!("{COPY}{id}")), disk: vm.file(DISK) };
+        copy_layer(&dir(vm, name).join(DISK), &this.copy)?;
+        Ok(this)
+    }
+
+    /// Puts the copy in the place of the VM's disk, which is at rest; the disk of before is kept until that is decided.
+    ///
+    /// # Errors
+    /// `internal`; then the VM's disk is as it was.
+    pub fn put_in_place(self) -> Result<PreviousDisk> {
+        let broken = |e| Error::io("cannot restore the disk", e);
+        let previous = PreviousDisk { previous: self.disk.with_file_name(PREVIOUS), disk: self.disk.clone() };
+        let _ = fs::remove_file(&previous.previous);
+        // A second name for it: at no moment is there no disk. Where there are no such links it cannot be put back.
+        let _ = fs::hard_link(&self.disk, &previous.previous);
+        fs::rename(&self.copy, &self.disk).and_then(|()| sync_parent(&self.disk)).map_err(broken)?;
+        Ok(previous)
+    }
+}
+
+impl Drop for DiskCopy {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.copy);
+    }
+}
+
+/// The disk that a VM had before a snapshot was restored.
+#[derive(Debug)]
+pub struct PreviousDisk {
+    previous: PathBuf,
+    disk: PathBuf,
+}
+
+impl PreviousDisk {
+    /// Gives it back to the VM, which is at rest.
+    ///
+    /// # Errors
+    /// `internal`.
+    pub fn put_back(&self) -> Result<()> {
+        let put = fs::rename(&self.previous, &self.disk).and_then(|()| sync_parent(&self.disk));
+        put.map_err(|e| Error::io("cannot put the VM's disk back", e))
+    }
+
+    /// Removes it: the restore has succeeded.
+    pub fn remove(&self) {
+        let _ = fs::remove_file(&self.previous);
+    }
+}
+
+/// Removes what a restore left that was killed. Nobody restores the VM meanwhile.
+pub fn remove_restore_files(vm: &VmDir) {
+    let Ok(entries) = fs::read_dir(vm.path()) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if name == PREVIOUS || name.to_string_lossy().starts_with(COPY) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Deletes a snapshot: it is nobody's from the first step on.
+///
+/// # Errors
+/// `snapshot_not_found`, `internal`.
+pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
+    let broken = |e| Error::io("cannot delete the snapshot", e);
+    let doomed = vm.file(DIRECTORY).join(format!("{DOOMED}{name}"));
+    let _ = fs::remove_dir_all(&doomed);
+    match fs::rename(dir(vm, name), &doomed) {
+        // Says that there is none.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => open(vm, of, name).map(drop),
+        renamed => renamed.and_then(|()| fs::remove_dir_all(&doomed)).map_err(broken),
+    }
+}
+
+/// Copies a layer, and brings it to the disk: shares its blocks where the file system can, else copies what is not a hole.
+fn copy_layer(from: &Path, to: &Path) -> Result<()> {
+    let copy = || -> io::Result<()> {
+        let source = File::open(from)?;
+        let target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
+        if rustix::fs::ioctl_ficlone(&target, &source).is_err() {
+            // A copy that cannot be finished would fill the disk for all others.
+            let free = rustix::fs::fstatvfs(&target)?;
+            if source.metadata()?.blocks().saturating_mul(512) > free.f_bavail.saturating_mul(free.f_frsize) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            copy_sparse(&source, &target)?;
+        }
+        target.sync_all()
+    };
+    copy().map_err(|e| {
+        let _ = fs::remove_file(to);
+        Error::io("cannot copy the VM's disk", e)
+    })
+}
+
+/// Bytes that a copy of the VM's layer takes: none where the file system can share its blocks.
+#[must_use]
+pub fn copy_bytes(vm: &VmDir) -> u64 {
+    let probe = || -> io::Result<()> {
+        let path = vm.file(".clone-probe");
+        let source = File::open(vm.file(crate::home::GUEST_CONFIG))?;
+        let target = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        let _ = fs::remove_file(&path);
+        Ok(rustix::fs::ioctl_ficlone(&target, &source)?)
+    };
+    if probe().is_ok() { 0 } else { fs::metadata(vm.file(DISK)).map_or(0, |facts| facts.blocks() * 512) }
+}
+
+fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
+    use std::os::unix::fs::FileExt as _;
+    let length = source.metadata()?.len();
+    target.set_len(length)?;
+    let mut buffer = vec![0; BLOCK];
+    let mut at = 0;
+    loop {
+        at = match rustix::fs::seek(source, rustix::fs::SeekFrom::Data(at)) {
+            Ok(data) => data,
+            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let hole = rustix::fs::seek(source, rustix::fs::SeekFrom::Hole(at))?.min(length);
+        while at < hole {
+            let wanted = usize::try_from(hole - at).unwrap_or(BLOCK).min(BLOCK);
+            source.read_exact_at(&mut buffer[..wanted], at)?;
+            target.write_all_at(&buffer[..wanted], at)?;
+            at += wanted as u64;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt as _;
+
+    use super::*;
+
+    fn vm() -> (tempfile::TempDir, VmDir) {
+        let root = tempfile::tempdir().unwrap();
+        fs::set_permissions(root.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        let vm = crate::home::Home::open(root.path()).unwrap().vm("0123456789abcdef");
+        vm.make().unwrap();
+        (root, vm)
+    }
+
+    fn name(text: &str) -> SnapshotName {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_snapshot_is_there_when_it_is_whole() {
+        let (_root, vm) = vm();
+        let of: VmName = "web".parse().unwrap();
+        fs::write(vm.file(DISK), "one").unwrap();
+        drop(Unfinished::begin(&vm, &vm, &name("never")).unwrap());
+        std::mem::forget(Unfinished::begin(&vm, &vm, &name("killed")).unwrap());
+        assert_eq!(list(&vm, &of).unwrap(), []);
+        assert!(remove_unfinished(&vm) && !remove_unfinished(&vm));
+        let taking = Unfinished::begin(&vm, &vm, &name("first")).unwrap();
+        taking.copy_disk(&vm).unwrap();
+        taking.publish(&Record::now(None)).unwrap();
+        assert_eq!(Unfinished::begin(&vm, &vm, &name("first")).unwrap_err().code(), Code::SnapshotExists);
+        let told = list(&vm, &of).unwrap();
+        assert_eq!((told.len(), told[0].name.as_str(), told[0].running), (1, "first", false));
+
+        fs::write(vm.file(DISK), "two").unwrap();
+        let files = |vm: &VmDir| fs::read_dir(vm.path()).unwrap().count();
+        let before = files(&vm);
+        drop(DiskCopy::take(&vm, &name("first")).unwrap());
+        let previous = DiskCopy::take(&vm, &name("first")).unwrap().put_in_place().unwrap();
+        assert_eq!(fs::read(vm.file(DISK)).unwrap(), b"one");
+        previous.put_back().unwrap();
+        assert_eq!((fs::read(vm.file(DISK)).unwrap(), files(&vm)), (b"two".to_vec(), before));
+        DiskCopy::take(&vm, &name("first")).unwrap().put_in_place().unwrap().remove();
+        assert_eq!((fs::read(vm.file(DISK)).unwrap(), files(&vm)), (b"one".to_vec(), before));
+        std::mem::forget(DiskCopy::take(&vm, &name("first")).unwrap());
+        remove_restore_files(&vm);
+        assert_eq!(files(&vm), before);
+        delete(&vm, &of, &name("first")).unwrap();
+        assert_eq!(delete(&vm, &of, &name("first")).unwrap_err().code(), Code::SnapshotNotFound);
+        assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+    }
+
+    // One damaged snapshot failed the list of all, and could neither be deleted nor made anew.
+    #[test]
+    fn a_damaged_snapshot_is_listed_beside_the_others_and_can_be_deleted() {
+        let (_root, vm) = vm();
+        let of: VmName = "web".parse().unwrap();
+        fs::write(vm.file(DISK), "one").unwrap();
+        for snapshot in ["empty", "none", "nodisk", "whole"] {
+            let taking = Unfinished::begin(&vm, &vm, &name(snapshot)).unwrap();
+            taking.copy_disk(&vm).unwrap();
+            taking.publish(&Record::now(None)).unwrap();
+        }
+        fs::write(dir(&vm, &name("empty")).join(RECORD), "").unwrap();
+        fs::remove_file(dir(&vm, &name("none")).join(RECORD)).unwrap();
+        fs::remove_file(dir(&vm, &name("nodisk")).join(DISK)).unwrap();
+        let told = list(&vm, &of).unwrap();
+        assert_eq!(told.len(), 4);
+        for snapshot in told {
+            assert_eq!(snapshot.damaged.is_some(), snapshot.name.as_str() != "whole", "{snapshot:?}");
+            if let Some(why) = snapshot.damaged {
+                assert!(why.contains(&format!("'{}' of VM 'web'", snapshot.name)), "{why}");
+                assert_eq!(open(&vm, &of, &snapshot.name).unwrap_err().code(), Code::SnapshotDamaged);
+                delete(&vm, &of, &snapshot.name).unwrap();
+                assert_eq!(open(&vm, &of, &snapshot.name).unwrap_err().code(), Code::SnapshotNotFound);
+            }
+        }
+    }
+
+    #[test]
+    fn a_deletion_that_was_cut_off_is_no_snapshot_that_was() {
+        let (_root, vm) = vm();
+        fs::create_dir_all(vm.file(DIRECTORY).join(".gone-first")).unwrap();
+        assert!(!remove_unfinished(&vm));
+        assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_snapshot_for_another_vm_is_never_among_its_own() {
+        let (root, vm) = vm();
+        let other = crate::home::Home::open(root.path()).unwrap().vm("fedcba9876543210");
+        let of: VmName = "web".parse().unwrap();
+        fs::write(vm.file(DISK), "one").unwrap();
+        let taking = Unfinished::begin(&vm, &other, &name("aside")).unwrap();
+        taking.copy_disk(&vm).unwrap();
+        // The one that wanted it was killed, and its VM removed.
+        assert_eq!(taking.publish(&Record::now(None)).unwrap_err().code(), Code::PathNotFound);
+        assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+        other.make().unwrap();
+        let taking = Unfinished::begin(&vm, &other, &name("aside")).unwrap();
+        taking.copy_disk(&vm).unwrap();
+        taking.publish(&Record::now(None)).unwrap();
+        assert_eq!(list(&vm, &of).unwrap(), []);
+        assert_eq!(list(&other, &of).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_copy_has_the_same_holes() {
+        let (_root, vm) = vm();
+        let layer = File::create(vm.file(DISK)).unwrap();
+        layer.set_len(64 << 20).unwrap();
+        layer.write_all_at(b"data", 33 << 20).unwrap();
+        copy_layer(&vm.file(DISK), &vm.file("copy")).unwrap();
+        assert_eq!(fs::read(vm.file("copy")).unwrap(), fs::read(vm.file(DISK)).unwrap());
+        assert!(fs::metadata(vm.file("copy")).unwrap().blocks() * 512 < 4 << 20);
+    }
+}

@@ -1,0 +1,126 @@
+//! What a guest that has just been loaded is told first: by the real agent, and by some that lie.
+
+use std::time::Duration;
+
+use nido_engine::guest::{Guest, GuestError, Link, Session};
+use nido_guest_agent::wire::sync::{BLOCK, Block, Kind, LETTER_MAX, Scanner};
+use nido_guest_agent::wire::{self, ENTROPY_LEN, Head, Pong, Renew, TOKEN_LEN, ToGuest, ToHost};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::time::Instant;
+
+use crate::liar::welcome;
+use crate::rig::{Rig, TOKEN, soon, within};
+
+const NEW_TOKEN: [u8; TOKEN_LEN] = [8; TOKEN_LEN];
+
+fn order() -> Renew {
+    Renew {
+        token: NEW_TOKEN.to_vec().into(),
+        entropy: vec![9; ENTROPY_LEN].into(),
+        time_ns: 1_700_000_000_000_000_000,
+        hostname: "web".into(),
+        identity: "0123abc".into(),
+        network: None,
+        disk_grown: false,
+    }
+}
+
+async fn renew(rig: &Rig, token: &[u8], deadline: Instant) -> Option<Result<Pong, GuestError>> {
+    within(Session::renew_by_letter(&rig.channel, token, &order(), deadline)).await
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_guest_is_renewed_before_the_multiplexer_begins() {
+    let mut rig = Rig::with_letters();
+    rig.start_agent();
+    assert!(matches!(renew(&rig, b"wrong", soon()).await, Some(Err(GuestError::TokenRefused))));
+    assert_eq!(*rig.channel.link().borrow(), Link::Waiting);
+    renew(&rig, TOKEN, soon()).await.unwrap().unwrap();
+    rig.channel.end_letters();
+    assert!(matches!(rig.guest.wait_ready(soon()).await, Err(GuestError::TokenRefused)));
+    Guest::new(rig.guest.endpoint().clone(), NEW_TOKEN.to_vec()).wait_ready(soon()).await.unwrap();
+    assert!(renew(&rig, TOKEN, soon()).await.is_none(), "there are streams now");
+}
+
+/// The letter that comes, and the hello in it.
+async fn letter(channel: &mut UnixStream) -> (Block, wire::Hello) {
+    let mut scanner = Scanner::default();
+    let block = loop {
+        if let Some(block) = scanner.push(channel.read_u8().await.unwrap()) {
+            break block;
+        }
+    };
+    let Kind::Letter(length) = block.kind else { panic!("{block:?}") };
+    let mut words = vec![0; length.into()];
+    channel.read_exact(&mut words).await.unwrap();
+    let head = Head::parse(*words.first_chunk().unwrap()).unwrap();
+    let ToGuest::Hello(hello) = wire::decode(&words[wire::HEAD..wire::HEAD + head.length]).unwrap() else {
+        panic!("no hello")
+    };
+    (block, hello)
+}
+
+fn reply(to: Block, words: &[u8]) -> Vec<u8> {
+    let kind = Kind::Reply(u16::try_from(words.len()).unwrap());
+    [&Block { kind, nonce: to.nonce }.bytes(), words].concat()
+}
+
+fn renewed() -> ToHost {
+    ToHost::Renewed(Pong { agent: "x".into(), uptime_ms: 0, sessions: 1, is_init: true, address: None, warnings: None })
+}
+
+/// Answers one letter with what `answer` makes of it; gives what came of that.
+async fn answered(answer: impl FnOnce(Block, u64) -> Vec<u8>) -> Result<Pong, GuestError> {
+    let rig = Rig::with_letters();
+    let mut channel = UnixStream::connect(rig.path("channel.sock")).await.unwrap();
+    let guest = async {
+        let (block, hello) = letter(&mut channel).await;
+        channel.write_all(&answer(block, hello.nonce)).await.unwrap();
+    };
+    let (outcome, ()) = tokio::join!(renew(&rig, TOKEN, soon()), guest);
+    outcome.unwrap()
+}
+
+fn whole(nonce: u64) -> Vec<u8> {
+    [wire::encode(&welcome(nonce)).unwrap(), wire::encode(&renewed()).unwrap()].concat()
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn only_the_answer_to_this_letter_counts() {
+    let noise = |block: Block, nonce| {
+        let older = Block { nonce: [3; 16], ..block };
+        [vec![0xab; 10_000], b"\xff\xffNIDO".to_vec(), reply(older, b"old"), reply(block, &whole(nonce))].concat()
+    };
+    answered(noise).await.unwrap();
+    for lie in [
+        |block, nonce: u64| reply(block, &whole(nonce.wrapping_add(1))),
+        |block, nonce| reply(block, &whole(nonce)[..5]),
+        |block, nonce| reply(block, &wire::encode(&welcome(nonce)).unwrap()),
+        |block, nonce| reply(block, &[wire::encode(&welcome(nonce)).unwrap(), vec![0x01, 0xff, 0xff, 0xff]].concat()),
+        |block, _| reply(block, b""),
+        |block, _| reply(block, &[0xff; LETTER_MAX]),
+        |block, nonce| {
+            reply(block, &[wire::encode(&welcome(nonce)).unwrap(), wire::encode(&ToHost::Thawed).unwrap()].concat())
+        },
+    ] {
+        assert!(matches!(answered(lie).await, Err(GuestError::Protocol(_))), "{:?}", answered(lie).await);
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_guest_that_does_not_answer_is_late_and_one_that_goes_is_gone() {
+    let rig = Rig::with_letters();
+    let mut channel = UnixStream::connect(rig.path("channel.sock")).await.unwrap();
+    channel.write_all(&vec![0xab; 100_000]).await.unwrap();
+    let late = renew(&rig, TOKEN, Instant::now() + Duration::from_millis(300)).await;
+    assert!(matches!(late, Some(Err(GuestError::Timeout { .. }))), "{late:?}");
+    let half = async {
+        letter(&mut channel).await;
+        let (block, hello) = letter(&mut channel).await;
+        channel.write_all(&reply(block, &whole(hello.nonce))[..BLOCK + 3]).await.unwrap();
+        drop(channel);
+    };
+    let (gone, ()) = tokio::join!(renew(&rig, TOKEN, soon()), half);
+    assert!(matches!(gone, Some(Err(GuestError::Gone))), "{gone:?}");
+}

@@ -1,0 +1,356 @@
+//! A VM's row: what it holds, what changes in it, and how it is read back.
+
+use jiff::Timestamp;
+use nido_api::error::{Error, Result};
+use nido_api::name::SnapshotName;
+use nido_api::state::{StateCause, VmState};
+use nido_api::{AgentInfo, Failure, ForwardSpec, LeaseId, Limit, Timings, VmSpec, moment};
+use nido_engine::machine::Machine;
+use rusqlite::Row;
+use serde::{Deserialize, Serialize};
+
+use super::decode;
+
+/// What of its template a VM uses. The parts are content-addressed, so a newer template of the same name changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootParts {
+    /// Hash of the kernel.
+    pub vmlinux: String,
+    /// Hash of the initial file system: [`Self::initramfs_base`] and an agent.
+    pub initramfs: String,
+    /// Hash of the initial file system without an agent. VMs that an earlier version made have none.
+    #[serde(default)]
+    pub initramfs_base: Option<String>,
+    /// Hash of the agent in the initial file system, if it is known.
+    #[serde(default)]
+    pub agent: Option<String>,
+    /// Hash of the disk the overlay stands on.
+    pub root: String,
+    /// Virtual size of that disk.
+    pub root_bytes: u64,
+    /// Hash of the list of packages.
+    pub packages: String,
+    /// Who is process 1.
+    pub init: nido_images::Init,
+    /// Kernel command line of the template.
+    pub append: String,
+    /// What the guests that it was forked from had written to their disks: layers on `root`, the lowest first.
+    #[serde(default)]
+    pub frozen: Vec<Frozen>,
+}
+
+/// The disk of a bake: a layer between another disk and its forks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frozen {
+    /// Its hash.
+    pub sha256: String,
+    /// Its virtual size: that of the disk the baked guest saw.
+    pub virtual_bytes: u64,
+}
+
+/// What a VM is there for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// For its user.
+    Use,
+    /// To be saved once it is ready, and to vanish then.
+    Bake,
+    /// To wait, paused, for somebody to claim it.
+    Pool,
+}
+
+impl Purpose {
+    const ALL: [Self; 3] = [Self::Use, Self::Bake, Self::Pool];
+
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Use => "use",
+            Self::Bake => "bake",
+            Self::Pool => "pool",
+        }
+    }
+
+    /// The purpose that a word stands for.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|purpose| purpose.word() == word)
+    }
+}
+
+/// How a start brings the guest to life.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Origin {
+    /// Its kernel boots.
+    #[default]
+    Boot,
+    /// It goes on from a bake.
+    Fork(Saved),
+    /// It goes on from a snapshot of its own.
+    Restore {
+        /// Its name.
+        snapshot: SnapshotName,
+        /// The token the saved agent expects, in hexadecimal.
+        token: String,
+    },
+}
+
+/// A bake as a start needs it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Hash of the memory image.
+    pub memory: String,
+    /// Hash of the device state.
+    pub state: String,
+    /// The token the saved agent expects, in hexadecimal.
+    pub token: String,
+    /// The guest was saved in the middle of what it did, sessions with its agent included: it is renewed as one that is
+    /// restored from a snapshot.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub live: bool,
+}
+
+/// One VM as the store knows it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VmRow {
+    /// Its id.
+    pub id: String,
+    /// What was asked for. Its `forwards` are those asked for at creation; [`VmRow::forwards`] counts.
+    pub spec: VmSpec,
+    /// Its state.
+    pub state: VmState,
+    /// Why it is paused or stopped.
+    pub cause: Option<StateCause>,
+    /// What of its template it uses.
+    pub parts: BootParts,
+    /// Virtual size of its disk.
+    pub disk_bytes: u64,
+    /// Its vsock address.
+    pub cid: Option<u32>,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// The machine of its last start.
+    pub machine: Option<Machine>,
+    /// When it was last started.
+    pub started_at: Option<Timestamp>,
+    /// When its life ends.
+    pub expires_at: Option<Timestamp>,
+    /// The agent since the last start.
+    pub agent: AgentInfo,
+    /// The guest's address.
+    pub ip_address: Option<String>,
+    /// Why it failed.
+    pub failure: Option<Failure>,
+    /// How long its last start took.
+    pub timings: Option<Timings>,
+    /// Its files are being removed.
+    pub deleting: bool,
+    /// Published ports.
+    pub forwards: Vec<ForwardSpec>,
+    /// What it is there for.
+    pub purpose: Purpose,
+    /// How its last start brought it to life.
+    pub origin: Origin,
+    /// The operation that makes it, until that has ended well: if it is over before, the VM is removed.
+    pub made_by: Option<LeaseId>,
+    /// Who made it: [`nido_api::Caller::owner`]. Absent for what nido made for itself, or before owners were kept.
+    pub owner: Option<String>,
+}
+
+impl VmRow {
+    /// The token of the saved guest that it goes on from, if it is made a machine of its own then. Who is loaded only to
+    /// be saved again is not.
+    #[must_use]
+    pub fn renewed_from(&self) -> Option<&str> {
+        match &self.origin {
+            Origin::Fork(Saved { token, .. }) | Origin::Restore { token, .. } => {
+                (self.purpose != Purpose::Bake).then_some(token)
+            }
+            Origin::Boot => None,
+        }
+    }
+
+    /// A VM as it is created.
+    #[must_use]
+    pub fn new(id: String, spec: VmSpec, purpose: Purpose, state: VmState, parts: BootParts, disk_bytes: u64) -> Self {
+        Self {
+            purpose,
+            origin: Origin::Boot,
+            owner: None,
+            id,
+            forwards: spec.forwards.clone(),
+            spec,
+            state,
+            cause: None,
+            parts,
+            disk_bytes,
+            cid: None,
+            created_at: moment::now(),
+            machine: None,
+            started_at: None,
+            expires_at: None,
+            agent: AgentInfo::default(),
+            ip_address: None,
+            failure: None,
+            timings: None,
+            deleting: false,
+            made_by: None,
+        }
+    }
+}
+
+/// What changes in a row. `None` leaves a column as it is; `Some(None)` empties it.
+#[derive(Debug, Clone, Default)]
+pub struct VmUpdate {
+    /// The state. A change of it empties the cause, unless there is another.
+    pub state: Option<VmState>,
+    /// Why it is paused or stopped.
+    pub cause: Option<Option<StateCause>>,
+    /// The machine.
+    pub machine: Option<Machine>,
+    /// The vsock address.
+    pub cid: Option<Option<u32>>,
+    /// When it was started.
+    pub started_at: Option<Timestamp>,
+    /// When its life ends.
+    pub expires_at: Option<Option<Timestamp>>,
+    /// The agent.
+    pub agent: Option<AgentInfo>,
+    /// The guest's address.
+    pub ip_address: Option<Option<String>>,
+    /// Why it failed.
+    pub failure: Option<Option<Failure>>,
+    /// How long the start took.
+    pub timings: Option<Option<Timings>>,
+    /// What of its template it uses.
+    pub parts: Option<BootParts>,
+    /// How it comes to life.
+    pub origin: Option<Origin>,
+    /// No column, but an event: this time is up.
+    pub expired: Option<Limit>,
+    /// No column, but an event: the disk is as it was in this snapshot.
+    pub restored: Option<SnapshotName>,
+    /// No column, but an event: what the console showed last.
+    pub last_log_entries: Option<Vec<String>>,
+}
+
+impl VmUpdate {
+    /// Both as one; `next` comes later.
+    #[must_use]
+    pub fn merged(self, next: Self) -> Self {
+        let changes_state = next.state.is_some() && next.state != self.state;
+        Self {
+            cause: next.cause.or(if changes_state { Some(None) } else { self.cause }),
+            state: next.state.or(self.state),
+            machine: next.machine.or(self.machine),
+            cid: next.cid.or(self.cid),
+            started_at: next.started_at.or(self.started_at),
+            expires_at: next.expires_at.or(self.expires_at),
+            agent: next.agent.or(self.agent),
+            ip_address: next.ip_address.or(self.ip_address),
+            failure: next.failure.or(self.failure),
+            timings: next.timings.or(self.timings),
+            parts: next.parts.or(self.parts),
+            origin: next.origin.or(self.origin),
+            expired: next.expired.or(self.expired),
+            restored: next.restored.or(self.restored),
+            last_log_entries: next.last_log_entries.or(self.last_log_entries),
+        }
+    }
+}
+
+/// The columns in the order in which [`Raw::read`] takes them.
+pub(super) const COLUMNS: &str = "id, spec, state, parts, disk_bytes, cid, created_ms, machine, started_ms, expires_ms, agent, \
+                       ip_address, failure, timings, deleting, purpose, origin, state_cause, made_by, owner";
+
+/// A row as `SQLite` gives it.
+pub(super) struct Raw {
+    pub(super) id: String,
+    spec: String,
+    state: String,
+    parts: String,
+    disk_bytes: i64,
+    cid: Option<u32>,
+    created_ms: i64,
+    machine: Option<String>,
+    started_ms: Option<i64>,
+    expires_ms: Option<i64>,
+    agent: Option<String>,
+    ip_address: Option<String>,
+    failure: Option<String>,
+    timings: Option<String>,
+    deleting: bool,
+    purpose: String,
+    origin: Option<String>,
+    cause: Option<String>,
+    made_by: Option<String>,
+    owner: Option<String>,
+}
+
+impl Raw {
+    pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            id: row.get(0)?,
+            spec: row.get(1)?,
+            state: row.get(2)?,
+            parts: row.get(3)?,
+            disk_bytes: row.get(4)?,
+            cid: row.get(5)?,
+            created_ms: row.get(6)?,
+            machine: row.get(7)?,
+            started_ms: row.get(8)?,
+            expires_ms: row.get(9)?,
+            agent: row.get(10)?,
+            ip_address: row.get(11)?,
+            failure: row.get(12)?,
+            timings: row.get(13)?,
+            deleting: row.get(14)?,
+            purpose: row.get(15)?,
+            origin: row.get(16)?,
+            cause: row.get(17)?,
+            made_by: row.get(18)?,
+            owner: row.get(19)?,
+        })
+    }
+
+    pub(super) fn decode(self, forwards: Vec<ForwardSpec>) -> Result<VmRow> {
+        let time = |ms: i64| {
+            Timestamp::from_millisecond(ms).map_err(|e| Error::internal(format!("a time in the store is wrong: {e}")))
+        };
+        fn optional<T: serde::de::DeserializeOwned>(column: &str, text: Option<&str>) -> Result<Option<T>> {
+            text.map(|text| decode(column, text)).transpose()
+        }
+        let state = VmState::from_word(&self.state).ok_or_else(|| {
+            Error::internal(format!("the store knows a state '{}' that nido does not", self.state.escape_debug()))
+        })?;
+        let purpose = Purpose::from_word(&self.purpose).ok_or_else(|| {
+            Error::internal(format!("the store knows a purpose '{}' that nido does not", self.purpose.escape_debug()))
+        })?;
+        Ok(VmRow {
+            purpose,
+            origin: optional("origin", self.origin.as_deref())?.unwrap_or_default(),
+            spec: decode("spec", &self.spec)?,
+            state,
+            // A cause of a newer nido's is no reason to refuse the row.
+            cause: self.cause.as_deref().and_then(StateCause::from_word),
+            parts: decode("parts", &self.parts)?,
+            disk_bytes: u64::try_from(self.disk_bytes).unwrap_or(0),
+            cid: self.cid,
+            created_at: time(self.created_ms)?,
+            machine: optional("machine", self.machine.as_deref())?,
+            started_at: self.started_ms.map(time).transpose()?,
+            expires_at: self.expires_ms.map(time).transpose()?,
+            agent: optional("agent", self.agent.as_deref())?.unwrap_or_default(),
+            ip_address: self.ip_address,
+            failure: optional("failure", self.failure.as_deref())?,
+            timings: optional("timings", self.timings.as_deref())?,
+            deleting: self.deleting,
+            made_by: self.made_by.map(LeaseId::try_from).transpose()?,
+            owner: self.owner,
+            id: self.id,
+            forwards,
+        })
+    }
+}

@@ -1,0 +1,518 @@
+//! The tables `vms` and `forwards`.
+
+use jiff::Timestamp;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::state::{StateCause, VmState};
+use nido_api::{EventDetails, EventKind, ForwardSpec, LeaseId, Limits};
+use rusqlite::{OptionalExtension, Row, params};
+
+use super::events::{events_of, of_vm};
+use super::row::{COLUMNS, Raw};
+use super::{Purpose, Store, VmRow, VmUpdate, encode, fault};
+
+impl Store {
+    /// Inserts a VM with its forwards.
+    ///
+    /// # Errors
+    /// `vm_exists` if the name is taken.
+    pub fn insert_vm(&self, row: &VmRow) -> Result<()> {
+        self.insert_vm_within(row, None)
+    }
+
+    /// The same, if its owner has fewer than so many.
+    ///
+    /// # Errors
+    /// `vm_exists` if the name is taken, `limit_exceeded`.
+    pub fn insert_vm_within(&self, row: &VmRow, max_vms: Option<u32>) -> Result<()> {
+        self.in_transaction(|| {
+            // An id is accepted wherever a name is: it must not mean two VMs.
+            if self.one_vm("id", row.spec.name.as_str())?.is_some() {
+                return Err(name_taken(&row.spec.name));
+            }
+            self.check_count(row.owner.as_deref(), max_vms)?;
+            let insert = "INSERT INTO vms (id, name, spec, state, parts, disk_bytes, created_ms, purpose, made_by, owner) \
+                          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
+            self.connection
+                .execute(
+                    insert,
+                    params![
+                        row.id,
+                        row.spec.name.as_str(),
+                        encode(&row.spec)?,
+                        row.state.word(),
+                        encode(&row.parts)?,
+                        i64::try_from(row.disk_bytes).unwrap_or(i64::MAX),
+                        row.created_at.as_millisecond(),
+                        row.purpose.word(),
+                        row.made_by.as_ref().map(LeaseId::as_str),
+                        row.owner
+                    ],
+                )
+                .map_err(|e| match e.sqlite_error_code() {
+                    Some(rusqlite::ErrorCode::ConstraintViolation) => name_taken(&row.spec.name),
+                    _ => fault(e),
+                })?;
+            for forward in &row.forwards {
+                insert_forward(&self.connection, &row.id, forward)?;
+            }
+            if row.purpose == Purpose::Use {
+                self.append(EventKind::VmCreated, Some(&row.spec.name), &of_vm(row))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Whether this owner may have one more.
+    pub(super) fn check_count(&self, owner: Option<&str>, max_vms: Option<u32>) -> Result<()> {
+        let (Some(owner), Some(most)) = (owner, max_vms) else { return Ok(()) };
+        let count = "SELECT count(*) FROM vms WHERE owner = ?1 AND purpose = 'use' AND deleting = 0";
+        let count: i64 = self.connection.query_row(count, [owner], |row| row.get(0)).map_err(fault)?;
+        if count < i64::from(most) { Ok(()) } else { Err(Limits::too_many(most)) }
+    }
+
+    /// The VM of that name that is there for its user.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn vm_by_name(&self, name: &VmName) -> Result<VmRow> {
+        let row = self.any_vm_by_name(name)?;
+        if row.purpose == Purpose::Use { Ok(row) } else { Err(no_such_vm(name)) }
+    }
+
+    /// The VM of that name or id, whatever it is there for.
+    ///
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn any_vm_by_name(&self, name: &VmName) -> Result<VmRow> {
+        // No VM is called like the id of another.
+        let by_name = self.one_vm("name", name.as_str())?;
+        match by_name {
+            None => self.one_vm("id", name.as_str())?.ok_or_else(|| no_such_vm(name)),
+            Some(row) => Ok(row),
+        }
+    }
+
+    /// The VM of that id, if it is still there.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn vm_by_id(&self, id: &str) -> Result<Option<VmRow>> {
+        self.one_vm("id", id)
+    }
+
+    fn one_vm(&self, column: &str, value: &str) -> Result<Option<VmRow>> {
+        let raw = self
+            .connection
+            .query_row(&format!("SELECT {COLUMNS} FROM vms WHERE {column} = ?1"), [value], Raw::read)
+            .optional()
+            .map_err(fault)?;
+        raw.map(|raw| {
+            let forwards = self.forwards(&raw.id)?;
+            raw.decode(forwards)
+        })
+        .transpose()
+    }
+
+    /// All VMs in order of creation.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn vms(&self) -> Result<Vec<VmRow>> {
+        self.select("ORDER BY created_ms, name")
+    }
+
+    /// The ids of all VMs. Quick: no row is decoded.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn vm_ids(&self) -> Result<std::collections::HashSet<String>> {
+        let mut statement = self.connection.prepare_cached("SELECT id FROM vms").map_err(fault)?;
+        let ids = statement.query_map([], |row| row.get(0)).map_err(fault)?;
+        ids.collect::<rusqlite::Result<_>>().map_err(fault)
+    }
+
+    /// VMs whose state claims that somebody takes care of them, and those of sessions. Usually few, so every command can afford to check them.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn vms_in_motion(&self) -> Result<Vec<VmRow>> {
+        self.select(
+            "WHERE deleting = 1 OR state NOT IN ('created', 'stopped', 'failed') \
+             OR (state IN ('stopped', 'failed') AND json_extract(spec, '$.ephemeral') = 1) \
+             OR json_extract(spec, '$.lease') IS NOT NULL OR made_by IS NOT NULL",
+        )
+    }
+
+    pub(super) fn select(&self, clause: &str) -> Result<Vec<VmRow>> {
+        let mut statement = self.connection.prepare(&format!("SELECT {COLUMNS} FROM vms {clause}")).map_err(fault)?;
+        let raws: Vec<Raw> =
+            statement.query_map([], Raw::read).map_err(fault)?.collect::<Result<_, _>>().map_err(fault)?;
+        let mut forwards = self.all_forwards()?;
+        raws.into_iter()
+            .map(|raw| {
+                let own = forwards.remove(&raw.id).unwrap_or_default();
+                raw.decode(own)
+            })
+            .collect()
+    }
+
+    fn all_forwards(&self) -> Result<std::collections::HashMap<String, Vec<ForwardSpec>>> {
+        let mut statement =
+            self.connection.prepare("SELECT vm_id, host, host_port, guest_port FROM forwards").map_err(fault)?;
+        let rows =
+            statement.query_map([], |row| Ok((row.get::<_, String>(0)?, read_forward(row, 1)?))).map_err(fault)?;
+        let mut all = std::collections::HashMap::<_, Vec<_>>::new();
+        for row in rows {
+            let (id, forward) = row.map_err(fault)?;
+            all.entry(id).or_default().push(forward);
+        }
+        Ok(all)
+    }
+
+    /// Changes a row. The caller holds the VM's `supervisor.lock`.
+    ///
+    /// # Errors
+    /// `vm_busy` if the vsock address is taken, else of the store.
+    pub fn update_vm(&self, id: &str, update: &VmUpdate) -> Result<()> {
+        let mut sets: Vec<&str> = Vec::new();
+        let mut values: Vec<Box<dyn rusqlite::ToSql>> = Vec::new();
+        let mut set = |column: &'static str, value: Box<dyn rusqlite::ToSql>| {
+            sets.push(column);
+            values.push(value);
+        };
+        if let Some(state) = update.state {
+            set("state", Box::new(state.word()));
+        }
+        if let Some(cause) = update.cause {
+            set("state_cause", Box::new(cause.map(StateCause::word)));
+        }
+        if let Some(machine) = &update.machine {
+            set("machine", Box::new(encode(machine)?));
+        }
+        if let Some(cid) = update.cid {
+            set("cid", Box::new(cid));
+        }
+        if let Some(at) = update.started_at {
+            set("started_ms", Box::new(at.as_millisecond()));
+        }
+        if let Some(at) = update.expires_at {
+            set("expires_ms", Box::new(at.map(Timestamp::as_millisecond)));
+        }
+        if let Some(agent) = &update.agent {
+            set("agent", Box::new(encode(agent)?));
+        }
+        if let Some(address) = &update.ip_address {
+            set("ip_address", Box::new(address.clone()));
+            if let Some(address) = address {
+                set("last_ip_address", Box::new(address.clone()));
+            }
+        }
+        if let Some(failure) = &update.failure {
+            set("failure", Box::new(failure.as_ref().map(encode).transpose()?));
+        }
+        if let Some(timings) = &update.timings {
+            set("timings", Box::new(timings.as_ref().map(encode).transpose()?));
+        }
+        if let Some(parts) = &update.parts {
+            set("parts", Box::new(encode(parts)?));
+        }
+        if let Some(origin) = &update.origin {
+            set("origin", Box::new(encode(origin)?));
+        }
+        if sets.is_empty() && update.expired.is_none() && update.restored.is_none() {
+            return Ok(());
+        }
+        self.in_transaction(|| {
+            let Some(before) = self.vm_by_id(id)? else { return Ok(()) };
+            if update.cause.is_none() && update.state.is_some_and(|state| state != before.state) {
+                sets.push("state_cause");
+                values.push(Box::new(None::<String>));
+            }
+            if !sets.is_empty() {
+                self.set_columns(id, &sets, values)?;
+            }
+            if update.state.is_some_and(VmState::at_rest) && !before.state.at_rest() && self.is_last_reader(&before)? {
+                self.mark_parts_due()?;
+            }
+            for (kind, details) in events_of(&before, update) {
+                self.append(kind, Some(&before.spec.name), &details)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn set_columns(&self, id: &str, sets: &[&str], mut values: Vec<Box<dyn rusqlite::ToSql>>) -> Result<()> {
+        let assignments = sets.iter().map(|column| format!("{column} = ?")).collect::<Vec<_>>().join(", ");
+        values.push(Box::new(id.to_owned()));
+        self.connection
+            .execute(&format!("UPDATE vms SET {assignments} WHERE id = ?"), rusqlite::params_from_iter(values))
+            .map_err(|e| match e.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::ConstraintViolation) => {
+                    Error::new(Code::VmBusy, "the vsock address is taken")
+                }
+                _ => fault(e),
+            })?;
+        Ok(())
+    }
+
+    /// Says that a VM's files are about to be removed.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn mark_deleting(&self, id: &str) -> Result<()> {
+        self.connection.execute("UPDATE vms SET deleting = 1 WHERE id = ?1", [id]).map_err(fault).map(drop)
+    }
+
+    /// Removes a VM's row, after its process and its files are gone. `last_log_entries` are what its console showed last.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn remove_vm(&self, id: &str, last_log_entries: Vec<String>) -> Result<()> {
+        self.in_transaction(|| {
+            let row = self.vm_by_id(id);
+            let is_last = match &row {
+                Ok(None) => false,
+                Ok(Some(row)) => self.is_last_user(row)?,
+                Err(_) => true,
+            };
+            if is_last {
+                self.mark_parts_due()?;
+            }
+            let last_address = "SELECT last_ip_address FROM vms WHERE id = ?1";
+            let ip_address =
+                self.connection.query_row(last_address, [id], |row| row.get(0)).optional().map_err(fault)?;
+            self.connection.execute("DELETE FROM announced WHERE owner = ?1", [id]).map_err(fault)?;
+            self.connection.execute("DELETE FROM vms WHERE id = ?1", [id]).map_err(fault)?;
+            match row {
+                Ok(Some(row)) if row.purpose == Purpose::Use => {
+                    let details = EventDetails { ip_address: ip_address.flatten(), last_log_entries, ..of_vm(&row) };
+                    self.append(EventKind::VmDeleted, Some(&row.spec.name), &details)
+                }
+                // What cannot be read can be removed all the same.
+                _ => Ok(()),
+            }
+        })
+    }
+
+    /// Whether the operation that makes a VM has not ended well yet.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn is_being_made(&self, id: &str) -> Result<bool> {
+        let query = "SELECT EXISTS (SELECT 1 FROM vms WHERE id = ?1 AND made_by IS NOT NULL)";
+        self.connection.query_row(query, [id], |row| row.get(0)).map_err(fault)
+    }
+
+    /// The VMs that an operation is making.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn vms_made_by(&self, operation: &LeaseId) -> Result<Vec<VmRow>> {
+        Ok(self.vms()?.into_iter().filter(|row| row.made_by.as_ref() == Some(operation)).collect())
+    }
+
+    /// Ends an operation well: its VMs stay. Only if there are `count` of them; else nothing changes.
+    ///
+    /// # Errors
+    /// `vm_not_running` if one of them is gone, and of the store.
+    pub fn keep_vms_made_by(&self, operation: &LeaseId, count: usize) -> Result<()> {
+        self.in_transaction(|| {
+            let update = "UPDATE vms SET made_by = NULL WHERE made_by = ?1 AND deleting = 0";
+            let kept = self.connection.execute(update, [operation.as_str()]).map_err(fault)?;
+            if kept == count {
+                return Ok(());
+            }
+            Err(Error::new(Code::VmNotRunning, "one of the new VMs has ended already, and is gone"))
+        })
+    }
+
+    /// A VM's published ports in order.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn forwards(&self, id: &str) -> Result<Vec<ForwardSpec>> {
+        let mut statement = self
+            .connection
+            .prepare_cached("SELECT host, host_port, guest_port FROM forwards WHERE vm_id = ?1 ORDER BY host_port")
+            .map_err(fault)?;
+        let rows = statement.query_map([id], |row| read_forward(row, 0)).map_err(fault)?;
+        rows.collect::<Result<_, _>>().map_err(fault)
+    }
+
+    /// Adds a published port.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn add_forward(&self, id: &str, forward: &ForwardSpec) -> Result<()> {
+        insert_forward(&self.connection, id, forward)
+    }
+
+    /// Removes a published port; whether it was there.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn remove_forward(&self, id: &str, forward: &ForwardSpec) -> Result<bool> {
+        self.connection
+            .execute(
+                "DELETE FROM forwards WHERE vm_id = ?1 AND host = ?2 AND host_port = ?3 AND guest_port = ?4",
+                params![id, forward.host.to_string(), forward.host_port, forward.guest_port],
+            )
+            .map(|n| n > 0)
+            .map_err(fault)
+    }
+}
+
+fn no_such_vm(name: &VmName) -> Error {
+    Error::new(Code::VmNotFound, format!("there is no VM named '{name}'")).hint("nido ls shows the VMs there are")
+}
+
+pub(super) fn name_taken(name: &VmName) -> Error {
+    Error::new(Code::VmExists, format!("a VM named '{name}' exists already"))
+        .hint(format!("choose another name, or: nido delete {name}"))
+}
+
+pub(super) fn insert_forward(connection: &rusqlite::Connection, id: &str, forward: &ForwardSpec) -> Result<()> {
+    connection
+        .execute(
+            "INSERT OR IGNORE INTO forwards (vm_id, host, host_port, guest_port) VALUES (?1, ?2, ?3, ?4)",
+            params![id, forward.host.to_string(), forward.host_port, forward.guest_port],
+        )
+        .map_err(fault)
+        .map(drop)
+}
+
+fn read_forward(row: &Row<'_>, first: usize) -> rusqlite::Result<ForwardSpec> {
+    let host: String = row.get(first)?;
+    let host = host
+        .parse()
+        .map_err(|e| rusqlite::Error::FromSqlConversionFailure(first, rusqlite::types::Type::Text, Box::new(e)))?;
+    Ok(ForwardSpec { host, host_port: row.get(first + 1)?, guest_port: row.get(first + 2)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::BootParts;
+    use super::*;
+    use nido_api::VmSpec;
+
+    fn parts() -> BootParts {
+        BootParts {
+            vmlinux: "a".into(),
+            initramfs: "b".into(),
+            initramfs_base: None,
+            agent: None,
+            root: "c".into(),
+            root_bytes: 1,
+            packages: "d".into(),
+            init: nido_images::Init::Agent,
+            append: "quiet".into(),
+            frozen: Vec::new(),
+        }
+    }
+
+    fn open() -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("db")).unwrap();
+        (dir, store)
+    }
+
+    fn row(id: &str, name: &str) -> VmRow {
+        let mut spec = VmSpec::named(name.parse().unwrap());
+        spec.forwards = vec!["8080:80".parse().unwrap()];
+        VmRow::new(id.into(), spec, Purpose::Use, VmState::Created, parts(), 1 << 30)
+    }
+
+    #[test]
+    fn a_row_comes_back_as_it_went_in() {
+        let (_dir, store) = open();
+        let vm = row("1", "web");
+        store.insert_vm(&vm).unwrap();
+        let mut back = store.vm_by_name(&"web".parse().unwrap()).unwrap();
+        back.created_at = vm.created_at; // milliseconds are kept
+        assert_eq!(back, vm);
+    }
+
+    #[test]
+    fn a_name_is_taken_once() {
+        let (_dir, store) = open();
+        store.insert_vm(&row("1", "web")).unwrap();
+        assert_eq!(store.insert_vm(&row("2", "web")).unwrap_err().code(), Code::VmExists);
+        assert_eq!(store.vms().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn an_owner_has_no_more_vms_than_allowed() {
+        let (_dir, store) = open();
+        let own = |id: &str, owner: &str| VmRow { owner: Some(owner.into()), ..row(id, &format!("vm-{id}")) };
+        store.insert_vm_within(&own("1", "a"), Some(1)).unwrap();
+        let refused = store.insert_vm_within(&own("2", "a"), Some(1)).unwrap_err();
+        assert_eq!(refused.code(), Code::LimitExceeded);
+        store.insert_vm_within(&own("3", "b"), Some(1)).expect("each owner has its own");
+        store.insert_vm(&row("4", "nobody-s")).unwrap();
+        assert_eq!(store.vm_by_id("1").unwrap().unwrap().owner.as_deref(), Some("a"));
+        store.mark_deleting("1").unwrap();
+        store.insert_vm_within(&own("5", "a"), Some(1)).unwrap();
+    }
+
+    #[test]
+    fn a_vsock_address_is_taken_once() {
+        let (_dir, store) = open();
+        store.insert_vm(&row("1", "a")).unwrap();
+        store.insert_vm(&row("2", "b")).unwrap();
+        let take = VmUpdate { cid: Some(Some(77)), ..VmUpdate::default() };
+        store.update_vm("1", &take).unwrap();
+        assert_eq!(store.update_vm("2", &take).unwrap_err().code(), Code::VmBusy);
+    }
+
+    #[test]
+    fn only_vms_in_motion_are_looked_after() {
+        let (_dir, store) = open();
+        store.insert_vm(&row("1", "a")).unwrap();
+        store.insert_vm(&row("2", "b")).unwrap();
+        store.update_vm("2", &VmUpdate { state: Some(VmState::Running), ..VmUpdate::default() }).unwrap();
+        let ids: Vec<_> = store.vms_in_motion().unwrap().into_iter().map(|vm| vm.id).collect();
+        assert_eq!(ids, ["2"]);
+        store.mark_deleting("1").unwrap();
+        assert_eq!(store.vms_in_motion().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn vms_of_an_operation_are_kept_together_or_not_at_all() {
+        let (_dir, store) = open();
+        let operation: LeaseId = "0123456789abcdef".to_owned().try_into().unwrap();
+        for (id, made_by) in [("1", Some(operation.clone())), ("2", Some(operation.clone())), ("3", None)] {
+            store.insert_vm(&VmRow { made_by, ..row(id, &format!("vm-{id}")) }).unwrap();
+        }
+        assert_eq!(store.vms_made_by(&operation).unwrap().len(), 2);
+        assert_eq!(store.vms_in_motion().unwrap().len(), 2, "looked after until then");
+        store.mark_deleting("2").unwrap();
+        store.keep_vms_made_by(&operation, 2).unwrap_err();
+        assert!(store.is_being_made("1").unwrap() && !store.is_being_made("3").unwrap());
+        store.remove_vm("2", Vec::new()).unwrap();
+        store.keep_vms_made_by(&operation, 1).unwrap();
+        assert!(!store.is_being_made("1").unwrap());
+        assert_eq!(store.vms_in_motion().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn a_store_of_a_newer_nido_is_left_alone() {
+        let (dir, store) = open();
+        store.connection.pragma_update(None, "user_version", 99).unwrap();
+        drop(store);
+        assert!(Store::open(&dir.path().join("db")).unwrap_err().message().contains("99"));
+    }
+
+    #[test]
+    fn forwards_go_with_their_vm() {
+        let (_dir, store) = open();
+        store.insert_vm(&row("1", "a")).unwrap();
+        let extra = "9000:90".parse().unwrap();
+        store.add_forward("1", &extra).unwrap();
+        assert_eq!(store.forwards("1").unwrap().len(), 2);
+        assert!(store.remove_forward("1", &extra).unwrap());
+        assert!(!store.remove_forward("1", &extra).unwrap());
+        store.remove_vm("1", Vec::new()).unwrap();
+        assert!(store.forwards("1").unwrap().is_empty());
+    }
+}

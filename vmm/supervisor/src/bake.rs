@@ -1,0 +1,214 @@
+//! Saving a guest so that others can go on from it: the end of a VM that is there to be baked.
+//!
+//! ```text
+//!  ready - freeze - end the channel's talk - rest - halt - save state - quit    memory.img, state.bin, disk.qcow2
+//!                                                                                 hashed, into the store of parts
+//! ```
+//!
+//! What the guest has not done when it is halted, each of its forks does first: so it is left alone until it rests.
+//!
+//! Invariant: the agent in the saved memory has no session and waits for its host's first word, its disk is clean, and
+//! nothing of the three files changes after QEMU has ended.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nido_api::error::{Code, Error, Result};
+use nido_engine::bake::{qemu_id, shape};
+use nido_engine::guest::{GuestError, Session};
+use nido_engine::home::{DEVICE_STATE, DISK, MEMORY_IMAGE, VmDir};
+use nido_engine::host::{QemuFacts, facts, qemu};
+use nido_engine::qemu::Monitor;
+use nido_engine::qemu::migration::{self, Memory, MigrationError};
+use nido_images::{Bake, BakedMachine, Disk, Part, QemuId, hash_file, sparse_sha256};
+use nido_store::Origin;
+use tokio::time::Instant;
+
+use super::launch::Running;
+use super::qmp::QMP_TIMEOUT;
+use super::readiness::AgentRoute;
+use super::state::{Report, Supervisor};
+
+/// How long the guest may take to fall silent.
+const QUIET_WITHIN: Duration = Duration::from_secs(30);
+/// How long QEMU may take to save a machine's state.
+const SAVED_WITHIN: Duration = Duration::from_secs(60);
+/// How long the guest may take to come to rest.
+const RESTS_WITHIN: Duration = Duration::from_secs(20);
+/// Over how long its CPU time is counted, what share of it counts as rest, and how many such spans in a row it takes: what
+/// a kernel puts off, it puts off for a second or two (the addresses of a network card, for one).
+const LOOK_EVERY: Duration = Duration::from_millis(400);
+const RESTING_PERCENT: u32 = 3;
+const RESTING_SPANS: u32 = 10;
+/// How long the end of a QEMU may take to be seen.
+const END_SEEN_WITHIN: Duration = Duration::from_millis(500);
+/// The socket over which a state is saved.
+const SAVE_SOCKET: &str = "save.sock";
+
+/// What the guest is saved with.
+struct Saving {
+    name: String,
+    way: AgentRoute,
+    monitor: Monitor,
+    pid: i32,
+    /// It booted to be saved: it is left alone until it rests.
+    rests: bool,
+    /// It was loaded, and has never run: it is saved as it is.
+    twin: bool,
+}
+
+impl Supervisor {
+    /// Begins to save the guest. When that is done its machine ends; whether it succeeded is told when QEMU has ended.
+    pub(super) fn begin_bake(&self, running: &Running) {
+        let saving = Saving {
+            name: self.row.spec.name.to_string(),
+            way: self.way(),
+            monitor: running.monitor.clone(),
+            pid: running.process.pid(),
+            rests: self.row.origin == Origin::Boot,
+            twin: self.is_twin(),
+        };
+        let report = self.reports.0.clone();
+        tokio::spawn(async move {
+            let saved = saving.save().await;
+            if saved.is_err() {
+                // If QEMU has ended the loop sees it, and tells why.
+                tokio::time::sleep(END_SEEN_WITHIN).await;
+            }
+            let _ = report.send(Report::Saved(saved)).await;
+        });
+    }
+
+    /// Takes what was saved into the store of parts.
+    pub(super) async fn keep_bake(&self) -> Result<Bake> {
+        let home = self.context.home();
+        let program = qemu::find(self.context.qemu())?;
+        let qemu = qemu::probe(&program, &home.cache())?;
+        let saved = Saved {
+            machine: shape(&self.machine, &facts::gather(&home.cache())),
+            qemu: qemu_id(&qemu),
+            memory_mode: memory_mode(&qemu),
+            token: nido_api::hex::encode(self.guest.token()),
+            disk_bytes: self.row.disk_bytes,
+            dir: self.dir.clone(),
+            home: home.root().to_owned(),
+        };
+        let kept = tokio::task::spawn_blocking(move || saved.keep()).await;
+        kept.map_err(|e| Error::internal(format!("the work broke down: {e}")))?
+    }
+}
+
+impl Saving {
+    async fn save(self) -> Result<()> {
+        let broken = |why: String| Error::new(Code::QemuFailed, format!("the guest cannot be saved: {why}"));
+        if !self.twin {
+            let deadline = Instant::now() + QUIET_WITHIN;
+            self.silence(deadline).await.map_err(|e| nido_engine::error_sources::guest_error(&self.name, e))?;
+            // A copy of a running VM is wanted at once, and its programs may never rest.
+            if self.rests {
+                rest(self.pid).await;
+            }
+            self.monitor.stop(QMP_TIMEOUT).await.map_err(|e| broken(nido_api::text::on_one_line(&e.to_string())))?;
+        }
+        let state = File::create(DEVICE_STATE).map_err(|e| Error::io("cannot save the guest", e))?;
+        migration::save(&self.monitor, Path::new(SAVE_SOCKET), state, Memory::Apart, SAVED_WITHIN)
+            .await
+            .map_err(|e| save_error("cannot save the guest", e))
+    }
+
+    /// Freezes the guest's disk, and leaves its agent waiting for the first word of another host.
+    async fn silence(&self, deadline: Instant) -> Result<(), GuestError> {
+        let way = &self.way;
+        let mut session = Session::open(way.stream(deadline).await?, way.guest.token(), deadline).await?;
+        // Everything is on the disk then. It goes on at once: thawing after each fork would cost more than all the rest.
+        session.freeze(deadline).await?;
+        session.thaw(deadline).await?;
+        drop(session);
+        match &way.channel {
+            Some(channel) => channel.quieten(deadline).await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// A machine's state that could not be saved; a full disk is told as such.
+pub(super) fn save_error(what: &str, error: MigrationError) -> Error {
+    match error {
+        MigrationError::Io(error) => Error::io(what.to_owned(), error),
+        error => Error::new(Code::QemuFailed, format!("{what}: {}", nido_api::text::on_one_line(&error.to_string()))),
+    }
+}
+
+/// A guest that was saved, and what is told about it.
+struct Saved {
+    machine: BakedMachine,
+    qemu: QemuId,
+    memory_mode: u32,
+    token: String,
+    disk_bytes: u64,
+    dir: VmDir,
+    home: PathBuf,
+}
+
+impl Saved {
+    /// Hashes the files and takes them into the store of parts.
+    fn keep(self) -> Result<Bake> {
+        let here = |name: &str| self.dir.file(name);
+        let (state, disk) = (hash_file(&here(DEVICE_STATE))?, hash_file(&here(DISK))?);
+        let memory = memory_part(&here(MEMORY_IMAGE))?;
+        let images = nido_images::Store::new(&self.home);
+        let lock = images.lock()?;
+        images.import_as(&here(MEMORY_IMAGE), &memory, self.memory_mode, &lock)?;
+        images.import(&here(DEVICE_STATE), &state, &lock)?;
+        images.import(&here(DISK), &disk, &lock)?;
+        Ok(Bake {
+            created_at: nido_api::moment::now(),
+            machine: self.machine,
+            qemu: self.qemu,
+            token: self.token,
+            memory,
+            state,
+            disk: Disk { file: disk, virtual_bytes: self.disk_bytes },
+        })
+    }
+}
+
+/// Waits until the guest has nothing left to do, but not for ever: some always have.
+async fn rest(qemu: i32) {
+    let deadline = Instant::now() + RESTS_WITHIN;
+    let (mut before, mut rested) = (cpu_time(qemu), 0);
+    while Instant::now() < deadline {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let now = cpu_time(qemu);
+        let rests = now.saturating_sub(before) < LOOK_EVERY * RESTING_PERCENT / 100;
+        rested = if rests { rested + 1 } else { 0 };
+        if rested == RESTING_SPANS {
+            return;
+        }
+        before = now;
+    }
+    tracing::warn!("the guest does not come to rest; it is saved as it is");
+}
+
+/// How much CPU time all threads of a process have used. Zero if it cannot be seen.
+fn cpu_time(pid: i32) -> Duration {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let nanos = tasks.filter_map(|task| {
+        let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split_ascii_whitespace().next()?.parse::<u64>().ok()
+    });
+    Duration::from_nanos(nanos.sum())
+}
+
+fn memory_part(path: &Path) -> Result<Part> {
+    let broken = |e| Error::io("cannot read the saved memory", e);
+    let file = File::open(path).map_err(broken)?;
+    let (sha256, _) = sparse_sha256(&file).map_err(broken)?;
+    Ok(Part { sha256, bytes: file.metadata().map_err(broken)?.len() })
+}
+
+/// An older QEMU opens the image for writing although it maps it privately, and only root may do that without the right.
+fn memory_mode(qemu: &QemuFacts) -> u32 {
+    if qemu.memory_file_rom || rustix::process::geteuid().is_root() { 0o400 } else { 0o600 }
+}

@@ -1,0 +1,58 @@
+//! Processes in the background: nido itself with a hidden verb, started by whichever process needs one.
+//!
+//! Invariant: such a process takes its lock itself. So it does not matter how many are started: one stays. It keeps nothing of the
+//! process that started it (`host/daemon.rs`).
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nido_api::error::{Error, Result};
+use nido_engine::home::make_private_dir;
+use nido_engine::host::daemon;
+
+use super::Context;
+
+/// Where a log is begun anew, in bytes.
+const LOG_MAX: u64 = 1 << 20;
+
+impl Context {
+    /// Starts `nido VERB` in this home. What it has to say goes to `logs/LOG`.
+    ///
+    /// # Errors
+    /// Of the log, or of starting it.
+    pub fn start_in_background(&self, verb: &str, log: &str) -> Result<()> {
+        let broken = |e| Error::io(format!("cannot start nido {verb}"), e);
+        let logs = self.home.root().join("logs");
+        make_private_dir(&logs).map_err(broken)?;
+        let log = open_log(&logs.join(log)).map_err(broken)?;
+        if log.metadata().is_ok_and(|meta| meta.len() > LOG_MAX) {
+            log.set_len(0).map_err(broken)?;
+        }
+        let mut command = self.daemon(self.home.root())?;
+        command.arg(verb).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(log));
+        tokio::process::Command::from(command).spawn().map(drop).map_err(broken)
+    }
+
+    /// A command for nido itself in this home, to stay; the verb is still missing.
+    ///
+    /// # Errors
+    /// nido's own program cannot be found.
+    pub fn daemon(&self, directory: &Path) -> Result<Command> {
+        let mut command = daemon::command(&self.program()?, directory);
+        command.arg("--home").arg(self.home.root());
+        if let Some(qemu) = &self.options.qemu {
+            command.arg("--qemu").arg(qemu);
+        }
+        Ok(command)
+    }
+}
+
+/// A log file, opened to be appended to.
+///
+/// # Errors
+/// Of the file system.
+pub fn open_log(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o600).open(path)
+}

@@ -1,0 +1,135 @@
+//! What commands and supervisors share of an opened home: its paths, its store, the programs that they start, and what both of
+//! them do to a VM's directory and row.
+//!
+//! Invariant: nothing here reconciles, and nothing here knows an operation of the core API.
+
+mod background;
+mod delivery;
+mod erase;
+mod guest_config;
+mod record;
+mod ttl_watcher;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+pub use self::background::open_log;
+pub use self::delivery::{DELIVER_LOCK, StoreGuard};
+pub use self::erase::remove_tree;
+pub use self::guest_config::{guest_network, read_token, write_guest_config};
+use nido_api::LeaseId;
+use nido_api::error::{Code, Error, Result};
+use nido_engine::home::{Home, VmDir};
+use nido_engine::presence::is_gone;
+use nido_engine::space_reserve::SpaceReserve;
+use nido_store::{Store, VmRow};
+
+/// How nido is opened.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// Where everything is kept. Absent: `NIDO_HOME`, else `/var/lib/nido` for root, else `$XDG_DATA_HOME/nido`.
+    pub home: Option<PathBuf>,
+    /// The QEMU to use. Absent: `NIDO_QEMU`, else `qemu-system-x86_64` in `PATH`.
+    pub qemu: Option<PathBuf>,
+    /// The program that supervises VMs: nido's own. Absent: the running program.
+    pub supervisor: Option<PathBuf>,
+    /// What is about to be done gives space back: on a full disk it may use what is kept for that.
+    pub frees_space: bool,
+}
+
+/// An opened home.
+#[derive(Debug)]
+pub struct Context {
+    home: Home,
+    is_read_only: bool,
+    store: Mutex<Store>,
+    options: OpenOptions,
+}
+
+impl Context {
+    /// Opens a home, and makes it the first time. What a crash has left stays as it is.
+    ///
+    /// # Errors
+    /// `denied` if the home belongs to another user, `permission_denied`, `read_only`, `disk_full`, `internal`.
+    pub fn open(mut options: OpenOptions) -> Result<Self> {
+        let named =
+            options.home.clone().or_else(|| std::env::var_os("NIDO_HOME").filter(|v| !v.is_empty()).map(PathBuf::from));
+        let home = Home::open(&named.map_or_else(Home::default_root, Ok)?)?;
+        // A home that cannot be written can still be read: `ls`, `info`, `template ls` and `doctor` need no more.
+        let is_read_only = !home.is_writable();
+        let open = || {
+            if is_read_only { Store::open_to_read(&home.database()) } else { Store::open(&home.database()) }
+        };
+        let store = match open() {
+            Err(error)
+                if error.code() == Code::DiskFull && options.frees_space && SpaceReserve::of(&home).release() =>
+            {
+                open()
+            }
+            opened => opened,
+        };
+        let store = Mutex::new(store?);
+        let named = options.qemu.or_else(|| std::env::var_os("NIDO_QEMU").filter(|v| !v.is_empty()).map(PathBuf::from));
+        // A supervisor works in another directory: a relative path would mean another file there.
+        let absolute = |p: PathBuf| if p.components().count() > 1 { std::path::absolute(&p).unwrap_or(p) } else { p };
+        options.qemu = named.map(absolute);
+        Ok(Self { home, is_read_only, store, options })
+    }
+
+    /// Whether the home could only be opened for reading. What writes fails as `read_only` then.
+    #[must_use]
+    pub const fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    /// Where everything is kept.
+    #[must_use]
+    pub const fn home(&self) -> &Home {
+        &self.home
+    }
+
+    /// The QEMU that was named, if any.
+    #[must_use]
+    pub fn qemu(&self) -> Option<&Path> {
+        self.options.qemu.as_deref()
+    }
+
+    /// Whether what is about to be done gives space back.
+    #[must_use]
+    pub const fn frees_space(&self) -> bool {
+        self.options.frees_space
+    }
+
+    /// The store, until the guard is dropped. If deliveries were queued meanwhile, that starts a delivery worker.
+    pub fn store(&self) -> StoreGuard<'_> {
+        // Each method of the store is a transaction of its own: a panic in one leaves nothing half-done.
+        StoreGuard::new(self, self.store.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The directory of a VM.
+    #[must_use]
+    pub fn vm_dir(&self, id: &str) -> VmDir {
+        self.home.vm(id)
+    }
+
+    /// Whether a VM belongs to a session that is over, or to an operation that ended before it had made all its VMs.
+    pub fn is_orphan(&self, row: &VmRow) -> bool {
+        let is_over = |lease: &LeaseId| is_gone(&self.home.present(), lease.as_str());
+        row.spec.lease.as_ref().is_some_and(is_over)
+            // It may have ended well since the row was read.
+            || row.made_by.as_ref().is_some_and(is_over) && self.store().is_being_made(&row.id).unwrap_or(false)
+    }
+
+    fn program(&self) -> Result<PathBuf> {
+        self.options.supervisor.clone().map_or_else(own_program, Ok)
+    }
+}
+
+/// The program that runs. One that was replaced since it was started is run as it is now.
+fn own_program() -> Result<PathBuf> {
+    let program = std::env::current_exe().map_err(|e| Error::io("cannot find nido's own program", e))?;
+    Ok(match program.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
+        Some(path) if !program.exists() => PathBuf::from(path),
+        _ => program,
+    })
+}

@@ -1,0 +1,38 @@
+//! `vm.json` of a VM, kept up to date with its row.
+
+use nido_api::error::Result;
+use nido_engine::atomic_file::Durability;
+use nido_store::VmRow;
+
+use super::Context;
+use crate::vm_record::VmRecord;
+
+impl Context {
+    /// Writes down beside the VM's disk what its row needs.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn write_record(&self, row: &VmRow) -> Result<()> {
+        self.prepare_record(row)?()
+    }
+
+    /// The same as a job for another thread: it waits for the disk.
+    ///
+    /// # Errors
+    /// `internal`.
+    pub fn prepare_record(&self, row: &VmRow) -> Result<impl FnOnce() -> Result<()> + Send + use<>> {
+        let (record, dir) = (VmRecord::of(row)?, self.vm_dir(&row.id));
+        // What vanishes when it stops is not there after a power cut anyway.
+        let durability = if row.spec.ephemeral { Durability::Kill } else { Durability::PowerCut };
+        Ok(move || record.write(&dir, durability))
+    }
+
+    /// The same for a row that has changed in the store. A failure is logged: the row counts.
+    pub fn refresh_record(&self, id: &str) {
+        let row = self.store().vm_by_id(id);
+        let written = row.and_then(|row| row.map_or(Ok(()), |row| self.write_record(&row)));
+        if let Err(error) = written {
+            tracing::warn!("the record of VM {id} is not up to date: {error}");
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! The loop that owns a running VM: everything that happens comes in here, every decision is somebody else's pure
+//! function, and what is done about it goes out to QEMU, the agent and the store.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nido_api::error::{Problem, Result};
+use nido_api::state::{FailureCause, StateCause, VmState};
+use nido_api::{AgentInfo, Failure, StopRequest};
+use nido_engine::home::{
+    AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG,
+};
+use nido_engine::host::facts::disk_free_bytes;
+use nido_engine::host::kvm;
+use nido_engine::logs::{log_tail, panic_lines, rotate};
+use nido_engine::machine::Accel;
+use nido_engine::qemu::QemuExit;
+use nido_store::{Purpose, VmUpdate};
+use rustix::fs::unlink;
+use tokio::sync::oneshot;
+use tokio::time::{Instant as TokioInstant, sleep_until};
+
+use super::control_server::{ActiveSessions, Life};
+use super::exit_cause::exit_cause;
+use super::failure_error;
+use super::launch::Running;
+use super::readiness::Readiness;
+use super::startup::NotRunning;
+use super::state::{SESSION_EVERY, Supervisor, instant_of};
+
+/// How often logs are looked at.
+const LOGS_EVERY: Duration = Duration::from_secs(5);
+/// With less free space a disk counts as full.
+const DISK_FULL_BYTES: u64 = 8 << 20;
+/// How often a change that the store did not take is repeated.
+const RETRY_EVERY: Duration = Duration::from_secs(1);
+/// How long answers to the last requests may take to be written.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How long the command that asked for a start may take to ask how it goes.
+const ASKED_WITHIN: Duration = Duration::from_millis(500);
+
+impl Supervisor {
+    /// Supervises until the VM is at rest.
+    pub(super) async fn run(mut self, attach_to: bool, announce: impl FnOnce()) -> Result<()> {
+        announce();
+        let running = if attach_to { self.take_over().await } else { self.start().await };
+        match running {
+            Ok(running) => {
+                self.watch_ttl(&running.process);
+                self.leave_callers_unit(&running.process);
+                let exit = self.watch_over(running).await;
+                self.conclude(exit).await
+            }
+            Err(NotRunning::Exit(exit)) => self.conclude(exit).await,
+            // It never ran: what keeps it from running is the answer, and the VM is as it was.
+            Err(NotRunning::Error(error)) => {
+                tracing::error!("{error}");
+                self.end(VmState::Stopped, None, Some(error.problem())).await
+            }
+            // It lives, and there is no way to it. What the store says stays as it is.
+            Err(NotRunning::OutOfReach(error)) => Err(error),
+        }
+    }
+
+    /// QEMU has ended, and so has the VM. A VM that failed under KVM never gets another start without it: what failed may be the
+    /// guest's own doing.
+    async fn conclude(mut self, exit: QemuExit) -> Result<()> {
+        self.gather_tails();
+        let (state, failure) = exit_cause(self.state, exit, &self.seen);
+        if self.machine.accel == Accel::Kvm && failure.as_ref().is_some_and(|failure| questions_kvm(failure.cause)) {
+            self.test_kvm_again().await;
+        }
+        self.end(state, failure, None).await
+    }
+
+    /// Has the experiment decide anew whether KVM works, for the starts to come.
+    async fn test_kvm_again(&self) {
+        let cache = self.context.home().cache();
+        match tokio::task::spawn_blocking(move || kvm::probe_again(&cache)).await {
+            Ok(verdict) => tracing::warn!(?verdict, "the VM failed under KVM; KVM was tested again"),
+            Err(error) => tracing::error!("KVM could not be tested again: {error}"),
+        }
+    }
+
+    /// Everything from QEMU's first answer to its end.
+    async fn watch_over(&mut self, mut running: Running) -> QemuExit {
+        let mut awaiting_agent = true;
+        let mut ready = if self.is_twin() {
+            // It never runs: what was loaded is saved again.
+            awaiting_agent = false;
+            self.begin_bake(&running);
+            oneshot::channel().1
+        } else {
+            self.watch_for_agent(&running)
+        };
+        if self.state == VmState::Stopping {
+            // The supervisor before was stopping it: the deadline is this one's now.
+            self.begin_stop(StopRequest::default(), &running);
+        }
+        let mut retry = tokio::time::interval(RETRY_EVERY);
+        retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut logs = tokio::time::interval(LOGS_EVERY);
+        logs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut session = tokio::time::interval(SESSION_EVERY);
+        session.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut direct = self.users.watch();
+        let mut spliced =
+            self.channel.as_ref().map_or_else(|| ActiveSessions::new().watch(), |channel| channel.activity().open());
+        let mut monitor_open = true;
+        loop {
+            let users = *direct.borrow_and_update() + *spliced.borrow_and_update();
+            // A guest that boots is not idle: nobody could have used it yet.
+            // But one that is there to be baked is there for somebody who waits for it.
+            let booting = usize::from(*self.life.borrow() == Life::Booting && self.row.purpose != Purpose::Bake);
+            // Nobody can use a VM that stands still, so it is not idle either.
+            let paused = usize::from(self.state == VmState::Paused && self.row.purpose == Purpose::Use);
+            self.limits.used_by(users + booting + paused, Instant::now());
+            if self.kill_at.is_none()
+                && let Some(reached) = self.limits.reached(Instant::now())
+            {
+                self.time_is_up(reached, &running);
+            }
+            let wake = self.next_wake();
+            tokio::select! {
+                exit = running.process.wait() => {
+                    // What QEMU said last may still be on its way.
+                    self.drain_events(&mut running).await;
+                    return exit.unwrap_or(QemuExit::Unknown);
+                }
+                event = running.events.recv(), if monitor_open => match event {
+                    Some(event) => self.on_event(event, &running).await,
+                    None => monitor_open = false,
+                },
+                Some(order) = self.orders.recv() => {
+                    self.on_order(order, &running).await;
+                }
+                Some(report) = self.reports.1.recv() => self.on_report(report, &running).await,
+                outcome = &mut ready, if awaiting_agent => {
+                    awaiting_agent = false;
+                    self.on_agent(outcome.unwrap_or(Readiness::Late), &running).await;
+                }
+                () = self.termination.requested() => self.on_terminate(&running),
+                _ = direct.changed() => {}
+                Ok(()) = spliced.changed() => {}
+                _ = logs.tick() => {
+                    rotate_logs();
+                    self.look_at_host(&running);
+                    // The host may have slept, which the timer does not count; the wall clock does.
+                    self.limits.expire_at(self.row.expires_at.map(instant_of));
+                }
+                _ = retry.tick(), if !self.unwritten.is_empty() => self.flush(),
+                _ = session.tick(), if (self.row.spec.lease.is_some() || self.row.made_by.is_some()) && !self.quit_sent => {
+                    if self.context.is_orphan(&self.row) {
+                        self.session_is_over(&running);
+                    }
+                }
+                () = sleep_until(wake.unwrap_or_else(TokioInstant::now)), if wake.is_some() => self.pull_plug(&running),
+            }
+            if let Some(next) = self.awaited.take() {
+                (ready, awaiting_agent) = (next, true);
+            }
+        }
+    }
+
+    fn next_wake(&self) -> Option<TokioInstant> {
+        self.kill_at.or_else(|| self.limits.next_deadline().map(TokioInstant::from_std))
+    }
+
+    fn gather_tails(&mut self) {
+        self.seen.disk_full = disk_free_bytes(self.dir.path()).is_ok_and(|free| free < DISK_FULL_BYTES);
+        self.seen.qemu_tail = log_tail(&self.dir, &[QEMU_LOG]);
+        let panic = panic_lines(&self.dir, CONSOLE_LOG);
+        self.seen.panicked |= panic.is_some() && self.state != VmState::Stopping && self.seen.may_have_panicked();
+        self.seen.console_tail = panic.unwrap_or_else(|| log_tail(&self.dir, &[CONSOLE_LOG]));
+    }
+
+    fn leave_sockets(&self) {
+        for socket in [QMP_SOCKET, CHANNEL_SOCKET, AGENT_SOCKET, CONTROL_SOCKET] {
+            let _ = unlink(Path::new(socket));
+        }
+    }
+
+    /// Writes down how it ended, tells everybody who waits, and leaves nothing behind.
+    async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
+        let never_ran = *self.life.borrow() == Life::Launching;
+        let vanishes = self.row.spec.ephemeral && !self.kept || self.context.is_orphan(&self.row);
+        // An ephemeral VM that has stopped is one to be removed, by whoever sees it first.
+        let state = if self.row.spec.ephemeral && self.kept { VmState::Created } else { state };
+        let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).problem()));
+        tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
+        let guest = self.seen.shutdown_reason.as_deref().is_some_and(|reason| reason.starts_with("guest"));
+        let cause = self.stop_cause.or(guest.then_some(StateCause::Guest)).filter(|_| state == VmState::Stopped);
+        let update = VmUpdate {
+            state: Some(state),
+            cause: Some(cause),
+            cid: Some(None),
+            expires_at: Some(None),
+            agent: Some(AgentInfo { ready: false, ..self.row.agent.clone() }),
+            ip_address: Some(None),
+            failure: Some(failure),
+            last_log_entries: Some(self.seen.console_tail.clone()),
+            ..VmUpdate::default()
+        };
+        self.unwritten.push(update);
+        let (context, row) = (&self.context, &self.row);
+        let written = self.unwritten.flush(row, |update| context.store().update_vm(&row.id, update));
+        if never_ran {
+            // Whoever asked for the start knows that we listen, and is about to ask how it goes.
+            self.life.send_replace(Life::Ended(problem.clone()));
+            let deadline = Instant::now() + ASKED_WITHIN;
+            while self.life.receiver_count() < 2 && Instant::now() < deadline {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+        self.leave_sockets();
+        // Whoever hears of the end may use the ports again.
+        self.forwards.close().await;
+        let baked = match self.baked.take() {
+            Some(Ok(())) => self.keep_bake().await.map(Some),
+            Some(Err(error)) => Err(error),
+            None => Ok(None),
+        };
+        let erased = if vanishes { self.context.erase(&self.row.id) } else { Ok(()) };
+        self.life.send_replace(match (problem, baked) {
+            (None, Ok(Some(bake))) => Life::Baked(Box::new(bake)),
+            (None, Err(error)) => Life::Ended(Some(error.problem())),
+            (problem, _) => Life::Ended(problem),
+        });
+        // Connections that wait for this end hold a receiver each; the accepting task holds one for ever.
+        let deadline = Instant::now() + LAST_WORDS;
+        while self.life.receiver_count() > 1 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        // Whoever takes it next finds everything written down.
+        drop(self.lock);
+        written.and(erased)
+    }
+}
+
+/// Whether such a failure may come from a KVM that does not work (any more).
+fn questions_kvm(cause: FailureCause) -> bool {
+    matches!(cause, FailureCause::GuestTimeout | FailureCause::KvmInternalError)
+}
+
+fn rotate_logs() {
+    for log in [CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOG] {
+        if let Err(error) = rotate(Path::new(log)) {
+            tracing::warn!("cannot rotate {log}: {error}");
+        }
+    }
+}

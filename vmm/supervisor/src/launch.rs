@@ -1,0 +1,145 @@
+//! Starting QEMU for a VM, and finding the QEMU of one that lost its supervisor.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use nido_api::error::{Code, Error, Result};
+use nido_engine::home::{
+    CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, MEMORY_IMAGE, QEMU_LOG, QMP_SOCKET, VM_LOCK,
+};
+use nido_engine::host::QemuFacts;
+use nido_engine::lock::Held;
+use nido_engine::machine::Machine;
+use nido_engine::qemu::argv::{Disk, Files, Memory, flatten, parts};
+use nido_engine::qemu::{Monitor, MonitorError, MonitorEvent, QemuProcess, process};
+use nido_store::{Origin, Purpose, VmRow};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+
+/// How long QEMU may take until its monitor answers.
+const MONITOR_WITHIN: Duration = Duration::from_secs(30);
+
+/// A QEMU that runs, and the line to it.
+pub(super) struct Running {
+    pub process: QemuProcess,
+    pub monitor: Monitor,
+    pub events: mpsc::Receiver<MonitorEvent>,
+}
+
+/// Why there is no QEMU.
+pub(super) enum LaunchError {
+    /// It ended before it answered.
+    Exited(process::QemuExit),
+    /// It could not be started or reached.
+    Failed(Error),
+}
+
+/// Starts QEMU for the VM. The working directory is the VM's.
+pub(super) async fn launch(
+    home: &Home,
+    row: &VmRow,
+    machine: &Machine,
+    qemu: &QemuFacts,
+) -> Result<Running, LaunchError> {
+    let process = spawn(home, row, machine, qemu).map_err(LaunchError::Failed)?;
+    let connected = tokio::select! {
+        connected = Monitor::connect(Path::new(QMP_SOCKET), MONITOR_WITHIN) => connected,
+        exit = process.wait() => return Err(LaunchError::Exited(exit.unwrap_or(process::QemuExit::Unknown))),
+    };
+    match connected {
+        Ok((monitor, events)) => Ok(Running { process, monitor, events }),
+        // It closed the monitor: give it the moment it takes to be seen ending.
+        Err(MonitorError::QemuGone | MonitorError::Io(_)) => {
+            match tokio::time::timeout(Duration::from_secs(2), process.wait()).await {
+                Ok(exit) => Err(LaunchError::Exited(exit.unwrap_or(process::QemuExit::Unknown))),
+                Err(_) => Err(give_up(&process, "QEMU's monitor does not answer").await),
+            }
+        }
+        Err(error) => Err(give_up(&process, &error.to_string()).await),
+    }
+}
+
+async fn give_up(process: &QemuProcess, why: &str) -> LaunchError {
+    let _ = process.kill();
+    let _ = tokio::time::timeout(Duration::from_secs(5), process.wait()).await;
+    LaunchError::Failed(Error::new(
+        Code::QemuFailed,
+        format!("QEMU could not be controlled: {}", nido_api::text::on_one_line(why)),
+    ))
+}
+
+fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Result<QemuProcess> {
+    let frozen = row.parts.frozen.iter().map(|frozen| &frozen.sha256);
+    let bases: Vec<_> = std::iter::once(&row.parts.root).chain(frozen).collect();
+    let incoming = row.origin != Origin::Boot;
+    let (memory, image) = match &row.origin {
+        Origin::Fork(saved) => {
+            let path = home.blob(&saved.memory).into();
+            (Memory::Image { path, read_only: qemu.memory_file_rom }, Some(&saved.memory))
+        }
+        _ if row.purpose == Purpose::Bake => (Memory::File(MEMORY_IMAGE.into()), None),
+        Origin::Boot | Origin::Restore { .. } => (Memory::Fresh, None),
+    };
+    let files = Files {
+        memory,
+        incoming,
+        vm_name: row.spec.name.to_string(),
+        kernel: home.blob(&row.parts.vmlinux).into(),
+        initrd: home.blob(&row.parts.initramfs).into(),
+        kernel_append: row.parts.append.clone(),
+        disk: Disk {
+            overlay: DISK.into(),
+            bases: bases.iter().map(|hash| home.blob(hash).into()).collect(),
+            // A clone vanishes when it stops, but whoever claims it may want to keep it.
+            ephemeral: row.spec.ephemeral && row.purpose != Purpose::Pool,
+        },
+        monitor_socket: QMP_SOCKET.into(),
+        channel_socket: CHANNEL_SOCKET.into(),
+        console_log: CONSOLE_LOG.into(),
+        guest_config: GUEST_CONFIG.into(),
+    };
+    for part in [&row.parts.vmlinux, &row.parts.initramfs].into_iter().chain(bases).chain(image) {
+        std::fs::File::open(home.blob(part)).map_err(|e| {
+            Error::new(Code::TemplateMismatch, format!("a part of the VM's template cannot be read: {e}"))
+                .hint(nido_engine::template::renewal_command(&row.spec.template))
+        })?;
+    }
+    let broken = |e| Error::io("cannot prepare QEMU", e);
+    // First of all: while a QEMU of this VM runs, its logs and its monitor's socket are its own.
+    let lock = Held::try_take(Path::new(VM_LOCK))
+        .map_err(broken)?
+        .ok_or_else(|| Error::new(Code::VmBusy, "a QEMU of this VM runs already"))?;
+    let _ = std::fs::remove_file(QMP_SOCKET);
+    let log = OpenOptions::new().append(true).create(true).mode(0o600).open(QEMU_LOG).map_err(broken)?;
+    // The last run's words are not this one's: they would be taken for the reason of its end.
+    log.set_len(0).map_err(broken)?;
+    let _ = std::fs::write(CONSOLE_LOG, b"");
+    let args = flatten(parts(machine, &files));
+    let program = qemu.path.as_path();
+    tracing::info!(program = %program.display(), ?args, "starting QEMU");
+    QemuProcess::spawn(process::Launch { program, args: &args, vm_dir: Path::new("."), log, lock: lock.file() })
+        .map_err(|e| Error::io(format!("cannot start {}", program.display()), e))
+}
+
+/// A QEMU that was found again.
+pub(super) enum Attached {
+    /// Its monitor answers.
+    Running(Running),
+    /// It lives, and its monitor does not answer: it hangs, or was halted.
+    Mute(QemuProcess, Error),
+}
+
+/// Finds the QEMU behind the VM's monitor. The working directory is the VM's.
+pub(super) async fn attach() -> Result<Attached> {
+    let lost = |why: String| {
+        Error::new(Code::QemuFailed, format!("the VM's QEMU cannot be reached: {}", nido_api::text::on_one_line(&why)))
+    };
+    let stream = UnixStream::connect(QMP_SOCKET).await.map_err(|e| lost(e.to_string()))?;
+    let process = QemuProcess::behind(&stream).map_err(|e| lost(e.to_string()))?;
+    Ok(match Monitor::negotiate(stream).await {
+        Ok((monitor, events)) => Attached::Running(Running { process, monitor, events }),
+        Err(error) => Attached::Mute(process, lost(error.to_string())),
+    })
+}

@@ -1,0 +1,152 @@
+//! The supervisor: one process per running VM, this same program. It starts QEMU, or takes over one that lost its
+//! supervisor; carries sessions to the agent; keeps the limits; writes down how it all ended.
+//!
+//! ```text
+//!   command --control.sock--> control_server.rs --commands--+
+//!   client  --agent.sock----> guest::Channel ----+--> the loop in event_loop.rs --> store
+//!   QEMU    --qmp.sock------> events ------------+        |
+//!           --exit (pidfd)---> ------------------+        +--> QMP, agent, forwards
+//! ```
+//!
+//! Invariants: it can be killed at any instant: QEMU goes on, holding `vm.lock`, and the next command starts another
+//! supervisor, which finds everything it needs in the store and in the VM's directory. It holds `supervisor.lock` from
+//! before its first line to its end, and what it writes into the store last is how the VM ended. SIGKILL ends the supervisor alone;
+//! SIGTERM has it stop the VM in order (`terminate.rs`).
+
+mod bake;
+mod clock;
+pub mod context;
+pub mod control;
+mod control_server;
+mod event_loop;
+mod exit_cause;
+mod forwards;
+mod handlers;
+mod host_clocks;
+mod launch;
+mod limits;
+mod pause;
+mod pool;
+mod qmp;
+mod readiness;
+mod snapshot;
+mod startup;
+mod state;
+mod terminate;
+mod unwritten;
+pub mod vm_record;
+
+use std::fs::File;
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::fs::Mode;
+
+pub use unwritten::lagging;
+
+use crate::context::Context;
+use nido_api::Failure;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::state::{FailureCause, VmState};
+use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK, VmDir};
+use nido_engine::host::daemon::raise_open_files;
+use nido_engine::lock::{Held, is_held};
+
+/// What a supervisor is started with.
+#[derive(Debug, Clone)]
+pub struct SuperviseRequest {
+    /// The VM's id.
+    pub id: String,
+    /// How long ago the user asked for the start, in milliseconds; for the timings.
+    pub asked_ms_ago: f64,
+    /// How long the guest may take to become ready; a default by accelerator if absent.
+    pub ready_within_ms: Option<u64>,
+}
+
+/// Supervises one VM until it is at rest. Returns when there is nothing left to supervise.
+///
+/// # Errors
+/// Whatever keeps it from supervising. The VM's row says how the VM ended.
+pub async fn supervise(context: Arc<Context>, request: SuperviseRequest, asked_at: Option<Instant>) -> Result<()> {
+    let dir = context.vm_dir(&request.id);
+    let Some(lock) = own_lock(&dir)? else { return Ok(()) };
+    let Some(row) = context.store().vm_by_id(&request.id)? else { return Ok(()) };
+    let attach = is_held(&dir.file(VM_LOCK));
+    if !attach && row.state != VmState::Starting {
+        return Ok(());
+    }
+    settle_in(&dir)?;
+    let asked_at = asked_at.unwrap_or_else(Instant::now);
+    state::Supervisor::prepare(context, row, lock, attach, asked_at, request.ready_within_ms)?
+        .run(attach, announce)
+        .await
+}
+
+/// The lock that came as standard input, or else taken here. `None`: another supervisor has it.
+fn own_lock(dir: &VmDir) -> Result<Option<Held>> {
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+    let path = dir.file(SUPERVISOR_LOCK);
+    let broken = |e| Error::io("cannot lock the VM", e);
+    let inherited = File::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(broken)?);
+    let same = match (inherited.metadata(), std::fs::metadata(&path)) {
+        (Ok(ours), Ok(named)) => (ours.dev(), ours.ino()) == (named.dev(), named.ino()),
+        _ => false,
+    };
+    if same {
+        return Ok(Some(Held::inherited(inherited)));
+    }
+    Held::try_take(&path).map_err(broken)
+}
+
+/// Makes this process fit to stay: it works in the VM's directory, and what it creates is private.
+fn settle_in(dir: &VmDir) -> Result<()> {
+    rustix::process::umask(Mode::from_bits_truncate(0o077));
+    raise_open_files();
+    std::env::set_current_dir(dir.path()).map_err(|e| Error::io("cannot enter the VM's directory", e))
+}
+
+/// Tells whoever started this supervisor that it listens now, and lets go of the pipe.
+fn announce() {
+    let mut out = std::io::stdout();
+    let _ = out.write_all(b"listening\n").and_then(|()| out.flush());
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(&null);
+    }
+}
+
+/// The error that tells a user why a VM failed.
+pub fn failure_error(name: &VmName, failure: &Failure) -> Error {
+    let code = match failure.cause {
+        FailureCause::GuestTimeout | FailureCause::AgentRefused => Code::AgentUnreachable,
+        FailureCause::AgentVersion => Code::AgentVersion,
+        FailureCause::GuestPanic | FailureCause::RenewalFailed => Code::GuestFailed,
+        FailureCause::DiskFull => Code::DiskFull,
+        FailureCause::OutOfMemory => Code::LimitExceeded,
+        FailureCause::KvmInternalError => Code::KvmUnavailable,
+        FailureCause::QemuSignal | FailureCause::QemuError | FailureCause::HostRestart => Code::QemuFailed,
+        FailureCause::FilesLost => Code::VmNotRunning,
+    };
+    let hint = match failure.cause {
+        FailureCause::GuestTimeout => {
+            "the lines above are the end of its console; --timeout gives it longer".to_owned()
+        }
+        FailureCause::GuestPanic => format!("its console: nido logs {name}"),
+        FailureCause::AgentVersion => format!("nido start {name} --cold boots it with this nido's own agent"),
+        FailureCause::AgentRefused => {
+            format!("start it again with nido start {name} --cold; its console: nido logs {name}")
+        }
+        FailureCause::RenewalFailed => "with --cold it boots instead of being forked".to_owned(),
+        FailureCause::KvmInternalError => {
+            "nido doctor shows whether KVM works here; --accel tcg runs it without KVM, slowly and without isolation"
+                .to_owned()
+        }
+        FailureCause::OutOfMemory => "give it less with --memory, or stop other VMs".to_owned(),
+        FailureCause::DiskFull => "free some space on the disk that holds nido's home".to_owned(),
+        FailureCause::FilesLost => format!("nothing of it can be started again: nido delete {name}"),
+        _ => format!("start it again with nido start {name}; nido doctor looks at the host"),
+    };
+    Error::new(code, format!("VM '{name}' failed: {}", failure.message)).hint(hint).log_tail(failure.log_tail.clone())
+}

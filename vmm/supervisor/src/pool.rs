@@ -1,0 +1,152 @@
+//! A clone of a pool: halted once it is a machine of its own, and brought to whoever claims it.
+//!
+//! ```text
+//!  fork - renewed - halted (waits, its door closed) - claimed: row - resize - cont - renewed again - door open
+//! ```
+//!
+//! Invariant: the row belongs to the claimer before the CPUs run again, and tells the next supervisor which token the
+//! guest has; so a claim that was begun is brought to its end, whoever is killed on the way.
+
+use std::time::{Duration, Instant};
+
+use jiff::{SignedDuration, Timestamp};
+use nido_api::error::{Code, Error, Result};
+use nido_api::state::{Fact, StateCause, VmState, advance};
+use nido_api::{ForwardSpec, StartPath, Timings};
+use nido_engine::machine::Machine;
+use nido_guest_agent::wire::Pong;
+use nido_store::{Claim, Origin, Purpose, VmRow};
+use tokio::net::TcpListener;
+
+use super::control::ClaimOrder;
+use super::control_server::Life;
+use super::forwards::bind;
+use super::launch::Running;
+use super::limits::Limits;
+use super::pause::Stillness;
+use super::qmp::QMP_TIMEOUT;
+use super::state::Supervisor;
+use crate::context::write_guest_config;
+
+impl Supervisor {
+    /// Halts a clone that is ready: from here on it waits.
+    pub(super) async fn park(&mut self, pong: Pong, running: &Running) {
+        if let Err(error) = running.monitor.stop(QMP_TIMEOUT).await {
+            tracing::error!("the clone cannot be halted: {}", nido_api::text::on_one_line(&error.to_string()));
+            return self.quit(running);
+        }
+        self.paused(StateCause::User);
+        self.on_ready(pong);
+    }
+
+    /// Whether this is a clone that waits, and so may be claimed or thrown away.
+    pub(super) fn is_pooled(&self) -> Result<()> {
+        if self.row.purpose == Purpose::Pool { Ok(()) } else { Err(taken()) }
+    }
+
+    /// Makes this clone somebody's VM. When this returns without an error the row says so, and the guest is on its way to
+    /// being ready; else the clone waits on as before.
+    pub(super) async fn claim(&mut self, order: ClaimOrder, running: &Running) -> Result<()> {
+        self.is_pooled()?;
+        if self.state != VmState::Paused || !self.row.agent.ready || self.kill_at.is_some() {
+            return Err(taken());
+        }
+        let asked_at = Instant::now().checked_sub(Duration::from_secs_f64(order.asked_ms_ago.clamp(0.0, 1e9) / 1000.0));
+        let ports = take_ports(&order.spec.forwards).await?;
+        let row = self.take_row(&order, &ports)?;
+        tracing::info!("the clone {} is VM {} now", self.row.spec.name, row.spec.name);
+        self.row = row;
+        self.machine = self.row.machine.clone().unwrap_or_else(|| self.machine.clone());
+        (self.state, self.cause) = (VmState::Starting, None);
+        self.still = Stillness::default();
+        self.asked_at = asked_at.unwrap_or_else(Instant::now);
+        self.ready_within = order.ready_within_ms.map_or(self.ready_within, Duration::from_millis);
+        self.life.send_replace(Life::Booting);
+        let now = Instant::now();
+        let expires_at = order.spec.ttl_ms.and_then(|ttl| now.checked_add(Duration::from_millis(ttl)));
+        self.limits = Limits::new(now, expires_at, order.spec.idle_ms.map(Duration::from_millis));
+        self.watch_ttl(&running.process);
+        // On the disk before the owner hears that the VM is ready, while the guest is renewed.
+        let record = self.context.prepare_record(&self.row).map(tokio::task::spawn_blocking);
+        let awake = self.wake(ports, running).await;
+        let recorded = match record {
+            Ok(writing) => writing.await.unwrap_or_else(|error| Err(Error::internal(error.to_string()))),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = recorded {
+            tracing::warn!("the record of VM {} is not up to date: {error}", self.row.id);
+        }
+        if let Err(error) = awake {
+            tracing::error!("the claimed VM cannot go on: {error}");
+            self.seen.not_renewed = Some(error.message().chars().take(400).collect());
+            self.quit(running);
+        }
+        Ok(())
+    }
+
+    /// Writes down, in one step, whose the clone is now.
+    fn take_row(&self, order: &ClaimOrder, ports: &[(ForwardSpec, TcpListener)]) -> Result<VmRow> {
+        let Origin::Fork(mut saved) = self.row.origin.clone() else {
+            return Err(Error::internal("a clone that was not forked"));
+        };
+        // What the guest listens to until it has been renewed again.
+        saved.token = nido_api::hex::encode(self.guest.token());
+        let machine =
+            Machine { reason: order.reason.clone(), warnings: order.warnings.clone(), ..self.machine.clone() };
+        let now = Timestamp::now();
+        let life = |ttl| SignedDuration::from_millis(i64::try_from(ttl).unwrap_or(i64::MAX));
+        let forwards: Vec<_> = ports.iter().map(|(bound, _)| bound.clone()).collect();
+        let claim = Claim {
+            spec: &order.spec,
+            disk_bytes: order.disk_bytes,
+            machine: &machine,
+            origin: &Origin::Fork(saved),
+            forwards: &forwards,
+            now,
+            expires_at: order.spec.ttl_ms.and_then(|ttl| now.checked_add(life(ttl)).ok()),
+            ticket: &order.ticket,
+            owner: order.owner.as_deref(),
+            max_vms: order.max_vms,
+        };
+        let store = self.context.store();
+        if !store.claim_vm(&self.row.id, &claim)? {
+            return Err(taken());
+        }
+        store.vm_by_id(&self.row.id)?.ok_or_else(taken)
+    }
+
+    /// Lets the guest go on, and has it renewed for its new owner.
+    async fn wake(&mut self, ports: Vec<(ForwardSpec, TcpListener)>, running: &Running) -> Result<()> {
+        write_guest_config(&self.dir, &self.row, &self.machine)?;
+        self.guest = self.context.guest(&self.row)?;
+        self.resize_disk(running).await?;
+        running
+            .monitor
+            .cont(QMP_TIMEOUT)
+            .await
+            .map_err(|e| Error::new(Code::QemuFailed, nido_api::text::on_one_line(&e.to_string())))?;
+        // Written down with the rest when the guest is ready.
+        self.state = advance(self.state, Fact::GuestResumed);
+        let awake_ms = self.asked_for_ms();
+        let timings =
+            Timings { path: StartPath::Pool, qemu_ms: awake_ms, load_ms: awake_ms, agent_ms: 0.0, total_ms: 0.0 };
+        self.row.timings = Some(timings);
+        for (bound, listener) in ports {
+            self.forwards.start(bound, listener, self.guest.clone(), self.forward_users());
+        }
+        self.awaited = Some(self.watch_for_agent(running));
+        Ok(())
+    }
+}
+
+async fn take_ports(forwards: &[ForwardSpec]) -> Result<Vec<(ForwardSpec, TcpListener)>> {
+    let mut ports = Vec::with_capacity(forwards.len());
+    for spec in forwards {
+        ports.push(bind(spec).await?);
+    }
+    Ok(ports)
+}
+
+fn taken() -> Error {
+    Error::new(Code::VmBusy, "the clone no longer waits")
+}

@@ -1,0 +1,92 @@
+//! The guest's first reply: reaching the agent, the identity reset of a guest that was loaded, the first command of a clone.
+
+use std::sync::Arc;
+
+use nido_engine::guest::{Channel, Endpoint, Guest, GuestError, Session, Stream, connect};
+use nido_guest_agent::wire::{ENTROPY_LEN, Exec, Pong, Renew};
+use tokio::time::Instant as TokioInstant;
+
+/// How long a clone's first command may take, in milliseconds.
+const WARM_WITHIN_MS: u64 = 10_000;
+
+/// The guest's first answer, or why there is none.
+pub(super) enum Readiness {
+    /// It is there.
+    Yes(Pong),
+    /// It did not answer in time.
+    Late,
+    /// It is there, and there can be no session with it.
+    Refused(GuestError),
+    /// It could not be made a machine of its own.
+    NotRenewed(String),
+}
+
+/// How the supervisor itself reaches the agent.
+pub(super) struct AgentRoute {
+    pub guest: Guest,
+    pub channel: Option<Arc<Channel>>,
+}
+
+impl AgentRoute {
+    pub(super) async fn stream(&self, deadline: TokioInstant) -> Result<Stream, GuestError> {
+        match (&self.channel, self.guest.endpoint()) {
+            (Some(channel), _) => channel.stream(deadline).await,
+            (None, endpoint @ (Endpoint::Vsock { .. } | Endpoint::Serial { .. })) => connect(endpoint, deadline).await,
+        }
+    }
+}
+
+/// Renews the guest. Of the tokens the one that is accepted counts: a supervisor that died may have been here before.
+pub(super) async fn renewed(way: &AgentRoute, tokens: &[Vec<u8>], renewal: Renew, deadline: TokioInstant) -> Readiness {
+    let mut refused = None;
+    for token in tokens {
+        match renew_once(way, token, renewal.clone(), deadline).await {
+            Ok(pong) => return Readiness::Yes(pong),
+            Err(GuestError::TokenRefused) => {
+                refused = Some(Readiness::NotRenewed(GuestError::TokenRefused.to_string()))
+            }
+            Err(GuestError::Timeout { .. } | GuestError::Unreachable(_)) => return Readiness::Late,
+            Err(error @ GuestError::VersionMismatch { .. }) => return Readiness::Refused(error),
+            Err(error) => return Readiness::NotRenewed(error.to_string()),
+        }
+    }
+    refused.unwrap_or(Readiness::Late)
+}
+
+async fn renew_once(
+    way: &AgentRoute,
+    token: &[u8],
+    mut renewal: Renew,
+    deadline: TokioInstant,
+) -> Result<Pong, GuestError> {
+    let mut entropy = vec![0; ENTROPY_LEN];
+    getrandom::fill(&mut entropy).map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
+    renewal.entropy = entropy.into();
+    renewal.time_ns = i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX);
+    if let Some(channel) = &way.channel
+        && let Some(answer) = Session::renew_by_letter(channel, token, &renewal, deadline).await
+    {
+        return answer;
+    }
+    Session::renew(way.stream(deadline).await?, token, renewal, deadline).await
+}
+
+/// Has the guest run a command that does nothing. Under emulation what runs for the first time after a load is slow:
+/// whoever claims the clone shall not wait for that. It is no reason to fail.
+pub(super) async fn warm(way: &AgentRoute, deadline: TokioInstant) {
+    let work = async {
+        let session = Session::open(way.stream(deadline).await?, way.guest.token(), deadline).await?;
+        let argv = ["sh", "-c", "true"].map(|word| word.as_bytes().to_vec().into()).to_vec();
+        let request = Exec { argv, timeout_ms: Some(WARM_WITHIN_MS), ..Exec::default() };
+        let mut running = session.exec(request, deadline).await?;
+        while running.events.next().await?.is_some() {}
+        // Answered when the agent has made ready what the next command needs: a clone is halted with nothing left to do.
+        if let Some(mut session) = running.events.finish() {
+            session.ping(deadline).await?;
+        }
+        Ok::<_, GuestError>(())
+    };
+    if let Err(error) = work.await {
+        tracing::warn!("the clone's first command failed: {error}");
+    }
+}

@@ -1,0 +1,238 @@
+//! Taking a snapshot of a running VM.
+//!
+//! ```text
+//!  freeze the guest's disk - halt - save memory and devices - copy the disk - go on - thaw - publish
+//! ```
+//!
+//! A paused VM is saved as it stands, and stays paused. It is a task beside the loop. Invariant: whatever fails, the VM goes on; if this supervisor is killed meanwhile, the
+//! next one finds what was unfinished, removes it and lets the VM go on.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::{SnapshotName, VmName};
+use nido_api::state::VmState;
+use nido_engine::bake::{qemu_id, shape};
+use nido_engine::guest::{Guest, GuestError, Session};
+use nido_engine::home::VmDir;
+use nido_engine::host::{facts, qemu};
+use nido_engine::qemu::Monitor;
+use nido_engine::qemu::migration::{self, Memory};
+use nido_engine::snapshot::{self, Record, Unfinished};
+use nido_store::Origin;
+use qapi::qmp::RunState;
+use tokio::time::Instant;
+
+use super::bake::save_error;
+use super::clock::set_clock;
+use super::launch::Running;
+use super::qmp::{QMP_TIMEOUT, qmp_error};
+use super::readiness::AgentRoute;
+use super::state::Supervisor;
+
+/// How long the guest may take to write everything to its disk.
+const FROZEN_WITHIN: Duration = Duration::from_secs(30);
+/// How long saving memory and devices may take.
+const SAVED_WITHIN: Duration = Duration::from_secs(600);
+/// The socket over which they are saved.
+const SAVE_SOCKET: &str = "snapshot.sock";
+/// What a file system in memory calls itself.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// Everything a snapshot is taken with.
+struct Taking {
+    vm: VmName,
+    dir: VmDir,
+    /// The directory of the VM that gets it.
+    into: VmDir,
+    way: AgentRoute,
+    monitor: Monitor,
+    running: snapshot::Running,
+    /// The VM is paused, and stays so.
+    paused: bool,
+    /// What it may take on the disk.
+    needed: Needed,
+}
+
+/// What a snapshot may take on the disk.
+struct Needed {
+    pid: i32,
+    memory_bytes: u64,
+    /// The memory image that the guest maps, if it was forked.
+    image: Option<PathBuf>,
+}
+
+impl Supervisor {
+    /// Begins to take a snapshot; the answer comes when it is whole.
+    pub(super) fn take_snapshot(
+        &self,
+        name: SnapshotName,
+        into: Option<String>,
+        running: &Running,
+        reply: tokio::sync::oneshot::Sender<Result<()>>,
+    ) {
+        let Ok(place) = self.snapshotting.clone().try_acquire_owned() else {
+            let busy = Error::new(Code::VmBusy, "another snapshot of this VM is being taken");
+            return drop(reply.send(Err(busy)));
+        };
+        let taking = match self.taking(into, running) {
+            Ok(taking) => taking,
+            Err(error) => return drop(reply.send(Err(error))),
+        };
+        let way = self.way();
+        let paused = taking.paused;
+        tokio::spawn(async move {
+            let taken = taking.take(&name).await;
+            drop(place);
+            let _ = reply.send(taken.inspect_err(|error| tracing::error!("snapshot {name}: {error}")));
+            if !paused {
+                set_clock(way).await;
+            }
+        });
+    }
+
+    fn taking(&self, into: Option<String>, running: &Running) -> Result<Taking> {
+        let vm = self.row.spec.name.clone();
+        let paused = self.state == VmState::Paused;
+        if !(self.state == VmState::Running || paused) || !self.row.agent.ready || self.resuming {
+            let words = format!("VM '{vm}' cannot be snapshotted: it is not ready");
+            return Err(Error::new(Code::VmBusy, words));
+        }
+        let home = self.context.home();
+        let qemu = qemu::probe(&qemu::find(self.context.qemu())?, &home.cache())?;
+        let image = match &self.row.origin {
+            Origin::Fork(saved) => Some(home.blob(&saved.memory)),
+            Origin::Boot | Origin::Restore { .. } => None,
+        };
+        Ok(Taking {
+            vm,
+            dir: self.dir.clone(),
+            into: into.map_or_else(|| self.dir.clone(), |id| home.vm(&id)),
+            way: self.way(),
+            monitor: running.monitor.clone(),
+            running: snapshot::Running {
+                machine: shape(&self.machine, &facts::gather(&home.cache())),
+                qemu: qemu_id(&qemu),
+                token: nido_api::hex::encode(self.guest.token()),
+            },
+            paused,
+            needed: Needed {
+                pid: running.process.pid(),
+                memory_bytes: u64::from(self.machine.memory_mib) << 20,
+                image,
+            },
+        })
+    }
+
+    /// Lets a VM go on whose snapshot nobody takes any more.
+    pub(super) async fn mend_snapshot(&self, running: &Running) {
+        // One that its user paused was not taking a snapshot.
+        if !snapshot::remove_unfinished(&self.dir) || self.state == VmState::Paused {
+            return;
+        }
+        tracing::warn!("a snapshot was cut off; the VM goes on");
+        if let Err(error) = running.monitor.cont(QMP_TIMEOUT).await {
+            tracing::error!("the VM cannot go on: {error}");
+        }
+        let way = self.way();
+        tokio::spawn(async move {
+            // It thaws by itself, too, only later.
+            let _ = thaw(&way, Instant::now() + FROZEN_WITHIN).await;
+        });
+    }
+}
+
+impl Needed {
+    /// Refuses where the disk is too full, before anything is done to the VM.
+    fn check(&self, dir: &VmDir) -> Result<()> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let used = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        let memory = used.map_or(self.memory_bytes, |kib| self.memory_bytes.min(kib << 10));
+        let needed = memory + snapshot::copy_bytes(dir) + self.holes(dir);
+        let free = facts::disk_free_bytes(dir.path()).unwrap_or(u64::MAX);
+        if free >= needed {
+            return Ok(());
+        }
+        let words = format!(
+            "the disk that holds nido's home is too full for a snapshot: {} MiB may be needed, {} MiB are free",
+            needed.div_ceil(1 << 20),
+            free >> 20
+        );
+        Err(Error::new(Code::DiskFull, words).hint("free some space there, or use another disk with --home"))
+    }
+
+    /// Saving reads all of the guest's memory. In a memory file system a hole of the image that is read takes space, and the one
+    /// who reads dies where there is none.
+    fn holes(&self, dir: &VmDir) -> u64 {
+        let in_memory = rustix::fs::statfs(dir.path().as_os_str()).is_ok_and(|facts| facts.f_type == TMPFS_MAGIC);
+        match self.image.as_ref().filter(|_| in_memory).and_then(|image| fs::metadata(image).ok()) {
+            Some(facts) => facts.len().saturating_sub(facts.blocks() * 512),
+            None => 0,
+        }
+    }
+}
+
+impl Taking {
+    async fn take(self, name: &SnapshotName) -> Result<()> {
+        self.needed.check(&self.dir)?;
+        let unfinished = Unfinished::begin(&self.dir, &self.into, name)?;
+        let unfinished =
+            if self.paused { self.save_paused(unfinished).await? } else { self.save_running(unfinished).await? };
+        let record = Record::now(Some(self.running));
+        blocking(move || unfinished.publish(&record)).await
+    }
+
+    async fn save_running(&self, unfinished: Unfinished) -> Result<Unfinished> {
+        let guest_error = |e: GuestError| nido_engine::error_sources::guest_error(self.vm.as_str(), e);
+        let deadline = Instant::now() + FROZEN_WITHIN;
+        let stream = self.way.stream(deadline).await.map_err(guest_error)?;
+        let mut session = Session::open(stream, self.way.guest.token(), deadline).await.map_err(guest_error)?;
+        session.freeze(deadline).await.map_err(guest_error)?;
+        let began = std::time::Instant::now();
+        let saved = match self.monitor.stop(QMP_TIMEOUT).await {
+            Ok(()) => self.save(unfinished).await,
+            Err(error) => Err(qmp_error(&error)),
+        };
+        let gone_on = self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e));
+        tracing::info!("the VM stood still for {} ms", began.elapsed().as_millis());
+        let thawed = session.thaw(Instant::now() + FROZEN_WITHIN).await.map_err(guest_error);
+        let unfinished = saved?;
+        gone_on.and(thawed)?;
+        Ok(unfinished)
+    }
+
+    /// Memory and disk of a guest that stands still fit each other as they are.
+    async fn save_paused(&self, unfinished: Unfinished) -> Result<Unfinished> {
+        // QEMU saves a machine once; to save it again it has to have run, if only for a moment.
+        if self.monitor.query_status(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))? == RunState::postmigrate {
+            self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
+            self.monitor.stop(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
+        }
+        self.save(unfinished).await
+    }
+
+    async fn save(&self, unfinished: Unfinished) -> Result<Unfinished> {
+        let state = unfinished.state()?;
+        migration::save(&self.monitor, Path::new(SAVE_SOCKET), state, Memory::Within, SAVED_WITHIN)
+            .await
+            .map_err(|e| save_error("cannot take the snapshot", e))?;
+        // QEMU has written everything of the disk and let go of it until it goes on.
+        let dir = self.dir.clone();
+        blocking(move || unfinished.copy_disk(&dir).map(|()| unfinished)).await
+    }
+}
+
+/// Copies and syncs on a thread of their own: the loop, sessions and forwards go on meanwhile.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(format!("the work broke down: {e}")))?
+}
+
+async fn thaw(way: &AgentRoute, deadline: Instant) -> Result<(), GuestError> {
+    let guest: &Guest = &way.guest;
+    Session::open(way.stream(deadline).await?, guest.token(), deadline).await?.thaw(deadline).await
+}

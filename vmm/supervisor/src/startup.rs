@@ -1,0 +1,359 @@
+//! How a VM comes under supervision: its kernel boots, it goes on from a bake, or its QEMU is taken over from a
+//! supervisor that died. Ends with the guest's first answer.
+//!
+//! ```text
+//!  Boot   QEMU ............................ agent answers a ping
+//!  Fork   QEMU (waits) - load - link down - cont - resize - agent renewed - link up -> open for clients
+//! ```
+//!
+//! Invariant: until a guest that was loaded has been renewed, nobody talks to it but this supervisor.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nido_api::error::{Code, Error, Result};
+use nido_api::state::{Fact, VmState};
+use nido_api::{NetChoice, StartPath, Timings};
+use nido_engine::guest::Link;
+use nido_engine::home::{DEVICE_STATE, QEMU_LOG};
+use nido_engine::host::{QemuFacts, qemu};
+use nido_engine::logs::log_tail;
+use nido_engine::machine::Transport;
+use nido_engine::qemu::argv::NET;
+use nido_engine::qemu::migration::{self, Memory};
+use nido_engine::qemu::{Monitor, QemuExit};
+use nido_engine::random;
+use nido_guest_agent::wire::Renew;
+use nido_store::{Origin, Purpose, VmUpdate};
+use qapi::qmp::{self, RunState};
+use tokio::sync::oneshot;
+use tokio::time::Instant as TokioInstant;
+
+use super::control_server::{ActiveSessions, Life};
+use super::forwards::bind;
+use super::launch::{Attached, LaunchError, Running, attach, launch};
+use super::qmp::QMP_TIMEOUT;
+use super::readiness::{AgentRoute, Readiness, renewed, warm};
+use super::state::Supervisor;
+
+/// How long loading may take: milliseconds for a bake, seconds for a large memory.
+const LOADED_WITHIN: Duration = Duration::from_secs(600);
+/// How long a QEMU that was left by its supervisor may take to listen to another.
+const REACHED_WITHIN: Duration = Duration::from_secs(15);
+/// How many vsock addresses are tried when the first is taken.
+const OTHER_ADDRESSES: u32 = 4;
+/// The socket over which a state is loaded.
+const LOAD_SOCKET: &str = "load.sock";
+
+/// How a VM ended without having run under this supervisor.
+pub(super) enum NotRunning {
+    /// QEMU has ended.
+    Exit(QemuExit),
+    /// It never ran.
+    Error(Error),
+    /// It lives, and there is no way to it.
+    OutOfReach(Error),
+}
+
+impl Supervisor {
+    pub(super) async fn start(&mut self) -> Result<Running, NotRunning> {
+        self.bind_forwards().await.map_err(NotRunning::Error)?;
+        let named = self.context.qemu().map(Path::to_owned);
+        let program = qemu::find(named.as_deref()).map_err(|e| NotRunning::Error(e.into()))?;
+        let facts = qemu::probe(&program, &self.context.home().cache()).map_err(|e| NotRunning::Error(e.into()))?;
+        let running = self.launch(&facts).await?;
+        let qemu_ms = self.asked_for_ms();
+        let mut timings = Timings { path: StartPath::Cold, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 };
+        if let Some((path, state, memory)) = self.what_to_load() {
+            timings.path = path;
+            self.load(&state, memory, &running).await?;
+            timings.load_ms = self.asked_for_ms();
+        }
+        self.row.timings = Some(timings);
+        self.learn(Fact::QmpReady);
+        self.life.send_replace(Life::Booting);
+        Ok(running)
+    }
+
+    /// Starts QEMU. A vsock address can be taken by somebody whom no home knows: then there is another.
+    async fn launch(&mut self, facts: &QemuFacts) -> Result<Running, NotRunning> {
+        let mut tries = 0;
+        loop {
+            match launch(self.context.home(), &self.row, &self.machine, facts).await {
+                Ok(running) => return Ok(running),
+                Err(LaunchError::Exited(_)) if tries < OTHER_ADDRESSES && self.address_was_taken() => {
+                    tries += 1;
+                    self.take_another_address().map_err(NotRunning::Error)?;
+                }
+                Err(LaunchError::Exited(exit)) => return Err(NotRunning::Exit(exit)),
+                Err(LaunchError::Failed(error)) => return Err(NotRunning::Error(error)),
+            }
+        }
+    }
+
+    fn address_was_taken(&self) -> bool {
+        matches!(self.machine.transport, Transport::Vsock { .. })
+            && log_tail(&self.dir, &[QEMU_LOG]).iter().any(|line| says_address_is_taken(line))
+    }
+
+    fn take_another_address(&mut self) -> Result<()> {
+        let cid = random::guest_cid()?;
+        tracing::warn!("another program has the VM's vsock address; trying {cid}");
+        self.machine.transport = Transport::Vsock { cid };
+        let machine = Some(self.machine.clone());
+        let update = VmUpdate { cid: Some(Some(cid)), machine: machine.clone(), ..VmUpdate::default() };
+        self.context.store().update_vm(&self.row.id, &update)?;
+        (self.row.cid, self.row.machine) = (Some(cid), machine);
+        self.guest = self.context.guest(&self.row)?;
+        Ok(())
+    }
+
+    /// The state that the machine goes on from.
+    fn what_to_load(&self) -> Option<(StartPath, PathBuf, Memory)> {
+        match &self.row.origin {
+            Origin::Boot => None,
+            Origin::Fork(saved) => Some((StartPath::Fork, self.context.home().blob(&saved.state), Memory::Apart)),
+            Origin::Restore { snapshot, .. } => {
+                let state = nido_engine::snapshot::dir(&self.dir, snapshot).join(DEVICE_STATE);
+                Some((StartPath::Restore, state, Memory::Within))
+            }
+        }
+    }
+
+    /// Loads a bake into a QEMU that waits for one, and lets it go on.
+    async fn load(&self, state: &Path, memory: Memory, running: &Running) -> Result<(), NotRunning> {
+        let broken = |why: String| Error::new(Code::QemuFailed, format!("the VM cannot go on: {why}"));
+        let work = async {
+            let state = File::open(state).map_err(|e| broken(e.to_string()))?;
+            migration::load(&running.monitor, Path::new(LOAD_SOCKET), state, memory, LOADED_WITHIN)
+                .await
+                .map_err(|e| broken(nido_api::text::on_one_line(&e.to_string())))?;
+            if self.is_twin() {
+                return Ok(());
+            }
+            self.set_link(false, running).await?;
+            running.monitor.cont(QMP_TIMEOUT).await.map_err(|e| broken(nido_api::text::on_one_line(&e.to_string())))?;
+            // Not before: QEMU 10 keeps the disk of a loaded machine inactive until it goes on.
+            self.resize_disk(running).await
+        };
+        let failed = tokio::select! {
+            outcome = work => match outcome {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            },
+            // Its log says why.
+            exit = running.process.wait() => return Err(NotRunning::Exit(exit.unwrap_or(QemuExit::Unknown))),
+        };
+        // A QEMU that cannot load ends itself.
+        match tokio::time::timeout(Duration::from_secs(1), running.process.wait()).await {
+            Ok(exit) => Err(NotRunning::Exit(exit.unwrap_or(QemuExit::Unknown))),
+            Err(_) => {
+                let _ = running.process.kill();
+                let _ = running.process.wait().await;
+                Err(NotRunning::Error(failed.hint("with --cold it boots instead")))
+            }
+        }
+    }
+
+    /// Whether the guest has a network card, and is loaded: until it has been renewed nothing of it may leave the host.
+    fn has_link_to_hold(&self) -> bool {
+        self.row.origin != Origin::Boot && self.machine.net == NetChoice::Nat
+    }
+
+    /// Plugs the guest's network cable in or out. A guest that was loaded is its own twin until it has been renewed.
+    async fn set_link(&self, up: bool, running: &Running) -> Result<()> {
+        if !self.has_link_to_hold() {
+            return Ok(());
+        }
+        switch_link(&running.monitor, up).await
+    }
+
+    /// The guest was saved with a disk of its template's size; the VM may have been promised a larger one.
+    pub(super) async fn resize_disk(&self, running: &Running) -> Result<()> {
+        let baked = self.row.parts.frozen.last().map_or(self.row.disk_bytes, |frozen| frozen.virtual_bytes);
+        if baked == self.row.disk_bytes {
+            return Ok(());
+        }
+        let size = i64::try_from(self.row.disk_bytes).unwrap_or(i64::MAX);
+        let resize = qmp::block_resize { device: None, node_name: Some("disk".into()), size };
+        running.monitor.execute(resize, QMP_TIMEOUT).await.map(drop).map_err(|e| {
+            let why = nido_api::text::on_one_line(&e.to_string());
+            Error::new(Code::QemuFailed, format!("the VM's disk cannot be enlarged: {why}"))
+        })
+    }
+
+    pub(super) async fn take_over(&mut self) -> Result<Running, NotRunning> {
+        tracing::info!("taking over the QEMU of VM {}", self.row.spec.name);
+        let running = match self.attach().await? {
+            Attached::Running(running) => running,
+            Attached::Mute(process, error) => {
+                tracing::error!("{error}");
+                return Err(NotRunning::Exit(self.watch_over_mute(&process).await));
+            }
+        };
+        // Nobody waits any more for what was there to be saved. A clone is made anew more quickly than it is trusted again.
+        if self.row.purpose != Purpose::Use {
+            // It no longer counts, from here on.
+            self.learn(Fact::StopAsked);
+            let _ = running.process.kill();
+            return Err(NotRunning::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
+        }
+        // The supervisor before may have died between a claim and its record, which would still call this VM a clone of the pool.
+        self.context.refresh_record(&self.row.id);
+        if let Err(error) = self.bind_forwards().await {
+            tracing::error!("a published port is lost: {error}");
+        }
+        self.mend_snapshot(&running).await;
+        match running.monitor.query_status(QMP_TIMEOUT).await {
+            // It was loading, and what it has loaded is not known to be whole. Its guest has done nothing yet, so another
+            // QEMU is as good.
+            Ok(RunState::inmigrate) => {
+                tracing::info!("it was still loading; starting over");
+                let _ = running.process.kill();
+                let _ = running.process.wait().await;
+                self.forwards.close().await;
+                return self.start().await;
+            }
+            // Loaded, or claimed; whether it goes on already, and has its disk, only the one knew who died.
+            Ok(status) if !self.row.agent.ready && self.row.origin != Origin::Boot => {
+                if status == RunState::paused {
+                    if let Err(error) = self.set_link(false, &running).await {
+                        tracing::error!("{error}");
+                    }
+                    let _ = running.monitor.cont(QMP_TIMEOUT).await;
+                }
+                if let Err(error) = self.resize_disk(&running).await {
+                    tracing::error!("{error}");
+                }
+                self.learn(Fact::QmpReady);
+            }
+            Ok(status) => {
+                // What the supervisor before could not write does not count any more.
+                self.unwritten.forget();
+                if self.state == VmState::Starting && status == RunState::running {
+                    self.learn(Fact::QmpReady);
+                }
+                self.observe(status, &running);
+                self.write(VmUpdate { state: Some(self.state), cause: Some(self.cause), ..VmUpdate::default() });
+            }
+            Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
+        }
+        self.life.send_replace(Life::Booting);
+        Ok(running)
+    }
+
+    /// Finds the QEMU that holds the VM's lock. One that cannot be reached has only just been started, or is about to end.
+    async fn attach(&self) -> Result<Attached, NotRunning> {
+        let deadline = Instant::now() + REACHED_WITHIN;
+        loop {
+            match attach().await {
+                Ok(attached) => return Ok(attached),
+                Err(_) if !nido_engine::lock::is_held(&self.dir.file(nido_engine::home::VM_LOCK)) => {
+                    return Err(NotRunning::Exit(QemuExit::Unknown));
+                }
+                Err(error) if Instant::now() > deadline => return Err(NotRunning::OutOfReach(error)),
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    }
+
+    pub(super) async fn bind_forwards(&mut self) -> Result<()> {
+        for spec in self.row.forwards.clone() {
+            let (bound, listener) = bind(&spec).await?;
+            if bound != spec {
+                let store = self.context.store();
+                store.remove_forward(&self.row.id, &spec)?;
+                store.add_forward(&self.row.id, &bound)?;
+            }
+            self.forwards.start(bound, listener, self.guest.clone(), self.forward_users());
+        }
+        Ok(())
+    }
+
+    /// With virtio-serial, forwarded connections pass the channel, which counts them.
+    pub(super) fn forward_users(&self) -> ActiveSessions {
+        if self.channel.is_some() { ActiveSessions::new() } else { self.users.clone() }
+    }
+
+    /// Waits for the guest's first answer, on a task of its own.
+    pub(super) fn watch_for_agent(&self, running: &Running) -> oneshot::Receiver<Readiness> {
+        self.watch_for_agent_within(self.ready_within, running)
+    }
+
+    pub(super) fn watch_for_agent_within(&self, within: Duration, running: &Running) -> oneshot::Receiver<Readiness> {
+        let (done, awake) = oneshot::channel();
+        let deadline = TokioInstant::now() + within;
+        let link = self.channel.as_ref().map(|channel| channel.link());
+        let guest = self.guest.clone();
+        let door = self.channel.clone();
+        // Nobody uses a clone before it is claimed.
+        let opens = self.row.purpose != Purpose::Pool;
+        let saved = self.row.renewed_from().filter(|_| !self.row.agent.ready);
+        let renewal = saved.map(|token| (nido_api::hex::decode(token), self.renewal()));
+        let held = (renewal.is_some() && self.has_link_to_hold()).then(|| running.monitor.clone());
+        tokio::spawn(async move {
+            let answer = match renewal {
+                Some((token, renewal)) => {
+                    let tokens = [token, guest.token().to_vec()];
+                    let way = AgentRoute { guest: guest.clone(), channel: door.clone() };
+                    let mut answer = renewed(&way, &tokens, renewal, deadline).await;
+                    if let (Readiness::Yes(_), Some(monitor)) = (&answer, held)
+                        && let Err(error) = switch_link(&monitor, true).await
+                    {
+                        answer = Readiness::NotRenewed(error.to_string());
+                    }
+                    door.iter().for_each(|channel| channel.end_letters());
+                    answer
+                }
+                None => {
+                    door.iter().for_each(|door| door.open(true));
+                    if let Some(mut link) = link {
+                        // Dialling before the channel is up would only wait in its queue.
+                        let _ = tokio::time::timeout_at(deadline, link.wait_for(|link| *link == Link::Up)).await;
+                    }
+                    let pong = guest.wait_ready(deadline).await;
+                    match pong.inspect_err(|e| tracing::warn!("no sign of life: {e}")) {
+                        Ok(pong) => Readiness::Yes(pong),
+                        Err(error) if error.may_pass() => Readiness::Late,
+                        Err(error) => Readiness::Refused(error),
+                    }
+                }
+            };
+            if !opens && matches!(answer, Readiness::Yes(_)) {
+                warm(&AgentRoute { guest: guest.clone(), channel: door.clone() }, deadline).await;
+            }
+            if opens && matches!(answer, Readiness::Yes(_)) {
+                door.iter().for_each(|door| door.open(true));
+            }
+            let _ = done.send(answer);
+        });
+        awake
+    }
+
+    /// What makes the guest a machine of its own; the random bytes and the time are put in when it is sent.
+    pub(super) fn renewal(&self) -> Renew {
+        Renew {
+            token: self.guest.token().to_vec().into(),
+            entropy: Vec::new().into(),
+            time_ns: 0,
+            hostname: self.row.spec.name.to_string(),
+            identity: self.row.id.clone(),
+            network: crate::context::guest_network(self.row.spec.net),
+            disk_grown: self.row.parts.frozen.last().is_some_and(|frozen| frozen.virtual_bytes < self.row.disk_bytes),
+        }
+    }
+}
+
+async fn switch_link(monitor: &Monitor, up: bool) -> Result<()> {
+    let set = qmp::set_link { name: NET.into(), up };
+    monitor.execute(set, QMP_TIMEOUT).await.map(drop).map_err(|e| {
+        let why = nido_api::text::on_one_line(&e.to_string());
+        Error::new(Code::QemuFailed, format!("the VM's network cannot be switched: {why}"))
+    })
+}
+
+/// Whether a line of QEMU's is the one with which it ends because another program has the VM's vsock address.
+fn says_address_is_taken(line: &str) -> bool {
+    line.contains("unable to set guest cid") && line.contains("Address already in use")
+}

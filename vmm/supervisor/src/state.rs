@@ -1,0 +1,248 @@
+//! One VM's supervisor: what it holds, and how the VM's state changes.
+//!
+//! Invariant: every change of the state goes through [`Supervisor::learn`] or [`Supervisor::paused`], and into the store.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use nido_api::error::{Error, Result};
+use nido_api::state::{Fact, StateCause, VmState, advance};
+use nido_engine::guest::{Channel, Guest};
+use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, UNWRITTEN, VmDir, make_socket_private};
+use nido_engine::lock::Held;
+use nido_engine::machine::{Accel, Machine, Transport};
+use nido_store::{Origin, Purpose, VmRow, VmUpdate};
+use rustix::fs::unlink;
+use tokio::net::UnixListener;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::time::Instant as TokioInstant;
+
+use super::control_server::{ActiveSessions, ControlCommand, ControlQueue, Life, serve};
+use super::exit_cause::ExitEvidence;
+use super::forwards::Forwards;
+use super::host_clocks::HostClocks;
+use super::limits::Limits;
+use super::pause::{ByItself, Stillness};
+use super::readiness::{AgentRoute, Readiness};
+use super::terminate::Termination;
+use super::unwritten::Unwritten;
+use crate::context::Context;
+
+/// How long a guest may take to become ready if nobody says otherwise.
+const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
+/// How often the supervisor of a session's VM looks whether the session goes on.
+pub(super) const SESSION_EVERY: Duration = Duration::from_secs(1);
+
+/// One VM's supervisor.
+pub(super) struct Supervisor {
+    pub(super) context: Arc<Context>,
+    pub(super) row: VmRow,
+    pub(super) lock: Held,
+    pub(super) machine: Machine,
+    pub(super) dir: VmDir,
+    pub(super) guest: Guest,
+    pub(super) asked_at: Instant,
+    pub(super) ready_within: Duration,
+    pub(super) life: watch::Sender<Life>,
+    pub(super) orders: mpsc::Receiver<ControlCommand>,
+    pub(super) users: ActiveSessions,
+    pub(super) channel: Option<Arc<Channel>>,
+    pub(super) forwards: Forwards,
+    pub(super) limits: Limits,
+    pub(super) state: VmState,
+    pub(super) seen: ExitEvidence,
+    /// When the plug is pulled.
+    pub(super) kill_at: Option<TokioInstant>,
+    pub(super) quit_sent: bool,
+    /// It stays when it has stopped, although it is ephemeral: it is being restored.
+    pub(super) kept: bool,
+    /// What has been saved, if this VM is there to be baked.
+    pub(super) baked: Option<Result<()>>,
+    /// One snapshot at a time.
+    pub(super) snapshotting: Arc<Semaphore>,
+    /// Signals that ask for an end.
+    pub(super) termination: Termination,
+    /// The guest's next answer, if it has been sent on its way again.
+    pub(super) awaited: Option<oneshot::Receiver<Readiness>>,
+    /// Why the VM is paused.
+    pub(super) cause: Option<StateCause>,
+    /// Why it is being stopped, if a limit or a user ends it.
+    pub(super) stop_cause: Option<StateCause>,
+    /// What QEMU reported of the disk: whether the host's is full.
+    pub(super) no_space: Option<bool>,
+    /// How long the CPUs stood still while the guest's answer was awaited.
+    pub(super) still: Stillness,
+    /// A resume is on its way; RESUME and STOP are its own until it is over.
+    pub(super) resuming: bool,
+    /// When a full disk's VM resumes by itself.
+    pub(super) by_itself: Option<ByItself>,
+    /// The guest's clock has to be set when its agent answers.
+    pub(super) clock_stale: bool,
+    pub(super) host_clocks: HostClocks,
+    /// When the agent was asked whether the VM is in use.
+    pub(super) asked_if_idle: Option<Instant>,
+    pub(super) unwritten: Unwritten,
+    /// What tasks of the supervisor's own report.
+    pub(super) reports: (mpsc::Sender<Report>, mpsc::Receiver<Report>),
+}
+
+/// What a task beside the loop reports when it is done.
+pub(super) enum Report {
+    /// A resume: whether the CPUs run, and who asked for it, if anybody.
+    Resumed(Result<()>, Option<oneshot::Sender<Result<()>>>),
+    /// The guest was saved to be baked, or could not be.
+    Saved(Result<()>),
+    /// How many sessions the agent has, this question's own left out.
+    InUse(u32),
+}
+
+impl Supervisor {
+    /// Opens the VM's sockets.
+    pub(super) fn prepare(
+        context: Arc<Context>,
+        row: VmRow,
+        lock: Held,
+        attach: bool,
+        asked_at: Instant,
+        ready_within_ms: Option<u64>,
+    ) -> Result<Self> {
+        let machine = row.machine.clone().ok_or_else(|| Error::internal("the VM has no machine"))?;
+        let dir = context.vm_dir(&row.id);
+        let guest = context.guest(&row)?;
+        let channel = match machine.transport {
+            Transport::VirtioSerial { .. } => {
+                // The agent of a bake waits for its host's first word. That of a snapshot goes on in the middle of what was
+                // said, and what another supervisor has told a clone, nobody knows.
+                let letters = !attach
+                    && matches!(&row.origin, Origin::Fork(saved) if !saved.live)
+                    && row.renewed_from().is_some();
+                Some(Arc::new(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?, letters)))
+            }
+            Transport::Vsock { .. } => None,
+        };
+        let default = if machine.accel == Accel::Kvm { READY_WITHIN.0 } else { READY_WITHIN.1 };
+        let (order_desk, orders) = mpsc::channel(16);
+        let users = ActiveSessions::new();
+        let life = watch::channel(Life::Launching).0;
+        let desk = ControlQueue { orders: order_desk, life: life.subscribe(), users: users.clone() };
+        tokio::spawn(serve(listen(CONTROL_SOCKET)?, desk));
+        let limits =
+            Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
+        let (state, cause) = (row.state, row.cause);
+        let ready_within = ready_within_ms.map_or(default, Duration::from_millis);
+        Ok(Self {
+            context,
+            row,
+            lock,
+            machine,
+            dir,
+            guest,
+            asked_at,
+            ready_within,
+            life,
+            orders,
+            users,
+            channel,
+            forwards: Forwards::default(),
+            limits,
+            state,
+            seen: ExitEvidence::default(),
+            kill_at: None,
+            quit_sent: false,
+            kept: false,
+            baked: None,
+            snapshotting: Arc::new(Semaphore::new(1)),
+            termination: Termination::listen().map_err(|e| Error::io("cannot listen to signals", e))?,
+            awaited: None,
+            cause,
+            stop_cause: None,
+            no_space: None,
+            still: Stillness::default(),
+            resuming: false,
+            by_itself: None,
+            clock_stale: attach,
+            host_clocks: HostClocks::now(),
+            asked_if_idle: None,
+            unwritten: Unwritten::prepare(Path::new(UNWRITTEN)),
+            reports: mpsc::channel(16),
+        })
+    }
+
+    /// Milliseconds since the user asked for the start.
+    pub(super) fn asked_for_ms(&self) -> f64 {
+        self.asked_at.elapsed().as_secs_f64() * 1000.0
+    }
+
+    /// A copy of a running guest that is loaded only to be saved again: its CPUs never run.
+    pub(super) fn is_twin(&self) -> bool {
+        self.row.purpose == Purpose::Bake && self.row.origin != Origin::Boot
+    }
+
+    /// Whether it stands still only for a snapshot.
+    pub(super) fn is_being_saved(&self) -> bool {
+        self.snapshotting.available_permits() == 0
+    }
+
+    pub(super) fn way(&self) -> AgentRoute {
+        AgentRoute { guest: self.guest.clone(), channel: self.channel.clone() }
+    }
+
+    pub(super) fn learn(&mut self, fact: Fact) {
+        let next = advance(self.state, fact);
+        if next != self.state {
+            self.enter(next, None);
+        }
+    }
+
+    /// The CPUs stand still.
+    pub(super) fn paused(&mut self, cause: StateCause) {
+        let next = advance(self.state, Fact::GuestPaused);
+        if next != self.state || next == VmState::Paused && self.cause != Some(cause) {
+            self.enter(next, (next == VmState::Paused).then_some(cause));
+        }
+        self.still.note(true, Instant::now());
+    }
+
+    fn enter(&mut self, next: VmState, cause: Option<StateCause>) {
+        if next != VmState::Paused {
+            self.still.note(false, Instant::now());
+        }
+        (self.state, self.cause) = (next, cause);
+        self.by_itself = (cause == Some(StateCause::DiskFull)).then(|| ByItself::new(Instant::now()));
+        self.write(VmUpdate {
+            state: Some(next),
+            cause: Some(cause),
+            timings: Some(self.row.timings.filter(|timings| timings.total_ms > 0.0)),
+            ..VmUpdate::default()
+        });
+    }
+
+    /// Writes into the store. What it does not take is kept and repeated.
+    pub(super) fn write(&mut self, update: VmUpdate) {
+        self.unwritten.push(update);
+        self.flush();
+    }
+
+    pub(super) fn flush(&mut self) {
+        let (context, row) = (&self.context, &self.row);
+        if let Err(error) = self.unwritten.flush(row, |update| context.store().update_vm(&row.id, update)) {
+            tracing::error!("cannot write to the store: {error}");
+        }
+    }
+}
+
+fn listen(name: &str) -> Result<UnixListener> {
+    let _ = unlink(Path::new(name));
+    let failed = |e| Error::io(format!("cannot listen on {name}"), e);
+    let listener = UnixListener::bind(name).map_err(failed)?;
+    make_socket_private(Path::new(name)).map_err(failed)?;
+    Ok(listener)
+}
+
+pub(super) fn instant_of(at: Timestamp) -> Instant {
+    let left = at.duration_since(Timestamp::now());
+    let now = Instant::now();
+    Duration::try_from(left).map_or(now, |left| now.checked_add(left).unwrap_or(now))
+}
