@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Error, Result};
 use nido_api::{
     AuditAgainst, AuditCheckpoint, AuditFilter, AuditList, AuditLog, AuditReads, AuditRecord, AuditVerdict,
 };
