@@ -22,8 +22,9 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::answer::plain;
-use crate::app::{App, Principal};
+use crate::app::App;
 use crate::messages::{self, IdSeeker, Read, Refusal};
+use crate::principal::Principal;
 use crate::server::Server;
 
 /// The longest message, in bytes.
