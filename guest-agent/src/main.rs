@@ -15,27 +15,29 @@
 mod access;
 mod agent;
 mod channel;
-mod children;
-mod chore;
-mod etc;
+mod etc_files;
 mod exec;
 mod files;
 mod forward;
 mod framing;
 mod freeze;
+mod helper_process;
 mod hostname;
 mod identity;
 mod init;
+mod mux_stream;
 mod nested;
 mod network;
 mod passwd;
 mod port;
 mod power;
 mod program;
+mod reaper;
+mod refusal;
 mod renew;
+mod role;
 mod scope;
 mod session;
-mod stream;
 mod sys;
 mod warnings;
 
@@ -49,7 +51,8 @@ use nido_guest_agent::config::{Channel, GuestConfig, MAX_CONFIG};
 use nido_guest_agent::wire::{Power, TOKEN_LEN};
 use tokio::sync::mpsc;
 
-use crate::agent::{Agent, Role};
+use crate::agent::Agent;
+use crate::role::Role;
 
 /// Stack of the threads that may block, in bytes.
 const THREAD_STACK: usize = 192 * 1024;
@@ -135,7 +138,7 @@ fn run(config: GuestConfig, reach: Reach) -> io::Result<()> {
 async fn serve_until_power(config: GuestConfig, reach: Reach) -> io::Result<()> {
     let (asked, mut asks) = mpsc::channel(1);
     let agent = Arc::new(Agent::new(config.token.to_vec(), reach.role(), asked));
-    let reaper = agent.children.clone();
+    let reaper = agent.reaper.clone();
     tokio::spawn(async move { reaper.reap().await });
     let mode = match reach {
         Reach::Guest(mode) => mode,
@@ -179,9 +182,9 @@ async fn settle(agent: &Agent, config: &GuestConfig) {
         warnings::warn(format!("the network could not be set up: {error}"));
     }
     if config.nested {
-        nested::prepare(&agent.children).await;
+        nested::prepare(&agent.reaper).await;
     }
-    identity::settle(&agent.children, config, agent.role == Role::Init).await;
+    identity::settle(&agent.reaper, config, agent.role == Role::Init).await;
 }
 
 /// Ends a boot that must not be used: process 1 by ending, a service by asking for the power to go off.

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use super::Inbound;
 use super::output::Output;
 use super::place::{Ids, failed, give_to, malformed, special};
-use crate::agent::Refusal;
+use crate::refusal::Refusal;
 
 /// How the request wants files to be written.
 #[derive(Debug, Clone, Copy)]

@@ -17,9 +17,9 @@ use std::path::PathBuf;
 use nido_guest_agent::wire::{self, Entry, Get, HEAD, Put, ToGuest, ToHost, kind};
 use tokio::sync::mpsc;
 
-use crate::agent::Refusal;
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
-use crate::stream::Piece;
+use crate::mux_stream::Piece;
+use crate::refusal::Refusal;
 
 /// How many pieces may wait between the session and the disk.
 const QUEUE: usize = 2;

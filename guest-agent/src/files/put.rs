@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use super::Inbound;
 use super::leaf::{How, Temporary, expect_end, mode, times, write_leaf};
 use super::place::{AS_PLACE, Place, failed, give_to, malformed, owner};
-use crate::agent::Refusal;
+use crate::refusal::Refusal;
 
 /// How entries of a tree are opened: below its root, whatever links are in it.
 const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
