@@ -18,7 +18,8 @@ use crate::kernel::{self, Packing};
 use crate::manifest::{Disk, Manifest, Part};
 use crate::progress::{BuildProgress, Stage};
 use crate::qcow2::{Compression, read_qcow2_header};
-use crate::recipe::{COMMON, DPKG_OPTIONS, Recipe};
+use crate::recipe::{DPKG_OPTIONS, Recipe};
+use crate::recipe_text::COMMON;
 use crate::store::{Store, hash_file};
 
 const ROOTFS: &str = "rootfs";
