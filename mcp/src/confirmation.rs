@@ -16,37 +16,31 @@
 //!
 //! Invariants: what a model can fill in by itself never counts as consent; what cannot be found out is not done.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+mod form;
+mod question;
 
-use nido_vmm::api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask, VmInfo};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nido_vmm::api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::{SnapshotName, VmName};
 use nido_vmm::nido::Intent;
 use nido_vmm::policy::{Confirm, Facts, is_usual};
-use nido_vmm::text::head;
 use rmcp::RoleServer;
-use rmcp::model::{
-    BooleanSchema, ClientCapabilities, ElicitRequest, ElicitRequestParams, ElicitResult, ElicitationAction,
-    ElicitationSchema, InputRequest, InputRequiredResult, InputResponses, ProtocolVersion,
-};
+use rmcp::model::{ElicitResult, InputRequiredResult, InputResponses, ProtocolVersion};
 use rmcp::service::RequestContext;
 use serde_json::Value;
 use tokio::sync::oneshot;
 
+use self::form::{FIELD, FormAnswer, form, form_answer, form_result, shows_forms};
+use self::question::question;
 use crate::answer::plain;
 use crate::call_context::CallContext;
 use crate::tools::{self, Tool};
 
 /// How often a client is told that its user has not answered yet.
 const STILL: Duration = Duration::from_secs(5);
-/// How much of the arguments a question shows, in bytes.
-const SHOWN: usize = 400;
-
-/// What the form's one field is called, and the request for it.
-const FIELD: &str = "confirm";
-
 /// What a retry of a client without sessions brings along.
 #[derive(Debug, Default)]
 pub struct Retry {
@@ -206,100 +200,6 @@ pub fn is_modern(context: &RequestContext<RoleServer>) -> bool {
     context.protocol_version().is_some_and(|version| version.as_str() >= ProtocolVersion::V_2026_07_28.as_str())
 }
 
-/// What a person is asked: what is done to what, and what is lost. Nothing of a guest is in it, and what the agent has written is shown
-/// without what hides or reorders text.
-async fn question(call: &CallContext, tool: &Tool, ask: &Ask, vm: Option<&VmInfo>) -> String {
-    let agent = ask.agent.as_deref().map_or_else(|| "An agent".into(), plain);
-    let name = &ask.vm_name;
-    let vm = vm.map_or_else(|| format!("VM '{name}'"), described);
-    let text = |key: &str| plain(head(ask.arguments.get(key).and_then(Value::as_str).unwrap_or_default(), SHOWN));
-    let flag = |key: &str| ask.arguments.get(key).is_some_and(|value| *value == true);
-    match tool.name {
-        "vm_delete" => {
-            let now = if flag("force") { " It is ended at once if it runs." } else { "" };
-            format!("{agent} wants to delete {vm}, with its disk and its snapshots.{now} This cannot be undone.")
-        }
-        "vm_restore" => {
-            let snapshot = text("snapshot");
-            let of = taken(call, name, &snapshot).await;
-            let what = if flag("disk_only") { "the disk of " } else { "" };
-            format!(
-                "{agent} wants to restore {what}{vm} to the snapshot '{snapshot}'{of}. Everything since then is lost. This cannot be \
-                 undone."
-            )
-        }
-        "vm_stop" => {
-            let lost = if vm_is_ephemeral(call, name).await {
-                ", which destroys it with its disk, because it is ephemeral"
-            } else {
-                ""
-            };
-            format!("{agent} wants to stop {vm}{lost}. This cannot be undone.")
-        }
-        "vm_exec" => {
-            let argv = ask.arguments.get("argv").map(|argv| plain(head(&argv.to_string(), SHOWN)));
-            let command = argv.unwrap_or_else(|| text("command"));
-            format!("{agent} wants to run a command in {vm}: {command}")
-        }
-        "vm_upload" => format!("{agent} wants to write the file '{}' in {vm}.", text("path")),
-        "vm_download" if flag("overwrite") => {
-            format!(
-                "{agent} wants to replace the file '{}' of this host with '{}' of {vm}.",
-                text("destination"),
-                text("path")
-            )
-        }
-        other => format!("{agent} wants to call {other} for {vm}: {}", plain(head(&ask.arguments.to_string(), SHOWN))),
-    }
-}
-
-/// A VM, for who has to decide about it. Names are parsed names.
-fn described(vm: &VmInfo) -> String {
-    let age = age(vm.created_at.into());
-    format!("VM '{}' (id {}, of template {}, {}, made {age} ago)", vm.name, vm.id, vm.template, vm.status.word())
-}
-
-fn age(since: SystemTime) -> String {
-    let minutes = since.elapsed().unwrap_or_default().as_secs() / 60;
-    match minutes {
-        ..120 => format!("{minutes} min"),
-        120..2880 => format!("{} h", minutes / 60),
-        _ => format!("{} days", minutes / 1440),
-    }
-}
-
-/// When a snapshot was taken.
-async fn taken(call: &CallContext, vm: &VmName, snapshot: &str) -> String {
-    let Ok(nido) = call.nido().await else { return String::new() };
-    let list = nido.snapshot_list(vm).map(|list| list.snapshots).unwrap_or_default();
-    let found = list.into_iter().find(|one| one.name.as_str() == snapshot);
-    found.map_or_else(String::new, |one| format!(" of {:.0} ({} ago)", one.created_at, age(one.created_at.into())))
-}
-
-async fn vm_is_ephemeral(call: &CallContext, vm: &VmName) -> bool {
-    match call.nido().await {
-        Ok(nido) => nido.spec(vm).is_ok_and(|spec| spec.ephemeral),
-        Err(_) => false,
-    }
-}
-
-fn shows_forms(client: &ClientCapabilities) -> bool {
-    // One that says nothing about the kind means forms.
-    client.elicitation.as_ref().is_some_and(|can| can.form.is_some() || can.url.is_none())
-}
-
-fn form(words: &str) -> Result<ElicitRequestParams> {
-    let field = BooleanSchema::new().title("Yes, do it").description("Without a yes, nothing is done");
-    let schema = ElicitationSchema::builder().required_bool_property(FIELD, |_| field).build();
-    let requested_schema = schema.map_err(|e| Error::internal(format!("the form cannot be made: {e}")))?;
-    Ok(ElicitRequestParams::FormElicitationParams { meta: None, message: words.into(), requested_schema })
-}
-
-fn form_result(words: &str, secret: String) -> Result<InputRequiredResult> {
-    let request = InputRequest::Elicitation(ElicitRequest::new(form(words)?));
-    Ok(InputRequiredResult::new(Some(BTreeMap::from([(FIELD.to_owned(), request)])), Some(secret)))
-}
-
 /// What came back from a client that was asked by a result.
 fn answered(call: &CallContext, id: &str, ask: &Ask, answers: &InputResponses) -> Result<()> {
     let answer: Option<ElicitResult> =
@@ -360,24 +260,6 @@ async fn elicited(
             }
             Err(_) => Err(by_hand(call, &approval.id, ask)),
         };
-    }
-}
-
-/// A user's answer in a form.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum FormAnswer {
-    Yes,
-    No,
-    /// The form was closed, or sent without the tick.
-    Nothing,
-}
-
-fn form_answer(answer: &ElicitResult) -> FormAnswer {
-    let yes = answer.content.as_ref().is_some_and(|content| content[FIELD] == true);
-    match answer.action {
-        ElicitationAction::Accept if yes => FormAnswer::Yes,
-        ElicitationAction::Decline => FormAnswer::No,
-        _ => FormAnswer::Nothing,
     }
 }
 
