@@ -84,14 +84,14 @@ fn main() -> ExitCode {
 }
 
 /// Where and how an agent serves.
-enum Reach {
+enum ServeMode {
     /// As the guest's agent, over the guest's channel.
     Guest(power::Mode),
     /// As an ordinary process that leaves the machine alone.
     Socket(PathBuf),
 }
 
-impl Reach {
+impl ServeMode {
     fn role(&self) -> Role {
         match self {
             Self::Guest(power::Mode::Init) => Role::Init,
@@ -102,11 +102,11 @@ impl Reach {
 }
 
 fn service() -> io::Result<()> {
-    run(read_config(init::SAVED_CONFIG)?, Reach::Guest(power::Mode::Systemd))
+    run(read_config(init::SAVED_CONFIG)?, ServeMode::Guest(power::Mode::Systemd))
 }
 
 fn serve(socket: PathBuf, config: PathBuf) -> io::Result<()> {
-    run(read_config(config)?, Reach::Socket(socket))
+    run(read_config(config)?, ServeMode::Socket(socket))
 }
 
 /// Reads and checks the configuration.
@@ -126,7 +126,7 @@ fn read_config(path: impl AsRef<std::path::Path>) -> io::Result<GuestConfig> {
 }
 
 /// Runs the agent to the end of the guest (or of the test).
-fn run(config: GuestConfig, reach: Reach) -> io::Result<()> {
+fn run(config: GuestConfig, reach: ServeMode) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_stack_size(THREAD_STACK)
@@ -135,14 +135,14 @@ fn run(config: GuestConfig, reach: Reach) -> io::Result<()> {
     runtime.block_on(serve_until_power(config, reach))
 }
 
-async fn serve_until_power(config: GuestConfig, reach: Reach) -> io::Result<()> {
+async fn serve_until_power(config: GuestConfig, reach: ServeMode) -> io::Result<()> {
     let (asked, mut asks) = mpsc::channel(1);
     let agent = Arc::new(Agent::new(config.token.to_vec(), reach.role(), asked));
     let reaper = agent.reaper.clone();
     tokio::spawn(async move { reaper.reap().await });
     let mode = match reach {
-        Reach::Guest(mode) => mode,
-        Reach::Socket(path) => {
+        ServeMode::Guest(mode) => mode,
+        ServeMode::Socket(path) => {
             tokio::select! {
                 served = channel::serve_socket(agent.clone(), &path) => return served,
                 _power = asks.recv() => return Ok(()),

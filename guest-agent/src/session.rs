@@ -189,8 +189,8 @@ async fn answer_requests(
             ToGuest::Ping => answer(&mut output, Ok(ToHost::Pong(pong(agent)))).await,
             ToGuest::Exec(exec) => exec::run(agent, exec, &mut input, &mut output).await,
             ToGuest::Put(put) => match files::receive(put, &mut input, &mut output).await {
-                Ok(files::Received::Done) => Ok(()),
-                Ok(files::Received::Failed) => return SessionEnd::Broken(input, output),
+                Ok(files::ReceiveOutcome::Done) => Ok(()),
+                Ok(files::ReceiveOutcome::Failed) => return SessionEnd::Broken(input, output),
                 Err(error) => Err(error),
             },
             ToGuest::Get(get) => files::send(get, &mut output).await,

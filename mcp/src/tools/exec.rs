@@ -82,7 +82,7 @@ struct Answer {
     #[serde(flatten)]
     result: ExecResult,
     /// In which streams something was taken out that would not be seen, or bytes that are no text were replaced.
-    altered: Altered,
+    altered: AlteredStreams,
     /// Resources that hold the streams that were cut.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     full_output: Vec<String>,
@@ -90,7 +90,7 @@ struct Answer {
 
 /// Which streams are not shown as they were written.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct Altered {
+struct AlteredStreams {
     /// Standard output.
     stdout: bool,
     /// Standard error.
@@ -112,7 +112,7 @@ async fn exec(call: &CallContext, mut given: Value) -> Result<ToolResult> {
     let [stdout, stderr] = streams.map(OutputBuffer::bytes);
     let (out, err) = (for_reader(&stdout, SHOWN_LIMIT), for_reader(&stderr, SHOWN_LIMIT));
     let truncated = Truncated { stdout: out.truncated, stderr: err.truncated };
-    let altered = Altered { stdout: out.altered, stderr: err.altered };
+    let altered = AlteredStreams { stdout: out.altered, stderr: err.altered };
     let mut links = Vec::new();
     for (cut, word, bytes) in [(out.truncated, "output", stdout), (err.truncated, "errors", stderr)] {
         if cut {

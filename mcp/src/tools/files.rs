@@ -204,7 +204,7 @@ pub const DOWNLOAD: Tool = Tool {
     hints: Hints { read_only: false, destructive: true, idempotent: true, open_world: false },
     scope: Scope::Run,
     takes: schema::arguments::<Download>,
-    gives: schema::answer_or_job::<Downloaded>,
+    gives: schema::answer_or_job::<DownloadResult>,
     run: |call, given| Box::pin(async move { download(&call, arguments(given)?).await }),
 };
 
@@ -233,7 +233,7 @@ pub struct Download {
 
 /// How a download ended.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct Downloaded {
+struct DownloadResult {
     #[serde(flatten)]
     copy: CopyResult,
     /// What stands in it, if it is UTF-8 without control characters.
@@ -271,7 +271,7 @@ async fn to_host(
     let mut copy = call.unless_cancelled(call.nido().await?.download(vm, request, &mut tell)).await?;
     let (sha256, path) = blocking(move || Ok((writing.sha256()?, writing.commit(HOST_MAX)?))).await?;
     copy.path = path.to_string_lossy().into_owned();
-    let done = ToolResult::new(&Downloaded { copy, content: None, content_base64: None })?;
+    let done = ToolResult::new(&DownloadResult { copy, content: None, content_base64: None })?;
     Ok(ToolResult { word: format!("sha256:{sha256}"), ..done })
 }
 
@@ -306,7 +306,7 @@ async fn to_answer(call: &CallContext, vm: Which<'_>, source: Vec<u8>, most: usi
         Ok(text) => (None, Some(STANDARD.encode(text))),
         Err(error) => (None, Some(STANDARD.encode(error.as_bytes()))),
     };
-    ToolResult::new(&Downloaded { copy, content, content_base64 })
+    ToolResult::new(&DownloadResult { copy, content, content_base64 })
 }
 
 fn told(call: &CallContext, now: CopyProgress) {
