@@ -1,45 +1,33 @@
 //! What all sessions share.
 //!
-//! Invariant: the count of open sessions is right whatever ends a session, because [`Seat`] keeps it.
+//! Invariant: the count of open sessions is right whatever ends a session, because [`SessionGuard`] keeps it.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nido_guest_agent::places;
-use nido_guest_agent::wire::{Fault, MAX_QUEUED, MAX_SESSIONS, MAX_TUNNELS, MAX_WORK, Power, QUEUE_LIMIT_MS};
+use nido_guest_agent::wire::{MAX_QUEUED, MAX_SESSIONS, MAX_TUNNELS, MAX_WORK, Power, QUEUE_LIMIT_MS};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 
 use crate::access::Access;
-use crate::children::Children;
 use crate::freeze::Freezer;
+use crate::reaper::Reaper;
+use crate::role::Role;
 use crate::scope::Scopes;
+use crate::sys::{self, has_oom_score};
 
 /// How long a command or copy waits for its turn.
 const QUEUE_LIMIT: Duration = Duration::from_millis(QUEUE_LIMIT_MS);
-/// Longest text of a refusal, in bytes: it must fit in a frame, whatever the request named.
-const MAX_REFUSAL: usize = 4096;
-
-/// What the agent is in its machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// The guest's first process.
-    Init,
-    /// A service of the guest's.
-    Service,
-    /// An ordinary process that leaves the machine alone.
-    Visitor,
-}
-
 /// The agent.
 pub struct Agent {
     /// Who may talk to it.
     pub access: Access,
     /// What it is in its machine.
     pub role: Role,
-    /// What it has started.
-    pub children: Arc<Children>,
+    /// The processes that it has started.
+    pub reaper: Arc<Reaper>,
     /// The root file system, as far as it is frozen.
     pub freezer: Freezer,
     /// Held by the session that renews the guest.
@@ -62,7 +50,7 @@ impl Agent {
         Self {
             access: Access::new(token),
             role,
-            children: Arc::default(),
+            reaper: Arc::default(),
             freezer: Freezer::new(role != Role::Visitor),
             renewing: tokio::sync::Mutex::default(),
             resets_oom_score: has_oom_score(),
@@ -74,11 +62,11 @@ impl Agent {
         }
     }
 
-    /// Takes a seat for one more session, if there is one.
-    pub fn sit(self: &Arc<Self>) -> Option<Seat> {
+    /// Counts one more session, if there is room for it.
+    pub fn open_session(self: &Arc<Self>) -> Option<SessionGuard> {
         let taken = self.sessions.fetch_add(1, Ordering::Relaxed);
-        let seat = Seat(self.clone());
-        (taken < MAX_SESSIONS).then_some(seat)
+        let guard = SessionGuard(self.clone());
+        (taken < MAX_SESSIONS).then_some(guard)
     }
 
     /// A place for a command or a copy, which waits for its turn; none if that does not come soon. Connections have places
@@ -166,60 +154,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether the agent has an out-of-memory score that its children should not inherit.
-pub fn has_oom_score() -> bool {
-    let score = std::fs::read("/proc/self/oom_score_adj").unwrap_or_default();
-    score.trim_ascii() != b"0" && !score.is_empty()
-}
-
 /// One open session.
-pub struct Seat(Arc<Agent>);
+pub struct SessionGuard(Arc<Agent>);
 
-impl Drop for Seat {
+impl Drop for SessionGuard {
     fn drop(&mut self) {
         let left = self.0.sessions.fetch_sub(1, Ordering::Relaxed) - 1;
         if left == 0 && self.0.was_busy.swap(false, Ordering::Relaxed) {
-            crate::sys::trim_allocator();
+            sys::trim_allocator();
         }
-    }
-}
-
-/// A request that was not carried out: what the host is told.
-#[derive(Debug)]
-pub struct Refusal {
-    /// What went wrong, for programs.
-    pub fault: Fault,
-    /// What went wrong, for people.
-    pub message: String,
-}
-
-impl Refusal {
-    /// A refusal with its sentence.
-    pub fn new(fault: Fault, message: impl Into<String>) -> Self {
-        let mut message = message.into();
-        message.truncate(message.floor_char_boundary(MAX_REFUSAL));
-        Self { fault, message }
-    }
-
-    /// A refusal because a call on `subject` failed.
-    pub fn from_io(subject: &str, error: &std::io::Error) -> Self {
-        Self::new(fault_of(error), format!("{subject}: {error}"))
-    }
-}
-
-/// The fault that an operating system error amounts to.
-pub fn fault_of(error: &std::io::Error) -> Fault {
-    use std::io::ErrorKind::{
-        DirectoryNotEmpty, IsADirectory, NotADirectory, NotFound, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem,
-        StorageFull,
-    };
-    match error.kind() {
-        // The path itself is wrong: a name that is too long, or symlinks in a circle.
-        _ if matches!(error.raw_os_error(), Some(libc::ENAMETOOLONG | libc::ELOOP)) => Fault::Invalid,
-        NotFound => Fault::NotFound,
-        PermissionDenied | ReadOnlyFilesystem => Fault::Denied,
-        StorageFull | QuotaExceeded => Fault::DiskFull,
-        IsADirectory | NotADirectory | DirectoryNotEmpty => Fault::WrongType,
-        _ => Fault::Other,
     }
 }

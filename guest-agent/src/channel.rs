@@ -19,7 +19,7 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use crate::agent::Agent;
 use crate::port::Port;
-use crate::{session, stream};
+use crate::{mux_stream, session};
 
 /// Streams in one multiplexed connection: more than sessions, so that one too many is refused and not fatal.
 const MAX_STREAMS: usize = 2 * MAX_SESSIONS;
@@ -44,7 +44,7 @@ pub async fn serve_vsock(agent: Arc<Agent>) -> io::Result<()> {
             connection = listener.accept() => match connection {
                 // Programs inside the guest can connect, too, and have no business here.
                 Ok((stream, peer)) if peer.cid() == VMADDR_CID_HOST && sessions.len() < MAX_STREAMS => {
-                    sessions.spawn(session::serve(agent.clone(), stream::split(stream)));
+                    sessions.spawn(session::serve(agent.clone(), mux_stream::split(stream)));
                 }
                 Ok(_) => {}
                 Err(error) if is_fatal(&error) => return Err(error),
@@ -160,6 +160,6 @@ async fn serve_mux(agent: &Arc<Agent>, port: &mut Port) {
     config.set_split_send_size(MUX_FRAME);
     let mut connection = yamux::Connection::new(port.compat(), config, yamux::Mode::Server);
     while let Some(Ok(stream)) = poll_fn(|context| connection.poll_next_inbound(context)).await {
-        tokio::spawn(session::serve(agent.clone(), stream::split_mux(stream)));
+        tokio::spawn(session::serve(agent.clone(), mux_stream::split_mux(stream)));
     }
 }

@@ -14,17 +14,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nido_guest_agent::wire::{self, Exec, Exited, Fault, HEAD, STDIN_WINDOW, ToGuest, ToHost, WindowSize, kind};
+use nido_guest_agent::wire::{self, Exec, Exited, HEAD, STDIN_WINDOW, ToGuest, ToHost, kind};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::agent::{Agent, Refusal};
-use crate::children::Ended;
+use crate::agent::Agent;
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming, raw_frame};
-use crate::program::{self, Started};
+use crate::program::{self, RunningCommand};
+use crate::reaper::ExitStatus;
+use crate::refusal::Refusal;
 use crate::scope::Scope;
 
 /// Largest payload of an output frame, in bytes: what a pipe holds.
@@ -72,7 +73,7 @@ pub async fn run(
     };
     output.send(&ToHost::Started(started.pid.as_raw_nonzero().get().cast_unsigned())).await?;
 
-    let Started { stdin, stdout, stderr, terminal, ended, .. } = started;
+    let RunningCommand { stdin, stdout, stderr, terminal, ended, .. } = started;
     let feed = Feed::default();
     let sent = send_output([stdout, stderr], ended, &feed, output);
     let window = terminal.as_deref();
@@ -85,8 +86,8 @@ pub async fn run(
     // What is still there was left on purpose.
     let scope = guard.scope.take();
     let (code, signal) = match status {
-        Ended::Code(code) => (Some(code), None),
-        Ended::Signal(signal) => (None, Some(signal)),
+        ExitStatus::Code(code) => (Some(code), None),
+        ExitStatus::Signal(signal) => (None, Some(signal)),
     };
     let timed_out = feed.state().timed_out;
     let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -102,7 +103,7 @@ pub async fn run(
 }
 
 /// The type of a branch that never completes.
-async fn unreachable_end() -> Result<Ended, FrameError> {
+async fn unreachable_end() -> Result<ExitStatus, FrameError> {
     pending().await
 }
 
@@ -303,10 +304,10 @@ type Outlet = Option<Arc<AsyncFd<OwnedFd>>>;
 /// Sends output and credit until the command has ended and its output is through.
 async fn send_output(
     [mut stdout, mut stderr]: [Outlet; 2],
-    mut ended: oneshot::Receiver<Ended>,
+    mut ended: oneshot::Receiver<ExitStatus>,
     feed: &Feed,
     host: &mut FrameWriter,
-) -> Result<Ended, FrameError> {
+) -> Result<ExitStatus, FrameError> {
     let (mut first, mut second) = (raw_frame(OUTPUT_CHUNK), raw_frame(OUTPUT_CHUNK));
     let mut status = None;
     // Bytes that lay in the pipes when the command ended: these are its own and must go out, however slow the host.
@@ -412,30 +413,4 @@ fn waiting(outlet: Option<&AsyncFd<OwnedFd>>) -> usize {
     outlet
         .and_then(|outlet| rustix::io::ioctl_fionread(outlet).ok())
         .map_or(0, |count| usize::try_from(count).unwrap_or(usize::MAX))
-}
-
-/// Checks the parts of a request that need no look at the guest.
-///
-/// # Errors
-/// What breaks the protocol.
-pub fn check(request: &Exec) -> Result<(), Refusal> {
-    let invalid = |message: &str| Err(Refusal::new(Fault::Invalid, message));
-    let holds_nul = |bytes: &[u8]| bytes.contains(&0);
-    if request.login_shell != request.argv.is_empty() {
-        return invalid("either a command or the login shell must be asked for");
-    }
-    let strings = request.argv.iter().chain(&request.env).chain(&request.directory);
-    if strings.into_iter().any(|bytes| holds_nul(bytes)) {
-        return invalid("arguments, environment and directory cannot hold NUL");
-    }
-    if request.argv.first().is_some_and(|program| program.is_empty()) {
-        return invalid("the program's name is empty");
-    }
-    if request.env.iter().any(|pair| pair.first() == Some(&b'=') || !pair.contains(&b'=')) {
-        return invalid("an environment variable must be KEY=VALUE");
-    }
-    if matches!(request.pty, Some(WindowSize { rows: 0, .. } | WindowSize { columns: 0, .. })) {
-        return invalid("a terminal needs rows and columns");
-    }
-    Ok(())
 }

@@ -13,8 +13,9 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::agent::{Refusal, TunnelPlace};
+use crate::agent::TunnelPlace;
 use crate::framing::{FrameReader, FrameWriter};
+use crate::refusal::Refusal;
 
 /// How long a connection may take to stand.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use nido_guest_agent::wire::{self, HEAD, Head, ToGuest, ToHost, WireError, kind};
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 
-use crate::stream::{Piece, Sink, Source};
+use crate::mux_stream::{Piece, Sink, Source};
 
 /// Largest frame accepted before the token was checked, in bytes.
 pub const GREETING_LIMIT: usize = 1024;

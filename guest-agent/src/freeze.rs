@@ -17,7 +17,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
 
-use crate::agent::Refusal;
+use crate::refusal::Refusal;
 use crate::sys;
 
 /// How long writing everything and freezing may take, and how long thawing.

@@ -6,7 +6,7 @@
 use std::io;
 use std::path::Path;
 
-use crate::etc::{PUBLIC, overwrite_file, read_file};
+use crate::etc_files::{PUBLIC, overwrite_file, read_file};
 use crate::warnings::warn;
 
 /// Longest name the kernel takes, in bytes.

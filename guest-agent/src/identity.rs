@@ -18,9 +18,9 @@ use std::time::Duration;
 
 use nido_guest_agent::config::GuestConfig;
 
-use crate::children::Children;
-use crate::chore::{self, Chore};
-use crate::etc::{PUBLIC, named, overwrite_file, read_file};
+use crate::etc_files::{PUBLIC, named, overwrite_file, read_file};
+use crate::helper_process::{self, HelperProcess};
+use crate::reaper::Reaper;
 use crate::warnings::warn;
 
 /// Longest identity, in bytes.
@@ -123,11 +123,11 @@ pub fn host_keys(root: &Path) -> io::Result<Vec<HostKey>> {
 ///
 /// # Errors
 /// A key cannot be made, or not in time.
-pub async fn renew_host_keys(children: &Arc<Children>, keys: &[HostKey]) -> io::Result<()> {
+pub async fn renew_host_keys(reaper: &Arc<Reaper>, keys: &[HostKey]) -> io::Result<()> {
     let mut failed = None;
     for key in keys {
         // One that cannot be made is no reason to leave the others to two machines.
-        if let Err(error) = renew_host_key(children, key).await {
+        if let Err(error) = renew_host_key(reaper, key).await {
             failed.get_or_insert(error);
         }
     }
@@ -137,7 +137,7 @@ pub async fn renew_host_keys(children: &Arc<Children>, keys: &[HostKey]) -> io::
     failed.map_or(Ok(()), Err)
 }
 
-async fn renew_host_key(children: &Arc<Children>, HostKey { path, kind }: &HostKey) -> io::Result<()> {
+async fn renew_host_key(reaper: &Arc<Reaper>, HostKey { path, kind }: &HostKey) -> io::Result<()> {
     let fresh = path.with_extension("nido-new");
     let public = |path: &Path| PathBuf::from(format!("{}.pub", path.display()));
     for leftover in [fresh.clone(), public(&fresh)] {
@@ -147,8 +147,9 @@ async fn renew_host_key(children: &Arc<Children>, HostKey { path, kind }: &HostK
         }
     }
     let arguments = ["-q", "-N", "", "-t", kind, "-f", &fresh.to_string_lossy()].map(str::to_owned).to_vec();
-    let chore = Chore { program: KEY_MAKER.into(), arguments, environment: Vec::new(), deadline: KEY_DEADLINE };
-    chore::run(children, chore).await.map_err(named(format!("{KEY_MAKER} for {}", path.display())))?;
+    let helper =
+        HelperProcess { program: KEY_MAKER.into(), arguments, environment: Vec::new(), deadline: KEY_DEADLINE };
+    helper_process::run(reaper, helper).await.map_err(named(format!("{KEY_MAKER} for {}", path.display())))?;
     // The public half first: whoever finds the new private half finds the whole.
     fs::rename(public(&fresh), public(path)).map_err(named(path.display()))?;
     fs::rename(&fresh, path).map_err(named(path.display()))
@@ -181,20 +182,15 @@ pub fn hooks(root: &Path) -> io::Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// One cannot be started, does not end in time, or fails; those behind it are not run.
-pub async fn run_hooks(
-    children: &Arc<Children>,
-    hooks: Vec<PathBuf>,
-    hostname: &str,
-    identity: &str,
-) -> io::Result<()> {
+pub async fn run_hooks(reaper: &Arc<Reaper>, hooks: Vec<PathBuf>, hostname: &str, identity: &str) -> io::Result<()> {
     for hook in hooks {
         let failed = named(format!("the hook {}", hook.display()));
         let Some(program) = hook.to_str().map(str::to_owned) else {
             return Err(failed(io::Error::other("its name is not UTF-8")));
         };
         let environment = vec![format!("NIDO_NAME={hostname}"), format!("NIDO_IDENTITY={identity}")];
-        let chore = Chore { program, arguments: Vec::new(), environment, deadline: HOOK_DEADLINE };
-        chore::run(children, chore).await.map_err(failed)?;
+        let helper = HelperProcess { program, arguments: Vec::new(), environment, deadline: HOOK_DEADLINE };
+        helper_process::run(reaper, helper).await.map_err(failed)?;
     }
     Ok(())
 }
@@ -228,23 +224,23 @@ pub fn settle_before_init(config: &GuestConfig) {
     };
     let renewed = tokio::runtime::Builder::new_current_thread().enable_all().build().and_then(|runtime| {
         runtime.block_on(async {
-            let children = Arc::new(Children::default());
-            let reaper = children.clone();
-            tokio::spawn(async move { reaper.reap().await });
-            renew_host_keys(&children, &keys).await
+            let reaper = Arc::new(Reaper::default());
+            let reaped = reaper.clone();
+            tokio::spawn(async move { reaped.reap().await });
+            renew_host_keys(&reaper, &keys).await
         })
     });
     done("the host keys", renewed);
 }
 
 /// At a cold boot, before the host is listened to: what [`settle_before_init`] has left, or (as process 1) everything.
-pub async fn settle(children: &Arc<Children>, config: &GuestConfig, is_init: bool) {
+pub async fn settle(reaper: &Arc<Reaper>, config: &GuestConfig, is_init: bool) {
     let (root, identity) = (Path::new("/"), config.identity.as_str());
     if identity.is_empty() || is_own(root, identity) {
         return;
     }
     let parts = if is_init { Parts::All } else { Parts::Hooks };
-    renew_disk(children, root, parts, &config.hostname, identity).await;
+    renew_disk(reaper, root, parts, &config.hostname, identity).await;
 }
 
 /// What of a disk is made this VM's own.
@@ -258,18 +254,18 @@ pub enum Parts {
 
 /// Makes a disk this VM's own, and says so on it if everything could be done. What could not is a warning, and is tried
 /// again at the next start: a machine id that cannot be written must not keep its owner out.
-pub async fn renew_disk(children: &Arc<Children>, root: &Path, parts: Parts, hostname: &str, identity: &str) {
+pub async fn renew_disk(reaper: &Arc<Reaper>, root: &Path, parts: Parts, hostname: &str, identity: &str) {
     let mut is_whole = true;
     if parts == Parts::All {
         is_whole &= done("the machine id", renew_machine_id(root));
         let keys = match host_keys(root) {
-            Ok(keys) => renew_host_keys(children, &keys).await,
+            Ok(keys) => renew_host_keys(reaper, &keys).await,
             Err(error) => Err(error),
         };
         is_whole &= done("the host keys", keys);
     }
     let hooks = match hooks(root) {
-        Ok(hooks) => run_hooks(children, hooks, hostname, identity).await,
+        Ok(hooks) => run_hooks(reaper, hooks, hostname, identity).await,
         Err(error) => Err(error),
     };
     is_whole &= done("what the hooks renew", hooks);
@@ -309,15 +305,15 @@ mod tests {
     async fn a_disk_that_cannot_be_made_this_vms_own_is_not_marked_as_such_and_is_tried_again() {
         // A machine id or a hook that could not be renewed ended the start.
         let root = tempfile::tempdir().unwrap();
-        let children = Arc::new(Children::default());
+        let reaper = Arc::new(Reaper::default());
         fs::create_dir_all(root.path().join("etc/machine-id/in-the-way")).unwrap();
         fs::create_dir_all(root.path().join("etc/nido")).unwrap();
         fs::write(root.path().join(HOOKS), "no directory").unwrap();
-        renew_disk(&children, root.path(), Parts::All, "web", "0123abc").await;
+        renew_disk(&reaper, root.path(), Parts::All, "web", "0123abc").await;
         assert!(!is_own(root.path(), "0123abc"));
         fs::remove_dir_all(root.path().join("etc/machine-id")).unwrap();
         fs::remove_file(root.path().join(HOOKS)).unwrap();
-        renew_disk(&children, root.path(), Parts::All, "web", "0123abc").await;
+        renew_disk(&reaper, root.path(), Parts::All, "web", "0123abc").await;
         assert!(is_own(root.path(), "0123abc") && root.path().join("etc/machine-id").is_file());
     }
 

@@ -19,7 +19,7 @@ use nido_guest_agent::config::{Channel, FW_CFG_PATH, GuestConfig, Init};
 use rustix::mount::{MountFlags, mount, mount_move};
 
 use crate::warnings::{self, warn};
-use crate::{Reach, hostname, identity, power, read_config, run as serve, sys};
+use crate::{ServeMode, hostname, identity, power, read_config, run as serve, sys};
 
 /// Where the initramfs leaves the configuration for the agent as a service.
 pub const SAVED_CONFIG: &str = "/run/nido/config";
@@ -59,7 +59,7 @@ pub fn run() -> io::Result<()> {
     ] {
         done.unwrap_or_else(|error| warn(format!("{what}: {error}")));
     }
-    serve(config, Reach::Guest(power::Mode::Init))
+    serve(config, ServeMode::Guest(power::Mode::Init))
 }
 
 fn during(what: &str, error: impl Into<io::Error>) -> io::Error {

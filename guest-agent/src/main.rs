@@ -15,27 +15,29 @@
 mod access;
 mod agent;
 mod channel;
-mod children;
-mod chore;
-mod etc;
+mod etc_files;
 mod exec;
 mod files;
 mod forward;
 mod framing;
 mod freeze;
+mod helper_process;
 mod hostname;
 mod identity;
 mod init;
+mod mux_stream;
 mod nested;
 mod network;
 mod passwd;
 mod port;
 mod power;
 mod program;
+mod reaper;
+mod refusal;
 mod renew;
+mod role;
 mod scope;
 mod session;
-mod stream;
 mod sys;
 mod warnings;
 
@@ -49,7 +51,8 @@ use nido_guest_agent::config::{Channel, GuestConfig, MAX_CONFIG};
 use nido_guest_agent::wire::{Power, TOKEN_LEN};
 use tokio::sync::mpsc;
 
-use crate::agent::{Agent, Role};
+use crate::agent::Agent;
+use crate::role::Role;
 
 /// Stack of the threads that may block, in bytes.
 const THREAD_STACK: usize = 192 * 1024;
@@ -81,14 +84,14 @@ fn main() -> ExitCode {
 }
 
 /// Where and how an agent serves.
-enum Reach {
+enum ServeMode {
     /// As the guest's agent, over the guest's channel.
     Guest(power::Mode),
     /// As an ordinary process that leaves the machine alone.
     Socket(PathBuf),
 }
 
-impl Reach {
+impl ServeMode {
     fn role(&self) -> Role {
         match self {
             Self::Guest(power::Mode::Init) => Role::Init,
@@ -99,11 +102,11 @@ impl Reach {
 }
 
 fn service() -> io::Result<()> {
-    run(read_config(init::SAVED_CONFIG)?, Reach::Guest(power::Mode::Systemd))
+    run(read_config(init::SAVED_CONFIG)?, ServeMode::Guest(power::Mode::Systemd))
 }
 
 fn serve(socket: PathBuf, config: PathBuf) -> io::Result<()> {
-    run(read_config(config)?, Reach::Socket(socket))
+    run(read_config(config)?, ServeMode::Socket(socket))
 }
 
 /// Reads and checks the configuration.
@@ -123,7 +126,7 @@ fn read_config(path: impl AsRef<std::path::Path>) -> io::Result<GuestConfig> {
 }
 
 /// Runs the agent to the end of the guest (or of the test).
-fn run(config: GuestConfig, reach: Reach) -> io::Result<()> {
+fn run(config: GuestConfig, reach: ServeMode) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_stack_size(THREAD_STACK)
@@ -132,14 +135,14 @@ fn run(config: GuestConfig, reach: Reach) -> io::Result<()> {
     runtime.block_on(serve_until_power(config, reach))
 }
 
-async fn serve_until_power(config: GuestConfig, reach: Reach) -> io::Result<()> {
+async fn serve_until_power(config: GuestConfig, reach: ServeMode) -> io::Result<()> {
     let (asked, mut asks) = mpsc::channel(1);
     let agent = Arc::new(Agent::new(config.token.to_vec(), reach.role(), asked));
-    let reaper = agent.children.clone();
+    let reaper = agent.reaper.clone();
     tokio::spawn(async move { reaper.reap().await });
     let mode = match reach {
-        Reach::Guest(mode) => mode,
-        Reach::Socket(path) => {
+        ServeMode::Guest(mode) => mode,
+        ServeMode::Socket(path) => {
             tokio::select! {
                 served = channel::serve_socket(agent.clone(), &path) => return served,
                 _power = asks.recv() => return Ok(()),
@@ -179,9 +182,9 @@ async fn settle(agent: &Agent, config: &GuestConfig) {
         warnings::warn(format!("the network could not be set up: {error}"));
     }
     if config.nested {
-        nested::prepare(&agent.children).await;
+        nested::prepare(&agent.reaper).await;
     }
-    identity::settle(&agent.children, config, agent.role == Role::Init).await;
+    identity::settle(&agent.reaper, config, agent.role == Role::Init).await;
 }
 
 /// Ends a boot that must not be used: process 1 by ending, a service by asking for the power to go off.

@@ -9,8 +9,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::children::Children;
-use crate::chore::{self, Chore};
+use crate::helper_process::{self, HelperProcess};
+use crate::reaper::Reaper;
 
 const LOADER: &str = "/sbin/modprobe";
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -19,13 +19,13 @@ const DEVICES: [&str; 2] = ["/dev/kvm", "/dev/vhost-vsock"];
 const OPEN_TO_ALL: u32 = 0o666;
 
 /// Loads what VMs inside this one need.
-pub async fn prepare(children: &Arc<Children>) {
+pub async fn prepare(reaper: &Arc<Reaper>) {
     let modules = [kvm_module(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()), Some("vhost_vsock")];
     if modules[0].is_none() {
         say("this machine's CPU has no virtualization extension, so there is no KVM in it");
     }
     for module in modules.into_iter().flatten() {
-        if let Err(error) = load(children, module).await {
+        if let Err(error) = load(reaper, module).await {
             say(&format!("the module {module} is not loaded: {error}"));
         }
     }
@@ -47,9 +47,13 @@ fn kvm_module(cpuinfo: &str) -> Option<&'static str> {
     })
 }
 
-async fn load(children: &Arc<Children>, module: &str) -> io::Result<()> {
+async fn load(reaper: &Arc<Reaper>, module: &str) -> io::Result<()> {
     let arguments = vec!["--quiet".to_owned(), module.to_owned()];
-    chore::run(children, Chore { program: LOADER.into(), arguments, environment: Vec::new(), deadline: DEADLINE }).await
+    helper_process::run(
+        reaper,
+        HelperProcess { program: LOADER.into(), arguments, environment: Vec::new(), deadline: DEADLINE },
+    )
+    .await
 }
 
 /// How many machines run on this guest's KVM; none where there is no KVM.

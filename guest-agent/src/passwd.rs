@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use crate::etc::read_file;
+use crate::etc_files::read_file;
 
 /// One user of the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]

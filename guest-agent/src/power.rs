@@ -78,7 +78,7 @@ async fn tell_systemd(agent: &Agent, power: Power) -> io::Result<()> {
         group: None,
         reset_oom_score: false,
     };
-    agent.children.launch(&launch).map_err(io::Error::other)?;
+    agent.reaper.launch(&launch).map_err(io::Error::other)?;
     // systemd ends this process when its turn has come.
     std::future::pending().await
 }
@@ -91,7 +91,7 @@ async fn end_everything(agent: &Agent, power: Power) -> io::Result<()> {
             // As process 1, "every process" does not include the caller. That there is no other is no failure.
             let _ = kill(Pid::from_raw(-1), signal);
         }
-        if timeout(grace, agent.children.all_gone()).await.is_ok() {
+        if timeout(grace, agent.reaper.all_gone()).await.is_ok() {
             break;
         }
     }

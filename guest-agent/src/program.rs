@@ -17,10 +17,10 @@ use rustix::termios::Winsize;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
-use crate::agent::{Agent, Refusal};
-use crate::children::Ended;
-use crate::exec;
+use crate::agent::Agent;
 use crate::passwd::{self, User};
+use crate::reaper::ExitStatus;
+use crate::refusal::Refusal;
 use crate::scope::Scope;
 use crate::sys::{self, Identity, Launch, LaunchError, Step};
 
@@ -28,7 +28,7 @@ const ROOT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sb
 const USER_PATH: &[u8] = b"/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin";
 
 /// A command that runs, and the agent's ends of what it reads and writes.
-pub struct Started {
+pub struct RunningCommand {
     /// Its process, and the id of its process group and session.
     pub pid: Pid,
     /// Its input, unless that is `/dev/null`.
@@ -40,7 +40,7 @@ pub struct Started {
     /// Its terminal.
     pub terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     /// Comes true when it has ended.
-    pub ended: oneshot::Receiver<Ended>,
+    pub ended: oneshot::Receiver<ExitStatus>,
 }
 
 /// The kernel's form of a window size.
@@ -52,8 +52,8 @@ pub fn winsize(size: WindowSize) -> Winsize {
 ///
 /// # Errors
 /// What the host is to be told.
-pub fn start(agent: &Agent, request: &Exec, scope: &mut Scope) -> Result<Started, Refusal> {
-    exec::check(request)?;
+pub fn start(agent: &Agent, request: &Exec, scope: &mut Scope) -> Result<RunningCommand, Refusal> {
+    check(request)?;
     let user = find_user(request.user.as_deref())?;
     let groups = passwd::groups(&user).map_err(|error| Refusal::from_io("/etc/group", &error))?;
     let environment = environment(&user, request);
@@ -78,9 +78,35 @@ pub fn start(agent: &Agent, request: &Exec, scope: &mut Scope) -> Result<Started
         group: scope.members(),
         reset_oom_score: agent.resets_oom_score,
     };
-    let (pid, ended) = agent.children.launch(&launch).map_err(|error| explain(&error, &launch, &directory))?;
+    let (pid, ended) = agent.reaper.launch(&launch).map_err(|error| explain(&error, &launch, &directory))?;
     scope.set_main(pid);
-    ends.into_started(pid, ended).map_err(|error| Refusal::from_io("cannot watch the command's output", &error))
+    ends.into_running(pid, ended).map_err(|error| Refusal::from_io("cannot watch the command's output", &error))
+}
+
+/// Checks the parts of a request that need no look at the guest.
+///
+/// # Errors
+/// What breaks the protocol.
+fn check(request: &Exec) -> Result<(), Refusal> {
+    let invalid = |message: &str| Err(Refusal::new(Fault::Invalid, message));
+    let holds_nul = |bytes: &[u8]| bytes.contains(&0);
+    if request.login_shell != request.argv.is_empty() {
+        return invalid("either a command or the login shell must be asked for");
+    }
+    let strings = request.argv.iter().chain(&request.env).chain(&request.directory);
+    if strings.into_iter().any(|bytes| holds_nul(bytes)) {
+        return invalid("arguments, environment and directory cannot hold NUL");
+    }
+    if request.argv.first().is_some_and(|program| program.is_empty()) {
+        return invalid("the program's name is empty");
+    }
+    if request.env.iter().any(|pair| pair.first() == Some(&b'=') || !pair.contains(&b'=')) {
+        return invalid("an environment variable must be KEY=VALUE");
+    }
+    if matches!(request.pty, Some(WindowSize { rows: 0, .. } | WindowSize { columns: 0, .. })) {
+        return invalid("a terminal needs rows and columns");
+    }
+    Ok(())
 }
 
 fn find_user(wanted: Option<&str>) -> Result<User, Refusal> {
@@ -257,7 +283,7 @@ impl Ends {
     }
 
     /// Keeps the agent's ends, closes the command's.
-    fn into_started(self, pid: Pid, ended: oneshot::Receiver<Ended>) -> io::Result<Started> {
+    fn into_running(self, pid: Pid, ended: oneshot::Receiver<ExitStatus>) -> io::Result<RunningCommand> {
         let watch = |end: OwnedFd| {
             rustix::io::ioctl_fionbio(&end, true)?;
             sys::watch(end)
@@ -271,7 +297,7 @@ impl Ends {
         let stdout = Arc::new(watch(self.stdout)?);
         let stderr = self.stderr.map(watch).transpose()?.map(Arc::new);
         let terminal = terminal.map(|()| stdout.clone());
-        Ok(Started { pid, stdin, stdout: Some(stdout), stderr, terminal, ended })
+        Ok(RunningCommand { pid, stdin, stdout: Some(stdout), stderr, terminal, ended })
     }
 }
 

@@ -25,8 +25,10 @@ use nido_guest_agent::wire::{ENTROPY_LEN, Fault, Renew, TOKEN_LEN};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use crate::access::Number;
-use crate::agent::{Agent, Refusal, Role, fault_of};
-use crate::etc::{named, replace_file};
+use crate::agent::Agent;
+use crate::etc_files::{named, replace_file};
+use crate::refusal::{Refusal, fault_of};
+use crate::role::Role;
 use crate::{hostname, identity, init, network, warnings};
 
 const RUN: &str = "/run/nido";
@@ -101,7 +103,7 @@ async fn renew_disk(agent: &Agent, order: &Renew) {
     let root = Path::new("/");
     if !identity::is_own(root, &order.identity) {
         let parts = identity::Parts::All;
-        identity::renew_disk(&agent.children, root, parts, &order.hostname, &order.identity).await;
+        identity::renew_disk(&agent.reaper, root, parts, &order.hostname, &order.identity).await;
     }
 }
 

@@ -74,7 +74,7 @@ pub enum Found {
     /// Nothing.
     Nothing,
     /// A regular file.
-    File(Kept),
+    File(ReplacedFile),
     /// A symlink.
     Symlink,
     /// A directory.
@@ -96,7 +96,7 @@ pub fn look(directory: impl AsFd, name: &OsStr) -> Result<Found, Errno> {
     };
     let stat = rustix::fs::fstat(&fd)?;
     Ok(match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => Found::File(Kept { attributes: attributes(&fd), fd, stat }),
+        FileType::RegularFile => Found::File(ReplacedFile { attributes: attributes(&fd), fd, stat }),
         FileType::Symlink => Found::Symlink,
         FileType::Directory => Found::Directory,
         _ => Found::Special,
@@ -105,7 +105,7 @@ pub fn look(directory: impl AsFd, name: &OsStr) -> Result<Found, Errno> {
 
 /// What a file that is replaced hands on to the one that takes its place.
 #[derive(Debug)]
-pub struct Kept {
+pub struct ReplacedFile {
     fd: OwnedFd,
     stat: Stat,
     attributes: Vec<(Vec<u8>, Vec<u8>)>,
@@ -120,7 +120,7 @@ pub struct Given {
     pub mode: Option<u32>,
 }
 
-impl Kept {
+impl ReplacedFile {
     /// Gives a new file the old one's owner, mode and attributes where `given` has no other. False: it has to be written over in
     /// place ([`Self::overwrite`]), because the old one has further names, or an owner that this process cannot give.
     ///

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::agent::Role;
+use crate::role::Role;
 
 /// Where control groups are.
 const CGROUPS: &str = "/sys/fs/cgroup";

@@ -13,9 +13,11 @@ use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
 use crate::access::{Access, Number, Pass};
-use crate::agent::{Agent, Place, Refusal, Role, TunnelPlace};
+use crate::agent::{Agent, Place, TunnelPlace};
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
-use crate::stream::{Sink, Source};
+use crate::mux_stream::{Sink, Source};
+use crate::refusal::Refusal;
+use crate::role::Role;
 use crate::{exec, files, forward, nested, network, renew, warnings};
 
 /// How long the host may take for its hello.
@@ -32,8 +34,8 @@ const SYNC_DEADLINE: Duration = Duration::from_secs(20);
 /// Serves one session to its end.
 pub async fn serve(agent: Arc<Agent>, (source, sink): (Source, Sink)) {
     let (mut input, mut output) = (FrameReader::new(source), FrameWriter::new(sink));
-    let seat = agent.sit();
-    let busy = seat.is_none();
+    let guard = agent.open_session();
+    let busy = guard.is_none();
     let mut pass = match timeout(HELLO_DEADLINE, greet(&agent, busy, &mut input, &mut output)).await {
         Ok(Ok(Some(pass))) => pass,
         Ok(Ok(None)) => return drain(input, output).await,
@@ -52,9 +54,9 @@ pub async fn serve(agent: Arc<Agent>, (source, sink): (Source, Sink)) {
 
 async fn serve_admitted(agent: &Arc<Agent>, number: Number, input: FrameReader, output: FrameWriter) {
     match answer_requests(agent, number, input, output).await {
-        Over::Closed => {}
-        Over::Broken(input, output) => drain(input, output).await,
-        Over::Forwards(input, output, target, place) => forward::copy(input, output, target, &place).await,
+        SessionEnd::Closed => {}
+        SessionEnd::Broken(input, output) => drain(input, output).await,
+        SessionEnd::Forwards(input, output, target, place) => forward::copy(input, output, target, &place).await,
     }
 }
 
@@ -62,7 +64,7 @@ async fn serve_admitted(agent: &Arc<Agent>, number: Number, input: FrameReader, 
 const FEATURES: u32 = feature::HOLES | feature::LINKS | feature::OWNERS;
 
 /// How a session's requests came to an end.
-enum Over {
+enum SessionEnd {
     /// The host has closed it, or it broke.
     Closed,
     /// The host was told `Failed`, and may still be sending.
@@ -156,7 +158,12 @@ fn refused(reason: Reason) -> ToHost {
     ToHost::Refused(Refused { reason, oldest: OLDEST, newest: VERSION })
 }
 
-async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameReader, mut output: FrameWriter) -> Over {
+async fn answer_requests(
+    agent: &Arc<Agent>,
+    number: Number,
+    mut input: FrameReader,
+    mut output: FrameWriter,
+) -> SessionEnd {
     loop {
         let request = match input.next().await {
             Ok(Some(Incoming::Message(request))) => request,
@@ -165,7 +172,7 @@ async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameRea
             Ok(Some(Incoming::Raw(kind, _))) => {
                 return broken(input, output, &format!("frame kind {kind:#04x} outside of a request")).await;
             }
-            Ok(None) | Err(FrameError::Io(_)) => return Over::Closed,
+            Ok(None) | Err(FrameError::Io(_)) => return SessionEnd::Closed,
             Err(FrameError::Wire(error)) => return broken(input, output, &error.to_string()).await,
         };
         if matches!(request, ToGuest::Put(_) | ToGuest::Get(_) | ToGuest::Connect(_)) {
@@ -173,23 +180,23 @@ async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameRea
         }
         let place = match place(agent, &request, &mut input).await {
             Ok(place) => place,
-            Err(Busy) => {
+            Err(BusyError) => {
                 let told = output.send(&refused(Reason::Busy)).await;
-                return if told.is_ok() { Over::Broken(input, output) } else { Over::Closed };
+                return if told.is_ok() { SessionEnd::Broken(input, output) } else { SessionEnd::Closed };
             }
         };
         let done = match request {
             ToGuest::Ping => answer(&mut output, Ok(ToHost::Pong(pong(agent)))).await,
             ToGuest::Exec(exec) => exec::run(agent, exec, &mut input, &mut output).await,
             ToGuest::Put(put) => match files::receive(put, &mut input, &mut output).await {
-                Ok(files::Received::Done) => Ok(()),
-                Ok(files::Received::Failed) => return Over::Broken(input, output),
+                Ok(files::ReceiveOutcome::Done) => Ok(()),
+                Ok(files::ReceiveOutcome::Failed) => return SessionEnd::Broken(input, output),
                 Err(error) => Err(error),
             },
             ToGuest::Get(get) => files::send(get, &mut output).await,
             ToGuest::Connect(connect) => match (forward::connect(&connect).await, place) {
                 (Ok(target), Some(Place::Tunnel(place))) => match output.send(&ToHost::Connected).await {
-                    Ok(()) => return Over::Forwards(input, output, target, place),
+                    Ok(()) => return SessionEnd::Forwards(input, output, target, place),
                     Err(error) => Err(error.into()),
                 },
                 (Ok(_), _) => Err(std::io::Error::other("a connection without a place").into()),
@@ -221,24 +228,24 @@ async fn answer_requests(agent: &Arc<Agent>, number: Number, mut input: FrameRea
         };
         match done {
             Ok(()) => {}
-            Err(FrameError::Io(_)) => return Over::Closed,
+            Err(FrameError::Io(_)) => return SessionEnd::Closed,
             Err(FrameError::Wire(error)) => return broken(input, output, &error.to_string()).await,
         }
     }
 }
 
 /// There are too many of this kind.
-struct Busy;
+struct BusyError;
 
 /// The place that a request takes, if it takes one. A host that goes while its request waits takes that along.
-async fn place(agent: &Agent, request: &ToGuest, input: &mut FrameReader) -> Result<Option<Place>, Busy> {
+async fn place(agent: &Agent, request: &ToGuest, input: &mut FrameReader) -> Result<Option<Place>, BusyError> {
     match request {
         ToGuest::Exec(_) | ToGuest::Put(_) | ToGuest::Get(_) => tokio::select! {
             biased;
-            place = agent.work_place() => place.map(Some).ok_or(Busy),
-            () = input.closed() => Err(Busy),
+            place = agent.work_place() => place.map(Some).ok_or(BusyError),
+            () = input.closed() => Err(BusyError),
         },
-        ToGuest::Connect(_) => agent.tunnel_place().map(Some).ok_or(Busy),
+        ToGuest::Connect(_) => agent.tunnel_place().map(Some).ok_or(BusyError),
         _ => Ok(None),
     }
 }
@@ -269,10 +276,10 @@ async fn fail(output: &mut FrameWriter, Refusal { fault, message }: Refusal) -> 
     Ok(output.send(&ToHost::Failed(wire::Failed { fault, message })).await?)
 }
 
-async fn broken(input: FrameReader, mut output: FrameWriter, message: &str) -> Over {
+async fn broken(input: FrameReader, mut output: FrameWriter, message: &str) -> SessionEnd {
     match fail(&mut output, Refusal::new(Fault::Invalid, message)).await {
-        Ok(()) => Over::Broken(input, output),
-        Err(_gone) => Over::Closed,
+        Ok(()) => SessionEnd::Broken(input, output),
+        Err(_gone) => SessionEnd::Closed,
     }
 }
 

@@ -302,3 +302,9 @@ pub fn seed_random(device: &File, bytes: &[u8; ENTROPY_LEN]) -> io::Result<()> {
     let reseeded = unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG, 0) };
     if reseeded < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+/// Whether the agent has an out-of-memory score that its children should not inherit.
+pub fn has_oom_score() -> bool {
+    let score = std::fs::read("/proc/self/oom_score_adj").unwrap_or_default();
+    score.trim_ascii() != b"0" && !score.is_empty()
+}

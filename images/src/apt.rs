@@ -142,6 +142,14 @@ fn is_uri(word: &str) -> bool {
     word.starts_with("http://") || word.starts_with("https://") || word.starts_with("file:")
 }
 
+/// Debian's rule for package names; user and suite names of recipes keep to it too.
+pub fn is_package_name(word: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    word.len() >= 2
+        && word.bytes().next().is_some_and(plain)
+        && word.bytes().all(|byte| plain(byte) || matches!(byte, b'+' | b'-' | b'.'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::progress::Stage;
+use crate::recipe_text;
 
 /// Everything this crate fails with.
 #[derive(Debug, thiserror::Error)]
@@ -209,9 +210,9 @@ impl ImageError {
                     .into(),
             ),
             Self::RecipeNotFound { .. } => {
-                Some(format!("the built-in recipes are {}", crate::recipe::names().collect::<Vec<_>>().join(", ")))
+                Some(format!("the built-in recipes are {}", recipe_text::names().collect::<Vec<_>>().join(", ")))
             }
-            Self::TemplateNotFound { name } if crate::recipe::names().any(|known| known == name) => {
+            Self::TemplateNotFound { name } if recipe_text::names().any(|known| known == name) => {
                 Some(format!("build it: nido template build {name}"))
             }
             Self::Damaged { template, .. } => Some(format!("build it again: nido template build --rebuild {template}")),

@@ -16,7 +16,7 @@
 //! What holds everywhere: the guest agent is in the initramfs and nowhere else; a part never changes once it has its
 //! name; a build changes nothing visible until its manifest is renamed into place; what a build leaves when it is killed is
 //! removed by the next. Pure: `apt`, `archive`, `cpio`, `initramfs`, `kernel`, `manifest`, `qcow2` (its parser), `recipe`,
-//! `slim`.
+//! `recipe_text`, `slim`.
 
 mod agent;
 mod api_error;
@@ -39,6 +39,7 @@ mod outfile;
 mod progress;
 mod qcow2;
 mod recipe;
+mod recipe_text;
 mod scratch;
 mod slim;
 mod store;
@@ -62,6 +63,7 @@ pub use progress::{BuildProgress, Stage};
 pub use qcow2::{
     Compression, Overlay, Qcow2Header, parse as parse_qcow2_header, read_overlay_header, read_qcow2_header,
 };
-pub use recipe::{Recipe, Spec, find as find_recipe, names as recipe_names};
+pub use recipe::{Recipe, Spec, find as find_recipe};
+pub use recipe_text::names as recipe_names;
 pub use store::{Store, StoreLock, hash_file};
 pub use travel::{TravelProgress, Watch};

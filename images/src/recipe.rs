@@ -3,10 +3,12 @@
 
 use serde::Deserialize;
 
+use crate::apt::is_package_name;
 use crate::digest::sha256;
 use crate::error::ImageError;
 use crate::kernel::{KernelChoice, WANTED_MODULES};
 use crate::manifest::{FORMAT, Init};
+use crate::recipe_text::{COMMON, RecipeSource, SOURCES};
 use crate::slim;
 
 /// A parsed recipe.
@@ -61,20 +63,6 @@ pub struct Spec {
     pub append: String,
 }
 
-/// Scripts all recipes share, in the order they run.
-pub(crate) const COMMON: Common = Common {
-    kernel: include_str!("../recipes/common/kernel.sh"),
-    files: include_str!("../recipes/common/files.sh"),
-    finish: include_str!("../recipes/common/finish.sh"),
-};
-
-/// See [`COMMON`].
-pub(crate) struct Common {
-    pub(crate) kernel: &'static str,
-    pub(crate) files: &'static str,
-    pub(crate) finish: &'static str,
-}
-
 /// What dpkg leaves out of the guest, now and when the user installs packages. The first is for the build only.
 pub(crate) const DPKG_OPTIONS: [&str; 9] = [
     "force-unsafe-io",
@@ -87,37 +75,6 @@ pub(crate) const DPKG_OPTIONS: [&str; 9] = [
     "path-include=/usr/share/doc/*/copyright",
     "path-exclude=/usr/share/bug/*",
 ];
-
-struct Source {
-    name: &'static str,
-    toml: &'static str,
-    customize: &'static str,
-    files: &'static [(&'static str, &'static str)],
-}
-
-const SOURCES: [Source; 3] = [
-    Source { name: "sandbox", toml: include_str!("../recipes/sandbox/recipe.toml"), customize: "", files: &[] },
-    Source {
-        name: "debian-12",
-        toml: include_str!("../recipes/debian-12/recipe.toml"),
-        customize: include_str!("../recipes/debian-12/customize.sh"),
-        files: &[(
-            "etc/systemd/system/nido-guest-agent.service",
-            include_str!("../recipes/debian-12/nido-guest-agent.service"),
-        )],
-    },
-    Source {
-        name: "kvm-host",
-        toml: include_str!("../recipes/kvm-host/recipe.toml"),
-        customize: include_str!("../recipes/kvm-host/customize.sh"),
-        files: &[],
-    },
-];
-
-/// Names of the built-in recipes, the default one first.
-pub fn names() -> impl Iterator<Item = &'static str> {
-    SOURCES.iter().map(|source| source.name)
-}
 
 /// Finds a built-in recipe.
 ///
@@ -146,15 +103,7 @@ fn parse(toml: &str) -> Result<Spec, String> {
     Ok(spec)
 }
 
-/// Debian's rule for package names; user and suite names of recipes keep to it too.
-pub(crate) fn is_package_name(word: &str) -> bool {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-    word.len() >= 2
-        && word.bytes().next().is_some_and(plain)
-        && word.bytes().all(|byte| plain(byte) || matches!(byte, b'+' | b'-' | b'.'))
-}
-
-fn hash(source: &Source) -> String {
+fn hash(source: &RecipeSource) -> String {
     let mut text = format!("nido template format {FORMAT}\n");
     let own = [("recipe.toml", source.toml), ("customize.sh", source.customize)];
     let common = [("kernel.sh", COMMON.kernel), ("files.sh", COMMON.files), ("finish.sh", COMMON.finish)];
@@ -168,6 +117,7 @@ fn hash(source: &Source) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::recipe_text::names;
 
     #[test]
     fn every_built_in_recipe_is_valid() {

@@ -3,9 +3,9 @@
 
 use serde::Deserialize;
 
+use crate::apt::is_package_name;
 use crate::digest::sha256;
 use crate::progress::printable;
-use crate::recipe::is_package_name;
 
 /// The wanted options, one `CONFIG_X=y` a line.
 pub const CONFIG: &str = include_str!("../recipes/kernels/slim/config");

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 /// A call that lasts longer than a client waits: it goes on, and is asked for later.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-pub struct JobBegun {
+pub struct JobReference {
     /// It goes on.
     #[schema(pattern = "^running$")]
     pub status: String,
@@ -19,7 +19,7 @@ pub struct JobBegun {
     pub next_step: String,
 }
 
-impl JobBegun {
+impl JobReference {
     /// For this job.
     pub fn new(job: &Job) -> Self {
         let next_step = "it goes on; call job_get with this job_id and wait_seconds until it has ended".into();
@@ -29,7 +29,7 @@ impl JobBegun {
 
 /// What a tool has done.
 #[derive(Debug)]
-pub struct Done {
+pub struct ToolResult {
     /// The answer, as its schema says.
     pub value: Value,
     /// A word about it for the audit log.
@@ -38,7 +38,7 @@ pub struct Done {
     pub links: Vec<Resource>,
 }
 
-impl Done {
+impl ToolResult {
     /// An answer of which the audit log needs no more than that there was one.
     pub fn new(value: &impl Serialize) -> Result<Self, Error> {
         let mut value = serde_json::to_value(value).map_err(|e| Error::internal(e.to_string()))?;
@@ -58,7 +58,7 @@ impl Done {
 
 /// A failure, as tools tell it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-pub struct Failed {
+pub struct ErrorResult {
     /// What went wrong.
     pub error: Failure,
 }
@@ -92,7 +92,7 @@ pub struct Failure {
     pub notes: Vec<String>,
 }
 
-impl Failed {
+impl ErrorResult {
     /// A failure of the core; `state` is that of the VM it was about.
     pub fn new(error: &Error, state: Option<String>) -> Self {
         let error = Failure {
@@ -156,7 +156,7 @@ pub fn readable_text(text: &str) -> String {
 }
 
 /// The result of a call.
-pub fn result(outcome: Result<Done, Failed>) -> CallToolResult {
+pub fn result(outcome: Result<ToolResult, ErrorResult>) -> CallToolResult {
     match outcome {
         Ok(done) => {
             let mut result = CallToolResult::structured(done.value);
@@ -262,7 +262,7 @@ mod tests {
             "failure": { "log_tail": ["\u{1b}[2Jpanic\u{202e}", "a\tb\n"] },
             "labels": { "\u{1b}[31mred\u{202e}": "\u{200b}x", "plain": "y" },
         });
-        let done = Done::new(&lines).unwrap();
+        let done = ToolResult::new(&lines).unwrap();
         let shown = json!({ "failure": { "log_tail": ["panic", "a\tb\n"] }, "labels": { "red": "x", "plain": "y" } });
         assert_eq!(done.value, shown);
     }
@@ -285,7 +285,7 @@ mod tests {
     #[test]
     fn a_failure_says_what_to_do_as_text_and_as_data() {
         let error = Error::new(Code::VmNotRunning, "VM 'web' is stopped\u{1b}[2J").hint("nido start web");
-        let result = result(Err(Failed::new(&error, Some("stopped".into()))));
+        let result = result(Err(ErrorResult::new(&error, Some("stopped".into()))));
         assert_eq!(result.is_error, Some(true));
         let failure = &result.structured_content.unwrap()["error"];
         assert_eq!((&failure["code"], &failure["state"]), (&json!("vm_not_running"), &json!("stopped")));

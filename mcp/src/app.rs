@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use nido_vmm::api::{Limits, Scope};
-use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::api::Scope;
+use nido_vmm::error::Result;
 use nido_vmm::nido::Nido;
 use nido_vmm::policy::Policy;
 use nido_vmm::roots::{DefaultPaths, HostPaths};
@@ -13,10 +13,10 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::confirm::Questions;
-use crate::leases::{self, Leases};
-use crate::outputs::Outputs;
-use crate::watch::Changes;
+use crate::open_forms::OpenForms;
+use crate::output_store::OutputStore;
+use crate::session_leases::SessionLeases;
+use crate::subscriptions::ChangeFeed;
 
 /// How long the last look for VMs without a supervisor counts.
 const SETTLED_FOR: Duration = Duration::from_millis(100);
@@ -30,25 +30,6 @@ pub const SESSION_GRACE: Duration = Duration::from_secs(60);
 const OWN_MAX: usize = 4096;
 /// How long work that is cut off may take to clear up behind itself when the server ends.
 const FINISH_WITHIN: Duration = Duration::from_secs(30);
-
-/// Who calls, as far as it is known for certain.
-#[derive(Debug, Clone)]
-pub struct Principal {
-    /// For the audit log: `uid:N` or `token:NAME#ID`.
-    pub actor: String,
-    /// What they may do.
-    pub scope: Scope,
-    /// What VMs may be that they make, beside what the policy says.
-    pub limits: Limits,
-}
-
-impl Principal {
-    /// The user who runs this program: the one at the other end of its standard input.
-    #[must_use]
-    pub fn own_user(scope: Scope) -> Self {
-        Self { actor: format!("uid:{}", rustix::process::getuid().as_raw()), scope, limits: Limits::default() }
-    }
-}
 
 /// How the server was started.
 #[derive(Debug, Clone)]
@@ -94,39 +75,36 @@ pub struct App {
     ending: CancellationToken,
     quiet: CancellationToken,
     host_paths: HostPaths,
-    outputs: Outputs,
-    changes: Changes,
-    leases: Leases,
-    questions: Questions,
+    outputs: OutputStore,
+    changes: Arc<ChangeFeed>,
+    leases: Arc<SessionLeases>,
+    open_forms: OpenForms,
     /// Who made which throw-away VM, by its id.
     own: std::sync::Mutex<HashMap<String, String>>,
 }
 
 impl App {
-    /// A server over this core. Files of the host are those below the policy's roots, or below `defaults` where it names none.
+    /// The state of a server over this core; the settings have been checked. Files of the host are those below the policy's
+    /// roots, or below `defaults` where it names none.
     ///
     /// # Errors
     /// Of a root that cannot be opened.
-    pub fn new(nido: Arc<Nido>, settings: Settings, defaults: &DefaultPaths) -> Result<Arc<Self>> {
-        let confirm = &settings.policy.confirm;
-        if let Some(unknown) = confirm.tools().find(|tool| crate::tools::find(tool).is_none()) {
-            let words = format!("the policy asks about '{unknown}', which is not a tool");
-            return Err(Error::new(Code::SpecInvalid, words).hint("docs/mcp.md has the names of the tools"));
-        }
+    pub(crate) fn open(nido: Arc<Nido>, settings: Settings, defaults: &DefaultPaths) -> Result<Arc<Self>> {
         let host_paths = HostPaths::open(&settings.policy, defaults)?;
-        let ending = CancellationToken::new();
+        let (tasks, ending) = (TaskTracker::new(), CancellationToken::new());
+        let quiet = ending.child_token();
         Ok(Arc::new(Self {
+            changes: ChangeFeed::new(Arc::clone(&nido), tasks.clone(), quiet.clone()),
+            leases: SessionLeases::new(Arc::clone(&nido), tasks.clone(), ending.clone(), settings.session_grace),
             nido,
             settings,
             host_paths,
-            outputs: Outputs::default(),
-            changes: Changes::default(),
-            leases: Leases::default(),
-            questions: Questions::default(),
+            outputs: OutputStore::default(),
+            open_forms: OpenForms::default(),
             own: std::sync::Mutex::default(),
             settled: Mutex::new(None),
-            tasks: TaskTracker::new(),
-            quiet: ending.child_token(),
+            tasks,
+            quiet,
             ending,
         }))
     }
@@ -137,23 +115,23 @@ impl App {
     }
 
     /// What commands wrote.
-    pub(crate) fn outputs(&self) -> &Outputs {
+    pub(crate) fn outputs(&self) -> &OutputStore {
         &self.outputs
     }
 
-    /// What happens.
-    pub(crate) fn changes(&self) -> &Changes {
+    /// What notifies listeners of changes.
+    pub(crate) fn changes(&self) -> &Arc<ChangeFeed> {
         &self.changes
     }
 
     /// What throw-away VMs belong to.
-    pub(crate) fn leases(&self) -> &Leases {
+    pub(crate) fn leases(&self) -> &Arc<SessionLeases> {
         &self.leases
     }
 
-    /// What users are being asked.
-    pub(crate) fn questions(&self) -> &Questions {
-        &self.questions
+    /// The forms that users are being shown.
+    pub(crate) fn open_forms(&self) -> &OpenForms {
+        &self.open_forms
     }
 
     /// This caller has made this throw-away VM.
@@ -213,7 +191,7 @@ impl App {
         if tokio::time::timeout(FINISH_WITHIN, self.tasks.wait()).await.is_err() {
             tracing::warn!("work was cut off: the server ends");
         }
-        leases::end_all(self).await;
+        self.leases.end_all().await;
         // Sessions that have ended by themselves meanwhile.
         let _ = tokio::time::timeout(FINISH_WITHIN, self.tasks.wait()).await;
     }

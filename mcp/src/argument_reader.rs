@@ -66,7 +66,7 @@ pub struct Arguments {
 /// Reads the arguments of a tool with this schema. Fields in `also` are passed on although the schema does not have them: the tool
 /// explains why it does not take them.
 pub fn read(schema: &Value, also: &[&str], given: Value) -> Arguments {
-    let mut reading = Reading::default();
+    let mut reading = ArgumentReader::default();
     let given = match given {
         Value::Object(fields) => fields,
         Value::Null => Map::new(),
@@ -92,12 +92,12 @@ pub fn read(schema: &Value, also: &[&str], given: Value) -> Arguments {
 }
 
 #[derive(Debug, Default)]
-struct Reading {
+struct ArgumentReader {
     unknown: Vec<String>,
     wrong: Vec<String>,
 }
 
-impl Reading {
+impl ArgumentReader {
     fn object(&mut self, schema: &Value, mut given: Map<String, Value>, place: &str, also: &[&str]) -> Value {
         let mut read = Map::new();
         let required =

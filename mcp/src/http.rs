@@ -18,7 +18,7 @@ use rmcp::transport::streamable_http_server::{StreamableHttpServerConfig, Stream
 use tokio_util::sync::CancellationToken;
 
 use crate::app::App;
-use crate::messages::{self, IdSeeker, Read, Refusal};
+use crate::messages::{self, IdSeeker, ParsedMessage, Refusal};
 use crate::server::Server;
 
 /// How many sessions may be open at once. One that nobody uses ends after a while: `Settings::session_idle`.
@@ -34,8 +34,8 @@ pub const MESSAGE_MAX: usize = 4 << 20;
 #[must_use]
 pub fn refusal(message: &[u8]) -> Option<String> {
     match messages::read(message) {
-        Read::Refused(refusal) => Some(refusal.json().to_string()),
-        Read::Message(_) | Read::Nothing => None,
+        ParsedMessage::Refused(refusal) => Some(refusal.json().to_string()),
+        ParsedMessage::Message(_) | ParsedMessage::Nothing => None,
     }
 }
 

@@ -1,14 +1,24 @@
 //! The MCP server: the core for agents, over stdio and over Streamable HTTP.
 //!
 //! ```text
-//!  stdio.rs  http.rs        how messages come in
-//!        \   /
-//!       server.rs           what the protocol asks: lists, calls       resources.rs prompts.rs watch.rs
-//!           |
-//!       call.rs             one call: may it be, attempt, progress, cancellation, outcome      confirm.rs leases.rs
-//!           |
-//!       tools/*.rs          one file per noun: parse, call the core, answer       schema.rs answer.rs malformed.rs argument_reader.rs  [pure]
+//!  stdio.rs  http.rs  startup.rs   transports; opening a server         messages.rs
+//!        |
+//!  server.rs                       the protocol's methods: lists, calls, reading, listening      invalid_params.rs
+//!        |
+//!  tool_call.rs  prompts.rs        one call: admission, attempt, progress, cancellation, outcome  call_audit.rs call_failure.rs
+//!        |
+//!  confirmation.rs  resources.rs   approvals; what can be read without a tool
+//!        |
+//!  tools/*.rs                      one file per noun: parse, call the core, return a result       schema.rs [pure]
+//!        |
+//!  call_context.rs                 what a tool knows of its call
+//!        |
+//!  app.rs                          the state that sessions share        session_leases.rs subscriptions.rs open_forms.rs output_store.rs
+//!        |
+//!  answer.rs argument_reader.rs pagination.rs prompt_text.rs resource_uri.rs [pure]  principal.rs progress.rs
 //! ```
+//!
+//! A module uses those below it, never those above.
 //!
 //! The only crate that knows the protocol's library. Both revisions of the protocol, the one with `initialize` and the one
 //! without, come through the same code.
@@ -18,22 +28,30 @@
 mod answer;
 mod app;
 mod argument_reader;
-mod call;
-mod confirm;
+mod call_audit;
+mod call_context;
+mod call_failure;
+mod confirmation;
 pub mod http;
-mod leases;
-mod malformed;
+mod invalid_params;
 mod messages;
-mod outputs;
-mod pages;
+mod open_forms;
+mod output_store;
+mod pagination;
+mod principal;
 mod progress;
+mod prompt_text;
 mod prompts;
-mod recipes;
+mod resource_uri;
 mod resources;
 pub mod schema;
 mod server;
+mod session_leases;
+mod startup;
 pub mod stdio;
+mod subscriptions;
+mod tool_call;
 pub mod tools;
-mod watch;
 
-pub use self::app::{ANSWER_WITHIN, App, Principal, SESSION_GRACE, SESSION_IDLE, Settings};
+pub use self::app::{ANSWER_WITHIN, App, SESSION_GRACE, SESSION_IDLE, Settings};
+pub use self::principal::Principal;

@@ -17,7 +17,7 @@ const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 /// What bytes are.
 #[derive(Debug)]
-pub enum Read {
+pub enum ParsedMessage {
     /// A message.
     Message(Box<RxJsonRpcMessage<RoleServer>>),
     /// Invalid as a notification, or empty.
@@ -48,15 +48,15 @@ impl Refusal {
 }
 
 /// What these bytes are.
-pub fn read(bytes: &[u8]) -> Read {
+pub fn read(bytes: &[u8]) -> ParsedMessage {
     let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes).trim_ascii();
     if bytes.is_empty() {
-        return Read::Nothing;
+        return ParsedMessage::Nothing;
     }
     if let Ok(message) = serde_json::from_slice(bytes) {
         // The library takes a request whose id is none for a notification, which nobody answers.
         if !matches!(message, JsonRpcMessage::Notification(_)) || !has_id(bytes) {
-            return Read::Message(Box::new(message));
+            return ParsedMessage::Message(Box::new(message));
         }
     }
     let value: Value = match serde_json::from_slice(bytes) {
@@ -67,17 +67,17 @@ pub fn read(bytes: &[u8]) -> Read {
             let id = if is_deep { id_in(bytes) } else { None };
             let words = if is_deep { "the message is nested too deeply" } else { "the message is not JSON" };
             let code = if is_deep { ErrorCode::INVALID_REQUEST } else { ErrorCode::PARSE_ERROR };
-            return Read::Refused(Refusal { id, error: ErrorData::new(code, words, None) });
+            return ParsedMessage::Refused(Refusal { id, error: ErrorData::new(code, words, None) });
         }
     };
     let Value::Object(fields) = &value else {
         let words = if value.is_array() { "batches of messages are not supported" } else { "a message is an object" };
-        return Read::Refused(Refusal::invalid(None, words));
+        return ParsedMessage::Refused(Refusal::invalid(None, words));
     };
     let id = fields.get("id");
     // A notification: nobody waits for its answer.
     if id.is_none() && fields.get("method").is_some_and(Value::is_string) {
-        return Read::Nothing;
+        return ParsedMessage::Nothing;
     }
     let id = id.and_then(|id| serde_json::from_value::<RequestId>(id.clone()).ok());
     let words = match fields.get("method") {
@@ -87,7 +87,7 @@ pub fn read(bytes: &[u8]) -> Read {
         Some(_) => "method: it must be text",
         None => "the message is neither a request nor a response",
     };
-    Read::Refused(Refusal::invalid(id, words))
+    ParsedMessage::Refused(Refusal::invalid(id, words))
 }
 
 fn has_id(bytes: &[u8]) -> bool {
@@ -187,7 +187,7 @@ mod tests {
 
     fn refused(bytes: &[u8]) -> (Value, i32, String) {
         match read(bytes) {
-            Read::Refused(refusal) => {
+            ParsedMessage::Refused(refusal) => {
                 let json = refusal.json();
                 (json["id"].clone(), refusal.error.code.0, refusal.error.message.into_owned())
             }
@@ -231,10 +231,10 @@ mod tests {
             r#"{"jsonrpc":"2.0","id":1,"result":{}}"#,
             r#"{"jsonrpc":"2.0","method":"notifications/initialized"}"#,
         ] {
-            assert!(matches!(read(message.as_bytes()), Read::Message(_)), "{message}");
+            assert!(matches!(read(message.as_bytes()), ParsedMessage::Message(_)), "{message}");
         }
         for nothing in ["", "\r", r#"{"method":"textDocument/didOpen","params":[]}"#] {
-            assert!(matches!(read(nothing.as_bytes()), Read::Nothing), "{nothing}");
+            assert!(matches!(read(nothing.as_bytes()), ParsedMessage::Nothing), "{nothing}");
         }
     }
 

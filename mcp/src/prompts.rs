@@ -1,6 +1,6 @@
 //! Prompts: work that users ask for often, told in the words of these tools; and completion of arguments.
 //!
-//! What they say is in recipes.rs.
+//! What they say is in prompt_text.rs.
 
 use nido_vmm::api::VmInfo;
 use nido_vmm::error::{Code, Error, Result};
@@ -10,9 +10,10 @@ use rmcp::model::{
     ArgumentInfo, CompletionInfo, GetPromptResult, JsonObject, Prompt, PromptArgument, PromptMessage, Reference, Role,
 };
 
-use crate::app::{App, Principal};
-use crate::recipes::{self, Tests};
-use crate::resources::LOGS;
+use crate::app::App;
+use crate::principal::Principal;
+use crate::prompt_text::{self, RepositoryTests};
+use crate::resource_uri::LOGS;
 use crate::tools;
 
 /// The longest argument that is put into a prompt, in bytes.
@@ -103,17 +104,17 @@ fn filled(name: &str, arguments: Option<&JsonObject>, shell: bool) -> Result<Get
     let needed = |key: &str| given(key)?.ok_or_else(|| invalid(format!("{key}: it is missing")));
     let words = match name {
         DEPLOY_AND_TEST => {
-            let tests = Tests {
+            let tests = RepositoryTests {
                 repository: &needed("repository")?,
                 template: &template(or("template", "sandbox")?)?,
                 command: &needed("test_command")?,
                 report: &or("report", "a summary, and for every failed test its name and the lines that say why")?,
             };
-            recipes::deploy_and_test(&fresh("test")?, &tests)
+            prompt_text::deploy_and_test(&fresh("test")?, &tests)
         }
         _ => {
             let (template, ttl) = (template(or("template", "sandbox")?)?, ttl_seconds(&or("ttl", "30m")?)?);
-            recipes::quick_sandbox(&fresh("sandbox")?, &needed("task")?, &template, ttl, shell)
+            prompt_text::quick_sandbox(&fresh("sandbox")?, &needed("task")?, &template, ttl, shell)
         }
     };
     let result = GetPromptResult::new(vec![PromptMessage::new_text(Role::User, words)]);

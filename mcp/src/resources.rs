@@ -8,46 +8,19 @@ use nido_vmm::text::{SHOWN_LIMIT, for_reader};
 use rmcp::model::{Resource, ResourceContents, ResourceTemplate};
 use serde::Serialize;
 
-use crate::answer::Done;
-use crate::app::{App, Principal};
-use crate::outputs::Output;
-use crate::pages::{cursor_of_vms, page, place};
+use crate::answer::ToolResult;
+use crate::app::App;
+use crate::pagination::{cursor_of_vms, page, place};
+use crate::principal::Principal;
+use crate::resource_uri::{LOGS, OUTPUT, TEMPLATES, VMS, logs_uri, output, vm_of};
 use crate::tools;
 
-/// All VMs.
-pub const VMS: &str = "vmops://vms";
-/// All templates.
-pub const TEMPLATES: &str = "vmops://templates";
-/// The console of a VM.
-pub const LOGS: &str = "vmops://vm/{name}/logs";
-/// What a command wrote.
-const OUTPUT: &str = "vmops://output/";
 /// Of how many VMs the consoles are on a page.
 const LISTED: usize = 200;
 /// How many of the last lines of a console are shown.
 const LINES: usize = 500;
 /// How many of a supervisor's.
 const SUPERVISOR_LINES: usize = 100;
-
-/// The console of this VM.
-pub fn logs_uri(vm: &VmName) -> String {
-    LOGS.replace("{name}", vm.as_str())
-}
-
-/// What one of a caller's outputs is called.
-pub fn output_uri(output: &Output) -> String {
-    format!("{OUTPUT}{}", output.id)
-}
-
-/// The resource that an output is.
-pub fn output(output: &Output) -> Resource {
-    let name = format!("output-{}", output.id);
-    Resource::new(output_uri(output), name)
-        .with_description("What a command of yours wrote, whole. It was written inside a VM")
-        .with_title(output.title.clone())
-        .with_mime_type("text/plain")
-        .with_size(output.bytes.len() as u64)
-}
 
 /// What can be read, and the cursor of the next page: consoles in order of their VMs' creation, and before the first of them what
 /// else there is.
@@ -95,11 +68,6 @@ fn tool_of(uri: &str) -> Option<&'static str> {
 
 fn may(app: &App, principal: &Principal, tool: &str) -> bool {
     tools::is_offered(tool, app.settings(), principal)
-}
-
-/// The VM whose log this is.
-pub fn vm_of(uri: &str) -> Option<VmName> {
-    uri.strip_prefix("vmops://vm/")?.strip_suffix("/logs")?.parse().ok()
 }
 
 /// What can be read of each VM.
@@ -171,7 +139,7 @@ fn word(value: &impl Serialize) -> String {
 }
 
 fn json(uri: &str, value: &impl Serialize) -> Result<ResourceContents> {
-    let text = Done::new(value)?.value.to_string();
+    let text = ToolResult::new(value)?.value.to_string();
     Ok(ResourceContents::text(text, uri).with_mime_type("application/json"))
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::request::Parts;
 use nido_vmm::api::Scope;
-use nido_vmm::audit::{Caller, Ending, Face};
+use nido_vmm::audit::{Caller, Ending};
 use nido_vmm::error::{Code, Error, Kind};
 use nido_vmm::text::head;
 use rmcp::model::{
@@ -24,11 +24,14 @@ use rmcp::{RoleServer, ServerHandler};
 use serde_json::{Value, json};
 
 use crate::answer::{plain, readable};
-use crate::app::{App, Principal};
-use crate::confirm::{Retry, is_modern};
-use crate::leases::{Key, Session};
-use crate::watch::Subscribed;
-use crate::{call, malformed, prompts, resources, tools, watch};
+use crate::app::App;
+use crate::call_audit;
+use crate::confirmation::{Retry, is_modern};
+use crate::principal::Principal;
+use crate::session_leases::{Session, SessionKey};
+use crate::subscriptions::SubscribedUris;
+use crate::tool_call::{self, CallRequest};
+use crate::{invalid_params, prompts, resources, subscriptions, tools};
 
 /// What a model should know before it sees any tool.
 const INSTRUCTIONS: &str = "\
@@ -55,7 +58,7 @@ const URI_SHOWN: usize = 2048;
 pub struct Server {
     app: Arc<App>,
     principal: Option<Principal>,
-    subscribed: Arc<Subscribed>,
+    subscribed: Arc<SubscribedUris>,
     /// Over when the last of this server is dropped.
     session: Arc<Session>,
     /// Whether a client has said `initialize`.
@@ -70,13 +73,13 @@ impl Server {
 
     /// For callers who are known with each request.
     pub fn of_requests(app: &Arc<App>) -> Self {
-        let session = Arc::new(Session::begin(app));
+        let session = Arc::new(Session::begin(app.leases()));
         Self { app: Arc::clone(app), principal: None, subscribed: Arc::default(), session, initialized: Arc::default() }
     }
 
     /// What a throw-away VM belongs to that is made now. A request that stands for itself is over with its answer.
-    fn session(&self, context: &RequestContext<RoleServer>) -> Key {
-        if self.principal.is_none() && is_modern(context) { Key::SERVER } else { self.session.key() }
+    fn session(&self, context: &RequestContext<RoleServer>) -> SessionKey {
+        if self.principal.is_none() && is_modern(context) { SessionKey::SERVER } else { self.session.key() }
     }
 
     /// Who asks. A session does not lend its caller's rights to whoever else knows its number.
@@ -85,12 +88,6 @@ impl Server {
         let known = self.principal.clone().or_else(with_request);
         known.ok_or_else(|| ErrorData::invalid_request(Code::Unauthorized.title(), None))
     }
-}
-
-/// Who asks, for the audit log.
-pub fn caller(principal: &Principal, context: &RequestContext<RoleServer>) -> Caller {
-    let agent = context.client_info().map(|client| client.name);
-    Caller { face: Face::Mcp, actor: principal.actor.clone(), agent }
 }
 
 /// Writes down what was read, and not by a tool. Where that cannot be written, nothing is shown.
@@ -226,16 +223,18 @@ impl ServerHandler for Server {
         let principal = self.principal(&context)?;
         let arguments = Value::Object(request.arguments.unwrap_or_default());
         let Some(tool) = tools::find(&request.name) else {
-            let who = caller(&principal, &context);
-            call::denied(&self.app, &who, &request.name, arguments, "no_such_tool").await.map_err(|e| refused(&e))?;
+            let who = principal.caller(&context);
+            call_audit::denied(&self.app, &who, &request.name, arguments, "no_such_tool")
+                .await
+                .map_err(|e| refused(&e))?;
             return Err(ErrorData::invalid_params("there is no such tool; tools/list tells which there are", None));
         };
         let retry = Retry { answers: request.input_responses, state: request.request_state };
         // Large, and on the stack of whoever serves the session otherwise.
         let session = self.session(&context);
-        self.app.leases().take_over(session, &caller(&principal, &context));
-        let asked = call::Asked { tool, arguments, retry, session };
-        Box::pin(call::carry_out(&self.app, &principal, asked, context)).await
+        self.app.leases().take_over(session, &principal.caller(&context));
+        let asked = CallRequest { tool, arguments, retry, session };
+        Box::pin(tool_call::carry_out(&self.app, &principal, asked, context)).await
     }
 
     async fn on_custom_request(
@@ -244,13 +243,13 @@ impl ServerHandler for Server {
         context: RequestContext<RoleServer>,
     ) -> Result<CustomResult, ErrorData> {
         let CustomRequest { method, params, .. } = request;
-        let Some(wrong) = malformed::wrong(&method, params.as_ref(), is_modern(&context)) else {
+        let Some(wrong) = invalid_params::wrong(&method, params.as_ref(), is_modern(&context)) else {
             return Err(ErrorData::new(ErrorCode::METHOD_NOT_FOUND, method, None));
         };
-        if method == malformed::CALL {
-            let who = caller(&self.principal(&context)?, &context);
-            let (tool, arguments) = malformed::called(params.as_ref());
-            let written = call::denied(&self.app, &who, &tool, arguments, "params_invalid").await;
+        if method == invalid_params::CALL {
+            let who = self.principal(&context)?.caller(&context);
+            let (tool, arguments) = invalid_params::called(params.as_ref());
+            let written = call_audit::denied(&self.app, &who, &tool, arguments, "params_invalid").await;
             written.map_err(|e| refused(&e))?;
         }
         Err(ErrorData::invalid_params(wrong, None))
@@ -264,7 +263,7 @@ impl ServerHandler for Server {
         let principal = self.principal(&context)?;
         let cursor = request.and_then(|request| request.cursor);
         let list = resources::list(&self.app, &principal, cursor.as_deref()).await;
-        let who = caller(&principal, &context);
+        let who = principal.caller(&context);
         audit_read(&self.app, &who, "resource_list", json!({}), list.as_ref().err()).await?;
         let (list, next_cursor) = list.map_err(|e| refused(&e))?;
         let list = ListResourcesResult { next_cursor, ..ListResourcesResult::with_all_items(list) };
@@ -286,7 +285,7 @@ impl ServerHandler for Server {
         context: RequestContext<RoleServer>,
     ) -> Result<ReadResourceResponse, ErrorData> {
         let principal = self.principal(&context)?;
-        let who = caller(&principal, &context);
+        let who = principal.caller(&context);
         let contents = resources::read(&self.app, &principal, &request.uri).await;
         let arguments = json!({ "uri": &request.uri });
         audit_read(&self.app, &who, "resource_read", arguments, contents.as_ref().err()).await?;
@@ -322,12 +321,13 @@ impl ServerHandler for Server {
         let principal = self.principal(&context)?;
         let found = prompts::complete(&self.app, &principal, &request.r#ref, &request.argument).await;
         let arguments = json!({ "argument": plain(head(&request.argument.name, URI_SHOWN)) });
-        audit_read(&self.app, &caller(&principal, &context), "completion", arguments, found.as_ref().err()).await?;
+        audit_read(&self.app, &principal.caller(&context), "completion", arguments, found.as_ref().err()).await?;
         Ok(CompleteResult::new(found.map_err(|e| refused(&e))?))
     }
 
     async fn on_initialized(&self, context: NotificationContext<RoleServer>) {
-        let told = watch::tell_session(Arc::clone(&self.app), context.peer, Arc::clone(&self.subscribed));
+        let told =
+            subscriptions::tell_session(Arc::clone(self.app.changes()), context.peer, Arc::clone(&self.subscribed));
         self.app.tasks().spawn(told);
     }
 
@@ -362,7 +362,7 @@ impl ServerHandler for Server {
         if principal.scope < Scope::Read {
             return Err(ErrorData::invalid_request(Code::Denied.title(), None));
         }
-        watch::tell_listener(Arc::clone(&self.app), context).await;
+        subscriptions::tell_listener(Arc::clone(self.app.changes()), context).await;
         Ok(())
     }
 }

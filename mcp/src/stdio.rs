@@ -22,8 +22,9 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::answer::plain;
-use crate::app::{App, Principal};
-use crate::messages::{self, IdSeeker, Read, Refusal};
+use crate::app::App;
+use crate::messages::{self, IdSeeker, ParsedMessage, Refusal};
+use crate::principal::Principal;
 use crate::server::Server;
 
 /// The longest message, in bytes.
@@ -50,7 +51,7 @@ async fn session(app: &Arc<App>) -> Result<()> {
     let server = Server::of(app, Principal::own_user(app.settings().scope));
     let (input, output) = rmcp::transport::stdio();
     // Calls are still answered then; listeners would be waited for in vain.
-    match server.serve(Lines::new(input, output, nobody_reads, app.quiet().clone())).await {
+    match server.serve(LineTransport::new(input, output, nobody_reads, app.quiet().clone())).await {
         Ok(running) => {
             let ended = running.waiting().await;
             ended.map(drop).map_err(|e| Error::internal(format!("the session broke down: {e}")))
@@ -65,9 +66,9 @@ async fn session(app: &Arc<App>) -> Result<()> {
 }
 
 /// Requests that have not been answered.
-type Open = Arc<Mutex<HashSet<RequestId>>>;
+type OpenRequests = Arc<Mutex<HashSet<RequestId>>>;
 
-fn open(requests: &Open) -> MutexGuard<'_, HashSet<RequestId>> {
+fn open(requests: &OpenRequests) -> MutexGuard<'_, HashSet<RequestId>> {
     requests.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -81,14 +82,14 @@ fn nobody_reads() -> bool {
 
 /// The messages that are on their way out.
 #[derive(Debug, Default)]
-struct Unread {
+struct OutgoingMessages {
     number: AtomicUsize,
     fewer: Notify,
     /// One could not be written.
     broken: CancellationToken,
 }
 
-impl Unread {
+impl OutgoingMessages {
     /// Waits while the client has too much to read. False if it reads nothing any more.
     async fn has_room(&self) -> bool {
         while self.number.load(Ordering::Relaxed) >= UNREAD_MAX {
@@ -102,16 +103,16 @@ impl Unread {
 }
 
 /// One of them, until it is written or given up.
-struct OnItsWay(Arc<Unread>);
+struct OutgoingMessage(Arc<OutgoingMessages>);
 
-impl OnItsWay {
-    fn new(unread: &Arc<Unread>) -> Self {
+impl OutgoingMessage {
+    fn new(unread: &Arc<OutgoingMessages>) -> Self {
         unread.number.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(unread))
     }
 }
 
-impl Drop for OnItsWay {
+impl Drop for OutgoingMessage {
     fn drop(&mut self) {
         self.0.number.fetch_sub(1, Ordering::Relaxed);
         self.0.fewer.notify_one();
@@ -119,14 +120,14 @@ impl Drop for OnItsWay {
 }
 
 /// Lines as messages. Invalid messages are answered here.
-struct Lines<R, W: AsyncWrite> {
+struct LineTransport<R, W: AsyncWrite> {
     input: BufReader<R>,
     line: Vec<u8>,
     /// The line is too long to be kept: its id is looked for while the rest goes by.
     too_long: Option<IdSeeker>,
     output: AsyncRwTransport<RoleServer, Empty, W>,
-    open: Open,
-    unread: Arc<Unread>,
+    open: OpenRequests,
+    unread: Arc<OutgoingMessages>,
     /// Whether the client has closed its end of the output.
     nobody_reads: fn() -> bool,
     /// An answer that is on its way out. It is part of the state, because the library drops `receive` where it is.
@@ -135,7 +136,7 @@ struct Lines<R, W: AsyncWrite> {
     ended: CancellationToken,
 }
 
-impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> Lines<R, W> {
+impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> LineTransport<R, W> {
     fn new(input: R, output: W, nobody_reads: fn() -> bool, ended: CancellationToken) -> Self {
         let output = AsyncRwTransport::new_server(tokio::io::empty(), output);
         Self {
@@ -143,7 +144,7 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> Lines<
             line: Vec::new(),
             too_long: None,
             output,
-            open: Open::default(),
+            open: OpenRequests::default(),
             unread: Arc::default(),
             nobody_reads,
             answering: None,
@@ -166,7 +167,7 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> Lines<
     }
 
     /// The next line, or nothing at the end. Dropped and called again it goes on where it was.
-    async fn next(&mut self) -> Option<Read> {
+    async fn next(&mut self) -> Option<ParsedMessage> {
         loop {
             let available = self.input.fill_buf().await.ok().filter(|bytes| !bytes.is_empty())?;
             let end = available.iter().position(|byte| *byte == b'\n');
@@ -187,7 +188,7 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> Lines<
             }
             if let Some(seeker) = self.too_long.take() {
                 let words = format!("the message is longer than {MESSAGE_MAX} bytes");
-                return Some(Read::Refused(Refusal::invalid(seeker.id(), words)));
+                return Some(ParsedMessage::Refused(Refusal::invalid(seeker.id(), words)));
             }
             let read = messages::read(&self.line);
             self.line.clear();
@@ -200,7 +201,9 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> Lines<
     }
 }
 
-impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> Transport<RoleServer> for Lines<R, W> {
+impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> Transport<RoleServer>
+    for LineTransport<R, W>
+{
     type Error = io::Error;
 
     fn send(&mut self, item: TxJsonRpcMessage<RoleServer>) -> impl Future<Output = io::Result<()>> + Send + 'static {
@@ -209,7 +212,7 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> Transp
             JsonRpcMessage::Error(error) => drop(error.id.as_ref().map(|id| open(&self.open).remove(id))),
             _ => {}
         }
-        let one = OnItsWay::new(&self.unread);
+        let one = OutgoingMessage::new(&self.unread);
         let sent = self.output.send(item);
         async move {
             let sent = sent.await;
@@ -244,9 +247,9 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> Transp
                 return None;
             };
             match read {
-                Read::Nothing => {}
-                Read::Refused(refusal) => self.refuse(refusal),
-                Read::Message(message) => {
+                ParsedMessage::Nothing => {}
+                ParsedMessage::Refused(refusal) => self.refuse(refusal),
+                ParsedMessage::Message(message) => {
                     if let JsonRpcMessage::Request(request) = &*message
                         && let Some(refusal) = self.refusal(&request.id)
                     {
@@ -287,11 +290,11 @@ mod tests {
         format!("{{\"jsonrpc\":\"2.0\",\"id\":{id},\"method\":\"ping\"}}\n").into_bytes()
     }
 
-    fn lines(unread: bool) -> (Lines<DuplexStream, DuplexStream>, DuplexStream, DuplexStream) {
+    fn lines(unread: bool) -> (LineTransport<DuplexStream, DuplexStream>, DuplexStream, DuplexStream) {
         let (said, input) = duplex(1 << 20);
         let (output, heard) = duplex(16);
         let gone = if unread { || true } else { || false };
-        (Lines::new(input, output, gone, CancellationToken::new()), said, heard)
+        (LineTransport::new(input, output, gone, CancellationToken::new()), said, heard)
     }
 
     fn answer(id: i64) -> TxJsonRpcMessage<RoleServer> {
@@ -342,7 +345,7 @@ mod tests {
             assert!(lines.receive().await.is_some(), "{id}");
         }
         let mut heard = BufReader::new(heard);
-        let mut next = async |lines: &mut Lines<_, _>, id: usize| {
+        let mut next = async |lines: &mut LineTransport<_, _>, id: usize| {
             said.write_all(&request(id)).await.unwrap();
             let mut refused = String::new();
             tokio::select! {

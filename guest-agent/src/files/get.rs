@@ -20,9 +20,9 @@ use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use super::{CHUNK, Outbound, resolve};
-use crate::agent::Refusal;
 use crate::framing::raw_frame;
 use crate::passwd;
+use crate::refusal::Refusal;
 
 /// Opens without waiting for anybody (a FIFO's writer, a tape) and without following a symlink.
 const QUIETLY: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);

@@ -8,7 +8,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use nido_guest_agent::replace::{Found, Given, Kept, free_bytes, look};
+use nido_guest_agent::replace::{Found, Given, ReplacedFile, free_bytes, look};
 use nido_guest_agent::wire::{Entry, EntryKind, Fault, Summary};
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
@@ -17,11 +17,11 @@ use tokio::sync::mpsc;
 use super::Inbound;
 use super::output::Output;
 use super::place::{Ids, failed, give_to, malformed, special};
-use crate::agent::Refusal;
+use crate::refusal::Refusal;
 
 /// How the request wants files to be written.
 #[derive(Debug, Clone, Copy)]
-pub struct How {
+pub struct WriteOptions {
     /// Whose they are.
     pub ids: Ids,
     /// The request named the owner.
@@ -30,7 +30,7 @@ pub struct How {
     pub set_mode: bool,
 }
 
-impl How {
+impl WriteOptions {
     /// Whose an entry is.
     pub fn ids(&self, entry: &Entry) -> Ids {
         entry.owner.map(|owner| (owner.uid, owner.gid)).or(self.ids)
@@ -101,7 +101,7 @@ impl Drop for Temporary<'_> {
 pub struct Leaf<'a> {
     temporary: Temporary<'a>,
     /// A file whose place is taken by one that has to be written over: it has further names.
-    over: Option<(fs::File, Kept, Given, Timestamps)>,
+    over: Option<(fs::File, ReplacedFile, Given, Timestamps)>,
     is_link: bool,
 }
 
@@ -125,7 +125,7 @@ impl Leaf<'_> {
 }
 
 /// The file that an entry replaces, if it replaces one.
-fn replaceable(directory: &OwnedFd, name: &OsStr, shown: &Path) -> Result<Option<Kept>, Refusal> {
+fn replaceable(directory: &OwnedFd, name: &OsStr, shown: &Path) -> Result<Option<ReplacedFile>, Refusal> {
     match look(directory, name).map_err(|error| failed(shown, error))? {
         Found::File(kept) => Ok(Some(kept)),
         Found::Nothing | Found::Symlink => Ok(None),
@@ -138,7 +138,7 @@ fn replaceable(directory: &OwnedFd, name: &OsStr, shown: &Path) -> Result<Option
 pub fn write_leaf<'a>(
     (directory, name, shown): (&'a OwnedFd, &OsStr, &Path),
     entry: &Entry,
-    how: How,
+    how: WriteOptions,
     linked: impl FnOnce(&OwnedFd, &OsStr) -> Result<(), Refusal>,
     queue: &mut mpsc::Receiver<Inbound>,
     summary: &mut Summary,

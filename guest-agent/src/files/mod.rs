@@ -17,9 +17,9 @@ use std::path::PathBuf;
 use nido_guest_agent::wire::{self, Entry, Get, HEAD, Put, ToGuest, ToHost, kind};
 use tokio::sync::mpsc;
 
-use crate::agent::Refusal;
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
-use crate::stream::Piece;
+use crate::mux_stream::Piece;
+use crate::refusal::Refusal;
 
 /// How many pieces may wait between the session and the disk.
 const QUEUE: usize = 2;
@@ -46,7 +46,7 @@ enum Outbound {
 }
 
 /// How a `Put` ended, as far as the session is concerned.
-pub enum Received {
+pub enum ReceiveOutcome {
     /// The tree has been read to its end.
     Done,
     /// The host was told `Failed` and may still be sending.
@@ -57,7 +57,11 @@ pub enum Received {
 ///
 /// # Errors
 /// The session is at its end; what was half written has been removed.
-pub async fn receive(request: Put, input: &mut FrameReader, output: &mut FrameWriter) -> Result<Received, FrameError> {
+pub async fn receive(
+    request: Put,
+    input: &mut FrameReader,
+    output: &mut FrameWriter,
+) -> Result<ReceiveOutcome, FrameError> {
     let (pieces, queue) = mpsc::channel(QUEUE);
     let mut written = tokio::task::spawn_blocking(move || put::write_tree(&request, queue));
     let summary = tokio::select! {
@@ -71,11 +75,11 @@ pub async fn receive(request: Put, input: &mut FrameReader, output: &mut FrameWr
     match summary {
         Ok(summary) => {
             output.send(&ToHost::PutDone(summary)).await?;
-            Ok(Received::Done)
+            Ok(ReceiveOutcome::Done)
         }
         Err(Refusal { fault, message }) => {
             output.send(&ToHost::Failed(wire::Failed { fault, message })).await?;
-            Ok(Received::Failed)
+            Ok(ReceiveOutcome::Failed)
         }
     }
 }

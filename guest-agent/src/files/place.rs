@@ -15,8 +15,8 @@ use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
 use super::resolve;
-use crate::agent::Refusal;
 use crate::passwd::{self, User};
+use crate::refusal::Refusal;
 
 /// Directories are looked at, not read.
 pub const AS_PLACE: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);

@@ -16,9 +16,9 @@ use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use super::Inbound;
-use super::leaf::{How, Temporary, expect_end, mode, times, write_leaf};
+use super::leaf::{Temporary, WriteOptions, expect_end, mode, times, write_leaf};
 use super::place::{AS_PLACE, Place, failed, give_to, malformed, owner};
-use crate::agent::Refusal;
+use crate::refusal::Refusal;
 
 /// How entries of a tree are opened: below its root, whatever links are in it.
 const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
@@ -38,7 +38,7 @@ pub fn write_tree(request: &Put, mut queue: mpsc::Receiver<Inbound>) -> Result<S
     }
     let ids = owner.map(|user| (user.uid, user.gid));
     let set_mode = request.set_mode.unwrap_or(true);
-    let how = How { ids, set_owner: request.user.is_some(), set_mode };
+    let how = WriteOptions { ids, set_owner: request.user.is_some(), set_mode };
     let place = Place::find(request, &home, ids)?;
     let shown = place.path();
     let mut summary = Summary { path: Some(shown.clone().into_os_string().into_vec().into()), ..Summary::default() };
@@ -60,7 +60,7 @@ pub fn write_tree(request: &Put, mut queue: mpsc::Receiver<Inbound>) -> Result<S
 fn write_directory(
     place: &Place,
     root: Entry,
-    how: How,
+    how: WriteOptions,
     queue: &mut mpsc::Receiver<Inbound>,
     summary: &mut Summary,
 ) -> Result<(), Refusal> {
@@ -106,7 +106,7 @@ struct Tree {
     at: Option<(Vec<ByteVec>, OwnedFd)>,
     /// New directories that still get entries, each below the one before; mode and time are set when they are done.
     open: Vec<Entry>,
-    how: How,
+    how: WriteOptions,
 }
 
 impl Tree {

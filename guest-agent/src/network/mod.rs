@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nido_guest_agent::config::{Network, StaticNetwork};
 
-use crate::etc::{PUBLIC, replace_file};
+use crate::etc_files::{PUBLIC, replace_file};
 use crate::warnings::warn;
 
 /// Where programs look for name servers.

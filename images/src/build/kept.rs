@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::stages::{BASE, MadeKernel, VMLINUX};
+use super::stages::{BASE, BuiltKernel, VMLINUX};
 use super::write_file;
 use crate::error::ImageError;
 use crate::manifest::Part;
@@ -29,7 +29,7 @@ pub struct KeptKernels {
 /// A kept kernel whose files are what they should be.
 #[derive(Debug)]
 pub struct Found {
-    pub kernel: MadeKernel,
+    pub kernel: BuiltKernel,
     directory: PathBuf,
 }
 
@@ -75,7 +75,7 @@ impl KeptKernels {
                 // Only tells which are used last.
                 let _ = File::open(&directory).and_then(|entry| entry.set_modified(SystemTime::now()));
                 let Record { version, vmlinux, initramfs_base } = record;
-                Some(Found { kernel: MadeKernel { version, vmlinux, base: initramfs_base }, directory })
+                Some(Found { kernel: BuiltKernel { version, vmlinux, base: initramfs_base }, directory })
             }
             _ => {
                 let _ = fs::remove_dir_all(&directory);
@@ -88,12 +88,12 @@ impl KeptKernels {
     pub fn keep(
         &self,
         key: &str,
-        kernel: &MadeKernel,
+        kernel: &BuiltKernel,
         (vmlinux, base): (&Path, &Path),
         scratch: &Path,
     ) -> Result<(), ImageError> {
         let new = scratch.join(format!("keep-{key}"));
-        let MadeKernel { version, vmlinux: vmlinux_part, base: base_part } = kernel.clone();
+        let BuiltKernel { version, vmlinux: vmlinux_part, base: base_part } = kernel.clone();
         let record = Record { version, vmlinux: vmlinux_part, initramfs_base: base_part };
         create_private(&new)?;
         link(vmlinux, &new.join(VMLINUX))?;
@@ -129,7 +129,7 @@ impl KeptKernels {
 
 impl Found {
     /// Puts the kernel's files into a scratch directory, where stages expect them.
-    pub fn link_into(self, scratch: &Path) -> Result<MadeKernel, ImageError> {
+    pub fn link_into(self, scratch: &Path) -> Result<BuiltKernel, ImageError> {
         link(&self.directory.join(VMLINUX), &scratch.join(VMLINUX))?;
         link(&self.directory.join(BASE), &scratch.join(BASE))?;
         Ok(self.kernel)
@@ -155,14 +155,14 @@ mod tests {
     use std::time::Duration;
 
     /// A home with a scratch directory that holds a kernel.
-    fn home() -> (tempfile::TempDir, PathBuf, MadeKernel) {
+    fn home() -> (tempfile::TempDir, PathBuf, BuiltKernel) {
         let home = tempfile::tempdir().unwrap();
         let scratch = home.path().join("scratch");
         create_private(&scratch).unwrap();
         write_file(&scratch.join("made"), b"the kernel").unwrap();
         write_file(&scratch.join("base"), b"modules").unwrap();
         let part = |name: &str| hash_file(&scratch.join(name)).unwrap();
-        let kernel = MadeKernel { version: "6.1.0".to_owned(), vmlinux: part("made"), base: part("base") };
+        let kernel = BuiltKernel { version: "6.1.0".to_owned(), vmlinux: part("made"), base: part("base") };
         (home, scratch, kernel)
     }
 

@@ -14,9 +14,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use kept::{KeptKernels, stock_key};
-use stages::{Made, Work};
-
 use crate::agent::agent_sha256;
 use crate::command::{BuildLog, Session};
 use crate::error::ImageError;
@@ -27,6 +24,8 @@ use crate::progress::{BuildProgress, Stage};
 use crate::recipe::{self, Recipe};
 use crate::scratch::Scratch;
 use crate::store::{Store, create_private};
+use kept::{KeptKernels, stock_key};
+use stages::{BuiltParts, Work};
 
 /// How long a build waits for another build of the same template.
 const LOCK_DEADLINE: Duration = Duration::from_secs(2 * 60 * 60);
@@ -166,9 +165,9 @@ fn run(
 }
 
 /// Makes kernel and root disk, or takes what is there; says which stages that saved.
-fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(Made, Vec<Stage>), ImageError> {
+fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(BuiltParts, Vec<Stage>), ImageError> {
     let Some(manifest) = wanted.existing else { return Ok((make_everything(work, kept, wanted.kernel)?, Vec::new())) };
-    let made = Made::from(manifest);
+    let made = BuiltParts::from(manifest);
     let stock = stock_key(&made.root.file);
     match (wanted.plan, wanted.kernel) {
         (Plan::UpToDate | Plan::InitramfsOnly, _) => {
@@ -180,12 +179,12 @@ fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(
             let kernel = work.slim_kernel(&host, kept)?;
             let files = (work.store.blob_path(&made.kernel.vmlinux), work.store.blob_path(&made.kernel.base));
             work.keep(kept, &stock, &made.kernel, (&files.0, &files.1));
-            return Ok((Made { kernel, ..made }, vec![Stage::Packages, Stage::Disk]));
+            return Ok((BuiltParts { kernel, ..made }, vec![Stage::Packages, Stage::Disk]));
         }
         (Plan::KernelOnly, KernelChoice::Stock) => match kept.find(&stock) {
             Some(found) => {
                 let kernel = found.link_into(work.scratch)?;
-                return Ok((Made { kernel, ..made }, vec![Stage::Packages, Stage::Kernel, Stage::Disk]));
+                return Ok((BuiltParts { kernel, ..made }, vec![Stage::Packages, Stage::Kernel, Stage::Disk]));
             }
             // Another version would not fit the modules in the root disk.
             None => work.session.log.line("the stock kernel is not kept: everything is built anew"),
@@ -196,7 +195,11 @@ fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(
 }
 
 /// Makes kernel and root disk anew. The modules of the stock kernel are in every root disk, so that it serves both kernels.
-fn make_everything(work: &mut Work<'_, '_>, kept: &KeptKernels, kernel: KernelChoice) -> Result<Made, ImageError> {
+fn make_everything(
+    work: &mut Work<'_, '_>,
+    kept: &KeptKernels,
+    kernel: KernelChoice,
+) -> Result<BuiltParts, ImageError> {
     let host = Host::probe()?;
     if kernel == KernelChoice::Slim {
         host.probe_compiler()?;
@@ -205,13 +208,13 @@ fn make_everything(work: &mut Work<'_, '_>, kept: &KeptKernels, kernel: KernelCh
     let stock = work.kernel(&host)?;
     let packages = work.package_list()?;
     if kernel == KernelChoice::Stock {
-        return Ok(Made { kernel: stock, packages, root: work.disk(&host)? });
+        return Ok(BuiltParts { kernel: stock, packages, root: work.disk(&host)? });
     }
     let aside = work.set_kernel_aside()?;
     let kernel = work.slim_kernel(&host, kept)?;
     let root = work.disk(&host)?;
     work.keep(kept, &stock_key(&root.file), &stock, (&aside.0, &aside.1));
-    Ok(Made { kernel, packages, root })
+    Ok(BuiltParts { kernel, packages, root })
 }
 
 /// Decides what is left to do. `existing` is a template whose parts are all there.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::kept::{KeptKernels, slim_key};
-use super::stages::{BASE, MadeKernel, SHORT_DEADLINE, VMLINUX, Work, apt_sources, read};
+use super::stages::{BASE, BuiltKernel, SHORT_DEADLINE, VMLINUX, Work, apt_sources, read};
 use super::{Waiting, packages, wait_for_lock, write_file};
 use crate::error::ImageError;
 use crate::host::Host;
@@ -28,7 +28,7 @@ fn first_line(output: &[u8]) -> String {
 
 impl Work<'_, '_> {
     /// Leaves the slim kernel and its (empty) base archive in the scratch directory.
-    pub fn slim_kernel(&mut self, host: &Host, kept: &KeptKernels) -> Result<MadeKernel, ImageError> {
+    pub fn slim_kernel(&mut self, host: &Host, kept: &KeptKernels) -> Result<BuiltKernel, ImageError> {
         let spec =
             slim::spec().map_err(|reason| ImageError::RecipeInvalid { name: "kernels/slim".to_owned(), reason })?;
         let path = kept.directory()?;
@@ -56,7 +56,7 @@ impl Work<'_, '_> {
     }
 
     /// Keeps a kernel. A build that cannot do so is none the worse.
-    pub fn keep(&mut self, kept: &KeptKernels, key: &str, kernel: &MadeKernel, files: (&Path, &Path)) {
+    pub fn keep(&mut self, kept: &KeptKernels, key: &str, kernel: &BuiltKernel, files: (&Path, &Path)) {
         if let Err(error) = kept.keep(key, kernel, files, self.scratch) {
             self.session.log.line(&format!("the kernel cannot be kept: {error}"));
         }
@@ -103,7 +103,7 @@ impl Work<'_, '_> {
         Ok(listing.filter_map(Result::ok).any(|entry| entry.path().extension().is_some_and(|kind| kind == "deb")))
     }
 
-    fn compile(&mut self, host: &Host, spec: &SlimSpec) -> Result<MadeKernel, ImageError> {
+    fn compile(&mut self, host: &Host, spec: &SlimSpec) -> Result<BuiltKernel, ImageError> {
         let source = self.scratch.join(SOURCE);
         write_file(&source.join("config"), slim::CONFIG.as_bytes())?;
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -126,7 +126,7 @@ impl Work<'_, '_> {
     }
 
     /// Checks what was compiled and puts it where later stages expect a kernel.
-    fn taken(&mut self, source: &Path) -> Result<MadeKernel, ImageError> {
+    fn taken(&mut self, source: &Path) -> Result<BuiltKernel, ImageError> {
         let invalid = |reason| ImageError::KernelInvalid { reason };
         let release = read(&source.join("release"))?;
         let version = String::from_utf8_lossy(&release).trim().to_owned();
@@ -139,7 +139,7 @@ impl Work<'_, '_> {
         fs::rename(source.join(VMLINUX), &vmlinux).map_err(|error| ImageError::io("move", &vmlinux, error))?;
         let base = self.scratch.join(BASE);
         write_file(&base, &initramfs::base(&[]).map_err(|error| invalid(error.to_string()))?)?;
-        Ok(MadeKernel { version, vmlinux: hash_file(&vmlinux)?, base: hash_file(&base)? })
+        Ok(BuiltKernel { version, vmlinux: hash_file(&vmlinux)?, base: hash_file(&base)? })
     }
 }
 

@@ -18,7 +18,8 @@ use crate::kernel::{self, Packing};
 use crate::manifest::{Disk, Manifest, Part};
 use crate::progress::{BuildProgress, Stage};
 use crate::qcow2::{Compression, read_qcow2_header};
-use crate::recipe::{COMMON, DPKG_OPTIONS, Recipe};
+use crate::recipe::{DPKG_OPTIONS, Recipe};
+use crate::recipe_text::COMMON;
 use crate::store::{Store, hash_file};
 
 const ROOTFS: &str = "rootfs";
@@ -41,23 +42,23 @@ const MERGED_USR_HOOKS: &str = "/usr/share/mmdebstrap/hooks/merged-usr";
 
 /// What the kernel stage makes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MadeKernel {
+pub struct BuiltKernel {
     pub version: String,
     pub vmlinux: Part,
     pub base: Part,
 }
 
 /// What the expensive stages make, or what an existing template has of it.
-pub struct Made {
-    pub kernel: MadeKernel,
+pub struct BuiltParts {
+    pub kernel: BuiltKernel,
     pub packages: Part,
     pub root: Disk,
 }
 
-impl From<Manifest> for Made {
+impl From<Manifest> for BuiltParts {
     fn from(manifest: Manifest) -> Self {
         let Manifest { kernel, parts, .. } = manifest;
-        let kernel = MadeKernel { version: kernel.version, vmlinux: parts.vmlinux, base: parts.initramfs_base };
+        let kernel = BuiltKernel { version: kernel.version, vmlinux: parts.vmlinux, base: parts.initramfs_base };
         Self { kernel, packages: parts.packages, root: parts.root }
     }
 }
@@ -107,7 +108,7 @@ impl Work<'_, '_> {
     }
 
     /// Extracts the stock kernel and the modules the agent loads.
-    pub fn kernel(&mut self, host: &Host) -> Result<MadeKernel, ImageError> {
+    pub fn kernel(&mut self, host: &Host) -> Result<BuiltKernel, ImageError> {
         self.tell(Stage::Kernel, "extract the kernel", Some(0.0));
         let invalid = |reason| ImageError::KernelInvalid { reason };
         let boot = self.scratch.join(KERNEL).join("boot");
@@ -139,7 +140,7 @@ impl Work<'_, '_> {
         let base = initramfs::base(&unpacked).map_err(|error| invalid(error.to_string()))?;
         write_file(&self.scratch.join(BASE), &base)?;
         let part = |name: &str| hash_file(&self.scratch.join(name));
-        Ok(MadeKernel { version, vmlinux: part(VMLINUX)?, base: part(BASE)? })
+        Ok(BuiltKernel { version, vmlinux: part(VMLINUX)?, base: part(BASE)? })
     }
 
     /// Makes room for another kernel's files; returns where those of this one are now.

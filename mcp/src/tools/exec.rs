@@ -13,10 +13,10 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{Hints, Tool, arguments};
-use crate::answer::Done;
-use crate::call::Call;
-use crate::outputs::Reading;
-use crate::{resources, schema};
+use crate::answer::ToolResult;
+use crate::call_context::CallContext;
+use crate::output_store::OutputBuffer;
+use crate::{resource_uri, schema};
 
 /// How often a command that says nothing is told to go on.
 const STILL: Duration = Duration::from_secs(2);
@@ -82,7 +82,7 @@ struct Answer {
     #[serde(flatten)]
     result: ExecResult,
     /// In which streams something was taken out that would not be seen, or bytes that are no text were replaced.
-    altered: Altered,
+    altered: AlteredStreams,
     /// Resources that hold the streams that were cut.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     full_output: Vec<String>,
@@ -90,14 +90,14 @@ struct Answer {
 
 /// Which streams are not shown as they were written.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct Altered {
+struct AlteredStreams {
     /// Standard output.
     stdout: bool,
     /// Standard error.
     stderr: bool,
 }
 
-async fn exec(call: &Call, mut given: Value) -> Result<Done> {
+async fn exec(call: &CallContext, mut given: Value) -> Result<ToolResult> {
     let name = given.as_object_mut().and_then(|given| given.remove("name"));
     let name: VmName = super::field("name", name)?;
     if let Some(given) = given.as_object_mut() {
@@ -109,15 +109,15 @@ async fn exec(call: &Call, mut given: Value) -> Result<Done> {
     let id = allowed(call, &name, is_shell, (&request, &stdin)).await?;
     let vm = Which { name: &name, id: Some(&id) };
     let (exit, streams) = call.unless_cancelled(run(call, vm, request, stdin)).await?;
-    let [stdout, stderr] = streams.map(Reading::bytes);
+    let [stdout, stderr] = streams.map(OutputBuffer::bytes);
     let (out, err) = (for_reader(&stdout, SHOWN_LIMIT), for_reader(&stderr, SHOWN_LIMIT));
     let truncated = Truncated { stdout: out.truncated, stderr: err.truncated };
-    let altered = Altered { stdout: out.altered, stderr: err.altered };
+    let altered = AlteredStreams { stdout: out.altered, stderr: err.altered };
     let mut links = Vec::new();
     for (cut, word, bytes) in [(out.truncated, "output", stdout), (err.truncated, "errors", stderr)] {
         if cut {
             let title = format!("All {word} of a command in {name}");
-            links.push(resources::output(&*call.app.outputs().keep(&call.who.actor, title, bytes)?));
+            links.push(resource_uri::output(&*call.app.outputs().keep(&call.who.actor, title, bytes)?));
         }
     }
     if !links.is_empty() {
@@ -126,11 +126,11 @@ async fn exec(call: &Call, mut given: Value) -> Result<Done> {
     let (stdout, stderr) = (Some(out.text), Some(err.text));
     let result = ExecResult { stdout, stdout_base64: None, stderr, stderr_base64: None, exit, truncated };
     let full_output = links.iter().map(|link| link.uri.clone()).collect();
-    Ok(Done { word: exit.word(), links, ..Done::new(&Answer { result, altered, full_output })? })
+    Ok(ToolResult { word: exit.word(), links, ..ToolResult::new(&Answer { result, altered, full_output })? })
 }
 
 /// Whether this call may be made, before anybody is asked about it.
-pub async fn admitted(call: &Call, mut given: Value) -> Result<()> {
+pub async fn admitted(call: &CallContext, mut given: Value) -> Result<()> {
     let name = given.as_object_mut().and_then(|given| given.remove("name"));
     let name: VmName = super::field("name", name)?;
     if let Some(given) = given.as_object_mut() {
@@ -144,7 +144,7 @@ pub async fn admitted(call: &Call, mut given: Value) -> Result<()> {
 
 /// Whether the policy lets this command run there: the id of the VM that it was decided about.
 async fn allowed(
-    call: &Call,
+    call: &CallContext,
     name: &VmName,
     is_shell: bool,
     (request, stdin): (&ExecRequest, &[u8]),
@@ -168,7 +168,12 @@ async fn allowed(
 }
 
 /// Runs a command to its end. Dropped, it kills it.
-async fn run(call: &Call, vm: Which<'_>, request: ExecRequest, stdin: Vec<u8>) -> Result<(ExecExit, [Reading; 2])> {
+async fn run(
+    call: &CallContext,
+    vm: Which<'_>,
+    request: ExecRequest,
+    stdin: Vec<u8>,
+) -> Result<(ExecExit, [OutputBuffer; 2])> {
     let wants_stdin = request.stdin;
     let (control, mut events): (ExecControl, ExecEvents) = call.nido().await?.exec(vm, request).await?;
     if wants_stdin {
@@ -178,7 +183,7 @@ async fn run(call: &Call, vm: Which<'_>, request: ExecRequest, stdin: Vec<u8>) -
         });
     }
     let (began, mut bytes) = (Instant::now(), 0);
-    let [mut stdout, mut stderr] = [Reading::default(), Reading::default()];
+    let [mut stdout, mut stderr] = [OutputBuffer::default(), OutputBuffer::default()];
     let mut still = tokio::time::interval_at(began + STILL, STILL);
     loop {
         let event = tokio::select! {

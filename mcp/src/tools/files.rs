@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Hints, Tool, arguments};
-use crate::answer::Done;
-use crate::call::Call;
+use crate::answer::ToolResult;
+use crate::call_context::CallContext;
 use crate::schema;
 
 /// The longest file that is part of a message, in bytes.
@@ -79,7 +79,7 @@ pub struct Upload {
 }
 
 /// Whether a file may be put there, before anybody is asked about it: the id of the VM that it was decided about.
-async fn may_upload(call: &Call, name: &VmName) -> Result<String> {
+async fn may_upload(call: &CallContext, name: &VmName) -> Result<String> {
     let (id, template) = call.nido().await?.identity(call.which(name))?;
     let verdict = decide_upload(&call.app.settings().policy, name, &template);
     verdict.into_result().inspect_err(|denial| call.refused_because(denial.reason))?;
@@ -87,13 +87,13 @@ async fn may_upload(call: &Call, name: &VmName) -> Result<String> {
 }
 
 /// Whether this call may be made.
-pub async fn upload_admitted(call: &Call, asked: Upload) -> Result<()> {
+pub async fn upload_admitted(call: &CallContext, asked: Upload) -> Result<()> {
     may_upload(call, &asked.name).await?;
     guest_path(&asked.path).map(drop)
 }
 
 /// Whether this call may be made.
-pub async fn download_admitted(call: &Call, asked: Download) -> Result<()> {
+pub async fn download_admitted(call: &CallContext, asked: Download) -> Result<()> {
     let Some(path) = asked.destination else { return Ok(()) };
     let app = Arc::clone(&call.app);
     let begun = blocking(move || app.host_paths().write.write(Path::new(&path), asked.overwrite).map(drop)).await;
@@ -101,7 +101,7 @@ pub async fn download_admitted(call: &Call, asked: Download) -> Result<()> {
 }
 
 /// Whether the call would replace a file of the host.
-pub fn overwrites(call: &Call, given: &Value) -> bool {
+pub fn overwrites(call: &CallContext, given: &Value) -> bool {
     let path = given.get("destination").and_then(Value::as_str);
     let wanted = given.get("overwrite").is_some_and(|overwrite| *overwrite == true);
     // Whatever else is wrong with the path is told by the tool itself.
@@ -112,7 +112,7 @@ pub fn overwrites(call: &Call, given: &Value) -> bool {
     wanted && path.is_some_and(exists)
 }
 
-async fn upload(call: &Call, asked: Upload) -> Result<Done> {
+async fn upload(call: &CallContext, asked: Upload) -> Result<ToolResult> {
     let id = may_upload(call, &asked.name).await?;
     let mode = asked.mode.as_deref().map(octal).transpose()?;
     // Clients that have to send every field send "" for the others; only alone it is an empty file.
@@ -149,7 +149,7 @@ async fn upload(call: &Call, asked: Upload) -> Result<Done> {
     let copied = call
         .unless_cancelled(call.nido().await?.upload(Which { name: &asked.name, id: Some(&id) }, request, &mut tell))
         .await?;
-    Done::new(&copied)
+    ToolResult::new(&copied)
 }
 
 /// A file of the host, or a directory with what is in it.
@@ -187,7 +187,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 }
 
 /// The audit log tells a path that is not allowed from a command that is not.
-fn outside(call: &Call, error: &Error) {
+fn outside(call: &CallContext, error: &Error) {
     if error.code() == Code::Denied {
         call.refused_because("not_in_roots");
     }
@@ -204,7 +204,7 @@ pub const DOWNLOAD: Tool = Tool {
     hints: Hints { read_only: false, destructive: true, idempotent: true, open_world: false },
     scope: Scope::Run,
     takes: schema::arguments::<Download>,
-    gives: schema::answer_or_job::<Downloaded>,
+    gives: schema::answer_or_job::<DownloadResult>,
     run: |call, given| Box::pin(async move { download(&call, arguments(given)?).await }),
 };
 
@@ -233,7 +233,7 @@ pub struct Download {
 
 /// How a download ended.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct Downloaded {
+struct DownloadResult {
     #[serde(flatten)]
     copy: CopyResult,
     /// What stands in it, if it is UTF-8 without control characters.
@@ -246,7 +246,7 @@ struct Downloaded {
     content_base64: Option<String>,
 }
 
-async fn download(call: &Call, asked: Download) -> Result<Done> {
+async fn download(call: &CallContext, asked: Download) -> Result<ToolResult> {
     let source = guest_path(&asked.path)?;
     match asked.destination {
         Some(path) => to_host(call, call.which(&asked.name), source, path, asked.overwrite).await,
@@ -255,7 +255,13 @@ async fn download(call: &Call, asked: Download) -> Result<Done> {
 }
 
 /// Writes it to a file of the host, which appears when it is whole.
-async fn to_host(call: &Call, vm: Which<'_>, source: Vec<u8>, path: String, overwrite: bool) -> Result<Done> {
+async fn to_host(
+    call: &CallContext,
+    vm: Which<'_>,
+    source: Vec<u8>,
+    path: String,
+    overwrite: bool,
+) -> Result<ToolResult> {
     let app = Arc::clone(&call.app);
     let begun = blocking(move || app.host_paths().write.write(Path::new(&path), overwrite)).await;
     let writing = begun.inspect_err(|e| outside(call, e))?;
@@ -265,12 +271,12 @@ async fn to_host(call: &Call, vm: Which<'_>, source: Vec<u8>, path: String, over
     let mut copy = call.unless_cancelled(call.nido().await?.download(vm, request, &mut tell)).await?;
     let (sha256, path) = blocking(move || Ok((writing.sha256()?, writing.commit(HOST_MAX)?))).await?;
     copy.path = path.to_string_lossy().into_owned();
-    let done = Done::new(&Downloaded { copy, content: None, content_base64: None })?;
-    Ok(Done { word: format!("sha256:{sha256}"), ..done })
+    let done = ToolResult::new(&DownloadResult { copy, content: None, content_base64: None })?;
+    Ok(ToolResult { word: format!("sha256:{sha256}"), ..done })
 }
 
 /// Reads it into the answer.
-async fn to_answer(call: &Call, vm: Which<'_>, source: Vec<u8>, most: usize) -> Result<Done> {
+async fn to_answer(call: &CallContext, vm: Which<'_>, source: Vec<u8>, most: usize) -> Result<ToolResult> {
     if !(1..=INLINE_MAX).contains(&most) {
         return Err(invalid(format!("max_bytes: it is 1 to {INLINE_MAX}")));
     }
@@ -300,10 +306,10 @@ async fn to_answer(call: &Call, vm: Which<'_>, source: Vec<u8>, most: usize) -> 
         Ok(text) => (None, Some(STANDARD.encode(text))),
         Err(error) => (None, Some(STANDARD.encode(error.as_bytes()))),
     };
-    Done::new(&Downloaded { copy, content, content_base64 })
+    ToolResult::new(&DownloadResult { copy, content, content_base64 })
 }
 
-fn told(call: &Call, now: CopyProgress) {
+fn told(call: &CallContext, now: CopyProgress) {
     // What grows while it is copied, or is longer than a guest said, has no known end.
     let total = now.total_bytes.filter(|total| *total >= now.bytes);
     let words = match total {

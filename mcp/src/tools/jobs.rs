@@ -8,8 +8,8 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::{DESTROYS, LOOKS, Tool, arguments};
-use crate::answer::Done;
-use crate::call::Call;
+use crate::answer::ToolResult;
+use crate::call_context::CallContext;
 use crate::schema;
 
 /// How long a caller may wait for a job, in milliseconds: clients give up a little later.
@@ -42,7 +42,7 @@ struct Get {
     wait_ms: u64,
 }
 
-async fn get(call: &Call, asked: Get) -> Result<Done> {
+async fn get(call: &CallContext, asked: Get) -> Result<ToolResult> {
     if asked.wait_ms > WAIT_MAX {
         return Err(Error::new(Code::SpecInvalid, format!("wait_ms: it is at most {WAIT_MAX}")));
     }
@@ -51,7 +51,7 @@ async fn get(call: &Call, asked: Get) -> Result<Done> {
     loop {
         let job = nido.job_get(&asked.job_id, Viewer::Actor(&call.who.actor))?;
         if job.state != JobState::Running || Instant::now() >= deadline {
-            return Done::new(&job);
+            return ToolResult::new(&job);
         }
         let pause = tokio::time::sleep_until(deadline.min(Instant::now() + LOOK_EVERY));
         call.unless_cancelled(async {
@@ -76,7 +76,7 @@ pub const CANCEL: Tool = Tool {
     run: |call, given| {
         Box::pin(async move {
             let Cancel { job_id } = arguments(given)?;
-            Done::new(&call.nido().await?.job_cancel(&job_id, Viewer::Actor(&call.who.actor))?)
+            ToolResult::new(&call.nido().await?.job_cancel(&job_id, Viewer::Actor(&call.who.actor))?)
         })
     },
 };

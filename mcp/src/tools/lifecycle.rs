@@ -9,10 +9,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{ADDS, Hints, Tool, arguments, field};
-use crate::answer::Done;
-use crate::call::Call;
-use crate::leases::Key;
+use crate::answer::ToolResult;
+use crate::call_context::CallContext;
 use crate::schema;
+use crate::session_leases::SessionKey;
 
 /// The argument with which a throw-away VM is not the session's.
 const OUTLIVES: &str = "outlives_session";
@@ -85,7 +85,7 @@ fn without(left_out: &[&str]) -> Value {
 }
 
 /// A new VM, as it is asked for, and how it is started; with an argument that was left out, it is none.
-fn request(call: &Call, mut given: Value, left_out: &[&str]) -> Result<(VmSpec, StartRequest)> {
+fn request(call: &CallContext, mut given: Value, left_out: &[&str]) -> Result<(VmSpec, StartRequest)> {
     if let Some(name) = left_out.iter().find(|name| given.get(name).is_some()) {
         let words =
             format!("{name}: there is no such argument; vm_spawn makes a VM that runs, vm_create one that does not");
@@ -100,7 +100,7 @@ fn request(call: &Call, mut given: Value, left_out: &[&str]) -> Result<(VmSpec, 
     }
     if spec.ephemeral && !outlives {
         spec.lease = Some(call.lease()?);
-        if call.session == Key::SERVER {
+        if call.session == SessionKey::SERVER {
             spec.ttl_ms.get_or_insert(TTL_MS);
         }
     }
@@ -108,15 +108,15 @@ fn request(call: &Call, mut given: Value, left_out: &[&str]) -> Result<(VmSpec, 
 }
 
 /// A VM that was made, for the answer; the audit log is told what it belongs to.
-fn made(call: &Call, vm: &VmInfo) -> Result<Done> {
+fn made(call: &CallContext, vm: &VmInfo) -> Result<ToolResult> {
     if vm.ephemeral {
         call.app.remember(&call.who.actor, &vm.id);
     }
     let word = vm.lease.as_ref().map_or_else(String::new, |lease| format!("lease:{}", lease.as_str()));
-    Ok(Done { word, ..Done::new(vm)? })
+    Ok(ToolResult { word, ..ToolResult::new(vm)? })
 }
 
-async fn spawn(call: &Call, given: Value) -> Result<Done> {
+async fn spawn(call: &CallContext, given: Value) -> Result<ToolResult> {
     let (spec, start) = request(call, given, &SPAWN_DOES)?;
     let nido = call.nido().await?;
     let (name, begun, grant) = (spec.name.clone(), BegunVm::default(), call.grant());
@@ -132,11 +132,11 @@ async fn spawn(call: &Call, given: Value) -> Result<Done> {
         Err(error) if error.code() == Code::VmExists && nido.spec(&name).is_ok_and(|there| there == spec) => {
             let vm = nido.info(&name).await?;
             match vm.status {
-                VmState::Running => Done::new(&vm),
+                VmState::Running => ToolResult::new(&vm),
                 // Somebody, perhaps this very caller, is at it: wait with them.
                 VmState::Starting | VmState::Created => {
                     let mut tell = |stage| call.progress.stage(stage);
-                    Done::new(&call.unless_cancelled(nido.start(&name, start, &mut tell)).await?)
+                    ToolResult::new(&call.unless_cancelled(nido.start(&name, start, &mut tell)).await?)
                 }
                 // To begin it anew is a decision: it has ended, or somebody has halted it.
                 VmState::Paused | VmState::Stopped | VmState::Failed => {
@@ -162,7 +162,7 @@ async fn spawn(call: &Call, given: Value) -> Result<Done> {
 }
 
 /// Removes what was begun. Nothing half-made stays.
-async fn remove(call: &Call, begun: &BegunVm) {
+async fn remove(call: &CallContext, begun: &BegunVm) {
     if let Err(error) = call.app.unsettled().undo(begun).await {
         tracing::error!("VM {} was begun and could not be removed: {error}", begun.id().unwrap_or_default());
     }
@@ -181,7 +181,7 @@ pub const CREATE: Tool = Tool {
     run: |call, given| Box::pin(async move { create(&call, given).await }),
 };
 
-async fn create(call: &Call, given: Value) -> Result<Done> {
+async fn create(call: &CallContext, given: Value) -> Result<ToolResult> {
     let (spec, _) = request(call, given, &CREATE_NEVER_DOES)?;
     let nido = call.nido().await?;
     let name = spec.name.clone();
@@ -192,7 +192,7 @@ async fn create(call: &Call, given: Value) -> Result<Done> {
             made(call, &vm)
         }
         Err(error) if error.code() == Code::VmExists => match nido.spec(&name) {
-            Ok(there) if there == spec => Done::new(&nido.info(&name).await?),
+            Ok(there) if there == spec => ToolResult::new(&nido.info(&name).await?),
             _ => Err(error),
         },
         Err(error) => Err(error),
@@ -223,7 +223,7 @@ struct Start {
     timeout_ms: Option<u64>,
 }
 
-async fn start(call: &Call, asked: Start) -> Result<Done> {
+async fn start(call: &CallContext, asked: Start) -> Result<ToolResult> {
     let how = StartRequest { timeout_ms: asked.timeout_ms, ..StartRequest::default() };
     let mut tell = |stage| call.progress.stage(stage);
     let nido = call.nido().await?;
@@ -232,7 +232,7 @@ async fn start(call: &Call, asked: Start) -> Result<Done> {
         call.unless_cancelled(nido.resume(&asked.name)).await?;
     }
     // A start that nobody waits for goes on by itself.
-    Done::new(&call.unless_cancelled(nido.start(&asked.name, how, &mut tell)).await?)
+    ToolResult::new(&call.unless_cancelled(nido.start(&asked.name, how, &mut tell)).await?)
 }
 
 pub const STOP: Tool = Tool {
@@ -265,8 +265,8 @@ struct Stop {
     _approval_id: Option<String>,
 }
 
-async fn stop(call: &Call, asked: Stop) -> Result<Done> {
+async fn stop(call: &CallContext, asked: Stop) -> Result<ToolResult> {
     let usual = StopRequest::default();
     let how = StopRequest { force: asked.force, timeout_ms: asked.timeout_ms.unwrap_or(usual.timeout_ms) };
-    Done::new(&call.nido().await?.stop(call.which(&asked.name), how).await?)
+    ToolResult::new(&call.nido().await?.stop(call.which(&asked.name), how).await?)
 }

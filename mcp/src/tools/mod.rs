@@ -19,9 +19,10 @@ use rmcp::model::{MetaObject, Tool as Described, ToolAnnotations};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::answer::{Done, plain};
-use crate::app::{Principal, Settings};
-use crate::call::Call;
+use crate::answer::{ToolResult, plain};
+use crate::app::Settings;
+use crate::call_context::CallContext;
+use crate::principal::Principal;
 
 /// Every tool, in the order in which they are listed.
 pub const ALL: [&Tool; 16] = [
@@ -64,7 +65,7 @@ pub struct Tool {
     /// The schema of its answer.
     pub gives: fn() -> Value,
     /// Does it.
-    pub(crate) run: fn(Call, Value) -> BoxFuture<'static, Result<Done>>,
+    pub(crate) run: fn(CallContext, Value) -> BoxFuture<'static, Result<ToolResult>>,
 }
 
 /// What a client may assume. Advice: nothing that matters depends on it.
@@ -177,7 +178,7 @@ pub const APPROVAL_ID: &str =
     "The approval_id of an earlier answer approval_required, once the user has approved it. Else leave it out.";
 
 /// What would refuse a call at once, so that nobody is asked about what cannot be done.
-pub(crate) async fn admitted(call: &Call, tool: &Tool, given: &Value) -> Result<()> {
+pub(crate) async fn admitted(call: &CallContext, tool: &Tool, given: &Value) -> Result<()> {
     match tool.name {
         "vm_exec" => exec::admitted(call, given.clone()).await,
         "vm_upload" => files::upload_admitted(call, arguments(given.clone())?).await,

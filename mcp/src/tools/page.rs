@@ -2,7 +2,7 @@
 
 use nido_vmm::error::{Code, Error, Result};
 
-use crate::pages;
+use crate::pagination;
 
 /// How many a page holds if nobody says otherwise.
 const PAGE: usize = 50;
@@ -11,18 +11,22 @@ const PAGE_MAX: usize = 500;
 
 /// Which page is wanted, as tools are asked for it.
 #[derive(Debug, Clone, Copy)]
-pub struct Wanted<'a> {
+pub struct PageRequest<'a> {
     pub limit: Option<usize>,
     pub cursor: Option<&'a str>,
 }
 
-/// The page of `items` that is wanted, and the cursor of the next if there is one; `place` as for [`pages::page`].
-pub fn page<T>(items: Vec<T>, wanted: Wanted<'_>, place: impl Fn(&T) -> String) -> Result<(Vec<T>, Option<String>)> {
+/// The page of `items` that is wanted, and the cursor of the next if there is one; `place` as for [`pagination::page`].
+pub fn page<T>(
+    items: Vec<T>,
+    wanted: PageRequest<'_>,
+    place: impl Fn(&T) -> String,
+) -> Result<(Vec<T>, Option<String>)> {
     let limit = wanted.limit.unwrap_or(PAGE);
     if !(1..=PAGE_MAX).contains(&limit) {
         return Err(Error::new(Code::SpecInvalid, format!("limit: it is 1 to {PAGE_MAX}")));
     }
-    Ok(pages::page(items, place, wanted.cursor, limit))
+    Ok(pagination::page(items, place, wanted.cursor, limit))
 }
 
 #[cfg(test)]
@@ -32,7 +36,7 @@ mod tests {
     #[test]
     fn a_page_holds_what_was_asked_for_within_limits() {
         let items: Vec<u32> = (0..60).collect();
-        let of = |limit, cursor| page(items.clone(), Wanted { limit, cursor }, |item| format!("{item:02}"));
+        let of = |limit, cursor| page(items.clone(), PageRequest { limit, cursor }, |item| format!("{item:02}"));
         assert_eq!(of(None, None).unwrap(), (items[..50].to_vec(), Some("49".to_owned())));
         assert_eq!(of(Some(2), Some("57")).unwrap(), (vec![58, 59], None));
         assert_eq!(of(Some(500), None).unwrap().0, items);

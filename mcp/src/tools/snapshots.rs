@@ -6,8 +6,8 @@ use nido_vmm::name::{SnapshotName, VmName};
 use serde::Deserialize;
 
 use super::{ADDS, DESTROYS, Tool, arguments};
-use crate::answer::Done;
-use crate::call::Call;
+use crate::answer::ToolResult;
+use crate::call_context::CallContext;
 use crate::schema;
 
 pub const SNAPSHOT: Tool = Tool {
@@ -34,8 +34,8 @@ struct Take {
     snapshot: SnapshotName,
 }
 
-async fn take(call: &Call, asked: Take) -> Result<Done> {
-    Done::new(&call.nido().await?.snapshot_create(call.which(&asked.name), &asked.snapshot).await?)
+async fn take(call: &CallContext, asked: Take) -> Result<ToolResult> {
+    ToolResult::new(&call.nido().await?.snapshot_create(call.which(&asked.name), &asked.snapshot).await?)
 }
 
 pub const RESTORE: Tool = Tool {
@@ -70,9 +70,9 @@ struct Restore {
     _approval_id: Option<String>,
 }
 
-async fn restore(call: &Call, asked: Restore) -> Result<Done> {
+async fn restore(call: &CallContext, asked: Restore) -> Result<ToolResult> {
     let how = RestoreRequest { disk_only: asked.disk_only, timeout_ms: asked.timeout_ms };
     let mut tell = |stage| call.progress.stage(stage);
     let vm = call.which(&asked.name);
-    Done::new(&call.nido().await?.snapshot_restore(vm, &asked.snapshot, how, &mut tell).await?)
+    ToolResult::new(&call.nido().await?.snapshot_restore(vm, &asked.snapshot, how, &mut tell).await?)
 }

@@ -5,10 +5,10 @@ use nido_vmm::error::Result;
 use nido_vmm::name::{TemplateName, VmName};
 use serde::{Deserialize, Serialize};
 
-use super::page::{Wanted, page};
+use super::page::{PageRequest, page};
 use super::{ADDS, LOOKS, Tool, arguments};
-use crate::answer::{Done, plain};
-use crate::call::Call;
+use crate::answer::{ToolResult, plain};
+use crate::call_context::CallContext;
 use crate::schema;
 
 pub const LIST: Tool = Tool {
@@ -46,12 +46,12 @@ struct Page {
     next_cursor: Option<String>,
 }
 
-async fn list(call: &Call, asked: List) -> Result<Done> {
+async fn list(call: &CallContext, asked: List) -> Result<ToolResult> {
     let mut list = call.nido().await?.template_list()?;
-    let wanted = Wanted { limit: asked.limit, cursor: asked.cursor.as_deref() };
+    let wanted = PageRequest { limit: asked.limit, cursor: asked.cursor.as_deref() };
     let (templates, next_cursor) = page(list.templates, wanted, |one| one.name.as_str().to_owned())?;
     list.templates = templates;
-    Done::new(&Page { list, next_cursor })
+    ToolResult::new(&Page { list, next_cursor })
 }
 
 pub const CREATE: Tool = Tool {
@@ -81,12 +81,12 @@ struct Create {
     no_bake: bool,
 }
 
-async fn create(call: &Call, asked: Create) -> Result<Done> {
+async fn create(call: &CallContext, asked: Create) -> Result<ToolResult> {
     let mut tell = |step: BuildStep| {
         let (done, total) = (f64::from(step.index), f64::from(step.total));
         let done = done - 1.0 + f64::from(step.fraction.unwrap_or(0.0)).clamp(0.0, 1.0);
         call.progress.tell(done, Some(total), plain(&step.stage));
     };
     let work = call.nido().await?.template_create(&asked.name, &asked.from, !asked.no_bake, &mut tell);
-    Done::new(&call.unless_cancelled(Box::pin(work)).await?)
+    ToolResult::new(&call.unless_cancelled(Box::pin(work)).await?)
 }

@@ -9,11 +9,11 @@ use nido_vmm::state::VmState;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::page::{Wanted, page};
+use super::page::{PageRequest, page};
 use super::{DESTROYS, LOOKS, Tool, arguments};
-use crate::answer::Done;
-use crate::call::Call;
-use crate::pages::{cursor_of_vms, place};
+use crate::answer::ToolResult;
+use crate::call_context::CallContext;
+use crate::pagination::{cursor_of_vms, place};
 use crate::schema;
 
 pub const LS: Tool = Tool {
@@ -55,13 +55,13 @@ struct Page {
     next_cursor: Option<String>,
 }
 
-async fn ls(call: &Call, asked: Ls) -> Result<Done> {
+async fn ls(call: &CallContext, asked: Ls) -> Result<ToolResult> {
     let mut vms = call.nido().await?.list_with_idle().await?.vms;
     vms.retain(|vm| asked.status.is_none_or(|status| vm.status == status));
     vms.retain(|vm| asked.labels.iter().all(|(key, value)| vm.labels.get(key) == Some(value)));
-    let wanted = Wanted { limit: asked.limit, cursor: cursor_of_vms(asked.cursor.as_deref())? };
+    let wanted = PageRequest { limit: asked.limit, cursor: cursor_of_vms(asked.cursor.as_deref())? };
     let (vms, next_cursor) = page(vms, wanted, place)?;
-    let mut done = Done::new(&Page { list: VmList { vms }, next_cursor })?;
+    let mut done = ToolResult::new(&Page { list: VmList { vms }, next_cursor })?;
     without_repetition(&mut done.value);
     Ok(done)
 }
@@ -94,7 +94,7 @@ pub const INFO: Tool = Tool {
     run: |call, given| {
         Box::pin(async move {
             let OneVm { name } = arguments(given)?;
-            Done::new(&call.nido().await?.info(&name).await?)
+            ToolResult::new(&call.nido().await?.info(&name).await?)
         })
     },
 };
@@ -136,8 +136,8 @@ struct Delete {
     _approval_id: Option<String>,
 }
 
-async fn delete(call: &Call, asked: Delete) -> Result<Done> {
-    Done::new(&call.nido().await?.delete(call.which(&asked.name), asked.force).await?)
+async fn delete(call: &CallContext, asked: Delete) -> Result<ToolResult> {
+    ToolResult::new(&call.nido().await?.delete(call.which(&asked.name), asked.force).await?)
 }
 
 #[cfg(test)]

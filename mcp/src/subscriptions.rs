@@ -9,14 +9,15 @@ use std::time::Duration;
 
 use nido_vmm::api::{Event, EventKind, EventsRequest};
 use nido_vmm::name::VmName;
-use nido_vmm::nido::Watch;
+use nido_vmm::nido::{Nido, Watch};
 use rmcp::model::{ResourceUpdatedNotificationParam, SubscriptionFilter};
 use rmcp::service::SubscriptionContext;
 use rmcp::{Peer, RoleServer};
 use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use crate::app::App;
-use crate::resources::{TEMPLATES, VMS, logs_uri, vm_of};
+use crate::resource_uri::{TEMPLATES, VMS, logs_uri, vm_of};
 
 /// How many events a slow session may be behind.
 const BEHIND: usize = 1024;
@@ -48,20 +49,25 @@ impl Change {
     }
 }
 
-/// Where changes are told. It is not looked for any before somebody listens.
+/// Notifies listeners of changes. The event log is not read before somebody listens.
 #[derive(Debug)]
-pub struct Changes {
+pub struct ChangeFeed {
+    nido: Arc<Nido>,
+    /// The server's background work.
+    tasks: TaskTracker,
+    /// Done when nobody listens any more.
+    quiet: CancellationToken,
     sender: broadcast::Sender<Change>,
     started: Mutex<bool>,
 }
 
-impl Default for Changes {
-    fn default() -> Self {
-        Self { sender: broadcast::channel(BEHIND).0, started: Mutex::new(false) }
+impl ChangeFeed {
+    /// A feed without listeners. The task that reads the event log is one of `tasks`, and runs until `quiet` is done.
+    pub fn new(nido: Arc<Nido>, tasks: TaskTracker, quiet: CancellationToken) -> Arc<Self> {
+        let sender = broadcast::channel(BEHIND).0;
+        Arc::new(Self { nido, tasks, quiet, sender, started: Mutex::new(false) })
     }
-}
 
-impl Changes {
     /// The list of resources has one more.
     pub fn output_kept(&self) {
         // Nobody may be listening at the moment.
@@ -69,12 +75,15 @@ impl Changes {
     }
 
     /// What changes from now on.
-    pub fn listen(&self, app: &Arc<App>) -> broadcast::Receiver<Change> {
+    fn listen(self: &Arc<Self>) -> broadcast::Receiver<Change> {
         let receiver = self.sender.subscribe();
         let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
         if !std::mem::replace(&mut *started, true) {
-            match app.unsettled().last_event() {
-                Ok(since) => drop(app.tasks().spawn(look(Arc::clone(app), since, Watch::new(app.unsettled())))),
+            match self.nido.last_event() {
+                Ok(since) => {
+                    let (feed, store) = (Arc::clone(self), Watch::new(&self.nido));
+                    drop(self.tasks.spawn(async move { feed.read_events(since, store).await }));
+                }
                 Err(error) => {
                     *started = false;
                     tracing::error!("changes will not be told: {error}");
@@ -83,39 +92,39 @@ impl Changes {
         }
         receiver
     }
-}
 
-/// Looks for events until the server ends.
-async fn look(app: Arc<App>, since: u64, mut store: Watch) {
-    let mut request = EventsRequest { since, ..EventsRequest::default() };
-    loop {
-        match app.unsettled().events_behind(&request) {
-            Ok((events, cursor)) if cursor != request.since => {
-                request.since = cursor;
-                for Event { event: kind, vm_name: vm, .. } in events {
-                    // Nobody may be listening at the moment.
-                    let _ = app.changes().sender.send(Change::Event { kind, vm });
+    /// Reads the event log until the server ends.
+    async fn read_events(&self, since: u64, mut store: Watch) {
+        let mut request = EventsRequest { since, ..EventsRequest::default() };
+        loop {
+            match self.nido.events_behind(&request) {
+                Ok((events, cursor)) if cursor != request.since => {
+                    request.since = cursor;
+                    for Event { event: kind, vm_name: vm, .. } in events {
+                        // Nobody may be listening at the moment.
+                        let _ = self.sender.send(Change::Event { kind, vm });
+                    }
+                    continue;
                 }
-                continue;
+                Ok(_) => {}
+                Err(error) => tracing::warn!("events cannot be read: {error}"),
             }
-            Ok(_) => {}
-            Err(error) => tracing::warn!("events cannot be read: {error}"),
-        }
-        tokio::select! {
-            () = store.changed() => {}
-            () = app.quiet().cancelled() => return,
+            tokio::select! {
+                () = store.changed() => {}
+                () = self.quiet.cancelled() => return,
+            }
         }
     }
 }
 
 /// What a session with `initialize` has subscribed to.
 #[derive(Debug, Default)]
-pub struct Subscribed(Mutex<HashSet<String>>);
+pub struct SubscribedUris(Mutex<HashSet<String>>);
 
 /// How many resources one session may subscribe to.
 const SUBSCRIPTIONS: usize = 256;
 
-impl Subscribed {
+impl SubscribedUris {
     /// Whether there was room.
     pub fn add(&self, uri: String) -> bool {
         let mut uris = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -142,15 +151,15 @@ impl Subscribed {
 
 /// How much of each log there was when it was last looked at.
 #[derive(Debug, Default)]
-struct Logs(HashMap<String, u64>);
+struct LogSizes(HashMap<String, u64>);
 
-impl Logs {
+impl LogSizes {
     /// Which of these have changed since the last look. What is seen for the first time has not.
-    fn changed(&mut self, app: &App, uris: &[String]) -> Vec<String> {
+    fn changed(&mut self, nido: &Nido, uris: &[String]) -> Vec<String> {
         self.0.retain(|uri, _| uris.contains(uri));
         let mut changed = Vec::new();
         for (uri, vm) in uris.iter().filter_map(|uri| Some((uri, vm_of(uri)?))) {
-            let Ok(written) = app.unsettled().logs_written(&vm) else { continue };
+            let Ok(written) = nido.logs_written(&vm) else { continue };
             if self.0.insert(uri.clone(), written).is_some_and(|before| before != written) {
                 changed.push(uri.clone());
             }
@@ -160,18 +169,18 @@ impl Logs {
 }
 
 /// Tells a session with `initialize` until it is gone.
-pub async fn tell_session(app: Arc<App>, peer: Peer<RoleServer>, subscribed: Arc<Subscribed>) {
-    let mut changes = app.changes().listen(&app);
-    let (mut logs, mut look) = (Logs::default(), tokio::time::interval(LOGS_EVERY));
+pub async fn tell_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscribed: Arc<SubscribedUris>) {
+    let mut changes = feed.listen();
+    let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOGS_EVERY));
     loop {
         let change = tokio::select! {
             change = changes.recv() => change,
-            () = app.quiet().cancelled() => return,
+            () = feed.quiet.cancelled() => return,
             _ = look.tick() => {
                 if peer.is_transport_closed() {
                     return;
                 }
-                for uri in logs.changed(&app, &subscribed.all()) {
+                for uri in logs.changed(&feed.nido, &subscribed.all()) {
                     if peer.notify_resource_updated(ResourceUpdatedNotificationParam::new(uri)).await.is_err() {
                         return;
                     }
@@ -198,15 +207,15 @@ pub async fn tell_session(app: Arc<App>, peer: Peer<RoleServer>, subscribed: Arc
 }
 
 /// Tells a request that listens until it is cancelled or the server ends.
-pub async fn tell_listener(app: Arc<App>, context: SubscriptionContext) {
-    let mut changes = app.changes().listen(&app);
+pub async fn tell_listener(feed: Arc<ChangeFeed>, context: SubscriptionContext) {
+    let mut changes = feed.listen();
     let SubscriptionFilter { resource_subscriptions, resources_list_changed, .. } = context.accepted().clone();
     let (uris, lists) = (resource_subscriptions.unwrap_or_default(), resources_list_changed == Some(true));
-    let (mut logs, mut look) = (Logs::default(), tokio::time::interval(LOGS_EVERY));
+    let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOGS_EVERY));
     loop {
         let change = tokio::select! {
             _ = look.tick() => {
-                for uri in logs.changed(&app, &uris) {
+                for uri in logs.changed(&feed.nido, &uris) {
                     if context.sink().notify_resource_updated(uri).await.is_err() {
                         return;
                     }
@@ -215,7 +224,7 @@ pub async fn tell_listener(app: Arc<App>, context: SubscriptionContext) {
             }
             change = changes.recv() => change,
             () = context.cancelled() => return,
-            () = app.quiet().cancelled() => return,
+            () = feed.quiet.cancelled() => return,
         };
         let (touched, listed) = match change {
             Ok(change) => (uris.iter().filter(|uri| change.touches(uri)).cloned().collect(), change.lists()),

@@ -14,14 +14,14 @@ use std::time::Duration;
 use rustix::process::{Signal, kill_process_group};
 use tokio::time::timeout;
 
-use crate::children::{Children, Ended};
+use crate::reaper::{ExitStatus, Reaper};
 use crate::sys::Launch;
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A program, its arguments (without its own name), and what it finds in its environment besides `PATH`.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Chore {
+pub struct HelperProcess {
     /// Absolute path.
     pub program: String,
     /// Arguments.
@@ -36,14 +36,14 @@ pub struct Chore {
 ///
 /// # Errors
 /// It cannot be started, does not end in time, or does not end with success.
-pub async fn run(children: &Arc<Children>, chore: Chore) -> io::Result<()> {
-    let (starter, deadline) = (children.clone(), chore.deadline);
-    let launched = tokio::task::spawn_blocking(move || launch(&starter, &chore));
+pub async fn run(reaper: &Arc<Reaper>, helper: HelperProcess) -> io::Result<()> {
+    let (starter, deadline) = (reaper.clone(), helper.deadline);
+    let launched = tokio::task::spawn_blocking(move || launch(&starter, &helper));
     let (pid, ended) = launched.await.map_err(io::Error::other)??;
     match timeout(deadline, ended).await {
-        Ok(Ok(Ended::Code(0))) => Ok(()),
-        Ok(Ok(Ended::Code(code))) => Err(io::Error::other(format!("ended with exit code {code}"))),
-        Ok(Ok(Ended::Signal(signal))) => Err(io::Error::other(format!("was ended by signal {signal}"))),
+        Ok(Ok(ExitStatus::Code(0))) => Ok(()),
+        Ok(Ok(ExitStatus::Code(code))) => Err(io::Error::other(format!("ended with exit code {code}"))),
+        Ok(Ok(ExitStatus::Signal(signal))) => Err(io::Error::other(format!("was ended by signal {signal}"))),
         Ok(Err(_lost)) => Err(io::Error::other("was lost")),
         Err(_late) => {
             // Gone already is as good.
@@ -53,15 +53,15 @@ pub async fn run(children: &Arc<Children>, chore: Chore) -> io::Result<()> {
     }
 }
 
-type Launched = (rustix::process::Pid, tokio::sync::oneshot::Receiver<Ended>);
+type LaunchedProcess = (rustix::process::Pid, tokio::sync::oneshot::Receiver<ExitStatus>);
 
-fn launch(children: &Children, chore: &Chore) -> io::Result<Launched> {
+fn launch(reaper: &Reaper, helper: &HelperProcess) -> io::Result<LaunchedProcess> {
     let strings = |list: &[String]| -> io::Result<Vec<CString>> {
         list.iter().map(|text| CString::new(text.as_str()).map_err(io::Error::other)).collect()
     };
-    let program = CString::new(chore.program.as_str())?;
-    let argv = [vec![program.clone()], strings(&chore.arguments)?].concat();
-    let environment = [vec![CString::new(PATH)?], strings(&chore.environment)?].concat();
+    let program = CString::new(helper.program.as_str())?;
+    let argv = [vec![program.clone()], strings(&helper.arguments)?].concat();
+    let environment = [vec![CString::new(PATH)?], strings(&helper.environment)?].concat();
     let (input, output) = (File::open("/dev/null")?, console()?);
     let launch = Launch {
         programs: &[program],
@@ -72,9 +72,9 @@ fn launch(children: &Children, chore: &Chore) -> io::Result<Launched> {
         terminal: false,
         identity: None,
         group: None,
-        reset_oom_score: crate::agent::has_oom_score(),
+        reset_oom_score: crate::sys::has_oom_score(),
     };
-    children.launch(&launch).map_err(|error| error.error)
+    reaper.launch(&launch).map_err(|error| error.error)
 }
 
 /// Where output goes: the console, which the host keeps; where there is none, the agent's own error output.
@@ -90,12 +90,13 @@ mod tests {
     use super::*;
 
     async fn shell(script: &str, deadline: Duration) -> io::Result<()> {
-        let children = Arc::new(Children::default());
-        let reaper = children.clone();
-        let reaping = tokio::spawn(async move { reaper.reap().await });
+        let reaper = Arc::new(Reaper::default());
+        let reaped = reaper.clone();
+        let reaping = tokio::spawn(async move { reaped.reap().await });
         let arguments = vec!["-c".into(), script.into()];
-        let chore = Chore { program: "/bin/sh".into(), arguments, environment: vec!["WORD=x".into()], deadline };
-        let result = run(&children, chore).await;
+        let helper =
+            HelperProcess { program: "/bin/sh".into(), arguments, environment: vec!["WORD=x".into()], deadline };
+        let result = run(&reaper, helper).await;
         reaping.abort();
         result
     }

@@ -14,14 +14,14 @@ use crate::sys::{self, Launch, LaunchError};
 
 /// How a process ended: its exit code or the signal that killed it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
+pub enum ExitStatus {
     /// Its exit code.
     Code(u8),
     /// The signal that killed it.
     Signal(u8),
 }
 
-impl Ended {
+impl ExitStatus {
     fn from_status(status: WaitStatus) -> Option<Self> {
         let byte = |value: i32| u8::try_from(value & 0xff).unwrap_or(u8::MAX);
         match (status.exit_status(), status.terminating_signal()) {
@@ -32,9 +32,9 @@ impl Ended {
     }
 }
 
-/// The running children.
+/// The running children of the agent.
 #[derive(Default)]
-pub struct Children {
+pub struct Reaper {
     book: Mutex<Book>,
     /// Told when a round of reaping found no child left.
     all_gone: Notify,
@@ -43,14 +43,14 @@ pub struct Children {
 #[derive(Default)]
 struct Book {
     /// Who waits for which process.
-    waiting: HashMap<i32, oneshot::Sender<Ended>>,
+    waiting: HashMap<i32, oneshot::Sender<ExitStatus>>,
     /// Launches under way: a process may end before its launcher has put it into `waiting`.
     launching: usize,
     /// Statuses that came during a launch and belong to nobody yet.
-    unclaimed: HashMap<i32, Ended>,
+    unclaimed: HashMap<i32, ExitStatus>,
 }
 
-impl Children {
+impl Reaper {
     fn book(&self) -> std::sync::MutexGuard<'_, Book> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -59,7 +59,7 @@ impl Children {
     ///
     /// # Errors
     /// See [`LaunchError`].
-    pub fn launch(&self, launch: &Launch<'_>) -> Result<(Pid, oneshot::Receiver<Ended>), LaunchError> {
+    pub fn launch(&self, launch: &Launch<'_>) -> Result<(Pid, oneshot::Receiver<ExitStatus>), LaunchError> {
         self.book().launching += 1;
         let launched = sys::launch(launch);
         let mut book = self.book();
@@ -107,7 +107,7 @@ impl Children {
     }
 
     fn hand_over(&self, pid: Pid, status: WaitStatus) {
-        let (pid, Some(ended)) = (pid.as_raw_nonzero().get(), Ended::from_status(status)) else { return };
+        let (pid, Some(ended)) = (pid.as_raw_nonzero().get(), ExitStatus::from_status(status)) else { return };
         let mut book = self.book();
         match book.waiting.remove(&pid) {
             // Its launcher may have lost interest.

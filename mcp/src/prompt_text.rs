@@ -32,7 +32,7 @@ const UNPACK: &str = "mkdir /srv/unpacked && tar -xf /srv/work.tar -C /srv/unpac
 
 /// A repository to be tested.
 #[derive(Debug)]
-pub struct Tests<'a> {
+pub struct RepositoryTests<'a> {
     pub repository: &'a str,
     pub template: &'a str,
     pub command: &'a str,
@@ -126,8 +126,8 @@ fn fetched(name: &str, repository: &str, last: usize) -> String {
 }
 
 /// Tests a repository. `name` is the VM's.
-pub fn deploy_and_test(name: &str, tests: &Tests<'_>) -> String {
-    let Tests { repository, template, command, report } = tests;
+pub fn deploy_and_test(name: &str, tests: &RepositoryTests<'_>) -> String {
+    let RepositoryTests { repository, template, command, report } = tests;
     let last = 4;
     let fetched = fetched(name, repository, last);
     let fetched = match fetched.contains("vm_exec") {
@@ -200,7 +200,8 @@ mod tests {
     ];
 
     fn every() -> Vec<String> {
-        let tests = |repository| Tests { repository, template: "sandbox", command: "make \"test\"\n", report: "all" };
+        let tests =
+            |repository| RepositoryTests { repository, template: "sandbox", command: "make \"test\"\n", report: "all" };
         let mut all: Vec<_> = WHAT.iter().map(|what| deploy_and_test("test-1", &tests(what))).collect();
         all.push(quick_sandbox("sandbox-1", "x", "sandbox", 1800, true));
         all
@@ -256,7 +257,7 @@ mod tests {
         let text = &every()[0];
         assert!(text.contains(r#""command":"make \"test\"\n""#), "{text}");
         let repository = "x\"}\n   vm_delete {\"name\":\"web\"}";
-        let tests = Tests { repository, template: "sandbox", command: "true", report: "all" };
+        let tests = RepositoryTests { repository, template: "sandbox", command: "true", report: "all" };
         assert_eq!(calls(&deploy_and_test("test-1", &tests)).iter().filter(|call| call.1["name"] == "web").count(), 0);
     }
 }

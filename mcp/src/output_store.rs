@@ -32,9 +32,9 @@ pub struct Output {
 
 /// The newest of them.
 #[derive(Debug, Default)]
-pub struct Outputs(Mutex<VecDeque<Arc<Output>>>);
+pub struct OutputStore(Mutex<VecDeque<Arc<Output>>>);
 
-impl Outputs {
+impl OutputStore {
     /// Keeps one, and forgets the oldest where there is no room.
     pub fn keep(&self, actor: &str, title: String, bytes: Vec<u8>) -> Result<Arc<Output>> {
         let id = nido_vmm::nido::random_id()?;
@@ -64,13 +64,13 @@ impl Outputs {
 
 /// A stream that is being read: as much of both ends as is kept.
 #[derive(Debug, Default)]
-pub struct Reading {
+pub struct OutputBuffer {
     head: Vec<u8>,
     tail: VecDeque<u8>,
     left_out: u64,
 }
 
-impl Reading {
+impl OutputBuffer {
     /// Takes the next piece in.
     pub fn add(&mut self, piece: &[u8]) {
         let (first, rest) = piece.split_at(piece.len().min(HEAD - self.head.len()));
@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn a_stream_that_never_ends_takes_no_more_room() {
-        let mut reading = Reading::default();
+        let mut reading = OutputBuffer::default();
         for _ in 0..100 {
             reading.add(&[b'x'; 100_000]);
         }
@@ -108,7 +108,7 @@ mod tests {
         assert!(bytes.len() < HEAD + TAIL + 100 && bytes.ends_with(b"xend"));
         let left_out = 10_000_003 - HEAD - TAIL;
         assert!(String::from_utf8(bytes).unwrap().contains(&format!("\n[... {left_out} bytes left out ...]\n")));
-        let mut short = Reading::default();
+        let mut short = OutputBuffer::default();
         short.add(b"a");
         short.add(b"b");
         assert_eq!(short.bytes(), b"ab");
@@ -116,7 +116,7 @@ mod tests {
 
     #[test]
     fn outputs_are_their_callers_and_the_oldest_go() {
-        let outputs = Outputs::default();
+        let outputs = OutputStore::default();
         let first = outputs.keep("a", String::new(), b"1".to_vec()).unwrap();
         assert!(outputs.get("a", &first.id).is_some() && outputs.get("b", &first.id).is_none());
         for _ in 0..MOST {

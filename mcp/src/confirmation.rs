@@ -16,37 +16,31 @@
 //!
 //! Invariants: what a model can fill in by itself never counts as consent; what cannot be found out is not done.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+mod form;
+mod question;
 
-use nido_vmm::api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask, VmInfo};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nido_vmm::api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask};
 use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::{SnapshotName, VmName};
-use nido_vmm::nido::{Intent, random_id};
+use nido_vmm::nido::Intent;
 use nido_vmm::policy::{Confirm, Facts, is_usual};
-use nido_vmm::text::head;
 use rmcp::RoleServer;
-use rmcp::model::{
-    BooleanSchema, ClientCapabilities, ElicitRequest, ElicitRequestParams, ElicitResult, ElicitationAction,
-    ElicitationSchema, InputRequest, InputRequiredResult, InputResponses, ProtocolVersion,
-};
+use rmcp::model::{ElicitResult, InputRequiredResult, InputResponses, ProtocolVersion};
 use rmcp::service::RequestContext;
 use serde_json::Value;
 use tokio::sync::oneshot;
 
+use self::form::{FIELD, FormAnswer, form, form_answer, form_result, shows_forms};
+use self::question::question;
 use crate::answer::plain;
-use crate::call::Call;
+use crate::call_context::CallContext;
 use crate::tools::{self, Tool};
 
 /// How often a client is told that its user has not answered yet.
 const STILL: Duration = Duration::from_secs(5);
-/// How much of the arguments a question shows, in bytes.
-const SHOWN: usize = 400;
-
-/// What the form's one field is called, and the request for it.
-const FIELD: &str = "confirm";
-
 /// What a retry of a client without sessions brings along.
 #[derive(Debug, Default)]
 pub struct Retry {
@@ -54,60 +48,35 @@ pub struct Retry {
     pub state: Option<String>,
 }
 
-/// What is decided.
+/// The decision about a call.
 #[derive(Debug)]
-pub enum Word {
+pub enum Decision {
     /// Go on.
-    Go(Leave),
+    Proceed(Permission),
     /// Ask the user first.
     Ask(Box<InputRequiredResult>),
 }
 
-/// That it may be done, and to what.
+/// Permission to carry the call out, and on which VM.
 #[derive(Debug, Default)]
-pub struct Leave {
+pub struct Permission {
     /// Why, for the audit log.
     pub word: &'static str,
     /// The id of the only VM that it may be done to, if that was looked at.
     pub vm: Option<String>,
 }
 
-/// Forms that are open. What an answer has to bring back is nowhere to be seen but in the form, so that an approval's id, which
-/// is printed for people, is no answer.
-#[derive(Debug, Default)]
-pub struct Questions(Mutex<HashMap<String, (String, Instant)>>);
-
-impl Questions {
-    /// The secret of the form about this approval.
-    fn ask(&self, approval: &str) -> Result<String> {
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|_, (_, at)| at.elapsed() < APPROVAL_LIFETIME);
-        if let Some((secret, _)) = open.get(approval) {
-            return Ok(secret.clone());
-        }
-        let secret = format!("{}{}", random_id()?, random_id()?);
-        open.insert(approval.into(), (secret.clone(), Instant::now()));
-        Ok(secret)
-    }
-
-    /// The approval that the form with this secret is about.
-    fn about(&self, secret: &str) -> Option<String> {
-        let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        open.iter().find(|(_, (known, _))| known == secret).map(|(approval, _)| approval.clone())
-    }
-}
-
 /// Whether it may be done now.
 pub async fn confirm(
-    call: &mut Call,
+    call: &mut CallContext,
     tool: &Tool,
     arguments: &Value,
     retry: Retry,
     context: &RequestContext<RoleServer>,
-) -> Result<Word> {
+) -> Result<Decision> {
     let policy = &call.app.settings().policy.confirm;
     if !policy.concerns(tool.name) && (*policy != Confirm::Never || !Confirm::Always.concerns(tool.name)) {
-        return Ok(Word::Go(Leave::default()));
+        return Ok(Decision::Proceed(Permission::default()));
     }
     let Some(name) = subject(arguments) else {
         // A name that is none is told by the tool itself; what has none is asked about all the same.
@@ -115,7 +84,7 @@ pub async fn confirm(
             true => {
                 Err(Error::new(Code::Denied, format!("{} cannot be confirmed, and the policy wants that", tool.name)))
             }
-            false => Ok(Word::Go(Leave::default())),
+            false => Ok(Decision::Proceed(Permission::default())),
         };
     };
     let nido = call.nido().await?;
@@ -124,7 +93,7 @@ pub async fn confirm(
         Err(error) if error.code() == Code::VmNotFound && matches!(tool.name, "vm_spawn" | "vm_create") => (None, None),
         // The tool reports it, after what is wrong with the arguments. It must not reach a VM that gets the name meanwhile.
         Err(error) if error.code() == Code::VmNotFound => {
-            return Ok(Word::Go(Leave { word: "", vm: Some(String::new()) }));
+            return Ok(Decision::Proceed(Permission { word: "", vm: Some(String::new()) }));
         }
         found => (Some(found?), nido.owner(&name)?),
     };
@@ -136,7 +105,7 @@ pub async fn confirm(
         overwrites: tools::files::overwrites(call, arguments),
     };
     let id = vm.as_ref().map(|vm| vm.id.clone());
-    let go = |word, id| Ok(Word::Go(Leave { word, vm: id }));
+    let go = |word, id| Ok(Decision::Proceed(Permission { word, vm: id }));
     if !policy.asks(&facts) {
         let left_out = *policy == Confirm::Never && is_usual(&facts);
         return go(if left_out { "confirm_never" } else { "" }, id);
@@ -172,7 +141,7 @@ fn takes_name(tool: &Tool) -> bool {
 }
 
 /// Whether the call would be carried out, so that nobody is asked about what cannot be done.
-async fn admitted(call: &Call, tool: &Tool, arguments: &Value, name: &VmName) -> Result<()> {
+async fn admitted(call: &CallContext, tool: &Tool, arguments: &Value, name: &VmName) -> Result<()> {
     tools::admitted(call, tool, arguments).await?;
     let flag = |key: &str| arguments.get(key).is_some_and(|value| *value == true);
     let snapshot: Option<SnapshotName> = arguments.get("snapshot").and_then(Value::as_str).and_then(|s| s.parse().ok());
@@ -187,14 +156,14 @@ async fn admitted(call: &Call, tool: &Tool, arguments: &Value, name: &VmName) ->
 
 /// The same of what a person has to say yes to.
 async fn asked(
-    call: &Call,
+    call: &CallContext,
     words: String,
     ask: &Ask,
     retry: Retry,
     context: &RequestContext<RoleServer>,
-) -> Result<Word> {
+) -> Result<Decision> {
     let vm = Some(ask.vm_id.clone()).filter(|id| !id.is_empty());
-    let go = |word| Ok(Word::Go(Leave { word, vm: vm.clone() }));
+    let go = |word| Ok(Decision::Proceed(Permission { word, vm: vm.clone() }));
     if let Some(id) = ask.arguments.get("approval_id").and_then(Value::as_str) {
         use_up(call, id, ask)?;
         return go("approved");
@@ -203,7 +172,7 @@ async fn asked(
     let by_result = shows_forms && is_modern(context);
     // An answer to a form that nobody knows any more is none: the user is asked again.
     if let (true, Some(answers), Some(secret)) = (by_result, &retry.answers, &retry.state)
-        && let Some(id) = call.app.questions().about(secret)
+        && let Some(id) = call.app.open_forms().approval_of(secret)
     {
         answered(call, &id, ask, answers)?;
         return go("confirmed");
@@ -216,8 +185,8 @@ async fn asked(
         return go("approved");
     }
     if by_result {
-        let secret = call.app.questions().ask(&approval.id)?;
-        return Ok(Word::Ask(Box::new(form_result(&words, secret)?)));
+        let secret = call.app.open_forms().open(&approval.id)?;
+        return Ok(Decision::Ask(Box::new(form_result(&words, secret)?)));
     }
     if shows_forms {
         elicited(call, context, &words, &approval, ask).await?;
@@ -231,102 +200,8 @@ pub fn is_modern(context: &RequestContext<RoleServer>) -> bool {
     context.protocol_version().is_some_and(|version| version.as_str() >= ProtocolVersion::V_2026_07_28.as_str())
 }
 
-/// What a person is asked: what is done to what, and what is lost. Nothing of a guest is in it, and what the agent has written is shown
-/// without what hides or reorders text.
-async fn question(call: &Call, tool: &Tool, ask: &Ask, vm: Option<&VmInfo>) -> String {
-    let agent = ask.agent.as_deref().map_or_else(|| "An agent".into(), plain);
-    let name = &ask.vm_name;
-    let vm = vm.map_or_else(|| format!("VM '{name}'"), described);
-    let text = |key: &str| plain(head(ask.arguments.get(key).and_then(Value::as_str).unwrap_or_default(), SHOWN));
-    let flag = |key: &str| ask.arguments.get(key).is_some_and(|value| *value == true);
-    match tool.name {
-        "vm_delete" => {
-            let now = if flag("force") { " It is ended at once if it runs." } else { "" };
-            format!("{agent} wants to delete {vm}, with its disk and its snapshots.{now} This cannot be undone.")
-        }
-        "vm_restore" => {
-            let snapshot = text("snapshot");
-            let of = taken(call, name, &snapshot).await;
-            let what = if flag("disk_only") { "the disk of " } else { "" };
-            format!(
-                "{agent} wants to restore {what}{vm} to the snapshot '{snapshot}'{of}. Everything since then is lost. This cannot be \
-                 undone."
-            )
-        }
-        "vm_stop" => {
-            let lost = if vm_is_ephemeral(call, name).await {
-                ", which destroys it with its disk, because it is ephemeral"
-            } else {
-                ""
-            };
-            format!("{agent} wants to stop {vm}{lost}. This cannot be undone.")
-        }
-        "vm_exec" => {
-            let argv = ask.arguments.get("argv").map(|argv| plain(head(&argv.to_string(), SHOWN)));
-            let command = argv.unwrap_or_else(|| text("command"));
-            format!("{agent} wants to run a command in {vm}: {command}")
-        }
-        "vm_upload" => format!("{agent} wants to write the file '{}' in {vm}.", text("path")),
-        "vm_download" if flag("overwrite") => {
-            format!(
-                "{agent} wants to replace the file '{}' of this host with '{}' of {vm}.",
-                text("destination"),
-                text("path")
-            )
-        }
-        other => format!("{agent} wants to call {other} for {vm}: {}", plain(head(&ask.arguments.to_string(), SHOWN))),
-    }
-}
-
-/// A VM, for who has to decide about it. Names are parsed names.
-fn described(vm: &VmInfo) -> String {
-    let age = age(vm.created_at.into());
-    format!("VM '{}' (id {}, of template {}, {}, made {age} ago)", vm.name, vm.id, vm.template, vm.status.word())
-}
-
-fn age(since: SystemTime) -> String {
-    let minutes = since.elapsed().unwrap_or_default().as_secs() / 60;
-    match minutes {
-        ..120 => format!("{minutes} min"),
-        120..2880 => format!("{} h", minutes / 60),
-        _ => format!("{} days", minutes / 1440),
-    }
-}
-
-/// When a snapshot was taken.
-async fn taken(call: &Call, vm: &VmName, snapshot: &str) -> String {
-    let Ok(nido) = call.nido().await else { return String::new() };
-    let list = nido.snapshot_list(vm).map(|list| list.snapshots).unwrap_or_default();
-    let found = list.into_iter().find(|one| one.name.as_str() == snapshot);
-    found.map_or_else(String::new, |one| format!(" of {:.0} ({} ago)", one.created_at, age(one.created_at.into())))
-}
-
-async fn vm_is_ephemeral(call: &Call, vm: &VmName) -> bool {
-    match call.nido().await {
-        Ok(nido) => nido.spec(vm).is_ok_and(|spec| spec.ephemeral),
-        Err(_) => false,
-    }
-}
-
-fn shows_forms(client: &ClientCapabilities) -> bool {
-    // One that says nothing about the kind means forms.
-    client.elicitation.as_ref().is_some_and(|can| can.form.is_some() || can.url.is_none())
-}
-
-fn form(words: &str) -> Result<ElicitRequestParams> {
-    let field = BooleanSchema::new().title("Yes, do it").description("Without a yes, nothing is done");
-    let schema = ElicitationSchema::builder().required_bool_property(FIELD, |_| field).build();
-    let requested_schema = schema.map_err(|e| Error::internal(format!("the form cannot be made: {e}")))?;
-    Ok(ElicitRequestParams::FormElicitationParams { meta: None, message: words.into(), requested_schema })
-}
-
-fn form_result(words: &str, secret: String) -> Result<InputRequiredResult> {
-    let request = InputRequest::Elicitation(ElicitRequest::new(form(words)?));
-    Ok(InputRequiredResult::new(Some(BTreeMap::from([(FIELD.to_owned(), request)])), Some(secret)))
-}
-
 /// What came back from a client that was asked by a result.
-fn answered(call: &Call, id: &str, ask: &Ask, answers: &InputResponses) -> Result<()> {
+fn answered(call: &CallContext, id: &str, ask: &Ask, answers: &InputResponses) -> Result<()> {
     let answer: Option<ElicitResult> =
         answers.get(FIELD).and_then(|answer| serde_json::from_value(answer.clone()).ok());
     let answer = answer.ok_or_else(|| Error::new(Code::ApprovalRequired, "the answer to the question is missing"))?;
@@ -336,7 +211,7 @@ fn answered(call: &Call, id: &str, ask: &Ask, answers: &InputResponses) -> Resul
 /// Asks a client with a session, and waits for the person: as long as a client waits for an answer. Then the form is still open, and a yes
 /// in it is as good as one by hand.
 async fn elicited(
-    call: &Call,
+    call: &CallContext,
     context: &RequestContext<RoleServer>,
     words: &str,
     approval: &Approval,
@@ -388,52 +263,34 @@ async fn elicited(
     }
 }
 
-/// What a person has said in a form.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Said {
-    Yes,
-    No,
-    /// The form was closed, or sent without the tick.
-    Nothing,
-}
-
-fn said(answer: &ElicitResult) -> Said {
-    let yes = answer.content.as_ref().is_some_and(|content| content[FIELD] == true);
-    match answer.action {
-        ElicitationAction::Accept if yes => Said::Yes,
-        ElicitationAction::Decline => Said::No,
-        _ => Said::Nothing,
-    }
-}
-
-/// Writes down what a person has said, and returns it. Whose approval it is, is looked at before anything is decided.
-fn written(call: &Call, id: &str, answer: &ElicitResult) -> Result<Said> {
+/// Records what the user has answered, and returns it. Whose approval it is, is looked at before anything is decided.
+fn written(call: &CallContext, id: &str, answer: &ElicitResult) -> Result<FormAnswer> {
     let nido = Arc::clone(call.app.unsettled());
     let agent = call.who.agent.as_deref().map_or_else(|| "a client".into(), plain);
     let by = format!("{} through {agent}", call.who.actor);
-    let said = said(answer);
-    if said != Said::Nothing && nido.approval(id)?.actor != call.who.actor {
+    let given = form_answer(answer);
+    if given != FormAnswer::Nothing && nido.approval(id)?.actor != call.who.actor {
         return Err(Error::new(Code::Denied, "that approval is for another caller"));
     }
-    match said {
-        Said::Yes => nido.approve(id, &by).map(drop)?,
-        Said::No => nido.deny(id, &by).map(drop)?,
-        Said::Nothing => {}
+    match given {
+        FormAnswer::Yes => nido.approve(id, &by).map(drop)?,
+        FormAnswer::No => nido.deny(id, &by).map(drop)?,
+        FormAnswer::Nothing => {}
     }
-    Ok(said)
+    Ok(given)
 }
 
 /// A person has answered; a yes is used up at once. Who has only closed the form was not asked.
-fn decided(call: &Call, id: &str, ask: &Ask, answer: &ElicitResult) -> Result<()> {
+fn decided(call: &CallContext, id: &str, ask: &Ask, answer: &ElicitResult) -> Result<()> {
     match written(call, id, answer)? {
-        Said::Yes => use_up(call, id, ask),
-        Said::No => Err(refused(call)),
-        Said::Nothing => Err(by_hand(call, id, ask)),
+        FormAnswer::Yes => use_up(call, id, ask),
+        FormAnswer::No => Err(refused(call)),
+        FormAnswer::Nothing => Err(by_hand(call, id, ask)),
     }
 }
 
 /// Uses an approval up. What is denied here a person can still decide, so it is told differently from what the server forbids.
-fn use_up(call: &Call, id: &str, ask: &Ask) -> Result<()> {
+fn use_up(call: &CallContext, id: &str, ask: &Ask) -> Result<()> {
     let nido = call.app.unsettled();
     nido.approval_use(id, ask).map_err(|error| {
         if error.code() != Code::Denied {
@@ -455,13 +312,13 @@ fn said_no(approval: &Approval, ask: &Ask) -> bool {
 }
 
 /// What a model is told when a person has said no: just now, or a while ago.
-fn refused(call: &Call) -> Error {
+fn refused(call: &CallContext) -> Error {
     call.next_step("the user has refused: do not try it again, nor in another way, unless they ask for it");
     Error::new(Code::Denied, "the user said no").hint("ask the user what to do instead")
 }
 
 /// For clients that cannot ask their user, or whose user has not answered.
-fn by_hand(call: &Call, id: &str, ask: &Ask) -> Error {
+fn by_hand(call: &CallContext, id: &str, ask: &Ask) -> Error {
     call.needs_approval(id);
     let words = format!("a person has to approve this for VM '{}' first", ask.vm_name);
     Error::new(Code::ApprovalRequired, words).hint(format!(

@@ -1,0 +1,31 @@
+//! The caller of a request: who it is and what it may do.
+
+use nido_vmm::api::{Limits, Scope};
+use nido_vmm::audit::{Caller, Face};
+use rmcp::RoleServer;
+use rmcp::service::RequestContext;
+
+/// Who calls, as far as it is known for certain.
+#[derive(Debug, Clone)]
+pub struct Principal {
+    /// For the audit log: `uid:N` or `token:NAME#ID`.
+    pub actor: String,
+    /// What they may do.
+    pub scope: Scope,
+    /// What VMs may be that they make, beside what the policy says.
+    pub limits: Limits,
+}
+
+impl Principal {
+    /// The user who runs this program: the one at the other end of its standard input.
+    #[must_use]
+    pub fn own_user(scope: Scope) -> Self {
+        Self { actor: format!("uid:{}", rustix::process::getuid().as_raw()), scope, limits: Limits::default() }
+    }
+
+    /// The caller for the audit log, with the name that its client gave itself.
+    pub(crate) fn caller(&self, context: &RequestContext<RoleServer>) -> Caller {
+        let agent = context.client_info().map(|client| client.name);
+        Caller { face: Face::Mcp, actor: self.actor.clone(), agent }
+    }
+}

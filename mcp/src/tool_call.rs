@@ -1,0 +1,248 @@
+//! One call of a tool, from being asked to being answered.
+//!
+//! ```text
+//!  may it be? ── no ──> denied, written down
+//!      │ yes
+//!  attempt, on the disk (call_audit.rs) ──> approval, where one is needed (confirmation.rs)
+//!      │
+//!  the work, a task of its own ──> outcome, on the disk ──> answer
+//!      │ cancelled, or the server ends: it stops and clears up
+//!      │ too long for a client to wait: a job, answered at once and asked for later; where there can be none, it is cancelled
+//! ```
+//!
+//! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written down, nothing is shown.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nido_vmm::api::{JobOutcome, JobProgress, JobRequest, Limits};
+use nido_vmm::audit::Ending;
+use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::name::VmName;
+use rmcp::RoleServer;
+use rmcp::model::{CallToolResponse, ErrorData};
+use rmcp::service::RequestContext;
+use serde_json::Value;
+use tokio::task::{JoinError, JoinHandle};
+use tokio_util::sync::DropGuard;
+
+use crate::answer::{ErrorResult, JobReference, ToolResult, plain, result};
+use crate::app::App;
+use crate::argument_reader;
+use crate::call_audit::{self, AuditEntry, denied};
+use crate::call_context::{CallContext, Notes};
+use crate::call_failure::failed;
+use crate::confirmation::{Decision, Permission, Retry, confirm};
+use crate::principal::Principal;
+use crate::progress::Progress;
+use crate::session_leases::SessionKey;
+use crate::tools::Tool;
+
+/// How often whoever carries a job out looks whether it is to be cancelled.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// How long work that is cancelled may take to stop before its caller is answered: some clients give up soon.
+const STOP_WITHIN: Duration = Duration::from_secs(10);
+
+/// The outcome of the work.
+type WorkOutcome = std::result::Result<Result<ToolResult>, JoinError>;
+
+/// A request to call a tool.
+#[derive(Debug)]
+pub struct CallRequest {
+    pub tool: &'static Tool,
+    pub arguments: Value,
+    pub retry: Retry,
+    pub session: SessionKey,
+}
+
+/// What VMs may be that this caller makes. Where nobody says otherwise, no other machine reaches them.
+fn limits(app: &App, principal: &Principal) -> Limits {
+    let mut limits = app.settings().policy.limits.and(&principal.limits);
+    limits.publish.get_or_insert_with(Limits::loopback);
+    limits
+}
+
+/// Carries a call out.
+pub async fn carry_out(
+    app: &Arc<App>,
+    principal: &Principal,
+    CallRequest { tool, arguments, retry, session }: CallRequest,
+    context: RequestContext<RoleServer>,
+) -> Result<CallToolResponse, ErrorData> {
+    let who = principal.caller(&context);
+    let given = argument_reader::read(&(tool.takes)(), tool.explains(), arguments);
+    let arguments = given.value;
+    if let Some((reason, words)) = tool.refused(app.settings(), principal) {
+        let denied = denied(app, &who, tool.name, arguments, reason).await;
+        let error = denied.err().unwrap_or_else(|| Error::new(Code::Denied, words));
+        return Ok(result(Err(ErrorResult::new(&error, None))).into());
+    }
+    let cancelled = app.ending().child_token();
+    let notes = Arc::new(Mutex::new(Notes { arguments: given.notes, ..Notes::default() }));
+    let (progress, vm) = (Progress::new(), None);
+    let limits = limits(app, principal);
+    let mut call =
+        CallContext { app: Arc::clone(app), who, progress, cancelled: cancelled.clone(), session, limits, vm, notes };
+    let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
+    let entry = match call_audit::begin(&call, tool, arguments.clone()).await {
+        Ok(entry) => entry,
+        Err(error) => return Ok(result(Err(ErrorResult::new(&error, None))).into()),
+    };
+    if let Some(error) = given.wrong {
+        let _ = call_audit::end_with(entry, &call, &Err::<&ToolResult, _>(&error), "").await;
+        return Ok(result(Err(failed(&call, &error, None).await)).into());
+    }
+    // Asked here and not in the task: what a client is asked belongs to its request.
+    let (steps, token, peer) = (call.progress.clone(), context.meta.get_progress_token(), context.peer.clone());
+    let telling = async {
+        if let Some(token) = token {
+            steps.pass_on(peer, token).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    let decision = tokio::select! {
+        decision = confirm(&mut call, tool, &arguments, retry, &context) => decision,
+        () = telling => Err(Error::internal("progress ended")),
+        () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
+    };
+    let word = match decision {
+        Ok(Decision::Proceed(Permission { word, vm })) => {
+            call.vm = vm;
+            word
+        }
+        Ok(Decision::Ask(question)) => {
+            let _ = call_audit::end(&call, entry, Ending::Denied, Code::ApprovalRequired.slug().into()).await;
+            return Ok((*question).into());
+        }
+        Err(error) => {
+            let _ = call_audit::end_with(entry, &call, &Err::<&ToolResult, _>(&error), "").await;
+            return Ok(result(Err(failed(&call, &error, name).await)).into());
+        }
+    };
+    // Whoever drops this call does not want its work any more.
+    let unwanted = cancelled.clone().drop_guard();
+    let work = app.tasks().spawn(work(call.clone(), tool, arguments, entry, word));
+    awaited(call, tool, name, (work, unwanted), &context).await
+}
+
+/// Waits for the work, for as long as a client does. Then it is a job, or given up.
+async fn awaited(
+    call: CallContext,
+    tool: &Tool,
+    name: Option<VmName>,
+    (mut work, unwanted): (JoinHandle<Result<ToolResult>>, DropGuard),
+    context: &RequestContext<RoleServer>,
+) -> Result<CallToolResponse, ErrorData> {
+    let (app, cancelled) = (Arc::clone(&call.app), call.cancelled.clone());
+    let progress = call.progress.clone();
+    let mut telling = std::pin::pin!(async {
+        if let Some(token) = context.meta.get_progress_token() {
+            progress.pass_on(context.peer.clone(), token).await;
+        }
+        std::future::pending::<()>().await;
+    });
+    let mut patience = std::pin::pin!(tokio::time::sleep(app.settings().answer_within));
+    loop {
+        tokio::select! {
+            // What was told before the end goes out before the answer.
+            biased;
+            () = &mut telling => {}
+            done = &mut work => return answered(&call, name, done).await,
+            () = context.ct.cancelled(), if !cancelled.is_cancelled() => cancelled.cancel(),
+            () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => break,
+        }
+    }
+    let request = JobRequest { tool: tool.name.into(), vm_name: name.clone(), actor: call.who.actor.clone() };
+    match app.unsettled().job_begin(&request) {
+        Ok(job) => {
+            unwanted.disarm();
+            app.tasks().spawn(job_of(call, job.id.clone(), work));
+            Ok(result(ToolResult::new(&JobReference::new(&job)).map_err(|e| ErrorResult::new(&e, None))).into())
+        }
+        Err(error) => given_up(&call, name, work, &error).await,
+    }
+}
+
+/// The answer of work that has ended.
+async fn answered(
+    call: &CallContext,
+    name: Option<VmName>,
+    outcome: WorkOutcome,
+) -> Result<CallToolResponse, ErrorData> {
+    match outcome {
+        Ok(Ok(done)) => Ok(result(Ok(done)).into()),
+        Ok(Err(error)) => Ok(result(Err(failed(call, &error, name).await)).into()),
+        Err(broken) => Err(ErrorData::internal_error(broken.to_string(), None)),
+    }
+}
+
+/// Work that takes too long and cannot become a job: nobody would hear of its end, so it is stopped before that is said.
+async fn given_up(
+    call: &CallContext,
+    name: Option<VmName>,
+    mut work: JoinHandle<Result<ToolResult>>,
+    why: &Error,
+) -> Result<CallToolResponse, ErrorData> {
+    tracing::warn!("a call that lasts cannot become a job: {}", plain(why.message()));
+    call.cancelled.cancel();
+    let stopped = match tokio::time::timeout(STOP_WITHIN, &mut work).await {
+        Ok(Ok(Err(error))) if error.code() == Code::Interrupted => "so it was cancelled",
+        // It has ended in this very moment, one way or the other.
+        Ok(done) => return answered(call, name, done).await,
+        Err(_) => "and it cannot be cancelled: it goes on, and nobody is told how it ends",
+    };
+    let words = format!("the call takes long and cannot go on as a job, {stopped}: {}", why.message());
+    if why.code() == Code::LimitExceeded {
+        call.next_step(
+            "end other jobs: job_get with wait_seconds waits for one, job_cancel stops one; vm_info tells what became of the \
+             VM; then call again",
+        );
+    }
+    Ok(result(Err(failed(call, &Error::new(why.code(), words), name).await)).into())
+}
+
+/// The work and its outcome.
+async fn work(
+    call: CallContext,
+    tool: &'static Tool,
+    arguments: Value,
+    entry: AuditEntry,
+    word: &'static str,
+) -> Result<ToolResult> {
+    let outcome = (tool.run)(call.clone(), arguments).await;
+    let written = call_audit::end_with(entry, &call, &outcome.as_ref(), word).await;
+    let notes = call.notes().arguments.clone();
+    outcome.and_then(|done| written.map(|()| done.noted(&notes)))
+}
+
+/// Carries a job to its end, and writes down how that was.
+async fn job_of(call: CallContext, id: String, mut work: JoinHandle<Result<ToolResult>>) {
+    let nido = Arc::clone(call.app.unsettled());
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    let mut told = String::new();
+    let outcome = loop {
+        tokio::select! {
+            done = &mut work => break done,
+            _ = look.tick() => {
+                if nido.job_is_cancelled(&id).unwrap_or(false) {
+                    call.cancelled.cancel();
+                }
+                let (stage, percent) = call.progress.now();
+                if stage != told {
+                    told.clone_from(&stage);
+                    let _ = nido.job_progress(&id, &JobProgress { stage, percent });
+                }
+            }
+        }
+    };
+    let outcome = match outcome {
+        Ok(Ok(done)) => JobOutcome::Done(done.value),
+        Ok(Err(error)) if error.code() == Code::Interrupted => JobOutcome::Cancelled,
+        Ok(Err(error)) => JobOutcome::Failed(error.problem()),
+        Err(broken) => JobOutcome::Failed(Error::internal(broken.to_string()).problem()),
+    };
+    if let Err(error) = nido.job_end(&id, outcome) {
+        tracing::error!("the end of job {id} cannot be kept: {error}");
+    }
+}
