@@ -20,7 +20,6 @@ mod usage;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use nido_server::{sanitize, serve, signals};
 use nido_vmm::error::Error;
 use nido_vmm::host::daemon;
 

@@ -12,6 +12,8 @@ use std::future::Future;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use nido_server::sanitize::Sanitizer;
+use nido_server::signals::{HANGUP, KILL, Signalled, Signals, TERMINATE};
 use nido_vmm::api::{Collected, ExecEvent, ExecExit, ExecRequest, ExecResult};
 use nido_vmm::error::Error;
 use nido_vmm::name::VmName;
@@ -22,8 +24,6 @@ use tokio::time::Instant;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::output::Output;
 use crate::parse;
-use crate::sanitize::Sanitizer;
-use crate::signals::{HANGUP, KILL, Signalled, Signals, TERMINATE};
 use crate::stdio::{self, Stream, Writer};
 use crate::terminal::{self, RawMode};
 
@@ -346,7 +346,7 @@ pub async fn collect(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::signals::INTERRUPT;
+    use nido_server::signals::INTERRUPT;
 
     #[test]
     fn the_third_interrupt_kills() {

@@ -22,7 +22,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use nido_server::serve::{Hosts, Listen, Options, Patience, serve};
+use nido_server::{Hosts, Listen, Options, Patience, serve};
 use nido_vmm::api::{Limits, Scope, TokenRequest};
 use nido_vmm::error::{Error, Result};
 use nido_vmm::nido::{Nido, OpenOptions};

@@ -4,10 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nido_server::{Hosts, Listen, Options, Patience, PublicUrl, Tls, TlsFiles};
 use nido_vmm::error::{Code, Error};
 
 use crate::parse::duration_ms;
-use crate::serve::{Hosts, Listen, Options, Patience, PublicUrl, Tls, TlsFiles};
 
 /// Where a server listens, and whom it lets in.
 #[derive(Debug, clap::Args)]

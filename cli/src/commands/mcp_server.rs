@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 use nido_mcp::{SESSION_GRACE, SESSION_IDLE, Settings, stdio};
+use nido_server::signals::Signals;
+use nido_server::{Listen, serve};
 use nido_vmm::api::Scope;
 use nido_vmm::error::{Code, Error};
 use nido_vmm::nido::Nido;
@@ -19,8 +21,6 @@ use super::listen_args::ListenArgs;
 use super::mcp_install::Install;
 use crate::exit::{Exit, Outcome};
 use crate::parse::duration_ms;
-use crate::serve::{Listen, serve};
-use crate::signals::Signals;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -51,6 +51,7 @@ mod webhook;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, Subcommand};
+use nido_server::Listening;
 use nido_vmm::api::{Grant, TokenInfo, VmInfo};
 use nido_vmm::audit::Caller;
 use nido_vmm::error::Error;
@@ -59,7 +60,6 @@ use tracing_subscriber::EnvFilter;
 
 use crate::exit::{Codes, Exit, Failure, Outcome};
 use crate::output::Output;
-use crate::serve::Listening;
 
 const EXAMPLES: &str = "\
 Examples:

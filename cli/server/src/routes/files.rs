@@ -20,12 +20,12 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::Vm;
-use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Names, media_type, prefers};
-use crate::serve::guard::Uses;
-use crate::serve::operations::Asked;
-use crate::serve::query::{GuestPath, switch};
-use crate::serve::{App, audit, pace};
+use crate::answer::{self, Answer};
+use crate::ask::{Names, media_type, prefers};
+use crate::guard::Uses;
+use crate::operations::Asked;
+use crate::query::{GuestPath, switch};
+use crate::{App, audit, pace};
 
 /// How much of a download is read at once, in bytes.
 const PIECE: usize = 64 * 1024;

@@ -11,11 +11,11 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::serve::App;
-use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Body, Names, OfVm};
-use crate::serve::guard::{Looks, Rules};
-use crate::serve::operations::{self, Asked, empty, value};
+use crate::App;
+use crate::answer::{self, Answer};
+use crate::ask::{Body, Names, OfVm};
+use crate::guard::{Looks, Rules};
+use crate::operations::{self, Asked, empty, value};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()

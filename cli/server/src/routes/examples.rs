@@ -26,7 +26,7 @@ macro_rules! examples {
 
             use super::super::{exec::*, snapshots::*, templates::*, vms::*};
             use super::*;
-            use crate::serve::operations::Operation;
+            use crate::operations::Operation;
 
             fn read<T: DeserializeOwned>(operation: &str, example: &Value) -> T {
                 let read = serde_json::from_value(example.clone());

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::serve::answer::{self, Answer};
-use crate::serve::guard::{Looks, Uses};
-use crate::serve::{App, openapi};
+use crate::answer::{self, Answer};
+use crate::guard::{Looks, Uses};
+use crate::{App, openapi};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()

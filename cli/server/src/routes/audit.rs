@@ -9,10 +9,10 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::serve::App;
-use crate::serve::answer::{self, Answer};
-use crate::serve::guard::Rules;
-use crate::serve::query::{Query, number_if_given};
+use crate::App;
+use crate::answer::{self, Answer};
+use crate::guard::Rules;
+use crate::query::{Query, number_if_given};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(show))

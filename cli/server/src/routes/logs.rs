@@ -14,11 +14,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::Vm;
-use crate::serve::App;
-use crate::serve::answer::Answer;
-use crate::serve::ask::Names;
-use crate::serve::guard::Looks;
-use crate::serve::query::{Query, switch};
+use crate::App;
+use crate::answer::Answer;
+use crate::ask::Names;
+use crate::guard::Looks;
+use crate::query::{Query, switch};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(logs))

@@ -10,8 +10,8 @@ use axum::routing::get;
 use nido_vmm::error::{Code, Error};
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::serve::App;
-use crate::serve::answer::Problem;
+use crate::App;
+use crate::answer::Problem;
 
 /// Only what this server itself serves is run or shown. The terminal sets styles of its own.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; \

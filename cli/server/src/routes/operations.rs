@@ -12,11 +12,11 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::serve::App;
-use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Names, OfVm};
-use crate::serve::guard::{Caller, Looks, Uses};
-use crate::serve::operations::{Operation, OperationList};
+use crate::App;
+use crate::answer::{self, Answer};
+use crate::ask::{Names, OfVm};
+use crate::guard::{Caller, Looks, Uses};
+use crate::operations::{Operation, OperationList};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(list)).routes(routes!(get, cancel))

@@ -8,11 +8,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::templates::Template;
-use crate::serve::App;
-use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Body, Names};
-use crate::serve::guard::{Looks, Rules};
-use crate::serve::operations::{self, Asked};
+use crate::App;
+use crate::answer::{self, Answer};
+use crate::ask::{Body, Names};
+use crate::guard::{Looks, Rules};
+use crate::operations::{self, Asked};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(list)).routes(routes!(info, set))

@@ -21,12 +21,12 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::Vm;
-use crate::serve::answer::Answer;
-use crate::serve::ask::{Body, Names, plain_words, prefers};
-use crate::serve::budget::{Held, json_length};
-use crate::serve::guard::{Granted, Uses};
-use crate::serve::operations::{self, Asked, Begun, Undo, ended};
-use crate::serve::{App, audit};
+use crate::answer::Answer;
+use crate::ask::{Body, Names, plain_words, prefers};
+use crate::budget::{Held, json_length};
+use crate::guard::{Granted, Uses};
+use crate::operations::{self, Asked, Begun, Undo, ended};
+use crate::{App, audit};
 
 /// How much of each stream a JSON answer holds, in bytes.
 const COLLECT_MAX: usize = 4 << 20;

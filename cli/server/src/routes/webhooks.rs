@@ -11,12 +11,12 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::serve::App;
-use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Body, Names, OfVm};
-use crate::serve::guard::Rules;
-use crate::serve::operations::{self, Asked};
-use crate::serve::query::number;
+use crate::App;
+use crate::answer::{self, Answer};
+use crate::ask::{Body, Names, OfVm};
+use crate::guard::Rules;
+use crate::operations::{self, Asked};
+use crate::query::number;
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()

@@ -13,11 +13,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::Vm;
-use crate::serve::App;
-use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Body, Names, OfVm};
-use crate::serve::guard::{Looks, Uses};
-use crate::serve::operations::{self, Asked, value};
+use crate::App;
+use crate::answer::{self, Answer};
+use crate::ask::{Body, Names, OfVm};
+use crate::guard::{Looks, Uses};
+use crate::operations::{self, Asked, value};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(info, delete)).routes(routes!(restore))

@@ -33,12 +33,12 @@ use tokio::time::{Duration, Instant, sleep_until, timeout};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::vms::Vm;
-use crate::serve::answer::{Answer, Problem};
-use crate::serve::ask::{Names, parse};
-use crate::serve::guard::{Caller, Uses};
-use crate::serve::lasting::over;
-use crate::serve::listen::Place;
-use crate::serve::{App, audit};
+use crate::answer::{Answer, Problem};
+use crate::ask::{Names, parse};
+use crate::guard::{Caller, Uses};
+use crate::lasting::over;
+use crate::listen::Place;
+use crate::{App, audit};
 
 /// The largest message of a client, in bytes.
 const MESSAGE_MAX: usize = 1 << 20;

@@ -37,6 +37,8 @@ mod public_url;
 mod query;
 mod refusals;
 mod routes;
+pub mod sanitize;
+pub mod signals;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

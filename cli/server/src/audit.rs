@@ -345,7 +345,7 @@ mod tests {
 
     #[test]
     fn every_route_that_is_described_has_a_name() {
-        let api: Value = serde_json::from_str(&crate::serve::openapi()).unwrap();
+        let api: Value = serde_json::from_str(&crate::openapi()).unwrap();
         let mut looks = 0;
         for (route, item) in api["paths"].as_object().unwrap() {
             for method in item.as_object().unwrap().keys() {

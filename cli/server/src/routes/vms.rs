@@ -13,13 +13,13 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::serve::App;
-use crate::serve::answer::{self, Answer};
-use crate::serve::ask::{Body, Names, OfVm, plain};
-use crate::serve::condition;
-use crate::serve::guard::{Granted, Looks, Uses};
-use crate::serve::operations::{self, Asked, Undo, value};
-use crate::serve::query::{Labels, Query, switch};
+use crate::App;
+use crate::answer::{self, Answer};
+use crate::ask::{Body, Names, OfVm, plain};
+use crate::condition;
+use crate::guard::{Granted, Looks, Uses};
+use crate::operations::{self, Asked, Undo, value};
+use crate::query::{Labels, Query, switch};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
