@@ -1,7 +1,7 @@
 //! How much memory answers may take in all: what commands have written is held as JSON until its client has read it.
 //!
 //! ```text
-//!  exec, runs: each piece of output ──> Held::grow ──> an extension of the answer ──> its body, until that is sent
+//!  exec, runs: each piece of output ──> Reservation::grow ──> an extension of the answer ──> its body, until that is sent
 //! ```
 //!
 //! Invariant: a reservation ends with its last holder, so nothing that fails on the way keeps any.
@@ -29,19 +29,19 @@ impl Default for Budget {
 
 impl Budget {
     /// A reservation of nothing yet.
-    pub fn hold(&self) -> Held {
-        Held { left: Arc::clone(&self.0), bytes: 0 }
+    pub fn hold(&self) -> Reservation {
+        Reservation { left: Arc::clone(&self.0), bytes: 0 }
     }
 }
 
 /// A part of the budget.
 #[derive(Debug)]
-pub struct Held {
+pub struct Reservation {
     left: Arc<AtomicUsize>,
     bytes: usize,
 }
 
-impl Held {
+impl Reservation {
     /// Reserves more; whether there was so much.
     pub fn grow(&mut self, bytes: usize) -> bool {
         let take = |left: usize| left.checked_sub(bytes);
@@ -58,7 +58,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for Reservation {
     fn drop(&mut self) {
         self.left.fetch_add(self.bytes, Ordering::SeqCst);
     }
@@ -66,7 +66,7 @@ impl Drop for Held {
 
 /// Ties what was reserved for an answer to its body.
 pub fn until_sent(mut response: Response) -> Response {
-    let Some(held) = response.extensions_mut().remove::<Arc<Held>>() else { return response };
+    let Some(held) = response.extensions_mut().remove::<Arc<Reservation>>() else { return response };
     if let Some(length) = response.body().size_hint().exact() {
         response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
     }

@@ -23,19 +23,26 @@ use sha2::{Digest as _, Sha256};
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 
-use super::listen::TlsFiles;
-
 /// For how many years a certificate is good.
-const YEARS: i16 = 10;
+const VALIDITY_YEARS: i16 = 10;
 /// Addresses of documentation (RFC 5737, RFC 3849): nothing is sent to them.
-const ELSEWHERE: [&str; 2] = ["192.0.2.1:9", "[2001:db8::1]:9"];
+const DOCUMENTATION_ADDRESSES: [&str; 2] = ["192.0.2.1:9", "[2001:db8::1]:9"];
 
 /// How long another process may take to make a key and a certificate.
-const ISSUED_WITHIN: Duration = Duration::from_secs(10);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A certificate and its key.
+#[derive(Debug)]
+pub struct TlsFiles {
+    /// PEM: the server's certificate, then those between it and the root.
+    pub certificate: PathBuf,
+    /// PEM: its private key.
+    pub key: PathBuf,
+}
 
 /// For what a certificate was issued. Kept beside it.
 #[derive(Debug, Serialize, Deserialize)]
-struct Issued {
+struct CertificateRecord {
     names: Vec<String>,
     /// Of the certificate's file: SHA-256.
     certificate: String,
@@ -70,7 +77,7 @@ impl OwnCertificate {
             Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(broken(e)),
             _ => {}
         }
-        let held = Held::take_blocking(&directory.join("lock"), Instant::now() + ISSUED_WITHIN).map_err(broken)?;
+        let held = Held::take_blocking(&directory.join("lock"), Instant::now() + LOCK_TIMEOUT).map_err(broken)?;
         let _held = held.ok_or_else(|| {
             Error::new(Code::Timeout, format!("another process holds {}", directory.join("lock").display()))
                 .hint("try again, or give a certificate with --cert and --key")
@@ -84,7 +91,7 @@ impl OwnCertificate {
         if !is_good {
             let text = issue(&key, names)?;
             write_private(&certificate, text.as_bytes(), Durability::PowerCut).map_err(broken)?;
-            let issued = Issued {
+            let issued = CertificateRecord {
                 names: names.to_vec(),
                 certificate: hex(text.as_bytes(), ""),
                 public_key_pin: public_key_pin.clone(),
@@ -106,7 +113,7 @@ impl OwnCertificate {
 
 /// Whether the certificate in a file is the one that was issued last, for this key and for all of these names.
 fn is_good(certificate: &Path, issued: &Path, names: &[String], public_key_pin: &str) -> bool {
-    let issued: Option<Issued> = fs::read(issued).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let issued: Option<CertificateRecord> = fs::read(issued).ok().and_then(|text| serde_json::from_slice(&text).ok());
     issued.zip(fs::read(certificate).ok()).is_some_and(|(issued, text)| {
         names.iter().all(|name| issued.names.contains(name))
             && issued.public_key_pin == public_key_pin
@@ -153,7 +160,7 @@ fn issue(key: &KeyPair, names: &[String]) -> Result<String> {
     params.distinguished_name = subject;
     let year = i32::from(Zoned::now().year());
     params.not_before = rcgen::date_time_ymd(year - 1, 1, 1);
-    params.not_after = rcgen::date_time_ymd(year + i32::from(YEARS), 1, 1);
+    params.not_after = rcgen::date_time_ymd(year + i32::from(VALIDITY_YEARS), 1, 1);
     Ok(params.self_signed(key).map_err(failed)?.pem())
 }
 
@@ -162,7 +169,9 @@ pub fn names_of_host(bound: IpAddr, given: &[String]) -> Vec<String> {
     let mut names = vec!["localhost".to_owned(), "127.0.0.1".into(), "::1".into()];
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     names.push(host);
-    names.extend(ELSEWHERE.into_iter().filter_map(|to| address_towards(to).map(|address| address.to_string())));
+    names.extend(
+        DOCUMENTATION_ADDRESSES.into_iter().filter_map(|to| address_towards(to).map(|address| address.to_string())),
+    );
     if !bound.is_unspecified() {
         names.push(bound.to_string());
     }

@@ -1,46 +1,55 @@
-//! The REST API: the core over HTTP, for scripts, services and the page for people.
+//! The REST API, the web page and MCP over HTTP: the core for scripts, services, people and agents.
 //!
 //! ```text
-//!  listen.rs   sockets, TLS, limits of connections ──> guard.rs  who asks, from where, how often
-//!       pace.rs  how slow a client may be                │
-//!                                                        │
-//!                      audit.rs  what changes something is written down before it begins
-//!                                                        │
-//!                      routes/*.rs  parse, call one method of the core, render      answer.rs  problem+json
-//!                                                        │
-//!                      lasting.rs  what lasts ends with its token, and with the server
-//!                      operations.rs  what changes something goes to its end, whoever hangs up
-//!                                                        │
-//!                      mcp.rs  agents, behind the same guard
+//!  listen.rs       sockets, TLS, limits of connections
+//!    router.rs     the middleware, in its order
+//!      auth.rs         host, origin, token, scope, rate limit
+//!      streams.rs      ends long-running requests with their token and with the server
+//!      timeouts.rs     slow clients
+//!      idempotency.rs  replays responses of requests that are retried
+//!      audit.rs        records each request before it runs
+//!      routes/*.rs     parse, call one method of the core, render
+//!        operations.rs   runs changes to their end, also if the client disconnects
+//!    mcp.rs        the MCP server, behind the same authentication
+//!  openapi.rs      the description of the API, made of the routes
 //! ```
 //!
-//! Invariant: VMs do not depend on this server. It may be killed at any time, and nothing that it was asked for is left
-//! half-done but what the core would leave itself.
+//! Modules depend on each other in one direction: media types, responses, audit entries and connections at the bottom, then `auth`,
+//! `extract` and `timeouts`, then `streams`, `operations`, `idempotency` and `audit`, then `routes`, then `openapi` and `router`.
+//! What lower modules need to know of the routes is in [`App::description`].
+//!
+//! Invariants: VMs do not depend on this server. It may be killed at any time, and no request leaves more half-done than the core
+//! itself would. Nothing here knows of arguments, terminals or exit codes.
 
-mod answer;
-mod ask;
+mod api_description;
 mod audit;
+mod audit_entry;
+mod auth;
 mod budget;
 mod certificate;
-mod condition;
-mod guard;
-mod lasting;
-mod links;
+mod connections;
+mod extract;
+mod idempotency;
 mod listen;
 mod mcp;
+mod media_type;
 mod metrics;
-mod once;
 mod openapi;
+mod openapi_links;
 mod operations;
-mod pace;
+mod precondition;
 mod public_url;
 mod query;
 mod refusals;
+mod response;
+mod router;
 mod routes;
 pub mod sanitize;
 pub mod signals;
+mod streams;
+mod timeouts;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use nido_mcp::http::{Agents, Http};
@@ -49,33 +58,35 @@ use nido_vmm::nido::{Nido, Watch};
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::api_description::ApiDescription;
+pub use self::auth::Hosts;
 use self::budget::Budget;
-pub use self::guard::Hosts;
-pub use self::listen::{Listen, Listening, Tls, TlsFiles};
+pub use self::certificate::TlsFiles;
+pub use self::listen::{ListenAddress, ServerAddress, Tls};
 use self::metrics::Metrics;
 use self::operations::Operations;
-pub use self::pace::Patience;
 pub use self::public_url::PublicUrl;
-use crate::signals::Signals;
+use self::signals::Signals;
+pub use self::timeouts::Timeouts;
 
-/// How often is looked whether somebody delivers what is to be delivered.
-const DELIVERING_EVERY: Duration = Duration::from_secs(2);
-/// How long the last look for VMs without a supervisor counts.
-const SETTLED_FOR: Duration = Duration::from_millis(100);
+/// How often the server checks that a delivery worker runs when deliveries are due.
+const DELIVERY_CHECK_INTERVAL: Duration = Duration::from_secs(2);
+/// The least time between two checks for VMs without a supervisor.
+const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How a server is started.
+/// The options of a server.
 #[derive(Debug)]
 pub struct Options {
     /// Where it listens.
-    pub listen: Listen,
+    pub listen: ListenAddress,
     /// Which names it answers to.
     pub hosts: Hosts,
-    /// How many requests a caller may make in a second, on average.
+    /// Average rate limit of a caller, in requests per second.
     pub rate: u32,
     /// Whether the REST API and the page for people are served.
     pub rest: bool,
-    /// How long clients are waited for.
-    pub patience: Patience,
+    /// How long the server waits for clients.
+    pub timeouts: Timeouts,
 }
 
 /// What every request needs.
@@ -83,29 +94,31 @@ pub struct Options {
 pub struct App {
     nido: Arc<Nido>,
     hosts: Hosts,
-    rates: guard::Rates,
+    rate_limiter: auth::RateLimiter,
     refusals: refusals::Refusals,
-    patience: Patience,
+    timeouts: Timeouts,
+    /// The OpenAPI document and the inputs of each route, made when it is first needed.
+    description: LazyLock<ApiDescription>,
     operations: Operations,
     /// The memory that answers may take.
     output: Budget,
     metrics: Metrics,
-    settled: Mutex<Option<Instant>>,
+    reconciled_at: Mutex<Option<Instant>>,
     /// The last event's cursor: whoever listens is woken by it.
     changes: watch::Sender<u64>,
-    /// Done when the server begins to end: what would go on for ever ends with it.
-    ending: CancellationToken,
-    /// Done when whatever still goes on then has had its time.
-    over: CancellationToken,
+    /// Cancelled when the server begins to shut down: endless streams end with it.
+    shutting_down: CancellationToken,
+    /// Cancelled when open requests have had [`Timeouts::shutdown`] to end.
+    shutdown_deadline: CancellationToken,
 }
 
 impl App {
-    /// The core. What a crash has left since the last request is settled first, as every command does.
+    /// The core, after the orphans of crashes have been reconciled, as every command does.
     async fn nido(&self) -> Result<&Nido> {
-        let mut settled = self.settled.lock().await;
-        if settled.is_none_or(|at| at.elapsed() > SETTLED_FOR) {
+        let mut reconciled_at = self.reconciled_at.lock().await;
+        if reconciled_at.is_none_or(|at| at.elapsed() > RECONCILE_INTERVAL) {
             self.nido.settle_all().await?;
-            *settled = Some(Instant::now());
+            *reconciled_at = Some(Instant::now());
         }
         Ok(&self.nido)
     }
@@ -119,30 +132,31 @@ pub async fn serve<A: Agents>(
     nido: Arc<Nido>,
     agents: Option<Arc<A>>,
     options: Options,
-    ready: impl FnOnce(&Listening),
+    ready: impl FnOnce(&ServerAddress),
 ) -> Result<()> {
     let bound = listen::bind(&options.listen, &nido.home().root().join("tls"), &options.hosts).await?;
     let app = Arc::new(App {
         nido,
         hosts: options.hosts,
-        rates: guard::Rates::new(options.rate),
+        rate_limiter: auth::RateLimiter::new(options.rate),
         refusals: refusals::Refusals::default(),
-        patience: options.patience,
+        timeouts: options.timeouts,
+        description: LazyLock::new(openapi::api_description),
         operations: Operations::default(),
         output: Budget::default(),
         metrics: Metrics::default(),
-        settled: Mutex::new(None),
+        reconciled_at: Mutex::new(None),
         changes: watch::channel(0).0,
-        ending: CancellationToken::new(),
-        over: CancellationToken::new(),
+        shutting_down: CancellationToken::new(),
+        shutdown_deadline: CancellationToken::new(),
     });
     let watching = tokio::spawn(watch_events(Arc::clone(&app)));
-    let mut router = if options.rest { routes::router(&app) } else { routes::nothing(&app) };
+    let mut router = if options.rest { router::rest(&app) } else { router::without_rest(&app) };
     if let Some(agents) = &agents {
         let http = Http::new(agents, &app.hosts.all_names(), &app.hosts.all_origins(), bound.is_remote());
         router = router.merge(mcp::router(&app, &http));
     }
-    let ending = tokio::spawn(end_with(agents, app.ending.clone()));
+    let ending = tokio::spawn(end_with(agents, app.shutting_down.clone()));
     // From here on a signal is an orderly end; whoever hears that we listen may send one at once.
     let signals = Signals::listen()?;
     ready(&bound.listening());
@@ -167,7 +181,7 @@ async fn watch_events(app: Arc<App>) {
     let mut store = Watch::new(&app.nido);
     let mut looked = Instant::now();
     loop {
-        if looked.elapsed() >= DELIVERING_EVERY {
+        if looked.elapsed() >= DELIVERY_CHECK_INTERVAL {
             app.nido.go_on_delivering();
             looked = Instant::now();
         }

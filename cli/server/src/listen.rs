@@ -1,12 +1,10 @@
 //! Sockets: TCP with or without TLS, or a unix socket; and the limits that keep one client from using up the server.
 
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -18,7 +16,7 @@ use nido_vmm::error::{Code, Error, Result};
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::ring;
@@ -26,29 +24,29 @@ use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tokio_util::task::task_tracker::TaskTrackerToken;
 use tower::Service;
 
 use super::App;
-use super::certificate::{OwnCertificate, names_of_host};
-use super::guard::{Hosts, Peer};
-use super::pace::Watched;
+use super::auth::{Hosts, Peer};
+use super::certificate::{OwnCertificate, TlsFiles, names_of_host};
+use super::connections::{ConnectionSlot, ConnectionSlots};
+use super::timeouts::WriteTimeoutStream;
 use crate::signals::Signals;
 
 /// How many connections may be open at once.
-const CONNECTIONS: usize = 512;
+const CONNECTIONS_MAX: usize = 512;
 /// How long a client may take to send the head of a request, or to agree on TLS.
-const HEAD_WITHIN: Duration = Duration::from_secs(10);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest head, in bytes.
 const HEAD_MAX: usize = 32 * 1024;
 /// How long what is cut off when the server ends may take to say so.
-const GOODBYE_WITHIN: Duration = Duration::from_secs(5);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the server rests when the system has no more descriptors.
-const REST: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// Where a server listens.
 #[derive(Debug)]
-pub enum Listen {
+pub enum ListenAddress {
     /// On a port.
     Tcp {
         /// Its address; port 0 takes a free one.
@@ -69,17 +67,8 @@ pub enum Tls {
     Own,
 }
 
-/// A certificate and its key.
-#[derive(Debug)]
-pub struct TlsFiles {
-    /// PEM: the server's certificate, then those between it and the root.
-    pub certificate: PathBuf,
-    /// PEM: its private key.
-    pub key: PathBuf,
-}
-
 /// A server that listens, and does not serve yet.
-pub struct Bound {
+pub struct BoundListener {
     socket: Socket,
     tls: Option<TlsAcceptor>,
     own: Option<OwnCertificate>,
@@ -87,7 +76,7 @@ pub struct Bound {
 
 /// Where a server listens, for whoever started it.
 #[derive(Debug, Serialize)]
-pub struct Listening {
+pub struct ServerAddress {
     /// Its address, as clients write it.
     pub address: String,
     /// The server's own certificate, if it has one.
@@ -104,9 +93,9 @@ enum Socket {
 }
 
 /// Begins to listen. A certificate of the server's own is kept in `tls_dir`, and names the hosts that the server answers to.
-pub async fn bind(listen: &Listen, tls_dir: &Path, hosts: &Hosts) -> Result<Bound> {
+pub async fn bind(listen: &ListenAddress, tls_dir: &Path, hosts: &Hosts) -> Result<BoundListener> {
     match listen {
-        Listen::Tcp { address, tls } => {
+        ListenAddress::Tcp { address, tls } => {
             let own = matches!(tls, Some(Tls::Own)).then(|| {
                 let names = names_of_host(address.ip(), &hosts.all_names());
                 OwnCertificate::obtain(tls_dir, &names)
@@ -123,9 +112,9 @@ pub async fn bind(listen: &Listen, tls_dir: &Path, hosts: &Hosts) -> Result<Boun
                 }
                 _ => Error::io(format!("cannot listen on {address}"), e),
             })?;
-            Ok(Bound { socket: Socket::Tcp(listener), tls, own })
+            Ok(BoundListener { socket: Socket::Tcp(listener), tls, own })
         }
-        Listen::Unix(path) => {
+        ListenAddress::Unix(path) => {
             let shown = path.display();
             let broken = |e| Error::io(format!("cannot listen on {shown}"), e);
             if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
@@ -142,7 +131,7 @@ pub async fn bind(listen: &Listen, tls_dir: &Path, hosts: &Hosts) -> Result<Boun
             rustix::process::umask(old);
             let listener = listener.map_err(broken)?;
             std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(broken)?;
-            Ok(Bound { socket: Socket::Unix(listener, path.clone()), tls: None, own: None })
+            Ok(BoundListener { socket: Socket::Unix(listener, path.clone()), tls: None, own: None })
         }
     }
 }
@@ -162,10 +151,10 @@ fn acceptor(tls: &TlsFiles) -> Result<TlsAcceptor> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-impl Bound {
+impl BoundListener {
     /// Where it listens.
-    pub fn listening(&self) -> Listening {
-        Listening {
+    pub fn listening(&self) -> ServerAddress {
+        ServerAddress {
             address: self.address(),
             tls: self.own.clone(),
             takes_tokens: matches!(self.socket, Socket::Tcp(_)),
@@ -193,20 +182,25 @@ impl Bound {
     /// Serves until a signal comes; then what runs may finish.
     pub async fn run(self, router: Router, app: Arc<App>, mut signals: Signals) {
         let connections = TaskTracker::new();
-        let places = Arc::new(Places::new(CONNECTIONS));
+        let slots = Arc::new(ConnectionSlots::new(CONNECTIONS_MAX));
         loop {
             // A signal ends it also while there is no room.
             let accepted = tokio::select! {
-                accepted = self.accept(&places) => accepted,
+                accepted = self.accept(&slots) => accepted,
                 _ = signals.next_end() => break,
             };
             match accepted {
                 Ok((stream, peer, permit)) => {
-                    let place = places.take(permit, connections.token());
-                    let (unread, evicted) = (app.patience.unread, place.evicted());
-                    let serving = Serving { router: router.clone(), ending: app.ending.clone(), unread, place };
+                    let slot = slots.take(permit, connections.token());
+                    let (write_stall, evicted) = (app.timeouts.write_stall, slot.evicted());
+                    let connection = ServedConnection {
+                        router: router.clone(),
+                        ending: app.shutting_down.clone(),
+                        write_stall,
+                        slot,
+                    };
                     app.metrics.connection();
-                    let serving = serving.start(stream, peer, self.tls.clone());
+                    let serving = connection.start(stream, peer, self.tls.clone());
                     tokio::spawn(async move {
                         let _ = evicted.run_until_cancelled(serving).await;
                     });
@@ -214,7 +208,7 @@ impl Bound {
                 // A client that has gone already, or no descriptors left.
                 Err(error) => {
                     tracing::debug!("a connection was lost: {error}");
-                    tokio::time::sleep(REST).await;
+                    tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                 }
             }
         }
@@ -222,19 +216,19 @@ impl Bound {
             let _ = std::fs::remove_file(path);
         }
         drop(self);
-        app.ending.cancel();
+        app.shutting_down.cancel();
         connections.close();
-        if tokio::time::timeout(app.patience.finish, connections.wait()).await.is_err() {
+        if tokio::time::timeout(app.timeouts.shutdown, connections.wait()).await.is_err() {
             tracing::warn!("requests are cut off: the server ends");
-            app.over.cancel();
-            let _ = tokio::time::timeout(GOODBYE_WITHIN, connections.wait()).await;
+            app.shutdown_deadline.cancel();
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, connections.wait()).await;
         }
     }
 
     /// The next client, once there is room for it.
-    async fn accept(&self, places: &Places) -> std::io::Result<(Stream, Peer, OwnedSemaphorePermit)> {
+    async fn accept(&self, slots: &ConnectionSlots) -> std::io::Result<(Stream, Peer, OwnedSemaphorePermit)> {
         let (stream, peer) = self.accept_one().await?;
-        Ok((stream, peer, places.permit().await?))
+        Ok((stream, peer, slots.permit().await?))
     }
 
     async fn accept_one(&self) -> std::io::Result<(Stream, Peer)> {
@@ -258,91 +252,21 @@ enum Stream {
     Unix(UnixStream),
 }
 
-/// The connections that may be open at once.
-///
-/// Invariant: while a connection is open that has shown no valid token, a new one finds room. The oldest such connection is
-/// closed for it, so that clients without a token cannot keep others out by doing nothing.
-#[derive(Debug)]
-struct Places {
-    room: Arc<Semaphore>,
-    next: AtomicU64,
-    strangers: Arc<Strangers>,
-}
-
-/// Connections that have shown no valid token yet, the oldest first, each with what closes it.
-type Strangers = Mutex<BTreeMap<u64, CancellationToken>>;
-
-impl Places {
-    fn new(count: usize) -> Self {
-        Self { room: Arc::new(Semaphore::new(count)), next: AtomicU64::new(0), strangers: Arc::default() }
-    }
-
-    async fn permit(&self) -> std::io::Result<OwnedSemaphorePermit> {
-        if let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() {
-            return Ok(permit);
-        }
-        let oldest = self.strangers.lock().unwrap_or_else(PoisonError::into_inner).pop_first();
-        if let Some((_, close)) = oldest {
-            close.cancel();
-        }
-        Arc::clone(&self.room).acquire_owned().await.map_err(std::io::Error::other)
-    }
-
-    fn take(&self, permit: OwnedSemaphorePermit, token: TaskTrackerToken) -> Place {
-        let (number, close) = (self.next.fetch_add(1, Ordering::Relaxed), CancellationToken::new());
-        self.strangers.lock().unwrap_or_else(PoisonError::into_inner).insert(number, close.clone());
-        let strangers = Arc::clone(&self.strangers);
-        Place(Arc::new(Taken { number, close, strangers, _permit: permit, _token: token }))
-    }
-}
-
-#[derive(Debug)]
-struct Taken {
-    number: u64,
-    close: CancellationToken,
-    strangers: Arc<Strangers>,
-    _permit: OwnedSemaphorePermit,
-    _token: TaskTrackerToken,
-}
-
-impl Drop for Taken {
-    fn drop(&mut self) {
-        self.strangers.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
-    }
-}
-
-/// The place of a connection among those that may be open, held by whatever goes on over it, also when it is not HTTP any more:
-/// it is counted, and waited for when the server ends, for as long.
-#[derive(Debug, Clone)]
-pub struct Place(Arc<Taken>);
-
-impl Place {
-    /// Its client has shown a valid token: it is not closed for others any more.
-    pub fn is_known(&self) {
-        self.0.strangers.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0.number);
-    }
-
-    /// Done when the connection is closed for another one.
-    fn evicted(&self) -> CancellationToken {
-        self.0.close.clone()
-    }
-}
-
 /// One connection.
-struct Serving {
+struct ServedConnection {
     router: Router,
     ending: CancellationToken,
-    unread: Duration,
-    place: Place,
+    write_stall: Duration,
+    slot: ConnectionSlot,
 }
 
-impl Serving {
+impl ServedConnection {
     async fn start(self, stream: Stream, peer: Peer, tls: Option<TlsAcceptor>) {
         match (stream, tls) {
             (Stream::Unix(stream), _) => self.serve(stream, peer).await,
             (Stream::Tcp(stream), None) => self.serve(stream, peer).await,
             (Stream::Tcp(stream), Some(tls)) => {
-                if let Ok(Ok(stream)) = tokio::time::timeout(HEAD_WITHIN, tls.accept(stream)).await {
+                if let Ok(Ok(stream)) = tokio::time::timeout(HEAD_TIMEOUT, tls.accept(stream)).await {
                     self.serve(stream, peer).await;
                 }
             }
@@ -350,23 +274,23 @@ impl Serving {
     }
 
     async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: Peer) {
-        let (router, place) = (self.router, self.place);
+        let (router, slot) = (self.router, self.slot);
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let mut router = router.clone();
-            let (peer, place) = (peer.clone(), place.clone());
+            let (peer, slot) = (peer.clone(), slot.clone());
             async move {
                 let mut request = request.map(Body::new);
                 request.extensions_mut().insert(peer);
-                request.extensions_mut().insert(place);
+                request.extensions_mut().insert(slot);
                 let Ok(response) = router.call(request).await;
                 Ok::<_, Infallible>(response)
             }
         });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_WITHIN)
+            .header_read_timeout(HEAD_TIMEOUT)
             .max_buf_size(HEAD_MAX)
-            .serve_connection(TokioIo::new(Watched::new(stream, self.unread)), service)
+            .serve_connection(TokioIo::new(WriteTimeoutStream::new(stream, self.write_stall)), service)
             .with_upgrades();
         let mut connection = std::pin::pin!(connection);
         let ended = tokio::select! {
@@ -380,37 +304,5 @@ impl Serving {
         if let Err(error) = ended {
             tracing::debug!("a connection ended: {error}");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    // 600 idle connections without a token kept everybody waiting, for as long as they were renewed.
-    #[tokio::test]
-    async fn a_new_connection_takes_the_place_of_the_oldest_without_a_token() {
-        let (places, tracker) = (Places::new(3), TaskTracker::new());
-        let mut open = Vec::new();
-        for _ in 0..3 {
-            open.push(places.take(places.permit().await.unwrap(), tracker.token()));
-        }
-        open[0].is_known();
-        let waiting = places.permit();
-        tokio::pin!(waiting);
-        assert!(futures::poll!(&mut waiting).is_pending());
-        let evicted: Vec<_> = open.iter().map(|place| place.evicted().is_cancelled()).collect();
-        assert_eq!(evicted, [false, true, false]);
-        open.remove(1);
-        let third = places.take(waiting.await.unwrap(), tracker.token());
-        // If all are known, a new one waits until one of them ends.
-        open.iter().for_each(Place::is_known);
-        third.is_known();
-        let waiting = places.permit();
-        tokio::pin!(waiting);
-        assert!(futures::poll!(&mut waiting).is_pending());
-        drop(third);
-        assert!(waiting.await.is_ok());
-        assert!(open.iter().all(|place| !place.evicted().is_cancelled()));
     }
 }

@@ -1,6 +1,6 @@
-//! Agents: the MCP server at `/mcp`, behind the same guard as everything else here.
+//! The MCP server at `/mcp`, behind the same authentication as every other route.
 //!
-//! Invariants: a session is used only by who opened it; what is no message is answered with an error of the protocol.
+//! Invariants: only the caller that opened a session can use it; an invalid message gets an error of the protocol.
 
 use std::sync::Arc;
 
@@ -17,9 +17,9 @@ use nido_mcp::http::{Agents, Http, MESSAGE_MAX, SESSION, TooLong, refusal};
 use nido_vmm::error::{Code, Error};
 
 use super::App;
-use super::answer::Problem;
-use super::guard::{self, Caller};
-use super::{lasting, routes};
+use super::auth::{self, Caller};
+use super::response::Problem;
+use super::{router, streams};
 
 /// How much of a message that is too long is read, so that its sender hears the answer instead of a broken connection.
 const DRAINED_MAX: usize = 64 << 20;
@@ -34,11 +34,11 @@ pub fn router<A: Agents>(app: &Arc<App>, http: &Http<A>) -> Router {
         .route_service("/mcp", http.service())
         .route_service("/mcp/", http.service())
         .layer(middleware::from_fn_with_state(http.clone(), admit::<A>))
-        .layer(middleware::from_fn_with_state(Arc::clone(app), lasting::lasting))
-        .layer(middleware::from_fn_with_state(Arc::clone(app), guard::guard))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), streams::end_with_token))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), auth::authenticate))
         .route("/sse", any(no_sse))
         .layer(middleware::from_fn_with_state(Arc::clone(app), cross_origin))
-        .layer(middleware::from_fn_with_state(Arc::clone(app), routes::count))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), router::count))
 }
 
 /// Clients of the unserved 2024-11-05 transport get an error that names /mcp.

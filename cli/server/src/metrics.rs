@@ -27,11 +27,11 @@ pub struct Metrics {
     /// By code.
     errors: Mutex<BTreeMap<&'static str, u64>>,
     /// By path.
-    spawns: Mutex<BTreeMap<&'static str, Times>>,
+    spawns: Mutex<BTreeMap<&'static str, Histogram>>,
 }
 
 #[derive(Debug, Default)]
-struct Times {
+struct Histogram {
     buckets: [u64; BUCKETS.len()],
     count: u64,
     sum: f64,

@@ -1,8 +1,5 @@
 //! The description of the API, made of the routes and the core's own types, with what holds for every route added once.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::OnceLock;
-
 use axum::http::Method;
 use nido_vmm::api::{EventKind, LogSource};
 use nido_vmm::error::Problem;
@@ -20,8 +17,9 @@ use utoipa::{PartialSchema, ToSchema};
 mod shapes;
 mod statuses;
 
-use super::operations::Operation as Pending;
-use super::{links, routes};
+use super::api_description::ApiDescription;
+use super::operations::Operation as PendingOperation;
+use super::{openapi_links, routes};
 
 /// What each noun is about.
 const TAGS: [(&str, &str); 12] = [
@@ -40,7 +38,7 @@ const TAGS: [(&str, &str); 12] = [
 ];
 
 /// The operations that are answered with 202 if that is preferred.
-const MAY_WAIT: [&str; 13] = [
+const ASYNC_OPERATIONS: [&str; 13] = [
     "vm_spawn",
     "vm_delete",
     "vm_start",
@@ -57,71 +55,25 @@ const MAY_WAIT: [&str; 13] = [
 ];
 
 /// The operations whose body may be left out.
-const MAY_BE_EMPTY: [&str; 6] =
+const OPTIONAL_BODY_OPERATIONS: [&str; 6] =
     ["vm_start", "vm_stop", "vm_restart", "snapshot_restore", "template_build", "template_bake"];
 /// What the guest's system calls cannot take.
-const NO_ZERO: &str = "^[^\\u0000]*$";
+const NO_NUL_PATTERN: &str = "^[^\\u0000]*$";
 
 const ABOUT: &str = "Throw-away virtual machines on this host. Every error is a problem (RFC 9457) with a stable `code` \
 and mostly a `hint`. Requests that change something go to their end even if the caller hangs up; with \
 `Prefer: respond-async` they are answered at once with 202 and an operation to poll and to cancel.";
 
-/// As it is served and kept in the repository.
+/// The OpenAPI document, as it is served and kept in the repository.
 pub fn text() -> String {
-    static TEXT: OnceLock<String> = OnceLock::new();
-    let make = || {
-        let mut api = serde_json::to_value(describe()).unwrap_or_default();
-        sharpen(&mut api);
-        serde_json::to_string_pretty(&api).unwrap_or_default() + "\n"
-    };
-    TEXT.get_or_init(make).clone()
+    let mut api = serde_json::to_value(describe()).unwrap_or_default();
+    sharpen(&mut api);
+    serde_json::to_string_pretty(&api).unwrap_or_default() + "\n"
 }
 
-/// What a request may carry beside its path.
-#[derive(Debug, Default)]
-pub struct Takes {
-    /// The description speaks of it.
-    pub described: bool,
-    /// A JSON body.
-    pub json: bool,
-    /// These names in the query.
-    pub query: HashSet<String>,
-}
-
-/// What is described of a route, by method; one that is not takes nothing.
-pub fn takes(method: &Method, route: &str) -> &'static Takes {
-    static TAKES: OnceLock<HashMap<String, Takes>> = OnceLock::new();
-    static NOTHING: OnceLock<Takes> = OnceLock::new();
-    let method = if method == Method::HEAD { Method::GET } else { method.clone() };
-    let known = TAKES.get_or_init(|| {
-        let api: Value = serde_json::from_str(&text()).unwrap_or_default();
-        let items = api["paths"].as_object().into_iter().flatten();
-        let of = |(route, item): (&String, &Value)| {
-            let operations = item.as_object().into_iter().flatten();
-            operations.map(|(method, operation)| (key(method, route), taken(operation))).collect::<Vec<_>>()
-        };
-        items.flat_map(of).collect()
-    });
-    known.get(&key(method.as_str(), route)).unwrap_or_else(|| NOTHING.get_or_init(Takes::default))
-}
-
-/// Whether any method of a route is described.
-pub fn is_described(route: &str) -> bool {
-    [Method::GET, Method::POST, Method::PUT, Method::DELETE].iter().any(|method| takes(method, route).described)
-}
-
-fn key(method: &str, route: &str) -> String {
-    format!("{} {route}", method.to_ascii_uppercase())
-}
-
-fn taken(operation: &Value) -> Takes {
-    let parameters = operation["parameters"].as_array().into_iter().flatten();
-    let query = parameters.filter(|one| one["in"] == "query").filter_map(|one| one["name"].as_str());
-    Takes {
-        described: true,
-        json: operation["requestBody"]["content"].get("application/json").is_some(),
-        query: query.map(str::to_owned).collect(),
-    }
+/// The same, with the inputs of each route.
+pub fn api_description() -> ApiDescription {
+    ApiDescription::parse(text())
 }
 
 /// What the types hold and their derived schemas do not say: how large numbers may be, what a command needs, which bodies
@@ -140,7 +92,7 @@ fn sharpen(api: &mut Value) {
     describe_operations(api);
     for path in api["paths"].as_object_mut().into_iter().flat_map(|paths| paths.values_mut()) {
         for operation in path.as_object_mut().into_iter().flat_map(|item| item.values_mut()) {
-            if operation["operationId"].as_str().is_some_and(|id| MAY_BE_EMPTY.contains(&id)) {
+            if operation["operationId"].as_str().is_some_and(|id| OPTIONAL_BODY_OPERATIONS.contains(&id)) {
                 operation["requestBody"]["required"] = json!(false);
                 // What generated clients send for a body that was not given.
                 let schema = &mut operation["requestBody"]["content"]["application/json"]["schema"];
@@ -161,11 +113,11 @@ fn sharpen(api: &mut Value) {
         "description": "The same as `timeout_ms` in seconds; one of them."
     });
     exec["properties"]["argv"]["minItems"] = json!(1);
-    exec["properties"]["argv"]["items"]["pattern"] = json!(NO_ZERO);
-    exec["properties"]["env"]["additionalProperties"]["pattern"] = json!(NO_ZERO);
+    exec["properties"]["argv"]["items"]["pattern"] = json!(NO_NUL_PATTERN);
+    exec["properties"]["env"]["additionalProperties"]["pattern"] = json!(NO_NUL_PATTERN);
     exec["properties"]["env"]["propertyNames"] = json!({ "pattern": "^[^=\\u0000]+$" });
     for word in ["command", "directory", "user"] {
-        exec["properties"][word]["pattern"] = json!(NO_ZERO);
+        exec["properties"][word]["pattern"] = json!(NO_NUL_PATTERN);
     }
     exec["properties"]["stdin_base64"]["pattern"] =
         json!("^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$");
@@ -262,9 +214,9 @@ fn lead_on(api: &mut Value) {
             };
             holder["content"]["application/json"]["example"] = example.clone();
         }
-        let may_wait = MAY_WAIT.contains(&id.as_str());
+        let may_wait = ASYNC_OPERATIONS.contains(&id.as_str());
         for (status, answer) in operation["responses"].as_object_mut().into_iter().flatten() {
-            if let Some(links) = links::of(&id, status, may_wait) {
+            if let Some(links) = openapi_links::of(&id, status, may_wait) {
                 answer["links"] = links;
             }
         }
@@ -309,13 +261,13 @@ fn describe() -> OpenApi {
     let mut components = api.components.take().unwrap_or_else(|| ComponentsBuilder::new().build());
     components.schemas.insert(Problem::name().into_owned(), Problem::schema());
     components.schemas.insert(LogSource::name().into_owned(), LogSource::schema());
-    components.schemas.insert(Pending::name().into_owned(), Pending::schema());
+    components.schemas.insert(PendingOperation::name().into_owned(), PendingOperation::schema());
     components.add_security_scheme("token", bearer);
     api.components = Some(components);
     api.security = Some(vec![SecurityRequirement::new("token", [""; 0])]);
     for operation in api.paths.paths.values_mut().flat_map(operations) {
-        if operation.operation_id.as_deref().is_some_and(|id| MAY_WAIT.contains(&id)) {
-            let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(Pending::name()))).build();
+        if operation.operation_id.as_deref().is_some_and(|id| ASYNC_OPERATIONS.contains(&id)) {
+            let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(PendingOperation::name()))).build();
             let location = HeaderBuilder::new().description(Some("The operation.")).build();
             let accepted = ResponseBuilder::new()
                 .description("It goes on: an operation to poll, for requests with `Prefer: respond-async`.")

@@ -1,8 +1,8 @@
-//! What changes something: it goes to its end even if whoever asked hangs up, and on request (`Prefer: respond-async`) it is
-//! answered at once with an operation to poll and to cancel.
+//! Operations: requests that change something. They run to their end even if the client disconnects. With `Prefer: respond-async`
+//! the response is an operation, which the client polls or cancels.
 //!
-//! Operations are known for as long as the server lives, the finished ones for an hour, unless they are cancelled. What they do outlives it: VMs, their
-//! states and events are in the store.
+//! Operations are in the memory of the server: running ones until they end, ended ones for an hour, cancelled ones not at all. Their
+//! effects (VMs, states, events) are in the store and outlive the server.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -28,19 +28,19 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tokio_util::task::TaskTracker;
 
 use super::App;
-use super::answer::{self, Answer};
-use super::audit::{self, Ticket};
-use super::budget::Held;
-use super::guard::Caller;
+use super::audit_entry::{self, AuditTicket};
+use super::auth::Caller;
+use super::budget::Reservation;
+use super::response::{self, HandlerResult};
 
-/// How long an operation that has ended is known.
-const KEPT: Duration = Duration::from_secs(3600);
-/// How many operations are known at most; the oldest that have ended go first.
-const KNOWN: usize = 1000;
-/// How many bytes of results are kept for one caller; the oldest operations go first.
+/// How long an ended operation can be queried.
+const ENDED_RETENTION: Duration = Duration::from_secs(3600);
+/// The most operations; the oldest ended ones are removed first.
+const OPERATIONS_MAX: usize = 1000;
+/// The most bytes of results for one caller; the oldest operations are removed first.
 const RESULTS_MAX: usize = 64 << 20;
-/// How long what runs may take when the server ends.
-const FINISH_WITHIN: Duration = Duration::from_secs(60);
+/// How long running operations may take when the server shuts down.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Something that goes on, or has ended.
 #[derive(Debug, Clone, Serialize, Deserialize, utoipa::ToSchema)]
@@ -102,11 +102,11 @@ pub struct OperationList {
     pub operations: Vec<Operation>,
 }
 
-/// An operation, and what the server needs of it.
+/// An operation and the server's own data about it.
 #[derive(Debug)]
-struct Entry {
+struct OperationEntry {
     operation: Operation,
-    /// Whose it is: [`Caller::owner`].
+    /// Its owner: [`Caller::owner`].
     owner: String,
     /// How long its result is, in bytes.
     bytes: usize,
@@ -114,35 +114,35 @@ struct Entry {
     abort: Option<AbortHandle>,
 }
 
-impl Entry {
+impl OperationEntry {
     fn is_for(&self, caller: &Caller) -> bool {
         caller.scope == Scope::Admin || self.owner == caller.owner()
     }
 }
 
-/// What is known, by the time it began and its id.
-type Known = BTreeMap<(Timestamp, String), Entry>;
+/// Operations, by the time they began and their id.
+type OperationMap = BTreeMap<(Timestamp, String), OperationEntry>;
 
 /// The operations of a server.
 #[derive(Debug, Default)]
 pub struct Operations {
-    known: Mutex<Known>,
+    known: Mutex<OperationMap>,
     running: TaskTracker,
 }
 
-/// How the work tells how far it has come.
+/// Reports the progress of an operation.
 #[derive(Debug, Clone)]
-pub struct Stage {
+pub struct StageReporter {
     app: Arc<App>,
     key: Option<(Timestamp, String)>,
-    begun: Begun,
+    begun: BegunFlag,
 }
 
-/// Whether a request has begun to change something. Until then an error means that nothing was done.
+/// Whether a request has begun to change something. Until then an error means that nothing was changed.
 #[derive(Debug, Clone, Default)]
-pub struct Begun(Arc<AtomicBool>);
+pub struct BegunFlag(Arc<AtomicBool>);
 
-impl Begun {
+impl BegunFlag {
     /// It has.
     pub fn set(&self) {
         self.0.store(true, Ordering::SeqCst);
@@ -154,9 +154,9 @@ impl Begun {
     }
 }
 
-impl Stage {
+impl StageReporter {
     /// From here on it is not undone by an error.
-    pub fn begun(&self) -> &Begun {
+    pub fn begun(&self) -> &BegunFlag {
         &self.begun
     }
 
@@ -176,21 +176,21 @@ impl Stage {
     }
 }
 
-/// What came of an operation.
+/// The output of an operation.
 #[derive(Debug)]
-pub struct Done {
+pub struct OperationOutput {
     /// What is answered.
     pub value: Value,
     /// How a command ended, in a word for the audit log; empty where there was none.
     pub word: String,
     /// The memory that the answer takes.
-    pub held: Option<Held>,
+    pub held: Option<Reservation>,
 }
 
-impl Done {
+impl OperationOutput {
     /// The answer.
     pub fn answer(self, status: StatusCode) -> Response {
-        let mut response = answer::json(status, &self.value);
+        let mut response = response::json(status, &self.value);
         if let Some(held) = self.held {
             held.leave_to(&mut response);
         }
@@ -199,25 +199,25 @@ impl Done {
 }
 
 /// The work of an operation.
-pub type Work = Pin<Box<dyn Future<Output = Result<Done>> + Send>>;
+pub type OperationFuture = Pin<Box<dyn Future<Output = Result<OperationOutput>> + Send>>;
 
-/// Does something. The answer has `status` and the value, or is 202 with an operation if the caller wants that.
+/// Runs an operation. The response has `status` and the value, or is 202 with an operation if the client prefers that.
 pub async fn run(
     app: &Arc<App>,
-    Asked { headers, ticket, begun, owner }: Asked,
+    OperationContext { headers, ticket, begun, owner }: OperationContext,
     kind: &'static str,
     status: StatusCode,
-    work: impl FnOnce(Stage) -> Work + Send,
-) -> Answer {
+    work: impl FnOnce(StageReporter) -> OperationFuture + Send,
+) -> HandlerResult {
     if !wants_async(&headers) {
-        let work = work(Stage { app: Arc::clone(app), key: None, begun });
+        let work = work(StageReporter { app: Arc::clone(app), key: None, begun });
         let audited = ticket.and_then(|ticket| ticket.take());
-        let done = app.operations.running.spawn(written_down(work, audited)).await;
+        let done = app.operations.running.spawn(run_audited(work, audited)).await;
         let done = done.map_err(|e| Error::internal(format!("the operation broke down: {e}")))??;
         return Ok(done.answer(status));
     }
-    let operation = begin(app, kind, work, Asked { headers, ticket, begun, owner })?;
-    let mut response = answer::json(StatusCode::ACCEPTED, &operation);
+    let operation = begin(app, kind, work, OperationContext { headers, ticket, begun, owner })?;
+    let mut response = response::json(StatusCode::ACCEPTED, &operation);
     let headers = response.headers_mut();
     if let Ok(place) = HeaderValue::from_str(&format!("/v1/operations/{}", operation.id)) {
         headers.insert(header::LOCATION, place);
@@ -229,8 +229,8 @@ pub async fn run(
 fn begin(
     app: &Arc<App>,
     kind: &'static str,
-    work: impl FnOnce(Stage) -> Work,
-    Asked { ticket, begun, owner, .. }: Asked,
+    work: impl FnOnce(StageReporter) -> OperationFuture,
+    OperationContext { ticket, begun, owner, .. }: OperationContext,
 ) -> Result<Operation> {
     let (created_at, id) = (moment::now(), nido_vmm::nido::random_id()?);
     let operation = Operation {
@@ -245,13 +245,13 @@ fn begin(
     };
     let key = (created_at, id);
     app.operations.make_room()?;
-    let entry = Entry { operation: operation.clone(), owner, bytes: 0, abort: None };
+    let entry = OperationEntry { operation: operation.clone(), owner, bytes: 0, abort: None };
     app.operations.lock().insert(key.clone(), entry);
-    let work = work(Stage { app: Arc::clone(app), key: Some(key.clone()), begun });
+    let work = work(StageReporter { app: Arc::clone(app), key: Some(key.clone()), begun });
     let (owner, done) = (Arc::clone(app), key.clone());
     let audited = ticket.and_then(|ticket| ticket.take());
     let task = app.operations.running.spawn(async move {
-        let outcome = written_down(work, audited).await;
+        let outcome = run_audited(work, audited).await;
         owner.operations.end(&done, outcome.map(|done| done.value));
     });
     match app.operations.lock().get_mut(&key) {
@@ -262,67 +262,67 @@ fn begin(
     Ok(operation)
 }
 
-/// Does something short to its end, whoever hangs up meanwhile.
+/// Runs a short operation to its end, also if the client disconnects.
 pub async fn act<T: Send + 'static>(
     app: &Arc<App>,
-    asked: Asked,
+    asked: OperationContext,
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
-    let audited = asked.take_line();
+    let audited = asked.take_audit_entry();
     let done = app.operations.running.spawn(async move {
         let outcome = work.await;
-        audit::end_with(audited, &outcome);
+        audit_entry::end_with(audited, &outcome);
         outcome
     });
     done.await.map_err(|e| Error::internal(format!("the operation broke down: {e}")))?
 }
 
-/// Does it, and ends its line in the audit log. If it is cut off the line says so by itself.
-pub async fn written_down(work: Work, audited: Option<Audited>) -> Result<Done> {
+/// Runs an operation and completes its audit entry. If it is dropped, the entry records that by itself.
+pub async fn run_audited(work: OperationFuture, audited: Option<Audited>) -> Result<OperationOutput> {
     let outcome = work.await;
     match &outcome {
-        Ok(done) => audit::end(audited, Ending::Success, &done.word),
-        Err(error) => audit::end(audited, Ending::from(error), error.code().slug()),
+        Ok(done) => audit_entry::end(audited, Ending::Success, &done.word),
+        Err(error) => audit_entry::end(audited, Ending::from(error), error.code().slug()),
     }
     outcome
 }
 
-/// What an operation needs of its request.
+/// Extractor: what an operation needs of its request.
 #[derive(Debug)]
-pub struct Asked {
+pub struct OperationContext {
     headers: HeaderMap,
-    ticket: Option<Ticket>,
-    begun: Begun,
+    ticket: Option<AuditTicket>,
+    begun: BegunFlag,
     owner: String,
 }
 
-impl<S: Send + Sync> FromRequestParts<S> for Asked {
+impl<S: Send + Sync> FromRequestParts<S> for OperationContext {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> std::result::Result<Self, Infallible> {
         Ok(Self {
             headers: parts.headers.clone(),
-            ticket: parts.extensions.get::<Ticket>().cloned(),
-            begun: parts.extensions.get::<Begun>().cloned().unwrap_or_default(),
+            ticket: parts.extensions.get::<AuditTicket>().cloned(),
+            begun: parts.extensions.get::<BegunFlag>().cloned().unwrap_or_default(),
             owner: parts.extensions.get::<Caller>().map(Caller::owner).unwrap_or_default(),
         })
     }
 }
 
-impl Asked {
+impl OperationContext {
     /// The headers.
     pub fn headers(&self) -> &HeaderMap {
         &self.headers
     }
 
     /// Whether the request has begun.
-    pub fn begun(&self) -> Begun {
+    pub fn begun(&self) -> BegunFlag {
         self.begun.clone()
     }
 
-    /// The line in the audit log, for who ends it by themselves.
-    pub fn take_line(&self) -> Option<Audited> {
-        self.ticket.as_ref().and_then(Ticket::take)
+    /// The pending audit entry, for handlers that complete it themselves.
+    pub fn take_audit_entry(&self) -> Option<Audited> {
+        self.ticket.as_ref().and_then(AuditTicket::take)
     }
 }
 
@@ -333,7 +333,7 @@ pub fn wants_async(headers: &HeaderMap) -> bool {
 }
 
 impl Operations {
-    fn lock(&self) -> MutexGuard<'_, Known> {
+    fn lock(&self) -> MutexGuard<'_, OperationMap> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -341,7 +341,7 @@ impl Operations {
         let bytes =
             outcome.as_ref().ok().and_then(|value| serde_json::to_string(value).ok()).map_or(0, |text| text.len());
         let mut known = self.lock();
-        let Some(Entry { operation, owner, bytes: length, abort }) = known.get_mut(key) else { return };
+        let Some(OperationEntry { operation, owner, bytes: length, abort }) = known.get_mut(key) else { return };
         *abort = None;
         operation.ended_at = Some(moment::now());
         match outcome {
@@ -360,7 +360,7 @@ impl Operations {
     }
 
     /// Does something that goes on though nobody waits for it any more; the server's end does.
-    pub fn go_on<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+    pub fn spawn_detached<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
         self.running.spawn(work)
     }
 
@@ -369,13 +369,15 @@ impl Operations {
         let mut known = self.lock();
         let now = Timestamp::now();
         let is_old = |operation: &Operation| {
-            operation.ended_at.is_some_and(|end| now.duration_since(end).as_secs() > KEPT.as_secs().cast_signed())
+            operation
+                .ended_at
+                .is_some_and(|end| now.duration_since(end).as_secs() > ENDED_RETENTION.as_secs().cast_signed())
         };
         known.retain(|_, entry| !is_old(&entry.operation));
-        while known.len() >= KNOWN {
+        while known.len() >= OPERATIONS_MAX {
             let ended = known.iter().find(|(_, entry)| entry.operation.ended_at.is_some());
             let Some(key) = ended.map(|(key, _)| key.clone()) else {
-                let words = format!("{KNOWN} operations go on, and no more can");
+                let words = format!("{OPERATIONS_MAX} operations go on, and no more can");
                 return Err(Error::new(Code::LimitExceeded, words).hint("wait until some have ended, or cancel some"));
             };
             known.remove(&key);
@@ -402,7 +404,8 @@ impl Operations {
         let mut known = self.lock();
         let found = known.iter().find(|(_, entry)| entry.operation.id == id && entry.is_for(caller));
         let key = found.map(|(key, _)| key.clone());
-        let Entry { mut operation, abort, .. } = key.and_then(|key| known.remove(&key)).ok_or_else(not_known)?;
+        let OperationEntry { mut operation, abort, .. } =
+            key.and_then(|key| known.remove(&key)).ok_or_else(not_known)?;
         if operation.status == OperationStatus::Running {
             abort.inspect(AbortHandle::abort);
             operation.status = OperationStatus::Cancelled;
@@ -414,7 +417,7 @@ impl Operations {
     /// Waits for what goes on.
     pub async fn finish(&self) {
         self.running.close();
-        if tokio::time::timeout(FINISH_WITHIN, self.running.wait()).await.is_err() {
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.running.wait()).await.is_err() {
             tracing::warn!("operations were cut off: the server ends");
         }
     }
@@ -428,7 +431,7 @@ fn not_known() -> Error {
 }
 
 /// Forgets a caller's oldest operations until the results of the rest fit.
-fn keep_within(known: &mut Known, owner: &str, most: usize) {
+fn keep_within(known: &mut OperationMap, owner: &str, most: usize) {
     let mut bytes: usize = known.values().filter(|entry| entry.owner == owner).map(|entry| entry.bytes).sum();
     known.retain(|_, entry| {
         let goes = bytes > most && entry.owner == owner && entry.bytes > 0;
@@ -437,16 +440,16 @@ fn keep_within(known: &mut Known, owner: &str, most: usize) {
     });
 }
 
-/// Removes a VM that was begun if its operation is cut off: that very VM, whichever has its name by then.
+/// Removes a VM whose creation was cancelled: by its id, not by its name.
 #[derive(Debug)]
-pub struct Undo {
+pub struct UndoGuard {
     app: Arc<App>,
     /// The VM that the operation has begun to make.
     pub begun: BegunVm,
     armed: bool,
 }
 
-impl Undo {
+impl UndoGuard {
     /// Nothing has been begun yet.
     pub fn new(app: &Arc<App>) -> Self {
         Self { app: Arc::clone(app), begun: BegunVm::default(), armed: true }
@@ -458,7 +461,7 @@ impl Undo {
     }
 }
 
-impl Drop for Undo {
+impl Drop for UndoGuard {
     fn drop(&mut self) {
         if !self.armed || self.begun.id().is_none() {
             return;
@@ -473,28 +476,21 @@ impl Drop for Undo {
 }
 
 /// A value as the result of an operation.
-pub fn value<T: Serialize>(value: &T) -> Result<Done> {
+pub fn value<T: Serialize>(value: &T) -> Result<OperationOutput> {
     ended(value, String::new())
 }
 
 /// The same of an operation that was a command, with how that ended.
-pub fn ended<T: Serialize>(value: &T, word: String) -> Result<Done> {
+pub fn ended<T: Serialize>(value: &T, word: String) -> Result<OperationOutput> {
     let value = serde_json::to_value(value).map_err(|e| Error::internal(e.to_string()))?;
-    Ok(Done { value, word, held: None })
-}
-
-/// An answer without a body.
-pub fn empty(status: StatusCode) -> Response {
-    let mut response = Response::default();
-    *response.status_mut() = status;
-    response
+    Ok(OperationOutput { value, word, held: None })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn entry(id: u32, owner: &str, bytes: usize) -> ((Timestamp, String), Entry) {
+    fn entry(id: u32, owner: &str, bytes: usize) -> ((Timestamp, String), OperationEntry) {
         let at = Timestamp::from_second(id.into()).unwrap();
         let operation = Operation {
             id: id.to_string(),
@@ -506,13 +502,13 @@ mod tests {
             result: Some(Value::Null),
             error: None,
         };
-        ((at, id.to_string()), Entry { operation, owner: owner.into(), bytes, abort: None })
+        ((at, id.to_string()), OperationEntry { operation, owner: owner.into(), bytes, abort: None })
     }
 
     // A thousand results of many MiB each were kept in memory for an hour.
     #[test]
     fn the_results_of_a_caller_stay_within_a_budget() {
-        let mut known = Known::from([entry(1, "a", 40), entry(2, "b", 90), entry(3, "a", 0), entry(4, "a", 40)]);
+        let mut known = OperationMap::from([entry(1, "a", 40), entry(2, "b", 90), entry(3, "a", 0), entry(4, "a", 40)]);
         keep_within(&mut known, "a", 50);
         let left: Vec<_> = known.values().map(|entry| &*entry.operation.id).collect();
         assert_eq!(left, ["2", "3", "4"]);

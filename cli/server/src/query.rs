@@ -3,8 +3,9 @@
 //! Invariant: the routes and the audit log decode a query with the same function, so the log shows what was acted upon.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
-use axum::extract::{FromRequestParts, MatchedPath, RawQuery, Request};
+use axum::extract::{FromRequestParts, MatchedPath, RawQuery, Request, State};
 use axum::http::Method;
 use axum::http::request::Parts;
 use axum::middleware::Next;
@@ -13,9 +14,10 @@ use nido_vmm::error::{Code, Error, Result};
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer};
 
-use super::answer::Problem;
-use super::ask::{plain, plain_words};
-use super::openapi;
+use super::App;
+use super::api_description::ApiDescription;
+use super::extract::{escaped, parser_message};
+use super::response::Problem;
 
 /// A name and its value, as bytes: a path of a guest need not be UTF-8.
 type Pair = (String, Vec<u8>);
@@ -76,9 +78,9 @@ pub fn shown(value: &[u8]) -> Cow<'_, str> {
 
 /// The query, as its route's type.
 #[derive(Debug)]
-pub struct Query<T>(pub T);
+pub struct QueryParams<T>(pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for QueryParams<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> std::result::Result<Self, Problem> {
@@ -95,23 +97,23 @@ fn parse<T: DeserializeOwned>(query: &str) -> Result<T> {
             Ok(value) => again.append_pair(&name, value),
             // The route takes its bytes with `GuestPath`.
             Err(_) if name == BYTES => again.append_pair(&name, &shown(&value)),
-            Err(_) => return Err(Error::new(Code::SpecInvalid, format!("{}: its value is not UTF-8", plain(&name)))),
+            Err(_) => return Err(Error::new(Code::SpecInvalid, format!("{}: its value is not UTF-8", escaped(&name)))),
         };
     }
     let again = again.finish();
     let deserializer = serde_urlencoded::Deserializer::new(form_urlencoded::parse(again.as_bytes()));
     serde_path_to_error::deserialize(deserializer).map_err(|error| {
         let path = error.path().to_string();
-        let field = if path == "." { String::new() } else { format!("{}: ", plain(&path)) };
-        Error::new(Code::SpecInvalid, format!("{field}{}", plain_words(&error.into_inner().to_string())))
+        let field = if path == "." { String::new() } else { format!("{}: ", escaped(&path)) };
+        Error::new(Code::SpecInvalid, format!("{field}{}", parser_message(&error.into_inner().to_string())))
     })
 }
 
 /// The bytes of the parameter `path`, and the rest of the query.
 #[derive(Debug)]
-pub struct GuestPath<T>(pub Vec<u8>, pub T);
+pub struct GuestPathParam<T>(pub Vec<u8>, pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for GuestPath<T> {
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for GuestPathParam<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> std::result::Result<Self, Problem> {
@@ -124,9 +126,9 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for GuestPath<T> {
 
 /// All values of a parameter that may be given several times.
 #[derive(Debug)]
-pub struct Labels(pub Vec<String>);
+pub struct LabelParams(pub Vec<String>);
 
-impl<S: Send + Sync> FromRequestParts<S> for Labels {
+impl<S: Send + Sync> FromRequestParts<S> for LabelParams {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> std::result::Result<Self, Problem> {
@@ -171,26 +173,30 @@ pub fn number_if_given<'de, D: Deserializer<'de>>(deserializer: D) -> std::resul
 }
 
 /// Refuses parameters that the route does not take: a filter that is ignored would answer with everything.
-pub async fn known(request: Request, next: Next) -> std::result::Result<Response, Problem> {
+pub async fn reject_unknown(
+    State(app): State<Arc<App>>,
+    request: Request,
+    next: Next,
+) -> std::result::Result<Response, Problem> {
     if let (Some(route), Some(query)) = (request.extensions().get::<MatchedPath>(), request.uri().query()) {
-        check(request.method(), route.as_str(), query)?;
+        check(&app.description, request.method(), route.as_str(), query)?;
     }
     Ok(next.run(request).await)
 }
 
-fn check(method: &Method, route: &str, query: &str) -> Result<()> {
-    let takes = openapi::takes(method, route);
+fn check(api: &ApiDescription, method: &Method, route: &str, query: &str) -> Result<()> {
+    let inputs = api.inputs(method, route);
     // A method that the resource does not know is refused as such.
-    let is_api = route.starts_with("/v1/") || takes.described;
-    if !is_api || (!takes.described && openapi::is_described(route)) {
+    let is_api = route.starts_with("/v1/") || inputs.described;
+    if !is_api || (!inputs.described && api.has_route(route)) {
         return Ok(());
     }
-    let unknown = pairs(query)?.into_iter().find(|(name, _)| !takes.query.contains(name));
+    let unknown = pairs(query)?.into_iter().find(|(name, _)| !inputs.query.contains(name));
     let Some((name, _)) = unknown else { return Ok(()) };
-    let mut names: Vec<_> = takes.query.iter().map(String::as_str).collect();
+    let mut names: Vec<_> = inputs.query.iter().map(String::as_str).collect();
     names.sort_unstable();
     let hint = if names.is_empty() { "it takes none".to_owned() } else { format!("it takes {}", names.join(", ")) };
-    Err(Error::new(Code::SpecInvalid, format!("{}: this resource does not take that parameter", plain(&name)))
+    Err(Error::new(Code::SpecInvalid, format!("{}: this resource does not take that parameter", escaped(&name)))
         .hint(hint))
 }
 
@@ -200,7 +206,7 @@ mod tests {
 
     #[derive(Debug, Default, Deserialize)]
     #[serde(default, deny_unknown_fields)]
-    struct Which {
+    struct TestQuery {
         #[serde(deserialize_with = "number_if_given")]
         since: Option<u64>,
         #[serde(deserialize_with = "switch")]
@@ -218,20 +224,20 @@ mod tests {
         for wrong in ["path=%", "path=%4", "path=%zz", "path=%+1", "%ff=x"] {
             assert_eq!(pairs(wrong).unwrap_err().code(), Code::SpecInvalid, "{wrong}");
         }
-        assert!(parse::<Which>("path=%ff").is_ok() && parse::<Which>("since=%ff").is_err());
+        assert!(parse::<TestQuery>("path=%ff").is_ok() && parse::<TestQuery>("since=%ff").is_err());
     }
 
     // `?force=1` and `?force` were refused in the words of a parser.
     #[test]
     fn values_are_read_and_refused_in_words_of_the_api() {
         for (query, force) in [("force", true), ("force=1", true), ("force=true", true), ("force=0", false)] {
-            assert_eq!(parse::<Which>(query).unwrap().force, force, "{query}");
+            assert_eq!(parse::<TestQuery>(query).unwrap().force, force, "{query}");
         }
-        let refused = |query: &str| parse::<Which>(query).unwrap_err().to_string();
+        let refused = |query: &str| parse::<TestQuery>(query).unwrap_err().to_string();
         assert_eq!(refused("since=x"), "since: it is not a whole number");
         assert_eq!(refused("since="), "since: it is not a whole number");
         assert_eq!(refused("since=9223372036854775808"), "since: it is at most 9223372036854775807");
-        assert_eq!(parse::<Which>("since=9223372036854775807").unwrap().since, Some(i64::MAX.unsigned_abs()));
+        assert_eq!(parse::<TestQuery>("since=9223372036854775807").unwrap().since, Some(i64::MAX.unsigned_abs()));
         assert_eq!(refused("force=yes"), "force: it is neither true nor false");
         assert!(refused("force=1&force=0").contains("duplicate"), "{}", refused("force=1&force=0"));
     }
@@ -239,6 +245,8 @@ mod tests {
     // `GET /v1/vms?status=stopped` answered with all VMs.
     #[test]
     fn what_no_route_takes_is_refused() {
+        let api = crate::openapi::api_description();
+        let check = |method: &Method, route: &str, query: &str| check(&api, method, route, query);
         assert!(check(&Method::GET, "/v1/vms", "status=stopped&label=a&label=b&limit=3").is_ok());
         for (route, query) in
             [("/v1/vms", "stat=x"), ("/v1/vms/{name}", "force=1"), ("/metrics", "x"), ("/v1/host", "a=b")]

@@ -2,22 +2,23 @@
 //! origin, no token or a bad one, a token that is for another part.
 //!
 //! Invariant: clients without a valid token cannot fill the log. A burst of [`BURST`] is written down, then one each
-//! [`EVERY`]; how many were not is in the next line.
+//! [`REFILL_INTERVAL`]; how many were not is in the next line.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::Request;
-use nido_vmm::audit::{Caller as Who, Face};
+use nido_vmm::audit::{Caller as AuditCaller, Face};
 use nido_vmm::text::head;
 use serde_json::{Value, json};
 
-use super::{App, audit};
+use super::App;
+use super::audit_entry::{blocking, user_agent};
 
 /// How many are written down at once.
 const BURST: f64 = 32.0;
 /// After that one is written down each so long.
-const EVERY: Duration = Duration::from_secs(5);
+const REFILL_INTERVAL: Duration = Duration::from_secs(5);
 /// How much of a path is kept, in bytes.
 const PATH_MAX: usize = 128;
 
@@ -42,7 +43,7 @@ impl Refusals {
     /// Whether this one is written down, and how many before it were not.
     fn take(&self, now: Instant) -> Option<u64> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let more = now.duration_since(state.at).as_secs_f64() / EVERY.as_secs_f64();
+        let more = now.duration_since(state.at).as_secs_f64() / REFILL_INTERVAL.as_secs_f64();
         state.left = (state.left + more).min(BURST);
         state.at = now;
         if state.left < 1.0 {
@@ -65,7 +66,7 @@ pub fn write(
     let owner = Arc::clone(app);
     async move {
         let Some((who, arguments)) = line else { return };
-        let written = audit::blocking(move || owner.nido.audit_denied(&who, "request", &arguments, reason)).await;
+        let written = blocking(move || owner.nido.audit_denied(&who, "request", &arguments, reason)).await;
         if let Err(error) = written {
             tracing::error!("{error}");
         }
@@ -73,14 +74,14 @@ pub fn write(
 }
 
 /// Who was turned away, and what they wanted.
-fn line(request: &Request, actor: String, not_written: u64) -> (Who, Value) {
+fn line(request: &Request, actor: String, not_written: u64) -> (AuditCaller, Value) {
     let path = head(request.uri().path(), PATH_MAX);
     let mut arguments = json!({ "method": head(request.method().as_str(), 16), "path": path });
     if not_written > 0 {
         arguments["not_written"] = not_written.into();
     }
     let face = if path == "/mcp" { Face::Mcp } else { Face::Api };
-    (Who { face, actor, agent: audit::agent(request.headers()) }, arguments)
+    (AuditCaller { face, actor, agent: user_agent(request.headers()) }, arguments)
 }
 
 #[cfg(test)]
@@ -88,10 +89,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_knocks_without_end_does_not_fill_the_log() {
+    fn unauthenticated_clients_cannot_fill_the_log() {
         let (refusals, now) = (Refusals::default(), Instant::now());
         assert_eq!((0..1000).filter(|_| refusals.take(now).is_some()).count(), 32);
-        assert_eq!(refusals.take(now + EVERY), Some(968));
-        assert_eq!(refusals.take(now + EVERY), None);
+        assert_eq!(refusals.take(now + REFILL_INTERVAL), Some(968));
+        assert_eq!(refusals.take(now + REFILL_INTERVAL), None);
     }
 }

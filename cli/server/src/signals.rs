@@ -10,7 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// What came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Signalled {
+pub enum SignalEvent {
     /// A signal that asks for an end, by its number.
     End(u8),
     /// The terminal has another size.
@@ -56,20 +56,20 @@ impl Signals {
     }
 
     /// The next one. May be dropped and called again without loss.
-    pub async fn next(&mut self) -> Signalled {
+    pub async fn next(&mut self) -> SignalEvent {
         tokio::select! {
-            _ = self.interrupt.recv() => Signalled::End(INTERRUPT),
-            _ = self.terminate.recv() => Signalled::End(TERMINATE),
-            () = received(&mut self.hangup) => Signalled::End(HANGUP),
-            _ = self.quit.recv() => Signalled::End(QUIT),
-            _ = self.resize.recv() => Signalled::Resized,
+            _ = self.interrupt.recv() => SignalEvent::End(INTERRUPT),
+            _ = self.terminate.recv() => SignalEvent::End(TERMINATE),
+            () = received(&mut self.hangup) => SignalEvent::End(HANGUP),
+            _ = self.quit.recv() => SignalEvent::End(QUIT),
+            _ = self.resize.recv() => SignalEvent::Resized,
         }
     }
 
     /// The next one that asks for an end.
     pub async fn next_end(&mut self) -> u8 {
         loop {
-            if let Signalled::End(number) = self.next().await {
+            if let SignalEvent::End(number) = self.next().await {
                 return number;
             }
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Subcommand, ValueEnum};
 use nido_mcp::{SESSION_GRACE, SESSION_IDLE, Settings, stdio};
 use nido_server::signals::Signals;
-use nido_server::{Listen, serve};
+use nido_server::{ListenAddress, serve};
 use nido_vmm::api::Scope;
 use nido_vmm::error::{Code, Error};
 use nido_vmm::nido::Nido;
@@ -182,7 +182,7 @@ impl Start {
                 .into());
         }
         let options = self.listen.options(false)?;
-        if self.no_token && !matches!(options.listen, Listen::Unix(_)) {
+        if self.no_token && !matches!(options.listen, ListenAddress::Unix(_)) {
             let words = "a port without a token would be open to every program of this machine and to every guest with --net nat, \
                 which reaches the host's loopback at 10.0.2.2";
             return Err(Error::new(Code::Denied, words)

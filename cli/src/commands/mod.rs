@@ -51,7 +51,7 @@ mod webhook;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, Subcommand};
-use nido_server::Listening;
+use nido_server::ServerAddress;
 use nido_vmm::api::{Grant, TokenInfo, VmInfo};
 use nido_vmm::audit::Caller;
 use nido_vmm::error::Error;
@@ -259,7 +259,7 @@ impl Context {
     }
 
     /// The first line of a server: where it listens. On standard error what its clients need besides.
-    pub fn listening(&self, listening: &Listening, nido: &Nido) {
+    pub fn listening(&self, listening: &ServerAddress, nido: &Nido) {
         // Nobody may be there to read it; that is no reason not to serve.
         let _ = self.output.answer(listening, || format!("{}\n", listening.address));
         if let Some(own) = &listening.tls {

@@ -10,9 +10,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::App;
-use crate::answer::{self, Answer};
-use crate::guard::Rules;
-use crate::query::{Query, number_if_given};
+use crate::auth::{Admin, Require};
+use crate::query::{QueryParams, number_if_given};
+use crate::response::{self, HandlerResult};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(show))
@@ -22,7 +22,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 #[derive(Debug, Default, serde::Deserialize, IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-struct Which {
+struct AuditQuery {
     /// Of this log, `acts` or `reads`; of both if absent. A page (`cursor`) is of one, `acts` if absent.
     log: Option<AuditLog>,
     /// Those of this time and later.
@@ -46,10 +46,14 @@ struct Which {
 }
 
 /// Lines of the audit log, the oldest first. To check them: `nido audit verify`.
-#[utoipa::path(get, path = "/v1/audit", operation_id = "audit_show", tag = "audit", params(Which),
+#[utoipa::path(get, path = "/v1/audit", operation_id = "audit_show", tag = "audit", params(AuditQuery),
     responses((status = 200, body = AuditList)))]
-async fn show(State(app): State<Arc<App>>, _: Rules, Query(which): Query<Which>) -> Answer {
-    let Which { log, since, tool, actor, result, vm, tail, cursor: after, limit } = which;
+async fn show(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    QueryParams(which): QueryParams<AuditQuery>,
+) -> HandlerResult {
+    let AuditQuery { log, since, tool, actor, result, vm, tail, cursor: after, limit } = which;
     let bad = |words: &str| Err(Error::new(Code::SpecInvalid, words).into());
     if tail.is_some() && (after.is_some() || limit.is_some()) {
         return bad("tail: cursor or limit is given as well; the last lines, or pages from the first");
@@ -63,5 +67,5 @@ async fn show(State(app): State<Arc<App>>, _: Rules, Query(which): Query<Which>)
         Some(_) => (None, usize::try_from(limit.unwrap_or(1000)).ok()),
     };
     let filter = AuditFilter { log, since, tool, actor, result, vm, tail, after, limit };
-    answer::ok(&app.nido().await?.audit_show(&filter)?)
+    response::ok(&app.nido().await?.audit_show(&filter)?)
 }

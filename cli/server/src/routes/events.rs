@@ -22,10 +22,10 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::App;
-use crate::answer::{self, Answer};
-use crate::ask::prefers;
-use crate::guard::Looks;
-use crate::query::{Query, number_if_given};
+use crate::auth::{Read, Require};
+use crate::media_type::prefers;
+use crate::query::{QueryParams, number_if_given};
+use crate::response::{self, HandlerResult};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(events))
@@ -40,7 +40,7 @@ const LIMIT_MAX: usize = 1000;
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-struct Which {
+struct EventQuery {
     /// Only those behind this cursor; 0 is the beginning.
     #[serde(deserialize_with = "number_if_given")]
     since: Option<u64>,
@@ -63,11 +63,16 @@ struct Which {
 /// `Last-Event-ID` goes on where a stream broke off. Where events are missing the stream has the event `gap`, before it ends with an
 /// error the event `error`.
 #[utoipa::path(get, path = "/v1/events", operation_id = "events", tag = "events",
-    params(Which, ("Last-Event-ID" = Option<String>, Header, description = "Cursor of the last event that was seen.")),
+    params(EventQuery, ("Last-Event-ID" = Option<String>, Header, description = "Cursor of the last event that was seen.")),
     responses((status = 200, description = "Events.", content(
         (EventList = "application/json"),
         (String = "text/event-stream")))))]
-async fn events(State(app): State<Arc<App>>, _: Looks, headers: HeaderMap, Query(which): Query<Which>) -> Answer {
+async fn events(
+    State(app): State<Arc<App>>,
+    _: Require<Read>,
+    headers: HeaderMap,
+    QueryParams(which): QueryParams<EventQuery>,
+) -> HandlerResult {
     let kinds =
         which.event.as_deref().map(|words| words.split(',').map(str::parse).collect::<Result<Vec<EventKind>>>());
     let kinds = kinds.transpose()?.unwrap_or_default();
@@ -80,7 +85,7 @@ async fn events(State(app): State<Arc<App>>, _: Looks, headers: HeaderMap, Query
             (_, Some(tail)) => last(nido, request, tail)?,
             (limit, None) => first(nido.events(&request)?, limit.unwrap_or(LIMIT_MAX)),
         };
-        return answer::ok(&list);
+        return response::ok(&list);
     }
     let last = headers.get("last-event-id").map(|id| {
         let cursor = id.to_str().ok().and_then(|id| id.parse::<u64>().ok());
@@ -111,7 +116,7 @@ async fn events(State(app): State<Arc<App>>, _: Looks, headers: HeaderMap, Query
     Ok(Sse::new(frames).keep_alive(KeepAlive::default()).into_response())
 }
 
-fn check_counts(which: &Which, streams: bool) -> Result<()> {
+fn check_counts(which: &EventQuery, streams: bool) -> Result<()> {
     let bad = |words: String| Err(Error::new(Code::SpecInvalid, words));
     match (which.limit, which.tail) {
         (Some(_), Some(_)) => bad("tail: limit is given as well; the first ones or the last ones".into()),
@@ -147,7 +152,7 @@ fn last(nido: &Nido, mut request: EventsRequest, tail: usize) -> Result<EventLis
 }
 
 /// What a stream has next.
-enum Next {
+enum FeedItem {
     Event(Box<Event>),
     /// Events behind `since` are missing: it goes on behind `cursor`.
     Gap {
@@ -156,13 +161,13 @@ enum Next {
     },
 }
 
-fn frame(next: &Next) -> sse::Event {
+fn frame(next: &FeedItem) -> sse::Event {
     match next {
-        Next::Event(event) => {
+        FeedItem::Event(event) => {
             let data = serde_json::to_string(event).unwrap_or_default();
             sse::Event::default().id(event.cursor.to_string()).event(event.event.word()).data(data)
         }
-        Next::Gap { since, cursor } => {
+        FeedItem::Gap { since, cursor } => {
             let data = json!({ "since": since, "cursor": cursor, "oldest": cursor + 1 }).to_string();
             sse::Event::default().id(cursor.to_string()).event("gap").data(data)
         }
@@ -182,15 +187,15 @@ struct Feed {
 }
 
 impl Feed {
-    async fn next(&mut self) -> Result<Next> {
+    async fn next(&mut self) -> Result<FeedItem> {
         loop {
             if let Some(event) = self.ready.pop_front() {
-                return Ok(Next::Event(Box::new(event)));
+                return Ok(FeedItem::Event(Box::new(event)));
             }
             let (oldest, last) = self.app.nido.event_range()?;
             if self.request.gap(oldest, last) {
                 let since = std::mem::replace(&mut self.request.since, oldest - 1);
-                return Ok(Next::Gap { since, cursor: oldest - 1 });
+                return Ok(FeedItem::Gap { since, cursor: oldest - 1 });
             }
             // Seen before looking: what comes meanwhile wakes again.
             self.changes.mark_unchanged();
@@ -198,7 +203,7 @@ impl Feed {
             if cursor == self.request.since {
                 tokio::select! {
                     _ = self.changes.changed() => continue,
-                    () = self.app.ending.cancelled() => return Err(Error::new(Code::Interrupted, "the server ends")),
+                    () = self.app.shutting_down.cancelled() => return Err(Error::new(Code::Interrupted, "the server ends")),
                 }
             }
             self.request.since = cursor;

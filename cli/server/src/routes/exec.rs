@@ -20,13 +20,14 @@ use serde_json::json;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::vms::Vm;
-use crate::answer::Answer;
-use crate::ask::{Body, Names, plain_words, prefers};
-use crate::budget::{Held, json_length};
-use crate::guard::{Granted, Uses};
-use crate::operations::{self, Asked, Begun, Undo, ended};
-use crate::{App, audit};
+use super::vms::VmPath;
+use crate::auth::{CallerGrant, Require, Run};
+use crate::budget::{Reservation, json_length};
+use crate::extract::{JsonBody, PathParams, parser_message};
+use crate::media_type::prefers;
+use crate::operations::{self, BegunFlag, OperationContext, UndoGuard, ended};
+use crate::response::HandlerResult;
+use crate::{App, audit_entry};
 
 /// How much of each stream a JSON answer holds, in bytes.
 const COLLECT_MAX: usize = 4 << 20;
@@ -38,42 +39,42 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 /// Runs a command in a VM. Answered when it has ended, with what it wrote (at most 4 MiB of each stream); with
 /// `Accept: text/event-stream` as it goes on: the events `started`, `stdout`, `stderr`, `exit`, and `error` if the VM is
 /// lost. Hanging up kills it. For standard input as it comes, and a terminal, see the WebSocket at `exec/socket` (docs/api.md).
-#[utoipa::path(post, path = "/v1/vms/{name}/exec", operation_id = "vm_exec", tag = "exec", params(Vm),
+#[utoipa::path(post, path = "/v1/vms/{name}/exec", operation_id = "vm_exec", tag = "exec", params(VmPath),
     request_body = ExecBody,
     responses((status = 200, description = "How it ended.", content(
         (ExecResult = "application/json"),
         (String = "text/event-stream")))))]
 async fn exec(
     State(app): State<Arc<App>>,
-    _: Uses,
-    Names(vm): Names<Vm>,
-    asked: Asked,
-    Body(body): Body<ExecBody>,
-) -> Answer {
+    _: Require<Run>,
+    PathParams(vm): PathParams<VmPath>,
+    context: OperationContext,
+    JsonBody(body): JsonBody<ExecBody>,
+) -> HandlerResult {
     let (request, stdin) = body.split()?;
-    if prefers(asked.headers(), "text/event-stream", "application/json") {
+    if prefers(context.headers(), "text/event-stream", "application/json") {
         let (control, events) = app.nido().await?.exec(&vm.name, request).await?;
         app.metrics.exec();
         feed(control, stdin);
-        let line = asked.take_line();
-        let events = stream::unfold(Some(Followed::new(events, line)), Followed::next);
+        let line = context.take_audit_entry();
+        let events = stream::unfold(Some(ExecEventStream::new(events, line)), ExecEventStream::next);
         return Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response());
     }
     let owner = Arc::clone(&app);
-    let is_async = operations::wants_async(asked.headers());
-    let begun = asked.begun();
+    let is_async = operations::wants_async(context.headers());
+    let begun = context.begun();
     let work = async move {
         let mut held = owner.output.hold();
         owner.nido().await?;
         owner.metrics.exec();
         let done = collect(&owner, &vm.name, (request, stdin), (&begun, &mut held)).await?;
-        Ok(operations::Done { held: Some(held), ..ended(&done, done.exit.word())? })
+        Ok(operations::OperationOutput { held: Some(held), ..ended(&done, done.exit.word())? })
     };
     if is_async {
-        return operations::run(&app, asked, "vm_exec", StatusCode::OK, |_| Box::pin(work)).await;
+        return operations::run(&app, context, "vm_exec", StatusCode::OK, |_| Box::pin(work)).await;
     }
     // Not detached: who hangs up does not want the command any more.
-    let done = operations::written_down(Box::pin(work), asked.take_line()).await?;
+    let done = operations::run_audited(Box::pin(work), context.take_audit_entry()).await?;
     Ok(done.answer(StatusCode::OK))
 }
 
@@ -94,7 +95,7 @@ async fn collect(
     app: &App,
     name: &VmName,
     (request, stdin): (ExecRequest, Vec<u8>),
-    (begun, held): (&Begun, &mut Held),
+    (begun, held): (&BegunFlag, &mut Reservation),
 ) -> Result<ExecResult> {
     let wants_stdin = request.stdin;
     let began_at = jiff::Timestamp::now();
@@ -121,19 +122,19 @@ async fn collect(
 }
 
 /// A command that is followed as server-sent events.
-struct Followed {
+struct ExecEventStream {
     events: ExecEvents,
     line: Option<Audited>,
-    out: Text,
-    err: Text,
+    out: Utf8Buffer,
+    err: Utf8Buffer,
     /// Frames that came of one event, and are sent one after the other.
     frames: VecDeque<sse::Event>,
     is_over: bool,
 }
 
-impl Followed {
+impl ExecEventStream {
     fn new(events: ExecEvents, line: Option<Audited>) -> Self {
-        let (out, err) = (Text::default(), Text::default());
+        let (out, err) = (Utf8Buffer::default(), Utf8Buffer::default());
         Self { events, line, out, err, frames: VecDeque::new(), is_over: false }
     }
 
@@ -165,12 +166,12 @@ impl Followed {
             }
             Ok(ExecEvent::Exited(exit)) => {
                 self.finish();
-                audit::end(self.line.take(), Ending::Success, &exit.word());
+                audit_entry::end(self.line.take(), Ending::Success, &exit.word());
                 self.say("exit", &json!(exit));
             }
             Err(error) => {
                 self.finish();
-                audit::end(self.line.take(), Ending::from(&error), error.code().slug());
+                audit_entry::end(self.line.take(), Ending::from(&error), error.code().slug());
                 self.say("error", &json!(error.problem()));
             }
         }
@@ -196,11 +197,11 @@ fn frame(kind: &str, data: &serde_json::Value) -> sse::Event {
 /// A stream that is cut into pieces wherever the guest's pipe was: of a character that is cut, the first bytes wait for the
 /// rest.
 #[derive(Debug, Default)]
-struct Text {
+struct Utf8Buffer {
     held: Vec<u8>,
 }
 
-impl Text {
+impl Utf8Buffer {
     /// The next piece; none if there is no whole character in it.
     fn push(&mut self, bytes: Vec<u8>) -> Option<serde_json::Value> {
         let mut whole = std::mem::take(&mut self.held);
@@ -254,15 +255,15 @@ pub struct RunResult {
     responses((status = 200, body = RunResult)))]
 async fn run(
     State(app): State<Arc<App>>,
-    _: Uses,
-    Granted(grant): Granted,
-    asked: Asked,
-    Body(mut body): Body<RunRequest>,
-) -> Answer {
+    _: Require<Run>,
+    CallerGrant(grant): CallerGrant,
+    context: OperationContext,
+    JsonBody(mut body): JsonBody<RunRequest>,
+) -> HandlerResult {
     let name = format!("run-{}", &nido_vmm::nido::random_id()?[..8]);
     body.vm.entry("name").or_insert(name.into());
     let spawn: SpawnRequest = serde_json::from_value(body.vm.into())
-        .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", plain_words(&e.to_string()))))?;
+        .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", parser_message(&e.to_string()))))?;
     let (mut spec, start) = spawn.split();
     let start = start.filter(|start| start.wait);
     let start = start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run starts its VM and waits for it"))?;
@@ -270,10 +271,10 @@ async fn run(
     spec.idle_ms = spec.idle_ms.or(Some(60_000));
     let (request, stdin) = body.exec.split()?;
     let owner = Arc::clone(&app);
-    operations::run(&app, asked, "run", StatusCode::OK, |stage| {
+    operations::run(&app, context, "run", StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
-            let undo = Undo::new(&owner);
+            let undo = UndoGuard::new(&owner);
             let mut tell = |now| stage.start(now);
             let vm = match nido.spawn_tracked(spec, start, &grant, &undo.begun, &mut tell).await {
                 Ok(vm) => vm,
@@ -292,7 +293,7 @@ async fn run(
             let exec = exec?;
             gone?;
             let word = exec.exit.word();
-            Ok(operations::Done { held: Some(held), ..ended(&RunResult { vm, exec }, word)? })
+            Ok(operations::OperationOutput { held: Some(held), ..ended(&RunResult { vm, exec }, word)? })
         })
     })
     .await
@@ -305,7 +306,7 @@ mod tests {
     #[test]
     fn a_character_that_is_cut_between_two_pieces_stays_text() {
         // Each half of such a character made its whole piece base64.
-        let mut text = Text::default();
+        let mut text = Utf8Buffer::default();
         let mut push = |bytes: &[u8]| text.push(bytes.to_vec());
         assert_eq!(push(b"a\xc3"), Some(json!({ "text": "a" })));
         assert_eq!(push(b"\xa9b"), Some(json!({ "text": "éb" })));

@@ -19,13 +19,14 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::vms::Vm;
-use crate::answer::{self, Answer};
-use crate::ask::{Names, media_type, prefers};
-use crate::guard::Uses;
-use crate::operations::Asked;
-use crate::query::{GuestPath, switch};
-use crate::{App, audit, pace};
+use super::vms::VmPath;
+use crate::auth::{Require, Run};
+use crate::extract::PathParams;
+use crate::media_type::{media_type, prefers};
+use crate::operations::OperationContext;
+use crate::query::{GuestPathParam, switch};
+use crate::response::{self, HandlerResult};
+use crate::{App, audit_entry, timeouts};
 
 /// How much of a download is read at once, in bytes.
 const PIECE: usize = 64 * 1024;
@@ -45,7 +46,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-struct Where {
+struct DownloadQuery {
     /// Its path in the guest, absolute. Bytes that are not UTF-8 are sent as `%XX`; a plus is a plus.
     #[param(pattern = "^/[^\\u0000]*$", example = "/etc/os-release")]
     #[serde(rename = "path")]
@@ -56,7 +57,7 @@ struct Where {
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-struct To {
+struct UploadQuery {
     /// Its path in the guest, absolute. Bytes that are not UTF-8 are sent as `%XX`; a plus is a plus.
     #[param(pattern = "^/[^\\u0000]*$", example = "/srv/data.bin")]
     #[serde(rename = "path")]
@@ -72,20 +73,20 @@ struct To {
 }
 
 /// Reads a file of the guest; with `Accept: application/x-tar` a directory, as a tar archive whose entries are called `./PATH`.
-#[utoipa::path(get, path = "/v1/vms/{name}/files", operation_id = "vm_download", tag = "files", params(Vm, Where),
+#[utoipa::path(get, path = "/v1/vms/{name}/files", operation_id = "vm_download", tag = "files", params(VmPath, DownloadQuery),
     responses((status = 200, description = "The bytes of the file, or the archive.", content(
         ([u8] = "application/octet-stream"),
         ([u8] = "application/x-tar")))))]
 async fn download(
     State(app): State<Arc<App>>,
-    _: Uses,
-    Names(vm): Names<Vm>,
-    GuestPath(path, _): GuestPath<Where>,
+    _: Require<Run>,
+    PathParams(vm): PathParams<VmPath>,
+    GuestPathParam(path, _): GuestPathParam<DownloadQuery>,
     method: Method,
-    asked: Asked,
-) -> Answer {
+    context: OperationContext,
+) -> HandlerResult {
     let source = guest_path(path)?;
-    let kind = if prefers(asked.headers(), TAR, BYTES) { TAR } else { BYTES };
+    let kind = if prefers(context.headers(), TAR, BYTES) { TAR } else { BYTES };
     app.nido().await?;
     let (writer, reader) = pipe()?;
     let reader = pipe::Receiver::from_file(File::from(reader)).map_err(broken)?;
@@ -112,10 +113,10 @@ async fn download(
     let rest = stream::iter(first).chain(bytes).inspect_ok(move |piece| counter.metrics.bytes_out(piece.len() as u64));
     // Its line ends with the answer's last byte; whoever hangs up before that leaves it to say so by itself. Of a HEAD nothing
     // follows, and nobody reads on.
-    let line = if method == Method::HEAD { None } else { asked.take_line() };
+    let line = if method == Method::HEAD { None } else { context.take_audit_entry() };
     let end = stream::once(async move {
         let outcome = joined(copying.await);
-        audit::end_with(line, &outcome);
+        audit_entry::end_with(line, &outcome);
         outcome.map(|_| Bytes::new()).map_err(std::io::Error::other)
     });
     typed(Stream::from_stream(rest.chain(end)))
@@ -125,19 +126,19 @@ async fn download(
 /// into a directory: one that is not there appears when it is whole, into one that is there each file is put by itself. Owners
 /// are left out, modes masked to the nine permission bits, devices and pipes skipped; hard links, sparse files, and names that
 /// are absolute or hold `..` are refused.
-#[utoipa::path(put, path = "/v1/vms/{name}/files", operation_id = "vm_upload", tag = "files", params(Vm, To),
+#[utoipa::path(put, path = "/v1/vms/{name}/files", operation_id = "vm_upload", tag = "files", params(VmPath, UploadQuery),
     request_body(description = "The bytes of a file, or an archive.", content(
         ([u8] = "application/octet-stream"),
         ([u8] = "application/x-tar"))),
     responses((status = 200, body = CopyResult)))]
 async fn upload(
     State(app): State<Arc<App>>,
-    _: Uses,
-    Names(vm): Names<Vm>,
-    GuestPath(path, to): GuestPath<To>,
+    _: Require<Run>,
+    PathParams(vm): PathParams<VmPath>,
+    GuestPathParam(path, to): GuestPathParam<UploadQuery>,
     headers: HeaderMap,
     body: Stream,
-) -> Answer {
+) -> HandlerResult {
     let is_archive = match media_type(&headers).as_deref() {
         None | Some(BYTES) => false,
         Some(TAR) => true,
@@ -161,7 +162,7 @@ async fn upload(
     let mut pieces = body.into_data_stream();
     let sending = async {
         while let Some(piece) = pieces.next().await {
-            let piece = piece.map_err(|error| pace::broken(&error))?;
+            let piece = piece.map_err(|error| timeouts::body_error(&error))?;
             app.metrics.bytes_in(piece.len() as u64);
             // The copy has ended, and says why.
             if writer.write_all(&piece).await.is_err() {
@@ -173,14 +174,14 @@ async fn upload(
     let mut no_progress = |_| ();
     let mut copying = std::pin::pin!(nido.upload(&vm.name, request, &mut no_progress));
     let sent = tokio::select! {
-        copied = &mut copying => return answer::ok(&copied?),
+        copied = &mut copying => return response::ok(&copied?),
         sent = sending => sent,
     };
     // A body that breaks off must not look like its end: the pipe stays open until the copy is dropped, which leaves nothing
     // in the guest.
     sent?;
     drop(writer);
-    answer::ok(&copying.await?)
+    response::ok(&copying.await?)
 }
 
 fn permissions(text: &str) -> Result<u16> {

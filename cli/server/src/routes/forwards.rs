@@ -12,12 +12,12 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::vms::Vm;
+use super::vms::VmPath;
 use crate::App;
-use crate::answer::{self, Answer};
-use crate::ask::{Body, Names, OfVm, plain};
-use crate::guard::{Granted, Looks, Uses};
-use crate::operations::{self, Asked};
+use crate::auth::{CallerGrant, Read, Require, Run};
+use crate::extract::{JsonBody, PathParams, VmPathParams, escaped};
+use crate::operations::{self, OperationContext};
+use crate::response::{self, HandlerResult};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(list, add)).routes(routes!(remove))
@@ -26,7 +26,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 /// A published port of a path.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
-struct Which {
+struct ForwardPath {
     /// Name of the VM, or its id.
     name: VmName,
     /// Port of the host, with the address it is published on where several have that port: `8080`, `127.0.0.1:8080`,
@@ -35,17 +35,17 @@ struct Which {
     host_port: String,
 }
 
-impl OfVm for Which {
-    fn vm(&mut self) -> Option<&mut VmName> {
+impl VmPathParams for ForwardPath {
+    fn vm_name(&mut self) -> Option<&mut VmName> {
         Some(&mut self.name)
     }
 }
 
-impl Which {
+impl ForwardPath {
     /// The published port that is meant.
     fn find(&self, forwards: Vec<ForwardSpec>) -> Result<ForwardSpec> {
         let wrong = || {
-            Error::new(Code::SpecInvalid, format!("host_port: '{}' is no port of the host", plain(&self.host_port)))
+            Error::new(Code::SpecInvalid, format!("host_port: '{}' is no port of the host", escaped(&self.host_port)))
                 .hint("a port, or ADDRESS:PORT")
         };
         let (host, port) = match self.host_port.rsplit_once(':') {
@@ -65,7 +65,7 @@ impl Which {
                 Err(Error::new(Code::SpecInvalid, words).hint(format!("name the address as well: 127.0.0.1:{port}")))
             }
             (None, _) => {
-                let words = format!("VM '{}' has nothing on port {}", self.name, plain(&self.host_port));
+                let words = format!("VM '{}' has nothing on port {}", self.name, escaped(&self.host_port));
                 Err(Error::new(Code::ForwardNotFound, words))
             }
         }
@@ -73,42 +73,47 @@ impl Which {
 }
 
 /// A VM's published ports, in order.
-#[utoipa::path(get, path = "/v1/vms/{name}/forwards", operation_id = "forward_list", tag = "forwards", params(Vm),
+#[utoipa::path(get, path = "/v1/vms/{name}/forwards", operation_id = "forward_list", tag = "forwards", params(VmPath),
     responses((status = 200, body = ForwardList)))]
-async fn list(State(app): State<Arc<App>>, _: Looks, Names(vm): Names<Vm>) -> Answer {
-    answer::ok(&app.nido().await?.forward_list(&vm.name)?)
+async fn list(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
+    response::ok(&app.nido().await?.forward_list(&vm.name)?)
 }
 
 /// Publishes a port; the answer says which port of the host it got.
-#[utoipa::path(post, path = "/v1/vms/{name}/forwards", operation_id = "forward_add", tag = "forwards", params(Vm),
+#[utoipa::path(post, path = "/v1/vms/{name}/forwards", operation_id = "forward_add", tag = "forwards", params(VmPath),
     request_body = ForwardSpec, responses((status = 201, body = ForwardSpec)))]
 async fn add(
     State(app): State<Arc<App>>,
-    _: Uses,
-    Granted(grant): Granted,
-    Names(vm): Names<Vm>,
-    asked: Asked,
-    Body(spec): Body<ForwardSpec>,
-) -> Answer {
+    _: Require<Run>,
+    CallerGrant(grant): CallerGrant,
+    PathParams(vm): PathParams<VmPath>,
+    context: OperationContext,
+    JsonBody(spec): JsonBody<ForwardSpec>,
+) -> HandlerResult {
     let (owner, name) = (Arc::clone(&app), vm.name.clone());
     let adding = async move { owner.nido().await?.forward_add(&name, spec, &grant).await };
-    let bound = operations::act(&app, asked, adding).await?;
+    let bound = operations::act(&app, context, adding).await?;
     let place = format!("/v1/vms/{}/forwards/{}", vm.name, SocketAddr::new(bound.host, bound.host_port));
-    Ok(answer::created(&place, &bound))
+    Ok(response::created(&place, &bound))
 }
 
 /// Withdraws a published port; which one it was is the answer.
 #[utoipa::path(delete, path = "/v1/vms/{name}/forwards/{host_port}", operation_id = "forward_remove", tag = "forwards",
-    params(Which), responses((status = 200, body = ForwardSpec)))]
-async fn remove(State(app): State<Arc<App>>, _: Uses, Names(which): Names<Which>, asked: Asked) -> Answer {
+    params(ForwardPath), responses((status = 200, body = ForwardSpec)))]
+async fn remove(
+    State(app): State<Arc<App>>,
+    _: Require<Run>,
+    PathParams(which): PathParams<ForwardPath>,
+    context: OperationContext,
+) -> HandlerResult {
     let owner = Arc::clone(&app);
-    let removed = operations::act(&app, asked, async move {
+    let removed = operations::act(&app, context, async move {
         let nido = owner.nido().await?;
         let spec = which.find(nido.forward_list(&which.name)?.forwards)?;
         nido.forward_remove(&which.name, &spec).await?;
         Ok(spec)
     });
-    answer::ok(&removed.await?)
+    response::ok(&removed.await?)
 }
 
 #[cfg(test)]
@@ -121,7 +126,7 @@ mod tests {
         let specs =
             || ["127.0.0.1:8080:80", "[::1]:8080:81", "127.0.0.1:9090:90"].map(|text| text.parse().unwrap()).to_vec();
         let find = |host_port: &str| {
-            let which = Which { name: "web".parse().unwrap(), host_port: host_port.into() };
+            let which = ForwardPath { name: "web".parse().unwrap(), host_port: host_port.into() };
             which.find(specs()).map(|spec| spec.guest_port).map_err(|error| error.code())
         };
         assert_eq!((find("9090"), find("127.0.0.1:8080"), find("[::1]:8080")), (Ok(90), Ok(80), Ok(81)));

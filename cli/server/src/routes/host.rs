@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::answer::{self, Answer};
-use crate::guard::{Looks, Uses};
-use crate::{App, openapi};
+use crate::App;
+use crate::auth::{Read, Require, Run};
+use crate::response::{self, HandlerResult};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
@@ -25,15 +25,15 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 
 /// The host's health: what `nido doctor` tells, with what is known of KVM.
 #[utoipa::path(get, path = "/v1/host", operation_id = "host", tag = "host", responses((status = 200, body = DoctorReport)))]
-async fn host(State(app): State<Arc<App>>, _: Looks) -> Answer {
-    answer::ok(&app.nido().await?.host_report().await?)
+async fn host(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
+    response::ok(&app.nido().await?.host_report().await?)
 }
 
 /// The same after KVM has been tested again.
 #[utoipa::path(post, path = "/v1/host/check", operation_id = "host_check", tag = "host",
     responses((status = 200, body = DoctorReport)))]
-async fn check(State(app): State<Arc<App>>, _: Uses) -> Answer {
-    answer::ok(&app.nido().await?.doctor(false).await?)
+async fn check(State(app): State<Arc<App>>, _: Require<Run>) -> HandlerResult {
+    response::ok(&app.nido().await?.doctor(false).await?)
 }
 
 /// How the server is.
@@ -48,15 +48,15 @@ struct Health {
 /// Whether the server answers, and its store. Needs no token.
 #[utoipa::path(get, path = "/healthz", operation_id = "health", tag = "host", security(()),
     responses((status = 200, body = Health)))]
-async fn health(State(app): State<Arc<App>>) -> Answer {
+async fn health(State(app): State<Arc<App>>) -> HandlerResult {
     app.nido().await?.last_event()?;
-    answer::ok(&Health { status: "ok".into(), version: env!("CARGO_PKG_VERSION").into() })
+    response::ok(&Health { status: "ok".into(), version: env!("CARGO_PKG_VERSION").into() })
 }
 
 /// Counters in the text format of Prometheus.
 #[utoipa::path(get, path = "/metrics", operation_id = "metrics", tag = "host",
     responses((status = 200, body = String, content_type = "text/plain")))]
-async fn metrics(State(app): State<Arc<App>>, _: Looks) -> Answer {
+async fn metrics(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
     let nido = app.nido().await?;
     let text = app.metrics.render(&nido.list()?.vms, &nido.delivery_counts()?);
     Ok(typed("text/plain; version=0.0.4; charset=utf-8", text))
@@ -65,8 +65,8 @@ async fn metrics(State(app): State<Arc<App>>, _: Looks) -> Answer {
 /// This description. Needs no token.
 #[utoipa::path(get, path = "/openapi.json", operation_id = "openapi", tag = "host", security(()),
     responses((status = 200, body = serde_json::Value)))]
-async fn description() -> Response {
-    typed("application/json", openapi::text())
+async fn description(State(app): State<Arc<App>>) -> Response {
+    typed("application/json", app.description.text().to_owned())
 }
 
 fn typed(kind: &'static str, text: String) -> Response {

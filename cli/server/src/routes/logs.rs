@@ -13,12 +13,12 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::vms::Vm;
+use super::vms::VmPath;
 use crate::App;
-use crate::answer::Answer;
-use crate::ask::Names;
-use crate::guard::Looks;
-use crate::query::{Query, switch};
+use crate::auth::{Read, Require};
+use crate::extract::PathParams;
+use crate::query::{QueryParams, switch};
+use crate::response::HandlerResult;
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(logs))
@@ -29,7 +29,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 #[derive(Default)]
-struct Which {
+struct LogQuery {
     /// Which log.
     source: LogSource,
     /// Only so many of the last lines.
@@ -41,13 +41,18 @@ struct Which {
 
 /// A log, byte by byte as it was written. The guest wrote what is on the console: text of unknown worth, control characters
 /// included.
-#[utoipa::path(get, path = "/v1/vms/{name}/logs", operation_id = "vm_logs", tag = "vms", params(Vm, Which),
+#[utoipa::path(get, path = "/v1/vms/{name}/logs", operation_id = "vm_logs", tag = "vms", params(VmPath, LogQuery),
     responses((status = 200, body = String, content_type = "text/plain")))]
-async fn logs(State(app): State<Arc<App>>, _: Looks, Names(vm): Names<Vm>, Query(which): Query<Which>) -> Answer {
+async fn logs(
+    State(app): State<Arc<App>>,
+    _: Require<Read>,
+    PathParams(vm): PathParams<VmPath>,
+    QueryParams(which): QueryParams<LogQuery>,
+) -> HandlerResult {
     let tail_lines = which.tail.and_then(|lines| usize::try_from(lines).ok());
     let request = LogRequest { source: which.source, tail_lines, follow: which.follow };
     let log = app.nido().await?.logs(&vm.name, request)?;
-    let pieces = stream::unfold((log, app.ending.clone()), |(mut log, ending)| async move {
+    let pieces = stream::unfold((log, app.shutting_down.clone()), |(mut log, ending)| async move {
         let piece = tokio::select! {
             piece = log.next() => piece?,
             () = ending.cancelled() => return None,

@@ -11,7 +11,7 @@ use nido_vmm::error::{Code, Error};
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::App;
-use crate::answer::Problem;
+use crate::response::Problem;
 
 /// Only what this server itself serves is run or shown. The terminal sets styles of its own.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; \

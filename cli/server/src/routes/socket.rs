@@ -23,7 +23,7 @@ use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use axum::routing::get;
 use nido_vmm::api::{ExecBody, ExecEvent, ExecExit};
-use nido_vmm::audit::{Audited, Caller as Who, Ending, Face};
+use nido_vmm::audit::{Audited, Caller as AuditCaller, Ending, Face};
 use nido_vmm::error::{Code, Error, Kind, Result};
 use nido_vmm::name::VmName;
 use nido_vmm::nido::{ExecControl, ExecEvents};
@@ -32,24 +32,24 @@ use serde_json::{Map, Value, json};
 use tokio::time::{Duration, Instant, sleep_until, timeout};
 use utoipa_axum::router::OpenApiRouter;
 
-use super::vms::Vm;
-use crate::answer::{Answer, Problem};
-use crate::ask::{Names, parse};
-use crate::guard::{Caller, Uses};
-use crate::lasting::over;
-use crate::listen::Place;
-use crate::{App, audit};
+use super::vms::VmPath;
+use crate::auth::{Caller, Require, Run};
+use crate::connections::ConnectionSlot;
+use crate::extract::{PathParams, parse};
+use crate::response::{HandlerResult, Problem};
+use crate::streams::wait_for_end;
+use crate::{App, audit_entry};
 
 /// The largest message of a client, in bytes.
 const MESSAGE_MAX: usize = 1 << 20;
 /// How long a client may take to say what shall be started.
-const STARTED_WITHIN: Duration = Duration::from_secs(30);
+const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How many pieces of standard input may wait for a command that does not read.
-const INPUT_WAITING: usize = 16;
+const INPUT_QUEUE_MAX: usize = 16;
 /// How many pings in a row may go unanswered.
-const PINGS: u32 = 2;
+const UNANSWERED_PINGS_MAX: u32 = 2;
 /// How long a client may take to agree that it is over.
-const CLOSED_WITHIN: Duration = Duration::from_secs(2);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// The operation's name in the audit log.
 const TOOL: &str = "vm_exec";
 
@@ -75,36 +75,36 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
 /// Opens a WebSocket for one command. OpenAPI has no words for that; docs/api.md has.
 async fn attach(
     State(app): State<Arc<App>>,
-    _: Uses,
-    Names(vm): Names<Vm>,
+    _: Require<Run>,
+    PathParams(vm): PathParams<VmPath>,
     Extension(caller): Extension<Caller>,
-    Extension(place): Extension<Place>,
+    Extension(slot): Extension<ConnectionSlot>,
     Upgrade(upgrade): Upgrade,
-) -> Answer {
+) -> HandlerResult {
     // Whether it can be used is told before the connection is another.
     app.nido().await?.info(&vm.name).await?;
     let upgrade = upgrade.protocols(["nido"]).max_message_size(MESSAGE_MAX);
-    let who = Who { face: Face::Api, actor: caller.actor, agent: None };
+    let who = AuditCaller { face: Face::Api, actor: caller.actor, agent: None };
     let session = Session { app, name: vm.name, who };
     Ok(upgrade.on_upgrade(move |socket| async move {
         session.run(socket, caller.token).await;
-        drop(place);
+        drop(slot);
     }))
 }
 
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
-struct Size {
+struct TerminalSize {
     rows: u16,
     columns: u16,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
-struct Start {
+struct StartMessage {
     start: ExecBody,
     #[serde(default)]
-    pty: Option<Size>,
+    pty: Option<TerminalSize>,
     /// The terminal's type.
     #[serde(default)]
     term: Option<String>,
@@ -112,14 +112,14 @@ struct Start {
 
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
-struct Said {
+struct ClientMessage {
     eof: bool,
     signal: Option<u8>,
-    resize: Option<Size>,
+    resize: Option<TerminalSize>,
 }
 
 /// How it ended, if not with an error.
-enum Ended {
+enum SessionEnd {
     /// The command has.
     Exit(ExecExit),
     /// The client is gone, and the command with it.
@@ -130,7 +130,7 @@ enum Ended {
 struct Session {
     app: Arc<App>,
     name: VmName,
-    who: Who,
+    who: AuditCaller,
 }
 
 impl Session {
@@ -138,13 +138,13 @@ impl Session {
         let mut line = None;
         let outcome = tokio::select! {
             outcome = self.serve(&mut socket, &mut line) => outcome,
-            error = over(Arc::clone(&self.app), token) => Err(error),
+            error = wait_for_end(Arc::clone(&self.app), token) => Err(error),
         };
         // First: whoever is told of the end finds it in the log.
         self.write_down(line, &outcome).await;
         let (last, code) = match outcome {
-            Ok(Ended::Gone) => return,
-            Ok(Ended::Exit(exit)) => (json!({ "exit": exit }), close_code::NORMAL),
+            Ok(SessionEnd::Gone) => return,
+            Ok(SessionEnd::Exit(exit)) => (json!({ "exit": exit }), close_code::NORMAL),
             Err(error) => {
                 let code = match error.code() {
                     Code::Interrupted => close_code::AWAY,
@@ -162,18 +162,18 @@ impl Session {
         let _ = socket.send(text(&last)).await;
         let _ = socket.send(Message::Close(Some(CloseFrame { code, reason: "".into() }))).await;
         // What the client is still saying must not tear down what it has not read yet.
-        let _ = timeout(CLOSED_WITHIN, async { while let Some(Ok(_)) = socket.recv().await {} }).await;
+        let _ = timeout(CLOSE_TIMEOUT, async { while let Some(Ok(_)) = socket.recv().await {} }).await;
     }
 
     /// Writes down how it ended; where nothing had been begun, that somebody came.
-    async fn write_down(&self, line: Option<Audited>, outcome: &Result<Ended>) {
+    async fn write_down(&self, line: Option<Audited>, outcome: &Result<SessionEnd>) {
         let (ending, reason) = match outcome {
-            Ok(Ended::Exit(exit)) => (Ending::Success, exit.word()),
-            Ok(Ended::Gone) => (Ending::Unknown, Code::Interrupted.slug().into()),
+            Ok(SessionEnd::Exit(exit)) => (Ending::Success, exit.word()),
+            Ok(SessionEnd::Gone) => (Ending::Unknown, Code::Interrupted.slug().into()),
             Err(error) => (Ending::Error, error.code().slug().into()),
         };
         let (app, who, arguments) = (Arc::clone(&self.app), self.who.clone(), json!({ "name": self.name }));
-        let written = audit::blocking(move || match line {
+        let written = audit_entry::blocking(move || match line {
             Some(line) => line.end_as(ending, &reason),
             None => app.nido.audit_looked(&who, TOOL, &arguments, ending, &reason),
         });
@@ -183,10 +183,10 @@ impl Session {
     }
 
     /// Runs a command; from when it is written down, `line` is what is open of that.
-    async fn serve(&self, socket: &mut WebSocket, line: &mut Option<Audited>) -> Result<Ended> {
-        let Some(start) = self.first(socket).await? else { return Ok(Ended::Gone) };
+    async fn serve(&self, socket: &mut WebSocket, line: &mut Option<Audited>) -> Result<SessionEnd> {
+        let Some(start) = self.first(socket).await? else { return Ok(SessionEnd::Gone) };
         let (app, who, arguments) = (Arc::clone(&self.app), self.who.clone(), self.arguments(&start)?);
-        let begun = audit::blocking(move || app.nido.audit_begin(&who, TOOL, &arguments));
+        let begun = audit_entry::blocking(move || app.nido.audit_begin(&who, TOOL, &arguments));
         *line = Some(begun.await?);
         let never = start.start.timeout_ms.is_none() && start.start.timeout_seconds.is_none();
         let (mut request, stdin) = start.start.split()?;
@@ -202,11 +202,11 @@ impl Session {
     }
 
     /// What shall be started. `None`: the client has gone.
-    async fn first(&self, socket: &mut WebSocket) -> Result<Option<Start>> {
+    async fn first(&self, socket: &mut WebSocket) -> Result<Option<StartMessage>> {
         let wanted = "the first message does not say what to start";
         let first = tokio::select! {
-            first = timeout(STARTED_WITHIN, socket.recv()) => first,
-            () = self.app.ending.cancelled() => return Err(Error::new(Code::Interrupted, "the server ends")),
+            first = timeout(START_TIMEOUT, socket.recv()) => first,
+            () = self.app.shutting_down.cancelled() => return Err(Error::new(Code::Interrupted, "the server ends")),
         };
         match first {
             Ok(Some(Ok(Message::Text(text)))) => parse(text.as_bytes()).map(Some).map_err(|Problem(error)| error),
@@ -217,7 +217,7 @@ impl Session {
     }
 
     /// The same as of a command that is posted; and its terminal.
-    fn arguments(&self, start: &Start) -> Result<Value> {
+    fn arguments(&self, start: &StartMessage) -> Result<Value> {
         let broken = |error: serde_json::Error| Error::internal(error.to_string());
         let mut arguments = Map::new();
         arguments.insert("name".into(), json!(self.name));
@@ -233,13 +233,13 @@ impl Session {
 }
 
 /// Whether the client is there while nothing is said.
-struct Quiet {
+struct PingTimer {
     every: Duration,
     ask_at: Instant,
     unanswered: u32,
 }
 
-impl Quiet {
+impl PingTimer {
     fn since_now(every: Duration) -> Self {
         Self { every, ask_at: Instant::now() + every, unanswered: 0 }
     }
@@ -249,7 +249,7 @@ impl Quiet {
     fn is_gone(&mut self, listening: bool) -> bool {
         self.unanswered = if listening { self.unanswered + 1 } else { 0 };
         self.ask_at = Instant::now() + self.every;
-        self.unanswered > PINGS
+        self.unanswered > UNANSWERED_PINGS_MAX
     }
 }
 
@@ -260,8 +260,8 @@ async fn talk(
     socket: &mut WebSocket,
     (control, stdin): (ExecControl, Vec<u8>),
     mut events: ExecEvents,
-) -> Result<Ended> {
-    let (input, mut waiting) = tokio::sync::mpsc::channel::<Option<Vec<u8>>>(INPUT_WAITING);
+) -> Result<SessionEnd> {
+    let (input, mut waiting) = tokio::sync::mpsc::channel::<Option<Vec<u8>>>(INPUT_QUEUE_MAX);
     // What the first message gave goes before what comes.
     if !stdin.is_empty() {
         drop(input.try_send(Some(stdin)));
@@ -279,7 +279,7 @@ async fn talk(
         }
     });
     let _ends = AbortOnDrop(feed);
-    let mut quiet = Quiet::since_now(app.patience.silence);
+    let mut quiet = PingTimer::since_now(app.timeouts.body_idle);
     loop {
         let room = input.capacity() > 0;
         tokio::select! {
@@ -288,18 +288,18 @@ async fn talk(
                     Some(Ok(ExecEvent::Started(pid))) => text(&json!({ "started": { "pid": pid } })),
                     Some(Ok(ExecEvent::Stdout(bytes))) => output(app, 1, &bytes),
                     Some(Ok(ExecEvent::Stderr(bytes))) => output(app, 2, &bytes),
-                    Some(Ok(ExecEvent::Exited(exit))) => return Ok(Ended::Exit(exit)),
+                    Some(Ok(ExecEvent::Exited(exit))) => return Ok(SessionEnd::Exit(exit)),
                     Some(Err(error)) => return Err(error),
                     None => return Err(Error::internal("the command ended without saying how")),
                 };
                 if socket.send(message).await.is_err() {
-                    return Ok(Ended::Gone);
+                    return Ok(SessionEnd::Gone);
                 }
             }
             message = socket.recv(), if room => match message {
                 Some(Ok(Message::Binary(bytes))) => drop(input.try_send(Some(bytes.to_vec()))),
                 Some(Ok(Message::Text(text))) => {
-                    let said: Said = parse(text.as_bytes()).map_err(|Problem(error)| error)?;
+                    let said: ClientMessage = parse(text.as_bytes()).map_err(|Problem(error)| error)?;
                     if said.eof {
                         let _ = input.try_send(None);
                     }
@@ -313,17 +313,17 @@ async fn talk(
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
                 // Whoever hangs up does not want the command any more.
                 Some(Err(error)) if is_too_large(&error) => return Err(too_large()),
-                Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(Ended::Gone),
+                Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(SessionEnd::Gone),
             },
             () = sleep_until(quiet.ask_at) => {
                 if quiet.is_gone(room) || socket.send(Message::Ping(Vec::new().into())).await.is_err() {
-                    return Ok(Ended::Gone);
+                    return Ok(SessionEnd::Gone);
                 }
                 continue;
             }
         }
-        // Also what was only handed on: where nobody reads, that is seen by the connection itself (pace.rs).
-        quiet = Quiet::since_now(app.patience.silence);
+        // Also what was only handed on: where nobody reads, that is seen by the connection itself (timeouts.rs).
+        quiet = PingTimer::since_now(app.timeouts.body_idle);
     }
 }
 
@@ -360,7 +360,7 @@ mod tests {
     #[test]
     fn who_leaves_two_pings_unanswered_is_gone_if_it_was_listened_to() {
         let asked = |listening: &[bool]| {
-            let mut quiet = Quiet::since_now(Duration::from_secs(30));
+            let mut quiet = PingTimer::since_now(Duration::from_secs(30));
             listening.iter().map(|listening| quiet.is_gone(*listening)).collect::<Vec<_>>()
         };
         assert_eq!(asked(&[true, true, true]), [false, false, true]);

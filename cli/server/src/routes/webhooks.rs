@@ -12,11 +12,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::App;
-use crate::answer::{self, Answer};
-use crate::ask::{Body, Names, OfVm};
-use crate::guard::Rules;
-use crate::operations::{self, Asked};
+use crate::auth::{Admin, Require};
+use crate::extract::{JsonBody, PathParams, VmPathParams};
+use crate::operations::{self, OperationContext};
 use crate::query::number;
+use crate::response::{self, HandlerResult};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
@@ -30,75 +30,104 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 /// The endpoint of a path.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
-struct Webhook {
+struct WebhookPath {
     /// Id of the endpoint.
     id: String,
 }
 
-impl OfVm for Webhook {}
+impl VmPathParams for WebhookPath {}
 
 /// The delivery of a path.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
-struct Which {
+struct DeliveryPath {
     /// Number of the delivery.
     #[serde(deserialize_with = "number")]
     delivery: u64,
 }
 
-impl OfVm for Which {}
+impl VmPathParams for DeliveryPath {}
 
 /// All endpoints.
 #[utoipa::path(get, path = "/v1/webhooks", operation_id = "webhook_list", tag = "webhooks",
     responses((status = 200, body = WebhookList)))]
-async fn list(State(app): State<Arc<App>>, _: Rules) -> Answer {
-    answer::ok(&app.nido().await?.webhook_list()?)
+async fn list(State(app): State<Arc<App>>, _: Require<Admin>) -> HandlerResult {
+    response::ok(&app.nido().await?.webhook_list()?)
 }
 
 /// Adds an endpoint. The answer holds its secret, which is not told again.
 #[utoipa::path(post, path = "/v1/webhooks", operation_id = "webhook_add", tag = "webhooks",
     request_body = WebhookRequest, responses((status = 201, body = WebhookAdded)))]
-async fn add(State(app): State<Arc<App>>, _: Rules, asked: Asked, Body(request): Body<WebhookRequest>) -> Answer {
+async fn add(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    context: OperationContext,
+    JsonBody(request): JsonBody<WebhookRequest>,
+) -> HandlerResult {
     let owner = Arc::clone(&app);
-    let added = operations::act(&app, asked, async move { owner.nido().await?.webhook_add(request).await }).await?;
-    Ok(answer::created(&format!("/v1/webhooks/{}", added.webhook.id), &added))
+    let added = operations::act(&app, context, async move { owner.nido().await?.webhook_add(request).await }).await?;
+    Ok(response::created(&format!("/v1/webhooks/{}", added.webhook.id), &added))
 }
 
 /// One endpoint.
-#[utoipa::path(get, path = "/v1/webhooks/{id}", operation_id = "webhook_info", tag = "webhooks", params(Webhook),
+#[utoipa::path(get, path = "/v1/webhooks/{id}", operation_id = "webhook_info", tag = "webhooks", params(WebhookPath),
     responses((status = 200, body = WebhookInfo)))]
-async fn info(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>) -> Answer {
+async fn info(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    PathParams(webhook): PathParams<WebhookPath>,
+) -> HandlerResult {
     let found = app.nido().await?.webhook_list()?.webhooks.into_iter().find(|known| known.id == webhook.id);
-    answer::ok(&found.ok_or_else(|| Error::new(Code::WebhookNotFound, "there is no such webhook"))?)
+    response::ok(&found.ok_or_else(|| Error::new(Code::WebhookNotFound, "there is no such webhook"))?)
 }
 
 /// Removes an endpoint; what waits for it is not sent.
-#[utoipa::path(delete, path = "/v1/webhooks/{id}", operation_id = "webhook_remove", tag = "webhooks", params(Webhook),
+#[utoipa::path(delete, path = "/v1/webhooks/{id}", operation_id = "webhook_remove", tag = "webhooks", params(WebhookPath),
     responses((status = 200, body = WebhookInfo)))]
-async fn remove(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>, asked: Asked) -> Answer {
+async fn remove(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    PathParams(webhook): PathParams<WebhookPath>,
+    context: OperationContext,
+) -> HandlerResult {
     let owner = Arc::clone(&app);
-    answer::ok(&operations::act(&app, asked, async move { owner.nido().await?.webhook_remove(&webhook.id) }).await?)
+    response::ok(&operations::act(&app, context, async move { owner.nido().await?.webhook_remove(&webhook.id) }).await?)
 }
 
 /// An endpoint's newest deliveries, the oldest of them first.
 #[utoipa::path(get, path = "/v1/webhooks/{id}/deliveries", operation_id = "webhook_deliveries", tag = "webhooks",
-    params(Webhook), responses((status = 200, body = DeliveryList)))]
-async fn deliveries(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>) -> Answer {
-    answer::ok(&app.nido().await?.webhook_deliveries(Some(&webhook.id))?)
+    params(WebhookPath), responses((status = 200, body = DeliveryList)))]
+async fn deliveries(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    PathParams(webhook): PathParams<WebhookPath>,
+) -> HandlerResult {
+    response::ok(&app.nido().await?.webhook_deliveries(Some(&webhook.id))?)
 }
 
 /// Sends an endpoint one test message, and tells how it fared.
-#[utoipa::path(post, path = "/v1/webhooks/{id}/test", operation_id = "webhook_test", tag = "webhooks", params(Webhook),
+#[utoipa::path(post, path = "/v1/webhooks/{id}/test", operation_id = "webhook_test", tag = "webhooks", params(WebhookPath),
     responses((status = 200, body = WebhookTest)))]
-async fn test(State(app): State<Arc<App>>, _: Rules, Names(webhook): Names<Webhook>, asked: Asked) -> Answer {
+async fn test(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    PathParams(webhook): PathParams<WebhookPath>,
+    context: OperationContext,
+) -> HandlerResult {
     let owner = Arc::clone(&app);
-    answer::ok(&operations::act(&app, asked, async move { owner.nido().await?.webhook_test(&webhook.id).await }).await?)
+    response::ok(
+        &operations::act(&app, context, async move { owner.nido().await?.webhook_test(&webhook.id).await }).await?,
+    )
 }
 
 /// Sends a delivery again, under the same message id.
 #[utoipa::path(post, path = "/v1/webhooks/deliveries/{delivery}/redeliver", operation_id = "webhook_redeliver",
-    tag = "webhooks", params(Which), responses((status = 202, body = Delivery)))]
-async fn redeliver(State(app): State<Arc<App>>, _: Rules, Names(which): Names<Which>) -> Answer {
+    tag = "webhooks", params(DeliveryPath), responses((status = 202, body = Delivery)))]
+async fn redeliver(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    PathParams(which): PathParams<DeliveryPath>,
+) -> HandlerResult {
     let queued = app.nido().await?.webhook_redeliver(which.delivery)?;
-    Ok(answer::json(StatusCode::ACCEPTED, &queued))
+    Ok(response::json(StatusCode::ACCEPTED, &queued))
 }

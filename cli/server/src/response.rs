@@ -1,11 +1,11 @@
-//! Answers: JSON, and `application/problem+json` where something is wrong.
+//! Responses: JSON, and `application/problem+json` for errors.
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use nido_vmm::error::{Code, Error};
 use serde::Serialize;
 
-/// An error as an answer.
+/// An error as a response.
 #[derive(Debug)]
 pub struct Problem(pub Error);
 
@@ -39,21 +39,21 @@ impl IntoResponse for Problem {
 }
 
 /// What every handler returns.
-pub type Answer = Result<Response, Problem>;
+pub type HandlerResult = Result<Response, Problem>;
 
 /// A value as JSON with status 200.
-pub fn ok<T: Serialize>(value: &T) -> Answer {
+pub fn ok<T: Serialize>(value: &T) -> HandlerResult {
     Ok(json(StatusCode::OK, value))
 }
 
-/// Something that was made, with where it is.
+/// 201 for a new object, with its `Location`.
 pub fn created<T: Serialize>(place: &str, value: &T) -> Response {
     let mut response = json(StatusCode::CREATED, value);
     locate(&mut response, place);
     response
 }
 
-/// Says where something is that was made.
+/// Adds the `Location` of a new object to a response that is 201.
 pub fn locate(response: &mut Response, place: &str) {
     if let (StatusCode::CREATED, Ok(place)) = (response.status(), HeaderValue::from_str(place)) {
         response.headers_mut().insert(header::LOCATION, place);
@@ -64,6 +64,13 @@ pub fn locate(response: &mut Response, place: &str) {
 pub fn json<T: Serialize>(status: StatusCode, value: &T) -> Response {
     let mut response = (status, body(value)).into_response();
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// A response without a body.
+pub fn empty(status: StatusCode) -> Response {
+    let mut response = Response::default();
+    *response.status_mut() = status;
     response
 }
 

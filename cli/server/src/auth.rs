@@ -1,9 +1,10 @@
-//! Who asks, from where, and how often: decided before anything else is looked at.
+//! Authentication and request filtering, before any other middleware: host, origin, token, scope and rate limit.
 //!
-//! A browser sends whatever page it shows, so a page of somebody else's must not reach this API: the `Host` must be one of
-//! ours (a name that was made to point here is not), and an `Origin` must be this server itself.
+//! A browser sends requests for any page that it shows, so pages of other origins must not reach this API: `Host` must be a name of
+//! this server (protection against DNS rebinding), and `Origin` must be this server itself.
 
 use std::collections::HashMap;
+use std::marker::PhantomData;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -15,12 +16,12 @@ use axum::http::{HeaderMap, HeaderValue, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use nido_vmm::api::{Door, Grant, Limits, Scope};
-use nido_vmm::audit::{Caller as Who, Face};
+use nido_vmm::audit::{Caller as AuditCaller, Face};
 use nido_vmm::error::{Code, Error};
 
-use super::answer::Problem;
-use super::listen::Place;
+use super::connections::ConnectionSlot;
 use super::public_url::PublicUrl;
+use super::response::Problem;
 use super::{App, refusals};
 
 /// Which hosts this server answers to.
@@ -70,61 +71,61 @@ impl Hosts {
     }
 }
 
-/// How a connection came in.
+/// How a client is connected.
 #[derive(Debug, Clone)]
 pub enum Peer {
-    /// Over TCP: whoever it is needs a token.
+    /// Over TCP: the client needs a token.
     Network {
         /// The connection is encrypted.
         tls: bool,
     },
-    /// Over the unix socket: the kernel says who it is.
+    /// Over the unix socket: the kernel reports its user id.
     Local {
         /// Their user id.
         uid: u32,
     },
 }
 
-/// Who asks.
+/// The authenticated caller of a request.
 #[derive(Debug, Clone)]
 pub struct Caller {
     /// For the audit log: `token:NAME#ID` or `uid:N`.
     pub actor: String,
-    /// What they may do.
+    /// Its scope.
     pub scope: Scope,
-    /// The id of their token, if they have one.
+    /// The id of its token, if it has one.
     pub token: Option<String>,
-    /// What VMs may be that they make.
+    /// The limits of VMs that it creates.
     pub limits: Limits,
 }
 
 impl Caller {
-    /// What this caller's operations and kept answers belong to: a token by its id, for its name may be used again.
+    /// The owner of this caller's operations and stored responses: the id of a token, because names can be reused.
     pub fn owner(&self) -> String {
         self.token.as_ref().map_or_else(|| self.actor.clone(), |id| format!("token:{id}"))
     }
 }
 
-/// Why a request is refused: the error, the word and the caller for the audit log.
-struct Refused {
+/// Why a request is refused: the error, and the reason and caller for the audit log.
+struct Refusal {
     error: Box<Error>,
     reason: &'static str,
     actor: String,
 }
 
-/// Lets through who may ask. A refusal is written to the audit log, as far as there are not too many of them.
-pub async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Result<Response, Problem> {
+/// Admits authenticated requests. A refusal is written to the audit log, up to a rate limit.
+pub async fn authenticate(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Result<Response, Problem> {
     match admit(&app, &request) {
         Ok(None) => Ok(next.run(request).await),
         Ok(Some(caller)) => {
-            if let Some(place) = request.extensions().get::<Place>() {
-                place.is_known();
+            if let Some(slot) = request.extensions().get::<ConnectionSlot>() {
+                slot.mark_authenticated();
             }
-            app.rates.take(&caller.actor)?;
+            app.rate_limiter.take(&caller.actor)?;
             request.extensions_mut().insert(caller);
             Ok(next.run(request).await)
         }
-        Err(Refused { error, reason, actor }) => {
+        Err(Refusal { error, reason, actor }) => {
             refusals::write(&app, &request, actor, reason).await;
             Err((*error).into())
         }
@@ -137,9 +138,9 @@ fn authority(request: &Request) -> Option<&str> {
 }
 
 /// The caller of a request; `None` for routes that need no token.
-fn admit(app: &App, request: &Request) -> Result<Option<Caller>, Refused> {
+fn admit(app: &App, request: &Request) -> Result<Option<Caller>, Refusal> {
     let peer = request.extensions().get::<Peer>().cloned().unwrap_or(Peer::Network { tls: false });
-    let unknown = |reason| move |error| Refused { error: Box::new(error), reason, actor: "unknown".into() };
+    let unknown = |reason| move |error| Refusal { error: Box::new(error), reason, actor: "unknown".into() };
     check_head(request).map_err(unknown("malformed"))?;
     // Probes of load balancers name the server as they like, and learn nothing.
     if request.uri().path() != "/healthz" {
@@ -169,14 +170,14 @@ fn admit(app: &App, request: &Request) -> Result<Option<Caller>, Refused> {
     let info = app.nido.token_check(&token).map_err(unknown("bad_token"))?;
     // A name can be given again: the id is whose it was.
     let actor = format!("token:{}#{}", info.name, info.id);
-    if let Err(error) = check_door(info.only, request.uri().path()) {
-        return Err(Refused { error: Box::new(error), reason: "wrong_door", actor });
+    if let Err(error) = check_restriction(info.only, request.uri().path()) {
+        return Err(Refusal { error: Box::new(error), reason: "wrong_door", actor });
     }
     Ok(Some(Caller { actor, scope: info.scope, token: Some(info.id), limits: info.limits }))
 }
 
-/// A token may be good for one part of this server, and for no other.
-fn check_door(only: Option<Door>, path: &str) -> Result<(), Error> {
+/// Rejects a token that is restricted to another part of this server.
+fn check_restriction(only: Option<Door>, path: &str) -> Result<(), Error> {
     match only {
         Some(door) if door.path() != path.trim_end_matches('/') => {
             let words = format!("this token is good for {} only", door.path());
@@ -186,7 +187,7 @@ fn check_door(only: Option<Door>, path: &str) -> Result<(), Error> {
     }
 }
 
-/// What tells nothing about VMs, and everybody may see.
+/// Whether a path needs no token: it reveals nothing about VMs.
 fn is_open(path: &str) -> bool {
     matches!(path, "/" | "/healthz" | "/openapi.json" | "/favicon.ico")
         || path.starts_with("/page/")
@@ -254,15 +255,15 @@ fn bearer(headers: &HeaderMap) -> Option<String> {
     offered.split(',').find_map(|protocol| protocol.trim().strip_prefix("nido.token.").map(str::to_owned))
 }
 
-/// How often each caller may ask.
+/// Limits the rate of requests of each caller.
 #[derive(Debug)]
-pub struct Rates {
+pub struct RateLimiter {
     per_second: f64,
     buckets: Mutex<HashMap<String, (f64, Instant)>>,
 }
 
-impl Rates {
-    /// So many requests a second on average; a burst of twice as many at once.
+impl RateLimiter {
+    /// A limiter for an average rate, with bursts of twice as many requests.
     pub fn new(per_second: u32) -> Self {
         Self { per_second: f64::from(per_second), buckets: Mutex::default() }
     }
@@ -281,58 +282,68 @@ impl Rates {
     }
 }
 
-/// On whose behalf a VM is made, and within which limits.
+/// Extractor: the owner of a new VM, and the limits of the caller's token.
 #[derive(Debug)]
-pub struct Granted(pub Grant);
+pub struct CallerGrant(pub Grant);
 
-impl<S: Send + Sync> FromRequestParts<S> for Granted {
+impl<S: Send + Sync> FromRequestParts<S> for CallerGrant {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         let caller = parts.extensions.get::<Caller>();
         let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "a token is needed"))?;
-        let who = Who { face: Face::Api, actor: caller.actor.clone(), agent: None };
+        let who = AuditCaller { face: Face::Api, actor: caller.actor.clone(), agent: None };
         Ok(Self(Grant::within(&who, caller.limits.clone())))
     }
 }
 
-macro_rules! scoped {
-    ($(#[$doc:meta])* $name:ident, $scope:expr) => {
-        $(#[$doc])*
-        #[derive(Debug)]
-        pub struct $name;
-
-        impl<S: Send + Sync> FromRequestParts<S> for $name {
-            type Rejection = Problem;
-
-            async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
-                let caller = parts.extensions.get::<Caller>();
-                let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "a token is needed"))?;
-                if caller.scope >= $scope {
-                    return Ok(Self);
-                }
-                let words = format!("this takes a token of the scope {}", $scope.word());
-                Err(Error::new(Code::Denied, words).hint("nido token create --name NAME --scope SCOPE").into())
-            }
-        }
-    };
+/// A scope that a route requires.
+pub trait RequiredScope {
+    /// The least scope that is let in.
+    const SCOPE: Scope;
 }
 
-scoped!(
-    /// A caller who may look.
-    Looks,
-    Scope::Read
-);
-scoped!(
-    /// A caller who may make and use VMs.
-    Uses,
-    Scope::Run
-);
-scoped!(
-    /// A caller who may do everything.
-    Rules,
-    Scope::Admin
-);
+/// Required scope: list and look.
+#[derive(Debug)]
+pub struct Read;
+
+/// Required scope: make and use VMs.
+#[derive(Debug)]
+pub struct Run;
+
+/// Required scope: everything.
+#[derive(Debug)]
+pub struct Admin;
+
+impl RequiredScope for Read {
+    const SCOPE: Scope = Scope::Read;
+}
+
+impl RequiredScope for Run {
+    const SCOPE: Scope = Scope::Run;
+}
+
+impl RequiredScope for Admin {
+    const SCOPE: Scope = Scope::Admin;
+}
+
+/// Extractor: lets in callers whose scope is at least `R`.
+#[derive(Debug)]
+pub struct Require<R>(PhantomData<R>);
+
+impl<S: Send + Sync, R: RequiredScope> FromRequestParts<S> for Require<R> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let caller = parts.extensions.get::<Caller>();
+        let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "a token is needed"))?;
+        if caller.scope >= R::SCOPE {
+            return Ok(Self(PhantomData));
+        }
+        let words = format!("this takes a token of the scope {}", R::SCOPE.word());
+        Err(Error::new(Code::Denied, words).hint("nido token create --name NAME --scope SCOPE").into())
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -402,17 +413,17 @@ mod tests {
     #[test]
     fn a_token_for_agents_opens_their_address_with_and_without_a_slash() {
         for open in ["/mcp", "/mcp/"] {
-            assert!(check_door(Some(Door::Mcp), open).is_ok(), "{open}");
+            assert!(check_restriction(Some(Door::Mcp), open).is_ok(), "{open}");
         }
         for closed in ["/", "/v1/vms", "/mcp/v1", "/mcpx", "//mcp"] {
-            assert!(check_door(Some(Door::Mcp), closed).is_err(), "{closed}");
+            assert!(check_restriction(Some(Door::Mcp), closed).is_err(), "{closed}");
         }
-        assert!(check_door(None, "/v1/vms").is_ok());
+        assert!(check_restriction(None, "/v1/vms").is_ok());
     }
 
     #[test]
     fn a_burst_is_let_through_and_then_it_is_enough() {
-        let rates = Rates::new(5);
+        let rates = RateLimiter::new(5);
         assert!((0..10).all(|_| rates.take("a").is_ok()));
         assert_eq!(rates.take("a").unwrap_err().code(), Code::RateLimited);
         assert!(rates.take("b").is_ok());

@@ -1,8 +1,11 @@
-//! What requests carry, parsed once at the border: every mistake is a problem that names the field.
+//! Extractors: the JSON body and the path parameters of a request, parsed once at the border. Every error is a problem that names
+//! the field.
+
+use std::sync::Arc;
 
 use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, Method, header};
+use axum::http::{Method, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use nido_vmm::error::{Code, Error};
@@ -11,38 +14,41 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::answer::Problem;
-use super::routes::BODY_MAX;
-use super::{openapi, pace};
+use super::media_type::{charset, media_type};
+use super::response::Problem;
+use super::{App, timeouts};
+
+/// The largest JSON body, in bytes.
+pub const JSON_BODY_MAX: usize = 1 << 20;
 
 /// A JSON body. An absent one counts as `{}`, and so does `null`.
 #[derive(Debug)]
-pub struct Body<T>(pub T);
+pub struct JsonBody<T>(pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned + Serialize> FromRequest<S> for Body<T> {
+impl<T: DeserializeOwned + Serialize> FromRequest<Arc<App>> for JsonBody<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
-        // The audit log reads the bodies that are described; what it did not read must not be acted upon.
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Problem> {
+        // The audit log records only bodies that the description has; a body that it did not record must not be used.
         let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
-        if !openapi::takes(request.method(), route).json {
+        if !app.description.inputs(request.method(), route).json {
             return Err(Error::internal(format!("the body of {} {route} is not described", request.method())).into());
         }
         let kind = media_type(request.headers());
         let charset = charset(request.headers());
-        let bytes = pace::read(request.into_body(), BODY_MAX).await?;
+        let bytes = timeouts::read_body(request.into_body(), JSON_BODY_MAX).await?;
         // Whatever type it claims: generated clients and HTTP libraries name one by default.
         if bytes.is_empty() {
             return parse(b"{}").map(Self);
         }
         if kind.as_deref() != Some("application/json") {
             let words = format!("the body is {}, not application/json", kind.as_deref().unwrap_or("of no media type"));
-            return Err(Error::new(Code::MediaTypeUnsupported, plain(&words))
+            return Err(Error::new(Code::MediaTypeUnsupported, escaped(&words))
                 .hint("Content-Type: application/json")
                 .into());
         }
         if let Some(charset) = charset.filter(|charset| !charset.eq_ignore_ascii_case("utf-8")) {
-            let words = format!("the body is in the charset {}, not UTF-8", plain(&charset));
+            let words = format!("the body is in the charset {}, not UTF-8", escaped(&charset));
             return Err(Error::new(Code::MediaTypeUnsupported, words).hint("JSON is UTF-8").into());
         }
         parse(&bytes).map(Self)
@@ -64,22 +70,22 @@ pub fn parse<T: DeserializeOwned + Serialize>(bytes: &[u8]) -> Result<T, Problem
         let words = format!("the body: it is an object, not {}", kind_of(&json));
         return Err(Error::new(Code::SpecInvalid, words).into());
     }
-    whole_numbers(&mut json);
+    floats_to_integers(&mut json);
     if let Some(field) = too_large(&json) {
-        let words = format!("{}: a number of this API is at most {}", plain(&field), i64::MAX);
+        let words = format!("{}: a number of this API is at most {}", escaped(&field), i64::MAX);
         return Err(Error::new(Code::SpecInvalid, words).into());
     }
-    absent_where_null(&mut json);
+    remove_null_members(&mut json);
     let read: T = serde_path_to_error::deserialize(&json).map_err(|error| {
         let path = error.path().to_string();
         let error: serde_json::Error = error.into_inner();
-        let field = if path == "." { String::new() } else { format!("{}: ", plain(&path)) };
-        Error::new(Code::SpecInvalid, format!("{field}{}", plain_words(&error.to_string())))
+        let field = if path == "." { String::new() } else { format!("{}: ", escaped(&path)) };
+        Error::new(Code::SpecInvalid, format!("{field}{}", parser_message(&error.to_string())))
     })?;
     let again = serde_json::to_value(&read).map_err(|e| Error::internal(e.to_string()))?;
     let Some(field) = list_for_an_object(&json, &again) else { return Ok(read) };
     let field = if field.is_empty() { "the body" } else { &field };
-    Err(Error::new(Code::SpecInvalid, format!("{}: it is an object, not a list", plain(field))).into())
+    Err(Error::new(Code::SpecInvalid, format!("{}: it is an object, not a list", escaped(field))).into())
 }
 
 /// A field in a field, or in a list.
@@ -131,19 +137,19 @@ const fn kind_of(json: &Value) -> &'static str {
 }
 
 /// A member that is `null` is absent. Items of a list are no members.
-fn absent_where_null(json: &mut Value) {
+fn remove_null_members(json: &mut Value) {
     match json {
-        Value::Array(items) => items.iter_mut().for_each(absent_where_null),
+        Value::Array(items) => items.iter_mut().for_each(remove_null_members),
         Value::Object(fields) => {
             fields.retain(|_, value| !value.is_null());
-            fields.values_mut().for_each(absent_where_null);
+            fields.values_mut().for_each(remove_null_members);
         }
         _ => {}
     }
 }
 
 /// To JSON `1.0` is a whole number as good as `1`.
-fn whole_numbers(json: &mut Value) {
+fn floats_to_integers(json: &mut Value) {
     match json {
         Value::Number(number) => {
             let whole = number.as_f64().filter(|float| number.is_f64() && float.fract() == 0.0 && float.abs() < 9e15);
@@ -153,35 +159,29 @@ fn whole_numbers(json: &mut Value) {
                 *number = whole.into();
             }
         }
-        Value::Array(items) => items.iter_mut().for_each(whole_numbers),
-        Value::Object(fields) => fields.values_mut().for_each(whole_numbers),
+        Value::Array(items) => items.iter_mut().for_each(floats_to_integers),
+        Value::Object(fields) => fields.values_mut().for_each(floats_to_integers),
         _ => {}
     }
 }
 
-/// The media type of a body, without its parameters.
-pub fn media_type(headers: &HeaderMap) -> Option<String> {
-    let value = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
-    Some(value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase())
-}
-
-/// Parts of the path: names are parsed as everywhere.
+/// The parameters of the path. Names follow the same rules as everywhere.
 #[derive(Debug)]
-pub struct Names<T>(pub T);
+pub struct PathParams<T>(pub T);
 
-/// Parts of a path that may name a VM.
-pub trait OfVm {
+/// Path parameters, which may name a VM.
+pub trait VmPathParams {
     /// The VM's name, if there is one.
-    fn vm(&mut self) -> Option<&mut VmName> {
+    fn vm_name(&mut self) -> Option<&mut VmName> {
         None
     }
 }
 
-/// The id of the VM that the request is about, where its `If-Match` names one: what has the name meanwhile is not touched.
+/// The id of the VM that `If-Match` was compared with: the handler uses it instead of the name.
 #[derive(Debug, Clone)]
-pub struct MatchedVm(pub VmName);
+pub struct MatchedVmId(pub VmName);
 
-impl<S: Send + Sync, T: DeserializeOwned + OfVm + Send> FromRequestParts<S> for Names<T> {
+impl<S: Send + Sync, T: DeserializeOwned + VmPathParams + Send> FromRequestParts<S> for PathParams<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
@@ -190,22 +190,22 @@ impl<S: Send + Sync, T: DeserializeOwned + OfVm + Send> FromRequestParts<S> for 
             // What serde puts before our own sentence says nothing more.
             let words = words.split_once("'").map_or(words.clone(), |(_, rest)| format!("'{rest}"));
             let words = words.replace("Invalid URL: Invalid UTF-8", "the path is not UTF-8");
-            Error::new(Code::NameInvalid, plain(&words))
+            Error::new(Code::NameInvalid, escaped(&words))
         })?;
-        if let (Some(MatchedVm(id)), Some(name)) = (parts.extensions.get(), names.vm()) {
+        if let (Some(MatchedVmId(id)), Some(name)) = (parts.extensions.get(), names.vm_name()) {
             name.clone_from(id);
         }
         Ok(Self(names))
     }
 }
 
-/// Words that quote a request, without what a terminal or a log would obey.
-pub fn plain(text: &str) -> String {
+/// Text that quotes a request, with control characters escaped for terminals and logs.
+pub fn escaped(text: &str) -> String {
     crate::sanitize::line(text)
 }
 
-/// The same of what a parser complains about, without the names of its types.
-pub fn plain_words(text: &str) -> String {
+/// The message of a parser, in the terms of JSON instead of the names of Rust types.
+pub fn parser_message(text: &str) -> String {
     const NUMBERS: [&str; 3] = [
         "invalid digit found in string",
         "cannot parse integer from empty string",
@@ -217,7 +217,7 @@ pub fn plain_words(text: &str) -> String {
     if text == "number too large to fit in target type" {
         return "the number is too large".into();
     }
-    let mut words = plain(text);
+    let mut words = escaped(text);
     for (theirs, ours) in [
         ("invalid type: sequence", "it is a list"),
         ("invalid type: map", "it is an object"),
@@ -245,45 +245,8 @@ pub fn plain_words(text: &str) -> String {
     words
 }
 
-/// The charset that a body claims.
-fn charset(headers: &HeaderMap) -> Option<String> {
-    let value = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
-    let parameters = value.split(';').skip(1).filter_map(|one| one.split_once('='));
-    let charset = parameters.into_iter().find(|(name, _)| name.trim().eq_ignore_ascii_case("charset"));
-    charset.map(|(_, value)| value.trim().trim_matches('"').to_owned())
-}
-
-/// Whether the caller would rather have this media type than `other` (RFC 9110, 12.5.1): it has the greater weight, or the
-/// same and stands first.
-pub fn prefers(headers: &HeaderMap, media_type: &str, other: &str) -> bool {
-    let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-    let ranges: Vec<_> = values.flat_map(|value| value.split(',')).map(range).collect();
-    let weight = |kind: &str| {
-        let main = kind.split('/').next().unwrap_or_default();
-        let exact = ranges.iter().position(|(range, _)| range == kind);
-        let found = exact
-            .or_else(|| ranges.iter().position(|(range, _)| *range == format!("{main}/*")))
-            .or_else(|| ranges.iter().position(|(range, _)| range == "*/*"));
-        found.map(|at| (ranges[at].1, std::cmp::Reverse(at)))
-    };
-    // A type that is only covered by `*/*` was not asked for.
-    let is_named = ranges.iter().any(|(range, weight)| range == media_type && *weight > 0);
-    is_named && weight(media_type) > weight(other)
-}
-
-/// A media range and its weight in thousandths.
-fn range(text: &str) -> (String, u32) {
-    let mut parts = text.split(';').map(str::trim);
-    let kind = parts.next().unwrap_or_default().to_ascii_lowercase();
-    let weight = parts.find_map(|part| part.strip_prefix("q=").or_else(|| part.strip_prefix("Q=")));
-    let weight = weight.and_then(|weight| weight.parse::<f64>().ok()).filter(|weight| (0.0..=1.0).contains(weight));
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to 1000")]
-    let weight = (weight.unwrap_or(1.0) * 1000.0) as u32;
-    (kind, weight)
-}
-
 /// Refuses bodies that are encoded or a part: no route decodes or assembles one.
-pub async fn whole(request: Request, next: Next) -> Result<Response, Problem> {
+pub async fn require_whole_body(request: Request, next: Next) -> Result<Response, Problem> {
     if !matches!(*request.method(), Method::POST | Method::PUT) {
         return Ok(next.run(request).await);
     }
@@ -357,29 +320,6 @@ mod tests {
         ] {
             let Problem(error) = parse::<SpawnRequest>(body.as_bytes()).unwrap_err();
             assert_eq!(error.message(), words);
-        }
-    }
-
-    // Weights and order in `Accept` were not looked at.
-    #[test]
-    fn the_media_type_of_the_greater_weight_is_answered() {
-        let events_preferred = |accept: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::ACCEPT, accept.parse().unwrap());
-            prefers(&headers, "text/event-stream", "application/json")
-        };
-        for events in ["text/event-stream", "text/event-stream, application/json;q=0.5", "text/event-stream, */*"] {
-            assert!(events_preferred(events), "{events}");
-        }
-        for json in [
-            "application/json",
-            "*/*",
-            "application/json, text/event-stream;q=0.1",
-            "text/event-stream;q=0",
-            "",
-            "text/*",
-        ] {
-            assert!(!events_preferred(json), "{json}");
         }
     }
 }

@@ -1,14 +1,15 @@
-//! `Idempotency-Key`: a POST that is sent again, because its sender does not know whether it arrived, is answered as the first time and
-//! not carried out again. The answers are in the store, so a server that was killed knows them too.
+//! `Idempotency-Key`: a POST that a client retries gets the response of the first attempt and does not run again. The responses
+//! are in the store, so they survive a restart of the server.
 //!
 //! ```text
-//!  answered well                                  kept, and answered again
-//!  202 with an operation                          kept; answered again as the operation is now
-//!  refused before anything was begun              not kept: the same request begins anew
-//!  anything else                                  kept as `outcome_unknown`, with what was answered
+//!  success                                        stored, and replayed
+//!  202 with an operation                          stored; replayed with the operation's current state
+//!  refused before anything was changed            not stored: a retry runs
+//!  anything else                                  stored as `outcome_unknown`, with the original error
 //! ```
 //!
-//! Invariant: a request that was begun is never carried out again. Where its answer was not kept, the key says what is known.
+//! Invariant: a request that has begun to change something never runs again. If its response was not stored, a retry gets what
+//! is known about it.
 
 use std::sync::Arc;
 
@@ -22,35 +23,33 @@ use nido_vmm::store::Known;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::App;
-use super::answer::{self, Problem};
-use super::ask::prefers;
-use super::guard::Caller;
-use super::lasting;
-use super::operations::{self, Begun, OperationStatus};
-use super::pace;
-use super::routes::BODY_MAX;
+use super::auth::Caller;
+use super::extract::JSON_BODY_MAX;
+use super::media_type::prefers;
+use super::operations::{BegunFlag, OperationStatus};
+use super::response::{self, Problem};
+use super::{App, streams, timeouts};
 
-/// Longest key, in bytes.
+/// The longest key, in bytes.
 const KEY_MAX: usize = 255;
 /// The largest answer that is kept, in bytes. What a command has written may be longer: as JSON six times as much as it was.
-const ANSWER_MAX: usize = 16 << 20;
+const RESPONSE_MAX: usize = 16 << 20;
 
-/// An answer as it is kept.
+/// A response as it is stored.
 #[derive(Debug, Serialize, Deserialize)]
-struct Kept {
+struct StoredResponse {
     status: u16,
     location: Option<String>,
     body: serde_json::Value,
 }
 
-/// The route whose answer may be a stream of events.
-const STREAMS: &str = "/v1/vms/{name}/exec";
+/// The route whose response may be a stream of events.
+const STREAMING_ROUTE: &str = "/v1/vms/{name}/exec";
 /// How often a key whose request was refused is begun anew before its caller is told to try later.
-const TRIES: usize = 3;
+const ATTEMPTS_MAX: usize = 3;
 
-/// Carries out what was not, and answers again what was.
-pub async fn once(State(app): State<Arc<App>>, request: Request, next: Next) -> Result<Response, Problem> {
+/// Runs a request, or replays its response if a request with the same key has run.
+pub async fn replay_or_run(State(app): State<Arc<App>>, request: Request, next: Next) -> Result<Response, Problem> {
     let key = request.headers().get("idempotency-key").cloned();
     let caller = request.extensions().get::<Caller>().cloned();
     let (Some(key), Some(caller), &Method::POST) = (key, caller, request.method()) else {
@@ -58,7 +57,7 @@ pub async fn once(State(app): State<Arc<App>>, request: Request, next: Next) -> 
     };
     let key = checked(&request, key.as_bytes())?;
     let (mut parts, body) = request.into_parts();
-    let bytes = pace::read(body, BODY_MAX).await?;
+    let bytes = timeouts::read_body(body, JSON_BODY_MAX).await?;
     let mut digest = Sha256::new();
     digest.update(parts.uri.to_string());
     digest.update([0]);
@@ -73,28 +72,28 @@ pub async fn once(State(app): State<Arc<App>>, request: Request, next: Next) -> 
             Known::Answered(kept) => kept,
             known => return Err(refusal(&known).into()),
         };
-        match again(&app, &caller, &kept)? {
+        match replay(&app, &caller, &kept)? {
             Some(response) => return Ok(response),
             // The operation was refused before it began.
-            None if tries < TRIES => app.nido.answer_end(&owner, &key, None)?,
+            None if tries < ATTEMPTS_MAX => app.nido.answer_end(&owner, &key, None)?,
             None => return Err(refusal(&Known::Running).into()),
         }
     }
-    let begun = Begun::default();
+    let begun = BegunFlag::default();
     parts.extensions.insert(begun.clone());
     // Whoever hangs up finds the answer when they come back.
     let (server, token) = (Arc::clone(&app), caller.token);
-    let work = app.operations.go_on(async move {
+    let work = app.operations.spawn_detached(async move {
         let request = Request::from_parts(parts, Body::from(bytes));
         let response = tokio::select! {
             response = next.run(request) => response,
             // As for a caller who waits: what it began ends with its token.
-            error = lasting::over(Arc::clone(&server), token) => {
+            error = streams::wait_for_end(Arc::clone(&server), token) => {
                 begun.set();
                 Problem(error).into_response()
             }
         };
-        keep(&server, &owner, &key, response, &begun).await
+        store_response(&server, &owner, &key, response, &begun).await
     });
     work.await.map_err(|e| Error::internal(format!("the request broke down: {e}")))?
 }
@@ -107,7 +106,7 @@ fn checked(request: &Request, key: &[u8]) -> Result<String, Error> {
         return Err(Error::new(Code::SpecInvalid, words));
     }
     let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
-    if route == Some(STREAMS) && prefers(request.headers(), "text/event-stream", "application/json") {
+    if route == Some(STREAMING_ROUTE) && prefers(request.headers(), "text/event-stream", "application/json") {
         let words = "Idempotency-Key: an answer that is a stream of events cannot be given again";
         return Err(Error::new(Code::SpecInvalid, words).hint("leave the key out, or ask for application/json"));
     }
@@ -120,7 +119,7 @@ fn refusal(known: &Known) -> Error {
         Known::Unknown => {
             let words =
                 "a server took the same request and ended before it answered; what the request has done is not known";
-            Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY)
+            Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT)
         }
         Known::Another => Error::new(Code::SpecInvalid, "Idempotency-Key: another request had this key")
             .hint("a new request takes a new key"),
@@ -134,42 +133,50 @@ fn refusal(known: &Known) -> Error {
 }
 
 /// The hint for a request whose outcome is unknown.
-const NEW_KEY: &str = "look at what it was about; to have it carried out once more, send it with a new key";
+const NEW_KEY_HINT: &str = "look at what it was about; to have it carried out once more, send it with a new key";
 
-/// What becomes of an answer.
+/// What happens to a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    /// It is given again.
-    Keep,
-    /// Nothing was done: the same request may be made again.
-    Forget,
-    /// Something may have been done: from now on that is the answer.
-    Unknown,
+enum Retention {
+    /// It is stored and replayed.
+    Store,
+    /// Nothing was changed: a retry runs.
+    Discard,
+    /// Something may have changed: retries get `outcome_unknown`.
+    OutcomeUnknown,
 }
 
 /// Decides by the code of an error, and by whether something had begun when it happened.
-fn fate(code: Option<Code>, begun: bool) -> Fate {
-    let Some(code) = code else { return Fate::Keep };
+fn retention(code: Option<Code>, begun: bool) -> Retention {
+    let Some(code) = code else { return Retention::Store };
     match code {
         // A command that could not be started has not run.
-        Code::CommandNotFound | Code::CommandCannotRun | Code::UserNotFound | Code::DirectoryNotFound => Fate::Forget,
-        _ if begun => Fate::Unknown,
+        Code::CommandNotFound | Code::CommandCannotRun | Code::UserNotFound | Code::DirectoryNotFound => {
+            Retention::Discard
+        }
+        _ if begun => Retention::OutcomeUnknown,
         Code::RateLimited
         | Code::AuditFailed
         | Code::QemuMissing
         | Code::QemuTooOld
         | Code::KvmUnavailable
         | Code::NestedUnavailable
-        | Code::ToolMissing => Fate::Forget,
+        | Code::ToolMissing => Retention::Discard,
         _ => match code.kind() {
-            Kind::Invalid | Kind::NotFound | Kind::Conflict | Kind::Denied => Fate::Forget,
-            Kind::Unavailable | Kind::Internal => Fate::Unknown,
+            Kind::Invalid | Kind::NotFound | Kind::Conflict | Kind::Denied => Retention::Discard,
+            Kind::Unavailable | Kind::Internal => Retention::OutcomeUnknown,
         },
     }
 }
 
 /// Keeps an answer as far as it is kept. Whoever waits for it gets it whether it could be kept or not.
-async fn keep(app: &App, owner: &str, key: &str, response: Response, begun: &Begun) -> Result<Response, Problem> {
+async fn store_response(
+    app: &App,
+    owner: &str,
+    key: &str,
+    response: Response,
+    begun: &BegunFlag,
+) -> Result<Response, Problem> {
     let code = response.extensions().get::<Code>().copied();
     let (parts, body) = response.into_parts();
     let status = parts.status;
@@ -180,11 +187,11 @@ async fn keep(app: &App, owner: &str, key: &str, response: Response, begun: &Beg
         true => Some(serde_json::Value::Null),
         false => serde_json::from_slice(&bytes).ok(),
     };
-    let kept = match fate(code, begun.is_set()) {
-        Fate::Forget => None,
-        Fate::Unknown => Some(unknown(code, &bytes)?),
-        Fate::Keep if bytes.len() > ANSWER_MAX => Some(too_large(status, bytes.len())?),
-        Fate::Keep => as_json().map(|body| Kept { status: status.as_u16(), location, body }),
+    let kept = match retention(code, begun.is_set()) {
+        Retention::Discard => None,
+        Retention::OutcomeUnknown => Some(unknown(code, &bytes)?),
+        Retention::Store if bytes.len() > RESPONSE_MAX => Some(too_large(status, bytes.len())?),
+        Retention::Store => as_json().map(|body| StoredResponse { status: status.as_u16(), location, body }),
     };
     let text = kept.as_ref().and_then(|kept| serde_json::to_string(kept).ok());
     let mut ended = app.nido.answer_end(owner, key, text.as_deref());
@@ -201,49 +208,50 @@ async fn keep(app: &App, owner: &str, key: &str, response: Response, begun: &Beg
 }
 
 /// What is answered from then on if something may have been done.
-fn unknown(code: Option<Code>, bytes: &[u8]) -> Result<Kept, Error> {
+fn unknown(code: Option<Code>, bytes: &[u8]) -> Result<StoredResponse, Error> {
     let problem: Option<nido_vmm::error::Problem> = serde_json::from_slice(bytes).ok();
     let why = problem.map_or_else(|| "an error".to_owned(), |problem| problem.detail);
     let slug = code.map_or("internal", Code::slug);
     let words = format!("the same request was answered with {slug}; what the request has done is not known: {why}");
-    kept_problem(&Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY))
+    kept_problem(&Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT))
 }
 
 /// What is answered from then on if an answer was too large to be kept.
-fn too_large(status: StatusCode, length: usize) -> Result<Kept, Error> {
+fn too_large(status: StatusCode, length: usize) -> Result<StoredResponse, Error> {
     let words =
         format!("it was carried out and answered with {status}; the {length} bytes of that were too many to keep");
     kept_problem(&Error::new(Code::AnswerTooLarge, words).hint("what it has done is done; ask for less with a new key"))
 }
 
-fn kept_problem(error: &Error) -> Result<Kept, Error> {
+fn kept_problem(error: &Error) -> Result<StoredResponse, Error> {
     let problem = error.problem();
     let body = serde_json::to_value(&problem).map_err(|e| Error::internal(e.to_string()))?;
-    Ok(Kept { status: problem.status, location: None, body })
+    Ok(StoredResponse { status: problem.status, location: None, body })
 }
 
 /// The kept answer; nothing if it was an operation that was refused before anything began.
-fn again(app: &App, caller: &Caller, kept: &str) -> Result<Option<Response>, Problem> {
-    let mut kept: Kept = serde_json::from_str(kept).map_err(|e| Error::internal(format!("a kept answer: {e}")))?;
+fn replay(app: &App, caller: &Caller, kept: &str) -> Result<Option<Response>, Problem> {
+    let mut kept: StoredResponse =
+        serde_json::from_str(kept).map_err(|e| Error::internal(format!("a kept answer: {e}")))?;
     let status = StatusCode::from_u16(kept.status).unwrap_or(StatusCode::OK);
     let id = kept.location.as_deref().and_then(|place| place.strip_prefix("/v1/operations/"));
     if let (StatusCode::ACCEPTED, Some(id)) = (status, id) {
         let operation = app.operations.get(id, caller).map_err(|_| {
             let words = "the same request was begun as an operation that is not known any more";
-            Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY)
+            Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT)
         })?;
         let code = operation.error.as_ref().map(|problem| Error::from(problem.clone()).code());
         // Its stage says that it was more than looked at.
-        let refused =
-            operation.status == OperationStatus::Failed && fate(code, operation.stage.is_some()) == Fate::Forget;
+        let refused = operation.status == OperationStatus::Failed
+            && retention(code, operation.stage.is_some()) == Retention::Discard;
         if refused {
             return Ok(None);
         }
         kept.body = serde_json::to_value(&operation).map_err(|e| Error::internal(e.to_string()))?;
     }
     let mut response = match kept.body {
-        serde_json::Value::Null => operations::empty(status),
-        body => answer::json(status, &body),
+        serde_json::Value::Null => response::empty(status),
+        body => response::json(status, &body),
     };
     let headers = response.headers_mut();
     if status.is_client_error() {
@@ -262,18 +270,18 @@ mod tests {
 
     // After any 409, 429 or 5xx the same key began anew: a command whose VM was stopped meanwhile ran twice.
     #[test]
-    fn only_what_was_refused_before_anything_began_is_forgotten() {
+    fn only_requests_refused_before_any_change_are_retried() {
         for &code in Code::ALL {
-            let begun = fate(Some(code), true);
-            assert_ne!(begun, Fate::Keep, "{code:?}: an error is not kept as it was");
-            if begun == Fate::Forget {
+            let begun = retention(Some(code), true);
+            assert_ne!(begun, Retention::Store, "{code:?}: an error is not kept as it was");
+            if begun == Retention::Discard {
                 assert_eq!(code.status(), 422, "{code:?}");
             }
         }
         for code in
             [Code::VmNotFound, Code::SpecInvalid, Code::VmExists, Code::VmNotRunning, Code::Denied, Code::QemuMissing]
         {
-            assert_eq!(fate(Some(code), false), Fate::Forget, "{code:?}");
+            assert_eq!(retention(Some(code), false), Retention::Discard, "{code:?}");
         }
         // Of these it is not known whether something had begun.
         for code in [
@@ -284,8 +292,8 @@ mod tests {
             Code::Internal,
             Code::DiskFull,
         ] {
-            assert_eq!(fate(Some(code), false), Fate::Unknown, "{code:?}");
+            assert_eq!(retention(Some(code), false), Retention::OutcomeUnknown, "{code:?}");
         }
-        assert_eq!((fate(None, true), fate(None, false)), (Fate::Keep, Fate::Keep));
+        assert_eq!((retention(None, true), retention(None, false)), (Retention::Store, Retention::Store));
     }
 }

@@ -1,12 +1,12 @@
-//! How slow a client may be: one that sends its body drop by drop, or does not read its answer, must not keep a connection, a
-//! file or a guest's command for ever.
+//! Timeouts for slow clients. A client that sends its body too slowly, or does not read its response, must not hold a connection,
+//! a file or a command in a guest.
 //!
 //! ```text
-//!  request:   no byte for `silence`, or a JSON body not whole within `whole`   ──> 408
-//!  answer:    nothing can be written for `unread`   ──> the connection ends, and with it what it was for
+//!  request:    no byte for `body_idle`, or a JSON body not complete within `body_total`   ──> 408
+//!  response:   nothing can be written for `write_stall`   ──> the connection is closed, and its request is cancelled
 //! ```
 //!
-//! Invariant: only the client's own time counts, not that of whatever is done with what it sent.
+//! Invariant: only the client's own time counts, not the time that the server takes to process the body.
 
 use std::future::Future;
 use std::io::{self, IoSlice};
@@ -25,73 +25,73 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep, timeout_at};
 
 use super::App;
-use super::ask::media_type;
+use super::media_type::media_type;
 
-/// How long clients are waited for.
+/// How long the server waits for clients.
 #[derive(Debug, Clone, Copy)]
-pub struct Patience {
-    /// For the next byte of a body.
-    pub silence: Duration,
-    /// For all of a JSON body.
-    pub whole: Duration,
-    /// For a client to read some of its answer.
-    pub unread: Duration,
-    /// For what goes on when the server ends.
-    pub finish: Duration,
+pub struct Timeouts {
+    /// For the next byte of a request body.
+    pub body_idle: Duration,
+    /// For a complete JSON body.
+    pub body_total: Duration,
+    /// For a client to read part of its response.
+    pub write_stall: Duration,
+    /// For open requests when the server shuts down.
+    pub shutdown: Duration,
 }
 
-impl Patience {
-    /// In proportion to the time for the next byte of a body.
-    pub const fn of(silence: Duration) -> Self {
-        let twice = silence.saturating_mul(2);
-        Self { silence, whole: twice, unread: twice, finish: silence }
+impl Timeouts {
+    /// All timeouts, in proportion to the one for the next byte of a body.
+    pub const fn from_body_idle(body_idle: Duration) -> Self {
+        let twice = body_idle.saturating_mul(2);
+        Self { body_idle, body_total: twice, write_stall: twice, shutdown: body_idle }
     }
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
-        Self::of(Duration::from_secs(30))
+        Self::from_body_idle(Duration::from_secs(30))
     }
 }
 
 /// A body that came too slowly.
 #[derive(Debug)]
-struct Slow;
+struct SlowBody;
 
-impl std::fmt::Display for Slow {
+impl std::fmt::Display for SlowBody {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("the body came too slowly")
     }
 }
 
-impl std::error::Error for Slow {}
+impl std::error::Error for SlowBody {}
 
-/// Gives the body of a request its limits.
-pub async fn pace(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+/// Applies the timeouts to the body of a request.
+pub async fn limit_body_time(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
     if body.is_end_stream() {
         return next.run(Request::from_parts(parts, body)).await;
     }
-    let patience = app.patience;
+    let timeouts = app.timeouts;
     let is_json = media_type(&parts.headers).as_deref() == Some("application/json");
-    let end = is_json.then(|| Instant::now() + patience.whole);
+    let end = is_json.then(|| Instant::now() + timeouts.body_total);
     let pieces = stream::unfold(Some(body.into_data_stream()), move |pieces| async move {
         let mut pieces = pieces?;
-        let limit = Instant::now() + patience.silence;
+        let limit = Instant::now() + timeouts.body_idle;
         match timeout_at(end.map_or(limit, |end| end.min(limit)), pieces.next()).await {
             Ok(piece) => Some((piece?, Some(pieces))),
-            Err(_) => Some((Err(axum::Error::new(Slow)), None)),
+            Err(_) => Some((Err(axum::Error::new(SlowBody)), None)),
         }
     });
     next.run(Request::from_parts(parts, Body::from_stream(pieces))).await
 }
 
 /// Why a body could not be read.
-pub fn broken(error: &axum::Error) -> Error {
+pub fn body_error(error: &axum::Error) -> Error {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(one) = cause {
-        if one.is::<Slow>() {
-            return Error::new(Code::RequestTimeout, Slow.to_string()).hint("send it again, without pauses");
+        if one.is::<SlowBody>() {
+            return Error::new(Code::RequestTimeout, SlowBody.to_string()).hint("send it again, without pauses");
         }
         cause = one.source();
     }
@@ -102,11 +102,11 @@ pub fn broken(error: &axum::Error) -> Error {
 ///
 /// # Errors
 /// `body_too_large`, `request_timeout`, `interrupted`.
-pub async fn read(body: Body, limit: usize) -> Result<Bytes, Error> {
+pub async fn read_body(body: Body, limit: usize) -> Result<Bytes, Error> {
     let mut pieces = body.into_data_stream();
     let mut whole = Vec::new();
     while let Some(piece) = pieces.next().await {
-        whole.extend_from_slice(&piece.map_err(|error| broken(&error))?);
+        whole.extend_from_slice(&piece.map_err(|error| body_error(&error))?);
         if whole.len() > limit {
             return Err(Error::new(Code::BodyTooLarge, format!("the body is longer than {limit} bytes")));
         }
@@ -114,41 +114,41 @@ pub async fn read(body: Body, limit: usize) -> Result<Bytes, Error> {
     Ok(whole.into())
 }
 
-/// A connection that ends when nothing can be written to it for a while.
+/// A connection whose writes fail once none has succeeded for `write_stall`.
 #[derive(Debug)]
-pub struct Watched<S> {
+pub struct WriteTimeoutStream<S> {
     stream: S,
-    unread: Duration,
-    /// Runs while something waits to be written; once it has run out nothing more is.
-    waits: Option<Pin<Box<Sleep>>>,
+    write_stall: Duration,
+    /// Runs while a write is pending. Once it has expired, every write fails.
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> Watched<S> {
-    pub const fn new(stream: S, unread: Duration) -> Self {
-        Self { stream, unread, waits: None }
+impl<S> WriteTimeoutStream<S> {
+    pub const fn new(stream: S, write_stall: Duration) -> Self {
+        Self { stream, write_stall, timer: None }
     }
 
-    /// Passes on how a write went; one that waits for too long fails.
+    /// Returns the result of a write; one that is pending for too long fails.
     fn watch<T>(&mut self, cx: &mut Context<'_>, wrote: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if wrote.is_ready() {
-            self.waits = None;
+            self.timer = None;
             return wrote;
         }
-        let waits = self.waits.get_or_insert_with(|| Box::pin(sleep(self.unread)));
-        ready!(waits.as_mut().poll(cx));
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(self.write_stall)));
+        ready!(timer.as_mut().poll(cx));
         // It stays run out: polled again it would panic, so it is made anew, without a wait.
-        *waits = Box::pin(sleep(Duration::ZERO));
+        *timer = Box::pin(sleep(Duration::ZERO));
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read")))
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for WriteTimeoutStream<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for WriteTimeoutStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let wrote = Pin::new(&mut self.stream).poll_write(cx, bytes);
         self.watch(cx, wrote)
@@ -185,9 +185,9 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn who_reads_now_and_then_is_waited_for_and_who_does_not_is_not() {
+    async fn writes_fail_once_the_client_stops_reading() {
         let (here, mut there) = tokio::io::duplex(4);
-        let mut here = Watched::new(here, Duration::from_secs(60));
+        let mut here = WriteTimeoutStream::new(here, Duration::from_secs(60));
         let reader = tokio::spawn(async move {
             let mut four = [0; 4];
             for _ in 0..5 {
@@ -208,12 +208,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_too_long_or_too_slow_is_told_apart() {
-        let code = |body: Body| async { read(body, 3).await.map_err(|error| error.code()) };
+    async fn read_body_distinguishes_too_long_too_slow_and_disconnected() {
+        let code = |body: Body| async { read_body(body, 3).await.map_err(|error| error.code()) };
         assert_eq!(code(Body::from("abc")).await.unwrap(), "abc");
         assert_eq!(code(Body::from("abcd")).await, Err(Code::BodyTooLarge));
         let failing = |error| Body::from_stream(stream::once(async { Err::<Bytes, _>(axum::Error::new(error)) }));
-        assert_eq!(code(failing(Slow)).await, Err(Code::RequestTimeout));
+        assert_eq!(code(failing(SlowBody)).await, Err(Code::RequestTimeout));
         let gone = Body::from_stream(stream::once(async { Err::<Bytes, _>(io::Error::other("gone")) }));
         assert_eq!(code(gone).await, Err(Code::Interrupted));
     }

@@ -1,7 +1,6 @@
-//! `If-Match` on a VM: a request that was decided about one VM does nothing to another that has its name meanwhile. The
-//! entity tag of a VM is its id.
+//! `If-Match` on a VM: a request for one VM does not change another VM that has taken its name. The entity tag of a VM is its id.
 //!
-//! Invariant: what an id was compared with is what is acted upon: the handler gets the id for the name.
+//! Invariant: the handler uses the id that was compared, not the name.
 
 use std::sync::Arc;
 
@@ -14,15 +13,14 @@ use nido_vmm::error::{Code, Error, Result};
 use nido_vmm::name::VmName;
 
 use super::App;
-use super::answer::Problem;
-use super::ask::MatchedVm;
-use super::openapi;
+use super::extract::MatchedVmId;
+use super::response::Problem;
 
 /// The routes that a condition is for.
 const VM: &str = "/v1/vms/{name}";
 
 /// Refuses a request whose `If-Match` does not name the VM's id.
-pub async fn matched(
+pub async fn check_if_match(
     State(app): State<Arc<App>>,
     request: Request,
     next: Next,
@@ -32,7 +30,7 @@ pub async fn matched(
         .as_deref()
         .is_some_and(|route| route.strip_prefix(VM).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
     // A method that the resource does not know is answered as such.
-    let is_known = route.as_deref().is_some_and(|route| openapi::takes(request.method(), route).described);
+    let is_known = route.as_deref().is_some_and(|route| app.description.inputs(request.method(), route).described);
     if !is_of_vm || !is_known || !request.headers().contains_key(header::IF_MATCH) {
         return Ok(next.run(request).await);
     }
@@ -48,7 +46,7 @@ pub async fn matched(
                 .hint("look at the VM of that name, and decide anew")
                 .into());
         }
-        parts.extensions.insert(MatchedVm(id.parse()?));
+        parts.extensions.insert(MatchedVmId(id.parse()?));
     }
     Ok(next.run(Request::from_parts(parts, body)).await)
 }

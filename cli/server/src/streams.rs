@@ -1,12 +1,12 @@
-//! What lasts: streams, terminals, logs that are followed, commands that are waited for. It was let in once; it goes on for as long
-//! as it would be let in again, and no longer than the server.
+//! Streams and other long-running requests: event streams, terminals, followed logs, commands that a client waits for. They end
+//! when the token of their caller is revoked or expires, and when the server shuts down.
 //!
 //! ```text
-//!  guard.rs (whose token) ──> here ──> handler, and its answer piece by piece
-//!                              └── the token is not good any more, or the server's end has had its time ──> it is over
+//!  auth.rs (token) ──> here ──> handler, and its response chunk by chunk
+//!                       └── token revoked or expired, or the shutdown timeout has passed ──> the request is cancelled
 //! ```
 //!
-//! Invariant: to a handler that is the same as a client who hangs up, so it needs no code of its own for it.
+//! Invariant: a handler sees the same as when the client disconnects, so it needs no code of its own for this.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,19 +21,19 @@ use nido_vmm::error::{Code, Error};
 use serde_json::json;
 
 use super::App;
-use super::answer::Problem;
-use super::ask::media_type;
-use super::guard::Caller;
+use super::auth::Caller;
+use super::media_type::media_type;
+use super::response::Problem;
 
-/// How often is looked whether a token is still good.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How often the validity of a token is checked.
+const TOKEN_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Waits until something may not go on any more, which may be never, and says why.
-pub async fn over(app: Arc<App>, token: Option<String>) -> Error {
+/// Waits until a request has to end, which may be never, and returns why.
+pub async fn wait_for_end(app: Arc<App>, token: Option<String>) -> Error {
     loop {
         tokio::select! {
-            () = app.over.cancelled() => return Error::new(Code::Interrupted, "the server ends"),
-            () = tokio::time::sleep(LOOK_EVERY) => {}
+            () = app.shutdown_deadline.cancelled() => return Error::new(Code::Interrupted, "the server ends"),
+            () = tokio::time::sleep(TOKEN_CHECK_INTERVAL) => {}
         }
         let Some(id) = &token else { continue };
         match app.nido.token_holds(id) {
@@ -45,12 +45,12 @@ pub async fn over(app: Arc<App>, token: Option<String>) -> Error {
     }
 }
 
-/// Ends what lasts when it is over: before it is answered, or in the middle of its answer.
-pub async fn lasting(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+/// Ends a request with its token or the server: before its response, or in the middle of it.
+pub async fn end_with_token(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let token = request.extensions().get::<Caller>().and_then(|caller| caller.token.clone());
     // Clients of the Model Context Protocol know no events but its own: their streams just end.
     let says_why = request.uri().path() != "/mcp";
-    let mut over = Box::pin(over(app, token));
+    let mut over = Box::pin(wait_for_end(app, token));
     let response = tokio::select! {
         response = next.run(request) => response,
         error = &mut over => return Problem(error).into_response(),
