@@ -1,6 +1,6 @@
 //! The description of the API as the server uses it: the text that it serves, and which inputs each route accepts.
 //!
-//! It is made of the routes (`openapi.rs`) and passed down in [`crate::App`], so extractors and middleware read it without
+//! It is made of the routes (`openapi.rs`) and passed down in `App`, so extractors and middleware read it without
 //! knowing the routes.
 
 use std::collections::{HashMap, HashSet};

@@ -1,10 +1,10 @@
-//! How much memory answers may take in all: what commands have written is held as JSON until its client has read it.
+//! The memory budget of responses. The output of commands is held as JSON until the client has read it.
 //!
 //! ```text
-//!  exec, runs: each piece of output ──> Reservation::grow ──> an extension of the answer ──> its body, until that is sent
+//!  exec, runs: each piece of output ──> Reservation::grow ──> an extension of the response ──> its body, until that is sent
 //! ```
 //!
-//! Invariant: a reservation ends with its last holder, so nothing that fails on the way keeps any.
+//! Invariant: dropping a reservation releases it, so a request that fails keeps none.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,10 +14,10 @@ use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use futures::StreamExt as _;
 
-/// For all answers that are being made or sent, in bytes.
+/// For all responses that are being built or sent, in bytes.
 const TOTAL: usize = 384 << 20;
 
-/// What is left.
+/// The bytes that are left.
 #[derive(Debug, Clone)]
 pub struct Budget(Arc<AtomicUsize>);
 
@@ -28,7 +28,7 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// A reservation of nothing yet.
+    /// An empty reservation.
     pub fn hold(&self) -> Reservation {
         Reservation { left: Arc::clone(&self.0), bytes: 0 }
     }
@@ -42,7 +42,7 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves more; whether there was so much.
+    /// Reserves more; returns whether the budget allowed it.
     pub fn grow(&mut self, bytes: usize) -> bool {
         let take = |left: usize| left.checked_sub(bytes);
         let taken = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok();
@@ -50,7 +50,7 @@ impl Reservation {
         taken
     }
 
-    /// Leaves it to an answer, until its body has been sent.
+    /// Attaches the reservation to a response, until its body has been sent.
     pub fn leave_to(self, response: &mut Response) {
         if self.bytes > 0 {
             response.extensions_mut().insert(Arc::new(self));
@@ -64,7 +64,7 @@ impl Drop for Reservation {
     }
 }
 
-/// Ties what was reserved for an answer to its body.
+/// Moves the reservation of a response into its body.
 pub fn until_sent(mut response: Response) -> Response {
     let Some(held) = response.extensions_mut().remove::<Arc<Reservation>>() else { return response };
     if let Some(length) = response.body().size_hint().exact() {

@@ -1,7 +1,7 @@
 //! The server's own certificate: self-signed, made when a server that other machines can reach was given none.
 //!
 //! Invariant: the key is made once and never leaves its file (0600). The certificate is made again, with the same key, when the
-//! server is known under another name or address; so a pin of the public key stays good. Whenever the process is killed, the
+//! server is known under another name or address; so a pin of the public key stays valid. Whenever the process is killed, the
 //! next one finds a key and a certificate that belong together, or makes what is missing.
 
 use std::fs;
@@ -23,7 +23,7 @@ use sha2::{Digest as _, Sha256};
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 
-/// For how many years a certificate is good.
+/// The validity of a certificate, in years.
 const VALIDITY_YEARS: i16 = 10;
 /// Addresses of documentation (RFC 5737, RFC 3849): nothing is sent to them.
 const DOCUMENTATION_ADDRESSES: [&str; 2] = ["192.0.2.1:9", "[2001:db8::1]:9"];
@@ -40,7 +40,7 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// For what a certificate was issued. Kept beside it.
+/// The names and the key that a certificate was issued for, in a file beside it.
 #[derive(Debug, Serialize, Deserialize)]
 struct CertificateRecord {
     names: Vec<String>,
@@ -87,8 +87,8 @@ impl OwnCertificate {
             ["key.pem", "certificate.pem", "issued.json"].map(|name| directory.join(name));
         let key = key(&key_file)?;
         let public_key_pin = format!("sha256//{}", STANDARD.encode(Sha256::digest(key.subject_public_key_info())));
-        let is_good = is_good(&certificate, &issued_file, names, &public_key_pin);
-        if !is_good {
+        let is_current = is_current(&certificate, &issued_file, names, &public_key_pin);
+        if !is_current {
             let text = issue(&key, names)?;
             write_private(&certificate, text.as_bytes(), Durability::PowerCut).map_err(broken)?;
             let issued = CertificateRecord {
@@ -102,7 +102,7 @@ impl OwnCertificate {
         let der = CertificateDer::from_pem_file(&certificate)
             .map_err(|e| Error::internal(format!("{} cannot be read: {e}", certificate.display())))?;
         let sha256 = hex(&der, ":");
-        Ok(Self { certificate, key: key_file, sha256, public_key_pin, made: !is_good })
+        Ok(Self { certificate, key: key_file, sha256, public_key_pin, made: !is_current })
     }
 
     /// Its files.
@@ -112,7 +112,7 @@ impl OwnCertificate {
 }
 
 /// Whether the certificate in a file is the one that was issued last, for this key and for all of these names.
-fn is_good(certificate: &Path, issued: &Path, names: &[String], public_key_pin: &str) -> bool {
+fn is_current(certificate: &Path, issued: &Path, names: &[String], public_key_pin: &str) -> bool {
     let issued: Option<CertificateRecord> = fs::read(issued).ok().and_then(|text| serde_json::from_slice(&text).ok());
     issued.zip(fs::read(certificate).ok()).is_some_and(|(issued, text)| {
         names.iter().all(|name| issued.names.contains(name))

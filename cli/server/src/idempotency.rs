@@ -32,7 +32,7 @@ use super::{App, streams, timeouts};
 
 /// The longest key, in bytes.
 const KEY_MAX: usize = 255;
-/// The largest answer that is kept, in bytes. What a command has written may be longer: as JSON six times as much as it was.
+/// The largest response that is stored, in bytes. The output of a command may be longer: JSON takes up to six times its bytes.
 const RESPONSE_MAX: usize = 16 << 20;
 
 /// A response as it is stored.
@@ -45,7 +45,7 @@ struct StoredResponse {
 
 /// The route whose response may be a stream of events.
 const STREAMING_ROUTE: &str = "/v1/vms/{name}/exec";
-/// How often a key whose request was refused is begun anew before its caller is told to try later.
+/// How often a key whose operation was refused is started again before the caller gets `request_in_progress`.
 const ATTEMPTS_MAX: usize = 3;
 
 /// Runs a request, or replays its response if a request with the same key has run.
@@ -81,13 +81,13 @@ pub async fn replay_or_run(State(app): State<Arc<App>>, request: Request, next: 
     }
     let begun = BegunFlag::default();
     parts.extensions.insert(begun.clone());
-    // Whoever hangs up finds the answer when they come back.
+    // A client that disconnects gets the response when it retries.
     let (server, token) = (Arc::clone(&app), caller.token);
     let work = app.operations.spawn_detached(async move {
         let request = Request::from_parts(parts, Body::from(bytes));
         let response = tokio::select! {
             response = next.run(request) => response,
-            // As for a caller who waits: what it began ends with its token.
+            // As without a key: the request ends with its token.
             error = streams::wait_for_end(Arc::clone(&server), token) => {
                 begun.set();
                 Problem(error).into_response()
@@ -98,7 +98,7 @@ pub async fn replay_or_run(State(app): State<Arc<App>>, request: Request, next: 
     work.await.map_err(|e| Error::internal(format!("the request broke down: {e}")))?
 }
 
-/// The key, if it can be one and the request can have one.
+/// The key, if it is valid and the request may have one.
 fn checked(request: &Request, key: &[u8]) -> Result<String, Error> {
     let is_key = (1..=KEY_MAX).contains(&key.len()) && key.iter().all(|byte| (0x20..0x7f).contains(byte));
     if !is_key {
@@ -113,7 +113,7 @@ fn checked(request: &Request, key: &[u8]) -> Result<String, Error> {
     Ok(String::from_utf8_lossy(key).into_owned())
 }
 
-/// Why a request with a known key is not carried out.
+/// Why a request with a known key does not run.
 fn refusal(known: &Known) -> Error {
     match known {
         Known::Unknown => {
@@ -146,7 +146,7 @@ enum Retention {
     OutcomeUnknown,
 }
 
-/// Decides by the code of an error, and by whether something had begun when it happened.
+/// Decides by the code of an error, and by whether the request had begun to change something.
 fn retention(code: Option<Code>, begun: bool) -> Retention {
     let Some(code) = code else { return Retention::Store };
     match code {
@@ -169,7 +169,7 @@ fn retention(code: Option<Code>, begun: bool) -> Retention {
     }
 }
 
-/// Keeps an answer as far as it is kept. Whoever waits for it gets it whether it could be kept or not.
+/// Stores a response, or what replaces it. The client gets the response whether it could be stored or not.
 async fn store_response(
     app: &App,
     owner: &str,
@@ -207,7 +207,7 @@ async fn store_response(
     Ok(Response::from_parts(parts, Body::from(bytes)))
 }
 
-/// What is answered from then on if something may have been done.
+/// The response to retries if something may have changed.
 fn unknown(code: Option<Code>, bytes: &[u8]) -> Result<StoredResponse, Error> {
     let problem: Option<nido_vmm::error::Problem> = serde_json::from_slice(bytes).ok();
     let why = problem.map_or_else(|| "an error".to_owned(), |problem| problem.detail);
@@ -216,7 +216,7 @@ fn unknown(code: Option<Code>, bytes: &[u8]) -> Result<StoredResponse, Error> {
     kept_problem(&Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT))
 }
 
-/// What is answered from then on if an answer was too large to be kept.
+/// The response to retries if the response was too large to store.
 fn too_large(status: StatusCode, length: usize) -> Result<StoredResponse, Error> {
     let words =
         format!("it was carried out and answered with {status}; the {length} bytes of that were too many to keep");
@@ -229,7 +229,7 @@ fn kept_problem(error: &Error) -> Result<StoredResponse, Error> {
     Ok(StoredResponse { status: problem.status, location: None, body })
 }
 
-/// The kept answer; nothing if it was an operation that was refused before anything began.
+/// The stored response; `None` if it was an operation that was refused before it changed anything.
 fn replay(app: &App, caller: &Caller, kept: &str) -> Result<Option<Response>, Problem> {
     let mut kept: StoredResponse =
         serde_json::from_str(kept).map_err(|e| Error::internal(format!("a kept answer: {e}")))?;
@@ -241,7 +241,7 @@ fn replay(app: &App, caller: &Caller, kept: &str) -> Result<Option<Response>, Pr
             Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT)
         })?;
         let code = operation.error.as_ref().map(|problem| Error::from(problem.clone()).code());
-        // Its stage says that it was more than looked at.
+        // An operation with a stage has begun to change something.
         let refused = operation.status == OperationStatus::Failed
             && retention(code, operation.stage.is_some()) == Retention::Discard;
         if refused {

@@ -16,7 +16,7 @@
 //!
 //! Modules depend on each other in one direction: media types, responses, audit entries and connections at the bottom, then `auth`,
 //! `extract` and `timeouts`, then `streams`, `operations`, `idempotency` and `audit`, then `routes`, then `openapi` and `router`.
-//! What lower modules need to know of the routes is in [`App::description`].
+//! What lower modules need to know of the routes is the table `App::description`.
 //!
 //! Invariants: VMs do not depend on this server. It may be killed at any time, and no request leaves more half-done than the core
 //! itself would. Nothing here knows of arguments, terminals or exit codes.
@@ -79,7 +79,7 @@ const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
 pub struct Options {
     /// Where it listens.
     pub listen: ListenAddress,
-    /// Which names it answers to.
+    /// The names of the server.
     pub hosts: Hosts,
     /// Average rate limit of a caller, in requests per second.
     pub rate: u32,
@@ -100,11 +100,11 @@ pub struct App {
     /// The OpenAPI document and the inputs of each route, made when it is first needed.
     description: LazyLock<ApiDescription>,
     operations: Operations,
-    /// The memory that answers may take.
+    /// The memory that responses may take.
     output: Budget,
     metrics: Metrics,
     reconciled_at: Mutex<Option<Instant>>,
-    /// The last event's cursor: whoever listens is woken by it.
+    /// The cursor of the last event; a change wakes the event streams.
     changes: watch::Sender<u64>,
     /// Cancelled when the server begins to shut down: endless streams end with it.
     shutting_down: CancellationToken,
@@ -124,7 +124,7 @@ impl App {
     }
 }
 
-/// Serves until a signal ends it, with these agents at `/mcp`; `ready` is told where.
+/// Serves until a signal ends it, with MCP for these agents at `/mcp`; calls `ready` with the address.
 ///
 /// # Errors
 /// `port_in_use`, `denied`, those of the core.
@@ -157,7 +157,7 @@ pub async fn serve<A: Agents>(
         router = router.merge(mcp::router(&app, &http));
     }
     let ending = tokio::spawn(end_with(agents, app.shutting_down.clone()));
-    // From here on a signal is an orderly end; whoever hears that we listen may send one at once.
+    // From here on a signal shuts the server down in order. Before `ready`, which may cause a signal at once.
     let signals = Signals::listen()?;
     ready(&bound.listening());
     bound.run(router, Arc::clone(&app), signals).await;
@@ -168,7 +168,7 @@ pub async fn serve<A: Agents>(
     Ok(())
 }
 
-/// What agents have begun ends when the server begins to end: their streams would last for ever.
+/// Ends the sessions of agents when the server begins to shut down: their streams have no end of their own.
 async fn end_with<A: Agents>(agents: Option<Arc<A>>, ending: CancellationToken) {
     ending.cancelled().await;
     if let Some(agents) = agents {
@@ -176,7 +176,7 @@ async fn end_with<A: Agents>(agents: Option<Arc<A>>, ending: CancellationToken) 
     }
 }
 
-/// Wakes the listeners when something happens: one watch of the store for all of them. A deliverer that was killed is replaced.
+/// Wakes event streams when an event is written: one watch of the store for all of them. Restarts a delivery worker that was killed.
 async fn watch_events(app: Arc<App>) {
     let mut store = Watch::new(&app.nido);
     let mut looked = Instant::now();

@@ -39,9 +39,9 @@ const CONNECTIONS_MAX: usize = 512;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest head, in bytes.
 const HEAD_MAX: usize = 32 * 1024;
-/// How long what is cut off when the server ends may take to say so.
+/// How long requests that are cancelled at shutdown may take to send their last message.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the server rests when the system has no more descriptors.
+/// How long the server waits after a failed accept, for example when no file descriptor is left.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// Where a server listens.
@@ -67,14 +67,14 @@ pub enum Tls {
     Own,
 }
 
-/// A server that listens, and does not serve yet.
+/// A server whose socket is open and that does not serve yet.
 pub struct BoundListener {
     socket: Socket,
     tls: Option<TlsAcceptor>,
     own: Option<OwnCertificate>,
 }
 
-/// Where a server listens, for whoever started it.
+/// The address of a server, for the command that has started it.
 #[derive(Debug, Serialize)]
 pub struct ServerAddress {
     /// Its address, as clients write it.
@@ -82,7 +82,7 @@ pub struct ServerAddress {
     /// The server's own certificate, if it has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<OwnCertificate>,
-    /// Whether clients need a token: over a unix socket the kernel says who they are.
+    /// Whether clients need a token. Over a unix socket the kernel identifies them.
     #[serde(skip)]
     pub takes_tokens: bool,
 }
@@ -92,7 +92,7 @@ enum Socket {
     Unix(UnixListener, PathBuf),
 }
 
-/// Begins to listen. A certificate of the server's own is kept in `tls_dir`, and names the hosts that the server answers to.
+/// Opens the socket. The server's own certificate is in `tls_dir` and names the hosts of the server.
 pub async fn bind(listen: &ListenAddress, tls_dir: &Path, hosts: &Hosts) -> Result<BoundListener> {
     match listen {
         ListenAddress::Tcp { address, tls } => {
@@ -179,7 +179,7 @@ impl BoundListener {
         }
     }
 
-    /// Serves until a signal comes; then what runs may finish.
+    /// Serves until a signal arrives; then open requests have the shutdown timeout to end.
     pub async fn run(self, router: Router, app: Arc<App>, mut signals: Signals) {
         let connections = TaskTracker::new();
         let slots = Arc::new(ConnectionSlots::new(CONNECTIONS_MAX));
@@ -296,7 +296,7 @@ impl ServedConnection {
         let ended = tokio::select! {
             ended = connection.as_mut() => ended,
             () = self.ending.cancelled() => {
-                // What is being answered is answered, and then it is over.
+                // The response in progress is completed; then the connection is closed.
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }

@@ -21,14 +21,14 @@ use super::auth::{self, Caller};
 use super::response::Problem;
 use super::{router, streams};
 
-/// How much of a message that is too long is read, so that its sender hears the answer instead of a broken connection.
+/// How much of a message that is too long is read, so that the client gets a response instead of a broken connection.
 const DRAINED_MAX: usize = 64 << 20;
 /// What clients of the protocol accept.
 const ACCEPTED: HeaderValue = HeaderValue::from_static("application/json, text/event-stream");
 /// How long a browser may remember what it may send, in seconds.
 const PREFLIGHT_MAX_AGE: HeaderValue = HeaderValue::from_static("600");
 
-/// The one route. Audit and answers are the service's own.
+/// The routes of MCP. The service itself writes audit entries and responses.
 pub fn router<A: Agents>(app: &Arc<App>, http: &Http<A>) -> Router {
     Router::new()
         .route_service("/mcp", http.service())
@@ -49,7 +49,7 @@ async fn no_sse() -> Problem {
         .into()
 }
 
-/// Pages of other origins that were allowed by name: a browser asks first, and hides the answer from them otherwise.
+/// CORS for pages of the allowed origins.
 async fn cross_origin(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let origin = request.headers().get(header::ORIGIN).filter(|origin| app.hosts.is_allowed_origin(origin)).cloned();
     let Some(origin) = origin else { return next.run(request).await };
@@ -101,7 +101,7 @@ async fn admit<A: Agents>(State(http): State<Http<A>>, request: Request, next: N
     Ok(response)
 }
 
-/// Whoever accepts everything accepts both kinds of answer.
+/// A client that accepts everything accepts both media types of responses.
 fn accept_all(headers: &mut HeaderMap) {
     let all = |value: &HeaderValue| {
         value.to_str().is_ok_and(|value| value.split(',').any(|one| one.trim().starts_with("*/*")))
@@ -111,7 +111,7 @@ fn accept_all(headers: &mut HeaderMap) {
     }
 }
 
-/// The request with its message, if it is one; else what it is answered.
+/// The request with its message, if that is valid; otherwise the response.
 async fn message(request: Request) -> Result<Request, Response> {
     let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if *request.method() != Method::POST || !kind.trim_start().to_ascii_lowercase().starts_with("application/json") {

@@ -1,6 +1,6 @@
-//! The query of a request, decoded strictly: `+` is a plus, `%XX` is one byte, and what no route takes is refused.
+//! The query of a request, decoded strictly: `+` is a plus, `%XX` is one byte, unknown parameters are refused.
 //!
-//! Invariant: the routes and the audit log decode a query with the same function, so the log shows what was acted upon.
+//! Invariant: the routes and the audit log decode a query with the same function, so the log has the values that were used.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -172,7 +172,7 @@ pub fn number_if_given<'de, D: Deserializer<'de>>(deserializer: D) -> std::resul
     number(deserializer).map(Some)
 }
 
-/// Refuses parameters that the route does not take: a filter that is ignored would answer with everything.
+/// Refuses parameters that the route does not have: ignoring a filter would return everything.
 pub async fn reject_unknown(
     State(app): State<Arc<App>>,
     request: Request,

@@ -1,8 +1,8 @@
-//! Requests that are refused before they reach a route, in the audit log: a wrong name of this server, a page of another
-//! origin, no token or a bad one, a token that is for another part.
+//! Audit entries of requests that are refused before they reach a route: a wrong host or origin, a missing or invalid token, a token
+//! for another part of the server.
 //!
-//! Invariant: clients without a valid token cannot fill the log. A burst of [`BURST`] is written down, then one each
-//! [`REFILL_INTERVAL`]; how many were not is in the next line.
+//! Invariant: clients without a valid token cannot fill the log. A burst of [`BURST`] is recorded, then one in each
+//! [`REFILL_INTERVAL`]; the next entry has the number of those that were left out.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,9 +15,9 @@ use serde_json::{Value, json};
 use super::App;
 use super::audit_entry::{blocking, user_agent};
 
-/// How many are written down at once.
+/// How many are recorded in a burst.
 const BURST: f64 = 32.0;
-/// After that one is written down each so long.
+/// After a burst, one is recorded in each interval.
 const REFILL_INTERVAL: Duration = Duration::from_secs(5);
 /// How much of a path is kept, in bytes.
 const PATH_MAX: usize = 128;
@@ -55,7 +55,7 @@ impl Refusals {
     }
 }
 
-/// Writes down that a request was turned away. Nothing was done, so that it cannot be written is told in the server's own log.
+/// Records a refused request. It changed nothing, so a failure to write goes to the server's own log only.
 pub fn write(
     app: &Arc<App>,
     request: &Request,
@@ -73,7 +73,7 @@ pub fn write(
     }
 }
 
-/// Who was turned away, and what they wanted.
+/// The caller of a refused request, and what it requested.
 fn line(request: &Request, actor: String, not_written: u64) -> (AuditCaller, Value) {
     let path = head(request.uri().path(), PATH_MAX);
     let mut arguments = json!({ "method": head(request.method().as_str(), 16), "path": path });

@@ -56,7 +56,7 @@ fn not_a_method() -> Problem {
         .into()
 }
 
-/// Counts requests, and keeps browsers from guessing what answers are.
+/// Counts requests, and sets the headers of every response: no content sniffing, no caching, links through the proxy.
 pub async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());

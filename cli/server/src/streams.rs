@@ -38,7 +38,7 @@ pub async fn wait_for_end(app: Arc<App>, token: Option<String>) -> Error {
         let Some(id) = &token else { continue };
         match app.nido.token_holds(id) {
             Err(error) if error.code() == Code::Unauthorized => return error,
-            // That it cannot be looked at says nothing about it; new requests are refused meanwhile.
+            // A failed check does not mean that the token is invalid; new requests are refused meanwhile.
             Err(error) => tracing::warn!("cannot see whether a token is still good: {error}"),
             Ok(()) => {}
         }
@@ -62,7 +62,7 @@ pub async fn end_with_token(State(app): State<Arc<App>>, request: Request, next:
     let last = move |error: Error| match (is_events, says_why) {
         (true, true) => Some(Ok(event(&error))),
         (true, false) => None,
-        // What has no words of its own breaks off, so that nobody takes it for whole.
+        // Other bodies break off, so that no client takes them for complete.
         (false, _) => Some(Err(axum::Error::new(error))),
     };
     response.map(|body| Body::from_stream(until(body, over, last)))

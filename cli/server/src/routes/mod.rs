@@ -25,12 +25,12 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::App;
 
-/// Examples of what routes take and answer.
+/// Examples of requests and responses.
 pub fn examples() -> Vec<examples::Example> {
     examples::all()
 }
 
-/// Every route, and what is described of it.
+/// Every route with its description.
 pub fn described() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()
         .merge(vms::routes())
