@@ -14,7 +14,7 @@ use nido_vmm::name::VmName;
 use nido_vmm::nido::Nido;
 use serde_json::{Value, json};
 
-use crate::commands::Context;
+use crate::context::Context;
 use crate::exit::{Exit, Failure, Outcome};
 
 impl Context {

@@ -19,10 +19,9 @@ use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use nido_server::signals::Signals;
 use nido_vmm::api::ExecExit;
 use nido_vmm::error::{Code, Error, Kind};
-
-use crate::signals::Signals;
 
 /// SIGPIPE's number: what a Unix tool dies of when its reader is gone.
 const SIGPIPE: u8 = 13;

@@ -7,6 +7,7 @@
 
 mod audit;
 mod commands;
+mod context;
 mod exit;
 mod output;
 mod parse;
@@ -20,11 +21,11 @@ mod usage;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use nido_server::{sanitize, serve, signals};
 use nido_vmm::error::Error;
 use nido_vmm::host::daemon;
 
-use crate::commands::{Cli, Context};
+use crate::commands::Cli;
+use crate::context::Context;
 use crate::exit::{Codes, Exit, Failure, Outcome};
 use crate::output::Output;
 

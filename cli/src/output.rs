@@ -5,11 +5,11 @@
 
 use std::io::{self, IsTerminal as _, Write as _};
 
+use nido_server::sanitize::{is_harmful, line};
 use nido_vmm::error::Error;
 use serde::Serialize;
 
 use crate::exit::Failure;
-use crate::sanitize::{is_harmful, line};
 
 /// How to speak, settled once from the flags and from where the streams lead.
 #[derive(Debug, Clone)]

@@ -5,10 +5,10 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use nido_server::sanitize::line;
 use nido_vmm::api::{BuildStep, CopyProgress, StartStage, TravelStep};
 
 use crate::output::Output;
-use crate::sanitize::line;
 
 /// How often the drawing moves.
 const TICK: Duration = Duration::from_millis(100);

@@ -12,6 +12,8 @@ use std::future::Future;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use nido_server::sanitize::Sanitizer;
+use nido_server::signals::{HANGUP, KILL, SignalEvent, Signals, TERMINATE};
 use nido_vmm::api::{Collected, ExecEvent, ExecExit, ExecRequest, ExecResult};
 use nido_vmm::error::Error;
 use nido_vmm::name::VmName;
@@ -22,8 +24,6 @@ use tokio::time::Instant;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::output::Output;
 use crate::parse;
-use crate::sanitize::Sanitizer;
-use crate::signals::{HANGUP, KILL, Signalled, Signals, TERMINATE};
 use crate::stdio::{self, Stream, Writer};
 use crate::terminal::{self, RawMode};
 
@@ -47,7 +47,7 @@ pub async fn run(output: &Output, nido: &Nido, name: &VmName, request: ExecReque
 /// What can happen next while a command runs.
 enum Next {
     Event(Option<Result<ExecEvent, Error>>),
-    Signal(Signalled),
+    Signal(SignalEvent),
     /// The command had its time to end.
     Leave(u8),
     Written(bool),
@@ -84,12 +84,12 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
             }
         };
         match next {
-            Next::Signal(Signalled::Resized) if pty => {
+            Next::Signal(SignalEvent::Resized) if pty => {
                 let (rows, columns) = terminal::size();
                 tell(control.resize(rows, columns)).await;
             }
-            Next::Signal(Signalled::Resized) => {}
-            Next::Signal(Signalled::End(number)) => {
+            Next::Signal(SignalEvent::Resized) => {}
+            Next::Signal(SignalEvent::End(number)) => {
                 let step = escalation.next(number);
                 tell(control.signal(step.signal)).await;
                 if step.leave {
@@ -325,7 +325,7 @@ pub async fn collect(
     let mut output_so_far = Collected::new(COLLECT_LIMIT);
     loop {
         tokio::select! {
-            signal = signals.next() => if let Signalled::End(number) = signal {
+            signal = signals.next() => if let SignalEvent::End(number) = signal {
                 let step = escalation.next(number);
                 tell(control.signal(step.signal)).await;
                 if step.leave {
@@ -346,7 +346,7 @@ pub async fn collect(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::signals::INTERRUPT;
+    use nido_server::signals::INTERRUPT;
 
     #[test]
     fn the_third_interrupt_kills() {

@@ -22,7 +22,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use nido_server::serve::{Hosts, Listen, Options, Patience, serve};
+use nido_server::{Hosts, ListenAddress, Options, Timeouts, serve};
 use nido_vmm::api::{Limits, Scope, TokenRequest};
 use nido_vmm::error::{Error, Result};
 use nido_vmm::nido::{Nido, OpenOptions};
@@ -36,7 +36,7 @@ const RATE: u32 = 100_000;
 async fn main() -> Result<()> {
     let home = std::env::var_os("NIDO_HOME").map(PathBuf::from);
     let nido = Arc::new(Nido::open(OpenOptions { home, qemu: None, ..OpenOptions::default() }).await?);
-    let listen = Listen::Tcp { address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), tls: None };
+    let listen = ListenAddress::Tcp { address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), tls: None };
     // The suite knows no tokens: a proxy adds it.
     let request = TokenRequest {
         name: "suite".into(),
@@ -47,7 +47,7 @@ async fn main() -> Result<()> {
     };
     let made = nido.token_create(&request)?;
     std::fs::write(nido.home().root().join("token"), made.token).map_err(|e| Error::io("cannot write the token", e))?;
-    let (hosts, patience) = (Hosts::default(), Patience::default());
-    let options = Options { listen, hosts, rate: RATE, rest: false, patience };
+    let (hosts, timeouts) = (Hosts::default(), Timeouts::default());
+    let options = Options { listen, hosts, rate: RATE, rest: false, timeouts };
     serve(nido, Some(Arc::new(Fixture::new())), options, |listening| println!("{}", listening.address)).await
 }

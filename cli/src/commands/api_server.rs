@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clap::Subcommand;
 use nido_mcp::Settings;
+use nido_server::{openapi, serve};
 use nido_vmm::policy::Policy;
 use nido_vmm::roots::DefaultPaths;
 
@@ -12,7 +13,6 @@ use super::Context;
 use super::agents::agents;
 use super::listen_args::ListenArgs;
 use crate::exit::{Exit, Outcome};
-use crate::serve::{openapi, serve};
 
 const EXAMPLES: &str = "\
 Examples:

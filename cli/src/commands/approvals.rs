@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use jiff::Timestamp;
+use nido_server::signals::Signals;
 use nido_vmm::api::{Approval, ApprovalState};
 use nido_vmm::nido::{Nido, Watch};
 
@@ -10,7 +11,6 @@ use super::Context;
 use crate::exit::{Exit, Outcome};
 use crate::output::{json, table};
 use crate::parse::show_seconds;
-use crate::signals::Signals;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -78,7 +78,7 @@ async fn watch(cx: &Context, nido: &Nido) -> Outcome {
             cx.output.data(&if cx.output.json {
                 json(approval, false) + "\n"
             } else {
-                crate::sanitize::line(line.trim_end()).to_string() + "\n"
+                nido_server::sanitize::line(line.trim_end()).to_string() + "\n"
             })?;
         }
         told.extend(waiting.into_iter().map(|approval| approval.id));

@@ -185,7 +185,7 @@ async fn checkpoint(cx: &Context, output: Option<PathBuf>) -> Outcome {
     }
     cx.output.talk(&format!("signed up to line {} with the key {}", made.seq, made.public_key));
     if let Some(path) = &output {
-        cx.output.answer(&made, || format!("{}\n", crate::sanitize::line(&path.to_string_lossy())))?;
+        cx.output.answer(&made, || format!("{}\n", nido_server::sanitize::line(&path.to_string_lossy())))?;
     }
     Ok(Exit::Success)
 }

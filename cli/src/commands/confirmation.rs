@@ -4,10 +4,10 @@
 
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
 
+use nido_server::sanitize::line;
 use nido_vmm::error::{Code, Error};
 
 use super::Context;
-use crate::sanitize::line;
 
 /// Do not ask
 #[derive(Debug, Clone, Copy, clap::Args)]

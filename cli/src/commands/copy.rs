@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nido_server::sanitize;
 use nido_vmm::api::{CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
 use nido_vmm::error::{Code, Error};
 use nido_vmm::name::VmName;
@@ -18,7 +19,6 @@ use crate::audit;
 use crate::exit::{Exit, Failure, Outcome, until_signal};
 use crate::parse::show_bytes;
 use crate::progress::Progress;
-use crate::sanitize;
 
 /// How long an interrupted copy may take to remove what it left half done.
 const UNDO_LIMIT: Duration = Duration::from_secs(5);

@@ -1,5 +1,6 @@
 //! `events`: what happened, and what happens.
 
+use nido_server::sanitize;
 use nido_vmm::api::{Event, EventDetails, EventKind, EventList, EventsRequest, Limit};
 use nido_vmm::name::VmName;
 
@@ -7,7 +8,6 @@ use super::Context;
 use super::vm_args::path_words;
 use crate::exit::{Exit, Outcome};
 use crate::output::{json, table};
-use crate::sanitize;
 use crate::stdio::{self, Stream};
 
 const EXAMPLES: &str = "\

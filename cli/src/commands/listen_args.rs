@@ -4,10 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nido_server::{Hosts, ListenAddress, Options, PublicUrl, Timeouts, Tls, TlsFiles};
 use nido_vmm::error::{Code, Error};
 
 use crate::parse::duration_ms;
-use crate::serve::{Hosts, Listen, Options, Patience, PublicUrl, Tls, TlsFiles};
 
 /// Where a server listens, and whom it lets in.
 #[derive(Debug, clap::Args)]
@@ -62,9 +62,9 @@ impl ListenArgs {
     pub fn options(self, rest: bool) -> Result<Options, Error> {
         let hosts = Hosts { names: self.hosts, origins: self.origins, public: self.public_url };
         let rate = self.rate;
-        let patience = Patience::of(Duration::from_millis(self.patience));
+        let timeouts = Timeouts::from_body_idle(Duration::from_millis(self.patience));
         if let Some(path) = self.socket {
-            return Ok(Options { listen: Listen::Unix(path), hosts, rate, patience, rest });
+            return Ok(Options { listen: ListenAddress::Unix(path), hosts, rate, timeouts, rest });
         }
         let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| Tls::Files(TlsFiles { certificate, key }));
         let everywhere = IpAddr::V4(if self.allow_remote { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST });
@@ -76,7 +76,7 @@ impl ListenArgs {
         // Other machines are never let in without encryption by mistake.
         let tls = tls.or((!address.is_loopback() && !self.insecure_http).then_some(Tls::Own));
         let address = SocketAddr::new(address, self.port.unwrap_or(8080));
-        Ok(Options { listen: Listen::Tcp { address, tls }, hosts, rate, patience, rest })
+        Ok(Options { listen: ListenAddress::Tcp { address, tls }, hosts, rate, timeouts, rest })
     }
 }
 

@@ -1,13 +1,13 @@
 //! `logs`: what the guest, QEMU or the supervisor has written.
 
 use clap::ValueEnum;
+use nido_server::sanitize::Sanitizer;
 use nido_vmm::api::{LogRequest, LogSource};
 use nido_vmm::name::VmName;
 
 use super::Context;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::output::json;
-use crate::sanitize::Sanitizer;
 use crate::stdio::{self, Stream};
 
 const EXAMPLES: &str = "\

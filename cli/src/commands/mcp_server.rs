@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 use nido_mcp::{SESSION_GRACE, SESSION_IDLE, Settings, stdio};
+use nido_server::signals::Signals;
+use nido_server::{ListenAddress, serve};
 use nido_vmm::api::Scope;
 use nido_vmm::error::{Code, Error};
 use nido_vmm::nido::Nido;
@@ -19,8 +21,6 @@ use super::listen_args::ListenArgs;
 use super::mcp_install::Install;
 use crate::exit::{Exit, Outcome};
 use crate::parse::duration_ms;
-use crate::serve::{Listen, serve};
-use crate::signals::Signals;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -182,7 +182,7 @@ impl Start {
                 .into());
         }
         let options = self.listen.options(false)?;
-        if self.no_token && !matches!(options.listen, Listen::Unix(_)) {
+        if self.no_token && !matches!(options.listen, ListenAddress::Unix(_)) {
             let words = "a port without a token would be open to every program of this machine and to every guest with --net nat, \
                 which reaches the host's loopback at 10.0.2.2";
             return Err(Error::new(Code::Denied, words)

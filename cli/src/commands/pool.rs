@@ -1,6 +1,7 @@
 //! `pool`: clones of a template that wait, loaded and halted, for the next `spawn` or `run`.
 
 use clap::Subcommand;
+use nido_server::sanitize::line;
 use nido_vmm::api::{POOL_MAX, PoolInfo, PoolRequest};
 use nido_vmm::name::TemplateName;
 
@@ -9,7 +10,6 @@ use super::vm_args::MachineArgs;
 use crate::exit::{Exit, Outcome};
 use crate::output::table;
 use crate::parse::show_bytes;
-use crate::sanitize::line;
 
 const EXAMPLES: &str = "\
 Examples:

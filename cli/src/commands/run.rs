@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
+use nido_server::sanitize;
 use nido_vmm::api::{ExecRequest, ExecResult, StartRequest, UploadRequest, UploadSource, VmInfo, VmSpec, Which};
 use nido_vmm::error::{Code, Error};
 use nido_vmm::name::VmName;
@@ -14,7 +15,7 @@ use super::spawn::{absent, spawn};
 use super::vm_args::{PathArgs, VmArgs};
 use super::{Context, copy};
 use crate::exit::{Exit, Failure, Outcome};
-use crate::{audit, parse, sanitize, session};
+use crate::{audit, parse, session};
 
 const EXAMPLES: &str = "\
 Examples:

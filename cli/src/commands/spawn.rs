@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use nido_server::signals::Signals;
 use nido_vmm::api::{StartRequest, VmInfo, VmSpec};
 use nido_vmm::error::{Code, Error};
 use nido_vmm::name::VmName;
@@ -11,7 +12,6 @@ use super::Context;
 use super::vm_args::{StartArgs, VmArgs, summarize};
 use crate::exit::{Failure, Outcome};
 use crate::progress::Progress;
-use crate::signals::Signals;
 
 const EXAMPLES: &str = "\
 Examples:

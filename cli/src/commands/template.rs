@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
+use nido_server::sanitize::line;
 use nido_vmm::api::{
     BakeInfo, BakeRequest, BuildRequest, ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult,
     ImportSource, KernelChoice, TemplateInfo,
@@ -24,7 +25,6 @@ use crate::exit::{Exit, Failure, Outcome, until_signal};
 use crate::output::{pairs, table};
 use crate::parse::show_bytes;
 use crate::progress::Progress;
-use crate::sanitize::line;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -190,7 +190,7 @@ fn told(test: &WebhookTest) -> String {
     format!(
         "{}: {}, {} ms\n",
         if test.delivered { "delivered" } else { "failed" },
-        crate::sanitize::line(&what),
+        nido_server::sanitize::line(&what),
         test.duration_ms
     )
 }

@@ -1,0 +1,393 @@
+//! Audit middleware for all routes. A request that changes something or reaches into a guest is recorded before it runs, and
+//! its result afterwards. A request that only reads is recorded once, after it has run.
+//!
+//! ```text
+//!  auth (caller) ──> here: attempt, synced ──> handler ──> here: outcome
+//!                       └── AuditTicket ──> operations.rs, exec, files: complete their own entry
+//!              ──> handler of a read ──> here: outcome, not synced
+//!              ──> idempotency.rs responds by itself ──> here: outcome, not synced
+//!              ──> handler of a WebSocket ──> here: a refusal; routes/socket.rs records the rest
+//! ```
+//!
+//! Invariants: if the attempt cannot be written, the request does not run; if a read cannot be recorded, nothing is returned.
+//! Parameters that no route reads never replace a name that a route reads.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State};
+use axum::http::{Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::Response;
+use nido_vmm::audit::{Caller as AuditCaller, Ending, Face};
+use nido_vmm::error::{Code, Result};
+use nido_vmm::text::head;
+use serde_json::{Map, Value, json};
+
+use super::api_description::RouteInputs;
+use super::audit_entry::{AuditTicket, blocking, end, user_agent};
+use super::auth::Caller;
+use super::extract::JSON_BODY_MAX;
+use super::media_type::media_type;
+use super::query::{pairs, shown};
+use super::response::Problem;
+use super::{App, timeouts};
+
+/// Marks a response that has an entry in the audit log.
+#[derive(Debug, Clone, Copy)]
+struct AuditedResponse;
+
+/// Records each request and its result.
+pub async fn audit_request(
+    State(app): State<Arc<App>>,
+    request: Request,
+    next: Next,
+) -> std::result::Result<Response, Problem> {
+    let Some((tool, who)) = named(&request) else { return Ok(next.run(request).await) };
+    let (request, arguments) = arguments(&app, request).await?;
+    let mut response = match tool {
+        AuditAction::Write(tool) => run_audited(&app, who, tool, arguments, request, next).await?,
+        AuditAction::Read(tool) | AuditAction::Open(tool) => {
+            let response = next.run(request).await;
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                return Ok(response);
+            }
+            let how = ending(&response);
+            write_read_entry(&app, who, tool, arguments, how).await?;
+            response
+        }
+    };
+    response.extensions_mut().insert(AuditedResponse);
+    Ok(response)
+}
+
+/// Records requests that did not run because of their `Idempotency-Key`: a replayed response, a refused key. They change nothing, so
+/// they are recorded as reads.
+pub async fn audit_replay(
+    State(app): State<Arc<App>>,
+    request: Request,
+    next: Next,
+) -> std::result::Result<Response, Problem> {
+    let has_key = request.method() == Method::POST && request.headers().contains_key("idempotency-key");
+    let named = named(&request).filter(|_| has_key);
+    let Some((AuditAction::Write(tool) | AuditAction::Read(tool) | AuditAction::Open(tool), who)) = named else {
+        return Ok(next.run(request).await);
+    };
+    let (request, arguments) = arguments(&app, request).await?;
+    let response = next.run(request).await;
+    if response.extensions().get::<AuditedResponse>().is_none() {
+        let (ending, reason) = ending(&response);
+        let is_again = response.headers().contains_key("idempotency-replayed");
+        write_read_entry(&app, who, tool, arguments, (ending, if is_again { "replayed" } else { reason })).await?;
+    }
+    Ok(response)
+}
+
+/// The action and the caller of a request; `None` if it is not recorded.
+fn named(request: &Request) -> Option<(AuditAction, AuditCaller)> {
+    let tool = tool(request.method(), request.extensions().get::<MatchedPath>()?.as_str())?;
+    let caller = request.extensions().get::<Caller>()?;
+    Some((tool, AuditCaller { face: Face::Api, actor: caller.actor.clone(), agent: user_agent(request.headers()) }))
+}
+
+/// Writes the one entry of a read. It is short, but another process may hold the log.
+async fn write_read_entry(
+    app: &Arc<App>,
+    who: AuditCaller,
+    tool: &'static str,
+    arguments: Value,
+    (ending, reason): (Ending, &'static str),
+) -> Result<()> {
+    let owner = Arc::clone(app);
+    blocking(move || owner.nido.audit_looked(&who, tool, &arguments, ending, reason)).await
+}
+
+/// Runs a request that changes something or reaches into a guest, with its attempt recorded before and its result afterwards.
+async fn run_audited(
+    app: &Arc<App>,
+    who: AuditCaller,
+    tool: &'static str,
+    arguments: Value,
+    mut request: Request,
+    next: Next,
+) -> Result<Response> {
+    let owner = Arc::clone(app);
+    // It is synced to the disk, which may take its time.
+    let audited = blocking(move || owner.nido.audit_begin(&who, tool, &arguments)).await?;
+    let ticket = AuditTicket::new(audited);
+    request.extensions_mut().insert(ticket.clone());
+    let response = next.run(request).await;
+    if let Some(audited) = ticket.take() {
+        let (ending, reason) = ending(&response);
+        blocking(move || {
+            end(Some(audited), ending, reason);
+            Ok(())
+        })
+        .await?;
+    }
+    Ok(response)
+}
+
+/// The result that a response stands for, and the reason.
+fn ending(response: &Response) -> (Ending, &'static str) {
+    match response.extensions().get::<Code>() {
+        None if response.status().is_client_error() => (Ending::Error, "refused"),
+        None => (Ending::Success, ""),
+        Some(code) => (Ending::of_code(*code), code.slug()),
+    }
+}
+
+/// The action of a request, with its name in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AuditAction {
+    /// It changes something or reaches into a guest.
+    Write(&'static str),
+    /// It only reads.
+    Read(&'static str),
+    /// It opens a connection, whose handler records what is requested over it.
+    Open(&'static str),
+}
+
+/// The action of a request. Names are those of the MCP tools. `None` for requests that reveal nothing about VMs (the page, the
+/// description, health) and for the metrics, which are polled.
+fn tool(method: &Method, route: &str) -> Option<AuditAction> {
+    use AuditAction::{Open, Read, Write};
+    // A HEAD runs like a GET; only the body is not sent.
+    let method = if method == Method::HEAD { &Method::GET } else { method };
+    Some(match (method.as_str(), route) {
+        ("GET", "/v1/vms/{name}/files") => Write("vm_download"),
+        ("PUT", "/v1/vms/{name}/files") => Write("vm_upload"),
+        ("POST", "/v1/vms/{name}/exec") => Write("vm_exec"),
+        ("GET", "/v1/vms/{name}/exec/socket") => Open("vm_exec"),
+        (_, "/" | "/page/{file}" | "/healthz" | "/openapi.json" | "/metrics") => return None,
+        ("GET", route) => Read(read_name(route)),
+        // The response lists the allowed methods and reads nothing.
+        ("OPTIONS", _) => return None,
+        ("POST", "/v1/vms") => Write("vm_spawn"),
+        ("DELETE", "/v1/vms/{name}") => Write("vm_delete"),
+        (_, "/v1/vms/{name}/start") => Write("vm_start"),
+        (_, "/v1/vms/{name}/stop") => Write("vm_stop"),
+        (_, "/v1/vms/{name}/restart") => Write("vm_restart"),
+        (_, "/v1/vms/{name}/pause") => Write("vm_pause"),
+        (_, "/v1/vms/{name}/resume") => Write("vm_resume"),
+        (_, "/v1/vms/{name}/fork") => Write("vm_fork"),
+        ("POST", "/v1/vms/{name}/snapshots") => Write("vm_snapshot"),
+        ("DELETE", "/v1/vms/{name}/snapshots/{snapshot}") => Write("vm_snapshot_delete"),
+        (_, "/v1/vms/{name}/snapshots/{snapshot}/restore") => Write("vm_restore"),
+        ("POST", "/v1/vms/{name}/forwards") => Write("forward_add"),
+        ("DELETE", "/v1/vms/{name}/forwards/{host_port}") => Write("forward_remove"),
+        ("POST", "/v1/runs") => Write("vm_run"),
+        ("POST", "/v1/templates") => Write("template_create"),
+        ("DELETE", "/v1/templates/{name}") => Write("template_delete"),
+        (_, "/v1/templates/{name}/build") => Write("template_build"),
+        (_, "/v1/templates/{name}/bake") => Write("template_bake"),
+        (_, "/v1/pools/{name}") => Write("pool_set"),
+        ("DELETE", "/v1/operations/{id}") => Write("operation_cancel"),
+        ("POST", "/v1/webhooks") => Write("webhook_add"),
+        ("DELETE", "/v1/webhooks/{id}") => Write("webhook_remove"),
+        (_, "/v1/webhooks/{id}/test") => Write("webhook_test"),
+        (_, "/v1/webhooks/deliveries/{delivery}/redeliver") => Write("webhook_redeliver"),
+        ("POST", "/v1/host/check") => Write("host_check"),
+        // Routes that are missing here are recorded all the same.
+        _ => Write("other"),
+    })
+}
+
+/// The name of a read.
+fn read_name(route: &str) -> &'static str {
+    match route {
+        "/v1/vms" => "vm_ls",
+        "/v1/vms/{name}" => "vm_info",
+        "/v1/vms/{name}/logs" => "vm_logs",
+        "/v1/vms/{name}/snapshots" => "snapshot_list",
+        "/v1/vms/{name}/snapshots/{snapshot}" => "snapshot_info",
+        "/v1/vms/{name}/forwards" => "forward_list",
+        "/v1/templates" => "template_list",
+        "/v1/templates/{name}" => "template_info",
+        "/v1/pools" => "pool_list",
+        "/v1/pools/{name}" => "pool_info",
+        "/v1/webhooks" => "webhook_list",
+        "/v1/webhooks/{id}" => "webhook_info",
+        "/v1/webhooks/{id}/deliveries" => "webhook_deliveries",
+        "/v1/events" => "events",
+        "/v1/audit" => "audit_show",
+        "/v1/operations" => "operation_list",
+        "/v1/operations/{id}" => "operation_info",
+        "/v1/host" => "host_info",
+        _ => "other",
+    }
+}
+
+/// The arguments of a request: path parameters, query and JSON body. Files are not read.
+async fn arguments(app: &App, request: Request) -> Result<(Request, Value)> {
+    let (mut parts, mut body) = request.into_parts();
+    let route = parts.extensions.get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let inputs = app.description.inputs(&parts.method, &route.unwrap_or_default());
+    let mut path = Map::new();
+    if let Ok(names) = RawPathParams::from_request_parts(&mut parts, &()).await {
+        path.extend(names.iter().map(|(name, value)| (name.to_owned(), value.into())));
+    }
+    let mut json = None;
+    if inputs.json && media_type(&parts.headers).as_deref() == Some("application/json") {
+        let bytes = timeouts::read_body(body, JSON_BODY_MAX).await?;
+        json = Some(bytes.clone());
+        body = Body::from(bytes);
+    }
+    let recorded = recorded_arguments(path, parts.uri.query().unwrap_or_default(), json.as_deref(), inputs);
+    Ok((Request::from_parts(parts, body), recorded))
+}
+
+/// Members that hold arguments which may not stand beside the path parameters.
+const RESERVED_MEMBERS: [&str; 2] = ["query", "body"];
+
+/// How many unknown query parameters are recorded, and the most bytes of each name and value.
+const UNKNOWN_MAX: usize = 8;
+const UNKNOWN_BYTES: usize = 64;
+
+fn short(text: &str) -> String {
+    match text.len() {
+        0..=UNKNOWN_BYTES => text.to_owned(),
+        length => format!("{}[{} bytes]", head(text, UNKNOWN_BYTES), length),
+    }
+}
+
+fn short_value(value: Value) -> Value {
+    match value {
+        Value::String(text) => short(&text).into(),
+        other => other,
+    }
+}
+
+/// Path parameters take precedence over the query, the query over the body. Unknown query parameters, and fields whose name is taken,
+/// are recorded apart, so they cannot hide an argument that is used.
+fn recorded_arguments(path: Map<String, Value>, query: &str, body: Option<&[u8]>, inputs: &RouteInputs) -> Value {
+    let mut arguments = path;
+    let mut put = |place: &str, name: String, value: Value, taken: bool| {
+        let (name, value) = if taken || place == "body" { (name, value) } else { (short(&name), short_value(value)) };
+        if taken && !RESERVED_MEMBERS.contains(&name.as_str()) && !arguments.contains_key(&name) {
+            arguments.insert(name, value);
+        } else if let Value::Object(apart) = arguments.entry(place).or_insert_with(|| json!({})) {
+            apart.insert(name, value);
+        }
+    };
+    match pairs(query) {
+        Ok(pairs) => {
+            for (name, value) in pairs {
+                let taken = inputs.query.contains(&name);
+                put("query", name, shown(&value).into(), taken);
+            }
+        }
+        // The route refuses such a request.
+        Err(_) => put("query", "raw".into(), query.into(), false),
+    }
+    match body.filter(|body| !body.is_empty()).map(|body| (serde_json::from_slice(body), body.len())) {
+        Some((Ok(Value::Object(fields)), _)) => {
+            fields.into_iter().for_each(|(name, value)| put("body", name, value, true));
+        }
+        // No route accepts such a body.
+        Some((_, bytes)) => put("body", "bytes".into(), bytes.into(), false),
+        None => {}
+    }
+    // Arguments that no route reads must not fill the log.
+    if let Some(Value::Object(unknown)) = arguments.get_mut("query")
+        && unknown.len() > UNKNOWN_MAX
+    {
+        let all = unknown.len();
+        *unknown = std::mem::take(unknown).into_iter().take(UNKNOWN_MAX).collect();
+        unknown.insert("left_out".into(), (all - UNKNOWN_MAX).into());
+    }
+    Value::Object(arguments)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use super::*;
+    use crate::api_description::ApiDescription;
+
+    static API: LazyLock<ApiDescription> = LazyLock::new(crate::openapi::api_description);
+
+    #[test]
+    fn every_route_that_is_described_has_a_name() {
+        let api: Value = serde_json::from_str(&crate::openapi()).unwrap();
+        let mut reads = 0;
+        for (route, item) in api["paths"].as_object().unwrap() {
+            for method in item.as_object().unwrap().keys() {
+                let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
+                let tool = tool(&method, route);
+                assert!(
+                    !matches!(tool, Some(AuditAction::Write("other") | AuditAction::Read("other"))),
+                    "{method} {route}"
+                );
+                let open = matches!(route.as_str(), "/healthz" | "/openapi.json" | "/metrics");
+                assert_eq!(tool.is_none(), open, "{method} {route}");
+                reads += u32::from(matches!(tool, Some(AuditAction::Read(_))));
+            }
+        }
+        assert!(reads > 10);
+    }
+
+    #[test]
+    fn requests_that_reach_into_a_guest_are_writes() {
+        let get = |route| tool(&Method::GET, route);
+        assert_eq!(get("/v1/vms/{name}/files"), Some(AuditAction::Write("vm_download")));
+        assert_eq!(get("/v1/vms/{name}/exec/socket"), Some(AuditAction::Open("vm_exec")));
+        assert_eq!(get("/v1/vms"), Some(AuditAction::Read("vm_ls")));
+        assert_eq!(tool(&Method::HEAD, "/v1/vms"), Some(AuditAction::Read("vm_ls")));
+        assert_eq!(tool(&Method::HEAD, "/v1/vms/{name}/files"), Some(AuditAction::Write("vm_download")));
+        assert_eq!(tool(&Method::PATCH, "/v1/vms"), Some(AuditAction::Write("other")));
+    }
+
+    fn recorded_of(method: &Method, route: &str, (query, body): (&str, &str)) -> Value {
+        let path = Map::from_iter([("name".to_owned(), json!("web"))]);
+        recorded_arguments(
+            path,
+            query,
+            Some(body.as_bytes()).filter(|body| !body.is_empty()),
+            API.inputs(method, route),
+        )
+    }
+
+    #[test]
+    fn unread_arguments_do_not_hide_used_ones() {
+        let delete = |query, body| recorded_of(&Method::DELETE, "/v1/vms/{name}", (query, body));
+        assert_eq!(delete("force=true", ""), json!({ "name": "web", "force": "true" }));
+        assert_eq!(
+            delete("force=true&name=innocent&vm=other&force=false&query=q&body=b", ""),
+            json!({
+                "name": "web", "force": "true",
+                "query": { "name": "innocent", "vm": "other", "force": "false", "query": "q", "body": "b" }
+            })
+        );
+        let snapshot = |query, body| recorded_of(&Method::POST, "/v1/vms/{name}/snapshots", (query, body));
+        assert_eq!(snapshot("", r#"{"name": "first"}"#), json!({ "name": "web", "body": { "name": "first" } }));
+        assert_eq!(
+            snapshot("body=x", r#"{"body": {"name": "a"}, "query": 1, "x": 2}"#),
+            json!({ "name": "web", "x": 2, "query": { "body": "x" }, "body": { "body": { "name": "a" }, "query": 1 } })
+        );
+        for not in ["[1]", "\"text\"", "{", "{} {}"] {
+            assert_eq!(snapshot("", not), json!({ "name": "web", "body": { "bytes": not.len() } }), "{not}");
+        }
+    }
+
+    // A token that may only read wrote four thousand bytes into the log with each request: nothing reads what it sent.
+    #[test]
+    fn unread_arguments_are_truncated() {
+        let long = "x".repeat(4000);
+        let told = recorded_of(&Method::GET, "/v1/vms", (&format!("x={long}&{long}=1"), ""));
+        assert!(told.to_string().len() < 400, "{told}");
+        let many: String = (0..500).map(|n| format!("q{n}=1&")).collect();
+        let told = recorded_of(&Method::GET, "/v1/vms", (&many, ""));
+        assert_eq!((told["query"].as_object().unwrap().len(), &told["query"]["left_out"]), (9, &json!(492)));
+    }
+
+    #[test]
+    fn bodies_are_recorded_for_routes_that_accept_json() {
+        let json = |method, route| API.inputs(&method, route).json;
+        assert!(json(Method::POST, "/v1/vms") && json(Method::PUT, "/v1/pools/{name}"));
+        assert!(json(Method::POST, "/v1/vms/{name}/exec") && json(Method::POST, "/v1/vms/{name}/stop"));
+        assert!(!json(Method::DELETE, "/v1/vms/{name}") && !json(Method::PUT, "/v1/vms/{name}/files"));
+        assert!(!json(Method::PATCH, "/v1/vms") && !json(Method::GET, "/v1/nothing"));
+    }
+}

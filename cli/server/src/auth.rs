@@ -1,0 +1,431 @@
+//! Authentication and request filtering, before any other middleware: host, origin, token, scope and rate limit.
+//!
+//! A browser sends requests for any page that it shows, so pages of other origins must not reach this API: `Host` must be a name of
+//! this server (protection against DNS rebinding), and `Origin` must be this server itself.
+
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::request::Parts;
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderValue, Version, header};
+use axum::middleware::Next;
+use axum::response::Response;
+use nido_vmm::api::{Door, Grant, Limits, Scope};
+use nido_vmm::audit::{Caller as AuditCaller, Face};
+use nido_vmm::error::{Code, Error};
+
+use super::connections::ConnectionSlot;
+use super::public_url::PublicUrl;
+use super::response::Problem;
+use super::{App, refusals};
+
+/// Which hosts this server answers to.
+#[derive(Debug, Clone, Default)]
+pub struct Hosts {
+    /// Names, beside `localhost` and addresses.
+    pub names: Vec<String>,
+    /// Origins of other servers whose pages may use the MCP server.
+    pub origins: Vec<String>,
+    /// Where clients reach this server through a proxy.
+    pub public: Option<PublicUrl>,
+}
+
+impl Hosts {
+    /// Every name, that of the proxy included.
+    pub fn all_names(&self) -> Vec<String> {
+        self.names.iter().cloned().chain(self.public.as_ref().map(|public| public.host.clone())).collect()
+    }
+
+    /// Every origin whose pages may use the MCP server, that of the proxy included.
+    pub fn all_origins(&self) -> Vec<String> {
+        self.origins.iter().cloned().chain(self.public.as_ref().map(|public| public.origin.clone())).collect()
+    }
+
+    /// Whether pages of this origin are this server's own, as clients see it through the proxy.
+    fn is_public_origin(&self, origin: &HeaderValue) -> bool {
+        let origin = origin.to_str().unwrap_or_default();
+        self.public.as_ref().is_some_and(|public| public.origin.eq_ignore_ascii_case(origin))
+    }
+
+    /// Whether pages of this origin were allowed by name.
+    pub fn is_allowed_origin(&self, origin: &HeaderValue) -> bool {
+        let origin = origin.to_str().unwrap_or_default();
+        self.origins.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
+    }
+
+    /// Whether `Host: VALUE` means this server. An address cannot be made to point elsewhere; a name can.
+    fn is_ours(&self, value: &str) -> bool {
+        let host = match value.strip_prefix('[') {
+            Some(rest) => rest.split(']').next().unwrap_or_default(),
+            None => value.rsplit_once(':').map_or(value, |(host, _)| host),
+        };
+        host.eq_ignore_ascii_case("localhost")
+            || host.parse::<IpAddr>().is_ok()
+            || self.names.iter().any(|name| name.eq_ignore_ascii_case(host))
+            || self.public.as_ref().is_some_and(|public| public.host.eq_ignore_ascii_case(host))
+    }
+}
+
+/// How a client is connected.
+#[derive(Debug, Clone)]
+pub enum Peer {
+    /// Over TCP: the client needs a token.
+    Network {
+        /// The connection is encrypted.
+        tls: bool,
+    },
+    /// Over the unix socket: the kernel reports its user id.
+    Local {
+        /// Their user id.
+        uid: u32,
+    },
+}
+
+/// The authenticated caller of a request.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    /// For the audit log: `token:NAME#ID` or `uid:N`.
+    pub actor: String,
+    /// Its scope.
+    pub scope: Scope,
+    /// The id of its token, if it has one.
+    pub token: Option<String>,
+    /// The limits of VMs that it creates.
+    pub limits: Limits,
+}
+
+impl Caller {
+    /// The owner of this caller's operations and stored responses: the id of a token, because names can be reused.
+    pub fn owner(&self) -> String {
+        self.token.as_ref().map_or_else(|| self.actor.clone(), |id| format!("token:{id}"))
+    }
+}
+
+/// Why a request is refused: the error, and the reason and caller for the audit log.
+struct Refusal {
+    error: Box<Error>,
+    reason: &'static str,
+    actor: String,
+}
+
+/// Admits authenticated requests. A refusal is written to the audit log, up to a rate limit.
+pub async fn authenticate(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Result<Response, Problem> {
+    match admit(&app, &request) {
+        Ok(None) => Ok(next.run(request).await),
+        Ok(Some(caller)) => {
+            if let Some(slot) = request.extensions().get::<ConnectionSlot>() {
+                slot.mark_authenticated();
+            }
+            app.rate_limiter.take(&caller.actor)?;
+            request.extensions_mut().insert(caller);
+            Ok(next.run(request).await)
+        }
+        Err(Refusal { error, reason, actor }) => {
+            refusals::write(&app, &request, actor, reason).await;
+            Err((*error).into())
+        }
+    }
+}
+
+/// The host and port that the target of a request names, if it does.
+fn authority(request: &Request) -> Option<&str> {
+    request.uri().authority().map(Authority::as_str)
+}
+
+/// The caller of a request; `None` for routes that need no token.
+fn admit(app: &App, request: &Request) -> Result<Option<Caller>, Refusal> {
+    let peer = request.extensions().get::<Peer>().cloned().unwrap_or(Peer::Network { tls: false });
+    let unknown = |reason| move |error| Refusal { error: Box::new(error), reason, actor: "unknown".into() };
+    check_head(request).map_err(unknown("malformed"))?;
+    // Probes of load balancers name the server as they like, and learn nothing.
+    if request.uri().path() != "/healthz" {
+        check_host(&app.hosts, &peer, request.headers(), authority(request)).map_err(unknown("wrong_host"))?;
+    }
+    let for_agents = request.uri().path().trim_end_matches('/') == Door::Mcp.path();
+    let origin = request.headers().get(header::ORIGIN);
+    if !(for_agents && origin.is_some_and(|origin| app.hosts.is_allowed_origin(origin))) {
+        check_origin(&app.hosts, &peer, request.headers(), authority(request)).map_err(unknown("wrong_origin"))?;
+    }
+    if is_open(request.uri().path()) {
+        return Ok(None);
+    }
+    if let Peer::Local { uid } = peer {
+        return Ok(Some(Caller {
+            actor: format!("uid:{uid}"),
+            scope: Scope::Admin,
+            token: None,
+            limits: Limits::default(),
+        }));
+    }
+    let token = bearer(request.headers()).ok_or_else(|| {
+        Error::new(Code::Unauthorized, "a token is needed")
+            .hint("Authorization: Bearer TOKEN; nido token create makes one")
+    });
+    let token = token.map_err(unknown("no_token"))?;
+    let info = app.nido.token_check(&token).map_err(unknown("bad_token"))?;
+    // A name can be given again: the id is whose it was.
+    let actor = format!("token:{}#{}", info.name, info.id);
+    if let Err(error) = check_restriction(info.only, request.uri().path()) {
+        return Err(Refusal { error: Box::new(error), reason: "wrong_door", actor });
+    }
+    Ok(Some(Caller { actor, scope: info.scope, token: Some(info.id), limits: info.limits }))
+}
+
+/// Rejects a token that is restricted to another part of this server.
+fn check_restriction(only: Option<Door>, path: &str) -> Result<(), Error> {
+    match only {
+        Some(door) if door.path() != path.trim_end_matches('/') => {
+            let words = format!("this token is good for {} only", door.path());
+            Err(Error::new(Code::Denied, words).hint("nido token create without --only makes one for the REST API"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether a path needs no token: it reveals nothing about VMs.
+fn is_open(path: &str) -> bool {
+    matches!(path, "/" | "/healthz" | "/openapi.json" | "/favicon.ico")
+        || path.starts_with("/page/")
+        // Clients look there for what a server offers: there is nothing, and no token is needed to be told so.
+        || path.starts_with("/.well-known/")
+}
+
+/// What a request calls this server: the target counts if it names a host (RFC 9112, 3.2.2).
+fn named<'a>(headers: &'a HeaderMap, of_uri: Option<&'a str>) -> &'a str {
+    of_uri.or_else(|| headers.get(header::HOST)?.to_str().ok()).unwrap_or_default()
+}
+
+/// Refuses a request with two `Host`, `Authorization` or `Origin` headers: a proxy may have checked the other one.
+fn check_head(request: &Request) -> Result<(), Error> {
+    let headers = request.headers();
+    let bad = |words: &str| Err(Error::new(Code::RequestInvalid, words.to_owned()));
+    if let Some(twice) = [header::HOST, header::AUTHORIZATION, header::ORIGIN]
+        .iter()
+        .find(|name| headers.get_all(*name).iter().count() > 1)
+    {
+        return bad(&format!("the header {twice} is there more than once"));
+    }
+    let host = headers.get(header::HOST);
+    if request.version() == Version::HTTP_11 && host.is_none() {
+        return bad("a request of HTTP/1.1 has a header Host");
+    }
+    match host.map(|host| host.to_str().unwrap_or("@")) {
+        // An empty one is allowed where the target names nothing.
+        None | Some("") => Ok(()),
+        Some(host) if host.contains('@') || host.parse::<Authority>().is_err() => {
+            bad("the header Host is no host and port")
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+fn check_host(hosts: &Hosts, peer: &Peer, headers: &HeaderMap, of_uri: Option<&str>) -> Result<(), Error> {
+    let named = named(headers, of_uri);
+    if matches!(peer, Peer::Network { .. }) && !hosts.is_ours(named) {
+        let words = format!("this server does not answer to the name '{}'", named.escape_debug());
+        return Err(Error::new(Code::Denied, words).hint("--allow-host NAME makes it"));
+    }
+    Ok(())
+}
+
+fn check_origin(hosts: &Hosts, peer: &Peer, headers: &HeaderMap, of_uri: Option<&str>) -> Result<(), Error> {
+    let Peer::Network { tls } = peer else { return Ok(()) };
+    let named = named(headers, of_uri);
+    let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
+    let own = format!("{}://{named}", if *tls { "https" } else { "http" });
+    if origin.to_str().is_ok_and(|origin| origin.eq_ignore_ascii_case(&own)) || hosts.is_public_origin(origin) {
+        return Ok(());
+    }
+    Err(Error::new(Code::Denied, "a page of another origin may not use this server")
+        .hint("behind a proxy, --public-url says under which address browsers know this server"))
+}
+
+/// The token of a request. A browser cannot give a WebSocket a header, but a protocol: `nido.token.TOKEN`.
+fn bearer(headers: &HeaderMap) -> Option<String> {
+    if let Some(value) = headers.get(header::AUTHORIZATION) {
+        let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
+        return scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_owned());
+    }
+    let offered = headers.get(header::SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?;
+    offered.split(',').find_map(|protocol| protocol.trim().strip_prefix("nido.token.").map(str::to_owned))
+}
+
+/// Limits the rate of requests of each caller.
+#[derive(Debug)]
+pub struct RateLimiter {
+    per_second: f64,
+    buckets: Mutex<HashMap<String, (f64, Instant)>>,
+}
+
+impl RateLimiter {
+    /// A limiter for an average rate, with bursts of twice as many requests.
+    pub fn new(per_second: u32) -> Self {
+        Self { per_second: f64::from(per_second), buckets: Mutex::default() }
+    }
+
+    fn take(&self, caller: &str) -> Result<(), Error> {
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let (room, now) = (self.per_second * 2.0, Instant::now());
+        let (left, at) = buckets.entry(caller.to_owned()).or_insert((room, now));
+        *left = (*left + now.duration_since(*at).as_secs_f64() * self.per_second).min(room);
+        *at = now;
+        if *left < 1.0 {
+            return Err(Error::new(Code::RateLimited, "too many requests").hint("wait a second"));
+        }
+        *left -= 1.0;
+        Ok(())
+    }
+}
+
+/// Extractor: the owner of a new VM, and the limits of the caller's token.
+#[derive(Debug)]
+pub struct CallerGrant(pub Grant);
+
+impl<S: Send + Sync> FromRequestParts<S> for CallerGrant {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let caller = parts.extensions.get::<Caller>();
+        let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "a token is needed"))?;
+        let who = AuditCaller { face: Face::Api, actor: caller.actor.clone(), agent: None };
+        Ok(Self(Grant::within(&who, caller.limits.clone())))
+    }
+}
+
+/// A scope that a route requires.
+pub trait RequiredScope {
+    /// The least scope that is let in.
+    const SCOPE: Scope;
+}
+
+/// Required scope: list and look.
+#[derive(Debug)]
+pub struct Read;
+
+/// Required scope: make and use VMs.
+#[derive(Debug)]
+pub struct Run;
+
+/// Required scope: everything.
+#[derive(Debug)]
+pub struct Admin;
+
+impl RequiredScope for Read {
+    const SCOPE: Scope = Scope::Read;
+}
+
+impl RequiredScope for Run {
+    const SCOPE: Scope = Scope::Run;
+}
+
+impl RequiredScope for Admin {
+    const SCOPE: Scope = Scope::Admin;
+}
+
+/// Extractor: lets in callers whose scope is at least `R`.
+#[derive(Debug)]
+pub struct Require<R>(PhantomData<R>);
+
+impl<S: Send + Sync, R: RequiredScope> FromRequestParts<S> for Require<R> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let caller = parts.extensions.get::<Caller>();
+        let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "a token is needed"))?;
+        if caller.scope >= R::SCOPE {
+            return Ok(Self(PhantomData));
+        }
+        let words = format!("this takes a token of the scope {}", R::SCOPE.word());
+        Err(Error::new(Code::Denied, words).hint("nido token create --name NAME --scope SCOPE").into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_were_made_to_point_here_are_refused() {
+        let hosts = Hosts { names: vec!["ci.example".into()], ..Hosts::default() };
+        for ours in ["localhost", "localhost:8080", "127.0.0.1:8080", "[::1]:8080", "10.1.2.3", "CI.example:80"] {
+            assert!(hosts.is_ours(ours), "{ours}");
+        }
+        for not in ["", "evil.example", "localhost.evil.example:8080", "127.0.0.1.evil.example", "[evil]:1", ":8080"] {
+            assert!(!hosts.is_ours(not), "{not}");
+        }
+    }
+
+    // `Host` twice, `Host: localhost@evil`, and a target that names another host were let through.
+    #[test]
+    fn a_request_that_can_be_read_in_two_ways_is_refused() {
+        let request = |target: &str, headers: &[(&str, &str)]| {
+            let mut request = Request::builder().uri(target);
+            for (name, value) in headers {
+                request = request.header(*name, *value);
+            }
+            request.body(axum::body::Body::empty()).unwrap()
+        };
+        let host = ("host", "localhost:8080");
+        for fine in
+            [vec![host], vec![host, ("authorization", "Bearer a")], vec![("host", "[::1]:80")], vec![("host", "")]]
+        {
+            assert!(check_head(&request("/", &fine)).is_ok(), "{fine:?}");
+        }
+        for bad in [
+            vec![],
+            vec![host, host],
+            vec![("host", "localhost:8080@evil")],
+            vec![("host", "evil@localhost")],
+            vec![("host", "local host")],
+            vec![host, ("authorization", "Bearer a"), ("authorization", "Bearer b")],
+            vec![host, ("origin", "http://localhost:8080"), ("origin", "http://evil")],
+        ] {
+            assert_eq!(check_head(&request("/", &bad)).unwrap_err().code(), Code::RequestInvalid, "{bad:?}");
+        }
+        let absolute = request("http://evil.example/v1/vms", &[host]);
+        let peer = Peer::Network { tls: false };
+        let refused = check_host(&Hosts::default(), &peer, absolute.headers(), authority(&absolute)).unwrap_err();
+        assert_eq!(refused.code(), Code::Denied);
+    }
+
+    #[test]
+    fn pages_of_others_are_refused() {
+        let hosts = Hosts { public: Some("https://ci.example/nido/".parse().unwrap()), ..Hosts::default() };
+        let check = |origin: &'static str, tls| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, "localhost:8080".parse().unwrap());
+            headers.insert(header::ORIGIN, origin.parse().unwrap());
+            check_origin(&hosts, &Peer::Network { tls }, &headers, None).is_ok()
+        };
+        assert!(check("http://localhost:8080", false) && check("https://localhost:8080", true));
+        assert!(check("https://ci.example", false), "its own page, as browsers see it through the proxy");
+        for not in ["null", "http://localhost", "http://localhost:8081", "https://localhost:8080", "http://evil"] {
+            assert!(!check(not, false), "{not}");
+        }
+    }
+
+    // Some clients add a slash to every address.
+    #[test]
+    fn a_token_for_agents_opens_their_address_with_and_without_a_slash() {
+        for open in ["/mcp", "/mcp/"] {
+            assert!(check_restriction(Some(Door::Mcp), open).is_ok(), "{open}");
+        }
+        for closed in ["/", "/v1/vms", "/mcp/v1", "/mcpx", "//mcp"] {
+            assert!(check_restriction(Some(Door::Mcp), closed).is_err(), "{closed}");
+        }
+        assert!(check_restriction(None, "/v1/vms").is_ok());
+    }
+
+    #[test]
+    fn a_burst_is_let_through_and_then_it_is_enough() {
+        let rates = RateLimiter::new(5);
+        assert!((0..10).all(|_| rates.take("a").is_ok()));
+        assert_eq!(rates.take("a").unwrap_err().code(), Code::RateLimited);
+        assert!(rates.take("b").is_ok());
+    }
+}

@@ -1,0 +1,139 @@
+//! Ports of a guest published on the host.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use axum::extract::State;
+use nido_vmm::api::{ForwardList, ForwardSpec};
+use nido_vmm::error::{Code, Error, Result};
+use nido_vmm::name::VmName;
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::vms::VmPath;
+use crate::App;
+use crate::auth::{CallerGrant, Read, Require, Run};
+use crate::extract::{JsonBody, PathParams, VmPathParams, escaped};
+use crate::operations::{self, OperationContext};
+use crate::response::{self, HandlerResult};
+
+pub fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new().routes(routes!(list, add)).routes(routes!(remove))
+}
+
+/// A published port of a path.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+struct ForwardPath {
+    /// Name of the VM, or its id.
+    name: VmName,
+    /// Port of the host, with the address it is published on where several have that port: `8080`, `127.0.0.1:8080`,
+    /// `[::1]:8080`.
+    #[param(pattern = "^(.+:)?[1-9][0-9]{0,4}$", example = "8080")]
+    host_port: String,
+}
+
+impl VmPathParams for ForwardPath {
+    fn vm_name(&mut self) -> Option<&mut VmName> {
+        Some(&mut self.name)
+    }
+}
+
+impl ForwardPath {
+    /// The published port that is meant.
+    fn find(&self, forwards: Vec<ForwardSpec>) -> Result<ForwardSpec> {
+        let wrong = || {
+            Error::new(Code::SpecInvalid, format!("host_port: '{}' is no port of the host", escaped(&self.host_port)))
+                .hint("a port, or ADDRESS:PORT")
+        };
+        let (host, port) = match self.host_port.rsplit_once(':') {
+            Some((host, port)) => {
+                let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+                (Some(host.parse::<IpAddr>().map_err(|_| wrong())?), port)
+            }
+            None => (None, &*self.host_port),
+        };
+        let port = port.parse::<u16>().map_err(|_| wrong())?;
+        let is_it = |spec: &ForwardSpec| spec.host_port == port && host.is_none_or(|host| spec.host == host);
+        let mut found = forwards.into_iter().filter(is_it);
+        match (found.next(), found.next()) {
+            (Some(spec), None) => Ok(spec),
+            (Some(_), Some(_)) => {
+                let words = format!("host_port: VM '{}' has port {port} on several addresses", self.name);
+                Err(Error::new(Code::SpecInvalid, words).hint(format!("name the address as well: 127.0.0.1:{port}")))
+            }
+            (None, _) => {
+                let words = format!("VM '{}' has nothing on port {}", self.name, escaped(&self.host_port));
+                Err(Error::new(Code::ForwardNotFound, words))
+            }
+        }
+    }
+}
+
+/// A VM's published ports, in order.
+#[utoipa::path(get, path = "/v1/vms/{name}/forwards", operation_id = "forward_list", tag = "forwards", params(VmPath),
+    responses((status = 200, body = ForwardList)))]
+async fn list(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
+    response::ok(&app.nido().await?.forward_list(&vm.name)?)
+}
+
+/// Publishes a port; the answer says which port of the host it got.
+#[utoipa::path(post, path = "/v1/vms/{name}/forwards", operation_id = "forward_add", tag = "forwards", params(VmPath),
+    request_body = ForwardSpec, responses((status = 201, body = ForwardSpec)))]
+async fn add(
+    State(app): State<Arc<App>>,
+    _: Require<Run>,
+    CallerGrant(grant): CallerGrant,
+    PathParams(vm): PathParams<VmPath>,
+    context: OperationContext,
+    JsonBody(spec): JsonBody<ForwardSpec>,
+) -> HandlerResult {
+    let (owner, name) = (Arc::clone(&app), vm.name.clone());
+    let adding = async move { owner.nido().await?.forward_add(&name, spec, &grant).await };
+    let bound = operations::act(&app, context, adding).await?;
+    let place = format!("/v1/vms/{}/forwards/{}", vm.name, SocketAddr::new(bound.host, bound.host_port));
+    Ok(response::created(&place, &bound))
+}
+
+/// Withdraws a published port; which one it was is the answer.
+#[utoipa::path(delete, path = "/v1/vms/{name}/forwards/{host_port}", operation_id = "forward_remove", tag = "forwards",
+    params(ForwardPath), responses((status = 200, body = ForwardSpec)))]
+async fn remove(
+    State(app): State<Arc<App>>,
+    _: Require<Run>,
+    PathParams(which): PathParams<ForwardPath>,
+    context: OperationContext,
+) -> HandlerResult {
+    let owner = Arc::clone(&app);
+    let removed = operations::act(&app, context, async move {
+        let nido = owner.nido().await?;
+        let spec = which.find(nido.forward_list(&which.name)?.forwards)?;
+        nido.forward_remove(&which.name, &spec).await?;
+        Ok(spec)
+    });
+    response::ok(&removed.await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // The first of several addresses with that port was withdrawn, whichever it was.
+    #[test]
+    fn a_port_on_several_addresses_is_named_with_its_address() {
+        let specs =
+            || ["127.0.0.1:8080:80", "[::1]:8080:81", "127.0.0.1:9090:90"].map(|text| text.parse().unwrap()).to_vec();
+        let find = |host_port: &str| {
+            let which = ForwardPath { name: "web".parse().unwrap(), host_port: host_port.into() };
+            which.find(specs()).map(|spec| spec.guest_port).map_err(|error| error.code())
+        };
+        assert_eq!((find("9090"), find("127.0.0.1:8080"), find("[::1]:8080")), (Ok(90), Ok(80), Ok(81)));
+        assert_eq!(
+            (find("8080"), find("x"), find("nowhere:1")),
+            (Err(Code::SpecInvalid), Err(Code::SpecInvalid), Err(Code::SpecInvalid))
+        );
+        assert_eq!((find("1"), find("0.0.0.0:8080")), (Err(Code::ForwardNotFound), Err(Code::ForwardNotFound)));
+    }
+}

@@ -1,0 +1,76 @@
+//! The host, the server's own health, and what it tells about itself.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use nido_vmm::api::DoctorReport;
+use serde::{Deserialize, Serialize};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::App;
+use crate::auth::{Read, Require, Run};
+use crate::response::{self, HandlerResult};
+
+pub fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(host))
+        .routes(routes!(check))
+        .routes(routes!(health))
+        .routes(routes!(metrics))
+        .routes(routes!(description))
+}
+
+/// The host's health: what `nido doctor` tells, with what is known of KVM.
+#[utoipa::path(get, path = "/v1/host", operation_id = "host", tag = "host", responses((status = 200, body = DoctorReport)))]
+async fn host(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
+    response::ok(&app.nido().await?.host_report().await?)
+}
+
+/// The same after KVM has been tested again.
+#[utoipa::path(post, path = "/v1/host/check", operation_id = "host_check", tag = "host",
+    responses((status = 200, body = DoctorReport)))]
+async fn check(State(app): State<Arc<App>>, _: Require<Run>) -> HandlerResult {
+    response::ok(&app.nido().await?.doctor(false).await?)
+}
+
+/// How the server is.
+#[derive(Debug, Serialize, Deserialize, utoipa::ToSchema)]
+struct Health {
+    /// `ok`.
+    status: String,
+    /// The version of nido.
+    version: String,
+}
+
+/// Whether the server answers, and its store. Needs no token.
+#[utoipa::path(get, path = "/healthz", operation_id = "health", tag = "host", security(()),
+    responses((status = 200, body = Health)))]
+async fn health(State(app): State<Arc<App>>) -> HandlerResult {
+    app.nido().await?.last_event()?;
+    response::ok(&Health { status: "ok".into(), version: env!("CARGO_PKG_VERSION").into() })
+}
+
+/// Counters in the text format of Prometheus.
+#[utoipa::path(get, path = "/metrics", operation_id = "metrics", tag = "host",
+    responses((status = 200, body = String, content_type = "text/plain")))]
+async fn metrics(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
+    let nido = app.nido().await?;
+    let text = app.metrics.render(&nido.list()?.vms, &nido.delivery_counts()?);
+    Ok(typed("text/plain; version=0.0.4; charset=utf-8", text))
+}
+
+/// This description. Needs no token.
+#[utoipa::path(get, path = "/openapi.json", operation_id = "openapi", tag = "host", security(()),
+    responses((status = 200, body = serde_json::Value)))]
+async fn description(State(app): State<Arc<App>>) -> Response {
+    typed("application/json", app.description.text().to_owned())
+}
+
+fn typed(kind: &'static str, text: String) -> Response {
+    let mut response = text.into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+}

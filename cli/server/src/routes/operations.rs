@@ -1,0 +1,71 @@
+//! Operations: what goes on, polled and cancelled.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::body::HttpBody as _;
+use axum::extract::State;
+use axum::http::StatusCode;
+use nido_vmm::error::{Code, Error};
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::App;
+use crate::auth::{Caller, Read, Require, Run};
+use crate::extract::{PathParams, VmPathParams};
+use crate::operations::{Operation, OperationList};
+use crate::response::{self, HandlerResult};
+
+pub fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(get, cancel))
+}
+
+/// The operation of a path.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+struct OperationPath {
+    /// Its id.
+    id: String,
+}
+
+impl VmPathParams for OperationPath {}
+
+/// What goes on, and what has ended lately, of the caller's: without results. An admin's list has everybody's.
+#[utoipa::path(get, path = "/v1/operations", operation_id = "operation_list", tag = "operations",
+    responses((status = 200, body = OperationList)))]
+async fn list(State(app): State<Arc<App>>, _: Require<Read>, Extension(caller): Extension<Caller>) -> HandlerResult {
+    response::ok(&app.operations.list(&caller))
+}
+
+/// How an operation is.
+#[utoipa::path(get, path = "/v1/operations/{id}", operation_id = "operation_get", tag = "operations", params(OperationPath),
+    responses((status = 200, body = Operation)))]
+async fn get(
+    State(app): State<Arc<App>>,
+    _: Require<Read>,
+    Extension(caller): Extension<Caller>,
+    PathParams(which): PathParams<OperationPath>,
+) -> HandlerResult {
+    let operation = app.operations.get(&which.id, &caller)?;
+    let mut response = response::json(StatusCode::OK, &operation);
+    let mut held = app.output.hold();
+    if !held.grow(usize::try_from(response.body().size_hint().upper().unwrap_or(0)).unwrap_or(usize::MAX)) {
+        return Err(Error::new(Code::RateLimited, "too many long answers are being sent").hint("wait a second").into());
+    }
+    held.leave_to(&mut response);
+    Ok(response)
+}
+
+/// Cancels an operation, and forgets it. One that has ended is only forgotten.
+#[utoipa::path(delete, path = "/v1/operations/{id}", operation_id = "operation_cancel", tag = "operations", params(OperationPath),
+    responses((status = 200, body = Operation)))]
+async fn cancel(
+    State(app): State<Arc<App>>,
+    _: Require<Run>,
+    Extension(caller): Extension<Caller>,
+    PathParams(which): PathParams<OperationPath>,
+) -> HandlerResult {
+    response::ok(&app.operations.cancel(&which.id, &caller)?)
+}

@@ -1,0 +1,130 @@
+//! Snapshots of a VM.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use nido_vmm::api::{RestoreRequest, SnapshotInfo, SnapshotList, VmInfo};
+use nido_vmm::error::{Code, Error};
+use nido_vmm::name::{SnapshotName, VmName};
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::vms::VmPath;
+use crate::App;
+use crate::auth::{Read, Require, Run};
+use crate::extract::{JsonBody, PathParams, VmPathParams};
+use crate::operations::{self, OperationContext, value};
+use crate::response::{self, HandlerResult};
+
+pub fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(info, delete)).routes(routes!(restore))
+}
+
+/// The snapshot of a path.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+struct SnapshotPath {
+    /// Name of the VM, or its id.
+    name: VmName,
+    /// Name of the snapshot.
+    snapshot: SnapshotName,
+}
+
+impl VmPathParams for SnapshotPath {
+    fn vm_name(&mut self) -> Option<&mut VmName> {
+        Some(&mut self.name)
+    }
+}
+
+/// A snapshot that is to be taken.
+#[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Its name.
+    name: SnapshotName,
+}
+
+/// A VM's snapshots, the oldest first.
+#[utoipa::path(get, path = "/v1/vms/{name}/snapshots", operation_id = "snapshot_list", tag = "snapshots", params(VmPath),
+    responses((status = 200, body = SnapshotList)))]
+async fn list(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
+    response::ok(&app.nido().await?.snapshot_list(&vm.name)?)
+}
+
+/// Takes a snapshot: of a VM that runs memory, devices and disk, of one at rest the disk.
+#[utoipa::path(post, path = "/v1/vms/{name}/snapshots", operation_id = "snapshot_create", tag = "snapshots", params(VmPath),
+    request_body = SnapshotRequest, responses((status = 201, body = SnapshotInfo)))]
+async fn create(
+    State(app): State<Arc<App>>,
+    _: Require<Run>,
+    PathParams(vm): PathParams<VmPath>,
+    context: OperationContext,
+    JsonBody(what): JsonBody<SnapshotRequest>,
+) -> HandlerResult {
+    let owner = Arc::clone(&app);
+    let place = format!("/v1/vms/{}/snapshots/{}", vm.name, what.name);
+    let mut response = operations::run(&app, context, "vm_snapshot", StatusCode::CREATED, |_| {
+        Box::pin(async move { value(&owner.nido().await?.snapshot_create(&vm.name, &what.name).await?) })
+    })
+    .await?;
+    response::locate(&mut response, &place);
+    Ok(response)
+}
+
+/// One snapshot.
+#[utoipa::path(get, path = "/v1/vms/{name}/snapshots/{snapshot}", operation_id = "snapshot_info", tag = "snapshots",
+    params(SnapshotPath), responses((status = 200, body = SnapshotInfo)))]
+async fn info(
+    State(app): State<Arc<App>>,
+    _: Require<Read>,
+    PathParams(which): PathParams<SnapshotPath>,
+) -> HandlerResult {
+    let list = app.nido().await?.snapshot_list(&which.name)?;
+    let found = list.snapshots.into_iter().find(|snapshot| snapshot.name == which.snapshot);
+    response::ok(&found.ok_or_else(|| {
+        Error::new(Code::SnapshotNotFound, format!("VM '{}' has no snapshot '{}'", which.name, which.snapshot))
+    })?)
+}
+
+/// Deletes a snapshot; how it was is the answer.
+#[utoipa::path(delete, path = "/v1/vms/{name}/snapshots/{snapshot}", operation_id = "snapshot_delete", tag = "snapshots",
+    params(SnapshotPath), responses((status = 200, body = SnapshotInfo)))]
+async fn delete(
+    State(app): State<Arc<App>>,
+    _: Require<Run>,
+    PathParams(which): PathParams<SnapshotPath>,
+    context: OperationContext,
+) -> HandlerResult {
+    let owner = Arc::clone(&app);
+    let deleted =
+        operations::act(
+            &app,
+            context,
+            async move { owner.nido().await?.snapshot_delete(&which.name, &which.snapshot) },
+        );
+    response::ok(&deleted.await?)
+}
+
+/// Makes a VM what it was. What it has done since is lost.
+#[utoipa::path(post, path = "/v1/vms/{name}/snapshots/{snapshot}/restore", operation_id = "snapshot_restore",
+    tag = "snapshots", params(SnapshotPath), request_body = RestoreRequest,
+    responses((status = 200, body = VmInfo)))]
+async fn restore(
+    State(app): State<Arc<App>>,
+    _: Require<Run>,
+    PathParams(which): PathParams<SnapshotPath>,
+    context: OperationContext,
+    JsonBody(how): JsonBody<RestoreRequest>,
+) -> HandlerResult {
+    let owner = Arc::clone(&app);
+    operations::run(&app, context, "vm_restore", StatusCode::OK, |stage| {
+        Box::pin(async move {
+            let nido = owner.nido().await?;
+            value(&nido.snapshot_restore(&which.name, &which.snapshot, how, &mut |now| stage.start(now)).await?)
+        })
+    })
+    .await
+}

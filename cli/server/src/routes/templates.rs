@@ -1,0 +1,158 @@
+//! Templates: listed, built from recipes, made of VMs, baked, deleted.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use nido_vmm::api::{BakeRequest, BakeResult, BuildRequest, BuildResult, KernelChoice, TemplateInfo, TemplateList};
+use nido_vmm::name::{TemplateName, VmName};
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::App;
+use crate::auth::{Admin, Read, Require};
+use crate::extract::{JsonBody, PathParams, VmPathParams};
+use crate::operations::{self, OperationContext, value};
+use crate::response::{self, HandlerResult};
+
+pub fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(info, delete))
+        .routes(routes!(build))
+        .routes(routes!(bake))
+}
+
+/// The template of a path.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub struct TemplatePath {
+    /// Name of the template.
+    pub name: TemplateName,
+}
+
+impl VmPathParams for TemplatePath {}
+
+/// A template that is to be made of a VM.
+#[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TemplateRequest {
+    /// Its name.
+    name: TemplateName,
+    /// The VM whose disk it gets.
+    from: VmName,
+    /// Do not bake it: its VMs boot.
+    #[serde(default)]
+    no_bake: bool,
+}
+
+/// How a template is built from the recipe of its name.
+#[derive(Debug, Default, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RecipeRequest {
+    /// Fetch packages anew even if nothing in the recipe has changed.
+    rebuild: bool,
+    /// Do not bake it: its VMs boot.
+    no_bake: bool,
+    /// Boot a kernel compiled for guests (true) or Debian's (false); as now if absent.
+    slim_kernel: Option<bool>,
+}
+
+/// Templates that stand ready, and recipes that can be built.
+#[utoipa::path(get, path = "/v1/templates", operation_id = "template_list", tag = "templates",
+    responses((status = 200, body = TemplateList)))]
+async fn list(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
+    response::ok(&app.nido().await?.template_list()?)
+}
+
+/// Makes a template of a VM: its disk as it is. A VM that runs stands still for a moment and runs on.
+#[utoipa::path(post, path = "/v1/templates", operation_id = "template_create", tag = "templates",
+    request_body = TemplateRequest, responses((status = 201, body = BuildResult)))]
+async fn create(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    context: OperationContext,
+    JsonBody(what): JsonBody<TemplateRequest>,
+) -> HandlerResult {
+    let owner = Arc::clone(&app);
+    let place = format!("/v1/templates/{}", what.name);
+    let mut response = operations::run(&app, context, "template_create", StatusCode::CREATED, |stage| {
+        Box::pin(async move {
+            let nido = owner.nido().await?;
+            let mut tell = |step: nido_vmm::api::BuildStep| stage.word(&step.stage);
+            value(&nido.template_create(&what.name, &what.from, !what.no_bake, &mut tell).await?)
+        })
+    })
+    .await?;
+    response::locate(&mut response, &place);
+    Ok(response)
+}
+
+/// One template.
+#[utoipa::path(get, path = "/v1/templates/{name}", operation_id = "template_info", tag = "templates", params(TemplatePath),
+    responses((status = 200, body = TemplateInfo)))]
+async fn info(
+    State(app): State<Arc<App>>,
+    _: Require<Read>,
+    PathParams(template): PathParams<TemplatePath>,
+) -> HandlerResult {
+    response::ok(&app.nido().await?.template_info(&template.name)?)
+}
+
+/// Deletes a template that no VM uses.
+#[utoipa::path(delete, path = "/v1/templates/{name}", operation_id = "template_delete", tag = "templates",
+    params(TemplatePath), responses((status = 204)))]
+async fn delete(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    PathParams(template): PathParams<TemplatePath>,
+    context: OperationContext,
+) -> HandlerResult {
+    let owner = Arc::clone(&app);
+    operations::act(&app, context, async move { owner.nido().await?.template_delete(&template.name).await }).await?;
+    Ok(response::empty(StatusCode::NO_CONTENT))
+}
+
+/// Builds a template from the recipe of its name. Takes minutes: ask with `Prefer: respond-async`.
+#[utoipa::path(post, path = "/v1/templates/{name}/build", operation_id = "template_build", tag = "templates",
+    params(TemplatePath), request_body = RecipeRequest, responses((status = 200, body = BuildResult)))]
+async fn build(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    PathParams(template): PathParams<TemplatePath>,
+    context: OperationContext,
+    JsonBody(how): JsonBody<RecipeRequest>,
+) -> HandlerResult {
+    let owner = Arc::clone(&app);
+    let kernel = how.slim_kernel.map(|slim| if slim { KernelChoice::Slim } else { KernelChoice::Stock });
+    let request = BuildRequest { rebuild: how.rebuild, bake: !how.no_bake, kernel };
+    operations::run(&app, context, "template_build", StatusCode::OK, |stage| {
+        Box::pin(async move {
+            let nido = owner.nido().await?;
+            let mut tell = |step: nido_vmm::api::BuildStep| stage.word(&step.stage);
+            value(&nido.template_build(&template.name, request, &mut tell).await?)
+        })
+    })
+    .await
+}
+
+/// Bakes a template for one kind of machine, so that such VMs are forked.
+#[utoipa::path(post, path = "/v1/templates/{name}/bake", operation_id = "template_bake", tag = "templates",
+    params(TemplatePath), request_body = BakeRequest, responses((status = 200, body = BakeResult)))]
+async fn bake(
+    State(app): State<Arc<App>>,
+    _: Require<Admin>,
+    PathParams(template): PathParams<TemplatePath>,
+    context: OperationContext,
+    JsonBody(how): JsonBody<BakeRequest>,
+) -> HandlerResult {
+    let owner = Arc::clone(&app);
+    operations::run(&app, context, "template_bake", StatusCode::OK, |stage| {
+        Box::pin(async move {
+            value(&owner.nido().await?.template_bake(&template.name, &how, &mut |now| stage.start(now)).await?)
+        })
+    })
+    .await
+}
