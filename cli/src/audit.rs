@@ -7,11 +7,11 @@ use std::future::Future;
 use std::os::unix::ffi::OsStrExt as _;
 use std::pin::Pin;
 
-use nido_vmm::api::{DownloadRequest, DownloadTarget, ExecRequest, UploadRequest, UploadSource};
-use nido_vmm::audit::redact::bytes;
-use nido_vmm::audit::{Caller, Ending};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::Nido;
+use nido_api::name::VmName;
+use nido_api::redact::bytes;
+use nido_api::{Caller, DownloadRequest, DownloadTarget, ExecRequest, UploadRequest, UploadSource};
+use nido_core::Nido;
+use nido_core::audit::Ending;
 use serde_json::{Value, json};
 
 use crate::context::Context;

@@ -3,11 +3,10 @@
 use std::path::PathBuf;
 
 use clap::ArgAction;
+use nido_api::error::Error;
+use nido_api::{Caller, Grant, TokenInfo, VmInfo};
+use nido_core::{Nido, OpenOptions};
 use nido_server::ServerAddress;
-use nido_vmm::api::{Grant, TokenInfo, VmInfo};
-use nido_vmm::audit::Caller;
-use nido_vmm::error::Error;
-use nido_vmm::nido::{Nido, OpenOptions};
 
 use crate::exit::{Exit, Failure, Outcome};
 use crate::output::Output;

@@ -19,9 +19,9 @@ use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use nido_api::ExecExit;
+use nido_api::error::{Code, Error, Kind};
 use nido_server::signals::Signals;
-use nido_vmm::api::ExecExit;
-use nido_vmm::error::{Code, Error, Kind};
 
 /// SIGPIPE's number: what a Unix tool dies of when its reader is gone.
 const SIGPIPE: u8 = 13;

@@ -21,8 +21,8 @@ mod usage;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use nido_vmm::error::Error;
-use nido_vmm::host::daemon;
+use nido_api::error::Error;
+use nido_engine::host::daemon;
 
 use crate::commands::Cli;
 use crate::context::Context;

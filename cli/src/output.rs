@@ -5,8 +5,8 @@
 
 use std::io::{self, IsTerminal as _, Write as _};
 
+use nido_api::error::Error;
 use nido_server::sanitize::{is_harmful, line};
-use nido_vmm::error::Error;
 use serde::Serialize;
 
 use crate::exit::Failure;

@@ -6,8 +6,8 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 use jiff::{SignedDuration, Timestamp};
+use nido_api::error::{Code, Error};
 use nido_server::sanitize;
-use nido_vmm::error::{Code, Error};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;

@@ -5,8 +5,8 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use nido_api::{BuildStep, CopyProgress, StartStage, TravelStep};
 use nido_server::sanitize::line;
-use nido_vmm::api::{BuildStep, CopyProgress, StartStage, TravelStep};
 
 use crate::output::Output;
 

@@ -12,12 +12,12 @@ use std::future::Future;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use nido_api::error::Error;
+use nido_api::name::VmName;
+use nido_api::{Collected, ExecEvent, ExecExit, ExecRequest, ExecResult};
+use nido_core::{ExecControl, Nido};
 use nido_server::sanitize::Sanitizer;
 use nido_server::signals::{HANGUP, KILL, SignalEvent, Signals, TERMINATE};
-use nido_vmm::api::{Collected, ExecEvent, ExecExit, ExecRequest, ExecResult};
-use nido_vmm::error::Error;
-use nido_vmm::name::VmName;
-use nido_vmm::nido::{ExecControl, Nido};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
@@ -130,7 +130,7 @@ async fn begin(
     name: &VmName,
     request: ExecRequest,
     signals: &mut Signals,
-) -> Result<Result<(ExecControl, nido_vmm::nido::ExecEvents), u8>, Error> {
+) -> Result<Result<(ExecControl, nido_core::ExecEvents), u8>, Error> {
     tokio::select! {
         command = nido.exec(name, request) => command.map(Ok),
         number = signals.next_end() => Ok(Err(number)),

@@ -5,8 +5,8 @@
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use nido_vmm::error::Error;
-use nido_vmm::nido::random_id;
+use nido_api::error::Error;
+use nido_engine::random::id as random_id;
 
 /// The directory.
 #[derive(Debug)]

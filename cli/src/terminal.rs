@@ -6,7 +6,7 @@
 use std::io::{self, IsTerminal as _};
 use std::sync::{Mutex, PoisonError};
 
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
 /// The settings to go back to, while raw mode is on.

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 
 use clap::error::ErrorKind;
 use clap::{ColorChoice, CommandFactory as _, FromArgMatches as _};
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
 
 use crate::commands::Cli;
 use crate::exit::{Codes, Exit};

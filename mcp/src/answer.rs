@@ -1,8 +1,8 @@
 //! What a tool answers: a value, or a failure that says what to do next. Pure.
 
-use nido_vmm::api::Job;
-use nido_vmm::error::{Code, Error};
-use nido_vmm::text::{for_reader, is_harmful};
+use nido_api::Job;
+use nido_api::error::{Code, Error};
+use nido_api::sanitize::{for_reader, is_harmful};
 use rmcp::model::{CallToolResult, ContentBlock, Resource};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};

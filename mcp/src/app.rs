@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use nido_vmm::api::Scope;
-use nido_vmm::error::Result;
-use nido_vmm::nido::Nido;
-use nido_vmm::policy::Policy;
-use nido_vmm::roots::{DefaultPaths, HostPaths};
+use nido_api::Scope;
+use nido_api::error::Result;
+use nido_core::Nido;
+use nido_core::host_paths::{DefaultPaths, HostPaths};
+use nido_core::policy::Policy;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;

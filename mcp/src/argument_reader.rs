@@ -14,8 +14,8 @@
 //!
 //! Invariants: what the schema allows is read without a note and without an error; no message names a type of Rust.
 
-use nido_vmm::error::{Code, Error};
-use nido_vmm::text::head;
+use nido_api::error::{Code, Error};
+use nido_api::sanitize::head;
 use serde_json::{Map, Value, json};
 
 use crate::answer::plain;

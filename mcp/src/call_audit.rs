@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use nido_vmm::audit::{Audited, Caller, Ending};
-use nido_vmm::error::{Error, Result};
+use nido_api::Caller;
+use nido_api::error::{Error, Result};
+use nido_core::audit::{Audited, Ending};
 use serde_json::Value;
 
 use crate::answer::{ToolResult, plain};

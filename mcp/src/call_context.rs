@@ -2,11 +2,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nido_vmm::api::{Grant, LeaseId, Limits, Which};
-use nido_vmm::audit::Caller;
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::Nido;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::{Caller, Grant, LeaseId, Limits, Which};
+use nido_core::Nido;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::App;

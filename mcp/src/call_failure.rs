@@ -2,9 +2,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use nido_vmm::api::{EventKind, EventsRequest, Limit};
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::VmName;
+use nido_api::error::{Code, Error};
+use nido_api::name::VmName;
+use nido_api::{EventKind, EventsRequest, Limit};
 
 use crate::answer::ErrorResult;
 use crate::call_context::CallContext;

@@ -22,11 +22,11 @@ mod question;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nido_vmm::api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask};
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::{SnapshotName, VmName};
-use nido_vmm::nido::Intent;
-use nido_vmm::policy::{Confirm, Facts, is_usual};
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::{SnapshotName, VmName};
+use nido_api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask};
+use nido_core::Intent;
+use nido_core::policy::{Confirm, Facts, is_usual};
 use rmcp::RoleServer;
 use rmcp::model::{ElicitResult, InputRequiredResult, InputResponses, ProtocolVersion};
 use rmcp::service::RequestContext;

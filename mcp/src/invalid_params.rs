@@ -3,7 +3,7 @@
 //! The protocol's library takes such a request for one of a method that it does not know; to whoever asked it is the params that
 //! are wrong, and which part of them.
 
-use nido_vmm::text::head;
+use nido_api::sanitize::head;
 use rmcp::model::{
     CallToolRequestParams, CompleteRequestParams, GetPromptRequestParams, ReadResourceRequestParams,
     SubscribeRequestParams, SubscriptionsListenRequestParams, UnsubscribeRequestParams,

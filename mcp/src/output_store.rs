@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nido_vmm::error::Result;
+use nido_api::error::Result;
 
 /// How much of one stream is kept, in bytes: its beginning, and [`TAIL`] of its end.
 pub const HEAD: usize = 1 << 20;
@@ -37,7 +37,7 @@ pub struct OutputStore(Mutex<VecDeque<Arc<Output>>>);
 impl OutputStore {
     /// Keeps one, and forgets the oldest where there is no room.
     pub fn keep(&self, actor: &str, title: String, bytes: Vec<u8>) -> Result<Arc<Output>> {
-        let id = nido_vmm::nido::random_id()?;
+        let id = nido_engine::random::id()?;
         let output = Arc::new(Output { id, actor: actor.into(), title, bytes });
         let mut kept = self.kept();
         kept.push_back(Arc::clone(&output));

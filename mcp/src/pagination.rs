@@ -2,8 +2,8 @@
 //!
 //! Invariant: a cursor names a place, not a number of entries; what comes and goes meanwhile makes no other entry be missed or come twice.
 
-use nido_vmm::api::VmInfo;
-use nido_vmm::error::{Code, Error, Result};
+use nido_api::VmInfo;
+use nido_api::error::{Code, Error, Result};
 
 /// Where a VM stands: in order of creation.
 pub fn place(vm: &VmInfo) -> String {

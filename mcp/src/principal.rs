@@ -1,7 +1,6 @@
 //! The caller of a request: who it is and what it may do.
 
-use nido_vmm::api::{Limits, Scope};
-use nido_vmm::audit::{Caller, Face};
+use nido_api::{Caller, Face, Limits, Scope};
 use rmcp::RoleServer;
 use rmcp::service::RequestContext;
 

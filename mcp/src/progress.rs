@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use nido_vmm::api::StartStage;
+use nido_api::StartStage;
 use rmcp::model::{ProgressNotificationParam, ProgressToken};
 use rmcp::{Peer, RoleServer};
 use tokio::sync::watch;

@@ -2,10 +2,10 @@
 //!
 //! What they say is in prompt_text.rs.
 
-use nido_vmm::api::VmInfo;
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::{TemplateName, VmName};
-use nido_vmm::policy::decide_shell;
+use nido_api::VmInfo;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::{TemplateName, VmName};
+use nido_core::policy::decide_shell;
 use rmcp::model::{
     ArgumentInfo, CompletionInfo, GetPromptResult, JsonObject, Prompt, PromptArgument, PromptMessage, Reference, Role,
 };
@@ -123,7 +123,7 @@ fn filled(name: &str, arguments: Option<&JsonObject>, shell: bool) -> Result<Get
 
 /// A name for a VM that nobody has: every call that a prompt tells is one that can be made as it stands.
 fn fresh(word: &str) -> Result<String> {
-    let id = nido_vmm::nido::random_id()?;
+    let id = nido_engine::random::id()?;
     Ok(format!("{word}-{}", id.get(..6).unwrap_or_default()))
 }
 
@@ -133,7 +133,7 @@ fn text(arguments: Option<&JsonObject>, key: &str) -> Result<Option<String>> {
     if text.len() > ARGUMENT_MAX {
         return Err(invalid(format!("{key}: it is longer than {ARGUMENT_MAX} bytes")));
     }
-    let text = nido_vmm::text::for_reader(text.as_bytes(), ARGUMENT_MAX).text;
+    let text = nido_api::sanitize::for_reader(text.as_bytes(), ARGUMENT_MAX).text;
     Ok(Some(text).filter(|text| !text.trim().is_empty()))
 }
 

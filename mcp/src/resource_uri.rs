@@ -1,6 +1,6 @@
 //! The URIs of the resources, written and parsed. Pure.
 
-use nido_vmm::name::VmName;
+use nido_api::name::VmName;
 use rmcp::model::Resource;
 
 use crate::output_store::Output;

@@ -1,10 +1,10 @@
 //! Resources: what can be read without a tool, so that a client can show it or keep it in view.
 
-use nido_vmm::api::{LogRequest, LogSource};
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::Nido;
-use nido_vmm::text::{SHOWN_LIMIT, for_reader};
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::sanitize::{SHOWN_LIMIT, for_reader};
+use nido_api::{LogRequest, LogSource};
+use nido_core::Nido;
 use rmcp::model::{Resource, ResourceContents, ResourceTemplate};
 use serde::Serialize;
 
@@ -144,6 +144,6 @@ fn json(uri: &str, value: &impl Serialize) -> Result<ResourceContents> {
 }
 
 fn nothing(uri: &str) -> Error {
-    let uri = crate::answer::plain(nido_vmm::text::head(uri, 200));
+    let uri = crate::answer::plain(nido_api::sanitize::head(uri, 200));
     Error::new(Code::RouteNotFound, format!("there is no resource '{uri}'"))
 }

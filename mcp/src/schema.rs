@@ -46,7 +46,7 @@ const OF_A_VM: [&str; 7] = ["name", "id", "status", "ip_address", "ssh_command",
 /// The answer of a tool that changes a VM: the VM, a job or an error.
 #[must_use]
 pub fn vm_or_job() -> Value {
-    let vm = whole::<nido_vmm::api::VmInfo>();
+    let vm = whole::<nido_api::VmInfo>();
     fields_of(&vm, |field| OF_A_VM.contains(&field), &["job_id", "error"])
 }
 
@@ -260,7 +260,9 @@ fn each(schema: &mut Value, change: fn(&mut Value)) {
 
 #[cfg(test)]
 mod tests {
-    use nido_vmm::api::{ExecResult, SpawnRequest, VmInfo};
+    use nido_api::ExecResult;
+    use nido_api::SpawnRequest;
+    use nido_api::VmInfo;
 
     use super::*;
 

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::request::Parts;
-use nido_vmm::api::Scope;
-use nido_vmm::audit::{Caller, Ending};
-use nido_vmm::error::{Code, Error, Kind};
-use nido_vmm::text::head;
+use nido_api::error::{Code, Error, Kind};
+use nido_api::sanitize::head;
+use nido_api::{Caller, Scope};
+use nido_core::audit::Ending;
 use rmcp::model::{
     CacheScope, CallToolRequestParams, CallToolResponse, CompleteRequestParams, CompleteResult, CustomRequest,
     CustomResult, ErrorCode, ErrorData, GetPromptRequestParams, GetPromptResponse, Implementation,
@@ -25,13 +25,12 @@ use serde_json::{Value, json};
 
 use crate::answer::{plain, readable};
 use crate::app::App;
-use crate::call_audit;
 use crate::confirmation::{Retry, is_modern};
 use crate::principal::Principal;
 use crate::session_leases::{Session, SessionKey};
-use crate::subscriptions::SubscribedUris;
+use crate::subscriptions::{self, SubscribedUris};
 use crate::tool_call::{self, CallRequest};
-use crate::{invalid_params, prompts, resources, subscriptions, tools};
+use crate::{call_audit, invalid_params, prompts, resources, tools};
 
 /// What a model should know before it sees any tool.
 const INSTRUCTIONS: &str = "\

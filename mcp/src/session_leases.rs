@@ -19,11 +19,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nido_vmm::api::{LeaseId, Scope};
-use nido_vmm::audit::{Caller, Face};
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::{Lease, Nido};
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::{Caller, Face, LeaseId, Scope};
+use nido_core::{Lease, Nido};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;

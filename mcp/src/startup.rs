@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::nido::Nido;
-use nido_vmm::policy::Policy;
-use nido_vmm::roots::DefaultPaths;
+use nido_api::error::{Code, Error, Result};
+use nido_core::Nido;
+use nido_core::host_paths::DefaultPaths;
+use nido_core::policy::Policy;
 
 use crate::app::{App, Settings};
 use crate::tools;

@@ -7,9 +7,9 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nido_vmm::api::{Event, EventKind, EventsRequest};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::{Nido, Watch};
+use nido_api::name::VmName;
+use nido_api::{Event, EventKind, EventsRequest};
+use nido_core::{Nido, Watch};
 use rmcp::model::{ResourceUpdatedNotificationParam, SubscriptionFilter};
 use rmcp::service::SubscriptionContext;
 use rmcp::{Peer, RoleServer};

@@ -15,10 +15,10 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nido_vmm::api::{JobOutcome, JobProgress, JobRequest, Limits};
-use nido_vmm::audit::Ending;
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::{JobOutcome, JobProgress, JobRequest, Limits};
+use nido_core::audit::Ending;
 use rmcp::RoleServer;
 use rmcp::model::{CallToolResponse, ErrorData};
 use rmcp::service::RequestContext;

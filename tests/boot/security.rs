@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 
-use nido_vmm::guest::{Endpoint, Guest, GuestError};
+use nido_engine::guest::{Endpoint, Guest, GuestError};
 use tokio::time::Instant;
 
 use crate::rig::{PATIENCE, TestHome, eventually};

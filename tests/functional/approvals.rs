@@ -1,8 +1,8 @@
 //! Approvals over the real `nido`: what waits is listed, a person's word counts once, and for nothing but what was asked.
 
-use nido_vmm::api::{Ask, RestoreRequest, StopRequest, Which};
-use nido_vmm::error::Code;
-use nido_vmm::nido::{Nido, OpenOptions};
+use nido_api::error::Code;
+use nido_api::{Ask, RestoreRequest, StopRequest, Which};
+use nido_core::{Nido, OpenOptions};
 use serde_json::{Value, json};
 
 use crate::support::Home;

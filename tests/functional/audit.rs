@@ -4,9 +4,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
-use nido_vmm::audit::Face;
-use nido_vmm::audit::line::Record;
-use nido_vmm::audit::log::Log;
+use nido_api::Face;
+use nido_core::audit::line::Record;
+use nido_core::audit::log::Log;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 

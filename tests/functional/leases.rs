@@ -3,9 +3,9 @@
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Child, Command, Stdio};
 
-use nido_vmm::api::{AccelChoice, LeaseId, StartRequest, VmSpec};
-use nido_vmm::error::Code;
-use nido_vmm::nido::{Nido, OpenOptions};
+use nido_api::error::Code;
+use nido_api::{AccelChoice, LeaseId, StartRequest, VmSpec};
+use nido_core::{Nido, OpenOptions};
 use rustix::process::Pid;
 use serde_json::json;
 
@@ -22,8 +22,8 @@ fn with_server<T>(home: std::path::PathBuf, qemu: std::path::PathBuf, work: impl
     runtime.block_on(async { work(&Nido::open(options).await.unwrap()).await })
 }
 
-fn grant() -> nido_vmm::api::Grant {
-    nido_vmm::api::Grant::unlimited(&nido_vmm::audit::Caller::command_line())
+fn grant() -> nido_api::Grant {
+    nido_api::Grant::unlimited(&nido_api::Caller::command_line())
 }
 
 fn spec(name: &str, lease: Option<&LeaseId>) -> VmSpec {

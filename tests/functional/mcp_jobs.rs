@@ -1,7 +1,7 @@
 //! Calls of tools that last longer than a client waits: they go on as jobs, or are cancelled where there can be none.
 
-use nido_vmm::api::{JOBS_MAX, JobOutcome, JobRequest};
-use nido_vmm::nido::{Nido, OpenOptions};
+use nido_api::{JOBS_MAX, JobOutcome, JobRequest};
+use nido_core::{Nido, OpenOptions};
 use serde_json::json;
 
 use crate::support::mcp::{Client, Era};

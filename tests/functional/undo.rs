@@ -4,12 +4,11 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
-use nido_vmm::api::{AccelChoice, Grant, LeaseId, StartRequest, VmSpec};
-use nido_vmm::audit::Caller;
-use nido_vmm::name::VmName;
-use nido_vmm::nido::{BegunVm, Nido, OpenOptions};
-use nido_vmm::state::VmState;
-use nido_vmm::store::{Store, VmRow, VmUpdate};
+use nido_api::name::VmName;
+use nido_api::state::VmState;
+use nido_api::{AccelChoice, Caller, Grant, LeaseId, StartRequest, VmSpec};
+use nido_core::{BegunVm, Nido, OpenOptions};
+use nido_store::{Store, VmRow, VmUpdate};
 use serde_json::json;
 
 use super::leases::await_gone;

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
-use nido_vmm::api::WebhookSecret;
+use nido_api::WebhookSecret;
 use serde_json::Value;
 
 use super::webhooks::{add, await_taken, create, deliveries, expect_no_deliverer, expect_order, remove};

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use nido_vmm::api::WebhookSecret;
+use nido_api::WebhookSecret;
 use serde_json::Value;
 
 use crate::support::http::Server;

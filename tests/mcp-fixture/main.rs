@@ -22,10 +22,10 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use nido_api::error::{Error, Result};
+use nido_api::{Limits, Scope, TokenRequest};
+use nido_core::{Nido, OpenOptions};
 use nido_server::{Hosts, ListenAddress, Options, Timeouts, serve};
-use nido_vmm::api::{Limits, Scope, TokenRequest};
-use nido_vmm::error::{Error, Result};
-use nido_vmm::nido::{Nido, OpenOptions};
 
 use crate::server::Fixture;
 

@@ -19,9 +19,10 @@ use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
-use nido_vmm::audit::{Caller as AuditCaller, Ending, Face};
-use nido_vmm::error::{Code, Result};
-use nido_vmm::text::head;
+use nido_api::error::{Code, Result};
+use nido_api::sanitize::head;
+use nido_api::{Caller as AuditCaller, Face};
+use nido_core::audit::Ending;
 use serde_json::{Map, Value, json};
 
 use super::api_description::RouteInputs;

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::http::{HeaderMap, header};
-use nido_vmm::audit::{Audited, Ending};
-use nido_vmm::error::{Error, Result};
+use nido_api::error::{Error, Result};
+use nido_core::audit::{Audited, Ending};
 
 /// The pending audit entry of a request.
 #[derive(Debug, Clone)]

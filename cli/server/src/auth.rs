@@ -15,9 +15,8 @@ use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
-use nido_vmm::api::{Door, Grant, Limits, Scope};
-use nido_vmm::audit::{Caller as AuditCaller, Face};
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
+use nido_api::{Caller as AuditCaller, Door, Face, Grant, Limits, Scope};
 
 use super::connections::ConnectionSlot;
 use super::public_url::PublicUrl;

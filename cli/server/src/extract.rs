@@ -8,8 +8,8 @@ use axum::http::request::Parts;
 use axum::http::{Method, header};
 use axum::middleware::Next;
 use axum::response::Response;
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::VmName;
+use nido_api::error::{Code, Error};
+use nido_api::name::VmName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -264,7 +264,9 @@ pub async fn require_whole_body(request: Request, next: Next) -> Result<Response
 
 #[cfg(test)]
 mod tests {
-    use nido_vmm::api::{BakeRequest, ExecBody, SpawnRequest};
+    use nido_api::BakeRequest;
+    use nido_api::ExecBody;
+    use nido_api::SpawnRequest;
 
     use super::*;
 

@@ -18,8 +18,8 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
-use nido_vmm::error::{Code, Error, Kind};
-use nido_vmm::store::Known;
+use nido_api::error::{Code, Error, Kind};
+use nido_core::KeyState;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -68,15 +68,15 @@ pub async fn replay_or_run(State(app): State<Arc<App>>, request: Request, next: 
     loop {
         tries += 1;
         let kept = match app.nido.answer_begin(&owner, &key, &sum)? {
-            Known::Nothing => break,
-            Known::Answered(kept) => kept,
+            KeyState::Nothing => break,
+            KeyState::Answered(kept) => kept,
             known => return Err(refusal(&known).into()),
         };
         match replay(&app, &caller, &kept)? {
             Some(response) => return Ok(response),
             // The operation was refused before it began.
             None if tries < ATTEMPTS_MAX => app.nido.answer_end(&owner, &key, None)?,
-            None => return Err(refusal(&Known::Running).into()),
+            None => return Err(refusal(&KeyState::Running).into()),
         }
     }
     let begun = BegunFlag::default();
@@ -114,18 +114,18 @@ fn checked(request: &Request, key: &[u8]) -> Result<String, Error> {
 }
 
 /// Why a request with a known key does not run.
-fn refusal(known: &Known) -> Error {
+fn refusal(known: &KeyState) -> Error {
     match known {
-        Known::Unknown => {
+        KeyState::Unknown => {
             let words =
                 "a server took the same request and ended before it answered; what the request has done is not known";
             Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT)
         }
-        Known::Another => Error::new(Code::SpecInvalid, "Idempotency-Key: another request had this key")
+        KeyState::Another => Error::new(Code::SpecInvalid, "Idempotency-Key: another request had this key")
             .hint("a new request takes a new key"),
-        Known::Full => Error::new(Code::LimitExceeded, "this caller has used too many keys within a day")
+        KeyState::Full => Error::new(Code::LimitExceeded, "this caller has used too many keys within a day")
             .hint("send requests without a key, or wait"),
-        Known::Nothing | Known::Answered(_) | Known::Running => {
+        KeyState::Nothing | KeyState::Answered(_) | KeyState::Running => {
             Error::new(Code::RequestInProgress, "the same request is being carried out")
                 .hint("send it again in a moment")
         }
@@ -209,7 +209,7 @@ async fn store_response(
 
 /// The response to retries if something may have changed.
 fn unknown(code: Option<Code>, bytes: &[u8]) -> Result<StoredResponse, Error> {
-    let problem: Option<nido_vmm::error::Problem> = serde_json::from_slice(bytes).ok();
+    let problem: Option<nido_api::error::Problem> = serde_json::from_slice(bytes).ok();
     let why = problem.map_or_else(|| "an error".to_owned(), |problem| problem.detail);
     let slug = code.map_or("internal", Code::slug);
     let words = format!("the same request was answered with {slug}; what the request has done is not known: {why}");

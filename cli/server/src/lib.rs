@@ -52,9 +52,9 @@ mod timeouts;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
+use nido_api::error::Result;
+use nido_core::{Nido, Watch};
 use nido_mcp::http::{Agents, Http};
-use nido_vmm::error::Result;
-use nido_vmm::nido::{Nido, Watch};
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 

@@ -12,14 +12,13 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use futures::StreamExt as _;
+use nido_api::error::{Code, Error};
 use nido_mcp::Principal;
 use nido_mcp::http::{Agents, Http, MESSAGE_MAX, SESSION, TooLong, refusal};
-use nido_vmm::error::{Code, Error};
 
-use super::App;
 use super::auth::{self, Caller};
 use super::response::Problem;
-use super::{router, streams};
+use super::{App, router, streams};
 
 /// How much of a message that is too long is read, so that the client gets a response instead of a broken connection.
 const DRAINED_MAX: usize = 64 << 20;

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use nido_vmm::api::{DeliveryCounts, StartPath, VmInfo};
-use nido_vmm::state::VmState;
+use nido_api::state::VmState;
+use nido_api::{DeliveryCounts, StartPath, VmInfo};
 
 /// Upper ends of the buckets for times, in seconds.
 const BUCKETS: [f64; 10] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];

@@ -1,8 +1,8 @@
 //! The description of the API, made of the routes and the core's own types, with what holds for every route added once.
 
 use axum::http::Method;
-use nido_vmm::api::{EventKind, LogSource};
-use nido_vmm::error::Problem;
+use nido_api::error::Problem;
+use nido_api::{EventKind, LogSource};
 use serde_json::{Value, json};
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::{Operation, ParameterBuilder, ParameterIn};

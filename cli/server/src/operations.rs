@@ -17,11 +17,10 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use jiff::Timestamp;
-use nido_vmm::api::{Scope, StartStage};
-use nido_vmm::audit::{Audited, Ending};
-use nido_vmm::error::{Code, Error, Problem, Result};
-use nido_vmm::moment;
-use nido_vmm::nido::BegunVm;
+use nido_api::error::{Code, Error, Problem, Result};
+use nido_api::{Scope, StartStage, moment};
+use nido_core::BegunVm;
+use nido_core::audit::{Audited, Ending};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -232,7 +231,7 @@ fn begin(
     work: impl FnOnce(StageReporter) -> OperationFuture,
     OperationContext { ticket, begun, owner, .. }: OperationContext,
 ) -> Result<Operation> {
-    let (created_at, id) = (moment::now(), nido_vmm::nido::random_id()?);
+    let (created_at, id) = (moment::now(), nido_engine::random::id()?);
     let operation = Operation {
         id: id.clone(),
         kind: kind.into(),

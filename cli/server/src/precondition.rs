@@ -4,13 +4,12 @@
 
 use std::sync::Arc;
 
-use axum::extract::FromRequestParts as _;
-use axum::extract::{MatchedPath, RawPathParams, Request, State};
+use axum::extract::{FromRequestParts as _, MatchedPath, RawPathParams, Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::Response;
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
 
 use super::App;
 use super::extract::MatchedVmId;

@@ -5,7 +5,7 @@
 use std::str::FromStr;
 
 use axum::http::{HeaderMap, HeaderValue, Uri, header};
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
 
 /// An address of a server, as its clients know it.
 #[derive(Debug, Clone, PartialEq, Eq)]

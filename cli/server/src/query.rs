@@ -10,7 +10,7 @@ use axum::http::Method;
 use axum::http::request::Parts;
 use axum::middleware::Next;
 use axum::response::Response;
-use nido_vmm::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Result};
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer};
 

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::Request;
-use nido_vmm::audit::{Caller as AuditCaller, Face};
-use nido_vmm::text::head;
+use nido_api::sanitize::head;
+use nido_api::{Caller as AuditCaller, Face};
 use serde_json::{Value, json};
 
 use super::App;

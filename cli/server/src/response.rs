@@ -2,7 +2,7 @@
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
 use serde::Serialize;
 
 /// An error as a response.

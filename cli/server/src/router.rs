@@ -10,11 +10,11 @@ use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
 
-use super::extract::JSON_BODY_MAX;
+use super::extract::{self, JSON_BODY_MAX};
 use super::response::Problem;
-use super::{App, audit, auth, budget, extract, idempotency, precondition, query, routes, streams, timeouts};
+use super::{App, audit, auth, budget, idempotency, precondition, query, routes, streams, timeouts};
 
 /// The REST API and the page, with all middleware. Layers that are added last run first.
 pub fn rest(app: &Arc<App>) -> Router {

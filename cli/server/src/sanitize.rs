@@ -8,7 +8,7 @@
 
 use std::fmt::Write as _;
 
-pub use nido_vmm::text::is_harmful;
+pub use nido_api::sanitize::is_harmful;
 
 /// Longest colour sequence that passes, in bytes.
 const MAX_COLOUR: usize = 48;

@@ -4,7 +4,7 @@
 //! called by verbs that have something to undo or to pass on, and they decide. A hangup that was ignored before, as `nohup` makes
 //! it, stays ignored.
 
-use nido_vmm::error::Error;
+use nido_api::error::Error;
 use rustix::process::Signal as Number;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 

@@ -17,7 +17,7 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use futures::{StreamExt as _, stream};
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
 use serde_json::json;
 
 use super::App;

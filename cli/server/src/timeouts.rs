@@ -20,7 +20,7 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use futures::{StreamExt, stream};
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep, timeout_at};
 

@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use nido_api::error::Error;
+use nido_core::Nido;
+use nido_core::host_paths::{DefaultPaths, Roots};
 use nido_mcp::{App, Settings};
-use nido_vmm::error::Error;
-use nido_vmm::nido::Nido;
-use nido_vmm::roots::{DefaultPaths, Roots};
 
 use super::Context;
 

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Subcommand;
+use nido_core::host_paths::DefaultPaths;
+use nido_core::policy::Policy;
 use nido_mcp::Settings;
 use nido_server::{openapi, serve};
-use nido_vmm::policy::Policy;
-use nido_vmm::roots::DefaultPaths;
 
 use super::Context;
 use super::agents::agents;

@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 
 use jiff::Timestamp;
+use nido_api::{Approval, ApprovalState};
+use nido_core::{Nido, Watch};
 use nido_server::signals::Signals;
-use nido_vmm::api::{Approval, ApprovalState};
-use nido_vmm::nido::{Nido, Watch};
 
 use super::Context;
 use crate::exit::{Exit, Outcome};

@@ -1,7 +1,6 @@
 //! `approve` and `deny`: a person's word about what a program has asked for.
 
-use nido_vmm::api::Approval;
-use nido_vmm::audit::Caller;
+use nido_api::{Approval, Caller};
 
 use super::Context;
 use super::approvals::who;

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use jiff::Timestamp;
-use nido_vmm::api::{AuditCheckpoint, AuditFilter, AuditLog, AuditRecord, AuditVerdict};
-use nido_vmm::error::Error;
-use nido_vmm::name::VmName;
+use nido_api::error::Error;
+use nido_api::name::VmName;
+use nido_api::{AuditFilter, AuditLog, AuditRecord, AuditVerdict};
+use nido_core::audit::checkpoint;
 
 use super::Context;
 use crate::exit::{Codes, Exit, Outcome};
@@ -135,7 +136,7 @@ fn row(record: &AuditRecord) -> [String; 8] {
 }
 
 async fn verify(cx: &Context, against: Option<PathBuf>) -> Outcome {
-    let against = against.as_deref().map(AuditCheckpoint::read).transpose()?;
+    let against = against.as_deref().map(checkpoint::read).transpose()?;
     let verdict = cx.nido().await?.audit_verify(against.as_ref())?;
     if let Some(checkpoint) = &verdict.against {
         let own = if checkpoint.own_key { "the key of this log" } else { "NOT the key that this log has now" };
@@ -179,7 +180,7 @@ fn told(verdict: &AuditVerdict) -> String {
 async fn checkpoint(cx: &Context, output: Option<PathBuf>) -> Outcome {
     let made = cx.nido().await?.audit_checkpoint()?;
     if let Some(path) = &output {
-        made.write(path)?;
+        checkpoint::write(&made, path)?;
     } else {
         cx.output.data(&(json(&made, !cx.output.json || cx.output.stdout_is_terminal) + "\n"))?;
     }

@@ -4,8 +4,8 @@
 
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
 
+use nido_api::error::{Code, Error};
 use nido_server::sanitize::line;
-use nido_vmm::error::{Code, Error};
 
 use super::Context;
 

@@ -8,11 +8,11 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nido_api::error::{Code, Error};
+use nido_api::name::VmName;
+use nido_api::{CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
+use nido_core::Nido;
 use nido_server::sanitize;
-use nido_vmm::api::{CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::Nido;
 
 use super::Context;
 use crate::audit;

@@ -2,13 +2,12 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-
 use std::path::Path;
 
-use nido_vmm::api::{CopyResult, DownloadRequest, DownloadTarget};
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::Nido;
+use nido_api::error::{Code, Error};
+use nido_api::name::VmName;
+use nido_api::{CopyResult, DownloadRequest, DownloadTarget};
+use nido_core::Nido;
 
 use super::upload::UploadArgs;
 use super::{Context, copy};

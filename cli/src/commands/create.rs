@@ -1,6 +1,6 @@
 //! `create`: a VM made, not started.
 
-use nido_vmm::name::VmName;
+use nido_api::name::VmName;
 
 use super::Context;
 use super::vm_args::VmArgs;

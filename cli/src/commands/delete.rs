@@ -1,6 +1,6 @@
 //! `delete`: VMs and everything of them, gone. Asks first where there is somebody to ask.
 
-use nido_vmm::api::{VmInfo, VmList};
+use nido_api::{VmInfo, VmList};
 
 use super::Context;
 use super::confirmation::Confirmation;

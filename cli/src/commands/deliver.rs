@@ -1,6 +1,6 @@
 //! `deliver`, hidden: the process that delivers messages to webhooks in the background. Only nido itself starts it.
 
-use nido_vmm::nido::Nido;
+use nido_core::Nido;
 
 use super::Context;
 use crate::exit::{Exit, Outcome};

@@ -1,8 +1,8 @@
 //! `doctor`: can VMs be started here, and if not, what is missing.
 
+use nido_api::{CheckStatus, DoctorReport};
+use nido_core::{Adoption, Nido};
 use nido_server::sanitize::line;
-use nido_vmm::api::{CheckStatus, DoctorReport};
-use nido_vmm::nido::{Adoption, Nido};
 
 use super::Context;
 use crate::exit::{Exit, Outcome};

@@ -2,8 +2,8 @@
 
 use std::ffi::OsString;
 
-use nido_vmm::api::DownloadRequest;
-use nido_vmm::name::VmName;
+use nido_api::DownloadRequest;
+use nido_api::name::VmName;
 
 use super::{Context, copy};
 use crate::exit::Outcome;

@@ -1,8 +1,8 @@
 //! `events`: what happened, and what happens.
 
+use nido_api::name::VmName;
+use nido_api::{Event, EventDetails, EventKind, EventList, EventsRequest, Limit};
 use nido_server::sanitize;
-use nido_vmm::api::{Event, EventDetails, EventKind, EventList, EventsRequest, Limit};
-use nido_vmm::name::VmName;
 
 use super::Context;
 use super::vm_args::path_words;

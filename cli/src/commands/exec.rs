@@ -3,9 +3,9 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-use nido_vmm::api::ExecRequest;
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::VmName;
+use nido_api::ExecRequest;
+use nido_api::error::{Code, Error};
+use nido_api::name::VmName;
 
 use super::Context;
 use crate::exit::Outcome;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nido_vmm::name::VmName;
+use nido_api::name::VmName;
 
 use super::Context;
 use super::vm_args::summarize;

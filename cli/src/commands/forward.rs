@@ -1,9 +1,9 @@
 //! `forward`: ports of a guest published on the host.
 
 use clap::Subcommand;
-use nido_vmm::api::ForwardSpec;
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::VmName;
+use nido_api::ForwardSpec;
+use nido_api::error::{Code, Error};
+use nido_api::name::VmName;
 use serde_json::{Value, json};
 
 use super::Context;

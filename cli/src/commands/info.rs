@@ -1,7 +1,7 @@
 //! `info`: everything about one VM.
 
 use jiff::Timestamp;
-use nido_vmm::api::{NetChoice, VmInfo, VmList};
+use nido_api::{NetChoice, VmInfo, VmList};
 
 use super::Context;
 use super::ls::between;

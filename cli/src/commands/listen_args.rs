@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nido_api::error::{Code, Error};
 use nido_server::{Hosts, ListenAddress, Options, PublicUrl, Timeouts, Tls, TlsFiles};
-use nido_vmm::error::{Code, Error};
 
 use crate::parse::duration_ms;
 

@@ -1,9 +1,9 @@
 //! `logs`: what the guest, QEMU or the supervisor has written.
 
 use clap::ValueEnum;
+use nido_api::name::VmName;
+use nido_api::{LogRequest, LogSource};
 use nido_server::sanitize::Sanitizer;
-use nido_vmm::api::{LogRequest, LogSource};
-use nido_vmm::name::VmName;
 
 use super::Context;
 use crate::exit::{Exit, Failure, Outcome};

@@ -1,8 +1,8 @@
 //! `ls`: all VMs, one a line.
 
 use jiff::Timestamp;
-use nido_vmm::api::VmInfo;
-use nido_vmm::state::StateCause;
+use nido_api::VmInfo;
+use nido_api::state::StateCause;
 
 use super::Context;
 use super::selection::Filter;

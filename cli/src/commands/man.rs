@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::CommandFactory as _;
-use nido_vmm::error::Error;
+use nido_api::error::Error;
 
 use super::{Cli, Context};
 use crate::exit::{Exit, Outcome};

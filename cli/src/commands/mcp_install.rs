@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use nido_vmm::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Result};
 use serde_json::{Map, Value, json};
 
 use super::Context;
@@ -131,7 +131,7 @@ impl Install {
 /// nido's home, if a client that starts it with another environment would not find it.
 fn moved_home() -> Option<(String, PathBuf)> {
     std::env::var_os("XDG_DATA_HOME").filter(|value| !value.is_empty())?;
-    Some(("NIDO_HOME".into(), nido_vmm::home::Home::default_root().ok()?))
+    Some(("NIDO_HOME".into(), nido_engine::home::Home::default_root().ok()?))
 }
 
 /// Where clients look for programs that nobody named: those of a desktop know no more.
@@ -182,7 +182,7 @@ fn write(file: &Path, text: &str) -> Result<()> {
     let file = std::fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
     let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(directory).map_err(broken)?;
-    let fresh = directory.join(format!(".nido-{}", nido_vmm::nido::random_id()?));
+    let fresh = directory.join(format!(".nido-{}", nido_engine::random::id()?));
     let written = (|| {
         let mut to = std::fs::OpenOptions::new().write(true).create_new(true).open(&fresh)?;
         if let Ok(meta) = std::fs::metadata(&file) {

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
+use nido_api::Scope;
+use nido_api::error::{Code, Error};
+use nido_core::Nido;
+use nido_core::host_paths::DefaultPaths;
+use nido_core::policy::{Confirm, Policy};
 use nido_mcp::{SESSION_GRACE, SESSION_IDLE, Settings, stdio};
 use nido_server::signals::Signals;
 use nido_server::{ListenAddress, serve};
-use nido_vmm::api::Scope;
-use nido_vmm::error::{Code, Error};
-use nido_vmm::nido::Nido;
-use nido_vmm::policy::{Confirm, Policy};
-use nido_vmm::roots::DefaultPaths;
 
 use super::Context;
 use super::agents::agents;

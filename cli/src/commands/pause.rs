@@ -1,6 +1,6 @@
 //! `pause`: the CPUs of a VM halted.
 
-use nido_vmm::state::VmState;
+use nido_api::state::VmState;
 
 use super::Context;
 use super::selection::Selection;

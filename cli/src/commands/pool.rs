@@ -1,9 +1,9 @@
 //! `pool`: clones of a template that wait, loaded and halted, for the next `spawn` or `run`.
 
 use clap::Subcommand;
+use nido_api::name::TemplateName;
+use nido_api::{POOL_MAX, PoolInfo, PoolRequest};
 use nido_server::sanitize::line;
-use nido_vmm::api::{POOL_MAX, PoolInfo, PoolRequest};
-use nido_vmm::name::TemplateName;
 
 use super::Context;
 use super::vm_args::MachineArgs;

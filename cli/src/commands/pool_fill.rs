@@ -1,6 +1,6 @@
 //! `pool-fill`, hidden: the process that fills the pools in the background. Only nido itself starts it.
 
-use nido_vmm::nido::Nido;
+use nido_core::Nido;
 
 use super::Context;
 use crate::exit::{Exit, Outcome};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nido_vmm::name::VmName;
+use nido_api::name::VmName;
 use serde_json::json;
 
 use super::Context;

@@ -1,7 +1,7 @@
 //! `restart`: stop and start again.
 
-use nido_vmm::api::StopRequest;
-use nido_vmm::name::VmName;
+use nido_api::StopRequest;
+use nido_api::name::VmName;
 
 use super::Context;
 use super::selection::{Selection, every};

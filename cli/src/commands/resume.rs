@@ -1,6 +1,6 @@
 //! `resume`: a paused VM goes on.
 
-use nido_vmm::state::VmState;
+use nido_api::state::VmState;
 
 use super::Context;
 use super::selection::Selection;

@@ -4,11 +4,11 @@ use std::ffi::OsString;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
+use nido_api::error::{Code, Error};
+use nido_api::name::VmName;
+use nido_api::{ExecRequest, ExecResult, StartRequest, UploadRequest, UploadSource, VmInfo, VmSpec, Which};
+use nido_core::Nido;
 use nido_server::sanitize;
-use nido_vmm::api::{ExecRequest, ExecResult, StartRequest, UploadRequest, UploadSource, VmInfo, VmSpec, Which};
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::Nido;
 
 use super::exec::ExecArgs;
 use super::spawn::{absent, spawn};

@@ -5,9 +5,9 @@
 
 use std::str::FromStr;
 
-use nido_vmm::api::{VmInfo, VmList};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::Nido;
+use nido_api::name::VmName;
+use nido_api::{VmInfo, VmList};
+use nido_core::Nido;
 
 use super::Context;
 use crate::exit::{Codes, Exit, Failure, Outcome};

@@ -1,8 +1,8 @@
 //! `shell`: the user's login shell on a terminal.
 
-use nido_vmm::api::ExecRequest;
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::VmName;
+use nido_api::ExecRequest;
+use nido_api::error::{Code, Error};
+use nido_api::name::VmName;
 
 use super::Context;
 use super::exec::PlaceArgs;

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use clap::Subcommand;
-use nido_vmm::api::{RestoreRequest, SnapshotInfo};
-use nido_vmm::error::Error;
-use nido_vmm::name::{SnapshotName, VmName};
+use nido_api::error::Error;
+use nido_api::name::{SnapshotName, VmName};
+use nido_api::{RestoreRequest, SnapshotInfo};
 use serde_json::json;
 
 use super::Context;

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
+use nido_api::error::{Code, Error};
+use nido_api::name::VmName;
+use nido_api::{StartRequest, VmInfo, VmSpec};
+use nido_core::{BegunVm, Nido};
 use nido_server::signals::Signals;
-use nido_vmm::api::{StartRequest, VmInfo, VmSpec};
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::{BegunVm, Nido};
 
 use super::Context;
 use super::vm_args::{StartArgs, VmArgs, summarize};

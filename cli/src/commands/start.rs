@@ -1,6 +1,6 @@
 //! `start`: a VM at rest is started.
 
-use nido_vmm::name::VmName;
+use nido_api::name::VmName;
 
 use super::Context;
 use super::selection::Selection;

@@ -1,7 +1,7 @@
 //! `stop`: a VM powered off, in order or at once.
 
-use nido_vmm::api::{PLUG_PULLED, StopRequest, VmInfo};
-use nido_vmm::name::VmName;
+use nido_api::name::VmName;
+use nido_api::{PLUG_PULLED, StopRequest, VmInfo};
 
 use super::Context;
 use super::confirmation::Confirmation;

@@ -1,7 +1,7 @@
 //! `supervise`, hidden: the process that owns one running VM. Only nido itself starts it.
 
-use nido_vmm::nido::Nido;
-use nido_vmm::supervisor::SuperviseRequest;
+use nido_core::Nido;
+use nido_core::SuperviseRequest;
 
 use super::Context;
 use crate::exit::{Exit, Outcome};

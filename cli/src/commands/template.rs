@@ -8,14 +8,14 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
-use nido_server::sanitize::line;
-use nido_vmm::api::{
+use nido_api::error::{Code, Error};
+use nido_api::name::{TemplateName, VmName};
+use nido_api::redact::bytes;
+use nido_api::{
     BakeInfo, BakeRequest, BuildRequest, ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult,
     ImportSource, KernelChoice, TemplateInfo,
 };
-use nido_vmm::audit::redact::bytes;
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::{TemplateName, VmName};
+use nido_server::sanitize::line;
 use serde_json::json;
 
 use super::Context;
@@ -361,7 +361,7 @@ fn imported(done: &ImportResult) -> String {
 fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
     let agent = match template.agent_current {
         true => "of this nido".into(),
-        false => format!("of another nido; {}", template.renewal()),
+        false => format!("of another nido; {}", nido_core::renewal_command(&template.name)),
     };
     let bakes: Vec<_> = template.bakes.iter().map(machine).collect();
     let users = if template.used_by.is_empty() { "no VM".into() } else { template.used_by.join(", ") };

@@ -3,10 +3,10 @@
 use std::net::IpAddr;
 
 use clap::Subcommand;
-use nido_vmm::api::{Door, Limits, NetChoice, Scope, TokenInfo, TokenRequest};
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::{TemplateName, VmName};
-use nido_vmm::nido::Nido;
+use nido_api::error::{Code, Error};
+use nido_api::name::{TemplateName, VmName};
+use nido_api::{Door, Limits, NetChoice, Scope, TokenInfo, TokenRequest};
+use nido_core::Nido;
 use serde_json::{Value, json};
 
 use super::Context;

@@ -2,9 +2,9 @@
 
 use std::ffi::OsString;
 
-use nido_vmm::api::UploadRequest;
-use nido_vmm::error::Error;
-use nido_vmm::name::VmName;
+use nido_api::UploadRequest;
+use nido_api::error::Error;
+use nido_api::name::VmName;
 
 use super::{Context, copy};
 use crate::exit::Outcome;

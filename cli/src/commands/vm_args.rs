@@ -1,11 +1,11 @@
 //! Flags that say what a VM shall be and how a start waits, shared by `spawn`, `create`, `run`, `start`, `restart`.
 
 use clap::ValueEnum;
-use nido_vmm::api::{
+use nido_api::name::{TemplateName, VmName};
+use nido_api::{
     AccelChoice, BakeRequest, ForwardSpec, MachineChoice, NetChoice, PathChoice, StartPath, StartRequest, VmInfo,
     VmSpec,
 };
-use nido_vmm::name::{TemplateName, VmName};
 
 use crate::output::Output;
 use crate::parse;

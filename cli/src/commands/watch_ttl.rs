@@ -1,6 +1,6 @@
 //! `watch-ttl`, hidden: the process that ends a VM whose supervisor is not there to. Only nido itself starts it.
 
-use nido_vmm::nido::Nido;
+use nido_core::Nido;
 
 use super::Context;
 use crate::exit::{Exit, Outcome};

@@ -1,7 +1,7 @@
 //! `webhook`: endpoints that are told of events, and what became of each message.
 
 use clap::Subcommand;
-use nido_vmm::api::{Delivery, EventKind, WebhookFormat, WebhookInfo, WebhookRequest, WebhookTest};
+use nido_api::{Delivery, EventKind, WebhookFormat, WebhookInfo, WebhookRequest, WebhookTest};
 use serde_json::json;
 
 use super::Context;

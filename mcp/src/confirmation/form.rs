@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use nido_vmm::error::{Error, Result};
+use nido_api::error::{Error, Result};
 use rmcp::model::{
     BooleanSchema, ClientCapabilities, ElicitRequest, ElicitRequestParams, ElicitResult, ElicitationAction,
     ElicitationSchema, InputRequest, InputRequiredResult,

@@ -2,9 +2,9 @@
 
 use std::time::SystemTime;
 
-use nido_vmm::api::{Ask, VmInfo};
-use nido_vmm::name::VmName;
-use nido_vmm::text::head;
+use nido_api::name::VmName;
+use nido_api::sanitize::head;
+use nido_api::{Ask, VmInfo};
 use serde_json::Value;
 
 use crate::answer::plain;

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use nido_vmm::api::{ExecBody, ExecEvent, ExecExit, ExecRequest, ExecResult, Scope, Truncated, Which};
-use nido_vmm::error::{Error, Result};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::{ExecControl, ExecEvents};
-use nido_vmm::policy::{Command, decide, decide_dangerous, decide_shell};
-use nido_vmm::text::{SHOWN_LIMIT, for_reader};
+use nido_api::error::{Error, Result};
+use nido_api::name::VmName;
+use nido_api::sanitize::{SHOWN_LIMIT, for_reader};
+use nido_api::{ExecBody, ExecEvent, ExecExit, ExecRequest, ExecResult, Scope, Truncated, Which};
+use nido_core::policy::{Command, decide, decide_dangerous, decide_shell};
+use nido_core::{ExecControl, ExecEvents};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;

@@ -8,14 +8,12 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use nido_vmm::api::{
-    CopyProgress, CopyResult, DownloadRequest, DownloadTarget, Scope, UploadRequest, UploadSource, Which,
-};
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
-use nido_vmm::policy::decide_upload;
-use nido_vmm::roots::{Folder, Roots};
-use nido_vmm::text::is_harmful;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::sanitize::is_harmful;
+use nido_api::{CopyProgress, CopyResult, DownloadRequest, DownloadTarget, Scope, UploadRequest, UploadSource, Which};
+use nido_core::host_paths::{Folder, Roots};
+use nido_core::policy::decide_upload;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 

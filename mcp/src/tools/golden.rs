@@ -125,6 +125,6 @@ fn every_tool_is_told_whole() {
             }
         }
         assert_eq!(seen["outputSchema"]["type"], "object", "{name}");
-        assert!(tool.hints.read_only == (tool.scope == nido_vmm::api::Scope::Read), "{name}: scope and hints differ");
+        assert!(tool.hints.read_only == (tool.scope == nido_api::Scope::Read), "{name}: scope and hints differ");
     }
 }

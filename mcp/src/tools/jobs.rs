@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use nido_vmm::api::{Job, JobState, Scope, Viewer};
-use nido_vmm::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Result};
+use nido_api::{Job, JobState, Scope, Viewer};
 use serde::Deserialize;
 use tokio::time::Instant;
 

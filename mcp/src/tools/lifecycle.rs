@@ -1,10 +1,10 @@
 //! VMs come and go: made, started, stopped.
 
-use nido_vmm::api::{Scope, SpawnRequest, StartRequest, StopRequest, VmInfo, VmSpec};
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::BegunVm;
-use nido_vmm::state::VmState;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::state::VmState;
+use nido_api::{Scope, SpawnRequest, StartRequest, StopRequest, VmInfo, VmSpec};
+use nido_core::BegunVm;
 use serde::Deserialize;
 use serde_json::{Value, json};
 

@@ -12,9 +12,9 @@ mod templates;
 mod vms;
 
 use futures::future::BoxFuture;
-use nido_vmm::api::Scope;
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::policy::Policy;
+use nido_api::Scope;
+use nido_api::error::{Code, Error, Result};
+use nido_core::policy::Policy;
 use rmcp::model::{MetaObject, Tool as Described, ToolAnnotations};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};

@@ -1,6 +1,6 @@
 //! Lists of tools in pages: how many may be asked for. Pure.
 
-use nido_vmm::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Result};
 
 use crate::pagination;
 

@@ -1,8 +1,8 @@
 //! Snapshots: a VM as it was at one moment, and back.
 
-use nido_vmm::api::{RestoreRequest, Scope, SnapshotInfo};
-use nido_vmm::error::Result;
-use nido_vmm::name::{SnapshotName, VmName};
+use nido_api::error::Result;
+use nido_api::name::{SnapshotName, VmName};
+use nido_api::{RestoreRequest, Scope, SnapshotInfo};
 use serde::Deserialize;
 
 use super::{ADDS, DESTROYS, Tool, arguments};

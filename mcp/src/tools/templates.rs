@@ -1,8 +1,8 @@
 //! Templates: what VMs are made from.
 
-use nido_vmm::api::{BuildResult, BuildStep, Scope, TemplateList};
-use nido_vmm::error::Result;
-use nido_vmm::name::{TemplateName, VmName};
+use nido_api::error::Result;
+use nido_api::name::{TemplateName, VmName};
+use nido_api::{BuildResult, BuildStep, Scope, TemplateList};
 use serde::{Deserialize, Serialize};
 
 use super::page::{PageRequest, page};

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use nido_vmm::api::{Scope, VmInfo, VmList};
-use nido_vmm::error::Result;
-use nido_vmm::name::VmName;
-use nido_vmm::state::VmState;
+use nido_api::error::Result;
+use nido_api::name::VmName;
+use nido_api::state::VmState;
+use nido_api::{Scope, VmInfo, VmList};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 

@@ -28,8 +28,8 @@ pub mod machine;
 pub mod moment;
 pub mod name;
 pub mod redact;
+pub mod sanitize;
 pub mod state;
-pub mod text;
 
 pub use approval::*;
 pub use audit::*;

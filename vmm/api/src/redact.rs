@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 use url::Url;
 
 use crate::hex;
-use crate::text::head;
+use crate::sanitize::head;
 
 /// The longest arguments that are written down as they are, in bytes.
 pub const LIMIT: usize = 4096;

@@ -13,9 +13,15 @@
 //! ```
 
 pub mod audit;
-pub mod nido;
+pub mod host_paths;
+mod nido;
 pub mod policy;
-pub mod roots;
 pub mod webhook;
 
-pub use nido::{Nido, OpenOptions};
+pub use nido_engine::template::renewal_command;
+pub use nido_store::KeyState;
+pub use nido_supervisor::SuperviseRequest;
+
+pub use nido::{
+    Adoption, BegunVm, EventFeed, ExecControl, ExecEvents, Intent, Lease, LogStream, Nido, OpenOptions, Watch,
+};

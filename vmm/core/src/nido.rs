@@ -6,13 +6,11 @@
 //! supervisor with the start. So a killed command leaves either nothing, or a VM whose row tells the truth once the next
 //! command has settled it (`nido/settle.rs`).
 
-mod answers;
 mod approvals;
 mod audit;
 mod bake;
 mod begun;
 mod claim;
-mod copies;
 mod create;
 mod delete;
 mod delivery;
@@ -21,8 +19,10 @@ mod denied;
 mod doctor;
 mod events;
 mod exec;
+mod files;
 mod fork;
 mod forwards;
+mod idempotency;
 mod jobs;
 mod leases;
 mod lifecycle;
@@ -31,13 +31,13 @@ mod logs;
 mod orphans;
 mod own_agent;
 mod pool;
-mod settle;
+mod reconcile;
 mod snapshots;
 mod supervise;
-mod supervision;
+mod supervisor_client;
+mod template_archive;
 mod templates;
 mod tokens;
-mod travel;
 mod ttl;
 mod webhooks;
 
@@ -53,7 +53,6 @@ pub use list::Intent;
 pub use logs::LogStream;
 pub use orphans::Adoption;
 
-pub use nido_engine::random::id as random_id;
 pub use nido_supervisor::context::OpenOptions;
 
 use crate::audit::log::Log;
@@ -61,8 +60,8 @@ use crate::audit::repeats::Repeats;
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{Home, VmDir};
 use nido_engine::host::{HostFacts, QemuFacts, facts, qemu};
+use nido_engine::liveness::Presence;
 use nido_engine::lock::Held;
-use nido_engine::presence::Presence;
 use nido_engine::space_reserve::SpaceReserve;
 use nido_supervisor::context::{Context, StoreGuard};
 

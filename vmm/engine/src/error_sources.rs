@@ -105,7 +105,7 @@ pub fn guest_error(vm: &str, error: GuestError) -> Error {
 
 /// What a guest says went wrong. Its words are shown escaped.
 fn fault_error(fault: Fault, message: &str) -> Error {
-    let text = nido_api::text::on_one_line(message);
+    let text = nido_api::sanitize::on_one_line(message);
     let (code, hint) = match fault {
         Fault::CommandNotFound => (Code::CommandNotFound, Some("is it installed in the guest?")),
         Fault::CannotRun => (Code::CommandCannotRun, Some("is it a program, and executable for that user?")),

@@ -5,7 +5,7 @@
 
 use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
-use nido_api::text::head;
+use nido_api::sanitize::head;
 use nido_api::{APPROVAL_LIFETIME, APPROVALS_PENDING_MAX, Approval, ApprovalState, Ask, redact};
 use rusqlite::{OptionalExtension, Row, params};
 

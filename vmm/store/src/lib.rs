@@ -4,11 +4,11 @@
 //! changes a VM's row beyond its forwards holds the VM's `supervisor.lock`. What happens to VMs becomes an event in the
 //! same transaction (`events.rs`).
 
-mod answers;
 mod approvals;
 mod audit;
 mod backup;
 mod events;
+mod idempotency;
 mod jobs;
 mod outbox;
 mod parts;
@@ -27,8 +27,8 @@ use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OpenFlags};
 
-pub use answers::Known;
 pub use approvals::ApprovalRow;
+pub use idempotency::KeyState;
 pub use outbox::{Attempt, Due, Outcome};
 pub use pools::{Claim, PoolRow};
 pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};

@@ -109,7 +109,10 @@ impl Saving {
             if self.rests {
                 rest(self.pid).await;
             }
-            self.monitor.stop(QMP_TIMEOUT).await.map_err(|e| broken(nido_api::text::on_one_line(&e.to_string())))?;
+            self.monitor
+                .stop(QMP_TIMEOUT)
+                .await
+                .map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
         }
         let state = File::create(DEVICE_STATE).map_err(|e| Error::io("cannot save the guest", e))?;
         migration::save(&self.monitor, Path::new(SAVE_SOCKET), state, Memory::Apart, SAVED_WITHIN)
@@ -136,7 +139,9 @@ impl Saving {
 pub(super) fn save_error(what: &str, error: MigrationError) -> Error {
     match error {
         MigrationError::Io(error) => Error::io(what.to_owned(), error),
-        error => Error::new(Code::QemuFailed, format!("{what}: {}", nido_api::text::on_one_line(&error.to_string()))),
+        error => {
+            Error::new(Code::QemuFailed, format!("{what}: {}", nido_api::sanitize::on_one_line(&error.to_string())))
+        }
     }
 }
 

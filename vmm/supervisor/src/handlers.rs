@@ -6,8 +6,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nido_api::error::{Code, Error, Result};
+use nido_api::sanitize::{head, on_one_line};
 use nido_api::state::{Fact, FailureCause, StateCause, VmState};
-use nido_api::text::{head, on_one_line};
 use nido_api::{AgentInfo, ForwardSpec, Limit, PLUG_PULLED, StopRequest};
 use nido_engine::guest::{Guest, GuestError};
 use nido_engine::host::scope;

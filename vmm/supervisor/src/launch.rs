@@ -66,7 +66,7 @@ async fn give_up(process: &QemuProcess, why: &str) -> LaunchError {
     let _ = tokio::time::timeout(Duration::from_secs(5), process.wait()).await;
     LaunchError::Failed(Error::new(
         Code::QemuFailed,
-        format!("QEMU could not be controlled: {}", nido_api::text::on_one_line(why)),
+        format!("QEMU could not be controlled: {}", nido_api::sanitize::on_one_line(why)),
     ))
 }
 
@@ -134,7 +134,10 @@ pub(super) enum Attached {
 /// Finds the QEMU behind the VM's monitor. The working directory is the VM's.
 pub(super) async fn attach() -> Result<Attached> {
     let lost = |why: String| {
-        Error::new(Code::QemuFailed, format!("the VM's QEMU cannot be reached: {}", nido_api::text::on_one_line(&why)))
+        Error::new(
+            Code::QemuFailed,
+            format!("the VM's QEMU cannot be reached: {}", nido_api::sanitize::on_one_line(&why)),
+        )
     };
     let stream = UnixStream::connect(QMP_SOCKET).await.map_err(|e| lost(e.to_string()))?;
     let process = QemuProcess::behind(&stream).map_err(|e| lost(e.to_string()))?;

@@ -32,7 +32,7 @@ impl Supervisor {
     /// Halts a clone that is ready: from here on it waits.
     pub(super) async fn park(&mut self, pong: Pong, running: &Running) {
         if let Err(error) = running.monitor.stop(QMP_TIMEOUT).await {
-            tracing::error!("the clone cannot be halted: {}", nido_api::text::on_one_line(&error.to_string()));
+            tracing::error!("the clone cannot be halted: {}", nido_api::sanitize::on_one_line(&error.to_string()));
             return self.quit(running);
         }
         self.paused(StateCause::User);
@@ -124,7 +124,7 @@ impl Supervisor {
             .monitor
             .cont(QMP_TIMEOUT)
             .await
-            .map_err(|e| Error::new(Code::QemuFailed, nido_api::text::on_one_line(&e.to_string())))?;
+            .map_err(|e| Error::new(Code::QemuFailed, nido_api::sanitize::on_one_line(&e.to_string())))?;
         // Written down with the rest when the guest is ready.
         self.state = advance(self.state, Fact::GuestResumed);
         let awake_ms = self.asked_for_ms();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use nido_api::error::{Code, Error};
-use nido_api::text::on_one_line;
+use nido_api::sanitize::on_one_line;
 use nido_engine::qemu::MonitorError;
 
 /// How long any QMP command may take.

@@ -128,12 +128,16 @@ impl Supervisor {
             let state = File::open(state).map_err(|e| broken(e.to_string()))?;
             migration::load(&running.monitor, Path::new(LOAD_SOCKET), state, memory, LOADED_WITHIN)
                 .await
-                .map_err(|e| broken(nido_api::text::on_one_line(&e.to_string())))?;
+                .map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
             if self.is_twin() {
                 return Ok(());
             }
             self.set_link(false, running).await?;
-            running.monitor.cont(QMP_TIMEOUT).await.map_err(|e| broken(nido_api::text::on_one_line(&e.to_string())))?;
+            running
+                .monitor
+                .cont(QMP_TIMEOUT)
+                .await
+                .map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
             // Not before: QEMU 10 keeps the disk of a loaded machine inactive until it goes on.
             self.resize_disk(running).await
         };
@@ -178,7 +182,7 @@ impl Supervisor {
         let size = i64::try_from(self.row.disk_bytes).unwrap_or(i64::MAX);
         let resize = qmp::block_resize { device: None, node_name: Some("disk".into()), size };
         running.monitor.execute(resize, QMP_TIMEOUT).await.map(drop).map_err(|e| {
-            let why = nido_api::text::on_one_line(&e.to_string());
+            let why = nido_api::sanitize::on_one_line(&e.to_string());
             Error::new(Code::QemuFailed, format!("the VM's disk cannot be enlarged: {why}"))
         })
     }
@@ -348,7 +352,7 @@ impl Supervisor {
 async fn switch_link(monitor: &Monitor, up: bool) -> Result<()> {
     let set = qmp::set_link { name: NET.into(), up };
     monitor.execute(set, QMP_TIMEOUT).await.map(drop).map_err(|e| {
-        let why = nido_api::text::on_one_line(&e.to_string());
+        let why = nido_api::sanitize::on_one_line(&e.to_string());
         Error::new(Code::QemuFailed, format!("the VM's network cannot be switched: {why}"))
     })
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use axum::http::Method;
-use nido_vmm::error::Code;
+use nido_api::error::Code;
 use serde_json::{Map, Value, json};
 
 /// Of a machine that is started.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use axum::extract::State;
-use nido_vmm::api::{AuditFilter, AuditList, AuditLog};
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
+use nido_api::{AuditFilter, AuditList, AuditLog};
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -34,7 +34,7 @@ struct AuditQuery {
     /// With this result: `pending`, `success`, `error`, `denied`, `unknown`.
     result: Option<String>,
     /// About the VM of this name.
-    vm: Option<nido_vmm::name::VmName>,
+    vm: Option<nido_api::name::VmName>,
     /// Only so many, the last ones; 1000 if absent.
     tail: Option<u32>,
     /// Instead of the last lines the first ones behind this number; 0 is the beginning. The `next_cursor` of an answer leads on.

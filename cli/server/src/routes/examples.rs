@@ -21,7 +21,7 @@ macro_rules! examples {
 
         #[cfg(test)]
         mod tests {
-            use nido_vmm::api::*;
+            use nido_api::*;
             use serde::{Serialize, de::DeserializeOwned};
 
             use super::super::{exec::*, snapshots::*, templates::*, vms::*};

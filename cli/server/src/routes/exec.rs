@@ -10,11 +10,11 @@ use axum::response::IntoResponse;
 use axum::response::sse::{self, KeepAlive, Sse};
 use base64::Engine as _;
 use futures::stream;
-use nido_vmm::api::{Collected, ExecBody, ExecEvent, ExecRequest, ExecResult, SpawnRequest, VmInfo};
-use nido_vmm::audit::{Audited, Ending};
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::{ExecControl, ExecEvents};
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::{Collected, ExecBody, ExecEvent, ExecRequest, ExecResult, SpawnRequest, VmInfo};
+use nido_core::audit::{Audited, Ending};
+use nido_core::{ExecControl, ExecEvents};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use utoipa_axum::router::OpenApiRouter;
@@ -260,7 +260,7 @@ async fn run(
     context: OperationContext,
     JsonBody(mut body): JsonBody<RunRequest>,
 ) -> HandlerResult {
-    let name = format!("run-{}", &nido_vmm::nido::random_id()?[..8]);
+    let name = format!("run-{}", &nido_engine::random::id()?[..8]);
     body.vm.entry("name").or_insert(name.into());
     let spawn: SpawnRequest = serde_json::from_value(body.vm.into())
         .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", parser_message(&e.to_string()))))?;

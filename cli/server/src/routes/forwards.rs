@@ -4,9 +4,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::extract::State;
-use nido_vmm::api::{ForwardList, ForwardSpec};
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::{ForwardList, ForwardSpec};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;

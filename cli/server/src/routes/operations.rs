@@ -6,7 +6,7 @@ use axum::Extension;
 use axum::body::HttpBody as _;
 use axum::extract::State;
 use axum::http::StatusCode;
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;

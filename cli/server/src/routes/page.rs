@@ -7,7 +7,7 @@ use axum::extract::Path;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::App;

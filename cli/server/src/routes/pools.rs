@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::State;
-use nido_vmm::api::{PoolInfo, PoolList, PoolRequest};
+use nido_api::{PoolInfo, PoolList, PoolRequest};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::StatusCode;
-use nido_vmm::api::{RestoreRequest, SnapshotInfo, SnapshotList, VmInfo};
-use nido_vmm::error::{Code, Error};
-use nido_vmm::name::{SnapshotName, VmName};
+use nido_api::error::{Code, Error};
+use nido_api::name::{SnapshotName, VmName};
+use nido_api::{RestoreRequest, SnapshotInfo, SnapshotList, VmInfo};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;

@@ -22,11 +22,11 @@ use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_
 use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use axum::routing::get;
-use nido_vmm::api::{ExecBody, ExecEvent, ExecExit};
-use nido_vmm::audit::{Audited, Caller as AuditCaller, Ending, Face};
-use nido_vmm::error::{Code, Error, Kind, Result};
-use nido_vmm::name::VmName;
-use nido_vmm::nido::{ExecControl, ExecEvents};
+use nido_api::error::{Code, Error, Kind, Result};
+use nido_api::name::VmName;
+use nido_api::{Caller as AuditCaller, ExecBody, ExecEvent, ExecExit, Face};
+use nido_core::audit::{Audited, Ending};
+use nido_core::{ExecControl, ExecEvents};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tokio::time::{Duration, Instant, sleep_until, timeout};

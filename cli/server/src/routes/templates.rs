@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::StatusCode;
-use nido_vmm::api::{BakeRequest, BakeResult, BuildRequest, BuildResult, KernelChoice, TemplateInfo, TemplateList};
-use nido_vmm::name::{TemplateName, VmName};
+use nido_api::name::{TemplateName, VmName};
+use nido_api::{BakeRequest, BakeResult, BuildRequest, BuildResult, KernelChoice, TemplateInfo, TemplateList};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -81,7 +81,7 @@ async fn create(
     let mut response = operations::run(&app, context, "template_create", StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
-            let mut tell = |step: nido_vmm::api::BuildStep| stage.word(&step.stage);
+            let mut tell = |step: nido_api::BuildStep| stage.word(&step.stage);
             value(&nido.template_create(&what.name, &what.from, !what.no_bake, &mut tell).await?)
         })
     })
@@ -131,7 +131,7 @@ async fn build(
     operations::run(&app, context, "template_build", StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
-            let mut tell = |step: nido_vmm::api::BuildStep| stage.word(&step.stage);
+            let mut tell = |step: nido_api::BuildStep| stage.word(&step.stage);
             value(&nido.template_build(&template.name, request, &mut tell).await?)
         })
     })

@@ -4,22 +4,21 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, Uri, header};
-use nido_vmm::api::{ForkResult, SpawnRequest, StartRequest, StopRequest, VmInfo, VmPage, VmQuery};
-use nido_vmm::error::{Code, Error, Result};
-use nido_vmm::name::VmName;
-use nido_vmm::state::VmState;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::state::VmState;
+use nido_api::{ForkResult, SpawnRequest, StartRequest, StopRequest, VmInfo, VmPage, VmQuery};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::App;
 use crate::auth::{CallerGrant, Read, Require, Run};
 use crate::extract::{JsonBody, PathParams, VmPathParams, escaped};
 use crate::operations::{self, OperationContext, UndoGuard, value};
-use crate::precondition;
 use crate::query::{LabelParams, QueryParams, switch};
 use crate::response::{self, HandlerResult};
+use crate::{App, precondition};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new()

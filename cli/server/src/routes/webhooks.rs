@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::StatusCode;
-use nido_vmm::api::{Delivery, DeliveryList, WebhookAdded, WebhookInfo, WebhookList, WebhookRequest, WebhookTest};
-use nido_vmm::error::{Code, Error};
+use nido_api::error::{Code, Error};
+use nido_api::{Delivery, DeliveryList, WebhookAdded, WebhookInfo, WebhookList, WebhookRequest, WebhookTest};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;

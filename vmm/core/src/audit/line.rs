@@ -12,7 +12,7 @@ use std::fmt::Write as _;
 
 use jiff::Timestamp;
 use nido_api::hex;
-use nido_api::text::is_harmful;
+use nido_api::sanitize::is_harmful;
 use sha2::{Digest as _, Sha256};
 
 use super::Face;

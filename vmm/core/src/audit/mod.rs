@@ -35,7 +35,7 @@ use std::time::Instant;
 
 use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
-use nido_api::text::head;
+use nido_api::sanitize::head;
 
 use self::line::Record;
 use self::log::{Last, Log};

@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use super::Nido;
 use super::begun::BegunVm;
 use super::create::{boot_parts, check_labels, disk_bytes, machine_request};
-use super::supervision::read_answer;
+use super::supervisor_client::read_answer;
 
 /// How long a clone's supervisor may take to say whether the clone is ours.
 const CLAIMED_WITHIN: Duration = Duration::from_secs(2);

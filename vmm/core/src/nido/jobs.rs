@@ -11,9 +11,9 @@
 use std::sync::PoisonError;
 
 use nido_api::error::{Code, Error, Result};
-use nido_api::text::head;
+use nido_api::sanitize::head;
 use nido_api::{JOB_RESULT_MAX, Job, JobList, JobOutcome, JobProgress, JobRequest, Viewer};
-use nido_engine::presence::{Presence, is_gone};
+use nido_engine::liveness::{Presence, is_gone};
 use nido_engine::random;
 use serde_json::Value;
 

@@ -13,7 +13,7 @@
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::{LeaseId, Limit, VmSpec};
-use nido_engine::presence::{Presence, is_gone};
+use nido_engine::liveness::{Presence, is_gone};
 use nido_store::VmUpdate;
 
 use super::Nido;

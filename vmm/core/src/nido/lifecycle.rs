@@ -228,7 +228,7 @@ impl Nido {
         let row = &VmRow { parts: boot_parts, origin, ..row.clone() };
         self.context.refresh_record(&row.id);
         self.prepare(row, &machine)?;
-        let launch = super::supervision::Launch { asked_at, timeout_ms: start.timeout_ms };
+        let launch = super::supervisor_client::Launch { asked_at, timeout_ms: start.timeout_ms };
         self.start_supervisor(&row.id, held, Some(launch)).await
     }
 

@@ -27,7 +27,7 @@ pub use rule::{Arg, Piece, Program, Rule, Variable};
 use self::rule::Miss;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{TemplateName, VmName};
-use nido_api::text::head;
+use nido_api::sanitize::head;
 use nido_api::{ExecRequest, Limits};
 
 /// The word in the audit log for a command that no rule allows.

@@ -55,7 +55,7 @@ pub enum GuestError {
     #[error("the guest agent broke the protocol: {0}")]
     Protocol(#[from] WireError),
     /// The guest understood and could not do it. The text is the guest's own.
-    #[error("the guest could not do it: {}", nido_api::text::on_one_line(&.0.message))]
+    #[error("the guest could not do it: {}", nido_api::sanitize::on_one_line(&.0.message))]
     Guest(Failed),
     /// A system call on this side failed.
     #[error("{}: {source}", path.display())]

@@ -20,7 +20,7 @@ pub use self::guest_config::{guest_network, read_token, write_guest_config};
 use nido_api::LeaseId;
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{Home, VmDir};
-use nido_engine::presence::is_gone;
+use nido_engine::liveness::is_gone;
 use nido_engine::space_reserve::SpaceReserve;
 use nido_store::{Store, VmRow};
 

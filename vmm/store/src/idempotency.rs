@@ -17,7 +17,7 @@ const SHORT: i64 = 4096;
 
 /// What is known about a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Known {
+pub enum KeyState {
     /// Nothing: the request is the caller's to carry out, and marked so.
     Nothing,
     /// Another request had this key.
@@ -44,7 +44,7 @@ impl Store {
         request: &str,
         run: &str,
         is_gone: impl Fn(&str) -> bool,
-    ) -> Result<Known> {
+    ) -> Result<KeyState> {
         let now = jiff::Timestamp::now().as_millisecond();
         self.in_transaction(|| {
             let forget = "DELETE FROM answers WHERE at_ms < ?1";
@@ -54,19 +54,19 @@ impl Store {
                 Ok((row.get::<_, String>(0)?, row.get::<_, Option<String>>(1)?, row.get::<_, String>(2)?))
             };
             match self.connection.query_row(known, [caller, key], read).optional().map_err(fault)? {
-                Some((other, ..)) if other != request => Ok(Known::Another),
-                Some((_, Some(answer), _)) => Ok(Known::Answered(answer)),
-                Some((.., by)) if by != run && is_gone(&by) => Ok(Known::Unknown),
-                Some(_) => Ok(Known::Running),
+                Some((other, ..)) if other != request => Ok(KeyState::Another),
+                Some((_, Some(answer), _)) => Ok(KeyState::Answered(answer)),
+                Some((.., by)) if by != run && is_gone(&by) => Ok(KeyState::Unknown),
+                Some(_) => Ok(KeyState::Running),
                 None => {
                     let count = "SELECT COUNT(*) FROM answers WHERE caller = ?1";
                     let keys: i64 = self.connection.query_row(count, [caller], |row| row.get(0)).map_err(fault)?;
                     if keys >= KEYS_MAX {
-                        return Ok(Known::Full);
+                        return Ok(KeyState::Full);
                     }
                     let insert = "INSERT INTO answers (caller, key, request, run, at_ms) VALUES (?1, ?2, ?3, ?4, ?5)";
                     self.connection.execute(insert, params![caller, key, request, run, now]).map_err(fault)?;
-                    Ok(Known::Nothing)
+                    Ok(KeyState::Nothing)
                 }
             }
         })
@@ -103,18 +103,18 @@ mod tests {
         let store = Store::open(&dir.path().join("db")).unwrap();
         let is_gone = |run: &str| run == "gone";
         let begin = |caller, request, run| store.begin_answer((caller, "k"), request, run, is_gone).unwrap();
-        assert_eq!(begin("ci", "a", "1"), Known::Nothing);
-        assert_eq!((begin("ci", "a", "1"), begin("ci", "b", "1")), (Known::Running, Known::Another));
-        assert_eq!(begin("other", "b", "1"), Known::Nothing, "keys are each caller's own");
-        assert_eq!(begin("ci", "a", "2"), Known::Running, "by another server, which lives");
+        assert_eq!(begin("ci", "a", "1"), KeyState::Nothing);
+        assert_eq!((begin("ci", "a", "1"), begin("ci", "b", "1")), (KeyState::Running, KeyState::Another));
+        assert_eq!(begin("other", "b", "1"), KeyState::Nothing, "keys are each caller's own");
+        assert_eq!(begin("ci", "a", "2"), KeyState::Running, "by another server, which lives");
         store.end_answer("ci", "k", Some("done")).unwrap();
-        assert_eq!(begin("ci", "a", "3"), Known::Answered("done".into()));
+        assert_eq!(begin("ci", "a", "3"), KeyState::Answered("done".into()));
         store.end_answer("other", "k", None).unwrap();
-        assert_eq!(begin("other", "c", "gone"), Known::Nothing);
+        assert_eq!(begin("other", "c", "gone"), KeyState::Nothing);
         // The server was killed while it carried it out.
-        assert_eq!((begin("other", "c", "2"), begin("other", "c", "2")), (Known::Unknown, Known::Unknown));
-        assert_eq!(begin("other", "d", "2"), Known::Another);
+        assert_eq!((begin("other", "c", "2"), begin("other", "c", "2")), (KeyState::Unknown, KeyState::Unknown));
+        assert_eq!(begin("other", "d", "2"), KeyState::Another);
         store.connection.execute("UPDATE answers SET at_ms = 0", []).unwrap();
-        assert_eq!(begin("ci", "b", "1"), Known::Nothing, "after a day it is forgotten");
+        assert_eq!(begin("ci", "b", "1"), KeyState::Nothing, "after a day it is forgotten");
     }
 }

@@ -1,8 +1,8 @@
 //! Requests that are carried out once however often they are sent: for servers.
 
 use nido_api::error::Result;
-use nido_engine::presence::is_gone;
-use nido_store::Known;
+use nido_engine::liveness::is_gone;
+use nido_store::KeyState;
 
 use super::Nido;
 
@@ -11,7 +11,7 @@ impl Nido {
     ///
     /// # Errors
     /// Of the store.
-    pub fn answer_begin(&self, caller: &str, key: &str, request: &str) -> Result<Known> {
+    pub fn answer_begin(&self, caller: &str, key: &str, request: &str) -> Result<KeyState> {
         let (run, present) = (self.presence()?, self.home().present());
         self.store().begin_answer((caller, key), request, &run, |run| is_gone(&present, run))
     }
