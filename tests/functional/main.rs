@@ -42,6 +42,7 @@ mod mcp_spec;
 mod paused;
 mod pool;
 mod run;
+mod structure;
 mod terminal;
 mod tls;
 mod travel;

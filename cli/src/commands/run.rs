@@ -1,7 +1,6 @@
 //! `run`: a VM for one command. Whatever happens, it is gone afterwards, unless `--keep` says otherwise.
 
 use std::ffi::OsString;
-use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 use nido_api::error::{Code, Error};
@@ -65,7 +64,7 @@ impl Args {
         let request = self.how.request(self.command, self.timeout, cx.output.json)?;
         let copy = |text| Ok(UploadRequest { user: request.user.clone(), ..upload(text)? });
         let copies = self.copy.iter().map(copy).collect::<Result<Vec<_>, Error>>()?;
-        let name = fresh_name()?;
+        let name = nido_engine::random::vm_name("run")?;
         let mut spec = self.vm.spec(name.clone());
         if !self.keep {
             spec.ephemeral = true;
@@ -200,17 +199,6 @@ fn upload(text: &OsString) -> Result<UploadRequest, Error> {
     }
 }
 
-/// `run-` and six random letters. The standard library seeds its hash tables from the system's random numbers.
-fn fresh_name() -> Result<VmName, Error> {
-    let mut number = RandomState::new().build_hasher().finish();
-    let mut name = String::from("run-");
-    for _ in 0..6 {
-        name.push(char::from(b'a' + u8::try_from(number % 26).unwrap_or(0)));
-        number /= 26;
-    }
-    name.parse()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -234,10 +222,5 @@ mod tests {
         for command in ["true", "./a", "/bin/a:b", "http://x", "a:/b", ":/x"] {
             refuse_volume(Some(&command.into())).unwrap();
         }
-    }
-
-    #[test]
-    fn names_are_fresh() {
-        assert_ne!(fresh_name().unwrap(), fresh_name().unwrap());
     }
 }

@@ -6,7 +6,7 @@
 //!     nido.rs + nido/   one method per operation
 //!        |-- audit/       the audit log: who requested what, in a hash chain
 //!        |-- policy/      which commands callers of a server may run; what a person must approve  [pure, but for reading it]
-//!        |-- roots.rs     files of the host that callers of a server may name
+//!        |-- host_paths.rs files of the host that callers of a server may name
 //!        |-- webhook/     messages about events: signed, retried
 //!        v
 //!     nido-supervisor, nido-store, nido-engine, nido-images

@@ -4,7 +4,7 @@
 //!
 //! Invariant: whoever changes a VM at rest, or starts it, holds its `supervisor.lock`; the lock is handed on to the
 //! supervisor with the start. So a killed command leaves either nothing, or a VM whose row tells the truth once the next
-//! command has settled it (`nido/settle.rs`).
+//! command has settled it (`nido/reconcile.rs`).
 
 mod approvals;
 mod audit;
@@ -53,17 +53,17 @@ pub use list::Intent;
 pub use logs::LogStream;
 pub use orphans::Adoption;
 
-pub use nido_supervisor::context::OpenOptions;
-
-use crate::audit::log::Log;
-use crate::audit::repeats::Repeats;
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{Home, VmDir};
 use nido_engine::host::{HostFacts, QemuFacts, facts, qemu};
 use nido_engine::liveness::Presence;
 use nido_engine::lock::Held;
 use nido_engine::space_reserve::SpaceReserve;
+pub use nido_supervisor::context::OpenOptions;
 use nido_supervisor::context::{Context, StoreGuard};
+
+use crate::audit::log::Log;
+use crate::audit::repeats::Repeats;
 
 /// How old the last backup of the store is when another one is made.
 const BACKUP_INTERVAL: Duration = Duration::from_secs(24 * 3600);

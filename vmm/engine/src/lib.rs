@@ -6,7 +6,7 @@
 //!   qemu/                  its command line, process, monitor, migration
 //!   guest/                 the client of the agent inside
 //!   home.rs                every path of a home
-//!   lock.rs presence.rs    who lives
+//!   lock.rs liveness.rs    which processes live
 //! ```
 //!
 //! Invariants: nothing outside `home.rs` makes a path of the home; every wait has a deadline.

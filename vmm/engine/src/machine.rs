@@ -8,10 +8,11 @@
 //! [`Machine`]), never where isolation is required, never for a VM that ran under KVM before unless its user says so, and never
 //! because a test of KVM did not end; a [`Machine`] holds only what the QEMU at hand can do.
 
+use nido_api::{AccelChoice, MachineChoice, NetChoice};
+
 use crate::host::qemu::{MINIMUM_VERSION, QemuFacts, QemuVersion};
 use crate::host::{HostFacts, KvmVerdict, Nesting, VsockVerdict};
 pub use nido_api::machine::{Accel, Machine, MachineType, Transport};
-use nido_api::{AccelChoice, MachineChoice, NetChoice};
 
 /// The least memory a VM can be given, in MiB: with 64 a stock Debian kernel ends in "System is deadlocked on memory",
 /// with 96 it just comes up. How much a guest needs to be of use is its template's affair.

@@ -41,11 +41,6 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::fs::Mode;
-
-pub use unwritten::lagging;
-
-use crate::context::Context;
 use nido_api::Failure;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
@@ -53,6 +48,10 @@ use nido_api::state::{FailureCause, VmState};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK, VmDir};
 use nido_engine::host::daemon::raise_open_files;
 use nido_engine::lock::{Held, is_held};
+use rustix::fs::Mode;
+
+use crate::context::Context;
+pub use crate::unwritten::lagging;
 
 /// What a supervisor is started with.
 #[derive(Debug, Clone)]

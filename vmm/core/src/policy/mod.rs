@@ -22,13 +22,13 @@ use serde::{Deserialize, Serialize};
 
 pub use confirm::{Confirm, Facts, Question, When, is_usual};
 pub use dangerous::DANGEROUS_COMMAND;
-pub use rule::{Arg, Piece, Program, Rule, Variable};
-
-use self::rule::Miss;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{TemplateName, VmName};
 use nido_api::sanitize::head;
 use nido_api::{ExecRequest, Limits};
+pub use rule::{Arg, Piece, Program, Rule, Variable};
+
+use self::rule::Miss;
 
 /// The word in the audit log for a command that no rule allows.
 pub const NOT_IN_ALLOWLIST: &str = "not_in_allowlist";

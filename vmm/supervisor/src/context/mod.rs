@@ -13,16 +13,17 @@ mod ttl_watcher;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-pub use self::background::open_log;
-pub use self::delivery::{DELIVER_LOCK, StoreGuard};
-pub use self::erase::remove_tree;
-pub use self::guest_config::{guest_network, read_token, write_guest_config};
 use nido_api::LeaseId;
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{Home, VmDir};
 use nido_engine::liveness::is_gone;
 use nido_engine::space_reserve::SpaceReserve;
 use nido_store::{Store, VmRow};
+
+pub use self::background::open_log;
+pub use self::delivery::{DELIVER_LOCK, StoreGuard};
+pub use self::erase::remove_tree;
+pub use self::guest_config::{guest_network, read_token, write_guest_config};
 
 /// How nido is opened.
 #[derive(Debug, Clone, Default)]

@@ -1,0 +1,139 @@
+//! The layout of the code: which crate may depend on which, modules without cycles, and documents that name files which exist.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What each crate may depend on, of this workspace.
+const ARROWS: [(&str, &[&str]); 10] = [
+    ("nido-api", &[]),
+    ("nido-guest-agent", &[]),
+    ("nido-images", &["nido-api", "nido-guest-agent"]),
+    ("nido-engine", &["nido-api", "nido-guest-agent", "nido-images"]),
+    ("nido-store", &["nido-api", "nido-engine", "nido-images"]),
+    ("nido-supervisor", &["nido-api", "nido-engine", "nido-guest-agent", "nido-images", "nido-store"]),
+    ("nido-core", &["nido-api", "nido-engine", "nido-guest-agent", "nido-images", "nido-store", "nido-supervisor"]),
+    ("nido-mcp", &["nido-api", "nido-core", "nido-engine"]),
+    ("nido-server", &["nido-api", "nido-core", "nido-engine", "nido-mcp"]),
+    ("nido", &["nido-api", "nido-core", "nido-engine", "nido-mcp", "nido-server"]),
+];
+/// Which crates alone may depend on a library: what it stands for is known in one place.
+const OWNERS: [(&str, &[&str]); 9] = [
+    ("axum", &["nido-server"]),
+    ("clap", &["nido"]),
+    ("hyper", &["nido-server"]),
+    ("kvm-ioctls", &["nido-engine"]),
+    ("qapi", &["nido-engine", "nido-supervisor"]),
+    ("reqwest", &["nido-core"]),
+    ("rmcp", &["nido-mcp"]),
+    ("rusqlite", &["nido-store"]),
+    ("yamux", &["nido-engine", "nido-guest-agent"]),
+];
+/// Documents that name files of the code.
+const DOCUMENTS: [&str; 4] = ["CONTRIBUTING.md", "docs/architecture.md", "docs/specification.md", "docs/state.md"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+fn parsed(path: &Path) -> toml::Table {
+    fs::read_to_string(path).unwrap().parse().unwrap()
+}
+
+/// The dependencies of each member of the workspace, those of its tests left out.
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let workspace = parsed(&root().join("Cargo.toml"));
+    let members = workspace["workspace"]["members"].as_array().unwrap();
+    members
+        .iter()
+        .map(|member| {
+            let manifest = parsed(&root().join(member.as_str().unwrap()).join("Cargo.toml"));
+            let names = |key: &str| {
+                let table = manifest.get(key).and_then(toml::Value::as_table);
+                table.into_iter().flatten().map(|(name, _)| name.clone()).collect::<Vec<_>>()
+            };
+            let all = names("dependencies").into_iter().chain(names("build-dependencies"));
+            (manifest["package"]["name"].as_str().unwrap().to_owned(), all.collect())
+        })
+        .collect()
+}
+
+#[test]
+fn crates_depend_only_on_those_below_them() {
+    let dependencies = dependencies();
+    assert_eq!(dependencies.len(), ARROWS.len(), "each crate has a line in ARROWS");
+    for (name, allowed) in ARROWS {
+        for found in dependencies[name].iter().filter(|found| dependencies.contains_key(*found)) {
+            assert!(allowed.contains(&found.as_str()), "{name} depends on {found}");
+        }
+        for arrow in allowed {
+            assert!(dependencies[name].contains(*arrow), "{name} no longer depends on {arrow}: remove it from ARROWS");
+        }
+    }
+}
+
+#[test]
+fn a_library_is_known_to_its_owners_only() {
+    for (name, found) in dependencies() {
+        for (library, owners) in OWNERS {
+            let depends = found.contains(library);
+            assert_eq!(depends, owners.contains(&name.as_str()), "{name} and {library}");
+        }
+    }
+}
+
+fn modules(crates: &[&Path]) -> (bool, String) {
+    let output = Command::new(root().join("scripts/modules")).args(crates).output().unwrap();
+    (output.status.success(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn modules_use_each_other_without_a_cycle() {
+    let (passed, text) = modules(&[]);
+    assert!(passed, "{text}");
+}
+
+#[test]
+fn a_cycle_is_found_and_named_whatever_its_form() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("src");
+    fs::create_dir_all(source.join("front")).unwrap();
+    let write = |name: &str, text: &str| fs::write(source.join(name), text).unwrap();
+    write("lib.rs", "mod front; mod low; mod tested;");
+    write("front.rs", "mod one;\npub use one::One;\nuse crate::low::{\n    Low, // a comment\n};");
+    write("front/one.rs", "use super::Low;\npub struct One;");
+    write("tested.rs", "#[cfg(test)]\nmod tests { use crate::front::One; }\nconst TEXT: &str = \"crate::front::One\";");
+    // Inside of it and upwards is allowed; so is what only tests use.
+    write("low.rs", "use crate::tested;");
+    let (passed, text) = modules(&[dir.path()]);
+    assert!(passed, "{text}");
+    for upwards in
+        ["use crate::{front::One, tested};", "fn f() { crate::front::one::g() }", "type T = super::front::One;"]
+    {
+        write("low.rs", upwards);
+        let (passed, text) = modules(&[dir.path()]);
+        assert!(!passed && text.contains("front, low"), "{upwards}: {text}");
+    }
+}
+
+#[test]
+fn documents_name_files_and_items_that_exist() {
+    let mut checked = 0;
+    for document in DOCUMENTS {
+        let text = fs::read_to_string(root().join(document)).unwrap();
+        for quoted in text.split('`').skip(1).step_by(2).filter(|quoted| quoted.contains(".rs")) {
+            let (path, item) = quoted.split_once("::").map_or((quoted, None), |(path, item)| (path, Some(item)));
+            // A pattern, or a name without its place.
+            if !path.contains('/') || path.contains(['{', '*', ' ']) {
+                continue;
+            }
+            let file = root().join(path);
+            let Ok(source) = fs::read_to_string(&file) else { panic!("{document} names {path}, which does not exist") };
+            let last = item.and_then(|item| item.rsplit("::").next());
+            assert!(last.is_none_or(|item| source.contains(item)), "{document} names {quoted}: not in that file");
+            checked += 1;
+        }
+    }
+    assert!(checked > 100, "{checked}");
+}
