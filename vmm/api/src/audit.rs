@@ -108,7 +108,7 @@ pub struct AuditList {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub next_cursor: Option<u64>,
-    /// How many lines nido cannot have written; [`nido_core::nido::Nido::audit_verify`] says where the first is.
+    /// How many lines nido cannot have written; `audit_verify` says where the first is.
     pub damaged: u64,
 }
 
