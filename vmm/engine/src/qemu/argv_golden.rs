@@ -133,7 +133,7 @@ fn rendered(parts: &[Part]) -> String {
 
 #[test]
 fn command_lines_are_the_golden_ones() {
-    let dir = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/argv"));
+    let dir = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/argv"));
     let mut names = BTreeSet::new();
     for (name, machine, files) in every_start() {
         let path = dir.join(format!("{name}.txt"));
