@@ -1,7 +1,7 @@
 //! How fast the guest's client is when there is no guest in the way: the agent runs on this host, and the channel
 //! between it and this program is served by a process of its own, as a supervisor does.
 //!
-//! `cargo run --release -p nido-vmm --example throughput [MIB]`
+//! `cargo run --release -p nido-engine --example throughput [MIB]`
 
 use std::error::Error;
 use std::io::Write;

@@ -43,7 +43,7 @@ pub(super) async fn renewed(way: &AgentRoute, tokens: &[Vec<u8>], renewal: Renew
         match renew_once(way, token, renewal.clone(), deadline).await {
             Ok(pong) => return Readiness::Yes(pong),
             Err(GuestError::TokenRefused) => {
-                refused = Some(Readiness::NotRenewed(GuestError::TokenRefused.to_string()))
+                refused = Some(Readiness::NotRenewed(GuestError::TokenRefused.to_string()));
             }
             Err(GuestError::Timeout { .. } | GuestError::Unreachable(_)) => return Readiness::Late,
             Err(error @ GuestError::VersionMismatch { .. }) => return Readiness::Refused(error),

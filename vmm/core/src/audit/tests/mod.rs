@@ -255,7 +255,7 @@ proptest! {
     }
 }
 
-/// What an operation costs: `cargo test -p nido-vmm --lib -- --ignored --nocapture cost`.
+/// What an operation costs: `cargo test -p nido-core --lib -- --ignored --nocapture cost`.
 #[test]
 #[ignore = "a measurement"]
 fn cost() {
