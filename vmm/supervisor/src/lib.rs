@@ -15,6 +15,7 @@
 
 mod bake;
 mod clock;
+mod commands;
 pub mod context;
 pub mod control;
 mod control_server;
@@ -25,6 +26,7 @@ mod handlers;
 mod host_clocks;
 mod launch;
 mod limits;
+mod mute;
 mod pause;
 mod pool;
 mod qmp;
@@ -32,6 +34,7 @@ mod readiness;
 mod snapshot;
 mod startup;
 mod state;
+mod stopping;
 mod terminate;
 mod unwritten;
 pub mod vm_record;

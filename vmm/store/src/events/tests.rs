@@ -1,0 +1,155 @@
+use super::super::BootParts;
+use super::*;
+use nido_api::state::FailureCause;
+use nido_api::{AgentInfo, Failure, Limit, VmSpec};
+
+fn row(id: &str, purpose: Purpose) -> VmRow {
+    let parts = BootParts {
+        vmlinux: "a".into(),
+        initramfs: "b".into(),
+        initramfs_base: None,
+        agent: None,
+        root: "c".into(),
+        root_bytes: 1,
+        packages: "d".into(),
+        init: nido_images::Init::Agent,
+        append: String::new(),
+        frozen: Vec::new(),
+    };
+    let spec = VmSpec::named(format!("vm-{id}").parse().unwrap());
+    VmRow::new(id.into(), spec, purpose, VmState::Starting, parts, 1 << 30)
+}
+
+fn open() -> (tempfile::TempDir, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("db")).unwrap();
+    (dir, store)
+}
+
+fn all(store: &Store) -> Vec<Event> {
+    store.events(&EventsRequest::default()).unwrap().0
+}
+
+fn words(store: &Store) -> Vec<&'static str> {
+    all(store).iter().map(|event| event.event.word()).collect()
+}
+
+fn to(state: VmState) -> VmUpdate {
+    VmUpdate { state: Some(state), ..VmUpdate::default() }
+}
+
+fn answered() -> VmUpdate {
+    VmUpdate { agent: Some(AgentInfo { ready: true, ..AgentInfo::default() }), ..to(VmState::Running) }
+}
+
+#[test]
+fn a_life_is_told_in_order() {
+    let (_dir, store) = open();
+    store.insert_vm(&row("1", Purpose::Use)).unwrap();
+    let address = VmUpdate { ip_address: Some(Some("10.0.2.15".into())), ..answered() };
+    let time_is_up = VmUpdate { expired: Some(Limit::Ttl), ..VmUpdate::default() };
+    let steps =
+        [to(VmState::Running), address, to(VmState::Paused), to(VmState::Running), time_is_up, to(VmState::Stopping)];
+    for update in steps {
+        store.update_vm("1", &update).unwrap();
+    }
+    let last_log_entries = Some(vec!["Power down".to_owned()]);
+    store.update_vm("1", &VmUpdate { ip_address: Some(None), last_log_entries, ..to(VmState::Stopped) }).unwrap();
+    store.remove_vm("1", vec!["the end".into()]).unwrap();
+    store.remove_vm("1", Vec::new()).unwrap();
+    let told = ["vm.created", "vm.started", "vm.paused", "vm.resumed", "vm.expired", "vm.stopped", "vm.deleted"];
+    assert_eq!(words(&store), told);
+    let events = all(&store);
+    assert!(events.windows(2).all(|pair| pair[0].cursor < pair[1].cursor));
+    assert!(events.iter().all(|event| event.vm_name.as_ref().unwrap().as_str() == "vm-1"));
+    assert_eq!(events[5].details.ip_address.as_deref(), Some("10.0.2.15"), "the address it had");
+    assert_eq!(events[5].details.last_log_entries, ["Power down"]);
+    assert_eq!(store.last_cursor().unwrap(), events[6].cursor);
+}
+
+#[test]
+fn a_crash_has_a_cause_and_last_words() {
+    let (_dir, store) = open();
+    store.insert_vm(&row("1", Purpose::Use)).unwrap();
+    let started_at = Timestamp::now().checked_sub(std::time::Duration::from_secs(7)).unwrap();
+    store.update_vm("1", &VmUpdate { started_at: Some(started_at), ..answered() }).unwrap();
+    let (cause, log_tail) = (FailureCause::GuestPanic, vec!["Kernel panic".to_owned()]);
+    let failure = Failure { cause, message: "the guest's kernel panicked".into(), log_tail: log_tail.clone() };
+    store.update_vm("1", &VmUpdate { failure: Some(Some(failure)), ..to(VmState::Failed) }).unwrap();
+    let crash = all(&store).pop().unwrap();
+    assert_eq!((crash.event, crash.details.cause), (EventKind::VmCrashed, Some(cause)));
+    assert_eq!(crash.details.last_log_entries, log_tail);
+    assert!((7000..60_000).contains(&crash.details.ran_ms.unwrap()));
+    // Told once.
+    store.update_vm("1", &to(VmState::Failed)).unwrap();
+    assert_eq!(words(&store).len(), 3);
+}
+
+#[test]
+fn what_is_nobodys_is_no_event_until_it_is_claimed() {
+    let (_dir, store) = open();
+    for (id, purpose) in [("1", Purpose::Pool), ("2", Purpose::Bake)] {
+        store.insert_vm(&row(id, purpose)).unwrap();
+        store.update_vm(id, &answered()).unwrap();
+        store.remove_vm(id, Vec::new()).unwrap();
+    }
+    assert_eq!(words(&store), [""; 0]);
+}
+
+#[test]
+fn a_start_that_was_called_off_is_no_stop() {
+    let (_dir, store) = open();
+    store.insert_vm(&row("1", Purpose::Use)).unwrap();
+    store.update_vm("1", &to(VmState::Stopped)).unwrap();
+    assert_eq!(words(&store), ["vm.created"]);
+}
+
+#[test]
+fn what_lies_in_files_is_announced_once_for_each_time_it_was_made() {
+    let (_dir, store) = open();
+    let vm = row("1", Purpose::Use);
+    let (template, snapshot) = ("sandbox".parse().unwrap(), "first".parse().unwrap());
+    for second in [1, 1, 2] {
+        let at = Timestamp::from_second(second).unwrap();
+        store.announce_template(&template, &at.to_string()).unwrap();
+        store.announce_snapshot(&vm, &snapshot, at).unwrap();
+    }
+    assert_eq!(words(&store), ["template.created", "snapshot.created", "template.created", "snapshot.created"]);
+    assert_eq!(store.announced_templates().unwrap(), std::slice::from_ref(&template));
+    for _ in 0..2 {
+        store.forget_template(&template).unwrap();
+    }
+    assert!(store.announced_templates().unwrap().is_empty());
+    store.announce_template(&template, &Timestamp::from_second(2).unwrap().to_string()).unwrap();
+    assert_eq!(words(&store)[4..], ["template.deleted", "template.created"]);
+}
+
+#[test]
+fn readers_go_on_where_they_were_and_choose() {
+    let (_dir, store) = open();
+    for id in ["1", "2", "3"] {
+        store.insert_vm(&row(id, Purpose::Use)).unwrap();
+        store.update_vm(id, &answered()).unwrap();
+    }
+    let second = EventsRequest { vm: Some("vm-2".parse().unwrap()), ..EventsRequest::default() };
+    let (events, cursor) = store.events(&second).unwrap();
+    assert_eq!((events.len(), cursor), (2, 6), "the cursor passes what was not asked for");
+    let later = EventsRequest { since: 4, kinds: vec![EventKind::VmStarted], vm: None };
+    assert_eq!(store.events(&later).unwrap().0.len(), 1);
+    assert_eq!(store.events(&EventsRequest { since: 6, ..later }).unwrap(), (Vec::new(), 6));
+}
+
+#[test]
+fn old_events_are_forgotten_and_their_cursors_never_come_back() {
+    let (_dir, store) = open();
+    store.insert_vm(&row("1", Purpose::Use)).unwrap();
+    store.connection.execute("UPDATE events SET at_ms = 0", []).unwrap();
+    for number in 0..PRUNED_EVERY {
+        store.update_vm("1", &to(if number % 2 == 0 { VmState::Running } else { VmState::Paused })).unwrap();
+    }
+    assert!(all(&store)[0].event != EventKind::VmCreated);
+    store.connection.execute("DELETE FROM events", []).unwrap();
+    let last = store.last_cursor().unwrap();
+    store.remove_vm("1", Vec::new()).unwrap();
+    assert_eq!(all(&store)[0].cursor, last + 1);
+}

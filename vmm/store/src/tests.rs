@@ -1,0 +1,94 @@
+use proptest::prelude::*;
+
+use super::*;
+
+proptest! {
+    // A number of many digits came back as its neighbour: an event said another time than the webhook about it.
+    #[test]
+    fn numbers_come_back_as_they_were(ms in proptest::num::f64::NORMAL) {
+        prop_assert_eq!(decode::<f64>("timings", &encode(&ms).unwrap()).unwrap(), ms);
+    }
+}
+
+fn shape(connection: &Connection) -> Vec<(String, String)> {
+    let columns = "SELECT m.name, group_concat(c.name) FROM sqlite_schema m, pragma_table_info(m.name) c \
+                   WHERE m.type = 'table' GROUP BY m.name ORDER BY m.name";
+    let mut statement = connection.prepare(columns).unwrap();
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    rows.map(Result::unwrap).collect()
+}
+
+// A store that was no database any more gave an error without its path and without a way out.
+#[test]
+fn a_damaged_store_is_named_with_its_path_and_a_hint() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nido.db");
+    std::fs::write(&path, [7; 4096]).unwrap();
+    let error = Store::open(&path).unwrap_err();
+    assert_eq!(error.code(), Code::StoreDamaged);
+    assert!(error.message().contains(&*path.to_string_lossy()), "{error}");
+    assert!(error.hint_text().unwrap().contains("nido doctor --adopt"));
+    // Damaged in the middle: found only when that page is read.
+    std::fs::remove_file(&path).unwrap();
+    drop(Store::open(&path).unwrap());
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[4096..].fill(7);
+    std::fs::write(&path, bytes).unwrap();
+    let error = Store::open(&path).and_then(|store| store.vms()).unwrap_err();
+    assert_eq!(error.code(), Code::StoreDamaged, "{error}");
+}
+
+#[test]
+fn a_store_that_was_not_there_or_empty_is_new() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nido.db");
+    assert!(Store::open(&path).unwrap().is_new());
+    assert!(!Store::open(&path).unwrap().is_new());
+    for ending in ["", "-wal", "-shm"] {
+        let _ = std::fs::remove_file(dir.path().join(format!("nido.db{ending}")));
+    }
+    std::fs::write(&path, "").unwrap();
+    assert!(Store::open(&path).unwrap().is_new());
+}
+
+#[test]
+fn nobody_else_may_read_a_store_new_or_old() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nido.db");
+    let modes = || {
+        let entries = std::fs::read_dir(dir.path()).unwrap().map(Result::unwrap);
+        entries
+            .map(|entry| (entry.file_name(), entry.metadata().unwrap().permissions().mode() & 0o777))
+            .collect::<Vec<_>>()
+    };
+    let private =
+        |modes: Vec<_>| assert!(modes.len() == 3 && modes.iter().all(|(_, mode)| *mode == 0o600), "{modes:?}");
+    let open = Store::open(&path).unwrap();
+    private(modes());
+    for (name, _) in modes() {
+        std::fs::set_permissions(dir.path().join(name), Permissions::from_mode(0o644)).unwrap();
+    }
+    let _again = Store::open(&path).unwrap();
+    private(modes());
+    drop(open);
+}
+
+#[test]
+fn a_store_of_any_version_becomes_one_of_today() {
+    let dir = tempfile::tempdir().unwrap();
+    let new = shape(&Store::open(&dir.path().join("new")).unwrap().connection);
+    for version in 1..STEPS.len() {
+        let path = dir.path().join(version.to_string());
+        let old = Connection::open(&path).unwrap();
+        STEPS[..version].iter().for_each(|step| old.execute_batch(step).unwrap());
+        old.pragma_update(None, "user_version", version as i64).unwrap();
+        // Whoever had a token then has it still.
+        let token = "INSERT INTO tokens (id, name, sha256, scope, created_ms) VALUES ('1', 'ci', 'x', 'run', 0)";
+        let had_token = old.execute(token, []).is_ok();
+        drop(old);
+        let tokens = Store::open(&path).unwrap().tokens().unwrap();
+        assert_eq!(tokens.iter().filter(|token| token.only.is_none()).count(), usize::from(had_token));
+        assert!(had_token || version < 5, "from version {version}");
+        assert_eq!(shape(&Store::open(&path).unwrap().connection), new, "from version {version}");
+    }
+}

@@ -1,0 +1,123 @@
+use super::super::BootParts;
+use super::*;
+use nido_api::VmSpec;
+
+fn parts() -> BootParts {
+    BootParts {
+        vmlinux: "a".into(),
+        initramfs: "b".into(),
+        initramfs_base: None,
+        agent: None,
+        root: "c".into(),
+        root_bytes: 1,
+        packages: "d".into(),
+        init: nido_images::Init::Agent,
+        append: "quiet".into(),
+        frozen: Vec::new(),
+    }
+}
+
+fn open() -> (tempfile::TempDir, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("db")).unwrap();
+    (dir, store)
+}
+
+fn row(id: &str, name: &str) -> VmRow {
+    let mut spec = VmSpec::named(name.parse().unwrap());
+    spec.forwards = vec!["8080:80".parse().unwrap()];
+    VmRow::new(id.into(), spec, Purpose::Use, VmState::Created, parts(), 1 << 30)
+}
+
+#[test]
+fn a_row_comes_back_as_it_went_in() {
+    let (_dir, store) = open();
+    let vm = row("1", "web");
+    store.insert_vm(&vm).unwrap();
+    let mut back = store.vm_by_name(&"web".parse().unwrap()).unwrap();
+    back.created_at = vm.created_at; // milliseconds are kept
+    assert_eq!(back, vm);
+}
+
+#[test]
+fn a_name_is_taken_once() {
+    let (_dir, store) = open();
+    store.insert_vm(&row("1", "web")).unwrap();
+    assert_eq!(store.insert_vm(&row("2", "web")).unwrap_err().code(), Code::VmExists);
+    assert_eq!(store.vms().unwrap().len(), 1);
+}
+
+#[test]
+fn an_owner_has_no_more_vms_than_allowed() {
+    let (_dir, store) = open();
+    let own = |id: &str, owner: &str| VmRow { owner: Some(owner.into()), ..row(id, &format!("vm-{id}")) };
+    store.insert_vm_within(&own("1", "a"), Some(1)).unwrap();
+    let refused = store.insert_vm_within(&own("2", "a"), Some(1)).unwrap_err();
+    assert_eq!(refused.code(), Code::LimitExceeded);
+    store.insert_vm_within(&own("3", "b"), Some(1)).expect("each owner has its own");
+    store.insert_vm(&row("4", "nobody-s")).unwrap();
+    assert_eq!(store.vm_by_id("1").unwrap().unwrap().owner.as_deref(), Some("a"));
+    store.mark_deleting("1").unwrap();
+    store.insert_vm_within(&own("5", "a"), Some(1)).unwrap();
+}
+
+#[test]
+fn a_vsock_address_is_taken_once() {
+    let (_dir, store) = open();
+    store.insert_vm(&row("1", "a")).unwrap();
+    store.insert_vm(&row("2", "b")).unwrap();
+    let take = VmUpdate { cid: Some(Some(77)), ..VmUpdate::default() };
+    store.update_vm("1", &take).unwrap();
+    assert_eq!(store.update_vm("2", &take).unwrap_err().code(), Code::VmBusy);
+}
+
+#[test]
+fn only_vms_in_motion_are_looked_after() {
+    let (_dir, store) = open();
+    store.insert_vm(&row("1", "a")).unwrap();
+    store.insert_vm(&row("2", "b")).unwrap();
+    store.update_vm("2", &VmUpdate { state: Some(VmState::Running), ..VmUpdate::default() }).unwrap();
+    let ids: Vec<_> = store.vms_in_motion().unwrap().into_iter().map(|vm| vm.id).collect();
+    assert_eq!(ids, ["2"]);
+    store.mark_deleting("1").unwrap();
+    assert_eq!(store.vms_in_motion().unwrap().len(), 2);
+}
+
+#[test]
+fn vms_of_an_operation_are_kept_together_or_not_at_all() {
+    let (_dir, store) = open();
+    let operation: LeaseId = "0123456789abcdef".to_owned().try_into().unwrap();
+    for (id, made_by) in [("1", Some(operation.clone())), ("2", Some(operation.clone())), ("3", None)] {
+        store.insert_vm(&VmRow { made_by, ..row(id, &format!("vm-{id}")) }).unwrap();
+    }
+    assert_eq!(store.vms_made_by(&operation).unwrap().len(), 2);
+    assert_eq!(store.vms_in_motion().unwrap().len(), 2, "looked after until then");
+    store.mark_deleting("2").unwrap();
+    store.keep_vms_made_by(&operation, 2).unwrap_err();
+    assert!(store.is_being_made("1").unwrap() && !store.is_being_made("3").unwrap());
+    store.remove_vm("2", Vec::new()).unwrap();
+    store.keep_vms_made_by(&operation, 1).unwrap();
+    assert!(!store.is_being_made("1").unwrap());
+    assert_eq!(store.vms_in_motion().unwrap().len(), 0);
+}
+
+#[test]
+fn a_store_of_a_newer_nido_is_left_alone() {
+    let (dir, store) = open();
+    store.connection.pragma_update(None, "user_version", 99).unwrap();
+    drop(store);
+    assert!(Store::open(&dir.path().join("db")).unwrap_err().message().contains("99"));
+}
+
+#[test]
+fn forwards_go_with_their_vm() {
+    let (_dir, store) = open();
+    store.insert_vm(&row("1", "a")).unwrap();
+    let extra = "9000:90".parse().unwrap();
+    store.add_forward("1", &extra).unwrap();
+    assert_eq!(store.forwards("1").unwrap().len(), 2);
+    assert!(store.remove_forward("1", &extra).unwrap());
+    assert!(!store.remove_forward("1", &extra).unwrap());
+    store.remove_vm("1", Vec::new()).unwrap();
+    assert!(store.forwards("1").unwrap().is_empty());
+}
