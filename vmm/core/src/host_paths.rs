@@ -9,24 +9,24 @@
 //! last component by calls that follow nothing. So whoever writes below a root meanwhile (a guest's download, another program)
 //! cannot make a path mean something else; nothing but regular files and directories is opened; and a file that is written appears whole.
 
+mod writing;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use nido_api::error::{Code, Error, Result};
-use nido_api::hex;
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use sha2::{Digest as _, Sha256};
 
 use crate::policy::Policy;
 
+pub use self::writing::Writing;
+use self::writing::{TRIES, check_target, make};
+
 const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
-/// How often the kernel is asked again when something was renamed while it looked.
-const TRIES: u32 = 64;
 
 /// The directories that were allowed, each held open.
 #[derive(Debug, Default)]
@@ -109,19 +109,6 @@ pub struct Readable {
     pub mode: u16,
     /// Its own name.
     pub name: OsString,
-}
-
-/// A file that is being written, and has no name, or a name of its own, until it is whole. Dropped, nothing is left of it.
-#[derive(Debug)]
-pub struct Writing {
-    file: File,
-    /// Where it lies if it needs a name.
-    fresh: Option<String>,
-    directory: OwnedFd,
-    name: OsString,
-    overwrite: bool,
-    /// For messages and for the answer.
-    path: PathBuf,
 }
 
 impl Roots {
@@ -248,108 +235,6 @@ impl Root {
             }
         }
         Err(Errno::AGAIN)
-    }
-}
-
-impl Writing {
-    /// The file, to be written to.
-    ///
-    /// # Errors
-    /// `limit_exceeded` if there are too many open files.
-    pub fn file(&self) -> Result<File> {
-        self.file.try_clone().map_err(|e| Error::io(format!("cannot write {}", shown(&self.path)), e))
-    }
-
-    /// SHA-256 of what has been written, in hexadecimal.
-    ///
-    /// # Errors
-    /// `internal` if it cannot be read back.
-    pub fn sha256(&self) -> Result<String> {
-        let broken = |e| Error::io(format!("cannot read back {}", shown(&self.path)), e);
-        let mut file = self.file()?;
-        file.seek(SeekFrom::Start(0)).map_err(broken)?;
-        let mut hash = Sha256::new();
-        let mut piece = vec![0; 64 << 10];
-        loop {
-            match file.read(&mut piece) {
-                Ok(0) => break,
-                Ok(length) => hash.update(&piece[..length]),
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(broken(e)),
-            }
-        }
-        Ok(hex::encode(&hash.finalize()))
-    }
-
-    /// Gives it its name, in one step. The answer is its path.
-    ///
-    /// # Errors
-    /// `limit_exceeded` if it has become too long, `path_exists` if something came under its name meanwhile.
-    pub fn commit(mut self, max_bytes: u64) -> Result<PathBuf> {
-        let bytes =
-            self.file.metadata().map_err(|e| Error::io(format!("cannot write {}", shown(&self.path)), e))?.len();
-        check_size(&self.path, bytes, max_bytes)?;
-        check_target(&self.directory, &self.name, self.overwrite, &self.path)?;
-        self.publish().map_err(|e| refused(&self.path, e))?;
-        Ok(std::mem::take(&mut self.path))
-    }
-
-    fn publish(&mut self) -> rustix::io::Result<()> {
-        if self.fresh.is_none() {
-            let name = if self.overwrite { OsString::from(fresh_name()?) } else { self.name.clone() };
-            let from = of(&self.file);
-            rustix::fs::linkat(CWD, &from, &self.directory, &name, AtFlags::SYMLINK_FOLLOW)?;
-            if !self.overwrite {
-                return Ok(());
-            }
-            self.fresh = name.into_string().ok();
-        }
-        let Some(fresh) = &self.fresh else { return Err(Errno::INVAL) };
-        let flags = if self.overwrite { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
-        rustix::fs::renameat_with(&self.directory, fresh, &self.directory, &self.name, flags)?;
-        self.fresh = None;
-        Ok(())
-    }
-}
-
-impl Drop for Writing {
-    fn drop(&mut self) {
-        if let Some(fresh) = &self.fresh
-            && let Err(error) = rustix::fs::unlinkat(&self.directory, fresh, AtFlags::empty())
-        {
-            tracing::warn!("cannot remove {fresh}: {error}");
-        }
-    }
-}
-
-/// A new file: without a name where the file system can do that, so that nothing is left of it whoever is killed.
-fn make(directory: &OwnedFd) -> rustix::io::Result<(OwnedFd, Option<String>)> {
-    let mode = Mode::from_raw_mode(0o666);
-    let nameless = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    match rustix::fs::openat(directory, ".", nameless, mode) {
-        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT | Errno::INVAL) => {}
-        outcome => return outcome.map(|fd| (fd, None)),
-    }
-    let name = fresh_name()?;
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(directory, &name, flags, mode).map(|fd| (fd, Some(name)))
-}
-
-fn fresh_name() -> rustix::io::Result<String> {
-    getrandom::u64().map(|number| format!(".nido-{number:016x}")).map_err(|_| Errno::IO)
-}
-
-/// Whether a file may come under this name, as things are now.
-fn check_target(directory: &OwnedFd, name: &OsStr, overwrite: bool, path: &Path) -> Result<()> {
-    let kind = match rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
-        Err(Errno::NOENT) => return Ok(()),
-        Err(error) => return Err(refused(path, error)),
-        Ok(stat) => FileType::from_raw_mode(stat.st_mode),
-    };
-    match kind {
-        FileType::RegularFile if overwrite => Ok(()),
-        FileType::RegularFile => Err(refused(path, Errno::EXIST)),
-        kind => Err(not_a_file(path, kind)),
     }
 }
 

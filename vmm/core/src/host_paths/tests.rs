@@ -4,6 +4,9 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::fs::symlink;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::fs::{AtFlags, CWD, RenameFlags};
+
+use super::writing::fresh_name;
 use super::*;
 
 const BIG: u64 = 1 << 20;

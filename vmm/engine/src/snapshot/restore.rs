@@ -1,0 +1,90 @@
+//! A restored disk: copied out of a snapshot, put in the place of the VM's own, which is kept until the restore is done.
+
+use std::fs;
+use std::path::PathBuf;
+
+use nido_api::error::{Error, Result};
+use nido_api::name::SnapshotName;
+
+use super::{copy_layer, dir};
+use crate::atomic_file::sync_parent;
+use crate::home::{DISK, VmDir};
+
+/// Prefix of the name of a layer that is about to become the VM's disk.
+const COPY: &str = "disk.qcow2.restore-";
+/// The disk that a VM had before a restore.
+const PREVIOUS: &str = "disk.qcow2.previous";
+
+/// A copy of a snapshot's layer beside the VM's own disk, complete and on the disk. Dropped, it leaves nothing.
+#[derive(Debug)]
+pub struct DiskCopy {
+    copy: PathBuf,
+    disk: PathBuf,
+}
+
+impl DiskCopy {
+    /// Copies the layer. The VM may run meanwhile.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`; then nothing is left.
+    pub fn take(vm: &VmDir, name: &SnapshotName) -> Result<Self> {
+        let id = crate::random::id()?;
+        let this = Self { copy: vm.file(&format!("{COPY}{id}")), disk: vm.file(DISK) };
+        copy_layer(&dir(vm, name).join(DISK), &this.copy)?;
+        Ok(this)
+    }
+
+    /// Puts the copy in the place of the VM's disk, which is at rest; the disk of before is kept until that is decided.
+    ///
+    /// # Errors
+    /// `internal`; then the VM's disk is as it was.
+    pub fn put_in_place(self) -> Result<PreviousDisk> {
+        let broken = |e| Error::io("cannot restore the disk", e);
+        let previous = PreviousDisk { previous: self.disk.with_file_name(PREVIOUS), disk: self.disk.clone() };
+        let _ = fs::remove_file(&previous.previous);
+        // A second name for it: at no moment is there no disk. Where there are no such links it cannot be put back.
+        let _ = fs::hard_link(&self.disk, &previous.previous);
+        fs::rename(&self.copy, &self.disk).and_then(|()| sync_parent(&self.disk)).map_err(broken)?;
+        Ok(previous)
+    }
+}
+
+impl Drop for DiskCopy {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.copy);
+    }
+}
+
+/// The disk that a VM had before a snapshot was restored.
+#[derive(Debug)]
+pub struct PreviousDisk {
+    previous: PathBuf,
+    disk: PathBuf,
+}
+
+impl PreviousDisk {
+    /// Gives it back to the VM, which is at rest.
+    ///
+    /// # Errors
+    /// `internal`.
+    pub fn put_back(&self) -> Result<()> {
+        let put = fs::rename(&self.previous, &self.disk).and_then(|()| sync_parent(&self.disk));
+        put.map_err(|e| Error::io("cannot put the VM's disk back", e))
+    }
+
+    /// Removes it: the restore has succeeded.
+    pub fn remove(&self) {
+        let _ = fs::remove_file(&self.previous);
+    }
+}
+
+/// Removes what a restore left that was killed. Nobody restores the VM meanwhile.
+pub fn remove_restore_files(vm: &VmDir) {
+    let Ok(entries) = fs::read_dir(vm.path()) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if name == PREVIOUS || name.to_string_lossy().starts_with(COPY) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
