@@ -18,8 +18,6 @@
 //! Invariant: no name, path or number in an archive decides where anything is written; a hash is only ever compared with
 //! what the manifest says.
 
-use crate::digest::hex;
-
 /// The first bytes of an archive, unpacked.
 pub const MAGIC: [u8; 8] = *b"NIDOTMPL";
 /// The version of the format that this program writes, and the only one it reads.
@@ -164,7 +162,7 @@ impl Frame {
     #[must_use]
     pub fn describe(&self) -> String {
         match self {
-            Self::Part { sha256, .. } => format!("the part {}…", &hex(sha256)[..12]),
+            Self::Part { sha256, .. } => format!("the part {}…", &nido_api::hex::encode(sha256)[..12]),
             Self::Extent { .. } => "content of a part".to_owned(),
             Self::PartEnd => "the end of a part".to_owned(),
             Self::End => "the end".to_owned(),

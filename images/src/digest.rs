@@ -4,13 +4,14 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt as _;
 
+use nido_api::hex;
 use rustix::fs::SeekFrom;
 use sha2::{Digest, Sha256};
 
 /// SHA-256 of `bytes`.
 #[must_use]
 pub fn sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
+    hex::encode(&Sha256::digest(bytes))
 }
 
 /// SHA-256 of everything `reader` yields, and how many bytes that were.
@@ -23,7 +24,7 @@ pub fn sha256_of(mut reader: impl Read) -> io::Result<(String, u64)> {
     let mut bytes = 0;
     loop {
         match reader.read(&mut buffer)? {
-            0 => return Ok((hex(&hash.finalize()), bytes)),
+            0 => return Ok((hex::encode(&hash.finalize()), bytes)),
             count => {
                 hash.update(&buffer[..count]);
                 bytes += count as u64;
@@ -63,7 +64,7 @@ pub fn sparse_sha256(file: &File) -> io::Result<(String, u64)> {
             }
         }
     }
-    Ok((hex(&hash.finalize()), data_bytes))
+    Ok((hex::encode(&hash.finalize()), data_bytes))
 }
 
 /// Where data begins at or after `from`; `None` if only a hole is left.
@@ -97,15 +98,6 @@ pub(crate) fn unhex(text: &str) -> Option<[u8; 32]> {
     Some(bytes)
 }
 
-/// Bytes in lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,7 +108,7 @@ mod tests {
         assert_eq!(sha256(b""), known);
         assert_eq!(sha256_of(&b""[..]).unwrap(), (known.to_owned(), 0));
         assert!(is_sha256(known));
-        assert_eq!(hex(&unhex(known).unwrap()), known);
+        assert_eq!(hex::encode(&unhex(known).unwrap()), known);
     }
 
     #[test]

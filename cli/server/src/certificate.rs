@@ -5,9 +5,7 @@
 //! next one finds a key and a certificate that belong together, or makes what is missing.
 
 use std::fs;
-use std::io::ErrorKind;
 use std::net::{IpAddr, UdpSocket};
-use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -16,6 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 use jiff::Zoned;
 use nido_api::error::{Code, Error, Result};
 use nido_engine::atomic_file::{Durability, is_temporary, write_private};
+use nido_engine::home::make_private_dir_in_place;
 use nido_engine::lock::Held;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PublicKeyData as _};
 use serde::{Deserialize, Serialize};
@@ -73,10 +72,7 @@ impl OwnCertificate {
     /// Those of the file system; `internal`.
     pub fn obtain(directory: &Path, names: &[String]) -> Result<Self> {
         let broken = |e| Error::io_at("make the server's certificate in", directory, e);
-        match fs::DirBuilder::new().mode(0o700).create(directory) {
-            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(broken(e)),
-            _ => {}
-        }
+        make_private_dir_in_place(directory).map_err(broken)?;
         let held = Held::take_blocking(&directory.join("lock"), Instant::now() + LOCK_TIMEOUT).map_err(broken)?;
         let _held = held.ok_or_else(|| {
             Error::new(Code::Timeout, format!("another process holds {}", directory.join("lock").display()))

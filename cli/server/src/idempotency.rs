@@ -62,7 +62,7 @@ pub async fn replay_or_run(State(app): State<Arc<App>>, request: Request, next: 
     digest.update(parts.uri.to_string());
     digest.update([0]);
     digest.update(&bytes);
-    let sum = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let sum = nido_api::hex::encode(&digest.finalize());
     let owner = caller.owner();
     let mut tries = 0;
     loop {

@@ -8,7 +8,6 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use crate::archive::{BLOCK, Extents, Frame, HEAD_BYTES, Head, MAX_EXTENT_BYTES, WINDOW_LOG, is_zero};
-use crate::digest::hex;
 use crate::error::ImageError;
 use crate::manifest::Manifest;
 use crate::travel::{Piece, TravelProgress, Watch};
@@ -67,7 +66,9 @@ impl<'a, 'watch> Archive<'a, 'watch> {
             self.stage.index = index + 1;
             self.stage.stage = piece.name;
             match self.frame()? {
-                Frame::Part { sha256, bytes } if hex(&sha256) == piece.part.sha256 && bytes == piece.part.bytes => {
+                Frame::Part { sha256, bytes }
+                    if nido_api::hex::encode(&sha256) == piece.part.sha256 && bytes == piece.part.bytes =>
+                {
                     self.part(piece)?;
                 }
                 other => return Err(refused(unexpected(&other, index, pieces))),
@@ -194,7 +195,7 @@ impl<'a, 'watch> Archive<'a, 'watch> {
 fn unexpected(frame: &Frame, index: usize, pieces: &[Piece]) -> String {
     let position = |hash: &str| pieces.iter().position(|piece| piece.part.sha256 == hash);
     match frame {
-        Frame::Part { sha256, .. } => match position(&hex(sha256)) {
+        Frame::Part { sha256, .. } => match position(&nido_api::hex::encode(sha256)) {
             Some(at) if at < index => format!("its {} is there twice", pieces[at].name),
             Some(at) if at == index => format!("its {} has another length than its manifest says", pieces[at].name),
             Some(at) => format!("its {} comes too early", pieces[at].name),

@@ -185,7 +185,6 @@ pub fn probe(program: &Path, cache_dir: &Path) -> Result<QemuFacts, QemuProbeErr
 }
 
 fn hash_of(program: &Path) -> std::io::Result<String> {
-    use std::fmt::Write as _;
     let mut hash = Sha256::new();
     let mut file = fs::File::open(program)?;
     let mut buffer = vec![0; 256 << 10];
@@ -195,10 +194,7 @@ fn hash_of(program: &Path) -> std::io::Result<String> {
             count => hash.update(&buffer[..count]),
         }
     }
-    Ok(hash.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    }))
+    Ok(nido_api::hex::encode(&hash.finalize()))
 }
 
 const QUESTIONS: &str = concat!(
