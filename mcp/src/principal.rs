@@ -4,7 +4,7 @@ use nido_api::{Caller, Face, Limits, Scope};
 use rmcp::RoleServer;
 use rmcp::service::RequestContext;
 
-/// Who calls, as far as it is known for certain.
+/// The authenticated caller.
 #[derive(Debug, Clone)]
 pub struct Principal {
     /// For the audit log: `uid:N` or `token:NAME#ID`.

@@ -28,7 +28,7 @@ impl ConnectionSlots {
         Self { room: Arc::new(Semaphore::new(count)), next: AtomicU64::new(0), unauthenticated: Arc::default() }
     }
 
-    /// Waits for a free slot; closes the oldest unauthenticated connection if there is none.
+    /// Waits for a free slot. If all are in use, closes the oldest unauthenticated connection.
     pub async fn permit(&self) -> std::io::Result<OwnedSemaphorePermit> {
         if let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() {
             return Ok(permit);

@@ -1,4 +1,4 @@
-//! Who calls an operation, and through which front end.
+//! The caller of an operation, and its front end.
 
 use serde::{Deserialize, Serialize};
 

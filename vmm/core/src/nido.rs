@@ -2,9 +2,9 @@
 //!
 //! The methods are spread over `nido/*.rs` by noun; this file opens a home and holds what they share.
 //!
-//! Invariant: whoever changes a VM at rest, or starts it, holds its `supervisor.lock`; the lock is handed on to the
-//! supervisor with the start. So a killed command leaves either nothing, or a VM whose row tells the truth once the next
-//! command has settled it (`nido/reconcile.rs`).
+//! Invariant: a command that changes or starts a stopped VM holds its `supervisor.lock`, and passes the lock to the supervisor
+//! with the start. So a killed command leaves either nothing, or a VM whose row is correct once the next command has
+//! reconciled it (`nido/reconcile.rs`).
 
 mod approvals;
 mod audit;

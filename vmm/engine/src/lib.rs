@@ -1,5 +1,5 @@
 //! How one VM runs on this host: what machine a request becomes, QEMU's command line, process and monitor, the guest agent's client,
-//! disks, snapshots, paths and locks. Nothing here knows a database, or who calls.
+//! disks, snapshots, paths and locks. Nothing here knows the store or the caller.
 //!
 //! ```text
 //!   machine.rs + host/     request and host facts become a machine      [machine.rs: pure]

@@ -101,7 +101,7 @@ impl Drop for Writing {
     }
 }
 
-/// A new file: without a name where the file system can do that, so that nothing is left of it whoever is killed.
+/// A new file. Where the file system allows, it has no name, so that a killed process leaves nothing behind.
 pub(super) fn make(directory: &OwnedFd) -> rustix::io::Result<(OwnedFd, Option<String>)> {
     let mode = Mode::from_raw_mode(0o666);
     let nameless = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;

@@ -9,7 +9,7 @@ use nido_supervisor::{SuperviseRequest, supervise};
 use super::{Nido, OpenOptions};
 
 impl Nido {
-    /// Supervises one VM until it is at rest. Returns when there is nothing left to supervise.
+    /// Supervises one VM and returns when it has stopped; at once if it does not run, or has a supervisor.
     ///
     /// # Errors
     /// Whatever keeps it from supervising. The VM's row says how the VM ended.
