@@ -65,5 +65,6 @@ pub use qcow2::{
 };
 pub use recipe::{Recipe, Spec, find as find_recipe};
 pub use recipe_text::names as recipe_names;
-pub use store::{Store, StoreLock, hash_file};
+pub use scratch::{orphaned_builds, remove_orphaned_build};
+pub use store::{Store, StoreLock, Stored, hash_file};
 pub use travel::{TravelProgress, Watch};

@@ -1,8 +1,10 @@
-//! Scratch directories of builds, `build/<random>/`, and their removal however a build ended.
-//! Invariant: a scratch directory whose lock is free belongs to nobody and is removed by the next build; creating and
-//! sweeping exclude each other by a lock on `build/` itself.
+//! Scratch directories of builds, `build/<random>/`.
+//!
+//! Invariant: a scratch directory whose lock is free belongs to a build that was killed. Creating and removing exclude each other
+//! by a lock on `build/` itself: a directory that was made a moment ago and is not locked yet is not taken for an orphan.
 
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -15,27 +17,23 @@ use crate::store::create_private;
 pub struct Scratch {
     path: PathBuf,
     host: Host,
-    leftovers: Vec<PathBuf>,
     // Held, and so released by the kernel whatever ends this process.
     _lock: File,
 }
 
 impl Scratch {
-    /// Makes a fresh directory below `build`, after removing what dead builds left there.
+    /// Makes a fresh directory below `build`.
     ///
     /// # Errors
     /// [`ImageError::Io`], [`ImageError::DiskFull`].
     pub fn create(build: &Path) -> Result<Self, ImageError> {
         create_private(build)?;
+        let _whole = lock(build)?;
         let failed = |error| ImageError::io("create a directory in", build, error);
-        let whole = File::open(build).map_err(failed)?;
-        whole.lock().map_err(failed)?;
-        let host = Host::for_cleaning();
-        let leftovers = sweep(build, &host)?;
         // tempfile makes it mode 0700 under a name nobody can guess.
         let path = tempfile::Builder::new().prefix("").tempdir_in(build).map_err(failed)?.keep();
         let lock = File::open(&path).and_then(|lock| lock.lock().map(|()| lock)).map_err(failed)?;
-        Ok(Self { path, host, leftovers, _lock: lock })
+        Ok(Self { path, host: Host::for_cleaning(), _lock: lock })
     }
 
     /// The directory.
@@ -43,33 +41,45 @@ impl Scratch {
     pub fn path(&self) -> &Path {
         &self.path
     }
-
-    /// Directories of dead builds that could not be removed (another user's, for instance).
-    #[must_use]
-    pub fn leftovers(&self) -> &[PathBuf] {
-        &self.leftovers
-    }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What cannot be removed now, the next build removes.
+        // What cannot be removed now, reconciliation removes.
         let _ = remove(&self.path, &self.host);
     }
 }
 
-/// Removes every directory below `build` whose lock is free; returns those that resist.
-fn sweep(build: &Path, host: &Host) -> Result<Vec<PathBuf>, ImageError> {
-    let mut leftovers = Vec::new();
-    let failed = |error| ImageError::io("read", build, error);
-    for entry in fs::read_dir(build).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        let Ok(directory) = File::open(&path) else { continue };
-        if directory.try_lock().is_ok() && remove(&path, host).is_err() {
-            leftovers.push(path);
-        }
+/// The scratch directories below `home` whose builds were killed.
+#[must_use]
+pub fn orphaned_builds(home: &Path) -> Vec<PathBuf> {
+    let build = home.join("build");
+    let Ok(_whole) = lock(&build) else { return Vec::new() };
+    let Ok(entries) = fs::read_dir(&build) else { return Vec::new() };
+    let is_free = |path: &PathBuf| File::open(path).is_ok_and(|directory| directory.try_lock().is_ok());
+    entries.flatten().map(|entry| entry.path()).filter(is_free).collect()
+}
+
+/// Removes one of them, unless it is gone already.
+///
+/// # Errors
+/// [`ImageError::Io`]: it belongs to another user, for instance.
+pub fn remove_orphaned_build(path: &Path) -> Result<(), ImageError> {
+    match File::open(path).map(|directory| directory.try_lock().is_ok()) {
+        Ok(true) => remove(path, &Host::for_cleaning()),
+        // A build has it now; or it is gone.
+        Ok(false) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(ImageError::io("open", path, error)),
     }
-    Ok(leftovers)
+}
+
+/// Locks the directory of all scratch directories, until the file is closed.
+fn lock(build: &Path) -> Result<File, ImageError> {
+    let failed = |error| ImageError::io("lock", build, error);
+    let whole = File::open(build).map_err(failed)?;
+    whole.lock().map_err(failed)?;
+    Ok(whole)
 }
 
 /// Removes a tree that may hold files of subordinate ids: those go inside a user namespace.
@@ -108,13 +118,17 @@ mod tests {
     }
 
     #[test]
-    fn the_next_build_removes_what_a_dead_one_left_and_only_that() {
+    fn what_a_killed_build_left_is_an_orphan_and_only_that() {
         let home = tempfile::tempdir().unwrap();
         let build = home.path().join("build");
+        assert!(orphaned_builds(home.path()).is_empty());
         let alive = Scratch::create(&build).unwrap();
         fs::create_dir_all(build.join("dead/rootfs")).unwrap();
-        let next = Scratch::create(&build).unwrap();
-        assert!(alive.path().exists() && next.path().exists());
-        assert_eq!(count(&build), 2);
+        assert_eq!(orphaned_builds(home.path()), [build.join("dead")]);
+        for path in [build.join("dead"), build.join("never"), alive.path().to_owned()] {
+            remove_orphaned_build(&path).unwrap();
+        }
+        assert!(alive.path().exists());
+        assert_eq!(count(&build), 1);
     }
 }

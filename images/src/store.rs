@@ -1,6 +1,6 @@
 //! The store of templates: `blobs/sha256/<hex>` (content-addressed, mode 0444) and `templates/<name>.json`.
 //! A file appears under its final name only complete and synced. Invariant: every part a published manifest names is
-//! there; whoever publishes or collects garbage holds the lock on `templates/`.
+//! there; a process that publishes or removes holds the lock on `templates/`.
 
 use std::collections::HashSet;
 use std::fs::{self, File, Permissions};
@@ -15,7 +15,7 @@ use crate::qcow2::read_qcow2_header;
 
 /// Largest manifest read, in bytes.
 const MAX_MANIFEST_BYTES: u64 = 1024 * 1024;
-/// Names of temporary files start so; they are removed by garbage collection.
+/// Names of temporary files start so; reconciliation removes those of killed processes.
 const TEMPORARY: &str = ".new-";
 
 /// The templates and their parts under one home directory.
@@ -23,6 +23,15 @@ const TEMPORARY: &str = ".new-";
 pub struct Store {
     blobs: PathBuf,
     templates: PathBuf,
+}
+
+/// What lies in the directories of the store.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// Parts, whether a template names them or not.
+    pub parts: Vec<Part>,
+    /// File names of manifests whose writer was killed.
+    pub unfinished_manifests: Vec<String>,
 }
 
 /// The right to publish and to remove. Held only for moments: never while a program runs.
@@ -195,63 +204,65 @@ impl Store {
         Ok(manifest)
     }
 
-    /// Removes a template's manifest, then every part no other template and no VM uses. `in_use` holds the hashes of
-    /// parts that VMs use. Returns the number of bytes freed.
+    /// Removes a template's manifest. Its parts stay until they are found to be unused.
     ///
     /// # Errors
     /// [`ImageError::NameInvalid`], [`ImageError::TemplateNotFound`], [`ImageError::Io`].
-    pub fn delete(&self, name: &str, in_use: &HashSet<String>) -> Result<u64, ImageError> {
+    pub fn delete(&self, name: &str) -> Result<(), ImageError> {
         check_name(name)?;
         let path = self.manifest_path(name);
         if !path.exists() {
             return Err(ImageError::TemplateNotFound { name: name.to_owned() });
         }
-        let lock = self.lock()?;
+        let _lock = self.lock()?;
         match fs::remove_file(&path).and_then(|()| sync_directory(&self.templates)) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(ImageError::io("remove", &path, error)),
-            _ => match self.sweep(in_use, &lock) {
-                // Another template is damaged: nothing is known to be unused. This one is gone all the same.
-                Err(ImageError::ManifestInvalid { .. }) => Ok(0),
-                swept => swept,
-            },
+            _ => Ok(()),
         }
     }
 
-    /// Removes every part that no template and no VM uses. Returns the number of bytes freed.
+    /// The parts that are stored, and the manifests whose writer was killed. What is being added meanwhile is included, unless
+    /// the caller holds the lock.
     ///
     /// # Errors
-    /// [`ImageError::ManifestInvalid`] if a manifest cannot be read: then nothing is known to be unused.
-    pub fn collect_garbage(&self, in_use: &HashSet<String>) -> Result<u64, ImageError> {
-        if !self.templates.exists() {
-            return Ok(0);
-        }
-        let lock = self.lock()?;
-        self.sweep(in_use, &lock)
-    }
-
-    /// How many bytes [`Store::collect_garbage`] would free. What is being added meanwhile may be counted.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn unused_bytes(&self, in_use: &HashSet<String>) -> Result<u64, ImageError> {
+    /// [`ImageError::Io`].
+    pub fn stored(&self) -> Result<Stored, ImageError> {
         let length = |path: PathBuf| fs::symlink_metadata(path).map_or(0, |found| found.len());
-        Ok(self.unused(in_use)?.into_iter().map(length).sum())
+        let parts = entries(&self.blobs)?.into_iter().filter(|name| is_sha256(name));
+        let parts = parts.map(|name| (length(self.blobs.join(&name)), name));
+        let manifests = entries(&self.templates)?.into_iter().filter(|name| name.starts_with(TEMPORARY));
+        Ok(Stored {
+            parts: parts.map(|(bytes, sha256)| Part { sha256, bytes }).collect(),
+            unfinished_manifests: manifests.collect(),
+        })
     }
 
-    /// The parts that no template and no VM uses, and manifests that were never finished.
-    fn unused(&self, in_use: &HashSet<String>) -> Result<Vec<PathBuf>, ImageError> {
-        let mut keep = in_use.clone();
+    /// Hashes of the parts that templates name.
+    ///
+    /// # Errors
+    /// [`ImageError::ManifestInvalid`] if a manifest cannot be read: then it is not known what it names.
+    pub fn named_parts(&self) -> Result<HashSet<String>, ImageError> {
+        let mut named = HashSet::new();
         for manifest in self.ls()? {
-            keep.extend(manifest?.all_parts().map(|(_, part, _)| part.sha256.clone()));
+            named.extend(manifest?.all_parts().map(|(_, part, _)| part.sha256.clone()));
         }
-        let parts = entries(&self.blobs)?.into_iter().filter(|name| is_sha256(name) && !keep.contains(name));
-        let unfinished = entries(&self.templates)?.into_iter().filter(|name| name.starts_with(TEMPORARY));
-        let unfinished = unfinished.map(|name| self.templates.join(name));
-        Ok(parts.map(|name| self.blobs.join(name)).chain(unfinished).collect())
+        Ok(named)
     }
 
-    fn sweep(&self, in_use: &HashSet<String>, _lock: &StoreLock) -> Result<u64, ImageError> {
-        self.unused(in_use)?.iter().map(|path| remove(path)).sum()
+    /// Removes a part that nothing uses.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`].
+    pub fn remove_part(&self, sha256: &str, _lock: &StoreLock) -> Result<(), ImageError> {
+        remove(&self.blobs.join(sha256))
+    }
+
+    /// Removes a manifest that [`Store::stored`] found unfinished.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`].
+    pub fn remove_unfinished_manifest(&self, name: &str, _lock: &StoreLock) -> Result<(), ImageError> {
+        remove(&self.templates.join(name))
     }
 
     fn manifest_path(&self, name: &str) -> PathBuf {
@@ -308,12 +319,10 @@ fn entries(directory: &Path) -> Result<Vec<String>, ImageError> {
     Ok(names.map_err(failed)?.into_iter().filter_map(|name| name.into_string().ok()).collect())
 }
 
-fn remove(path: &Path) -> Result<u64, ImageError> {
-    let bytes = fs::symlink_metadata(path).map(|found| found.len());
-    match bytes.and_then(|bytes| fs::remove_file(path).map(|()| bytes)) {
-        Ok(bytes) => Ok(bytes),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
-        Err(error) => Err(ImageError::io("remove", path, error)),
+fn remove(path: &Path) -> Result<(), ImageError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(ImageError::io("remove", path, error)),
+        _ => Ok(()),
     }
 }
 

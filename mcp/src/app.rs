@@ -163,7 +163,7 @@ impl App {
     pub(crate) async fn nido(&self) -> Result<&Nido> {
         let mut settled = self.settled.lock().await;
         if settled.is_none_or(|at| at.elapsed() > SETTLED_FOR) {
-            self.nido.settle_all().await?;
+            self.nido.reconcile().await?;
             *settled = Some(Instant::now());
         }
         Ok(&self.nido)

@@ -41,6 +41,7 @@ mod mcp_protocol;
 mod mcp_spec;
 mod paused;
 mod pool;
+mod reconcile;
 mod run;
 mod structure;
 mod terminal;

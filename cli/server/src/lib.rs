@@ -117,7 +117,7 @@ impl App {
     async fn nido(&self) -> Result<&Nido> {
         let mut reconciled_at = self.reconciled_at.lock().await;
         if reconciled_at.is_none_or(|at| at.elapsed() > RECONCILE_INTERVAL) {
-            self.nido.settle_all().await?;
+            self.nido.reconcile().await?;
             *reconciled_at = Some(Instant::now());
         }
         Ok(&self.nido)

@@ -124,9 +124,6 @@ fn run(
     session: &mut Session<'_>,
 ) -> Result<BuildOutcome, ImageError> {
     let scratch = Scratch::create(&home.join("build"))?;
-    for path in scratch.leftovers() {
-        session.log.line(&format!("cannot remove what an earlier build left: {}", path.display()));
-    }
     let kept = KeptKernels::new(home);
     let kernel = wanted.kernel;
     let mut work = Work { store, recipe, scratch: scratch.path(), session, progress };

@@ -28,7 +28,6 @@ mod leases;
 mod lifecycle;
 mod list;
 mod logs;
-mod orphans;
 mod own_agent;
 mod pool;
 mod reconcile;
@@ -51,7 +50,7 @@ pub use exec::{ExecControl, ExecEvents};
 pub use leases::Lease;
 pub use list::Intent;
 pub use logs::LogStream;
-pub use orphans::Adoption;
+pub use reconcile::Adoption;
 
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{Home, VmDir};
@@ -79,14 +78,14 @@ pub struct Nido {
 }
 
 impl Nido {
-    /// Opens (and makes, the first time) a home. Also settles what a crash may have left behind.
+    /// Opens (and makes, the first time) a home. Also reconciles what killed processes left.
     ///
     /// # Errors
     /// `denied` if the home belongs to somebody else, `permission_denied`, `read_only`, `disk_full`, `internal`.
     pub async fn open(options: OpenOptions) -> Result<Self> {
-        let nido = Self::open_unsettled(options)?;
+        let nido = Self::open_unreconciled(options)?;
         if !nido.is_read_only() {
-            nido.settle_all().await?;
+            nido.reconcile().await?;
             if !nido.context.frees_space() {
                 SpaceReserve::of(nido.home()).keep();
             }
@@ -96,7 +95,7 @@ impl Nido {
     }
 
     /// Opens a home and leaves everything as it is: for supervisors.
-    pub(crate) fn open_unsettled(options: OpenOptions) -> Result<Self> {
+    pub(crate) fn open_unreconciled(options: OpenOptions) -> Result<Self> {
         let context = Arc::new(Context::open(options)?);
         let reads = Repeats::new(Log::reads(context.home().audit()));
         Ok(Self { context, presence: Mutex::default(), reads })

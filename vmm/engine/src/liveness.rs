@@ -9,7 +9,7 @@ use nido_api::error::{Error, Result};
 
 use crate::lock::{Held, is_free};
 
-/// How often another id is tried when somebody swept the file away before it was locked.
+/// How often another id is tried when reconciliation removed the file before it was locked.
 const TRIES: u32 = 16;
 
 /// Somebody who is there, until it is dropped or its process dies.
@@ -21,11 +21,10 @@ pub struct Presence {
 }
 
 impl Presence {
-    /// Somebody new. What those who died have left is removed.
+    /// Takes a lock of its own.
     pub fn begin(directory: &Path) -> Result<Self> {
         let broken = |e| Error::io(format!("cannot use {}", directory.display()), e);
         crate::home::make_private_dir(directory).map_err(broken)?;
-        sweep(directory);
         for _ in 0..TRIES {
             let id = crate::random::id()?;
             let path = directory.join(&id);
@@ -63,13 +62,27 @@ pub fn is_gone(directory: &Path, id: &str) -> bool {
     }
 }
 
-/// Removes the files of those who died.
-fn sweep(directory: &Path) {
-    let Ok(entries) = std::fs::read_dir(directory) else { return };
-    for path in entries.flatten().map(|entry| entry.path()) {
-        if let Ok(Some(_held)) = Held::try_take_existing(&path) {
-            let _ = std::fs::remove_file(&path);
-        }
+/// The ids of processes that died: their files are there, and nobody holds the locks.
+#[must_use]
+pub fn dead(directory: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
+    let ids = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    ids.filter(|id| is_free(&directory.join(id)).unwrap_or(false)).collect()
+}
+
+/// Removes the file of a process that died, unless another process has taken the lock since.
+///
+/// # Errors
+/// The file cannot be opened or removed.
+pub fn remove_dead(directory: &Path, id: &str) -> std::io::Result<()> {
+    let path = directory.join(id);
+    let removed = match Held::try_take_existing(&path) {
+        Ok(Some(_held)) => std::fs::remove_file(&path),
+        other => other.map(drop),
+    };
+    match removed {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -91,7 +104,11 @@ mod tests {
         std::fs::write(dir.join("0123"), "").unwrap();
         assert!(is_gone(&dir, "0123"), "killed");
         let third = Presence::begin(&dir).unwrap();
-        assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1, "swept");
+        assert_eq!(dead(&dir), ["0123"]);
+        for id in ["0123", third.id(), "never"] {
+            remove_dead(&dir, id).unwrap();
+        }
+        assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1, "only the one that died");
         assert!(!is_gone(&dir, third.id()));
     }
 
@@ -113,6 +130,7 @@ mod tests {
                 scope.spawn(|| {
                     for _ in 0..50 {
                         let one = Presence::begin(&dir).unwrap();
+                        dead(&dir).iter().for_each(|id| remove_dead(&dir, id).unwrap());
                         assert!(!is_gone(&dir, one.id()));
                     }
                 });

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::home::{DEVICE_STATE, DISK, VmDir, give_owner_rights, make_private_dir, make_private_dir_in_place};
 
-pub use self::restore::{DiskCopy, PreviousDisk, remove_restore_files};
+pub use self::restore::{DiskCopy, PreviousDisk, has_restore_files, remove_restore_files};
 
 const DIRECTORY: &str = "snapshots";
 const UNFINISHED: &str = ".new-";
@@ -167,7 +167,17 @@ fn failed(error: io::Error) -> Error {
     Error::io("cannot take the snapshot", error)
 }
 
-/// Removes what somebody left who was killed while taking or deleting one; whether one was being taken.
+/// Whether taking or deleting one was interrupted, or is in progress.
+#[must_use]
+pub fn has_unfinished(vm: &VmDir) -> bool {
+    let entries = fs::read_dir(vm.file(DIRECTORY)).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name()).any(|name| {
+        let name = name.to_string_lossy();
+        name.starts_with(UNFINISHED) || name.starts_with(DOOMED)
+    })
+}
+
+/// Removes what a process left that was killed while it took or deleted one; whether one was being taken.
 pub fn remove_unfinished(vm: &VmDir) -> bool {
     let Ok(entries) = fs::read_dir(directory(vm)) else { return false };
     let mut found = false;

@@ -14,6 +14,7 @@ mod outbox;
 mod parts;
 mod pools;
 mod row;
+mod row_facts;
 mod tokens;
 mod vms;
 mod webhooks;
@@ -32,6 +33,7 @@ pub use idempotency::KeyState;
 pub use outbox::{Attempt, Due, Outcome};
 pub use pools::{Claim, PoolRow};
 pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
+pub use row_facts::RowFacts;
 pub use tokens::TokenRow;
 pub use webhooks::WebhookRow;
 
@@ -40,7 +42,7 @@ use nido_api::error::{Code, Error, Result};
 /// How long to wait for another process that is writing.
 const BUSY_FOR: Duration = Duration::from_secs(10);
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-const STEPS: [&str; 15] = [
+const STEPS: [&str; 16] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -184,6 +186,27 @@ const STEPS: [&str; 15] = [
         chain      TEXT NOT NULL                 -- up to and with it
      ) STRICT, WITHOUT ROWID;",
     "ALTER TABLE vms ADD COLUMN last_ip_address TEXT;                -- the last that was not absent",
+    // Of rows whose JSON is damaged nothing is known: they own no part, and while there is one, no part is removed.
+    "ALTER TABLE vms ADD COLUMN ephemeral INTEGER GENERATED ALWAYS AS (
+        CASE WHEN json_valid(spec) THEN json_extract(spec, '$.ephemeral') END) VIRTUAL;
+     ALTER TABLE vms ADD COLUMN lease TEXT GENERATED ALWAYS AS (
+        CASE WHEN json_valid(spec) THEN json_extract(spec, '$.lease') END) VIRTUAL;
+     CREATE INDEX vms_to_reconcile ON vms (id) WHERE
+        deleting = 1 OR state NOT IN ('created', 'stopped', 'failed')
+        OR (state IN ('stopped', 'failed') AND ephemeral = 1) OR lease IS NOT NULL OR made_by IS NOT NULL;
+     CREATE TABLE part_owners (
+        vm_id      TEXT NOT NULL REFERENCES vms(id) ON DELETE CASCADE,
+        part       TEXT NOT NULL,                -- hash of a template part that the VM uses
+        in_memory  INTEGER NOT NULL,             -- 1: only while it runs (the memory image that it was forked from)
+        PRIMARY KEY (vm_id, part)
+     ) STRICT, WITHOUT ROWID;
+     CREATE INDEX part_owners_by_part ON part_owners (part);
+     INSERT INTO part_owners SELECT DISTINCT vms.id, leaf.value, 0
+        FROM vms, json_tree(CASE WHEN json_valid(vms.parts) THEN vms.parts ELSE '{}' END) AS leaf
+        WHERE leaf.type = 'text' AND length(leaf.value) = 64 AND leaf.value NOT GLOB '*[^0-9a-f]*';
+     INSERT OR IGNORE INTO part_owners SELECT DISTINCT vms.id, leaf.value, 1
+        FROM vms, json_tree(CASE WHEN json_valid(vms.origin) THEN vms.origin ELSE '{}' END) AS leaf
+        WHERE vms.state NOT IN ('created', 'stopped', 'failed') AND leaf.key IN ('memory', 'state');",
 ];
 /// What this build writes into `user_version`.
 const SCHEMA_VERSION: i64 = STEPS.len() as i64;

@@ -1,32 +1,39 @@
-//! Which template parts VMs use, and whether there may be some that none uses any more.
+//! Which VM owns which template parts, and whether there may be some that nothing owns any more.
 //!
-//! Invariant: the change that takes a part's last VM away also writes down that parts are due to be collected. So whoever is
-//! killed after it, the next command collects them.
+//! Invariants: the rows of a VM's parts are written in the transaction that inserts, changes or removes the VM's row. The change
+//! that takes a part's last owner away also records that parts are due to be collected: if the process is killed after it, the
+//! next command collects them.
 
 use std::collections::HashSet;
 
 use nido_api::error::Result;
 use rusqlite::params;
 
-use super::{Origin, Purpose, Store, VmRow, fault};
+use super::{BootParts, Origin, Store, VmRow, fault};
+
+impl BootParts {
+    /// The hashes of all parts that it names.
+    pub fn hashes(&self) -> impl Iterator<Item = &str> {
+        let always = [&self.vmlinux, &self.initramfs, &self.root, &self.packages];
+        let some = [self.initramfs_base.as_ref(), self.agent.as_ref()];
+        let layers = self.frozen.iter().map(|layer| &layer.sha256);
+        always.into_iter().chain(some.into_iter().flatten()).chain(layers).map(String::as_str)
+    }
+}
 
 impl Store {
-    /// Hashes of all template parts that VMs use.
+    /// Hashes of all template parts that VMs own. `None` if that cannot be told, because a VM's row names none.
     ///
     /// # Errors
     /// Of the store.
-    pub fn parts_in_use(&self) -> Result<HashSet<String>> {
-        let mut used = HashSet::new();
-        for vm in self.vms()? {
-            used.extend([vm.parts.vmlinux, vm.parts.initramfs, vm.parts.root, vm.parts.packages]);
-            used.extend(vm.parts.initramfs_base);
-            used.extend(vm.parts.frozen.into_iter().map(|frozen| frozen.sha256));
-            // A guest reads its memory image for as long as it runs.
-            if let (Origin::Fork(saved), false) = (vm.origin, vm.state.at_rest()) {
-                used.extend([saved.memory, saved.state]);
-            }
+    pub fn owned_parts(&self) -> Result<Option<HashSet<String>>> {
+        let unknown = "SELECT EXISTS (SELECT 1 FROM vms WHERE id NOT IN (SELECT vm_id FROM part_owners))";
+        if self.connection.query_row(unknown, [], |row| row.get(0)).map_err(fault)? {
+            return Ok(None);
         }
-        Ok(used)
+        let mut statement = self.connection.prepare("SELECT DISTINCT part FROM part_owners").map_err(fault)?;
+        let parts = statement.query_map([], |row| row.get(0)).map_err(fault)?;
+        parts.collect::<rusqlite::Result<_>>().map(Some).map_err(fault)
     }
 
     /// Whether parts are due to be collected: a number that changes with each reason, 0 if there is none.
@@ -37,7 +44,7 @@ impl Store {
         self.connection.query_row("SELECT due FROM unused_parts", [], |row| row.get(0)).map_err(fault)
     }
 
-    /// Writes down that they were collected, unless there is another reason since `due` was read.
+    /// Records that they were collected, unless there is another reason since `due` was read.
     ///
     /// # Errors
     /// Of the store.
@@ -46,38 +53,71 @@ impl Store {
         done.map(drop).map_err(fault)
     }
 
-    /// Writes down that parts are due, in the transaction that is open.
+    /// Records that parts are due, in the transaction that is open.
     pub(super) fn mark_parts_due(&self) -> Result<()> {
         self.connection.execute("UPDATE unused_parts SET due = due + 1", []).map(drop).map_err(fault)
     }
 
-    /// Whether no other VM uses the same parts as `row`, which is about to be removed. What a bake leaves is in no row.
-    pub(super) fn is_last_user(&self, row: &VmRow) -> Result<bool> {
-        let others =
-            "SELECT EXISTS (SELECT 1 FROM vms WHERE id <> ?1 AND parts = (SELECT parts FROM vms WHERE id = ?1))";
-        let others: bool = self.connection.query_row(others, [&row.id], |row| row.get(0)).map_err(fault)?;
-        Ok(row.purpose == Purpose::Bake || !others)
+    /// Writes the parts that a VM owns, in the transaction that is open.
+    pub(super) fn own_parts(&self, row: &VmRow) -> Result<()> {
+        let insert = "INSERT OR IGNORE INTO part_owners (vm_id, part, in_memory) VALUES (?1, ?2, ?3)";
+        let mut statement = self.connection.prepare_cached(insert).map_err(fault)?;
+        for part in row.parts.hashes() {
+            statement.execute(params![row.id, part, false]).map_err(fault)?;
+        }
+        // A guest reads its memory image for as long as it runs.
+        if let (Origin::Fork(saved), false) = (&row.origin, row.state.at_rest()) {
+            for part in [&saved.memory, &saved.state] {
+                statement.execute(params![row.id, part, true]).map_err(fault)?;
+            }
+        }
+        Ok(())
     }
 
-    /// Whether no other VM that runs was forked from the memory image of `row`, which is ending.
-    pub(super) fn is_last_reader(&self, row: &VmRow) -> Result<bool> {
-        let Origin::Fork(saved) = &row.origin else { return Ok(false) };
-        let others = "SELECT EXISTS (SELECT 1 FROM vms WHERE id <> ?1 AND state NOT IN ('created', 'stopped', 'failed') \
-                      AND json_extract(origin, '$.memory') = ?2)";
-        let others = self.connection.query_row(others, params![row.id, saved.memory], |row| row.get::<_, bool>(0));
-        others.map(|others| !others).map_err(fault)
+    /// The same for a row that has been changed from `before`.
+    pub(super) fn update_owned_parts(&self, before: &VmRow) -> Result<()> {
+        let Some(now) = self.vm_by_id(&before.id)? else { return Ok(()) };
+        let same = now.parts == before.parts && now.origin == before.origin;
+        if same && now.state.at_rest() == before.state.at_rest() {
+            return Ok(());
+        }
+        let owned = self.parts_of(&before.id)?;
+        self.connection.execute("DELETE FROM part_owners WHERE vm_id = ?1", [&before.id]).map_err(fault)?;
+        self.own_parts(&now)?;
+        for part in owned {
+            let query = "SELECT NOT EXISTS (SELECT 1 FROM part_owners WHERE part = ?1)";
+            if self.connection.query_row(query, [part], |row| row.get(0)).map_err(fault)? {
+                return self.mark_parts_due();
+            }
+        }
+        Ok(())
+    }
+
+    fn parts_of(&self, id: &str) -> Result<Vec<String>> {
+        let mut statement =
+            self.connection.prepare_cached("SELECT part FROM part_owners WHERE vm_id = ?1").map_err(fault)?;
+        let parts = statement.query_map([id], |row| row.get(0)).map_err(fault)?;
+        parts.collect::<rusqlite::Result<_>>().map_err(fault)
+    }
+
+    /// Whether a VM owns a part that no other VM owns.
+    pub(super) fn is_only_owner_of_a_part(&self, id: &str) -> Result<bool> {
+        let query = "SELECT EXISTS (SELECT 1 FROM part_owners AS own WHERE vm_id = ?1 AND NOT EXISTS \
+                     (SELECT 1 FROM part_owners AS other WHERE other.part = own.part AND other.vm_id <> ?1))";
+        self.connection.query_row(query, [id], |row| row.get(0)).map_err(fault)
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
-    use crate::{BootParts, Saved, VmUpdate};
+    use crate::{Purpose, Saved, VmUpdate};
     use nido_api::VmSpec;
     use nido_api::state::VmState;
 
-    fn row(id: &str, purpose: Purpose, root: &str) -> VmRow {
-        let parts = BootParts {
+    /// Parts of a template whose root disk has this hash.
+    pub fn parts_with_root(root: &str) -> BootParts {
+        BootParts {
             vmlinux: "a".into(),
             initramfs: "b".into(),
             initramfs_base: None,
@@ -88,8 +128,12 @@ mod tests {
             init: nido_images::Init::Agent,
             append: String::new(),
             frozen: Vec::new(),
-        };
-        VmRow::new(id.into(), VmSpec::named(format!("vm-{id}").parse().unwrap()), purpose, VmState::Starting, parts, 1)
+        }
+    }
+
+    fn row(id: &str, purpose: Purpose, root: &str) -> VmRow {
+        let spec = VmSpec::named(format!("vm-{id}").parse().unwrap());
+        VmRow::new(id.into(), spec, purpose, VmState::Starting, parts_with_root(root), 1)
     }
 
     fn collected(store: &Store) {
@@ -97,9 +141,15 @@ mod tests {
         assert_eq!(store.parts_due().unwrap(), 0);
     }
 
+    fn owned(store: &Store) -> Vec<String> {
+        let mut owned: Vec<_> = store.owned_parts().unwrap().unwrap().into_iter().collect();
+        owned.sort();
+        owned
+    }
+
     // Memory images of forks were never collected where a supervisor removed the last VM that used them.
     #[test]
-    fn parts_are_due_when_their_last_user_is_removed() {
+    fn parts_are_due_when_their_last_owner_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("db")).unwrap();
         for row in [row("1", Purpose::Use, "r"), row("2", Purpose::Use, "r"), row("3", Purpose::Bake, "r")] {
@@ -107,13 +157,14 @@ mod tests {
         }
         collected(&store);
         store.remove_vm("1", Vec::new()).unwrap();
-        assert_eq!(store.parts_due().unwrap(), 0, "another VM uses them");
+        assert_eq!(store.parts_due().unwrap(), 0, "another VM owns them");
         store.remove_vm("3", Vec::new()).unwrap();
-        assert_ne!(store.parts_due().unwrap(), 0, "what was baked may be in no manifest");
+        assert_ne!(store.parts_due().unwrap(), 0, "a warm image may be in no manifest");
         let seen = store.parts_due().unwrap();
         store.remove_vm("2", Vec::new()).unwrap();
         store.parts_collected(seen).unwrap();
         assert_ne!(store.parts_due().unwrap(), 0, "there is a reason that came later");
+        assert!(owned(&store).is_empty());
     }
 
     #[test]
@@ -127,10 +178,63 @@ mod tests {
             store.update_vm(id, &VmUpdate { origin, state: Some(VmState::Running), ..VmUpdate::default() }).unwrap();
         }
         collected(&store);
+        assert_eq!(owned(&store), ["a", "b", "d", "m", "r", "s"]);
         let stop = VmUpdate { state: Some(VmState::Stopped), ..VmUpdate::default() };
         store.update_vm("1", &stop).unwrap();
         assert_eq!(store.parts_due().unwrap(), 0);
         store.update_vm("2", &stop).unwrap();
         assert_ne!(store.parts_due().unwrap(), 0);
+        assert_eq!(owned(&store), ["a", "b", "d", "r"]);
+        collected(&store);
+        store.update_vm("2", &VmUpdate { state: Some(VmState::Starting), ..VmUpdate::default() }).unwrap();
+        store.update_vm("2", &VmUpdate { parts: Some(parts_with_root("q")), ..VmUpdate::default() }).unwrap();
+        assert_eq!(store.parts_due().unwrap(), 0, "VM 1 has the same root disk");
+        assert_eq!(owned(&store), ["a", "b", "d", "m", "q", "r", "s"]);
+    }
+
+    // One row that could not be decoded kept all parts of the home for ever, or would have had its own removed.
+    #[test]
+    fn a_row_that_cannot_be_decoded_keeps_its_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("db")).unwrap();
+        store.insert_vm(&row("1", Purpose::Use, "r")).unwrap();
+        store.connection.execute("UPDATE vms SET parts = '[]', spec = '{'", []).unwrap();
+        assert!(store.vms().is_err());
+        assert_eq!(owned(&store), ["a", "b", "d", "r"]);
+        store.connection.execute("DELETE FROM part_owners", []).unwrap();
+        assert_eq!(store.owned_parts().unwrap(), None, "it may own any part");
+        store.remove_vm("1", Vec::new()).unwrap();
+        assert_ne!(store.parts_due().unwrap(), 0);
+        assert!(owned(&store).is_empty());
+    }
+
+    /// What a store of an earlier version has in its rows becomes owned.
+    #[test]
+    fn a_store_without_owners_gets_them_from_its_rows() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db");
+        let old = rusqlite::Connection::open(&path).unwrap();
+        let steps = &crate::STEPS[..15];
+        steps.iter().for_each(|step| old.execute_batch(step).unwrap());
+        old.pragma_update(None, "user_version", steps.len() as i64).unwrap();
+        let hash = |digit: &str| digit.repeat(64);
+        let mut parts = parts_with_root(&hash("c"));
+        (parts.vmlinux, parts.initramfs, parts.packages) = (hash("a"), hash("b"), hash("d"));
+        parts.frozen = vec![crate::Frozen { sha256: hash("e"), virtual_bytes: 1 }];
+        let saved = Saved { memory: hash("f"), state: hash("0"), token: hash("1"), live: false };
+        let (parts, origin) = (crate::encode(&parts).unwrap(), crate::encode(&Origin::Fork(saved)).unwrap());
+        let insert = "INSERT INTO vms (id, name, spec, state, parts, disk_bytes, created_ms, origin) VALUES (?1, ?1, '{}', ?2, ?3, 1, 1, ?4)";
+        for (id, state) in [("1", "running"), ("2", "stopped")] {
+            old.execute(insert, params![id, state, parts, origin]).unwrap();
+        }
+        drop(old);
+        let store = Store::open(&path).unwrap();
+        let expected = |digits: &[&str]| digits.iter().map(|digit| hash(digit)).collect::<HashSet<_>>();
+        let of = |id: &str| store.parts_of(id).unwrap().into_iter().collect::<HashSet<_>>();
+        assert_eq!(of("1"), expected(&["a", "b", "c", "d", "e", "f", "0"]));
+        assert_eq!(of("2"), expected(&["a", "b", "c", "d", "e"]));
+        store.connection.execute("UPDATE vms SET parts = '{'", []).unwrap();
+        drop(store);
+        assert!(Store::open(&path).unwrap().owned_parts().unwrap().is_some());
     }
 }

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-use nido_api::state::{StateCause, VmState};
+use nido_api::state::StateCause;
 use nido_api::{EventDetails, EventKind, ForwardSpec, LeaseId, Limits};
 use rusqlite::{OptionalExtension, Row, params};
 
@@ -56,6 +56,7 @@ impl Store {
             for forward in &row.forwards {
                 insert_forward(&self.connection, &row.id, forward)?;
             }
+            self.own_parts(row)?;
             if row.purpose == Purpose::Use {
                 self.append(EventKind::VmCreated, Some(&row.spec.name), &of_vm(row))?;
             }
@@ -120,28 +121,6 @@ impl Store {
     /// Of the store.
     pub fn vms(&self) -> Result<Vec<VmRow>> {
         self.select("ORDER BY created_ms, name")
-    }
-
-    /// The ids of all VMs. Quick: no row is decoded.
-    ///
-    /// # Errors
-    /// Of the store.
-    pub fn vm_ids(&self) -> Result<std::collections::HashSet<String>> {
-        let mut statement = self.connection.prepare_cached("SELECT id FROM vms").map_err(fault)?;
-        let ids = statement.query_map([], |row| row.get(0)).map_err(fault)?;
-        ids.collect::<rusqlite::Result<_>>().map_err(fault)
-    }
-
-    /// VMs whose state claims that somebody takes care of them, and those of sessions. Usually few, so every command can afford to check them.
-    ///
-    /// # Errors
-    /// Of the store.
-    pub fn vms_in_motion(&self) -> Result<Vec<VmRow>> {
-        self.select(
-            "WHERE deleting = 1 OR state NOT IN ('created', 'stopped', 'failed') \
-             OR (state IN ('stopped', 'failed') AND json_extract(spec, '$.ephemeral') = 1) \
-             OR json_extract(spec, '$.lease') IS NOT NULL OR made_by IS NOT NULL",
-        )
     }
 
     pub(super) fn select(&self, clause: &str) -> Result<Vec<VmRow>> {
@@ -232,8 +211,8 @@ impl Store {
             if !sets.is_empty() {
                 self.set_columns(id, &sets, values)?;
             }
-            if update.state.is_some_and(VmState::at_rest) && !before.state.at_rest() && self.is_last_reader(&before)? {
-                self.mark_parts_due()?;
+            if update.state.is_some() || update.parts.is_some() || update.origin.is_some() {
+                self.update_owned_parts(&before)?;
             }
             for (kind, details) in events_of(&before, update) {
                 self.append(kind, Some(&before.spec.name), &details)?;
@@ -271,12 +250,10 @@ impl Store {
     pub fn remove_vm(&self, id: &str, last_log_entries: Vec<String>) -> Result<()> {
         self.in_transaction(|| {
             let row = self.vm_by_id(id);
-            let is_last = match &row {
-                Ok(None) => false,
-                Ok(Some(row)) => self.is_last_user(row)?,
-                Err(_) => true,
-            };
-            if is_last {
+            // The parts of a warm image that was being made may be in no manifest, and what cannot be read may own any.
+            let owns_unknown =
+                row.as_ref().map_or(true, |row| row.as_ref().is_some_and(|row| row.purpose == Purpose::Bake));
+            if owns_unknown || self.is_only_owner_of_a_part(id)? {
                 self.mark_parts_due()?;
             }
             let last_address = "SELECT last_ip_address FROM vms WHERE id = ?1";

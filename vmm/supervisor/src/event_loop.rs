@@ -150,7 +150,7 @@ impl Supervisor {
                 }
                 _ = retry.tick(), if !self.unwritten.is_empty() => self.flush(),
                 _ = session.tick(), if (self.row.spec.lease.is_some() || self.row.made_by.is_some()) && !self.quit_sent => {
-                    if self.context.is_orphan(&self.row) {
+                    if self.context.is_abandoned(&self.row) {
                         self.session_is_over(&running);
                     }
                 }
@@ -183,7 +183,7 @@ impl Supervisor {
     /// Writes down how it ended, tells everybody who waits, and leaves nothing behind.
     async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
         let never_ran = *self.life.borrow() == Life::Launching;
-        let vanishes = self.row.spec.ephemeral && !self.kept || self.context.is_orphan(&self.row);
+        let vanishes = self.row.spec.ephemeral && !self.kept || self.context.is_abandoned(&self.row);
         // An ephemeral VM that has stopped is one to be removed, by whoever sees it first.
         let state = if self.row.spec.ephemeral && self.kept { VmState::Created } else { state };
         let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).problem()));

@@ -46,7 +46,7 @@ impl Supervisor {
                     self.learn(Fact::StopAsked);
                     let _ = process.kill();
                 }
-                _ = session.tick(), if self.row.spec.lease.is_some() => if self.context.is_orphan(&self.row) {
+                _ = session.tick(), if self.row.spec.lease.is_some() => if self.context.is_abandoned(&self.row) {
                     self.learn(Fact::StopAsked);
                     let _ = process.kill();
                 },

@@ -143,7 +143,7 @@ mod tests {
     fn home() -> (tempfile::TempDir, Nido) {
         let dir = tempfile::tempdir().unwrap();
         let home = Some(dir.path().join("home"));
-        let nido = Nido::open_unsettled(OpenOptions { home, ..OpenOptions::default() }).unwrap();
+        let nido = Nido::open_unreconciled(OpenOptions { home, ..OpenOptions::default() }).unwrap();
         (dir, nido)
     }
 

@@ -61,7 +61,7 @@ impl Nido {
             }
         };
         if !already_baked {
-            self.drop_unused_parts().await;
+            self.drop_unowned_parts().await;
             self.renew_pools();
         }
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);

@@ -1,7 +1,7 @@
 //! Making a VM: its row, its directory, its disk.
 //!
 //! Order: directory, lock and `vm.json`, then the row (which reserves the name), then the disk. So a directory without a row
-//! that a killed command left holds no data, and only such a one is removed (`orphans.rs`).
+//! that a killed command left holds no data, and only such a one is removed (`reconcile/`).
 
 use std::time::{Duration, Instant};
 
@@ -62,7 +62,6 @@ impl Nido {
     pub(super) async fn insert(&self, row: VmRow, grant: &Grant) -> Result<(VmRow, Held)> {
         let row = VmRow { owner: grant.owner.clone(), ..row };
         self.require_space()?;
-        self.remove_orphans();
         let dir = self.vm_dir(&row.id);
         let held = make_and_hold(&dir).await?;
         // First: a row never is without its record.

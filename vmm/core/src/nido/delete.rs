@@ -65,7 +65,7 @@ impl Nido {
         } else {
             self.context.erase(&row.id)?;
         }
-        self.collect_parts_if_due().await;
+        self.remove_unowned_parts_if_due().await;
         Ok(info)
     }
 
@@ -123,12 +123,20 @@ impl Nido {
             let words = format!("VM '{name}' cannot be deleted: a QEMU of it still runs");
             return Err(Error::new(Code::VmBusy, words).hint(format!("nido delete --force {name}")));
         }
-        let Some(now) = self.settle(row).await? else { return Ok(()) };
+        let Some(now) = self.reconcile_vm(row).await? else { return Ok(()) };
         self.stop_row(&now, StopRequest { force: true, ..StopRequest::default() }).await.map(drop)
     }
 
     /// Whether the directory of a VM is not there.
     pub(super) fn files_are_gone(&self, id: &str) -> bool {
         std::fs::symlink_metadata(self.vm_dir(id).path()).is_err_and(|e| e.kind() == ErrorKind::NotFound)
+    }
+
+    /// The error for a VM whose directory is not there.
+    pub(super) fn files_lost(&self, row: &VmRow, done: &str) -> Error {
+        let (name, dir) = (&row.spec.name, self.vm_dir(&row.id));
+        let words = format!("VM '{name}' cannot be {done}: its directory {} is gone", dir.path().display());
+        Error::new(Code::VmNotRunning, words)
+            .hint(format!("its disk is lost: nido delete {name}, or bring the directory back"))
     }
 }

@@ -22,7 +22,7 @@ impl Nido {
     /// What keeps it from that; the next nido command tries again.
     pub async fn deliver(options: OpenOptions) -> Result<()> {
         // Reconciling would start another worker, for this one does not hold the lock yet.
-        let nido = Self::open_unsettled(options)?;
+        let nido = Self::open_unreconciled(options)?;
         let path = nido.home().root().join(DELIVER_LOCK);
         loop {
             let held = Held::try_take(&path).map_err(|e| Error::io("cannot lock the deliveries", e))?;

@@ -3,23 +3,18 @@
 mod checks;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use nido_api::error::{Error, Result};
 use nido_api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo};
-use nido_engine::home::VM_LOCK;
 use nido_engine::host::{HostFacts, QemuFacts, facts, kvm, qemu};
-use nido_engine::lock::is_held;
 use nido_engine::random;
 
 use self::checks::{
     check, check_cgroups, check_disk, check_kvm, check_machine, check_memory, check_nesting, check_qemu, check_unit,
     check_user, check_vsock, check_webhooks,
 };
+use crate::nido::reconcile::{Finding, Plan, Removed, Repair, Scope, VmRepair};
 use crate::nido::{Nido, OpenOptions};
-
-/// How long to wait for operations that work with template parts.
-const PARTS_LOCK_TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Nido {
     /// Looks at the host. With `gc`, removes what crashes left behind.
@@ -46,8 +41,12 @@ impl Nido {
         checks.extend(qemu.as_ref().map(|qemu| self.check_bakes(&host, qemu)));
         checks.push(self.check_build_tools());
         checks.extend(check_webhooks(&self.webhook_list()?.webhooks));
-        checks.push(self.check_vms().await?);
-        checks.push(self.check_leftovers(gc).await?);
+        let plan = self.plan_reconciliation(Scope::Everything)?;
+        if !self.is_read_only() {
+            self.repair_vms(&plan).await;
+        }
+        checks.push(self.check_vms(&plan)?);
+        checks.push(self.check_orphans(&plan, gc).await);
         Ok(DoctorReport { ok: checks.iter().all(|check| check.status != CheckStatus::Failed), checks })
     }
 
@@ -133,50 +132,73 @@ impl Nido {
         }
     }
 
-    /// Files that nobody needs any more. Rows were reconciled when the home was opened.
-    async fn check_leftovers(&self, gc: bool) -> Result<DoctorCheck> {
-        if gc {
-            let directories = self.remove_orphans();
-            self.remove_all_unfinished()?;
-            let bytes = match self.collect_parts(PARTS_LOCK_TIMEOUT).await {
-                Ok(bytes) => bytes,
-                Err(error) => {
-                    let detail = format!("removed {directories} directories; template parts stay: {error}");
-                    return Ok(check("leftovers", CheckStatus::Warning, detail));
-                }
-            };
-            let detail = format!("removed {directories} directories and {} MiB of unused template parts", bytes >> 20);
-            return Ok(check("leftovers", CheckStatus::Ok, detail));
-        }
-        let (directories, bytes) = match (self.count_orphans()?, self.unused_part_bytes()) {
-            (directories, Ok(bytes)) => (directories, bytes),
-            (_, Err(error)) => {
-                let detail = format!("it is not known which template parts are used: {error}");
-                return Ok(check("leftovers", CheckStatus::Warning, detail));
+    /// Repairs of VMs that `doctor` makes without being asked: a QEMU without a supervisor gets one, and a VM that an earlier
+    /// version made gets the copy of its row.
+    async fn repair_vms(&self, plan: &Plan) {
+        for repair in &plan.repairs {
+            let Repair::Vm { id, repairs } = repair else { continue };
+            if repairs.iter().any(|repair| matches!(repair, VmRepair::Supervise | VmRepair::WriteRecord))
+                && let Err(error) = self.apply(repair, Scope::Everything).await
+            {
+                tracing::warn!("VM {id} cannot be repaired: {error}");
             }
-        };
-        if directories == 0 && bytes == 0 {
-            return Ok(check("leftovers", CheckStatus::Ok, "none"));
         }
-        let detail =
-            format!("{directories} directories of no VM, {} MiB of unused template parts", bytes.div_ceil(1 << 20));
-        Ok(check("leftovers", CheckStatus::Warning, detail).hint("nido doctor --gc"))
+    }
+
+    /// Files that nothing needs any more. Rows were reconciled when the home was opened.
+    async fn check_orphans(&self, plan: &Plan, gc: bool) -> DoctorCheck {
+        let removes = plan.removes();
+        let unknown = plan.findings.iter().find_map(|finding| match finding {
+            Finding::PartsUnknown(why) => Some(why),
+            _ => None,
+        });
+        if let (Some(why), false) = (unknown, gc) {
+            let detail = format!("it is not known which template parts are used: {why}");
+            return check("leftovers", CheckStatus::Warning, detail);
+        }
+        if gc {
+            return self.remove_orphans(plan, unknown).await;
+        }
+        if removes == Removed::default() {
+            return check("leftovers", CheckStatus::Ok, "none");
+        }
+        let mib = removes.part_bytes.div_ceil(1 << 20);
+        let detail = format!("{} directories of no VM, {mib} MiB of unused template parts", removes.directories);
+        check("leftovers", CheckStatus::Warning, detail).hint("nido doctor --gc")
+    }
+
+    async fn remove_orphans(&self, plan: &Plan, unknown: Option<&String>) -> DoctorCheck {
+        let mut failures = Vec::new();
+        for repair in &plan.repairs {
+            if let Err(error) = self.apply(repair, Scope::Everything).await {
+                failures.push(error.to_string());
+            }
+        }
+        let Removed { directories, part_bytes } = plan.removes();
+        let removed = format!("removed {directories} directories");
+        match (unknown, &failures[..]) {
+            (Some(why), _) => {
+                let detail = format!("{removed}; template parts stay, because it is not known which are used: {why}");
+                check("leftovers", CheckStatus::Warning, detail)
+            }
+            (None, []) => {
+                let detail = format!("{removed} and {} MiB of unused template parts", part_bytes >> 20);
+                check("leftovers", CheckStatus::Ok, detail)
+            }
+            (None, failures) => {
+                let detail = format!("not everything could be removed: {}", failures.join("; "));
+                check("leftovers", CheckStatus::Warning, detail)
+            }
+        }
     }
 
     /// Whether each VM's row and files belong together.
-    async fn check_vms(&self) -> Result<DoctorCheck> {
-        let unknown = self.unknown_vms()?;
+    fn check_vms(&self, plan: &Plan) -> Result<DoctorCheck> {
+        let unknown: Vec<_> = plan.findings.iter().filter_map(Finding::unknown_vm).collect();
+        let lost: Vec<_> = plan.findings.iter().filter_map(Finding::lost_files).collect();
         let rows = self.store().vms()?;
-        let lost = rows.iter().filter(|row| !row.deleting && self.files_are_gone(&row.id));
-        let lost: Vec<_> = lost.map(|row| row.spec.name.to_string()).collect();
-        for row in rows.iter().filter(|row| row.state.at_rest() && !lost.contains(&row.spec.name.to_string())) {
-            // A VM of an older nido has none yet.
-            self.context.refresh_record(&row.id);
-            // A QEMU that outlived its row gets a supervisor again.
-            if is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
-                self.settle(row).await?;
-            }
-        }
+        let lost: Vec<_> = rows.iter().filter(|row| lost.contains(&row.id.as_str())).collect();
+        let lost = lost.iter().map(|row| row.spec.name.to_string()).collect::<Vec<_>>();
         Ok(match (unknown.len(), &lost[..]) {
             (0, []) => check("VMs", CheckStatus::Ok, "each has its row and its files"),
             (0, lost) => {

@@ -193,7 +193,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let open = || {
             let home = Some(dir.path().join("home"));
-            Nido::open_unsettled(OpenOptions { home, ..OpenOptions::default() }).unwrap()
+            Nido::open_unreconciled(OpenOptions { home, ..OpenOptions::default() }).unwrap()
         };
         let (nido, other) = (open(), open());
         let none = Error::io("cannot watch the store", std::io::Error::from_raw_os_error(libc::EMFILE));

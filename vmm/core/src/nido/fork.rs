@@ -68,7 +68,7 @@ impl Nido {
         progress(vm, StartStage::Preparing);
         let forked = self.fork_row(&row, copies, grant, progress).await;
         // The parts that no copy needs any more.
-        self.collect_parts_if_due().await;
+        self.remove_unowned_parts_if_due().await;
         Ok(ForkResult { vm: vm.clone(), copies: forked? })
     }
 

@@ -128,7 +128,7 @@ mod tests {
 
     fn open(dir: &tempfile::TempDir) -> Nido {
         let home = Some(dir.path().join("home"));
-        Nido::open_unsettled(OpenOptions { home, ..OpenOptions::default() }).unwrap()
+        Nido::open_unreconciled(OpenOptions { home, ..OpenOptions::default() }).unwrap()
     }
 
     fn request() -> JobRequest {

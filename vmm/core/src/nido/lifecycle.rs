@@ -139,7 +139,7 @@ impl Nido {
         if is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
             // A QEMU that outlived its row.
             drop(held);
-            let row = self.settle(&row).await?.ok_or_else(|| super::gone_meanwhile(name))?;
+            let row = self.reconcile_vm(&row).await?.ok_or_else(|| super::gone_meanwhile(name))?;
             return self.await_start(&row, start, progress).await;
         }
         if !matches!(admit(row.state, Act::Start), Admission::Do) {

@@ -10,6 +10,7 @@ use nido_api::state::{Admission, Request as Act, StateCause, VmState, admit};
 use nido_api::{ForwardSpec, VmInfo, VmList, VmPage, VmQuery, VmSpec, Which, moment};
 use nido_store::{Purpose, VmRow};
 use nido_supervisor::control::{Answer, Request};
+use nido_supervisor::lagging;
 
 use super::Nido;
 use super::denied::denied;
@@ -35,6 +36,17 @@ pub enum Intent<'a> {
 }
 
 impl Nido {
+    /// The row with what its supervisor could not write into it yet.
+    pub(crate) fn current(&self, row: VmRow) -> VmRow {
+        if row.state.at_rest() {
+            return row;
+        }
+        match lagging(&self.vm_dir(&row.id), &row) {
+            Some(now) => VmRow { state: now.state, cause: now.cause, failure: now.failure, ..row },
+            None => row,
+        }
+    }
+
     /// All VMs, in order of creation.
     ///
     /// # Errors

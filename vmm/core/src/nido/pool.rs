@@ -205,7 +205,7 @@ impl Nido {
             }
         }
         if !clones.is_empty() {
-            self.drop_unused_parts().await;
+            self.drop_unowned_parts().await;
         }
         Ok(())
     }

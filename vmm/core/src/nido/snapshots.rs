@@ -6,8 +6,8 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::{StateCause, VmState};
 use nido_api::{RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, VmInfo, Which};
-use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK, VmDir};
-use nido_engine::lock::{Held, is_held};
+use nido_engine::home::{DISK, SUPERVISOR_LOCK, VmDir};
+use nido_engine::lock::Held;
 use nido_engine::snapshot::{self, DiskCopy, PreviousDisk, Record, Unfinished};
 use nido_store::{Origin, VmRow, VmUpdate};
 use nido_supervisor::control::Request;
@@ -168,28 +168,6 @@ impl Nido {
         if let Err(error) = undone.await {
             tracing::warn!("VM {} keeps the disk of the snapshot: {error}", row.spec.name);
         }
-    }
-
-    /// Removes what a killed operation left in the directory of a VM at rest. The caller holds the VM's lock.
-    pub(super) fn remove_unfinished(&self, id: &str, from: Option<&Origin>) {
-        let dir = self.vm_dir(id);
-        snapshot::remove_unfinished(&dir);
-        // That of a restore is in use until the VM has started.
-        if !matches!(from, Some(Origin::Restore { .. })) {
-            snapshot::remove_restore_files(&dir);
-        }
-    }
-
-    /// The same for all VMs at rest that no other process works on.
-    pub(super) fn remove_all_unfinished(&self) -> Result<()> {
-        for row in self.store().vms()?.into_iter().filter(|row| row.state.at_rest()) {
-            let dir = self.vm_dir(&row.id);
-            let held = Held::try_take_existing(&dir.file(SUPERVISOR_LOCK));
-            if matches!(held, Ok(Some(_))) && !is_held(&dir.file(VM_LOCK)) {
-                self.remove_unfinished(&row.id, None);
-            }
-        }
-        Ok(())
     }
 
     /// Stops a VM that stays, also if it is ephemeral.

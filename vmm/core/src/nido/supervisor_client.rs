@@ -191,7 +191,7 @@ impl Nido {
         // The supervisor frees its lock only when it has written everything down.
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
         let _ = Held::take(&lock, Instant::now() + Duration::from_secs(2)).await;
-        let now = match self.settle(row).await {
+        let now = match self.reconcile_vm(row).await {
             Ok(now) => now,
             Err(error) => return error,
         };

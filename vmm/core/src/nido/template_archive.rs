@@ -83,9 +83,10 @@ impl Nido {
             without_memory: !request.memory,
         };
         let source = request.source;
+        self.remove_orphaned_builds().await;
         let outcome = watched(move |mut watch| import(&home, source, &options, &mut watch), progress).await;
         // What was replaced, and what a failure at the very end may have left.
-        self.drop_unused_parts().await;
+        self.drop_unowned_parts().await;
         let outcome = outcome?;
         if !outcome.already_present {
             self.renew_pools();

@@ -18,8 +18,8 @@ use tokio::sync::mpsc;
 
 use super::Nido;
 
-/// How long whoever makes something of templates, or removes what of them nobody needs, may take.
-const LET_GO: Duration = Duration::from_secs(600);
+/// How long to wait for operations that make or remove something of templates.
+pub(super) const TEMPLATES_LOCK_TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Nido {
     pub(super) fn images(&self) -> ImageStore {
@@ -28,10 +28,15 @@ impl Nido {
 
     /// Keeps template parts from being removed while a VM that needs them is being made.
     pub(super) async fn templates_shared(&self) -> Result<File> {
-        self.templates_lock(FlockOperation::NonBlockingLockShared, LET_GO).await
+        self.templates_lock(FlockOperation::NonBlockingLockShared, TEMPLATES_LOCK_TIMEOUT).await
     }
 
-    /// Waits without holding up whoever else this process works for: it may be them who hold the lock.
+    /// Keeps other processes from making or using anything of templates.
+    pub(super) async fn templates_exclusive(&self, timeout: Duration) -> Result<File> {
+        self.templates_lock(FlockOperation::NonBlockingLockExclusive, timeout).await
+    }
+
+    /// Waits without blocking the thread: another request of this process may hold the lock.
     async fn templates_lock(&self, how: FlockOperation, within: Duration) -> Result<File> {
         let path = self.home().root().join("templates.lock");
         let broken = |e| Error::io("cannot lock the templates", e);
@@ -127,6 +132,7 @@ impl Nido {
         progress: &mut (dyn FnMut(BuildStep) + Send),
     ) -> Result<BuildResult> {
         let began = Instant::now();
+        self.remove_orphaned_builds().await;
         let cancel = CancelOnDrop(Arc::default());
         let (home, recipe, flag) = (self.home().root().to_owned(), name.to_string(), Arc::clone(&cancel.0));
         let (steps, mut step) = mpsc::unbounded_channel();
@@ -139,7 +145,7 @@ impl Nido {
             progress(build_step(now));
         }
         let outcome = work.await.map_err(|e| Error::internal(format!("the build broke down: {e}")))??;
-        self.drop_unused_parts().await;
+        self.drop_unowned_parts().await;
         let mut already_built = outcome.already_built;
         if request.bake {
             already_built &= self.default_bakes(name, progress).await?;
@@ -259,7 +265,7 @@ impl Nido {
     /// # Errors
     /// `template_not_found`, `template_in_use` with the VMs that use it.
     pub async fn template_delete(&self, name: &TemplateName) -> Result<()> {
-        let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, LET_GO).await?;
+        let lock = self.templates_exclusive(TEMPLATES_LOCK_TIMEOUT).await?;
         self.refuse_pools_of(name)?;
         let users: Vec<String> = self
             .template_users()?
@@ -272,49 +278,12 @@ impl Nido {
             return Err(Error::new(Code::TemplateInUse, format!("template '{name}' is used by {list}"))
                 .hint(format!("delete them first: nido delete {}", users.join(" "))));
         }
-        let in_use = self.parts_in_use()?;
         let gone = name.clone();
-        self.with_images(move |images| images.delete(gone.as_str(), &in_use)).await?;
+        self.with_images(move |images| images.delete(gone.as_str())).await?;
         self.store().forget_template(name)?;
+        drop(lock);
+        self.drop_unowned_parts().await;
         Ok(())
-    }
-
-    /// Removes parts that neither a template nor a VM names any more; how many bytes that freed.
-    pub(super) async fn collect_parts(&self, lock_timeout: Duration) -> Result<u64> {
-        let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, lock_timeout).await?;
-        let due = self.store().parts_due()?;
-        let in_use = self.parts_in_use()?;
-        let collected = match self.with_images(move |images| images.collect_garbage(&in_use)).await {
-            // Nothing was ever built here.
-            Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(0),
-            collected => collected.map_err(Error::from),
-        };
-        // Where it failed it would fail at each command; the next change of a template tries again.
-        self.store().parts_collected(due)?;
-        collected
-    }
-
-    /// The same for an operation that has done its work already: a failure is logged.
-    pub(super) async fn drop_unused_parts(&self) {
-        if let Err(error) = self.collect_parts(LET_GO).await {
-            tracing::warn!("unused template parts stay: {error}");
-        }
-    }
-
-    /// The same if a VM was the last that used a part, unless another process works with parts just now: then the next command
-    /// does it.
-    pub(crate) async fn collect_parts_if_due(&self) {
-        if !self.store().parts_due().is_ok_and(|due| due != 0) {
-            return;
-        }
-        if let Err(error) = self.collect_parts(Duration::ZERO).await {
-            tracing::info!("unused template parts stay for now: {error}");
-        }
-    }
-
-    /// How many bytes that would free.
-    pub(super) fn unused_part_bytes(&self) -> Result<u64> {
-        Ok(self.images().unused_bytes(&self.parts_in_use()?)?)
     }
 
     /// Which VM was made from which template.

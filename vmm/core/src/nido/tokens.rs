@@ -101,7 +101,7 @@ mod tests {
     fn a_token_is_good_until_it_ends_or_is_revoked() {
         let dir = tempfile::tempdir().unwrap();
         let home = dir.path().join("home");
-        let nido = Nido::open_unsettled(OpenOptions { home: Some(home), ..OpenOptions::default() }).unwrap();
+        let nido = Nido::open_unreconciled(OpenOptions { home: Some(home), ..OpenOptions::default() }).unwrap();
         let request = TokenRequest {
             name: "ci".into(),
             scope: Scope::Run,

@@ -62,7 +62,7 @@ impl Nido {
 async fn have_stopped(options: &OpenOptions, id: &str) -> Result<()> {
     let lock = std::path::Path::new(SUPERVISOR_LOCK);
     let Ok(Some(held)) = Held::try_take(lock) else { return Ok(()) };
-    Nido::open_unsettled(options.clone())?.supervise_again(id, held).await.map(drop)
+    Nido::open_unreconciled(options.clone())?.supervise_again(id, held).await.map(drop)
 }
 
 /// How long it is until then by the wall clock; `None` once it has come.

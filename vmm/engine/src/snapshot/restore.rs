@@ -78,13 +78,21 @@ impl PreviousDisk {
     }
 }
 
-/// Removes what a restore left that was killed. Nobody restores the VM meanwhile.
+/// Removes what a restore left that was killed. No other process restores the VM meanwhile.
 pub fn remove_restore_files(vm: &VmDir) {
-    let Ok(entries) = fs::read_dir(vm.path()) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        if name == PREVIOUS || name.to_string_lossy().starts_with(COPY) {
-            let _ = fs::remove_file(entry.path());
-        }
+    for path in restore_files(vm) {
+        let _ = fs::remove_file(path);
     }
+}
+
+/// Whether a restore was interrupted, or is in progress.
+#[must_use]
+pub fn has_restore_files(vm: &VmDir) -> bool {
+    restore_files(vm).next().is_some()
+}
+
+fn restore_files(vm: &VmDir) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(vm.path()).into_iter().flatten().flatten();
+    let of_restore = |name: &str| name == PREVIOUS || name.starts_with(COPY);
+    entries.filter(move |entry| of_restore(&entry.file_name().to_string_lossy())).map(|entry| entry.path())
 }

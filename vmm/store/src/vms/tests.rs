@@ -72,15 +72,15 @@ fn a_vsock_address_is_taken_once() {
 }
 
 #[test]
-fn only_vms_in_motion_are_looked_after() {
+fn only_rows_to_reconcile_are_looked_after() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", "a")).unwrap();
     store.insert_vm(&row("2", "b")).unwrap();
     store.update_vm("2", &VmUpdate { state: Some(VmState::Running), ..VmUpdate::default() }).unwrap();
-    let ids: Vec<_> = store.vms_in_motion().unwrap().into_iter().map(|vm| vm.id).collect();
+    let ids: Vec<_> = store.rows_to_reconcile().unwrap().into_iter().map(|vm| vm.id).collect();
     assert_eq!(ids, ["2"]);
     store.mark_deleting("1").unwrap();
-    assert_eq!(store.vms_in_motion().unwrap().len(), 2);
+    assert_eq!(store.rows_to_reconcile().unwrap().len(), 2);
 }
 
 #[test]
@@ -91,14 +91,14 @@ fn vms_of_an_operation_are_kept_together_or_not_at_all() {
         store.insert_vm(&VmRow { made_by, ..row(id, &format!("vm-{id}")) }).unwrap();
     }
     assert_eq!(store.vms_made_by(&operation).unwrap().len(), 2);
-    assert_eq!(store.vms_in_motion().unwrap().len(), 2, "looked after until then");
+    assert_eq!(store.rows_to_reconcile().unwrap().len(), 2, "looked after until then");
     store.mark_deleting("2").unwrap();
     store.keep_vms_made_by(&operation, 2).unwrap_err();
     assert!(store.is_being_made("1").unwrap() && !store.is_being_made("3").unwrap());
     store.remove_vm("2", Vec::new()).unwrap();
     store.keep_vms_made_by(&operation, 1).unwrap();
     assert!(!store.is_being_made("1").unwrap());
-    assert_eq!(store.vms_in_motion().unwrap().len(), 0);
+    assert_eq!(store.rows_to_reconcile().unwrap().len(), 0);
 }
 
 #[test]

@@ -114,11 +114,18 @@ impl Context {
     }
 
     /// Whether a VM belongs to a session that is over, or to an operation that ended before it had made all its VMs.
-    pub fn is_orphan(&self, row: &VmRow) -> bool {
-        let is_over = |lease: &LeaseId| is_gone(&self.home.present(), lease.as_str());
-        row.spec.lease.as_ref().is_some_and(is_over)
-            // It may have ended well since the row was read.
-            || row.made_by.as_ref().is_some_and(is_over) && self.store().is_being_made(&row.id).unwrap_or(false)
+    #[must_use]
+    pub fn is_abandoned(&self, row: &VmRow) -> bool {
+        let (lease, made_by) = (row.spec.lease.as_ref(), row.made_by.as_ref());
+        self.is_abandoned_by(&row.id, lease.map(LeaseId::as_str), made_by.map(LeaseId::as_str))
+    }
+
+    /// The same for a VM whose row is not decoded.
+    #[must_use]
+    pub fn is_abandoned_by(&self, id: &str, lease: Option<&str>, made_by: Option<&str>) -> bool {
+        let is_over = |holder: &str| is_gone(&self.home.present(), holder);
+        // The operation may have ended well since the row was read.
+        lease.is_some_and(is_over) || made_by.is_some_and(is_over) && self.store().is_being_made(id).unwrap_or(false)
     }
 
     fn program(&self) -> Result<PathBuf> {

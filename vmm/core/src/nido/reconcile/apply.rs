@@ -1,0 +1,243 @@
+//! Repairs, one by one. Each is planned again from facts that are read under the lock of what it changes.
+
+use std::io::ErrorKind;
+
+use nido_api::error::{Error, Result};
+use nido_api::state::{Fact, FailureCause, VmState, advance};
+use nido_api::{AgentInfo, Failure};
+use nido_engine::home::{CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOCK};
+use nido_engine::host::removed_dir;
+use nido_engine::lock::Held;
+use nido_engine::logs::log_tail;
+use nido_engine::{liveness, snapshot};
+use nido_store::{Origin, VmRow, VmUpdate};
+use nido_supervisor::context::remove_tree;
+use nido_supervisor::lagging;
+use nido_supervisor::vm_record::remove_without_data;
+
+use super::inventory::{Inventory, Lock, Scope, VmFacts};
+use super::parts::part_bytes;
+use super::plan::{Plan, Repair, VmRepair, plan, plan_vm};
+use crate::nido::Nido;
+use crate::nido::templates::TEMPLATES_LOCK_TIMEOUT;
+
+/// How often a VM is planned anew, if its QEMU ends while a supervisor is being started for it.
+const ROUNDS_MAX: u32 = 3;
+
+/// What repairs have removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(in crate::nido) struct Removed {
+    /// Directories of VMs and builds.
+    pub directories: usize,
+    /// Template parts.
+    pub part_bytes: u64,
+}
+
+impl Plan {
+    /// What the plan removes that no VM and no template needs.
+    pub(in crate::nido) fn removes(&self) -> Removed {
+        let mut removed = Removed::default();
+        for repair in &self.repairs {
+            match repair {
+                Repair::Vm { repairs, .. } => {
+                    removed.directories += usize::from(repairs.contains(&VmRepair::RemoveEmptyDirectory));
+                }
+                Repair::RemoveDeletedDirectory(_) | Repair::RemoveBuild(_) => removed.directories += 1,
+                Repair::Parts(parts) => removed.part_bytes += part_bytes(parts),
+                Repair::RemoveLivenessFile(_) => {}
+            }
+        }
+        removed
+    }
+}
+
+impl Nido {
+    /// Reconciles what killed processes left, as every command does when it opens the home: for processes that keep a home open
+    /// for long. Cheap when nothing has to be repaired.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub async fn reconcile(&self) -> Result<()> {
+        let plan = self.plan_reconciliation(Scope::Due)?;
+        for repair in plan.repairs {
+            // One VM that cannot be repaired is no reason to refuse everything else.
+            if let Err(error) = self.apply(&repair, Scope::Due).await {
+                tracing::warn!("{repair:?} failed: {error}");
+            }
+        }
+        self.back_up_store();
+        Ok(())
+    }
+
+    /// Looks at the home, and plans what has to be done.
+    ///
+    /// # Errors
+    /// Of the store or the disk.
+    pub(in crate::nido) fn plan_reconciliation(&self, scope: Scope) -> Result<Plan> {
+        Ok(plan(&Inventory::take(self, scope)?))
+    }
+
+    /// Makes one planned repair.
+    pub(in crate::nido) async fn apply(&self, repair: &Repair, scope: Scope) -> Result<()> {
+        match repair {
+            Repair::Vm { id, .. } => self.repair_vm(id, scope).await,
+            Repair::RemoveDeletedDirectory(name) => {
+                let path = self.home().vms().join(name);
+                remove_tree(&path).map_err(|e| Error::io_at("remove", &path, e))
+            }
+            Repair::RemoveLivenessFile(id) => liveness::remove_dead(&self.home().present(), id)
+                .map_err(|e| Error::io("cannot remove the file of a process that died", e)),
+            Repair::RemoveBuild(path) => Ok(nido_images::remove_orphaned_build(path)?),
+            Repair::Parts(_) if scope == Scope::Due => {
+                self.remove_unowned_parts_if_due().await;
+                Ok(())
+            }
+            Repair::Parts(_) => self.remove_unowned_parts(TEMPLATES_LOCK_TIMEOUT).await.map(drop),
+        }
+    }
+
+    /// Removes the scratch directories of builds that were killed. What cannot be removed is logged.
+    pub(in crate::nido) async fn remove_orphaned_builds(&self) {
+        for path in nido_images::orphaned_builds(self.home().root()) {
+            if let Err(error) = self.apply(&Repair::RemoveBuild(path), Scope::Everything).await {
+                tracing::warn!("what a killed build left stays: {error}");
+            }
+        }
+    }
+
+    /// Reconciles one VM. Returns its row as it is now; `None` if the VM is gone.
+    pub(in crate::nido) async fn reconcile_vm(&self, row: &VmRow) -> Result<Option<VmRow>> {
+        self.repair_vm(&row.id, Scope::Due).await?;
+        self.store().vm_by_id(&row.id)
+    }
+
+    async fn repair_vm(&self, id: &str, scope: Scope) -> Result<()> {
+        for _ in 0..ROUNDS_MAX {
+            let Some(mut held) = self.lock_for_repair(id)? else { return Ok(()) };
+            let row = self.store().row_facts_of(id)?;
+            // The lock is free, or this process holds it.
+            let facts = VmFacts { supervisor: Lock::Free, ..VmFacts::read(self, id.to_owned(), row, scope) };
+            let repairs = plan_vm(&facts);
+            let Some((VmRepair::Supervise, _)) = repairs.split_first() else {
+                return repairs.into_iter().try_for_each(|repair| self.apply_to_vm(id, repair));
+            };
+            let Some(held) = held.take() else { return Ok(()) };
+            if self.take_over(id, held).await? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Locks a VM that no process takes care of. `None`: one does, or the lock cannot be looked at. `Some(None)`: there is nothing
+    /// to lock, because the VM's directory is gone.
+    fn lock_for_repair(&self, id: &str) -> Result<Option<Option<Held>>> {
+        let lock = self.vm_dir(id).file(SUPERVISOR_LOCK);
+        let held = match Held::try_take_existing(&lock) {
+            Err(e) if e.kind() == ErrorKind::NotFound && self.files_are_gone(id) => return Ok(Some(None)),
+            // Only the lock's file is missing.
+            Err(e) if e.kind() == ErrorKind::NotFound => Held::try_take(&lock),
+            held => held,
+        };
+        match held {
+            Ok(held) => Ok(held.map(Some)),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) => {
+                tracing::warn!("cannot lock VM {id}: {e}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Starts a supervisor for a QEMU that lost its own. False if that QEMU has ended meanwhile.
+    async fn take_over(&self, id: &str, held: Held) -> Result<bool> {
+        let Some(row) = self.store().vm_by_id(id)? else { return Ok(true) };
+        tracing::info!("VM {} lost its supervisor; starting another", row.spec.name);
+        if row.state.at_rest() {
+            // A QEMU that outlived its row.
+            let update = VmUpdate { state: Some(VmState::Running), failure: Some(None), ..VmUpdate::default() };
+            self.store().update_vm(id, &update)?;
+        }
+        self.supervise_again(id, held).await
+    }
+
+    /// Makes a repair of a VM that this process holds, or whose directory is gone.
+    fn apply_to_vm(&self, id: &str, repair: VmRepair) -> Result<()> {
+        match repair {
+            VmRepair::RecordEnd { files_lost } => self.record_end(id, files_lost),
+            VmRepair::Delete => self.context.erase(id),
+            VmRepair::RemoveUnfinished => {
+                self.remove_unfinished(id, None);
+                Ok(())
+            }
+            VmRepair::WriteRecord => {
+                self.context.refresh_record(id);
+                Ok(())
+            }
+            VmRepair::RemoveEmptyDirectory => {
+                let dir = self.vm_dir(id);
+                remove_without_data(&dir).map_err(|e| Error::io_at("remove", dir.path(), e))
+            }
+            VmRepair::Supervise => Err(Error::internal("a supervisor is started with the lock of its VM")),
+        }
+    }
+
+    /// Removes what a killed operation left in the directory of a stopped VM. The caller holds the VM's lock.
+    pub(in crate::nido) fn remove_unfinished(&self, id: &str, from: Option<&Origin>) {
+        let dir = self.vm_dir(id);
+        snapshot::remove_unfinished(&dir);
+        // Those of a restore are in use until the VM has started.
+        if !matches!(from, Some(Origin::Restore { .. })) {
+            snapshot::remove_restore_files(&dir);
+        }
+    }
+
+    /// Records that a VM has ended, which no supervisor could.
+    fn record_end(&self, id: &str, files_lost: bool) -> Result<()> {
+        let Some(row) = self.store().vm_by_id(id)? else { return Ok(()) };
+        let update = match lagging(&self.vm_dir(id), &row) {
+            _ if files_lost => ended(&row, VmState::Failed, Some(self.files_lost_failure(id))),
+            // A supervisor that saw the end, and could not write it into the store, wrote it into the VM's directory.
+            Some(known) if known.state.at_rest() => {
+                VmUpdate { cause: Some(known.cause), ..ended(&row, known.state, known.failure) }
+            }
+            _ => {
+                let state = advance(row.state, Fact::QemuExited { clean: false });
+                let failure = (state == VmState::Failed).then(|| self.unreported_failure(id));
+                ended(&row, state, failure)
+            }
+        };
+        self.store().update_vm(id, &update)
+    }
+
+    fn files_lost_failure(&self, id: &str) -> Failure {
+        let dir = self.vm_dir(id);
+        let message = format!("its directory {} is gone, and its disk with it", dir.path().display());
+        let message = match removed_dir::count_processes_in(dir.path()) {
+            0 => message,
+            processes => format!("{message}; {processes} of its processes run until it is deleted"),
+        };
+        Failure { cause: FailureCause::FilesLost, message, log_tail: Vec::new() }
+    }
+
+    fn unreported_failure(&self, id: &str) -> Failure {
+        Failure {
+            cause: FailureCause::HostRestart,
+            message: "QEMU and its supervisor ended without a report: the host restarted, or both were killed".into(),
+            log_tail: log_tail(&self.vm_dir(id), &[QEMU_LOG, CONSOLE_LOG]),
+        }
+    }
+}
+
+/// What changes in the row of a VM that has ended.
+fn ended(row: &VmRow, state: VmState, failure: Option<Failure>) -> VmUpdate {
+    VmUpdate {
+        state: Some(state),
+        cid: Some(None),
+        expires_at: Some(None),
+        agent: Some(AgentInfo { ready: false, ..row.agent.clone() }),
+        ip_address: Some(None),
+        failure: Some(failure),
+        ..VmUpdate::default()
+    }
+}

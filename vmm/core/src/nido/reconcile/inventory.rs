@@ -1,0 +1,185 @@
+//! What is there: a home as reconciliation sees it. Nothing here writes.
+
+use std::collections::HashMap;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use nido_api::error::{Error, Result};
+use nido_engine::home::{REMOVED_PREFIX, SUPERVISOR_LOCK, VM_LOCK, VM_RECORD, VmDir};
+use nido_engine::lock::is_free;
+use nido_engine::{liveness, snapshot};
+use nido_store::RowFacts;
+use nido_supervisor::vm_record::holds_data;
+
+use super::parts::PartFacts;
+use crate::nido::Nido;
+
+/// How much is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::nido) enum Scope {
+    /// What can need a repair before the next command: rows that claim a process, directories without a row, files of dead
+    /// processes, and template parts if a reason was recorded. Costs nothing for stopped VMs.
+    Due,
+    /// All of it, also what only takes space.
+    Everything,
+}
+
+/// A lock, as another process sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lock {
+    /// No process holds it, or its file is missing.
+    Free,
+    /// A process holds it.
+    Held,
+    /// It cannot be looked at.
+    Unknown,
+}
+
+impl Lock {
+    fn of(path: &Path) -> Self {
+        match is_free(path) {
+            Ok(true) => Self::Free,
+            Ok(false) => Self::Held,
+            Err(error) => {
+                tracing::warn!("cannot look at {}: {error}", path.display());
+                Self::Unknown
+            }
+        }
+    }
+}
+
+/// A VM's directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Directory {
+    /// It is not there.
+    Missing,
+    /// It holds locks, sockets, logs and configuration, and nothing else.
+    WithoutData,
+    /// It holds a disk, a snapshot, or something that nido does not know; or it cannot be read.
+    WithData,
+}
+
+/// What is known about a VM: its row, its directory and the processes that hold its locks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct VmFacts {
+    /// Its id.
+    pub id: String,
+    /// Its row.
+    pub row: Option<RowFacts>,
+    /// Its session, or the operation that makes it, is over.
+    pub abandoned: bool,
+    /// Its directory.
+    pub directory: Directory,
+    /// The lock of its supervisor, or of the command that works on it.
+    pub supervisor: Lock,
+    /// The lock of its QEMU.
+    pub qemu: Lock,
+    /// A snapshot or a restore was interrupted in it. Looked for in a stopped VM only.
+    pub unfinished: bool,
+    /// The copy of its row is missing in its directory.
+    pub without_record: bool,
+}
+
+impl VmFacts {
+    /// Whether no process takes care of it.
+    pub fn is_unattended(&self) -> bool {
+        self.supervisor == Lock::Free
+    }
+}
+
+/// What is there.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Inventory {
+    /// VMs, by id.
+    pub vms: Vec<VmFacts>,
+    /// Names of directories below `vms/` whose deletion was interrupted.
+    pub deleted_directories: Vec<String>,
+    /// Liveness files of processes that died.
+    pub dead_processes: Vec<String>,
+    /// Scratch directories of builds that were killed.
+    pub orphaned_builds: Vec<PathBuf>,
+    /// Template parts and their owners. `None`: there is no reason to look.
+    pub parts: Option<PartFacts>,
+}
+
+impl Inventory {
+    /// Looks at a home.
+    ///
+    /// # Errors
+    /// Of the store, or the directory of VMs cannot be read.
+    pub fn take(nido: &Nido, scope: Scope) -> Result<Self> {
+        let everything = scope == Scope::Everything;
+        // The directories first: one that gets its row meanwhile is not taken for an orphan.
+        let directories = directories(&nido.home().vms())?;
+        let known = nido.store().vm_ids()?;
+        let (deleted_directories, directories): (Vec<_>, Vec<_>) =
+            directories.into_iter().partition(|name| name.starts_with(REMOVED_PREFIX));
+        let rows = if everything { nido.store().all_row_facts()? } else { nido.store().rows_to_reconcile()? };
+        let mut rows: HashMap<_, _> = rows.into_iter().map(|row| (row.id.clone(), Some(row))).collect();
+        for id in directories.into_iter().filter(|id| !known.contains(id)) {
+            rows.entry(id).or_insert(None);
+        }
+        let facts = |(id, row)| VmFacts::read(nido, id, row, scope);
+        let mut vms: Vec<_> = rows.into_iter().map(facts).collect();
+        vms.sort_by(|a, b| a.id.cmp(&b.id));
+        let is_due = everything || nido.store().parts_due().is_ok_and(|due| due != 0);
+        Ok(Self {
+            vms,
+            deleted_directories,
+            dead_processes: liveness::dead(&nido.home().present()),
+            orphaned_builds: if everything { nido_images::orphaned_builds(nido.home().root()) } else { Vec::new() },
+            parts: is_due.then(|| PartFacts::read(nido)).transpose()?,
+        })
+    }
+}
+
+impl VmFacts {
+    /// Looks at one VM, whose row has been read.
+    pub fn read(nido: &Nido, id: String, row: Option<RowFacts>, scope: Scope) -> Self {
+        let dir = nido.vm_dir(&id);
+        let directory = match std::fs::symlink_metadata(dir.path()) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Directory::Missing,
+            _ if holds_data(&dir) => Directory::WithData,
+            _ => Directory::WithoutData,
+        };
+        let is_over =
+            |row: &RowFacts| nido.context().is_abandoned_by(&row.id, row.lease.as_deref(), row.made_by.as_deref());
+        let is_stopped = row.as_ref().and_then(|row| row.state).is_some_and(|state| state.at_rest());
+        let looks_inside = scope == Scope::Everything && is_stopped && directory != Directory::Missing;
+        Self {
+            abandoned: row.as_ref().is_some_and(is_over),
+            directory,
+            supervisor: Lock::of(&dir.file(SUPERVISOR_LOCK)),
+            qemu: Lock::of(&dir.file(VM_LOCK)),
+            unfinished: looks_inside && has_unfinished(&dir),
+            without_record: looks_inside && !dir.file(VM_RECORD).exists(),
+            id,
+            row,
+        }
+    }
+}
+
+/// The ids of directories that have no row and hold data.
+///
+/// # Errors
+/// Of the store, or the directory of VMs cannot be read.
+pub(super) fn unknown_vms(nido: &Nido) -> Result<Vec<String>> {
+    let mut unknown = directories(&nido.home().vms())?;
+    let known = nido.store().vm_ids()?;
+    unknown.retain(|id| !id.starts_with(REMOVED_PREFIX) && !known.contains(id) && holds_data(&nido.vm_dir(id)));
+    unknown.sort();
+    Ok(unknown)
+}
+
+fn has_unfinished(dir: &VmDir) -> bool {
+    snapshot::has_unfinished(dir) || snapshot::has_restore_files(dir)
+}
+
+/// Names of the directories below `vms/`.
+fn directories(vms: &Path) -> Result<Vec<String>> {
+    let entries = match std::fs::read_dir(vms) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|e| Error::io("cannot list the VMs' directories", e))?,
+    };
+    Ok(entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+}
