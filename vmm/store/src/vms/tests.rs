@@ -1,6 +1,7 @@
 use super::super::BootParts;
 use super::*;
 use nido_api::VmSpec;
+use nido_api::state::VmState;
 
 fn parts() -> BootParts {
     BootParts {
