@@ -48,6 +48,7 @@ mod terminal;
 mod tls;
 mod travel;
 mod undo;
+mod unreadable;
 mod usage;
 mod webhook_endpoints;
 mod webhook_routes;

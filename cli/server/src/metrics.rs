@@ -97,7 +97,7 @@ impl Metrics {
             let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
         };
         head(&mut text, "nido_vms", "gauge", "VMs by state.");
-        for state in VmState::ALL {
+        for state in VmState::SHOWN {
             let count = vms.iter().filter(|vm| vm.status == state).count();
             let _ = writeln!(text, "nido_vms{{state=\"{}\"}} {count}", state.word());
         }

@@ -139,7 +139,7 @@ async fn spawn(call: &CallContext, given: Value) -> Result<ToolResult> {
                     ToolResult::new(&call.unless_cancelled(nido.start(&name, start, &mut tell)).await?)
                 }
                 // To begin it anew is a decision: it has ended, or somebody has halted it.
-                VmState::Paused | VmState::Stopped | VmState::Failed => {
+                VmState::Paused | VmState::Stopped | VmState::Failed | VmState::Unknown => {
                     call.next_step(
                         "it is the VM of this very request: vm_start lets it run again, with its disk as it is",
                     );

@@ -33,12 +33,26 @@ pub enum VmState {
     Stopped,
     /// It ended otherwise.
     Failed,
+    /// Its row in the store cannot be read: it is damaged, or of another version of nido. Never stored.
+    Unknown,
 }
 
 impl VmState {
-    /// Every state.
+    /// Every state that is stored.
     pub const ALL: [Self; 7] =
         [Self::Created, Self::Starting, Self::Running, Self::Paused, Self::Stopping, Self::Stopped, Self::Failed];
+
+    /// Every state that users see.
+    pub const SHOWN: [Self; 8] = [
+        Self::Created,
+        Self::Starting,
+        Self::Running,
+        Self::Paused,
+        Self::Stopping,
+        Self::Stopped,
+        Self::Failed,
+        Self::Unknown,
+    ];
 
     /// No QEMU belongs to it.
     #[must_use]
@@ -57,6 +71,7 @@ impl VmState {
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
             Self::Failed => "failed",
+            Self::Unknown => "unknown",
         }
     }
 
@@ -110,6 +125,9 @@ pub const fn admit(state: VmState, request: Request) -> Admission {
         (Request::Start, S::Starting | S::Running) => AlreadySo,
         (Request::Start, S::Paused) => Denied("it is paused; resume it"),
         (Request::Start, S::Stopping) => Denied("it is being stopped"),
+
+        (Request::Stop, S::Unknown) => Do,
+        (_, S::Unknown) => Denied("its row in the store cannot be read"),
 
         (Request::Stop, S::Created | S::Stopped | S::Failed) => AlreadySo,
         (Request::Stop, S::Starting | S::Running | S::Paused | S::Stopping) => Do,
@@ -166,7 +184,7 @@ pub const fn advance(state: VmState, fact: Fact) -> VmState {
     use VmState as S;
     match (fact, state) {
         // At rest nothing can be learned about a QEMU that is not there.
-        (_, S::Created | S::Stopped | S::Failed) => state,
+        (_, S::Created | S::Stopped | S::Failed | S::Unknown) => state,
         (Fact::QmpReady | Fact::GuestResumed, S::Starting | S::Running | S::Paused) => S::Running,
         (Fact::GuestPaused, S::Starting | S::Running | S::Paused) => S::Paused,
         (Fact::StopAsked | Fact::GuestShutdown | Fact::GuestReset, _) => S::Stopping,

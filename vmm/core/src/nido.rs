@@ -35,6 +35,7 @@ mod snapshots;
 mod supervise;
 mod supervisor_client;
 mod template_archive;
+mod template_store;
 mod templates;
 mod tokens;
 mod ttl;

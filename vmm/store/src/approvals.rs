@@ -9,7 +9,7 @@ use nido_api::sanitize::head;
 use nido_api::{APPROVAL_LIFETIME, APPROVALS_PENDING_MAX, Approval, ApprovalState, Ask, redact};
 use rusqlite::{OptionalExtension, Row, params};
 
-use super::{Store, decode, fault};
+use super::{Store, decode, fault, readable_rows};
 
 /// How long one is remembered after it is over, in milliseconds: an hour.
 const KEPT_MS: i64 = 3600 * 1000;
@@ -94,7 +94,7 @@ impl Store {
             format!("SELECT {COLUMNS} FROM approvals WHERE expires_ms >= ?1 ORDER BY created_ms DESC, rowid DESC");
         let mut statement = self.connection.prepare(&query).map_err(fault)?;
         let rows = statement.query_map([now - KEPT_MS], raw).map_err(fault)?;
-        rows.map(|row| Ok(row.map_err(fault)?.decode(now)?.approval)).collect()
+        readable_rows("approvals", rows.map(|row| row.map(|row| row.decode(now).map(|row| row.approval))))
     }
 
     /// Writes down a person's word, if it still counts: yes to what waits, no also to what was approved and not used.

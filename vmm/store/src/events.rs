@@ -13,7 +13,7 @@ use nido_api::state::{StateCause, VmState};
 use nido_api::{Event, EventDetails, EventKind, EventsRequest};
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::{Origin, Purpose, Store, VmRow, VmUpdate, decode, encode, fault};
+use super::{Origin, Purpose, Store, VmRow, VmUpdate, decode, encode, fault, readable};
 
 /// Events older than this are forgotten, in milliseconds: 30 days.
 const KEPT_MS: i64 = 30 * 24 * 3600 * 1000;
@@ -146,16 +146,16 @@ impl Store {
         for row in rows.map_err(fault)? {
             let (at, ms, (kind, vm, details)) = row.map_err(fault)?;
             cursor = at;
-            let event = Event {
-                cursor,
-                event: kind.parse()?,
-                timestamp: Timestamp::from_millisecond(ms).map_err(|e| Error::internal(e.to_string()))?,
-                vm_name: vm.map(|name| name.parse()).transpose()?,
-                details: decode("details", &details)?,
+            let event = || -> Result<Event> {
+                Ok(Event {
+                    cursor,
+                    event: kind.parse()?,
+                    timestamp: Timestamp::from_millisecond(ms).map_err(|e| Error::internal(e.to_string()))?,
+                    vm_name: vm.map(|name| name.parse()).transpose()?,
+                    details: decode("details", &details)?,
+                })
             };
-            if request.wants(&event) {
-                events.push(event);
-            }
+            events.extend(readable("events", event()).filter(|event| request.wants(event)));
         }
         Ok((events, cursor))
     }

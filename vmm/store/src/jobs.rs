@@ -8,7 +8,7 @@ use nido_api::name::VmName;
 use nido_api::{JOBS_MAX, Job, JobOutcome, JobProgress, JobRequest, JobState, Viewer};
 use rusqlite::{OptionalExtension, Row, params};
 
-use super::{Store, decode, encode, fault};
+use super::{Store, decode, encode, fault, readable_rows};
 
 /// How long a job is known after its end, in milliseconds: a day.
 const KEPT_MS: i64 = 24 * 3600 * 1000;
@@ -63,7 +63,7 @@ impl Store {
             format!("SELECT {COLUMNS} FROM jobs WHERE ?1 IS NULL OR actor = ?1 ORDER BY started_ms DESC, rowid DESC");
         let mut statement = self.connection.prepare(&query).map_err(fault)?;
         let rows = statement.query_map([actor(viewer)], read).map_err(fault)?;
-        rows.map(|row| row.map_err(fault)?).collect()
+        readable_rows("jobs", rows)
     }
 
     /// Who carries out jobs, as far as is written down.
@@ -151,7 +151,7 @@ fn no_such_job(id: &str) -> Error {
 fn read(row: &Row<'_>) -> rusqlite::Result<Result<Job>> {
     let (started, ended): (i64, Option<i64>) = (row.get(5)?, row.get(6)?);
     let (state, name): (String, Option<String>) = (row.get(4)?, row.get(2)?);
-    let (stage, percent): (Option<String>, Option<u8>) = (row.get(7)?, row.get(8)?);
+    let (stage, percent): (Option<String>, Option<i64>) = (row.get(7)?, row.get(8)?);
     let (result, error): (Option<String>, Option<String>) = (row.get(10)?, row.get(11)?);
     let (id, tool, actor, cancel_asked) = (row.get(0)?, row.get(1)?, row.get(3)?, row.get(9)?);
     let time = |ms| Timestamp::from_millisecond(ms).map_err(|e| Error::internal(e.to_string()));
@@ -166,7 +166,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Result<Job>> {
             state: JobState::ALL.into_iter().find(|known| known.word() == state).ok_or_else(unknown)?,
             started_at: time(started)?,
             ended_at: ended.map(time).transpose()?,
-            progress: stage.map(|stage| JobProgress { stage, percent }),
+            progress: stage
+                .map(|stage| JobProgress { stage, percent: percent.and_then(|percent| percent.try_into().ok()) }),
             cancel_asked,
             result: result.map(|text| decode("result", &text)).transpose()?,
             error: error.map(|text| decode("error", &text)).transpose()?,

@@ -407,6 +407,19 @@ fn decode<T: serde::de::DeserializeOwned>(column: &str, text: &str) -> Result<T>
     serde_json::from_str(text).map_err(|e| Error::internal(format!("the store's column {column} cannot be read: {e}")))
 }
 
+/// A row of a list, if it can be decoded. One that cannot, of another version of nido for instance, concerns no other row: it
+/// is logged and left out.
+fn readable<T>(table: &str, row: Result<T>) -> Option<T> {
+    row.inspect_err(|error| tracing::warn!("a row of table {table} cannot be read, and is left out: {error}")).ok()
+}
+
+/// All rows of a list that can be decoded.
+fn readable_rows<T>(table: &str, rows: impl Iterator<Item = rusqlite::Result<Result<T>>>) -> Result<Vec<T>> {
+    rows.filter_map(|row| row.map(|row| readable(table, row)).transpose())
+        .collect::<rusqlite::Result<_>>()
+        .map_err(fault)
+}
+
 fn encode<T: serde::Serialize>(value: &T) -> Result<String> {
     serde_json::to_string(value).map_err(|e| Error::internal(format!("cannot write to the store: {e}")))
 }

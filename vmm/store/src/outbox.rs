@@ -14,7 +14,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::{DeliveryState, Event, WebhookBody, encode_webhook_body};
 use rusqlite::{OptionalExtension, params};
 
-use super::{Store, decode, fault};
+use super::{Store, decode, fault, readable};
 
 /// Finished deliveries older than this are forgotten, in milliseconds: 7 days.
 const KEPT_MS: i64 = 7 * 24 * 3600 * 1000;
@@ -84,8 +84,10 @@ impl Store {
         let mut body = None;
         for row in rows.map_err(fault)? {
             let (webhook_id, events) = row.map_err(fault)?;
-            // Words, not kinds: one that this nido does not know must not keep anything from happening.
-            let events: Vec<String> = decode("events", &events)?;
+            // Words, not kinds: neither a kind that this version does not know nor a damaged row may keep the change that the
+            // event is about from being made.
+            let events: Result<Vec<String>> = decode("events", &events);
+            let Some(events) = readable("webhooks", events) else { continue };
             if !events.is_empty() && !events.iter().any(|word| word == event.event.word()) {
                 continue;
             }

@@ -12,7 +12,7 @@ use rusqlite::{OptionalExtension as _, params};
 
 use super::events::of_vm;
 use super::vms::{insert_forward, name_taken};
-use super::{Origin, Store, VmRow, decode, encode, fault};
+use super::{Origin, Store, VmRow, decode, encode, fault, readable_rows};
 
 /// How long it is known what became of an attempt to claim a clone, in milliseconds.
 const CLAIMS_KEPT_MS: i64 = 24 * 3600 * 1000;
@@ -80,14 +80,12 @@ impl Store {
             .connection
             .prepare("SELECT template, kind, wanted FROM pools ORDER BY template, kind")
             .map_err(fault)?;
-        let rows = statement
-            .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, row.get(2)?)))
-            .map_err(fault)?;
-        rows.map(|row| {
-            let (template, kind, wanted) = row.map_err(fault)?;
+        let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).map_err(fault)?;
+        let pool = |(template, kind, wanted): (String, String, i64)| {
+            let wanted = u32::try_from(wanted).map_err(|e| Error::internal(e.to_string()))?;
             Ok(PoolRow { template: template.parse()?, kind: decode("kind", &kind)?, wanted })
-        })
-        .collect()
+        };
+        readable_rows("pools", rows.map(|row| row.map(pool)))
     }
 
     /// All clones of all pools, whatever their state, the oldest first.

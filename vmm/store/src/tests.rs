@@ -92,3 +92,35 @@ fn a_store_of_any_version_becomes_one_of_today() {
         assert_eq!(shape(&Store::open(&path).unwrap().connection), new, "from version {version}");
     }
 }
+
+// A row that another version of nido had written made every list fail that it was in; one of a webhook kept VMs from changing
+// their state.
+#[test]
+fn a_row_that_cannot_be_decoded_is_left_out_of_its_list_and_stops_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("nido.db")).unwrap();
+    let rows = [
+        "INSERT INTO pools VALUES ('sandbox', '{', 1)",
+        "INSERT INTO pools VALUES ('no name', '{}', 1)",
+        "INSERT INTO tokens (id, name, sha256, scope, created_ms) VALUES ('1', 'x', 'x', 'emperor', 0)",
+        "INSERT INTO webhooks (id, url, events, format, secret, allow_private, created_ms) VALUES ('1', 'u', '{', 'f', 's', 0, 0)",
+        "INSERT INTO events (at_ms, event, details) VALUES (0, 'vm.flown', '{}')",
+        "INSERT INTO jobs (id, tool, actor, holder, state, started_ms, percent) VALUES ('1', 't', 'a', 'h', 'lost?', 0, 999)",
+        "INSERT INTO approvals (id, tool, vm_id, vm_name, actor, arguments, digest, state, created_ms, expires_ms) \
+         VALUES ('1', 't', '1', 'no name', 'a', '{', 'd', 'pending', 0, 9000000000000000)",
+    ];
+    for row in rows {
+        store.connection.execute(row, []).unwrap();
+    }
+    assert!(store.pools().unwrap().is_empty() && store.tokens().unwrap().is_empty());
+    assert!(store.webhooks().unwrap().is_empty() && store.approvals().unwrap().is_empty());
+    assert!(store.jobs(nido_api::Viewer::Everyone).unwrap().is_empty());
+    let (events, cursor) = store.events(&nido_api::EventsRequest::default()).unwrap();
+    assert_eq!((events.len(), cursor), (0, 1));
+    assert!(store.token("1").is_err(), "it is valid for nothing");
+    let spec = nido_api::VmSpec::named("web".parse().unwrap());
+    let parts = parts::tests::parts_with_root("c");
+    let row = VmRow::new("2".into(), spec, Purpose::Use, nido_api::state::VmState::Created, parts, 1);
+    store.insert_vm(&row).unwrap();
+    assert_eq!(store.events(&nido_api::EventsRequest::default()).unwrap().0.len(), 1);
+}

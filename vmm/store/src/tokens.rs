@@ -5,7 +5,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::{Door, TokenInfo};
 use rusqlite::{OptionalExtension, Row, params};
 
-use super::{Store, decode, encode, fault};
+use super::{Store, decode, encode, fault, readable_rows};
 
 const COLUMNS: &str = "id, name, sha256, scope, created_ms, expires_ms, only_for, limits";
 
@@ -48,7 +48,7 @@ impl Store {
         let query = format!("SELECT {COLUMNS} FROM tokens ORDER BY name");
         let mut statement = self.connection.prepare(&query).map_err(fault)?;
         let rows = statement.query_map([], read).map_err(fault)?;
-        rows.map(|row| Ok(row.map_err(fault)??.info)).collect()
+        readable_rows("tokens", rows.map(|row| row.map(|row| row.map(|row| row.info))))
     }
 
     /// The token of that id.

@@ -72,13 +72,25 @@ impl Store {
         if count < i64::from(most) { Ok(()) } else { Err(Limits::too_many(most)) }
     }
 
-    /// The VM of that name that is there for its user.
+    /// The VM of that name that is there for its user, also if its row cannot be read whole.
     ///
     /// # Errors
     /// `vm_not_found`.
-    pub fn vm_by_name(&self, name: &VmName) -> Result<VmRow> {
+    pub fn vm_to_show(&self, name: &VmName) -> Result<VmRow> {
         let row = self.any_vm_by_name(name)?;
         if row.purpose == Purpose::Use { Ok(row) } else { Err(no_such_vm(name)) }
+    }
+
+    /// The VM of that name that is there for its user.
+    ///
+    /// # Errors
+    /// `vm_not_found`, `store_damaged` if its row cannot be read whole.
+    pub fn vm_by_name(&self, name: &VmName) -> Result<VmRow> {
+        let row = self.vm_to_show(name)?;
+        match &row.unreadable {
+            None => Ok(row),
+            Some(why) => Err(unreadable(name, why)),
+        }
     }
 
     /// The VM of that name or id, whatever it is there for.
@@ -144,7 +156,7 @@ impl Store {
         let mut all = std::collections::HashMap::<_, Vec<_>>::new();
         for row in rows {
             let (id, forward) = row.map_err(fault)?;
-            all.entry(id).or_default().push(forward);
+            all.entry(id).or_default().extend(forward);
         }
         Ok(all)
     }
@@ -251,8 +263,8 @@ impl Store {
         self.in_transaction(|| {
             let row = self.vm_by_id(id);
             // The parts of a warm image that was being made may be in no manifest, and what cannot be read may own any.
-            let owns_unknown =
-                row.as_ref().map_or(true, |row| row.as_ref().is_some_and(|row| row.purpose == Purpose::Bake));
+            let owns_unknown = |row: &VmRow| row.purpose == Purpose::Bake || row.unreadable.is_some();
+            let owns_unknown = row.as_ref().map_or(true, |row| row.as_ref().is_some_and(owns_unknown));
             if owns_unknown || self.is_only_owner_of_a_part(id)? {
                 self.mark_parts_due()?;
             }
@@ -314,7 +326,7 @@ impl Store {
             .prepare_cached("SELECT host, host_port, guest_port FROM forwards WHERE vm_id = ?1 ORDER BY host_port")
             .map_err(fault)?;
         let rows = statement.query_map([id], |row| read_forward(row, 0)).map_err(fault)?;
-        rows.collect::<Result<_, _>>().map_err(fault)
+        rows.filter_map(rusqlite::Result::transpose).collect::<Result<_, _>>().map_err(fault)
     }
 
     /// Adds a published port.
@@ -340,6 +352,11 @@ impl Store {
     }
 }
 
+fn unreadable(name: &VmName, why: &str) -> Error {
+    Error::new(Code::StoreDamaged, format!("the row of VM '{name}' in the store cannot be read: {why}"))
+        .hint(format!("another version of nido may be able to read it; nido delete --force {name} deletes the VM"))
+}
+
 fn no_such_vm(name: &VmName) -> Error {
     Error::new(Code::VmNotFound, format!("there is no VM named '{name}'")).hint("nido ls shows the VMs there are")
 }
@@ -359,12 +376,17 @@ pub(super) fn insert_forward(connection: &rusqlite::Connection, id: &str, forwar
         .map(drop)
 }
 
-fn read_forward(row: &Row<'_>, first: usize) -> rusqlite::Result<ForwardSpec> {
-    let host: String = row.get(first)?;
-    let host = host
-        .parse()
-        .map_err(|e| rusqlite::Error::FromSqlConversionFailure(first, rusqlite::types::Type::Text, Box::new(e)))?;
-    Ok(ForwardSpec { host, host_port: row.get(first + 1)?, guest_port: row.get(first + 2)? })
+/// A published port; `None` if its row cannot be read, which is logged.
+fn read_forward(row: &Row<'_>, first: usize) -> rusqlite::Result<Option<ForwardSpec>> {
+    let (host, ports): (String, [i64; 2]) = (row.get(first)?, [row.get(first + 1)?, row.get(first + 2)?]);
+    let [host_port, guest_port] = ports.map(u16::try_from);
+    match (host.parse(), host_port, guest_port) {
+        (Ok(host), Ok(host_port), Ok(guest_port)) => Ok(Some(ForwardSpec { host, host_port, guest_port })),
+        _ => {
+            tracing::warn!("a published port in the store cannot be read: {} {ports:?}", host.escape_debug());
+            Ok(None)
+        }
+    }
 }
 
 #[cfg(test)]

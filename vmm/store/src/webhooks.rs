@@ -8,7 +8,7 @@ use nido_api::{
 };
 use rusqlite::{OptionalExtension, Row, params};
 
-use super::{Store, decode, encode, fault};
+use super::{Store, decode, encode, fault, readable_rows};
 
 /// One endpoint as the store knows it. All but `disabled` never changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,8 +107,8 @@ impl Store {
         let query = format!("SELECT {COLUMNS}, ({pending}) FROM webhooks w ORDER BY created_ms, id");
         let mut statement = self.connection.prepare(&query).map_err(fault)?;
         let rows = statement.query_map([], |row| Ok((raw(row)?, row.get::<_, i64>(8)?))).map_err(fault)?;
-        rows.map(|row| row.map_err(fault).and_then(|(raw, pending)| Ok((row_of(raw)?, pending.unsigned_abs()))))
-            .collect()
+        let row_of = |(raw, pending): (Raw, i64)| Ok((row_of(raw)?, pending.unsigned_abs()));
+        readable_rows("webhooks", rows.map(|row| row.map(row_of)))
     }
 
     /// How many deliveries of each state every endpoint has, in the order of their making.
@@ -141,7 +141,7 @@ impl Store {
         let query = format!("SELECT {COLUMNS} FROM webhooks WHERE disabled IS NULL ORDER BY created_ms, id");
         let mut statement = self.connection.prepare_cached(&query).map_err(fault)?;
         let rows = statement.query_map([], raw).map_err(fault)?;
-        rows.map(|row| row.map_err(fault).and_then(row_of)).collect()
+        readable_rows("webhooks", rows.map(|row| row.map(row_of)))
     }
 
     /// The endpoint with that id.

@@ -75,6 +75,9 @@ pub async fn supervise(context: Arc<Context>, request: SuperviseRequest, asked_a
     let dir = context.vm_dir(&request.id);
     let Some(lock) = own_lock(&dir)? else { return Ok(()) };
     let Some(row) = context.store().vm_by_id(&request.id)? else { return Ok(()) };
+    if let Some(why) = &row.unreadable {
+        return Err(Error::new(Code::StoreDamaged, format!("the VM's row in the store cannot be read: {why}")));
+    }
     let attach = is_held(&dir.file(VM_LOCK));
     if !attach && row.state != VmState::Starting {
         return Ok(());

@@ -95,8 +95,8 @@ async fn list(
 
 /// A state by its word.
 fn state(word: &str) -> Result<VmState> {
-    VmState::from_word(word).ok_or_else(|| {
-        let states = VmState::ALL.map(VmState::word).join(", ");
+    VmState::SHOWN.into_iter().find(|state| state.word() == word).ok_or_else(|| {
+        let states = VmState::SHOWN.map(VmState::word).join(", ");
         Error::new(Code::SpecInvalid, format!("status: there is no state '{}'", escaped(word)))
             .hint(format!("one of {states}"))
     })

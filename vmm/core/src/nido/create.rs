@@ -19,6 +19,7 @@ use nido_store::{BootParts, Purpose, VmRow};
 use nido_supervisor::vm_record::remove_without_data;
 
 use super::Nido;
+use super::reconcile::Scope;
 
 /// Less free space than this, and no VM is made, in bytes.
 pub(super) const SPACE_RESERVE_BYTES: u64 = 1 << 20;
@@ -62,6 +63,7 @@ impl Nido {
     pub(super) async fn insert(&self, row: VmRow, grant: &Grant) -> Result<(VmRow, Held)> {
         let row = VmRow { owner: grant.owner.clone(), ..row };
         self.require_space()?;
+        self.reconcile_scope(Scope::Create).await?;
         let dir = self.vm_dir(&row.id);
         let held = make_and_hold(&dir).await?;
         // First: a row never is without its record.

@@ -14,6 +14,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::state::{Admission, Request, VmState, admit};
 use nido_api::{StopRequest, VmInfo, Which};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK};
+use nido_engine::host::vm_processes;
 use nido_engine::lock::{Held, is_held};
 use nido_store::{Purpose, VmRow};
 use nido_supervisor::control::Request as Control;
@@ -22,6 +23,8 @@ use super::Nido;
 
 /// How long another process may take to release the VM.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long processes may take to end after SIGKILL.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Whether a VM may be deleted as it is.
 pub(super) fn check(row: &VmRow, force: bool) -> Result<()> {
     let name = &row.spec.name;
@@ -77,6 +80,7 @@ impl Nido {
             Admission::Denied(_) if (force || row.purpose == Purpose::Pool) && self.files_are_gone(&row.id) => {
                 Ok(false)
             }
+            Admission::Denied(_) if force && row.unreadable.is_some() => self.end_unreadable(row).map(|()| true),
             Admission::Denied(_) if row.purpose == Purpose::Pool => {
                 // Unless another command claims it at this moment.
                 if let Err(error) = self.ask(row, &Control::Retire).await
@@ -125,6 +129,19 @@ impl Nido {
         }
         let Some(now) = self.reconcile_vm(row).await? else { return Ok(()) };
         self.stop_row(&now, StopRequest { force: true, ..StopRequest::default() }).await.map(drop)
+    }
+
+    /// Ends the processes of a VM whose row no supervisor can read.
+    fn end_unreadable(&self, row: &VmRow) -> Result<()> {
+        let dir = self.vm_dir(&row.id);
+        // The supervisor first: otherwise it would see QEMU's end, and write a row that it may have misread.
+        let locks = [SUPERVISOR_LOCK, VM_LOCK];
+        let alive = locks.map(|lock| vm_processes::kill_lock_holders(&dir.file(lock), KILL_TIMEOUT));
+        if alive.iter().sum::<usize>() > 0 {
+            let words = format!("the processes of VM '{}' do not end", row.spec.name);
+            return Err(Error::new(Code::VmBusy, words));
+        }
+        Ok(())
     }
 
     /// Whether the directory of a VM is not there.

@@ -19,6 +19,6 @@ pub(super) fn denied(row: &VmRow, done: &str, why: &str) -> Error {
             "free some space on the disk that holds nido's home; it resumes by itself then, or: nido resume {name}"
         )),
         VmState::Paused => error.hint(format!("nido resume {name}")),
-        VmState::Starting | VmState::Stopping | VmState::Running => error,
+        VmState::Starting | VmState::Stopping | VmState::Running | VmState::Unknown => error,
     }
 }

@@ -147,27 +147,23 @@ impl Nido {
 
     /// Files that nothing needs any more. Rows were reconciled when the home was opened.
     async fn check_orphans(&self, plan: &Plan, gc: bool) -> DoctorCheck {
-        let removes = plan.removes();
-        let unknown = plan.findings.iter().find_map(|finding| match finding {
-            Finding::PartsUnknown(why) => Some(why),
-            _ => None,
-        });
-        if let (Some(why), false) = (unknown, gc) {
-            let detail = format!("it is not known which template parts are used: {why}");
-            return check("leftovers", CheckStatus::Warning, detail);
-        }
+        let unknown = plan.findings.iter().find_map(Finding::unknown_parts);
         if gc {
             return self.remove_orphans(plan, unknown).await;
         }
-        if removes == Removed::default() {
+        let Removed { directories, part_bytes } = plan.removes();
+        let parts = match unknown {
+            Some(why) => format!("it is not known which template parts are used: {why}"),
+            None => format!("{} MiB of unused template parts", part_bytes.div_ceil(1 << 20)),
+        };
+        if directories == 0 && part_bytes == 0 && unknown.is_none() {
             return check("leftovers", CheckStatus::Ok, "none");
         }
-        let mib = removes.part_bytes.div_ceil(1 << 20);
-        let detail = format!("{} directories of no VM, {mib} MiB of unused template parts", removes.directories);
+        let detail = format!("{directories} directories of no VM, {parts}");
         check("leftovers", CheckStatus::Warning, detail).hint("nido doctor --gc")
     }
 
-    async fn remove_orphans(&self, plan: &Plan, unknown: Option<&String>) -> DoctorCheck {
+    async fn remove_orphans(&self, plan: &Plan, unknown: Option<&str>) -> DoctorCheck {
         let mut failures = Vec::new();
         for repair in &plan.repairs {
             if let Err(error) = self.apply(repair, Scope::Everything).await {

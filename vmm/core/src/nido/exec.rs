@@ -84,7 +84,7 @@ impl Nido {
                 VmState::Stopping | VmState::Stopped | VmState::Created => "was stopped",
                 VmState::Failed => "failed",
                 _ if row.started_at.is_some_and(|started| started > then) => "was restarted or restored",
-                VmState::Starting | VmState::Running | VmState::Paused => return None,
+                VmState::Starting | VmState::Running | VmState::Paused | VmState::Unknown => return None,
             },
         };
         Some(format!("VM '{name}' {what}"))

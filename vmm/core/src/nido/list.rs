@@ -108,7 +108,7 @@ impl Nido {
     /// # Errors
     /// `vm_not_found`.
     pub fn vm_id(&self, name: &VmName) -> Result<String> {
-        Ok(self.store().vm_by_name(name)?.id)
+        Ok(self.store().vm_to_show(name)?.id)
     }
 
     /// What of a VM a policy is about: its id and its template.
@@ -117,7 +117,7 @@ impl Nido {
     /// `vm_not_found`, `vm_replaced`.
     pub fn identity<'a>(&self, vm: impl Into<Which<'a>>) -> Result<(String, TemplateName)> {
         let which = vm.into();
-        let row = self.store().vm_by_name(which.name)?;
+        let row = self.store().vm_to_show(which.name)?;
         which.is(&row.id)?;
         Ok((row.id, row.spec.template))
     }
@@ -128,7 +128,10 @@ impl Nido {
     /// Those with which the operation would fail at once.
     pub fn admits<'a>(&self, vm: impl Into<Which<'a>>, intent: &Intent<'_>) -> Result<()> {
         let which = vm.into();
-        let row = self.store().vm_by_name(which.name)?;
+        let row = match intent {
+            Intent::Delete { .. } => self.store().vm_to_show(which.name)?,
+            _ => self.store().vm_by_name(which.name)?,
+        };
         which.is(&row.id)?;
         match intent {
             Intent::Delete { force } => super::delete::check(&row, *force),
@@ -146,7 +149,7 @@ impl Nido {
     /// `vm_not_found`, `vm_replaced`.
     pub fn owner<'a>(&self, vm: impl Into<Which<'a>>) -> Result<Option<String>> {
         let which = vm.into();
-        let row = self.store().vm_by_name(which.name)?;
+        let row = self.store().vm_to_show(which.name)?;
         which.is(&row.id)?;
         Ok(row.owner)
     }
@@ -156,7 +159,7 @@ impl Nido {
     /// # Errors
     /// `vm_not_found`.
     pub async fn info(&self, name: &VmName) -> Result<VmInfo> {
-        let row = self.current(self.store().vm_by_name(name)?);
+        let row = self.current(self.store().vm_to_show(name)?);
         let mut info = self.describe(&row);
         info.idle_at = self.idle_at(&row).await;
         Ok(info)
@@ -172,7 +175,7 @@ impl Nido {
             id: row.id.clone(),
             status: row.state,
             status_cause: row.cause,
-            status_detail: row.cause.filter(|cause| *cause != StateCause::User).map(|cause| cause.detail().into()),
+            status_detail: status_detail(row),
             template: row.spec.template.clone(),
             machine: machine.map(|m| m.machine.name().into()),
             machine_reason: machine.map(|m| m.reason.clone()),
@@ -199,6 +202,13 @@ impl Nido {
             warnings: machine.map(|m| m.warnings.clone()).unwrap_or_default(),
         }
     }
+}
+
+/// What the state does not say: why the VM is paused or stopped, or why its row cannot be read.
+fn status_detail(row: &VmRow) -> Option<String> {
+    let unreadable = row.unreadable.as_ref().map(|why| format!("its row in the store cannot be read: {why}"));
+    let cause = row.cause.filter(|cause| *cause != StateCause::User);
+    unreadable.or_else(|| cause.map(|cause| cause.detail().into()))
 }
 
 /// The port of ssh in a guest.

@@ -6,8 +6,9 @@
 //!  apply             each repair, after the VM is locked and its part of the plan has been made again    (writes)
 //! ```
 //!
-//! Every command does it when it opens the home, a server before a request ([`Scope::Due`]); `doctor` looks at everything, and
-//! with `--gc` repairs everything ([`Scope::Everything`]). One VM is reconciled where a command finds that its supervisor is gone.
+//! Every command does it when it opens the home, a server before a request ([`Scope::Open`]); whatever creates a VM looks for
+//! orphaned directories ([`Scope::Create`]); `doctor` looks at everything, and with `--gc` repairs everything
+//! ([`Scope::Everything`]). One VM is reconciled where a command finds that its supervisor is gone.
 //!
 //! Invariants: a repair is made under the lock of what it changes, from facts that were read under that lock. Nothing that holds a
 //! disk or a snapshot is removed because a row is missing; it is reported, and `doctor --adopt` gives it a row again. A template

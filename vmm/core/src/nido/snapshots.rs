@@ -38,6 +38,7 @@ impl Nido {
                 self.ask(&row, &Request::Snapshot { name: name.clone(), into: None }).await?;
             }
             VmState::Stopping => return Err(denied(&row, "snapshotted", "it is being stopped")),
+            VmState::Unknown => return Err(denied(&row, "snapshotted", "its row in the store cannot be read")),
             VmState::Created | VmState::Stopped | VmState::Failed => {
                 let (_held, row) = self.hold_at_rest(&row).await?;
                 if !dir.file(DISK).exists() {

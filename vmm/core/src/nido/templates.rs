@@ -1,74 +1,22 @@
 //! Templates: what the images crate makes, with the VMs that use them in view.
 
-use std::fs::File;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{TemplateName, VmName};
 use nido_api::{
     BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, StartStage, TemplateInfo, TemplateList, moment,
 };
-use nido_images::{ImageError, Manifest, Store as ImageStore};
+use nido_images::Manifest;
 use nido_store::{Purpose, VmRow};
-use rustix::fs::{FlockOperation, flock};
 use tokio::sync::mpsc;
 
 use super::Nido;
-
-/// How long to wait for operations that make or remove something of templates.
-pub(super) const TEMPLATES_LOCK_TIMEOUT: Duration = Duration::from_secs(600);
+use super::template_store::TEMPLATES_LOCK_TIMEOUT;
 
 impl Nido {
-    pub(super) fn images(&self) -> ImageStore {
-        ImageStore::new(self.home().root())
-    }
-
-    /// Keeps template parts from being removed while a VM that needs them is being made.
-    pub(super) async fn templates_shared(&self) -> Result<File> {
-        self.templates_lock(FlockOperation::NonBlockingLockShared, TEMPLATES_LOCK_TIMEOUT).await
-    }
-
-    /// Keeps other processes from making or using anything of templates.
-    pub(super) async fn templates_exclusive(&self, timeout: Duration) -> Result<File> {
-        self.templates_lock(FlockOperation::NonBlockingLockExclusive, timeout).await
-    }
-
-    /// Waits without blocking the thread: another request of this process may hold the lock.
-    async fn templates_lock(&self, how: FlockOperation, within: Duration) -> Result<File> {
-        let path = self.home().root().join("templates.lock");
-        let broken = |e| Error::io("cannot lock the templates", e);
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(broken)?;
-        let deadline = Instant::now() + within;
-        let mut pause = Duration::from_millis(1);
-        loop {
-            match flock(file.as_fd(), how) {
-                Ok(()) => return Ok(file),
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(Error::new(Code::VmBusy, "the templates are being worked on").hint("try again later"));
-                }
-                Err(error) => return Err(broken(error.into())),
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(50));
-        }
-    }
-
-    /// Works on the images on a thread of its own: their store may be locked by somebody who takes minutes.
-    pub(super) async fn with_images<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&ImageStore) -> Result<T, ImageError> + Send + 'static,
-    ) -> Result<T, ImageError> {
-        let images = self.images();
-        match tokio::task::spawn_blocking(move || work(&images)).await {
-            Ok(done) => done,
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
-    }
-
     /// The manifest of a template whose parts are all there.
     pub(super) fn manifest(&self, name: &TemplateName) -> Result<Manifest> {
         let images = self.images();
@@ -288,7 +236,8 @@ impl Nido {
 
     /// Which VM was made from which template.
     pub(super) fn template_users(&self) -> Result<Vec<(String, String)>> {
-        let rows = self.store().vms()?.into_iter().filter(|row| row.purpose == Purpose::Use);
+        let is_user = |row: &VmRow| row.purpose == Purpose::Use && row.unreadable.is_none();
+        let rows = self.store().vms()?.into_iter().filter(is_user);
         Ok(rows.map(|row| (row.spec.template.to_string(), row.spec.name.to_string())).collect())
     }
 }

@@ -13,9 +13,9 @@ pub mod kvm;
 mod kvm_features;
 mod kvm_vcpu;
 pub mod qemu;
-pub mod removed_dir;
 pub mod scope;
 mod tsc;
+pub mod vm_processes;
 pub mod vsock;
 
 pub use facts::{HostFacts, KvmModule, Nesting};

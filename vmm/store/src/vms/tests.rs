@@ -122,3 +122,48 @@ fn forwards_go_with_their_vm() {
     store.remove_vm("1", Vec::new()).unwrap();
     assert!(store.forwards("1").unwrap().is_empty());
 }
+
+// One row that could not be decoded made every command fail that listed VMs.
+#[test]
+fn a_row_that_cannot_be_read_is_a_vm_in_an_unknown_state_and_harms_no_other() {
+    let damages = [
+        ("state", "flying"),
+        ("spec", "{"),
+        ("parts", "[]"),
+        ("machine", "7"),
+        ("agent", "x"),
+        ("origin", r#"{"kind":"beamed"}"#),
+        ("purpose", "fun"),
+        ("failure", "null,"),
+        ("made_by", "../x"),
+        ("name", "no name"),
+    ];
+    for (column, damage) in damages {
+        let (_dir, store) = open();
+        for name in ["good", "bad"] {
+            store.insert_vm(&row(name, name)).unwrap();
+        }
+        let update = format!("UPDATE vms SET {column} = ?1 WHERE id = 'bad'");
+        store.connection.execute(&update, [damage]).unwrap();
+        let rows = store.vms().unwrap();
+        let bad = rows.iter().find(|row| row.id == "bad").unwrap();
+        assert_eq!((bad.state, rows.len()), (VmState::Unknown, 2), "{column}");
+        assert!(bad.unreadable.as_ref().unwrap().starts_with(&format!("column {column}: ")), "{bad:?}");
+        assert_eq!(rows.iter().filter(|row| row.unreadable.is_some()).count(), 1);
+        let name = bad.spec.name.clone();
+        assert_eq!(store.vm_by_name(&name).unwrap_err().code(), Code::StoreDamaged, "{column}");
+        assert!(store.vm_to_show(&name).is_ok());
+        store.vm_by_name(&"good".parse().unwrap()).unwrap();
+        store.remove_vm("bad", Vec::new()).unwrap();
+        assert_eq!(store.vms().unwrap().len(), 1, "{column}");
+    }
+}
+
+#[test]
+fn a_published_port_that_cannot_be_read_is_left_out() {
+    let (_dir, store) = open();
+    store.insert_vm(&VmRow { forwards: vec!["8080:80".parse().unwrap()], ..row("1", "web") }).unwrap();
+    store.connection.execute("INSERT INTO forwards VALUES ('1', 'here', 1, 1), ('1', '::1', 99999, 1)", []).unwrap();
+    assert_eq!(store.forwards("1").unwrap().len(), 1);
+    assert_eq!(store.vms().unwrap()[0].forwards.len(), 1);
+}

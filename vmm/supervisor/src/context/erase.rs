@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{CONSOLE_LOG, VM_LOCK};
-use nido_engine::host::removed_dir;
+use nido_engine::host::vm_processes;
 use nido_engine::lock::is_held;
 use nido_engine::logs::log_tail;
 
@@ -43,7 +43,7 @@ impl Context {
         match std::fs::rename(dir.path(), &removed) {
             Ok(()) => remove_tree(&removed).map_err(broken)?,
             Err(e) if e.kind() == ErrorKind::NotFound => {
-                let left = removed_dir::kill_processes_in(dir.path(), KILL_TIMEOUT);
+                let left = vm_processes::kill_processes_in_removed(dir.path(), KILL_TIMEOUT);
                 if left > 0 {
                     let words = format!("{left} processes of the VM, whose directory is gone, do not end");
                     return Err(Error::new(Code::VmBusy, words));

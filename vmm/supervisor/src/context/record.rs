@@ -30,7 +30,9 @@ impl Context {
     /// The same for a row that has changed in the store. A failure is logged: the row counts.
     pub fn refresh_record(&self, id: &str) {
         let row = self.store().vm_by_id(id);
-        let written = row.and_then(|row| row.map_or(Ok(()), |row| self.write_record(&row)));
+        // What cannot be read must not replace what was written when it could.
+        let readable = row.map(|row| row.filter(|row| row.unreadable.is_none()));
+        let written = readable.and_then(|row| row.map_or(Ok(()), |row| self.write_record(&row)));
         if let Err(error) = written {
             tracing::warn!("the record of VM {id} is not up to date: {error}");
         }

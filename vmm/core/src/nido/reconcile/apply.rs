@@ -6,7 +6,7 @@ use nido_api::error::{Error, Result};
 use nido_api::state::{Fact, FailureCause, VmState, advance};
 use nido_api::{AgentInfo, Failure};
 use nido_engine::home::{CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOCK};
-use nido_engine::host::removed_dir;
+use nido_engine::host::vm_processes;
 use nido_engine::lock::Held;
 use nido_engine::logs::log_tail;
 use nido_engine::{liveness, snapshot};
@@ -19,7 +19,7 @@ use super::inventory::{Inventory, Lock, Scope, VmFacts};
 use super::parts::part_bytes;
 use super::plan::{Plan, Repair, VmRepair, plan, plan_vm};
 use crate::nido::Nido;
-use crate::nido::templates::TEMPLATES_LOCK_TIMEOUT;
+use crate::nido::template_store::TEMPLATES_LOCK_TIMEOUT;
 
 /// How often a VM is planned anew, if its QEMU ends while a supervisor is being started for it.
 const ROUNDS_MAX: u32 = 3;
@@ -58,14 +58,22 @@ impl Nido {
     /// # Errors
     /// Of the store.
     pub async fn reconcile(&self) -> Result<()> {
-        let plan = self.plan_reconciliation(Scope::Due)?;
-        for repair in plan.repairs {
+        self.reconcile_scope(Scope::Open).await?;
+        self.back_up_store();
+        Ok(())
+    }
+
+    /// Finds and repairs what belongs to a scope. A repair that fails is logged.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub(in crate::nido) async fn reconcile_scope(&self, scope: Scope) -> Result<()> {
+        for repair in self.plan_reconciliation(scope)?.repairs {
             // One VM that cannot be repaired is no reason to refuse everything else.
-            if let Err(error) = self.apply(&repair, Scope::Due).await {
+            if let Err(error) = self.apply(&repair, scope).await {
                 tracing::warn!("{repair:?} failed: {error}");
             }
         }
-        self.back_up_store();
         Ok(())
     }
 
@@ -88,7 +96,7 @@ impl Nido {
             Repair::RemoveLivenessFile(id) => liveness::remove_dead(&self.home().present(), id)
                 .map_err(|e| Error::io("cannot remove the file of a process that died", e)),
             Repair::RemoveBuild(path) => Ok(nido_images::remove_orphaned_build(path)?),
-            Repair::Parts(_) if scope == Scope::Due => {
+            Repair::Parts(_) if scope == Scope::Open => {
                 self.remove_unowned_parts_if_due().await;
                 Ok(())
             }
@@ -107,7 +115,7 @@ impl Nido {
 
     /// Reconciles one VM. Returns its row as it is now; `None` if the VM is gone.
     pub(in crate::nido) async fn reconcile_vm(&self, row: &VmRow) -> Result<Option<VmRow>> {
-        self.repair_vm(&row.id, Scope::Due).await?;
+        self.repair_vm(&row.id, Scope::Open).await?;
         self.store().vm_by_id(&row.id)
     }
 
@@ -151,7 +159,7 @@ impl Nido {
 
     /// Starts a supervisor for a QEMU that lost its own. False if that QEMU has ended meanwhile.
     async fn take_over(&self, id: &str, held: Held) -> Result<bool> {
-        let Some(row) = self.store().vm_by_id(id)? else { return Ok(true) };
+        let Some(row) = self.store().vm_by_id(id)?.filter(|row| row.unreadable.is_none()) else { return Ok(true) };
         tracing::info!("VM {} lost its supervisor; starting another", row.spec.name);
         if row.state.at_rest() {
             // A QEMU that outlived its row.
@@ -194,7 +202,7 @@ impl Nido {
 
     /// Records that a VM has ended, which no supervisor could.
     fn record_end(&self, id: &str, files_lost: bool) -> Result<()> {
-        let Some(row) = self.store().vm_by_id(id)? else { return Ok(()) };
+        let Some(row) = self.store().vm_by_id(id)?.filter(|row| row.unreadable.is_none()) else { return Ok(()) };
         let update = match lagging(&self.vm_dir(id), &row) {
             _ if files_lost => ended(&row, VmState::Failed, Some(self.files_lost_failure(id))),
             // A supervisor that saw the end, and could not write it into the store, wrote it into the VM's directory.
@@ -213,7 +221,7 @@ impl Nido {
     fn files_lost_failure(&self, id: &str) -> Failure {
         let dir = self.vm_dir(id);
         let message = format!("its directory {} is gone, and its disk with it", dir.path().display());
-        let message = match removed_dir::count_processes_in(dir.path()) {
+        let message = match vm_processes::count_processes_in_removed(dir.path()) {
             0 => message,
             processes => format!("{message}; {processes} of its processes run until it is deleted"),
         };

@@ -1,10 +1,11 @@
 //! What is there: a home as reconciliation sees it. Nothing here writes.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use nido_api::error::{Error, Result};
+use nido_api::state::VmState;
 use nido_engine::home::{REMOVED_PREFIX, SUPERVISOR_LOCK, VM_LOCK, VM_RECORD, VmDir};
 use nido_engine::lock::is_free;
 use nido_engine::{liveness, snapshot};
@@ -17,9 +18,11 @@ use crate::nido::Nido;
 /// How much is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::nido) enum Scope {
-    /// What can need a repair before the next command: rows that claim a process, directories without a row, files of dead
-    /// processes, and template parts if a reason was recorded. Costs nothing for stopped VMs.
-    Due,
+    /// What a command may run into: rows that claim a process, files of dead processes, and template parts if a reason was
+    /// recorded. Costs nothing for stopped VMs.
+    Open,
+    /// Directories without a row, and those whose deletion was interrupted: before a VM is created.
+    Create,
     /// All of it, also what only takes space.
     Everything,
 }
@@ -109,26 +112,25 @@ impl Inventory {
     /// Of the store, or the directory of VMs cannot be read.
     pub fn take(nido: &Nido, scope: Scope) -> Result<Self> {
         let everything = scope == Scope::Everything;
-        // The directories first: one that gets its row meanwhile is not taken for an orphan.
-        let directories = directories(&nido.home().vms())?;
-        let known = nido.store().vm_ids()?;
-        let (deleted_directories, directories): (Vec<_>, Vec<_>) =
-            directories.into_iter().partition(|name| name.starts_with(REMOVED_PREFIX));
-        let rows = if everything { nido.store().all_row_facts()? } else { nido.store().rows_to_reconcile()? };
-        let mut rows: HashMap<_, _> = rows.into_iter().map(|row| (row.id.clone(), Some(row))).collect();
-        for id in directories.into_iter().filter(|id| !known.contains(id)) {
-            rows.entry(id).or_insert(None);
-        }
-        let facts = |(id, row)| VmFacts::read(nido, id, row, scope);
-        let mut vms: Vec<_> = rows.into_iter().map(facts).collect();
-        vms.sort_by(|a, b| a.id.cmp(&b.id));
-        let is_due = everything || nido.store().parts_due().is_ok_and(|due| due != 0);
+        // Before the rows: a directory that gets its row meanwhile is not taken for an orphan.
+        let (deleted_directories, without_row) = match scope {
+            Scope::Open => (Vec::new(), Vec::new()),
+            Scope::Create | Scope::Everything => directories_without_row(nido)?,
+        };
+        let rows = match scope {
+            Scope::Open => nido.store().rows_to_reconcile()?,
+            Scope::Create => Vec::new(),
+            Scope::Everything => nido.store().all_row_facts()?,
+        };
+        let with_row = rows.into_iter().map(|row| (row.id.clone(), Some(row)));
+        let vms: BTreeMap<_, _> = without_row.into_iter().map(|id| (id, None)).chain(with_row).collect();
+        let is_due = || scope == Scope::Open && nido.store().parts_due().is_ok_and(|due| due != 0);
         Ok(Self {
-            vms,
+            vms: vms.into_iter().map(|(id, row)| VmFacts::read(nido, id, row, scope)).collect(),
             deleted_directories,
-            dead_processes: liveness::dead(&nido.home().present()),
+            dead_processes: if scope == Scope::Create { Vec::new() } else { liveness::dead(&nido.home().present()) },
             orphaned_builds: if everything { nido_images::orphaned_builds(nido.home().root()) } else { Vec::new() },
-            parts: is_due.then(|| PartFacts::read(nido)).transpose()?,
+            parts: (everything || is_due()).then(|| PartFacts::read(nido)).transpose()?,
         })
     }
 }
@@ -144,7 +146,7 @@ impl VmFacts {
         };
         let is_over =
             |row: &RowFacts| nido.context().is_abandoned_by(&row.id, row.lease.as_deref(), row.made_by.as_deref());
-        let is_stopped = row.as_ref().and_then(|row| row.state).is_some_and(|state| state.at_rest());
+        let is_stopped = row.as_ref().and_then(|row| row.state).is_some_and(VmState::at_rest);
         let looks_inside = scope == Scope::Everything && is_stopped && directory != Directory::Missing;
         Self {
             abandoned: row.as_ref().is_some_and(is_over),
@@ -164,11 +166,18 @@ impl VmFacts {
 /// # Errors
 /// Of the store, or the directory of VMs cannot be read.
 pub(super) fn unknown_vms(nido: &Nido) -> Result<Vec<String>> {
-    let mut unknown = directories(&nido.home().vms())?;
-    let known = nido.store().vm_ids()?;
-    unknown.retain(|id| !id.starts_with(REMOVED_PREFIX) && !known.contains(id) && holds_data(&nido.vm_dir(id)));
+    let (_, mut unknown) = directories_without_row(nido)?;
+    unknown.retain(|id| holds_data(&nido.vm_dir(id)));
     unknown.sort();
     Ok(unknown)
+}
+
+/// The names of directories whose deletion was interrupted, and the ids of those that have no row.
+fn directories_without_row(nido: &Nido) -> Result<(Vec<String>, Vec<String>)> {
+    let directories = directories(&nido.home().vms())?;
+    let known = nido.store().vm_ids()?;
+    let others = directories.into_iter().filter(|name| !known.contains(name));
+    Ok(others.partition(|name| name.starts_with(REMOVED_PREFIX)))
 }
 
 fn has_unfinished(dir: &VmDir) -> bool {

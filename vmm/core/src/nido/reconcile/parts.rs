@@ -16,11 +16,13 @@ use nido_images::{ImageError, Store as ImageStore, Stored};
 use nido_supervisor::vm_record::VmRecord;
 
 use crate::nido::Nido;
-use crate::nido::templates::TEMPLATES_LOCK_TIMEOUT;
+use crate::nido::template_store::TEMPLATES_LOCK_TIMEOUT;
 
 /// Template parts and their owners.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PartFacts {
+    /// A part may have lost its last owner since the last removal.
+    pub is_due: bool,
     /// What is stored.
     pub stored: Stored,
     /// Hashes of the parts that have an owner. The error says why that cannot be told.
@@ -65,9 +67,10 @@ impl PartFacts {
     /// Of the store, or a directory cannot be read.
     pub fn read(nido: &Nido) -> Result<Self> {
         let images = nido.images();
+        let is_due = nido.store().parts_due()? != 0;
         // What is stored first: a part whose owner is added meanwhile is not taken for unowned.
         let stored = images.stored()?;
-        Ok(Self { stored, owned: owned(nido, &images)? })
+        Ok(Self { is_due, stored, owned: owned(nido, &images)? })
     }
 }
 
@@ -111,13 +114,13 @@ impl Nido {
         if plan_parts(&facts).is_empty() {
             return Ok(0);
         }
-        let PartFacts { owned, .. } = facts;
+        let PartFacts { is_due, owned, .. } = facts;
         let remove = move |images: &ImageStore| {
             let lock = images.lock()?;
             // Under the lock, so that no manifest is being written.
             let named = images.named_parts()?;
             let owned = owned.map(|owned| owned.union(&named).cloned().collect());
-            let repairs = plan_parts(&PartFacts { stored: images.stored()?, owned });
+            let repairs = plan_parts(&PartFacts { is_due, stored: images.stored()?, owned });
             for repair in &repairs {
                 match repair {
                     PartRepair::RemovePart { sha256, .. } => images.remove_part(sha256, &lock)?,

@@ -54,7 +54,7 @@ pub(in crate::nido) enum Repair {
     RemoveLivenessFile(String),
     /// Removes the scratch directory of a build that was killed.
     RemoveBuild(std::path::PathBuf),
-    /// Removes template parts.
+    /// Removes template parts, and records that nothing is left to remove.
     Parts(Vec<PartRepair>),
 }
 
@@ -76,6 +76,14 @@ impl Finding {
     pub(in crate::nido) fn unknown_vm(&self) -> Option<&str> {
         match self {
             Self::UnknownVm(id) => Some(id),
+            _ => None,
+        }
+    }
+
+    /// Why it cannot be told which template parts are used.
+    pub(in crate::nido) fn unknown_parts(&self) -> Option<&str> {
+        match self {
+            Self::PartsUnknown(why) => Some(why),
             _ => None,
         }
     }
@@ -113,7 +121,7 @@ pub(super) fn plan(inventory: &Inventory) -> Plan {
     plan.repairs.extend(inventory.orphaned_builds.iter().cloned().map(Repair::RemoveBuild));
     if let Some(parts) = &inventory.parts {
         let repairs = plan_parts(parts);
-        if !repairs.is_empty() {
+        if parts.is_due || !repairs.is_empty() {
             plan.repairs.push(Repair::Parts(repairs));
         }
         if let PartFacts { owned: Err(why), .. } = parts {

@@ -198,8 +198,13 @@ async fn what_dead_processes_left_is_removed() {
     let due = nido.store().parts_due().unwrap();
     nido.store().parts_collected(due).unwrap();
     nido.reconcile().await.unwrap();
-    assert!(!home.join("vms/.gone-0123456789abcdef").exists() && !home.join("present/0123456789abcdef").exists());
-    assert!(home.join("build/dead").exists() && home.join("blobs/sha256").join(&part).exists());
+    assert!(home.join("vms/.gone-0123456789abcdef").exists() && !home.join("present/0123456789abcdef").exists());
+    nido.reconcile_scope(Scope::Create).await.unwrap();
+    assert!(
+        !home.join("vms/.gone-0123456789abcdef").exists()
+            && home.join("build/dead").exists()
+            && home.join("blobs/sha256").join(&part).exists()
+    );
     let plan = nido.plan_reconciliation(Scope::Everything).unwrap();
     assert_eq!(plan.removes(), Removed { directories: 1, part_bytes: 4 });
     reconcile_everything(&nido).await;

@@ -50,7 +50,7 @@ fn inventories() -> impl Strategy<Value = Inventory> {
     ];
     let parts =
         (stored, vec(Just(".new-1".to_owned()), 0..2), owned).prop_map(|(parts, unfinished_manifests, owned)| {
-            PartFacts { stored: Stored { parts, unfinished_manifests }, owned }
+            PartFacts { is_due: !parts.is_empty(), stored: Stored { parts, unfinished_manifests }, owned }
         });
     (vec(vms(), 0..5), any::<bool>(), option::of(parts)).prop_map(|(mut vms, others, parts)| {
         for (number, vm) in vms.iter_mut().enumerate() {
@@ -79,7 +79,9 @@ fn after(inventory: &Inventory, repair: &Repair) -> Inventory {
         Repair::RemoveLivenessFile(id) => now.dead_processes.retain(|other| other != id),
         Repair::RemoveBuild(path) => now.orphaned_builds.retain(|other| other != path),
         Repair::Parts(repairs) => {
-            let stored = &mut now.parts.as_mut().unwrap().stored;
+            let parts = now.parts.as_mut().unwrap();
+            parts.is_due = false;
+            let stored = &mut parts.stored;
             for repair in repairs {
                 match repair {
                     PartRepair::RemovePart { sha256, .. } => stored.parts.retain(|part| part.sha256 != *sha256),
