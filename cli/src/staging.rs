@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nido_api::error::Error;
-use nido_engine::random::id as random_id;
+use nido_files::random::id as random_id;
 
 /// The directory.
 #[derive(Debug)]

@@ -6,17 +6,21 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What each crate may depend on, of this workspace.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 11] = [
     ("nido-api", &[]),
+    ("nido-files", &["nido-api"]),
     ("nido-guest-agent", &[]),
     ("nido-images", &["nido-api", "nido-guest-agent"]),
-    ("nido-engine", &["nido-api", "nido-guest-agent", "nido-images"]),
-    ("nido-store", &["nido-api", "nido-engine", "nido-images"]),
-    ("nido-supervisor", &["nido-api", "nido-engine", "nido-guest-agent", "nido-images", "nido-store"]),
-    ("nido-core", &["nido-api", "nido-engine", "nido-guest-agent", "nido-images", "nido-store", "nido-supervisor"]),
-    ("nido-mcp", &["nido-api", "nido-core", "nido-engine"]),
-    ("nido-server", &["nido-api", "nido-core", "nido-engine", "nido-mcp"]),
-    ("nido", &["nido-api", "nido-core", "nido-engine", "nido-mcp", "nido-server"]),
+    ("nido-engine", &["nido-api", "nido-files", "nido-guest-agent", "nido-images"]),
+    ("nido-store", &["nido-api", "nido-files", "nido-images"]),
+    ("nido-supervisor", &["nido-api", "nido-engine", "nido-files", "nido-guest-agent", "nido-images", "nido-store"]),
+    (
+        "nido-core",
+        &["nido-api", "nido-engine", "nido-files", "nido-guest-agent", "nido-images", "nido-store", "nido-supervisor"],
+    ),
+    ("nido-mcp", &["nido-api", "nido-core", "nido-files"]),
+    ("nido-server", &["nido-api", "nido-core", "nido-files", "nido-mcp"]),
+    ("nido", &["nido-api", "nido-core", "nido-engine", "nido-files", "nido-mcp", "nido-server"]),
 ];
 /// Which crates alone may depend on a library: what it stands for is known in one place.
 const OWNERS: [(&str, &[&str]); 9] = [

@@ -182,7 +182,7 @@ fn write(file: &Path, text: &str) -> Result<()> {
     let file = std::fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
     let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(directory).map_err(broken)?;
-    let fresh = directory.join(format!(".nido-{}", nido_engine::random::id()?));
+    let fresh = directory.join(format!(".nido-{}", nido_files::random::id()?));
     let written = (|| {
         let mut to = std::fs::OpenOptions::new().write(true).create_new(true).open(&fresh)?;
         if let Ok(meta) = std::fs::metadata(&file) {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nido_api::error::{Error, Result};
 
-use crate::lock::{Held, is_free};
+use nido_files::lock::{Held, is_free};
 
 /// How often another id is tried when somebody swept the file away before it was locked.
 const TRIES: u32 = 16;
@@ -24,10 +24,10 @@ impl Presence {
     /// Somebody new. What those who died have left is removed.
     pub fn begin(directory: &Path) -> Result<Self> {
         let broken = |e| Error::io(format!("cannot use {}", directory.display()), e);
-        crate::home::make_private_dir(directory).map_err(broken)?;
+        nido_files::private_dir::make_private_dir(directory).map_err(broken)?;
         sweep(directory);
         for _ in 0..TRIES {
-            let id = crate::random::id()?;
+            let id = nido_files::random::id()?;
             let path = directory.join(&id);
             match Held::try_take(&path) {
                 Ok(Some(held)) => return Ok(Self { id, path, _held: held }),

@@ -25,7 +25,8 @@ use nido_api::{SnapshotInfo, moment};
 use nido_images::{BakedMachine, QemuId};
 use serde::{Deserialize, Serialize};
 
-use crate::home::{DEVICE_STATE, DISK, VmDir, give_owner_rights, make_private_dir, make_private_dir_in_place};
+use crate::home::{DEVICE_STATE, DISK, VmDir};
+use nido_files::private_dir::{give_owner_rights, make_private_dir, make_private_dir_in_place};
 
 pub use self::restore::{DiskCopy, PreviousDisk, remove_restore_files};
 

@@ -35,7 +35,7 @@ impl Store {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(broken(e)),
             _ => {}
         }
-        fs::rename(&temporary, path).and_then(|()| nido_engine::atomic_file::sync_parent(path)).map_err(broken)
+        fs::rename(&temporary, path).and_then(|()| nido_files::atomic_file::sync_parent(path)).map_err(broken)
     }
 }
 

@@ -19,11 +19,11 @@ use nido_engine::guest::Link;
 use nido_engine::home::{DEVICE_STATE, QEMU_LOG};
 use nido_engine::host::{QemuFacts, qemu};
 use nido_engine::logs::log_tail;
-use nido_engine::machine::Transport;
+use nido_engine::machine::{GUEST_CIDS, Transport};
 use nido_engine::qemu::argv::NET;
 use nido_engine::qemu::migration::{self, Memory};
 use nido_engine::qemu::{Monitor, QemuExit};
-use nido_engine::random;
+use nido_files::random;
 use nido_guest_agent::wire::Renew;
 use nido_store::{Origin, Purpose, VmUpdate};
 use qapi::qmp::{self, RunState};
@@ -98,7 +98,7 @@ impl Supervisor {
     }
 
     fn take_another_address(&mut self) -> Result<()> {
-        let cid = random::guest_cid()?;
+        let cid = random::number_in(&GUEST_CIDS)?;
         tracing::warn!("another program has the VM's vsock address; trying {cid}");
         self.machine.transport = Transport::Vsock { cid };
         let machine = Some(self.machine.clone());
@@ -253,7 +253,7 @@ impl Supervisor {
         loop {
             match attach().await {
                 Ok(attached) => return Ok(attached),
-                Err(_) if !nido_engine::lock::is_held(&self.dir.file(nido_engine::home::VM_LOCK)) => {
+                Err(_) if !nido_files::lock::is_held(&self.dir.file(nido_engine::home::VM_LOCK)) => {
                     return Err(NotRunning::Exit(QemuExit::Unknown));
                 }
                 Err(error) if Instant::now() > deadline => return Err(NotRunning::OutOfReach(error)),

@@ -9,7 +9,7 @@
 //! nothing is overlooked; and what a process that was killed in between has queued, the next nido command finds.
 
 use nido_api::error::{Error, Result};
-use nido_engine::lock::Held;
+use nido_files::lock::Held;
 use nido_supervisor::context::DELIVER_LOCK;
 
 use super::delivery::drain;

@@ -9,8 +9,8 @@ use nido_api::error::{Error, Result};
 use nido_api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo};
 use nido_engine::home::VM_LOCK;
 use nido_engine::host::{HostFacts, QemuFacts, facts, kvm, qemu};
-use nido_engine::lock::is_held;
-use nido_engine::random;
+use nido_files::lock::is_held;
+use nido_files::random;
 
 use self::checks::{
     check, check_cgroups, check_disk, check_kvm, check_machine, check_memory, check_nesting, check_qemu, check_unit,

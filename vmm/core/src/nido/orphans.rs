@@ -17,7 +17,7 @@ use nido_api::name::VmName;
 use nido_api::state::VmState;
 use nido_api::{AgentInfo, VmSpec};
 use nido_engine::home::{DISK, REMOVED_PREFIX, SUPERVISOR_LOCK, VM_LOCK};
-use nido_engine::lock::{Held, is_held};
+use nido_files::lock::{Held, is_held};
 use nido_store::VmUpdate;
 use nido_supervisor::context::remove_tree;
 use nido_supervisor::control::Request;

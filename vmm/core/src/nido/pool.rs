@@ -18,8 +18,9 @@ use nido_api::state::VmState;
 use nido_api::{Grant, POOL_MAX, PathChoice, PoolInfo, PoolKind, PoolList, PoolRequest, StartRequest, VmSpec};
 use nido_engine::bake::{choose, qemu_id, shape};
 use nido_engine::host::{HostFacts, QemuFacts};
-use nido_engine::lock::{Held, is_held};
-use nido_engine::{machine, random};
+use nido_engine::machine;
+use nido_files::lock::{Held, is_held};
+use nido_files::random;
 use nido_store::{Origin, PoolRow, Purpose, VmRow};
 use nido_supervisor::control::Request;
 

@@ -15,8 +15,8 @@ use nido_api::state::{Fact, FailureCause, VmState, advance};
 use nido_api::{AgentInfo, Failure};
 use nido_engine::home::{CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOCK, VM_LOCK};
 use nido_engine::host::removed_dir;
-use nido_engine::lock::{Held, is_held};
 use nido_engine::logs::log_tail;
+use nido_files::lock::{Held, is_held};
 use nido_store::{VmRow, VmUpdate};
 use nido_supervisor::lagging;
 

@@ -41,7 +41,7 @@ pub fn forget(dir: &Path, name: &str) {
 }
 
 fn try_put<T: Serialize>(dir: &Path, name: &str, entry: &T) -> std::io::Result<()> {
-    crate::home::make_private_dir(dir)?;
+    nido_files::private_dir::make_private_dir(dir)?;
     let mut file = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o600)).tempfile_in(dir)?;
     serde_json::to_writer(&mut file, entry)?;
     file.flush()?;

@@ -70,7 +70,7 @@ pub async fn save(
     }
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
-    crate::home::make_socket_private(socket)?;
+    nido_files::private_dir::make_socket_private(socket)?;
     listener.set_nonblocking(true)?;
     let uri = Some(format!("unix:{}", socket.display()));
     let sent = async {

@@ -7,8 +7,8 @@ use nido_api::error::{Error, Result};
 use nido_api::name::SnapshotName;
 
 use super::{copy_layer, dir};
-use crate::atomic_file::sync_parent;
 use crate::home::{DISK, VmDir};
+use nido_files::atomic_file::sync_parent;
 
 /// Prefix of the name of a layer that is about to become the VM's disk.
 const COPY: &str = "disk.qcow2.restore-";
@@ -28,7 +28,7 @@ impl DiskCopy {
     /// # Errors
     /// `disk_full`, `internal`; then nothing is left.
     pub fn take(vm: &VmDir, name: &SnapshotName) -> Result<Self> {
-        let id = crate::random::id()?;
+        let id = nido_files::random::id()?;
         let this = Self { copy: vm.file(&format!("{COPY}{id}")), disk: vm.file(DISK) };
         copy_layer(&dir(vm, name).join(DISK), &this.copy)?;
         Ok(this)

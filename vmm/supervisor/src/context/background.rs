@@ -9,8 +9,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nido_api::error::{Error, Result};
-use nido_engine::home::make_private_dir;
 use nido_engine::host::daemon;
+use nido_files::private_dir::make_private_dir;
 
 use super::Context;
 

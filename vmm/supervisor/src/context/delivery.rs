@@ -6,7 +6,7 @@
 use std::ops::Deref;
 use std::sync::MutexGuard;
 
-use nido_engine::lock::is_held;
+use nido_files::lock::is_held;
 use nido_store::Store;
 
 use super::Context;
