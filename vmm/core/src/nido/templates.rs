@@ -1,7 +1,6 @@
 //! Templates: what the images crate makes, with the VMs that use them in view.
 
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,9 +10,9 @@ use nido_api::name::{TemplateName, VmName};
 use nido_api::{
     BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, StartStage, TemplateInfo, TemplateList, moment,
 };
+use nido_files::flock::{Flock, Mode};
 use nido_images::{ImageError, Manifest, Store as ImageStore};
 use nido_store::{Purpose, VmRow};
-use rustix::fs::{FlockOperation, flock};
 use tokio::sync::mpsc;
 
 use super::Nido;
@@ -27,29 +26,17 @@ impl Nido {
     }
 
     /// Keeps template parts from being removed while a VM that needs them is being made.
-    pub(super) async fn templates_shared(&self) -> Result<File> {
-        self.templates_lock(FlockOperation::NonBlockingLockShared, LET_GO).await
+    pub(super) async fn templates_shared(&self) -> Result<Flock> {
+        self.templates_lock(Mode::Shared, LET_GO).await
     }
 
     /// Waits without holding up whoever else this process works for: it may be them who hold the lock.
-    async fn templates_lock(&self, how: FlockOperation, within: Duration) -> Result<File> {
+    async fn templates_lock(&self, mode: Mode, within: Duration) -> Result<Flock> {
         let path = self.home().root().join("templates.lock");
         let broken = |e| Error::io("cannot lock the templates", e);
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(broken)?;
-        let deadline = Instant::now() + within;
-        let mut pause = Duration::from_millis(1);
-        loop {
-            match flock(file.as_fd(), how) {
-                Ok(()) => return Ok(file),
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(Error::new(Code::VmBusy, "the templates are being worked on").hint("try again later"));
-                }
-                Err(error) => return Err(broken(error.into())),
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(50));
-        }
+        let taken = Flock::take(file, mode, Instant::now() + within).await.map_err(broken)?;
+        taken.ok_or_else(|| Error::new(Code::VmBusy, "the templates are being worked on").hint("try again later"))
     }
 
     /// Works on the images on a thread of its own: their store may be locked by somebody who takes minutes.
@@ -259,7 +246,7 @@ impl Nido {
     /// # Errors
     /// `template_not_found`, `template_in_use` with the VMs that use it.
     pub async fn template_delete(&self, name: &TemplateName) -> Result<()> {
-        let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, LET_GO).await?;
+        let _lock = self.templates_lock(Mode::Exclusive, LET_GO).await?;
         self.refuse_pools_of(name)?;
         let users: Vec<String> = self
             .template_users()?
@@ -281,7 +268,7 @@ impl Nido {
 
     /// Removes parts that neither a template nor a VM names any more; how many bytes that freed.
     pub(super) async fn collect_parts(&self, lock_timeout: Duration) -> Result<u64> {
-        let _lock = self.templates_lock(FlockOperation::NonBlockingLockExclusive, lock_timeout).await?;
+        let _lock = self.templates_lock(Mode::Exclusive, lock_timeout).await?;
         let due = self.store().parts_due()?;
         let in_use = self.parts_in_use()?;
         let collected = match self.with_images(move |images| images.collect_garbage(&in_use)).await {
