@@ -10,6 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nido_api::error::{Code, Error, Result};
+use nido_files::atomic_file::{Durability, create_private};
 use nido_files::private_dir::{make_private_dir, make_private_dir_in_place};
 
 /// Locked while QEMU lives: QEMU inherits the descriptor.
@@ -193,11 +194,7 @@ impl Home {
             let place = self.audit_of_environment();
             // A home may be moved, and what is in it with it.
             let told = place.strip_prefix(&self.root).unwrap_or(&place);
-            let fresh = self.root.join(format!(".{AUDIT_PLACE}-{}", std::process::id()));
-            std::fs::write(&fresh, told.as_os_str().as_bytes())?;
-            let linked = std::fs::hard_link(&fresh, &kept);
-            std::fs::remove_file(&fresh)?;
-            match linked {
+            match create_private(&kept, told.as_os_str().as_bytes(), Durability::PowerCut) {
                 Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
                 _ => {}
             }

@@ -26,6 +26,7 @@ use nido_images::{BakedMachine, QemuId};
 use serde::{Deserialize, Serialize};
 
 use crate::home::{DEVICE_STATE, DISK, VmDir};
+use nido_files::atomic_file::{Durability, publish_directory, sync_parent};
 use nido_files::private_dir::{give_owner_rights, make_private_dir, make_private_dir_in_place};
 
 pub use self::restore::{DiskCopy, PreviousDisk, remove_restore_files};
@@ -140,15 +141,12 @@ impl Unfinished {
         let written = || -> io::Result<()> {
             let mut file = File::options().write(true).create_new(true).mode(0o600).open(self.path.join(RECORD))?;
             io::Write::write_all(&mut file, &text)?;
-            for entry in fs::read_dir(&self.path)? {
-                File::open(entry?.path())?.sync_all()?;
-            }
             if let Some(parent) = self.target.parent() {
                 // The VM that wanted it may be gone: then this fails.
                 make_private_dir_in_place(parent)?;
+                sync_parent(parent)?;
             }
-            fs::rename(&self.path, &self.target)?;
-            self.target.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+            publish_directory(&self.path, &self.target, Durability::PowerCut)
         };
         written().map_err(failed)?;
         self.published = true;

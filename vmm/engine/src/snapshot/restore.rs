@@ -8,7 +8,7 @@ use nido_api::name::SnapshotName;
 
 use super::{copy_layer, dir};
 use crate::home::{DISK, VmDir};
-use nido_files::atomic_file::sync_parent;
+use nido_files::atomic_file::{Durability, rename_synced};
 
 /// Prefix of the name of a layer that is about to become the VM's disk.
 const COPY: &str = "disk.qcow2.restore-";
@@ -44,7 +44,7 @@ impl DiskCopy {
         let _ = fs::remove_file(&previous.previous);
         // A second name for it: at no moment is there no disk. Where there are no such links it cannot be put back.
         let _ = fs::hard_link(&self.disk, &previous.previous);
-        fs::rename(&self.copy, &self.disk).and_then(|()| sync_parent(&self.disk)).map_err(broken)?;
+        rename_synced(&self.copy, &self.disk, Durability::PowerCut).map_err(broken)?;
         Ok(previous)
     }
 }
@@ -68,7 +68,7 @@ impl PreviousDisk {
     /// # Errors
     /// `internal`.
     pub fn put_back(&self) -> Result<()> {
-        let put = fs::rename(&self.previous, &self.disk).and_then(|()| sync_parent(&self.disk));
+        let put = rename_synced(&self.previous, &self.disk, Durability::PowerCut);
         put.map_err(|e| Error::io("cannot put the VM's disk back", e))
     }
 
