@@ -6,9 +6,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use nido_files::flock::{Flock, Mode, try_lock};
+
 use crate::error::ImageError;
 use crate::host::Host;
-use crate::store::create_private;
+use crate::store::{create_private, lock_directory};
 
 /// A locked scratch directory, removed on drop.
 #[derive(Debug)]
@@ -17,7 +19,7 @@ pub struct Scratch {
     host: Host,
     leftovers: Vec<PathBuf>,
     // Held, and so released by the kernel whatever ends this process.
-    _lock: File,
+    _lock: Flock,
 }
 
 impl Scratch {
@@ -28,13 +30,12 @@ impl Scratch {
     pub fn create(build: &Path) -> Result<Self, ImageError> {
         create_private(build)?;
         let failed = |error| ImageError::io("create a directory in", build, error);
-        let whole = File::open(build).map_err(failed)?;
-        whole.lock().map_err(failed)?;
+        let _whole = File::open(build).and_then(lock_directory).map_err(failed)?;
         let host = Host::for_cleaning();
         let leftovers = sweep(build, &host)?;
         // tempfile makes it mode 0700 under a name nobody can guess.
         let path = tempfile::Builder::new().prefix("").tempdir_in(build).map_err(failed)?.keep();
-        let lock = File::open(&path).and_then(|lock| lock.lock().map(|()| lock)).map_err(failed)?;
+        let lock = File::open(&path).and_then(lock_directory).map_err(failed)?;
         Ok(Self { path, host, leftovers, _lock: lock })
     }
 
@@ -65,7 +66,7 @@ fn sweep(build: &Path, host: &Host) -> Result<Vec<PathBuf>, ImageError> {
     for entry in fs::read_dir(build).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         let Ok(directory) = File::open(&path) else { continue };
-        if directory.try_lock().is_ok() && remove(&path, host).is_err() {
+        if try_lock(&directory, Mode::Exclusive).is_ok_and(|taken| taken) && remove(&path, host).is_err() {
             leftovers.push(path);
         }
     }

@@ -10,7 +10,7 @@ const ARROWS: [(&str, &[&str]); 11] = [
     ("nido-api", &[]),
     ("nido-files", &["nido-api"]),
     ("nido-guest-agent", &[]),
-    ("nido-images", &["nido-api", "nido-guest-agent"]),
+    ("nido-images", &["nido-api", "nido-files", "nido-guest-agent"]),
     ("nido-engine", &["nido-api", "nido-files", "nido-guest-agent", "nido-images"]),
     ("nido-store", &["nido-api", "nido-files", "nido-images"]),
     ("nido-supervisor", &["nido-api", "nido-engine", "nido-files", "nido-guest-agent", "nido-images", "nido-store"]),

@@ -7,12 +7,14 @@ mod packages;
 mod slim;
 mod stages;
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
+
+use nido_files::flock::{Flock, Mode};
 
 use crate::agent::agent_sha256;
 use crate::command::{BuildLog, Session};
@@ -243,8 +245,8 @@ fn lock(
     let mut options = OpenOptions::new();
     let file = options.append(true).create(true).mode(0o600).open(&path).map_err(failed)?;
     let waiting = Waiting { stage: Stage::Resolve, program: "another build of this template", log: &path };
-    wait_for_lock(&file, &path, &waiting, progress, cancel)?;
-    Ok((path, file))
+    let lock = wait_for_lock(file, &path, &waiting, progress, cancel)?;
+    Ok((path, lock.into_file()))
 }
 
 /// The log of work on the template `name`, emptied; whoever has it is the only one who works on that template.
@@ -269,32 +271,28 @@ struct Waiting<'a> {
 
 /// Waits for the lock on `file`, which is at `path`.
 fn wait_for_lock(
-    file: &File,
+    file: File,
     path: &Path,
     waiting: &Waiting<'_>,
     progress: &mut dyn FnMut(BuildProgress),
     cancel: &AtomicBool,
-) -> Result<(), ImageError> {
-    let end = Instant::now() + LOCK_DEADLINE;
-    let mut told = false;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(()),
-            Err(TryLockError::Error(error)) => return Err(ImageError::io("lock", path, error)),
-            Err(TryLockError::WouldBlock) => {}
-        }
-        if cancel.load(std::sync::atomic::Ordering::Relaxed) {
-            return Err(ImageError::Interrupted);
-        }
-        if Instant::now() >= end {
-            let (program, seconds) = (waiting.program.to_owned(), LOCK_DEADLINE.as_secs());
-            return Err(ImageError::Deadline { stage: waiting.stage, program, seconds, log: waiting.log.to_owned() });
-        }
-        if !told {
+) -> Result<Flock, ImageError> {
+    let is_cancelled = || cancel.load(std::sync::atomic::Ordering::Relaxed);
+    let mut is_reported = false;
+    let taken = Flock::take_blocking(file, Mode::Exclusive, Instant::now() + LOCK_DEADLINE, || {
+        if !is_reported && !is_cancelled() {
             progress(BuildProgress::new(waiting.stage, format!("waiting for {}", waiting.program), None));
-            told = true;
+            is_reported = true;
         }
-        std::thread::sleep(Duration::from_millis(100));
+        !is_cancelled()
+    });
+    match taken.map_err(|error| ImageError::io("lock", path, error))? {
+        Some(lock) => Ok(lock),
+        None if is_cancelled() => Err(ImageError::Interrupted),
+        None => {
+            let (program, seconds) = (waiting.program.to_owned(), LOCK_DEADLINE.as_secs());
+            Err(ImageError::Deadline { stage: waiting.stage, program, seconds, log: waiting.log.to_owned() })
+        }
     }
 }
 
