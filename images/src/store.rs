@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nido_files::atomic_file::{self, Durability, Temporary, sync_parent};
 use nido_files::flock::{Flock, Mode};
+use nido_files::layout;
 use nido_files::private_dir::make_private_dir;
 
 use crate::digest::{is_sha256, sha256_of, sparse_sha256};
@@ -42,7 +43,7 @@ impl Store {
     /// The store under `home`. Nothing is touched until it is used.
     #[must_use]
     pub fn new(home: &Path) -> Self {
-        Self { blobs: home.join("blobs").join("sha256"), templates: home.join("templates") }
+        Self { blobs: home.join(layout::BLOBS), templates: home.join(layout::TEMPLATES) }
     }
 
     /// Creates the directories (mode 0700) where they are missing.

@@ -10,6 +10,7 @@ use std::time::SystemTime;
 
 use nido_files::atomic_file::{Durability, publish_directory};
 use nido_files::flock::{Mode, try_lock};
+use nido_files::layout;
 use serde::{Deserialize, Serialize};
 
 use super::stages::{BASE, BuiltKernel, VMLINUX};
@@ -55,7 +56,7 @@ pub fn slim_key(source_version: &str, tag: &str) -> String {
 impl KeptKernels {
     /// Those under `home`. Nothing is touched until one is kept.
     pub fn new(home: &Path) -> Self {
-        Self { directory: home.join("cache").join("kernels") }
+        Self { directory: home.join(layout::KERNELS) }
     }
 
     /// Where they are, created if need be; its lock is held by who compiles one.

@@ -15,6 +15,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use nido_files::flock::{Flock, Mode};
+use nido_files::layout;
 
 use crate::agent::agent_sha256;
 use crate::command::{BuildLog, Session};
@@ -125,7 +126,7 @@ fn run(
     progress: &mut dyn FnMut(BuildProgress),
     session: &mut Session<'_>,
 ) -> Result<BuildOutcome, ImageError> {
-    let scratch = Scratch::create(&home.join("build"))?;
+    let scratch = Scratch::create(&home.join(layout::BUILD))?;
     for path in scratch.leftovers() {
         session.log.line(&format!("cannot remove what an earlier build left: {}", path.display()));
     }
@@ -238,9 +239,9 @@ fn lock(
     progress: &mut dyn FnMut(BuildProgress),
     cancel: &AtomicBool,
 ) -> Result<(PathBuf, File), ImageError> {
-    let logs = home.join("logs");
+    let logs = home.join(layout::LOGS);
     create_private(&logs)?;
-    let path = logs.join(format!("template-{name}.log"));
+    let path = logs.join(layout::template_log(name));
     let failed = |error| ImageError::io("open", &path, error);
     let mut options = OpenOptions::new();
     let file = options.append(true).create(true).mode(0o600).open(&path).map_err(failed)?;

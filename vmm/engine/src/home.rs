@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use nido_api::error::{Code, Error, Result};
 use nido_files::atomic_file::{Durability, create_private};
+use nido_files::layout;
 use nido_files::private_dir::{make_private_dir, make_private_dir_in_place};
 
 /// Locked while QEMU lives: QEMU inherits the descriptor.
@@ -23,8 +24,6 @@ pub const TTL_LOCK: &str = "ttl.lock";
 pub const QMP_SOCKET: &str = "qmp.sock";
 /// Where QEMU brings the guest's virtio-serial port; the supervisor listens.
 pub const CHANNEL_SOCKET: &str = "channel.sock";
-/// Where the audit log is, in the home: a path, relative to it where it lies within.
-const AUDIT_PLACE: &str = "audit-place";
 /// Each connection is one stream to the agent; the supervisor listens.
 pub const AGENT_SOCKET: &str = "agent.sock";
 /// Requests to the supervisor.
@@ -41,10 +40,20 @@ pub const GUEST_CONFIG: &str = "guest.cbor";
 pub const MEMORY_IMAGE: &str = "memory.img";
 /// The device state of one.
 pub const DEVICE_STATE: &str = "state.bin";
+/// Where QEMU is given the state of a machine that was saved.
+pub const LOAD_SOCKET: &str = "load.sock";
+/// Where QEMU leaves the state of a machine that becomes a warm image.
+pub const SAVE_SOCKET: &str = "save.sock";
+/// Where QEMU leaves the state of a machine for a snapshot.
+pub const SNAPSHOT_SOCKET: &str = "snapshot.sock";
+/// The VM's snapshots, by name.
+pub const SNAPSHOTS: &str = "snapshots";
 /// What the supervisor could not write into the store yet.
 pub const UNWRITTEN: &str = "unwritten.json";
 /// The VM's disk: an overlay on the template's.
 pub const DISK: &str = "disk.qcow2";
+/// Its disk while that is made.
+pub const DISK_TEMPORARY: &str = "disk.qcow2.new";
 /// What the VM's row needs, so that the row can be rebuilt from its directory.
 pub const VM_RECORD: &str = "vm.json";
 /// Prefix of the name of a VM's directory that is being removed.
@@ -111,74 +120,104 @@ impl Home {
     /// The store.
     #[must_use]
     pub fn database(&self) -> PathBuf {
-        self.root.join("nido.db")
+        self.root.join(layout::DATABASE)
     }
 
     /// Space that is kept for giving space back.
     #[must_use]
     pub fn space_reserve(&self) -> PathBuf {
-        self.root.join("space.reserve")
+        self.root.join(layout::SPACE_RESERVE)
     }
 
     /// Facts about the host that are worth keeping.
     #[must_use]
     pub fn cache(&self) -> PathBuf {
-        self.root.join("cache")
+        self.root.join(layout::CACHE)
     }
 
     /// The directory of all VMs.
     #[must_use]
     pub fn vms(&self) -> PathBuf {
-        self.root.join("vms")
+        self.root.join(layout::VMS)
     }
 
     /// The last backup of the store, and the one before.
     #[must_use]
     pub fn database_backups(&self) -> [PathBuf; 2] {
-        [self.root.join("nido.db.backup"), self.root.join("nido.db.backup.1")]
+        [layout::DATABASE_BACKUP, layout::DATABASE_BACKUP_OLDER].map(|name| self.root.join(name))
     }
 
     /// Held by the process that makes a backup of the store.
     #[must_use]
     pub fn backup_lock(&self) -> PathBuf {
-        self.root.join("nido.db.backup.lock")
+        self.root.join(layout::DATABASE_BACKUP_LOCK)
     }
 
     /// Where the directory of a VM that is being removed lies until all its files are gone.
     #[must_use]
     pub fn removed_vm(&self, id: &str) -> PathBuf {
-        self.root.join("vms").join(format!("{REMOVED_PREFIX}{id}"))
+        self.vms().join(format!("{REMOVED_PREFIX}{id}"))
     }
 
     /// A VM's directory.
     #[must_use]
     pub fn vm(&self, id: &str) -> VmDir {
-        VmDir { path: self.root.join("vms").join(id) }
+        VmDir { path: self.vms().join(id) }
     }
 
     /// The directory of those who are there: servers that carry out jobs, sessions that VMs belong to.
     #[must_use]
     pub fn present(&self) -> PathBuf {
-        self.root.join("present")
+        self.root.join(layout::PRESENT)
+    }
+
+    /// Held (flock(2)) shared while a VM is created, exclusively while template parts are removed.
+    #[must_use]
+    pub fn templates_lock(&self) -> PathBuf {
+        self.root.join(layout::TEMPLATES_LOCK)
+    }
+
+    /// Held by the process that fills the pools.
+    #[must_use]
+    pub fn pool_lock(&self) -> PathBuf {
+        self.root.join(layout::POOL_LOCK)
+    }
+
+    /// Held by the process that delivers messages of webhooks.
+    #[must_use]
+    pub fn delivery_lock(&self) -> PathBuf {
+        self.root.join(layout::DELIVERY_LOCK)
+    }
+
+    /// The directory of the logs of background processes and builds.
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
+        self.root.join(layout::LOGS)
+    }
+
+    /// The directory of the server's own certificate.
+    #[must_use]
+    pub fn tls(&self) -> PathBuf {
+        self.root.join(layout::TLS)
     }
 
     /// Where agents on this machine may have files copied from and to.
     #[must_use]
     pub fn exchange(&self) -> PathBuf {
-        self.root.join("exchange")
+        self.root.join(layout::EXCHANGE)
     }
 
     /// A part of a template, as seen from inside a VM's directory: goes into the overlay's header, so a home can move.
     #[must_use]
     pub fn blob_from_vm_dir(sha256: &str) -> String {
-        format!("../../blobs/sha256/{sha256}")
+        format!("../../{}/{sha256}", layout::BLOBS)
     }
 
     /// Where the audit log is: where the home says. Before anything was written into it: of the home that applies when none is named,
     /// `/var/log/nido` for root, else `nido` in `$XDG_STATE_HOME` or `~/.local/state`; of every other, in the home.
     #[must_use]
     pub fn audit(&self) -> PathBuf {
-        match std::fs::read(self.root.join(AUDIT_PLACE)) {
+        match std::fs::read(self.root.join(layout::AUDIT_PLACE)) {
             Ok(kept) if !kept.is_empty() => self.root.join(OsString::from_vec(kept)),
             _ => self.audit_of_environment(),
         }
@@ -189,7 +228,7 @@ impl Home {
     /// # Errors
     /// The home cannot be written.
     pub fn keep_audit_place(&self) -> std::io::Result<PathBuf> {
-        let kept = self.root.join(AUDIT_PLACE);
+        let kept = self.root.join(layout::AUDIT_PLACE);
         if !kept.exists() {
             let place = self.audit_of_environment();
             // A home may be moved, and what is in it with it.
@@ -212,7 +251,7 @@ impl Home {
     /// The directory of all template parts.
     #[must_use]
     pub fn blobs(&self) -> PathBuf {
-        self.root.join("blobs/sha256")
+        self.root.join(layout::BLOBS)
     }
 
     /// A part of a template.
@@ -227,7 +266,7 @@ fn audit_of(root: &Path, is_default: bool, is_root: bool, state: Option<PathBuf>
     match (is_default, is_root, state) {
         (true, true, _) => "/var/log/nido".into(),
         (true, false, Some(state)) => state.join("nido"),
-        _ => root.join("audit"),
+        _ => root.join(layout::AUDIT),
     }
 }
 

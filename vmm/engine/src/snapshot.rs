@@ -22,16 +22,15 @@ use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::{SnapshotInfo, moment};
+use nido_files::atomic_file::{Durability, publish_directory, sync_parent};
+use nido_files::private_dir::{give_owner_rights, make_private_dir, make_private_dir_in_place};
 use nido_images::{BakedMachine, QemuId};
 use serde::{Deserialize, Serialize};
 
-use crate::home::{DEVICE_STATE, DISK, VmDir};
-use nido_files::atomic_file::{Durability, publish_directory, sync_parent};
-use nido_files::private_dir::{give_owner_rights, make_private_dir, make_private_dir_in_place};
+use crate::home::{DEVICE_STATE, DISK, SNAPSHOTS, VmDir};
 
 pub use self::restore::{DiskCopy, PreviousDisk, remove_restore_files};
 
-const DIRECTORY: &str = "snapshots";
 const UNFINISHED: &str = ".new-";
 /// Of one that is being deleted.
 const DOOMED: &str = ".gone-";
@@ -81,7 +80,7 @@ pub fn dir(vm: &VmDir, name: &SnapshotName) -> PathBuf {
 /// The directory of all snapshots of a VM, which may not exist. Supervisors of earlier versions made one that ordinary users
 /// could not enter.
 fn directory(vm: &VmDir) -> PathBuf {
-    let path = vm.file(DIRECTORY);
+    let path = vm.file(SNAPSHOTS);
     if let Err(error) = give_owner_rights(&path)
         && error.kind() != io::ErrorKind::NotFound
     {
@@ -264,7 +263,7 @@ fn describe(vm: &VmDir, of: &VmName, name: &SnapshotName, record: Result<Record>
 /// `snapshot_not_found`, `internal`.
 pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
     let broken = |e| Error::io("cannot delete the snapshot", e);
-    let doomed = vm.file(DIRECTORY).join(format!("{DOOMED}{name}"));
+    let doomed = vm.file(SNAPSHOTS).join(format!("{DOOMED}{name}"));
     let _ = fs::remove_dir_all(&doomed);
     match fs::rename(dir(vm, name), &doomed) {
         // Says that there is none.

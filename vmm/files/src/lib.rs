@@ -5,6 +5,7 @@
 //!   flock.rs         work on templates: locks that can be shared (flock(2))
 //!   atomic_file.rs   files that are replaced as a whole, with a stated durability
 //!   private_dir.rs   directories and sockets that only their owner can use
+//!   layout.rs        the names of what is in a home
 //!   random.rs        ids, names and secrets
 //! ```
 //!
@@ -12,6 +13,7 @@
 
 pub mod atomic_file;
 pub mod flock;
+pub mod layout;
 pub mod lock;
 pub mod private_dir;
 pub mod random;

@@ -16,7 +16,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::state::{Fact, VmState};
 use nido_api::{NetChoice, StartPath, Timings};
 use nido_engine::guest::Link;
-use nido_engine::home::{DEVICE_STATE, QEMU_LOG};
+use nido_engine::home::{DEVICE_STATE, LOAD_SOCKET, QEMU_LOG};
 use nido_engine::host::{QemuFacts, qemu};
 use nido_engine::logs::log_tail;
 use nido_engine::machine::{GUEST_CIDS, Transport};
@@ -43,8 +43,6 @@ const LOADED_WITHIN: Duration = Duration::from_secs(600);
 const REACHED_WITHIN: Duration = Duration::from_secs(15);
 /// How many vsock addresses are tried when the first is taken.
 const OTHER_ADDRESSES: u32 = 4;
-/// The socket over which a state is loaded.
-const LOAD_SOCKET: &str = "load.sock";
 
 /// How a VM ended without having run under this supervisor.
 pub(super) enum NotRunning {

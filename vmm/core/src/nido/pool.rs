@@ -27,8 +27,6 @@ use nido_supervisor::control::Request;
 use super::create::machine_request;
 use super::{Nido, OpenOptions as NidoOptions};
 
-/// Held by the process that fills the pools.
-const POOL_LOCK: &str = "pool.lock";
 /// How many clones are made at the same time.
 const AT_ONCE: usize = 2;
 /// How many clones in a row may fail before the filler gives up.
@@ -65,7 +63,7 @@ impl Nido {
             self.store().set_pool(template, &kind, request.wanted)?;
         }
         if !self.pool_plan().await?.remove.is_empty() {
-            let path = self.home().root().join(POOL_LOCK);
+            let path = self.home().pool_lock();
             let deadline = Instant::now() + LET_GO;
             let held = Held::take(&path, deadline).await.map_err(|e| Error::io("cannot lock the pools", e))?;
             // A filler that cannot be waited for removes them itself.
@@ -105,7 +103,7 @@ impl Nido {
     /// What keeps it from that; the next claim tries again.
     pub async fn pool_fill(options: NidoOptions) -> Result<()> {
         let nido = Self::open(options).await?;
-        let path = nido.home().root().join(POOL_LOCK);
+        let path = nido.home().pool_lock();
         tokio::time::sleep(OTHERS_FIRST).await;
         loop {
             let Some(held) = Held::try_take(&path).map_err(|e| Error::io("cannot lock the pools", e))? else {
@@ -138,7 +136,7 @@ impl Nido {
     }
 
     fn start_filler(&self) {
-        if is_held(&self.home().root().join(POOL_LOCK)) {
+        if is_held(&self.home().pool_lock()) {
             return;
         }
         if let Err(error) = self.context.start_in_background("pool-fill", "pool.log") {

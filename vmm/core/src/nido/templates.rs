@@ -32,7 +32,7 @@ impl Nido {
 
     /// Waits without holding up whoever else this process works for: it may be them who hold the lock.
     async fn templates_lock(&self, mode: Mode, within: Duration) -> Result<Flock> {
-        let path = self.home().root().join("templates.lock");
+        let path = self.home().templates_lock();
         let broken = |e| Error::io("cannot lock the templates", e);
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(broken)?;
         let taken = Flock::take(file, mode, Instant::now() + within).await.map_err(broken)?;

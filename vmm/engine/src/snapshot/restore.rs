@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use nido_api::error::{Error, Result};
 use nido_api::name::SnapshotName;
+use nido_files::atomic_file::{Durability, rename_synced};
 
 use super::{copy_layer, dir};
 use crate::home::{DISK, VmDir};
-use nido_files::atomic_file::{Durability, rename_synced};
 
 /// Prefix of the name of a layer that is about to become the VM's disk.
 const COPY: &str = "disk.qcow2.restore-";
