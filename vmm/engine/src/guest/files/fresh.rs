@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nido_files::flock::{self, try_lock};
+use nido_files::random;
 use rustix::fs::{AtFlags, FileType, Mode};
 use rustix::io::Errno;
 
@@ -32,8 +33,7 @@ pub(super) struct Fresh<'a> {
 impl<'a> Fresh<'a> {
     pub fn make(destination: &'a Destination) -> Result<Self, GuestError> {
         remove_orphans(destination);
-        let number = getrandom::u64().map_err(|_| destination.failed(Errno::IO))?;
-        let name = format!("{PREFIX}{number:016x}");
+        let name = format!("{PREFIX}{}", random::id().map_err(|_| destination.failed(Errno::IO))?);
         let made = rustix::fs::mkdirat(&destination.parent, &name, Mode::RWXU);
         let fd = made.and_then(|()| rustix::fs::openat(&destination.parent, &name, DIRECTORY, Mode::empty()));
         let fresh = Self { fd: fd.map_err(|e| destination.failed(e))?, name, destination };
