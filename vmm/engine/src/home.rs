@@ -56,7 +56,7 @@ pub const DISK: &str = "disk.qcow2";
 pub const DISK_TEMPORARY: &str = "disk.qcow2.new";
 /// What the VM's row needs, so that the row can be rebuilt from its directory.
 pub const VM_RECORD: &str = "vm.json";
-/// Prefix of the name of a VM's directory that is being removed.
+/// Prefix of the name of a directory that is being removed: a VM's or a snapshot's.
 pub const REMOVED_PREFIX: &str = ".gone-";
 
 /// Where nido keeps everything.

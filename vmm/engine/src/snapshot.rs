@@ -27,13 +27,11 @@ use nido_files::private_dir::{give_owner_rights, make_private_dir, make_private_
 use nido_images::{BakedMachine, QemuId};
 use serde::{Deserialize, Serialize};
 
-use crate::home::{DEVICE_STATE, DISK, SNAPSHOTS, VmDir};
+use crate::home::{DEVICE_STATE, DISK, REMOVED_PREFIX, SNAPSHOTS, VmDir};
 
 pub use self::restore::{DiskCopy, PreviousDisk, remove_restore_files};
 
 const UNFINISHED: &str = ".new-";
-/// Of one that is being deleted.
-const DOOMED: &str = ".gone-";
 
 const RECORD: &str = "snapshot.json";
 /// Version of [`Record`].
@@ -171,7 +169,8 @@ pub fn remove_unfinished(vm: &VmDir) -> bool {
     let mut found = false;
     for entry in entries.flatten() {
         let name = entry.file_name();
-        let (taken, doomed) = [UNFINISHED, DOOMED].map(|prefix| name.to_string_lossy().starts_with(prefix)).into();
+        let (taken, doomed) =
+            [UNFINISHED, REMOVED_PREFIX].map(|prefix| name.to_string_lossy().starts_with(prefix)).into();
         if !taken && !doomed {
             continue;
         }
@@ -263,7 +262,7 @@ fn describe(vm: &VmDir, of: &VmName, name: &SnapshotName, record: Result<Record>
 /// `snapshot_not_found`, `internal`.
 pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
     let broken = |e| Error::io("cannot delete the snapshot", e);
-    let doomed = vm.file(SNAPSHOTS).join(format!("{DOOMED}{name}"));
+    let doomed = vm.file(SNAPSHOTS).join(format!("{REMOVED_PREFIX}{name}"));
     let _ = fs::remove_dir_all(&doomed);
     match fs::rename(dir(vm, name), &doomed) {
         // Says that there is none.
