@@ -32,7 +32,6 @@ use crate::home::{DEVICE_STATE, DISK, REMOVED_PREFIX, SNAPSHOTS, VmDir};
 pub use self::restore::{DiskCopy, PreviousDisk, remove_restore_files};
 
 const UNFINISHED: &str = ".new-";
-
 const RECORD: &str = "snapshot.json";
 /// Version of [`Record`].
 const FORMAT: u32 = 1;

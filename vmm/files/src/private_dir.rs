@@ -44,6 +44,16 @@ pub fn make_private_dir_in_place(path: &Path) -> std::io::Result<()> {
     }
 }
 
+/// Makes a directory for its owner alone, which must not exist: in a place such as `TMPDIR`, where
+/// other users make directories too.
+///
+/// # Errors
+/// `AlreadyExists` if something has that name; those of the file system.
+pub fn create_private_dir(path: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().mode(0o700).create(path)?;
+    give_owner_rights(path)
+}
+
 /// Gives the owner of a directory all rights to it, if that is this user and one is missing.
 ///
 /// # Errors
