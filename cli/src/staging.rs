@@ -2,11 +2,12 @@
 //!
 //! Invariant: it and what is in it go when the value is dropped; nobody else can look into it.
 
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use nido_api::error::Error;
-use nido_engine::random::id as random_id;
+use nido_files::private_dir::create_private_dir;
+use nido_files::random::id as random_id;
 
 /// The directory.
 #[derive(Debug)]
@@ -19,7 +20,7 @@ impl Staging {
     /// The host's.
     pub fn make() -> Result<Self, Error> {
         let path = std::env::temp_dir().join(format!("nido-copy-{}", random_id()?));
-        std::fs::DirBuilder::new().mode(0o700).create(&path).map_err(|e| Error::io_at("make", &path, e))?;
+        create_private_dir(&path).map_err(|e| Error::io_at("make", &path, e))?;
         Ok(Self(path))
     }
 

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use nido_files::layout;
+
 use crate::build::open_log;
 use crate::command::Session;
 use crate::error::ImageError;
@@ -53,7 +55,7 @@ pub fn create(
     }
     let host = Host::for_images()?;
     let mut session = Session { log: open_log(home, name, progress, cancel)?, cancel };
-    let scratch = Scratch::create(&home.join("build"))?;
+    let scratch = Scratch::create(&home.join(layout::BUILD))?;
     progress(BuildProgress::new(Stage::Disk, "join the layers of the disk", None));
     let root = scratch.path().join(ROOT);
     let mut convert = host.limited("qemu-img", scratch.path(), disk.virtual_bytes);

@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::Path;
 
+use nido_files::atomic_file::{Durability, Temporary};
+
 use crate::error::ImageError;
 
 /// Has `write` fill a file that then gets the name `path`. It is readable by its owner only. What exists is replaced only
@@ -18,17 +20,15 @@ pub fn write_file_whole<T>(
     write: impl FnOnce(&mut File) -> Result<T, ImageError>,
 ) -> Result<T, ImageError> {
     check(path, overwrite)?;
-    let directory = directory(path);
     let failed = |error| ImageError::io("write", path, error);
-    let mut file = tempfile::Builder::new().prefix(".nido-new-").tempfile_in(directory).map_err(failed)?;
-    let written = write(file.as_file_mut())?;
-    file.as_file().sync_all().map_err(failed)?;
-    let placed = if overwrite { file.persist(path) } else { file.persist_noclobber(path) };
-    placed.map_err(|error| match error.error.kind() {
+    // The directory is the caller's: the name says whose file it is.
+    let mut temporary = Temporary::with_prefix(directory(path), ".nido-new-").map_err(failed)?;
+    let written = write(temporary.file())?;
+    let place = if overwrite { Temporary::replace } else { Temporary::create };
+    place(temporary, path, Durability::PowerCut).map_err(|error| match error.kind() {
         ErrorKind::AlreadyExists => ImageError::PathExists { path: path.to_owned() },
-        _ => failed(error.error),
+        _ => failed(error),
     })?;
-    File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
     Ok(written)
 }
 

@@ -8,9 +8,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use nido_files::flock::{Flock, Mode, try_lock};
+use nido_files::layout;
+
 use crate::error::ImageError;
 use crate::host::Host;
-use crate::store::create_private;
+use crate::store::{create_private, lock_directory};
 
 /// A locked scratch directory, removed on drop.
 #[derive(Debug)]
@@ -18,7 +21,7 @@ pub struct Scratch {
     path: PathBuf,
     host: Host,
     // Held, and so released by the kernel whatever ends this process.
-    _lock: File,
+    _lock: Flock,
 }
 
 impl Scratch {
@@ -32,7 +35,7 @@ impl Scratch {
         let failed = |error| ImageError::io("create a directory in", build, error);
         // tempfile makes it mode 0700 under a name nobody can guess.
         let path = tempfile::Builder::new().prefix("").tempdir_in(build).map_err(failed)?.keep();
-        let lock = File::open(&path).and_then(|lock| lock.lock().map(|()| lock)).map_err(failed)?;
+        let lock = File::open(&path).and_then(lock_directory).map_err(failed)?;
         Ok(Self { path, host: Host::for_cleaning(), _lock: lock })
     }
 
@@ -53,10 +56,10 @@ impl Drop for Scratch {
 /// The scratch directories below `home` whose builds were killed.
 #[must_use]
 pub fn orphaned_builds(home: &Path) -> Vec<PathBuf> {
-    let build = home.join("build");
+    let build = home.join(layout::BUILD);
     let Ok(_whole) = lock(&build) else { return Vec::new() };
     let Ok(entries) = fs::read_dir(&build) else { return Vec::new() };
-    let is_free = |path: &PathBuf| File::open(path).is_ok_and(|directory| directory.try_lock().is_ok());
+    let is_free = |path: &PathBuf| File::open(path).and_then(|dir| try_lock(&dir, Mode::Exclusive)).unwrap_or(false);
     entries.flatten().map(|entry| entry.path()).filter(is_free).collect()
 }
 
@@ -65,21 +68,18 @@ pub fn orphaned_builds(home: &Path) -> Vec<PathBuf> {
 /// # Errors
 /// [`ImageError::Io`]: it belongs to another user, for instance.
 pub fn remove_orphaned_build(path: &Path) -> Result<(), ImageError> {
-    match File::open(path).map(|directory| directory.try_lock().is_ok()) {
-        Ok(true) => remove(path, &Host::for_cleaning()),
-        // A build has it now; or it is gone.
-        Ok(false) => Ok(()),
+    match File::open(path).and_then(|directory| Flock::try_take(directory, Mode::Exclusive)) {
+        Ok(Some(_held)) => remove(path, &Host::for_cleaning()),
+        // A build has it now.
+        Ok(None) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(ImageError::io("open", path, error)),
     }
 }
 
 /// Locks the directory of all scratch directories, until the file is closed.
-fn lock(build: &Path) -> Result<File, ImageError> {
-    let failed = |error| ImageError::io("lock", build, error);
-    let whole = File::open(build).map_err(failed)?;
-    whole.lock().map_err(failed)?;
-    Ok(whole)
+fn lock(build: &Path) -> Result<Flock, ImageError> {
+    File::open(build).and_then(lock_directory).map_err(|error| ImageError::io("lock", build, error))
 }
 
 /// Removes a tree that may hold files of subordinate ids: those go inside a user namespace.

@@ -7,6 +7,12 @@ use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nido_files::atomic_file::{self, Durability, Temporary, sync_parent};
+use nido_files::flock::{Flock, Mode};
+use nido_files::layout;
+use nido_files::private_dir::make_private_dir;
 
 use crate::digest::{is_sha256, sha256_of, sparse_sha256};
 use crate::error::ImageError;
@@ -15,6 +21,8 @@ use crate::qcow2::read_qcow2_header;
 
 /// Largest manifest read, in bytes.
 const MAX_MANIFEST_BYTES: u64 = 1024 * 1024;
+/// How long to wait for the store: a process that holds it may be writing gigabytes to a slow disk.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60 * 60);
 /// Names of temporary files start so; reconciliation removes those of killed processes.
 const TEMPORARY: &str = ".new-";
 
@@ -37,14 +45,14 @@ pub struct Stored {
 /// The right to publish and to remove. Held only for moments: never while a program runs.
 #[derive(Debug)]
 pub struct StoreLock {
-    _directory: File,
+    _lock: Flock,
 }
 
 impl Store {
     /// The store under `home`. Nothing is touched until it is used.
     #[must_use]
     pub fn new(home: &Path) -> Self {
-        Self { blobs: home.join("blobs").join("sha256"), templates: home.join("templates") }
+        Self { blobs: home.join(layout::BLOBS), templates: home.join(layout::TEMPLATES) }
     }
 
     /// Creates the directories (mode 0700) where they are missing.
@@ -146,8 +154,7 @@ impl Store {
     pub fn lock(&self) -> Result<StoreLock, ImageError> {
         let failed = |error| ImageError::io("lock", &self.templates, error);
         let directory = File::open(&self.templates).map_err(failed)?;
-        directory.lock().map_err(failed)?;
-        Ok(StoreLock { _directory: directory })
+        lock_directory(directory).map(|lock| StoreLock { _lock: lock }).map_err(failed)
     }
 
     /// Takes the finished file at `path` (on the same file system) into the store: sync, mode 0444, rename.
@@ -168,9 +175,8 @@ impl Store {
         let target = self.blob_path(part);
         let failed = |error| ImageError::io("store", &target, error);
         fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed)?;
-        File::open(path).and_then(|file| file.sync_all()).map_err(failed)?;
-        fs::rename(path, &target).map_err(failed)?;
-        sync_directory(&self.blobs).map_err(failed)
+        let file = File::open(path).map_err(failed)?;
+        atomic_file::publish(&file, path, &target, Durability::PowerCut).map_err(failed)
     }
 
     /// Publishes a manifest under its name; an older one of that name is replaced at once.
@@ -182,10 +188,9 @@ impl Store {
         self.check(manifest)?;
         let path = self.manifest_path(&manifest.name);
         let failed = |error| ImageError::io("write", &path, error);
-        let mut file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(&self.templates).map_err(failed)?;
-        file.write_all(&manifest.to_json()).and_then(|()| file.as_file().sync_all()).map_err(failed)?;
-        file.persist(&path).map_err(|error| failed(error.error))?;
-        sync_directory(&self.templates).map_err(failed)
+        let mut temporary = Temporary::with_prefix(&self.templates, TEMPORARY).map_err(failed)?;
+        temporary.file().write_all(&manifest.to_json()).map_err(failed)?;
+        temporary.replace(&path, Durability::PowerCut).map_err(failed)
     }
 
     /// Adds a bake whose parts are in the store to a template, in place of an older one for the same machine. `of` is what was
@@ -215,7 +220,7 @@ impl Store {
             return Err(ImageError::TemplateNotFound { name: name.to_owned() });
         }
         let _lock = self.lock()?;
-        match fs::remove_file(&path).and_then(|()| sync_directory(&self.templates)) {
+        match fs::remove_file(&path).and_then(|()| sync_parent(&path)) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(ImageError::io("remove", &path, error)),
             _ => Ok(()),
         }
@@ -281,20 +286,13 @@ pub fn hash_file(path: &Path) -> Result<Part, ImageError> {
 
 /// Creates a directory and its parents, mode 0700.
 pub(crate) fn create_private(path: &Path) -> Result<(), ImageError> {
-    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
-    let failed = |error| ImageError::io("create", path, error);
-    if path.is_dir() {
-        return Ok(());
-    }
-    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        create_private(parent)?;
-    }
-    match fs::DirBuilder::new().mode(0o700).create(path) {
-        // Whatever the umask of this process.
-        Ok(()) => fs::set_permissions(path, Permissions::from_mode(0o700)).map_err(failed),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-        Err(error) => Err(failed(error)),
-    }
+    make_private_dir(path).map_err(|error| ImageError::io("create", path, error))
+}
+
+/// Locks an open directory whose lock is held for moments only.
+pub(crate) fn lock_directory(directory: File) -> io::Result<Flock> {
+    let taken = Flock::take_blocking(directory, Mode::Exclusive, Instant::now() + LOCK_TIMEOUT, || true)?;
+    taken.ok_or_else(|| io::Error::new(ErrorKind::TimedOut, "another process does not release it"))
 }
 
 /// The rule for template names: 1 to 63 of `a-z 0-9 -`, a letter or digit at both ends.
@@ -324,10 +322,6 @@ fn remove(path: &Path) -> Result<(), ImageError> {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(ImageError::io("remove", path, error)),
         _ => Ok(()),
     }
-}
-
-fn sync_directory(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
 }
 
 #[cfg(test)]

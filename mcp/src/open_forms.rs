@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use nido_api::APPROVAL_LIFETIME;
 use nido_api::error::Result;
-use nido_engine::random::id as random_id;
+use nido_files::random::id as random_id;
 
 /// Forms that are open. What an answer has to bring back is nowhere to be seen but in the form, so that an approval's id, which
 /// is printed for people, is no answer.

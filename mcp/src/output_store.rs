@@ -37,7 +37,7 @@ pub struct OutputStore(Mutex<VecDeque<Arc<Output>>>);
 impl OutputStore {
     /// Keeps one, and forgets the oldest where there is no room.
     pub fn keep(&self, actor: &str, title: String, bytes: Vec<u8>) -> Result<Arc<Output>> {
-        let id = nido_engine::random::id()?;
+        let id = nido_files::random::id()?;
         let output = Arc::new(Output { id, actor: actor.into(), title, bytes });
         let mut kept = self.kept();
         kept.push_back(Arc::clone(&output));

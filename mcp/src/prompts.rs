@@ -123,7 +123,7 @@ fn filled(name: &str, arguments: Option<&JsonObject>, shell: bool) -> Result<Get
 
 /// A name for a VM that nobody has: every call that a prompt tells is one that can be made as it stands.
 fn fresh(word: &str) -> Result<String> {
-    let id = nido_engine::random::id()?;
+    let id = nido_files::random::id()?;
     Ok(format!("{word}-{}", id.get(..6).unwrap_or_default()))
 }
 

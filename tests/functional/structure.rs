@@ -6,22 +6,27 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What each crate may depend on, of this workspace.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 11] = [
     ("nido-api", &[]),
+    ("nido-files", &["nido-api"]),
     ("nido-guest-agent", &[]),
-    ("nido-images", &["nido-api", "nido-guest-agent"]),
-    ("nido-engine", &["nido-api", "nido-guest-agent", "nido-images"]),
-    ("nido-store", &["nido-api", "nido-engine", "nido-images"]),
-    ("nido-supervisor", &["nido-api", "nido-engine", "nido-guest-agent", "nido-images", "nido-store"]),
-    ("nido-core", &["nido-api", "nido-engine", "nido-guest-agent", "nido-images", "nido-store", "nido-supervisor"]),
-    ("nido-mcp", &["nido-api", "nido-core", "nido-engine"]),
-    ("nido-server", &["nido-api", "nido-core", "nido-engine", "nido-mcp"]),
-    ("nido", &["nido-api", "nido-core", "nido-engine", "nido-mcp", "nido-server"]),
+    ("nido-images", &["nido-api", "nido-files", "nido-guest-agent"]),
+    ("nido-engine", &["nido-api", "nido-files", "nido-guest-agent", "nido-images"]),
+    ("nido-store", &["nido-api", "nido-files", "nido-images"]),
+    ("nido-supervisor", &["nido-api", "nido-engine", "nido-files", "nido-guest-agent", "nido-images", "nido-store"]),
+    (
+        "nido-core",
+        &["nido-api", "nido-engine", "nido-files", "nido-guest-agent", "nido-images", "nido-store", "nido-supervisor"],
+    ),
+    ("nido-mcp", &["nido-api", "nido-core", "nido-files"]),
+    ("nido-server", &["nido-api", "nido-core", "nido-files", "nido-mcp"]),
+    ("nido", &["nido-api", "nido-core", "nido-engine", "nido-files", "nido-mcp", "nido-server"]),
 ];
 /// Which crates alone may depend on a library: what it stands for is known in one place.
-const OWNERS: [(&str, &[&str]); 9] = [
+const OWNERS: [(&str, &[&str]); 10] = [
     ("axum", &["nido-server"]),
     ("clap", &["nido"]),
+    ("getrandom", &["nido-files", "nido-guest-agent"]),
     ("hyper", &["nido-server"]),
     ("kvm-ioctls", &["nido-engine"]),
     ("qapi", &["nido-engine", "nido-supervisor"]),
@@ -30,6 +35,21 @@ const OWNERS: [(&str, &[&str]); 9] = [
     ("rusqlite", &["nido-store"]),
     ("yamux", &["nido-engine", "nido-guest-agent"]),
 ];
+/// Calls that only nido-files may make, as they stand in the source.
+const FILE_CALLS: [&str; 7] =
+    ["fs::rename", "renameat", ".persist(", "flock(", "F_OFD_", ".try_lock()", ".lock_shared()"];
+/// Files that make one of [`FILE_CALLS`] all the same, and why.
+const FILE_CALLERS: [(&str, &str); 7] = [
+    ("images/src/build/slim.rs", "moves a file within a scratch directory"),
+    ("images/src/build/stages.rs", "moves a file within a scratch directory"),
+    ("vmm/core/src/audit/log.rs", "rotates logs, each to a name that is free"),
+    ("vmm/core/src/host_paths/writing.rs", "renames relative to a directory that it has checked"),
+    ("vmm/engine/src/guest/files/merge.rs", "renames relative to a directory that it has checked"),
+    ("vmm/engine/src/snapshot.rs", "moves a directory aside before it removes it"),
+    ("vmm/supervisor/src/context/erase.rs", "moves a directory aside before it removes it"),
+];
+/// Files that define the names of what is in a home and in a VM's directory.
+const LAYOUTS: [&str; 2] = ["vmm/files/src/layout.rs", "vmm/engine/src/home.rs"];
 /// Documents that name files of the code.
 const DOCUMENTS: [&str; 4] = ["CONTRIBUTING.md", "docs/architecture.md", "docs/specification.md", "docs/state.md"];
 
@@ -79,6 +99,64 @@ fn a_library_is_known_to_its_owners_only() {
         for (library, owners) in OWNERS {
             let depends = found.contains(library);
             assert_eq!(depends, owners.contains(&name.as_str()), "{name} and {library}");
+        }
+    }
+}
+
+/// The code of nido on the host, by path: without comments, and without tests.
+fn code() -> BTreeMap<String, String> {
+    let mut code = BTreeMap::new();
+    let mut directories: Vec<PathBuf> =
+        ["images", "mcp", "cli", "cli/server"].map(|name| root().join(name).join("src")).into();
+    directories.push(root().join("vmm"));
+    while let Some(directory) = directories.pop() {
+        for path in fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()) {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if path.is_dir() && !["tests", "examples"].contains(&name) {
+                directories.push(path);
+            } else if name.ends_with(".rs") && name != "tests.rs" && !name.ends_with("golden.rs") {
+                let source = fs::read_to_string(&path).unwrap();
+                let source = source.split("\n#[cfg(test)]\n").next().unwrap().lines();
+                let lines = source.map(|line| line.split("//").next().unwrap()).collect::<Vec<_>>();
+                code.insert(path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned(), lines.join("\n"));
+            }
+        }
+    }
+    assert!(code.len() > 200, "{}", code.len());
+    code
+}
+
+#[test]
+fn only_nido_files_locks_and_replaces_files() {
+    let code = code();
+    for (path, text) in code.iter().filter(|(path, _)| !path.starts_with("vmm/files/")) {
+        let call = FILE_CALLS.into_iter().find(|call| text.contains(call));
+        let is_excepted = FILE_CALLERS.iter().any(|(caller, _)| caller == path);
+        assert!(call.is_none() || is_excepted, "{path} calls {call:?}: use nido-files");
+        assert!(call.is_some() || !is_excepted, "{path} makes no such call: remove it from FILE_CALLERS");
+    }
+    for (caller, _) in FILE_CALLERS {
+        assert!(code.contains_key(caller), "there is no {caller}: remove it from FILE_CALLERS");
+    }
+}
+
+#[test]
+fn each_name_of_a_home_is_written_once() {
+    let code = code();
+    let mut names = Vec::new();
+    for layout in LAYOUTS {
+        let constants =
+            code[layout].lines().filter_map(|line| line.strip_prefix("pub const ")?.split_once(": &str = "));
+        names.extend(constants.map(|(_, value)| (value.trim_end_matches(';').to_owned(), layout)));
+    }
+    assert!(names.len() > 30, "{names:?}");
+    for (name, layout) in names {
+        // A word without a dot may be a verb or a column elsewhere.
+        let words =
+            if name.contains('.') { vec![name] } else { vec![format!("join({name})"), format!("file({name})")] };
+        for (path, text) in code.iter().filter(|(path, _)| *path != layout) {
+            let found = words.iter().find(|word| text.contains(*word));
+            assert!(found.is_none(), "{path} has {found:?}: it is defined in {layout}");
         }
     }
 }

@@ -134,7 +134,7 @@ pub async fn serve<A: Agents>(
     options: Options,
     ready: impl FnOnce(&ServerAddress),
 ) -> Result<()> {
-    let bound = listen::bind(&options.listen, &nido.home().root().join("tls"), &options.hosts).await?;
+    let bound = listen::bind(&options.listen, &nido.home().tls(), &options.hosts).await?;
     let app = Arc::new(App {
         nido,
         hosts: options.hosts,

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use axum::http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nido_api::error::{Code, Error, Result};
+use nido_files::private_dir::make_socket_private;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -130,7 +131,7 @@ pub async fn bind(listen: &ListenAddress, tls_dir: &Path, hosts: &Hosts) -> Resu
             let listener = UnixListener::bind(path);
             rustix::process::umask(old);
             let listener = listener.map_err(broken)?;
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(broken)?;
+            make_socket_private(path).map_err(broken)?;
             Ok(BoundListener { socket: Socket::Unix(listener, path.clone()), tls: None, own: None })
         }
     }

@@ -231,7 +231,7 @@ fn begin(
     work: impl FnOnce(StageReporter) -> OperationFuture,
     OperationContext { ticket, begun, owner, .. }: OperationContext,
 ) -> Result<Operation> {
-    let (created_at, id) = (moment::now(), nido_engine::random::id()?);
+    let (created_at, id) = (moment::now(), nido_files::random::id()?);
     let operation = Operation {
         id: id.clone(),
         kind: kind.into(),

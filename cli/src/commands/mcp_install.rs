@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use nido_api::error::{Code, Error, Result};
+use nido_files::atomic_file::{Durability, PUBLIC, Temporary};
 use serde_json::{Map, Value, json};
 
 use super::Context;
@@ -182,20 +183,15 @@ fn write(file: &Path, text: &str) -> Result<()> {
     let file = std::fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
     let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(directory).map_err(broken)?;
-    let fresh = directory.join(format!(".nido-{}", nido_engine::random::id()?));
-    let written = (|| {
-        let mut to = std::fs::OpenOptions::new().write(true).create_new(true).open(&fresh)?;
+    let written = || {
+        let mut temporary = Temporary::beside(&file, PUBLIC)?;
         if let Ok(meta) = std::fs::metadata(&file) {
-            to.set_permissions(meta.permissions())?;
+            temporary.file().set_permissions(meta.permissions())?;
         }
-        to.write_all(text.as_bytes())?;
-        to.sync_all()?;
-        std::fs::rename(&fresh, &file)
-    })();
-    written.map_err(|e| {
-        let _ = std::fs::remove_file(&fresh);
-        broken(e)
-    })
+        temporary.file().write_all(text.as_bytes())?;
+        temporary.replace(&file, Durability::PowerCut)
+    };
+    written().map_err(broken)
 }
 
 #[cfg(test)]

@@ -64,7 +64,7 @@ impl Args {
         let request = self.how.request(self.command, self.timeout, cx.output.json)?;
         let copy = |text| Ok(UploadRequest { user: request.user.clone(), ..upload(text)? });
         let copies = self.copy.iter().map(copy).collect::<Result<Vec<_>, Error>>()?;
-        let name = nido_engine::random::vm_name("run")?;
+        let name = nido_files::random::vm_name("run")?;
         let mut spec = self.vm.spec(name.clone());
         if !self.keep {
             spec.ephemeral = true;

@@ -8,6 +8,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use nido_files::atomic_file::{Durability, publish_directory};
+use nido_files::flock::{Mode, try_lock};
+use nido_files::layout;
 use serde::{Deserialize, Serialize};
 
 use super::stages::{BASE, BuiltKernel, VMLINUX};
@@ -53,7 +56,7 @@ pub fn slim_key(source_version: &str, tag: &str) -> String {
 impl KeptKernels {
     /// Those under `home`. Nothing is touched until one is kept.
     pub fn new(home: &Path) -> Self {
-        Self { directory: home.join("cache").join("kernels") }
+        Self { directory: home.join(layout::KERNELS) }
     }
 
     /// Where they are, created if need be; its lock is held by who compiles one.
@@ -100,7 +103,8 @@ impl KeptKernels {
         link(base, &new.join(BASE))?;
         write_file(&new.join(RECORD), &serde_json::to_vec_pretty(&record).unwrap_or_default())?;
         let target = self.directory()?.join(key);
-        match fs::rename(&new, &target) {
+        // What a power cut damages is found by its hashes.
+        match publish_directory(&new, &target, Durability::Kill) {
             // It is kept already.
             Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) => {
                 Ok(())
@@ -114,7 +118,7 @@ impl KeptKernels {
         // Whoever compiles a kernel now is going to keep it; the next build prunes.
         let Ok(lock) = File::open(&self.directory) else { return };
         let Ok(listing) = fs::read_dir(&self.directory) else { return };
-        if lock.try_lock().is_err() {
+        if !try_lock(&lock, Mode::Exclusive).is_ok_and(|taken| taken) {
             return;
         }
         let entries = listing.filter_map(Result::ok).filter_map(|entry| {

@@ -7,12 +7,15 @@ mod packages;
 mod slim;
 mod stages;
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
+
+use nido_files::flock::{Flock, Mode};
+use nido_files::layout;
 
 use crate::agent::agent_sha256;
 use crate::command::{BuildLog, Session};
@@ -123,7 +126,7 @@ fn run(
     progress: &mut dyn FnMut(BuildProgress),
     session: &mut Session<'_>,
 ) -> Result<BuildOutcome, ImageError> {
-    let scratch = Scratch::create(&home.join("build"))?;
+    let scratch = Scratch::create(&home.join(layout::BUILD))?;
     let kept = KeptKernels::new(home);
     let kernel = wanted.kernel;
     let mut work = Work { store, recipe, scratch: scratch.path(), session, progress };
@@ -233,15 +236,15 @@ fn lock(
     progress: &mut dyn FnMut(BuildProgress),
     cancel: &AtomicBool,
 ) -> Result<(PathBuf, File), ImageError> {
-    let logs = home.join("logs");
+    let logs = home.join(layout::LOGS);
     create_private(&logs)?;
-    let path = logs.join(format!("template-{name}.log"));
+    let path = logs.join(layout::template_log(name));
     let failed = |error| ImageError::io("open", &path, error);
     let mut options = OpenOptions::new();
     let file = options.append(true).create(true).mode(0o600).open(&path).map_err(failed)?;
     let waiting = Waiting { stage: Stage::Resolve, program: "another build of this template", log: &path };
-    wait_for_lock(&file, &path, &waiting, progress, cancel)?;
-    Ok((path, file))
+    let lock = wait_for_lock(file, &path, &waiting, progress, cancel)?;
+    Ok((path, lock.into_file()))
 }
 
 /// The log of work on the template `name`, emptied; whoever has it is the only one who works on that template.
@@ -266,32 +269,28 @@ struct Waiting<'a> {
 
 /// Waits for the lock on `file`, which is at `path`.
 fn wait_for_lock(
-    file: &File,
+    file: File,
     path: &Path,
     waiting: &Waiting<'_>,
     progress: &mut dyn FnMut(BuildProgress),
     cancel: &AtomicBool,
-) -> Result<(), ImageError> {
-    let end = Instant::now() + LOCK_DEADLINE;
-    let mut told = false;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(()),
-            Err(TryLockError::Error(error)) => return Err(ImageError::io("lock", path, error)),
-            Err(TryLockError::WouldBlock) => {}
-        }
-        if cancel.load(std::sync::atomic::Ordering::Relaxed) {
-            return Err(ImageError::Interrupted);
-        }
-        if Instant::now() >= end {
-            let (program, seconds) = (waiting.program.to_owned(), LOCK_DEADLINE.as_secs());
-            return Err(ImageError::Deadline { stage: waiting.stage, program, seconds, log: waiting.log.to_owned() });
-        }
-        if !told {
+) -> Result<Flock, ImageError> {
+    let is_cancelled = || cancel.load(std::sync::atomic::Ordering::Relaxed);
+    let mut is_reported = false;
+    let taken = Flock::take_blocking(file, Mode::Exclusive, Instant::now() + LOCK_DEADLINE, || {
+        if !is_reported && !is_cancelled() {
             progress(BuildProgress::new(waiting.stage, format!("waiting for {}", waiting.program), None));
-            told = true;
+            is_reported = true;
         }
-        std::thread::sleep(Duration::from_millis(100));
+        !is_cancelled()
+    });
+    match taken.map_err(|error| ImageError::io("lock", path, error))? {
+        Some(lock) => Ok(lock),
+        None if is_cancelled() => Err(ImageError::Interrupted),
+        None => {
+            let (program, seconds) = (waiting.program.to_owned(), LOCK_DEADLINE.as_secs());
+            Err(ImageError::Deadline { stage: waiting.stage, program, seconds, log: waiting.log.to_owned() })
+        }
     }
 }
 

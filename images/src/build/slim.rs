@@ -32,9 +32,9 @@ impl Work<'_, '_> {
         let spec =
             slim::spec().map_err(|reason| ImageError::RecipeInvalid { name: "kernels/slim".to_owned(), reason })?;
         let path = kept.directory()?;
-        let lock = File::open(path).map_err(|error| ImageError::io("open", path, error))?;
+        let directory = File::open(path).map_err(|error| ImageError::io("open", path, error))?;
         let waiting = Waiting { stage: Stage::Kernel, program: "another build's kernel", log: self.session.log.path() };
-        wait_for_lock(&lock, path, &waiting, self.progress, self.session.cancel)?;
+        let _lock = wait_for_lock(directory, path, &waiting, self.progress, self.session.cancel)?;
 
         let mut ask = host.command("gcc", self.scratch);
         ask.arg("--version");

@@ -16,6 +16,7 @@ use std::fs;
 use std::io::Read;
 use std::path::Path;
 
+use nido_files::layout;
 use unpack::{Archive, refused};
 
 use crate::agent::{AGENT, AGENT_PROTOCOL, agent_sha256};
@@ -111,7 +112,7 @@ fn import_with(
     options.name.as_deref().map_or(Ok(()), check_name)?;
     let store = Store::new(home);
     store.create()?;
-    let scratch = Scratch::create(&home.join("build"))?;
+    let scratch = Scratch::create(&home.join(layout::BUILD))?;
     let mut archive = Archive::new(source, scratch.path(), watch)?;
     let mut manifest = archive.manifest()?;
     judge::manifest(&manifest).map_err(refused)?;

@@ -57,8 +57,8 @@ use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{Home, VmDir};
 use nido_engine::host::{HostFacts, QemuFacts, facts, qemu};
 use nido_engine::liveness::Presence;
-use nido_engine::lock::Held;
 use nido_engine::space_reserve::SpaceReserve;
+use nido_files::lock::Held;
 pub use nido_supervisor::context::OpenOptions;
 use nido_supervisor::context::{Context, StoreGuard};
 

@@ -6,10 +6,13 @@
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nido_api::error::{Code, Error, Result};
+use nido_files::atomic_file::{Durability, create_private};
+use nido_files::layout;
+use nido_files::private_dir::{make_private_dir, make_private_dir_in_place};
 
 /// Locked while QEMU lives: QEMU inherits the descriptor.
 pub const VM_LOCK: &str = "vm.lock";
@@ -21,8 +24,6 @@ pub const TTL_LOCK: &str = "ttl.lock";
 pub const QMP_SOCKET: &str = "qmp.sock";
 /// Where QEMU brings the guest's virtio-serial port; the supervisor listens.
 pub const CHANNEL_SOCKET: &str = "channel.sock";
-/// Where the audit log is, in the home: a path, relative to it where it lies within.
-const AUDIT_PLACE: &str = "audit-place";
 /// Each connection is one stream to the agent; the supervisor listens.
 pub const AGENT_SOCKET: &str = "agent.sock";
 /// Requests to the supervisor.
@@ -39,13 +40,23 @@ pub const GUEST_CONFIG: &str = "guest.cbor";
 pub const MEMORY_IMAGE: &str = "memory.img";
 /// The device state of one.
 pub const DEVICE_STATE: &str = "state.bin";
+/// Where QEMU is given the state of a machine that was saved.
+pub const LOAD_SOCKET: &str = "load.sock";
+/// Where QEMU leaves the state of a machine that becomes a warm image.
+pub const SAVE_SOCKET: &str = "save.sock";
+/// Where QEMU leaves the state of a machine for a snapshot.
+pub const SNAPSHOT_SOCKET: &str = "snapshot.sock";
+/// The VM's snapshots, by name.
+pub const SNAPSHOTS: &str = "snapshots";
 /// What the supervisor could not write into the store yet.
 pub const UNWRITTEN: &str = "unwritten.json";
 /// The VM's disk: an overlay on the template's.
 pub const DISK: &str = "disk.qcow2";
+/// Its disk while that is made.
+pub const DISK_TEMPORARY: &str = "disk.qcow2.new";
 /// What the VM's row needs, so that the row can be rebuilt from its directory.
 pub const VM_RECORD: &str = "vm.json";
-/// Prefix of the name of a VM's directory that is being removed.
+/// Prefix of the name of a directory that is being removed: a VM's or a snapshot's.
 pub const REMOVED_PREFIX: &str = ".gone-";
 
 /// Where nido keeps everything.
@@ -109,74 +120,104 @@ impl Home {
     /// The store.
     #[must_use]
     pub fn database(&self) -> PathBuf {
-        self.root.join("nido.db")
+        self.root.join(layout::DATABASE)
     }
 
     /// Space that is kept for giving space back.
     #[must_use]
     pub fn space_reserve(&self) -> PathBuf {
-        self.root.join("space.reserve")
+        self.root.join(layout::SPACE_RESERVE)
     }
 
     /// Facts about the host that are worth keeping.
     #[must_use]
     pub fn cache(&self) -> PathBuf {
-        self.root.join("cache")
+        self.root.join(layout::CACHE)
     }
 
     /// The directory of all VMs.
     #[must_use]
     pub fn vms(&self) -> PathBuf {
-        self.root.join("vms")
+        self.root.join(layout::VMS)
     }
 
     /// The last backup of the store, and the one before.
     #[must_use]
     pub fn database_backups(&self) -> [PathBuf; 2] {
-        [self.root.join("nido.db.backup"), self.root.join("nido.db.backup.1")]
+        [layout::DATABASE_BACKUP, layout::DATABASE_BACKUP_OLDER].map(|name| self.root.join(name))
     }
 
     /// Held by the process that makes a backup of the store.
     #[must_use]
     pub fn backup_lock(&self) -> PathBuf {
-        self.root.join("nido.db.backup.lock")
+        self.root.join(layout::DATABASE_BACKUP_LOCK)
     }
 
     /// Where the directory of a VM that is being removed lies until all its files are gone.
     #[must_use]
     pub fn removed_vm(&self, id: &str) -> PathBuf {
-        self.root.join("vms").join(format!("{REMOVED_PREFIX}{id}"))
+        self.vms().join(format!("{REMOVED_PREFIX}{id}"))
     }
 
     /// A VM's directory.
     #[must_use]
     pub fn vm(&self, id: &str) -> VmDir {
-        VmDir { path: self.root.join("vms").join(id) }
+        VmDir { path: self.vms().join(id) }
     }
 
     /// The directory of those who are there: servers that carry out jobs, sessions that VMs belong to.
     #[must_use]
     pub fn present(&self) -> PathBuf {
-        self.root.join("present")
+        self.root.join(layout::PRESENT)
+    }
+
+    /// Held (flock(2)) shared while a VM is created, exclusively while template parts are removed.
+    #[must_use]
+    pub fn templates_lock(&self) -> PathBuf {
+        self.root.join(layout::TEMPLATES_LOCK)
+    }
+
+    /// Held by the process that fills the pools.
+    #[must_use]
+    pub fn pool_lock(&self) -> PathBuf {
+        self.root.join(layout::POOL_LOCK)
+    }
+
+    /// Held by the process that delivers messages of webhooks.
+    #[must_use]
+    pub fn delivery_lock(&self) -> PathBuf {
+        self.root.join(layout::DELIVERY_LOCK)
+    }
+
+    /// The directory of the logs of background processes and builds.
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
+        self.root.join(layout::LOGS)
+    }
+
+    /// The directory of the server's own certificate.
+    #[must_use]
+    pub fn tls(&self) -> PathBuf {
+        self.root.join(layout::TLS)
     }
 
     /// Where agents on this machine may have files copied from and to.
     #[must_use]
     pub fn exchange(&self) -> PathBuf {
-        self.root.join("exchange")
+        self.root.join(layout::EXCHANGE)
     }
 
     /// A part of a template, as seen from inside a VM's directory: goes into the overlay's header, so a home can move.
     #[must_use]
     pub fn blob_from_vm_dir(sha256: &str) -> String {
-        format!("../../blobs/sha256/{sha256}")
+        format!("../../{}/{sha256}", layout::BLOBS)
     }
 
     /// Where the audit log is: where the home says. Before anything was written into it: of the home that applies when none is named,
     /// `/var/log/nido` for root, else `nido` in `$XDG_STATE_HOME` or `~/.local/state`; of every other, in the home.
     #[must_use]
     pub fn audit(&self) -> PathBuf {
-        match std::fs::read(self.root.join(AUDIT_PLACE)) {
+        match std::fs::read(self.root.join(layout::AUDIT_PLACE)) {
             Ok(kept) if !kept.is_empty() => self.root.join(OsString::from_vec(kept)),
             _ => self.audit_of_environment(),
         }
@@ -187,16 +228,12 @@ impl Home {
     /// # Errors
     /// The home cannot be written.
     pub fn keep_audit_place(&self) -> std::io::Result<PathBuf> {
-        let kept = self.root.join(AUDIT_PLACE);
+        let kept = self.root.join(layout::AUDIT_PLACE);
         if !kept.exists() {
             let place = self.audit_of_environment();
             // A home may be moved, and what is in it with it.
             let told = place.strip_prefix(&self.root).unwrap_or(&place);
-            let fresh = self.root.join(format!(".{AUDIT_PLACE}-{}", std::process::id()));
-            std::fs::write(&fresh, told.as_os_str().as_bytes())?;
-            let linked = std::fs::hard_link(&fresh, &kept);
-            std::fs::remove_file(&fresh)?;
-            match linked {
+            match create_private(&kept, told.as_os_str().as_bytes(), Durability::PowerCut) {
                 Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
                 _ => {}
             }
@@ -214,7 +251,7 @@ impl Home {
     /// The directory of all template parts.
     #[must_use]
     pub fn blobs(&self) -> PathBuf {
-        self.root.join("blobs/sha256")
+        self.root.join(layout::BLOBS)
     }
 
     /// A part of a template.
@@ -229,7 +266,7 @@ fn audit_of(root: &Path, is_default: bool, is_root: bool, state: Option<PathBuf>
     match (is_default, is_root, state) {
         (true, true, _) => "/var/log/nido".into(),
         (true, false, Some(state)) => state.join("nido"),
-        _ => root.join("audit"),
+        _ => root.join(layout::AUDIT),
     }
 }
 
@@ -237,54 +274,6 @@ fn audit_of(root: &Path, is_default: bool, is_root: bool, state: Option<PathBuf>
 fn xdg(variable: &str, tail: &str) -> Option<PathBuf> {
     let from = |key: &str| std::env::var_os(key).map(PathBuf::from).filter(|p| p.is_absolute());
     from(variable).or_else(|| from("HOME").map(|home| home.join(tail)))
-}
-
-/// Makes a directory, and its parents, for its owner alone (0700), whatever the umask of this process. One that is there already
-/// is left as it is, a read-only one included, unless its owner cannot enter it: earlier versions made such directories.
-pub fn make_private_dir(path: &Path) -> std::io::Result<()> {
-    if let Some(parent) = path.parent()
-        && !parent.as_os_str().is_empty()
-        && !parent.is_dir()
-    {
-        make_private_dir(parent)?;
-    }
-    make_private_dir_in_place(path)
-}
-
-/// The same in a directory that has to be there.
-pub fn make_private_dir_in_place(path: &Path) -> std::io::Result<()> {
-    match std::fs::DirBuilder::new().mode(0o700).create(path) {
-        Ok(()) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            // What is there may be a file, or have been removed in this moment: the caller finds out by using it.
-            if !path.is_dir() && path.exists() {
-                return Err(error);
-            }
-            if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.mode() & 0o100 != 0) {
-                return Ok(());
-            }
-        }
-        Err(error) => return Err(error),
-    }
-    match give_owner_rights(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        given => given,
-    }
-}
-
-/// Gives the owner of a directory all rights to it, if that is this user and one is missing.
-pub fn give_owner_rights(path: &Path) -> std::io::Result<()> {
-    let meta = std::fs::symlink_metadata(path)?;
-    let ours = meta.is_dir() && meta.uid() == rustix::process::geteuid().as_raw();
-    if !ours || meta.mode() & 0o700 == 0o700 {
-        return Ok(());
-    }
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(meta.mode() & 0o7777 | 0o700))
-}
-
-/// Makes a socket that was just bound its owner's alone (0600), whatever the umask of this process.
-pub fn make_socket_private(path: &Path) -> std::io::Result<()> {
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
 }
 
 /// A VM's directory.
@@ -342,28 +331,6 @@ impl SocketDir {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Directories that a supervisor made could not be entered by an ordinary user: snapshots and forks of running VMs failed.
-    #[test]
-    fn directories_are_usable_whatever_the_umask() {
-        let root = tempfile::tempdir().unwrap();
-        let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
-        // The umask belongs to the process, and other tests run in it: a directory with too few rights stands for one.
-        let (outer, inner) = (root.path().join("a"), root.path().join("a/b/c"));
-        make_private_dir(&inner).unwrap();
-        assert_eq!((mode(&outer), mode(&inner)), (0o700, 0o700));
-        for earlier in [0o600, 0o200, 0o000] {
-            std::fs::set_permissions(&outer, std::fs::Permissions::from_mode(earlier)).unwrap();
-            make_private_dir(&outer).unwrap();
-            assert_eq!(mode(&outer), 0o700);
-        }
-        // More than that is the user's business.
-        std::fs::set_permissions(&outer, std::fs::Permissions::from_mode(0o755)).unwrap();
-        make_private_dir(&outer).unwrap();
-        assert_eq!(mode(&outer), 0o755);
-        std::fs::write(root.path().join("file"), b"").unwrap();
-        assert!(make_private_dir(&root.path().join("file")).is_err());
-    }
 
     #[test]
     fn the_default_home_has_its_audit_log_apart_and_every_other_within() {

@@ -1,17 +1,16 @@
 //! How one VM runs on this host: what machine a request becomes, QEMU's command line, process and monitor, the guest agent's client,
-//! disks, snapshots, paths and locks. Nothing here knows the store or the caller.
+//! disks, snapshots and paths. Nothing here knows the store or the caller.
 //!
 //! ```text
 //!   machine.rs + host/     request and host facts become a machine      [machine.rs: pure]
 //!   qemu/                  its command line, process, monitor, migration
 //!   guest/                 the client of the agent inside
 //!   home.rs                every path of a home
-//!   lock.rs liveness.rs    which processes live
+//!   liveness.rs            which processes live
 //! ```
 //!
 //! Invariants: nothing outside `home.rs` makes a path of the home; every wait has a deadline.
 
-pub mod atomic_file;
 pub mod bake;
 pub mod disk;
 pub mod error_sources;
@@ -19,11 +18,9 @@ pub mod guest;
 pub mod home;
 pub mod host;
 pub mod liveness;
-pub mod lock;
 pub mod logs;
 pub mod machine;
 pub mod qemu;
-pub mod random;
 pub mod snapshot;
 pub mod space_reserve;
 pub mod template;

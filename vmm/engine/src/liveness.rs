@@ -6,8 +6,9 @@
 use std::path::{Path, PathBuf};
 
 use nido_api::error::{Error, Result};
-
-use crate::lock::{Held, is_free};
+use nido_files::lock::{Held, is_free};
+use nido_files::private_dir::make_private_dir;
+use nido_files::random;
 
 /// How often another id is tried when reconciliation removed the file before it was locked.
 const TRIES: u32 = 16;
@@ -24,9 +25,9 @@ impl Presence {
     /// Takes a lock of its own.
     pub fn begin(directory: &Path) -> Result<Self> {
         let broken = |e| Error::io(format!("cannot use {}", directory.display()), e);
-        crate::home::make_private_dir(directory).map_err(broken)?;
+        make_private_dir(directory).map_err(broken)?;
         for _ in 0..TRIES {
-            let id = crate::random::id()?;
+            let id = random::id()?;
             let path = directory.join(&id);
             match Held::try_take(&path) {
                 Ok(Some(held)) => return Ok(Self { id, path, _held: held }),

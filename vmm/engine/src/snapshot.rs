@@ -22,18 +22,16 @@ use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::{SnapshotInfo, moment};
+use nido_files::atomic_file::{Durability, publish_directory, sync_parent};
+use nido_files::private_dir::{give_owner_rights, make_private_dir, make_private_dir_in_place};
 use nido_images::{BakedMachine, QemuId};
 use serde::{Deserialize, Serialize};
 
-use crate::home::{DEVICE_STATE, DISK, VmDir, give_owner_rights, make_private_dir, make_private_dir_in_place};
+use crate::home::{DEVICE_STATE, DISK, REMOVED_PREFIX, SNAPSHOTS, VmDir};
 
 pub use self::restore::{DiskCopy, PreviousDisk, has_restore_files, remove_restore_files};
 
-const DIRECTORY: &str = "snapshots";
 const UNFINISHED: &str = ".new-";
-/// Of one that is being deleted.
-const DOOMED: &str = ".gone-";
-
 const RECORD: &str = "snapshot.json";
 /// Version of [`Record`].
 const FORMAT: u32 = 1;
@@ -79,7 +77,7 @@ pub fn dir(vm: &VmDir, name: &SnapshotName) -> PathBuf {
 /// The directory of all snapshots of a VM, which may not exist. Supervisors of earlier versions made one that ordinary users
 /// could not enter.
 fn directory(vm: &VmDir) -> PathBuf {
-    let path = vm.file(DIRECTORY);
+    let path = vm.file(SNAPSHOTS);
     if let Err(error) = give_owner_rights(&path)
         && error.kind() != io::ErrorKind::NotFound
     {
@@ -139,15 +137,12 @@ impl Unfinished {
         let written = || -> io::Result<()> {
             let mut file = File::options().write(true).create_new(true).mode(0o600).open(self.path.join(RECORD))?;
             io::Write::write_all(&mut file, &text)?;
-            for entry in fs::read_dir(&self.path)? {
-                File::open(entry?.path())?.sync_all()?;
-            }
             if let Some(parent) = self.target.parent() {
                 // The VM that wanted it may be gone: then this fails.
                 make_private_dir_in_place(parent)?;
+                sync_parent(parent)?;
             }
-            fs::rename(&self.path, &self.target)?;
-            self.target.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+            publish_directory(&self.path, &self.target, Durability::PowerCut)
         };
         written().map_err(failed)?;
         self.published = true;
@@ -170,10 +165,10 @@ fn failed(error: io::Error) -> Error {
 /// Whether taking or deleting one was interrupted, or is in progress.
 #[must_use]
 pub fn has_unfinished(vm: &VmDir) -> bool {
-    let entries = fs::read_dir(vm.file(DIRECTORY)).into_iter().flatten().flatten();
+    let entries = fs::read_dir(vm.file(SNAPSHOTS)).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name()).any(|name| {
         let name = name.to_string_lossy();
-        name.starts_with(UNFINISHED) || name.starts_with(DOOMED)
+        name.starts_with(UNFINISHED) || name.starts_with(REMOVED_PREFIX)
     })
 }
 
@@ -183,7 +178,8 @@ pub fn remove_unfinished(vm: &VmDir) -> bool {
     let mut found = false;
     for entry in entries.flatten() {
         let name = entry.file_name();
-        let (taken, doomed) = [UNFINISHED, DOOMED].map(|prefix| name.to_string_lossy().starts_with(prefix)).into();
+        let (taken, doomed) =
+            [UNFINISHED, REMOVED_PREFIX].map(|prefix| name.to_string_lossy().starts_with(prefix)).into();
         if !taken && !doomed {
             continue;
         }
@@ -275,7 +271,7 @@ fn describe(vm: &VmDir, of: &VmName, name: &SnapshotName, record: Result<Record>
 /// `snapshot_not_found`, `internal`.
 pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
     let broken = |e| Error::io("cannot delete the snapshot", e);
-    let doomed = vm.file(DIRECTORY).join(format!("{DOOMED}{name}"));
+    let doomed = vm.file(SNAPSHOTS).join(format!("{REMOVED_PREFIX}{name}"));
     let _ = fs::remove_dir_all(&doomed);
     match fs::rename(dir(vm, name), &doomed) {
         // Says that there is none.

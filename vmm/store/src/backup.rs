@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use nido_api::error::{Error, Result};
+use nido_files::atomic_file::{Durability, rename_synced};
 
 use super::{Store, fault};
 
@@ -31,11 +32,11 @@ impl Store {
             let _ = fs::remove_file(&temporary);
             return Err(error);
         }
-        match fs::rename(path, older) {
+        match rename_synced(path, older, Durability::Kill) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(broken(e)),
             _ => {}
         }
-        fs::rename(&temporary, path).and_then(|()| nido_engine::atomic_file::sync_parent(path)).map_err(broken)
+        rename_synced(&temporary, path, Durability::PowerCut).map_err(broken)
     }
 }
 

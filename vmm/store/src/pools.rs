@@ -4,10 +4,10 @@
 
 use jiff::Timestamp;
 use nido_api::error::{Error, Result};
+use nido_api::machine::Machine;
 use nido_api::name::TemplateName;
 use nido_api::state::VmState;
 use nido_api::{AgentInfo, EventKind, ForwardSpec, PoolKind, VmSpec};
-use nido_engine::machine::Machine;
 use rusqlite::{OptionalExtension as _, params};
 
 use super::events::of_vm;
@@ -211,8 +211,8 @@ mod tests {
     use super::*;
     use crate::{BootParts, Purpose, Saved, VmUpdate};
     use nido_api::error::Code;
+    use nido_api::machine::{Accel, MachineType, Transport};
     use nido_api::{AccelChoice, MachineChoice, NetChoice};
-    use nido_engine::machine::{Accel, MachineType, Transport};
 
     fn machine() -> Machine {
         Machine {

@@ -2,10 +2,10 @@
 
 use jiff::Timestamp;
 use nido_api::error::Result;
+use nido_api::machine::Machine;
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::{StateCause, VmState};
 use nido_api::{AgentInfo, Failure, ForwardSpec, LeaseId, Limit, Timings, VmSpec, moment};
-use nido_engine::machine::Machine;
 use rusqlite::Row;
 use serde::{Deserialize, Serialize};
 

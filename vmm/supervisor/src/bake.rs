@@ -17,7 +17,7 @@ use std::time::Duration;
 use nido_api::error::{Code, Error, Result};
 use nido_engine::bake::{qemu_id, shape};
 use nido_engine::guest::{GuestError, Session};
-use nido_engine::home::{DEVICE_STATE, DISK, MEMORY_IMAGE, VmDir};
+use nido_engine::home::{DEVICE_STATE, DISK, MEMORY_IMAGE, SAVE_SOCKET, VmDir};
 use nido_engine::host::{QemuFacts, facts, qemu};
 use nido_engine::qemu::Monitor;
 use nido_engine::qemu::migration::{self, Memory, MigrationError};
@@ -43,8 +43,6 @@ const RESTING_PERCENT: u32 = 3;
 const RESTING_SPANS: u32 = 10;
 /// How long the end of a QEMU may take to be seen.
 const END_SEEN_WITHIN: Duration = Duration::from_millis(500);
-/// The socket over which a state is saved.
-const SAVE_SOCKET: &str = "save.sock";
 
 /// What the guest is saved with.
 struct Saving {

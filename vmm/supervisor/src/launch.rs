@@ -10,10 +10,10 @@ use nido_engine::home::{
     CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, MEMORY_IMAGE, QEMU_LOG, QMP_SOCKET, VM_LOCK,
 };
 use nido_engine::host::QemuFacts;
-use nido_engine::lock::Held;
 use nido_engine::machine::Machine;
 use nido_engine::qemu::argv::{Disk, Files, Memory, flatten, parts};
 use nido_engine::qemu::{Monitor, MonitorError, MonitorEvent, QemuProcess, process};
+use nido_files::lock::Held;
 use nido_store::{Origin, Purpose, VmRow};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;

@@ -50,7 +50,7 @@ use nido_api::name::VmName;
 use nido_api::state::{FailureCause, VmState};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK, VmDir};
 use nido_engine::host::daemon::raise_open_files;
-use nido_engine::lock::{Held, is_held};
+use nido_files::lock::{Held, is_held};
 use rustix::fs::Mode;
 
 use crate::context::Context;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use nido_engine::guest::{Channel, Endpoint, Guest, GuestError, Session, Stream, connect};
+use nido_files::random;
 use nido_guest_agent::wire::{ENTROPY_LEN, Exec, Pong, Renew};
 use tokio::time::Instant as TokioInstant;
 
@@ -59,9 +60,8 @@ async fn renew_once(
     mut renewal: Renew,
     deadline: TokioInstant,
 ) -> Result<Pong, GuestError> {
-    let mut entropy = vec![0; ENTROPY_LEN];
-    getrandom::fill(&mut entropy).map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
-    renewal.entropy = entropy.into();
+    let entropy = random::bytes::<ENTROPY_LEN>().map_err(|e| GuestError::Unreachable(e.to_string()))?;
+    renewal.entropy = entropy.to_vec().into();
     renewal.time_ns = i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX);
     if let Some(channel) = &way.channel
         && let Some(answer) = Session::renew_by_letter(channel, token, &renewal, deadline).await

@@ -17,7 +17,7 @@ use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::VmState;
 use nido_engine::bake::{qemu_id, shape};
 use nido_engine::guest::{Guest, GuestError, Session};
-use nido_engine::home::VmDir;
+use nido_engine::home::{SNAPSHOT_SOCKET, VmDir};
 use nido_engine::host::{facts, qemu};
 use nido_engine::qemu::Monitor;
 use nido_engine::qemu::migration::{self, Memory};
@@ -37,8 +37,6 @@ use super::state::Supervisor;
 const FROZEN_WITHIN: Duration = Duration::from_secs(30);
 /// How long saving memory and devices may take.
 const SAVED_WITHIN: Duration = Duration::from_secs(600);
-/// The socket over which they are saved.
-const SAVE_SOCKET: &str = "snapshot.sock";
 /// What a file system in memory calls itself.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
@@ -218,7 +216,7 @@ impl Taking {
 
     async fn save(&self, unfinished: Unfinished) -> Result<Unfinished> {
         let state = unfinished.state()?;
-        migration::save(&self.monitor, Path::new(SAVE_SOCKET), state, Memory::Within, SAVED_WITHIN)
+        migration::save(&self.monitor, Path::new(SNAPSHOT_SOCKET), state, Memory::Within, SAVED_WITHIN)
             .await
             .map_err(|e| save_error("cannot take the snapshot", e))?;
         // QEMU has written everything of the disk and let go of it until it goes on.

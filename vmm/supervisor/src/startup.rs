@@ -16,14 +16,14 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::state::{Fact, VmState};
 use nido_api::{NetChoice, StartPath, Timings};
 use nido_engine::guest::Link;
-use nido_engine::home::{DEVICE_STATE, QEMU_LOG};
+use nido_engine::home::{DEVICE_STATE, LOAD_SOCKET, QEMU_LOG};
 use nido_engine::host::{QemuFacts, qemu};
 use nido_engine::logs::log_tail;
-use nido_engine::machine::Transport;
+use nido_engine::machine::{GUEST_CIDS, Transport};
 use nido_engine::qemu::argv::NET;
 use nido_engine::qemu::migration::{self, Memory};
 use nido_engine::qemu::{Monitor, QemuExit};
-use nido_engine::random;
+use nido_files::random;
 use nido_guest_agent::wire::Renew;
 use nido_store::{Origin, Purpose, VmUpdate};
 use qapi::qmp::{self, RunState};
@@ -43,8 +43,6 @@ const LOADED_WITHIN: Duration = Duration::from_secs(600);
 const REACHED_WITHIN: Duration = Duration::from_secs(15);
 /// How many vsock addresses are tried when the first is taken.
 const OTHER_ADDRESSES: u32 = 4;
-/// The socket over which a state is loaded.
-const LOAD_SOCKET: &str = "load.sock";
 
 /// How a VM ended without having run under this supervisor.
 pub(super) enum NotRunning {
@@ -98,7 +96,7 @@ impl Supervisor {
     }
 
     fn take_another_address(&mut self) -> Result<()> {
-        let cid = random::guest_cid()?;
+        let cid = random::number_in(&GUEST_CIDS)?;
         tracing::warn!("another program has the VM's vsock address; trying {cid}");
         self.machine.transport = Transport::Vsock { cid };
         let machine = Some(self.machine.clone());
@@ -253,7 +251,7 @@ impl Supervisor {
         loop {
             match attach().await {
                 Ok(attached) => return Ok(attached),
-                Err(_) if !nido_engine::lock::is_held(&self.dir.file(nido_engine::home::VM_LOCK)) => {
+                Err(_) if !nido_files::lock::is_held(&self.dir.file(nido_engine::home::VM_LOCK)) => {
                     return Err(NotRunning::Exit(QemuExit::Unknown));
                 }
                 Err(error) if Instant::now() > deadline => return Err(NotRunning::OutOfReach(error)),

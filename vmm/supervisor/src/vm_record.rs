@@ -11,11 +11,11 @@ use jiff::Timestamp;
 use nido_api::VmSpec;
 use nido_api::error::{Code, Error, Result};
 use nido_api::state::VmState;
-use nido_engine::atomic_file::{Durability, is_temporary, write_private};
 use nido_engine::home::{
     AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, GUEST_CONFIG, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOCK,
     SUPERVISOR_LOG, UNWRITTEN, VM_LOCK, VM_RECORD, VmDir,
 };
+use nido_files::atomic_file::{Durability, is_temporary, write_private};
 use nido_store::{Purpose, VmRow};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

@@ -260,7 +260,7 @@ async fn run(
     context: OperationContext,
     JsonBody(mut body): JsonBody<RunRequest>,
 ) -> HandlerResult {
-    let name = format!("run-{}", &nido_engine::random::id()?[..8]);
+    let name = format!("run-{}", &nido_files::random::id()?[..8]);
     body.vm.entry("name").or_insert(name.into());
     let spawn: SpawnRequest = serde_json::from_value(body.vm.into())
         .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", parser_message(&e.to_string()))))?;

@@ -11,6 +11,7 @@ use std::path::Path;
 use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
 use nido_api::{AuditCheckpoint, AuditVerdict, hex};
+use nido_files::atomic_file::{self, Durability};
 use ring::rand::SystemRandom;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 
@@ -101,8 +102,7 @@ fn make(directory: &Path, path: &Path) -> io::Result<Vec<u8>> {
     let fresh = directory.join(format!(".new-{KEY}"));
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
     file.write_all(document.as_ref())?;
-    file.sync_all()?;
-    std::fs::rename(&fresh, path)?;
+    atomic_file::publish(&file, &fresh, path, Durability::PowerCut)?;
     Ok(document.as_ref().to_vec())
 }
 

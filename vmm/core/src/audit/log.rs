@@ -19,7 +19,9 @@ use std::time::{Duration, Instant};
 
 use nido_api::error::Result;
 use nido_api::moment;
-use nido_engine::lock::Held;
+use nido_files::atomic_file;
+use nido_files::lock::Held;
+use nido_files::private_dir::make_private_dir;
 
 use super::line::{Line, NO_CHAIN, Record};
 use super::{failed, word};
@@ -119,7 +121,7 @@ impl Log {
     }
 
     pub(super) fn make_directory(&self) -> io::Result<()> {
-        nido_engine::home::make_private_dir(&self.directory)?;
+        make_private_dir(&self.directory)?;
         let meta = std::fs::metadata(&self.directory)?;
         if meta.uid() != rustix::process::geteuid().as_raw() || meta.mode() & 0o022 != 0 {
             return Err(io::Error::new(
@@ -161,7 +163,7 @@ impl Log {
             return Err(error);
         }
         if length == 0 {
-            File::open(&self.directory)?.sync_all()?;
+            atomic_file::sync_parent(&path)?;
         }
         Ok((file, Last { seq: record.seq, chain }))
     }

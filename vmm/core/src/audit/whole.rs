@@ -8,13 +8,15 @@
 //! next writer removes; all of them together are at most [`ALL_MAX`] bytes, the oldest go first. Their hashes, and both ends of
 //! every argument, stay in the lines.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use nido_api::error::Result;
+use nido_files::atomic_file::{self, Durability};
+use nido_files::private_dir::make_private_dir;
 
 use super::failed;
 use super::log::Log;
@@ -46,7 +48,7 @@ impl Log {
 }
 
 fn keep(directory: &PathBuf, whole: &Whole, all_max: u64) -> io::Result<()> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    make_private_dir(directory)?;
     let path = directory.join(format!("{}.json", whole.sha256));
     if std::fs::metadata(&path).is_ok_and(|meta| meta.len() == whole.text.len() as u64) {
         return Ok(());
@@ -56,13 +58,11 @@ fn keep(directory: &PathBuf, whole: &Whole, all_max: u64) -> io::Result<()> {
     let mut file = OpenOptions::new();
     let mut file =
         file.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&temporary)?;
-    let written = file.write_all(whole.text.as_bytes()).and_then(|()| file.sync_data());
-    if let Err(error) = written {
+    // One fixed name: what a killed writer left is overwritten, and counts when room is made.
+    let written = file.write_all(whole.text.as_bytes());
+    written.and_then(|()| atomic_file::publish(&file, &temporary, &path, Durability::PowerCut)).inspect_err(|_| {
         let _ = std::fs::remove_file(&temporary);
-        return Err(error);
-    }
-    std::fs::rename(&temporary, &path)?;
-    File::open(directory)?.sync_all()
+    })
 }
 
 /// Removes the oldest until there are at most so many bytes.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nido_api::error::{Error, Result};
 use nido_api::hex;
+use nido_files::random;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
@@ -115,7 +116,7 @@ pub(super) fn make(directory: &OwnedFd) -> rustix::io::Result<(OwnedFd, Option<S
 }
 
 pub(super) fn fresh_name() -> rustix::io::Result<String> {
-    getrandom::u64().map(|number| format!(".nido-{number:016x}")).map_err(|_| Errno::IO)
+    random::id().map(|id| format!(".nido-{id}")).map_err(|_| Errno::IO)
 }
 
 /// Whether a file may come under this name, as things are now.

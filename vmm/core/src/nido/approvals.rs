@@ -8,7 +8,7 @@
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::{Approval, ApprovalList, ApprovalState, Ask};
-use nido_engine::random;
+use nido_files::random;
 use nido_store::ApprovalRow;
 
 use super::Nido;

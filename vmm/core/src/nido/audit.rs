@@ -7,8 +7,8 @@ use nido_api::{
     AuditAgainst, AuditCheckpoint, AuditFilter, AuditList, AuditLog, AuditReads, AuditRecord, AuditVerdict,
 };
 use nido_engine::host::facts;
-use nido_engine::random;
 use nido_engine::space_reserve::SpaceReserve;
+use nido_files::random;
 
 use super::Nido;
 use super::create::SPACE_RESERVE_BYTES;

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use nido_api::error::{Code, Error, Result};
 use nido_api::state::VmState;
 use nido_api::{Grant, VmInfo, VmSpec};
-use nido_engine::atomic_file::{self, Durability};
-use nido_engine::home::{DISK, Home, SUPERVISOR_LOCK, VmDir};
+use nido_engine::disk;
+use nido_engine::home::{DISK, DISK_TEMPORARY, Home, SUPERVISOR_LOCK, VmDir};
 use nido_engine::host::facts;
-use nido_engine::lock::Held;
 use nido_engine::machine::{self, MachineRequest};
-use nido_engine::{disk, random};
+use nido_files::atomic_file::{self, Durability};
+use nido_files::lock::Held;
+use nido_files::random;
 use nido_images::Manifest;
 use nido_store::{BootParts, Purpose, VmRow};
 use nido_supervisor::vm_record::remove_without_data;
@@ -181,7 +182,7 @@ pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
         return Ok(());
     }
     // A half-written overlay must never carry the disk's name.
-    let fresh = dir.file("disk.qcow2.new");
+    let fresh = dir.file(DISK_TEMPORARY);
     let _ = std::fs::remove_file(&fresh);
     let (bytes, below) = match (row.parts.frozen.last(), row.purpose) {
         // A guest that goes on finds the disk it was saved with; the supervisor enlarges it.

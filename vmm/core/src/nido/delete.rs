@@ -15,7 +15,7 @@ use nido_api::state::{Admission, Request, VmState, admit};
 use nido_api::{StopRequest, VmInfo, Which};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK};
 use nido_engine::host::vm_processes;
-use nido_engine::lock::{Held, is_held};
+use nido_files::lock::{Held, is_held};
 use nido_store::{Purpose, VmRow};
 use nido_supervisor::control::Request as Control;
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use nido_api::error::Result;
 use nido_api::webhook_message_id;
+use nido_files::random;
 use nido_store::{Attempt, Due, Outcome, WebhookRow};
 use tokio::task::{AbortHandle, Id, JoinSet};
 
@@ -203,5 +204,5 @@ fn judge(flight: &Flight, answer: Answer, now_ms: i64) -> Attempt {
 
 /// A random number from 0 to 1; the middle where there are none.
 fn chance() -> f64 {
-    getrandom::u32().map_or(0.5, |number| f64::from(number) / f64::from(u32::MAX))
+    random::bytes().map_or(0.5, |bytes| f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX))
 }

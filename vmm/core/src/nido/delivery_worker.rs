@@ -9,8 +9,7 @@
 //! nothing is overlooked; and what a process that was killed in between has queued, the next nido command finds.
 
 use nido_api::error::{Error, Result};
-use nido_engine::lock::Held;
-use nido_supervisor::context::DELIVER_LOCK;
+use nido_files::lock::Held;
 
 use super::delivery::drain;
 use super::{Nido, OpenOptions};
@@ -23,7 +22,7 @@ impl Nido {
     pub async fn deliver(options: OpenOptions) -> Result<()> {
         // Reconciling would start another worker, for this one does not hold the lock yet.
         let nido = Self::open_unreconciled(options)?;
-        let path = nido.home().root().join(DELIVER_LOCK);
+        let path = nido.home().delivery_lock();
         loop {
             let held = Held::try_take(&path).map_err(|e| Error::io("cannot lock the deliveries", e))?;
             let Some(held) = held else { return Ok(()) };

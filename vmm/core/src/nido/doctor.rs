@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nido_api::error::{Error, Result};
 use nido_api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo};
 use nido_engine::host::{HostFacts, QemuFacts, facts, kvm, qemu};
-use nido_engine::random;
+use nido_files::random;
 
 use self::checks::{
     check, check_cgroups, check_disk, check_kvm, check_machine, check_memory, check_nesting, check_qemu, check_unit,

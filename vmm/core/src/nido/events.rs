@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::{Event, EventList, EventsRequest};
+use nido_engine::home::SNAPSHOTS;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -95,7 +96,7 @@ impl Nido {
         }
         let rows = self.store().vms().unwrap_or_default();
         for row in rows.iter().filter(|row| row.purpose == nido_store::Purpose::Use) {
-            if self.vm_dir(&row.id).file("snapshots").exists()
+            if self.vm_dir(&row.id).file(SNAPSHOTS).exists()
                 && let Err(error) = self.snapshot_list(&row.spec.name)
             {
                 tracing::warn!("the snapshots of VM {} cannot be looked at: {error}", row.spec.name);

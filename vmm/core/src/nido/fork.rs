@@ -12,8 +12,9 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::VmState;
 use nido_api::{ForkResult, Grant, PathChoice, StartRequest, StartStage, VmInfo, VmSpec, Which};
-use nido_engine::lock::Held;
-use nido_engine::{random, snapshot};
+use nido_engine::snapshot;
+use nido_files::lock::Held;
+use nido_files::random;
 use nido_store::{BootParts, Origin, Purpose, Saved, VmRow};
 use nido_supervisor::control::Request;
 

@@ -14,7 +14,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::sanitize::head;
 use nido_api::{JOB_RESULT_MAX, Job, JobList, JobOutcome, JobProgress, JobRequest, Viewer};
 use nido_engine::liveness::{Presence, is_gone};
-use nido_engine::random;
+use nido_files::random;
 use serde_json::Value;
 
 use super::Nido;

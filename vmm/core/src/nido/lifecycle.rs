@@ -10,9 +10,9 @@ use nido_api::{
     AgentInfo, Grant, PathChoice, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmSpec, Which, moment,
 };
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK};
-use nido_engine::lock::{Held, is_held};
 use nido_engine::machine::{self, GUEST_CIDS, Machine, MachineRequest, Transport};
-use nido_engine::random;
+use nido_files::lock::{Held, is_held};
+use nido_files::random;
 use nido_store::{BootParts, Origin, Purpose, VmRow, VmUpdate};
 use nido_supervisor::context::write_guest_config;
 use nido_supervisor::control::Request;
@@ -181,7 +181,7 @@ impl Nido {
         // What is forked needs the parts of its bake.
         let _parts_stay = self.templates_shared().await?;
         let (machine, boot_parts, origin) = loop {
-            let cid = random::guest_cid()?;
+            let cid = random::number_in(&GUEST_CIDS)?;
             let request = MachineRequest {
                 accel: start.accel.unwrap_or(row.spec.accel),
                 ran_under: row.machine.as_ref().map(|machine| machine.accel),

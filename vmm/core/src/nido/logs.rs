@@ -11,7 +11,7 @@ use nido_api::error::{Error, Result};
 use nido_api::name::VmName;
 use nido_api::{LogRequest, LogSource};
 use nido_engine::home::{CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOCK, SUPERVISOR_LOG};
-use nido_engine::lock::is_held;
+use nido_files::lock::is_held;
 
 use super::Nido;
 

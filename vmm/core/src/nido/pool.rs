@@ -18,16 +18,15 @@ use nido_api::state::VmState;
 use nido_api::{Grant, POOL_MAX, PathChoice, PoolInfo, PoolKind, PoolList, PoolRequest, StartRequest, VmSpec};
 use nido_engine::bake::{choose, qemu_id, shape};
 use nido_engine::host::{HostFacts, QemuFacts};
-use nido_engine::lock::{Held, is_held};
-use nido_engine::{machine, random};
+use nido_engine::machine;
+use nido_files::lock::{Held, is_held};
+use nido_files::random;
 use nido_store::{Origin, PoolRow, Purpose, VmRow};
 use nido_supervisor::control::Request;
 
 use super::create::machine_request;
 use super::{Nido, OpenOptions as NidoOptions};
 
-/// Held by the process that fills the pools.
-const POOL_LOCK: &str = "pool.lock";
 /// How many clones are made at the same time.
 const AT_ONCE: usize = 2;
 /// How many clones in a row may fail before the filler gives up.
@@ -64,7 +63,7 @@ impl Nido {
             self.store().set_pool(template, &kind, request.wanted)?;
         }
         if !self.pool_plan().await?.remove.is_empty() {
-            let path = self.home().root().join(POOL_LOCK);
+            let path = self.home().pool_lock();
             let deadline = Instant::now() + LET_GO;
             let held = Held::take(&path, deadline).await.map_err(|e| Error::io("cannot lock the pools", e))?;
             // A filler that cannot be waited for removes them itself.
@@ -104,7 +103,7 @@ impl Nido {
     /// What keeps it from that; the next claim tries again.
     pub async fn pool_fill(options: NidoOptions) -> Result<()> {
         let nido = Self::open(options).await?;
-        let path = nido.home().root().join(POOL_LOCK);
+        let path = nido.home().pool_lock();
         tokio::time::sleep(OTHERS_FIRST).await;
         loop {
             let Some(held) = Held::try_take(&path).map_err(|e| Error::io("cannot lock the pools", e))? else {
@@ -137,7 +136,7 @@ impl Nido {
     }
 
     fn start_filler(&self) {
-        if is_held(&self.home().root().join(POOL_LOCK)) {
+        if is_held(&self.home().pool_lock()) {
             return;
         }
         if let Err(error) = self.context.start_in_background("pool-fill", "pool.log") {

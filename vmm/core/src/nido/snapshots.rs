@@ -7,8 +7,8 @@ use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::{StateCause, VmState};
 use nido_api::{RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, VmInfo, Which};
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VmDir};
-use nido_engine::lock::Held;
 use nido_engine::snapshot::{self, DiskCopy, PreviousDisk, Record, Unfinished};
+use nido_files::lock::Held;
 use nido_store::{Origin, VmRow, VmUpdate};
 use nido_supervisor::control::Request;
 

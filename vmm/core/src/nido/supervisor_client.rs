@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nido_api::StartStage;
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{CONTROL_SOCKET, SUPERVISOR_LOCK, SUPERVISOR_LOG, VM_LOCK};
-use nido_engine::lock::{Held, is_held};
+use nido_files::lock::{Held, is_held};
 use nido_store::VmRow;
 use nido_supervisor::control::{Answer, MAX_LINE, Request};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};

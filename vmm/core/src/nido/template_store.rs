@@ -1,12 +1,11 @@
 //! Access to the store of templates, and the lock that keeps its parts.
 
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nido_api::error::{Code, Error, Result};
+use nido_files::flock::{Flock, Mode};
 use nido_images::{ImageError, Store as ImageStore};
-use rustix::fs::{FlockOperation, flock};
 
 use super::Nido;
 
@@ -19,37 +18,25 @@ impl Nido {
     }
 
     /// Keeps template parts from being removed while a VM that needs them is being made.
-    pub(super) async fn templates_shared(&self) -> Result<File> {
-        self.templates_lock(FlockOperation::NonBlockingLockShared, TEMPLATES_LOCK_TIMEOUT).await
+    pub(super) async fn templates_shared(&self) -> Result<Flock> {
+        self.templates_lock(Mode::Shared, TEMPLATES_LOCK_TIMEOUT).await
     }
 
     /// Keeps other processes from making or using anything of templates.
-    pub(super) async fn templates_exclusive(&self, timeout: Duration) -> Result<File> {
-        self.templates_lock(FlockOperation::NonBlockingLockExclusive, timeout).await
+    pub(super) async fn templates_exclusive(&self, timeout: Duration) -> Result<Flock> {
+        self.templates_lock(Mode::Exclusive, timeout).await
     }
 
     /// Waits without blocking the thread: another request of this process may hold the lock.
-    async fn templates_lock(&self, how: FlockOperation, within: Duration) -> Result<File> {
-        let path = self.home().root().join("templates.lock");
+    async fn templates_lock(&self, mode: Mode, timeout: Duration) -> Result<Flock> {
+        let path = self.home().templates_lock();
         let broken = |e| Error::io("cannot lock the templates", e);
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(broken)?;
-        let deadline = Instant::now() + within;
-        let mut pause = Duration::from_millis(1);
-        loop {
-            match flock(file.as_fd(), how) {
-                Ok(()) => return Ok(file),
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(Error::new(Code::VmBusy, "the templates are being worked on").hint("try again later"));
-                }
-                Err(error) => return Err(broken(error.into())),
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(50));
-        }
+        let taken = Flock::take(file, mode, Instant::now() + timeout).await.map_err(broken)?;
+        taken.ok_or_else(|| Error::new(Code::VmBusy, "the templates are being worked on").hint("try again later"))
     }
 
-    /// Works on the images on a thread of its own: their store may be locked by somebody who takes minutes.
+    /// Works on the images on a thread of its own: another process may hold their store for minutes.
     pub(super) async fn with_images<T: Send + 'static>(
         &self,
         work: impl FnOnce(&ImageStore) -> Result<T, ImageError> + Send + 'static,

@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::{TokenCreated, TokenInfo, TokenList, TokenRequest, hex, moment};
-use nido_engine::random;
+use nido_files::random;
 use nido_store::TokenRow;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;

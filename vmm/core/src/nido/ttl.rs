@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use nido_api::error::{Error, Result};
 use nido_engine::home::{SUPERVISOR_LOCK, TTL_LOCK};
-use nido_engine::lock::Held;
 use nido_engine::qemu::QemuProcess;
+use nido_files::lock::Held;
 use tokio::time::timeout;
 
 use super::{Nido, OpenOptions};

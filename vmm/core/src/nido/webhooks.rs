@@ -8,7 +8,7 @@ use nido_api::{
     Delivery, DeliveryCounts, DeliveryList, WebhookAdded, WebhookBody, WebhookFormat, WebhookInfo, WebhookList,
     WebhookRequest, WebhookSecret, WebhookTest, encode_webhook_body, moment,
 };
-use nido_engine::random;
+use nido_files::random;
 use nido_store::WebhookRow;
 
 use super::Nido;

@@ -13,6 +13,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nido_files::random;
 use nido_guest_agent::wire::{self, Head, Hello, Pong, Power, Refusal, Refused, Renew, ToGuest, ToHost};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -194,7 +195,8 @@ pub async fn greet(
 
 /// What opens a session, with its nonce.
 fn opening(token: &[u8], first: Option<&ToGuest>) -> Result<(u64, Vec<u8>), GuestError> {
-    let nonce = getrandom::u64().map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
+    let nonce = random::bytes().map_err(|e| GuestError::Unreachable(e.to_string()))?;
+    let nonce = u64::from_le_bytes(nonce);
     let hello = Hello { oldest: wire::OLDEST, newest: wire::VERSION, token: token.to_vec().into(), nonce };
     let mut bytes = GuestError::encode(&ToGuest::Hello(hello))?;
     if let Some(first) = first {

@@ -4,10 +4,10 @@
 //! good as absent. A cache that cannot be written costs time, never correctness, so that is only a warning.
 
 use std::fs;
-use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
+use nido_files::atomic_file::{Durability, write_private};
+use nido_files::private_dir::make_private_dir;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -41,12 +41,8 @@ pub fn forget(dir: &Path, name: &str) {
 }
 
 fn try_put<T: Serialize>(dir: &Path, name: &str, entry: &T) -> std::io::Result<()> {
-    crate::home::make_private_dir(dir)?;
-    let mut file = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o600)).tempfile_in(dir)?;
-    serde_json::to_writer(&mut file, entry)?;
-    file.flush()?;
-    file.persist(dir.join(name))?;
-    Ok(())
+    make_private_dir(dir)?;
+    write_private(&dir.join(name), &serde_json::to_vec(entry)?, Durability::Kill)
 }
 
 #[cfg(test)]

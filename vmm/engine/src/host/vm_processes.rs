@@ -116,15 +116,15 @@ mod tests {
         let lock = root.path().join("vm.lock");
         let sleep =
             |file: fs::File| Command::new("sleep").arg("100").current_dir(root.path()).stdin(file).spawn().unwrap();
-        let held = crate::lock::Held::try_take(&lock).unwrap().unwrap();
+        let held = nido_files::lock::Held::try_take(&lock).unwrap().unwrap();
         let mut holder = sleep(held.file().try_clone().unwrap());
         drop(held);
         let mut other = sleep(fs::File::open(&lock).unwrap());
-        assert!(crate::lock::is_held(&lock));
+        assert!(nido_files::lock::is_held(&lock));
         let timeout = Duration::from_secs(30);
         assert_eq!(kill_lock_holders(&lock, timeout), 0);
         holder.wait().unwrap();
-        assert!(other.try_wait().unwrap().is_none() && !crate::lock::is_held(&lock));
+        assert!(other.try_wait().unwrap().is_none() && !nido_files::lock::is_held(&lock));
         assert_eq!(kill_lock_holders(&root.path().join("none"), timeout), 0);
         other.kill().unwrap();
         other.wait().unwrap();

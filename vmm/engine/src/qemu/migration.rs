@@ -12,6 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nido_files::private_dir::make_socket_private;
 use qapi::qmp::{self, MigrationCapability, MigrationCapabilityStatus, MigrationStatus};
 
 use super::monitor::{Monitor, MonitorError};
@@ -70,7 +71,7 @@ pub async fn save(
     }
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
-    crate::home::make_socket_private(socket)?;
+    make_socket_private(socket)?;
     listener.set_nonblocking(true)?;
     let uri = Some(format!("unix:{}", socket.display()));
     let sent = async {

@@ -31,7 +31,7 @@ pub struct Launch<'a> {
     pub vm_dir: &'a Path,
     /// Where its standard output and error go; opened for appending.
     pub log: File,
-    /// The VM's locked file (see [`crate::lock`]), which it inherits.
+    /// The VM's locked file (see [`nido_files::lock`]), which it inherits.
     pub lock: &'a File,
 }
 
@@ -210,7 +210,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::lock::{Held, is_held};
+    use nido_files::lock::{Held, is_held};
 
     const DIR: &str = "NIDO_TEST_LOCK_DIR";
 

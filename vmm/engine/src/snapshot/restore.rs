@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use nido_api::error::{Error, Result};
 use nido_api::name::SnapshotName;
+use nido_files::atomic_file::{Durability, rename_synced};
 
 use super::{copy_layer, dir};
-use crate::atomic_file::sync_parent;
 use crate::home::{DISK, VmDir};
 
 /// Prefix of the name of a layer that is about to become the VM's disk.
@@ -28,7 +28,7 @@ impl DiskCopy {
     /// # Errors
     /// `disk_full`, `internal`; then nothing is left.
     pub fn take(vm: &VmDir, name: &SnapshotName) -> Result<Self> {
-        let id = crate::random::id()?;
+        let id = nido_files::random::id()?;
         let this = Self { copy: vm.file(&format!("{COPY}{id}")), disk: vm.file(DISK) };
         copy_layer(&dir(vm, name).join(DISK), &this.copy)?;
         Ok(this)
@@ -44,7 +44,7 @@ impl DiskCopy {
         let _ = fs::remove_file(&previous.previous);
         // A second name for it: at no moment is there no disk. Where there are no such links it cannot be put back.
         let _ = fs::hard_link(&self.disk, &previous.previous);
-        fs::rename(&self.copy, &self.disk).and_then(|()| sync_parent(&self.disk)).map_err(broken)?;
+        rename_synced(&self.copy, &self.disk, Durability::PowerCut).map_err(broken)?;
         Ok(previous)
     }
 }
@@ -68,7 +68,7 @@ impl PreviousDisk {
     /// # Errors
     /// `internal`.
     pub fn put_back(&self) -> Result<()> {
-        let put = fs::rename(&self.previous, &self.disk).and_then(|()| sync_parent(&self.disk));
+        let put = rename_synced(&self.previous, &self.disk, Durability::PowerCut);
         put.map_err(|e| Error::io("cannot put the VM's disk back", e))
     }
 

@@ -45,7 +45,7 @@ fn a_snapshot_is_there_when_it_is_whole() {
     assert_eq!(files(&vm), before);
     delete(&vm, &of, &name("first")).unwrap();
     assert_eq!(delete(&vm, &of, &name("first")).unwrap_err().code(), Code::SnapshotNotFound);
-    assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(vm.file(SNAPSHOTS)).unwrap().count(), 0);
 }
 
 // One damaged snapshot failed the list of all, and could neither be deleted nor made anew.
@@ -78,9 +78,9 @@ fn a_damaged_snapshot_is_listed_beside_the_others_and_can_be_deleted() {
 #[test]
 fn a_deletion_that_was_cut_off_is_no_snapshot_that_was() {
     let (_root, vm) = vm();
-    fs::create_dir_all(vm.file(DIRECTORY).join(".gone-first")).unwrap();
+    fs::create_dir_all(vm.file(SNAPSHOTS).join(".gone-first")).unwrap();
     assert!(!remove_unfinished(&vm));
-    assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(vm.file(SNAPSHOTS)).unwrap().count(), 0);
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn a_snapshot_for_another_vm_is_never_among_its_own() {
     taking.copy_disk(&vm).unwrap();
     // The one that wanted it was killed, and its VM removed.
     assert_eq!(taking.publish(&Record::now(None)).unwrap_err().code(), Code::PathNotFound);
-    assert_eq!(fs::read_dir(vm.file(DIRECTORY)).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(vm.file(SNAPSHOTS)).unwrap().count(), 0);
     other.make().unwrap();
     let taking = Unfinished::begin(&vm, &other, &name("aside")).unwrap();
     taking.copy_disk(&vm).unwrap();

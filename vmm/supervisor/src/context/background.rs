@@ -9,8 +9,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nido_api::error::{Error, Result};
-use nido_engine::home::make_private_dir;
 use nido_engine::host::daemon;
+use nido_files::private_dir::make_private_dir;
 
 use super::Context;
 
@@ -24,7 +24,7 @@ impl Context {
     /// Of the log, or of starting it.
     pub fn start_in_background(&self, verb: &str, log: &str) -> Result<()> {
         let broken = |e| Error::io(format!("cannot start nido {verb}"), e);
-        let logs = self.home.root().join("logs");
+        let logs = self.home.logs();
         make_private_dir(&logs).map_err(broken)?;
         let log = open_log(&logs.join(log)).map_err(broken)?;
         if log.metadata().is_ok_and(|meta| meta.len() > LOG_MAX) {

@@ -6,13 +6,10 @@
 use std::ops::Deref;
 use std::sync::MutexGuard;
 
-use nido_engine::lock::is_held;
+use nido_files::lock::is_held;
 use nido_store::Store;
 
 use super::Context;
-
-/// The file below the home whose lock the delivery worker holds.
-pub const DELIVER_LOCK: &str = "deliver.lock";
 
 /// The store, locked within this process. Where deliveries were queued, it starts a worker once the lock is released.
 #[derive(Debug)]
@@ -71,7 +68,7 @@ impl Context {
 
     /// Starts a delivery worker if none runs. Returns at once; a failure is logged.
     fn start_delivery_worker(&self) {
-        if is_held(&self.home.root().join(DELIVER_LOCK)) || tokio::runtime::Handle::try_current().is_err() {
+        if is_held(&self.home.delivery_lock()) || tokio::runtime::Handle::try_current().is_err() {
             return;
         }
         if let Err(error) = self.start_in_background("deliver", "deliver.log") {

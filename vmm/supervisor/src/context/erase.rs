@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{CONSOLE_LOG, VM_LOCK};
 use nido_engine::host::vm_processes;
-use nido_engine::lock::is_held;
 use nido_engine::logs::log_tail;
+use nido_files::lock::is_held;
 
 use super::Context;
 

@@ -2,11 +2,11 @@
 
 use nido_api::NetChoice;
 use nido_api::error::{Error, Result};
-use nido_engine::atomic_file::{self, Durability};
 use nido_engine::guest::{Endpoint, Guest};
 use nido_engine::home::{AGENT_SOCKET, GUEST_CONFIG, VmDir};
 use nido_engine::machine::{Machine, Transport};
-use nido_engine::random;
+use nido_files::atomic_file::{self, Durability};
+use nido_files::random;
 use nido_guest_agent::config::{Channel, GuestConfig, Init, Network, StaticNetwork};
 use nido_store::{Origin, Purpose, VmRow};
 

@@ -21,7 +21,7 @@ use nido_engine::space_reserve::SpaceReserve;
 use nido_store::{Store, VmRow};
 
 pub use self::background::open_log;
-pub use self::delivery::{DELIVER_LOCK, StoreGuard};
+pub use self::delivery::StoreGuard;
 pub use self::erase::remove_tree;
 pub use self::guest_config::{guest_network, read_token, write_guest_config};
 

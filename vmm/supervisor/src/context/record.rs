@@ -1,7 +1,7 @@
 //! `vm.json` of a VM, kept up to date with its row.
 
 use nido_api::error::Result;
-use nido_engine::atomic_file::Durability;
+use nido_files::atomic_file::Durability;
 use nido_store::VmRow;
 
 use super::Context;

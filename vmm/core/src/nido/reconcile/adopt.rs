@@ -7,7 +7,7 @@ use nido_api::name::VmName;
 use nido_api::state::VmState;
 use nido_api::{AgentInfo, VmSpec};
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK};
-use nido_engine::lock::{Held, is_held};
+use nido_files::lock::{Held, is_held};
 use nido_store::VmUpdate;
 use nido_supervisor::control::Request;
 use nido_supervisor::vm_record::VmRecord;

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use nido_api::error::{Error, Result};
 use nido_api::state::VmState;
 use nido_engine::home::{REMOVED_PREFIX, SUPERVISOR_LOCK, VM_LOCK, VM_RECORD, VmDir};
-use nido_engine::lock::is_free;
 use nido_engine::{liveness, snapshot};
+use nido_files::lock::is_free;
 use nido_store::RowFacts;
 use nido_supervisor::vm_record::holds_data;
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use nido_api::VmSpec;
 use nido_api::state::VmState;
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK, VM_RECORD};
-use nido_engine::lock::Held;
+use nido_files::lock::Held;
 use nido_store::{BootParts, Purpose, VmRow};
 use proptest::collection::vec;
 use proptest::prelude::*;

@@ -8,7 +8,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, flock};
+use nido_files::flock::{self, try_lock};
+use nido_files::random;
+use rustix::fs::{AtFlags, FileType, Mode};
 use rustix::io::Errno;
 
 use super::destination::{DIRECTORY, Destination, kind_at, names};
@@ -31,13 +33,12 @@ pub(super) struct Fresh<'a> {
 impl<'a> Fresh<'a> {
     pub fn make(destination: &'a Destination) -> Result<Self, GuestError> {
         remove_orphans(destination);
-        let number = getrandom::u64().map_err(|_| destination.failed(Errno::IO))?;
-        let name = format!("{PREFIX}{number:016x}");
+        let name = format!("{PREFIX}{}", random::id().map_err(|_| destination.failed(Errno::IO))?);
         let made = rustix::fs::mkdirat(&destination.parent, &name, Mode::RWXU);
         let fd = made.and_then(|()| rustix::fs::openat(&destination.parent, &name, DIRECTORY, Mode::empty()));
         let fresh = Self { fd: fd.map_err(|e| destination.failed(e))?, name, destination };
         // Where the file system knows no locks nothing is collected either.
-        let _ = flock(&fresh.fd, FlockOperation::NonBlockingLockExclusive);
+        let _ = try_lock(&fresh.fd, flock::Mode::Exclusive);
         Ok(fresh)
     }
 }
@@ -99,7 +100,7 @@ fn is_orphan(directory: &OwnedFd) -> bool {
     stat.st_uid == rustix::process::geteuid().as_raw()
         && age >= LEAST_AGE
         && names(directory).is_ok_and(|names| names.iter().all(|name| name == ROOT))
-        && flock(directory, FlockOperation::NonBlockingLockExclusive).is_ok()
+        && try_lock(directory, flock::Mode::Exclusive).is_ok_and(|taken| taken)
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use nido_files::random;
 use nido_guest_agent::wire::sync::{Block, FILLER, Kind, Scanner};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::set_socket_send_buffer_size;
@@ -93,8 +94,7 @@ pub(super) async fn agree(socket: &UnixStream, until: Until, deadline: Instant) 
 /// [`GuestError::Gone`] if QEMU closed the connection, [`GuestError::Timeout`].
 pub(super) async fn letter(socket: &UnixStream, words: &[u8], deadline: Instant) -> Result<Vec<u8>, GuestError> {
     let length = u16::try_from(words.len()).map_err(|_| GuestError::breach("a letter that is too long"))?;
-    let mut nonce = [0; 16];
-    getrandom::fill(&mut nonce).map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
+    let nonce = random::bytes().map_err(|e| GuestError::Unreachable(e.to_string()))?;
     let mut out = Block { kind: Kind::Letter(length), nonce }.bytes().to_vec();
     out.extend_from_slice(words);
     let exchange = async {
@@ -193,7 +193,7 @@ impl Talk {
 
     /// Starts over with a nonce that was never sent.
     fn begin(&mut self) -> Result<(), GuestError> {
-        getrandom::fill(&mut self.nonce).map_err(|e| GuestError::Unreachable(format!("no random numbers: {e}")))?;
+        self.nonce = random::bytes().map_err(|e| GuestError::Unreachable(e.to_string()))?;
         (self.sent, self.unanswered) = (0, 0);
         self.probe();
         Ok(())

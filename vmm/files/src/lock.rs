@@ -57,7 +57,7 @@ impl Held {
     /// # Errors
     /// As [`Held::try_take`].
     pub async fn take(path: &Path, deadline: Instant) -> std::io::Result<Option<Self>> {
-        let mut pause = Duration::from_millis(1);
+        let mut pauses = Pauses::new(Duration::from_millis(1), Duration::from_millis(50));
         loop {
             if let Some(held) = Self::try_take(path)? {
                 return Ok(Some(held));
@@ -65,8 +65,7 @@ impl Held {
             if Instant::now() >= deadline {
                 return Ok(None);
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(50));
+            tokio::time::sleep(pauses.next()).await;
         }
     }
 
@@ -75,15 +74,14 @@ impl Held {
     /// # Errors
     /// As [`Held::try_take`]; that another file came under the name meanwhile is no error.
     pub fn take_blocking(path: &Path, deadline: Instant) -> std::io::Result<Option<Self>> {
-        let mut pause = Duration::from_micros(50);
+        let mut pauses = Pauses::new(Duration::from_micros(50), Duration::from_millis(2));
         loop {
             match Self::try_take(path) {
                 Ok(Some(held)) => return Ok(Some(held)),
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
                 _ if Instant::now() >= deadline => return Ok(None),
-                _ => std::thread::sleep(pause),
+                _ => std::thread::sleep(pauses.next()),
             }
-            pause = (pause * 2).min(Duration::from_millis(2));
         }
     }
 
@@ -97,6 +95,25 @@ impl Held {
     #[must_use]
     pub fn file(&self) -> &File {
         &self.0
+    }
+}
+
+/// The pauses between attempts to take a lock: each is twice as long as the one before, up to a limit.
+#[derive(Debug)]
+pub(crate) struct Pauses {
+    next: Duration,
+    longest: Duration,
+}
+
+impl Pauses {
+    pub(crate) fn new(shortest: Duration, longest: Duration) -> Self {
+        Self { next: shortest, longest }
+    }
+
+    pub(crate) fn next(&mut self) -> Duration {
+        let pause = self.next;
+        self.next = (pause * 2).min(self.longest);
+        pause
     }
 }
 

@@ -1,9 +1,9 @@
-//! Random ids, names, bytes and vsock addresses, from the system's random numbers.
+//! Random ids, names and bytes, from the system's random numbers.
+
+use std::ops::RangeInclusive;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-
-use crate::machine::GUEST_CIDS;
 
 /// Bytes that cannot be guessed.
 ///
@@ -37,15 +37,15 @@ pub fn vm_name(prefix: &str) -> Result<VmName> {
     name.parse()
 }
 
-/// A vsock address for a guest. Another guest of the host may have it, which is unlikely.
+/// A number of a range, each as likely. Meant for ranges of most numbers: others are drawn again.
 ///
 /// # Errors
 /// As [`bytes`].
-pub fn guest_cid() -> Result<u32> {
+pub fn number_in(range: &RangeInclusive<u32>) -> Result<u32> {
     loop {
-        let cid = u32::from_le_bytes(bytes()?);
-        if GUEST_CIDS.contains(&cid) {
-            return Ok(cid);
+        let number = u32::from_le_bytes(bytes()?);
+        if range.contains(&number) {
+            return Ok(number);
         }
     }
 }
@@ -60,6 +60,7 @@ mod tests {
         assert_ne!(id().unwrap(), id().unwrap());
         assert!(vm_name("run").unwrap().as_str().strip_prefix("run-").is_some_and(|letters| letters.len() == 6));
         assert_eq!(id().unwrap().len(), 16);
-        assert!(GUEST_CIDS.contains(&guest_cid().unwrap()));
+        let range = 3..=u32::MAX - 1;
+        assert!(range.contains(&number_in(&range).unwrap()));
     }
 }
