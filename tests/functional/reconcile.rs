@@ -36,7 +36,13 @@ fn doctor_reports_and_removes_what_killed_builds_and_snapshots_left() {
         fs::write(dir.join("half"), "made").unwrap();
     }
     let found = orphans(&home, ["doctor", "--json"]);
-    assert!(found["detail"].as_str().unwrap().contains("1 directories of no VM"), "{found}");
+    assert!(
+        found["detail"]
+            .as_str()
+            .unwrap()
+            .contains("1 directories of no VM, interrupted snapshots or restores of 1 VMs"),
+        "{found}"
+    );
     assert!(build.exists() && snapshot.exists());
     assert_eq!(orphans(&home, ["doctor", "--gc", "--json"])["status"], "ok");
     assert!(!build.exists() && !snapshot.exists());

@@ -137,10 +137,13 @@ impl Nido {
     async fn repair_vms(&self, plan: &Plan) {
         for repair in &plan.repairs {
             let Repair::Vm { id, repairs } = repair else { continue };
-            if repairs.iter().any(|repair| matches!(repair, VmRepair::Supervise | VmRepair::WriteRecord))
+            if repairs.contains(&VmRepair::WriteRecord) {
+                self.context.refresh_record(id);
+            }
+            if repairs.contains(&VmRepair::Supervise)
                 && let Err(error) = self.apply(repair, Scope::Everything).await
             {
-                tracing::warn!("VM {id} cannot be repaired: {error}");
+                tracing::warn!("no supervisor can be started for VM {id}: {error}");
             }
         }
     }
@@ -151,16 +154,11 @@ impl Nido {
         if gc {
             return self.remove_orphans(plan, unknown).await;
         }
-        let Removed { directories, part_bytes } = plan.removes();
-        let parts = match unknown {
-            Some(why) => format!("it is not known which template parts are used: {why}"),
-            None => format!("{} MiB of unused template parts", part_bytes.div_ceil(1 << 20)),
-        };
-        if directories == 0 && part_bytes == 0 && unknown.is_none() {
+        let removes = plan.removes();
+        if removes == Removed::default() && unknown.is_none() {
             return check("leftovers", CheckStatus::Ok, "none");
         }
-        let detail = format!("{directories} directories of no VM, {parts}");
-        check("leftovers", CheckStatus::Warning, detail).hint("nido doctor --gc")
+        check("leftovers", CheckStatus::Warning, orphans(removes, unknown)).hint("nido doctor --gc")
     }
 
     async fn remove_orphans(&self, plan: &Plan, unknown: Option<&str>) -> DoctorCheck {
@@ -170,7 +168,7 @@ impl Nido {
                 failures.push(error.to_string());
             }
         }
-        let Removed { directories, part_bytes } = plan.removes();
+        let Removed { directories, part_bytes, .. } = plan.removes();
         let removed = format!("removed {directories} directories");
         match (unknown, &failures[..]) {
             (Some(why), _) => {
@@ -240,6 +238,20 @@ async fn check_host(
     checks.push(check_memory(&host));
     checks.push(check_cgroups(std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").ok().as_deref()));
     Ok((checks, host, qemu.ok()))
+}
+
+/// What `doctor --gc` would remove, in words.
+fn orphans(removes: Removed, unknown_parts: Option<&str>) -> String {
+    let Removed { directories, interrupted, part_bytes } = removes;
+    let parts = match unknown_parts {
+        Some(why) => format!("it is not known which template parts are used: {why}"),
+        None => format!("{} MiB of unused template parts", part_bytes.div_ceil(1 << 20)),
+    };
+    let interrupted = match interrupted {
+        0 => String::new(),
+        count => format!("interrupted snapshots or restores of {count} VMs, "),
+    };
+    format!("{directories} directories of no VM, {interrupted}{parts}")
 }
 
 fn names(templates: &[&TemplateInfo]) -> String {

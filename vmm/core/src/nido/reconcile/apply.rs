@@ -15,7 +15,7 @@ use nido_supervisor::context::remove_tree;
 use nido_supervisor::lagging;
 use nido_supervisor::vm_record::remove_without_data;
 
-use super::inventory::{Inventory, Lock, Scope, VmFacts};
+use super::inventory::{Inventory, Scope, VmFacts};
 use super::parts::part_bytes;
 use super::plan::{Plan, Repair, VmRepair, plan, plan_vm};
 use crate::nido::Nido;
@@ -29,6 +29,8 @@ const ROUNDS_MAX: u32 = 3;
 pub(in crate::nido) struct Removed {
     /// Directories of VMs and builds.
     pub directories: usize,
+    /// VMs in whose directories a snapshot or a restore was interrupted.
+    pub interrupted: usize,
     /// Template parts.
     pub part_bytes: u64,
 }
@@ -41,6 +43,7 @@ impl Plan {
             match repair {
                 Repair::Vm { repairs, .. } => {
                     removed.directories += usize::from(repairs.contains(&VmRepair::RemoveEmptyDirectory));
+                    removed.interrupted += usize::from(repairs.contains(&VmRepair::RemoveUnfinished));
                 }
                 Repair::RemoveDeletedDirectory(_) | Repair::RemoveBuild(_) => removed.directories += 1,
                 Repair::Parts(parts) => removed.part_bytes += part_bytes(parts),
@@ -123,8 +126,7 @@ impl Nido {
         for _ in 0..ROUNDS_MAX {
             let Some(mut held) = self.lock_for_repair(id)? else { return Ok(()) };
             let row = self.store().row_facts_of(id)?;
-            // The lock is free, or this process holds it.
-            let facts = VmFacts { supervisor: Lock::Free, ..VmFacts::read(self, id.to_owned(), row, scope) };
+            let facts = VmFacts::read_held(self, id.to_owned(), row, scope);
             let repairs = plan_vm(&facts);
             let Some((VmRepair::Supervise, _)) = repairs.split_first() else {
                 return repairs.into_iter().try_for_each(|repair| self.apply_to_vm(id, repair));

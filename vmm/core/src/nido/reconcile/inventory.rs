@@ -34,7 +34,7 @@ pub(super) enum Lock {
     Free,
     /// A process holds it.
     Held,
-    /// It cannot be looked at.
+    /// It cannot be looked at, or was not.
     Unknown,
 }
 
@@ -58,7 +58,7 @@ pub(super) enum Directory {
     Missing,
     /// It holds locks, sockets, logs and configuration, and nothing else.
     WithoutData,
-    /// It holds a disk, a snapshot, or something that nido does not know; or it cannot be read.
+    /// It holds a disk, a snapshot, or something that nido does not know; or it cannot be read; or it has a row.
     WithData,
 }
 
@@ -137,22 +137,35 @@ impl Inventory {
 
 impl VmFacts {
     /// Looks at one VM, whose row has been read.
-    pub fn read(nido: &Nido, id: String, row: Option<RowFacts>, scope: Scope) -> Self {
+    fn read(nido: &Nido, id: String, row: Option<RowFacts>, scope: Scope) -> Self {
+        let supervisor = Lock::of(&nido.vm_dir(&id).file(SUPERVISOR_LOCK));
+        Self::read_unattended(nido, id, row, scope, supervisor)
+    }
+
+    /// The same for a VM whose lock this process holds.
+    pub fn read_held(nido: &Nido, id: String, row: Option<RowFacts>, scope: Scope) -> Self {
+        Self::read_unattended(nido, id, row, scope, Lock::Free)
+    }
+
+    /// Nothing but the lock counts of a VM that a process takes care of: then nothing else is looked at.
+    fn read_unattended(nido: &Nido, id: String, row: Option<RowFacts>, scope: Scope, supervisor: Lock) -> Self {
         let dir = nido.vm_dir(&id);
+        let is_unattended = supervisor == Lock::Free;
         let directory = match std::fs::symlink_metadata(dir.path()) {
             Err(error) if error.kind() == ErrorKind::NotFound => Directory::Missing,
-            _ if holds_data(&dir) => Directory::WithData,
+            // Whether a directory with a row holds data makes no difference.
+            _ if row.is_some() || holds_data(&dir) => Directory::WithData,
             _ => Directory::WithoutData,
         };
         let is_over =
             |row: &RowFacts| nido.context().is_abandoned_by(&row.id, row.lease.as_deref(), row.made_by.as_deref());
         let is_stopped = row.as_ref().and_then(|row| row.state).is_some_and(VmState::at_rest);
-        let looks_inside = scope == Scope::Everything && is_stopped && directory != Directory::Missing;
+        let looks_inside = scope == Scope::Everything && is_unattended && is_stopped && directory != Directory::Missing;
         Self {
-            abandoned: row.as_ref().is_some_and(is_over),
+            abandoned: is_unattended && row.as_ref().is_some_and(is_over),
             directory,
-            supervisor: Lock::of(&dir.file(SUPERVISOR_LOCK)),
-            qemu: Lock::of(&dir.file(VM_LOCK)),
+            supervisor,
+            qemu: if is_unattended { Lock::of(&dir.file(VM_LOCK)) } else { Lock::Unknown },
             unfinished: looks_inside && has_unfinished(&dir),
             without_record: looks_inside && !dir.file(VM_RECORD).exists(),
             id,

@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use nido_api::error::{Error, Result};
-use nido_images::{ImageError, Store as ImageStore, Stored};
+use nido_images::{Store as ImageStore, Stored};
 use nido_supervisor::vm_record::VmRecord;
 
 use crate::nido::Nido;
@@ -61,35 +61,32 @@ pub(super) fn part_bytes(repairs: &[PartRepair]) -> u64 {
 }
 
 impl PartFacts {
-    /// Looks at the parts of a home.
+    /// Looks at the parts of a home. What cannot be read makes the owners unknown.
     ///
     /// # Errors
-    /// Of the store, or a directory cannot be read.
+    /// Of the store.
     pub fn read(nido: &Nido) -> Result<Self> {
         let images = nido.images();
         let is_due = nido.store().parts_due()? != 0;
         // What is stored first: a part whose owner is added meanwhile is not taken for unowned.
-        let stored = images.stored()?;
-        Ok(Self { is_due, stored, owned: owned(nido, &images)? })
+        let (stored, owned_by_vms) = (images.stored(), nido.store().owned_parts()?);
+        let owned = owned_by_vms.ok_or_else(|| "the store has a VM without parts, which may use any".to_owned());
+        let owned = owned.and_then(|owned| with_other_owners(nido, &images, owned));
+        Ok(match stored {
+            Ok(stored) => Self { is_due, stored, owned },
+            Err(error) => Self { is_due, stored: Stored::default(), owned: Err(error.to_string()) },
+        })
     }
 }
 
-fn owned(nido: &Nido, images: &ImageStore) -> Result<Result<HashSet<String>, String>> {
-    let Some(mut owned) = nido.store().owned_parts()? else {
-        return Ok(Err("the store has a VM without parts, which may use any".into()));
-    };
-    match images.named_parts() {
-        Ok(named) => owned.extend(named),
-        Err(error @ ImageError::Io { .. }) => return Err(error.into()),
-        Err(error) => return Ok(Err(error.to_string())),
+/// Adds the parts of templates, and of VMs that have no row.
+fn with_other_owners(nido: &Nido, images: &ImageStore, mut owned: HashSet<String>) -> Result<HashSet<String>, String> {
+    owned.extend(images.named_parts().map_err(|error| error.to_string())?);
+    for id in nido.unknown_vms().map_err(|error| error.to_string())? {
+        let record = VmRecord::read(&nido.vm_dir(&id), &id);
+        owned.extend(record.map_err(|why| format!("directory {id} has no row, and {why}"))?.hashes());
     }
-    for id in nido.unknown_vms()? {
-        match VmRecord::read(&nido.vm_dir(&id), &id) {
-            Ok(record) => owned.extend(record.hashes()),
-            Err(why) => return Ok(Err(format!("directory {id} has no row, and {why}"))),
-        }
-    }
-    Ok(Ok(owned))
+    Ok(owned)
 }
 
 impl Nido {

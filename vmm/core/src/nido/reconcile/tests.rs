@@ -206,7 +206,7 @@ async fn what_dead_processes_left_is_removed() {
             && home.join("blobs/sha256").join(&part).exists()
     );
     let plan = nido.plan_reconciliation(Scope::Everything).unwrap();
-    assert_eq!(plan.removes(), Removed { directories: 1, part_bytes: 4 });
+    assert_eq!(plan.removes(), Removed { directories: 1, interrupted: 0, part_bytes: 4 });
     reconcile_everything(&nido).await;
     assert!(!home.join("build/dead").exists() && !home.join("templates/.new-1").exists());
     assert!(!home.join("blobs/sha256").join(&part).exists());
