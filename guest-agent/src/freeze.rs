@@ -115,7 +115,7 @@ fn thaw_later(timer: Arc<Mutex<Option<AbortHandle>>>, is_real: bool) -> AbortHan
         let mut timer = timer.lock_owned().await;
         *timer = None;
         eprintln!(
-            "nido-guest-agent: nobody thawed the root file system within {} s; it is thawed now",
+            "nido-guest-agent: the root file system was frozen for more than {} s without an unfreeze request; unfreezing it",
             LIMIT.as_secs()
         );
         if is_real && let Err(error) = joined(tokio::task::spawn_blocking(thaw_root).await) {

@@ -26,7 +26,7 @@ pub fn is_valid(name: &str) -> bool {
 pub fn set(name: &str) {
     let former = rustix::system::uname().nodename().to_bytes().to_vec();
     if let Err(error) = nix::unistd::sethostname(name) {
-        warn(format!("the kernel did not take the host name: {error}"));
+        warn(format!("the kernel rejected the host name: {error}"));
     }
     write_files(Path::new("/"), name, former).into_iter().for_each(warn);
 }

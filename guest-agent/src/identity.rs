@@ -268,7 +268,7 @@ pub async fn renew_disk(reaper: &Arc<Reaper>, root: &Path, parts: Parts, hostnam
         Ok(hooks) => run_hooks(reaper, hooks, hostname, identity).await,
         Err(error) => Err(error),
     };
-    is_whole &= done("what the hooks renew", hooks);
+    is_whole &= done("the state that the hooks reset", hooks);
     if is_whole {
         done("the identity", record(root, identity));
     }
@@ -279,7 +279,7 @@ fn done(step: &str, result: io::Result<()>) -> bool {
     match result {
         Ok(()) => true,
         Err(error) => {
-            warn(format!("{step} could not be renewed: {error}"));
+            warn(format!("{step} could not be reset: {error}"));
             false
         }
     }

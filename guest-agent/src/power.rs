@@ -38,7 +38,7 @@ pub enum Mode {
 /// Signals cannot be watched.
 pub async fn asked(asks: &mut mpsc::Receiver<Power>, mode: Mode) -> io::Result<Power> {
     if mode == Mode::Systemd {
-        return asks.recv().await.ok_or_else(|| io::Error::other("nobody can ask any more"));
+        return asks.recv().await.ok_or_else(|| io::Error::other("the requester is gone"));
     }
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

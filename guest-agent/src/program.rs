@@ -91,7 +91,7 @@ fn check(request: &Exec) -> Result<(), Refusal> {
     let invalid = |message: &str| Err(Refusal::new(Fault::Invalid, message));
     let holds_nul = |bytes: &[u8]| bytes.contains(&0);
     if request.login_shell != request.argv.is_empty() {
-        return invalid("either a command or the login shell must be asked for");
+        return invalid("either a command or the login shell must be requested");
     }
     let strings = request.argv.iter().chain(&request.env).chain(&request.directory);
     if strings.into_iter().any(|bytes| holds_nul(bytes)) {

@@ -83,7 +83,7 @@ fn check(order: &Renew) -> Result<[u8; ENTROPY_LEN], String> {
 
 /// Names the step that failed.
 fn step<T>(name: &str, result: io::Result<T>) -> Result<T, Refusal> {
-    result.map_err(|error| Refusal::new(fault_of(&error), format!("renewing {name}: {error}")))
+    result.map_err(|error| Refusal::new(fault_of(&error), format!("resetting {name}: {error}")))
 }
 
 /// The steps in the kernel's memory, and the name. None of them waits for anything but the guest's own disk.
@@ -93,7 +93,7 @@ fn renew_machine(order: &Renew) -> Result<(), Refusal> {
     let network = network::set(order.network.as_ref()).map_err(|error| ("the network", error));
     let boot_id = renew_boot_id().map_err(|error| ("the boot id", error));
     for (what, error) in [network, boot_id].into_iter().filter_map(Result::err) {
-        warnings::warn(format!("{what} could not be renewed: {error}"));
+        warnings::warn(format!("{what} could not be reset: {error}"));
     }
     Ok(())
 }
@@ -112,7 +112,7 @@ pub fn prepare(agent: &Agent) {
     if agent.role != Role::Visitor
         && let Err(error) = renew_boot_id()
     {
-        warnings::warn(format!("the boot id could not be made ready: {error}"));
+        warnings::warn(format!("the boot id could not be prepared: {error}"));
     }
 }
 

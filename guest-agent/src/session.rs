@@ -128,7 +128,10 @@ pub async fn answer_letter(agent: &Arc<Agent>, letter: &[u8]) -> Vec<u8> {
     };
     let answer = match wire::decode_first(second) {
         Ok((ToGuest::Renew(order), [])) => renew::renew(agent, order, pass.number).await,
-        _ => Err(Refusal::new(Fault::Invalid, "a letter holds a hello and a renewal, and nothing else")),
+        _ => Err(Refusal::new(
+            Fault::Invalid,
+            "a bootstrap request contains a hello and an identity reset, and nothing else",
+        )),
     };
     let answer = match answer {
         Ok(()) => ToHost::Renewed(pong(agent)),
@@ -199,7 +202,7 @@ async fn answer_requests(
                     Ok(()) => return SessionEnd::Forwards(input, output, target, place),
                     Err(error) => Err(error.into()),
                 },
-                (Ok(_), _) => Err(std::io::Error::other("a connection without a place").into()),
+                (Ok(_), _) => Err(std::io::Error::other("a connection beyond the limit").into()),
                 (Err(refusal), _) => fail(&mut output, refusal).await,
             },
             ToGuest::Power(power) => go_down(agent, power, &mut input, &mut output).await,

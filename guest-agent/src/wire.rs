@@ -235,7 +235,7 @@ pub fn decode<'b, M: Decode<'b, ()>>(payload: &'b [u8]) -> Result<M, WireError> 
     let mut decoder = minicbor::Decoder::new(payload);
     let message = decoder.decode().map_err(|e| WireError::Malformed(e.to_string()))?;
     if decoder.position() != payload.len() {
-        return Err(WireError::Malformed("bytes behind the message".into()));
+        return Err(WireError::Malformed("bytes after the message".into()));
     }
     Ok(message)
 }
@@ -245,7 +245,7 @@ pub fn decode<'b, M: Decode<'b, ()>>(payload: &'b [u8]) -> Result<M, WireError> 
 /// # Errors
 /// [`WireError::Malformed`] if there is no whole message frame.
 pub fn decode_first<'b, M: Decode<'b, ()>>(bytes: &'b [u8]) -> Result<(M, &'b [u8]), WireError> {
-    let cut = || WireError::Malformed("it was cut".into());
+    let cut = || WireError::Malformed("it was truncated".into());
     let (head, rest) = bytes.split_first_chunk::<HEAD>().ok_or_else(cut)?;
     let head = Head::parse(*head)?;
     if head.kind != kind::MESSAGE {

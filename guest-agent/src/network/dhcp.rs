@@ -92,7 +92,7 @@ fn ask(socket: &UdpSocket, message: &[u8], card: &Card, exchange: [u8; 4], wante
             }
         }
     }
-    Err(io::Error::new(io::ErrorKind::TimedOut, "no DHCP server has answered"))
+    Err(io::Error::new(io::ErrorKind::TimedOut, "no DHCP server replied"))
 }
 
 fn message(card: &Card, exchange: [u8; 4], kind: u8, wanted: Option<(Ipv4Addr, Ipv4Addr)>) -> Vec<u8> {

@@ -136,7 +136,7 @@ impl Routes {
                 0 | libc::EEXIST => Ok(()),
                 errno => Err(io::Error::from_raw_os_error(errno)),
             },
-            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer is cut short")),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel's reply is truncated")),
         }
     }
 }

@@ -29,7 +29,7 @@ impl Store {
         Ok(used)
     }
 
-    /// Whether parts are due to be collected: a number that changes with each reason, 0 if there is none.
+    /// Whether parts are due to be collected: a number that changes with each reason, 0 if not.
     ///
     /// # Errors
     /// Of the store.

@@ -53,9 +53,9 @@ pub struct Frozen {
 pub enum Purpose {
     /// For its user.
     Use,
-    /// To be saved once it is ready, and to vanish then.
+    /// To be saved once it is ready, and then deleted.
     Bake,
-    /// To wait, paused, for somebody to claim it.
+    /// To wait, paused, until a command claims it.
     Pool,
 }
 
@@ -86,9 +86,9 @@ pub enum Origin {
     /// Its kernel boots.
     #[default]
     Boot,
-    /// It goes on from a bake.
+    /// It was forked from a bake.
     Fork(Saved),
-    /// It goes on from a snapshot of its own.
+    /// It was restored from one of its snapshots.
     Restore {
         /// Its name.
         snapshot: SnapshotName,
@@ -151,7 +151,7 @@ pub struct VmRow {
     pub forwards: Vec<ForwardSpec>,
     /// What it is there for.
     pub purpose: Purpose,
-    /// How its last start brought it to life.
+    /// How it was last started.
     pub origin: Origin,
     /// The operation that makes it, until that has ended well: if it is over before, the VM is removed.
     pub made_by: Option<LeaseId>,
@@ -226,7 +226,7 @@ pub struct VmUpdate {
     pub timings: Option<Option<Timings>>,
     /// What of its template it uses.
     pub parts: Option<BootParts>,
-    /// How it comes to life.
+    /// How it starts.
     pub origin: Option<Origin>,
     /// No column, but an event: this time is up.
     pub expired: Option<Limit>,
@@ -317,16 +317,16 @@ impl Raw {
 
     pub(super) fn decode(self, forwards: Vec<ForwardSpec>) -> Result<VmRow> {
         let time = |ms: i64| {
-            Timestamp::from_millisecond(ms).map_err(|e| Error::internal(format!("a time in the store is wrong: {e}")))
+            Timestamp::from_millisecond(ms).map_err(|e| Error::internal(format!("a time in the store is invalid: {e}")))
         };
         fn optional<T: serde::de::DeserializeOwned>(column: &str, text: Option<&str>) -> Result<Option<T>> {
             text.map(|text| decode(column, text)).transpose()
         }
         let state = VmState::from_word(&self.state).ok_or_else(|| {
-            Error::internal(format!("the store knows a state '{}' that nido does not", self.state.escape_debug()))
+            Error::internal(format!("the store has the unknown state '{}'", self.state.escape_debug()))
         })?;
         let purpose = Purpose::from_word(&self.purpose).ok_or_else(|| {
-            Error::internal(format!("the store knows a purpose '{}' that nido does not", self.purpose.escape_debug()))
+            Error::internal(format!("the store has the unknown purpose '{}'", self.purpose.escape_debug()))
         })?;
         Ok(VmRow {
             purpose,

@@ -1,4 +1,4 @@
-//! Processes whose working directory has been removed: the last trace of a VM whose directory somebody deleted under it.
+//! Processes whose working directory has been removed: all that remains of a VM whose directory was deleted while it ran.
 //!
 //! Invariant: a signal goes through a pidfd whose process was looked at after the pidfd was opened, so it reaches no other one.
 
