@@ -23,8 +23,9 @@ Examples:
   curl --unix-socket /run/user/1000/nido.sock http://localhost/v1/vms
   nido api-server start --allow-remote --tls-cert cert.pem --tls-key key.pem --allow-host ci.example
 
-The server prints its address as the first line of standard output. Over TCP every request needs a token, also on
-this machine; over a unix socket, which only its owner can use, none does. VMs keep running when the server stops.";
+The server prints its address as the first line of standard output. Over TCP every request needs a
+token, also on this machine; over a unix socket, which only its owner can use, none does. VMs keep
+running when the server stops.";
 
 /// Serve the REST API
 #[derive(Debug, clap::Args)]

@@ -19,9 +19,9 @@ Examples:
   nido approvals --watch
   nido approvals -q | xargs nido deny
 
-Lists operations that a program requested and that failed with approval_required. Check the operation and the VM before
-you approve it; the program's name is not verified. An approval is valid for two minutes, and for one use with exactly
-these arguments.";
+Lists operations that a program requested and that failed with approval_required. Check the
+operation and the VM before you approve it; the program's name is not verified. An approval is
+valid for two minutes, and for one use with exactly these arguments.";
 
 /// List operations that await approval
 #[derive(Debug, clap::Args)]

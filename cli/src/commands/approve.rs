@@ -14,9 +14,10 @@ Examples:
   nido approve apr_0123456789abcdef
   nido approve apr_0123456789abcdef --yes --json
 
-On a terminal nido asks for confirmation, unless --yes is given; without a terminal --yes is required. The program may
-then run the operation once, with exactly these arguments, within two minutes of its request. Check them first with
-nido approvals. Until it was used, an approval can be revoked with nido deny.";
+On a terminal nido asks for confirmation, unless --yes is given; without a terminal --yes is
+required. The program may then run the operation once, with exactly these arguments, within two
+minutes of its request. Check them first with nido approvals. Until it was used, an approval can
+be revoked with nido deny.";
 
 const DENY_EXAMPLES: &str = "\
 Examples:

@@ -23,8 +23,9 @@ Examples:
   nido audit checkpoint -o checkpoint.json     store it where no user of this host can change it
   nido audit verify --against checkpoint.json
 
-verify detects lines that were altered, removed, inserted or moved, and a log of writes that was emptied or truncated.
-Only a checkpoint that is stored elsewhere detects that both the log and the store were replaced.";
+verify detects lines that were altered, removed, inserted or moved, and a log of writes that was
+emptied or truncated. Only a checkpoint that is stored elsewhere detects that both the log and the
+store were replaced.";
 
 /// Show and verify the audit log
 #[derive(Debug, clap::Args)]

@@ -24,11 +24,11 @@ Examples:
   tar -C site -c . | nido cp - web:/srv/    with a slash: unpacks a tar archive
   nido cp web:/etc/app.conf db:/etc/        from one VM to another
 
-Each path is NAME:PATH, or a path of the host; write ./a:b for a host path with a colon. With several sources the
-destination must be a directory. Files in a VM are replaced, files of the host only with --force. A replaced file
-keeps its mode, owner, attributes and hard links. Devices, pipes and sockets are never replaced; a device or pipe of
-the host is written to. Set-id bits are not copied. Entries that cannot be read are skipped and listed, and the exit
-code is 1.";
+Each path is NAME:PATH, or a path of the host; write ./a:b for a host path with a colon. With
+several sources the destination must be a directory. Files in a VM are replaced, files of the host
+only with --force. A replaced file keeps its mode, owner, attributes and hard links. Devices,
+pipes and sockets are never replaced; a device or pipe of the host is written to. Set-id bits are
+not copied. Entries that cannot be read are skipped and listed, and the exit code is 1.";
 
 /// Copy files between the host and VMs
 #[derive(Debug, clap::Args)]

@@ -14,8 +14,9 @@ Examples:
   nido delete --all --force
   nido delete --filter label=team=ci --force
 
-On a terminal nido asks for confirmation, unless --yes is given; in a script it does not. A running VM is only deleted
-with --force. If one of several VMs cannot be deleted, the others still are.";
+On a terminal nido asks for confirmation, unless --yes is given; in a script it does not. A
+running VM is only deleted with --force. If one of several VMs cannot be deleted, the others still
+are.";
 
 /// Delete VMs with their disks
 #[derive(Debug, clap::Args)]

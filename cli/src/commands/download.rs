@@ -15,11 +15,12 @@ Examples:
   nido download web /etc/os-release - | grep VERSION
   nido download web /srv/site - | tar -t
 
-Existing files are only replaced with --force; they keep their mode, owner, attributes and hard links. - is standard
-output: the bytes of a file, or a tar archive of a directory. A character device or pipe of the host is written to,
-never replaced. Devices, sockets and pipes of the guest are skipped; set-id bits are not copied, owners only with
---preserve and as root. Modes are masked with the umask, unless --preserve is given. Holes of sparse files and hard
-links within a tree are kept. Entries that cannot be read are skipped and listed, and the exit code is 1.";
+Existing files are only replaced with --force; they keep their mode, owner, attributes and hard
+links. - is standard output: the bytes of a file, or a tar archive of a directory. A character
+device or pipe of the host is written to, never replaced. Devices, sockets and pipes of the guest
+are skipped; set-id bits are not copied, owners only with --preserve and as root. Modes are masked
+with the umask, unless --preserve is given. Holes of sparse files and hard links within a tree are
+kept. Entries that cannot be read are skipped and listed, and the exit code is 1.";
 
 /// Copy a file or directory out of a VM
 #[derive(Debug, clap::Args)]

@@ -20,11 +20,12 @@ Examples:
   nido exec web --timeout 30s -- make test
   nido exec web --json -- id | jq .stdout
 
-Without -i the command's standard input is empty. Background processes of the command keep running after it has ended; a
-timeout, an interrupt or a killed nido ends them together with the command. The exit code is the command's; 128+n if
-signal n killed it, 124 after its timeout, 125 if nido failed, 126 if it cannot be run, 127 if it was not found.
-Ctrl-C interrupts the command; a second one terminates it; a third one kills it and ends nido. SIGTERM and SIGHUP are
-passed on; if the command does not end within some seconds, nido kills it and exits. On a terminal the command's
+Without -i the command's standard input is empty. Background processes of the command keep running
+after it has ended; a timeout, an interrupt or a killed nido ends them together with the command.
+The exit code is the command's; 128+n if signal n killed it, 124 after its timeout, 125 if nido
+failed, 126 if it cannot be run, 127 if it was not found. Ctrl-C interrupts the command; a second
+one terminates it; a third one kills it and ends nido. SIGTERM and SIGHUP are passed on; if the
+command does not end within some seconds, nido kills it and exits. On a terminal the command's
 control characters are escaped, except with -t or --raw.";
 
 /// Run a command in a VM

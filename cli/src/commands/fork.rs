@@ -14,9 +14,10 @@ Examples:
   nido fork web web-2
   nido fork warmed-up worker-1 worker-2 worker-3
 
-Prints the names of the copies. Each has the memory, disk and processes of the original at one moment, but its own host
-name, machine id, host keys and random numbers. Commands of nido exec, run or shell that run at that moment end in the
-copies; background processes of earlier ones continue. Published ports stay with the original.";
+Prints the names of the copies. Each has the memory, disk and processes of the original at one
+moment, but its own host name, machine id, host keys and random numbers. Commands of nido exec,
+run or shell that run at that moment end in the copies; background processes of earlier ones
+continue. Published ports stay with the original.";
 
 /// Copy a running VM, which keeps running
 #[derive(Debug, clap::Args)]

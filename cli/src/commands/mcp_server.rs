@@ -31,9 +31,10 @@ Examples:
   nido mcp-server start --transport http --port 8080
   nido mcp-server start --transport http --socket /run/user/1000/nido-mcp.sock
 
-Over stdio the client starts the server, which reads messages from standard input, writes them to standard output, logs
-to standard error and exits when standard input ends. Over http it serves at /mcp, with tokens of `nido token`. VMs keep
-running when the server stops, except ephemeral ones of agents: they are deleted with their session.";
+Over stdio the client starts the server, which reads messages from standard input, writes them to
+standard output, logs to standard error and exits when standard input ends. Over http it serves at
+/mcp, with tokens of `nido token`. VMs keep running when the server stops, except ephemeral ones
+of agents: they are deleted with their session.";
 
 /// Serve AI agents over the Model Context Protocol
 #[derive(Debug, clap::Args)]

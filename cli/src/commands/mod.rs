@@ -63,9 +63,9 @@ Examples:
   nido delete web --force --yes        delete it
   nido run -- python3 -c 'print(42)'   the same in one: a VM for a single command
 
-Exit codes: exec, run and shell return the command's exit code; 124 timeout, 125 nido failed, 126 the command cannot be
-run, 127 it was not found, 128+n it was killed by signal n. Other commands: 0 success, 1 failure, 2 usage error, 70 defect
-of nido.";
+Exit codes: exec, run and shell return the command's exit code; 124 timeout, 125 nido failed, 126
+the command cannot be run, 127 it was not found, 128+n it was killed by signal n. Other commands:
+0 success, 1 failure, 2 usage error, 70 defect of nido.";
 
 /// Disposable virtual machines from one command: nido creates, runs and deletes QEMU microVMs.
 #[derive(Debug, Parser)]

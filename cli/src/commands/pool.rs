@@ -19,8 +19,8 @@ Examples:
   nido run -- true                         takes a clone; another is created in the background
   nido pool set sandbox 0
 
-A waiting clone uses memory, but no CPU time, and has an identity of its own. The command that takes it sets its name,
-the time, a new token and new random numbers.";
+A waiting clone uses memory, but no CPU time, and has an identity of its own. The command that
+takes it sets its name, the time, a new token and new random numbers.";
 
 /// Keep VMs of a template ready
 #[derive(Debug, clap::Args)]

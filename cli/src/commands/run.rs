@@ -24,8 +24,8 @@ Examples:
   nido run --net none --timeout 60s --copy job.py:/job.py -- python3 /job.py
   echo hello | nido run -i -- tr a-z A-Z
 
-The exit code is the command's, as with exec. The VM is deleted when the command has ended, also after Ctrl-C or a
-failure. If nido is killed, the VM stops and is deleted a minute later.";
+The exit code is the command's, as with exec. The VM is deleted when the command has ended, also
+after Ctrl-C or a failure. If nido is killed, the VM stops and is deleted a minute later.";
 
 /// How long the VM outlives a nido that was killed, in milliseconds.
 const IDLE_MS: u64 = 60_000;

@@ -14,7 +14,8 @@ Examples:
   nido shell web
   nido shell web -u user -w /srv
 
-The guest writes to your terminal directly, as with ssh: open a shell only in guests that you trust that far.";
+The guest writes to your terminal directly, as with ssh: open a shell only in guests that you
+trust that far.";
 
 /// Open a shell in a VM
 #[derive(Debug, clap::Args)]

@@ -24,8 +24,9 @@ Examples:
   nido snapshot restore web before-upgrade
   nido snapshot delete web before-upgrade
 
-A snapshot of a running VM contains memory, devices and disk; the VM is paused meanwhile, usually for less than a
-second. A snapshot of a stopped VM contains the disk. What the VM has done since is lost when a snapshot is restored.";
+A snapshot of a running VM contains memory, devices and disk; the VM is paused meanwhile, usually
+for less than a second. A snapshot of a stopped VM contains the disk. What the VM has done since
+is lost when a snapshot is restored.";
 
 /// How long what is interrupted may take to be undone. The supervisor ends a snapshot by itself.
 const UNDO_LIMIT: Duration = Duration::ZERO;

@@ -17,8 +17,9 @@ Examples:
   nido stop --all
   nido stop --filter label=team=ci
 
-The guest powers off; after --timeout, or with --force, nido terminates QEMU. Stopping a stopped VM changes nothing. An
-ephemeral VM is deleted when it stops: on a terminal nido asks for confirmation, unless --yes is given.";
+The guest powers off; after --timeout, or with --force, nido terminates QEMU. Stopping a stopped
+VM changes nothing. An ephemeral VM is deleted when it stops: on a terminal nido asks for
+confirmation, unless --yes is given.";
 
 /// Stop VMs
 #[derive(Debug, clap::Args)]

@@ -40,8 +40,9 @@ Examples:
   nido template import sandbox.nido --name theirs
   nido template export sandbox - --no-memory | ssh host nido template import -
 
-An existing template is not built again unless its recipe or nido's guest agent has changed. An imported template is
-validated before it is used, but its VMs run the software that its author put into it.";
+An existing template is not built again unless its recipe or nido's guest agent has changed. An
+imported template is validated before it is used, but its VMs run the software that its author put
+into it.";
 
 /// How long an interrupted build, export or import may take to end its programs and remove its files.
 const UNDO_LIMIT: Duration = Duration::from_secs(30);

@@ -23,9 +23,10 @@ Examples:
   nido token list
   nido token revoke ci
 
-Scopes: read allows reading VMs, logs and events; run also creating, using and deleting VMs; admin also templates, pools,
-webhooks and the audit log. Create tokens for agents with --only mcp: any other token also gives access to the REST API of
-the same server, which has no policy and no confirmation. A token is shown only once; nido stores a hash.";
+Scopes: read allows reading VMs, logs and events; run also creating, using and deleting VMs; admin
+also templates, pools, webhooks and the audit log. Create tokens for agents with --only mcp: any
+other token also gives access to the REST API of the same server, which has no policy and no
+confirmation. A token is shown only once; nido stores a hash.";
 
 /// Manage access tokens of the servers
 #[derive(Debug, clap::Args)]

@@ -16,11 +16,12 @@ Examples:
   pg_dump shop | nido upload web - /var/tmp/shop.sql
   tar -C site -c . | nido upload web - /srv/site/
 
-If the destination is a directory, the copy is created in it under the source's name. - is standard input: one file, or a
-tar archive if the destination ends with a slash. A file appears under its name when it is complete. An existing file is
-replaced and keeps its mode, owner, attributes and hard links; a device, pipe or socket is never replaced. Set-id bits
-are not copied. Holes of sparse files and hard links within a tree are kept. Entries that cannot be read are skipped and
-listed, and the exit code is 1.";
+If the destination is a directory, the copy is created in it under the source's name. - is
+standard input: one file, or a tar archive if the destination ends with a slash. A file appears
+under its name when it is complete. An existing file is replaced and keeps its mode, owner,
+attributes and hard links; a device, pipe or socket is never replaced. Set-id bits are not copied.
+Holes of sparse files and hard links within a tree are kept. Entries that cannot be read are
+skipped and listed, and the exit code is 1.";
 
 /// Copy a file or directory into a VM
 #[derive(Debug, clap::Args)]

@@ -20,10 +20,11 @@ Examples:
   nido webhook redeliver 17
   nido webhook remove 3f2a9c1e5b7d8046
 
-Messages are signed as in Standard Webhooks: headers webhook-id, webhook-timestamp, webhook-signature. Each is delivered
-at least once, those of one VM in order; failed attempts are repeated for 3 days. No server has to run: the nido process
-that writes an event starts a delivery worker, which exits when nothing is pending. Finished deliveries are kept for 7
-days, at most 1000 for each endpoint.
+Messages are signed as in Standard Webhooks: headers webhook-id, webhook-timestamp,
+webhook-signature. Each is delivered at least once, those of one VM in order; failed attempts are
+repeated for 3 days. No server has to run: the nido process that writes an event starts a delivery
+worker, which exits when nothing is pending. Finished deliveries are kept for 7 days, at most 1000
+for each endpoint.
 
 Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
 snapshot.created snapshot.restored template.created template.deleted.";
@@ -93,7 +94,7 @@ struct AddArgs {
 }
 
 const HEAD: [&str; 5] = ["ID", "URL", "EVENTS", "PENDING", "STATUS"];
-const DELIVERIES_HEAD: [&str; 8] = ["ID", "WEBHOOK", "EVENT", "CURSOR", "STATE", "ATTEMPTS", "ANSWER", "NEXT OR WHY"];
+const DELIVERIES_HEAD: [&str; 8] = ["ID", "WEBHOOK", "EVENT", "CURSOR", "STATE", "ATTEMPTS", "RESPONSE", "NEXT OR WHY"];
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
