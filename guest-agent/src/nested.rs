@@ -1,6 +1,6 @@
 //! Virtual machines inside the guest: the kernel's modules for KVM and vsock, and devices that everybody in it may use.
 //!
-//! Invariant: what is missing is said on the console, and the guest goes on without it: whether a job can do without KVM
+//! Invariant: what is missing is reported on the console, and the guest continues without it: whether a job can do without KVM
 //! is the job's to decide.
 
 use std::fs::{self, Permissions};

@@ -11,7 +11,7 @@
 //! save is made ready then ([`prepare`]).
 //!
 //! Random numbers come before whatever is made of them, and before programs that wait for the disk go on. Invariant: if the
-//! random numbers, the clock or the saved configuration (it holds the token) fail, the renewal ends and the old token stays.
+//! random numbers, the clock or the saved configuration (it holds the token) fail, the reset ends and the old token stays.
 //! Whatever else cannot be done is a warning: a file of the guest's that cannot be written never keeps its owner out.
 
 use std::fs::{self, File};
@@ -107,7 +107,7 @@ async fn renew_disk(agent: &Agent, order: &Renew) {
     }
 }
 
-/// Makes ready what every renewal needs, before the guest is saved.
+/// Prepares what every identity reset needs, before the guest is saved.
 pub fn prepare(agent: &Agent) {
     if agent.role != Role::Visitor
         && let Err(error) = renew_boot_id()

@@ -15,7 +15,7 @@
 //!
 //! # A session
 //!
-//! The host speaks first: [`ToGuest::Hello`] carries the range of protocol versions it knows, the VM's token and a
+//! The host starts: [`ToGuest::Hello`] contains the range of protocol versions it supports, the VM's token and a
 //! fresh nonce. The agent answers [`ToHost::Welcome`] with the version chosen, the nonce echoed, or
 //! [`ToHost::Refused`] and closes. The host may send its first request right behind the hello, without waiting.
 //!
@@ -41,12 +41,12 @@
 //!
 //! # Saving and loading
 //!
-//! A guest whose memory is saved is first told to `Freeze`: the agent writes everything to the root disk and holds the
-//! file system still, so that disk and memory fit each other and the disk alone is clean. It thaws by itself after
-//! [`FREEZE_LIMIT_MS`] of the guest's time if nobody says `Thaw`. A guest that was loaded from saved memory is a twin of
-//! others: it is told to `Renew` before anybody else talks to it, which thaws it, and gives it random numbers, the time, a
-//! token and (if its disk carries another VM's identity) a name, machine id and host keys of its own. From `Renewed` on
-//! only the new token opens sessions. If `Renew` fails, the guest must not be used.
+//! A guest whose memory is to be saved first gets `Freeze`: the agent syncs the root disk and freezes its file system, so
+//! that disk and memory match and the disk alone is clean. Without a `Thaw`, the agent unfreezes it after
+//! [`FREEZE_LIMIT_MS`] of the guest's time. A guest that was loaded from saved memory has the identity of other guests:
+//! before any other client can reach it, it gets `Renew`, which unfreezes its file system, and sets random numbers, the
+//! time, a token and (if its disk has another VM's identity) a name, machine id and host keys of its own. From `Renewed`
+//! on, only the new token opens sessions. If `Renew` fails, the guest must not be used.
 //!
 //! # Flow control
 //!
@@ -99,15 +99,15 @@ pub const MAX_RAW: usize = 256 * 1024;
 pub const STDIN_WINDOW: u32 = 256 * 1024;
 /// Length of a VM's token, in bytes.
 pub const TOKEN_LEN: usize = 32;
-/// How many random bytes a renewal brings.
+/// How many random bytes an identity reset has.
 pub const ENTROPY_LEN: usize = 64;
-/// After so much time, in milliseconds by the guest's clock, a frozen file system thaws by itself.
+/// Time after which a frozen file system is unfrozen, in milliseconds by the guest's clock.
 pub const FREEZE_LIMIT_MS: u64 = 60_000;
 /// Longest path component, in bytes.
 pub const MAX_COMPONENT: usize = 255;
 /// How many entries that were left out are named.
 pub const MAX_LEFT_OUT: usize = 100;
-/// How much of the path of an entry that was left out is told, in bytes.
+/// How much of the path of a skipped entry is reported, in bytes.
 pub const MAX_LEFT_OUT_PATH: usize = 1024;
 /// Deepest nesting of an entry.
 pub const MAX_DEPTH: usize = 256;
@@ -358,7 +358,7 @@ pub enum ToHost {
     /// The request could not be carried out.
     #[n(12)]
     Failed(#[n(0)] Failed),
-    /// The root file system stands still.
+    /// The root file system is frozen.
     #[n(13)]
     Frozen,
     /// It goes on.
@@ -666,7 +666,7 @@ pub enum Power {
     Restart,
 }
 
-/// What a guest that was loaded from saved memory is told.
+/// The identity reset of a guest that was loaded from saved memory.
 #[derive(Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Renew {
     /// The VM's token from now on, [`TOKEN_LEN`] bytes.

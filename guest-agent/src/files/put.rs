@@ -26,7 +26,7 @@ const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLIN
 /// Writes the tree that comes through `queue`.
 ///
 /// # Errors
-/// What the host is to be told, also when the queue ends before the tree does.
+/// The result for the host, also if the queue ends before the tree.
 pub fn write_tree(request: &Put, mut queue: mpsc::Receiver<Inbound>) -> Result<Summary, Refusal> {
     let owner = owner(request.user.as_deref())?;
     let home = owner.as_ref().map_or("/root".into(), |user| user.home.clone());

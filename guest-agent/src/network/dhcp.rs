@@ -49,7 +49,7 @@ struct Answer {
 /// Gets a lease, applies it, and keeps it up.
 ///
 /// # Errors
-/// Nobody answers, or the settings cannot be applied. Later exchanges that fail are tried again.
+/// No server replies, or the settings cannot be applied. Later exchanges that fail are tried again.
 pub fn keep_lease(card: &Card, apply: impl Fn(&Settings) -> io::Result<()>) -> io::Result<()> {
     let mut lease = exchange(card)?;
     loop {
