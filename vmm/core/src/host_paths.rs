@@ -51,8 +51,8 @@ pub struct DefaultPaths {
 }
 
 impl HostPaths {
-    /// Opens what a policy names, and where it names nothing the defaults. Below a default root hidden names are refused: nobody
-    /// has decided what lies there.
+    /// Opens what a policy names, and where it names nothing the defaults. Below a default root hidden names are refused: no user
+    /// has decided which files it contains.
     ///
     /// # Errors
     /// As [`Roots::open`].

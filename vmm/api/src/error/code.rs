@@ -65,8 +65,8 @@ codes! {
     NestedUnavailable "nested_unavailable" Unavailable 503 "The host does not allow nested VMs";
     IsolationRequired "isolation_required" Denied 403 "Hardware isolation is required";
     GuestFailed "guest_failed" Unavailable 503 "The guest failed";
-    AgentUnreachable "agent_unreachable" Unavailable 504 "The guest agent does not answer";
-    AgentVersion "agent_version" Conflict 409 "The guest agent speaks another protocol version";
+    AgentUnreachable "agent_unreachable" Unavailable 504 "The guest agent does not reply";
+    AgentVersion "agent_version" Conflict 409 "The guest agent has another protocol version";
     CommandNotFound "command_not_found" NotFound 422 "No such command in the guest";
     CommandCannotRun "command_cannot_run" Invalid 422 "The command cannot be run";
     UserNotFound "user_not_found" NotFound 422 "No such user in the guest";

@@ -58,7 +58,7 @@ impl Nido {
         if row.state == VmState::Starting || !row.agent.ready {
             self.ask(&row, &Request::Ready).await?;
             // This very VM, whatever has its name by now.
-            let gone = || Error::new(Code::VmNotFound, format!("VM '{}' is gone", which.name));
+            let gone = || Error::new(Code::VmNotFound, format!("VM '{}' was deleted", which.name));
             row = self.store().vm_by_id(&row.id)?.ok_or_else(gone)?;
         }
         let guest = self.context.guest(&row)?;
