@@ -1,4 +1,4 @@
-//! The command line's side of the audit log: attempt and outcome around what a verb does, and how its arguments are told.
+//! The command line's side of the audit log: attempt and outcome around a verb, and its recorded arguments.
 //!
 //! Invariant: what must be audited is given to [`Context::audited`] unbegun; where the attempt cannot be written down it never
 //! begins.

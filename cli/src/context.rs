@@ -11,24 +11,23 @@ use nido_server::ServerAddress;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::output::Output;
 
-/// Flags that every verb takes, before or after it.
+/// Flags that every command takes, before or after it.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Global options")]
 pub struct Global {
-    /// Where VMs and templates are kept [env: NIDO_HOME; default: /var/lib/nido for root, else
-    /// $XDG_DATA_HOME/nido]
+    /// Directory of VMs and templates [env: NIDO_HOME; default: /var/lib/nido for root, else $XDG_DATA_HOME/nido]
     #[arg(long, global = true, value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
     home: Option<PathBuf>,
-    /// The QEMU to use [env: NIDO_QEMU; default: qemu-system-x86_64 in PATH]
+    /// QEMU to use [env: NIDO_QEMU; default: qemu-system-x86_64 in PATH]
     #[arg(long, global = true, value_name = "FILE", value_hint = clap::ValueHint::ExecutablePath)]
     qemu: Option<PathBuf>,
-    /// Answer in JSON on stdout, report errors in JSON on stderr
+    /// Print results as JSON on stdout, errors as JSON on stderr
     #[arg(long, global = true)]
     json: bool,
-    /// No progress and no summary; lists print names only
+    /// Print no progress and no summary; lists print names only
     #[arg(long, short, global = true)]
     quiet: bool,
-    /// Tell on stderr what nido does; twice for more
+    /// Log to stderr; twice for more
     #[arg(long, short, global = true, action = ArgAction::Count)]
     pub verbose: u8,
     /// No colours [env: NO_COLOR]
@@ -69,12 +68,12 @@ impl Context {
 
     /// The first line of a server: where it listens. On standard error what its clients need besides.
     pub fn listening(&self, listening: &ServerAddress, nido: &Nido) {
-        // Nobody may be there to read it; that is no reason not to serve.
+        // Standard error may be closed; serve anyway.
         let _ = self.output.answer(listening, || format!("{}\n", listening.address));
         if let Some(own) = &listening.tls {
-            let made = if own.made { "made now" } else { "kept" };
+            let made = if own.made { "created now" } else { "kept" };
             self.output.talk(&format!(
-                "certificate: {}, self-signed, {made}\nSHA-256 fingerprint: {}\ncurl trusts it with --cacert FILE, or with --pinnedpubkey {} --insecure",
+                "certificate: {}, self-signed, {made}\nSHA-256 fingerprint: {}\nfor curl pass --cacert FILE, or --pinnedpubkey {} --insecure",
                 own.certificate.display(),
                 own.sha256,
                 own.public_key_pin

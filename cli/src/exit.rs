@@ -23,7 +23,7 @@ use nido_api::ExecExit;
 use nido_api::error::{Code, Error, Kind};
 use nido_server::signals::Signals;
 
-/// SIGPIPE's number: what a Unix tool dies of when its reader is gone.
+/// SIGPIPE's number: the signal that ends a Unix tool when its reader is gone.
 const SIGPIPE: u8 = 13;
 
 /// How nido ends.

@@ -42,7 +42,7 @@ fn run(cli: Cli) -> Exit {
     let context = Context::new(&cli.global, cli.verb.frees_space());
     let codes = cli.verb.codes();
     if let Err(error) = begun {
-        let error = Error::io("cannot close what the caller has left open", error);
+        let error = Error::io("cannot close inherited file descriptors", error);
         return settle(&context.output, codes, Err(error.into()));
     }
     commands::start_log(&cli);
@@ -68,7 +68,7 @@ fn run(cli: Cli) -> Exit {
     settle(&context.output, codes, outcome)
 }
 
-/// Tells what went wrong and decides on the exit code.
+/// Reports the error and selects the exit code.
 fn settle(output: &Output, codes: Codes, outcome: Outcome) -> Exit {
     match outcome {
         Ok(exit) => exit,

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::exit::Failure;
 
-/// How to speak, settled once from the flags and from where the streams lead.
+/// How to print, derived once from the flags and from the kind of the streams.
 #[derive(Debug, Clone)]
 pub struct Output {
     /// Answers and errors are JSON, and there is no talk.
@@ -40,7 +40,7 @@ impl Output {
         }
     }
 
-    /// Whether progress may be drawn or told.
+    /// Whether progress may be printed.
     pub const fn talks(&self) -> bool {
         !self.json && !self.quiet
     }
@@ -57,7 +57,7 @@ impl Output {
         self.data(&text)
     }
 
-    /// Tells something about the work to stderr.
+    /// Prints a note on stderr.
     pub fn talk(&self, text: &str) {
         if self.talks() {
             say(&line(text));
@@ -102,7 +102,7 @@ impl Output {
     }
 }
 
-/// A line on stderr. If stderr is gone there is nobody left to tell.
+/// Prints a line on stderr. Errors are ignored: there is no other place to report them.
 fn say(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }

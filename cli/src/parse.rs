@@ -117,7 +117,7 @@ pub fn label(text: &str) -> Result<(String, String), Error> {
 /// A variable for the guest: `KEY=VALUE`, or `KEY` for the value it has here (`own` looks that up).
 pub fn variable(text: OsString, own: impl Fn(&OsString) -> Option<OsString>) -> Result<Vec<u8>, Error> {
     let shown = text.to_string_lossy().into_owned();
-    let fail = |what| wrong(&shown, what, "write KEY=VALUE, or KEY to pass on the value it has here");
+    let fail = |what| wrong(&shown, what, "write KEY=VALUE, or KEY to pass on its value from here");
     match text.as_bytes().iter().position(|b| *b == b'=') {
         Some(0) => Err(fail("a variable")),
         Some(_) => Ok(text.into_vec()),

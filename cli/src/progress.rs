@@ -1,4 +1,4 @@
-//! Progress on stderr: drawn on a terminal, told line by line elsewhere, absent with `--quiet` and `--json`.
+//! Progress on stderr: drawn on a terminal, printed line by line elsewhere, absent with `--quiet` and `--json`.
 //!
 //! Invariant: when a [`Progress`] is dropped, its drawing is gone from the screen.
 
@@ -23,7 +23,7 @@ pub struct Progress<'a> {
     /// What is being worked on.
     subject: String,
     bar: Option<ProgressBar>,
-    /// What was told last, so that nothing is told twice.
+    /// What was printed last, so that nothing is printed twice.
     last: Option<String>,
     /// The drawing counts bytes.
     counting: bool,
@@ -50,7 +50,7 @@ impl<'a> Progress<'a> {
         });
     }
 
-    /// A build has come so far. Only a new stage is told where nothing can be drawn.
+    /// A build has come so far. Without a terminal, only a new stage is printed.
     pub fn build(&mut self, step: &BuildStep) {
         let stage = format!("[{}/{}] {}", step.index, step.total, step.stage);
         match &self.bar {
@@ -62,7 +62,7 @@ impl<'a> Progress<'a> {
         }
     }
 
-    /// A copy has come so far. Nothing is told where nothing can be drawn.
+    /// A copy has come so far. Without a terminal, nothing is printed.
     pub fn copy(&mut self, progress: CopyProgress) {
         let Some(bar) = &self.bar else { return };
         if !self.counting {
@@ -75,7 +75,7 @@ impl<'a> Progress<'a> {
         bar.set_position(progress.bytes);
     }
 
-    /// An export or import has come so far. Only a new stage is told where nothing can be drawn.
+    /// An export or import has come so far. Without a terminal, only a new stage is printed.
     pub fn travel(&mut self, step: &TravelStep) {
         let stage = format!("[{}/{}] {}", step.index, step.total, step.stage);
         self.stage(&stage);

@@ -32,7 +32,7 @@ const COLLECT_LIMIT: usize = 16 << 20;
 /// How long passing on a signal may take before nido listens again.
 const TELL_LIMIT: Duration = Duration::from_secs(1);
 /// How long the command may take to end after SIGTERM or SIGHUP was passed on. Those who send them (`timeout`, systemd, a CI
-/// runner) send one, and expect the process to be gone soon, also if the guest stands still.
+/// runner) send one, and expect the process to end soon, even if the guest does not respond.
 const LEAVE_AFTER: Duration = Duration::from_secs(4);
 
 /// Runs a command to its end. `raw` lets the guest's bytes reach a terminal as they are.
@@ -110,7 +110,7 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
                     return Err(watch.lost(error).into());
                 }
             },
-            Next::Event(None) => return Err(Error::internal("the command ended without saying how").into()),
+            Next::Event(None) => return Err(Error::internal("the command ended without an exit status").into()),
             Next::Written(true) => {}
             // The writer says why below.
             Next::Written(false) => {
@@ -186,7 +186,7 @@ impl<'a> Watch<'a> {
     }
 }
 
-/// Passes on standard input to its end, on a task of its own: a piece that is half sent must go on while a signal waits
+/// Passes on standard input to its end, in a task of its own: a piece that is half sent must be completed while a signal waits
 /// for its turn behind it. Dropped, it ends.
 struct Feed(Option<AbortHandle>);
 
@@ -204,7 +204,7 @@ impl Drop for Feed {
     }
 }
 
-/// An error means that the command is gone, which its events tell better.
+/// An error means that the command is gone, which its events report better.
 async fn feed(output: Output, control: ExecControl) {
     let mut pieces = stdio::read();
     while let Some(piece) = pieces.recv().await {
@@ -337,7 +337,7 @@ pub async fn collect(
                 Some(Ok(ExecEvent::Exited(exit))) => return Ok(Ok(output_so_far.result(exit))),
                 Some(Ok(event)) => output_so_far.add(&event),
                 Some(Err(error)) => return Err(watch.lost(error).into()),
-                None => return Err(Error::internal("the command ended without saying how").into()),
+                None => return Err(Error::internal("the command ended without an exit status").into()),
             },
         }
     }

@@ -1,6 +1,6 @@
 //! A directory of this user's alone, for what passes through this host on its way from one VM to another.
 //!
-//! Invariant: it and what is in it go when the value is dropped; nobody else can look into it.
+//! Invariant: it and its content are removed when the value is dropped; no other user can read it.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};

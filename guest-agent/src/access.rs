@@ -1,7 +1,7 @@
 //! Who may talk to the agent: the VM's token, and the sessions that were opened with it.
 //!
 //! Invariant: when the token is replaced, every session that an older one opened ends, but for the one that replaced
-//! it. There is no moment in which a session is admitted by the old token and not told.
+//! it. There is no moment in which a session is admitted by the old token and not ended.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,7 +20,7 @@ struct Grant {
     brought_by: Option<Number>,
 }
 
-/// Tells sessions apart.
+/// Identifies a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Number(u64);
 

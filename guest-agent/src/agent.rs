@@ -30,7 +30,7 @@ pub struct Agent {
     pub reaper: Arc<Reaper>,
     /// The root file system, as far as it is frozen.
     pub freezer: Freezer,
-    /// Held by the session that renews the guest.
+    /// Held by the session that resets the guest's identity.
     pub renewing: tokio::sync::Mutex<()>,
     /// Whether commands must get a neutral out-of-memory score, because the agent has another.
     pub resets_oom_score: bool,
@@ -40,7 +40,7 @@ pub struct Agent {
     pub scopes: Scopes,
     sessions: AtomicUsize,
     places: Places,
-    /// Whether memory was used that is worth giving back once nobody is there.
+    /// Whether memory was used that is worth returning once there is no session.
     was_busy: AtomicBool,
 }
 

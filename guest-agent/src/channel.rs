@@ -1,7 +1,7 @@
 //! How the host reaches the agent: kernel vsock, a virtio-serial port, or (in tests) a unix socket that stands for the
 //! port.
 //!
-//! Invariant: an agent nobody talks to does nothing at all. It sleeps until the kernel wakes it, with no timer, also
+//! Invariant: an agent without a client does nothing at all. It sleeps until the kernel wakes it, with no timer, also
 //! while the port's other end is closed (where `poll` says hang-up and `read` says nothing, again and again).
 
 use std::future::poll_fn;
@@ -48,7 +48,7 @@ pub async fn serve_vsock(agent: Arc<Agent>) -> io::Result<()> {
                 }
                 Ok(_) => {}
                 Err(error) if is_fatal(&error) => return Err(error),
-                // What failed may go on failing for a while.
+                // The failure may persist for a while.
                 Err(_this_one) => tokio::time::sleep(ACCEPT_PAUSE).await,
             },
             Some(_ended) = sessions.join_next() => {}
@@ -89,10 +89,10 @@ fn open_serial_port() -> io::Result<OwnedFd> {
 }
 
 /// Serves sessions over a unix socket on which the host listens, as QEMU connects a port to it; connects again as
-/// QEMU does when the host has gone. Ends when nobody listens any more.
+/// QEMU does when the host has gone. Ends when the receiver is dropped.
 ///
 /// # Errors
-/// Nobody listens.
+/// The receiver was dropped.
 pub async fn serve_socket(agent: Arc<Agent>, path: &Path) -> io::Result<()> {
     const REDIAL_FOR: Duration = Duration::from_secs(10);
     loop {
@@ -122,7 +122,7 @@ async fn serve_port(agent: &Arc<Agent>, port: &mut Port) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until the host and the agent agree where a connection begins, answering letters meanwhile; false if the host's
+/// Waits until host and agent have synchronized the beginning of a connection, and replies to bootstrap requests meanwhile; false if the host's
 /// end is closed.
 async fn agree(agent: &Arc<Agent>, port: &mut Port) -> io::Result<bool> {
     let mut scanner = sync::Scanner::default();

@@ -1,4 +1,4 @@
-//! What the host tells the guest before the first session: one CBOR array, handed over as the QEMU firmware
+//! The configuration of the guest before the first session: one CBOR array, passed as the QEMU firmware
 //! configuration file `opt/nido/config` (readable by the guest's root only), so it is there before any channel is.
 //!
 //! It is the host's word and small by construction; still it is decoded with the same care as the wire.
@@ -22,7 +22,7 @@ pub struct GuestConfig {
     /// The VM's token, checked in every session's hello.
     #[n(1)]
     pub token: ByteVec,
-    /// Who goes on as process 1 after the root disk is mounted.
+    /// The program that is process 1 after the root disk is mounted.
     #[n(2)]
     pub init: Init,
     /// How host and agent talk.
@@ -39,7 +39,7 @@ pub struct GuestConfig {
     pub nested: bool,
 }
 
-/// Who goes on as process 1.
+/// The program that is process 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 #[cbor(index_only)]
 pub enum Init {

@@ -47,7 +47,7 @@ pub fn replace_file(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     let mut options = fs::OpenOptions::new();
     options.write(true).create_new(true).mode(mode);
     let file = match options.open(&temporary) {
-        // Somebody was cut off here.
+        // An earlier write was interrupted here.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             fs::remove_file(&temporary)?;
             options.open(&temporary)

@@ -1,6 +1,6 @@
 //! Running a command for a session.
 //!
-//! Four things go on at once, and none may hold up another: frames from the host are obeyed (a signal arrives even
+//! Four tasks run at once, and none may block another: frames from the host are handled (a signal arrives even
 //! when the command neither reads its input nor has its output read), standard input is fed, output is sent, the
 //! time limit is watched. Invariant: a session that goes away, and a command whose time is up, take all processes of the
 //! command with them ([`Scope`]); what a command that ended by itself has left in the background keeps running and can go
@@ -45,7 +45,7 @@ const READY_WITHIN: Duration = Duration::from_secs(1);
 /// Credit is returned in pieces of at least this size, in bytes, or when everything was taken.
 const CREDIT_PIECE: u32 = STDIN_WINDOW / 4;
 
-/// Runs a command to its end. What it could not do for the command's or host's fault, it has told the host.
+/// Runs a command to its end. Failures of the command or the host were reported to the host.
 ///
 /// # Errors
 /// The session is at its end.
@@ -148,9 +148,9 @@ impl Drop for Guard {
 #[derive(Default)]
 struct Feed {
     state: Mutex<FeedState>,
-    /// Told when input or its end has come.
+    /// Notified when input or its end has arrived.
     more: Notify,
-    /// Told when there is credit to return.
+    /// Notified when there is credit to return.
     credit: Notify,
 }
 
@@ -160,7 +160,7 @@ struct FeedState {
     bytes: VecDeque<u8>,
     /// No more input will come.
     end: bool,
-    /// Taken by the command and not yet told to the host.
+    /// Read by the command and not yet returned as credit.
     credit: u32,
     /// Sent by the host and not yet credited.
     outstanding: u32,
@@ -186,7 +186,7 @@ impl Feed {
         Ok(())
     }
 
-    /// The command has taken `count` bytes, or nobody will ever take them.
+    /// The command has read `count` bytes, or will never read them.
     fn taken(&self, count: usize) {
         let mut state = self.state();
         state.bytes.drain(..count);

@@ -1,6 +1,6 @@
 //! Connections from the host to a TCP port as seen from inside the guest.
 //!
-//! Invariant: the host is told `Connected` only when the guest's program has accepted, and each direction is closed
+//! Invariant: `Connected` is sent to the host only when the guest's program has accepted, and each direction is closed
 //! on its own.
 
 use std::io;

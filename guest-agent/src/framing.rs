@@ -186,7 +186,7 @@ impl FrameWriter {
 
     /// Closes the writing side; what was sent still arrives.
     pub async fn close(&mut self) {
-        // The other side may be gone already; there is nobody left to tell.
+        // The other side may have disconnected already; there is no one to notify.
         let _ = self.stream.shutdown().await;
     }
 

@@ -4,7 +4,7 @@
 //! moving --freeze--> frozen (a timer runs) --thaw, renew, power, or the timer--> moving (no timer)
 //! ```
 //!
-//! Invariant: nothing stays frozen for ever. Whoever freezes sets a timer, and a freeze that comes too late to be
+//! Invariant: nothing stays frozen for ever. Each freeze sets a timer, and a freeze that comes too late to be
 //! reported is undone.
 
 use std::fs::File;
@@ -22,14 +22,14 @@ use crate::sys;
 
 /// How long writing everything and freezing may take, and how long thawing.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// After so long a frozen file system thaws by itself.
+/// Time after which a frozen file system is unfrozen.
 const LIMIT: Duration = Duration::from_millis(FREEZE_LIMIT_MS);
 
 /// The root file system, as far as it is frozen.
 pub struct Freezer {
     /// Whether there is a file system that may be touched; else only the state is kept (in tests).
     is_real: bool,
-    /// The timer that thaws; there is one exactly while the file system is frozen by this agent.
+    /// The timer that unfreezes it; it exists exactly while the file system is frozen by this agent.
     timer: Arc<Mutex<Option<AbortHandle>>>,
 }
 
@@ -41,7 +41,7 @@ impl Freezer {
         Self { is_real, timer: Arc::default() }
     }
 
-    /// Writes everything to the disk and freezes the file system; if it is frozen already, only the timer starts anew.
+    /// Writes everything to the disk and freezes the file system; if it is frozen already, only the timer is restarted.
     ///
     /// # Errors
     /// The file system cannot be frozen, or not in time.
@@ -66,7 +66,7 @@ impl Freezer {
         Ok(())
     }
 
-    /// Lets the file system go on; nothing happens, and it costs nothing, if this agent has not frozen it.
+    /// Unfreezes the file system; does nothing, at no cost, if this agent has not frozen it.
     ///
     /// # Errors
     /// The kernel refuses, or not in time.
@@ -96,7 +96,7 @@ fn joined(result: Result<io::Result<()>, tokio::task::JoinError>) -> io::Result<
     result.map_err(io::Error::other)?
 }
 
-/// Waits for a freeze that nobody waits for any more, and thaws. The lock is held meanwhile.
+/// Waits for a freeze whose request has timed out, and unfreezes. The lock is held meanwhile.
 fn undo(work: JoinHandle<io::Result<()>>, timer: Timer) {
     tokio::spawn(async move {
         if joined(work.await).is_ok()
@@ -108,14 +108,14 @@ fn undo(work: JoinHandle<io::Result<()>>, timer: Timer) {
     });
 }
 
-/// Thaws when the limit is over. The lock orders it with all others: whoever holds it may abort this task.
+/// Unfreezes when the limit is over. The lock orders it with all others: its holder may abort this task.
 fn thaw_later(timer: Arc<Mutex<Option<AbortHandle>>>, is_real: bool) -> AbortHandle {
     let thaw = async move {
         tokio::time::sleep(LIMIT).await;
         let mut timer = timer.lock_owned().await;
         *timer = None;
         eprintln!(
-            "nido-guest-agent: nobody thawed the root file system within {} s; it is thawed now",
+            "nido-guest-agent: the root file system was frozen for more than {} s without an unfreeze request; unfreezing it",
             LIMIT.as_secs()
         );
         if is_real && let Err(error) = joined(tokio::task::spawn_blocking(thaw_root).await) {

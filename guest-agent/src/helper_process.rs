@@ -1,4 +1,4 @@
-//! Programs of the guest that the agent runs for itself: the maker of host keys, and the hooks of a renewal.
+//! Programs of the guest that the agent runs for itself: `ssh-keygen`, and the hooks of an identity reset.
 //!
 //! Invariant: a program has a deadline and then is killed with its whole process group, and what it printed is on the
 //! console.

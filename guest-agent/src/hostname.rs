@@ -26,7 +26,7 @@ pub fn is_valid(name: &str) -> bool {
 pub fn set(name: &str) {
     let former = rustix::system::uname().nodename().to_bytes().to_vec();
     if let Err(error) = nix::unistd::sethostname(name) {
-        warn(format!("the kernel did not take the host name: {error}"));
+        warn(format!("the kernel rejected the host name: {error}"));
     }
     write_files(Path::new("/"), name, former).into_iter().for_each(warn);
 }
@@ -34,7 +34,7 @@ pub fn set(name: &str) {
 /// Writes the name into the files below `root`; gives what could not be done. `former` is the name up to now.
 fn write_files(root: &Path, name: &str, former: Vec<u8>) -> Vec<String> {
     let (hostname, hosts) = (root.join("etc/hostname"), root.join("etc/hosts"));
-    // A file that cannot be read names nobody: then the line of a former name stays, too.
+    // A file that cannot be read contains no name: then the line of an earlier name stays, too.
     let listed = read_file(&hostname).map(|text| text.trim_ascii().to_vec()).unwrap_or_default();
     let names = [former, listed, name.as_bytes().to_vec()];
     let written = overwrite_file(&hostname, format!("{name}\n").as_bytes(), PUBLIC);
@@ -52,7 +52,7 @@ fn write_files(root: &Path, name: &str, former: Vec<u8>) -> Vec<String> {
         .collect()
 }
 
-/// The hosts file as it is. Only one that is not there is made anew.
+/// The hosts file as it is. Only a missing one is created.
 fn present_hosts(path: &Path) -> io::Result<Vec<u8>> {
     match read_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(NO_HOSTS.to_vec()),
@@ -60,7 +60,7 @@ fn present_hosts(path: &Path) -> io::Result<Vec<u8>> {
     }
 }
 
-/// The hosts file with one line for the guest itself. Its own line is told from the user's by its form: address, tab, one
+/// The hosts file with one line for the guest itself. Its own line is distinguished from the user's by its form: address, tab, one
 /// of the guest's names, and nothing else. A line of the user's that has the name already serves as well.
 fn own_hosts(present: &[u8], name: &str, names: &[Vec<u8>]) -> Vec<u8> {
     let own = [OWN, b"\t", name.as_bytes(), b"\n"].concat();

@@ -27,7 +27,7 @@ use crate::warnings::warn;
 const MAX_IDENTITY: usize = 64;
 /// Below the root: whose disk this is.
 const IDENTITY: &str = "var/lib/nido-guest/identity";
-/// Below the root: programs that renew what applications keep.
+/// Below the root: programs that reset the state of applications.
 const HOOKS: &str = "etc/nido/renew.d";
 /// Below the root: where host keys are.
 const KEYS: &str = "etc/ssh";
@@ -118,8 +118,8 @@ pub fn host_keys(root: &Path) -> io::Result<Vec<HostKey>> {
     Ok(keys.collect())
 }
 
-/// Makes these keys anew, of the same types, and lets a running server read them. A key is replaced when its successor
-/// is complete, so a guest that is cut off here keeps a key of each type and makes it anew the next time.
+/// Replaces these keys by new ones of the same types, and lets a running server read them. A key is replaced when its successor
+/// is complete, so a guest that is interrupted here keeps a key of each type and replaces it the next time.
 ///
 /// # Errors
 /// A key cannot be made, or not in time.
@@ -150,12 +150,12 @@ async fn renew_host_key(reaper: &Arc<Reaper>, HostKey { path, kind }: &HostKey) 
     let helper =
         HelperProcess { program: KEY_MAKER.into(), arguments, environment: Vec::new(), deadline: KEY_DEADLINE };
     helper_process::run(reaper, helper).await.map_err(named(format!("{KEY_MAKER} for {}", path.display())))?;
-    // The public half first: whoever finds the new private half finds the whole.
+    // The public half first: if the new private half exists, the pair is complete.
     fs::rename(public(&fresh), public(path)).map_err(named(path.display()))?;
     fs::rename(&fresh, path).map_err(named(path.display()))
 }
 
-/// Tells a running server to read its keys again. Its file may be a leftover, so the process is looked at first.
+/// Makes a running server read its keys again. Its PID file may be stale, so the process is checked first.
 fn reload_ssh_server() {
     let text = read_file(Path::new("/run/sshd.pid")).unwrap_or_default();
     let pid = str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok());
@@ -268,7 +268,7 @@ pub async fn renew_disk(reaper: &Arc<Reaper>, root: &Path, parts: Parts, hostnam
         Ok(hooks) => run_hooks(reaper, hooks, hostname, identity).await,
         Err(error) => Err(error),
     };
-    is_whole &= done("what the hooks renew", hooks);
+    is_whole &= done("the state that the hooks reset", hooks);
     if is_whole {
         done("the identity", record(root, identity));
     }
@@ -279,7 +279,7 @@ fn done(step: &str, result: io::Result<()>) -> bool {
     match result {
         Ok(()) => true,
         Err(error) => {
-            warn(format!("{step} could not be renewed: {error}"));
+            warn(format!("{step} could not be reset: {error}"));
             false
         }
     }

@@ -54,7 +54,7 @@ pub fn run() -> io::Result<()> {
     mount_for_programs();
     for (what, done) in [
         ("raising the limit of open files", raise_limits()),
-        // Ctrl-Alt-Del would restart the guest without asking anybody.
+        // Ctrl-Alt-Del would restart the guest at once.
         ("taking Ctrl-Alt-Del from the kernel", nix::sys::reboot::set_cad_enabled(false).map_err(Into::into)),
     ] {
         done.unwrap_or_else(|error| warn(format!("{what}: {error}")));
@@ -84,7 +84,7 @@ fn mount_kernel_views() -> io::Result<()> {
 }
 
 /// Loads the kernel's modules in the order of their list, and reads the configuration as soon as it can be read, since
-/// it tells which of them are needed.
+/// it lists which of them are needed.
 fn load_modules() -> io::Result<GuestConfig> {
     let list = format!("{MODULES}/list");
     let list = fs::read_to_string(&list).map_err(|error| during(&list, error))?;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! /init in the initramfs (process 1)          mounts, modules, root disk, then
-//!    |- the template's init is the agent  ->  goes on as process 1
+//!    |- the template's init is the agent  ->  continues as process 1
 //!    '- the template's init is systemd    ->  leaves a copy of itself in /run/nido, becomes /sbin/init
 //! nido-guest-agent service                    that copy, started by a systemd unit
 //! nido-guest-agent serve --channel-socket PATH --config FILE

@@ -1,6 +1,6 @@
 //! Virtual machines inside the guest: the kernel's modules for KVM and vsock, and devices that everybody in it may use.
 //!
-//! Invariant: what is missing is said on the console, and the guest goes on without it: whether a job can do without KVM
+//! Invariant: what is missing is reported on the console, and the guest continues without it: whether a job can do without KVM
 //! is the job's to decide.
 
 use std::fs::{self, Permissions};
@@ -22,7 +22,7 @@ const OPEN_TO_ALL: u32 = 0o666;
 pub async fn prepare(reaper: &Arc<Reaper>) {
     let modules = [kvm_module(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()), Some("vhost_vsock")];
     if modules[0].is_none() {
-        say("this machine's CPU has no virtualization extension, so there is no KVM in it");
+        say("this machine's CPU has no virtualization extension, so KVM is unavailable");
     }
     for module in modules.into_iter().flatten() {
         if let Err(error) = load(reaper, module).await {

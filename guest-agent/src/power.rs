@@ -28,17 +28,17 @@ const KILL_GRACE: Duration = Duration::from_secs(2);
 pub enum Mode {
     /// The agent, as process 1.
     Init,
-    /// systemd is told.
+    /// systemd is notified.
     Systemd,
 }
 
-/// Waits until the host asks for it, or (as process 1) somebody in the guest by a signal.
+/// Waits until the host requests it, or (as process 1) a program in the guest by a signal.
 ///
 /// # Errors
 /// Signals cannot be watched.
 pub async fn asked(asks: &mut mpsc::Receiver<Power>, mode: Mode) -> io::Result<Power> {
     if mode == Mode::Systemd {
-        return asks.recv().await.ok_or_else(|| io::Error::other("nobody can ask any more"));
+        return asks.recv().await.ok_or_else(|| io::Error::other("the requester is gone"));
     }
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -53,7 +53,7 @@ pub async fn asked(asks: &mut mpsc::Receiver<Power>, mode: Mode) -> io::Result<P
 /// Takes the guest down. As process 1 it does not return.
 ///
 /// # Errors
-/// systemd cannot be told, or the kernel refuses.
+/// systemd cannot be notified, or the kernel refuses.
 pub async fn go_down(agent: &Agent, power: Power, mode: Mode) -> io::Result<()> {
     match mode {
         Mode::Systemd => tell_systemd(agent, power).await,
@@ -84,7 +84,7 @@ async fn tell_systemd(agent: &Agent, power: Power) -> io::Result<()> {
 }
 
 async fn end_everything(agent: &Agent, power: Power) -> io::Result<()> {
-    // Interactive shells ignore SIGTERM and obey SIGHUP; stopped processes obey once they go on.
+    // Interactive shells ignore SIGTERM and obey SIGHUP; stopped processes obey once they continue.
     let politely = &[Signal::SIGHUP, Signal::SIGTERM, Signal::SIGCONT][..];
     for (signals, grace) in [(politely, TERM_GRACE), (&[Signal::SIGKILL], KILL_GRACE)] {
         for &signal in signals {

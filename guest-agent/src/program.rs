@@ -51,7 +51,7 @@ pub fn winsize(size: WindowSize) -> Winsize {
 /// Starts a command in `scope`. Blocks on the guest's files, so not for the runtime's thread.
 ///
 /// # Errors
-/// What the host is to be told.
+/// The failure for the host.
 pub fn start(agent: &Agent, request: &Exec, scope: &mut Scope) -> Result<RunningCommand, Refusal> {
     check(request)?;
     let user = find_user(request.user.as_deref())?;
@@ -73,7 +73,7 @@ pub fn start(agent: &Agent, request: &Exec, scope: &mut Scope) -> Result<Running
         directory: &c_string(directory.as_os_str().as_bytes().to_vec())?,
         stdio: [ends.child_in.as_fd(), ends.child_out.as_fd(), ends.child_err.as_fd()],
         terminal: request.pty.is_some(),
-        // An agent that is not root (only in tests) has nobody else to become.
+        // An agent that is not root (only in tests) cannot become another user.
         identity: rustix::process::geteuid().is_root().then_some(identity),
         group: scope.members(),
         reset_oom_score: agent.resets_oom_score,
@@ -91,7 +91,7 @@ fn check(request: &Exec) -> Result<(), Refusal> {
     let invalid = |message: &str| Err(Refusal::new(Fault::Invalid, message));
     let holds_nul = |bytes: &[u8]| bytes.contains(&0);
     if request.login_shell != request.argv.is_empty() {
-        return invalid("either a command or the login shell must be asked for");
+        return invalid("either a command or the login shell must be requested");
     }
     let strings = request.argv.iter().chain(&request.env).chain(&request.directory);
     if strings.into_iter().any(|bytes| holds_nul(bytes)) {
@@ -199,7 +199,7 @@ fn c_string(bytes: Vec<u8>) -> Result<CString, Refusal> {
     CString::new(bytes).map_err(|_| Refusal::new(Fault::Invalid, "NUL in a string for the kernel"))
 }
 
-/// Tells what a failed launch means.
+/// Maps a failed launch to its cause.
 fn explain(failure: &LaunchError, launch: &Launch<'_>, directory: &Path) -> Refusal {
     let error = &failure.error;
     let name = launch.argv.first().map(|name| name.to_string_lossy()).unwrap_or_default();

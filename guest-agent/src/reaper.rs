@@ -1,7 +1,7 @@
-//! Every child of the agent is reaped in one place, so that nobody's exit status is stolen: not by the reaping of
+//! Every child of the agent is reaped in one place, so that no exit status is lost: not by the reaping of
 //! orphans that process 1 owes the system, and not by another command.
 //!
-//! Invariant: a status belongs either to the one who launched that process or to nobody.
+//! Invariant: a status belongs either to the launcher of that process or is dropped.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -36,7 +36,7 @@ impl ExitStatus {
 #[derive(Default)]
 pub struct Reaper {
     book: Mutex<Book>,
-    /// Told when a round of reaping found no child left.
+    /// Notified when a round of reaping found no child left.
     all_gone: Notify,
 }
 
@@ -46,7 +46,7 @@ struct Book {
     waiting: HashMap<i32, oneshot::Sender<ExitStatus>>,
     /// Launches under way: a process may end before its launcher has put it into `waiting`.
     launching: usize,
-    /// Statuses that came during a launch and belong to nobody yet.
+    /// Statuses that arrived during a launch and have no launcher yet.
     unclaimed: HashMap<i32, ExitStatus>,
 }
 

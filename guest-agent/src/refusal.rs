@@ -1,4 +1,4 @@
-//! Why a request was not carried out: what the host is told.
+//! Why a request was not carried out, as reported to the host.
 
 use nido_guest_agent::wire::Fault;
 

@@ -11,7 +11,7 @@
 //! save is made ready then ([`prepare`]).
 //!
 //! Random numbers come before whatever is made of them, and before programs that wait for the disk go on. Invariant: if the
-//! random numbers, the clock or the saved configuration (it holds the token) fail, the renewal ends and the old token stays.
+//! random numbers, the clock or the saved configuration (it holds the token) fail, the reset ends and the old token stays.
 //! Whatever else cannot be done is a warning: a file of the guest's that cannot be written never keeps its owner out.
 
 use std::fs::{self, File};
@@ -83,7 +83,7 @@ fn check(order: &Renew) -> Result<[u8; ENTROPY_LEN], String> {
 
 /// Names the step that failed.
 fn step<T>(name: &str, result: io::Result<T>) -> Result<T, Refusal> {
-    result.map_err(|error| Refusal::new(fault_of(&error), format!("renewing {name}: {error}")))
+    result.map_err(|error| Refusal::new(fault_of(&error), format!("resetting {name}: {error}")))
 }
 
 /// The steps in the kernel's memory, and the name. None of them waits for anything but the guest's own disk.
@@ -93,7 +93,7 @@ fn renew_machine(order: &Renew) -> Result<(), Refusal> {
     let network = network::set(order.network.as_ref()).map_err(|error| ("the network", error));
     let boot_id = renew_boot_id().map_err(|error| ("the boot id", error));
     for (what, error) in [network, boot_id].into_iter().filter_map(Result::err) {
-        warnings::warn(format!("{what} could not be renewed: {error}"));
+        warnings::warn(format!("{what} could not be reset: {error}"));
     }
     Ok(())
 }
@@ -107,12 +107,12 @@ async fn renew_disk(agent: &Agent, order: &Renew) {
     }
 }
 
-/// Makes ready what every renewal needs, before the guest is saved.
+/// Prepares what every identity reset needs, before the guest is saved.
 pub fn prepare(agent: &Agent) {
     if agent.role != Role::Visitor
         && let Err(error) = renew_boot_id()
     {
-        warnings::warn(format!("the boot id could not be made ready: {error}"));
+        warnings::warn(format!("the boot id could not be prepared: {error}"));
     }
 }
 

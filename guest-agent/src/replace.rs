@@ -39,7 +39,7 @@ pub fn stored(stat: &Stat) -> u64 {
 }
 
 /// The stretch of `file` that begins at `at`. The file's position is at its end (of a hole) or at its beginning (of data).
-/// A file system that cannot tell has no holes.
+/// A file system that cannot report them has no holes.
 pub fn next_extent(file: impl AsFd, at: u64, size: u64) -> Extent {
     let file = file.as_fd();
     let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {

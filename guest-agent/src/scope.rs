@@ -4,7 +4,7 @@
 //! kills them in one go. Where there is none, the processes are found by their ancestry instead, which loses those that
 //! made themselves orphans before.
 //!
-//! Invariant: a control group is removed once it is empty, and nobody waits for that.
+//! Invariant: a control group is removed once it is empty, and no request waits for that.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
@@ -68,7 +68,7 @@ impl Scopes {
     }
 
     fn group(&self, base: &Path) -> io::Result<Group> {
-        // The agent's own number tells its groups from those of an agent before it.
+        // The agent's own number distinguishes its groups from those of an earlier agent.
         let number = self.count.fetch_add(1, Ordering::Relaxed);
         let path = base.join(format!("{}-{number}", std::process::id()));
         match fs::create_dir(&path) {
@@ -128,7 +128,7 @@ impl Scope {
     pub fn look(&mut self) {
         let Some(main) = self.main else { return };
         let all = processes();
-        // Whose number was given to another meanwhile is none of ours.
+        // A process whose number was reused meanwhile is not ours.
         self.known.retain(|pid, started| all.get(pid).is_some_and(|process| process.started == *started));
         let main = main.as_raw_nonzero().get();
         for pid in members(&all, main, self.known.keys().copied()) {
@@ -179,7 +179,7 @@ fn is_populated(group: &Path) -> bool {
     fs::read_to_string(group.join("cgroup.events")).is_ok_and(|events| events.contains("populated 1"))
 }
 
-/// What `/proc` tells of one process.
+/// The fields of a process in `/proc`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Process {
     parent: i32,
@@ -189,7 +189,7 @@ struct Process {
     started: u64,
 }
 
-/// All processes that run; those that only wait to be reaped are none.
+/// All running processes, without those that only wait to be reaped.
 fn processes() -> BTreeMap<i32, Process> {
     let Ok(entries) = fs::read_dir("/proc") else { return BTreeMap::new() };
     let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());

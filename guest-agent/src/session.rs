@@ -24,9 +24,9 @@ use crate::{exec, files, forward, nested, network, renew, warnings};
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// How long what a refused host still sends is read and dropped, so that the refusal reaches it.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
-/// How long the host may take to close the session after it was told that the guest goes down.
+/// How long the host may take to close the session after the reply that the guest powers off.
 const FAREWELL_DEADLINE: Duration = Duration::from_millis(500);
-/// The most of a failure's text that goes into the answer to a letter, in bytes.
+/// The most of a failure's text in the reply to a bootstrap request, in bytes.
 const LETTERS_FAULT: usize = 2048;
 /// How long writing everything to the disks may take before the guest goes down.
 const SYNC_DEADLINE: Duration = Duration::from_secs(20);
@@ -67,7 +67,7 @@ const FEATURES: u32 = feature::HOLES | feature::LINKS | feature::OWNERS;
 enum SessionEnd {
     /// The host has closed it, or it broke.
     Closed,
-    /// The host was told `Failed`, and may still be sending.
+    /// `Failed` was sent to the host, which may still be sending.
     Broken(FrameReader, FrameWriter),
     /// It has become the two ends of a connection.
     Forwards(FrameReader, FrameWriter, tokio::net::TcpStream, TunnelPlace),
@@ -111,10 +111,10 @@ fn spoken(hello: &Hello) -> Option<u16> {
     wire::common_version((OLDEST, VERSION), (hello.oldest, hello.newest))
 }
 
-/// Carries out a letter: a hello and a renewal. Gives the messages a session would have given, as one piece.
+/// Carries out a bootstrap request: a hello and an identity reset. Returns the messages that a session would have sent, as one piece.
 ///
 /// It is the first thing that runs in a guest that was loaded, where everything that runs for the first time is dear; hence
-/// no session, no stream and no timer. A host that goes meanwhile does not stop it: the next one is told which token counts.
+/// no session, no stream and no timer. A host that disconnects meanwhile does not stop it: the next one learns which token is valid.
 pub async fn answer_letter(agent: &Arc<Agent>, letter: &[u8]) -> Vec<u8> {
     let (first, second) = match wire::decode_first(letter) {
         Ok((ToGuest::Hello(hello), rest)) => {
@@ -128,7 +128,10 @@ pub async fn answer_letter(agent: &Arc<Agent>, letter: &[u8]) -> Vec<u8> {
     };
     let answer = match wire::decode_first(second) {
         Ok((ToGuest::Renew(order), [])) => renew::renew(agent, order, pass.number).await,
-        _ => Err(Refusal::new(Fault::Invalid, "a letter holds a hello and a renewal, and nothing else")),
+        _ => Err(Refusal::new(
+            Fault::Invalid,
+            "a bootstrap request contains a hello and an identity reset, and nothing else",
+        )),
     };
     let answer = match answer {
         Ok(()) => ToHost::Renewed(pong(agent)),
@@ -199,7 +202,7 @@ async fn answer_requests(
                     Ok(()) => return SessionEnd::Forwards(input, output, target, place),
                     Err(error) => Err(error.into()),
                 },
-                (Ok(_), _) => Err(std::io::Error::other("a connection without a place").into()),
+                (Ok(_), _) => Err(std::io::Error::other("a connection beyond the limit").into()),
                 (Err(refusal), _) => fail(&mut output, refusal).await,
             },
             ToGuest::Power(power) => go_down(agent, power, &mut input, &mut output).await,
@@ -263,7 +266,7 @@ fn can_be_saved() -> Result<(), Refusal> {
     }
 }
 
-/// Tells the host how its request ended.
+/// Sends the result of a request to the host.
 async fn answer(output: &mut FrameWriter, result: Result<ToHost, Refusal>) -> Result<(), FrameError> {
     match result {
         Ok(message) => Ok(output.send(&message).await?),
@@ -271,7 +274,7 @@ async fn answer(output: &mut FrameWriter, result: Result<ToHost, Refusal>) -> Re
     }
 }
 
-/// Tells the host that its request was not carried out.
+/// Reports to the host that its request was not carried out.
 async fn fail(output: &mut FrameWriter, Refusal { fault, message }: Refusal) -> Result<(), FrameError> {
     Ok(output.send(&ToHost::Failed(wire::Failed { fault, message })).await?)
 }

@@ -129,7 +129,7 @@ pub fn launch(launch: &Launch<'_>) -> Result<Pid, LaunchError> {
 
 /// The child's side of [`launch`].
 extern "C" fn child(prepared: *mut libc::c_void) -> libc::c_int {
-    // SAFETY: the pointer is the `Prepared` of the suspended launching thread, used by nobody else now.
+    // SAFETY: the pointer is the `Prepared` of the suspended launching thread, used by no other thread now.
     let prepared = unsafe { &mut *prepared.cast::<Prepared<'_>>() };
     prepared.failure = Some(become_program(prepared));
     // SAFETY: ends the child without running anything of the agent's.
@@ -177,7 +177,7 @@ fn become_program(prepared: &Prepared<'_>) -> (Step, i32) {
             return (Step::Directory, errno());
         }
         libc::umask(0o022);
-        // Rust ignores SIGPIPE in the agent, and whoever started the agent may ignore more; programs expect defaults.
+        // Rust ignores SIGPIPE in the agent, and its parent may ignore more; programs expect defaults.
         for signal in 1..32 {
             libc::signal(signal, libc::SIG_DFL);
         }
@@ -255,7 +255,7 @@ pub fn resize_ext4(root: &File, blocks: u64) -> io::Result<()> {
 /// Writes everything of the file system that `root` is in, and holds it still.
 ///
 /// # Errors
-/// The kernel refuses; `EBUSY` if it stands still already.
+/// The kernel refuses; `EBUSY` if it is frozen already.
 pub fn freeze(root: &File) -> io::Result<()> {
     /// `_IOWR('X', 119, int)`
     const FIFREEZE: libc::c_ulong = 0xc004_5877;
@@ -264,10 +264,10 @@ pub fn freeze(root: &File) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Lets the file system that `root` is in go on.
+/// Unfreezes the file system that contains `root`.
 ///
 /// # Errors
-/// The kernel refuses; `EINVAL` if it does not stand still.
+/// The kernel refuses; `EINVAL` if it is not frozen.
 pub fn thaw(root: &File) -> io::Result<()> {
     /// `_IOWR('X', 120, int)`
     const FITHAW: libc::c_ulong = 0xc004_5878;

@@ -15,7 +15,7 @@
 //!
 //! # A session
 //!
-//! The host speaks first: [`ToGuest::Hello`] carries the range of protocol versions it knows, the VM's token and a
+//! The host starts: [`ToGuest::Hello`] contains the range of protocol versions it supports, the VM's token and a
 //! fresh nonce. The agent answers [`ToHost::Welcome`] with the version chosen, the nonce echoed, or
 //! [`ToHost::Refused`] and closes. The host may send its first request right behind the hello, without waiting.
 //!
@@ -41,12 +41,12 @@
 //!
 //! # Saving and loading
 //!
-//! A guest whose memory is saved is first told to `Freeze`: the agent writes everything to the root disk and holds the
-//! file system still, so that disk and memory fit each other and the disk alone is clean. It thaws by itself after
-//! [`FREEZE_LIMIT_MS`] of the guest's time if nobody says `Thaw`. A guest that was loaded from saved memory is a twin of
-//! others: it is told to `Renew` before anybody else talks to it, which thaws it, and gives it random numbers, the time, a
-//! token and (if its disk carries another VM's identity) a name, machine id and host keys of its own. From `Renewed` on
-//! only the new token opens sessions. If `Renew` fails, the guest must not be used.
+//! A guest whose memory is to be saved first gets `Freeze`: the agent syncs the root disk and freezes its file system, so
+//! that disk and memory match and the disk alone is clean. Without a `Thaw`, the agent unfreezes it after
+//! [`FREEZE_LIMIT_MS`] of the guest's time. A guest that was loaded from saved memory has the identity of other guests:
+//! before any other client can reach it, it gets `Renew`, which unfreezes its file system, and sets random numbers, the
+//! time, a token and (if its disk has another VM's identity) a name, machine id and host keys of its own. From `Renewed`
+//! on, only the new token opens sessions. If `Renew` fails, the guest must not be used.
 //!
 //! # Flow control
 //!
@@ -99,15 +99,15 @@ pub const MAX_RAW: usize = 256 * 1024;
 pub const STDIN_WINDOW: u32 = 256 * 1024;
 /// Length of a VM's token, in bytes.
 pub const TOKEN_LEN: usize = 32;
-/// How many random bytes a renewal brings.
+/// How many random bytes an identity reset has.
 pub const ENTROPY_LEN: usize = 64;
-/// After so much time, in milliseconds by the guest's clock, a frozen file system thaws by itself.
+/// Time after which a frozen file system is unfrozen, in milliseconds by the guest's clock.
 pub const FREEZE_LIMIT_MS: u64 = 60_000;
 /// Longest path component, in bytes.
 pub const MAX_COMPONENT: usize = 255;
 /// How many entries that were left out are named.
 pub const MAX_LEFT_OUT: usize = 100;
-/// How much of the path of an entry that was left out is told, in bytes.
+/// How much of the path of a skipped entry is reported, in bytes.
 pub const MAX_LEFT_OUT_PATH: usize = 1024;
 /// Deepest nesting of an entry.
 pub const MAX_DEPTH: usize = 256;
@@ -235,7 +235,7 @@ pub fn decode<'b, M: Decode<'b, ()>>(payload: &'b [u8]) -> Result<M, WireError> 
     let mut decoder = minicbor::Decoder::new(payload);
     let message = decoder.decode().map_err(|e| WireError::Malformed(e.to_string()))?;
     if decoder.position() != payload.len() {
-        return Err(WireError::Malformed("bytes behind the message".into()));
+        return Err(WireError::Malformed("bytes after the message".into()));
     }
     Ok(message)
 }
@@ -245,7 +245,7 @@ pub fn decode<'b, M: Decode<'b, ()>>(payload: &'b [u8]) -> Result<M, WireError> 
 /// # Errors
 /// [`WireError::Malformed`] if there is no whole message frame.
 pub fn decode_first<'b, M: Decode<'b, ()>>(bytes: &'b [u8]) -> Result<(M, &'b [u8]), WireError> {
-    let cut = || WireError::Malformed("it was cut".into());
+    let cut = || WireError::Malformed("it was truncated".into());
     let (head, rest) = bytes.split_first_chunk::<HEAD>().ok_or_else(cut)?;
     let head = Head::parse(*head)?;
     if head.kind != kind::MESSAGE {
@@ -358,7 +358,7 @@ pub enum ToHost {
     /// The request could not be carried out.
     #[n(12)]
     Failed(#[n(0)] Failed),
-    /// The root file system stands still.
+    /// The root file system is frozen.
     #[n(13)]
     Frozen,
     /// It goes on.
@@ -666,7 +666,7 @@ pub enum Power {
     Restart,
 }
 
-/// What a guest that was loaded from saved memory is told.
+/// The identity reset of a guest that was loaded from saved memory.
 #[derive(Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Renew {
     /// The VM's token from now on, [`TOKEN_LEN`] bytes.

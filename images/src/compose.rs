@@ -18,7 +18,7 @@ use crate::store::Store;
 /// [`ImageError::Io`] if the base cannot be read or the part cannot be written.
 pub fn compose_initramfs(store: &Store, base: &Path, agent: &[u8]) -> Result<Part, ImageError> {
     let below = fs::read(base).map_err(|error| ImageError::io("read", base, error))?;
-    let too_large = |error| ImageError::io("make an initramfs of", base, std::io::Error::other(error));
+    let too_large = |error| ImageError::io("create an initramfs from", base, std::io::Error::other(error));
     let bytes = with_agent(&below, agent).map_err(too_large)?;
     let part = Part { sha256: crate::digest::sha256(&bytes), bytes: bytes.len() as u64 };
     if store.blob_path(&part).exists() {

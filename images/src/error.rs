@@ -56,13 +56,13 @@ pub enum ImageError {
         name: String,
     },
     /// A template of this name exists, and is another one.
-    #[error("there is a template named {name} already")]
+    #[error("a template named {name} exists already")]
     TemplateExists {
         /// Its name.
         name: String,
     },
     /// The template is not what it was when work on it began.
-    #[error("template {name} was built anew meanwhile")]
+    #[error("template {name} was built again meanwhile")]
     TemplateChanged {
         /// Its name.
         name: String,
@@ -86,7 +86,7 @@ pub enum ImageError {
         reason: String,
     },
     /// A disk image that is not safe to use.
-    #[error("the image {} is refused: {reason}", path.display())]
+    #[error("the image {} is rejected: {reason}", path.display())]
     ImageRefused {
         /// The image's path.
         path: PathBuf,
@@ -94,7 +94,7 @@ pub enum ImageError {
         reason: String,
     },
     /// An archive that is not what this program would have written, or not safe to take in.
-    #[error("the archive is refused: {reason}")]
+    #[error("the archive is rejected: {reason}")]
     ArchiveRefused {
         /// What is wrong with it.
         reason: String,
@@ -203,7 +203,7 @@ impl ImageError {
     #[must_use]
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::MissingTool { package, .. } => Some(format!("install from Debian: apt-get install {package}")),
+            Self::MissingTool { package, .. } => Some(format!("apt-get install {package}")),
             Self::Unprivileged { remedy, .. } => Some(remedy.clone()),
             Self::BuildDirectory { .. } => Some(
                 "keep the home on another file system (--home, NIDO_HOME), or mount this one without that option"
@@ -217,19 +217,21 @@ impl ImageError {
             }
             Self::Damaged { template, .. } => Some(format!("build it again: nido template build --rebuild {template}")),
             Self::Command { log, .. } | Self::Deadline { log, .. } => {
-                Some(format!("the whole output is in {}", log.display()))
+                Some(format!("see the whole output in {}", log.display()))
             }
             Self::TemplateExists { .. } => {
-                Some("--name gives the imported one another name, --force replaces the one that is here".to_owned())
+                Some("import it under another name with --name, or replace the existing one with --force".to_owned())
             }
-            Self::PathExists { .. } => Some("--force replaces it".to_owned()),
+            Self::PathExists { .. } => Some("replace it with --force".to_owned()),
             Self::AgentProtocol { theirs, ours } if theirs > ours => Some("import it with a newer nido".to_owned()),
             Self::AgentProtocol { .. } => {
-                Some("build the template with a nido as new as this one, and export it again".to_owned())
+                Some("build the template with this version of nido or a newer one, and export it again".to_owned())
             }
-            Self::ArchiveRefused { .. } => Some("nothing of it was kept; fetch it again or ask who made it".to_owned()),
+            Self::ArchiveRefused { .. } => {
+                Some("it was discarded; download it again, or contact its author".to_owned())
+            }
             Self::DiskFull { .. } => Some(
-                "free some space: a build needs about 1.5 GiB for a while, an import as much as its parts".to_owned(),
+                "free some space: a build needs about 1.5 GiB temporarily, an import as much as its parts".to_owned(),
             ),
             _ => None,
         }

@@ -87,7 +87,7 @@ impl Host {
             return Ok(());
         }
         let words = |of: fn(&(&'static str, &'static str)) -> &'static str| missing.iter().map(of).collect::<Vec<_>>();
-        let tool = format!("what compiles a kernel ({})", words(|pair| pair.0).join(", "));
+        let tool = format!("tools to compile a kernel ({})", words(|pair| pair.0).join(", "));
         Err(ImageError::MissingTool { tool, package: words(|pair| pair.1).join(" ") })
     }
 
@@ -159,7 +159,7 @@ impl Host {
         let reason = if flags.contains(StatVfsMountFlags::NOEXEC) {
             "it is mounted noexec, and a build runs programs below it"
         } else if flags.contains(StatVfsMountFlags::NODEV) && rustix::process::geteuid().is_root() {
-            "it is mounted nodev, and a build by root makes devices below it"
+            "it is mounted nodev, and a build by root creates devices below it"
         } else {
             return Ok(());
         };
@@ -234,7 +234,7 @@ impl Host {
         }
         let words = String::from_utf8_lossy(&output.stderr);
         Err(ImageError::Unprivileged {
-            needs: format!("a user namespace cannot be made: {}", crate::progress::printable(words.trim())),
+            needs: format!("cannot create a user namespace: {}", crate::progress::printable(words.trim())),
             remedy: "allow unprivileged user namespaces on this host (sysctl kernel.unprivileged_userns_clone, \
                      user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or build as root"
                 .to_owned(),

@@ -57,7 +57,7 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>, String> {
         Some(count) => usize::from(*count),
     };
     let (Some(offset), Some(length)) = (word(0x248), word(0x24c)) else {
-        return Err("its header is cut short".to_owned());
+        return Err("its header is truncated".to_owned());
     };
     let start = ((sectors + 1) * 512).checked_add(offset).ok_or("its payload is out of range")?;
     let end = start.checked_add(length).ok_or("its payload is out of range")?;
@@ -66,7 +66,7 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>, String> {
     let packing = match bytes {
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Packing::Zstd,
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Packing::Xz,
-        _ => return Err("it is packed neither with zstd nor with xz".to_owned()),
+        _ => return Err("it is compressed neither with zstd nor with xz".to_owned()),
     };
     let unpacked_bytes = le32(tail) as usize;
     if unpacked_bytes > MAX_KERNEL_BYTES {
@@ -99,7 +99,7 @@ pub fn check_vmlinux(kernel: &[u8], announced: usize) -> Result<(), String> {
         return Err(format!("it unpacks to {} bytes instead of {announced}", kernel.len()));
     }
     if !kernel.starts_with(b"\x7fELF\x02\x01") || kernel.get(18..20) != Some(&[62, 0]) {
-        return Err("what it unpacks to is not an x86-64 ELF file".to_owned());
+        return Err("its payload is not an x86-64 ELF file".to_owned());
     }
     Ok(())
 }
@@ -127,7 +127,7 @@ pub fn loading_order(wanted: &[&str], modules_dep: &str, modules_builtin: &str) 
         // depmod lists all dependencies, the innermost last.
         for path in needs.iter().rev().chain([file]) {
             if !files.iter().any(|(known, _)| known == path) {
-                return Err(format!("the module {name} needs {path}, which is not there"));
+                return Err(format!("the module {name} needs {path}, which is missing"));
             }
             if !order.iter().any(|known| known == path) {
                 order.push((*path).to_owned());

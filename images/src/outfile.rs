@@ -41,15 +41,15 @@ fn directory(path: &Path) -> &Path {
 fn check(path: &Path, overwrite: bool) -> Result<(), ImageError> {
     let invalid = |reason| ImageError::PathInvalid { path: path.to_owned(), reason };
     if path.file_name().is_none() {
-        return Err(invalid("it names no file"));
+        return Err(invalid("it is not the name of a file"));
     }
     if !directory(path).is_dir() {
-        return Err(invalid("there is no such directory"));
+        return Err(invalid("its directory does not exist"));
     }
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(ImageError::io("look at", path, error)),
-        Ok(found) if !found.is_file() => Err(invalid("it exists and is no regular file")),
+        Ok(found) if !found.is_file() => Err(invalid("it exists and is not a regular file")),
         Ok(_) if !overwrite => Err(ImageError::PathExists { path: path.to_owned() }),
         Ok(_) => Ok(()),
     }

@@ -107,7 +107,7 @@ pub fn parse_overlay(head: &[u8]) -> Result<Overlay, String> {
         return Err("it names no backing file".to_owned());
     }
     if format != Some(b"qcow2".as_slice()) {
-        return Err("it does not say that its backing file is qcow2".to_owned());
+        return Err("it does not name qcow2 as the format of its backing file".to_owned());
     }
     let name = usize::try_from(offset).ok().and_then(|start| head.get(start..)?.get(..length as usize));
     let name = name.filter(|name| (1..=MAX_BACKING_NAME).contains(&name.len()));
@@ -117,12 +117,12 @@ pub fn parse_overlay(head: &[u8]) -> Result<Overlay, String> {
 
 /// Where the name of the backing file is and how long; zeros if there is none.
 fn backing_range(head: &[u8]) -> Result<(u64, u32), String> {
-    be64(head, 8).zip(be32(head, 16)).ok_or_else(|| "its header is cut short".to_owned())
+    be64(head, 8).zip(be32(head, 16)).ok_or_else(|| "its header is truncated".to_owned())
 }
 
 /// Everything but the name of the backing file: the header, and the format of the backing file if it is named.
 fn parse_own(head: &[u8]) -> Result<(Qcow2Header, Option<&[u8]>), String> {
-    let cut = || "its header is cut short".to_owned();
+    let cut = || "its header is truncated".to_owned();
     let word = |at: usize| be32(head, at).ok_or_else(cut);
     let long = |at: usize| be64(head, at).ok_or_else(cut);
 
@@ -152,7 +152,7 @@ fn parse_own(head: &[u8]) -> Result<(Qcow2Header, Option<&[u8]>), String> {
 
 /// The fields that version 3 added: how clusters are compressed, and where the extensions start.
 fn version_3(head: &[u8]) -> Result<(Compression, usize), String> {
-    let cut = || "its header is cut short".to_owned();
+    let cut = || "its header is truncated".to_owned();
     let incompatible = be64(head, 72).ok_or_else(cut)?;
     if incompatible & 1 << 2 != 0 {
         return Err("it keeps its data in another file".to_owned());
@@ -161,7 +161,7 @@ fn version_3(head: &[u8]) -> Result<(Compression, usize), String> {
         return Err("it was not closed cleanly".to_owned());
     }
     if incompatible & !(INCOMPATIBLE_COMPRESSION | INCOMPATIBLE_EXTENDED_L2) != 0 {
-        return Err(format!("it needs features this program does not know ({incompatible:#x})"));
+        return Err(format!("it needs unsupported features ({incompatible:#x})"));
     }
     let length = be32(head, 100).ok_or_else(cut)? as usize;
     if length < 104 || !length.is_multiple_of(8) || length > head.len() {
@@ -238,7 +238,7 @@ mod tests {
             (8, &512_u64.to_be_bytes(), "backing file"),
             (16, &9_u32.to_be_bytes(), "backing file"),
             (72, &(1_u64 << 2 | 8).to_be_bytes(), "another file"),
-            (72, &(1_u64 << 40 | 8).to_be_bytes(), "does not know"),
+            (72, &(1_u64 << 40 | 8).to_be_bytes(), "unsupported features"),
             (112, &EXTENSION_BACKING_FORMAT.to_be_bytes(), "backing file"),
             (112, &0x4441_5441_u32.to_be_bytes(), "not allowed"),
             (32, &2_u32.to_be_bytes(), "encrypted"),

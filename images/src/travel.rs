@@ -1,5 +1,5 @@
 //! What export and import share: how they tell where they are, how they are stopped, and how files are hashed meanwhile.
-//! Invariant: work that was asked to stop fails with [`ImageError::Interrupted`], whatever it was doing.
+//! Invariant: work that was a stop was requested fails with [`ImageError::Interrupted`], whatever it was doing.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -62,7 +62,7 @@ struct Stoppable<'a> {
 impl Read for Stoppable<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.cancel.load(Ordering::Relaxed) {
-            return Err(io::Error::other("asked to stop"));
+            return Err(io::Error::other("a stop was requested"));
         }
         self.file.read(buffer)
     }

@@ -76,7 +76,7 @@ def fork(bench):
         result.samples.update({f"nido, {phase}": found for phase, found in phases.items()})
         result.require("nido's fork to ready / bare fork", result.median("nido, until ready") / result.median(BARE), "<=", 1.25)
         result.require("cold / fork", result.median(COLD) / result.median(FORK), ">=", 20)
-        result.notes.append("nido renews each fork before it counts as ready: random numbers, clock, machine id, name, token")
+        result.notes.append("nido resets the identity of each fork before it counts as ready: random numbers, clock, machine id, name, token")
         burst = burst_of(bench, by_hand)
     return [result, burst]
 
@@ -114,7 +114,7 @@ def flat(bench):
     sizes = (256, 4096)
     for mib in sizes:
         rig.run("template", "bake", "sandbox", "--memory", f"{mib}M", "--net", "none")
-    result = Result("flat", "Fork to ready (nido's own account), by memory and by VMs known", "ms")
+    result = Result("flat", "Fork to ready (nido's own timings), by memory and by number of VMs", "ms")
     spawn = lambda mib: lambda: timed_spawn(rig, "--fork", "--net", "none", "--memory", f"{mib}M")[1]["total_ms"]
     result.samples = in_turns({f"{mib} MiB": spawn(mib) for mib in sizes}, bench.count(15, 4), warm_up=1, what="flat")
     few = "512 MiB, no other VM"
@@ -213,8 +213,8 @@ def pool_beside(bench, by_hand):
     result.require(CLAIMED, result.median(CLAIMED), "<=", 15, "ms")
     result.require("nido run -- true", result.median(RUN), "<=", 80, "ms")
     result.notes.append(
-        "bare: a clone that was loaded, asked and stopped by hand; from QEMU's `cont` until its open session answers a ping."
-        " Nido's claim renews the clone on top: random numbers, clock, name, token"
+        "bare: a clone that was loaded, used and paused by hand; from QEMU's `cont` until a ping on its open session."
+        " Nido also resets the clone's identity: random numbers, clock, name, token"
     )
     return result
 
@@ -225,13 +225,13 @@ def snapshots(bench):
     vm = rig.spawn("snapped")
     vm.exec("sh", "-c", "head -c 64M /dev/urandom > /dev/shm/data")
     result = Result("snapshot", "Snapshot of a running 512 MiB VM with 64 MiB of data in memory", "ms")
-    create, still, restore = "`nido snapshot create`, whole process", "the VM stands still", "restore to ready"
+    create, still, restore = "`nido snapshot create`, whole process", "the VM is paused", "restore to ready"
     result.samples = {create: [], still: [], restore: []}
     for number in range(bench.count(8, 2)):
         name = f"s{number}"
         result.samples[create].append(rig.timed("snapshot", "create", vm.name, name) * 1000)
         with open(os.path.join(vm.dir, "supervisor.log"), encoding="utf-8") as log:
-            words = [line for line in log if "stood still for" in line][-1].split()
+            words = [line for line in log if "the VM was paused for" in line][-1].split()
         result.samples[still].append(float(words[words.index("ms") - 1]))
         rig.run("snapshot", "restore", vm.name, name)
         result.samples[restore].append(rig.json("info", vm.name)["timings"]["total_ms"])

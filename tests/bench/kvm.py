@@ -110,7 +110,7 @@ def fork(bench):
         result.samples["nido, until ready"] = ready[1:]
         result.require("cold / fork", result.median(forks.COLD) / result.median(forks.FORK), ">=", 3)
         result.require("nido's fork to ready / bare fork", result.median("nido, until ready") / result.median(forks.BARE), "<=", 1.25)
-        result.notes.append("bare: the same QEMU and agent by hand, its first connection given 30 ms; nothing is renewed")
+        result.notes.append("bare: the same QEMU and agent by hand, its first connection given 30 ms; no identity is reset")
         return result
 
 

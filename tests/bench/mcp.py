@@ -137,7 +137,7 @@ def execs(bench, server):
         tool, agent = "vm_exec", "an open session with the agent"
         result.samples = in_turns({tool: by_tool, agent: over_session}, bench.count(100, 20), warm_up=3, what="mcp")
     result.require("vm_exec above the agent's own answer", result.more(tool, agent), "<=", 5, "ms")
-    result.notes.append("the answer comes when the audit log has been synced to the disk, before the command and behind it")
+    result.notes.append("the response is sent after the audit log has been synced to the disk, before and after the command")
     return result
 
 

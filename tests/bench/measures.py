@@ -198,7 +198,7 @@ def memory(bench):
     supervisor = vm.supervisor_pid()
     with wire.open_session(vm.dir) as session:
         session.ping()
-    rest = Result("rest", "A running VM, at rest", "KiB")
+    rest = Result("rest", "A running, idle VM", "KiB")
     rest.samples["supervisor, private"] = [private_kb(supervisor)]
     rest.samples["supervisor, resident"] = [host_kb(supervisor, "VmRSS")]
     other = rig.spawn("other")

@@ -222,7 +222,7 @@ def commands(bench, debian, guest):
             "`ssh guest true` through QEMU's forwarded port": lambda: guest.ssh() * 1000,
         }
         result.samples = in_turns(sides, bench.count(30, 5), warm_up=1, what="commands")
-    result.notes.append("that a command has ended is not told by qemu-guest-agent: it was asked for every millisecond")
+    result.notes.append("qemu-guest-agent does not notify of the end of a command: it was polled every millisecond")
     return result
 
 

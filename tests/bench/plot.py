@@ -15,7 +15,7 @@ import others
 # Of each bar: what it says, which result and which side of it, and whose way it is.
 BARS = (
     ("nido: claim from the pool", "pool", forks.CLAIMED, "nido"),
-    ("by hand: a waiting clone goes on", "pool", forks.BARE_CLAIM, "other"),
+    ("by hand: a waiting clone resumes", "pool", forks.BARE_CLAIM, "other"),
     ("nido: fork", "fork", forks.FORK, "nido"),
     ("by hand: fork", "fork", forks.BARE, "other"),
     ("nido: fork, slim kernel", "fork", forks.SLIM_FORK, "nido"),

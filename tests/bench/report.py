@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import textwrap
 
 
 def machine(rig):
@@ -39,15 +40,31 @@ def figure(value, unit):
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
+def paragraph(text):
+    """The lines of a paragraph, and the empty one after it."""
+    return [*textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False), ""]
+
+
 def markdown(facts, results, command, picture=None):
     """The page; the picture is a file beside it."""
     lines = [
         "# Performance",
         "",
-        f"Written by `{command}`; what is compared was measured in turns, in one run. No figure here is typed, and none is",
-        "a test: machines differ, and so do their days. Ratios carry further than milliseconds.",
-        "",
-        *([f"![How long each way takes until a machine can be used: the figures below]({picture})", ""] if picture else ()),
+        *paragraph(
+            "This page shows how fast nido is, compared with the same operation by hand and with other programs. It is for"
+            " users who compare tools, and for developers."
+        ),
+        *paragraph(
+            f"`{command}` measured everything and wrote this page. Both sides of a comparison were measured alternately, in"
+            " one run. The figures are not a test: they depend on the machine and its load. Ratios are more portable than"
+            " times."
+        ),
+        *paragraph(
+            "A *fork* is a VM that continues from the saved memory of a booted one; the *pool* holds forks that were started"
+            " in advance. The *supervisor* is nido's process for a running VM, the *agent* its program in the guest. *Bare*"
+            " is a script that runs QEMU with the same arguments, without nido."
+        ),
+        *([f"![Time until a machine can be used, for each way to start it: the figures below]({picture})", ""] if picture else ()),
         "| | |",
         "|---|---|",
     ]
@@ -57,7 +74,7 @@ def markdown(facts, results, command, picture=None):
         lines += [
             "",
             f"**The machine was busy with other work** (a load of {busy:g} on {facts['cores']} cores before the first sample): times are",
-            "too long and rates too low by about that much. What was measured in turns can still be compared.",
+            "too long and rates too low by about that much. Values that were measured alternately can still be compared.",
         ]
     lines += ["", "## Targets", "", "| measurement | figure | found | target | |", "|---|---|---|---|---|"]
     for result in results:
@@ -76,5 +93,5 @@ def markdown(facts, results, command, picture=None):
             cells = [figure(found[key], result.unit) for key in ("median", "p95", "min", "max", "iqr")]
             lines.append(f"| {side} | {' | '.join(cells)} | {found['n']} |")
         for note in result.notes:
-            lines += ["", f"{note[0].upper()}{note[1:]}."]
+            lines += ["", *paragraph(f"{note[0].upper()}{note[1:]}.")[:-1]]
     return "\n".join(lines) + "\n"

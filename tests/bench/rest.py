@@ -69,7 +69,7 @@ def execs(bench, server):
         rest, agent = "POST exec, connection kept open", "an open session with the agent"
         result.samples = in_turns({rest: over_http, agent: over_session}, bench.count(100, 20), warm_up=3, what="rest")
     result.require("REST above the agent's own answer", result.more(rest, agent), "<=", 5, "ms")
-    result.notes.append("the answer comes when the audit log has been synced to the disk, before the command and behind it")
+    result.notes.append("the response is sent after the audit log has been synced to the disk, before and after the command")
     return result
 
 

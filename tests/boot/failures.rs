@@ -58,7 +58,7 @@ fn a_guest_that_hangs_is_told_with_its_last_words() {
     });
     send(qemu.pid, Signal::STOP);
     let done = spawning.wait().expect(1);
-    assert!(done.stderr.contains("did not answer within 15.0 s"), "{}", done.stderr);
+    assert!(done.stderr.contains("did not reply within 15.0 s"), "{}", done.stderr);
     assert!(done.stderr.contains("\n  | [") && done.stderr.contains("\nhint: "), "{}", done.stderr);
     home.assert_empty();
 }

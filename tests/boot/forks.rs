@@ -53,7 +53,7 @@ fn what_was_not_baked_boots_and_says_why() {
     let home = TestHome::new();
     let cold = home.spawn("asked", &["--cold", "--net", "none"]);
     assert_eq!(path(&cold.info()), "cold");
-    assert!(cold.info()["machine_reason"].as_str().unwrap().ends_with("booted as asked"));
+    assert!(cold.info()["machine_reason"].as_str().unwrap().ends_with("booted as requested"));
     let id = cold.exec(["cat", "/etc/machine-id"]).text();
     assert_eq!(id.len(), 32, "a guest that boots has a machine id of its own: {id:?}");
     cold.delete();

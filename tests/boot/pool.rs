@@ -69,7 +69,7 @@ fn a_claimed_clone_is_a_vm_like_any_other() {
     let vm = home.spawn("web", &["--net", "none", "--disk", "4G", "--label", "a=b", "-p", "80", "--ttl", "1h"]);
     let info = vm.info();
     assert_eq!((path(&info), info["status"].as_str()), ("pool", Some("running")), "{info:#}");
-    assert!(info["machine_reason"].as_str().unwrap().ends_with("claimed from the pool"), "{info:#}");
+    assert!(info["machine_reason"].as_str().unwrap().ends_with("taken from the pool"), "{info:#}");
     assert_eq!((&info["labels"]["a"], &info["ephemeral"]), (&"b".into(), &false.into()));
     assert!(info["expires_at"].is_string() && info["forwards"][0]["host_port"].as_u64().unwrap() > 0, "{info:#}");
     assert_eq!(vm.sh("hostname; cat /etc/hostname; getent hosts web | awk '{print $1}'").text(), "web\nweb\n127.0.1.1");

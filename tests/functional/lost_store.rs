@@ -141,7 +141,7 @@ fn a_directory_without_a_usable_record_is_kept_and_named() {
     assert!(keep.join("disk.qcow2").exists());
     assert_eq!(blobs(&home), parts, "nobody knows what it stands on");
     let told = home.nido(["doctor", "--adopt"]).run().ok().stderr;
-    assert!(told.contains("was not adopted") && told.contains("vm.json"), "{told}");
+    assert!(told.contains("cannot adopt directory") && told.contains("vm.json"), "{told}");
     bring_store_back(&home);
 }
 

@@ -53,6 +53,7 @@ mod usage;
 mod webhook_endpoints;
 mod webhook_routes;
 mod webhooks;
+mod words;
 
 #[path = "../support/mod.rs"]
 mod support;

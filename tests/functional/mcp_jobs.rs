@@ -71,7 +71,7 @@ fn what_lasts_and_can_be_no_job_is_cancelled_and_says_so() {
     let pid = std::fs::read_to_string(&mark).unwrap().trim().to_owned();
     until("the command's end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
     let message = error["message"].as_str().unwrap();
-    assert!(message.contains("so it was cancelled: 1000 jobs are running already"), "{message}");
+    assert!(message.contains("so it was cancelled: 1000 jobs are running, which is the limit"), "{message}");
     assert!(error["next_step"].as_str().unwrap().contains("job_cancel"), "{error}");
     // The guest never comes to life: nothing is left of it.
     home.qemu("no-agent");

@@ -75,7 +75,9 @@ fn a_vm_that_is_paused_while_it_boots_is_given_its_time_again() {
     home.await_info("web", |info| info["status"] == "running");
     home.nido(["pause", "web"]).run().ok();
     let log = home.path().join("vms").join(home.info("web")["id"].as_str().unwrap()).join("supervisor.log");
-    until("the end of its time", || fs::read_to_string(&log).unwrap_or_default().contains("stood still").then_some(()));
+    until("the end of its time", || {
+        fs::read_to_string(&log).unwrap_or_default().contains("the guest was paused for").then_some(())
+    });
     assert_eq!(home.info("web")["status"], "paused");
     home.nido(["resume", "web"]).run().ok();
     let failed = home.await_info("web", |info| info["status"] == "failed");

@@ -50,6 +50,8 @@ const FILE_CALLERS: [(&str, &str); 7] = [
 ];
 /// Files that define the names of what is in a home and in a VM's directory.
 const LAYOUTS: [&str; 2] = ["vmm/files/src/layout.rs", "vmm/engine/src/home.rs"];
+/// The operations whose path through the code `docs/architecture.md` describes.
+const WALKS: [&str; 6] = ["spawn", "exec", "fork", "an HTTP request", "an MCP call", "a crash"];
 /// Documents that name files of the code.
 const DOCUMENTS: [&str; 4] = ["CONTRIBUTING.md", "docs/architecture.md", "docs/specification.md", "docs/state.md"];
 
@@ -195,23 +197,61 @@ fn a_cycle_is_found_and_named_whatever_its_form() {
     }
 }
 
+/// The files, and items in them, that a text names as `path/to/file.rs` or `path/to/file.rs::item`.
+fn named_files(text: &str) -> impl Iterator<Item = (&str, Option<&str>)> {
+    let quoted = text.split('`').skip(1).step_by(2).filter(|quoted| quoted.contains(".rs"));
+    let named = quoted.map(|quoted| quoted.split_once("::").map_or((quoted, None), |(path, item)| (path, Some(item))));
+    // Neither patterns nor names without their directory.
+    named.filter(|(path, _)| path.contains('/') && !path.contains(['{', '*', ' ']))
+}
+
+/// Checks that the files that a text names exist, and contain the named items as whole words. Returns how many there are.
+fn check_named_files(place: &str, text: &str) -> usize {
+    let mut checked = 0;
+    for (path, item) in named_files(text) {
+        let source = fs::read_to_string(root().join(path));
+        let source = source.unwrap_or_else(|_| panic!("{place} names {path}, which does not exist"));
+        if let Some(item) = item.and_then(|item| item.rsplit("::").next()) {
+            let mut words = source.split(|c: char| !c.is_alphanumeric() && c != '_');
+            assert!(words.any(|word| word == item), "{place} names {item}, which is not in {path}");
+        }
+        checked += 1;
+    }
+    checked
+}
+
 #[test]
 fn documents_name_files_and_items_that_exist() {
-    let mut checked = 0;
-    for document in DOCUMENTS {
-        let text = fs::read_to_string(root().join(document)).unwrap();
-        for quoted in text.split('`').skip(1).step_by(2).filter(|quoted| quoted.contains(".rs")) {
-            let (path, item) = quoted.split_once("::").map_or((quoted, None), |(path, item)| (path, Some(item)));
-            // A pattern, or a name without its place.
-            if !path.contains('/') || path.contains(['{', '*', ' ']) {
-                continue;
+    let checked =
+        DOCUMENTS.map(|document| check_named_files(document, &fs::read_to_string(root().join(document)).unwrap()));
+    assert!(checked.iter().sum::<usize>() > 100, "{checked:?}");
+}
+
+#[test]
+fn the_walks_name_files_and_items_that_exist() {
+    let text = fs::read_to_string(root().join("docs/architecture.md")).unwrap();
+    for walk in WALKS {
+        let head = format!("\n## Walk: {walk}\n");
+        let (_, rest) = text.split_once(&head).unwrap_or_else(|| panic!("docs/architecture.md has no walk '{walk}'"));
+        let section = rest.split("\n## ").next().unwrap();
+        let is_step = |line: &str| line.starts_with(|c: char| c.is_ascii_digit());
+        let mut steps: Vec<String> = Vec::new();
+        for line in section.lines() {
+            match steps.last_mut() {
+                _ if is_step(line) => steps.push(line.to_owned()),
+                Some(step) if line.starts_with(' ') => step.push_str(line),
+                _ => {}
             }
-            let file = root().join(path);
-            let Ok(source) = fs::read_to_string(&file) else { panic!("{document} names {path}, which does not exist") };
-            let last = item.and_then(|item| item.rsplit("::").next());
-            assert!(last.is_none_or(|item| source.contains(item)), "{document} names {quoted}: not in that file");
-            checked += 1;
+        }
+        assert!(steps.len() >= 5, "{walk}: {steps:#?}");
+        for step in steps {
+            assert!(check_named_files(walk, &step) > 0, "{walk}: no file in the step: {step}");
         }
     }
-    assert!(checked > 100, "{checked}");
+}
+
+#[test]
+#[should_panic(expected = "which is not in vmm/api/src/state.rs")]
+fn a_named_item_that_does_not_exist_is_found() {
+    check_named_files("a text", "see `vmm/api/src/state.rs::admi`");
 }

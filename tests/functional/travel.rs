@@ -95,7 +95,7 @@ fn a_template_goes_out_and_comes_back() {
     let other = home.nido(["template", "import", "--name", "other"]).arg(&file).run().ok();
     assert_eq!(other.text(), "other\n");
     assert!(other.stderr.starts_with("other: [1/6] vmlinux\nother: [2/6] initramfs\n"), "{}", other.stderr);
-    assert!(other.stderr.contains("warning: the guest agent inside"), "{}", other.stderr);
+    assert!(other.stderr.contains("warning: the guest agent of another nido version"), "{}", other.stderr);
     assert_eq!(build_dir(&home), 0);
     // Parts that two templates have are there once.
     home.nido(["template", "delete", "box"]).run().ok();
@@ -164,8 +164,8 @@ fn what_is_refused_leaves_nothing() {
     let blobs = || fs::read_dir(home.path().join("blobs/sha256")).unwrap().count();
     let (shown, before) = (file.to_str().unwrap(), blobs());
     for (bad, why) in [
-        (&good[..good.len() / 2], "cut short"),
-        (&[&good[..], b"more"].concat(), "follows its end"),
+        (&good[..good.len() / 2], "truncated"),
+        (&[&good[..], b"more"].concat(), "data after its end"),
         (b"\x1f\x8b", "damaged"),
         (b"PK\x03\x04 something else altogether", "damaged"),
     ] {

@@ -19,14 +19,14 @@ fn an_endpoint_that_fails_in_every_way_gets_everything_in_the_end() {
     let webhook = add(&home, &receiver.url());
     let elsewhere = format!("location: {}\r\n", receiver.url());
     let failures = [
-        (Reply::status(500, ""), "answered 500"),
+        (Reply::status(500, ""), "responded 500"),
         (Reply::status(301, &elsewhere), "redirects are not followed"),
-        (Reply::status(404, ""), "answered 404"),
-        (Reply::Last(String::new()), "no answer: connection closed"),
-        (Reply::Last("HTTP/1.1 20".into()), "no answer: "),
-        (Reply::Last("SSH-2.0-OpenSSH_9.2\r\n\r\n".into()), "no answer: "),
-        (Reply::Last(format!("HTTP/1.1 200 OK\r\n{}\r\n", "x: y\r\n".repeat(1000))), "no answer: "),
-        (Reply::Last(format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(1 << 20))), "no answer: "),
+        (Reply::status(404, ""), "responded 404"),
+        (Reply::Last(String::new()), "no response: connection closed"),
+        (Reply::Last("HTTP/1.1 20".into()), "no response: "),
+        (Reply::Last("SSH-2.0-OpenSSH_9.2\r\n\r\n".into()), "no response: "),
+        (Reply::Last(format!("HTTP/1.1 200 OK\r\n{}\r\n", "x: y\r\n".repeat(1000))), "no response: "),
+        (Reply::Last(format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(1 << 20))), "no response: "),
     ];
     // Always, for the deliverer tries again by itself, too, whenever it likes.
     receiver.always(Some(failures[0].0.clone()));
@@ -173,7 +173,7 @@ fn an_endpoint_that_hangs_delays_no_other_and_is_given_up_after_a_while() {
     let failed = until("an attempt to time out", || {
         deliveries(&home).into_iter().find(|delivery| delivery["last_error"].is_string())
     });
-    assert_eq!(failed["last_error"], "no answer within 15 s");
+    assert_eq!(failed["last_error"], "no response within 15 s");
     // With the endpoint go its deliveries, those under way included.
     let removed = Instant::now();
     remove(&home, &stuck);
@@ -269,7 +269,7 @@ fn a_test_message_tells_how_it_fared() {
     assert_eq!((&message.json()["event"], &message.json()["vm_name"]), (&"webhook.test".into(), &Value::Null));
     receiver.reply([Reply::status(500, "")]);
     let failed = home.nido(["webhook", "test", id]).run().exits(1);
-    assert!(failed.text().starts_with("failed: the endpoint answered 500, "), "{}", failed.text());
+    assert!(failed.text().starts_with("failed: the endpoint responded 500, "), "{}", failed.text());
     let slack = home
         .nido(["webhook", "add", "--allow-private", "--json", "--format", "slack", "--url", &receiver.url()])
         .run()

@@ -48,5 +48,5 @@ pub fn user_agent(headers: &HeaderMap) -> Option<String> {
 /// Writes to the audit log on a blocking thread: a write may wait for the disk or for another process.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
+    done.map_err(|e| Error::internal(format!("writing the audit log failed: {e}")))?
 }

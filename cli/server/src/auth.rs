@@ -162,8 +162,8 @@ fn admit(app: &App, request: &Request) -> Result<Option<Caller>, Refusal> {
         }));
     }
     let token = bearer(request.headers()).ok_or_else(|| {
-        Error::new(Code::Unauthorized, "a token is needed")
-            .hint("Authorization: Bearer TOKEN; nido token create makes one")
+        Error::new(Code::Unauthorized, "this request needs a token")
+            .hint("send Authorization: Bearer TOKEN; create one with nido token create")
     });
     let token = token.map_err(unknown("no_token"))?;
     let info = app.nido.token_check(&token).map_err(unknown("bad_token"))?;
@@ -179,8 +179,9 @@ fn admit(app: &App, request: &Request) -> Result<Option<Caller>, Refusal> {
 fn check_restriction(only: Option<Door>, path: &str) -> Result<(), Error> {
     match only {
         Some(door) if door.path() != path.trim_end_matches('/') => {
-            let words = format!("this token is good for {} only", door.path());
-            Err(Error::new(Code::Denied, words).hint("nido token create without --only makes one for the REST API"))
+            let words = format!("this token is restricted to {}", door.path());
+            Err(Error::new(Code::Denied, words)
+                .hint("create one for the REST API with nido token create, without --only"))
         }
         _ => Ok(()),
     }
@@ -190,7 +191,7 @@ fn check_restriction(only: Option<Door>, path: &str) -> Result<(), Error> {
 fn is_open(path: &str) -> bool {
     matches!(path, "/" | "/healthz" | "/openapi.json" | "/favicon.ico")
         || path.starts_with("/page/")
-        // Clients look there for what a server offers: there is nothing, and no token is needed to be told so.
+        // Clients look there for metadata of a server: there is none, and the 404 needs no token.
         || path.starts_with("/.well-known/")
 }
 
@@ -207,17 +208,17 @@ fn check_head(request: &Request) -> Result<(), Error> {
         .iter()
         .find(|name| headers.get_all(*name).iter().count() > 1)
     {
-        return bad(&format!("the header {twice} is there more than once"));
+        return bad(&format!("the header {twice} is given more than once"));
     }
     let host = headers.get(header::HOST);
     if request.version() == Version::HTTP_11 && host.is_none() {
-        return bad("a request of HTTP/1.1 has a header Host");
+        return bad("the header Host is missing");
     }
     match host.map(|host| host.to_str().unwrap_or("@")) {
         // An empty one is allowed where the target names nothing.
         None | Some("") => Ok(()),
         Some(host) if host.contains('@') || host.parse::<Authority>().is_err() => {
-            bad("the header Host is no host and port")
+            bad("the header Host is not a host and port")
         }
         Some(_) => Ok(()),
     }
@@ -226,8 +227,8 @@ fn check_head(request: &Request) -> Result<(), Error> {
 fn check_host(hosts: &Hosts, peer: &Peer, headers: &HeaderMap, of_uri: Option<&str>) -> Result<(), Error> {
     let named = named(headers, of_uri);
     if matches!(peer, Peer::Network { .. }) && !hosts.is_ours(named) {
-        let words = format!("this server does not answer to the name '{}'", named.escape_debug());
-        return Err(Error::new(Code::Denied, words).hint("--allow-host NAME makes it"));
+        let words = format!("this server does not accept requests for the host '{}'", named.escape_debug());
+        return Err(Error::new(Code::Denied, words).hint("start it with --allow-host NAME to accept them"));
     }
     Ok(())
 }
@@ -240,8 +241,8 @@ fn check_origin(hosts: &Hosts, peer: &Peer, headers: &HeaderMap, of_uri: Option<
     if origin.to_str().is_ok_and(|origin| origin.eq_ignore_ascii_case(&own)) || hosts.is_public_origin(origin) {
         return Ok(());
     }
-    Err(Error::new(Code::Denied, "a page of another origin may not use this server")
-        .hint("behind a proxy, --public-url says under which address browsers know this server"))
+    Err(Error::new(Code::Denied, "pages of other origins may not use this server")
+        .hint("behind a proxy, start it with --public-url URL, the address that browsers use"))
 }
 
 /// The token of a request. A browser cannot give a WebSocket a header, but a protocol: `nido.token.TOKEN`.
@@ -290,7 +291,7 @@ impl<S: Send + Sync> FromRequestParts<S> for CallerGrant {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         let caller = parts.extensions.get::<Caller>();
-        let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "a token is needed"))?;
+        let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "this request needs a token"))?;
         let who = AuditCaller { face: Face::Api, actor: caller.actor.clone(), agent: None };
         Ok(Self(Grant::within(&who, caller.limits.clone())))
     }
@@ -335,11 +336,11 @@ impl<S: Send + Sync, R: RequiredScope> FromRequestParts<S> for Require<R> {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         let caller = parts.extensions.get::<Caller>();
-        let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "a token is needed"))?;
+        let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "this request needs a token"))?;
         if caller.scope >= R::SCOPE {
             return Ok(Self(PhantomData));
         }
-        let words = format!("this takes a token of the scope {}", R::SCOPE.word());
+        let words = format!("this request needs a token with the scope {}", R::SCOPE.word());
         Err(Error::new(Code::Denied, words).hint("nido token create --name NAME --scope SCOPE").into())
     }
 }

@@ -122,7 +122,7 @@ fn hex(bytes: &[u8], between: &str) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02X}")).collect::<Vec<_>>().join(between)
 }
 
-/// Removes what a process that was killed has left. Nobody else writes here: the caller holds the lock.
+/// Removes temporary files of a killed process. No other process writes here: the caller holds the lock.
 fn remove_temporary_files(directory: &Path) -> std::io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -136,20 +136,20 @@ fn remove_temporary_files(directory: &Path) -> std::io::Result<()> {
 /// The key in a file. If the file is missing, a new key is generated.
 fn key(path: &Path) -> Result<KeyPair> {
     if !path.exists() {
-        let made = KeyPair::generate().map_err(|e| Error::internal(format!("a key cannot be made: {e}")))?;
+        let made = KeyPair::generate().map_err(|e| Error::internal(format!("cannot create a key: {e}")))?;
         write_private(path, made.serialize_pem().as_bytes(), Durability::PowerCut)
             .map_err(|e| Error::io_at("write", path, e))?;
     }
     let text = fs::read_to_string(path).map_err(|e| Error::io_at("read", path, e))?;
     KeyPair::from_pem(&text).map_err(|e| {
         Error::new(Code::PathUnusable, format!("the server's key {} cannot be used: {e}", path.display()))
-            .hint("move it away, and another is made")
+            .hint("move it away, and nido creates another")
     })
 }
 
 /// A certificate for a server of these names and addresses, PEM.
 fn issue(key: &KeyPair, names: &[String]) -> Result<String> {
-    let failed = |e: rcgen::Error| Error::internal(format!("a certificate cannot be made: {e}"));
+    let failed = |e: rcgen::Error| Error::internal(format!("cannot create a certificate: {e}"));
     let mut params = CertificateParams::new(names.to_vec()).map_err(failed)?;
     let mut subject = DistinguishedName::new();
     subject.push(DnType::CommonName, "nido");

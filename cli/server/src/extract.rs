@@ -252,11 +252,11 @@ pub async fn require_whole_body(request: Request, next: Next) -> Result<Response
     }
     let encoding = request.headers().get(header::CONTENT_ENCODING).map(|value| value.as_bytes().to_ascii_lowercase());
     if encoding.is_some_and(|encoding| encoding != b"identity" && !encoding.is_empty()) {
-        let words = "the body is encoded (Content-Encoding), which this server does not take";
+        let words = "the body is encoded (Content-Encoding), which this server does not accept";
         return Err(Error::new(Code::MediaTypeUnsupported, words).hint("send it as it is").into());
     }
     if request.headers().contains_key(header::CONTENT_RANGE) {
-        let words = "the body is a part (Content-Range), which this server does not take";
+        let words = "the body is a part (Content-Range), which this server does not accept";
         return Err(Error::new(Code::RequestInvalid, words).hint("send the whole file").into());
     }
     Ok(next.run(request).await)

@@ -95,20 +95,20 @@ pub async fn replay_or_run(State(app): State<Arc<App>>, request: Request, next: 
         };
         store_response(&server, &owner, &key, response, &begun).await
     });
-    work.await.map_err(|e| Error::internal(format!("the request broke down: {e}")))?
+    work.await.map_err(|e| Error::internal(format!("the request failed: {e}")))?
 }
 
 /// The key, if it is valid and the request may have one.
 fn checked(request: &Request, key: &[u8]) -> Result<String, Error> {
     let is_key = (1..=KEY_MAX).contains(&key.len()) && key.iter().all(|byte| (0x20..0x7f).contains(byte));
     if !is_key {
-        let words = format!("Idempotency-Key: it has to be 1 to {KEY_MAX} printable characters");
+        let words = format!("Idempotency-Key: it must be 1 to {KEY_MAX} printable characters");
         return Err(Error::new(Code::SpecInvalid, words));
     }
     let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
     if route == Some(STREAMING_ROUTE) && prefers(request.headers(), "text/event-stream", "application/json") {
-        let words = "Idempotency-Key: an answer that is a stream of events cannot be given again";
-        return Err(Error::new(Code::SpecInvalid, words).hint("leave the key out, or ask for application/json"));
+        let words = "Idempotency-Key: a response that is a stream of events cannot be replayed";
+        return Err(Error::new(Code::SpecInvalid, words).hint("omit the key, or request application/json"));
     }
     Ok(String::from_utf8_lossy(key).into_owned())
 }
@@ -117,23 +117,21 @@ fn checked(request: &Request, key: &[u8]) -> Result<String, Error> {
 fn refusal(known: &KeyState) -> Error {
     match known {
         KeyState::Unknown => {
-            let words =
-                "a server took the same request and ended before it answered; what the request has done is not known";
+            let words = "a server received the same request and ended before it responded; its outcome is unknown";
             Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT)
         }
-        KeyState::Another => Error::new(Code::SpecInvalid, "Idempotency-Key: another request had this key")
-            .hint("a new request takes a new key"),
+        KeyState::Another => Error::new(Code::SpecInvalid, "Idempotency-Key: another request used this key")
+            .hint("use a new key for a new request"),
         KeyState::Full => Error::new(Code::LimitExceeded, "this caller has used too many keys within a day")
             .hint("send requests without a key, or wait"),
         KeyState::Nothing | KeyState::Answered(_) | KeyState::Running => {
-            Error::new(Code::RequestInProgress, "the same request is being carried out")
-                .hint("send it again in a moment")
+            Error::new(Code::RequestInProgress, "the same request is being carried out").hint("retry in a moment")
         }
     }
 }
 
 /// The hint for a request whose outcome is unknown.
-const NEW_KEY_HINT: &str = "look at what it was about; to have it carried out once more, send it with a new key";
+const NEW_KEY_HINT: &str = "check the object of the request; to repeat it, send it with a new key";
 
 /// What happens to a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -202,7 +200,7 @@ async fn store_response(
         ended = app.nido.answer_end(owner, key, short.as_deref());
     }
     if let Err(error) = ended {
-        tracing::error!("an answer could not be kept: {error}");
+        tracing::error!("a response could not be stored: {error}");
     }
     Ok(Response::from_parts(parts, Body::from(bytes)))
 }
@@ -212,15 +210,17 @@ fn unknown(code: Option<Code>, bytes: &[u8]) -> Result<StoredResponse, Error> {
     let problem: Option<nido_api::error::Problem> = serde_json::from_slice(bytes).ok();
     let why = problem.map_or_else(|| "an error".to_owned(), |problem| problem.detail);
     let slug = code.map_or("internal", Code::slug);
-    let words = format!("the same request was answered with {slug}; what the request has done is not known: {why}");
+    let words = format!("the same request was answered with {slug}; its outcome is unknown: {why}");
     kept_problem(&Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT))
 }
 
 /// The response to retries if the response was too large to store.
 fn too_large(status: StatusCode, length: usize) -> Result<StoredResponse, Error> {
     let words =
-        format!("it was carried out and answered with {status}; the {length} bytes of that were too many to keep");
-    kept_problem(&Error::new(Code::AnswerTooLarge, words).hint("what it has done is done; ask for less with a new key"))
+        format!("it was carried out with status {status}; the response of {length} bytes was too large to store");
+    kept_problem(
+        &Error::new(Code::AnswerTooLarge, words).hint("do not repeat it; request a smaller response with a new key"),
+    )
 }
 
 fn kept_problem(error: &Error) -> Result<StoredResponse, Error> {
@@ -232,12 +232,12 @@ fn kept_problem(error: &Error) -> Result<StoredResponse, Error> {
 /// The stored response; `None` if it was an operation that was refused before it changed anything.
 fn replay(app: &App, caller: &Caller, kept: &str) -> Result<Option<Response>, Problem> {
     let mut kept: StoredResponse =
-        serde_json::from_str(kept).map_err(|e| Error::internal(format!("a kept answer: {e}")))?;
+        serde_json::from_str(kept).map_err(|e| Error::internal(format!("a stored response: {e}")))?;
     let status = StatusCode::from_u16(kept.status).unwrap_or(StatusCode::OK);
     let id = kept.location.as_deref().and_then(|place| place.strip_prefix("/v1/operations/"));
     if let (StatusCode::ACCEPTED, Some(id)) = (status, id) {
         let operation = app.operations.get(id, caller).map_err(|_| {
-            let words = "the same request was begun as an operation that is not known any more";
+            let words = "the same request started an operation that is no longer kept";
             Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT)
         })?;
         let code = operation.error.as_ref().map(|problem| Error::from(problem.clone()).code());

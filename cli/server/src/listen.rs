@@ -109,7 +109,7 @@ pub async fn bind(listen: &ListenAddress, tls_dir: &Path, hosts: &Hosts) -> Resu
             };
             let listener = TcpListener::bind(address).await.map_err(|e| match e.kind() {
                 std::io::ErrorKind::AddrInUse => {
-                    Error::new(Code::PortInUse, format!("{address} is taken")).hint("choose another with --port")
+                    Error::new(Code::PortInUse, format!("{address} is in use")).hint("choose another with --port")
                 }
                 _ => Error::io(format!("cannot listen on {address}"), e),
             })?;
@@ -120,12 +120,12 @@ pub async fn bind(listen: &ListenAddress, tls_dir: &Path, hosts: &Hosts) -> Resu
             let broken = |e| Error::io(format!("cannot listen on {shown}"), e);
             if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
                 if UnixStream::connect(path).await.is_ok() {
-                    return Err(Error::new(Code::PortInUse, format!("{shown} is another server's"))
+                    return Err(Error::new(Code::PortInUse, format!("another server uses {shown}"))
                         .hint("choose another with --socket"));
                 }
                 std::fs::remove_file(path).map_err(broken)?;
             }
-            // Nobody else can connect before it is the owner's alone. Not 0177: a directory that another thread makes meanwhile has
+            // No other user can connect before only the owner may. Not 0177: a directory that another thread makes meanwhile has
             // to be usable.
             let old = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
             let listener = UnixListener::bind(path);
@@ -220,7 +220,7 @@ impl BoundListener {
         app.shutting_down.cancel();
         connections.close();
         if tokio::time::timeout(app.timeouts.shutdown, connections.wait()).await.is_err() {
-            tracing::warn!("requests are cut off: the server ends");
+            tracing::warn!("the server shuts down: requests are interrupted");
             app.shutdown_deadline.cancel();
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, connections.wait()).await;
         }

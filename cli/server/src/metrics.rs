@@ -127,7 +127,7 @@ impl Metrics {
         for (code, count) in &*self.errors.lock().unwrap_or_else(PoisonError::into_inner) {
             let _ = writeln!(text, "nido_errors_total{{code=\"{code}\"}} {count}");
         }
-        head(&mut text, "nido_spawn_seconds", "histogram", "Time until a VM was ready, by how it came to life.");
+        head(&mut text, "nido_spawn_seconds", "histogram", "Time until a VM was ready, by start path.");
         for (path, times) in &*self.spawns.lock().unwrap_or_else(PoisonError::into_inner) {
             for (count, end) in times.buckets.iter().zip(BUCKETS) {
                 let _ = writeln!(text, "nido_spawn_seconds_bucket{{path=\"{path}\",le=\"{end}\"}} {count}");

@@ -24,17 +24,17 @@ use super::{openapi_links, routes};
 /// What each noun is about.
 const TAGS: [(&str, &str); 12] = [
     ("host", "The host, and the server's own health."),
-    ("audit", "Who asked for what."),
-    ("vms", "Virtual machines, from being made to being forgotten."),
-    ("exec", "Commands in a VM."),
+    ("audit", "The audit log: callers, operations and results."),
+    ("vms", "Create, start, stop and delete virtual machines."),
+    ("exec", "Run commands in a VM."),
     ("files", "Files of a VM, streamed."),
-    ("snapshots", "A VM as it was at one moment."),
+    ("snapshots", "Save and restore the state of a VM."),
     ("forwards", "Ports of a guest published on the host."),
-    ("templates", "What VMs are made from."),
-    ("pools", "Clones that wait."),
-    ("webhooks", "Endpoints that are told of events."),
-    ("events", "What happened, and what happens."),
-    ("operations", "What goes on, for requests with `Prefer: respond-async`."),
+    ("templates", "Root disks and kernels from which VMs are created."),
+    ("pools", "VMs that are started in advance."),
+    ("webhooks", "Endpoints to which events are posted."),
+    ("events", "What happened to VMs, snapshots and templates."),
+    ("operations", "Requests that run in the background (`Prefer: respond-async`)."),
 ];
 
 /// The operations that are answered with 202 if that is preferred.
@@ -60,9 +60,9 @@ const OPTIONAL_BODY_OPERATIONS: [&str; 6] =
 /// What the guest's system calls cannot take.
 const NO_NUL_PATTERN: &str = "^[^\\u0000]*$";
 
-const ABOUT: &str = "Throw-away virtual machines on this host. Every error is a problem (RFC 9457) with a stable `code` \
-and mostly a `hint`. Requests that change something go to their end even if the caller hangs up; with \
-`Prefer: respond-async` they are answered at once with 202 and an operation to poll and to cancel.";
+const ABOUT: &str = "Disposable virtual machines on this host. Every error is a problem (RFC 9457) with a stable `code` \
+             and usually a `hint`. Requests that change something run to their end even if the client disconnects; with \
+             `Prefer: respond-async` the response is 202 at once, with an operation to poll and to cancel.";
 
 /// The OpenAPI document, as it is served and kept in the repository.
 pub fn text() -> String {
@@ -110,7 +110,7 @@ fn sharpen(api: &mut Value) {
     let exec = &mut schemas["ExecBody"];
     exec["properties"]["timeout_seconds"] = json!({
         "type": "integer", "format": "int64", "minimum": 0, "maximum": i64::MAX,
-        "description": "The same as `timeout_ms` in seconds; one of them."
+        "description": "`timeout_ms` in seconds; give only one of them."
     });
     exec["properties"]["argv"]["minItems"] = json!(1);
     exec["properties"]["argv"]["items"]["pattern"] = json!(NO_NUL_PATTERN);
@@ -149,13 +149,13 @@ fn complete_operations(api: &mut Value) {
                 }
                 if method == Method::POST {
                     answer["headers"]["Idempotency-Replayed"] =
-                        text("`true` if this answer was given before to the same `Idempotency-Key`.");
+                        text("`true` if this response is a replay for the same `Idempotency-Key`.");
                 }
                 if status == "202" {
-                    answer["headers"]["Preference-Applied"] = text("`respond-async`, where that was asked for.");
+                    answer["headers"]["Preference-Applied"] = text("`respond-async`, if it was requested and applied.");
                 }
                 if status == "201" && answer["headers"].get("Location").is_none() {
-                    answer["headers"]["Location"] = text("What was made; absent if these are several.");
+                    answer["headers"]["Location"] = text("The created resource; absent if there are several.");
                 }
             }
             if path == "/v1/vms/{name}" && method == Method::GET {
@@ -172,14 +172,13 @@ fn add_parameters(operation: &mut Value, method: &Method, path: &str) {
     let header = |name: &str, about: &str, schema: Value| json!({ "name": name, "in": "header", "required": false, "description": about, "schema": schema });
     let mut more = Vec::new();
     if method == Method::POST {
-        let about = "A request that is sent again with its key within a day is answered as the first time, and not carried \
-                     out again. A key belongs to one request.";
+        let about = "If a request is sent again with its key within a day, the first response is replayed, and the request \
+             is not carried out again. A key belongs to one request.";
         let schema = json!({ "type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]*[!-~][ -~]*$" });
         more.push(header("Idempotency-Key", about, schema));
     }
     if path.starts_with("/v1/vms/{name}") && method != Method::GET {
-        let about =
-            "The id of the VM in double quotes, its `ETag`: nothing is done to another VM that has its name meanwhile.";
+        let about = "The VM's `ETag`, its id in double quotes: the request fails if another VM has the name by now.";
         more.push(header("If-Match", about, json!({ "type": "string", "pattern": "^\"[0-9a-f]{16}\"$" })));
     }
     if more.is_empty() {
@@ -194,9 +193,9 @@ fn add_parameters(operation: &mut Value, method: &Method, path: &str) {
 /// What a success is, where the route does not say it.
 fn usual_words(status: &str) -> &'static str {
     match status {
-        "201" => "It was made.",
-        "202" => "It goes on.",
-        "204" => "It is done; there is nothing to tell.",
+        "201" => "Created.",
+        "202" => "Accepted: the operation runs.",
+        "204" => "Done; the response has no body.",
         _ => "Success.",
     }
 }
@@ -270,7 +269,7 @@ fn describe() -> OpenApi {
             let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(PendingOperation::name()))).build();
             let location = HeaderBuilder::new().description(Some("The operation.")).build();
             let accepted = ResponseBuilder::new()
-                .description("It goes on: an operation to poll, for requests with `Prefer: respond-async`.")
+                .description("Accepted: an operation to poll, for requests with `Prefer: respond-async`.")
                 .content("application/json", content)
                 .header("Location", location)
                 .build();
@@ -278,7 +277,7 @@ fn describe() -> OpenApi {
             let prefer = ParameterBuilder::new()
                 .name("Prefer")
                 .parameter_in(ParameterIn::Header)
-                .description(Some("`respond-async`: answer at once with an operation."))
+                .description(Some("`respond-async`: respond at once with an operation."))
                 .schema(Some(String::schema()))
                 .build();
             operation.parameters.get_or_insert_default().push(RefOr::T(prefer));

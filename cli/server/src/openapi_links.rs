@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 /// One link: from which operation and status, its name, to which operation, with which parameters.
 type Link = (&'static str, u16, &'static str, &'static str, &'static [(&'static str, &'static str)]);
 
-/// The VM that the answer tells of.
+/// The VM that the response describes.
 const VM: &[(&str, &str)] = &[("name", "$response.body#/name")];
-/// The first of the VMs it tells of.
+/// The first of the VMs that it describes.
 const FIRST_VM: &[(&str, &str)] = &[("name", "$response.body#/vms/0/name")];
 const FIRST_COPY: &[(&str, &str)] = &[("name", "$response.body#/copies/0/name")];
 const SNAPSHOT: &[(&str, &str)] = &[("name", "$request.path.name"), ("snapshot", "$response.body#/name")];
@@ -53,7 +53,7 @@ const LINKS: [Link; 30] = [
     ("*", 202, "cancel", "operation_cancel", OPERATION),
 ];
 
-/// The links of an answer of `operation` with `status`; of what goes on they are the same for all.
+/// The links of a response of `operation` with `status`; those of a 202 are the same for all.
 pub fn of(operation: &str, status: &str, goes_on: bool) -> Option<Value> {
     let wanted = |link: &&Link| link.1.to_string() == status && (link.0 == operation || (link.0 == "*" && goes_on));
     let links = LINKS.iter().filter(wanted).map(|(_, _, name, to, parameters)| {

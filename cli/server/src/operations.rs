@@ -41,22 +41,23 @@ const RESULTS_MAX: usize = 64 << 20;
 /// How long running operations may take when the server shuts down.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Something that goes on, or has ended.
+/// An operation that is running, or has ended.
 #[derive(Debug, Clone, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Operation {
     /// Its id.
     pub id: String,
-    /// What it does.
+    /// The request that it carries out.
     pub kind: String,
-    /// How it is.
+    /// Its state.
     pub status: OperationStatus,
-    /// How far it has come, in a word.
+    /// The current stage.
     pub stage: Option<String>,
-    /// When it began.
+    /// When it started.
     pub created_at: Timestamp,
     /// When it ended.
     pub ended_at: Option<Timestamp>,
-    /// What the request would have been answered. What a command has written is only for who may run some.
+    /// The body that the request's response would have had. The output of commands is included only for tokens that may
+    /// run commands.
     pub result: Option<Value>,
     /// Why it failed.
     pub error: Option<Problem>,
@@ -80,21 +81,21 @@ impl Operation {
     }
 }
 
-/// How an operation is.
+/// State of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OperationStatus {
-    /// It goes on.
+    /// Running.
     Running,
-    /// It has ended well.
+    /// Succeeded.
     Succeeded,
-    /// It has failed.
+    /// Failed.
     Failed,
-    /// It was cancelled.
+    /// Cancelled.
     Cancelled,
 }
 
-/// All operations of the caller that are known, without their results; an admin's list has everybody's.
+/// The caller's operations, without their results; for an admin those of all callers.
 #[derive(Debug, Clone, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct OperationList {
     /// The oldest first.
@@ -212,7 +213,7 @@ pub async fn run(
         let work = work(StageReporter { app: Arc::clone(app), key: None, begun });
         let audited = ticket.and_then(|ticket| ticket.take());
         let done = app.operations.running.spawn(run_audited(work, audited)).await;
-        let done = done.map_err(|e| Error::internal(format!("the operation broke down: {e}")))??;
+        let done = done.map_err(|e| Error::internal(format!("the operation failed: {e}")))??;
         return Ok(done.answer(status));
     }
     let operation = begin(app, kind, work, OperationContext { headers, ticket, begun, owner })?;
@@ -273,7 +274,7 @@ pub async fn act<T: Send + 'static>(
         audit_entry::end_with(audited, &outcome);
         outcome
     });
-    done.await.map_err(|e| Error::internal(format!("the operation broke down: {e}")))?
+    done.await.map_err(|e| Error::internal(format!("the operation failed: {e}")))?
 }
 
 /// Runs an operation and completes its audit entry. If it is dropped, the entry records that by itself.
@@ -358,12 +359,12 @@ impl Operations {
         keep_within(&mut known, &owner, RESULTS_MAX);
     }
 
-    /// Does something that goes on though nobody waits for it any more; the server's end does.
+    /// Runs something that continues even if no client waits for it any more; the server's shutdown waits for it.
     pub fn spawn_detached<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
         self.running.spawn(work)
     }
 
-    /// Forgets what is old; an error where as many go on as are known at most.
+    /// Deletes old operations; an error if the maximum number is running.
     fn make_room(&self) -> Result<()> {
         let mut known = self.lock();
         let now = Timestamp::now();
@@ -376,7 +377,7 @@ impl Operations {
         while known.len() >= OPERATIONS_MAX {
             let ended = known.iter().find(|(_, entry)| entry.operation.ended_at.is_some());
             let Some(key) = ended.map(|(key, _)| key.clone()) else {
-                let words = format!("{OPERATIONS_MAX} operations go on, and no more can");
+                let words = format!("{OPERATIONS_MAX} operations are running, which is the limit");
                 return Err(Error::new(Code::LimitExceeded, words).hint("wait until some have ended, or cancel some"));
             };
             known.remove(&key);
@@ -398,7 +399,7 @@ impl Operations {
         Ok(found.ok_or_else(not_known)?.operation.clone().shown_to(caller.scope))
     }
 
-    /// Forgets one, and stops it if it goes on. What it has made so far is removed as if its caller had been killed.
+    /// Deletes one, and stops it if it is running. Its effects so far are undone as if its caller had been killed.
     pub fn cancel(&self, id: &str, caller: &Caller) -> Result<Operation> {
         let mut known = self.lock();
         let found = known.iter().find(|(_, entry)| entry.operation.id == id && entry.is_for(caller));
@@ -413,19 +414,19 @@ impl Operations {
         Ok(operation)
     }
 
-    /// Waits for what goes on.
+    /// Waits for running operations.
     pub async fn finish(&self) {
         self.running.close();
         if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.running.wait()).await.is_err() {
-            tracing::warn!("operations were cut off: the server ends");
+            tracing::warn!("the server shuts down: operations were interrupted");
         }
     }
 }
 
 fn not_known() -> Error {
     Error::new(Code::OperationNotFound, "the caller has no such operation").hint(
-        "operations are known to their caller and to admins for as long as the server lives, those that ended for an hour (64 MiB \
-         of results for each caller), those that were cancelled not at all",
+        "only their caller and admins see operations; they are kept while the server runs, for an hour after their end \
+         (64 MiB of results for each caller), cancelled ones not at all",
     )
 }
 
@@ -468,7 +469,7 @@ impl Drop for UndoGuard {
         let (app, begun) = (Arc::clone(&self.app), self.begun.clone());
         self.app.operations.running.spawn(async move {
             if let Err(error) = app.nido.undo(&begun).await {
-                tracing::error!("VM {} was begun and could not be removed: {error}", begun.id().unwrap_or_default());
+                tracing::error!("VM {} was created and could not be deleted: {error}", begun.id().unwrap_or_default());
             }
         });
     }

@@ -40,9 +40,9 @@ pub async fn check_if_match(
     if let Some(Ok(name)) = name {
         let id = app.nido().await?.vm_id(&name)?;
         if !wanted.iter().any(|tag| tag == "*" || *tag == id) {
-            let words = format!("If-Match: VM '{name}' has the id {id}, not the one that was named");
+            let words = format!("If-Match: VM '{name}' has the id {id}, not the one in the request");
             return Err(Error::new(Code::VmReplaced, words)
-                .hint("look at the VM of that name, and decide anew")
+                .hint("check the VM that has this name now, then repeat the request with its ETag")
                 .into());
         }
         parts.extensions.insert(MatchedVmId(id.parse()?));

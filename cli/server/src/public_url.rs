@@ -1,6 +1,6 @@
 //! Where clients reach the server through a proxy: what it changes in answers.
 //!
-//! Invariant: it is told on the command line. Nothing that a request says about it is believed.
+//! Invariant: it is set on the command line. Headers of a request cannot change it.
 
 use std::str::FromStr;
 

@@ -196,7 +196,7 @@ fn check(api: &ApiDescription, method: &Method, route: &str, query: &str) -> Res
     let mut names: Vec<_> = inputs.query.iter().map(String::as_str).collect();
     names.sort_unstable();
     let hint = if names.is_empty() { "it takes none".to_owned() } else { format!("it takes {}", names.join(", ")) };
-    Err(Error::new(Code::SpecInvalid, format!("{}: this resource does not take that parameter", escaped(&name)))
+    Err(Error::new(Code::SpecInvalid, format!("{}: this resource does not have that parameter", escaped(&name)))
         .hint(hint))
 }
 

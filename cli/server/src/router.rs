@@ -45,14 +45,12 @@ pub fn without_rest(app: &Arc<App>) -> Router {
 }
 
 fn no_such_route() -> Problem {
-    Error::new(Code::RouteNotFound, "there is nothing at this path")
-        .hint("GET /openapi.json tells what there is")
-        .into()
+    Error::new(Code::RouteNotFound, "this path does not exist").hint("GET /openapi.json lists the paths").into()
 }
 
 fn not_a_method() -> Problem {
-    Error::new(Code::MethodNotAllowed, "this resource does not know that method")
-        .hint("the header Allow lists those it knows")
+    Error::new(Code::MethodNotAllowed, "this resource does not have that method")
+        .hint("the header Allow lists its methods")
         .into()
 }
 

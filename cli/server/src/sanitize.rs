@@ -88,7 +88,7 @@ impl Sanitizer {
         out
     }
 
-    /// Writes what is complete, and tells how much that was.
+    /// Writes what is complete, and returns its length.
     fn scan(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> usize {
         let mut at = 0;
         while at < bytes.len() {

@@ -84,7 +84,7 @@ async fn received(signal: &mut Option<Signal>) {
     }
 }
 
-/// Whether whoever started nido wanted it to ignore a signal.
+/// Whether the parent process set a signal to be ignored.
 fn is_ignored(signal: u8) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

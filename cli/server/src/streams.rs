@@ -32,14 +32,14 @@ const TOKEN_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 pub async fn wait_for_end(app: Arc<App>, token: Option<String>) -> Error {
     loop {
         tokio::select! {
-            () = app.shutdown_deadline.cancelled() => return Error::new(Code::Interrupted, "the server ends"),
+            () = app.shutdown_deadline.cancelled() => return Error::new(Code::Interrupted, "the server shuts down"),
             () = tokio::time::sleep(TOKEN_CHECK_INTERVAL) => {}
         }
         let Some(id) = &token else { continue };
         match app.nido.token_holds(id) {
             Err(error) if error.code() == Code::Unauthorized => return error,
             // A failed check does not mean that the token is invalid; new requests are refused meanwhile.
-            Err(error) => tracing::warn!("cannot see whether a token is still good: {error}"),
+            Err(error) => tracing::warn!("cannot check whether a token is still valid: {error}"),
             Ok(()) => {}
         }
     }

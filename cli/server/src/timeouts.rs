@@ -91,11 +91,11 @@ pub fn body_error(error: &axum::Error) -> Error {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(one) = cause {
         if one.is::<SlowBody>() {
-            return Error::new(Code::RequestTimeout, SlowBody.to_string()).hint("send it again, without pauses");
+            return Error::new(Code::RequestTimeout, SlowBody.to_string()).hint("send it again without pauses");
         }
         cause = one.source();
     }
-    Error::new(Code::Interrupted, "the client has hung up")
+    Error::new(Code::Interrupted, "the client has disconnected")
 }
 
 /// Reads a whole body of at most `limit` bytes.
@@ -136,7 +136,7 @@ impl<S> WriteTimeoutStream<S> {
         }
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(self.write_stall)));
         ready!(timer.as_mut().poll(cx));
-        // It stays run out: polled again it would panic, so it is made anew, without a wait.
+        // It stays expired: polling it again would panic, so it is replaced by one without a wait.
         *timer = Box::pin(sleep(Duration::ZERO));
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read")))
     }

@@ -23,7 +23,7 @@ pub fn agents(cx: &Context, nido: Arc<Nido>, settings: Settings, defaults: &Defa
     Ok(app)
 }
 
-/// Roots that hold more than anybody exchanges.
+/// Roots that contain more than files to exchange.
 fn wide(roots: &Roots, user: Option<&Path>, kept: &Path) -> impl Iterator<Item = String> {
     let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let (user, kept) = (user.map(real), real(kept));

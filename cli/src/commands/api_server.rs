@@ -23,8 +23,9 @@ Examples:
   curl --unix-socket /run/user/1000/nido.sock http://localhost/v1/vms
   nido api-server start --allow-remote --tls-cert cert.pem --tls-key key.pem --allow-host ci.example
 
-The first line on standard output is the address, when it listens. Over TCP every request needs a token, also on this machine. Over a unix socket, which only its owner can use,
-none does. VMs do not depend on the server: it may be stopped at any time.";
+The server prints its address as the first line of standard output. Over TCP every request needs a
+token, also on this machine; over a unix socket, which only its owner can use, none does. VMs keep
+running when the server stops.";
 
 /// Serve the REST API
 #[derive(Debug, clap::Args)]
@@ -37,20 +38,20 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Start(Box<Start>),
-    /// Print the description of the API: OpenAPI 3.1, as it is served at /openapi.json
+    /// Print the OpenAPI 3.1 description, as served at /openapi.json
     Openapi,
 }
 
-/// Serve until a signal ends it; what runs then may finish
+/// Serve until a signal; running requests may finish
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 struct Start {
     #[command(flatten)]
     listen: ListenArgs,
-    /// Serve agents as well, at /mcp; give them tokens of nido token create --only mcp
+    /// Serve MCP clients as well, at /mcp; use tokens of nido token create --only mcp
     #[arg(long)]
     mcp: bool,
-    /// What agents may do at /mcp: commands, confirmation, paths of the host. The REST API does not know it
+    /// Policy file for /mcp: commands, confirmation, host paths. It does not apply to the REST API
     #[arg(long, value_name = "FILE", requires = "mcp", value_hint = clap::ValueHint::FilePath)]
     mcp_policy: Option<PathBuf>,
 }

@@ -19,22 +19,23 @@ Examples:
   nido approvals --watch
   nido approvals -q | xargs nido deny
 
-A program that was refused with approval_required waits here for two minutes. Read what it wants to do and to which VM
-before you approve it; what it calls itself is only a claim. Each approval is good for one use of exactly these arguments.";
+Lists operations that a program requested and that failed with approval_required. Check the
+operation and the VM before you approve it; the program's name is not verified. An approval is
+valid for two minutes, and for one use with exactly these arguments.";
 
-/// List what waits for your approval
+/// List operations that await approval
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Also what was approved, denied, used or ran out of time within the last hour
+    /// Include those approved, denied, used or expired within the last hour
     #[arg(long, short)]
     all: bool,
-    /// Keep running, and print each one that waits when it is asked for
+    /// Keep running, and print each new one
     #[arg(long, short, conflicts_with = "all")]
     watch: bool,
 }
 
-const HEAD: [&str; 8] = ["ID", "STATE", "OPERATION", "VM", "ASKED BY", "AGE", "LEFT", "ARGUMENTS"];
+const HEAD: [&str; 8] = ["ID", "STATE", "OPERATION", "VM", "REQUESTED BY", "AGE", "LEFT", "ARGUMENTS"];
 /// How much of the arguments a row shows, in characters; `--json` has more of them.
 const ARGUMENTS_MAX: usize = 200;
 
@@ -108,7 +109,7 @@ fn row(approval: &Approval, now: Timestamp) -> [String; 8] {
     ]
 }
 
-/// Who asks, and what the client calls itself.
+/// The caller, and the client's own name.
 pub fn who(approval: &Approval) -> String {
     match &approval.agent {
         Some(agent) => format!("{} ({agent})", approval.actor),

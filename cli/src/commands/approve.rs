@@ -1,4 +1,4 @@
-//! `approve` and `deny`: a person's word about what a program has asked for.
+//! `approve` and `deny`: a person's decision about an operation that a program requested.
 
 use nido_api::{Approval, Caller};
 
@@ -14,9 +14,10 @@ Examples:
   nido approve apr_0123456789abcdef
   nido approve apr_0123456789abcdef --yes --json
 
-On a terminal nido asks, unless --yes is given; without a terminal --yes is needed.
-The program that asked may then do this once, with exactly the arguments it asked for, within two minutes of having asked.
-Look at them first: nido approvals. Until it was used, an approval can be taken back with nido deny.";
+On a terminal nido asks for confirmation, unless --yes is given; without a terminal --yes is
+required. The program may then run the operation once, with exactly these arguments, within two
+minutes of its request. Check them first with nido approvals. Until it was used, an approval can
+be revoked with nido deny.";
 
 const DENY_EXAMPLES: &str = "\
 Examples:
@@ -24,9 +25,9 @@ Examples:
   nido approvals -q | xargs nido deny
   nido deny apr_0123456789abcdef --json
 
-The program that asked is told that you said no. An approval that was given and not used yet is taken back.";
+The program's next attempt is denied. An approval that was not used yet is revoked.";
 
-/// Approve what a program has asked for
+/// Approve a requested operation
 #[derive(Debug, clap::Args)]
 #[command(after_help = APPROVE_EXAMPLES)]
 pub struct Args {
@@ -36,7 +37,7 @@ pub struct Args {
     confirmation: Confirmation,
 }
 
-/// Deny what a program has asked for
+/// Deny requested operations
 #[derive(Debug, clap::Args)]
 #[command(after_help = DENY_EXAMPLES)]
 pub struct DenyArgs {
@@ -89,5 +90,5 @@ fn words(decided: &Approval, yes: bool) -> String {
 
 fn words_of(approval: &Approval) -> String {
     let (asker, arguments) = (who(approval), json(&approval.arguments, false));
-    format!("{} of VM {}, asked for by {asker}, with {arguments}", approval.tool, approval.vm_name)
+    format!("{} of VM {}, requested by {asker}, with {arguments}", approval.tool, approval.vm_name)
 }

@@ -1,4 +1,4 @@
-//! `audit`: who asked for what, whether the lines about it hang together, and a signature to be kept elsewhere.
+//! `audit`: shows the audit log, verifies its hash chains, and signs checkpoints.
 
 use std::path::PathBuf;
 
@@ -20,13 +20,14 @@ Examples:
   nido audit show --since 2h --tool vm_exec --vm web
   nido audit show --result denied --json | jq '.records[].params'
   nido audit verify
-  nido audit checkpoint -o checkpoint.json     keep it where whoever can write the log cannot write
+  nido audit checkpoint -o checkpoint.json     store it where no user of this host can change it
   nido audit verify --against checkpoint.json
 
-verify finds lines that were altered, removed, inserted or moved, and a log of acts that was emptied or cut off behind nido's back.
-That the log and the store were both written anew, only a checkpoint kept elsewhere can show.";
+verify detects lines that were altered, removed, inserted or moved, and a log of writes that was
+emptied or truncated. Only a checkpoint that is stored elsewhere detects that both the log and the
+store were replaced.";
 
-/// Show and check the log of who asked for what
+/// Show and verify the audit log
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -40,13 +41,13 @@ enum Verb {
     Show(ShowArgs),
     /// Verify the hash chains of both logs; exit 1 if one is broken
     Verify {
-        /// Check too that the log still holds what this checkpoint was made of
+        /// Also verify that the log still contains the lines of this checkpoint
         #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
         against: Option<PathBuf>,
     },
     /// Sign the last line's number and chain
     Checkpoint {
-        /// Write to this file, which must not exist, instead of standard output
+        /// File to write, which must not exist [default: standard output]
         #[arg(long, short, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
         output: Option<PathBuf>,
     },
@@ -54,25 +55,25 @@ enum Verb {
 
 #[derive(Debug, clap::Args)]
 struct ShowArgs {
-    /// Those of this log: acts (what changed something, or was refused) or reads
+    /// Lines of this log: acts (writes and refused requests) or reads
     #[arg(long, value_name = "LOG", value_parser = log)]
     log: Option<AuditLog>,
-    /// Those since a time (2026-01-04T15:00:00Z) or for so long (2h)
+    /// Lines since a time (2026-01-04T15:00:00Z) or of a period (2h)
     #[arg(long, value_name = "TIME", value_parser = since)]
     since: Option<Timestamp>,
-    /// Those of this operation, for example vm_exec
+    /// Lines of this operation, for example vm_exec
     #[arg(long, value_name = "TOOL")]
     tool: Option<String>,
-    /// Those of this caller, for example uid:1000
+    /// Lines of this caller, for example uid:1000
     #[arg(long, value_name = "ACTOR")]
     actor: Option<String>,
-    /// Those with this result: pending, success, error, denied or unknown
+    /// Lines with this result: pending, success, error, denied or unknown
     #[arg(long, value_name = "RESULT")]
     result: Option<String>,
-    /// Those about this VM
+    /// Lines about this VM
     #[arg(long, value_name = "NAME")]
     vm: Option<VmName>,
-    /// Only so many, the last ones
+    /// At most this many, the last ones
     #[arg(long, value_name = "N")]
     tail: Option<usize>,
 }
@@ -81,7 +82,7 @@ fn log(word: &str) -> Result<AuditLog, String> {
     match word {
         "acts" => Ok(AuditLog::Acts),
         "reads" => Ok(AuditLog::Reads),
-        _ => Err("it is acts or reads".into()),
+        _ => Err("use acts or reads".into()),
     }
 }
 
@@ -116,13 +117,13 @@ async fn show(cx: &Context, args: ShowArgs) -> Outcome {
         table(HEAD, list.records.iter().map(row))
     })?;
     if list.damaged > 0 {
-        cx.output.warn(&format!("{} lines are none that nido writes; see nido audit verify", list.damaged));
+        cx.output.warn(&format!("{} lines were not written by nido; see nido audit verify", list.damaged));
     }
     Ok(Exit::Success)
 }
 
 fn row(record: &AuditRecord) -> [String; 8] {
-    let claims = record.agent.as_ref().map(|agent| format!(" (says it is {agent})")).unwrap_or_default();
+    let claims = record.agent.as_ref().map(|agent| format!(" (agent {agent}, not verified)")).unwrap_or_default();
     [
         record.seq.to_string(),
         format!("{:.0}", record.time),
@@ -166,10 +167,10 @@ fn told(verdict: &AuditVerdict) -> String {
     let mut text =
         format!("verified {} records in {} files (seq {first}-{last})\n{reads}", verdict.lines, verdict.files);
     if first > 1 {
-        text.push_str(&format!("what came before number {first} is not kept any more\n"));
+        text.push_str(&format!("lines before number {first} are no longer kept\n"));
     }
     if verdict.half_line {
-        text.push_str("the last line is begun and not ended: its writer was killed; the next one takes it away\n");
+        text.push_str("the last line is incomplete because its writer was killed; the next writer removes it\n");
     }
     if let Some(checkpoint) = &verdict.against {
         text.push_str(&format!("line {} is the one that was signed at {:.0}\n", checkpoint.seq, checkpoint.time));

@@ -9,10 +9,10 @@ use nido_server::sanitize::line;
 
 use super::Context;
 
-/// Do not ask
+/// Do not ask for confirmation
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub struct Confirmation {
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(long, short)]
     pub yes: bool,
 }
@@ -33,7 +33,7 @@ impl Confirmation {
         }
         if !can_ask(cx) {
             let words = format!("nido {verb} asks for confirmation, and there is no terminal to ask on");
-            return Err(Error::new(Code::ApprovalRequired, words).hint("--yes does it without being asked"));
+            return Err(Error::new(Code::ApprovalRequired, words).hint("pass --yes to confirm"));
         }
         Ok(asked(cx, &format!("{verb} {what}?")))
     }

@@ -74,7 +74,7 @@ pub fn guest(path: OsString) -> Vec<u8> {
 /// Copies into the guest. A signal undoes it.
 pub async fn upload(cx: &Context, nido: &Nido, name: &VmName, request: UploadRequest) -> Result<CopyResult, Failure> {
     let mut progress = Progress::new(&cx.output, "uploading");
-    // Somebody who types may take for ever.
+    // A user who types may take any time.
     let typed = matches!(request.source, UploadSource::Stream { .. } | UploadSource::Archive(_));
     let undo = if typed { Duration::ZERO } else { UNDO_LIMIT };
     let arguments = audit::upload(name, &request);
@@ -112,7 +112,7 @@ pub fn with_destination(destination: &OsStr, mut done: CopyResult) -> CopyResult
     done
 }
 
-/// Whether the reason at the bottom of an error is that nobody reads what is written.
+/// Whether the root cause of an error is that no process reads the output.
 fn is_broken_pipe(error: &Error) -> bool {
     let reasons = std::iter::successors(std::error::Error::source(error), |reason| reason.source());
     reasons
@@ -135,7 +135,7 @@ pub fn report(cx: &Context, done: &CopyResult, to_stdout: bool) -> Outcome {
         return Ok(Exit::Success);
     }
     for entry in done.unreadable_entries.iter().take(SHOWN) {
-        cx.output.warn(&format!("left out {}: {}", sanitize::line(&entry.path), sanitize::line(&entry.reason)));
+        cx.output.warn(&format!("cannot read {}: {}", sanitize::line(&entry.path), sanitize::line(&entry.reason)));
     }
     let entries = if done.unreadable == 1 { "entry" } else { "entries" };
     let what = format!("{} {entries} could not be read; everything else was copied", done.unreadable);
@@ -143,7 +143,7 @@ pub fn report(cx: &Context, done: &CopyResult, to_stdout: bool) -> Outcome {
         // The result says so already, and standard output holds one JSON value.
         cx.output.warn(&what);
     } else {
-        cx.output.error(&Error::new(Code::PermissionDenied, what).hint("check the permissions of what was left out"));
+        cx.output.error(&Error::new(Code::PermissionDenied, what).hint("check the permissions of these entries"));
     }
     Ok(Exit::Failure)
 }

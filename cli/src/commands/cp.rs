@@ -1,4 +1,4 @@
-//! `cp`: copies in either direction, told apart by which side names a VM.
+//! `cp`: copies in either direction, depending on the side that names a VM.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -21,30 +21,30 @@ Examples:
   nido cp web:/var/log/app.log .
   cat key | nido cp - web:/root/key
   nido cp web:/srv/site - | tar -t          a directory as a tar archive
-  tar -C site -c . | nido cp - web:/srv/    the slash says: unpack a tar archive here
+  tar -C site -c . | nido cp - web:/srv/    with a slash: unpacks a tar archive
   nido cp web:/etc/app.conf db:/etc/        from one VM to another
 
-A side is NAME:PATH, or a path here; write ./a:b for a path here with a colon. With several sources
-the destination must be a directory. What exists in a VM is replaced, what exists here only with --force. A
-file that is replaced keeps its mode, owner, attributes and hard links; devices, pipes and sockets are never
-replaced, a device or pipe here is written to. Set-id bits are not copied. What cannot be read is left out and
-named; the exit code is 1 then.";
+Each path is NAME:PATH, or a path of the host; write ./a:b for a host path with a colon. With
+several sources the destination must be a directory. Files in a VM are replaced, files of the host
+only with --force. A replaced file keeps its mode, owner, attributes and hard links. Devices,
+pipes and sockets are never replaced; a device or pipe of the host is written to. Set-id bits are
+not copied. Entries that cannot be read are skipped and listed, and the exit code is 1.";
 
-/// Copy files between here and a VM, or between VMs
+/// Copy files between the host and VMs
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
     /// Sources, then the destination: PATH or NAME:PATH
     #[arg(required = true, num_args = 2.., value_name = "PATH", value_hint = clap::ValueHint::AnyPath)]
     paths: Vec<OsString>,
-    /// Replace what exists here (downloads)
+    /// Replace existing files of the host
     #[arg(long, short)]
     force: bool,
     #[command(flatten)]
     upload: UploadArgs,
 }
 
-/// Which way, told from the arguments alone.
+/// The direction, derived from the arguments alone.
 #[derive(Debug, PartialEq, Eq)]
 enum Plan {
     Up { name: VmName, sources: Vec<OsString>, destination: OsString },
@@ -106,7 +106,7 @@ impl Args {
         let found = std::fs::read_dir(staging.path()).and_then(|mut entries| entries.next().transpose());
         let found = found.map_err(|e| Error::io_at("read", staging.path(), e))?;
         let Some(found) = found.map(|entry| entry.path()).filter(|_| has_name).or(Some(place.join("."))) else {
-            return Err(Error::internal("a copy that is not where it was put").into());
+            return Err(Error::internal("the copy is missing at its destination").into());
         };
         let request = self.upload.clone().request(found.into(), destination)?;
         let mut up = copy::upload(cx, nido, to, request).await?;
@@ -174,7 +174,7 @@ fn plan(mut paths: Vec<OsString>) -> Result<Plan, Error> {
 fn unclear() -> Error {
     Error::new(
         Code::SpecInvalid,
-        "all sources of a copy must be paths here or NAME:PATH of one VM, and one side must be of a VM",
+        "all sources must be host paths or NAME:PATH of one VM, and the sources or the destination must be in a VM",
     )
     .hint("for example: nido cp site web:/srv, nido cp web:/srv/site . or nido cp web:/etc/app.conf db:/etc/")
 }

@@ -11,7 +11,7 @@ Examples:
   nido create web --memory 1G
   nido create web && nido start web";
 
-/// Make a VM without starting it
+/// Create a VM without starting it
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {

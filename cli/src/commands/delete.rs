@@ -1,4 +1,4 @@
-//! `delete`: VMs and everything of them, gone. Asks first where there is somebody to ask.
+//! `delete`: deletes VMs with their disks. Asks for confirmation on a terminal.
 
 use nido_api::{VmInfo, VmList};
 
@@ -14,8 +14,9 @@ Examples:
   nido delete --all --force
   nido delete --filter label=team=ci --force
 
-On a terminal nido asks before it deletes, unless --yes is given; in a script it does not ask.
-A VM that runs is only deleted with --force. If one of several cannot be deleted, the others still are.";
+On a terminal nido asks for confirmation, unless --yes is given; in a script it does not. A
+running VM is only deleted with --force. If one of several VMs cannot be deleted, the others still
+are.";
 
 /// Delete VMs with their disks
 #[derive(Debug, clap::Args)]
@@ -23,7 +24,7 @@ A VM that runs is only deleted with --force. If one of several cannot be deleted
 pub struct Args {
     #[command(flatten)]
     vms: Selection,
-    /// Delete VMs that run, too
+    /// Delete running VMs, too
     #[arg(long, short)]
     force: bool,
     #[command(flatten)]
@@ -35,7 +36,7 @@ impl Args {
         let nido = cx.nido().await?;
         let mut names = self.vms.names(&nido, every)?;
         names.sort();
-        // Asked is only about what can be deleted; of the others their error is reported.
+        // Ask only about VMs that can be deleted; report the errors of the others.
         let can = |vm: &VmInfo| names.contains(&vm.name) && (self.force || vm.status.at_rest());
         let gone: Vec<_> = nido.list()?.vms.iter().filter(|vm| can(vm)).map(|vm| vm.name.to_string()).collect();
         let question = format!("delete {} and all data in it?", gone.join(", "));

@@ -5,7 +5,7 @@ use nido_core::Nido;
 use super::Context;
 use crate::exit::{Exit, Outcome};
 
-/// Deliver what is pending, until nothing is
+/// Deliver pending webhook messages, then exit
 #[derive(Debug, clap::Args)]
 pub struct Args {}
 

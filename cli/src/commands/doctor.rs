@@ -10,23 +10,23 @@ use crate::exit::{Exit, Outcome};
 const EXAMPLES: &str = "\
 Examples:
   nido doctor
-  nido doctor --gc       also remove what crashes have left behind
-  nido doctor --adopt    bring back VMs whose files are there but whose row in nido.db was lost
+  nido doctor --gc       also remove orphans
+  nido doctor --adopt    restore VMs that have files but no row in nido.db
   nido doctor --json | jq .ok
 
 Exit code 1 if no VM can be started.";
 
-/// Look at the host: can VMs be started, and how well
+/// Check whether this host can run VMs
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Remove what crashes have left behind
+    /// Remove orphans: what interrupted commands did not remove
     #[arg(long)]
     gc: bool,
-    /// Bring back VMs that nido.db does not know
+    /// Restore VMs that are missing in nido.db
     ///
-    /// Rebuilds their rows from the vm.json in their directories. A name that is taken gets a number; ephemeral VMs are kept
-    /// from then on.
+    /// Rebuilds their rows from the vm.json in their directories. If a name is in use, a number is appended to it;
+    /// ephemeral VMs are kept from then on.
     #[arg(long, conflicts_with = "gc")]
     adopt: bool,
 }
@@ -69,7 +69,7 @@ fn tell(cx: &Context, adoption: &Adoption) {
         }
     }
     for (id, why) in &adoption.skipped {
-        cx.output.warn(&format!("directory vms/{} was not adopted: {}", line(id), line(why)));
+        cx.output.warn(&format!("cannot adopt directory vms/{}: {}", line(id), line(why)));
     }
     if adoption.adopted.is_empty() && adoption.skipped.is_empty() {
         cx.output.talk("every VM has its row");
@@ -90,6 +90,6 @@ fn text(report: &DoctorReport) -> String {
             out.push_str(&format!("         {:width$}  hint: {}\n", "", line(hint)));
         }
     }
-    out.push_str(if report.ok { "VMs can be started here.\n" } else { "No VM can be started here yet.\n" });
+    out.push_str(if report.ok { "This host can start VMs.\n" } else { "This host cannot start VMs yet.\n" });
     out
 }

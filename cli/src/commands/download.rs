@@ -15,12 +15,12 @@ Examples:
   nido download web /etc/os-release - | grep VERSION
   nido download web /srv/site - | tar -t
 
-What exists is only replaced with --force; a file then keeps its mode, owner, attributes and hard links. - is
-standard output: the bytes of a file, or a tar archive of a directory. A character device or pipe here is
-written to, never replaced. Devices, sockets and pipes of the guest are left out; set-id bits are not copied,
-owners only with --preserve and as root. Modes are masked with the umask, unless --preserve is given. Holes of
-sparse files and hard links within a tree are kept. What cannot be read is left out and named; the exit code
-is 1 then.";
+Existing files are only replaced with --force; they keep their mode, owner, attributes and hard
+links. - is standard output: the bytes of a file, or a tar archive of a directory. A character
+device or pipe of the host is written to, never replaced. Devices, sockets and pipes of the guest
+are skipped; set-id bits are not copied, owners only with --preserve and as root. Modes are masked
+with the umask, unless --preserve is given. Holes of sparse files and hard links within a tree are
+kept. Entries that cannot be read are skipped and listed, and the exit code is 1.";
 
 /// Copy a file or directory out of a VM
 #[derive(Debug, clap::Args)]
@@ -31,10 +31,10 @@ pub struct Args {
     /// Path in the guest
     #[arg(value_name = "SRC")]
     source: OsString,
-    /// Path here; - is standard output
+    /// Path on the host; - is standard output
     #[arg(value_name = "DST", value_hint = clap::ValueHint::AnyPath)]
     destination: OsString,
-    /// Replace what exists
+    /// Replace existing files
     #[arg(long, short)]
     force: bool,
     /// Keep modes exactly, and (as root) owners and groups by number

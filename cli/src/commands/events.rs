@@ -18,23 +18,23 @@ Examples:
   nido events --since 1200 --json
 
 Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
-snapshot.created snapshot.restored template.created template.deleted. They are kept for 30 days, at most the last 100000.
-Each has a cursor; --since goes on behind one, so a reader that was away misses nothing.";
+snapshot.created snapshot.restored template.created template.deleted. They are kept for 30 days,
+at most the last 100000. Each has a cursor; pass the last one as --since to continue after it.";
 
 /// Show what happened to VMs, snapshots and templates
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Go on with what happens from now on; without --since only that
+    /// Keep running, and print new events; without --since only those
     #[arg(long, short)]
     follow: bool,
-    /// Only what came behind this cursor; 0 is everything
+    /// Events after this cursor; 0 is all
     #[arg(long, value_name = "CURSOR")]
     since: Option<u64>,
-    /// Only these events; may be repeated
+    /// Events of this type; may be repeated
     #[arg(long = "event", short, value_name = "EVENT", value_delimiter = ',')]
     events: Vec<EventKind>,
-    /// Only those of this VM
+    /// Events of this VM
     #[arg(long, value_name = "NAME")]
     vm: Option<VmName>,
 }
@@ -110,7 +110,7 @@ fn about(details: &EventDetails) -> String {
         let what = match limit {
             Limit::Ttl => "time to live",
             Limit::Idle => "idle time",
-            Limit::Session => "the session it was made for",
+            Limit::Session => "its session",
         };
         words.push(format!("{what} is over"));
     }

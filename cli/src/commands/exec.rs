@@ -20,12 +20,13 @@ Examples:
   nido exec web --timeout 30s -- make test
   nido exec web --json -- id | jq .stdout
 
-Without -i the command's standard input is empty. What the command leaves in the background keeps running; a time
-limit, an interrupt and a lost nido end it together with the command. The exit code is the command's own; 128+n if signal n
-killed it, 124 if its time ran out, 125 if nido failed, 126 if it cannot be run, 127 if it was not found.
-Ctrl-C interrupts the command; pressed again it terminates it; the third time it kills it and leaves.
-SIGTERM and SIGHUP are passed on, and if the command does not end within some seconds nido kills it and leaves.
-On a terminal the command's control characters are shown, not obeyed, except with -t or --raw.";
+Without -i the command's standard input is empty. Background processes of the command keep running
+after it has ended; a timeout, an interrupt or a killed nido ends them together with the command.
+The exit code is the command's; 128+n if signal n killed it, 124 after its timeout, 125 if nido
+failed, 126 if it cannot be run, 127 if it was not found. Ctrl-C interrupts the command; a second
+one terminates it; a third one kills it and ends nido. SIGTERM and SIGHUP are passed on; if the
+command does not end within some seconds, nido kills it and exits. On a terminal the command's
+control characters are escaped, except with -t or --raw.";
 
 /// Run a command in a VM
 #[derive(Debug, clap::Args)]
@@ -35,7 +36,7 @@ pub struct Args {
     name: VmName,
     #[command(flatten)]
     how: ExecArgs,
-    /// Kill the command and its children after so long, for example 60s
+    /// Kill the command and its children after this time, for example 60s
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     timeout: Option<u64>,
     /// The command and its arguments
@@ -52,14 +53,14 @@ pub struct ExecArgs {
     /// Run on a terminal
     #[arg(long, short)]
     tty: bool,
-    /// Let the guest's bytes reach the terminal as they are
+    /// Write the guest's bytes to the terminal unescaped
     #[arg(long)]
     raw: bool,
     #[command(flatten)]
     place: PlaceArgs,
 }
 
-/// As whom and where a command runs; shared with `shell`.
+/// User and directory of a command; shared with `shell`.
 #[derive(Debug, clap::Args)]
 pub struct PlaceArgs {
     /// User in the guest: USER, USER:GROUP or :GROUP, by name or number [default: root]
@@ -93,10 +94,10 @@ impl ExecArgs {
     /// The core's request.
     pub fn request(self, command: Vec<OsString>, timeout_ms: Option<u64>, json: bool) -> Result<ExecRequest, Error> {
         if self.tty && json {
-            return Err(Error::new(Code::SpecInvalid, "-t and --json exclude each other").hint("leave out -t"));
+            return Err(Error::new(Code::SpecInvalid, "-t and --json exclude each other").hint("omit -t"));
         }
         if self.tty {
-            terminal::require(self.interactive, "-t", "leave out -t")?;
+            terminal::require(self.interactive, "-t", "omit -t")?;
         }
         let request = self.place.request(self.tty)?;
         let argv = command.into_iter().map(OsStringExt::into_vec).collect();

@@ -1,4 +1,4 @@
-//! `fork`: copies of a running VM, which runs on.
+//! `fork`: copies a running VM, which keeps running.
 
 use std::time::Duration;
 
@@ -14,11 +14,12 @@ Examples:
   nido fork web web-2
   nido fork warmed-up worker-1 worker-2 worker-3
 
-Prints the names of the copies. Each has the memory, the disk and the processes of the original at one moment, and a host
-name, a machine id, host keys and random numbers of its own. Commands that nido exec, run or shell run at that moment end
-in the copies; what earlier ones left in the background is there. Published ports stay with the original.";
+Prints the names of the copies. Each has the memory, disk and processes of the original at one
+moment, but its own host name, machine id, host keys and random numbers. Commands of nido exec,
+run or shell that run at that moment end in the copies; background processes of earlier ones
+continue. Published ports stay with the original.";
 
-/// Copy a running VM, which runs on
+/// Copy a running VM, which keeps running
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {

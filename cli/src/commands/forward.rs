@@ -13,8 +13,8 @@ use crate::output::table;
 const EXAMPLES: &str = "\
 Examples:
   nido forward add web 8080:80
-  nido forward add web 22                 takes a free port of the host and prints it
-  nido forward add web 0.0.0.0:8443:443   on every address: anyone who reaches the host reaches the guest
+  nido forward add web 22                 selects a free port of the host and prints it
+  nido forward add web 0.0.0.0:8443:443   on every address: any client that reaches the host reaches the guest
   nido forward ls web
   nido forward rm web 8080:80
   nido forward rm web 80 --all            every forward of the guest's port 80
@@ -31,7 +31,7 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Publish a port; prints where
+    /// Publish a port; prints the host port
     Add(OneArgs),
     /// List published ports
     #[command(visible_alias = "list")]
@@ -39,11 +39,11 @@ enum Verb {
         /// Name of the VM
         name: VmName,
     },
-    /// Unpublish a port, named as it is listed; GUEST alone if it is published once
+    /// Remove a published port, named as listed; GUEST alone if it is published once
     Rm {
         #[command(flatten)]
         one: OneArgs,
-        /// Every port that GUEST is published on
+        /// Remove all forwards of the port GUEST
         #[arg(long)]
         all: bool,
     },

@@ -71,7 +71,7 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
     some("machine", vm.machine.clone());
     some("accel", vm.accel.clone());
     some("isolation", vm.isolation.clone());
-    some("nested", vm.nested.then(|| "the guest may run VMs of its own".to_owned()));
+    some("nested", vm.nested.then(|| "the guest can run VMs".to_owned()));
     some("reason", vm.machine_reason.clone());
     some("agent", agent(vm));
     some("network", Some(if vm.net == NetChoice::Nat { "nat" } else { "none" }.into()));
@@ -84,7 +84,7 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
         some("label", Some(format!("{key}={value}")));
     }
     some("ephemeral", vm.ephemeral.then(|| "yes".into()));
-    some("session", vm.lease.as_ref().map(|lease| format!("{}; it goes when that is over", lease.as_str())));
+    some("session", vm.lease.as_ref().map(|lease| format!("{}; deleted when it ends", lease.as_str())));
     some("created", Some(past(vm.created_at, now)));
     some("started", vm.started_at.map(|at| past(at, now)));
     some("expires", vm.expires_at.map(|at| format!("{at:.0} (in {})", show_seconds(between(now, at)))));

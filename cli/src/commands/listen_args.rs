@@ -9,45 +9,45 @@ use nido_server::{Hosts, ListenAddress, Options, PublicUrl, Timeouts, Tls, TlsFi
 
 use crate::parse::duration_ms;
 
-/// Where a server listens, and whom it lets in.
+/// Where a server listens, and which clients it accepts.
 #[derive(Debug, clap::Args)]
 pub struct ListenArgs {
-    /// The port; 0 takes a free one [default: 8080]
+    /// Port; 0 selects a free one [default: 8080]
     #[arg(long)]
     port: Option<u16>,
     /// Listen on a unix socket instead
     #[arg(long, value_name = "PATH", conflicts_with_all = ["port", "allow_remote", "bind"], value_hint = clap::ValueHint::FilePath)]
     socket: Option<PathBuf>,
-    /// Let other machines in: listen on every address, encrypted. Without --tls-cert and --tls-key with a self-signed
-    /// certificate that is made on first use; its fingerprint is printed
+    /// Accept clients on other machines: listen on every address, with TLS. Without --tls-cert and --tls-key nido
+    /// creates a self-signed certificate on first use and prints its fingerprint
     #[arg(long)]
     allow_remote: bool,
-    /// The address to listen on [default: 127.0.0.1; with --allow-remote 0.0.0.0]
+    /// Address to listen on [default: 127.0.0.1; with --allow-remote 0.0.0.0]
     #[arg(long, value_name = "ADDRESS")]
     bind: Option<IpAddr>,
-    /// The server's certificate, and those between it and the root, as PEM
+    /// Certificate chain of the server, as PEM
     #[arg(long, value_name = "FILE", requires = "tls_key", value_hint = clap::ValueHint::FilePath)]
     tls_cert: Option<PathBuf>,
-    /// Its private key, as PEM
+    /// Private key of the server, as PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert", value_hint = clap::ValueHint::FilePath)]
     tls_key: Option<PathBuf>,
-    /// Let other machines in without encryption: tokens and everything else can be read on the way
+    /// Accept clients on other machines without encryption: tokens and all other data can be read on the network
     #[arg(long, requires = "allow_remote")]
     insecure_http: bool,
-    /// Where clients reach this server through a proxy, for example `https://ci.example/nido/`: its host and its origin are
-    /// accepted, and links lead there. The proxy removes the path
+    /// URL at which a reverse proxy publishes this server, for example `https://ci.example/nido/`: its host and origin
+    /// are accepted, and links use it. The proxy must remove the path
     #[arg(long, value_name = "URL", conflicts_with = "socket")]
     public_url: Option<PublicUrl>,
-    /// A name under which clients know this machine; may be repeated
+    /// Host name to accept in requests; may be repeated
     #[arg(long = "allow-host", value_name = "NAME")]
     hosts: Vec<String>,
-    /// Let web pages of this origin use the MCP server, for example http://localhost:6274; may be repeated
+    /// Origin whose web pages may use the MCP server, for example http://localhost:6274; may be repeated
     #[arg(long = "allow-origin", value_name = "ORIGIN", value_parser = origin)]
     origins: Vec<String>,
-    /// How many requests a caller may make in a second, on average
+    /// Requests a second that a caller may make, on average
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     rate: u32,
-    /// How long to wait for the next byte of a request's body; twice as long for all of a JSON body, and for a client to read
+    /// Timeout for the next byte of a request's body; twice as long for a whole JSON body, and for a client to read
     #[arg(long, value_name = "TIME", hide = true, default_value = "30s", value_parser = duration_ms)]
     patience: u64,
 }
@@ -70,8 +70,8 @@ impl ListenArgs {
         let everywhere = IpAddr::V4(if self.allow_remote { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST });
         let address = self.bind.unwrap_or(everywhere);
         if !address.is_loopback() && !self.allow_remote {
-            let words = format!("{address} can be reached by other machines");
-            return Err(Error::new(Code::Denied, words).hint("--allow-remote lets them in"));
+            let words = format!("{address} is reachable from other machines");
+            return Err(Error::new(Code::Denied, words).hint("pass --allow-remote to accept clients on them"));
         }
         // Other machines are never let in without encryption by mistake.
         let tls = tls.or((!address.is_loopback() && !self.insecure_http).then_some(Tls::Own));

@@ -17,7 +17,7 @@ Examples:
   nido logs web --source qemu
   nido logs web --raw > console.log
 
-Control characters are shown, not obeyed; --raw gives the bytes as they are. With --json each line is an
+Control characters are escaped; --raw writes the bytes unescaped. With --json each line is an
 object {\"line\": …}.";
 
 /// Longest line that JSON gives in one piece, in bytes.
@@ -29,27 +29,27 @@ const LINE_LIMIT: usize = 64 * 1024;
 pub struct Args {
     /// Name of the VM
     name: VmName,
-    /// Go on until the VM is at rest
+    /// Keep following the log until the VM is stopped
     #[arg(long, short)]
     follow: bool,
-    /// Which log [default: console]
+    /// Log to show [default: console]
     #[arg(long, value_name = "LOG")]
     source: Option<Source>,
-    /// Only the last lines
+    /// Number of lines to show, the last ones
     #[arg(long, short = 'n', value_name = "LINES")]
     tail: Option<usize>,
-    /// The bytes as they are
+    /// Write the bytes unescaped
     #[arg(long, conflicts_with = "json")]
     raw: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Source {
-    /// The guest's serial console
+    /// Guest's serial console
     Console,
-    /// QEMU's own output
+    /// QEMU's output
     Qemu,
-    /// The supervisor's
+    /// Supervisor's log
     Supervisor,
 }
 

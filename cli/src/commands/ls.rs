@@ -24,7 +24,7 @@ const HEAD: [&str; 11] =
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES, visible_alias = "list")]
 pub struct Args {
-    /// Only those with a label, as label=KEY or label=KEY=VALUE; given several times, all must hold
+    /// VMs with a label, as label=KEY or label=KEY=VALUE; if repeated, those with all of them
     #[arg(long, value_name = "FILTER")]
     filter: Vec<Filter>,
 }
@@ -36,7 +36,9 @@ impl Args {
         list.vms.retain(|vm| self.filter.iter().all(|filter| filter.holds(vm)));
         let unknown = nido.unknown_vms()?.len();
         if unknown > 0 && nido.notice().is_none() {
-            cx.output.warn(&format!("{unknown} VMs are not listed: nido.db does not know them (nido doctor --adopt)"));
+            cx.output.warn(&format!(
+                "{unknown} VMs are missing in nido.db and not listed; restore them with nido doctor --adopt"
+            ));
         }
         let now = Timestamp::now();
         cx.output.answer(&list, || {

@@ -16,7 +16,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// The directory; made if it is missing
+    /// The directory; created if missing
     #[arg(value_hint = clap::ValueHint::DirPath)]
     directory: PathBuf,
 }

@@ -19,19 +19,19 @@ Examples:
   nido mcp-server install --client claude-desktop --write
   nido mcp-server install --client cursor --write -- --read-only
 
-Flags behind -- are those of `nido mcp-server start`.";
+Flags after -- are those of `nido mcp-server start`.";
 
-/// Tell a client how to start the MCP server
+/// Configure a client to use the MCP server
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Install {
-    /// Which client
+    /// The client
     #[arg(long, value_enum)]
     client: Client,
-    /// Put it into the client's file; what else stands there stays
+    /// Write the client's file; its other settings are kept
     #[arg(long)]
     write: bool,
-    /// The client's file [default: where that client looks for it]
+    /// The client's file [default: the client's own location]
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     file: Option<PathBuf>,
     /// Flags for `nido mcp-server start`
@@ -60,7 +60,7 @@ impl Client {
         }
     }
 
-    /// Whether it wants to be told how to speak.
+    /// Whether it requires the transport's name.
     const fn wants_type(self) -> bool {
         matches!(self, Self::ClaudeCode | Self::Vscode)
     }
@@ -88,7 +88,7 @@ impl Install {
         if !self.write {
             let whole = merged(Value::Object(Map::new()), self.client, entry)?;
             cx.output.data(&(serde_json::to_string_pretty(&whole).unwrap_or_default() + "\n"))?;
-            cx.output.talk(&format!("this belongs into {}; --write puts it there", file.display()));
+            cx.output.talk(&format!("add this to {}, or pass --write", file.display()));
             return Ok(Exit::Success);
         }
         let there = read(&file)?;
@@ -135,7 +135,7 @@ fn moved_home() -> Option<(String, PathBuf)> {
     Some(("NIDO_HOME".into(), nido_engine::home::Home::default_root().ok()?))
 }
 
-/// Where clients look for programs that nobody named: those of a desktop know no more.
+/// The default search path of desktop clients.
 const USUAL_PLACES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
 /// What QEMU is called.
 const QEMU: &str = "qemu-system-x86_64";
@@ -154,7 +154,7 @@ fn qemu_out_of_the_way() -> Option<(String, PathBuf)> {
 fn merged(mut there: Value, client: Client, entry: Value) -> Result<Value> {
     let not_it = |what: &str| {
         let words = format!("{what} of the client's file is not an object");
-        Error::new(Code::SpecInvalid, words).hint("mend it, or name another with --file")
+        Error::new(Code::SpecInvalid, words).hint("fix it, or select another file with --file")
     };
     let servers = there.as_object_mut().ok_or_else(|| not_it("the whole"))?;
     let servers = servers.entry(client.key()).or_insert_with(|| json!({}));
@@ -168,8 +168,8 @@ fn read(file: &Path) -> Result<Value> {
     match std::fs::read_to_string(file) {
         Ok(text) if text.trim().is_empty() => Ok(json!({})),
         Ok(text) => serde_json::from_str(&text).map_err(|e| {
-            let words = format!("{shown} is not JSON that can be read: {e}");
-            Error::new(Code::SpecInvalid, words).hint("without --write it is printed, to be put there by hand")
+            let words = format!("{shown} is not valid JSON: {e}");
+            Error::new(Code::SpecInvalid, words).hint("run without --write to print the entry, and add it by hand")
         }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(json!({})),
         Err(e) => Err(Error::io(format!("cannot read {shown}"), e)),

@@ -31,12 +31,12 @@ Examples:
   nido mcp-server start --transport http --port 8080
   nido mcp-server start --transport http --socket /run/user/1000/nido-mcp.sock
 
-Over stdio the client starts it, speaks on its standard input and reads its standard output, where nothing but messages is
-ever written; what is worth telling goes to standard error. It ends when standard input does. Over http it serves at /mcp,
-with the tokens of `nido token`. VMs do not depend on it, but for ephemeral ones that agents have made: they go with their
-session.";
+Over stdio the client starts the server, which reads messages from standard input, writes them to
+standard output, logs to standard error and exits when standard input ends. Over http it serves at
+/mcp, with tokens of `nido token`. VMs keep running when the server stops, except ephemeral ones
+of agents: they are deleted with their session.";
 
-/// Serve agents over the Model Context Protocol
+/// Serve AI agents over the Model Context Protocol
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -50,41 +50,42 @@ enum Verb {
     Install(Install),
 }
 
-/// Serve until standard input ends, or a signal comes
+/// Serve until standard input ends, or until a signal
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 struct Start {
-    /// How clients reach it
+    /// Transport
     #[arg(long, value_enum, default_value = "stdio")]
     transport: Transport,
-    /// Only offer tools that change nothing
+    /// Offer only tools that change nothing
     #[arg(long)]
     read_only: bool,
-    /// Only offer these tools
+    /// Offer only these tools
     #[arg(long, value_name = "TOOL", value_delimiter = ',', value_parser = tool())]
     tools: Option<Vec<String>>,
     /// Do not offer these tools
     #[arg(long, value_name = "TOOL", value_delimiter = ',', value_parser = tool())]
     exclude_tools: Vec<String>,
-    /// What callers may do: commands, confirmation, paths of the host
+    /// Policy file: allowed commands, confirmation, host paths
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     policy: Option<PathBuf>,
-    /// What a person confirms: always, never, or tools like vm_exec@foreign,vm_delete [default: always, or what the policy says]
+    /// Operations that a person must confirm: always, never, or tools like vm_exec@foreign,vm_delete [default: the
+    /// policy's, else always]
     #[arg(long, value_name = "WHEN")]
     confirm: Option<Confirm>,
-    /// How long a call may last; one that lasts longer is answered with a job, and goes on
+    /// Time limit of a call; a longer one returns a job, which continues
     #[arg(long, value_name = "TIME", default_value = "40s", value_parser = duration)]
     answer_within: Duration,
-    /// Over stdio: what the client may do, read, run or admin [default: admin]
+    /// Scope of the client over stdio: read, run or admin [default: admin]
     #[arg(long)]
     scope: Option<Scope>,
-    /// Over http: how long a session goes on that nobody uses [default: 30m]; its throw-away VMs go with it
+    /// Idle time after which a session over HTTP ends, with its ephemeral VMs [default: 30m]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     session_idle: Option<Duration>,
-    /// Over http: how long ephemeral VMs of a session that ended wait for the caller's next one [default: 60s]
+    /// Time that ephemeral VMs of an ended HTTP session wait for the caller's next session [default: 60s]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     session_grace: Option<Duration>,
-    /// Serve without tokens; takes --socket, whose owner is the only caller
+    /// Serve without tokens; requires --socket, whose owner is the only caller
     #[arg(long)]
     no_token: bool,
     #[command(flatten)]
@@ -93,7 +94,7 @@ struct Start {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Transport {
-    /// A client that starts it, on standard input and output
+    /// Standard input and output, for a client that starts the server
     Stdio,
     /// Streamable HTTP, at /mcp
     Http,
@@ -157,11 +158,13 @@ impl Start {
 
     async fn stdio(self, cx: &Context, settings: Settings) -> Outcome {
         if self.no_token || self.session_idle.is_some() || self.session_grace.is_some() || self.listen.is_given() {
-            let words = "a client on standard input and output needs no port and no token, and ends its session itself";
-            return Err(Error::new(Code::SpecInvalid, words).hint("--transport http serves on a port").into());
+            let words = "--port, --socket, --no-token and similar options are for --transport http";
+            return Err(Error::new(Code::SpecInvalid, words).hint("pass --transport http, or omit them").into());
         }
         if std::io::stdin().is_terminal() {
-            cx.output.talk("waiting for messages of an MCP client on standard input; nido mcp-server install tells one how to start this");
+            cx.output.talk(
+                "waiting for messages of an MCP client on standard input; configure one with nido mcp-server install",
+            );
         }
         let nido = cx.nido().await?;
         let defaults = own_paths(&nido)?;
@@ -176,18 +179,18 @@ impl Start {
 
     async fn http(self, cx: &Context, settings: Settings) -> Outcome {
         if self.scope.is_some() {
-            let words = "over http the token says what a client may do, and --scope is for stdio";
+            let words = "--scope is for stdio; over http the token determines the scope";
             return Err(Error::new(Code::SpecInvalid, words)
                 .hint("nido token create --name NAME --scope SCOPE")
                 .into());
         }
         let options = self.listen.options(false)?;
         if self.no_token && !matches!(options.listen, ListenAddress::Unix(_)) {
-            let words = "a port without a token would be open to every program of this machine and to every guest with --net nat, \
-                which reaches the host's loopback at 10.0.2.2";
+            let words = "a port without a token would be open to every program on this machine and to every guest with --net nat, \
+             which reaches the host's loopback at 10.0.2.2";
             return Err(Error::new(Code::Denied, words)
                 .hint(
-                    "--socket PATH needs no token: only its owner can use it; for a port: nido token create --name NAME --scope run --only mcp",
+                    "use --socket PATH, which only its owner can use, or create a token: nido token create --name NAME --scope run --only mcp",
                 )
                 .into());
         }

@@ -57,17 +57,17 @@ use crate::exit::{Codes, Outcome};
 const EXAMPLES: &str = "\
 Examples:
   nido template build sandbox          build the default template, once
-  nido spawn web                       make a VM, start it, wait until it is ready
+  nido spawn web                       create a VM, start it, wait until it is ready
   nido exec web -- uname -a            run a command in it
   nido upload web ./site /srv/site     copy a file or a directory into it
-  nido delete web --force --yes        throw it away
+  nido delete web --force --yes        delete it
   nido run -- python3 -c 'print(42)'   the same in one: a VM for a single command
 
-Exit codes: exec, run and shell end with the command's own code; 124 its time ran out, 125 nido failed,
-126 it cannot be run, 127 it was not found, 128+n killed by signal n. Every other verb: 0 done, 1 failed,
-2 usage, 70 a defect of nido.";
+Exit codes: exec, run and shell return the command's exit code; 124 timeout, 125 nido failed, 126
+the command cannot be run, 127 it was not found, 128+n it was killed by signal n. Other commands:
+0 success, 1 failure, 2 usage error, 70 defect of nido.";
 
-/// Starts, controls and forgets virtual machines, without libvirt.
+/// Disposable virtual machines from one command: nido creates, runs and deletes QEMU microVMs.
 #[derive(Debug, Parser)]
 #[command(name = "nido", version, after_help = EXAMPLES, propagate_version = false, max_term_width = 100)]
 pub struct Cli {
@@ -77,7 +77,7 @@ pub struct Cli {
     pub verb: Verb,
 }
 
-/// What nido can do.
+/// The commands of nido.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     Spawn(spawn::Args),
@@ -201,7 +201,7 @@ pub fn start_log(cli: &Cli) {
     let told = match (cli.global.verbose, &cli.verb) {
         (0, verb) if verb.stays() => "info",
         // A server's stderr is its log, or its client keeps what it says here. The protocol's library warns of every answer that is an error, and of clients that
-        // have hung up: the client has been told, or is gone.
+        // have disconnected: the client has been notified, or is gone.
         (0, Verb::McpServer(_) | Verb::ApiServer(_)) => "warn,rmcp=off",
         (0, _) => return,
         // Below a warning the protocol's library writes whole messages: standard input, environment, contents of files.

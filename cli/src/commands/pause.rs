@@ -1,4 +1,4 @@
-//! `pause`: the CPUs of a VM halted.
+//! `pause`: pauses the CPUs of VMs.
 
 use nido_api::state::VmState;
 
@@ -12,7 +12,7 @@ Examples:
   nido pause --all
   nido pause --filter label=team=ci";
 
-/// Halt the CPUs of a VM; its memory stays
+/// Pause the CPUs of VMs; their memory stays
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {

@@ -1,4 +1,4 @@
-//! `pool`: clones of a template that wait, loaded and halted, for the next `spawn` or `run`.
+//! `pool`: clones of a template that wait, loaded and paused, for the next `spawn` or `run`.
 
 use clap::Subcommand;
 use nido_api::name::TemplateName;
@@ -16,13 +16,13 @@ Examples:
   nido pool set sandbox 4
   nido pool set sandbox 2 --memory 2G      the template must have been baked for such a machine
   nido pool ls
-  nido run -- true                         takes a clone; another is made in the background
+  nido run -- true                         takes a clone; another is created in the background
   nido pool set sandbox 0
 
-A clone that waits takes memory, but no CPU time. It is a machine of its own already; whoever takes it gives it its
-name, a fresh token, the time and fresh random numbers.";
+A waiting clone uses memory, but no CPU time, and has an identity of its own. The command that
+takes it sets its name, the time, a new token and new random numbers.";
 
-/// Keep clones of a template ready to be taken
+/// Keep VMs of a template ready
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -36,7 +36,7 @@ enum Verb {
     Set {
         /// Name of the template
         template: TemplateName,
-        /// How many, at most 100
+        /// Number of clones, at most 100
         #[arg(value_name = "N", value_parser = clap::value_parser!(u32).range(0..=i64::from(POOL_MAX)))]
         wanted: u32,
         #[command(flatten)]
@@ -57,7 +57,7 @@ impl Args {
                 arguments["name"] = template.as_str().into();
                 let pool = cx.audited(&nido, "pool_set", arguments, nido.pool_set(&template, &request)).await?;
                 cx.output.talk(&match wanted {
-                    0 => format!("{template} has no such pool any more"),
+                    0 => format!("{template} no longer has this pool"),
                     _ => format!("{} of {wanted} clones of {template} wait; see nido pool ls", pool.ready),
                 });
                 cx.output.answer(&pool, || format!("{template}\n"))?;

@@ -5,7 +5,7 @@ use nido_core::Nido;
 use super::Context;
 use crate::exit::{Exit, Outcome};
 
-/// Make and remove clones until every pool is as it shall be
+/// Create and delete clones until every pool is full
 #[derive(Debug, clap::Args)]
 pub struct Args {}
 

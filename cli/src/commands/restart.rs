@@ -16,16 +16,16 @@ Examples:
   nido restart web db --force --no-wait
   nido restart --filter label=team=ci";
 
-/// Stop a VM and start it again
+/// Stop VMs and start them again
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
     vms: Selection,
-    /// Pull the plug instead of powering off in order
+    /// Terminate QEMU instead of powering off
     #[arg(long, short)]
     force: bool,
-    /// How long an orderly power-off may take before the plug is pulled, at most 1h [default: 30s]
+    /// Time limit for the power-off before QEMU is terminated, at most 1h [default: 30s]
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     stop_timeout: Option<u64>,
     #[command(flatten)]

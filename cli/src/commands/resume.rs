@@ -1,4 +1,4 @@
-//! `resume`: a paused VM goes on.
+//! `resume`: resumes paused VMs.
 
 use nido_api::state::VmState;
 
@@ -12,7 +12,7 @@ Examples:
   nido resume --all
   nido resume --filter label=team=ci";
 
-/// Let a paused VM run on
+/// Resume paused VMs
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {

@@ -24,13 +24,13 @@ Examples:
   nido run --net none --timeout 60s --copy job.py:/job.py -- python3 /job.py
   echo hello | nido run -i -- tr a-z A-Z
 
-The exit code is the command's own, as with exec. The VM is deleted when the command has ended, also
-after Ctrl-C or a failure. Should nido itself be killed, the VM stops and vanishes by itself a minute later.";
+The exit code is the command's, as with exec. The VM is deleted when the command has ended, also
+after Ctrl-C or a failure. If nido is killed, the VM stops and is deleted a minute later.";
 
 /// How long the VM outlives a nido that was killed, in milliseconds.
 const IDLE_MS: u64 = 60_000;
 
-/// Run a command in a VM of its own, then delete the VM
+/// Run a command in a new VM, then delete it
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -42,10 +42,10 @@ pub struct Args {
     /// Keep the VM, and print its name on stderr; with --json print {vm, exec}
     #[arg(long)]
     keep: bool,
-    /// Kill the command and its children after so long, for example 60s
+    /// Kill the command and its children after this time, for example 60s
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     timeout: Option<u64>,
-    /// How long the guest may take to become ready [default: depends on the accelerator]
+    /// Time limit for the guest to become ready [default: depends on the accelerator]
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     start_timeout: Option<u64>,
     /// The command and its arguments
@@ -143,7 +143,7 @@ fn without_vm(failure: Failure) -> Failure {
     match failure {
         Failure::Nido(error) if error.code() == Code::AgentUnreachable => {
             let again = Error::new(error.code(), error.message()).log_tail(error.log_lines().to_vec());
-            again.hint("the VM is deleted; with --keep it stays, for nido info and nido logs").into()
+            again.hint("the VM is deleted; keep it with --keep, then use nido info and nido logs").into()
         }
         other => other,
     }
@@ -160,8 +160,8 @@ fn refuse_volume(program: Option<&OsString>) -> Result<(), Error> {
         return Ok(());
     }
     let shown = sanitize::line(&String::from_utf8_lossy(text));
-    Err(Error::new(Code::SpecInvalid, format!("'{shown}' looks like SRC:DST, not like a command"))
-        .hint(format!("did you mean --copy {shown}? It copies; -v is --verbose")))
+    Err(Error::new(Code::SpecInvalid, format!("'{shown}' has the form SRC:DST and is not a command"))
+        .hint(format!("did you mean --copy {shown}? -v is --verbose")))
 }
 
 async fn copy_in(cx: &Context, nido: &Nido, name: &VmName, copies: Vec<UploadRequest>) -> Result<(), Failure> {
@@ -172,7 +172,7 @@ async fn copy_in(cx: &Context, nido: &Nido, name: &VmName, copies: Vec<UploadReq
             let (path, reason) = (sanitize::line(&first.path), sanitize::line(&first.reason));
             let what = format!("{} entries could not be read, the first is {path}: {reason}", done.unreadable);
             return Err(Error::new(Code::PermissionDenied, what)
-                .hint("leave them out of --copy, or make them readable")
+                .hint("exclude them from --copy, or make them readable")
                 .into());
         }
     }
@@ -193,7 +193,7 @@ fn upload(text: &OsString) -> Result<UploadRequest, Error> {
         }),
         _ => {
             let shown = sanitize::line(&text.to_string_lossy());
-            Err(Error::new(Code::SpecInvalid, format!("'{shown}' does not say what to copy and where to"))
+            Err(Error::new(Code::SpecInvalid, format!("'{shown}' is not SRC:DST"))
                 .hint("write SRC:DST, for example .:/work"))
         }
     }

@@ -18,10 +18,10 @@ pub struct Selection {
     /// Names of the VMs
     #[arg(required_unless_present_any = ["all", "filter"], conflicts_with_all = ["all", "filter"])]
     name: Vec<VmName>,
-    /// All VMs that this can be done to
+    /// All VMs to which the command applies
     #[arg(long, conflicts_with = "filter")]
     all: bool,
-    /// Those with a label, as label=KEY or label=KEY=VALUE; given several times, all must hold
+    /// VMs with a label, as label=KEY or label=KEY=VALUE; if repeated, those with all of them
     #[arg(long, value_name = "FILTER")]
     filter: Vec<Filter>,
 }
@@ -38,7 +38,7 @@ impl FromStr for Filter {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let label = text.strip_prefix("label=").filter(|label| !label.is_empty() && !label.starts_with('='));
-        let label = label.ok_or("a filter is label=KEY or label=KEY=VALUE")?;
+        let label = label.ok_or("use label=KEY or label=KEY=VALUE")?;
         let (key, value) = label.split_once('=').map_or((label, None), |(key, value)| (key, Some(value.to_owned())));
         Ok(Self { key: key.to_owned(), value })
     }

@@ -14,8 +14,8 @@ Examples:
   nido shell web
   nido shell web -u user -w /srv
 
-The guest speaks to your terminal directly, as with ssh: open a shell only in guests whose programs you
-would let do that.";
+The guest writes to your terminal directly, as with ssh: open a shell only in guests that you
+trust that far.";
 
 /// Open a shell in a VM
 #[derive(Debug, clap::Args)]
@@ -30,7 +30,7 @@ pub struct Args {
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         if cx.output.json {
-            let error = Error::new(Code::SpecInvalid, "a shell has no JSON form");
+            let error = Error::new(Code::SpecInvalid, "shell does not support --json");
             return Err(error.hint("use 'nido exec NAME --json -- CMD'").into());
         }
         terminal::require(true, "a shell", "use nido exec for commands in scripts")?;

@@ -18,19 +18,20 @@ use crate::progress::Progress;
 
 const EXAMPLES: &str = "\
 Examples:
-  nido snapshot create web                 prints the name it got
+  nido snapshot create web                 prints its name
   nido snapshot create web before-upgrade
   nido snapshot ls web
   nido snapshot restore web before-upgrade
   nido snapshot delete web before-upgrade
 
-Of a running VM memory, devices and disk are kept, and it stands still meanwhile, for less than a second as a rule; of
-one that is stopped the disk. Restoring gives up what the VM has done since.";
+A snapshot of a running VM contains memory, devices and disk; the VM is paused meanwhile, usually
+for less than a second. A snapshot of a stopped VM contains the disk. What the VM has done since
+is lost when a snapshot is restored.";
 
 /// How long what is interrupted may take to be undone. The supervisor ends a snapshot by itself.
 const UNDO_LIMIT: Duration = Duration::ZERO;
 
-/// Keep a VM as it is, and go back to it
+/// Save and restore the state of VMs
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -44,7 +45,7 @@ enum Verb {
     Create {
         /// Name of the VM
         name: VmName,
-        /// Name of the snapshot [default: made of the time]
+        /// Name of the snapshot [default: derived from the time]
         snapshot: Option<SnapshotName>,
     },
     /// List a VM's snapshots, the oldest first
@@ -53,16 +54,16 @@ enum Verb {
         /// Name of the VM
         name: VmName,
     },
-    /// Make a VM what it was
+    /// Restore a VM to a snapshot
     Restore {
         /// Name of the VM
         name: VmName,
         /// Name of the snapshot
         snapshot: SnapshotName,
-        /// Take back the disk only, and leave the VM stopped
+        /// Restore the disk only, and leave the VM stopped
         #[arg(long)]
         disk_only: bool,
-        /// How long the guest may take to become ready, for example 60s [default: depends on the accelerator]
+        /// Time limit for the guest to become ready, for example 60s [default: depends on the accelerator]
         #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
         timeout: Option<u64>,
         #[command(flatten)]
@@ -100,7 +101,7 @@ impl Args {
             Verb::Restore { name, snapshot, disk_only, timeout, confirmation } => {
                 let is_there = nido.snapshot_list(&name).is_ok();
                 if is_there
-                    && !confirmation.given(cx, &format!("restore {snapshot}: what {name} has done since then is lost?"))
+                    && !confirmation.given(cx, &format!("restore {snapshot} and lose what {name} has done since then?"))
                 {
                     return Ok(Exit::Failure);
                 }

@@ -1,4 +1,4 @@
-//! `spawn`: a VM made, started and ready. Interrupted, there is none.
+//! `spawn`: creates and starts a VM. An interrupt undoes it.
 
 use std::time::Duration;
 
@@ -21,9 +21,9 @@ Examples:
   nido spawn box --net none --require-isolation --ephemeral
   nido spawn web --json | jq .status
 
-Prints the VM's name. Ctrl-C while it starts leaves no VM behind.";
+Prints the VM's name. Ctrl-C while it starts deletes it.";
 
-/// Make a VM, start it and wait until it is ready
+/// Create and start a VM, wait until ready
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -62,7 +62,7 @@ pub async fn spawn(cx: &Context, nido: &Nido, spec: VmSpec, start: StartRequest)
         cx.output.talk(&format!("interrupted; removing {name}"));
         tokio::select! {
             gone = nido.undo(&begun) => gone?,
-            _ = signals.next_end() => cx.output.warn(&format!("{name} may be left; see 'nido delete {name} --force'")),
+            _ = signals.next_end() => cx.output.warn(&format!("{name} may still exist; delete it with 'nido delete {name} --force'")),
         }
     }
     Err(Failure::Interrupted { signal: interrupted, undo: Duration::ZERO })

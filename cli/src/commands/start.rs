@@ -1,4 +1,4 @@
-//! `start`: a VM at rest is started.
+//! `start`: starts stopped VMs.
 
 use nido_api::name::VmName;
 
@@ -14,9 +14,9 @@ Examples:
   nido start web db --no-wait
   nido start --all
 
-Starting a VM that runs changes nothing. Ctrl-C stops the waiting, not the VM.";
+Starting a running VM changes nothing. Ctrl-C ends the command, not the VM.";
 
-/// Start a VM and wait until it is ready
+/// Start VMs and wait until they are ready
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {

@@ -17,10 +17,11 @@ Examples:
   nido stop --all
   nido stop --filter label=team=ci
 
-Stopping a VM that is stopped changes nothing. An ephemeral VM is deleted when it stops: on a terminal nido asks
-before that, unless --yes is given.";
+The guest powers off; after --timeout, or with --force, nido terminates QEMU. Stopping a stopped
+VM changes nothing. An ephemeral VM is deleted when it stops: on a terminal nido asks for
+confirmation, unless --yes is given.";
 
-/// Stop a VM: power it off in order, or pull the plug
+/// Stop VMs
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -28,10 +29,10 @@ pub struct Args {
     vms: Selection,
     #[command(flatten)]
     confirmation: Confirmation,
-    /// Pull the plug at once
+    /// Terminate QEMU at once
     #[arg(long, short)]
     force: bool,
-    /// How long an orderly power-off may take before the plug is pulled, at most 1h [default: 30s]
+    /// Time limit for the power-off before QEMU is terminated, at most 1h [default: 30s]
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     timeout: Option<u64>,
 }

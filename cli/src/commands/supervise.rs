@@ -6,15 +6,15 @@ use nido_core::SuperviseRequest;
 use super::Context;
 use crate::exit::{Exit, Outcome};
 
-/// Supervise one VM until it is at rest
+/// Supervise a VM until it is stopped
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Id of the VM
     id: String,
-    /// How long ago the start was asked for, in milliseconds
+    /// Time since the start was requested, in milliseconds
     #[arg(long, default_value_t = 0.0)]
     asked_ms_ago: f64,
-    /// How long the guest may take to become ready, in milliseconds
+    /// Time limit for the guest to become ready, in milliseconds
     #[arg(long)]
     ready_within_ms: Option<u64>,
 }

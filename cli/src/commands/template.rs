@@ -34,20 +34,20 @@ Examples:
   nido template build sandbox --kernel slim with a kernel compiled for guests: boots faster
   nido template info sandbox
   nido template create mine --from web
-  nido template bake sandbox --memory 2G --cpus 2   so that such VMs are forked, too
+  nido template bake sandbox --memory 2G --cpus 2   so that such VMs are forked
   nido template delete debian-12
   nido template export sandbox sandbox.nido
   nido template import sandbox.nido --name theirs
   nido template export sandbox - --no-memory | ssh host nido template import -
 
-A template that stands ready is not built again unless its recipe or nido's guest agent has changed.
-VMs of an imported template run what its maker put into it. What an archive says is checked before anything of it
-is used, but to import it is to run somebody's guest.";
+An existing template is not built again unless its recipe or nido's guest agent has changed. An
+imported template is validated before it is used, but its VMs run the software that its author put
+into it.";
 
 /// How long an interrupted build, export or import may take to end its programs and remove its files.
 const UNDO_LIMIT: Duration = Duration::from_secs(30);
 
-/// List, build, export, import and delete what VMs are made from
+/// Manage templates, from which VMs are created
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -65,44 +65,44 @@ enum Verb {
         /// Name of the template
         name: TemplateName,
     },
-    /// Build a template from the recipe of that name
+    /// Build a template from its recipe
     Build {
-        /// Name of the recipe: sandbox or debian-12
+        /// Name of the recipe: sandbox, debian-12 or kvm-host
         name: TemplateName,
-        /// Fetch packages anew even if nothing has changed
+        /// Download packages again even if nothing has changed
         #[arg(long)]
         rebuild: bool,
-        /// Do not save a running guest to fork from: VMs will boot
+        /// Create no warm image: VMs boot
         #[arg(long)]
         no_bake: bool,
-        /// Its kernel [default: the one it has; stock for a new template]
+        /// Kernel of the template [default: unchanged; stock for a new template]
         #[arg(long, value_name = "KIND")]
         kernel: Option<Kernel>,
     },
-    /// Make a template of a VM's disk, and bake it
+    /// Create a template and its warm image from a VM's disk
     Create {
         /// Name of the new template
         name: TemplateName,
-        /// The VM; one that runs stands still for a moment
+        /// The VM; a running one is paused for a moment
         #[arg(long, value_name = "VM")]
         from: VmName,
-        /// Do not save a running guest to fork from: VMs will boot
+        /// Create no warm image: VMs boot
         #[arg(long)]
         no_bake: bool,
     },
-    /// Save a template's guest while it runs, so that VMs of that kind are forked instead of booted
+    /// Save a booted guest, from which VMs are forked
     Bake {
         /// Name of the template
         name: TemplateName,
-        /// Bake anew even where a bake fits
+        /// Replace a warm image that matches
         #[arg(long)]
         again: bool,
         #[command(flatten)]
         machine: MachineArgs,
     },
-    /// Write a template into one file
+    /// Write a template to one file
     Export(ExportArgs),
-    /// Take in a template that was exported
+    /// Read a template from an exported file
     Import(ImportArgs),
     /// Delete a template that no VM uses
     Delete {
@@ -117,13 +117,13 @@ enum Verb {
 struct ExportArgs {
     /// Name of the template
     name: TemplateName,
-    /// The file to write, readable by its owner only; - is standard output
+    /// File to write, readable by its owner only; - is standard output
     #[arg(value_hint = clap::ValueHint::FilePath)]
     file: OsString,
-    /// Leave out saved guests: smaller, but VMs made from it boot instead of being forked
+    /// Leave out warm images: smaller, but its VMs boot instead of being forked
     #[arg(long)]
     no_memory: bool,
-    /// How hard to compress, from 1 (fast) to 19 (small)
+    /// Compression level, from 1 (fast) to 19 (small)
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
     level: i32,
     /// Replace the file if it exists
@@ -133,25 +133,25 @@ struct ExportArgs {
 
 #[derive(Debug, clap::Args)]
 struct ImportArgs {
-    /// The file to read; - is standard input
+    /// File to read; - is standard input
     #[arg(value_hint = clap::ValueHint::FilePath)]
     file: OsString,
-    /// The name it gets here, if not the one it was exported under
+    /// Name of the template here [default: the exported one]
     #[arg(long)]
     name: Option<TemplateName>,
-    /// Leave out saved guests, for archives of makers you do not trust: their state is loaded into QEMU itself
+    /// Leave out warm images, for archives that you do not trust: QEMU itself loads their state
     #[arg(long)]
     no_memory: bool,
-    /// Replace another template of that name
+    /// Replace a different template of that name
     #[arg(long, short)]
     force: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Kernel {
-    /// Debian's own, with all its modules
+    /// Debian's, with all its modules
     Stock,
-    /// Compiled from Debian's source with what guests need: boots in half the time, no modules
+    /// Compiled from Debian's source for guests: boots in half the time, no modules
     Slim,
 }
 
@@ -278,7 +278,7 @@ async fn export(cx: &Context, args: ExportArgs) -> Outcome {
     let target = if file != "-" {
         ExportTarget::Path(file.into())
     } else if cx.output.stdout_is_terminal {
-        return Err(Error::new(Code::SpecInvalid, "an archive is not written to a terminal")
+        return Err(Error::new(Code::SpecInvalid, "an archive cannot be written to a terminal")
             .hint("name a file, or send standard output to a file or a pipe")
             .into());
     } else {
@@ -311,7 +311,7 @@ fn exported(done: &ExportResult) -> String {
     format!("{} was exported in {seconds:.1} s: {data} in {archive}{bakes}", done.template)
 }
 
-/// An archive that nobody reads to its end is no error of ours.
+/// An archive that the reader of a pipe does not read to its end is no error.
 fn reader_gone(failure: Failure) -> Failure {
     let Failure::Nido(error) = &failure else { return failure };
     let mut cause: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
@@ -352,7 +352,7 @@ async fn import(cx: &Context, args: ImportArgs) -> Outcome {
 fn imported(done: &ImportResult) -> String {
     let name = &done.template.name;
     if done.already_present {
-        return format!("{name} was here already");
+        return format!("{name} existed already");
     }
     let size = show_bytes(done.template.size_bytes);
     format!("{name} was imported in {:.1} s ({size})", Duration::from_millis(done.duration_ms).as_secs_f64())
@@ -376,9 +376,6 @@ fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
         ("disk", show_bytes(template.disk_bytes)),
         ("created", format!("{:.0}", template.created_at)),
         ("used by", users),
-        (
-            "forks on",
-            if bakes.is_empty() { "no machine; see nido template bake --help".into() } else { bakes.join("; ") },
-        ),
+        ("forks on", if bakes.is_empty() { "none; see nido template bake --help".into() } else { bakes.join("; ") }),
     ]
 }

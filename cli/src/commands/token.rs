@@ -23,11 +23,12 @@ Examples:
   nido token list
   nido token revoke ci
 
-Scopes: read looks at VMs, logs and events; run also makes, uses and deletes VMs; admin also templates, pools,
-webhooks and the audit log. A token for agents is --only mcp: any other is good for the REST API of the same server, too,
-where neither the policy of the MCP server nor its questions to a person hold. A token is shown once, when it is made; nido keeps only a hash of it.";
+Scopes: read allows reading VMs, logs and events; run also creating, using and deleting VMs; admin
+also templates, pools, webhooks and the audit log. Create tokens for agents with --only mcp: any
+other token also gives access to the REST API of the same server, which has no policy and no
+confirmation. A token is shown only once; nido stores a hash.";
 
-/// Manage the tokens of the servers
+/// Manage access tokens of the servers
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -37,30 +38,30 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Make a token and show it, once
+    /// Create a token and print it, once
     Create {
-        /// What it is called in lists and in the audit log
+        /// Name of the token in lists and in the audit log
         #[arg(long)]
         name: String,
-        /// What it is good for: read, run or admin
+        /// Scope: read, run or admin
         #[arg(long)]
         scope: Scope,
-        /// The one part of a server that it is good for: mcp; all of it if absent
+        /// Part of a server to restrict it to: mcp [default: all]
         #[arg(long, value_name = "PART")]
         only: Option<Door>,
-        /// How long it is good, like 12h or 30d; for ever if absent
+        /// Validity, like 12h or 30d [default: does not expire]
         #[arg(long, value_name = "DURATION", value_parser = parse::duration_ms)]
         expires: Option<u64>,
         #[command(flatten)]
         limits: LimitArgs,
     },
-    /// List the tokens there are, without their secrets
+    /// List tokens, without their secrets
     #[command(visible_alias = "ls")]
     List,
-    /// Revoke tokens, at once
+    /// Revoke tokens at once
     #[command(visible_alias = "rm")]
     Revoke {
-        /// Name or id
+        /// Name or id of the token
         #[arg(required = true, value_name = "NAME")]
         tokens: Vec<String>,
         #[command(flatten)]
@@ -70,9 +71,9 @@ enum Verb {
 
 const HEAD: [&str; 7] = ["NAME", "SCOPE", "ONLY", "ID", "CREATED", "EXPIRES", "LIMITS"];
 
-/// What VMs may be that are made with a token; what is not given is not limited.
+/// Limits of VMs that are created with a token; absent ones do not apply.
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Limits of VMs that are made with it")]
+#[command(next_help_heading = "Limits of VMs that are created with it")]
 struct LimitArgs {
     /// VMs at a time
     #[arg(long, value_name = "N")]
@@ -86,19 +87,19 @@ struct LimitArgs {
     /// Disk of one VM
     #[arg(long, value_name = "SIZE", value_parser = parse::size)]
     max_disk: Option<u64>,
-    /// Longest time limit (ttl) of a VM, which then needs one
+    /// Longest time to live of a VM, which then needs one
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     ttl_max: Option<u64>,
-    /// Every VM needs a time limit (ttl)
+    /// Every VM needs a time to live
     #[arg(long)]
     ttl_required: bool,
     /// Networks that a VM may have
     #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = network)]
     net: Option<Vec<NetChoice>>,
-    /// Addresses of the host to publish ports on; 'none' for no address
+    /// Addresses of the host on which ports may be published; 'none' for no address
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = address)]
     publish: Option<Vec<Option<IpAddr>>>,
-    /// Templates that VMs may be made of
+    /// Templates that may be used
     #[arg(long, value_name = "TEMPLATE", value_delimiter = ',')]
     templates: Option<Vec<TemplateName>>,
 }
@@ -129,7 +130,7 @@ fn address(word: &str) -> Result<Option<IpAddr>, Error> {
         return Ok(None);
     }
     let wrong =
-        |_| Error::new(Code::SpecInvalid, format!("'{}' is not an IP address, nor 'none'", word.escape_debug()));
+        |_| Error::new(Code::SpecInvalid, format!("'{}' is neither an IP address nor 'none'", word.escape_debug()));
     word.parse().map(Some).map_err(wrong)
 }
 
@@ -155,7 +156,7 @@ impl Args {
                 })?;
             }
             Verb::Revoke { tokens, confirmation } => {
-                if !confirmation.given(cx, "revoke, so that programs which use it are refused from now on?") {
+                if !confirmation.given(cx, "revoke? Programs that use the token lose access") {
                     return Ok(Exit::Failure);
                 }
                 let mut all = Vec::new();

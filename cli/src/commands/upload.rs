@@ -16,11 +16,12 @@ Examples:
   pg_dump shop | nido upload web - /var/tmp/shop.sql
   tar -C site -c . | nido upload web - /srv/site/
 
-An existing directory takes the copy under the source's name. - is standard input: one file, or a tar archive
-if the destination ends with a slash. A file is written beside its place and moved there when it is complete.
-A file that exists is replaced and keeps its mode, owner, attributes and hard links; a device, pipe or socket
-is never replaced. Set-id bits are not copied. Holes of sparse files and hard links within a tree are kept.
-What cannot be read is left out and named; the exit code is 1 then.";
+If the destination is a directory, the copy is created in it under the source's name. - is
+standard input: one file, or a tar archive if the destination ends with a slash. A file appears
+under its name when it is complete. An existing file is replaced and keeps its mode, owner,
+attributes and hard links; a device, pipe or socket is never replaced. Set-id bits are not copied.
+Holes of sparse files and hard links within a tree are kept. Entries that cannot be read are
+skipped and listed, and the exit code is 1.";
 
 /// Copy a file or directory into a VM
 #[derive(Debug, clap::Args)]
@@ -28,7 +29,7 @@ What cannot be read is left out and named; the exit code is 1 then.";
 pub struct Args {
     /// Name of the VM
     name: VmName,
-    /// File or directory here; - is standard input
+    /// File or directory of the host; - is standard input
     #[arg(value_name = "SRC", value_hint = clap::ValueHint::AnyPath)]
     source: OsString,
     /// Path in the guest
@@ -41,13 +42,13 @@ pub struct Args {
 /// How an upload is done; shared with `cp`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct UploadArgs {
-    /// Owner of the copy in the guest, by name or number [default: root; a file that exists keeps its owner]
+    /// Owner of the copy in the guest, by name or number [default: root; an existing file keeps its owner]
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
-    /// Make missing parent directories in the guest
+    /// Create missing parent directories in the guest
     #[arg(long)]
     parents: bool,
-    /// Keep owners and groups (by number) and modes; also of files that exist
+    /// Keep owners and groups (by number) and modes; also for existing files
     #[arg(long, short)]
     pub preserve: bool,
 }

@@ -10,11 +10,11 @@ use nido_api::{
 use crate::output::Output;
 use crate::parse;
 
-/// What a VM shall be.
+/// Specification of a VM.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "The VM")]
 pub struct VmArgs {
-    /// Template to make it from [default: sandbox]
+    /// Template of the VM [default: sandbox]
     #[arg(long, short = 'T', value_name = "NAME")]
     template: Option<TemplateName>,
     /// Size of the disk, for example 4G [default: the template's]
@@ -23,13 +23,13 @@ pub struct VmArgs {
     /// Publish a port of the guest on the host's loopback; may be repeated
     #[arg(long, short, value_name = "[[HOST:]PORT:]GUEST")]
     publish: Vec<ForwardSpec>,
-    /// Stop it so long after its start, for example 10m
+    /// Stop the VM this long after its start, for example 10m
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     ttl: Option<u64>,
-    /// Stop it after so long without an exec, a copy or a forwarded connection
+    /// Stop the VM after this long without an exec, copy or forwarded connection
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     idle: Option<u64>,
-    /// Delete it when it stops
+    /// Delete the VM when it stops
     #[arg(long)]
     ephemeral: bool,
     /// Refuse to start without hardware isolation
@@ -42,7 +42,7 @@ pub struct VmArgs {
     machine: MachineArgs,
 }
 
-/// What of a VM its guest may notice, and a bake therefore fixes.
+/// The part of a specification that the guest can notice, and that a warm image therefore fixes.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "The machine")]
 pub struct MachineArgs {
@@ -55,13 +55,13 @@ pub struct MachineArgs {
     /// Network: nat reaches whatever the host can reach, none has no network card [default: nat]
     #[arg(long, value_name = "KIND")]
     net: Option<Net>,
-    /// Give the guest virtualization of its own
+    /// Provide virtualization in the guest
     #[arg(long)]
     nested: bool,
     /// Machine type [default: auto]
     #[arg(long, value_name = "TYPE")]
     machine: Option<Machine>,
-    /// Accelerator: auto takes kvm where it is proven to work, else tcg with a warning [default: auto]
+    /// Accelerator: auto uses kvm if its test succeeds, else tcg with a warning [default: auto]
     #[arg(long, value_name = "KIND")]
     accel: Option<Accel>,
 }
@@ -151,7 +151,7 @@ pub struct StartArgs {
     /// Do not wait until the guest is ready
     #[arg(long)]
     no_wait: bool,
-    /// How long the guest may take to become ready, for example 60s [default: depends on the accelerator]
+    /// Time limit for the guest to become ready, for example 60s [default: depends on the accelerator]
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     timeout: Option<u64>,
     #[command(flatten)]
@@ -168,7 +168,7 @@ impl StartArgs {
 /// The accelerator of one start.
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub struct StartAccelArgs {
-    /// Accelerator of this start [default: the VM's]; tcg gives up the hardware isolation that it had so far
+    /// Accelerator of this start [default: the VM's]; tcg gives up the hardware isolation of earlier starts
     #[arg(long, value_name = "KIND")]
     accel: Option<Accel>,
 }
@@ -180,13 +180,13 @@ impl StartAccelArgs {
     }
 }
 
-/// How the guest comes to life.
+/// How the guest starts.
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub struct PathArgs {
-    /// Boot, even where the template has been baked for such a machine
+    /// Boot, even if a warm image matches
     #[arg(long)]
     cold: bool,
-    /// Fork, or fail and say why that cannot be
+    /// Fork, or fail and report why the VM cannot be forked
     #[arg(long, conflicts_with = "cold")]
     fork: bool,
 }
@@ -202,7 +202,7 @@ impl PathArgs {
     }
 }
 
-/// Tells people what they got: warnings, and how long it took. In JSON all that is part of the answer.
+/// Prints warnings, and how long it took. In JSON both are part of the result.
 pub fn summarize(output: &Output, vm: &VmInfo) {
     if output.json {
         return;

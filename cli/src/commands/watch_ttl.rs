@@ -10,7 +10,7 @@ use crate::exit::{Exit, Outcome};
 pub struct Args {
     /// Id of the VM
     id: String,
-    /// When its time is over, in milliseconds since 1970
+    /// When its time to live is over, in milliseconds since 1970
     #[arg(long)]
     at_ms: i64,
 }

@@ -1,4 +1,4 @@
-//! `webhook`: endpoints that are told of events, and what became of each message.
+//! `webhook`: endpoints to which events are posted, and their deliveries.
 
 use clap::Subcommand;
 use nido_api::{Delivery, EventKind, WebhookFormat, WebhookInfo, WebhookRequest, WebhookTest};
@@ -20,14 +20,16 @@ Examples:
   nido webhook redeliver 17
   nido webhook remove 3f2a9c1e5b7d8046
 
-Messages are signed as Standard Webhooks has it: headers webhook-id, webhook-timestamp, webhook-signature. Each arrives at
-least once, those of one VM in order; what does not arrive is tried again for 3 days. No server has to run for that:
-whichever nido process wrote the event starts one that delivers, and it ends when nothing is left.
+Messages are signed as in Standard Webhooks: headers webhook-id, webhook-timestamp,
+webhook-signature. Each is delivered at least once, those of one VM in order; failed attempts are
+repeated for 3 days. No server has to run: the nido process that writes an event starts a delivery
+worker, which exits when nothing is pending. Finished deliveries are kept for 7 days, at most 1000
+for each endpoint.
 
 Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
 snapshot.created snapshot.restored template.created template.deleted.";
 
-/// Have events posted to an endpoint on the web
+/// Post events to endpoints on the web
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -42,7 +44,7 @@ enum Verb {
     /// List endpoints
     #[command(visible_alias = "ls")]
     List,
-    /// Remove an endpoint; what waits for it is not sent
+    /// Remove an endpoint; its pending messages are not sent
     #[command(visible_alias = "rm")]
     Remove {
         /// Id of the endpoint
@@ -51,18 +53,18 @@ enum Verb {
         #[command(flatten)]
         confirmation: Confirmation,
     },
-    /// List deliveries, the newest last; finished ones are kept for 7 days, at most 1000 an endpoint
+    /// List deliveries, the newest last
     Deliveries {
-        /// Only those to this endpoint
+        /// Deliveries to this endpoint
         #[arg(value_name = "ID")]
         id: Option<String>,
     },
-    /// Send a delivery again, under the same message id; one that is pending, at once
+    /// Send a delivery again, under the same message id
     Redeliver {
         /// Number of the delivery
         delivery: u64,
     },
-    /// Send an endpoint one test message, and tell how it fared
+    /// Send an endpoint a test message
     Test {
         /// Id of the endpoint
         #[arg(value_name = "ID")]
@@ -72,27 +74,27 @@ enum Verb {
 
 #[derive(Debug, clap::Args)]
 struct AddArgs {
-    /// Where messages are posted: https://…
+    /// URL to post messages to: https://…
     #[arg(long, value_hint = clap::ValueHint::Url)]
     url: String,
-    /// The events it is told of; may be repeated; without it all, for PagerDuty vm.crashed, vm.started and vm.deleted
+    /// Events to send; may be repeated [default: all; for PagerDuty vm.crashed, vm.started and vm.deleted]
     #[arg(long = "event", short, value_name = "EVENT", value_delimiter = ',')]
     events: Vec<EventKind>,
-    /// What messages are signed with: whsec_ and 24 to 64 bytes in base64; without it a new one is made. For PagerDuty its
-    /// integration key. Other users of this host may see it while nido runs
+    /// Key that signs messages: whsec_ and 24 to 64 bytes in base64 [default: a new one]. For PagerDuty its integration
+    /// key. Other users of this host may see it while nido runs
     #[arg(long, value_name = "SECRET")]
     secret: Option<String>,
-    /// What is posted: standard (the event, in JSON), slack (a sentence) or pagerduty (Events API v2); without it what the
-    /// host takes if it is Slack's or PagerDuty's, else standard
+    /// Format of messages: standard (the event, in JSON), slack (a sentence) or pagerduty (Events API v2) [default: the
+    /// one of Slack's or PagerDuty's hosts, else standard]
     #[arg(long, value_name = "FORMAT")]
     format: Option<WebhookFormat>,
-    /// The endpoint may lie in a private network or on this host, and be reached by plain http
+    /// Allow an endpoint in a private network or on this host, and plain http
     #[arg(long)]
     allow_private: bool,
 }
 
 const HEAD: [&str; 5] = ["ID", "URL", "EVENTS", "PENDING", "STATUS"];
-const DELIVERIES_HEAD: [&str; 8] = ["ID", "WEBHOOK", "EVENT", "CURSOR", "STATE", "ATTEMPTS", "ANSWER", "NEXT OR WHY"];
+const DELIVERIES_HEAD: [&str; 8] = ["ID", "WEBHOOK", "EVENT", "CURSOR", "STATE", "ATTEMPTS", "RESPONSE", "NEXT OR WHY"];
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
@@ -123,7 +125,7 @@ impl Args {
                 })?;
             }
             Verb::Remove { id, confirmation } => {
-                if !confirmation.given(cx, &format!("remove the webhook {id}, and what waits to be sent to it?")) {
+                if !confirmation.given(cx, &format!("remove the webhook {id} and its pending messages?")) {
                     return Ok(Exit::Failure);
                 }
                 let removed = async { nido.webhook_remove(&id) };
@@ -185,7 +187,7 @@ fn delivery_row(delivery: &Delivery) -> [String; 8] {
 }
 
 fn told(test: &WebhookTest) -> String {
-    let status = test.status.map(|status| format!("the endpoint answered {status}"));
+    let status = test.status.map(|status| format!("the endpoint responded {status}"));
     let what = test.error.clone().or(status).unwrap_or_default();
     format!(
         "{}: {}, {} ms\n",

@@ -24,16 +24,16 @@ use crate::framing::raw_frame;
 use crate::passwd;
 use crate::refusal::Refusal;
 
-/// Opens without waiting for anybody (a FIFO's writer, a tape) and without following a symlink.
+/// Opens without blocking (on a FIFO's writer, a tape) and without following a symlink.
 const QUIETLY: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
 
 /// How many files with several names are remembered; further ones are sent as files of their own.
 const MAX_LINKED: usize = 100_000;
 
-/// Reads a tree. Ends early, without an error, when nobody takes the pieces any more.
+/// Reads a tree. Ends early, without an error, when the receiver of the pieces is dropped.
 ///
 /// # Errors
-/// What the host is to be told.
+/// The result for the host.
 pub fn read_tree(request: &Get, pieces: &mpsc::Sender<Outbound>) -> Result<Summary, Refusal> {
     let home = passwd::find("0").ok().flatten().map_or("/root".into(), |root| root.home);
     let root = resolve(&request.path, &home)?;
@@ -87,7 +87,7 @@ impl Walk<'_> {
         self.features & feature != 0
     }
 
-    /// An entry below the root cannot be read: a host that understands it is told at the end, any other one now.
+    /// An entry below the root cannot be read: a host that supports `left-out` gets it at the end, any other one a failure now.
     fn leave_out(&mut self, error: Errno) -> Result<(), Refusal> {
         if !self.has(feature::LEFT_OUT) {
             return Err(self.refusal(error));
@@ -102,7 +102,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Hands a piece on. An error ends the walk: the session has gone, and nobody reads what it says.
+    /// Hands a piece on. An error ends the walk: the session has ended, and no client reads the error.
     fn give(&self, piece: Outbound) -> Result<(), Refusal> {
         self.pieces.blocking_send(piece).map_err(|_| Refusal::new(Fault::Other, "the session is closed"))
     }

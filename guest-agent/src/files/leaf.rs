@@ -112,7 +112,7 @@ impl Leaf<'_> {
             let file = kept.overwrite(&mut new, given).map_err(|error| failed(shown, error))?;
             return rustix::fs::futimens(&file, &times).map_err(|error| failed(shown, error));
         }
-        // Looked at once more: somebody may have put something there while the bytes came.
+        // Check again: another process may have created something there while the bytes arrived.
         replaceable(self.temporary.directory, target, shown)?;
         let (directory, temporary) = (self.temporary.directory, self.temporary.name.clone());
         self.temporary.rename(target, RenameFlags::empty(), shown)?;

@@ -49,7 +49,7 @@ enum Outbound {
 pub enum ReceiveOutcome {
     /// The tree has been read to its end.
     Done,
-    /// The host was told `Failed` and may still be sending.
+    /// `Failed` was sent to the host, which may still be sending.
     Failed,
 }
 

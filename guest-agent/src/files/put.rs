@@ -26,7 +26,7 @@ const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLIN
 /// Writes the tree that comes through `queue`.
 ///
 /// # Errors
-/// What the host is to be told, also when the queue ends before the tree does.
+/// The result for the host, also if the queue ends before the tree.
 pub fn write_tree(request: &Put, mut queue: mpsc::Receiver<Inbound>) -> Result<Summary, Refusal> {
     let owner = owner(request.user.as_deref())?;
     let home = owner.as_ref().map_or("/root".into(), |user| user.home.clone());
@@ -50,7 +50,7 @@ pub fn write_tree(request: &Put, mut queue: mpsc::Receiver<Inbound>) -> Result<S
         let leaf = write_leaf((&parent, &place.name, &shown), &root, how, alone, &mut queue, &mut summary)?;
         match queue.blocking_recv() {
             Some(Inbound::TreeEnd) => leaf.commit(&place.name, &shown)?,
-            _ => return Err(malformed("a tree whose root is no directory has one entry")),
+            _ => return Err(malformed("a tree whose root is not a directory has one entry")),
         }
     }
     Ok(summary)
@@ -138,7 +138,7 @@ impl Tree {
             self.finish(&directory)?;
         }
         self.go_to(above)?;
-        let Some((_, directory)) = &self.at else { return Err(malformed("no directory")) };
+        let Some((_, directory)) = &self.at else { return Err(malformed("not a directory")) };
         let name = OsStr::from_bytes(name);
         let shown = self.path(&entry.path);
         if entry.kind != EntryKind::Directory {
@@ -176,7 +176,7 @@ impl Tree {
             .map_err(|error| failed(&shown, error))?;
         let found = rustix::fs::statat(&parent, last, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| failed(&shown, e))?;
         if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
-            return Err(malformed("a hard link to what is no file"));
+            return Err(malformed("a hard link to something other than a file"));
         }
         rustix::fs::linkat(&parent, last, directory, name, AtFlags::empty()).map_err(|error| failed(&shown, error))
     }

@@ -49,7 +49,7 @@ struct Answer {
 /// Gets a lease, applies it, and keeps it up.
 ///
 /// # Errors
-/// Nobody answers, or the settings cannot be applied. Later exchanges that fail are tried again.
+/// No server replies, or the settings cannot be applied. Later exchanges that fail are tried again.
 pub fn keep_lease(card: &Card, apply: impl Fn(&Settings) -> io::Result<()>) -> io::Result<()> {
     let mut lease = exchange(card)?;
     loop {
@@ -92,7 +92,7 @@ fn ask(socket: &UdpSocket, message: &[u8], card: &Card, exchange: [u8; 4], wante
             }
         }
     }
-    Err(io::Error::new(io::ErrorKind::TimedOut, "no DHCP server has answered"))
+    Err(io::Error::new(io::ErrorKind::TimedOut, "no DHCP server replied"))
 }
 
 fn message(card: &Card, exchange: [u8; 4], kind: u8, wanted: Option<(Ipv4Addr, Ipv4Addr)>) -> Vec<u8> {

@@ -100,7 +100,7 @@ impl Routes {
         let mut body = address_head(index, prefix);
         attribute(&mut body, libc::IFA_LOCAL, address.octets());
         match self.ask(libc::RTM_DELADDR, 0, &body) {
-            // Somebody in the guest has done it.
+            // Another program in the guest has done it.
             Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(()),
             result => result,
         }
@@ -136,7 +136,7 @@ impl Routes {
                 0 | libc::EEXIST => Ok(()),
                 errno => Err(io::Error::from_raw_os_error(errno)),
             },
-            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer is cut short")),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel's reply is truncated")),
         }
     }
 }

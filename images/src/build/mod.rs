@@ -97,7 +97,7 @@ pub fn build(
     let mut session = Session { log: BuildLog::new(path, file), cancel };
     session.log.line(&format!("{} nido {} builds {}", jiff::Timestamp::now(), env!("CARGO_PKG_VERSION"), recipe.name));
     if let Err(reason) = &existing {
-        session.log.line(&format!("no template to build on: {reason}"));
+        session.log.line(&format!("no template to reuse: {reason}"));
     }
     let wanted = Wanted { plan, kernel, existing: existing.ok() };
     let result = run(home, &store, &recipe, wanted, progress, &mut session);
@@ -187,7 +187,7 @@ fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(
                 return Ok((BuiltParts { kernel, ..made }, vec![Stage::Packages, Stage::Kernel, Stage::Disk]));
             }
             // Another version would not fit the modules in the root disk.
-            None => work.session.log.line("the stock kernel is not kept: everything is built anew"),
+            None => work.session.log.line("the stock kernel is not cached: building everything again"),
         },
         (Plan::Everything, _) => {}
     }

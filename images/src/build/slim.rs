@@ -41,7 +41,7 @@ impl Work<'_, '_> {
         let tag = slim::tag(&first_line(&self.session.capture(Stage::Kernel, ask, SHORT_DEADLINE)?));
         self.fetch(host, kept, &spec, &tag)?;
         if let Some(found) = kept.find(&slim_key(&self.source_version()?, &tag)) {
-            self.session.log.line("--- kernel: this one was compiled before");
+            self.session.log.line("--- kernel: using the cached one");
             return found.link_into(self.scratch);
         }
         if !self.has_source()? {
@@ -58,13 +58,13 @@ impl Work<'_, '_> {
     /// Keeps a kernel. A build that cannot do so is none the worse.
     pub fn keep(&mut self, kept: &KeptKernels, key: &str, kernel: &BuiltKernel, files: (&Path, &Path)) {
         if let Err(error) = kept.keep(key, kernel, files, self.scratch) {
-            self.session.log.line(&format!("the kernel cannot be kept: {error}"));
+            self.session.log.line(&format!("the kernel cannot be cached: {error}"));
         }
     }
 
     /// Asks the mirror for the source's version, and gets it unless its kernel is kept.
     fn fetch(&mut self, host: &Host, kept: &KeptKernels, spec: &SlimSpec, tag: &str) -> Result<(), ImageError> {
-        self.tell(Stage::Kernel, "ask the mirror for the kernel's source", None);
+        self.tell(Stage::Kernel, "request the kernel's source from the mirror", None);
         let network = self.host_options(host)?;
         let out = self.scratch.join(SOURCE);
         fs::create_dir_all(&out).map_err(|error| ImageError::io("create", &out, error))?;

@@ -97,7 +97,7 @@ impl Work<'_, '_> {
         command.arg(&spec.suite).arg(self.scratch.join(ROOTFS));
         command.args(apt::lines_for(&spec.suite, &apt_sources()));
 
-        self.tell(Stage::Packages, "ask the mirror for packages", None);
+        self.tell(Stage::Packages, "request packages from the mirror", None);
         let mut listener = packages::Listener::default();
         let progress = &mut *self.progress;
         self.session.run(Stage::Packages, command, PACKAGES_DEADLINE, &mut |line| {
@@ -163,7 +163,7 @@ impl Work<'_, '_> {
 
     /// Turns the root directory into a disk image.
     pub fn disk(&mut self, host: &Host) -> Result<Disk, ImageError> {
-        self.tell(Stage::Disk, "make the file system", Some(0.0));
+        self.tell(Stage::Disk, "create the file system", Some(0.0));
         // Real root leaves device nodes there, a user namespace cannot; the guest mounts its own.
         let mut empty_dev = host.confined("find", self.scratch);
         empty_dev.arg(self.scratch.join(ROOTFS).join("dev")).args(["-mindepth", "1", "-delete"]);
@@ -191,7 +191,7 @@ impl Work<'_, '_> {
         let header = read_qcow2_header(&image)?;
         let virtual_bytes = self.recipe.spec.disk_mib * 1024 * 1024;
         if header.virtual_bytes != virtual_bytes || header.compression != Compression::Zstd {
-            let reason = format!("qemu-img made something else than was asked for ({header:?})");
+            let reason = format!("qemu-img created an unexpected image ({header:?})");
             return Err(ImageError::ImageRefused { path: image, reason });
         }
         Ok(Disk { file: hash_file(&image)?, virtual_bytes })
@@ -200,7 +200,7 @@ impl Work<'_, '_> {
     /// Puts the agent on top of the base archive.
     pub fn initramfs(&mut self, base: &Path) -> Result<Part, ImageError> {
         self.session.check_cancel()?;
-        self.tell(Stage::Initramfs, "put the agent in", None);
+        self.tell(Stage::Initramfs, "install the guest agent", None);
         let initramfs = initramfs::with_agent(&read(base)?, AGENT)
             .map_err(|error| ImageError::KernelInvalid { reason: error.to_string() })?;
         let path = self.scratch.join(INITRAMFS);
@@ -270,7 +270,7 @@ impl Work<'_, '_> {
                 command.args(["--decompress", "--stdout", "--"]).arg(path);
                 self.session.capture(Stage::Kernel, command, SHORT_DEADLINE)
             }
-            _ => Err(ImageError::KernelInvalid { reason: format!("{} is packed in an unknown way", path.display()) }),
+            _ => Err(ImageError::KernelInvalid { reason: format!("{} has an unknown compression", path.display()) }),
         }
     }
 

@@ -42,7 +42,7 @@ pub fn manifest(manifest: &Manifest) -> Result<(), String> {
     texts.into_iter().try_for_each(|(what, text, longest)| plain(what, text, longest))?;
     virtual_size(manifest.parts.root.virtual_bytes)?;
     if manifest.bakes.len() > MAX_BAKES {
-        return Err(format!("it has {} bakes, more than {MAX_BAKES}", manifest.bakes.len()));
+        return Err(format!("it has {} warm images, more than {MAX_BAKES}", manifest.bakes.len()));
     }
     manifest.bakes.iter().try_for_each(bake)?;
     parts(manifest)
@@ -63,10 +63,10 @@ fn bake(bake: &Bake) -> Result<(), String> {
     texts.into_iter().try_for_each(|(what, text, longest)| plain(what, text, longest))?;
     plain("host's CPU", machine.host_cpu.as_deref().unwrap_or_default(), 256)?;
     if !bake.token.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return Err("the token of a bake is malformed".to_owned());
+        return Err("the token of a warm image is malformed".to_owned());
     }
     if bake.memory.bytes != u64::from(machine.memory_mib) * MIB {
-        return Err(format!("a bake of {} MiB has a memory of {} bytes", machine.memory_mib, bake.memory.bytes));
+        return Err(format!("a warm image of {} MiB has a memory of {} bytes", machine.memory_mib, bake.memory.bytes));
     }
     virtual_size(bake.disk.virtual_bytes)
 }
@@ -81,7 +81,7 @@ fn parts(manifest: &Manifest) -> Result<(), String> {
         }
         match seen.iter().find(|(other, _)| other.sha256 == part.sha256) {
             Some(same) if *same == (part, digest) => {}
-            Some(_) => return Err(format!("the hash of its {name} stands for something else too")),
+            Some(_) => return Err(format!("the hash of its {name} is also that of another part")),
             None => {
                 total = total.saturating_add(part.bytes);
                 seen.push((part, digest));
@@ -89,7 +89,7 @@ fn parts(manifest: &Manifest) -> Result<(), String> {
         }
     }
     if total > MAX_TOTAL_BYTES {
-        return Err(format!("its parts come to {} MiB, more than {}", total / MIB, MAX_TOTAL_BYTES / MIB));
+        return Err(format!("its parts have {} MiB, more than {}", total / MIB, MAX_TOTAL_BYTES / MIB));
     }
     Ok(())
 }
@@ -106,7 +106,7 @@ const fn longest(name: &str) -> u64 {
 
 fn virtual_size(bytes: u64) -> Result<(), String> {
     if bytes == 0 || bytes > MAX_VIRTUAL_BYTES || !bytes.is_multiple_of(512) {
-        return Err(format!("a disk of {bytes} bytes cannot be"));
+        return Err(format!("{bytes} bytes is not a valid disk size"));
     }
     Ok(())
 }
@@ -128,7 +128,7 @@ pub fn contents(manifest: &Manifest, directory: &Path) -> Result<(), String> {
     let mut head = [0; ELF.len()];
     let vmlinux = path(&manifest.parts.vmlinux);
     if !File::open(vmlinux).and_then(|mut file| file.read_exact(&mut head)).is_ok_and(|()| head == ELF) {
-        return Err("its kernel is no ELF file".to_owned());
+        return Err("its kernel is not an ELF file".to_owned());
     }
     let root = &manifest.parts.root;
     let header = read_qcow2_header(&path(&root.file)).map_err(|error| format!("its root disk: {}", reason(error)))?;
@@ -137,12 +137,12 @@ pub fn contents(manifest: &Manifest, directory: &Path) -> Result<(), String> {
     }
     for bake in &manifest.bakes {
         let overlay = read_overlay_header(&path(&bake.disk.file))
-            .map_err(|error| format!("the disk of a bake: {}", reason(error)))?;
+            .map_err(|error| format!("the disk of a warm image: {}", reason(error)))?;
         if overlay.header.virtual_bytes != bake.disk.virtual_bytes {
-            return Err("the disk of a bake has another size than it says".to_owned());
+            return Err("the disk of a warm image does not have the size in its manifest".to_owned());
         }
         if !stands_on(&overlay.backing, &root.file.sha256) {
-            return Err("the disk of a bake does not stand on the template's root disk".to_owned());
+            return Err("the disk of a warm image is not based on the template's root disk".to_owned());
         }
     }
     Ok(())
@@ -180,12 +180,12 @@ mod tests {
         assert!(refused(|m| m.kernel.append = "a\nb".into()).contains("kernel command line"));
         assert!(refused(|m| m.kernel.append = "a".repeat(2000)).contains("kernel command line"));
         assert!(refused(|m| m.shell = "/bin/\u{202e}hs".into()).contains("shell"));
-        assert!(refused(|m| m.parts.root.virtual_bytes = 0).contains("cannot be"));
-        assert!(refused(|m| m.parts.root.virtual_bytes = u64::MAX).contains("cannot be"));
+        assert!(refused(|m| m.parts.root.virtual_bytes = 0).contains("not a valid disk size"));
+        assert!(refused(|m| m.parts.root.virtual_bytes = u64::MAX).contains("not a valid disk size"));
         assert!(refused(|m| m.parts.packages.bytes = 1 << 40).contains("packages"));
         assert!(refused(|m| m.parts.root.file.bytes = u64::MAX).contains("too large"));
-        assert!(refused(|m| m.parts.root.file.bytes = MAX_TOTAL_BYTES).contains("come to"));
-        assert!(refused(|m| m.parts.root.file.sha256 = m.parts.vmlinux.sha256.clone()).contains("something else"));
+        assert!(refused(|m| m.parts.root.file.bytes = MAX_TOTAL_BYTES).contains("its parts have"));
+        assert!(refused(|m| m.parts.root.file.sha256 = m.parts.vmlinux.sha256.clone()).contains("another part"));
     }
 
     #[test]

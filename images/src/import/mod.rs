@@ -66,13 +66,11 @@ pub enum ImportNote {
 impl std::fmt::Display for ImportNote {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::AgentReplaced => {
-                f.write_str("the guest agent inside was of another nido and was replaced by this one's")
-            }
+            Self::AgentReplaced => f.write_str("the guest agent of another nido version was replaced by this one's"),
             Self::BakesDropped(count) => write!(
                 f,
-                "{count} saved {} left out, because the other agent is in the memory: VMs boot until the template is baked again",
-                if *count == 1 { "guest was" } else { "guests were" }
+                "{count} {} left out, because the memory contains the other agent: VMs boot until the template is baked again",
+                if *count == 1 { "warm image was" } else { "warm images were" }
             ),
         }
     }

@@ -105,7 +105,7 @@ impl<'a, 'watch> Archive<'a, 'watch> {
                     self.tell(before + offset + u64::from(length));
                 }
                 Frame::PartEnd => break,
-                other => return Err(refused(format!("{} stands inside of its {}", other.describe(), piece.name))),
+                other => return Err(refused(format!("{} is inside its {}", other.describe(), piece.name))),
             }
         }
         file.rewind().map_err(failed)?;
@@ -125,7 +125,7 @@ impl<'a, 'watch> Archive<'a, 'watch> {
         content.resize(length, 0);
         self.fill(&mut content)?;
         if content.chunks(usize::try_from(BLOCK).unwrap_or(usize::MAX)).any(is_zero) {
-            return Err(refused("it holds zeros where a hole belongs"));
+            return Err(refused("it contains zeros instead of a hole"));
         }
         self.look_at_disk(length as u64)?;
         file.write_all_at(&content, offset).map_err(|error| ImageError::io("write", path, error))?;
@@ -164,7 +164,7 @@ impl<'a, 'watch> Archive<'a, 'watch> {
             0 => self.decoder.get_mut().read(&mut more).map_err(|error| self.broken(&error))?,
             more => more,
         };
-        if behind > 0 { Err(refused("something follows its end")) } else { Ok(()) }
+        if behind > 0 { Err(refused("data after its end")) } else { Ok(()) }
     }
 
     fn fill(&mut self, bytes: &mut [u8]) -> Result<(), ImageError> {
@@ -175,7 +175,7 @@ impl<'a, 'watch> Archive<'a, 'watch> {
     /// What it means that reading failed: that it is to stop, or that the source or the archive is broken.
     fn broken(&self, error: &io::Error) -> ImageError {
         let reason = match (error.kind(), error.raw_os_error()) {
-            (io::ErrorKind::UnexpectedEof, _) => "it is cut short".to_owned(),
+            (io::ErrorKind::UnexpectedEof, _) => "it is truncated".to_owned(),
             (_, Some(number)) => {
                 let error = io::Error::from_raw_os_error(number);
                 return self.watch.failed("read", Path::new("the archive"), error);
@@ -196,12 +196,12 @@ fn unexpected(frame: &Frame, index: usize, pieces: &[Piece]) -> String {
     let position = |hash: &str| pieces.iter().position(|piece| piece.part.sha256 == hash);
     match frame {
         Frame::Part { sha256, .. } => match position(&nido_api::hex::encode(sha256)) {
-            Some(at) if at < index => format!("its {} is there twice", pieces[at].name),
-            Some(at) if at == index => format!("its {} has another length than its manifest says", pieces[at].name),
+            Some(at) if at < index => format!("its {} is contained twice", pieces[at].name),
+            Some(at) if at == index => format!("its {} does not have the length in its manifest", pieces[at].name),
             Some(at) => format!("its {} comes too early", pieces[at].name),
             None => format!("{} is not named in its manifest", frame.describe()),
         },
         Frame::End => pieces.get(index).map_or_else(String::new, |piece| format!("its {} is missing", piece.name)),
-        other => format!("{} stands where none belongs", other.describe()),
+        other => format!("unexpected {}", other.describe()),
     }
 }

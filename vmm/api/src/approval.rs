@@ -65,19 +65,19 @@ fn sorted(value: &Value) -> Value {
     }
 }
 
-/// How an approval stands.
+/// State of an approval.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ApprovalState {
-    /// Nobody has said anything yet.
+    /// Pending: no person has decided yet.
     Pending,
-    /// A person said yes; it can be used, once.
+    /// Approved: the operation can be started once.
     Approved,
-    /// A person said no.
+    /// Denied.
     Denied,
-    /// The operation was begun with it.
+    /// Used: the operation was started with it.
     Used,
-    /// Its time ran out before it was used, or before anybody said anything.
+    /// Expired before it was used or decided.
     Expired,
 }
 
@@ -98,39 +98,39 @@ impl ApprovalState {
     }
 }
 
-/// One approval.
+/// An approval.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Approval {
     /// Its id: `apr_` and 16 hexadecimal digits.
     pub id: String,
     /// The operation.
     pub tool: String,
-    /// The id of the VM it is done to.
+    /// The id of the VM that the operation changes.
     pub vm_id: String,
-    /// The name that VM had when it was asked for.
+    /// The name of that VM at the time of the request.
     pub vm_name: VmName,
-    /// Who really asks: `uid:1000`, `token:ci`.
+    /// The authenticated caller: `uid:1000`, `token:ci`.
     pub actor: String,
-    /// What the client says it is. A claim.
+    /// The name that the client gave itself. Not verified.
     pub agent: Option<String>,
     /// The operation's arguments, redacted as in the audit log.
     pub arguments: Value,
-    /// How it stands.
+    /// Its state.
     pub state: ApprovalState,
-    /// When it was asked for.
+    /// When it was requested.
     pub created_at: Timestamp,
-    /// When it is over.
+    /// When it expires.
     pub expires_at: Timestamp,
     /// When a person last decided.
     pub decided_at: Option<Timestamp>,
-    /// Who that was.
+    /// The person who decided.
     pub decided_by: Option<String>,
 }
 
-/// The answer of a list of approvals.
+/// A list of approvals.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ApprovalList {
-    /// Those that wait first, then the newest first.
+    /// Pending ones first, then the newest first.
     pub approvals: Vec<Approval>,
 }
 

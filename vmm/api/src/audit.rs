@@ -7,70 +7,70 @@ use super::Face;
 use crate::error::{Code, Error};
 use crate::name::VmName;
 
-/// Which of the two logs a line is in.
+/// One of the two audit logs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AuditLog {
-    /// What changes something, reaches into a guest, or was refused.
+    /// Writes: operations that change something or reach into a guest, and refused requests.
     #[default]
     Acts,
-    /// What changes nothing.
+    /// Reads: operations that change nothing.
     Reads,
 }
 
-/// One line of the audit log. Bytes that are no text are shown as `\xNN`.
+/// One line of the audit log. Bytes that are not UTF-8 are shown as `\xNN`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditRecord {
-    /// The log it is in.
+    /// The log that contains it.
     #[serde(default)]
     pub log: AuditLog,
-    /// The line's number in that log. Grows by one with every line.
+    /// The line's sequence number in that log. Each line has the next one.
     pub seq: u64,
-    /// When, to the second.
+    /// Time, to the second.
     pub time: Timestamp,
-    /// Which face was asked.
+    /// The front end that received the request.
     pub face: Face,
-    /// Who really called: `uid:1000`, `token:ci#ID`.
+    /// The authenticated caller: `uid:1000`, `token:ci#ID`.
     pub actor: String,
-    /// What the client says it is. A claim.
+    /// The name that the client gave itself. Not verified.
     pub agent: Option<String>,
     /// The operation, for example `vm_exec`.
     pub tool: String,
-    /// Its arguments, redacted; of those that were too long both ends, with `cut: {bytes, sha256}`.
+    /// Its arguments, redacted. Long ones are shortened to both ends, with `cut: {bytes, sha256}`.
     pub params: serde_json::Value,
     /// `attempt` or `outcome`.
     pub stage: String,
-    /// `pending` of an attempt; `success`, `error`, `denied` or `unknown` of an outcome.
+    /// `pending` for an attempt; `success`, `error`, `denied` or `unknown` for an outcome.
     pub result: String,
-    /// A word that says why: an error's code, `exit_code:3`.
+    /// Details of the result: an error code, or `exit_code:3`.
     pub reason: Option<String>,
-    /// What attempt and outcome of an operation share.
+    /// Id that the attempt and the outcome of an operation share.
     pub id: String,
-    /// The chain up to and with this line: SHA-256 in hexadecimal.
+    /// Hash chain up to and including this line: SHA-256 in hexadecimal.
     pub chain: String,
 }
 
-/// Which lines are asked for; what is absent does not matter.
+/// Filters for lines of the audit log; absent ones match every line.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuditFilter {
-    /// Of this log; of both if absent, unless [`Self::after`] is given, which then counts the lines of `acts`.
+    /// The log; absent: both, or with [`Self::after`], which counts the lines of one log, `acts`.
     pub log: Option<AuditLog>,
-    /// Those of this time and later.
+    /// Lines from this time on.
     pub since: Option<Timestamp>,
-    /// Of this operation.
+    /// Lines of this operation.
     pub tool: Option<String>,
-    /// Of this caller.
+    /// Lines of this caller.
     pub actor: Option<String>,
-    /// With this result.
+    /// Lines with this result.
     pub result: Option<String>,
-    /// About the VM of this name, as far as the arguments name one.
+    /// Lines about the VM of this name, as far as the arguments name one.
     pub vm: Option<VmName>,
-    /// Only so many, the last ones.
+    /// At most this many, the last ones.
     pub tail: Option<usize>,
-    /// Only those behind this number, the first ones: at most [`Self::limit`].
+    /// The first lines after this sequence number: at most [`Self::limit`].
     pub after: Option<u64>,
-    /// How many lines behind [`Self::after`]; all if absent.
+    /// How many lines after [`Self::after`]; all if absent.
     pub limit: Option<usize>,
 }
 
@@ -99,37 +99,37 @@ fn names(params: &serde_json::Value, vm: &str) -> bool {
     })
 }
 
-/// Some lines, the oldest first.
+/// Lines of the audit log, the oldest first.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditList {
-    /// Them.
+    /// The lines.
     pub records: Vec<AuditRecord>,
-    /// There are more: the `cursor` of the next page.
+    /// The `cursor` of the next page; absent on the last one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub next_cursor: Option<u64>,
-    /// How many lines nido cannot have written; `audit_verify` says where the first is.
+    /// Number of lines that nido cannot have written; `audit_verify` names the first one.
     pub damaged: u64,
 }
 
-/// Whether the audit log hangs together.
+/// Result of a verification of the audit log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditVerdict {
-    /// Nothing is wrong.
+    /// Whether both hash chains are valid.
     pub ok: bool,
-    /// How many files there are.
+    /// Number of files.
     pub files: u64,
-    /// How many lines were looked at.
+    /// Number of lines that were verified.
     pub lines: u64,
-    /// The first number that is kept; 1 unless rotation has dropped files. Absent in an empty log.
+    /// The first sequence number that is kept; 1 unless rotation has removed files. Absent for an empty log.
     pub first_seq: Option<u64>,
-    /// The last number.
+    /// The last sequence number.
     pub last_seq: Option<u64>,
-    /// The chain up to and with the last line.
+    /// Hash chain up to and including the last line.
     pub chain: Option<String>,
-    /// The last line is begun and not ended: its writer was killed. The next one takes it away.
+    /// The last line is incomplete, because its writer was killed. The next writer removes it.
     pub half_line: bool,
-    /// The log of what changes nothing; everything above is about the one of what does.
+    /// The log of reads; all other fields are about the log of writes.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub reads: Option<AuditReads>,
@@ -137,7 +137,7 @@ pub struct AuditVerdict {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub against: Option<AuditAgainst>,
-    /// The first thing that is wrong.
+    /// The first problem.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub trouble: Option<AuditTrouble>,
@@ -158,64 +158,64 @@ impl AuditVerdict {
     }
 }
 
-/// What was looked at of the log of what changes nothing.
+/// Result of a verification of the log of reads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditReads {
-    /// How many files there are.
+    /// Number of files.
     pub files: u64,
-    /// How many lines were looked at.
+    /// Number of lines that were verified.
     pub lines: u64,
-    /// The first number that is kept.
+    /// The first sequence number that is kept.
     pub first_seq: Option<u64>,
-    /// The last number.
+    /// The last sequence number.
     pub last_seq: Option<u64>,
-    /// The last line is begun and not ended.
+    /// The last line is incomplete.
     pub half_line: bool,
 }
 
-/// What is wrong with an audit log.
+/// A problem in the audit log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditTrouble {
-    /// The file's name, within the log's directory. Absent where something is missing altogether.
+    /// The file's name in the log's directory. Absent if lines or files are missing.
     pub file: Option<String>,
     /// The line in that file, from 1.
     pub line: Option<u64>,
-    /// The number the line should have.
+    /// The expected sequence number.
     pub seq: Option<u64>,
-    /// What is wrong, in a sentence.
+    /// The problem in one sentence.
     pub message: String,
 }
 
 /// A checkpoint that the log was compared with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditAgainst {
-    /// The number it speaks of.
+    /// The sequence number of its line.
     pub seq: u64,
-    /// When it was made.
+    /// When it was created.
     pub time: Timestamp,
     /// The key that was trusted: the one in the checkpoint.
     pub public_key: String,
-    /// Whether this log's own key is the same. `false` also where there is none any more.
+    /// Whether it is the key of this log. `false` also if this log has no key any more.
     pub own_key: bool,
 }
 
-/// A signed statement about the audit log, to be kept where whoever can write the log cannot write.
+/// A signed statement about the audit log. Store it where no process that can write the log can change it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AuditCheckpoint {
-    /// Of this document: 1.
+    /// Version of this document: 1.
     pub format: u32,
-    /// The last line's number.
+    /// The last line's sequence number.
     pub seq: u64,
-    /// The chain up to and with that line: SHA-256 in hexadecimal.
+    /// Hash chain up to and including that line: SHA-256 in hexadecimal.
     pub chain: String,
-    /// When this was made.
+    /// When it was created.
     pub time: Timestamp,
     /// The first line that was kept then.
     pub head: AuditHead,
-    /// Ed25519, 32 bytes in hexadecimal.
+    /// Ed25519 public key, 32 bytes in hexadecimal.
     pub public_key: String,
-    /// Ed25519 over the lines that [`Self::statement`] makes; 64 bytes in hexadecimal.
+    /// Ed25519 signature of the lines of [`Self::statement`]; 64 bytes in hexadecimal.
     pub signature: String,
 }
 
@@ -223,7 +223,7 @@ pub struct AuditCheckpoint {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AuditHead {
-    /// Its number.
+    /// Its sequence number.
     pub seq: u64,
     /// SHA-256 of the line without its line end, in hexadecimal.
     pub sha256: String,

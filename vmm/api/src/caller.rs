@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Which face was asked.
+/// The front end that received a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Face {
@@ -44,7 +44,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// The user who runs this program on a command line: the real one, whoever it runs as.
+    /// The user of the command line: the real one, not the effective one.
     #[must_use]
     pub fn command_line() -> Self {
         let actor = format!("uid:{}", rustix::process::getuid().as_raw());

@@ -90,29 +90,29 @@ pub struct CopyProgress {
 /// An entry that could not be read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct UnreadableEntry {
-    /// Its path on the side that was read. Lossy where it is not UTF-8.
+    /// Its path on the source side. Lossy if it is not UTF-8.
     pub path: String,
-    /// What the operating system says.
+    /// The error of the operating system.
     pub reason: String,
 }
 
-/// What was copied.
+/// Result of a copy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct CopyResult {
     /// Files, directories and symlinks.
     pub entries: u64,
     /// Bytes of files.
     pub bytes: u64,
-    /// Things left out: sockets, devices, pipes.
+    /// Number of skipped sockets, devices and pipes.
     pub skipped: u64,
-    /// How many entries could not be read, and are missing from the copy.
+    /// Number of entries that could not be read, and are missing from the copy.
     #[serde(default)]
     pub unreadable: u64,
-    /// The first hundred of them.
+    /// The first hundred of these entries.
     #[serde(default)]
     pub unreadable_entries: Vec<UnreadableEntry>,
-    /// Where the copy is. Lossy where the path is not UTF-8.
+    /// Path of the copy. Lossy if it is not UTF-8.
     pub path: String,
-    /// How long it took.
+    /// Duration.
     pub duration_ms: u64,
 }

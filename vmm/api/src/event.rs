@@ -22,9 +22,9 @@ pub enum EventKind {
     VmDeleted,
     /// A VM ended, or could not start, without having been asked to.
     VmCrashed,
-    /// A VM's CPUs stand still.
+    /// A VM's CPUs are paused.
     VmPaused,
-    /// They run on.
+    /// They were resumed.
     VmResumed,
     /// A VM's time is up, to live or to be idle; it is being stopped.
     VmExpired,
@@ -119,34 +119,34 @@ impl From<EventKind> for String {
     }
 }
 
-/// One event. Cursors grow, and are never used twice in a home; there may be gaps.
+/// An event. Cursors increase and are never reused in a home; there may be gaps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Event {
-    /// Its place in the order. To go on behind it: `since`, or the header `Last-Event-ID`.
+    /// Its position. To continue after it, pass it as `since` or in the header `Last-Event-ID`.
     pub cursor: u64,
-    /// What happened.
+    /// Type of the event.
     pub event: EventKind,
-    /// When.
+    /// Time.
     pub timestamp: Timestamp,
-    /// The VM, by the name it had; none for what happens to templates.
+    /// The VM's name at that time; absent for events of templates.
     pub vm_name: Option<VmName>,
-    /// More about it.
+    /// Details.
     pub details: EventDetails,
 }
 
-/// More about an event. What does not belong to its kind is left out, but for the first two.
+/// Details of an event. Fields that do not apply to its type are absent, except the first two.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default)]
 pub struct EventDetails {
-    /// The guest's address, as last known.
+    /// The guest's last known address.
     pub ip_address: Option<String>,
-    /// Of a crash: the last lines of the console or of QEMU's own output. The guest wrote them: text of unknown worth.
+    /// Of a crash: the last lines of the console or of QEMU's output. Written by the guest; do not trust them.
     pub last_log_entries: Vec<String>,
-    /// The VM's id, which no other VM ever has.
+    /// The VM's id, which is never reused.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub vm_id: Option<String>,
-    /// The template: the VM's, or the one that is there now.
+    /// The VM's template, or the template of the event.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub template: Option<TemplateName>,
@@ -158,19 +158,19 @@ pub struct EventDetails {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub cause: Option<FailureCause>,
-    /// Of a pause or a stop: the cause, for programs.
+    /// Of a pause or stop: the cause, for programs.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub status_cause: Option<StateCause>,
-    /// The cause of a crash, a pause or a stop in a sentence; absent if a user asked for it.
+    /// The cause of a crash, pause or stop in a sentence; absent if a user requested it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub message: Option<String>,
-    /// Of an end: how long ago the VM's start was asked for, in milliseconds.
+    /// Of an end: time since the VM's start was requested, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub ran_ms: Option<u64>,
-    /// Which time is up.
+    /// The limit that was reached.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub limit: Option<Limit>,
@@ -180,7 +180,7 @@ pub struct EventDetails {
     pub timings: Option<Timings>,
 }
 
-/// A limit of a VM's life.
+/// A limit on the life of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Limit {
@@ -188,19 +188,19 @@ pub enum Limit {
     Ttl,
     /// `--idle`.
     Idle,
-    /// The session it was made for is over.
+    /// The session that the VM was created for has ended.
     Session,
 }
 
-/// Which events are asked for.
+/// Filters for events.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EventsRequest {
-    /// Those behind this cursor; 0 is all there are.
+    /// Events after this cursor; 0 is all that are kept.
     pub since: u64,
-    /// Only these kinds; none named is all.
+    /// Events of these types; empty means all.
     pub kinds: Vec<EventKind>,
-    /// Only of the VM of this name.
+    /// Events of the VM of this name.
     pub vm: Option<VmName>,
 }
 
@@ -221,13 +221,13 @@ impl EventsRequest {
     }
 }
 
-/// Some events, the oldest first.
+/// Events, the oldest first.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct EventList {
-    /// Them.
+    /// The events.
     pub events: Vec<Event>,
-    /// To go on from here.
+    /// The cursor to continue from.
     pub cursor: u64,
-    /// The first event that is still kept; the next one that comes if there is none. Older cursors are `cursor_expired`.
+    /// The oldest event that is kept, or the next one if none is. Older cursors are rejected with `cursor_expired`.
     pub oldest: u64,
 }

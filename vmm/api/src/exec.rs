@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Code, Error};
 
-/// How long a command may take if nobody says otherwise.
+/// The default timeout of a command.
 const TIMEOUT_MS: u64 = 60_000;
 
 /// A command to run. Bytes are as the caller's operating system gave them.
@@ -35,11 +35,11 @@ pub struct ExecRequest {
 #[derive(Debug, Default, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExecBody {
-    /// Program and arguments, passed on as they are: no shell is in between. Either this or `command`.
+    /// Program and arguments, run without a shell. Either this or `command`.
     pub argv: Option<Vec<String>>,
-    /// Instead of `argv` a line for the guest's `sh -c`.
+    /// A line for the guest's `sh -c`, instead of `argv`.
     pub command: Option<String>,
-    /// Environment on top of the user's own.
+    /// Environment variables, added to the user's own.
     pub env: BTreeMap<String, String>,
     /// Working directory; the user's home if absent.
     pub directory: Option<String>,
@@ -49,10 +49,10 @@ pub struct ExecBody {
     pub stdin: Option<String>,
     /// Its standard input, as base64.
     pub stdin_base64: Option<String>,
-    /// The same as `timeout_ms` in seconds; one of them.
+    /// `timeout_ms` in seconds; give only one of them.
     #[schema(ignore)]
     pub timeout_seconds: Option<u64>,
-    /// Kill it and its children after so long, in milliseconds; a minute if absent, 0 is never.
+    /// Kill the command and its children after this time, in milliseconds; absent is a minute, 0 is never.
     pub timeout_ms: Option<u64>,
 }
 
@@ -66,7 +66,7 @@ impl ExecBody {
         let argv = match (self.argv, self.command) {
             (Some(argv), None) if !argv.is_empty() => argv,
             (None, Some(line)) => vec!["sh".into(), "-c".into(), line],
-            (Some(_), Some(_)) => return Err(bad("command: argv is given as well; one of them")),
+            (Some(_), Some(_)) => return Err(bad("command: give either argv or command")),
             (_, None) => return Err(bad("argv: there is no command").hint("argv is a list, command a line for sh")),
         };
         if argv.iter().any(|word| word.contains('\0')) {
@@ -79,7 +79,7 @@ impl ExecBody {
             Ok(format!("{key}={value}").into_bytes())
         };
         let stdin = match (self.stdin, self.stdin_base64) {
-            (Some(_), Some(_)) => return Err(bad("stdin_base64: stdin is given as well; one of them")),
+            (Some(_), Some(_)) => return Err(bad("stdin_base64: give either stdin or stdin_base64")),
             (Some(text), None) => Some(text.into_bytes()),
             (None, Some(text)) => {
                 let bytes = base64::engine::general_purpose::STANDARD.decode(text);
@@ -88,7 +88,7 @@ impl ExecBody {
             (None, None) => None,
         };
         let timeout_ms = match (self.timeout_seconds, self.timeout_ms) {
-            (Some(_), Some(_)) => return Err(bad("timeout_ms: timeout_seconds is given as well; one of them")),
+            (Some(_), Some(_)) => return Err(bad("timeout_ms: give either timeout_ms or timeout_seconds")),
             (Some(seconds), None) => seconds.saturating_mul(1000),
             (None, ms) => ms.unwrap_or(TIMEOUT_MS),
         };
@@ -118,16 +118,16 @@ pub enum ExecEvent {
     Exited(ExecExit),
 }
 
-/// How a command ended.
+/// Exit status of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ExecExit {
     /// Its exit code.
     pub exit_code: Option<u8>,
     /// The signal that killed it.
     pub signal: Option<u8>,
-    /// Whether its time ran out.
+    /// Whether it was killed because of its timeout.
     pub timed_out: bool,
-    /// How long it ran, by the guest's clock.
+    /// Duration, by the guest's clock.
     pub duration_ms: u64,
 }
 
@@ -144,14 +144,14 @@ impl ExecExit {
     }
 }
 
-/// A command that was run to its end, its output collected.
+/// A command that has ended, with its output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ExecResult {
     /// Its standard output, if it is UTF-8.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub stdout: Option<String>,
-    /// Its standard output, if it is not.
+    /// Its standard output, if it is not UTF-8.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub stdout_base64: Option<String>,
@@ -159,18 +159,18 @@ pub struct ExecResult {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub stderr: Option<String>,
-    /// Its standard error, if it is not.
+    /// Its standard error, if it is not UTF-8.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub stderr_base64: Option<String>,
-    /// How it ended.
+    /// Its exit status.
     #[serde(flatten)]
     pub exit: ExecExit,
-    /// Which streams were cut.
+    /// Which streams were truncated.
     pub truncated: Truncated,
 }
 
-/// Which streams were cut because they were longer than the limit.
+/// Which streams were truncated because they were longer than the limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Truncated {
     /// Standard output.
@@ -244,7 +244,7 @@ impl Collected {
 }
 
 impl Piece {
-    /// As text, or as base64 where it is none. A character cut by the limit is left out.
+    /// As text, or as base64 if it is not UTF-8. A character that the limit splits is omitted.
     fn text(mut self) -> (Option<String>, Option<String>) {
         if self.truncated {
             let whole = match std::str::from_utf8(&self.bytes) {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Code, Error};
 
-/// One published port: connections to `host:host_port` reach `127.0.0.1:guest_port` inside the guest.
+/// A published port: connections to `host:host_port` reach `127.0.0.1:guest_port` in the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ForwardSpec {
@@ -16,7 +16,7 @@ pub struct ForwardSpec {
     #[serde(default = "loopback")]
     #[schema(value_type = String, default = "127.0.0.1", example = "127.0.0.1")]
     pub host: IpAddr,
-    /// Port of the host; 0 takes a free one when the forward is made.
+    /// Port of the host; 0 selects a free one.
     #[serde(default)]
     #[schema(maximum = 65535)]
     pub host_port: u16,
@@ -46,7 +46,7 @@ fn port<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u16, D::Err
     }
 }
 
-/// The answer of a list of forwards.
+/// A list of published ports.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ForwardList {
     /// In order of host port.

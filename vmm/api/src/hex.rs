@@ -10,7 +10,7 @@ pub fn encode(bytes: &[u8]) -> String {
     })
 }
 
-/// Bytes from their digits; what is none counts as nothing.
+/// Bytes from their digits; empty for invalid digits.
 #[must_use]
 pub fn decode(text: &str) -> Vec<u8> {
     let digits: Vec<u8> = text.chars().filter_map(|c| c.to_digit(16)).filter_map(|d| u8::try_from(d).ok()).collect();

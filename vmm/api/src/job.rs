@@ -1,4 +1,4 @@
-//! Jobs: work that goes on after its first answer, and is asked about later.
+//! Jobs: work that continues after its first response, and is polled later.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -23,19 +23,19 @@ pub struct JobRequest {
     pub actor: String,
 }
 
-/// How a job stands.
+/// State of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum JobState {
-    /// It goes on.
+    /// Running.
     Running,
-    /// It has ended well.
+    /// Succeeded.
     Done,
-    /// It has failed.
+    /// Failed.
     Failed,
-    /// It was cancelled.
+    /// Cancelled.
     Cancelled,
-    /// Whoever carried it out was killed.
+    /// Lost: the server that carried it out was killed.
     Lost,
 }
 
@@ -56,37 +56,37 @@ impl JobState {
     }
 }
 
-/// How far a job has come.
+/// Progress of a job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct JobProgress {
-    /// What it is at, in a word or two.
+    /// The current stage.
     pub stage: String,
-    /// How much of it is done, of a hundred.
+    /// Percentage done.
     pub percent: Option<u8>,
 }
 
-/// One job.
+/// A job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Job {
     /// Its id: `job_` and 16 hexadecimal digits.
     pub id: String,
     /// The operation.
     pub tool: String,
-    /// The VM it is about.
+    /// The VM that the operation is about.
     pub vm_name: Option<VmName>,
-    /// Whose it is.
+    /// The caller who started it.
     pub actor: String,
-    /// How it stands.
+    /// Its state.
     pub state: JobState,
-    /// When it began.
+    /// When it started.
     pub started_at: Timestamp,
-    /// When it ended; when it was found to be lost.
+    /// When it ended, or was found to be lost.
     pub ended_at: Option<Timestamp>,
-    /// How far it has come, if it says so.
+    /// Its progress, if the operation reports any.
     pub progress: Option<JobProgress>,
-    /// Whether it is to be cancelled.
+    /// Whether cancellation was requested.
     pub cancel_asked: bool,
-    /// What it was done for.
+    /// Its result.
     #[schema(value_type = Option<Object>)]
     pub result: Option<Value>,
     /// Why it failed.
@@ -104,7 +104,7 @@ pub enum JobOutcome {
     Cancelled,
 }
 
-/// Whose jobs somebody may see.
+/// The jobs that a caller may see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Viewer<'a> {
     /// Everybody's: for whom the home belongs to.
@@ -113,7 +113,7 @@ pub enum Viewer<'a> {
     Actor(&'a str),
 }
 
-/// The answer of a list of jobs.
+/// A list of jobs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct JobList {
     /// The newest first.

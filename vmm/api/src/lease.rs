@@ -26,7 +26,7 @@ impl TryFrom<String> for LeaseId {
         if text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             return Ok(Self(text));
         }
-        Err(Error::new(Code::SpecInvalid, format!("'{}' is no id of a lease", text.escape_debug())))
+        Err(Error::new(Code::SpecInvalid, format!("'{}' is not the id of a lease", text.escape_debug())))
     }
 }
 

@@ -11,11 +11,11 @@ use super::{Caller, ForwardSpec, NetChoice, VmSpec};
 use crate::error::{Code, Error, Result};
 use crate::name::TemplateName;
 
-/// What the VMs of a caller may be.
+/// Limits on the VMs of a caller.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// How many VMs one caller may have at a time.
+    /// The most VMs at a time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_vms: Option<u32>,
     /// The most virtual CPUs of one VM.
@@ -33,14 +33,14 @@ pub struct Limits {
     /// Every VM needs a `ttl_ms`.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub ttl_required: bool,
-    /// The networks that a VM may have.
+    /// Allowed networks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub net: Option<Vec<NetChoice>>,
-    /// The addresses of the host on which ports may be published.
+    /// Addresses of the host on which ports may be published.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<String>>)]
     pub publish: Option<Vec<IpAddr>>,
-    /// The templates that VMs may be made of.
+    /// Allowed templates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub templates: Option<Vec<TemplateName>>,
 }
@@ -80,7 +80,7 @@ impl Limits {
         vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
     }
 
-    /// Whether there is none.
+    /// Whether there are no limits.
     #[must_use]
     pub fn is_none(&self) -> bool {
         *self == Self::default()
@@ -111,8 +111,8 @@ impl Limits {
         at_most("memory_mib", u64::from(spec.memory_mib), self.max_memory_mib.map(u64::from))?;
         at_most("disk_bytes", disk_bytes, self.max_disk_bytes)?;
         match (spec.ttl_ms, self.ttl_max_ms) {
-            (None, Some(most)) => Err(exceeded(format!("ttl_ms: a VM needs one here, of at most {most}"))),
-            (None, None) if self.ttl_required => Err(exceeded("ttl_ms: a VM needs one here".into())),
+            (None, Some(most)) => Err(exceeded(format!("ttl_ms: required here, at most {most}"))),
+            (None, None) if self.ttl_required => Err(exceeded("ttl_ms: required here".into())),
             (ttl, most) => at_most("ttl_ms", ttl.unwrap_or(0), most),
         }?;
         if self.net.as_ref().is_some_and(|net| !net.contains(&spec.net)) {
@@ -142,28 +142,26 @@ impl Limits {
 
     /// The refusal of one VM more.
     pub fn too_many(most: u32) -> Error {
-        exceeded(format!("you have {most} VMs, and may have no more")).hint("delete one that is not needed any more")
+        exceeded(format!("you have {most} VMs, which is your limit")).hint("delete one that you no longer need")
     }
 }
 
 fn at_most(field: &str, value: u64, most: Option<u64>) -> Result<()> {
     match most {
-        Some(most) if value > most => {
-            Err(exceeded(format!("{field}: {value} is more than the {most} that you may have")))
-        }
+        Some(most) if value > most => Err(exceeded(format!("{field}: {value} is more than your limit of {most}"))),
         _ => Ok(()),
     }
 }
 
 fn exceeded(words: String) -> Error {
-    Error::new(Code::LimitExceeded, words).hint("ask for less; who runs this server has set the limit")
+    Error::new(Code::LimitExceeded, words).hint("request less; the operator of this server has set the limit")
 }
 
 fn not_among(field: &str, what: &str, allowed: impl Iterator<Item = String>) -> Error {
     let allowed: Vec<_> = allowed.collect();
     let allowed = if allowed.is_empty() { "nothing".to_owned() } else { allowed.join(", ") };
     Error::new(Code::Denied, format!("{field}: {what} is not allowed here; allowed is {allowed}"))
-        .hint("who runs this server has set the limit")
+        .hint("the operator of this server has set the limit")
 }
 
 fn least<T: Ord>(one: Option<T>, other: Option<T>) -> Option<T> {

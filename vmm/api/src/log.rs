@@ -2,16 +2,16 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Which log.
+/// A log of a VM.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LogSource {
     /// The guest's serial console.
     #[default]
     Console,
-    /// QEMU's own output.
+    /// QEMU's output.
     Qemu,
-    /// The supervisor's.
+    /// The supervisor's log.
     Supervisor,
 }
 
@@ -22,29 +22,29 @@ pub struct LogRequest {
     pub source: LogSource,
     /// Only so many of the last lines; all that is kept if absent.
     pub tail_lines: Option<usize>,
-    /// Go on until the VM is at rest.
+    /// Keep following until the VM is stopped.
     pub follow: bool,
 }
 
-/// The host's health, as `doctor` tells it.
+/// The host's health, as `doctor` reports it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct DoctorReport {
-    /// Whether a VM could be started.
+    /// Whether a VM can be started.
     pub ok: bool,
-    /// What was looked at, in order.
+    /// The checks, in order.
     pub checks: Vec<DoctorCheck>,
 }
 
-/// One thing that was looked at.
+/// A check of the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct DoctorCheck {
-    /// What.
+    /// Its name.
     pub name: String,
-    /// How it is.
+    /// Its result.
     pub status: CheckStatus,
-    /// One sentence.
+    /// The finding in one sentence.
     pub detail: String,
-    /// The command or change that mends it.
+    /// The command or change that fixes it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub hint: Option<String>,
@@ -59,13 +59,13 @@ impl DoctorCheck {
     }
 }
 
-/// How a check ended.
+/// Result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum CheckStatus {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// nido works, but not as well as it could.
+    /// nido works, but with restrictions.
     Warning,
     /// nido cannot start a VM.
     Failed,

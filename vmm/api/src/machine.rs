@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::NetChoice;
 
-/// A machine type that QEMU is told.
+/// A machine type of QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MachineType {
@@ -75,7 +75,7 @@ pub enum Transport {
 }
 
 impl Transport {
-    /// `vsock` or `virtio-serial`, as VMs tell it.
+    /// `vsock` or `virtio-serial`, as in the description of a VM.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -104,7 +104,7 @@ pub struct Machine {
     pub transport: Transport,
     /// Memory for translated code, in MiB; under TCG only.
     pub tb_size_mib: Option<u32>,
-    /// The rate of the guest's time-stamp counter in kHz, to be told to its kernel; under TCG only.
+    /// The rate of the guest's time-stamp counter in kHz, passed to its kernel; under TCG only.
     pub tsc_khz: Option<u32>,
     /// One sentence: why this machine type and this accelerator.
     pub reason: String,

@@ -1,4 +1,4 @@
-//! Points in time as nido keeps and tells them: in whole milliseconds, whatever they are of.
+//! Points in time as nido stores and returns them: in whole milliseconds.
 
 use jiff::Timestamp;
 

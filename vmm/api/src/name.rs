@@ -13,7 +13,7 @@ use crate::error::{Code, Error};
 
 /// The rule, as a regular expression.
 const PATTERN: &str = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$";
-/// The rule, as it is told to people.
+/// The rule, for error messages.
 pub const RULE: &str = "1 to 63 characters of a-z, 0-9 and '-', starting and ending with a letter or digit";
 
 fn valid(text: &str) -> bool {

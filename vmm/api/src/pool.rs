@@ -1,4 +1,4 @@
-//! The warm pool: forks that are loaded, renewed and halted before anybody asks for them.
+//! The warm pool: forks that are loaded, given an identity and paused before a client requests them.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,9 +17,9 @@ pub struct PoolKind {
     pub memory_mib: u32,
     /// Network.
     pub net: NetChoice,
-    /// Machine type, as asked.
+    /// Requested machine type.
     pub machine: MachineChoice,
-    /// Accelerator, as asked.
+    /// Requested accelerator.
     pub accel: AccelChoice,
     /// Virtualization in the guest.
     pub nested: bool,
@@ -63,11 +63,11 @@ impl PoolKind {
     }
 }
 
-/// How many clones to keep, and of what machine; what is absent has the default of a VM.
+/// Size and machine of a pool; absent fields have the default of a VM.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PoolRequest {
-    /// How many clones wait: 0 to [`POOL_MAX`]. 0 ends the pool.
+    /// Number of waiting clones: 0 to [`POOL_MAX`]. 0 ends the pool.
     #[schema(maximum = 100)]
     pub wanted: u32,
     /// Virtual CPUs.
@@ -99,25 +99,25 @@ impl PoolRequest {
     }
 }
 
-/// One pool.
+/// A pool.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct PoolInfo {
-    /// The template its clones are made from.
+    /// The template of its clones.
     pub template: TemplateName,
     /// Their machine.
     #[serde(flatten)]
     pub kind: PoolKind,
-    /// How many shall wait.
+    /// The configured number of waiting clones.
     pub wanted: u32,
-    /// How many wait.
+    /// The number of waiting clones.
     pub ready: u32,
-    /// How many are being made.
+    /// The number of clones that are being created.
     pub filling: u32,
-    /// Why it cannot be filled as things stand.
+    /// Why the pool cannot be filled at present.
     pub trouble: Option<String>,
 }
 
-/// All pools.
+/// A list of pools.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct PoolList {
     /// In order of template and machine.

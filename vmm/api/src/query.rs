@@ -27,12 +27,12 @@ pub struct VmQuery {
     pub cursor: Option<String>,
 }
 
-/// Some VMs, in order of creation.
+/// VMs, in order of creation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct VmPage {
     /// The VMs.
     pub vms: Vec<VmInfo>,
-    /// There are more: the `cursor` of the next page.
+    /// The `cursor` of the next page; absent on the last one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub next_cursor: Option<String>,
@@ -63,7 +63,7 @@ impl VmQuery {
             return Err(Error::new(Code::SpecInvalid, format!("limit: it is 1 to {PAGE_MAX}")));
         }
         if self.cursor.as_deref().is_some_and(|cursor| !is_place(cursor)) {
-            return Err(Error::new(Code::SpecInvalid, "cursor: it is none that an earlier page gave"));
+            return Err(Error::new(Code::SpecInvalid, "cursor: not a cursor of an earlier page"));
         }
         vms.retain(|vm| self.wants(vm));
         vms.sort_by_key(place);

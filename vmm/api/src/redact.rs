@@ -26,7 +26,7 @@ const NAME: usize = 64;
 /// The field that says what was left out.
 const CUT: &str = "cut";
 
-/// Words in a name that say that its value is nobody's business.
+/// Words in a name whose value is secret.
 const SECRET: [&str; 6] = ["passphrase", "credential", "credentials", "authorization", "cookie", "apikey"];
 /// Words in a name that say that its value is too much for a log.
 const DATA: [&str; 4] = ["stdin", "content", "contents", "data"];
@@ -135,7 +135,7 @@ fn field(key: &str, from: &Value) -> Value {
     if words(key).iter().any(|word| word == "url") { host_only(from) } else { value(from) }
 }
 
-/// Of an address on the web the scheme and the host; what is none is left out altogether.
+/// Scheme and host of a URL; anything else is omitted.
 fn host_only(address: &Value) -> Value {
     let text = address.as_str().unwrap_or_default();
     let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https"));

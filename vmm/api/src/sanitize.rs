@@ -32,11 +32,11 @@ pub fn head(text: &str, limit: usize) -> &str {
     &text[..end]
 }
 
-/// How much of a guest's text a reader is shown unless somebody says otherwise, in bytes.
+/// How much of a guest's text is shown by default, in bytes.
 pub const SHOWN_LIMIT: usize = 32 << 10;
 /// Room for the line that stands for what was left out.
 const MARKER_MAX: usize = 64;
-/// The longest title, link or the like that a terminal would swallow. What goes on for longer is text.
+/// The longest title, link or the like that a terminal would swallow. Longer sequences are text.
 const STRING_MAX: usize = 4096;
 
 /// A guest's text as a reader may see it who obeys no escape sequences but might obey words: a model, a log.

@@ -5,26 +5,27 @@ use serde::{Deserialize, Serialize};
 
 use crate::name::{SnapshotName, VmName};
 
-/// What nido tells about a snapshot.
+/// A snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct SnapshotInfo {
-    /// The VM it is of.
+    /// The VM.
     pub vm: VmName,
     /// Its name, unique for that VM.
     pub name: SnapshotName,
     /// When it was taken.
     pub created_at: Timestamp,
-    /// It holds memory and devices: restored, the VM goes on where it was. Else only the disk.
+    /// Whether it contains memory and devices, so that a restored VM continues from that moment. Otherwise only the
+    /// disk.
     pub running: bool,
     /// Bytes on the host's disk.
     pub size_bytes: u64,
-    /// Why it cannot be restored, if it is damaged; it can be deleted.
+    /// Why it cannot be restored, if it is damaged. It can be deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub damaged: Option<String>,
 }
 
-/// The answer of a list of snapshots.
+/// A list of snapshots.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct SnapshotList {
     /// The oldest first.
@@ -35,8 +36,8 @@ pub struct SnapshotList {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RestoreRequest {
-    /// Take back the disk only, and leave the VM stopped.
+    /// Restore only the disk, and leave the VM stopped.
     pub disk_only: bool,
-    /// How long the guest may take to become ready, in milliseconds.
+    /// Time limit for the guest to become ready, in milliseconds.
     pub timeout_ms: Option<u64>,
 }

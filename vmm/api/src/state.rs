@@ -11,7 +11,7 @@
 //! Two pure functions: [`admit`] answers whether a request may be carried out, [`advance`] what a fact about QEMU or
 //! the guest turns the state into. "The agent is ready" is a fact about a running VM, not a state.
 //!
-//! Invariant: after [`Fact::QemuExited`] the state is at rest, whatever it was; and `stop` is never denied.
+//! Invariant: after [`Fact::QemuExited`] the VM is not running, whatever its state was; and `stop` is never denied.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,19 +19,19 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum VmState {
-    /// Made, never started.
+    /// Created, never started.
     Created,
-    /// A supervisor has been asked to start it; QEMU does not answer yet.
+    /// The supervisor starts it; QEMU does not reply yet.
     Starting,
-    /// Its CPUs run.
+    /// Running.
     Running,
-    /// Its CPUs stand still.
+    /// Paused: its CPUs do not run.
     Paused,
-    /// A stop was asked for.
+    /// A stop was requested.
     Stopping,
-    /// It ended as asked, or powered itself off.
+    /// Stopped by request, or powered off by the guest.
     Stopped,
-    /// It ended otherwise.
+    /// Ended for any other reason.
     Failed,
     /// Its row in the store cannot be read: it is damaged, or of another version of nido. Never stored.
     Unknown,
@@ -89,9 +89,9 @@ pub enum Request {
     Start,
     /// Stop it.
     Stop,
-    /// Halt its CPUs.
+    /// Pause its CPUs.
     Pause,
-    /// Let them run on.
+    /// Resume them.
     Resume,
     /// Use the agent: exec, copy, forward.
     UseAgent,
@@ -157,9 +157,9 @@ pub const fn admit(state: VmState, request: Request) -> Admission {
 pub enum Fact {
     /// QEMU answers on its monitor and the CPUs run.
     QmpReady,
-    /// The CPUs stand still.
+    /// The CPUs are paused.
     GuestPaused,
-    /// The CPUs run on.
+    /// The CPUs were resumed.
     GuestResumed,
     /// The guest restarts. With `-no-reboot` QEMU ends next.
     GuestReset,
@@ -183,7 +183,7 @@ pub enum Fact {
 pub const fn advance(state: VmState, fact: Fact) -> VmState {
     use VmState as S;
     match (fact, state) {
-        // At rest nothing can be learned about a QEMU that is not there.
+        // Without a QEMU, facts about it do not apply.
         (_, S::Created | S::Stopped | S::Failed | S::Unknown) => state,
         (Fact::QmpReady | Fact::GuestResumed, S::Starting | S::Running | S::Paused) => S::Running,
         (Fact::GuestPaused, S::Starting | S::Running | S::Paused) => S::Paused,
@@ -197,11 +197,11 @@ pub const fn advance(state: VmState, fact: Fact) -> VmState {
     }
 }
 
-/// Why a VM is paused or stopped, for programs. Why one failed is [`FailureCause`]'s word.
+/// Why a VM is paused or stopped, for programs. For a failed one see [`FailureCause`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum StateCause {
-    /// Paused, or stopped, because a user asked for it.
+    /// Paused or stopped by a user.
     User,
     /// Paused: the guest wrote to its disk, and the host's disk is full.
     DiskFull,
@@ -217,9 +217,9 @@ pub enum StateCause {
     Ttl,
     /// Stopped: it was idle for too long.
     Idle,
-    /// Stopped: the session it was made for is over.
+    /// Stopped: the session that it was created for has ended.
     Session,
-    /// Stopped: the host shuts down, its user logged out, or the supervisor was asked to end.
+    /// Stopped: the host shut down, its user logged out, or the supervisor received a signal.
     Host,
     /// Stopped: its disk was restored from a snapshot.
     Restored,
@@ -271,17 +271,17 @@ impl StateCause {
         match self {
             Self::User => "as requested",
             Self::DiskFull => {
-                "the host's disk is full: free some space on the disk that holds nido's home; it resumes by itself then"
+                "the host's disk is full: free some space on the disk that holds nido's home; it then resumes automatically"
             }
             Self::IoError => {
                 "the host could not read or write the VM's disk: check the host's disk, then resume the VM"
             }
-            Self::GuestSuspended => "the guest suspended itself; resume wakes it",
-            Self::Qemu => "QEMU paused it; its supervisor's log says more",
+            Self::GuestSuspended => "the guest suspended itself; resume it to continue",
+            Self::Qemu => "QEMU paused it; see its supervisor's log",
             Self::Guest => "the guest powered itself off",
             Self::Ttl => "its time to live is over",
             Self::Idle => "it was idle for too long",
-            Self::Session => "the session it was made for is over",
+            Self::Session => "the session that it was created for has ended",
             Self::Host => "the host shut down, or its user logged out",
             Self::Restored => "its disk was restored from a snapshot without memory; start it",
         }
@@ -305,23 +305,23 @@ impl StateCause {
 pub enum FailureCause {
     /// The guest's kernel panicked.
     GuestPanic,
-    /// The guest did not answer in time.
+    /// The guest did not reply in time.
     GuestTimeout,
-    /// The guest's agent and this nido have no version of their protocol in common.
+    /// The guest agent and this nido have no version of their protocol in common.
     AgentVersion,
-    /// The guest's agent answered, and refused the VM's token or broke the protocol.
+    /// The guest agent replied, but rejected the VM's token or violated the protocol.
     AgentRefused,
     /// QEMU was killed by a signal.
     QemuSignal,
-    /// QEMU ended with an error.
+    /// QEMU exited with an error.
     QemuError,
-    /// KVM could not go on.
+    /// KVM failed.
     KvmInternalError,
     /// The host ran out of memory.
     OutOfMemory,
     /// The host's disk is full.
     DiskFull,
-    /// The guest was loaded and could not be made a machine of its own.
+    /// The guest was loaded, but its identity could not be reset.
     RenewalFailed,
     /// The host restarted, or QEMU and its supervisor were both killed.
     HostRestart,

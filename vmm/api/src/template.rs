@@ -40,16 +40,16 @@ impl KernelChoice {
     }
 }
 
-/// What nido tells about a template.
+/// A template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct TemplateInfo {
     /// Its name.
     pub name: TemplateName,
     /// The recipe it was built from.
     pub recipe: String,
-    /// Hash of the manifest's content.
+    /// Hash of the manifest.
     pub digest: String,
-    /// Who is process 1 in its guests: `agent` or `systemd`.
+    /// Process 1 of its guests: `agent` or `systemd`.
     pub init: String,
     /// Version of the guest's kernel.
     pub kernel: String,
@@ -59,16 +59,16 @@ pub struct TemplateInfo {
     pub disk_bytes: u64,
     /// When it was built.
     pub created_at: Timestamp,
-    /// Whether the agent inside is the one of this nido. If not, `template build` brings that of a recipe up to date, and
-    /// another template has to be made again.
+    /// Whether it contains the guest agent of this nido. If not, `template build` updates a template that has a recipe;
+    /// create any other one again.
     pub agent_current: bool,
-    /// VMs made from it.
+    /// VMs that use it.
     pub used_by: Vec<String>,
-    /// The machines that VMs can be forked on.
+    /// The machines for which it has a warm image.
     pub bakes: Vec<BakeInfo>,
 }
 
-/// A guest of a template, saved while it ran on one kind of machine.
+/// A warm image: the saved state of a template's guest on one kind of machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct BakeInfo {
     /// When it was saved.
@@ -91,7 +91,7 @@ pub struct BakeInfo {
     pub size_bytes: u64,
 }
 
-/// For which machine a template is baked. What is absent is as for a VM.
+/// The machine to bake a warm image for. Absent fields have the default of a VM.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BakeRequest {
@@ -107,31 +107,31 @@ pub struct BakeRequest {
     pub accel: AccelChoice,
     /// Virtualization in the guest.
     pub nested: bool,
-    /// Bake anew even where a bake fits.
+    /// Replace a warm image that matches.
     pub again: bool,
-    /// How long the guest may take to become ready, in milliseconds.
+    /// Time limit for the guest to become ready, in milliseconds.
     pub timeout_ms: Option<u64>,
 }
 
-/// How a bake ended.
+/// Result of a bake.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct BakeResult {
     /// The template.
     pub template: TemplateName,
-    /// What was saved.
+    /// The warm image.
     pub bake: BakeInfo,
-    /// Nothing had to be done.
+    /// A matching one existed; nothing was done.
     pub already_baked: bool,
-    /// How long it took.
+    /// Duration.
     pub duration_ms: u64,
 }
 
-/// The answer of a list of templates.
+/// A list of templates.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct TemplateList {
-    /// Templates that stand ready, by name.
+    /// Templates, by name.
     pub templates: Vec<TemplateInfo>,
-    /// Templates whose manifest cannot be read, one sentence each; absent if there is none. They can be deleted.
+    /// Templates whose manifest cannot be read, one sentence each; absent if all can. They can be deleted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub damaged: Vec<String>,
     /// Names of recipes that can be built.
@@ -141,7 +141,7 @@ pub struct TemplateList {
 /// How a template is built.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BuildRequest {
-    /// Fetch packages anew even if nothing in the recipe has changed.
+    /// Download packages again even if the recipe has not changed.
     pub rebuild: bool,
     /// Bake it for the usual machines as well.
     pub bake: bool,
@@ -164,14 +164,14 @@ pub struct BuildStep {
     pub fraction: Option<f32>,
 }
 
-/// How a build ended.
+/// Result of a build.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct BuildResult {
     /// The template.
     pub template: TemplateInfo,
-    /// Nothing had to be done.
+    /// It was up to date; nothing was done.
     pub already_built: bool,
-    /// How long it took.
+    /// Duration.
     pub duration_ms: u64,
 }
 
@@ -234,7 +234,7 @@ pub struct TravelStep {
     pub total_bytes: u64,
 }
 
-/// How an export ended.
+/// Result of an export.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ExportResult {
     /// The template.
@@ -243,23 +243,23 @@ pub struct ExportResult {
     pub path: Option<String>,
     /// Length of the archive in bytes.
     pub archive_bytes: u64,
-    /// Bytes of the parts that are no holes.
+    /// Bytes of data in the parts, without holes.
     pub data_bytes: u64,
-    /// How many saved guests it holds.
+    /// Number of warm images.
     pub bakes: u32,
-    /// How long it took.
+    /// Duration.
     pub duration_ms: u64,
 }
 
-/// How an import ended.
+/// Result of an import.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ImportResult {
     /// The template.
     pub template: TemplateInfo,
-    /// It was here already; nothing was done.
+    /// It existed already; nothing was done.
     pub already_present: bool,
-    /// In which ways it is not as it was where it came from.
+    /// Differences from the exported template.
     pub warnings: Vec<String>,
-    /// How long it took.
+    /// Duration.
     pub duration_ms: u64,
 }

@@ -6,15 +6,15 @@ use serde::{Deserialize, Serialize};
 use super::Limits;
 use crate::error::{Code, Error};
 
-/// What a token is good for. Each holds what those before it hold.
+/// Scope of a token. Each scope includes those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
-    /// Look: VMs, logs, events, templates, the host.
+    /// Read VMs, logs, events, templates and the host.
     Read,
-    /// Make, use and delete VMs and snapshots: commands, files, ports.
+    /// Also create, use and delete VMs and snapshots: commands, files, ports.
     Run,
-    /// Everything: templates, pools, webhooks, the audit log.
+    /// Everything: also templates, pools, webhooks and the audit log.
     Admin,
 }
 
@@ -44,11 +44,11 @@ impl std::str::FromStr for Scope {
     }
 }
 
-/// The one part of a server that a token is good for, where it is not good for all of it.
+/// The part of a server to which a token is restricted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Door {
-    /// The MCP server, whose policy and questions the REST API does not know.
+    /// The MCP server. The REST API has neither its policy nor its confirmations.
     Mcp,
 }
 
@@ -78,61 +78,61 @@ impl std::str::FromStr for Door {
             return Ok(Self::Mcp);
         }
         let words = format!("there is no part '{}' of a server", word.escape_debug());
-        Err(Error::new(Code::SpecInvalid, words).hint("mcp, or leave it out for all of it"))
+        Err(Error::new(Code::SpecInvalid, words).hint("use mcp, or omit it"))
     }
 }
 
-/// A token that is to be made.
+/// A token to create.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TokenRequest {
-    /// What it is called, in lists and in the audit log: 1 to 63 of `a-z 0-9 -`.
+    /// Its name in lists and in the audit log: 1 to 63 of `a-z 0-9 -`.
     #[schema(pattern = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     pub name: String,
-    /// What it is good for.
+    /// Its scope.
     pub scope: Scope,
-    /// The one part of a server that it is good for; all of it if absent.
+    /// The part of a server to which it is restricted; absent for all parts.
     #[serde(default)]
     pub only: Option<Door>,
-    /// How long it is good, in milliseconds; for ever if absent.
+    /// Its validity, in milliseconds; it does not expire if absent.
     #[serde(default)]
     pub expires_in_ms: Option<u64>,
-    /// What VMs may be that are made with it.
+    /// Limits on the VMs that are created with it.
     #[serde(default)]
     pub limits: Limits,
 }
 
-/// What is told about a token.
+/// A token, without its secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct TokenInfo {
-    /// Its id: the part of it that is no secret.
+    /// Its id, which is not secret.
     pub id: String,
     /// Its name.
     pub name: String,
-    /// What it is good for.
+    /// Its scope.
     pub scope: Scope,
-    /// The one part of a server that it is good for, if it is not good for all of it.
+    /// The part of a server to which it is restricted, if any.
     pub only: Option<Door>,
-    /// When it was made.
+    /// When it was created.
     pub created_at: Timestamp,
-    /// When it ends.
+    /// When it expires.
     pub expires_at: Option<Timestamp>,
-    /// What VMs may be that are made with it.
+    /// Limits on the VMs that are created with it.
     #[serde(default, skip_serializing_if = "Limits::is_none")]
     pub limits: Limits,
 }
 
-/// A token that was made. Only this answer has it whole: what is kept is a hash.
+/// A new token. Only this response contains the secret; nido stores a hash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct TokenCreated {
-    /// What is told about it.
+    /// The token, without its secret.
     #[serde(flatten)]
     pub info: TokenInfo,
-    /// The token, for the header `Authorization: Bearer`.
+    /// The secret, for the header `Authorization: Bearer`.
     pub token: String,
 }
 
-/// The answer of a list of tokens.
+/// A list of tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct TokenList {
     /// In order of name.

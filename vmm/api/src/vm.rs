@@ -8,14 +8,14 @@ use super::{ForwardSpec, LeaseId};
 use crate::error::{Code, Error};
 use crate::name::{TemplateName, VmName};
 
-/// Which machine type is asked for.
+/// Requested machine type.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MachineChoice {
-    /// nido decides, and says why in `machine_reason`.
+    /// nido selects one; `machine_reason` explains it.
     #[default]
     Auto,
-    /// The small, quick one.
+    /// The smallest and fastest one.
     Microvm,
     /// An i440FX PC.
     Pc,
@@ -36,16 +36,16 @@ impl MachineChoice {
     }
 }
 
-/// Which accelerator is asked for.
+/// Requested accelerator.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AccelChoice {
-    /// KVM if it is proven to work, else TCG with a warning.
+    /// KVM if its test succeeds, else TCG with a warning.
     #[default]
     Auto,
-    /// KVM or nothing.
+    /// KVM only.
     Kvm,
-    /// Software emulation. No isolation promise.
+    /// Software emulation. Not a security boundary.
     Tcg,
 }
 
@@ -61,14 +61,15 @@ impl AccelChoice {
     }
 }
 
-/// Which network is asked for.
+/// Network of a VM.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum NetChoice {
-    /// QEMU's user network: out to wherever the host can reach (its loopback included), nothing in.
+    /// QEMU's user network: the guest reaches whatever the host reaches (its loopback included); nothing reaches the
+    /// guest.
     #[default]
     Nat,
-    /// No network card. Exec, files and forwards work all the same.
+    /// No network card. Commands, file copies and published ports work.
     None,
 }
 
@@ -83,13 +84,13 @@ impl NetChoice {
     }
 }
 
-/// What a VM shall be. Everything but the name has a default.
+/// Specification of a VM. Every field except the name has a default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmSpec {
     /// Its name.
     pub name: VmName,
-    /// The template it is made from; `sandbox` if absent.
+    /// Its template; `sandbox` if absent.
     #[serde(default = "default_template")]
     pub template: TemplateName,
     /// Virtual CPUs.
@@ -113,27 +114,27 @@ pub struct VmSpec {
     /// Refuse to run without hardware isolation.
     #[serde(default)]
     pub require_isolation: bool,
-    /// Give the guest virtualization of its own.
+    /// Provide virtualization in the guest.
     #[serde(default)]
     pub nested: bool,
-    /// Ports published on the host's loopback.
+    /// Ports to publish on the host's loopback.
     #[serde(default)]
     pub forwards: Vec<ForwardSpec>,
-    /// Longest life after a start, in milliseconds. The VM is stopped then (and deleted if ephemeral).
+    /// Time to live after a start, in milliseconds. The VM is then stopped (and deleted if ephemeral).
     #[serde(default)]
     #[schema(minimum = 1)]
     pub ttl_ms: Option<u64>,
-    /// Longest time without an exec, a copy or a forwarded connection, in milliseconds.
+    /// Stop the VM after this long without an exec, copy or forwarded connection, in milliseconds.
     #[serde(default)]
     #[schema(minimum = 1)]
     pub idle_ms: Option<u64>,
-    /// Vanish when stopped.
+    /// Delete it when it stops.
     #[serde(default)]
     pub ephemeral: bool,
-    /// Free labels.
+    /// Labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// The session it is made for. It is destroyed when that is over, and so it is ephemeral, too.
+    /// The session that it is created for. It is deleted when the session ends, and therefore also ephemeral.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<LeaseId>,
 }
@@ -180,13 +181,13 @@ impl VmSpec {
     }
 }
 
-/// A VM that is to be made, and started unless that is not wanted. Everything but the name has a default.
+/// A VM to create and, by default, start. Every field except the name has a default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SpawnRequest {
     /// Its name.
     pub name: VmName,
-    /// The template it is made from.
+    /// Its template.
     #[serde(default = "default_template")]
     #[schema(default = "sandbox")]
     pub template: TemplateName,
@@ -213,38 +214,38 @@ pub struct SpawnRequest {
     /// Refuse to run without hardware isolation.
     #[serde(default)]
     pub require_isolation: bool,
-    /// Give the guest virtualization of its own.
+    /// Provide virtualization in the guest.
     #[serde(default)]
     pub nested: bool,
-    /// Ports published on the host's loopback.
+    /// Ports to publish on the host's loopback.
     #[serde(default)]
     pub forwards: Vec<ForwardSpec>,
-    /// Longest life after a start, in milliseconds. The VM is stopped then (and deleted if ephemeral).
+    /// Time to live after a start, in milliseconds. The VM is then stopped (and deleted if ephemeral).
     #[serde(default)]
     #[schema(minimum = 1)]
     pub ttl_ms: Option<u64>,
-    /// Longest time without an exec, a copy or a forwarded connection, in milliseconds.
+    /// Stop the VM after this long without an exec, copy or forwarded connection, in milliseconds.
     #[serde(default)]
     #[schema(minimum = 1)]
     pub idle_ms: Option<u64>,
-    /// Vanish when stopped.
+    /// Delete it when it stops.
     #[serde(default)]
     pub ephemeral: bool,
-    /// Free labels.
+    /// Labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
     /// Start it.
     #[serde(default = "yes")]
     #[schema(default = true)]
     pub start: bool,
-    /// Wait until the agent answers; else only until the start is on its way.
+    /// Wait until the guest agent is ready; otherwise only until the start has begun.
     #[serde(default = "yes")]
     #[schema(default = true)]
     pub wait: bool,
-    /// How long the guest may take to become ready, in milliseconds; a default by accelerator if absent.
+    /// Time limit for the guest to become ready, in milliseconds; the default depends on the accelerator.
     #[serde(default)]
     pub start_timeout_ms: Option<u64>,
-    /// How the guest comes to life.
+    /// How the guest starts.
     #[serde(default)]
     pub path: PathChoice,
 }
@@ -280,19 +281,19 @@ impl SpawnRequest {
     }
 }
 
-/// How a start waits.
+/// Options of a start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct StartRequest {
-    /// Wait until the agent answers; else only until the start is on its way.
+    /// Wait until the guest agent is ready; otherwise only until the start has begun.
     pub wait: bool,
-    /// How long the guest may take to become ready, in milliseconds; a default by accelerator if absent.
+    /// Time limit for the guest to become ready, in milliseconds; the default depends on the accelerator.
     pub timeout_ms: Option<u64>,
-    /// How the guest comes to life.
+    /// How the guest starts.
     #[serde(default)]
     pub path: PathChoice,
-    /// The accelerator of this start instead of the VM's own. `tcg` is the only way to run a VM without hardware isolation
-    /// that has run with it.
+    /// The accelerator of this start instead of the VM's. `tcg` is the only way to run a VM without hardware isolation
+    /// after it has run with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accel: Option<AccelChoice>,
 }
@@ -303,11 +304,11 @@ impl Default for StartRequest {
     }
 }
 
-/// How a guest shall come to life.
+/// How a guest starts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PathChoice {
-    /// The quickest that fits; `timings.path` and `machine_reason` say which and why.
+    /// The fastest path that fits; `timings.path` and `machine_reason` report which one, and why.
     #[default]
     Auto,
     /// Boot.
@@ -321,7 +322,7 @@ pub enum PathChoice {
 pub struct Which<'a> {
     /// Its name.
     pub name: &'a VmName,
-    /// Its id, where somebody has decided about that very VM.
+    /// Its id, if the request is about exactly that VM.
     pub id: Option<&'a str>,
 }
 
@@ -340,18 +341,18 @@ impl Which<'_> {
         if self.id.is_none_or(|meant| meant == id) {
             return Ok(());
         }
-        let words = format!("VM '{}' is another one than was meant: that one is gone", self.name);
-        Err(Error::new(Code::VmReplaced, words).hint("look at the VM of that name, and decide anew"))
+        let words = format!("VM '{}' has been replaced: the VM that you referred to no longer exists", self.name);
+        Err(Error::new(Code::VmReplaced, words).hint("check the VM that has this name now, then repeat the request"))
     }
 }
 
-/// How a VM is stopped.
+/// Options of a stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct StopRequest {
-    /// Pull the plug at once.
+    /// Terminate QEMU at once.
     pub force: bool,
-    /// How long an orderly power-off may take before the plug is pulled, in milliseconds; an hour at most.
+    /// Time limit for the guest to power off before QEMU is terminated, in milliseconds; an hour at most.
     #[schema(maximum = 3_600_000)]
     pub timeout_ms: u64,
 }
@@ -365,17 +366,17 @@ impl Default for StopRequest {
     }
 }
 
-/// How a start goes on, for progress shown to people.
+/// Stages of a start, for progress displays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum StartStage {
-    /// Disk and configuration are made.
+    /// Disk and configuration are created.
     Preparing,
     /// QEMU starts.
     Launching,
-    /// The guest boots; the agent has not answered yet.
+    /// The guest boots; the guest agent has not replied yet.
     Booting,
-    /// The agent answers.
+    /// The guest agent replies.
     Ready,
 }
 

@@ -9,32 +9,32 @@ use super::{ForwardSpec, LeaseId, NetChoice};
 use crate::name::{TemplateName, VmName};
 use crate::state::{FailureCause, StateCause, VmState};
 
-/// Everything nido tells about a VM.
+/// A VM.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct VmInfo {
     /// Its name.
     pub name: VmName,
-    /// Its id: never reused, names its directory.
+    /// Its id: never reused, and the name of its directory.
     pub id: String,
     /// Its state.
     pub status: VmState,
-    /// Why it is paused or stopped; absent where that is not known, and in other states.
+    /// Why it is paused or stopped; absent if unknown, and in other states.
     #[serde(default)]
     pub status_cause: Option<StateCause>,
-    /// The cause in a sentence, with what to do about it; absent if a user asked for it.
+    /// The cause in a sentence, with what to do about it; absent if a user requested it.
     #[serde(default)]
     pub status_detail: Option<String>,
-    /// The template it was made from.
+    /// Its template.
     pub template: TemplateName,
-    /// Machine type, once decided.
+    /// Machine type, once selected.
     pub machine: Option<String>,
     /// Why that machine type and accelerator.
     pub machine_reason: Option<String>,
-    /// `kvm` or `tcg`, once decided.
+    /// `kvm` or `tcg`, once selected.
     pub accel: Option<String>,
-    /// `hardware` or `emulation`, once decided.
+    /// `hardware` or `emulation`, once selected.
     pub isolation: Option<String>,
-    /// Whether it may have VMs of its own.
+    /// Whether it can run VMs itself.
     pub nested: bool,
     /// Virtual CPUs.
     pub cpus: u32,
@@ -44,17 +44,17 @@ pub struct VmInfo {
     pub disk_bytes: u64,
     /// Network.
     pub net: NetChoice,
-    /// An address at which this host reaches the guest: that of its forwards. `null` without one.
+    /// The address at which this host reaches the guest: that of its published ports. `null` if it has none.
     pub ip_address: Option<String>,
-    /// A command that opens an ssh session through a forward of the guest's port 22; `null` without one.
+    /// A command that opens an SSH session through the published port 22; `null` without one.
     pub ssh_command: Option<String>,
     /// Published ports.
     pub forwards: Vec<ForwardSpec>,
     /// Labels.
     pub labels: BTreeMap<String, String>,
-    /// Whether it vanishes when stopped.
+    /// Whether it is deleted when it stops.
     pub ephemeral: bool,
-    /// The session that it was made for: it is destroyed when that is over. Absent if it was made for none.
+    /// The session that it was created for: it is deleted when that ends. Absent if it belongs to none.
     #[serde(default)]
     pub lease: Option<LeaseId>,
     /// The guest agent.
@@ -63,27 +63,27 @@ pub struct VmInfo {
     pub created_at: Timestamp,
     /// When it was last started.
     pub started_at: Option<Timestamp>,
-    /// When its life ends.
+    /// When its time to live is over.
     pub expires_at: Option<Timestamp>,
-    /// When it will have been idle for too long, as things stand.
+    /// When it will have been idle for too long, if it is not used until then.
     pub idle_at: Option<Timestamp>,
     /// Why it failed.
     pub failure: Option<Failure>,
-    /// How long its last start took.
+    /// Duration of its last start.
     pub timings: Option<Timings>,
-    /// What the user ought to know, e.g. that there is no hardware isolation.
+    /// Warnings, for example that there is no hardware isolation.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }
 
 /// The warning of a VM whose guest was not given the time it needed to power off.
 pub const PLUG_PULLED: &str =
-    "the guest did not power off in time, so its plug was pulled: what it had not written to its disk is lost";
+    "the guest did not power off in time, so QEMU was terminated: data that was not yet on its disk is lost";
 
-/// The guest agent as seen from the host.
+/// State of the guest agent.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AgentInfo {
-    /// It has answered since the last start.
+    /// Whether it has replied since the last start.
     pub ready: bool,
     /// Its version.
     pub version: Option<String>,
@@ -94,29 +94,29 @@ pub struct AgentInfo {
 /// Why a VM failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Failure {
-    /// For programs.
+    /// The cause, for programs.
     pub cause: FailureCause,
-    /// For people: one sentence.
+    /// One sentence for people.
     pub message: String,
-    /// Last lines of the console or of QEMU's own output.
+    /// Last lines of the console or of QEMU's output.
     pub log_tail: Vec<String>,
 }
 
-/// How long the last start took. Milliseconds since nido was asked.
+/// Duration of the last start, in milliseconds since the request.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Timings {
-    /// How it came to life.
+    /// How it started.
     pub path: StartPath,
-    /// Until QEMU answered on its monitor.
+    /// Until QEMU replied on its monitor.
     #[serde(serialize_with = "in_microseconds")]
     pub qemu_ms: f64,
-    /// Until the machine's state was there; for a boot the same as `qemu_ms`.
+    /// Until the machine's state was loaded; for a boot the same as `qemu_ms`.
     #[serde(serialize_with = "in_microseconds")]
     pub load_ms: f64,
-    /// From there until the guest was ready: to the agent's first answer, or the end of its renewal.
+    /// From then until the guest was ready: until the guest agent's first reply, or the end of its identity reset.
     #[serde(serialize_with = "in_microseconds")]
     pub agent_ms: f64,
-    /// All of it.
+    /// In total.
     #[serde(serialize_with = "in_microseconds")]
     pub total_ms: f64,
 }
@@ -126,30 +126,30 @@ fn in_microseconds<S: serde::Serializer>(ms: &f64, serializer: S) -> Result<S::O
     serializer.serialize_f64((ms * 1000.0).round() / 1000.0)
 }
 
-/// How a VM came to life.
+/// How a VM started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum StartPath {
-    /// Booted.
+    /// Cold boot.
     Cold,
-    /// Forked: it went on from a saved guest.
+    /// Forked from a warm image.
     Fork,
-    /// Claimed: a fork that was waiting for it.
+    /// Taken from the pool.
     Pool,
-    /// Restored: it went on from a snapshot of its own.
+    /// Restored from one of its snapshots.
     Restore,
 }
 
-/// How a fork of a running VM ended.
+/// Result of a fork of a running VM.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ForkResult {
-    /// The VM that was copied. It runs on.
+    /// The VM that was copied. It keeps running.
     pub vm: VmName,
-    /// The copies, in the order they were named.
+    /// The copies, in the order of the request.
     pub copies: Vec<VmInfo>,
 }
 
-/// The answer of a list.
+/// A list of VMs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct VmList {
     /// In order of creation.

@@ -1,4 +1,4 @@
-//! Webhooks: endpoints that are told of events, and what became of each message.
+//! Webhooks: endpoints to which events are posted, and their deliveries.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -11,16 +11,16 @@ pub const WEBHOOKS_MAX: usize = 64;
 /// How many deliveries are listed at most: the newest.
 pub const DELIVERIES_MAX: usize = 1000;
 
-/// What an endpoint is sent.
+/// Format of the messages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum WebhookFormat {
     /// The event as JSON, signed.
     #[default]
     Standard,
-    /// A sentence, as Slack's incoming webhooks take it.
+    /// A sentence, for Slack's incoming webhooks.
     Slack,
-    /// An alert, as PagerDuty's Events API v2 takes it: a crash triggers one for its VM, the VM's next start or its deletion
+    /// An alert for PagerDuty's Events API v2: a crash triggers one for its VM; the VM's next start or its deletion
     /// resolves it.
     PagerDuty,
 }
@@ -76,24 +76,24 @@ impl std::str::FromStr for WebhookFormat {
     }
 }
 
-/// The endpoint to be added.
+/// An endpoint to add.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct WebhookRequest {
-    /// Where messages are posted: `https://…`; `http://…` only with `allow_private`. At most 2048 bytes.
+    /// URL to post messages to: `https://…`; `http://…` only with `allow_private`. At most 2048 bytes.
     pub url: String,
-    /// The events it is told of; none named is all, and for `pagerduty` those that trigger and resolve alerts: `vm.crashed`,
+    /// Events to send; empty means all, and for `pagerduty` those that trigger and resolve alerts: `vm.crashed`,
     /// `vm.started`, `vm.deleted`.
     #[serde(default)]
     pub events: Vec<EventKind>,
-    /// What messages are signed with: `whsec_` and 24 to 64 bytes in base64. Absent: a new one. For `pagerduty` it is needed: the
-    /// integration key of the service, 32 letters and digits.
+    /// Key that signs the messages: `whsec_` and 24 to 64 bytes in base64; generated if absent. Required for
+    /// `pagerduty`: the integration key of the service, 32 letters and digits.
     #[serde(default, serialize_with = "hidden")]
     pub secret: Option<String>,
-    /// What it is sent. Absent: `slack` or `pagerduty` where the host is theirs, `standard` elsewhere.
+    /// Format. If absent, `slack` or `pagerduty` for their hosts, `standard` otherwise.
     #[serde(default)]
     pub format: Option<WebhookFormat>,
-    /// Whether it may lie in a private network or on this very host.
+    /// Whether the endpoint may be in a private network or on this host.
     #[serde(default)]
     pub allow_private: bool,
 }
@@ -114,34 +114,34 @@ impl std::fmt::Debug for WebhookRequest {
     }
 }
 
-/// One endpoint. Its secret is told once, when it is added.
+/// An endpoint, without its secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct WebhookInfo {
     /// Its id.
     pub id: String,
-    /// Where messages are posted.
+    /// URL to post messages to.
     pub url: String,
-    /// The events it is told of; none named is all.
+    /// Events to send; empty means all.
     pub events: Vec<EventKind>,
-    /// What it is sent.
+    /// Format of the messages.
     pub format: WebhookFormat,
-    /// Whether it may lie in a private network or on this very host.
+    /// Whether the endpoint may be in a private network or on this host.
     pub allow_private: bool,
     /// When it was added.
     pub created_at: Timestamp,
-    /// Why it is sent nothing any more; null while it is.
+    /// Why nothing is sent to it; null while it is enabled.
     pub disabled: Option<String>,
-    /// How many deliveries wait for it.
+    /// Number of pending deliveries.
     pub pending: u64,
 }
 
 /// The endpoint that was added.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct WebhookAdded {
-    /// It.
+    /// The endpoint.
     #[serde(flatten)]
     pub webhook: WebhookInfo,
-    /// What its messages are signed with. It is not told again.
+    /// Key that signs the messages. It is returned only once.
     pub secret: String,
 }
 
@@ -151,22 +151,22 @@ impl std::fmt::Debug for WebhookAdded {
     }
 }
 
-/// All endpoints.
+/// A list of endpoints.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct WebhookList {
-    /// In order of their making.
+    /// In order of creation.
     pub webhooks: Vec<WebhookInfo>,
 }
 
-/// What became of a delivery so far.
+/// State of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DeliveryState {
-    /// It is, or will be, attempted.
+    /// Pending.
     Pending,
-    /// The endpoint took it.
+    /// Accepted by the endpoint.
     Delivered,
-    /// It was given up.
+    /// Given up.
     Failed,
 }
 
@@ -201,26 +201,26 @@ impl std::str::FromStr for DeliveryState {
     }
 }
 
-/// One event on its way to one endpoint.
+/// The delivery of one event to one endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Delivery {
     /// Its number.
     pub id: u64,
     /// The endpoint.
     pub webhook_id: String,
-    /// The header `webhook-id`: the same at every attempt and every redelivery.
+    /// The header `webhook-id`: the same for every attempt and every redelivery.
     pub message_id: String,
     /// The event.
     pub event: EventKind,
     /// The cursor of the event.
     pub cursor: u64,
-    /// What became of it so far.
+    /// Its state.
     pub state: DeliveryState,
-    /// How often it was attempted since it was queued, or queued again.
+    /// Number of attempts since it was last queued.
     pub attempts: u32,
-    /// When it is attempted next; null if it is finished, or waits for another one ahead of it.
+    /// Time of the next attempt; null if it is finished, or waits for an earlier delivery.
     pub next_at: Option<Timestamp>,
-    /// The HTTP status of the last answer; null if there was none.
+    /// HTTP status of the last response; null if there was none.
     pub last_status: Option<u16>,
     /// Why the last attempt failed.
     pub last_error: Option<String>,
@@ -230,26 +230,26 @@ pub struct Delivery {
     pub done_at: Option<Timestamp>,
 }
 
-/// Some deliveries, the oldest first.
+/// Deliveries, the oldest first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct DeliveryList {
-    /// The newest [`DELIVERIES_MAX`] at most.
+    /// At most the newest [`DELIVERIES_MAX`].
     pub deliveries: Vec<Delivery>,
 }
 
-/// How a test message fared.
+/// Result of a test message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct WebhookTest {
     /// The endpoint.
     pub webhook_id: String,
     /// The header `webhook-id`.
     pub message_id: String,
-    /// Whether the endpoint took it.
+    /// Whether the endpoint accepted it.
     pub delivered: bool,
-    /// The HTTP status of its answer; null if there was none.
+    /// HTTP status of the response; null if there was none.
     pub status: Option<u16>,
-    /// Why it did not.
+    /// Why it was not accepted.
     pub error: Option<String>,
-    /// How long it took, in milliseconds.
+    /// Duration, in milliseconds.
     pub duration_ms: u64,
 }

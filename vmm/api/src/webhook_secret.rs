@@ -48,7 +48,7 @@ impl WebhookSecret {
     /// `webhook_invalid`; it never repeats what it was given.
     pub fn parse_routing_key(text: &str) -> Result<Self> {
         if text.len() != ROUTING_KEY_CHARS || !text.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            return Err(Error::new(Code::WebhookInvalid, "the secret is no integration key of PagerDuty")
+            return Err(Error::new(Code::WebhookInvalid, "the secret is not a PagerDuty integration key")
                 .hint("32 letters and digits: the service's page shows it, under Integrations, Events API v2"));
         }
         Ok(Self(Kind::RoutingKey(text.into())))
@@ -78,10 +78,10 @@ impl WebhookSecret {
     pub fn parse(text: &str) -> Result<Self> {
         let refused = |why: &str| {
             Error::new(Code::WebhookInvalid, format!("the secret {why}"))
-                .hint("whsec_ and 24 to 64 bytes in base64; leave it out, and one is made")
+                .hint("write whsec_ and 24 to 64 bytes in base64, or omit it to generate one")
         };
         let encoded = text.strip_prefix(PREFIX).ok_or_else(|| refused("does not begin with whsec_"))?;
-        let key = STANDARD.decode(encoded).map_err(|_| refused("is not in base64 behind whsec_"))?;
+        let key = STANDARD.decode(encoded).map_err(|_| refused("is not base64 after whsec_"))?;
         if KEY_BYTES.contains(&key.len()) { Ok(Self(Kind::Key(key))) } else { Err(refused("is not of 24 to 64 bytes")) }
     }
 

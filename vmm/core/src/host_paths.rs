@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Invariant: no path of a caller is ever resolved by anything but `openat2` from a root that was opened at the start, and its
-//! last component by calls that follow nothing. So whoever writes below a root meanwhile (a guest's download, another program)
+//! last component by calls that follow nothing. So a process that writes below a root meanwhile (a guest's download, another program)
 //! cannot make a path mean something else; nothing but regular files and directories is opened; and a file that is written appears whole.
 
 mod writing;
@@ -51,8 +51,8 @@ pub struct DefaultPaths {
 }
 
 impl HostPaths {
-    /// Opens what a policy names, and where it names nothing the defaults. Below a default root hidden names are refused: nobody
-    /// has decided what lies there.
+    /// Opens what a policy names, and where it names nothing the defaults. Below a default root hidden names are refused: no user
+    /// has decided which files it contains.
     ///
     /// # Errors
     /// As [`Roots::open`].
@@ -74,7 +74,7 @@ impl HostPaths {
                 format!("below {}", roots.paths().into_iter().map(shown).collect::<Vec<_>>().join(", "))
             }
         };
-        format!("files of the host are read {} and written {}", list(&self.read), list(&self.write))
+        format!("host files can be read {} and written {}", list(&self.read), list(&self.write))
     }
 }
 
@@ -112,7 +112,7 @@ pub struct Readable {
 }
 
 impl Roots {
-    /// Opens the directories. Those may be named through symlinks: whoever allows them is trusted.
+    /// Opens the directories. Their paths may contain symlinks: the author of the policy is trusted.
     ///
     /// # Errors
     /// `path_not_found`, `path_invalid` if one is no directory.
@@ -120,7 +120,7 @@ impl Roots {
         paths.iter().map(|path| Root::open(path, true)).collect::<Result<_>>().map(Self)
     }
 
-    /// The same of directories that nobody has named: names that begin with a dot are refused below them.
+    /// The same for default directories: names that begin with a dot are refused below them.
     fn open_default(paths: &[PathBuf]) -> Result<Self> {
         paths.iter().map(|path| Root::open(path, false)).collect::<Result<_>>().map(Self)
     }
@@ -170,7 +170,7 @@ impl Roots {
     ///
     /// # Errors
     /// `denied` outside of the roots and where a symlink is on the way, `path_not_found`, `path_exists` unless it may be
-    /// overwritten, `path_invalid` for what is no regular file.
+    /// overwritten, `path_invalid` for what is not a regular file.
     pub fn write(&self, path: &Path, overwrite: bool) -> Result<Writing> {
         let (root, below) = self.find(path)?;
         let name = below.file_name().ok_or_else(|| not_a_file(path, FileType::Directory))?.to_owned();
@@ -185,7 +185,7 @@ impl Roots {
     fn find(&self, path: &Path) -> Result<(&Root, PathBuf)> {
         if leads_upwards(path) {
             return Err(
-                Error::new(Code::Denied, format!("{} leads upwards", shown(path))).hint("write the path without '..'")
+                Error::new(Code::Denied, format!("{} contains '..'", shown(path))).hint("write the path without '..'")
             );
         }
         let below = |root: &&Root| [&root.named, &root.real].into_iter().find_map(|dir| path.strip_prefix(dir).ok());
@@ -198,16 +198,17 @@ impl Roots {
         let (root, rest) = found.ok_or_else(|| {
             let roots: Vec<_> = self.0.iter().map(|root| shown(&root.named)).collect();
             let hint = match roots.is_empty() {
-                true => "this server may use no files of its host; send the content itself".into(),
+                true => "this server may not use files of its host; send the content itself".into(),
                 false => format!("allowed are paths below {}", roots.join(", ")),
             };
-            Error::new(Code::Denied, format!("{} is outside of what this server may use", shown(path))).hint(hint)
+            Error::new(Code::Denied, format!("{} is outside the paths that this server may use", shown(path)))
+                .hint(hint)
         })?;
         let is_hidden = |part: Component<'_>| matches!(part, Component::Normal(name) if is_hidden(name));
         if !root.hidden && rest.components().any(is_hidden) {
             let words = format!("{} has a name that begins with a dot", shown(path));
             return Err(Error::new(Code::Denied, words)
-                .hint("such files are settings and secrets; read_roots and write_roots of a policy allow a directory with them"));
+                .hint("such files are settings and secrets; a policy can allow their directory with read_roots and write_roots"));
         }
         Ok((root, rest.components().collect()))
     }
@@ -267,30 +268,28 @@ fn not_a_file(path: &Path, kind: FileType) -> Error {
     let (what, hint) = match kind {
         FileType::Directory => ("a directory", "only single files can be copied: pack it first, for example with tar"),
         FileType::Symlink => ("a symlink", "name the file itself"),
-        _ => ("no regular file", "only regular files can be copied"),
+        _ => ("not a regular file", "only regular files can be copied"),
     };
     Error::new(Code::PathInvalid, format!("{} is {what}", shown(path))).hint(hint)
 }
 
-/// A failed system call, as what it means to whoever named the path.
+/// A failed system call, as an error about the path.
 fn refused(path: &Path, error: Errno) -> Error {
     let (code, words, hint) = match error {
         Errno::NOENT => (Code::PathNotFound, "is not there", "check the path on the host"),
-        Errno::EXIST => (Code::PathExists, "exists", "choose another name, or say that it may be overwritten"),
+        Errno::EXIST => (Code::PathExists, "exists", "choose another name, or allow overwriting"),
         Errno::LOOP | Errno::XDEV => {
-            (Code::Denied, "is reached over a symlink", "name the file itself, below an allowed directory")
+            (Code::Denied, "is reached through a symlink", "name the file itself, below an allowed directory")
         }
-        Errno::NOTDIR => {
-            (Code::PathInvalid, "is reached over something that is no directory", "check the path on the host")
-        }
-        Errno::ROFS => (Code::ReadOnly, "lies where nothing can be written", "choose another directory"),
+        Errno::NOTDIR => (Code::PathInvalid, "has a component that is not a directory", "check the path on the host"),
+        Errno::ROFS => (Code::ReadOnly, "is in a directory that cannot be written", "choose another directory"),
         Errno::ISDIR => (Code::PathInvalid, "is a directory", "choose another name"),
         Errno::NOSYS => {
-            (Code::HostFailed, "cannot be looked up safely: this kernel has no openat2", "Linux 5.6 or newer has it")
+            (Code::HostFailed, "cannot be opened safely: this kernel has no openat2", "use Linux 5.6 or newer")
         }
-        Errno::NAMETOOLONG | Errno::INVAL => (Code::PathInvalid, "is no path that can be used", "choose another name"),
+        Errno::NAMETOOLONG | Errno::INVAL => (Code::PathInvalid, "is not a usable path", "choose another name"),
         Errno::ACCESS | Errno::PERM => {
-            (Code::PermissionDenied, "cannot be used by the user whom nido runs as", "check its permissions")
+            (Code::PermissionDenied, "is not accessible to the user that runs nido", "check its permissions")
         }
         other => return Error::io(format!("cannot use {}", shown(path)), other.into()),
     };

@@ -72,17 +72,17 @@ const BACKUP_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 #[derive(Debug)]
 pub struct Nido {
     context: Arc<Context>,
-    /// That this process lives, once somebody has to know.
+    /// The liveness lock of this process, once it is needed.
     presence: Mutex<Option<Presence>>,
     /// What this process was asked to show, for the audit log.
     reads: Repeats,
 }
 
 impl Nido {
-    /// Opens (and makes, the first time) a home. Also reconciles what killed processes left.
+    /// Opens (and creates, the first time) a home. Also reconciles what killed processes left.
     ///
     /// # Errors
-    /// `denied` if the home belongs to somebody else, `permission_denied`, `read_only`, `disk_full`, `internal`.
+    /// `denied` if the home belongs to another user, `permission_denied`, `read_only`, `disk_full`, `internal`.
     pub async fn open(options: OpenOptions) -> Result<Self> {
         let nido = Self::open_unreconciled(options)?;
         if !nido.is_read_only() {
@@ -152,7 +152,7 @@ impl Nido {
         }
         let Ok(Some(_held)) = Held::try_take(&self.home().backup_lock()) else { return };
         if let Err(error) = self.store().back_up(&last, &older) {
-            tracing::warn!("no backup of the store was made: {error}");
+            tracing::warn!("the store was not backed up: {error}");
         }
     }
 
@@ -169,7 +169,7 @@ impl Nido {
             let qemu = qemu::probe(&program, &cache)?;
             Ok::<_, Error>((facts::gather(&cache), qemu))
         });
-        gathered.await.map_err(|e| Error::internal(format!("the host could not be looked at: {e}")))?
+        gathered.await.map_err(|e| Error::internal(format!("the host could not be checked: {e}")))?
     }
 }
 
@@ -184,7 +184,7 @@ pub(crate) fn lost_store(count: usize, root: &Path) -> String {
 
 /// The error for a VM that another command deleted while this one was working on it.
 fn gone_meanwhile(name: &nido_api::name::VmName) -> Error {
-    Error::new(Code::VmNotFound, format!("VM '{name}' is gone: it was deleted meanwhile"))
+    Error::new(Code::VmNotFound, format!("VM '{name}' was deleted meanwhile"))
 }
 
 /// Servers call the API from several threads.

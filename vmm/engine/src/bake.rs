@@ -1,7 +1,7 @@
-//! Which saved guest a machine can go on from: pure.
+//! Selects the saved guest (bake, warm image) that a machine can continue from: pure.
 //!
-//! Invariant: a [`Bake`] is chosen only if the guest in it cannot tell the new machine from the one it was saved on, and
-//! only for the very QEMU that saved it. Everything else is told apart in a sentence, never glossed over.
+//! Invariant: a [`Bake`] is selected only if the guest in it cannot distinguish the new machine from the old one, and
+//! only for exactly the QEMU that saved it. Every difference is reported in a sentence.
 
 use nido_images::{Bake, BakedMachine, QemuId};
 
@@ -16,7 +16,7 @@ const TSC_TOLERANCE_PPM: u64 = 200;
 /// Why no bake fits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unfit {
-    /// There is none for such a machine: a sentence's end that says what differs.
+    /// There is none for such a machine: the end of a sentence, with the difference.
     Missing(String),
     /// There is one for such a machine, and this host cannot load it.
     Mismatch(String),
@@ -56,19 +56,19 @@ pub fn qemu_id(qemu: &QemuFacts) -> QemuId {
     QemuId { version, sha256: qemu.sha256.clone() }
 }
 
-/// The bake that a machine of this shape goes on from under this QEMU.
+/// The bake that a machine of this shape continues from under this QEMU.
 ///
 /// # Errors
 /// What is in the way.
 pub fn choose<'a>(bakes: &'a [Bake], wanted: &BakedMachine, qemu: &QemuId) -> Result<&'a Bake, Unfit> {
     if bakes.is_empty() {
-        return Err(Unfit::Missing("the template has not been baked".into()));
+        return Err(Unfit::Missing("the template has no warm image".into()));
     }
     let fitting: Vec<&Bake> = bakes.iter().filter(|bake| same_kind(&bake.machine, wanted)).collect();
     let Some(newest) = fitting.last() else {
-        // Told of the bake that comes closest.
+        // Reports the difference from the closest bake.
         let closest = bakes.iter().map(|bake| differences(&bake.machine, wanted)).min_by_key(Vec::len);
-        return Err(Unfit::Missing(format!("no bake has {}", closest.unwrap_or_default().join(" and "))));
+        return Err(Unfit::Missing(format!("no warm image has {}", closest.unwrap_or_default().join(" and "))));
     };
     let loadable = |bake: &&Bake| fits((&bake.machine, &bake.qemu), wanted, qemu).is_ok();
     match fitting.iter().copied().find(loadable) {
@@ -97,12 +97,14 @@ pub fn fits(saved: (&BakedMachine, &QemuId), wanted: &BakedMachine, qemu: &QemuI
         }));
     }
     if machine.devices != wanted.devices {
-        return Err(Unfit::Mismatch("it was saved by another nido, whose machines have other devices".into()));
+        return Err(Unfit::Mismatch(
+            "it was saved by another nido version, whose machines have different devices".into(),
+        ));
     }
     if clocks_agree(machine, wanted) {
         Ok(())
     } else {
-        Err(Unfit::Mismatch("it was saved on a host whose time-stamp counter runs at another rate".into()))
+        Err(Unfit::Mismatch("it was saved on a host whose time-stamp counter has another frequency".into()))
     }
 }
 
@@ -183,10 +185,10 @@ mod tests {
     #[test]
     fn what_is_missing_is_named() {
         let why = |bakes: &[Bake], wanted| choose(bakes, &wanted, &qemu("7.2", "a")).unwrap_err();
-        assert_eq!(why(&[], machine()), Unfit::Missing("the template has not been baked".into()));
+        assert_eq!(why(&[], machine()), Unfit::Missing("the template has no warm image".into()));
         let bakes = [bake(machine(), qemu("7.2", "a")), bake(BakedMachine { cpus: 2, ..machine() }, qemu("7.2", "a"))];
         let wanted = BakedMachine { cpus: 2, memory_mib: 1024, ..machine() };
-        assert_eq!(why(&bakes, wanted), Unfit::Missing("no bake has 1024 MiB of memory".into()));
+        assert_eq!(why(&bakes, wanted), Unfit::Missing("no warm image has 1024 MiB of memory".into()));
     }
 
     #[test]

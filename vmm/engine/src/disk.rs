@@ -10,7 +10,7 @@
 //!  cluster 3.. L1 table, all zero: everything is read from the backing file
 //! ```
 //!
-//! Invariant: the backing file is named with its format, so nobody ever probes what a guest wrote.
+//! Invariant: the backing file is named with its format, so no program probes the format of data that a guest wrote.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;

@@ -11,9 +11,10 @@ use crate::machine::Refusal;
 impl From<Refusal> for Error {
     fn from(refusal: Refusal) -> Self {
         let (code, hint) = match &refusal {
-            Refusal::KvmUnavailable { .. } => {
-                (Code::KvmUnavailable, "nido doctor says more; --accel auto falls back to emulation, with a warning")
-            }
+            Refusal::KvmUnavailable { .. } => (
+                Code::KvmUnavailable,
+                "check KVM with nido doctor; --accel auto falls back to emulation, with a warning",
+            ),
             Refusal::NestingOff { remedy, .. } => (Code::NestedUnavailable, remedy.as_str()),
             Refusal::KvmUndecided { .. } => (
                 Code::KvmUnavailable,
@@ -21,10 +22,10 @@ impl From<Refusal> for Error {
             ),
             Refusal::IsolationLost { .. } => (
                 Code::IsolationRequired,
-                "nido doctor says what KVM lacks; nido start NAME --accel tcg starts it without isolation",
+                "check KVM with nido doctor; nido start NAME --accel tcg starts the VM without isolation",
             ),
-            Refusal::IsolationRequired { .. } => (Code::IsolationRequired, "nido doctor says what KVM lacks"),
-            Refusal::SpecInvalid { .. } => (Code::SpecInvalid, "nido doctor shows what the host has"),
+            Refusal::IsolationRequired { .. } => (Code::IsolationRequired, "check KVM with nido doctor"),
+            Refusal::SpecInvalid { .. } => (Code::SpecInvalid, "check the host with nido doctor"),
             Refusal::QemuTooOld { .. } => {
                 (Code::QemuTooOld, "install a newer qemu-system-x86, or name one with --qemu")
             }
@@ -71,7 +72,7 @@ pub fn guest_error(vm: &str, error: GuestError) -> Error {
             "arguments and environment count together: pass large data as standard input, or copy it into a file"
                 .into(),
         ),
-        GuestError::LimitExceeded { .. } => (Code::LimitExceeded, "end some of what runs in it".into()),
+        GuestError::LimitExceeded { .. } => (Code::LimitExceeded, "end some of its processes".into()),
         GuestError::Protocol(_) => {
             (Code::AgentUnreachable, "its guest may have been tampered with; do not trust it".into())
         }
@@ -86,10 +87,10 @@ pub fn guest_error(vm: &str, error: GuestError) -> Error {
             return told.because(error);
         }
         GuestError::PathExists(_) => (Code::PathExists, "--force replaces it".into()),
-        GuestError::PathNotFound(_) => (Code::PathNotFound, "check the path on this side".into()),
+        GuestError::PathNotFound(_) => (Code::PathNotFound, "check the path on the host".into()),
         GuestError::BadName(_) => (Code::PathInvalid, "check the path".into()),
         GuestError::IsDirectory => {
-            (Code::PathInvalid, "ask for a tar archive of it (over HTTP: Accept: application/x-tar)".into())
+            (Code::PathInvalid, "request a tar archive of it (over HTTP: Accept: application/x-tar)".into())
         }
         GuestError::BadArchive(_) => (
             Code::SpecInvalid,
@@ -98,7 +99,7 @@ pub fn guest_error(vm: &str, error: GuestError) -> Error {
                 .into(),
         ),
         GuestError::ArchiveTooLarge { .. } => (Code::LimitExceeded, "send it in parts".into()),
-        GuestError::DiskFull(_) => (Code::DiskFull, "free some space; nothing was left half-written".into()),
+        GuestError::DiskFull(_) => (Code::DiskFull, "free some space; no incomplete file remains".into()),
     };
     Error::new(code, error.to_string()).hint(hint).because(error)
 }
@@ -115,7 +116,7 @@ fn fault_error(fault: Fault, message: &str) -> Error {
                 "a name must be in the guest's /etc/passwd or /etc/group; numbers need not: UID, UID:GID, USER:GROUP, :GID",
             ),
         ),
-        Fault::NoDirectory => (Code::DirectoryNotFound, Some("make it first, or leave --workdir out")),
+        Fault::NoDirectory => (Code::DirectoryNotFound, Some("create it first, or omit --workdir")),
         Fault::NotFound => (Code::GuestNotFound, Some("check the path in the guest")),
         Fault::Denied => (Code::GuestDenied, Some("the guest's own permissions decide this: use another user")),
         Fault::DiskFull => (
@@ -128,7 +129,7 @@ fn fault_error(fault: Fault, message: &str) -> Error {
             Code::PathInvalid,
             Some("only files and directories are copied, and neither replaces the other, nor a device, pipe or socket"),
         ),
-        Fault::Busy => (Code::GuestBusy, Some("end what is in the way in the guest, then try again")),
+        Fault::Busy => (Code::GuestBusy, Some("remove the conflicting file in the guest, then try again")),
         Fault::Unreachable => (Code::PortClosed, Some("does anything listen on that port in the guest?")),
         Fault::Invalid => (Code::GuestInvalid, None),
         Fault::Other => (Code::GuestFailed, None),

@@ -16,7 +16,7 @@ use nido_files::private_dir::{make_private_dir, make_private_dir_in_place};
 
 /// Locked while QEMU lives: QEMU inherits the descriptor.
 pub const VM_LOCK: &str = "vm.lock";
-/// Locked by whoever may change the VM: its supervisor, or the command that starts or deletes it.
+/// Locked by the process that may change the VM: its supervisor, or the command that starts or deletes it.
 pub const SUPERVISOR_LOCK: &str = "supervisor.lock";
 /// Locked by the watcher of the VM's time to live.
 pub const TTL_LOCK: &str = "ttl.lock";
@@ -34,7 +34,7 @@ pub const CONSOLE_LOG: &str = "console.log";
 pub const QEMU_LOG: &str = "qemu.log";
 /// What the supervisor has to say.
 pub const SUPERVISOR_LOG: &str = "supervisor.log";
-/// What the guest is told at boot (holds the token).
+/// The configuration that the guest reads at boot (contains the token).
 pub const GUEST_CONFIG: &str = "guest.cbor";
 /// The memory of a VM that is there to be baked.
 pub const MEMORY_IMAGE: &str = "memory.img";
@@ -76,7 +76,7 @@ impl Home {
             return Ok("/var/lib/nido".into());
         }
         xdg("XDG_DATA_HOME", ".local/share").map(|base| base.join("nido")).ok_or_else(|| {
-            Error::new(Code::SpecInvalid, "there is no home directory to keep VMs in").hint("set NIDO_HOME")
+            Error::new(Code::SpecInvalid, "there is no home directory for nido's data").hint("set NIDO_HOME")
         })
     }
 
@@ -87,7 +87,7 @@ impl Home {
     pub fn open(root: &Path) -> Result<Self> {
         let shown = root.display();
         let root = std::path::absolute(root).map_err(|e| Error::io_at("use", root, e))?;
-        make_private_dir(&root).map_err(|e| Error::io_at("make nido's home", &root, e))?;
+        make_private_dir(&root).map_err(|e| Error::io_at("create nido's home", &root, e))?;
         let meta = std::fs::metadata(&root).map_err(|e| Error::io_at("read nido's home", &root, e))?;
         let me = rustix::process::geteuid().as_raw();
         if meta.uid() != me {
@@ -300,7 +300,7 @@ impl VmDir {
     /// # Errors
     /// `disk_full`, `internal`.
     pub fn make(&self) -> Result<()> {
-        make_private_dir_in_place(&self.path).map_err(|e| Error::io_at("make the VM's directory", &self.path, e))
+        make_private_dir_in_place(&self.path).map_err(|e| Error::io_at("create the VM's directory", &self.path, e))
     }
 
     /// A way to its sockets that is short enough for a socket address, however deep the home lies.

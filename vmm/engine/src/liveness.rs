@@ -36,7 +36,7 @@ impl Presence {
                 Err(e) => return Err(broken(e)),
             }
         }
-        Err(Error::internal("no lock could be taken that says that this process lives"))
+        Err(Error::internal("the liveness lock of this process could not be acquired"))
     }
 
     /// What others know it by.
@@ -57,7 +57,7 @@ pub fn is_gone(directory: &Path, id: &str) -> bool {
     match is_free(&directory.join(id)) {
         Ok(free) => free,
         Err(error) => {
-            tracing::warn!("cannot see whether {id} is there: {error}");
+            tracing::warn!("cannot check the liveness lock {id}: {error}");
             false
         }
     }

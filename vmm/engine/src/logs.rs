@@ -22,7 +22,7 @@ const TAIL_BYTES: u64 = 16 * 1024;
 /// Longest line in an error, in characters.
 const TAIL_LINE_CHARS: usize = 300;
 
-/// The last lines of the first of `names` that has any. They may hold anything; whoever shows them escapes them.
+/// The last lines of the first of `names` that has any. They may contain anything; code that shows them escapes them.
 #[must_use]
 pub fn log_tail(dir: &VmDir, names: &[&str]) -> Vec<String> {
     names

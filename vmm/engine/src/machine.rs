@@ -29,8 +29,8 @@ const TB_SIZE_NESTED_MIB: u32 = 512;
 const TB_SIZE_OF_MEMORY: u32 = 8;
 
 /// What was seen with QEMU 7.2 of emulated hosts with two processors (`docs/decisions/0010`).
-const NESTED_ON_ONE_CPU: &str = "VMs inside an emulated VM are reliable on one CPU only: with more, the guest's kernel may panic when it \
-                                 starts or ends one";
+const NESTED_ON_ONE_CPU: &str = "VMs in an emulated VM are reliable with one CPU only: with more, the guest's kernel may panic when it \
+     starts or ends one";
 
 /// The part of a VM's specification that decides on its machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,25 +67,25 @@ pub enum Refusal {
         why: String,
     },
     /// KVM is there, and whether it works could not be found out.
-    #[error("whether KVM works could not be found out: {why}")]
+    #[error("the test of KVM did not finish: {why}")]
     KvmUndecided {
         /// What kept the test from ending.
         why: String,
     },
-    /// The VM ran with hardware isolation before, and there is none to be had.
+    /// The VM ran with hardware isolation before, which is not available now.
     #[error("the VM has run with hardware isolation so far, and KVM cannot be used: {why}")]
     IsolationLost {
         /// Why there is none.
         why: String,
     },
-    /// Isolation was asked for and there is none to be had.
+    /// Isolation was requested and is not available.
     #[error("hardware isolation is required, and {why}")]
     IsolationRequired {
         /// Why there is none.
         why: String,
     },
     /// VMs inside the VM were asked for, and the host's KVM does not allow them.
-    #[error("the host does not let a VM have VMs of its own: the parameter `nested` of its module {module} is off")]
+    #[error("the host does not allow nested VMs: the parameter `nested` of its module {module} is off")]
     NestingOff {
         /// The module.
         module: &'static str,
@@ -199,16 +199,16 @@ fn accelerator(
         |why: String| if request.require_isolation { Err(Refusal::IsolationRequired { why }) } else { Ok(()) };
     let undecided = qemu.accel_kvm && matches!(host.kvm, KvmVerdict::Undecided { .. });
     match (request.accel, kvm_trouble) {
-        (AccelChoice::Auto, None) => Ok((Accel::Kvm, "kvm because it is proven to work here".into())),
-        (AccelChoice::Kvm, None) => Ok((Accel::Kvm, "kvm as asked".into())),
+        (AccelChoice::Auto, None) => Ok((Accel::Kvm, "kvm because its test succeeded".into())),
+        (AccelChoice::Kvm, None) => Ok((Accel::Kvm, "kvm as requested".into())),
         (AccelChoice::Auto | AccelChoice::Kvm, Some(why)) if undecided => Err(Refusal::KvmUndecided { why }),
         (AccelChoice::Kvm, Some(why)) => Err(Refusal::KvmUnavailable { why }),
         (AccelChoice::Auto, Some(why)) if request.ran_under == Some(Accel::Kvm) => Err(Refusal::IsolationLost { why }),
         _ if !qemu.accel_tcg => Err(Refusal::QemuLacks { what: "software emulation (TCG)" }),
         (AccelChoice::Tcg, _) => {
-            no_isolation("software emulation (TCG), which was asked for, has none".into())?;
+            no_isolation("software emulation (TCG), which was requested, has none".into())?;
             warnings.push(format!("no hardware isolation: {TCG_PROMISE}"));
-            Ok((Accel::Tcg, "tcg as asked".into()))
+            Ok((Accel::Tcg, "tcg as requested".into()))
         }
         (AccelChoice::Auto, Some(why)) => {
             no_isolation(format!("KVM cannot be used: {why}"))?;
@@ -218,7 +218,7 @@ fn accelerator(
     }
 }
 
-const TCG_PROMISE: &str = "the VM runs under software emulation (TCG), which is slow and no security boundary";
+const TCG_PROMISE: &str = "the VM runs under software emulation (TCG), which is slow and not a security boundary";
 
 fn machine_type(
     request: &MachineRequest,
@@ -231,7 +231,7 @@ fn machine_type(
     let clockless = accel == Accel::Tcg && tsc_khz.is_none();
     let asked = |machine: MachineType, has: bool, lacks: &'static str| {
         if has {
-            Ok((machine, format!("{} as asked", machine.name())))
+            Ok((machine, format!("{} as requested", machine.name())))
         } else {
             Err(Refusal::QemuLacks { what: lacks })
         }
@@ -239,7 +239,7 @@ fn machine_type(
     match request.machine {
         MachineChoice::Microvm => {
             if clockless && qemu.microvm {
-                warnings.push("the host has no steady time-stamp counter: an emulated microvm may hang at boot".into());
+                warnings.push("the host has no stable time-stamp counter: an emulated microvm may hang at boot".into());
             }
             asked(MachineType::Microvm, qemu.microvm, "the machine type microvm")
         }
@@ -247,10 +247,10 @@ fn machine_type(
         MachineChoice::Q35 => asked(MachineType::Q35, qemu.q35, "the machine type q35"),
         MachineChoice::Auto if qemu.microvm && !clockless => Ok((
             MachineType::Microvm,
-            "microvm because it is the leanest machine and lacks nothing this VM needs".into(),
+            "microvm because it is the smallest machine that has everything this VM needs".into(),
         )),
         MachineChoice::Auto if qemu.q35 => {
-            let why = if clockless { "the host has no steady time-stamp counter" } else { "this QEMU has no microvm" };
+            let why = if clockless { "the host has no stable time-stamp counter" } else { "this QEMU has no microvm" };
             Ok((MachineType::Q35, format!("q35 because {why}")))
         }
         MachineChoice::Auto => Err(Refusal::QemuLacks { what: "the machine types microvm and q35" }),

@@ -9,7 +9,7 @@
 //! Each snapshot has a copy of the VM's layer (where the file system can, the blocks are shared), so chains of layers never
 //! grow, deleting frees space at once, and nothing depends on anything but the template's parts.
 //!
-//! Invariant: a directory under a snapshot's name is whole. Whoever makes one holds the VM's `supervisor.lock`.
+//! Invariant: a directory under a snapshot's name is complete. The process that creates one holds the VM's `supervisor.lock`.
 
 mod restore;
 
@@ -120,7 +120,7 @@ impl Unfinished {
         file.map_err(failed)
     }
 
-    /// Copies the VM's layer, which nobody changes meanwhile.
+    /// Copies the VM's layer, which does not change meanwhile.
     ///
     /// # Errors
     /// `disk_full`, `internal`.
@@ -172,7 +172,7 @@ pub fn has_unfinished(vm: &VmDir) -> bool {
     })
 }
 
-/// Removes what a process left that was killed while it took or deleted one; whether one was being taken.
+/// Removes the files of a process that was killed while it took or deleted a snapshot. Returns whether one was being taken.
 pub fn remove_unfinished(vm: &VmDir) -> bool {
     let Ok(entries) = fs::read_dir(directory(vm)) else { return false };
     let mut found = false;
@@ -265,7 +265,7 @@ fn describe(vm: &VmDir, of: &VmName, name: &SnapshotName, record: Result<Record>
     }
 }
 
-/// Deletes a snapshot: it is nobody's from the first step on.
+/// Deletes a snapshot: its name is free after the first step.
 ///
 /// # Errors
 /// `snapshot_not_found`, `internal`.
@@ -274,7 +274,7 @@ pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
     let doomed = vm.file(SNAPSHOTS).join(format!("{REMOVED_PREFIX}{name}"));
     let _ = fs::remove_dir_all(&doomed);
     match fs::rename(dir(vm, name), &doomed) {
-        // Says that there is none.
+        // Reports that it does not exist.
         Err(error) if error.kind() == io::ErrorKind::NotFound => open(vm, of, name).map(drop),
         renamed => renamed.and_then(|()| fs::remove_dir_all(&doomed)).map_err(broken),
     }

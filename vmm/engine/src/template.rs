@@ -1,8 +1,8 @@
-//! What users are told about templates that are damaged or old.
+//! Hints about templates that are damaged or outdated.
 
 use nido_api::name::TemplateName;
 
-/// The command that makes a template anew.
+/// The command that creates a template again.
 #[must_use]
 pub fn renewal_command(name: &TemplateName) -> String {
     if nido_images::recipe_names().any(|recipe| recipe == name.as_str()) {

@@ -1,6 +1,6 @@
 //! The table `approvals`: which operations wait for a person's yes, and what became of it.
 //!
-//! Invariant: an approval is used at most once, by one `UPDATE` that asks for everything it is bound to; whoever is killed
+//! Invariant: an approval is used at most once, by one `UPDATE` that compares everything it is bound to; a process that is killed
 //! behind it has used it.
 
 use jiff::Timestamp;
@@ -21,14 +21,14 @@ const COLUMNS: &str = "id, tool, vm_id, vm_name, actor, agent, arguments, state,
 /// One approval, and the digest of the arguments it is for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ApprovalRow {
-    /// What is told about it. Its state is that at the time it was read.
+    /// The approval as the API describes it, with its state at the time of the read.
     pub approval: Approval,
     /// Of the arguments.
     pub digest: String,
 }
 
 impl Store {
-    /// The open approval for exactly this, or a new one with this id. What is long over is forgotten.
+    /// The pending approval for exactly this, or a new one with this id. Deletes old ones.
     ///
     /// # Errors
     /// `limit_exceeded` if the caller waits for too many.
@@ -59,8 +59,8 @@ impl Store {
             let waiting: i64 =
                 self.connection.query_row(waiting, params![ask.actor, now], |row| row.get(0)).map_err(fault)?;
             if usize::try_from(waiting).unwrap_or(usize::MAX) >= APPROVALS_PENDING_MAX {
-                let words = format!("{waiting} operations wait for approval already");
-                return Err(Error::new(Code::LimitExceeded, words).hint("nido approvals shows them"));
+                let words = format!("{waiting} approvals are pending, which is the limit");
+                return Err(Error::new(Code::LimitExceeded, words).hint("list them with nido approvals"));
             }
             let insert = "INSERT INTO approvals (id, tool, vm_id, vm_name, actor, agent, arguments, digest, created_ms, \
                           expires_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
@@ -164,7 +164,7 @@ impl Raw {
     fn decode(self, now: i64) -> Result<ApprovalRow> {
         let time = |ms| Timestamp::from_millisecond(ms).map_err(|e| Error::internal(e.to_string()));
         let written = ApprovalState::ALL.into_iter().find(|state| state.word() == self.state).ok_or_else(|| {
-            Error::internal(format!("the store knows an approval '{}' that nido does not", self.state.escape_debug()))
+            Error::internal(format!("the store has the unknown approval state '{}'", self.state.escape_debug()))
         })?;
         // What was denied stays denied; what could still have happened cannot any more.
         let open = matches!(written, ApprovalState::Pending | ApprovalState::Approved);

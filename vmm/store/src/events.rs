@@ -15,7 +15,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{Origin, Purpose, Store, VmRow, VmUpdate, decode, encode, fault, readable};
 
-/// Events older than this are forgotten, in milliseconds: 30 days.
+/// Events older than this are deleted, in milliseconds: 30 days.
 const KEPT_MS: i64 = 30 * 24 * 3600 * 1000;
 /// So many of the last events are kept at most.
 const KEPT: i64 = 100_000;
@@ -62,7 +62,7 @@ pub(super) fn events_of(before: &VmRow, update: &VmUpdate) -> Vec<(EventKind, Ev
             };
             events.push((EventKind::VmCrashed, details));
         }
-        // A start that was called off before anything ran is none.
+        // A start that was cancelled before QEMU ran is no event.
         (VmState::Starting, VmState::Created | VmState::Stopped) => {}
         (_, VmState::Stopped) if ended => {
             let cause = update.cause.flatten();
@@ -96,7 +96,7 @@ fn told(cause: Option<StateCause>) -> Option<String> {
     cause.filter(|cause| *cause != StateCause::User).map(|cause| cause.detail().into())
 }
 
-/// What every event of a VM tells.
+/// The details of every event of a VM.
 pub(super) fn of_vm(row: &VmRow) -> EventDetails {
     EventDetails {
         vm_id: Some(row.id.clone()),
@@ -107,7 +107,7 @@ pub(super) fn of_vm(row: &VmRow) -> EventDetails {
 }
 
 impl Store {
-    /// Writes an event, and a delivery for every endpoint that is told of it, into the transaction that is open.
+    /// Writes an event, and a delivery for every endpoint that selects it, in the open transaction.
     pub(super) fn append(&self, kind: EventKind, vm: Option<&VmName>, details: &EventDetails) -> Result<()> {
         let now = Timestamp::now().as_millisecond();
         self.connection
@@ -176,7 +176,7 @@ impl Store {
     /// # Errors
     /// Of the store.
     pub fn last_cursor(&self) -> Result<u64> {
-        // Not of the rows: those may all have been forgotten.
+        // Not from the rows: all of them may have been deleted.
         let query = "SELECT seq FROM sqlite_sequence WHERE name = 'events'";
         let last: Option<i64> = self.connection.query_row(query, [], |row| row.get(0)).optional().map_err(fault)?;
         Ok(last.unwrap_or(0).unsigned_abs())
@@ -207,7 +207,7 @@ impl Store {
         })
     }
 
-    /// The templates that were announced and not forgotten.
+    /// The templates that were announced and not deleted.
     ///
     /// # Errors
     /// Of the store.
@@ -239,7 +239,7 @@ impl Store {
         let known = "SELECT 1 FROM announced WHERE event = ?1 AND owner = ?2 AND name = ?3 AND stamp = ?4";
         let key = params![kind.word(), owner, name, stamp];
         let is_known = || self.connection.query_row(known, key, |_| Ok(())).optional().map_err(fault);
-        // Almost always so, and then nobody has to wait.
+        // Almost always so, and then no lock is needed.
         if is_known()?.is_some() {
             return Ok(());
         }

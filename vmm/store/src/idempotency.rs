@@ -24,7 +24,7 @@ pub enum KeyState {
     Another,
     /// The same request is being carried out.
     Running,
-    /// The same request was begun, and whoever carried it out is gone without having said how it ended.
+    /// The same request was started, and the server that carried it out ended without storing a response.
     Unknown,
     /// The caller has used too many keys.
     Full,
@@ -82,7 +82,7 @@ impl Store {
             let sum = "SELECT COALESCE(SUM(OCTET_LENGTH(answer)), 0) FROM answers WHERE caller = ?1";
             let kept: i64 = self.connection.query_row(sum, [caller], |row| row.get(0)).map_err(fault)?;
             if kept.saturating_add(long) > BYTES_MAX {
-                return Err(Error::new(Code::LimitExceeded, "the answers that are kept for this caller are too long"));
+                return Err(Error::new(Code::LimitExceeded, "the stored responses of this caller are too large"));
             }
         }
         let statement = match answer {

@@ -1,4 +1,4 @@
-//! The table `jobs`: work that goes on after its first answer, and what came of it.
+//! The table `jobs`: work that continues after its first response, and its result.
 //!
 //! Invariant: a job leaves `running` once, and is never changed after that.
 
@@ -16,10 +16,10 @@ const COLUMNS: &str =
     "id, tool, vm_name, actor, state, started_ms, ended_ms, stage, percent, cancel_asked, result, error";
 
 impl Store {
-    /// Writes down that a job begins; `holder` is who carries it out. Old ones are forgotten.
+    /// Records the start of a job; `holder` is the server that carries it out. Deletes old ones.
     ///
     /// # Errors
-    /// `limit_exceeded` if too many go on.
+    /// `limit_exceeded` if too many are running.
     pub fn insert_job(&self, id: &str, request: &JobRequest, holder: &str) -> Result<Job> {
         let now = now_ms();
         self.in_transaction(|| {
@@ -32,7 +32,7 @@ impl Store {
             let known: i64 =
                 self.connection.query_row("SELECT count(*) FROM jobs", [], |row| row.get(0)).map_err(fault)?;
             if known >= most {
-                return Err(Error::new(Code::LimitExceeded, format!("{known} jobs are running already"))
+                return Err(Error::new(Code::LimitExceeded, format!("{known} jobs are running, which is the limit"))
                     .hint("wait until some have ended, or cancel them"));
             }
             let insert =
@@ -77,7 +77,7 @@ impl Store {
         rows.collect::<Result<_, _>>().map_err(fault)
     }
 
-    /// Writes down that whoever carried out these jobs is gone.
+    /// Records that the server of these jobs is gone.
     ///
     /// # Errors
     /// Of the store.
@@ -86,7 +86,7 @@ impl Store {
         self.connection.execute(lose, params![holder, now_ms()]).map_err(fault).map(drop)
     }
 
-    /// Writes down how far a job has come, if it goes on.
+    /// Records the progress of a running job.
     ///
     /// # Errors
     /// Of the store.
@@ -95,7 +95,7 @@ impl Store {
         self.connection.execute(update, params![id, progress.stage, progress.percent]).map_err(fault).map(drop)
     }
 
-    /// Writes down how a job ended, if it goes on.
+    /// Records the end of a running job.
     ///
     /// # Errors
     /// Of the store.
@@ -111,7 +111,7 @@ impl Store {
         self.connection.execute(update, row).map_err(fault).map(drop)
     }
 
-    /// Asks that a job be cancelled, if it goes on and may be seen.
+    /// Requests cancellation of a running job that the caller may see.
     ///
     /// # Errors
     /// `job_not_found`.
@@ -145,7 +145,7 @@ fn now_ms() -> i64 {
 
 fn no_such_job(id: &str) -> Error {
     Error::new(Code::JobNotFound, format!("there is no job '{}'", id.escape_debug()))
-        .hint("jobs are known for a day after their end, and only to whom they belong")
+        .hint("jobs are kept for a day after their end, and only their caller sees them")
 }
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Result<Job>> {
@@ -156,8 +156,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Result<Job>> {
     let (id, tool, actor, cancel_asked) = (row.get(0)?, row.get(1)?, row.get(3)?, row.get(9)?);
     let time = |ms| Timestamp::from_millisecond(ms).map_err(|e| Error::internal(e.to_string()));
     let decoded = || -> Result<Job> {
-        let unknown =
-            || Error::internal(format!("the store knows a job '{}' that nido does not", state.escape_debug()));
+        let unknown = || Error::internal(format!("the store has the unknown job state '{}'", state.escape_debug()));
         Ok(Job {
             id,
             tool,

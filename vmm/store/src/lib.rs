@@ -215,7 +215,7 @@ const SCHEMA_VERSION: i64 = STEPS.len() as i64;
 #[derive(Debug)]
 pub struct Store {
     connection: Connection,
-    /// Whether a delivery was queued since somebody asked.
+    /// Whether a delivery was queued since the last call.
     queued: Cell<bool>,
     is_new: bool,
 }
@@ -285,7 +285,7 @@ impl Store {
         Ok(Self { connection, queued: Cell::new(false), is_new: false })
     }
 
-    /// Does several things, or none of them. Nobody else writes meanwhile.
+    /// Runs a transaction. No other process writes meanwhile.
     fn in_transaction<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let transaction =
             rusqlite::Transaction::new_unchecked(&self.connection, rusqlite::TransactionBehavior::Immediate)
@@ -309,9 +309,9 @@ impl Store {
             0..SCHEMA_VERSION => {}
             newer => {
                 return Err(Error::internal(format!(
-                    "the store has version {newer}; this nido knows {SCHEMA_VERSION}"
+                    "the store has version {newer}; this nido supports {SCHEMA_VERSION}"
                 ))
-                .hint("use the nido that wrote it, or another home"));
+                .hint("use the nido version that wrote it, or another home"));
             }
         }
         let transaction =
@@ -335,7 +335,7 @@ fn keep_private(path: &Path) -> std::io::Result<()> {
     if file.metadata()?.permissions().mode() & 0o077 == 0 {
         return Ok(());
     }
-    // Of an older nido. Those beside it first: once the file itself is private, nobody looks again.
+    // Of an older nido. The files next to it first: once the file itself is private, the check is skipped.
     for ending in ["-wal", "-shm"] {
         match std::fs::set_permissions(beside(path, ending), Permissions::from_mode(0o600)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
@@ -397,8 +397,8 @@ fn fault(error: rusqlite::Error) -> Error {
 fn damaged(place: &str, why: &str) -> Error {
     let why = why.rsplit_once("is damaged: ").map_or(why, |(_, why)| why);
     Error::new(Code::StoreDamaged, format!("the store {place} is damaged: {why}")).hint(
-        "move nido.db, nido.db-wal and nido.db-shm away and put nido.db.backup in the place of nido.db; \
-         then nido doctor --adopt brings back VMs that are newer than the backup",
+        "move nido.db, nido.db-wal and nido.db-shm away and copy nido.db.backup to nido.db; \
+         then restore VMs that are newer than the backup with nido doctor --adopt",
     )
 }
 

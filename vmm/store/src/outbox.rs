@@ -1,4 +1,4 @@
-//! The table `deliveries`: what still has to be told to whom, written with the event itself.
+//! The table `deliveries`: pending webhook messages, written with the event itself.
 //!
 //! ```text
 //!  append ──> queue ──> pending ──due──> an attempt ──settle──> delivered
@@ -16,7 +16,7 @@ use rusqlite::{OptionalExtension, params};
 
 use super::{Store, decode, fault, readable};
 
-/// Finished deliveries older than this are forgotten, in milliseconds: 7 days.
+/// Finished deliveries older than this are deleted, in milliseconds: 7 days.
 const KEPT_MS: i64 = 7 * 24 * 3600 * 1000;
 /// So many of an endpoint's finished deliveries are kept at most.
 const KEPT: u32 = 1000;
@@ -76,7 +76,7 @@ pub enum Outcome {
 }
 
 impl Store {
-    /// Writes a delivery of an event for every endpoint that is told of it, into the transaction that is open.
+    /// Writes a delivery of an event for every endpoint that selects it, in the open transaction.
     pub(super) fn queue(&self, event: &Event) -> Result<()> {
         let query = "SELECT id, events FROM webhooks WHERE disabled IS NULL";
         let mut statement = self.connection.prepare_cached(query).map_err(fault)?;

@@ -36,7 +36,7 @@ impl Store {
         parts.collect::<rusqlite::Result<_>>().map(Some).map_err(fault)
     }
 
-    /// Whether parts are due to be collected: a number that changes with each reason, 0 if there is none.
+    /// Whether parts are due to be collected: a number that changes with each reason, 0 if not.
     ///
     /// # Errors
     /// Of the store.

@@ -1,4 +1,4 @@
-//! The table `pools`, and the moment in which a clone of a pool becomes somebody's VM.
+//! The table `pools`, and the claim of a clone.
 //!
 //! Invariant: a clone is claimed once, by one `UPDATE` that also takes the name, or not at all.
 
@@ -130,7 +130,7 @@ impl Store {
         ids.collect::<rusqlite::Result<_>>().map_err(fault)
     }
 
-    /// Makes a waiting clone somebody's VM that is starting; false if it no longer waits. The caller holds its
+    /// Turns a waiting clone into a VM that is starting; false if it no longer waits. The caller holds its
     /// `supervisor.lock`.
     ///
     /// # Errors
@@ -174,7 +174,7 @@ impl Store {
             for forward in claim.forwards {
                 insert_forward(&self.connection, id, forward)?;
             }
-            let row = self.vm_by_id(id)?.ok_or_else(|| Error::internal("a VM vanished while it was claimed"))?;
+            let row = self.vm_by_id(id)?.ok_or_else(|| Error::internal("a VM was deleted while it was claimed"))?;
             self.append(EventKind::VmCreated, Some(&row.spec.name), &of_vm(&row))?;
             Ok(true)
         })

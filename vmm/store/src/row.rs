@@ -51,9 +51,9 @@ pub struct Frozen {
 pub enum Purpose {
     /// For its user.
     Use,
-    /// To be saved once it is ready, and to vanish then.
+    /// To be saved once it is ready, and then deleted.
     Bake,
-    /// To wait, paused, for somebody to claim it.
+    /// To wait, paused, until a command claims it.
     Pool,
 }
 
@@ -84,9 +84,9 @@ pub enum Origin {
     /// Its kernel boots.
     #[default]
     Boot,
-    /// It goes on from a bake.
+    /// It was forked from a bake.
     Fork(Saved),
-    /// It goes on from a snapshot of its own.
+    /// It was restored from one of its snapshots.
     Restore {
         /// Its name.
         snapshot: SnapshotName,
@@ -149,7 +149,7 @@ pub struct VmRow {
     pub forwards: Vec<ForwardSpec>,
     /// What it is there for.
     pub purpose: Purpose,
-    /// How its last start brought it to life.
+    /// How it was last started.
     pub origin: Origin,
     /// The operation that makes it, until that has ended well: if it is over before, the VM is removed.
     pub made_by: Option<LeaseId>,
@@ -245,7 +245,7 @@ pub struct VmUpdate {
     pub timings: Option<Option<Timings>>,
     /// What of its template it uses.
     pub parts: Option<BootParts>,
-    /// How it comes to life.
+    /// How it starts.
     pub origin: Option<Origin>,
     /// No column, but an event: this time is up.
     pub expired: Option<Limit>,

@@ -12,7 +12,7 @@ const COLUMNS: &str = "id, name, sha256, scope, created_ms, expires_ms, only_for
 /// A token as the store knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRow {
-    /// What is told about it.
+    /// The token, without its secret.
     pub info: TokenInfo,
     /// SHA-256 of its secret, in hexadecimal.
     pub sha256: String,
@@ -31,7 +31,7 @@ impl Store {
             params![id, name, token.sha256, scope.word(), created_at.as_millisecond(), expires, only, encode(limits)?];
         let insert = format!("INSERT INTO tokens ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)");
         let taken = || {
-            Error::new(Code::TokenExists, format!("there is a token named '{name}' already"))
+            Error::new(Code::TokenExists, format!("a token named '{name}' exists already"))
                 .hint(format!("choose another name, or: nido token revoke {name}"))
         };
         self.connection.execute(&insert, row).map(drop).map_err(|e| match e.sqlite_error_code() {
@@ -69,7 +69,7 @@ impl Store {
         let gone = self.connection.query_row(&delete, [named], read).optional().map_err(fault)?.transpose()?;
         gone.map(|row| row.info).ok_or_else(|| {
             Error::new(Code::TokenNotFound, format!("there is no token '{}'", named.escape_debug()))
-                .hint("nido token list shows those there are")
+                .hint("list them with nido token list")
         })
     }
 }
@@ -84,7 +84,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Result<TokenRow>> {
             id,
             name,
             scope: scope.parse()?,
-            // A word that is not known is an error: such a token is good for nothing, not for everything.
+            // An unknown word is an error: such a token must not be valid for everything.
             only: only.map(|word| word.parse()).transpose()?,
             created_at: time(created)?,
             expires_at: expires.map(time).transpose()?,

@@ -164,7 +164,7 @@ impl Store {
     /// Changes a row. The caller holds the VM's `supervisor.lock`.
     ///
     /// # Errors
-    /// `vm_busy` if the vsock address is taken, else of the store.
+    /// `vm_busy` if the vsock address is in use, else of the store.
     pub fn update_vm(&self, id: &str, update: &VmUpdate) -> Result<()> {
         let mut sets: Vec<&str> = Vec::new();
         let mut values: Vec<Box<dyn rusqlite::ToSql>> = Vec::new();
@@ -240,7 +240,7 @@ impl Store {
             .execute(&format!("UPDATE vms SET {assignments} WHERE id = ?"), rusqlite::params_from_iter(values))
             .map_err(|e| match e.sqlite_error_code() {
                 Some(rusqlite::ErrorCode::ConstraintViolation) => {
-                    Error::new(Code::VmBusy, "the vsock address is taken")
+                    Error::new(Code::VmBusy, "the vsock address is in use")
                 }
                 _ => fault(e),
             })?;
@@ -312,7 +312,7 @@ impl Store {
             if kept == count {
                 return Ok(());
             }
-            Err(Error::new(Code::VmNotRunning, "one of the new VMs has ended already, and is gone"))
+            Err(Error::new(Code::VmNotRunning, "one of the new VMs has already ended and was deleted"))
         })
     }
 
@@ -358,7 +358,7 @@ fn unreadable(name: &VmName, why: &str) -> Error {
 }
 
 fn no_such_vm(name: &VmName) -> Error {
-    Error::new(Code::VmNotFound, format!("there is no VM named '{name}'")).hint("nido ls shows the VMs there are")
+    Error::new(Code::VmNotFound, format!("there is no VM named '{name}'")).hint("list VMs with nido ls")
 }
 
 pub(super) fn name_taken(name: &VmName) -> Error {

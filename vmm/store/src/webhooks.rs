@@ -1,4 +1,4 @@
-//! The table `webhooks`: which endpoints are told of which events; and their deliveries, listed.
+//! The table `webhooks`: endpoints and their events; and lists of their deliveries.
 
 use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
@@ -17,7 +17,7 @@ pub struct WebhookRow {
     pub id: String,
     /// Where messages are posted.
     pub url: String,
-    /// The events it is told of; none named is all.
+    /// The events that it selects; empty means all.
     pub events: Vec<EventKind>,
     /// What it is sent.
     pub format: WebhookFormat,
@@ -68,7 +68,7 @@ fn row_of((id, url, events, format, secret, allow_private, created_ms, disabled)
 }
 
 fn time(ms: i64) -> Result<Timestamp> {
-    Timestamp::from_millisecond(ms).map_err(|e| Error::internal(format!("the store holds a time that is none: {e}")))
+    Timestamp::from_millisecond(ms).map_err(|e| Error::internal(format!("the store has an invalid time: {e}")))
 }
 
 impl Store {
@@ -80,8 +80,11 @@ impl Store {
         self.in_transaction(|| {
             let count = self.connection.query_row("SELECT count(*) FROM webhooks", [], |row| row.get::<_, u32>(0));
             if count.map_err(fault)? as usize >= WEBHOOKS_MAX {
-                return Err(Error::new(Code::LimitExceeded, format!("there are {WEBHOOKS_MAX} webhooks already"))
-                    .hint("nido webhook list shows them, nido webhook remove removes one"));
+                return Err(Error::new(
+                    Code::LimitExceeded,
+                    format!("there are {WEBHOOKS_MAX} webhooks, which is the limit"),
+                )
+                .hint("list them with nido webhook list, and remove one with nido webhook remove"));
             }
             let insert = format!("INSERT INTO webhooks ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)");
             let values = params![
@@ -191,7 +194,7 @@ impl Store {
         let mut rows = statement.query([i64::try_from(id).unwrap_or(i64::MAX)]).map_err(fault)?;
         rows.next().map_err(fault)?.map(delivery).transpose()?.ok_or_else(|| {
             Error::new(Code::WebhookNotFound, format!("there is no delivery {id}"))
-                .hint("nido webhook deliveries shows those that are kept")
+                .hint("list those that are kept with nido webhook deliveries")
         })
     }
 }
@@ -221,5 +224,5 @@ fn delivery(row: &Row<'_>) -> Result<Delivery> {
 
 fn no_such_webhook(id: &str) -> Error {
     Error::new(Code::WebhookNotFound, format!("there is no webhook '{}'", id.escape_debug()))
-        .hint("nido webhook list shows those there are")
+        .hint("list them with nido webhook list")
 }

@@ -1,11 +1,11 @@
-//! Saving a guest so that others can go on from it: the end of a VM that is there to be baked.
+//! Saving a guest as a warm image: the end of a VM whose purpose is to be saved.
 //!
 //! ```text
-//!  ready - freeze - end the channel's talk - rest - halt - save state - quit    memory.img, state.bin, disk.qcow2
+//!  ready - freeze - close the channel - idle - pause - save state - quit    memory.img, state.bin, disk.qcow2
 //!                                                                                 hashed, into the store of parts
 //! ```
 //!
-//! What the guest has not done when it is halted, each of its forks does first: so it is left alone until it rests.
+//! Every fork first repeats what the guest had not finished when it was saved, so the guest is saved when it is idle.
 //!
 //! Invariant: the agent in the saved memory has no session and waits for its host's first word, its disk is clean, and
 //! nothing of the three files changes after QEMU has ended.
@@ -57,7 +57,7 @@ struct Saving {
 }
 
 impl Supervisor {
-    /// Begins to save the guest. When that is done its machine ends; whether it succeeded is told when QEMU has ended.
+    /// Starts to save the guest. Its machine ends then; the result is reported when QEMU has ended.
     pub(super) fn begin_bake(&self, running: &Running) {
         let saving = Saving {
             name: self.row.spec.name.to_string(),
@@ -71,7 +71,7 @@ impl Supervisor {
         tokio::spawn(async move {
             let saved = saving.save().await;
             if saved.is_err() {
-                // If QEMU has ended the loop sees it, and tells why.
+                // If QEMU has ended, the event loop detects that and derives the cause.
                 tokio::time::sleep(END_SEEN_WITHIN).await;
             }
             let _ = report.send(Report::Saved(saved)).await;
@@ -93,7 +93,7 @@ impl Supervisor {
             home: home.root().to_owned(),
         };
         let kept = tokio::task::spawn_blocking(move || saved.keep()).await;
-        kept.map_err(|e| Error::internal(format!("the work broke down: {e}")))?
+        kept.map_err(|e| Error::internal(format!("the work failed: {e}")))?
     }
 }
 
@@ -122,7 +122,7 @@ impl Saving {
     async fn silence(&self, deadline: Instant) -> Result<(), GuestError> {
         let way = &self.way;
         let mut session = Session::open(way.stream(deadline).await?, way.guest.token(), deadline).await?;
-        // Everything is on the disk then. It goes on at once: thawing after each fork would cost more than all the rest.
+        // This syncs everything to the disk. Unfreeze at once: doing so after each fork would cost more than all other steps.
         session.freeze(deadline).await?;
         session.thaw(deadline).await?;
         drop(session);
@@ -133,7 +133,7 @@ impl Saving {
     }
 }
 
-/// A machine's state that could not be saved; a full disk is told as such.
+/// A machine's state that could not be saved; a full disk has a code of its own.
 pub(super) fn save_error(what: &str, error: MigrationError) -> Error {
     match error {
         MigrationError::Io(error) => Error::io(what.to_owned(), error),
@@ -143,7 +143,7 @@ pub(super) fn save_error(what: &str, error: MigrationError) -> Error {
     }
 }
 
-/// A guest that was saved, and what is told about it.
+/// A saved guest, and its record.
 struct Saved {
     machine: BakedMachine,
     qemu: QemuId,
@@ -191,7 +191,7 @@ async fn rest(qemu: i32) {
         }
         before = now;
     }
-    tracing::warn!("the guest does not come to rest; it is saved as it is");
+    tracing::warn!("the guest does not become idle; it is saved as it is");
 }
 
 /// How much CPU time all threads of a process have used. Zero if it cannot be seen.

@@ -1,4 +1,4 @@
-//! The guest's clock: set after everything that made the guest, or the host, stand still.
+//! The guest's clock: set after everything that paused the guest or suspended the host.
 //!
 //! Invariant: a guest whose agent cannot set it is left as it is; nothing waits for the clock.
 

@@ -27,7 +27,7 @@ impl Supervisor {
             ControlCommand::Pause(reply) if self.is_being_saved() => {
                 drop(reply.send(Err(Error::new(Code::VmBusy, "a snapshot of this VM is being taken"))));
             }
-            // What admitted it saw the VM as it was before: a guest that stands still never goes down.
+            // The state may have changed since the request was admitted: a paused guest never powers off.
             ControlCommand::Pause(reply) if self.state == VmState::Stopping => {
                 drop(reply.send(Err(Error::new(Code::VmBusy, "this VM is being stopped"))));
             }
@@ -48,7 +48,7 @@ impl Supervisor {
             ControlCommand::Snapshot(name, into, reply) => self.take_snapshot(name, into, running, reply),
             ControlCommand::ForwardAdd(spec, reply) => drop(reply.send(self.add_forward(&spec).await)),
             ControlCommand::ForwardRemove(spec, reply) => drop(reply.send(self.remove_forward(&spec).await)),
-            // Whoever asked may have given up, and made another VM.
+            // The client may have given up, and created another VM.
             ControlCommand::Claim(_, reply) if reply.is_closed() => {}
             ControlCommand::Claim(order, reply) => {
                 let outcome = self.claim(*order, running).await;

@@ -1,7 +1,7 @@
 //! What is said over a supervisor's control socket: one JSON line asks, JSON lines answer, the last one ends it.
 //!
 //! A connection that asked for a [`Request::Lease`] counts as activity for as long as it stays open: the kernel closes it
-//! when its holder dies, so no lease outlives a killed client.
+//! when its holder ends, so no lease outlives a killed client.
 
 use nido_api::error::Problem;
 use nido_api::name::SnapshotName;
@@ -20,11 +20,11 @@ pub enum Request {
     Ready,
     /// Stop the VM; answered when QEMU is gone and the store says so.
     Stop(StopRequest),
-    /// Pull the plug and keep the VM, also an ephemeral one: it is about to be restored. Answered like a stop.
+    /// Terminate QEMU and keep the VM, even an ephemeral one: it is about to be restored. Same reply as for a stop.
     StopKept,
-    /// Halt the CPUs.
+    /// Pause the CPUs.
     Pause,
-    /// Let them run on.
+    /// Resume the CPUs.
     Resume,
     /// Take a snapshot; answered when it is whole.
     Snapshot {
@@ -45,9 +45,9 @@ pub enum Request {
         /// Which.
         forward: ForwardSpec,
     },
-    /// Become somebody's VM. Only a clone that waits in a pool does; answers stages, the first once it has.
+    /// Claim a clone that waits in a pool. The replies are stages, the first one when it has been claimed.
     Claim(Box<ClaimOrder>),
-    /// End and vanish. Only a clone that nobody has claimed does; answered when it is gone.
+    /// Delete an unclaimed clone; the reply follows when it is deleted.
     Retire,
     /// Say how things are.
     Status,

@@ -20,7 +20,7 @@ use super::control::{Answer, ClaimOrder, MAX_LINE, Request};
 /// How long a client may take to say what it wants.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
-/// How often a client that waits for a start is told that it goes on.
+/// How often a client that waits for a start gets the current stage.
 const ALIVE_EVERY: Duration = Duration::from_secs(10);
 
 /// How far the VM's life has come.
@@ -145,7 +145,7 @@ async fn attend(stream: UnixStream, mut desk: ControlQueue) -> std::io::Result<(
             let _use = desk.users.enter();
             // It does not care how the VM ends, and must not hold up the end.
             drop(desk);
-            // Held until the client closes, or dies.
+            // Held until the client closes it, or ends.
             let mut rest = [0; 64];
             while matches!(reader.get_mut().read(&mut rest).await, Ok(n) if n > 0) {}
             return Ok(());
@@ -217,13 +217,13 @@ async fn until_ready(
             },
             // The same stage again: a sign of life.
             () = tokio::time::sleep(ALIVE_EVERY) => {}
-            // Who asked has gone. (It has nothing more to say.)
+            // The client has disconnected. (It sends nothing more.)
             _ = reader.read(&mut rest) => return Err(std::io::ErrorKind::BrokenPipe.into()),
         }
     }
 }
 
-/// `None`: who asked has gone, and gets no VM.
+/// `None`: the client has disconnected, and gets no VM.
 async fn until_claimed(
     desk: &mut ControlQueue,
     order: Box<ClaimOrder>,

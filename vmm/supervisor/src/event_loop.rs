@@ -1,4 +1,4 @@
-//! The loop that owns a running VM: everything that happens comes in here, every decision is somebody else's pure
+//! The event loop of a running VM: all events arrive here, every decision is another module's pure
 //! function, and what is done about it goes out to QEMU, the agent and the store.
 
 use std::path::Path;
@@ -40,7 +40,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 const ASKED_WITHIN: Duration = Duration::from_millis(500);
 
 impl Supervisor {
-    /// Supervises until the VM is at rest.
+    /// Supervises until the VM is stopped.
     pub(super) async fn run(mut self, attach_to: bool, announce: impl FnOnce()) -> Result<()> {
         announce();
         let running = if attach_to { self.take_over().await } else { self.start().await };
@@ -73,7 +73,7 @@ impl Supervisor {
         self.end(state, failure, None).await
     }
 
-    /// Has the experiment decide anew whether KVM works, for the starts to come.
+    /// Tests KVM again, for later starts.
     async fn test_kvm_again(&self) {
         let cache = self.context.home().cache();
         match tokio::task::spawn_blocking(move || kvm::probe_again(&cache)).await {
@@ -109,10 +109,10 @@ impl Supervisor {
         let mut monitor_open = true;
         loop {
             let users = *direct.borrow_and_update() + *spliced.borrow_and_update();
-            // A guest that boots is not idle: nobody could have used it yet.
-            // But one that is there to be baked is there for somebody who waits for it.
+            // A booting guest is not idle: no client could have used it yet.
+            // A VM that is to be saved has a process that waits for it, and counts as idle without one.
             let booting = usize::from(*self.life.borrow() == Life::Booting && self.row.purpose != Purpose::Bake);
-            // Nobody can use a VM that stands still, so it is not idle either.
+            // No client can use a paused VM, so it is not idle either.
             let paused = usize::from(self.state == VmState::Paused && self.row.purpose == Purpose::Use);
             self.limits.used_by(users + booting + paused, Instant::now());
             if self.kill_at.is_none()
@@ -180,11 +180,11 @@ impl Supervisor {
         }
     }
 
-    /// Writes down how it ended, tells everybody who waits, and leaves nothing behind.
+    /// Records how the VM ended, notifies all waiting clients, and removes its files if it is ephemeral.
     async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
         let never_ran = *self.life.borrow() == Life::Launching;
         let vanishes = self.row.spec.ephemeral && !self.kept || self.context.is_abandoned(&self.row);
-        // An ephemeral VM that has stopped is one to be removed, by whoever sees it first.
+        // Any process that finds a stopped ephemeral VM deletes it.
         let state = if self.row.spec.ephemeral && self.kept { VmState::Created } else { state };
         let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).problem()));
         tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
@@ -205,7 +205,7 @@ impl Supervisor {
         let (context, row) = (&self.context, &self.row);
         let written = self.unwritten.flush(row, |update| context.store().update_vm(&row.id, update));
         if never_ran {
-            // Whoever asked for the start knows that we listen, and is about to ask how it goes.
+            // The command that requested the start knows that we listen, and is about to request the result.
             self.life.send_replace(Life::Ended(problem.clone()));
             let deadline = Instant::now() + ASKED_WITHIN;
             while self.life.receiver_count() < 2 && Instant::now() < deadline {
@@ -213,7 +213,7 @@ impl Supervisor {
             }
         }
         self.leave_sockets();
-        // Whoever hears of the end may use the ports again.
+        // A client that is notified of the end may use the ports again.
         self.forwards.close().await;
         let baked = match self.baked.take() {
             Some(Ok(())) => self.keep_bake().await.map(Some),
@@ -231,7 +231,7 @@ impl Supervisor {
         while self.life.receiver_count() > 1 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        // Whoever takes it next finds everything written down.
+        // The next holder of the lock finds everything recorded.
         drop(self.lock);
         written.and(erased)
     }

@@ -42,17 +42,17 @@ pub fn exit_cause(state: VmState, exit: QemuExit, seen: &ExitEvidence) -> (VmSta
     if let Some((cause, message)) = guest_trouble(seen) {
         return (VmState::Failed, Some(Failure { cause, message, log_tail: seen.console_tail.clone() }));
     }
-    // A guest that was stopped while it was renewed was stopped, and nothing else.
+    // A guest that was stopped during its identity reset was stopped and did not fail.
     if let (Some(why), QemuExit::Code(0) | QemuExit::Unknown) = (&seen.not_renewed, exit)
         && state != VmState::Stopping
     {
-        let message = format!("the guest could not be made a machine of its own: {why}");
+        let message = format!("the guest's identity could not be reset: {why}");
         let failure = Failure { cause: FailureCause::RenewalFailed, message, log_tail: seen.console_tail.clone() };
         return (VmState::Failed, Some(failure));
     }
     let clean = match exit {
         QemuExit::Code(0) => true,
-        // Not our child: only the monitor could tell.
+        // Not our child: only the monitor could have reported it.
         QemuExit::Unknown => seen.shutdown_reason.is_some(),
         QemuExit::Code(_) | QemuExit::Signal(_) => false,
     };
@@ -83,21 +83,22 @@ fn guest_trouble(seen: &ExitEvidence) -> Option<(FailureCause, String)> {
         return Some(refused.clone());
     }
     let late = seen.late_after_ms?;
-    Some((FailureCause::GuestTimeout, format!("the guest agent did not answer within {:.1} s", late as f64 / 1000.0)))
+    Some((FailureCause::GuestTimeout, format!("the guest agent did not reply within {:.1} s", late as f64 / 1000.0)))
 }
 
 fn qemu_trouble(exit: QemuExit, seen: &ExitEvidence) -> (FailureCause, String) {
     let said = |word: &str| seen.qemu_tail.iter().any(|line| line.contains(word));
     if said("Cannot allocate memory") || said("cannot set up guest memory") {
-        return (FailureCause::OutOfMemory, "the host has not enough memory for the VM".into());
+        return (FailureCause::OutOfMemory, "the host does not have enough memory for the VM".into());
     }
     if said("No space left on device") {
         return (FailureCause::DiskFull, "the host's disk is full".into());
     }
     match exit {
-        QemuExit::Signal(9) => {
-            (FailureCause::QemuSignal, "QEMU was killed (signal 9), perhaps for want of memory".into())
-        }
+        QemuExit::Signal(9) => (
+            FailureCause::QemuSignal,
+            "QEMU was killed (signal 9), possibly by the kernel's out-of-memory killer".into(),
+        ),
         // A page of its memory image could not be had.
         QemuExit::Signal(7) if seen.disk_full => (
             FailureCause::DiskFull,
@@ -106,7 +107,7 @@ fn qemu_trouble(exit: QemuExit, seen: &ExitEvidence) -> (FailureCause, String) {
         QemuExit::Signal(signal) => (FailureCause::QemuSignal, format!("QEMU was killed by signal {signal}")),
         QemuExit::Code(0) => (FailureCause::QemuError, "QEMU ended before the guest was up".into()),
         QemuExit::Code(code) => (FailureCause::QemuError, format!("QEMU ended with exit code {code}")),
-        QemuExit::Unknown => (FailureCause::QemuError, "QEMU ended, and nobody saw how".into()),
+        QemuExit::Unknown => (FailureCause::QemuError, "QEMU ended with an unknown exit status".into()),
     }
 }
 
@@ -182,6 +183,6 @@ mod tests {
     fn a_late_guest_is_told_with_its_time() {
         let late = ExitEvidence { late_after_ms: Some(1500), ..ExitEvidence::default() };
         let (_, failure) = exit_cause(VmState::Running, QemuExit::Code(0), &late);
-        assert_eq!(failure.unwrap().message, "the guest agent did not answer within 1.5 s");
+        assert_eq!(failure.unwrap().message, "the guest agent did not reply within 1.5 s");
     }
 }

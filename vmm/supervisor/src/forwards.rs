@@ -25,8 +25,8 @@ pub(super) async fn bind(spec: &ForwardSpec) -> Result<(ForwardSpec, TcpListener
     let address = SocketAddr::new(spec.host, spec.host_port);
     let refused = |e: std::io::Error| match e.kind() {
         std::io::ErrorKind::AddrInUse => {
-            Error::new(Code::PortInUse, format!("port {} of {} is taken", spec.host_port, spec.host))
-                .hint("choose another port, or leave it out to get a free one")
+            Error::new(Code::PortInUse, format!("port {} of {} is in use", spec.host_port, spec.host))
+                .hint("choose another port, or omit it to get a free one")
         }
         std::io::ErrorKind::PermissionDenied => {
             Error::new(Code::Denied, format!("this user may not listen on port {}", spec.host_port))

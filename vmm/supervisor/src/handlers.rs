@@ -54,7 +54,7 @@ impl Supervisor {
                 self.quit(running);
             }
             Readiness::NotRenewed(why) => {
-                tracing::error!("the guest could not be renewed: {why}");
+                tracing::error!("the guest's identity could not be reset: {why}");
                 self.seen.not_renewed = Some(on_one_line(&why).chars().take(400).collect());
                 self.quit(running);
             }
@@ -73,7 +73,7 @@ impl Supervisor {
             return false;
         }
         let within = if self.state == VmState::Paused { self.ready_within } else { stood_still };
-        tracing::info!("the guest stood still for {} ms of its time to answer", stood_still.as_millis());
+        tracing::info!("the guest was paused for {} ms; its reply timeout is extended", stood_still.as_millis());
         self.awaited = Some(self.watch_for_agent_within(within, running));
         true
     }
@@ -99,7 +99,7 @@ impl Supervisor {
         }
     }
 
-    /// Makes the CPUs run on a task of its own.
+    /// Resumes the CPUs, in a task of its own.
     pub(super) fn begin_resume(&mut self, reply: Option<oneshot::Sender<Result<()>>>, running: &Running) {
         self.resuming = true;
         let (report, resume) = (
@@ -221,7 +221,7 @@ impl Supervisor {
     async fn ask_status(&mut self, running: &Running) {
         match running.monitor.query_status(QMP_TIMEOUT).await {
             Ok(status) => self.observe(status, running),
-            Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
+            Err(error) => tracing::warn!("cannot read QEMU's status: {error}"),
         }
     }
 
@@ -243,7 +243,7 @@ impl Supervisor {
             }
             Observed::Runs if self.resuming || self.is_saved_while_paused() => {}
             Observed::Runs => self.resumed(),
-            // It resumes by itself; nobody has asked for a pause.
+            // It resumes automatically; no user has requested a pause.
             Observed::Paused(StateCause::User) if self.is_being_saved() && self.state != VmState::Paused => {}
             // A pause that was asked for changes nothing about why the VM was paused before.
             Observed::Paused(StateCause::User) if self.state == VmState::Paused && self.cause.is_some() => {}

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// How far the host's clocks may move against each other before guests are told.
+/// How far the host's clocks may diverge before the guest's clock is set.
 const JUMP: Duration = Duration::from_millis(500);
 
 /// The host's clocks against each other: the wall clock is set, and while the host sleeps only some of them run.

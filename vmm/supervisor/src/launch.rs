@@ -54,7 +54,7 @@ pub(super) async fn launch(
         Err(MonitorError::QemuGone | MonitorError::Io(_)) => {
             match tokio::time::timeout(Duration::from_secs(2), process.wait()).await {
                 Ok(exit) => Err(LaunchError::Exited(exit.unwrap_or(process::QemuExit::Unknown))),
-                Err(_) => Err(give_up(&process, "QEMU's monitor does not answer").await),
+                Err(_) => Err(give_up(&process, "QEMU's monitor does not reply").await),
             }
         }
         Err(error) => Err(give_up(&process, &error.to_string()).await),
@@ -92,7 +92,7 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
         disk: Disk {
             overlay: DISK.into(),
             bases: bases.iter().map(|hash| home.blob(hash).into()).collect(),
-            // A clone vanishes when it stops, but whoever claims it may want to keep it.
+            // A clone is deleted when it stops, but the VM that it becomes may not be ephemeral.
             ephemeral: row.spec.ephemeral && row.purpose != Purpose::Pool,
         },
         monitor_socket: QMP_SOCKET.into(),
@@ -127,7 +127,7 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
 pub(super) enum Attached {
     /// Its monitor answers.
     Running(Running),
-    /// It lives, and its monitor does not answer: it hangs, or was halted.
+    /// QEMU runs, but its monitor does not reply: it hangs, or was suspended by a signal.
     Mute(QemuProcess, Error),
 }
 

@@ -8,7 +8,7 @@
 //!           --exit (pidfd)---> ------------------+        +--> QMP, agent, forwards
 //! ```
 //!
-//! Invariants: it can be killed at any instant: QEMU goes on, holding `vm.lock`, and the next command starts another
+//! Invariants: it can be killed at any instant: QEMU keeps running, holding `vm.lock`, and the next command starts another
 //! supervisor, which finds everything it needs in the store and in the VM's directory. It holds `supervisor.lock` from
 //! before its first line to its end, and what it writes into the store last is how the VM ended. SIGKILL ends the supervisor alone;
 //! SIGTERM has it stop the VM in order (`terminate.rs`).
@@ -113,7 +113,7 @@ fn settle_in(dir: &VmDir) -> Result<()> {
     std::env::set_current_dir(dir.path()).map_err(|e| Error::io("cannot enter the VM's directory", e))
 }
 
-/// Tells whoever started this supervisor that it listens now, and lets go of the pipe.
+/// Notifies the command that started this supervisor that it listens, and closes the pipe.
 fn announce() {
     let mut out = std::io::stdout();
     let _ = out.write_all(b"listening\n").and_then(|()| out.flush());
@@ -122,7 +122,7 @@ fn announce() {
     }
 }
 
-/// The error that tells a user why a VM failed.
+/// The error with the cause of a VM's failure.
 pub fn failure_error(name: &VmName, failure: &Failure) -> Error {
     let code = match failure.cause {
         FailureCause::GuestTimeout | FailureCause::AgentRefused => Code::AgentUnreachable,
@@ -135,23 +135,20 @@ pub fn failure_error(name: &VmName, failure: &Failure) -> Error {
         FailureCause::FilesLost => Code::VmNotRunning,
     };
     let hint = match failure.cause {
-        FailureCause::GuestTimeout => {
-            "the lines above are the end of its console; --timeout gives it longer".to_owned()
-        }
-        FailureCause::GuestPanic => format!("its console: nido logs {name}"),
-        FailureCause::AgentVersion => format!("nido start {name} --cold boots it with this nido's own agent"),
+        FailureCause::GuestTimeout => "see the end of its console above; allow more time with --timeout".to_owned(),
+        FailureCause::GuestPanic => format!("see its console: nido logs {name}"),
+        FailureCause::AgentVersion => format!("boot it with this nido's guest agent: nido start {name} --cold"),
         FailureCause::AgentRefused => {
-            format!("start it again with nido start {name} --cold; its console: nido logs {name}")
+            format!("start it again with nido start {name} --cold; see its console: nido logs {name}")
         }
-        FailureCause::RenewalFailed => "with --cold it boots instead of being forked".to_owned(),
+        FailureCause::RenewalFailed => "boot it instead of forking it, with --cold".to_owned(),
         FailureCause::KvmInternalError => {
-            "nido doctor shows whether KVM works here; --accel tcg runs it without KVM, slowly and without isolation"
-                .to_owned()
+            "check KVM with nido doctor; --accel tcg runs the VM without KVM, slowly and without isolation".to_owned()
         }
-        FailureCause::OutOfMemory => "give it less with --memory, or stop other VMs".to_owned(),
+        FailureCause::OutOfMemory => "reduce --memory, or stop other VMs".to_owned(),
         FailureCause::DiskFull => "free some space on the disk that holds nido's home".to_owned(),
-        FailureCause::FilesLost => format!("nothing of it can be started again: nido delete {name}"),
-        _ => format!("start it again with nido start {name}; nido doctor looks at the host"),
+        FailureCause::FilesLost => format!("it cannot be started again: nido delete {name}"),
+        _ => format!("start it again with nido start {name}, or check the host with nido doctor"),
     };
     Error::new(code, format!("VM '{name}' failed: {}", failure.message)).hint(hint).log_tail(failure.log_tail.clone())
 }

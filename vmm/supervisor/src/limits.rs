@@ -19,7 +19,7 @@ pub struct Limits {
 pub enum Reached {
     /// Its life is over.
     Ttl,
-    /// Nobody has used it for too long.
+    /// No client has used it for too long.
     Idle,
 }
 
@@ -30,7 +30,7 @@ impl Limits {
         Self { expires_at, idle, users: 0, quiet_since: now }
     }
 
-    /// When its life ends, anew.
+    /// Sets the end of its time to live again.
     pub const fn expire_at(&mut self, expires_at: Option<Instant>) {
         self.expires_at = expires_at;
     }

@@ -51,7 +51,7 @@ impl Supervisor {
                     let _ = process.kill();
                 },
                 Some(order) = self.orders.recv() => {
-                    let mute = || Error::new(Code::QemuFailed, "the VM's QEMU does not answer").hint("nido stop --force ends it");
+                    let mute = || Error::new(Code::QemuFailed, "the VM's QEMU does not reply").hint("terminate it with nido stop --force");
                     match order {
                         order @ (ControlCommand::Stop(_) | ControlCommand::StopKept) => {
                             self.kept |= matches!(order, ControlCommand::StopKept);

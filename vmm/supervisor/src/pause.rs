@@ -1,4 +1,4 @@
-//! Why a guest's CPUs stand still, and how they are made to run again.
+//! Why a guest's CPUs are paused, and how they are resumed.
 //!
 //! ```text
 //!  STOP, a command, a take-over --query-status--> observed() --> the row: paused, with its cause
@@ -33,7 +33,7 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(5), Duration::fro
 pub(super) enum Observed {
     /// The CPUs run.
     Runs,
-    /// They stand still, and somebody has to do something about it.
+    /// The CPUs are paused, and a user must act.
     Paused(StateCause),
     /// KVM gave up.
     KvmFailed,
@@ -43,7 +43,7 @@ pub(super) enum Observed {
     Passing,
 }
 
-/// What a run state means. `known` is why the VM is paused as far as events and the row tell.
+/// What a run state means. `known` is the cause of the pause according to events and the row.
 pub(super) const fn observed(state: RunState, known: Option<StateCause>) -> Observed {
     match state {
         RunState::running => Observed::Runs,
@@ -81,7 +81,7 @@ pub(super) struct Stillness {
 }
 
 impl Stillness {
-    /// The CPUs stand still, or run, from now on.
+    /// Records that the CPUs are paused, or run, from now on.
     pub(super) fn note(&mut self, still: bool, now: Instant) {
         match (still, self.since) {
             (true, None) => self.since = Some(now),
@@ -93,7 +93,7 @@ impl Stillness {
         }
     }
 
-    /// How long it was in all; counts anew from now on.
+    /// The total time; counting starts again.
     pub(super) fn take(&mut self, now: Instant) -> Duration {
         let open = self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         let total = std::mem::take(&mut self.total) + open;
@@ -136,7 +136,7 @@ pub(super) struct Resume {
 }
 
 impl Resume {
-    /// Makes the CPUs run. An error means that they stand still, as before.
+    /// Resumes the CPUs. After an error they are still paused.
     pub(super) async fn run(self) -> Result<()> {
         let status = self.status().await?;
         if status == RunState::running {
@@ -180,7 +180,7 @@ impl Resume {
 
 fn still_full(why: &str) -> Error {
     Error::new(Code::DiskFull, format!("the VM stays paused, because the host's disk is full: {why}"))
-        .hint("free some space on the disk that holds nido's home; the VM resumes by itself then")
+        .hint("free some space on the disk that holds nido's home; the VM then resumes automatically")
 }
 
 #[cfg(test)]

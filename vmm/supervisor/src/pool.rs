@@ -1,11 +1,11 @@
-//! A clone of a pool: halted once it is a machine of its own, and brought to whoever claims it.
+//! A clone of a pool: paused after its identity reset, and handed to the command that claims it.
 //!
 //! ```text
-//!  fork - renewed - halted (waits, its door closed) - claimed: row - resize - cont - renewed again - door open
+//!  fork - identity reset - paused (agent.sock closed) - claimed: row - resize - cont - identity reset - agent.sock open
 //! ```
 //!
-//! Invariant: the row belongs to the claimer before the CPUs run again, and tells the next supervisor which token the
-//! guest has; so a claim that was begun is brought to its end, whoever is killed on the way.
+//! Invariant: the row belongs to the claimer before the CPUs run again, and names the token that the guest has; so the next
+//! supervisor completes an interrupted claim, whichever process was killed.
 
 use std::time::{Duration, Instant};
 
@@ -29,10 +29,10 @@ use super::state::Supervisor;
 use crate::context::write_guest_config;
 
 impl Supervisor {
-    /// Halts a clone that is ready: from here on it waits.
+    /// Pauses a clone that is ready: from here on it waits.
     pub(super) async fn park(&mut self, pong: Pong, running: &Running) {
         if let Err(error) = running.monitor.stop(QMP_TIMEOUT).await {
-            tracing::error!("the clone cannot be halted: {}", nido_api::sanitize::on_one_line(&error.to_string()));
+            tracing::error!("the clone cannot be paused: {}", nido_api::sanitize::on_one_line(&error.to_string()));
             return self.quit(running);
         }
         self.paused(StateCause::User);
@@ -44,7 +44,7 @@ impl Supervisor {
         if self.row.purpose == Purpose::Pool { Ok(()) } else { Err(taken()) }
     }
 
-    /// Makes this clone somebody's VM. When this returns without an error the row says so, and the guest is on its way to
+    /// Makes this clone the claimer's VM. When this returns without an error the row is the VM's, and the guest is on its way to
     /// being ready; else the clone waits on as before.
     pub(super) async fn claim(&mut self, order: ClaimOrder, running: &Running) -> Result<()> {
         self.is_pooled()?;
@@ -66,7 +66,7 @@ impl Supervisor {
         let expires_at = order.spec.ttl_ms.and_then(|ttl| now.checked_add(Duration::from_millis(ttl)));
         self.limits = Limits::new(now, expires_at, order.spec.idle_ms.map(Duration::from_millis));
         self.watch_ttl(&running.process);
-        // On the disk before the owner hears that the VM is ready, while the guest is renewed.
+        // Synced before the owner is notified that the VM is ready, in parallel to the identity reset.
         let record = self.context.prepare_record(&self.row).map(tokio::task::spawn_blocking);
         let awake = self.wake(ports, running).await;
         let recorded = match record {
@@ -77,7 +77,7 @@ impl Supervisor {
             tracing::warn!("the record of VM {} is not up to date: {error}", self.row.id);
         }
         if let Err(error) = awake {
-            tracing::error!("the claimed VM cannot go on: {error}");
+            tracing::error!("the claimed VM cannot be resumed: {error}");
             self.seen.not_renewed = Some(error.message().chars().take(400).collect());
             self.quit(running);
         }
@@ -89,7 +89,7 @@ impl Supervisor {
         let Origin::Fork(mut saved) = self.row.origin.clone() else {
             return Err(Error::internal("a clone that was not forked"));
         };
-        // What the guest listens to until it has been renewed again.
+        // The token that the guest accepts until the next identity reset.
         saved.token = nido_api::hex::encode(self.guest.token());
         let machine =
             Machine { reason: order.reason.clone(), warnings: order.warnings.clone(), ..self.machine.clone() };
@@ -115,7 +115,7 @@ impl Supervisor {
         store.vm_by_id(&self.row.id)?.ok_or_else(taken)
     }
 
-    /// Lets the guest go on, and has it renewed for its new owner.
+    /// Resumes the guest, and resets its identity for its new owner.
     async fn wake(&mut self, ports: Vec<(ForwardSpec, TcpListener)>, running: &Running) -> Result<()> {
         write_guest_config(&self.dir, &self.row, &self.machine)?;
         self.guest = self.context.guest(&self.row)?;
@@ -148,5 +148,5 @@ async fn take_ports(forwards: &[ForwardSpec]) -> Result<Vec<(ForwardSpec, TcpLis
 }
 
 fn taken() -> Error {
-    Error::new(Code::VmBusy, "the clone no longer waits")
+    Error::new(Code::VmBusy, "the clone is no longer waiting")
 }

@@ -10,7 +10,7 @@ use tokio::time::Instant as TokioInstant;
 /// How long a clone's first command may take, in milliseconds.
 const WARM_WITHIN_MS: u64 = 10_000;
 
-/// The guest's first answer, or why there is none.
+/// The guest agent's first reply, or why there is none.
 pub(super) enum Readiness {
     /// It is there.
     Yes(Pong),
@@ -37,7 +37,7 @@ impl AgentRoute {
     }
 }
 
-/// Renews the guest. Of the tokens the one that is accepted counts: a supervisor that died may have been here before.
+/// Resets the guest's identity. Tries each token: a supervisor that was killed may have replaced the first one.
 pub(super) async fn renewed(way: &AgentRoute, tokens: &[Vec<u8>], renewal: Renew, deadline: TokioInstant) -> Readiness {
     let mut refused = None;
     for token in tokens {
@@ -72,7 +72,7 @@ async fn renew_once(
 }
 
 /// Has the guest run a command that does nothing. Under emulation what runs for the first time after a load is slow:
-/// whoever claims the clone shall not wait for that. It is no reason to fail.
+/// the command that claims the clone must not wait for that. A failure is ignored.
 pub(super) async fn warm(way: &AgentRoute, deadline: TokioInstant) {
     let work = async {
         let session = Session::open(way.stream(deadline).await?, way.guest.token(), deadline).await?;
@@ -80,7 +80,7 @@ pub(super) async fn warm(way: &AgentRoute, deadline: TokioInstant) {
         let request = Exec { argv, timeout_ms: Some(WARM_WITHIN_MS), ..Exec::default() };
         let mut running = session.exec(request, deadline).await?;
         while running.events.next().await?.is_some() {}
-        // Answered when the agent has made ready what the next command needs: a clone is halted with nothing left to do.
+        // The agent replies when it has prepared what the next command needs: a clone is paused when it is idle.
         if let Some(mut session) = running.events.finish() {
             session.ping(deadline).await?;
         }

@@ -1,11 +1,12 @@
 //! Taking a snapshot of a running VM.
 //!
 //! ```text
-//!  freeze the guest's disk - halt - save memory and devices - copy the disk - go on - thaw - publish
+//!  freeze the guest's file system - pause - save memory and devices - copy the disk - resume - unfreeze - publish
 //! ```
 //!
-//! A paused VM is saved as it stands, and stays paused. It is a task beside the loop. Invariant: whatever fails, the VM goes on; if this supervisor is killed meanwhile, the
-//! next one finds what was unfinished, removes it and lets the VM go on.
+//! A paused VM is saved as it is, and stays paused. This is a task next to the event loop. Invariant: the VM continues whatever
+//! fails; if this supervisor is killed meanwhile, the
+//! next one finds what was unfinished, removes it and resumes the VM.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -125,19 +126,19 @@ impl Supervisor {
         })
     }
 
-    /// Lets a VM go on whose snapshot nobody takes any more.
+    /// Resumes a VM whose snapshot was interrupted.
     pub(super) async fn mend_snapshot(&self, running: &Running) {
         // One that its user paused was not taking a snapshot.
         if !snapshot::remove_unfinished(&self.dir) || self.state == VmState::Paused {
             return;
         }
-        tracing::warn!("a snapshot was cut off; the VM goes on");
+        tracing::warn!("a snapshot was interrupted; resuming the VM");
         if let Err(error) = running.monitor.cont(QMP_TIMEOUT).await {
-            tracing::error!("the VM cannot go on: {error}");
+            tracing::error!("the VM cannot be resumed: {error}");
         }
         let way = self.way();
         tokio::spawn(async move {
-            // It thaws by itself, too, only later.
+            // The agent also unfreezes it after a timeout.
             let _ = thaw(&way, Instant::now() + FROZEN_WITHIN).await;
         });
     }
@@ -197,14 +198,14 @@ impl Taking {
             Err(error) => Err(qmp_error(&error)),
         };
         let gone_on = self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e));
-        tracing::info!("the VM stood still for {} ms", began.elapsed().as_millis());
+        tracing::info!("the VM was paused for {} ms", began.elapsed().as_millis());
         let thawed = session.thaw(Instant::now() + FROZEN_WITHIN).await.map_err(guest_error);
         let unfinished = saved?;
         gone_on.and(thawed)?;
         Ok(unfinished)
     }
 
-    /// Memory and disk of a guest that stands still fit each other as they are.
+    /// Memory and disk of a paused guest match.
     async fn save_paused(&self, unfinished: Unfinished) -> Result<Unfinished> {
         // QEMU saves a machine once; to save it again it has to have run, if only for a moment.
         if self.monitor.query_status(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))? == RunState::postmigrate {
@@ -219,15 +220,15 @@ impl Taking {
         migration::save(&self.monitor, Path::new(SNAPSHOT_SOCKET), state, Memory::Within, SAVED_WITHIN)
             .await
             .map_err(|e| save_error("cannot take the snapshot", e))?;
-        // QEMU has written everything of the disk and let go of it until it goes on.
+        // QEMU has synced the disk and released it until the machine is resumed.
         let dir = self.dir.clone();
         blocking(move || unfinished.copy_disk(&dir).map(|()| unfinished)).await
     }
 }
 
-/// Copies and syncs on a thread of their own: the loop, sessions and forwards go on meanwhile.
+/// Copies and syncs on a thread of its own, so that the event loop, sessions and forwards are not blocked.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(format!("the work broke down: {e}")))?
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(format!("the work failed: {e}")))?
 }
 
 async fn thaw(way: &AgentRoute, deadline: Instant) -> Result<(), GuestError> {

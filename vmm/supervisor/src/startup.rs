@@ -1,12 +1,12 @@
-//! How a VM comes under supervision: its kernel boots, it goes on from a bake, or its QEMU is taken over from a
-//! supervisor that died. Ends with the guest's first answer.
+//! How a VM comes under supervision: its kernel boots, it is loaded from a saved state, or its QEMU is taken over from a
+//! supervisor that was killed. Ends with the guest agent's first reply.
 //!
 //! ```text
 //!  Boot   QEMU ............................ agent answers a ping
-//!  Fork   QEMU (waits) - load - link down - cont - resize - agent renewed - link up -> open for clients
+//!  Fork   QEMU (waits) - load - link down - cont - resize - identity reset - link up -> open for clients
 //! ```
 //!
-//! Invariant: until a guest that was loaded has been renewed, nobody talks to it but this supervisor.
+//! Invariant: until the identity of a loaded guest has been reset, only this supervisor can reach it.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -74,7 +74,7 @@ impl Supervisor {
         Ok(running)
     }
 
-    /// Starts QEMU. A vsock address can be taken by somebody whom no home knows: then there is another.
+    /// Starts QEMU. If another program uses the vsock address, tries another one.
     async fn launch(&mut self, facts: &QemuFacts) -> Result<Running, NotRunning> {
         let mut tries = 0;
         loop {
@@ -97,7 +97,7 @@ impl Supervisor {
 
     fn take_another_address(&mut self) -> Result<()> {
         let cid = random::number_in(&GUEST_CIDS)?;
-        tracing::warn!("another program has the VM's vsock address; trying {cid}");
+        tracing::warn!("another program uses the VM's vsock address; trying {cid}");
         self.machine.transport = Transport::Vsock { cid };
         let machine = Some(self.machine.clone());
         let update = VmUpdate { cid: Some(Some(cid)), machine: machine.clone(), ..VmUpdate::default() };
@@ -107,7 +107,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// The state that the machine goes on from.
+    /// The state that the machine is loaded from.
     fn what_to_load(&self) -> Option<(StartPath, PathBuf, Memory)> {
         match &self.row.origin {
             Origin::Boot => None,
@@ -119,9 +119,9 @@ impl Supervisor {
         }
     }
 
-    /// Loads a bake into a QEMU that waits for one, and lets it go on.
+    /// Loads a saved state into a QEMU that waits for one, and resumes it.
     async fn load(&self, state: &Path, memory: Memory, running: &Running) -> Result<(), NotRunning> {
-        let broken = |why: String| Error::new(Code::QemuFailed, format!("the VM cannot go on: {why}"));
+        let broken = |why: String| Error::new(Code::QemuFailed, format!("the VM cannot be resumed: {why}"));
         let work = async {
             let state = File::open(state).map_err(|e| broken(e.to_string()))?;
             migration::load(&running.monitor, Path::new(LOAD_SOCKET), state, memory, LOADED_WITHIN)
@@ -136,7 +136,7 @@ impl Supervisor {
                 .cont(QMP_TIMEOUT)
                 .await
                 .map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
-            // Not before: QEMU 10 keeps the disk of a loaded machine inactive until it goes on.
+            // Not before: QEMU 10 keeps the disk of a loaded machine inactive until it is resumed.
             self.resize_disk(running).await
         };
         let failed = tokio::select! {
@@ -153,17 +153,17 @@ impl Supervisor {
             Err(_) => {
                 let _ = running.process.kill();
                 let _ = running.process.wait().await;
-                Err(NotRunning::Error(failed.hint("with --cold it boots instead")))
+                Err(NotRunning::Error(failed.hint("boot it with --cold")))
             }
         }
     }
 
-    /// Whether the guest has a network card, and is loaded: until it has been renewed nothing of it may leave the host.
+    /// Whether the guest has a network card and is loaded: it may send nothing before its identity reset.
     fn has_link_to_hold(&self) -> bool {
         self.row.origin != Origin::Boot && self.machine.net == NetChoice::Nat
     }
 
-    /// Plugs the guest's network cable in or out. A guest that was loaded is its own twin until it has been renewed.
+    /// Sets the link of the guest's network card. A loaded guest has the identity of another one until its identity reset.
     async fn set_link(&self, up: bool, running: &Running) -> Result<()> {
         if !self.has_link_to_hold() {
             return Ok(());
@@ -194,14 +194,14 @@ impl Supervisor {
                 return Err(NotRunning::Exit(self.watch_over_mute(&process).await));
             }
         };
-        // Nobody waits any more for what was there to be saved. A clone is made anew more quickly than it is trusted again.
+        // No process waits for this VM any more. Creating another clone is faster than checking this one.
         if self.row.purpose != Purpose::Use {
             // It no longer counts, from here on.
             self.learn(Fact::StopAsked);
             let _ = running.process.kill();
             return Err(NotRunning::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
         }
-        // The supervisor before may have died between a claim and its record, which would still call this VM a clone of the pool.
+        // The previous supervisor may have been killed between a claim and its record, which would still describe a clone of the pool.
         self.context.refresh_record(&self.row.id);
         if let Err(error) = self.bind_forwards().await {
             tracing::error!("a published port is lost: {error}");
@@ -211,13 +211,13 @@ impl Supervisor {
             // It was loading, and what it has loaded is not known to be whole. Its guest has done nothing yet, so another
             // QEMU is as good.
             Ok(RunState::inmigrate) => {
-                tracing::info!("it was still loading; starting over");
+                tracing::info!("it was still loading; starting again");
                 let _ = running.process.kill();
                 let _ = running.process.wait().await;
                 self.forwards.close().await;
                 return self.start().await;
             }
-            // Loaded, or claimed; whether it goes on already, and has its disk, only the one knew who died.
+            // Loaded, or claimed; only the previous supervisor knew whether it was resumed and its disk enlarged.
             Ok(status) if !self.row.agent.ready && self.row.origin != Origin::Boot => {
                 if status == RunState::paused {
                     if let Err(error) = self.set_link(false, &running).await {
@@ -239,7 +239,7 @@ impl Supervisor {
                 self.observe(status, &running);
                 self.write(VmUpdate { state: Some(self.state), cause: Some(self.cause), ..VmUpdate::default() });
             }
-            Err(error) => tracing::warn!("QEMU's status is not known: {error}"),
+            Err(error) => tracing::warn!("cannot read QEMU's status: {error}"),
         }
         self.life.send_replace(Life::Booting);
         Ok(running)
@@ -289,7 +289,7 @@ impl Supervisor {
         let link = self.channel.as_ref().map(|channel| channel.link());
         let guest = self.guest.clone();
         let door = self.channel.clone();
-        // Nobody uses a clone before it is claimed.
+        // No client uses a clone before it is claimed.
         let opens = self.row.purpose != Purpose::Pool;
         let saved = self.row.renewed_from().filter(|_| !self.row.agent.ready);
         let renewal = saved.map(|token| (nido_api::hex::decode(token), self.renewal()));
@@ -315,7 +315,7 @@ impl Supervisor {
                         let _ = tokio::time::timeout_at(deadline, link.wait_for(|link| *link == Link::Up)).await;
                     }
                     let pong = guest.wait_ready(deadline).await;
-                    match pong.inspect_err(|e| tracing::warn!("no sign of life: {e}")) {
+                    match pong.inspect_err(|e| tracing::warn!("the guest agent does not reply: {e}")) {
                         Ok(pong) => Readiness::Yes(pong),
                         Err(error) if error.may_pass() => Readiness::Late,
                         Err(error) => Readiness::Refused(error),
@@ -355,7 +355,7 @@ async fn switch_link(monitor: &Monitor, up: bool) -> Result<()> {
     })
 }
 
-/// Whether a line of QEMU's is the one with which it ends because another program has the VM's vsock address.
+/// Whether a line of QEMU's is the one with which it ends because another program uses the VM's vsock address.
 fn says_address_is_taken(line: &str) -> bool {
     line.contains("unable to set guest cid") && line.contains("Address already in use")
 }

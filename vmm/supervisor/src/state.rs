@@ -31,9 +31,9 @@ use super::terminate::Termination;
 use super::unwritten::Unwritten;
 use crate::context::Context;
 
-/// How long a guest may take to become ready if nobody says otherwise.
+/// How long a guest may take to become ready by default.
 const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
-/// How often the supervisor of a session's VM looks whether the session goes on.
+/// How often the supervisor of a session's VM checks whether the session continues.
 pub(super) const SESSION_EVERY: Duration = Duration::from_secs(1);
 
 /// One VM's supervisor.
@@ -91,7 +91,7 @@ pub(super) struct Supervisor {
 
 /// What a task beside the loop reports when it is done.
 pub(super) enum Report {
-    /// A resume: whether the CPUs run, and who asked for it, if anybody.
+    /// A resume: whether the CPUs run, and the client that requested it, if any.
     Resumed(Result<()>, Option<oneshot::Sender<Result<()>>>),
     /// The guest was saved to be baked, or could not be.
     Saved(Result<()>),
@@ -114,8 +114,8 @@ impl Supervisor {
         let guest = context.guest(&row)?;
         let channel = match machine.transport {
             Transport::VirtioSerial { .. } => {
-                // The agent of a bake waits for its host's first word. That of a snapshot goes on in the middle of what was
-                // said, and what another supervisor has told a clone, nobody knows.
+                // The agent of a warm image waits for a new connection. That of a snapshot has an open one, and the state of a
+                // clone's connection is unknown.
                 let letters = !attach
                     && matches!(&row.origin, Origin::Fork(saved) if !saved.live)
                     && row.renewed_from().is_some();
@@ -181,7 +181,7 @@ impl Supervisor {
         self.row.purpose == Purpose::Bake && self.row.origin != Origin::Boot
     }
 
-    /// Whether it stands still only for a snapshot.
+    /// Whether it is paused only for a snapshot.
     pub(super) fn is_being_saved(&self) -> bool {
         self.snapshotting.available_permits() == 0
     }
@@ -197,7 +197,7 @@ impl Supervisor {
         }
     }
 
-    /// The CPUs stand still.
+    /// The CPUs are paused.
     pub(super) fn paused(&mut self, cause: StateCause) {
         let next = advance(self.state, Fact::GuestPaused);
         if next != self.state || next == VmState::Paused && self.cause != Some(cause) {

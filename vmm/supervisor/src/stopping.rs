@@ -31,12 +31,12 @@ const NEW_AGENT_WITHIN: Duration = Duration::from_secs(5);
 const ASKED_AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// How long the guest may take to power off when the supervisor is asked to end. The host's own limit has to be longer.
 const TERMINATE_STOP_MS: u64 = 30_000;
-/// How long the VM is told to stop when its time is up, before the plug is pulled.
+/// How long the guest may take to power off at the end of its time to live, before QEMU is terminated.
 const LIMIT_STOP_MS: u64 = 10_000;
 
 impl Supervisor {
     pub(super) fn time_is_up(&mut self, reached: Reached, running: &Running) {
-        // Over vsock a session does not pass the supervisor, and the connection that tells of it may be lost with the
+        // Over vsock a session does not pass the supervisor, and the connection that reports it may be lost with the
         // supervisor before: the agent knows.
         let direct = self.channel.is_none() && reached == Reached::Idle;
         if !direct {
@@ -73,7 +73,7 @@ impl Supervisor {
         if self.kill_at.is_some() {
             return;
         }
-        tracing::info!("stopping VM {}: its supervisor was asked to end", self.row.spec.name);
+        tracing::info!("stopping VM {}: its supervisor received a signal", self.row.spec.name);
         // What is there to be saved, or waits in a pool, has nothing to lose.
         let force = self.row.purpose != Purpose::Use;
         self.stop_cause.get_or_insert(StateCause::Host);
@@ -85,7 +85,7 @@ impl Supervisor {
         if let Some(at) = self.row.expires_at
             && let Err(error) = self.context.start_ttl_watcher(&self.row.id, at, qemu)
         {
-            tracing::error!("the time to live ends only under supervision: {error}");
+            tracing::error!("the time to live ends only while the supervisor runs: {error}");
         }
     }
 
@@ -96,15 +96,15 @@ impl Supervisor {
         let (id, name, pids) = (self.row.id.clone(), self.row.spec.name.to_string(), [own, qemu.pid()]);
         tokio::spawn(async move {
             match scope::adopt(bus, &id, &name, &pids).await {
-                Ok(()) => tracing::info!("the VM has a scope of its own"),
+                Ok(()) => tracing::info!("the VM has its own systemd scope"),
                 Err(why) => tracing::warn!("the VM stays in the unit that it was started in: {why}"),
             }
         });
     }
 
-    /// Nobody will miss what is in it, so it is not asked to go down.
+    /// Its data is no longer needed, so the guest is not asked to power off.
     pub(super) fn session_is_over(&mut self, running: &Running) {
-        tracing::info!("ending VM {}: the session it was made for is over", self.row.spec.name);
+        tracing::info!("ending VM {}: the session that it was created for has ended", self.row.spec.name);
         self.stop_cause.get_or_insert(StateCause::Session);
         self.write(VmUpdate { expired: Some(Limit::Session), ..VmUpdate::default() });
         self.begin_stop(StopRequest { force: true, ..StopRequest::default() }, running);
@@ -144,7 +144,7 @@ impl Supervisor {
             let _ = running.process.kill();
             self.kill_at = Some(TokioInstant::now() + QUIT_WITHIN);
         } else {
-            tracing::warn!("the guest did not power off in time; pulling the plug");
+            tracing::warn!("the guest did not power off in time; terminating QEMU");
             if !self.machine.warnings.iter().any(|warning| warning == PLUG_PULLED) {
                 self.machine.warnings.push(PLUG_PULLED.into());
                 self.write(VmUpdate { machine: Some(self.machine.clone()), ..VmUpdate::default() });
@@ -169,7 +169,7 @@ impl GoingDown {
     async fn ask(self) {
         let mut may_answer = self.ready;
         while TokioInstant::now() < self.deadline {
-            // A guest that stands still never goes down; one that a full disk has paused may stand still again.
+            // A paused guest never powers off; one that was paused by a full disk may be paused again.
             if !matches!(self.monitor.query_status(QMP_TIMEOUT).await, Ok(RunState::running)) {
                 let _ = self.monitor.cont(QMP_TIMEOUT).await;
             }

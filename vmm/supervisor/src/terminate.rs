@@ -14,7 +14,7 @@ pub(super) struct Termination {
 }
 
 impl Termination {
-    /// From here on they are kept until somebody looks.
+    /// From here on signals are kept until they are read.
     pub(super) fn listen() -> io::Result<Self> {
         Ok(Self {
             term: signal(SignalKind::terminate())?,

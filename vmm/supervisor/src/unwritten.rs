@@ -1,4 +1,4 @@
-//! What the supervisor could not write into the store yet: it is kept, repeated, and meanwhile told by a small file.
+//! Changes that the supervisor could not write to the store yet: it keeps them, retries, and publishes them in a small file.
 //!
 //! The file is made at the start, when there is space, and overwritten where it stands: so a disk without a free byte does not
 //! keep other processes from seeing that the VM is paused, nor the next one from learning how it ended.
@@ -56,17 +56,17 @@ pub(super) struct Unwritten {
 }
 
 impl Unwritten {
-    /// Makes the file. Without it (the disk is full already) only the store is told.
+    /// Creates the file. Without it (the disk is full already) changes are only retried.
     pub(super) fn prepare(path: &Path) -> Self {
         let open = || {
             let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
-            // What the supervisor before could not write stays until the store has been told.
+            // Changes of the previous supervisor stay until the store has them.
             if file.metadata()?.len() < FILE_BYTES as u64 {
                 file.write_all_at(&[0; FILE_BYTES], 0)?;
             }
             Ok::<_, std::io::Error>(file)
         };
-        let file = open().inspect_err(|error| tracing::warn!("cannot make {}: {error}", path.display())).ok();
+        let file = open().inspect_err(|error| tracing::warn!("cannot create {}: {error}", path.display())).ok();
         Self { changes: VecDeque::new(), file, told: false }
     }
 

@@ -220,7 +220,7 @@ fn is_without_data(name: &str) -> bool {
 /// # Errors
 /// Of the file system.
 pub fn remove_without_data(dir: &VmDir) -> io::Result<()> {
-    // The lock last: until then nobody else works on the directory.
+    // The lock last: until then no other process works on the directory.
     let mut names: Vec<_> = fs::read_dir(dir.path())?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
     names.sort_by_key(|name| name == SUPERVISOR_LOCK);
     for name in names {

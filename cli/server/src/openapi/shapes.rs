@@ -73,7 +73,7 @@ fn make_run_vm(api: &mut Value) {
     {
         vm.remove("required");
     }
-    vm["description"] = json!("The VM of a run. Every field has a default; nido chooses a name if none is given.");
+    vm["description"] = json!("The VM of a run. Every field has a default; nido generates a name if none is given.");
     schemas["RunVm"] = vm;
     let (from, to) = ("#/components/schemas/SpawnRequest", "#/components/schemas/RunVm");
     lead_to(&mut schemas["RunRequest"], from, to);

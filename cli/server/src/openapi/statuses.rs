@@ -140,8 +140,8 @@ pub fn common() -> Map<String, Value> {
         let mut answer = problem(&slugs);
         let header = match status {
             401 => Some(("WWW-Authenticate", "How a caller authenticates: `Bearer`.")),
-            429 => Some(("Retry-After", "After how many seconds the request may be sent again.")),
-            405 => Some(("Allow", "The methods that the resource knows.")),
+            429 => Some(("Retry-After", "Seconds after which the request may be sent again.")),
+            405 => Some(("Allow", "The methods that the resource has.")),
             _ => None,
         };
         if let Some((name, about)) = header {

@@ -98,7 +98,7 @@ async function list() {
   }
 }
 
-// Whether somebody said yes.
+// Whether the user confirmed.
 async function confirmed(question, word) {
   $("question").textContent = question;
   $("yes").textContent = word;
@@ -110,7 +110,7 @@ async function confirmed(question, word) {
 }
 
 async function stop(vm) {
-  const lost = vm.ephemeral ? "It is ephemeral: it goes, and everything in it." : "What it has in memory is lost.";
+  const lost = vm.ephemeral ? "It is ephemeral: it is deleted, with all data in it." : "The contents of its memory are lost.";
   if (!(await confirmed(`Stop the VM ${vm.name}? ${lost}`, "Stop"))) return;
   await attempt(`stopping ${vm.name}`, () => ask("POST", `v1/vms/${vm.name}/stop`, {}));
 }

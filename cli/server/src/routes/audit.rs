@@ -18,34 +18,35 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(show))
 }
 
-/// Which lines are wanted.
+/// Filters for lines of the audit log.
 #[derive(Debug, Default, serde::Deserialize, IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct AuditQuery {
-    /// Of this log, `acts` or `reads`; of both if absent. A page (`cursor`) is of one, `acts` if absent.
+    /// The log, `acts` or `reads`; absent: both. A page (`cursor`) is of one log, `acts` if absent.
     log: Option<AuditLog>,
-    /// Those of this time and later.
+    /// Lines from this time on.
     since: Option<jiff::Timestamp>,
-    /// Of this operation, for example `vm_exec`.
+    /// Lines of this operation, for example `vm_exec`.
     tool: Option<String>,
-    /// Of this caller, for example `token:ci`.
+    /// Lines of this caller, for example `token:ci`.
     actor: Option<String>,
-    /// With this result: `pending`, `success`, `error`, `denied`, `unknown`.
+    /// Lines with this result: `pending`, `success`, `error`, `denied`, `unknown`.
     result: Option<String>,
-    /// About the VM of this name.
+    /// Lines about the VM of this name.
     vm: Option<nido_api::name::VmName>,
-    /// Only so many, the last ones; 1000 if absent.
+    /// At most this many, the last ones; 1000 if absent.
     tail: Option<u32>,
-    /// Instead of the last lines the first ones behind this number; 0 is the beginning. The `next_cursor` of an answer leads on.
+    /// The first lines after this sequence number instead of the last ones; 0 is the beginning. The next page starts at
+    /// `next_cursor` of a response.
     #[serde(deserialize_with = "number_if_given")]
     cursor: Option<u64>,
-    /// With `cursor`: at most so many; 1000 if absent.
+    /// With `cursor`: at most this many; 1000 if absent.
     #[param(minimum = 1, maximum = 10000)]
     limit: Option<u32>,
 }
 
-/// Lines of the audit log, the oldest first. To check them: `nido audit verify`.
+/// Lists lines of the audit log, the oldest first. `nido audit verify` verifies them.
 #[utoipa::path(get, path = "/v1/audit", operation_id = "audit_show", tag = "audit", params(AuditQuery),
     responses((status = 200, body = AuditList)))]
 async fn show(

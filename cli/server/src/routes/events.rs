@@ -36,34 +36,34 @@ const RETRY: Duration = Duration::from_secs(2);
 /// The most events of one answer.
 const LIMIT_MAX: usize = 1000;
 
-/// Which events are wanted.
+/// Filters for events.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct EventQuery {
-    /// Only those behind this cursor; 0 is the beginning.
+    /// Events after this cursor; 0 is the beginning.
     #[serde(deserialize_with = "number_if_given")]
     since: Option<u64>,
-    /// Only these kinds, separated by commas.
+    /// Events of these types, separated by commas.
     #[param(example = "vm.crashed,vm.stopped")]
     event: Option<String>,
-    /// Only those of this VM.
+    /// Events of this VM.
     vm: Option<VmName>,
-    /// At most so many, the first ones; 1000 if absent.
+    /// At most this many, the first ones; 1000 if absent.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<usize>,
-    /// Only so many, the last ones. Not with `limit`.
+    /// At most this many, the last ones. Not with `limit`.
     #[param(minimum = 1, maximum = 1000)]
     tail: Option<usize>,
 }
 
-/// What happened, the oldest first, at most a thousand events; go on with `since` set to the answer's cursor. A cursor whose next
-/// events are not kept any more, or that is ahead of them all, is 410 `cursor_expired`. With
-/// `Accept: text/event-stream` everything behind the cursor (or from now on, if none is named) and whatever comes; the header
-/// `Last-Event-ID` goes on where a stream broke off. Where events are missing the stream has the event `gap`, before it ends with an
-/// error the event `error`.
+/// Lists events, the oldest first, at most a thousand; continue with `since` set to the cursor of the response. A
+/// cursor whose next events are no longer kept, or that is ahead of all events, is 410 `cursor_expired`. With `Accept:
+/// text/event-stream` the response streams all events after the cursor (without one, from now on) as they happen; the
+/// header `Last-Event-ID` resumes a stream that was interrupted. Where events are missing the stream contains the event
+/// `gap`; before it ends with an error, the event `error`.
 #[utoipa::path(get, path = "/v1/events", operation_id = "events", tag = "events",
-    params(EventQuery, ("Last-Event-ID" = Option<String>, Header, description = "Cursor of the last event that was seen.")),
+    params(EventQuery, ("Last-Event-ID" = Option<String>, Header, description = "Cursor of the last event received.")),
     responses((status = 200, description = "Events.", content(
         (EventList = "application/json"),
         (String = "text/event-stream")))))]
@@ -105,12 +105,12 @@ async fn events(
         let mut feed = feed?;
         match feed.next().await {
             Ok(next) => Some((Ok::<_, Infallible>(frame(&next)), Some(feed))),
-            // An orderly end: whoever listens connects to the next server.
+            // An orderly end: the client connects to the next server.
             Err(error) if error.code() == Code::Interrupted => None,
             Err(error) => Some((Ok(error_frame(&error)), None)),
         }
     });
-    // At once: a client that is told of no event still knows how long to wait before it comes back.
+    // At once: a client that gets no event still knows how long to wait before it reconnects.
     let hello = stream::once(async { Ok(sse::Event::default().retry(RETRY).comment("connected")) });
     let frames = futures::StreamExt::chain(hello, frames);
     Ok(Sse::new(frames).keep_alive(KeepAlive::default()).into_response())
@@ -119,9 +119,9 @@ async fn events(
 fn check_counts(which: &EventQuery, streams: bool) -> Result<()> {
     let bad = |words: String| Err(Error::new(Code::SpecInvalid, words));
     match (which.limit, which.tail) {
-        (Some(_), Some(_)) => bad("tail: limit is given as well; the first ones or the last ones".into()),
+        (Some(_), Some(_)) => bad("tail: not together with limit".into()),
         (None, None) => Ok(()),
-        _ if streams => bad("limit, tail: a stream of events has no number of them".into()),
+        _ if streams => bad("limit, tail: not for a stream of events".into()),
         (Some(count), None) | (None, Some(count)) if (1..=LIMIT_MAX).contains(&count) => Ok(()),
         _ => bad(format!("limit, tail: it is 1 to {LIMIT_MAX}")),
     }
@@ -154,7 +154,7 @@ fn last(nido: &Nido, mut request: EventsRequest, tail: usize) -> Result<EventLis
 /// What a stream has next.
 enum FeedItem {
     Event(Box<Event>),
-    /// Events behind `since` are missing: it goes on behind `cursor`.
+    /// Events after `since` are missing: the stream continues after `cursor`.
     Gap {
         since: u64,
         cursor: u64,
@@ -203,7 +203,7 @@ impl Feed {
             if cursor == self.request.since {
                 tokio::select! {
                     _ = self.changes.changed() => continue,
-                    () = self.app.shutting_down.cancelled() => return Err(Error::new(Code::Interrupted, "the server ends")),
+                    () = self.app.shutting_down.cancelled() => return Err(Error::new(Code::Interrupted, "the server shuts down")),
                 }
             }
             self.request.since = cursor;

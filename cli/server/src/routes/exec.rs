@@ -36,12 +36,13 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(exec)).routes(routes!(run))
 }
 
-/// Runs a command in a VM. Answered when it has ended, with what it wrote (at most 4 MiB of each stream); with
-/// `Accept: text/event-stream` as it goes on: the events `started`, `stdout`, `stderr`, `exit`, and `error` if the VM is
-/// lost. Hanging up kills it. For standard input as it comes, and a terminal, see the WebSocket at `exec/socket` (docs/api.md).
+/// Runs a command in a VM. The response follows when the command has ended, with its output (at most 4 MiB of each
+/// stream). With `Accept: text/event-stream` the output is streamed: the events `started`, `stdout`, `stderr`, `exit`,
+/// and `error` if the VM is lost. Disconnecting kills the command. For streamed standard input or a terminal, use the
+/// WebSocket at `exec/socket` (docs/api.md).
 #[utoipa::path(post, path = "/v1/vms/{name}/exec", operation_id = "vm_exec", tag = "exec", params(VmPath),
     request_body = ExecBody,
-    responses((status = 200, description = "How it ended.", content(
+    responses((status = 200, description = "Exit status of the command.", content(
         (ExecResult = "application/json"),
         (String = "text/event-stream")))))]
 async fn exec(
@@ -118,7 +119,7 @@ async fn collect(
             }
         }
     }
-    Err(Error::internal("the command ended without saying how"))
+    Err(Error::internal("the command ended without an exit status"))
 }
 
 /// A command that is followed as server-sent events.
@@ -229,28 +230,28 @@ fn piece(bytes: Vec<u8>) -> serde_json::Value {
     }
 }
 
-/// A VM for one command: both in one.
+/// A command and the VM to create for it.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunRequest {
     /// The command.
     exec: ExecBody,
-    /// The VM, as it is spawned; nido chooses a name if none is given. It is gone when the command has ended.
+    /// The VM; nido generates a name if none is given. It is deleted when the command has ended.
     #[serde(default)]
     #[schema(value_type = Option<SpawnRequest>)]
     vm: serde_json::Map<String, serde_json::Value>,
 }
 
-/// How a run ended.
+/// Result of a run.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 pub struct RunResult {
-    /// The VM as it was when it was ready.
+    /// The VM at the time when it was ready.
     vm: VmInfo,
-    /// How the command ended.
+    /// Exit status of the command.
     exec: ExecResult,
 }
 
-/// Runs a command in a fresh VM, which is gone afterwards.
+/// Creates a VM, runs a command in it and deletes the VM.
 #[utoipa::path(post, path = "/v1/runs", operation_id = "run", tag = "exec", request_body = RunRequest,
     responses((status = 200, body = RunResult)))]
 async fn run(
@@ -266,7 +267,8 @@ async fn run(
         .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", parser_message(&e.to_string()))))?;
     let (mut spec, start) = spawn.split();
     let start = start.filter(|start| start.wait);
-    let start = start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run starts its VM and waits for it"))?;
+    let start =
+        start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run always starts its VM and waits for it"))?;
     spec.ephemeral = true;
     spec.idle_ms = spec.idle_ms.or(Some(60_000));
     let (request, stdin) = body.exec.split()?;

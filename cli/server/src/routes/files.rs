@@ -42,37 +42,39 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
         .layer(axum::extract::DefaultBodyLimit::disable())
 }
 
-/// Which file.
+/// A file to read.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct DownloadQuery {
-    /// Its path in the guest, absolute. Bytes that are not UTF-8 are sent as `%XX`; a plus is a plus.
+    /// Absolute path in the guest. Encode bytes that are not UTF-8 as `%XX`; a plus is a plus.
     #[param(pattern = "^/[^\\u0000]*$", example = "/etc/os-release")]
     #[serde(rename = "path")]
     _path: String,
 }
 
-/// Where a file goes to.
+/// A file to write.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct UploadQuery {
-    /// Its path in the guest, absolute. Bytes that are not UTF-8 are sent as `%XX`; a plus is a plus.
+    /// Absolute path in the guest. Encode bytes that are not UTF-8 as `%XX`; a plus is a plus.
     #[param(pattern = "^/[^\\u0000]*$", example = "/srv/data.bin")]
     #[serde(rename = "path")]
     _path: String,
-    /// Its permission bits, in octal. If absent, a file that exists keeps its own, and a new one gets 644. An archive has those of its entries.
+    /// Permission bits, in octal. If absent, an existing file keeps its own, and a new one gets 644. An archive has
+    /// those of its entries.
     #[param(pattern = "^[0-7]{3,4}$", example = "644")]
     mode: Option<String>,
-    /// Who shall own it. If absent, a file that exists keeps its owner, and a new one is root's.
+    /// Owner. If absent, an existing file keeps its owner, and a new one belongs to root.
     user: Option<String>,
-    /// Make missing parent directories.
+    /// Create missing parent directories.
     #[serde(default, deserialize_with = "switch")]
     parents: bool,
 }
 
-/// Reads a file of the guest; with `Accept: application/x-tar` a directory, as a tar archive whose entries are called `./PATH`.
+/// Reads a file of the guest; with `Accept: application/x-tar` a directory, as a tar archive whose entries are named
+/// `./PATH`.
 #[utoipa::path(get, path = "/v1/vms/{name}/files", operation_id = "vm_download", tag = "files", params(VmPath, DownloadQuery),
     responses((status = 200, description = "The bytes of the file, or the archive.", content(
         ([u8] = "application/octet-stream"),
@@ -122,10 +124,10 @@ async fn download(
     typed(Stream::from_stream(rest.chain(end)))
 }
 
-/// Writes a file of the guest: it appears under its name when it is whole. A body that is `application/x-tar` is unpacked
-/// into a directory: one that is not there appears when it is whole, into one that is there each file is put by itself. Owners
-/// are left out, modes masked to the nine permission bits, devices and pipes skipped; hard links, sparse files, and names that
-/// are absolute or hold `..` are refused.
+/// Writes a file of the guest; it appears under its name when it is complete. An archive (`application/x-tar`) is
+/// unpacked into a directory: a new directory appears when it is complete; in an existing one, each file is written
+/// separately. Owners are ignored, modes masked to the nine permission bits, devices and pipes skipped. Hard links,
+/// sparse files, and names that are absolute or contain `..` are rejected.
 #[utoipa::path(put, path = "/v1/vms/{name}/files", operation_id = "vm_upload", tag = "files", params(VmPath, UploadQuery),
     request_body(description = "The bytes of a file, or an archive.", content(
         ([u8] = "application/octet-stream"),
@@ -148,7 +150,7 @@ async fn upload(
         }
     };
     if is_archive && to.mode.is_some() {
-        return Err(Error::new(Code::SpecInvalid, "mode: an archive has those of its entries").into());
+        return Err(Error::new(Code::SpecInvalid, "mode: not for an archive, whose entries have their own").into());
     }
     let set_mode = to.mode.is_some();
     let mode = permissions(to.mode.as_deref().unwrap_or("644"))?;
@@ -193,11 +195,11 @@ fn guest_path(path: Vec<u8>) -> Result<Vec<u8>> {
     if path.starts_with(b"/") && !path.contains(&0) {
         return Ok(path);
     }
-    Err(Error::new(Code::PathInvalid, "path: it is no absolute path in the guest, or holds a zero byte"))
+    Err(Error::new(Code::PathInvalid, "path: not an absolute path in the guest, or it contains a zero byte"))
 }
 
 fn joined(outcome: std::result::Result<Result<CopyResult>, tokio::task::JoinError>) -> Result<CopyResult> {
-    outcome.map_err(|e| Error::internal(format!("the copy broke down: {e}")))?
+    outcome.map_err(|e| Error::internal(format!("the copy failed: {e}")))?
 }
 
 /// A pipe: its writing and its reading end.

@@ -23,13 +23,13 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(list, add)).routes(routes!(remove))
 }
 
-/// A published port of a path.
+/// Path of a published port.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 struct ForwardPath {
     /// Name of the VM, or its id.
     name: VmName,
-    /// Port of the host, with the address it is published on where several have that port: `8080`, `127.0.0.1:8080`,
+    /// Port of the host, with its address if several addresses publish that port: `8080`, `127.0.0.1:8080`,
     /// `[::1]:8080`.
     #[param(pattern = "^(.+:)?[1-9][0-9]{0,4}$", example = "8080")]
     host_port: String,
@@ -42,10 +42,10 @@ impl VmPathParams for ForwardPath {
 }
 
 impl ForwardPath {
-    /// The published port that is meant.
+    /// The published port with this path.
     fn find(&self, forwards: Vec<ForwardSpec>) -> Result<ForwardSpec> {
         let wrong = || {
-            Error::new(Code::SpecInvalid, format!("host_port: '{}' is no port of the host", escaped(&self.host_port)))
+            Error::new(Code::SpecInvalid, format!("host_port: '{}' is not a port", escaped(&self.host_port)))
                 .hint("a port, or ADDRESS:PORT")
         };
         let (host, port) = match self.host_port.rsplit_once(':') {
@@ -61,25 +61,25 @@ impl ForwardPath {
         match (found.next(), found.next()) {
             (Some(spec), None) => Ok(spec),
             (Some(_), Some(_)) => {
-                let words = format!("host_port: VM '{}' has port {port} on several addresses", self.name);
+                let words = format!("host_port: VM '{}' publishes port {port} on several addresses", self.name);
                 Err(Error::new(Code::SpecInvalid, words).hint(format!("name the address as well: 127.0.0.1:{port}")))
             }
             (None, _) => {
-                let words = format!("VM '{}' has nothing on port {}", self.name, escaped(&self.host_port));
+                let words = format!("VM '{}' does not publish port {}", self.name, escaped(&self.host_port));
                 Err(Error::new(Code::ForwardNotFound, words))
             }
         }
     }
 }
 
-/// A VM's published ports, in order.
+/// Lists a VM's published ports, in order.
 #[utoipa::path(get, path = "/v1/vms/{name}/forwards", operation_id = "forward_list", tag = "forwards", params(VmPath),
     responses((status = 200, body = ForwardList)))]
 async fn list(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
     response::ok(&app.nido().await?.forward_list(&vm.name)?)
 }
 
-/// Publishes a port; the answer says which port of the host it got.
+/// Publishes a port; the response contains the host port.
 #[utoipa::path(post, path = "/v1/vms/{name}/forwards", operation_id = "forward_add", tag = "forwards", params(VmPath),
     request_body = ForwardSpec, responses((status = 201, body = ForwardSpec)))]
 async fn add(
@@ -97,7 +97,7 @@ async fn add(
     Ok(response::created(&place, &bound))
 }
 
-/// Withdraws a published port; which one it was is the answer.
+/// Removes a published port; the response describes the removed one.
 #[utoipa::path(delete, path = "/v1/vms/{name}/forwards/{host_port}", operation_id = "forward_remove", tag = "forwards",
     params(ForwardPath), responses((status = 200, body = ForwardSpec)))]
 async fn remove(

@@ -1,4 +1,4 @@
-//! The host, the server's own health, and what it tells about itself.
+//! The host, the server's own health, and its description.
 
 use std::sync::Arc;
 
@@ -23,29 +23,29 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(description))
 }
 
-/// The host's health: what `nido doctor` tells, with what is known of KVM.
+/// Reports the host's health: the checks of `nido doctor`, with the cached result of the KVM test.
 #[utoipa::path(get, path = "/v1/host", operation_id = "host", tag = "host", responses((status = 200, body = DoctorReport)))]
 async fn host(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
     response::ok(&app.nido().await?.host_report().await?)
 }
 
-/// The same after KVM has been tested again.
+/// Tests KVM again, and reports the host's health.
 #[utoipa::path(post, path = "/v1/host/check", operation_id = "host_check", tag = "host",
     responses((status = 200, body = DoctorReport)))]
 async fn check(State(app): State<Arc<App>>, _: Require<Run>) -> HandlerResult {
     response::ok(&app.nido().await?.doctor(false).await?)
 }
 
-/// How the server is.
+/// State of the server.
 #[derive(Debug, Serialize, Deserialize, utoipa::ToSchema)]
 struct Health {
     /// `ok`.
     status: String,
-    /// The version of nido.
+    /// Version of nido.
     version: String,
 }
 
-/// Whether the server answers, and its store. Needs no token.
+/// Reports whether the server and its store respond. Needs no token.
 #[utoipa::path(get, path = "/healthz", operation_id = "health", tag = "host", security(()),
     responses((status = 200, body = Health)))]
 async fn health(State(app): State<Arc<App>>) -> HandlerResult {
@@ -53,7 +53,7 @@ async fn health(State(app): State<Arc<App>>) -> HandlerResult {
     response::ok(&Health { status: "ok".into(), version: env!("CARGO_PKG_VERSION").into() })
 }
 
-/// Counters in the text format of Prometheus.
+/// Returns counters in the text format of Prometheus.
 #[utoipa::path(get, path = "/metrics", operation_id = "metrics", tag = "host",
     responses((status = 200, body = String, content_type = "text/plain")))]
 async fn metrics(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
@@ -62,7 +62,7 @@ async fn metrics(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult
     Ok(typed("text/plain; version=0.0.4; charset=utf-8", text))
 }
 
-/// This description. Needs no token.
+/// Returns this description. Needs no token.
 #[utoipa::path(get, path = "/openapi.json", operation_id = "openapi", tag = "host", security(()),
     responses((status = 200, body = serde_json::Value)))]
 async fn description(State(app): State<Arc<App>>) -> Response {

@@ -24,23 +24,22 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(logs))
 }
 
-/// What of a log is wanted.
+/// Options for reading a log.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 #[derive(Default)]
 struct LogQuery {
-    /// Which log.
+    /// The log.
     source: LogSource,
-    /// Only so many of the last lines.
+    /// At most this many lines, the last ones.
     tail: Option<u32>,
-    /// Go on until the VM is at rest.
+    /// Keep following the log until the VM is stopped.
     #[serde(deserialize_with = "switch")]
     follow: bool,
 }
 
-/// A log, byte by byte as it was written. The guest wrote what is on the console: text of unknown worth, control characters
-/// included.
+/// Returns a log, byte by byte. The guest wrote the console's: do not trust it, and expect control characters.
 #[utoipa::path(get, path = "/v1/vms/{name}/logs", operation_id = "vm_logs", tag = "vms", params(VmPath, LogQuery),
     responses((status = 200, body = String, content_type = "text/plain")))]
 async fn logs(

@@ -1,4 +1,4 @@
-//! Operations: what goes on, polled and cancelled.
+//! Operations: requests that run in the background, polled and cancelled.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(list)).routes(routes!(get, cancel))
 }
 
-/// The operation of a path.
+/// Path of an operation.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 struct OperationPath {
@@ -32,14 +32,15 @@ struct OperationPath {
 
 impl VmPathParams for OperationPath {}
 
-/// What goes on, and what has ended lately, of the caller's: without results. An admin's list has everybody's.
+/// Lists the caller's operations, running ones and those that ended recently, without results. Admins see those of all
+/// callers.
 #[utoipa::path(get, path = "/v1/operations", operation_id = "operation_list", tag = "operations",
     responses((status = 200, body = OperationList)))]
 async fn list(State(app): State<Arc<App>>, _: Require<Read>, Extension(caller): Extension<Caller>) -> HandlerResult {
     response::ok(&app.operations.list(&caller))
 }
 
-/// How an operation is.
+/// Returns the state of an operation.
 #[utoipa::path(get, path = "/v1/operations/{id}", operation_id = "operation_get", tag = "operations", params(OperationPath),
     responses((status = 200, body = Operation)))]
 async fn get(
@@ -52,13 +53,15 @@ async fn get(
     let mut response = response::json(StatusCode::OK, &operation);
     let mut held = app.output.hold();
     if !held.grow(usize::try_from(response.body().size_hint().upper().unwrap_or(0)).unwrap_or(usize::MAX)) {
-        return Err(Error::new(Code::RateLimited, "too many long answers are being sent").hint("wait a second").into());
+        return Err(Error::new(Code::RateLimited, "too many large responses are being sent")
+            .hint("wait a second")
+            .into());
     }
     held.leave_to(&mut response);
     Ok(response)
 }
 
-/// Cancels an operation, and forgets it. One that has ended is only forgotten.
+/// Cancels an operation and deletes it. One that has ended is only deleted.
 #[utoipa::path(delete, path = "/v1/operations/{id}", operation_id = "operation_cancel", tag = "operations", params(OperationPath),
     responses((status = 200, body = Operation)))]
 async fn cancel(

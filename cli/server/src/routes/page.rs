@@ -34,7 +34,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 
 fn file(name: &str) -> Result<Response, Problem> {
     let found = FILES.iter().find(|(file, ..)| *file == name);
-    let (_, kind, text) = found.ok_or_else(|| Error::new(Code::RouteNotFound, "there is nothing at this path"))?;
+    let (_, kind, text) = found.ok_or_else(|| Error::new(Code::RouteNotFound, "this path does not exist"))?;
     let mut response = (*text).into_response();
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));

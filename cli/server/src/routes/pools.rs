@@ -18,14 +18,14 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(list)).routes(routes!(info, set))
 }
 
-/// All pools.
+/// Lists all pools.
 #[utoipa::path(get, path = "/v1/pools", operation_id = "pool_list", tag = "pools",
     responses((status = 200, body = PoolList)))]
 async fn list(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
     response::ok(&app.nido().await?.pool_list().await?)
 }
 
-/// The pools of a template, one for each kind of machine.
+/// Lists the pools of a template, one for each kind of machine.
 #[utoipa::path(get, path = "/v1/pools/{name}", operation_id = "pool_info", tag = "pools", params(TemplatePath),
     responses((status = 200, body = PoolList)))]
 async fn info(
@@ -40,7 +40,7 @@ async fn info(
     response::ok(&list)
 }
 
-/// Sets how many clones of a template wait, for one kind of machine. They are made in the background.
+/// Sets the number of waiting clones of a template, for one kind of machine. They are created in the background.
 #[utoipa::path(put, path = "/v1/pools/{name}", operation_id = "pool_set", tag = "pools", params(TemplatePath),
     request_body = PoolRequest, responses((status = 200, body = PoolInfo)))]
 async fn set(

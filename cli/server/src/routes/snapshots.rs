@@ -23,7 +23,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(info, delete)).routes(routes!(restore))
 }
 
-/// The snapshot of a path.
+/// Path of a snapshot.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 struct SnapshotPath {
@@ -39,7 +39,7 @@ impl VmPathParams for SnapshotPath {
     }
 }
 
-/// A snapshot that is to be taken.
+/// A snapshot to take.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRequest {
@@ -47,14 +47,14 @@ pub struct SnapshotRequest {
     name: SnapshotName,
 }
 
-/// A VM's snapshots, the oldest first.
+/// Lists a VM's snapshots, the oldest first.
 #[utoipa::path(get, path = "/v1/vms/{name}/snapshots", operation_id = "snapshot_list", tag = "snapshots", params(VmPath),
     responses((status = 200, body = SnapshotList)))]
 async fn list(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
     response::ok(&app.nido().await?.snapshot_list(&vm.name)?)
 }
 
-/// Takes a snapshot: of a VM that runs memory, devices and disk, of one at rest the disk.
+/// Takes a snapshot: memory, devices and disk of a running VM, the disk of a stopped one.
 #[utoipa::path(post, path = "/v1/vms/{name}/snapshots", operation_id = "snapshot_create", tag = "snapshots", params(VmPath),
     request_body = SnapshotRequest, responses((status = 201, body = SnapshotInfo)))]
 async fn create(
@@ -74,7 +74,7 @@ async fn create(
     Ok(response)
 }
 
-/// One snapshot.
+/// Returns a snapshot.
 #[utoipa::path(get, path = "/v1/vms/{name}/snapshots/{snapshot}", operation_id = "snapshot_info", tag = "snapshots",
     params(SnapshotPath), responses((status = 200, body = SnapshotInfo)))]
 async fn info(
@@ -89,7 +89,7 @@ async fn info(
     })?)
 }
 
-/// Deletes a snapshot; how it was is the answer.
+/// Deletes a snapshot; the response describes the deleted one.
 #[utoipa::path(delete, path = "/v1/vms/{name}/snapshots/{snapshot}", operation_id = "snapshot_delete", tag = "snapshots",
     params(SnapshotPath), responses((status = 200, body = SnapshotInfo)))]
 async fn delete(
@@ -108,7 +108,7 @@ async fn delete(
     response::ok(&deleted.await?)
 }
 
-/// Makes a VM what it was. What it has done since is lost.
+/// Restores a VM to a snapshot. What the VM has done since is lost.
 #[utoipa::path(post, path = "/v1/vms/{name}/snapshots/{snapshot}/restore", operation_id = "snapshot_restore",
     tag = "snapshots", params(SnapshotPath), request_body = RestoreRequest,
     responses((status = 200, body = VmInfo)))]

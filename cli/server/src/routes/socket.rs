@@ -57,7 +57,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().route("/v1/vms/{name}/exec/socket", get(attach))
 }
 
-/// The upgrade of a connection; anything else is told what to do.
+/// The upgrade of a connection; any other request gets an error with a hint.
 struct Upgrade(WebSocketUpgrade);
 
 impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
@@ -66,7 +66,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> std::result::Result<Self, Problem> {
         WebSocketUpgrade::from_request_parts(parts, state).await.map(Self).map_err(|rejection| {
             Error::new(Code::RequestInvalid, rejection.body_text())
-                .hint("open a WebSocket here, or POST a command")
+                .hint("open a WebSocket at this path, or POST a command")
                 .into()
         })
     }
@@ -81,7 +81,7 @@ async fn attach(
     Extension(slot): Extension<ConnectionSlot>,
     Upgrade(upgrade): Upgrade,
 ) -> HandlerResult {
-    // Whether it can be used is told before the connection is another.
+    // Check whether it can be used before the protocol is switched.
     app.nido().await?.info(&vm.name).await?;
     let upgrade = upgrade.protocols(["nido"]).max_message_size(MESSAGE_MAX);
     let who = AuditCaller { face: Face::Api, actor: caller.actor, agent: None };
@@ -140,7 +140,7 @@ impl Session {
             outcome = self.serve(&mut socket, &mut line) => outcome,
             error = wait_for_end(Arc::clone(&self.app), token) => Err(error),
         };
-        // First: whoever is told of the end finds it in the log.
+        // First: a client that is notified of the end finds it in the log.
         self.write_down(line, &outcome).await;
         let (last, code) = match outcome {
             Ok(SessionEnd::Gone) => return,
@@ -165,7 +165,7 @@ impl Session {
         let _ = timeout(CLOSE_TIMEOUT, async { while let Some(Ok(_)) = socket.recv().await {} }).await;
     }
 
-    /// Writes down how it ended; where nothing had been begun, that somebody came.
+    /// Records the outcome; if no command was started, the connection.
     async fn write_down(&self, line: Option<Audited>, outcome: &Result<SessionEnd>) {
         let (ending, reason) = match outcome {
             Ok(SessionEnd::Exit(exit)) => (Ending::Success, exit.word()),
@@ -203,10 +203,10 @@ impl Session {
 
     /// What shall be started. `None`: the client has gone.
     async fn first(&self, socket: &mut WebSocket) -> Result<Option<StartMessage>> {
-        let wanted = "the first message does not say what to start";
+        let wanted = "the first message does not contain a command to start";
         let first = tokio::select! {
             first = timeout(START_TIMEOUT, socket.recv()) => first,
-            () = self.app.shutting_down.cancelled() => return Err(Error::new(Code::Interrupted, "the server ends")),
+            () = self.app.shutting_down.cancelled() => return Err(Error::new(Code::Interrupted, "the server shuts down")),
         };
         match first {
             Ok(Some(Ok(Message::Text(text)))) => parse(text.as_bytes()).map(Some).map_err(|Problem(error)| error),
@@ -290,7 +290,7 @@ async fn talk(
                     Some(Ok(ExecEvent::Stderr(bytes))) => output(app, 2, &bytes),
                     Some(Ok(ExecEvent::Exited(exit))) => return Ok(SessionEnd::Exit(exit)),
                     Some(Err(error)) => return Err(error),
-                    None => return Err(Error::internal("the command ended without saying how")),
+                    None => return Err(Error::internal("the command ended without an exit status")),
                 };
                 if socket.send(message).await.is_err() {
                     return Ok(SessionEnd::Gone);
@@ -311,7 +311,7 @@ async fn talk(
                     }
                 }
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                // Whoever hangs up does not want the command any more.
+                // A client that disconnects ends the command.
                 Some(Err(error)) if is_too_large(&error) => return Err(too_large()),
                 Some(Ok(Message::Close(_)) | Err(_)) | None => return Ok(SessionEnd::Gone),
             },
@@ -322,7 +322,7 @@ async fn talk(
                 continue;
             }
         }
-        // Also what was only handed on: where nobody reads, that is seen by the connection itself (timeouts.rs).
+        // Also data that was only passed on: the connection itself detects a client that does not read (timeouts.rs).
         quiet = PingTimer::since_now(app.timeouts.body_idle);
     }
 }

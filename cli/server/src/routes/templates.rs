@@ -25,7 +25,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(bake))
 }
 
-/// The template of a path.
+/// Path of a template.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 pub struct TemplatePath {
@@ -35,7 +35,7 @@ pub struct TemplatePath {
 
 impl VmPathParams for TemplatePath {}
 
-/// A template that is to be made of a VM.
+/// A template to create from a VM.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TemplateRequest {
@@ -43,31 +43,31 @@ pub struct TemplateRequest {
     name: TemplateName,
     /// The VM whose disk it gets.
     from: VmName,
-    /// Do not bake it: its VMs boot.
+    /// Create no warm image: VMs boot.
     #[serde(default)]
     no_bake: bool,
 }
 
-/// How a template is built from the recipe of its name.
+/// Options of a build.
 #[derive(Debug, Default, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RecipeRequest {
-    /// Fetch packages anew even if nothing in the recipe has changed.
+    /// Download packages again even if the recipe has not changed.
     rebuild: bool,
-    /// Do not bake it: its VMs boot.
+    /// Create no warm image: VMs boot.
     no_bake: bool,
-    /// Boot a kernel compiled for guests (true) or Debian's (false); as now if absent.
+    /// Kernel compiled for guests (true) or Debian's (false); unchanged if absent.
     slim_kernel: Option<bool>,
 }
 
-/// Templates that stand ready, and recipes that can be built.
+/// Lists templates, and recipes that can be built.
 #[utoipa::path(get, path = "/v1/templates", operation_id = "template_list", tag = "templates",
     responses((status = 200, body = TemplateList)))]
 async fn list(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
     response::ok(&app.nido().await?.template_list()?)
 }
 
-/// Makes a template of a VM: its disk as it is. A VM that runs stands still for a moment and runs on.
+/// Creates a template from a VM's disk. A running VM is paused for a moment, and then resumed.
 #[utoipa::path(post, path = "/v1/templates", operation_id = "template_create", tag = "templates",
     request_body = TemplateRequest, responses((status = 201, body = BuildResult)))]
 async fn create(
@@ -90,7 +90,7 @@ async fn create(
     Ok(response)
 }
 
-/// One template.
+/// Returns a template.
 #[utoipa::path(get, path = "/v1/templates/{name}", operation_id = "template_info", tag = "templates", params(TemplatePath),
     responses((status = 200, body = TemplateInfo)))]
 async fn info(
@@ -115,7 +115,7 @@ async fn delete(
     Ok(response::empty(StatusCode::NO_CONTENT))
 }
 
-/// Builds a template from the recipe of its name. Takes minutes: ask with `Prefer: respond-async`.
+/// Builds a template from the recipe of its name. Takes minutes: send `Prefer: respond-async`.
 #[utoipa::path(post, path = "/v1/templates/{name}/build", operation_id = "template_build", tag = "templates",
     params(TemplatePath), request_body = RecipeRequest, responses((status = 200, body = BuildResult)))]
 async fn build(
@@ -138,7 +138,7 @@ async fn build(
     .await
 }
 
-/// Bakes a template for one kind of machine, so that such VMs are forked.
+/// Creates a warm image of a template for one kind of machine, so that such VMs are forked.
 #[utoipa::path(post, path = "/v1/templates/{name}/bake", operation_id = "template_bake", tag = "templates",
     params(TemplatePath), request_body = BakeRequest, responses((status = 200, body = BakeResult)))]
 async fn bake(

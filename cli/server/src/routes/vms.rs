@@ -32,7 +32,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(fork))
 }
 
-/// The VM of a path.
+/// Path of a VM.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 pub struct VmPath {
@@ -46,25 +46,26 @@ impl VmPathParams for VmPath {
     }
 }
 
-/// Which VMs are listed.
+/// Filters for the list of VMs.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct VmFilter {
-    /// Only those in one of these states, separated by commas.
+    /// VMs in one of these states, separated by commas.
     #[param(example = "running,paused")]
     status: Option<String>,
-    /// At most so many; all if absent.
+    /// At most this many; all if absent.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<usize>,
-    /// The `next_cursor` of an earlier answer.
+    /// The `next_cursor` of an earlier response.
     cursor: Option<String>,
 }
 
-/// The VMs, in order of creation. With `limit` a page of them; `next_cursor` and the header `Link` lead to the next.
+/// Lists VMs, in order of creation. With `limit` one page of them; `next_cursor` and the header `Link` lead to the next
+/// page.
 #[utoipa::path(get, path = "/v1/vms", operation_id = "vm_list", tag = "vms",
     params(VmFilter, ("label" = Option<Vec<String>>, Query,
-        description = "Only those with this label, `KEY` or `KEY=VALUE`; given several times, with all of them.")),
+        description = "VMs with this label, `KEY` or `KEY=VALUE`; repeat it for VMs that have all of them.")),
     responses((status = 200, body = VmPage, headers(("Link" = String, description = "The next page, as `rel=\"next\"`.")))))]
 async fn list(
     State(app): State<Arc<App>>,
@@ -97,13 +98,13 @@ async fn list(
 fn state(word: &str) -> Result<VmState> {
     VmState::SHOWN.into_iter().find(|state| state.word() == word).ok_or_else(|| {
         let states = VmState::SHOWN.map(VmState::word).join(", ");
-        Error::new(Code::SpecInvalid, format!("status: there is no state '{}'", escaped(word)))
+        Error::new(Code::SpecInvalid, format!("status: '{}' is not a state", escaped(word)))
             .hint(format!("one of {states}"))
     })
 }
 
-/// Makes a VM and starts it; answered when it is ready. With `"start": false` it is only made. A VM whose start fails is gone
-/// again.
+/// Creates a VM and starts it; the response follows when it is ready. With `"start": false` it is only created. If the
+/// start fails, the VM is deleted.
 #[utoipa::path(post, path = "/v1/vms", operation_id = "vm_spawn", tag = "vms", request_body = SpawnRequest,
     responses((status = 201, body = VmInfo, headers(("Location" = String, description = "The VM.")))))]
 async fn create(
@@ -137,7 +138,7 @@ async fn create(
     Ok(response)
 }
 
-/// Everything about a VM.
+/// Returns a VM.
 #[utoipa::path(get, path = "/v1/vms/{name}", operation_id = "vm_info", tag = "vms", params(VmPath),
     responses((status = 200, body = VmInfo)))]
 async fn info(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
@@ -147,17 +148,18 @@ async fn info(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): Pat
     Ok(response)
 }
 
-/// How a VM is deleted.
+/// Options of a deletion.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct DeleteQuery {
-    /// Also one that runs.
+    /// Delete the VM even if it runs.
     #[serde(default, deserialize_with = "switch")]
     force: bool,
 }
 
-/// Deletes a VM and everything of it; how it was when it had been stopped is the answer. One that runs only with `force=true`.
+/// Deletes a VM with its disk; the response describes the VM when it was stopped. A running one is deleted only with
+/// `force=true`.
 #[utoipa::path(delete, path = "/v1/vms/{name}", operation_id = "vm_delete", tag = "vms", params(VmPath, DeleteQuery),
     responses((status = 200, body = VmInfo)))]
 async fn delete(
@@ -174,7 +176,7 @@ async fn delete(
     .await
 }
 
-/// Starts a VM; answered when it is ready. One that runs stays as it is.
+/// Starts a VM; the response follows when it is ready. A running one stays as it is.
 #[utoipa::path(post, path = "/v1/vms/{name}/start", operation_id = "vm_start", tag = "vms", params(VmPath),
     request_body = StartRequest, responses((status = 200, body = VmInfo)))]
 async fn start(
@@ -195,7 +197,7 @@ async fn start(
     .await
 }
 
-/// Stops a VM: in order, with `"force": true` at once. One that does not run stays as it is.
+/// Stops a VM: the guest powers off; with `"force": true` QEMU is terminated at once. A stopped one stays as it is.
 #[utoipa::path(post, path = "/v1/vms/{name}/stop", operation_id = "vm_stop", tag = "vms", params(VmPath),
     request_body = StopRequest, responses((status = 200, body = VmInfo)))]
 async fn stop(
@@ -232,7 +234,7 @@ async fn restart(
     .await
 }
 
-/// Halts a VM's CPUs.
+/// Pauses a VM's CPUs.
 #[utoipa::path(post, path = "/v1/vms/{name}/pause", operation_id = "vm_pause", tag = "vms", params(VmPath),
     responses((status = 200, body = VmInfo)))]
 async fn pause(
@@ -245,7 +247,7 @@ async fn pause(
     response::ok(&operations::act(&app, context, async move { owner.nido().await?.pause(&vm.name).await }).await?)
 }
 
-/// Lets them run on.
+/// Resumes a paused VM.
 #[utoipa::path(post, path = "/v1/vms/{name}/resume", operation_id = "vm_resume", tag = "vms", params(VmPath),
     responses((status = 200, body = VmInfo)))]
 async fn resume(
@@ -258,7 +260,7 @@ async fn resume(
     response::ok(&operations::act(&app, context, async move { owner.nido().await?.resume(&vm.name).await }).await?)
 }
 
-/// Which copies are to be made.
+/// Copies to create.
 #[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ForkRequest {
@@ -267,7 +269,8 @@ pub struct ForkRequest {
     names: Vec<VmName>,
 }
 
-/// Makes copies of a VM that runs: the same memory, disk and processes, each a machine of its own. All or none.
+/// Copies a running VM: the same memory, disk and processes, each copy with an identity of its own. If one copy fails,
+/// none is created.
 #[utoipa::path(post, path = "/v1/vms/{name}/fork", operation_id = "vm_fork", tag = "vms", params(VmPath),
     request_body = ForkRequest, responses((status = 201, body = ForkResult)))]
 async fn fork(

@@ -27,7 +27,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(redeliver))
 }
 
-/// The endpoint of a path.
+/// Path of an endpoint.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 struct WebhookPath {
@@ -37,7 +37,7 @@ struct WebhookPath {
 
 impl VmPathParams for WebhookPath {}
 
-/// The delivery of a path.
+/// Path of a delivery.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 struct DeliveryPath {
@@ -48,14 +48,14 @@ struct DeliveryPath {
 
 impl VmPathParams for DeliveryPath {}
 
-/// All endpoints.
+/// Lists endpoints.
 #[utoipa::path(get, path = "/v1/webhooks", operation_id = "webhook_list", tag = "webhooks",
     responses((status = 200, body = WebhookList)))]
 async fn list(State(app): State<Arc<App>>, _: Require<Admin>) -> HandlerResult {
     response::ok(&app.nido().await?.webhook_list()?)
 }
 
-/// Adds an endpoint. The answer holds its secret, which is not told again.
+/// Adds an endpoint. Only this response contains its secret.
 #[utoipa::path(post, path = "/v1/webhooks", operation_id = "webhook_add", tag = "webhooks",
     request_body = WebhookRequest, responses((status = 201, body = WebhookAdded)))]
 async fn add(
@@ -69,7 +69,7 @@ async fn add(
     Ok(response::created(&format!("/v1/webhooks/{}", added.webhook.id), &added))
 }
 
-/// One endpoint.
+/// Returns an endpoint.
 #[utoipa::path(get, path = "/v1/webhooks/{id}", operation_id = "webhook_info", tag = "webhooks", params(WebhookPath),
     responses((status = 200, body = WebhookInfo)))]
 async fn info(
@@ -78,10 +78,10 @@ async fn info(
     PathParams(webhook): PathParams<WebhookPath>,
 ) -> HandlerResult {
     let found = app.nido().await?.webhook_list()?.webhooks.into_iter().find(|known| known.id == webhook.id);
-    response::ok(&found.ok_or_else(|| Error::new(Code::WebhookNotFound, "there is no such webhook"))?)
+    response::ok(&found.ok_or_else(|| Error::new(Code::WebhookNotFound, "this webhook does not exist"))?)
 }
 
-/// Removes an endpoint; what waits for it is not sent.
+/// Removes an endpoint; its pending deliveries are not sent.
 #[utoipa::path(delete, path = "/v1/webhooks/{id}", operation_id = "webhook_remove", tag = "webhooks", params(WebhookPath),
     responses((status = 200, body = WebhookInfo)))]
 async fn remove(
@@ -94,7 +94,7 @@ async fn remove(
     response::ok(&operations::act(&app, context, async move { owner.nido().await?.webhook_remove(&webhook.id) }).await?)
 }
 
-/// An endpoint's newest deliveries, the oldest of them first.
+/// Lists an endpoint's newest deliveries, the oldest of them first.
 #[utoipa::path(get, path = "/v1/webhooks/{id}/deliveries", operation_id = "webhook_deliveries", tag = "webhooks",
     params(WebhookPath), responses((status = 200, body = DeliveryList)))]
 async fn deliveries(
@@ -105,7 +105,7 @@ async fn deliveries(
     response::ok(&app.nido().await?.webhook_deliveries(Some(&webhook.id))?)
 }
 
-/// Sends an endpoint one test message, and tells how it fared.
+/// Sends an endpoint a test message, and reports the result.
 #[utoipa::path(post, path = "/v1/webhooks/{id}/test", operation_id = "webhook_test", tag = "webhooks", params(WebhookPath),
     responses((status = 200, body = WebhookTest)))]
 async fn test(

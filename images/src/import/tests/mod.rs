@@ -115,7 +115,7 @@ fn another_agent_is_replaced_and_what_was_saved_with_it_is_dropped() {
     let other = super::OwnAgent { binary: b"a newer agent", sha256: &crate::digest::sha256(b"newer"), ..AGENT };
     let arrived = import_into(other, to.home(), &from.archive(), &ImportOptions::default()).unwrap();
     assert_eq!(arrived.notes, [ImportNote::AgentReplaced, ImportNote::BakesDropped(1)]);
-    assert!(arrived.notes[1].to_string().starts_with("1 saved guest was left out"));
+    assert!(arrived.notes[1].to_string().starts_with("1 warm image was left out"));
     let manifest = Store::new(to.home()).verify("sandbox").unwrap();
     assert_eq!((&manifest, to.blobs()), (&arrived.manifest, 5));
     assert_eq!(manifest.agent.sha256, other.sha256);

@@ -111,11 +111,11 @@ impl HostRefusal {
                 "its file system is mounted read-only: remount it, or choose another home with --home or NIDO_HOME"
             }
             (Self::ReadOnly, Subject::Copy) => "its file system is mounted read-only: remount it, or copy elsewhere",
-            (Self::AddressInUse, _) => "choose another port or socket, or end what uses this one",
+            (Self::AddressInUse, _) => "choose another port or socket, or end the process that uses this one",
             (Self::DiskFull, Subject::Home) => {
                 "free some space on the disk that holds nido's home, or use another with --home"
             }
-            (Self::DiskFull, Subject::Copy) => "free some space; nothing was left half-written",
+            (Self::DiskFull, Subject::Copy) => "free some space; no incomplete file remains",
             (Self::OpenFiles, _) => "raise the limit of open files (ulimit -n), or close what is not needed",
             (Self::Resources, _) => "free some memory, or raise the limits of this user (ulimit -a)",
             (Self::NotFound, _) => "check the path",
@@ -124,7 +124,7 @@ impl HostRefusal {
                 "check each component of the path and its length; --home or NIDO_HOME choose another home"
             }
             (Self::Path, Subject::Copy) => "check each component of the path, and whether it is a directory",
-            (Self::Other, _) => "dmesg may tell more about the device or file system",
+            (Self::Other, _) => "dmesg may report more about the device or file system",
             (Self::Defect, _) => return None,
         })
     }

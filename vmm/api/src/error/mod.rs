@@ -91,8 +91,8 @@ impl Error {
         &self.message
     }
 
-    /// The hint, for who is not at the command line: one that is a command or a flag of it is none for them, and would lead past the
-    /// questions and the limits of the front end that they use.
+    /// The hint for clients of the servers, without those that name a command or flag of the command line, which would lead past the
+    /// confirmations and limits of the front end that they use.
     #[must_use]
     pub fn remote_hint(&self) -> Option<&str> {
         self.hint_text().filter(|hint| !is_of_command_line(hint))
@@ -145,24 +145,24 @@ impl From<Problem> for Error {
     }
 }
 
-/// A failure as JSON: RFC 9457 with `code`, `hint` and `log_tail` as extension members.
+/// An error as JSON: RFC 9457 with `code`, `hint` and `log_tail` as extension members.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Problem {
-    /// A URN made of the code.
+    /// A URN made from the code.
     pub r#type: String,
-    /// A few words that are the same for every occurrence.
+    /// A summary that is the same for every occurrence.
     pub title: String,
     /// HTTP status.
     pub status: u16,
     /// One sentence about this occurrence.
     pub detail: String,
-    /// The stable slug.
+    /// The stable error code.
     pub code: String,
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub hint: Option<String>,
-    /// Last lines of the log that tells why.
+    /// The last lines of the log that shows the cause.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub log_tail: Vec<String>,
 }
@@ -202,17 +202,17 @@ mod tests {
             "nido stop web, or: nido delete --force web",
             "leave --disk out, or ask for more",
             "use another with --home",
-            "nido forward ls web shows those there are",
+            "list them with nido forward ls web",
             "choose another with --port",
         ] {
             assert!(!remote(hint), "{hint}");
         }
         for hint in [
-            "Authorization: Bearer TOKEN; nido token create makes one",
+            "send Authorization: Bearer TOKEN; create one with nido token create",
             "ask the user to run: nido approve apr_1",
-            "--allow-host NAME makes it",
+            "start it with --allow-host NAME to accept them",
             "choose another name",
-            "nido token create without --only makes one for the REST API",
+            "create one for the REST API with nido token create, without --only",
         ] {
             assert!(remote(hint), "{hint}");
         }

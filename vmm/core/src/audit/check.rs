@@ -2,7 +2,7 @@
 //!
 //! Invariant: of lines that nido wrote, in the order in which it wrote them and from a file's first line on, nothing is
 //! wrong; where one was altered, removed, inserted or moved, the first line at which that shows is named. A missing tail
-//! does not show, nor a log that was written anew altogether: for that there are checkpoints.
+//! does not show, nor a log that was replaced as a whole: checkpoints detect that.
 
 use nido_api::{AuditCheckpoint, AuditHead, AuditTrouble, AuditVerdict, hex};
 use sha2::{Digest as _, Sha256};
@@ -81,7 +81,7 @@ impl<'a> Check<'a> {
 
     /// Whether this line may stand here.
     fn follow(&mut self, text: &[u8], whole: bool) -> Result<Line, String> {
-        let line = Line::parse(text).filter(|_| whole).ok_or("it was altered: nido writes no such line")?;
+        let line = Line::parse(text).filter(|_| whole).ok_or("it was altered: not a line that nido writes")?;
         let seq = line.record.seq;
         let (before, chain) = match &self.before {
             Some(before) => before.clone(),
@@ -89,13 +89,10 @@ impl<'a> Check<'a> {
         };
         if seq != before + 1 {
             let what = if seq > before + 1 { "lines before it were removed" } else { "it was inserted or repeated" };
-            return Err(format!(
-                "it has the number {seq} where {} is due: {what}, or the order was changed",
-                before + 1
-            ));
+            return Err(format!("it has the number {seq} instead of {}: {what}, or the order was changed", before + 1));
         }
         if !line.follows(&chain) {
-            return Err("it, or the chain of the line before, was altered: the two do not fit together".into());
+            return Err("it, or the chain of the previous line, was altered: the two do not match".into());
         }
         Ok(line)
     }
@@ -148,14 +145,14 @@ impl<'a> Check<'a> {
     /// What the log and the store disagree about.
     fn is_missing(&self) -> Option<String> {
         if self.known_differs {
-            return Some("the line that the store knows is not the one that is there: the log was written anew".into());
+            return Some("the last line differs from the one in the store: the log was replaced".into());
         }
         let (known, _) = self.known.as_ref()?;
         let last = self.verdict.last_seq.unwrap_or(0);
         // Rotation drops lines only at the beginning.
         (*known > last).then(|| match last {
             0 => format!("the log is empty, but {known} lines were written: it was emptied or removed"),
-            _ => format!("the log ends with line {last}, but line {known} was written: its tail was cut off"),
+            _ => format!("the log ends with line {last}, but line {known} was written: it was truncated"),
         })
     }
 
@@ -165,18 +162,16 @@ impl<'a> Check<'a> {
         let last = self.verdict.last_seq.unwrap_or(0);
         match &self.at_checkpoint {
             Some(chain) if *chain != checkpoint.chain => {
-                Some(format!("line {wanted} is not the one that was signed: the log was written anew"))
+                Some(format!("line {wanted} is not the one that was signed: the log was replaced"))
             }
             Some(_) if self.at_head.as_ref().is_some_and(|hash| *hash != checkpoint.head.sha256) => {
-                Some(format!("line {} is not the one that was signed: the log was written anew", checkpoint.head.seq))
+                Some(format!("line {} is not the one that was signed: the log was replaced", checkpoint.head.seq))
             }
             Some(_) => None,
             None if last < wanted => {
-                Some(format!("the log ends with line {last}, but line {wanted} was signed: its tail was cut off"))
+                Some(format!("the log ends with line {last}, but line {wanted} was signed: it was truncated"))
             }
-            None => {
-                Some(format!("line {wanted}, which was signed, is not kept any more: nothing can be said about it"))
-            }
+            None => Some(format!("line {wanted}, which was signed, is no longer kept: it cannot be verified")),
         }
     }
 }
@@ -194,7 +189,7 @@ fn first(
     let params: Option<serde_json::Value> = serde_json::from_slice(&line.record.params).ok();
     let previous = params.as_ref().and_then(|params| params.get("previous")?.as_str());
     let Some(previous) = previous.filter(|_| line.record.tool == ROTATE.as_bytes()) else {
-        return Err(format!("it has the number {seq} and begins no file: lines before it were removed"));
+        return Err(format!("it has the number {seq} but is not the first of a file: lines before it were removed"));
     };
     if against.is_some_and(|checkpoint| checkpoint.seq == seq - 1) {
         *at_checkpoint = Some(previous.to_owned());

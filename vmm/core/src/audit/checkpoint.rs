@@ -1,6 +1,6 @@
 //! Checkpoints: the last line's number and chain, signed with Ed25519, to be kept elsewhere.
 //!
-//! The key is made on first use and lies beside the log, so whoever owns the log can sign anything. What a checkpoint
+//! The key is created on first use and stored next to the log, so the owner of the log can sign anything. What a checkpoint
 //! proves it proves because it was handed out before, and because its key was known before.
 
 use std::fs::OpenOptions;
@@ -47,7 +47,7 @@ impl Key {
     fn read(document: &[u8]) -> Result<Self> {
         Ed25519KeyPair::from_pkcs8(document).map(Self).map_err(|e| {
             Error::internal(format!("{KEY} holds no key: {e}"))
-                .hint("move it away; another is made, and must be made known")
+                .hint("move it away; nido creates another, whose public key you must distribute")
         })
     }
 
@@ -89,7 +89,7 @@ impl Log {
             }
             (verdict, _) => Err(verdict.error().unwrap_or_else(|| {
                 Error::new(Code::PathNotFound, "there is no line in the audit log yet")
-                    .hint("it begins with the first exec or delete")
+                    .hint("the first exec or delete writes one")
             })),
         }
     }
@@ -111,9 +111,9 @@ fn make(directory: &Path, path: &Path) -> io::Result<Vec<u8>> {
 /// # Errors
 /// `audit_broken`.
 pub fn check_signature(checkpoint: &AuditCheckpoint) -> Result<()> {
-    let refuse = |why| Err(Error::new(Code::AuditBroken, why).hint("take the checkpoint as it was printed"));
+    let refuse = |why| Err(Error::new(Code::AuditBroken, why).hint("use the checkpoint exactly as it was printed"));
     if checkpoint.format != FORMAT {
-        return refuse("the checkpoint has a format that this nido does not know");
+        return refuse("this nido does not support the checkpoint's format");
     }
     let (key, signature) = (hex::decode(&checkpoint.public_key), hex::decode(&checkpoint.signature));
     match UnparsedPublicKey::new(&ED25519, key).verify(checkpoint.statement().as_bytes(), &signature) {
@@ -135,7 +135,8 @@ pub fn read(path: &Path) -> Result<AuditCheckpoint> {
     let mut text = Vec::new();
     std::fs::File::open(path).map_err(broken)?.take(MAX_BYTES).read_to_end(&mut text).map_err(broken)?;
     serde_json::from_slice(&text).map_err(|e| {
-        Error::new(Code::SpecInvalid, format!("{shown} is no checkpoint: {e}")).hint("nido audit checkpoint makes one")
+        Error::new(Code::SpecInvalid, format!("{shown} is not a checkpoint: {e}"))
+            .hint("create one with nido audit checkpoint")
     })
 }
 
@@ -146,8 +147,7 @@ pub fn read(path: &Path) -> Result<AuditCheckpoint> {
 pub fn write(checkpoint: &AuditCheckpoint, path: &Path) -> Result<()> {
     let shown = path.display();
     let broken = |e: io::Error| match e.kind() {
-        ErrorKind::AlreadyExists => Error::new(Code::PathExists, format!("{shown} exists"))
-            .hint("name another file: old checkpoints are worth keeping"),
+        ErrorKind::AlreadyExists => Error::new(Code::PathExists, format!("{shown} exists")).hint("choose another file"),
         _ => Error::io(format!("cannot write {shown}"), e),
     };
     let text = serde_json::to_string_pretty(checkpoint).map_err(|e| Error::internal(e.to_string()))? + "\n";

@@ -22,7 +22,7 @@ pub const NO_CHAIN: &str = "0000000000000000000000000000000000000000000000000000
 
 const CHAIN_KEY: &str = " chain='";
 
-/// What is written down. Values are bytes: whoever altered a file was not bound to UTF-8.
+/// A recorded line. Values are bytes, because an altered file need not be UTF-8.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     /// When, to the second.

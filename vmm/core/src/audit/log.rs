@@ -1,13 +1,13 @@
 //! The audit log's files: appended to, mended, rotated.
 //!
 //! ```text
-//!  mcp-audit.log      the newest lines; whoever writes holds mcp-audit.lock
+//!  mcp-audit.log      the newest lines; the writer holds mcp-audit.lock
 //!  mcp-audit.log.1    what came before, up to .63; never written again
 //! ```
 //! and the same of `mcp-audit-reads.log`, up to `.3`: a chain of its own, for what changes nothing. However much is read, what was done
 //! stays.
 //!
-//! Invariants: whoever is killed at whatever instant leaves whole lines and at most one begun line at the very end, which the
+//! Invariants: a writer that is killed at any instant leaves complete lines and at most one partial line at the end, which the
 //! next writer takes away; a line that was waited for is on the disk, and so is every line before it. The first line of
 //! a file that is not the first one says which chain it follows, so it can be checked when its predecessors are gone.
 
@@ -112,11 +112,11 @@ impl Log {
         written.map_err(|e| failed(self.file(0).display(), e))
     }
 
-    /// Does something while nobody writes.
+    /// Runs something while no process writes.
     pub(super) fn locked<T>(&self, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let lock = self.directory.join(self.name).with_extension("lock");
         let held = Held::take_blocking(&lock, Instant::now() + LOCK_LIMIT)?;
-        let _held = held.ok_or_else(|| io::Error::new(ErrorKind::TimedOut, "another process does not let go of it"))?;
+        let _held = held.ok_or_else(|| io::Error::new(ErrorKind::TimedOut, "another process keeps it locked"))?;
         act()
     }
 
@@ -126,7 +126,7 @@ impl Log {
         if meta.uid() != rustix::process::geteuid().as_raw() || meta.mode() & 0o022 != 0 {
             return Err(io::Error::new(
                 ErrorKind::PermissionDenied,
-                "the directory is not, or not only, ours to write to",
+                "the directory belongs to another user, or others can write to it",
             ));
         }
         Ok(())
@@ -217,7 +217,7 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).append(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)
 }
 
-/// The first line of a file that goes on after another.
+/// The first line of a file that continues another one.
 fn opening(next: &Record, last: &Last) -> Record {
     Record {
         agent: Vec::new(),

@@ -1,4 +1,4 @@
-//! The audit log: who asked nido for what, what became of it, in lines that hang together.
+//! The audit log: callers, operations and results, in lines that form a hash chain.
 //!
 //! ```text
 //!  face -- audit_begin --> attempt, on the disk --> the act --> outcome, on the disk
@@ -220,6 +220,6 @@ fn word(text: &str) -> Vec<u8> {
 /// The audit log cannot be used, and so nothing is done.
 fn failed(what: impl std::fmt::Display, source: std::io::Error) -> Error {
     Error::new(Code::AuditFailed, format!("the audit log cannot be written: {what}: {source}"))
-        .hint("nothing that has to be audited is done without it; make it writable again, then try again")
+        .hint("operations that must be audited are refused without it; make it writable, then try again")
         .because(source)
 }

@@ -15,10 +15,10 @@ use crate::audit::line::Place;
 pub struct Files(Vec<(String, File, u64)>);
 
 impl Log {
-    /// Opens all there is. Writers do not wait for whoever reads: files only grow, and a rename changes no open file.
+    /// Opens all there is. Writers do not wait for readers: files only grow, and a rename changes no open file.
     ///
     /// # Errors
-    /// A file cannot be opened. That there is none is no error.
+    /// A file cannot be opened. A missing file is no error.
     pub fn open_all(&self) -> io::Result<Files> {
         if !self.directory().try_exists()? {
             return Ok(Files(Vec::new()));

@@ -4,7 +4,7 @@
 //!  params/SHA256.json      named by its content; the line has the hash in `cut`
 //! ```
 //!
-//! Invariants: the file is on the disk before the line that names it; whoever is killed leaves whole files and temporary ones, which the
+//! Invariants: the file is on the disk before the line that names it; a killed process leaves complete files and temporary ones, which the
 //! next writer removes; all of them together are at most [`ALL_MAX`] bytes, the oldest go first. Their hashes, and both ends of
 //! every argument, stay in the lines.
 

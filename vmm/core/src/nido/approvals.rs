@@ -53,7 +53,7 @@ impl Nido {
         let found = self.store().approval(id)?;
         found.map(|row| row.approval).ok_or_else(|| {
             Error::new(Code::ApprovalNotFound, format!("there is no approval '{}'", id.escape_debug()))
-                .hint("nido approvals shows those there are")
+                .hint("list them with nido approvals")
         })
     }
 
@@ -65,7 +65,7 @@ impl Nido {
         self.decide(id, by, true)
     }
 
-    /// A person says no, or takes back a yes that was not used yet.
+    /// A person denies an operation, or revokes an approval that was not used yet.
     ///
     /// # Errors
     /// `approval_not_found`; `approval_ended` if it was used, or its time is over.
@@ -80,15 +80,16 @@ impl Nido {
         if decided || now.state == wanted {
             return Ok(now);
         }
-        let error = Error::new(Code::ApprovalEnded, format!("approval {id} is over: {}", how_it_ended(now.state)));
-        Err(error.hint("let whoever asked for it ask again"))
+        let error =
+            Error::new(Code::ApprovalEnded, format!("approval {id} is no longer valid: {}", how_it_ended(now.state)));
+        Err(error.hint("the program must request the operation again"))
     }
 
     /// Uses an approval up for exactly what it was given for. Where this fails the operation must not be done; where it
     /// succeeds, nothing else can be done with it.
     ///
     /// # Errors
-    /// `approval_required` if there is none, or none any more; `denied` if a person said no, or it is for something else.
+    /// `approval_required` if there is no valid one; `denied` if a person denied it, or it is for another operation.
     pub fn approval_use(&self, id: &str, ask: &Ask) -> Result<()> {
         if self.store().use_approval(id, ask)? {
             return Ok(());
@@ -102,13 +103,13 @@ fn how_it_ended(state: ApprovalState) -> &'static str {
     match state {
         ApprovalState::Denied => "it was denied",
         ApprovalState::Used => "it was used",
-        ApprovalState::Expired | ApprovalState::Pending | ApprovalState::Approved => "its time ran out",
+        ApprovalState::Expired | ApprovalState::Pending | ApprovalState::Approved => "it expired",
     }
 }
 
-/// Why an approval cannot be used. Pure. What is bound comes first: how the approval of another stands is nobody's business.
+/// Why an approval cannot be used. Pure. Checks what it is bound to first, so that a caller learns nothing about approvals of other callers.
 fn why_not(id: &str, row: Option<&ApprovalRow>, ask: &Ask) -> Error {
-    let again = "ask again without approval_id";
+    let again = "request it again without approval_id";
     let Some(ApprovalRow { approval, digest }) = row else {
         let words = format!("there is no approval '{}'", id.escape_debug());
         return Error::new(Code::ApprovalRequired, words).hint(again);
@@ -125,11 +126,10 @@ fn why_not(id: &str, row: Option<&ApprovalRow>, ask: &Ask) -> Error {
     match approval.state {
         ApprovalState::Denied => Error::new(Code::Denied, format!("the user denied this ({id})"))
             .hint("do not try again; ask the user what to do instead"),
-        ApprovalState::Pending => Error::new(Code::ApprovalRequired, format!("approval {id} was not given yet"))
+        ApprovalState::Pending => Error::new(Code::ApprovalRequired, format!("approval {id} is pending"))
             .hint(format!("ask the user to run: nido approve {id}")),
-        over => {
-            Error::new(Code::ApprovalRequired, format!("approval {id} is over: {}", how_it_ended(over))).hint(again)
-        }
+        over => Error::new(Code::ApprovalRequired, format!("approval {id} is no longer valid: {}", how_it_ended(over)))
+            .hint(again),
     }
 }
 
@@ -168,7 +168,7 @@ mod tests {
         };
         assert_eq!(refused("apr_none", &ask()).0, Code::ApprovalRequired);
         let (code, words) = refused(&asked.id, &ask());
-        assert!(code == Code::ApprovalRequired && words.contains("not given yet"), "{words}");
+        assert!(code == Code::ApprovalRequired && words.contains("is pending"), "{words}");
         nido.approve(&asked.id, "uid:0").unwrap();
         for (other, what) in [
             (Ask { vm_id: "2".into(), ..ask() }, "another VM"),

@@ -27,7 +27,7 @@ impl Nido {
     /// The log of what is done. Where it is, is written into the home before anything is written there.
     fn audit_log(&self) -> Result<Log> {
         let place = self.home().keep_audit_place();
-        let place = place.map_err(|e| Error::io("cannot write down where the audit log is", e))?;
+        let place = place.map_err(|e| Error::io("cannot record the path of the audit log", e))?;
         Ok(Log::at(place))
     }
 
@@ -40,7 +40,7 @@ impl Nido {
     /// The store knows a line, so that a log that was emptied is noticed.
     fn audit_written(&self, last: &Last) {
         if let Err(error) = self.store().audit_head_written(ACTS, last.seq, &last.chain) {
-            tracing::warn!("the store does not know how far the audit log is: {error}");
+            tracing::warn!("cannot record the last line of the audit log: {error}");
         }
     }
 
@@ -213,7 +213,7 @@ impl From<Line> for AuditRecord {
     }
 }
 
-/// Bytes as text; those that are none as `\xNN`.
+/// Bytes as text; those that are not UTF-8 as `\xNN`.
 fn shown(bytes: &[u8]) -> String {
     bytes.utf8_chunks().fold(String::new(), |text, chunk| {
         let invalid: String = chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}")).collect();

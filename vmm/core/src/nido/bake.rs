@@ -1,7 +1,7 @@
 //! Baking: a template's guest is booted once and saved, so that VMs can be forked from it; and the choice between a
 //! fork and a boot at each start.
 //!
-//! A bake is made by a VM like any other, under a name of its own, which saves itself when it is ready and vanishes.
+//! A bake is created by an ordinary VM with a generated name, which is saved when it is ready, and deleted.
 //! Invariant: a template's manifest names a bake only when all its parts are in the store.
 
 use std::time::Instant;
@@ -22,14 +22,14 @@ use nido_supervisor::control::{Answer, Request};
 use super::Nido;
 use super::create::machine_request;
 
-/// How soon a VM that is to be baked goes away when nobody waits for it any more.
+/// How soon a VM that is to be saved ends when no process waits for it any more.
 pub(super) const FORSAKEN_MS: u64 = 3000;
 
 impl Nido {
     /// Bakes a template for one kind of machine. A bake for the same kind is replaced.
     ///
     /// # Errors
-    /// `template_not_found`, those of a start, `vm_busy` if the template was built anew meanwhile.
+    /// `template_not_found`, those of a start, `vm_busy` if the template was built again meanwhile.
     pub async fn template_bake(
         &self,
         name: &TemplateName,
@@ -113,17 +113,17 @@ impl Nido {
         };
         match outcome {
             Ok(Answer::Baked { bake }) => Ok(*bake),
-            Ok(_) => Err(Error::internal("a VM was there to be baked, and was not")),
+            Ok(_) => Err(Error::internal("a VM was created for a warm image, but was not saved")),
             Err(error) => {
                 if let Err(left) = self.delete_id(&row.id).await {
-                    tracing::warn!("VM {} could not be removed: {left}", row.spec.name);
+                    tracing::warn!("VM {} could not be deleted: {left}", row.spec.name);
                 }
                 Err(error)
             }
         }
     }
 
-    /// How a VM that is about to start comes to life, and what its disk stands on. The machine is told why.
+    /// How a VM starts, and the backing layers of its disk. Adds the reason to the machine's.
     pub(super) fn origin(
         &self,
         row: &VmRow,
@@ -137,28 +137,28 @@ impl Nido {
         }
         let refused = |why: &str| {
             Error::new(Code::TemplateMismatch, format!("VM '{}' cannot be forked: {why}", row.spec.name))
-                .hint(format!("nido template bake {} --help; without --fork it boots", row.spec.template))
+                .hint(format!("see nido template bake {} --help, or start it without --fork", row.spec.template))
         };
         if super::create::has_disk(&self.vm_dir(&row.id)) {
             machine.reason.push_str("; booted because its disk has been in use");
             return if path == PathChoice::Fork { Err(refused("its disk has been in use")) } else { Ok(boot(row)) };
         }
         if path == PathChoice::Cold {
-            machine.reason.push_str("; booted as asked");
+            machine.reason.push_str("; booted as requested");
             return Ok((Origin::Boot, Vec::new()));
         }
         match self.fitting_bake(row, machine, (host, qemu)) {
             Ok(bake) => {
-                machine.reason.push_str("; forked from a bake of the template");
+                machine.reason.push_str("; forked from a warm image of the template");
                 Ok((Origin::Fork(saved(&bake)), vec![frozen(&bake)]))
             }
             Err(unfit) if path == PathChoice::Fork => Err(refused(unfit.why())),
             Err(unfit) => {
                 machine.reason.push_str(&format!("; booted because {}", unfit.why()));
                 if let Unfit::Mismatch(why) = &unfit {
-                    let mend = format!("nido template bake {}", row.spec.template);
+                    let fix = format!("nido template bake {}", row.spec.template);
                     machine.warnings.push(format!(
-                        "booted instead of forked: the template's bake cannot be used, {why}; mend it with: {mend}"
+                        "booted instead of forked: the template's warm image cannot be used, {why}; fix it with: {fix}"
                     ));
                 }
                 Ok((Origin::Boot, Vec::new()))
@@ -172,7 +172,7 @@ impl Nido {
         machine: &Machine,
         (host, qemu): (&HostFacts, &QemuFacts),
     ) -> Result<Bake, Unfit> {
-        let changed = || Unfit::Missing("the template has changed since the VM was made".into());
+        let changed = || Unfit::Missing("the template has changed since the VM was created".into());
         let manifest = self.manifest(&row.spec.template).map_err(|_| changed())?;
         if !same_parts(&manifest, row) {
             return Err(changed());
@@ -219,7 +219,7 @@ fn bake_spec(template: &TemplateName, request: &BakeRequest) -> Result<VmSpec> {
     })
 }
 
-/// A bake as it is told.
+/// A bake as the API describes it.
 pub(super) fn bake_info(bake: &Bake) -> BakeInfo {
     BakeInfo {
         created_at: moment::in_ms(bake.created_at),

@@ -24,7 +24,7 @@ impl BegunVm {
 }
 
 impl Nido {
-    /// Removes the VM that was begun, whatever its state; nothing happens if there is none, or it is gone.
+    /// Deletes the VM that was begun, in any state; does nothing if there was none, or it is deleted already.
     ///
     /// # Errors
     /// Those of [`Nido::delete`].

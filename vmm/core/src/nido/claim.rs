@@ -1,7 +1,7 @@
 //! Taking a clone that waits in a pool, instead of making a VM.
 //!
-//! The clone's supervisor makes it somebody's, in one step in the store: so there is no moment in which it is claimed and
-//! nobody looks after it, and whoever claims may die at any point.
+//! The clone's supervisor assigns it to the caller, in one transaction: so there is no moment in which it is claimed and
+//! not supervised, and the claiming command may be killed at any point.
 //!
 //! Invariant: a pool is never the reason for an error. What cannot be claimed is forked, and the machine's reason says
 //! which of the two it was.
@@ -33,7 +33,7 @@ enum Asked {
     Ready,
     /// It waits no longer, or its supervisor is gone.
     Lost,
-    /// It was ours, and could not go on.
+    /// It was ours, and could not be resumed.
     Broken(Error),
 }
 
@@ -53,7 +53,7 @@ impl Nido {
         if start.path == PathChoice::Cold || !self.store().has_waiting_clones()? {
             return Ok(None);
         }
-        // What is wrong with the request, whoever makes a VM of it says.
+        // Errors in the request are reported by the code that creates a VM for it.
         let Ok((memory, mut order)) = self.claim_order(spec, start, grant).await else { return Ok(None) };
         let mut tried = Vec::new();
         loop {
@@ -73,7 +73,7 @@ impl Nido {
                 }
                 Asked::Lost => tried.push(id),
                 Asked::Broken(error) => {
-                    tracing::warn!("a clone of the pool could not go on: {error}");
+                    tracing::warn!("a clone of the pool could not be resumed: {error}");
                     self.delete_id(&id).await?;
                     return Ok(None);
                 }
@@ -95,7 +95,7 @@ impl Nido {
         let order = ClaimOrder {
             spec: spec.clone(),
             disk_bytes,
-            reason: format!("{}; claimed from the pool", machine.reason),
+            reason: format!("{}; taken from the pool", machine.reason),
             warnings: machine.warnings,
             asked_ms_ago: 0.0,
             ready_within_ms: start.timeout_ms,
@@ -113,7 +113,7 @@ impl Nido {
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Asked> {
         let mut line = serde_json::to_vec(&Request::Claim(Box::new(order.clone())))
-            .map_err(|e| Error::internal(format!("cannot ask the supervisor: {e}")))?;
+            .map_err(|e| Error::internal(format!("cannot send a command to the supervisor: {e}")))?;
         line.push(b'\n');
         let Ok(sockets) = self.vm_dir(id).sockets() else { return Ok(Asked::Lost) };
         let Ok(mut connection) = UnixStream::connect(sockets.path(CONTROL_SOCKET)).await else {
@@ -129,12 +129,12 @@ impl Nido {
                 let error = Error::from(problem);
                 return match error.code() {
                     // Another clone, or a fork, would meet the same. A supervisor of an older nido that cannot read the
-                    // request says that it is invalid: that is for whoever makes a VM of it to say.
+                    // request is invalid: the code that creates a VM for it reports that.
                     Code::VmExists | Code::PortInUse | Code::Denied | Code::LimitExceeded => Err(error),
                     _ => Ok(Asked::Lost),
                 };
             }
-            // It is slow, or died. Whether the clone is ours is decided in the store: once the attempt is given up there,
+            // It is slow, or was killed. The store decides whether the clone is ours: once the attempt is given up there,
             // the supervisor cannot carry it out any more.
             _ => {
                 if self.store().give_up_claim(&order.ticket, jiff::Timestamp::now())?.is_none() {
@@ -150,12 +150,14 @@ impl Nido {
                 Ok(Some(Answer::Done)) => return Ok(Asked::Ready),
                 Ok(Some(Answer::Failed { problem })) => return Ok(Asked::Broken(problem.into())),
                 Ok(Some(other)) => {
-                    return Ok(Asked::Broken(Error::internal(format!("the supervisor answered {other:?}"))));
+                    return Ok(Asked::Broken(Error::internal(format!(
+                        "unexpected reply of the supervisor: {other:?}"
+                    ))));
                 }
                 Ok(None) | Err(_) => break,
             }
         }
-        // Its supervisor died. The next one brings it to its end.
+        // Its supervisor was killed. The next one completes the start.
         self.await_claimed(id, progress).await
     }
 

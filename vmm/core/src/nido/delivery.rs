@@ -20,7 +20,7 @@ use crate::webhook::{Answer, Failed, RETRY_AFTER_MAX_MS, Sender, Verdict, next_a
 
 /// How many messages one endpoint is sent at the same time, each of another lane.
 const AT_ONCE: usize = 8;
-/// How often old deliveries are forgotten, in results.
+/// How often old deliveries are deleted, in results.
 const PRUNED_EVERY: usize = 500;
 /// How often a result is written again that could not be, a second apart.
 const WRITES_MAX: u32 = 60;
@@ -162,7 +162,7 @@ impl Desk {
             if tries == WRITES_MAX {
                 return Err(error);
             }
-            tracing::warn!("what came of deliveries cannot be written down yet: {error}");
+            tracing::warn!("results of deliveries cannot be stored yet: {error}");
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
         self.settled += attempts.len();
@@ -180,7 +180,7 @@ fn judge(flight: &Flight, answer: Answer, now_ms: i64) -> Attempt {
     let outcome = match answer.verdict {
         Verdict::Delivered => Outcome::Delivered,
         Verdict::Gone => {
-            let why = "the endpoint answered 410: it is gone".to_owned();
+            let why = "the endpoint responded 410 Gone".to_owned();
             tracing::warn!("webhook {} is disabled: {why}", flight.webhook_id);
             Outcome::Gone { why }
         }
@@ -193,7 +193,7 @@ fn judge(flight: &Flight, answer: Answer, now_ms: i64) -> Attempt {
                     Outcome::Again { at_ms, rests_until_ms: asked.map(|ms| now_ms.saturating_add(ms)), why }
                 }
                 None => {
-                    tracing::warn!("delivery {id} is given up after {attempts} attempts: {why}");
+                    tracing::warn!("delivery {id} failed permanently after {attempts} attempts: {why}");
                     Outcome::Failed { why }
                 }
             }
@@ -202,7 +202,7 @@ fn judge(flight: &Flight, answer: Answer, now_ms: i64) -> Attempt {
     Attempt { id, attempts, status: answer.status, outcome }
 }
 
-/// A random number from 0 to 1; the middle where there are none.
+/// A random number from 0 to 1; 0.5 without a source of random numbers.
 fn chance() -> f64 {
     random::bytes().map_or(0.5, |bytes| f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX))
 }

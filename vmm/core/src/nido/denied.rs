@@ -16,7 +16,7 @@ pub(super) fn denied(row: &VmRow, done: &str, why: &str) -> Error {
     match row.state {
         VmState::Created | VmState::Stopped | VmState::Failed => error.hint(format!("nido start {name}")),
         VmState::Paused if row.cause == Some(StateCause::DiskFull) => error.hint(format!(
-            "free some space on the disk that holds nido's home; it resumes by itself then, or: nido resume {name}"
+            "free some space on the disk that holds nido's home; it then resumes automatically, or: nido resume {name}"
         )),
         VmState::Paused => error.hint(format!("nido resume {name}")),
         VmState::Starting | VmState::Stopping | VmState::Running | VmState::Unknown => error,

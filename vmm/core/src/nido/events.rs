@@ -1,6 +1,6 @@
 //! The events, read: those there are, and those that come.
 //!
-//! Nobody tells a reader that there is something new: whoever writes may be killed before. Instead readers watch the store's
+//! Writers do not notify readers, because a writer may be killed before it could. Instead, readers watch the store's
 //! file, which the kernel does for them, and look by themselves now and then.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,7 +17,7 @@ use super::Nido;
 
 /// How often a reader looks by itself.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// The same where the kernel does not tell of writes.
+/// The same without notifications of the kernel.
 const LOOK_EVERY_UNWATCHED: Duration = Duration::from_secs(1);
 /// When a reader looks again after a write, the last first: what is written counts only a moment later.
 const ECHOES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(20), Duration::from_millis(3)];
@@ -25,7 +25,7 @@ const ECHOES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis
 const PAGE: usize = 1000;
 
 impl Nido {
-    /// The events behind a cursor, the oldest first; at most a thousand of them. The answer's cursor is where to go on.
+    /// The events behind a cursor, the oldest first; at most a thousand of them. Continue after the cursor of the result.
     ///
     /// # Errors
     /// `cursor_expired` if events behind the cursor are not kept any more, or the cursor is ahead of them all; of the store.
@@ -34,11 +34,10 @@ impl Nido {
         let (oldest, last) = self.event_range()?;
         if request.gap(oldest, last) {
             let since = request.since;
-            let words = format!(
-                "since: events behind the cursor {since} are not kept: those there are go from {oldest} to {last}"
-            );
+            let words =
+                format!("since: events after the cursor {since} are not kept; the store has {oldest} to {last}");
             return Err(Error::new(Code::CursorExpired, words)
-                .hint("events were missed: look at what there is, and go on from 0 or from the answer's cursor"));
+                .hint("events were missed: list the current VMs, then continue from 0 or from a current cursor"));
         }
         let mut request = request.clone();
         let mut events = Vec::new();
@@ -59,7 +58,7 @@ impl Nido {
         Ok(EventList { events, cursor, oldest })
     }
 
-    /// The same as it stands in the store: for who asks again and again. The same cursor back means that there are no more.
+    /// The same as stored, for callers that poll. The same cursor back means that there are no more.
     ///
     /// # Errors
     /// Of the store.
@@ -89,17 +88,17 @@ impl Nido {
         EventFeed { watch: Watch::new(self), nido: self, request, ready: Vec::new().into_iter() }
     }
 
-    /// What lies in files and whose maker was killed before saying so is announced by whoever looks for events.
+    /// A reader of events also writes the event for a file whose creator was killed before it could do so.
     pub(super) fn announce_found(&self) {
         if let Err(error) = self.template_list() {
-            tracing::warn!("the templates cannot be looked at: {error}");
+            tracing::warn!("cannot read the templates: {error}");
         }
         let rows = self.store().vms().unwrap_or_default();
         for row in rows.iter().filter(|row| row.purpose == nido_store::Purpose::Use) {
             if self.vm_dir(&row.id).file(SNAPSHOTS).exists()
                 && let Err(error) = self.snapshot_list(&row.spec.name)
             {
-                tracing::warn!("the snapshots of VM {} cannot be looked at: {error}", row.spec.name);
+                tracing::warn!("cannot read the snapshots of VM {}: {error}", row.spec.name);
             }
         }
     }
@@ -134,7 +133,7 @@ impl EventFeed<'_> {
     }
 }
 
-/// Waits for writes to the store by anybody. Where the host has no watches left, it looks more often instead.
+/// Waits for writes to the store by any process. If the host has no watches left, it polls.
 #[derive(Debug)]
 pub struct Watch {
     descriptor: Option<AsyncFd<OwnedFd>>,
@@ -151,7 +150,7 @@ impl Watch {
 
     fn with(descriptor: Result<AsyncFd<OwnedFd>>) -> Self {
         let descriptor = descriptor.inspect_err(|error| {
-            tracing::warn!("{error}; it is looked at every {} s instead", LOOK_EVERY_UNWATCHED.as_secs());
+            tracing::warn!("{error}; polling every {} s instead", LOOK_EVERY_UNWATCHED.as_secs());
         });
         Self { descriptor: descriptor.ok(), echoes: 0 }
     }

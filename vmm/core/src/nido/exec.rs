@@ -22,7 +22,7 @@ pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// A running VM's agent, and what says that it is in use.
 pub(super) struct Reached {
     pub guest: Guest,
-    /// With virtio-serial the supervisor sees the use itself; with vsock it is told.
+    /// With virtio-serial the supervisor detects the use itself; with vsock this connection reports it.
     pub lease: Option<UnixStream>,
 }
 
@@ -58,7 +58,7 @@ impl Nido {
         if row.state == VmState::Starting || !row.agent.ready {
             self.ask(&row, &Request::Ready).await?;
             // This very VM, whatever has its name by now.
-            let gone = || Error::new(Code::VmNotFound, format!("VM '{}' is gone", which.name));
+            let gone = || Error::new(Code::VmNotFound, format!("VM '{}' was deleted", which.name));
             row = self.store().vm_by_id(&row.id)?.ok_or_else(gone)?;
         }
         let guest = self.context.guest(&row)?;
@@ -158,7 +158,7 @@ impl ExecControl {
         self.control.signal(signal).await.map_err(|e| guest_error(&self.name, e))
     }
 
-    /// Tells it the terminal's new size.
+    /// Sends the terminal's new size.
     ///
     /// # Errors
     /// As [`ExecControl::stdin`].

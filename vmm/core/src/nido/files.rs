@@ -99,7 +99,7 @@ impl Nido {
     }
 }
 
-/// How many bytes there are to be read; nobody knows of what is no file.
+/// How many bytes there are to be read; unknown unless it is a file.
 fn left(mut file: &File) -> Option<u64> {
     let all = file.metadata().ok().filter(Metadata::is_file)?.len();
     Some(all.saturating_sub(file.stream_position().ok()?))

@@ -1,7 +1,7 @@
-//! Copies of a running VM, which runs on.
+//! Copies of a running VM, which keeps running.
 //!
 //! ```text
-//!  snapshot of the VM - loaded once, with its memory in a file - baked - each copy goes on from the bake, renewed
+//!  snapshot of the VM - loaded once, with its memory in a file - saved as a warm image - each copy is forked from it
 //! ```
 //!
 //! The snapshot becomes the bake's own and goes with it; the bake's parts stay as long as a copy needs them.
@@ -22,8 +22,8 @@ use super::Nido;
 use super::bake::{FORSAKEN_MS, frozen, saved};
 use super::denied::denied;
 
-/// A snapshot of a running VM that is not among its snapshots: it lies in the directory of a VM of its own, which vanishes
-/// when nobody holds it any more. So nothing stays behind of a command that is killed.
+/// A snapshot of a running VM that is not among its snapshots: it is in the directory of a hidden VM, which is deleted
+/// when no process holds its lock any more. So a killed command leaves nothing.
 pub(super) struct Aside {
     /// The VM that has it.
     pub row: VmRow,
@@ -34,8 +34,8 @@ pub(super) struct Aside {
 }
 
 impl Nido {
-    /// Makes copies of a running VM under new names: the same memory, disk and processes, each renewed. Ports are not
-    /// published for them. Either all copies are ready, or there is none.
+    /// Creates copies of a running VM under new names: the same memory, disk and processes, each with its own identity. Ports are not
+    /// published for them. Either all copies are ready, or none exists.
     ///
     /// # Errors
     /// `vm_not_found`, `vm_not_running`, `vm_exists`, `limit_exceeded` or `denied` by the grant, those of a snapshot and of a start.
@@ -54,7 +54,7 @@ impl Nido {
             return Err(denied(&row, "forked", "it is not running"));
         }
         if copies.is_empty() {
-            return Err(Error::new(Code::SpecInvalid, "no copy is named").hint("nido fork VM NEW..."));
+            return Err(Error::new(Code::SpecInvalid, "the name of a copy is missing").hint("nido fork VM NEW..."));
         }
         for (number, copy) in copies.iter().enumerate() {
             if copies[..number].contains(copy) {
@@ -73,7 +73,7 @@ impl Nido {
         Ok(ForkResult { vm: vm.clone(), copies: forked? })
     }
 
-    /// Makes all copies, or none. They belong to a lease of this operation until all are ready: whoever is killed before, or
+    /// Creates all copies, or none. They belong to a lease of this operation until all are ready: a process that is killed before, or
     /// drops this future, leaves none.
     async fn fork_row(
         &self,
@@ -99,14 +99,14 @@ impl Nido {
             let begun = self.store().vms_made_by(operation.id())?;
             for copy in begun {
                 if let Err(left) = self.delete_id(&copy.id).await {
-                    tracing::warn!("VM {} could not be removed: {left}", copy.spec.name);
+                    tracing::warn!("VM {} could not be deleted: {left}", copy.spec.name);
                 }
             }
         }
         made
     }
 
-    /// Saves a running VM so that others can go on from it.
+    /// Saves a running VM as a warm image.
     async fn bake_running(
         &self,
         source: &VmRow,

@@ -12,7 +12,7 @@ use super::Nido;
 use super::exec::{ANSWER_WITHIN, guest_error};
 
 impl Nido {
-    /// Publishes a port of the guest; the answer has the host port that was taken. A VM at rest publishes it when it
+    /// Publishes a port of the guest; the result has the selected host port. A stopped VM publishes it when it
     /// starts, and needs a port by number.
     ///
     /// # Errors
@@ -24,9 +24,9 @@ impl Nido {
             if spec.host_port == 0 {
                 return Err(Error::new(
                     Code::SpecInvalid,
-                    format!("VM '{name}' is not running, so no free port can be taken for it"),
+                    format!("VM '{name}' is not running, so no free port can be selected"),
                 )
-                .hint("name a port of the host, for example 8080:80"));
+                .hint("specify a port of the host, for example 8080:80"));
             }
             if let Some(taken) = row.forwards.iter().find(|known| known.collides(&spec)) {
                 let words = format!("port {} of {} is published already, as {taken}", spec.host_port, spec.host);
@@ -43,7 +43,7 @@ impl Nido {
                 self.context.refresh_record(&row.id);
                 Ok(forward)
             }
-            other => Err(Error::internal(format!("the supervisor answered {other:?}"))),
+            other => Err(Error::internal(format!("unexpected reply of the supervisor: {other:?}"))),
         }
     }
 
@@ -66,7 +66,7 @@ impl Nido {
         let found: Vec<_> = row.forwards.iter().filter(matches).cloned().collect();
         if found.is_empty() {
             return Err(Error::new(Code::ForwardNotFound, format!("VM '{name}' has no forward {spec}"))
-                .hint(format!("nido forward ls {name} shows those there are")));
+                .hint(format!("list them with nido forward ls {name}")));
         }
         for forward in found {
             if row.state.at_rest() {

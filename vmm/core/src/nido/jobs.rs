@@ -1,12 +1,12 @@
-//! Jobs: work that goes on after its first answer. What a server does in memory, and what is known of it in the store.
+//! Jobs: work that continues after its first response. A server carries it out in memory, and records it in the store.
 //!
 //! ```text
 //!  job_begin --> running --job_end--> done, failed, cancelled
 //!                   |
-//!                   +--- whoever carried it out is gone ---> lost
+//!                   +--- its server was killed ---> lost
 //! ```
 //!
-//! Invariant: a job that says `running` is carried out by a process that lives; who looks settles what is not.
+//! Invariant: a job with the state `running` is carried out by a running process; a reader corrects all others.
 
 use std::sync::PoisonError;
 
@@ -26,7 +26,7 @@ impl Nido {
     /// Begins a job that this process carries out.
     ///
     /// # Errors
-    /// `limit_exceeded` if too many go on.
+    /// `limit_exceeded` if too many are running.
     pub fn job_begin(&self, request: &JobRequest) -> Result<Job> {
         self.settle_jobs()?;
         let holder = self.presence()?;
@@ -52,8 +52,8 @@ impl Nido {
         let length = |value: &Value| value.to_string().len();
         let (outcome, too_long) = match outcome {
             JobOutcome::Done(value) if length(&value) > JOB_RESULT_MAX => {
-                let words = format!("the result has {} bytes; {JOB_RESULT_MAX} can be kept", length(&value));
-                let error = Error::new(Code::LimitExceeded, words).hint("ask for less, or write it to a file");
+                let words = format!("the result has {} bytes; the limit is {JOB_RESULT_MAX}", length(&value));
+                let error = Error::new(Code::LimitExceeded, words).hint("request less, or write it to a file");
                 (JobOutcome::Failed(error.problem()), Err(error))
             }
             kept => (kept, Ok(())),
@@ -80,7 +80,7 @@ impl Nido {
         Ok(JobList { jobs: self.store().jobs(viewer)? })
     }
 
-    /// Asks that a job be cancelled. Whoever carries it out will see it; one that has ended stays as it is.
+    /// Requests cancellation of a job. Its server polls the request; a job that has ended stays as it is.
     ///
     /// # Errors
     /// `job_not_found`.

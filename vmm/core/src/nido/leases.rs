@@ -3,13 +3,13 @@
 //! ```text
 //!  server:      lease_open (a lock, held) --- VMs made with its id --- lease_end, dropped, or killed
 //!  supervisor:  looks every second whether the lock is held; if not, it ends and removes its VM
-//!  command:     settling starts a supervisor that looks, or removes a VM at rest
+//!  command:     reconciliation starts a supervisor that checks it, or deletes a stopped VM
 //! ```
 //!
 //! The VMs of an operation that makes several, or none (`fork`), name a lease of that operation in `made_by`, until one change of
 //! the store keeps them all.
 //!
-//! Invariant: the lock is held before the first row names it. So a VM of a lease that nobody holds is one too many.
+//! Invariant: the lock is held before the first row names it. So a VM whose lease is not held is an orphan.
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::{LeaseId, Limit, VmSpec};
@@ -18,7 +18,7 @@ use nido_store::VmUpdate;
 
 use super::Nido;
 
-/// A session that VMs belong to, until it is dropped or its process dies.
+/// A session that VMs belong to, until it is dropped or its process ends.
 #[derive(Debug)]
 pub struct Lease {
     id: LeaseId,
@@ -47,7 +47,7 @@ impl Nido {
     /// Ends a lease, and destroys its VMs now. All are tried; the first error is the answer.
     ///
     /// # Errors
-    /// `vm_busy`, `timeout` if one could not be ended. Its supervisor goes on trying.
+    /// `vm_busy`, `timeout` if one could not be ended. Its supervisor keeps trying.
     pub async fn lease_end(&self, lease: Lease) -> Result<()> {
         let id = lease.id.clone();
         // First: what is being made meanwhile finds it ended.
@@ -66,14 +66,14 @@ impl Nido {
         ended
     }
 
-    /// A request as it is carried out: what belongs to a session vanishes with it.
+    /// A request as it is carried out: a VM of a session is ephemeral.
     ///
     /// # Errors
     /// `interrupted` if the session is over.
     pub(super) fn leased(&self, mut spec: VmSpec) -> Result<VmSpec> {
         if let Some(lease) = &spec.lease {
             if is_gone(&self.home().present(), lease.as_str()) {
-                let words = format!("the session that wanted VM '{}' is over", spec.name);
+                let words = format!("the session that requested VM '{}' has ended", spec.name);
                 return Err(Error::new(Code::Interrupted, words));
             }
             spec.ephemeral = true;

@@ -22,7 +22,7 @@ use super::begun::BegunVm;
 use super::create::{boot_parts, disk_bytes, machine_request, make_disk};
 use super::denied::denied;
 
-/// How long a start waits for whoever works on the VM at the moment.
+/// How long a start waits for another process that holds the VM's lock.
 pub(super) const LET_GO: Duration = Duration::from_secs(5);
 
 impl Nido {
@@ -82,7 +82,7 @@ impl Nido {
             }
             Err(error) => {
                 if let Err(left) = self.delete_id(&row.id).await {
-                    tracing::warn!("VM {} could not be removed: {left}", row.spec.name);
+                    tracing::warn!("VM {} could not be deleted: {left}", row.spec.name);
                 }
                 Err(error)
             }
@@ -104,7 +104,7 @@ impl Nido {
         self.origin(&row, start.path, &mut machine, (&host, &qemu)).map(drop)
     }
 
-    /// Starts a VM that is at rest.
+    /// Starts a stopped VM.
     ///
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `vm_busy`, `qemu_failed`, `guest_failed`, `agent_unreachable`, `port_in_use` and what the host lacks.
@@ -162,7 +162,7 @@ impl Nido {
         Box::pin(self.launch_from(row, held, start, asked_at, None)).await
     }
 
-    /// The same, where it is decided already what the VM goes on from.
+    /// The same, with a given origin.
     pub(super) async fn launch_from(
         &self,
         row: &VmRow,
@@ -193,7 +193,7 @@ impl Nido {
                     machine.reason.push_str(match origin {
                         Origin::Boot => "; booted",
                         Origin::Fork(_) => "; forked from a running VM",
-                        Origin::Restore { .. } => "; goes on from a snapshot",
+                        Origin::Restore { .. } => "; restored from a snapshot",
                     });
                     (origin.clone(), row.parts.frozen.clone())
                 }
@@ -262,8 +262,8 @@ impl Nido {
     pub async fn stop(&self, vm: impl Into<Which<'_>>, stop: StopRequest) -> Result<VmInfo> {
         let vm = vm.into();
         if stop.timeout_ms > STOP_MAX_MS {
-            return Err(Error::new(Code::SpecInvalid, "timeout_ms: a guest may take an hour at most to power off")
-                .hint("the plug of one that takes longer can be pulled with force"));
+            return Err(Error::new(Code::SpecInvalid, "timeout_ms: at most an hour")
+                .hint("use force for a guest that takes longer"));
         }
         let row = self.store().vm_by_name(vm.name)?;
         vm.is(&row.id)?;
@@ -299,15 +299,18 @@ impl Nido {
     ) -> Result<VmInfo> {
         let row = self.store().vm_by_name(name)?;
         if row.spec.ephemeral {
-            return Err(Error::new(Code::SpecInvalid, format!("VM '{name}' is ephemeral: it vanishes when it stops"))
-                .hint("spawn a new one"));
+            return Err(Error::new(
+                Code::SpecInvalid,
+                format!("VM '{name}' is ephemeral: it is deleted when it stops"),
+            )
+            .hint("spawn a new one"));
         }
         let vm = Which { name, id: Some(&row.id) };
         self.stop(vm, stop).await?;
         self.start(vm, start, progress).await
     }
 
-    /// Halts the CPUs.
+    /// Pauses the CPUs.
     ///
     /// # Errors
     /// `vm_not_found`, `vm_not_running`.
@@ -315,7 +318,7 @@ impl Nido {
         self.pause_or_resume(name, Act::Pause, "paused", &Request::Pause).await
     }
 
-    /// Lets them run on.
+    /// Resumes the CPUs.
     ///
     /// # Errors
     /// `vm_not_found`, `vm_not_running`.

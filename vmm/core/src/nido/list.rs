@@ -79,7 +79,7 @@ impl Nido {
         Ok(VmList { vms: futures::future::join_all(described).await })
     }
 
-    /// When a VM ends for being idle, if nobody uses it until then.
+    /// When a VM ends because it is idle, if no client uses it until then.
     async fn idle_at(&self, row: &VmRow) -> Option<Timestamp> {
         let (Some(idle_ms), VmState::Running) = (row.spec.idle_ms, row.state) else { return None };
         let Ok(Answer::Status { idle_ms: Some(quiet_ms) }) = self.ask(row, &Request::Status).await else { return None };
@@ -165,7 +165,7 @@ impl Nido {
         Ok(info)
     }
 
-    /// A row as it is told.
+    /// A row as the API describes it.
     pub(crate) fn describe(&self, row: &VmRow) -> VmInfo {
         let machine = row.machine.as_ref();
         let mut agent = row.agent.clone();
@@ -231,7 +231,7 @@ fn forward_to(row: &VmRow, port: u16) -> Option<&ForwardSpec> {
     forwards_in_use(row).find(|forward| forward.guest_port == port)
 }
 
-/// The forwards that somebody listens for.
+/// The forwards that a supervisor listens for.
 fn forwards_in_use(row: &VmRow) -> impl Iterator<Item = &ForwardSpec> {
     let listens = matches!(row.state, VmState::Running | VmState::Paused);
     row.forwards.iter().filter(move |forward| listens && forward.host_port != 0)

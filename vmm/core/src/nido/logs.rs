@@ -179,7 +179,7 @@ impl Follow {
     fn read(&mut self) -> std::io::Result<Vec<u8>> {
         let mut file = File::open(&self.path)?;
         let meta = file.metadata()?;
-        // Cut short by rotation, or another file under the name: it begins anew.
+        // Truncated by rotation, or another file under the name: read it from its beginning.
         if meta.len() < self.position || (self.inode != 0 && meta.ino() != self.inode) {
             self.position = 0;
         }

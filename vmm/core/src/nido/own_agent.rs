@@ -1,7 +1,7 @@
-//! A VM that boots, boots with the agent of this nido: its initramfs is put together anew from what its template had and the agent
+//! A VM boots with the guest agent of this nido: its initramfs is composed of its template's base and the agent
 //! inside this program. So a VM outlives changes of the protocol between nido and its agent, and its disk stays reachable.
 //!
-//! Guests that go on from saved memory have the agent that they were saved with; `wire::OLDEST` says how old that may be.
+//! Guests that are loaded from saved memory have the agent that they were saved with; `wire::OLDEST` is the oldest supported version.
 
 use nido_api::error::{Error, Result};
 use nido_images::{AGENT, agent_sha256, compose_initramfs};
@@ -20,8 +20,8 @@ impl Nido {
         let store = nido_images::Store::new(self.home().root());
         let (path, below) = (self.home().blob(&base), base.clone());
         let made = tokio::task::spawn_blocking(move || compose_initramfs(&store, &path, AGENT));
-        let made = made.await.map_err(|e| Error::internal(format!("the initramfs could not be made: {e}")))??;
-        tracing::info!("the VM boots with this nido's own agent");
+        let made = made.await.map_err(|e| Error::internal(format!("the initramfs could not be created: {e}")))??;
+        tracing::info!("the VM boots with this nido's guest agent");
         Ok(BootParts {
             initramfs: made.sha256,
             initramfs_base: Some(below),

@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!  pool set ─ spawn ─ template bake ──> nido pool-fill (one at a time: pool.lock)
-//!                                         plan ─ remove what nobody wants ─ start what is missing, two at a time ─┐
+//!                                         plan ─ delete clones not needed ─ start what is missing, two at a time ─┐
 //!                                          ^──────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Invariant: whoever changes the need looks for a filler after that, and a filler counts once more after it has let go of
-//! its lock; so no need is overlooked, and no process stays when there is none.
+//! Invariant: a process that changes the need tests for a filler after that, and a filler counts once more after it has released
+//! its lock; so no need is missed, and no process stays without work.
 
 use std::time::{Duration, Instant};
 
@@ -33,7 +33,7 @@ const AT_ONCE: usize = 2;
 const FAILURES_MAX: u32 = 2;
 /// How long the filler waits after a failure.
 const BACK_OFF: Duration = Duration::from_secs(1);
-/// How long a filler leaves the host to whoever has just taken a clone, and to the first command they run in it.
+/// How long a filler waits for the client that has just taken a clone, and for its first command.
 const OTHERS_FIRST: Duration = Duration::from_millis(100);
 /// How long a filler may take to let go of the pools.
 const LET_GO: Duration = Duration::from_secs(60);
@@ -112,7 +112,7 @@ impl Nido {
             let filled = nido.fill().await;
             drop(held);
             filled?;
-            // Whoever saw the lock held in between relies on this.
+            // A process that found the lock held in between relies on this.
             if nido.pool_plan().await?.is_empty() {
                 return Ok(());
             }
@@ -124,7 +124,7 @@ impl Nido {
         match self.store().pools_short() {
             Ok(false) => {}
             Ok(true) => self.start_filler(),
-            Err(error) => tracing::warn!("the pools cannot be looked at: {error}"),
+            Err(error) => tracing::warn!("cannot read the pools: {error}"),
         }
     }
 
@@ -158,7 +158,7 @@ impl Nido {
                 match made {
                     Ok(()) => failures = 0,
                     Err(error) => {
-                        tracing::error!("a clone could not be made: {error}");
+                        tracing::error!("a clone could not be created: {error}");
                         failures += 1;
                         if failures >= FAILURES_MAX {
                             return Err(error);
@@ -188,13 +188,13 @@ impl Nido {
         made
     }
 
-    /// Ends clones that nobody has claimed meanwhile, and frees what only they used.
+    /// Deletes clones that no command has claimed meanwhile, and the parts that only they used.
     async fn remove_clones(&self, clones: &[VmRow]) -> Result<()> {
         for clone in clones {
             let now = self.store().vm_by_id(&clone.id)?;
             let Some(now) = now.filter(|now| now.purpose == Purpose::Pool) else { continue };
             match self.delete_row(&now, true).await {
-                Ok(_) => tracing::info!("clone {} was removed", clone.spec.name),
+                Ok(_) => tracing::info!("clone {} was deleted", clone.spec.name),
                 Err(error) => {
                     let now = self.store().vm_by_id(&clone.id)?;
                     if now.is_some_and(|now| now.purpose == Purpose::Pool) {
@@ -226,7 +226,7 @@ impl Nido {
         Ok(plan(&pools, &clones))
     }
 
-    /// The hash of the memory image that clones of such a machine go on from.
+    /// The hash of the memory image from which clones of such a machine are forked.
     fn bake_for(
         &self,
         template: &TemplateName,
@@ -245,7 +245,7 @@ impl Nido {
         Ok(bake.memory.sha256.clone())
     }
 
-    /// Says which pools a template has, for whoever wants to delete it.
+    /// The error of a deletion of a template that has pools.
     pub(super) fn refuse_pools_of(&self, template: &TemplateName) -> Result<()> {
         let pools: Vec<_> = self.store().pools()?.into_iter().filter(|pool| pool.template == *template).collect();
         if pools.is_empty() {
@@ -331,7 +331,7 @@ impl Plan {
     }
 }
 
-/// Decides what to do, from all pools (each with the memory image its clones go on from, if there is one) and all clones.
+/// Decides what to do, from all pools (each with the memory image of its clones, if there is one) and all clones.
 fn plan(pools: &[(PoolRow, Option<String>)], clones: &[VmRow]) -> Plan {
     let mut plan = Plan::default();
     let alive: Vec<&VmRow> = clones.iter().filter(|clone| is_alive(clone)).collect();
@@ -343,7 +343,7 @@ fn plan(pools: &[(PoolRow, Option<String>)], clones: &[VmRow]) -> Plan {
             Origin::Fork(saved) => Some(&saved.memory) == memory.as_ref(),
             // It is decided when it starts.
             Origin::Boot => memory.is_some() && clone.state == VmState::Starting,
-            // Nobody makes clones of snapshots.
+            // There are no clones of snapshots.
             Origin::Restore { .. } => false,
         });
         plan.remove.extend(unfit.into_iter().cloned());

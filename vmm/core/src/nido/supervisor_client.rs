@@ -71,8 +71,8 @@ impl Nido {
             // It ended before it listened: it has nothing to supervise, or its log says why.
             Ok(_) => Err(Error::internal("the VM's supervisor ended at once")
                 .log_tail(nido_engine::logs::log_tail(&dir, &[SUPERVISOR_LOG]))
-                .hint("the lines above are from its log")),
-            Err(_) => Err(Error::new(Code::Timeout, "the VM's supervisor did not come up in time")),
+                .hint("see the lines above, from its log")),
+            Err(_) => Err(Error::new(Code::Timeout, "the VM's supervisor did not start in time")),
         }
     }
 
@@ -103,7 +103,7 @@ impl Nido {
             if let Some(answer) = self.ask_once(row, request, progress).await? {
                 return Ok(answer);
             }
-            // A supervisor that died is answered for by what it wrote into the store.
+            // For a supervisor that was killed, the store has the result.
             let why = self.gone(row).await;
             let goes_on = self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest());
             let may_repeat = !matches!(
@@ -126,8 +126,8 @@ impl Nido {
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Option<Answer>> {
         let mut connection = BufReader::new(self.supervisor(row).await?);
-        let mut line =
-            serde_json::to_vec(request).map_err(|e| Error::internal(format!("cannot ask the supervisor: {e}")))?;
+        let mut line = serde_json::to_vec(request)
+            .map_err(|e| Error::internal(format!("cannot send a command to the supervisor: {e}")))?;
         line.push(b'\n');
         if connection.get_mut().write_all(&line).await.is_err() {
             return Ok(None);
@@ -137,7 +137,7 @@ impl Nido {
         loop {
             match timeout(limit, read_answer(&mut connection)).await.map_err(|_| silent(row))?? {
                 None => return Ok(None),
-                // Told again and again, as a sign of life.
+                // Repeated, to show that the supervisor still works.
                 Some(Answer::Stage { stage }) if last == Some(stage) => {}
                 Some(Answer::Stage { stage }) => {
                     last = Some(stage);
@@ -175,7 +175,7 @@ impl Nido {
                     return Err(self.gone(row).await);
                 }
                 Err(_) => return Err(self.gone(row).await),
-                // Somebody has just begun, or is about to end.
+                // A supervisor has just started, or is about to end.
                 Ok(None) if Instant::now() < deadline => {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_millis(50));
@@ -201,12 +201,12 @@ impl Nido {
                 // Another supervisor has it now.
                 None if !now.state.at_rest() => Error::new(
                     Code::VmBusy,
-                    format!("the supervisor of VM '{name}' was lost meanwhile; the VM runs on"),
+                    format!("the supervisor of VM '{name}' was lost meanwhile; the VM keeps running"),
                 )
                 .hint("try again"),
                 None => super::denied::denied(&now, "used", "it is not running"),
             },
-            None => Error::new(Code::VmNotRunning, format!("VM '{name}' has ended and is gone")),
+            None => Error::new(Code::VmNotRunning, format!("VM '{name}' has ended and was deleted")),
         }
     }
 }
@@ -235,7 +235,7 @@ pub(super) async fn read_answer(connection: &mut BufReader<UnixStream>) -> Resul
         line.extend_from_slice(&buffer[..used]);
         connection.consume(used);
         if line.len() > MAX_LINE {
-            return Err(Error::internal("the supervisor's answer is too long"));
+            return Err(Error::internal("the supervisor's reply is too long"));
         }
         if end.is_some() {
             break;
@@ -243,11 +243,11 @@ pub(super) async fn read_answer(connection: &mut BufReader<UnixStream>) -> Resul
     }
     serde_json::from_slice(&line)
         .map(Some)
-        .map_err(|e| Error::internal(format!("the supervisor's answer cannot be read: {e}")))
+        .map_err(|e| Error::internal(format!("the supervisor's reply is invalid: {e}")))
 }
 
 fn silent(row: &VmRow) -> Error {
-    Error::new(Code::Timeout, format!("the supervisor of VM '{}' does not answer", row.spec.name)).hint(format!(
+    Error::new(Code::Timeout, format!("the supervisor of VM '{}' does not reply", row.spec.name)).hint(format!(
         "end it with kill -9; the next command starts another (its log: nido logs {} --source supervisor)",
         row.spec.name
     ))

@@ -1,6 +1,6 @@
 //! Templates travel: exported to one file or stream, imported from one.
 //!
-//! Invariant: whoever drops the future has asked the work to stop, and it stops even where the other end of a pipe neither
+//! Invariant: dropping the future stops the work, even if the other end of a pipe neither
 //! reads nor writes.
 
 use std::fs::File;
@@ -44,7 +44,7 @@ impl Nido {
         progress: &mut (dyn FnMut(TravelStep) + Send),
     ) -> Result<ExportResult> {
         if !LEVELS.contains(&request.level) {
-            return Err(Error::new(Code::SpecInvalid, format!("there is no compression level {}", request.level))
+            return Err(Error::new(Code::SpecInvalid, format!("{} is not a compression level", request.level))
                 .hint("use 1 (fast) to 19 (small); 3 if absent"));
         }
         let began = Instant::now();
@@ -129,7 +129,7 @@ fn import(
     Ok(nido_images::import(home, &mut Stream::new(file, watch.cancel), options, watch)?)
 }
 
-/// Opens a file or a pipe without waiting for anybody.
+/// Opens a file or a pipe without waiting for its other end.
 fn open(path: &Path) -> Result<File> {
     let flags = rustix::fs::OFlags::NONBLOCK.bits();
     let file =
@@ -140,7 +140,7 @@ fn open(path: &Path) -> Result<File> {
         let shown = path.display();
         match error.kind() {
             io::ErrorKind::NotFound => Error::new(Code::PathNotFound, format!("there is no file {shown}"))
-                .hint("name an archive that nido template export has written, or - for standard input"),
+                .hint("specify an archive of nido template export, or - for standard input"),
             io::ErrorKind::IsADirectory => Error::new(Code::PathInvalid, format!("{shown} is a directory")),
             _ => Error::io(format!("cannot open {shown}"), error),
         }
@@ -162,7 +162,7 @@ async fn watched<T: Send + 'static>(
     while let Some(now) = step.recv().await {
         progress(travel_step(&now));
     }
-    work.await.map_err(|e| Error::internal(format!("the work on the template broke down: {e}")))?
+    work.await.map_err(|e| Error::internal(format!("the work on the template failed: {e}")))?
 }
 
 /// Passes on every new stage, and otherwise at most some twenty reports a second.
@@ -208,7 +208,7 @@ impl<'a> Stream<'a> {
     fn wait(&self, wanted: PollFlags) -> io::Result<()> {
         loop {
             if self.cancel.load(Ordering::Relaxed) {
-                return Err(io::Error::other("asked to stop"));
+                return Err(io::Error::other("a stop was requested"));
             }
             match poll(&mut [PollFd::from_borrowed_fd(self.file.as_fd(), wanted)], Some(&LOOK)) {
                 Ok(0) | Err(rustix::io::Errno::INTR) => {}

@@ -26,11 +26,15 @@ impl Nido {
     pub fn token_create(&self, request: &TokenRequest) -> Result<TokenCreated> {
         // The same rule as for every other name.
         if request.name.parse::<VmName>().is_err() {
-            let words = format!("'{}' is no name for a token: {}", request.name.escape_debug(), nido_api::name::RULE);
+            let words =
+                format!("'{}' is not a valid token name: {}", request.name.escape_debug(), nido_api::name::RULE);
             return Err(Error::new(Code::SpecInvalid, words).hint("for example: ci"));
         }
         let created_at = moment::now();
-        let too_long = || Error::new(Code::SpecInvalid, "a token cannot live that long").hint("leave it out: for ever");
+        let too_long = || {
+            Error::new(Code::SpecInvalid, "the validity of the token is too long")
+                .hint("omit it for a token that does not expire")
+        };
         let expires_at = request.expires_in_ms.map(|ms| {
             let life = SignedDuration::from_millis(i64::try_from(ms).map_err(|_| too_long())?);
             created_at.checked_add(life).map_err(|_| too_long())
@@ -71,7 +75,7 @@ impl Nido {
     /// # Errors
     /// `unauthorized`, whatever is wrong with it.
     pub fn token_check(&self, token: &str) -> Result<TokenInfo> {
-        let unknown = || Error::new(Code::Unauthorized, "the token is not known, or no longer good");
+        let unknown = || Error::new(Code::Unauthorized, "invalid or expired token");
         let (id, secret) = token.strip_prefix(PREFIX).and_then(|rest| rest.split_once('_')).ok_or_else(unknown)?;
         let row = self.store().token(id)?.ok_or_else(unknown)?;
         let same = hex::encode(&Sha256::digest(secret)).as_bytes().ct_eq(row.sha256.as_bytes());

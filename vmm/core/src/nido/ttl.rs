@@ -51,7 +51,7 @@ impl Nido {
                 return Ok(());
             }
         }
-        tracing::error!("VM {id} does not stop; killing its QEMU");
+        tracing::error!("VM {id} does not stop; terminating its QEMU");
         qemu.kill().map_err(failed)?;
         let _ = timeout(SUPERVISOR_STOP_TIMEOUT, qemu.wait()).await;
         Ok(())

@@ -18,7 +18,7 @@ use crate::webhook::{Sender, Verdict, resolve, target};
 const NAME_WITHIN: Duration = Duration::from_secs(5);
 
 impl Nido {
-    /// Adds an endpoint, which is told of every event from now on that it asked for.
+    /// Adds an endpoint, which gets every later event that it selects.
     ///
     /// # Errors
     /// `webhook_invalid`, `limit_exceeded`.
@@ -37,8 +37,9 @@ impl Nido {
         let secret = match (secret, format) {
             (Some(text), WebhookFormat::PagerDuty) => WebhookSecret::parse_routing_key(&text)?,
             (None, WebhookFormat::PagerDuty) => {
-                return Err(Error::new(Code::WebhookInvalid, "PagerDuty takes messages with an integration key only")
-                    .hint("--secret KEY: the service's page shows it, under Integrations, Events API v2"));
+                return Err(Error::new(Code::WebhookInvalid, "PagerDuty requires an integration key").hint(
+                    "pass --secret KEY; PagerDuty shows it on the service's page, under Integrations, Events API v2",
+                ));
             }
             (Some(text), _) => WebhookSecret::parse(&text)?,
             (None, _) => WebhookSecret::new(random::bytes()?),
@@ -121,7 +122,7 @@ impl Nido {
         let answer = Sender::new(&row)?.post(&message_id, body).await;
         let error = match answer.verdict {
             Verdict::Delivered => None,
-            Verdict::Gone => Some("the endpoint answered 410: it is gone".to_owned()),
+            Verdict::Gone => Some("the endpoint responded 410 Gone".to_owned()),
             Verdict::Again { why, .. } => Some(why),
         };
         Ok(WebhookTest {

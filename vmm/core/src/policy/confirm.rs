@@ -43,7 +43,7 @@ pub enum When {
     Any,
     /// Those about a VM that another caller has made.
     Foreign,
-    /// Those about a throw-away VM.
+    /// Calls about an ephemeral VM.
     Ephemeral,
     /// Those that replace a file of the host.
     Overwrite,
@@ -135,7 +135,7 @@ impl TryFrom<Written> for Confirm {
             Written::Word(word) => match word.as_str() {
                 "always" => Ok(Self::Always),
                 "never" => Ok(Self::Never),
-                _ => Err(wrong(format!("'{}' is none of `always`, `never` and a list of tools", word.escape_debug()))),
+                _ => Err(wrong(format!("'{}' is not `always`, `never` or a list of tools", word.escape_debug()))),
             },
             Written::List(list) => list.iter().map(|item| item.parse()).collect::<Result<_>>().map(Self::These),
         }
@@ -173,7 +173,7 @@ impl FromStr for Question {
             Some((tool, word)) => {
                 let known = When::ALL.into_iter().find(|(_, known)| *known == word);
                 let known = known.ok_or_else(|| {
-                    wrong(format!("'{}' is none of `foreign`, `ephemeral`, `overwrite`", word.escape_debug()))
+                    wrong(format!("'{}' is not `foreign`, `ephemeral` or `overwrite`", word.escape_debug()))
                 })?;
                 (tool, known.0)
             }

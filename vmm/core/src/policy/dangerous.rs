@@ -1,6 +1,6 @@
 //! Commands that obviously destroy a guest: refused unless a policy says otherwise. Pure.
 //!
-//! This is no boundary. It keeps a model from a mistake, and a spelling that is not here goes through: whoever means it reaches the
+//! This is not a boundary. It prevents a model's mistakes, and spellings that are not listed pass: a hostile program reaches the
 //! same with any interpreter. The boundary is the VM; what may be run at all is said by a list of allowed commands.
 
 use super::Denial;
@@ -68,11 +68,11 @@ fn judge(words: &[String], depth: u8) -> Option<&'static str> {
             args.iter().any(|arg| is_disk(arg)).then_some("it writes over a disk")
         }
         mkfs if mkfs.starts_with("mkfs") || mkfs == "mke2fs" => {
-            args.iter().any(|arg| is_disk(arg)).then_some("it makes a new file system on a disk")
+            args.iter().any(|arg| is_disk(arg)).then_some("it creates a file system on a disk")
         }
         "chmod" | "chown" => {
             let recursive = has_option(&args, 'R', "--recursive");
-            (recursive && args.iter().any(|arg| is_root(arg))).then_some("it changes who may use every file")
+            (recursive && args.iter().any(|arg| is_root(arg))).then_some("it changes the owner or mode of every file")
         }
         "mv" => {
             let from = args.iter().filter(|arg| !arg.starts_with('-')).collect::<Vec<_>>();

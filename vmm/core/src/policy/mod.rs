@@ -36,7 +36,7 @@ pub const NOT_IN_ALLOWLIST: &str = "not_in_allowlist";
 pub const UPLOAD_NOT_ALLOWED: &str = "upload_not_allowed";
 /// The longest file that is read, in bytes.
 const FILE_MAX: u64 = 1 << 20;
-/// How many rules are shown to whoever has to choose a command.
+/// How many rules are shown to a caller that must choose a command.
 const RULES_SHOWN: usize = 20;
 /// How much of a program's name a refusal shows, in bytes.
 const SHOWN_MAX: usize = 80;
@@ -144,7 +144,7 @@ impl Verdict {
 impl From<Denial> for Error {
     fn from(denial: Denial) -> Self {
         Self::new(Code::Denied, denial.detail)
-            .hint("the policy of this server says what may run; do not look for a way around it, ask the user")
+            .hint("the policy of this server restricts commands; do not work around it, ask the user")
     }
 }
 
@@ -172,7 +172,7 @@ pub fn decide(policy: &Policy, vm: &VmName, template: &TemplateName, command: &C
     })
 }
 
-/// Whether a command, with its standard input, is none of those that obviously destroy a guest.
+/// Whether a command, with its standard input, does not obviously destroy a guest.
 #[must_use]
 pub fn decide_dangerous(policy: &Policy, argv: &[Vec<u8>], stdin: &[u8]) -> Verdict {
     if policy.deny_dangerous == Some(false) {
@@ -187,20 +187,19 @@ pub fn decide_shell(policy: &Policy, vm: &VmName, template: &TemplateName) -> Ve
     match policy.rules(vm, template) {
         None => Verdict::Allowed,
         Some(_) => denied(
-            "a line of shell cannot be judged, and there is a list of allowed commands: send program and arguments",
+            "commands are restricted to a list, which cannot be applied to a shell line: send program and arguments",
         ),
     }
 }
 
-/// Whether a file may be put into a VM. Whoever writes as root what is run there writes the programs that are on a list.
+/// Whether a file may be put into a VM. A caller that can write files as root can replace the programs on a list.
 #[must_use]
 pub fn decide_upload(policy: &Policy, vm: &VmName, template: &TemplateName) -> Verdict {
     match policy.list(vm, template) {
         None | Some((_, true)) => Verdict::Allowed,
         Some((_, false)) => Verdict::Denied(Denial {
             reason: UPLOAD_NOT_ALLOWED,
-            detail: "there is a list of allowed commands for this VM, and a file could take the place of one of them"
-                .into(),
+            detail: "commands are restricted to a list for this VM, and a file could replace one of them".into(),
         }),
     }
 }
@@ -210,7 +209,7 @@ fn denied(detail: impl Into<String>) -> Verdict {
 }
 
 impl Policy {
-    /// Reads a policy from a file that nobody else may write.
+    /// Reads a policy from a file that no other user may write.
     ///
     /// # Errors
     /// `path_not_found`, `denied` if others may write it, `spec_invalid` with the line that is wrong.
@@ -224,7 +223,7 @@ impl Policy {
         let meta = file.metadata().map_err(unreadable)?;
         let mine = [0, rustix::process::geteuid().as_raw()].contains(&meta.uid());
         if !mine || meta.mode() & 0o022 != 0 {
-            return Err(Error::new(Code::Denied, format!("others may write the policy {shown}"))
+            return Err(Error::new(Code::Denied, format!("other users can write the policy {shown}"))
                 .hint("it must belong to you or to root: chmod go-w"));
         }
         let mut text = String::new();
@@ -234,7 +233,7 @@ impl Policy {
         }
         Self::parse(&text).map_err(|e| {
             let wrong = Error::new(e.code(), format!("the policy {shown} is not valid: {}", e.message()));
-            wrong.hint("docs/policy.md has the format")
+            wrong.hint("see docs/policy.md for the format")
         })
     }
 
@@ -253,12 +252,12 @@ impl Policy {
                 return Err(wrong(format!("[{kind}.{name}] has both a list and 'unrestricted'")));
             }
             if section.upload && section.allow.is_none() {
-                return Err(wrong(format!("[{kind}.{name}] has 'upload' and no list to which it could belong")));
+                return Err(wrong(format!("[{kind}.{name}] has 'upload' but no list of commands")));
             }
         }
         if policy.upload && policy.allow.is_none() {
             return Err(wrong(
-                "'upload' belongs to a list, and there is none; without one files may be put anywhere".into(),
+                "'upload' requires a list of commands; without a list, uploads are not restricted".into(),
             ));
         }
         let roots = [&policy.roots, &policy.read_roots, &policy.write_roots];
@@ -270,7 +269,7 @@ impl Policy {
         Ok(policy)
     }
 
-    /// What may be run, for whoever has to choose a command; `None` if everything may. Short, and the same for every VM.
+    /// The allowed commands, for a caller that must choose one; `None` if everything may. Short, and the same for every VM.
     #[must_use]
     pub fn summary(&self) -> Option<String> {
         let own = |section: &Section| section.allow.is_some() || section.unrestricted;

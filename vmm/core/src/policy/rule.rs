@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Command;
 
-/// Who a command runs as if nobody says otherwise.
+/// The default user of a command.
 const DEFAULT_USER: &str = "root";
 
 /// One rule. What it does not mention is not allowed, but for the user and the working directory.
@@ -34,7 +34,7 @@ pub struct Rule {
     /// Names of the variables that the caller may set.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub env: Vec<Variable>,
-    /// Who it may run as; anybody if absent.
+    /// Users it may run as; any user if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub users: Option<Vec<String>>,
 }
@@ -46,7 +46,7 @@ pub(super) enum Miss {
     Program,
     /// Other arguments.
     Arguments,
-    /// Somebody it may not run as.
+    /// A user it may not run as.
     User,
     /// A variable that the caller may not set.
     Environment,
@@ -155,13 +155,15 @@ impl TryFrom<String> for Arg {
             "-**" => return Ok(Self::RestWithOptions),
             _ => {}
         }
-        let wrong = |why: &str| wrong(format!("'{}' is no pattern of an argument: {why}", text.escape_debug()));
+        let wrong = |why: &str| wrong(format!("'{}' is not a pattern of an argument: {why}", text.escape_debug()));
         let mut pieces = Vec::new();
         let mut chars = text.chars();
         while let Some(c) = chars.next() {
             let literal = match c {
                 '*' if pieces.last() == Some(&Piece::Any) => {
-                    return Err(wrong("** stands alone, as the last one").hint("write * for any characters"));
+                    return Err(
+                        wrong("** must be a whole argument, and the last one").hint("write * for any characters")
+                    );
                 }
                 '*' => {
                     pieces.push(Piece::Any);
@@ -169,7 +171,7 @@ impl TryFrom<String> for Arg {
                 }
                 '\\' => match chars.next() {
                     Some(escaped @ ('*' | '\\')) => escaped,
-                    _ => return Err(wrong("a backslash stands before * or another backslash")),
+                    _ => return Err(wrong("a backslash must precede * or another backslash")),
                 },
                 plain => plain,
             };
@@ -214,8 +216,10 @@ impl TryFrom<String> for Program {
         let path = text.strip_prefix('/').map(|rest| rest.split('/').all(plain));
         if !path.unwrap_or_else(|| plain(&text) && !text.contains('/')) || text.contains('*') {
             let shown = text.escape_debug();
-            return Err(wrong(format!("'{shown}' is no program: an absolute path or a bare name, without wildcards"))
-                .hint("for example /usr/bin/git, or git"));
+            return Err(wrong(format!(
+                "'{shown}' is not a program: write an absolute path or a name, without wildcards"
+            ))
+            .hint("for example /usr/bin/git, or git"));
         }
         Ok(Self(text))
     }
@@ -239,7 +243,7 @@ impl TryFrom<String> for Variable {
         let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
         if name.is_empty() || !name.bytes().all(word) {
             let shown = name.escape_debug();
-            return Err(wrong(format!("'{shown}' is no name of a variable: letters, digits and _, no wildcards")));
+            return Err(wrong(format!("'{shown}' is not the name of a variable: letters, digits and _, no wildcards")));
         }
         Ok(Self(name))
     }
@@ -277,7 +281,7 @@ impl Rule {
     pub(super) fn checked(self) -> Result<Self, Error> {
         let early = self.args.iter().rev().skip(1).any(|arg| !matches!(arg, Arg::Word(_)));
         if early {
-            Err(wrong(format!("of '{}': ** and -** stand last", self.program.0.escape_debug())))
+            Err(wrong(format!("of '{}': ** and -** must be last", self.program.0.escape_debug())))
         } else {
             Ok(self)
         }

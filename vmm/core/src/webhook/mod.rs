@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  an event and its deliveries, in one transaction (store/outbox.rs)
-//!     └─ whoever wrote it sees to it that one deliverer lives (nido/webhooks.rs: deliver.lock)
+//!     └─ its writer makes sure that a delivery worker runs (nido/webhooks.rs: deliver.lock)
 //!          └─ nido/delivery.rs  takes what is due ── send.rs  one attempt ── verdict.rs, backoff.rs  what it means
 //!                                                └─ message.rs, target.rs  what is sent, and where to
 //! ```

@@ -71,13 +71,13 @@ impl Sender {
             .dns_resolver(Arc::new(Checked { allow_private: row.allow_private }))
             .redirect(reqwest::redirect::Policy::none())
             .retry(reqwest::retry::never())
-            // Whoever starts a deliverer may have proxies in its environment that mean nothing to the next one.
+            // The process that starts a delivery worker may have proxies in its environment that do not apply to the worker.
             .no_proxy()
             .http1_only()
             .http1_max_headers(HEADERS_MAX)
             .pool_idle_timeout(IDLE)
             .build()
-            .map_err(|e| Error::internal(format!("an HTTP client cannot be made: {}", reason(&e))))?;
+            .map_err(|e| Error::internal(format!("cannot create an HTTP client: {}", reason(&e))))?;
         Ok(Self { client, url, secret: row.secret.clone(), format: row.format })
     }
 
@@ -89,7 +89,7 @@ impl Sender {
             Err(error) => return Answer::none(error.message()),
         };
         match tokio::time::timeout(ANSWER_WITHIN, self.request(message_id, body).send()).await {
-            Err(_) => Answer::none(format!("no answer within {} s", ANSWER_WITHIN.as_secs())),
+            Err(_) => Answer::none(format!("no response within {} s", ANSWER_WITHIN.as_secs())),
             Ok(Err(error)) => Answer::none(reason(&error)),
             Ok(Ok(response)) => {
                 let status = response.status().as_u16();
@@ -134,7 +134,7 @@ async fn discard(mut response: Response) {
 /// The addresses of a name, all of them checked.
 ///
 /// # Errors
-/// `webhook_invalid` if one of them is not allowed, `timeout` if there are none to be had.
+/// `webhook_invalid` if one of them is not allowed, `timeout` if the name cannot be resolved in time.
 pub async fn resolve(host: &str, allow_private: bool) -> Result<Vec<SocketAddr>> {
     // The text of the host's resolver says no more.
     let unknown = || Error::new(Code::Timeout, "the endpoint's name cannot be resolved");
@@ -182,14 +182,14 @@ fn tls(needed: bool) -> Result<rustls::ClientConfig> {
     let mut roots = rustls::RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if roots.is_empty() {
-        return Err(Error::new(Code::ToolMissing, "this host trusts no authority that could vouch for an endpoint")
+        return Err(Error::new(Code::ToolMissing, "this host has no certificate authorities to verify endpoints")
             .hint("apt-get install ca-certificates"));
     }
     let trusted = with(roots)?;
     Ok(TRUSTED.get_or_init(|| trusted).clone())
 }
 
-/// Why an attempt failed, in the words of whoever knows best; without the URL, which may hold a secret.
+/// Why an attempt failed, as reported by the innermost error; without the URL, which may contain a secret.
 fn reason(error: &reqwest::Error) -> String {
     let mut deepest: &dyn std::error::Error = error;
     while let Some(source) = deepest.source() {
@@ -202,17 +202,17 @@ fn reason(error: &reqwest::Error) -> String {
         return "the request failed".into();
     }
     if let Some(rustls::Error::InvalidCertificate(why)) = deepest.downcast_ref() {
-        return format!("no answer: the endpoint's certificate {}", certificate_fault(why));
+        return format!("no response: the endpoint's certificate {}", certificate_fault(why));
     }
     let text: String = deepest.to_string().chars().flat_map(char::escape_debug).take(WHY_MAX).collect();
-    format!("no answer: {text}")
+    format!("no response: {text}")
 }
 
 /// What is wrong with a certificate.
 fn certificate_fault(error: &rustls::CertificateError) -> String {
     use rustls::CertificateError as Fault;
     match error {
-        Fault::UnknownIssuer => "is signed by no authority that this host trusts".into(),
+        Fault::UnknownIssuer => "is not signed by an authority that this host trusts".into(),
         Fault::Expired | Fault::ExpiredContext { .. } => "has expired".into(),
         Fault::NotValidYet | Fault::NotValidYetContext { .. } => "is not valid yet".into(),
         Fault::NotValidForName | Fault::NotValidForNameContext { .. } => "is for another name".into(),
@@ -221,7 +221,7 @@ fn certificate_fault(error: &rustls::CertificateError) -> String {
             let text = format!("{other:?}");
             // An authority's own certificate, which is what the usual recipes for a self-signed one make.
             if text.contains("CaUsedAsEndEntity") {
-                return "is self-signed, as an authority's; this host would have to trust an authority that signs another one".into();
+                return "is a self-signed certificate authority; use a certificate that an authority trusted by this host has signed".into();
             }
             format!("is not valid: {}", text.chars().flat_map(char::escape_debug).take(WHY_MAX).collect::<String>())
         }
@@ -261,7 +261,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let refused = why(&format!("https://localhost:{port}/secret-path"), false).await;
-        assert!(refused.ends_with("is not one of the Internet's"), "{refused}");
+        assert!(refused.ends_with("is not a public one"), "{refused}");
         listener.set_nonblocking(true).unwrap();
         assert!(listener.accept().is_err(), "nothing was connected to");
         assert!(Sender::new(&row("https://127.0.0.1/", false)).is_err());
@@ -271,7 +271,7 @@ mod tests {
     fn what_is_wrong_with_a_certificate_is_said_in_words() {
         use rustls::CertificateError as Fault;
         for (error, words) in [
-            (Fault::UnknownIssuer, "is signed by no authority that this host trusts"),
+            (Fault::UnknownIssuer, "is not signed by an authority that this host trusts"),
             (Fault::Expired, "has expired"),
             (Fault::NotValidForName, "is for another name"),
             (Fault::BadEncoding, "is not valid: BadEncoding"),

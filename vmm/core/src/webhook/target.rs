@@ -1,6 +1,6 @@
 //! Where messages may be posted: which URLs, and which addresses behind them.
 //!
-//! An endpoint's address is chosen by whoever adds it, and its name by whoever runs its domain: without a check either
+//! The user who adds an endpoint chooses its URL, and the owner of its domain the address: without a check either
 //! could make nido post to services that only this host or its network reaches. So an address counts only if it is one of
 //! the Internet's; what is in doubt is not.
 
@@ -25,16 +25,16 @@ pub fn parse(url: &str, allow_private: bool) -> Result<Url> {
     // The parser repairs what it reads: `https:///x` would be the host `x`.
     let has_host = url.split_once("://").is_some_and(|(_, rest)| !rest.starts_with('/'));
     if !has_host || url.contains(|c: char| c.is_whitespace() || c.is_control() || c == '\\') {
-        return refused("cannot be read", example);
+        return refused("cannot be parsed", example);
     }
-    let Ok(mut parsed) = Url::parse(url) else { return refused("cannot be read", example) };
+    let Ok(mut parsed) = Url::parse(url) else { return refused("cannot be parsed", example) };
     match parsed.scheme() {
         "https" => {}
         "http" if allow_private => {}
         "http" => {
-            return refused("is not encrypted", "use https, or --allow-private for an endpoint of your own network");
+            return refused("is not encrypted", "use https, or --allow-private for an endpoint in your own network");
         }
-        _ => return refused("is not of the web", example),
+        _ => return refused("is not an http or https URL", example),
     }
     if !parsed.username().is_empty() || parsed.password().is_some() {
         return refused("holds a user name or a password", "messages are signed; let the endpoint check that");
@@ -66,8 +66,8 @@ pub fn check(address: IpAddr) -> Result<()> {
     if is_global(address) {
         return Ok(());
     }
-    Err(Error::new(Code::WebhookInvalid, format!("the endpoint's address {address} is not one of the Internet's"))
-        .hint("--allow-private lets an endpoint lie in a private network or on this host"))
+    Err(Error::new(Code::WebhookInvalid, format!("the endpoint's address {address} is not a public one"))
+        .hint("pass --allow-private for an endpoint in a private network or on this host"))
 }
 
 /// Whether an address is one of the Internet's.
@@ -109,7 +109,7 @@ fn is_global_v6(v6: Ipv6Addr) -> bool {
         [0, 0, 0, 0, 0, 0xffff, high, low] => is_global_v4(v4_at(high, low)), // ::ffff:a.b.c.d
         [0x64, 0xff9b, 0, 0, 0, 0, high, low] => is_global_v4(v4_at(high, low)), // NAT64
         [0x2002, high, low, ..] => is_global_v4(v4_at(high, low)),            // 6to4
-        // Of the rest only 2000::/3 is given out to anybody; of that: protocols (Teredo, ORCHID …), documentation.
+        // Of the rest only 2000::/3 is assigned; of that: protocols (Teredo, ORCHID …), documentation.
         [0x2001, 0..=0x01ff, ..] | [0x2001, 0xdb8, ..] | [0x3fff, 0..=0x0fff, ..] => false,
         [0x2620, 0x4f, 0x8000, ..] => false, // AS112
         [first, ..] => first & 0xe000 == 0x2000,

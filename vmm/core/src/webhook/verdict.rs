@@ -26,11 +26,11 @@ pub fn verdict(status: u16, retry_after: Option<&str>, now: Timestamp) -> Verdic
         200..=299 => Verdict::Delivered,
         410 => Verdict::Gone,
         300..=399 => Verdict::Again {
-            why: format!("the endpoint answered {status}, and redirects are not followed"),
+            why: format!("the endpoint responded {status}, and redirects are not followed"),
             retry_after_ms: None,
         },
         _ => Verdict::Again {
-            why: format!("the endpoint answered {status}"),
+            why: format!("the endpoint responded {status}"),
             retry_after_ms: retry_after.and_then(|text| wait_ms(text, now)),
         },
     }

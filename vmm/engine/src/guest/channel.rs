@@ -30,7 +30,7 @@ const MAX_CLIENTS: usize = MAX_SESSIONS;
 const CLIENT_PATIENCE: Duration = Duration::from_secs(120);
 /// After so long without an agreement the connection is dropped, and QEMU dials again.
 const AGREEMENT_LIMIT: Duration = Duration::from_secs(3600);
-/// How long after the last letter the multiplexer may be put off while nobody wants it: guests that were loaded together
+/// How long after the last letter the multiplexer may be delayed while no client needs it: guests that were loaded together
 /// need their first moments for becoming machines of their own.
 const MUX_LATEST: Duration = Duration::from_secs(1);
 /// Pause after a listener could not accept (out of descriptors, mostly).
@@ -99,7 +99,7 @@ pub struct Channel {
     mux: watch::Receiver<Option<Mux>>,
     open: watch::Sender<bool>,
     quiet: mpsc::Sender<Quiet>,
-    /// Somebody waits for the multiplexer.
+    /// A client waits for the multiplexer.
     wanted: Arc<Notify>,
     /// Taken away when the letters are over.
     letters: Mutex<Option<mpsc::Sender<Letter>>>,
@@ -140,10 +140,10 @@ impl Channel {
             letters.send(Letter { words, deadline, reply }).await.map_err(|_| GuestError::Gone)?;
             answer.await.map_err(|_| GuestError::Gone)?
         };
-        Some(in_time(exchange, deadline, "to answer a letter").await)
+        Some(in_time(exchange, deadline, "to reply to a bootstrap request").await)
     }
 
-    /// Lets the multiplexer begin, as soon as somebody wants it, and before long in any case.
+    /// Lets the multiplexer start, as soon as a client needs it, at the latest after a delay.
     pub fn end_letters(&self) {
         self.letters.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
@@ -154,7 +154,7 @@ impl Channel {
         self.open.send_replace(open);
     }
 
-    /// Ends every session and agrees with the agent anew: it was started again.
+    /// Ends every session and synchronizes with the agent again, because it was restarted.
     pub fn reset(&self) {
         let mux = self.mux.borrow().clone();
         tokio::spawn(async move {
@@ -176,7 +176,7 @@ impl Channel {
         match timeout_at(deadline, answer).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) => Err(GuestError::Gone),
-            Err(_) => Err(GuestError::Timeout { what: "to fall silent" }),
+            Err(_) => Err(GuestError::Timeout { what: "to close its channel" }),
         }
     }
 
@@ -203,7 +203,7 @@ impl Channel {
             Ok(Ok(mux)) => mux.clone(),
             _ => None,
         };
-        let Some(mux) = mux else { return Err(GuestError::Unreachable("its channel is not up".into())) };
+        let Some(mux) = mux else { return Err(GuestError::Unreachable("its channel is not open".into())) };
         let (ours, theirs) = UnixStream::pair().map_err(|e| GuestError::stream(&e))?;
         tokio::spawn(async move { mux.serve(theirs, |_, _| ()).await });
         ours.into_std().and_then(|ours| Stream::new(ours.into())).map_err(|e| GuestError::stream(&e))
@@ -266,7 +266,7 @@ impl Dials {
 
     async fn serve_letters(&mut self, socket: &UnixStream) {
         let mut had_any = false;
-        // Ends when nobody can post any more.
+        // Ends when all senders are dropped.
         while let Some(letter) = self.posted.recv().await {
             let _ = letter.reply.send(mux::letter(socket, &letter.words, letter.deadline).await);
             had_any = true;

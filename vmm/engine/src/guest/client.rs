@@ -70,7 +70,7 @@ impl Guest {
         loop {
             match self.ping(deadline.min(Instant::now() + limit)).await {
                 Err(error) if error.may_pass() && Instant::now() < deadline => {
-                    tracing::debug!("no sign of life yet: {error}");
+                    tracing::debug!("the guest agent does not reply yet: {error}");
                     let pause = Duration::from_millis(5).min(deadline.saturating_duration_since(Instant::now()));
                     tokio::time::sleep(pause).await;
                 }

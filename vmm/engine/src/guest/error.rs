@@ -1,6 +1,6 @@
 //! What can go wrong between nido and a guest agent, as data. `nido_api::error` turns it into codes and hints.
 //!
-//! Invariant: text that came from the guest is kept apart (in [`GuestError::Guest`]) and bounded; whoever shows it
+//! Invariant: text that came from the guest is kept apart (in [`GuestError::Guest`]) and bounded; code that shows it
 //! escapes it.
 
 use std::io;
@@ -32,7 +32,7 @@ pub enum GuestError {
         guest: u16,
     },
     /// The guest does not know the token it was given.
-    #[error("the guest agent refused this VM's token")]
+    #[error("the guest agent rejected this VM's token")]
     TokenRefused,
     /// Too many commands and copies, or sessions of any kind, at once.
     #[error("the guest runs {MAX_WORK} commands and copies already, which is the limit")]
@@ -52,7 +52,7 @@ pub enum GuestError {
     #[error("the connection to the guest agent ended early")]
     Gone,
     /// The guest broke the protocol.
-    #[error("the guest agent broke the protocol: {0}")]
+    #[error("the guest agent violated the protocol: {0}")]
     Protocol(#[from] WireError),
     /// The guest understood and could not do it. The text is the guest's own.
     #[error("the guest could not do it: {}", nido_api::sanitize::on_one_line(&.0.message))]

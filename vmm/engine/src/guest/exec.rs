@@ -31,7 +31,7 @@ pub struct Running {
     pub pid: u32,
     /// What it says.
     pub events: Events,
-    /// What it is told.
+    /// Its input, signals and size.
     pub control: Control,
 }
 
@@ -119,7 +119,7 @@ impl Events {
     /// The next event; `None` after [`Event::Exited`]. May be dropped and called again without loss.
     ///
     /// # Errors
-    /// [`GuestError::Gone`] if the guest or its agent died, [`GuestError::Timeout`] if the command's time limit and a
+    /// [`GuestError::Gone`] if the guest or its agent ended, [`GuestError::Timeout`] if the command's time limit and a
     /// grace have passed without a word, [`GuestError::Protocol`], [`GuestError::Guest`].
     pub async fn next(&mut self) -> Result<Option<Event>, GuestError> {
         while !self.state.ended.load(Ordering::Acquire) {
@@ -181,7 +181,7 @@ impl Drop for Events {
     }
 }
 
-/// What a command is told. Clones speak to the same command.
+/// The control handle of a command. Clones control the same command.
 #[derive(Debug, Clone)]
 pub struct Control {
     link: Arc<Link>,

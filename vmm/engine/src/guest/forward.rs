@@ -105,7 +105,7 @@ impl Guest {
     /// Carries every connection that `listener` gets to `to` inside the guest, as long as there are `places`. Runs until
     /// dropped, which closes all of them. What `enter` gives is held as long as its connection.
     ///
-    /// A connection that the guest does not answer is closed; the rest goes on.
+    /// A connection that the guest does not accept is closed; the others continue.
     pub async fn forward<U: Send + 'static>(
         &self,
         listener: TcpListener,
@@ -119,7 +119,7 @@ impl Guest {
             match listener.accept().await {
                 Ok((client, _)) => {
                     let Some(place) = places.enter() else {
-                        tracing::warn!(port = to.port, "refused a connection: all {CONNECTIONS} places are taken");
+                        tracing::warn!(port = to.port, "refused a connection: the limit of {CONNECTIONS} is reached");
                         continue;
                     };
                     let (guest, to, use_of_vm) = (self.clone(), to.clone(), enter());
@@ -266,7 +266,7 @@ async fn until_second(
     tokio::select! {
         outcome = &mut second => return outcome,
         outcome = &mut first => if let Err(error) = outcome {
-            tracing::debug!("the way into the guest failed: {error}");
+            tracing::debug!("the connection to the guest failed: {error}");
         },
     }
     second.await

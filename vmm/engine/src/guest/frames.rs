@@ -47,7 +47,7 @@ impl FrameBuffer {
     /// Whether [`Self::pop`] has a frame to give.
     ///
     /// # Errors
-    /// The head at the front is none of this protocol, or too long.
+    /// The head at the front does not belong to this protocol, or is too long.
     pub fn is_whole(&self) -> Result<bool, WireError> {
         Ok(self.front()?.is_some_and(|length| self.end - self.start >= length))
     }
@@ -84,7 +84,7 @@ impl FrameBuffer {
         self.end = (self.end + count).min(self.bytes.len());
     }
 
-    /// What is left, for a stream that goes on as raw bytes.
+    /// The remaining bytes, for a stream that continues as raw bytes.
     pub fn into_rest(mut self) -> Vec<u8> {
         self.bytes.truncate(self.end);
         self.bytes.drain(..self.start);

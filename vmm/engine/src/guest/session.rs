@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Invariant: nothing is taken for an answer before a welcome has repeated this session's own nonce, and a frame leaves
-//! whole even if whoever sent it stopped waiting halfway.
+//! complete even if its sender stopped waiting.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -76,7 +76,7 @@ impl Session {
     }
 
     pub(crate) async fn pong(&mut self, deadline: Instant) -> Result<Pong, GuestError> {
-        match self.answer(deadline, "to answer a ping").await? {
+        match self.answer(deadline, "to reply to a ping").await? {
             ToHost::Pong(pong) => Ok(checked(pong)),
             other => Err(unexpected(other)),
         }
@@ -104,19 +104,19 @@ impl Session {
     /// As for [`Self::ping`].
     pub async fn freeze(&mut self, deadline: Instant) -> Result<(), GuestError> {
         self.link.send(&ToGuest::Freeze).await?;
-        match self.answer(deadline, "to freeze its disk").await? {
+        match self.answer(deadline, "to freeze its file systems").await? {
             ToHost::Frozen => Ok(()),
             other => Err(unexpected(other)),
         }
     }
 
-    /// Lets the root file system go on.
+    /// Unfreezes the root file system.
     ///
     /// # Errors
     /// As for [`Self::ping`].
     pub async fn thaw(&mut self, deadline: Instant) -> Result<(), GuestError> {
         self.link.send(&ToGuest::Thaw).await?;
-        match self.answer(deadline, "to thaw its disk").await? {
+        match self.answer(deadline, "to unfreeze its file systems").await? {
             ToHost::Thawed => Ok(()),
             other => Err(unexpected(other)),
         }
@@ -140,10 +140,10 @@ impl Session {
     /// Those of [`Self::open`], and [`GuestError::Guest`] if a step failed: then the guest must not be used.
     pub async fn renew(stream: Stream, token: &[u8], renew: Renew, deadline: Instant) -> Result<Pong, GuestError> {
         let mut session = Self::open_with(stream, token, Some(&ToGuest::Renew(renew)), deadline).await?;
-        renewed(session.answer(deadline, "to be renewed").await?)
+        renewed(session.answer(deadline, "to reset its identity").await?)
     }
 
-    /// Does the same by letter; `None` if the time for letters is over.
+    /// Does the same with a bootstrap request; `None` if the multiplexer has started.
     ///
     /// # Errors
     /// As for [`Self::renew`].
@@ -185,12 +185,12 @@ pub async fn greet(
         // A refusal may come, and the stream end, while the request is still on its way: so read in any case.
         let sent = write_all(stream, &bytes).await;
         match next_frame(stream, frames).await?.must_be_message()? {
-            // Whoever refuses need not read the rest of what was sent.
+            // A peer that rejects the hello need not read the rest.
             refused @ ToHost::Refused(_) => Ok(refused),
             answer => sent.map(|()| answer),
         }
     };
-    welcomed(in_time(exchange, deadline, "to answer the greeting").await?, nonce)
+    welcomed(in_time(exchange, deadline, "to reply to the greeting").await?, nonce)
 }
 
 /// What opens a session, with its nonce.
@@ -217,9 +217,7 @@ pub struct Greeting {
 /// Whether the answer to a hello opens the session.
 fn welcomed(answer: ToHost, nonce: u64) -> Result<Greeting, GuestError> {
     match answer {
-        ToHost::Welcome(welcome) if welcome.nonce != nonce => {
-            Err(GuestError::breach("a welcome that answers another hello"))
-        }
+        ToHost::Welcome(welcome) if welcome.nonce != nonce => Err(GuestError::breach("a welcome for another hello")),
         ToHost::Welcome(welcome) if !(wire::OLDEST..=wire::VERSION).contains(&welcome.version) => {
             Err(GuestError::VersionMismatch { host: wire::VERSION, guest: welcome.version })
         }
@@ -251,7 +249,7 @@ fn refusal(refused: &Refused) -> GuestError {
         Refusal::Version => GuestError::VersionMismatch { host: wire::VERSION, guest: refused.newest },
         Refusal::Token => GuestError::TokenRefused,
         Refusal::Busy => GuestError::Busy,
-        Refusal::NoHello => GuestError::breach("it took the hello for something else"),
+        Refusal::NoHello => GuestError::breach("it did not recognize the hello"),
     }
 }
 
@@ -260,7 +258,7 @@ pub fn unexpected(message: ToHost) -> GuestError {
     match message {
         ToHost::Failed(failed) => GuestError::failed(failed),
         ToHost::Refused(refused) => refusal(&refused),
-        _ => GuestError::breach("an answer that does not belong to the request"),
+        _ => GuestError::breach("a reply that does not belong to the request"),
     }
 }
 

@@ -67,7 +67,7 @@ impl Endpoint {
 /// [`GuestError::Unreachable`] with the last reason.
 pub async fn connect(endpoint: &Endpoint, deadline: Instant) -> Result<Stream, GuestError> {
     let (mut attempt, mut pause) = (FIRST_ATTEMPT, PAUSE.0);
-    let mut reason = String::from("no time to try");
+    let mut reason = String::from("no time left to try");
     while Instant::now() < deadline {
         match timeout_at(deadline.min(Instant::now() + attempt), dial(endpoint)).await {
             Ok(Ok(stream)) => return Ok(stream),
@@ -78,7 +78,7 @@ pub async fn connect(endpoint: &Endpoint, deadline: Instant) -> Result<Stream, G
                 pause = (pause * 2).min(PAUSE.1);
             }
             Err(_) => {
-                reason = "the connection was not answered".into();
+                reason = "the connection was not accepted".into();
                 attempt = (attempt * 2).min(LONGEST_ATTEMPT);
             }
         }

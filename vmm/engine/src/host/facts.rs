@@ -146,7 +146,7 @@ fn kvm_features(kvm: &KvmVerdict) -> String {
     }
 }
 
-/// What of the first CPU's entry tells one kind from another.
+/// The fields of the first CPU's entry that identify its model.
 fn cpu_model(cpuinfo: &str) -> String {
     let keys = ["vendor_id", "cpu family", "model", "model name", "stepping", "microcode"];
     let first = cpuinfo.split("\n\n").next().unwrap_or_default();

@@ -141,7 +141,7 @@ fn unopened(error: &std::io::Error) -> KvmVerdict {
     match error.kind() {
         ErrorKind::NotFound => KvmVerdict::Absent,
         ErrorKind::PermissionDenied => KvmVerdict::NotPermitted,
-        _ => judge(Err(NoRun::from_errno(error.raw_os_error(), format!("{DEVICE} does not open: {error}")))),
+        _ => judge(Err(NoRun::from_errno(error.raw_os_error(), format!("cannot open {DEVICE}: {error}")))),
     }
 }
 
@@ -170,7 +170,8 @@ fn judge(result: Result<Duration, NoRun>) -> KvmVerdict {
         }
         Ok(best) => {
             let ms = best.as_millis();
-            let reason = format!("KVM interprets the guest instead of running it ({ms} ms for 10000 turns of a loop)");
+            let reason =
+                format!("KVM interprets the guest instead of running it ({ms} ms for 10000 iterations of a loop)");
             KvmVerdict::PresentUnusable { reason }
         }
         Err(NoRun::Unusable(reason)) => KvmVerdict::PresentUnusable { reason },

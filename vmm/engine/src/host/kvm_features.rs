@@ -10,7 +10,7 @@ use kvm_ioctls::Kvm;
 /// (APIC ids, topology), clock rates, and texts.
 const FEATURE_LEAVES: [u32; 9] = [0x1, 0x7, 0xd, 0x14, 0x19, 0x4000_0001, 0x8000_0001, 0x8000_0008, 0x8000_0021];
 
-/// The digest, 16 hexadecimal digits; `None` if KVM does not tell.
+/// The digest, 16 hexadecimal digits; `None` if KVM does not report them.
 pub fn digest() -> Option<String> {
     let kvm = Kvm::new().ok()?;
     let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok()?;

@@ -69,7 +69,7 @@ pub fn best_run(kvm: &Kvm, tries: u32, good_enough: Duration) -> Result<Duration
     }
     let vm = kvm.create_vm().map_err(failed("create a VM"))?;
     let cpuid =
-        kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(failed("tell its CPU features"))?;
+        kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(failed("report its CPU features"))?;
     let memory = memory(host_has_bmi2()).map_err(|e| NoRun::Undecided(format!("no memory for the KVM test: {e}")))?;
     map(&vm, &memory).map_err(failed("give a VM memory"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(failed("create a vCPU"))?;
@@ -155,7 +155,7 @@ fn run_once(vcpu: &mut VcpuFd) -> Result<Duration, NoRun> {
     let unusable = |sentence: &str| Err(NoRun::Unusable(sentence.into()));
     match exit {
         Ok(VcpuExit::IoOut(ANSWER_PORT, [ANSWER])) => Ok(took),
-        Ok(VcpuExit::IoOut(..)) => unusable("KVM computes wrongly: the test program gave another result"),
+        Ok(VcpuExit::IoOut(..)) => unusable("KVM is broken: the test program returned a wrong result"),
         Ok(VcpuExit::InternalError) => unusable("KVM cannot run ordinary instructions (KVM_EXIT_INTERNAL_ERROR)"),
         Ok(other) => unusable(&format!("KVM cannot run ordinary instructions ({other:?})")),
         Err(e) => Err(NoRun::from_errno(Some(e.errno()), format!("KVM cannot run a vCPU: {e}"))),

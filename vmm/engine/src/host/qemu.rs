@@ -1,7 +1,7 @@
 //! Which QEMU there is, and what it can do: asked of QEMU itself, over its monitor, and remembered.
 //!
 //! Starting QEMU costs tens of milliseconds, so the answers are cached by the identity of the file (path, inode, size,
-//! time of change). Invariant: a QEMU that hangs, dies or is something else ends in an error within the deadline, and
+//! time of change). Invariant: a QEMU that hangs, exits or is another program is an error within the deadline, and
 //! nothing of it stays running.
 
 use std::fs;
@@ -22,7 +22,7 @@ use super::{cache, daemon};
 pub const MINIMUM_VERSION: QemuVersion = QemuVersion { major: 7, minor: 2, micro: 0 };
 /// The name looked for in `PATH`.
 pub const DEFAULT_PROGRAM: &str = "qemu-system-x86_64";
-/// How long QEMU may take to tell about itself: 0.2 s as a rule, 9 s were seen on a busy host that is itself emulated.
+/// How long QEMU may take to report its version and features: usually 0.2 s; 9 s on a busy host that is itself emulated.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The most it may say (its schema is a quarter of a megabyte).
 const OUTPUT_BYTES_MAX: u64 = 8 << 20;
@@ -100,8 +100,8 @@ pub enum QemuProbeError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The program did not tell about itself in time.
-    #[error("{path} did not answer within {timeout_ms} ms", path = .path.display())]
+    /// The program did not report its features in time.
+    #[error("{path} did not reply within {timeout_ms} ms", path = .path.display())]
     Hangs {
         /// The program.
         path: PathBuf,
@@ -109,7 +109,7 @@ pub enum QemuProbeError {
         timeout_ms: u128,
     },
     /// The program does not speak as QEMU does.
-    #[error("{path} does not answer as QEMU does", path = .path.display())]
+    #[error("{path} does not behave like QEMU", path = .path.display())]
     NotQemu {
         /// The program.
         path: PathBuf,
@@ -283,7 +283,7 @@ fn parse(program: &Path, output: &[u8]) -> Option<QemuFacts> {
     let lines: Vec<Value> =
         output.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
     let version = lines.iter().find_map(|line| line.pointer("/QMP/version"))?;
-    // Answers that break off are none: what is missing in them would count as "no", and be remembered.
+    // A truncated reply is invalid: what it lacks would count as "no", and be cached.
     lines.iter().find(|line| line["id"] == "schema")?;
     let number = |key: &str| version.pointer(key)?.as_u64()?.try_into().ok();
     let answer = |id: &str| lines.iter().find(|line| line["id"] == id).map_or(&Value::Null, |line| &line["return"]);

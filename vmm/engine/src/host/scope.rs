@@ -1,4 +1,4 @@
-//! A running VM as a unit of systemd's: its supervisor and its QEMU leave the unit of whoever started them.
+//! A running VM as a unit of systemd: its supervisor and its QEMU leave the unit of the process that started them.
 //!
 //! Otherwise a VM that was started through a service, a login session or a CI job belongs to it, and goes down with it: `systemctl
 //! restart` kills every process of a service's control group. In a scope of its own a VM is stopped in order when the host shuts
@@ -118,7 +118,7 @@ pub fn ties(cgroup: &str, bus: Option<Bus>, kill_user_processes: bool) -> Option
     match (bus, session) {
         (Some(Bus::User), true) => Some((
             "VMs end when you log out: logind kills the processes of a session, and your own systemd ends with the last one".into(),
-            "loginctl enable-linger keeps your systemd, in which VMs have scopes of their own",
+            "run loginctl enable-linger, so that your systemd keeps running, with a scope for each VM",
         )),
         (Some(_), _) => None,
         (None, true) => Some((
@@ -127,7 +127,7 @@ pub fn ties(cgroup: &str, bus: Option<Bus>, kill_user_processes: bool) -> Option
         )),
         (None, false) => Some((
             format!("VMs started from here belong to {shown} and are killed when it stops: no systemd manager can be reached"),
-            "KillMode=process in the unit keeps its VMs running; or let nido reach systemd by busctl, for scopes of their own",
+            "set KillMode=process in the unit, or make systemd reachable with busctl, so that each VM gets its own scope",
         )),
     }
 }

@@ -32,11 +32,11 @@ pub struct Files {
     pub channel_socket: OsString,
     /// The guest's serial console is appended here.
     pub console_log: OsString,
-    /// What the guest is told at boot.
+    /// The configuration that the guest reads at boot.
     pub guest_config: OsString,
     /// Where the guest's memory comes from.
     pub memory: Memory,
-    /// The machine waits for a saved state, and stands still when it has it.
+    /// The machine waits for a saved state, and is paused when it is loaded.
     pub incoming: bool,
 }
 
@@ -242,7 +242,7 @@ fn channel(machine: &Machine, files: &Files) -> Part {
         Transport::VirtioSerial { reconnect_ms } => {
             let reconnect = if reconnect_ms { ",reconnect-ms=100" } else { ",reconnect=1" };
             let bus = format!("{},max_ports=2", virtio(machine, "virtio-serial"));
-            // Without an id QEMU does not tell when the guest opens and closes it.
+            // Without an id QEMU does not report when the guest opens and closes it.
             let port = format!("virtserialport,id=agent-port,chardev=agent,name={SERIAL_PORT}");
             let mut part = part("channel", ["-chardev", "", "-device", &bus, "-device", &port]);
             let after = format!(",server=off{reconnect}");

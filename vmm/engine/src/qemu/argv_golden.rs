@@ -1,5 +1,5 @@
 //! The whole command line for every kind of machine, against `tests/golden/argv/*.txt` (one argument per line, a blank
-//! line between parts). `NIDO_BLESS=1 cargo test -p nido-engine argv` writes the files anew; read the difference.
+//! line between parts). `NIDO_BLESS=1 cargo test -p nido-engine argv` rewrites the files; review the difference.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

@@ -53,7 +53,7 @@ pub enum MigrationError {
     Io(#[from] io::Error),
 }
 
-/// Writes the state of a halted machine to `file`; returns once QEMU and the file agree that it is whole.
+/// Writes the state of a paused machine to `file`; returns once QEMU and the file agree that it is complete.
 ///
 /// # Errors
 /// See [`MigrationError`]. The machine stands as before.
@@ -102,7 +102,7 @@ pub async fn save(
     sent
 }
 
-/// Loads a state from `file` into a machine that was started to wait for one; it stands still afterwards.
+/// Loads a state from `file` into a machine that was started to wait for one; it is paused afterwards.
 ///
 /// # Errors
 /// See [`MigrationError`]. QEMU may have ended itself.
@@ -133,7 +133,7 @@ async fn set_capabilities(monitor: &Monitor, memory: Memory) -> Result<(), Migra
     Ok(())
 }
 
-/// QEMU sends a memory no faster than a network of old would take it, unless told otherwise.
+/// QEMU limits the rate of a migration to that of a slow network by default.
 async fn unlimit(monitor: &Monitor) -> Result<(), MigrationError> {
     /// `migrate-set-parameters` with the one parameter that every QEMU knows.
     #[derive(Debug, serde::Serialize)]

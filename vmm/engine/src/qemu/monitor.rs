@@ -1,7 +1,7 @@
 //! The client of QEMU's monitor (QMP).
 //!
 //! One task owns the socket; [`Monitor`] sends it commands, the owner of the VM receives the events. Invariants: every
-//! command ends within its deadline, or at once when QEMU is gone; an answer belongs to its command by number; the
+//! command ends within its deadline, or at once when QEMU has exited; an answer belongs to its command by number; the
 //! guest cannot stall the monitor by causing events (they are dropped, and counted, when the owner does not keep up).
 
 use std::collections::HashMap;
@@ -32,10 +32,10 @@ const REDIAL: Duration = Duration::from_millis(2);
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
     /// QEMU closed the monitor: it has ended, or is about to.
-    #[error("QEMU is gone")]
+    #[error("QEMU has exited")]
     QemuGone,
     /// No answer came in time.
-    #[error("QEMU did not answer {command} within {timeout_ms} ms")]
+    #[error("QEMU did not reply to {command} within {timeout_ms} ms")]
     Timeout {
         /// The command.
         command: &'static str,
@@ -69,12 +69,12 @@ impl From<WireError> for MonitorError {
     }
 }
 
-/// What the owner of the VM is told. The stream ends when QEMU closes the monitor.
+/// The monitor's events. The stream ends when QEMU closes the monitor.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MonitorEvent {
     /// Something happened.
     Event(Event),
-    /// So many events were dropped before the next one: ask for the status anew.
+    /// This many events were dropped before the next one: query the status again.
     Lost(u64),
 }
 
@@ -106,7 +106,7 @@ impl Monitor {
     /// QEMU before it listens cannot be seen from here: watch its process beside this.
     ///
     /// # Errors
-    /// Nobody listened in time, or who listens does not speak QMP.
+    /// No process listened in time, or it does not speak QMP.
     pub async fn connect(path: &Path, timeout: Duration) -> Result<(Self, mpsc::Receiver<MonitorEvent>), MonitorError> {
         let deadline = Instant::now() + timeout;
         let late = |_| MonitorError::Timeout { command: "the connection", timeout_ms: timeout.as_millis() };
@@ -180,7 +180,7 @@ impl Monitor {
         self.execute(qmp::cont {}, timeout).await.map(drop)
     }
 
-    /// Halts the vCPUs.
+    /// Pauses the vCPUs.
     ///
     /// # Errors
     /// As above.
@@ -204,7 +204,7 @@ impl Monitor {
         self.execute(qmp::system_reset {}, timeout).await.map(drop)
     }
 
-    /// Ends QEMU at once. That QEMU is gone before it answers counts as done.
+    /// Ends QEMU at once. That QEMU has exited before it answers counts as done.
     ///
     /// # Errors
     /// As above.
@@ -216,7 +216,7 @@ impl Monitor {
     }
 }
 
-/// Dials until somebody listens; other failures are final.
+/// Connects until a process listens; other failures are final.
 async fn dial(path: &Path) -> io::Result<UnixStream> {
     loop {
         match UnixStream::connect(path).await {
@@ -256,7 +256,7 @@ struct Driver {
 }
 
 impl Driver {
-    /// Runs until QEMU closes, speaks nonsense, or nobody is left to give commands. Ending drops the senders, which tells
+    /// Runs until QEMU closes the connection, sends invalid QMP, or all handles are dropped. Ending drops the senders, which tells
     /// every waiting command and the events' owner.
     async fn run(mut self, mut stream: UnixStream, mut lines: Lines) {
         let (mut input, mut output) = stream.split();
@@ -302,7 +302,7 @@ impl Driver {
         }
     }
 
-    /// An answer that nobody waits for (any more) is dropped.
+    /// A reply without a waiting command is dropped.
     fn answer(&mut self, id: Option<u64>, answer: Answer) {
         if let Some(waiting) = id.and_then(|id| self.waiting.remove(&id)) {
             let _ = waiting.send(answer);

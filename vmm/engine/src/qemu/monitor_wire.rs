@@ -16,7 +16,7 @@ pub enum WireError {
     #[error("a line of the monitor is longer than {LINE_BYTES_MAX} bytes")]
     LineTooLong,
     /// It is not a JSON object.
-    #[error("the monitor sent something that is no QMP")]
+    #[error("the monitor sent invalid QMP")]
     NotQmp,
 }
 
@@ -86,7 +86,7 @@ pub enum Message {
     Other,
 }
 
-/// Something that happened in QEMU, as it was told; [`Event::typed`] reads it.
+/// An event of QEMU, as received; [`Event::typed`] reads it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
     /// Its name, e.g. `SHUTDOWN`.

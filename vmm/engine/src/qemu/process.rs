@@ -42,7 +42,7 @@ pub enum QemuExit {
     Code(i32),
     /// A signal ended it.
     Signal(i32),
-    /// It is gone; another process was its parent, so nobody here knows how.
+    /// It has ended; another process was its parent, so its exit status is unknown.
     Unknown,
 }
 
@@ -77,7 +77,7 @@ impl QemuProcess {
         let pid = Pid::from_child(&child);
         // The child is not waited for yet, so its number cannot belong to another process.
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).inspect_err(|_| {
-            // A QEMU that nobody can watch must not stay.
+            // A QEMU that cannot be watched must not stay.
             let _ = child.kill().and_then(|()| child.wait());
         })?;
         Ok(Self { pid, pidfd, exit: OnceLock::new() })

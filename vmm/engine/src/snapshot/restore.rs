@@ -34,7 +34,7 @@ impl DiskCopy {
         Ok(this)
     }
 
-    /// Puts the copy in the place of the VM's disk, which is at rest; the disk of before is kept until that is decided.
+    /// Replaces the disk of a stopped VM with the copy; keeps the old disk until the start has succeeded.
     ///
     /// # Errors
     /// `internal`; then the VM's disk is as it was.
@@ -63,13 +63,13 @@ pub struct PreviousDisk {
 }
 
 impl PreviousDisk {
-    /// Gives it back to the VM, which is at rest.
+    /// Restores the old disk of the stopped VM.
     ///
     /// # Errors
     /// `internal`.
     pub fn put_back(&self) -> Result<()> {
         let put = rename_synced(&self.previous, &self.disk, Durability::PowerCut);
-        put.map_err(|e| Error::io("cannot put the VM's disk back", e))
+        put.map_err(|e| Error::io("cannot restore the VM's previous disk", e))
     }
 
     /// Removes it: the restore has succeeded.
@@ -78,7 +78,7 @@ impl PreviousDisk {
     }
 }
 
-/// Removes what a restore left that was killed. No other process restores the VM meanwhile.
+/// Removes the files of a restore that was killed. No other process restores the VM meanwhile.
 pub fn remove_restore_files(vm: &VmDir) {
     for path in restore_files(vm) {
         let _ = fs::remove_file(path);

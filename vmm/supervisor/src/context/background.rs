@@ -14,7 +14,7 @@ use nido_files::private_dir::make_private_dir;
 
 use super::Context;
 
-/// Where a log is begun anew, in bytes.
+/// Size at which a log is restarted, in bytes.
 const LOG_MAX: u64 = 1 << 20;
 
 impl Context {

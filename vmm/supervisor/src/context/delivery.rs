@@ -62,7 +62,7 @@ impl Context {
         match pending {
             Ok(false) => {}
             Ok(true) => self.start_delivery_worker(),
-            Err(error) => tracing::warn!("cannot look for pending deliveries: {error}"),
+            Err(error) => tracing::warn!("cannot read pending deliveries: {error}"),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Removing a VM that is at rest: its directory, then its row.
+//! Deleting a stopped VM: its directory, then its row.
 //!
 //! Invariant: nothing is removed while QEMU holds `vm.lock`. The directory leaves its name in one step, so no concurrent command
 //! works in it while it is removed.
@@ -21,7 +21,7 @@ const QEMU_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Context {
-    /// Removes a VM that is at rest. The caller holds its lock, or its directory is gone.
+    /// Deletes a stopped VM. The caller holds its lock, or its directory is gone.
     ///
     /// # Errors
     /// `vm_busy` if a QEMU of it lives, and those of the file system.

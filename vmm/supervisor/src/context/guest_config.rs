@@ -29,7 +29,7 @@ impl Context {
     }
 }
 
-/// Writes what the guest is told at boot, with a fresh token.
+/// Writes the configuration that the guest reads at boot, with a new token.
 ///
 /// # Errors
 /// `disk_full`, `internal`.
@@ -65,7 +65,7 @@ fn hostname(row: &VmRow) -> String {
     if row.purpose == Purpose::Bake { "n".into() } else { row.spec.name.to_string() }
 }
 
-/// What the guest is told about its network.
+/// The guest's network settings.
 #[must_use]
 pub fn guest_network(net: NetChoice) -> Option<Network> {
     (net == NetChoice::Nat).then(|| {
@@ -82,7 +82,7 @@ pub fn guest_network(net: NetChoice) -> Option<Network> {
 /// Reads the VM's token.
 ///
 /// # Errors
-/// There is none, or it cannot be read.
+/// The file is missing or cannot be read.
 pub fn read_token(dir: &VmDir) -> Result<Vec<u8>> {
     let bytes = std::fs::read(dir.file(GUEST_CONFIG)).map_err(|e| Error::io("cannot read the VM's token", e))?;
     let config: GuestConfig = minicbor::decode(&bytes)

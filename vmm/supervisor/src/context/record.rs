@@ -22,7 +22,7 @@ impl Context {
     /// `internal`.
     pub fn prepare_record(&self, row: &VmRow) -> Result<impl FnOnce() -> Result<()> + Send + use<>> {
         let (record, dir) = (VmRecord::of(row)?, self.vm_dir(&row.id));
-        // What vanishes when it stops is not there after a power cut anyway.
+        // An ephemeral VM does not survive a power failure anyway.
         let durability = if row.spec.ephemeral { Durability::Kill } else { Durability::PowerCut };
         Ok(move || record.write(&dir, durability))
     }

@@ -32,7 +32,7 @@ pub(super) fn check_disk(shown: &str, free: std::io::Result<u64>) -> DoctorCheck
             check("disk", CheckStatus::Failed, format!("{free} KiB free for {shown}; a VM needs {needed} KiB"))
                 .hint("free some space: nido delete VM, nido snapshot delete VM NAME, nido doctor --gc")
         }
-        Err(e) => check("disk", CheckStatus::Failed, format!("{shown} cannot be looked at: {e}"))
+        Err(e) => check("disk", CheckStatus::Failed, format!("cannot check {shown}: {e}"))
             .hint("use another home with --home"),
     }
 }
@@ -51,7 +51,7 @@ pub(super) fn check_webhooks(webhooks: &[WebhookInfo]) -> Option<DoctorCheck> {
             )
         }
         None => {
-            let what = format!("{} endpoints, {pending} deliveries wait for them", webhooks.len());
+            let what = format!("{} endpoints, {pending} deliveries pending", webhooks.len());
             Some(check("webhooks", CheckStatus::Ok, what))
         }
     }
@@ -125,7 +125,7 @@ pub(super) fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorChe
     let emulation = "VMs run under emulation, slowly and without isolation";
     match (&host.kvm, qemu.is_none_or(|q| q.accel_kvm)) {
         (KvmVerdict::Usable { micros }, true) => {
-            check("kvm", CheckStatus::Ok, format!("usable: proven by running code in it ({micros} µs)"))
+            check("kvm", CheckStatus::Ok, format!("usable: it ran the test program ({micros} µs)"))
         }
         (KvmVerdict::Usable { .. }, false) => {
             check("kvm", CheckStatus::Warning, "usable, but this QEMU was built without it")
@@ -139,12 +139,13 @@ pub(super) fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorChe
                         .hint("apt-get install qemu-system-x86")
                 }
                 KvmVerdict::NotPermitted => plain.hint(kvm::permission_hint()),
-                KvmVerdict::PresentUnusable { .. } => plain
-                    .hint("dmesg | grep -i kvm may tell why; in a VM, its host must allow nesting, and well enough"),
+                KvmVerdict::PresentUnusable { .. } => {
+                    plain.hint("check dmesg | grep -i kvm; in a VM, its host must support nested virtualization")
+                }
                 KvmVerdict::Undecided { .. } => check(
                     "kvm",
                     CheckStatus::Warning,
-                    format!("{why}; until it is known, VMs start only with --accel tcg"),
+                    format!("{why}; until this is resolved, VMs start only with --accel tcg"),
                 )
                 .hint("run nido doctor again when the host is less busy, or when no other hypervisor uses KVM"),
                 KvmVerdict::Absent => plain.hint("modprobe kvm_intel or kvm_amd; in a VM, its host must allow nesting"),
@@ -157,15 +158,11 @@ pub(super) fn check_kvm(host: &HostFacts, qemu: Option<&QemuFacts>) -> DoctorChe
 pub(super) fn check_nesting(host: &HostFacts) -> DoctorCheck {
     let usable = host.kvm.trouble().is_none();
     match host.nesting {
-        _ if !usable => {
-            check("nesting", CheckStatus::Ok, "an emulated VM can have VMs of its own (--nested); they are slow")
-        }
-        Nesting::On => check("nesting", CheckStatus::Ok, "a VM can have VMs of its own (--nested)"),
-        Nesting::Unknown => {
-            check("nesting", CheckStatus::Ok, "the kernel does not say whether a VM can have VMs of its own")
-        }
+        _ if !usable => check("nesting", CheckStatus::Ok, "an emulated VM can run VMs (--nested); they are slow"),
+        Nesting::On => check("nesting", CheckStatus::Ok, "a VM can run VMs (--nested)"),
+        Nesting::Unknown => check("nesting", CheckStatus::Ok, "the kernel does not report whether a VM can run VMs"),
         Nesting::Off { module } => {
-            let why = format!("a VM cannot have VMs of its own: the parameter `nested` of {} is off", module.name());
+            let why = format!("a VM cannot run VMs: the parameter `nested` of {} is off", module.name());
             check("nesting", CheckStatus::Ok, why).hint(module.turn_on())
         }
     }
@@ -206,7 +203,7 @@ pub(super) fn check_vsock(host: &HostFacts) -> DoctorCheck {
         VsockVerdict::Usable => check("vsock", CheckStatus::Ok, "/dev/vhost-vsock is usable"),
         VsockVerdict::Absent => {
             check("vsock", CheckStatus::Ok, "there is no /dev/vhost-vsock; agents are reached over virtio-serial")
-                .hint("modprobe vhost_vsock makes exec and copies a little quicker")
+                .hint("modprobe vhost_vsock makes exec and copies a little faster")
         }
         VsockVerdict::NotPermitted => check(
             "vsock",

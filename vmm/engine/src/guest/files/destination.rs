@@ -141,7 +141,7 @@ fn umask() -> u32 {
 /// A path that does not exist, or shall be replaced: its directory and its name.
 fn split(path: &Path, slash: bool) -> Result<(PathBuf, OsString, bool), GuestError> {
     let Some(name) = path.file_name() else {
-        return Err(GuestError::BadName(format!("{} is no name for a copy", path.display())));
+        return Err(GuestError::BadName(format!("{} is not a valid name for a copy", path.display())));
     };
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     Ok((parent.to_owned(), name.to_owned(), slash))

@@ -194,7 +194,7 @@ impl Tree<'_> {
         let parent =
             self.open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC).map_err(|e| self.refused(e))?;
         if kind_at(&parent, last).map_err(|e| self.refused(e))? != Some(FileType::RegularFile) {
-            return Err(GuestError::breach("a hard link to what is no file"));
+            return Err(GuestError::breach("a hard link to something other than a file"));
         }
         rustix::fs::linkat(&parent, last, dir, name, AtFlags::empty()).map_err(|e| self.refused(e))
     }

@@ -54,7 +54,7 @@ impl Drop for Fresh<'_> {
     }
 }
 
-/// Removes everything in a directory that nobody else writes to.
+/// Removes everything in a directory that no other process writes to.
 fn remove_inside(dir: &OwnedFd) -> rustix::io::Result<()> {
     for name in names(dir)? {
         if kind_at(dir, &name)? != Some(FileType::Directory) {

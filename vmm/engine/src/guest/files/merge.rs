@@ -50,7 +50,7 @@ pub(super) fn put_over(
                 if !kept.hand_on(&new, given).map_err(|e| GuestError::host(path, e))? {
                     let old = kept.overwrite(&mut new, given).map_err(|e| GuestError::host(path, e))?;
                     let at = Timespec { tv_sec: time.st_mtime, tv_nsec: time.st_mtime_nsec.cast_signed() };
-                    // Somebody else's file, which this user may write, keeps the time of its change.
+                    // The file of another user, which this user may write, keeps its modification time.
                     let set = rustix::fs::futimens(&old, &Timestamps { last_access: at, last_modification: at });
                     return give(set).map_err(failed);
                 }

@@ -52,7 +52,7 @@ pub struct Copied {
     pub entries: u64,
     /// Bytes of files.
     pub bytes: u64,
-    /// Things left out: sockets, devices, pipes, and what vanished meanwhile.
+    /// Skipped entries: sockets, devices, pipes, and entries that were removed meanwhile.
     pub skipped: u64,
     /// How many entries could not be read and are missing from the copy.
     pub left_out_count: u64,

@@ -279,7 +279,7 @@ impl<F: FnMut(Progress)> Sender<F> {
         }
     }
 
-    /// Notes an entry below the root that cannot be read; the copy goes on without it.
+    /// Notes an entry below the root that cannot be read; the copy continues without it.
     fn leave_out(&mut self, path: &Path, reason: &dyn std::fmt::Display) {
         self.left_out_count += 1;
         if self.left_out.len() < MAX_LEFT_OUT {

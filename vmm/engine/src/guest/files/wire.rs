@@ -84,7 +84,7 @@ impl Wire {
         loop {
             match self.check() {
                 Err(error) => return error,
-                Ok(()) if self.wait(PollFlags::IN, LAST_WORD, "to say why it stopped").is_ok() => {}
+                Ok(()) if self.wait(PollFlags::IN, LAST_WORD, "to report why it stopped").is_ok() => {}
                 Ok(()) => return GuestError::Gone,
             }
         }

@@ -8,7 +8,7 @@
 //! A machine that is about to be saved gets no GO: its agent is left waiting for one ([`Until::Answered`]), so that each
 //! machine that goes on from there agrees with its own host at once.
 //!
-//! A guest that has just been loaded is there at once, and has nothing left to say to anybody: what it is told first is a
+//! A guest that has just been loaded replies at once, and has no pending output: its first request is a
 //! hello and an order in one piece ([`letter`]).
 //!
 //! Invariant: GO follows the ACK to a PROBE that was sent exactly once, so no second ACK can come behind it and be
@@ -93,7 +93,7 @@ pub(super) async fn agree(socket: &UnixStream, until: Until, deadline: Instant) 
 /// # Errors
 /// [`GuestError::Gone`] if QEMU closed the connection, [`GuestError::Timeout`].
 pub(super) async fn letter(socket: &UnixStream, words: &[u8], deadline: Instant) -> Result<Vec<u8>, GuestError> {
-    let length = u16::try_from(words.len()).map_err(|_| GuestError::breach("a letter that is too long"))?;
+    let length = u16::try_from(words.len()).map_err(|_| GuestError::breach("a bootstrap reply that is too long"))?;
     let nonce = random::bytes().map_err(|e| GuestError::Unreachable(e.to_string()))?;
     let mut out = Block { kind: Kind::Letter(length), nonce }.bytes().to_vec();
     out.extend_from_slice(words);
@@ -110,7 +110,9 @@ pub(super) async fn letter(socket: &UnixStream, words: &[u8], deadline: Instant)
             }
         }
     };
-    tokio::time::timeout_at(deadline, exchange).await.unwrap_or(Err(GuestError::Timeout { what: "to answer a letter" }))
+    tokio::time::timeout_at(deadline, exchange)
+        .await
+        .unwrap_or(Err(GuestError::Timeout { what: "to reply to a bootstrap request" }))
 }
 
 /// What has come of an answer to a letter. Holds no more than the longest one.

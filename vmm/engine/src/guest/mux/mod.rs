@@ -104,7 +104,7 @@ impl Mux {
         splice::splice(client, stream, on_bytes).await.map_err(|e| GuestError::stream(&e))
     }
 
-    /// Ends it, and every stream in it, whoever still uses it. The connection itself stays if its owner holds it.
+    /// Ends it, and every stream in it, even if it is in use. The connection itself stays if its owner holds it.
     pub async fn end(&self) {
         // Gone already is as good.
         let _ = self.requests.send(Request::End).await;
@@ -156,14 +156,14 @@ impl Driver {
                         continue;
                     }
                     Poll::Ready(Some(Request::End)) => return Poll::Ready("it was ended".into()),
-                    Poll::Ready(None) => return Poll::Ready("nobody uses it any more".into()),
+                    Poll::Ready(None) => return Poll::Ready("no session uses it any more".into()),
                     Poll::Pending => {}
                 }
             }
             if self.opening.is_some() {
                 match self.connection.poll_new_outbound(cx) {
                     Poll::Ready(Ok(stream)) => {
-                        // If whoever asked has gone, the stream is dropped, and yamux resets it.
+                        // If the requester has gone, the stream is dropped, and yamux resets it.
                         let _ = self.opening.take().map(|give| give.send(stream));
                         continue;
                     }

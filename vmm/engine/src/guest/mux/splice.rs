@@ -2,7 +2,7 @@
 //!
 //! Buffers exist only while bytes are on their way, so an idle session costs the supervisor next to nothing.
 //!
-//! Invariant: it ends when both ways have ended, or when the client is gone for good; then the agent is told, whatever
+//! Invariant: it ends when both ways have ended, or when the client has disconnected; then the agent is notified, whatever
 //! state the stream was in.
 
 use std::future::{Future, poll_fn};
@@ -24,7 +24,7 @@ use crate::guest::transport::watch;
 
 /// Size of the buffer for a client that says little, in bytes.
 const SMALL: usize = 4096;
-/// How long what a vanished client has sent may still take on its way.
+/// How long data of a disconnected client may still take.
 const LINGER: Duration = Duration::from_secs(10);
 
 /// Watches for the moment when the other end of a socket is gone entirely, which reading cannot tell from half-closed.

@@ -75,7 +75,7 @@ async fn silence_ends_at_the_deadline_and_a_late_answer_harms_nobody() {
     let late = r#"{"return":{},"id":1}"#.to_owned() + "\r\n" + r#"{"return":{},"id":ID}"#;
     let (monitor, _events, _task) = qemu(&["{}", &late]).await;
     let error = monitor.stop(Duration::from_millis(50)).await.unwrap_err();
-    assert_eq!(error.to_string(), "QEMU did not answer stop within 50 ms");
+    assert_eq!(error.to_string(), "QEMU did not reply to stop within 50 ms");
     monitor.cont(SOON).await.unwrap();
 }
 

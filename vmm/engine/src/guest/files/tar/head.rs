@@ -34,7 +34,7 @@ impl Head {
             return Ok(None);
         }
         if number(&block[148..156]) != Some(checksum(block).into()) {
-            return Err("a checksum that is wrong: it is damaged, or no tar archive".into());
+            return Err("a wrong checksum: it is damaged, or not a tar archive".into());
         }
         let mut name = text(&block[..100]).to_vec();
         // GNU keeps other things where POSIX has the beginning of a long name.
@@ -44,7 +44,7 @@ impl Head {
         }
         let unsigned = |field: &[u8], what: &str| {
             let number = number(field).and_then(|number| u64::try_from(number).ok());
-            number.ok_or_else(|| format!("a {what} that is no number, or too large"))
+            number.ok_or_else(|| format!("a {what} that is not a number, or too large"))
         };
         Ok(Some(Self {
             flag: if block[156] == 0 { b'0' } else { block[156] },
@@ -52,7 +52,7 @@ impl Head {
             target: text(&block[157..257]).to_vec(),
             mode: unsigned(&block[100..108], "mode")?,
             size: unsigned(&block[124..136], "size")?,
-            mtime_s: number(&block[136..148]).ok_or("a time that is no number, or too large")?,
+            mtime_s: number(&block[136..148]).ok_or("a time that is not a number, or too large")?,
         }))
     }
 

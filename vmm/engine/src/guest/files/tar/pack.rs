@@ -24,7 +24,7 @@ use crate::guest::files::{Copied, Progress};
 
 /// How much is written at once, in bytes.
 const BUFFER: usize = 64 * 1024;
-/// The name before the records of an entry, which nobody sees.
+/// The name before the records of an entry, which is never shown.
 const RECORDS: &[u8] = b"./PaxHeaders/x";
 
 impl<F: FnMut(Progress)> Receiver<F> {
@@ -70,7 +70,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
 
     fn pack(&mut self, item: &Item, mut path: Vec<u8>, writer: &mut impl Write) -> Result<(), GuestError> {
         if let ItemKind::Link(_) = item.kind {
-            return Err(GuestError::breach("a hard link, which was not asked for"));
+            return Err(GuestError::breach("a hard link, which was not requested"));
         }
         let ItemKind::File(announced) = item.kind else {
             let target = if let ItemKind::Symlink(target) = &item.kind { target.as_slice() } else { b"" };
@@ -90,7 +90,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
                 return Ok(());
             }
             if announced == 0 {
-                let message = "the length of a file is not known before its end (as in /proc): copy it alone".into();
+                let message = "the length of a file is unknown before its end (as in /proc): copy it alone".into();
                 return Err(GuestError::Guest(Failed { fault: Fault::Other, message }));
             }
             let size = *told.get_or_insert(announced.max(held.len() as u64));
@@ -120,7 +120,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
     }
 }
 
-/// What has come so far, as far as it matters to whoever unpacks it. A program that is not careful would write through a symlink
+/// What has come so far, as far as it matters to the program that unpacks it. A program that is not careful would write through a symlink
 /// that it has just made.
 #[derive(Default)]
 struct Order {

@@ -21,7 +21,7 @@ impl Records {
     pub fn decode(mut bytes: &[u8]) -> Result<Self, String> {
         let mut records = Self::default();
         while !bytes.is_empty() {
-            let record = first(bytes).ok_or("a PAX record that is none")?;
+            let record = first(bytes).ok_or("an invalid PAX record")?;
             let body = &record[record.iter().position(|&byte| byte == b' ').map_or(0, |at| at + 1)..record.len() - 1];
             let at = body.iter().position(|&byte| byte == b'=').ok_or("a PAX record without a value")?;
             records.take(&body[..at], &body[at + 1..])?;
@@ -36,11 +36,11 @@ impl Records {
             b"path" => self.path.replace(value.to_vec()).is_some(),
             b"linkpath" => self.target.replace(value.to_vec()).is_some(),
             b"size" => {
-                let size = number().and_then(|text| text.parse().ok()).ok_or("a PAX size that is no number")?;
+                let size = number().and_then(|text| text.parse().ok()).ok_or("a PAX size that is not a number")?;
                 self.size.replace(size).is_some()
             }
             b"mtime" => {
-                let time = std::str::from_utf8(value).ok().and_then(nanoseconds).ok_or("a PAX time that is none")?;
+                let time = std::str::from_utf8(value).ok().and_then(nanoseconds).ok_or("an invalid PAX time")?;
                 self.mtime_ns.replace(time).is_some()
             }
             // What programs call a file with holes: what follows is not its bytes, or not at their place.

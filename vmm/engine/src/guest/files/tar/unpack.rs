@@ -98,7 +98,7 @@ impl<R: Read> Archive<R> {
         loop {
             let skipped = io::copy(&mut (&mut self.from).take(self.left + self.padding), &mut io::sink());
             if skipped.map_err(|e| self.failed(e))? < self.left + self.padding {
-                return Err(self.bad("it breaks off"));
+                return Err(self.bad("it is truncated"));
             }
             (self.left, self.padding) = (0, 0);
             let mut block = [0; BLOCK];
@@ -166,7 +166,7 @@ impl<R: Read> Archive<R> {
             self.count_bytes(size)?;
             (self.left, self.padding) = (size, padding(size));
         } else if size != 0 {
-            return Err(refused("bytes of something that is no file"));
+            return Err(refused("content of an entry that is not a file"));
         }
         let mtime_ns = records.mtime_ns.unwrap_or_else(|| head.mtime_s.saturating_mul(1_000_000_000));
         let mode = u16::try_from(head.mode & 0o777).unwrap_or(0);
@@ -176,7 +176,7 @@ impl<R: Read> Archive<R> {
     /// Looks at what stands behind the first block of zeros: nothing but more of them.
     fn end(&mut self, before: &Before) -> Result<(), GuestError> {
         if before.name.is_some() || before.target.is_some() || before.records.is_some() {
-            return Err(self.bad("a description with no entry behind it"));
+            return Err(self.bad("an extended header without an entry after it"));
         }
         let mut seen = 0;
         let mut bytes = [0; 8 * BLOCK];
@@ -189,7 +189,7 @@ impl<R: Read> Archive<R> {
             };
             seen += length as u64;
             if seen > MAX_END || bytes[..length].iter().any(|&byte| byte != 0) {
-                return Err(self.bad("something stands behind its end"));
+                return Err(self.bad("data after its end"));
             }
         }
     }
@@ -227,7 +227,7 @@ impl<R: Read> Archive<R> {
     /// It could not be read; its early end is its own fault.
     pub fn failed(&self, error: io::Error) -> GuestError {
         if error.kind() == io::ErrorKind::UnexpectedEof {
-            return self.bad("it breaks off");
+            return self.bad("it is truncated");
         }
         GuestError::host(Path::new("the archive"), error)
     }
@@ -251,7 +251,7 @@ fn components(name: &[u8]) -> Result<Vec<Vec<u8>>, &'static str> {
         return Err("an absolute path");
     }
     if name.is_empty() || name.len() > MAX_PATH {
-        return Err("no name, or one that is too long");
+        return Err("no name, or a name that is too long");
     }
     let names = name.split(|&byte| byte == b'/').filter(|name| !name.is_empty() && *name != b".");
     let names: Vec<_> = names.map(<[u8]>::to_vec).collect();
@@ -259,7 +259,7 @@ fn components(name: &[u8]) -> Result<Vec<Vec<u8>>, &'static str> {
         return Err("a path with '..' in it");
     }
     if names.len() > MAX_DEPTH || names.iter().any(|name| check_component(name).is_err()) {
-        return Err("nested too deep, or a name that is none");
+        return Err("nested too deep, or an invalid name");
     }
     Ok(names)
 }

@@ -48,7 +48,7 @@ fn an_archive_is_read() {
         entry(b'6', "pipe", b""),
         entry(b'x', "x", b"15 path=long/x\n10 size=3\n"),
     ]));
-    assert!(all.unwrap_err().contains("a description with no entry"));
+    assert!(all.unwrap_err().contains("an extended header without an entry"));
     let mut last = entry(b'0', "short", b"");
     last.extend_from_slice(&[b"abc", &[0; 509][..]].concat());
     let all = read(&archive(&[
@@ -77,7 +77,7 @@ fn nothing_leaves_the_directory() {
     refused(&archive(&[entry(b'0', ".", b"x")]), "it has no name");
     refused(&archive(&[entry(b'0', &"a/".repeat(40), b"x")]), "of the unknown type");
     refused(&archive(&[entry(b'L', "", &b"a/".repeat(300)), entry(b'0', "x", b"")]), "nested too deep");
-    refused(&archive(&[entry(b'L', "", &[b'n'; 256]), entry(b'0', "x", b"")]), "a name that is none");
+    refused(&archive(&[entry(b'L', "", &[b'n'; 256]), entry(b'0', "x", b"")]), "an invalid name");
 }
 
 #[test]
@@ -86,8 +86,8 @@ fn what_the_protocol_cannot_carry_is_refused_and_devices_are_no_files() {
     refused(&archive(&[entry(b'S', "x", b"")]), "a sparse file");
     refused(&archive(&[entry(b'V', "x", b"")]), "unknown type");
     refused(&archive(&[entry(b'2', "x", b"")]), "impossible target");
-    refused(&archive(&[entry(b'5', "x", b"bytes")]), "bytes of something that is no file");
-    refused(&archive(&[entry(b'3', "x", b"bytes")]), "bytes of something that is no file");
+    refused(&archive(&[entry(b'5', "x", b"bytes")]), "content of an entry that is not a file");
+    refused(&archive(&[entry(b'3', "x", b"bytes")]), "content of an entry that is not a file");
     for device in [b'3', b'4', b'6'] {
         assert_eq!(read(&archive(&[entry(device, "x", b"")])).unwrap()[0].1, MemberKind::Special);
     }
@@ -100,10 +100,10 @@ fn what_two_readers_could_understand_differently_is_refused() {
     refused(&archive(&[pax(b"9 path=a\n"), pax(b"9 path=b\n"), file()]), "described twice");
     refused(&archive(&[pax(b"9 path=a\n"), entry(b'L', "", b"b"), file()]), "described twice");
     refused(&archive(&[entry(b'g', "x", b"9 path=a\n"), file()]), "one name or size");
-    refused(&archive(&[pax(b"9 path=a\n")]), "no entry behind it");
+    refused(&archive(&[pax(b"9 path=a\n")]), "without an entry after it");
     refused(&archive(&[pax(b"22 GNU.sparse.major=1\n"), file()]), "a sparse file");
-    refused(&[archive(&[file()]), archive(&[file()])].concat(), "behind its end");
-    refused(&[archive(&[file()]), vec![0; 2 << 20]].concat(), "behind its end");
+    refused(&[archive(&[file()]), archive(&[file()])].concat(), "data after its end");
+    refused(&[archive(&[file()]), vec![0; 2 << 20]].concat(), "data after its end");
 }
 
 #[test]
@@ -140,10 +140,10 @@ fn an_archive_that_breaks_off_is_none() {
     assert_eq!(read(&whole).unwrap().len(), 2);
     // Behind the first block of zeros everything has been said.
     for length in (0..=whole.len() - 2 * BLOCK).step_by(64) {
-        refused(&whole[..length], "it breaks off");
+        refused(&whole[..length], "it is truncated");
     }
-    refused(b"", "it breaks off");
-    refused(&[1; 2000], "no tar archive");
+    refused(b"", "it is truncated");
+    refused(&[1; 2000], "not a tar archive");
 }
 
 #[test]
