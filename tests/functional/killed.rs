@@ -109,8 +109,8 @@ fn whoever_is_killed_again_and_again_hides_nothing_and_leaves_nothing() {
     // A directory of a killed create is removed before the next VM is created.
     home.nido(["create", "last"]).run().ok();
     let doctor = home.nido(["doctor", "--json"]).run().json();
-    let leftovers = doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == "leftovers").unwrap();
-    assert_eq!(leftovers["status"], "ok", "{leftovers}");
+    let orphans = doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == "orphans").unwrap();
+    assert_eq!(orphans["status"], "ok", "{orphans}");
     // Those that live work, and go when they are told to.
     for name in home.names() {
         home.nido(["delete", &name, "--force", "--yes"]).run().ok();

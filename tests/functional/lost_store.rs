@@ -154,7 +154,7 @@ fn only_a_directory_without_data_is_taken_for_a_left_one() {
     fs::create_dir_all(vms.join("00000000000000bb")).unwrap();
     fs::write(vms.join("00000000000000bb/notes"), "mine").unwrap();
     fs::create_dir_all(vms.join(".gone-00000000000000cc/snapshots")).unwrap();
-    assert!(check(&home, "leftovers")["detail"].as_str().unwrap().contains("2 directories"));
+    assert!(check(&home, "orphans")["detail"].as_str().unwrap().contains("2 directories"));
     home.nido(["create", "x"]).run().ok();
     assert!(!vms.join("00000000000000aa").exists() && !vms.join(".gone-00000000000000cc").exists());
     assert!(vms.join("00000000000000bb/notes").exists());

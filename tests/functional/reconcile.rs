@@ -8,7 +8,7 @@ use crate::support::Home;
 
 fn orphans<const N: usize>(home: &Home, doctor: [&str; N]) -> Value {
     let report = home.nido(doctor).run().json();
-    report["checks"].as_array().unwrap().iter().find(|check| check["name"] == "leftovers").unwrap().clone()
+    report["checks"].as_array().unwrap().iter().find(|check| check["name"] == "orphans").unwrap().clone()
 }
 
 // The liveness file of a killed server stayed until another server was started.

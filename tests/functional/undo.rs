@@ -210,7 +210,7 @@ fn parts_that_no_vm_uses_any_more_are_collected_by_the_next_command() {
     fs::write(&orphan, "memory").unwrap();
     home.nido(["ls"]).run().ok();
     assert!(orphan.exists(), "there was no reason to look");
-    let found = checks(&home, "leftovers");
+    let found = checks(&home, "orphans");
     assert!(found["detail"].as_str().unwrap().contains("1 MiB of unused template parts"), "{found}");
     // A supervisor removes it, and with it the reason to keep its parts.
     home.nido(["spawn", "v", "--ephemeral", "--accel", "tcg"]).run().ok();
@@ -219,7 +219,7 @@ fn parts_that_no_vm_uses_any_more_are_collected_by_the_next_command() {
         home.nido(["ls"]).run().ok();
         (!orphan.exists()).then_some(())
     });
-    assert_eq!(checks(&home, "leftovers")["detail"], json!("none"));
+    assert_eq!(checks(&home, "orphans")["detail"], json!("none"));
 }
 
 // The list never said when an idle VM would end.

@@ -60,7 +60,7 @@ impl Store {
 
     /// Writes the parts that a VM owns, in the transaction that is open.
     pub(super) fn own_parts(&self, row: &VmRow) -> Result<()> {
-        debug_assert!(row.unreadable.is_none(), "its parts are not known");
+        debug_assert!(row.unreadable.is_none(), "its parts are unknown");
         let insert = "INSERT OR IGNORE INTO part_owners (vm_id, part, in_memory) VALUES (?1, ?2, ?3)";
         let mut statement = self.connection.prepare_cached(insert).map_err(fault)?;
         for part in row.parts.hashes() {

@@ -368,7 +368,7 @@ impl Raw {
     /// # Errors
     /// `internal` if not even its id could be a name.
     pub(super) fn decode(self, forwards: Vec<ForwardSpec>) -> Result<VmRow> {
-        let unknown = |what: &str, word: &str| format!("{what} '{}' is not known", word.escape_debug());
+        let unknown = |what: &str, word: &str| format!("unknown {what} '{}'", word.escape_debug());
         let mut columns = Columns::default();
         let name = columns.or("name", self.name.parse(), self.id.parse::<VmName>()?);
         let state = VmState::from_word(&self.state).ok_or_else(|| unknown("state", &self.state));

@@ -156,9 +156,9 @@ impl Nido {
         }
         let removes = plan.removes();
         if removes == Removed::default() && unknown.is_none() {
-            return check("leftovers", CheckStatus::Ok, "none");
+            return check("orphans", CheckStatus::Ok, "none");
         }
-        check("leftovers", CheckStatus::Warning, orphans(removes, unknown)).hint("nido doctor --gc")
+        check("orphans", CheckStatus::Warning, orphans(removes, unknown)).hint("nido doctor --gc")
     }
 
     async fn remove_orphans(&self, plan: &Plan, unknown: Option<&str>) -> DoctorCheck {
@@ -172,16 +172,16 @@ impl Nido {
         let removed = format!("removed {directories} directories");
         match (unknown, &failures[..]) {
             (Some(why), _) => {
-                let detail = format!("{removed}; template parts stay, because it is not known which are used: {why}");
-                check("leftovers", CheckStatus::Warning, detail)
+                let detail = format!("{removed}; template parts stay, because their owners are unknown: {why}");
+                check("orphans", CheckStatus::Warning, detail)
             }
             (None, []) => {
                 let detail = format!("{removed} and {} MiB of unused template parts", part_bytes >> 20);
-                check("leftovers", CheckStatus::Ok, detail)
+                check("orphans", CheckStatus::Ok, detail)
             }
             (None, failures) => {
                 let detail = format!("not everything could be removed: {}", failures.join("; "));
-                check("leftovers", CheckStatus::Warning, detail)
+                check("orphans", CheckStatus::Warning, detail)
             }
         }
     }
@@ -244,7 +244,7 @@ async fn check_host(
 fn orphans(removes: Removed, unknown_parts: Option<&str>) -> String {
     let Removed { directories, interrupted, part_bytes } = removes;
     let parts = match unknown_parts {
-        Some(why) => format!("it is not known which template parts are used: {why}"),
+        Some(why) => format!("the owners of template parts are unknown: {why}"),
         None => format!("{} MiB of unused template parts", part_bytes.div_ceil(1 << 20)),
     };
     let interrupted = match interrupted {

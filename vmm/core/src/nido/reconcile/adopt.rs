@@ -60,7 +60,7 @@ impl Nido {
         let broken = |why: String| Error::new(Code::Internal, why);
         let record = VmRecord::read(&dir, id).map_err(broken)?;
         if !record.is_of_user() {
-            return Err(broken(format!("nido made it for itself ({}), and nobody needs it", record.purpose)));
+            return Err(broken(format!("nido created it for itself ({}), and no longer needs it", record.purpose)));
         }
         let held = match Held::try_take(&dir.file(SUPERVISOR_LOCK)) {
             Ok(held) => held,

@@ -97,7 +97,7 @@ impl Nido {
                 remove_tree(&path).map_err(|e| Error::io_at("remove", &path, e))
             }
             Repair::RemoveLivenessFile(id) => liveness::remove_dead(&self.home().present(), id)
-                .map_err(|e| Error::io("cannot remove the file of a process that died", e)),
+                .map_err(|e| Error::io("cannot remove the liveness file of a process that ended", e)),
             Repair::RemoveBuild(path) => Ok(nido_images::remove_orphaned_build(path)?),
             Repair::Parts(_) if scope == Scope::Open => {
                 self.remove_unowned_parts_if_due().await;
@@ -111,7 +111,7 @@ impl Nido {
     pub(in crate::nido) async fn remove_orphaned_builds(&self) {
         for path in nido_images::orphaned_builds(self.home().root()) {
             if let Err(error) = self.apply(&Repair::RemoveBuild(path), Scope::Everything).await {
-                tracing::warn!("what a killed build left stays: {error}");
+                tracing::warn!("the files of a killed build cannot be removed: {error}");
             }
         }
     }

@@ -70,7 +70,7 @@ impl PartFacts {
         let is_due = nido.store().parts_due()? != 0;
         // What is stored first: a part whose owner is added meanwhile is not taken for unowned.
         let (stored, owned_by_vms) = (images.stored(), nido.store().owned_parts()?);
-        let owned = owned_by_vms.ok_or_else(|| "the store has a VM without parts, which may use any".to_owned());
+        let owned = owned_by_vms.ok_or_else(|| "the store has a VM without recorded parts".to_owned());
         let owned = owned.and_then(|owned| with_other_owners(nido, &images, owned));
         Ok(match stored {
             Ok(stored) => Self { is_due, stored, owned },
@@ -106,7 +106,7 @@ impl Nido {
     async fn remove_unowned_parts_locked(&self) -> Result<u64> {
         let facts = PartFacts::read(self)?;
         if let Err(why) = &facts.owned {
-            return Err(Error::internal(format!("it is not known which template parts are used: {why}")));
+            return Err(Error::internal(format!("the owners of template parts are unknown: {why}")));
         }
         if plan_parts(&facts).is_empty() {
             return Ok(0);
