@@ -15,6 +15,8 @@
 //!        |
 //!  app.rs                          the state that sessions share        session_leases.rs subscriptions.rs open_forms.rs output_store.rs
 //!        |
+//!  log_text.rs                     a VM's logs as text
+//!        |
 //!  answer.rs argument_reader.rs pagination.rs prompt_text.rs resource_uri.rs [pure]  principal.rs progress.rs
 //! ```
 //!
@@ -34,6 +36,7 @@ mod call_failure;
 mod confirmation;
 pub mod http;
 mod invalid_params;
+mod log_text;
 mod messages;
 mod open_forms;
 mod output_store;

@@ -1,9 +1,13 @@
-//! One call of a tool, from being asked to being answered.
+//! One call of a tool, from request to result.
 //!
 //! ```text
-//!  may it be? ── no ──> denied, written down
+//!  arguments are read (argument_reader.rs), the tool is offered? ── no ──> denied, written to the audit log
 //!      │ yes
-//!  attempt, on the disk (call_audit.rs) ──> approval, where one is needed (confirmation.rs)
+//!  attempt, on the disk (call_audit.rs)
+//!      │
+//!  arguments are parsed into an operation ── invalid ──> error, nobody is asked
+//!      │
+//!  where a person has to confirm (confirmation.rs): the operation is admitted, or fails; then the person is asked
 //!      │
 //!  the work, a task of its own ──> outcome, on the disk ──> answer
 //!      │ cancelled, or the server ends: it stops and clears up
@@ -32,11 +36,11 @@ use crate::argument_reader;
 use crate::call_audit::{self, AuditEntry, denied};
 use crate::call_context::{CallContext, Notes};
 use crate::call_failure::failed;
-use crate::confirmation::{Decision, Permission, Retry, confirm};
+use crate::confirmation::{Asked, Decision, Permission, Retry, confirm};
 use crate::principal::Principal;
 use crate::progress::Progress;
 use crate::session_leases::SessionKey;
-use crate::tools::Tool;
+use crate::tools::{Operation, Tool};
 
 /// How often whoever carries a job out looks whether it is to be cancelled.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -71,7 +75,7 @@ pub async fn carry_out(
     context: RequestContext<RoleServer>,
 ) -> Result<CallToolResponse, ErrorData> {
     let who = principal.caller(&context);
-    let given = argument_reader::read(&(tool.takes)(), tool.explains(), arguments);
+    let given = argument_reader::read(&(tool.takes)(), &tool.also_accepts(), arguments);
     let arguments = given.value;
     if let Some((reason, words)) = tool.refused(app.settings(), principal) {
         let denied = denied(app, &who, tool.name, arguments, reason).await;
@@ -84,15 +88,18 @@ pub async fn carry_out(
     let limits = limits(app, principal);
     let mut call =
         CallContext { app: Arc::clone(app), who, progress, cancelled: cancelled.clone(), session, limits, vm, notes };
-    let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
     let entry = match call_audit::begin(&call, tool, arguments.clone()).await {
         Ok(entry) => entry,
         Err(error) => return Ok(result(Err(ErrorResult::new(&error, None))).into()),
     };
-    if let Some(error) = given.wrong {
-        let _ = call_audit::end_with(entry, &call, &Err::<&ToolResult, _>(&error), "").await;
-        return Ok(result(Err(failed(&call, &error, None).await)).into());
-    }
+    let operation = match given.wrong.map_or_else(|| tool.operation(arguments.clone()), Err) {
+        Ok(operation) => operation,
+        Err(error) => {
+            let _ = call_audit::end_with(entry, &call, &Err::<&ToolResult, _>(&error), "").await;
+            return Ok(result(Err(failed(&call, &error, None).await)).into());
+        }
+    };
+    let name = operation.vm().cloned();
     // Asked here and not in the task: what a client is asked belongs to its request.
     let (steps, token, peer) = (call.progress.clone(), context.meta.get_progress_token(), context.peer.clone());
     let telling = async {
@@ -102,7 +109,7 @@ pub async fn carry_out(
         std::future::pending::<()>().await;
     };
     let decision = tokio::select! {
-        decision = confirm(&mut call, tool, &arguments, retry, &context) => decision,
+        decision = confirm(&mut call, Asked { tool, operation: &*operation, arguments: &arguments }, retry, &context) => decision,
         () = telling => Err(Error::internal("progress ended")),
         () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
     };
@@ -122,7 +129,7 @@ pub async fn carry_out(
     };
     // Whoever drops this call does not want its work any more.
     let unwanted = cancelled.clone().drop_guard();
-    let work = app.tasks().spawn(work(call.clone(), tool, arguments, entry, word));
+    let work = app.tasks().spawn(work(call.clone(), operation, entry, word));
     awaited(call, tool, name, (work, unwanted), &context).await
 }
 
@@ -205,12 +212,11 @@ async fn given_up(
 /// The work and its outcome.
 async fn work(
     call: CallContext,
-    tool: &'static Tool,
-    arguments: Value,
+    operation: Box<dyn Operation>,
     entry: AuditEntry,
     word: &'static str,
 ) -> Result<ToolResult> {
-    let outcome = (tool.run)(call.clone(), arguments).await;
+    let outcome = operation.run(call.clone()).await;
     let written = call_audit::end_with(entry, &call, &outcome.as_ref(), word).await;
     let notes = call.notes().arguments.clone();
     outcome.and_then(|done| written.map(|()| done.noted(&notes)))
