@@ -7,6 +7,8 @@
 //!        |
 //!  tool_call.rs  prompts.rs        one call: admission, attempt, progress, cancellation, outcome  call_audit.rs call_failure.rs
 //!        |
+//!  prompt_access.rs                what of a prompt the caller can do
+//!        |
 //!  confirmation.rs  resources.rs   approvals; what can be read without a tool
 //!        |
 //!  tools/*.rs                      one file per noun: parse, call the core, return a result       schema.rs [pure]
@@ -43,6 +45,7 @@ mod output_store;
 mod pagination;
 mod principal;
 mod progress;
+mod prompt_access;
 mod prompt_text;
 mod prompts;
 mod resource_uri;

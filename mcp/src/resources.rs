@@ -85,7 +85,7 @@ pub async fn read(app: &App, principal: &Principal, uri: &str) -> Result<Resourc
         return json(uri, &tools::vm_list(nido.list_with_idle().await?.vms, None));
     }
     if uri == TEMPLATES {
-        return json(uri, &nido.template_list()?);
+        return json(uri, &tools::template_list(nido.template_list()?, None));
     }
     if let Some(output) = uri.strip_prefix(OUTPUT).and_then(|id| app.outputs().get(&principal.actor, id)) {
         // As it is shown, but whole.

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-use nido_api::{JobOutcome, JobProgress, JobRequest, Limits};
+use nido_api::{JobOutcome, JobProgress, JobRequest};
 use nido_core::audit::Ending;
 use rmcp::RoleServer;
 use rmcp::model::{CallToolResponse, ErrorData};
@@ -60,13 +60,6 @@ pub struct CallRequest {
     pub session: SessionKey,
 }
 
-/// What VMs may be that this caller makes. Where nobody says otherwise, no other machine reaches them.
-fn limits(app: &App, principal: &Principal) -> Limits {
-    let mut limits = app.settings().policy.limits.and(&principal.limits);
-    limits.publish.get_or_insert_with(Limits::loopback);
-    limits
-}
-
 /// Carries a call out.
 pub async fn carry_out(
     app: &Arc<App>,
@@ -85,7 +78,7 @@ pub async fn carry_out(
     let cancelled = app.ending().child_token();
     let notes = Arc::new(Mutex::new(Notes { arguments: given.notes, ..Notes::default() }));
     let (progress, vm) = (Progress::new(), None);
-    let limits = limits(app, principal);
+    let limits = app.limits(principal);
     let mut call =
         CallContext { app: Arc::clone(app), who, progress, cancelled: cancelled.clone(), session, limits, vm, notes };
     let entry = match call_audit::begin(&call, tool, arguments.clone()).await {

@@ -29,6 +29,7 @@ use serde_json::{Map, Value, json};
 
 pub(crate) use self::brief::vm_list;
 pub(crate) use self::operation::Operation;
+pub(crate) use self::templates::template_list;
 use crate::answer::plain;
 use crate::app::Settings;
 use crate::principal::Principal;
@@ -219,7 +220,7 @@ pub fn find(name: &str) -> Option<&'static Tool> {
 }
 
 /// Arguments as a type; what is wrong is told with the name of the field.
-fn arguments<T: DeserializeOwned>(arguments: Value) -> Result<T> {
+pub(crate) fn arguments<T: DeserializeOwned>(arguments: Value) -> Result<T> {
     serde_path_to_error::deserialize(arguments).map_err(|error| {
         let path = error.path().to_string();
         let field = if path == "." { String::new() } else { format!("{path}: ") };

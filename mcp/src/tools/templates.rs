@@ -3,7 +3,7 @@
 use futures::future::BoxFuture;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{TemplateName, VmName};
-use nido_api::{BuildResult, BuildStep, Scope, TemplateList};
+use nido_api::{BuildResult, BuildStep, Scope, TemplateInfo, TemplateList};
 use serde::{Deserialize, Serialize};
 
 use super::page::{PageRequest, page};
@@ -20,7 +20,7 @@ pub const LIST: Tool = Tool {
     scope: Scope::Read,
     takes: schema::arguments::<List>,
     unlisted: &["limit"],
-    gives: schema::result::<Page>,
+    gives: schema::result::<TemplateBriefs>,
     parse: parse::<List>,
 };
 
@@ -37,13 +37,37 @@ struct List {
 
 /// Some templates.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct Page {
-    #[serde(flatten)]
-    list: TemplateList,
-    /// There are more: give this as cursor.
+pub struct TemplateBriefs {
+    templates: Vec<TemplateBrief>,
+    /// Names of recipes that can be built.
+    recipes: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    damaged: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
     next_cursor: Option<String>,
+}
+
+/// What matters for choosing a template.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct TemplateBrief {
+    name: TemplateName,
+    init: String,
+    kernel: String,
+    disk_bytes: u64,
+    created_at: String,
+}
+
+/// Templates as a list, and the cursor of the next page.
+pub fn template_list(list: TemplateList, next_cursor: Option<String>) -> TemplateBriefs {
+    let TemplateList { templates, damaged, recipes } = list;
+    let brief = |one: TemplateInfo| TemplateBrief {
+        name: one.name,
+        init: one.init,
+        kernel: one.kernel,
+        disk_bytes: one.disk_bytes,
+        created_at: format!("{:.0}", one.created_at),
+    };
+    TemplateBriefs { templates: templates.into_iter().map(brief).collect(), recipes, damaged, next_cursor }
 }
 
 impl Operation for List {
@@ -53,7 +77,7 @@ impl Operation for List {
             let wanted = PageRequest { limit: self.limit, cursor: self.cursor.as_deref() };
             let (templates, next_cursor) = page(list.templates, wanted, |one| one.name.as_str().to_owned())?;
             list.templates = templates;
-            ToolResult::new(&Page { list, next_cursor })
+            ToolResult::new(&template_list(list, next_cursor))
         })
     }
 }
