@@ -93,19 +93,8 @@ pub async fn carry_out(
         }
     };
     let name = operation.vm().cloned();
-    // Asked here and not in the task: what a client is asked belongs to its request.
-    let (steps, token, peer) = (call.progress.clone(), context.meta.get_progress_token(), context.peer.clone());
-    let telling = async {
-        if let Some(token) = token {
-            steps.pass_on(peer, token).await;
-        }
-        std::future::pending::<()>().await;
-    };
-    let decision = tokio::select! {
-        decision = confirm(&mut call, Asked { tool, operation: &*operation, arguments: &arguments }, retry, &context) => decision,
-        () = telling => Err(Error::internal("progress ended")),
-        () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
-    };
+    let asked = Asked { tool, operation: &*operation, arguments: &arguments };
+    let decision = decide(&mut call, asked, retry, &context).await;
     let word = match decision {
         Ok(Decision::Proceed(Permission { word, vm })) => {
             call.vm = vm;
@@ -124,6 +113,28 @@ pub async fn carry_out(
     let unwanted = cancelled.clone().drop_guard();
     let work = app.tasks().spawn(work(call.clone(), operation, entry, word));
     awaited(call, tool, name, (work, unwanted), &context).await
+}
+
+/// Whether the call may be made, and asks a person where that is needed. Here and not in the task of the work: what a client is asked
+/// belongs to its request.
+async fn decide(
+    call: &mut CallContext,
+    asked: Asked<'_>,
+    retry: Retry,
+    context: &RequestContext<RoleServer>,
+) -> Result<Decision> {
+    let (steps, token, peer) = (call.progress.clone(), context.meta.get_progress_token(), context.peer.clone());
+    let telling = async {
+        if let Some(token) = token {
+            steps.pass_on(peer, token).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        decision = confirm(call, asked, retry, context) => decision,
+        () = telling => Err(Error::internal("progress ended")),
+        () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
+    }
 }
 
 /// Waits for the work, for as long as a client does. Then it is a job, or given up.

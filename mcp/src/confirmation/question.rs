@@ -24,36 +24,10 @@ pub async fn question(call: &CallContext, tool: &Tool, ask: &Ask, seen: Option<&
     let agent = ask.agent.as_deref().map_or_else(|| "An agent".into(), plain);
     let name = &ask.vm_name;
     let vm = seen.map_or_else(|| format!("VM '{name}'"), described);
-    let text = |key: &str| plain(head(ask.arguments.get(key).and_then(Value::as_str).unwrap_or_default(), SHOWN));
+    let text = |key: &str| shown(ask, key);
     let flag = |key: &str| ask.arguments.get(key).is_some_and(|value| *value == true);
     match tool.name {
-        "vm_delete" => {
-            let lost = lost(call, ask, seen, &[Loss::Disk, Loss::Memory, Loss::Snapshots]).await;
-            let now = if flag("force") { " It is ended at once if it runs." } else { "" };
-            format!("{agent} wants to delete {vm}.{now} Lost for good: {lost}.")
-        }
-        "vm_restore" => {
-            let snapshot = text("snapshot");
-            let of = taken(call, name, &snapshot).await;
-            let what = if flag("disk_only") { "the disk of " } else { "" };
-            let lost = lost(call, ask, seen, &[Loss::Memory]).await;
-            let lost = if lost.is_empty() { lost } else { format!(", {lost}") };
-            format!(
-                "{agent} wants to restore {what}{vm} to the snapshot '{snapshot}'{of}. Lost for good: everything written to its \
-                 disk since then{lost}."
-            )
-        }
-        "vm_stop" => match seen.is_some_and(|vm| vm.ephemeral) {
-            true => {
-                let lost = lost(call, ask, seen, &[Loss::Disk, Loss::Memory, Loss::Snapshots]).await;
-                format!("{agent} wants to stop {vm}, which deletes it, because it is ephemeral. Lost for good: {lost}.")
-            }
-            false => {
-                let lost = lost(call, ask, seen, &[Loss::Memory]).await;
-                let lost = if lost.is_empty() { String::new() } else { format!(" Lost: {lost}.") };
-                format!("{agent} wants to stop {vm}. Its disk stays.{lost}")
-            }
-        },
+        "vm_delete" | "vm_restore" | "vm_stop" => end_of_state(call, tool, ask, seen, (&agent, &vm)).await,
         "vm_exec" => {
             let argv = ask.arguments.get("argv").map(|argv| plain(head(&argv.to_string(), SHOWN)));
             let command = argv.unwrap_or_else(|| text("command"));
@@ -92,6 +66,52 @@ pub async fn question(call: &CallContext, tool: &Tool, ask: &Ask, seen: Option<&
         }
         other => format!("{agent} wants to call {other} for {vm}: {}", plain(head(&ask.arguments.to_string(), SHOWN))),
     }
+}
+
+/// The question about a call that takes something of a VM away; `agent` asks about `vm`.
+async fn end_of_state(
+    call: &CallContext,
+    tool: &Tool,
+    ask: &Ask,
+    seen: Option<&VmInfo>,
+    (agent, vm): (&str, &str),
+) -> String {
+    let text = |key: &str| shown(ask, key);
+    let flag = |key: &str| ask.arguments.get(key).is_some_and(|value| *value == true);
+    match tool.name {
+        "vm_delete" => {
+            let lost = lost(call, ask, seen, &[Loss::Disk, Loss::Memory, Loss::Snapshots]).await;
+            let now = if flag("force") { " It is ended at once if it runs." } else { "" };
+            format!("{agent} wants to delete {vm}.{now} Lost for good: {lost}.")
+        }
+        "vm_restore" => {
+            let snapshot = text("snapshot");
+            let of = taken(call, &ask.vm_name, &snapshot).await;
+            let what = if flag("disk_only") { "the disk of " } else { "" };
+            let lost = lost(call, ask, seen, &[Loss::Memory]).await;
+            let lost = if lost.is_empty() { lost } else { format!(", {lost}") };
+            format!(
+                "{agent} wants to restore {what}{vm} to the snapshot '{snapshot}'{of}. Lost for good: everything written to its \
+                 disk since then{lost}."
+            )
+        }
+        _ => match seen.is_some_and(|vm| vm.ephemeral) {
+            true => {
+                let lost = lost(call, ask, seen, &[Loss::Disk, Loss::Memory, Loss::Snapshots]).await;
+                format!("{agent} wants to stop {vm}, which deletes it, because it is ephemeral. Lost for good: {lost}.")
+            }
+            false => {
+                let lost = lost(call, ask, seen, &[Loss::Memory]).await;
+                let lost = if lost.is_empty() { String::new() } else { format!(" Lost: {lost}.") };
+                format!("{agent} wants to stop {vm}. Its disk stays.{lost}")
+            }
+        },
+    }
+}
+
+/// An argument that is text, as far as a question shows it.
+fn shown(ask: &Ask, key: &str) -> String {
+    plain(head(ask.arguments.get(key).and_then(Value::as_str).unwrap_or_default(), SHOWN))
 }
 
 /// A VM, for who has to decide about it. Names are parsed names.
