@@ -211,7 +211,7 @@ const fn next_step(code: Code) -> &'static str {
         Code::TemplateExists => "choose another name for the template",
         Code::TemplateMismatch => "leave path out (vm_spawn), or set disk_only (vm_restore); else tell the user",
         Code::TemplateBuildFailed => "the message tells why; check the VM with vm_exec, then call again",
-        Code::SnapshotNotFound => "vm_snapshot takes one; check the name of the snapshot",
+        Code::SnapshotNotFound => "vm_info lists the snapshots; vm_snapshot takes one",
         Code::SnapshotDamaged => "restore another snapshot; tell the user that this one is damaged",
         Code::SnapshotExists => "choose another name for the snapshot",
         Code::CommandNotFound => "check the program's name; packages are installed with vm_exec",
@@ -231,6 +231,7 @@ const fn next_step(code: Code) -> &'static str {
         Code::GuestFailed => "the log below tells why; vm_delete it and vm_spawn it anew",
         Code::QemuFailed => "vm_info tells why; try again once, then tell the user",
         Code::PortInUse => "choose another host port, or 0 for a free one",
+        Code::ForwardNotFound => "vm_ports without publish and unpublish lists the published ports",
         Code::PortClosed => "start what shall listen there with vm_exec, then try again",
         Code::Interrupted => "it was cancelled: call again if it is still wanted; vm_info tells what became of the VM",
         Code::Denied => "this server does not allow it: tell the user, do not try around it",
@@ -261,7 +262,6 @@ const fn next_step(code: Code) -> &'static str {
         // What tools do not speak of.
         Code::TemplateInUse
         | Code::ArchiveInvalid
-        | Code::ForwardNotFound
         | Code::Unauthorized
         | Code::TokenNotFound
         | Code::TokenExists

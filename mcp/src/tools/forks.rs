@@ -5,6 +5,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::{Scope, StartStage};
 use nido_core::Intent;
+use nido_core::policy::decide_fork;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -46,6 +47,18 @@ impl Fork {
             _ => Err(Error::new(Code::SpecInvalid, format!("copies: must be 1 to {COPIES_MAX} names"))),
         }
     }
+
+    /// Whether the policy allows the copies.
+    async fn check(&self, call: &CallContext) -> Result<()> {
+        let (_, template) = call.nido().await?.identity(call.which(&self.name))?;
+        let policy = &call.app.settings().policy;
+        self.copies.iter().try_for_each(|copy| {
+            decide_fork(policy, &self.name, &template, copy).into_result().map_err(|denial| {
+                call.refused_because(denial.reason);
+                Error::from(denial)
+            })
+        })
+    }
 }
 
 impl Operation for Fork {
@@ -55,11 +68,15 @@ impl Operation for Fork {
 
     fn admit<'a>(&'a self, call: &'a CallContext) -> BoxFuture<'a, Result<()>> {
         let intent = Intent::Fork { copies: &self.copies, limits: &call.limits };
-        Box::pin(async move { call.nido().await?.admits(call.which(&self.name), &intent) })
+        Box::pin(async move {
+            self.check(call).await?;
+            call.nido().await?.admits(call.which(&self.name), &intent)
+        })
     }
 
     fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
         Box::pin(async move {
+            self.check(&call).await?;
             let grant = call.grant();
             let mut tell = |_: &VmName, stage: StartStage| call.progress.stage(stage);
             let vm = call.which(&self.name);
