@@ -89,6 +89,8 @@ pub struct VmBriefs {
 pub fn vm_list(vms: Vec<VmInfo>, next_cursor: Option<String>) -> VmBriefs {
     let mut warnings: Vec<String> = Vec::new();
     let brief = |mut vm: VmInfo| {
+        // The same for all VMs of a session; vm_info shows it.
+        vm.lease = None;
         for warning in std::mem::take(&mut vm.warnings) {
             if !warnings.contains(&warning) {
                 warnings.push(warning);
@@ -143,7 +145,7 @@ mod tests {
             "name": name, "id": "0123456789abcdef", "status": "running", "template": "sandbox", "machine": "q35",
             "machine_reason": "vsock is missing", "accel": "kvm", "isolation": "hardware", "nested": false, "cpus": 1,
             "memory_mib": 512, "disk_bytes": 1, "net": "nat", "ip_address": null, "ssh_command": null, "forwards": [],
-            "labels": {}, "ephemeral": true, "agent": { "ready": true, "version": null, "transport": null },
+            "labels": {}, "ephemeral": true, "lease": "0123456789abcdef", "agent": { "ready": true, "version": null, "transport": null },
             "created_at": "2026-11-29T14:33:01.123Z", "started_at": null, "expires_at": "2026-11-29T15:33:01.123Z",
             "idle_at": null, "failure": null, "timings": null, "warnings": warnings,
         }))
