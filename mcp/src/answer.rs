@@ -30,8 +30,10 @@ impl JobReference {
 /// What a tool has done.
 #[derive(Debug)]
 pub struct ToolResult {
-    /// The answer, as its schema says.
+    /// The result, as its schema says.
     pub value: Value,
+    /// The same for a reader, if that is not the value as JSON.
+    pub text: Option<String>,
     /// A word about it for the audit log.
     pub word: String,
     /// Where there is more of it.
@@ -43,7 +45,14 @@ impl ToolResult {
     pub fn new(value: &impl Serialize) -> Result<Self, Error> {
         let mut value = serde_json::to_value(value).map_err(|e| Error::internal(e.to_string()))?;
         readable(&mut value);
-        Ok(Self { value, word: String::new(), links: Vec::new() })
+        without_nulls(&mut value);
+        Ok(Self { value, text: None, word: String::new(), links: Vec::new() })
+    }
+
+    /// The same, with a text for readers. It must not hold anything that a reader would not see.
+    #[must_use]
+    pub fn with_text(self, text: String) -> Self {
+        Self { text: Some(text), ..self }
     }
 
     /// The same with notes for the caller.
@@ -51,6 +60,9 @@ impl ToolResult {
     pub fn noted(mut self, notes: &[String]) -> Self {
         if let (Value::Object(fields), false) = (&mut self.value, notes.is_empty()) {
             fields.insert("notes".into(), json!(notes));
+            if let Some(text) = &mut self.text {
+                text.extend(notes.iter().map(|note| format!("\n[note: {note}]")));
+            }
         }
         self
     }
@@ -129,6 +141,18 @@ impl ErrorResult {
     }
 }
 
+/// Removes the fields that have no value: a model pays for each.
+fn without_nulls(value: &mut Value) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(without_nulls),
+        Value::Object(fields) => {
+            fields.retain(|_, value| !value.is_null());
+            fields.values_mut().for_each(without_nulls);
+        }
+        _ => {}
+    }
+}
+
 /// Takes out of every text what a reader would not see: some of it is a guest's.
 pub fn readable(value: &mut Value) {
     match value {
@@ -160,6 +184,9 @@ pub fn result(outcome: Result<ToolResult, ErrorResult>) -> CallToolResult {
     match outcome {
         Ok(done) => {
             let mut result = CallToolResult::structured(done.value);
+            if let Some(text) = done.text {
+                result.content = vec![ContentBlock::text(text)];
+            }
             result.content.extend(done.links.into_iter().map(ContentBlock::resource_link));
             result
         }
@@ -184,7 +211,7 @@ const fn next_step(code: Code) -> &'static str {
         Code::TemplateExists => "choose another name for the template",
         Code::TemplateMismatch => "leave path out (vm_spawn), or set disk_only (vm_restore); else tell the user",
         Code::TemplateBuildFailed => "the message tells why; check the VM with vm_exec, then call again",
-        Code::SnapshotNotFound => "vm_snapshot takes one; check the name of the snapshot",
+        Code::SnapshotNotFound => "vm_info lists the snapshots; vm_snapshot takes one",
         Code::SnapshotDamaged => "restore another snapshot; tell the user that this one is damaged",
         Code::SnapshotExists => "choose another name for the snapshot",
         Code::CommandNotFound => "check the program's name; packages are installed with vm_exec",
@@ -204,6 +231,7 @@ const fn next_step(code: Code) -> &'static str {
         Code::GuestFailed => "the log below tells why; vm_delete it and vm_spawn it anew",
         Code::QemuFailed => "vm_info tells why; try again once, then tell the user",
         Code::PortInUse => "choose another host port, or 0 for a free one",
+        Code::ForwardNotFound => "vm_ports without publish and unpublish lists the published ports",
         Code::PortClosed => "start what shall listen there with vm_exec, then try again",
         Code::Interrupted => "it was cancelled: call again if it is still wanted; vm_info tells what became of the VM",
         Code::Denied => "this server does not allow it: tell the user, do not try around it",
@@ -234,7 +262,6 @@ const fn next_step(code: Code) -> &'static str {
         // What tools do not speak of.
         Code::TemplateInUse
         | Code::ArchiveInvalid
-        | Code::ForwardNotFound
         | Code::Unauthorized
         | Code::TokenNotFound
         | Code::TokenExists

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use nido_api::Scope;
 use nido_api::error::Result;
+use nido_api::{Limits, Scope};
 use nido_core::Nido;
 use nido_core::host_paths::{DefaultPaths, HostPaths};
 use nido_core::policy::Policy;
@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::open_forms::OpenForms;
 use crate::output_store::OutputStore;
+use crate::principal::Principal;
 use crate::session_leases::SessionLeases;
 use crate::subscriptions::ChangeFeed;
 
@@ -154,8 +155,15 @@ impl App {
         &self.settings
     }
 
+    /// What VMs may be that this caller creates. Where nobody says otherwise, no other machine reaches them.
+    pub(crate) fn limits(&self, principal: &Principal) -> Limits {
+        let mut limits = self.settings.policy.limits.and(&principal.limits);
+        limits.publish.get_or_insert_with(Limits::loopback);
+        limits
+    }
+
     /// The core as it is: for the audit log, which must not wait for anything.
-    pub(crate) fn unsettled(&self) -> &Arc<Nido> {
+    pub(crate) fn unreconciled(&self) -> &Arc<Nido> {
         &self.nido
     }
 

@@ -7,6 +7,7 @@
 //!  null, "" or [] of an optional field, or its default     absent
 //!  5.0, "5", "true", "[1]", "{}" where the type fits       5, true, [1], {}
 //!  timeout_seconds: 1.5, or its alias timeout_ms: 1500     timeout_ms: 1500
+//!  forwards: ["8080:80"], as on the command line           [{host: 127.0.0.1, host_port: 8080, guest_port: 80}]
 //!  a field that the schema does not have                   left out, and named in a note
 //!  a required field that is missing, another type,         an error for each, with the shape and an example
 //!  a value out of bounds
@@ -14,6 +15,7 @@
 //!
 //! Invariants: what the schema allows is read without a note and without an error; no message names a type of Rust.
 
+use nido_api::ForwardSpec;
 use nido_api::error::{Code, Error};
 use nido_api::sanitize::head;
 use serde_json::{Map, Value, json};
@@ -22,6 +24,8 @@ use crate::answer::plain;
 
 /// Fields whose empty text is a value: an empty file.
 const EMPTY_IS_A_VALUE: [&str; 2] = ["content", "content_base64"];
+/// The field that holds published ports.
+const FORWARDS: &str = "forwards";
 /// How fields end that hold a time, and how their aliases do.
 const SECONDS: &str = "_seconds";
 const MILLISECONDS: &str = "_ms";
@@ -42,7 +46,7 @@ const EXAMPLES: [(&str, &str); 16] = [
     ("command", r#""ls -l /""#),
     ("env", r#"{"LANG": "C"}"#),
     ("labels", r#"{"team": "web"}"#),
-    ("forwards", r#"[{"guest_port": 80, "host_port": 8080}]"#),
+    ("forwards", r#"["8080:80"]"#),
     ("guest_port", "80"),
     ("host_port", "8080"),
     ("memory_mib", "1024"),
@@ -75,7 +79,7 @@ pub fn read(schema: &Value, also: &[&str], given: Value) -> Arguments {
             Map::new()
         }
     };
-    let value = reading.object(schema, given, "", also);
+    let value = reading.object(schema, with_parsed_ports(schema, given), "", also);
     let wrong = (!reading.wrong.is_empty()).then(|| {
         reading.wrong.truncate(NAMED_MAX);
         Error::new(Code::SpecInvalid, reading.wrong.join("; "))
@@ -89,6 +93,23 @@ pub fn read(schema: &Value, also: &[&str], given: Value) -> Arguments {
         vec![format!("arguments that this tool does not have were ignored: {}{more}", reading.unknown.join(", "))]
     };
     Arguments { value, notes, wrong }
+}
+
+/// Published ports may be written as on the command line: `8080:80` is port 8080 of the host for port 80 of the guest.
+fn with_parsed_ports(schema: &Value, mut given: Map<String, Value>) -> Map<String, Value> {
+    if schema["properties"].get(FORWARDS).is_some()
+        && let Some(ports) = given.remove(FORWARDS)
+    {
+        let mut ports = text_as_json(ports);
+        for port in ports.as_array_mut().into_iter().flatten().filter(|port| !port.is_object()) {
+            let text = port.as_str().map_or_else(|| port.to_string(), str::to_owned);
+            if let Ok(parsed) = text.parse::<ForwardSpec>() {
+                *port = json!(parsed);
+            }
+        }
+        given.insert(FORWARDS.into(), ports);
+    }
+    given
 }
 
 #[derive(Debug, Default)]
@@ -127,7 +148,7 @@ impl ArgumentReader {
             }
         }
         for (name, value) in given {
-            if value.is_null() {
+            if value.is_null() || also.contains(&name.as_str()) && is_absent(&name, &value) {
                 continue;
             }
             if also.contains(&name.as_str()) {
@@ -306,6 +327,9 @@ fn shape(at: &str, schema: &Value) -> String {
         "number" => (format!("a number{}", bounds(schema)), number_for(schema, 60.0)),
         "array" if schema["items"]["type"] == "object" => ("a list of objects".to_owned(), "[{}]".to_owned()),
         "array" => ("a list of texts".to_owned(), r#"["a", "b"]"#.to_owned()),
+        "object" if schema["properties"].get("guest_port").is_some() => {
+            (r#"a port such as "8080:80", or an object"#.to_owned(), example_of(schema))
+        }
         "object" if schema.get("properties").is_some() => ("an object".to_owned(), example_of(schema)),
         _ => ("an object with text values".to_owned(), r#"{"KEY": "value"}"#.to_owned()),
     };

@@ -26,7 +26,7 @@ pub async fn begin(call: &CallContext, tool: &'static Tool, arguments: Value) ->
     if tool.hints.read_only {
         return Ok(AuditEntry::Read(tool.name, arguments));
     }
-    let (nido, who) = (Arc::clone(call.app.unsettled()), call.who.clone());
+    let (nido, who) = (Arc::clone(call.app.unreconciled()), call.who.clone());
     let begun = tokio::task::spawn_blocking(move || nido.audit_begin(&who, tool.name, &arguments)).await;
     let begun = begun.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?;
     begun.map(|audited| AuditEntry::Open(Box::new(audited)))
@@ -34,7 +34,7 @@ pub async fn begin(call: &CallContext, tool: &'static Tool, arguments: Value) ->
 
 /// Writes down that it was not allowed.
 pub async fn denied(app: &App, who: &Caller, tool: &str, arguments: Value, reason: &'static str) -> Result<()> {
-    let (nido, who, tool) = (Arc::clone(app.unsettled()), who.clone(), tool.to_owned());
+    let (nido, who, tool) = (Arc::clone(app.unreconciled()), who.clone(), tool.to_owned());
     let written = tokio::task::spawn_blocking(move || nido.audit_denied(&who, &tool, &arguments, reason)).await;
     written.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?
 }
@@ -59,7 +59,7 @@ pub async fn end_with(
 /// What was done has been done: that only the line about it is missing goes to the server's own log. What was only looked at is
 /// not shown without its line.
 pub async fn end(call: &CallContext, entry: AuditEntry, ending: Ending, reason: String) -> Result<()> {
-    let (nido, who) = (Arc::clone(call.app.unsettled()), call.who.clone());
+    let (nido, who) = (Arc::clone(call.app.unreconciled()), call.who.clone());
     let ended = tokio::task::spawn_blocking(move || match entry {
         AuditEntry::Open(audited) => {
             if let Err(error) = audited.end_as(ending, &reason) {

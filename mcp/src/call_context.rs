@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-use nido_api::{Caller, Grant, LeaseId, Limits, Which};
+use nido_api::{Caller, Grant, LeaseId, Limits, VmInfo, Which};
 use nido_core::Nido;
 use tokio_util::sync::CancellationToken;
 
@@ -88,6 +88,13 @@ impl CallContext {
     /// From now on it is done to the VM of this id, or not at all.
     pub fn decided_about(&mut self, vm: Option<String>) {
         self.vm = vm;
+    }
+
+    /// This caller has created this VM: if it is ephemeral, its end needs no confirmation.
+    pub fn created(&self, vm: &VmInfo) {
+        if vm.ephemeral {
+            self.app.remember(&self.who.actor, &vm.id);
+        }
     }
 
     /// The lease that a throw-away VM gets.

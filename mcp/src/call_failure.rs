@@ -31,7 +31,7 @@ pub async fn failed(call: &CallContext, error: &Error, name: Option<VmName>) -> 
 
 /// What has become of a VM of this name that was there a while ago, if its time was up.
 fn gone(call: &CallContext, name: &VmName) -> Option<String> {
-    let nido = call.app.unsettled();
+    let nido = call.app.unreconciled();
     let since = nido.last_event().ok()?.saturating_sub(EVENTS_LOOKED_AT);
     let mut request = EventsRequest { since, vm: Some(name.clone()), ..EventsRequest::default() };
     let mut last = None;
@@ -68,6 +68,6 @@ async fn state(call: &CallContext, error: &Error, name: Option<VmName>) -> Optio
         error.code(),
         Code::VmNotRunning | Code::VmBusy | Code::VmExists | Code::AgentUnreachable | Code::GuestFailed | Code::Timeout
     );
-    let info = call.app.unsettled().info(&name.filter(|_| explains)?).await.ok()?;
+    let info = call.app.unreconciled().info(&name.filter(|_| explains)?).await.ok()?;
     Some(info.status.word().into())
 }

@@ -1,8 +1,8 @@
 //! A person's confirmation, before something is done that the policy asks about (`policy/confirm.rs`).
 //!
 //! ```text
-//!  not asked about, or it is the caller's own throw-away VM ─────────────────────────────> go, and written down
-//!  it would be refused anyway (state, policy, paths) ────────────────────────────────────> refused, nobody is asked
+//!  not asked about, or it is the caller's own ephemeral VM ──────────────────────────────> go, and written down
+//!  it would fail anyway (`Operation::admit`: state, policy, limits, paths) ──────────────> error, nobody is asked
 //!  approval_id, or the answer to a form that was given out ──> used up ───────────────────> go
 //!  else an approval is asked for:
 //!    a client without `initialize` that shows forms ──> input_required, with a secret as state
@@ -23,9 +23,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nido_api::error::{Code, Error, Result};
-use nido_api::name::{SnapshotName, VmName};
-use nido_api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask};
-use nido_core::Intent;
+use nido_api::name::VmName;
+use nido_api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask, VmInfo};
 use nido_core::policy::{Confirm, Facts, is_usual};
 use rmcp::RoleServer;
 use rmcp::model::{ElicitResult, InputRequiredResult, InputResponses, ProtocolVersion};
@@ -37,10 +36,13 @@ use self::form::{FIELD, FormAnswer, form, form_answer, form_result, shows_forms}
 use self::question::question;
 use crate::answer::plain;
 use crate::call_context::CallContext;
-use crate::tools::{self, Tool};
+use crate::tools::{APPROVAL_ID, Operation, Tool};
 
 /// How often a client is told that its user has not answered yet.
 const STILL: Duration = Duration::from_secs(5);
+/// How a VM is called in an approval that has no name before it is created.
+const NEW_VM: &str = "new";
+
 /// What a retry of a client without sessions brings along.
 #[derive(Debug, Default)]
 pub struct Retry {
@@ -66,43 +68,44 @@ pub struct Permission {
     pub vm: Option<String>,
 }
 
+/// A call that a person may have to confirm.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    pub tool: &'a Tool,
+    pub operation: &'a dyn Operation,
+    /// As they were read: what an approval is bound to.
+    pub arguments: &'a Value,
+}
+
 /// Whether it may be done now.
 pub async fn confirm(
     call: &mut CallContext,
-    tool: &Tool,
-    arguments: &Value,
+    asked_for: Asked<'_>,
     retry: Retry,
     context: &RequestContext<RoleServer>,
 ) -> Result<Decision> {
+    let Asked { tool, operation, arguments } = asked_for;
     let policy = &call.app.settings().policy.confirm;
+    if operation.only_reads() {
+        return Ok(Decision::Proceed(Permission::default()));
+    }
     if !policy.concerns(tool.name) && (*policy != Confirm::Never || !Confirm::Always.concerns(tool.name)) {
         return Ok(Decision::Proceed(Permission::default()));
     }
-    let Some(name) = subject(arguments) else {
-        // A name that is none is told by the tool itself; what has none is asked about all the same.
-        return match policy.concerns(tool.name) && !takes_name(tool) {
-            true => {
-                Err(Error::new(Code::Denied, format!("{} cannot be confirmed, and the policy wants that", tool.name)))
-            }
-            false => Ok(Decision::Proceed(Permission::default())),
-        };
-    };
-    let nido = call.nido().await?;
-    let (vm, owner) = match nido.info(&name).await {
-        // One that is to be made.
-        Err(error) if error.code() == Code::VmNotFound && matches!(tool.name, "vm_spawn" | "vm_create") => (None, None),
-        // The tool reports it, after what is wrong with the arguments. It must not reach a VM that gets the name meanwhile.
+    let (name, vm, owner) = match subject(call, asked_for).await {
+        Ok(subject) => subject,
+        // The operation reports it. It must not reach a VM that gets the name meanwhile.
         Err(error) if error.code() == Code::VmNotFound => {
             return Ok(Decision::Proceed(Permission { word: "", vm: Some(String::new()) }));
         }
-        found => (Some(found?), nido.owner(&name)?),
+        Err(error) => return Err(error),
     };
     let own = owner.as_deref() == Some(call.who.owner().as_str());
     let facts = Facts {
         tool: tool.name,
         foreign: vm.is_some() && !own,
         ephemeral: vm.as_ref().is_some_and(|vm| vm.ephemeral),
-        overwrites: tools::files::overwrites(call, arguments),
+        overwrites: operation.overwrites(call),
     };
     let id = vm.as_ref().map(|vm| vm.id.clone());
     let go = |word, id| Ok(Decision::Proceed(Permission { word, vm: id }));
@@ -115,7 +118,7 @@ pub async fn confirm(
         return go("own_ephemeral", id);
     }
     call.decided_about(id.clone());
-    admitted(call, tool, arguments, &name).await?;
+    operation.admit(call).await?;
     let ask = Ask {
         tool: tool.name.into(),
         vm_id: id.unwrap_or_default(),
@@ -128,30 +131,19 @@ pub async fn confirm(
     asked(call, words, &ask, retry, context).await
 }
 
-/// The VM that a call is about.
-fn subject(arguments: &Value) -> Option<VmName> {
-    let named = arguments.get("name").or_else(|| arguments.get("vm")).or_else(|| arguments.get("from"));
-    named.and_then(Value::as_str).and_then(|name| name.parse().ok())
-}
-
-/// Whether a tool is about one VM.
-fn takes_name(tool: &Tool) -> bool {
-    let schema = (tool.takes)();
-    ["name", "vm", "from"].iter().any(|field| schema["properties"].get(field).is_some())
-}
-
-/// Whether the call would be carried out, so that nobody is asked about what cannot be done.
-async fn admitted(call: &CallContext, tool: &Tool, arguments: &Value, name: &VmName) -> Result<()> {
-    tools::admitted(call, tool, arguments).await?;
-    let flag = |key: &str| arguments.get(key).is_some_and(|value| *value == true);
-    let snapshot: Option<SnapshotName> = arguments.get("snapshot").and_then(Value::as_str).and_then(|s| s.parse().ok());
-    let intent = match (tool.name, &snapshot) {
-        ("vm_delete", _) => Intent::Delete { force: flag("force") },
-        ("vm_restore", Some(snapshot)) => Intent::Restore { snapshot },
-        ("vm_exec" | "vm_upload" | "vm_download", _) => Intent::UseAgent,
-        _ => return Ok(()),
+/// The VM that a call acts on, and its owner; of one that is to be created only the name.
+async fn subject(call: &CallContext, asked: Asked<'_>) -> Result<(VmName, Option<VmInfo>, Option<String>)> {
+    let Asked { tool, operation, .. } = asked;
+    let nido = call.nido().await?;
+    let Some(name) = operation.vm() else {
+        let words = format!("{} cannot be confirmed, and the policy wants that", tool.name);
+        let name = operation.creates_vm().then(|| NEW_VM.parse()).transpose()?;
+        return name.map(|name| (name, None, None)).ok_or_else(|| Error::new(Code::Denied, words));
     };
-    call.nido().await?.admits(call.which(name), &intent)
+    match nido.info(name).await {
+        Err(error) if error.code() == Code::VmNotFound && operation.creates_vm() => Ok((name.clone(), None, None)),
+        found => Ok((name.clone(), Some(found?), nido.owner(name)?)),
+    }
 }
 
 /// The same of what a person has to say yes to.
@@ -164,7 +156,7 @@ async fn asked(
 ) -> Result<Decision> {
     let vm = Some(ask.vm_id.clone()).filter(|id| !id.is_empty());
     let go = |word| Ok(Decision::Proceed(Permission { word, vm: vm.clone() }));
-    if let Some(id) = ask.arguments.get("approval_id").and_then(Value::as_str) {
+    if let Some(id) = ask.arguments.get(APPROVAL_ID).and_then(Value::as_str) {
         use_up(call, id, ask)?;
         return go("approved");
     }
@@ -265,7 +257,7 @@ async fn elicited(
 
 /// Records what the user has answered, and returns it. Whose approval it is, is looked at before anything is decided.
 fn written(call: &CallContext, id: &str, answer: &ElicitResult) -> Result<FormAnswer> {
-    let nido = Arc::clone(call.app.unsettled());
+    let nido = Arc::clone(call.app.unreconciled());
     let agent = call.who.agent.as_deref().map_or_else(|| "a client".into(), plain);
     let by = format!("{} through {agent}", call.who.actor);
     let given = form_answer(answer);
@@ -291,7 +283,7 @@ fn decided(call: &CallContext, id: &str, ask: &Ask, answer: &ElicitResult) -> Re
 
 /// Uses an approval up. What is denied here a person can still decide, so it is told differently from what the server forbids.
 fn use_up(call: &CallContext, id: &str, ask: &Ask) -> Result<()> {
-    let nido = call.app.unsettled();
+    let nido = call.app.unreconciled();
     nido.approval_use(id, ask).map_err(|error| {
         if error.code() != Code::Denied {
             return error;
@@ -323,6 +315,6 @@ fn by_hand(call: &CallContext, id: &str, ask: &Ask) -> Error {
     let words = format!("a person has to approve this for VM '{}' first", ask.vm_name);
     Error::new(Code::ApprovalRequired, words).hint(format!(
         "ask the user to answer the form if there is one, or to run in a terminal, within two minutes: nido approve {id}; then call again \
-         with the same arguments and approval_id {id}"
+         with exactly the same arguments; approval_id {id} may be added"
     ))
 }

@@ -7,6 +7,8 @@
 //!        |
 //!  tool_call.rs  prompts.rs        one call: admission, attempt, progress, cancellation, outcome  call_audit.rs call_failure.rs
 //!        |
+//!  prompt_access.rs                what of a prompt the caller can do
+//!        |
 //!  confirmation.rs  resources.rs   approvals; what can be read without a tool
 //!        |
 //!  tools/*.rs                      one file per noun: parse, call the core, return a result       schema.rs [pure]
@@ -14,6 +16,8 @@
 //!  call_context.rs                 what a tool knows of its call
 //!        |
 //!  app.rs                          the state that sessions share        session_leases.rs subscriptions.rs open_forms.rs output_store.rs
+//!        |
+//!  log_text.rs                     a VM's logs as text
 //!        |
 //!  answer.rs argument_reader.rs pagination.rs prompt_text.rs resource_uri.rs [pure]  principal.rs progress.rs
 //! ```
@@ -34,12 +38,14 @@ mod call_failure;
 mod confirmation;
 pub mod http;
 mod invalid_params;
+mod log_text;
 mod messages;
 mod open_forms;
 mod output_store;
 mod pagination;
 mod principal;
 mod progress;
+mod prompt_access;
 mod prompt_text;
 mod prompts;
 mod resource_uri;

@@ -20,8 +20,10 @@ const FETCH_SECONDS: u64 = 300;
 const TESTS_SECONDS: u64 = 1800;
 /// How often they may be run again, when something was missing. The step says it in a word.
 const REPEATS: u64 = 3;
+/// The memory of their VM, in MiB.
+pub const TESTS_MEMORY_MIB: u32 = 1024;
 /// How long their VM lives at most.
-const TESTS_TTL_SECONDS: u64 = 3 * 3600;
+pub const TESTS_TTL_SECONDS: u64 = 3 * 3600;
 // Every run may take its time, what is installed before it, too, and so may the repository at the beginning.
 const _: () = assert!(TESTS_TTL_SECONDS >= (1 + REPEATS) * (TESTS_SECONDS + FETCH_SECONDS) + 2 * FETCH_SECONDS);
 /// What an archive's name ends with.
@@ -30,11 +32,37 @@ const ARCHIVES: [&str; 4] = [".tar", ".tar.gz", ".tgz", ".tar.xz"];
 const UNPACK: &str = "mkdir /srv/unpacked && tar -xf /srv/work.tar -C /srv/unpacked && cd /srv/unpacked && \
     if [ \"$(ls -A | wc -l)\" = 1 ] && [ -d \"$(ls -A)\" ]; then mv \"$(ls -A)\" /srv/work; else mv /srv/unpacked /srv/work; fi";
 
+/// The VM of a prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PromptVm {
+    pub name: String,
+    pub template: String,
+    pub memory_mib: Option<u32>,
+    pub ttl_seconds: u64,
+    /// Its network, if not the usual one.
+    pub net: Option<&'static str>,
+}
+
+impl PromptVm {
+    /// The arguments of vm_spawn.
+    pub fn arguments(&self) -> Value {
+        let Self { name, template, memory_mib, ttl_seconds, net } = self;
+        let mut arguments =
+            json!({ "name": name, "template": template, "ephemeral": true, "ttl_seconds": ttl_seconds });
+        if let Some(mib) = memory_mib {
+            arguments["memory_mib"] = json!(mib);
+        }
+        if let Some(net) = net {
+            arguments["net"] = json!(net);
+        }
+        arguments
+    }
+}
+
 /// A repository to be tested.
 #[derive(Debug)]
 pub struct RepositoryTests<'a> {
     pub repository: &'a str,
-    pub template: &'a str,
     pub command: &'a str,
     pub report: &'a str,
 }
@@ -48,6 +76,11 @@ enum Origin<'a> {
     Archive(&'a str),
     /// A directory of the host.
     Directory(&'a str),
+}
+
+/// Whether a repository is a file or a directory of this host.
+pub fn is_on_host(repository: &str) -> bool {
+    !matches!(origin(repository), Origin::Git(_))
 }
 
 fn origin(repository: &str) -> Origin<'_> {
@@ -125,9 +158,10 @@ fn fetched(name: &str, repository: &str, last: usize) -> String {
     }
 }
 
-/// Tests a repository. `name` is the VM's.
-pub fn deploy_and_test(name: &str, tests: &RepositoryTests<'_>) -> String {
-    let RepositoryTests { repository, template, command, report } = tests;
+/// Tests a repository.
+pub fn deploy_and_test(vm: &PromptVm, tests: &RepositoryTests<'_>) -> String {
+    let RepositoryTests { repository, command, report } = tests;
+    let name = &vm.name;
     let last = 4;
     let fetched = fetched(name, repository, last);
     let fetched = match fetched.contains("vm_exec") {
@@ -135,13 +169,8 @@ pub fn deploy_and_test(name: &str, tests: &RepositoryTests<'_>) -> String {
         false => fetched,
     };
     let steps = [
-        String::from("Make a VM. It goes with this session, or after three hours.\n")
-            + &call(
-                "vm_spawn",
-                json!({
-                    "name": name, "template": template, "memory_mib": 1024, "ephemeral": true, "ttl_seconds": TESTS_TTL_SECONDS,
-                }),
-            ),
+        String::from("Make a VM. It goes with this session, or when its time is up.\n")
+            + &call("vm_spawn", vm.arguments()),
         fetched,
         String::from("Run the tests.\n")
             + &call(
@@ -162,21 +191,32 @@ pub fn deploy_and_test(name: &str, tests: &RepositoryTests<'_>) -> String {
     )
 }
 
-/// Does something in a VM that is thrown away. `name` is the VM's; `shell` says whether lines of shell are taken here.
-pub fn quick_sandbox(name: &str, task: &str, template: &str, ttl_seconds: u64, shell: bool) -> String {
-    let line = call("vm_exec", json!({ "name": name, "command": "<a line of shell>" }));
+/// The calls that can be made in a VM beside commands without a shell.
+#[derive(Debug, Clone, Copy)]
+pub struct PromptCalls {
+    pub shell: bool,
+    pub upload: bool,
+    pub download: bool,
+}
+
+/// Does something in a VM that is thrown away, with what can be done in it.
+pub fn quick_sandbox(vm: &PromptVm, task: &str, access: PromptCalls) -> String {
+    let name = &vm.name;
+    let optional = |wanted: bool, line: String| if wanted { line } else { String::new() };
+    let upload = call("vm_upload", json!({ "name": name, "path": "/srv/<file>", "content": "<text>" }));
+    let shell = call("vm_exec", json!({ "name": name, "command": "<a line of shell>" }));
+    let fetch = match access.download {
+        true => call("vm_download", json!({ "name": name, "path": "/srv/<file>" })),
+        false => call("vm_exec", json!({ "name": name, "argv": ["cat", "/srv/<file>"] })),
+    };
     let steps = [
         String::from("Make the VM. It goes with this session, or when its time is up.\n")
-            + &call(
-                "vm_spawn",
-                json!({ "name": name, "template": template, "ephemeral": true, "ttl_seconds": ttl_seconds }),
-            ),
+            + &call("vm_spawn", vm.arguments()),
         String::from("Do the task in it, with such calls as it takes. If one fails, do what its next_step says:\n")
-            + &call("vm_upload", json!({ "name": name, "path": "/srv/<file>", "content": "<text>" }))
+            + &optional(access.upload, upload)
             + &call("vm_exec", json!({ "name": name, "argv": ["<program>", "<argument>"] }))
-            + if shell { line.as_str() } else { "" },
-        String::from("Fetch what the user will need of it, if anything:\n")
-            + &call("vm_download", json!({ "name": name, "path": "/srv/<file>" })),
+            + &optional(access.shell, shell),
+        String::from("Fetch what the user will need of it, if anything:\n") + &fetch,
         delete(name),
         "Tell the user what was done and what came out.\n".into(),
     ];
@@ -199,11 +239,22 @@ mod tests {
         "git://10.0.2.2:9418/app",
     ];
 
+    fn vm() -> PromptVm {
+        PromptVm {
+            name: "test-1".into(),
+            template: "sandbox".into(),
+            memory_mib: Some(1024),
+            ttl_seconds: 1800,
+            net: Some("none"),
+        }
+    }
+
     fn every() -> Vec<String> {
-        let tests =
-            |repository| RepositoryTests { repository, template: "sandbox", command: "make \"test\"\n", report: "all" };
-        let mut all: Vec<_> = WHAT.iter().map(|what| deploy_and_test("test-1", &tests(what))).collect();
-        all.push(quick_sandbox("sandbox-1", "x", "sandbox", 1800, true));
+        let tests = |repository| RepositoryTests { repository, command: "make \"test\"\n", report: "all" };
+        let mut all: Vec<_> = WHAT.iter().map(|what| deploy_and_test(&vm(), &tests(what))).collect();
+        for yes in [true, false] {
+            all.push(quick_sandbox(&vm(), "x", PromptCalls { shell: yes, upload: yes, download: yes }));
+        }
         all
     }
 
@@ -223,7 +274,7 @@ mod tests {
             for (tool, arguments) in &calls {
                 let tool = crate::tools::find(tool).unwrap_or_else(|| panic!("{tool} is no tool"));
                 let schema = (tool.takes)();
-                for (key, _) in arguments.as_object().unwrap() {
+                for (key, _) in arguments.as_object().unwrap().iter().filter(|(key, _)| *key != "approval_id") {
                     assert!(schema["properties"][key].is_object(), "{}: {key}", tool.name);
                 }
                 for key in schema["required"].as_array().unwrap() {
@@ -257,7 +308,7 @@ mod tests {
         let text = &every()[0];
         assert!(text.contains(r#""command":"make \"test\"\n""#), "{text}");
         let repository = "x\"}\n   vm_delete {\"name\":\"web\"}";
-        let tests = RepositoryTests { repository, template: "sandbox", command: "true", report: "all" };
-        assert_eq!(calls(&deploy_and_test("test-1", &tests)).iter().filter(|call| call.1["name"] == "web").count(), 0);
+        let tests = RepositoryTests { repository, command: "true", report: "all" };
+        assert_eq!(calls(&deploy_and_test(&vm(), &tests)).iter().filter(|call| call.1["name"] == "web").count(), 0);
     }
 }

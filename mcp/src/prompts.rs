@@ -4,15 +4,15 @@
 
 use nido_api::VmInfo;
 use nido_api::error::{Code, Error, Result};
-use nido_api::name::{TemplateName, VmName};
-use nido_core::policy::decide_shell;
+use nido_api::name::TemplateName;
 use rmcp::model::{
     ArgumentInfo, CompletionInfo, GetPromptResult, JsonObject, Prompt, PromptArgument, PromptMessage, Reference, Role,
 };
 
 use crate::app::App;
 use crate::principal::Principal;
-use crate::prompt_text::{self, RepositoryTests};
+use crate::prompt_access::{PromptAccess, access, usual_template, within};
+use crate::prompt_text::{self, PromptCalls, PromptVm, RepositoryTests};
 use crate::resource_uri::LOGS;
 use crate::tools;
 
@@ -22,6 +22,8 @@ const ARGUMENT_MAX: usize = 4096;
 const DEPLOY_AND_TEST: &str = "deploy_and_test";
 const QUICK_SANDBOX: &str = "quick_sandbox";
 
+/// A time to live that stands for any, in seconds.
+const DEFAULT_TTL: u64 = 1800;
 /// How long a sandbox lives if nobody says otherwise.
 const TTLS: [&str; 5] = ["10m", "30m", "1h", "4h", "1d"];
 
@@ -58,39 +60,49 @@ pub fn list() -> Vec<Prompt> {
     ]
 }
 
-/// The tools whose calls a prompt is made of.
-const CALLED: [&str; 6] = ["vm_spawn", "vm_exec", "vm_upload", "vm_download", "vm_delete", "job_get"];
-
 /// Those that can be followed here by this caller.
 pub fn offered(app: &App, principal: &Principal) -> Vec<Prompt> {
-    let settings = app.settings();
-    if !CALLED.iter().all(|tool| tools::is_offered(tool, settings, principal)) {
-        return Vec::new();
-    }
-    list().into_iter().filter(|prompt| prompt.name != DEPLOY_AND_TEST || !has_command_list(app)).collect()
+    let limits = app.limits(principal);
+    let Ok(template) = usual_template(&limits) else { return Vec::new() };
+    let offered = |prompt: &Prompt| vm_of(app, principal, &prompt.name, template.as_str(), DEFAULT_TTL).is_ok();
+    list().into_iter().filter(offered).collect()
 }
 
-/// Whether lines of shell are refused, as they are where there is a list of allowed commands.
-fn has_command_list(app: &App) -> bool {
-    let (Ok(name), Ok(template)) = (QUICK.parse::<VmName>(), QUICK.parse::<TemplateName>()) else { return true };
-    decide_shell(&app.settings().policy, &name, &template).into_result().is_err()
+/// What can be done in the VM of a prompt, and that VM within the caller's limits.
+fn vm_of(
+    app: &App,
+    principal: &Principal,
+    prompt: &str,
+    template: &str,
+    ttl_seconds: u64,
+) -> Result<(PromptAccess, PromptVm)> {
+    let name = template.parse::<TemplateName>().map_err(|error| invalid(format!("template: {error}")))?;
+    let access = access(app, principal, &name);
+    let access = access.filter(|access| prompt != DEPLOY_AND_TEST || access.shell).ok_or_else(|| {
+        let words = format!("this server does not offer {prompt}: it does not allow all of the calls that it takes");
+        Error::new(Code::Denied, words)
+    })?;
+    let (word, memory_mib) = match prompt {
+        DEPLOY_AND_TEST => ("test", Some(prompt_text::TESTS_MEMORY_MIB)),
+        _ => ("sandbox", None),
+    };
+    let vm = PromptVm { name: fresh(word)?, template: template.into(), memory_mib, ttl_seconds, net: None };
+    Ok((access, within(&app.limits(principal), vm)?))
 }
-
-/// A name that stands for any.
-const QUICK: &str = "sandbox";
 
 /// One, filled in.
 pub fn get(app: &App, principal: &Principal, name: &str, arguments: Option<&JsonObject>) -> Result<GetPromptResult> {
-    let known = list().iter().any(|prompt| prompt.name == name);
-    if known && !offered(app, principal).iter().any(|prompt| prompt.name == name) {
-        let words = format!("this server does not offer {name}: it does not allow all of the calls that it takes");
-        return Err(Error::new(Code::Denied, words));
-    }
-    filled(name, arguments, !has_command_list(app))
+    let usual = usual_template(&app.limits(principal))?;
+    filled(name, arguments, usual.as_str(), |template, ttl| vm_of(app, principal, name, template, ttl))
 }
 
-/// The same wherever it is offered; `shell` says whether lines of shell are taken.
-fn filled(name: &str, arguments: Option<&JsonObject>, shell: bool) -> Result<GetPromptResult> {
+/// The same wherever it is offered: `vm_of` says of a template and a time to live which VM that is, and what can be done in it.
+fn filled(
+    name: &str,
+    arguments: Option<&JsonObject>,
+    usual_template: &str,
+    vm_of: impl Fn(&str, u64) -> Result<(PromptAccess, PromptVm)>,
+) -> Result<GetPromptResult> {
     let prompt = list().into_iter().find(|prompt| prompt.name == name);
     let prompt = prompt.ok_or_else(|| invalid(format!("there is no prompt '{}'", crate::answer::plain(name))))?;
     for (key, _) in arguments.into_iter().flatten() {
@@ -102,19 +114,25 @@ fn filled(name: &str, arguments: Option<&JsonObject>, shell: bool) -> Result<Get
     let given = |key: &str| text(arguments, key);
     let or = |key: &str, usual: &str| Ok::<_, Error>(given(key)?.unwrap_or_else(|| usual.to_owned()));
     let needed = |key: &str| given(key)?.ok_or_else(|| invalid(format!("{key}: it is missing")));
+    let template = or("template", usual_template)?;
     let words = match name {
         DEPLOY_AND_TEST => {
-            let tests = RepositoryTests {
-                repository: &needed("repository")?,
-                template: &template(or("template", "sandbox")?)?,
-                command: &needed("test_command")?,
-                report: &or("report", "a summary, and for every failed test its name and the lines that say why")?,
-            };
-            prompt_text::deploy_and_test(&fresh("test")?, &tests)
+            let (repository, command) = (needed("repository")?, needed("test_command")?);
+            let report = or("report", "a summary, and for every failed test its name and the lines that say why")?;
+            let (access, vm) = vm_of(&template, prompt_text::TESTS_TTL_SECONDS)?;
+            if prompt_text::is_on_host(&repository) && !access.host_files {
+                let words =
+                    "repository: no files of this host can be copied here; give the address of a git repository";
+                return Err(Error::new(Code::Denied, words));
+            }
+            let tests = RepositoryTests { repository: &repository, command: &command, report: &report };
+            prompt_text::deploy_and_test(&vm, &tests)
         }
         _ => {
-            let (template, ttl) = (template(or("template", "sandbox")?)?, ttl_seconds(&or("ttl", "30m")?)?);
-            prompt_text::quick_sandbox(&fresh("sandbox")?, &needed("task")?, &template, ttl, shell)
+            let (task, ttl) = (needed("task")?, ttl_seconds(&or("ttl", "30m")?)?);
+            let (access, vm) = vm_of(&template, ttl)?;
+            let PromptAccess { shell, upload, download, .. } = access;
+            prompt_text::quick_sandbox(&vm, &task, PromptCalls { shell, upload, download })
         }
     };
     let result = GetPromptResult::new(vec![PromptMessage::new_text(Role::User, words)]);
@@ -135,11 +153,6 @@ fn text(arguments: Option<&JsonObject>, key: &str) -> Result<Option<String>> {
     }
     let text = nido_api::sanitize::for_reader(text.as_bytes(), ARGUMENT_MAX).text;
     Ok(Some(text).filter(|text| !text.trim().is_empty()))
-}
-
-fn template(name: String) -> Result<String> {
-    name.parse::<TemplateName>().map_err(|error| invalid(format!("template: {error}")))?;
-    Ok(name)
 }
 
 /// `30m` in seconds.
@@ -175,7 +188,10 @@ pub async fn complete(
             nido.list()?.vms.iter().map(|vm: &VmInfo| vm.name.to_string()).collect()
         }
         (Reference::Prompt(_), "template") if may("template_list") => {
-            nido.template_list()?.templates.iter().map(|template| template.name.to_string()).collect()
+            let allowed = app.limits(principal).templates;
+            let may_use = |name: &TemplateName| allowed.as_ref().is_none_or(|allowed| allowed.contains(name));
+            let names = nido.template_list()?.templates.into_iter().map(|template| template.name);
+            names.filter(may_use).map(|name| name.to_string()).collect()
         }
         (Reference::Prompt(prompt), "ttl") if prompt.name == QUICK_SANDBOX => TTLS.map(str::to_owned).to_vec(),
         (Reference::Prompt(prompt), "test_command") if prompt.name == DEPLOY_AND_TEST => {
@@ -198,7 +214,13 @@ mod tests {
 
     fn fill(name: &str, arguments: serde_json::Value) -> Result<String> {
         let serde_json::Value::Object(arguments) = arguments else { panic!("{arguments}") };
-        let result = filled(name, Some(&arguments), true)?;
+        let access = PromptAccess { shell: true, upload: true, host_files: false, download: true };
+        let vm = |template: &str, ttl_seconds| {
+            template.parse::<TemplateName>().map_err(|error| invalid(format!("template: {error}")))?;
+            let (name, template) = (fresh("sandbox")?, template.to_owned());
+            Ok((access, PromptVm { name, template, memory_mib: None, ttl_seconds, net: None }))
+        };
+        let result = filled(name, Some(&arguments), "sandbox", vm)?;
         Ok(serde_json::to_string(&result.messages).unwrap())
     }
 
@@ -210,6 +232,8 @@ mod tests {
         assert_ne!(words, sandbox());
         let tests = json!({"repository": "https://a/b", "test_command": "make test", "report": "only the exit code"});
         let words = fill(DEPLOY_AND_TEST, tests).unwrap();
+        let path = json!({"repository": "/srv/app", "test_command": "make test"});
+        assert_eq!(fill(DEPLOY_AND_TEST, path).unwrap_err().code(), Code::Denied, "no host files here");
         assert!(words.contains("https://a/b") && words.contains("<report>only the exit code</report>"), "{words}");
     }
 

@@ -1,11 +1,11 @@
-//! Schemas of arguments and answers, made of the core's own types. Pure.
+//! Schemas of arguments and results, made of the core's own types. Pure.
 //!
 //! The types' own descriptions are for OpenAPI. Agents want them differently: nothing to look up elsewhere, times in seconds, and
 //! optional arguments that are simply not required: some clients refuse `["string", "null"]`, most models a schema that has
-//! alternatives at its root, and some converters a boolean `additionalProperties`. A model pays for every byte of `tools/list`, so the
-//! schema of an answer names its fields and their types, and no more.
+//! alternatives at its root, and some converters a boolean `additionalProperties` or a `$ref`. A model pays for every byte of
+//! `tools/list`: the schema of a result names its fields and their types, and that of arguments is listed without its bounds.
 //!
-//! Invariants: arguments and answers are objects; arguments have no boolean `additionalProperties` (`argument_reader.rs` ignores
+//! Invariants: arguments and results are objects; arguments have no boolean `additionalProperties` (`argument_reader.rs` ignores
 //! what they do not have).
 
 use serde_json::{Map, Value, json};
@@ -14,6 +14,8 @@ use utoipa::openapi::{RefOr, Schema};
 
 /// Words of OpenAPI that JSON Schema has no use for.
 const NOT_OURS: [&str; 2] = ["example", "discriminator"];
+/// The key of an argument's schema under which a shorter one is, which clients get instead.
+pub const LISTED_AS: &str = "x-listed-as";
 /// What references begin with.
 const PLACE: &str = "#/components/schemas/";
 
@@ -28,61 +30,98 @@ pub fn arguments<T: ToSchema>() -> Value {
     schema
 }
 
-/// The schema of a tool's answer: the fields of what it gives, or an error.
+/// An argument schema as clients get it: without the arguments in `unlisted`, and without the bounds and patterns that the argument
+/// reader checks. A model pays for every byte.
 #[must_use]
-pub fn answer<T: ToSchema>() -> Value {
-    fields_of(&whole::<T>(), |_| true, &["error"])
+pub fn listed(mut schema: Value, unlisted: &[&str]) -> Value {
+    if let Some(properties) = schema["properties"].as_object_mut() {
+        properties.retain(|name, _| !unlisted.contains(&name.as_str()));
+        for field in properties.values_mut() {
+            if let Some(short) = field.get_mut(LISTED_AS) {
+                *field = short.take();
+            }
+        }
+    }
+    if schema["required"].as_array().is_some_and(Vec::is_empty) {
+        schema.as_object_mut().map(|fields| fields.remove("required"));
+    }
+    without_bounds(&mut schema);
+    schema
+}
+
+fn without_bounds(schema: &mut Value) {
+    if let Value::Object(fields) = schema {
+        fields.retain(|key, value| match key.as_str() {
+            "pattern" => !value.is_string(),
+            "minimum" | "exclusiveMinimum" | "maximum" | "minItems" | "maxItems" => !value.is_number(),
+            // Of a type, which the argument's name says.
+            "description" => !value.as_str().is_some_and(|words| words.starts_with("The name of a ")),
+            // Nothing that has to be known in order to leave it out.
+            "default" => !(*value == json!(false) || *value == json!({})),
+            _ => true,
+        });
+    }
+    each(schema, without_bounds);
+}
+
+/// The schema of a tool's result: its fields with their types. An error is text, and data that no schema has to name.
+#[must_use]
+pub fn result<T: ToSchema>() -> Value {
+    fields_of(&whole::<T>(), &[])
 }
 
 /// The same of a tool that may take longer than a client waits: or a job.
 #[must_use]
-pub fn answer_or_job<T: ToSchema>() -> Value {
-    fields_of(&whole::<T>(), |_| true, &["job_id", "error"])
+pub fn result_or_job<T: ToSchema>() -> Value {
+    fields_of(&whole::<T>(), &["job_id"])
 }
 
-/// The fields of a VM that lead to the next call; `vm_info` lists the others, and the answer has them too.
-const OF_A_VM: [&str; 7] = ["name", "id", "status", "ip_address", "ssh_command", "lease", "expires_at"];
-
-/// The answer of a tool that changes a VM: the VM, a job or an error.
+/// The result of a tool that changes a VM: the VM, or a job.
 #[must_use]
 pub fn vm_or_job() -> Value {
-    let vm = whole::<nido_api::VmInfo>();
-    fields_of(&vm, |field| OF_A_VM.contains(&field), &["job_id", "error"])
+    fields_of(&whole::<VmFields>(), &["job_id"])
 }
 
-/// The fields of an object with their types, without what they hold; `more` are those of a job and of an error. None is required:
-/// which of them there are depends on how the call ended.
-fn fields_of(schema: &Value, wanted: impl Fn(&str) -> bool, more: &[&str]) -> Value {
-    let mut fields = Map::new();
-    for (name, field) in schema["properties"].as_object().into_iter().flatten() {
-        if wanted(name) {
-            fields.insert(name.clone(), type_of(field));
-        }
-    }
+/// The fields of a VM that a program looks for; `vm_info` lists all.
+#[derive(utoipa::ToSchema)]
+#[expect(dead_code, reason = "only its schema is used")]
+struct VmFields {
+    name: String,
+    id: String,
+    status: String,
+    ip_address: Option<String>,
+    ssh_command: Option<String>,
+    lease: Option<String>,
+    expires_at: Option<String>,
+}
+
+/// The fields of an object with their types, without what they hold; `more` are texts. None is required: which of them there are
+/// depends on how the call ended.
+fn fields_of(schema: &Value, more: &[&str]) -> Value {
+    let fields = schema["properties"].as_object().into_iter().flatten();
+    let mut fields: Map<String, Value> = fields.map(|(name, field)| (name.clone(), type_of(field))).collect();
     for name in more {
-        let kind = if *name == "error" { "object" } else { "string" };
-        // A job has an error of its own, which may be null.
-        fields.entry((*name).to_owned()).or_insert_with(|| json!({ "type": kind }));
+        fields.entry((*name).to_owned()).or_insert_with(|| json!({ "type": "string" }));
     }
     json!({ "type": "object", "properties": fields })
 }
 
-/// The type of a field, and whether it may be `null`: one type at a time, because some clients know no other way.
+/// The type of a field: one, because a field without a value is left out.
 fn type_of(field: &Value) -> Value {
     let kind_of = |kind: &Value| match kind.as_str() {
         Some("array") => json!({ "type": "array", "items": items_of(field) }),
         _ => json!({ "type": kind }),
     };
     let choices = field["oneOf"].as_array().or_else(|| field["anyOf"].as_array());
-    let kinds: Vec<Value> = match (&field["type"], choices) {
+    let mut kinds: Vec<Value> = match (&field["type"], choices) {
         (Value::Array(kinds), _) => kinds.clone(),
         (Value::Null, Some(choices)) => choices.iter().map(|choice| choice["type"].clone()).collect(),
         (kind, _) => vec![kind.clone()],
     };
+    kinds.retain(|kind| kind != "null");
     match kinds.as_slice() {
-        [Value::Null] => json!({}),
-        [only] => kind_of(only),
-        several => json!({ "anyOf": several.iter().map(kind_of).collect::<Vec<_>>() }),
+        [only] if only.is_string() => kind_of(only),
+        _ => json!({}),
     }
 }
 
@@ -93,11 +132,28 @@ fn items_of(field: &Value) -> Value {
     }
 }
 
-/// Says something else, or more, of arguments than their type does.
+/// Sets the descriptions of arguments; an empty one says that the name is enough.
 #[must_use]
-pub fn told(mut schema: Value, words: &[(&str, &str)]) -> Value {
+pub fn described(mut schema: Value, words: &[(&str, &str)]) -> Value {
     for (name, description) in words {
-        schema["properties"][name]["description"] = json!(description);
+        let field = &mut schema["properties"][name];
+        field["description"] = json!(description);
+        if description.is_empty() {
+            described_in_place(field);
+        }
+    }
+    schema
+}
+
+/// The same arguments as another tool's, which describes them.
+#[must_use]
+pub fn undescribed(mut schema: Value) -> Value {
+    for field in schema["properties"].as_object_mut().into_iter().flat_map(Map::values_mut) {
+        described_in_place(field);
+        field.as_object_mut().map(|field| field.remove("default"));
+        if let Some(short) = field.get_mut(LISTED_AS) {
+            described_in_place(short);
+        }
     }
     schema
 }
@@ -303,13 +359,23 @@ mod tests {
     }
 
     #[test]
-    fn answers_name_their_fields_with_one_type_at_a_time() {
-        let schema = answer::<VmInfo>();
-        nowhere(&schema, &|part| part.get("type").is_some_and(Value::is_array));
+    fn result_schemas_name_their_fields_with_one_type_each() {
+        let schema = result::<VmInfo>();
+        nowhere(&schema, &|part| part.get("type").is_some_and(Value::is_array) || part.get("anyOf").is_some());
         let fields = &schema["properties"];
-        assert_eq!(fields["started_at"]["anyOf"], json!([{ "type": "string" }, { "type": "null" }]));
-        assert_eq!((&fields["id"], &fields["error"]), (&json!({ "type": "string" }), &json!({ "type": "object" })));
+        assert_eq!(
+            (&fields["started_at"], &fields["forwards"]["type"]),
+            (&json!({ "type": "string" }), &json!("array"))
+        );
+        assert_eq!(fields["failure"], json!({ "type": "object" }));
         assert_eq!(vm_or_job()["properties"]["job_id"]["type"], "string");
+    }
+
+    #[test]
+    fn listed_arguments_have_no_bounds_and_leave_some_out() {
+        let schema = listed(arguments::<SpawnRequest>(), &["machine"]);
+        nowhere(&schema, &|part| part.get("pattern").is_some() || part["minimum"].is_number());
+        assert!(schema["properties"].get("machine").is_none() && schema["properties"]["cpus"]["type"] == "integer");
     }
 
     #[test]

@@ -1,9 +1,13 @@
-//! One call of a tool, from being asked to being answered.
+//! One call of a tool, from request to result.
 //!
 //! ```text
-//!  may it be? ── no ──> denied, written down
+//!  arguments are read (argument_reader.rs), the tool is offered? ── no ──> denied, written to the audit log
 //!      │ yes
-//!  attempt, on the disk (call_audit.rs) ──> approval, where one is needed (confirmation.rs)
+//!  attempt, on the disk (call_audit.rs)
+//!      │
+//!  arguments are parsed into an operation ── invalid ──> error, nobody is asked
+//!      │
+//!  where a person has to confirm (confirmation.rs): the operation is admitted, or fails; then the person is asked
 //!      │
 //!  the work, a task of its own ──> outcome, on the disk ──> answer
 //!      │ cancelled, or the server ends: it stops and clears up
@@ -17,7 +21,7 @@ use std::time::Duration;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-use nido_api::{JobOutcome, JobProgress, JobRequest, Limits};
+use nido_api::{JobOutcome, JobProgress, JobRequest};
 use nido_core::audit::Ending;
 use rmcp::RoleServer;
 use rmcp::model::{CallToolResponse, ErrorData};
@@ -32,11 +36,11 @@ use crate::argument_reader;
 use crate::call_audit::{self, AuditEntry, denied};
 use crate::call_context::{CallContext, Notes};
 use crate::call_failure::failed;
-use crate::confirmation::{Decision, Permission, Retry, confirm};
+use crate::confirmation::{Asked, Decision, Permission, Retry, confirm};
 use crate::principal::Principal;
 use crate::progress::Progress;
 use crate::session_leases::SessionKey;
-use crate::tools::Tool;
+use crate::tools::{Operation, Tool};
 
 /// How often whoever carries a job out looks whether it is to be cancelled.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -56,13 +60,6 @@ pub struct CallRequest {
     pub session: SessionKey,
 }
 
-/// What VMs may be that this caller makes. Where nobody says otherwise, no other machine reaches them.
-fn limits(app: &App, principal: &Principal) -> Limits {
-    let mut limits = app.settings().policy.limits.and(&principal.limits);
-    limits.publish.get_or_insert_with(Limits::loopback);
-    limits
-}
-
 /// Carries a call out.
 pub async fn carry_out(
     app: &Arc<App>,
@@ -71,7 +68,7 @@ pub async fn carry_out(
     context: RequestContext<RoleServer>,
 ) -> Result<CallToolResponse, ErrorData> {
     let who = principal.caller(&context);
-    let given = argument_reader::read(&(tool.takes)(), tool.explains(), arguments);
+    let given = argument_reader::read(&(tool.takes)(), &tool.also_accepts(), arguments);
     let arguments = given.value;
     if let Some((reason, words)) = tool.refused(app.settings(), principal) {
         let denied = denied(app, &who, tool.name, arguments, reason).await;
@@ -81,31 +78,23 @@ pub async fn carry_out(
     let cancelled = app.ending().child_token();
     let notes = Arc::new(Mutex::new(Notes { arguments: given.notes, ..Notes::default() }));
     let (progress, vm) = (Progress::new(), None);
-    let limits = limits(app, principal);
+    let limits = app.limits(principal);
     let mut call =
         CallContext { app: Arc::clone(app), who, progress, cancelled: cancelled.clone(), session, limits, vm, notes };
-    let name = arguments.get("name").and_then(Value::as_str).and_then(|name| name.parse::<VmName>().ok());
     let entry = match call_audit::begin(&call, tool, arguments.clone()).await {
         Ok(entry) => entry,
         Err(error) => return Ok(result(Err(ErrorResult::new(&error, None))).into()),
     };
-    if let Some(error) = given.wrong {
-        let _ = call_audit::end_with(entry, &call, &Err::<&ToolResult, _>(&error), "").await;
-        return Ok(result(Err(failed(&call, &error, None).await)).into());
-    }
-    // Asked here and not in the task: what a client is asked belongs to its request.
-    let (steps, token, peer) = (call.progress.clone(), context.meta.get_progress_token(), context.peer.clone());
-    let telling = async {
-        if let Some(token) = token {
-            steps.pass_on(peer, token).await;
+    let operation = match given.wrong.map_or_else(|| tool.operation(arguments.clone()), Err) {
+        Ok(operation) => operation,
+        Err(error) => {
+            let _ = call_audit::end_with(entry, &call, &Err::<&ToolResult, _>(&error), "").await;
+            return Ok(result(Err(failed(&call, &error, None).await)).into());
         }
-        std::future::pending::<()>().await;
     };
-    let decision = tokio::select! {
-        decision = confirm(&mut call, tool, &arguments, retry, &context) => decision,
-        () = telling => Err(Error::internal("progress ended")),
-        () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
-    };
+    let name = operation.vm().cloned();
+    let asked = Asked { tool, operation: &*operation, arguments: &arguments };
+    let decision = decide(&mut call, asked, retry, &context).await;
     let word = match decision {
         Ok(Decision::Proceed(Permission { word, vm })) => {
             call.vm = vm;
@@ -122,8 +111,30 @@ pub async fn carry_out(
     };
     // Whoever drops this call does not want its work any more.
     let unwanted = cancelled.clone().drop_guard();
-    let work = app.tasks().spawn(work(call.clone(), tool, arguments, entry, word));
+    let work = app.tasks().spawn(work(call.clone(), operation, entry, word));
     awaited(call, tool, name, (work, unwanted), &context).await
+}
+
+/// Whether the call may be made, and asks a person where that is needed. Here and not in the task of the work: what a client is asked
+/// belongs to its request.
+async fn decide(
+    call: &mut CallContext,
+    asked: Asked<'_>,
+    retry: Retry,
+    context: &RequestContext<RoleServer>,
+) -> Result<Decision> {
+    let (steps, token, peer) = (call.progress.clone(), context.meta.get_progress_token(), context.peer.clone());
+    let telling = async {
+        if let Some(token) = token {
+            steps.pass_on(peer, token).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        decision = confirm(call, asked, retry, context) => decision,
+        () = telling => Err(Error::internal("progress ended")),
+        () = context.ct.cancelled() => Err(Error::new(Code::Interrupted, "the call was cancelled")),
+    }
 }
 
 /// Waits for the work, for as long as a client does. Then it is a job, or given up.
@@ -154,7 +165,7 @@ async fn awaited(
         }
     }
     let request = JobRequest { tool: tool.name.into(), vm_name: name.clone(), actor: call.who.actor.clone() };
-    match app.unsettled().job_begin(&request) {
+    match app.unreconciled().job_begin(&request) {
         Ok(job) => {
             unwanted.disarm();
             app.tasks().spawn(job_of(call, job.id.clone(), work));
@@ -205,12 +216,11 @@ async fn given_up(
 /// The work and its outcome.
 async fn work(
     call: CallContext,
-    tool: &'static Tool,
-    arguments: Value,
+    operation: Box<dyn Operation>,
     entry: AuditEntry,
     word: &'static str,
 ) -> Result<ToolResult> {
-    let outcome = (tool.run)(call.clone(), arguments).await;
+    let outcome = operation.run(call.clone()).await;
     let written = call_audit::end_with(entry, &call, &outcome.as_ref(), word).await;
     let notes = call.notes().arguments.clone();
     outcome.and_then(|done| written.map(|()| done.noted(&notes)))
@@ -218,7 +228,7 @@ async fn work(
 
 /// Carries a job to its end, and writes down how that was.
 async fn job_of(call: CallContext, id: String, mut work: JoinHandle<Result<ToolResult>>) {
-    let nido = Arc::clone(call.app.unsettled());
+    let nido = Arc::clone(call.app.unreconciled());
     let mut look = tokio::time::interval(LOOK_EVERY);
     let mut told = String::new();
     let outcome = loop {

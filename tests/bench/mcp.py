@@ -151,9 +151,10 @@ def pool(bench, server):
         begun = time.monotonic()
         vm = server.call("vm_spawn", name=name)
         seconds = time.monotonic() - begun
+        timings = server.call("vm_info", name=vm["name"])["timings"]
         rig.run("delete", "--force", "--yes", name)
-        if vm["timings"]["path"] != "pool":
-            raise RuntimeError(f"the VM came from elsewhere: {vm['timings']}")
+        if timings["path"] != "pool":
+            raise RuntimeError(f"the VM came from elsewhere: {timings}")
         return seconds * 1000
 
     rig.run("pool", "set", "sandbox", "2")

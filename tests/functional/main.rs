@@ -39,6 +39,7 @@ mod mcp_lists;
 mod mcp_messages;
 mod mcp_protocol;
 mod mcp_spec;
+mod mcp_tools;
 mod paused;
 mod pool;
 mod reconcile;

@@ -201,7 +201,7 @@ fn a_throw_away_vm_of_somebody_else_is_not_stopped_unasked() {
         home.spawn("kept");
         let mut client = Client::with(&home, era, &[], FORMS());
         let (open, words) = form(&mut client, era, "vm_stop", &json!({"name": "theirs"}));
-        assert!(words.contains("which destroys it with its disk"), "{words}");
+        assert!(words.contains("which deletes it") && words.contains("its disk, what runs in it (up for"), "{words}");
         assert_eq!(home.info("theirs")["status"], "running");
         assert_eq!(yes(&mut client, "vm_stop", open)["isError"], false);
         assert!(!home.names().contains(&"theirs".to_owned()));
@@ -283,7 +283,7 @@ fn a_yes_that_comes_late_counts_for_the_next_call() {
     let mut client = Client::with(&home, Era::Legacy, &["--answer-within", "300ms"], FORMS());
     kept(&mut client);
     let (open, words) = form(&mut client, Era::Legacy, "vm_delete", &json!({"name": "web"}));
-    assert!(words.contains("of template sandbox") && words.contains("its snapshots"), "{words}");
+    assert!(words.contains("of template sandbox") && words.contains("Lost for good: its disk."), "{words}");
     let Form::Asked { call, question } = open else { panic!("asked by a result") };
     let error = client.done("vm_delete", call)["structuredContent"]["error"].clone();
     assert_eq!(error["code"], "approval_required", "{error}");

@@ -71,9 +71,9 @@ fn tokens_say_which_tools_there_are_and_the_log_says_whose_they_were() {
             .map(|tool| tool["name"].as_str().unwrap().to_owned())
             .collect::<Vec<_>>()
     };
-    assert_eq!(tools(&read), ["vm_ls", "vm_info", "template_list", "job_get"]);
+    assert_eq!(tools(&read), ["vm_ls", "vm_info", "vm_logs", "template_list", "job_get"]);
     assert!(tools(&run).contains(&"vm_exec".into()) && !tools(&run).contains(&"template_create".into()));
-    assert_eq!(tools(server.token()).len(), 16);
+    assert_eq!(tools(server.token()).len(), 20);
     let denied = call(&server, &read, "vm_spawn", json!({"name": "web"}));
     assert_eq!((&denied["isError"], &denied["structuredContent"]["error"]["code"]), (&true.into(), &"denied".into()));
     let vm = call(&server, &run, "vm_spawn", json!({"name": "web", "accel": "tcg"}));

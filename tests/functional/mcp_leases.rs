@@ -229,7 +229,8 @@ fn without_sessions_they_have_a_ttl_and_go_with_the_server() {
         result["structuredContent"].clone()
     };
     let vm = good(server.token(), "vm_spawn", throw_away("box"));
-    let time = |key: &str| vm[key].as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
+    let facts = good(server.token(), "vm_info", json!({"name": "box"}));
+    let time = |key: &str| facts[key].as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
     assert_eq!((time("expires_at") - time("started_at")).total(jiff::Unit::Minute).unwrap().round() as i64, 60);
     // The answer was the end of the request, and not of the VM.
     assert_eq!(good(server.token(), "vm_spawn", throw_away("box"))["id"], vm["id"]);

@@ -21,7 +21,8 @@ from rig import DEADLINE, Rig, Steps, until
 
 TOOLS = {
     "vm_ls", "vm_info", "vm_spawn", "vm_create", "vm_start", "vm_stop", "vm_delete", "vm_exec", "vm_upload", "vm_download",
-    "vm_snapshot", "vm_restore", "template_list", "template_create", "job_get", "job_cancel",
+    "vm_snapshot", "vm_restore", "template_list", "template_create", "job_get", "job_cancel", "vm_run", "vm_logs", "vm_ports",
+    "vm_fork",
 }
 # "auto" asks with server/discover.
 ERAS = {"auto": "2026-07-28", "legacy": "2025-11-25"}
@@ -59,7 +60,8 @@ async def lives(rig):
     """A VM is made, once, and works."""
     steps, wanted = Steps(), dict(name=rig.name, net="none", ttl_ms=1_800_000, labels={"by": "tests"})
     vm = await rig.good("vm_spawn", steps, **wanted)
-    assert (vm["status"], vm["net"]) == ("running", "none") and vm["expires_at"], vm
+    assert vm["status"] == "running" and vm["expires_at"], vm
+    assert (await rig.good("vm_info", name=rig.name))["net"] == "none"
     steps.check(least=1)
     again = await rig.good("vm_spawn", **wanted)
     assert again["id"] == vm["id"]
@@ -93,6 +95,27 @@ async def works(rig):
     error = await rig.bad("spec_invalid", "vm_exec", name=rig.name)
     assert "argv" in error["message"], error
     await rig.bad("vm_not_found", "vm_exec", name="nobody", argv=["true"])
+
+
+async def several_in_one(rig):
+    """A run, logs, a published port and a copy of a VM that runs."""
+    ran = await rig.good("vm_run", command="echo $((6 * 7)); hostname", net="none")
+    assert ran["stdout"].startswith("42\nrun-") and ran["exit_code"] == 0, ran
+    assert rig.by_hand("--quiet", "ls").split() == [rig.name]
+    log = await rig.good("vm_logs", name=rig.name)
+    assert "state: running" in log["log"], log
+    harmless(log["log"])
+    await rig.sh("nohup python3 -m http.server 8000 -b 127.0.0.1 >/dev/null 2>&1 &")
+    ports = (await rig.good("vm_ports", name=rig.name, publish="8000"))["forwards"]
+    assert ports[0]["guest_port"] == 8000 and ports[0]["host_port"] > 0, ports
+    assert (await rig.good("vm_ports", name=rig.name, unpublish="8000"))["forwards"] == []
+    await rig.sh("echo kept >/srv/kept")
+    copy = f"{rig.name}-copy"
+    copies = (await rig.good("vm_fork", name=rig.name, copies=[copy]))["vms"]
+    assert [(one["name"], one["status"]) for one in copies] == [(copy, "running")], copies
+    done = await rig.good("vm_exec", name=copy, command="cat /srv/kept; hostname")
+    assert done["stdout"] == f"kept\n{copy}\n", done
+    rig.by_hand("delete", "--force", "--yes", copy)
 
 
 async def cancelled(rig, steps, tool, **arguments):
@@ -327,7 +350,7 @@ async def leaves(rig):
     vm = await rig.good("vm_spawn", name=rig.name, net="none", ephemeral=True)
     assert vm["lease"] and (await rig.good("vm_info", name=rig.name))["lease"] == vm["lease"], vm
     # Where there are no sessions it has a time, without having been given one.
-    assert bool(vm["expires_at"]) == (not rig.has_session), vm
+    assert ("expires_at" in vm) == (not rig.has_session), vm
 
 
 async def left(rig):
@@ -368,7 +391,7 @@ async def main():
     nido, kind, *rest = sys.argv[1:]
     server = rest[0] if kind == "http" else None
     for mode in ERAS:
-        await told(Rig(nido, server, mode), looks, lives, works, copies, templates, goes_back, listens, cancels, hostile, ends, leaves)
+        await told(Rig(nido, server, mode), looks, lives, works, several_in_one, copies, templates, goes_back, listens, cancels, hostile, ends, leaves)
         await told(Rig(nido, server, mode, forms=False), lives, goes_back, ends)
         if kind == "stdio":
             await told(Rig(nido, None, mode, "--answer-within", "3s", "--confirm", "never"), lives, lasts, ends_unasked)

@@ -6,7 +6,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use nido_api::error::{Code, Error};
 use nido_api::name::VmName;
 use nido_api::{ExecRequest, ExecResult, StartRequest, UploadRequest, UploadSource, VmInfo, VmSpec, Which};
-use nido_core::Nido;
+use nido_core::{Nido, RUN_IDLE_MS};
 use nido_server::sanitize;
 
 use super::exec::ExecArgs;
@@ -26,9 +26,6 @@ Examples:
 
 The exit code is the command's, as with exec. The VM is deleted when the command has ended, also
 after Ctrl-C or a failure. If nido is killed, the VM stops and is deleted a minute later.";
-
-/// How long the VM outlives a nido that was killed, in milliseconds.
-const IDLE_MS: u64 = 60_000;
 
 /// Run a command in a new VM, then delete it
 #[derive(Debug, clap::Args)]
@@ -68,7 +65,7 @@ impl Args {
         let mut spec = self.vm.spec(name.clone());
         if !self.keep {
             spec.ephemeral = true;
-            spec.idle_ms = spec.idle_ms.or(Some(IDLE_MS));
+            spec.idle_ms = spec.idle_ms.or(Some(RUN_IDLE_MS));
         }
         let nido = cx.nido().await?;
         let start = StartRequest { wait: true, timeout_ms: self.start_timeout, path: self.path.choice(), accel: None };

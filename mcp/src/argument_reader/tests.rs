@@ -11,6 +11,7 @@ fn schema() -> Value {
         "content": { "type": "string" },
         "forwards": { "type": "array", "items": { "type": "object", "required": ["guest_port"], "properties": {
             "guest_port": { "type": "integer", "minimum": 1, "maximum": 65535 },
+            "host_port": { "type": "integer" },
             "host": { "type": "string" } } } },
         "timeout_seconds": { "type": "number", "minimum": 0, "maximum": 100 },
     } })
@@ -59,6 +60,15 @@ fn values_in_another_spelling_are_read_as_what_they_are() {
         ("forwards", json!(r#"[{"guest_port": "80"}]"#), json!([{"guest_port": 80}])),
     ] {
         assert_eq!(ok(json!({ "name": "web", field: given }))[field], read, "{field}: {given}");
+    }
+}
+
+#[test]
+fn ports_may_be_written_as_on_the_command_line() {
+    for (given, host_port) in [(json!("8080:80"), 8080), (json!("80"), 0), (json!(80), 0)] {
+        let read = ok(json!({ "name": "web", "forwards": [given] }));
+        let port = json!({ "host": "127.0.0.1", "host_port": host_port, "guest_port": 80 });
+        assert_eq!(read["forwards"], json!([port]), "{given}");
     }
 }
 
@@ -113,8 +123,8 @@ fn wrong_values_are_refused_with_their_shape_and_an_example() {
         (json!({ "name": "web", "env": { "A": 1 } }), "env.A: must be text"),
         (json!({ "name": "web", "forwards": [{}] }), "forwards[0].guest_port: it is missing"),
         (
-            json!({ "name": "web", "forwards": [80] }),
-            r#"forwards[0]: must be an object, for example {"guest_port": 80}"#,
+            json!({ "name": "web", "forwards": ["ssh"] }),
+            r#"forwards[0]: must be a port such as "8080:80", or an object, for example {"guest_port": 80}, not "ssh""#,
         ),
         (json!({ "name": "web", "timeout_seconds": -1 }), "timeout_seconds: must be a number from 0 to 100"),
         (json!([]), "arguments: must be an object"),

@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use nido_api::name::VmName;
 use nido_api::sanitize::head;
+use nido_api::state::VmState;
 use nido_api::{Ask, VmInfo};
 use serde_json::Value;
 
@@ -14,40 +15,46 @@ use crate::tools::Tool;
 /// How much of the arguments a question shows, in bytes.
 const SHOWN: usize = 400;
 
+/// How many snapshots a question names.
+const SNAPSHOTS_NAMED: usize = 5;
+
 /// What a person is asked: what is done to what, and what is lost. Nothing of a guest is in it, and what the agent has written is shown
 /// without what hides or reorders text.
-pub async fn question(call: &CallContext, tool: &Tool, ask: &Ask, vm: Option<&VmInfo>) -> String {
+pub async fn question(call: &CallContext, tool: &Tool, ask: &Ask, seen: Option<&VmInfo>) -> String {
     let agent = ask.agent.as_deref().map_or_else(|| "An agent".into(), plain);
     let name = &ask.vm_name;
-    let vm = vm.map_or_else(|| format!("VM '{name}'"), described);
-    let text = |key: &str| plain(head(ask.arguments.get(key).and_then(Value::as_str).unwrap_or_default(), SHOWN));
+    let vm = seen.map_or_else(|| format!("VM '{name}'"), described);
+    let text = |key: &str| shown(ask, key);
     let flag = |key: &str| ask.arguments.get(key).is_some_and(|value| *value == true);
     match tool.name {
-        "vm_delete" => {
-            let now = if flag("force") { " It is ended at once if it runs." } else { "" };
-            format!("{agent} wants to delete {vm}, with its disk and its snapshots.{now} This cannot be undone.")
-        }
-        "vm_restore" => {
-            let snapshot = text("snapshot");
-            let of = taken(call, name, &snapshot).await;
-            let what = if flag("disk_only") { "the disk of " } else { "" };
-            format!(
-                "{agent} wants to restore {what}{vm} to the snapshot '{snapshot}'{of}. Everything since then is lost. This cannot be \
-                 undone."
-            )
-        }
-        "vm_stop" => {
-            let lost = if vm_is_ephemeral(call, name).await {
-                ", which destroys it with its disk, because it is ephemeral"
-            } else {
-                ""
-            };
-            format!("{agent} wants to stop {vm}{lost}. This cannot be undone.")
-        }
+        "vm_delete" | "vm_restore" | "vm_stop" => end_of_state(call, tool, ask, seen, (&agent, &vm)).await,
         "vm_exec" => {
             let argv = ask.arguments.get("argv").map(|argv| plain(head(&argv.to_string(), SHOWN)));
             let command = argv.unwrap_or_else(|| text("command"));
             format!("{agent} wants to run a command in {vm}: {command}")
+        }
+        "vm_run" => {
+            let argv = ask.arguments.get("argv").map(|argv| plain(head(&argv.to_string(), SHOWN)));
+            let command = argv.unwrap_or_else(|| text("command"));
+            format!("{agent} wants to run a command in a new VM, which is deleted afterwards: {command}")
+        }
+        "vm_ports" => {
+            let change = |word: &str, key: &str| match text(key) {
+                port if port.is_empty() => None,
+                port => Some(format!("{word} the port {port}")),
+            };
+            let changes: Vec<_> = [change("no longer publish", "unpublish"), change("publish", "publish")]
+                .into_iter()
+                .flatten()
+                .collect();
+            format!("{agent} wants to {} of {vm} on this host.", changes.join(" and "))
+        }
+        "vm_fork" => {
+            let copies = ask.arguments.get("copies").map(|copies| plain(head(&copies.to_string(), SHOWN)));
+            format!(
+                "{agent} wants to copy {vm}, with its disk and everything in its memory, as {}; the copies are its own.",
+                copies.unwrap_or_default()
+            )
         }
         "vm_upload" => format!("{agent} wants to write the file '{}' in {vm}.", text("path")),
         "vm_download" if flag("overwrite") => {
@@ -61,10 +68,56 @@ pub async fn question(call: &CallContext, tool: &Tool, ask: &Ask, vm: Option<&Vm
     }
 }
 
+/// The question about a call that takes something of a VM away; `agent` asks about `vm`.
+async fn end_of_state(
+    call: &CallContext,
+    tool: &Tool,
+    ask: &Ask,
+    seen: Option<&VmInfo>,
+    (agent, vm): (&str, &str),
+) -> String {
+    let text = |key: &str| shown(ask, key);
+    let flag = |key: &str| ask.arguments.get(key).is_some_and(|value| *value == true);
+    match tool.name {
+        "vm_delete" => {
+            let lost = lost(call, ask, seen, &[Loss::Disk, Loss::Memory, Loss::Snapshots]).await;
+            let now = if flag("force") { " It is ended at once if it runs." } else { "" };
+            format!("{agent} wants to delete {vm}.{now} Lost for good: {lost}.")
+        }
+        "vm_restore" => {
+            let snapshot = text("snapshot");
+            let of = taken(call, &ask.vm_name, &snapshot).await;
+            let what = if flag("disk_only") { "the disk of " } else { "" };
+            let lost = lost(call, ask, seen, &[Loss::Memory]).await;
+            let lost = if lost.is_empty() { lost } else { format!(", {lost}") };
+            format!(
+                "{agent} wants to restore {what}{vm} to the snapshot '{snapshot}'{of}. Lost for good: everything written to its \
+                 disk since then{lost}."
+            )
+        }
+        _ => match seen.is_some_and(|vm| vm.ephemeral) {
+            true => {
+                let lost = lost(call, ask, seen, &[Loss::Disk, Loss::Memory, Loss::Snapshots]).await;
+                format!("{agent} wants to stop {vm}, which deletes it, because it is ephemeral. Lost for good: {lost}.")
+            }
+            false => {
+                let lost = lost(call, ask, seen, &[Loss::Memory]).await;
+                let lost = if lost.is_empty() { String::new() } else { format!(" Lost: {lost}.") };
+                format!("{agent} wants to stop {vm}. Its disk stays.{lost}")
+            }
+        },
+    }
+}
+
+/// An argument that is text, as far as a question shows it.
+fn shown(ask: &Ask, key: &str) -> String {
+    plain(head(ask.arguments.get(key).and_then(Value::as_str).unwrap_or_default(), SHOWN))
+}
+
 /// A VM, for who has to decide about it. Names are parsed names.
 fn described(vm: &VmInfo) -> String {
     let age = age(vm.created_at.into());
-    format!("VM '{}' (id {}, of template {}, {}, made {age} ago)", vm.name, vm.id, vm.template, vm.status.word())
+    format!("VM '{}' (id {}, of template {}, {}, created {age} ago)", vm.name, vm.id, vm.template, vm.status.word())
 }
 
 fn age(since: SystemTime) -> String {
@@ -84,9 +137,57 @@ async fn taken(call: &CallContext, vm: &VmName, snapshot: &str) -> String {
     found.map_or_else(String::new, |one| format!(" of {:.0} ({} ago)", one.created_at, age(one.created_at.into())))
 }
 
-async fn vm_is_ephemeral(call: &CallContext, vm: &VmName) -> bool {
-    match call.nido().await {
-        Ok(nido) => nido.spec(vm).is_ok_and(|spec| spec.ephemeral),
-        Err(_) => false,
+/// What an operation takes away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loss {
+    Disk,
+    Memory,
+    Snapshots,
+}
+
+/// The parts of a VM that are lost, as far as it has them.
+async fn lost(call: &CallContext, ask: &Ask, vm: Option<&VmInfo>, losses: &[Loss]) -> String {
+    let snapshots = match call.nido().await {
+        Ok(nido) => nido.snapshot_list(&ask.vm_name).map(|list| list.snapshots).unwrap_or_default(),
+        Err(_) => Vec::new(),
+    };
+    let names: Vec<_> = snapshots.iter().take(SNAPSHOTS_NAMED).map(|one| one.name.as_str()).collect();
+    let parts = losses.iter().filter_map(|loss| match loss {
+        Loss::Disk => Some("its disk".to_owned()),
+        Loss::Memory => vm.and_then(running_for),
+        Loss::Snapshots => snapshots_lost(&names, snapshots.len()),
+    });
+    parts.collect::<Vec<_>>().join(", ")
+}
+
+/// What runs, and since when.
+fn running_for(vm: &VmInfo) -> Option<String> {
+    let runs = matches!(vm.status, VmState::Running | VmState::Paused);
+    let since = vm.started_at.filter(|_| runs)?;
+    Some(format!("what runs in it (up for {})", age(since.into())))
+}
+
+fn snapshots_lost(names: &[&str], all: usize) -> Option<String> {
+    let more = match all - names.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    match all {
+        0 => None,
+        1 => Some(format!("its snapshot {}", names.join(""))),
+        _ => Some(format!("its {all} snapshots {}{more}", names.join(", "))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn snapshots_that_are_lost_are_named_and_counted() {
+        assert_eq!(snapshots_lost(&[], 0), None);
+        assert_eq!(snapshots_lost(&["a"], 1).unwrap(), "its snapshot a");
+        assert_eq!(snapshots_lost(&["a", "b"], 2).unwrap(), "its 2 snapshots a, b");
+        assert_eq!(snapshots_lost(&["a", "b"], 9).unwrap(), "its 9 snapshots a, b and 7 more");
     }
 }

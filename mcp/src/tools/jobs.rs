@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use nido_api::error::{Code, Error, Result};
 use nido_api::{Job, JobState, Scope, Viewer};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::{DESTROYS, LOOKS, Tool, arguments};
+use super::{DESTROYS, LOOKS, Operation, Tool, parse};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
@@ -19,27 +20,31 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 pub const GET: Tool = Tool {
     name: "job_get",
-    title: "Tell about a job",
-    about: "Tells how a job stands that another tool has answered with status running and a job_id: running, done with the \
-        result that the tool would have answered, failed with its error, cancelled, or lost because the server ended. With \
-        wait_seconds it waits for the end first, which is better than asking again and again. Changes nothing.",
+    title: "Get a job",
+    about: "Returns a job of another tool: state, result or error. Set wait_seconds to wait for its end.",
     hints: LOOKS,
     scope: Scope::Read,
     takes: schema::arguments::<Get>,
-    gives: schema::answer::<Job>,
-    run: |call, given| Box::pin(async move { get(&call, arguments(given)?).await }),
+    unlisted: &[],
+    gives: schema::result::<Job>,
+    parse: parse::<Get>,
 };
 
 /// Which job.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Get {
-    /// The job_id of the answer that began it.
     job_id: String,
-    /// Wait for its end at most so many milliseconds; 0 if absent.
+    /// At most 30 seconds.
     #[serde(default)]
     #[schema(minimum = 0, maximum = 30_000)]
     wait_ms: u64,
+}
+
+impl Operation for Get {
+    fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
+        Box::pin(async move { get(&call, *self).await })
+    }
 }
 
 async fn get(call: &CallContext, asked: Get) -> Result<ToolResult> {
@@ -65,26 +70,26 @@ async fn get(call: &CallContext, asked: Get) -> Result<ToolResult> {
 pub const CANCEL: Tool = Tool {
     name: "job_cancel",
     title: "Cancel a job",
-    about: "Asks that a job be cancelled: a command is killed, a copy is given up, a VM or template that is being made is \
-        removed, within seconds. What stops, deletes, takes a snapshot or goes back to one cannot be broken off: it goes to its \
-        end, and the job is done then. Use it when the result is not wanted any more. A job that has ended stays as it is. The \
-        answer is the job as it stands at that moment. Next: job_get tells how it has ended.",
+    about: "Cancels a job. Stops, deletions and snapshots complete anyway.",
     hints: DESTROYS,
     scope: Scope::Run,
     takes: schema::arguments::<Cancel>,
-    gives: schema::answer::<Job>,
-    run: |call, given| {
-        Box::pin(async move {
-            let Cancel { job_id } = arguments(given)?;
-            ToolResult::new(&call.nido().await?.job_cancel(&job_id, Viewer::Actor(&call.who.actor))?)
-        })
-    },
+    unlisted: &[],
+    gives: schema::result::<Job>,
+    parse: parse::<Cancel>,
 };
 
 /// Which job.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Cancel {
-    /// The job_id of the answer that began it.
     job_id: String,
+}
+
+impl Operation for Cancel {
+    fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
+        Box::pin(async move {
+            ToolResult::new(&call.nido().await?.job_cancel(&self.job_id, Viewer::Actor(&call.who.actor))?)
+        })
+    }
 }

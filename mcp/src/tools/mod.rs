@@ -1,17 +1,25 @@
-//! The tools, one file per noun. A tool parses, calls the core, answers.
+//! The tools, one file per noun. A tool parses its arguments into an operation; the operation checks whether it can be done, calls the
+//! core and returns a result (tool_call.rs has the order).
 
+mod brief;
+mod command;
+mod creation;
 mod exec;
-pub(crate) mod files;
+mod files;
+mod forks;
 #[cfg(test)]
 mod golden;
 mod jobs;
 mod lifecycle;
+mod logs;
+mod operation;
 mod page;
+mod ports;
+mod run;
 mod snapshots;
 mod templates;
 mod vms;
 
-use futures::future::BoxFuture;
 use nido_api::Scope;
 use nido_api::error::{Code, Error, Result};
 use nido_core::policy::Policy;
@@ -19,23 +27,30 @@ use rmcp::model::{MetaObject, Tool as Described, ToolAnnotations};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::answer::{ToolResult, plain};
+pub(crate) use self::brief::vm_list;
+pub(crate) use self::operation::Operation;
+pub(crate) use self::templates::template_list;
+use crate::answer::plain;
 use crate::app::Settings;
-use crate::call_context::CallContext;
 use crate::principal::Principal;
+use crate::schema;
 
 /// Every tool, in the order in which they are listed.
-pub const ALL: [&Tool; 16] = [
+pub const ALL: [&Tool; 20] = [
     &vms::LS,
     &vms::INFO,
-    &lifecycle::SPAWN,
-    &lifecycle::CREATE,
+    &logs::LOGS,
+    &run::RUN,
+    &creation::SPAWN,
+    &creation::CREATE,
     &lifecycle::START,
     &lifecycle::STOP,
     &vms::DELETE,
     &exec::EXEC,
     &files::UPLOAD,
     &files::DOWNLOAD,
+    &ports::PORTS,
+    &forks::FORK,
     &snapshots::SNAPSHOT,
     &snapshots::RESTORE,
     &templates::LIST,
@@ -60,12 +75,14 @@ pub struct Tool {
     pub hints: Hints,
     /// What a caller needs.
     pub scope: Scope,
-    /// The schema of its arguments.
+    /// The schema of the arguments that it accepts.
     pub takes: fn() -> Value,
-    /// The schema of its answer.
+    /// Arguments that are accepted and not listed: few callers need them, and every model pays for what is listed.
+    pub unlisted: &'static [&'static str],
+    /// The schema of its result.
     pub gives: fn() -> Value,
-    /// Does it.
-    pub(crate) run: fn(CallContext, Value) -> BoxFuture<'static, Result<ToolResult>>,
+    /// Parses its arguments.
+    pub(crate) parse: fn(Value) -> Result<Box<dyn Operation>>,
 }
 
 /// What a client may assume. Advice: nothing that matters depends on it.
@@ -103,7 +120,7 @@ impl Tool {
             .idempotent(idempotent)
             .open_world(open_world);
         let words = MetaObject(object(json!({ ANNOTATIONS: self.words() })));
-        Described::new(self.name, self.about, object((self.takes)()))
+        Described::new(self.name, self.about, object(schema::listed((self.takes)(), self.unlisted)))
             .with_title(self.title)
             .with_raw_output_schema(object((self.gives)()).into())
             .with_annotations(hints)
@@ -114,26 +131,41 @@ impl Tool {
     fn words(&self) -> &'static [&'static str] {
         match self.name {
             "vm_delete" | "vm_restore" => &["destructive", "confirmation_required"],
-            "vm_spawn" | "template_create" => &["long_running"],
-            "vm_exec" => &["potentially_dangerous"],
+            "vm_spawn" | "vm_fork" | "template_create" => &["long_running"],
+            "vm_exec" | "vm_run" => &["potentially_dangerous"],
             "job_cancel" => &["destructive"],
             _ => &["safe"],
         }
     }
 
-    /// Arguments that it does not have, and explains why.
-    pub(crate) fn explains(&self) -> &'static [&'static str] {
-        match self.name {
-            "vm_spawn" => &lifecycle::SPAWN_DOES,
-            "vm_create" => &lifecycle::CREATE_NEVER_DOES,
+    /// Arguments that its schema does not have and that are passed on: an approval, and those of which the tool says why it does not
+    /// have them.
+    pub(crate) fn also_accepts(&self) -> Vec<&'static str> {
+        let explained: &[&str] = match self.name {
+            "vm_spawn" => &creation::SPAWN_DOES,
+            "vm_create" => &creation::CREATE_NEVER_DOES,
             _ => &[],
+        };
+        [&[APPROVAL_ID], explained].concat()
+    }
+
+    /// What is to be done, of arguments as they were read.
+    pub(crate) fn operation(&self, mut arguments: Value) -> Result<Box<dyn Operation>> {
+        if let Some(fields) = arguments.as_object_mut() {
+            fields.remove(APPROVAL_ID);
         }
+        (self.parse)(arguments)
+    }
+
+    /// Whether its argument is a command, which a policy may restrict.
+    fn runs_commands(&self) -> bool {
+        [exec::EXEC.name, run::RUN.name].contains(&self.name)
     }
 
     /// The same on a server with this policy: which commands may be run is no secret to whoever has to choose one.
     pub(crate) fn described_under(&self, policy: &Policy) -> Described {
         let mut described = self.described();
-        let Some(allowed) = policy.summary().filter(|_| self.name == exec::EXEC.name) else { return described };
+        let Some(allowed) = policy.summary().filter(|_| self.runs_commands()) else { return described };
         let words = format!(
             "{} This server allows only these commands (* is any part of one word, ** are further words without options, -** \
              any further words): {}.",
@@ -173,18 +205,12 @@ pub(crate) fn is_offered(name: &str, settings: &Settings, principal: &Principal)
     find(name).is_some_and(|tool| tool.refused(settings, principal).is_none())
 }
 
-/// What is said of the argument of the same name.
-pub const APPROVAL_ID: &str =
-    "The approval_id of an earlier answer approval_required, once the user has approved it. Else leave it out.";
+/// The argument that every tool accepts: the approval of an earlier call.
+pub(crate) const APPROVAL_ID: &str = "approval_id";
 
-/// What would refuse a call at once, so that nobody is asked about what cannot be done.
-pub(crate) async fn admitted(call: &CallContext, tool: &Tool, given: &Value) -> Result<()> {
-    match tool.name {
-        "vm_exec" => exec::admitted(call, given.clone()).await,
-        "vm_upload" => files::upload_admitted(call, arguments(given.clone())?).await,
-        "vm_download" => files::download_admitted(call, arguments(given.clone())?).await,
-        _ => Ok(()),
-    }
+/// The parser of a tool whose arguments are this type.
+fn parse<T: DeserializeOwned + Operation + 'static>(given: Value) -> Result<Box<dyn Operation>> {
+    Ok(Box::new(arguments::<T>(given)?))
 }
 
 /// The tool of that name.
@@ -194,7 +220,7 @@ pub fn find(name: &str) -> Option<&'static Tool> {
 }
 
 /// Arguments as a type; what is wrong is told with the name of the field.
-fn arguments<T: DeserializeOwned>(arguments: Value) -> Result<T> {
+pub(crate) fn arguments<T: DeserializeOwned>(arguments: Value) -> Result<T> {
     serde_path_to_error::deserialize(arguments).map_err(|error| {
         let path = error.path().to_string();
         let field = if path == "." { String::new() } else { format!("{path}: ") };

@@ -1,78 +1,93 @@
 //! Snapshots: a VM as it was at one moment, and back.
 
+use futures::future::BoxFuture;
 use nido_api::error::Result;
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::{RestoreRequest, Scope, SnapshotInfo};
+use nido_core::Intent;
 use serde::Deserialize;
 
-use super::{ADDS, DESTROYS, Tool, arguments};
+use super::{ADDS, DESTROYS, Operation, Tool, brief, parse};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
 
 pub const SNAPSHOT: Tool = Tool {
     name: "vm_snapshot",
-    title: "Take a snapshot of a VM",
-    about: "Keeps a virtual machine as it is under a name: memory, devices and disk of one that runs, the disk of one that does \
-        not. Use it before something that may go wrong. A VM that runs stands still for a moment. Uses about as much of the \
-        host's disk as the VM has memory. To start other VMs from its disk use template_create. Next: vm_restore goes back \
-        to it.",
+    title: "Take a snapshot",
+    about: "Saves a VM's disk, and memory if it runs, before something risky. vm_restore goes back; vm_info lists \
+        snapshots.",
     hints: ADDS,
     scope: Scope::Run,
     takes: schema::arguments::<Take>,
-    gives: schema::answer_or_job::<SnapshotInfo>,
-    run: |call, given| Box::pin(async move { take(&call, arguments(given)?).await }),
+    unlisted: &[],
+    gives: schema::result_or_job::<SnapshotInfo>,
+    parse: parse::<Take>,
 };
 
-/// What is to be kept.
+/// What is saved.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Take {
-    /// Name of the VM.
     name: VmName,
-    /// Name of the snapshot: 1 to 63 of a-z, 0-9 and '-'. Unique for the VM.
     snapshot: SnapshotName,
 }
 
-async fn take(call: &CallContext, asked: Take) -> Result<ToolResult> {
-    ToolResult::new(&call.nido().await?.snapshot_create(call.which(&asked.name), &asked.snapshot).await?)
+impl Operation for Take {
+    fn vm(&self) -> Option<&VmName> {
+        Some(&self.name)
+    }
+
+    fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
+        Box::pin(async move {
+            let vm = call.which(&self.name);
+            ToolResult::new(&call.nido().await?.snapshot_create(vm, &self.snapshot).await?)
+        })
+    }
 }
 
 pub const RESTORE: Tool = Tool {
     name: "vm_restore",
-    title: "Go back to a snapshot",
-    about: "Makes a virtual machine what it was when the snapshot was taken. What it has done since is lost and cannot be \
-        fetched any more: fetch what is still needed with vm_download first. A snapshot of a VM that ran goes on where it \
-        was; with disk_only the disk is taken back and the VM does not run. The snapshot stays. The user may be asked first. Next: vm_exec.",
+    title: "Restore a snapshot",
+    about: "Takes a VM back to a snapshot; everything since is lost. The user may be asked.",
     hints: DESTROYS,
     scope: Scope::Run,
     takes: schema::arguments::<Restore>,
+    unlisted: &["timeout_seconds"],
     gives: schema::vm_or_job,
-    run: |call, given| Box::pin(async move { restore(&call, arguments(given)?).await }),
+    parse: parse::<Restore>,
 };
 
-/// What a VM is to be again.
+/// What a VM is taken back to.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Restore {
-    /// Name of the VM.
     name: VmName,
-    /// Name of the snapshot.
     snapshot: SnapshotName,
-    /// Take back the disk only, and leave the VM stopped.
+    /// Only the disk; the VM stays stopped.
     #[serde(default)]
     disk_only: bool,
     /// How long the guest may take to become ready, in milliseconds.
     #[serde(default)]
     timeout_ms: Option<u64>,
-    /// The approval_id of an earlier answer approval_required, once the user has approved it. Else leave it out.
-    #[serde(default, rename = "approval_id")]
-    _approval_id: Option<String>,
 }
 
-async fn restore(call: &CallContext, asked: Restore) -> Result<ToolResult> {
-    let how = RestoreRequest { disk_only: asked.disk_only, timeout_ms: asked.timeout_ms };
-    let mut tell = |stage| call.progress.stage(stage);
-    let vm = call.which(&asked.name);
-    ToolResult::new(&call.nido().await?.snapshot_restore(vm, &asked.snapshot, how, &mut tell).await?)
+impl Operation for Restore {
+    fn vm(&self) -> Option<&VmName> {
+        Some(&self.name)
+    }
+
+    fn admit<'a>(&'a self, call: &'a CallContext) -> BoxFuture<'a, Result<()>> {
+        let intent = Intent::Restore { snapshot: &self.snapshot };
+        Box::pin(async move { call.nido().await?.admits(call.which(&self.name), &intent) })
+    }
+
+    fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
+        Box::pin(async move {
+            let how = RestoreRequest { disk_only: self.disk_only, timeout_ms: self.timeout_ms };
+            let mut tell = |stage| call.progress.stage(stage);
+            let vm = call.which(&self.name);
+            brief::vm(call.nido().await?.snapshot_restore(vm, &self.snapshot, how, &mut tell).await?)
+        })
+    }
 }

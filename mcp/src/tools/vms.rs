@@ -1,16 +1,18 @@
-//! VMs: found, told about, thrown away.
+//! VMs: list, facts, delete.
 
 use std::collections::BTreeMap;
 
+use futures::future::BoxFuture;
 use nido_api::error::Result;
-use nido_api::name::VmName;
+use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::VmState;
-use nido_api::{Scope, VmInfo, VmList};
+use nido_api::{Scope, SnapshotInfo, VmInfo};
+use nido_core::Intent;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
+use super::brief::{self, VmBriefs, vm_list};
 use super::page::{PageRequest, page};
-use super::{DESTROYS, LOOKS, Tool, arguments};
+use super::{DESTROYS, LOOKS, Operation, Tool, parse};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::pagination::{cursor_of_vms, place};
@@ -19,140 +21,139 @@ use crate::schema;
 pub const LS: Tool = Tool {
     name: "vm_ls",
     title: "List VMs",
-    about: "Lists virtual machines in order of creation, with their state, template, limits and labels. Use it to find a VM \
-        by label or state, or to see what is left over. For one VM whose name is known, vm_info is shorter. Changes \
-        nothing. If next_cursor is in the answer, there are more: call again with cursor set to it.",
+    about: "Lists VMs: name, state, template, end of life, ports, labels.",
     hints: LOOKS,
     scope: Scope::Read,
     takes: schema::arguments::<Ls>,
-    gives: schema::answer::<Page>,
-    run: |call, given| Box::pin(async move { ls(&call, arguments(given)?).await }),
+    unlisted: &["limit"],
+    gives: schema::result::<VmBriefs>,
+    parse: parse::<Ls>,
 };
 
-/// Which VMs are wanted.
+/// Which VMs are listed.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 struct Ls {
-    /// Only VMs that carry all of these labels.
+    /// All of these.
     labels: BTreeMap<String, String>,
-    /// Only VMs in this state.
     status: Option<VmState>,
-    /// The most VMs that are answered; 50 if absent.
+    /// Default 50.
     #[schema(minimum = 1, maximum = 500)]
     limit: Option<usize>,
-    /// The next_cursor of an earlier answer: what comes after it.
+    /// next_cursor of the last page.
     cursor: Option<String>,
 }
 
-/// Some VMs.
-#[derive(Debug, Serialize, utoipa::ToSchema)]
-struct Page {
-    #[serde(flatten)]
-    list: VmList,
-    /// There are more: give this as cursor.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
-    next_cursor: Option<String>,
-}
-
-async fn ls(call: &CallContext, asked: Ls) -> Result<ToolResult> {
-    let mut vms = call.nido().await?.list_with_idle().await?.vms;
-    vms.retain(|vm| asked.status.is_none_or(|status| vm.status == status));
-    vms.retain(|vm| asked.labels.iter().all(|(key, value)| vm.labels.get(key) == Some(value)));
-    let wanted = PageRequest { limit: asked.limit, cursor: cursor_of_vms(asked.cursor.as_deref())? };
-    let (vms, next_cursor) = page(vms, wanted, place)?;
-    let mut done = ToolResult::new(&Page { list: VmList { vms }, next_cursor })?;
-    without_repetition(&mut done.value);
-    Ok(done)
-}
-
-/// What is the same for most VMs of a host, and long: vm_info tells it. Warnings are told once for all.
-fn without_repetition(page: &mut Value) {
-    let mut warnings: Vec<Value> = Vec::new();
-    for vm in page["vms"].as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut) {
-        vm.remove("machine_reason");
-        if let Some(Value::Array(some)) = vm.remove("warnings") {
-            let new: Vec<_> = some.into_iter().filter(|one| !warnings.contains(one)).collect();
-            warnings.extend(new);
-        }
-    }
-    if !warnings.is_empty() {
-        page["warnings"] = warnings.into();
+impl Operation for Ls {
+    fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
+        Box::pin(async move {
+            let mut vms = call.nido().await?.list_with_idle().await?.vms;
+            vms.retain(|vm| self.status.is_none_or(|status| vm.status == status));
+            vms.retain(|vm| self.labels.iter().all(|(key, value)| vm.labels.get(key) == Some(value)));
+            let wanted = PageRequest { limit: self.limit, cursor: cursor_of_vms(self.cursor.as_deref())? };
+            let (vms, next_cursor) = page(vms, wanted, place)?;
+            let list = vm_list(vms, next_cursor);
+            Ok(ToolResult::new(&list)?.with_text(list.text()))
+        })
     }
 }
 
 pub const INFO: Tool = Tool {
     name: "vm_info",
-    title: "Tell about a VM",
-    about: "Tells everything about one virtual machine: state, machine, isolation, network, published ports, limits, and why \
-        it failed if it did. Use it before anything that depends on the state, and after an error. To find VMs whose name \
-        is not known, use vm_ls. Changes nothing.",
+    title: "Get a VM",
+    about: "Returns all facts of a VM: state, limits, ports, snapshots, cause of failure. Use it after an error.",
     hints: LOOKS,
     scope: Scope::Read,
-    takes: schema::arguments::<OneVm>,
-    gives: schema::answer::<VmInfo>,
-    run: |call, given| {
-        Box::pin(async move {
-            let OneVm { name } = arguments(given)?;
-            ToolResult::new(&call.nido().await?.info(&name).await?)
-        })
-    },
+    takes: schema::arguments::<Info>,
+    unlisted: &[],
+    gives: schema::result::<VmFacts>,
+    parse: parse::<Info>,
 };
 
 /// One VM.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-struct OneVm {
-    /// Name of the VM.
+struct Info {
     name: VmName,
+}
+
+/// All facts of a VM.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct VmFacts {
+    #[serde(flatten)]
+    vm: VmInfo,
+    /// The oldest first.
+    snapshots: Vec<Snapshot>,
+}
+
+/// A snapshot of a VM.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct Snapshot {
+    name: SnapshotName,
+    created_at: String,
+    /// It holds memory: the VM resumes where it was.
+    running: bool,
+    size_bytes: u64,
+    /// Why it cannot be restored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damaged: Option<String>,
+}
+
+impl From<SnapshotInfo> for Snapshot {
+    fn from(one: SnapshotInfo) -> Self {
+        let created_at = format!("{:.0}", one.created_at);
+        Self { name: one.name, created_at, running: one.running, size_bytes: one.size_bytes, damaged: one.damaged }
+    }
+}
+
+impl Operation for Info {
+    fn vm(&self) -> Option<&VmName> {
+        Some(&self.name)
+    }
+
+    fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
+        Box::pin(async move {
+            let nido = call.nido().await?;
+            let vm = nido.info(&self.name).await?;
+            let snapshots = nido.snapshot_list(&self.name)?.snapshots.into_iter().map(Snapshot::from).collect();
+            ToolResult::new(&VmFacts { vm, snapshots })
+        })
+    }
 }
 
 pub const DELETE: Tool = Tool {
     name: "vm_delete",
     title: "Delete a VM",
-    about: "Deletes a virtual machine with its disk and its snapshots. This cannot be undone: fetch what is still needed with \
-        vm_download first. Without force a VM that runs is refused; vm_stop it first, or set force to end it at once. Use \
-        it for every VM that is not needed any more, unless it was made ephemeral with ttl_seconds. The user may be asked first; throw-away \
-        VMs of your own are not asked about. The answer is the VM as it \
-        was; a VM that does not exist is the error vm_not_found.",
+    about: "Deletes a VM, its disk and snapshots for good. The user may be asked, except about your own ephemeral \
+        VMs.",
     hints: DESTROYS,
     scope: Scope::Run,
     takes: schema::arguments::<Delete>,
+    unlisted: &[],
     gives: schema::vm_or_job,
-    run: |call, given| Box::pin(async move { delete(&call, arguments(given)?).await }),
+    parse: parse::<Delete>,
 };
 
-/// Which VM is to go.
+/// Which VM is deleted.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Delete {
-    /// Name of the VM.
     name: VmName,
-    /// Also if it runs: it is ended at once, without a power-off.
+    /// Also if it runs.
     #[serde(default)]
     force: bool,
-    /// The approval_id of an earlier answer approval_required, once the user has approved it. Else leave it out.
-    #[serde(default, rename = "approval_id")]
-    _approval_id: Option<String>,
 }
 
-async fn delete(call: &CallContext, asked: Delete) -> Result<ToolResult> {
-    ToolResult::new(&call.nido().await?.delete(call.which(&asked.name), asked.force).await?)
-}
+impl Operation for Delete {
+    fn vm(&self) -> Option<&VmName> {
+        Some(&self.name)
+    }
 
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
+    fn admit<'a>(&'a self, call: &'a CallContext) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async { call.nido().await?.admits(call.which(&self.name), &Intent::Delete { force: self.force }) })
+    }
 
-    use super::*;
-
-    #[test]
-    fn a_list_tells_what_is_the_same_for_all_vms_once() {
-        // The same two sentences in every VM were a third of what a model pays for a list.
-        let vm = |name: &str| json!({ "name": name, "machine_reason": "q35", "warnings": ["no isolation"] });
-        let mut page = json!({ "vms": [vm("a"), vm("b"), { "name": "c", "warnings": ["another"] }] });
-        without_repetition(&mut page);
-        let names = json!([{ "name": "a" }, { "name": "b" }, { "name": "c" }]);
-        assert_eq!(page, json!({ "vms": names, "warnings": ["no isolation", "another"] }));
+    fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
+        Box::pin(async move { brief::vm(call.nido().await?.delete(call.which(&self.name), self.force).await?) })
     }
 }

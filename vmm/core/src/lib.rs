@@ -23,5 +23,6 @@ pub use nido_store::KeyState;
 pub use nido_supervisor::SuperviseRequest;
 
 pub use nido::{
-    Adoption, BegunVm, EventFeed, ExecControl, ExecEvents, Intent, Lease, LogStream, Nido, OpenOptions, Watch,
+    Adoption, BegunVm, EventFeed, ExecControl, ExecEvents, Intent, Lease, LogStream, Nido, OpenOptions, RUN_IDLE_MS,
+    Watch,
 };

@@ -31,6 +31,7 @@ mod logs;
 mod own_agent;
 mod pool;
 mod reconcile;
+mod run;
 mod snapshots;
 mod supervise;
 mod supervisor_client;
@@ -52,6 +53,7 @@ pub use leases::Lease;
 pub use list::Intent;
 pub use logs::LogStream;
 pub use reconcile::Adoption;
+pub use run::RUN_IDLE_MS;
 
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{Home, VmDir};

@@ -265,37 +265,29 @@ async fn run(
     body.vm.entry("name").or_insert(name.into());
     let spawn: SpawnRequest = serde_json::from_value(body.vm.into())
         .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", parser_message(&e.to_string()))))?;
-    let (mut spec, start) = spawn.split();
+    let (spec, start) = spawn.split();
     let start = start.filter(|start| start.wait);
-    let start =
-        start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run always starts its VM and waits for it"))?;
-    spec.ephemeral = true;
-    spec.idle_ms = spec.idle_ms.or(Some(60_000));
+    let start = start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run starts its VM and waits for it"))?;
     let (request, stdin) = body.exec.split()?;
     let owner = Arc::clone(&app);
     operations::run(&app, context, "run", StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let undo = UndoGuard::new(&owner);
-            let mut tell = |now| stage.start(now);
-            let vm = match nido.spawn_tracked(spec, start, &grant, &undo.begun, &mut tell).await {
-                Ok(vm) => vm,
-                Err(error) => {
-                    undo.done();
-                    return Err(error);
-                }
-            };
-            owner.metrics.spawn(&vm);
-            owner.metrics.exec();
-            stage.word("running");
             let mut held = owner.output.hold();
-            let exec = collect(&owner, &vm.name, (request, stdin), (stage.begun(), &mut held)).await;
-            let gone = nido.undo(&undo.begun).await;
+            let mut tell = |now| stage.start(now);
+            let collected = async |vm: VmInfo| {
+                owner.metrics.spawn(&vm);
+                owner.metrics.exec();
+                stage.word("running");
+                let exec = collect(&owner, &vm.name, (request, stdin), (stage.begun(), &mut held)).await?;
+                Ok(RunResult { vm, exec })
+            };
+            let outcome = nido.run((spec, start), &grant, &undo.begun, &mut tell, collected).await;
             undo.done();
-            let exec = exec?;
-            gone?;
-            let word = exec.exit.word();
-            Ok(operations::OperationOutput { held: Some(held), ..ended(&RunResult { vm, exec }, word)? })
+            let done = outcome?;
+            let word = done.exec.exit.word();
+            Ok(operations::OperationOutput { held: Some(held), ..ended(&done, word)? })
         })
     })
     .await

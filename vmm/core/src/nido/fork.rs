@@ -11,7 +11,7 @@ use std::time::Instant;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::VmState;
-use nido_api::{ForkResult, Grant, PathChoice, StartRequest, StartStage, VmInfo, VmSpec, Which};
+use nido_api::{ForkResult, Grant, Limits, PathChoice, StartRequest, StartStage, VmInfo, VmSpec, Which};
 use nido_engine::snapshot;
 use nido_files::lock::Held;
 use nido_files::random;
@@ -50,8 +50,18 @@ impl Nido {
         let vm = which.name;
         let row = self.store().vm_by_name(vm)?;
         which.is(&row.id)?;
+        self.check_fork(&row, copies, &grant.limits)?;
+        progress(vm, StartStage::Preparing);
+        let forked = self.fork_row(&row, copies, grant, progress).await;
+        // The parts that no copy needs any more.
+        self.remove_unowned_parts_if_due().await;
+        Ok(ForkResult { vm: vm.clone(), copies: forked? })
+    }
+
+    /// Whether a VM can be copied under these names.
+    pub(super) fn check_fork(&self, row: &VmRow, copies: &[VmName], limits: &Limits) -> Result<()> {
         if !matches!(row.state, VmState::Running | VmState::Paused) {
-            return Err(denied(&row, "forked", "it is not running"));
+            return Err(denied(row, "forked", "it is not running"));
         }
         if copies.is_empty() {
             return Err(Error::new(Code::SpecInvalid, "the name of a copy is missing").hint("nido fork VM NEW..."));
@@ -65,12 +75,7 @@ impl Nido {
             }
         }
         let copy = VmSpec { forwards: Vec::new(), ..row.spec.clone() };
-        grant.limits.check(&copy, row.disk_bytes)?;
-        progress(vm, StartStage::Preparing);
-        let forked = self.fork_row(&row, copies, grant, progress).await;
-        // The parts that no copy needs any more.
-        self.remove_unowned_parts_if_due().await;
-        Ok(ForkResult { vm: vm.clone(), copies: forked? })
+        limits.check(&copy, row.disk_bytes)
     }
 
     /// Creates all copies, or none. They belong to a lease of this operation until all are ready: a process that is killed before, or

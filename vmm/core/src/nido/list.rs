@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use nido_api::error::Result;
 use nido_api::name::{SnapshotName, TemplateName, VmName};
 use nido_api::state::{Admission, Request as Act, StateCause, VmState, admit};
-use nido_api::{ForwardSpec, VmInfo, VmList, VmPage, VmQuery, VmSpec, Which, moment};
+use nido_api::{ForwardSpec, Limits, VmInfo, VmList, VmPage, VmQuery, VmSpec, Which, moment};
 use nido_store::{Purpose, VmRow};
 use nido_supervisor::control::{Answer, Request};
 use nido_supervisor::lagging;
@@ -33,6 +33,13 @@ pub enum Intent<'a> {
     },
     /// Commands and copies.
     UseAgent,
+    /// It is copied.
+    Fork {
+        /// The names of the copies.
+        copies: &'a [VmName],
+        /// What the copies may be.
+        limits: &'a Limits,
+    },
 }
 
 impl Nido {
@@ -136,6 +143,7 @@ impl Nido {
         match intent {
             Intent::Delete { force } => super::delete::check(&row, *force),
             Intent::Restore { snapshot } => super::snapshots::check(&row, &self.vm_dir(&row.id), snapshot),
+            Intent::Fork { copies, limits } => self.check_fork(&row, copies, limits),
             Intent::UseAgent => match admit(row.state, Act::UseAgent) {
                 Admission::Denied(why) => Err(denied(&row, "used", why)),
                 Admission::Do | Admission::AlreadySo => Ok(()),

@@ -1,7 +1,8 @@
 //! Which calls a person confirms first, as data. Pure.
 //!
 //! ```text
-//!  always    vm_delete, vm_restore, vm_stop@ephemeral, vm_exec@foreign, vm_upload@foreign, vm_download@overwrite
+//!  always    vm_delete, vm_restore, vm_stop@ephemeral, vm_exec@foreign, vm_upload@foreign, vm_ports@foreign, vm_fork@foreign,
+//!            vm_download@overwrite
 //!  never     none
 //!  a list    those: TOOL for every call of it, TOOL@CONDITION for some
 //! ```
@@ -63,12 +64,14 @@ pub struct Facts<'a> {
 }
 
 /// What is asked about unless the policy says otherwise.
-const USUAL: [(&str, When); 6] = [
+const USUAL: [(&str, When); 8] = [
     ("vm_delete", When::Any),
     ("vm_restore", When::Any),
     ("vm_stop", When::Ephemeral),
     ("vm_exec", When::Foreign),
     ("vm_upload", When::Foreign),
+    ("vm_ports", When::Foreign),
+    ("vm_fork", When::Foreign),
     ("vm_download", When::Overwrite),
 ];
 

@@ -204,6 +204,15 @@ pub fn decide_upload(policy: &Policy, vm: &VmName, template: &TemplateName) -> V
     }
 }
 
+/// Whether a VM may be copied under another name. The same list has to apply to the copy: it has what is in the VM.
+#[must_use]
+pub fn decide_fork(policy: &Policy, vm: &VmName, template: &TemplateName, copy: &VmName) -> Verdict {
+    match policy.list(vm, template) == policy.list(copy, template) {
+        true => Verdict::Allowed,
+        false => denied(format!("other commands are allowed in a VM named '{copy}' than in '{vm}'")),
+    }
+}
+
 fn denied(detail: impl Into<String>) -> Verdict {
     Verdict::Denied(Denial { reason: NOT_IN_ALLOWLIST, detail: detail.into() })
 }

@@ -205,3 +205,14 @@ proptest! {
         prop_assert_eq!(Policy::parse(&policy.to_toml()).unwrap(), policy);
     }
 }
+
+#[test]
+fn a_copy_has_the_list_of_its_vm_or_is_refused() {
+    let policy: Policy = toml::from_str("[vm.web]\nallow = []\n[vm.web-2]\nallow = []\n").unwrap();
+    let fork = |vm: &str, copy: &str| {
+        let template = "sandbox".parse().unwrap();
+        decide_fork(&policy, &vm.parse().unwrap(), &template, &copy.parse().unwrap()).into_result().is_ok()
+    };
+    assert!(fork("web", "web-2") && fork("a", "b"));
+    assert!(!fork("web", "free") && !fork("free", "web"));
+}

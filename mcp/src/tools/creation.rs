@@ -1,0 +1,276 @@
+//! VMs are created: started (`vm_spawn`) or not (`vm_create`).
+
+use futures::future::BoxFuture;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::state::VmState;
+use nido_api::{Scope, SpawnRequest, StartRequest, VmInfo, VmSpec};
+use nido_core::BegunVm;
+use serde_json::{Value, json};
+
+use super::{ADDS, Operation, Tool, arguments, brief, field};
+use crate::answer::ToolResult;
+use crate::call_context::CallContext;
+use crate::schema;
+use crate::session_leases::SessionKey;
+
+/// The argument with which a throw-away VM is not the session's.
+const OUTLIVES: &str = "outlives_session";
+/// The longest life of a throw-away VM where there are no sessions, unless the caller says how long.
+const TTL_MS: u64 = 3_600_000;
+
+pub const SPAWN: Tool = Tool {
+    name: "vm_spawn",
+    title: "Create and start a VM",
+    about: "Creates a VM, starts it and waits until it takes commands. For this task only: set ephemeral and \
+        ttl_seconds. The same name and arguments again return the existing VM. Next: vm_exec; at the end vm_delete.",
+    hints: ADDS,
+    scope: Scope::Run,
+    takes: || without(&SPAWN_DOES),
+    unlisted: &UNLISTED,
+    gives: schema::vm_or_job,
+    parse: |given| Ok(Box::new(Spawn(NewVm::parse(given, &SPAWN_DOES)?))),
+};
+
+/// Arguments of a new VM that few callers need.
+pub const UNLISTED: [&str; 6] = ["machine", "accel", "nested", "require_isolation", "path", "start_timeout_seconds"];
+
+/// The same of a VM that is not started yet.
+const UNLISTED_IN_CREATE: [&str; 7] =
+    ["start_timeout_seconds", "machine", "accel", "nested", "require_isolation", "idle_seconds", OUTLIVES];
+
+/// Descriptions of the arguments of a new VM.
+pub const DESCRIPTIONS: [(&str, &str); 13] = [
+    ("name", "a-z, 0-9, -; unique."),
+    ("template", "See template_list."),
+    ("cpus", "Default 1."),
+    ("memory_mib", "MiB; default 512."),
+    ("disk_bytes", "Bytes; at least the template's."),
+    ("net", "Network."),
+    ("labels", ""),
+    ("machine", "Machine type."),
+    ("accel", "tcg: emulation, slow."),
+    ("nested", "Let the guest run VMs."),
+    ("require_isolation", "Fail without KVM."),
+    ("ttl_seconds", "Stop it after so many seconds."),
+    ("idle_seconds", "The same, after seconds unused."),
+];
+const EPHEMERAL: &str = "Delete it when it stops, and with this session.";
+const PORTS: &str = "Published, HOST:GUEST.";
+const OUTLIVES_WORDS: &str = "Ephemeral, but not with this session.";
+
+/// What vm_spawn does always.
+pub const SPAWN_DOES: [&str; 2] = ["start", "wait"];
+/// What vm_create never does.
+pub const CREATE_NEVER_DOES: [&str; 4] = ["start", "wait", "path", "start_timeout_ms"];
+
+/// The arguments of a new VM, without those that make no sense for the tool.
+fn without(left_out: &[&str]) -> Value {
+    let mut schema = schema::described(schema::arguments::<SpawnRequest>(), &DESCRIPTIONS);
+    if let Some(properties) = schema["properties"].as_object_mut() {
+        properties["ephemeral"]["description"] = EPHEMERAL.into();
+        let outlives = json!({ "type": "boolean", "default": false, "description": OUTLIVES_WORDS });
+        properties.insert(OUTLIVES.into(), outlives);
+        let ports = json!({ "type": "array", "items": { "type": "string" }, "description": PORTS });
+        properties["forwards"][schema::LISTED_AS] = ports;
+        properties.retain(|name, _| !left_out.contains(&name.as_str()));
+    }
+    schema
+}
+
+/// A VM that is to be created, and how it is started.
+#[derive(Debug)]
+struct NewVm {
+    spec: VmSpec,
+    start: StartRequest,
+    /// It is ephemeral and belongs to no session.
+    outlives: bool,
+}
+
+impl NewVm {
+    /// Parses the arguments; those in `left_out` are refused.
+    fn parse(mut given: Value, left_out: &[&str]) -> Result<Self> {
+        if let Some(name) = left_out.iter().find(|name| given.get(name).is_some()) {
+            let words = format!(
+                "{name}: there is no such argument; vm_spawn makes a VM that runs, vm_create one that does not"
+            );
+            return Err(Error::new(Code::SpecInvalid, words));
+        }
+        let outlives = given.as_object_mut().and_then(|given| given.remove(OUTLIVES));
+        let outlives = outlives.map_or(Ok(false), |outlives| field(OUTLIVES, Some(outlives)))?;
+        let (spec, start) = arguments::<SpawnRequest>(given)?.split();
+        if outlives && !spec.ephemeral {
+            let words = format!("{OUTLIVES}: only a VM that is ephemeral would be deleted with the session");
+            return Err(Error::new(Code::SpecInvalid, words));
+        }
+        Ok(Self { spec, start: start.unwrap_or_default(), outlives })
+    }
+
+    /// What the VM is to be; an ephemeral one gets the lease of the session.
+    fn spec(self, call: &CallContext) -> Result<(VmSpec, StartRequest)> {
+        let Self { mut spec, start, outlives } = self;
+        if spec.ephemeral && !outlives {
+            owned_by_session(call, &mut spec)?;
+        }
+        Ok((spec, start))
+    }
+
+    /// Whether it could be created; one that exists is the caller's own, or an error of the call itself.
+    async fn admit(&self, call: &CallContext) -> Result<()> {
+        let nido = call.nido().await?;
+        match nido.vm_id(&self.spec.name) {
+            Ok(_) => Ok(()),
+            Err(_) => may_be_created(call, &self.spec).await,
+        }
+    }
+}
+
+/// Gives an ephemeral VM the lease of the session; where there are no sessions, also an end.
+pub fn owned_by_session(call: &CallContext, spec: &mut VmSpec) -> Result<()> {
+    spec.lease = Some(call.lease()?);
+    if call.session == SessionKey::SERVER {
+        spec.ttl_ms.get_or_insert(TTL_MS);
+    }
+    Ok(())
+}
+
+/// Whether a VM with this template and these resources could be created for this caller.
+pub async fn may_be_created(call: &CallContext, spec: &VmSpec) -> Result<()> {
+    let template = call.nido().await?.template_info(&spec.template)?;
+    call.limits.check(spec, spec.disk_bytes.unwrap_or(template.disk_bytes))
+}
+
+/// A VM that was created, as a result; the audit log gets its lease.
+fn created(call: &CallContext, vm: VmInfo) -> Result<ToolResult> {
+    call.created(&vm);
+    let word = vm.lease.as_ref().map_or_else(String::new, |lease| format!("lease:{}", lease.as_str()));
+    Ok(ToolResult { word, ..brief::vm(vm)? })
+}
+
+#[derive(Debug)]
+struct Spawn(NewVm);
+
+impl Operation for Spawn {
+    fn vm(&self) -> Option<&VmName> {
+        Some(&self.0.spec.name)
+    }
+
+    fn creates_vm(&self) -> bool {
+        true
+    }
+
+    fn admit<'a>(&'a self, call: &'a CallContext) -> BoxFuture<'a, Result<()>> {
+        Box::pin(self.0.admit(call))
+    }
+
+    fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
+        Box::pin(async move { spawn(&call, self.0).await })
+    }
+}
+
+async fn spawn(call: &CallContext, vm: NewVm) -> Result<ToolResult> {
+    let (spec, start) = vm.spec(call)?;
+    let nido = call.nido().await?;
+    let (name, begun, grant) = (spec.name.clone(), BegunVm::default(), call.grant());
+    let mut tell = |stage| call.progress.stage(stage);
+    let spawning = Box::pin(nido.spawn_tracked(spec.clone(), start, &grant, &begun, &mut tell));
+    let spawned = call.unless_cancelled(spawning).await;
+    match spawned {
+        Ok(vm) => created(call, vm),
+        Err(error) if error.code() == Code::Interrupted => {
+            remove(call, &begun).await;
+            Err(error)
+        }
+        Err(error) if error.code() == Code::VmExists && nido.spec(&name).is_ok_and(|there| there == spec) => {
+            existing(call, &name, start, error).await
+        }
+        // It was removed: what the error says about it must not lead back to it.
+        Err(error) if begun.id().is_some() && error.code() != Code::VmExists => {
+            call.next_step(
+                "nothing is left of the VM: call vm_spawn again, with a longer start_timeout_seconds if the guest was slow, or \
+                 with path cold if a saved guest did not come up; if it fails again, tell the user what the message says",
+            );
+            let hint = "its log went with it; log_tail holds the last lines, if it wrote any";
+            Err(error.hint(hint))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The VM of this very request, if it runs or starts.
+async fn existing(call: &CallContext, name: &VmName, start: StartRequest, error: Error) -> Result<ToolResult> {
+    let nido = call.nido().await?;
+    let vm = nido.info(name).await?;
+    match vm.status {
+        VmState::Running => brief::vm(vm),
+        // Another call, perhaps of this very caller, starts it: wait for that.
+        VmState::Starting | VmState::Created => {
+            let mut tell = |stage| call.progress.stage(stage);
+            brief::vm(call.unless_cancelled(nido.start(name, start, &mut tell)).await?)
+        }
+        // To start it again is a decision: it has ended, or somebody has paused it.
+        VmState::Paused | VmState::Stopped | VmState::Failed | VmState::Unknown => {
+            call.next_step("it is the VM of this very request: vm_start lets it run again, with its disk as it is");
+            Err(error)
+        }
+        VmState::Stopping => Err(error),
+    }
+}
+
+/// Removes what was begun. Nothing half-made stays.
+pub async fn remove(call: &CallContext, begun: &BegunVm) {
+    if let Err(error) = call.app.unreconciled().undo(begun).await {
+        tracing::error!("VM {} was begun and could not be removed: {error}", begun.id().unwrap_or_default());
+    }
+}
+
+pub const CREATE: Tool = Tool {
+    name: "vm_create",
+    title: "Create a VM",
+    about: "Creates a VM without starting it; arguments as in vm_spawn. Next: vm_start.",
+    hints: ADDS,
+    scope: Scope::Run,
+    takes: || schema::undescribed(without(&CREATE_NEVER_DOES)),
+    unlisted: &UNLISTED_IN_CREATE,
+    gives: schema::vm_or_job,
+    parse: |given| Ok(Box::new(Create(NewVm::parse(given, &CREATE_NEVER_DOES)?))),
+};
+
+#[derive(Debug)]
+struct Create(NewVm);
+
+impl Operation for Create {
+    fn vm(&self) -> Option<&VmName> {
+        Some(&self.0.spec.name)
+    }
+
+    fn creates_vm(&self) -> bool {
+        true
+    }
+
+    fn admit<'a>(&'a self, call: &'a CallContext) -> BoxFuture<'a, Result<()>> {
+        Box::pin(self.0.admit(call))
+    }
+
+    fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
+        Box::pin(async move { create(&call, self.0).await })
+    }
+}
+
+async fn create(call: &CallContext, vm: NewVm) -> Result<ToolResult> {
+    let (spec, _) = vm.spec(call)?;
+    let nido = call.nido().await?;
+    let name = spec.name.clone();
+    call.progress.tell(1.0, Some(2.0), "preparing disk and configuration");
+    match nido.create(spec.clone(), &call.grant()).await {
+        Ok(vm) => {
+            call.progress.tell(2.0, Some(2.0), "created");
+            created(call, vm)
+        }
+        Err(error) if error.code() == Code::VmExists => match nido.spec(&name) {
+            Ok(there) if there == spec => brief::vm(nido.info(&name).await?),
+            _ => Err(error),
+        },
+        Err(error) => Err(error),
+    }
+}

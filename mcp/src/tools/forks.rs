@@ -1,0 +1,89 @@
+//! Copies of a running VM.
+
+use futures::future::BoxFuture;
+use nido_api::error::{Code, Error, Result};
+use nido_api::name::VmName;
+use nido_api::{Scope, StartStage};
+use nido_core::Intent;
+use nido_core::policy::decide_fork;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::brief::{VmBriefs, vm_list};
+use super::{ADDS, Operation, Tool, arguments};
+use crate::answer::ToolResult;
+use crate::call_context::CallContext;
+use crate::schema;
+
+/// How many copies one call can make.
+const COPIES_MAX: usize = 16;
+
+pub const FORK: Tool = Tool {
+    name: "vm_fork",
+    title: "Copy a running VM",
+    about: "Copies a running VM with memory and disk, to try several ways from one state. It keeps running.",
+    hints: ADDS,
+    scope: Scope::Run,
+    takes: schema::arguments::<Fork>,
+    unlisted: &[],
+    gives: schema::result_or_job::<VmBriefs>,
+    parse: |given| Ok(Box::new(Fork::parse(given)?)),
+};
+
+/// Which VM is copied.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Fork {
+    name: VmName,
+    /// Names.
+    copies: Vec<VmName>,
+}
+
+impl Fork {
+    fn parse(given: Value) -> Result<Self> {
+        let fork: Self = arguments(given)?;
+        match fork.copies.len() {
+            1..=COPIES_MAX => Ok(fork),
+            _ => Err(Error::new(Code::SpecInvalid, format!("copies: must be 1 to {COPIES_MAX} names"))),
+        }
+    }
+
+    /// Whether the policy allows the copies.
+    async fn check(&self, call: &CallContext) -> Result<()> {
+        let (_, template) = call.nido().await?.identity(call.which(&self.name))?;
+        let policy = &call.app.settings().policy;
+        self.copies.iter().try_for_each(|copy| {
+            decide_fork(policy, &self.name, &template, copy).into_result().map_err(|denial| {
+                call.refused_because(denial.reason);
+                Error::from(denial)
+            })
+        })
+    }
+}
+
+impl Operation for Fork {
+    fn vm(&self) -> Option<&VmName> {
+        Some(&self.name)
+    }
+
+    fn admit<'a>(&'a self, call: &'a CallContext) -> BoxFuture<'a, Result<()>> {
+        let intent = Intent::Fork { copies: &self.copies, limits: &call.limits };
+        Box::pin(async move {
+            self.check(call).await?;
+            call.nido().await?.admits(call.which(&self.name), &intent)
+        })
+    }
+
+    fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
+        Box::pin(async move {
+            self.check(&call).await?;
+            let grant = call.grant();
+            let mut tell = |_: &VmName, stage: StartStage| call.progress.stage(stage);
+            let vm = call.which(&self.name);
+            let forking = Box::pin(call.nido().await?.fork(vm, &self.copies, &grant, &mut tell));
+            let copies = call.unless_cancelled(forking).await?.copies;
+            copies.iter().for_each(|vm| call.created(vm));
+            ToolResult::new(&vm_list(copies, None))
+        })
+    }
+}
