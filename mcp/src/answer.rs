@@ -7,10 +7,10 @@ use rmcp::model::{CallToolResult, ContentBlock, Resource};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-/// A call that lasts longer than a client waits: it goes on, and is asked for later.
+/// A call that takes longer than a client waits: it continues as a job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct JobReference {
-    /// It goes on.
+    /// The job is running.
     #[schema(pattern = "^running$")]
     pub status: String,
     /// What to give to job_get and job_cancel.
@@ -22,7 +22,7 @@ pub struct JobReference {
 impl JobReference {
     /// For this job.
     pub fn new(job: &Job) -> Self {
-        let next_step = "it goes on; call job_get with this job_id and wait_seconds until it has ended".into();
+        let next_step = "it is still running; call job_get with this job_id and wait_seconds until it has ended".into();
         Self { status: "running".into(), job_id: job.id.clone(), next_step }
     }
 }
@@ -68,7 +68,7 @@ impl ToolResult {
     }
 }
 
-/// A failure, as tools tell it.
+/// A failure, as tools report it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ErrorResult {
     /// What went wrong.
@@ -96,7 +96,7 @@ pub struct Failure {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub approval_id: Option<String>,
-    /// Last lines of the log that tells why. They may come from the guest.
+    /// Last lines of the log that shows the reason. They may come from the guest.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub log_tail: Vec<String>,
     /// What was not as it should be, and did no harm.
@@ -203,62 +203,64 @@ const fn next_step(code: Code) -> &'static str {
     match code {
         Code::VmNotFound => "vm_ls lists the VMs there are; vm_spawn makes one",
         Code::VmExists => "choose another name, use the VM as it is, or vm_delete it first",
-        Code::VmNotRunning => "vm_info tells its state; vm_start starts it, or lets one run on that is paused",
-        Code::VmReplaced => "vm_info tells which VM has the name now; call again only if that one is meant",
-        Code::VmBusy => "vm_info tells its state; wait for it to settle, or vm_stop it first",
+        Code::VmNotRunning => "vm_info shows its state; vm_start starts it, or resumes a paused one",
+        Code::VmReplaced => "vm_info shows which VM has the name now; call again only if you want that one",
+        Code::VmBusy => "vm_info shows its state; wait until that changes, or vm_stop it first",
         Code::NameInvalid | Code::SpecInvalid | Code::RequestInvalid => "correct that argument and call again",
         Code::TemplateNotFound => "template_list lists the templates there are",
         Code::TemplateExists => "choose another name for the template",
-        Code::TemplateMismatch => "leave path out (vm_spawn), or set disk_only (vm_restore); else tell the user",
-        Code::TemplateBuildFailed => "the message tells why; check the VM with vm_exec, then call again",
+        Code::TemplateMismatch => {
+            "leave path out (vm_spawn), or set disk_only (vm_restore); else report this to the user"
+        }
+        Code::TemplateBuildFailed => "the message gives the reason; check the VM with vm_exec, then call again",
         Code::SnapshotNotFound => "vm_info lists the snapshots; vm_snapshot takes one",
-        Code::SnapshotDamaged => "restore another snapshot; tell the user that this one is damaged",
+        Code::SnapshotDamaged => "restore another snapshot; report to the user that this one is damaged",
         Code::SnapshotExists => "choose another name for the snapshot",
         Code::CommandNotFound => "check the program's name; packages are installed with vm_exec",
         Code::CommandCannotRun => "check with vm_exec and ls -l whether the file is a program and may be executed",
         Code::PathExists => "choose another path, or ask to overwrite it",
         Code::PathInvalid => "check what is at that path (vm_exec with ls shows it in the VM), and choose another",
-        Code::RequestInProgress | Code::CursorExpired => "wait a moment, look at what there is, and call again",
+        Code::RequestInProgress | Code::CursorExpired => "wait a moment, list the current state, and call again",
         Code::GuestDenied => "the guest's own permissions forbid it: set user, or leave user out to act as root",
         Code::GuestBusy => "end what is in the way in the VM with vm_exec, then call again",
         Code::GuestInvalid => "correct the arguments and call again",
         Code::PathNotFound | Code::GuestNotFound | Code::DirectoryNotFound => {
-            "check the path; vm_exec with ls shows what there is"
+            "check the path; vm_exec with ls lists what exists"
         }
         Code::UserNotFound => "leave user out to run as root",
-        Code::AgentUnreachable | Code::Timeout => "vm_info tells how the VM is; try again, or vm_stop and vm_start it",
+        Code::AgentUnreachable | Code::Timeout => {
+            "vm_info shows the state of the VM; try again, or vm_stop and vm_start it"
+        }
         Code::AgentVersion => "vm_stop and vm_start it; if that does not help, vm_spawn a new one",
-        Code::GuestFailed => "the log below tells why; vm_delete it and vm_spawn it anew",
-        Code::QemuFailed => "vm_info tells why; try again once, then tell the user",
+        Code::GuestFailed => "the log below gives the reason; vm_delete it and vm_spawn it again",
+        Code::QemuFailed => "vm_info gives the reason; try again once, then report this to the user",
         Code::PortInUse => "choose another host port, or 0 for a free one",
         Code::ForwardNotFound => "vm_ports without publish and unpublish lists the published ports",
         Code::PortClosed => "start what shall listen there with vm_exec, then try again",
-        Code::Interrupted => "it was cancelled: call again if it is still wanted; vm_info tells what became of the VM",
-        Code::Denied => "this server does not allow it: tell the user, do not try around it",
+        Code::Interrupted => "it was cancelled: call again if it is still wanted; vm_info shows the state of the VM",
+        Code::Denied => "this server does not allow it: report this to the user, do not try to get around it",
         Code::IsolationRequired => "this host has no KVM: leave require_isolation out, if the user agrees",
         Code::QemuMissing | Code::QemuTooOld | Code::KvmUnavailable | Code::NestedUnavailable | Code::ToolMissing => {
-            "the host lacks something: tell the user, calling again does not help"
+            "the host lacks something: report this to the user, calling again does not help"
         }
-        Code::ApprovalRequired => "tell the user what you want to do and why, and do what the hint says",
+        Code::ApprovalRequired => "explain to the user what you want to do and why, and follow the hint",
         Code::ApprovalNotFound | Code::ApprovalEnded => {
-            "call again without approval_id, so that the user is asked anew"
+            "call again without approval_id, so that the user is asked again"
         }
-        Code::JobNotFound => "jobs are known to whoever began them; check the job_id",
+        Code::JobNotFound => "jobs are visible only to the caller that started them; check the job_id",
         Code::RateLimited => "wait a second and call again",
         Code::LimitExceeded => {
-            "ask for less at once, or remove what is not needed any more; the message tells the limit"
+            "ask for less at once, or remove what is not needed any more; the message names the limit"
         }
-        Code::DiskFull => "the disk is full: vm_delete what is not needed, or tell the user",
+        Code::DiskFull => "the disk is full: vm_delete what is not needed, or report this to the user",
         Code::AuditFailed | Code::AuditBroken => {
-            "nothing is done while it cannot be written down: tell the user, calling again does not help"
+            "nothing is done while it cannot be recorded: report this to the user, calling again does not help"
         }
         Code::PermissionDenied | Code::ReadOnly | Code::AddressInUse | Code::PathUnusable => {
-            "the host does not allow it: choose another path or port, or tell the user what the message says"
+            "the host does not allow it: choose another path or port, or report the message to the user"
         }
-        Code::HostFailed => "the host reports a failure: try again once, then tell the user what the message says",
-        Code::Internal => {
-            "it is a fault of nido or of the host: try again once, then tell the user what the message says"
-        }
+        Code::HostFailed => "the host reports a failure: try again once, then report the message to the user",
+        Code::Internal => "it is a fault of nido or of the host: try again once, then report the message to the user",
         // What tools do not speak of.
         Code::TemplateInUse
         | Code::ArchiveInvalid
@@ -275,7 +277,7 @@ const fn next_step(code: Code) -> &'static str {
         | Code::MediaTypeUnsupported
         | Code::WebhookInvalid
         | Code::WebhookNotFound
-        | Code::StoreDamaged => "tell the user what the message says",
+        | Code::StoreDamaged => "report the message to the user",
     }
 }
 

@@ -197,7 +197,7 @@ impl App {
         self.ending.cancel();
         self.tasks.close();
         if tokio::time::timeout(FINISH_WITHIN, self.tasks.wait()).await.is_err() {
-            tracing::warn!("work was cut off: the server ends");
+            tracing::warn!("work was interrupted: the server ends");
         }
         self.leases.end_all().await;
         // Sessions that have ended by themselves meanwhile.

@@ -177,9 +177,8 @@ impl ArgumentReader {
         if let (Some(one), Some(other)) = (from_seconds, from_ms)
             && (one - other).abs() > f64::EPSILON * one.abs().max(other.abs())
         {
-            self.wrong.push(format!(
-                "{at}: {alias} is the same time in milliseconds and says something else; give one of them"
-            ));
+            self.wrong
+                .push(format!("{at}: {alias} is the same time in milliseconds with another value; give one of them"));
         }
         let seconds = from_seconds.or(from_ms)?;
         if seconds > SECONDS_MAX {

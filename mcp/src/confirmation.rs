@@ -306,7 +306,7 @@ fn said_no(approval: &Approval, ask: &Ask) -> bool {
 /// What a model is told when a person has said no: just now, or a while ago.
 fn refused(call: &CallContext) -> Error {
     call.next_step("the user has refused: do not try it again, nor in another way, unless they ask for it");
-    Error::new(Code::Denied, "the user said no").hint("ask the user what to do instead")
+    Error::new(Code::Denied, "the user denied it").hint("ask the user what to do instead")
 }
 
 /// For clients that cannot ask their user, or whose user has not answered.

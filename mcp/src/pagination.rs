@@ -19,7 +19,7 @@ pub fn cursor_of_vms(cursor: Option<&str>) -> Result<Option<&str>> {
     if cursor.is_none_or(is_place) {
         Ok(cursor)
     } else {
-        Err(Error::new(Code::SpecInvalid, "cursor: it is none that an earlier answer gave"))
+        Err(Error::new(Code::SpecInvalid, "cursor: not a next_cursor of an earlier response"))
     }
 }
 

@@ -46,7 +46,7 @@ impl Progress {
         let (done, words) = match stage {
             StartStage::Preparing => (1.0, "preparing disk and configuration"),
             StartStage::Launching => (2.0, "starting QEMU"),
-            StartStage::Booting => (3.0, "the guest comes to life"),
+            StartStage::Booting => (3.0, "the guest boots"),
             StartStage::Ready => (4.0, "ready"),
         };
         self.tell(done, Some(4.0), words);

@@ -118,7 +118,8 @@ fn filled(
     let words = match name {
         DEPLOY_AND_TEST => {
             let (repository, command) = (needed("repository")?, needed("test_command")?);
-            let report = or("report", "a summary, and for every failed test its name and the lines that say why")?;
+            let report =
+                or("report", "a summary, and for every failed test its name and the lines that show the reason")?;
             let (access, vm) = vm_of(&template, prompt_text::TESTS_TTL_SECONDS)?;
             if prompt_text::is_on_host(&repository) && !access.host_files {
                 let words =

@@ -82,7 +82,7 @@ pub fn vm_or_job() -> Value {
     fields_of(&whole::<VmFields>(), &["job_id"])
 }
 
-/// The fields of a VM that a program looks for; `vm_info` lists all.
+/// The fields of a VM that programs need; `vm_info` lists all.
 #[derive(utoipa::ToSchema)]
 #[expect(dead_code, reason = "only its schema is used")]
 struct VmFields {

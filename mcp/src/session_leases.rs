@@ -231,7 +231,7 @@ async fn end(core: &Arc<Nido>, lease: OwnedLease) {
     let ended = tokio::time::timeout(GONE_WITHIN, core.lease_end(lease)).await;
     let ended = ended.unwrap_or_else(|_| Err(Error::new(Code::Timeout, "the VMs of a session did not end in time")));
     if let Err(error) = &ended {
-        tracing::warn!("{}; their supervisors go on trying", plain(error.message()));
+        tracing::warn!("{}; their supervisors keep trying", plain(error.message()));
     }
     if let Some(line) = line
         && let Ok(Err(error)) = tokio::task::spawn_blocking(move || line.end(&ended)).await

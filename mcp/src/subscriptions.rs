@@ -86,7 +86,7 @@ impl ChangeFeed {
                 }
                 Err(error) => {
                     *started = false;
-                    tracing::error!("changes will not be told: {error}");
+                    tracing::error!("changes will not be notified: {error}");
                 }
             }
         }

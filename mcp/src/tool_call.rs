@@ -195,19 +195,19 @@ async fn given_up(
     mut work: JoinHandle<Result<ToolResult>>,
     why: &Error,
 ) -> Result<CallToolResponse, ErrorData> {
-    tracing::warn!("a call that lasts cannot become a job: {}", plain(why.message()));
+    tracing::warn!("a long-running call cannot become a job: {}", plain(why.message()));
     call.cancelled.cancel();
     let stopped = match tokio::time::timeout(STOP_WITHIN, &mut work).await {
         Ok(Ok(Err(error))) if error.code() == Code::Interrupted => "so it was cancelled",
         // It has ended in this very moment, one way or the other.
         Ok(done) => return answered(call, name, done).await,
-        Err(_) => "and it cannot be cancelled: it goes on, and nobody is told how it ends",
+        Err(_) => "and it cannot be cancelled: it continues, and its result is lost",
     };
-    let words = format!("the call takes long and cannot go on as a job, {stopped}: {}", why.message());
+    let words = format!("the call takes long and cannot continue as a job, {stopped}: {}", why.message());
     if why.code() == Code::LimitExceeded {
         call.next_step(
-            "end other jobs: job_get with wait_seconds waits for one, job_cancel stops one; vm_info tells what became of the \
-             VM; then call again",
+            "end other jobs: job_get with wait_seconds waits for one, job_cancel stops one; vm_info shows the state of the VM; \
+             then call again",
         );
     }
     Ok(result(Err(failed(call, &Error::new(why.code(), words), name).await)).into())

@@ -274,7 +274,7 @@ fn a_server_that_only_looks_offers_nothing_else() {
     let mut client = Client::with(&home, Era::Modern, &["--read-only"], json!({}));
     assert!(client.tools().values().all(|tool| tool["annotations"]["readOnlyHint"] == true));
     let error = client.bad("vm_spawn", json!({"name": "web"}), "denied");
-    assert!(error["message"].as_str().unwrap().contains("only looks"), "{error}");
+    assert!(error["message"].as_str().unwrap().contains("is read-only"), "{error}");
     assert!(home.names().is_empty());
 }
 

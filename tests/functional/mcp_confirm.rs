@@ -283,7 +283,7 @@ fn a_yes_that_comes_late_counts_for_the_next_call() {
     let mut client = Client::with(&home, Era::Legacy, &["--answer-within", "300ms"], FORMS());
     kept(&mut client);
     let (open, words) = form(&mut client, Era::Legacy, "vm_delete", &json!({"name": "web"}));
-    assert!(words.contains("of template sandbox") && words.contains("Lost for good: its disk."), "{words}");
+    assert!(words.contains("of template sandbox") && words.contains("Lost permanently: its disk."), "{words}");
     let Form::Asked { call, question } = open else { panic!("asked by a result") };
     let error = client.done("vm_delete", call)["structuredContent"]["error"].clone();
     assert_eq!(error["code"], "approval_required", "{error}");

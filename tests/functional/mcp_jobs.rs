@@ -97,7 +97,7 @@ fn what_cannot_be_cancelled_either_is_said_to_go_on() {
     let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "300ms"], json!({}));
     let error = client.bad("vm_stop", json!({"name": "web", "timeout_ms": 16_000}), "limit_exceeded");
     let message = error["message"].as_str().unwrap();
-    assert!(message.contains("it cannot be cancelled: it goes on, and nobody is told how it ends"), "{message}");
+    assert!(message.contains("it cannot be cancelled: it continues, and its result is lost"), "{message}");
     assert_eq!(client.good("vm_info", json!({"name": "web"}))["status"], "stopping");
     home.await_info("web", |vm| vm["status"] == "stopped");
 }

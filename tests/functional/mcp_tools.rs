@@ -206,9 +206,9 @@ fn the_question_names_what_is_lost() {
         asked["inputRequests"]["confirm"]["params"]["message"].as_str().unwrap().to_owned()
     };
     let words = question("vm_delete", json!({"name": "web", "force": true}));
-    let parts = "Lost for good: its disk, what runs in it (up for 0 min), its 2 snapshots one, two.";
+    let parts = "Lost permanently: its disk, what runs in it (up for 0 min), its 2 snapshots one, two.";
     assert!(words.contains(parts), "{words}");
     let words = question("vm_restore", json!({"name": "web", "snapshot": "one"}));
-    let parts = "Lost for good: everything written to its disk since then, what runs in it (up for 0 min).";
+    let parts = "Lost permanently: everything written to its disk since then, what runs in it (up for 0 min).";
     assert!(words.contains(parts), "{words}");
 }

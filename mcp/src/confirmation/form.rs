@@ -19,7 +19,7 @@ pub fn shows_forms(client: &ClientCapabilities) -> bool {
 
 /// The form with this question.
 pub fn form(words: &str) -> Result<ElicitRequestParams> {
-    let field = BooleanSchema::new().title("Yes, do it").description("Without a yes, nothing is done");
+    let field = BooleanSchema::new().title("Yes, do it").description("Nothing is done unless this is confirmed");
     let schema = ElicitationSchema::builder().required_bool_property(FIELD, |_| field).build();
     let requested_schema = schema.map_err(|e| Error::internal(format!("the form cannot be made: {e}")))?;
     Ok(ElicitRequestParams::FormElicitationParams { meta: None, message: words.into(), requested_schema })

@@ -82,7 +82,7 @@ async fn end_of_state(
         "vm_delete" => {
             let lost = lost(call, ask, seen, &[Loss::Disk, Loss::Memory, Loss::Snapshots]).await;
             let now = if flag("force") { " It is ended at once if it runs." } else { "" };
-            format!("{agent} wants to delete {vm}.{now} Lost for good: {lost}.")
+            format!("{agent} wants to delete {vm}.{now} Lost permanently: {lost}.")
         }
         "vm_restore" => {
             let snapshot = text("snapshot");
@@ -91,14 +91,16 @@ async fn end_of_state(
             let lost = lost(call, ask, seen, &[Loss::Memory]).await;
             let lost = if lost.is_empty() { lost } else { format!(", {lost}") };
             format!(
-                "{agent} wants to restore {what}{vm} to the snapshot '{snapshot}'{of}. Lost for good: everything written to its \
+                "{agent} wants to restore {what}{vm} to the snapshot '{snapshot}'{of}. Lost permanently: everything written to its \
                  disk since then{lost}."
             )
         }
         _ => match seen.is_some_and(|vm| vm.ephemeral) {
             true => {
                 let lost = lost(call, ask, seen, &[Loss::Disk, Loss::Memory, Loss::Snapshots]).await;
-                format!("{agent} wants to stop {vm}, which deletes it, because it is ephemeral. Lost for good: {lost}.")
+                format!(
+                    "{agent} wants to stop {vm}, which deletes it, because it is ephemeral. Lost permanently: {lost}."
+                )
             }
             false => {
                 let lost = lost(call, ask, seen, &[Loss::Memory]).await;

@@ -75,7 +75,7 @@ pub fn vm(vm: VmInfo) -> Result<ToolResult> {
     ToolResult::new(&VmBrief::from(vm))
 }
 
-/// Some VMs. What is the same for most VMs of a host, and long, is said once.
+/// Some VMs. What is long and the same for most VMs of a host is given once.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub struct VmBriefs {
     vms: Vec<VmBrief>,

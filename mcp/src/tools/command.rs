@@ -124,7 +124,7 @@ impl Command {
                 Some(Ok(ExecEvent::Stdout(piece))) => (&mut stdout, piece),
                 Some(Ok(ExecEvent::Stderr(piece))) => (&mut stderr, piece),
                 Some(Err(error)) => return Err(error),
-                None => return Err(Error::internal("the command ended without saying how")),
+                None => return Err(Error::internal("the command ended without an exit code")),
             };
             bytes += piece.len();
             stream.add(&piece);

@@ -188,7 +188,7 @@ async fn spawn(call: &CallContext, vm: NewVm) -> Result<ToolResult> {
         Err(error) if begun.id().is_some() && error.code() != Code::VmExists => {
             call.next_step(
                 "nothing is left of the VM: call vm_spawn again, with a longer start_timeout_seconds if the guest was slow, or \
-                 with path cold if a saved guest did not come up; if it fails again, tell the user what the message says",
+                 with path cold if a saved guest did not come up; if it fails again, report the message to the user",
             );
             let hint = "its log went with it; log_tail holds the last lines, if it wrote any";
             Err(error.hint(hint))

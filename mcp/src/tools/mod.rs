@@ -187,7 +187,7 @@ impl Tool {
     pub(crate) fn refused(&self, settings: &Settings, principal: &Principal) -> Option<(&'static str, String)> {
         let name = self.name;
         if settings.policy.read_only && !self.hints.read_only {
-            return Some(("read_only", format!("{name} changes something, and this server only looks")));
+            return Some(("read_only", format!("{name} changes something, and this server is read-only")));
         }
         let named = |list: &Vec<String>| list.iter().any(|one| one == name);
         if settings.exclude.iter().any(|one| one == name) || settings.tools.as_ref().is_some_and(|list| !named(list)) {

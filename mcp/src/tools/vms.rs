@@ -124,7 +124,7 @@ impl Operation for Info {
 pub const DELETE: Tool = Tool {
     name: "vm_delete",
     title: "Delete a VM",
-    about: "Deletes a VM, its disk and snapshots for good. The user may be asked, except about your own ephemeral \
+    about: "Deletes a VM, its disk and snapshots permanently. The user may be asked, except about your own ephemeral \
         VMs.",
     hints: DESTROYS,
     scope: Scope::Run,
