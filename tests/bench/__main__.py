@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 
+import against
 import measures
 import plot
 import report
@@ -28,16 +29,18 @@ def arguments():
     parser.add_argument("--qemu", metavar="PATH", help="another QEMU")
     parser.add_argument("--slim", action="store_true",
                         help="make the template sandbox-slim first: compiles a kernel, some minutes")
+    parser.add_argument("--against", metavar="PROGRAM",
+                        help="compare with another nido program instead: the same operations, measured alternately")
     parser.add_argument("--nido", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--home", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--from", dest="start", default=".", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     # Files are named as seen from where the command was given; the page has its place in the checkout.
-    for option in ("json", "qemu"):
+    for option in ("json", "qemu", "against"):
         if getattr(parsed, option):
             setattr(parsed, option, os.path.join(parsed.start, getattr(parsed, option)))
-    if parsed.write and parsed.only:
-        parser.error("--write needs all measurements: leave out --only")
+    if parsed.write and (parsed.only or parsed.against):
+        parser.error("--write needs all measurements: leave out --only and --against")
     return parsed
 
 
@@ -46,6 +49,7 @@ def measure(args, scratch):
     results = []
     with Rig(args.nido, args.home, args.qemu) as rig:
         names = args.only or [name for name in measures.ALL if name != "kvm"]
+        names = [] if args.against else names
         if args.slim or "fork" in names:
             slim.make(rig, args.slim)
         say("what is measured")
@@ -55,6 +59,9 @@ def measure(args, scratch):
         for name in names:
             say(f"{name} ({time.strftime('%H:%M:%S')})")
             results += measures.ALL[name](bench)
+        if args.against:
+            facts["the_other_program"] = Rig(args.against, rig.home).output("--version").strip()
+            results += against.against(bench, args.against)
         # nido's own guest is one process that computes; much more than that was somebody else.
         facts["load_before_and_after"] = f"{before[0]:.1f}, {os.getloadavg()[0]:.1f}"
     return facts, results

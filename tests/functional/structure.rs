@@ -50,6 +50,27 @@ const FILE_CALLERS: [(&str, &str); 7] = [
 ];
 /// Files that define the names of what is in a home and in a VM's directory.
 const LAYOUTS: [&str; 2] = ["vmm/files/src/layout.rs", "vmm/engine/src/home.rs"];
+/// The most lines that a file has before its tests, comments included.
+const FILE_LINES_MAX: usize = 400;
+/// Longer files, and why.
+const LONG_FILES: [(&str, &str); 2] = [
+    ("cli/server/src/operations.rs", "goes when jobs replace it"),
+    ("vmm/engine/src/guest/files/send.rs", "one walk of a tree"),
+];
+/// The most lines that a function has, with its signature, without comments and empty lines.
+const FUNCTION_LINES_MAX: usize = 60;
+/// Longer functions: a `match` or a `select!` with a few lines for each case, or one sequence of steps.
+const LONG_FUNCTIONS: [&str; 9] = [
+    "cli/server/src/routes/socket.rs::talk",
+    "cli/src/session.rs::streamed",
+    "mcp/src/answer.rs::next_step",
+    "vmm/core/src/nido/lifecycle.rs::launch_from",
+    "vmm/store/src/events.rs::events_of",
+    "vmm/store/src/vms.rs::update_vm",
+    "vmm/supervisor/src/event_loop.rs::watch_over",
+    "vmm/supervisor/src/mute.rs::watch_over_mute",
+    "vmm/supervisor/src/state.rs::prepare",
+];
 /// The operations whose path through the code `docs/architecture.md` describes.
 const WALKS: [&str; 6] = ["spawn", "exec", "fork", "an HTTP request", "an MCP call", "a crash"];
 /// Documents that name files of the code.
@@ -126,6 +147,47 @@ fn code() -> BTreeMap<String, String> {
     }
     assert!(code.len() > 200, "{}", code.len());
     code
+}
+
+#[test]
+fn files_and_functions_are_short() {
+    let mut long_functions = BTreeSet::new();
+    let mut long_files = BTreeSet::new();
+    for (path, code) in code() {
+        if code.lines().count() > FILE_LINES_MAX {
+            long_files.insert(path.clone());
+        }
+        long_functions.extend(functions_over(&code, FUNCTION_LINES_MAX).map(|name| format!("{path}::{name}")));
+    }
+    assert_eq!(long_files, LONG_FILES.map(|(path, _)| path.to_owned()).into());
+    assert_eq!(long_functions, LONG_FUNCTIONS.map(str::to_owned).into());
+}
+
+/// The names of functions of more than `most` lines, in code that rustfmt has formatted.
+fn functions_over(code: &str, most: usize) -> impl Iterator<Item = String> {
+    let lines: Vec<_> = code.lines().filter(|line| !line.trim().is_empty()).collect();
+    let length = move |(at, line): (usize, &str)| {
+        let (before, after) = line.split_once("fn ")?;
+        let is_function = before.split_whitespace().all(|word| {
+            ["pub", "const", "async", "unsafe"].contains(&word) || word.starts_with("pub(") || word.ends_with(')')
+        });
+        let name = after.split(['(', '<']).next()?;
+        let indent = &line[..line.len() - line.trim_start().len()];
+        let end = lines[at..].iter().position(|line| *line == format!("{indent}}}"))?;
+        (is_function && end + 1 > most).then(|| name.to_owned())
+    };
+    let numbered: Vec<_> = code.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).enumerate().collect();
+    numbered.into_iter().filter_map(move |(at, line)| length((at, &line))).collect::<Vec<_>>().into_iter()
+}
+
+#[test]
+fn a_long_function_is_found() {
+    let long = format!(
+        "impl X {{\n    pub(super) async fn long<T>(\n        a: T,\n    ) {{\n{}    }}\n    fn short() {{}}\n}}",
+        "        f();\n".repeat(9)
+    );
+    assert_eq!(functions_over(&long, 10).collect::<Vec<_>>(), ["long"]);
+    assert_eq!(functions_over(&long, 13).count(), 0);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use nido_api::{EventDetails, EventKind, ForwardSpec, LeaseId, Limits};
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::events::{events_of, of_vm};
-use super::row::{COLUMNS, Raw};
+use super::row_decode::{COLUMNS, Raw};
 use super::{Purpose, Store, VmRow, VmUpdate, encode, fault};
 
 impl Store {

@@ -1,0 +1,113 @@
+"""Another nido program beside this one: is a change slower?
+
+Each program has a home of its own, because a home that a newer version has opened cannot be opened by an older one. Both
+measure the same operation in turns, so that whatever else the machine does falls on both alike.
+"""
+
+import os
+import shutil
+import statistics
+
+import forks
+from result import Result
+from rig import Rig, say
+from sampling import in_turns
+
+THIS, OTHER = "this program", "the other program"
+# How much slower an operation may be, as a ratio of medians.
+SLOWER_MAX = 1.03
+MIB = 1 << 20
+COPY_MIB = 64
+
+
+def other_home(rig):
+    """Prepares a home for the other program, beside this one's, with the same templates."""
+    home = rig.home.rstrip("/") + "-against"
+    os.makedirs(home, mode=0o700, exist_ok=True)
+    for part in ("blobs", "templates", "cache"):
+        place = os.path.join(home, part)
+        if not os.path.exists(place):
+            # Linked, not copied: parts never change.
+            shutil.copytree(os.path.join(rig.home, part), place, copy_function=os.link)
+    return home
+
+
+def ready(rig):
+    """Gives a home its template and the warm image of the program that uses it."""
+    rig.run("template", "build", "sandbox")
+    rig.run("template", "bake", "sandbox")
+
+
+def spawned(rig):
+    return forks.timed_spawn(rig, "--fork")[0] * 1000
+
+
+def claimed(rig):
+    forks.full_pool(rig)
+    _, timings = forks.timed_spawn(rig)
+    if timings["path"] != "pool":
+        raise RuntimeError(f"the VM came from elsewhere: {timings}")
+    return timings["total_ms"]
+
+
+def against(bench, program):
+    """Measures both programs; gives one result for each operation."""
+    this = bench.rig
+    with Rig(program, other_home(this), this.env.get("NIDO_QEMU")) as other:
+        sides = {THIS: this, OTHER: other}
+        for side, rig in sides.items():
+            say(f"preparing {side}")
+            ready(rig)
+        vms = {side: rig.spawn("guest", "--fork") for side, rig in sides.items()}
+        big = bench.file(COPY_MIB)
+        back = os.path.join(bench.scratch, "against")
+
+        def executed(side):
+            return lambda: sides[side].timed("exec", vms[side].name, "--", "true") * 1000
+
+        def uploaded(side):
+            return lambda: sides[side].timed("--quiet", "upload", vms[side].name, big, "/root/up.bin") * 1000
+
+        def downloaded(side):
+            def measure():
+                seconds = sides[side].timed("--quiet", "download", vms[side].name, "/root/up.bin", back)
+                os.unlink(back)
+                return seconds * 1000
+            return measure
+
+        def deleted(side):
+            def measure():
+                vm = sides[side].spawn("deleted", "--fork")
+                return sides[side].timed("delete", "--force", "--yes", vm.name) * 1000
+            return measure
+
+        of = lambda measure: lambda side: lambda: measure(sides[side])
+        operations = [
+            ("exec", "`nido exec vm -- true`, whole process", executed, bench.count(120, 10)),
+            ("fork", "`nido spawn --fork`, whole process", of(spawned), bench.count(40, 5)),
+            ("run", "`nido run -- true`, forked, whole process", of(lambda rig: rig.timed("run", "--", "true") * 1000), bench.count(20, 4)),
+            ("delete", "`nido delete --force` of a running VM, whole process", deleted, bench.count(15, 3)),
+            ("ls", "`nido ls`, whole process", of(lambda rig: rig.timed("ls") * 1000), bench.count(60, 10)),
+            ("upload", f"`nido upload` of {COPY_MIB} MiB, whole process", uploaded, bench.count(8, 2)),
+            ("download", f"`nido download` of {COPY_MIB} MiB, whole process", downloaded, bench.count(8, 2)),
+        ]
+        results = [compared(name, title, {side: measure(side) for side in sides}, count) for name, title, measure, count in operations]
+        for rig in sides.values():
+            rig.run("pool", "set", "sandbox", "2")
+        try:
+            pools = {side: of(claimed)(side) for side in sides}
+            results.append(compared("pool", "A claim from the pool to ready", pools, bench.count(20, 4)))
+        finally:
+            for rig in sides.values():
+                rig.run("pool", "set", "sandbox", "0")
+        return results
+
+
+def compared(name, title, sides, count):
+    """One operation, measured in turns. The figure is the median of the ratios of each turn."""
+    result = Result(name, title, "ms", in_turns(sides, count, warm_up=1, what=name))
+    ratios = [this / other for this, other in zip(result.samples[THIS], result.samples[OTHER], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+    result.require(f"{THIS} / {OTHER}", statistics.median(ratios), "<=", SLOWER_MAX)
+    result.notes.append(f"ratio of each turn: quartiles {quartiles[0]:.3f} and {quartiles[2]:.3f}")
+    return result
