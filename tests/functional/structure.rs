@@ -157,27 +157,27 @@ fn files_and_functions_are_short() {
         if code.lines().count() > FILE_LINES_MAX {
             long_files.insert(path.clone());
         }
-        long_functions.extend(functions_over(&code, FUNCTION_LINES_MAX).map(|name| format!("{path}::{name}")));
+        let long = functions_over(&code, FUNCTION_LINES_MAX);
+        long_functions.extend(long.iter().map(|name| format!("{path}::{name}")));
     }
     assert_eq!(long_files, LONG_FILES.map(|(path, _)| path.to_owned()).into());
     assert_eq!(long_functions, LONG_FUNCTIONS.map(str::to_owned).into());
 }
 
 /// The names of functions of more than `most` lines, in code that rustfmt has formatted.
-fn functions_over(code: &str, most: usize) -> impl Iterator<Item = String> {
+fn functions_over(code: &str, most: usize) -> Vec<String> {
     let lines: Vec<_> = code.lines().filter(|line| !line.trim().is_empty()).collect();
-    let length = move |(at, line): (usize, &str)| {
+    let long = |(at, line): (usize, &&str)| {
         let (before, after) = line.split_once("fn ")?;
         let is_function = before.split_whitespace().all(|word| {
             ["pub", "const", "async", "unsafe"].contains(&word) || word.starts_with("pub(") || word.ends_with(')')
         });
         let name = after.split(['(', '<']).next()?;
-        let indent = &line[..line.len() - line.trim_start().len()];
-        let end = lines[at..].iter().position(|line| *line == format!("{indent}}}"))?;
-        (is_function && end + 1 > most).then(|| name.to_owned())
+        let end = format!("{}}}", &line[..line.len() - line.trim_start().len()]);
+        let length = lines[at..].iter().position(|line| *line == end)? + 1;
+        (is_function && length > most).then(|| name.to_owned())
     };
-    let numbered: Vec<_> = code.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).enumerate().collect();
-    numbered.into_iter().filter_map(move |(at, line)| length((at, &line))).collect::<Vec<_>>().into_iter()
+    lines.iter().enumerate().filter_map(long).collect()
 }
 
 #[test]
@@ -186,8 +186,8 @@ fn a_long_function_is_found() {
         "impl X {{\n    pub(super) async fn long<T>(\n        a: T,\n    ) {{\n{}    }}\n    fn short() {{}}\n}}",
         "        f();\n".repeat(9)
     );
-    assert_eq!(functions_over(&long, 10).collect::<Vec<_>>(), ["long"]);
-    assert_eq!(functions_over(&long, 13).count(), 0);
+    assert_eq!(functions_over(&long, 10), ["long"]);
+    assert!(functions_over(&long, 13).is_empty());
 }
 
 #[test]
