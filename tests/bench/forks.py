@@ -109,24 +109,42 @@ def burst_of(bench, by_hand):
 
 
 def flat(bench):
-    """Whether a fork takes longer with more memory, or with more VMs that nido knows."""
+    """Whether a fork takes longer with more memory."""
     rig = bench.rig
     sizes = (256, 4096)
     for mib in sizes:
         rig.run("template", "bake", "sandbox", "--memory", f"{mib}M", "--net", "none")
-    result = Result("flat", "Fork to ready (nido's own timings), by memory and by number of VMs", "ms")
+    result = Result("flat", "Fork to ready (nido's own timings), by memory", "ms")
     spawn = lambda mib: lambda: timed_spawn(rig, "--fork", "--net", "none", "--memory", f"{mib}M")[1]["total_ms"]
     result.samples = in_turns({f"{mib} MiB": spawn(mib) for mib in sizes}, bench.count(15, 4), warm_up=1, what="flat")
-    few = "512 MiB, no other VM"
-    result.samples.update(in_turns({few: spawn(512)}, bench.count(15, 4)))
-    say("  creating 100 VMs")
-    known = [rig.create("known") for _ in range(100)]
-    many = "512 MiB, 100 VMs known"
-    result.samples.update(in_turns({many: spawn(512)}, bench.count(15, 4)))
-    for vm in known:
-        rig.delete(vm)
     result.require("4 GiB / 256 MiB", result.median("4096 MiB") / result.median("256 MiB"), "<=", 1.2)
-    result.require("100 VMs / none", result.median(many) / result.median(few), "<=", 1.2)
+    return [result]
+
+
+def known(bench):
+    """Whether commands take longer with more VMs that nido knows, stopped ones."""
+    rig, count = bench.rig, bench.count(500, 100)
+    vm = rig.spawn("guest", "--fork")
+    result = Result("known", f"Whole commands, by the number of stopped VMs in the home (1 and {count})", "ms")
+    sides = {
+        "`nido spawn --fork`": whole(rig, "--fork"),
+        "`nido exec vm -- true`": lambda: rig.timed("exec", vm.name, "--", "true") * 1000,
+        "`nido info vm`": lambda: rig.timed("info", vm.name) * 1000,
+        "`nido ls`": lambda: rig.timed("ls") * 1000,
+    }
+    samples = {}
+    made = []
+    for number in (1, count):
+        say(f"  creating VMs until there are {number}")
+        while len(made) < number:
+            made.append(rig.create("known").name)
+        samples[number] = in_turns(sides, bench.count(20, 5), warm_up=1, what=f"{number} known")
+        result.samples.update({f"{side}, {number}": found for side, found in samples[number].items()})
+    for start in range(0, count, 50):
+        rig.run("delete", "--yes", *made[start : start + 50])
+    rig.delete(vm)
+    for side in sides:
+        result.require(f"{side}: {count} / 1", result.median(f"{side}, {count}") / result.median(f"{side}, 1"), "<=", 1.2)
     return [result]
 
 
@@ -241,4 +259,4 @@ def snapshots(bench):
     return [result]
 
 
-ALL = {"fork": fork, "pool": pool, "flat": flat, "many": many, "snapshot": snapshots}
+ALL = {"fork": fork, "pool": pool, "flat": flat, "known": known, "many": many, "snapshot": snapshots}
