@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-use nido_api::{Caller, Grant, LeaseId, Limits, VmInfo, Which};
+use nido_api::{Caller, Grant, LeaseId, Limits, VmInfo, VmRef};
 use nido_core::Nido;
 use tokio_util::sync::CancellationToken;
 
@@ -48,8 +48,8 @@ impl CallContext {
     }
 
     /// The VM of that name, if it is the one that was decided about.
-    pub fn which<'a>(&'a self, name: &'a VmName) -> Which<'a> {
-        Which { name, id: self.vm.as_deref() }
+    pub fn which<'a>(&'a self, name: &'a VmName) -> VmRef<'a> {
+        VmRef { name, id: self.vm.as_deref() }
     }
 
     /// Does `work` unless nobody wants it any more; then it is dropped where it is.

@@ -1,7 +1,7 @@
 //! Approvals over the real `nido`: what waits is listed, a person's word counts once, and for nothing but what was asked.
 
 use nido_api::error::Code;
-use nido_api::{Ask, RestoreRequest, StopRequest, Which};
+use nido_api::{Ask, RestoreRequest, StopRequest, VmRef};
 use nido_core::{Nido, OpenOptions};
 use serde_json::{Value, json};
 
@@ -122,7 +122,7 @@ fn what_was_decided_about_one_vm_is_not_done_to_the_next_of_its_name() {
     home.nido(["start", "web"]).run().ok();
     let there = home.info("web");
     let (name, snapshot) = ("web".parse().unwrap(), "before".parse().unwrap());
-    let which = |id| Which { name: &name, id: Some(id) };
+    let which = |id| VmRef { name: &name, id: Some(id) };
     with_server(&home, async |nido| {
         let mut quiet = |_| ();
         let how = RestoreRequest { disk_only: true, ..RestoreRequest::default() };

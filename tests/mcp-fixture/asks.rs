@@ -100,7 +100,7 @@ pub fn rounds(name: &str) -> Option<Rounds> {
             (vec![Round::from([("user_name", who()), ("greeting", greeting), ("client_roots", roots())])], true)
         }
         "test_input_required_result_multi_round" => {
-            let colour = form("Which colour do you like?", "color", "string");
+            let colour = form("VmRef colour do you like?", "color", "string");
             (vec![Round::from([("step1", who())]), Round::from([("step2", colour)])], true)
         }
         "test_input_required_result_capabilities" => {

@@ -5,7 +5,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 use nido_api::error::{Code, Error};
 use nido_api::name::VmName;
-use nido_api::{ExecRequest, ExecResult, StartRequest, UploadRequest, UploadSource, VmInfo, VmSpec, Which};
+use nido_api::{ExecRequest, ExecResult, StartRequest, UploadRequest, UploadSource, VmInfo, VmRef, VmSpec};
 use nido_core::{Nido, RUN_IDLE_MS};
 use nido_server::sanitize;
 
@@ -107,7 +107,7 @@ impl Job {
             return outcome;
         }
         let outcome = outcome.map_err(without_vm);
-        let gone = absent(nido.delete(Which { name: &name, id: Some(&id) }, true).await);
+        let gone = absent(nido.delete(VmRef { name: &name, id: Some(&id) }, true).await);
         if let (Ok(_), Err(error)) = (&outcome, gone) {
             // The command's exit code is worth more than ours.
             cx.output.error(&error);

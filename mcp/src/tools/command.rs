@@ -5,7 +5,7 @@ use std::time::Duration;
 use nido_api::error::{Error, Result};
 use nido_api::name::{TemplateName, VmName};
 use nido_api::sanitize::{SHOWN_LIMIT, for_reader};
-use nido_api::{ExecBody, ExecEvent, ExecExit, ExecRequest, ExecResult, Truncated, Which};
+use nido_api::{ExecBody, ExecEvent, ExecExit, ExecRequest, ExecResult, Truncated, VmRef};
 use nido_core::policy::{self, decide, decide_dangerous, decide_shell};
 use nido_core::{ExecControl, ExecEvents};
 use rmcp::model::Resource;
@@ -95,7 +95,7 @@ impl Command {
     }
 
     /// Runs it to its end. Dropped, it kills the command.
-    pub async fn run(self, call: &CallContext, vm: Which<'_>) -> Result<CommandOutput> {
+    pub async fn run(self, call: &CallContext, vm: VmRef<'_>) -> Result<CommandOutput> {
         let (wants_stdin, stdin) = (self.request.stdin, self.stdin);
         let (control, mut events): (ExecControl, ExecEvents) = call.nido().await?.exec(vm, self.request).await?;
         if wants_stdin {

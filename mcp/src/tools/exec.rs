@@ -3,7 +3,7 @@
 use futures::future::BoxFuture;
 use nido_api::error::Result;
 use nido_api::name::VmName;
-use nido_api::{ExecBody, Scope, Which};
+use nido_api::{ExecBody, Scope, VmRef};
 use nido_core::Intent;
 use serde_json::{Map, Value, json};
 
@@ -74,7 +74,7 @@ impl Operation for Exec {
     fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
         Box::pin(async move {
             let id = self.check(&call).await?;
-            let vm = Which { name: &self.name, id: Some(&id) };
+            let vm = VmRef { name: &self.name, id: Some(&id) };
             call.unless_cancelled(self.command.run(&call, vm)).await?.result(&call, &self.name)
         })
     }

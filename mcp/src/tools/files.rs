@@ -12,7 +12,7 @@ use futures::future::BoxFuture;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::sanitize::is_harmful;
-use nido_api::{CopyProgress, CopyResult, DownloadRequest, DownloadTarget, Scope, UploadRequest, UploadSource, Which};
+use nido_api::{CopyProgress, CopyResult, DownloadRequest, DownloadTarget, Scope, UploadRequest, UploadSource, VmRef};
 use nido_core::Intent;
 use nido_core::host_paths::{Folder, Roots};
 use nido_core::policy::decide_upload;
@@ -130,7 +130,7 @@ async fn upload(call: &CallContext, asked: Upload) -> Result<ToolResult> {
     };
     let mut tell = |now: CopyProgress| told(call, now);
     let copied = call
-        .unless_cancelled(call.nido().await?.upload(Which { name: &asked.name, id: Some(&id) }, request, &mut tell))
+        .unless_cancelled(call.nido().await?.upload(VmRef { name: &asked.name, id: Some(&id) }, request, &mut tell))
         .await?;
     ToolResult::new(&copied)
 }
@@ -264,7 +264,7 @@ async fn download(call: &CallContext, asked: Download) -> Result<ToolResult> {
 /// Writes it to a file of the host, which appears when it is whole.
 async fn to_host(
     call: &CallContext,
-    vm: Which<'_>,
+    vm: VmRef<'_>,
     source: Vec<u8>,
     path: String,
     overwrite: bool,
@@ -283,7 +283,7 @@ async fn to_host(
 }
 
 /// Reads it into the answer.
-async fn to_answer(call: &CallContext, vm: Which<'_>, source: Vec<u8>, most: usize) -> Result<ToolResult> {
+async fn to_answer(call: &CallContext, vm: VmRef<'_>, source: Vec<u8>, most: usize) -> Result<ToolResult> {
     if !(1..=INLINE_MAX).contains(&most) {
         return Err(invalid(format!("max_bytes: it is 1 to {INLINE_MAX}")));
     }

@@ -72,15 +72,14 @@ impl Operation for Ports {
 
     fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
         Box::pin(async move {
-            let (nido, name) = (call.nido().await?, &self.name);
-            nido.identity(call.which(name))?;
+            let (nido, vm) = (call.nido().await?, call.which(&self.name));
             if let Some(port) = &self.unpublish {
-                nido.forward_remove(name, port).await?;
+                nido.forward_remove(vm, port).await?;
             }
             if let Some(port) = self.publish {
-                nido.forward_add(name, port, &call.grant()).await?;
+                nido.forward_add(vm, port, &call.grant()).await?;
             }
-            ToolResult::new(&nido.forward_list(name)?)
+            ToolResult::new(&nido.forward_list(vm)?)
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use futures::future::BoxFuture;
 use nido_api::error::{Code, Result};
-use nido_api::{ExecBody, Scope, SpawnRequest, StartRequest, VmSpec, Which};
+use nido_api::{ExecBody, Scope, SpawnRequest, StartRequest, VmRef, VmSpec};
 use nido_core::BegunVm;
 use serde_json::{Map, Value, json};
 
@@ -110,7 +110,7 @@ async fn run(call: &CallContext, spec: VmSpec, start: StartRequest, command: Com
     let (name, begun, grant) = (spec.name.clone(), BegunVm::default(), call.grant());
     let mut tell = |stage| call.progress.stage(stage);
     let work =
-        |vm: nido_api::VmInfo| async move { command.run(call, Which { name: &vm.name, id: Some(&vm.id) }).await };
+        |vm: nido_api::VmInfo| async move { command.run(call, VmRef { name: &vm.name, id: Some(&vm.id) }).await };
     let nido = call.nido().await?;
     let ran = call.unless_cancelled(Box::pin(nido.run((spec, start), &grant, &begun, &mut tell, work))).await;
     let output = match ran {

@@ -317,27 +317,27 @@ pub enum PathChoice {
     Fork,
 }
 
-/// Which VM: whichever has the name, or the one of this id and no other that has its name meanwhile.
+/// A reference to a VM: by its name, or by its name and id, if another VM that has the name meanwhile must not be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Which<'a> {
+pub struct VmRef<'a> {
     /// Its name.
     pub name: &'a VmName,
     /// Its id, if the request is about exactly that VM.
     pub id: Option<&'a str>,
 }
 
-impl<'a> From<&'a VmName> for Which<'a> {
+impl<'a> From<&'a VmName> for VmRef<'a> {
     fn from(name: &'a VmName) -> Self {
         Self { name, id: None }
     }
 }
 
-impl Which<'_> {
-    /// Whether the VM that has the name now, which has this id, is the one that is meant.
+impl VmRef<'_> {
+    /// Checks that the VM that has the name now, which has this id, is the one that is referred to.
     ///
     /// # Errors
     /// `vm_replaced`.
-    pub fn is(&self, id: &str) -> Result<(), Error> {
+    pub fn check(&self, id: &str) -> Result<(), Error> {
         if self.id.is_none_or(|meant| meant == id) {
             return Ok(());
         }

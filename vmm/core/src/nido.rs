@@ -55,12 +55,14 @@ pub use logs::LogStream;
 pub use reconcile::Adoption;
 pub use run::RUN_IDLE_MS;
 
+use nido_api::VmRef;
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{Home, VmDir};
 use nido_engine::host::{HostFacts, QemuFacts, facts, qemu};
 use nido_engine::liveness::Presence;
 use nido_engine::space_reserve::SpaceReserve;
 use nido_files::lock::Held;
+use nido_store::VmRow;
 pub use nido_supervisor::context::OpenOptions;
 use nido_supervisor::context::{Context, StoreGuard};
 
@@ -156,6 +158,20 @@ impl Nido {
         if let Err(error) = self.store().back_up(&last, &older) {
             tracing::warn!("the store was not backed up: {error}");
         }
+    }
+
+    /// The row of the VM that a caller refers to.
+    fn resolve(&self, vm: VmRef<'_>) -> Result<VmRow> {
+        let row = self.store().vm_by_name(vm.name)?;
+        vm.check(&row.id)?;
+        Ok(row)
+    }
+
+    /// The same, also if the row cannot be read whole.
+    fn resolve_to_show(&self, vm: VmRef<'_>) -> Result<VmRow> {
+        let row = self.store().vm_to_show(vm.name)?;
+        vm.check(&row.id)?;
+        Ok(row)
     }
 
     pub(crate) fn vm_dir(&self, id: &str) -> VmDir {

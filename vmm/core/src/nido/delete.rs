@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::state::{Admission, Request, VmState, admit};
-use nido_api::{StopRequest, VmInfo, Which};
+use nido_api::{StopRequest, VmInfo, VmRef};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK};
 use nido_engine::host::vm_processes;
 use nido_files::lock::{Held, is_held};
@@ -43,11 +43,11 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `vm_busy`.
-    pub async fn delete(&self, vm: impl Into<Which<'_>>, force: bool) -> Result<VmInfo> {
+    pub async fn delete(&self, vm: impl Into<VmRef<'_>>, force: bool) -> Result<VmInfo> {
         let vm = vm.into();
         let row = self.store().any_vm_by_name(vm.name)?;
         // From here on everything is done to that id.
-        vm.is(&row.id)?;
+        vm.check(&row.id)?;
         self.delete_row(&row, force).await
     }
 

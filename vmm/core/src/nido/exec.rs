@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::state::{Admission, Request as Act, VmState, admit};
-use nido_api::{ExecEvent, ExecExit, ExecRequest, Which};
+use nido_api::{ExecEvent, ExecExit, ExecRequest, VmRef};
 use nido_engine::guest::{Control, Endpoint, Event, Events, Guest};
 use nido_guest_agent::wire::{Exec, WindowSize};
 use nido_supervisor::control::Request;
@@ -32,7 +32,7 @@ impl Nido {
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `vm_not_running`, `command_not_found`, `command_cannot_run`, `user_not_found`,
     /// `directory_not_found`, `agent_unreachable`.
-    pub async fn exec(&self, vm: impl Into<Which<'_>>, request: ExecRequest) -> Result<(ExecControl, ExecEvents)> {
+    pub async fn exec(&self, vm: impl Into<VmRef<'_>>, request: ExecRequest) -> Result<(ExecControl, ExecEvents)> {
         let which = vm.into();
         let name = which.name;
         let reached = self.reach(which).await?;
@@ -48,17 +48,16 @@ impl Nido {
 
     /// The agent of a VM that can be used, or why it cannot. Waits for one that is still starting, and for the
     /// supervisor of one that has lost it.
-    pub(super) async fn reach(&self, vm: impl Into<Which<'_>>) -> Result<Reached> {
-        let which = vm.into();
-        let mut row = self.current(self.store().vm_by_name(which.name)?);
-        which.is(&row.id)?;
+    pub(super) async fn reach(&self, vm: impl Into<VmRef<'_>>) -> Result<Reached> {
+        let vm = vm.into();
+        let mut row = self.current(self.resolve(vm)?);
         if let Admission::Denied(why) = admit(row.state, Act::UseAgent) {
             return Err(denied(&row, "used", why));
         }
         if row.state == VmState::Starting || !row.agent.ready {
             self.ask(&row, &Request::Ready).await?;
             // This very VM, whatever has its name by now.
-            let gone = || Error::new(Code::VmNotFound, format!("VM '{}' was deleted", which.name));
+            let gone = || Error::new(Code::VmNotFound, format!("VM '{}' was deleted", vm.name));
             row = self.store().vm_by_id(&row.id)?.ok_or_else(gone)?;
         }
         let guest = self.context.guest(&row)?;

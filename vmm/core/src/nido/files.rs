@@ -7,7 +7,7 @@ use std::time::Instant;
 use nido_api::error::Result;
 use nido_api::name::VmName;
 use nido_api::{
-    CopyProgress, CopyResult, DownloadRequest, DownloadTarget, UnreadableEntry, UploadRequest, UploadSource, Which,
+    CopyProgress, CopyResult, DownloadRequest, DownloadTarget, UnreadableEntry, UploadRequest, UploadSource, VmRef,
 };
 use nido_engine::guest::{Copied, Download, Form, GuestError, LeftOut, Limits, Progress, Source, Upload};
 use tokio::sync::mpsc;
@@ -24,7 +24,7 @@ impl Nido {
     /// archive `spec_invalid`, `limit_exceeded`.
     pub async fn upload(
         &self,
-        vm: impl Into<Which<'_>>,
+        vm: impl Into<VmRef<'_>>,
         request: UploadRequest,
         progress: &mut (dyn FnMut(CopyProgress) + Send),
     ) -> Result<CopyResult> {
@@ -60,7 +60,7 @@ impl Nido {
     /// `vm_not_found`, `vm_not_running`, `path_not_found`, `path_exists`, `disk_full`, `denied`, `limit_exceeded`.
     pub async fn download(
         &self,
-        vm: impl Into<Which<'_>>,
+        vm: impl Into<VmRef<'_>>,
         request: DownloadRequest,
         progress: &mut (dyn FnMut(CopyProgress) + Send),
     ) -> Result<CopyResult> {

@@ -11,7 +11,7 @@ use std::time::Instant;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::VmState;
-use nido_api::{ForkResult, Grant, Limits, PathChoice, StartRequest, StartStage, VmInfo, VmSpec, Which};
+use nido_api::{ForkResult, Grant, Limits, PathChoice, StartRequest, StartStage, VmInfo, VmRef, VmSpec};
 use nido_engine::snapshot;
 use nido_files::lock::Held;
 use nido_files::random;
@@ -41,15 +41,14 @@ impl Nido {
     /// `vm_not_found`, `vm_not_running`, `vm_exists`, `limit_exceeded` or `denied` by the grant, those of a snapshot and of a start.
     pub async fn fork(
         &self,
-        vm: impl Into<Which<'_>>,
+        vm: impl Into<VmRef<'_>>,
         copies: &[VmName],
         grant: &Grant,
         progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
     ) -> Result<ForkResult> {
         let which = vm.into();
         let vm = which.name;
-        let row = self.store().vm_by_name(vm)?;
-        which.is(&row.id)?;
+        let row = self.resolve(which)?;
         self.check_fork(&row, copies, &grant.limits)?;
         progress(vm, StartStage::Preparing);
         let forked = self.fork_row(&row, copies, grant, progress).await;

@@ -1,8 +1,7 @@
 //! Published ports, and a port of the guest as standard input and output.
 
 use nido_api::error::{Code, Error, Result};
-use nido_api::name::VmName;
-use nido_api::{ForwardList, ForwardSpec, Grant};
+use nido_api::{ForwardList, ForwardSpec, Grant, VmRef};
 use nido_engine::guest::proxy;
 use nido_guest_agent::wire::Connect;
 use nido_supervisor::control::{Answer, Request};
@@ -17,9 +16,10 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`, `port_in_use`, `spec_invalid`, `denied` by the grant.
-    pub async fn forward_add(&self, name: &VmName, spec: ForwardSpec, grant: &Grant) -> Result<ForwardSpec> {
+    pub async fn forward_add(&self, vm: impl Into<VmRef<'_>>, spec: ForwardSpec, grant: &Grant) -> Result<ForwardSpec> {
+        let vm = vm.into();
         grant.limits.check_forward(&spec)?;
-        let row = self.store().vm_by_name(name)?;
+        let (row, name) = (self.resolve(vm)?, vm.name);
         if row.state.at_rest() {
             if spec.host_port == 0 {
                 return Err(Error::new(
@@ -51,17 +51,17 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`.
-    pub fn forward_list(&self, name: &VmName) -> Result<ForwardList> {
-        let row = self.store().vm_by_name(name)?;
-        Ok(ForwardList { forwards: row.forwards })
+    pub fn forward_list<'a>(&self, vm: impl Into<VmRef<'a>>) -> Result<ForwardList> {
+        Ok(ForwardList { forwards: self.resolve(vm.into())?.forwards })
     }
 
     /// Unpublishes a port, named as it is listed; without a host port, every forward of that guest port.
     ///
     /// # Errors
     /// `vm_not_found`, `forward_not_found`.
-    pub async fn forward_remove(&self, name: &VmName, spec: &ForwardSpec) -> Result<()> {
-        let row = self.store().vm_by_name(name)?;
+    pub async fn forward_remove(&self, vm: impl Into<VmRef<'_>>, spec: &ForwardSpec) -> Result<()> {
+        let vm = vm.into();
+        let (row, name) = (self.resolve(vm)?, vm.name);
         let matches = |f: &&ForwardSpec| f.guest_port == spec.guest_port && (spec.host_port == 0 || *f == spec);
         let found: Vec<_> = row.forwards.iter().filter(matches).cloned().collect();
         if found.is_empty() {
@@ -83,8 +83,9 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`, `vm_not_running`, `port_closed`, `agent_unreachable`.
-    pub async fn proxy(&self, name: &VmName, port: u16) -> Result<()> {
-        let reached = self.reach(name).await?;
+    pub async fn proxy(&self, vm: impl Into<VmRef<'_>>, port: u16) -> Result<()> {
+        let vm = vm.into();
+        let (reached, name) = (self.reach(vm).await?, vm.name);
         let tunnel = reached
             .guest
             .connect(&Connect { host: None, port }, Instant::now() + ANSWER_WITHIN)

@@ -4,10 +4,9 @@ use std::time::{Duration, Instant};
 
 use jiff::SignedDuration;
 use nido_api::error::{Code, Error, Result};
-use nido_api::name::VmName;
 use nido_api::state::{Admission, Request as Act, VmState, admit};
 use nido_api::{
-    AgentInfo, Grant, PathChoice, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmSpec, Which, moment,
+    AgentInfo, Grant, PathChoice, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmRef, VmSpec, moment,
 };
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK};
 use nido_engine::machine::{self, GUEST_CIDS, Machine, MachineRequest, Transport};
@@ -110,15 +109,14 @@ impl Nido {
     /// `vm_not_found`, `vm_replaced`, `vm_busy`, `qemu_failed`, `guest_failed`, `agent_unreachable`, `port_in_use` and what the host lacks.
     pub async fn start(
         &self,
-        vm: impl Into<Which<'_>>,
+        vm: impl Into<VmRef<'_>>,
         start: StartRequest,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
         let vm = vm.into();
         let name = vm.name;
-        let row = self.store().vm_by_name(name)?;
-        vm.is(&row.id)?;
+        let row = self.resolve(vm)?;
         match admit(row.state, Act::Start) {
             Admission::AlreadySo => return self.await_start(&row, start, progress).await,
             Admission::Denied(why) => return Err(denied(&row, "started", why)),
@@ -259,14 +257,13 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `spec_invalid` if it may take too long, `timeout` if even the plug could not be pulled.
-    pub async fn stop(&self, vm: impl Into<Which<'_>>, stop: StopRequest) -> Result<VmInfo> {
+    pub async fn stop(&self, vm: impl Into<VmRef<'_>>, stop: StopRequest) -> Result<VmInfo> {
         let vm = vm.into();
         if stop.timeout_ms > STOP_MAX_MS {
             return Err(Error::new(Code::SpecInvalid, "timeout_ms: at most an hour")
                 .hint("use force for a guest that takes longer"));
         }
-        let row = self.store().vm_by_name(vm.name)?;
-        vm.is(&row.id)?;
+        let row = self.resolve(vm)?;
         if matches!(admit(row.state, Act::Stop), Admission::Do) {
             return self.stop_row(&row, stop).await;
         }
@@ -292,12 +289,13 @@ impl Nido {
     /// Those of both.
     pub async fn restart(
         &self,
-        name: &VmName,
+        vm: impl Into<VmRef<'_>>,
         stop: StopRequest,
         start: StartRequest,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
-        let row = self.store().vm_by_name(name)?;
+        let vm = vm.into();
+        let (row, name) = (self.resolve(vm)?, vm.name);
         if row.spec.ephemeral {
             return Err(Error::new(
                 Code::SpecInvalid,
@@ -305,7 +303,7 @@ impl Nido {
             )
             .hint("spawn a new one"));
         }
-        let vm = Which { name, id: Some(&row.id) };
+        let vm = VmRef { name, id: Some(&row.id) };
         self.stop(vm, stop).await?;
         self.start(vm, start, progress).await
     }
@@ -313,21 +311,21 @@ impl Nido {
     /// Pauses the CPUs.
     ///
     /// # Errors
-    /// `vm_not_found`, `vm_not_running`.
-    pub async fn pause(&self, name: &VmName) -> Result<VmInfo> {
-        self.pause_or_resume(name, Act::Pause, "paused", &Request::Pause).await
+    /// `vm_not_found`, `vm_replaced`, `vm_not_running`.
+    pub async fn pause(&self, vm: impl Into<VmRef<'_>>) -> Result<VmInfo> {
+        self.pause_or_resume(vm.into(), Act::Pause, "paused", &Request::Pause).await
     }
 
     /// Resumes the CPUs.
     ///
     /// # Errors
-    /// `vm_not_found`, `vm_not_running`.
-    pub async fn resume(&self, name: &VmName) -> Result<VmInfo> {
-        self.pause_or_resume(name, Act::Resume, "resumed", &Request::Resume).await
+    /// `vm_not_found`, `vm_replaced`, `vm_not_running`.
+    pub async fn resume(&self, vm: impl Into<VmRef<'_>>) -> Result<VmInfo> {
+        self.pause_or_resume(vm.into(), Act::Resume, "resumed", &Request::Resume).await
     }
 
-    async fn pause_or_resume(&self, name: &VmName, act: Act, done: &str, request: &Request) -> Result<VmInfo> {
-        let row = self.current(self.store().vm_by_name(name)?);
+    async fn pause_or_resume(&self, vm: VmRef<'_>, act: Act, done: &str, request: &Request) -> Result<VmInfo> {
+        let row = self.current(self.resolve(vm)?);
         match admit(row.state, act) {
             Admission::Denied(why) => return Err(denied(&row, done, why)),
             Admission::AlreadySo => {}

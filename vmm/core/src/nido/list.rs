@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use nido_api::error::Result;
 use nido_api::name::{SnapshotName, TemplateName, VmName};
 use nido_api::state::{Admission, Request as Act, StateCause, VmState, admit};
-use nido_api::{ForwardSpec, Limits, VmInfo, VmList, VmPage, VmQuery, VmSpec, Which, moment};
+use nido_api::{ForwardSpec, Limits, VmInfo, VmList, VmPage, VmQuery, VmRef, VmSpec, moment};
 use nido_store::{Purpose, VmRow};
 use nido_supervisor::control::{Answer, Request};
 use nido_supervisor::lagging;
@@ -106,8 +106,8 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`.
-    pub fn spec(&self, name: &VmName) -> Result<VmSpec> {
-        Ok(self.store().vm_by_name(name)?.spec)
+    pub fn spec<'a>(&self, vm: impl Into<VmRef<'a>>) -> Result<VmSpec> {
+        Ok(self.resolve(vm.into())?.spec)
     }
 
     /// The id of a VM.
@@ -122,10 +122,8 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`, `vm_replaced`.
-    pub fn identity<'a>(&self, vm: impl Into<Which<'a>>) -> Result<(String, TemplateName)> {
-        let which = vm.into();
-        let row = self.store().vm_to_show(which.name)?;
-        which.is(&row.id)?;
+    pub fn identity<'a>(&self, vm: impl Into<VmRef<'a>>) -> Result<(String, TemplateName)> {
+        let row = self.resolve_to_show(vm.into())?;
         Ok((row.id, row.spec.template))
     }
 
@@ -133,13 +131,11 @@ impl Nido {
     ///
     /// # Errors
     /// Those with which the operation would fail at once.
-    pub fn admits<'a>(&self, vm: impl Into<Which<'a>>, intent: &Intent<'_>) -> Result<()> {
-        let which = vm.into();
+    pub fn admits<'a>(&self, vm: impl Into<VmRef<'a>>, intent: &Intent<'_>) -> Result<()> {
         let row = match intent {
-            Intent::Delete { .. } => self.store().vm_to_show(which.name)?,
-            _ => self.store().vm_by_name(which.name)?,
+            Intent::Delete { .. } => self.resolve_to_show(vm.into())?,
+            _ => self.resolve(vm.into())?,
         };
-        which.is(&row.id)?;
         match intent {
             Intent::Delete { force } => super::delete::check(&row, *force),
             Intent::Restore { snapshot } => super::snapshots::check(&row, &self.vm_dir(&row.id), snapshot),
@@ -155,19 +151,16 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`, `vm_replaced`.
-    pub fn owner<'a>(&self, vm: impl Into<Which<'a>>) -> Result<Option<String>> {
-        let which = vm.into();
-        let row = self.store().vm_to_show(which.name)?;
-        which.is(&row.id)?;
-        Ok(row.owner)
+    pub fn owner<'a>(&self, vm: impl Into<VmRef<'a>>) -> Result<Option<String>> {
+        Ok(self.resolve_to_show(vm.into())?.owner)
     }
 
     /// One VM.
     ///
     /// # Errors
     /// `vm_not_found`.
-    pub async fn info(&self, name: &VmName) -> Result<VmInfo> {
-        let row = self.current(self.store().vm_to_show(name)?);
+    pub async fn info(&self, vm: impl Into<VmRef<'_>>) -> Result<VmInfo> {
+        let row = self.current(self.resolve_to_show(vm.into())?);
         let mut info = self.describe(&row);
         info.idle_at = self.idle_at(&row).await;
         Ok(info)

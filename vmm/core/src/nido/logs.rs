@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nido_api::error::{Error, Result};
-use nido_api::name::VmName;
-use nido_api::{LogRequest, LogSource};
+use nido_api::{LogRequest, LogSource, VmRef};
 use nido_engine::home::{CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOCK, SUPERVISOR_LOG};
 use nido_files::lock::is_held;
 
@@ -25,8 +24,8 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`.
-    pub fn logs(&self, name: &VmName, request: LogRequest) -> Result<LogStream> {
-        let row = self.store().vm_by_name(name)?;
+    pub fn logs<'a>(&self, vm: impl Into<VmRef<'a>>, request: LogRequest) -> Result<LogStream> {
+        let row = self.resolve_to_show(vm.into())?;
         let dir = self.vm_dir(&row.id);
         let file = match request.source {
             LogSource::Console => CONSOLE_LOG,
@@ -61,8 +60,8 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`.
-    pub fn logs_written(&self, name: &VmName) -> Result<u64> {
-        let row = self.store().vm_by_name(name)?;
+    pub fn logs_written<'a>(&self, vm: impl Into<VmRef<'a>>) -> Result<u64> {
+        let row = self.resolve_to_show(vm.into())?;
         let dir = self.vm_dir(&row.id);
         let files = [CONSOLE_LOG, SUPERVISOR_LOG].map(|file| [dir.file(file), dir.file(&format!("{file}.1"))]);
         let written =

@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use nido_api::error::{Code, Error, Result};
-use nido_api::name::{SnapshotName, VmName};
+use nido_api::name::SnapshotName;
 use nido_api::state::{StateCause, VmState};
-use nido_api::{RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, VmInfo, Which};
+use nido_api::{RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, VmInfo, VmRef};
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VmDir};
 use nido_engine::snapshot::{self, DiskCopy, PreviousDisk, Record, Unfinished};
 use nido_files::lock::Held;
@@ -26,11 +26,10 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`, `snapshot_exists`, `vm_busy`, `vm_not_running` if it never ran, `agent_unreachable`, `disk_full`.
-    pub async fn snapshot_create(&self, vm: impl Into<Which<'_>>, name: &SnapshotName) -> Result<SnapshotInfo> {
+    pub async fn snapshot_create(&self, vm: impl Into<VmRef<'_>>, name: &SnapshotName) -> Result<SnapshotInfo> {
         let which = vm.into();
         let vm = which.name;
-        let row = self.store().vm_by_name(vm)?;
-        which.is(&row.id)?;
+        let row = self.resolve(which)?;
         let dir = self.vm_dir(&row.id);
         match row.state {
             VmState::Starting | VmState::Running | VmState::Paused => {
@@ -58,8 +57,9 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`.
-    pub fn snapshot_list(&self, vm: &VmName) -> Result<SnapshotList> {
-        let row = self.store().vm_by_name(vm)?;
+    pub fn snapshot_list<'a>(&self, vm: impl Into<VmRef<'a>>) -> Result<SnapshotList> {
+        let vm = vm.into();
+        let (row, vm) = (self.resolve(vm)?, vm.name);
         let snapshots = snapshot::list(&self.vm_dir(&row.id), vm)?;
         for found in snapshots.iter().filter(|found| found.damaged.is_none()) {
             self.store().announce_snapshot(&row, &found.name, found.created_at)?;
@@ -71,8 +71,9 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_found`, `snapshot_not_found`.
-    pub fn snapshot_delete(&self, vm: &VmName, name: &SnapshotName) -> Result<SnapshotInfo> {
-        let row = self.store().vm_by_name(vm)?;
+    pub fn snapshot_delete<'a>(&self, vm: impl Into<VmRef<'a>>, name: &SnapshotName) -> Result<SnapshotInfo> {
+        let vm = vm.into();
+        let (row, vm) = (self.resolve(vm)?, vm.name);
         let dir = self.vm_dir(&row.id);
         // A damaged one, too.
         let found = snapshot::list(&dir, vm)?.into_iter().find(|found| found.name == *name);
@@ -89,7 +90,7 @@ impl Nido {
     /// ephemeral VM that runs, and those of a start.
     pub async fn snapshot_restore(
         &self,
-        vm: impl Into<Which<'_>>,
+        vm: impl Into<VmRef<'_>>,
         name: &SnapshotName,
         request: RestoreRequest,
         progress: &mut (dyn FnMut(StartStage) + Send),
@@ -97,8 +98,7 @@ impl Nido {
         let asked_at = Instant::now();
         let which = vm.into();
         let vm = which.name;
-        let row = self.store().vm_by_name(vm)?;
-        which.is(&row.id)?;
+        let row = self.resolve(which)?;
         let dir = self.vm_dir(&row.id);
         let record = snapshot::open(&dir, vm, name)?;
         let saved = record.running.filter(|_| !request.disk_only);

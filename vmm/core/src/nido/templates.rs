@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use nido_api::error::{Code, Error, Result};
-use nido_api::name::{TemplateName, VmName};
+use nido_api::name::TemplateName;
 use nido_api::{
-    BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, StartStage, TemplateInfo, TemplateList, moment,
+    BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, StartStage, TemplateInfo, TemplateList, VmRef, moment,
 };
 use nido_images::Manifest;
 use nido_store::{Purpose, VmRow};
@@ -133,12 +133,13 @@ impl Nido {
     pub async fn template_create(
         &self,
         name: &TemplateName,
-        from: &VmName,
+        from: impl Into<VmRef<'_>>,
         bake: bool,
         progress: &mut (dyn FnMut(BuildStep) + Send),
     ) -> Result<BuildResult> {
         let began = Instant::now();
-        let row = self.store().vm_by_name(from)?;
+        let from = from.into();
+        let (row, from) = (self.resolve(from)?, from.name);
         {
             let _parts_stay = self.templates_shared().await?;
             let of = self.manifest(&row.spec.template)?;
