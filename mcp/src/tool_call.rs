@@ -147,22 +147,31 @@ async fn awaited(
 ) -> Result<CallToolResponse, ErrorData> {
     let (app, cancelled) = (Arc::clone(&call.app), call.cancelled.clone());
     let progress = call.progress.clone();
-    let mut telling = std::pin::pin!(async {
-        if let Some(token) = context.meta.get_progress_token() {
-            progress.pass_on(context.peer.clone(), token).await;
-        }
-        std::future::pending::<()>().await;
-    });
     let mut patience = std::pin::pin!(tokio::time::sleep(app.settings().answer_within));
-    loop {
-        tokio::select! {
-            // What was told before the end goes out before the answer.
-            biased;
-            () = &mut telling => {}
-            done = &mut work => return answered(&call, name, done).await,
-            () = context.ct.cancelled(), if !cancelled.is_cancelled() => cancelled.cancel(),
-            () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => break,
+    let token = context.meta.get_progress_token();
+    // Dropped at the end of the block: then the last step can be sent.
+    let done = {
+        let mut telling = std::pin::pin!(async {
+            if let Some(token) = token.clone() {
+                progress.pass_on(context.peer.clone(), token).await;
+            }
+            std::future::pending::<()>().await;
+        });
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut telling => {}
+                done = &mut work => break Some(done),
+                () = context.ct.cancelled(), if !cancelled.is_cancelled() => cancelled.cancel(),
+                () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => break None,
+            }
         }
+    };
+    if let Some(done) = done {
+        if let Some(token) = token {
+            progress.send_last(&context.peer, token).await;
+        }
+        return answered(&call, name, done).await;
     }
     let request = JobRequest { tool: tool.name.into(), vm_name: name.clone(), actor: call.who.actor.clone() };
     match app.unreconciled().job_begin(&request) {
