@@ -151,7 +151,12 @@ impl TestHome {
     #[track_caller]
     pub fn assert_empty(&self) {
         assert_eq!(self.names(), [""; 0], "VMs that are left");
-        assert_eq!(self.vm_dirs(), [""; 0], "VMs' directories that are left");
+        let files = |dir: &String| {
+            let entries = fs::read_dir(self.path().join("vms").join(dir)).into_iter().flatten().flatten();
+            entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
+        };
+        let left: Vec<_> = self.vm_dirs().into_iter().map(|dir| (files(&dir), dir)).collect();
+        assert!(left.is_empty(), "directories of VMs that are left: {left:?}");
         let left = self.wait_for_no_process();
         assert!(left.is_empty(), "processes that are left: {left:#?}");
     }

@@ -204,7 +204,8 @@ impl Supervisor {
         self.unwritten.push(update);
         let (context, row) = (&self.context, &self.row);
         let written = self.unwritten.flush(row, |update| context.store().update_vm(&row.id, update));
-        if never_ran {
+        // No process waits for a clone that was taken over only to be deleted.
+        if never_ran && (self.row.purpose == Purpose::Use || problem.is_some()) {
             // The command that requested the start knows that we listen, and is about to request the result.
             self.life.send_replace(Life::Ended(problem.clone()));
             let deadline = Instant::now() + ASKED_WITHIN;

@@ -9,7 +9,7 @@ use nido_api::AgentInfo;
 use nido_api::error::Result;
 use nido_api::sanitize::{head, on_one_line};
 use nido_api::state::{Fact, FailureCause, StateCause, VmState};
-use nido_engine::guest::GuestError;
+use nido_engine::guest::{GuestError, Session};
 use nido_engine::machine::Machine;
 use nido_engine::qemu::MonitorEvent;
 use nido_guest_agent::wire::{MAX_WARNING, MAX_WARNINGS, Pong};
@@ -28,6 +28,8 @@ use super::qmp::QMP_TIMEOUT;
 use super::readiness::Readiness;
 use super::state::{Report, Supervisor};
 
+/// How long an agent may take to greet on a channel whose port was opened again.
+const REOPENED_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a warning of the guest's begins with.
 const OF_GUEST: &str = "in the guest: ";
 
@@ -207,6 +209,7 @@ impl Supervisor {
             "VSERPORT_CHANGE" if event.data.get("open") == Some(&serde_json::Value::Bool(false)) => {
                 self.channel.iter().for_each(|channel| channel.reset());
             }
+            "VSERPORT_CHANGE" => self.check_reopened_port(),
             "SHUTDOWN" => self.seen.shutdown_reason = Some(shutdown_reason(&event)),
             "GUEST_PANICKED" => self.seen.panicked = true,
             "BLOCK_IO_ERROR" => self.no_space = Some(event.data.get("nospace") == Some(&serde_json::Value::Bool(true))),
@@ -216,6 +219,22 @@ impl Supervisor {
             "RESUME" | "WAKEUP" => self.resumed(),
             _ => {}
         }
+    }
+
+    /// QEMU sends at most one `VSERPORT_CHANGE` a second: if the port was closed and opened again within that time, only the
+    /// opening is reported. If a channel is up then, the agent behind it may be gone, and would never reply.
+    fn check_reopened_port(&self) {
+        let Some(channel) = self.channel.clone().filter(|channel| channel.is_up()) else { return };
+        let guest = self.guest.clone();
+        tokio::spawn(async move {
+            let deadline = TokioInstant::now() + REOPENED_REPLY_TIMEOUT;
+            let greeting = async { Session::open(channel.stream(deadline).await?, guest.token(), deadline).await };
+            // Any reply, a refusal, too, comes from an agent that knows this channel.
+            if let Err(GuestError::Timeout { .. }) = greeting.await {
+                tracing::info!("the guest agent was restarted; opening its channel again");
+                channel.reset();
+            }
+        });
     }
 
     async fn ask_status(&mut self, running: &Running) {

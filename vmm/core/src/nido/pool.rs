@@ -72,9 +72,20 @@ impl Nido {
                 self.remove_clones(&plan.remove).await?;
             }
         }
+        self.await_ended_clones().await;
         self.refill();
         let pool = PoolRow { template: template.clone(), kind, wanted: request.wanted };
         Ok(pool_info(pool, &self.store().clones()?, None))
+    }
+
+    /// Waits until the clones that have ended are deleted, with their files, by their supervisors or by this process.
+    async fn await_ended_clones(&self) {
+        let rows = self.store().vms().unwrap_or_default();
+        for clone in rows.iter().filter(|row| row.purpose == Purpose::Pool && row.state.at_rest()) {
+            if let Err(error) = self.delete_row(clone, true).await {
+                tracing::info!("clone {} is not deleted yet: {error}", clone.spec.name);
+            }
+        }
     }
 
     /// All pools, and how full they are.

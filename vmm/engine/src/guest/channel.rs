@@ -154,6 +154,12 @@ impl Channel {
         self.open.send_replace(open);
     }
 
+    /// Whether sessions can be opened.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.mux.borrow().is_some()
+    }
+
     /// Ends every session and synchronizes with the agent again, because it was restarted.
     pub fn reset(&self) {
         let mux = self.mux.borrow().clone();
