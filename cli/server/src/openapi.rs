@@ -178,8 +178,8 @@ fn add_parameters(operation: &mut Value, method: &Method, path: &str) {
         more.push(header("Idempotency-Key", about, schema));
     }
     if path.starts_with("/v1/vms/{name}") && method != Method::GET {
-        let about = "The VM's `ETag`, its id in double quotes: the request fails if another VM has the name by now.";
-        more.push(header("If-Match", about, json!({ "type": "string", "pattern": "^\"[0-9a-f]{16}\"$" })));
+        let about = "The VM's `ETag`, its id in double quotes: the request fails if another VM has the name by now. `*` is any VM.";
+        more.push(header("If-Match", about, json!({ "type": "string", "pattern": "^(\\*|\"[0-9a-f]{16}\")$" })));
     }
     if more.is_empty() {
         return;
