@@ -66,7 +66,6 @@ const LONG_FUNCTIONS: [&str; 9] = [
     "mcp/src/answer.rs::next_step",
     "vmm/core/src/nido/lifecycle.rs::launch_from",
     "vmm/store/src/events.rs::events_of",
-    "vmm/store/src/vms.rs::update_vm",
     "vmm/supervisor/src/event_loop.rs::watch_over",
     "vmm/supervisor/src/mute.rs::watch_over_mute",
     "vmm/supervisor/src/state.rs::prepare",

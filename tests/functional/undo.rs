@@ -8,7 +8,7 @@ use nido_api::name::VmName;
 use nido_api::state::VmState;
 use nido_api::{AccelChoice, Caller, Grant, LeaseId, StartRequest, VmSpec};
 use nido_core::{BegunVm, Nido, OpenOptions};
-use nido_store::{Store, VmRow, VmUpdate};
+use nido_store::{Store, Transition, Transitioned, VmRow};
 use serde_json::json;
 
 use super::leases::await_gone;
@@ -232,8 +232,7 @@ fn a_list_says_when_a_vm_ends_for_being_idle() {
     assert!(listed["vms"][0]["idle_at"].is_string(), "{listed}");
     assert!(listed["vms"][1]["idle_at"].is_null(), "{listed}");
     // Nor does one that does not answer keep the list from coming.
-    store(&home)
-        .update_vm(&id(&home, "w"), &VmUpdate { state: Some(VmState::Running), ..VmUpdate::default() })
-        .unwrap();
+    let running = Transition::Entered { state: VmState::Running, cause: None, timings: None };
+    assert_eq!(store(&home).transition(&id(&home, "w"), &running).unwrap(), Transitioned::Yes);
     assert!(home.nido(["ls"]).run().ok().text().contains("in "));
 }

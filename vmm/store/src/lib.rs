@@ -17,7 +17,9 @@ mod row;
 mod row_decode;
 mod row_facts;
 mod schema;
+mod stored_spec;
 mod tokens;
+mod transition;
 mod vms;
 mod webhooks;
 
@@ -34,9 +36,11 @@ pub use approvals::ApprovalRow;
 pub use idempotency::KeyState;
 pub use outbox::{Attempt, Due, Outcome};
 pub use pools::{Claim, PoolRow};
-pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
+pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow};
 pub use row_facts::RowFacts;
+pub use stored_spec::{spec_of_stored, stored_spec};
 pub use tokens::TokenRow;
+pub use transition::{Adopted, AgentReady, End, Launching, Transition, Transitioned};
 pub use webhooks::WebhookRow;
 
 use nido_api::error::{Code, Error, Result};
@@ -254,8 +258,17 @@ fn readable_rows<T>(table: &str, rows: impl Iterator<Item = rusqlite::Result<Res
         .map_err(fault)
 }
 
+fn encode_spec(spec: &nido_api::VmSpec) -> Result<String> {
+    stored_spec(spec).and_then(|spec| serde_json::to_string(&spec)).map_err(not_written)
+}
+
 fn encode<T: serde::Serialize>(value: &T) -> Result<String> {
-    serde_json::to_string(value).map_err(|e| Error::internal(format!("cannot write to the store: {e}")))
+    serde_json::to_string(value).map_err(not_written)
+}
+
+#[allow(clippy::needless_pass_by_value)] // for map_err
+fn not_written(error: serde_json::Error) -> Error {
+    Error::internal(format!("cannot write to the store: {error}"))
 }
 
 #[cfg(test)]

@@ -113,7 +113,7 @@ impl Store {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::{Purpose, Saved, VmUpdate};
+    use crate::{Adopted, Purpose, Saved, Transition, Transitioned};
     use nido_api::VmSpec;
     use nido_api::state::VmState;
 
@@ -169,6 +169,10 @@ pub(super) mod tests {
         assert!(owned(&store).is_empty());
     }
 
+    fn make(store: &Store, id: &str, transition: &Transition) {
+        assert_eq!(store.transition(id, transition).unwrap(), Transitioned::Yes);
+    }
+
     #[test]
     fn a_memory_image_is_due_when_its_last_reader_stops() {
         let dir = tempfile::tempdir().unwrap();
@@ -176,20 +180,25 @@ pub(super) mod tests {
         let saved = Saved { memory: "m".into(), state: "s".into(), token: "t".into(), live: false };
         for id in ["1", "2"] {
             store.insert_vm(&row(id, Purpose::Use, "r")).unwrap();
-            let origin = Some(Origin::Fork(saved.clone()));
-            store.update_vm(id, &VmUpdate { origin, state: Some(VmState::Running), ..VmUpdate::default() }).unwrap();
+            let origin = Origin::Fork(saved.clone());
+            let last_start = Adopted { machine: None, origin, cid: None, started_at: None };
+            make(&store, id, &Transition::Adopted(Box::new(last_start)));
+            make(&store, id, &Transition::Entered { state: VmState::Running, cause: None, timings: None });
         }
         collected(&store);
         assert_eq!(owned(&store), ["a", "b", "d", "m", "r", "s"]);
-        let stop = VmUpdate { state: Some(VmState::Stopped), ..VmUpdate::default() };
-        store.update_vm("1", &stop).unwrap();
+        let stop = Transition::ended(VmState::Stopped, None);
+        make(&store, "1", &stop);
         assert_eq!(store.parts_due().unwrap(), 0);
-        store.update_vm("2", &stop).unwrap();
+        make(&store, "2", &stop);
         assert_ne!(store.parts_due().unwrap(), 0);
         assert_eq!(owned(&store), ["a", "b", "d", "r"]);
         collected(&store);
-        store.update_vm("2", &VmUpdate { state: Some(VmState::Starting), ..VmUpdate::default() }).unwrap();
-        store.update_vm("2", &VmUpdate { parts: Some(parts_with_root("q")), ..VmUpdate::default() }).unwrap();
+        make(&store, "2", &Transition::StartBegan);
+        assert_eq!(owned(&store), ["a", "b", "d", "m", "r", "s"]);
+        let parts = serde_json::to_string(&parts_with_root("q")).unwrap();
+        store.connection.execute("UPDATE vms SET parts = ?1 WHERE id = '2'", [parts]).unwrap();
+        make(&store, "2", &Transition::Entered { state: VmState::Running, cause: None, timings: None });
         assert_eq!(store.parts_due().unwrap(), 0, "VM 1 has the same root disk");
         assert_eq!(owned(&store), ["a", "b", "d", "m", "q", "r", "s"]);
     }

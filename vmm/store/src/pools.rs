@@ -12,7 +12,7 @@ use rusqlite::{OptionalExtension as _, params};
 
 use super::events::of_vm;
 use super::vms::{insert_forward, name_taken};
-use super::{Origin, Store, VmRow, decode, encode, fault, readable_rows};
+use super::{Origin, Store, VmRow, decode, encode, encode_spec, fault, readable_rows};
 
 /// How long it is known what became of an attempt to claim a clone, in milliseconds.
 const CLAIMS_KEPT_MS: i64 = 24 * 3600 * 1000;
@@ -150,7 +150,7 @@ impl Store {
                     params![
                         id,
                         claim.spec.name.as_str(),
-                        encode(claim.spec)?,
+                        encode_spec(claim.spec)?,
                         VmState::Starting.word(),
                         i64::try_from(claim.disk_bytes).unwrap_or(i64::MAX),
                         encode(claim.machine)?,
@@ -209,7 +209,7 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{BootParts, Purpose, Saved, VmUpdate};
+    use crate::{Adopted, AgentReady, BootParts, Purpose, Saved, Transition, Transitioned};
     use nido_api::error::Code;
     use nido_api::machine::{Accel, MachineType, Transport};
     use nido_api::{AccelChoice, MachineChoice, NetChoice};
@@ -253,13 +253,18 @@ mod tests {
             let spec = VmSpec::named(format!("pool-{number}").parse().unwrap());
             let id = number.to_string();
             store.insert_vm(&VmRow::new(id.clone(), spec, Purpose::Pool, VmState::Starting, parts, 1 << 30)).unwrap();
-            let update = VmUpdate {
-                state: Some(VmState::Paused),
-                agent: Some(AgentInfo { ready: true, ..AgentInfo::default() }),
-                origin: Some(origin("m", "bake")),
-                ..VmUpdate::default()
+            let forked = Adopted { machine: None, origin: origin("m", "bake"), cid: None, started_at: None };
+            let parked = AgentReady {
+                state: VmState::Paused,
+                cause: None,
+                agent: AgentInfo { ready: true, ..AgentInfo::default() },
+                ip_address: None,
+                timings: None,
+                machine: None,
             };
-            store.update_vm(&id, &update).unwrap();
+            for transition in [Transition::Adopted(Box::new(forked)), Transition::Ready(Box::new(parked))] {
+                assert_eq!(store.transition(&id, &transition).unwrap(), Transitioned::Yes);
+            }
         }
         (dir, store)
     }

@@ -1,10 +1,10 @@
-//! A VM's row: what it holds, and what changes in it.
+//! A VM's row: what it holds.
 
 use jiff::Timestamp;
 use nido_api::machine::Machine;
 use nido_api::name::SnapshotName;
 use nido_api::state::{StateCause, VmState};
-use nido_api::{AgentInfo, Failure, ForwardSpec, LeaseId, Limit, Timings, VmSpec, moment};
+use nido_api::{AgentInfo, Failure, ForwardSpec, LeaseId, Timings, VmSpec, moment};
 use serde::{Deserialize, Serialize};
 
 /// What of its template a VM uses. The parts are content-addressed, so a newer template of the same name changes nothing.
@@ -196,66 +196,6 @@ impl VmRow {
             deleting: false,
             made_by: None,
             unreadable: None,
-        }
-    }
-}
-
-/// What changes in a row. `None` leaves a column as it is; `Some(None)` empties it.
-#[derive(Debug, Clone, Default)]
-pub struct VmUpdate {
-    /// The state. A change of it empties the cause, unless there is another.
-    pub state: Option<VmState>,
-    /// Why it is paused or stopped.
-    pub cause: Option<Option<StateCause>>,
-    /// The machine.
-    pub machine: Option<Machine>,
-    /// The vsock address.
-    pub cid: Option<Option<u32>>,
-    /// When it was started.
-    pub started_at: Option<Timestamp>,
-    /// When its life ends.
-    pub expires_at: Option<Option<Timestamp>>,
-    /// The agent.
-    pub agent: Option<AgentInfo>,
-    /// The guest's address.
-    pub ip_address: Option<Option<String>>,
-    /// Why it failed.
-    pub failure: Option<Option<Failure>>,
-    /// How long the start took.
-    pub timings: Option<Option<Timings>>,
-    /// What of its template it uses.
-    pub parts: Option<BootParts>,
-    /// How it starts.
-    pub origin: Option<Origin>,
-    /// No column, but an event: this time is up.
-    pub expired: Option<Limit>,
-    /// No column, but an event: the disk is as it was in this snapshot.
-    pub restored: Option<SnapshotName>,
-    /// No column, but an event: what the console showed last.
-    pub last_log_entries: Option<Vec<String>>,
-}
-
-impl VmUpdate {
-    /// Both as one; `next` comes later.
-    #[must_use]
-    pub fn merged(self, next: Self) -> Self {
-        let changes_state = next.state.is_some() && next.state != self.state;
-        Self {
-            cause: next.cause.or(if changes_state { Some(None) } else { self.cause }),
-            state: next.state.or(self.state),
-            machine: next.machine.or(self.machine),
-            cid: next.cid.or(self.cid),
-            started_at: next.started_at.or(self.started_at),
-            expires_at: next.expires_at.or(self.expires_at),
-            agent: next.agent.or(self.agent),
-            ip_address: next.ip_address.or(self.ip_address),
-            failure: next.failure.or(self.failure),
-            timings: next.timings.or(self.timings),
-            parts: next.parts.or(self.parts),
-            origin: next.origin.or(self.origin),
-            expired: next.expired.or(self.expired),
-            restored: next.restored.or(self.restored),
-            last_log_entries: next.last_log_entries.or(self.last_log_entries),
         }
     }
 }

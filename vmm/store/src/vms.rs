@@ -1,15 +1,13 @@
 //! The tables `vms` and `forwards`.
 
-use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-use nido_api::state::StateCause;
 use nido_api::{EventDetails, EventKind, ForwardSpec, LeaseId, Limits};
 use rusqlite::{OptionalExtension, Row, params};
 
-use super::events::{events_of, of_vm};
+use super::events::of_vm;
 use super::row_decode::{COLUMNS, Raw};
-use super::{Purpose, Store, VmRow, VmUpdate, encode, fault};
+use super::{Purpose, Store, VmRow, encode, encode_spec, fault};
 
 impl Store {
     /// Inserts a VM with its forwards.
@@ -39,7 +37,7 @@ impl Store {
                     params![
                         row.id,
                         row.spec.name.as_str(),
-                        encode(&row.spec)?,
+                        encode_spec(&row.spec)?,
                         row.state.word(),
                         encode(&row.parts)?,
                         i64::try_from(row.disk_bytes).unwrap_or(i64::MAX),
@@ -159,92 +157,6 @@ impl Store {
             all.entry(id).or_default().extend(forward);
         }
         Ok(all)
-    }
-
-    /// Changes a row. The caller holds the VM's `supervisor.lock`.
-    ///
-    /// # Errors
-    /// `vm_busy` if the vsock address is in use, else of the store.
-    pub fn update_vm(&self, id: &str, update: &VmUpdate) -> Result<()> {
-        let mut sets: Vec<&str> = Vec::new();
-        let mut values: Vec<Box<dyn rusqlite::ToSql>> = Vec::new();
-        let mut set = |column: &'static str, value: Box<dyn rusqlite::ToSql>| {
-            sets.push(column);
-            values.push(value);
-        };
-        if let Some(state) = update.state {
-            set("state", Box::new(state.word()));
-        }
-        if let Some(cause) = update.cause {
-            set("state_cause", Box::new(cause.map(StateCause::word)));
-        }
-        if let Some(machine) = &update.machine {
-            set("machine", Box::new(encode(machine)?));
-        }
-        if let Some(cid) = update.cid {
-            set("cid", Box::new(cid));
-        }
-        if let Some(at) = update.started_at {
-            set("started_ms", Box::new(at.as_millisecond()));
-        }
-        if let Some(at) = update.expires_at {
-            set("expires_ms", Box::new(at.map(Timestamp::as_millisecond)));
-        }
-        if let Some(agent) = &update.agent {
-            set("agent", Box::new(encode(agent)?));
-        }
-        if let Some(address) = &update.ip_address {
-            set("ip_address", Box::new(address.clone()));
-            if let Some(address) = address {
-                set("last_ip_address", Box::new(address.clone()));
-            }
-        }
-        if let Some(failure) = &update.failure {
-            set("failure", Box::new(failure.as_ref().map(encode).transpose()?));
-        }
-        if let Some(timings) = &update.timings {
-            set("timings", Box::new(timings.as_ref().map(encode).transpose()?));
-        }
-        if let Some(parts) = &update.parts {
-            set("parts", Box::new(encode(parts)?));
-        }
-        if let Some(origin) = &update.origin {
-            set("origin", Box::new(encode(origin)?));
-        }
-        if sets.is_empty() && update.expired.is_none() && update.restored.is_none() {
-            return Ok(());
-        }
-        self.in_transaction(|| {
-            let Some(before) = self.vm_by_id(id)? else { return Ok(()) };
-            if update.cause.is_none() && update.state.is_some_and(|state| state != before.state) {
-                sets.push("state_cause");
-                values.push(Box::new(None::<String>));
-            }
-            if !sets.is_empty() {
-                self.set_columns(id, &sets, values)?;
-            }
-            if update.state.is_some() || update.parts.is_some() || update.origin.is_some() {
-                self.update_owned_parts(&before)?;
-            }
-            for (kind, details) in events_of(&before, update) {
-                self.append(kind, Some(&before.spec.name), &details)?;
-            }
-            Ok(())
-        })
-    }
-
-    fn set_columns(&self, id: &str, sets: &[&str], mut values: Vec<Box<dyn rusqlite::ToSql>>) -> Result<()> {
-        let assignments = sets.iter().map(|column| format!("{column} = ?")).collect::<Vec<_>>().join(", ");
-        values.push(Box::new(id.to_owned()));
-        self.connection
-            .execute(&format!("UPDATE vms SET {assignments} WHERE id = ?"), rusqlite::params_from_iter(values))
-            .map_err(|e| match e.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::ConstraintViolation) => {
-                    Error::new(Code::VmBusy, "the vsock address is in use")
-                }
-                _ => fault(e),
-            })?;
-        Ok(())
     }
 
     /// Says that a VM's files are about to be removed.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use nido_api::error::{Problem, Result};
 use nido_api::state::{FailureCause, StateCause, VmState};
-use nido_api::{AgentInfo, Failure, StopRequest};
+use nido_api::{Failure, StopRequest};
 use nido_engine::home::{
     AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG,
 };
@@ -15,7 +15,7 @@ use nido_engine::host::kvm;
 use nido_engine::logs::{log_tail, panic_lines, rotate};
 use nido_engine::machine::Accel;
 use nido_engine::qemu::QemuExit;
-use nido_store::{Purpose, VmUpdate};
+use nido_store::{End, Purpose, Transition};
 use rustix::fs::unlink;
 use tokio::sync::oneshot;
 use tokio::time::{Instant as TokioInstant, sleep_until};
@@ -190,20 +190,10 @@ impl Supervisor {
         tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
         let guest = self.seen.shutdown_reason.as_deref().is_some_and(|reason| reason.starts_with("guest"));
         let cause = self.stop_cause.or(guest.then_some(StateCause::Guest)).filter(|_| state == VmState::Stopped);
-        let update = VmUpdate {
-            state: Some(state),
-            cause: Some(cause),
-            cid: Some(None),
-            expires_at: Some(None),
-            agent: Some(AgentInfo { ready: false, ..self.row.agent.clone() }),
-            ip_address: Some(None),
-            failure: Some(failure),
-            last_log_entries: Some(self.seen.console_tail.clone()),
-            ..VmUpdate::default()
-        };
-        self.unwritten.push(update);
+        let last_log_entries = self.seen.console_tail.clone();
+        self.unwritten.push(Transition::Ended(Box::new(End { state, cause, failure, last_log_entries })));
         let (context, row) = (&self.context, &self.row);
-        let written = self.unwritten.flush(row, |update| context.store().update_vm(&row.id, update));
+        let written = self.unwritten.flush(row, |transition| context.store().transition(&row.id, transition));
         // No process waits for a clone that was taken over only to be deleted.
         if never_ran && (self.row.purpose == Purpose::Use || problem.is_some()) {
             // The command that requested the start knows that we listen, and is about to request the result.

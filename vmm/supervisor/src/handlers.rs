@@ -13,7 +13,7 @@ use nido_engine::guest::{GuestError, Session};
 use nido_engine::machine::Machine;
 use nido_engine::qemu::MonitorEvent;
 use nido_guest_agent::wire::{MAX_WARNING, MAX_WARNINGS, Pong};
-use nido_store::{Purpose, VmUpdate};
+use nido_store::{AgentReady, Purpose, Transition};
 use qapi::qmp::RunState;
 use tokio::sync::oneshot;
 use tokio::time::Instant as TokioInstant;
@@ -169,15 +169,14 @@ impl Supervisor {
         self.row.agent = AgentInfo { ready: true, version: Some(version), transport: None };
         self.row.ip_address = pong.address.and_then(|a| a.parse::<std::net::IpAddr>().ok()).map(|a| a.to_string());
         let machine = self.with_guest_warnings(pong.warnings.unwrap_or_default());
-        self.write(VmUpdate {
+        self.write(Transition::Ready(Box::new(AgentReady {
             machine,
-            state: Some(self.state),
-            cause: Some(self.cause),
-            agent: Some(self.row.agent.clone()),
-            ip_address: Some(self.row.ip_address.clone()),
-            timings: Some(self.row.timings),
-            ..VmUpdate::default()
-        });
+            state: self.state,
+            cause: self.cause,
+            agent: self.row.agent.clone(),
+            ip_address: self.row.ip_address.clone(),
+            timings: self.row.timings,
+        })));
         self.life.send_replace(Life::Ready);
         self.still = Stillness::default();
         if self.clock_stale {

@@ -6,7 +6,7 @@ use nido_api::Limit;
 use nido_api::error::{Code, Error};
 use nido_api::state::{Fact, StateCause};
 use nido_engine::qemu::{QemuExit, QemuProcess};
-use nido_store::VmUpdate;
+use nido_store::Transition;
 use tokio::time::Instant as TokioInstant;
 
 use super::control_server::{ActiveSessions, ControlCommand};
@@ -31,7 +31,7 @@ impl Supervisor {
                     Reached::Idle => (StateCause::Idle, Limit::Idle),
                 };
                 self.stop_cause = Some(cause);
-                self.write(VmUpdate { expired: Some(limit), ..VmUpdate::default() });
+                self.write(Transition::LimitReached(limit));
                 self.learn(Fact::StopAsked);
                 let _ = process.kill();
             }

@@ -25,7 +25,7 @@ use nido_engine::qemu::migration::{self, Memory};
 use nido_engine::qemu::{Monitor, QemuExit};
 use nido_files::random;
 use nido_guest_agent::wire::Renew;
-use nido_store::{Origin, Purpose, VmUpdate};
+use nido_store::{Origin, Purpose, Transition};
 use qapi::qmp::{self, RunState};
 use tokio::sync::oneshot;
 use tokio::time::Instant as TokioInstant;
@@ -99,10 +99,9 @@ impl Supervisor {
         let cid = random::number_in(&GUEST_CIDS)?;
         tracing::warn!("another program uses the VM's vsock address; trying {cid}");
         self.machine.transport = Transport::Vsock { cid };
-        let machine = Some(self.machine.clone());
-        let update = VmUpdate { cid: Some(Some(cid)), machine: machine.clone(), ..VmUpdate::default() };
-        self.context.store().update_vm(&self.row.id, &update)?;
-        (self.row.cid, self.row.machine) = (Some(cid), machine);
+        let changed = Transition::AddressChanged { cid, machine: self.machine.clone() };
+        self.context.store().transition(&self.row.id, &changed)?.log(&self.row.id, "its vsock address");
+        (self.row.cid, self.row.machine) = (Some(cid), Some(self.machine.clone()));
         self.guest = self.context.guest(&self.row)?;
         Ok(())
     }
@@ -237,7 +236,8 @@ impl Supervisor {
                     self.learn(Fact::QmpReady);
                 }
                 self.observe(status, &running);
-                self.write(VmUpdate { state: Some(self.state), cause: Some(self.cause), ..VmUpdate::default() });
+                let (state, cause, timings) = (self.state, self.cause, self.row.timings);
+                self.write(Transition::Entered { state, cause, timings });
             }
             Err(error) => tracing::warn!("cannot read QEMU's status: {error}"),
         }

@@ -14,7 +14,7 @@ use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, UNWRITTEN,
 use nido_engine::machine::{Accel, Machine, Transport};
 use nido_files::lock::Held;
 use nido_files::private_dir::make_socket_private;
-use nido_store::{Origin, Purpose, VmRow, VmUpdate};
+use nido_store::{Origin, Purpose, Transition, VmRow};
 use rustix::fs::unlink;
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -212,23 +212,19 @@ impl Supervisor {
         }
         (self.state, self.cause) = (next, cause);
         self.by_itself = (cause == Some(StateCause::DiskFull)).then(|| ByItself::new(Instant::now()));
-        self.write(VmUpdate {
-            state: Some(next),
-            cause: Some(cause),
-            timings: Some(self.row.timings.filter(|timings| timings.total_ms > 0.0)),
-            ..VmUpdate::default()
-        });
+        let timings = self.row.timings.filter(|timings| timings.total_ms > 0.0);
+        self.write(Transition::Entered { state: next, cause, timings });
     }
 
     /// Writes into the store. What it does not take is kept and repeated.
-    pub(super) fn write(&mut self, update: VmUpdate) {
-        self.unwritten.push(update);
+    pub(super) fn write(&mut self, transition: Transition) {
+        self.unwritten.push(transition);
         self.flush();
     }
 
     pub(super) fn flush(&mut self) {
         let (context, row) = (&self.context, &self.row);
-        if let Err(error) = self.unwritten.flush(row, |update| context.store().update_vm(&row.id, update)) {
+        if let Err(error) = self.unwritten.flush(row, |transition| context.store().transition(&row.id, transition)) {
             tracing::error!("cannot write to the store: {error}");
         }
     }

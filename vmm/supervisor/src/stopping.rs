@@ -10,7 +10,7 @@ use nido_engine::guest::Guest;
 use nido_engine::host::scope;
 use nido_engine::qemu::{Monitor, MonitorError, QemuProcess};
 use nido_guest_agent::wire::Power;
-use nido_store::{Purpose, VmUpdate};
+use nido_store::{Purpose, Transition};
 use qapi::qmp::RunState;
 use tokio::time::Instant as TokioInstant;
 
@@ -64,7 +64,7 @@ impl Supervisor {
         tracing::info!("stopping VM {}: {what}", self.row.spec.name);
         let limit = if reached == Reached::Ttl { Limit::Ttl } else { Limit::Idle };
         self.stop_cause.get_or_insert(if reached == Reached::Ttl { StateCause::Ttl } else { StateCause::Idle });
-        self.write(VmUpdate { expired: Some(limit), ..VmUpdate::default() });
+        self.write(Transition::LimitReached(limit));
         self.begin_stop(StopRequest { force: false, timeout_ms: LIMIT_STOP_MS }, running);
     }
 
@@ -106,7 +106,7 @@ impl Supervisor {
     pub(super) fn session_is_over(&mut self, running: &Running) {
         tracing::info!("ending VM {}: the session that it was created for has ended", self.row.spec.name);
         self.stop_cause.get_or_insert(StateCause::Session);
-        self.write(VmUpdate { expired: Some(Limit::Session), ..VmUpdate::default() });
+        self.write(Transition::LimitReached(Limit::Session));
         self.begin_stop(StopRequest { force: true, ..StopRequest::default() }, running);
     }
 
@@ -147,7 +147,7 @@ impl Supervisor {
             tracing::warn!("the guest did not power off in time; terminating QEMU");
             if !self.machine.warnings.iter().any(|warning| warning == PLUG_PULLED) {
                 self.machine.warnings.push(PLUG_PULLED.into());
-                self.write(VmUpdate { machine: Some(self.machine.clone()), ..VmUpdate::default() });
+                self.write(Transition::MachineChanged(self.machine.clone()));
             }
             self.quit(running);
         }

@@ -14,12 +14,12 @@ use nido_api::Failure;
 use nido_api::error::Result;
 use nido_api::state::{StateCause, VmState};
 use nido_engine::home::{UNWRITTEN, VmDir};
-use nido_store::{VmRow, VmUpdate};
+use nido_store::{Transition, Transitioned, VmRow};
 use serde::{Deserialize, Serialize};
 
 /// Size of the file.
 const FILE_BYTES: usize = 16 << 10;
-/// How many changes are kept apart; of more, the oldest are merged.
+/// How many changes are kept; of more, the oldest state that is not the last is left out.
 const CHANGES_MAX: usize = 64;
 
 /// A state that the store does not know yet.
@@ -50,7 +50,7 @@ fn started_ms(row: &VmRow) -> Option<i64> {
 /// The changes that are still to be written, in order.
 #[derive(Debug, Default)]
 pub(super) struct Unwritten {
-    changes: VecDeque<VmUpdate>,
+    changes: VecDeque<Transition>,
     file: Option<File>,
     told: bool,
 }
@@ -71,12 +71,14 @@ impl Unwritten {
     }
 
     /// Takes one more change.
-    pub(super) fn push(&mut self, change: VmUpdate) {
+    pub(super) fn push(&mut self, change: Transition) {
         self.changes.push_back(change);
+        let is_passing = |change: &Transition| matches!(change, Transition::Entered { .. });
         if self.changes.len() > CHANGES_MAX
-            && let (Some(oldest), Some(next)) = (self.changes.pop_front(), self.changes.pop_front())
+            && let Some(oldest) = self.changes.iter().position(is_passing)
+            && oldest + 1 < self.changes.len()
         {
-            self.changes.push_front(oldest.merged(next));
+            self.changes.remove(oldest);
         }
     }
 
@@ -86,11 +88,18 @@ impl Unwritten {
     }
 
     /// Writes what is there, in order. At the first change that fails it stops, and the file says what the store does not.
-    pub(super) fn flush(&mut self, row: &VmRow, mut write: impl FnMut(&VmUpdate) -> Result<()>) -> Result<()> {
+    pub(super) fn flush(
+        &mut self,
+        row: &VmRow,
+        mut write: impl FnMut(&Transition) -> Result<Transitioned>,
+    ) -> Result<()> {
         while let Some(change) = self.changes.front() {
-            if let Err(error) = write(change) {
-                self.tell(row);
-                return Err(error);
+            match write(change) {
+                Err(error) => {
+                    self.tell(row);
+                    return Err(error);
+                }
+                Ok(done) => done.log(&row.id, change.to().map_or("a change", VmState::word)),
             }
             self.changes.pop_front();
         }
@@ -106,10 +115,9 @@ impl Unwritten {
     }
 
     fn tell(&mut self, row: &VmRow) {
-        let all = self.changes.iter().cloned().reduce(VmUpdate::merged).unwrap_or_default();
-        let (Some(state), Some(started_ms)) = (all.state, started_ms(row)) else { return };
-        let mut lagging =
-            Lagging { started_ms, state, cause: all.cause.flatten(), failure: all.failure.clone().flatten() };
+        let last = self.changes.iter().rev().find_map(|change| Some((change.to()?, change)));
+        let (Some((state, change)), Some(started_ms)) = (last, started_ms(row)) else { return };
+        let mut lagging = Lagging { started_ms, state, cause: change.cause(), failure: change.failure().cloned() };
         self.told = true;
         loop {
             match serde_json::to_vec(&lagging) {
@@ -138,6 +146,7 @@ impl Unwritten {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nido_api::Limit;
     use nido_api::error::Error;
     use nido_api::state::FailureCause;
     use nido_store::Purpose;
@@ -151,8 +160,8 @@ mod tests {
         VmRow { started_at: Some(jiff::Timestamp::from_millisecond(1_700_000_000_000).unwrap()), ..row }
     }
 
-    fn paused(cause: StateCause) -> VmUpdate {
-        VmUpdate { state: Some(VmState::Paused), cause: Some(Some(cause)), ..VmUpdate::default() }
+    fn paused(cause: StateCause) -> Transition {
+        Transition::Entered { state: VmState::Paused, cause: Some(cause), timings: None }
     }
 
     // A change of state that the store did not take was lost: it said `running` of a VM that stood still, for ever.
@@ -164,7 +173,7 @@ mod tests {
         dir.make().unwrap();
         let row = row();
         let mut unwritten = Unwritten::prepare(&dir.file(UNWRITTEN));
-        let full = |_: &VmUpdate| Err(Error::internal("full"));
+        let full = |_: &Transition| Err(Error::internal("full"));
         unwritten.push(paused(StateCause::DiskFull));
         assert!(unwritten.flush(&row, full).is_err());
         let told = lagging(&dir, &row).unwrap();
@@ -175,8 +184,7 @@ mod tests {
 
         let failure =
             Failure { cause: FailureCause::QemuSignal, message: "x".into(), log_tail: vec!["y".repeat(900); 30] };
-        let ended = VmUpdate { state: Some(VmState::Failed), failure: Some(Some(failure)), ..VmUpdate::default() };
-        unwritten.push(ended);
+        unwritten.push(Transition::ended(VmState::Failed, Some(failure)));
         assert!(unwritten.flush(&row, full).is_err());
         let told = lagging(&dir, &row).unwrap();
         assert_eq!((told.state, told.cause), (VmState::Failed, None));
@@ -185,8 +193,8 @@ mod tests {
         let mut written = Vec::new();
         unwritten
             .flush(&row, |change| {
-                written.push(change.state);
-                Ok(())
+                written.push(change.to());
+                Ok(Transitioned::Yes)
             })
             .unwrap();
         assert_eq!(written, [Some(VmState::Paused), Some(VmState::Failed)]);
@@ -195,20 +203,22 @@ mod tests {
     }
 
     #[test]
-    fn of_too_many_changes_the_oldest_are_merged() {
+    fn of_too_many_changes_old_states_are_left_out_and_nothing_else() {
         let mut unwritten = Unwritten::default();
-        unwritten.push(VmUpdate { ip_address: Some(Some("10.0.2.15".into())), ..VmUpdate::default() });
+        unwritten.push(Transition::LimitReached(Limit::Ttl));
         for _ in 0..CHANGES_MAX + 20 {
             unwritten.push(paused(StateCause::User));
         }
-        let mut first = None;
+        unwritten.push(Transition::ended(VmState::Stopped, None));
+        let mut written = Vec::new();
         unwritten
             .flush(&row(), |change| {
-                first.get_or_insert(change.clone());
-                Ok(())
+                written.push(change.clone());
+                Ok(Transitioned::Yes)
             })
             .unwrap();
-        let first = first.unwrap();
-        assert_eq!((first.ip_address, first.state), (Some(Some("10.0.2.15".into())), Some(VmState::Paused)));
+        assert_eq!(written.len(), CHANGES_MAX);
+        assert_eq!(written[0], Transition::LimitReached(Limit::Ttl));
+        assert_eq!(written[CHANGES_MAX - 1].to(), Some(VmState::Stopped));
     }
 }

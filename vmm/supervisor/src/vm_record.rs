@@ -8,7 +8,6 @@ use std::collections::HashSet;
 use std::{fs, io};
 
 use jiff::Timestamp;
-use nido_api::VmSpec;
 use nido_api::error::{Code, Error, Result};
 use nido_api::state::VmState;
 use nido_engine::home::{
@@ -16,7 +15,7 @@ use nido_engine::home::{
     SUPERVISOR_LOG, UNWRITTEN, VM_LOCK, VM_RECORD, VmDir,
 };
 use nido_files::atomic_file::{Durability, is_temporary, write_private};
-use nido_store::{Purpose, VmRow};
+use nido_store::{Purpose, VmRow, spec_of_stored, stored_spec};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -88,7 +87,7 @@ impl VmRecord {
             purpose: row.purpose.word().into(),
             created_ms: row.created_at.as_millisecond(),
             disk_bytes: row.disk_bytes,
-            spec: json(&row.spec)?,
+            spec: stored_spec(&row.spec).map_err(|e| unwritable(&e))?,
             parts: json(&row.parts)?,
             forwards: json(&row.forwards)?,
             machine: json(&row.machine)?,
@@ -139,7 +138,7 @@ impl VmRecord {
     /// # Errors
     /// `internal` if it was written by a nido that is too different.
     pub fn row(&self) -> Result<VmRow> {
-        let spec: VmSpec = decode("spec", known_fields(&self.spec))?;
+        let spec = spec_of_stored(self.spec.clone()).map_err(|why| unusable("spec", &why))?;
         let purpose = Purpose::from_word(&self.purpose).ok_or_else(|| unusable("purpose", "unknown"))?;
         let parts = decode("parts", self.parts.clone())?;
         let mut row = VmRow::new(self.id.clone(), spec, purpose, VmState::Stopped, parts, self.disk_bytes);
@@ -163,7 +162,11 @@ impl VmRecord {
 }
 
 fn json<T: Serialize>(value: &T) -> Result<Value> {
-    serde_json::to_value(value).map_err(|e| Error::internal(format!("cannot write the VM's record: {e}")))
+    serde_json::to_value(value).map_err(|e| unwritable(&e))
+}
+
+fn unwritable(error: &serde_json::Error) -> Error {
+    Error::internal(format!("cannot write the VM's record: {error}"))
 }
 
 fn decode<T: serde::de::DeserializeOwned>(field: &str, value: Value) -> Result<T> {
@@ -172,17 +175,6 @@ fn decode<T: serde::de::DeserializeOwned>(field: &str, value: Value) -> Result<T
 
 fn unusable(field: &str, why: &str) -> Error {
     Error::new(Code::Internal, format!("field '{field}' of the VM's {VM_RECORD} cannot be used: {why}"))
-}
-
-/// A specification without the fields that this nido does not know.
-fn known_fields(spec: &Value) -> Value {
-    let mut spec = spec.clone();
-    let named = spec.get("name").cloned().and_then(|name| serde_json::from_value(name).ok());
-    let known = named.and_then(|name| serde_json::to_value(VmSpec::named(name)).ok());
-    if let (Some(fields), Some(Value::Object(known))) = (spec.as_object_mut(), known) {
-        fields.retain(|name, _| name == "lease" || known.contains_key(name));
-    }
-    spec
 }
 
 fn collect_hashes(value: &Value, found: &mut HashSet<String>) {
@@ -236,6 +228,7 @@ pub fn remove_without_data(dir: &VmDir) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use nido_api::VmSpec;
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;

@@ -14,7 +14,7 @@
 use nido_api::error::{Code, Error, Result};
 use nido_api::{LeaseId, Limit, VmSpec};
 use nido_engine::liveness::{Presence, is_gone};
-use nido_store::VmUpdate;
+use nido_store::Transition;
 
 use super::Nido;
 
@@ -55,8 +55,7 @@ impl Nido {
         let rows = self.store().vms()?;
         let mut ended = Ok(());
         for row in rows.into_iter().filter(|row| row.spec.lease.as_ref() == Some(&id)) {
-            let over = VmUpdate { expired: Some(Limit::Session), ..VmUpdate::default() };
-            let told = self.store().update_vm(&row.id, &over);
+            let told = self.store().transition(&row.id, &Transition::LimitReached(Limit::Session));
             let gone = self.delete_row(&row, true).await.map(drop).and(told.map(drop));
             // Its supervisor may have been quicker.
             if gone.is_err() && self.store().vm_by_id(&row.id)?.is_some() {

@@ -5,14 +5,12 @@ use std::time::{Duration, Instant};
 use jiff::SignedDuration;
 use nido_api::error::{Code, Error, Result};
 use nido_api::state::{Admission, Request as Act, VmState, admit};
-use nido_api::{
-    AgentInfo, Grant, PathChoice, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmRef, VmSpec, moment,
-};
+use nido_api::{Grant, PathChoice, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmRef, VmSpec, moment};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK};
 use nido_engine::machine::{self, GUEST_CIDS, Machine, MachineRequest, Transport};
 use nido_files::lock::{Held, is_held};
 use nido_files::random;
-use nido_store::{BootParts, Origin, Purpose, VmRow, VmUpdate};
+use nido_store::{BootParts, Launching, Origin, Purpose, Transition, Transitioned, VmRow};
 use nido_supervisor::context::write_guest_config;
 use nido_supervisor::control::Request;
 
@@ -66,11 +64,7 @@ impl Nido {
             Ok(()) => self.await_start(&row, start, progress).await,
             Err(error) => {
                 // No supervisor has had it: nothing ran, so nothing has crashed.
-                if self.store().vm_by_id(&row.id).is_ok_and(|now| now.is_some_and(|now| now.state == VmState::Starting))
-                {
-                    let update = VmUpdate { state: Some(VmState::Stopped), ..VmUpdate::default() };
-                    self.store().update_vm(&row.id, &update).unwrap_or_else(|e| tracing::warn!("{e}"));
-                }
+                self.give_up_start(&row, VmState::Stopped);
                 Err(error)
             }
         };
@@ -143,16 +137,33 @@ impl Nido {
         if !matches!(admit(row.state, Act::Start), Admission::Do) {
             return Err(Error::new(Code::VmBusy, format!("VM '{name}' changed meanwhile; it is {}", row.state.word())));
         }
-        self.store().update_vm(&row.id, &VmUpdate { state: Some(VmState::Starting), ..VmUpdate::default() })?;
+        self.begin_start(&row)?;
         if let Err(error) = Box::pin(self.launch(&row, held, start, asked_at)).await {
-            // The state goes back to what it was, unless a supervisor has already written something else.
-            let now = self.store().vm_by_id(&row.id)?;
-            if now.is_some_and(|now| now.state == VmState::Starting) {
-                self.store().update_vm(&row.id, &VmUpdate { state: Some(row.state), ..VmUpdate::default() })?;
-            }
+            self.give_up_start(&row, row.state);
             return Err(error);
         }
         self.await_start(&row, start, progress).await
+    }
+
+    /// Records that a start has begun. The caller holds the VM's lock.
+    pub(super) fn begin_start(&self, row: &VmRow) -> Result<()> {
+        match self.store().transition(&row.id, &Transition::StartBegan)? {
+            Transitioned::Yes => Ok(()),
+            Transitioned::No(state) => {
+                let words = format!("VM '{}' changed meanwhile; it is {}", row.spec.name, state.word());
+                Err(Error::new(Code::VmBusy, words))
+            }
+            Transitioned::Gone => Err(super::gone_meanwhile(&row.spec.name)),
+        }
+    }
+
+    /// Records that a start was given up: the VM is in the state that it had, unless a supervisor has recorded another one.
+    pub(super) fn give_up_start(&self, row: &VmRow, to: VmState) {
+        match self.store().transition(&row.id, &Transition::StartGivenUp { to }) {
+            Ok(_) => {}
+            // The next command finds that no process takes care of it.
+            Err(error) => tracing::warn!("cannot record that VM {} does not start: {error}", row.spec.name),
+        }
     }
 
     /// Decides on the machine, writes it down and hands the VM to a new supervisor.
@@ -202,25 +213,20 @@ impl Nido {
             if origin == Origin::Boot && row.purpose != Purpose::Bake {
                 boot_parts = Box::pin(self.with_own_agent(boot_parts)).await?;
             }
-            let update = VmUpdate {
-                state: Some(VmState::Starting),
-                cid: Some(matches!(machine.transport, Transport::Vsock { .. }).then_some(cid)),
-                machine: Some(machine.clone()),
-                started_at: Some(started_at),
-                expires_at: Some(expires_at),
-                agent: Some(AgentInfo::default()),
-                ip_address: Some(None),
-                failure: Some(None),
-                timings: Some(None),
-                parts: Some(boot_parts.clone()),
-                origin: Some(origin.clone()),
-                ..VmUpdate::default()
-            };
-            match self.store().update_vm(&row.id, &update) {
+            let launching = Transition::Launching(Box::new(Launching {
+                cid: matches!(machine.transport, Transport::Vsock { .. }).then_some(cid),
+                machine: machine.clone(),
+                started_at,
+                expires_at,
+                parts: boot_parts.clone(),
+                origin: origin.clone(),
+            }));
+            match self.store().transition(&row.id, &launching) {
                 // Another VM has this vsock address: take another.
                 Err(e) if e.code() == Code::VmBusy && tries < 8 => tries += 1,
                 Err(e) => return Err(e),
-                Ok(()) => break (machine, boot_parts, origin),
+                Ok(Transitioned::Yes) => break (machine, boot_parts, origin),
+                Ok(Transitioned::No(_) | Transitioned::Gone) => return Err(super::gone_meanwhile(&row.spec.name)),
             }
         };
         let row = &VmRow { parts: boot_parts, origin, ..row.clone() };

@@ -4,12 +4,12 @@ use std::time::Instant;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::SnapshotName;
-use nido_api::state::{StateCause, VmState};
+use nido_api::state::VmState;
 use nido_api::{RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, VmInfo, VmRef};
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VmDir};
 use nido_engine::snapshot::{self, DiskCopy, PreviousDisk, Record, Unfinished};
 use nido_files::lock::Held;
-use nido_store::{Origin, VmRow, VmUpdate};
+use nido_store::{Origin, Transition, VmRow};
 use nido_supervisor::control::Request;
 
 use super::Nido;
@@ -130,15 +130,8 @@ impl Nido {
 
     /// Writes down that a VM's disk is that of a snapshot.
     fn restored_disk(&self, row: &VmRow, name: &SnapshotName) -> Result<VmInfo> {
-        let at_rest = state_at_rest(row);
-        let update = VmUpdate {
-            state: Some(at_rest),
-            cause: Some((at_rest == VmState::Stopped).then_some(StateCause::Restored)),
-            failure: Some(None),
-            restored: Some(name.clone()),
-            ..VmUpdate::default()
-        };
-        self.store().update_vm(&row.id, &update)?;
+        let restored = Transition::DiskRestored { snapshot: name.clone(), to: state_at_rest(row) };
+        self.store().transition(&row.id, &restored)?.log(&row.id, "the restored disk");
         self.describe_current(row)
     }
 
@@ -151,9 +144,9 @@ impl Nido {
         (origin, asked_at): (Origin, Instant),
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
-        self.store().update_vm(&row.id, &VmUpdate { state: Some(VmState::Starting), ..VmUpdate::default() })?;
+        self.begin_start(row)?;
         if let Err(error) = Box::pin(self.launch_from(row, held, start, asked_at, Some(origin))).await {
-            self.store().update_vm(&row.id, &VmUpdate { state: Some(state_at_rest(row)), ..VmUpdate::default() })?;
+            self.give_up_start(row, state_at_rest(row));
             return Err(error);
         }
         self.await_start(row, start, progress).await

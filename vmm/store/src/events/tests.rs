@@ -1,4 +1,4 @@
-use super::super::BootParts;
+use super::super::{BootParts, Transitioned};
 use super::*;
 use nido_api::state::FailureCause;
 use nido_api::{AgentInfo, Failure, Limit, VmSpec};
@@ -34,27 +34,40 @@ fn words(store: &Store) -> Vec<&'static str> {
     all(store).iter().map(|event| event.event.word()).collect()
 }
 
-fn to(state: VmState) -> VmUpdate {
-    VmUpdate { state: Some(state), ..VmUpdate::default() }
+fn to(state: VmState) -> Transition {
+    Transition::Entered { state, cause: None, timings: None }
 }
 
-fn answered() -> VmUpdate {
-    VmUpdate { agent: Some(AgentInfo { ready: true, ..AgentInfo::default() }), ..to(VmState::Running) }
+fn answered() -> Transition {
+    answered_from(None)
+}
+
+fn answered_from(ip_address: Option<String>) -> Transition {
+    let agent = AgentInfo { ready: true, ..AgentInfo::default() };
+    let state = VmState::Running;
+    Transition::Ready(Box::new(AgentReady { state, cause: None, agent, ip_address, timings: None, machine: None }))
+}
+
+fn ended(state: VmState, failure: Option<Failure>, last_log_entries: Vec<String>) -> Transition {
+    Transition::Ended(Box::new(End { state, cause: None, failure, last_log_entries }))
+}
+
+fn make(store: &Store, id: &str, transition: &Transition) {
+    assert_eq!(store.transition(id, transition).unwrap(), Transitioned::Yes);
 }
 
 #[test]
 fn a_life_is_told_in_order() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
-    let address = VmUpdate { ip_address: Some(Some("10.0.2.15".into())), ..answered() };
-    let time_is_up = VmUpdate { expired: Some(Limit::Ttl), ..VmUpdate::default() };
+    let address = answered_from(Some("10.0.2.15".into()));
+    let time_is_up = Transition::LimitReached(Limit::Ttl);
     let steps =
         [to(VmState::Running), address, to(VmState::Paused), to(VmState::Running), time_is_up, to(VmState::Stopping)];
-    for update in steps {
-        store.update_vm("1", &update).unwrap();
+    for transition in steps {
+        make(&store, "1", &transition);
     }
-    let last_log_entries = Some(vec!["Power down".to_owned()]);
-    store.update_vm("1", &VmUpdate { ip_address: Some(None), last_log_entries, ..to(VmState::Stopped) }).unwrap();
+    make(&store, "1", &ended(VmState::Stopped, None, vec!["Power down".to_owned()]));
     store.remove_vm("1", vec!["the end".into()]).unwrap();
     store.remove_vm("1", Vec::new()).unwrap();
     let told = ["vm.created", "vm.started", "vm.paused", "vm.resumed", "vm.expired", "vm.stopped", "vm.deleted"];
@@ -72,16 +85,18 @@ fn a_crash_has_a_cause_and_last_words() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
     let started_at = Timestamp::now().checked_sub(std::time::Duration::from_secs(7)).unwrap();
-    store.update_vm("1", &VmUpdate { started_at: Some(started_at), ..answered() }).unwrap();
+    store.connection.execute("UPDATE vms SET started_ms = ?1", [started_at.as_millisecond()]).unwrap();
+    make(&store, "1", &answered());
     let (cause, log_tail) = (FailureCause::GuestPanic, vec!["Kernel panic".to_owned()]);
     let failure = Failure { cause, message: "the guest's kernel panicked".into(), log_tail: log_tail.clone() };
-    store.update_vm("1", &VmUpdate { failure: Some(Some(failure)), ..to(VmState::Failed) }).unwrap();
+    make(&store, "1", &ended(VmState::Failed, Some(failure), Vec::new()));
     let crash = all(&store).pop().unwrap();
     assert_eq!((crash.event, crash.details.cause), (EventKind::VmCrashed, Some(cause)));
     assert_eq!(crash.details.last_log_entries, log_tail);
     assert!((7000..60_000).contains(&crash.details.ran_ms.unwrap()));
     // Told once.
-    store.update_vm("1", &to(VmState::Failed)).unwrap();
+    let again = ended(VmState::Failed, None, Vec::new());
+    assert_eq!(store.transition("1", &again).unwrap(), Transitioned::No(VmState::Failed));
     assert_eq!(words(&store).len(), 3);
 }
 
@@ -90,7 +105,7 @@ fn what_is_nobodys_is_no_event_until_it_is_claimed() {
     let (_dir, store) = open();
     for (id, purpose) in [("1", Purpose::Pool), ("2", Purpose::Bake)] {
         store.insert_vm(&row(id, purpose)).unwrap();
-        store.update_vm(id, &answered()).unwrap();
+        make(&store, id, &answered());
         store.remove_vm(id, Vec::new()).unwrap();
     }
     assert_eq!(words(&store), [""; 0]);
@@ -100,7 +115,7 @@ fn what_is_nobodys_is_no_event_until_it_is_claimed() {
 fn a_start_that_was_called_off_is_no_stop() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
-    store.update_vm("1", &to(VmState::Stopped)).unwrap();
+    make(&store, "1", &ended(VmState::Stopped, None, Vec::new()));
     assert_eq!(words(&store), ["vm.created"]);
 }
 
@@ -129,7 +144,7 @@ fn readers_go_on_where_they_were_and_choose() {
     let (_dir, store) = open();
     for id in ["1", "2", "3"] {
         store.insert_vm(&row(id, Purpose::Use)).unwrap();
-        store.update_vm(id, &answered()).unwrap();
+        make(&store, id, &answered());
     }
     let second = EventsRequest { vm: Some("vm-2".parse().unwrap()), ..EventsRequest::default() };
     let (events, cursor) = store.events(&second).unwrap();
@@ -145,7 +160,7 @@ fn old_events_are_forgotten_and_their_cursors_never_come_back() {
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
     store.connection.execute("UPDATE events SET at_ms = 0", []).unwrap();
     for number in 0..PRUNED_EVERY {
-        store.update_vm("1", &to(if number % 2 == 0 { VmState::Running } else { VmState::Paused })).unwrap();
+        make(&store, "1", &to(if number % 2 == 0 { VmState::Running } else { VmState::Paused }));
     }
     assert!(all(&store)[0].event != EventKind::VmCreated);
     store.connection.execute("DELETE FROM events", []).unwrap();

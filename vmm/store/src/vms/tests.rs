@@ -1,4 +1,4 @@
-use super::super::BootParts;
+use super::super::{Adopted, BootParts, Origin, Transition, Transitioned};
 use super::*;
 use nido_api::VmSpec;
 use nido_api::state::VmState;
@@ -67,9 +67,10 @@ fn a_vsock_address_is_taken_once() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", "a")).unwrap();
     store.insert_vm(&row("2", "b")).unwrap();
-    let take = VmUpdate { cid: Some(Some(77)), ..VmUpdate::default() };
-    store.update_vm("1", &take).unwrap();
-    assert_eq!(store.update_vm("2", &take).unwrap_err().code(), Code::VmBusy);
+    let taken = Adopted { machine: None, origin: Origin::Boot, cid: Some(77), started_at: None };
+    let take = Transition::Adopted(Box::new(taken));
+    assert_eq!(store.transition("1", &take).unwrap(), Transitioned::Yes);
+    assert_eq!(store.transition("2", &take).unwrap_err().code(), Code::VmBusy);
 }
 
 #[test]
@@ -77,7 +78,7 @@ fn only_rows_to_reconcile_are_looked_after() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", "a")).unwrap();
     store.insert_vm(&row("2", "b")).unwrap();
-    store.update_vm("2", &VmUpdate { state: Some(VmState::Running), ..VmUpdate::default() }).unwrap();
+    assert_eq!(store.transition("2", &Transition::FoundRunning).unwrap(), Transitioned::Yes);
     let ids: Vec<_> = store.rows_to_reconcile().unwrap().into_iter().map(|vm| vm.id).collect();
     assert_eq!(ids, ["2"]);
     store.mark_deleting("1").unwrap();

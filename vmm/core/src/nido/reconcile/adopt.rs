@@ -2,13 +2,13 @@
 //!
 //! They are reported, and get a row again only when a user asks for it.
 
+use nido_api::VmSpec;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::state::VmState;
-use nido_api::{AgentInfo, VmSpec};
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK};
 use nido_files::lock::{Held, is_held};
-use nido_store::VmUpdate;
+use nido_store::{Adopted, Transition};
 use nido_supervisor::control::Request;
 use nido_supervisor::vm_record::VmRecord;
 use std::time::Duration;
@@ -86,21 +86,16 @@ impl Nido {
                 }
             }
         }
-        let update = VmUpdate {
-            machine,
-            origin: Some(origin),
-            cid: Some(cid.filter(|_| runs)),
-            started_at: runs.then(jiff::Timestamp::now),
-            ..VmUpdate::default()
-        };
-        self.store().update_vm(id, &update)?;
+        let cid = cid.filter(|_| runs);
+        let last_start = Adopted { machine, origin, cid, started_at: runs.then(jiff::Timestamp::now) };
+        self.store().transition(id, &Transition::Adopted(Box::new(last_start)))?.log(id, "its last start");
         self.context.write_record(&row)?;
         drop(held);
         if runs {
             self.reconcile_vm(&row).await?;
-            if let Ok(Ok(_)) = tokio::time::timeout(READY_TIMEOUT, self.ask(&row, &Request::Ready)).await {
-                let agent = Some(AgentInfo { ready: true, ..AgentInfo::default() });
-                self.store().update_vm(id, &VmUpdate { agent, ..VmUpdate::default() })?;
+            let is_ready = self.ask(&row, &Request::Ready);
+            if !matches!(tokio::time::timeout(READY_TIMEOUT, is_ready).await, Ok(Ok(_))) {
+                tracing::warn!("the guest agent of the adopted VM {} does not reply yet", row.spec.name);
             }
         }
         let renamed = (row.spec.name != wanted).then_some(wanted);

@@ -2,15 +2,15 @@
 
 use std::io::ErrorKind;
 
+use nido_api::Failure;
 use nido_api::error::{Error, Result};
 use nido_api::state::{Fact, FailureCause, VmState, advance};
-use nido_api::{AgentInfo, Failure};
 use nido_engine::home::{CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOCK};
 use nido_engine::host::vm_processes;
 use nido_engine::logs::log_tail;
 use nido_engine::{liveness, snapshot};
 use nido_files::lock::Held;
-use nido_store::{Origin, VmRow, VmUpdate};
+use nido_store::{End, Origin, Transition, VmRow};
 use nido_supervisor::context::remove_tree;
 use nido_supervisor::lagging;
 use nido_supervisor::vm_record::remove_without_data;
@@ -165,8 +165,7 @@ impl Nido {
         tracing::info!("VM {} lost its supervisor; starting another", row.spec.name);
         if row.state.at_rest() {
             // A QEMU that outlived its row.
-            let update = VmUpdate { state: Some(VmState::Running), failure: Some(None), ..VmUpdate::default() };
-            self.store().update_vm(id, &update)?;
+            self.store().transition(id, &Transition::FoundRunning)?.log(id, "that its QEMU runs");
         }
         self.supervise_again(id, held).await
     }
@@ -205,19 +204,23 @@ impl Nido {
     /// Records that a VM has ended, which no supervisor could.
     fn record_end(&self, id: &str, files_lost: bool) -> Result<()> {
         let Some(row) = self.store().vm_by_id(id)?.filter(|row| row.unreadable.is_none()) else { return Ok(()) };
-        let update = match lagging(&self.vm_dir(id), &row) {
-            _ if files_lost => ended(&row, VmState::Failed, Some(self.files_lost_failure(id))),
+        let end = match lagging(&self.vm_dir(id), &row) {
+            _ if files_lost => Transition::ended(VmState::Failed, Some(self.files_lost_failure(id))),
             // A supervisor that saw the end, and could not write it into the store, wrote it into the VM's directory.
-            Some(known) if known.state.at_rest() => {
-                VmUpdate { cause: Some(known.cause), ..ended(&row, known.state, known.failure) }
-            }
+            Some(known) if known.state.at_rest() => Transition::Ended(Box::new(End {
+                state: known.state,
+                cause: known.cause,
+                failure: known.failure,
+                last_log_entries: Vec::new(),
+            })),
             _ => {
                 let state = advance(row.state, Fact::QemuExited { clean: false });
                 let failure = (state == VmState::Failed).then(|| self.unreported_failure(id));
-                ended(&row, state, failure)
+                Transition::ended(state, failure)
             }
         };
-        self.store().update_vm(id, &update)
+        self.store().transition(id, &end)?.log(id, "its end");
+        Ok(())
     }
 
     fn files_lost_failure(&self, id: &str) -> Failure {
@@ -236,18 +239,5 @@ impl Nido {
             message: "QEMU and its supervisor ended without a report: the host restarted, or both were killed".into(),
             log_tail: log_tail(&self.vm_dir(id), &[QEMU_LOG, CONSOLE_LOG]),
         }
-    }
-}
-
-/// What changes in the row of a VM that has ended.
-fn ended(row: &VmRow, state: VmState, failure: Option<Failure>) -> VmUpdate {
-    VmUpdate {
-        state: Some(state),
-        cid: Some(None),
-        expires_at: Some(None),
-        agent: Some(AgentInfo { ready: false, ..row.agent.clone() }),
-        ip_address: Some(None),
-        failure: Some(failure),
-        ..VmUpdate::default()
     }
 }

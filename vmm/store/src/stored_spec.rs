@@ -1,0 +1,185 @@
+//! A VM's specification as nido stores it: in the column `vms.spec` and in `vm.json`. The API's type is strict about what clients
+//! write; this one reads what any version of nido wrote.
+//!
+//! Invariants: fields that this version does not know are ignored, absent ones have the defaults of the version that wrote none. A
+//! field that must not be ignored, because the VM would then have less isolation or keep less than its user asked for, comes with a
+//! higher [`FORMAT`]; a specification of a higher format is not read.
+
+use std::collections::BTreeMap;
+
+use nido_api::name::{TemplateName, VmName};
+use nido_api::{AccelChoice, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
+use serde::{Deserialize, Serialize};
+
+/// The format that this version writes, and the highest that it reads.
+const FORMAT: u32 = 1;
+
+/// A specification, as it is stored.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct StoredSpec {
+    /// Its format; absent before formats were numbered.
+    #[serde(default = "first_format")]
+    format: u32,
+    name: VmName,
+    template: TemplateName,
+    cpus: u32,
+    memory_mib: u32,
+    #[serde(default)]
+    disk_bytes: Option<u64>,
+    #[serde(default)]
+    net: NetChoice,
+    #[serde(default)]
+    machine: MachineChoice,
+    #[serde(default)]
+    accel: AccelChoice,
+    #[serde(default)]
+    require_isolation: bool,
+    #[serde(default)]
+    nested: bool,
+    #[serde(default)]
+    forwards: Vec<ForwardSpec>,
+    #[serde(default)]
+    ttl_ms: Option<u64>,
+    #[serde(default)]
+    idle_ms: Option<u64>,
+    // Virtual columns of the store read the next and `lease`: see `schema.rs`.
+    #[serde(default)]
+    ephemeral: bool,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lease: Option<LeaseId>,
+}
+
+const fn first_format() -> u32 {
+    1
+}
+
+/// The specification as it is stored.
+///
+/// # Errors
+/// Of the serialization.
+pub fn stored_spec(spec: &VmSpec) -> serde_json::Result<serde_json::Value> {
+    serde_json::to_value(StoredSpec::from(spec.clone()))
+}
+
+/// The specification that was stored.
+///
+/// # Errors
+/// One sentence: it is damaged, or a newer nido wrote it.
+pub fn spec_of_stored(stored: serde_json::Value) -> Result<VmSpec, String> {
+    // First: a newer format may have any shape.
+    let format = stored.get("format").and_then(serde_json::Value::as_u64).unwrap_or(1);
+    if format > u64::from(FORMAT) {
+        return Err(format!("a newer nido wrote it (format {format}; this one reads up to {FORMAT})"));
+    }
+    serde_json::from_value::<StoredSpec>(stored).map(VmSpec::from).map_err(|e| e.to_string())
+}
+
+impl From<VmSpec> for StoredSpec {
+    fn from(spec: VmSpec) -> Self {
+        // By name: a new field of the API has to be stored, too.
+        let VmSpec {
+            name,
+            template,
+            cpus,
+            memory_mib,
+            disk_bytes,
+            net,
+            machine,
+            accel,
+            require_isolation,
+            nested,
+            forwards,
+            ttl_ms,
+            idle_ms,
+            ephemeral,
+            labels,
+            lease,
+        } = spec;
+        Self {
+            format: FORMAT,
+            name,
+            template,
+            cpus,
+            memory_mib,
+            disk_bytes,
+            net,
+            machine,
+            accel,
+            require_isolation,
+            nested,
+            forwards,
+            ttl_ms,
+            idle_ms,
+            ephemeral,
+            labels,
+            lease,
+        }
+    }
+}
+
+impl From<StoredSpec> for VmSpec {
+    fn from(stored: StoredSpec) -> Self {
+        Self {
+            name: stored.name,
+            template: stored.template,
+            cpus: stored.cpus,
+            memory_mib: stored.memory_mib,
+            disk_bytes: stored.disk_bytes,
+            net: stored.net,
+            machine: stored.machine,
+            accel: stored.accel,
+            require_isolation: stored.require_isolation,
+            nested: stored.nested,
+            forwards: stored.forwards,
+            ttl_ms: stored.ttl_ms,
+            idle_ms: stored.idle_ms,
+            ephemeral: stored.ephemeral,
+            labels: stored.labels,
+            lease: stored.lease,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec() -> VmSpec {
+        let mut spec = VmSpec::named("web".parse().unwrap());
+        spec.labels.insert("role".into(), "demo".into());
+        spec.forwards = vec!["8080:80".parse().unwrap()];
+        VmSpec { ttl_ms: Some(7), nested: true, ephemeral: true, disk_bytes: Some(1 << 30), ..spec }
+    }
+
+    #[test]
+    fn what_is_stored_is_read_again() {
+        assert_eq!(spec_of_stored(stored_spec(&spec()).unwrap()).unwrap(), spec());
+    }
+
+    // A field that a newer nido had added made the row, and with it every command, unreadable.
+    #[test]
+    fn a_field_that_is_not_known_is_ignored_and_a_newer_format_is_not_read() {
+        let mut stored = stored_spec(&spec()).unwrap();
+        stored["future"] = json!({"a": 1});
+        assert_eq!(spec_of_stored(stored.clone()).unwrap(), spec());
+        stored["format"] = json!(FORMAT + 1);
+        assert!(spec_of_stored(stored).unwrap_err().contains("newer nido"));
+    }
+
+    // What the first versions stored was the API's own type.
+    #[test]
+    fn what_the_first_versions_stored_is_read() {
+        assert_eq!(spec_of_stored(serde_json::to_value(spec()).unwrap()).unwrap(), spec());
+        let oldest = json!({"name": "web", "template": "sandbox", "cpus": 1, "memory_mib": 512});
+        assert_eq!(spec_of_stored(oldest).unwrap(), VmSpec::named("web".parse().unwrap()));
+        for damaged in
+            [json!(7), json!({}), json!({"name": "-"}), json!({"name": "web", "template": "t", "cpus": "two"})]
+        {
+            assert!(spec_of_stored(damaged).is_err());
+        }
+    }
+}
