@@ -22,6 +22,7 @@ mod exec_socket;
 mod failures;
 mod files;
 mod forwards;
+mod guardian;
 mod host_errors;
 mod killed;
 mod leases;

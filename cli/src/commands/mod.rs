@@ -45,7 +45,7 @@ mod template;
 mod token;
 mod upload;
 mod vm_args;
-mod watch_ttl;
+mod watch;
 mod webhook;
 
 use clap::{Parser, Subcommand};
@@ -118,7 +118,7 @@ pub enum Verb {
     #[command(hide = true)]
     Supervise(supervise::Args),
     #[command(hide = true)]
-    WatchTtl(watch_ttl::Args),
+    Watch(watch::Args),
     #[command(hide = true)]
     PoolFill(pool_fill::Args),
     #[command(hide = true)]
@@ -141,7 +141,7 @@ impl Verb {
 
     /// Whether its process stays when the command that has started it is over.
     pub const fn stays(&self) -> bool {
-        matches!(self, Self::Supervise(_) | Self::WatchTtl(_) | Self::PoolFill(_) | Self::Deliver(_))
+        matches!(self, Self::Supervise(_) | Self::Watch(_) | Self::PoolFill(_) | Self::Deliver(_))
     }
 
     /// Whether it is there to give space back: a full disk does not keep it from that.
@@ -188,7 +188,7 @@ impl Verb {
             Self::Completions(args) => args.run(cx),
             Self::Man(args) => args.run(cx),
             Self::Supervise(args) => Box::pin(args.run(cx)).await,
-            Self::WatchTtl(args) => args.run(cx).await,
+            Self::Watch(args) => args.run(cx).await,
             Self::PoolFill(args) => Box::pin(args.run(cx)).await,
             Self::Deliver(args) => args.run(cx).await,
         }

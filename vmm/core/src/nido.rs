@@ -22,6 +22,7 @@ mod exec;
 mod files;
 mod fork;
 mod forwards;
+mod guardian;
 mod idempotency;
 mod jobs;
 mod leases;
@@ -39,7 +40,6 @@ mod template_archive;
 mod template_store;
 mod templates;
 mod tokens;
-mod ttl;
 mod webhooks;
 
 use std::path::Path;

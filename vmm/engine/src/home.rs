@@ -18,8 +18,6 @@ use nido_files::private_dir::{make_private_dir, make_private_dir_in_place};
 pub const VM_LOCK: &str = "vm.lock";
 /// Locked by the process that may change the VM: its supervisor, or the command that starts or deletes it.
 pub const SUPERVISOR_LOCK: &str = "supervisor.lock";
-/// Locked by the watcher of the VM's time to live.
-pub const TTL_LOCK: &str = "ttl.lock";
 /// QEMU's monitor.
 pub const QMP_SOCKET: &str = "qmp.sock";
 /// Where QEMU brings the guest's virtio-serial port; the supervisor listens.
@@ -187,6 +185,12 @@ impl Home {
     #[must_use]
     pub fn delivery_lock(&self) -> PathBuf {
         self.root.join(layout::DELIVERY_LOCK)
+    }
+
+    /// Held by the guardian: the process that starts a supervisor for a QEMU that has none.
+    #[must_use]
+    pub fn guardian_lock(&self) -> PathBuf {
+        self.root.join(layout::GUARDIAN_LOCK)
     }
 
     /// The directory of the logs of background processes and builds.

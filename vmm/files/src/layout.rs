@@ -33,6 +33,8 @@ pub const LOGS: &str = "logs";
 pub const POOL_LOCK: &str = "pool.lock";
 /// Held by the process that delivers webhook messages.
 pub const DELIVERY_LOCK: &str = "deliver.lock";
+/// Held by the guardian, the process that gives a QEMU a supervisor again.
+pub const GUARDIAN_LOCK: &str = "guardian.lock";
 /// Liveness locks of servers and sessions, by id.
 pub const PRESENT: &str = "present";
 /// Where agents on this machine may have files copied from and to.

@@ -24,9 +24,11 @@ pub struct RowFacts {
     pub lease: Option<String>,
     /// The operation that makes it.
     pub made_by: Option<String>,
+    /// When its time to live is over, in milliseconds since 1970.
+    pub expires_ms: Option<i64>,
 }
 
-const COLUMNS: &str = "id, state, deleting, coalesce(ephemeral, 0), lease, made_by";
+const COLUMNS: &str = "id, state, deleting, coalesce(ephemeral, 0), lease, made_by, expires_ms";
 
 /// The condition of the index `vms_to_reconcile`, word for word: otherwise SQLite does not use it.
 const TO_RECONCILE: &str = "deleting = 1 OR state NOT IN ('created', 'stopped', 'failed')
@@ -42,6 +44,7 @@ impl RowFacts {
             ephemeral: row.get(3)?,
             lease: row.get(4)?,
             made_by: row.get(5)?,
+            expires_ms: row.get(6)?,
         })
     }
 }

@@ -30,6 +30,8 @@ use super::state::{SESSION_EVERY, Supervisor, instant_of};
 
 /// How often logs are looked at.
 const LOGS_EVERY: Duration = Duration::from_secs(5);
+/// How often the supervisor looks whether the guardian lives.
+pub(super) const GUARDIAN_EVERY: Duration = Duration::from_secs(3);
 /// With less free space a disk counts as full.
 const DISK_FULL_BYTES: u64 = 8 << 20;
 /// How often a change that the store did not take is repeated.
@@ -46,7 +48,7 @@ impl Supervisor {
         let running = if attach_to { self.take_over().await } else { self.start().await };
         match running {
             Ok(running) => {
-                self.watch_ttl(&running.process);
+                self.ensure_guardian();
                 self.leave_callers_unit(&running.process);
                 let exit = self.watch_over(running).await;
                 self.conclude(exit).await
@@ -101,6 +103,8 @@ impl Supervisor {
         retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut logs = tokio::time::interval(LOGS_EVERY);
         logs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut guardian = tokio::time::interval(GUARDIAN_EVERY);
+        guardian.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut session = tokio::time::interval(SESSION_EVERY);
         session.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut direct = self.users.watch();
@@ -148,6 +152,7 @@ impl Supervisor {
                     // The host may have slept, which the timer does not count; the wall clock does.
                     self.limits.expire_at(self.row.expires_at.map(instant_of));
                 }
+                _ = guardian.tick() => self.ensure_guardian(),
                 _ = retry.tick(), if !self.unwritten.is_empty() => self.flush(),
                 _ = session.tick(), if (self.row.spec.lease.is_some() || self.row.made_by.is_some()) && !self.quit_sent => {
                     if self.context.is_abandoned(&self.row) {

@@ -10,12 +10,14 @@ use nido_store::Transition;
 use tokio::time::Instant as TokioInstant;
 
 use super::control_server::{ActiveSessions, ControlCommand};
+use super::event_loop::GUARDIAN_EVERY;
 use super::limits::Reached;
 use super::state::{SESSION_EVERY, Supervisor};
 
 impl Supervisor {
     /// Watches over a QEMU whose monitor does not answer: all that can be done with it is to end it.
     pub(super) async fn watch_over_mute(&mut self, process: &QemuProcess) -> QemuExit {
+        let mut guardian = tokio::time::interval(GUARDIAN_EVERY);
         let mut session = tokio::time::interval(SESSION_EVERY);
         let mut direct = self.users.watch();
         let mut spliced =
@@ -40,6 +42,7 @@ impl Supervisor {
                 _ = direct.changed() => {}
                 Ok(()) = spliced.changed() => {}
                 () = tokio::time::sleep_until(wake.unwrap_or_else(TokioInstant::now)), if wake.is_some() => {}
+                _ = guardian.tick() => self.ensure_guardian(),
                 exit = process.wait() => return exit.unwrap_or(QemuExit::Unknown),
                 () = self.termination.requested() => {
                     self.stop_cause.get_or_insert(StateCause::Host);

@@ -65,7 +65,6 @@ impl Supervisor {
         let now = Instant::now();
         let expires_at = order.spec.ttl_ms.and_then(|ttl| now.checked_add(Duration::from_millis(ttl)));
         self.limits = Limits::new(now, expires_at, order.spec.idle_ms.map(Duration::from_millis));
-        self.watch_ttl(&running.process);
         // Synced before the owner is notified that the VM is ready, in parallel to the identity reset.
         let record = self.context.prepare_record(&self.row).map(tokio::task::spawn_blocking);
         let awake = self.wake(ports, running).await;

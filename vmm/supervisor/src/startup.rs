@@ -205,6 +205,7 @@ impl Supervisor {
         if let Err(error) = self.bind_forwards().await {
             tracing::error!("a published port is lost: {error}");
         }
+        self.remove_warning();
         self.mend_snapshot(&running).await;
         match running.monitor.query_status(QMP_TIMEOUT).await {
             // It was loading, and what it has loaded is not known to be whole. Its guest has done nothing yet, so another
@@ -243,6 +244,15 @@ impl Supervisor {
         }
         self.life.send_replace(Life::Booting);
         Ok(running)
+    }
+
+    /// The guardian may have recorded that no supervisor works: this one does.
+    fn remove_warning(&mut self) {
+        let before = self.machine.warnings.len();
+        self.machine.warnings.retain(|warning| warning != crate::SUPERVISOR_FAILS);
+        if self.machine.warnings.len() != before {
+            self.write(VmUpdate { machine: Some(self.machine.clone()), ..VmUpdate::default() });
+        }
     }
 
     /// Finds the QEMU that holds the VM's lock. One that cannot be reached has only just been started, or is about to end.

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use nido_api::state::{Fact, StateCause};
+use nido_api::state::{Fact, StateCause, VmState};
 use nido_api::{Limit, PLUG_PULLED, StopRequest};
 use nido_engine::guest::Guest;
 use nido_engine::host::scope;
@@ -80,12 +80,11 @@ impl Supervisor {
         self.begin_stop(StopRequest { force, timeout_ms: TERMINATE_STOP_MS }, running);
     }
 
-    /// Has a small process end QEMU when its time is up, should this supervisor not be there to.
-    pub(super) fn watch_ttl(&self, qemu: &QemuProcess) {
-        if let Some(at) = self.row.expires_at
-            && let Err(error) = self.context.start_ttl_watcher(&self.row.id, at, qemu)
-        {
-            tracing::error!("the time to live ends only while the supervisor runs: {error}");
+    /// Starts the guardian if none runs, unless this VM is about to end. While there is a supervisor, a guardian that was killed
+    /// is replaced.
+    pub(super) fn ensure_guardian(&self) {
+        if self.kill_at.is_none() && self.state != VmState::Stopping {
+            self.context.ensure_guardian();
         }
     }
 

@@ -1,4 +1,4 @@
-//! How a process of nido that stays is started: a supervisor, the pool filler, the delivery worker, the watcher of a time to live.
+//! How a process of nido that stays is started: a supervisor, the pool filler, the delivery worker, the guardian.
 //!
 //! The process that starts it gives it a short list of environment variables and a directory of nido's own ([`command`]), and passes on no
 //! descriptor ([`keep_descriptors`]). The rest it does itself ([`begin`]): a session of its own, default signals, a umask that keeps

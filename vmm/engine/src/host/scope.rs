@@ -56,16 +56,29 @@ pub fn bus() -> Option<Bus> {
 /// # Errors
 /// What systemd, or `busctl`, said.
 pub async fn adopt(bus: Bus, id: &str, vm: &str, pids: &[i32]) -> Result<(), String> {
-    match call(bus, &start_arguments(id, vm, pids)).await {
+    adopt_as(bus, id, &format!("nido VM {vm}"), pids).await
+}
+
+/// Puts a process that serves a whole home into the scope `nido-ID.scope`: it must not keep the scope of a VM from ending.
+///
+/// # Errors
+/// What systemd, or `busctl`, said.
+pub async fn adopt_helper(bus: Bus, id: &str, description: &str) -> Result<(), String> {
+    let own = i32::try_from(std::process::id()).unwrap_or_default();
+    adopt_as(bus, id, description, &[own]).await
+}
+
+async fn adopt_as(bus: Bus, id: &str, description: &str, pids: &[i32]) -> Result<(), String> {
+    match call(bus, &start_arguments(id, description, pids)).await {
         Ok(()) => Ok(()),
         Err(why) => call(bus, &attach_arguments(id, pids)).await.map_err(|_| why),
     }
 }
 
-fn start_arguments(id: &str, vm: &str, pids: &[i32]) -> Vec<String> {
+fn start_arguments(id: &str, description: &str, pids: &[i32]) -> Vec<String> {
     let mut arguments =
         vec!["StartTransientUnit".into(), "ssa(sv)a(sa(sv))".into(), unit(id), "fail".into(), "4".into()];
-    arguments.extend(["Description", "s", &format!("nido VM {vm}")].map(String::from));
+    arguments.extend(["Description", "s", description].map(String::from));
     arguments.extend(["CollectMode", "s", "inactive-or-failed"].map(String::from));
     arguments.extend(["TimeoutStopUSec", "t", &STOP_TIMEOUT_US.to_string()].map(String::from));
     arguments.extend(["PIDs", "au", &pids.len().to_string()].map(String::from));

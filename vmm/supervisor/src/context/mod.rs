@@ -6,15 +6,15 @@
 mod background;
 mod delivery;
 mod erase;
+mod guardian;
 mod guest_config;
 mod record;
-mod ttl_watcher;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use nido_api::LeaseId;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Result};
 use nido_engine::home::{Home, VmDir};
 use nido_engine::liveness::is_gone;
 use nido_engine::space_reserve::SpaceReserve;
@@ -23,6 +23,7 @@ use nido_store::{Store, VmRow};
 pub use self::background::open_log;
 pub use self::delivery::StoreGuard;
 pub use self::erase::remove_tree;
+pub use self::guardian::{open_home, start_supervisor_unawaited};
 pub use self::guest_config::{guest_network, read_token, write_guest_config};
 
 /// How nido is opened.
@@ -36,6 +37,12 @@ pub struct OpenOptions {
     pub supervisor: Option<PathBuf>,
     /// What is about to be done gives space back: on a full disk it may use what is kept for that.
     pub frees_space: bool,
+}
+
+/// Where the home that the options name is.
+fn home_root(options: &OpenOptions) -> Result<PathBuf> {
+    let variable = || std::env::var_os("NIDO_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
+    options.home.clone().or_else(variable).map_or_else(Home::default_root, Ok)
 }
 
 /// An opened home.
@@ -53,9 +60,7 @@ impl Context {
     /// # Errors
     /// `denied` if the home belongs to another user, `permission_denied`, `read_only`, `disk_full`, `internal`.
     pub fn open(mut options: OpenOptions) -> Result<Self> {
-        let named =
-            options.home.clone().or_else(|| std::env::var_os("NIDO_HOME").filter(|v| !v.is_empty()).map(PathBuf::from));
-        let home = Home::open(&named.map_or_else(Home::default_root, Ok)?)?;
+        let home = Home::open(&home_root(&options)?)?;
         // A home that cannot be written can still be read: `ls`, `info`, `template ls` and `doctor` need no more.
         let is_read_only = !home.is_writable();
         let open = || {
@@ -127,17 +132,4 @@ impl Context {
         // The operation may have ended well since the row was read.
         lease.is_some_and(is_over) || made_by.is_some_and(is_over) && self.store().is_being_made(id).unwrap_or(false)
     }
-
-    fn program(&self) -> Result<PathBuf> {
-        self.options.supervisor.clone().map_or_else(own_program, Ok)
-    }
-}
-
-/// The program that runs. One that was replaced since it was started is run as it is now.
-fn own_program() -> Result<PathBuf> {
-    let program = std::env::current_exe().map_err(|e| Error::io("cannot find nido's own program", e))?;
-    Ok(match program.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
-        Some(path) if !program.exists() => PathBuf::from(path),
-        _ => program,
-    })
 }

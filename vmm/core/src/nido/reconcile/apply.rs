@@ -62,6 +62,9 @@ impl Nido {
     /// Of the store.
     pub async fn reconcile(&self) -> Result<()> {
         self.reconcile_scope(Scope::Open).await?;
+        if self.needs_guardian()? {
+            self.context.ensure_guardian();
+        }
         self.back_up_store();
         Ok(())
     }
@@ -122,7 +125,8 @@ impl Nido {
         self.store().vm_by_id(&row.id)
     }
 
-    async fn repair_vm(&self, id: &str, scope: Scope) -> Result<()> {
+    /// Plans and makes the repairs of one VM.
+    pub(in crate::nido) async fn repair_vm(&self, id: &str, scope: Scope) -> Result<()> {
         for _ in 0..ROUNDS_MAX {
             let Some(mut held) = self.lock_for_repair(id)? else { return Ok(()) };
             let row = self.store().row_facts_of(id)?;

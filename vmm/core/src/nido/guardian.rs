@@ -1,0 +1,255 @@
+//! The guardian of a home: `nido watch`, one process while any VM runs. It starts a supervisor for a QEMU that has none, records
+//! the end of a QEMU that ended without one, and kills a QEMU whose supervisor hangs when the time to live is over.
+//!
+//! ```text
+//!  a supervisor (at its start, and every 3 s), a command ── guardian.lock free? ──> nido watch ── no VM runs: ends
+//!  nido watch ── every 2 s: rows, locks ── decide (pure) ── act
+//! ```
+//!
+//! Invariants: at most one guardian stays in a home (it holds `guardian.lock`). Between two looks it has no store open, and no look
+//! creates a file. While a guardian or a supervisor lives, a killed one is replaced; if all of them are killed at the same moment,
+//! the next nido command does it.
+
+mod decide;
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use nido_api::error::{Code, Error, Result};
+use nido_api::state::VmState;
+use nido_engine::home::{Home, SUPERVISOR_LOCK, VM_LOCK};
+use nido_engine::host::{scope, vm_processes};
+use nido_files::lock::{Held, is_free, is_held};
+use nido_store::{RowFacts, Store, VmUpdate};
+use nido_supervisor::SUPERVISOR_FAILS;
+use nido_supervisor::context::{open_home, start_supervisor_unawaited};
+
+use self::decide::{Act, Histories, VmFacts, decide};
+use super::reconcile::Scope;
+use super::{Nido, OpenOptions};
+
+/// How often the store is read.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// How often locks are looked at, for each running VM: with many VMs no more often than the store.
+const LOCKS_INTERVAL_PER_VM: Duration = Duration::from_millis(20);
+/// The same with few VMs.
+const LOCKS_INTERVAL_MIN: Duration = Duration::from_millis(200);
+/// How long a QEMU that was killed may take to end. It is looked at again.
+const KILL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why a guardian has nothing to do any more.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// No VM runs.
+    NothingRuns,
+    /// The home was removed or replaced, or its store is of another version of nido.
+    NotOurs,
+}
+
+impl Nido {
+    /// The hidden verb: guards the home until no VM runs; returns at once if another guardian does.
+    ///
+    /// # Errors
+    /// The home cannot be opened or locked.
+    pub async fn watch(options: OpenOptions) -> Result<()> {
+        let Some(home) = open_home(&options)? else { return Ok(()) };
+        let mut guardian = Guardian::new(options, home)?;
+        loop {
+            let held = Held::try_take(&guardian.home.guardian_lock());
+            let Some(held) = held.map_err(|e| Error::io("cannot lock the guardian's lock", e))? else { return Ok(()) };
+            guardian.leave_callers_unit();
+            let end = guardian.guard().await;
+            drop(held);
+            // A process that saw the lock held in between relies on this.
+            if end == End::NotOurs || !guardian.look().is_ok_and(|vms| vms.iter().any(VmFacts::needs_guardian)) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether a VM claims to run, so that the home needs a guardian.
+    pub(super) fn needs_guardian(&self) -> Result<bool> {
+        Ok(self.store().rows_to_reconcile()?.iter().any(|row| row.state.is_some_and(|state| !state.at_rest())))
+    }
+
+    /// Adds to a VM's row that no supervisor stays. The next supervisor that works removes it.
+    fn warn_of_supervisors(&self, id: &str) -> Result<()> {
+        let lock = self.vm_dir(id).file(SUPERVISOR_LOCK);
+        let Ok(Some(_held)) = Held::try_take_existing(&lock) else { return Ok(()) };
+        let row = self.store().vm_by_id(id)?;
+        let Some(mut machine) = row.and_then(|row| row.machine) else { return Ok(()) };
+        if !machine.warnings.iter().any(|warning| warning == SUPERVISOR_FAILS) {
+            machine.warnings.push(SUPERVISOR_FAILS.into());
+        }
+        self.store().update_vm(id, &VmUpdate { machine: Some(machine), ..VmUpdate::default() })
+    }
+}
+
+/// A guardian, between two looks.
+#[derive(Debug)]
+struct Guardian {
+    options: OpenOptions,
+    home: Home,
+    /// Which directory the home is: device and inode.
+    identity: (u64, u64),
+    /// What was seen last.
+    vms: Vec<VmFacts>,
+    /// Why the store could not be read the last time.
+    trouble: Option<String>,
+}
+
+impl Guardian {
+    fn new(options: OpenOptions, home: Home) -> Result<Self> {
+        let identity = identity(home.root()).ok_or_else(|| Error::internal("nido's home cannot be looked at"))?;
+        Ok(Self { options, home, identity, vms: Vec::new(), trouble: None })
+    }
+
+    /// Where there is systemd: the scope of the VM whose supervisor started this process ends with that VM.
+    fn leave_callers_unit(&self) {
+        let Some(bus) = scope::bus() else { return };
+        let id = format!("guardian-{:x}-{:x}", self.identity.0, self.identity.1);
+        let description = format!("nido guardian of {}", self.home.root().display());
+        tokio::spawn(async move {
+            if let Err(why) = scope::adopt_helper(bus, &id, &description).await {
+                tracing::warn!("the guardian stays in the unit that it was started in: {why}");
+            }
+        });
+    }
+
+    async fn guard(&mut self) -> End {
+        let mut histories = Histories::default();
+        loop {
+            if identity(self.home.root()) != Some(self.identity) {
+                return End::NotOurs;
+            }
+            match self.look() {
+                Ok(vms) => {
+                    self.trouble = None;
+                    self.vms = vms;
+                    if !self.vms.iter().any(VmFacts::needs_guardian) {
+                        return End::NothingRuns;
+                    }
+                }
+                // A nido that can read it starts another guardian.
+                Err(error) if error.code() == Code::ReadOnly => {
+                    tracing::warn!("{error}");
+                    return End::NotOurs;
+                }
+                Err(error) => {
+                    self.note_trouble(&error);
+                    self.look_at_locks();
+                    if !self.vms.iter().any(|vm| vm.runs || vm.supervised) {
+                        return End::NothingRuns;
+                    }
+                }
+            }
+            for act in decide(&self.vms, &mut histories, Instant::now()) {
+                if let Err(error) = self.act(&act).await {
+                    tracing::error!("{act:?} failed: {error}");
+                }
+            }
+            self.pause().await;
+        }
+    }
+
+    /// Reads the store, then the locks. Nothing is created, and nothing stays open.
+    fn look(&self) -> Result<Vec<VmFacts>> {
+        let rows = Store::open_to_read(&self.home.database())?.rows_to_reconcile()?;
+        let now = Timestamp::now().as_millisecond();
+        Ok(rows.iter().map(|row| self.facts(row, now)).collect())
+    }
+
+    fn facts(&self, row: &RowFacts, now: i64) -> VmFacts {
+        let mut vm = VmFacts {
+            id: row.id.clone(),
+            at_rest: row.state.is_some_and(VmState::at_rest),
+            readable: row.state.is_some(),
+            ttl_over: row.expires_ms.is_some_and(|at| at <= now),
+            ..VmFacts::default()
+        };
+        self.read_locks(&mut vm);
+        vm
+    }
+
+    /// Looks at what was seen last once more: the store cannot be read.
+    fn look_at_locks(&mut self) {
+        let mut vms = std::mem::take(&mut self.vms);
+        vms.iter_mut().for_each(|vm| self.read_locks(vm));
+        self.vms = vms;
+    }
+
+    fn read_locks(&self, vm: &mut VmFacts) {
+        // The supervisor's first: it is released after QEMU's.
+        vm.supervised = !is_free(&self.file(&vm.id, SUPERVISOR_LOCK)).unwrap_or(false);
+        vm.runs = !is_free(&self.file(&vm.id, VM_LOCK)).unwrap_or(false);
+    }
+
+    fn file(&self, id: &str, name: &str) -> PathBuf {
+        self.home.vm(id).file(name)
+    }
+
+    fn note_trouble(&mut self, error: &Error) {
+        let trouble = error.to_string();
+        if self.trouble.as_ref() != Some(&trouble) {
+            tracing::error!("the store cannot be read; only what was known before is guarded: {trouble}");
+        }
+        self.trouble = Some(trouble);
+    }
+
+    async fn act(&self, act: &Act) -> Result<()> {
+        match act {
+            Act::Supervise(id) => self.supervise(id),
+            Act::KillQemu(id) => {
+                tracing::error!("VM {id} does not stop at the end of its time to live; killing its QEMU");
+                vm_processes::kill_lock_holders(&self.file(id, VM_LOCK), KILL_TIMEOUT);
+                Ok(())
+            }
+            // Both need the store.
+            Act::RecordEnd(_) | Act::Warn(_) if self.trouble.is_some() => Ok(()),
+            Act::RecordEnd(id) => self.open()?.repair_vm(id, Scope::Open).await,
+            Act::Warn(id) => self.open()?.warn_of_supervisors(id),
+        }
+    }
+
+    fn open(&self) -> Result<Nido> {
+        Nido::open_unreconciled(self.options.clone())
+    }
+
+    fn supervise(&self, id: &str) -> Result<()> {
+        let lock = self.file(id, SUPERVISOR_LOCK);
+        let held = match Held::try_take_existing(&lock) {
+            // Only the lock's file is missing.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Held::try_take(&lock),
+            held => held,
+        };
+        let held = held.map_err(|e| Error::io("cannot lock the VM", e))?;
+        let Some(held) = held.filter(|_| is_held(&self.file(id, VM_LOCK))) else { return Ok(()) };
+        tracing::info!("VM {id} lost its supervisor; starting another");
+        start_supervisor_unawaited(&self.options, &self.home, id, held)
+    }
+
+    /// Sleeps until the next look, or until a supervisor has ended.
+    async fn pause(&self) {
+        let count = u32::try_from(self.vms.len()).unwrap_or(u32::MAX);
+        let step = LOCKS_INTERVAL_PER_VM.saturating_mul(count).clamp(LOCKS_INTERVAL_MIN, LOOK_INTERVAL);
+        let deadline = Instant::now() + LOOK_INTERVAL;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            tokio::time::sleep(step.min(left)).await;
+            let has_ended = |vm: &VmFacts| vm.supervised && !is_held(&self.file(&vm.id, SUPERVISOR_LOCK));
+            if self.vms.iter().any(has_ended) {
+                return;
+            }
+        }
+    }
+}
+
+/// Which directory it is; `None` if it is gone.
+fn identity(root: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(root).ok().map(|meta| (meta.dev(), meta.ino()))
+}
