@@ -19,6 +19,10 @@ pub struct SnapshotInfo {
     pub running: bool,
     /// Bytes on the host's disk.
     pub size_bytes: u64,
+    /// For how long the running VM's CPUs were paused for it, in milliseconds. Absent if they did not run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub paused_ms: Option<u64>,
     /// Why it cannot be restored, if it is damaged. It can be deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]

@@ -147,6 +147,10 @@ pub struct ForkResult {
     pub vm: VmName,
     /// The copies, in the order of the request.
     pub copies: Vec<VmInfo>,
+    /// For how long the CPUs of the VM that was copied were paused, in milliseconds. Absent if they did not run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub paused_ms: Option<u64>,
 }
 
 /// A list of VMs.

@@ -11,6 +11,7 @@
 //!
 //! Invariant: a directory under a snapshot's name is complete. The process that creates one holds the VM's `supervisor.lock`.
 
+mod layer;
 mod restore;
 
 use std::fs::{self, File};
@@ -29,14 +30,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::home::{DEVICE_STATE, DISK, REMOVED_PREFIX, SNAPSHOTS, VmDir};
 
+pub use self::layer::{LayerCopy, copy_bytes};
 pub use self::restore::{DiskCopy, PreviousDisk, has_restore_files, remove_restore_files};
 
 const UNFINISHED: &str = ".new-";
 const RECORD: &str = "snapshot.json";
 /// Version of [`Record`].
 const FORMAT: u32 = 1;
-/// Blocks in which a file is copied where its blocks cannot be shared, in bytes.
-const BLOCK: usize = 1 << 20;
 
 /// What is written down about a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +47,9 @@ pub struct Record {
     pub created_at: Timestamp,
     /// What it takes to load it, if the VM ran.
     pub running: Option<Running>,
+    /// For how long the VM's CPUs were paused for it, in milliseconds, if they ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_ms: Option<u64>,
 }
 
 /// A running VM's part of a snapshot.
@@ -64,7 +67,7 @@ impl Record {
     /// A record of now.
     #[must_use]
     pub fn now(running: Option<Running>) -> Self {
-        Self { format: FORMAT, created_at: moment::now(), running }
+        Self { format: FORMAT, created_at: moment::now(), running, paused_ms: None }
     }
 }
 
@@ -111,12 +114,12 @@ impl Unfinished {
         Ok(Self { path, target, published: false })
     }
 
-    /// Where the machine's state goes.
+    /// Where the machine's state goes; empty.
     ///
     /// # Errors
     /// `disk_full`, `internal`.
     pub fn state(&self) -> Result<File> {
-        let file = File::options().write(true).create_new(true).mode(0o600).open(self.path.join(DEVICE_STATE));
+        let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(self.path.join(DEVICE_STATE));
         file.map_err(failed)
     }
 
@@ -125,7 +128,15 @@ impl Unfinished {
     /// # Errors
     /// `disk_full`, `internal`.
     pub fn copy_disk(&self, vm: &VmDir) -> Result<()> {
-        copy_layer(&vm.file(DISK), &self.path.join(DISK))
+        layer::copy_layer(&vm.file(DISK), &self.path.join(DISK))
+    }
+
+    /// Begins a copy of the VM's layer, which may change until the copy's last refresh.
+    ///
+    /// # Errors
+    /// `disk_full`, `internal`.
+    pub fn begin_disk(&self, vm: &VmDir) -> Result<LayerCopy> {
+        LayerCopy::begin(&vm.file(DISK), &self.path.join(DISK))
     }
 
     /// Gives it its name. Everything is on the disk before.
@@ -260,6 +271,7 @@ fn describe(vm: &VmDir, of: &VmName, name: &SnapshotName, record: Result<Record>
         name: name.clone(),
         created_at: record.as_ref().map_or_else(|_| made(), |record| moment::in_ms(record.created_at)),
         running: record.as_ref().is_ok_and(|record| record.running.is_some()),
+        paused_ms: record.as_ref().ok().and_then(|record| record.paused_ms),
         size_bytes: blocks(DISK) + blocks(DEVICE_STATE),
         damaged: record.err().map(|error| error.message().to_owned()),
     }
@@ -277,62 +289,6 @@ pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
         // Reports that it does not exist.
         Err(error) if error.kind() == io::ErrorKind::NotFound => open(vm, of, name).map(drop),
         renamed => renamed.and_then(|()| fs::remove_dir_all(&doomed)).map_err(broken),
-    }
-}
-
-/// Copies a layer, and brings it to the disk: shares its blocks where the file system can, else copies what is not a hole.
-fn copy_layer(from: &Path, to: &Path) -> Result<()> {
-    let copy = || -> io::Result<()> {
-        let source = File::open(from)?;
-        let target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
-        if rustix::fs::ioctl_ficlone(&target, &source).is_err() {
-            // A copy that cannot be finished would fill the disk for all others.
-            let free = rustix::fs::fstatvfs(&target)?;
-            if source.metadata()?.blocks().saturating_mul(512) > free.f_bavail.saturating_mul(free.f_frsize) {
-                return Err(io::ErrorKind::StorageFull.into());
-            }
-            copy_sparse(&source, &target)?;
-        }
-        target.sync_all()
-    };
-    copy().map_err(|e| {
-        let _ = fs::remove_file(to);
-        Error::io("cannot copy the VM's disk", e)
-    })
-}
-
-/// Bytes that a copy of the VM's layer takes: none where the file system can share its blocks.
-#[must_use]
-pub fn copy_bytes(vm: &VmDir) -> u64 {
-    let probe = || -> io::Result<()> {
-        let path = vm.file(".clone-probe");
-        let source = File::open(vm.file(crate::home::GUEST_CONFIG))?;
-        let target = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
-        let _ = fs::remove_file(&path);
-        Ok(rustix::fs::ioctl_ficlone(&target, &source)?)
-    };
-    if probe().is_ok() { 0 } else { fs::metadata(vm.file(DISK)).map_or(0, |facts| facts.blocks() * 512) }
-}
-
-fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
-    use std::os::unix::fs::FileExt as _;
-    let length = source.metadata()?.len();
-    target.set_len(length)?;
-    let mut buffer = vec![0; BLOCK];
-    let mut at = 0;
-    loop {
-        at = match rustix::fs::seek(source, rustix::fs::SeekFrom::Data(at)) {
-            Ok(data) => data,
-            Err(rustix::io::Errno::NXIO) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        let hole = rustix::fs::seek(source, rustix::fs::SeekFrom::Hole(at))?.min(length);
-        while at < hole {
-            let wanted = usize::try_from(hole - at).unwrap_or(BLOCK).min(BLOCK);
-            source.read_exact_at(&mut buffer[..wanted], at)?;
-            target.write_all_at(&buffer[..wanted], at)?;
-            at += wanted as u64;
-        }
     }
 }
 

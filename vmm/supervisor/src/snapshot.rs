@@ -1,17 +1,21 @@
 //! Taking a snapshot of a running VM.
 //!
 //! ```text
-//!  freeze the guest's file system - pause - save memory and devices - copy the disk - resume - unfreeze - publish
+//!  copy the disk - save most of the memory - freeze the guest's file system - copy what has changed, of both
+//!        - pause - the rest - resume - unfreeze - publish
 //! ```
 //!
-//! A paused VM is saved as it is, and stays paused. This is a task next to the event loop. Invariant: the VM continues whatever
-//! fails; if this supervisor is killed meanwhile, the
-//! next one finds what was unfinished, removes it and resumes the VM.
+//! Everything before the pause happens while the guest runs. Without enough space for that on the host's disk (pages that change
+//! are written again), all of it happens while the VM is paused. A paused VM is saved as it is, and stays paused.
+//!
+//! This is a task next to the event loop. Invariant: the VM continues whatever fails; if this supervisor is killed meanwhile,
+//! the next one finds what was unfinished, removes it and resumes the VM.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant as StdInstant};
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
@@ -21,8 +25,8 @@ use nido_engine::guest::{Guest, GuestError, Session};
 use nido_engine::home::{SNAPSHOT_SOCKET, VmDir};
 use nido_engine::host::{facts, qemu};
 use nido_engine::qemu::Monitor;
-use nido_engine::qemu::migration::{self, Memory};
-use nido_engine::snapshot::{self, Record, Unfinished};
+use nido_engine::qemu::migration::{self, Bounds, LiveSave, Memory, MigrationError};
+use nido_engine::snapshot::{self, LayerCopy, Record, Unfinished};
 use nido_store::Origin;
 use qapi::qmp::RunState;
 use tokio::time::Instant;
@@ -38,6 +42,9 @@ use super::state::Supervisor;
 const FROZEN_WITHIN: Duration = Duration::from_secs(30);
 /// How long saving memory and devices may take.
 const SAVED_WITHIN: Duration = Duration::from_secs(600);
+/// How long, and in how many passes over the memory, the changes of a running guest are followed before it is paused.
+const FOLLOWED_FOR: Duration = Duration::from_secs(2);
+const PASSES: u64 = 8;
 /// What a file system in memory calls itself.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
@@ -133,6 +140,9 @@ impl Supervisor {
             return;
         }
         tracing::warn!("a snapshot was interrupted; resuming the VM");
+        if let Err(error) = migration::abandon(&running.monitor).await {
+            tracing::error!("saving the VM does not end: {error}");
+        }
         if let Err(error) = running.monitor.cont(QMP_TIMEOUT).await {
             tracing::error!("the VM cannot be resumed: {error}");
         }
@@ -145,8 +155,9 @@ impl Supervisor {
 }
 
 impl Needed {
-    /// Refuses where the disk is too full, before anything is done to the VM.
-    fn check(&self, dir: &VmDir) -> Result<()> {
+    /// Refuses where the disk is too full, before anything is done to the VM. Returns the bounds within which it can be saved
+    /// while it runs, if there is enough space for that.
+    fn check(&self, dir: &VmDir) -> Result<Option<Bounds>> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let used = status
             .lines()
@@ -154,8 +165,13 @@ impl Needed {
         let memory = used.map_or(self.memory_bytes, |kib| self.memory_bytes.min(kib << 10));
         let needed = memory + snapshot::copy_bytes(dir) + self.holes(dir);
         let free = facts::disk_free_bytes(dir.path()).unwrap_or(u64::MAX);
+        // What is sent before the guest is paused, and all of it once more.
+        let sent = memory + memory / 4;
+        if free >= needed + sent {
+            return Ok(Some(Bounds { passes: PASSES, bytes: sent, within: FOLLOWED_FOR }));
+        }
         if free >= needed {
-            return Ok(());
+            return Ok(None);
         }
         let words = format!(
             "the disk that holds nido's home is too full for a snapshot: {} MiB may be needed, {} MiB are free",
@@ -178,31 +194,101 @@ impl Needed {
 
 impl Taking {
     async fn take(self, name: &SnapshotName) -> Result<()> {
-        self.needed.check(&self.dir)?;
+        let bounds = self.needed.check(&self.dir)?;
         let unfinished = Unfinished::begin(&self.dir, &self.into, name)?;
-        let unfinished =
-            if self.paused { self.save_paused(unfinished).await? } else { self.save_running(unfinished).await? };
-        let record = Record::now(Some(self.running));
+        let (unfinished, paused_for) = if self.paused {
+            (self.save_paused(unfinished).await?, None)
+        } else {
+            let (unfinished, paused_for) = self.save_running(unfinished, bounds).await?;
+            (unfinished, Some(paused_for))
+        };
+        let paused_ms = paused_for.map(|paused_for| u64::try_from(paused_for.as_millis()).unwrap_or(u64::MAX));
+        let record = Record { paused_ms, ..Record::now(Some(self.running)) };
         blocking(move || unfinished.publish(&record)).await
     }
 
-    async fn save_running(&self, unfinished: Unfinished) -> Result<Unfinished> {
-        let guest_error = |e: GuestError| nido_engine::error_sources::guest_error(self.vm.as_str(), e);
+    /// Saves a VM that runs, and runs on. Returns for how long its CPUs were paused.
+    async fn save_running(&self, unfinished: Unfinished, bounds: Option<Bounds>) -> Result<(Unfinished, Duration)> {
         let deadline = Instant::now() + FROZEN_WITHIN;
-        let stream = self.way.stream(deadline).await.map_err(guest_error)?;
-        let mut session = Session::open(stream, self.way.guest.token(), deadline).await.map_err(guest_error)?;
-        session.freeze(deadline).await.map_err(guest_error)?;
-        let began = std::time::Instant::now();
-        let saved = match self.monitor.stop(QMP_TIMEOUT).await {
-            Ok(()) => self.save(unfinished).await,
-            Err(error) => Err(qmp_error(&error)),
+        let stream = self.way.stream(deadline).await.map_err(|e| self.guest_error(e))?;
+        let mut session =
+            Session::open(stream, self.way.guest.token(), deadline).await.map_err(|e| self.guest_error(e))?;
+        let disk = Arc::new(unfinished.begin_disk(&self.dir)?);
+        let saved = match bounds {
+            Some(bounds) => self.save_live(&unfinished, &disk, &mut session, bounds).await,
+            None => self.save_still(&unfinished, &disk, &mut session).await,
         };
+        if saved.is_err()
+            && let Err(error) = migration::abandon(&self.monitor).await
+        {
+            tracing::error!("saving the VM does not end: {error}");
+        }
         let gone_on = self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e));
-        tracing::info!("the VM was paused for {} ms", began.elapsed().as_millis());
-        let thawed = session.thaw(Instant::now() + FROZEN_WITHIN).await.map_err(guest_error);
-        let unfinished = saved?;
+        let paused_for = saved.as_ref().map_or(Duration::ZERO, StdInstant::elapsed);
+        let thawed = session.thaw(Instant::now() + FROZEN_WITHIN).await.map_err(|e| self.guest_error(e));
+        saved?;
         gone_on.and(thawed)?;
-        Ok(unfinished)
+        tracing::info!("the VM was paused for {} ms", paused_for.as_millis());
+        blocking(move || disk.sync()).await?;
+        Ok((unfinished, paused_for))
+    }
+
+    /// Saves a VM while it runs, and pauses it at the end. Returns since when it is paused; so too below.
+    async fn save_live(
+        &self,
+        unfinished: &Unfinished,
+        disk: &Arc<LayerCopy>,
+        session: &mut Session,
+        bounds: Bounds,
+    ) -> Result<StdInstant> {
+        refresh(disk, false).await?;
+        let mut live = self.begin_live(unfinished).await?;
+        if live.hold().await.map_err(not_saved)? {
+            self.freeze(session).await?;
+        } else {
+            // It has so little memory that QEMU may have paused it already: again, with its file system frozen from the start.
+            tracing::info!("saving the VM again, with its file system frozen");
+            drop(live);
+            migration::abandon(&self.monitor).await.map_err(not_saved)?;
+            self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
+            self.freeze(session).await?;
+            live = self.begin_live(unfinished).await?;
+        }
+        refresh(disk, false).await?;
+        let paused_at = live.finish(bounds).await.map_err(not_saved)?;
+        // QEMU has synced the disk and released it until the machine is resumed.
+        refresh(disk, true).await?;
+        Ok(paused_at)
+    }
+
+    /// Pauses a VM, and saves it.
+    async fn save_still(
+        &self,
+        unfinished: &Unfinished,
+        disk: &Arc<LayerCopy>,
+        session: &mut Session,
+    ) -> Result<StdInstant> {
+        tracing::info!("the disk is too full to save the VM while it runs");
+        self.freeze(session).await?;
+        let paused_at = StdInstant::now();
+        self.monitor.stop(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
+        self.save_memory(unfinished).await?;
+        refresh(disk, true).await?;
+        Ok(paused_at)
+    }
+
+    async fn begin_live(&self, unfinished: &Unfinished) -> Result<LiveSave> {
+        let (socket, state) = (Path::new(SNAPSHOT_SOCKET), unfinished.state()?);
+        LiveSave::begin(&self.monitor, socket, state, SAVED_WITHIN).await.map_err(not_saved)
+    }
+
+    /// The guest writes everything to its disk, and nothing more until it is unfrozen.
+    async fn freeze(&self, session: &mut Session) -> Result<()> {
+        session.freeze(Instant::now() + FROZEN_WITHIN).await.map_err(|e| self.guest_error(e))
+    }
+
+    fn guest_error(&self, error: GuestError) -> Error {
+        nido_engine::error_sources::guest_error(self.vm.as_str(), error)
     }
 
     /// Memory and disk of a paused guest match.
@@ -212,18 +298,27 @@ impl Taking {
             self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
             self.monitor.stop(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
         }
-        self.save(unfinished).await
-    }
-
-    async fn save(&self, unfinished: Unfinished) -> Result<Unfinished> {
-        let state = unfinished.state()?;
-        migration::save(&self.monitor, Path::new(SNAPSHOT_SOCKET), state, Memory::Within, SAVED_WITHIN)
-            .await
-            .map_err(|e| save_error("cannot take the snapshot", e))?;
+        self.save_memory(&unfinished).await?;
         // QEMU has synced the disk and released it until the machine is resumed.
         let dir = self.dir.clone();
         blocking(move || unfinished.copy_disk(&dir).map(|()| unfinished)).await
     }
+
+    async fn save_memory(&self, unfinished: &Unfinished) -> Result<()> {
+        let state = unfinished.state()?;
+        migration::save(&self.monitor, Path::new(SNAPSHOT_SOCKET), state, Memory::Within, SAVED_WITHIN)
+            .await
+            .map_err(not_saved)
+    }
+}
+
+fn not_saved(error: MigrationError) -> Error {
+    save_error("cannot take the snapshot", error)
+}
+
+async fn refresh(disk: &Arc<LayerCopy>, last: bool) -> Result<()> {
+    let disk = Arc::clone(disk);
+    blocking(move || disk.refresh(last)).await
 }
 
 /// Copies and syncs on a thread of its own, so that the event loop, sessions and forwards are not blocked.

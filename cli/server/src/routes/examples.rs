@@ -76,7 +76,7 @@ examples! {
     "vm_spawn" 201 => VmInfo: vm("web");
     "vm_info" 200 => VmInfo: vm("web");
     "vm_list" 200 => VmPage: json!({ "vms": [vm("web")], "next_cursor": "00000001767538810000-6f1d2c3b4a596877" });
-    "vm_fork" 201 => ForkResult: json!({ "vm": "web", "copies": [vm("web-2")] });
+    "vm_fork" 201 => ForkResult: json!({ "vm": "web", "copies": [vm("web-2")], "paused_ms": 41 });
     "vm_exec" 200 => ExecResult: exec();
     "vm_upload" 200 => CopyResult:
         json!({ "entries": 1, "bytes": 5120, "skipped": 0, "unreadable": 0, "unreadable_entries": [], "path": "/srv/data.bin", "duration_ms": 9 });
@@ -141,7 +141,8 @@ fn snapshot() -> Value {
         "name": "before",
         "created_at": "2026-01-04T15:02:00Z",
         "running": true,
-        "size_bytes": 141_557_760
+        "size_bytes": 141_557_760,
+        "paused_ms": 41
     })
 }
 

@@ -54,7 +54,8 @@ impl Nido {
         let forked = self.fork_row(&row, copies, grant, progress).await;
         // The parts that no copy needs any more.
         self.remove_unowned_parts_if_due().await;
-        Ok(ForkResult { vm: vm.clone(), copies: forked? })
+        let (copies, paused_ms) = forked?;
+        Ok(ForkResult { vm: vm.clone(), copies, paused_ms })
     }
 
     /// Whether a VM can be copied under these names.
@@ -77,7 +78,7 @@ impl Nido {
         limits.check(&copy, row.disk_bytes)
     }
 
-    /// Creates all copies, or none. They belong to a lease of this operation until all are ready: a process that is killed before, or
+    /// Creates all copies, or none, and reports for how long the VM was paused. The copies belong to a lease of this operation until all are ready: a process that is killed before, or
     /// drops this future, leaves none.
     async fn fork_row(
         &self,
@@ -85,18 +86,18 @@ impl Nido {
         copies: &[VmName],
         grant: &Grant,
         progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
-    ) -> Result<Vec<VmInfo>> {
+    ) -> Result<(Vec<VmInfo>, Option<u64>)> {
         let _parts_stay = self.templates_shared().await?;
         let operation = self.lease_open()?;
         let making = async {
-            let (parts, origin) = self.bake_running(row, progress).await?;
+            let (parts, origin, paused_ms) = self.bake_running(row, progress).await?;
             let mut made = Vec::new();
             for copy in copies {
                 let copy = VmRow { made_by: Some(operation.id().clone()), ..copy_of(row, copy, parts.clone())? };
                 made.push(self.start_copy(copy, origin.clone(), grant, progress).await?);
             }
             self.store().keep_vms_made_by(operation.id(), copies.len())?;
-            Ok(made)
+            Ok((made, paused_ms))
         };
         let made = making.await;
         if made.is_err() {
@@ -110,22 +111,23 @@ impl Nido {
         made
     }
 
-    /// Saves a running VM as a warm image.
+    /// Saves a running VM as a warm image; reports for how long the VM was paused.
     async fn bake_running(
         &self,
         source: &VmRow,
         progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
-    ) -> Result<(BootParts, Origin)> {
+    ) -> Result<(BootParts, Origin, Option<u64>)> {
         let vm = &source.spec.name;
         let Aside { row, held, name } = self.snapshot_aside(source).await?;
         let dir = self.vm_dir(&row.id);
-        let token = snapshot::open(&dir, vm, &name).and_then(|record| {
+        let taken = snapshot::open(&dir, vm, &name).and_then(|record| {
             snapshot::DiskCopy::take(&dir, &name)?.put_in_place()?.remove();
             let token = record.running.map(|running| running.token);
-            token.ok_or_else(|| Error::internal("a snapshot of a running VM without memory"))
+            let token = token.ok_or_else(|| Error::internal("a snapshot of a running VM without memory"))?;
+            Ok((token, record.paused_ms))
         });
-        let token = match token {
-            Ok(token) => token,
+        let (token, paused_ms) = match taken {
+            Ok(taken) => taken,
             Err(error) => {
                 self.context.erase(&row.id)?;
                 return Err(error);
@@ -135,7 +137,7 @@ impl Nido {
         let bake = self.await_bake(&row, held, None, from, &mut |stage| progress(vm, stage)).await?;
         let mut parts = source.parts.clone();
         parts.frozen.push(frozen(&bake));
-        Ok((parts, Origin::Fork(Saved { live: true, ..saved(&bake) })))
+        Ok((parts, Origin::Fork(Saved { live: true, ..saved(&bake) }), paused_ms))
     }
 
     /// Takes a snapshot of a running VM that is not among its snapshots.

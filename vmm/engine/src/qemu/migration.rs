@@ -17,8 +17,14 @@ use qapi::qmp::{self, MigrationCapability, MigrationCapabilityStatus, MigrationS
 
 use super::monitor::{Monitor, MonitorError};
 
+mod live;
+
+pub use self::live::{Bounds, LiveSave, abandon};
+
 /// How long one command about a migration may take.
 const COMMAND_WITHIN: Duration = Duration::from_secs(10);
+/// A rate that no disk reaches, in bytes each second.
+const UNLIMITED: u64 = 1 << 40;
 /// Pause between looks at how far it is, at first and at most.
 const LOOK_EVERY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 
@@ -69,22 +75,8 @@ pub async fn save(
     if memory == Memory::Within {
         unlimit(monitor).await?;
     }
-    let _ = std::fs::remove_file(socket);
-    let listener = UnixListener::bind(socket)?;
-    make_socket_private(socket)?;
-    listener.set_nonblocking(true)?;
-    let uri = Some(format!("unix:{}", socket.display()));
     let sent = async {
-        monitor.execute(qmp::migrate { uri, channels: None, detach: None, resume: None }, COMMAND_WITHIN).await?;
-        // QEMU has connected, or is about to.
-        let stream = loop {
-            match listener.accept() {
-                Ok((stream, _)) => break stream,
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error.into()),
-                Err(_) if Instant::now() > deadline => return Err(MigrationError::Late),
-                Err(_) => tokio::time::sleep(LOOK_EVERY.0).await,
-            }
-        };
+        let stream = begin(monitor, socket, deadline).await?;
         let copy = copying(stream, deadline, move |mut stream| io::copy(&mut stream, &mut file).map(drop));
         let (copied, done) = tokio::join!(copy, completed(monitor, "save", deadline));
         match (done, copied) {
@@ -100,6 +92,25 @@ pub async fn save(
     let sent = sent.await;
     let _ = std::fs::remove_file(socket);
     sent
+}
+
+/// Begins a migration to this process; returns the connection that the state comes from.
+async fn begin(monitor: &Monitor, socket: &Path, deadline: Instant) -> Result<UnixStream, MigrationError> {
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket)?;
+    make_socket_private(socket)?;
+    listener.set_nonblocking(true)?;
+    let uri = Some(format!("unix:{}", socket.display()));
+    monitor.execute(qmp::migrate { uri, channels: None, detach: None, resume: None }, COMMAND_WITHIN).await?;
+    // QEMU has connected, or is about to.
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => return Ok(stream),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error.into()),
+            Err(_) if Instant::now() > deadline => return Err(MigrationError::Late),
+            Err(_) => tokio::time::sleep(LOOK_EVERY.0).await,
+        }
+    }
 }
 
 /// Loads a state from `file` into a machine that was started to wait for one; it is paused afterwards.
@@ -135,18 +146,28 @@ async fn set_capabilities(monitor: &Monitor, memory: Memory) -> Result<(), Migra
 
 /// QEMU limits the rate of a migration to that of a slow network by default.
 async fn unlimit(monitor: &Monitor) -> Result<(), MigrationError> {
-    /// `migrate-set-parameters` with the one parameter that every QEMU knows.
-    #[derive(Debug, serde::Serialize)]
-    struct SetBandwidth {
-        #[serde(rename = "max-bandwidth")]
-        max_bandwidth: u64,
-    }
-    impl qapi::Command for SetBandwidth {
-        const NAME: &'static str = "migrate-set-parameters";
-        const ALLOW_OOB: bool = false;
-        type Ok = qapi::Empty;
-    }
-    monitor.execute(SetBandwidth { max_bandwidth: 1 << 40 }, COMMAND_WITHIN).await?;
+    set_parameters(monitor, SetParameters { max_bandwidth: Some(UNLIMITED), downtime_limit: None }).await
+}
+
+/// `migrate-set-parameters` with parameters that every QEMU knows.
+#[derive(Debug, serde::Serialize)]
+struct SetParameters {
+    /// In bytes each second.
+    #[serde(rename = "max-bandwidth", skip_serializing_if = "Option::is_none")]
+    max_bandwidth: Option<u64>,
+    /// In milliseconds.
+    #[serde(rename = "downtime-limit", skip_serializing_if = "Option::is_none")]
+    downtime_limit: Option<u64>,
+}
+
+impl qapi::Command for SetParameters {
+    const NAME: &'static str = "migrate-set-parameters";
+    const ALLOW_OOB: bool = false;
+    type Ok = qapi::Empty;
+}
+
+async fn set_parameters(monitor: &Monitor, parameters: SetParameters) -> Result<(), MigrationError> {
+    monitor.execute(parameters, COMMAND_WITHIN).await?;
     Ok(())
 }
 

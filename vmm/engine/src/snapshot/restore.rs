@@ -7,7 +7,8 @@ use nido_api::error::{Error, Result};
 use nido_api::name::SnapshotName;
 use nido_files::atomic_file::{Durability, rename_synced};
 
-use super::{copy_layer, dir};
+use super::dir;
+use super::layer::copy_layer;
 use crate::home::{DISK, VmDir};
 
 /// Prefix of the name of a layer that is about to become the VM's disk.

@@ -108,7 +108,7 @@ fn a_copy_has_the_same_holes() {
     let layer = File::create(vm.file(DISK)).unwrap();
     layer.set_len(64 << 20).unwrap();
     layer.write_all_at(b"data", 33 << 20).unwrap();
-    copy_layer(&vm.file(DISK), &vm.file("copy")).unwrap();
+    layer::copy_layer(&vm.file(DISK), &vm.file("copy")).unwrap();
     assert_eq!(fs::read(vm.file("copy")).unwrap(), fs::read(vm.file(DISK)).unwrap());
     assert!(fs::metadata(vm.file("copy")).unwrap().blocks() * 512 < 4 << 20);
 }
