@@ -180,6 +180,7 @@ impl Taking {
     async fn take(self, name: &SnapshotName) -> Result<()> {
         self.needed.check(&self.dir)?;
         let unfinished = Unfinished::begin(&self.dir, &self.into, name)?;
+        nido_files::failpoint!("take.begun");
         let unfinished =
             if self.paused { self.save_paused(unfinished).await? } else { self.save_running(unfinished).await? };
         let record = Record::now(Some(self.running));
@@ -192,12 +193,15 @@ impl Taking {
         let stream = self.way.stream(deadline).await.map_err(guest_error)?;
         let mut session = Session::open(stream, self.way.guest.token(), deadline).await.map_err(guest_error)?;
         session.freeze(deadline).await.map_err(guest_error)?;
+        nido_files::failpoint!("take.frozen");
         let began = std::time::Instant::now();
         let saved = match self.monitor.stop(QMP_TIMEOUT).await {
             Ok(()) => self.save(unfinished).await,
             Err(error) => Err(qmp_error(&error)),
         };
+        nido_files::failpoint!("take.saved");
         let gone_on = self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e));
+        nido_files::failpoint!("take.resumed");
         tracing::info!("the VM was paused for {} ms", began.elapsed().as_millis());
         let thawed = session.thaw(Instant::now() + FROZEN_WITHIN).await.map_err(guest_error);
         let unfinished = saved?;
