@@ -190,6 +190,7 @@ impl Store {
         let failed = |error| ImageError::io("write", &path, error);
         let mut temporary = Temporary::with_prefix(&self.templates, TEMPORARY).map_err(failed)?;
         temporary.file().write_all(&manifest.to_json()).map_err(failed)?;
+        nido_files::failpoint!("template.written");
         temporary.replace(&path, Durability::PowerCut).map_err(failed)
     }
 
@@ -219,6 +220,7 @@ impl Store {
         if !path.exists() {
             return Err(ImageError::TemplateNotFound { name: name.to_owned() });
         }
+        nido_files::failpoint!("template.deleting");
         let _lock = self.lock()?;
         match fs::remove_file(&path).and_then(|()| sync_parent(&path)) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(ImageError::io("remove", &path, error)),

@@ -1,7 +1,7 @@
 //! The guest: the real agent, as a process on the host that dials the socket nido meant for QEMU.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, ExitCode, Stdio};
 
@@ -14,19 +14,34 @@ use nix::unistd::{Pid, close};
 /// arrange what happens to it without `unsafe`.
 pub const RUN_AGENT: &str = "become-the-agent";
 
+/// What the agent is started with.
+pub struct Start {
+    /// The socket that it dials.
+    pub channel: String,
+    /// The file with its configuration.
+    pub config: String,
+    /// The configuration of a guest that was loaded: that of the guest that was saved.
+    pub saved: Option<Vec<u8>>,
+}
+
 /// Starts the agent named by `FAKE_QEMU_AGENT`. To be called by the main thread: the agent is killed when that ends.
-pub fn start_agent(channel: &str, config: &str) -> io::Result<Child> {
+pub fn start_agent(Start { channel, config, saved }: &Start) -> io::Result<Child> {
     let agent =
         std::env::var_os("FAKE_QEMU_AGENT").ok_or_else(|| io::Error::other("FAKE_QEMU_AGENT names no agent"))?;
     prctl::set_child_subreaper(true)?;
-    Command::new(std::env::current_exe()?)
+    let config = if saved.is_some() { "/dev/stdin" } else { config };
+    let mut child = Command::new(std::env::current_exe()?)
         .args([RUN_AGENT.as_ref(), agent.as_os_str(), channel.as_ref(), config.as_ref()])
         .env_clear()
         .env("PATH", "/usr/local/bin:/usr/bin:/bin")
-        .stdin(Stdio::null())
+        .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        .spawn()
+        .spawn()?;
+    if let (Some(mut stdin), Some(saved)) = (child.stdin.take(), saved) {
+        stdin.write_all(saved)?;
+    }
+    Ok(child)
 }
 
 /// Turns this process into the agent, without the VM's lock and bound to its parent's life.

@@ -11,6 +11,7 @@ use nix::sys::signal::{SigSet, Signal, raise};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use crate::migration::{self, Migration};
 use crate::script::Script;
 use crate::{Options, guest, keys};
 
@@ -26,6 +27,8 @@ enum Happening {
     AgentEnded(ExitStatus),
     /// SIGTERM.
     Terminated,
+    /// A saved machine has arrived.
+    Loaded(std::io::Result<Vec<u8>>),
     /// A time of the script has come.
     Alarm(Alarm),
 }
@@ -90,12 +93,18 @@ struct Machine {
     io_error: Option<bool>,
     console: Option<File>,
     agent: Option<Pid>,
+    /// Where the agent is started with what, while it is not yet.
+    guest: Option<guest::Start>,
+    migration: Migration,
+    sender: Sender<Happening>,
 }
 
 impl Machine {
     fn start(options: &Options, script: Script) -> std::io::Result<(Self, mpsc::Receiver<Happening>)> {
         let (sender, happenings) = mpsc::channel();
         await_sigterm(sender.clone());
+        let incoming = options.first("-incoming").is_some();
+        migration::make_memory(options)?;
         let needed = |what: &str| std::io::Error::other(format!("the command line names no {what}"));
         let monitor_path = options.part("-chardev", "id=monitor", "path").ok_or_else(|| needed("monitor"))?;
         let channel = options.part("-chardev", "id=agent", "path");
@@ -109,10 +118,13 @@ impl Machine {
             monitor_path,
             client: None,
             negotiated: false,
-            running: true,
+            running: !incoming,
             io_error: None,
             console: Some(OpenOptions::new().append(true).create(true).open(console)?),
             agent: None,
+            guest: channel.map(|channel| guest::Start { channel, config: config.clone(), saved: None }),
+            migration: Migration::new(incoming, config),
+            sender,
             script,
         };
         machine.print("[    0.000000] Linux version 6.12 (fake)\n");
@@ -121,13 +133,24 @@ impl Machine {
         }
         let under_kvm = options.first("-accel").is_some_and(|accel| accel.starts_with("kvm"));
         let silent = machine.script.no_agent || machine.script.kvm_is_broken && under_kvm;
-        if let (Some(channel), false) = (channel, silent) {
-            let agent = guest::start_agent(&channel, &config)?;
-            machine.agent = i32::try_from(agent.id()).ok().map(Pid::from_raw);
-            await_end(agent, sender.clone());
+        if silent {
+            machine.guest = None;
         }
-        machine.set_alarms(&sender);
+        if !incoming {
+            machine.start_guest()?;
+        }
+        machine.set_alarms(&machine.sender);
         Ok((machine, happenings))
+    }
+
+    /// Starts the agent, unless it runs.
+    fn start_guest(&mut self) -> std::io::Result<()> {
+        if let Some(start) = self.guest.take() {
+            let agent = guest::start_agent(&start)?;
+            self.agent = i32::try_from(agent.id()).ok().map(Pid::from_raw);
+            await_end(agent, self.sender.clone());
+        }
+        Ok(())
     }
 
     fn set_alarms(&self, sender: &Sender<Happening>) {
@@ -161,6 +184,13 @@ impl Machine {
                 None
             }
             Happening::Line(line) => self.command(&line),
+            Happening::Loaded(loaded) => {
+                let saved = self.migration.loaded(loaded);
+                if let Some(guest) = &mut self.guest {
+                    guest.saved = saved;
+                }
+                None
+            }
             Happening::AgentEnded(status) => {
                 self.agent = None;
                 // Asked to power off, the agent ends well; so does the guest.
@@ -218,7 +248,7 @@ impl Machine {
                 let status = match (self.running, self.io_error) {
                     (true, _) => "running",
                     (false, Some(_)) => "io-error",
-                    (false, None) => "paused",
+                    (false, None) => self.migration.status_of_paused(),
                 };
                 (json!({ "running": self.running, "singlestep": false, "status": status }), None)
             }
@@ -226,6 +256,10 @@ impl Machine {
             "cont" if self.script.crash_on_cont => return die_of(Signal::SIGABRT as i32),
             "cont" => {
                 let failed = self.io_error.take();
+                self.migration.resumed();
+                if let Err(error) = self.start_guest() {
+                    eprintln!("fake-qemu: {error}");
+                }
                 let done = self.set_running(true);
                 // The write that failed is repeated first.
                 if let Some(no_space) = failed.filter(|_| !std::path::Path::new("fake-space").exists()) {
@@ -233,6 +267,18 @@ impl Machine {
                 }
                 (done, None)
             }
+            "set_link" | "block_resize" | "migrate-set-capabilities" | "migrate-set-parameters"
+                if self.script.migrates =>
+            {
+                (json!({}), None)
+            }
+            "migrate" if self.script.migrates => (self.migration.save(&command["arguments"]["uri"]), None),
+            "migrate-incoming" if self.script.migrates => {
+                let sender = self.sender.clone();
+                let done = move |loaded| drop(sender.send(Happening::Loaded(loaded)));
+                (self.migration.load(&command["arguments"]["uri"], done), None)
+            }
+            "query-migrate" if self.script.migrates => (self.migration.status(), None),
             "system_powerdown" => {
                 self.event("POWERDOWN", &json!({}));
                 let overlooked = std::mem::take(&mut self.script.overlook_powerdown) || self.script.ignore_powerdown;

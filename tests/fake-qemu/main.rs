@@ -14,6 +14,7 @@
 
 mod guest;
 mod machine;
+mod migration;
 mod probe;
 mod script;
 

@@ -54,6 +54,8 @@ pub struct Script {
     pub io_error_after: Option<Duration>,
     /// `ignore-quit`: neither the monitor's `quit` nor SIGTERM ends it.
     pub ignore_quit: bool,
+    /// `migrates`: its state can be saved and loaded. A saved machine is what its agent was started with, its token above all.
+    pub migrates: bool,
 }
 
 impl Script {
@@ -100,6 +102,7 @@ impl Script {
             "disk-full-after-ms" => self.disk_full_after = Some(ms(value)?),
             "io-error-after-ms" => self.io_error_after = Some(ms(value)?),
             "ignore-quit" => self.ignore_quit = true,
+            "migrates" => self.migrates = true,
             _ => return None,
         }
         Some(())

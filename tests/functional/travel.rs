@@ -5,63 +5,9 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
-use nido_images::{
-    AGENT_PROTOCOL, AgentId, Disk, FORMAT, Init, Kernel, Manifest, Part, Parts, RecipeId, Store, hash_file,
-};
 use rustix::process::Signal;
 
-use crate::support::Home;
-
-/// Publishes a template of a few MiB that an import takes: unlike that of [`Home::new`], it has a disk image and a kernel.
-fn publish(home: &Home, name: &str, packages: &[u8]) -> Manifest {
-    let store = Store::new(&home.path());
-    store.create().unwrap();
-    let lock = store.lock().unwrap();
-    let put = |content: &[u8]| {
-        let path = home.scratch("part");
-        fs::write(&path, content).unwrap();
-        let part = hash_file(&path).unwrap();
-        store.import(&path, &part, &lock).unwrap();
-        part
-    };
-    let mut root = b"QFI\xfb\0\0\0\x03".to_vec();
-    root.resize(4 << 20, 0);
-    root[20..24].copy_from_slice(&16_u32.to_be_bytes());
-    root[24..32].copy_from_slice(&(64_u64 << 20).to_be_bytes());
-    root[100..104].copy_from_slice(&104_u32.to_be_bytes());
-    // Noise, so that the archive is longer than a pipe holds.
-    let mut noise = 1_u64;
-    let vmlinux = std::iter::repeat_with(|| {
-        noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (noise >> 56) as u8
-    });
-    let vmlinux: Vec<u8> = b"\x7fELF".iter().copied().chain(vmlinux.take(1 << 20)).collect();
-    let part: [Part; 5] = [put(&vmlinux), put(b"initramfs"), put(b"base"), put(&root), put(packages)];
-    let [vmlinux, initramfs, initramfs_base, root, packages] = part;
-    let manifest = Manifest {
-        format: FORMAT,
-        name: name.into(),
-        recipe: RecipeId { name: name.into(), sha256: "0".repeat(64) },
-        created_at: "2024-05-06T07:08:09Z".parse().unwrap(),
-        architecture: "x86_64".into(),
-        init: Init::Agent,
-        user: "user".into(),
-        shell: "/bin/sh".into(),
-        kernel: Kernel { version: "6.12.0-fake".into(), append: "quiet".into() },
-        parts: Parts {
-            vmlinux,
-            initramfs,
-            initramfs_base,
-            root: Disk { file: root, virtual_bytes: 64 << 20 },
-            packages,
-        },
-        agent: AgentId { sha256: "0".repeat(64), protocol: AGENT_PROTOCOL },
-        built_by: env!("CARGO_PKG_VERSION").into(),
-        bakes: Vec::new(),
-    };
-    store.publish(&manifest, &lock).unwrap();
-    manifest
-}
+use crate::support::{Home, publish_whole};
 
 fn archive(home: &Home) -> PathBuf {
     home.scratch("box.nido")
@@ -70,7 +16,7 @@ fn archive(home: &Home) -> PathBuf {
 /// A home with the template `box` in it, exported.
 fn exported() -> Home {
     let home = Home::new();
-    publish(&home, "box", b"none");
+    publish_whole(&home, "box", b"none");
     home.nido(["template", "export", "box"]).arg(archive(&home)).run().ok();
     home
 }
@@ -177,7 +123,7 @@ fn what_is_refused_leaves_nothing() {
     home.nido(["template", "info", "evil", "--json"]).run().fails(1, "template_not_found");
     // Another template has the name.
     fs::write(&file, good).unwrap();
-    publish(&home, "box", b"other packages");
+    publish_whole(&home, "box", b"other packages");
     let problem = import(&[shown]).run().fails(1, "template_exists");
     assert!(problem["hint"].as_str().unwrap().contains("--name"), "{problem}");
     import(&[shown, "--force"]).run().ok();

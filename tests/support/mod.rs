@@ -16,7 +16,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nido_images::{AgentId, Disk, FORMAT, Init, Kernel, Manifest, Parts, RecipeId, Store, hash_file};
+use nido_images::{
+    AGENT_PROTOCOL, AgentId, Disk, FORMAT, Init, Kernel, Manifest, Part, Parts, RecipeId, Store, hash_file,
+};
 use tempfile::TempDir;
 
 pub use run::{Live, Nido};
@@ -192,4 +194,55 @@ pub fn publish(home: &Path, name: &str) {
         bakes: Vec::new(),
     };
     store.publish(&manifest, &lock).unwrap();
+}
+
+/// Publishes a template of a few MiB that an import takes: unlike that of [`Home::new`], it has a disk image and a kernel.
+pub fn publish_whole(home: &Home, name: &str, packages: &[u8]) -> Manifest {
+    let store = Store::new(&home.path());
+    store.create().unwrap();
+    let lock = store.lock().unwrap();
+    let put = |content: &[u8]| {
+        let path = home.scratch("part");
+        fs::write(&path, content).unwrap();
+        let part = hash_file(&path).unwrap();
+        store.import(&path, &part, &lock).unwrap();
+        part
+    };
+    let mut root = b"QFI\xfb\0\0\0\x03".to_vec();
+    root.resize(4 << 20, 0);
+    root[20..24].copy_from_slice(&16_u32.to_be_bytes());
+    root[24..32].copy_from_slice(&(64_u64 << 20).to_be_bytes());
+    root[100..104].copy_from_slice(&104_u32.to_be_bytes());
+    // Noise, so that the archive is longer than a pipe holds.
+    let mut noise = 1_u64;
+    let vmlinux = std::iter::repeat_with(|| {
+        noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (noise >> 56) as u8
+    });
+    let vmlinux: Vec<u8> = b"\x7fELF".iter().copied().chain(vmlinux.take(1 << 20)).collect();
+    let part: [Part; 5] = [put(&vmlinux), put(b"initramfs"), put(b"base"), put(&root), put(packages)];
+    let [vmlinux, initramfs, initramfs_base, root, packages] = part;
+    let manifest = Manifest {
+        format: FORMAT,
+        name: name.into(),
+        recipe: RecipeId { name: name.into(), sha256: "0".repeat(64) },
+        created_at: "2024-05-06T07:08:09Z".parse().unwrap(),
+        architecture: "x86_64".into(),
+        init: Init::Agent,
+        user: "user".into(),
+        shell: "/bin/sh".into(),
+        kernel: Kernel { version: "6.12.0-fake".into(), append: "quiet".into() },
+        parts: Parts {
+            vmlinux,
+            initramfs,
+            initramfs_base,
+            root: Disk { file: root, virtual_bytes: 64 << 20 },
+            packages,
+        },
+        agent: AgentId { sha256: "0".repeat(64), protocol: AGENT_PROTOCOL },
+        built_by: env!("CARGO_PKG_VERSION").into(),
+        bakes: Vec::new(),
+    };
+    store.publish(&manifest, &lock).unwrap();
+    manifest
 }

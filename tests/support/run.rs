@@ -185,6 +185,11 @@ impl Live {
         self.wait().status.code().is_none()
     }
 
+    /// Waits for its end, which may be a kill: whether it exited with 0.
+    pub fn succeeds(self) -> bool {
+        self.wait().status.success()
+    }
+
     /// Waits for its end.
     pub fn wait(mut self) -> Ran {
         let status = wait(&mut self.child, &self.what);

@@ -111,6 +111,7 @@ fn import_with(
     let store = Store::new(home);
     store.create()?;
     let scratch = Scratch::create(&home.join(layout::BUILD))?;
+    nido_files::failpoint!("import.scratch");
     let mut archive = Archive::new(source, scratch.path(), watch)?;
     let mut manifest = archive.manifest()?;
     judge::manifest(&manifest).map_err(refused)?;
@@ -132,6 +133,7 @@ fn import_with(
     let (manifest, notes) = fit_agent(manifest, agent, scratch.path())?;
 
     archive.publishing()?;
+    nido_files::failpoint!("import.read");
     let lock = store.lock()?;
     if let Some(manifest) = refuse_other(&store, &manifest, options.force, includes)? {
         return Ok(ImportOutcome { manifest, already_present: true, notes });
@@ -140,6 +142,7 @@ fn import_with(
         let mode = if piece.digest == Digest::Sparse { MEMORY_MODE } else { PART_MODE };
         store.import_as(&scratch.path().join(&piece.part.sha256), &piece.part, mode, &lock)?;
     }
+    nido_files::failpoint!("import.parts-stored");
     store.publish(&manifest, &lock)?;
     Ok(ImportOutcome { manifest, already_present: false, notes })
 }

@@ -148,6 +148,7 @@ impl Unfinished {
         let written = || -> io::Result<()> {
             let mut file = File::options().write(true).create_new(true).mode(0o600).open(self.path.join(RECORD))?;
             io::Write::write_all(&mut file, &text)?;
+            nido_files::failpoint!("snapshot.record");
             if let Some(parent) = self.target.parent() {
                 // The VM that wanted it may be gone: then this fails.
                 make_private_dir_in_place(parent)?;
@@ -288,7 +289,10 @@ pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
     match fs::rename(dir(vm, name), &doomed) {
         // Reports that it does not exist.
         Err(error) if error.kind() == io::ErrorKind::NotFound => open(vm, of, name).map(drop),
-        renamed => renamed.and_then(|()| fs::remove_dir_all(&doomed)).map_err(broken),
+        renamed => {
+            nido_files::failpoint!("snapshot.moved-aside");
+            renamed.and_then(|()| fs::remove_dir_all(&doomed)).map_err(broken)
+        }
     }
 }
 

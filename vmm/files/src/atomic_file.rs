@@ -104,9 +104,11 @@ impl Temporary {
         path: &Path,
         durability: Durability,
     ) -> io::Result<()> {
+        crate::failpoint!("file.written", io)?;
         sync(&self.file, durability)?;
         rename(&self.path, path)?;
         self.is_published = true;
+        crate::failpoint!("file.published");
         sync_entry(path, durability)
     }
 }
@@ -177,7 +179,9 @@ pub fn publish_directory(temporary: &Path, path: &Path, durability: Durability) 
 /// # Errors
 /// Of the file system; if the rename failed, both are as they were.
 pub fn rename_synced(from: &Path, to: &Path, durability: Durability) -> io::Result<()> {
+    crate::failpoint!("rename.begin", io)?;
     fs::rename(from, to)?;
+    crate::failpoint!("rename.done");
     sync_entry(to, durability)
 }
 

@@ -7,11 +7,13 @@
 //!   private_dir.rs   directories and sockets that only their owner can use
 //!   layout.rs        the names of what is in a home
 //!   random.rs        ids, names and secrets
+//!   failpoint.rs     places at which tests kill a process; not in a normal build
 //! ```
 //!
 //! Invariant: every process of nido uses these, so two of them never disagree about a lock's kind or a temporary file's name.
 
 pub mod atomic_file;
+pub mod failpoint;
 pub mod flock;
 pub mod layout;
 pub mod lock;

@@ -129,7 +129,9 @@ impl Store {
             rusqlite::Transaction::new_unchecked(&self.connection, rusqlite::TransactionBehavior::Immediate)
                 .map_err(fault)?;
         let done = work()?;
+        nido_files::failpoint!("store.committing", io).map_err(|e| Error::io("the store cannot be written", e))?;
         transaction.commit().map_err(fault)?;
+        nido_files::failpoint!("store.committed");
         Ok(done)
     }
 

@@ -112,6 +112,7 @@ impl Saving {
                 .await
                 .map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
         }
+        nido_files::failpoint!("save.paused");
         let state = File::create(DEVICE_STATE).map_err(|e| Error::io("cannot save the guest", e))?;
         migration::save(&self.monitor, Path::new(SAVE_SOCKET), state, Memory::Apart, SAVED_WITHIN)
             .await
@@ -163,8 +164,10 @@ impl Saved {
         let images = nido_images::Store::new(&self.home);
         let lock = images.lock()?;
         images.import_as(&here(MEMORY_IMAGE), &memory, self.memory_mode, &lock)?;
+        nido_files::failpoint!("save.memory-kept");
         images.import(&here(DEVICE_STATE), &state, &lock)?;
         images.import(&here(DISK), &disk, &lock)?;
+        nido_files::failpoint!("save.disk-kept");
         Ok(Bake {
             created_at: nido_api::moment::now(),
             machine: self.machine,

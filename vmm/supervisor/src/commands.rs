@@ -67,6 +67,7 @@ impl Supervisor {
 
     async fn add_forward(&mut self, spec: &ForwardSpec) -> Result<ForwardSpec> {
         let (bound, listener) = bind(spec).await?;
+        nido_files::failpoint!("forward.bound");
         self.context.store().add_forward(&self.row.id, &bound)?;
         self.forwards.start(bound.clone(), listener, self.guest.clone(), self.forward_users());
         Ok(bound)
@@ -74,6 +75,7 @@ impl Supervisor {
 
     async fn remove_forward(&mut self, spec: &ForwardSpec) -> Result<()> {
         self.context.store().remove_forward(&self.row.id, spec)?;
+        nido_files::failpoint!("forward.unrecorded");
         self.forwards.stop(spec).await;
         Ok(())
     }

@@ -199,6 +199,7 @@ impl Supervisor {
         self.unwritten.push(Transition::Ended(Box::new(End { state, cause, failure, last_log_entries })));
         let (context, row) = (&self.context, &self.row);
         let written = self.unwritten.flush(row, |transition| context.store().transition(&row.id, transition));
+        nido_files::failpoint!("end.recorded");
         // No process waits for a clone that was taken over only to be deleted.
         if never_ran && (self.row.purpose == Purpose::Use || problem.is_some()) {
             // The command that requested the start knows that we listen, and is about to request the result.
@@ -216,6 +217,7 @@ impl Supervisor {
             Some(Err(error)) => Err(error),
             None => Ok(None),
         };
+        nido_files::failpoint!("end.closed");
         let erased = if vanishes { self.context.erase(&self.row.id) } else { Ok(()) };
         self.life.send_replace(match (problem, baked) {
             (None, Ok(Some(bake))) => Life::Baked(Box::new(bake)),

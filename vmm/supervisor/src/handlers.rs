@@ -166,6 +166,7 @@ impl Supervisor {
             timings.total_ms = total_ms;
         }
         let version = pong.agent.chars().filter(char::is_ascii_graphic).take(64).collect();
+        nido_files::failpoint!("ready.answered");
         self.row.agent = AgentInfo { ready: true, version: Some(version), transport: None };
         self.row.ip_address = pong.address.and_then(|a| a.parse::<std::net::IpAddr>().ok()).map(|a| a.to_string());
         let machine = self.with_guest_warnings(pong.warnings.unwrap_or_default());
@@ -177,6 +178,7 @@ impl Supervisor {
             ip_address: self.row.ip_address.clone(),
             timings: self.row.timings,
         })));
+        nido_files::failpoint!("ready.written");
         self.life.send_replace(Life::Ready);
         self.still = Stillness::default();
         if self.clock_stale {

@@ -44,6 +44,7 @@ pub(super) async fn launch(
     qemu: &QemuFacts,
 ) -> Result<Running, LaunchError> {
     let process = spawn(home, row, machine, qemu).map_err(LaunchError::Failed)?;
+    nido_files::failpoint!("launch.spawned");
     let connected = tokio::select! {
         connected = Monitor::connect(Path::new(QMP_SOCKET), MONITOR_WITHIN) => connected,
         exit = process.wait() => return Err(LaunchError::Exited(exit.unwrap_or(process::QemuExit::Unknown))),
@@ -111,6 +112,7 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
     let lock = Held::try_take(Path::new(VM_LOCK))
         .map_err(broken)?
         .ok_or_else(|| Error::new(Code::VmBusy, "a QEMU of this VM runs already"))?;
+    nido_files::failpoint!("launch.locked");
     let _ = std::fs::remove_file(QMP_SOCKET);
     let log = OpenOptions::new().append(true).create(true).mode(0o600).open(QEMU_LOG).map_err(broken)?;
     // The last run's words are not this one's: they would be taken for the reason of its end.

@@ -87,6 +87,7 @@ pub async fn supervise(context: Arc<Context>, request: SuperviseRequest, asked_a
     if !attach && row.state != VmState::Starting {
         return Ok(());
     }
+    nido_files::failpoint!("supervise.begun");
     settle_in(&dir)?;
     let asked_at = asked_at.unwrap_or_else(Instant::now);
     state::Supervisor::prepare(context, row, lock, attach, asked_at, request.ready_within_ms)?

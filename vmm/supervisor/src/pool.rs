@@ -53,8 +53,10 @@ impl Supervisor {
         }
         let asked_at = Instant::now().checked_sub(Duration::from_secs_f64(order.asked_ms_ago.clamp(0.0, 1e9) / 1000.0));
         let ports = take_ports(&order.spec.forwards).await?;
+        nido_files::failpoint!("claim.ports");
         let row = self.take_row(&order, &ports)?;
         tracing::info!("the clone {} is VM {} now", self.row.spec.name, row.spec.name);
+        nido_files::failpoint!("claim.row");
         self.row = row;
         self.machine = self.row.machine.clone().unwrap_or_else(|| self.machine.clone());
         (self.state, self.cause) = (VmState::Starting, None);
@@ -118,12 +120,14 @@ impl Supervisor {
     async fn wake(&mut self, ports: Vec<(ForwardSpec, TcpListener)>, running: &Running) -> Result<()> {
         write_guest_config(&self.dir, &self.row, &self.machine)?;
         self.guest = self.context.guest(&self.row)?;
+        nido_files::failpoint!("claim.config");
         self.resize_disk(running).await?;
         running
             .monitor
             .cont(QMP_TIMEOUT)
             .await
             .map_err(|e| Error::new(Code::QemuFailed, nido_api::sanitize::on_one_line(&e.to_string())))?;
+        nido_files::failpoint!("claim.resumed");
         // Written down with the rest when the guest is ready.
         self.state = advance(self.state, Fact::GuestResumed);
         let awake_ms = self.asked_for_ms();

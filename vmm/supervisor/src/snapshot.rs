@@ -196,6 +196,7 @@ impl Taking {
     async fn take(self, name: &SnapshotName) -> Result<()> {
         let bounds = self.needed.check(&self.dir)?;
         let unfinished = Unfinished::begin(&self.dir, &self.into, name)?;
+        nido_files::failpoint!("take.begun");
         let (unfinished, paused_for) = if self.paused {
             (self.save_paused(unfinished).await?, None)
         } else {
@@ -223,8 +224,10 @@ impl Taking {
         {
             tracing::error!("saving the VM does not end: {error}");
         }
+        nido_files::failpoint!("take.saved");
         let gone_on = self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e));
         let paused_for = saved.as_ref().map_or(Duration::ZERO, StdInstant::elapsed);
+        nido_files::failpoint!("take.resumed");
         let thawed = session.thaw(Instant::now() + FROZEN_WITHIN).await.map_err(|e| self.guest_error(e));
         saved?;
         gone_on.and(thawed)?;
@@ -284,7 +287,9 @@ impl Taking {
 
     /// The guest writes everything to its disk, and nothing more until it is unfrozen.
     async fn freeze(&self, session: &mut Session) -> Result<()> {
-        session.freeze(Instant::now() + FROZEN_WITHIN).await.map_err(|e| self.guest_error(e))
+        let frozen = session.freeze(Instant::now() + FROZEN_WITHIN).await.map_err(|e| self.guest_error(e));
+        nido_files::failpoint!("take.frozen");
+        frozen
     }
 
     fn guest_error(&self, error: GuestError) -> Error {

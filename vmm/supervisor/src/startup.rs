@@ -57,15 +57,18 @@ pub(super) enum NotRunning {
 impl Supervisor {
     pub(super) async fn start(&mut self) -> Result<Running, NotRunning> {
         self.bind_forwards().await.map_err(NotRunning::Error)?;
+        nido_files::failpoint!("startup.ports");
         let named = self.context.qemu().map(Path::to_owned);
         let program = qemu::find(named.as_deref()).map_err(|e| NotRunning::Error(e.into()))?;
         let facts = qemu::probe(&program, &self.context.home().cache()).map_err(|e| NotRunning::Error(e.into()))?;
         let running = self.launch(&facts).await?;
+        nido_files::failpoint!("startup.monitor");
         let qemu_ms = self.asked_for_ms();
         let mut timings = Timings { path: StartPath::Cold, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 };
         if let Some((path, state, memory)) = self.what_to_load() {
             timings.path = path;
             self.load(&state, memory, &running).await?;
+            nido_files::failpoint!("startup.resumed");
             timings.load_ms = self.asked_for_ms();
         }
         self.row.timings = Some(timings);
@@ -126,6 +129,7 @@ impl Supervisor {
             migration::load(&running.monitor, Path::new(LOAD_SOCKET), state, memory, LOADED_WITHIN)
                 .await
                 .map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
+            nido_files::failpoint!("startup.loaded");
             if self.is_twin() {
                 return Ok(());
             }
@@ -205,6 +209,7 @@ impl Supervisor {
         if let Err(error) = self.bind_forwards().await {
             tracing::error!("a published port is lost: {error}");
         }
+        nido_files::failpoint!("takeover.begun");
         self.remove_warning();
         self.mend_snapshot(&running).await;
         match running.monitor.query_status(QMP_TIMEOUT).await {

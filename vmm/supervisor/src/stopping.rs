@@ -112,6 +112,7 @@ impl Supervisor {
     /// Asks the guest to go down, and sets the time at which the plug is pulled.
     pub(super) fn begin_stop(&mut self, stop: StopRequest, running: &Running) {
         self.learn(Fact::StopAsked);
+        nido_files::failpoint!("stop.recorded");
         if stop.force {
             return self.quit(running);
         }
@@ -128,6 +129,7 @@ impl Supervisor {
 
     pub(super) fn quit(&mut self, running: &Running) {
         self.quit_sent = true;
+        nido_files::failpoint!("stop.quitting");
         self.kill_at = Some(TokioInstant::now() + QUIT_WITHIN);
         let monitor = running.monitor.clone();
         tokio::spawn(async move { monitor.quit(QUIT_WITHIN).await });

@@ -157,11 +157,13 @@ impl Log {
             text = format!("{first}\n{text}");
         }
         text.push('\n');
+        nido_files::failpoint!("audit.appending", io)?;
         if let Err(error) = file.write_all(text.as_bytes()) {
             // A full disk must not leave half a line.
             file.set_len(length)?;
             return Err(error);
         }
+        nido_files::failpoint!("audit.appended");
         if length == 0 {
             atomic_file::sync_parent(&path)?;
         }

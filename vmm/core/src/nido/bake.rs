@@ -50,12 +50,14 @@ impl Nido {
                 _ => {
                     let bake = self.bake(spec, request.timeout_ms, progress).await?;
                     let info = bake_info(&bake);
+                    nido_files::failpoint!("bake.saved");
                     let (template, parts) = (name.clone(), manifest.parts);
                     let add = move |images: &nido_images::Store| {
                         let lock = images.lock()?;
                         images.add_bake(template.as_str(), bake, &parts, &lock)
                     };
                     self.with_images(add).await?;
+                    nido_files::failpoint!("bake.published");
                     (info, false)
                 }
             }

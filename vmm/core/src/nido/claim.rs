@@ -67,6 +67,7 @@ impl Nido {
             };
             match self.claim(&id, &order, &mut told).await? {
                 Asked::Ready => {
+                    nido_files::failpoint!("claim.ready");
                     let row = self.store().vm_by_id(&id)?;
                     let row = row.ok_or_else(|| Error::new(Code::VmNotRunning, "the VM has just ended"))?;
                     return Ok(Some(self.describe(&row)));
@@ -123,6 +124,7 @@ impl Nido {
             return Ok(Asked::Lost);
         }
         let mut connection = BufReader::new(connection);
+        nido_files::failpoint!("claim.requested");
         match timeout(CLAIMED_WITHIN, read_answer(&mut connection)).await {
             Ok(Ok(Some(Answer::Stage { stage }))) => progress(stage),
             Ok(Ok(Some(Answer::Failed { problem }))) => {

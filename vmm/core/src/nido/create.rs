@@ -67,6 +67,7 @@ impl Nido {
         self.reconcile_scope(Scope::Create).await?;
         let dir = self.vm_dir(&row.id);
         let held = make_and_hold(&dir).await?;
+        nido_files::failpoint!("create.locked");
         // First: a row never is without its record.
         let inserted =
             self.context.write_record(&row).and_then(|()| self.store().insert_vm_within(&row, grant.limits.max_vms));
@@ -74,6 +75,7 @@ impl Nido {
             let _ = remove_without_data(&dir);
             return Err(error);
         }
+        nido_files::failpoint!("create.row");
         Ok((row, held))
     }
 
@@ -98,6 +100,7 @@ async fn make_and_hold(dir: &VmDir) -> Result<Held> {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         dir.make()?;
+        nido_files::failpoint!("create.directory");
         match Held::take(&dir.file(SUPERVISOR_LOCK), deadline).await {
             Ok(Some(held)) => return Ok(held),
             Ok(None) => return Err(Error::new(Code::VmBusy, "the new VM's directory is held by another process")),

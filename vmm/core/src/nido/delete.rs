@@ -59,6 +59,7 @@ impl Nido {
             info.agent.ready = false;
             (info.expires_at, info.idle_at) = (None, None);
         }
+        nido_files::failpoint!("delete.ended");
         let Some((held, now)) = self.hold_for_deletion(row).await? else { return Ok(info) };
         if held.is_some() && is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
             drop(held);
@@ -68,6 +69,7 @@ impl Nido {
         } else {
             self.context.erase(&row.id)?;
         }
+        nido_files::failpoint!("delete.erased");
         self.remove_unowned_parts_if_due().await;
         Ok(info)
     }

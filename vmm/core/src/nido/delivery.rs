@@ -151,6 +151,7 @@ impl Desk {
         if self.landed.is_empty() {
             return Ok(());
         }
+        nido_files::failpoint!("delivery.answered");
         let now = now_ms();
         let attempts: Vec<_> = self.landed.drain(..).map(|(flight, answer)| judge(&flight, answer, now)).collect();
         let mut tries = 0;

@@ -89,14 +89,18 @@ impl Nido {
     ) -> Result<(Vec<VmInfo>, Option<u64>)> {
         let _parts_stay = self.templates_shared().await?;
         let operation = self.lease_open()?;
+        nido_files::failpoint!("fork.leased");
         let making = async {
             let (parts, origin, paused_ms) = self.bake_running(row, progress).await?;
+            nido_files::failpoint!("fork.baked");
             let mut made = Vec::new();
             for copy in copies {
                 let copy = VmRow { made_by: Some(operation.id().clone()), ..copy_of(row, copy, parts.clone())? };
                 made.push(self.start_copy(copy, origin.clone(), grant, progress).await?);
             }
+            nido_files::failpoint!("fork.copied");
             self.store().keep_vms_made_by(operation.id(), copies.len())?;
+            nido_files::failpoint!("fork.kept");
             Ok((made, paused_ms))
         };
         let made = making.await;
@@ -119,6 +123,7 @@ impl Nido {
     ) -> Result<(BootParts, Origin, Option<u64>)> {
         let vm = &source.spec.name;
         let Aside { row, held, name } = self.snapshot_aside(source).await?;
+        nido_files::failpoint!("fork.saved");
         let dir = self.vm_dir(&row.id);
         let taken = snapshot::open(&dir, vm, &name).and_then(|record| {
             snapshot::DiskCopy::take(&dir, &name)?.put_in_place()?.remove();
@@ -155,6 +160,7 @@ impl Nido {
         let row = VmRow::new(id, spec, Purpose::Bake, VmState::Starting, source.parts.clone(), disk_bytes);
         let (row, held) = self.insert(row, &Grant::own()).await?;
         let name: SnapshotName = "aside".parse()?;
+        nido_files::failpoint!("fork.hidden-made");
         let taken = async {
             self.ask(source, &Request::Ready).await?;
             self.ask(source, &Request::Snapshot { name: name.clone(), into: Some(row.id.clone()) }).await

@@ -35,11 +35,13 @@ impl Nido {
                 );
             }
             self.store().add_forward(&row.id, &spec)?;
+            nido_files::failpoint!("forward.row");
             self.context.refresh_record(&row.id);
             return Ok(spec);
         }
         match self.ask(&row, &Request::ForwardAdd { forward: spec }).await? {
             Answer::Forward { forward } => {
+                nido_files::failpoint!("forward.published");
                 self.context.refresh_record(&row.id);
                 Ok(forward)
             }
@@ -74,6 +76,7 @@ impl Nido {
             } else {
                 self.ask(&row, &Request::ForwardRemove { forward }).await?;
             }
+            nido_files::failpoint!("forward.removed");
         }
         self.context.refresh_record(&row.id);
         Ok(())

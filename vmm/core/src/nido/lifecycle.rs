@@ -59,6 +59,7 @@ impl Nido {
         self.check_start(&spec, start).await?;
         let (row, held) = self.make_vm(spec, Purpose::Use, VmState::Starting, grant).await?;
         begun.set(&row.id);
+        nido_files::failpoint!("spawn.made");
         progress(StartStage::Preparing);
         let outcome = match Box::pin(self.launch(&row, held, start, asked_at)).await {
             Ok(()) => self.await_start(&row, start, progress).await,
@@ -138,6 +139,7 @@ impl Nido {
             return Err(Error::new(Code::VmBusy, format!("VM '{name}' changed meanwhile; it is {}", row.state.word())));
         }
         self.begin_start(&row)?;
+        nido_files::failpoint!("start.row");
         if let Err(error) = Box::pin(self.launch(&row, held, start, asked_at)).await {
             self.give_up_start(&row, row.state);
             return Err(error);
@@ -229,9 +231,11 @@ impl Nido {
                 Ok(Transitioned::No(_) | Transitioned::Gone) => return Err(super::gone_meanwhile(&row.spec.name)),
             }
         };
+        nido_files::failpoint!("start.machine");
         let row = &VmRow { parts: boot_parts, origin, ..row.clone() };
         self.context.refresh_record(&row.id);
         self.prepare(row, &machine)?;
+        nido_files::failpoint!("start.prepared");
         let launch = super::supervisor_client::Launch { asked_at, timeout_ms: start.timeout_ms };
         self.start_supervisor(&row.id, held, Some(launch)).await
     }
@@ -239,6 +243,7 @@ impl Nido {
     fn prepare(&self, row: &VmRow, machine: &Machine) -> Result<()> {
         let dir = self.vm_dir(&row.id);
         make_disk(&dir, row)?;
+        nido_files::failpoint!("start.disk");
         write_guest_config(&dir, row, machine)
     }
 
@@ -251,6 +256,7 @@ impl Nido {
         if start.wait {
             self.ask_with_stages(row, &Request::Ready, progress).await?;
         }
+        nido_files::failpoint!("start.ready");
         self.describe_current(row)
     }
 
@@ -311,6 +317,7 @@ impl Nido {
         }
         let vm = VmRef { name, id: Some(&row.id) };
         self.stop(vm, stop).await?;
+        nido_files::failpoint!("restart.stopped");
         self.start(vm, start, progress).await
     }
 
@@ -337,6 +344,7 @@ impl Nido {
             Admission::AlreadySo => {}
             Admission::Do => {
                 self.ask(&row, request).await?;
+                nido_files::failpoint!("pause.done");
             }
         }
         self.describe_current(&row)

@@ -61,6 +61,7 @@ impl Nido {
                 self.bake_for(template, &kind, (&host, &qemu))?;
             }
             self.store().set_pool(template, &kind, request.wanted)?;
+            nido_files::failpoint!("pool.set");
         }
         if !self.pool_plan().await?.remove.is_empty() {
             let path = self.home().pool_lock();
@@ -163,6 +164,7 @@ impl Nido {
             if plan.is_empty() {
                 return Ok(());
             }
+            nido_files::failpoint!("pool.planned");
             self.remove_clones(&plan.remove).await?;
             plan.start.truncate(AT_ONCE);
             for made in join_all(plan.start.into_iter().map(|pool| self.make_clone(pool))).await {
@@ -189,7 +191,10 @@ impl Nido {
         let (row, held) = self.make_vm(spec, Purpose::Pool, VmState::Starting, &Grant::own()).await?;
         let start = StartRequest { wait: true, timeout_ms: None, path: PathChoice::Fork, ..StartRequest::default() };
         let made = match Box::pin(self.launch(&row, held, start, asked_at)).await {
-            Ok(()) => self.ask(&row, &Request::Ready).await.map(drop),
+            Ok(()) => {
+                nido_files::failpoint!("pool.launched");
+                self.ask(&row, &Request::Ready).await.map(drop)
+            }
             Err(error) => Err(error),
         };
         match &made {

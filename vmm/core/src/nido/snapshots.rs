@@ -44,10 +44,12 @@ impl Nido {
                     return Err(denied(&row, "snapshotted", "it has never been started"));
                 }
                 let unfinished = Unfinished::begin(&dir, &dir, name)?;
+                nido_files::failpoint!("snapshot.begun");
                 unfinished.copy_disk(&dir)?;
                 unfinished.publish(&Record::now(None))?;
             }
         }
+        nido_files::failpoint!("snapshot.published");
         let info = snapshot::info(&dir, vm, name)?;
         self.store().announce_snapshot(&row, name, info.created_at)?;
         Ok(info)
@@ -78,6 +80,7 @@ impl Nido {
         // A damaged one, too.
         let found = snapshot::list(&dir, vm)?.into_iter().find(|found| found.name == *name);
         snapshot::delete(&dir, vm, name)?;
+        nido_files::failpoint!("snapshot.deleted");
         found.ok_or_else(|| Error::internal(format!("snapshot '{name}' appeared while it was deleted")))
     }
 
@@ -108,11 +111,14 @@ impl Nido {
         progress(StartStage::Preparing);
         // While it still runs: what fails here costs nothing.
         let copy = copy_of(&dir, name).await?;
+        nido_files::failpoint!("restore.copied");
         if !row.state.at_rest() {
             self.stop_to_restore(&row).await?;
         }
+        nido_files::failpoint!("restore.stopped");
         let (held, row) = self.hold_at_rest(&row).await?;
         let previous = copy.put_in_place()?;
+        nido_files::failpoint!("restore.placed");
         let restored = match saved {
             None => self.restored_disk(&row, name),
             Some(saved) => {
@@ -121,6 +127,7 @@ impl Nido {
                 self.start_restored(&row, held, start, (origin, asked_at), progress).await
             }
         };
+        nido_files::failpoint!("restore.started");
         match &restored {
             Ok(_) => previous.remove(),
             Err(_) => self.undo_restore(&row, &previous).await,

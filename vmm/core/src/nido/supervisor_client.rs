@@ -61,6 +61,8 @@ impl Nido {
         }
         command.stdin(Stdio::from(lock)).stdout(Stdio::piped()).stderr(Stdio::from(log));
         let mut child = Command::from(command).spawn().map_err(broken)?;
+        nido_files::failpoint!("supervisor.spawned");
+        nido_files::failpoint!("supervisor.handed-over");
         drop(held);
         let Some(stdout) = child.stdout.take() else {
             return Err(Error::internal("a supervisor without standard output"));

@@ -85,6 +85,7 @@ impl Nido {
         let source = request.source;
         self.remove_orphaned_builds().await;
         let outcome = watched(move |mut watch| import(&home, source, &options, &mut watch), progress).await;
+        nido_files::failpoint!("import.published");
         // What was replaced, and what a failure at the very end may have left.
         self.drop_unowned_parts().await;
         let outcome = outcome?;

@@ -229,6 +229,7 @@ impl Nido {
         }
         let gone = name.clone();
         self.with_images(move |images| images.delete(gone.as_str())).await?;
+        nido_files::failpoint!("template.deleted");
         self.store().forget_template(name)?;
         drop(lock);
         self.drop_unowned_parts().await;

@@ -47,7 +47,8 @@ pub fn command(program: &Path, directory: &Path) -> Command {
 }
 
 fn kept(all: impl Iterator<Item = (OsString, OsString)>) -> impl Iterator<Item = (OsString, OsString)> {
-    all.filter(|(name, _)| KEPT_VARIABLES.iter().any(|kept| name == OsStr::new(kept)))
+    let is_kept = |name: &OsStr| KEPT_VARIABLES.iter().any(|kept| name == OsStr::new(kept));
+    all.filter(move |(name, _)| is_kept(name) || nido_files::failpoint::is_variable(name))
 }
 
 /// Gives QEMU the one environment that it is probed and run in.

@@ -37,6 +37,7 @@ impl LayerCopy {
         let begin = || -> io::Result<Self> {
             let source = File::open(from)?;
             let target = create(to)?;
+            nido_files::failpoint!("layer.copying", io)?;
             let shares_blocks = rustix::fs::ioctl_ficlone(&target, &source).is_ok();
             Ok(Self { source, target, shares_blocks })
         };

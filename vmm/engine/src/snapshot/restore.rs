@@ -45,6 +45,7 @@ impl DiskCopy {
         let _ = fs::remove_file(&previous.previous);
         // A second name for it: at no moment is there no disk. Where there are no such links it cannot be put back.
         let _ = fs::hard_link(&self.disk, &previous.previous);
+        nido_files::failpoint!("restore.linked");
         rename_synced(&self.copy, &self.disk, Durability::PowerCut).map_err(broken)?;
         Ok(previous)
     }

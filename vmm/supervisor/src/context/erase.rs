@@ -35,13 +35,18 @@ impl Context {
             Err(error) if error.code() == Code::DiskFull => {}
             marked => marked?,
         }
+        nido_files::failpoint!("erase.marked");
         let broken = |e| Error::io("cannot remove the VM's files", e);
         let last_log_entries = log_tail(&dir, &[CONSOLE_LOG]);
         let removed = self.home.removed_vm(id);
         // Of an attempt that was killed.
         remove_tree(&removed).map_err(broken)?;
+        nido_files::failpoint!("erase.moving");
         match std::fs::rename(dir.path(), &removed) {
-            Ok(()) => remove_tree(&removed).map_err(broken)?,
+            Ok(()) => {
+                nido_files::failpoint!("erase.moved");
+                remove_tree(&removed).map_err(broken)?;
+            }
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 let left = vm_processes::kill_processes_in_removed(dir.path(), KILL_TIMEOUT);
                 if left > 0 {
@@ -51,6 +56,7 @@ impl Context {
             }
             Err(e) => return Err(broken(e)),
         }
+        nido_files::failpoint!("erase.files-removed");
         self.store().remove_vm(id, last_log_entries)
     }
 }

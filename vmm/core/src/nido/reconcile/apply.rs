@@ -132,6 +132,7 @@ impl Nido {
             let row = self.store().row_facts_of(id)?;
             let facts = VmFacts::read_held(self, id.to_owned(), row, scope);
             let repairs = plan_vm(&facts);
+            nido_files::failpoint!("reconcile.planned");
             let Some((VmRepair::Supervise, _)) = repairs.split_first() else {
                 return repairs.into_iter().try_for_each(|repair| self.apply_to_vm(id, repair));
             };

@@ -98,6 +98,7 @@ impl Nido {
         let _lock = self.templates_exclusive(lock_timeout).await?;
         let due = self.store().parts_due()?;
         let removed = self.remove_unowned_parts_locked().await;
+        nido_files::failpoint!("parts.removed");
         // Where it failed it would fail at each command; the next change of a template tries again.
         self.store().parts_collected(due)?;
         removed
@@ -119,6 +120,7 @@ impl Nido {
             let owned = owned.map(|owned| owned.union(&named).cloned().collect());
             let repairs = plan_parts(&PartFacts { is_due, stored: images.stored()?, owned });
             for repair in &repairs {
+                nido_files::failpoint!("parts.removing");
                 match repair {
                     PartRepair::RemovePart { sha256, .. } => images.remove_part(sha256, &lock)?,
                     PartRepair::RemoveManifest(name) => images.remove_unfinished_manifest(name, &lock)?,

@@ -1,0 +1,103 @@
+//! Each operation, killed at each of its failpoints: one test for each group, so that groups run at the same time.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::check::{await_recovery, expect_clean};
+use crate::operations::{BASIC, COPIES, Operation, TEMPLATES};
+use crate::rig::{BYSTANDERS, Rig, Step};
+
+/// How many times one failpoint of one operation is used, at most: the first times that a process comes to it.
+const TIMES_MAX: u32 = 3;
+
+/// Deletes everything that an operation may have made.
+fn clear(rig: &Rig) {
+    for name in rig.home.names() {
+        if !BYSTANDERS.contains(&name.as_str()) {
+            rig.home.nido(["delete", &name, "--force", "--yes"]).run().ok();
+        }
+    }
+}
+
+fn prepare(rig: &Rig, operation: &Operation) {
+    for line in operation.prepare {
+        rig.ok(line);
+    }
+    (operation.arrange)(rig);
+}
+
+/// Kills one process at one step, and checks everything. Returns whether one was killed.
+fn kill_at(rig: &mut Rig, operation: &Operation, step: &Step) -> bool {
+    prepare(rig, operation);
+    rig.arm(step, "kill");
+    let acknowledged = rig.nido(operation.command).start().succeeds();
+    await_recovery(rig);
+    let killed = rig.disarm();
+    assert!(!acknowledged || (operation.done)(rig), "it was acknowledged, and is not there");
+    expect_clean(rig);
+    clear(rig);
+    // The name is free.
+    rig.ok("create op --accel tcg");
+    clear(rig);
+    await_recovery(rig);
+    expect_clean_of_parts(rig);
+    killed
+}
+
+fn expect_clean_of_parts(rig: &Rig) {
+    assert_eq!(rig.home.names().len(), BYSTANDERS.len());
+}
+
+/// The steps of an operation that are killed: not the same one again and again.
+pub fn steps(rig: &Rig, operation: &Operation) -> Vec<Step> {
+    prepare(rig, operation);
+    let steps = rig.trace(|| {
+        rig.nido(operation.command).run().ok();
+        await_recovery(rig);
+    });
+    assert!((operation.done)(rig), "{} has no effect", operation.name);
+    clear(rig);
+    steps
+}
+
+fn kill_everywhere(operations: &[Operation]) {
+    let only = std::env::var("NIDO_FAULTS_ONLY").unwrap_or_default();
+    let mut rig = Rig::new();
+    let (mut killed, mut failures) = (0, Vec::new());
+    for operation in operations {
+        for step in steps(&rig, operation).into_iter().filter(|step| step.count <= TIMES_MAX) {
+            let what = format!("{} {step}", operation.name);
+            if !what.contains(&only) {
+                continue;
+            }
+            let began = std::time::Instant::now();
+            let outcome = catch_unwind(AssertUnwindSafe(|| kill_at(&mut rig, operation, &step)));
+            println!("{what}: {outcome:?} in {} ms", began.elapsed().as_millis());
+            match outcome {
+                Ok(was_killed) => killed += u32::from(was_killed),
+                Err(why) => {
+                    let why = why.downcast_ref::<String>().cloned().unwrap_or_default();
+                    failures.push(format!("{what}: {why}"));
+                    std::mem::replace(&mut rig, Rig::new()).abandon();
+                }
+            }
+        }
+    }
+    println!("{killed} kills survived, {} not", failures.len());
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert!(killed > 0 || !only.is_empty());
+}
+
+#[test]
+fn a_crash_while_a_vm_changes_its_state_loses_and_leaves_nothing() {
+    kill_everywhere(&BASIC);
+}
+
+#[test]
+fn a_crash_while_a_vm_is_copied_or_published_loses_and_leaves_nothing() {
+    kill_everywhere(&COPIES);
+}
+
+#[test]
+fn a_crash_while_templates_change_loses_and_leaves_nothing() {
+    kill_everywhere(&TEMPLATES);
+}

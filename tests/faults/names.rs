@@ -1,0 +1,1 @@
+//! Every failpoint in the source is reached by an operation: none is dead.

@@ -1,0 +1,210 @@
+//! The operations that change something, and the effect that each of them acknowledges.
+
+use std::fs;
+
+use crate::rig::Rig;
+
+/// An operation, as a test carries it out again and again.
+pub struct Operation {
+    pub name: &'static str,
+    /// Makes what it works on: VMs named `op…`, which are deleted afterwards.
+    pub prepare: &'static [&'static str],
+    /// What else it needs.
+    pub arrange: fn(&Rig),
+    pub command: &'static str,
+    /// Whether its effect is there, in a home that has recovered.
+    pub done: fn(&Rig) -> bool,
+}
+
+fn nothing(_: &Rig) {}
+
+fn is(rig: &Rig, name: &str, status: &str) -> bool {
+    rig.info(name).is_some_and(|info| info["status"] == status)
+}
+
+fn exists(rig: &Rig, name: &str) -> bool {
+    rig.info(name).is_some()
+}
+
+fn has_snapshot(rig: &Rig) -> bool {
+    let listed = rig.nido("snapshot ls op --json").run();
+    listed.code() == 0 && listed.json()["snapshots"].as_array().is_some_and(|all| !all.is_empty())
+}
+
+fn has_forward(rig: &Rig) -> bool {
+    rig.info("op").is_some_and(|info| info["forwards"].as_array().is_some_and(|all| !all.is_empty()))
+}
+
+fn has_template(rig: &Rig, name: &str) -> bool {
+    rig.nido(&format!("template info {name}")).run().code() == 0
+}
+
+/// Kills the supervisor of `op`; its QEMU keeps running.
+fn lose_supervisor(rig: &Rig) {
+    let id = rig.info("op").unwrap()["id"].as_str().unwrap().to_owned();
+    let all = crate::support::processes::of(&rig.home.scratch(""));
+    let (pid, _) = all.iter().find(|(_, line)| line.contains(&format!("supervise {id}"))).unwrap();
+    crate::support::processes::kill(*pid);
+}
+
+/// What `doctor --gc` finds: a directory of no VM, a deletion and a build that were interrupted, a part of no template.
+fn litter(rig: &Rig) {
+    let home = rig.home.path();
+    for directory in ["vms/0123456789abcdef", "vms/.gone-fedcba98", "build/import-1"] {
+        fs::create_dir_all(home.join(directory)).unwrap();
+    }
+    fs::write(home.join("vms/0123456789abcdef/vm.lock"), "").unwrap();
+    fs::write(home.join("blobs/sha256").join("a".repeat(64)), "").unwrap();
+}
+
+const SPAWN: &str = "spawn op --accel tcg";
+
+pub const BASIC: [Operation; 11] = [
+    Operation {
+        name: "spawn",
+        prepare: &[],
+        arrange: nothing,
+        command: "spawn op --accel tcg --ttl 1h --label a=b",
+        done: |rig| is(rig, "op", "running"),
+    },
+    Operation {
+        name: "create",
+        prepare: &[],
+        arrange: nothing,
+        command: "create op --accel tcg",
+        done: |rig| is(rig, "op", "created"),
+    },
+    Operation {
+        name: "start",
+        prepare: &["create op --accel tcg"],
+        arrange: nothing,
+        command: "start op",
+        done: |rig| is(rig, "op", "running"),
+    },
+    Operation {
+        name: "stop",
+        prepare: &[SPAWN],
+        arrange: nothing,
+        command: "stop op",
+        done: |rig| is(rig, "op", "stopped"),
+    },
+    Operation {
+        name: "restart",
+        prepare: &[SPAWN],
+        arrange: nothing,
+        command: "restart op",
+        done: |rig| is(rig, "op", "running"),
+    },
+    Operation {
+        name: "pause",
+        prepare: &[SPAWN],
+        arrange: nothing,
+        command: "pause op",
+        done: |rig| is(rig, "op", "paused"),
+    },
+    Operation {
+        name: "resume",
+        prepare: &[SPAWN, "pause op"],
+        arrange: nothing,
+        command: "resume op",
+        done: |rig| is(rig, "op", "running"),
+    },
+    Operation {
+        name: "delete",
+        prepare: &[SPAWN, "snapshot create op s"],
+        arrange: nothing,
+        command: "delete op --force --yes",
+        done: |rig| !exists(rig, "op"),
+    },
+    Operation { name: "run", prepare: &[], arrange: nothing, command: "run --accel tcg -- true", done: |_| true },
+    Operation {
+        name: "takeover",
+        prepare: &[SPAWN],
+        arrange: lose_supervisor,
+        command: "exec op -- true",
+        done: |rig| is(rig, "op", "running"),
+    },
+    Operation {
+        name: "doctor --gc",
+        prepare: &[],
+        arrange: litter,
+        command: "doctor --gc",
+        done: |rig| !rig.home.path().join("vms/0123456789abcdef").exists(),
+    },
+];
+
+pub const COPIES: [Operation; 8] = [
+    Operation {
+        name: "snapshot create",
+        prepare: &[SPAWN, "stop op"],
+        arrange: nothing,
+        command: "snapshot create op s",
+        done: has_snapshot,
+    },
+    Operation {
+        name: "snapshot create of a running VM",
+        prepare: &[SPAWN],
+        arrange: nothing,
+        command: "snapshot create op s",
+        done: |rig| has_snapshot(rig) && is(rig, "op", "running"),
+    },
+    Operation {
+        name: "snapshot restore",
+        prepare: &[SPAWN, "stop op", "snapshot create op s"],
+        arrange: nothing,
+        command: "snapshot restore op s",
+        done: |rig| has_snapshot(rig) && is(rig, "op", "stopped"),
+    },
+    Operation {
+        name: "snapshot restore of a running VM",
+        prepare: &[SPAWN, "snapshot create op s"],
+        arrange: nothing,
+        command: "snapshot restore op s",
+        done: |rig| has_snapshot(rig) && is(rig, "op", "running"),
+    },
+    Operation {
+        name: "snapshot delete",
+        prepare: &[SPAWN, "snapshot create op s"],
+        arrange: nothing,
+        command: "snapshot delete op s",
+        done: |rig| !has_snapshot(rig),
+    },
+    Operation {
+        name: "fork",
+        prepare: &[SPAWN],
+        arrange: nothing,
+        command: "fork op op-2",
+        done: |rig| is(rig, "op-2", "running") && is(rig, "op", "running"),
+    },
+    Operation {
+        name: "forward add",
+        prepare: &[SPAWN],
+        arrange: nothing,
+        command: "forward add op 0:80",
+        done: has_forward,
+    },
+    Operation {
+        name: "forward rm",
+        prepare: &[SPAWN, "forward add op 0:80"],
+        arrange: nothing,
+        command: "forward rm op 80",
+        done: |rig| !has_forward(rig),
+    },
+];
+
+pub const TEMPLATES: [Operation; 2] = [
+    Operation {
+        name: "template import",
+        prepare: &[],
+        arrange: crate::rig::delete_template,
+        command: "template import @/real.nido",
+        done: |rig| has_template(rig, "real"),
+    },
+    Operation {
+        name: "template delete",
+        prepare: &[],
+        arrange: crate::rig::import_template,
+        command: "template delete real",
+        done: |rig| !has_template(rig, "real"),
+    },
+];
