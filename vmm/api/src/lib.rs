@@ -28,6 +28,7 @@ pub mod hex;
 pub mod machine;
 pub mod moment;
 pub mod name;
+pub mod operation;
 pub mod redact;
 pub mod sanitize;
 pub mod state;
