@@ -256,7 +256,7 @@ impl Supervisor {
         let before = self.machine.warnings.len();
         self.machine.warnings.retain(|warning| warning != crate::SUPERVISOR_FAILS);
         if self.machine.warnings.len() != before {
-            self.write(VmUpdate { machine: Some(self.machine.clone()), ..VmUpdate::default() });
+            self.write(Transition::MachineChanged(self.machine.clone()));
         }
     }
 

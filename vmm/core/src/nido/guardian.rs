@@ -22,7 +22,7 @@ use nido_api::state::VmState;
 use nido_engine::home::{Home, SUPERVISOR_LOCK, VM_LOCK};
 use nido_engine::host::{scope, vm_processes};
 use nido_files::lock::{Held, is_free, is_held};
-use nido_store::{RowFacts, Store, VmUpdate};
+use nido_store::{RowFacts, Store, Transition};
 use nido_supervisor::SUPERVISOR_FAILS;
 use nido_supervisor::context::{open_home, start_supervisor_unawaited};
 
@@ -83,7 +83,8 @@ impl Nido {
         if !machine.warnings.iter().any(|warning| warning == SUPERVISOR_FAILS) {
             machine.warnings.push(SUPERVISOR_FAILS.into());
         }
-        self.store().update_vm(id, &VmUpdate { machine: Some(machine), ..VmUpdate::default() })
+        self.store().transition(id, &Transition::MachineChanged(machine))?.log(id, "what its machine warns of");
+        Ok(())
     }
 }
 

@@ -21,6 +21,7 @@ fn rows() -> impl Strategy<Value = RowFacts> {
         deleting,
         ephemeral,
         lease: None,
+        expires_ms: None,
         made_by: None,
     })
 }
