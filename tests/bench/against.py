@@ -82,7 +82,11 @@ def against(bench, program):
             return measure
 
         of = lambda measure: lambda side: lambda: measure(sides[side])
+        filled = {side: forks.filled(rig, "filled") for side, rig in sides.items()}
+        still = lambda measure: lambda side: lambda: measure(sides[side], filled[side])
         operations = [
+            ("snapshot", f"A running VM with {forks.DATA_MIB} MiB of data is paused by `nido snapshot create`", still(forks.paused_by_snapshot), bench.count(10, 3)),
+            ("fork-paused", "The same VM is paused by `nido fork`", still(forks.paused_by_fork), bench.count(10, 3)),
             ("exec", "`nido exec vm -- true`, whole process", executed, bench.count(120, 10)),
             ("fork", "`nido spawn --fork`, whole process", of(spawned), bench.count(40, 5)),
             ("run", "`nido run -- true`, forked, whole process", of(lambda rig: rig.timed("run", "--", "true") * 1000), bench.count(20, 4)),

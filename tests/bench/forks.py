@@ -237,25 +237,58 @@ def pool_beside(bench, by_hand):
     return result
 
 
+DATA_MIB = 64
+
+
+def filled(rig, word):
+    """A VM with data in its memory that no other VM has."""
+    vm = rig.spawn(word)
+    vm.exec("sh", "-c", f"head -c {DATA_MIB}M /dev/urandom > /dev/shm/data")
+    return vm
+
+
+def paused(vm, result):
+    """For how long a VM was paused, in milliseconds. An older nido writes it only to the supervisor's log."""
+    if "paused_ms" in result:
+        return float(result["paused_ms"])
+    with open(os.path.join(vm.dir, "supervisor.log"), encoding="utf-8") as log:
+        words = [line for line in log if "the VM was paused for" in line][-1].split()
+    return float(words[words.index("ms") - 1])
+
+
+def paused_by_snapshot(rig, vm):
+    name = rig.fresh_name("snapshot")
+    result = rig.json("snapshot", "create", vm.name, name)
+    rig.run("snapshot", "delete", "--yes", vm.name, name)
+    return paused(vm, result)
+
+
+def paused_by_fork(rig, vm):
+    name = rig.fresh_name("copy")
+    result = rig.json("fork", vm.name, name)
+    rig.run("delete", "--force", "--yes", name)
+    return paused(vm, result)
+
+
 def snapshots(bench):
     """A snapshot of a running VM: how long it stands still, and going back."""
     rig = bench.rig
-    vm = rig.spawn("snapped")
-    vm.exec("sh", "-c", "head -c 64M /dev/urandom > /dev/shm/data")
-    result = Result("snapshot", "Snapshot of a running 512 MiB VM with 64 MiB of data in memory", "ms")
-    create, still, restore = "`nido snapshot create`, whole process", "the VM is paused", "restore to ready"
-    result.samples = {create: [], still: [], restore: []}
+    vm = filled(rig, "snapped")
+    result = Result("snapshot", f"Snapshot of a running 512 MiB VM with {DATA_MIB} MiB of data in memory", "ms")
+    create, restore = "`nido snapshot create`, whole process", "restore to ready"
+    still, still_forked = "the VM is paused", "the VM is paused by `nido fork`"
+    result.samples = {create: [], still: [], still_forked: [], restore: []}
     for number in range(bench.count(8, 2)):
         name = f"s{number}"
         result.samples[create].append(rig.timed("snapshot", "create", vm.name, name) * 1000)
-        with open(os.path.join(vm.dir, "supervisor.log"), encoding="utf-8") as log:
-            words = [line for line in log if "the VM was paused for" in line][-1].split()
-        result.samples[still].append(float(words[words.index("ms") - 1]))
+        result.samples[still].append(paused(vm, rig.json("snapshot", "ls", vm.name)["snapshots"][-1]))
+        result.samples[still_forked].append(paused_by_fork(rig, vm))
         rig.run("snapshot", "restore", vm.name, name)
         result.samples[restore].append(rig.json("info", vm.name)["timings"]["total_ms"])
         rig.run("snapshot", "delete", vm.name, name)
     rig.delete(vm)
-    result.require(still, result.median(still), "<", 1000, "ms")
+    for name in (still, still_forked):
+        result.require(name, result.median(name), "<=", 150, "ms")
     return [result]
 
 

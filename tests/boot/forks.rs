@@ -211,6 +211,7 @@ fn a_running_vm_is_copied_and_runs_on() {
     vm.start_counting();
     let own = fingerprint(&vm);
     let forked = home.nido(["fork", "web", "one", "two", "three"]).json();
+    assert!(forked["paused_ms"].as_u64().unwrap() > 0);
     assert_eq!(forked["copies"].as_array().unwrap().len(), 3);
     let mut seen: BTreeSet<String> = fingerprint(&vm).into_iter().collect();
     for name in ["one", "two", "three"] {

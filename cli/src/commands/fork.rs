@@ -5,7 +5,7 @@ use std::time::Duration;
 use nido_api::name::VmName;
 
 use super::Context;
-use super::vm_args::summarize;
+use super::vm_args::{paused, summarize};
 use crate::exit::{Exit, Outcome, until_signal};
 use crate::progress::Progress;
 
@@ -42,6 +42,7 @@ impl Args {
             cx.audited(&nido, "vm_fork", arguments, forked).await?
         };
         forked.copies.iter().for_each(|copy| summarize(&cx.output, copy));
+        paused(&cx.output, &self.name, forked.paused_ms);
         cx.output.answer(&forked, || forked.copies.iter().map(|copy| format!("{}\n", copy.name)).collect())?;
         Ok(Exit::Success)
     }

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::Context;
 use super::confirmation::Confirmation;
-use super::vm_args::summarize;
+use super::vm_args::{paused, summarize};
 use crate::exit::{Exit, Outcome, until_signal};
 use crate::output::table;
 use crate::parse::{self, show_bytes};
@@ -87,6 +87,7 @@ impl Args {
             Verb::Create { name, snapshot } => {
                 let snapshot = snapshot.map_or_else(fresh_name, Ok)?;
                 let made = until_signal(UNDO_LIMIT, nido.snapshot_create(&name, &snapshot)).await?;
+                paused(&cx.output, &name, made.paused_ms);
                 cx.output.answer(&made, || format!("{}\n", made.name))?;
             }
             Verb::Ls { name } => {

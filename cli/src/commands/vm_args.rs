@@ -211,6 +211,13 @@ pub fn summarize(output: &Output, vm: &VmInfo) {
     output.talk(&summary(vm));
 }
 
+/// Prints for how long a running VM's CPUs were paused to save it.
+pub fn paused(output: &Output, vm: &VmName, paused_ms: Option<u64>) {
+    if let Some(ms) = paused_ms.filter(|_| output.talks()) {
+        output.talk(&format!("{vm} was paused for {ms} ms"));
+    }
+}
+
 /// Milliseconds as people read them.
 fn seconds(ms: f64) -> String {
     if ms < 1000.0 { format!("{ms:.0} ms") } else { format!("{:.2} s", ms / 1000.0) }

@@ -78,9 +78,9 @@ pub fn vm(vm: VmInfo) -> Result<ToolResult> {
 /// Some VMs. What is long and the same for most VMs of a host is given once.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub struct VmBriefs {
-    vms: Vec<VmBrief>,
+    pub(super) vms: Vec<VmBrief>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    warnings: Vec<String>,
+    pub(super) warnings: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     next_cursor: Option<String>,
 }

@@ -6,10 +6,10 @@ use nido_api::name::VmName;
 use nido_api::{Scope, StartStage};
 use nido_core::Intent;
 use nido_core::policy::decide_fork;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::brief::{VmBriefs, vm_list};
+use super::brief::{VmBrief, vm_list};
 use super::{ADDS, Operation, Tool, arguments};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
@@ -26,7 +26,7 @@ pub const FORK: Tool = Tool {
     scope: Scope::Run,
     takes: schema::arguments::<Fork>,
     unlisted: &[],
-    gives: schema::result_or_job::<VmBriefs>,
+    gives: schema::result_or_job::<Copies>,
     parse: |given| Ok(Box::new(Fork::parse(given)?)),
 };
 
@@ -61,6 +61,17 @@ impl Fork {
     }
 }
 
+/// The copies of a VM.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct Copies {
+    vms: Vec<VmBrief>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
+    /// For how long the CPUs of the VM that was copied were paused, if they ran.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    paused_ms: Option<u64>,
+}
+
 impl Operation for Fork {
     fn vm(&self) -> Option<&VmName> {
         Some(&self.name)
@@ -81,9 +92,10 @@ impl Operation for Fork {
             let mut tell = |_: &VmName, stage: StartStage| call.progress.stage(stage);
             let vm = call.which(&self.name);
             let forking = Box::pin(call.nido().await?.fork(vm, &self.copies, &grant, &mut tell));
-            let copies = call.unless_cancelled(forking).await?.copies;
-            copies.iter().for_each(|vm| call.created(vm));
-            ToolResult::new(&vm_list(copies, None))
+            let forked = call.unless_cancelled(forking).await?;
+            forked.copies.iter().for_each(|vm| call.created(vm));
+            let list = vm_list(forked.copies, None);
+            ToolResult::new(&Copies { vms: list.vms, warnings: list.warnings, paused_ms: forked.paused_ms })
         })
     }
 }

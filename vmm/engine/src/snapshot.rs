@@ -119,7 +119,8 @@ impl Unfinished {
     /// # Errors
     /// `disk_full`, `internal`.
     pub fn state(&self) -> Result<File> {
-        let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(self.path.join(DEVICE_STATE));
+        let file =
+            File::options().write(true).create(true).truncate(true).mode(0o600).open(self.path.join(DEVICE_STATE));
         file.map_err(failed)
     }
 

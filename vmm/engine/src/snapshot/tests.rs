@@ -25,10 +25,11 @@ fn a_snapshot_is_there_when_it_is_whole() {
     assert!(remove_unfinished(&vm) && !remove_unfinished(&vm));
     let taking = Unfinished::begin(&vm, &vm, &name("first")).unwrap();
     taking.copy_disk(&vm).unwrap();
-    taking.publish(&Record::now(None)).unwrap();
+    taking.publish(&Record { paused_ms: Some(41), ..Record::now(None) }).unwrap();
     assert_eq!(Unfinished::begin(&vm, &vm, &name("first")).unwrap_err().code(), Code::SnapshotExists);
     let told = list(&vm, &of).unwrap();
     assert_eq!((told.len(), told[0].name.as_str(), told[0].running), (1, "first", false));
+    assert_eq!(told[0].paused_ms, Some(41));
 
     fs::write(vm.file(DISK), "two").unwrap();
     let files = |vm: &VmDir| fs::read_dir(vm.path()).unwrap().count();

@@ -172,7 +172,9 @@ impl LiveSave {
             loop {
                 match reader.read(&mut buffer) {
                     Ok(0) => return Ok(()),
-                    Ok(read) => file.write_all(&buffer[..read]).inspect_err(|_| drop(reader.shutdown(Shutdown::Both)))?,
+                    Ok(read) => {
+                        file.write_all(&buffer[..read]).inspect_err(|_| drop(reader.shutdown(Shutdown::Both)))?
+                    }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) => return Err(error),
                 }
