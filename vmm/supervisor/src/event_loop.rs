@@ -90,6 +90,9 @@ impl Supervisor {
             awaiting_agent = false;
             self.begin_bake(&running);
             oneshot::channel().1
+        } else if running.is_mute() {
+            awaiting_agent = false;
+            oneshot::channel().1
         } else {
             self.watch_for_agent(&running)
         };
@@ -131,9 +134,7 @@ impl Supervisor {
                     Some(event) => self.on_event(event, &running).await,
                     None => monitor_open = false,
                 },
-                Some(order) = self.orders.recv() => {
-                    self.on_order(order, &running).await;
-                }
+                Some(call) = self.calls.recv() => self.on_call(call, &running).await,
                 Some(report) = self.reports.1.recv() => self.on_report(report, &running).await,
                 outcome = &mut ready, if awaiting_agent => {
                     awaiting_agent = false;
