@@ -14,6 +14,7 @@ mod api_files;
 mod approvals;
 mod audit;
 mod audit_verbs;
+mod control;
 mod copies;
 mod daemons;
 mod description;

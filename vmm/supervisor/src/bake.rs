@@ -59,10 +59,11 @@ struct Saving {
 impl Supervisor {
     /// Starts to save the guest. Its machine ends then; the result is reported when QEMU has ended.
     pub(super) fn begin_bake(&self, running: &Running) {
+        let Ok(monitor) = running.monitor().cloned() else { return };
         let saving = Saving {
             name: self.row.spec.name.to_string(),
             way: self.way(),
-            monitor: running.monitor.clone(),
+            monitor,
             pid: running.process.pid(),
             rests: self.row.origin == Origin::Boot,
             twin: self.is_twin(),

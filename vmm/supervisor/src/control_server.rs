@@ -4,18 +4,17 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nido_api::StartStage;
 use nido_api::error::{Code, Error, Problem, Result};
-use nido_api::name::SnapshotName;
-use nido_api::{ForwardSpec, StartStage, StopRequest};
 use nido_images::Bake;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::unix::OwnedReadHalf;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
-use super::control::{Answer, ClaimOrder, MAX_LINE, Request};
+use super::control::{MAX_LINE, Reply, Request, decode_request, encode};
 
 /// How long a client may take to say what it wants.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
@@ -38,19 +37,46 @@ pub(super) enum Life {
     Baked(Box<Bake>),
 }
 
-/// What the loop is asked to do.
+/// Where the reply to a request goes.
+pub(super) type ReplySender = oneshot::Sender<Result<Reply>>;
+
+/// A request on its way to the loop.
 #[derive(Debug)]
-pub(super) enum ControlCommand {
-    Stop(StopRequest),
-    StopKept,
-    Pause(oneshot::Sender<Result<()>>),
-    Resume(oneshot::Sender<Result<()>>),
-    Snapshot(SnapshotName, Option<String>, oneshot::Sender<Result<()>>),
-    ForwardAdd(ForwardSpec, oneshot::Sender<Result<ForwardSpec>>),
-    ForwardRemove(ForwardSpec, oneshot::Sender<Result<()>>),
-    Claim(Box<ClaimOrder>, oneshot::Sender<Result<()>>),
-    Retire(oneshot::Sender<Result<()>>),
-    Status(oneshot::Sender<Option<Duration>>),
+pub(super) struct Call {
+    pub request: Request,
+    /// Closed once the client no longer waits.
+    pub reply: ReplySender,
+}
+
+/// What the last reply to a request waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Completion {
+    /// The loop's reply.
+    Reply,
+    /// The guest's agent; the loop is not involved.
+    Ready,
+    /// The end of the VM, once the loop has accepted the request.
+    Ended,
+    /// The guest's agent, once the loop has claimed the clone.
+    Claimed,
+    /// The client, which closes the connection.
+    Held,
+}
+
+/// What the last reply to `request` waits for.
+const fn completion(request: &Request) -> Completion {
+    match request {
+        Request::Ready => Completion::Ready,
+        Request::Stop(_) | Request::StopKept | Request::Retire => Completion::Ended,
+        Request::Claim(_) => Completion::Claimed,
+        Request::Lease => Completion::Held,
+        Request::Pause
+        | Request::Resume
+        | Request::Snapshot { .. }
+        | Request::ForwardAdd { .. }
+        | Request::ForwardRemove { .. }
+        | Request::Status => Completion::Reply,
+    }
 }
 
 /// Counts who uses the VM on ways that the channel does not see.
@@ -85,7 +111,7 @@ impl Drop for SessionGuard {
 /// What each connection needs.
 #[derive(Debug, Clone)]
 pub(super) struct ControlQueue {
-    pub orders: mpsc::Sender<ControlCommand>,
+    pub calls: mpsc::Sender<Call>,
     pub life: watch::Receiver<Life>,
     pub users: ActiveSessions,
 }
@@ -110,169 +136,140 @@ pub(super) async fn serve(listener: UnixListener, desk: ControlQueue) {
     }
 }
 
-async fn attend(stream: UnixStream, mut desk: ControlQueue) -> std::io::Result<()> {
-    let (reader, mut writer) = stream.into_split();
+async fn attend(stream: UnixStream, desk: ControlQueue) -> std::io::Result<()> {
+    let (reader, writer) = stream.into_split();
     let mut reader = BufReader::with_capacity(1024, reader).take(MAX_LINE as u64);
     let mut line = Vec::new();
     let read = timeout(REQUEST_WITHIN, reader.read_until(b'\n', &mut line)).await;
     if !matches!(read, Ok(Ok(n)) if n > 0) {
         return Ok(());
     }
-    let answer = match serde_json::from_slice(&line) {
-        Err(error) => failed(&Error::new(Code::SpecInvalid, format!("not a request to a supervisor: {error}"))),
-        Ok(Request::Ready) => {
-            let _use = desk.users.enter();
-            until_ready(&mut desk.life, &mut writer, reader.get_mut()).await?
-        }
-        Ok(Request::Stop(stop)) => {
-            // If the loop is over already, its last word is in `life`.
-            let _ = desk.orders.send(ControlCommand::Stop(stop)).await;
-            until_ended(&mut desk).await
-        }
-        Ok(Request::StopKept) => {
-            let _ = desk.orders.send(ControlCommand::StopKept).await;
-            until_ended(&mut desk).await
-        }
-        Ok(Request::Claim(order)) => match until_claimed(&mut desk, order, &mut writer, reader.get_mut()).await? {
-            Some(answer) => answer,
-            None => return Ok(()),
-        },
-        Ok(Request::Retire) => match desk.ask(ControlCommand::Retire).await {
-            Ok(()) => until_ended(&mut desk).await,
-            Err(error) => failed(&error),
-        },
-        Ok(Request::Lease) => {
-            let _use = desk.users.enter();
-            // It does not care how the VM ends, and must not hold up the end.
-            drop(desk);
-            // Held until the client closes it, or ends.
-            let mut rest = [0; 64];
-            while matches!(reader.get_mut().read(&mut rest).await, Ok(n) if n > 0) {}
-            return Ok(());
-        }
-        Ok(Request::Pause) => done(desk.ask(ControlCommand::Pause).await),
-        Ok(Request::Snapshot { name, into }) => {
-            let _use = desk.users.enter();
-            done(desk.ask(|reply| ControlCommand::Snapshot(name, into, reply)).await)
-        }
-        Ok(Request::Resume) => done(desk.ask(ControlCommand::Resume).await),
-        Ok(Request::ForwardAdd { forward }) => match desk.ask(|reply| ControlCommand::ForwardAdd(forward, reply)).await
-        {
-            Ok(forward) => Answer::Forward { forward },
-            Err(error) => failed(&error),
-        },
-        Ok(Request::ForwardRemove { forward }) => {
-            done(desk.ask(|reply| ControlCommand::ForwardRemove(forward, reply)).await)
-        }
-        Ok(Request::Status) => match desk.ask(|reply| ControlCommand::Status(reply_ok(reply))).await {
-            Ok(idle) => Answer::Status { idle_ms: idle.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)) },
-            Err(error) => failed(&error),
-        },
-    };
-    send(&mut writer, &answer).await
+    let (version, request) = decode_request(&line);
+    let mut client = Client { reader: reader.into_inner(), writer, version };
+    match request {
+        Ok(request) => carry_out(request, desk, &mut client).await,
+        Err(refusal) => client.send(&refusal).await,
+    }
 }
 
-/// Turns a channel for results into one for plain values.
-fn reply_ok<T: Send + 'static>(reply: oneshot::Sender<Result<T>>) -> oneshot::Sender<T> {
-    let (plain, value) = oneshot::channel();
-    tokio::spawn(async move {
-        if let Ok(value) = value.await {
-            let _ = reply.send(Ok(value));
+/// The client at the other end.
+struct Client {
+    reader: BufReader<OwnedReadHalf>,
+    writer: OwnedWriteHalf,
+    /// The version of the protocol that it speaks.
+    version: u32,
+}
+
+impl Client {
+    async fn send(&mut self, reply: &Reply) -> std::io::Result<()> {
+        let line = encode(reply, self.version).map_err(std::io::Error::other)?;
+        self.writer.write_all(&line).await
+    }
+
+    /// Returns when the client has closed the connection, or ended.
+    async fn closed(&mut self) {
+        let mut rest = [0; 64];
+        while matches!(self.reader.read(&mut rest).await, Ok(n) if n > 0) {}
+    }
+
+    /// Whether it has closed the connection already.
+    fn is_gone(&self) -> bool {
+        let stream = AsRef::<UnixStream>::as_ref(self.reader.get_ref());
+        let mut fds = [PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::empty())];
+        poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().contains(PollFlags::HUP)
+    }
+}
+
+async fn carry_out(request: Request, mut desk: ControlQueue, client: &mut Client) -> std::io::Result<()> {
+    let completion = completion(&request);
+    let is_use =
+        matches!(completion, Completion::Ready | Completion::Held) || matches!(request, Request::Snapshot { .. });
+    let _use = is_use.then(|| desk.users.enter());
+    // A stop is carried out also if the loop is over: then its last word is in `life`.
+    let is_stop = matches!(request, Request::Stop(_) | Request::StopKept);
+    match completion {
+        Completion::Held => {
+            // It does not care how the VM ends, and must not delay the end.
+            drop(desk);
+            client.closed().await;
+            Ok(())
         }
-    });
-    plain
+        Completion::Ready => until_ready(&mut desk.life, client).await,
+        Completion::Reply => {
+            let reply = desk.ask(request).await;
+            client.send(&reply.unwrap_or_else(|error| Reply::failed(&error))).await
+        }
+        Completion::Ended => {
+            let reply = match desk.ask(request).await {
+                Err(error) if !is_stop => Reply::failed(&error),
+                _ => until_ended(&mut desk).await,
+            };
+            client.send(&reply).await
+        }
+        Completion::Claimed => until_claimed(request, &mut desk, client).await,
+    }
 }
 
 impl ControlQueue {
-    async fn ask<T>(&self, order: impl FnOnce(oneshot::Sender<Result<T>>) -> ControlCommand) -> Result<T> {
+    async fn ask(&self, request: Request) -> Result<Reply> {
         let (reply, answer) = oneshot::channel();
         let ending = || Error::new(Code::VmNotRunning, "the VM has just ended");
-        self.orders.send(order(reply)).await.map_err(|_| ending())?;
+        self.calls.send(Call { request, reply }).await.map_err(|_| ending())?;
         answer.await.map_err(|_| ending())?
     }
 }
 
-async fn until_ready(
-    life: &mut watch::Receiver<Life>,
-    writer: &mut (impl AsyncWriteExt + Unpin),
-    reader: &mut (impl AsyncReadExt + Unpin),
-) -> std::io::Result<Answer> {
+async fn until_ready(life: &mut watch::Receiver<Life>, client: &mut Client) -> std::io::Result<()> {
     loop {
         let now = life.borrow_and_update().clone();
         let stage = match now {
             Life::Launching => StartStage::Launching,
             Life::Booting => StartStage::Booting,
             Life::Ready => {
-                send(writer, &Answer::Stage { stage: StartStage::Ready }).await?;
-                return Ok(Answer::Done);
+                client.send(&Reply::Stage { stage: StartStage::Ready }).await?;
+                return client.send(&Reply::Done).await;
             }
-            Life::Baked(bake) => return Ok(Answer::Baked { bake }),
-            Life::Ended(problem) => return Ok(Answer::Failed { problem: problem.unwrap_or_else(ended_early) }),
+            Life::Baked(bake) => return client.send(&Reply::Baked { bake }).await,
+            Life::Ended(problem) => {
+                return client.send(&Reply::Failed { problem: problem.unwrap_or_else(ended_early) }).await;
+            }
         };
-        send(writer, &Answer::Stage { stage }).await?;
-        let mut rest = [0; 16];
+        client.send(&Reply::Stage { stage }).await?;
         tokio::select! {
             changed = life.changed() => if changed.is_err() {
-                return Ok(Answer::Failed { problem: ended_early() });
+                return client.send(&Reply::Failed { problem: ended_early() }).await;
             },
             // The same stage again: a sign of life.
             () = tokio::time::sleep(ALIVE_EVERY) => {}
-            // The client has disconnected. (It sends nothing more.)
-            _ = reader.read(&mut rest) => return Err(std::io::ErrorKind::BrokenPipe.into()),
+            () = client.closed() => return Err(std::io::ErrorKind::BrokenPipe.into()),
         }
     }
 }
 
-/// `None`: the client has disconnected, and gets no VM.
-async fn until_claimed(
-    desk: &mut ControlQueue,
-    order: Box<ClaimOrder>,
-    writer: &mut (impl AsyncWriteExt + Unpin),
-    reader: &mut BufReader<OwnedReadHalf>,
-) -> std::io::Result<Option<Answer>> {
-    if gone(reader) {
-        return Ok(None);
+/// A client that has disconnected gets no VM.
+async fn until_claimed(request: Request, desk: &mut ControlQueue, client: &mut Client) -> std::io::Result<()> {
+    if client.is_gone() {
+        return Ok(());
     }
-    let mut rest = [0; 16];
     let claimed = tokio::select! {
-        claimed = desk.ask(|reply| ControlCommand::Claim(order, reply)) => claimed,
-        _ = reader.read(&mut rest) => return Ok(None),
+        claimed = desk.ask(request) => claimed,
+        () = client.closed() => return Ok(()),
     };
     if let Err(error) = claimed {
-        return Ok(Some(failed(&error)));
+        return client.send(&Reply::failed(&error)).await;
     }
     let _use = desk.users.enter();
-    send(writer, &Answer::Stage { stage: StartStage::Preparing }).await?;
-    until_ready(&mut desk.life, writer, reader).await.map(Some)
+    client.send(&Reply::Stage { stage: StartStage::Preparing }).await?;
+    until_ready(&mut desk.life, client).await
 }
 
-async fn until_ended(desk: &mut ControlQueue) -> Answer {
+async fn until_ended(desk: &mut ControlQueue) -> Reply {
     match desk.life.wait_for(|life| matches!(life, Life::Ended(_) | Life::Baked(_))).await {
-        Ok(_) => Answer::Done,
-        Err(_) => failed(&Error::internal("the supervisor ended before the VM did")),
+        Ok(_) => Reply::Done,
+        Err(_) => Reply::failed(&Error::internal("the supervisor ended before the VM did")),
     }
-}
-
-/// Whether the other end has been closed.
-fn gone(reader: &BufReader<OwnedReadHalf>) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(AsRef::<UnixStream>::as_ref(reader.get_ref()).as_fd(), PollFlags::empty())];
-    poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().contains(PollFlags::HUP)
 }
 
 fn ended_early() -> Problem {
     Error::new(Code::VmNotRunning, "the VM was stopped, or powered itself off, before its agent answered").problem()
-}
-
-fn done(outcome: Result<()>) -> Answer {
-    outcome.map_or_else(|error| failed(&error), |()| Answer::Done)
-}
-
-fn failed(error: &Error) -> Answer {
-    Answer::Failed { problem: error.problem() }
-}
-
-async fn send(writer: &mut (impl AsyncWriteExt + Unpin), answer: &Answer) -> std::io::Result<()> {
-    let mut line = serde_json::to_vec(answer)?;
-    line.push(b'\n');
-    writer.write_all(&line).await
 }

@@ -31,7 +31,7 @@ use super::state::{SESSION_EVERY, Supervisor, instant_of};
 /// How often logs are looked at.
 const LOGS_EVERY: Duration = Duration::from_secs(5);
 /// How often the supervisor looks whether the guardian lives.
-pub(super) const GUARDIAN_EVERY: Duration = Duration::from_secs(3);
+const GUARDIAN_EVERY: Duration = Duration::from_secs(3);
 /// With less free space a disk counts as full.
 const DISK_FULL_BYTES: u64 = 8 << 20;
 /// How often a change that the store did not take is repeated.
@@ -92,6 +92,9 @@ impl Supervisor {
             awaiting_agent = false;
             self.begin_bake(&running);
             oneshot::channel().1
+        } else if running.is_mute() {
+            awaiting_agent = false;
+            oneshot::channel().1
         } else {
             self.watch_for_agent(&running)
         };
@@ -135,9 +138,7 @@ impl Supervisor {
                     Some(event) => self.on_event(event, &running).await,
                     None => monitor_open = false,
                 },
-                Some(order) = self.orders.recv() => {
-                    self.on_order(order, &running).await;
-                }
+                Some(call) = self.calls.recv() => self.on_call(call, &running).await,
                 Some(report) = self.reports.1.recv() => self.on_report(report, &running).await,
                 outcome = &mut ready, if awaiting_agent => {
                     awaiting_agent = false;

@@ -6,7 +6,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nido_api::AgentInfo;
-use nido_api::error::Result;
 use nido_api::sanitize::{head, on_one_line};
 use nido_api::state::{Fact, FailureCause, StateCause, VmState};
 use nido_engine::guest::{GuestError, Session};
@@ -15,11 +14,11 @@ use nido_engine::qemu::MonitorEvent;
 use nido_guest_agent::wire::{MAX_WARNING, MAX_WARNINGS, Pong};
 use nido_store::{AgentReady, Purpose, Transition};
 use qapi::qmp::RunState;
-use tokio::sync::oneshot;
 use tokio::time::Instant as TokioInstant;
 
 use super::clock::set_clock;
-use super::control_server::Life;
+use super::control::Reply;
+use super::control_server::{Life, ReplySender};
 use super::host_clocks::HostClocks;
 use super::launch::Running;
 use super::limits::Reached;
@@ -102,12 +101,14 @@ impl Supervisor {
     }
 
     /// Resumes the CPUs, in a task of its own.
-    pub(super) fn begin_resume(&mut self, reply: Option<oneshot::Sender<Result<()>>>, running: &Running) {
+    pub(super) fn begin_resume(&mut self, reply: Option<ReplySender>, running: &Running) {
+        let monitor = match running.monitor() {
+            Ok(monitor) => monitor.clone(),
+            Err(error) => return drop(reply.map(|reply| reply.send(Err(error)))),
+        };
         self.resuming = true;
-        let (report, resume) = (
-            self.reports.0.clone(),
-            Resume { monitor: running.monitor.clone(), cause: self.cause, home: self.dir.path().to_owned() },
-        );
+        let (report, resume) =
+            (self.reports.0.clone(), Resume { monitor, cause: self.cause, home: self.dir.path().to_owned() });
         tokio::spawn(async move {
             let outcome = resume.run().await;
             let _ = report.send(Report::Resumed(outcome, reply)).await;
@@ -124,7 +125,7 @@ impl Supervisor {
                 }
                 // Only QEMU knows; it may have been paused again meanwhile.
                 self.ask_status(running).await;
-                reply.map(|reply| reply.send(outcome));
+                reply.map(|reply| reply.send(outcome.map(|()| Reply::Done)));
             }
             Report::Saved(saved) => {
                 self.baked = Some(saved.inspect_err(|error| tracing::error!("{error}")));
@@ -239,7 +240,8 @@ impl Supervisor {
     }
 
     async fn ask_status(&mut self, running: &Running) {
-        match running.monitor.query_status(QMP_TIMEOUT).await {
+        let Ok(monitor) = running.monitor() else { return };
+        match monitor.query_status(QMP_TIMEOUT).await {
             Ok(status) => self.observe(status, running),
             Err(error) => tracing::warn!("cannot read QEMU's status: {error}"),
         }

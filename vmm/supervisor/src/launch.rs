@@ -21,11 +21,30 @@ use tokio::sync::mpsc;
 /// How long QEMU may take until its monitor answers.
 const MONITOR_WITHIN: Duration = Duration::from_secs(30);
 
-/// A QEMU that runs, and the line to it.
+/// A QEMU that runs, and the connection to its monitor.
 pub(super) struct Running {
     pub process: QemuProcess,
-    pub monitor: Monitor,
+    /// `None`: its monitor does not reply, and all that can be done with this QEMU is to kill it.
+    monitor: Option<Monitor>,
+    /// What QEMU reports; ended for one whose monitor does not reply.
     pub events: mpsc::Receiver<MonitorEvent>,
+}
+
+impl Running {
+    /// QEMU's monitor.
+    ///
+    /// # Errors
+    /// `qemu_failed` if it does not reply.
+    pub(super) fn monitor(&self) -> Result<&Monitor> {
+        self.monitor.as_ref().ok_or_else(|| {
+            Error::new(Code::QemuFailed, "the VM's QEMU does not reply").hint("terminate it with nido stop --force")
+        })
+    }
+
+    /// Whether its monitor does not reply: it hangs, or was suspended by a signal.
+    pub(super) const fn is_mute(&self) -> bool {
+        self.monitor.is_none()
+    }
 }
 
 /// Why there is no QEMU.
@@ -50,7 +69,7 @@ pub(super) async fn launch(
         exit = process.wait() => return Err(LaunchError::Exited(exit.unwrap_or(process::QemuExit::Unknown))),
     };
     match connected {
-        Ok((monitor, events)) => Ok(Running { process, monitor, events }),
+        Ok((monitor, events)) => Ok(Running { process, monitor: Some(monitor), events }),
         // It closed the monitor: give it the moment it takes to be seen ending.
         Err(MonitorError::QemuGone | MonitorError::Io(_)) => {
             match tokio::time::timeout(Duration::from_secs(2), process.wait()).await {
@@ -125,16 +144,8 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
         .map_err(|e| Error::io(format!("cannot start {}", program.display()), e))
 }
 
-/// A QEMU that was found again.
-pub(super) enum Attached {
-    /// Its monitor answers.
-    Running(Running),
-    /// QEMU runs, but its monitor does not reply: it hangs, or was suspended by a signal.
-    Mute(QemuProcess, Error),
-}
-
-/// Finds the QEMU behind the VM's monitor. The working directory is the VM's.
-pub(super) async fn attach() -> Result<Attached> {
+/// Finds the QEMU behind the VM's monitor, which may not reply. The working directory is the VM's.
+pub(super) async fn attach() -> Result<Running> {
     let lost = |why: String| {
         Error::new(
             Code::QemuFailed,
@@ -144,7 +155,10 @@ pub(super) async fn attach() -> Result<Attached> {
     let stream = UnixStream::connect(QMP_SOCKET).await.map_err(|e| lost(e.to_string()))?;
     let process = QemuProcess::behind(&stream).map_err(|e| lost(e.to_string()))?;
     Ok(match Monitor::negotiate(stream).await {
-        Ok((monitor, events)) => Attached::Running(Running { process, monitor, events }),
-        Err(error) => Attached::Mute(process, lost(error.to_string())),
+        Ok((monitor, events)) => Running { process, monitor: Some(monitor), events },
+        Err(error) => {
+            tracing::error!("{}", lost(error.to_string()));
+            Running { process, monitor: None, events: mpsc::channel(1).1 }
+        }
     })
 }

@@ -26,7 +26,6 @@ mod handlers;
 mod host_clocks;
 mod launch;
 mod limits;
-mod mute;
 mod pause;
 mod pool;
 mod qmp;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 use nido_api::error::{Code, Error, Result};
 use nido_api::state::{Fact, StateCause, VmState, advance};
-use nido_api::{ForwardSpec, StartPath, Timings};
+use nido_api::{ForwardSpec, StartPath, Timings, VmSpec};
 use nido_engine::machine::Machine;
 use nido_guest_agent::wire::Pong;
 use nido_store::{Claim, Origin, Purpose, VmRow};
@@ -24,15 +24,19 @@ use super::forwards::bind;
 use super::launch::Running;
 use super::limits::Limits;
 use super::pause::Stillness;
-use super::qmp::QMP_TIMEOUT;
+use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::state::Supervisor;
 use crate::context::write_guest_config;
 
 impl Supervisor {
     /// Pauses a clone that is ready: from here on it waits.
     pub(super) async fn park(&mut self, pong: Pong, running: &Running) {
-        if let Err(error) = running.monitor.stop(QMP_TIMEOUT).await {
-            tracing::error!("the clone cannot be paused: {}", nido_api::sanitize::on_one_line(&error.to_string()));
+        let paused = match running.monitor() {
+            Ok(monitor) => monitor.stop(QMP_TIMEOUT).await.map_err(|error| qmp_error(&error)),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = paused {
+            tracing::error!("the clone cannot be paused: {error}");
             return self.quit(running);
         }
         self.paused(StateCause::User);
@@ -48,13 +52,15 @@ impl Supervisor {
     /// being ready; else the clone waits on as before.
     pub(super) async fn claim(&mut self, order: ClaimOrder, running: &Running) -> Result<()> {
         self.is_pooled()?;
+        running.monitor()?;
+        let spec = VmSpec::from(order.spec.clone());
         if self.state != VmState::Paused || !self.row.agent.ready || self.kill_at.is_some() {
             return Err(taken());
         }
         let asked_at = Instant::now().checked_sub(Duration::from_secs_f64(order.asked_ms_ago.clamp(0.0, 1e9) / 1000.0));
-        let ports = take_ports(&order.spec.forwards).await?;
+        let ports = take_ports(&spec.forwards).await?;
         nido_files::failpoint!("claim.ports");
-        let row = self.take_row(&order, &ports)?;
+        let row = self.take_row(&order, &spec, &ports)?;
         tracing::info!("the clone {} is VM {} now", self.row.spec.name, row.spec.name);
         nido_files::failpoint!("claim.row");
         self.row = row;
@@ -65,8 +71,8 @@ impl Supervisor {
         self.ready_within = order.ready_within_ms.map_or(self.ready_within, Duration::from_millis);
         self.life.send_replace(Life::Booting);
         let now = Instant::now();
-        let expires_at = order.spec.ttl_ms.and_then(|ttl| now.checked_add(Duration::from_millis(ttl)));
-        self.limits = Limits::new(now, expires_at, order.spec.idle_ms.map(Duration::from_millis));
+        let expires_at = spec.ttl_ms.and_then(|ttl| now.checked_add(Duration::from_millis(ttl)));
+        self.limits = Limits::new(now, expires_at, spec.idle_ms.map(Duration::from_millis));
         // Synced before the owner is notified that the VM is ready, in parallel to the identity reset.
         let record = self.context.prepare_record(&self.row).map(tokio::task::spawn_blocking);
         let awake = self.wake(ports, running).await;
@@ -86,7 +92,7 @@ impl Supervisor {
     }
 
     /// Writes down, in one step, whose the clone is now.
-    fn take_row(&self, order: &ClaimOrder, ports: &[(ForwardSpec, TcpListener)]) -> Result<VmRow> {
+    fn take_row(&self, order: &ClaimOrder, spec: &VmSpec, ports: &[(ForwardSpec, TcpListener)]) -> Result<VmRow> {
         let Origin::Fork(mut saved) = self.row.origin.clone() else {
             return Err(Error::internal("a clone that was not forked"));
         };
@@ -98,13 +104,13 @@ impl Supervisor {
         let life = |ttl| SignedDuration::from_millis(i64::try_from(ttl).unwrap_or(i64::MAX));
         let forwards: Vec<_> = ports.iter().map(|(bound, _)| bound.clone()).collect();
         let claim = Claim {
-            spec: &order.spec,
+            spec,
             disk_bytes: order.disk_bytes,
             machine: &machine,
             origin: &Origin::Fork(saved),
             forwards: &forwards,
             now,
-            expires_at: order.spec.ttl_ms.and_then(|ttl| now.checked_add(life(ttl)).ok()),
+            expires_at: spec.ttl_ms.and_then(|ttl| now.checked_add(life(ttl)).ok()),
             ticket: &order.ticket,
             owner: order.owner.as_deref(),
             max_vms: order.max_vms,
@@ -122,11 +128,7 @@ impl Supervisor {
         self.guest = self.context.guest(&self.row)?;
         nido_files::failpoint!("claim.config");
         self.resize_disk(running).await?;
-        running
-            .monitor
-            .cont(QMP_TIMEOUT)
-            .await
-            .map_err(|e| Error::new(Code::QemuFailed, nido_api::sanitize::on_one_line(&e.to_string())))?;
+        running.monitor()?.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
         nido_files::failpoint!("claim.resumed");
         // Written down with the rest when the guest is ready.
         self.state = advance(self.state, Fact::GuestResumed);

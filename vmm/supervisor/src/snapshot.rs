@@ -33,6 +33,8 @@ use tokio::time::Instant;
 
 use super::bake::save_error;
 use super::clock::set_clock;
+use super::control::Reply;
+use super::control_server::ReplySender;
 use super::launch::Running;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::readiness::AgentRoute;
@@ -78,7 +80,7 @@ impl Supervisor {
         name: SnapshotName,
         into: Option<String>,
         running: &Running,
-        reply: tokio::sync::oneshot::Sender<Result<()>>,
+        reply: ReplySender,
     ) {
         let Ok(place) = self.snapshotting.clone().try_acquire_owned() else {
             let busy = Error::new(Code::VmBusy, "another snapshot of this VM is being taken");
@@ -93,7 +95,8 @@ impl Supervisor {
         tokio::spawn(async move {
             let taken = taking.take(&name).await;
             drop(place);
-            let _ = reply.send(taken.inspect_err(|error| tracing::error!("snapshot {name}: {error}")));
+            let taken = taken.inspect_err(|error| tracing::error!("snapshot {name}: {error}"));
+            let _ = reply.send(taken.map(|()| Reply::Done));
             if !paused {
                 set_clock(way).await;
             }
@@ -118,7 +121,7 @@ impl Supervisor {
             dir: self.dir.clone(),
             into: into.map_or_else(|| self.dir.clone(), |id| home.vm(&id)),
             way: self.way(),
-            monitor: running.monitor.clone(),
+            monitor: running.monitor()?.clone(),
             running: snapshot::Running {
                 machine: shape(&self.machine, &facts::gather(&home.cache())),
                 qemu: qemu_id(&qemu),
@@ -140,10 +143,11 @@ impl Supervisor {
             return;
         }
         tracing::warn!("a snapshot was interrupted; resuming the VM");
-        if let Err(error) = migration::abandon(&running.monitor).await {
+        let Ok(monitor) = running.monitor() else { return };
+        if let Err(error) = migration::abandon(monitor).await {
             tracing::error!("saving the VM does not end: {error}");
         }
-        if let Err(error) = running.monitor.cont(QMP_TIMEOUT).await {
+        if let Err(error) = monitor.cont(QMP_TIMEOUT).await {
             tracing::error!("the VM cannot be resumed: {error}");
         }
         let way = self.way();

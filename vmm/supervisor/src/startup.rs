@@ -32,7 +32,7 @@ use tokio::time::Instant as TokioInstant;
 
 use super::control_server::{ActiveSessions, Life};
 use super::forwards::bind;
-use super::launch::{Attached, LaunchError, Running, attach, launch};
+use super::launch::{LaunchError, Running, attach, launch};
 use super::qmp::QMP_TIMEOUT;
 use super::readiness::{AgentRoute, Readiness, renewed, warm};
 use super::state::Supervisor;
@@ -125,8 +125,9 @@ impl Supervisor {
     async fn load(&self, state: &Path, memory: Memory, running: &Running) -> Result<(), NotRunning> {
         let broken = |why: String| Error::new(Code::QemuFailed, format!("the VM cannot be resumed: {why}"));
         let work = async {
+            let monitor = running.monitor()?;
             let state = File::open(state).map_err(|e| broken(e.to_string()))?;
-            migration::load(&running.monitor, Path::new(LOAD_SOCKET), state, memory, LOADED_WITHIN)
+            migration::load(monitor, Path::new(LOAD_SOCKET), state, memory, LOADED_WITHIN)
                 .await
                 .map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
             nido_files::failpoint!("startup.loaded");
@@ -134,11 +135,7 @@ impl Supervisor {
                 return Ok(());
             }
             self.set_link(false, running).await?;
-            running
-                .monitor
-                .cont(QMP_TIMEOUT)
-                .await
-                .map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
+            monitor.cont(QMP_TIMEOUT).await.map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
             // Not before: QEMU 10 keeps the disk of a loaded machine inactive until it is resumed.
             self.resize_disk(running).await
         };
@@ -171,7 +168,7 @@ impl Supervisor {
         if !self.has_link_to_hold() {
             return Ok(());
         }
-        switch_link(&running.monitor, up).await
+        switch_link(running.monitor()?, up).await
     }
 
     /// The guest was saved with a disk of its template's size; the VM may have been promised a larger one.
@@ -182,7 +179,7 @@ impl Supervisor {
         }
         let size = i64::try_from(self.row.disk_bytes).unwrap_or(i64::MAX);
         let resize = qmp::block_resize { device: None, node_name: Some("disk".into()), size };
-        running.monitor.execute(resize, QMP_TIMEOUT).await.map(drop).map_err(|e| {
+        running.monitor()?.execute(resize, QMP_TIMEOUT).await.map(drop).map_err(|e| {
             let why = nido_api::sanitize::on_one_line(&e.to_string());
             Error::new(Code::QemuFailed, format!("the VM's disk cannot be enlarged: {why}"))
         })
@@ -190,13 +187,7 @@ impl Supervisor {
 
     pub(super) async fn take_over(&mut self) -> Result<Running, NotRunning> {
         tracing::info!("taking over the QEMU of VM {}", self.row.spec.name);
-        let running = match self.attach().await? {
-            Attached::Running(running) => running,
-            Attached::Mute(process, error) => {
-                tracing::error!("{error}");
-                return Err(NotRunning::Exit(self.watch_over_mute(&process).await));
-            }
-        };
+        let running = self.attach().await?;
         // No process waits for this VM any more. Creating another clone is faster than checking this one.
         if self.row.purpose != Purpose::Use {
             // It no longer counts, from here on.
@@ -204,6 +195,7 @@ impl Supervisor {
             let _ = running.process.kill();
             return Err(NotRunning::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
         }
+        let Ok(monitor) = running.monitor().cloned() else { return Ok(running) };
         // The previous supervisor may have been killed between a claim and its record, which would still describe a clone of the pool.
         self.context.refresh_record(&self.row.id);
         if let Err(error) = self.bind_forwards().await {
@@ -212,7 +204,7 @@ impl Supervisor {
         nido_files::failpoint!("takeover.begun");
         self.remove_warning();
         self.mend_snapshot(&running).await;
-        match running.monitor.query_status(QMP_TIMEOUT).await {
+        match monitor.query_status(QMP_TIMEOUT).await {
             // It was loading, and what it has loaded is not known to be whole. Its guest has done nothing yet, so another
             // QEMU is as good.
             Ok(RunState::inmigrate) => {
@@ -228,7 +220,7 @@ impl Supervisor {
                     if let Err(error) = self.set_link(false, &running).await {
                         tracing::error!("{error}");
                     }
-                    let _ = running.monitor.cont(QMP_TIMEOUT).await;
+                    let _ = monitor.cont(QMP_TIMEOUT).await;
                 }
                 if let Err(error) = self.resize_disk(&running).await {
                     tracing::error!("{error}");
@@ -261,7 +253,7 @@ impl Supervisor {
     }
 
     /// Finds the QEMU that holds the VM's lock. One that cannot be reached has only just been started, or is about to end.
-    async fn attach(&self) -> Result<Attached, NotRunning> {
+    async fn attach(&self) -> Result<Running, NotRunning> {
         let deadline = Instant::now() + REACHED_WITHIN;
         loop {
             match attach().await {
@@ -308,7 +300,7 @@ impl Supervisor {
         let opens = self.row.purpose != Purpose::Pool;
         let saved = self.row.renewed_from().filter(|_| !self.row.agent.ready);
         let renewal = saved.map(|token| (nido_api::hex::decode(token), self.renewal()));
-        let held = (renewal.is_some() && self.has_link_to_hold()).then(|| running.monitor.clone());
+        let held = (renewal.is_some() && self.has_link_to_hold()).then(|| running.monitor().cloned().ok()).flatten();
         tokio::spawn(async move {
             let answer = match renewal {
                 Some((token, renewal)) => {

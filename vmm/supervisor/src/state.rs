@@ -20,7 +20,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant as TokioInstant;
 
-use super::control_server::{ActiveSessions, ControlCommand, ControlQueue, Life, serve};
+use super::control_server::{ActiveSessions, Call, ControlQueue, Life, ReplySender, serve};
 use super::exit_cause::ExitEvidence;
 use super::forwards::Forwards;
 use super::host_clocks::HostClocks;
@@ -47,7 +47,7 @@ pub(super) struct Supervisor {
     pub(super) asked_at: Instant,
     pub(super) ready_within: Duration,
     pub(super) life: watch::Sender<Life>,
-    pub(super) orders: mpsc::Receiver<ControlCommand>,
+    pub(super) calls: mpsc::Receiver<Call>,
     pub(super) users: ActiveSessions,
     pub(super) channel: Option<Arc<Channel>>,
     pub(super) forwards: Forwards,
@@ -92,7 +92,7 @@ pub(super) struct Supervisor {
 /// What a task beside the loop reports when it is done.
 pub(super) enum Report {
     /// A resume: whether the CPUs run, and the client that requested it, if any.
-    Resumed(Result<()>, Option<oneshot::Sender<Result<()>>>),
+    Resumed(Result<()>, Option<ReplySender>),
     /// The guest was saved to be baked, or could not be.
     Saved(Result<()>),
     /// How many sessions the agent has, this question's own left out.
@@ -124,10 +124,10 @@ impl Supervisor {
             Transport::Vsock { .. } => None,
         };
         let default = if machine.accel == Accel::Kvm { READY_WITHIN.0 } else { READY_WITHIN.1 };
-        let (order_desk, orders) = mpsc::channel(16);
+        let (call_desk, calls) = mpsc::channel(16);
         let users = ActiveSessions::new();
         let life = watch::channel(Life::Launching).0;
-        let desk = ControlQueue { orders: order_desk, life: life.subscribe(), users: users.clone() };
+        let desk = ControlQueue { calls: call_desk, life: life.subscribe(), users: users.clone() };
         tokio::spawn(serve(listen(CONTROL_SOCKET)?, desk));
         let limits =
             Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
@@ -143,7 +143,7 @@ impl Supervisor {
             asked_at,
             ready_within,
             life,
-            orders,
+            calls,
             users,
             channel,
             forwards: Forwards::default(),

@@ -116,14 +116,10 @@ impl Supervisor {
         if stop.force {
             return self.quit(running);
         }
+        let Ok(monitor) = running.monitor().cloned() else { return self.quit(running) };
         let deadline = TokioInstant::now() + Duration::from_millis(stop.timeout_ms);
         self.kill_at = Some(self.kill_at.map_or(deadline, |earlier| earlier.min(deadline)));
-        let asking = GoingDown {
-            guest: self.guest.clone(),
-            monitor: running.monitor.clone(),
-            ready: self.row.agent.ready,
-            deadline,
-        };
+        let asking = GoingDown { guest: self.guest.clone(), monitor, ready: self.row.agent.ready, deadline };
         tokio::spawn(asking.ask());
     }
 
@@ -131,8 +127,10 @@ impl Supervisor {
         self.quit_sent = true;
         nido_files::failpoint!("stop.quitting");
         self.kill_at = Some(TokioInstant::now() + QUIT_WITHIN);
-        let monitor = running.monitor.clone();
-        tokio::spawn(async move { monitor.quit(QUIT_WITHIN).await });
+        match running.monitor().cloned() {
+            Ok(monitor) => drop(tokio::spawn(async move { monitor.quit(QUIT_WITHIN).await })),
+            Err(_) => drop(running.process.kill()),
+        }
     }
 
     /// A deadline has passed: first QEMU is asked to quit, then it is killed.

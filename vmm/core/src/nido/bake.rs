@@ -17,7 +17,7 @@ use nido_files::lock::Held;
 use nido_files::random;
 use nido_images::{Bake, Manifest};
 use nido_store::{Frozen, Origin, Purpose, Saved, VmRow};
-use nido_supervisor::control::{Answer, Request};
+use nido_supervisor::control::{Reply, Request};
 
 use super::Nido;
 use super::create::machine_request;
@@ -114,7 +114,7 @@ impl Nido {
             Err(error) => Err(error),
         };
         match outcome {
-            Ok(Answer::Baked { bake }) => Ok(*bake),
+            Ok(Reply::Baked { bake }) => Ok(*bake),
             Ok(_) => Err(Error::internal("a VM was created for a warm image, but was not saved")),
             Err(error) => {
                 if let Err(left) = self.delete_id(&row.id).await {

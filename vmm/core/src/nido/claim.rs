@@ -14,7 +14,7 @@ use nido_engine::bake::{choose, qemu_id, shape};
 use nido_engine::home::CONTROL_SOCKET;
 use nido_engine::machine;
 use nido_files::random;
-use nido_supervisor::control::{Answer, ClaimOrder, MAX_LINE, Request};
+use nido_supervisor::control::{ClaimOrder, MAX_LINE, Reply, Request, VERSION, encode};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -22,7 +22,7 @@ use tokio::time::timeout;
 use super::Nido;
 use super::begun::BegunVm;
 use super::create::{boot_parts, check_labels, disk_bytes, machine_request};
-use super::supervisor_client::read_answer;
+use super::supervisor_client::read_reply;
 
 /// How long a clone's supervisor may take to say whether the clone is ours.
 const CLAIMED_WITHIN: Duration = Duration::from_secs(2);
@@ -94,7 +94,7 @@ impl Nido {
         let bake = choose(&manifest.bakes, &shape(&machine, &host), &qemu_id(&qemu))
             .map_err(|unfit| Error::new(Code::TemplateMismatch, unfit.why()))?;
         let order = ClaimOrder {
-            spec: spec.clone(),
+            spec: spec.clone().into(),
             disk_bytes,
             reason: format!("{}; taken from the pool", machine.reason),
             warnings: machine.warnings,
@@ -113,9 +113,7 @@ impl Nido {
         order: &ClaimOrder,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Asked> {
-        let mut line = serde_json::to_vec(&Request::Claim(Box::new(order.clone())))
-            .map_err(|e| Error::internal(format!("cannot send a command to the supervisor: {e}")))?;
-        line.push(b'\n');
+        let line = encode(&Request::Claim(Box::new(order.clone())), VERSION)?;
         let Ok(sockets) = self.vm_dir(id).sockets() else { return Ok(Asked::Lost) };
         let Ok(mut connection) = UnixStream::connect(sockets.path(CONTROL_SOCKET)).await else {
             return Ok(Asked::Lost);
@@ -125,17 +123,18 @@ impl Nido {
         }
         let mut connection = BufReader::new(connection);
         nido_files::failpoint!("claim.requested");
-        match timeout(CLAIMED_WITHIN, read_answer(&mut connection)).await {
-            Ok(Ok(Some(Answer::Stage { stage }))) => progress(stage),
-            Ok(Ok(Some(Answer::Failed { problem }))) => {
+        match timeout(CLAIMED_WITHIN, read_reply(&mut connection)).await {
+            Ok(Ok(Some(Reply::Stage { stage }))) => progress(stage),
+            Ok(Ok(Some(Reply::Failed { problem }))) => {
                 let error = Error::from(problem);
                 return match error.code() {
-                    // Another clone, or a fork, would meet the same. A supervisor of an older nido that cannot read the
-                    // request is invalid: the code that creates a VM for it reports that.
+                    // Another clone, or a fork, would meet the same.
                     Code::VmExists | Code::PortInUse | Code::Denied | Code::LimitExceeded => Err(error),
                     _ => Ok(Asked::Lost),
                 };
             }
+            // The clone belongs to another nido: it has not been claimed.
+            Ok(Ok(Some(Reply::Unsupported { .. }))) => return Ok(Asked::Lost),
             // It is slow, or was killed. The store decides whether the clone is ours: once the attempt is given up there,
             // the supervisor cannot carry it out any more.
             _ => {
@@ -147,10 +146,10 @@ impl Nido {
             }
         }
         loop {
-            match read_answer(&mut connection).await {
-                Ok(Some(Answer::Stage { stage })) => progress(stage),
-                Ok(Some(Answer::Done)) => return Ok(Asked::Ready),
-                Ok(Some(Answer::Failed { problem })) => return Ok(Asked::Broken(problem.into())),
+            match read_reply(&mut connection).await {
+                Ok(Some(Reply::Stage { stage })) => progress(stage),
+                Ok(Some(Reply::Done)) => return Ok(Asked::Ready),
+                Ok(Some(Reply::Failed { problem })) => return Ok(Asked::Broken(problem.into())),
                 Ok(Some(other)) => {
                     return Ok(Asked::Broken(Error::internal(format!(
                         "unexpected reply of the supervisor: {other:?}"

@@ -4,7 +4,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::{ForwardList, ForwardSpec, Grant, VmRef};
 use nido_engine::guest::proxy;
 use nido_guest_agent::wire::Connect;
-use nido_supervisor::control::{Answer, Request};
+use nido_supervisor::control::{Reply, Request};
 use tokio::time::Instant;
 
 use super::Nido;
@@ -39,11 +39,11 @@ impl Nido {
             self.context.refresh_record(&row.id);
             return Ok(spec);
         }
-        match self.ask(&row, &Request::ForwardAdd { forward: spec }).await? {
-            Answer::Forward { forward } => {
+        match self.ask(&row, &Request::ForwardAdd { forward: spec.into() }).await? {
+            Reply::Forward { forward } => {
                 nido_files::failpoint!("forward.published");
                 self.context.refresh_record(&row.id);
-                Ok(forward)
+                Ok(forward.into())
             }
             other => Err(Error::internal(format!("unexpected reply of the supervisor: {other:?}"))),
         }
@@ -74,7 +74,7 @@ impl Nido {
             if row.state.at_rest() {
                 self.store().remove_forward(&row.id, &forward)?;
             } else {
-                self.ask(&row, &Request::ForwardRemove { forward }).await?;
+                self.ask(&row, &Request::ForwardRemove { forward: forward.into() }).await?;
             }
             nido_files::failpoint!("forward.removed");
         }

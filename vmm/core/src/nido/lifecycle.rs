@@ -283,7 +283,7 @@ impl Nido {
     }
 
     pub(super) async fn stop_row(&self, row: &VmRow, stop: StopRequest) -> Result<VmInfo> {
-        match self.ask(row, &Request::Stop(stop)).await {
+        match self.ask(row, &Request::Stop(stop.into())).await {
             // It ended by itself before it could be asked: how, its row says.
             Err(e) if self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest()) => return Err(e),
             Ok(_) | Err(_) => {}

@@ -9,7 +9,7 @@ use nido_api::name::{SnapshotName, TemplateName, VmName};
 use nido_api::state::{Admission, Request as Act, StateCause, VmState, admit};
 use nido_api::{ForwardSpec, Limits, VmInfo, VmList, VmPage, VmQuery, VmRef, VmSpec, moment};
 use nido_store::{Purpose, VmRow};
-use nido_supervisor::control::{Answer, Request};
+use nido_supervisor::control::{Reply, Request};
 use nido_supervisor::lagging;
 
 use super::Nido;
@@ -89,7 +89,7 @@ impl Nido {
     /// When a VM ends because it is idle, if no client uses it until then.
     async fn idle_at(&self, row: &VmRow) -> Option<Timestamp> {
         let (Some(idle_ms), VmState::Running) = (row.spec.idle_ms, row.state) else { return None };
-        let Ok(Answer::Status { idle_ms: Some(quiet_ms) }) = self.ask(row, &Request::Status).await else { return None };
+        let Ok(Reply::Status { idle_ms: Some(quiet_ms) }) = self.ask(row, &Request::Status).await else { return None };
         let left = i64::try_from(idle_ms.saturating_sub(quiet_ms)).unwrap_or(i64::MAX);
         moment::now().checked_add(SignedDuration::from_millis(left)).ok()
     }

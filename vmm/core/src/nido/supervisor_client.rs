@@ -12,7 +12,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{CONTROL_SOCKET, SUPERVISOR_LOCK, SUPERVISOR_LOG, VM_LOCK};
 use nido_files::lock::{Held, is_held};
 use nido_store::VmRow;
-use nido_supervisor::control::{Answer, MAX_LINE, Request};
+use nido_supervisor::control::{MAX_LINE, Reply, Request, UNVERSIONED, VERSION, decode_reply, encode};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::Command;
@@ -91,7 +91,7 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_running` if there is nothing to supervise any more, `timeout`, and whatever it answers.
-    pub(super) async fn ask(&self, row: &VmRow, request: &Request) -> Result<Answer> {
+    pub(super) async fn ask(&self, row: &VmRow, request: &Request) -> Result<Reply> {
         self.ask_with_stages(row, request, &mut |_| {}).await
     }
 
@@ -100,7 +100,7 @@ impl Nido {
         row: &VmRow,
         request: &Request,
         progress: &mut (dyn FnMut(StartStage) + Send),
-    ) -> Result<Answer> {
+    ) -> Result<Reply> {
         for _ in 0..ASKED_AGAIN {
             if let Some(answer) = self.ask_once(row, request, progress).await? {
                 return Ok(answer);
@@ -120,33 +120,49 @@ impl Nido {
         Err(self.gone(row).await)
     }
 
-    /// Asks whichever supervisor there is. `None` if it is gone before its answer.
+    /// Asks whichever supervisor there is, in the version of the protocol that it speaks. `None` if it is gone before its reply.
     async fn ask_once(
         &self,
         row: &VmRow,
         request: &Request,
         progress: &mut (dyn FnMut(StartStage) + Send),
-    ) -> Result<Option<Answer>> {
+    ) -> Result<Option<Reply>> {
+        let mut reply = self.ask_in_version(row, request, VERSION, progress).await?;
+        // One of an older nido has done nothing yet: it may know the request without a version.
+        if matches!(reply, Some(Reply::Unsupported { supported: UNVERSIONED, .. })) {
+            reply = self.ask_in_version(row, request, UNVERSIONED, progress).await?;
+        }
+        match reply {
+            Some(Reply::Failed { problem }) => Err(problem.into()),
+            Some(Reply::Unsupported { why, .. }) => Err(of_another_nido(row, &why)),
+            reply => Ok(reply),
+        }
+    }
+
+    /// The last reply to a request in that version.
+    async fn ask_in_version(
+        &self,
+        row: &VmRow,
+        request: &Request,
+        version: u32,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<Option<Reply>> {
         let mut connection = BufReader::new(self.supervisor(row).await?);
-        let mut line = serde_json::to_vec(request)
-            .map_err(|e| Error::internal(format!("cannot send a command to the supervisor: {e}")))?;
-        line.push(b'\n');
+        let line = encode(request, version)?;
         if connection.get_mut().write_all(&line).await.is_err() {
             return Ok(None);
         }
         let limit = answer_within(request);
         let mut last = None;
         loop {
-            match timeout(limit, read_answer(&mut connection)).await.map_err(|_| silent(row))?? {
-                None => return Ok(None),
+            match timeout(limit, read_reply(&mut connection)).await.map_err(|_| silent(row))?? {
                 // Repeated, to show that the supervisor still works.
-                Some(Answer::Stage { stage }) if last == Some(stage) => {}
-                Some(Answer::Stage { stage }) => {
+                Some(Reply::Stage { stage }) if last == Some(stage) => {}
+                Some(Reply::Stage { stage }) => {
                     last = Some(stage);
                     progress(stage);
                 }
-                Some(Answer::Failed { problem }) => return Err(problem.into()),
-                Some(done) => return Ok(Some(done)),
+                reply => return Ok(reply),
             }
         }
     }
@@ -154,8 +170,8 @@ impl Nido {
     /// Holds a connection that counts as activity until it is dropped.
     pub(super) async fn lease(&self, row: &VmRow) -> Result<UnixStream> {
         let mut connection = self.supervisor(row).await?;
-        let line = serde_json::to_string(&Request::Lease).map_err(|e| Error::internal(e.to_string()))? + "\n";
-        connection.write_all(line.as_bytes()).await.map_err(|e| Error::io("cannot reach the VM's supervisor", e))?;
+        let line = encode(&Request::Lease, VERSION)?;
+        connection.write_all(&line).await.map_err(|e| Error::io("cannot reach the VM's supervisor", e))?;
         Ok(connection)
     }
 
@@ -225,7 +241,8 @@ fn answer_within(request: &Request) -> Duration {
     }
 }
 
-pub(super) async fn read_answer(connection: &mut BufReader<UnixStream>) -> Result<Option<Answer>> {
+/// The next reply; `None` if the supervisor is gone.
+pub(super) async fn read_reply(connection: &mut BufReader<UnixStream>) -> Result<Option<Reply>> {
     let mut line = Vec::new();
     loop {
         let Ok(buffer) = connection.fill_buf().await else { return Ok(None) };
@@ -243,9 +260,18 @@ pub(super) async fn read_answer(connection: &mut BufReader<UnixStream>) -> Resul
             break;
         }
     }
-    serde_json::from_slice(&line)
-        .map(Some)
-        .map_err(|e| Error::internal(format!("the supervisor's reply is invalid: {e}")))
+    decode_reply(&line).map(Some)
+}
+
+/// The supervisor of another nido, which does not know the request.
+fn of_another_nido(row: &VmRow, why: &str) -> Error {
+    let name = &row.spec.name;
+    tracing::info!("the supervisor of VM '{name}' does not know a request: {why}");
+    Error::new(
+        Code::VmBusy,
+        format!("the supervisor of VM '{name}' belongs to another version of nido, which does not know this request"),
+    )
+    .hint(format!("restart the VM with nido restart {name}, or use the nido that started it"))
 }
 
 fn silent(row: &VmRow) -> Error {

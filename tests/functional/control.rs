@@ -1,0 +1,98 @@
+//! The control socket between different versions of nido.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+
+use nido_files::lock::Held;
+use rustix::process::Pid;
+use serde_json::{Value, json};
+
+use crate::support::{Home, processes};
+
+/// What a supervisor of protocol version 1 replied to a stop with a field that it did not know.
+const REFUSAL_OF_VERSION_1: &str = r#"{"answer":"failed","problem":{"type":"urn:nido:problem:spec_invalid","title":"The request is not valid","status":422,"detail":"not a request to a supervisor: unknown field `version`, expected `force` or `timeout_ms`","code":"spec_invalid"}}"#;
+
+/// The last line of the replies to `line`.
+fn ask(home: &Home, id: &str, line: &str) -> Value {
+    let mut stream = UnixStream::connect(vm_dir(home, id).join("control.sock")).unwrap();
+    stream.write_all(format!("{line}\n").as_bytes()).unwrap();
+    let last = BufReader::new(stream).lines().map(Result::unwrap).last().unwrap();
+    serde_json::from_str(&last).unwrap()
+}
+
+fn vm_dir(home: &Home, id: &str) -> PathBuf {
+    home.path().join("vms").join(id)
+}
+
+fn pid_of(home: &Home, word: &str) -> Pid {
+    let found = processes::of(&home.path()).into_iter().find(|(_, line)| line.contains(word));
+    found.unwrap_or_else(|| panic!("no process {word}")).0
+}
+
+#[test]
+fn a_client_is_replied_to_in_its_version() {
+    let home = Home::new();
+    let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
+    assert_eq!(ask(&home, &id, r#"{"op":"ready"}"#), json!({"answer": "done"}));
+    assert_eq!(ask(&home, &id, r#"{"version":2,"op":"ready"}"#), json!({"version": 2, "answer": "done"}));
+    let old = ask(&home, &id, r#"{"op":"dance"}"#);
+    assert_eq!((&old["answer"], &old["problem"]["code"]), (&json!("failed"), &json!("spec_invalid")), "{old}");
+    for line in [r#"{"version":2,"op":"dance"}"#, r#"{"version":3,"op":"ready"}"#] {
+        let new = ask(&home, &id, line);
+        assert_eq!((&new["answer"], &new["supported"]), (&json!("unsupported"), &json!(2)), "{new}");
+    }
+    assert_eq!(ask(&home, &id, r#"{"op":"stop","force":true,"timeout_ms":1}"#), json!({"answer": "done"}));
+    assert_eq!(home.info("web")["status"], "stopped");
+}
+
+/// Takes the place of the VM's supervisor, replies to each connection with the next line, and returns the requests.
+fn play_supervisor(home: &Home, id: &str, replies: &'static [&'static str]) -> std::thread::JoinHandle<Vec<Value>> {
+    processes::kill(pid_of(home, " supervise "));
+    let lock =
+        Held::try_take(&vm_dir(home, id).join("supervisor.lock")).unwrap().expect("the lock of a killed supervisor");
+    let socket = vm_dir(home, id).join("control.sock");
+    std::fs::remove_file(&socket).unwrap();
+    let listener = UnixListener::bind(&socket).unwrap();
+    std::thread::spawn(move || {
+        let _lock = lock;
+        let mut requests = Vec::new();
+        for reply in replies {
+            let mut stream = listener.accept().unwrap().0;
+            let mut line = String::new();
+            BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+            requests.push(serde_json::from_str(&line).unwrap());
+            stream.write_all(format!("{reply}\n").as_bytes()).unwrap();
+        }
+        requests
+    })
+}
+
+#[test]
+fn a_supervisor_of_an_older_nido_is_asked_again_without_a_version() {
+    let home = Home::new();
+    let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
+    let older = play_supervisor(&home, &id, &[REFUSAL_OF_VERSION_1, r#"{"answer":"done"}"#]);
+    home.nido(["stop", "web"]).run().ok();
+    let requests = older.join().unwrap();
+    assert_eq!(
+        requests,
+        [
+            json!({"version": 2, "op": "stop", "force": false, "timeout_ms": 30000}),
+            json!({"op": "stop", "force": false, "timeout_ms": 30000})
+        ]
+    );
+    processes::end_all(&home.path());
+}
+
+#[test]
+fn a_supervisor_that_does_not_know_a_request_is_named_as_the_reason() {
+    let home = Home::new();
+    let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
+    let newer = play_supervisor(&home, &id, &[r#"{"version":9,"answer":"unsupported","supported":9,"why":"pause"}"#]);
+    let problem = home.nido(["pause", "web", "--json"]).run().fails(1, "vm_busy");
+    assert!(problem["detail"].as_str().unwrap().contains("belongs to another version of nido"), "{problem}");
+    assert!(problem["hint"].as_str().unwrap().contains("nido restart web"), "{problem}");
+    newer.join().unwrap();
+    processes::end_all(&home.path());
+}
