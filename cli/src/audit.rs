@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::pin::Pin;
 
 use nido_api::name::VmName;
+use nido_api::operation::Operation;
 use nido_api::redact::bytes;
 use nido_api::{Caller, DownloadRequest, DownloadTarget, ExecRequest, UploadRequest, UploadSource};
 use nido_core::Nido;
@@ -22,34 +23,34 @@ impl Context {
     pub fn audited<'a, T: 'a, E: Into<Failure> + 'a>(
         &'a self,
         nido: &'a Nido,
-        tool: &'a str,
+        operation: &'static Operation,
         arguments: Value,
         act: impl Future<Output = Result<T, E>> + 'a,
     ) -> impl Future<Output = Result<T, Failure>> + 'a {
-        self.audited_as(nido, tool, arguments, Box::pin(act), |_| String::new())
+        self.audited_as(nido, operation, arguments, Box::pin(act), |_| String::new())
     }
 
     /// As [`Self::audited`], for what ends as a command of a guest ends.
     pub fn audited_command<'a>(
         &'a self,
         nido: &'a Nido,
-        tool: &'a str,
+        operation: &'static Operation,
         arguments: Value,
         act: impl Future<Output = Outcome> + 'a,
     ) -> impl Future<Output = Outcome> + 'a {
-        self.audited_as(nido, tool, arguments, Box::pin(act), |exit| ended(*exit))
+        self.audited_as(nido, operation, arguments, Box::pin(act), |exit| ended(*exit))
     }
 
     /// `act` comes boxed: what it is made of would be kept twice otherwise.
     async fn audited_as<T, E: Into<Failure>>(
         &self,
         nido: &Nido,
-        tool: &str,
+        operation: &'static Operation,
         arguments: Value,
         act: Pin<Box<dyn Future<Output = Result<T, E>> + '_>>,
         word: fn(&T) -> String,
     ) -> Result<T, Failure> {
-        let audited = nido.audit_begin(&Caller::command_line(), tool, &arguments)?;
+        let audited = nido.audit_begin(&Caller::command_line(), operation.id, &arguments)?;
         let outcome = act.await.map_err(Into::into);
         let (ending, reason) = match &outcome {
             Ok(value) => (Ending::Success, word(value)),

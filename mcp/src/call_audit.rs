@@ -23,11 +23,11 @@ pub enum AuditEntry {
 
 /// Writes the attempt down. It is synced to the disk, which may take its time.
 pub async fn begin(call: &CallContext, tool: &'static Tool, arguments: Value) -> Result<AuditEntry> {
-    if tool.hints.read_only {
-        return Ok(AuditEntry::Read(tool.name, arguments));
+    if tool.op.is_read() {
+        return Ok(AuditEntry::Read(tool.name(), arguments));
     }
     let (nido, who) = (Arc::clone(call.app.unreconciled()), call.who.clone());
-    let begun = tokio::task::spawn_blocking(move || nido.audit_begin(&who, tool.name, &arguments)).await;
+    let begun = tokio::task::spawn_blocking(move || nido.audit_begin(&who, tool.name(), &arguments)).await;
     let begun = begun.map_err(|e| Error::internal(format!("the audit log broke down: {e}")))?;
     begun.map(|audited| AuditEntry::Open(Box::new(audited)))
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::request::Parts;
 use nido_api::error::{Code, Error, Kind};
+use nido_api::operation as op;
 use nido_api::sanitize::head;
 use nido_api::{Caller, Scope};
 use nido_core::audit::Ending;
@@ -264,7 +265,7 @@ impl ServerHandler for Server {
         let cursor = request.and_then(|request| request.cursor);
         let list = resources::list(&self.app, &principal, cursor.as_deref()).await;
         let who = principal.caller(&context);
-        audit_read(&self.app, &who, "resource_list", json!({}), list.as_ref().err()).await?;
+        audit_read(&self.app, &who, op::RESOURCE_LIST.id, json!({}), list.as_ref().err()).await?;
         let (list, next_cursor) = list.map_err(|e| refused(&e))?;
         let list = ListResourcesResult { next_cursor, ..ListResourcesResult::with_all_items(list) };
         Ok(kept_for!(list, FRESH_FOR_MS, context))
@@ -288,7 +289,7 @@ impl ServerHandler for Server {
         let who = principal.caller(&context);
         let contents = resources::read(&self.app, &principal, &request.uri).await;
         let arguments = json!({ "uri": &request.uri });
-        audit_read(&self.app, &who, "resource_read", arguments, contents.as_ref().err()).await?;
+        audit_read(&self.app, &who, op::RESOURCE_READ.id, arguments, contents.as_ref().err()).await?;
         let result = ReadResourceResult::new(vec![contents.map_err(|e| refused_reading(&e, &request.uri))?]);
         Ok(kept_for!(result, FRESH_FOR_MS, context).into())
     }
@@ -321,7 +322,7 @@ impl ServerHandler for Server {
         let principal = self.principal(&context)?;
         let found = prompts::complete(&self.app, &principal, &request.r#ref, &request.argument).await;
         let arguments = json!({ "argument": plain(head(&request.argument.name, URI_SHOWN)) });
-        audit_read(&self.app, &principal.caller(&context), "completion", arguments, found.as_ref().err()).await?;
+        audit_read(&self.app, &principal.caller(&context), op::COMPLETION.id, arguments, found.as_ref().err()).await?;
         Ok(CompleteResult::new(found.map_err(|e| refused(&e))?))
     }
 

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::{Caller, Face, LeaseId, Scope};
 use nido_core::{Lease, Nido};
 use serde_json::json;
@@ -221,7 +222,7 @@ async fn end(core: &Arc<Nido>, lease: OwnedLease) {
     let mut line = None;
     if !vms.is_empty() {
         let arguments = json!({ "lease": &id, "vms": vms });
-        let begun = tokio::task::spawn_blocking(move || nido.audit_begin(&owner, "session_end", &arguments)).await;
+        let begun = tokio::task::spawn_blocking(move || nido.audit_begin(&owner, op::SESSION_END.id, &arguments)).await;
         match begun {
             Ok(Ok(audited)) => line = Some(audited),
             Ok(Err(error)) => tracing::error!("{}", plain(error.message())),

@@ -71,7 +71,7 @@ pub async fn carry_out(
     let given = argument_reader::read(&(tool.takes)(), &tool.also_accepts(), arguments);
     let arguments = given.value;
     if let Some((reason, words)) = tool.refused(app.settings(), principal) {
-        let denied = denied(app, &who, tool.name, arguments, reason).await;
+        let denied = denied(app, &who, tool.name(), arguments, reason).await;
         let error = denied.err().unwrap_or_else(|| Error::new(Code::Denied, words));
         return Ok(result(Err(ErrorResult::new(&error, None))).into());
     }
@@ -163,7 +163,7 @@ async fn awaited(
                 () = &mut telling => {}
                 done = &mut work => break Some(done),
                 () = context.ct.cancelled(), if !cancelled.is_cancelled() => cancelled.cancel(),
-                () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => break None,
+                () = &mut patience, if !tool.op.is_read() && !cancelled.is_cancelled() => break None,
             }
         }
     };
@@ -173,7 +173,7 @@ async fn awaited(
         }
         return answered(&call, name, done).await;
     }
-    let request = JobRequest { tool: tool.name.into(), vm_name: name.clone(), actor: call.who.actor.clone() };
+    let request = JobRequest { tool: tool.name().into(), vm_name: name.clone(), actor: call.who.actor.clone() };
     match app.unreconciled().job_begin(&request) {
         Ok(job) => {
             unwanted.disarm();

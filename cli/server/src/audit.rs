@@ -20,6 +20,7 @@ use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use nido_api::error::{Code, Result};
+use nido_api::operation as op;
 use nido_api::sanitize::head;
 use nido_api::{Caller as AuditCaller, Face};
 use nido_core::audit::Ending;
@@ -32,7 +33,7 @@ use super::extract::JSON_BODY_MAX;
 use super::media_type::media_type;
 use super::query::{pairs, shown};
 use super::response::Problem;
-use super::{App, timeouts};
+use super::{App, access, timeouts};
 
 /// Marks a response that has an entry in the audit log.
 #[derive(Debug, Clone, Copy)]
@@ -149,74 +150,21 @@ enum AuditAction {
     Open(&'static str),
 }
 
-/// The action of a request. Names are those of the MCP tools. `None` for requests that reveal nothing about VMs (the page, the
-/// description, health) and for the metrics, which are polled.
+/// The action of a request. `None` for requests that reveal nothing about VMs (the page, the description, health) and for the metrics,
+/// which are polled.
 fn tool(method: &Method, route: &str) -> Option<AuditAction> {
-    use AuditAction::{Open, Read, Write};
-    // A HEAD runs like a GET; only the body is not sent.
-    let method = if method == Method::HEAD { &Method::GET } else { method };
-    Some(match (method.as_str(), route) {
-        ("GET", "/v1/vms/{name}/files") => Write("vm_download"),
-        ("PUT", "/v1/vms/{name}/files") => Write("vm_upload"),
-        ("POST", "/v1/vms/{name}/exec") => Write("vm_exec"),
-        ("GET", "/v1/vms/{name}/exec/socket") => Open("vm_exec"),
-        (_, "/" | "/page/{file}" | "/healthz" | "/openapi.json" | "/metrics") => return None,
-        ("GET", route) => Read(read_name(route)),
-        // The response lists the allowed methods and reads nothing.
-        ("OPTIONS", _) => return None,
-        ("POST", "/v1/vms") => Write("vm_spawn"),
-        ("DELETE", "/v1/vms/{name}") => Write("vm_delete"),
-        (_, "/v1/vms/{name}/start") => Write("vm_start"),
-        (_, "/v1/vms/{name}/stop") => Write("vm_stop"),
-        (_, "/v1/vms/{name}/restart") => Write("vm_restart"),
-        (_, "/v1/vms/{name}/pause") => Write("vm_pause"),
-        (_, "/v1/vms/{name}/resume") => Write("vm_resume"),
-        (_, "/v1/vms/{name}/fork") => Write("vm_fork"),
-        ("POST", "/v1/vms/{name}/snapshots") => Write("vm_snapshot"),
-        ("DELETE", "/v1/vms/{name}/snapshots/{snapshot}") => Write("vm_snapshot_delete"),
-        (_, "/v1/vms/{name}/snapshots/{snapshot}/restore") => Write("vm_restore"),
-        ("POST", "/v1/vms/{name}/forwards") => Write("forward_add"),
-        ("DELETE", "/v1/vms/{name}/forwards/{host_port}") => Write("forward_remove"),
-        ("POST", "/v1/runs") => Write("vm_run"),
-        ("POST", "/v1/templates") => Write("template_create"),
-        ("DELETE", "/v1/templates/{name}") => Write("template_delete"),
-        (_, "/v1/templates/{name}/build") => Write("template_build"),
-        (_, "/v1/templates/{name}/bake") => Write("template_bake"),
-        (_, "/v1/pools/{name}") => Write("pool_set"),
-        ("DELETE", "/v1/operations/{id}") => Write("operation_cancel"),
-        ("POST", "/v1/webhooks") => Write("webhook_add"),
-        ("DELETE", "/v1/webhooks/{id}") => Write("webhook_remove"),
-        (_, "/v1/webhooks/{id}/test") => Write("webhook_test"),
-        (_, "/v1/webhooks/deliveries/{delivery}/redeliver") => Write("webhook_redeliver"),
-        ("POST", "/v1/host/check") => Write("host_check"),
-        // Routes that are missing here are recorded all the same.
-        _ => Write("other"),
-    })
-}
-
-/// The name of a read.
-fn read_name(route: &str) -> &'static str {
-    match route {
-        "/v1/vms" => "vm_ls",
-        "/v1/vms/{name}" => "vm_info",
-        "/v1/vms/{name}/logs" => "vm_logs",
-        "/v1/vms/{name}/snapshots" => "snapshot_list",
-        "/v1/vms/{name}/snapshots/{snapshot}" => "snapshot_info",
-        "/v1/vms/{name}/forwards" => "forward_list",
-        "/v1/templates" => "template_list",
-        "/v1/templates/{name}" => "template_info",
-        "/v1/pools" => "pool_list",
-        "/v1/pools/{name}" => "pool_info",
-        "/v1/webhooks" => "webhook_list",
-        "/v1/webhooks/{id}" => "webhook_info",
-        "/v1/webhooks/{id}/deliveries" => "webhook_deliveries",
-        "/v1/events" => "events",
-        "/v1/audit" => "audit_show",
-        "/v1/operations" => "operation_list",
-        "/v1/operations/{id}" => "operation_info",
-        "/v1/host" => "host_info",
-        _ => "other",
+    // The response of OPTIONS lists the allowed methods and reads nothing.
+    if access::is_unrecorded(route) || method == Method::OPTIONS {
+        return None;
     }
+    Some(match access::operation_of(method, route) {
+        Some(operation) if route == access::EXEC_SOCKET => AuditAction::Open(operation.id),
+        Some(operation) if operation.is_read() => AuditAction::Read(operation.id),
+        Some(operation) => AuditAction::Write(operation.id),
+        // A method that the route does not have is recorded all the same.
+        None if *method == Method::GET || *method == Method::HEAD => AuditAction::Read(op::OTHER.id),
+        None => AuditAction::Write(op::OTHER.id),
+    })
 }
 
 /// The arguments of a request: path parameters, query and JSON body. Files are not read.

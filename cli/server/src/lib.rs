@@ -21,6 +21,7 @@
 //! Invariants: VMs do not depend on this server. It may be killed at any time, and no request leaves more half-done than the core
 //! itself would. Nothing here knows of arguments, terminals or exit codes.
 
+mod access;
 mod api_description;
 mod audit;
 mod audit_entry;

@@ -18,7 +18,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use jiff::Timestamp;
 use nido_api::error::{Code, Error, Problem, Result};
-use nido_api::{Scope, StartStage, moment};
+use nido_api::{Scope, StartStage, moment, operation};
 use nido_core::BegunVm;
 use nido_core::audit::{Audited, Ending};
 use serde::{Deserialize, Serialize};
@@ -63,12 +63,9 @@ pub struct Operation {
     pub error: Option<Problem>,
 }
 
-/// The operations that run commands.
-const COMMANDS: [&str; 2] = ["vm_exec", "run"];
-
 impl Operation {
     fn shown_to(mut self, scope: Scope) -> Self {
-        if scope < Scope::Run && COMMANDS.contains(&self.kind.as_str()) {
+        if scope < Scope::Run && has_output(&self.kind) {
             self.result = None;
         }
         self
@@ -79,6 +76,11 @@ impl Operation {
         self.result = None;
         self
     }
+}
+
+/// Whether operations of this kind have the output of a command as their result.
+fn has_output(kind: &str) -> bool {
+    operation::ALL.iter().any(|known| known.has_output && known.kind() == kind)
 }
 
 /// State of an operation.
@@ -205,7 +207,7 @@ pub type OperationFuture = Pin<Box<dyn Future<Output = Result<OperationOutput>> 
 pub async fn run(
     app: &Arc<App>,
     OperationContext { headers, ticket, begun, owner }: OperationContext,
-    kind: &'static str,
+    kind: &'static operation::Operation,
     status: StatusCode,
     work: impl FnOnce(StageReporter) -> OperationFuture + Send,
 ) -> HandlerResult {
@@ -228,14 +230,14 @@ pub async fn run(
 
 fn begin(
     app: &Arc<App>,
-    kind: &'static str,
+    kind: &'static operation::Operation,
     work: impl FnOnce(StageReporter) -> OperationFuture,
     OperationContext { ticket, begun, owner, .. }: OperationContext,
 ) -> Result<Operation> {
     let (created_at, id) = (moment::now(), nido_files::random::id()?);
     let operation = Operation {
         id: id.clone(),
-        kind: kind.into(),
+        kind: kind.kind().into(),
         status: OperationStatus::Running,
         stage: None,
         created_at,

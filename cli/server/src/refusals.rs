@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::Request;
+use nido_api::operation::REFUSED_REQUEST;
 use nido_api::sanitize::head;
 use nido_api::{Caller as AuditCaller, Face};
 use serde_json::{Value, json};
@@ -66,7 +67,7 @@ pub fn write(
     let owner = Arc::clone(app);
     async move {
         let Some((who, arguments)) = line else { return };
-        let written = blocking(move || owner.nido.audit_denied(&who, "request", &arguments, reason)).await;
+        let written = blocking(move || owner.nido.audit_denied(&who, REFUSED_REQUEST, &arguments, reason)).await;
         if let Err(error) = written {
             tracing::error!("{error}");
         }

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use nido_api::error::{Code, Error, Result};
-use nido_api::{Job, JobState, Scope, Viewer};
+use nido_api::operation as op;
+use nido_api::{Job, JobState, Viewer};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::{DESTROYS, LOOKS, Operation, Tool, parse};
+use super::{Operation, REPEATABLE, Tool, parse};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
@@ -19,11 +20,10 @@ const WAIT_MAX: u64 = 30_000;
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 pub const GET: Tool = Tool {
-    name: "job_get",
+    op: op::JOB_GET,
     title: "Get a job",
     about: "Returns a job of another tool: state, result or error. Set wait_seconds to wait for its end.",
-    hints: LOOKS,
-    scope: Scope::Read,
+    hints: REPEATABLE,
     takes: schema::arguments::<Get>,
     unlisted: &[],
     gives: schema::result::<Job>,
@@ -68,11 +68,10 @@ async fn get(call: &CallContext, asked: Get) -> Result<ToolResult> {
 }
 
 pub const CANCEL: Tool = Tool {
-    name: "job_cancel",
+    op: op::JOB_CANCEL,
     title: "Cancel a job",
     about: "Cancels a job. Stops, deletions and snapshots complete anyway.",
-    hints: DESTROYS,
-    scope: Scope::Run,
+    hints: REPEATABLE,
     takes: schema::arguments::<Cancel>,
     unlisted: &[],
     gives: schema::result::<Job>,

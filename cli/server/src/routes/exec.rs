@@ -12,6 +12,7 @@ use base64::Engine as _;
 use futures::stream;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::{Collected, ExecBody, ExecEvent, ExecRequest, ExecResult, SpawnRequest, VmInfo};
 use nido_core::audit::{Audited, Ending};
 use nido_core::{ExecControl, ExecEvents};
@@ -21,7 +22,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::VmPath;
-use crate::auth::{CallerGrant, Require, Run};
+use crate::auth::CallerGrant;
 use crate::budget::{Reservation, json_length};
 use crate::extract::{JsonBody, PathParams, parser_message};
 use crate::media_type::prefers;
@@ -47,7 +48,6 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
         (String = "text/event-stream")))))]
 async fn exec(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     context: OperationContext,
     JsonBody(body): JsonBody<ExecBody>,
@@ -72,7 +72,7 @@ async fn exec(
         Ok(operations::OperationOutput { held: Some(held), ..ended(&done, done.exit.word())? })
     };
     if is_async {
-        return operations::run(&app, context, "vm_exec", StatusCode::OK, |_| Box::pin(work)).await;
+        return operations::run(&app, context, op::VM_EXEC, StatusCode::OK, |_| Box::pin(work)).await;
     }
     // Not detached: who hangs up does not want the command any more.
     let done = operations::run_audited(Box::pin(work), context.take_audit_entry()).await?;
@@ -256,7 +256,6 @@ pub struct RunResult {
     responses((status = 200, body = RunResult)))]
 async fn run(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     CallerGrant(grant): CallerGrant,
     context: OperationContext,
     JsonBody(mut body): JsonBody<RunRequest>,
@@ -270,7 +269,7 @@ async fn run(
     let start = start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run starts its VM and waits for it"))?;
     let (request, stdin) = body.exec.split()?;
     let owner = Arc::clone(&app);
-    operations::run(&app, context, "run", StatusCode::OK, |stage| {
+    operations::run(&app, context, op::VM_RUN, StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let undo = UndoGuard::new(&owner);

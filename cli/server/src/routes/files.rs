@@ -20,7 +20,6 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::VmPath;
-use crate::auth::{Require, Run};
 use crate::extract::PathParams;
 use crate::media_type::{media_type, prefers};
 use crate::operations::OperationContext;
@@ -81,7 +80,6 @@ struct UploadQuery {
         ([u8] = "application/x-tar")))))]
 async fn download(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     GuestPathParam(path, _): GuestPathParam<DownloadQuery>,
     method: Method,
@@ -135,7 +133,6 @@ async fn download(
     responses((status = 200, body = CopyResult)))]
 async fn upload(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     GuestPathParam(path, to): GuestPathParam<UploadQuery>,
     headers: HeaderMap,

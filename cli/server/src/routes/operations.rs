@@ -13,7 +13,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::App;
-use crate::auth::{Caller, Read, Require, Run};
+use crate::auth::Caller;
 use crate::extract::{PathParams, VmPathParams};
 use crate::operations::{Operation, OperationList};
 use crate::response::{self, HandlerResult};
@@ -36,7 +36,7 @@ impl VmPathParams for OperationPath {}
 /// callers.
 #[utoipa::path(get, path = "/v1/operations", operation_id = "operation_list", tag = "operations",
     responses((status = 200, body = OperationList)))]
-async fn list(State(app): State<Arc<App>>, _: Require<Read>, Extension(caller): Extension<Caller>) -> HandlerResult {
+async fn list(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>) -> HandlerResult {
     response::ok(&app.operations.list(&caller))
 }
 
@@ -45,7 +45,6 @@ async fn list(State(app): State<Arc<App>>, _: Require<Read>, Extension(caller): 
     responses((status = 200, body = Operation)))]
 async fn get(
     State(app): State<Arc<App>>,
-    _: Require<Read>,
     Extension(caller): Extension<Caller>,
     PathParams(which): PathParams<OperationPath>,
 ) -> HandlerResult {
@@ -66,7 +65,6 @@ async fn get(
     responses((status = 200, body = Operation)))]
 async fn cancel(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     Extension(caller): Extension<Caller>,
     PathParams(which): PathParams<OperationPath>,
 ) -> HandlerResult {

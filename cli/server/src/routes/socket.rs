@@ -24,6 +24,7 @@ use axum::http::request::Parts;
 use axum::routing::get;
 use nido_api::error::{Code, Error, Kind, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::{Caller as AuditCaller, ExecBody, ExecEvent, ExecExit, Face};
 use nido_core::audit::{Audited, Ending};
 use nido_core::{ExecControl, ExecEvents};
@@ -33,7 +34,8 @@ use tokio::time::{Duration, Instant, sleep_until, timeout};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::vms::VmPath;
-use crate::auth::{Caller, Require, Run};
+use crate::access::EXEC_SOCKET;
+use crate::auth::Caller;
 use crate::connections::ConnectionSlot;
 use crate::extract::{PathParams, parse};
 use crate::response::{HandlerResult, Problem};
@@ -51,10 +53,10 @@ const UNANSWERED_PINGS_MAX: u32 = 2;
 /// How long a client may take to agree that it is over.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// The operation's name in the audit log.
-const TOOL: &str = "vm_exec";
+const TOOL: &str = op::VM_EXEC.id;
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new().route("/v1/vms/{name}/exec/socket", get(attach))
+    OpenApiRouter::new().route(EXEC_SOCKET, get(attach))
 }
 
 /// The upgrade of a connection; any other request gets an error with a hint.
@@ -75,7 +77,6 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
 /// Opens a WebSocket for one command. OpenAPI has no words for that; docs/api.md has.
 async fn attach(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     Extension(caller): Extension<Caller>,
     Extension(slot): Extension<ConnectionSlot>,
