@@ -13,6 +13,7 @@ use nido_api::redact::bytes;
 use nido_api::{Caller, DownloadRequest, DownloadTarget, ExecRequest, UploadRequest, UploadSource};
 use nido_core::Nido;
 use nido_core::audit::Ending;
+use nido_core::execute::{Request, Verdict};
 use serde_json::{Value, json};
 
 use crate::context::Context;
@@ -50,19 +51,26 @@ impl Context {
         act: Pin<Box<dyn Future<Output = Result<T, E>> + '_>>,
         word: fn(&T) -> String,
     ) -> Result<T, Failure> {
-        let audited = nido.audit_begin(&Caller::command_line(), operation.id, &arguments)?;
-        let outcome = act.await.map_err(Into::into);
-        let (ending, reason) = match &outcome {
-            Ok(value) => (Ending::Success, word(value)),
-            Err(Failure::Nido(error)) => (Ending::from(error), error.code().slug().to_owned()),
-            Err(Failure::Stdout(_)) => (Ending::Error, "output_lost".to_owned()),
-            Err(Failure::Interrupted { .. }) => (Ending::Unknown, "interrupted".to_owned()),
-        };
-        if let Err(error) = audited.end_as(ending, &reason) {
+        let request = Request { operation, caller: Caller::command_line(), arguments };
+        // A verb asks on the terminal before, once for everything that it does.
+        let confirmed = async { Ok::<_, Failure>(()) };
+        let work = async move |()| act.await.map_err(Into::into);
+        let executed = nido.execute(request, confirmed, work, |outcome| verdict(outcome, word)).await;
+        if let Some(error) = executed.unrecorded {
             // It has been done; only the line about it is missing.
             self.output.warn(&error.to_string());
         }
-        outcome
+        executed.outcome
+    }
+}
+
+/// The outcome of a verb for the audit log.
+fn verdict<T>(outcome: &Result<T, Failure>, word: fn(&T) -> String) -> Verdict {
+    match outcome {
+        Ok(value) => Verdict::success(word(value)),
+        Err(Failure::Nido(error)) => Verdict::failure(error),
+        Err(Failure::Stdout(_)) => Verdict { ending: Ending::Error, reason: "output_lost".into() },
+        Err(Failure::Interrupted { .. }) => Verdict { ending: Ending::Unknown, reason: "interrupted".into() },
     }
 }
 

@@ -19,7 +19,7 @@ mod shapes;
 mod statuses;
 
 use super::api_description::ApiDescription;
-use super::operations::Operation as PendingOperation;
+use super::operation_view::ApiOperation as PendingOperation;
 use super::{openapi_links, routes};
 
 /// What each noun is about.

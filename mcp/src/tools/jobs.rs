@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use nido_api::error::{Code, Error, Result};
 use nido_api::operation as op;
-use nido_api::{Job, JobState, Viewer};
+use nido_api::{Face, JOB_RESULT_MAX, Job, JobState, Viewer};
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -56,7 +56,7 @@ async fn get(call: &CallContext, asked: Get) -> Result<ToolResult> {
     loop {
         let job = nido.job_get(&asked.job_id, Viewer::Actor(&call.who.actor))?;
         if job.state != JobState::Running || Instant::now() >= deadline {
-            return ToolResult::new(&job);
+            return shown(job.shown_to(call.scope));
         }
         let pause = tokio::time::sleep_until(deadline.min(Instant::now() + LOOK_EVERY));
         call.unless_cancelled(async {
@@ -65,6 +65,18 @@ async fn get(call: &CallContext, asked: Get) -> Result<ToolResult> {
         })
         .await?;
     }
+}
+
+/// A job of the REST API may have a longer result than a tool returns.
+fn shown(mut job: Job) -> Result<ToolResult> {
+    let bytes = job.result.as_ref().map_or(0, |result| result.to_string().len());
+    if bytes <= JOB_RESULT_MAX {
+        return ToolResult::new(&job);
+    }
+    job.result = None;
+    let route = op::OPERATION_INFO.call(Face::Api).unwrap_or_default();
+    let note = format!("the result has {bytes} bytes, more than a tool returns; the REST API has it: {route}");
+    Ok(ToolResult::new(&job)?.noted(&[note]))
 }
 
 pub const CANCEL: Tool = Tool {
@@ -88,7 +100,8 @@ struct Cancel {
 impl Operation for Cancel {
     fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
         Box::pin(async move {
-            ToolResult::new(&call.nido().await?.job_cancel(&self.job_id, Viewer::Actor(&call.who.actor))?)
+            let job = call.nido().await?.job_cancel(&self.job_id, Viewer::Actor(&call.who.actor))?;
+            shown(job.shown_to(call.scope))
         })
     }
 }

@@ -14,7 +14,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::operation as op;
 use nido_api::{Collected, ExecBody, ExecEvent, ExecRequest, ExecResult, SpawnRequest, VmInfo};
-use nido_core::audit::{Audited, Ending};
+use nido_core::execute::{Attempt, Verdict};
 use nido_core::{ExecControl, ExecEvents};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -57,8 +57,8 @@ async fn exec(
         let (control, events) = app.nido().await?.exec(&vm.name, request).await?;
         app.metrics.exec();
         feed(control, stdin);
-        let line = context.take_audit_entry();
-        let events = stream::unfold(Some(ExecEventStream::new(events, line)), ExecEventStream::next);
+        let line = context.take_attempt()?;
+        let events = stream::unfold(Some(ExecEventStream::new(events, Some(line))), ExecEventStream::next);
         return Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response());
     }
     let owner = Arc::clone(&app);
@@ -75,7 +75,7 @@ async fn exec(
         return operations::run(&app, context, op::VM_EXEC, StatusCode::OK, |_| Box::pin(work)).await;
     }
     // Not detached: who hangs up does not want the command any more.
-    let done = operations::run_audited(Box::pin(work), context.take_audit_entry()).await?;
+    let done = context.take_attempt()?.carry_out(work, operations::verdict).await.or_log()?;
     Ok(done.answer(StatusCode::OK))
 }
 
@@ -125,7 +125,7 @@ async fn collect(
 /// A command that is followed as server-sent events.
 struct ExecEventStream {
     events: ExecEvents,
-    line: Option<Audited>,
+    line: Option<Attempt>,
     out: Utf8Buffer,
     err: Utf8Buffer,
     /// Frames that came of one event, and are sent one after the other.
@@ -134,7 +134,7 @@ struct ExecEventStream {
 }
 
 impl ExecEventStream {
-    fn new(events: ExecEvents, line: Option<Audited>) -> Self {
+    fn new(events: ExecEvents, line: Option<Attempt>) -> Self {
         let (out, err) = (Utf8Buffer::default(), Utf8Buffer::default());
         Self { events, line, out, err, frames: VecDeque::new(), is_over: false }
     }
@@ -167,12 +167,12 @@ impl ExecEventStream {
             }
             Ok(ExecEvent::Exited(exit)) => {
                 self.finish();
-                audit_entry::end(self.line.take(), Ending::Success, &exit.word());
+                audit_entry::end(self.line.take(), &Verdict::success(exit.word()));
                 self.say("exit", &json!(exit));
             }
             Err(error) => {
                 self.finish();
-                audit_entry::end(self.line.take(), Ending::from(&error), error.code().slug());
+                audit_entry::end(self.line.take(), &Verdict::failure(&error));
                 self.say("error", &json!(error.problem()));
             }
         }
@@ -264,6 +264,7 @@ async fn run(
     body.vm.entry("name").or_insert(name.into());
     let spawn: SpawnRequest = serde_json::from_value(body.vm.into())
         .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", parser_message(&e.to_string()))))?;
+    let context = context.about(&spawn.name);
     let (spec, start) = spawn.split();
     let start = start.filter(|start| start.wait);
     let start = start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run starts its VM and waits for it"))?;

@@ -115,6 +115,7 @@ async fn create(
 ) -> HandlerResult {
     let place = HeaderValue::from_str(&format!("/v1/vms/{}", body.name));
     let owner = Arc::clone(&app);
+    let context = context.about(&body.name);
     let mut response = operations::run(&app, context, op::VM_SPAWN, StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
