@@ -8,10 +8,12 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::pin::Pin;
 
 use nido_api::name::VmName;
+use nido_api::operation::Operation;
 use nido_api::redact::bytes;
 use nido_api::{Caller, DownloadRequest, DownloadTarget, ExecRequest, UploadRequest, UploadSource};
 use nido_core::Nido;
 use nido_core::audit::Ending;
+use nido_core::execute::{Request, Verdict};
 use serde_json::{Value, json};
 
 use crate::context::Context;
@@ -22,46 +24,53 @@ impl Context {
     pub fn audited<'a, T: 'a, E: Into<Failure> + 'a>(
         &'a self,
         nido: &'a Nido,
-        tool: &'a str,
+        operation: &'static Operation,
         arguments: Value,
         act: impl Future<Output = Result<T, E>> + 'a,
     ) -> impl Future<Output = Result<T, Failure>> + 'a {
-        self.audited_as(nido, tool, arguments, Box::pin(act), |_| String::new())
+        self.audited_as(nido, operation, arguments, Box::pin(act), |_| String::new())
     }
 
     /// As [`Self::audited`], for what ends as a command of a guest ends.
     pub fn audited_command<'a>(
         &'a self,
         nido: &'a Nido,
-        tool: &'a str,
+        operation: &'static Operation,
         arguments: Value,
         act: impl Future<Output = Outcome> + 'a,
     ) -> impl Future<Output = Outcome> + 'a {
-        self.audited_as(nido, tool, arguments, Box::pin(act), |exit| ended(*exit))
+        self.audited_as(nido, operation, arguments, Box::pin(act), |exit| ended(*exit))
     }
 
     /// `act` comes boxed: what it is made of would be kept twice otherwise.
     async fn audited_as<T, E: Into<Failure>>(
         &self,
         nido: &Nido,
-        tool: &str,
+        operation: &'static Operation,
         arguments: Value,
         act: Pin<Box<dyn Future<Output = Result<T, E>> + '_>>,
         word: fn(&T) -> String,
     ) -> Result<T, Failure> {
-        let audited = nido.audit_begin(&Caller::command_line(), tool, &arguments)?;
-        let outcome = act.await.map_err(Into::into);
-        let (ending, reason) = match &outcome {
-            Ok(value) => (Ending::Success, word(value)),
-            Err(Failure::Nido(error)) => (Ending::from(error), error.code().slug().to_owned()),
-            Err(Failure::Stdout(_)) => (Ending::Error, "output_lost".to_owned()),
-            Err(Failure::Interrupted { .. }) => (Ending::Unknown, "interrupted".to_owned()),
-        };
-        if let Err(error) = audited.end_as(ending, &reason) {
+        let request = Request { operation, caller: Caller::command_line(), arguments };
+        // A verb asks on the terminal before, once for everything that it does.
+        let confirmed = async { Ok::<_, Failure>(()) };
+        let work = async move |()| act.await.map_err(Into::into);
+        let executed = nido.execute(request, confirmed, work, |outcome| verdict(outcome, word)).await;
+        if let Some(error) = executed.unrecorded {
             // It has been done; only the line about it is missing.
             self.output.warn(&error.to_string());
         }
-        outcome
+        executed.outcome
+    }
+}
+
+/// The outcome of a verb for the audit log.
+fn verdict<T>(outcome: &Result<T, Failure>, word: fn(&T) -> String) -> Verdict {
+    match outcome {
+        Ok(value) => Verdict::success(word(value)),
+        Err(Failure::Nido(error)) => Verdict::failure(error),
+        Err(Failure::Stdout(_)) => Verdict { ending: Ending::Error, reason: "output_lost".into() },
+        Err(Failure::Interrupted { .. }) => Verdict { ending: Ending::Unknown, reason: "interrupted".into() },
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-use nido_api::{Caller, Grant, LeaseId, Limits, VmInfo, VmRef};
+use nido_api::{Caller, Grant, LeaseId, Limits, Scope, VmInfo, VmRef};
 use nido_core::Nido;
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +17,8 @@ use crate::session_leases::SessionKey;
 pub struct CallContext {
     pub app: Arc<App>,
     pub who: Caller,
+    /// What the caller may do.
+    pub scope: Scope,
     pub progress: Progress,
     /// Nobody wants the answer any more.
     pub cancelled: CancellationToken,

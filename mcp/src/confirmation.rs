@@ -89,7 +89,7 @@ pub async fn confirm(
     if operation.only_reads() {
         return Ok(Decision::Proceed(Permission::default()));
     }
-    if !policy.concerns(tool.name) && (*policy != Confirm::Never || !Confirm::Always.concerns(tool.name)) {
+    if !policy.concerns(tool.name()) && (*policy != Confirm::Never || !Confirm::Always.concerns(tool.name())) {
         return Ok(Decision::Proceed(Permission::default()));
     }
     let (name, vm, owner) = match subject(call, asked_for).await {
@@ -102,7 +102,7 @@ pub async fn confirm(
     };
     let own = owner.as_deref() == Some(call.who.owner().as_str());
     let facts = Facts {
-        tool: tool.name,
+        tool: tool.name(),
         foreign: vm.is_some() && !own,
         ephemeral: vm.as_ref().is_some_and(|vm| vm.ephemeral),
         overwrites: operation.overwrites(call),
@@ -113,14 +113,14 @@ pub async fn confirm(
         let left_out = *policy == Confirm::Never && is_usual(&facts);
         return go(if left_out { "confirm_never" } else { "" }, id);
     }
-    let goes_anyway = matches!(tool.name, "vm_delete" | "vm_restore" | "vm_stop");
+    let goes_anyway = matches!(tool.name(), "vm_delete" | "vm_restore" | "vm_stop");
     if goes_anyway && facts.ephemeral && id.as_ref().is_some_and(|id| call.app.made(&call.who.actor, id)) {
         return go("own_ephemeral", id);
     }
     call.decided_about(id.clone());
     operation.admit(call).await?;
     let ask = Ask {
-        tool: tool.name.into(),
+        tool: tool.name().into(),
         vm_id: id.unwrap_or_default(),
         vm_name: name,
         actor: call.who.actor.clone(),
@@ -136,7 +136,7 @@ async fn subject(call: &CallContext, asked: Asked<'_>) -> Result<(VmName, Option
     let Asked { tool, operation, .. } = asked;
     let nido = call.nido().await?;
     let Some(name) = operation.vm() else {
-        let words = format!("{} cannot be confirmed, and the policy wants that", tool.name);
+        let words = format!("{} cannot be confirmed, and the policy wants that", tool.name());
         let name = operation.creates_vm().then(|| NEW_VM.parse()).transpose()?;
         return name.map(|name| (name, None, None)).ok_or_else(|| Error::new(Code::Denied, words));
     };

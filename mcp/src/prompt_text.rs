@@ -275,10 +275,10 @@ mod tests {
                 let tool = crate::tools::find(tool).unwrap_or_else(|| panic!("{tool} is no tool"));
                 let schema = (tool.takes)();
                 for (key, _) in arguments.as_object().unwrap().iter().filter(|(key, _)| *key != "approval_id") {
-                    assert!(schema["properties"][key].is_object(), "{}: {key}", tool.name);
+                    assert!(schema["properties"][key].is_object(), "{}: {key}", tool.name());
                 }
                 for key in schema["required"].as_array().unwrap() {
-                    assert!(arguments.get(key.as_str().unwrap()).is_some(), "{}: {key}", tool.name);
+                    assert!(arguments.get(key.as_str().unwrap()).is_some(), "{}: {key}", tool.name());
                 }
             }
             // What is said to be the step in which things end is that one.

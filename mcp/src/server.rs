@@ -8,9 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::request::Parts;
 use nido_api::error::{Code, Error, Kind};
+use nido_api::operation as op;
 use nido_api::sanitize::head;
 use nido_api::{Caller, Scope};
 use nido_core::audit::Ending;
+use nido_core::execute::{Request, Verdict};
 use rmcp::model::{
     CacheScope, CallToolRequestParams, CallToolResponse, CompleteRequestParams, CompleteResult, CustomRequest,
     CustomResult, ErrorCode, ErrorData, GetPromptRequestParams, GetPromptResponse, Implementation,
@@ -30,7 +32,7 @@ use crate::principal::Principal;
 use crate::session_leases::{Session, SessionKey};
 use crate::subscriptions::{self, SubscribedUris};
 use crate::tool_call::{self, CallRequest};
-use crate::{call_audit, invalid_params, prompts, resources, tools};
+use crate::{invalid_params, prompts, resources, tools};
 
 /// What a model should know before it sees any tool.
 const INSTRUCTIONS: &str = "\
@@ -94,7 +96,7 @@ impl Server {
 async fn audit_read(
     app: &App,
     who: &Caller,
-    what: &'static str,
+    what: &'static op::Operation,
     arguments: Value,
     error: Option<&Error>,
 ) -> Result<(), ErrorData> {
@@ -103,9 +105,9 @@ async fn audit_read(
         Some(error) if error.code() == Code::Denied => (Ending::Denied, "tool_not_offered"),
         Some(error) => (Ending::Error, error.code().slug()),
     };
-    let (nido, who) = (Arc::clone(app.unreconciled()), who.clone());
-    let written = tokio::task::spawn_blocking(move || nido.audit_looked(&who, what, &arguments, ending, reason));
-    written.await.map_err(|e| ErrorData::internal_error(e.to_string(), None))?.map_err(|e| refused(&e))
+    let request = Request { operation: what, caller: who.clone(), arguments };
+    let verdict = Verdict { ending, reason: reason.into() };
+    app.unreconciled().owe(request).end(verdict).await.map_err(|e| refused(&e))
 }
 
 /// Whether tools of this client's revision have schemas of their answers.
@@ -224,9 +226,8 @@ impl ServerHandler for Server {
         let arguments = Value::Object(request.arguments.unwrap_or_default());
         let Some(tool) = tools::find(&request.name) else {
             let who = principal.caller(&context);
-            call_audit::denied(&self.app, &who, &request.name, arguments, "no_such_tool")
-                .await
-                .map_err(|e| refused(&e))?;
+            let denied = self.app.unreconciled().refuse(who, request.name.to_string(), arguments, "no_such_tool").await;
+            denied.map_err(|e| refused(&e))?;
             return Err(ErrorData::invalid_params("there is no such tool; tools/list tells which there are", None));
         };
         let retry = Retry { answers: request.input_responses, state: request.request_state };
@@ -249,7 +250,7 @@ impl ServerHandler for Server {
         if method == invalid_params::CALL {
             let who = self.principal(&context)?.caller(&context);
             let (tool, arguments) = invalid_params::called(params.as_ref());
-            let written = call_audit::denied(&self.app, &who, &tool, arguments, "params_invalid").await;
+            let written = self.app.unreconciled().refuse(who, tool, arguments, "params_invalid").await;
             written.map_err(|e| refused(&e))?;
         }
         Err(ErrorData::invalid_params(wrong, None))
@@ -264,7 +265,7 @@ impl ServerHandler for Server {
         let cursor = request.and_then(|request| request.cursor);
         let list = resources::list(&self.app, &principal, cursor.as_deref()).await;
         let who = principal.caller(&context);
-        audit_read(&self.app, &who, "resource_list", json!({}), list.as_ref().err()).await?;
+        audit_read(&self.app, &who, op::RESOURCE_LIST, json!({}), list.as_ref().err()).await?;
         let (list, next_cursor) = list.map_err(|e| refused(&e))?;
         let list = ListResourcesResult { next_cursor, ..ListResourcesResult::with_all_items(list) };
         Ok(kept_for!(list, FRESH_FOR_MS, context))
@@ -288,7 +289,7 @@ impl ServerHandler for Server {
         let who = principal.caller(&context);
         let contents = resources::read(&self.app, &principal, &request.uri).await;
         let arguments = json!({ "uri": &request.uri });
-        audit_read(&self.app, &who, "resource_read", arguments, contents.as_ref().err()).await?;
+        audit_read(&self.app, &who, op::RESOURCE_READ, arguments, contents.as_ref().err()).await?;
         let result = ReadResourceResult::new(vec![contents.map_err(|e| refused_reading(&e, &request.uri))?]);
         Ok(kept_for!(result, FRESH_FOR_MS, context).into())
     }
@@ -321,7 +322,7 @@ impl ServerHandler for Server {
         let principal = self.principal(&context)?;
         let found = prompts::complete(&self.app, &principal, &request.r#ref, &request.argument).await;
         let arguments = json!({ "argument": plain(head(&request.argument.name, URI_SHOWN)) });
-        audit_read(&self.app, &principal.caller(&context), "completion", arguments, found.as_ref().err()).await?;
+        audit_read(&self.app, &principal.caller(&context), op::COMPLETION, arguments, found.as_ref().err()).await?;
         Ok(CompleteResult::new(found.map_err(|e| refused(&e))?))
     }
 

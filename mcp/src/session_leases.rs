@@ -21,7 +21,9 @@ use std::time::{Duration, Instant};
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::{Caller, Face, LeaseId, Scope};
+use nido_core::execute::{Request, Verdict};
 use nido_core::{Lease, Nido};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -221,11 +223,9 @@ async fn end(core: &Arc<Nido>, lease: OwnedLease) {
     let mut line = None;
     if !vms.is_empty() {
         let arguments = json!({ "lease": &id, "vms": vms });
-        let begun = tokio::task::spawn_blocking(move || nido.audit_begin(&owner, "session_end", &arguments)).await;
-        match begun {
-            Ok(Ok(audited)) => line = Some(audited),
-            Ok(Err(error)) => tracing::error!("{}", plain(error.message())),
-            Err(error) => tracing::error!("the audit log broke down: {error}"),
+        match nido.attempt(Request { operation: op::SESSION_END, caller: owner, arguments }).await {
+            Ok(attempt) => line = Some(attempt),
+            Err(error) => tracing::error!("{}", plain(error.message())),
         }
     }
     let ended = tokio::time::timeout(GONE_WITHIN, core.lease_end(lease)).await;
@@ -234,7 +234,7 @@ async fn end(core: &Arc<Nido>, lease: OwnedLease) {
         tracing::warn!("{}; their supervisors keep trying", plain(error.message()));
     }
     if let Some(line) = line
-        && let Ok(Err(error)) = tokio::task::spawn_blocking(move || line.end(&ended)).await
+        && let Err(error) = line.end(Verdict::of(&ended)).await
     {
         tracing::error!("{}", plain(error.message()));
     }

@@ -21,10 +21,11 @@ use std::time::Duration;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-use nido_api::{JobOutcome, JobProgress, JobRequest};
+use nido_api::{JOB_RESULT_MAX, JobOutcome, JobProgress, JobRequest};
 use nido_core::audit::Ending;
+use nido_core::execute::Verdict;
 use rmcp::RoleServer;
-use rmcp::model::{CallToolResponse, ErrorData};
+use rmcp::model::{CallToolResponse, ErrorData, InputRequiredResult};
 use rmcp::service::RequestContext;
 use serde_json::Value;
 use tokio::task::{JoinError, JoinHandle};
@@ -33,23 +34,44 @@ use tokio_util::sync::DropGuard;
 use crate::answer::{ErrorResult, JobReference, ToolResult, plain, result};
 use crate::app::App;
 use crate::argument_reader;
-use crate::call_audit::{self, AuditEntry, denied};
+use crate::call_audit;
 use crate::call_context::{CallContext, Notes};
 use crate::call_failure::failed;
-use crate::confirmation::{Asked, Decision, Permission, Retry, confirm};
+use crate::confirmation::{Asked, Decision, Retry, confirm};
 use crate::principal::Principal;
 use crate::progress::Progress;
 use crate::session_leases::SessionKey;
 use crate::tools::{Operation, Tool};
-
-/// How often whoever carries a job out looks whether it is to be cancelled.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// How long work that is cancelled may take to stop before its caller is answered: some clients give up soon.
 const STOP_WITHIN: Duration = Duration::from_secs(10);
 
 /// The outcome of the work.
 type WorkOutcome = std::result::Result<Result<ToolResult>, JoinError>;
+
+/// Why a call does not go on.
+#[derive(Debug)]
+enum Stop {
+    /// The user is asked first.
+    Question(Box<InputRequiredResult>),
+    /// It failed, or is not allowed.
+    Failed(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl Stop {
+    fn verdict(&self, call: &CallContext) -> Verdict {
+        match self {
+            Self::Question(_) => Verdict { ending: Ending::Denied, reason: Code::ApprovalRequired.slug().into() },
+            Self::Failed(error) => call_audit::verdict(call, &Err(error), ""),
+        }
+    }
+}
 
 /// A request to call a tool.
 #[derive(Debug)]
@@ -71,47 +93,51 @@ pub async fn carry_out(
     let given = argument_reader::read(&(tool.takes)(), &tool.also_accepts(), arguments);
     let arguments = given.value;
     if let Some((reason, words)) = tool.refused(app.settings(), principal) {
-        let denied = denied(app, &who, tool.name, arguments, reason).await;
+        let denied = app.unreconciled().refuse(who, tool.name().into(), arguments, reason).await;
         let error = denied.err().unwrap_or_else(|| Error::new(Code::Denied, words));
         return Ok(result(Err(ErrorResult::new(&error, None))).into());
     }
-    let cancelled = app.ending().child_token();
     let notes = Arc::new(Mutex::new(Notes { arguments: given.notes, ..Notes::default() }));
     let (progress, vm) = (Progress::new(), None);
     let limits = app.limits(principal);
-    let mut call =
-        CallContext { app: Arc::clone(app), who, progress, cancelled: cancelled.clone(), session, limits, vm, notes };
-    let entry = match call_audit::begin(&call, tool, arguments.clone()).await {
-        Ok(entry) => entry,
+    let (cancelled, scope) = (app.ending().child_token(), principal.scope);
+    let mut call = CallContext {
+        app: Arc::clone(app),
+        who,
+        scope,
+        progress,
+        cancelled: cancelled.clone(),
+        session,
+        limits,
+        vm,
+        notes,
+    };
+    let attempt = match app.unreconciled().attempt(call_audit::request(&call, tool, arguments.clone())).await {
+        Ok(attempt) => attempt,
         Err(error) => return Ok(result(Err(ErrorResult::new(&error, None))).into()),
     };
-    let operation = match given.wrong.map_or_else(|| tool.operation(arguments.clone()), Err) {
-        Ok(operation) => operation,
-        Err(error) => {
-            let _ = call_audit::end_with(entry, &call, &Err::<&ToolResult, _>(&error), "").await;
-            return Ok(result(Err(failed(&call, &error, None).await)).into());
+    let parsed = given.wrong.map_or_else(|| tool.operation(arguments.clone()), Err);
+    let name = parsed.as_ref().ok().and_then(|operation| operation.vm().cloned());
+    let known = call.clone();
+    let permitted = async {
+        let operation = parsed?;
+        let asked = Asked { tool, operation: &*operation, arguments: &arguments };
+        match decide(&mut call, asked, retry, &context).await? {
+            Decision::Proceed(permission) => Ok((operation, permission)),
+            Decision::Ask(question) => Err(Stop::Question(question)),
         }
     };
-    let name = operation.vm().cloned();
-    let asked = Asked { tool, operation: &*operation, arguments: &arguments };
-    let decision = decide(&mut call, asked, retry, &context).await;
-    let word = match decision {
-        Ok(Decision::Proceed(Permission { word, vm })) => {
-            call.vm = vm;
-            word
-        }
-        Ok(Decision::Ask(question)) => {
-            let _ = call_audit::end(&call, entry, Ending::Denied, Code::ApprovalRequired.slug().into()).await;
-            return Ok((*question).into());
-        }
-        Err(error) => {
-            let _ = call_audit::end_with(entry, &call, &Err::<&ToolResult, _>(&error), "").await;
-            return Ok(result(Err(failed(&call, &error, name).await)).into());
-        }
+    let (attempt, (operation, permission)) = match attempt.confirmed(permitted, |stop| stop.verdict(&known)).await {
+        Ok(permitted) => permitted,
+        Err(Stop::Question(question)) => return Ok((*question).into()),
+        Err(Stop::Failed(error)) => return Ok(result(Err(failed(&call, &error, name).await)).into()),
     };
+    call.vm = permission.vm;
     // Whoever drops this call does not want its work any more.
     let unwanted = cancelled.clone().drop_guard();
-    let work = app.tasks().spawn(work(call.clone(), operation, entry, word));
+    let done = call.clone();
+    let verdict = move |outcome: &Result<ToolResult>| call_audit::verdict(&done, &outcome.as_ref(), permission.word);
+    let work = attempt.detach(app.tasks(), work(call.clone(), operation), verdict);
     awaited(call, tool, name, (work, unwanted), &context).await
 }
 
@@ -163,7 +189,7 @@ async fn awaited(
                 () = &mut telling => {}
                 done = &mut work => break Some(done),
                 () = context.ct.cancelled(), if !cancelled.is_cancelled() => cancelled.cancel(),
-                () = &mut patience, if !tool.hints.read_only && !cancelled.is_cancelled() => break None,
+                () = &mut patience, if !tool.op.is_read() && !cancelled.is_cancelled() => break None,
             }
         }
     };
@@ -173,7 +199,7 @@ async fn awaited(
         }
         return answered(&call, name, done).await;
     }
-    let request = JobRequest { tool: tool.name.into(), vm_name: name.clone(), actor: call.who.actor.clone() };
+    let request = JobRequest { tool: tool.name().into(), vm_name: name.clone(), actor: call.who.actor.clone() };
     match app.unreconciled().job_begin(&request) {
         Ok(job) => {
             unwanted.disarm();
@@ -222,46 +248,27 @@ async fn given_up(
     Ok(result(Err(failed(call, &Error::new(why.code(), words), name).await)).into())
 }
 
-/// The work and its outcome.
-async fn work(
-    call: CallContext,
-    operation: Box<dyn Operation>,
-    entry: AuditEntry,
-    word: &'static str,
-) -> Result<ToolResult> {
-    let outcome = operation.run(call.clone()).await;
-    let written = call_audit::end_with(entry, &call, &outcome.as_ref(), word).await;
+/// The work, and what is told beside its result.
+async fn work(call: CallContext, operation: Box<dyn Operation>) -> Result<ToolResult> {
+    let done = operation.run(call.clone()).await?;
     let notes = call.notes().arguments.clone();
-    outcome.and_then(|done| written.map(|()| done.noted(&notes)))
+    Ok(done.noted(&notes))
 }
 
 /// Carries a job to its end, and writes down how that was.
-async fn job_of(call: CallContext, id: String, mut work: JoinHandle<Result<ToolResult>>) {
-    let nido = Arc::clone(call.app.unreconciled());
-    let mut look = tokio::time::interval(LOOK_EVERY);
-    let mut told = String::new();
-    let outcome = loop {
-        tokio::select! {
-            done = &mut work => break done,
-            _ = look.tick() => {
-                if nido.job_is_cancelled(&id).unwrap_or(false) {
-                    call.cancelled.cancel();
-                }
-                let (stage, percent) = call.progress.now();
-                if stage != told {
-                    told.clone_from(&stage);
-                    let _ = nido.job_progress(&id, &JobProgress { stage, percent });
-                }
-            }
+async fn job_of(call: CallContext, id: String, work: JoinHandle<Result<ToolResult>>) {
+    let outcome = async {
+        match work.await {
+            Ok(Ok(done)) => JobOutcome::Done(done.value),
+            Ok(Err(error)) if error.code() == Code::Interrupted => JobOutcome::Cancelled,
+            Ok(Err(error)) => JobOutcome::Failed(error.problem()),
+            Err(broken) => JobOutcome::Failed(Error::internal(broken.to_string()).problem()),
         }
     };
-    let outcome = match outcome {
-        Ok(Ok(done)) => JobOutcome::Done(done.value),
-        Ok(Err(error)) if error.code() == Code::Interrupted => JobOutcome::Cancelled,
-        Ok(Err(error)) => JobOutcome::Failed(error.problem()),
-        Err(broken) => JobOutcome::Failed(Error::internal(broken.to_string()).problem()),
+    let progress = || {
+        let (stage, percent) = call.progress.now();
+        (!stage.is_empty()).then_some(JobProgress { stage, percent })
     };
-    if let Err(error) = nido.job_end(&id, outcome) {
-        tracing::error!("the end of job {id} cannot be kept: {error}");
-    }
+    let nido = call.app.unreconciled();
+    nido.carry_job(&id, JOB_RESULT_MAX, outcome, || call.cancelled.cancel(), progress).await;
 }

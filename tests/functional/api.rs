@@ -93,6 +93,43 @@ fn what_takes_long_is_polled_and_cancelled() {
     }
 }
 
+// Operations were in the memory of a server: after a restart nothing was known of them.
+#[test]
+fn operations_outlive_their_server_and_those_of_a_killed_one_are_lost() {
+    let home = Home::new();
+    let server = Server::start(&home);
+    let begin = |body: serde_json::Value| {
+        let headers = [("content-type", "application/json"), ("prefer", "respond-async")];
+        server.send("POST", "/v1/vms", &headers, body.to_string().as_bytes()).ok(202)["id"].as_str().unwrap().to_owned()
+    };
+    let place = |id: &str| format!("/v1/operations/{id}");
+    let ended = begin(json!({"name": "one", "start": false}));
+    until("its end", || (server.get(&place(&ended)).ok(200)["status"] == "succeeded").then_some(()));
+    home.qemu("no-agent");
+    let running = begin(json!({"name": "two", "accel": "tcg"}));
+    until("its VM", || home.names().contains(&"two".to_owned()).then_some(()));
+    let server = server.killed(&home);
+    let of = |id: &str| server.get(&place(id)).ok(200);
+    let now = of(&ended);
+    assert_eq!((&now["status"], &now["result"]["name"]), (&"succeeded".into(), &"one".into()), "{now}");
+    let now = of(&running);
+    assert_eq!(
+        (&now["kind"], &now["status"], &now["result"]),
+        (&"vm_spawn".into(), &"lost".into(), &json!(null)),
+        "{now}"
+    );
+    assert!(now["ended_at"].is_string(), "{now}");
+    let list = server.get("/v1/operations").ok(200);
+    let ids: Vec<_> = list["operations"].as_array().unwrap().iter().map(|one| one["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, [&*ended, &*running]);
+    assert_eq!(server.send("DELETE", &place(&running), &[], b"").ok(200)["status"], "lost");
+    server.get(&place(&running)).problem(404, "operation_not_found");
+    home.qemu("");
+    for vm in home.names() {
+        home.nido(["delete", &vm, "--force", "--yes"]).run().ok();
+    }
+}
+
 #[test]
 fn vms_outlive_the_server_and_what_runs_is_finished() {
     let home = Home::new();

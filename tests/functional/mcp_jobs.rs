@@ -4,6 +4,7 @@ use nido_api::{JOBS_MAX, JobOutcome, JobRequest};
 use nido_core::{Nido, OpenOptions};
 use serde_json::json;
 
+use crate::support::http::Server;
 use crate::support::mcp::{Client, Era};
 use crate::support::{Home, until};
 
@@ -39,6 +40,21 @@ fn what_lasts_becomes_a_job_that_can_be_waited_for_and_cancelled() {
     drop(client);
     let mut client = Client::start(&home, Era::Modern);
     assert_eq!(client.good("job_get", json!({"job_id": begun["job_id"]}))["state"], "cancelled");
+}
+
+#[test]
+fn a_job_of_a_tool_is_an_operation_of_the_rest_api_that_can_be_cancelled_there() {
+    let home = Home::new();
+    let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "200ms"], json!({}));
+    home.spawn("web");
+    let begun = client.good("vm_exec", json!({"name": "web", "argv": ["sleep", "1000"], "timeout_ms": 0}));
+    let server = Server::start(&home);
+    let place = format!("/v1/operations/{}", begun["job_id"].as_str().unwrap());
+    let shown = server.get(&place).ok(200);
+    assert_eq!((&shown["kind"], &shown["status"]), (&"vm_exec".into(), &"running".into()), "{shown}");
+    assert_eq!(server.send("DELETE", &place, &[], b"").ok(200)["status"], "cancelled");
+    let job = client.good("job_get", json!({"job_id": begun["job_id"], "wait_ms": 30_000}));
+    assert_eq!(job["state"], "cancelled");
 }
 
 /// Somebody whose jobs are all that can be kept.

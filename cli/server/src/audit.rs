@@ -20,19 +20,21 @@ use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use nido_api::error::{Code, Result};
+use nido_api::operation::{self as op, Operation};
 use nido_api::sanitize::head;
 use nido_api::{Caller as AuditCaller, Face};
 use nido_core::audit::Ending;
+use nido_core::execute::{Request as Execution, Verdict};
 use serde_json::{Map, Value, json};
 
 use super::api_description::RouteInputs;
-use super::audit_entry::{AuditTicket, blocking, end, user_agent};
+use super::audit_entry::{AuditTicket, user_agent};
 use super::auth::Caller;
 use super::extract::JSON_BODY_MAX;
 use super::media_type::media_type;
 use super::query::{pairs, shown};
 use super::response::Problem;
-use super::{App, timeouts};
+use super::{App, access, timeouts};
 
 /// Marks a response that has an entry in the audit log.
 #[derive(Debug, Clone, Copy)]
@@ -44,19 +46,27 @@ pub async fn audit_request(
     request: Request,
     next: Next,
 ) -> std::result::Result<Response, Problem> {
-    let Some((tool, who)) = named(&request) else { return Ok(next.run(request).await) };
-    let (request, arguments) = arguments(&app, request).await?;
-    let mut response = match tool {
-        AuditAction::Write(tool) => run_audited(&app, who, tool, arguments, request, next).await?,
-        AuditAction::Read(tool) | AuditAction::Open(tool) => {
-            let response = next.run(request).await;
-            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-                return Ok(response);
-            }
-            let how = ending(&response);
-            write_read_entry(&app, who, tool, arguments, how).await?;
-            response
+    let Some((action, caller)) = named(&request) else { return Ok(next.run(request).await) };
+    let (mut request, arguments) = arguments(&app, request).await?;
+    let asked = Execution { operation: action.operation(), caller, arguments };
+    let mut response = if let AuditAction::Write(_) = action {
+        // It is synced to the disk, which may take its time.
+        let ticket = AuditTicket::new(app.nido.attempt(asked).await?);
+        request.extensions_mut().insert(ticket.clone());
+        let response = next.run(request).await;
+        if let Some(attempt) = ticket.take()
+            && let Err(error) = attempt.end(verdict(&response)).await
+        {
+            tracing::error!("{error}");
         }
+        response
+    } else {
+        let response = next.run(request).await;
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(response);
+        }
+        app.nido.owe(asked).end(verdict(&response)).await?;
+        response
     };
     response.extensions_mut().insert(AuditedResponse);
     Ok(response)
@@ -70,153 +80,68 @@ pub async fn audit_replay(
     next: Next,
 ) -> std::result::Result<Response, Problem> {
     let has_key = request.method() == Method::POST && request.headers().contains_key("idempotency-key");
-    let named = named(&request).filter(|_| has_key);
-    let Some((AuditAction::Write(tool) | AuditAction::Read(tool) | AuditAction::Open(tool), who)) = named else {
-        return Ok(next.run(request).await);
-    };
+    let Some((action, caller)) = named(&request).filter(|_| has_key) else { return Ok(next.run(request).await) };
     let (request, arguments) = arguments(&app, request).await?;
     let response = next.run(request).await;
     if response.extensions().get::<AuditedResponse>().is_none() {
-        let (ending, reason) = ending(&response);
-        let is_again = response.headers().contains_key("idempotency-replayed");
-        write_read_entry(&app, who, tool, arguments, (ending, if is_again { "replayed" } else { reason })).await?;
+        let mut verdict = verdict(&response);
+        if response.headers().contains_key("idempotency-replayed") {
+            verdict.reason = "replayed".into();
+        }
+        app.nido.owe(Execution { operation: action.operation(), caller, arguments }).end(verdict).await?;
     }
     Ok(response)
 }
 
 /// The action and the caller of a request; `None` if it is not recorded.
 fn named(request: &Request) -> Option<(AuditAction, AuditCaller)> {
-    let tool = tool(request.method(), request.extensions().get::<MatchedPath>()?.as_str())?;
+    let action = action(request.method(), request.extensions().get::<MatchedPath>()?.as_str())?;
     let caller = request.extensions().get::<Caller>()?;
-    Some((tool, AuditCaller { face: Face::Api, actor: caller.actor.clone(), agent: user_agent(request.headers()) }))
+    Some((action, AuditCaller { face: Face::Api, actor: caller.actor.clone(), agent: user_agent(request.headers()) }))
 }
 
-/// Writes the one entry of a read. It is short, but another process may hold the log.
-async fn write_read_entry(
-    app: &Arc<App>,
-    who: AuditCaller,
-    tool: &'static str,
-    arguments: Value,
-    (ending, reason): (Ending, &'static str),
-) -> Result<()> {
-    let owner = Arc::clone(app);
-    blocking(move || owner.nido.audit_looked(&who, tool, &arguments, ending, reason)).await
-}
-
-/// Runs a request that changes something or reaches into a guest, with its attempt recorded before and its result afterwards.
-async fn run_audited(
-    app: &Arc<App>,
-    who: AuditCaller,
-    tool: &'static str,
-    arguments: Value,
-    mut request: Request,
-    next: Next,
-) -> Result<Response> {
-    let owner = Arc::clone(app);
-    // It is synced to the disk, which may take its time.
-    let audited = blocking(move || owner.nido.audit_begin(&who, tool, &arguments)).await?;
-    let ticket = AuditTicket::new(audited);
-    request.extensions_mut().insert(ticket.clone());
-    let response = next.run(request).await;
-    if let Some(audited) = ticket.take() {
-        let (ending, reason) = ending(&response);
-        blocking(move || {
-            end(Some(audited), ending, reason);
-            Ok(())
-        })
-        .await?;
-    }
-    Ok(response)
-}
-
-/// The result that a response stands for, and the reason.
-fn ending(response: &Response) -> (Ending, &'static str) {
+/// The outcome that a response stands for.
+fn verdict(response: &Response) -> Verdict {
     match response.extensions().get::<Code>() {
-        None if response.status().is_client_error() => (Ending::Error, "refused"),
-        None => (Ending::Success, ""),
-        Some(code) => (Ending::of_code(*code), code.slug()),
+        None if response.status().is_client_error() => Verdict { ending: Ending::Error, reason: "refused".into() },
+        None => Verdict::success(""),
+        Some(code) => Verdict { ending: Ending::of_code(*code), reason: code.slug().into() },
     }
 }
 
-/// The action of a request, with its name in the log.
+/// How a request is recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum AuditAction {
     /// It changes something or reaches into a guest.
-    Write(&'static str),
+    Write(&'static Operation),
     /// It only reads.
-    Read(&'static str),
+    Read(&'static Operation),
     /// It opens a connection, whose handler records what is requested over it.
-    Open(&'static str),
+    Open(&'static Operation),
 }
 
-/// The action of a request. Names are those of the MCP tools. `None` for requests that reveal nothing about VMs (the page, the
-/// description, health) and for the metrics, which are polled.
-fn tool(method: &Method, route: &str) -> Option<AuditAction> {
-    use AuditAction::{Open, Read, Write};
-    // A HEAD runs like a GET; only the body is not sent.
-    let method = if method == Method::HEAD { &Method::GET } else { method };
-    Some(match (method.as_str(), route) {
-        ("GET", "/v1/vms/{name}/files") => Write("vm_download"),
-        ("PUT", "/v1/vms/{name}/files") => Write("vm_upload"),
-        ("POST", "/v1/vms/{name}/exec") => Write("vm_exec"),
-        ("GET", "/v1/vms/{name}/exec/socket") => Open("vm_exec"),
-        (_, "/" | "/page/{file}" | "/healthz" | "/openapi.json" | "/metrics") => return None,
-        ("GET", route) => Read(read_name(route)),
-        // The response lists the allowed methods and reads nothing.
-        ("OPTIONS", _) => return None,
-        ("POST", "/v1/vms") => Write("vm_spawn"),
-        ("DELETE", "/v1/vms/{name}") => Write("vm_delete"),
-        (_, "/v1/vms/{name}/start") => Write("vm_start"),
-        (_, "/v1/vms/{name}/stop") => Write("vm_stop"),
-        (_, "/v1/vms/{name}/restart") => Write("vm_restart"),
-        (_, "/v1/vms/{name}/pause") => Write("vm_pause"),
-        (_, "/v1/vms/{name}/resume") => Write("vm_resume"),
-        (_, "/v1/vms/{name}/fork") => Write("vm_fork"),
-        ("POST", "/v1/vms/{name}/snapshots") => Write("vm_snapshot"),
-        ("DELETE", "/v1/vms/{name}/snapshots/{snapshot}") => Write("vm_snapshot_delete"),
-        (_, "/v1/vms/{name}/snapshots/{snapshot}/restore") => Write("vm_restore"),
-        ("POST", "/v1/vms/{name}/forwards") => Write("forward_add"),
-        ("DELETE", "/v1/vms/{name}/forwards/{host_port}") => Write("forward_remove"),
-        ("POST", "/v1/runs") => Write("vm_run"),
-        ("POST", "/v1/templates") => Write("template_create"),
-        ("DELETE", "/v1/templates/{name}") => Write("template_delete"),
-        (_, "/v1/templates/{name}/build") => Write("template_build"),
-        (_, "/v1/templates/{name}/bake") => Write("template_bake"),
-        (_, "/v1/pools/{name}") => Write("pool_set"),
-        ("DELETE", "/v1/operations/{id}") => Write("operation_cancel"),
-        ("POST", "/v1/webhooks") => Write("webhook_add"),
-        ("DELETE", "/v1/webhooks/{id}") => Write("webhook_remove"),
-        (_, "/v1/webhooks/{id}/test") => Write("webhook_test"),
-        (_, "/v1/webhooks/deliveries/{delivery}/redeliver") => Write("webhook_redeliver"),
-        ("POST", "/v1/host/check") => Write("host_check"),
-        // Routes that are missing here are recorded all the same.
-        _ => Write("other"),
-    })
-}
-
-/// The name of a read.
-fn read_name(route: &str) -> &'static str {
-    match route {
-        "/v1/vms" => "vm_ls",
-        "/v1/vms/{name}" => "vm_info",
-        "/v1/vms/{name}/logs" => "vm_logs",
-        "/v1/vms/{name}/snapshots" => "snapshot_list",
-        "/v1/vms/{name}/snapshots/{snapshot}" => "snapshot_info",
-        "/v1/vms/{name}/forwards" => "forward_list",
-        "/v1/templates" => "template_list",
-        "/v1/templates/{name}" => "template_info",
-        "/v1/pools" => "pool_list",
-        "/v1/pools/{name}" => "pool_info",
-        "/v1/webhooks" => "webhook_list",
-        "/v1/webhooks/{id}" => "webhook_info",
-        "/v1/webhooks/{id}/deliveries" => "webhook_deliveries",
-        "/v1/events" => "events",
-        "/v1/audit" => "audit_show",
-        "/v1/operations" => "operation_list",
-        "/v1/operations/{id}" => "operation_info",
-        "/v1/host" => "host_info",
-        _ => "other",
+impl AuditAction {
+    const fn operation(self) -> &'static Operation {
+        let (Self::Write(operation) | Self::Read(operation) | Self::Open(operation)) = self;
+        operation
     }
+}
+
+/// The action of a request. `None` for requests that reveal nothing about VMs (the page, the description, health) and for the metrics,
+/// which are polled.
+fn action(method: &Method, route: &str) -> Option<AuditAction> {
+    // The response of OPTIONS lists the allowed methods and reads nothing.
+    if access::is_unrecorded(route) || method == Method::OPTIONS {
+        return None;
+    }
+    Some(match access::operation_of(method, route) {
+        Some(operation) if route == access::EXEC_SOCKET => AuditAction::Open(operation),
+        Some(operation) if operation.is_read() => AuditAction::Read(operation),
+        Some(operation) => AuditAction::Write(operation),
+        // A method that the route does not have is recorded all the same.
+        None if *method == Method::GET || *method == Method::HEAD => AuditAction::Read(op::OTHER),
+        None => AuditAction::Write(op::OTHER),
+    })
 }
 
 /// The arguments of a request: path parameters, query and JSON body. Files are not read.
@@ -316,14 +241,11 @@ mod tests {
         for (route, item) in api["paths"].as_object().unwrap() {
             for method in item.as_object().unwrap().keys() {
                 let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
-                let tool = tool(&method, route);
-                assert!(
-                    !matches!(tool, Some(AuditAction::Write("other") | AuditAction::Read("other"))),
-                    "{method} {route}"
-                );
+                let found = action(&method, route);
+                assert!(found.is_none_or(|found| found.operation() != op::OTHER), "{method} {route}");
                 let open = matches!(route.as_str(), "/healthz" | "/openapi.json" | "/metrics");
-                assert_eq!(tool.is_none(), open, "{method} {route}");
-                reads += u32::from(matches!(tool, Some(AuditAction::Read(_))));
+                assert_eq!(found.is_none(), open, "{method} {route}");
+                reads += u32::from(matches!(found, Some(AuditAction::Read(_))));
             }
         }
         assert!(reads > 10);
@@ -331,13 +253,13 @@ mod tests {
 
     #[test]
     fn requests_that_reach_into_a_guest_are_writes() {
-        let get = |route| tool(&Method::GET, route);
-        assert_eq!(get("/v1/vms/{name}/files"), Some(AuditAction::Write("vm_download")));
-        assert_eq!(get("/v1/vms/{name}/exec/socket"), Some(AuditAction::Open("vm_exec")));
-        assert_eq!(get("/v1/vms"), Some(AuditAction::Read("vm_ls")));
-        assert_eq!(tool(&Method::HEAD, "/v1/vms"), Some(AuditAction::Read("vm_ls")));
-        assert_eq!(tool(&Method::HEAD, "/v1/vms/{name}/files"), Some(AuditAction::Write("vm_download")));
-        assert_eq!(tool(&Method::PATCH, "/v1/vms"), Some(AuditAction::Write("other")));
+        let get = |route| action(&Method::GET, route);
+        assert_eq!(get("/v1/vms/{name}/files"), Some(AuditAction::Write(op::VM_DOWNLOAD)));
+        assert_eq!(get("/v1/vms/{name}/exec/socket"), Some(AuditAction::Open(op::VM_EXEC)));
+        assert_eq!(get("/v1/vms"), Some(AuditAction::Read(op::VM_LS)));
+        assert_eq!(action(&Method::HEAD, "/v1/vms"), Some(AuditAction::Read(op::VM_LS)));
+        assert_eq!(action(&Method::HEAD, "/v1/vms/{name}/files"), Some(AuditAction::Write(op::VM_DOWNLOAD)));
+        assert_eq!(action(&Method::PATCH, "/v1/vms"), Some(AuditAction::Write(op::OTHER)));
     }
 
     fn recorded_of(method: &Method, route: &str, (query, body): (&str, &str)) -> Value {

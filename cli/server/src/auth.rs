@@ -4,12 +4,11 @@
 //! this server (protection against DNS rebinding), and `Origin` must be this server itself.
 
 use std::collections::HashMap;
-use std::marker::PhantomData;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use axum::extract::{FromRequestParts, Request, State};
+use axum::extract::{FromRequestParts, MatchedPath, Request, State};
 use axum::http::request::Parts;
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, Version, header};
@@ -21,7 +20,7 @@ use nido_api::{Caller as AuditCaller, Door, Face, Grant, Limits, Scope};
 use super::connections::ConnectionSlot;
 use super::public_url::PublicUrl;
 use super::response::Problem;
-use super::{App, refusals};
+use super::{App, access, refusals};
 
 /// Which hosts this server answers to.
 #[derive(Debug, Clone, Default)]
@@ -297,52 +296,18 @@ impl<S: Send + Sync> FromRequestParts<S> for CallerGrant {
     }
 }
 
-/// A scope that a route requires.
-pub trait RequiredScope {
-    /// The least scope that is let in.
-    const SCOPE: Scope;
-}
-
-/// Required scope: list and look.
-#[derive(Debug)]
-pub struct Read;
-
-/// Required scope: make and use VMs.
-#[derive(Debug)]
-pub struct Run;
-
-/// Required scope: everything.
-#[derive(Debug)]
-pub struct Admin;
-
-impl RequiredScope for Read {
-    const SCOPE: Scope = Scope::Read;
-}
-
-impl RequiredScope for Run {
-    const SCOPE: Scope = Scope::Run;
-}
-
-impl RequiredScope for Admin {
-    const SCOPE: Scope = Scope::Admin;
-}
-
-/// Extractor: lets in callers whose scope is at least `R`.
-#[derive(Debug)]
-pub struct Require<R>(PhantomData<R>);
-
-impl<S: Send + Sync, R: RequiredScope> FromRequestParts<S> for Require<R> {
-    type Rejection = Problem;
-
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
-        let caller = parts.extensions.get::<Caller>();
-        let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "this request needs a token"))?;
-        if caller.scope >= R::SCOPE {
-            return Ok(Self(PhantomData));
-        }
-        let words = format!("this request needs a token with the scope {}", R::SCOPE.word());
-        Err(Error::new(Code::Denied, words).hint("nido token create --name NAME --scope SCOPE").into())
+/// Lets in callers whose scope is that of the route's operation. It runs for every route, so none can be forgotten.
+pub async fn require_scope(request: Request, next: Next) -> Result<Response, Problem> {
+    let route = request.extensions().get::<MatchedPath>();
+    let needed = route.map_or(Ok(None), |route| access::required_scope(request.method(), route.as_str()))?;
+    let Some(needed) = needed else { return Ok(next.run(request).await) };
+    let caller = request.extensions().get::<Caller>();
+    let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "this request needs a token"))?;
+    if caller.scope < needed {
+        let words = format!("this request needs a token with the scope {}", needed.word());
+        return Err(Error::new(Code::Denied, words).hint("nido token create --name NAME --scope SCOPE").into());
     }
+    Ok(next.run(request).await)
 }
 
 #[cfg(test)]

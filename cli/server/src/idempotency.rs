@@ -26,7 +26,8 @@ use sha2::{Digest, Sha256};
 use super::auth::Caller;
 use super::extract::JSON_BODY_MAX;
 use super::media_type::prefers;
-use super::operations::{BegunFlag, OperationStatus};
+use super::operation_view::{self, OperationStatus};
+use super::operations::BegunFlag;
 use super::response::{self, Problem};
 use super::{App, streams, timeouts};
 
@@ -236,7 +237,7 @@ fn replay(app: &App, caller: &Caller, kept: &str) -> Result<Option<Response>, Pr
     let status = StatusCode::from_u16(kept.status).unwrap_or(StatusCode::OK);
     let id = kept.location.as_deref().and_then(|place| place.strip_prefix("/v1/operations/"));
     if let (StatusCode::ACCEPTED, Some(id)) = (status, id) {
-        let operation = app.operations.get(id, caller).map_err(|_| {
+        let operation = operation_view::get(&app.nido, id, caller).map_err(|_| {
             let words = "the same request started an operation that is no longer kept";
             Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT)
         })?;

@@ -9,7 +9,8 @@
 //!      idempotency.rs  replays responses of requests that are retried
 //!      audit.rs        records each request before it runs
 //!      routes/*.rs     parse, call one method of the core, render
-//!        operations.rs   runs changes to their end, also if the client disconnects
+//!        operations.rs   runs changes to their end, also if the client disconnects; as jobs if that is preferred
+//!        operation_view.rs  shows jobs as operations
 //!    mcp.rs        the MCP server, behind the same authentication
 //!  openapi.rs      the description of the API, made of the routes
 //! ```
@@ -21,6 +22,7 @@
 //! Invariants: VMs do not depend on this server. It may be killed at any time, and no request leaves more half-done than the core
 //! itself would. Nothing here knows of arguments, terminals or exit codes.
 
+mod access;
 mod api_description;
 mod audit;
 mod audit_entry;
@@ -36,6 +38,7 @@ mod media_type;
 mod metrics;
 mod openapi;
 mod openapi_links;
+mod operation_view;
 mod operations;
 mod precondition;
 mod public_url;

@@ -2,6 +2,7 @@
 
 use axum::http::Method;
 use nido_api::error::Problem;
+use nido_api::operation;
 use nido_api::{EventKind, LogSource};
 use serde_json::{Value, json};
 use utoipa::openapi::header::HeaderBuilder;
@@ -18,7 +19,7 @@ mod shapes;
 mod statuses;
 
 use super::api_description::ApiDescription;
-use super::operations::Operation as PendingOperation;
+use super::operation_view::ApiOperation as PendingOperation;
 use super::{openapi_links, routes};
 
 /// What each noun is about.
@@ -37,22 +38,10 @@ const TAGS: [(&str, &str); 12] = [
     ("operations", "Requests that run in the background (`Prefer: respond-async`)."),
 ];
 
-/// The operations that are answered with 202 if that is preferred.
-const ASYNC_OPERATIONS: [&str; 13] = [
-    "vm_spawn",
-    "vm_delete",
-    "vm_start",
-    "vm_stop",
-    "vm_restart",
-    "vm_fork",
-    "vm_exec",
-    "run",
-    "snapshot_create",
-    "snapshot_restore",
-    "template_create",
-    "template_build",
-    "template_bake",
-];
+/// Whether an operation is answered with 202 if that is preferred.
+fn may_be_async(id: &str) -> bool {
+    operation::of_operation_id(id).is_some_and(|known| known.long_running)
+}
 
 /// The operations whose body may be left out.
 const OPTIONAL_BODY_OPERATIONS: [&str; 6] =
@@ -213,7 +202,7 @@ fn lead_on(api: &mut Value) {
             };
             holder["content"]["application/json"]["example"] = example.clone();
         }
-        let may_wait = ASYNC_OPERATIONS.contains(&id.as_str());
+        let may_wait = may_be_async(&id);
         for (status, answer) in operation["responses"].as_object_mut().into_iter().flatten() {
             if let Some(links) = openapi_links::of(&id, status, may_wait) {
                 answer["links"] = links;
@@ -265,7 +254,7 @@ fn describe() -> OpenApi {
     api.components = Some(components);
     api.security = Some(vec![SecurityRequirement::new("token", [""; 0])]);
     for operation in api.paths.paths.values_mut().flat_map(operations) {
-        if operation.operation_id.as_deref().is_some_and(|id| ASYNC_OPERATIONS.contains(&id)) {
+        if operation.operation_id.as_deref().is_some_and(may_be_async) {
             let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(PendingOperation::name()))).build();
             let location = HeaderBuilder::new().description(Some("The operation.")).build();
             let accepted = ResponseBuilder::new()

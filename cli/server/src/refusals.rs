@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::Request;
+use nido_api::operation::REFUSED_REQUEST;
 use nido_api::sanitize::head;
 use nido_api::{Caller as AuditCaller, Face};
 use serde_json::{Value, json};
 
 use super::App;
-use super::audit_entry::{blocking, user_agent};
+use super::audit_entry::user_agent;
 
 /// How many are recorded in a burst.
 const BURST: f64 = 32.0;
@@ -66,7 +67,7 @@ pub fn write(
     let owner = Arc::clone(app);
     async move {
         let Some((who, arguments)) = line else { return };
-        let written = blocking(move || owner.nido.audit_denied(&who, "request", &arguments, reason)).await;
+        let written = owner.nido.refuse(who, REFUSED_REQUEST.into(), arguments, reason).await;
         if let Err(error) = written {
             tracing::error!("{error}");
         }

@@ -1,7 +1,7 @@
 //! The router: all routes with their middleware, in the order in which it runs.
 //!
 //! ```text
-//!  count ──> auth ──> streams ──> timeouts ──> audit (replays) ──> idempotency ──> audit ──> whole body, query, If-Match ──> route
+//!  count ──> auth ──> streams ──> timeouts ──> audit (replays) ──> idempotency ──> audit ──> whole body, query, If-Match, scope ──> route
 //! ```
 
 use std::sync::Arc;
@@ -23,6 +23,7 @@ pub fn rest(app: &Arc<App>) -> Router {
         .fallback(|| async { no_such_route() })
         .method_not_allowed_fallback(|| async { not_a_method() })
         .layer(DefaultBodyLimit::max(JSON_BODY_MAX))
+        .layer(middleware::from_fn(auth::require_scope))
         .layer(middleware::from_fn_with_state(Arc::clone(app), precondition::check_if_match))
         .layer(middleware::from_fn_with_state(Arc::clone(app), query::reject_unknown))
         .layer(middleware::from_fn(extract::require_whole_body))

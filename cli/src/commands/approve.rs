@@ -1,5 +1,6 @@
 //! `approve` and `deny`: a person's decision about an operation that a program requested.
 
+use nido_api::operation as op;
 use nido_api::{Approval, Caller};
 
 use super::Context;
@@ -78,7 +79,7 @@ async fn decide(cx: &Context, id: &str, yes: bool) -> Result<Approval, Failure> 
     let arguments = serde_json::json!({
         "approval_id": id, "tool": asked.tool, "vm_name": asked.vm_name, "vm_id": asked.vm_id, "actor": asked.actor,
     });
-    let tool = if yes { "approval_approve" } else { "approval_deny" };
+    let tool = if yes { op::APPROVAL_APPROVE } else { op::APPROVAL_DENY };
     let decided =
         cx.audited(&nido, tool, arguments, async { if yes { nido.approve(id, &by) } else { nido.deny(id, &by) } });
     decided.await

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use nido_api::error::{Code, Error};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::{CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
 use nido_core::Nido;
 use nido_server::sanitize;
@@ -80,7 +81,7 @@ pub async fn upload(cx: &Context, nido: &Nido, name: &VmName, request: UploadReq
     let arguments = audit::upload(name, &request);
     let mut told = |at| progress.copy(at);
     let copied = until_signal(undo, nido.upload(name, request, &mut told));
-    cx.audited(nido, "vm_upload", arguments, copied).await
+    cx.audited(nido, op::VM_UPLOAD, arguments, copied).await
 }
 
 /// Copies out of the guest. A signal undoes it.
@@ -95,7 +96,7 @@ pub async fn download(
     let mut told = |at| progress.copy(at);
     let to_stdout = matches!(request.destination, DownloadTarget::Stream(_) | DownloadTarget::FileOrArchive(_));
     let copied = until_signal(UNDO_LIMIT, nido.download(name, request, &mut told));
-    match cx.audited(nido, "vm_download", arguments, copied).await {
+    match cx.audited(nido, op::VM_DOWNLOAD, arguments, copied).await {
         // As any Unix tool whose reader has what it wants: silent.
         Err(Failure::Nido(error)) if to_stdout && is_broken_pipe(&error) => {
             Err(Failure::Stdout(std::io::ErrorKind::BrokenPipe.into()))

@@ -1,5 +1,6 @@
 //! `delete`: deletes VMs with their disks. Asks for confirmation on a terminal.
 
+use nido_api::operation as op;
 use nido_api::{VmInfo, VmList};
 
 use super::Context;
@@ -47,7 +48,7 @@ impl Args {
         let mut exit = Exit::Success;
         for name in &names {
             let arguments = serde_json::json!({ "name": name, "force": self.force });
-            match cx.audited(&nido, "vm_delete", arguments, nido.delete(name, self.force)).await {
+            match cx.audited(&nido, op::VM_DELETE, arguments, nido.delete(name, self.force)).await {
                 Ok(vm) => vms.push(vm),
                 Err(Failure::Nido(error)) => {
                     cx.output.error(&error);

@@ -1,5 +1,6 @@
 //! `doctor`: can VMs be started here, and if not, what is missing.
 
+use nido_api::operation as op;
 use nido_api::{CheckStatus, DoctorReport};
 use nido_core::{Adoption, Nido};
 use nido_server::sanitize::line;
@@ -45,11 +46,11 @@ impl Args {
         };
         if self.adopt {
             let adopted = async { nido.adopt_unknown_vms().await };
-            let adopted = cx.audited(&nido, "doctor_adopt", serde_json::json!({}), adopted).await?;
+            let adopted = cx.audited(&nido, op::DOCTOR_ADOPT, serde_json::json!({}), adopted).await?;
             tell(cx, &adopted);
         }
         let report = if self.gc {
-            cx.audited(&nido, "doctor_gc", serde_json::json!({}), nido.doctor(true)).await?
+            cx.audited(&nido, op::DOCTOR_GC, serde_json::json!({}), nido.doctor(true)).await?
         } else {
             nido.doctor(false).await?
         };

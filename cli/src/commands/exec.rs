@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStringExt;
 use nido_api::ExecRequest;
 use nido_api::error::{Code, Error};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 
 use super::Context;
 use crate::exit::Outcome;
@@ -81,7 +82,7 @@ impl Args {
         let nido = cx.nido().await?;
         let arguments = audit::exec(&self.name, &request);
         let command = session::run(&cx.output, &nido, &self.name, request, raw);
-        cx.audited_command(&nido, "vm_exec", arguments, command).await
+        cx.audited_command(&nido, op::VM_EXEC, arguments, command).await
     }
 }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use nido_api::name::VmName;
+use nido_api::operation as op;
 
 use super::Context;
 use super::vm_args::{paused, summarize};
@@ -39,7 +40,7 @@ impl Args {
             let arguments = serde_json::json!({ "name": self.name, "copies": self.copies });
             let grant = Context::grant();
             let forked = until_signal(Duration::ZERO, nido.fork(&self.name, &self.copies, &grant, &mut told));
-            cx.audited(&nido, "vm_fork", arguments, forked).await?
+            cx.audited(&nido, op::VM_FORK, arguments, forked).await?
         };
         forked.copies.iter().for_each(|copy| summarize(&cx.output, copy));
         paused(&cx.output, &self.name, forked.paused_ms);

@@ -4,6 +4,7 @@ use clap::Subcommand;
 use nido_api::ForwardSpec;
 use nido_api::error::{Code, Error};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use serde_json::{Value, json};
 
 use super::Context;
@@ -74,7 +75,7 @@ impl Args {
                 let arguments = one.told();
                 let grant = Context::grant();
                 let made = nido.forward_add(&one.name, one.forward, &grant);
-                let made = cx.audited(&nido, "forward_add", arguments, made).await?;
+                let made = cx.audited(&nido, op::FORWARD_ADD, arguments, made).await?;
                 cx.output.answer(&made, || format!("{made}\n"))?;
             }
             Verb::Ls { name } => {
@@ -96,7 +97,7 @@ impl Args {
                     let OneArgs { name, .. } = &one;
                     let exact = OneArgs { name: name.clone(), forward: forward.clone() };
                     let gone = nido.forward_remove(name, forward);
-                    cx.audited(&nido, "forward_remove", exact.told(), gone).await?;
+                    cx.audited(&nido, op::FORWARD_REMOVE, exact.told(), gone).await?;
                 }
                 cx.answer_each("forwards", &meant, |forward| format!("{forward}\n"))?;
             }

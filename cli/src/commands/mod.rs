@@ -218,3 +218,51 @@ pub fn start_log(cli: &Cli) {
         .log_internal_errors(false)
         .init();
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::CommandFactory as _;
+    use nido_api::operation;
+
+    use super::Cli;
+
+    /// Commands that are no operation on a home: servers, help, the processes of nido itself; and `cp`, which is uploads and downloads.
+    const NO_OPERATION: [&str; 12] = [
+        "cp",
+        "api-server start",
+        "api-server openapi",
+        "mcp-server start",
+        "mcp-server install",
+        "completions",
+        "man",
+        "supervise",
+        "watch-ttl",
+        "pool-fill",
+        "deliver",
+        "doctor",
+    ];
+
+    /// The words of every command that has no commands of its own.
+    fn leaves(command: &clap::Command, before: &str, all: &mut BTreeSet<String>) {
+        for sub in command.get_subcommands() {
+            let words = format!("{before} {}", sub.get_name()).trim().to_owned();
+            match sub.has_subcommands() {
+                true => leaves(sub, &words, all),
+                false => drop(all.insert(words)),
+            }
+        }
+    }
+
+    #[test]
+    fn the_commands_are_those_of_the_registry() {
+        let mut commands = BTreeSet::new();
+        leaves(&Cli::command(), "", &mut commands);
+        let words = operation::ALL.iter().filter_map(|operation| operation.command);
+        // What a flag selects is an operation of its own.
+        let words = words.map(|words| words.split(" --").next().unwrap_or_default().to_owned());
+        let expected: BTreeSet<_> = words.chain(NO_OPERATION.map(str::to_owned)).collect();
+        assert_eq!(commands, expected);
+    }
+}

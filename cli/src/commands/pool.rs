@@ -2,6 +2,7 @@
 
 use clap::Subcommand;
 use nido_api::name::TemplateName;
+use nido_api::operation as op;
 use nido_api::{POOL_MAX, PoolInfo, PoolRequest};
 use nido_server::sanitize::line;
 
@@ -55,7 +56,7 @@ impl Args {
                 let request = PoolRequest::of(wanted, &machine.bake());
                 let mut arguments = serde_json::json!(request);
                 arguments["name"] = template.as_str().into();
-                let pool = cx.audited(&nido, "pool_set", arguments, nido.pool_set(&template, &request)).await?;
+                let pool = cx.audited(&nido, op::POOL_SET, arguments, nido.pool_set(&template, &request)).await?;
                 cx.output.talk(&match wanted {
                     0 => format!("{template} no longer has this pool"),
                     _ => format!("{} of {wanted} clones of {template} wait; see nido pool ls", pool.ready),

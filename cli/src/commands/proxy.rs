@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use serde_json::json;
 
 use super::Context;
@@ -30,7 +31,7 @@ impl Args {
         let nido = cx.nido().await?;
         let arguments = json!({ "name": self.name, "guest_port": self.port });
         let carried = until_signal(Duration::ZERO, nido.proxy(&self.name, self.port));
-        cx.audited(&nido, "vm_proxy", arguments, carried).await?;
+        cx.audited(&nido, op::VM_PROXY, arguments, carried).await?;
         Ok(Exit::Success)
     }
 }

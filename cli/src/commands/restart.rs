@@ -2,6 +2,7 @@
 
 use nido_api::StopRequest;
 use nido_api::name::VmName;
+use nido_api::operation as op;
 
 use super::Context;
 use super::selection::{Selection, every};
@@ -45,7 +46,7 @@ impl Args {
             let mut told = |stage| progress.start(stage);
             let arguments = serde_json::json!({ "name": name, "force": self.force, "stop_timeout_ms": timeout_ms });
             let restarted = nido.restart(name, stop, self.accel.with(self.start.request()), &mut told);
-            let vm = cx.audited(&nido, "vm_restart", arguments, restarted).await?;
+            let vm = cx.audited(&nido, op::VM_RESTART, arguments, restarted).await?;
             drop(progress);
             summarize(&cx.output, &vm);
             Ok(vm)

@@ -5,6 +5,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 use nido_api::error::{Code, Error};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::{ExecRequest, ExecResult, StartRequest, UploadRequest, UploadSource, VmInfo, VmRef, VmSpec};
 use nido_core::{Nido, RUN_IDLE_MS};
 use nido_server::sanitize;
@@ -72,7 +73,7 @@ impl Args {
         let mut arguments = audit::exec(&name, &request);
         arguments["template"] = spec.template.as_str().into();
         let job = Job { spec, start, copies, request, raw, keep: self.keep };
-        cx.audited_command(&nido, "vm_run", arguments, job.run(cx, &nido)).await
+        cx.audited_command(&nido, op::VM_RUN, arguments, job.run(cx, &nido)).await
     }
 }
 

@@ -3,6 +3,7 @@
 use nido_api::ExecRequest;
 use nido_api::error::{Code, Error};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 
 use super::Context;
 use super::exec::PlaceArgs;
@@ -38,6 +39,6 @@ impl Args {
         let nido = cx.nido().await?;
         let arguments = audit::exec(&self.name, &request);
         let shell = session::run(&cx.output, &nido, &self.name, request, true);
-        cx.audited_command(&nido, "vm_shell", arguments, shell).await
+        cx.audited_command(&nido, op::VM_SHELL, arguments, shell).await
     }
 }

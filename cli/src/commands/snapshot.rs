@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::Subcommand;
 use nido_api::error::Error;
 use nido_api::name::{SnapshotName, VmName};
+use nido_api::operation as op;
 use nido_api::{RestoreRequest, SnapshotInfo};
 use serde_json::json;
 
@@ -113,7 +114,7 @@ impl Args {
                     let arguments = json!({ "name": name, "snapshot": snapshot, "disk_only": disk_only });
                     let restored =
                         until_signal(UNDO_LIMIT, nido.snapshot_restore(&name, &snapshot, request, &mut told));
-                    cx.audited(&nido, "vm_restore", arguments, restored).await?
+                    cx.audited(&nido, op::VM_RESTORE, arguments, restored).await?
                 };
                 summarize(&cx.output, &vm);
                 return cx.acted(&vm);
@@ -125,7 +126,7 @@ impl Args {
                 }
                 let arguments = json!({ "name": name, "snapshot": snapshot });
                 let gone = async { nido.snapshot_delete(&name, &snapshot) };
-                let gone = cx.audited(&nido, "vm_snapshot_delete", arguments, gone).await?;
+                let gone = cx.audited(&nido, op::VM_SNAPSHOT_DELETE, arguments, gone).await?;
                 cx.output.answer(&gone, || format!("{}\n", gone.name))?;
             }
         }

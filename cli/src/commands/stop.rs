@@ -1,6 +1,7 @@
 //! `stop`: a VM powered off, in order or at once.
 
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::{PLUG_PULLED, StopRequest, VmInfo};
 
 use super::Context;
@@ -51,7 +52,7 @@ impl Args {
         let stop = async |name: &VmName| {
             let request = StopRequest { force: self.force, timeout_ms };
             let arguments = serde_json::json!({ "name": name, "force": self.force, "timeout_ms": timeout_ms });
-            let vm = cx.audited(&nido, "vm_stop", arguments, nido.stop(name, request)).await?;
+            let vm = cx.audited(&nido, op::VM_STOP, arguments, nido.stop(name, request)).await?;
             if !self.force && !cx.output.json && vm.warnings.iter().any(|warning| warning == PLUG_PULLED) {
                 cx.output.warn(PLUG_PULLED);
             }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::{Subcommand, ValueEnum};
 use nido_api::error::{Code, Error};
 use nido_api::name::{TemplateName, VmName};
+use nido_api::operation as op;
 use nido_api::redact::bytes;
 use nido_api::{
     BakeInfo, BakeRequest, BuildRequest, ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult,
@@ -177,7 +178,7 @@ impl Args {
                     let mut progress = Progress::new(&cx.output, name.as_str());
                     let mut told = |step| progress.build(&step);
                     let made = until_signal(UNDO_LIMIT, nido.template_create(&name, &from, !no_bake, &mut told));
-                    cx.audited(&nido, "template_create", json!({ "name": name, "from": from }), made).await?
+                    cx.audited(&nido, op::TEMPLATE_CREATE, json!({ "name": name, "from": from }), made).await?
                 };
                 let size = show_bytes(built.template.size_bytes);
                 let seconds = Duration::from_millis(built.duration_ms).as_secs_f64();
@@ -194,7 +195,7 @@ impl Args {
                     return Ok(Exit::Failure);
                 }
                 let gone = nido.template_delete(&name);
-                cx.audited(&nido, "template_delete", json!({ "name": name }), gone).await?;
+                cx.audited(&nido, op::TEMPLATE_DELETE, json!({ "name": name }), gone).await?;
                 cx.output.answer(&json!({ "deleted": name }), || format!("{name}\n"))?;
                 Ok(Exit::Success)
             }
@@ -234,7 +235,7 @@ async fn build(cx: &Context, name: &TemplateName, request: BuildRequest) -> Outc
         let mut told = |step| progress.build(&step);
         let arguments = json!({ "name": name, "rebuild": request.rebuild });
         let built = until_signal(UNDO_LIMIT, nido.template_build(name, request, &mut told));
-        cx.audited(&nido, "template_build", arguments, built).await?
+        cx.audited(&nido, op::TEMPLATE_BUILD, arguments, built).await?
     };
     cx.output.talk(&if built.already_built {
         format!("{name} is up to date")
@@ -254,7 +255,7 @@ async fn bake(cx: &Context, name: &TemplateName, request: BakeRequest) -> Outcom
         let mut arguments = json!(request);
         arguments["name"] = name.as_str().into();
         let baked = until_signal(Duration::ZERO, nido.template_bake(name, &request, &mut told));
-        cx.audited(&nido, "template_bake", arguments, baked).await?
+        cx.audited(&nido, op::TEMPLATE_BAKE, arguments, baked).await?
     };
     cx.output.talk(&if baked.already_baked {
         format!("{name} has been baked for {}", machine(&baked.bake))
@@ -291,7 +292,7 @@ async fn export(cx: &Context, args: ExportArgs) -> Outcome {
         let mut progress = Progress::new(&cx.output, name.as_str());
         let mut told = |step| progress.travel(&step);
         let exported = until_signal(UNDO_LIMIT, nido.template_export(&name, request, &mut told));
-        cx.audited(&nido, "template_export", arguments, async { exported.await.map_err(reader_gone) }).await?
+        cx.audited(&nido, op::TEMPLATE_EXPORT, arguments, async { exported.await.map_err(reader_gone) }).await?
     };
     cx.output.talk(&exported(&done));
     if let Some(path) = &done.path {
@@ -339,7 +340,7 @@ async fn import(cx: &Context, args: ImportArgs) -> Outcome {
         let mut told = |step| progress.travel(&step);
         let request = ImportRequest { source, name, force, memory: !no_memory };
         let imported = until_signal(UNDO_LIMIT, nido.template_import(request, &mut told));
-        cx.audited(&nido, "template_import", arguments, imported).await?
+        cx.audited(&nido, op::TEMPLATE_IMPORT, arguments, imported).await?
     };
     if !cx.output.json {
         done.warnings.iter().for_each(|warning| cx.output.warn(warning));

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use clap::Subcommand;
 use nido_api::error::{Code, Error};
 use nido_api::name::{TemplateName, VmName};
+use nido_api::operation as op;
 use nido_api::{Door, Limits, NetChoice, Scope, TokenInfo, TokenRequest};
 use nido_core::Nido;
 use serde_json::{Value, json};
@@ -142,7 +143,7 @@ impl Args {
                 let request = TokenRequest { name, scope, only, expires_in_ms, limits: limits.into() };
                 let arguments = json!(request);
                 let made = async { nido.token_create(&request) };
-                let made = cx.audited(&nido, "token_create", arguments, made).await?;
+                let made = cx.audited(&nido, op::TOKEN_CREATE, arguments, made).await?;
                 cx.output.answer(&made, || format!("{}\n", made.token))?;
                 cx.output.talk("this is the only time it is shown");
             }
@@ -162,7 +163,7 @@ impl Args {
                 let mut all = Vec::new();
                 for named in &tokens {
                     let gone = async { nido.token_revoke(named) };
-                    all.push(cx.audited(&nido, "token_revoke", revoked(&nido, named)?, gone).await?);
+                    all.push(cx.audited(&nido, op::TOKEN_REVOKE, revoked(&nido, named)?, gone).await?);
                 }
                 cx.answer_each("tokens", &all, |gone| format!("{}\n", gone.name))?;
             }

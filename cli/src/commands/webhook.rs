@@ -1,6 +1,7 @@
 //! `webhook`: endpoints to which events are posted, and their deliveries.
 
 use clap::Subcommand;
+use nido_api::operation as op;
 use nido_api::{Delivery, EventKind, WebhookFormat, WebhookInfo, WebhookRequest, WebhookTest};
 use serde_json::json;
 
@@ -106,7 +107,7 @@ impl Args {
                 let arguments =
                     json!({ "url": url, "events": events, "format": format, "allow_private": allow_private });
                 let added = nido.webhook_add(WebhookRequest { url, events, secret, format, allow_private });
-                let added = cx.audited(&nido, "webhook_add", arguments, added).await?;
+                let added = cx.audited(&nido, op::WEBHOOK_ADD, arguments, added).await?;
                 cx.output.answer(&added, || match given {
                     true => format!("{}\n", added.webhook.id),
                     false => format!("{}\n{}\n", added.webhook.id, added.secret),
@@ -129,7 +130,7 @@ impl Args {
                     return Ok(Exit::Failure);
                 }
                 let removed = async { nido.webhook_remove(&id) };
-                let removed = cx.audited(&nido, "webhook_remove", json!({ "id": id }), removed).await?;
+                let removed = cx.audited(&nido, op::WEBHOOK_REMOVE, json!({ "id": id }), removed).await?;
                 cx.output.answer(&removed, || format!("{}\n", removed.id))?;
             }
             Verb::Deliveries { id } => {

@@ -26,7 +26,7 @@ pub async fn question(call: &CallContext, tool: &Tool, ask: &Ask, seen: Option<&
     let vm = seen.map_or_else(|| format!("VM '{name}'"), described);
     let text = |key: &str| shown(ask, key);
     let flag = |key: &str| ask.arguments.get(key).is_some_and(|value| *value == true);
-    match tool.name {
+    match tool.name() {
         "vm_delete" | "vm_restore" | "vm_stop" => end_of_state(call, tool, ask, seen, (&agent, &vm)).await,
         "vm_exec" => {
             let argv = ask.arguments.get("argv").map(|argv| plain(head(&argv.to_string(), SHOWN)));
@@ -78,7 +78,7 @@ async fn end_of_state(
 ) -> String {
     let text = |key: &str| shown(ask, key);
     let flag = |key: &str| ask.arguments.get(key).is_some_and(|value| *value == true);
-    match tool.name {
+    match tool.name() {
         "vm_delete" => {
             let lost = lost(call, ask, seen, &[Loss::Disk, Loss::Memory, Loss::Snapshots]).await;
             let now = if flag("force") { " It is ended at once if it runs." } else { "" };

@@ -3,12 +3,13 @@
 use futures::future::BoxFuture;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::state::VmState;
-use nido_api::{Scope, SpawnRequest, StartRequest, VmInfo, VmSpec};
+use nido_api::{SpawnRequest, StartRequest, VmInfo, VmSpec};
 use nido_core::BegunVm;
 use serde_json::{Value, json};
 
-use super::{ADDS, Operation, Tool, arguments, brief, field};
+use super::{ONCE, Operation, Tool, arguments, brief, field};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
@@ -20,12 +21,11 @@ const OUTLIVES: &str = "outlives_session";
 const TTL_MS: u64 = 3_600_000;
 
 pub const SPAWN: Tool = Tool {
-    name: "vm_spawn",
+    op: op::VM_SPAWN,
     title: "Create and start a VM",
     about: "Creates a VM, starts it and waits until it takes commands. For this task only: set ephemeral and \
         ttl_seconds. The same name and arguments again return the existing VM. Next: vm_exec; at the end vm_delete.",
-    hints: ADDS,
-    scope: Scope::Run,
+    hints: ONCE,
     takes: || without(&SPAWN_DOES),
     unlisted: &UNLISTED,
     gives: schema::vm_or_job,
@@ -225,11 +225,10 @@ pub async fn remove(call: &CallContext, begun: &BegunVm) {
 }
 
 pub const CREATE: Tool = Tool {
-    name: "vm_create",
+    op: op::VM_CREATE,
     title: "Create a VM",
     about: "Creates a VM without starting it; arguments as in vm_spawn. Next: vm_start.",
-    hints: ADDS,
-    scope: Scope::Run,
+    hints: ONCE,
     takes: || schema::undescribed(without(&CREATE_NEVER_DOES)),
     unlisted: &UNLISTED_IN_CREATE,
     gives: schema::vm_or_job,

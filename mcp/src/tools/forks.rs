@@ -1,16 +1,17 @@
 //! Copies of a running VM.
 
 use futures::future::BoxFuture;
+use nido_api::StartStage;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-use nido_api::{Scope, StartStage};
+use nido_api::operation as op;
 use nido_core::Intent;
 use nido_core::policy::decide_fork;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::brief::{VmBrief, vm_list};
-use super::{ADDS, Operation, Tool, arguments};
+use super::{ONCE, Operation, Tool, arguments};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
@@ -19,11 +20,10 @@ use crate::schema;
 const COPIES_MAX: usize = 16;
 
 pub const FORK: Tool = Tool {
-    name: "vm_fork",
+    op: op::VM_FORK,
     title: "Copy a running VM",
     about: "Copies a running VM with memory and disk, to try several ways from one state. It keeps running.",
-    hints: ADDS,
-    scope: Scope::Run,
+    hints: ONCE,
     takes: schema::arguments::<Fork>,
     unlisted: &[],
     gives: schema::result_or_job::<Copies>,

@@ -26,13 +26,13 @@ fn golden_files_are_what_clients_see() {
     let mut expected = BTreeSet::new();
     for tool in ALL {
         let now = serde_json::to_string_pretty(&tool.described()).unwrap() + "\n";
-        let path = directory.join(format!("{}.json", tool.name));
+        let path = directory.join(format!("{}.json", tool.name()));
         if bless() {
             std::fs::write(&path, &now).unwrap();
         }
         let golden = std::fs::read_to_string(&path).unwrap_or_default();
-        assert_eq!(now, golden, "{}: the tool changed; NIDO_BLESS=1 writes the golden files anew", tool.name);
-        expected.insert(format!("{}.json", tool.name));
+        assert_eq!(now, golden, "{}: the tool changed; NIDO_BLESS=1 writes the golden files anew", tool.name());
+        expected.insert(format!("{}.json", tool.name()));
     }
     let there = std::fs::read_dir(&directory).unwrap();
     let there: BTreeSet<_> = there.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -42,9 +42,9 @@ fn golden_files_are_what_clients_see() {
 fn table() -> String {
     let yes = |hint: bool| if hint { "yes" } else { "no" };
     let row = |tool: &Tool| {
-        let Hints { read_only, destructive, idempotent, open_world } = tool.hints;
-        let hints = [read_only, destructive, idempotent, open_world].map(yes).join(" | ");
-        format!("| `{}` | {} | {} | {hints} |\n", tool.name, tool.title, tool.scope.word())
+        let Hints { idempotent, open_world } = tool.hints;
+        let hints = [tool.op.is_read(), tool.op.is_destructive(), idempotent, open_world].map(yes).join(" | ");
+        format!("| `{}` | {} | {} | {hints} |\n", tool.name(), tool.title, tool.op.scope.word())
     };
     let head =
         "| tool | | scope | reads only | destructive | idempotent | open world |\n|---|---|---|---|---|---|---|\n";
@@ -111,7 +111,7 @@ const PLAIN_FIELDS: [&str; 13] = [
 fn every_tool_is_told_whole() {
     for tool in ALL {
         let seen = serde_json::to_value(tool.described()).unwrap();
-        let name = tool.name;
+        let name = tool.name();
         assert!(tool.about.len() > 50 && tool.about.ends_with('.'), "{name}: the description says too little");
         for hint in ["readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"] {
             assert!(seen["annotations"][hint].is_boolean(), "{name}: {hint}");
@@ -138,6 +138,13 @@ fn every_tool_is_told_whole() {
             }
         }
         assert_eq!(seen["outputSchema"]["type"], "object", "{name}");
-        assert!(tool.hints.read_only == (tool.scope == nido_api::Scope::Read), "{name}: scope and hints differ");
+        assert!(tool.op.is_read() == (tool.op.scope == nido_api::Scope::Read), "{name}: scope and hints differ");
     }
+}
+
+#[test]
+fn the_tools_are_those_of_the_registry() {
+    let tools: BTreeSet<_> = ALL.iter().map(|tool| tool.name()).collect();
+    let registry = nido_api::operation::ALL.iter().filter_map(|operation| operation.tool);
+    assert_eq!(tools, registry.collect());
 }

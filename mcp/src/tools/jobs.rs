@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use nido_api::error::{Code, Error, Result};
-use nido_api::{Job, JobState, Scope, Viewer};
+use nido_api::operation as op;
+use nido_api::{Face, JOB_RESULT_MAX, Job, JobState, Viewer};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::{DESTROYS, LOOKS, Operation, Tool, parse};
+use super::{Operation, REPEATABLE, Tool, parse};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
@@ -19,11 +20,10 @@ const WAIT_MAX: u64 = 30_000;
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 pub const GET: Tool = Tool {
-    name: "job_get",
+    op: op::JOB_GET,
     title: "Get a job",
     about: "Returns a job of another tool: state, result or error. Set wait_seconds to wait for its end.",
-    hints: LOOKS,
-    scope: Scope::Read,
+    hints: REPEATABLE,
     takes: schema::arguments::<Get>,
     unlisted: &[],
     gives: schema::result::<Job>,
@@ -56,7 +56,7 @@ async fn get(call: &CallContext, asked: Get) -> Result<ToolResult> {
     loop {
         let job = nido.job_get(&asked.job_id, Viewer::Actor(&call.who.actor))?;
         if job.state != JobState::Running || Instant::now() >= deadline {
-            return ToolResult::new(&job);
+            return shown(job.shown_to(call.scope));
         }
         let pause = tokio::time::sleep_until(deadline.min(Instant::now() + LOOK_EVERY));
         call.unless_cancelled(async {
@@ -67,12 +67,23 @@ async fn get(call: &CallContext, asked: Get) -> Result<ToolResult> {
     }
 }
 
+/// A job of the REST API may have a longer result than a tool returns.
+fn shown(mut job: Job) -> Result<ToolResult> {
+    let bytes = job.result.as_ref().map_or(0, |result| result.to_string().len());
+    if bytes <= JOB_RESULT_MAX {
+        return ToolResult::new(&job);
+    }
+    job.result = None;
+    let route = op::OPERATION_INFO.call(Face::Api).unwrap_or_default();
+    let note = format!("the result has {bytes} bytes, more than a tool returns; the REST API has it: {route}");
+    Ok(ToolResult::new(&job)?.noted(&[note]))
+}
+
 pub const CANCEL: Tool = Tool {
-    name: "job_cancel",
+    op: op::JOB_CANCEL,
     title: "Cancel a job",
     about: "Cancels a job. Stops, deletions and snapshots complete anyway.",
-    hints: DESTROYS,
-    scope: Scope::Run,
+    hints: REPEATABLE,
     takes: schema::arguments::<Cancel>,
     unlisted: &[],
     gives: schema::result::<Job>,
@@ -89,7 +100,8 @@ struct Cancel {
 impl Operation for Cancel {
     fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
         Box::pin(async move {
-            ToolResult::new(&call.nido().await?.job_cancel(&self.job_id, Viewer::Actor(&call.who.actor))?)
+            let job = call.nido().await?.job_cancel(&self.job_id, Viewer::Actor(&call.who.actor))?;
+            shown(job.shown_to(call.scope))
         })
     }
 }

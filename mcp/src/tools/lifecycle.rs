@@ -3,8 +3,9 @@
 use futures::future::BoxFuture;
 use nido_api::error::Result;
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::state::VmState;
-use nido_api::{Scope, StartRequest, StopRequest};
+use nido_api::{StartRequest, StopRequest};
 use serde::Deserialize;
 
 use super::{Hints, Operation, Tool, brief, parse};
@@ -13,11 +14,10 @@ use crate::call_context::CallContext;
 use crate::schema;
 
 pub const START: Tool = Tool {
-    name: "vm_start",
+    op: op::VM_START,
     title: "Start a VM",
     about: "Starts a VM, or resumes a paused one, and waits until it takes commands. Its disk is unchanged.",
-    hints: Hints { read_only: false, destructive: false, idempotent: true, open_world: false },
-    scope: Scope::Run,
+    hints: Hints { idempotent: true, open_world: false },
     takes: schema::arguments::<Start>,
     unlisted: &["timeout_seconds"],
     gives: schema::vm_or_job,
@@ -55,11 +55,10 @@ impl Operation for Start {
 }
 
 pub const STOP: Tool = Tool {
-    name: "vm_stop",
+    op: op::VM_STOP,
     title: "Stop a VM",
     about: "Powers a VM off. Its disk stays, but an ephemeral VM is deleted: the user may be asked.",
-    hints: Hints { read_only: false, destructive: true, idempotent: true, open_world: false },
-    scope: Scope::Run,
+    hints: Hints { idempotent: true, open_world: false },
     takes: schema::arguments::<Stop>,
     unlisted: &["timeout_seconds"],
     gives: schema::vm_or_job,

@@ -20,7 +20,6 @@ mod snapshots;
 mod templates;
 mod vms;
 
-use nido_api::Scope;
 use nido_api::error::{Code, Error, Result};
 use nido_core::policy::Policy;
 use rmcp::model::{MetaObject, Tool as Described, ToolAnnotations};
@@ -65,16 +64,14 @@ const ANNOTATIONS: &str = "vmops/annotations";
 /// One tool.
 #[derive(Debug)]
 pub struct Tool {
-    /// Its name.
-    pub name: &'static str,
+    /// The operation that it does; its name is that of the tool.
+    pub op: &'static nido_api::operation::Operation,
     /// Its name for people.
     pub title: &'static str,
     /// What it does, when to use it and when not, what it changes, what comes next.
     pub about: &'static str,
-    /// What a client may assume.
+    /// What a client may assume beside the operation's effect.
     pub hints: Hints,
-    /// What a caller needs.
-    pub scope: Scope,
     /// The schema of the arguments that it accepts.
     pub takes: fn() -> Value,
     /// Arguments that are accepted and not listed: few callers need them, and every model pays for what is listed.
@@ -88,24 +85,24 @@ pub struct Tool {
 /// What a client may assume. Advice: nothing that matters depends on it.
 #[derive(Debug, Clone, Copy)]
 pub struct Hints {
-    /// It changes nothing.
-    pub read_only: bool,
-    /// It may destroy something.
-    pub destructive: bool,
     /// Twice is the same as once.
     pub idempotent: bool,
     /// It may reach beyond this host.
     pub open_world: bool,
 }
 
-/// It only looks.
-const LOOKS: Hints = Hints { read_only: true, destructive: false, idempotent: true, open_world: false };
-/// It adds something.
-const ADDS: Hints = Hints { read_only: false, destructive: false, idempotent: false, open_world: false };
-/// It destroys something, once.
-const DESTROYS: Hints = Hints { read_only: false, destructive: true, idempotent: true, open_world: false };
+/// Of a tool that can be called again without harm, and stays on this host.
+const REPEATABLE: Hints = Hints { idempotent: true, open_world: false };
+/// Of a tool that does something each time, and stays on this host.
+const ONCE: Hints = Hints { idempotent: false, open_world: false };
 
 impl Tool {
+    /// Its name.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        self.op.id
+    }
+
     /// As clients see it.
     #[must_use]
     pub fn described(&self) -> Described {
@@ -113,14 +110,14 @@ impl Tool {
             Value::Object(fields) => fields,
             _ => Map::new(),
         };
-        let Hints { read_only, destructive, idempotent, open_world } = self.hints;
+        let Hints { idempotent, open_world } = self.hints;
         let hints = ToolAnnotations::default()
-            .read_only(read_only)
-            .destructive(destructive)
+            .read_only(self.op.is_read())
+            .destructive(self.op.is_destructive())
             .idempotent(idempotent)
             .open_world(open_world);
         let words = MetaObject(object(json!({ ANNOTATIONS: self.words() })));
-        Described::new(self.name, self.about, object(schema::listed((self.takes)(), self.unlisted)))
+        Described::new(self.name(), self.about, object(schema::listed((self.takes)(), self.unlisted)))
             .with_title(self.title)
             .with_raw_output_schema(object((self.gives)()).into())
             .with_annotations(hints)
@@ -129,7 +126,7 @@ impl Tool {
 
     /// The annotations of nido's specification, which MCP does not know.
     fn words(&self) -> &'static [&'static str] {
-        match self.name {
+        match self.name() {
             "vm_delete" | "vm_restore" => &["destructive", "confirmation_required"],
             "vm_spawn" | "vm_fork" | "template_create" => &["long_running"],
             "vm_exec" | "vm_run" => &["potentially_dangerous"],
@@ -141,7 +138,7 @@ impl Tool {
     /// Arguments that its schema does not have and that are passed on: an approval, and those of which the tool says why it does not
     /// have them.
     pub(crate) fn also_accepts(&self) -> Vec<&'static str> {
-        let explained: &[&str] = match self.name {
+        let explained: &[&str] = match self.name() {
             "vm_spawn" => &creation::SPAWN_DOES,
             "vm_create" => &creation::CREATE_NEVER_DOES,
             _ => &[],
@@ -159,7 +156,7 @@ impl Tool {
 
     /// Whether its argument is a command, which a policy may restrict.
     fn runs_commands(&self) -> bool {
-        [exec::EXEC.name, run::RUN.name].contains(&self.name)
+        self.op.has_output
     }
 
     /// The same on a server with this policy: which commands may be run is no secret to whoever has to choose one.
@@ -185,16 +182,16 @@ impl Tool {
 
     /// Why this caller may not use it here; the reason is a word for the audit log.
     pub(crate) fn refused(&self, settings: &Settings, principal: &Principal) -> Option<(&'static str, String)> {
-        let name = self.name;
-        if settings.policy.read_only && !self.hints.read_only {
+        let name = self.name();
+        if settings.policy.read_only && !self.op.is_read() {
             return Some(("read_only", format!("{name} changes something, and this server is read-only")));
         }
         let named = |list: &Vec<String>| list.iter().any(|one| one == name);
         if settings.exclude.iter().any(|one| one == name) || settings.tools.as_ref().is_some_and(|list| !named(list)) {
             return Some(("tool_not_offered", format!("this server does not offer {name}")));
         }
-        if principal.scope < self.scope {
-            return Some(("scope", format!("{name} takes a token of the scope {}", self.scope.word())));
+        if !self.op.admits(principal.scope) {
+            return Some(("scope", format!("{name} takes a token of the scope {}", self.op.scope.word())));
         }
         None
     }
@@ -216,7 +213,7 @@ fn parse<T: DeserializeOwned + Operation + 'static>(given: Value) -> Result<Box<
 /// The tool of that name.
 #[must_use]
 pub fn find(name: &str) -> Option<&'static Tool> {
-    ALL.into_iter().find(|tool| tool.name == name)
+    ALL.into_iter().find(|tool| tool.name() == name)
 }
 
 /// Arguments as a type; what is wrong is told with the name of the field.

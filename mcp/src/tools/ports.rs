@@ -3,7 +3,8 @@
 use futures::future::BoxFuture;
 use nido_api::error::{Error, Result};
 use nido_api::name::VmName;
-use nido_api::{ForwardList, ForwardSpec, Scope};
+use nido_api::operation as op;
+use nido_api::{ForwardList, ForwardSpec};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -13,11 +14,10 @@ use crate::call_context::CallContext;
 use crate::schema;
 
 pub const PORTS: Tool = Tool {
-    name: "vm_ports",
+    op: op::VM_PORTS,
     title: "Publish ports",
     about: "Publishes a port of a VM on the host, or stops that; returns all published ports.",
-    hints: Hints { read_only: false, destructive: true, idempotent: false, open_world: false },
-    scope: Scope::Run,
+    hints: Hints { idempotent: false, open_world: false },
     takes: schema::arguments::<PortArguments>,
     unlisted: &[],
     gives: schema::result::<ForwardList>,

@@ -2,7 +2,8 @@
 
 use futures::future::BoxFuture;
 use nido_api::error::{Code, Result};
-use nido_api::{ExecBody, Scope, SpawnRequest, StartRequest, VmRef, VmSpec};
+use nido_api::operation as op;
+use nido_api::{ExecBody, SpawnRequest, StartRequest, VmRef, VmSpec};
 use nido_core::BegunVm;
 use serde_json::{Map, Value, json};
 
@@ -14,12 +15,11 @@ use crate::call_context::CallContext;
 use crate::schema;
 
 pub const RUN: Tool = Tool {
-    name: "vm_run",
+    op: op::VM_RUN,
     title: "Run one command",
     about: "Runs one command in a new VM, as vm_exec does, and deletes the VM. For more commands or files use \
         vm_spawn.",
-    hints: Hints { read_only: false, destructive: false, idempotent: false, open_world: true },
-    scope: Scope::Run,
+    hints: Hints { idempotent: false, open_world: true },
     takes: schema_of_arguments,
     unlisted: &UNLISTED,
     gives: command::result_schema,

@@ -3,22 +3,22 @@
 use futures::future::BoxFuture;
 use nido_api::error::Result;
 use nido_api::name::{SnapshotName, VmName};
-use nido_api::{RestoreRequest, Scope, SnapshotInfo};
+use nido_api::operation as op;
+use nido_api::{RestoreRequest, SnapshotInfo};
 use nido_core::Intent;
 use serde::Deserialize;
 
-use super::{ADDS, DESTROYS, Operation, Tool, brief, parse};
+use super::{ONCE, Operation, REPEATABLE, Tool, brief, parse};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
 
 pub const SNAPSHOT: Tool = Tool {
-    name: "vm_snapshot",
+    op: op::VM_SNAPSHOT,
     title: "Take a snapshot",
     about: "Saves a VM's disk, and memory if it runs, before something risky. vm_restore goes back; vm_info lists \
         snapshots.",
-    hints: ADDS,
-    scope: Scope::Run,
+    hints: ONCE,
     takes: schema::arguments::<Take>,
     unlisted: &[],
     gives: schema::result_or_job::<SnapshotInfo>,
@@ -47,11 +47,10 @@ impl Operation for Take {
 }
 
 pub const RESTORE: Tool = Tool {
-    name: "vm_restore",
+    op: op::VM_RESTORE,
     title: "Restore a snapshot",
     about: "Takes a VM back to a snapshot; everything since is lost. The user may be asked.",
-    hints: DESTROYS,
-    scope: Scope::Run,
+    hints: REPEATABLE,
     takes: schema::arguments::<Restore>,
     unlisted: &["timeout_seconds"],
     gives: schema::vm_or_job,

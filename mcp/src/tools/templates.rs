@@ -3,21 +3,21 @@
 use futures::future::BoxFuture;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{TemplateName, VmName};
-use nido_api::{BuildResult, BuildStep, Scope, TemplateInfo, TemplateList};
+use nido_api::operation as op;
+use nido_api::{BuildResult, BuildStep, TemplateInfo, TemplateList};
 use serde::{Deserialize, Serialize};
 
 use super::page::{PageRequest, page};
-use super::{ADDS, LOOKS, Operation, Tool, parse};
+use super::{ONCE, Operation, REPEATABLE, Tool, parse};
 use crate::answer::{ToolResult, plain};
 use crate::call_context::CallContext;
 use crate::schema;
 
 pub const LIST: Tool = Tool {
-    name: "template_list",
+    op: op::TEMPLATE_LIST,
     title: "List templates",
     about: "Lists templates for new VMs, and recipes that the user can build.",
-    hints: LOOKS,
-    scope: Scope::Read,
+    hints: REPEATABLE,
     takes: schema::arguments::<List>,
     unlisted: &["limit"],
     gives: schema::result::<TemplateBriefs>,
@@ -83,11 +83,10 @@ impl Operation for List {
 }
 
 pub const CREATE: Tool = Tool {
-    name: "template_create",
+    op: op::TEMPLATE_CREATE,
     title: "Create a template",
     about: "Creates a template from a VM's disk, for more VMs with its software. Takes a minute. Next: vm_spawn.",
-    hints: ADDS,
-    scope: Scope::Admin,
+    hints: ONCE,
     takes: schema::arguments::<Create>,
     unlisted: &[],
     gives: schema::result_or_job::<BuildResult>,

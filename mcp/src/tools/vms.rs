@@ -5,25 +5,25 @@ use std::collections::BTreeMap;
 use futures::future::BoxFuture;
 use nido_api::error::Result;
 use nido_api::name::{SnapshotName, VmName};
+use nido_api::operation as op;
 use nido_api::state::VmState;
-use nido_api::{Scope, SnapshotInfo, VmInfo};
+use nido_api::{SnapshotInfo, VmInfo};
 use nido_core::Intent;
 use serde::{Deserialize, Serialize};
 
 use super::brief::{self, VmBriefs, vm_list};
 use super::page::{PageRequest, page};
-use super::{DESTROYS, LOOKS, Operation, Tool, parse};
+use super::{Operation, REPEATABLE, Tool, parse};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::pagination::{cursor_of_vms, place};
 use crate::schema;
 
 pub const LS: Tool = Tool {
-    name: "vm_ls",
+    op: op::VM_LS,
     title: "List VMs",
     about: "Lists VMs: name, state, template, end of life, ports, labels.",
-    hints: LOOKS,
-    scope: Scope::Read,
+    hints: REPEATABLE,
     takes: schema::arguments::<Ls>,
     unlisted: &["limit"],
     gives: schema::result::<VmBriefs>,
@@ -59,11 +59,10 @@ impl Operation for Ls {
 }
 
 pub const INFO: Tool = Tool {
-    name: "vm_info",
+    op: op::VM_INFO,
     title: "Get a VM",
     about: "Returns all facts of a VM: state, limits, ports, snapshots, cause of failure. Use it after an error.",
-    hints: LOOKS,
-    scope: Scope::Read,
+    hints: REPEATABLE,
     takes: schema::arguments::<Info>,
     unlisted: &[],
     gives: schema::result::<VmFacts>,
@@ -122,12 +121,11 @@ impl Operation for Info {
 }
 
 pub const DELETE: Tool = Tool {
-    name: "vm_delete",
+    op: op::VM_DELETE,
     title: "Delete a VM",
     about: "Deletes a VM, its disk and snapshots permanently. The user may be asked, except about your own ephemeral \
         VMs.",
-    hints: DESTROYS,
-    scope: Scope::Run,
+    hints: REPEATABLE,
     takes: schema::arguments::<Delete>,
     unlisted: &[],
     gives: schema::vm_or_job,

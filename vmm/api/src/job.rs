@@ -4,11 +4,15 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::Scope;
 use crate::error::Problem;
 use crate::name::VmName;
+use crate::operation;
 
 /// The longest result that is kept, as JSON, in bytes.
 pub const JOB_RESULT_MAX: usize = 256 << 10;
+/// The most bytes of results that the REST API keeps for one caller; the oldest jobs with a result are deleted first.
+pub const OPERATION_RESULTS_MAX: usize = 64 << 20;
 /// How many jobs are known at most. Those that ended first go first.
 pub const JOBS_MAX: usize = 1000;
 
@@ -93,6 +97,17 @@ pub struct Job {
     pub error: Option<Problem>,
 }
 
+impl Job {
+    /// As a caller of this scope sees it: without the output of commands, unless it may run commands.
+    #[must_use]
+    pub fn shown_to(mut self, scope: Scope) -> Self {
+        if operation::find(&self.tool).is_some_and(|known| known.has_output && !known.admits(scope)) {
+            self.result = None;
+        }
+        self
+    }
+}
+
 /// How a job ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum JobOutcome {
@@ -113,9 +128,36 @@ pub enum Viewer<'a> {
     Actor(&'a str),
 }
 
-/// A list of jobs.
+/// A list of jobs, without their results.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct JobList {
     /// The newest first.
     pub jobs: Vec<Job>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_of_commands_is_for_tokens_that_may_run_commands() {
+        let job = |tool: &str| Job {
+            id: "job_1".into(),
+            tool: tool.into(),
+            vm_name: None,
+            actor: "uid:1".into(),
+            state: JobState::Done,
+            started_at: Timestamp::UNIX_EPOCH,
+            ended_at: None,
+            progress: None,
+            cancel_asked: false,
+            result: Some(Value::Null),
+            error: None,
+        };
+        let shown = |tool: &str, scope| job(tool).shown_to(scope).result.is_some();
+        for tool in ["vm_exec", "vm_run"] {
+            assert!(!shown(tool, Scope::Read) && shown(tool, Scope::Run) && shown(tool, Scope::Admin), "{tool}");
+        }
+        assert!(shown("vm_spawn", Scope::Read));
+    }
 }

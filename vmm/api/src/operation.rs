@@ -21,8 +21,6 @@ use crate::{Face, Scope};
 
 /// The `tool` of requests that were refused before they reached an operation.
 pub const REFUSED_REQUEST: &str = "request";
-/// The `tool` of requests for a route without an operation.
-pub const UNNAMED_ROUTE: &str = "other";
 
 /// What an operation does to what exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

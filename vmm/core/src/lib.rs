@@ -3,7 +3,7 @@
 //! ```text
 //!  front ends (cli, server, mcp)
 //!        |
-//!     nido.rs + nido/   one method per operation
+//!     nido.rs + nido/   one method per operation; execute.rs: attempt, confirmation, work, outcome
 //!        |-- audit/       the audit log: who requested what, in a hash chain
 //!        |-- policy/      which commands callers of a server may run; what a person must approve  [pure, but for reading it]
 //!        |-- host_paths.rs files of the host that callers of a server may name
@@ -22,6 +22,7 @@ pub use nido_engine::template::renewal_command;
 pub use nido_store::KeyState;
 pub use nido_supervisor::SuperviseRequest;
 
+pub use nido::execute;
 pub use nido::{
     Adoption, BegunVm, EventFeed, ExecControl, ExecEvents, Intent, Lease, LogStream, Nido, OpenOptions, RUN_IDLE_MS,
     Watch,

@@ -19,6 +19,7 @@ mod denied;
 mod doctor;
 mod events;
 mod exec;
+pub mod execute;
 mod files;
 mod fork;
 mod forwards;
@@ -66,20 +67,24 @@ use nido_store::VmRow;
 pub use nido_supervisor::context::OpenOptions;
 use nido_supervisor::context::{Context, StoreGuard};
 
+use tokio::sync::Notify;
+
 use crate::audit::log::Log;
 use crate::audit::repeats::Repeats;
 
 /// How old the last backup of the store is when another one is made.
 const BACKUP_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 
-/// The core API over one home.
-#[derive(Debug)]
+/// The core API over one home. Clones are the same: they share the home, its locks and what is counted.
+#[derive(Debug, Clone)]
 pub struct Nido {
     context: Arc<Context>,
     /// The liveness lock of this process, once it is needed.
-    presence: Mutex<Option<Presence>>,
+    presence: Arc<Mutex<Option<Presence>>>,
     /// What this process was asked to show, for the audit log.
-    reads: Repeats,
+    reads: Arc<Repeats>,
+    /// Notified when this process requests the cancellation of a job.
+    job_cancelled: Arc<Notify>,
 }
 
 impl Nido {
@@ -102,8 +107,8 @@ impl Nido {
     /// Opens a home and leaves everything as it is: for supervisors.
     pub(crate) fn open_unreconciled(options: OpenOptions) -> Result<Self> {
         let context = Arc::new(Context::open(options)?);
-        let reads = Repeats::new(Log::reads(context.home().audit()));
-        Ok(Self { context, presence: Mutex::default(), reads })
+        let reads = Arc::new(Repeats::new(Log::reads(context.home().audit())));
+        Ok(Self { context, presence: Arc::default(), reads, job_cancelled: Arc::default() })
     }
 
     /// Whether the home could only be opened for reading. What writes fails as `read_only` then.

@@ -14,6 +14,9 @@ use super::{Store, decode, encode, fault, readable_rows};
 const KEPT_MS: i64 = 24 * 3600 * 1000;
 const COLUMNS: &str =
     "id, tool, vm_name, actor, state, started_ms, ended_ms, stage, percent, cancel_asked, result, error";
+/// The same without results, which may be long.
+const BRIEF_COLUMNS: &str =
+    "id, tool, vm_name, actor, state, started_ms, ended_ms, stage, percent, cancel_asked, NULL, error";
 
 impl Store {
     /// Records the start of a job; `holder` is the server that carries it out. Deletes old ones.
@@ -54,13 +57,14 @@ impl Store {
         row.ok_or_else(|| no_such_job(id))?
     }
 
-    /// All jobs that may be seen, the newest first.
+    /// All jobs that may be seen, the newest first, without their results.
     ///
     /// # Errors
     /// Of the store.
     pub fn jobs(&self, viewer: Viewer<'_>) -> Result<Vec<Job>> {
-        let query =
-            format!("SELECT {COLUMNS} FROM jobs WHERE ?1 IS NULL OR actor = ?1 ORDER BY started_ms DESC, rowid DESC");
+        let query = format!(
+            "SELECT {BRIEF_COLUMNS} FROM jobs WHERE ?1 IS NULL OR actor = ?1 ORDER BY started_ms DESC, rowid DESC"
+        );
         let mut statement = self.connection.prepare(&query).map_err(fault)?;
         let rows = statement.query_map([actor(viewer)], read).map_err(fault)?;
         readable_rows("jobs", rows)
@@ -109,6 +113,27 @@ impl Store {
             "UPDATE jobs SET state = ?2, result = ?3, error = ?4, ended_ms = ?5 WHERE id = ?1 AND state = 'running'";
         let row = params![id, state.word(), result, error, now_ms()];
         self.connection.execute(update, row).map_err(fault).map(drop)
+    }
+
+    /// Deletes the oldest jobs of a job's caller that have a result, until the results of the rest have at most `most` bytes.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn limit_job_results(&self, id: &str, most: usize) -> Result<()> {
+        let delete = "DELETE FROM jobs WHERE id IN (SELECT id FROM (
+                          SELECT id, sum(octet_length(result)) OVER (ORDER BY started_ms DESC, rowid DESC) AS bytes FROM jobs
+                          WHERE result IS NOT NULL AND actor = (SELECT actor FROM jobs WHERE id = ?1)) WHERE bytes > ?2)";
+        let most = i64::try_from(most).unwrap_or(i64::MAX);
+        self.connection.execute(delete, params![id, most]).map_err(fault).map(drop)
+    }
+
+    /// Deletes a job that has ended.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn delete_job(&self, id: &str) -> Result<()> {
+        let delete = "DELETE FROM jobs WHERE id = ?1 AND state <> 'running'";
+        self.connection.execute(delete, [id]).map_err(fault).map(drop)
     }
 
     /// Requests cancellation of a running job that the caller may see.
@@ -231,6 +256,26 @@ mod tests {
         assert!(store.cancel_job("job_1", mine).unwrap().cancel_asked);
         assert!(store.is_job_cancelled("job_1").unwrap());
         assert_eq!(store.is_job_cancelled("job_3").unwrap_err().code(), Code::JobNotFound);
+    }
+
+    // A thousand results of many MiB each were kept for an hour.
+    #[test]
+    fn the_results_of_a_caller_stay_within_a_budget_and_what_runs_is_never_deleted() {
+        let (_dir, store) = open();
+        for (id, actor, bytes) in [("job_1", "a", 40), ("job_2", "b", 90), ("job_3", "a", 0), ("job_4", "a", 40)] {
+            store.insert_job(id, &request(actor), "h").unwrap();
+            if bytes > 0 {
+                store.end_job(id, &JobOutcome::Done("x".repeat(bytes - 2).into())).unwrap();
+            }
+        }
+        store.limit_job_results("job_4", 50).unwrap();
+        let ids = || store.jobs(Viewer::Everyone).unwrap().into_iter().map(|job| job.id).collect::<Vec<_>>();
+        assert_eq!(ids(), ["job_4", "job_3", "job_2"]);
+        assert!(store.jobs(Viewer::Everyone).unwrap().iter().all(|job| job.result.is_none()), "lists have no results");
+        assert!(store.job("job_4", Viewer::Everyone).unwrap().result.is_some());
+        store.delete_job("job_3").unwrap();
+        store.delete_job("job_4").unwrap();
+        assert_eq!(ids(), ["job_3", "job_2"]);
     }
 
     #[test]

@@ -22,7 +22,6 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::App;
-use crate::auth::{Read, Require};
 use crate::media_type::prefers;
 use crate::query::{QueryParams, number_if_given};
 use crate::response::{self, HandlerResult};
@@ -69,7 +68,6 @@ struct EventQuery {
         (String = "text/event-stream")))))]
 async fn events(
     State(app): State<Arc<App>>,
-    _: Require<Read>,
     headers: HeaderMap,
     QueryParams(which): QueryParams<EventQuery>,
 ) -> HandlerResult {

@@ -26,7 +26,7 @@ macro_rules! examples {
 
             use super::super::{exec::*, snapshots::*, templates::*, vms::*};
             use super::*;
-            use crate::operations::Operation;
+            use crate::operation_view::ApiOperation;
 
             fn read<T: DeserializeOwned>(operation: &str, example: &Value) -> T {
                 let read = serde_json::from_value(example.clone());
@@ -87,7 +87,7 @@ examples! {
     "webhook_add" 201 => WebhookAdded: webhook();
     "webhook_deliveries" 200 => DeliveryList: json!({ "deliveries": [delivery()] });
     "events" 200 => EventList: json!({ "events": [event()], "cursor": 42, "oldest": 1 });
-    "operation_get" 200 => Operation: operation();
+    "operation_get" 200 => ApiOperation: operation();
 }
 
 fn vm(name: &str) -> Value {
@@ -189,7 +189,7 @@ fn event() -> Value {
 
 fn operation() -> Value {
     json!({
-        "id": "9d8c7b6a59687786",
+        "id": "job_9d8c7b6a59687786",
         "kind": "vm_spawn",
         "status": "running",
         "stage": "booting",

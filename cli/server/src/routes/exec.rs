@@ -12,8 +12,9 @@ use base64::Engine as _;
 use futures::stream;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::{Collected, ExecBody, ExecEvent, ExecRequest, ExecResult, SpawnRequest, VmInfo};
-use nido_core::audit::{Audited, Ending};
+use nido_core::execute::{Attempt, Verdict};
 use nido_core::{ExecControl, ExecEvents};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -21,7 +22,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::VmPath;
-use crate::auth::{CallerGrant, Require, Run};
+use crate::auth::CallerGrant;
 use crate::budget::{Reservation, json_length};
 use crate::extract::{JsonBody, PathParams, parser_message};
 use crate::media_type::prefers;
@@ -47,7 +48,6 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
         (String = "text/event-stream")))))]
 async fn exec(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     context: OperationContext,
     JsonBody(body): JsonBody<ExecBody>,
@@ -57,8 +57,8 @@ async fn exec(
         let (control, events) = app.nido().await?.exec(&vm.name, request).await?;
         app.metrics.exec();
         feed(control, stdin);
-        let line = context.take_audit_entry();
-        let events = stream::unfold(Some(ExecEventStream::new(events, line)), ExecEventStream::next);
+        let line = context.take_attempt()?;
+        let events = stream::unfold(Some(ExecEventStream::new(events, Some(line))), ExecEventStream::next);
         return Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response());
     }
     let owner = Arc::clone(&app);
@@ -72,10 +72,10 @@ async fn exec(
         Ok(operations::OperationOutput { held: Some(held), ..ended(&done, done.exit.word())? })
     };
     if is_async {
-        return operations::run(&app, context, "vm_exec", StatusCode::OK, |_| Box::pin(work)).await;
+        return operations::run(&app, context, op::VM_EXEC, StatusCode::OK, |_| Box::pin(work)).await;
     }
     // Not detached: who hangs up does not want the command any more.
-    let done = operations::run_audited(Box::pin(work), context.take_audit_entry()).await?;
+    let done = context.take_attempt()?.carry_out(work, operations::verdict).await.or_log()?;
     Ok(done.answer(StatusCode::OK))
 }
 
@@ -125,7 +125,7 @@ async fn collect(
 /// A command that is followed as server-sent events.
 struct ExecEventStream {
     events: ExecEvents,
-    line: Option<Audited>,
+    line: Option<Attempt>,
     out: Utf8Buffer,
     err: Utf8Buffer,
     /// Frames that came of one event, and are sent one after the other.
@@ -134,7 +134,7 @@ struct ExecEventStream {
 }
 
 impl ExecEventStream {
-    fn new(events: ExecEvents, line: Option<Audited>) -> Self {
+    fn new(events: ExecEvents, line: Option<Attempt>) -> Self {
         let (out, err) = (Utf8Buffer::default(), Utf8Buffer::default());
         Self { events, line, out, err, frames: VecDeque::new(), is_over: false }
     }
@@ -167,12 +167,12 @@ impl ExecEventStream {
             }
             Ok(ExecEvent::Exited(exit)) => {
                 self.finish();
-                audit_entry::end(self.line.take(), Ending::Success, &exit.word());
+                audit_entry::end(self.line.take(), &Verdict::success(exit.word()));
                 self.say("exit", &json!(exit));
             }
             Err(error) => {
                 self.finish();
-                audit_entry::end(self.line.take(), Ending::from(&error), error.code().slug());
+                audit_entry::end(self.line.take(), &Verdict::failure(&error));
                 self.say("error", &json!(error.problem()));
             }
         }
@@ -256,7 +256,6 @@ pub struct RunResult {
     responses((status = 200, body = RunResult)))]
 async fn run(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     CallerGrant(grant): CallerGrant,
     context: OperationContext,
     JsonBody(mut body): JsonBody<RunRequest>,
@@ -265,12 +264,13 @@ async fn run(
     body.vm.entry("name").or_insert(name.into());
     let spawn: SpawnRequest = serde_json::from_value(body.vm.into())
         .map_err(|e| Error::new(Code::SpecInvalid, format!("vm: {}", parser_message(&e.to_string()))))?;
+    let context = context.about(&spawn.name);
     let (spec, start) = spawn.split();
     let start = start.filter(|start| start.wait);
     let start = start.ok_or_else(|| Error::new(Code::SpecInvalid, "vm.start: a run starts its VM and waits for it"))?;
     let (request, stdin) = body.exec.split()?;
     let owner = Arc::clone(&app);
-    operations::run(&app, context, "run", StatusCode::OK, |stage| {
+    operations::run(&app, context, op::VM_RUN, StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let undo = UndoGuard::new(&owner);

@@ -11,6 +11,7 @@ use axum::response::IntoResponse;
 use futures::{StreamExt, TryStreamExt, stream};
 use nido_api::error::{Code, Error, Result};
 use nido_api::{CopyResult, DownloadRequest, DownloadTarget, UploadRequest, UploadSource};
+use nido_core::execute::Verdict;
 use serde::Deserialize;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
@@ -20,7 +21,6 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::VmPath;
-use crate::auth::{Require, Run};
 use crate::extract::PathParams;
 use crate::media_type::{media_type, prefers};
 use crate::operations::OperationContext;
@@ -81,7 +81,6 @@ struct UploadQuery {
         ([u8] = "application/x-tar")))))]
 async fn download(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     GuestPathParam(path, _): GuestPathParam<DownloadQuery>,
     method: Method,
@@ -115,10 +114,10 @@ async fn download(
     let rest = stream::iter(first).chain(bytes).inspect_ok(move |piece| counter.metrics.bytes_out(piece.len() as u64));
     // Its line ends with the answer's last byte; whoever hangs up before that leaves it to say so by itself. Of a HEAD nothing
     // follows, and nobody reads on.
-    let line = if method == Method::HEAD { None } else { context.take_audit_entry() };
+    let line = if method == Method::HEAD { None } else { Some(context.take_attempt()?) };
     let end = stream::once(async move {
         let outcome = joined(copying.await);
-        audit_entry::end_with(line, &outcome);
+        audit_entry::end(line, &Verdict::of(&outcome));
         outcome.map(|_| Bytes::new()).map_err(std::io::Error::other)
     });
     typed(Stream::from_stream(rest.chain(end)))
@@ -135,7 +134,6 @@ async fn download(
     responses((status = 200, body = CopyResult)))]
 async fn upload(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     GuestPathParam(path, to): GuestPathParam<UploadQuery>,
     headers: HeaderMap,

@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 
 use super::vms::VmPath;
 use crate::App;
-use crate::auth::{CallerGrant, Read, Require, Run};
+use crate::auth::CallerGrant;
 use crate::extract::{JsonBody, PathParams, VmPathParams, escaped};
 use crate::operations::{self, OperationContext};
 use crate::response::{self, HandlerResult};
@@ -75,7 +75,7 @@ impl ForwardPath {
 /// Lists a VM's published ports, in order.
 #[utoipa::path(get, path = "/v1/vms/{name}/forwards", operation_id = "forward_list", tag = "forwards", params(VmPath),
     responses((status = 200, body = ForwardList)))]
-async fn list(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
+async fn list(State(app): State<Arc<App>>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
     response::ok(&app.nido().await?.forward_list(&vm.name)?)
 }
 
@@ -84,7 +84,6 @@ async fn list(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): Pat
     request_body = ForwardSpec, responses((status = 201, body = ForwardSpec)))]
 async fn add(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     CallerGrant(grant): CallerGrant,
     PathParams(vm): PathParams<VmPath>,
     context: OperationContext,
@@ -102,7 +101,6 @@ async fn add(
     params(ForwardPath), responses((status = 200, body = ForwardSpec)))]
 async fn remove(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(which): PathParams<ForwardPath>,
     context: OperationContext,
 ) -> HandlerResult {

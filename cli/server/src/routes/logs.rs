@@ -15,7 +15,6 @@ use utoipa_axum::routes;
 
 use super::vms::VmPath;
 use crate::App;
-use crate::auth::{Read, Require};
 use crate::extract::PathParams;
 use crate::query::{QueryParams, switch};
 use crate::response::HandlerResult;
@@ -44,7 +43,6 @@ struct LogQuery {
     responses((status = 200, body = String, content_type = "text/plain")))]
 async fn logs(
     State(app): State<Arc<App>>,
-    _: Require<Read>,
     PathParams(vm): PathParams<VmPath>,
     QueryParams(which): QueryParams<LogQuery>,
 ) -> HandlerResult {

@@ -13,9 +13,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::App;
-use crate::auth::{Caller, Read, Require, Run};
+use crate::auth::Caller;
 use crate::extract::{PathParams, VmPathParams};
-use crate::operations::{Operation, OperationList};
+use crate::operation_view::{self, ApiOperation, OperationList};
 use crate::response::{self, HandlerResult};
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
@@ -33,23 +33,22 @@ struct OperationPath {
 impl VmPathParams for OperationPath {}
 
 /// Lists the caller's operations, running ones and those that ended recently, without results. Admins see those of all
-/// callers.
+/// callers. Calls of MCP tools that continue as jobs are among them.
 #[utoipa::path(get, path = "/v1/operations", operation_id = "operation_list", tag = "operations",
     responses((status = 200, body = OperationList)))]
-async fn list(State(app): State<Arc<App>>, _: Require<Read>, Extension(caller): Extension<Caller>) -> HandlerResult {
-    response::ok(&app.operations.list(&caller))
+async fn list(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>) -> HandlerResult {
+    response::ok(&operation_view::list(app.nido().await?, &caller)?)
 }
 
 /// Returns the state of an operation.
 #[utoipa::path(get, path = "/v1/operations/{id}", operation_id = "operation_get", tag = "operations", params(OperationPath),
-    responses((status = 200, body = Operation)))]
+    responses((status = 200, body = ApiOperation)))]
 async fn get(
     State(app): State<Arc<App>>,
-    _: Require<Read>,
     Extension(caller): Extension<Caller>,
     PathParams(which): PathParams<OperationPath>,
 ) -> HandlerResult {
-    let operation = app.operations.get(&which.id, &caller)?;
+    let operation = operation_view::get(app.nido().await?, &which.id, &caller)?;
     let mut response = response::json(StatusCode::OK, &operation);
     let mut held = app.output.hold();
     if !held.grow(usize::try_from(response.body().size_hint().upper().unwrap_or(0)).unwrap_or(usize::MAX)) {
@@ -63,12 +62,11 @@ async fn get(
 
 /// Cancels an operation and deletes it. One that has ended is only deleted.
 #[utoipa::path(delete, path = "/v1/operations/{id}", operation_id = "operation_cancel", tag = "operations", params(OperationPath),
-    responses((status = 200, body = Operation)))]
+    responses((status = 200, body = ApiOperation)))]
 async fn cancel(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     Extension(caller): Extension<Caller>,
     PathParams(which): PathParams<OperationPath>,
 ) -> HandlerResult {
-    response::ok(&app.operations.cancel(&which.id, &caller)?)
+    response::ok(&operation_view::cancel(app.nido().await?, &which.id, &caller)?)
 }

@@ -9,7 +9,6 @@ use utoipa_axum::routes;
 
 use super::templates::TemplatePath;
 use crate::App;
-use crate::auth::{Admin, Read, Require};
 use crate::extract::{JsonBody, PathParams};
 use crate::operations::{self, OperationContext};
 use crate::response::{self, HandlerResult};
@@ -21,18 +20,14 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 /// Lists all pools.
 #[utoipa::path(get, path = "/v1/pools", operation_id = "pool_list", tag = "pools",
     responses((status = 200, body = PoolList)))]
-async fn list(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
+async fn list(State(app): State<Arc<App>>) -> HandlerResult {
     response::ok(&app.nido().await?.pool_list().await?)
 }
 
 /// Lists the pools of a template, one for each kind of machine.
 #[utoipa::path(get, path = "/v1/pools/{name}", operation_id = "pool_info", tag = "pools", params(TemplatePath),
     responses((status = 200, body = PoolList)))]
-async fn info(
-    State(app): State<Arc<App>>,
-    _: Require<Read>,
-    PathParams(template): PathParams<TemplatePath>,
-) -> HandlerResult {
+async fn info(State(app): State<Arc<App>>, PathParams(template): PathParams<TemplatePath>) -> HandlerResult {
     let nido = app.nido().await?;
     nido.template_info(&template.name)?;
     let mut list = nido.pool_list().await?;
@@ -45,7 +40,6 @@ async fn info(
     request_body = PoolRequest, responses((status = 200, body = PoolInfo)))]
 async fn set(
     State(app): State<Arc<App>>,
-    _: Require<Admin>,
     PathParams(template): PathParams<TemplatePath>,
     context: OperationContext,
     JsonBody(request): JsonBody<PoolRequest>,

@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use nido_api::error::{Code, Error};
 use nido_api::name::{SnapshotName, VmName};
+use nido_api::operation as op;
 use nido_api::{RestoreRequest, SnapshotInfo, SnapshotList, VmInfo};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
@@ -14,7 +15,6 @@ use utoipa_axum::routes;
 
 use super::vms::VmPath;
 use crate::App;
-use crate::auth::{Read, Require, Run};
 use crate::extract::{JsonBody, PathParams, VmPathParams};
 use crate::operations::{self, OperationContext, value};
 use crate::response::{self, HandlerResult};
@@ -50,7 +50,7 @@ pub struct SnapshotRequest {
 /// Lists a VM's snapshots, the oldest first.
 #[utoipa::path(get, path = "/v1/vms/{name}/snapshots", operation_id = "snapshot_list", tag = "snapshots", params(VmPath),
     responses((status = 200, body = SnapshotList)))]
-async fn list(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
+async fn list(State(app): State<Arc<App>>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
     response::ok(&app.nido().await?.snapshot_list(&vm.name)?)
 }
 
@@ -59,14 +59,13 @@ async fn list(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): Pat
     request_body = SnapshotRequest, responses((status = 201, body = SnapshotInfo)))]
 async fn create(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     context: OperationContext,
     JsonBody(what): JsonBody<SnapshotRequest>,
 ) -> HandlerResult {
     let owner = Arc::clone(&app);
     let place = format!("/v1/vms/{}/snapshots/{}", vm.name, what.name);
-    let mut response = operations::run(&app, context, "vm_snapshot", StatusCode::CREATED, |_| {
+    let mut response = operations::run(&app, context, op::VM_SNAPSHOT, StatusCode::CREATED, |_| {
         Box::pin(async move { value(&owner.nido().await?.snapshot_create(&vm.name, &what.name).await?) })
     })
     .await?;
@@ -77,11 +76,7 @@ async fn create(
 /// Returns a snapshot.
 #[utoipa::path(get, path = "/v1/vms/{name}/snapshots/{snapshot}", operation_id = "snapshot_info", tag = "snapshots",
     params(SnapshotPath), responses((status = 200, body = SnapshotInfo)))]
-async fn info(
-    State(app): State<Arc<App>>,
-    _: Require<Read>,
-    PathParams(which): PathParams<SnapshotPath>,
-) -> HandlerResult {
+async fn info(State(app): State<Arc<App>>, PathParams(which): PathParams<SnapshotPath>) -> HandlerResult {
     let list = app.nido().await?.snapshot_list(&which.name)?;
     let found = list.snapshots.into_iter().find(|snapshot| snapshot.name == which.snapshot);
     response::ok(&found.ok_or_else(|| {
@@ -94,7 +89,6 @@ async fn info(
     params(SnapshotPath), responses((status = 200, body = SnapshotInfo)))]
 async fn delete(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(which): PathParams<SnapshotPath>,
     context: OperationContext,
 ) -> HandlerResult {
@@ -114,13 +108,12 @@ async fn delete(
     responses((status = 200, body = VmInfo)))]
 async fn restore(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(which): PathParams<SnapshotPath>,
     context: OperationContext,
     JsonBody(how): JsonBody<RestoreRequest>,
 ) -> HandlerResult {
     let owner = Arc::clone(&app);
-    operations::run(&app, context, "vm_restore", StatusCode::OK, |stage| {
+    operations::run(&app, context, op::VM_RESTORE, StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             value(&nido.snapshot_restore(&which.name, &which.snapshot, how, &mut |now| stage.start(now)).await?)

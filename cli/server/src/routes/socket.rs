@@ -24,8 +24,10 @@ use axum::http::request::Parts;
 use axum::routing::get;
 use nido_api::error::{Code, Error, Kind, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::{Caller as AuditCaller, ExecBody, ExecEvent, ExecExit, Face};
-use nido_core::audit::{Audited, Ending};
+use nido_core::audit::Ending;
+use nido_core::execute::{Attempt, Request as Execution, Verdict};
 use nido_core::{ExecControl, ExecEvents};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -33,12 +35,13 @@ use tokio::time::{Duration, Instant, sleep_until, timeout};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::vms::VmPath;
-use crate::auth::{Caller, Require, Run};
+use crate::App;
+use crate::access::EXEC_SOCKET;
+use crate::auth::Caller;
 use crate::connections::ConnectionSlot;
 use crate::extract::{PathParams, parse};
 use crate::response::{HandlerResult, Problem};
 use crate::streams::wait_for_end;
-use crate::{App, audit_entry};
 
 /// The largest message of a client, in bytes.
 const MESSAGE_MAX: usize = 1 << 20;
@@ -50,11 +53,9 @@ const INPUT_QUEUE_MAX: usize = 16;
 const UNANSWERED_PINGS_MAX: u32 = 2;
 /// How long a client may take to agree that it is over.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// The operation's name in the audit log.
-const TOOL: &str = "vm_exec";
 
 pub fn routes() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new().route("/v1/vms/{name}/exec/socket", get(attach))
+    OpenApiRouter::new().route(EXEC_SOCKET, get(attach))
 }
 
 /// The upgrade of a connection; any other request gets an error with a hint.
@@ -75,7 +76,6 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
 /// Opens a WebSocket for one command. OpenAPI has no words for that; docs/api.md has.
 async fn attach(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     Extension(caller): Extension<Caller>,
     Extension(slot): Extension<ConnectionSlot>,
@@ -166,28 +166,22 @@ impl Session {
     }
 
     /// Records the outcome; if no command was started, the connection.
-    async fn write_down(&self, line: Option<Audited>, outcome: &Result<SessionEnd>) {
-        let (ending, reason) = match outcome {
-            Ok(SessionEnd::Exit(exit)) => (Ending::Success, exit.word()),
-            Ok(SessionEnd::Gone) => (Ending::Unknown, Code::Interrupted.slug().into()),
-            Err(error) => (Ending::Error, error.code().slug().into()),
+    async fn write_down(&self, line: Option<Attempt>, outcome: &Result<SessionEnd>) {
+        let verdict = match outcome {
+            Ok(SessionEnd::Exit(exit)) => Verdict::success(exit.word()),
+            Ok(SessionEnd::Gone) => Verdict { ending: Ending::Unknown, reason: Code::Interrupted.slug().into() },
+            Err(error) => Verdict { ending: Ending::Error, reason: error.code().slug().into() },
         };
-        let (app, who, arguments) = (Arc::clone(&self.app), self.who.clone(), json!({ "name": self.name }));
-        let written = audit_entry::blocking(move || match line {
-            Some(line) => line.end_as(ending, &reason),
-            None => app.nido.audit_looked(&who, TOOL, &arguments, ending, &reason),
-        });
-        if let Err(error) = written.await {
+        let line = line.unwrap_or_else(|| self.app.nido.owe(self.request(json!({ "name": self.name }))));
+        if let Err(error) = line.end(verdict).await {
             tracing::error!("{error}");
         }
     }
 
     /// Runs a command; from when it is written down, `line` is what is open of that.
-    async fn serve(&self, socket: &mut WebSocket, line: &mut Option<Audited>) -> Result<SessionEnd> {
+    async fn serve(&self, socket: &mut WebSocket, line: &mut Option<Attempt>) -> Result<SessionEnd> {
         let Some(start) = self.first(socket).await? else { return Ok(SessionEnd::Gone) };
-        let (app, who, arguments) = (Arc::clone(&self.app), self.who.clone(), self.arguments(&start)?);
-        let begun = audit_entry::blocking(move || app.nido.audit_begin(&who, TOOL, &arguments));
-        *line = Some(begun.await?);
+        *line = Some(self.app.nido.attempt(self.request(self.arguments(&start)?)).await?);
         let never = start.start.timeout_ms.is_none() && start.start.timeout_seconds.is_none();
         let (mut request, stdin) = start.start.split()?;
         request.stdin = true;
@@ -199,6 +193,10 @@ impl Session {
         let (control, events) = self.app.nido().await?.exec(&self.name, request).await?;
         self.app.metrics.exec();
         talk(&self.app, socket, (control, stdin), events).await
+    }
+
+    fn request(&self, arguments: Value) -> Execution {
+        Execution { operation: op::VM_EXEC, caller: self.who.clone(), arguments }
     }
 
     /// What shall be started. `None`: the client has gone.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::StatusCode;
 use nido_api::name::{TemplateName, VmName};
+use nido_api::operation as op;
 use nido_api::{BakeRequest, BakeResult, BuildRequest, BuildResult, KernelChoice, TemplateInfo, TemplateList};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
@@ -12,7 +13,6 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::App;
-use crate::auth::{Admin, Read, Require};
 use crate::extract::{JsonBody, PathParams, VmPathParams};
 use crate::operations::{self, OperationContext, value};
 use crate::response::{self, HandlerResult};
@@ -63,7 +63,7 @@ pub struct RecipeRequest {
 /// Lists templates, and recipes that can be built.
 #[utoipa::path(get, path = "/v1/templates", operation_id = "template_list", tag = "templates",
     responses((status = 200, body = TemplateList)))]
-async fn list(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
+async fn list(State(app): State<Arc<App>>) -> HandlerResult {
     response::ok(&app.nido().await?.template_list()?)
 }
 
@@ -72,13 +72,12 @@ async fn list(State(app): State<Arc<App>>, _: Require<Read>) -> HandlerResult {
     request_body = TemplateRequest, responses((status = 201, body = BuildResult)))]
 async fn create(
     State(app): State<Arc<App>>,
-    _: Require<Admin>,
     context: OperationContext,
     JsonBody(what): JsonBody<TemplateRequest>,
 ) -> HandlerResult {
     let owner = Arc::clone(&app);
     let place = format!("/v1/templates/{}", what.name);
-    let mut response = operations::run(&app, context, "template_create", StatusCode::CREATED, |stage| {
+    let mut response = operations::run(&app, context, op::TEMPLATE_CREATE, StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let mut tell = |step: nido_api::BuildStep| stage.word(&step.stage);
@@ -93,11 +92,7 @@ async fn create(
 /// Returns a template.
 #[utoipa::path(get, path = "/v1/templates/{name}", operation_id = "template_info", tag = "templates", params(TemplatePath),
     responses((status = 200, body = TemplateInfo)))]
-async fn info(
-    State(app): State<Arc<App>>,
-    _: Require<Read>,
-    PathParams(template): PathParams<TemplatePath>,
-) -> HandlerResult {
+async fn info(State(app): State<Arc<App>>, PathParams(template): PathParams<TemplatePath>) -> HandlerResult {
     response::ok(&app.nido().await?.template_info(&template.name)?)
 }
 
@@ -106,7 +101,6 @@ async fn info(
     params(TemplatePath), responses((status = 204)))]
 async fn delete(
     State(app): State<Arc<App>>,
-    _: Require<Admin>,
     PathParams(template): PathParams<TemplatePath>,
     context: OperationContext,
 ) -> HandlerResult {
@@ -120,7 +114,6 @@ async fn delete(
     params(TemplatePath), request_body = RecipeRequest, responses((status = 200, body = BuildResult)))]
 async fn build(
     State(app): State<Arc<App>>,
-    _: Require<Admin>,
     PathParams(template): PathParams<TemplatePath>,
     context: OperationContext,
     JsonBody(how): JsonBody<RecipeRequest>,
@@ -128,7 +121,7 @@ async fn build(
     let owner = Arc::clone(&app);
     let kernel = how.slim_kernel.map(|slim| if slim { KernelChoice::Slim } else { KernelChoice::Stock });
     let request = BuildRequest { rebuild: how.rebuild, bake: !how.no_bake, kernel };
-    operations::run(&app, context, "template_build", StatusCode::OK, |stage| {
+    operations::run(&app, context, op::TEMPLATE_BUILD, StatusCode::OK, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let mut tell = |step: nido_api::BuildStep| stage.word(&step.stage);
@@ -143,13 +136,12 @@ async fn build(
     params(TemplatePath), request_body = BakeRequest, responses((status = 200, body = BakeResult)))]
 async fn bake(
     State(app): State<Arc<App>>,
-    _: Require<Admin>,
     PathParams(template): PathParams<TemplatePath>,
     context: OperationContext,
     JsonBody(how): JsonBody<BakeRequest>,
 ) -> HandlerResult {
     let owner = Arc::clone(&app);
-    operations::run(&app, context, "template_bake", StatusCode::OK, |stage| {
+    operations::run(&app, context, op::TEMPLATE_BAKE, StatusCode::OK, |stage| {
         Box::pin(async move {
             value(&owner.nido().await?.template_bake(&template.name, &how, &mut |now| stage.start(now)).await?)
         })

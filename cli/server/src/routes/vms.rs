@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, Uri, header};
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::state::VmState;
 use nido_api::{ForkResult, SpawnRequest, StartRequest, StopRequest, VmInfo, VmPage, VmQuery};
 use serde::{Deserialize, Serialize};
@@ -13,7 +14,7 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::auth::{CallerGrant, Read, Require, Run};
+use crate::auth::CallerGrant;
 use crate::extract::{JsonBody, PathParams, VmPathParams, escaped};
 use crate::operations::{self, OperationContext, UndoGuard, value};
 use crate::query::{LabelParams, QueryParams, switch};
@@ -69,7 +70,6 @@ struct VmFilter {
     responses((status = 200, body = VmPage, headers(("Link" = String, description = "The next page, as `rel=\"next\"`.")))))]
 async fn list(
     State(app): State<Arc<App>>,
-    _: Require<Read>,
     uri: Uri,
     LabelParams(labels): LabelParams,
     QueryParams(filter): QueryParams<VmFilter>,
@@ -109,14 +109,14 @@ fn state(word: &str) -> Result<VmState> {
     responses((status = 201, body = VmInfo, headers(("Location" = String, description = "The VM.")))))]
 async fn create(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     CallerGrant(grant): CallerGrant,
     context: OperationContext,
     JsonBody(body): JsonBody<SpawnRequest>,
 ) -> HandlerResult {
     let place = HeaderValue::from_str(&format!("/v1/vms/{}", body.name));
     let owner = Arc::clone(&app);
-    let mut response = operations::run(&app, context, "vm_spawn", StatusCode::CREATED, |stage| {
+    let context = context.about(&body.name);
+    let mut response = operations::run(&app, context, op::VM_SPAWN, StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             let (spec, start) = body.split();
@@ -141,7 +141,7 @@ async fn create(
 /// Returns a VM.
 #[utoipa::path(get, path = "/v1/vms/{name}", operation_id = "vm_info", tag = "vms", params(VmPath),
     responses((status = 200, body = VmInfo)))]
-async fn info(State(app): State<Arc<App>>, _: Require<Read>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
+async fn info(State(app): State<Arc<App>>, PathParams(vm): PathParams<VmPath>) -> HandlerResult {
     let info = app.nido().await?.info(&vm.name).await?;
     let mut response = response::json(StatusCode::OK, &info);
     precondition::tag(&mut response, &info.id);
@@ -164,13 +164,12 @@ struct DeleteQuery {
     responses((status = 200, body = VmInfo)))]
 async fn delete(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     QueryParams(how): QueryParams<DeleteQuery>,
     context: OperationContext,
 ) -> HandlerResult {
     let owner = Arc::clone(&app);
-    operations::run(&app, context, "vm_delete", StatusCode::OK, |_| {
+    operations::run(&app, context, op::VM_DELETE, StatusCode::OK, |_| {
         Box::pin(async move { value(&owner.nido().await?.delete(&vm.name, how.force).await?) })
     })
     .await
@@ -181,13 +180,12 @@ async fn delete(
     request_body = StartRequest, responses((status = 200, body = VmInfo)))]
 async fn start(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     context: OperationContext,
     JsonBody(how): JsonBody<StartRequest>,
 ) -> HandlerResult {
     let owner = Arc::clone(&app);
-    operations::run(&app, context, "vm_start", StatusCode::OK, |stage| {
+    operations::run(&app, context, op::VM_START, StatusCode::OK, |stage| {
         Box::pin(async move {
             let info = owner.nido().await?.start(&vm.name, how, &mut |now| stage.start(now)).await?;
             owner.metrics.spawn(&info);
@@ -202,13 +200,12 @@ async fn start(
     request_body = StopRequest, responses((status = 200, body = VmInfo)))]
 async fn stop(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     context: OperationContext,
     JsonBody(how): JsonBody<StopRequest>,
 ) -> HandlerResult {
     let owner = Arc::clone(&app);
-    operations::run(&app, context, "vm_stop", StatusCode::OK, |_| {
+    operations::run(&app, context, op::VM_STOP, StatusCode::OK, |_| {
         Box::pin(async move { value(&owner.nido().await?.stop(&vm.name, how).await?) })
     })
     .await
@@ -219,13 +216,12 @@ async fn stop(
     request_body = StopRequest, responses((status = 200, body = VmInfo)))]
 async fn restart(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     context: OperationContext,
     JsonBody(how): JsonBody<StopRequest>,
 ) -> HandlerResult {
     let owner = Arc::clone(&app);
-    operations::run(&app, context, "vm_restart", StatusCode::OK, |stage| {
+    operations::run(&app, context, op::VM_RESTART, StatusCode::OK, |stage| {
         Box::pin(async move {
             let start = StartRequest::default();
             value(&owner.nido().await?.restart(&vm.name, how, start, &mut |now| stage.start(now)).await?)
@@ -239,7 +235,6 @@ async fn restart(
     responses((status = 200, body = VmInfo)))]
 async fn pause(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     context: OperationContext,
 ) -> HandlerResult {
@@ -252,7 +247,6 @@ async fn pause(
     responses((status = 200, body = VmInfo)))]
 async fn resume(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     PathParams(vm): PathParams<VmPath>,
     context: OperationContext,
 ) -> HandlerResult {
@@ -275,14 +269,13 @@ pub struct ForkRequest {
     request_body = ForkRequest, responses((status = 201, body = ForkResult)))]
 async fn fork(
     State(app): State<Arc<App>>,
-    _: Require<Run>,
     CallerGrant(grant): CallerGrant,
     PathParams(vm): PathParams<VmPath>,
     context: OperationContext,
     JsonBody(how): JsonBody<ForkRequest>,
 ) -> HandlerResult {
     let owner = Arc::clone(&app);
-    operations::run(&app, context, "vm_fork", StatusCode::CREATED, |stage| {
+    operations::run(&app, context, op::VM_FORK, StatusCode::CREATED, |stage| {
         Box::pin(async move {
             let nido = owner.nido().await?;
             value(&nido.fork(&vm.name, &how.names, &grant, &mut |_, now| stage.start(now)).await?)

@@ -12,7 +12,6 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::App;
-use crate::auth::{Admin, Require};
 use crate::extract::{JsonBody, PathParams, VmPathParams};
 use crate::operations::{self, OperationContext};
 use crate::query::number;
@@ -51,7 +50,7 @@ impl VmPathParams for DeliveryPath {}
 /// Lists endpoints.
 #[utoipa::path(get, path = "/v1/webhooks", operation_id = "webhook_list", tag = "webhooks",
     responses((status = 200, body = WebhookList)))]
-async fn list(State(app): State<Arc<App>>, _: Require<Admin>) -> HandlerResult {
+async fn list(State(app): State<Arc<App>>) -> HandlerResult {
     response::ok(&app.nido().await?.webhook_list()?)
 }
 
@@ -60,7 +59,6 @@ async fn list(State(app): State<Arc<App>>, _: Require<Admin>) -> HandlerResult {
     request_body = WebhookRequest, responses((status = 201, body = WebhookAdded)))]
 async fn add(
     State(app): State<Arc<App>>,
-    _: Require<Admin>,
     context: OperationContext,
     JsonBody(request): JsonBody<WebhookRequest>,
 ) -> HandlerResult {
@@ -72,11 +70,7 @@ async fn add(
 /// Returns an endpoint.
 #[utoipa::path(get, path = "/v1/webhooks/{id}", operation_id = "webhook_info", tag = "webhooks", params(WebhookPath),
     responses((status = 200, body = WebhookInfo)))]
-async fn info(
-    State(app): State<Arc<App>>,
-    _: Require<Admin>,
-    PathParams(webhook): PathParams<WebhookPath>,
-) -> HandlerResult {
+async fn info(State(app): State<Arc<App>>, PathParams(webhook): PathParams<WebhookPath>) -> HandlerResult {
     let found = app.nido().await?.webhook_list()?.webhooks.into_iter().find(|known| known.id == webhook.id);
     response::ok(&found.ok_or_else(|| Error::new(Code::WebhookNotFound, "this webhook does not exist"))?)
 }
@@ -86,7 +80,6 @@ async fn info(
     responses((status = 200, body = WebhookInfo)))]
 async fn remove(
     State(app): State<Arc<App>>,
-    _: Require<Admin>,
     PathParams(webhook): PathParams<WebhookPath>,
     context: OperationContext,
 ) -> HandlerResult {
@@ -97,11 +90,7 @@ async fn remove(
 /// Lists an endpoint's newest deliveries, the oldest of them first.
 #[utoipa::path(get, path = "/v1/webhooks/{id}/deliveries", operation_id = "webhook_deliveries", tag = "webhooks",
     params(WebhookPath), responses((status = 200, body = DeliveryList)))]
-async fn deliveries(
-    State(app): State<Arc<App>>,
-    _: Require<Admin>,
-    PathParams(webhook): PathParams<WebhookPath>,
-) -> HandlerResult {
+async fn deliveries(State(app): State<Arc<App>>, PathParams(webhook): PathParams<WebhookPath>) -> HandlerResult {
     response::ok(&app.nido().await?.webhook_deliveries(Some(&webhook.id))?)
 }
 
@@ -110,7 +99,6 @@ async fn deliveries(
     responses((status = 200, body = WebhookTest)))]
 async fn test(
     State(app): State<Arc<App>>,
-    _: Require<Admin>,
     PathParams(webhook): PathParams<WebhookPath>,
     context: OperationContext,
 ) -> HandlerResult {
@@ -123,11 +111,7 @@ async fn test(
 /// Sends a delivery again, under the same message id.
 #[utoipa::path(post, path = "/v1/webhooks/deliveries/{delivery}/redeliver", operation_id = "webhook_redeliver",
     tag = "webhooks", params(DeliveryPath), responses((status = 202, body = Delivery)))]
-async fn redeliver(
-    State(app): State<Arc<App>>,
-    _: Require<Admin>,
-    PathParams(which): PathParams<DeliveryPath>,
-) -> HandlerResult {
+async fn redeliver(State(app): State<Arc<App>>, PathParams(which): PathParams<DeliveryPath>) -> HandlerResult {
     let queued = app.nido().await?.webhook_redeliver(which.delivery)?;
     Ok(response::json(StatusCode::ACCEPTED, &queued))
 }

@@ -173,7 +173,7 @@ operations! {
     HOST_INFO = Op::read("host_info", "host", "info").get("/v1/host", "host");
     /// Checks the host.
     HOST_CHECK = Op::write("host_check", "host", "check").command("doctor").post("/v1/host/check", "host_check");
-    /// Removes what crashes left behind.
+    /// Removes the orphans of crashes.
     DOCTOR_GC = Op::write("doctor_gc", "host", "gc").admin().frees_space().command("doctor --gc");
     /// Restores VMs whose row in the store was lost.
     DOCTOR_ADOPT = Op::write("doctor_adopt", "host", "adopt").admin().command("doctor --adopt");
@@ -183,6 +183,8 @@ operations! {
     RESOURCE_READ = Op::read("resource_read", "resource", "read");
     /// Completes an argument for an MCP client.
     COMPLETION = Op::read("completion", "completion", "list");
+    /// Stands for a request of the REST API that belongs to no operation.
+    OTHER = Op::write("other", "request", "other");
     /// Deletes the ephemeral VMs of an MCP session that has ended.
     SESSION_END = Op::destroy("session_end", "session", "end").scope(Scope::Run);
 }

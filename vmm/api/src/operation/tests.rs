@@ -96,7 +96,7 @@ const HEAD: &str = "\
 
 This page lists the operations of nido and their names on each front end: the command line, the REST
 API and the MCP server. It is written by a test of `nido-api` from the registry
-(`vmm/api/src/operation/table.rs`); `NIDO_BLESS=1 cargo test -p nido-api reference` writes it anew.
+(`vmm/api/src/operation/table.rs`); `NIDO_BLESS=1 cargo test -p nido-api reference` updates it.
 
 - *id*: the name in the audit log and in policies, and the `tool` of a job.
 - *effect*: `read` changes nothing; `destroy` may destroy or replace something.
@@ -120,5 +120,5 @@ fn reference_of_operations_is_up_to_date() {
         std::fs::write(&path, &now).unwrap();
     }
     let text = std::fs::read_to_string(&path).unwrap_or_default();
-    assert_eq!(now, text, "docs/reference/operations.md is stale; NIDO_BLESS=1 writes it anew");
+    assert_eq!(now, text, "docs/reference/operations.md is stale; NIDO_BLESS=1 updates it");
 }

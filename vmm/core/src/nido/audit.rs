@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use nido_api::error::{Error, Result};
+use nido_api::operation;
 use nido_api::{
     AuditAgainst, AuditCheckpoint, AuditFilter, AuditList, AuditLog, AuditReads, AuditRecord, AuditVerdict,
 };
@@ -18,8 +19,6 @@ use crate::audit::log::{Last, Log};
 use crate::audit::read::unreadable;
 use crate::audit::{self, Audited, Caller, Ending};
 
-/// What gives space back: it is not refused because the disk is full.
-const FREES_SPACE: [&str; 5] = ["vm_delete", "vm_stop", "vm_snapshot_delete", "template_delete", "doctor_gc"];
 /// What the store calls the log of what is done.
 const ACTS: &str = "acts";
 
@@ -53,7 +52,8 @@ impl Nido {
     pub fn audit_begin(&self, caller: &Caller, tool: &str, arguments: &serde_json::Value) -> Result<Audited> {
         let begin = || Audited::begin(self.audit_log()?, caller, tool, arguments, &random::id()?);
         let audited = match begin() {
-            Err(_) if FREES_SPACE.contains(&tool) && self.release_space() => begin()?,
+            // What gives space back is not refused because the disk is full.
+            Err(_) if operation::find(tool).is_some_and(|known| known.frees_space) && self.release_space() => begin()?,
             begun => begun?,
         };
         self.audit_written(audited.attempt());

@@ -9,16 +9,19 @@
 //! Invariant: a job with the state `running` is carried out by a running process; a reader corrects all others.
 
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::sanitize::head;
-use nido_api::{JOB_RESULT_MAX, Job, JobList, JobOutcome, JobProgress, JobRequest, Viewer};
+use nido_api::{JOB_RESULT_MAX, Job, JobList, JobOutcome, JobProgress, JobRequest, OPERATION_RESULTS_MAX, Viewer};
 use nido_engine::liveness::{Presence, is_gone};
 use nido_files::random;
 use serde_json::Value;
 
 use super::Nido;
 
+/// How often the process that carries a job out checks whether its cancellation was requested.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// The longest word about how far a job has come, in bytes.
 const STAGE_MAX: usize = 200;
 
@@ -49,17 +52,58 @@ impl Nido {
     /// # Errors
     /// `limit_exceeded` if its result is longer than [`JOB_RESULT_MAX`]; the job has failed with that then.
     pub fn job_end(&self, id: &str, outcome: JobOutcome) -> Result<()> {
+        self.job_end_within(id, outcome, JOB_RESULT_MAX)
+    }
+
+    /// The same with another limit. It also limits the results of all jobs of the caller, if it is larger than that of one job.
+    fn job_end_within(&self, id: &str, outcome: JobOutcome, result_max: usize) -> Result<()> {
         let length = |value: &Value| value.to_string().len();
         let (outcome, too_long) = match outcome {
-            JobOutcome::Done(value) if length(&value) > JOB_RESULT_MAX => {
-                let words = format!("the result has {} bytes; the limit is {JOB_RESULT_MAX}", length(&value));
+            JobOutcome::Done(value) if length(&value) > result_max => {
+                let words = format!("the result has {} bytes; the limit is {result_max}", length(&value));
                 let error = Error::new(Code::LimitExceeded, words).hint("request less, or write it to a file");
                 (JobOutcome::Failed(error.problem()), Err(error))
             }
             kept => (kept, Ok(())),
         };
         self.store().end_job(id, &outcome)?;
+        self.store().limit_job_results(id, result_max.max(OPERATION_RESULTS_MAX))?;
         too_long
+    }
+
+    /// Carries a job to its end and records it. `cancel` is called when its cancellation is requested, by whatever process; then the
+    /// work ends soon. `progress` is what the work reports, if it does not record that itself.
+    pub async fn carry_job(
+        &self,
+        id: &str,
+        result_max: usize,
+        work: impl Future<Output = JobOutcome>,
+        cancel: impl Fn(),
+        progress: impl Fn() -> Option<JobProgress>,
+    ) {
+        let mut work = std::pin::pin!(work);
+        let mut look = tokio::time::interval(LOOK_INTERVAL);
+        let mut recorded = None;
+        let outcome = loop {
+            tokio::select! {
+                outcome = &mut work => break outcome,
+                _ = look.tick() => {}
+                () = self.job_cancelled.notified() => {}
+            }
+            if self.job_is_cancelled(id).unwrap_or(false) {
+                cancel();
+            }
+            let now = progress();
+            if now != recorded {
+                recorded.clone_from(&now);
+                if let Some(Err(error)) = now.map(|now| self.job_progress(id, &now)) {
+                    tracing::warn!("the progress of job {id} cannot be recorded: {error}");
+                }
+            }
+        };
+        if let Err(error) = self.job_end_within(id, outcome, result_max) {
+            tracing::error!("the end of job {id} cannot be recorded: {error}");
+        }
     }
 
     /// One job, if it may be seen.
@@ -71,7 +115,7 @@ impl Nido {
         self.store().job(id, viewer)
     }
 
-    /// All jobs that may be seen, the newest first.
+    /// All jobs that may be seen, the newest first, without their results.
     ///
     /// # Errors
     /// Of the store.
@@ -86,7 +130,18 @@ impl Nido {
     /// `job_not_found`.
     pub fn job_cancel(&self, id: &str, viewer: Viewer<'_>) -> Result<Job> {
         self.settle_jobs()?;
-        self.store().cancel_job(id, viewer)
+        let job = self.store().cancel_job(id, viewer)?;
+        // Those that this process carries out need not wait until they are looked at.
+        self.job_cancelled.notify_waiters();
+        Ok(job)
+    }
+
+    /// Deletes the record of a job that has ended.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn job_delete(&self, id: &str) -> Result<()> {
+        self.store().delete_job(id)
     }
 
     /// Whether a job is to be cancelled: for who carries it out.
@@ -180,5 +235,32 @@ mod tests {
         assert_eq!((job.state, job.result), (JobState::Failed, None));
         let id = nido.job_begin(&request()).unwrap().id;
         nido.job_end(&id, JobOutcome::Done("x".repeat(JOB_RESULT_MAX - 2).into())).unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_job_that_is_cancelled_from_another_process_stops() {
+        let dir = tempfile::tempdir().unwrap();
+        let (server, other) = (open(&dir), open(&dir));
+        let id = server.job_begin(&request()).unwrap().id;
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let stop = std::cell::RefCell::new(Some(stop));
+        let work = async {
+            stopped.await.unwrap();
+            JobOutcome::Cancelled
+        };
+        let cancel = || {
+            if let Some(stop) = stop.borrow_mut().take() {
+                let _ = stop.send(());
+            }
+        };
+        let progress = || Some(JobProgress { stage: "running".into(), percent: None });
+        let carried = server.carry_job(&id, JOB_RESULT_MAX, work, cancel, progress);
+        let asked = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert_eq!(other.job_get(&id, Viewer::Everyone).unwrap().progress.unwrap().stage, "running");
+            other.job_cancel(&id, Viewer::Everyone).unwrap();
+        };
+        tokio::time::timeout(Duration::from_secs(60), async { tokio::join!(carried, asked) }).await.unwrap();
+        assert_eq!(other.job_get(&id, Viewer::Everyone).unwrap().state, JobState::Cancelled);
     }
 }

@@ -1,8 +1,7 @@
 //! Which calls a person confirms first, as data. Pure.
 //!
 //! ```text
-//!  always    vm_delete, vm_restore, vm_stop@ephemeral, vm_exec@foreign, vm_upload@foreign, vm_ports@foreign, vm_fork@foreign,
-//!            vm_download@overwrite
+//!  always    what the registry of operations gives (`Operation::confirmed`): vm_delete, vm_restore, vm_stop@ephemeral, …
 //!  never     none
 //!  a list    those: TOOL for every call of it, TOOL@CONDITION for some
 //! ```
@@ -13,6 +12,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use nido_api::error::{Code, Error, Result};
+use nido_api::operation;
+pub use nido_api::operation::When;
 use serde::{Deserialize, Serialize};
 
 /// Which calls a person confirms first.
@@ -37,19 +38,6 @@ pub struct Question {
     pub when: When,
 }
 
-/// Which calls of a tool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum When {
-    /// All.
-    Any,
-    /// Those about a VM that another caller has made.
-    Foreign,
-    /// Calls about an ephemeral VM.
-    Ephemeral,
-    /// Those that replace a file of the host.
-    Overwrite,
-}
-
 /// What is known of a call.
 #[derive(Debug, Clone, Copy)]
 pub struct Facts<'a> {
@@ -63,29 +51,13 @@ pub struct Facts<'a> {
     pub overwrites: bool,
 }
 
-/// What is asked about unless the policy says otherwise.
-const USUAL: [(&str, When); 8] = [
-    ("vm_delete", When::Any),
-    ("vm_restore", When::Any),
-    ("vm_stop", When::Ephemeral),
-    ("vm_exec", When::Foreign),
-    ("vm_upload", When::Foreign),
-    ("vm_ports", When::Foreign),
-    ("vm_fork", When::Foreign),
-    ("vm_download", When::Overwrite),
-];
-
-impl When {
-    const ALL: [(Self, &'static str); 3] =
-        [(Self::Foreign, "foreign"), (Self::Ephemeral, "ephemeral"), (Self::Overwrite, "overwrite")];
-
-    fn is(self, facts: &Facts<'_>) -> bool {
-        match self {
-            Self::Any => true,
-            Self::Foreign => facts.foreign,
-            Self::Ephemeral => facts.ephemeral,
-            Self::Overwrite => facts.overwrites,
-        }
+/// Whether a condition applies to a call.
+const fn applies(when: When, facts: &Facts<'_>) -> bool {
+    match when {
+        When::Any => true,
+        When::Foreign => facts.foreign,
+        When::Ephemeral => facts.ephemeral,
+        When::Overwrite => facts.overwrites,
     }
 }
 
@@ -99,7 +71,7 @@ impl Confirm {
     /// Whether a call is asked about.
     #[must_use]
     pub fn asks(&self, facts: &Facts<'_>) -> bool {
-        self.conditions(facts.tool).any(|when| when.is(facts))
+        self.conditions(facts.tool).any(|when| applies(when, facts))
     }
 
     /// The tools that are named.
@@ -109,9 +81,9 @@ impl Confirm {
     }
 
     fn conditions(&self, tool: &str) -> impl Iterator<Item = When> {
-        let usual: &[(&str, When)] = if *self == Self::Always { &USUAL } else { &[] };
+        let usual = operation::find(tool).filter(|_| *self == Self::Always);
+        let usual = usual.map_or(&[][..], |operation| operation.confirmed).iter().copied();
         let these: &[Question] = if let Self::These(these) = self { these } else { &[] };
-        let usual = usual.iter().filter(move |(name, _)| *name == tool).map(|(_, when)| *when);
         usual.chain(these.iter().filter(move |question| question.tool == tool).map(|question| question.when))
     }
 }
@@ -174,11 +146,11 @@ impl FromStr for Question {
         let (tool, when) = match text.split_once('@') {
             None => (text, When::Any),
             Some((tool, word)) => {
-                let known = When::ALL.into_iter().find(|(_, known)| *known == word);
+                let known = When::CONDITIONS.into_iter().find(|known| known.word() == Some(word));
                 let known = known.ok_or_else(|| {
                     wrong(format!("'{}' is not `foreign`, `ephemeral` or `overwrite`", word.escape_debug()))
                 })?;
-                (tool, known.0)
+                (tool, known)
             }
         };
         if tool.is_empty() || !tool.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') {
@@ -193,9 +165,8 @@ impl FromStr for Question {
 
 impl fmt::Display for Question {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = When::ALL.into_iter().find(|(when, _)| *when == self.when);
-        match word {
-            Some((_, word)) => write!(f, "{}@{word}", self.tool),
+        match self.when.word() {
+            Some(word) => write!(f, "{}@{word}", self.tool),
             None => f.write_str(&self.tool),
         }
     }
@@ -227,6 +198,25 @@ mod tests {
         assert_eq!([asks("always", delete), asks("vm_exec", delete)], [true, false], "a list is exactly that");
         let write = Facts { tool: "vm_download", overwrites: true, ..OWN };
         assert!(asks("always", write) && !asks("always", Facts { overwrites: false, ..write }));
+    }
+
+    #[test]
+    fn what_is_asked_about_by_default_is_in_the_registry() {
+        let of = |tool: &str| Confirm::Always.conditions(tool).collect::<Vec<_>>();
+        for (tool, when) in [
+            ("vm_delete", When::Any),
+            ("vm_restore", When::Any),
+            ("vm_stop", When::Ephemeral),
+            ("vm_exec", When::Foreign),
+            ("vm_upload", When::Foreign),
+            ("vm_ports", When::Foreign),
+            ("vm_fork", When::Foreign),
+            ("vm_download", When::Overwrite),
+        ] {
+            assert_eq!(of(tool), [when], "{tool}");
+        }
+        let asked = operation::ALL.iter().filter_map(|one| one.tool).filter(|tool| Confirm::Always.concerns(tool));
+        assert_eq!(asked.collect::<std::collections::BTreeSet<_>>().len(), 8, "of the tools, no other");
     }
 
     #[test]
