@@ -9,12 +9,10 @@
 use jiff::Timestamp;
 use nido_api::error::{Error, Result};
 use nido_api::name::{SnapshotName, TemplateName, VmName};
-use nido_api::state::{StateCause, VmState};
 use nido_api::{Event, EventDetails, EventKind, EventsRequest};
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::transition::{AgentReady, End, Transition};
-use super::{Origin, Purpose, Store, VmRow, decode, encode, fault, readable};
+use super::{Store, VmRow, decode, encode, fault, readable};
 
 /// Events older than this are deleted, in milliseconds: 30 days.
 const KEPT_MS: i64 = 30 * 24 * 3600 * 1000;
@@ -24,100 +22,6 @@ const KEPT: i64 = 100_000;
 const PRUNED_EVERY: i64 = 256;
 /// How many rows are read at once.
 const PAGE: i64 = 1000;
-
-/// What of a transition of a VM is an event.
-#[must_use]
-pub(super) fn events_of(before: &VmRow, transition: &Transition) -> Vec<(EventKind, EventDetails)> {
-    if before.purpose != Purpose::Use {
-        return Vec::new();
-    }
-    match transition {
-        Transition::LimitReached(limit) => {
-            vec![(EventKind::VmExpired, EventDetails { limit: Some(*limit), ..of_vm(before) })]
-        }
-        Transition::Entered { state, cause, .. } => change_of_state(before, *state, *cause).into_iter().collect(),
-        Transition::Ready(ready) => {
-            let about =
-                EventDetails { ip_address: ready.ip_address.clone().or(before.ip_address.clone()), ..of_vm(before) };
-            let changed = change_of_state(before, ready.state, ready.cause);
-            changed.into_iter().chain(first_reply(before, ready, &about)).collect()
-        }
-        Transition::Ended(end) => end_of(before, end).into_iter().collect(),
-        Transition::DiskRestored { snapshot, .. } => vec![restored(snapshot, of_vm(before))],
-        Transition::StartBegan
-        | Transition::StartGivenUp { .. }
-        | Transition::Launching(_)
-        | Transition::AddressChanged { .. }
-        | Transition::MachineChanged(_)
-        | Transition::FoundRunning
-        | Transition::Adopted(_) => Vec::new(),
-    }
-}
-
-fn change_of_state(before: &VmRow, after: VmState, cause: Option<StateCause>) -> Option<(EventKind, EventDetails)> {
-    match (before.state, after) {
-        (VmState::Starting | VmState::Running, VmState::Paused) => {
-            Some((EventKind::VmPaused, EventDetails { status_cause: cause, message: told(cause), ..of_vm(before) }))
-        }
-        (VmState::Paused, VmState::Running) => Some((EventKind::VmResumed, of_vm(before))),
-        _ => None,
-    }
-}
-
-/// The events of an agent that replies for the first time since the start.
-fn first_reply(before: &VmRow, ready: &AgentReady, about: &EventDetails) -> Vec<(EventKind, EventDetails)> {
-    if !ready.agent.ready || before.agent.ready || ready.state.at_rest() {
-        return Vec::new();
-    }
-    let restored = match &before.origin {
-        Origin::Restore { snapshot, .. } => Some(restored(snapshot, about.clone())),
-        Origin::Boot | Origin::Fork(_) => None,
-    };
-    let started = (EventKind::VmStarted, EventDetails { timings: ready.timings, ..about.clone() });
-    restored.into_iter().chain([started]).collect()
-}
-
-fn end_of(before: &VmRow, end: &End) -> Option<(EventKind, EventDetails)> {
-    let ran_ms = before.started_at.map(|started| {
-        let ran = Timestamp::now().duration_since(started).as_millis();
-        u64::try_from(ran).unwrap_or(0)
-    });
-    match (before.state, end.state) {
-        (_, VmState::Failed) => {
-            let failure = end.failure.clone();
-            let details = EventDetails {
-                cause: failure.as_ref().map(|failure| failure.cause),
-                message: failure.as_ref().map(|failure| failure.message.clone()),
-                last_log_entries: failure.map(|failure| failure.log_tail).unwrap_or_default(),
-                ran_ms,
-                ..of_vm(before)
-            };
-            Some((EventKind::VmCrashed, details))
-        }
-        // A start that ended before QEMU ran is no event.
-        (VmState::Starting, _) => None,
-        (_, VmState::Stopped) => {
-            let details = EventDetails {
-                ran_ms,
-                status_cause: end.cause,
-                message: told(end.cause),
-                last_log_entries: end.last_log_entries.clone(),
-                ..of_vm(before)
-            };
-            Some((EventKind::VmStopped, details))
-        }
-        _ => None,
-    }
-}
-
-fn restored(snapshot: &SnapshotName, about: EventDetails) -> (EventKind, EventDetails) {
-    (EventKind::SnapshotRestored, EventDetails { snapshot: Some(snapshot.clone()), ..about })
-}
-
-/// A cause in a sentence, unless a user asked for what happened.
-fn told(cause: Option<StateCause>) -> Option<String> {
-    cause.filter(|cause| *cause != StateCause::User).map(|cause| cause.detail().into())
-}
 
 /// The details of every event of a VM.
 pub(super) fn of_vm(row: &VmRow) -> EventDetails {

@@ -3,6 +3,8 @@
 //! Invariants: a transition is made only from the states that it names, in the transaction that also writes its event; one that
 //! comes too late changes nothing and is reported as [`Transitioned::No`].
 
+mod events;
+
 use jiff::Timestamp;
 use nido_api::error::{Code, Error, Result};
 use nido_api::machine::Machine;
@@ -10,7 +12,7 @@ use nido_api::name::SnapshotName;
 use nido_api::state::{StateCause, VmState};
 use nido_api::{AgentInfo, Failure, Limit, Timings};
 
-use super::events::events_of;
+use self::events::events_of;
 use super::{BootParts, Origin, Store, VmRow, encode, fault};
 
 /// States without a QEMU.

@@ -1,6 +1,6 @@
-use super::super::{BootParts, Transitioned};
+use super::super::{AgentReady, BootParts, End, Purpose, Transition, Transitioned};
 use super::*;
-use nido_api::state::FailureCause;
+use nido_api::state::{FailureCause, VmState};
 use nido_api::{AgentInfo, Failure, Limit, VmSpec};
 
 fn row(id: &str, purpose: Purpose) -> VmRow {
