@@ -1,14 +1,14 @@
-//! The control socket between different versions of nido.
+//! The control socket between different versions of nido, and of a VM whose QEMU does not reply.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use nido_files::lock::Held;
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::support::{Home, processes};
+use crate::support::{Home, processes, until};
 
 /// What a supervisor of protocol version 1 replied to a stop with a field that it did not know.
 const REFUSAL_OF_VERSION_1: &str = r#"{"answer":"failed","problem":{"type":"urn:nido:problem:spec_invalid","title":"The request is not valid","status":422,"detail":"not a request to a supervisor: unknown field `version`, expected `force` or `timeout_ms`","code":"spec_invalid"}}"#;
@@ -95,4 +95,20 @@ fn a_supervisor_that_does_not_know_a_request_is_named_as_the_reason() {
     assert!(problem["hint"].as_str().unwrap().contains("nido restart web"), "{problem}");
     newer.join().unwrap();
     processes::end_all(&home.path());
+}
+
+// A supervisor that took over a stopping VM whose QEMU did not reply waited for another request to stop it.
+#[test]
+fn a_stop_ends_also_if_qemu_does_not_reply_to_the_next_supervisor() {
+    let home = Home::new();
+    home.qemu("ignore-powerdown");
+    home.spawn("web");
+    let stopping = home.nido(["stop", "web", "--timeout", "1h"]).start();
+    home.await_info("web", |info| info["status"] == "stopping");
+    kill_process(pid_of(&home, "fake-qemu"), Signal::STOP).unwrap();
+    // Nor does its client ask for the stop again.
+    stopping.signal(Signal::KILL);
+    drop(stopping.wait());
+    processes::kill(pid_of(&home, " supervise "));
+    until("the end of the VM", || (home.info("web")["status"] == "stopped").then_some(()));
 }

@@ -66,7 +66,7 @@ impl Supervisor {
             monitor,
             pid: running.process.pid(),
             rests: self.row.origin == Origin::Boot,
-            twin: self.is_twin(),
+            twin: self.lifecycle.role().is_twin(),
         };
         let report = self.reports.0.clone();
         tokio::spawn(async move {

@@ -2,16 +2,17 @@
 
 use std::time::{Duration, Instant};
 
-use nido_api::error::{Code, Error, Result};
-use nido_api::state::{StateCause, VmState};
-use nido_api::{ForwardSpec, StopRequest};
+use nido_api::ForwardSpec;
+use nido_api::error::Result;
+use nido_api::state::StateCause;
 
 use super::control::{Reply, Request};
-use super::control_server::Call;
+use super::control_server::{Call, ReplySender};
 use super::forwards::bind;
 use super::launch::Running;
+use super::lifecycle::{Event, Stop};
 use super::qmp::{QMP_TIMEOUT, qmp_error};
-use super::state::Supervisor;
+use super::state::{Report, Supervisor};
 
 impl Supervisor {
     pub(super) async fn on_call(&mut self, Call { request, reply }: Call, running: &Running) {
@@ -19,18 +20,20 @@ impl Supervisor {
             // The loop has no part in them: they wait, or last.
             Request::Ready | Request::Lease => Ok(Reply::Done),
             Request::Stop(stop) => {
-                self.stop_cause.get_or_insert(StateCause::User);
-                self.begin_stop(stop.into(), running);
+                let (force, timeout) = (stop.force, Duration::from_millis(stop.timeout_ms));
+                self.step(Event::Stop(Stop { cause: Some(StateCause::User), force, timeout }), running);
                 Ok(Reply::Done)
             }
             Request::StopKept => {
                 self.kept = true;
-                self.stop_cause.get_or_insert(StateCause::User);
-                self.begin_stop(StopRequest { force: true, ..StopRequest::default() }, running);
+                self.step(Event::Stop(Stop::force(Some(StateCause::User))), running);
                 Ok(Reply::Done)
             }
-            Request::Pause => self.pause(running).await,
-            Request::Resume => match self.may_pause_or_resume() {
+            Request::Pause => match self.admit_pause_or_resume() {
+                Ok(()) => return self.begin_pause(reply, running),
+                Err(error) => Err(error),
+            },
+            Request::Resume => match self.admit_pause_or_resume() {
                 Ok(()) => return self.begin_resume(Some(reply), running),
                 Err(error) => Err(error),
             },
@@ -40,32 +43,30 @@ impl Supervisor {
             // The client may have given up, and created another VM.
             Request::Claim(_) if reply.is_closed() => return,
             Request::Claim(order) => self.claim(*order, running).await.map(|()| Reply::Done),
-            Request::Retire => self.is_pooled().map(|()| {
-                self.begin_stop(StopRequest { force: true, ..StopRequest::default() }, running);
+            Request::Retire => self.lifecycle.admit_retirement().map(|()| {
+                self.step(Event::Stop(Stop::force(None)), running);
                 Reply::Done
             }),
-            Request::Status => Ok(Reply::Status { idle_ms: self.limits.idle_for(Instant::now()).map(milliseconds) }),
+            Request::Status => Ok(Reply::Status { idle_ms: self.lifecycle.idle_for(Instant::now()).map(milliseconds) }),
         };
         let _ = reply.send(outcome);
     }
 
-    /// The state may have changed since the request was admitted: a paused guest never powers off.
-    fn may_pause_or_resume(&self) -> Result<()> {
-        let busy = |words| Err(Error::new(Code::VmBusy, words));
-        match () {
-            () if self.is_being_saved() => busy("a snapshot of this VM is being taken"),
-            () if self.state == VmState::Stopping => busy("this VM is being stopped"),
-            () => Ok(()),
-        }
+    fn admit_pause_or_resume(&mut self) -> Result<()> {
+        self.lifecycle.set_saving(self.is_being_saved());
+        self.lifecycle.admit_pause_or_resume()
     }
 
-    async fn pause(&mut self, running: &Running) -> Result<Reply> {
-        self.may_pause_or_resume()?;
-        running.monitor()?.stop(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
-        if self.state != VmState::Paused {
-            self.paused(StateCause::User);
-        }
-        Ok(Reply::Done)
+    /// Pauses the CPUs, in a task of its own.
+    fn begin_pause(&self, reply: ReplySender, running: &Running) {
+        let (monitor, report) = (running.monitor().cloned(), self.reports.0.clone());
+        tokio::spawn(async move {
+            let outcome = match monitor {
+                Ok(monitor) => monitor.stop(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e)),
+                Err(error) => Err(error),
+            };
+            let _ = report.send(Report::Paused(outcome, reply)).await;
+        });
     }
 
     async fn add_forward(&mut self, spec: &ForwardSpec, running: &Running) -> Result<Reply> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nido_api::error::{Problem, Result};
-use nido_api::state::{FailureCause, StateCause, VmState};
+use nido_api::state::{FailureCause, VmState};
 use nido_api::{Failure, StopRequest};
 use nido_engine::home::{
     AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG,
@@ -15,16 +15,17 @@ use nido_engine::host::kvm;
 use nido_engine::logs::{log_tail, panic_lines, rotate};
 use nido_engine::machine::Accel;
 use nido_engine::qemu::QemuExit;
-use nido_store::{End, Purpose, Transition};
+use nido_store::{End, Transition};
 use rustix::fs::unlink;
 use tokio::sync::oneshot;
 use tokio::time::{Instant as TokioInstant, sleep_until};
 
 use super::control_server::{ActiveSessions, Life};
-use super::exit_cause::exit_cause;
 use super::failure_error;
 use super::launch::Running;
+use super::lifecycle::{Event, Stop};
 use super::readiness::Readiness;
+use super::role::Role;
 use super::startup::NotRunning;
 use super::state::{SESSION_EVERY, Supervisor, instant_of};
 
@@ -68,7 +69,7 @@ impl Supervisor {
     /// guest's own doing.
     async fn conclude(mut self, exit: QemuExit) -> Result<()> {
         self.gather_tails();
-        let (state, failure) = exit_cause(self.state, exit, &self.seen);
+        let (state, failure) = self.lifecycle.end(exit);
         if self.machine.accel == Accel::Kvm && failure.as_ref().is_some_and(|failure| questions_kvm(failure.cause)) {
             self.test_kvm_again().await;
         }
@@ -86,22 +87,9 @@ impl Supervisor {
 
     /// Everything from QEMU's first answer to its end.
     async fn watch_over(&mut self, mut running: Running) -> QemuExit {
-        let mut awaiting_agent = true;
-        let mut ready = if self.is_twin() {
-            // It never runs: what was loaded is saved again.
-            awaiting_agent = false;
-            self.begin_bake(&running);
-            oneshot::channel().1
-        } else if running.is_mute() {
-            awaiting_agent = false;
-            oneshot::channel().1
-        } else {
-            self.watch_for_agent(&running)
-        };
-        if self.state == VmState::Stopping {
-            // The supervisor before was stopping it: the deadline is this one's now.
-            self.begin_stop(StopRequest::default(), &running);
-        }
+        let first = self.begin_watching(&running);
+        let mut awaiting_agent = first.is_some();
+        let mut ready = first.unwrap_or_else(|| oneshot::channel().1);
         let mut retry = tokio::time::interval(RETRY_EVERY);
         retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut logs = tokio::time::interval(LOGS_EVERY);
@@ -115,21 +103,12 @@ impl Supervisor {
             self.channel.as_ref().map_or_else(|| ActiveSessions::new().watch(), |channel| channel.activity().open());
         let mut monitor_open = true;
         loop {
-            let users = *direct.borrow_and_update() + *spliced.borrow_and_update();
-            // A booting guest is not idle: no client could have used it yet.
-            // A VM that is to be saved has a process that waits for it, and counts as idle without one.
-            let booting = usize::from(*self.life.borrow() == Life::Booting && self.row.purpose != Purpose::Bake);
-            // No client can use a paused VM, so it is not idle either.
-            let paused = usize::from(self.state == VmState::Paused && self.row.purpose == Purpose::Use);
-            self.limits.used_by(users + booting + paused, Instant::now());
-            if self.kill_at.is_none()
-                && let Some(reached) = self.limits.reached(Instant::now())
-            {
-                self.time_is_up(reached, &running);
-            }
-            let wake = self.next_wake();
+            let sessions = *direct.borrow_and_update() + *spliced.borrow_and_update();
+            self.step(Event::Sessions(sessions), &running);
+            let wake = self.lifecycle.next_deadline().map(TokioInstant::from_std);
             tokio::select! {
                 exit = running.process.wait() => {
+                    self.step(Event::Exited, &running);
                     // What QEMU said last may still be on its way.
                     self.drain_events(&mut running).await;
                     return exit.unwrap_or(QemuExit::Unknown);
@@ -142,25 +121,25 @@ impl Supervisor {
                 Some(report) = self.reports.1.recv() => self.on_report(report, &running).await,
                 outcome = &mut ready, if awaiting_agent => {
                     awaiting_agent = false;
-                    self.on_agent(outcome.unwrap_or(Readiness::Late), &running).await;
+                    self.on_agent(outcome.unwrap_or(Readiness::Late), &running);
                 }
-                () = self.termination.requested() => self.on_terminate(&running),
+                () = self.termination.requested() => self.step(Event::Terminated, &running),
                 _ = direct.changed() => {}
                 Ok(()) = spliced.changed() => {}
                 _ = logs.tick() => {
                     rotate_logs();
                     self.look_at_host(&running);
                     // The host may have slept, which the timer does not count; the wall clock does.
-                    self.limits.expire_at(self.row.expires_at.map(instant_of));
+                    self.step(Event::ExpiresAt(self.row.expires_at.map(instant_of)), &running);
                 }
                 _ = guardian.tick() => self.ensure_guardian(),
                 _ = retry.tick(), if !self.unwritten.is_empty() => self.flush(),
-                _ = session.tick(), if (self.row.spec.lease.is_some() || self.row.made_by.is_some()) && !self.quit_sent => {
-                    if self.context.is_abandoned(&self.row) {
-                        self.session_is_over(&running);
+                _ = session.tick(), if self.row.spec.lease.is_some() || self.row.made_by.is_some() => {
+                    if !self.lifecycle.has_quit() && self.context.is_abandoned(&self.row) {
+                        self.step(Event::SessionEnded, &running);
                     }
                 }
-                () = sleep_until(wake.unwrap_or_else(TokioInstant::now)), if wake.is_some() => self.pull_plug(&running),
+                () = sleep_until(wake.unwrap_or_else(TokioInstant::now)), if wake.is_some() => self.step(Event::Tick, &running),
             }
             if let Some(next) = self.awaited.take() {
                 (ready, awaiting_agent) = (next, true);
@@ -168,16 +147,33 @@ impl Supervisor {
         }
     }
 
-    fn next_wake(&self) -> Option<TokioInstant> {
-        self.kill_at.or_else(|| self.limits.next_deadline().map(TokioInstant::from_std))
+    /// What the watch over a QEMU begins with: the first reply of its agent, if that is awaited.
+    fn begin_watching(&mut self, running: &Running) -> Option<oneshot::Receiver<Readiness>> {
+        if self.lifecycle.state() == VmState::Stopping && !self.lifecycle.is_ending() {
+            // The supervisor before was stopping it: the deadline is this one's now.
+            let StopRequest { force, timeout_ms } = StopRequest::default();
+            let timeout = Duration::from_millis(timeout_ms);
+            self.step(Event::Stop(Stop { cause: None, force, timeout }), running);
+        }
+        if running.is_mute() || self.lifecycle.has_quit() {
+            return None;
+        }
+        if self.lifecycle.role().is_twin() {
+            // It never runs: what was loaded is saved again.
+            self.begin_bake(running);
+            return None;
+        }
+        Some(self.watch_for_agent(running))
     }
 
     fn gather_tails(&mut self) {
-        self.seen.disk_full = disk_free_bytes(self.dir.path()).is_ok_and(|free| free < DISK_FULL_BYTES);
-        self.seen.qemu_tail = log_tail(&self.dir, &[QEMU_LOG]);
+        let stopping = self.lifecycle.state() == VmState::Stopping;
+        let seen = self.lifecycle.evidence();
+        seen.disk_full = disk_free_bytes(self.dir.path()).is_ok_and(|free| free < DISK_FULL_BYTES);
+        seen.qemu_tail = log_tail(&self.dir, &[QEMU_LOG]);
         let panic = panic_lines(&self.dir, CONSOLE_LOG);
-        self.seen.panicked |= panic.is_some() && self.state != VmState::Stopping && self.seen.may_have_panicked();
-        self.seen.console_tail = panic.unwrap_or_else(|| log_tail(&self.dir, &[CONSOLE_LOG]));
+        seen.panicked |= panic.is_some() && !stopping && seen.may_have_panicked();
+        seen.console_tail = panic.unwrap_or_else(|| log_tail(&self.dir, &[CONSOLE_LOG]));
     }
 
     fn leave_sockets(&self) {
@@ -194,15 +190,14 @@ impl Supervisor {
         let state = if self.row.spec.ephemeral && self.kept { VmState::Created } else { state };
         let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).problem()));
         tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
-        let guest = self.seen.shutdown_reason.as_deref().is_some_and(|reason| reason.starts_with("guest"));
-        let cause = self.stop_cause.or(guest.then_some(StateCause::Guest)).filter(|_| state == VmState::Stopped);
-        let last_log_entries = self.seen.console_tail.clone();
+        let cause = self.lifecycle.end_cause(state);
+        let last_log_entries = self.lifecycle.evidence().console_tail.clone();
         self.unwritten.push(Transition::Ended(Box::new(End { state, cause, failure, last_log_entries })));
         let (context, row) = (&self.context, &self.row);
         let written = self.unwritten.flush(row, |transition| context.store().transition(&row.id, transition));
         nido_files::failpoint!("end.recorded");
         // No process waits for a clone that was taken over only to be deleted.
-        if never_ran && (self.row.purpose == Purpose::Use || problem.is_some()) {
+        if never_ran && (self.lifecycle.role() == Role::Use || problem.is_some()) {
             // The command that requested the start knows that we listen, and is about to request the result.
             self.life.send_replace(Life::Ended(problem.clone()));
             let deadline = Instant::now() + ASKED_WITHIN;

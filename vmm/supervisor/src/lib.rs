@@ -2,10 +2,11 @@
 //! supervisor; carries sessions to the agent; keeps the limits; writes down how it all ended.
 //!
 //! ```text
-//!   command --control.sock--> control_server.rs --commands--+
-//!   client  --agent.sock----> guest::Channel ----+--> the loop in event_loop.rs --> store
-//!   QEMU    --qmp.sock------> events ------------+        |
-//!           --exit (pidfd)---> ------------------+        +--> QMP, agent, forwards
+//!   command --control.sock--> control_server.rs --calls--+
+//!   client  --agent.sock----> guest::Channel ------------+--> the loop in event_loop.rs
+//!   QEMU    --qmp.sock------> events --------------------+      | events        ^
+//!           --exit (pidfd)---> --------------------------+      v               | actions
+//!                                                             lifecycle/ (pure)-+--> actions.rs --> store, QMP, agent
 //! ```
 //!
 //! Invariants: it can be killed at any instant: QEMU keeps running, holding `vm.lock`, and the next command starts another
@@ -13,6 +14,7 @@
 //! before its first line to its end, and what it writes into the store last is how the VM ended. SIGKILL ends the supervisor alone;
 //! SIGTERM has it stop the VM in order (`terminate.rs`).
 
+mod actions;
 mod bake;
 mod clock;
 mod commands;
@@ -24,16 +26,19 @@ mod exit_cause;
 mod forwards;
 mod handlers;
 mod host_clocks;
+mod host_services;
 mod launch;
+mod lifecycle;
 mod limits;
 mod pause;
 mod pool;
+mod power_off;
 mod qmp;
 mod readiness;
+mod role;
 mod snapshot;
 mod startup;
 mod state;
-mod stopping;
 mod terminate;
 mod unwritten;
 pub mod vm_record;

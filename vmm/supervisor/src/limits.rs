@@ -48,6 +48,12 @@ impl Limits {
         self.quiet_since = now;
     }
 
+    /// When its time to live ends.
+    #[must_use]
+    pub const fn expires_at(&self) -> Option<Instant> {
+        self.expires_at
+    }
+
     /// Since when nothing has used it.
     #[must_use]
     pub const fn quiet_since(&self) -> Instant {

@@ -10,53 +10,29 @@
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
-use nido_api::error::{Code, Error, Result};
-use nido_api::state::{Fact, StateCause, VmState, advance};
+use nido_api::error::{Error, Result};
 use nido_api::{ForwardSpec, StartPath, Timings, VmSpec};
 use nido_engine::machine::Machine;
-use nido_guest_agent::wire::Pong;
-use nido_store::{Claim, Origin, Purpose, VmRow};
+use nido_store::{Claim, Origin, VmRow};
 use tokio::net::TcpListener;
 
 use super::control::ClaimOrder;
 use super::control_server::Life;
 use super::forwards::bind;
 use super::launch::Running;
+use super::lifecycle::{AgentReply, Event, taken};
 use super::limits::Limits;
-use super::pause::Stillness;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::state::Supervisor;
 use crate::context::write_guest_config;
 
 impl Supervisor {
-    /// Pauses a clone that is ready: from here on it waits.
-    pub(super) async fn park(&mut self, pong: Pong, running: &Running) {
-        let paused = match running.monitor() {
-            Ok(monitor) => monitor.stop(QMP_TIMEOUT).await.map_err(|error| qmp_error(&error)),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = paused {
-            tracing::error!("the clone cannot be paused: {error}");
-            return self.quit(running);
-        }
-        self.paused(StateCause::User);
-        self.on_ready(pong);
-    }
-
-    /// Whether this is a clone that waits, and so may be claimed or thrown away.
-    pub(super) fn is_pooled(&self) -> Result<()> {
-        if self.row.purpose == Purpose::Pool { Ok(()) } else { Err(taken()) }
-    }
-
     /// Makes this clone the claimer's VM. When this returns without an error the row is the VM's, and the guest is on its way to
     /// being ready; else the clone waits on as before.
     pub(super) async fn claim(&mut self, order: ClaimOrder, running: &Running) -> Result<()> {
-        self.is_pooled()?;
+        self.lifecycle.admit_claim()?;
         running.monitor()?;
         let spec = VmSpec::from(order.spec.clone());
-        if self.state != VmState::Paused || !self.row.agent.ready || self.kill_at.is_some() {
-            return Err(taken());
-        }
         let asked_at = Instant::now().checked_sub(Duration::from_secs_f64(order.asked_ms_ago.clamp(0.0, 1e9) / 1000.0));
         let ports = take_ports(&spec.forwards).await?;
         nido_files::failpoint!("claim.ports");
@@ -65,14 +41,13 @@ impl Supervisor {
         nido_files::failpoint!("claim.row");
         self.row = row;
         self.machine = self.row.machine.clone().unwrap_or_else(|| self.machine.clone());
-        (self.state, self.cause) = (VmState::Starting, None);
-        self.still = Stillness::default();
         self.asked_at = asked_at.unwrap_or_else(Instant::now);
-        self.ready_within = order.ready_within_ms.map_or(self.ready_within, Duration::from_millis);
         self.life.send_replace(Life::Booting);
         let now = Instant::now();
         let expires_at = spec.ttl_ms.and_then(|ttl| now.checked_add(Duration::from_millis(ttl)));
-        self.limits = Limits::new(now, expires_at, spec.idle_ms.map(Duration::from_millis));
+        let limits = Limits::new(now, expires_at, spec.idle_ms.map(Duration::from_millis));
+        let ready_within = order.ready_within_ms.map_or(self.lifecycle.ready_within(), Duration::from_millis);
+        self.step(Event::Claimed(limits, ready_within), running);
         // Synced before the owner is notified that the VM is ready, in parallel to the identity reset.
         let record = self.context.prepare_record(&self.row).map(tokio::task::spawn_blocking);
         let awake = self.wake(ports, running).await;
@@ -85,8 +60,8 @@ impl Supervisor {
         }
         if let Err(error) = awake {
             tracing::error!("the claimed VM cannot be resumed: {error}");
-            self.seen.not_renewed = Some(error.message().chars().take(400).collect());
-            self.quit(running);
+            let why = error.message().chars().take(400).collect();
+            self.step(Event::Agent(AgentReply::NotRenewed(why)), running);
         }
         Ok(())
     }
@@ -130,8 +105,7 @@ impl Supervisor {
         self.resize_disk(running).await?;
         running.monitor()?.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
         nido_files::failpoint!("claim.resumed");
-        // Written down with the rest when the guest is ready.
-        self.state = advance(self.state, Fact::GuestResumed);
+        self.step(Event::Woken, running);
         let awake_ms = self.asked_for_ms();
         let timings =
             Timings { path: StartPath::Pool, qemu_ms: awake_ms, load_ms: awake_ms, agent_ms: 0.0, total_ms: 0.0 };
@@ -150,8 +124,4 @@ async fn take_ports(forwards: &[ForwardSpec]) -> Result<Vec<(ForwardSpec, TcpLis
         ports.push(bind(spec).await?);
     }
     Ok(ports)
-}
-
-fn taken() -> Error {
-    Error::new(Code::VmBusy, "the clone is no longer waiting")
 }

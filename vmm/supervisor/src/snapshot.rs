@@ -105,8 +105,9 @@ impl Supervisor {
 
     fn taking(&self, into: Option<String>, running: &Running) -> Result<Taking> {
         let vm = self.row.spec.name.clone();
-        let paused = self.state == VmState::Paused;
-        if !(self.state == VmState::Running || paused) || !self.row.agent.ready || self.resuming {
+        let (state, ready) = (self.lifecycle.state(), self.lifecycle.is_ready());
+        let paused = state == VmState::Paused;
+        if !(state == VmState::Running || paused) || !ready || self.lifecycle.is_resuming() {
             let words = format!("VM '{vm}' cannot be snapshotted: it is not ready");
             return Err(Error::new(Code::VmBusy, words));
         }
@@ -139,7 +140,7 @@ impl Supervisor {
     /// Resumes a VM whose snapshot was interrupted.
     pub(super) async fn mend_snapshot(&self, running: &Running) {
         // One that its user paused was not taking a snapshot.
-        if !snapshot::remove_unfinished(&self.dir) || self.state == VmState::Paused {
+        if !snapshot::remove_unfinished(&self.dir) || self.lifecycle.state() == VmState::Paused {
             return;
         }
         tracing::warn!("a snapshot was interrupted; resuming the VM");

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nido_api::error::{Code, Error, Result};
-use nido_api::state::{Fact, VmState};
+use nido_api::state::VmState;
 use nido_api::{NetChoice, StartPath, Timings};
 use nido_engine::guest::Link;
 use nido_engine::home::{DEVICE_STATE, LOAD_SOCKET, QEMU_LOG};
@@ -25,7 +25,7 @@ use nido_engine::qemu::migration::{self, Memory};
 use nido_engine::qemu::{Monitor, QemuExit};
 use nido_files::random;
 use nido_guest_agent::wire::Renew;
-use nido_store::{Origin, Purpose, Transition};
+use nido_store::{Origin, Transition};
 use qapi::qmp::{self, RunState};
 use tokio::sync::oneshot;
 use tokio::time::Instant as TokioInstant;
@@ -33,8 +33,10 @@ use tokio::time::Instant as TokioInstant;
 use super::control_server::{ActiveSessions, Life};
 use super::forwards::bind;
 use super::launch::{LaunchError, Running, attach, launch};
+use super::lifecycle::{Event, Stop};
 use super::qmp::QMP_TIMEOUT;
 use super::readiness::{AgentRoute, Readiness, renewed, warm};
+use super::role::Role;
 use super::state::Supervisor;
 
 /// How long loading may take: milliseconds for a bake, seconds for a large memory.
@@ -72,8 +74,8 @@ impl Supervisor {
             timings.load_ms = self.asked_for_ms();
         }
         self.row.timings = Some(timings);
-        self.learn(Fact::QmpReady);
-        self.life.send_replace(Life::Booting);
+        self.step(Event::QmpReady, &running);
+        self.begin_booting(&running);
         Ok(running)
     }
 
@@ -131,7 +133,7 @@ impl Supervisor {
                 .await
                 .map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
             nido_files::failpoint!("startup.loaded");
-            if self.is_twin() {
+            if self.lifecycle.role().is_twin() {
                 return Ok(());
             }
             self.set_link(false, running).await?;
@@ -189,11 +191,14 @@ impl Supervisor {
         tracing::info!("taking over the QEMU of VM {}", self.row.spec.name);
         let running = self.attach().await?;
         // No process waits for this VM any more. Creating another clone is faster than checking this one.
-        if self.row.purpose != Purpose::Use {
+        if running.is_mute() {
+            self.lifecycle.set_mute();
+        }
+        if self.lifecycle.role() != Role::Use {
             // It no longer counts, from here on.
-            self.learn(Fact::StopAsked);
+            self.step(Event::Stop(Stop::force(None)), &running);
             let _ = running.process.kill();
-            return Err(NotRunning::Exit(running.process.wait().await.unwrap_or(QemuExit::Unknown)));
+            return Ok(running);
         }
         let Ok(monitor) = running.monitor().cloned() else { return Ok(running) };
         // The previous supervisor may have been killed between a claim and its record, which would still describe a clone of the pool.
@@ -215,7 +220,7 @@ impl Supervisor {
                 return self.start().await;
             }
             // Loaded, or claimed; only the previous supervisor knew whether it was resumed and its disk enlarged.
-            Ok(status) if !self.row.agent.ready && self.row.origin != Origin::Boot => {
+            Ok(status) if !self.lifecycle.is_ready() && self.row.origin != Origin::Boot => {
                 if status == RunState::paused {
                     if let Err(error) = self.set_link(false, &running).await {
                         tracing::error!("{error}");
@@ -225,21 +230,21 @@ impl Supervisor {
                 if let Err(error) = self.resize_disk(&running).await {
                     tracing::error!("{error}");
                 }
-                self.learn(Fact::QmpReady);
+                self.step(Event::QmpReady, &running);
             }
             Ok(status) => {
                 // What the supervisor before could not write does not count any more.
                 self.unwritten.forget();
-                if self.state == VmState::Starting && status == RunState::running {
-                    self.learn(Fact::QmpReady);
+                if self.lifecycle.state() == VmState::Starting && status == RunState::running {
+                    self.step(Event::QmpReady, &running);
                 }
                 self.observe(status, &running);
-                let (state, cause, timings) = (self.state, self.cause, self.row.timings);
+                let (state, cause, timings) = (self.lifecycle.state(), self.lifecycle.cause(), self.row.timings);
                 self.write(Transition::Entered { state, cause, timings });
             }
             Err(error) => tracing::warn!("cannot read QEMU's status: {error}"),
         }
-        self.life.send_replace(Life::Booting);
+        self.begin_booting(&running);
         Ok(running)
     }
 
@@ -250,6 +255,12 @@ impl Supervisor {
         if self.machine.warnings.len() != before {
             self.write(Transition::MachineChanged(self.machine.clone()));
         }
+    }
+
+    /// From here on the agent is awaited.
+    fn begin_booting(&mut self, running: &Running) {
+        self.life.send_replace(Life::Booting);
+        self.step(Event::Booting, running);
     }
 
     /// Finds the QEMU that holds the VM's lock. One that cannot be reached has only just been started, or is about to end.
@@ -287,7 +298,7 @@ impl Supervisor {
 
     /// Waits for the guest's first answer, on a task of its own.
     pub(super) fn watch_for_agent(&self, running: &Running) -> oneshot::Receiver<Readiness> {
-        self.watch_for_agent_within(self.ready_within, running)
+        self.watch_for_agent_within(self.lifecycle.ready_within(), running)
     }
 
     pub(super) fn watch_for_agent_within(&self, within: Duration, running: &Running) -> oneshot::Receiver<Readiness> {
@@ -297,8 +308,8 @@ impl Supervisor {
         let guest = self.guest.clone();
         let door = self.channel.clone();
         // No client uses a clone before it is claimed.
-        let opens = self.row.purpose != Purpose::Pool;
-        let saved = self.row.renewed_from().filter(|_| !self.row.agent.ready);
+        let opens = self.lifecycle.role().opens_to_clients();
+        let saved = self.row.renewed_from().filter(|_| !self.lifecycle.is_ready());
         let renewal = saved.map(|token| (nido_api::hex::decode(token), self.renewal()));
         let held = (renewal.is_some() && self.has_link_to_hold()).then(|| running.monitor().cloned().ok()).flatten();
         tokio::spawn(async move {

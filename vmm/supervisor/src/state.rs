@@ -1,6 +1,6 @@
 //! One VM's supervisor: what it holds, and how the VM's state changes.
 //!
-//! Invariant: every change of the state goes through [`Supervisor::learn`] or [`Supervisor::paused`], and into the store.
+//! Invariant: its state, and what follows from it, are decided by [`Lifecycle`] alone.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,25 +8,25 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use nido_api::error::{Error, Result};
-use nido_api::state::{Fact, StateCause, VmState, advance};
 use nido_engine::guest::{Channel, Guest};
 use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, UNWRITTEN, VmDir};
 use nido_engine::machine::{Accel, Machine, Transport};
 use nido_files::lock::Held;
 use nido_files::private_dir::make_socket_private;
-use nido_store::{Origin, Purpose, Transition, VmRow};
+use nido_guest_agent::wire::Pong;
+use nido_store::{Origin, Transition, VmRow};
 use rustix::fs::unlink;
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
-use tokio::time::Instant as TokioInstant;
 
 use super::control_server::{ActiveSessions, Call, ControlQueue, Life, ReplySender, serve};
-use super::exit_cause::ExitEvidence;
 use super::forwards::Forwards;
 use super::host_clocks::HostClocks;
+use super::lifecycle::{Beginning, Lifecycle};
 use super::limits::Limits;
-use super::pause::{ByItself, Stillness};
+use super::pause::ByItself;
 use super::readiness::{AgentRoute, Readiness};
+use super::role::Role;
 use super::terminate::Termination;
 use super::unwritten::Unwritten;
 use crate::context::Context;
@@ -45,18 +45,12 @@ pub(super) struct Supervisor {
     pub(super) dir: VmDir,
     pub(super) guest: Guest,
     pub(super) asked_at: Instant,
-    pub(super) ready_within: Duration,
     pub(super) life: watch::Sender<Life>,
     pub(super) calls: mpsc::Receiver<Call>,
     pub(super) users: ActiveSessions,
     pub(super) channel: Option<Arc<Channel>>,
     pub(super) forwards: Forwards,
-    pub(super) limits: Limits,
-    pub(super) state: VmState,
-    pub(super) seen: ExitEvidence,
-    /// When the plug is pulled.
-    pub(super) kill_at: Option<TokioInstant>,
-    pub(super) quit_sent: bool,
+    pub(super) lifecycle: Lifecycle,
     /// It stays when it has stopped, although it is ephemeral: it is being restored.
     pub(super) kept: bool,
     /// What has been saved, if this VM is there to be baked.
@@ -67,23 +61,13 @@ pub(super) struct Supervisor {
     pub(super) termination: Termination,
     /// The guest's next answer, if it has been sent on its way again.
     pub(super) awaited: Option<oneshot::Receiver<Readiness>>,
-    /// Why the VM is paused.
-    pub(super) cause: Option<StateCause>,
-    /// Why it is being stopped, if a limit or a user ends it.
-    pub(super) stop_cause: Option<StateCause>,
     /// What QEMU reported of the disk: whether the host's is full.
     pub(super) no_space: Option<bool>,
-    /// How long the CPUs stood still while the guest's answer was awaited.
-    pub(super) still: Stillness,
-    /// A resume is on its way; RESUME and STOP are its own until it is over.
-    pub(super) resuming: bool,
     /// When a full disk's VM resumes by itself.
     pub(super) by_itself: Option<ByItself>,
     /// The guest's clock has to be set when its agent answers.
     pub(super) clock_stale: bool,
     pub(super) host_clocks: HostClocks,
-    /// When the agent was asked whether the VM is in use.
-    pub(super) asked_if_idle: Option<Instant>,
     pub(super) unwritten: Unwritten,
     /// What tasks of the supervisor's own report.
     pub(super) reports: (mpsc::Sender<Report>, mpsc::Receiver<Report>),
@@ -91,8 +75,12 @@ pub(super) struct Supervisor {
 
 /// What a task beside the loop reports when it is done.
 pub(super) enum Report {
+    /// A pause: whether it is done, and the client that requested it.
+    Paused(Result<()>, ReplySender),
     /// A resume: whether the CPUs run, and the client that requested it, if any.
     Resumed(Result<()>, Option<ReplySender>),
+    /// A clone that is ready was paused, or could not be.
+    Parked(Result<()>, Pong),
     /// The guest was saved to be baked, or could not be.
     Saved(Result<()>),
     /// How many sessions the agent has, this question's own left out.
@@ -131,8 +119,15 @@ impl Supervisor {
         tokio::spawn(serve(listen(CONTROL_SOCKET)?, desk));
         let limits =
             Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
-        let (state, cause) = (row.state, row.cause);
-        let ready_within = ready_within_ms.map_or(default, Duration::from_millis);
+        let lifecycle = Lifecycle::new(Beginning {
+            role: Role::of(&row),
+            state: row.state,
+            cause: row.cause,
+            ready: row.agent.ready,
+            ready_within: ready_within_ms.map_or(default, Duration::from_millis),
+            limits,
+            agent_counts: channel.is_none(),
+        });
         Ok(Self {
             context,
             row,
@@ -141,31 +136,21 @@ impl Supervisor {
             dir,
             guest,
             asked_at,
-            ready_within,
             life,
             calls,
             users,
             channel,
             forwards: Forwards::default(),
-            limits,
-            state,
-            seen: ExitEvidence::default(),
-            kill_at: None,
-            quit_sent: false,
+            lifecycle,
             kept: false,
             baked: None,
             snapshotting: Arc::new(Semaphore::new(1)),
             termination: Termination::listen().map_err(|e| Error::io("cannot listen to signals", e))?,
             awaited: None,
-            cause,
-            stop_cause: None,
             no_space: None,
-            still: Stillness::default(),
-            resuming: false,
             by_itself: None,
             clock_stale: attach,
             host_clocks: HostClocks::now(),
-            asked_if_idle: None,
             unwritten: Unwritten::prepare(Path::new(UNWRITTEN)),
             reports: mpsc::channel(16),
         })
@@ -176,11 +161,6 @@ impl Supervisor {
         self.asked_at.elapsed().as_secs_f64() * 1000.0
     }
 
-    /// A copy of a running guest that is loaded only to be saved again: its CPUs never run.
-    pub(super) fn is_twin(&self) -> bool {
-        self.row.purpose == Purpose::Bake && self.row.origin != Origin::Boot
-    }
-
     /// Whether it is paused only for a snapshot.
     pub(super) fn is_being_saved(&self) -> bool {
         self.snapshotting.available_permits() == 0
@@ -188,32 +168,6 @@ impl Supervisor {
 
     pub(super) fn way(&self) -> AgentRoute {
         AgentRoute { guest: self.guest.clone(), channel: self.channel.clone() }
-    }
-
-    pub(super) fn learn(&mut self, fact: Fact) {
-        let next = advance(self.state, fact);
-        if next != self.state {
-            self.enter(next, None);
-        }
-    }
-
-    /// The CPUs are paused.
-    pub(super) fn paused(&mut self, cause: StateCause) {
-        let next = advance(self.state, Fact::GuestPaused);
-        if next != self.state || next == VmState::Paused && self.cause != Some(cause) {
-            self.enter(next, (next == VmState::Paused).then_some(cause));
-        }
-        self.still.note(true, Instant::now());
-    }
-
-    fn enter(&mut self, next: VmState, cause: Option<StateCause>) {
-        if next != VmState::Paused {
-            self.still.note(false, Instant::now());
-        }
-        (self.state, self.cause) = (next, cause);
-        self.by_itself = (cause == Some(StateCause::DiskFull)).then(|| ByItself::new(Instant::now()));
-        let timings = self.row.timings.filter(|timings| timings.total_ms > 0.0);
-        self.write(Transition::Entered { state: next, cause, timings });
     }
 
     /// Writes into the store. What it does not take is kept and repeated.

@@ -17,7 +17,7 @@ impl Nido {
         let asked_at =
             Instant::now().checked_sub(Duration::from_secs_f64(request.asked_ms_ago.clamp(0.0, 1e9) / 1000.0));
         let nido = Self::open_unreconciled(options)?;
-        let supervised = supervise(Arc::clone(nido.context()), request, asked_at).await;
+        let supervised = Box::pin(supervise(Arc::clone(nido.context()), request, asked_at)).await;
         // The VM may have been the last that used a part. By now no command waits for this process.
         nido.remove_unowned_parts_if_due().await;
         supervised

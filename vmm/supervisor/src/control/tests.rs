@@ -124,3 +124,38 @@ fn a_reply_of_a_newer_supervisor_is_not_a_defect() {
     assert_eq!(decode_reply(extended).unwrap(), Reply::Done);
     decode_reply(br#"{"version":2,"answer":"teleported"}"#).unwrap_err();
 }
+
+/// Requests as a supervisor of version 1 decodes them.
+#[derive(Debug, PartialEq, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+enum RequestOfVersion1 {
+    Ready,
+    Stop(StopRequest),
+    StopKept,
+    Pause,
+    Snapshot { name: SnapshotName, into: Option<String> },
+    Lease,
+    ForwardAdd { forward: ForwardSpec },
+    Retire,
+    Claim(Box<ClaimOfVersion1>),
+}
+
+#[derive(Debug, PartialEq, Deserialize)]
+struct ClaimOfVersion1 {
+    spec: VmSpec,
+    disk_bytes: u64,
+}
+
+#[test]
+fn an_older_supervisor_understands_all_but_a_stop_and_that_without_a_version() {
+    for line in LINES_OF_AN_OLDER_CLIENT {
+        let request = decode_request(line.as_bytes()).1.unwrap();
+        let older = |version| serde_json::from_slice::<RequestOfVersion1>(&encode(&request, version).unwrap());
+        let expected: RequestOfVersion1 = serde_json::from_str(line).unwrap();
+        assert_eq!(older(UNVERSIONED).unwrap(), expected, "{line}");
+        match (older(VERSION), &request) {
+            (Err(error), Request::Stop(_)) => assert!(error.to_string().contains("unknown field `version`"), "{error}"),
+            (decoded, _) => assert_eq!(decoded.unwrap(), expected, "{line}"),
+        }
+    }
+}

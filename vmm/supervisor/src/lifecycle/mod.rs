@@ -1,0 +1,399 @@
+//! What the supervisor decides about its VM: pure. It has no clock and does nothing itself.
+//!
+//! ```text
+//!  event_loop.rs --(now, Event)--> Lifecycle::step() --Vec<Action>--> actions.rs --> QEMU, agent, store
+//!
+//!  ending:  none --stop--> PowerOff --deadline--> Quit --deadline--> Kill --deadline--> Kill ...
+//!             +--force, a guest that failed, role--^       QEMU's monitor does not reply--^
+//! ```
+//!
+//! Invariants, each held by a property test below: a stop that was requested ends in order, and as `stopped`, whatever the guest
+//! and QEMU do meanwhile; its deadline is never extended; an expired limit starts a stop; nothing is done with QEMU after its
+//! exit; a guest that was loaded only to be saved again never runs.
+
+mod admission;
+mod event;
+#[cfg(test)]
+mod tests;
+
+use std::time::{Duration, Instant};
+
+use nido_api::Limit;
+use nido_api::state::{Fact, StateCause, VmState, advance};
+use nido_guest_agent::wire::Pong;
+
+pub(super) use self::admission::taken;
+pub(super) use self::event::{Action, AgentReply, Event, Stop};
+use super::exit_cause::ExitEvidence;
+use super::limits::{Limits, Reached};
+use super::pause::{Observed, Stillness};
+use super::role::{AtReady, Role};
+
+/// How long QEMU may take to quit before it is killed, and to die of that.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the guest may take to power off at the end of its time to live, before QEMU is terminated.
+const LIMIT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the guest may take to power off when the supervisor is asked to end. The host's own limit has to be longer.
+const TERMINATE_STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How far an end has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    PowerOff,
+    Quit,
+    Kill,
+}
+
+/// An end that has begun.
+#[derive(Debug, Clone, Copy)]
+struct Ending {
+    step: Step,
+    deadline: Instant,
+}
+
+/// A VM from QEMU's start to its end.
+#[derive(Debug)]
+pub(super) struct Lifecycle {
+    role: Role,
+    state: VmState,
+    /// Why it is paused.
+    cause: Option<StateCause>,
+    ready: bool,
+    /// The agent is awaited.
+    booting: bool,
+    ready_within: Duration,
+    ending: Option<Ending>,
+    /// A stop was requested.
+    asked: bool,
+    stop_cause: Option<StateCause>,
+    limits: Limits,
+    sessions: usize,
+    /// Sessions do not pass the supervisor: before an idle VM is stopped, its agent is asked.
+    agent_counts: bool,
+    /// Since when the VM seemed to be idle when the agent was asked.
+    asked_if_idle: Option<Instant>,
+    /// QEMU's monitor does not reply.
+    mute: bool,
+    /// A snapshot is being taken.
+    saving: bool,
+    resuming: bool,
+    still: Stillness,
+    evidence: ExitEvidence,
+    exited: bool,
+}
+
+/// What a lifecycle begins with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Beginning {
+    pub role: Role,
+    pub state: VmState,
+    pub cause: Option<StateCause>,
+    pub ready: bool,
+    pub ready_within: Duration,
+    pub limits: Limits,
+    pub agent_counts: bool,
+}
+
+impl Lifecycle {
+    pub(super) fn new(beginning: Beginning) -> Self {
+        let Beginning { role, state, cause, ready, ready_within, limits, agent_counts } = beginning;
+        Self {
+            role,
+            state,
+            cause,
+            ready,
+            booting: false,
+            ready_within,
+            ending: None,
+            asked: state == VmState::Stopping,
+            stop_cause: None,
+            limits,
+            sessions: 0,
+            agent_counts,
+            asked_if_idle: None,
+            mute: false,
+            saving: false,
+            resuming: false,
+            still: Stillness::default(),
+            evidence: ExitEvidence::default(),
+            exited: false,
+        }
+    }
+
+    /// What is to be done about an event that happens at `now`, in this order.
+    pub(super) fn step(&mut self, now: Instant, event: Event) -> Vec<Action> {
+        if self.exited {
+            return Vec::new();
+        }
+        // Whoever used it, used it until now.
+        self.limits.used_by(self.users(), now);
+        let mut actions = self.react(now, event);
+        self.limits.used_by(self.users(), now);
+        if !self.exited {
+            self.check_time(now, &mut actions);
+        }
+        actions
+    }
+
+    fn react(&mut self, now: Instant, event: Event) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match event {
+            Event::Tick => {}
+            Event::Sessions(sessions) => self.sessions = sessions,
+            Event::ExpiresAt(at) => self.limits.expire_at(at),
+            Event::Stop(stop) => self.stop(now, stop, &mut actions),
+            Event::SessionEnded if self.has_quit() => {}
+            Event::SessionEnded => {
+                actions.push(Action::RecordLimit(Limit::Session));
+                self.stop(now, Stop::force(Some(StateCause::Session)), &mut actions);
+            }
+            Event::Terminated if self.ending.is_some() => {}
+            Event::Terminated => {
+                let stop = Stop { cause: Some(StateCause::Host), force: false, timeout: TERMINATE_STOP_TIMEOUT };
+                self.stop(now, stop, &mut actions);
+            }
+            Event::QmpReady => self.learn(now, Fact::QmpReady, &mut actions),
+            Event::Booting => self.booting = true,
+            Event::Agent(reply) => self.on_agent(now, reply, &mut actions),
+            Event::AgentSessions(sessions) => self.on_sessions_counted(now, sessions, &mut actions),
+            Event::Observed(observed) => self.on_observed(now, observed, &mut actions),
+            Event::CpusRun if self.resuming || self.is_saved_while_paused() => {}
+            Event::CpusRun => self.resumed(now, &mut actions),
+            Event::Paused if self.state == VmState::Paused => {}
+            Event::Paused => self.paused(now, StateCause::User, &mut actions),
+            Event::ResumeBegins => self.resuming = true,
+            Event::ResumeEnds(runs) => {
+                self.resuming = false;
+                if runs {
+                    self.resumed(now, &mut actions);
+                }
+            }
+            Event::Panicked => self.record_evidence(|evidence| evidence.panicked = true),
+            Event::Saved => {
+                self.request_stop(now, None, &mut actions);
+                self.quit(now, &mut actions);
+            }
+            Event::Parked(Some(pong)) => {
+                self.paused(now, StateCause::User, &mut actions);
+                self.become_ready(pong, &mut actions);
+            }
+            Event::Parked(None) => self.quit(now, &mut actions),
+            Event::Woken => self.state = advance(self.state, Fact::GuestResumed),
+            Event::Claimed(limits, ready_within) => {
+                (self.role, self.state, self.cause, self.ready) = (Role::Use, VmState::Starting, None, false);
+                (self.limits, self.ready_within, self.still) = (limits, ready_within, Stillness::default());
+                self.booting = true;
+            }
+            Event::Exited => self.exited = true,
+        }
+        actions
+    }
+
+    /// How many use the VM. A booting guest is not idle, for no client could have used it yet; nor is one that is paused.
+    fn users(&self) -> usize {
+        let booting = self.booting && self.role.is_used_while_it_boots();
+        let paused = self.state == VmState::Paused && self.role.is_used_while_paused();
+        self.sessions + usize::from(booting) + usize::from(paused)
+    }
+
+    /// What is due at `now`.
+    fn check_time(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        match self.ending {
+            Some(Ending { deadline, .. }) if now < deadline => {}
+            Some(Ending { step: Step::PowerOff, .. }) => {
+                actions.push(Action::WarnPlugPulled);
+                self.quit(now, actions);
+            }
+            Some(Ending { step: Step::Quit | Step::Kill, .. }) => self.kill(now, actions),
+            None => match self.limits.reached(now) {
+                Some(Reached::Idle) if self.asked_if_idle.is_some() => {}
+                Some(Reached::Idle) if self.agent_counts => {
+                    self.limits.used(now);
+                    self.asked_if_idle = Some(now);
+                    actions.push(Action::CountSessions);
+                }
+                Some(reached) => self.end_limit(now, reached, actions),
+                None => {}
+            },
+        }
+    }
+
+    /// When to step again, if nothing happens before.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        match self.ending {
+            Some(ending) => Some(ending.deadline),
+            None if self.asked_if_idle.is_some() => self.limits.expires_at(),
+            None => self.limits.next_deadline(),
+        }
+    }
+
+    fn end_limit(&mut self, now: Instant, reached: Reached, actions: &mut Vec<Action>) {
+        let (cause, limit) = match reached {
+            Reached::Ttl => (StateCause::Ttl, Limit::Ttl),
+            Reached::Idle => (StateCause::Idle, Limit::Idle),
+        };
+        actions.push(Action::RecordLimit(limit));
+        self.stop(now, Stop { cause: Some(cause), force: false, timeout: LIMIT_STOP_TIMEOUT }, actions);
+    }
+
+    fn request_stop(&mut self, now: Instant, cause: Option<StateCause>, actions: &mut Vec<Action>) {
+        self.asked = true;
+        self.stop_cause = self.stop_cause.or(cause);
+        self.learn(now, Fact::StopAsked, actions);
+    }
+
+    fn stop(&mut self, now: Instant, stop: Stop, actions: &mut Vec<Action>) {
+        self.request_stop(now, stop.cause, actions);
+        if stop.force || self.mute || !self.role.powers_off() {
+            return self.quit(now, actions);
+        }
+        // The earliest deadline counts.
+        let deadline = now.checked_add(stop.timeout).unwrap_or(now);
+        let deadline = match self.ending {
+            Some(Ending { step: Step::Quit | Step::Kill, .. }) => return,
+            Some(ending) => ending.deadline.min(deadline),
+            None => deadline,
+        };
+        self.ending = Some(Ending { step: Step::PowerOff, deadline });
+        actions.push(Action::PowerOff(deadline));
+    }
+
+    fn quit(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        match self.ending {
+            Some(Ending { step: Step::Quit | Step::Kill, .. }) => {}
+            _ if self.mute => self.kill(now, actions),
+            _ => {
+                self.ending = Some(Ending { step: Step::Quit, deadline: now + QUIT_TIMEOUT });
+                actions.push(Action::Quit);
+            }
+        }
+    }
+
+    fn kill(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        self.ending = Some(Ending { step: Step::Kill, deadline: now + QUIT_TIMEOUT });
+        actions.push(Action::Kill);
+    }
+
+    fn on_agent(&mut self, now: Instant, reply: AgentReply, actions: &mut Vec<Action>) {
+        match reply {
+            // Its time was up before its agent replied: it is not ready, it ends.
+            _ if self.asked && !self.ready => {}
+            // Only the time counts in which the CPUs ran.
+            AgentReply::Late if !self.ready && self.is_given_longer(now, actions) => {}
+            // A VM that was taken over: its agent has replied before, and may again, or each request says why it cannot.
+            AgentReply::Late | AgentReply::Refused(..) if self.ready => {
+                self.booting = false;
+                actions.push(Action::ReportReady);
+            }
+            AgentReply::Late => {
+                let after_ms = u64::try_from(self.ready_within.as_millis()).unwrap_or(u64::MAX);
+                self.record_evidence(|evidence| evidence.late_after_ms = Some(after_ms));
+                self.quit(now, actions);
+            }
+            AgentReply::Refused(cause, why) => {
+                self.record_evidence(|evidence| evidence.refused = Some((cause, why)));
+                self.quit(now, actions);
+            }
+            AgentReply::NotRenewed(why) => {
+                self.record_evidence(|evidence| evidence.not_renewed = Some(why));
+                self.quit(now, actions);
+            }
+            AgentReply::Ready(pong) => match self.role.at_ready() {
+                AtReady::Save => actions.push(Action::SaveGuest),
+                AtReady::Park => actions.push(Action::Park(pong)),
+                AtReady::Report => self.become_ready(pong, actions),
+            },
+        }
+    }
+
+    fn become_ready(&mut self, pong: Pong, actions: &mut Vec<Action>) {
+        (self.ready, self.booting, self.still) = (true, false, Stillness::default());
+        actions.push(Action::RecordReady(pong));
+    }
+
+    /// Whether the CPUs stood still while the agent was awaited; then it is awaited for so much longer.
+    fn is_given_longer(&mut self, now: Instant, actions: &mut Vec<Action>) -> bool {
+        let stood_still = self.still.take(now);
+        if stood_still.is_zero() || self.ending.is_some() {
+            return false;
+        }
+        let within = if self.state == VmState::Paused { self.ready_within } else { stood_still };
+        actions.push(Action::AwaitAgent(within));
+        true
+    }
+
+    fn on_sessions_counted(&mut self, now: Instant, sessions: u32, actions: &mut Vec<Action>) {
+        let used_since = self.asked_if_idle.take() != Some(self.limits.quiet_since());
+        if sessions > 0 {
+            self.limits.used(now);
+        } else if !used_since && self.ending.is_none() && self.limits.idle_for(now).is_some() {
+            self.end_limit(now, Reached::Idle, actions);
+        }
+    }
+
+    fn on_observed(&mut self, now: Instant, observed: Observed, actions: &mut Vec<Action>) {
+        match observed {
+            Observed::KvmFailed => {
+                self.record_evidence(|evidence| evidence.kvm_error = true);
+                self.quit(now, actions);
+            }
+            Observed::Panicked => {
+                self.record_evidence(|evidence| evidence.panicked = true);
+                self.quit(now, actions);
+            }
+            Observed::Runs if self.resuming || self.is_saved_while_paused() => {}
+            Observed::Runs => self.resumed(now, actions),
+            // It resumes automatically; no user has requested a pause.
+            Observed::Paused(StateCause::User) if self.saving && self.state != VmState::Paused => {}
+            // A pause that was asked for changes nothing about why the VM was paused before.
+            Observed::Paused(StateCause::User) if self.state == VmState::Paused && self.cause.is_some() => {}
+            Observed::Paused(cause) => self.paused(now, cause, actions),
+            Observed::Passing => {}
+        }
+    }
+
+    /// What is seen of a guest after a stop was requested is no reason for a failure.
+    fn record_evidence(&mut self, record: impl FnOnce(&mut ExitEvidence)) {
+        if !self.asked {
+            record(&mut self.evidence);
+        }
+    }
+
+    /// A snapshot of a paused VM may let the CPUs run for a moment; the VM stays paused.
+    fn is_saved_while_paused(&self) -> bool {
+        self.saving && self.state == VmState::Paused
+    }
+
+    fn resumed(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        let stood_still = self.state == VmState::Paused;
+        self.learn(now, Fact::GuestResumed, actions);
+        if stood_still {
+            actions.push(Action::SetClock);
+        }
+    }
+
+    /// The CPUs are paused.
+    fn paused(&mut self, now: Instant, cause: StateCause, actions: &mut Vec<Action>) {
+        let next = advance(self.state, Fact::GuestPaused);
+        if next != self.state || next == VmState::Paused && self.cause != Some(cause) {
+            self.enter(now, next, (next == VmState::Paused).then_some(cause), actions);
+        }
+        self.still.note(true, now);
+    }
+
+    fn learn(&mut self, now: Instant, fact: Fact, actions: &mut Vec<Action>) {
+        let next = advance(self.state, fact);
+        if next != self.state {
+            self.enter(now, next, None, actions);
+        }
+    }
+
+    fn enter(&mut self, now: Instant, next: VmState, cause: Option<StateCause>, actions: &mut Vec<Action>) {
+        if next != VmState::Paused {
+            self.still.note(false, now);
+        }
+        (self.state, self.cause) = (next, cause);
+        actions.push(Action::RecordState);
+    }
+}
