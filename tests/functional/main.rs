@@ -43,6 +43,7 @@ mod mcp_spec;
 mod mcp_tools;
 mod paused;
 mod pool;
+mod rebuild;
 mod reconcile;
 mod run;
 mod structure;

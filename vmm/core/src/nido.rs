@@ -31,6 +31,7 @@ mod list;
 mod logs;
 mod own_agent;
 mod pool;
+mod rebuild;
 mod reconcile;
 mod run;
 mod snapshots;
@@ -52,6 +53,7 @@ pub use exec::{ExecControl, ExecEvents};
 pub use leases::Lease;
 pub use list::Intent;
 pub use logs::LogStream;
+pub use rebuild::{Rebuilt, RestoredRows, RestoredVm, SkippedDirectory};
 pub use reconcile::Adoption;
 pub use run::RUN_IDLE_MS;
 

@@ -16,6 +16,7 @@ mod pools;
 mod row;
 mod row_decode;
 mod row_facts;
+mod salvage;
 mod schema;
 mod tokens;
 mod vms;
@@ -36,6 +37,7 @@ pub use outbox::{Attempt, Due, Outcome};
 pub use pools::{Claim, PoolRow};
 pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow, VmUpdate};
 pub use row_facts::RowFacts;
+pub use salvage::{Health, Salvaged, health};
 pub use tokens::TokenRow;
 pub use webhooks::WebhookRow;
 
@@ -231,8 +233,7 @@ fn fault(error: rusqlite::Error) -> Error {
 fn damaged(place: &str, why: &str) -> Error {
     let why = why.rsplit_once("is damaged: ").map_or(why, |(_, why)| why);
     Error::new(Code::StoreDamaged, format!("the store {place} is damaged: {why}")).hint(
-        "move nido.db, nido.db-wal and nido.db-shm away and copy nido.db.backup to nido.db; \
-         then restore VMs that are newer than the backup with nido doctor --adopt",
+        "nido doctor --rebuild keeps the damaged file, and makes a new store from what can be read and from the VMs' directories",
     )
 }
 

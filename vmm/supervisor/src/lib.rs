@@ -57,8 +57,7 @@ use crate::context::Context;
 pub use crate::unwritten::lagging;
 
 /// The warning of a VM for which no supervisor stays. A supervisor that works removes it.
-pub const SUPERVISOR_FAILS: &str =
-    "every supervisor that is started for it ends at once, so nothing enforces its limits but its time to live: \
+pub const SUPERVISOR_FAILS: &str = "every supervisor that is started for it ends at once, so nothing enforces its limits but its time to live: \
      see its log with nido logs --source supervisor";
 
 /// What a supervisor is started with.

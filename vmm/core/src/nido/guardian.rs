@@ -219,12 +219,8 @@ impl Guardian {
 
     fn supervise(&self, id: &str) -> Result<()> {
         let lock = self.file(id, SUPERVISOR_LOCK);
-        let held = match Held::try_take_existing(&lock) {
-            // Only the lock's file is missing.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Held::try_take(&lock),
-            held => held,
-        };
-        let held = held.map_err(|e| Error::io("cannot lock the VM", e))?;
+        // Never created: its directory may just be being removed.
+        let held = Held::try_take_existing(&lock).map_err(|e| Error::io("cannot lock the VM", e))?;
         let Some(held) = held.filter(|_| is_held(&self.file(id, VM_LOCK))) else { return Ok(()) };
         tracing::info!("VM {id} lost its supervisor; starting another");
         start_supervisor_unawaited(&self.options, &self.home, id, held)

@@ -6,9 +6,9 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::state::VmState;
 use nido_api::{AgentInfo, VmSpec};
-use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK};
+use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK, VmDir};
 use nido_files::lock::{Held, is_held};
-use nido_store::VmUpdate;
+use nido_store::{Store, VmRow, VmUpdate};
 use nido_supervisor::control::Request;
 use nido_supervisor::vm_record::VmRecord;
 use std::time::Duration;
@@ -67,45 +67,71 @@ impl Nido {
             Err(e) => return Err(Error::io("it cannot be locked", e)),
         };
         let runs = held.is_none() || is_held(&dir.file(VM_LOCK));
-        let mut row = record.row()?;
-        let (machine, origin, cid) = (row.machine.clone(), row.origin.clone(), row.cid);
-        row.spec = VmSpec { ephemeral: false, lease: None, ..row.spec };
-        row.state = match (runs, dir.file(DISK).exists()) {
-            (true, _) => VmState::Running,
-            (false, true) => VmState::Stopped,
-            (false, false) => VmState::Created,
-        };
-        let wanted = row.spec.name.clone();
-        for number in 1_u32.. {
-            row.spec.name = if number == 1 { wanted.clone() } else { numbered(&wanted, number)? };
-            match self.store().insert_vm(&row) {
-                Err(error) if error.code() == Code::VmExists && number < 1000 => {}
-                inserted => {
-                    inserted?;
-                    break;
-                }
-            }
-        }
-        let update = VmUpdate {
-            machine,
-            origin: Some(origin),
-            cid: Some(cid.filter(|_| runs)),
-            started_at: runs.then(jiff::Timestamp::now),
-            ..VmUpdate::default()
-        };
-        self.store().update_vm(id, &update)?;
+        let (mut row, update) = recovered_row(&dir, &record, runs)?;
+        let wanted = insert_recovered(&self.store(), &mut row, &update)?;
         self.context.write_record(&row)?;
         drop(held);
         if runs {
             self.reconcile_vm(&row).await?;
-            if let Ok(Ok(_)) = tokio::time::timeout(READY_TIMEOUT, self.ask(&row, &Request::Ready)).await {
-                let agent = Some(AgentInfo { ready: true, ..AgentInfo::default() });
-                self.store().update_vm(id, &VmUpdate { agent, ..VmUpdate::default() })?;
+            self.confirm_ready(&row).await?;
+        }
+        Ok((row.spec.name, wanted))
+    }
+
+    /// Waits until the agent of an adopted VM has replied, for a while, and records it.
+    pub(in crate::nido) async fn confirm_ready(&self, row: &VmRow) -> Result<()> {
+        if let Ok(Ok(_)) = tokio::time::timeout(READY_TIMEOUT, self.ask(row, &Request::Ready)).await {
+            let agent = Some(AgentInfo { ready: true, ..AgentInfo::default() });
+            self.store().update_vm(&row.id, &VmUpdate { agent, ..VmUpdate::default() })?;
+        }
+        Ok(())
+    }
+}
+
+/// The row of a VM that the store does not know, from its directory, and what is to be changed in it once it is inserted. A
+/// user's ephemeral VM is kept from now on.
+///
+/// # Errors
+/// Its record was written by a nido that is too different.
+pub(in crate::nido) fn recovered_row(dir: &VmDir, record: &VmRecord, runs: bool) -> Result<(VmRow, VmUpdate)> {
+    let mut row = record.row()?;
+    if record.is_of_user() {
+        row.spec = VmSpec { ephemeral: false, lease: None, ..row.spec };
+    }
+    row.state = match (runs, dir.file(DISK).exists()) {
+        (true, _) => VmState::Running,
+        (false, true) => VmState::Stopped,
+        (false, false) => VmState::Created,
+    };
+    let update = VmUpdate {
+        machine: row.machine.clone(),
+        origin: Some(row.origin.clone()),
+        cid: Some(row.cid.filter(|_| runs)),
+        started_at: record.started_at().or_else(|| runs.then(jiff::Timestamp::now)),
+        expires_at: Some(record.expires_at().filter(|_| runs)),
+        ..VmUpdate::default()
+    };
+    Ok((row, update))
+}
+
+/// Inserts such a row. A name that is taken gets a number. Returns the name that it had then.
+///
+/// # Errors
+/// Of the store.
+pub(in crate::nido) fn insert_recovered(store: &Store, row: &mut VmRow, update: &VmUpdate) -> Result<Option<VmName>> {
+    let wanted = row.spec.name.clone();
+    for number in 1_u32.. {
+        row.spec.name = if number == 1 { wanted.clone() } else { numbered(&wanted, number)? };
+        match store.insert_vm(row) {
+            Err(error) if error.code() == Code::VmExists && number < 1000 => {}
+            inserted => {
+                inserted?;
+                break;
             }
         }
-        let renamed = (row.spec.name != wanted).then_some(wanted);
-        Ok((row.spec.name, renamed))
     }
+    store.update_vm(&row.id, update)?;
+    Ok((row.spec.name != wanted).then_some(wanted))
 }
 
 /// A name with a number behind it, no longer than names may be.
