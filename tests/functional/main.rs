@@ -45,6 +45,7 @@ mod paused;
 mod pool;
 mod rebuild;
 mod reconcile;
+mod restart;
 mod run;
 mod structure;
 mod terminal;

@@ -33,6 +33,7 @@ mod own_agent;
 mod pool;
 mod rebuild;
 mod reconcile;
+mod restart_policy;
 mod run;
 mod snapshots;
 mod supervise;

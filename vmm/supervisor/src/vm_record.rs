@@ -200,7 +200,7 @@ fn known_fields(spec: &Value) -> Value {
     let named = spec.get("name").cloned().and_then(|name| serde_json::from_value(name).ok());
     let known = named.and_then(|name| serde_json::to_value(VmSpec::named(name)).ok());
     if let (Some(fields), Some(Value::Object(known))) = (spec.as_object_mut(), known) {
-        fields.retain(|name, _| name == "lease" || known.contains_key(name));
+        fields.retain(|name, _| name == "lease" || name == "restart" || known.contains_key(name));
     }
     spec
 }

@@ -33,7 +33,7 @@ use super::{Nido, OpenOptions};
 /// Tables whose rows are taken from a backup where the store itself does not have them any more.
 const FROM_BACKUPS: [&str; 4] = ["tokens", "webhooks", "audit_heads", "pools"];
 /// Tables whose rows count only as they were last.
-const FROM_THE_STORE: [&str; 6] = ["events", "announced", "vms", "forwards", "part_owners", "deliveries"];
+const FROM_THE_STORE: [&str; 7] = ["events", "announced", "vms", "forwards", "part_owners", "restarts", "deliveries"];
 /// Verbs of background processes: killed at any moment, each is replaced by another that continues its work.
 const BACKGROUND: [&str; 4] = ["supervise", "watch", "deliver", "pool-fill"];
 /// How long a process that was killed may take to end, and a lock to be released.
@@ -283,7 +283,7 @@ fn take_rows(store: &Store, home: &Home, done: &mut Rebuilt) -> Result<()> {
 
 fn note(found: &[Salvaged], from: &str, done: &mut Rebuilt) {
     let shown = |table: &&Salvaged| {
-        table.rows > 0 && !matches!(&*table.table, "vms" | "forwards" | "part_owners" | "announced")
+        table.rows > 0 && !matches!(&*table.table, "vms" | "forwards" | "part_owners" | "restarts" | "announced")
     };
     let rows = found.iter().filter(shown).map(|table| RestoredRows {
         what: what(&table.table).into(),
