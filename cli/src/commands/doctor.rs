@@ -1,11 +1,13 @@
 //! `doctor`: can VMs be started here, and if not, what is missing.
 
+use nido_api::error::Error;
 use nido_api::operation as op;
 use nido_api::{CheckStatus, DoctorReport};
-use nido_core::{Adoption, Nido};
+use nido_core::{Adoption, Nido, Rebuilt};
 use nido_server::sanitize::line;
 
 use super::Context;
+use super::confirmation::Confirmation;
 use crate::exit::{Exit, Outcome};
 
 const EXAMPLES: &str = "\
@@ -13,6 +15,7 @@ Examples:
   nido doctor
   nido doctor --gc       also remove orphans
   nido doctor --adopt    restore VMs that have files but no row in nido.db
+  nido doctor --rebuild  make a new nido.db if it is missing or damaged
   nido doctor --json | jq .ok
 
 Exit code 1 if no VM can be started.";
@@ -30,10 +33,22 @@ pub struct Args {
     /// ephemeral VMs are kept from then on.
     #[arg(long, conflicts_with = "gc")]
     adopt: bool,
+    /// Rebuild nido.db if it is missing or damaged
+    ///
+    /// Keeps the damaged file as nido.db.damaged-DATE. Takes what can be read of it and of its backups, and the rows of other VMs
+    /// from their directories. VMs keep running; their supervisors are replaced. Changes nothing if nido.db is sound and knows
+    /// every VM.
+    #[arg(long, conflicts_with_all = ["gc", "adopt"])]
+    rebuild: bool,
+    #[command(flatten)]
+    confirmation: Confirmation,
 }
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
+        if self.rebuild {
+            return rebuild(cx, self.confirmation).await;
+        }
         let nido = match cx.nido().await {
             Ok(nido) => nido,
             // The home is one of the things to be checked.
@@ -57,6 +72,44 @@ impl Args {
         cx.output.answer(&report, || text(&report))?;
         Ok(if report.ok { Exit::Success } else { Exit::Failure })
     }
+}
+
+async fn rebuild(cx: &Context, confirmation: Confirmation) -> Outcome {
+    if !confirmation.given(cx, "rebuild nido.db if it is missing or damaged, and replace all supervisors?") {
+        return Ok(Exit::Failure);
+    }
+    let rebuilt = Nido::rebuild(cx.options.clone()).await?;
+    // Only now is there a store that the audit log can be continued with.
+    let nido = cx.nido().await?;
+    let done = async { Ok::<_, Error>(rebuilt) };
+    let rebuilt = cx.audited(&nido, "doctor_rebuild", serde_json::json!({}), done).await?;
+    cx.output.answer(&rebuilt, || rebuilt_text(&rebuilt))?;
+    Ok(if rebuilt.skipped.is_empty() { Exit::Success } else { Exit::Failure })
+}
+
+fn rebuilt_text(done: &Rebuilt) -> String {
+    let mut out = match &done.reason {
+        Some(reason) => format!("{}: a new one was made\n", line(reason)),
+        None => "nido.db is sound and was not replaced\n".to_owned(),
+    };
+    if let Some(kept) = &done.kept {
+        out.push_str(&format!("kept      {}\n", line(&kept.display().to_string())));
+    }
+    for vm in &done.vms {
+        let from = if vm.from_directory { "from its directory" } else { "from the old store" };
+        let was = vm.renamed_from.as_ref().map(|was| format!(", was {was}")).unwrap_or_default();
+        out.push_str(&format!("VM        {}{} ({from})\n", line(&vm.name), line(&was)));
+    }
+    for rows in &done.restored {
+        out.push_str(&format!("restored  {} {} (from {})\n", rows.count, rows.what, line(&rows.from)));
+    }
+    for lost in &done.lost {
+        out.push_str(&format!("lost      {}\n", line(lost)));
+    }
+    for directory in &done.skipped {
+        out.push_str(&format!("skipped   vms/{}: {}\n", line(&directory.id), line(&directory.reason)));
+    }
+    out
 }
 
 /// What was adopted, on standard error.

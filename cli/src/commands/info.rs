@@ -84,6 +84,8 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
         some("label", Some(format!("{key}={value}")));
     }
     some("ephemeral", vm.ephemeral.then(|| "yes".into()));
+    let restarts = |count| if count == 0 { String::new() } else { format!(" ({count} so far)") };
+    some("restart", (!vm.restart.is_no()).then(|| format!("{}{}", vm.restart.word(), restarts(vm.restarts))));
     some("session", vm.lease.as_ref().map(|lease| format!("{}; deleted when it ends", lease.as_str())));
     some("created", Some(past(vm.created_at, now)));
     some("started", vm.started_at.map(|at| past(at, now)));

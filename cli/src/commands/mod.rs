@@ -32,6 +32,7 @@ mod pool;
 mod pool_fill;
 mod proxy;
 mod restart;
+mod restart_by_policy;
 mod resume;
 mod run;
 mod selection;
@@ -120,6 +121,8 @@ pub enum Verb {
     #[command(hide = true)]
     Watch(watch::Args),
     #[command(hide = true)]
+    RestartByPolicy(restart_by_policy::Args),
+    #[command(hide = true)]
     PoolFill(pool_fill::Args),
     #[command(hide = true)]
     Deliver(deliver::Args),
@@ -141,7 +144,10 @@ impl Verb {
 
     /// Whether its process stays when the command that has started it is over.
     pub const fn stays(&self) -> bool {
-        matches!(self, Self::Supervise(_) | Self::Watch(_) | Self::PoolFill(_) | Self::Deliver(_))
+        matches!(
+            self,
+            Self::Supervise(_) | Self::Watch(_) | Self::RestartByPolicy(_) | Self::PoolFill(_) | Self::Deliver(_)
+        )
     }
 
     /// Whether it is there to give space back: a full disk does not keep it from that.
@@ -189,6 +195,7 @@ impl Verb {
             Self::Man(args) => args.run(cx),
             Self::Supervise(args) => Box::pin(args.run(cx)).await,
             Self::Watch(args) => args.run(cx).await,
+            Self::RestartByPolicy(args) => args.run(cx).await,
             Self::PoolFill(args) => Box::pin(args.run(cx)).await,
             Self::Deliver(args) => args.run(cx).await,
         }

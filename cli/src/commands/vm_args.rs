@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use nido_api::name::{TemplateName, VmName};
+use nido_api::restart::RestartPolicy;
 use nido_api::{
     AccelChoice, BakeRequest, ForwardSpec, MachineChoice, NetChoice, PathChoice, StartPath, StartRequest, VmInfo,
     VmSpec,
@@ -32,6 +33,9 @@ pub struct VmArgs {
     /// Delete the VM when it stops
     #[arg(long)]
     ephemeral: bool,
+    /// Start the VM again when it has failed, or (always) also when the guest powered itself off [default: no]
+    #[arg(long, value_name = "POLICY")]
+    restart: Option<Restart>,
     /// Refuse to start without hardware isolation
     #[arg(long)]
     require_isolation: bool,
@@ -81,6 +85,13 @@ enum Machine {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum Restart {
+    No,
+    OnFailure,
+    Always,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum Accel {
     Auto,
     Kvm,
@@ -116,6 +127,11 @@ impl VmArgs {
             ttl_ms: self.ttl,
             idle_ms: self.idle,
             ephemeral: self.ephemeral,
+            restart: self.restart.map_or(RestartPolicy::No, |restart| match restart {
+                Restart::No => RestartPolicy::No,
+                Restart::OnFailure => RestartPolicy::OnFailure,
+                Restart::Always => RestartPolicy::Always,
+            }),
             labels: self.label.into_iter().collect(),
             ..defaults
         }

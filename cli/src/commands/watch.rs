@@ -7,11 +7,15 @@ use crate::exit::{Exit, Outcome};
 
 /// Watch the supervisors of all running VMs until no VM runs
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Stay when no VM runs, and wait for the end of another guardian
+    #[arg(long)]
+    stay: bool,
+}
 
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
-        Box::pin(Nido::watch(cx.options.clone())).await?;
+        Box::pin(Nido::watch(cx.options.clone(), self.stay)).await?;
         Ok(Exit::Success)
     }
 }

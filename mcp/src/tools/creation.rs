@@ -55,6 +55,8 @@ pub const DESCRIPTIONS: [(&str, &str); 13] = [
     ("ttl_seconds", "Stop it after so many seconds."),
     ("idle_seconds", "The same, after seconds unused."),
 ];
+/// A field of a new VM that no tool has: the size of what a model reads is limited.
+const RESTART: &str = "restart";
 const EPHEMERAL: &str = "Delete it when it stops, and with this session.";
 const PORTS: &str = "Published, HOST:GUEST.";
 const OUTLIVES_WORDS: &str = "Ephemeral, but not with this session.";
@@ -73,6 +75,7 @@ fn without(left_out: &[&str]) -> Value {
         properties.insert(OUTLIVES.into(), outlives);
         let ports = json!({ "type": "array", "items": { "type": "string" }, "description": PORTS });
         properties["forwards"][schema::LISTED_AS] = ports;
+        properties.remove(RESTART);
         properties.retain(|name, _| !left_out.contains(&name.as_str()));
     }
     schema
@@ -93,6 +96,12 @@ impl NewVm {
         if let Some(name) = left_out.iter().find(|name| given.get(name).is_some()) {
             let words = format!(
                 "{name}: there is no such argument; vm_spawn makes a VM that runs, vm_create one that does not"
+            );
+            return Err(Error::new(Code::SpecInvalid, words));
+        }
+        if given.get(RESTART).is_some() {
+            let words = format!(
+                "{RESTART}: there is no such argument; a user sets it, with nido create --restart or over REST"
             );
             return Err(Error::new(Code::SpecInvalid, words));
         }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{ForwardSpec, LeaseId};
 use crate::error::{Code, Error};
 use crate::name::{TemplateName, VmName};
+use crate::restart::RestartPolicy;
 
 /// Requested machine type.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
@@ -131,6 +132,9 @@ pub struct VmSpec {
     /// Delete it when it stops.
     #[serde(default)]
     pub ephemeral: bool,
+    /// Start it again when it has ended: `no`, `on-failure` (it failed) or `always` (also if the guest powered itself off).
+    #[serde(default, skip_serializing_if = "RestartPolicy::is_no")]
+    pub restart: RestartPolicy,
     /// Labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -175,6 +179,7 @@ impl VmSpec {
             ttl_ms: None,
             idle_ms: None,
             ephemeral: false,
+            restart: RestartPolicy::No,
             labels: BTreeMap::new(),
             lease: None,
         }
@@ -231,6 +236,9 @@ pub struct SpawnRequest {
     /// Delete it when it stops.
     #[serde(default)]
     pub ephemeral: bool,
+    /// Start it again when it has ended: `no`, `on-failure` (it failed) or `always` (also if the guest powered itself off).
+    #[serde(default, skip_serializing_if = "RestartPolicy::is_no")]
+    pub restart: RestartPolicy,
     /// Labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -274,6 +282,7 @@ impl SpawnRequest {
             ttl_ms: self.ttl_ms,
             idle_ms: self.idle_ms,
             ephemeral: self.ephemeral,
+            restart: self.restart,
             labels: self.labels,
             lease: None,
         };
@@ -363,32 +372,5 @@ pub const STOP_MAX_MS: u64 = 3_600_000;
 impl Default for StopRequest {
     fn default() -> Self {
         Self { force: false, timeout_ms: 30_000 }
-    }
-}
-
-/// Stages of a start, for progress displays.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum StartStage {
-    /// Disk and configuration are created.
-    Preparing,
-    /// QEMU starts.
-    Launching,
-    /// The guest boots; the guest agent has not replied yet.
-    Booting,
-    /// The guest agent replies.
-    Ready,
-}
-
-impl StartStage {
-    /// The word for it.
-    #[must_use]
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Preparing => "preparing",
-            Self::Launching => "launching",
-            Self::Booting => "booting",
-            Self::Ready => "ready",
-        }
     }
 }

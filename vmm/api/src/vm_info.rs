@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ForwardSpec, LeaseId, NetChoice};
 use crate::name::{TemplateName, VmName};
+use crate::restart::RestartPolicy;
 use crate::state::{FailureCause, StateCause, VmState};
 
 /// A VM.
@@ -54,6 +55,12 @@ pub struct VmInfo {
     pub labels: BTreeMap<String, String>,
     /// Whether it is deleted when it stops.
     pub ephemeral: bool,
+    /// Whether it is started again when it has ended. Absent: no.
+    #[serde(default, skip_serializing_if = "RestartPolicy::is_no")]
+    pub restart: RestartPolicy,
+    /// How often its restart policy started it since a user did. Absent: never.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub restarts: u32,
     /// The session that it was created for: it is deleted when that ends. Absent if it belongs to none.
     #[serde(default)]
     pub lease: Option<LeaseId>,
@@ -74,6 +81,11 @@ pub struct VmInfo {
     /// Warnings, for example that there is no hardware isolation.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // the shape serde wants
+const fn is_zero(count: &u32) -> bool {
+    *count == 0
 }
 
 /// The warning of a VM whose guest was not given the time it needed to power off.

@@ -25,5 +25,5 @@ pub use nido_supervisor::SuperviseRequest;
 pub use nido::execute;
 pub use nido::{
     Adoption, BegunVm, EventFeed, ExecControl, ExecEvents, Intent, Lease, LogStream, Nido, OpenOptions, RUN_IDLE_MS,
-    Watch,
+    Rebuilt, RestoredRows, RestoredVm, SkippedDirectory, Watch,
 };

@@ -32,7 +32,9 @@ mod list;
 mod logs;
 mod own_agent;
 mod pool;
+mod rebuild;
 mod reconcile;
+mod restart_policy;
 mod run;
 mod snapshots;
 mod supervise;
@@ -53,6 +55,7 @@ pub use exec::{ExecControl, ExecEvents};
 pub use leases::Lease;
 pub use list::Intent;
 pub use logs::LogStream;
+pub use rebuild::{Rebuilt, RestoredRows, RestoredVm, SkippedDirectory};
 pub use reconcile::Adoption;
 pub use run::RUN_IDLE_MS;
 

@@ -145,6 +145,18 @@ impl Home {
         [layout::DATABASE_BACKUP, layout::DATABASE_BACKUP_OLDER].map(|name| self.root.join(name))
     }
 
+    /// A new store while it is rebuilt.
+    #[must_use]
+    pub fn rebuilt_database(&self) -> PathBuf {
+        self.root.join(layout::DATABASE_REBUILT)
+    }
+
+    /// Held by the process that rebuilds the store.
+    #[must_use]
+    pub fn rebuild_lock(&self) -> PathBuf {
+        self.root.join(layout::REBUILD_LOCK)
+    }
+
     /// Held by the process that makes a backup of the store.
     #[must_use]
     pub fn backup_lock(&self) -> PathBuf {

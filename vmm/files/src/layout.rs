@@ -11,6 +11,10 @@ pub const DATABASE_BACKUP: &str = "nido.db.backup";
 pub const DATABASE_BACKUP_OLDER: &str = "nido.db.backup.1";
 /// Held by the process that makes a backup of the store.
 pub const DATABASE_BACKUP_LOCK: &str = "nido.db.backup.lock";
+/// A new store while it is rebuilt.
+pub const DATABASE_REBUILT: &str = "nido.db.rebuilt";
+/// Held by the process that rebuilds the store.
+pub const REBUILD_LOCK: &str = "rebuild.lock";
 /// Space that is kept for giving space back.
 pub const SPACE_RESERVE: &str = "space.reserve";
 /// The directories of VMs, by id.

@@ -13,9 +13,11 @@ mod jobs;
 mod outbox;
 mod parts;
 mod pools;
+mod restarts;
 mod row;
 mod row_decode;
 mod row_facts;
+mod salvage;
 mod schema;
 mod stored_spec;
 mod tokens;
@@ -36,8 +38,10 @@ pub use approvals::ApprovalRow;
 pub use idempotency::KeyState;
 pub use outbox::{Attempt, Due, Outcome};
 pub use pools::{Claim, PoolRow};
+pub use restarts::RestartFacts;
 pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow};
 pub use row_facts::RowFacts;
+pub use salvage::{Health, Salvaged, health};
 pub use stored_spec::{spec_of_stored, stored_spec};
 pub use tokens::TokenRow;
 pub use transition::{Adopted, AgentReady, End, Launching, Transition, Transitioned};
@@ -237,8 +241,7 @@ fn fault(error: rusqlite::Error) -> Error {
 fn damaged(place: &str, why: &str) -> Error {
     let why = why.rsplit_once("is damaged: ").map_or(why, |(_, why)| why);
     Error::new(Code::StoreDamaged, format!("the store {place} is damaged: {why}")).hint(
-        "move nido.db, nido.db-wal and nido.db-shm away and copy nido.db.backup to nido.db; \
-         then restore VMs that are newer than the backup with nido doctor --adopt",
+        "nido doctor --rebuild keeps the damaged file, and makes a new store from what can be read and from the VMs' directories",
     )
 }
 

@@ -181,7 +181,7 @@ pub(super) mod tests {
         for id in ["1", "2"] {
             store.insert_vm(&row(id, Purpose::Use, "r")).unwrap();
             let origin = Origin::Fork(saved.clone());
-            let last_start = Adopted { machine: None, origin, cid: None, started_at: None };
+            let last_start = Adopted { machine: None, origin, cid: None, started_at: None, expires_at: None };
             make(&store, id, &Transition::Adopted(Box::new(last_start)));
             make(&store, id, &Transition::Entered { state: VmState::Running, cause: None, timings: None });
         }

@@ -253,7 +253,8 @@ mod tests {
             let spec = VmSpec::named(format!("pool-{number}").parse().unwrap());
             let id = number.to_string();
             store.insert_vm(&VmRow::new(id.clone(), spec, Purpose::Pool, VmState::Starting, parts, 1 << 30)).unwrap();
-            let forked = Adopted { machine: None, origin: origin("m", "bake"), cid: None, started_at: None };
+            let forked =
+                Adopted { machine: None, origin: origin("m", "bake"), cid: None, started_at: None, expires_at: None };
             let parked = AgentReady {
                 state: VmState::Paused,
                 cause: None,

@@ -3,7 +3,7 @@
 //! Invariant: a step that was released never changes; a change of the tables is a new step.
 
 /// What takes a store from one version to the next, from an empty file on; `user_version` counts how many were taken.
-pub(super) const STEPS: [&str; 16] = [
+pub(super) const STEPS: [&str; 17] = [
     "CREATE TABLE vms (
         id            TEXT PRIMARY KEY,
         name          TEXT NOT NULL UNIQUE,
@@ -168,6 +168,15 @@ pub(super) const STEPS: [&str; 16] = [
      INSERT OR IGNORE INTO part_owners SELECT DISTINCT vms.id, leaf.value, 1
         FROM vms, json_tree(CASE WHEN json_valid(vms.origin) THEN vms.origin ELSE '{}' END) AS leaf
         WHERE vms.state NOT IN ('created', 'stopped', 'failed') AND leaf.key IN ('memory', 'state');",
+    "ALTER TABLE vms ADD COLUMN restart TEXT GENERATED ALWAYS AS (
+        CASE WHEN json_valid(spec) THEN json_extract(spec, '$.restart') END) VIRTUAL;
+     CREATE INDEX vms_to_restart ON vms (id) WHERE restart IS NOT NULL AND state IN ('stopped', 'failed');
+     CREATE TABLE restarts (
+        vm_id      TEXT PRIMARY KEY REFERENCES vms(id) ON DELETE CASCADE,
+        count      INTEGER NOT NULL,             -- restarts by its policy since a user started it
+        in_row     INTEGER NOT NULL,             -- so many of them in a row did not work
+        held       INTEGER NOT NULL              -- 1: a user keeps it stopped
+     ) STRICT, WITHOUT ROWID;",
 ];
 /// What this build writes into `user_version`.
 pub(super) const SCHEMA_VERSION: i64 = STEPS.len() as i64;

@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 
 use nido_api::name::{TemplateName, VmName};
+use nido_api::restart::RestartPolicy;
 use nido_api::{AccelChoice, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
 use serde::{Deserialize, Serialize};
 
@@ -42,9 +43,11 @@ struct StoredSpec {
     ttl_ms: Option<u64>,
     #[serde(default)]
     idle_ms: Option<u64>,
-    // Virtual columns of the store read the next and `lease`: see `schema.rs`.
+    // Virtual columns of the store read the next two and `lease`: see `schema.rs`.
     #[serde(default)]
     ephemeral: bool,
+    #[serde(default, skip_serializing_if = "RestartPolicy::is_no")]
+    restart: RestartPolicy,
     #[serde(default)]
     labels: BTreeMap<String, String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -94,6 +97,7 @@ impl From<VmSpec> for StoredSpec {
             ttl_ms,
             idle_ms,
             ephemeral,
+            restart,
             labels,
             lease,
         } = spec;
@@ -113,6 +117,7 @@ impl From<VmSpec> for StoredSpec {
             ttl_ms,
             idle_ms,
             ephemeral,
+            restart,
             labels,
             lease,
         }
@@ -136,6 +141,7 @@ impl From<StoredSpec> for VmSpec {
             ttl_ms: stored.ttl_ms,
             idle_ms: stored.idle_ms,
             ephemeral: stored.ephemeral,
+            restart: stored.restart,
             labels: stored.labels,
             lease: stored.lease,
         }
@@ -152,7 +158,7 @@ mod tests {
         let mut spec = VmSpec::named("web".parse().unwrap());
         spec.labels.insert("role".into(), "demo".into());
         spec.forwards = vec!["8080:80".parse().unwrap()];
-        VmSpec { ttl_ms: Some(7), nested: true, ephemeral: true, disk_bytes: Some(1 << 30), ..spec }
+        VmSpec { ttl_ms: Some(7), nested: true, restart: RestartPolicy::Always, disk_bytes: Some(1 << 30), ..spec }
     }
 
     #[test]

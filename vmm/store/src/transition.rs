@@ -130,8 +130,10 @@ pub struct Adopted {
     pub origin: Origin,
     /// Its vsock address, if it runs.
     pub cid: Option<u32>,
-    /// When it was adopted, if it runs.
+    /// When it was started; if that is not recorded and it runs, when it was adopted.
     pub started_at: Option<Timestamp>,
+    /// When its time to live ends, if it runs.
+    pub expires_at: Option<Timestamp>,
 }
 
 /// Whether a transition was made.
@@ -243,6 +245,7 @@ impl Transition {
                 columns.set("origin", encode(&adopted.origin)?);
                 columns.set("cid", adopted.cid);
                 columns.set("started_ms", adopted.started_at.map(Timestamp::as_millisecond));
+                columns.set("expires_ms", adopted.expires_at.map(Timestamp::as_millisecond));
             }
         }
         Ok(columns)

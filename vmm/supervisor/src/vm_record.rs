@@ -73,6 +73,12 @@ pub struct VmRecord {
     /// Who made it: [`nido_api::Caller::owner`].
     #[serde(default)]
     pub owner: Option<String>,
+    /// When it was last started, in milliseconds since 1970.
+    #[serde(default)]
+    pub started_ms: Option<i64>,
+    /// When the time to live of its last start is over, in milliseconds since 1970.
+    #[serde(default)]
+    pub expires_ms: Option<i64>,
 }
 
 impl VmRecord {
@@ -94,6 +100,8 @@ impl VmRecord {
             origin: json(&row.origin)?,
             cid: row.cid,
             owner: row.owner.clone(),
+            started_ms: row.started_at.map(Timestamp::as_millisecond),
+            expires_ms: row.expires_at.map(Timestamp::as_millisecond),
         })
     }
 
@@ -125,6 +133,18 @@ impl VmRecord {
             return Ok(());
         }
         write_private(&path, &text, durability).map_err(|e| Error::io("cannot write the VM's record", e))
+    }
+
+    /// When it was last started.
+    #[must_use]
+    pub fn started_at(&self) -> Option<Timestamp> {
+        self.started_ms.and_then(|at| Timestamp::from_millisecond(at).ok())
+    }
+
+    /// When the time to live of its last start is over.
+    #[must_use]
+    pub fn expires_at(&self) -> Option<Timestamp> {
+        self.expires_ms.and_then(|at| Timestamp::from_millisecond(at).ok())
     }
 
     /// Whether the VM is there for its user, and not for nido itself.

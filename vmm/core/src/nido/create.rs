@@ -123,6 +123,10 @@ pub(super) fn check_labels(spec: &VmSpec) -> Result<()> {
             return Err(Error::new(Code::SpecInvalid, words));
         }
     }
+    if spec.ephemeral && !spec.restart.is_no() {
+        let words = "restart: an ephemeral VM is deleted when it stops, so it cannot be restarted";
+        return Err(Error::new(Code::SpecInvalid, words).hint("leave out ephemeral, or restart"));
+    }
     for (field, limit) in [("ttl_ms", spec.ttl_ms), ("idle_ms", spec.idle_ms)] {
         if limit == Some(0) {
             let words = format!("{field}: a time limit of zero would end the VM at once");

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
+use nido_api::restart::RestartPolicy;
 use nido_api::state::VmState;
 use nido_api::{ForkResult, Grant, Limits, PathChoice, StartRequest, StartStage, VmInfo, VmRef, VmSpec};
 use nido_engine::snapshot;
@@ -154,6 +155,7 @@ impl Nido {
             ttl_ms: None,
             forwards: Vec::new(),
             lease: None,
+            restart: RestartPolicy::No,
             ..source.spec.clone()
         };
         let (id, disk_bytes) = (random::id()?, source.disk_bytes);

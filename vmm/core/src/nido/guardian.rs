@@ -1,5 +1,6 @@
 //! The guardian of a home: `nido watch`, one process while any VM runs. It starts a supervisor for a QEMU that has none, records
-//! the end of a QEMU that ended without one, and kills a QEMU whose supervisor hangs when the time to live is over.
+//! the end of a QEMU that ended without one, kills a QEMU whose supervisor hangs when the time to live is over, and restarts VMs as
+//! their restart policies say.
 //!
 //! ```text
 //!  a supervisor (at its start, and every 3 s), a command ── guardian.lock free? ──> nido watch ── no VM runs: ends
@@ -11,6 +12,7 @@
 //! the next nido command does it.
 
 mod decide;
+mod restarts;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -22,11 +24,12 @@ use nido_api::state::VmState;
 use nido_engine::home::{Home, SUPERVISOR_LOCK, VM_LOCK};
 use nido_engine::host::{scope, vm_processes};
 use nido_files::lock::{Held, is_free, is_held};
-use nido_store::{RowFacts, Store, Transition};
+use nido_store::{RestartFacts, RowFacts, Store, Transition};
 use nido_supervisor::SUPERVISOR_FAILS;
-use nido_supervisor::context::{open_home, start_supervisor_unawaited};
+use nido_supervisor::context::{open_home, restart_unawaited, start_supervisor_unawaited};
 
 use self::decide::{Act, Histories, VmFacts, decide};
+use self::restarts::{Waits, due, waits};
 use super::reconcile::Scope;
 use super::{Nido, OpenOptions};
 
@@ -49,28 +52,40 @@ enum End {
 }
 
 impl Nido {
-    /// The hidden verb: guards the home until no VM runs; returns at once if another guardian does.
+    /// The hidden verb: guards the home until no VM runs or waits for its restart; returns at once if another guardian does. With
+    /// `stay` it waits for the other one's end, and stays when nothing runs: for a service manager.
     ///
     /// # Errors
     /// The home cannot be opened or locked.
-    pub async fn watch(options: OpenOptions) -> Result<()> {
+    pub async fn watch(options: OpenOptions, stay: bool) -> Result<()> {
         let Some(home) = open_home(&options)? else { return Ok(()) };
         let mut guardian = Guardian::new(options, home)?;
         loop {
             let held = Held::try_take(&guardian.home.guardian_lock());
-            let Some(held) = held.map_err(|e| Error::io("cannot lock the guardian's lock", e))? else { return Ok(()) };
-            guardian.leave_callers_unit();
-            let end = guardian.guard().await;
+            let Some(held) = held.map_err(|e| Error::io("cannot lock the guardian's lock", e))? else {
+                if stay {
+                    tokio::time::sleep(LOOK_INTERVAL).await;
+                    continue;
+                }
+                return Ok(());
+            };
+            if !stay {
+                guardian.leave_callers_unit();
+            }
+            let end = guardian.guard(stay).await;
             drop(held);
             // A process that saw the lock held in between relies on this.
-            if end == End::NotOurs || !guardian.look().is_ok_and(|vms| vms.iter().any(VmFacts::needs_guardian)) {
+            if end == End::NotOurs || !guardian.look().is_ok_and(|seen| seen.needs_guardian()) {
                 return Ok(());
             }
         }
     }
 
-    /// Whether a VM claims to run, so that the home needs a guardian.
+    /// Whether a VM claims to run, or waits for its restart, so that the home needs a guardian.
     pub(super) fn needs_guardian(&self) -> Result<bool> {
+        if self.store().vms_to_restart()?.iter().any(waits) {
+            return Ok(true);
+        }
         Ok(self.store().rows_to_reconcile()?.iter().any(|row| row.state.is_some_and(|state| !state.at_rest())))
     }
 
@@ -88,6 +103,20 @@ impl Nido {
     }
 }
 
+/// What a look has shown.
+#[derive(Debug, Default)]
+struct Seen {
+    vms: Vec<VmFacts>,
+    /// Stopped and failed VMs with a restart policy.
+    ended: Vec<RestartFacts>,
+}
+
+impl Seen {
+    fn needs_guardian(&self) -> bool {
+        self.vms.iter().any(VmFacts::needs_guardian) || self.ended.iter().any(waits)
+    }
+}
+
 /// A guardian, between two looks.
 #[derive(Debug)]
 struct Guardian {
@@ -96,7 +125,7 @@ struct Guardian {
     /// Which directory the home is: device and inode.
     identity: (u64, u64),
     /// What was seen last.
-    vms: Vec<VmFacts>,
+    seen: Seen,
     /// Why the store could not be read the last time.
     trouble: Option<String>,
 }
@@ -104,7 +133,7 @@ struct Guardian {
 impl Guardian {
     fn new(options: OpenOptions, home: Home) -> Result<Self> {
         let identity = identity(home.root()).ok_or_else(|| Error::internal("nido's home cannot be looked at"))?;
-        Ok(Self { options, home, identity, vms: Vec::new(), trouble: None })
+        Ok(Self { options, home, identity, seen: Seen::default(), trouble: None })
     }
 
     /// Where there is systemd: the scope of the VM whose supervisor started this process ends with that VM.
@@ -119,17 +148,17 @@ impl Guardian {
         });
     }
 
-    async fn guard(&mut self) -> End {
-        let mut histories = Histories::default();
+    async fn guard(&mut self, stay: bool) -> End {
+        let (mut histories, mut restarts) = (Histories::default(), Waits::default());
         loop {
             if identity(self.home.root()) != Some(self.identity) {
                 return End::NotOurs;
             }
             match self.look() {
-                Ok(vms) => {
+                Ok(seen) => {
                     self.trouble = None;
-                    self.vms = vms;
-                    if !self.vms.iter().any(VmFacts::needs_guardian) {
+                    self.seen = seen;
+                    if !stay && !self.seen.needs_guardian() {
                         return End::NothingRuns;
                     }
                 }
@@ -141,14 +170,20 @@ impl Guardian {
                 Err(error) => {
                     self.note_trouble(&error);
                     self.look_at_locks();
-                    if !self.vms.iter().any(|vm| vm.runs || vm.supervised) {
+                    if !stay && !self.seen.vms.iter().any(|vm| vm.runs || vm.supervised) {
                         return End::NothingRuns;
                     }
                 }
             }
-            for act in decide(&self.vms, &mut histories, Instant::now()) {
+            for act in decide(&self.seen.vms, &mut histories, Instant::now()) {
                 if let Err(error) = self.act(&act).await {
                     tracing::error!("{act:?} failed: {error}");
+                }
+            }
+            for (id, in_row) in due(&self.seen.ended, &mut restarts, Instant::now(), Timestamp::now()) {
+                tracing::info!("restarting VM {id} by its policy");
+                if let Err(error) = restart_unawaited(&self.options, &self.home, &id, in_row) {
+                    tracing::error!("VM {id} cannot be restarted: {error}");
                 }
             }
             self.pause().await;
@@ -156,10 +191,12 @@ impl Guardian {
     }
 
     /// Reads the store, then the locks. Nothing is created, and nothing stays open.
-    fn look(&self) -> Result<Vec<VmFacts>> {
-        let rows = Store::open_to_read(&self.home.database())?.rows_to_reconcile()?;
+    fn look(&self) -> Result<Seen> {
+        let store = Store::open_to_read(&self.home.database())?;
+        let (rows, ended) = (store.rows_to_reconcile()?, store.vms_to_restart()?);
+        drop(store);
         let now = Timestamp::now().as_millisecond();
-        Ok(rows.iter().map(|row| self.facts(row, now)).collect())
+        Ok(Seen { vms: rows.iter().map(|row| self.facts(row, now)).collect(), ended })
     }
 
     fn facts(&self, row: &RowFacts, now: i64) -> VmFacts {
@@ -176,9 +213,9 @@ impl Guardian {
 
     /// Looks at what was seen last once more: the store cannot be read.
     fn look_at_locks(&mut self) {
-        let mut vms = std::mem::take(&mut self.vms);
+        let mut vms = std::mem::take(&mut self.seen.vms);
         vms.iter_mut().for_each(|vm| self.read_locks(vm));
-        self.vms = vms;
+        self.seen = Seen { vms, ended: Vec::new() };
     }
 
     fn read_locks(&self, vm: &mut VmFacts) {
@@ -220,12 +257,8 @@ impl Guardian {
 
     fn supervise(&self, id: &str) -> Result<()> {
         let lock = self.file(id, SUPERVISOR_LOCK);
-        let held = match Held::try_take_existing(&lock) {
-            // Only the lock's file is missing.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Held::try_take(&lock),
-            held => held,
-        };
-        let held = held.map_err(|e| Error::io("cannot lock the VM", e))?;
+        // Never created: its directory may just be being removed.
+        let held = Held::try_take_existing(&lock).map_err(|e| Error::io("cannot lock the VM", e))?;
         let Some(held) = held.filter(|_| is_held(&self.file(id, VM_LOCK))) else { return Ok(()) };
         tracing::info!("VM {id} lost its supervisor; starting another");
         start_supervisor_unawaited(&self.options, &self.home, id, held)
@@ -233,7 +266,7 @@ impl Guardian {
 
     /// Sleeps until the next look, or until a supervisor has ended.
     async fn pause(&self) {
-        let count = u32::try_from(self.vms.len()).unwrap_or(u32::MAX);
+        let count = u32::try_from(self.seen.vms.len()).unwrap_or(u32::MAX);
         let step = LOCKS_INTERVAL_PER_VM.saturating_mul(count).clamp(LOCKS_INTERVAL_MIN, LOOK_INTERVAL);
         let deadline = Instant::now() + LOOK_INTERVAL;
         loop {
@@ -243,7 +276,7 @@ impl Guardian {
             }
             tokio::time::sleep(step.min(left)).await;
             let has_ended = |vm: &VmFacts| vm.supervised && !is_held(&self.file(&vm.id, SUPERVISOR_LOCK));
-            if self.vms.iter().any(has_ended) {
+            if self.seen.vms.iter().any(has_ended) {
                 return;
             }
         }

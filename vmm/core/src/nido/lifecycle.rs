@@ -18,6 +18,7 @@ use super::Nido;
 use super::begun::BegunVm;
 use super::create::{boot_parts, disk_bytes, machine_request, make_disk};
 use super::denied::denied;
+use super::restart_policy::Starter;
 
 /// How long a start waits for another process that holds the VM's lock.
 pub(super) const LET_GO: Duration = Duration::from_secs(5);
@@ -108,8 +109,17 @@ impl Nido {
         start: StartRequest,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
+        self.start_for(vm.into(), start, Starter::User, progress).await
+    }
+
+    pub(super) async fn start_for(
+        &self,
+        vm: VmRef<'_>,
+        start: StartRequest,
+        starter: Starter,
+        progress: &mut (dyn FnMut(StartStage) + Send),
+    ) -> Result<VmInfo> {
         let asked_at = Instant::now();
-        let vm = vm.into();
         let name = vm.name;
         let row = self.resolve(vm)?;
         match admit(row.state, Act::Start) {
@@ -138,6 +148,7 @@ impl Nido {
         if !matches!(admit(row.state, Act::Start), Admission::Do) {
             return Err(Error::new(Code::VmBusy, format!("VM '{name}' changed meanwhile; it is {}", row.state.word())));
         }
+        self.count_start(&row, starter)?;
         self.begin_start(&row)?;
         nido_files::failpoint!("start.row");
         if let Err(error) = Box::pin(self.launch(&row, held, start, asked_at)).await {
@@ -279,7 +290,7 @@ impl Nido {
         if matches!(admit(row.state, Act::Stop), Admission::Do) {
             return self.stop_row(&row, stop).await;
         }
-        Ok(self.describe(&row))
+        self.keep_stopped(&row, stop).await
     }
 
     pub(super) async fn stop_row(&self, row: &VmRow, stop: StopRequest) -> Result<VmInfo> {

@@ -192,6 +192,8 @@ impl Nido {
             forwards: row.forwards.clone(),
             labels: row.spec.labels.clone(),
             ephemeral: row.spec.ephemeral,
+            restart: row.spec.restart,
+            restarts: self.restart_count(row),
             lease: row.spec.lease.clone(),
             agent,
             created_at: row.created_at,

@@ -29,6 +29,41 @@ pub fn kill_lock_holders(path: &Path, timeout: Duration) -> usize {
     kill(&lock_holders(&wanted), timeout)
 }
 
+/// A process that has a file open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileUser {
+    /// Its number.
+    pub pid: i32,
+    /// Its command line.
+    pub command: Vec<String>,
+}
+
+/// The processes of this user, but not this one, that have one of the files open whose path begins with `prefix`, also if it was
+/// removed or replaced since. The ends of the paths after the prefix are short: `nido.db` means `nido.db-wal` as well.
+#[must_use]
+pub fn users_of(prefix: &Path) -> Vec<FileUser> {
+    let Some(prefix) = real(prefix) else { return Vec::new() };
+    let uses = |process: &Path| {
+        let open = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+        let named =
+            |file: PathBuf| file.as_os_str().as_encoded_bytes().starts_with(prefix.as_os_str().as_encoded_bytes());
+        open.filter_map(|fd| fs::read_link(fd.path()).ok()).any(named)
+    };
+    let command = |pid: i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+        words.map(|word| String::from_utf8_lossy(word).into_owned()).collect()
+    };
+    pids().filter(|pid| uses(&proc_of(*pid))).map(|pid| FileUser { pid, command: command(pid) }).collect()
+}
+
+/// Kills a process that was found by [`users_of`], if it is still the same one. Returns whether it has ended after `timeout`.
+pub fn kill_user(user: &FileUser, prefix: &Path, timeout: Duration) -> bool {
+    let pidfd = Pid::from_raw(user.pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    let Some(pidfd) = pidfd.filter(|_| users_of(prefix).contains(user)) else { return true };
+    kill(&[pidfd], timeout) == 0
+}
+
 fn kill(processes: &[OwnedFd], timeout: Duration) -> usize {
     let deadline = Instant::now() + timeout;
     for process in processes {
@@ -63,15 +98,23 @@ fn real(path: &Path) -> Option<PathBuf> {
 
 /// The processes of this user, but not this one, for whose directory below `/proc` this is true.
 fn processes(is_wanted: impl Fn(&Path) -> bool) -> Vec<OwnedFd> {
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
-    let own = i32::try_from(std::process::id()).unwrap_or(0);
-    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let of = |pid: i32| PathBuf::from(format!("/proc/{pid}"));
-    let found = pids.filter(|pid| *pid != own && is_wanted(&of(*pid))).filter_map(|pid| {
+    let found = pids().filter(|pid| is_wanted(&proc_of(*pid))).filter_map(|pid| {
         let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
-        is_wanted(&of(pid)).then_some(pidfd)
+        is_wanted(&proc_of(pid)).then_some(pidfd)
     });
     found.collect()
+}
+
+/// The numbers of all processes but this one.
+fn pids() -> impl Iterator<Item = i32> {
+    let own = i32::try_from(std::process::id()).unwrap_or(0);
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(move |pid| *pid != own)
+}
+
+fn proc_of(pid: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}"))
 }
 
 fn has_ended(process: &OwnedFd, deadline: Instant) -> bool {
@@ -84,6 +127,30 @@ fn has_ended(process: &OwnedFd, deadline: Instant) -> bool {
 #[cfg(test)]
 mod tests {
     use std::process::Command;
+
+    #[test]
+    fn the_users_of_a_file_are_found_and_one_can_be_killed() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("nido.db-wal");
+        fs::write(&file, "").unwrap();
+        let mut user = Command::new("sleep").arg("100").stdin(fs::File::open(&file).unwrap()).spawn().unwrap();
+        fs::remove_file(&file).unwrap();
+        let prefix = root.path().join("nido.db");
+        let found = loop {
+            // Between fork and exec it has this process's command line.
+            let found = users_of(&prefix);
+            if found.iter().any(|user| user.command == ["sleep", "100"]) {
+                break found;
+            }
+        };
+        assert_eq!(
+            found,
+            [FileUser { pid: user.id().try_into().unwrap(), command: vec!["sleep".into(), "100".into()] }]
+        );
+        assert!(kill_user(&found[0], &prefix, Duration::from_secs(30)));
+        user.wait().unwrap();
+        assert_eq!(users_of(&prefix), []);
+    }
 
     use super::*;
 

@@ -45,7 +45,8 @@ fn all() -> Vec<Transition> {
         timings: None,
         machine: None,
     };
-    let adopted = Adopted { machine: Some(machine()), origin: Origin::Boot, cid: Some(5), started_at: None };
+    let adopted =
+        Adopted { machine: Some(machine()), origin: Origin::Boot, cid: Some(5), started_at: None, expires_at: None };
     vec![
         Transition::StartBegan,
         Transition::StartGivenUp { to: VmState::Created },

@@ -67,7 +67,7 @@ fn a_vsock_address_is_taken_once() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", "a")).unwrap();
     store.insert_vm(&row("2", "b")).unwrap();
-    let taken = Adopted { machine: None, origin: Origin::Boot, cid: Some(77), started_at: None };
+    let taken = Adopted { machine: None, origin: Origin::Boot, cid: Some(77), started_at: None, expires_at: None };
     let take = Transition::Adopted(Box::new(taken));
     assert_eq!(store.transition("1", &take).unwrap(), Transitioned::Yes);
     assert_eq!(store.transition("2", &take).unwrap_err().code(), Code::VmBusy);

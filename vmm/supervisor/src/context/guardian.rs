@@ -39,6 +39,19 @@ pub fn start_supervisor_unawaited(options: &OpenOptions, home: &Home, id: &str, 
     tokio::process::Command::from(command).spawn().map(drop).map_err(failed)
 }
 
+/// Starts a process that restarts a VM, after so many restarts in a row that did not work, without waiting for it.
+///
+/// # Errors
+/// Of starting it.
+pub fn restart_unawaited(options: &OpenOptions, home: &Home, id: &str, in_row: u32) -> Result<()> {
+    let failed = |e| Error::io("cannot start nido restart-by-policy", e);
+    let log = open_log(&home.logs().join("guardian.log")).map_err(failed)?;
+    let mut command = daemon(options, home, home.root())?;
+    command.arg("restart-by-policy").arg(id).arg("--in-row").arg(in_row.to_string());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(log));
+    tokio::process::Command::from(command).spawn().map(drop).map_err(failed)
+}
+
 /// The home that the options name, opened without its store. `None` if there is none: it is not created.
 ///
 /// # Errors

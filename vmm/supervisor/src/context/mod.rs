@@ -23,7 +23,7 @@ use nido_store::{Store, VmRow};
 pub use self::background::open_log;
 pub use self::delivery::StoreGuard;
 pub use self::erase::remove_tree;
-pub use self::guardian::{open_home, start_supervisor_unawaited};
+pub use self::guardian::{open_home, restart_unawaited, start_supervisor_unawaited};
 pub use self::guest_config::{guest_network, read_token, write_guest_config};
 
 /// How nido is opened.

@@ -4,7 +4,7 @@
 //!  supervisor   QEMU     what is done
 //!  lives        any      nothing; QEMU is killed if the time to live has been over for [`KILL_AFTER`]
 //!  none         runs     a supervisor is started; after attempt n the next one waits 2^(n-1) s, at most [`BACK_OFF_MAX`]
-//!  none         ended    the end is recorded, with the same back-off
+//!  none         ended    the end is recorded after [`END_DELAY`], then with the same back-off
 //! ```
 
 use std::collections::HashMap;
@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 /// How long a supervisor may take to stop a VM whose time to live is over: more than it gives the guest.
 pub(super) const KILL_AFTER: Duration = Duration::from_secs(30);
+/// How long after it was seen the end of a QEMU without a supervisor is recorded.
+const END_DELAY: Duration = Duration::from_secs(1);
 /// The longest wait between two attempts.
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 /// A supervisor that has lived for so long counts as one that works.
@@ -91,6 +93,10 @@ fn decide_vm(vm: &VmFacts, history: &mut History, now: Instant) -> Vec<Act> {
         return acts;
     }
     history.supervised_since = None;
+    if !vm.runs && history.next_attempt.is_none() {
+        // A moment later, in case a command is at work on it, or its directory is just being removed.
+        history.next_attempt = Some(now + END_DELAY);
+    }
     if !vm.readable || history.next_attempt.is_some_and(|at| now < at) || !vm.runs && vm.at_rest {
         return acts;
     }
@@ -124,7 +130,8 @@ mod tests {
         assert_eq!(decide(&[vm(true, true)], &mut histories, now), []);
         assert_eq!(decide(&[vm(false, true)], &mut histories, now), [Act::Supervise("a".into())]);
         let mut histories = Histories::default();
-        assert_eq!(decide(&[vm(false, false)], &mut histories, now), [Act::RecordEnd("a".into())]);
+        assert_eq!(decide(&[vm(false, false)], &mut histories, now), []);
+        assert_eq!(decide(&[vm(false, false)], &mut histories, now + S), [Act::RecordEnd("a".into())]);
         let stopped = VmFacts { at_rest: true, ..vm(false, false) };
         assert_eq!(decide(std::slice::from_ref(&stopped), &mut Histories::default(), now), []);
         assert!(!stopped.needs_guardian() && vm(false, true).needs_guardian() && vm(true, false).needs_guardian());

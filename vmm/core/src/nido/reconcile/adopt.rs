@@ -6,9 +6,9 @@ use nido_api::VmSpec;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::state::VmState;
-use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK};
+use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK, VmDir};
 use nido_files::lock::{Held, is_held};
-use nido_store::{Adopted, Transition};
+use nido_store::{Adopted, Store, Transition, VmRow};
 use nido_supervisor::control::Request;
 use nido_supervisor::vm_record::VmRecord;
 use std::time::Duration;
@@ -67,40 +67,69 @@ impl Nido {
             Err(e) => return Err(Error::io("it cannot be locked", e)),
         };
         let runs = held.is_none() || is_held(&dir.file(VM_LOCK));
-        let mut row = record.row()?;
-        let (machine, origin, cid) = (row.machine.clone(), row.origin.clone(), row.cid);
-        row.spec = VmSpec { ephemeral: false, lease: None, ..row.spec };
-        row.state = match (runs, dir.file(DISK).exists()) {
-            (true, _) => VmState::Running,
-            (false, true) => VmState::Stopped,
-            (false, false) => VmState::Created,
-        };
-        let wanted = row.spec.name.clone();
-        for number in 1_u32.. {
-            row.spec.name = if number == 1 { wanted.clone() } else { numbered(&wanted, number)? };
-            match self.store().insert_vm(&row) {
-                Err(error) if error.code() == Code::VmExists && number < 1000 => {}
-                inserted => {
-                    inserted?;
-                    break;
-                }
-            }
-        }
-        let cid = cid.filter(|_| runs);
-        let last_start = Adopted { machine, origin, cid, started_at: runs.then(jiff::Timestamp::now) };
-        self.store().transition(id, &Transition::Adopted(Box::new(last_start)))?.log(id, "its last start");
+        let (mut row, last_start) = recovered_row(&dir, &record, runs)?;
+        let wanted = insert_recovered(&self.store(), &mut row, last_start)?;
         self.context.write_record(&row)?;
         drop(held);
         if runs {
             self.reconcile_vm(&row).await?;
-            let is_ready = self.ask(&row, &Request::Ready);
-            if !matches!(tokio::time::timeout(READY_TIMEOUT, is_ready).await, Ok(Ok(_))) {
-                tracing::warn!("the guest agent of the adopted VM {} does not reply yet", row.spec.name);
+            self.await_ready(&row).await;
+        }
+        Ok((row.spec.name, wanted))
+    }
+
+    /// Waits for a while until the supervisor of an adopted VM has recorded that the agent replies.
+    pub(in crate::nido) async fn await_ready(&self, row: &VmRow) {
+        let is_ready = self.ask(row, &Request::Ready);
+        if !matches!(tokio::time::timeout(READY_TIMEOUT, is_ready).await, Ok(Ok(_))) {
+            tracing::warn!("the guest agent of VM {} does not reply yet", row.spec.name);
+        }
+    }
+}
+
+/// The row of a VM that the store does not know, from its directory, and what is to be changed in it once it is inserted. A
+/// user's ephemeral VM is kept from now on.
+///
+/// # Errors
+/// Its record was written by a nido that is too different.
+pub(in crate::nido) fn recovered_row(dir: &VmDir, record: &VmRecord, runs: bool) -> Result<(VmRow, Adopted)> {
+    let mut row = record.row()?;
+    if record.is_of_user() {
+        row.spec = VmSpec { ephemeral: false, lease: None, ..row.spec };
+    }
+    row.state = match (runs, dir.file(DISK).exists()) {
+        (true, _) => VmState::Running,
+        (false, true) => VmState::Stopped,
+        (false, false) => VmState::Created,
+    };
+    let last_start = Adopted {
+        machine: row.machine.clone(),
+        origin: row.origin.clone(),
+        cid: row.cid.filter(|_| runs),
+        started_at: record.started_at().or_else(|| runs.then(jiff::Timestamp::now)),
+        expires_at: record.expires_at().filter(|_| runs),
+    };
+    Ok((row, last_start))
+}
+
+/// Inserts such a row. A name that is taken gets a number. Returns the name that it had then.
+///
+/// # Errors
+/// Of the store.
+pub(in crate::nido) fn insert_recovered(store: &Store, row: &mut VmRow, last_start: Adopted) -> Result<Option<VmName>> {
+    let wanted = row.spec.name.clone();
+    for number in 1_u32.. {
+        row.spec.name = if number == 1 { wanted.clone() } else { numbered(&wanted, number)? };
+        match store.insert_vm(row) {
+            Err(error) if error.code() == Code::VmExists && number < 1000 => {}
+            inserted => {
+                inserted?;
+                break;
             }
         }
-        let renamed = (row.spec.name != wanted).then_some(wanted);
-        Ok((row.spec.name, renamed))
     }
+    store.transition(&row.id, &Transition::Adopted(Box::new(last_start)))?.log(&row.id, "its last start");
+    Ok((row.spec.name != wanted).then_some(wanted))
 }
 
 /// A name with a number behind it, no longer than names may be.
