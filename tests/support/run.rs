@@ -185,6 +185,11 @@ impl Live {
         self.wait().status.code().is_none()
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        pid(&self.child)
+    }
+
     /// Waits for its end, which may be a kill: whether it exited with 0.
     pub fn succeeds(self) -> bool {
         self.wait().status.success()
