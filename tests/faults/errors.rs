@@ -70,7 +70,7 @@ fn a_disk_that_is_full_at_one_write_is_reported_and_loses_nothing() {
 fn a_process_without_descriptors_says_so_and_leaves_nothing() {
     let rig = Rig::new();
     let mut refused = 0;
-    for descriptors in [4, 8, 12, 16, 24, 32, 63, 64] {
+    for descriptors in [4, 8, 12, 16, 24, 32, 63, 1024] {
         let spawn = rig.nido("--json spawn op --accel tcg").through(&format!("ulimit -n {descriptors}"));
         let ran = spawn.run();
         await_recovery(&rig);
