@@ -45,6 +45,10 @@ fn run(cli: Cli) -> Exit {
         let error = Error::io("cannot close inherited file descriptors", error);
         return settle(&context.output, codes, Err(error.into()));
     }
+    if let Err(error) = daemon::check_open_files() {
+        let hint = format!("allow at least {} open files: ulimit -n 1024", daemon::OPEN_FILES_MIN);
+        return settle(&context.output, codes, Err(Error::io("cannot start", error).hint(hint).into()));
+    }
     commands::start_log(&cli);
     let mut runtime = if cli.verb.serves() {
         daemon::raise_open_files();

@@ -305,4 +305,28 @@ mod tests {
         assert!(with(11, 2).unwrap_err().contains("version is 2, this program reads 1"));
         assert!(with(12, 1).unwrap_err().contains("longer"));
     }
+
+    #[test]
+    fn fuzz_template_archive_frames() {
+        let frames = [
+            Frame::Part { sha256: [1; 32], bytes: 70_000 },
+            Frame::Extent { offset: 0, length: 65_536 },
+            Frame::PartEnd,
+            Frame::End,
+        ];
+        let seed = [Head::of(b"{}").encode(), frames.iter().flat_map(Frame::encode).collect()].concat();
+        nido_fuzz::fuzz("template-archive-frames", &[seed], |input| {
+            let Some((head, mut rest)) = input.split_first_chunk::<HEAD_BYTES>() else { return };
+            if let Ok(head) = Head::decode(head) {
+                assert!(head.manifest_bytes <= MAX_MANIFEST_BYTES);
+            }
+            while let Some((tag, body)) = rest.split_first() {
+                let Ok(length) = Frame::body_bytes(*tag) else { return };
+                let Some((body, after)) = body.split_at_checked(length) else { return };
+                let frame = Frame::decode(*tag, body).unwrap();
+                assert_eq!(frame.encode(), rest[..=length]);
+                rest = after;
+            }
+        });
+    }
 }

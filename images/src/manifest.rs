@@ -315,4 +315,13 @@ pub(crate) mod tests {
         manifest.format = FORMAT + 1;
         assert!(Manifest::parse(&manifest.to_json()).unwrap_err().contains("format"));
     }
+
+    #[test]
+    fn fuzz_manifest() {
+        nido_fuzz::fuzz("manifest", &[sample("box").to_json()], |input| {
+            if let Ok(manifest) = Manifest::parse(input) {
+                assert_eq!(Manifest::parse(&manifest.to_json()), Ok(manifest));
+            }
+        });
+    }
 }

@@ -294,4 +294,23 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn fuzz_qcow2_header() {
+        let mut overlay = image();
+        let backing = b"../base";
+        overlay[8..16].copy_from_slice(&400_u64.to_be_bytes());
+        overlay[16..20].copy_from_slice(&7_u32.to_be_bytes());
+        overlay[112..116].copy_from_slice(&0xe279_2aca_u32.to_be_bytes());
+        overlay[116..120].copy_from_slice(&5_u32.to_be_bytes());
+        overlay[120..125].copy_from_slice(b"qcow2");
+        overlay[400..407].copy_from_slice(backing);
+        nido_fuzz::fuzz("qcow2", &[image(), overlay], |input| {
+            // What is taken for a disk of its own names no other file.
+            if parse(input).is_ok() {
+                assert_eq!(input[8..16], [0; 8]);
+            }
+            let _ = parse_overlay(input);
+        });
+    }
 }

@@ -253,4 +253,25 @@ mod tests {
             assert_eq!(seeker.id().map(|id| json!(id)), id, "{message}");
         }
     }
+
+    #[test]
+    fn fuzz_messages() {
+        let seeds = [
+            r#"{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"x","version":"1"}}}"#,
+            r#"{"jsonrpc":"2.0","id":"a","method":"tools/call","params":{"name":"vm_exec","arguments":{"vm":"web","argv":["ls"]}}}"#,
+            r#"{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":1}}"#,
+            r#"{"jsonrpc":"2.0","id":2,"result":{"action":"accept","content":{}}}"#,
+            r#"{"jsonrpc":"2.0","id":2,"error":{"code":-32600,"message":"no"}}"#,
+        ];
+        nido_fuzz::fuzz("mcp-messages", &seeds.map(|line| line.as_bytes().to_vec()), |input| {
+            if let ParsedMessage::Refused(refusal) = read(input) {
+                let json = refusal.json();
+                assert!(json["error"]["code"].is_i64() && json["id"].is_null() == refusal.id.is_none(), "{json}");
+            }
+            // An id is found in pieces as in the whole.
+            let mut seeker = IdSeeker::default();
+            input.chunks(3).for_each(|piece| seeker.feed(piece));
+            assert_eq!(seeker.id(), id_in(input));
+        });
+    }
 }

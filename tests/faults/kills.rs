@@ -3,22 +3,13 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::check::{await_recovery, expect_clean};
-use crate::operations::{BASIC, COPIES, Operation, TEMPLATES};
-use crate::rig::{BYSTANDERS, Rig, Step};
+use crate::operations::{BASIC, COPIES, Operation, POOLS, TEMPLATES};
+use crate::rig::{Rig, Step};
 
 /// How many times one failpoint of one operation is used, at most: the first times that a process comes to it.
 const TIMES_MAX: u32 = 3;
 
-/// Deletes everything that an operation may have made.
-fn clear(rig: &Rig) {
-    for name in rig.home.names() {
-        if !BYSTANDERS.contains(&name.as_str()) {
-            rig.home.nido(["delete", &name, "--force", "--yes"]).run().ok();
-        }
-    }
-}
-
-fn prepare(rig: &Rig, operation: &Operation) {
+pub fn prepare(rig: &Rig, operation: &Operation) {
     for line in operation.prepare {
         rig.ok(line);
     }
@@ -34,17 +25,12 @@ fn kill_at(rig: &mut Rig, operation: &Operation, step: &Step) -> bool {
     let killed = rig.disarm();
     assert!(!acknowledged || (operation.done)(rig), "it was acknowledged, and is not there");
     expect_clean(rig);
-    clear(rig);
+    rig.clear();
     // The name is free.
     rig.ok("create op --accel tcg");
-    clear(rig);
+    rig.clear();
     await_recovery(rig);
-    expect_clean_of_parts(rig);
     killed
-}
-
-fn expect_clean_of_parts(rig: &Rig) {
-    assert_eq!(rig.home.names().len(), BYSTANDERS.len());
 }
 
 /// The steps of an operation that are killed: not the same one again and again.
@@ -55,7 +41,7 @@ pub fn steps(rig: &Rig, operation: &Operation) -> Vec<Step> {
         await_recovery(rig);
     });
     assert!((operation.done)(rig), "{} has no effect", operation.name);
-    clear(rig);
+    rig.clear();
     steps
 }
 
@@ -100,4 +86,9 @@ fn a_crash_while_a_vm_is_copied_or_published_loses_and_leaves_nothing() {
 #[test]
 fn a_crash_while_templates_change_loses_and_leaves_nothing() {
     kill_everywhere(&TEMPLATES);
+}
+
+#[test]
+fn a_crash_while_clones_are_made_and_claimed_loses_and_leaves_nothing() {
+    kill_everywhere(&POOLS);
 }

@@ -1,8 +1,10 @@
 //! The operations that change something, and the effect that each of them acknowledges.
 
 use std::fs;
+use std::sync::OnceLock;
 
 use crate::rig::Rig;
+use crate::support::receiver::Receiver;
 
 /// An operation, as a test carries it out again and again.
 pub struct Operation {
@@ -56,6 +58,31 @@ fn litter(rig: &Rig) {
     fs::write(home.join("vms/0123456789abcdef/vm.lock"), "").unwrap();
     fs::write(home.join("blobs/sha256").join("a".repeat(64)), "").unwrap();
 }
+
+/// A warm image, and no clones.
+fn bake(rig: &Rig) {
+    rig.ok("template bake sandbox --accel tcg");
+}
+
+/// A clone that waits.
+fn fill_pool(rig: &Rig) {
+    bake(rig);
+    rig.ok("pool set sandbox 1 --accel tcg");
+    crate::check::await_clone(rig);
+}
+
+fn pool(rig: &Rig) -> u64 {
+    let listed = rig.nido("pool ls --json").run().ok().json();
+    listed["pools"].as_array().unwrap().iter().filter_map(|pool| pool["wanted"].as_u64()).sum()
+}
+
+/// A webhook whose messages are taken.
+fn listen(rig: &Rig) {
+    let url = RECEIVER.get_or_init(Receiver::start).url();
+    rig.ok(&format!("webhook add --allow-private --url {url}"));
+}
+
+static RECEIVER: OnceLock<Receiver> = OnceLock::new();
 
 const SPAWN: &str = "spawn op --accel tcg";
 
@@ -133,7 +160,7 @@ pub const BASIC: [Operation; 11] = [
     },
 ];
 
-pub const COPIES: [Operation; 8] = [
+pub const COPIES: [Operation; 9] = [
     Operation {
         name: "snapshot create",
         prepare: &[SPAWN, "stop op"],
@@ -184,6 +211,14 @@ pub const COPIES: [Operation; 8] = [
         done: has_forward,
     },
     Operation {
+        name: "forward add to a stopped VM",
+        prepare: &[SPAWN, "stop op"],
+        arrange: nothing,
+        // Nothing listens there: the VM is not started.
+        command: "forward add op 47311:80",
+        done: has_forward,
+    },
+    Operation {
         name: "forward rm",
         prepare: &[SPAWN, "forward add op 0:80"],
         arrange: nothing,
@@ -206,5 +241,43 @@ pub const TEMPLATES: [Operation; 2] = [
         arrange: crate::rig::import_template,
         command: "template delete real",
         done: |rig| !has_template(rig, "real"),
+    },
+];
+
+pub const POOLS: [Operation; 5] = [
+    Operation {
+        name: "template bake",
+        prepare: &[],
+        arrange: nothing,
+        command: "template bake sandbox --accel tcg --again",
+        done: |_| true,
+    },
+    Operation {
+        name: "pool set",
+        prepare: &[],
+        arrange: bake,
+        command: "pool set sandbox 1 --accel tcg",
+        done: |rig| pool(rig) == 1,
+    },
+    Operation {
+        name: "claim",
+        prepare: &[],
+        arrange: fill_pool,
+        command: "spawn op --accel tcg",
+        done: |rig| is(rig, "op", "running"),
+    },
+    Operation {
+        name: "fork of a template",
+        prepare: &[],
+        arrange: bake,
+        command: "spawn op --accel tcg",
+        done: |rig| is(rig, "op", "running"),
+    },
+    Operation {
+        name: "webhook",
+        prepare: &[],
+        arrange: listen,
+        command: "create op --accel tcg",
+        done: |rig| exists(rig, "op"),
     },
 ];

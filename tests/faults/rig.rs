@@ -168,6 +168,20 @@ impl Rig {
         Bystander { info, data: files.collect(), processes }
     }
 
+    /// Deletes everything that an operation may have made.
+    pub fn clear(&self) {
+        self.ok("pool set sandbox 0 --accel tcg");
+        let webhooks = self.ok("webhook ls");
+        for webhook in webhooks["webhooks"].as_array().unwrap() {
+            self.ok(&format!("webhook remove {}", webhook["id"].as_str().unwrap()));
+        }
+        for name in self.home.names() {
+            if !BYSTANDERS.contains(&name.as_str()) {
+                self.home.nido(["delete", &name, "--force", "--yes"]).run().ok();
+            }
+        }
+    }
+
     /// Ends everything; for a home in which something has gone wrong, which is kept.
     pub fn abandon(self) {
         processes::end_all(&self.home.scratch(""));

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What each crate may depend on, of this workspace.
-const ARROWS: [(&str, &[&str]); 11] = [
+const ARROWS: [(&str, &[&str]); 12] = [
     ("nido-api", &[]),
     ("nido-files", &["nido-api"]),
+    ("nido-fuzz", &[]),
     ("nido-guest-agent", &[]),
     ("nido-images", &["nido-api", "nido-files", "nido-guest-agent"]),
     ("nido-engine", &["nido-api", "nido-files", "nido-guest-agent", "nido-images"]),

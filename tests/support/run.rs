@@ -185,7 +185,14 @@ impl Live {
         self.wait().status.code().is_none()
     }
 
+    /// Its process id.
+    #[allow(dead_code)] // not in every suite
+    pub fn pid(&self) -> Pid {
+        pid(&self.child)
+    }
+
     /// Waits for its end, which may be a kill: whether it exited with 0.
+    #[allow(dead_code)] // not in every suite
     pub fn succeeds(self) -> bool {
         self.wait().status.success()
     }

@@ -324,4 +324,30 @@ mod tests {
             assert_eq!(error.message(), words);
         }
     }
+
+    #[test]
+    fn fuzz_request_bodies() {
+        fn check<T: DeserializeOwned + Serialize>(input: &[u8]) {
+            match parse::<T>(input) {
+                Ok(read) => {
+                    let again = serde_json::to_vec(&read).unwrap();
+                    assert_eq!(serde_json::to_vec(&parse::<T>(&again).unwrap()).unwrap(), again);
+                }
+                Err(problem) => {
+                    let detail = problem.0.message();
+                    assert!(!detail.is_empty() && !detail.contains(char::is_control), "{detail:?}");
+                }
+            }
+        }
+        let seeds = [
+            r#"{"name":"web","template":"sandbox","cpus":2,"memory_mib":512,"labels":{"a":"b"},"forwards":[{"host_port":80,"guest_port":80}],"ttl_ms":1000}"#,
+            r#"{"argv":["sh","-c","true"],"env":{"A":"b"},"timeout_ms":1e3,"stdin":"eA=="}"#,
+            r#"{"cpus":1,"memory_mib":512,"net":"none","again":true}"#,
+        ];
+        nido_fuzz::fuzz("request-bodies", &seeds.map(|body| body.as_bytes().to_vec()), |input| {
+            check::<SpawnRequest>(input);
+            check::<ExecBody>(input);
+            check::<BakeRequest>(input);
+        });
+    }
 }

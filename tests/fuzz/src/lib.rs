@@ -79,9 +79,9 @@ pub fn fuzz(name: &str, seeds: &[Vec<u8>], check: impl Fn(&[u8])) {
 /// Stores an input that failed, and returns where.
 fn keep(name: &str, input: &[u8]) -> String {
     let directory = root().join("target/fuzz").join(name);
-    let sum = input.iter().fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| {
-        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let sum = input
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
     let path = directory.join(format!("{sum:016x}"));
     match fs::create_dir_all(&directory).and_then(|()| fs::write(&path, input)) {
         Ok(()) => format!("{}; copy it to tests/fuzz/corpus/{name}", path.display()),

@@ -24,3 +24,4 @@ pub mod qemu;
 pub mod snapshot;
 pub mod space_reserve;
 pub mod template;
+pub mod temporary_files;

@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 
+use super::super::ImportOptions;
 use super::rig::{Rig, compress, opening, part, qcow2};
 use crate::archive::{BLOCK, Frame, Head, MAX_EXTENT_BYTES};
 use crate::digest::unhex;
@@ -164,7 +165,7 @@ fn disks_that_reach_outside_are_refused() {
         to.refuses(&of(|image| image[112..117].copy_from_slice(b"raw\0\0"))).contains("format of its backing file")
     );
     assert!(to.refuses(&of(|image| image[24] = 1)).contains("does not have the size"));
-    assert!(Rig::empty().import(&of(|_| {}), &super::ImportOptions::default()).is_ok());
+    assert!(Rig::empty().import(&of(|_| {}), &ImportOptions::default()).is_ok());
 }
 
 #[test]
@@ -185,4 +186,17 @@ fn manifests_with_hashes_that_are_paths_are_refused() {
     assert!(to.refuses(&forged(name, |_| Vec::new())).contains("not a template name"));
     let format = |m: &mut Manifest| m.format += 1;
     assert!(to.refuses(&forged(format, |_| Vec::new())).contains("format"));
+}
+
+#[test]
+fn fuzz_template_archive() {
+    let (from, to) = (Rig::small(), Rig::empty());
+    let manifest = &from.manifest;
+    let frames = [begin(manifest), Frame::Extent { offset: 0, length: KERNEL.len() as u32 }.encode(), KERNEL.to_vec()];
+    let plain = [opening(&manifest.to_json()), frames.concat(), Frame::PartEnd.encode(), Frame::End.encode()].concat();
+    nido_fuzz::fuzz("template-archive", &[plain], |input| {
+        // Compressed here: bytes that no decompressor takes reach nothing.
+        let refused = to.import(&compress(input), &ImportOptions::default());
+        assert!(refused.is_err() && to.leftovers().is_empty(), "{refused:?}");
+    });
 }

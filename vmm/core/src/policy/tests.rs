@@ -216,3 +216,24 @@ fn a_copy_has_the_list_of_its_vm_or_is_refused() {
     assert!(fork("web", "web-2") && fork("a", "b"));
     assert!(!fork("web", "free") && !fork("free", "web"));
 }
+
+#[test]
+fn fuzz_policy_file() {
+    nido_fuzz::fuzz("policy", &[EXAMPLE.as_bytes().to_vec()], |input| {
+        let Ok(text) = std::str::from_utf8(input) else { return };
+        match Policy::parse(text) {
+            Ok(policy) => assert_eq!(Policy::parse(&policy.to_toml()).unwrap().to_toml(), policy.to_toml()),
+            Err(error) => assert!(!error.message().is_empty() && !error.message().contains('\n'), "{error}"),
+        }
+    });
+}
+
+#[test]
+fn fuzz_dangerous_commands() {
+    let seeds =
+        ["rm -rf /", "sh -c 'cd /; dd if=/dev/zero of=/dev/vda'", "env A=b sudo -u x mkfs.ext4 /dev/sda1 && true"];
+    nido_fuzz::fuzz("dangerous-commands", &seeds.map(|text| text.as_bytes().to_vec()), |input| {
+        let argv: Vec<Vec<u8>> = input.split(|byte| *byte == b' ').map(<[u8]>::to_vec).collect();
+        let _ = dangerous::check(&argv, input);
+    });
+}

@@ -150,4 +150,40 @@ mod tests {
             prop_assert_eq!(buffer.into_rest(), rest);
         }
     }
+
+    #[test]
+    fn fuzz_frames_of_the_guest() {
+        let messages = [
+            ToHost::Started(7),
+            ToHost::Welcome(wire::Welcome { version: 1, nonce: 2, agent: "nido".into(), features: Some(1) }),
+            ToHost::PoweringOff,
+        ];
+        let mut seeds: Vec<Vec<u8>> = messages.iter().map(|message| wire::encode(message).unwrap()).collect();
+        seeds.push(raw(kind::STDOUT, b"output"));
+        seeds.push(seeds.concat());
+        nido_fuzz::fuzz("frames-of-the-guest", &seeds, |input| {
+            let (mut buffer, mut rest, mut taken) = (FrameBuffer::default(), input, 0);
+            loop {
+                while let Ok(true) = buffer.is_whole() {
+                    let frame = buffer.pop();
+                    taken += HEAD + frame.payload.len();
+                    let _ = frame.message();
+                }
+                if buffer.is_whole().is_err() || rest.is_empty() {
+                    break;
+                }
+                let spare = buffer.spare();
+                let count = spare.len().min(rest.len()).min(1000);
+                spare[..count].copy_from_slice(&rest[..count]);
+                rest = &rest[count..];
+                buffer.filled(count);
+                assert!(
+                    buffer.bytes.len() <= FIRST.max(wire::MAX_RAW.max(wire::MAX_MESSAGE) + HEAD),
+                    "{}",
+                    buffer.bytes.len()
+                );
+            }
+            assert_eq!(taken + buffer.into_rest().len() + rest.len(), input.len());
+        });
+    }
 }

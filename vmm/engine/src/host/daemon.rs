@@ -33,6 +33,8 @@ pub const KEPT_VARIABLES: [&str; 17] = [
     "RUST_BACKTRACE",
     "LLVM_PROFILE_FILE",
 ];
+/// How many files a process of nido must be allowed to open, at least.
+pub const OPEN_FILES_MIN: u64 = 64;
 /// What QEMU sees, when it is asked what it can do as well as when it runs a VM.
 const QEMU_VARIABLES: [(&str, &str); 2] = [("PATH", "/usr/local/bin:/usr/bin:/bin"), ("LC_ALL", "C.UTF-8")];
 
@@ -134,6 +136,20 @@ pub fn raise_open_files() {
             tracing::warn!("the limit of open files stays low: {error}");
         }
     }
+}
+
+/// Checks that this process may open as many files as nido needs, so that a start does not fail half-way.
+///
+/// # Errors
+/// `EMFILE`, if the limit is below [`OPEN_FILES_MIN`] and cannot be raised.
+pub fn check_open_files() -> io::Result<()> {
+    use rustix::process::{Resource, getrlimit};
+    let is_enough = || getrlimit(Resource::Nofile).current.is_none_or(|limit| limit >= OPEN_FILES_MIN);
+    if is_enough() {
+        return Ok(());
+    }
+    raise_open_files();
+    if is_enough() { Ok(()) } else { Err(rustix::io::Errno::MFILE.into()) }
 }
 
 #[cfg(test)]

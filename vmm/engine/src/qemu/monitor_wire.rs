@@ -203,4 +203,36 @@ mod tests {
         let line = write(&qapi::qmp::query_status {}, 7).unwrap();
         assert_eq!(line, b"{\"execute\":\"query-status\",\"arguments\":{},\"id\":7}\n");
     }
+
+    #[test]
+    fn fuzz_monitor() {
+        let seeds = [
+            r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}"#,
+            r#"{"return": {"running": true, "status": "running"}, "id": 7}"#,
+            r#"{"error": {"class": "GenericError", "desc": "no"}, "id": 7}"#,
+            r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "BLOCK_IO_ERROR", "data": {"nospace": true}}"#,
+        ];
+        let seeds = seeds.map(|line| format!("{line}\r\n").into_bytes());
+        nido_fuzz::fuzz("monitor", &[&seeds[..], &[seeds.concat()]].concat(), |input| {
+            let (mut whole, mut pieces) = (Lines::default(), Lines::default());
+            whole.push(input);
+            let drain = |lines: &mut Lines| {
+                std::iter::from_fn(|| lines.next_line().transpose()).take(input.len() + 1).collect::<Vec<_>>()
+            };
+            let of_whole = drain(&mut whole);
+            let of_pieces: Vec<_> = input
+                .chunks(7)
+                .flat_map(|piece| {
+                    pieces.push(piece);
+                    drain(&mut pieces)
+                })
+                .collect();
+            assert_eq!(of_whole, of_pieces);
+            for line in of_whole.into_iter().flatten() {
+                if let Ok(Message::Event(event)) = read(&line) {
+                    let _ = event.typed();
+                }
+            }
+        });
+    }
 }

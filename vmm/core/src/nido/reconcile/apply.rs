@@ -8,6 +8,7 @@ use nido_api::state::{Fact, FailureCause, VmState, advance};
 use nido_engine::home::{CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOCK};
 use nido_engine::host::vm_processes;
 use nido_engine::logs::log_tail;
+use nido_engine::temporary_files::remove_temporary_files;
 use nido_engine::{liveness, snapshot};
 use nido_files::lock::Held;
 use nido_store::{End, Origin, Transition, VmRow};
@@ -200,6 +201,7 @@ impl Nido {
     pub(in crate::nido) fn remove_unfinished(&self, id: &str, from: Option<&Origin>) {
         let dir = self.vm_dir(id);
         snapshot::remove_unfinished(&dir);
+        remove_temporary_files(&dir);
         // Those of a restore are in use until the VM has started.
         if !matches!(from, Some(Origin::Restore { .. })) {
             snapshot::remove_restore_files(&dir);

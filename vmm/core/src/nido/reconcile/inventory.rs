@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use nido_api::error::{Error, Result};
 use nido_api::state::VmState;
 use nido_engine::home::{REMOVED_PREFIX, SUPERVISOR_LOCK, VM_LOCK, VM_RECORD, VmDir};
+use nido_engine::temporary_files::has_temporary_files;
 use nido_engine::{liveness, snapshot};
 use nido_files::lock::is_free;
 use nido_store::RowFacts;
@@ -194,7 +195,7 @@ fn directories_without_row(nido: &Nido) -> Result<(Vec<String>, Vec<String>)> {
 }
 
 fn has_unfinished(dir: &VmDir) -> bool {
-    snapshot::has_unfinished(dir) || snapshot::has_restore_files(dir)
+    snapshot::has_unfinished(dir) || snapshot::has_restore_files(dir) || has_temporary_files(dir)
 }
 
 /// Names of the directories below `vms/`.

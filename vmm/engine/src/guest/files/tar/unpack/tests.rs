@@ -172,3 +172,36 @@ fn what_gnu_tar_writes_is_read_in_every_format() {
         assert_eq!(kinds, expected, "{format}");
     }
 }
+
+#[test]
+fn fuzz_tar_archive() {
+    let seeds = [
+        archive(&[
+            entry(b'5', "a/", b""),
+            entry(b'0', "./a//b", &[7; 513]),
+            entry(b'L', "", b"q/r\0"),
+            entry(b'0', "x", b"r"),
+        ]),
+        archive(&[entry(b'x', "x", b"15 path=long/x\n10 size=3\n"), entry(b'0', "short", b"abc")]),
+    ];
+    nido_fuzz::fuzz("tar", &seeds, |input| {
+        let mut archive = Archive::new(input, LIMITS);
+        let (mut members, mut bytes) = (0, 0);
+        while let Ok(Some(member)) = archive.next() {
+            assert_eq!(member.mode & !0o777, 0);
+            assert!(
+                member
+                    .path
+                    .iter()
+                    .all(|part| ![&b""[..], b".", b".."].contains(&part.as_slice()) && !part.contains(&b'/'))
+            );
+            let mut content = Vec::new();
+            if archive.read_to_end(&mut content).is_err() {
+                break;
+            }
+            members += 1;
+            bytes += content.len() as u64;
+        }
+        assert!(members <= LIMITS.entries && bytes <= LIMITS.bytes, "{members} members, {bytes} bytes");
+    });
+}
