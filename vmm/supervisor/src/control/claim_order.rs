@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use nido_api::restart::RestartPolicy;
 use nido_api::name::{TemplateName, VmName};
 use nido_api::{AccelChoice, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
 use serde::{Deserialize, Serialize};
@@ -69,6 +70,8 @@ pub struct VmOrder {
     pub idle_ms: Option<u64>,
     #[serde(default)]
     pub ephemeral: bool,
+    #[serde(default, skip_serializing_if = "RestartPolicy::is_no")]
+    pub restart: RestartPolicy,
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -92,6 +95,7 @@ impl From<VmSpec> for VmOrder {
             ttl_ms: spec.ttl_ms,
             idle_ms: spec.idle_ms,
             ephemeral: spec.ephemeral,
+            restart: spec.restart,
             labels: spec.labels,
             lease: spec.lease,
         }
@@ -117,6 +121,7 @@ impl From<VmOrder> for VmSpec {
             ttl_ms: order.ttl_ms,
             idle_ms: order.idle_ms,
             ephemeral: order.ephemeral,
+            restart: order.restart,
             labels: order.labels,
             lease: order.lease,
         }
