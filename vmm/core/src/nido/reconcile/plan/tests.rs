@@ -16,7 +16,6 @@ fn locks() -> impl Strategy<Value = Lock> {
 fn rows() -> impl Strategy<Value = RowFacts> {
     let known = prop::sample::select(VmState::ALL.to_vec());
     (option::weighted(0.9, known), any::<bool>(), any::<bool>()).prop_map(|(state, deleting, ephemeral)| RowFacts {
-        expires_ms: None,
         id: String::new(),
         state,
         deleting,
