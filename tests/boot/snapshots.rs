@@ -252,9 +252,11 @@ fn a_supervisor_killed_while_it_takes_one_is_replaced_and_the_vm_goes_on() {
     let vm = home.spawn("web", &["--net", "none"]);
     start_counting(&vm);
     let snapshots = vm.dir().join("snapshots");
-    for _ in 0..5 {
+    // At the beginning, while the guest runs, while it is frozen, and at the end.
+    for delay_ms in [0, 50, 150, 300, 500, 800] {
         let (taking, _keys) = home.nido(["snapshot", "create", "web", "s"]).start();
         eventually("the beginning", || snapshots.join(".new-s").exists().then_some(()));
+        std::thread::sleep(Duration::from_millis(delay_ms));
         vm.kill_supervisor();
         let done = taking.wait();
         vm.await_count();

@@ -256,8 +256,7 @@ impl Taking {
         } else {
             // It has so little memory that QEMU may have paused it already: again, with its file system frozen from the start.
             tracing::info!("saving the VM again, with its file system frozen");
-            drop(live);
-            migration::abandon(&self.monitor).await.map_err(not_saved)?;
+            live.give_up().await.map_err(not_saved)?;
             self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
             self.freeze(session).await?;
             live = self.begin_live(unfinished).await?;

@@ -173,7 +173,8 @@ impl LiveSave {
                 match reader.read(&mut buffer) {
                     Ok(0) => return Ok(()),
                     Ok(read) => {
-                        file.write_all(&buffer[..read]).inspect_err(|_| drop(reader.shutdown(Shutdown::Both)))?
+                        // QEMU notices that its stream is shut down.
+                        file.write_all(&buffer[..read]).inspect_err(|_| drop(reader.shutdown(Shutdown::Both)))?;
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) => return Err(error),
@@ -236,6 +237,16 @@ impl LiveSave {
             ran_at = asked_at;
             self.check_deadline()?;
         }
+    }
+
+    /// Ends it before it is completed; nothing is written to the file afterwards. The CPUs are as after [`abandon`].
+    ///
+    /// # Errors
+    /// See [`MigrationError`].
+    pub async fn give_up(mut self) -> Result<(), MigrationError> {
+        let _ = self.stream.shutdown(Shutdown::Both);
+        let _ = self.copied().await;
+        abandon(&self.monitor).await
     }
 
     async fn query(&self) -> Result<Progress, MonitorError> {
