@@ -123,7 +123,7 @@ fn duration(text: &str) -> Result<Duration, Error> {
 
 /// Names of tools, and nothing else.
 fn tool() -> clap::builder::PossibleValuesParser {
-    clap::builder::PossibleValuesParser::new(nido_mcp::tools::ALL.map(|tool| tool.name()))
+    clap::builder::PossibleValuesParser::new(nido_mcp::tools::ALL.map(nido_mcp::tools::Tool::name))
 }
 
 impl Args {
