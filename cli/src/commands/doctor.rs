@@ -82,7 +82,7 @@ async fn rebuild(cx: &Context, confirmation: Confirmation) -> Outcome {
     // Only now is there a store that the audit log can be continued with.
     let nido = cx.nido().await?;
     let done = async { Ok::<_, Error>(rebuilt) };
-    let rebuilt = cx.audited(&nido, "doctor_rebuild", serde_json::json!({}), done).await?;
+    let rebuilt = cx.audited(&nido, op::DOCTOR_REBUILD, serde_json::json!({}), done).await?;
     cx.output.answer(&rebuilt, || rebuilt_text(&rebuilt))?;
     Ok(if rebuilt.skipped.is_empty() { Exit::Success } else { Exit::Failure })
 }

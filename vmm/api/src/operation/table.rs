@@ -177,6 +177,8 @@ operations! {
     DOCTOR_GC = Op::write("doctor_gc", "host", "gc").admin().frees_space().command("doctor --gc");
     /// Restores VMs whose row in the store was lost.
     DOCTOR_ADOPT = Op::write("doctor_adopt", "host", "adopt").admin().command("doctor --adopt");
+    /// Replaces a missing or damaged store by one with what can still be read.
+    DOCTOR_REBUILD = Op::write("doctor_rebuild", "host", "rebuild").admin().command("doctor --rebuild");
     /// Lists what an MCP client can read without a tool.
     RESOURCE_LIST = Op::read("resource_list", "resource", "list");
     /// Reads what an MCP client can read without a tool.

@@ -256,7 +256,7 @@ fn take_rows(store: &Store, home: &Home, done: &mut Rebuilt) -> Result<()> {
     let is_empty = !first.iter().any(|table| table.rows > 0);
     note(&first, DATABASE, done);
     let missing = |table: &&str| first.iter().any(|one| one.table == **table && (!one.is_complete || is_empty));
-    let mut missing: Vec<&str> = FROM_BACKUPS.into_iter().filter(|table| missing(&table)).collect();
+    let mut missing: Vec<&str> = FROM_BACKUPS.into_iter().filter(|table| missing(table)).collect();
     for backup in home.database_backups() {
         if missing.is_empty() || !backup.exists() {
             continue;

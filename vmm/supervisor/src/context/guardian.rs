@@ -36,7 +36,10 @@ pub fn start_supervisor_unawaited(options: &OpenOptions, home: &Home, id: &str, 
     let mut command = daemon(options, home, dir.path())?;
     command.arg("supervise").arg(id);
     command.stdin(Stdio::from(lock)).stdout(Stdio::null()).stderr(Stdio::from(log));
-    tokio::process::Command::from(command).spawn().map(drop).map_err(failed)
+    let started = tokio::process::Command::from(command).spawn().map(drop).map_err(failed);
+    // The supervisor holds the lock now, if it was started.
+    drop(held);
+    started
 }
 
 /// Starts a process that restarts a VM, after so many restarts in a row that did not work, without waiting for it.

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use nido_api::restart::RestartPolicy;
 use nido_api::name::{TemplateName, VmName};
+use nido_api::restart::RestartPolicy;
 use nido_api::{AccelChoice, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
 use serde::{Deserialize, Serialize};
 
