@@ -236,7 +236,7 @@ mod tests {
     use super::Cli;
 
     /// Commands that are no operation on a home: servers, help, the processes of nido itself; and `cp`, which is uploads and downloads.
-    const NO_OPERATION: [&str; 12] = [
+    const NO_OPERATION: [&str; 13] = [
         "cp",
         "api-server start",
         "api-server openapi",
@@ -245,7 +245,8 @@ mod tests {
         "completions",
         "man",
         "supervise",
-        "watch-ttl",
+        "watch",
+        "restart-by-policy",
         "pool-fill",
         "deliver",
         "doctor",

@@ -61,7 +61,7 @@ mod enabled {
 
     const VARIABLE: &str = "NIDO_FAILPOINTS";
     /// Verbs of background processes.
-    const ROLES: [&str; 5] = ["supervise", "pool-fill", "deliver", "watch-ttl", "guardian"];
+    const ROLES: [&str; 5] = ["supervise", "pool-fill", "deliver", "watch", "restart-by-policy"];
     const COMMAND: &str = "command";
 
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]

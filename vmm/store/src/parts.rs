@@ -113,7 +113,7 @@ impl Store {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::{Adopted, Purpose, Saved, Transition, Transitioned};
+    use crate::{Adopted, Launching, Purpose, Saved, Transition, Transitioned};
     use nido_api::VmSpec;
     use nido_api::state::VmState;
 
@@ -196,9 +196,15 @@ pub(super) mod tests {
         collected(&store);
         make(&store, "2", &Transition::StartBegan);
         assert_eq!(owned(&store), ["a", "b", "d", "m", "r", "s"]);
-        let parts = serde_json::to_string(&parts_with_root("q")).unwrap();
-        store.connection.execute("UPDATE vms SET parts = ?1 WHERE id = '2'", [parts]).unwrap();
-        make(&store, "2", &Transition::Entered { state: VmState::Running, cause: None, timings: None });
+        let launching = Launching {
+            machine: crate::transition::tests::machine(),
+            cid: None,
+            started_at: jiff::Timestamp::now(),
+            expires_at: None,
+            parts: parts_with_root("q"),
+            origin: Origin::Fork(saved),
+        };
+        make(&store, "2", &Transition::Launching(Box::new(launching)));
         assert_eq!(store.parts_due().unwrap(), 0, "VM 1 has the same root disk");
         assert_eq!(owned(&store), ["a", "b", "d", "m", "q", "r", "s"]);
     }

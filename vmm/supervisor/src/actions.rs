@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nido_api::sanitize::{head, on_one_line};
 use nido_api::state::{StateCause, VmState};
-use nido_api::{AgentInfo, PLUG_PULLED};
+use nido_api::{AgentInfo, Limit, PLUG_PULLED};
 use nido_engine::machine::Machine;
 use nido_guest_agent::wire::{MAX_WARNING, MAX_WARNINGS, Pong};
 use nido_store::{AgentReady, Transition};
@@ -42,7 +42,12 @@ impl Supervisor {
         match action {
             Action::RecordState => self.record_state(),
             Action::RecordLimit(limit) => {
-                tracing::info!("stopping VM {}: its limit '{limit:?}' was reached", self.row.spec.name);
+                let why = match limit {
+                    Limit::Ttl => "its time to live is over",
+                    Limit::Idle => "it has been idle for too long",
+                    Limit::Session => "the session that it was created for has ended",
+                };
+                tracing::info!("stopping VM {}: {why}", self.row.spec.name);
                 self.write(Transition::LimitReached(limit));
             }
             Action::WarnPlugPulled => self.warn_plug_pulled(),

@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_scope_is_asked_for_as_systemd_wants_it() {
-        let words = start_arguments("00ff", "web", &[7, 8]).join(" ");
+        let words = start_arguments("00ff", "nido VM web", &[7, 8]).join(" ");
         assert_eq!(
             words,
             "StartTransientUnit ssa(sv)a(sa(sv)) nido-00ff.scope fail 4 Description s nido VM web CollectMode s \

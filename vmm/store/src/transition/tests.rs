@@ -19,7 +19,7 @@ fn events(store: &Store) -> usize {
     store.events(&EventsRequest::default()).unwrap().0.len()
 }
 
-fn machine() -> Machine {
+pub(crate) fn machine() -> Machine {
     serde_json::from_value(serde_json::json!({
         "machine": "microvm", "accel": "tcg", "cpu_model": "max", "cpus": 1, "memory_mib": 512, "net": "nat",
         "transport": {"kind": "vsock", "cid": 5}, "reason": "", "warnings": []
