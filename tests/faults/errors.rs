@@ -11,7 +11,7 @@ use crate::rig::{Rig, Step};
 use crate::support::run::Ran;
 
 /// How many times one failpoint of one operation fails, at most.
-const TIMES_MAX: u32 = 2;
+const TIMES_MAX: u32 = 1;
 
 /// A command either did what it was to do, or says in one sentence why not.
 fn expect_result_or_sentence(ran: &Ran, rig: &Rig, operation: &Operation) {

@@ -6,8 +6,9 @@ use crate::check::{await_recovery, expect_clean};
 use crate::operations::{BASIC, COPIES, Operation, POOLS, TEMPLATES};
 use crate::rig::{Rig, Step};
 
-/// How many times one failpoint of one operation is used, at most: the first times that a process comes to it.
-const TIMES_MAX: u32 = 3;
+/// How many times one failpoint of one operation is used, at most, unless `NIDO_FAULT_TIMES` is set: the first times that a
+/// process comes to it.
+const TIMES_MAX: u32 = 1;
 
 pub fn prepare(rig: &Rig, operation: &Operation) {
     for line in operation.prepare {
@@ -47,10 +48,11 @@ pub fn steps(rig: &Rig, operation: &Operation) -> Vec<Step> {
 
 fn kill_everywhere(operations: &[Operation]) {
     let only = std::env::var("NIDO_FAULTS_ONLY").unwrap_or_default();
+    let times = std::env::var("NIDO_FAULT_TIMES").map_or(TIMES_MAX, |times| times.parse().unwrap());
     let mut rig = Rig::new();
     let (mut killed, mut failures) = (0, Vec::new());
     for operation in operations {
-        for step in steps(&rig, operation).into_iter().filter(|step| step.count <= TIMES_MAX) {
+        for step in steps(&rig, operation).into_iter().filter(|step| step.count <= times) {
             let what = format!("{} {step}", operation.name);
             if !what.contains(&only) {
                 continue;

@@ -204,6 +204,19 @@ pub fn remove_unfinished(vm: &VmDir) -> bool {
     found
 }
 
+/// Removes snapshots whose deletion was interrupted, also of a VM that runs: nothing refers to them any more.
+pub fn remove_deleted(vm: &VmDir) {
+    let entries = fs::read_dir(directory(vm)).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(REMOVED_PREFIX)) {
+        match fs::remove_dir_all(entry.path()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("a deleted snapshot cannot be removed: {error}");
+            }
+            _ => {}
+        }
+    }
+}
+
 /// The record of a snapshot.
 ///
 /// # Errors
@@ -286,7 +299,7 @@ fn describe(vm: &VmDir, of: &VmName, name: &SnapshotName, record: Result<Record>
 pub fn delete(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<()> {
     let broken = |e| Error::io("cannot delete the snapshot", e);
     let doomed = vm.file(SNAPSHOTS).join(format!("{REMOVED_PREFIX}{name}"));
-    let _ = fs::remove_dir_all(&doomed);
+    remove_deleted(vm);
     match fs::rename(dir(vm, name), &doomed) {
         // Reports that it does not exist.
         Err(error) if error.kind() == io::ErrorKind::NotFound => open(vm, of, name).map(drop),

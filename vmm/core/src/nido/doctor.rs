@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use nido_api::error::{Error, Result};
 use nido_api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo};
 use nido_engine::host::{HostFacts, QemuFacts, facts, kvm, qemu};
+use nido_engine::snapshot;
 use nido_files::random;
 
 use self::checks::{
@@ -167,6 +168,11 @@ impl Nido {
             if let Err(error) = self.apply(repair, Scope::Everything).await {
                 failures.push(error.to_string());
             }
+        }
+        // Those of stopped VMs are repaired with the VM; these belong to VMs that run.
+        match self.store().vm_ids() {
+            Ok(ids) => ids.iter().for_each(|id| snapshot::remove_deleted(&self.vm_dir(id))),
+            Err(error) => failures.push(error.to_string()),
         }
         let Removed { directories, part_bytes, .. } = plan.removes();
         let removed = format!("removed {directories} directories");
