@@ -5,8 +5,8 @@
 //!        - pause - the rest - resume - unfreeze - publish
 //! ```
 //!
-//! Everything before the pause happens while the guest runs. Without enough space for that on the host's disk (pages that change
-//! are written again), all of it happens while the VM is paused. A paused VM is saved as it is, and stays paused.
+//! Everything before the pause happens while the guest runs. Under emulation, and without enough space for that on the host's
+//! disk (pages that change are written again), memory is saved while the VM is paused. A paused VM is saved as it is, and stays paused.
 //!
 //! This is a task next to the event loop. Invariant: the VM continues whatever fails; if this supervisor is killed meanwhile,
 //! the next one finds what was unfinished, removes it and resumes the VM.
@@ -24,6 +24,7 @@ use nido_engine::bake::{qemu_id, shape};
 use nido_engine::guest::{Guest, GuestError, Session};
 use nido_engine::home::{SNAPSHOT_SOCKET, VmDir};
 use nido_engine::host::{facts, qemu};
+use nido_engine::machine::Accel;
 use nido_engine::qemu::Monitor;
 use nido_engine::qemu::migration::{self, Bounds, LiveSave, Memory, MigrationError};
 use nido_engine::snapshot::{self, LayerCopy, Record, Unfinished};
@@ -71,6 +72,9 @@ struct Needed {
     memory_bytes: u64,
     /// The memory image that the guest maps, if it was forked.
     image: Option<PathBuf>,
+    /// It can be saved while it runs. Not under emulation: QEMU 7.2 then loses writes of the guest, and what is restored from the
+    /// result panics.
+    live: bool,
 }
 
 impl Supervisor {
@@ -133,6 +137,7 @@ impl Supervisor {
                 pid: running.process.pid(),
                 memory_bytes: u64::from(self.machine.memory_mib) << 20,
                 image,
+                live: self.machine.accel == Accel::Kvm,
             },
         })
     }
@@ -161,7 +166,7 @@ impl Supervisor {
 
 impl Needed {
     /// Refuses where the disk is too full, before anything is done to the VM. Returns the bounds within which it can be saved
-    /// while it runs, if there is enough space for that.
+    /// while it runs, if it may be and there is enough space for that.
     fn check(&self, dir: &VmDir) -> Result<Option<Bounds>> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let used = status
@@ -172,10 +177,12 @@ impl Needed {
         let free = facts::disk_free_bytes(dir.path()).unwrap_or(u64::MAX);
         // What is sent before the guest is paused, and all of it once more.
         let sent = memory + memory / 4;
-        if free >= needed + sent {
+        if self.live && free >= needed + sent {
             return Ok(Some(Bounds { passes: PASSES, bytes: sent, within: FOLLOWED_FOR }));
         }
         if free >= needed {
+            let why = if self.live { "the disk is too full to save it while it runs" } else { "it is emulated" };
+            tracing::info!("the VM is paused until its memory is saved: {why}");
             return Ok(None);
         }
         let words = format!(
@@ -275,7 +282,8 @@ impl Taking {
         disk: &Arc<LayerCopy>,
         session: &mut Session,
     ) -> Result<StdInstant> {
-        tracing::info!("the disk is too full to save the VM while it runs");
+        // Only what changes from here on is copied while it is paused.
+        refresh(disk, false).await?;
         self.freeze(session).await?;
         let paused_at = StdInstant::now();
         self.monitor.stop(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
