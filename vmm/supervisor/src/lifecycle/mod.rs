@@ -68,7 +68,8 @@ pub(super) struct Lifecycle {
     asked: bool,
     stop_cause: Option<StateCause>,
     limits: Limits,
-    sessions: usize,
+    /// How many sessions are open. Until the event loop reports that, the VM counts as used: loading a guest takes as long as it takes.
+    sessions: Option<usize>,
     /// Sessions do not pass the supervisor: before an idle VM is stopped, its agent is asked.
     agent_counts: bool,
     /// Since when the VM seemed to be idle when the agent was asked.
@@ -109,7 +110,7 @@ impl Lifecycle {
             asked: state == VmState::Stopping,
             stop_cause: None,
             limits,
-            sessions: 0,
+            sessions: None,
             agent_counts,
             asked_if_idle: None,
             mute: false,
@@ -140,7 +141,7 @@ impl Lifecycle {
         let mut actions = Vec::new();
         match event {
             Event::Tick => {}
-            Event::Sessions(sessions) => self.sessions = sessions,
+            Event::Sessions(sessions) => self.sessions = Some(sessions),
             Event::ExpiresAt(at) => self.limits.expire_at(at),
             Event::Stop(stop) => self.stop(now, stop, &mut actions),
             Event::SessionEnded if self.has_quit() => {}
@@ -194,7 +195,7 @@ impl Lifecycle {
     fn users(&self) -> usize {
         let booting = self.booting && self.role.is_used_while_it_boots();
         let paused = self.state == VmState::Paused && self.role.is_used_while_paused();
-        self.sessions + usize::from(booting) + usize::from(paused)
+        self.sessions.unwrap_or(1) + usize::from(booting) + usize::from(paused)
     }
 
     /// What is due at `now`.

@@ -108,6 +108,7 @@ fn a_booting_and_a_paused_vm_are_not_idle_but_a_waiting_warm_image_is() {
     let now = Instant::now();
     let mut vm = vm(Role::Use, now, None, Some(10 * S));
     vm.step(now, Event::Booting);
+    vm.step(now, Event::Sessions(0));
     assert_eq!(vm.step(now + 50 * S, Event::Agent(AgentReply::Ready(pong()))), [Action::RecordReady(pong())]);
     vm.step(now + 55 * S, Event::Observed(Observed::Paused(StateCause::User)));
     assert_eq!(vm.step(now + 500 * S, Event::Tick), []);
@@ -117,8 +118,21 @@ fn a_booting_and_a_paused_vm_are_not_idle_but_a_waiting_warm_image_is() {
 
     let mut image = self::vm(Role::WarmImage { twin: false }, now, None, Some(10 * S));
     image.step(now, Event::Booting);
+    image.step(now, Event::Sessions(0));
     let actions = image.step(now + 10 * S, Event::Tick);
     assert!(actions.contains(&Action::Quit), "{actions:?}");
+}
+
+// A fork failed if loading the copied guest took longer than its idle limit: its client was not counted yet.
+#[test]
+fn a_guest_that_is_still_being_loaded_is_not_idle() {
+    let now = Instant::now();
+    for role in [Role::Use, Role::WarmImage { twin: true }] {
+        let mut vm = vm(role, now, None, Some(3 * S));
+        assert_eq!(vm.step(now + 60 * S, Event::Booting), []);
+        assert_eq!(vm.step(now + 61 * S, Event::Sessions(1)), []);
+        assert_eq!(vm.step(now + 90 * S, Event::Tick), []);
+    }
 }
 
 // While its agent was asked, the loop ran without a pause.
@@ -136,6 +150,7 @@ fn an_idle_vm_is_stopped_only_when_its_agent_has_no_sessions() {
         agent_counts: true,
     };
     let mut vm = Lifecycle::new(beginning);
+    vm.step(now, Event::Sessions(0));
     assert_eq!(vm.step(now + S, Event::Tick), [Action::CountSessions]);
     assert_eq!((vm.step(now + 3 * S, Event::Tick), vm.next_deadline()), (vec![], None));
     assert_eq!(vm.step(now + 3 * S, Event::AgentSessions(1)), []);
