@@ -72,8 +72,8 @@ struct Needed {
     memory_bytes: u64,
     /// The memory image that the guest maps, if it was forked.
     image: Option<PathBuf>,
-    /// It can be saved while it runs. Not under emulation: QEMU 7.2 then loses writes of the guest, and what is restored from the
-    /// result panics.
+    /// It can be saved while it runs. Not under emulation: a guest that QEMU 7.2 had saved so panicked, probably because a write was
+    /// missed.
     live: bool,
 }
 
