@@ -37,7 +37,7 @@ const HOME_FILES: [&str; 22] = [
     "tls",
     "guardian.lock",
 ];
-/// What lies in the directory of a VM at rest. Sockets of a supervisor that was killed may.
+/// The files in the directory of a stopped VM. Sockets of a supervisor that was killed may.
 const VM_FILES: [&str; 19] = [
     "vm.json",
     "supervisor.lock",
@@ -69,7 +69,7 @@ fn names(directory: &Path) -> BTreeSet<String> {
     entries.map(|entry| entry.file_name().into_string().unwrap()).collect()
 }
 
-/// Waits until the processes of the home have recovered: each VM is at rest or has exactly one supervisor and QEMU, and no process
+/// Waits until the processes of the home have recovered: each VM is stopped or has exactly one supervisor and QEMU, and no process
 /// works for anything else. Commands make them recover, so one is run again and again.
 pub fn await_recovery(rig: &Rig) {
     rig.until_well(|| {
@@ -197,7 +197,7 @@ fn expect_free_locks(rig: &Rig) {
     });
 }
 
-/// A published port is served by the supervisor of its VM; one of a VM at rest is free. CIDs are distinct.
+/// A published port is served by the supervisor of its VM; one of a stopped VM is free. CIDs are distinct.
 fn expect_ports(rig: &Rig) {
     let mut cids = BTreeSet::new();
     for row in rows(rig) {

@@ -87,7 +87,7 @@ pub struct Launching {
     pub expires_at: Option<Timestamp>,
     /// The template parts that it uses.
     pub parts: BootParts,
-    /// How the guest comes to life.
+    /// How the guest is started.
     pub origin: Origin,
 }
 

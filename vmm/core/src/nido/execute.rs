@@ -345,7 +345,7 @@ mod tests {
         tasks.close();
         tokio::time::timeout(Duration::from_secs(30), tasks.wait()).await.unwrap();
         assert_eq!(lines(&nido, AuditLog::Acts)[1], "vm_delete outcome success ");
-        // Work that is dropped has an outcome that nobody knows.
+        // Work that is dropped has the outcome `unknown`.
         drop(nido.attempt(request(VM_DELETE)).await.unwrap());
         assert_eq!(lines(&nido, AuditLog::Acts)[3], "vm_delete outcome unknown interrupted");
     }

@@ -14,7 +14,7 @@ use std::process::Command;
 
 /// Variables of the caller that a process of nido may see: where programs, the user's files and the buses are, what the system's
 /// libraries need for certificates and times.
-pub const KEPT_VARIABLES: [&str; 17] = [
+pub const KEPT_VARIABLES: [&str; 18] = [
     "PATH",
     "HOME",
     "USER",
@@ -32,6 +32,7 @@ pub const KEPT_VARIABLES: [&str; 17] = [
     "SSL_CERT_DIR",
     "RUST_BACKTRACE",
     "LLVM_PROFILE_FILE",
+    "NIDO_PRECOPY",
 ];
 /// How many files a process of nido must be allowed to open, at least.
 pub const OPEN_FILES_MIN: u64 = 64;
