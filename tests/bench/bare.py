@@ -11,6 +11,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
 import time
 
 import wire
@@ -119,6 +120,82 @@ class Template:
                 qemu.kill()
                 qemu.wait()
             shutil.rmtree(path, ignore_errors=True)
+
+
+class Streams(Template):
+    """A guest with a second port on the bus that its agent's port is on: what that carries without a protocol."""
+
+    PORT = "bare"
+    # The guest's device of that port.
+    FIND = "for port in /sys/class/virtio-ports/*; do [ \"$(cat $port/name)\" != bare ] || device=/dev/${port##*/}; done; "
+
+    def __enter__(self):
+        self.path = os.path.join(self.depth, "vms", "streams")
+        os.makedirs(self.path, mode=0o700)
+        shutil.copy(self.pristine, os.path.join(self.path, "disk.qcow2"))
+        shutil.copy(self.config, os.path.join(self.path, "guest.cbor"))
+        argv = [arg.replace("max_ports=2", "max_ports=3") for arg in self.argv]
+        argv += ["-chardev", f"socket,id={self.PORT},path=bare.sock", "-device", f"virtserialport,chardev={self.PORT},name={self.PORT}"]
+        listeners = []
+        for name in ("channel.sock", "bare.sock"):
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(os.path.join(self.path, name))
+            listener.listen(1)
+            listener.settimeout(DEADLINE)
+            listeners.append(listener)
+        with open(os.path.join(self.path, "qemu.log"), "wb") as log:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self.qemu = subprocess.Popen(argv, cwd=self.path, start_new_session=True, **streams)
+        try:
+            self.agent, self.port = (listener.accept()[0] for listener in listeners)
+            for end in (self.agent, self.port):
+                end.settimeout(DEADLINE)
+            agree(self.agent)
+            self.session = wire.Session(Stream(self.agent), self.token, wire.message(wire.PING))
+            self.session.pong()
+        except BaseException:
+            self.__exit__()
+            raise
+        finally:
+            for listener in listeners:
+                listener.close()
+        return self
+
+    def __exit__(self, *_):
+        self.qemu.kill()
+        self.qemu.wait()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _run(self, command):
+        code, output = self.session.run("sh", "-c", self.FIND + command)
+        if code != 0:
+            raise wire.WireError(f"{command}: {output!r}")
+
+    def send(self, path):
+        """Seconds in which the guest reads as many bytes as a file has."""
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            begun = time.monotonic()
+            sender = threading.Thread(target=self.port.sendfile, args=(file,))
+            sender.start()
+            self._run(f"head -c {size} <$device >/dev/null")
+            sender.join()
+            return time.monotonic() - begun
+
+    def receive(self, path):
+        """Seconds in which as many bytes as a file has arrive from the guest."""
+        left = os.path.getsize(path)
+        begun = time.monotonic()
+        writer = threading.Thread(target=self._run, args=(f"head -c {left} </dev/zero >$device",))
+        writer.start()
+        while left > 0:
+            piece = self.port.recv(1 << 20)
+            if not piece:
+                raise wire.WireError("QEMU closed the port")
+            left -= len(piece)
+        seconds = time.monotonic() - begun
+        writer.join()
+        return seconds
 
 
 class Monitor:

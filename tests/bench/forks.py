@@ -11,6 +11,7 @@ import tempfile
 import time
 
 import bare
+import rest
 import slim
 import wire
 from result import Result
@@ -140,9 +141,12 @@ def known(bench):
             made.append(rig.create("known").name)
         samples[number] = in_turns(sides, bench.count(20, 5), warm_up=1, what=f"{number} known")
         result.samples.update({f"{side}, {number}": found for side, found in samples[number].items()})
+    shares = idle_shares(rig, vm, bench.count(60, 10))
     for start in range(0, count, 50):
         rig.run("delete", "--yes", *made[start : start + 50])
     rig.delete(vm)
+    for process, share in shares.items():
+        result.require(f"{process} with {count} VMs known, of a core", share, "<=", 1, "%")
     for side in sides:
         result.require(f"{side}: {count} / 1", result.median(f"{side}, {count}") / result.median(f"{side}, 1"), "<=", 1.2)
     return [result]
@@ -152,6 +156,18 @@ def cpu_seconds(pid):
     with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
         fields = stat.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def idle_shares(rig, vm, seconds):
+    """Percent of a core that the guardian and a server take while nothing is requested: they reconcile now and then."""
+    guardian = vm.guardian_pid()
+    with rest.Server(rig) as server:
+        time.sleep(5)
+        pids = {"the guardian": guardian, "a server": server.process.pid}
+        before, begun = {name: cpu_seconds(pid) for name, pid in pids.items()}, time.monotonic()
+        time.sleep(seconds)
+        taken = time.monotonic() - begun
+        return {name: 100 * (cpu_seconds(pid) - before[name]) / taken for name, pid in pids.items()}
 
 
 def many(bench):

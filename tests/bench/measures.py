@@ -166,22 +166,32 @@ def copies(bench):
     def scp_down(way):
         return fetch(ssh.copy(way, ":/root/small.bin", back), scp_mib)
 
+    place = os.path.join(bench.scratch, "streams")
+    os.makedirs(place)
     results = []
-    for title, own, other, turn in (
-        ("Upload", nido_up, scp_up, None),
-        ("Download", nido_down, scp_down, (("/root/big.bin", big), ("/root/small.bin", small))),
-    ):
-        for path, source in turn or ():
-            rig.run("--quiet", "upload", vm.name, source, path)
-        result = Result(title.lower(), f"{title} of {BIG} MiB (scp: {scp_mib} MiB)", "MiB/s")
-        name = f"`nido {title.lower()}`, whole process"
-        forward, proxy = "`scp` through `nido forward`", "`scp` through `nido proxy`"
-        sides = {name: own, forward: functools.partial(other, "forward"), proxy: functools.partial(other, "proxy")}
-        result.samples = in_turns(sides, bench.count(5, 2), what=title.lower())
-        result.require("nido", result.median(name) * MIB / 1e6, ">=", 100, "MB/s")
-        better = max(result.median(forward), result.median(proxy))
-        result.require("nido / better scp", result.median(name) / better, ">=", 15)
-        results.append(result)
+    with bare.Streams(vm, place) as streams:
+        for title, own, other, carried, turn in (
+            ("Upload", nido_up, scp_up, streams.send, None),
+            ("Download", nido_down, scp_down, streams.receive, (("/root/big.bin", big), ("/root/small.bin", small))),
+        ):
+            for path, source in turn or ():
+                rig.run("--quiet", "upload", vm.name, source, path)
+            result = Result(title.lower(), f"{title} of {BIG} MiB (scp: {scp_mib} MiB)", "MiB/s")
+            name = f"`nido {title.lower()}`, whole process"
+            forward, proxy = "`scp` through `nido forward`", "`scp` through `nido proxy`"
+            stream = "the same bytes over a bare virtio-serial port, to or from nowhere"
+            sides = {
+                name: own,
+                stream: lambda carried=carried: BIG / carried(big),
+                forward: functools.partial(other, "forward"),
+                proxy: functools.partial(other, "proxy"),
+            }
+            result.samples = in_turns(sides, bench.count(5, 2), what=title.lower())
+            result.require("nido", result.median(name) * MIB / 1e6, ">=", 100, "MB/s")
+            better = max(result.median(forward), result.median(proxy))
+            result.require("nido / better scp", result.median(name) / better, ">=", 15)
+            result.require("nido / bare stream", result.median(name) / result.median(stream), ">=", 0.9)
+            results.append(result)
     vm.exec("rm", "-f", "/root/big.bin", "/root/small.bin")
     return results
 

@@ -54,6 +54,9 @@ class Vm:
     def qemu_pid(self):
         return self._qemu()[0]
 
+    def guardian_pid(self):
+        return self._process(lambda _, argv: argv[-1:] == ["watch"] and self.rig.home in argv)[0]
+
     def supervisor_pid(self):
         return self._process(lambda _, argv: "supervise" in argv and any(self.id in arg for arg in argv))[0]
 
