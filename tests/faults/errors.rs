@@ -1,7 +1,11 @@
-//! Each operation on a disk that is full at one of its writes, and with few descriptors: one sentence, nothing lost, nothing left.
+//! Each operation on a disk that is full at one of its writes, in a home that cannot be written, and with few descriptors or little
+//! memory: one sentence, nothing lost, nothing left.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 
 use crate::check::{await_recovery, expect_clean};
 use crate::kills::{prepare, steps};
@@ -86,4 +90,67 @@ fn a_process_without_descriptors_says_so_and_leaves_nothing() {
         rig.clear();
     }
     assert!(refused > 0, "each number of descriptors was enough");
+}
+
+/// The modes of the directories below and including one, and of the store's files.
+fn modes(directory: &Path, found: &mut BTreeMap<PathBuf, u32>) {
+    found.insert(directory.to_owned(), fs::metadata(directory).unwrap().permissions().mode());
+    for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        let is_store = entry.file_name().to_str().is_some_and(|name| name.starts_with("nido.db"));
+        if entry.file_type().unwrap().is_dir() {
+            modes(&entry.path(), found);
+        } else if is_store {
+            found.insert(entry.path(), entry.metadata().unwrap().permissions().mode());
+        }
+    }
+}
+
+fn set_modes(modes: &BTreeMap<PathBuf, u32>, mask: u32) {
+    // What was removed meanwhile needs no mode.
+    for (path, mode) in modes.iter().filter(|(path, _)| path.exists()) {
+        fs::set_permissions(path, Permissions::from_mode(mode & mask)).unwrap();
+    }
+}
+
+#[test]
+fn an_operation_in_a_home_that_cannot_be_written_is_refused_and_loses_nothing() {
+    let rig = Rig::new();
+    let mut refused = 0;
+    for operation in BASIC.iter().chain(&COPIES).chain(&TEMPLATES) {
+        prepare(&rig, operation);
+        let mut before = BTreeMap::new();
+        modes(&rig.home.path(), &mut before);
+        set_modes(&before, 0o7555);
+        let ran = rig.nido(&format!("--json {}", operation.command)).plainly().run();
+        set_modes(&before, 0o7777);
+        await_recovery(&rig);
+        println!("{}: {}", operation.name, ran.code());
+        if ran.code() != 0 {
+            refused += 1;
+        }
+        expect_result_or_sentence(&ran, &rig, operation);
+        expect_clean(&rig);
+        rig.clear();
+    }
+    assert!(refused > 10, "only {refused} operations were refused");
+}
+
+#[test]
+fn a_process_without_memory_leaves_nothing() {
+    let rig = Rig::new();
+    let mut failed = 0;
+    for kib in [30_000, 50_000, 100_000, 200_000, 400_000, 800_000, 2_000_000] {
+        let spawn = rig.nido("--json spawn op --accel tcg").through(&format!("ulimit -v {kib}"));
+        let ran = spawn.run();
+        await_recovery(&rig);
+        println!("{kib} KiB: {}", ran.code());
+        if ran.code() == 0 {
+            assert!(rig.info("op").is_some());
+        } else {
+            failed += 1;
+        }
+        expect_clean(&rig);
+        rig.clear();
+    }
+    assert!(failed > 0, "each amount of memory was enough");
 }
