@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant as StdInstant};
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::VmState;
 use nido_engine::bake::{qemu_id, shape};
@@ -51,7 +51,7 @@ const PASSES: u64 = 8;
 /// What a file system in memory calls itself.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
-/// The environment variable that permits saving a VM under KVM while it runs. Not the default yet: see decision 0022.
+/// With this environment variable set to 0, VMs are paused until their memory is saved.
 const PRECOPY: &str = "NIDO_PRECOPY";
 
 /// Everything a snapshot is taken with.
@@ -75,9 +75,7 @@ struct Needed {
     memory_bytes: u64,
     /// The memory image that the guest maps, if it was forked.
     image: Option<PathBuf>,
-    /// It can be saved while it runs. Not under emulation: a guest that QEMU 7.2 had saved so panicked, probably because a write was
-    /// missed.
-    live: bool,
+    accel: Accel,
 }
 
 impl Supervisor {
@@ -140,7 +138,7 @@ impl Supervisor {
                 pid: running.process.pid(),
                 memory_bytes: u64::from(self.machine.memory_mib) << 20,
                 image,
-                live: self.machine.accel == Accel::Kvm && std::env::var_os(PRECOPY).is_some(),
+                accel: self.machine.accel,
             },
         })
     }
@@ -170,7 +168,7 @@ impl Supervisor {
 impl Needed {
     /// Refuses where the disk is too full, before anything is done to the VM. Returns the bounds within which it can be saved
     /// while it runs, if it may be and there is enough space for that.
-    fn check(&self, dir: &VmDir) -> Result<Option<Bounds>> {
+    fn check(&self, dir: &VmDir, precopy: Result<(), String>) -> Result<Option<Bounds>> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let used = status
             .lines()
@@ -180,15 +178,11 @@ impl Needed {
         let free = facts::disk_free_bytes(dir.path()).unwrap_or(u64::MAX);
         // What is sent before the guest is paused, and all of it once more.
         let sent = memory + memory / 4;
-        if self.live && free >= needed + sent {
+        if precopy.is_ok() && free >= needed + sent {
             return Ok(Some(Bounds { passes: PASSES, bytes: sent, within: FOLLOWED_FOR }));
         }
         if free >= needed {
-            let why = if self.live {
-                "the disk is too full to save it while it runs"
-            } else {
-                "it is emulated, or NIDO_PRECOPY is not set"
-            };
+            let why = precopy.err().unwrap_or_else(|| "the disk is too full to save it while it runs".to_owned());
             tracing::info!("the VM is paused until its memory is saved: {why}");
             return Ok(None);
         }
@@ -197,7 +191,7 @@ impl Needed {
             needed.div_ceil(1 << 20),
             free >> 20
         );
-        Err(Error::new(Code::DiskFull, words).hint("free some space there, or use another disk with --home"))
+        Err(Error::new(Code::DiskFull, words).hint(Hint::home_full()))
     }
 
     /// Saving reads all of the guest's memory. In a memory file system a hole of the image that is read takes space, and the one
@@ -213,7 +207,7 @@ impl Needed {
 
 impl Taking {
     async fn take(self, name: &SnapshotName) -> Result<()> {
-        let bounds = self.needed.check(&self.dir)?;
+        let bounds = self.needed.check(&self.dir, self.permits_precopy().await)?;
         let unfinished = Unfinished::begin(&self.dir, &self.into, name)?;
         nido_files::failpoint!("take.begun");
         let (unfinished, paused_for) = if self.paused {
@@ -225,6 +219,16 @@ impl Taking {
         let paused_ms = paused_for.map(|paused_for| u64::try_from(paused_for.as_millis()).unwrap_or(u64::MAX));
         let record = Record { paused_ms, ..Record::now(Some(self.running)) };
         blocking(move || unfinished.publish(&record)).await
+    }
+
+    /// Whether the VM can be saved while it runs; if not, why.
+    async fn permits_precopy(&self) -> Result<(), String> {
+        if std::env::var_os(PRECOPY).is_some_and(|value| value == "0") {
+            return Err(format!("{PRECOPY} is 0"));
+        }
+        // The program that runs, which an upgrade of the package does not change.
+        let version = self.monitor.query_version(QMP_TIMEOUT).await.map_err(|error| error.to_string())?;
+        migration::is_precopy_reliable(self.needed.accel, &version.qemu)
     }
 
     /// Saves a VM that runs, and runs on. Returns for how long its CPUs were paused.

@@ -19,7 +19,7 @@ use super::monitor::{Monitor, MonitorError};
 
 mod live;
 
-pub use self::live::{Bounds, LiveSave, abandon};
+pub use self::live::{Bounds, LiveSave, abandon, is_precopy_reliable};
 
 /// How long one command about a migration may take.
 const COMMAND_WITHIN: Duration = Duration::from_secs(10);

@@ -26,6 +26,7 @@ use tokio::task::JoinHandle;
 use super::{
     COMMAND_WITHIN, Memory, MigrationError, SetParameters, UNLIMITED, begin, set_capabilities, set_parameters,
 };
+use crate::machine::Accel;
 use crate::qemu::monitor::{Monitor, MonitorError};
 
 /// Bytes that are read at once.
@@ -43,6 +44,9 @@ const REST_BEFORE_HELD_MS: u64 = 1;
 /// How long an abandoned migration may take to end.
 const ABANDONED_WITHIN: Duration = Duration::from_secs(5);
 
+/// The first major version of QEMU whose record of changed pages is complete under emulation.
+const EMULATED_SINCE: i64 = 9;
+
 /// When the CPUs are paused although much is left to send: a guest may change its memory faster than it can be written.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
@@ -52,6 +56,19 @@ pub struct Bounds {
     pub bytes: u64,
     /// Time since the first pass was held.
     pub within: Duration,
+}
+
+/// Whether QEMU of this version saves all of a running guest's memory; if not, why. Before 9.0 an emulated CPU can change a page
+/// without a trace in the record of changed pages, while the migration reads that record: kernels of copies panicked.
+///
+/// # Errors
+/// Why not.
+pub fn is_precopy_reliable(accel: Accel, version: &qmp::VersionTriple) -> Result<(), String> {
+    if accel == Accel::Kvm || version.major >= EMULATED_SINCE {
+        return Ok(());
+    }
+    let qmp::VersionTriple { major, minor, .. } = version;
+    Err(format!("it is emulated, and QEMU {major}.{minor} can miss changes of an emulated guest's memory"))
 }
 
 /// How far a migration is.
