@@ -19,7 +19,7 @@
 //!        |
 //!  log_text.rs                     a VM's logs as text
 //!        |
-//!  answer.rs argument_reader.rs pagination.rs prompt_text.rs resource_uri.rs [pure]  principal.rs progress.rs
+//!  answer.rs argument_reader.rs prompt_text.rs resource_uri.rs [pure]  principal.rs progress.rs
 //! ```
 //!
 //! A module uses those below it, never those above.
@@ -42,7 +42,6 @@ mod log_text;
 mod messages;
 mod open_forms;
 mod output_store;
-mod pagination;
 mod principal;
 mod progress;
 mod prompt_access;

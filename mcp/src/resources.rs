@@ -2,12 +2,12 @@
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::sanitize::for_reader;
+use nido_api::{PageRequest, VmPage, VmQuery};
 use rmcp::model::{Resource, ResourceContents, ResourceTemplate};
 use serde::Serialize;
 
 use crate::answer::ToolResult;
 use crate::app::App;
-use crate::pagination::{cursor_of_vms, page, place};
 use crate::principal::Principal;
 use crate::resource_uri::{LOGS, OUTPUT, TEMPLATES, VMS, logs_uri, output, vm_of};
 use crate::{log_text, tools};
@@ -21,8 +21,9 @@ const LINES: [usize; 2] = [100, 500];
 /// else there is.
 pub async fn list(app: &App, principal: &Principal, cursor: Option<&str>) -> Result<(Vec<Resource>, Option<String>)> {
     let named = ["vm_ls", "vm_info", "vm_logs"].iter().all(|tool| may(app, principal, tool));
-    let vms = if named { app.nido().await?.list()?.vms } else { Vec::new() };
-    let (vms, next) = page(vms, place, cursor_of_vms(cursor)?, LISTED);
+    let page = PageRequest { limit: Some(LISTED), cursor: cursor.map(str::to_owned) };
+    let all = if named { app.nido().await?.list()?.vms } else { Vec::new() };
+    let VmPage { vms, next_cursor: next } = VmQuery { page, ..VmQuery::default() }.page(all)?;
     let mut list = if cursor.is_none() { others(app, principal) } else { Vec::new() };
     list.extend(vms.iter().map(|vm| {
         Resource::new(logs_uri(&vm.name), format!("logs-{}", vm.name))
@@ -82,7 +83,7 @@ pub async fn read(app: &App, principal: &Principal, uri: &str) -> Result<Resourc
     }
     let nido = app.nido().await?;
     if uri == VMS {
-        return json(uri, &tools::vm_list(nido.list_with_idle().await?.vms, None));
+        return json(uri, &tools::vm_list(nido.list_page(&VmQuery::default()).await?.vms, None));
     }
     if uri == TEMPLATES {
         return json(uri, &tools::template_list(nido.template_list()?, None));

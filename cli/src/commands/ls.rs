@@ -1,8 +1,8 @@
 //! `ls`: all VMs, one a line.
 
 use jiff::Timestamp;
-use nido_api::VmInfo;
 use nido_api::state::StateCause;
+use nido_api::{VmInfo, VmQuery};
 
 use super::Context;
 use super::selection::Filter;
@@ -32,8 +32,8 @@ pub struct Args {
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
-        let mut list = nido.list_with_idle().await?;
-        list.vms.retain(|vm| self.filter.iter().all(|filter| filter.holds(vm)));
+        let labels = self.filter.into_iter().map(Filter::label).collect();
+        let list = nido.list_page(&VmQuery { labels, ..VmQuery::default() }).await?;
         let unknown = nido.unknown_vms()?.len();
         if unknown > 0 && nido.notice().is_none() {
             cx.output.warn(&format!(

@@ -6,7 +6,7 @@
 use std::str::FromStr;
 
 use nido_api::name::VmName;
-use nido_api::{VmInfo, VmList};
+use nido_api::{LabelFilter, VmInfo, VmList};
 use nido_core::Nido;
 
 use super::Context;
@@ -28,10 +28,7 @@ pub struct Selection {
 
 /// One condition.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Filter {
-    key: String,
-    value: Option<String>,
-}
+pub struct Filter(LabelFilter);
 
 impl FromStr for Filter {
     type Err = String;
@@ -39,15 +36,15 @@ impl FromStr for Filter {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let label = text.strip_prefix("label=").filter(|label| !label.is_empty() && !label.starts_with('='));
         let label = label.ok_or("use label=KEY or label=KEY=VALUE")?;
-        let (key, value) = label.split_once('=').map_or((label, None), |(key, value)| (key, Some(value.to_owned())));
-        Ok(Self { key: key.to_owned(), value })
+        let Ok(filter) = label.parse();
+        Ok(Self(filter))
     }
 }
 
 impl Filter {
-    /// Whether a VM meets it.
-    pub fn holds(&self, vm: &VmInfo) -> bool {
-        vm.labels.get(&self.key).is_some_and(|found| self.value.as_ref().is_none_or(|value| value == found))
+    /// The label that it is about.
+    pub fn label(self) -> LabelFilter {
+        self.0
     }
 }
 
@@ -68,7 +65,7 @@ impl Selection {
             }
             return Ok(names);
         }
-        let is_meant = |vm: &&VmInfo| can(vm) && self.filter.iter().all(|filter| filter.holds(vm));
+        let is_meant = |vm: &&VmInfo| can(vm) && self.filter.iter().all(|filter| filter.0.holds(vm));
         Ok(nido.list()?.vms.iter().filter(is_meant).map(|vm| vm.name.clone()).collect())
     }
 
@@ -113,8 +110,8 @@ mod tests {
     #[test]
     fn filters_name_a_label() {
         let filter = |text: &str| Filter::from_str(text);
-        assert_eq!(filter("label=a"), Ok(Filter { key: "a".into(), value: None }));
-        assert_eq!(filter("label=a=b=c"), Ok(Filter { key: "a".into(), value: Some("b=c".into()) }));
+        assert_eq!(filter("label=a"), Ok(Filter("a".parse().unwrap())));
+        assert_eq!(filter("label=a=b=c"), Ok(Filter(LabelFilter::with_value("a", "b=c"))));
         for bad in ["a", "label=", "label==b", "name=a"] {
             assert!(filter(bad).is_err(), "{bad}");
         }

@@ -13,18 +13,32 @@ mod jobs;
 mod lifecycle;
 mod logs;
 mod operation;
-mod page;
 mod ports;
 mod run;
 mod snapshots;
 mod templates;
 mod vms;
 
+use nido_api::PageRequest;
 use nido_api::error::{Code, Error, Result};
 use nido_core::policy::Policy;
 use rmcp::model::{MetaObject, Tool as Described, ToolAnnotations};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
+
+/// How many entries a page has if the caller does not say.
+const PAGE: usize = 50;
+/// The most that one may have; the schemas have it, too.
+const PAGE_MAX: usize = 500;
+
+/// The page that a tool is asked for.
+fn page_request(limit: Option<usize>, cursor: Option<String>) -> Result<PageRequest> {
+    let limit = limit.unwrap_or(PAGE);
+    if !(1..=PAGE_MAX).contains(&limit) {
+        return Err(Error::new(Code::SpecInvalid, format!("limit: it is 1 to {PAGE_MAX}")));
+    }
+    Ok(PageRequest { limit: Some(limit), cursor })
+}
 
 pub(crate) use self::brief::vm_list;
 pub(crate) use self::operation::Operation;

@@ -7,8 +7,7 @@ use nido_api::operation as op;
 use nido_api::{BuildResult, BuildStep, TemplateInfo, TemplateList};
 use serde::{Deserialize, Serialize};
 
-use super::page::{PageRequest, page};
-use super::{ONCE, Operation, REPEATABLE, Tool, parse};
+use super::{ONCE, Operation, REPEATABLE, Tool, page_request, parse};
 use crate::answer::{ToolResult, plain};
 use crate::call_context::CallContext;
 use crate::schema;
@@ -73,10 +72,7 @@ pub fn template_list(list: TemplateList, next_cursor: Option<String>) -> Templat
 impl Operation for List {
     fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
         Box::pin(async move {
-            let mut list = call.nido().await?.template_list()?;
-            let wanted = PageRequest { limit: self.limit, cursor: self.cursor.as_deref() };
-            let (templates, next_cursor) = page(list.templates, wanted, |one| one.name.as_str().to_owned())?;
-            list.templates = templates;
+            let (list, next_cursor) = call.nido().await?.template_page(&page_request(self.limit, self.cursor)?)?;
             ToolResult::new(&template_list(list, next_cursor))
         })
     }

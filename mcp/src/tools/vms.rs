@@ -7,16 +7,14 @@ use nido_api::error::Result;
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::operation as op;
 use nido_api::state::VmState;
-use nido_api::{SnapshotInfo, VmInfo};
+use nido_api::{LabelFilter, SnapshotInfo, VmInfo, VmQuery};
 use nido_core::Intent;
 use serde::{Deserialize, Serialize};
 
 use super::brief::{self, VmBriefs, vm_list};
-use super::page::{PageRequest, page};
-use super::{Operation, REPEATABLE, Tool, parse};
+use super::{Operation, REPEATABLE, Tool, page_request, parse};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
-use crate::pagination::{cursor_of_vms, place};
 use crate::schema;
 
 pub const LS: Tool = Tool {
@@ -47,12 +45,14 @@ struct Ls {
 impl Operation for Ls {
     fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
         Box::pin(async move {
-            let mut vms = call.nido().await?.list_with_idle().await?.vms;
-            vms.retain(|vm| self.status.is_none_or(|status| vm.status == status));
-            vms.retain(|vm| self.labels.iter().all(|(key, value)| vm.labels.get(key) == Some(value)));
-            let wanted = PageRequest { limit: self.limit, cursor: cursor_of_vms(self.cursor.as_deref())? };
-            let (vms, next_cursor) = page(vms, wanted, place)?;
-            let list = vm_list(vms, next_cursor);
+            let Self { labels, status, limit, cursor } = *self;
+            let query = VmQuery {
+                status: status.into_iter().collect(),
+                labels: labels.into_iter().map(|(key, value)| LabelFilter::with_value(key, value)).collect(),
+                page: page_request(limit, cursor)?,
+            };
+            let page = call.nido().await?.list_page(&query).await?;
+            let list = vm_list(page.vms, page.next_cursor);
             Ok(ToolResult::new(&list)?.with_text(list.text()))
         })
     }

@@ -8,7 +8,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::operation as op;
 use nido_api::state::VmState;
-use nido_api::{ForkResult, SpawnRequest, StartRequest, StopRequest, VmInfo, VmPage, VmQuery};
+use nido_api::{ForkResult, PageRequest, SpawnRequest, StartRequest, StopRequest, VmInfo, VmPage, VmQuery};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -75,13 +75,11 @@ async fn list(
     QueryParams(filter): QueryParams<VmFilter>,
 ) -> HandlerResult {
     let states = filter.status.as_deref().map(|words| words.split(',').map(state).collect::<Result<Vec<_>>>());
-    let mut query = VmQuery {
+    let query = VmQuery {
         status: states.transpose()?.unwrap_or_default(),
-        limit: filter.limit,
-        cursor: filter.cursor,
-        ..VmQuery::default()
+        labels: labels.iter().flat_map(|label| label.parse()).collect(),
+        page: PageRequest { limit: filter.limit, cursor: filter.cursor },
     };
-    labels.iter().for_each(|label| query.label(label));
     let page = app.nido().await?.list_page(&query).await?;
     let mut response = response::json(StatusCode::OK, &page);
     if let Some(next) = &page.next_cursor {

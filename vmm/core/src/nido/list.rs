@@ -1,5 +1,6 @@
 //! Telling about VMs. Nothing here touches a socket but the question for how long a VM has been idle.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
@@ -69,23 +70,6 @@ impl Nido {
         })
     }
 
-    /// The same, with the time at which each running VM ends for being idle. A supervisor that does not answer at once leaves
-    /// its own out.
-    ///
-    /// # Errors
-    /// Of the store.
-    pub async fn list_with_idle(&self) -> Result<VmList> {
-        let rows = self.store().vms()?;
-        let shown = rows.iter().filter(|row| !row.deleting && row.purpose == Purpose::Use);
-        let described = shown.map(async |row| {
-            let row = &self.current(row.clone());
-            let mut info = self.describe(row);
-            info.idle_at = tokio::time::timeout(IDLE_TIMEOUT, self.idle_at(row)).await.ok().flatten();
-            info
-        });
-        Ok(VmList { vms: futures::future::join_all(described).await })
-    }
-
     /// When a VM ends because it is idle, if no client uses it until then.
     async fn idle_at(&self, row: &VmRow) -> Option<Timestamp> {
         let (Some(idle_ms), VmState::Running) = (row.spec.idle_ms, row.state) else { return None };
@@ -94,12 +78,25 @@ impl Nido {
         moment::now().checked_add(SignedDuration::from_millis(left)).ok()
     }
 
-    /// The VMs that are asked for, a page at a time, as [`Self::list_with_idle`] has them.
+    /// The requested VMs, a page at a time, with the time at which each running VM ends for being idle. A supervisor that does not
+    /// reply at once leaves its own out; only those of the page are asked.
     ///
     /// # Errors
     /// `spec_invalid` for a limit or a cursor that cannot be; of the store.
     pub async fn list_page(&self, query: &VmQuery) -> Result<VmPage> {
-        query.page(self.list_with_idle().await?.vms)
+        let rows: Vec<_> = self.store().vms()?.into_iter().map(|row| self.current(row)).collect();
+        let shown = rows.iter().filter(|row| !row.deleting && row.purpose == Purpose::Use);
+        let mut page = query.page(shown.map(|row| self.describe(row)).collect())?;
+        let by_id: HashMap<&str, &VmRow> = rows.iter().map(|row| (row.id.as_str(), row)).collect();
+        let asked = page.vms.iter().map(async |vm| {
+            let row = by_id.get(vm.id.as_str())?;
+            tokio::time::timeout(IDLE_TIMEOUT, self.idle_at(row)).await.ok().flatten()
+        });
+        let ends = futures::future::join_all(asked).await;
+        for (vm, idle_at) in page.vms.iter_mut().zip(ends) {
+            vm.idle_at = idle_at;
+        }
+        Ok(page)
     }
 
     /// What a VM was asked to be.

@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::TemplateName;
+use nido_api::operation as op;
 use nido_api::{
-    BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, StartStage, TemplateInfo, TemplateList, VmRef, moment,
+    BakeRequest, BuildRequest, BuildResult, BuildStep, NetChoice, PageRequest, StartStage, TemplateInfo, TemplateList,
+    VmRef, moment,
 };
 use nido_images::Manifest;
 use nido_store::{Purpose, VmRow};
@@ -23,6 +25,18 @@ impl Nido {
         let manifest = images.open(name.as_str()).map_err(Error::from)?;
         images.check(&manifest)?;
         Ok(manifest)
+    }
+
+    /// Templates by name, a page at a time, with the cursor of the next page.
+    ///
+    /// # Errors
+    /// `spec_invalid` for a limit that cannot be; of the disk.
+    pub fn template_page(&self, page: &PageRequest) -> Result<(TemplateList, Option<String>)> {
+        let mut list = self.template_list()?;
+        let place = |template: &TemplateInfo| template.name.as_str().to_owned();
+        let (templates, next_cursor) = page.of(list.templates, place, PageRequest::LIMIT_MAX)?;
+        list.templates = templates;
+        Ok((list, next_cursor))
     }
 
     /// Templates and recipes.
@@ -176,9 +190,8 @@ impl Nido {
             if !disk.exists() {
                 let words =
                     format!("VM '{vm}' has never been started, so it has nothing that its template does not have");
-                return Err(
-                    Error::new(Code::VmNotRunning, words).hint(format!("nido start {vm}, and change something in it"))
-                );
+                return Err(Error::new(Code::VmNotRunning, words)
+                    .hint(Hint::run_on(op::VM_START, vm).to("start it, and change something in it")));
             }
             files.push(disk);
             None
@@ -225,7 +238,8 @@ impl Nido {
         if !users.is_empty() {
             let list = users.join(", ");
             return Err(Error::new(Code::TemplateInUse, format!("template '{name}' is used by {list}"))
-                .hint(format!("delete them first: nido delete {}", users.join(" "))));
+                .hint("delete them first")
+                .or_hint(Hint::command_line(format!("nido delete {}", users.join(" ")))));
         }
         let gone = name.clone();
         self.with_images(move |images| images.delete(gone.as_str())).await?;
