@@ -3,6 +3,7 @@
 //! Invariants: stdout carries the answer and nothing else. With `--json` it carries one JSON value, and every line on
 //! stderr is a JSON object too. No text of a guest, of QEMU or of a file reaches a terminal without being escaped.
 
+use nido_api::Face;
 use std::io::{self, IsTerminal as _, Write as _};
 
 use nido_api::error::Error;
@@ -83,7 +84,7 @@ impl Output {
     /// Reports an error on stderr.
     pub fn error(&self, error: &Error) {
         if self.json {
-            say(&json(&error.problem(), false));
+            say(&json(&error.problem_for(Face::Cli), false));
             return;
         }
         let mut text = format!("{} {}", self.paint("1;31", "error:"), line(error.message()));
@@ -91,8 +92,8 @@ impl Output {
             text.push_str("\n  | ");
             text.push_str(&line(logged));
         }
-        if let Some(hint) = error.hint_text() {
-            text.push_str(&format!("\n{} {}", self.paint("36", "hint:"), line(hint)));
+        if let Some(hint) = error.hint_for(Face::Cli) {
+            text.push_str(&format!("\n{} {}", self.paint("36", "hint:"), line(&hint)));
         }
         say(&text);
     }

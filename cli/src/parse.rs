@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 use jiff::{SignedDuration, Timestamp};
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use nido_server::sanitize;
 
 const KIB: u64 = 1 << 10;
@@ -16,7 +16,7 @@ const TIB: u64 = 1 << 40;
 
 fn wrong(text: &str, what: &str, hint: &str) -> Error {
     let head: String = text.chars().take(80).collect();
-    Error::new(Code::SpecInvalid, format!("'{}' is not {what}", sanitize::line(&head))).hint(hint)
+    Error::new(Code::SpecInvalid, format!("'{}' is not {what}", sanitize::line(&head))).hint(Hint::command_line(hint))
 }
 
 /// A size in bytes: `512M`, `4GiB`, `1.5G` in powers of 1024; `500MB` in powers of 1000.

@@ -6,7 +6,7 @@
 use std::io::{self, IsTerminal as _};
 use std::sync::{Mutex, PoisonError};
 
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
 /// The settings to go back to, while raw mode is on.
@@ -63,5 +63,6 @@ pub fn require(stdin: bool, what: &str, hint: &str) -> Result<(), Error> {
         (_, true) => "standard output",
         _ => return Ok(()),
     };
-    Err(Error::new(Code::SpecInvalid, format!("{what} needs a terminal, but {missing} is not one")).hint(hint))
+    Err(Error::new(Code::SpecInvalid, format!("{what} needs a terminal, but {missing} is not one"))
+        .hint(Hint::command_line(hint)))
 }

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 
 use clap::error::ErrorKind;
 use clap::{ColorChoice, CommandFactory as _, FromArgMatches as _};
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 
 use crate::commands::Cli;
 use crate::exit::{Codes, Exit};
@@ -57,7 +57,7 @@ fn in_json(error: &clap::Error) -> Error {
     let (first, rest) = text.split_once("\n\n").unwrap_or((text, ""));
     let one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     let error = Error::new(Code::SpecInvalid, one_line(first));
-    if rest.is_empty() { error } else { error.hint(one_line(rest)) }
+    if rest.is_empty() { error } else { error.hint(Hint::command_line(one_line(rest))) }
 }
 
 /// Whether the verb is one whose small exit codes belong to the guest's command.

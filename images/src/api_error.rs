@@ -33,13 +33,9 @@ impl From<ImageError> for Error {
         };
         let wrapped = Error::new(code, error.to_string()).log_tail(tail);
         let refused = match &error {
-            ImageError::Io { source, .. } => HostRefusal::of(source).hint(Subject::Home).map(str::to_owned),
+            ImageError::Io { source, .. } => HostRefusal::of(source).hint(Subject::Home),
             _ => None,
         };
-        let wrapped = match error.hint().or(refused) {
-            Some(hint) => wrapped.hint(hint),
-            None => wrapped,
-        };
-        wrapped.because(error)
+        error.hint().or(refused).into_iter().fold(wrapped, Error::or_hint).because(error)
     }
 }

@@ -1,6 +1,8 @@
 //! What can go wrong with templates, said for the person who must act: one sentence, and a hint where one helps.
 //! Invariant: no text of a child process reaches a message unescaped.
 
+use nido_api::error::Hint;
+use nido_api::operation as op;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -199,42 +201,41 @@ impl ImageError {
         }
     }
 
-    /// What the person can do about it, where there is something.
+    /// What to do about it, where there is something.
     #[must_use]
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::MissingTool { package, .. } => Some(format!("apt-get install {package}")),
-            Self::Unprivileged { remedy, .. } => Some(remedy.clone()),
-            Self::BuildDirectory { .. } => Some(
-                "keep the home on another file system (--home, NIDO_HOME), or mount this one without that option"
-                    .into(),
+    pub fn hint(&self) -> Option<Hint> {
+        Some(match self {
+            Self::MissingTool { package, .. } => Hint::host(format!("install it: apt-get install {package}")),
+            Self::Unprivileged { remedy, .. } => Hint::host(remedy.clone()),
+            Self::BuildDirectory { .. } => Hint::host(
+                "keep the home on another file system (--home, NIDO_HOME), or mount this one without that option",
             ),
             Self::RecipeNotFound { .. } => {
-                Some(format!("the built-in recipes are {}", recipe_text::names().collect::<Vec<_>>().join(", ")))
+                Hint::note(format!("the built-in recipes are {}", recipe_text::names().collect::<Vec<_>>().join(", ")))
             }
             Self::TemplateNotFound { name } if recipe_text::names().any(|known| known == name) => {
-                Some(format!("build it: nido template build {name}"))
+                Hint::run_on(op::TEMPLATE_BUILD, name).to("build it")
             }
-            Self::Damaged { template, .. } => Some(format!("build it again: nido template build --rebuild {template}")),
+            Self::Damaged { template, .. } => {
+                Hint::run_on(op::TEMPLATE_BUILD, template).option("rebuild", "rebuild", true).to("build it again")
+            }
             Self::Command { log, .. } | Self::Deadline { log, .. } => {
-                Some(format!("see the whole output in {}", log.display()))
+                Hint::host(format!("see the whole output in {}", log.display()))
             }
             Self::TemplateExists { .. } => {
-                Some("import it under another name with --name, or replace the existing one with --force".to_owned())
+                Hint::command_line("import it under another name with --name, or replace the existing one with --force")
             }
-            Self::PathExists { .. } => Some("replace it with --force".to_owned()),
-            Self::AgentProtocol { theirs, ours } if theirs > ours => Some("import it with a newer nido".to_owned()),
+            Self::PathExists { .. } => Hint::command_line("replace it with --force"),
+            Self::AgentProtocol { theirs, ours } if theirs > ours => Hint::note("import it with a newer nido"),
             Self::AgentProtocol { .. } => {
-                Some("build the template with this version of nido or a newer one, and export it again".to_owned())
+                Hint::note("build the template with this version of nido or a newer one, and export it again")
             }
-            Self::ArchiveRefused { .. } => {
-                Some("it was discarded; download it again, or contact its author".to_owned())
+            Self::ArchiveRefused { .. } => Hint::note("it was discarded; download it again, or contact its author"),
+            Self::DiskFull { .. } => {
+                Hint::host("free some space: a build needs about 1.5 GiB temporarily, an import as much as its parts")
             }
-            Self::DiskFull { .. } => Some(
-                "free some space: a build needs about 1.5 GiB temporarily, an import as much as its parts".to_owned(),
-            ),
-            _ => None,
-        }
+            _ => return None,
+        })
     }
 }
 

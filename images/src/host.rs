@@ -226,7 +226,7 @@ impl Host {
                 return Err(ImageError::Unprivileged {
                     needs: format!("{file} gives the user {user} no range of {SUBORDINATE_IDS} ids"),
                     remedy: format!(
-                        "as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user} (another free range will \
+                        "run as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user} (another free range will \
                          do; a user that usermod does not know gets a line {user}:100000:65536 in both files)"
                     ),
                 });
@@ -366,13 +366,13 @@ mod tests {
         let host = Host { path: OsString::from("/nonexistent"), root: true };
         let error = host.require("mkfs.ext4", "e2fsprogs").unwrap_err();
         assert!(error.to_string().contains("mkfs.ext4"));
-        assert!(error.hint().unwrap().contains("e2fsprogs"));
+        assert!(error.hint().unwrap().text(nido_api::Face::Cli).unwrap().contains("e2fsprogs"));
     }
 
     #[test]
     fn everything_a_compiler_misses_is_named_at_once() {
         let host = Host { path: OsString::from("/nonexistent"), root: true };
-        let hint = host.probe_compiler().unwrap_err().hint().unwrap();
+        let hint = host.probe_compiler().unwrap_err().hint().unwrap().text(nido_api::Face::Cli).unwrap();
         assert!(COMPILER_TOOLS.iter().all(|(_, package)| hint.contains(package)), "{hint}");
     }
 

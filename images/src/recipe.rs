@@ -142,7 +142,7 @@ mod tests {
     fn an_unknown_recipe_is_named_in_the_error() {
         let error = find("windows").unwrap_err();
         assert!(error.to_string().contains("windows"));
-        assert!(error.hint().unwrap().contains("sandbox"));
+        assert!(error.hint().unwrap().text(nido_api::Face::Cli).unwrap().contains("sandbox"));
     }
 
     #[test]

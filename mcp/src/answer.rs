@@ -1,5 +1,6 @@
 //! What a tool answers: a value, or a failure that says what to do next. Pure.
 
+use nido_api::Face;
 use nido_api::Job;
 use nido_api::error::{Code, Error};
 use nido_api::sanitize::{for_reader, is_harmful};
@@ -88,7 +89,7 @@ pub struct Failure {
     pub state: Option<String>,
     /// What to do next.
     pub next_step: String,
-    /// What the person at the machine can do about it.
+    /// What else can be done about it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(nullable = false)]
     pub hint: Option<String>,
@@ -111,7 +112,7 @@ impl ErrorResult {
             code: error.code().slug().into(),
             message: plain(error.message()),
             next_step: next_step(error.code()).into(),
-            hint: error.remote_hint().map(plain),
+            hint: error.hint_for(Face::Mcp).as_deref().map(plain),
             log_tail: error.log_lines().iter().map(|line| plain(line)).collect(),
             state,
             approval_id: None,
@@ -313,7 +314,8 @@ mod tests {
 
     #[test]
     fn a_failure_says_what_to_do_as_text_and_as_data() {
-        let error = Error::new(Code::VmNotRunning, "VM 'web' is stopped\u{1b}[2J").hint("nido start web");
+        let error = Error::new(Code::VmNotRunning, "VM 'web' is stopped\u{1b}[2J")
+            .hint(nido_api::error::Hint::run_on(nido_api::operation::VM_START, "web"));
         let result = result(Err(ErrorResult::new(&error, Some("stopped".into()))));
         assert_eq!(result.is_error, Some(true));
         let failure = &result.structured_content.unwrap()["error"];

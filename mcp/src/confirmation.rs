@@ -22,7 +22,7 @@ mod question;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::VmName;
 use nido_api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask, VmInfo};
 use nido_core::policy::{Confirm, Facts, is_usual};
@@ -313,8 +313,8 @@ fn refused(call: &CallContext) -> Error {
 fn by_hand(call: &CallContext, id: &str, ask: &Ask) -> Error {
     call.needs_approval(id);
     let words = format!("a person has to approve this for VM '{}' first", ask.vm_name);
-    Error::new(Code::ApprovalRequired, words).hint(format!(
-        "ask the user to answer the form if there is one, or to run in a terminal, within two minutes: nido approve {id}; then call again \
+    Error::new(Code::ApprovalRequired, words).hint(Hint::host(format!(
+        "answer the form if there is one, or to run in a terminal, within two minutes: nido approve {id}; then call again \
          with exactly the same arguments; approval_id {id} may be added"
-    ))
+    )))
 }

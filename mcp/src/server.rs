@@ -2,6 +2,7 @@
 //!
 //! Both eras of the protocol come here. Where they differ it is in how listeners are told, and in how a person is asked.
 
+use nido_api::Face;
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -129,7 +130,7 @@ fn bounded_by_host(tool: &mut Tool) {
 
 /// An error of the protocol: for requests that are no calls of tools.
 fn refused(error: &Error) -> ErrorData {
-    let mut problem = json!(error.problem());
+    let mut problem = json!(error.problem_for(Face::Mcp));
     readable(&mut problem);
     let (words, data) = (plain(error.message()), Some(problem));
     match error.kind() {

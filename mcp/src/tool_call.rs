@@ -261,8 +261,8 @@ async fn job_of(call: CallContext, id: String, work: JoinHandle<Result<ToolResul
         match work.await {
             Ok(Ok(done)) => JobOutcome::Done(done.value),
             Ok(Err(error)) if error.code() == Code::Interrupted => JobOutcome::Cancelled,
-            Ok(Err(error)) => JobOutcome::Failed(error.problem()),
-            Err(broken) => JobOutcome::Failed(Error::internal(broken.to_string()).problem()),
+            Ok(Err(error)) => JobOutcome::Failed(error.record()),
+            Err(broken) => JobOutcome::Failed(Error::internal(broken.to_string()).record()),
         }
     };
     let progress = || {

@@ -276,6 +276,9 @@ fn a_port_of_the_host_is_published_once() {
     let place = first.header("location").to_owned();
     first.ok(201);
     add(81).problem(409, "port_in_use");
+    // Fits the pattern of the description, and was a 422.
+    let unknown = server.send("DELETE", "/v1/vms/web/forwards/there:80", &[], b"").problem(404, "forward_not_found");
+    assert!(unknown["hint"].as_str().unwrap().contains("ADDRESS:PORT"), "{unknown}");
     server.send("DELETE", &place, &[], b"").ok(200);
     server.send("PUT", "/v1/pools/zz-none", &[JSON], br#"{"wanted": 0}"#).problem(404, "template_not_found");
 }

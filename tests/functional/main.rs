@@ -24,6 +24,7 @@ mod failures;
 mod files;
 mod forwards;
 mod guardian;
+mod hints;
 mod host_errors;
 mod killed;
 mod leases;

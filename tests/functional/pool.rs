@@ -24,7 +24,7 @@ fn no_pool_is_made_of_what_is_not_there() {
     let refused = home.nido(["pool", "set", "sandbox", "1", "--cpus", "1", "--net", "none", "--json"]).run().exits(1);
     let problem = refused.problem();
     assert_eq!(problem["code"], "template_mismatch");
-    assert_eq!(problem["hint"], "nido template bake sandbox --net none");
+    assert_eq!(problem["hint"], "run nido template bake sandbox --net none");
     assert_eq!(home.nido(["pool", "ls", "--json"]).run().ok().json()["pools"], serde_json::json!([]));
 }
 

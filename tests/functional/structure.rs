@@ -5,6 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nido_api::error::Hint;
+
 /// What each crate may depend on, of this workspace.
 const ARROWS: [(&str, &[&str]); 12] = [
     ("nido-api", &[]),
@@ -108,6 +110,30 @@ fn crates_depend_only_on_those_below_them() {
             assert!(dependencies[name].contains(*arrow), "{name} no longer depends on {arrow}: remove it from ARROWS");
         }
     }
+}
+
+/// The text literals that are given to one of these functions.
+fn literals<'a>(source: &'a str, functions: &[&str]) -> Vec<&'a str> {
+    let calls = functions.iter().flat_map(|function| source.split(*function).skip(1));
+    let literal = |rest: &'a str| {
+        let rest = rest.trim_start().trim_start_matches("format!(").trim_start();
+        rest.strip_prefix('"').and_then(|text| text.split('"').next())
+    };
+    calls.filter_map(literal).collect()
+}
+
+#[test]
+fn hints_for_every_front_end_name_no_command() {
+    let mut checked = 0;
+    for (path, source) in code().into_iter().filter(|(path, _)| !path.starts_with("cli/src/")) {
+        for text in literals(&source, &["hint(", "Hint::note("]) {
+            // The doctor's report is for the host.
+            let is_command = Hint::names_command_line(text) && !path.contains("/doctor");
+            assert!(!is_command, "{path}: use Hint::run, Hint::host or Hint::command_line for: {text}");
+            checked += 1;
+        }
+    }
+    assert!(checked > 50, "only {checked} hints were found");
 }
 
 #[test]

@@ -111,7 +111,7 @@ fn pagerduty_gets_an_alert_for_a_crash_and_its_end() {
     let url = receiver.url();
     let add = ["webhook", "add", "--allow-private", "--json", "--format", "pagerduty", "--url", &url];
     let problem = home.nido(add).run().fails(2, "webhook_invalid");
-    assert!(problem["hint"].as_str().unwrap().contains("--secret"), "{problem}");
+    assert!(problem["hint"].as_str().unwrap().contains("secret"), "{problem}");
     home.nido(add).arg("--secret").arg("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").run().fails(2, "webhook_invalid");
     let added = home.nido(add).arg("--secret").arg(KEY).run().ok().json();
     let events = serde_json::json!(["vm.started", "vm.deleted", "vm.crashed"]);

@@ -14,7 +14,7 @@ use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use nido_api::{Caller as AuditCaller, Door, Face, Grant, Limits, Scope};
 
 use super::connections::ConnectionSlot;
@@ -162,7 +162,8 @@ fn admit(app: &App, request: &Request) -> Result<Option<Caller>, Refusal> {
     }
     let token = bearer(request.headers()).ok_or_else(|| {
         Error::new(Code::Unauthorized, "this request needs a token")
-            .hint("send Authorization: Bearer TOKEN; create one with nido token create")
+            .hint("send Authorization: Bearer TOKEN")
+            .or_hint(Hint::host("create a token: nido token create"))
     });
     let token = token.map_err(unknown("no_token"))?;
     let info = app.nido.token_check(&token).map_err(unknown("bad_token"))?;
@@ -180,7 +181,7 @@ fn check_restriction(only: Option<Door>, path: &str) -> Result<(), Error> {
         Some(door) if door.path() != path.trim_end_matches('/') => {
             let words = format!("this token is restricted to {}", door.path());
             Err(Error::new(Code::Denied, words)
-                .hint("create one for the REST API with nido token create, without --only"))
+                .hint(Hint::host("create one for the REST API with nido token create, without --only")))
         }
         _ => Ok(()),
     }
@@ -227,7 +228,9 @@ fn check_host(hosts: &Hosts, peer: &Peer, headers: &HeaderMap, of_uri: Option<&s
     let named = named(headers, of_uri);
     if matches!(peer, Peer::Network { .. }) && !hosts.is_ours(named) {
         let words = format!("this server does not accept requests for the host '{}'", named.escape_debug());
-        return Err(Error::new(Code::Denied, words).hint("start it with --allow-host NAME to accept them"));
+        return Err(
+            Error::new(Code::Denied, words).hint(Hint::host("start it with --allow-host NAME, which accepts them"))
+        );
     }
     Ok(())
 }
@@ -241,7 +244,7 @@ fn check_origin(hosts: &Hosts, peer: &Peer, headers: &HeaderMap, of_uri: Option<
         return Ok(());
     }
     Err(Error::new(Code::Denied, "pages of other origins may not use this server")
-        .hint("behind a proxy, start it with --public-url URL, the address that browsers use"))
+        .hint(Hint::host("start it with --public-url URL, the address that browsers use, if it is behind a proxy")))
 }
 
 /// The token of a request. A browser cannot give a WebSocket a header, but a protocol: `nido.token.TOKEN`.
@@ -305,7 +308,9 @@ pub async fn require_scope(request: Request, next: Next) -> Result<Response, Pro
     let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "this request needs a token"))?;
     if caller.scope < needed {
         let words = format!("this request needs a token with the scope {}", needed.word());
-        return Err(Error::new(Code::Denied, words).hint("nido token create --name NAME --scope SCOPE").into());
+        return Err(Error::new(Code::Denied, words)
+            .hint(Hint::host("create a token: nido token create --name NAME --scope SCOPE"))
+            .into());
     }
     Ok(next.run(request).await)
 }

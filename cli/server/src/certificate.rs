@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use jiff::Zoned;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_files::atomic_file::{Durability, is_temporary, write_private};
 use nido_files::lock::Held;
 use nido_files::private_dir::make_private_dir_in_place;
@@ -76,7 +76,7 @@ impl OwnCertificate {
         let held = Held::take_blocking(&directory.join("lock"), Instant::now() + LOCK_TIMEOUT).map_err(broken)?;
         let _held = held.ok_or_else(|| {
             Error::new(Code::Timeout, format!("another process holds {}", directory.join("lock").display()))
-                .hint("try again, or give a certificate with --cert and --key")
+                .hint(Hint::command_line("try again, or give a certificate with --cert and --key"))
         })?;
         remove_temporary_files(directory).map_err(broken)?;
         let [key_file, certificate, issued_file] =
@@ -143,7 +143,7 @@ fn key(path: &Path) -> Result<KeyPair> {
     let text = fs::read_to_string(path).map_err(|e| Error::io_at("read", path, e))?;
     KeyPair::from_pem(&text).map_err(|e| {
         Error::new(Code::PathUnusable, format!("the server's key {} cannot be used: {e}", path.display()))
-            .hint("move it away, and nido creates another")
+            .hint(Hint::host("move it away; nido creates another"))
     })
 }
 

@@ -11,6 +11,7 @@
 //! Invariant: a request that has begun to change something never runs again. If its response was not stored, a retry gets what
 //! is known about it.
 
+use nido_api::Face;
 use std::sync::Arc;
 
 use axum::body::{Body, to_bytes};
@@ -225,7 +226,7 @@ fn too_large(status: StatusCode, length: usize) -> Result<StoredResponse, Error>
 }
 
 fn kept_problem(error: &Error) -> Result<StoredResponse, Error> {
-    let problem = error.problem();
+    let problem = error.problem_for(Face::Api);
     let body = serde_json::to_value(&problem).map_err(|e| Error::internal(e.to_string()))?;
     Ok(StoredResponse { status: problem.status, location: None, body })
 }
@@ -241,7 +242,7 @@ fn replay(app: &App, caller: &Caller, kept: &str) -> Result<Option<Response>, Pr
             let words = "the same request started an operation that is no longer kept";
             Error::new(Code::OutcomeUnknown, words).hint(NEW_KEY_HINT)
         })?;
-        let code = operation.error.as_ref().map(|problem| Error::from(problem.clone()).code());
+        let code = operation.error.as_ref().map(|problem| Code::from_slug(&problem.code));
         // An operation with a stage has begun to change something.
         let refused = operation.status == OperationStatus::Failed
             && retention(code, operation.stage.is_some()) == Retention::Discard;

@@ -12,7 +12,7 @@ use axum::body::Body;
 use axum::http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_files::private_dir::make_socket_private;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -108,9 +108,8 @@ pub async fn bind(listen: &ListenAddress, tls_dir: &Path, hosts: &Hosts) -> Resu
                 Some(Tls::Own) => own.as_ref().map(|own| acceptor(&own.files())).transpose()?,
             };
             let listener = TcpListener::bind(address).await.map_err(|e| match e.kind() {
-                std::io::ErrorKind::AddrInUse => {
-                    Error::new(Code::PortInUse, format!("{address} is in use")).hint("choose another with --port")
-                }
+                std::io::ErrorKind::AddrInUse => Error::new(Code::PortInUse, format!("{address} is in use"))
+                    .hint(Hint::command_line("choose another with --port")),
                 _ => Error::io(format!("cannot listen on {address}"), e),
             })?;
             Ok(BoundListener { socket: Socket::Tcp(listener), tls, own })
@@ -121,7 +120,7 @@ pub async fn bind(listen: &ListenAddress, tls_dir: &Path, hosts: &Hosts) -> Resu
             if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
                 if UnixStream::connect(path).await.is_ok() {
                     return Err(Error::new(Code::PortInUse, format!("another server uses {shown}"))
-                        .hint("choose another with --socket"));
+                        .hint(Hint::command_line("choose another with --socket")));
                 }
                 std::fs::remove_file(path).map_err(broken)?;
             }

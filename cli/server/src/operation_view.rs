@@ -3,6 +3,7 @@
 //! A caller sees the jobs that it has begun, on whatever front end; an admin sees those of all callers. Ended ones are shown for an
 //! hour, cancelled ones not at all.
 
+use nido_api::Face;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -78,7 +79,7 @@ impl From<Job> for ApiOperation {
             created_at: job.started_at,
             ended_at: job.ended_at,
             result: job.result,
-            error: job.error,
+            error: job.error.map(|error| error.problem_for(Face::Api)),
         }
     }
 }
@@ -110,7 +111,7 @@ pub fn list(nido: &Nido, caller: &Caller) -> Result<OperationList> {
 
 /// One of them.
 pub fn get(nido: &Nido, id: &str, caller: &Caller) -> Result<ApiOperation> {
-    find(nido, id, caller).map(|job| job.shown_to(caller.scope).into())
+    find(nido, id, caller).map(|job| job.shown_to(caller.scope, Face::Api).into())
 }
 
 /// Deletes one, and stops it if it is running. Its effects so far are undone as if its caller had been killed.

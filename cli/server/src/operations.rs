@@ -182,9 +182,9 @@ fn begin(
         let outcome = async {
             match task.await {
                 Ok(Ok(done)) => JobOutcome::Done(done.value),
-                Ok(Err(error)) => JobOutcome::Failed(error.problem()),
+                Ok(Err(error)) => JobOutcome::Failed(error.record()),
                 Err(stopped) if stopped.is_cancelled() => JobOutcome::Cancelled,
-                Err(broken) => JobOutcome::Failed(Error::internal(broken.to_string()).problem()),
+                Err(broken) => JobOutcome::Failed(Error::internal(broken.to_string()).record()),
             }
         };
         owner.nido.carry_job(&id, OPERATION_RESULTS_MAX, outcome, || cancel.abort(), || None).await;

@@ -4,7 +4,7 @@
 
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
 
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use nido_server::sanitize::line;
 
 use super::Context;
@@ -33,7 +33,7 @@ impl Confirmation {
         }
         if !can_ask(cx) {
             let words = format!("nido {verb} asks for confirmation, and there is no terminal to ask on");
-            return Err(Error::new(Code::ApprovalRequired, words).hint("pass --yes to confirm"));
+            return Err(Error::new(Code::ApprovalRequired, words).hint(Hint::command_line("pass --yes to confirm")));
         }
         Ok(asked(cx, &format!("{verb} {what}?")))
     }

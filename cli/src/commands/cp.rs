@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::Path;
 
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use nido_api::name::VmName;
 use nido_api::{CopyResult, DownloadRequest, DownloadTarget};
 use nido_core::Nido;
@@ -176,7 +176,9 @@ fn unclear() -> Error {
         Code::SpecInvalid,
         "all sources must be host paths or NAME:PATH of one VM, and the sources or the destination must be in a VM",
     )
-    .hint("for example: nido cp site web:/srv, nido cp web:/srv/site . or nido cp web:/etc/app.conf db:/etc/")
+    .hint(Hint::command_line(
+        "for example: nido cp site web:/srv, nido cp web:/srv/site . or nido cp web:/etc/app.conf db:/etc/",
+    ))
 }
 
 /// `NAME:PATH`, if that is what it is.

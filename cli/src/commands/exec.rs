@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
 use nido_api::ExecRequest;
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use nido_api::name::VmName;
 use nido_api::operation as op;
 
@@ -95,7 +95,9 @@ impl ExecArgs {
     /// The core's request.
     pub fn request(self, command: Vec<OsString>, timeout_ms: Option<u64>, json: bool) -> Result<ExecRequest, Error> {
         if self.tty && json {
-            return Err(Error::new(Code::SpecInvalid, "-t and --json exclude each other").hint("omit -t"));
+            return Err(
+                Error::new(Code::SpecInvalid, "-t and --json exclude each other").hint(Hint::command_line("omit -t"))
+            );
         }
         if self.tty {
             terminal::require(self.interactive, "-t", "omit -t")?;

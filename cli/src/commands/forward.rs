@@ -2,7 +2,7 @@
 
 use clap::Subcommand;
 use nido_api::ForwardSpec;
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use nido_api::name::VmName;
 use nido_api::operation as op;
 use serde_json::{Value, json};
@@ -123,7 +123,7 @@ fn meant(published: &[ForwardSpec], one: &OneArgs, all: bool) -> Result<Vec<Forw
                 Code::SpecInvalid,
                 format!("port {port} of VM '{name}' is published {times} times: {listed}"),
             )
-            .hint(format!("name one of them, or: nido forward rm {name} {port} --all")))
+            .hint(Hint::command_line(format!("name one of them, or: nido forward rm {name} {port} --all"))))
         }
         _ => Ok(found),
     }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use nido_server::{Hosts, ListenAddress, Options, PublicUrl, Timeouts, Tls, TlsFiles};
 
 use crate::parse::duration_ms;
@@ -71,7 +71,8 @@ impl ListenArgs {
         let address = self.bind.unwrap_or(everywhere);
         if !address.is_loopback() && !self.allow_remote {
             let words = format!("{address} is reachable from other machines");
-            return Err(Error::new(Code::Denied, words).hint("pass --allow-remote to accept clients on them"));
+            return Err(Error::new(Code::Denied, words)
+                .hint(Hint::command_line("pass --allow-remote to accept clients on them")));
         }
         // Other machines are never let in without encryption by mistake.
         let tls = tls.or((!address.is_loopback() && !self.insecure_http).then_some(Tls::Own));

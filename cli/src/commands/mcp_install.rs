@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_files::atomic_file::{Durability, PUBLIC, Temporary};
 use serde_json::{Map, Value, json};
 
@@ -69,8 +69,10 @@ impl Client {
     fn file(self) -> Result<PathBuf> {
         let of_user = |name: &str| {
             let home = std::env::var_os("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
-            home.map(|home| home.join(name))
-                .ok_or_else(|| Error::new(Code::PathNotFound, "HOME is not set").hint("--file names the client's file"))
+            home.map(|home| home.join(name)).ok_or_else(|| {
+                Error::new(Code::PathNotFound, "HOME is not set")
+                    .hint(Hint::command_line("--file names the client's file"))
+            })
         };
         match self {
             Self::ClaudeDesktop => of_user(".config/Claude/claude_desktop_config.json"),
@@ -154,7 +156,7 @@ fn qemu_out_of_the_way() -> Option<(String, PathBuf)> {
 fn merged(mut there: Value, client: Client, entry: Value) -> Result<Value> {
     let not_it = |what: &str| {
         let words = format!("{what} of the client's file is not an object");
-        Error::new(Code::SpecInvalid, words).hint("fix it, or select another file with --file")
+        Error::new(Code::SpecInvalid, words).hint(Hint::command_line("fix it, or select another file with --file"))
     };
     let servers = there.as_object_mut().ok_or_else(|| not_it("the whole"))?;
     let servers = servers.entry(client.key()).or_insert_with(|| json!({}));
@@ -169,7 +171,8 @@ fn read(file: &Path) -> Result<Value> {
         Ok(text) if text.trim().is_empty() => Ok(json!({})),
         Ok(text) => serde_json::from_str(&text).map_err(|e| {
             let words = format!("{shown} is not valid JSON: {e}");
-            Error::new(Code::SpecInvalid, words).hint("run without --write to print the entry, and add it by hand")
+            Error::new(Code::SpecInvalid, words)
+                .hint(Hint::command_line("run without --write to print the entry, and add it by hand"))
         }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(json!({})),
         Err(e) => Err(Error::io(format!("cannot read {shown}"), e)),

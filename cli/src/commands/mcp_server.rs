@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 use nido_api::Scope;
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use nido_core::Nido;
 use nido_core::host_paths::DefaultPaths;
 use nido_core::policy::{Confirm, Policy};
@@ -159,7 +159,9 @@ impl Start {
     async fn stdio(self, cx: &Context, settings: Settings) -> Outcome {
         if self.no_token || self.session_idle.is_some() || self.session_grace.is_some() || self.listen.is_given() {
             let words = "--port, --socket, --no-token and similar options are for --transport http";
-            return Err(Error::new(Code::SpecInvalid, words).hint("pass --transport http, or omit them").into());
+            return Err(Error::new(Code::SpecInvalid, words)
+                .hint(Hint::command_line("pass --transport http, or omit them"))
+                .into());
         }
         if std::io::stdin().is_terminal() {
             cx.output.talk(
@@ -181,7 +183,7 @@ impl Start {
         if self.scope.is_some() {
             let words = "--scope is for stdio; over http the token determines the scope";
             return Err(Error::new(Code::SpecInvalid, words)
-                .hint("nido token create --name NAME --scope SCOPE")
+                .hint(Hint::command_line("nido token create --name NAME --scope SCOPE"))
                 .into());
         }
         let options = self.listen.options(false)?;
@@ -189,9 +191,9 @@ impl Start {
             let words = "a port without a token would be open to every program on this machine and to every guest with --net nat, \
              which reaches the host's loopback at 10.0.2.2";
             return Err(Error::new(Code::Denied, words)
-                .hint(
+                .hint(Hint::command_line(
                     "use --socket PATH, which only its owner can use, or create a token: nido token create --name NAME --scope run --only mcp",
-                )
+                ))
                 .into());
         }
         let nido = Arc::new(cx.nido().await?);

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use nido_api::name::VmName;
 use nido_api::operation as op;
 use nido_api::{ExecRequest, ExecResult, StartRequest, UploadRequest, UploadSource, VmInfo, VmRef, VmSpec};
@@ -141,7 +141,9 @@ fn without_vm(failure: Failure) -> Failure {
     match failure {
         Failure::Nido(error) if error.code() == Code::AgentUnreachable => {
             let again = Error::new(error.code(), error.message()).log_tail(error.log_lines().to_vec());
-            again.hint("the VM is deleted; keep it with --keep, then use nido info and nido logs").into()
+            again
+                .hint(Hint::command_line("the VM is deleted; keep it with --keep, then use nido info and nido logs"))
+                .into()
         }
         other => other,
     }
@@ -159,7 +161,7 @@ fn refuse_volume(program: Option<&OsString>) -> Result<(), Error> {
     }
     let shown = sanitize::line(&String::from_utf8_lossy(text));
     Err(Error::new(Code::SpecInvalid, format!("'{shown}' has the form SRC:DST and is not a command"))
-        .hint(format!("did you mean --copy {shown}? -v is --verbose")))
+        .hint(Hint::command_line(format!("did you mean --copy {shown}? -v is --verbose"))))
 }
 
 async fn copy_in(cx: &Context, nido: &Nido, name: &VmName, copies: Vec<UploadRequest>) -> Result<(), Failure> {
@@ -170,7 +172,7 @@ async fn copy_in(cx: &Context, nido: &Nido, name: &VmName, copies: Vec<UploadReq
             let (path, reason) = (sanitize::line(&first.path), sanitize::line(&first.reason));
             let what = format!("{} entries could not be read, the first is {path}: {reason}", done.unreadable);
             return Err(Error::new(Code::PermissionDenied, what)
-                .hint("exclude them from --copy, or make them readable")
+                .hint(Hint::command_line("exclude them from --copy, or make them readable"))
                 .into());
         }
     }
@@ -215,7 +217,7 @@ mod tests {
     fn a_volume_is_not_taken_for_a_command() {
         for volume in [".:/x", "./a:/x", "/a b:/x", "~/x:/y", "..:/x:/y"] {
             let refused = refuse_volume(Some(&volume.into())).unwrap_err();
-            assert!(refused.hint_text().unwrap().contains("--copy"), "{volume}");
+            assert!(refused.hint_for(nido_api::Face::Cli).unwrap().contains("--copy"), "{volume}");
         }
         for command in ["true", "./a", "/bin/a:b", "http://x", "a:/b", ":/x"] {
             refuse_volume(Some(&command.into())).unwrap();

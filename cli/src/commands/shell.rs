@@ -1,7 +1,7 @@
 //! `shell`: the user's login shell on a terminal.
 
 use nido_api::ExecRequest;
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
 use nido_api::name::VmName;
 use nido_api::operation as op;
 
@@ -32,7 +32,7 @@ impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         if cx.output.json {
             let error = Error::new(Code::SpecInvalid, "shell does not support --json");
-            return Err(error.hint("use 'nido exec NAME --json -- CMD'").into());
+            return Err(error.hint(Hint::command_line("use 'nido exec NAME --json -- CMD'")).into());
         }
         terminal::require(true, "a shell", "use nido exec for commands in scripts")?;
         let request = ExecRequest { stdin: true, ..self.place.request(true)? };

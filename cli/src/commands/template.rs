@@ -362,7 +362,10 @@ fn imported(done: &ImportResult) -> String {
 fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
     let agent = match template.agent_current {
         true => "of this nido".into(),
-        false => format!("of another nido; {}", nido_core::renewal_command(&template.name)),
+        false => format!(
+            "of another nido; {}",
+            nido_core::renewal(&template.name).text(nido_api::Face::Cli).unwrap_or_default()
+        ),
     };
     let bakes: Vec<_> = template.bakes.iter().map(machine).collect();
     let users = if template.used_by.is_empty() { "no VM".into() } else { template.used_by.join(", ") };

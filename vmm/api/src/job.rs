@@ -4,8 +4,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Scope;
-use crate::error::Problem;
+use super::{Face, Scope};
+use crate::error::{ErrorRecord, Problem};
 use crate::name::VmName;
 use crate::operation;
 
@@ -94,13 +94,15 @@ pub struct Job {
     #[schema(value_type = Option<Object>)]
     pub result: Option<Value>,
     /// Why it failed.
-    pub error: Option<Problem>,
+    #[schema(value_type = Option<Problem>)]
+    pub error: Option<ErrorRecord>,
 }
 
 impl Job {
-    /// As a caller of this scope sees it: without the output of commands, unless it may run commands.
+    /// As a caller of this scope sees it over a front end: without the output of commands, unless it may run commands.
     #[must_use]
-    pub fn shown_to(mut self, scope: Scope) -> Self {
+    pub fn shown_to(mut self, scope: Scope, face: Face) -> Self {
+        self.error = self.error.map(|error| error.shown_to(face));
         if operation::find(&self.tool).is_some_and(|known| known.has_output && !known.admits(scope)) {
             self.result = None;
         }
@@ -114,7 +116,7 @@ pub enum JobOutcome {
     /// Well, and with this.
     Done(Value),
     /// It failed.
-    Failed(Problem),
+    Failed(ErrorRecord),
     /// It was cancelled, and is not going on.
     Cancelled,
 }
@@ -154,7 +156,7 @@ mod tests {
             result: Some(Value::Null),
             error: None,
         };
-        let shown = |tool: &str, scope| job(tool).shown_to(scope).result.is_some();
+        let shown = |tool: &str, scope| job(tool).shown_to(scope, Face::Api).result.is_some();
         for tool in ["vm_exec", "vm_run"] {
             assert!(!shown(tool, Scope::Read) && shown(tool, Scope::Run) && shown(tool, Scope::Admin), "{tool}");
         }

@@ -181,6 +181,7 @@ fn both<T: Clone + PartialEq>(one: Option<&[T]>, other: Option<&[T]>) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Face;
 
     fn spec() -> VmSpec {
         VmSpec { ttl_ms: Some(1000), ..VmSpec::named("web".parse().unwrap()) }
@@ -223,7 +224,7 @@ mod tests {
             (VmSpec { template: "debian-12".parse().unwrap(), ..fits.clone() }, 1 << 30, Code::Denied),
         ] {
             let error = limits.check(&wrong, disk).unwrap_err();
-            assert!(error.code() == code && error.hint_text().is_some(), "{error}");
+            assert!(error.code() == code && error.hint_for(Face::Cli).is_some(), "{error}");
         }
     }
 

@@ -16,7 +16,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
@@ -198,7 +198,7 @@ impl Roots {
         let (root, rest) = found.ok_or_else(|| {
             let roots: Vec<_> = self.0.iter().map(|root| shown(&root.named)).collect();
             let hint = match roots.is_empty() {
-                true => "this server may not use files of its host; send the content itself".into(),
+                true => "this server may not use files of its host; send the content itself".to_owned(),
                 false => format!("allowed are paths below {}", roots.join(", ")),
             };
             Error::new(Code::Denied, format!("{} is outside the paths that this server may use", shown(path)))
@@ -261,7 +261,7 @@ fn check_size(path: &Path, bytes: u64, max_bytes: u64) -> Result<()> {
         return Ok(());
     }
     let words = format!("{} has {bytes} bytes; at most {max_bytes} are copied", shown(path));
-    Err(Error::new(Code::LimitExceeded, words).hint("copy it in parts, or let the user copy it with nido cp"))
+    Err(Error::new(Code::LimitExceeded, words).hint("copy it in parts").or_hint(Hint::host("copy it with nido cp")))
 }
 
 fn not_a_file(path: &Path, kind: FileType) -> Error {

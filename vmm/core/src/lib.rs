@@ -18,7 +18,7 @@ mod nido;
 pub mod policy;
 pub mod webhook;
 
-pub use nido_engine::template::renewal_command;
+pub use nido_engine::template::renewal;
 pub use nido_store::KeyState;
 pub use nido_supervisor::SuperviseRequest;
 

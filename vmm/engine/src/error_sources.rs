@@ -1,7 +1,8 @@
 //! Failures of the parts as failures of the API: which code each has, and what to do about it.
 
 use nido_api::error::host::{HostRefusal, Subject};
-use nido_api::error::{Code, Error};
+use nido_api::error::{Code, Error, Hint};
+use nido_api::operation as op;
 use nido_guest_agent::wire::Fault;
 
 use crate::guest::GuestError;
@@ -10,30 +11,37 @@ use crate::machine::Refusal;
 
 impl From<Refusal> for Error {
     fn from(refusal: Refusal) -> Self {
-        let (code, hint) = match &refusal {
+        let check_kvm = || Hint::host("check KVM with nido doctor");
+        let (code, hints) = match &refusal {
             Refusal::KvmUnavailable { .. } => (
                 Code::KvmUnavailable,
-                "check KVM with nido doctor; --accel auto falls back to emulation, with a warning",
+                vec![
+                    check_kvm(),
+                    Hint::command_line("use --accel auto, which falls back to emulation, with a warning"),
+                ],
             ),
-            Refusal::NestingOff { remedy, .. } => (Code::NestedUnavailable, remedy.as_str()),
+            Refusal::NestingOff { remedy, .. } => (Code::NestedUnavailable, vec![Hint::host(remedy)]),
             Refusal::KvmUndecided { .. } => (
                 Code::KvmUnavailable,
-                "try again when the host is less busy; --accel tcg runs it without KVM, slowly and without isolation",
+                vec![
+                    Hint::note("try again when the host is less busy"),
+                    Hint::command_line("run it with --accel tcg, without KVM, slowly and without isolation"),
+                ],
             ),
             Refusal::IsolationLost { .. } => (
                 Code::IsolationRequired,
-                "check KVM with nido doctor; nido start NAME --accel tcg starts the VM without isolation",
+                vec![check_kvm(), Hint::command_line("start it without isolation: nido start NAME --accel tcg")],
             ),
-            Refusal::IsolationRequired { .. } => (Code::IsolationRequired, "check KVM with nido doctor"),
-            Refusal::SpecInvalid { .. } => (Code::SpecInvalid, "check the host with nido doctor"),
+            Refusal::IsolationRequired { .. } => (Code::IsolationRequired, vec![check_kvm()]),
+            Refusal::SpecInvalid { .. } => (Code::SpecInvalid, vec![Hint::host("check the host with nido doctor")]),
             Refusal::QemuTooOld { .. } => {
-                (Code::QemuTooOld, "install a newer qemu-system-x86, or name one with --qemu")
+                (Code::QemuTooOld, vec![Hint::host("install a newer qemu-system-x86, or name one with --qemu")])
             }
             Refusal::QemuLacks { .. } => {
-                (Code::QemuTooOld, "install Debian's qemu-system-x86, or name another with --qemu")
+                (Code::QemuTooOld, vec![Hint::host("install Debian's qemu-system-x86, or name another with --qemu")])
             }
         };
-        Self::new(code, refusal.to_string()).hint(hint)
+        hints.into_iter().fold(Self::new(code, refusal.to_string()), Self::or_hint)
     }
 }
 
@@ -41,7 +49,7 @@ impl From<QemuProbeError> for Error {
     fn from(error: QemuProbeError) -> Self {
         let (code, hint) = match &error {
             QemuProbeError::Missing { .. } => {
-                (Code::QemuMissing, "apt-get install qemu-system-x86, or name one with --qemu")
+                (Code::QemuMissing, "install it: apt-get install qemu-system-x86, or name one with --qemu")
             }
             _ => (Code::QemuFailed, "check the program with its --version, or name another with --qemu"),
         };
@@ -49,7 +57,7 @@ impl From<QemuProbeError> for Error {
             QemuProbeError::NotQemu { stderr_tail, .. } => stderr_tail.lines().map(str::to_owned).collect(),
             _ => Vec::new(),
         };
-        Self::new(code, error.to_string()).hint(hint).log_tail(tail).because(error)
+        Self::new(code, error.to_string()).hint(Hint::host(hint)).log_tail(tail).because(error)
     }
 }
 
@@ -58,13 +66,16 @@ impl From<QemuProbeError> for Error {
 pub fn guest_error(vm: &str, error: GuestError) -> Error {
     let (code, hint) = match &error {
         GuestError::Unreachable(_) | GuestError::Timeout { .. } | GuestError::Gone => {
-            (Code::AgentUnreachable, format!("nido info {vm} shows its state, nido logs {vm} its console"))
+            return Error::new(Code::AgentUnreachable, error.to_string())
+                .hint(Hint::run_on(op::VM_INFO, vm).to("see its state"))
+                .or_hint(Hint::run_on(op::VM_LOGS, vm).to("see its console"))
+                .because(error);
         }
         GuestError::VersionMismatch { .. } => (
             Code::AgentVersion,
-            format!("nido restart {vm} --cold boots it with this nido's own agent; its disk stays"),
+            Hint::run_on(op::VM_RESTART, vm).cold().to("boot it with this nido's own agent, with its disk"),
         ),
-        GuestError::TokenRefused => (Code::GuestDenied, format!("restart it: nido restart {vm}")),
+        GuestError::TokenRefused => (Code::GuestDenied, Hint::run_on(op::VM_RESTART, vm).to("restart it")),
         GuestError::Busy => (Code::LimitExceeded, "wait until one of them has ended, then try again".into()),
         GuestError::TunnelsBusy => (Code::LimitExceeded, "close some of them, then try again".into()),
         GuestError::RequestTooLarge { .. } => (
@@ -80,13 +91,9 @@ pub fn guest_error(vm: &str, error: GuestError) -> Error {
         GuestError::HostIo { source, .. } => {
             let refusal = HostRefusal::of(source);
             let plain = Error::new(refusal.code(), error.to_string());
-            let told = match refusal.hint(Subject::Copy) {
-                Some(hint) => plain.hint(hint),
-                None => plain,
-            };
-            return told.because(error);
+            return refusal.hint(Subject::Copy).into_iter().fold(plain, Error::or_hint).because(error);
         }
-        GuestError::PathExists(_) => (Code::PathExists, "--force replaces it".into()),
+        GuestError::PathExists(_) => (Code::PathExists, Hint::command_line("replace it with --force")),
         GuestError::PathNotFound(_) => (Code::PathNotFound, "check the path on the host".into()),
         GuestError::BadName(_) => (Code::PathInvalid, "check the path".into()),
         GuestError::IsDirectory => {
@@ -94,8 +101,7 @@ pub fn guest_error(vm: &str, error: GuestError) -> Error {
         }
         GuestError::BadArchive(_) => (
             Code::SpecInvalid,
-            "files, directories and symlinks, with names below the directory: tar -C DIR --hard-dereference -c . \
-                 (without --sparse)"
+            "pack files, directories and symlinks only, with names below the directory: no hard links, no sparse files"
                 .into(),
         ),
         GuestError::ArchiveTooLarge { .. } => (Code::LimitExceeded, "send it in parts".into()),
@@ -116,13 +122,13 @@ fn fault_error(fault: Fault, message: &str) -> Error {
                 "a name must be in the guest's /etc/passwd or /etc/group; numbers need not: UID, UID:GID, USER:GROUP, :GID",
             ),
         ),
-        Fault::NoDirectory => (Code::DirectoryNotFound, Some("create it first, or omit --workdir")),
+        Fault::NoDirectory => (Code::DirectoryNotFound, Some("create it first, or omit the working directory")),
         Fault::NotFound => (Code::GuestNotFound, Some("check the path in the guest")),
         Fault::Denied => (Code::GuestDenied, Some("the guest's own permissions decide this: use another user")),
         Fault::DiskFull => (
             Code::DiskFull,
             Some(
-                "free some space there in the guest; if it is the guest's disk, a VM can be spawned with a larger --disk",
+                "free some space there in the guest; if it is the guest's disk, a VM can be spawned with a larger one",
             ),
         ),
         Fault::WrongType => (
@@ -134,9 +140,5 @@ fn fault_error(fault: Fault, message: &str) -> Error {
         Fault::Invalid => (Code::GuestInvalid, None),
         Fault::Other => (Code::GuestFailed, None),
     };
-    let error = Error::new(code, text);
-    match hint {
-        Some(hint) => error.hint(hint),
-        None => error,
-    }
+    hint.into_iter().fold(Error::new(code, text), Error::or_hint)
 }

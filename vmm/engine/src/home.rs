@@ -9,7 +9,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_files::atomic_file::{Durability, create_private};
 use nido_files::layout;
 use nido_files::private_dir::{make_private_dir, make_private_dir_in_place};
@@ -74,7 +74,8 @@ impl Home {
             return Ok("/var/lib/nido".into());
         }
         xdg("XDG_DATA_HOME", ".local/share").map(|base| base.join("nido")).ok_or_else(|| {
-            Error::new(Code::SpecInvalid, "there is no home directory for nido's data").hint("set NIDO_HOME")
+            Error::new(Code::SpecInvalid, "there is no home directory for nido's data")
+                .hint(Hint::host("set NIDO_HOME"))
         })
     }
 
@@ -90,11 +91,11 @@ impl Home {
         let me = rustix::process::geteuid().as_raw();
         if meta.uid() != me {
             return Err(Error::new(Code::Denied, format!("{shown} belongs to another user (uid {})", meta.uid()))
-                .hint("use a home of your own with --home or NIDO_HOME"));
+                .hint(Hint::host("use a home of your own with --home or NIDO_HOME")));
         }
         if meta.mode() & 0o077 != 0 {
             return Err(Error::new(Code::Denied, format!("{shown} can be opened by other users"))
-                .hint(format!("it holds tokens and monitor sockets: chmod 700 {shown}")));
+                .hint(Hint::host(format!("run chmod 700 {shown}, since it holds tokens and monitor sockets"))));
         }
         let home = Self { root };
         if home.is_writable() {

@@ -20,8 +20,9 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::{SnapshotName, VmName};
+use nido_api::operation as op;
 use nido_api::{SnapshotInfo, moment};
 use nido_files::atomic_file::{Durability, publish_directory, sync_parent};
 use nido_files::private_dir::{give_owner_rights, make_private_dir, make_private_dir_in_place};
@@ -106,7 +107,8 @@ impl Unfinished {
         let target = dir(into, name);
         if target.exists() {
             return Err(Error::new(Code::SnapshotExists, format!("there is a snapshot named '{name}' already"))
-                .hint("choose another name, or delete it: nido snapshot delete"));
+                .hint("choose another name")
+                .or_hint(Hint::command_line("delete it: nido snapshot delete")));
         }
         remove_unfinished(vm);
         let path = directory(vm).join(format!("{UNFINISHED}{name}"));
@@ -224,13 +226,13 @@ pub fn remove_deleted(vm: &VmDir) {
 pub fn open(vm: &VmDir, of: &VmName, name: &SnapshotName) -> Result<Record> {
     let damaged = |why: String| {
         Error::new(Code::SnapshotDamaged, format!("snapshot '{name}' of VM '{of}' is damaged: {why}"))
-            .hint(format!("nido snapshot delete {of} {name}"))
+            .hint(Hint::run_on(op::VM_SNAPSHOT_DELETE, of).with("snapshot", name))
     };
     let text = match fs::read(dir(vm, name).join(RECORD)) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound && !dir(vm, name).exists() => {
             return Err(Error::new(Code::SnapshotNotFound, format!("VM '{of}' has no snapshot named '{name}'"))
-                .hint(format!("nido snapshot ls {of}")));
+                .hint(Hint::run_on(op::SNAPSHOT_LIST, of)));
         }
         Err(error) => return Err(damaged(format!("its record cannot be read: {error}"))),
     };

@@ -4,7 +4,7 @@
 //! behind it has used it.
 
 use jiff::Timestamp;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::sanitize::head;
 use nido_api::{APPROVAL_LIFETIME, APPROVALS_PENDING_MAX, Approval, ApprovalState, Ask, redact};
 use rusqlite::{OptionalExtension, Row, params};
@@ -60,7 +60,7 @@ impl Store {
                 self.connection.query_row(waiting, params![ask.actor, now], |row| row.get(0)).map_err(fault)?;
             if usize::try_from(waiting).unwrap_or(usize::MAX) >= APPROVALS_PENDING_MAX {
                 let words = format!("{waiting} approvals are pending, which is the limit");
-                return Err(Error::new(Code::LimitExceeded, words).hint("list them with nido approvals"));
+                return Err(Error::new(Code::LimitExceeded, words).hint(Hint::host("answer some: nido approvals lists them")));
             }
             let insert = "INSERT INTO approvals (id, tool, vm_id, vm_name, actor, agent, arguments, digest, created_ms, \
                           expires_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";

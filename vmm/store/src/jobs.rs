@@ -226,7 +226,7 @@ mod tests {
         let ended = store.job("job_1", Viewer::Everyone).unwrap();
         assert_eq!((ended.state, &ended.result), (JobState::Done, &Some(json!({ "a": [1] }))));
         assert_eq!(ended.progress.as_ref().unwrap().percent, Some(40));
-        store.end_job("job_1", &JobOutcome::Failed(Error::internal("x").problem())).unwrap();
+        store.end_job("job_1", &JobOutcome::Failed(Error::internal("x").record())).unwrap();
         store.lose_jobs("h").unwrap();
         store.progress_job("job_1", &JobProgress { stage: "late".into(), percent: None }).unwrap();
         assert!(!store.cancel_job("job_1", Viewer::Everyone).unwrap().cancel_asked);
@@ -236,7 +236,7 @@ mod tests {
     #[test]
     fn a_failure_comes_back_as_it_was() {
         let (_dir, store) = open();
-        let problem = Error::new(Code::DiskFull, "full").hint("free some").problem();
+        let problem = Error::new(Code::DiskFull, "full").hint("free some").record();
         store.insert_job("job_1", &request("uid:1"), "h").unwrap();
         store.end_job("job_1", &JobOutcome::Failed(problem.clone())).unwrap();
         assert_eq!(store.job("job_1", Viewer::Everyone).unwrap().error, Some(problem));

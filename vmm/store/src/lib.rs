@@ -47,7 +47,7 @@ pub use tokens::TokenRow;
 pub use transition::{Adopted, AgentReady, End, Launching, Transition, Transitioned};
 pub use webhooks::WebhookRow;
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 
 use self::schema::{SCHEMA_VERSION, STEPS};
 
@@ -122,7 +122,7 @@ impl Store {
         if version != SCHEMA_VERSION {
             let what = format!("the store has version {version}; this nido reads {SCHEMA_VERSION}");
             return Err(Error::new(Code::ReadOnly, what)
-                .hint("it is read-only: make it writable once, or use the nido that wrote it"));
+                .hint(Hint::host("make it writable once, or use the nido that wrote it")));
         }
         Ok(Self { connection, queued: Cell::new(false), is_new: false })
     }
@@ -155,7 +155,7 @@ impl Store {
                 return Err(Error::internal(format!(
                     "the store has version {newer}; this nido supports {SCHEMA_VERSION}"
                 ))
-                .hint("use the nido version that wrote it, or another home"));
+                .hint(Hint::host("use the nido version that wrote it, or another home")));
             }
         }
         let transaction =
@@ -214,8 +214,7 @@ fn fault(error: rusqlite::Error) -> Error {
         _ => false,
     };
     if full {
-        return Error::new(Code::DiskFull, "the store cannot be written: the disk is full")
-            .hint("free some space on the disk that holds nido's home, or use another with --home");
+        return Error::new(Code::DiskFull, "the store cannot be written: the disk is full").hint(Hint::home_full());
     }
     if let Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) = error.sqlite_error_code() {
         return damaged("nido.db in nido's home", &error.to_string());
@@ -230,9 +229,9 @@ fn fault(error: rusqlite::Error) -> Error {
     };
     let plain = Error::new(code, format!("the store failed: {error}"));
     match code {
-        Code::ReadOnly | Code::PermissionDenied => plain.hint(
-            "nido's home must be writable for this: check its mount, owner and mode, or choose another with --home or NIDO_HOME",
-        ),
+        Code::ReadOnly | Code::PermissionDenied => plain.hint(Hint::host(
+            "make nido's home writable (its mount, owner and mode), or choose another with --home or NIDO_HOME",
+        )),
         _ => plain,
     }
 }
@@ -240,9 +239,9 @@ fn fault(error: rusqlite::Error) -> Error {
 /// The error for a store that SQLite cannot read.
 fn damaged(place: &str, why: &str) -> Error {
     let why = why.rsplit_once("is damaged: ").map_or(why, |(_, why)| why);
-    Error::new(Code::StoreDamaged, format!("the store {place} is damaged: {why}")).hint(
-        "nido doctor --rebuild keeps the damaged file, and makes a new store from what can be read and from the VMs' directories",
-    )
+    Error::new(Code::StoreDamaged, format!("the store {place} is damaged: {why}")).hint(Hint::host(
+        "run nido doctor --rebuild, which keeps the damaged file, and makes a new store from what can be read and from the VMs' directories",
+    ))
 }
 
 /// A value of ours that does not decode: the store was written by something else.

@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use rusqlite::{Connection, OpenFlags, params_from_iter, types::Value};
 
 use super::{SCHEMA_VERSION, Store, fault};
@@ -48,7 +48,7 @@ pub fn health(path: &Path) -> Result<Health> {
         Ok((found, _)) if found != "ok" => Ok(Health::Damaged(found)),
         Ok((_, version)) if version > SCHEMA_VERSION => {
             let words = format!("the store has version {version}; this nido supports {SCHEMA_VERSION}");
-            Err(Error::new(Code::Internal, words).hint("use the nido version that wrote it"))
+            Err(Error::new(Code::Internal, words).hint(Hint::host("use the nido version that wrote it")))
         }
         Ok((_, version)) if version < 1 => Ok(Health::Damaged("it is a database without nido's tables".into())),
         Ok(_) => Ok(Health::Sound),

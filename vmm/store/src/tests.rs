@@ -1,3 +1,4 @@
+use nido_api::Face;
 use proptest::prelude::*;
 
 use super::*;
@@ -27,7 +28,7 @@ fn a_damaged_store_is_named_with_its_path_and_a_hint() {
     let error = Store::open(&path).unwrap_err();
     assert_eq!(error.code(), Code::StoreDamaged);
     assert!(error.message().contains(&*path.to_string_lossy()), "{error}");
-    assert!(error.hint_text().unwrap().contains("nido doctor --rebuild"));
+    assert!(error.hint_for(Face::Cli).unwrap().contains("nido doctor --rebuild"));
     // Damaged in the middle: found only when that page is read.
     std::fs::remove_file(&path).unwrap();
     drop(Store::open(&path).unwrap());

@@ -1,7 +1,7 @@
 //! The table `tokens`: who may use the servers. Secrets are kept as hashes only.
 
 use jiff::Timestamp;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::{Door, TokenInfo};
 use rusqlite::{OptionalExtension, Row, params};
 
@@ -32,7 +32,8 @@ impl Store {
         let insert = format!("INSERT INTO tokens ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)");
         let taken = || {
             Error::new(Code::TokenExists, format!("a token named '{name}' exists already"))
-                .hint(format!("choose another name, or: nido token revoke {name}"))
+                .hint("choose another name")
+                .or_hint(Hint::host(format!("revoke it: nido token revoke {name}")))
         };
         self.connection.execute(&insert, row).map(drop).map_err(|e| match e.sqlite_error_code() {
             Some(rusqlite::ErrorCode::ConstraintViolation) => taken(),
@@ -69,7 +70,7 @@ impl Store {
         let gone = self.connection.query_row(&delete, [named], read).optional().map_err(fault)?.transpose()?;
         gone.map(|row| row.info).ok_or_else(|| {
             Error::new(Code::TokenNotFound, format!("there is no token '{}'", named.escape_debug()))
-                .hint("list them with nido token list")
+                .hint(Hint::host("list them: nido token list"))
         })
     }
 }

@@ -1,7 +1,8 @@
 //! The tables `vms` and `forwards`.
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::{EventDetails, EventKind, ForwardSpec, LeaseId, Limits};
 use rusqlite::{OptionalExtension, Row, params};
 
@@ -266,16 +267,18 @@ impl Store {
 
 fn unreadable(name: &VmName, why: &str) -> Error {
     Error::new(Code::StoreDamaged, format!("the row of VM '{name}' in the store cannot be read: {why}"))
-        .hint(format!("another version of nido may be able to read it; nido delete --force {name} deletes the VM"))
+        .hint("another version of nido may be able to read it")
+        .or_hint(Hint::run_on(op::VM_DELETE, name).forced())
 }
 
 fn no_such_vm(name: &VmName) -> Error {
-    Error::new(Code::VmNotFound, format!("there is no VM named '{name}'")).hint("list VMs with nido ls")
+    Error::new(Code::VmNotFound, format!("there is no VM named '{name}'")).hint(Hint::run(op::VM_LS).to("list VMs"))
 }
 
 pub(super) fn name_taken(name: &VmName) -> Error {
     Error::new(Code::VmExists, format!("a VM named '{name}' exists already"))
-        .hint(format!("choose another name, or: nido delete {name}"))
+        .hint("choose another name")
+        .or_hint(Hint::run_on(op::VM_DELETE, name))
 }
 
 pub(super) fn insert_forward(connection: &rusqlite::Connection, id: &str, forward: &ForwardSpec) -> Result<()> {

@@ -1,7 +1,8 @@
 //! The table `webhooks`: endpoints and their events; and lists of their deliveries.
 
 use jiff::Timestamp;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
+use nido_api::operation as op;
 use nido_api::{
     DELIVERIES_MAX, Delivery, DeliveryCounts, DeliveryState, EventKind, WEBHOOKS_MAX, WebhookFormat, WebhookInfo,
     WebhookSecret, webhook_message_id,
@@ -84,7 +85,7 @@ impl Store {
                     Code::LimitExceeded,
                     format!("there are {WEBHOOKS_MAX} webhooks, which is the limit"),
                 )
-                .hint("list them with nido webhook list, and remove one with nido webhook remove"));
+                .hint(Hint::run(op::WEBHOOK_LIST).to("list them, and remove one")));
             }
             let insert = format!("INSERT INTO webhooks ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)");
             let values = params![
@@ -194,7 +195,7 @@ impl Store {
         let mut rows = statement.query([i64::try_from(id).unwrap_or(i64::MAX)]).map_err(fault)?;
         rows.next().map_err(fault)?.map(delivery).transpose()?.ok_or_else(|| {
             Error::new(Code::WebhookNotFound, format!("there is no delivery {id}"))
-                .hint("list those that are kept with nido webhook deliveries")
+                .hint(Hint::run(op::WEBHOOK_DELIVERIES).to("list those that are kept"))
         })
     }
 }
@@ -224,5 +225,5 @@ fn delivery(row: &Row<'_>) -> Result<Delivery> {
 
 fn no_such_webhook(id: &str) -> Error {
     Error::new(Code::WebhookNotFound, format!("there is no webhook '{}'", id.escape_debug()))
-        .hint("list them with nido webhook list")
+        .hint(Hint::run(op::WEBHOOK_LIST).to("list them"))
 }

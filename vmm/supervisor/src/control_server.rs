@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nido_api::StartStage;
-use nido_api::error::{Code, Error, Problem, Result};
+use nido_api::error::{Code, Error, ErrorRecord, Result};
 use nido_images::Bake;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -32,7 +32,7 @@ pub(super) enum Life {
     /// It does.
     Ready,
     /// It is over, and the store says so. Why, if it was not wanted.
-    Ended(Option<Problem>),
+    Ended(Option<ErrorRecord>),
     /// It was there to be baked, and has been: its parts are in the store.
     Baked(Box<Bake>),
 }
@@ -270,6 +270,6 @@ async fn until_ended(desk: &mut ControlQueue) -> Reply {
     }
 }
 
-fn ended_early() -> Problem {
-    Error::new(Code::VmNotRunning, "the VM was stopped, or powered itself off, before its agent answered").problem()
+fn ended_early() -> ErrorRecord {
+    Error::new(Code::VmNotRunning, "the VM was stopped, or powered itself off, before its agent answered").record()
 }

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nido_api::error::{Problem, Result};
+use nido_api::error::{ErrorRecord, Result};
 use nido_api::state::{FailureCause, VmState};
 use nido_api::{Failure, StopRequest};
 use nido_engine::home::{
@@ -58,7 +58,7 @@ impl Supervisor {
             // It never ran: what keeps it from running is the answer, and the VM is as it was.
             Err(NotRunning::Error(error)) => {
                 tracing::error!("{error}");
-                self.end(VmState::Stopped, None, Some(error.problem())).await
+                self.end(VmState::Stopped, None, Some(error.record())).await
             }
             // It lives, and there is no way to it. What the store says stays as it is.
             Err(NotRunning::OutOfReach(error)) => Err(error),
@@ -183,12 +183,12 @@ impl Supervisor {
     }
 
     /// Records how the VM ended, notifies all waiting clients, and removes its files if it is ephemeral.
-    async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<Problem>) -> Result<()> {
+    async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<ErrorRecord>) -> Result<()> {
         let never_ran = *self.life.borrow() == Life::Launching;
         let vanishes = self.row.spec.ephemeral && !self.kept || self.context.is_abandoned(&self.row);
         // Any process that finds a stopped ephemeral VM deletes it.
         let state = if self.row.spec.ephemeral && self.kept { VmState::Created } else { state };
-        let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).problem()));
+        let problem = instead.or_else(|| failure.as_ref().map(|f| failure_error(&self.row.spec.name, f).record()));
         tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
         let cause = self.lifecycle.end_cause(state);
         let last_log_entries = self.lifecycle.evidence().console_tail.clone();
@@ -217,7 +217,7 @@ impl Supervisor {
         let erased = if vanishes { self.context.erase(&self.row.id) } else { Ok(()) };
         self.life.send_replace(match (problem, baked) {
             (None, Ok(Some(bake))) => Life::Baked(Box::new(bake)),
-            (None, Err(error)) => Life::Ended(Some(error.problem())),
+            (None, Err(error)) => Life::Ended(Some(error.record())),
             (problem, _) => Life::Ended(problem),
         });
         // Connections that wait for this end hold a receiver each; the accepting task holds one for ever.

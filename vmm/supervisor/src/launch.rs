@@ -36,9 +36,9 @@ impl Running {
     /// # Errors
     /// `qemu_failed` if it does not reply.
     pub(super) fn monitor(&self) -> Result<&Monitor> {
-        self.monitor.as_ref().ok_or_else(|| {
-            Error::new(Code::QemuFailed, "the VM's QEMU does not reply").hint("terminate it with nido stop --force")
-        })
+        self.monitor
+            .as_ref()
+            .ok_or_else(|| Error::new(Code::QemuFailed, "the VM's QEMU does not reply").hint("stop the VM with force"))
     }
 
     /// Whether its monitor does not reply: it hangs, or was suspended by a signal.
@@ -123,7 +123,7 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
     for part in [&row.parts.vmlinux, &row.parts.initramfs].into_iter().chain(bases).chain(image) {
         std::fs::File::open(home.blob(part)).map_err(|e| {
             Error::new(Code::TemplateMismatch, format!("a part of the VM's template cannot be read: {e}"))
-                .hint(nido_engine::template::renewal_command(&row.spec.template))
+                .hint(nido_engine::template::renewal(&row.spec.template))
         })?;
     }
     let broken = |e| Error::io("cannot prepare QEMU", e);

@@ -49,8 +49,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nido_api::Failure;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::state::{FailureCause, VmState};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK, VmDir};
 use nido_engine::host::daemon::raise_open_files;
@@ -143,21 +144,21 @@ pub fn failure_error(name: &VmName, failure: &Failure) -> Error {
         FailureCause::QemuSignal | FailureCause::QemuError | FailureCause::HostRestart => Code::QemuFailed,
         FailureCause::FilesLost => Code::VmNotRunning,
     };
-    let hint = match failure.cause {
-        FailureCause::GuestTimeout => "see the end of its console above; allow more time with --timeout".to_owned(),
-        FailureCause::GuestPanic => format!("see its console: nido logs {name}"),
-        FailureCause::AgentVersion => format!("boot it with this nido's guest agent: nido start {name} --cold"),
-        FailureCause::AgentRefused => {
-            format!("start it again with nido start {name} --cold; see its console: nido logs {name}")
-        }
-        FailureCause::RenewalFailed => "boot it instead of forking it, with --cold".to_owned(),
-        FailureCause::KvmInternalError => {
-            "check KVM with nido doctor; --accel tcg runs the VM without KVM, slowly and without isolation".to_owned()
-        }
-        FailureCause::OutOfMemory => "reduce --memory, or stop other VMs".to_owned(),
-        FailureCause::DiskFull => "free some space on the disk that holds nido's home".to_owned(),
-        FailureCause::FilesLost => format!("it cannot be started again: nido delete {name}"),
-        _ => format!("start it again with nido start {name}, or check the host with nido doctor"),
-    };
-    Error::new(code, format!("VM '{name}' failed: {}", failure.message)).hint(hint).log_tail(failure.log_tail.clone())
+    let error = Error::new(code, format!("VM '{name}' failed: {}", failure.message)).log_tail(failure.log_tail.clone());
+    let start = || Hint::run_on(op::VM_START, name);
+    let console = || Hint::run_on(op::VM_LOGS, name).to("see its console");
+    match failure.cause {
+        FailureCause::GuestTimeout => error.hint("see the end of its console above, and allow a longer timeout"),
+        FailureCause::GuestPanic => error.hint(console()),
+        FailureCause::AgentVersion => error.hint(start().cold().to("boot it with this nido's guest agent")),
+        FailureCause::AgentRefused => error.hint(start().cold().to("boot it again")).or_hint(console()),
+        FailureCause::RenewalFailed => error.hint(start().cold().to("boot it instead of forking it")),
+        FailureCause::KvmInternalError => error
+            .hint(Hint::host("check KVM with nido doctor"))
+            .or_hint(Hint::command_line("run the VM with --accel tcg, without KVM, slowly and without isolation")),
+        FailureCause::OutOfMemory => error.hint("reduce its memory, or stop other VMs"),
+        FailureCause::DiskFull => error.hint(Hint::home_full()),
+        FailureCause::FilesLost => error.hint(Hint::run_on(op::VM_DELETE, name).to("it cannot be started again")),
+        _ => error.hint(start().to("start it again")).or_hint(Hint::host("check the host with nido doctor")),
+    }
 }

@@ -10,7 +10,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::state::StateCause;
 use nido_engine::host::facts::disk_free_bytes;
 use nido_engine::qemu::Monitor;
@@ -166,7 +166,7 @@ impl Resume {
                 return Err(match self.cause {
                     Some(StateCause::DiskFull) => still_full("the guest's write failed again"),
                     _ => Error::new(Code::QemuFailed, "the host still cannot read or write the VM's disk")
-                        .hint("check the host's disk, then resume the VM again"),
+                        .hint(Hint::host("check the host's disk, then resume the VM again")),
                 });
             }
         }
@@ -180,7 +180,7 @@ impl Resume {
 
 fn still_full(why: &str) -> Error {
     Error::new(Code::DiskFull, format!("the VM stays paused, because the host's disk is full: {why}"))
-        .hint("free some space on the disk that holds nido's home; the VM then resumes automatically")
+        .hint(Hint::host("free some space on the disk that holds nido's home; the VM then resumes automatically"))
 }
 
 #[cfg(test)]

@@ -12,7 +12,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
+use nido_api::operation as op;
 use nido_api::state::VmState;
 use nido_api::{NetChoice, StartPath, Timings};
 use nido_engine::guest::Link;
@@ -155,7 +156,9 @@ impl Supervisor {
             Err(_) => {
                 let _ = running.process.kill();
                 let _ = running.process.wait().await;
-                Err(NotRunning::Error(failed.hint("boot it with --cold")))
+                Err(NotRunning::Error(
+                    failed.hint(Hint::run_on(op::VM_START, &self.row.spec.name).cold().to("boot it")),
+                ))
             }
         }
     }

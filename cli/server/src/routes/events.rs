@@ -1,5 +1,6 @@
 //! Events: those there are as JSON, those that come as a stream.
 
+use nido_api::Face;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -173,7 +174,7 @@ fn frame(next: &FeedItem) -> sse::Event {
 }
 
 fn error_frame(error: &Error) -> sse::Event {
-    sse::Event::default().event("error").data(json!(error.problem()).to_string())
+    sse::Event::default().event("error").data(json!(error.problem_for(Face::Api)).to_string())
 }
 
 /// One listener. All share one watch of the store.

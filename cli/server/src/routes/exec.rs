@@ -1,5 +1,6 @@
 //! Commands in a VM: run to their end, or followed as server-sent events; and runs, a VM for one command.
 
+use nido_api::Face;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -173,7 +174,7 @@ impl ExecEventStream {
             Err(error) => {
                 self.finish();
                 audit_entry::end(self.line.take(), &Verdict::failure(&error));
-                self.say("error", &json!(error.problem()));
+                self.say("error", &json!(error.problem_for(Face::Api)));
             }
         }
     }

@@ -44,18 +44,27 @@ impl VmPathParams for ForwardPath {
 impl ForwardPath {
     /// The published port with this path.
     fn find(&self, forwards: Vec<ForwardSpec>) -> Result<ForwardSpec> {
-        let wrong = || {
-            Error::new(Code::SpecInvalid, format!("host_port: '{}' is not a port", escaped(&self.host_port)))
-                .hint("a port, or ADDRESS:PORT")
-        };
-        let (host, port) = match self.host_port.rsplit_once(':') {
-            Some((host, port)) => {
-                let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-                (Some(host.parse::<IpAddr>().map_err(|_| wrong())?), port)
-            }
+        let (address, port) = match self.host_port.rsplit_once(':') {
+            Some((address, port)) => (Some(address), port),
             None => (None, &*self.host_port),
         };
-        let port = port.parse::<u16>().map_err(|_| wrong())?;
+        // What fits the pattern and is not an address, or too large, names a port that is not published.
+        let fits = port.starts_with(|first| ('1'..='9').contains(&first))
+            && port.len() <= 5
+            && port.bytes().all(|byte| byte.is_ascii_digit());
+        let unknown = || {
+            let error = if fits {
+                let words = format!("VM '{}' does not publish port {}", self.name, escaped(&self.host_port));
+                Error::new(Code::ForwardNotFound, words)
+            } else {
+                Error::new(Code::SpecInvalid, format!("host_port: '{}' is not a port", escaped(&self.host_port)))
+            };
+            error.hint("name it as it is listed: PORT, or ADDRESS:PORT")
+        };
+        let bare =
+            |text: &'_ str| text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text).to_owned();
+        let host = address.map(|text| bare(text).parse::<IpAddr>()).transpose().map_err(|_| unknown())?;
+        let port = port.parse::<u16>().map_err(|_| unknown())?;
         let is_it = |spec: &ForwardSpec| spec.host_port == port && host.is_none_or(|host| spec.host == host);
         let mut found = forwards.into_iter().filter(is_it);
         match (found.next(), found.next()) {
@@ -64,10 +73,7 @@ impl ForwardPath {
                 let words = format!("host_port: VM '{}' publishes port {port} on several addresses", self.name);
                 Err(Error::new(Code::SpecInvalid, words).hint(format!("name the address as well: 127.0.0.1:{port}")))
             }
-            (None, _) => {
-                let words = format!("VM '{}' does not publish port {}", self.name, escaped(&self.host_port));
-                Err(Error::new(Code::ForwardNotFound, words))
-            }
+            (None, _) => Err(unknown()),
         }
     }
 }
@@ -129,9 +135,12 @@ mod tests {
         };
         assert_eq!((find("9090"), find("127.0.0.1:8080"), find("[::1]:8080")), (Ok(90), Ok(80), Ok(81)));
         assert_eq!(
-            (find("8080"), find("x"), find("nowhere:1")),
+            (find("8080"), find("x"), find("nowhere:x")),
             (Err(Code::SpecInvalid), Err(Code::SpecInvalid), Err(Code::SpecInvalid))
         );
-        assert_eq!((find("1"), find("0.0.0.0:8080")), (Err(Code::ForwardNotFound), Err(Code::ForwardNotFound)));
+        // The pattern in the description permits these.
+        for unknown in ["1", "0.0.0.0:8080", "nowhere:1", "99999"] {
+            assert_eq!(find(unknown), Err(Code::ForwardNotFound), "{unknown}");
+        }
     }
 }

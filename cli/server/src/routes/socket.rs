@@ -156,7 +156,7 @@ impl Session {
                         Kind::Unavailable | Kind::Internal => close_code::ERROR,
                     },
                 };
-                (json!({ "error": error.problem() }), code)
+                (json!({ "error": error.problem_for(Face::Api) }), code)
             }
         };
         let _ = socket.send(text(&last)).await;

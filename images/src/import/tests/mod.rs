@@ -94,7 +94,7 @@ fn another_template_of_that_name_is_replaced_only_when_asked() {
     to.import(&first.archive(), &ImportOptions::default()).unwrap();
     let refused = to.import(&second.archive(), &ImportOptions::default()).unwrap_err();
     assert!(matches!(&refused, ImageError::TemplateExists { name } if name == "sandbox"), "{refused}");
-    assert!(refused.hint().unwrap().contains("--name"));
+    assert!(refused.hint().unwrap().text(nido_api::Face::Cli).unwrap().contains("--name"));
     assert_eq!(Store::new(to.home()).verify("sandbox").unwrap(), first.manifest);
     // Bakes that only the archive has are a difference too.
     let bare = Rig::empty();

@@ -26,6 +26,11 @@ macro_rules! codes {
         impl Code {
             /// Every code there is.
             pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+            /// The code with this slug; `internal` for one of a newer nido.
+            #[must_use]
+            pub fn from_slug(slug: &str) -> Self {
+                Self::ALL.iter().copied().find(|code| code.slug() == slug).unwrap_or(Self::Internal)
+            }
             /// The slug, e.g. `vm_not_found`.
             #[must_use]
             pub const fn slug(self) -> &'static str { match self { $(Self::$variant => $slug,)* } }

@@ -5,7 +5,7 @@
 
 use std::io::Error as IoError;
 
-use super::Code;
+use super::{Code, Hint};
 
 /// Why the host's operating system refused something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,32 +99,39 @@ impl HostRefusal {
     }
 
     /// What to do about it.
-    pub const fn hint(self, subject: Subject) -> Option<&'static str> {
+    #[must_use]
+    pub fn hint(self, subject: Subject) -> Option<Hint> {
         Some(match (self, subject) {
-            (Self::Permission, Subject::Home) => {
-                "check the owner and mode of it and of the directories above it; --home or NIDO_HOME choose another home"
+            (Self::Permission, Subject::Home) => Hint::host(
+                "check the owner and mode of it and of the directories above it, or choose another home with --home or NIDO_HOME",
+            ),
+            (Self::Permission, Subject::Copy) => Hint::host(
+                "check the owner and mode of it and of the directories above it, or run nido as a user who may use it",
+            ),
+            (Self::ReadOnly, Subject::Home) => Hint::host(
+                "remount its file system, which is read-only, or choose another home with --home or NIDO_HOME",
+            ),
+            (Self::ReadOnly, Subject::Copy) => {
+                Hint::note("its file system is mounted read-only: remount it, or copy elsewhere")
             }
-            (Self::Permission, Subject::Copy) => {
-                "check the owner and mode of it and of the directories above it, or run nido as a user who may use it"
+            (Self::AddressInUse, _) => {
+                Hint::note("choose another port or socket, or end the process that uses this one")
             }
-            (Self::ReadOnly, Subject::Home) => {
-                "its file system is mounted read-only: remount it, or choose another home with --home or NIDO_HOME"
+            (Self::DiskFull, Subject::Home) => Hint::home_full(),
+            (Self::DiskFull, Subject::Copy) => Hint::note("free some space; no incomplete file remains"),
+            (Self::OpenFiles, _) => {
+                Hint::host("raise the limit of open files (ulimit -n), or close what is not needed")
             }
-            (Self::ReadOnly, Subject::Copy) => "its file system is mounted read-only: remount it, or copy elsewhere",
-            (Self::AddressInUse, _) => "choose another port or socket, or end the process that uses this one",
-            (Self::DiskFull, Subject::Home) => {
-                "free some space on the disk that holds nido's home, or use another with --home"
+            (Self::Resources, _) => Hint::host("free some memory, or raise the limits of this user (ulimit -a)"),
+            (Self::NotFound, _) => Hint::note("check the path"),
+            (Self::Exists, _) => Hint::note("choose another name, or remove what is there"),
+            (Self::Path, Subject::Home) => Hint::host(
+                "check each component of the path and its length, or choose another home with --home or NIDO_HOME",
+            ),
+            (Self::Path, Subject::Copy) => {
+                Hint::note("check each component of the path, and whether it is a directory")
             }
-            (Self::DiskFull, Subject::Copy) => "free some space; no incomplete file remains",
-            (Self::OpenFiles, _) => "raise the limit of open files (ulimit -n), or close what is not needed",
-            (Self::Resources, _) => "free some memory, or raise the limits of this user (ulimit -a)",
-            (Self::NotFound, _) => "check the path",
-            (Self::Exists, _) => "choose another name, or remove what is there",
-            (Self::Path, Subject::Home) => {
-                "check each component of the path and its length; --home or NIDO_HOME choose another home"
-            }
-            (Self::Path, Subject::Copy) => "check each component of the path, and whether it is a directory",
-            (Self::Other, _) => "dmesg may report more about the device or file system",
+            (Self::Other, _) => Hint::host("look in dmesg, which may report more about the device or file system"),
             (Self::Defect, _) => return None,
         })
     }
@@ -133,6 +140,7 @@ impl HostRefusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Face;
     use crate::error::{Error, Kind};
 
     fn of(number: i32) -> Error {
@@ -165,7 +173,7 @@ mod tests {
             let error = of(number);
             assert_eq!(error.code(), code, "{number}");
             assert!(!matches!(error.kind(), Kind::Internal | Kind::Invalid), "{number}");
-            assert!(error.hint_text().is_some(), "{number}");
+            assert!(error.hint_for(Face::Cli).is_some(), "{number}");
         }
         assert_eq!(of(libc::EBADF).code(), Code::Internal);
     }

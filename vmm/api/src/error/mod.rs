@@ -1,4 +1,4 @@
-//! What can go wrong, as data: a stable code, one sentence, a hint. The faces only render it.
+//! What can go wrong, as data: a stable code, one sentence, hints. The front ends only render it.
 //!
 //! Invariant: a code belongs to exactly one kind, and neither ever changes its spelling once released.
 
@@ -8,11 +8,14 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 mod code;
+mod hint;
 pub mod host;
 
 pub use code::{Code, Kind};
+pub use hint::{Call, CallOption, Hint};
 
 use self::host::{HostRefusal, Subject};
+use crate::Face;
 
 /// The result of every operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -22,7 +25,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub struct Error {
     code: Code,
     message: String,
-    hint: Option<String>,
+    hints: Vec<Hint>,
     log_tail: Vec<String>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
@@ -30,7 +33,7 @@ pub struct Error {
 impl Error {
     /// A failure with one sentence (no full stop, no line break).
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: None, log_tail: Vec::new(), source: None }
+        Self { code, message: message.into(), hints: Vec::new(), log_tail: Vec::new(), source: None }
     }
 
     /// A defect of nido.
@@ -43,8 +46,8 @@ impl Error {
     pub fn io(what: impl Into<String>, source: std::io::Error) -> Self {
         let refusal = HostRefusal::of(&source);
         let message = format!("{}: {source}", what.into());
-        let hint = refusal.hint(Subject::Home).map(str::to_owned);
-        Self { code: refusal.code(), message, hint, log_tail: Vec::new(), source: Some(Box::new(source)) }
+        let hints = refusal.hint(Subject::Home).into_iter().collect();
+        Self { code: refusal.code(), message, hints, log_tail: Vec::new(), source: Some(Box::new(source)) }
     }
 
     /// The same for a path, which the message names: `cannot ACTION PATH: …`.
@@ -52,10 +55,17 @@ impl Error {
         Self::io(format!("cannot {action} {}", path.display().to_string().escape_debug()), source)
     }
 
-    /// Says what to do about it.
+    /// Says what to do about it, instead of what was said before.
     #[must_use]
-    pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
+    pub fn hint(mut self, hint: impl Into<Hint>) -> Self {
+        self.hints = vec![hint.into()];
+        self
+    }
+
+    /// Says what else can be done about it.
+    #[must_use]
+    pub fn or_hint(mut self, hint: impl Into<Hint>) -> Self {
+        self.hints.push(hint.into());
         self
     }
 
@@ -91,17 +101,10 @@ impl Error {
         &self.message
     }
 
-    /// The hint for clients of the servers, without those that name a command or flag of the command line, which would lead past the
-    /// confirmations and limits of the front end that they use.
+    /// What to do about it, in the words of a front end.
     #[must_use]
-    pub fn remote_hint(&self) -> Option<&str> {
-        self.hint_text().filter(|hint| !is_of_command_line(hint))
-    }
-
-    /// What to do about it.
-    #[must_use]
-    pub fn hint_text(&self) -> Option<&str> {
-        self.hint.as_deref()
+    pub fn hint_for(&self, face: Face) -> Option<String> {
+        hint::text(&self.hints, face)
     }
 
     /// Last lines of the log that tells why.
@@ -110,18 +113,24 @@ impl Error {
         &self.log_tail
     }
 
-    /// The same as an RFC 9457 problem object.
+    /// The same as an RFC 9457 problem object, with a hint in the words of a front end.
     #[must_use]
-    pub fn problem(&self) -> Problem {
+    pub fn problem_for(&self, face: Face) -> Problem {
         Problem {
             r#type: format!("urn:nido:error:{}", self.code.slug()),
             title: self.code.title().into(),
             status: self.code.status(),
             detail: self.message.clone(),
             code: self.code.slug().into(),
-            hint: self.hint.clone(),
+            hint: self.hint_for(face),
             log_tail: self.log_tail.clone(),
         }
+    }
+
+    /// The same for the store and for another process of nido.
+    #[must_use]
+    pub fn record(&self) -> ErrorRecord {
+        ErrorRecord { problem: self.problem_for(Face::Cli), hints: Some(self.hints.clone()) }
     }
 }
 
@@ -134,14 +143,6 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.source.as_deref().map(|e| e as _)
-    }
-}
-
-impl From<Problem> for Error {
-    /// An error that came over a socket from another nido process.
-    fn from(problem: Problem) -> Self {
-        let code = Code::ALL.iter().copied().find(|c| c.slug() == problem.code).unwrap_or(Code::Internal);
-        Self { code, message: problem.detail, hint: problem.hint, log_tail: problem.log_tail, source: None }
     }
 }
 
@@ -167,56 +168,58 @@ pub struct Problem {
     pub log_tail: Vec<String>,
 }
 
-/// Whether a hint is a command, or a flag, for the user at the command line. What only an operator can do (tokens, flags of a server) may be
-/// said to everybody.
-fn is_of_command_line(hint: &str) -> bool {
-    let is_letter = |c: char| c.is_ascii_lowercase() || c == '-';
-    let mut verbs = hint.split("nido ").skip(1).map(|rest| rest.split(|c| !is_letter(c)).next().unwrap_or_default());
-    let words =
-        hint.split_whitespace().map(|word| word.trim_matches(|c: char| !(c.is_ascii_alphanumeric() || c == '-')));
-    let mut flags = words.filter(|word| word.len() > 2 && word.starts_with("--"));
-    let of_operators = hint.contains("nido token") || hint.contains("nido approve");
-    verbs.any(|verb| VERBS.contains(&verb)) || (!of_operators && flags.any(|flag| !SERVER_FLAGS.contains(&flag)))
+/// An error between processes of nido, and in the store: a problem for the command line, which every version reads, and its hints
+/// as data.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorRecord {
+    #[serde(flatten)]
+    problem: Problem,
+    /// Absent if a version wrote it that had hints only as text, or if the text is what the client may read.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    hints: Option<Vec<Hint>>,
 }
 
-/// Verbs that act on VMs and on what belongs to them.
-const VERBS: [&str; 26] = [
-    "spawn", "create", "start", "stop", "pause", "resume", "restart", "delete", "ls", "info", "exec", "shell", "run",
-    "upload", "download", "cp", "logs", "events", "forward", "proxy", "snapshot", "fork", "template", "pool",
-    "webhook", "doctor",
-];
-/// Flags of servers, which only who starts one can give.
-const SERVER_FLAGS: [&str; 5] = ["--allow-host", "--allow-origin", "--allow-remote", "--socket", "--public-url"];
+impl ErrorRecord {
+    /// As a user of a front end reads it.
+    #[must_use]
+    pub fn problem_for(&self, face: Face) -> Problem {
+        Error::from(self.clone()).problem_for(face)
+    }
+
+    /// The same, to be serialized for a user of that front end.
+    #[must_use]
+    pub fn shown_to(&self, face: Face) -> Self {
+        Self { problem: self.problem_for(face), hints: None }
+    }
+
+    /// The sentence.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.problem.detail
+    }
+
+    /// The stable code, as it is written.
+    #[must_use]
+    pub fn slug(&self) -> &str {
+        &self.problem.code
+    }
+}
+
+impl From<ErrorRecord> for Error {
+    fn from(ErrorRecord { problem, hints }: ErrorRecord) -> Self {
+        let code = Code::from_slug(&problem.code);
+        let of_earlier_version = || problem.hint.map(|text| Hint::CommandLine { text }).into_iter().collect();
+        let hints = hints.unwrap_or_else(of_earlier_version);
+        Self { code, message: problem.detail, hints, log_tail: problem.log_tail, source: None }
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
 
     use super::*;
-
-    // Over MCP and REST errors taught the way around the question: `nido delete --force web`.
-    #[test]
-    fn hints_for_the_command_line_are_told_nobody_else() {
-        let remote = |hint: &str| Error::new(Code::VmBusy, "x").hint(hint).remote_hint().is_some();
-        for hint in [
-            "nido stop web, or: nido delete --force web",
-            "leave --disk out, or ask for more",
-            "use another with --home",
-            "list them with nido forward ls web",
-            "choose another with --port",
-        ] {
-            assert!(!remote(hint), "{hint}");
-        }
-        for hint in [
-            "send Authorization: Bearer TOKEN; create one with nido token create",
-            "ask the user to run: nido approve apr_1",
-            "start it with --allow-host NAME to accept them",
-            "choose another name",
-            "create one for the REST API with nido token create, without --only",
-        ] {
-            assert!(remote(hint), "{hint}");
-        }
-    }
+    use crate::operation as op;
 
     #[test]
     fn slugs_are_unique_and_well_formed() {
@@ -241,19 +244,31 @@ mod tests {
     }
 
     #[test]
-    fn a_problem_comes_back_as_the_same_error() {
+    fn a_record_comes_back_as_the_same_error() {
         for &code in Code::ALL {
             let error = Error::new(code, "it failed").hint("try again").log_tail(vec!["last".into()]);
-            let back = Error::from(error.problem());
-            assert_eq!((back.code(), back.message(), back.hint_text()), (code, "it failed", Some("try again")));
-            assert_eq!(back.log_lines(), ["last"]);
+            let json = serde_json::to_string(&error.record()).unwrap();
+            let back = Error::from(serde_json::from_str::<ErrorRecord>(&json).unwrap());
+            assert_eq!((back.code(), back.message()), (code, "it failed"));
+            assert_eq!((back.hints, back.log_tail), (error.hints, error.log_tail));
         }
     }
 
     #[test]
-    fn a_full_disk_is_told_apart() {
+    fn versions_with_hints_as_text_and_as_data_read_each_other() {
+        let error = Error::new(Code::VmNotRunning, "VM 'web' is stopped").hint(Hint::run_on(op::VM_START, "web"));
+        let json = serde_json::to_string(&error.record()).unwrap();
+        let earlier: Problem = serde_json::from_str(&json).unwrap();
+        assert_eq!(earlier.hint.as_deref(), Some("nido start web"));
+        let read: ErrorRecord = serde_json::from_str(&serde_json::to_string(&earlier).unwrap()).unwrap();
+        assert_eq!(read.problem_for(Face::Cli), earlier);
+        assert_eq!(read.problem_for(Face::Api).hint, None);
+    }
+
+    #[test]
+    fn a_full_disk_has_a_code_of_its_own() {
         let error = Error::io("cannot write x", std::io::Error::from_raw_os_error(libc::ENOSPC));
         assert_eq!(error.code(), Code::DiskFull);
-        assert!(error.hint_text().is_some());
+        assert!(error.hint_for(Face::Cli).is_some());
     }
 }

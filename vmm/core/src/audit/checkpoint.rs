@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use jiff::Timestamp;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::{AuditCheckpoint, AuditVerdict, hex};
 use nido_files::atomic_file::{self, Durability};
 use ring::rand::SystemRandom;
@@ -47,7 +47,7 @@ impl Key {
     fn read(document: &[u8]) -> Result<Self> {
         Ed25519KeyPair::from_pkcs8(document).map(Self).map_err(|e| {
             Error::internal(format!("{KEY} holds no key: {e}"))
-                .hint("move it away; nido creates another, whose public key you must distribute")
+                .hint(Hint::host("move it away; nido creates another, whose public key you must distribute"))
         })
     }
 
@@ -136,7 +136,7 @@ pub fn read(path: &Path) -> Result<AuditCheckpoint> {
     std::fs::File::open(path).map_err(broken)?.take(MAX_BYTES).read_to_end(&mut text).map_err(broken)?;
     serde_json::from_slice(&text).map_err(|e| {
         Error::new(Code::SpecInvalid, format!("{shown} is not a checkpoint: {e}"))
-            .hint("create one with nido audit checkpoint")
+            .hint(Hint::host("create one with nido audit checkpoint"))
     })
 }
 

@@ -34,7 +34,7 @@ mod whole;
 use std::time::Instant;
 
 use jiff::Timestamp;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::sanitize::head;
 
 use self::line::Record;
@@ -220,6 +220,6 @@ fn word(text: &str) -> Vec<u8> {
 /// The audit log cannot be used, and so nothing is done.
 fn failed(what: impl std::fmt::Display, source: std::io::Error) -> Error {
     Error::new(Code::AuditFailed, format!("the audit log cannot be written: {what}: {source}"))
-        .hint("operations that must be audited are refused without it; make it writable, then try again")
+        .hint(Hint::host("make it writable, then try again: operations that must be audited are refused without it"))
         .because(source)
 }

@@ -1,5 +1,6 @@
 //! Files of the host: what may be reached below a root, and that nothing else is.
 
+use nido_api::Face;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::symlink;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,7 +33,7 @@ fn text(readable: Result<Readable>) -> Result<String> {
 
 fn code<T: std::fmt::Debug>(outcome: Result<T>) -> Code {
     let error = outcome.unwrap_err();
-    assert!(error.hint_text().is_some(), "{error}");
+    assert!(error.hint_for(Face::Cli).is_some(), "{error}");
     error.code()
 }
 
@@ -52,7 +53,7 @@ fn files_below_a_root_are_read() {
     assert_eq!(code(roots.read(&root.join("none"), BIG)), Code::PathNotFound);
     for directory in [&root, &root.join("sub"), Path::new(".")] {
         let error = roots.read(directory, BIG).unwrap_err();
-        assert!(error.code() == Code::PathInvalid && error.hint_text().unwrap().contains("tar"), "{error}");
+        assert!(error.code() == Code::PathInvalid && error.hint_for(Face::Cli).unwrap().contains("tar"), "{error}");
     }
     for (directory, name) in [(root.as_path(), "a"), (Path::new("sub"), "b"), (Path::new("."), "a")] {
         let open = roots.directory(directory).unwrap();

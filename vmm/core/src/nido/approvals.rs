@@ -6,7 +6,7 @@
 //!                              +------person: deny-----------+--> denied        two minutes --> expired
 //! ```
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::{Approval, ApprovalList, ApprovalState, Ask};
 use nido_files::random;
 use nido_store::ApprovalRow;
@@ -53,7 +53,7 @@ impl Nido {
         let found = self.store().approval(id)?;
         found.map(|row| row.approval).ok_or_else(|| {
             Error::new(Code::ApprovalNotFound, format!("there is no approval '{}'", id.escape_debug()))
-                .hint("list them with nido approvals")
+                .hint(Hint::host("list them: nido approvals"))
         })
     }
 
@@ -127,7 +127,7 @@ fn why_not(id: &str, row: Option<&ApprovalRow>, ask: &Ask) -> Error {
         ApprovalState::Denied => Error::new(Code::Denied, format!("the user denied this ({id})"))
             .hint("do not try again; ask the user what to do instead"),
         ApprovalState::Pending => Error::new(Code::ApprovalRequired, format!("approval {id} is pending"))
-            .hint(format!("ask the user to run: nido approve {id}")),
+            .hint(Hint::host(format!("run nido approve {id}"))),
         over => Error::new(Code::ApprovalRequired, format!("approval {id} is no longer valid: {}", how_it_ended(over)))
             .hint(again),
     }

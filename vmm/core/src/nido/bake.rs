@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::TemplateName;
 use nido_api::state::VmState;
 use nido_api::{BakeInfo, BakeRequest, BakeResult, Grant, PathChoice, StartRequest, StartStage, VmSpec, moment};
@@ -139,7 +139,8 @@ impl Nido {
         }
         let refused = |why: &str| {
             Error::new(Code::TemplateMismatch, format!("VM '{}' cannot be forked: {why}", row.spec.name))
-                .hint(format!("see nido template bake {} --help, or start it without --fork", row.spec.template))
+                .hint("omit the path, so that it boots if it cannot be forked")
+                .or_hint(Hint::host(format!("run nido template bake {}", row.spec.template)))
         };
         if super::create::has_disk(&self.vm_dir(&row.id)) {
             machine.reason.push_str("; booted because its disk has been in use");

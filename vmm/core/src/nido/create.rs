@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::state::VmState;
 use nido_api::{Grant, VmInfo, VmSpec};
 use nido_engine::disk;
@@ -86,7 +86,7 @@ impl Nido {
                 let (free, needed) = (free >> 10, SPACE_RESERVE_BYTES >> 10);
                 let words =
                     format!("the disk that holds nido's home is full: {free} KiB free, a VM needs {needed} KiB");
-                Err(Error::new(Code::DiskFull, words).hint("free some space, or use another home with --home"))
+                Err(Error::new(Code::DiskFull, words).hint(Hint::home_full()))
             }
             // A disk that cannot be asked is no reason to refuse.
             _ => Ok(()),
@@ -156,7 +156,7 @@ pub(super) fn disk_bytes(spec: &VmSpec, parts: &BootParts) -> Result<u64> {
     let asked = asked.checked_next_multiple_of(512).unwrap_or(u64::MAX);
     if asked < parts.root_bytes {
         let rule = format!("the disk cannot be smaller than its template's, {} MiB", parts.root_bytes >> 20);
-        return Err(Error::new(Code::SpecInvalid, rule).hint("leave --disk out, or ask for more"));
+        return Err(Error::new(Code::SpecInvalid, rule).hint("omit the size of the disk, or request more"));
     }
     Ok(asked)
 }

@@ -10,7 +10,8 @@
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
+use nido_api::operation as op;
 use nido_api::state::{Admission, Request, VmState, admit};
 use nido_api::{StopRequest, VmInfo, VmRef};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK};
@@ -31,7 +32,8 @@ pub(super) fn check(row: &VmRow, force: bool) -> Result<()> {
     match admit(row.state, Request::Delete) {
         Admission::Denied(why) if !force => {
             Err(Error::new(Code::VmBusy, format!("VM '{name}' cannot be deleted: {why}"))
-                .hint(format!("nido stop {name}, or: nido delete --force {name}")))
+                .hint(Hint::run_on(op::VM_STOP, name))
+                .or_hint(Hint::run_on(op::VM_DELETE, name).forced()))
         }
         _ => Ok(()),
     }
@@ -127,7 +129,7 @@ impl Nido {
         let name = &row.spec.name;
         if !force {
             let words = format!("VM '{name}' cannot be deleted: a QEMU of it still runs");
-            return Err(Error::new(Code::VmBusy, words).hint(format!("nido delete --force {name}")));
+            return Err(Error::new(Code::VmBusy, words).hint(Hint::run_on(op::VM_DELETE, name).forced()));
         }
         let Some(now) = self.reconcile_vm(row).await? else { return Ok(()) };
         self.stop_row(&now, StopRequest { force: true, ..StopRequest::default() }).await.map(drop)
@@ -156,6 +158,7 @@ impl Nido {
         let (name, dir) = (&row.spec.name, self.vm_dir(&row.id));
         let words = format!("VM '{name}' cannot be {done}: its directory {} is gone", dir.path().display());
         Error::new(Code::VmNotRunning, words)
-            .hint(format!("its disk is lost: nido delete {name}, or bring the directory back"))
+            .hint(Hint::run_on(op::VM_DELETE, name).to("its disk is lost"))
+            .or_hint(Hint::host("bring the directory back"))
     }
 }

@@ -2,6 +2,7 @@
 
 mod checks;
 
+use nido_api::Face;
 use std::path::{Path, PathBuf};
 
 use nido_api::error::{Error, Result};
@@ -61,7 +62,7 @@ impl Nido {
         // Facts may have been cached there; what cannot be removed is a few bytes of the user's own.
         let _ = std::fs::remove_dir_all(&scratch);
         let plain = check("home", CheckStatus::Failed, error.message());
-        checks.push(match error.hint_text() {
+        checks.push(match error.hint_for(Face::Cli) {
             Some(hint) => plain.hint(hint),
             None => plain,
         });
@@ -100,7 +101,7 @@ impl Nido {
                 CheckStatus::Warning,
                 format!("{} holds the agent of another nido", names(&stale)),
             )
-            .hint(nido_engine::template::renewal_command(&first.name)));
+            .hint(nido_engine::template::renewal(&first.name).text(Face::Cli).unwrap_or_default()));
         }
         Ok(check("templates", CheckStatus::Ok, names(&list.templates.iter().collect::<Vec<_>>())))
     }
@@ -125,7 +126,7 @@ impl Nido {
             Ok(_) => check("template build", CheckStatus::Ok, "everything that it needs is installed"),
             Err(error) => {
                 let plain = check("template build", CheckStatus::Warning, error.to_string());
-                match error.hint() {
+                match error.hint().and_then(|hint| hint.text(Face::Cli)) {
                     Some(hint) => plain.hint(hint),
                     None => plain,
                 }

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::VmName;
+use nido_api::operation as op;
 use nido_api::state::{Admission, Request as Act, VmState, admit};
 use nido_api::{ExecEvent, ExecExit, ExecRequest, VmRef};
 use nido_engine::guest::{Control, Endpoint, Event, Events, Guest};
@@ -98,7 +99,7 @@ impl Nido {
         }
         match self.changed_since(name, since) {
             Some(why) => Error::new(Code::VmNotRunning, format!("{why} while the command ran"))
-                .hint(format!("nido events --vm {name} shows when and why")),
+                .hint(Hint::run(op::EVENTS).to("see when and why")),
             None => error,
         }
     }

@@ -8,7 +8,7 @@
 
 use std::time::Instant;
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::restart::RestartPolicy;
 use nido_api::state::VmState;
@@ -65,7 +65,8 @@ impl Nido {
             return Err(denied(row, "forked", "it is not running"));
         }
         if copies.is_empty() {
-            return Err(Error::new(Code::SpecInvalid, "the name of a copy is missing").hint("nido fork VM NEW..."));
+            return Err(Error::new(Code::SpecInvalid, "the name of a copy is missing")
+                .hint(Hint::command_line("nido fork VM NEW...")));
         }
         for (number, copy) in copies.iter().enumerate() {
             if copies[..number].contains(copy) {

@@ -1,6 +1,7 @@
 //! Published ports, and a port of the guest as standard input and output.
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
+use nido_api::operation as op;
 use nido_api::{ForwardList, ForwardSpec, Grant, VmRef};
 use nido_engine::guest::proxy;
 use nido_guest_agent::wire::Connect;
@@ -68,7 +69,7 @@ impl Nido {
         let found: Vec<_> = row.forwards.iter().filter(matches).cloned().collect();
         if found.is_empty() {
             return Err(Error::new(Code::ForwardNotFound, format!("VM '{name}' has no forward {spec}"))
-                .hint(format!("list them with nido forward ls {name}")));
+                .hint(Hint::run_on(op::FORWARD_LIST, name).to("list them")));
         }
         for forward in found {
             if row.state.at_rest() {

@@ -62,7 +62,7 @@ impl Nido {
             JobOutcome::Done(value) if length(&value) > result_max => {
                 let words = format!("the result has {} bytes; the limit is {result_max}", length(&value));
                 let error = Error::new(Code::LimitExceeded, words).hint("request less, or write it to a file");
-                (JobOutcome::Failed(error.problem()), Err(error))
+                (JobOutcome::Failed(error.record()), Err(error))
             }
             kept => (kept, Ok(())),
         };

@@ -12,7 +12,7 @@
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::TemplateName;
 use nido_api::state::VmState;
 use nido_api::{Grant, POOL_MAX, PathChoice, PoolInfo, PoolKind, PoolList, PoolRequest, StartRequest, VmSpec};
@@ -256,7 +256,8 @@ impl Nido {
         let machine = machine::decide(&request, host, qemu)?;
         let bake = choose(&manifest.bakes, &shape(&machine, host), &qemu_id(qemu)).map_err(|unfit| {
             let what = format!("template '{template}' has no clones for a pool: {}", unfit.why());
-            Error::new(Code::TemplateMismatch, what).hint(format!("nido template bake {template}{}", flags(kind)))
+            Error::new(Code::TemplateMismatch, what)
+                .hint(Hint::host(format!("run nido template bake {template}{}", flags(kind))))
         })?;
         Ok(bake.memory.sha256.clone())
     }
@@ -269,7 +270,7 @@ impl Nido {
         }
         let empty = pools.iter().map(|pool| format!("nido pool set {template} 0{}", flags(&pool.kind)));
         Err(Error::new(Code::TemplateInUse, format!("template '{template}' has a pool"))
-            .hint(format!("empty it first: {}", empty.collect::<Vec<_>>().join("; "))))
+            .hint(Hint::host(format!("empty it first: {}", empty.collect::<Vec<_>>().join("; ")))))
     }
 }
 

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_engine::home::{Home, SUPERVISOR_LOCK};
 use nido_engine::host::daemon::raise_open_files;
 use nido_engine::host::vm_processes::{FileUser, kill_lock_holders, kill_user, users_of};
@@ -180,7 +180,9 @@ async fn end_background_processes(home: &Home, ids: &[String]) -> Result<()> {
         let others: Vec<_> = users.iter().filter(|user| !is_background(user)).map(shown).collect();
         if !others.is_empty() {
             let words = format!("processes use this home, and would lose what they write: {}", others.join(", "));
-            return Err(Error::new(Code::VmBusy, words).hint("end them, then run nido doctor --rebuild again"));
+            return Err(
+                Error::new(Code::VmBusy, words).hint(Hint::host("end them, then run nido doctor --rebuild again"))
+            );
         }
         // First: it starts supervisors.
         kill_lock_holders(&home.guardian_lock(), END_TIMEOUT);
@@ -194,7 +196,7 @@ async fn end_background_processes(home: &Home, ids: &[String]) -> Result<()> {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     Err(Error::new(Code::VmBusy, "processes of nido are started again and again, or do not end")
-        .hint("stop servers first"))
+        .hint(Hint::host("stop servers first")))
 }
 
 /// Whether it is a process of nido that may be killed at any moment: its first argument that is no global option is its verb.
@@ -222,7 +224,11 @@ async fn lock_vms(home: &Home, ids: &[String]) -> Result<Vec<Held>> {
         let held =
             Held::take(&lock, Instant::now() + END_TIMEOUT).await.map_err(|e| Error::io("cannot lock a VM", e))?;
         let busy = || Error::new(Code::VmBusy, format!("a process works on the VM in vms/{id}"));
-        all.push(held.ok_or_else(|| busy().hint("wait for it, or end it; then run nido doctor --rebuild again"))?);
+        all.push(
+            held.ok_or_else(|| {
+                busy().hint(Hint::host("wait for it, or end it; then run nido doctor --rebuild again"))
+            })?,
+        );
     }
     Ok(all)
 }

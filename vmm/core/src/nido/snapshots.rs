@@ -190,7 +190,7 @@ impl Nido {
             |unfit| {
                 let words =
                     format!("snapshot '{name}' of VM '{}' cannot be loaded here: {}", row.spec.name, unfit.why());
-                Error::new(Code::TemplateMismatch, words).hint("with --disk-only its disk is restored")
+                Error::new(Code::TemplateMismatch, words).hint("restore its disk only")
             },
         )
     }

@@ -8,7 +8,8 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use nido_api::StartStage;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
+use nido_api::operation as op;
 use nido_engine::home::{CONTROL_SOCKET, SUPERVISOR_LOCK, SUPERVISOR_LOG, VM_LOCK};
 use nido_files::lock::{Held, is_held};
 use nido_store::VmRow;
@@ -271,12 +272,15 @@ fn of_another_nido(row: &VmRow, why: &str) -> Error {
         Code::VmBusy,
         format!("the supervisor of VM '{name}' belongs to another version of nido, which does not know this request"),
     )
-    .hint(format!("restart the VM with nido restart {name}, or use the nido that started it"))
+    .hint(Hint::run_on(op::VM_RESTART, name).to("restart the VM"))
+    .or_hint(Hint::host("use the nido that started it"))
 }
 
 fn silent(row: &VmRow) -> Error {
-    Error::new(Code::Timeout, format!("the supervisor of VM '{}' does not reply", row.spec.name)).hint(format!(
-        "end it with kill -9; the next command starts another (its log: nido logs {} --source supervisor)",
-        row.spec.name
+    Error::new(Code::Timeout, format!("the supervisor of VM '{}' does not reply", row.spec.name)).hint(Hint::host(
+        format!(
+            "end it with kill -9; the next command starts another (its log: nido logs {} --source supervisor)",
+            row.spec.name
+        ),
     ))
 }

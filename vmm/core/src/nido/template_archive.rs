@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::TemplateName;
 use nido_api::{ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult, ImportSource, TravelStep};
 use nido_images::{ExportOptions, ExportOutcome, ImportOptions, TravelProgress, Watch};
@@ -141,7 +141,7 @@ fn open(path: &Path) -> Result<File> {
         let shown = path.display();
         match error.kind() {
             io::ErrorKind::NotFound => Error::new(Code::PathNotFound, format!("there is no file {shown}"))
-                .hint("specify an archive of nido template export, or - for standard input"),
+                .hint(Hint::command_line("specify an archive of nido template export, or - for standard input")),
             io::ErrorKind::IsADirectory => Error::new(Code::PathInvalid, format!("{shown} is a directory")),
             _ => Error::io(format!("cannot open {shown}"), error),
         }

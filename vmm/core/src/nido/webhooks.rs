@@ -38,7 +38,7 @@ impl Nido {
             (Some(text), WebhookFormat::PagerDuty) => WebhookSecret::parse_routing_key(&text)?,
             (None, WebhookFormat::PagerDuty) => {
                 return Err(Error::new(Code::WebhookInvalid, "PagerDuty requires an integration key").hint(
-                    "pass --secret KEY; PagerDuty shows it on the service's page, under Integrations, Events API v2",
+                    "pass it as the secret; PagerDuty shows it on the service's page, under Integrations, Events API v2",
                 ));
             }
             (Some(text), _) => WebhookSecret::parse(&text)?,

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use confirm::{Confirm, Facts, Question, When, is_usual};
 pub use dangerous::DANGEROUS_COMMAND;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::{TemplateName, VmName};
 use nido_api::sanitize::head;
 use nido_api::{ExecRequest, Limits};
@@ -233,7 +233,7 @@ impl Policy {
         let mine = [0, rustix::process::geteuid().as_raw()].contains(&meta.uid());
         if !mine || meta.mode() & 0o022 != 0 {
             return Err(Error::new(Code::Denied, format!("other users can write the policy {shown}"))
-                .hint("it must belong to you or to root: chmod go-w"));
+                .hint(Hint::host("run chmod go-w on it; it must belong to you or to root")));
         }
         let mut text = String::new();
         file.take(FILE_MAX + 1).read_to_string(&mut text).map_err(unreadable)?;
@@ -242,7 +242,7 @@ impl Policy {
         }
         Self::parse(&text).map_err(|e| {
             let wrong = Error::new(e.code(), format!("the policy {shown} is not valid: {}", e.message()));
-            wrong.hint("see docs/policy.md for the format")
+            wrong.hint(Hint::host("see docs/policy.md for the format"))
         })
     }
 

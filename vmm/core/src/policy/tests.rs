@@ -1,3 +1,4 @@
+use nido_api::Face;
 use std::os::unix::fs::PermissionsExt as _;
 
 use proptest::prelude::*;
@@ -154,7 +155,7 @@ fn a_policy_that_others_may_write_is_none() {
     assert_eq!(Policy::load(&path).unwrap(), Policy::parse(EXAMPLE).unwrap());
     std::fs::write(&path, "x = 1").unwrap();
     let error = Policy::load(&path).unwrap_err();
-    assert!(error.message().contains("policy.toml") && error.hint_text().is_some(), "{error}");
+    assert!(error.message().contains("policy.toml") && error.hint_for(Face::Cli).is_some(), "{error}");
 }
 
 fn rules() -> impl Strategy<Value = Option<Vec<Rule>>> {

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::{WebhookFormat, WebhookSecret};
 use nido_store::WebhookRow;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
@@ -183,7 +183,7 @@ fn tls(needed: bool) -> Result<rustls::ClientConfig> {
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if roots.is_empty() {
         return Err(Error::new(Code::ToolMissing, "this host has no certificate authorities to verify endpoints")
-            .hint("apt-get install ca-certificates"));
+            .hint(Hint::host("install them: apt-get install ca-certificates")));
     }
     let trusted = with(roots)?;
     Ok(TRUSTED.get_or_init(|| trusted).clone())

@@ -6,7 +6,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use nido_api::error::{Code, Error, Result};
+use nido_api::error::{Code, Error, Hint, Result};
 use reqwest::Url;
 
 /// The longest URL, in bytes.
@@ -32,7 +32,7 @@ pub fn parse(url: &str, allow_private: bool) -> Result<Url> {
         "https" => {}
         "http" if allow_private => {}
         "http" => {
-            return refused("is not encrypted", "use https, or --allow-private for an endpoint in your own network");
+            return refused("is not encrypted", "use https, or permit private networks if the endpoint is in yours");
         }
         _ => return refused("is not an http or https URL", example),
     }
@@ -67,7 +67,8 @@ pub fn check(address: IpAddr) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(Code::WebhookInvalid, format!("the endpoint's address {address} is not a public one"))
-        .hint("pass --allow-private for an endpoint in a private network or on this host"))
+        .hint("permit private networks if the endpoint is in one, or on this host")
+        .or_hint(Hint::command_line("pass --allow-private")))
 }
 
 /// Whether an address is one of the Internet's.
@@ -171,7 +172,7 @@ mod tests {
         ] {
             let error = parse(bad, false).unwrap_err();
             assert_eq!(error.code(), Code::WebhookInvalid, "{bad}");
-            assert!(error.hint_text().is_some());
+            assert!(error.hint_for(nido_api::Face::Cli).is_some());
         }
         for good in
             ["https://example.com", "https://example.com:8443/a?b=c#d", "https://1.1.1.1/", "https://[2606:4700::1]/"]

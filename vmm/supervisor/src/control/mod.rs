@@ -18,7 +18,7 @@ mod claim_order;
 
 use std::net::IpAddr;
 
-use nido_api::error::{Code, Error, Problem, Result};
+use nido_api::error::{Code, Error, ErrorRecord, Result};
 use nido_api::name::SnapshotName;
 use nido_api::{ForwardSpec, StartStage, StopRequest};
 use nido_images::Bake;
@@ -159,7 +159,7 @@ pub enum Reply {
     /// It could not be done.
     Failed {
         /// Why.
-        problem: Problem,
+        problem: ErrorRecord,
     },
     /// The supervisor belongs to another nido, and does not know the request. Nothing has been done.
     Unsupported {
@@ -176,7 +176,7 @@ impl Reply {
     /// The reply about a request that failed.
     #[must_use]
     pub fn failed(error: &Error) -> Self {
-        Self::Failed { problem: error.problem() }
+        Self::Failed { problem: error.record() }
     }
 
     /// Whether no other reply follows.
@@ -248,10 +248,10 @@ pub fn decode_reply(line: &[u8]) -> Result<Reply> {
     match serde_json::from_value(message.map_err(invalid)?) {
         Ok(Reply::Failed { problem })
             if version == UNVERSIONED
-                && problem.code == Code::SpecInvalid.slug()
-                && problem.detail.starts_with(NOT_A_REQUEST) =>
+                && problem.slug() == Code::SpecInvalid.slug()
+                && problem.message().starts_with(NOT_A_REQUEST) =>
         {
-            Ok(Reply::Unsupported { supported: UNVERSIONED, why: problem.detail })
+            Ok(Reply::Unsupported { supported: UNVERSIONED, why: problem.message().to_owned() })
         }
         Ok(reply) => Ok(reply),
         Err(error) if version > VERSION => Ok(Reply::Unsupported { supported: version, why: error.to_string() }),

@@ -33,7 +33,7 @@ fn a_line_of_an_older_client_is_understood_and_replied_to_without_a_version() {
 fn a_request_that_is_not_known_gets_a_reply_that_its_client_understands() {
     let (_, old) = decode_request(br#"{"op":"dance"}"#);
     let Err(Reply::Failed { problem }) = old else { panic!("{old:?}") };
-    assert_eq!(problem.code, "spec_invalid");
+    assert_eq!(problem.slug(), "spec_invalid");
     for line in [r#"{"version":2,"op":"dance"}"#, r#"{"version":2,"op":"claim"}"#, r#"{"version":2}"#] {
         let (version, new) = decode_request(line.as_bytes());
         assert!(matches!(new, Err(Reply::Unsupported { supported: VERSION, .. })), "{line}: {new:?}");
@@ -103,7 +103,7 @@ fn replies_of_an_older_supervisor_are_understood() {
     ) else {
         panic!()
     };
-    assert_eq!(problem.code, "vm_busy");
+    assert_eq!(problem.slug(), "vm_busy");
 }
 
 // It does not know `version` in a stop, whose options are strict there.

@@ -201,7 +201,7 @@ fn a_log_that_cannot_be_written_is_told() {
         let caller = Caller::command_line();
         let error = Audited::begin(place.log.clone(), &caller, "vm_exec", &json!({}), "1").unwrap_err();
         assert_eq!(error.code(), Code::AuditFailed);
-        assert!(error.hint_text().is_some());
+        assert!(error.hint_for(Face::Cli).is_some());
     };
     fs::set_permissions(&place.path, fs::Permissions::from_mode(0o777)).unwrap();
     refused(&place);

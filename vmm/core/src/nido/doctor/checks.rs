@@ -1,5 +1,6 @@
 //! The checks of `doctor` that only look at facts: what is wrong, and what to do about it. Pure.
 
+use nido_api::Face;
 use nido_api::error::{Error, Result};
 use nido_api::{
     AccelChoice, CheckStatus, DoctorCheck, MachineChoice, NetChoice, WebhookInfo, default_cpus, default_memory_mib,
@@ -115,7 +116,7 @@ pub(super) fn check_machine(host: &HostFacts, qemu: &QemuFacts) -> DoctorCheck {
             check("machine", CheckStatus::Warning, format!("VMs start only with {flags}: {refusal}")).hint(ANOTHER_QEMU)
         }
         None => {
-            let hint = Error::from(refusal.clone()).hint_text().unwrap_or(ANOTHER_QEMU).to_owned();
+            let hint = Error::from(refusal.clone()).hint_for(Face::Cli).unwrap_or_else(|| ANOTHER_QEMU.to_owned());
             check("machine", CheckStatus::Failed, format!("no VM can be started: {refusal}")).hint(hint)
         }
     }
