@@ -25,6 +25,7 @@ mod files;
 mod forwards;
 mod guardian;
 mod host_errors;
+mod jobs;
 mod killed;
 mod leases;
 mod lifecycle;
