@@ -11,7 +11,9 @@
 //! `tests/functional/structure.rs::the_supervisor_blocks_in_jobs_only`), and never waits for one. A job that may change the VM's
 //! directory is counted until its thread has finished, and the VM's lock is held at least as long.
 
+mod host;
 mod logs;
+mod warm_image;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +23,9 @@ use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
+pub(super) use self::host::HostProbe;
 pub(super) use self::logs::{Tails, rotate_logs};
+pub(super) use self::warm_image::WarmImage;
 
 /// Runs work to its end.
 pub(super) async fn run<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
