@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -103,4 +104,30 @@ fn requests_are_refused_while_the_removal_of_a_vm_hangs() {
     drop(hold_reader(&dir.join("console.log")));
     stop.wait().ok();
     home.expect_empty();
+}
+
+// The supervisor tested QEMU on the event loop before it took a snapshot.
+#[test]
+fn requests_are_answered_while_qemu_is_tested_for_a_snapshot() {
+    let home = Home::new();
+    home.qemu("migrates");
+    let dir = vm_dir(&home, &home.spawn("web"));
+    let pipe = home.scratch("pipe");
+    replace_by_pipe(&pipe);
+    let hanging = home.scratch("hanging");
+    fs::write(&hanging, format!("#!/bin/sh\nread -r line <'{}'\nexit 1\n", pipe.display())).unwrap();
+    fs::set_permissions(&hanging, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(&hanging, home.qemu_path()).unwrap();
+    let snapshot = connect(&dir);
+    let snapshot = std::thread::spawn(move || {
+        request(snapshot, r#"{"version":2,"op":"snapshot","name":"s","into":null}"#, Duration::from_secs(60))
+    });
+    let held = hold_reader(&pipe);
+    expect_status(&dir);
+    drop(held);
+    let reply = snapshot.join().unwrap();
+    assert_eq!(reply["answer"], "failed", "{reply}");
+    // It can be tried again.
+    home.qemu("migrates");
+    home.nido(["snapshot", "create", "web", "s"]).run().ok();
 }

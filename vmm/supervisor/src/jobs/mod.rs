@@ -13,6 +13,7 @@
 
 mod host;
 mod logs;
+mod snapshot;
 mod warm_image;
 
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use tokio::time::timeout;
 
 pub(super) use self::host::HostProbe;
 pub(super) use self::logs::{Tails, rotate_logs};
+pub(super) use self::snapshot::{Preparation, Prepared};
 pub(super) use self::warm_image::WarmImage;
 
 /// Runs work to its end.
