@@ -131,3 +131,29 @@ fn requests_are_answered_while_qemu_is_tested_for_a_snapshot() {
     home.qemu("migrates");
     home.nido(["snapshot", "create", "web", "s"]).run().ok();
 }
+
+// The event loop waited until a claimed clone's record was on the disk.
+#[test]
+fn requests_are_answered_while_the_record_of_a_claimed_clone_is_written() {
+    let home = Home::new();
+    home.qemu("migrates");
+    home.nido(["template", "bake", "sandbox", "--accel", "tcg"]).run().ok();
+    home.nido(["pool", "set", "sandbox", "1", "--accel", "tcg"]).run().ok();
+    until("a clone that waits", || {
+        let pools = home.nido(["pool", "ls", "--json"]).run().ok().json();
+        (pools["pools"][0]["ready"] == 1).then_some(())
+    });
+    let dir = fs::read_dir(home.path().join("vms")).unwrap().next().unwrap().unwrap().path();
+    let record = dir.join("vm.json");
+    replace_by_pipe(&record);
+    let mut spawn = home.nido(["spawn", "web", "--accel", "tcg"]).start();
+    let pipe = hold_reader(&record);
+    expect_status(&dir);
+    // Its owner is notified when the record is on the disk.
+    spawn.until("the reply to another request", || Some(expect_status(&dir)));
+    drop(pipe);
+    spawn.wait().ok();
+    let text = fs::read_to_string(&record).unwrap();
+    assert!(text.contains(r#""name":"web""#), "{text}");
+    home.nido(["pool", "set", "sandbox", "0", "--accel", "tcg"]).run().ok();
+}

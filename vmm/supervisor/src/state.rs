@@ -36,6 +36,9 @@ use crate::context::Context;
 const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
 /// How often the supervisor of a session's VM checks whether the session continues.
 pub(super) const SESSION_EVERY: Duration = Duration::from_secs(1);
+/// The job that writes the VM's record, and how long it is waited for.
+pub(super) const RECORD_JOB: &str = "writing the VM's record";
+pub(super) const RECORDED_WITHIN: Duration = Duration::from_secs(30);
 /// The job that reads the ends of the logs, and how long it is waited for: a VM can end without them.
 pub(super) const TAILS_JOB: &str = "reading the logs";
 pub(super) const TAILS_TIMEOUT: Duration = Duration::from_secs(5);
