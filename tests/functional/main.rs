@@ -26,6 +26,7 @@ mod forwards;
 mod guardian;
 mod hints;
 mod host_errors;
+mod jobs;
 mod killed;
 mod leases;
 mod lifecycle;

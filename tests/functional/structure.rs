@@ -51,6 +51,55 @@ const FILE_CALLERS: [(&str, &str); 7] = [
     ("vmm/engine/src/snapshot.rs", "moves a directory aside before it removes it"),
     ("vmm/supervisor/src/context/erase.rs", "moves a directory aside before it removes it"),
 ];
+/// Calls that block the supervisor's thread for as long as a disk, a large file or another program takes, as they stand in the source.
+const BLOCKING_CALLS: [&str; 34] = [
+    ".begin_disk(",
+    ".copy_disk(",
+    ".erase(",
+    ".keep()",
+    ".publish(",
+    ".qemu()?",
+    ".shape(",
+    ".sync()",
+    "Preparation::run(",
+    "Tails::read(",
+    "block_on(",
+    "facts::gather(",
+    "fs::copy(",
+    "fs::read(",
+    "fs::read_to_string(",
+    "hash_file(",
+    "io::copy(",
+    "log_tail(&",
+    "panic_lines(",
+    "preparation.run(",
+    "probe_again(",
+    "qemu::find(",
+    "qemu::probe(",
+    "read_to_end(",
+    "refresh_record(",
+    "remove_dir_all(",
+    "remove_tree(",
+    "remove_unfinished(",
+    "rotate_logs(",
+    "spawn_blocking(",
+    "sync_all(",
+    "take_blocking(",
+    "thread::sleep(",
+    "write_record(",
+];
+/// How the supervisor runs a job: what stands in the brackets is run by another thread.
+const JOB_CALLS: [&str; 4] = ["jobs.start(", "jobs::run(", "jobs::run_within(", "self.job("];
+/// Files of the supervisor whose functions are called in jobs, by commands, or before the event loop begins.
+const BLOCKING_FILES: [&str; 4] = [
+    "vmm/supervisor/src/context/",
+    "vmm/supervisor/src/jobs/",
+    "vmm/supervisor/src/unwritten.rs",
+    "vmm/supervisor/src/vm_record.rs",
+];
+/// Files that make one of [`BLOCKING_CALLS`] all the same, and why.
+const BLOCKING_CALLERS: [(&str, &str, &str); 1] =
+    [("vmm/supervisor/src/bake.rs", "fs::read_to_string(", "reads a few bytes of /proc")];
 /// Files that define the names of what is in a home and in a VM's directory.
 const LAYOUTS: [&str; 2] = ["vmm/files/src/layout.rs", "vmm/engine/src/home.rs"];
 /// The most lines that a file has before its tests, comments included.
@@ -222,6 +271,55 @@ fn only_nido_files_locks_and_replaces_files() {
     for (caller, _) in FILE_CALLERS {
         assert!(code.contains_key(caller), "there is no {caller}: remove it from FILE_CALLERS");
     }
+}
+
+/// The first of [`BLOCKING_CALLS`] that code makes outside of a job.
+fn blocking_call(code: &str) -> Option<&'static str> {
+    let mut rest = code;
+    let mut outside = String::new();
+    while let Some(start) = JOB_CALLS.iter().filter_map(|call| Some(rest.find(call)? + call.len())).min() {
+        outside += &rest[..start];
+        rest = &rest[start..];
+        let mut depth = 1;
+        let end = rest.find(|c| {
+            depth += i32::from(c == '(') - i32::from(c == ')');
+            depth == 0
+        });
+        rest = &rest[end.unwrap_or(rest.len())..];
+    }
+    outside += rest;
+    BLOCKING_CALLS.into_iter().find(|call| outside.contains(call))
+}
+
+#[test]
+fn the_supervisor_blocks_in_jobs_only() {
+    let code = code();
+    let is_scanned = |path: &str| {
+        path.starts_with("vmm/supervisor/src/") && !BLOCKING_FILES.iter().any(|blocking| path.starts_with(blocking))
+    };
+    let scanned: Vec<_> = code.iter().filter(|(path, _)| is_scanned(path)).collect();
+    assert!(scanned.len() > 25, "{scanned:?}");
+    for (path, text) in scanned {
+        let mut text = text.clone();
+        for (_, call, _) in BLOCKING_CALLERS.iter().filter(|(caller, ..)| caller == path) {
+            assert!(text.contains(call), "{path} no longer calls {call}: remove it from BLOCKING_CALLERS");
+            text = text.replace(call, "");
+        }
+        let call = blocking_call(&text);
+        assert!(call.is_none(), "{path} calls {call:?} on the thread of the event loop: use a job");
+    }
+}
+
+#[test]
+fn a_blocking_call_is_found_unless_a_job_makes_it() {
+    let job = "let tail = jobs::run_within(WHAT, limit(), move || Ok(log_tail(&dir, &[LOG]))).await;\n";
+    assert_eq!(blocking_call(job), None);
+    assert_eq!(blocking_call(&job.repeat(2)), None);
+    let direct = format!("{job}self.context.erase(&id);\n{job}");
+    assert_eq!(blocking_call(&direct), Some(".erase("));
+    assert_eq!(blocking_call("tokio::task::spawn_blocking(move || hash_file(&path))"), Some("hash_file("));
+    assert_eq!(blocking_call("self.jobs.start(WHAT, rotate_logs)"), None);
+    assert_eq!(blocking_call("rotate_logs()"), Some("rotate_logs("));
 }
 
 #[test]

@@ -11,20 +11,19 @@
 //! nothing of the three files changes after QEMU has ended.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use nido_api::error::{Code, Error, Result};
-use nido_engine::bake::{qemu_id, shape};
 use nido_engine::guest::{GuestError, Session};
-use nido_engine::home::{DEVICE_STATE, DISK, MEMORY_IMAGE, SAVE_SOCKET, VmDir};
-use nido_engine::host::{QemuFacts, facts, qemu};
+use nido_engine::home::{DEVICE_STATE, SAVE_SOCKET};
 use nido_engine::qemu::Monitor;
 use nido_engine::qemu::migration::{self, Memory, MigrationError};
-use nido_images::{Bake, BakedMachine, Disk, Part, QemuId, hash_file, sparse_sha256};
+use nido_images::Bake;
 use nido_store::Origin;
 use tokio::time::Instant;
 
+use super::jobs::{self, HostProbe, WarmImage};
 use super::launch::Running;
 use super::qmp::QMP_TIMEOUT;
 use super::readiness::AgentRoute;
@@ -81,20 +80,15 @@ impl Supervisor {
 
     /// Takes what was saved into the store of parts.
     pub(super) async fn keep_bake(&self) -> Result<Bake> {
-        let home = self.context.home();
-        let program = qemu::find(self.context.qemu())?;
-        let qemu = qemu::probe(&program, &home.cache())?;
-        let saved = Saved {
-            machine: shape(&self.machine, &facts::gather(&home.cache())),
-            qemu: qemu_id(&qemu),
-            memory_mode: memory_mode(&qemu),
+        let saved = WarmImage {
+            host: HostProbe::new(&self.context),
+            machine: self.machine.clone(),
             token: nido_api::hex::encode(self.guest.token()),
             disk_bytes: self.row.disk_bytes,
             dir: self.dir.clone(),
-            home: home.root().to_owned(),
+            home: self.context.home().root().to_owned(),
         };
-        let kept = tokio::task::spawn_blocking(move || saved.keep()).await;
-        kept.map_err(|e| Error::internal(format!("the work failed: {e}")))?
+        jobs::run(move || saved.keep()).await
     }
 }
 
@@ -145,42 +139,6 @@ pub(super) fn save_error(what: &str, error: MigrationError) -> Error {
     }
 }
 
-/// A saved guest, and its record.
-struct Saved {
-    machine: BakedMachine,
-    qemu: QemuId,
-    memory_mode: u32,
-    token: String,
-    disk_bytes: u64,
-    dir: VmDir,
-    home: PathBuf,
-}
-
-impl Saved {
-    /// Hashes the files and takes them into the store of parts.
-    fn keep(self) -> Result<Bake> {
-        let here = |name: &str| self.dir.file(name);
-        let (state, disk) = (hash_file(&here(DEVICE_STATE))?, hash_file(&here(DISK))?);
-        let memory = memory_part(&here(MEMORY_IMAGE))?;
-        let images = nido_images::Store::new(&self.home);
-        let lock = images.lock()?;
-        images.import_as(&here(MEMORY_IMAGE), &memory, self.memory_mode, &lock)?;
-        nido_files::failpoint!("save.memory-kept");
-        images.import(&here(DEVICE_STATE), &state, &lock)?;
-        images.import(&here(DISK), &disk, &lock)?;
-        nido_files::failpoint!("save.disk-kept");
-        Ok(Bake {
-            created_at: nido_api::moment::now(),
-            machine: self.machine,
-            qemu: self.qemu,
-            token: self.token,
-            memory,
-            state,
-            disk: Disk { file: disk, virtual_bytes: self.disk_bytes },
-        })
-    }
-}
-
 /// Waits until the guest has nothing left to do, but not for ever: some always have.
 async fn rest(qemu: i32) {
     let deadline = Instant::now() + RESTS_WITHIN;
@@ -206,16 +164,4 @@ fn cpu_time(pid: i32) -> Duration {
         text.split_ascii_whitespace().next()?.parse::<u64>().ok()
     });
     Duration::from_nanos(nanos.sum())
-}
-
-fn memory_part(path: &Path) -> Result<Part> {
-    let broken = |e| Error::io("cannot read the saved memory", e);
-    let file = File::open(path).map_err(broken)?;
-    let (sha256, _) = sparse_sha256(&file).map_err(broken)?;
-    Ok(Part { sha256, bytes: file.metadata().map_err(broken)?.len() })
-}
-
-/// An older QEMU opens the image for writing although it maps it privately, and only root may do that without the right.
-fn memory_mode(qemu: &QemuFacts) -> u32 {
-    if qemu.memory_file_rom || rustix::process::geteuid().is_root() { 0o400 } else { 0o600 }
 }

@@ -2,17 +2,14 @@
 //! function, and what is done about it goes out to QEMU, the agent and the store.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nido_api::error::{ErrorRecord, Result};
 use nido_api::state::{FailureCause, VmState};
 use nido_api::{Failure, StopRequest};
-use nido_engine::home::{
-    AGENT_SOCKET, CHANNEL_SOCKET, CONSOLE_LOG, CONTROL_SOCKET, QEMU_LOG, QMP_SOCKET, SUPERVISOR_LOG,
-};
-use nido_engine::host::facts::disk_free_bytes;
+use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, QMP_SOCKET};
 use nido_engine::host::kvm;
-use nido_engine::logs::{log_tail, panic_lines, rotate};
 use nido_engine::machine::Accel;
 use nido_engine::qemu::QemuExit;
 use nido_store::{End, Transition};
@@ -22,23 +19,30 @@ use tokio::time::{Instant as TokioInstant, sleep_until};
 
 use super::control_server::{ActiveSessions, Life};
 use super::failure_error;
+use super::jobs::{self, Job, Tails, rotate_logs};
 use super::launch::Running;
 use super::lifecycle::{Event, Stop};
 use super::readiness::Readiness;
 use super::role::Role;
 use super::startup::NotRunning;
-use super::state::{SESSION_EVERY, Supervisor, instant_of};
+use super::state::{SESSION_EVERY, Supervisor, TAILS_JOB, TAILS_TIMEOUT, instant_of};
 
 /// How often logs are looked at.
 const LOGS_EVERY: Duration = Duration::from_secs(5);
 /// How often the supervisor looks whether the guardian lives.
 const GUARDIAN_EVERY: Duration = Duration::from_secs(3);
-/// With less free space a disk counts as full.
-const DISK_FULL_BYTES: u64 = 8 << 20;
 /// How often a change that the store did not take is repeated.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// How long answers to the last requests may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// The job that rotates logs, and after how long that is worth a warning.
+const ROTATION_JOB: &str = "rotating the logs";
+const ROTATED_WITHIN: Duration = Duration::from_secs(30);
+/// How long jobs that may change a VM's directory may take until it is removed all the same.
+const JOBS_TIMEOUT: Duration = Duration::from_secs(5);
+/// The job that removes the files of a VM, and how long clients wait for it.
+const REMOVAL_JOB: &str = "removing the VM's files";
+const REMOVED_WITHIN: Duration = Duration::from_secs(30);
 /// How long the command that asked for a start may take to ask how it goes.
 const ASKED_WITHIN: Duration = Duration::from_millis(500);
 
@@ -58,6 +62,7 @@ impl Supervisor {
             // It never ran: what keeps it from running is the answer, and the VM is as it was.
             Err(NotRunning::Error(error)) => {
                 tracing::error!("{error}");
+                self.refuse_calls();
                 self.end(VmState::Stopped, None, Some(error.record())).await
             }
             // It lives, and there is no way to it. What the store says stays as it is.
@@ -68,7 +73,8 @@ impl Supervisor {
     /// QEMU has ended, and so has the VM. A VM that failed under KVM never gets another start without it: what failed may be the
     /// guest's own doing.
     async fn conclude(mut self, exit: QemuExit) -> Result<()> {
-        self.gather_tails();
+        self.refuse_calls();
+        self.gather_tails().await;
         let (state, failure) = self.lifecycle.end(exit);
         if self.machine.accel == Accel::Kvm && failure.as_ref().is_some_and(|failure| questions_kvm(failure.cause)) {
             self.test_kvm_again().await;
@@ -79,7 +85,7 @@ impl Supervisor {
     /// Tests KVM again, for later starts.
     async fn test_kvm_again(&self) {
         let cache = self.context.home().cache();
-        match tokio::task::spawn_blocking(move || kvm::probe_again(&cache)).await {
+        match jobs::run(move || Ok(kvm::probe_again(&cache))).await {
             Ok(verdict) => tracing::warn!(?verdict, "the VM failed under KVM; KVM was tested again"),
             Err(error) => tracing::error!("KVM could not be tested again: {error}"),
         }
@@ -127,7 +133,7 @@ impl Supervisor {
                 _ = direct.changed() => {}
                 Ok(()) = spliced.changed() => {}
                 _ = logs.tick() => {
-                    rotate_logs();
+                    self.begin_rotation();
                     self.look_at_host(&running);
                     // The host may have slept, which the timer does not count; the wall clock does.
                     self.step(Event::ExpiresAt(self.row.expires_at.map(instant_of)), &running);
@@ -166,14 +172,39 @@ impl Supervisor {
         Some(self.watch_for_agent(running))
     }
 
-    fn gather_tails(&mut self) {
+    /// Rotates the logs that are too long, unless the rotation before has not finished.
+    fn begin_rotation(&self) {
+        if !self.jobs.is_running(ROTATION_JOB) {
+            self.report_end(self.jobs.start(ROTATION_JOB, rotate_logs), ROTATED_WITHIN);
+        }
+    }
+
+    /// The loop is over: requests get an error at once, and stops wait for the VM's end.
+    fn refuse_calls(&mut self) {
+        self.calls.close();
+        while self.calls.try_recv().is_ok() {}
+    }
+
+    async fn gather_tails(&mut self) {
+        let dir = self.dir.clone();
+        let tails = jobs::run_within(TAILS_JOB, TAILS_TIMEOUT, move || Ok(Tails::read(&dir))).await;
+        let tails = tails.unwrap_or_else(|error| {
+            tracing::warn!("{error}");
+            Tails::default()
+        });
         let stopping = self.lifecycle.state() == VmState::Stopping;
         let seen = self.lifecycle.evidence();
-        seen.disk_full = disk_free_bytes(self.dir.path()).is_ok_and(|free| free < DISK_FULL_BYTES);
-        seen.qemu_tail = log_tail(&self.dir, &[QEMU_LOG]);
-        let panic = panic_lines(&self.dir, CONSOLE_LOG);
-        seen.panicked |= panic.is_some() && !stopping && seen.may_have_panicked();
-        seen.console_tail = panic.unwrap_or_else(|| log_tail(&self.dir, &[CONSOLE_LOG]));
+        (seen.disk_full, seen.qemu_tail) = (tails.disk_full, tails.qemu);
+        seen.panicked |= tails.panic.is_some() && !stopping && seen.may_have_panicked();
+        seen.console_tail = tails.panic.unwrap_or(tails.console);
+    }
+
+    /// Removes the files of a VM that does not stay.
+    async fn begin_removal(&self) -> Job<()> {
+        // What another job adds to the directory meanwhile can make that fail; then the next command completes it.
+        self.jobs.finish(JOBS_TIMEOUT).await;
+        let (context, id) = (Arc::clone(&self.context), self.row.id.clone());
+        self.jobs.start(REMOVAL_JOB, move || context.erase(&id))
     }
 
     fn leave_sockets(&self) {
@@ -214,7 +245,11 @@ impl Supervisor {
             None => Ok(None),
         };
         nido_files::failpoint!("end.closed");
-        let erased = if vanishes { self.context.erase(&self.row.id) } else { Ok(()) };
+        let mut removal = if vanishes { Some(self.begin_removal().await) } else { None };
+        let removed = match &mut removal {
+            Some(removal) => removal.wait(REMOVED_WITHIN).await,
+            None => Some(Ok(())),
+        };
         self.life.send_replace(match (problem, baked) {
             (None, Ok(Some(bake))) => Life::Baked(Box::new(bake)),
             (None, Err(error)) => Life::Ended(Some(error.record())),
@@ -225,21 +260,25 @@ impl Supervisor {
         while self.life.receiver_count() > 1 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        // The next holder of the lock finds everything recorded.
-        drop(self.lock);
-        written.and(erased)
+        let removed = match (removed, removal) {
+            (None, Some(removal)) => {
+                tracing::warn!("{REMOVAL_JOB} takes longer than {} s", REMOVED_WITHIN.as_secs());
+                removal.end().await
+            }
+            (removed, _) => removed.unwrap_or(Ok(())),
+        };
+        if self.jobs.finish(Duration::ZERO).await {
+            // The next holder of the lock finds everything recorded.
+            drop(self.lock);
+        } else {
+            // A job may still change the VM's directory: the kernel releases the lock when this process, and so the job, has ended.
+            std::mem::forget(self.lock);
+        }
+        written.and(removed)
     }
 }
 
 /// Whether such a failure may come from a KVM that does not work (any more).
 fn questions_kvm(cause: FailureCause) -> bool {
     matches!(cause, FailureCause::GuestTimeout | FailureCause::KvmInternalError)
-}
-
-fn rotate_logs() {
-    for log in [CONSOLE_LOG, QEMU_LOG, SUPERVISOR_LOG] {
-        if let Err(error) = rotate(Path::new(log)) {
-            tracing::warn!("cannot rotate {log}: {error}");
-        }
-    }
 }

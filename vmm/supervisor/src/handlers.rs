@@ -17,6 +17,7 @@ use tokio::time::Instant as TokioInstant;
 use super::control::Reply;
 use super::control_server::ReplySender;
 use super::host_clocks::HostClocks;
+use super::jobs::Job;
 use super::launch::Running;
 use super::lifecycle::{AgentReply, Event};
 use super::pause::{Resume, io_cause, observed};
@@ -82,6 +83,16 @@ impl Supervisor {
         });
     }
 
+    /// Has the loop notified when a job ends, or is late.
+    pub(super) fn report_end(&self, job: Job<()>, limit: Duration) {
+        let reports = self.reports.0.clone();
+        tokio::spawn(async move {
+            let what = job.what();
+            let outcome = job.outcome_within(limit).await;
+            let _ = reports.send(Report::JobEnded(what, outcome)).await;
+        });
+    }
+
     pub(super) async fn on_report(&mut self, report: Report, running: &Running) {
         match report {
             Report::Paused(outcome, reply) => {
@@ -113,6 +124,11 @@ impl Supervisor {
             Report::InUse(sessions) => {
                 tracing::debug!("the agent of a VM that seems to be idle has {sessions} sessions");
                 self.step(Event::AgentSessions(sessions), running);
+            }
+            Report::JobEnded(what, outcome) => {
+                if let Err(error) = outcome {
+                    tracing::warn!("{what}: {error}");
+                }
             }
         }
     }

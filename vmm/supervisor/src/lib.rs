@@ -27,6 +27,7 @@ mod forwards;
 mod handlers;
 mod host_clocks;
 mod host_services;
+mod jobs;
 mod launch;
 mod lifecycle;
 mod limits;

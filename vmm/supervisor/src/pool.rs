@@ -15,15 +15,17 @@ use nido_api::{ForwardSpec, StartPath, Timings, VmSpec};
 use nido_engine::machine::Machine;
 use nido_store::{Claim, Origin, VmRow};
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 
 use super::control::ClaimOrder;
 use super::control_server::Life;
 use super::forwards::bind;
+use super::jobs::Job;
 use super::launch::Running;
 use super::lifecycle::{AgentReply, Event, taken};
 use super::limits::Limits;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
-use super::state::Supervisor;
+use super::state::{RECORD_JOB, RECORDED_WITHIN, Report, Supervisor};
 use crate::context::write_guest_config;
 
 impl Supervisor {
@@ -49,14 +51,11 @@ impl Supervisor {
         let ready_within = order.ready_within_ms.map_or(self.lifecycle.ready_within(), Duration::from_millis);
         self.step(Event::Claimed(limits, ready_within), running);
         // Synced before the owner is notified that the VM is ready, in parallel to the identity reset.
-        let record = self.context.prepare_record(&self.row).map(tokio::task::spawn_blocking);
+        let record = self.context.prepare_record(&self.row).map(|write| self.jobs.start(RECORD_JOB, write));
         let awake = self.wake(ports, running).await;
-        let recorded = match record {
-            Ok(writing) => writing.await.unwrap_or_else(|error| Err(Error::internal(error.to_string()))),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = recorded {
-            tracing::warn!("the record of VM {} is not up to date: {error}", self.row.id);
+        match record {
+            Ok(record) => self.await_record_before_agent(record),
+            Err(error) => tracing::warn!("the record of VM {} is not up to date: {error}", self.row.id),
         }
         if let Err(error) = awake {
             tracing::error!("the claimed VM cannot be resumed: {error}");
@@ -64,6 +63,22 @@ impl Supervisor {
             self.step(Event::Agent(AgentReply::NotRenewed(why)), running);
         }
         Ok(())
+    }
+
+    /// Passes on the agent's reply, upon which the owner is notified, after the record is on the disk, or takes too long.
+    fn await_record_before_agent(&mut self, record: Job<()>) {
+        let (reply, reports) = (self.awaited.take(), self.reports.0.clone());
+        let (passed_on, awaited) = oneshot::channel();
+        self.awaited = reply.is_some().then_some(awaited);
+        tokio::spawn(async move {
+            let recorded = record.outcome_within(RECORDED_WITHIN).await;
+            let _ = reports.send(Report::JobEnded(RECORD_JOB, recorded)).await;
+            if let Some(reply) = reply
+                && let Ok(reply) = reply.await
+            {
+                let _ = passed_on.send(reply);
+            }
+        });
     }
 
     /// Writes down, in one step, whose the clone is now.

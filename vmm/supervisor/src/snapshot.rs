@@ -11,19 +11,15 @@
 //! This is a task next to the event loop. Invariant: the VM continues whatever fails; if this supervisor is killed meanwhile,
 //! the next one finds what was unfinished, removes it and resumes the VM.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant as StdInstant};
 
-use nido_api::error::{Code, Error, Hint, Result};
+use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::VmState;
-use nido_engine::bake::{qemu_id, shape};
 use nido_engine::guest::{Guest, GuestError, Session};
-use nido_engine::home::{SNAPSHOT_SOCKET, VmDir};
-use nido_engine::host::{facts, qemu};
+use nido_engine::home::SNAPSHOT_SOCKET;
 use nido_engine::machine::Accel;
 use nido_engine::qemu::Monitor;
 use nido_engine::qemu::migration::{self, Bounds, LiveSave, Memory, MigrationError};
@@ -36,6 +32,7 @@ use super::bake::save_error;
 use super::clock::set_clock;
 use super::control::Reply;
 use super::control_server::ReplySender;
+use super::jobs::{HostProbe, Jobs, Preparation, Prepared};
 use super::launch::Running;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::readiness::AgentRoute;
@@ -45,11 +42,11 @@ use super::state::Supervisor;
 const FROZEN_WITHIN: Duration = Duration::from_secs(30);
 /// How long saving memory and devices may take.
 const SAVED_WITHIN: Duration = Duration::from_secs(600);
-/// How long, and in how many passes over the memory, the changes of a running guest are followed before it is paused.
-const FOLLOWED_FOR: Duration = Duration::from_secs(2);
-const PASSES: u64 = 8;
-/// What a file system in memory calls itself.
-const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// What jobs of a snapshot do.
+const TAKING_JOB: &str = "taking a snapshot";
+const REMOVAL_JOB: &str = "removing an unfinished snapshot";
+/// How long the removal of an unfinished snapshot is waited for.
+const REMOVED_WITHIN: Duration = Duration::from_secs(10);
 
 /// With this environment variable set to 0, VMs are paused until their memory is saved.
 const PRECOPY: &str = "NIDO_PRECOPY";
@@ -57,24 +54,11 @@ const PRECOPY: &str = "NIDO_PRECOPY";
 /// Everything a snapshot is taken with.
 struct Taking {
     vm: VmName,
-    dir: VmDir,
-    /// The directory of the VM that gets it.
-    into: VmDir,
     way: AgentRoute,
     monitor: Monitor,
-    running: snapshot::Running,
+    jobs: Jobs,
     /// The VM is paused, and stays so.
     paused: bool,
-    /// What it may take on the disk.
-    needed: Needed,
-}
-
-/// What a snapshot may take on the disk.
-struct Needed {
-    pid: i32,
-    memory_bytes: u64,
-    /// The memory image that the guest maps, if it was forked.
-    image: Option<PathBuf>,
     accel: Accel,
 }
 
@@ -91,14 +75,14 @@ impl Supervisor {
             let busy = Error::new(Code::VmBusy, "another snapshot of this VM is being taken");
             return drop(reply.send(Err(busy)));
         };
-        let taking = match self.taking(into, running) {
-            Ok(taking) => taking,
+        let (taking, preparation) = match self.taking(name, into, running) {
+            Ok(begun) => begun,
             Err(error) => return drop(reply.send(Err(error))),
         };
         let way = self.way();
-        let paused = taking.paused;
+        let (name, paused) = (preparation.name.clone(), taking.paused);
         tokio::spawn(async move {
-            let taken = taking.take(&name).await;
+            let taken = taking.take(preparation).await;
             drop(place);
             let taken = taken.inspect_err(|error| tracing::error!("snapshot {name}: {error}"));
             let _ = reply.send(taken.map(|()| Reply::Done));
@@ -108,7 +92,7 @@ impl Supervisor {
         });
     }
 
-    fn taking(&self, into: Option<String>, running: &Running) -> Result<Taking> {
+    fn taking(&self, name: SnapshotName, into: Option<String>, running: &Running) -> Result<(Taking, Preparation)> {
         let vm = self.row.spec.name.clone();
         let (state, ready) = (self.lifecycle.state(), self.lifecycle.is_ready());
         let paused = state == VmState::Paused;
@@ -117,36 +101,30 @@ impl Supervisor {
             return Err(Error::new(Code::VmBusy, words));
         }
         let home = self.context.home();
-        let qemu = qemu::probe(&qemu::find(self.context.qemu())?, &home.cache())?;
         let image = match &self.row.origin {
             Origin::Fork(saved) => Some(home.blob(&saved.memory)),
             Origin::Boot | Origin::Restore { .. } => None,
         };
-        Ok(Taking {
-            vm,
+        let preparation = Preparation {
+            host: HostProbe::new(&self.context),
+            machine: self.machine.clone(),
+            token: nido_api::hex::encode(self.guest.token()),
+            name,
             dir: self.dir.clone(),
             into: into.map_or_else(|| self.dir.clone(), |id| home.vm(&id)),
-            way: self.way(),
-            monitor: running.monitor()?.clone(),
-            running: snapshot::Running {
-                machine: shape(&self.machine, &facts::gather(&home.cache())),
-                qemu: qemu_id(&qemu),
-                token: nido_api::hex::encode(self.guest.token()),
-            },
             paused,
-            needed: Needed {
-                pid: running.process.pid(),
-                memory_bytes: u64::from(self.machine.memory_mib) << 20,
-                image,
-                accel: self.machine.accel,
-            },
-        })
+            pid: running.process.pid(),
+            memory_bytes: u64::from(self.machine.memory_mib) << 20,
+            image,
+        };
+        let (way, monitor, jobs) = (self.way(), running.monitor()?.clone(), self.jobs.clone());
+        Ok((Taking { vm, way, monitor, jobs, paused, accel: self.machine.accel }, preparation))
     }
 
     /// Resumes a VM whose snapshot was interrupted.
     pub(super) async fn mend_snapshot(&self, running: &Running) {
         // One that its user paused was not taking a snapshot.
-        if !snapshot::remove_unfinished(&self.dir) || self.lifecycle.state() == VmState::Paused {
+        if !self.remove_unfinished_snapshot().await || self.lifecycle.state() == VmState::Paused {
             return;
         }
         tracing::warn!("a snapshot was interrupted; resuming the VM");
@@ -163,62 +141,42 @@ impl Supervisor {
             let _ = thaw(&way, Instant::now() + FROZEN_WITHIN).await;
         });
     }
-}
 
-impl Needed {
-    /// Refuses where the disk is too full, before anything is done to the VM. Returns the bounds within which it can be saved
-    /// while it runs, if it may be and there is enough space for that.
-    fn check(&self, dir: &VmDir, precopy: Result<(), String>) -> Result<Option<Bounds>> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
-        let used = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        let memory = used.map_or(self.memory_bytes, |kib| self.memory_bytes.min(kib << 10));
-        let needed = memory + snapshot::copy_bytes(dir) + self.holes(dir);
-        let free = facts::disk_free_bytes(dir.path()).unwrap_or(u64::MAX);
-        // What is sent before the guest is paused, and all of it once more.
-        let sent = memory + memory / 4;
-        if precopy.is_ok() && free >= needed + sent {
-            return Ok(Some(Bounds { passes: PASSES, bytes: sent, within: FOLLOWED_FOR }));
-        }
-        if free >= needed {
-            let why = precopy.err().unwrap_or_else(|| "the disk is too full to save it while it runs".to_owned());
-            tracing::info!("the VM is paused until its memory is saved: {why}");
-            return Ok(None);
-        }
-        let words = format!(
-            "the disk that holds nido's home is too full for a snapshot: {} MiB may be needed, {} MiB are free",
-            needed.div_ceil(1 << 20),
-            free >> 20
-        );
-        Err(Error::new(Code::DiskFull, words).hint(Hint::home_full()))
-    }
-
-    /// Saving reads all of the guest's memory. In a memory file system a hole of the image that is read takes space, and the one
-    /// who reads dies where there is none.
-    fn holes(&self, dir: &VmDir) -> u64 {
-        let in_memory = rustix::fs::statfs(dir.path().as_os_str()).is_ok_and(|facts| facts.f_type == TMPFS_MAGIC);
-        match self.image.as_ref().filter(|_| in_memory).and_then(|image| fs::metadata(image).ok()) {
-            Some(facts) => facts.len().saturating_sub(facts.blocks() * 512),
-            None => 0,
-        }
+    /// Whether a snapshot was interrupted. If its removal takes too long, the VM counts as paused for one; no other snapshot is
+    /// taken until it is removed.
+    async fn remove_unfinished_snapshot(&self) -> bool {
+        let (dir, place) = (self.dir.clone(), self.snapshotting.clone().try_acquire_owned());
+        let removal = self.jobs.start(REMOVAL_JOB, move || {
+            let _place = place;
+            Ok(snapshot::remove_unfinished(&dir))
+        });
+        removal.outcome_within(REMOVED_WITHIN).await.unwrap_or_else(|error| {
+            tracing::warn!("{error}");
+            true
+        })
     }
 }
 
 impl Taking {
-    async fn take(self, name: &SnapshotName) -> Result<()> {
-        let bounds = self.needed.check(&self.dir, self.permits_precopy().await)?;
-        let unfinished = Unfinished::begin(&self.dir, &self.into, name)?;
-        nido_files::failpoint!("take.begun");
-        let (unfinished, paused_for) = if self.paused {
-            (self.save_paused(unfinished).await?, None)
-        } else {
-            let (unfinished, paused_for) = self.save_running(unfinished, bounds).await?;
-            (unfinished, Some(paused_for))
+    async fn take(self, preparation: Preparation) -> Result<()> {
+        let dir = preparation.dir.clone();
+        let precopy = self.permits_precopy().await;
+        let Prepared { unfinished, running, disk, bounds } = self.job(move || preparation.run(precopy)).await?;
+        let saved = match disk {
+            None => self.save_paused(&unfinished).await.map(|()| None),
+            Some(disk) => self.save_running(&unfinished, &Arc::new(disk), bounds).await.map(Some),
         };
-        let paused_ms = paused_for.map(|paused_for| u64::try_from(paused_for.as_millis()).unwrap_or(u64::MAX));
-        let record = Record { paused_ms, ..Record::now(Some(self.running)) };
-        blocking(move || unfinished.publish(&record)).await
+        // What has been saved of a snapshot that failed can be large, and is removed here, too.
+        self.job(move || {
+            let paused_for = saved?;
+            if paused_for.is_none() {
+                // QEMU has synced the disk and released it until the machine is resumed.
+                unfinished.copy_disk(&dir)?;
+            }
+            let paused_ms = paused_for.map(|paused_for| u64::try_from(paused_for.as_millis()).unwrap_or(u64::MAX));
+            unfinished.publish(&Record { paused_ms, ..Record::now(Some(running)) })
+        })
+        .await
     }
 
     /// Whether the VM can be saved while it runs; if not, why.
@@ -228,19 +186,28 @@ impl Taking {
         }
         // The program that runs, which an upgrade of the package does not change.
         let version = self.monitor.query_version(QMP_TIMEOUT).await.map_err(|error| error.to_string())?;
-        migration::is_precopy_reliable(self.needed.accel, &version.qemu)
+        migration::is_precopy_reliable(self.accel, &version.qemu)
+    }
+
+    /// Copies, syncs or removes files, on a thread of its own.
+    async fn job<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+        self.jobs.start(TAKING_JOB, work).end().await
     }
 
     /// Saves a VM that runs, and runs on. Returns for how long its CPUs were paused.
-    async fn save_running(&self, unfinished: Unfinished, bounds: Option<Bounds>) -> Result<(Unfinished, Duration)> {
+    async fn save_running(
+        &self,
+        unfinished: &Unfinished,
+        disk: &Arc<LayerCopy>,
+        bounds: Option<Bounds>,
+    ) -> Result<Duration> {
         let deadline = Instant::now() + FROZEN_WITHIN;
         let stream = self.way.stream(deadline).await.map_err(|e| self.guest_error(e))?;
         let mut session =
             Session::open(stream, self.way.guest.token(), deadline).await.map_err(|e| self.guest_error(e))?;
-        let disk = Arc::new(unfinished.begin_disk(&self.dir)?);
         let saved = match bounds {
-            Some(bounds) => self.save_live(&unfinished, &disk, &mut session, bounds).await,
-            None => self.save_still(&unfinished, &disk, &mut session).await,
+            Some(bounds) => self.save_live(unfinished, disk, &mut session, bounds).await,
+            None => self.save_still(unfinished, disk, &mut session).await,
         };
         if saved.is_err()
             && let Err(error) = migration::abandon(&self.monitor).await
@@ -255,8 +222,9 @@ impl Taking {
         saved?;
         gone_on.and(thawed)?;
         tracing::info!("the VM was paused for {} ms", paused_for.as_millis());
-        blocking(move || disk.sync()).await?;
-        Ok((unfinished, paused_for))
+        let disk = Arc::clone(disk);
+        self.job(move || disk.sync()).await?;
+        Ok(paused_for)
     }
 
     /// Saves a VM while it runs, and pauses it at the end. Returns since when it is paused; so too below.
@@ -267,7 +235,7 @@ impl Taking {
         session: &mut Session,
         bounds: Bounds,
     ) -> Result<StdInstant> {
-        refresh(disk, false).await?;
+        self.refresh(disk, false).await?;
         let mut live = self.begin_live(unfinished).await?;
         if live.hold().await.map_err(not_saved)? {
             self.freeze(session).await?;
@@ -279,10 +247,10 @@ impl Taking {
             self.freeze(session).await?;
             live = self.begin_live(unfinished).await?;
         }
-        refresh(disk, false).await?;
+        self.refresh(disk, false).await?;
         let paused_at = live.finish(bounds).await.map_err(not_saved)?;
         // QEMU has synced the disk and released it until the machine is resumed.
-        refresh(disk, true).await?;
+        self.refresh(disk, true).await?;
         Ok(paused_at)
     }
 
@@ -294,12 +262,12 @@ impl Taking {
         session: &mut Session,
     ) -> Result<StdInstant> {
         // Only what changes from here on is copied while it is paused.
-        refresh(disk, false).await?;
+        self.refresh(disk, false).await?;
         self.freeze(session).await?;
         let paused_at = StdInstant::now();
         self.monitor.stop(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
         self.save_memory(unfinished).await?;
-        refresh(disk, true).await?;
+        self.refresh(disk, true).await?;
         Ok(paused_at)
     }
 
@@ -319,17 +287,14 @@ impl Taking {
         nido_engine::error_sources::guest_error(self.vm.as_str(), error)
     }
 
-    /// Memory and disk of a paused guest match.
-    async fn save_paused(&self, unfinished: Unfinished) -> Result<Unfinished> {
+    /// Memory and disk of a paused guest match; the disk is copied later.
+    async fn save_paused(&self, unfinished: &Unfinished) -> Result<()> {
         // QEMU saves a machine once; to save it again it has to have run, if only for a moment.
         if self.monitor.query_status(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))? == RunState::postmigrate {
             self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
             self.monitor.stop(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
         }
-        self.save_memory(&unfinished).await?;
-        // QEMU has synced the disk and released it until the machine is resumed.
-        let dir = self.dir.clone();
-        blocking(move || unfinished.copy_disk(&dir).map(|()| unfinished)).await
+        self.save_memory(unfinished).await
     }
 
     async fn save_memory(&self, unfinished: &Unfinished) -> Result<()> {
@@ -338,20 +303,15 @@ impl Taking {
             .await
             .map_err(not_saved)
     }
+
+    async fn refresh(&self, disk: &Arc<LayerCopy>, last: bool) -> Result<()> {
+        let disk = Arc::clone(disk);
+        self.job(move || disk.refresh(last)).await
+    }
 }
 
 fn not_saved(error: MigrationError) -> Error {
     save_error("cannot take the snapshot", error)
-}
-
-async fn refresh(disk: &Arc<LayerCopy>, last: bool) -> Result<()> {
-    let disk = Arc::clone(disk);
-    blocking(move || disk.refresh(last)).await
-}
-
-/// Copies and syncs on a thread of its own, so that the event loop, sessions and forwards are not blocked.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(format!("the work failed: {e}")))?
 }
 
 async fn thaw(way: &AgentRoute, deadline: Instant) -> Result<(), GuestError> {

@@ -10,6 +10,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nido_api::error::{Code, Error, Hint, Result};
@@ -18,7 +19,7 @@ use nido_api::state::VmState;
 use nido_api::{NetChoice, StartPath, Timings};
 use nido_engine::guest::Link;
 use nido_engine::home::{DEVICE_STATE, LOAD_SOCKET, QEMU_LOG};
-use nido_engine::host::{QemuFacts, qemu};
+use nido_engine::host::QemuFacts;
 use nido_engine::logs::log_tail;
 use nido_engine::machine::{GUEST_CIDS, Transport};
 use nido_engine::qemu::argv::NET;
@@ -33,12 +34,13 @@ use tokio::time::Instant as TokioInstant;
 
 use super::control_server::{ActiveSessions, Life};
 use super::forwards::bind;
+use super::jobs::{self, HostProbe};
 use super::launch::{LaunchError, Running, attach, launch};
 use super::lifecycle::{Event, Stop};
 use super::qmp::QMP_TIMEOUT;
 use super::readiness::{AgentRoute, Readiness, renewed, warm};
 use super::role::Role;
-use super::state::Supervisor;
+use super::state::{RECORD_JOB, RECORDED_WITHIN, Supervisor, TAILS_JOB, TAILS_TIMEOUT};
 
 /// How long loading may take: milliseconds for a bake, seconds for a large memory.
 const LOADED_WITHIN: Duration = Duration::from_secs(600);
@@ -61,9 +63,8 @@ impl Supervisor {
     pub(super) async fn start(&mut self) -> Result<Running, NotRunning> {
         self.bind_forwards().await.map_err(NotRunning::Error)?;
         nido_files::failpoint!("startup.ports");
-        let named = self.context.qemu().map(Path::to_owned);
-        let program = qemu::find(named.as_deref()).map_err(|e| NotRunning::Error(e.into()))?;
-        let facts = qemu::probe(&program, &self.context.home().cache()).map_err(|e| NotRunning::Error(e.into()))?;
+        let host = HostProbe::new(&self.context);
+        let facts = jobs::run(move || host.qemu()).await.map_err(NotRunning::Error)?;
         let running = self.launch(&facts).await?;
         nido_files::failpoint!("startup.monitor");
         let qemu_ms = self.asked_for_ms();
@@ -86,7 +87,7 @@ impl Supervisor {
         loop {
             match launch(self.context.home(), &self.row, &self.machine, facts).await {
                 Ok(running) => return Ok(running),
-                Err(LaunchError::Exited(_)) if tries < OTHER_ADDRESSES && self.address_was_taken() => {
+                Err(LaunchError::Exited(_)) if tries < OTHER_ADDRESSES && self.address_was_taken().await => {
                     tries += 1;
                     self.take_another_address().map_err(NotRunning::Error)?;
                 }
@@ -96,9 +97,13 @@ impl Supervisor {
         }
     }
 
-    fn address_was_taken(&self) -> bool {
-        matches!(self.machine.transport, Transport::Vsock { .. })
-            && log_tail(&self.dir, &[QEMU_LOG]).iter().any(|line| says_address_is_taken(line))
+    async fn address_was_taken(&self) -> bool {
+        if !matches!(self.machine.transport, Transport::Vsock { .. }) {
+            return false;
+        }
+        let dir = self.dir.clone();
+        let tail = jobs::run_within(TAILS_JOB, TAILS_TIMEOUT, move || Ok(log_tail(&dir, &[QEMU_LOG]))).await;
+        tail.is_ok_and(|lines| lines.iter().any(|line| says_address_is_taken(line)))
     }
 
     fn take_another_address(&mut self) -> Result<()> {
@@ -205,7 +210,14 @@ impl Supervisor {
         }
         let Ok(monitor) = running.monitor().cloned() else { return Ok(running) };
         // The previous supervisor may have been killed between a claim and its record, which would still describe a clone of the pool.
-        self.context.refresh_record(&self.row.id);
+        let (context, id) = (Arc::clone(&self.context), self.row.id.clone());
+        let record = self.jobs.start(RECORD_JOB, move || {
+            context.refresh_record(&id);
+            Ok(())
+        });
+        if let Err(error) = record.outcome_within(RECORDED_WITHIN).await {
+            tracing::warn!("{RECORD_JOB}: {error}");
+        }
         if let Err(error) = self.bind_forwards().await {
             tracing::error!("a published port is lost: {error}");
         }

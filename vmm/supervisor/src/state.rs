@@ -22,6 +22,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use super::control_server::{ActiveSessions, Call, ControlQueue, Life, ReplySender, serve};
 use super::forwards::Forwards;
 use super::host_clocks::HostClocks;
+use super::jobs::Jobs;
 use super::lifecycle::{Beginning, Lifecycle};
 use super::limits::Limits;
 use super::pause::ByItself;
@@ -35,6 +36,12 @@ use crate::context::Context;
 const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
 /// How often the supervisor of a session's VM checks whether the session continues.
 pub(super) const SESSION_EVERY: Duration = Duration::from_secs(1);
+/// The job that writes the VM's record, and how long it is waited for.
+pub(super) const RECORD_JOB: &str = "writing the VM's record";
+pub(super) const RECORDED_WITHIN: Duration = Duration::from_secs(30);
+/// The job that reads the ends of the logs, and how long it is waited for: a VM can end without them.
+pub(super) const TAILS_JOB: &str = "reading the logs";
+pub(super) const TAILS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// One VM's supervisor.
 pub(super) struct Supervisor {
@@ -69,6 +76,8 @@ pub(super) struct Supervisor {
     pub(super) clock_stale: bool,
     pub(super) host_clocks: HostClocks,
     pub(super) unwritten: Unwritten,
+    /// Jobs that may change the VM's directory.
+    pub(super) jobs: Jobs,
     /// What tasks of the supervisor's own report.
     pub(super) reports: (mpsc::Sender<Report>, mpsc::Receiver<Report>),
 }
@@ -85,6 +94,8 @@ pub(super) enum Report {
     Saved(Result<()>),
     /// How many sessions the agent has, this question's own left out.
     InUse(u32),
+    /// What a job does, and its outcome: an error, too, if it is late and continues.
+    JobEnded(&'static str, Result<()>),
 }
 
 impl Supervisor {
@@ -152,6 +163,7 @@ impl Supervisor {
             clock_stale: attach,
             host_clocks: HostClocks::now(),
             unwritten: Unwritten::prepare(Path::new(UNWRITTEN)),
+            jobs: Jobs::new(),
             reports: mpsc::channel(16),
         })
     }
