@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn nidos_own_failures_do_not_look_like_the_guests() {
+    fn nidos_exit_codes_differ_from_the_guests() {
         for &code in Code::ALL {
             let exit = Exit::of_error(&Error::new(code, "x"), Codes::Guest).code();
             assert!((125..=127).contains(&exit), "{code:?}");

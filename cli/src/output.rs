@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_stand_under_each_other() {
+    fn columns_are_aligned() {
         let rows = [["web".to_owned(), "running".to_owned()], ["a\x1b[2Jb".to_owned(), String::new()]];
         assert_eq!(table(["NAME", "STATUS"], rows), "NAME     STATUS\nweb      running\na^[[2Jb\n");
     }

@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_regular_file_is_neither_waited_for_nor_taken_for_empty() {
+    fn special_files_neither_block_nor_count_as_empty() {
         // A pipe under the name of a configuration file blocked the start for ever.
         let directory = tempfile::tempdir().unwrap();
         let pipe = directory.path().join("hosts");

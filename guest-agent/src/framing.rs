@@ -249,7 +249,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_are_the_same_however_they_are_cut(
+        fn frames_do_not_depend_on_chunk_sizes(
             payloads in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..50), 0..20),
             cut in 1usize..40,
         ) {

@@ -147,7 +147,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn what_nobody_thaws_thaws_by_itself() {
+    async fn a_freeze_expires_without_a_thaw() {
         let freezer = Freezer::new(false);
         freezer.freeze().await.unwrap();
         tokio::time::sleep(LIMIT / 2).await;

@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_former_name_is_also_known_from_its_file() {
+    fn the_previous_name_is_read_from_its_file() {
         // At a cold boot the kernel has no name yet.
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("etc")).unwrap();

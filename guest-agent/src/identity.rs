@@ -290,7 +290,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_is_its_own_only_with_the_whole_line() {
+    fn a_disk_matches_only_with_its_complete_identity_line() {
         let root = tempfile::tempdir().unwrap();
         assert!(!is_own(root.path(), "0123abc"));
         record(root.path(), "0123abc").unwrap();
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_disk_that_cannot_be_made_this_vms_own_is_not_marked_as_such_and_is_tried_again() {
+    async fn a_failed_disk_reset_is_not_recorded_and_is_retried() {
         // A machine id or a hook that could not be renewed ended the start.
         let root = tempfile::tempdir().unwrap();
         let reaper = Arc::new(Reaper::default());
@@ -349,14 +349,14 @@ mod tests {
     }
 
     #[test]
-    fn a_random_uuid_says_that_it_is_one() {
+    fn a_random_uuid_has_its_version_bits() {
         let (one, other) = (random_uuid().unwrap(), random_uuid().unwrap());
         assert_ne!(one, other);
         assert_eq!((one >> 76 & 0xf, one >> 62 & 0b11), (4, 0b10));
     }
 
     #[test]
-    fn host_keys_are_told_by_their_names() {
+    fn host_keys_are_found_by_name() {
         assert_eq!(key_kind("ssh_host_rsa_key"), Some("rsa"));
         assert_eq!(key_kind("ssh_host_ed25519_key"), Some("ed25519"));
         assert_eq!(key_kind("ssh_host_of_mine_key"), Some("of_mine"));

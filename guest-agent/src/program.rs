@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_name_is_looked_for_along_the_path() {
+    fn a_bare_name_is_searched_in_path() {
         let argv = vec![b"ls".to_vec().into()];
         let request = Exec { argv, ..Exec::default() };
         assert_eq!(program(&user(), &request, b"/a::/b").0, [&b"/a/ls"[..], b"./ls", b"/b/ls"]);

@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn an_order_is_whole_or_refused() {
+    fn an_incomplete_reset_is_refused() {
         assert_eq!(check(&order()).unwrap(), [2; ENTROPY_LEN]);
         for bad in [
             Renew { token: vec![1; TOKEN_LEN - 1].into(), ..order() },
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_boot_id_looks_like_the_kernels() {
+    fn a_boot_id_has_the_kernels_format() {
         let line = uuid_line(0x0123_4567_89ab_4def_8123_4567_89ab_cdef);
         assert_eq!(line, "01234567-89ab-4def-8123-456789abcdef\n");
         assert_eq!(line.len(), fs::read(KERNELS_BOOT_ID).unwrap().len());

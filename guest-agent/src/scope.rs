@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_proc_is_read_whatever_the_name_is() {
+    fn proc_stat_is_parsed_with_any_process_name() {
         let line = "12 (a ) R 1) S 7 8 9 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 555 1 2";
         assert_eq!(parse_stat(line), Some(Process { parent: 7, group: 8, session: 9, started: 555 }));
         assert_eq!(parse_stat(&line.replace(") S", ") Z")), None);

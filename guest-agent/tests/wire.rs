@@ -16,7 +16,7 @@ fn bytes(text: &str) -> minicbor::bytes::ByteVec {
 }
 
 #[test]
-fn what_the_host_says() {
+fn messages_of_the_host_keep_their_encoding() {
     let hello = Hello { oldest: 1, newest: 2, token: vec![0xaa; 2].into(), nonce: 256 };
     let pty = Some(WindowSize { rows: 24, columns: 80 });
     let exec = Exec { argv: vec![bytes("ls")], pty, ..Exec::default() };
@@ -62,7 +62,7 @@ fn what_the_host_says() {
 }
 
 #[test]
-fn what_the_agent_says() {
+fn messages_of_the_agent_keep_their_encoding() {
     let refused = Refused { reason: Refusal::Token, oldest: 1, newest: 1 };
     let exited = Exited { code: None, signal: Some(9), timed_out: true, duration_ms: 100 };
     let pong = Pong { agent: "a".into(), uptime_ms: 1, sessions: 2, is_init: false, address: None, warnings: None };
@@ -89,7 +89,7 @@ fn optional_fields_at_the_end_may_be_absent() {
 }
 
 #[test]
-fn what_the_guest_knows_first() {
+fn the_guest_configuration_keeps_its_encoding() {
     let network = StaticNetwork { address: "a".into(), prefix: 24, gateway: None, dns: vec!["d".into()] };
     let config = GuestConfig {
         hostname: "h".into(),

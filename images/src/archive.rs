@@ -264,7 +264,7 @@ mod tests {
         }
 
         #[test]
-        fn zeros_are_told_from_the_rest(length in 0_usize..100, at in 0_usize..100) {
+        fn zero_blocks_are_recognized(length in 0_usize..100, at in 0_usize..100) {
             let mut block = vec![0; length];
             prop_assert!(is_zero(&block));
             if let Some(byte) = block.get_mut(at) {

@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_told_from_other_failures() {
+    fn a_full_disk_is_distinguished_from_other_failures() {
         let cancel = AtomicBool::new(false);
         let script = "echo 'write: No space left on device'; exit 1";
         let (result, _) = with_session(&cancel, |session| session.run(Stage::Disk, shell(script), LONG, &mut |_| {}));
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn the_wish_to_stop_kills_the_whole_group() {
+    fn cancelling_kills_the_whole_process_group() {
         let cancel = AtomicBool::new(false);
         let mut child = String::new();
         let (result, _) = with_session(&cancel, |session| {

@@ -121,7 +121,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_can_be_read(files in proptest::collection::vec(("[a-z][a-z/]{0,20}", any::<Vec<u8>>(), 0_u32..0o1000), 0..8)) {
+        fn written_archives_can_be_read(files in proptest::collection::vec(("[a-z][a-z/]{0,20}", any::<Vec<u8>>(), 0_u32..0o1000), 0..8)) {
             let mut archive = Archive::default();
             for (path, content, mode) in &files {
                 archive.add(path, *mode, Entry::File(content)).unwrap();

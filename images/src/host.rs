@@ -342,7 +342,7 @@ mod tests {
 
     /// qemu-img read a guest's disk without a limit of what it may use.
     #[test]
-    fn what_reads_a_guests_disk_runs_under_limits() {
+    fn readers_of_a_guests_disk_run_under_limits() {
         let host = Host::for_cleaning();
         let directory = tempfile::tempdir().unwrap();
         let mut command = host.limited("sh", directory.path(), 1 << 20);

@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_zstd_kernel_comes_out_whole() {
+    fn a_zstd_kernel_is_unpacked_completely() {
         let kernel = elf(5000);
         let image = bzimage(&zstd::encode_all(&kernel[..], 3).unwrap(), 5000);
         assert_eq!(unpack_zstd(payload(&image).unwrap()).unwrap(), kernel);
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_release_tells_which_kernel_it_is() {
+    fn a_release_name_identifies_its_kernel() {
         assert_eq!(KernelChoice::of("6.1.192-nido-slim"), KernelChoice::Slim);
         assert_eq!(KernelChoice::of("6.12.117+deb12-cloud-amd64"), KernelChoice::Stock);
     }

@@ -290,7 +290,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn of_two_bakes_that_only_the_host_tells_apart_one_is_enough() {
+    fn of_two_bakes_that_differ_only_by_host_one_is_kept() {
         let machine = BakedMachine {
             machine: "microvm".to_owned(),
             accel: "tcg".to_owned(),

@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn what_exists_is_replaced_only_when_asked() {
+    fn an_existing_file_is_replaced_only_on_request() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         write(&path, false).unwrap();
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn what_appeared_meanwhile_is_kept() {
+    fn a_file_that_appeared_meanwhile_is_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         let raced = write_file_whole(&path, false, |_| {
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn work_that_fails_leaves_what_was_there() {
+    fn failed_work_keeps_the_existing_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         fs::write(&path, "old").unwrap();

@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_build_left_is_an_orphan_and_only_that() {
+    fn only_directories_of_killed_builds_are_orphans() {
         let home = tempfile::tempdir().unwrap();
         let build = home.path().join("build");
         assert!(orphaned_builds(home.path()).is_empty());

@@ -171,19 +171,19 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_tells_what_it_is() {
+    fn the_kernel_version_is_read_from_its_image() {
         assert!(options().any(|option| option == format!("CONFIG_LOCALVERSION=\"{SLIM_SUFFIX}\"")));
     }
 
     #[test]
-    fn a_kernel_is_made_in_memory_only_where_that_is_plenty() {
+    fn a_kernel_is_built_in_memory_only_with_enough_memory() {
         assert!(fits_in_memory("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:    8000000 kB\n"));
         assert!(!fits_in_memory("MemTotal:  9000000 kB\nMemAvailable:    2000000 kB\n"));
         assert!(!fits_in_memory(""));
     }
 
     #[test]
-    fn a_version_that_is_a_path_is_none() {
+    fn a_path_is_not_a_version() {
         assert_eq!(source_version("6.1.192-2\n"), Some("6.1.192-2"));
         for text in ["", "../6", "6/1", "6.1\n6.2", "-6", "6 1", &"6".repeat(65)] {
             assert_eq!(source_version(text), None, "{text:?}");

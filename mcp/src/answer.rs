@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_says_what_to_do_as_text_and_as_data() {
+    fn a_failure_has_its_hint_as_text_and_as_data() {
         let error = Error::new(Code::VmNotRunning, "VM 'web' is stopped\u{1b}[2J").hint("nido start web");
         let result = result(Err(ErrorResult::new(&error, Some("stopped".into()))));
         assert_eq!(result.is_error, Some(true));

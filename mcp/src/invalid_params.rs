@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wrong_is_told_with_its_place() {
+    fn errors_name_the_place() {
         for (method, params, words) in [
             (
                 CALL,
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_method_of_the_other_era_is_none() {
+    fn methods_of_the_other_protocol_version_are_unknown() {
         for (method, modern) in
             [("resources/subscribe", false), ("resources/unsubscribe", false), ("subscriptions/listen", true)]
         {
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_searched_for_secrets_is_not_written_down() {
+    fn values_that_cannot_be_redacted_are_not_recorded() {
         let told = |params: Value| called(Some(&params));
         assert_eq!(told(json!({"name": "vm_exec", "arguments": "stdin"})), ("vm_exec".into(), json!({})));
         assert_eq!(told(json!({"arguments": {"a": 1}})), (CALL.into(), json!({"a": 1})));

@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_message_is_answered_with_its_id() {
+    fn invalid_messages_are_answered_with_their_id() {
         // Clients waited for ever for the answer to a message that the library had dropped.
         for (message, id, code) in [
             (r#"{bad json"#.to_owned(), json!(null), -32700),
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_found_wherever_it_stands_and_only_in_the_outermost_object() {
+    fn an_id_is_found_at_any_position_of_the_outermost_object_only() {
         for (message, id) in [
             (r#"{"id":7,"x":"#.to_owned(), Some(json!(7))),
             (r#"{"params":{"id":1,"a":[{"id":2}]},"id":"x\"y"}"#.to_owned(), Some(json!("x\"y"))),

@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn every_entry_is_on_one_page_whatever_comes_and_goes() {
+    fn every_entry_is_on_one_page_despite_concurrent_changes() {
         let ask = |there: &[String], cursor: Option<&str>| page(there.to_vec(), Clone::clone, cursor, 3);
         let mut there = places((0..8).rev());
         let (first, next) = ask(&there, None);
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_cursor_is_refused() {
+    fn invalid_cursors_are_refused() {
         assert_eq!(cursor_of_vms(None).unwrap(), None);
         assert_eq!(cursor_of_vms(Some(&places([7])[0])).unwrap(), Some(places([7])[0].as_str()));
         for wrong in ["", "x", "-", "1-x", "0000000000000000000x-x", "00000000000000000001-", "00000000000000000001"] {

@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_told_only_grows() {
+    fn reported_progress_only_grows() {
         let progress = Progress::new();
         let mut seen = progress.steps.subscribe();
         let mut told = |done| {

@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_repository_is_tells_how_it_is_fetched() {
+    fn the_kind_of_repository_determines_how_it_is_fetched() {
         let kinds = WHAT.map(|what| match origin(what) {
             Origin::Git(_) => "git",
             Origin::Archive(_) => "archive",
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn what_users_give_stays_in_its_place() {
+    fn user_input_is_quoted() {
         let text = &every()[0];
         assert!(text.contains(r#""command":"make \"test\"\n""#), "{text}");
         let repository = "x\"}\n   vm_delete {\"name\":\"web\"}";

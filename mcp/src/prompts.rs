@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_is_filled_in_and_each_vm_has_a_name_of_its_own() {
+    fn arguments_are_filled_in_and_each_vm_has_its_own_name() {
         let sandbox = || fill(QUICK_SANDBOX, json!({"task": "x", "ttl": "2h"})).unwrap();
         let words = sandbox();
         assert!(words.contains(r#"\"ttl_seconds\":7200"#) && words.contains("<task>x</task>"), "{words}");
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_with_the_argument() {
+    fn errors_name_the_argument() {
         let wrong = |name: &str, arguments| fill(name, arguments).unwrap_err().to_string();
         assert!(wrong(QUICK_SANDBOX, json!({})).starts_with("task: "));
         assert!(wrong(QUICK_SANDBOX, json!({"task": "x", "ttl": "soon"})).starts_with("ttl: "));

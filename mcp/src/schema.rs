@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_composed_is_one_object() {
+    fn composed_schemas_are_one_object() {
         let schema = whole::<ExecResult>();
         assert_eq!(schema["type"], "object");
         assert!(schema["properties"]["exit_code"].is_object() && schema["properties"]["stdout"].is_object());

@@ -40,7 +40,7 @@ fn sandbox_on_q35() {
 
 /// Emulated: the one kind of virtualization that every host can give away.
 #[test]
-fn only_nested_guests_see_virtualization_whatever_the_machine() {
+fn only_nested_guests_see_virtualization_on_any_machine() {
     let home = TestHome::new();
     for machine in ["microvm", "pc", "q35"] {
         for (name, flags, seen) in [("outer", &["--nested"][..], true), ("plain", &[], false)] {

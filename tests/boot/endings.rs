@@ -38,7 +38,7 @@ fn systemd_powers_off() {
 }
 
 #[test]
-fn a_kernel_panic_is_told() {
+fn a_kernel_panic_is_reported() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
     // What a guest last says can be anything.
@@ -61,7 +61,7 @@ fn a_kernel_panic_is_told() {
 }
 
 #[test]
-fn a_killed_qemu_is_told() {
+fn a_killed_qemu_is_reported() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
     let (running, _keys) = vm.sh("echo up; sleep 98770").start();

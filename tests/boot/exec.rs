@@ -69,7 +69,7 @@ fn arguments_environment_place_and_user() {
 }
 
 #[test]
-fn every_exit_code_and_signal_comes_back() {
+fn every_exit_code_and_signal_is_returned() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
     for code in 0..=255 {
@@ -97,7 +97,7 @@ fn a_timeout_ends_the_whole_group() {
 }
 
 #[test]
-fn streams_are_whole_and_flow() {
+fn streams_are_complete_and_not_buffered() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
 
@@ -130,7 +130,7 @@ fn streams_are_whole_and_flow() {
 }
 
 #[test]
-fn many_at_once_and_a_stuck_one_blocks_nobody() {
+fn a_blocked_command_does_not_block_others() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
     // One that says nothing, one whose output nobody reads, one whose input is never read.

@@ -42,7 +42,7 @@ fn a_guest_whose_agent_is_not_there() {
 }
 
 #[test]
-fn a_guest_that_hangs_is_told_with_its_last_words() {
+fn a_hanging_guest_is_reported_with_its_last_log_lines() {
     let home = TestHome::new();
     // A kernel that talks while it boots.
     let manifest = home.path().join("templates/sandbox.json");

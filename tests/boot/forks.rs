@@ -39,7 +39,7 @@ fn a_fresh_vm_is_forked_and_one_that_was_in_use_boots() {
 }
 
 #[test]
-fn what_was_created_is_forked_when_it_starts() {
+fn a_created_vm_is_forked_at_its_start() {
     let home = TestHome::new();
     home.nido(["create", "later", "--net", "none"]).ok();
     assert_eq!(path(&home.nido(["start", "later"]).json()), "fork");
@@ -49,7 +49,7 @@ fn what_was_created_is_forked_when_it_starts() {
 }
 
 #[test]
-fn what_was_not_baked_boots_and_says_why() {
+fn a_vm_without_a_bake_boots_and_reports_why() {
     let home = TestHome::new();
     let cold = home.spawn("asked", &["--cold", "--net", "none"]);
     assert_eq!(path(&cold.info()), "cold");
@@ -306,7 +306,7 @@ KEYGEN
 "#;
 
 #[test]
-fn a_template_is_made_of_a_vm_and_its_clones_renew_what_is_in_it() {
+fn clones_of_a_template_made_from_a_vm_reset_their_identity() {
     let home = TestHome::new();
     let vm = home.spawn("maker", &["--disk", "3G"]);
     vm.sh(OWN_THINGS).ok();

@@ -46,7 +46,7 @@ fn a_forwarded_connection_is_activity() {
 }
 
 #[test]
-fn a_life_ends_in_time_whoever_supervises() {
+fn a_vm_expires_on_time_after_any_kill() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none", "--ttl", "60s"]);
     assert!(vm.info()["expires_at"].is_string());

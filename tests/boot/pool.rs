@@ -95,7 +95,7 @@ fn a_claimed_clone_is_a_vm_like_any_other() {
 }
 
 #[test]
-fn what_no_clone_fits_is_made_as_ever() {
+fn without_a_matching_clone_a_vm_is_created() {
     let home = TestHome::new();
     let refused = home.nido(["pool", "set", "sandbox", "1", "--memory", "640M"]).problem(1, "template_mismatch");
     assert!(refused["hint"].as_str().unwrap().ends_with("nido template bake sandbox --memory 640M"), "{refused:#}");
@@ -193,7 +193,7 @@ fn tokens(home: &TestHome) -> BTreeSet<u64> {
 }
 
 #[test]
-fn whoever_is_killed_while_a_clone_is_claimed_leaks_nothing() {
+fn a_kill_during_a_claim_leaks_nothing() {
     let home = TestHome::new();
     for (claimer_dies, at_once) in
         [(true, true), (true, false), (false, true), (false, false), (true, false), (false, false)]

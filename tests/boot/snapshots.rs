@@ -247,7 +247,7 @@ fn a_vm_with_little_memory_is_saved_while_it_runs() {
 }
 
 #[test]
-fn a_supervisor_killed_while_it_takes_one_is_replaced_and_the_vm_goes_on() {
+fn a_supervisor_killed_during_a_snapshot_is_replaced_and_the_vm_keeps_running() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
     start_counting(&vm);

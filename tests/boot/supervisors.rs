@@ -149,7 +149,7 @@ fn killed_with_the_command_that_spawns() {
 }
 
 #[test]
-fn killed_while_a_guest_that_was_saved_goes_on_it_keeps_what_was_promised() {
+fn a_supervisor_killed_while_a_saved_guest_resumes_keeps_its_guarantees() {
     let home = TestHome::new();
     let vm = Vm { home: &home, name: "web" };
     // Milliseconds after QEMU came: before, while and after the guest is loaded, gets its disk and is renewed.

@@ -67,7 +67,7 @@ fn a_disk_that_is_full_at_one_write_is_reported_and_loses_nothing() {
 }
 
 #[test]
-fn a_process_without_descriptors_says_so_and_leaves_nothing() {
+fn a_process_without_descriptors_reports_it_and_leaves_no_orphans() {
     let rig = Rig::new();
     let mut refused = 0;
     for descriptors in [4, 8, 12, 16, 24, 32, 63, 1024] {

@@ -9,7 +9,7 @@ use crate::support::http::Server;
 use crate::support::tls::Authority;
 
 #[test]
-fn nobody_is_let_in_without_a_good_token() {
+fn requests_without_a_valid_token_are_refused() {
     let home = Home::new();
     let server = Server::start(&home);
     let ask = |headers: &[(&str, &str)]| server.plain("GET", "/v1/vms", headers, b"");
@@ -28,7 +28,7 @@ fn nobody_is_let_in_without_a_good_token() {
 }
 
 #[test]
-fn a_scope_holds_what_it_says_and_no_more() {
+fn a_scope_allows_exactly_its_operations() {
     let home = Home::new();
     let server = Server::start(&home);
     let token = |scope: &str| {
@@ -142,7 +142,7 @@ fn other_machines_are_let_in_over_tls_only() {
 }
 
 #[test]
-fn over_a_unix_socket_the_kernel_says_who_asks() {
+fn over_a_unix_socket_the_kernel_identifies_the_caller() {
     use std::os::unix::fs::PermissionsExt as _;
     let home = Home::new();
     let socket = home.scratch("api.sock");
@@ -173,7 +173,7 @@ fn a_head_without_an_end_is_refused() {
 }
 
 #[test]
-fn who_sends_too_slowly_is_told() {
+fn a_slow_sender_gets_a_timeout() {
     let home = Home::new();
     let server = Server::with(&home, &["--patience", "300ms"]);
     home.spawn("web");

@@ -25,7 +25,7 @@ fn text(home: &Home) -> String {
 }
 
 #[test]
-fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
+fn attempts_are_in_the_audit_log_before_they_run() {
     let home = Home::new();
     let server = Server::start(&home);
     server.post("/v1/vms", &json!({"name": "web", "accel": "tcg"})).ok(201);
@@ -67,7 +67,7 @@ fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
 }
 
 #[test]
-fn looks_are_in_the_audit_log_once() {
+fn reads_are_in_the_audit_log_once() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -129,7 +129,7 @@ fn no_body_and_no_query_speaks_over_the_path() {
 }
 
 #[test]
-fn contents_of_files_are_not_in_the_audit_log_whatever_they_are_called() {
+fn contents_of_files_are_never_in_the_audit_log() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -157,7 +157,7 @@ fn contents_of_files_are_not_in_the_audit_log_whatever_they_are_called() {
 }
 
 #[test]
-fn an_answer_that_is_told_again_is_a_line_of_its_own() {
+fn a_replayed_response_has_its_own_audit_line() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -203,7 +203,7 @@ fn an_answer_that_is_told_again_is_a_line_of_its_own() {
 }
 
 #[test]
-fn how_a_command_ended_is_told_whichever_way_it_was_asked_for() {
+fn the_end_of_a_command_is_recorded_for_every_kind_of_request() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -324,7 +324,7 @@ fn reads_push_no_act_out_of_the_log_and_repeat_in_one_line() {
 
 // An agent that tried its token at the REST API left no trace; nor did whoever guessed tokens.
 #[test]
-fn who_is_turned_away_is_written_down() {
+fn refused_clients_are_recorded() {
     let home = Home::new();
     let server = Server::with(&home, &["--mcp"]);
     let create = home.nido(["token", "create", "--name", "agents", "--scope", "run", "--only", "mcp", "--json"]);

@@ -6,7 +6,7 @@ use crate::support::Home;
 use crate::support::http::Server;
 
 #[test]
-fn events_are_told_to_those_who_listen_and_those_who_come_back() {
+fn events_reach_listeners_and_reconnecting_clients() {
     let home = Home::new();
     let server = Server::start(&home);
     let bearer = format!("Bearer {}", server.token());

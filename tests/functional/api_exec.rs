@@ -35,7 +35,7 @@ fn commands_run_and_stream() {
 }
 
 #[test]
-fn a_command_dies_with_its_listener() {
+fn a_command_ends_with_its_listener() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -52,7 +52,7 @@ fn a_command_dies_with_its_listener() {
 }
 
 #[test]
-fn a_command_dies_with_a_listener_who_does_not_read() {
+fn a_command_ends_with_a_listener_that_does_not_read() {
     let home = Home::new();
     let server = Server::with(&home, &["--patience", "200ms"]);
     home.spawn("web");

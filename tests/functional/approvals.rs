@@ -93,7 +93,7 @@ fn a_no_stays_a_no() {
 }
 
 #[test]
-fn an_approval_dies_with_its_vm() {
+fn an_approval_ends_with_its_vm() {
     let home = Home::new();
     let first = created(&home, "web");
     with_server(&home, async |nido| {
@@ -108,7 +108,7 @@ fn an_approval_dies_with_its_vm() {
 }
 
 #[test]
-fn what_was_decided_about_one_vm_is_not_done_to_the_next_of_its_name() {
+fn an_approval_does_not_apply_to_the_next_vm_of_its_name() {
     let home = Home::new();
     let make = || {
         let vm = home.spawn("web");

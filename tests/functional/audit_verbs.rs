@@ -22,7 +22,7 @@ fn told(home: &Home) -> Vec<([String; 3], Value)> {
 }
 
 #[test]
-fn who_may_ask_and_who_is_told_is_written_down() {
+fn changes_of_tokens_and_webhooks_are_recorded() {
     let home = Home::new();
     let made = home.nido(["token", "create", "--name", "ci", "--scope", "run", "--expires", "1h", "--json"]).run();
     let made = made.ok().json();
@@ -65,7 +65,7 @@ fn who_may_ask_and_who_is_told_is_written_down() {
 }
 
 #[test]
-fn what_is_cleared_away_replaced_or_opened_is_written_down() {
+fn cleanup_replacement_and_access_are_recorded() {
     let home = Home::new();
     home.spawn("web");
     let stray = home.path().join("vms/0123456789abcdef");
@@ -104,7 +104,7 @@ fn what_is_cleared_away_replaced_or_opened_is_written_down() {
 }
 
 #[test]
-fn a_way_into_a_guest_that_is_cut_off_says_so() {
+fn an_interrupted_proxy_is_recorded() {
     let home = Home::new();
     home.spawn("web");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -118,7 +118,7 @@ fn a_way_into_a_guest_that_is_cut_off_says_so() {
 }
 
 #[test]
-fn without_its_line_no_token_is_made_and_nothing_is_cleared_away() {
+fn without_an_audit_line_no_token_is_created_and_nothing_is_removed() {
     let home = Home::new();
     home.nido(["token", "create", "--name", "ci", "--scope", "read"]).run().ok();
     let webhook = home.nido(["webhook", "add", "--allow-private", "--url", "http://127.0.0.1:9/", "--json"]).run();

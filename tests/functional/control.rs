@@ -69,7 +69,7 @@ fn play_supervisor(home: &Home, id: &str, replies: &'static [&'static str]) -> s
 }
 
 #[test]
-fn a_supervisor_of_an_older_nido_is_asked_again_without_a_version() {
+fn a_request_to_an_older_supervisor_is_repeated_without_a_version() {
     let home = Home::new();
     let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
     let older = play_supervisor(&home, &id, &[REFUSAL_OF_VERSION_1, r#"{"answer":"done"}"#]);

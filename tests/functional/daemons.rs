@@ -107,7 +107,7 @@ fn sigterm_stops_a_vm_in_order() {
 
 /// A VM belonged to the service or session that it was started in, and went down with it.
 #[test]
-fn where_there_is_systemd_a_vm_gets_a_scope_of_its_own() {
+fn with_systemd_a_vm_gets_its_own_scope() {
     let home = Home::new();
     let programs = home.scratch("bin");
     fs::create_dir(&programs).unwrap();

@@ -104,7 +104,7 @@ fn found(expression: &str, told: &Told) -> String {
 }
 
 #[test]
-fn who_follows_the_links_gets_what_they_promise() {
+fn openapi_links_lead_to_the_described_operations() {
     let receiver = Receiver::start();
     let home = Home::new();
     let server = Server::start(&home);

@@ -40,7 +40,7 @@ fn streams_stay_apart_and_bytes_stay_bytes() {
 }
 
 #[test]
-fn standard_input_is_only_passed_on_when_asked_for() {
+fn standard_input_is_only_passed_on_with_i() {
     let home = vm();
     let ran = home.nido(["exec", "web", "--", "cat"]).input("unheard").run().ok();
     assert_eq!(ran.text(), "");
@@ -49,7 +49,7 @@ fn standard_input_is_only_passed_on_when_asked_for() {
 }
 
 #[test]
-fn place_and_environment_are_as_told() {
+fn directory_and_environment_are_as_requested() {
     let home = vm();
     let command = ["exec", "web", "-w", "/usr", "-e", "A=1 2", "-e", "OWN", "-e", "EMPTY=", "--", "sh", "-c"];
     let ran = home.nido(command).arg("pwd; echo \"$A|$OWN|${EMPTY-unset}|${HOST-unset}\"");
@@ -110,7 +110,7 @@ fn the_third_interrupt_leaves_a_command_that_does_not_care() {
 }
 
 #[test]
-fn a_signal_is_not_held_up_by_input_nobody_reads() {
+fn a_signal_is_not_delayed_by_unread_input() {
     let home = vm();
     let script = "trap 'exit 9' INT; echo ready; while :; do sleep 0.05; done";
     let mut exec = home.nido(["exec", "web", "-i", "--", "sh", "-c", script]).start();
@@ -175,7 +175,7 @@ fn output_that_cannot_be_written_is_an_error() {
 }
 
 #[test]
-fn one_sigterm_ends_nido_whatever_the_guest_does() {
+fn one_sigterm_ends_nido_even_if_the_guest_hangs() {
     // A command that ignored it, or a guest that stood still, kept nido alive: timeout(1), systemd and CI send just one.
     let home = vm();
     let script = "trap '' TERM; echo ready; while :; do sleep 0.05; done";
@@ -239,7 +239,7 @@ fn more_commands_than_the_guest_runs_at_once_wait_for_their_turn() {
 }
 
 #[test]
-fn a_command_whose_vm_is_stopped_says_so() {
+fn a_command_whose_vm_is_stopped_reports_it() {
     let home = vm();
     let exec = home.nido(["exec", "web", "--", "sh", "-c", "trap '' HUP TERM; echo ready; sleep 1000"]).start();
     assert_eq!(exec.line(), "ready");

@@ -47,7 +47,7 @@ fn input_goes_in_and_both_outputs_come_out() {
 }
 
 #[test]
-fn a_terminal_has_the_size_it_is_told() {
+fn a_terminal_has_the_requested_size() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -145,7 +145,7 @@ fn a_command_is_in_the_audit_log_before_it_runs() {
 }
 
 #[test]
-fn what_runs_may_finish_when_the_server_ends() {
+fn running_commands_may_finish_when_the_server_ends() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -164,7 +164,7 @@ fn what_runs_may_finish_when_the_server_ends() {
 }
 
 #[test]
-fn what_would_never_end_is_told_that_the_server_ends() {
+fn endless_commands_are_notified_that_the_server_ends() {
     let home = Home::new();
     let server = Server::with(&home, &["--patience", "1s"]);
     home.spawn("web");
@@ -229,7 +229,7 @@ fn a_server_full_of_listeners_can_be_stopped() {
 }
 
 #[test]
-fn what_lasts_ends_with_its_token() {
+fn long_running_streams_end_with_their_token() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -272,7 +272,7 @@ fn what_lasts_ends_with_its_token() {
 }
 
 #[test]
-fn who_may_not_is_refused_before_anything_is_opened() {
+fn unauthorized_clients_are_refused_before_the_upgrade() {
     let home = Home::new();
     let server = Server::with(&home, &["--allow-host", "ci.example"]);
     home.spawn("web");
@@ -297,7 +297,7 @@ fn who_may_not_is_refused_before_anything_is_opened() {
 }
 
 #[test]
-fn a_first_message_that_starts_nothing_is_told_so() {
+fn an_invalid_first_message_is_reported() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");

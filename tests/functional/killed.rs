@@ -70,7 +70,7 @@ fn command(home: &Home, random: &mut Random) -> Live {
 }
 
 #[test]
-fn whoever_is_killed_again_and_again_hides_nothing_and_leaves_nothing() {
+fn kills_of_any_process_lose_no_event_and_leave_no_orphans() {
     let seed = number("NIDO_KILL_SEED").unwrap_or_else(|| u64::from(std::process::id()) * 7919);
     let rounds = number("NIDO_KILL_ROUNDS").unwrap_or(ROUNDS);
     println!("NIDO_KILL_SEED={seed} NIDO_KILL_ROUNDS={rounds}");
@@ -171,7 +171,7 @@ fn expect_whole_lives(events: &[Value]) {
 }
 
 #[test]
-fn a_template_that_went_unsaid_is_said_to_be_gone_by_who_looks_next() {
+fn an_unreported_template_deletion_is_reported_by_the_next_reader() {
     let home = Home::new();
     home.nido(["template", "ls"]).run().ok();
     // As by somebody who was killed behind it.

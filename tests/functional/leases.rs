@@ -151,7 +151,7 @@ fn where_the_supervisor_was_killed_as_well_the_next_command_sees_to_it() {
 }
 
 #[test]
-fn a_session_goes_on_when_a_supervisor_does_not() {
+fn a_session_survives_its_supervisor() {
     let home = Home::new();
     let holder = Holder::start(&home);
     processes::kill(supervisors(&home)[0]);

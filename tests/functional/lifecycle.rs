@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use crate::support::{Home, processes, until};
 
 #[test]
-fn a_vm_lives_from_spawn_to_delete() {
+fn the_lifecycle_of_a_vm_from_spawn_to_delete() {
     let home = Home::new();
     let spawned = home.nido(["spawn", "web", "--accel", "tcg", "--memory", "256M", "--label", "role=demo"]).run().ok();
     assert_eq!(spawned.text(), "web\n");
@@ -55,7 +55,7 @@ fn a_created_vm_waits_to_be_started() {
 }
 
 #[test]
-fn a_paused_vm_stands_still_until_it_is_resumed() {
+fn a_paused_vm_stays_paused_until_it_is_resumed() {
     let home = Home::new();
     home.spawn("web");
     home.nido(["pause", "web"]).run().ok();
@@ -87,7 +87,7 @@ fn a_stop_pulls_the_plug_of_a_guest_that_does_not_care() {
 
 // It was asked once: a guest that was coming up overlooked that, and the plug was pulled when the time was up.
 #[test]
-fn a_guest_that_overlooks_the_power_button_is_asked_again() {
+fn the_power_button_is_pressed_again_if_a_guest_misses_it() {
     let home = Home::new();
     home.qemu("no-agent;overlook-powerdown");
     home.nido(["spawn", "web", "--no-wait", "--accel", "tcg"]).run().ok();
@@ -115,7 +115,7 @@ fn a_stop_whose_supervisor_is_killed_ends_all_the_same() {
 
 // A pause that was admitted before the stop halted the guest behind it, which could then never go down.
 #[test]
-fn a_guest_that_goes_down_is_not_halted() {
+fn a_guest_that_powers_off_is_not_paused() {
     let home = Home::new();
     home.qemu("ignore-powerdown");
     let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
@@ -145,7 +145,7 @@ fn of_two_spawns_of_one_name_exactly_one_wins() {
 }
 
 #[test]
-fn several_are_deleted_and_those_that_cannot_be_are_told() {
+fn several_vms_are_deleted_and_failures_are_reported() {
     let home = Home::new();
     home.nido(["create", "a"]).run().ok();
     home.nido(["create", "b"]).run().ok();
@@ -188,7 +188,7 @@ fn qemu_outlives_its_supervisor_and_is_found_again() {
 }
 
 #[test]
-fn a_vm_whose_processes_were_all_killed_is_told_as_failed() {
+fn a_vm_whose_processes_were_all_killed_is_failed() {
     let home = Home::new();
     home.spawn("web");
     processes::end_all(&home.path());

@@ -60,7 +60,7 @@ fn a_token_s_limits_hold_over_rest() {
 }
 
 #[test]
-fn a_policy_s_limits_hold_for_agents_who_publish_on_the_loopback_only() {
+fn a_policys_limits_hold_for_agents_which_publish_on_loopback_only() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     let open = json!([{"host": "0.0.0.0", "host_port": 8443, "guest_port": 80}]);

@@ -6,7 +6,7 @@ use crate::support::mcp::{Client, Era};
 use crate::support::{Home, until};
 
 #[test]
-fn a_vm_lives_in_both_eras() {
+fn the_lifecycle_of_a_vm_in_both_protocol_versions() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -135,7 +135,7 @@ fn times_are_seconds_and_numbers_may_be_written_as_floats_or_text() {
 }
 
 #[test]
-fn every_call_is_written_down_with_who_and_how() {
+fn every_call_is_recorded_with_caller_and_outcome() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Legacy, &["--exclude-tools", "vm_delete"], json!({}));
     client.good("vm_spawn", json!({"name": "web", "accel": "tcg"}));
@@ -169,7 +169,7 @@ fn every_call_is_written_down_with_who_and_how() {
 }
 
 #[test]
-fn a_vm_is_made_started_kept_and_taken_back_and_files_go_in_and_out() {
+fn vms_snapshots_and_files_over_mcp() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     let request = json!({"name": "web", "accel": "tcg", "net": "none"});
@@ -249,7 +249,7 @@ fn every_next_step_leads_on() {
 }
 
 #[test]
-fn lists_come_in_pages() {
+fn lists_are_paged() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     for name in ["a", "b", "c"] {
@@ -269,7 +269,7 @@ fn lists_come_in_pages() {
 }
 
 #[test]
-fn a_server_that_only_looks_offers_nothing_else() {
+fn a_read_only_server_offers_only_reads() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Modern, &["--read-only"], json!({}));
     assert!(client.tools().values().all(|tool| tool["annotations"]["readOnlyHint"] == true));
@@ -303,7 +303,7 @@ fn cancelling_kills_the_command_and_removes_the_vm_that_was_begun() {
 }
 
 #[test]
-fn progress_comes_to_who_asked_for_it_and_only_grows() {
+fn progress_reaches_its_caller_and_only_grows() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     let id = client.begin("vm_spawn", json!({"name": "web", "accel": "tcg"}), json!({"progressToken": "p"}));
@@ -322,7 +322,7 @@ fn progress_comes_to_who_asked_for_it_and_only_grows() {
 }
 
 #[test]
-fn a_policy_says_which_commands_run_and_what_is_refused_is_written_down() {
+fn a_policy_limits_commands_and_refusals_are_recorded() {
     let home = Home::new();
     let policy = home.scratch("policy.toml");
     std::fs::write(&policy, "[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n").unwrap();
@@ -351,7 +351,7 @@ fn a_policy_says_which_commands_run_and_what_is_refused_is_written_down() {
 }
 
 #[test]
-fn long_output_is_cut_in_the_answer_and_whole_as_a_resource() {
+fn long_output_is_truncated_in_the_result_and_complete_as_a_resource() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Modern, &["--confirm", "never"], json!({}));
     home.spawn("web");
@@ -419,7 +419,7 @@ fn resources_are_read_and_completed_and_prompts_are_filled_in() {
 }
 
 #[test]
-fn who_wants_to_know_is_told_what_happens_in_both_eras() {
+fn subscribers_are_notified_in_both_protocol_versions() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -440,7 +440,7 @@ fn who_wants_to_know_is_told_what_happens_in_both_eras() {
 }
 
 #[test]
-fn who_listens_to_templates_hears_of_their_end() {
+fn template_subscribers_are_notified_of_deletions() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -463,7 +463,7 @@ fn who_listens_to_templates_hears_of_their_end() {
 }
 
 #[test]
-fn clients_are_told_how_to_start_it_and_keep_what_they_knew() {
+fn clients_are_configured_and_keep_other_settings() {
     let home = Home::new();
     let file = home.scratch("client.json");
     let path = file.to_str().unwrap();
@@ -506,7 +506,7 @@ fn clients_are_told_how_to_start_it_and_keep_what_they_knew() {
 }
 
 #[test]
-fn who_follows_a_log_is_told_when_it_has_grown() {
+fn log_subscribers_are_notified_of_growth() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);

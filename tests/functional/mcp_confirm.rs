@@ -13,7 +13,7 @@ fn kept(client: &mut Client) {
 const FORMS: fn() -> Value = || json!({"elicitation": {}});
 
 #[test]
-fn a_client_without_forms_is_told_how_its_user_can_approve() {
+fn a_client_without_forms_gets_the_approve_command() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Legacy);
     kept(&mut client);
@@ -35,7 +35,7 @@ fn a_client_without_forms_is_told_how_its_user_can_approve() {
 }
 
 #[test]
-fn a_client_with_forms_asks_its_user_in_both_eras() {
+fn a_client_with_forms_shows_one_in_both_protocol_versions() {
     for era in Era::ALL {
         for (answer, goes) in
             [(json!({"action": "decline"}), false), (json!({"action": "accept", "content": {"confirm": true}}), true)]
@@ -91,7 +91,7 @@ fn a_client_with_forms_asks_its_user_in_both_eras() {
 }
 
 #[test]
-fn ones_own_throw_away_vms_and_policies_without_confirmation_are_not_asked_about() {
+fn own_ephemeral_vms_and_policies_without_confirmation_need_none() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     client.good("vm_spawn", json!({"name": "own", "accel": "tcg", "ephemeral": true}));
@@ -158,7 +158,7 @@ fn answer_with(client: &mut Client, tool: &str, form: Form, yes: &Value) -> Valu
 }
 
 #[test]
-fn a_yes_is_for_the_vm_that_was_asked_about_and_not_for_the_next_of_its_name() {
+fn a_confirmation_does_not_apply_to_the_next_vm_of_its_name() {
     for era in Era::ALL {
         for (tool, arguments) in [
             ("vm_delete", json!({"name": "web", "force": true})),
@@ -194,7 +194,7 @@ fn a_yes_is_for_the_vm_that_was_asked_about_and_not_for_the_next_of_its_name() {
 }
 
 #[test]
-fn a_throw_away_vm_of_somebody_else_is_not_stopped_unasked() {
+fn stopping_another_callers_ephemeral_vm_needs_confirmation() {
     for era in Era::ALL {
         let home = Home::new();
         home.nido(["spawn", "theirs", "--accel", "tcg", "--ephemeral"]).run().ok();
@@ -221,7 +221,7 @@ fn a_throw_away_vm_of_somebody_else_is_not_stopped_unasked() {
 }
 
 #[test]
-fn an_answer_to_a_form_that_was_never_shown_is_none() {
+fn a_response_to_an_unknown_form_is_ignored() {
     let yes = json!({"confirm": {"action": "accept", "content": {"confirm": true}}});
     // A client that showed no form, and one that shows forms and answers with what is printed for people.
     for capabilities in [json!({}), FORMS()] {
@@ -249,7 +249,7 @@ fn an_answer_to_a_form_that_was_never_shown_is_none() {
 }
 
 #[test]
-fn a_name_that_is_nobody_s_is_told_without_asking() {
+fn an_unknown_name_fails_without_confirmation() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Modern, &[], FORMS());
     client.bad("vm_delete", json!({"name": "web"}), "vm_not_found");
@@ -278,7 +278,7 @@ fn a_form_that_was_only_closed_was_not_answered() {
 
 // A client gave up after a minute, and the yes that its user gave a little later was lost.
 #[test]
-fn a_yes_that_comes_late_counts_for_the_next_call() {
+fn a_late_approval_is_valid_for_the_next_call() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Legacy, &["--answer-within", "300ms"], FORMS());
     kept(&mut client);
@@ -300,7 +300,7 @@ fn a_yes_that_comes_late_counts_for_the_next_call() {
 
 // `rm -rf` in a VM that somebody else had made was done unasked.
 #[test]
-fn commands_and_files_for_vms_of_others_are_asked_about() {
+fn commands_and_files_for_vms_of_others_need_confirmation() {
     let home = Home::new();
     home.spawn("theirs");
     let mut client = Client::start(&home, Era::Legacy);
@@ -338,7 +338,7 @@ fn commands_and_files_for_vms_of_others_are_asked_about() {
 
 // A person said yes to what could not be done, and was asked again for what could.
 #[test]
-fn nobody_is_asked_about_what_cannot_be_done() {
+fn an_impossible_call_needs_no_confirmation() {
     let home = Home::new();
     home.spawn("web");
     let mut client = Client::with(&home, Era::Modern, &[], FORMS());
@@ -372,7 +372,7 @@ fn a_file_of_the_host_is_not_replaced_unasked() {
 }
 
 #[test]
-fn who_is_asked_can_be_told_at_once() {
+fn approvals_watch_prints_a_new_request() {
     let home = Home::new();
     let watching = home.nido(["approvals", "--watch"]).start();
     let mut client = Client::start(&home, Era::Legacy);

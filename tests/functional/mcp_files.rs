@@ -100,7 +100,7 @@ fn a_policy_without_roots_has_the_defaults_and_one_with_none_has_none() {
 }
 
 #[test]
-fn a_copy_tells_how_much_of_it_is_done_both_ways() {
+fn copies_report_progress_in_both_directions() {
     const BYTES: usize = 24 << 20;
     let home = Home::new();
     let place = home.scratch("place");

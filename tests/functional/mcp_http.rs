@@ -55,7 +55,7 @@ pub fn token(home: &Home, scope: &str) -> String {
 }
 
 #[test]
-fn tokens_say_which_tools_there_are_and_the_log_says_whose_they_were() {
+fn tokens_limit_tools_and_are_recorded() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     let (read, run) = (token(&home, "read"), token(&home, "run"));
@@ -130,7 +130,7 @@ fn both_can_be_served_at_once_with_a_token_and_without_one_neither_is() {
 }
 
 #[test]
-fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
+fn a_token_for_agents_is_limited_to_mcp_and_the_policy() {
     let home = Home::new();
     let policy = home.scratch("policy.toml");
     std::fs::write(&policy, "confirm = 'never'\n[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n").unwrap();
@@ -182,7 +182,7 @@ fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
 }
 
 #[test]
-fn what_is_no_call_says_why_over_http_too() {
+fn invalid_calls_are_explained_over_http_too() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     let bearer = format!("Bearer {}", server.token());

@@ -9,7 +9,7 @@ use crate::support::mcp::{Client, Era};
 use crate::support::{Home, until};
 
 #[test]
-fn what_lasts_becomes_a_job_that_can_be_waited_for_and_cancelled() {
+fn long_calls_become_jobs_that_can_be_awaited_and_cancelled() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "200ms"], json!({}));
     home.spawn("web");
@@ -75,7 +75,7 @@ impl Full {
 }
 
 #[test]
-fn what_lasts_and_can_be_no_job_is_cancelled_and_says_so() {
+fn long_calls_that_cannot_be_jobs_are_cancelled_with_an_error() {
     let home = Home::new();
     let full = Full::of(&home);
     home.spawn("web");
@@ -105,7 +105,7 @@ fn what_lasts_and_can_be_no_job_is_cancelled_and_says_so() {
 }
 
 #[test]
-fn what_cannot_be_cancelled_either_is_said_to_go_on() {
+fn uncancellable_calls_are_reported_as_running() {
     let home = Home::new();
     let _full = Full::of(&home);
     home.qemu("ignore-powerdown");

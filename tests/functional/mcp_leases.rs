@@ -65,7 +65,7 @@ fn the_end_of_standard_input_and_a_signal_destroy_them_before_the_server_ends() 
 }
 
 #[test]
-fn a_server_that_is_killed_takes_them_along_with_nobody_s_help() {
+fn ephemeral_vms_are_deleted_when_their_server_is_killed() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -82,7 +82,7 @@ fn a_server_that_is_killed_takes_them_along_with_nobody_s_help() {
 }
 
 #[test]
-fn what_is_being_made_when_the_session_ends_goes_too() {
+fn vms_in_creation_are_deleted_with_their_session() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     // The guest never comes to life.
@@ -189,7 +189,7 @@ fn sessions_over_http_end_with_delete_and_with_the_server() {
 }
 
 #[test]
-fn sessions_over_http_end_when_nobody_uses_them() {
+fn unused_sessions_over_http_end() {
     let home = Home::new();
     let server =
         Server::serving(&home, "mcp-server", &["--transport", "http", "--session-idle", "4s", "--session-grace", "1s"]);

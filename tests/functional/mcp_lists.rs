@@ -6,7 +6,7 @@ use crate::support::Home;
 use crate::support::mcp::{Client, Era};
 
 #[test]
-fn what_a_client_asks_wrongly_is_told_to_it_alone() {
+fn invalid_requests_are_reported_only_to_their_client() {
     let asked = |home: &Home, era, flags: &[&str]| {
         let mut client = Client::with(home, era, flags, json!({}));
         assert_eq!(client.ask("tools/call", json!({"name": "nonsense", "arguments": {}}))["error"]["code"], -32602);

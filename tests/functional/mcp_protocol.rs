@@ -6,7 +6,7 @@ use crate::support::Home;
 use crate::support::mcp::{Client, Era};
 
 #[test]
-fn what_is_no_call_says_why_and_is_written_down() {
+fn invalid_calls_are_explained_and_recorded() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -65,7 +65,7 @@ fn a_revision_with_batches_is_answered_with_the_one_before_it() {
 }
 
 #[test]
-fn lines_that_are_no_messages_are_answered_and_nothing_else_is_said() {
+fn invalid_lines_get_an_error_and_nothing_else() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Legacy);
     client.say(&json!("no message"));

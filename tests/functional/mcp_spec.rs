@@ -78,7 +78,7 @@ fn the_calls_of_the_specification_work_as_they_are_written() {
 }
 
 #[test]
-fn an_address_and_an_ssh_command_are_told_only_where_they_work() {
+fn an_address_and_an_ssh_command_are_shown_only_if_they_work() {
     // ip_address was 10.0.2.15 for every VM, which nothing on the host reaches; ssh_command was always null.
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);

@@ -177,7 +177,7 @@ fn ports_are_published_and_unpublished_and_written_as_on_the_command_line() {
 }
 
 #[test]
-fn copies_that_cannot_be_made_are_refused_before_anybody_is_asked() {
+fn impossible_copies_are_refused_before_confirmation() {
     let home = Home::new();
     home.spawn("theirs");
     let mut client = Client::start(&home, Era::Legacy);

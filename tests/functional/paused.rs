@@ -13,7 +13,7 @@ fn supervisors(home: &Home) -> Vec<Pid> {
 
 // A VM that a full disk had stopped was `paused` without a word, or `running` for ever; a resume did nothing and said OK.
 #[test]
-fn a_full_disk_pauses_a_vm_and_says_so_until_there_is_space() {
+fn a_full_disk_pauses_a_vm_until_there_is_space() {
     let home = Home::new();
     home.qemu("disk-full-after-ms:1500");
     let id = home.spawn("web")["id"].as_str().unwrap().to_owned();

@@ -35,7 +35,7 @@ fn files_are_there_before_the_command() {
 }
 
 #[test]
-fn what_fails_or_is_interrupted_leaves_nothing() {
+fn a_failed_or_interrupted_run_leaves_no_orphans() {
     let home = Home::new();
     let run = home.nido(["run", "--", "sh", "-c", "echo ready; while :; do sleep 0.05; done"]).start();
     assert_eq!(run.line(), "ready");

@@ -111,7 +111,7 @@ fn crates_depend_only_on_those_below_them() {
 }
 
 #[test]
-fn a_library_is_known_to_its_owners_only() {
+fn only_the_listed_crates_use_a_library() {
     for (name, found) in dependencies() {
         for (library, owners) in OWNERS {
             let depends = found.contains(library);
@@ -231,7 +231,7 @@ fn modules_use_each_other_without_a_cycle() {
 }
 
 #[test]
-fn a_cycle_is_found_and_named_whatever_its_form() {
+fn every_form_of_cycle_is_found_and_named() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("src");
     fs::create_dir_all(source.join("front")).unwrap();

@@ -67,7 +67,7 @@ fn being_made(home: &Home, name: &str, operation: &LeaseId) -> String {
 
 // Copies that were ready when `fork` was interrupted stayed.
 #[test]
-fn vms_of_an_operation_that_was_cut_off_are_removed_and_those_of_one_that_ended_well_stay() {
+fn vms_of_interrupted_operations_are_deleted_and_those_of_completed_ones_stay() {
     let home = Home::new();
     with_nido(&home, async |nido| {
         let (operation, other) = (nido.lease_open().unwrap(), nido.lease_open().unwrap());
@@ -154,7 +154,7 @@ fn a_restore_that_cannot_copy_the_disk_leaves_the_vm_running() {
 
 // What a killed `snapshot create` of a VM at rest had left stayed for ever, and made a paused VM go on.
 #[test]
-fn what_a_killed_snapshot_has_left_goes_with_the_next_start_and_with_gc() {
+fn orphans_of_a_killed_snapshot_are_removed_by_the_next_start_and_by_gc() {
     let home = Home::new();
     home.spawn("v");
     home.nido(["stop", "v"]).run().ok();
@@ -191,7 +191,7 @@ fn what_a_killed_snapshot_has_left_goes_with_the_next_start_and_with_gc() {
 
 // An empty file that a power cut had left was taken for a disk in use.
 #[test]
-fn an_empty_disk_is_made_anew() {
+fn an_empty_disk_is_recreated() {
     let home = Home::new();
     home.nido(["create", "v"]).run().ok();
     let disk = home.path().join("vms").join(id(&home, "v")).join("disk.qcow2");
@@ -224,7 +224,7 @@ fn parts_that_no_vm_uses_any_more_are_collected_by_the_next_command() {
 
 // The list never said when an idle VM would end.
 #[test]
-fn a_list_says_when_a_vm_ends_for_being_idle() {
+fn a_list_has_the_time_of_the_idle_stop() {
     let home = Home::new();
     home.nido(["spawn", "v", "--idle", "1h", "--accel", "tcg"]).run().ok();
     home.spawn("w");

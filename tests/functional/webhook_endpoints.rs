@@ -59,7 +59,7 @@ fn an_endpoint_that_fails_in_every_way_gets_everything_in_the_end() {
 }
 
 #[test]
-fn an_endpoint_is_left_alone_for_as_long_as_it_asks() {
+fn retry_after_of_an_endpoint_is_respected() {
     let receiver = Receiver::start();
     let home = Home::new();
     let webhook = add(&home, &receiver.url());
@@ -87,7 +87,7 @@ fn an_endpoint_is_left_alone_for_as_long_as_it_asks() {
 }
 
 #[test]
-fn slack_is_told_in_slacks_way() {
+fn slack_gets_its_message_format() {
     let home = Home::new();
     let format = |url: &str, more: &[&str]| {
         let add = ["webhook", "add", "--json", "--event", "vm.crashed", "--url", url];
@@ -130,7 +130,7 @@ fn pagerduty_gets_an_alert_for_a_crash_and_its_end() {
 }
 
 #[test]
-fn an_endpoint_that_is_gone_is_not_asked_again() {
+fn an_endpoint_that_returns_410_is_disabled() {
     let receiver = Receiver::start();
     let home = Home::new();
     let webhook = add(&home, &receiver.url());
@@ -182,7 +182,7 @@ fn an_endpoint_that_hangs_delays_no_other_and_is_given_up_after_a_while() {
 }
 
 #[test]
-fn an_endpoint_of_the_own_network_is_refused_unless_that_is_wanted() {
+fn private_endpoints_are_refused_unless_allowed() {
     let home = Home::bare();
     for url in [
         "http://example.com/",
@@ -212,7 +212,7 @@ fn an_endpoint_of_the_own_network_is_refused_unless_that_is_wanted() {
 }
 
 #[test]
-fn a_secret_is_told_once_and_then_kept() {
+fn a_secret_is_returned_only_once() {
     let receiver = Receiver::start();
     let home = Home::new();
     let wrong = home.nido(["webhook", "add", "--json", "--url", "https://1.1.1.1/", "--secret", "whsec_geheim"]).run();
@@ -248,7 +248,7 @@ fn a_secret_is_told_once_and_then_kept() {
 }
 
 #[test]
-fn a_test_message_tells_how_it_fared() {
+fn a_test_message_reports_its_result() {
     let receiver = Receiver::start();
     let home = Home::bare();
     let webhook = add(&home, &receiver.url());

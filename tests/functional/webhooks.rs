@@ -168,7 +168,7 @@ fn a_deliverer_that_is_killed_again_and_again_loses_nothing() {
 }
 
 #[test]
-fn a_server_counts_deliveries_and_replaces_who_delivers() {
+fn a_server_counts_deliveries_and_restarts_the_delivery_worker() {
     let port = Receiver::start().port();
     let home = Home::new();
     let server = Server::start(&home);
@@ -199,7 +199,7 @@ fn a_server_counts_deliveries_and_replaces_who_delivers() {
 }
 
 #[test]
-fn a_crash_is_told_though_no_command_runs() {
+fn a_crash_is_delivered_without_a_running_command() {
     let receiver = Receiver::start();
     let home = Home::new();
     let url = receiver.url();

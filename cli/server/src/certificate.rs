@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_made_once_and_again_with_the_same_key_for_another_name() {
+    fn a_certificate_is_created_once_and_reissued_with_the_same_key_for_another_name() {
         let scratch = tempfile::tempdir().unwrap();
         let directory = scratch.path().join("tls");
         let names = |more: &[&str]| -> Vec<String> {

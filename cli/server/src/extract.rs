@@ -306,7 +306,7 @@ mod tests {
 
     // Names of types of the program stood in messages.
     #[test]
-    fn mistakes_are_told_in_words_of_json() {
+    fn errors_use_json_terms() {
         for (body, words) in [
             (
                 r#"{"name": "web", "cpus": "two"}"#,

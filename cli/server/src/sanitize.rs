@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_hurt_is_shown() {
+    fn harmful_characters_are_shown_escaped() {
         for (bytes, shown) in [
             (&b"\x1b]0;title\x07"[..], "^[]0;title^G"),
             (b"\x1b[2Jgone", "^[[2Jgone"),
@@ -278,7 +278,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_harmful_comes_out(bytes in nasty()) {
+        fn output_has_no_harmful_characters(bytes in nasty()) {
             let text = without_colours(&whole(&bytes));
             prop_assert!(text.chars().all(|c| matches!(c, '\n' | '\t' | '\r') || !is_harmful(c)), "{text:?}");
         }

@@ -199,7 +199,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_else_a_client_knows_stays() {
+    fn other_settings_of_a_client_stay() {
         let there = json!({"theme": "dark", "mcpServers": {"other": {"command": "x"}, "nido": {"command": "old"}}});
         let now = merged(there, Client::Cursor, json!({"command": "new"})).unwrap();
         let wanted = json!({"theme": "dark", "mcpServers": {"other": {"command": "x"}, "nido": {"command": "new"}}});

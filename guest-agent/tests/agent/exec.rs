@@ -8,7 +8,7 @@ use super::channel::gone;
 use crate::support::{Answer, Host, command, shell, soon};
 
 #[tokio::test]
-async fn streams_and_exit_codes_are_kept_apart() {
+async fn streams_and_exit_codes_are_separate() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     let output = session.run("echo out; echo err >&2; exit 42").await;
@@ -37,7 +37,7 @@ async fn arguments_environment_and_directory_arrive_as_bytes() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_run_is_told_apart() {
+async fn failures_to_run_a_command_are_distinguished() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     let script = host.path("script");
@@ -188,7 +188,7 @@ async fn large_output_arrives_whole() {
 }
 
 #[tokio::test]
-async fn what_a_command_leaves_in_the_background_does_not_hold_its_exit() {
+async fn background_processes_do_not_delay_the_exit() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     let output = session.run("sleep 1000 & echo $!; head -c 60000 /dev/zero; exit 5").await;
@@ -215,7 +215,7 @@ async fn holds(path: &std::path::Path, text: &str) {
 }
 
 #[tokio::test]
-async fn what_a_command_leaves_in_the_background_can_go_on_writing() {
+async fn background_processes_can_keep_writing() {
     // The end of the command took the readers away, and the next line killed what it had left in the background.
     let mut host = Host::start().await;
     let mut session = host.open().await;

@@ -50,7 +50,7 @@ async fn ask(channel: &mut UnixStream, seed: u8, words: &[u8]) -> Vec<ToHost> {
 }
 
 #[tokio::test]
-async fn a_guest_is_renewed_by_letter_and_then_the_multiplexer_begins() {
+async fn a_bootstrap_request_resets_the_identity_before_the_multiplexer_starts() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
     channel.write_all(b"noise\xff\xffNIDO").await.unwrap();
@@ -73,7 +73,7 @@ async fn a_guest_is_renewed_by_letter_and_then_the_multiplexer_begins() {
 }
 
 #[tokio::test]
-async fn a_letter_holds_a_hello_and_an_order_and_nothing_else() {
+async fn a_bootstrap_request_has_a_hello_and_a_request_only() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
     let whole = &words(&TOKEN, &ToGuest::Renew(order(NEW_TOKEN)));

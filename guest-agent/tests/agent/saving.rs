@@ -11,7 +11,7 @@ use crate::support::{Host, TOKEN, agree, order, probe, shell, soon};
 const NEW_TOKEN: [u8; TOKEN_LEN] = [8; TOKEN_LEN];
 
 #[tokio::test]
-async fn freezing_and_thawing_are_answered_however_often_they_are_asked_for() {
+async fn freeze_and_thaw_are_idempotent() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     for (request, answer) in [
@@ -77,7 +77,7 @@ async fn sessions_of_the_old_token_end_with_all_that_runs_in_them() {
 }
 
 #[tokio::test]
-async fn an_order_that_is_not_whole_changes_nothing() {
+async fn an_incomplete_request_changes_nothing() {
     let mut host = Host::start().await;
     let mut bystander = host.open().await;
     let mut session = host.open().await;
@@ -101,7 +101,7 @@ async fn an_order_that_is_not_whole_changes_nothing() {
 /// What a saved guest goes through: the host that froze it ends the connection and probes without going on; another
 /// host finds it and renews it.
 #[tokio::test]
-async fn a_frozen_agent_waits_for_whichever_host_comes_next() {
+async fn a_frozen_agent_waits_for_the_next_host() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
     agree(&mut channel, 1).await;

@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_comes_back_as_it_was() {
+    fn a_kept_kernel_is_read_back_unchanged() {
         let (home, scratch, kernel) = home();
         let kept = KeptKernels::new(home.path());
         let files = (scratch.join("made"), scratch.join("base"));

@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_installed_is_listed_in_order() {
+    fn installed_packages_are_listed_in_order() {
         let status = "Package: b\nStatus: install ok installed\nArchitecture: all\nVersion: 2\nDescription: x\n y\n\n\
             Package: gone\nStatus: deinstall ok config-files\nArchitecture: all\nVersion: 1\n\n\
             Package: a\nStatus: install ok installed\nArchitecture: amd64\nVersion: 1:1-2\n";

@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_compiler_is_known_by_its_first_line() {
+    fn a_compiler_is_identified_by_its_first_line() {
         assert_eq!(first_line(b"gcc (Debian 12.2.0-14) 12.2.0\nCopyright\n"), "gcc (Debian 12.2.0-14) 12.2.0");
         assert_eq!(first_line(b""), "");
     }

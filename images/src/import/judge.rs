@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overlay_stands_on_the_very_disk() {
+    fn an_overlay_must_name_exactly_its_root_disk() {
         let hash = "a".repeat(64);
         assert!(stands_on(&hash, &hash) && stands_on(&format!("../../blobs/sha256/{hash}"), &hash));
         for other in [format!("/blobs/sha256/{hash}"), format!("../{hash}"), "b".repeat(64), format!("json:{hash}")] {

@@ -60,7 +60,7 @@ fn delete_removes_the_manifest_and_leaves_the_parts() {
 }
 
 #[test]
-fn it_is_not_known_what_an_unreadable_manifest_names() {
+fn an_unreadable_manifest_makes_part_owners_unknown() {
     let (home, store) = store(&["one"]);
     fs::write(home.path().join("templates/broken.json"), "{").unwrap();
     assert!(matches!(store.named_parts(), Err(ImageError::ManifestInvalid { .. })));

@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_leaves_out_what_is_empty_and_says_each_warning_once() {
+    fn a_list_omits_empty_fields_and_has_each_warning_once() {
         let list = vm_list(vec![info("a", &["no isolation"]), info("b", &["no isolation", "slow"])], None);
         let seen = serde_json::to_value(&list).unwrap();
         let vm = |name: &str| {

@@ -108,7 +108,7 @@ const PLAIN_FIELDS: [&str; 13] = [
 
 /// What every tool owes its readers.
 #[test]
-fn every_tool_is_told_whole() {
+fn every_tool_is_described_completely() {
     for tool in ALL {
         let seen = serde_json::to_value(tool.described()).unwrap();
         let name = tool.name();

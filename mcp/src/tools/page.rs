@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_holds_what_was_asked_for_within_limits() {
+    fn a_page_has_the_requested_size_within_limits() {
         let items: Vec<u32> = (0..60).collect();
         let of = |limit, cursor| page(items.clone(), PageRequest { limit, cursor }, |item| format!("{item:02}"));
         assert_eq!(of(None, None).unwrap(), (items[..50].to_vec(), Some("49".to_owned())));

@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_text_comes_as_base64() {
+    fn binary_output_is_base64() {
         let text = collect(100, &["grün".as_bytes()]);
         assert_eq!((text.stdout.as_deref(), text.stdout_base64), (Some("grün"), None));
         let bytes = collect(100, &[b"\xff\x00"]);
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_cut_at_the_limit_and_says_so() {
+    fn a_stream_is_truncated_at_the_limit_and_marked() {
         assert!(!collect(3, &[b"abc"]).truncated.stdout);
         let cut = collect(3, &[b"ab", "é".as_bytes()]);
         assert_eq!((cut.stdout.as_deref(), cut.truncated.stdout, cut.truncated.stderr), (Some("ab"), true, false));

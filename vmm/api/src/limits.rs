@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_absent_does_not_limit_and_an_empty_list_allows_nothing() {
+    fn an_absent_limit_allows_everything_and_an_empty_list_nothing() {
         Limits::default().check(&VmSpec { ttl_ms: None, cpus: 64, ..spec() }, u64::MAX).unwrap();
         let code = |limits: &Limits, spec: &VmSpec| limits.check(spec, 1 << 30).map_err(|e| e.code()).err();
         let none = Limits { publish: Some(vec![]), net: Some(vec![]), ..Limits::default() };

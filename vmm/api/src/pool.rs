@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flags_say_what_is_not_the_default() {
+    fn flags_show_only_non_default_values() {
         let plain = PoolKind::of(&VmSpec::named("x".parse().unwrap()));
         assert_eq!(plain.flags(&plain), "");
         let other = PoolKind { memory_mib: 640, net: NetChoice::None, nested: true, ..plain.clone() };

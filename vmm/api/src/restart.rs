@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn every_word_is_the_one_of_the_api() {
+    fn every_policy_uses_its_api_name() {
         for policy in RestartPolicy::ALL {
             assert_eq!(serde_json::to_value(policy).unwrap(), policy.word());
             assert_eq!(RestartPolicy::from_word(policy.word()), Some(policy));

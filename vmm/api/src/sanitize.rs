@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn it_says_what_was_done() {
+    fn the_result_reports_truncation_and_changes() {
         let said = |bytes: &[u8], limit| {
             let shown = for_reader(bytes, limit);
             (shown.truncated, shown.altered)

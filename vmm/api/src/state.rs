@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn words_come_back() {
+    fn state_names_parse() {
         for state in VmState::ALL {
             assert_eq!(VmState::from_word(state.word()), Some(state));
             assert_eq!(serde_json::to_string(&state).unwrap(), format!("\"{}\"", state.word()));
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn causes_have_the_same_word_in_the_store_and_in_json() {
+    fn causes_have_the_same_name_in_the_store_and_in_json() {
         for cause in StateCause::ALL {
             assert_eq!(StateCause::from_word(cause.word()), Some(cause));
             assert_eq!(serde_json::to_string(&cause).unwrap(), format!("\"{}\"", cause.word()));
@@ -373,14 +373,14 @@ mod tests {
 
     // A row that said `running` kept a resume from ever reaching QEMU.
     #[test]
-    fn a_resume_reaches_qemu_whatever_the_row_says() {
+    fn a_resume_reaches_qemu_in_every_recorded_state() {
         for state in [VmState::Running, VmState::Paused] {
             assert_eq!(admit(state, Request::Resume), Admission::Do);
         }
     }
 
     #[test]
-    fn a_stop_that_was_asked_for_ends_in_stopped() {
+    fn a_requested_stop_ends_in_stopped() {
         for clean in [true, false] {
             let stopping = advance(VmState::Running, Fact::StopAsked);
             assert_eq!(advance(stopping, Fact::QemuExited { clean }), VmState::Stopped);

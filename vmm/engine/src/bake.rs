@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_named() {
+    fn missing_parts_are_named() {
         let why = |bakes: &[Bake], wanted| choose(bakes, &wanted, &qemu("7.2", "a")).unwrap_err();
         assert_eq!(why(&[], machine()), Unfit::Missing("the template has no warm image".into()));
         let bakes = [bake(machine(), qemu("7.2", "a")), bake(BakedMachine { cpus: 2, ..machine() }, qemu("7.2", "a"))];
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_loaded_here_is_a_mismatch() {
+    fn a_bake_of_another_host_is_a_mismatch() {
         let why = |bake: Bake| choose(&[bake], &machine(), &qemu("7.2", "a")).unwrap_err();
         let other = why(bake(machine(), qemu("10.0", "b")));
         assert_eq!(other, Unfit::Mismatch("it was saved by QEMU 10.0, and here is 7.2".into()));

@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_is_dropped_is_gone_and_leaves_nothing() {
+    fn a_dropped_liveness_lock_is_released_and_removed() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("present");
         let (first, second) = (Presence::begin(&dir).unwrap(), Presence::begin(&dir).unwrap());
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_look_that_fails_says_nothing() {
+    fn a_failed_check_does_not_count_as_ended() {
         let root = tempfile::tempdir().unwrap();
         // No file, but not for want of one.
         let file = root.path().join("file");
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn many_come_and_go_at_once() {
+    fn concurrent_liveness_locks_do_not_interfere() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("present");
         std::thread::scope(|scope| {

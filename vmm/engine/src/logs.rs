@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_log_is_cut_where_it_stands_and_its_writer_goes_on() {
+    fn a_long_log_is_rotated_in_place_while_it_is_written() {
         use std::io::Write;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console.log");

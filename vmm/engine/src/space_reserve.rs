@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_kept_once_and_given_once() {
+    fn the_reserve_is_created_once_and_released_once() {
         let home = tempfile::tempdir().unwrap();
         let reserve = SpaceReserve { path: home.path().join("space.reserve") };
         assert!(!reserve.release());

@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_look_at_a_lock_never_creates_its_file() {
+    fn checking_a_lock_never_creates_its_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
         let missing = Held::try_take_existing(&path).unwrap_err();

@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_question_is_asked_once() {
+    fn the_same_request_has_one_approval() {
         let (_dir, store) = open();
         let first = store.ask_approval("apr_1", &ask("1")).unwrap();
         assert_eq!((first.id.as_str(), first.state), ("apr_1", ApprovalState::Pending));
@@ -227,7 +227,7 @@ mod tests {
 
     // A dialog that was closed was a no for two minutes, also against the user who asked for it then.
     #[test]
-    fn a_no_in_a_form_is_asked_about_again_but_not_for_ever() {
+    fn a_denial_in_a_form_is_asked_again_a_limited_number_of_times() {
         let (_dir, store) = open();
         for number in 1..=3 {
             let id = format!("apr_{number}");
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_no_is_not_asked_away() {
+    fn a_denial_is_not_replaced_by_a_new_request() {
         let (_dir, store) = open();
         store.ask_approval("apr_1", &ask("1")).unwrap();
         assert!(store.decide_approval("apr_1", false, "uid:0").unwrap());
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_over_cannot_be_decided_or_used_and_is_forgotten() {
+    fn expired_approvals_cannot_be_decided_or_used_and_are_deleted() {
         let (_dir, store) = open();
         store.ask_approval("apr_1", &ask("1")).unwrap();
         store.ask_approval("apr_2", &ask("2")).unwrap();
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_too_many() {
+    fn pending_approvals_are_limited() {
         let (_dir, store) = open();
         for n in 0..APPROVALS_PENDING_MAX {
             store.ask_approval(&format!("apr_{n}"), &ask(&n.to_string())).unwrap();

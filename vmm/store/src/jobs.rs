@@ -260,7 +260,7 @@ mod tests {
 
     // A thousand results of many MiB each were kept for an hour.
     #[test]
-    fn the_results_of_a_caller_stay_within_a_budget_and_what_runs_is_never_deleted() {
+    fn results_stay_within_a_budget_and_running_jobs_are_never_deleted() {
         let (_dir, store) = open();
         for (id, actor, bytes) in [("job_1", "a", 40), ("job_2", "b", 90), ("job_3", "a", 0), ("job_4", "a", 40)] {
             store.insert_job(id, &request(actor), "h").unwrap();
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn what_ended_makes_room_and_what_runs_does_not() {
+    fn ended_jobs_free_slots_and_running_ones_do_not() {
         let (_dir, store) = open();
         store
             .in_transaction(|| {

@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sound_a_missing_and_a_damaged_store_are_told_apart() {
+    fn a_sound_a_missing_and_a_damaged_store_are_distinguished() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("nido.db");
         assert_eq!(health(&path).unwrap(), Health::Missing);
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_read_of_a_damaged_store_is_copied() {
+    fn readable_rows_of_a_damaged_store_are_copied() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("nido.db");
         drop(filled(&path, 200));

@@ -5,7 +5,7 @@ use super::*;
 proptest! {
     // A number of many digits came back as its neighbour: an event said another time than the webhook about it.
     #[test]
-    fn numbers_come_back_as_they_were(ms in proptest::num::f64::NORMAL) {
+    fn large_numbers_are_exact(ms in proptest::num::f64::NORMAL) {
         prop_assert_eq!(decode::<f64>("timings", &encode(&ms).unwrap()).unwrap(), ms);
     }
 }
@@ -52,7 +52,7 @@ fn a_store_that_was_not_there_or_empty_is_new() {
 }
 
 #[test]
-fn nobody_else_may_read_a_store_new_or_old() {
+fn a_store_is_private_new_or_old() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("nido.db");
     let modes = || {

@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_own_clocks_stand_still_against_each_other() {
+    fn the_hosts_clocks_do_not_drift() {
         let mut clocks = HostClocks::now();
         assert!(!clocks.jumped(HostClocks::now()));
     }

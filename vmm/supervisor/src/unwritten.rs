@@ -166,7 +166,7 @@ mod tests {
 
     // A change of state that the store did not take was lost: it said `running` of a VM that stood still, for ever.
     #[test]
-    fn a_change_that_failed_is_repeated_and_told_meanwhile() {
+    fn a_failed_change_is_repeated_and_kept_in_a_file() {
         let home = tempfile::tempdir().unwrap();
         std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
         let dir = nido_engine::home::Home::open(home.path()).unwrap().vm("1");

@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_comes_back_from_its_record() {
+    fn a_row_is_restored_from_its_record() {
         let (_root, dir) = vm();
         VmRecord::of(&row()).unwrap().write(&dir, Durability::Kill).unwrap();
         let record = VmRecord::read(&dir, &row().id).unwrap();

@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn names_that_were_made_to_point_here_are_refused() {
+fn unknown_host_names_are_refused() {
     let hosts = Hosts { names: vec!["ci.example".into()], ..Hosts::default() };
     for ours in ["localhost", "localhost:8080", "127.0.0.1:8080", "[::1]:8080", "10.1.2.3", "CI.example:80"] {
         assert!(hosts.is_ours(ours), "{ours}");

@@ -356,7 +356,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_leaves_two_pings_unanswered_is_gone_if_it_was_listened_to() {
+    fn two_unanswered_pings_disconnect_a_client_that_was_read_from() {
         let asked = |listening: &[bool]| {
             let mut quiet = PingTimer::since_now(Duration::from_secs(30));
             listening.iter().map(|listening| quiet.is_gone(*listening)).collect::<Vec<_>>()

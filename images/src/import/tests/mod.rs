@@ -80,7 +80,7 @@ fn the_same_template_twice_is_no_error() {
 }
 
 #[test]
-fn a_template_that_lost_a_part_is_made_whole() {
+fn an_import_restores_a_missing_part() {
     let (from, to) = (Rig::small(), Rig::empty());
     to.import(&from.archive(), &ImportOptions::default()).unwrap();
     fs::remove_file(Store::new(to.home()).blob_path(&from.manifest.parts.packages)).unwrap();
@@ -89,7 +89,7 @@ fn a_template_that_lost_a_part_is_made_whole() {
 }
 
 #[test]
-fn another_template_of_that_name_is_replaced_only_when_asked() {
+fn another_template_of_that_name_is_replaced_only_on_request() {
     let (first, second, to) = (Rig::small(), Rig::large(), Rig::empty());
     to.import(&first.archive(), &ImportOptions::default()).unwrap();
     let refused = to.import(&second.archive(), &ImportOptions::default()).unwrap_err();
@@ -109,7 +109,7 @@ fn another_template_of_that_name_is_replaced_only_when_asked() {
 }
 
 #[test]
-fn another_agent_is_replaced_and_what_was_saved_with_it_is_dropped() {
+fn another_agent_is_replaced_and_bakes_with_it_are_dropped() {
     let from = Rig::small();
     let to = Rig::empty();
     let other = super::OwnAgent { binary: b"a newer agent", sha256: &crate::digest::sha256(b"newer"), ..AGENT };
@@ -127,7 +127,7 @@ fn another_agent_is_replaced_and_what_was_saved_with_it_is_dropped() {
 }
 
 #[test]
-fn an_initramfs_that_holds_another_agent_than_it_says_is_made_anew() {
+fn an_initramfs_with_an_unexpected_agent_is_rebuilt() {
     let from = Rig::with(|parts| parts.initramfs = b"something else".to_vec());
     let to = Rig::empty();
     let arrived = to.import(&from.archive(), &ImportOptions::default()).unwrap();
@@ -200,7 +200,7 @@ fn a_full_disk_ends_an_export() {
 }
 
 #[test]
-fn what_is_not_there_is_not_exported() {
+fn a_missing_template_is_not_exported() {
     let refused = Rig::empty().try_export(ExportOptions::default(), &mut Vec::new()).unwrap_err();
     assert!(matches!(refused, ImageError::TemplateNotFound { .. }));
 }

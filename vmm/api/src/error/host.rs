@@ -141,7 +141,7 @@ mod tests {
 
     // A file without permission, a read-only mount and a used address were called a defect of nido (exit code 70).
     #[test]
-    fn what_the_host_refuses_is_no_defect_and_has_a_hint() {
+    fn refusals_of_the_host_are_not_internal_errors_and_have_hints() {
         for (number, code) in [
             (libc::EACCES, Code::PermissionDenied),
             (libc::EPERM, Code::PermissionDenied),

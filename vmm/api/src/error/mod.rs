@@ -196,7 +196,7 @@ mod tests {
 
     // Over MCP and REST errors taught the way around the question: `nido delete --force web`.
     #[test]
-    fn hints_for_the_command_line_are_told_nobody_else() {
+    fn hints_for_the_command_line_are_shown_only_there() {
         let remote = |hint: &str| Error::new(Code::VmBusy, "x").hint(hint).remote_hint().is_some();
         for hint in [
             "nido stop web, or: nido delete --force web",
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_problem_comes_back_as_the_same_error() {
+    fn a_problem_parses_to_the_same_error() {
         for &code in Code::ALL {
             let error = Error::new(code, "it failed").hint("try again").log_tail(vec!["last".into()]);
             let back = Error::from(error.problem());
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_told_apart() {
+    fn a_full_disk_has_its_own_code() {
         let error = Error::io("cannot write x", std::io::Error::from_raw_os_error(libc::ENOSPC));
         assert_eq!(error.code(), Code::DiskFull);
         assert!(error.hint_text().is_some());

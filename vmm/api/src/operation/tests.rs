@@ -28,7 +28,7 @@ fn ids_nouns_with_verbs_routes_and_commands_are_unique() {
 }
 
 #[test]
-fn what_destroys_asks() {
+fn destructive_operations_need_confirmation() {
     for op in ALL {
         let asks = !op.confirmed.is_empty();
         assert!(!op.is_destructive() || asks || OWN.contains(&op.noun), "{} destroys and never asks", op.id);

@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_break_or_hide_a_line_is_escaped() {
+    fn unsafe_characters_of_a_line_are_escaped() {
         let record = Record { agent: b"\x00\r\n\t\x1b[2J\\'\xff\xe2\x82 \xe2\x80\xae".to_vec(), ..plain() };
         let (line, _) = record.render(NO_CHAIN);
         let shown = r"agent='\u{0}\u{d}\n\t\u{1b}[2J\\\'\xff\xe2\x82 \u{202e}'";
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nido_does_not_write_is_no_line() {
+    fn lines_that_nido_does_not_write_are_invalid() {
         let (line, _) = plain().render(NO_CHAIN);
         for (from, to) in [
             ("seq='42'", "seq='042'"),
@@ -320,7 +320,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_rendered_is_one_line_and_parses_to_the_same(record in record(), previous in "[0-9a-f]{64}") {
+        fn a_rendered_line_parses_to_the_same_record(record in record(), previous in "[0-9a-f]{64}") {
             let (line, chain) = record.render(&previous);
             prop_assert!(line.bytes().all(|b| b >= 0x20 && b != 0x7f), "{line:?}");
             prop_assert!(!line.chars().any(is_harmful), "{line:?}");

@@ -124,7 +124,7 @@ mod tests {
 
     // A token that may only read asked for the same a thousand times a second, and every line about an act was gone in a minute.
     #[test]
-    fn what_repeats_is_counted_in_one_line() {
+    fn repeated_reads_are_counted_in_one_line() {
         let dir = tempfile::tempdir().unwrap();
         let repeats = Repeats::new(Log::reads(dir.path().join("audit")));
         let now = Instant::now();
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_counted_is_written_when_the_process_ends_or_there_is_too_much_of_it() {
+    fn counts_are_written_at_exit_and_when_the_table_is_full() {
         let dir = tempfile::tempdir().unwrap();
         let log = Log::reads(dir.path().join("audit"));
         let repeats = Repeats::new(log.clone());

@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_kept_is_bounded_and_the_newest_stays() {
+    fn stored_arguments_are_bounded_and_the_newest_stay() {
         let dir = tempfile::tempdir().unwrap();
         let directory = dir.path().join("params");
         for n in 0..10 {

@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_yes_is_good_for_one_use_of_exactly_what_was_asked() {
+    fn an_approval_is_valid_for_one_use_of_its_request() {
         let (_dir, nido) = home();
         let asked = nido.approval_ask(&ask()).unwrap();
         let refused = |id: &str, ask: &Ask| {
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn those_that_wait_come_first() {
+    fn pending_approvals_are_listed_first() {
         let (_dir, nido) = home();
         let first = nido.approval_ask(&ask()).unwrap().id;
         let second = nido.approval_ask(&Ask { vm_id: "2".into(), ..ask() }).unwrap().id;

@@ -214,7 +214,7 @@ mod tests {
 
     // A command that removed strays took the directory of a VM that another one was just making: "cannot lock the new VM".
     #[test]
-    fn a_directory_that_is_taken_for_a_stray_is_made_again() {
+    fn a_directory_removed_as_an_orphan_is_recreated() {
         let root = tempfile::tempdir().unwrap();
         let home = Home::open(&root.path().join("home")).unwrap();
         let dir = home.vm("fresh");

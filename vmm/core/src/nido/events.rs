@@ -189,7 +189,7 @@ mod tests {
     use crate::nido::OpenOptions;
 
     #[tokio::test]
-    async fn who_cannot_watch_looks_and_misses_nothing() {
+    async fn without_inotify_events_are_polled_completely() {
         let dir = tempfile::tempdir().unwrap();
         let open = || {
             let home = Some(dir.path().join("home"));

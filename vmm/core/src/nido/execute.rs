@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_operation_stands_in_the_log_before_it_begins_and_after_it_ends() {
+    async fn an_operation_is_recorded_before_and_after() {
         let (_dir, nido) = home();
         let done = Cell::new(false);
         let before = async {
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_confirmed_is_not_done() {
+    async fn an_unconfirmed_operation_is_not_run() {
         let (_dir, nido) = home();
         let done = Cell::new(false);
         let refused = run(&nido, VM_DELETE, Err(Error::new(Code::ApprovalRequired, "ask first")), &done).await;

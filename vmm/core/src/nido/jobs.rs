@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_is_lost_with_whoever_carried_it_out_and_what_it_did_stays() {
+    fn a_job_is_lost_with_its_process_and_its_effects_stay() {
         let dir = tempfile::tempdir().unwrap();
         let (server, other) = (open(&dir), open(&dir));
         let (ended, running) = (server.job_begin(&request()).unwrap(), server.job_begin(&request()).unwrap());
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_job_is_one_once_its_holder_says_so() {
+    fn a_job_is_cancelled_when_its_process_confirms_it() {
         let dir = tempfile::tempdir().unwrap();
         let nido = open(&dir);
         let id = nido.job_begin(&request()).unwrap().id;
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_is_not_kept() {
+    fn oversized_results_are_not_stored() {
         let dir = tempfile::tempdir().unwrap();
         let nido = open(&dir);
         let id = nido.job_begin(&request()).unwrap().id;

@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_that_says_nothing_does_not_hold_up_the_end() {
+    fn a_silent_pipe_does_not_delay_the_end() {
         let (reader, writer) = pipe();
         let cancel = AtomicBool::new(false);
         let mut stream = Stream::new(reader, &cancel);
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_that_nobody_reads_does_not_hold_up_the_end() {
+    fn an_unread_pipe_does_not_delay_the_end() {
         let (_reader, writer) = pipe();
         let cancel = AtomicBool::new(false);
         let mut stream = Stream::new(writer, &cancel);
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_in_comes_out() {
+    fn a_copy_through_a_pipe_is_unchanged() {
         let (reader, writer) = pipe();
         let cancel = AtomicBool::new(false);
         let (mut to, mut from) = (Stream::new(writer, &cancel), Stream::new(reader, &cancel));

@@ -102,7 +102,7 @@ mod tests {
     use nido_api::{Door, Limits, Scope};
 
     #[test]
-    fn a_token_is_good_until_it_ends_or_is_revoked() {
+    fn a_token_is_valid_until_it_expires_or_is_revoked() {
         let dir = tempfile::tempdir().unwrap();
         let home = dir.path().join("home");
         let nido = Nido::open_unreconciled(OpenOptions { home: Some(home), ..OpenOptions::default() }).unwrap();

@@ -184,7 +184,7 @@ mod tests {
 
     // Commands in a VM that somebody else had made, and files over those of the host, could not be put behind a question at all.
     #[test]
-    fn any_tool_can_be_asked_about_and_by_default_what_reaches_into_others_vms_is() {
+    fn any_tool_can_require_confirmation_and_access_to_others_vms_does_by_default() {
         let asks = |confirm: &str, facts: Facts<'_>| confirm.parse::<Confirm>().unwrap().asks(&facts);
         let foreign = Facts { foreign: true, ..OWN };
         assert_eq!([asks("always", OWN), asks("always", foreign), asks("never", foreign)], [false, true, false]);
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_about_by_default_is_in_the_registry() {
+    fn default_confirmations_are_in_the_registry() {
         let of = |tool: &str| Confirm::Always.conditions(tool).collect::<Vec<_>>();
         for (tool, when) in [
             ("vm_delete", When::Any),
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_list_of_tools_is_refused() {
+    fn invalid_tool_lists_are_refused() {
         for wrong in ["", "always,never!", "vm_exec@", "vm_exec@mine", "VM_EXEC", "vm_exec,,vm_stop", "yes@foreign@x"] {
             assert_eq!(wrong.parse::<Confirm>().unwrap_err().code(), Code::SpecInvalid, "{wrong}");
         }

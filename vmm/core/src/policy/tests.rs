@@ -64,7 +64,7 @@ fn an_empty_list_of_roots_is_not_an_absent_one() {
 }
 
 #[test]
-fn where_a_list_counts_files_are_put_only_if_it_says_so() {
+fn with_a_command_list_uploads_need_permission() {
     let text = |upload: &str| {
         format!(
             "{upload}\nallow = [{{ program = 'git' }}]\n[vm.open]\nunrestricted = true\n\
@@ -103,7 +103,7 @@ fn without_a_list_everything_is_allowed_and_with_one_little_is() {
 }
 
 #[test]
-fn what_is_wrong_is_said_with_its_line() {
+fn policy_errors_name_the_line() {
     for (text, words) in [
         (
             "confrim = 'never'",
@@ -142,7 +142,7 @@ fn what_is_wrong_is_said_with_its_line() {
 }
 
 #[test]
-fn a_policy_that_others_may_write_is_none() {
+fn a_policy_writable_by_others_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("policy.toml");
     assert_eq!(Policy::load(&path).unwrap_err().code(), Code::PathNotFound);

@@ -56,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_is_away_for_three_days_is_asked_about_twenty_times() {
+    fn an_endpoint_gets_about_twenty_attempts_in_three_days() {
         let (mut now, mut attempts) = (0, 0);
         loop {
             attempts += 1;
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_old_already_has_a_quarter_of_an_hour() {
+    fn an_old_delivery_is_retried_for_a_quarter_of_an_hour() {
         let (mut now, mut attempts) = (GIVEN_UP_AFTER_MS * 2, 0);
         let began = now;
         loop {

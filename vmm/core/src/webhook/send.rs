@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_certificate_is_said_in_words() {
+    fn certificate_errors_are_explained() {
         use rustls::CertificateError as Fault;
         for (error, words) in [
             (Fault::UnknownIssuer, "is not signed by an authority that this host trusts"),
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reason_never_tells_the_url() {
+    async fn a_reason_never_contains_the_url() {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let refused = why(&format!("http://127.0.0.1:{port}/secret-path"), true).await;
         assert!(refused.contains("refused") && !refused.contains("secret-path"), "{refused}");

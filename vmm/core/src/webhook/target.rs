@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_leads_to_the_web_and_to_nobody_in_particular() {
+    fn a_url_is_http_without_credentials() {
         for bad in [
             "",
             "example.com",
@@ -196,7 +196,7 @@ mod tests {
         }
 
         #[test]
-        fn what_the_standard_library_knows_to_be_special_is_refused(v4 in any::<u32>(), v6 in any::<u128>()) {
+        fn special_addresses_are_refused(v4 in any::<u32>(), v6 in any::<u128>()) {
             let (v4, v6) = (Ipv4Addr::from(v4), Ipv6Addr::from(v6));
             if v4.is_private() || v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_documentation() {
                 prop_assert!(!is_global(v4.into()));

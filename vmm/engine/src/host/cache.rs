@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_answers_only_to_its_own_key() {
+    fn an_entry_is_returned_only_for_its_key() {
         let dir = tempfile::tempdir().unwrap();
         put(dir.path(), "a.json", &("boot", 1), &42);
         assert_eq!(get::<(String, i32), i32>(dir.path(), "a.json", &("boot".into(), 1)), Some(42));
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_entry_is_as_good_as_none() {
+    fn a_damaged_entry_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a.json"), b"{\"key\":1,\"val").unwrap();
         assert_eq!(get::<i32, i32>(dir.path(), "a.json", &1), None);

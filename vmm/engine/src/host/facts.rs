@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn nesting_is_what_the_module_says() {
+    fn nesting_is_read_from_the_kernel_module() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(nesting(dir.path()), Nesting::Unknown);
         let parameters = dir.path().join("kvm_amd/parameters");
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cpu_is_told_by_its_own_entry() {
+    fn a_cpu_is_read_from_its_own_entry() {
         let text =
             "processor\t: 0\nvendor_id\t: V\nmodel\t\t: 1\nmodel name\t: M x\ncpu MHz\t: 9\n\nmodel name\t: other\n";
         assert_eq!(cpu_model(text), "V 1 M x");
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn facts_are_the_same_when_asked_again() {
+    fn facts_are_stable() {
         let dir = tempfile::tempdir().unwrap();
         let first = gather(dir.path());
         let second = HostFacts { memory_available_mib: first.memory_available_mib, ..gather(dir.path()) };

@@ -263,7 +263,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_does_not_open_is_told_apart() {
+    fn failures_to_open_kvm_are_distinguished() {
         assert_eq!(unopened(&ErrorKind::NotFound.into()), KvmVerdict::Absent);
         assert_eq!(unopened(&ErrorKind::PermissionDenied.into()), KvmVerdict::NotPermitted);
         let broken = std::io::Error::from_raw_os_error(libc::ENODEV);

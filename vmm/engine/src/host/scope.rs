@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scope_is_asked_for_as_systemd_wants_it() {
+    fn a_scope_request_has_systemds_format() {
         let words = start_arguments("00ff", "nido VM web", &[7, 8]).join(" ");
         assert_eq!(
             words,
@@ -183,7 +183,7 @@ mod tests {
 
     /// A restart of the unit that runs `nido api-server` killed every VM, and nothing said so before.
     #[test]
-    fn what_kills_vms_with_their_starter_is_reported() {
+    fn units_that_kill_vms_with_their_starter_are_reported() {
         let service = "0::/system.slice/nido.service\n";
         assert!(
             ties(service, None, false)
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_word_of_logind_counts() {
+    fn the_last_setting_of_logind_wins() {
         assert!(!kills_user_processes(["#KillUserProcesses=yes\n"].into_iter()));
         assert!(kills_user_processes(["KillUserProcesses=no\n", "[Login]\nKillUserProcesses=yes\n"].into_iter()));
         assert!(!kills_user_processes(["KillUserProcesses=yes\n", "KillUserProcesses=no\n"].into_iter()));

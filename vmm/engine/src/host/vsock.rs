@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_opens_is_usable_and_the_rest_says_why() {
+    fn an_openable_device_is_usable_and_others_have_a_reason() {
         let dir = tempfile::tempdir().unwrap();
         let device = dir.path().join("vhost-vsock");
         assert_eq!(probe_at(&device), VsockVerdict::Absent);

@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_known_event_has_a_type() {
+    fn known_events_are_typed() {
         let line = br#"{"timestamp":{"seconds":1,"microseconds":2},"event":"SHUTDOWN","data":{"guest":true,"reason":"guest-shutdown"}}"#;
         let Ok(Message::Event(event)) = read(line) else { panic!("no event") };
         assert!(matches!(event.typed(), Some(qapi::qmp::Event::SHUTDOWN { data, .. }) if data.guest));

@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_tells_how_it_ended() {
+    async fn the_exit_status_is_reported() {
         assert_eq!(ended(&shell("exit 7").1).await, QemuExit::Code(7));
         assert_eq!(ended(&shell("kill -6 $$").1).await, QemuExit::Signal(6));
         let (dir, process) = shell("exec sleep 100");

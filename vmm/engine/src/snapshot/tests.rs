@@ -15,7 +15,7 @@ fn name(text: &str) -> SnapshotName {
 }
 
 #[test]
-fn a_snapshot_is_there_when_it_is_whole() {
+fn a_snapshot_is_listed_when_it_is_complete() {
     let (_root, vm) = vm();
     let of: VmName = "web".parse().unwrap();
     fs::write(vm.file(DISK), "one").unwrap();
@@ -77,7 +77,7 @@ fn a_damaged_snapshot_is_listed_beside_the_others_and_can_be_deleted() {
 }
 
 #[test]
-fn a_deletion_that_was_cut_off_is_no_snapshot_that_was() {
+fn a_partly_deleted_snapshot_is_not_listed() {
     let (_root, vm) = vm();
     fs::create_dir_all(vm.file(SNAPSHOTS).join(".gone-first")).unwrap();
     assert!(!remove_unfinished(&vm));

@@ -113,7 +113,7 @@ async fn an_existing_directory_gets_the_copy_under_its_own_name() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn what_exists_is_replaced_only_if_asked() {
+async fn existing_files_are_replaced_only_on_request() {
     let rig = Rig::start().await;
     let (new, old) = (rig.path("new"), rig.path("old"));
     std::fs::write(&new, b"new").unwrap();
@@ -127,7 +127,7 @@ async fn what_exists_is_replaced_only_if_asked() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn directories_are_merged_if_asked() {
+async fn directories_are_merged_on_request() {
     let rig = Rig::start().await;
     let (tree, into) = (rig.path("tree"), rig.path("into"));
     make_tree(&tree);
@@ -180,7 +180,7 @@ async fn one_file_through_a_reader_and_a_writer() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn what_is_missing_is_said_to_be_missing() {
+async fn missing_files_are_reported() {
     let rig = Rig::start().await;
     let missing = rig.path("missing");
     let error = within(rig.guest.upload(upload(&missing, &rig.path("x")), nowhere, soon())).await.unwrap_err();

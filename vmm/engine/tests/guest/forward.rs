@@ -48,7 +48,7 @@ async fn a_port_is_forwarded_and_half_closes_are_kept() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_forward_without_room_refuses_and_clients_that_have_gone_make_room() {
+async fn a_full_forward_refuses_and_closed_clients_free_slots() {
     // The 33rd connection was accepted and never served, and clients that had gone kept their places.
     let rig = Rig::start().await;
     let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -83,7 +83,7 @@ async fn a_forward_without_room_refuses_and_clients_that_have_gone_make_room() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_port_nobody_listens_on_is_said_to_be_closed() {
+async fn a_port_without_a_listener_is_reported_as_closed() {
     let rig = Rig::start().await;
     let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = unused.local_addr().unwrap().port();

@@ -173,7 +173,7 @@ async fn an_agent_stuck_inside_a_frame_is_fed_until_it_is_out() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_guest_that_opens_streams_loses_the_channel_and_may_come_back() {
+async fn a_guest_that_opens_streams_is_disconnected_and_may_reconnect() {
     let rig = Rig::without_agent();
     let mut channel = dial(&rig).await;
     within(agree(&mut channel)).await;

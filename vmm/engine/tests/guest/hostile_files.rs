@@ -122,7 +122,7 @@ async fn trees_out_of_order_are_refused() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_tree_without_end_is_cut_off() {
+async fn an_endless_tree_is_stopped_at_the_limit() {
     let limits = Limits { entries: 100, bytes: 1 << 20 };
     let (_into, outcome) = download_of(limits, async |end: &mut End| {
         end.whole(&[], EntryKind::Directory).await;
@@ -168,7 +168,7 @@ async fn a_copy_that_breaks_off_is_no_copy() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn modes_lose_what_is_dangerous_and_nothing_else() {
+async fn modes_lose_only_dangerous_bits() {
     let (into, outcome) = download_of(Limits::default(), async |end: &mut End| {
         end.entry(&[], EntryKind::Directory, 0o7755).await;
         end.say(&ToHost::EntryEnd).await;
@@ -258,7 +258,7 @@ async fn an_archive_has_no_byte_that_the_guest_did_not_send() {
 
 // It was cut where its first frame ended, and the archive seemed whole.
 #[tokio::test(flavor = "current_thread")]
-async fn a_file_that_does_not_know_its_length_is_not_cut() {
+async fn a_file_of_unknown_length_is_copied_completely() {
     let (packed, copied) = archive_of(Limits::default(), async |end| {
         end.entry(&[], EntryKind::File(0), 0o444).await;
         end.data(&[7; 200_000]).await;
@@ -272,7 +272,7 @@ async fn a_file_that_does_not_know_its_length_is_not_cut() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn an_archive_leads_nobody_through_a_symlink() {
+async fn an_archive_never_writes_through_a_symlink() {
     let (packed, copied) = archive_of(Limits::default(), async |end| {
         end.entry(&[], EntryKind::Directory, 0o755).await;
         end.say(&ToHost::EntryEnd).await;

@@ -85,7 +85,7 @@ async fn silence_ends_at_the_deadline() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn an_address_that_is_none_is_not_passed_on() {
+async fn an_invalid_address_is_not_passed_on() {
     let liar = Liar::new();
     let lie = async {
         let mut end = liar.accept_welcome().await;
@@ -140,7 +140,7 @@ async fn an_exit_has_one_status() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_failure_of_endless_words_is_cut() {
+async fn a_long_failure_text_is_truncated() {
     let failed = Failed { fault: Fault::Other, message: "\u{e9}".repeat(100_000) };
     let Err(GuestError::Guest(failed)) = exec_answered(&[ToHost::Failed(failed)]).await else { panic!("no failure") };
     assert!(failed.message.len() <= 4096);

@@ -31,7 +31,7 @@ async fn renew(rig: &Rig, token: &[u8], deadline: Instant) -> Option<Result<Pong
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_guest_is_renewed_before_the_multiplexer_begins() {
+async fn the_identity_is_reset_before_the_multiplexer_starts() {
     let mut rig = Rig::with_letters();
     rig.start_agent();
     assert!(matches!(renew(&rig, b"wrong", soon()).await, Some(Err(GuestError::TokenRefused))));
@@ -87,7 +87,7 @@ fn whole(nonce: u64) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn only_the_answer_to_this_letter_counts() {
+async fn only_the_reply_to_this_bootstrap_request_is_accepted() {
     let noise = |block: Block, nonce| {
         let older = Block { nonce: [3; 16], ..block };
         [vec![0xab; 10_000], b"\xff\xffNIDO".to_vec(), reply(older, b"old"), reply(block, &whole(nonce))].concat()
@@ -109,7 +109,7 @@ async fn only_the_answer_to_this_letter_counts() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_guest_that_does_not_answer_is_late_and_one_that_goes_is_gone() {
+async fn a_silent_guest_times_out_and_a_closed_one_is_gone() {
     let rig = Rig::with_letters();
     let mut channel = UnixStream::connect(rig.path("channel.sock")).await.unwrap();
     channel.write_all(&vec![0xab; 100_000]).await.unwrap();

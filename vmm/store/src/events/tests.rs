@@ -57,7 +57,7 @@ fn make(store: &Store, id: &str, transition: &Transition) {
 }
 
 #[test]
-fn a_life_is_told_in_order() {
+fn the_events_of_a_vm_are_in_order() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
     let address = answered_from(Some("10.0.2.15".into()));
@@ -81,7 +81,7 @@ fn a_life_is_told_in_order() {
 }
 
 #[test]
-fn a_crash_has_a_cause_and_last_words() {
+fn a_crash_has_a_cause_and_log_lines() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
     let started_at = Timestamp::now().checked_sub(std::time::Duration::from_secs(7)).unwrap();
@@ -101,7 +101,7 @@ fn a_crash_has_a_cause_and_last_words() {
 }
 
 #[test]
-fn what_is_nobodys_is_no_event_until_it_is_claimed() {
+fn clones_have_no_events_until_they_are_claimed() {
     let (_dir, store) = open();
     for (id, purpose) in [("1", Purpose::Pool), ("2", Purpose::Bake)] {
         store.insert_vm(&row(id, purpose)).unwrap();
@@ -120,7 +120,7 @@ fn a_start_that_was_called_off_is_no_stop() {
 }
 
 #[test]
-fn what_lies_in_files_is_announced_once_for_each_time_it_was_made() {
+fn templates_and_snapshots_are_announced_once_per_creation() {
     let (_dir, store) = open();
     let vm = row("1", Purpose::Use);
     let (template, snapshot) = ("sandbox".parse().unwrap(), "first".parse().unwrap());
@@ -140,7 +140,7 @@ fn what_lies_in_files_is_announced_once_for_each_time_it_was_made() {
 }
 
 #[test]
-fn readers_go_on_where_they_were_and_choose() {
+fn readers_continue_at_their_cursor_and_filter() {
     let (_dir, store) = open();
     for id in ["1", "2", "3"] {
         store.insert_vm(&row(id, Purpose::Use)).unwrap();
@@ -155,7 +155,7 @@ fn readers_go_on_where_they_were_and_choose() {
 }
 
 #[test]
-fn old_events_are_forgotten_and_their_cursors_never_come_back() {
+fn old_events_are_deleted_and_their_cursors_never_reused() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
     store.connection.execute("UPDATE events SET at_ms = 0", []).unwrap();

@@ -48,7 +48,7 @@ fn states(store: &Store) -> Vec<(u64, DeliveryState)> {
 }
 
 #[test]
-fn whoever_asked_for_an_event_is_told_of_it_and_nobody_else() {
+fn events_are_queued_only_for_their_webhooks() {
     let (_dir, store) = open();
     add(&store, "all", &[]);
     add(&store, "crash", &[EventKind::VmCrashed]);
@@ -65,7 +65,7 @@ fn whoever_asked_for_an_event_is_told_of_it_and_nobody_else() {
 }
 
 #[test]
-fn what_is_not_committed_is_not_queued() {
+fn uncommitted_events_are_not_queued() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     let failed: Result<()> = store.in_transaction(|| {
@@ -97,7 +97,7 @@ fn a_lane_goes_one_by_one_and_lanes_do_not_wait_for_each_other() {
 }
 
 #[test]
-fn an_endpoint_that_is_gone_is_sent_nothing_any_more() {
+fn a_disabled_endpoint_gets_no_deliveries() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     add(&store, "other", &[]);
@@ -117,7 +117,7 @@ fn an_endpoint_that_is_gone_is_sent_nothing_any_more() {
 }
 
 #[test]
-fn an_endpoint_rests_as_a_whole_and_no_other_with_it() {
+fn a_pause_applies_to_one_whole_endpoint() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     add(&store, "other", &[]);
@@ -145,7 +145,7 @@ fn an_endpoint_rests_as_a_whole_and_no_other_with_it() {
 }
 
 #[test]
-fn what_is_sent_again_waits_for_nobody_and_nobody_for_it() {
+fn a_redelivery_does_not_wait_and_does_not_block() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     for _ in 0..3 {
@@ -167,7 +167,7 @@ fn what_is_sent_again_waits_for_nobody_and_nobody_for_it() {
 }
 
 #[test]
-fn with_an_endpoint_goes_what_waits_for_it() {
+fn pending_deliveries_are_deleted_with_their_endpoint() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     happen(&store, "1", EventKind::VmPaused);
@@ -183,7 +183,7 @@ fn with_an_endpoint_goes_what_waits_for_it() {
 }
 
 #[test]
-fn what_is_finished_is_kept_for_a_while() {
+fn finished_deliveries_are_kept_for_a_while() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     for number in 0..i64::from(KEPT) + 20 {
@@ -200,7 +200,7 @@ fn what_is_finished_is_kept_for_a_while() {
 }
 
 #[test]
-fn no_question_of_the_deliverer_looks_at_everything() {
+fn the_delivery_workers_queries_use_indexes() {
     let (_dir, store) = open();
     for query in [
         "SELECT id FROM deliveries WHERE webhook_id = 'a' AND due_ms <= 1 ORDER BY due_ms LIMIT 8",

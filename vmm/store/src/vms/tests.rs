@@ -31,7 +31,7 @@ fn row(id: &str, name: &str) -> VmRow {
 }
 
 #[test]
-fn a_row_comes_back_as_it_went_in() {
+fn a_row_is_read_back_unchanged() {
     let (_dir, store) = open();
     let vm = row("1", "web");
     store.insert_vm(&vm).unwrap();
@@ -74,7 +74,7 @@ fn a_vsock_address_is_taken_once() {
 }
 
 #[test]
-fn only_rows_to_reconcile_are_looked_after() {
+fn only_unreconciled_rows_are_listed() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", "a")).unwrap();
     store.insert_vm(&row("2", "b")).unwrap();

@@ -30,7 +30,7 @@ fn a_line_of_an_older_client_is_understood_and_replied_to_without_a_version() {
 }
 
 #[test]
-fn a_request_that_is_not_known_gets_a_reply_that_its_client_understands() {
+fn an_unknown_request_gets_a_versioned_refusal() {
     let (_, old) = decode_request(br#"{"op":"dance"}"#);
     let Err(Reply::Failed { problem }) = old else { panic!("{old:?}") };
     assert_eq!(problem.code, "spec_invalid");
@@ -76,7 +76,7 @@ fn an_order_with_an_unknown_field_or_without_a_new_one_is_understood() {
 }
 
 #[test]
-fn a_specification_comes_back_from_its_order() {
+fn a_specification_survives_the_claim_command() {
     let mut spec = VmSpec::named("web".parse().unwrap());
     spec.forwards = vec!["8080:80".parse().unwrap()];
     spec.labels.insert("role".into(), "demo".into());

@@ -51,7 +51,7 @@ fn kill_at_deadlines(vm: &mut Lifecycle, mut now: Instant) -> (Vec<Action>, Inst
 }
 
 #[test]
-fn a_stop_asks_the_guest_then_qemu_then_kills() {
+fn a_stop_requests_power_off_then_quits_qemu_then_kills() {
     let now = Instant::now();
     let mut vm = running(now);
     let actions = vm.step(now, stop(false, 30 * S));

@@ -20,7 +20,7 @@ fn place(verdict: &AuditVerdict) -> (Option<&str>, Option<u64>, Option<u64>) {
 }
 
 #[test]
-fn whatever_is_done_to_a_line_is_found_and_named() {
+fn every_change_of_a_line_is_found_and_named() {
     let place_ = Place::new();
     place_.write(4);
     let lines = place_.lines();
@@ -138,7 +138,7 @@ fn a_checkpoint_that_was_altered_is_refused() {
 }
 
 #[test]
-fn a_checkpoint_of_lines_that_were_dropped_says_so() {
+fn a_checkpoint_of_rotated_lines_is_reported() {
     let place_ = Place::with_limits(1500, 2);
     let mut checkpoints = Vec::new();
     let caller = Caller::command_line();

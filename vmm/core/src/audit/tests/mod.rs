@@ -99,7 +99,7 @@ fn an_operation_that_is_dropped_ends_as_unknown() {
 }
 
 #[test]
-fn what_was_denied_is_one_line() {
+fn a_denied_operation_is_one_line() {
     let place = Place::new();
     let caller = Caller { face: Face::Mcp, actor: "uid:7".into(), agent: Some("x' tool='y".into()) };
     denied(&place.log, &caller, "vm_exec", &json!({ "token": "hunter2" }), "1", "not_in_allowlist").unwrap();
@@ -119,7 +119,7 @@ fn an_empty_log_is_in_order_and_makes_no_file() {
 }
 
 #[test]
-fn files_are_rotated_and_the_chain_goes_on() {
+fn the_chain_continues_across_rotated_files() {
     let place = Place::with_limits(2000, 3);
     place.write(40);
     let verdict = place.expect(place.verdict().last_seq.unwrap());
@@ -139,7 +139,7 @@ fn files_are_rotated_and_the_chain_goes_on() {
 }
 
 #[test]
-fn a_log_without_its_newest_file_goes_on_after_the_older_ones() {
+fn without_the_newest_file_the_log_continues_after_the_older_ones() {
     let place = Place::with_limits(2000, 9);
     place.write(10);
     let older = place.log.files().unwrap().len();
@@ -194,7 +194,7 @@ fn a_rotation_killed_at_any_step_loses_no_line() {
 }
 
 #[test]
-fn a_log_that_cannot_be_written_is_told() {
+fn an_unwritable_log_is_reported() {
     let place = Place::new();
     place.write(1);
     let refused = |place: &Place| {
@@ -274,7 +274,7 @@ fn cost() {
 
 // Reads went into the same files as what was done: a token that may only read pushed every line about an act out of them in a minute.
 #[test]
-fn reads_have_a_chain_of_their_own_and_push_nothing_out() {
+fn reads_have_their_own_chain_and_rotation() {
     let place = Place::with_limits(4000, 9);
     let repeats = Repeats::new(Log::reads(place.path.clone()));
     let caller = Caller { face: Face::Api, actor: "token:ci#1".into(), agent: None };
@@ -297,7 +297,7 @@ fn reads_have_a_chain_of_their_own_and_push_nothing_out() {
 
 // Of arguments that were padded a hash was left, and nothing that it could be compared with.
 #[test]
-fn arguments_that_are_too_long_for_a_line_are_kept_whole_beside_it() {
+fn oversized_arguments_are_stored_in_a_separate_file() {
     let place = Place::new();
     let caller = Caller::command_line();
     let arguments =

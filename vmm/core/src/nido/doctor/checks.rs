@@ -230,7 +230,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_vm_can_be_made_on_a_full_disk() {
+    fn a_full_disk_is_reported_as_a_failure() {
         let status = |free| check_disk("/home/nido", free).status;
         assert_eq!(status(Ok(LOW_DISK)), CheckStatus::Ok);
         assert_eq!(status(Ok(SPACE_RESERVE_BYTES)), CheckStatus::Warning);

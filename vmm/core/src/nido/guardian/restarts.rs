@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_user_keeps_stopped_does_not_wait() {
+    fn vms_that_a_user_stopped_are_not_restarted() {
         let (mut all, start) = (Waits::default(), Instant::now());
         let vm = failed(1_000, 0);
         assert!(waits(&vm) && due(std::slice::from_ref(&vm), &mut all, start, at(2_000)).is_empty());

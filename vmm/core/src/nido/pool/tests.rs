@@ -34,7 +34,7 @@ fn ids(rows: &[VmRow]) -> Vec<&str> {
 }
 
 #[test]
-fn what_is_missing_is_started_and_what_is_under_way_counts() {
+fn missing_clones_are_started_and_starting_ones_counted() {
     let pool = pool(4);
     let clones = [
         clone(&pool, "ready", VmState::Paused, Some("m")),

@@ -117,7 +117,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_home_is_reconciled_once_and_nothing_that_lives_or_may_be_wanted_is_touched(all in vec(cases(), 1..5)) {
+    fn reconciliation_is_idempotent_and_keeps_running_vms_and_data(all in vec(cases(), 1..5)) {
         let root = tempfile::tempdir().unwrap();
         let nido = open(&root.path().join("home"));
         let session = nido.lease_open().unwrap();
@@ -183,7 +183,7 @@ async fn a_vm_whose_qemu_runs_is_kept_while_no_supervisor_can_be_started() {
 
 /// Orphans that are no VM's: each is removed by the scope that looks for it.
 #[tokio::test]
-async fn what_dead_processes_left_is_removed() {
+async fn orphans_of_ended_processes_are_removed() {
     let root = tempfile::tempdir().unwrap();
     let home = root.path().join("home");
     let nido = open(&home);

@@ -50,7 +50,7 @@ fn and_nothing_else() {
 }
 
 #[test]
-fn what_means_nothing_is_refused() {
+fn meaningless_rules_are_refused() {
     for rule in [
         "",
         "bin/ls",
@@ -121,7 +121,7 @@ fn a_wildcard_does_not_lead_out_of_its_directory() {
 
 proptest! {
     #[test]
-    fn wildcards_mean_what_they_say(pattern in "[ab*]{0,8}", arg in "[ab-]{0,10}") {
+    fn wildcards_match_as_documented(pattern in "[ab*]{0,8}", arg in "[ab-]{0,10}") {
         prop_assume!(!pattern.contains("**"));
         let Arg::Word(pieces) = Arg::try_from(pattern.clone()).unwrap() else { unreachable!() };
         let option = pattern.starts_with('*') && arg.starts_with('-');
@@ -129,7 +129,7 @@ proptest! {
     }
 
     #[test]
-    fn a_rule_of_plain_words_allows_exactly_them(
+    fn a_rule_without_wildcards_allows_exactly_its_command(
         words in proptest::collection::vec("[ -~é\n]{0,6}", 0..5),
         argv in proptest::collection::vec("[ -~é\n]{0,6}", 0..6),
     ) {

@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cut_between_frames_is_found_however_they_are_written() {
+    fn frame_boundaries_are_found_in_any_sequence_of_writes() {
         let mut data = [0; HEAD + 5];
         data[11] = 5;
         let mut update = [0; HEAD];

@@ -71,7 +71,7 @@ async fn garbage_closes_the_monitor() {
 }
 
 #[tokio::test]
-async fn silence_ends_at_the_deadline_and_a_late_answer_harms_nobody() {
+async fn a_command_times_out_and_a_late_reply_is_ignored() {
     let late = r#"{"return":{},"id":1}"#.to_owned() + "\r\n" + r#"{"return":{},"id":ID}"#;
     let (monitor, _events, _task) = qemu(&["{}", &late]).await;
     let error = monitor.stop(Duration::from_millis(50)).await.unwrap_err();
@@ -80,7 +80,7 @@ async fn silence_ends_at_the_deadline_and_a_late_answer_harms_nobody() {
 }
 
 #[tokio::test]
-async fn what_does_not_greet_is_no_monitor() {
+async fn a_peer_without_a_greeting_is_refused() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.write_all(b"SSH-2.0-OpenSSH\r\n").await.unwrap();
     assert!(matches!(Monitor::negotiate(ours).await, Err(MonitorError::Protocol { .. })));

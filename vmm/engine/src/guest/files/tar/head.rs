@@ -133,7 +133,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(
+        fn written_headers_are_parsed(
             name in proptest::collection::vec(1_u8.., 0..=100),
             target in proptest::collection::vec(1_u8.., 0..=100),
             mode in 0_u64..0o1_0000, size in 0..=OCTAL_MAX, mtime_s in 0..0o777_7777_7777_i64,
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_damaged_is_refused() {
+    fn damaged_headers_are_refused() {
         let mut block = head().encode();
         block[0] ^= 1;
         Head::decode(&block).unwrap_err();

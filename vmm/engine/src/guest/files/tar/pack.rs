@@ -207,7 +207,7 @@ mod tests {
 
     // A guest could send a symlink and a file below it, or in its place, and have who unpacks it write anywhere.
     #[test]
-    fn an_archive_leads_nobody_elsewhere() {
+    fn unpacking_an_archive_writes_nothing_elsewhere() {
         for tree in ["./ a/ a/b a/c/ a/c/d a/e f/ f/g@ f/h", "./ a@ b@ ab/ ab/c", "./ a/ a/a/ a/a/a@ a/b/ a/b/a"] {
             assert!(is_harmless(tree), "{tree}");
         }
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_room_in_a_head_stands_before_it() {
+    fn long_values_are_in_a_pax_record() {
         let mut item = item("", ItemKind::File(0));
         (item.mode, item.mtime_ns) = (0o640, -1_500_000_000);
         let (long, target) = ([b'a'; 101], [b'b'; 4000]);

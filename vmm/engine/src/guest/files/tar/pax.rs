@@ -114,7 +114,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(
+        fn written_headers_are_parsed(
             path in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..200)),
             target in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..200)),
             size in proptest::option::of(any::<u64>()),
