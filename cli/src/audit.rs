@@ -1,6 +1,6 @@
 //! The command line's side of the audit log: attempt and outcome around a verb, and its recorded arguments.
 //!
-//! Invariant: what must be audited is given to [`Context::audited`] unbegun; where the attempt cannot be written down it never
+//! Invariant: what must be audited is given to [`Context::audited`] unbegun; where the attempt cannot be recorded it never
 //! begins.
 
 use std::future::Future;

@@ -2,7 +2,7 @@
 //!
 //! Invariant: every way out of a verb passes through here and becomes one of the codes of [`exit`].
 
-// Comments of arguments are help texts, where square brackets say what may be left out.
+// Comments of arguments are help texts, where square brackets mark what may be left out.
 #![allow(rustdoc::broken_intra_doc_links)]
 
 mod audit;

@@ -112,7 +112,7 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
             },
             Next::Event(None) => return Err(Error::internal("the command ended without an exit status").into()),
             Next::Written(true) => {}
-            // The writer says why below.
+            // The writer's error has the reason, below.
             Next::Written(false) => {
                 return Err(writer.finish().await.err().unwrap_or(std::io::ErrorKind::BrokenPipe.into()).into());
             }
@@ -153,7 +153,7 @@ async fn drain(writer: Writer, mut screens: Screens, signals: &mut Signals) -> R
     }
 }
 
-/// What is known of a command and its VM, for saying why it ended.
+/// What is known of a command and its VM, to report why it ended.
 struct Watch<'a> {
     nido: &'a Nido,
     name: &'a VmName,
@@ -166,12 +166,12 @@ impl<'a> Watch<'a> {
         Self { nido, name, begun: Timestamp::now(), timeout_ms: request.timeout_ms }
     }
 
-    /// The error of a command whose VM was lost: what happened to that says more than the connection does.
+    /// The error of a command whose VM was lost: what happened to that is more useful than the error of the connection.
     fn lost(&self, error: Error) -> Error {
         self.nido.lost_while_in_use(self.name, self.begun, error)
     }
 
-    /// Says why a command did not end by itself, where that is known.
+    /// Reports why a command did not end by itself, if that is known.
     fn ended(&self, output: &Output, exit: &ExecExit) {
         match (exit.timed_out, self.timeout_ms) {
             (true, Some(ms)) => output.talk(&format!("timed out after {}; killed", parse::show_ms(ms))),
@@ -220,7 +220,7 @@ async fn feed(output: Output, control: ExecControl) {
     let _ = control.stdin_eof().await;
 }
 
-/// Says something to the command, but does not wait for ever for a guest that does not listen.
+/// Sends a message to the command, with a timeout for a guest that does not respond.
 async fn tell(message: impl Future<Output = Result<(), Error>>) {
     let _ = tokio::time::timeout(TELL_LIMIT, message).await;
 }

@@ -48,7 +48,7 @@ fn restore() {
     }
 }
 
-/// Rows and columns of the terminal that stdout is; 24 × 80 if it does not say.
+/// Rows and columns of the terminal that stdout is; 24 × 80 if it does not report them.
 pub fn size() -> (u16, u16) {
     match tcgetwinsize(io::stdout()) {
         Ok(size) if size.ws_row > 0 && size.ws_col > 0 => (size.ws_row, size.ws_col),

@@ -1,4 +1,4 @@
-//! Who may talk to the agent: the VM's token, and the sessions that were opened with it.
+//! Which sessions the agent accepts: the VM's token, and the sessions that were opened with it.
 //!
 //! Invariant: when the token is replaced, every session that an older one opened ends, but for the one that replaced
 //! it. There is no moment in which a session is admitted by the old token and not ended.

@@ -22,7 +22,7 @@ use crate::sys::{self, has_oom_score};
 const QUEUE_LIMIT: Duration = Duration::from_millis(QUEUE_LIMIT_MS);
 /// The agent.
 pub struct Agent {
-    /// Who may talk to it.
+    /// Which sessions are accepted.
     pub access: Access,
     /// What it is in its machine.
     pub role: Role,
@@ -69,7 +69,7 @@ impl Agent {
         (taken < MAX_SESSIONS).then_some(guard)
     }
 
-    /// A place for a command or a copy, which waits for its turn; none if that does not come soon. Connections have places
+    /// A slot for a command or a copy, which is queued for a limited time; none if all stay in use. Connections have slots
     /// of their own, and pings and power requests need none: so neither idle connections nor many commands keep a guest
     /// from being commanded or stopped.
     pub async fn work_place(&self) -> Option<Place> {
@@ -92,7 +92,7 @@ impl Agent {
         Some(Place::Tunnel(TunnelPlace { tunnels: tunnels.clone(), number, ended }))
     }
 
-    /// Says that large buffers are in use.
+    /// Records that large buffers are in use.
     pub fn takes_memory(&self) {
         self.was_busy.store(true, Ordering::Relaxed);
     }
@@ -103,7 +103,7 @@ impl Agent {
     }
 }
 
-/// What sessions compete for, each kind by itself.
+/// The slots that sessions compete for, each kind with its own limit.
 struct Places {
     work: Arc<Semaphore>,
     queue: Semaphore,
@@ -117,7 +117,7 @@ impl Default for Places {
     }
 }
 
-/// One place, held while the command, copy or connection lasts.
+/// One slot, held until the command, copy or connection ends.
 pub enum Place {
     /// Of a command or a copy.
     Work(#[allow(dead_code)] OwnedSemaphorePermit),
@@ -133,7 +133,7 @@ pub struct TunnelPlace {
 }
 
 impl TunnelPlace {
-    /// Says that one direction is closed, and that a byte has come, or the end of the other.
+    /// Records that one direction is closed, and that a byte, or the end of the other direction, has arrived.
     pub fn half_closed(&self) {
         lock(&self.tunnels).half_closed(self.number, Instant::now());
     }

@@ -2,7 +2,7 @@
 //! port.
 //!
 //! Invariant: an agent without a client does nothing at all. It sleeps until the kernel wakes it, with no timer, also
-//! while the port's other end is closed (where `poll` says hang-up and `read` says nothing, again and again).
+//! while the port's other end is closed (where `poll` reports hang-up and `read` returns nothing, again and again).
 
 use std::future::poll_fn;
 use std::io;
@@ -56,7 +56,7 @@ pub async fn serve_vsock(agent: Arc<Agent>) -> io::Result<()> {
     }
 }
 
-/// Whether a failed accept says that the listener is of no more use.
+/// Whether a failed accept means that the listener is unusable.
 fn is_fatal(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK))
 }
@@ -97,7 +97,7 @@ pub async fn serve_socket(agent: Arc<Agent>, path: &Path) -> io::Result<()> {
     const REDIAL_FOR: Duration = Duration::from_secs(10);
     loop {
         let mut port = Port::of_socket(dial(path, REDIAL_FOR).await?)?;
-        // A host that was killed with something unread resets the connection: that is as good as closed.
+        // A host that was killed with something unread resets the connection: that is equivalent to closed.
         let _ = serve_port(&agent, &mut port).await;
     }
 }

@@ -34,11 +34,11 @@ const OUTPUT_CHUNK: usize = 64 * 1024;
 const LINGER: Duration = Duration::from_millis(100);
 /// More than a terminal holds of what was written to it and not yet read, in bytes.
 const TERMINAL_HOLDS: usize = 128 * 1024;
-/// How long a command's processes may live between SIGHUP and SIGKILL when its session is gone.
+/// How long a command's processes may run between SIGHUP and SIGKILL when its session is gone.
 const HANGUP_GRACE: Duration = Duration::from_millis(500);
-/// How often it is looked whether they have ended by then.
+/// How often it is checked whether they have ended.
 const HANGUP_LOOK: Duration = Duration::from_millis(25);
-/// How many outlets of ended commands are kept open for what those have left in the background. Further ones are closed.
+/// How many output pipes of ended commands are kept open for their background processes. Further ones are closed.
 const MAX_DRAINS: usize = 256;
 /// How long the next request of a session waits until everything is ready for the next command.
 const READY_WITHIN: Duration = Duration::from_secs(1);
@@ -132,7 +132,7 @@ impl Drop for Guard {
         let Some(scope) = self.scope.take() else { return };
         // Found before they are hung up: the death of one in between makes orphans of others.
         lock(&scope).look();
-        // An error means that the group is gone already, which is what is wanted.
+        // An error means that the group is gone already, as intended.
         let _ = kill_process_group(self.pid, Signal::HUP);
         tokio::spawn(async move {
             let deadline = Instant::now() + HANGUP_GRACE;
@@ -208,7 +208,7 @@ fn protocol(message: &str) -> FrameError {
     FrameError::Wire(wire::WireError::Malformed(message.into()))
 }
 
-/// Does what the host says while the command runs. Returns only when the session is over.
+/// Carries out the host's requests while the command runs. Returns only when the session is over.
 async fn obey(
     guard: &Guard,
     has_stdin: bool,
@@ -403,7 +403,7 @@ async fn read_some(outlet: Option<&AsyncFd<OwnedFd>>, frame: &mut Vec<u8>) -> io
     outlet.async_io(Interest::READABLE, |file| buffer(file)).await
 }
 
-/// Reads what there is. Unlike a look at what could be read, it brings along what the kernel still has on its way.
+/// Reads what there is. Unlike a poll, it also returns what the kernel still has on its way.
 fn read_at_once(outlet: Option<&AsyncFd<OwnedFd>>, frame: &mut Vec<u8>) -> io::Result<usize> {
     let Some(outlet) = outlet else { return Ok(0) };
     Ok(rustix::io::read(outlet, rustix::buffer::spare_capacity(frame))?)

@@ -186,7 +186,7 @@ impl FrameWriter {
 
     /// Closes the writing side; what was sent still arrives.
     pub async fn close(&mut self) {
-        // The other side may have disconnected already; there is no one to notify.
+        // The other side may have disconnected already; there is no receiver.
         let _ = self.stream.shutdown().await;
     }
 

@@ -1,7 +1,7 @@
 //! Holding the root file system still while the guest is saved.
 //!
 //! ```text
-//! moving --freeze--> frozen (a timer runs) --thaw, renew, power, or the timer--> moving (no timer)
+//! moving --freeze--> frozen (a timer runs) --thaw, identity reset, power, or the timer--> moving (no timer)
 //! ```
 //!
 //! Invariant: nothing stays frozen for ever. Each freeze sets a timer, and a freeze that comes too late to be

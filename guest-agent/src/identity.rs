@@ -1,12 +1,12 @@
 //! What makes the root disk the disk of one VM: machine id, SSH host keys, whatever the guest's hooks make, and a line
-//! that says whose disk it is.
+//! that names the VM that owns the disk.
 //!
 //! ```text
 //! /var/lib/nido-guest/identity is the wanted one?  yes -> nothing to do
 //!                                            no  -> machine id -> host keys -> hooks -> the line, last
 //! ```
 //!
-//! Invariant: the line is written only after everything else was done, so whatever is cut off half-way is done again.
+//! Invariant: the line is written only after everything else was done, so an interrupted reset is repeated.
 
 use std::ffi::OsString;
 use std::fs;
@@ -37,7 +37,7 @@ const KEY_DEADLINE: Duration = Duration::from_secs(60);
 /// How long one hook may take.
 const HOOK_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Whether this can be an identity: what the host makes ids of, and one word in any shell.
+/// Whether this can be an identity: the characters of the host's ids, and one word in any shell.
 pub fn is_valid(identity: &str) -> bool {
     let is_part = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     (1..=MAX_IDENTITY).contains(&identity.len()) && identity.bytes().all(is_part)
@@ -48,7 +48,7 @@ pub fn is_own(root: &Path, identity: &str) -> bool {
     read_file(&root.join(IDENTITY)).is_ok_and(|line| line.trim_ascii() == identity.as_bytes())
 }
 
-/// Says that the disk belongs to this VM from now on.
+/// Records that the disk belongs to this VM from now on.
 ///
 /// # Errors
 /// The file system refuses.
@@ -252,7 +252,7 @@ pub enum Parts {
     Hooks,
 }
 
-/// Makes a disk this VM's own, and says so on it if everything could be done. What could not is a warning, and is tried
+/// Makes a disk this VM's own, and records that on it if everything could be done. What could not is a warning, and is tried
 /// again at the next start: a machine id that cannot be written must not keep its owner out.
 pub async fn renew_disk(reaper: &Arc<Reaper>, root: &Path, parts: Parts, hostname: &str, identity: &str) {
     let mut is_whole = true;
@@ -303,7 +303,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_failed_disk_reset_is_not_recorded_and_is_retried() {
-        // A machine id or a hook that could not be renewed ended the start.
+        // A machine id or a hook that could not be reset ended the start.
         let root = tempfile::tempdir().unwrap();
         let reaper = Arc::new(Reaper::default());
         fs::create_dir_all(root.path().join("etc/machine-id/in-the-way")).unwrap();

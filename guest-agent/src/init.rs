@@ -5,7 +5,7 @@
 //!                                                                         '> System: copy into /run/nido, /sbin/init
 //! ```
 //!
-//! Invariant: a step without which the agent cannot serve says so on the console and ends the VM; any other is a warning.
+//! Invariant: a failed step without which the agent cannot serve is reported on the console and ends the VM; any other is a warning.
 //! Nothing waits without a deadline.
 
 use std::fs;
@@ -21,9 +21,9 @@ use rustix::mount::{MountFlags, mount, mount_move};
 use crate::warnings::{self, warn};
 use crate::{ServeMode, hostname, identity, power, read_config, run as serve, sys};
 
-/// Where the initramfs leaves the configuration for the agent as a service.
+/// Where the initramfs stores the configuration for the agent as a service.
 pub const SAVED_CONFIG: &str = "/run/nido/config";
-/// Where the initramfs leaves the agent itself.
+/// Where the initramfs stores the agent itself.
 const SAVED_AGENT: &str = "/run/nido/nido-guest-agent";
 /// How long the root disk may take to appear.
 const DISK_DEADLINE: Duration = Duration::from_secs(20);

@@ -171,7 +171,7 @@ async fn serve_until_power(config: GuestConfig, reach: ServeMode) -> io::Result<
     });
     init::grow_root_beside();
     let power = power::asked(&mut asks, mode).await?;
-    // If it stays frozen the guest goes down all the same.
+    // If it stays frozen the guest goes down nevertheless.
     let _ = agent.freezer.thaw().await;
     power::go_down(&agent, power, mode).await
 }
@@ -187,7 +187,7 @@ async fn settle(agent: &Agent, config: &GuestConfig) {
     identity::settle(&agent.reaper, config, agent.role == Role::Init).await;
 }
 
-/// Ends a boot that must not be used: process 1 by ending, a service by asking for the power to go off.
+/// Ends a boot that must not be used: process 1 by ending, a service by requesting the power to go off.
 async fn fail_boot(agent: &Agent, mode: power::Mode, message: String) -> io::Result<()> {
     if mode == power::Mode::Systemd {
         // Without a console it is in the journal.

@@ -1,6 +1,6 @@
 //! The two halves of a session's byte stream, and the pieces in which bytes come out of it.
 //!
-//! Invariant: bytes from the multiplexer are used in the very buffer in which it received them.
+//! Invariant: bytes from the multiplexer are used in the buffer in which it received them.
 
 use std::io;
 use std::ops::Range;

@@ -36,7 +36,7 @@ impl User {
         Self::new(uid.to_string().as_bytes(), uid, 0, "/".into(), "/bin/sh".into())
     }
 
-    /// Root, as it is where no file says otherwise.
+    /// Root, as it is where no file defines otherwise.
     fn root() -> Self {
         Self::new(b"root", 0, 0, "/root".into(), "/bin/sh".into())
     }
@@ -57,7 +57,7 @@ pub fn find(wanted: &str) -> io::Result<Option<User>> {
     Ok(Some(found))
 }
 
-/// What to say of a user or group that was not found.
+/// The error text for a user or group that was not found.
 pub fn missing(wanted: &str) -> String {
     let (user, group) = split(wanted);
     let has_user = read("/etc/passwd").is_ok_and(|file| find_user(&file, user).is_some());

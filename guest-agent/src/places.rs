@@ -1,7 +1,7 @@
-//! Places for connections, on either side of the channel. Pure.
+//! Slots for connections, on either side of the channel. Pure.
 //!
-//! Where all are taken, a half-closed connection that has been silent for a while makes room: one end has said that it
-//! sends nothing more, and the other may never close. Invariant: never more places than the limit are taken.
+//! If all are taken, a half-closed connection that has been silent for a while is replaced: one end has announced that it
+//! sends no more, and the other may never close. Invariant: never more slots than the limit are taken.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

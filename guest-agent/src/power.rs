@@ -1,4 +1,4 @@
-//! Going down in order: processes are asked, then ended, the disks are written, the power goes off.
+//! Going down in order: processes get SIGTERM, then SIGKILL, the disks are written, the power goes off.
 //!
 //! Invariant: it always ends. Every wait has a deadline, and the last step is the kernel's.
 
@@ -23,7 +23,7 @@ const TERM_GRACE: Duration = Duration::from_secs(5);
 /// How long the kernel may take to end them after SIGKILL.
 const KILL_GRACE: Duration = Duration::from_secs(2);
 
-/// Who does it.
+/// Which process does it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// The agent, as process 1.
@@ -95,7 +95,7 @@ async fn end_everything(agent: &Agent, power: Power) -> io::Result<()> {
             break;
         }
     }
-    // What cannot be written now never can; the power goes off all the same.
+    // What cannot be written now never can; the power goes off nevertheless.
     rustix::fs::sync();
     let _ = mount_remount("/", MountFlags::RDONLY, c"");
     let command = match power {

@@ -83,7 +83,7 @@ pub fn start(agent: &Agent, request: &Exec, scope: &mut Scope) -> Result<Running
     ends.into_running(pid, ended).map_err(|error| Refusal::from_io("cannot watch the command's output", &error))
 }
 
-/// Checks the parts of a request that need no look at the guest.
+/// Checks the parts of a request that do not depend on the guest.
 ///
 /// # Errors
 /// What breaks the protocol.

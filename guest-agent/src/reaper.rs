@@ -42,7 +42,7 @@ pub struct Reaper {
 
 #[derive(Default)]
 struct Book {
-    /// Who waits for which process.
+    /// The waiters, by process.
     waiting: HashMap<i32, oneshot::Sender<ExitStatus>>,
     /// Launches under way: a process may end before its launcher has put it into `waiting`.
     launching: usize,

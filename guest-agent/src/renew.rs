@@ -1,4 +1,4 @@
-//! Making a guest that was loaded from saved memory a machine of its own.
+//! Resets the identity of a guest that was loaded from saved memory.
 //!
 //! ```text
 //! random numbers -> thaw -> clock -> host name -> network -> boot id
@@ -10,7 +10,7 @@
 //! after a load everything does. So there is no thread, files are written in place, and what can be made ready before the
 //! save is made ready then ([`prepare`]).
 //!
-//! Random numbers come before whatever is made of them, and before programs that wait for the disk go on. Invariant: if the
+//! Random numbers come before everything derived from them, and before programs that wait for the disk resume. Invariant: if the
 //! random numbers, the clock or the saved configuration (it holds the token) fail, the reset ends and the old token stays.
 //! Whatever else cannot be done is a warning: a file of the guest's that cannot be written never keeps its owner out.
 
@@ -36,7 +36,7 @@ const BOOT_ID: &str = "/run/nido/boot_id";
 const KERNELS_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const NANOS: i64 = 1_000_000_000;
 
-/// Renews the guest for the session `by`, which is then the only one. A visitor of a machine leaves that alone and only
+/// Resets the guest's identity for the session `by`, which is then the only one. An agent that does not own its machine leaves that alone and only
 /// changes its token.
 ///
 /// # Errors
@@ -126,7 +126,7 @@ fn renew_random(entropy: &[u8; ENTROPY_LEN]) -> io::Result<()> {
 const BEHIND_NS: i64 = 20_000_000;
 const AHEAD_NS: i64 = NANOS / 2;
 
-/// Sets the clock of a guest that stood still. A visitor leaves its machine's clock alone.
+/// Sets the clock of a guest whose CPUs were paused. An agent that does not own its machine leaves the clock alone.
 ///
 /// # Errors
 /// The time is before 1970, or the kernel refuses.

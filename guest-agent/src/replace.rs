@@ -1,7 +1,7 @@
 //! What both ends of a copy do to files alike: find the holes of a file, and put a new file in the place of another one.
 //!
 //! Invariant: nothing but a regular file (or a symlink, as a name) is ever replaced, and a file that is replaced keeps what
-//! was not asked to change: owner, mode, extended attributes, and its other names.
+//! does not change: owner, mode, extended attributes, and its other names.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -83,7 +83,7 @@ pub enum Found {
     Special,
 }
 
-/// Looks at a name without following it and without opening what is there.
+/// Inspects a name without following it and without opening it.
 ///
 /// # Errors
 /// The system's.
@@ -220,7 +220,7 @@ fn attributes(fd: &OwnedFd) -> Vec<(Vec<u8>, Vec<u8>)> {
         .collect()
 }
 
-/// Bytes that this process can still write where `fd` lies; none where the file system does not say.
+/// Bytes that this process can still write where `fd` lies; none if the file system does not report it.
 pub fn free_bytes(fd: impl AsFd) -> Option<u64> {
     let stat = rustix::fs::fstatvfs(fd).ok().filter(|stat| stat.f_blocks > 0)?;
     let blocks = if rustix::process::geteuid().is_root() { stat.f_bfree } else { stat.f_bavail };

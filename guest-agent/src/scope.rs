@@ -124,7 +124,7 @@ impl Scope {
         self.main = Some(pid);
     }
 
-    /// Finds the processes that there are now, as far as they are not known by their control group.
+    /// Finds the current processes that their control group does not list.
     pub fn look(&mut self) {
         let Some(main) = self.main else { return };
         let all = processes();

@@ -1,7 +1,7 @@
 //! One session: hello first, then one request after another until the host closes.
 //!
 //! Invariant: nothing is done for a host that has not shown the VM's token, and a host that breaks the protocol is
-//! told so and loses the session, never the agent.
+//! notified and loses the session, never the agent.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,7 +73,7 @@ enum SessionEnd {
     Forwards(FrameReader, FrameWriter, tokio::net::TcpStream, TunnelPlace),
 }
 
-/// Reads the hello and answers it. Nothing if the host was refused.
+/// Reads the hello and replies. Returns nothing if the host was refused.
 async fn greet(
     agent: &Agent,
     busy: bool,
@@ -286,7 +286,7 @@ async fn broken(input: FrameReader, mut output: FrameWriter, message: &str) -> S
     }
 }
 
-/// Closes our side and drops what still comes, so that the last answer is not lost to a reset.
+/// Closes our side and drops what still comes, so that the last reply is not lost to a reset.
 async fn drain(mut input: FrameReader, mut output: FrameWriter) {
     output.close().await;
     let mut bin = vec![0; 64 * 1024];
@@ -323,7 +323,7 @@ async fn go_down(
     }
     output.send(&ToHost::PoweringOff).await?;
     output.close().await;
-    // The host closes when it has read the answer; only then is it sure to have arrived.
+    // The host closes when it has read the reply; only then is it sure to have arrived.
     let _ = timeout(FAREWELL_DEADLINE, input.next()).await;
     // A second request while the first is carried out changes nothing.
     let _ = agent.power.try_send(power);

@@ -32,7 +32,7 @@ pub struct Launch<'a> {
     pub stdio: [BorrowedFd<'a>; 3],
     /// Make standard input the controlling terminal.
     pub terminal: bool,
-    /// Who it runs as; the agent's own identity if absent.
+    /// The user it runs as; the agent's own if absent.
     pub identity: Option<Identity<'a>>,
     /// The list of members of its control group.
     pub group: Option<BorrowedFd<'a>>,
@@ -40,7 +40,7 @@ pub struct Launch<'a> {
     pub reset_oom_score: bool,
 }
 
-/// Who a process runs as.
+/// The user that a process runs as.
 #[derive(Clone, Copy)]
 pub struct Identity<'a> {
     /// User id.
@@ -72,11 +72,11 @@ pub enum Step {
 pub struct LaunchError {
     /// Where it failed.
     pub step: Step,
-    /// The kernel's word.
+    /// The kernel's error.
     pub error: io::Error,
 }
 
-/// Everything the child needs, as the kernel wants it. Lives in the launching thread's frame, which sleeps meanwhile.
+/// Everything the child needs, in the kernel's format. It is in the frame of the launching thread, which waits meanwhile.
 struct Prepared<'a> {
     launch: &'a Launch<'a>,
     argv: Vec<*const libc::c_char>,
@@ -184,7 +184,7 @@ fn become_program(prepared: &Prepared<'_>) -> (Step, i32) {
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-        // Of several failures the one that is not "not there" says most.
+        // Of several failures the one that is not "not there" is the most specific.
         let mut said = libc::ENOENT;
         for program in launch.programs {
             libc::execve(program.as_ptr(), prepared.argv.as_ptr(), prepared.environment.as_ptr());
@@ -293,7 +293,7 @@ pub fn seed_random(device: &File, bytes: &[u8; ENTROPY_LEN]) -> io::Result<()> {
         bytes: [u8; ENTROPY_LEN],
     }
     let info = PoolInfo { entropy_bits: 8 * ENTROPY_LEN as i32, length: ENTROPY_LEN as i32, bytes: *bytes };
-    // SAFETY: the request reads the two numbers behind the pointer and as many bytes behind them as the second says.
+    // SAFETY: the request reads the two numbers behind the pointer and as many bytes behind them as the second states.
     let added = unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &raw const info) };
     if added < 0 {
         return Err(io::Error::last_os_error());

@@ -34,7 +34,7 @@ pub struct BuildLog {
 }
 
 impl BuildLog {
-    /// Starts the log anew in the already opened and locked `file`.
+    /// Truncates the log in the already opened and locked `file`.
     pub(crate) fn new(path: PathBuf, file: File) -> Self {
         Self { path, file, written: 0 }
     }
@@ -81,7 +81,7 @@ impl Drop for Group {
 }
 
 impl Session<'_> {
-    /// Fails if the caller wants to stop.
+    /// Fails if the caller has cancelled.
     ///
     /// # Errors
     /// [`ImageError::Interrupted`].
@@ -183,7 +183,7 @@ impl Session<'_> {
     }
 }
 
-/// The last lines of a program, and whether any line said that the disk is full.
+/// The last lines of a program, and whether any line reported a full disk.
 #[derive(Default)]
 struct Tail {
     lines: VecDeque<String>,
@@ -200,7 +200,7 @@ impl Tail {
     }
 }
 
-/// Whether a line says that the disk or the quota is full.
+/// Whether a line reports a full disk or quota.
 fn is_disk_full(line: &str) -> bool {
     ["No space left on device", "Disk quota exceeded", "enough free space"].iter().any(|words| line.contains(words))
 }

@@ -44,7 +44,7 @@ pub struct ExportOutcome {
 /// Exports the template `name` of `home` to `target`, which is named in errors.
 ///
 /// # Errors
-/// Those of [`Store::open`] and [`Store::check`], [`ImageError::Damaged`] for a part that is not what its hash says,
+/// Those of [`Store::open`] and [`Store::check`], [`ImageError::Damaged`] for a part that does not match its hash,
 /// [`ImageError::NotExportable`], [`ImageError::Interrupted`], [`ImageError::DiskFull`], [`ImageError::Io`].
 pub fn export(
     home: &Path,
@@ -81,11 +81,11 @@ pub fn export(
 /// A part, where it lies, and its open file.
 type Opened = (Piece, PathBuf, File);
 
-/// Opens every part of a template while nobody may remove one.
+/// Opens every part of a template under a lock, so that none can be removed.
 fn open(store: &Store, name: &str, memory: bool) -> Result<(Manifest, Vec<Opened>), ImageError> {
     store.open(name)?;
     let lock = store.lock()?;
-    // Again under the lock: it may have been built anew in between.
+    // Again under the lock: it may have been rebuilt in between.
     let mut manifest = store.open(name)?;
     store.check(&manifest)?;
     if !memory {

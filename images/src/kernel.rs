@@ -43,7 +43,7 @@ pub enum Packing {
 /// Finds the packed kernel in a bzImage by the fields of its setup header.
 ///
 /// # Errors
-/// A sentence that says what does not fit.
+/// A sentence that describes the mismatch.
 pub fn payload(image: &[u8]) -> Result<Payload<'_>, String> {
     let word = |at: usize| image.get(at..at + 4).map(|bytes| le32(bytes) as usize);
     if image.get(0x202..0x206) != Some(b"HdrS") {
@@ -78,7 +78,7 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>, String> {
 /// Unpacks a zstd payload to exactly the length its image announces.
 ///
 /// # Errors
-/// A sentence that says what does not fit.
+/// A sentence that describes the mismatch.
 pub fn unpack_zstd(payload: Payload<'_>) -> Result<Vec<u8>, String> {
     use std::io::Read as _;
     let mut kernel = Vec::with_capacity(payload.unpacked_bytes);
@@ -93,7 +93,7 @@ pub fn unpack_zstd(payload: Payload<'_>) -> Result<Vec<u8>, String> {
 /// Checks that `kernel` is a 64-bit x86 ELF file of the announced length.
 ///
 /// # Errors
-/// A sentence that says what does not fit.
+/// A sentence that describes the mismatch.
 pub fn check_vmlinux(kernel: &[u8], announced: usize) -> Result<(), String> {
     if kernel.len() != announced {
         return Err(format!("it unpacks to {} bytes instead of {announced}", kernel.len()));

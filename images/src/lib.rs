@@ -14,7 +14,7 @@
 //! root disk is the same for both.
 //!
 //! What holds everywhere: the guest agent is in the initramfs and nowhere else; a part never changes once it has its
-//! name; a build changes nothing visible until its manifest is renamed into place; what a build leaves when it is killed is
+//! name; a build changes nothing visible until its manifest is renamed into place; the directory of a killed build is
 //! removed by the next. Pure: `apt`, `archive`, `cpio`, `initramfs`, `kernel`, `manifest`, `qcow2` (its parser), `recipe`,
 //! `recipe_text`, `slim`.
 

@@ -1,5 +1,5 @@
 //! A file for the caller that appears under its name only when it is complete.
-//! Invariant: until then the name keeps what it had; however the work ends but by a kill, nothing is left beside it.
+//! Invariant: until then the name keeps its content; unless the process is killed, no temporary file remains.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -21,7 +21,7 @@ pub fn write_file_whole<T>(
 ) -> Result<T, ImageError> {
     check(path, overwrite)?;
     let failed = |error| ImageError::io("write", path, error);
-    // The directory is the caller's: the name says whose file it is.
+    // The directory is the caller's: the name identifies the file's process.
     let mut temporary = Temporary::with_prefix(directory(path), ".nido-new-").map_err(failed)?;
     let written = write(temporary.file())?;
     let place = if overwrite { Temporary::replace } else { Temporary::create };

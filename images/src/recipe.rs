@@ -18,7 +18,7 @@ pub struct Recipe {
     pub name: &'static str,
     /// SHA-256 over all it consists of, with the stock kernel.
     pub sha256: String,
-    /// What `recipe.toml` says.
+    /// The content of `recipe.toml`.
     pub spec: Spec,
     /// Shell script run with the root directory as `$1` after the packages are installed; may be empty.
     pub customize: &'static str,
@@ -49,13 +49,13 @@ pub struct Spec {
     pub variant: String,
     /// Packages beside those.
     pub packages: Vec<String>,
-    /// Who is process 1 in the guest.
+    /// The program that is process 1 in the guest.
     pub init: Init,
     /// The ordinary user.
     pub user: String,
     /// Login shell of root and of the user.
     pub shell: String,
-    /// Size of the root disk as the guest sees it, in MiB. A VM may ask for more.
+    /// Size of the root disk as the guest sees it, in MiB. A VM may request more.
     pub disk_mib: u64,
     /// The package that depends on the newest kernel image.
     pub kernel: String,

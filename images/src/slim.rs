@@ -7,7 +7,7 @@ use crate::apt::is_package_name;
 use crate::digest::sha256;
 use crate::progress::printable;
 
-/// The wanted options, one `CONFIG_X=y` a line.
+/// The required options, one `CONFIG_X=y` a line.
 pub const CONFIG: &str = include_str!("../recipes/kernels/slim/config");
 /// Downloads the source.
 pub const FETCH: &str = include_str!("../recipes/kernels/slim/fetch.sh");
@@ -34,7 +34,7 @@ pub struct SlimSpec {
 /// Parses the `recipe.toml`.
 ///
 /// # Errors
-/// A sentence that says what is wrong.
+/// A sentence that describes the error.
 pub fn spec() -> Result<SlimSpec, String> {
     let spec: SlimSpec = toml::from_str(TOML).map_err(|error| error.to_string())?;
     if let Some(word) = [&spec.suite, &spec.source].into_iter().find(|word| !is_package_name(word)) {
@@ -116,7 +116,7 @@ mod tests {
         CONFIG.lines().filter(|line| !line.is_empty() && !line.starts_with('#'))
     }
 
-    /// What nido and its agent cannot do without, by who needs it. The recipe holds more; it must never hold less.
+    /// What nido and its agent cannot do without, by component. The recipe holds more; it must never hold less.
     const NEEDED: [(&str, &str); 15] = [
         ("QEMU's direct start", "PVH SMP PCI ACPI PNP BLK_DEV_INITRD"),
         ("the machine types", "VIRTIO_MMIO VIRTIO_PCI PCI_MMCONFIG X86_PM_TIMER KVM_GUEST"),

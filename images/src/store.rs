@@ -123,7 +123,7 @@ impl Store {
         Ok(())
     }
 
-    /// Reads every part of a template and compares its hash; looks at the root disk's header too.
+    /// Reads every part of a template and compares its hash; checks the root disk's header, too.
     ///
     /// # Errors
     /// [`ImageError::Damaged`] or [`ImageError::ImageRefused`].
@@ -195,7 +195,7 @@ impl Store {
     }
 
     /// Adds a bake whose parts are in the store to a template, in place of an older one for the same machine. `of` is what was
-    /// baked: a template that was built anew meanwhile does not get it.
+    /// baked: a template that was rebuilt meanwhile does not get it.
     ///
     /// # Errors
     /// [`ImageError::TemplateChanged`], and those of [`Store::open`] and [`Store::publish`].
@@ -247,7 +247,7 @@ impl Store {
     /// Hashes of the parts that templates name.
     ///
     /// # Errors
-    /// [`ImageError::ManifestInvalid`] if a manifest cannot be read: then it is not known what it names.
+    /// [`ImageError::ManifestInvalid`] if a manifest cannot be read: then its parts are unknown.
     pub fn named_parts(&self) -> Result<HashSet<String>, ImageError> {
         let mut named = HashSet::new();
         for manifest in self.ls()? {

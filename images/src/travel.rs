@@ -1,4 +1,4 @@
-//! What export and import share: how they tell where they are, how they are stopped, and how files are hashed meanwhile.
+//! What export and import share: progress reports, cancellation, and hashing of files.
 //! Invariant: work that was a stop was requested fails with [`ImageError::Interrupted`], whatever it was doing.
 
 use std::fs::File;
@@ -25,9 +25,9 @@ pub struct TravelProgress {
     pub total_bytes: u64,
 }
 
-/// Who watches an export or an import, and may stop it.
+/// The progress callback and the cancellation of an export or import.
 pub struct Watch<'a> {
-    /// Is told how far it has come.
+    /// Receives progress reports.
     pub progress: &'a mut dyn FnMut(TravelProgress),
     /// Set to stop it.
     pub cancel: &'a AtomicBool,

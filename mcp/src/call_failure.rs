@@ -1,4 +1,4 @@
-//! What a caller is told of a call that failed, beside the error: the VM's state, what became of it, and the next step.
+//! What a failed call returns in addition to the error: the VM's state, what became of it, and the next step.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

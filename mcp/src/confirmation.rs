@@ -1,18 +1,18 @@
 //! A person's confirmation, before something is done that the policy asks about (`policy/confirm.rs`).
 //!
 //! ```text
-//!  not asked about, or it is the caller's own ephemeral VM ──────────────────────────────> go, and written down
-//!  it would fail anyway (`Operation::admit`: state, policy, limits, paths) ──────────────> error, nobody is asked
+//!  not asked about, or it is the caller's own ephemeral VM ──────────────────────────────> go, and recorded
+//!  it would fail anyway (`Operation::admit`: state, policy, limits, paths) ──────────────> error, without a confirmation
 //!  approval_id, or the answer to a form that was given out ──> used up ───────────────────> go
-//!  else an approval is asked for:
+//!  else an approval is requested:
 //!    a client without `initialize` that shows forms ──> input_required, with a secret as state
 //!    one with `initialize` that shows forms ──> elicitation/create ──> used up ───────────> go
-//!        no answer in time ──> approval_required, and a yes in the form still counts
+//!        no answer in time ──> approval_required, and an approval in the form is still valid
 //!    any other ──> approval_required: the user runs `nido approve ID`, the model calls again with approval_id
 //! ```
 //!
-//! An approval is bound to the VM's id, the caller, the tool and a digest of the arguments; it is good for two minutes and for
-//! one use. Whoever may go on goes on with that id: if the name is another VM's when the core looks, nothing is done.
+//! An approval is bound to the VM's id, the caller, the tool and a digest of the arguments; it is valid for two minutes and for
+//! one use. The approved operation continues with that id: if the name is another VM's when the core looks, nothing is done.
 //!
 //! Invariants: what a model can fill in by itself never counts as consent; what cannot be found out is not done.
 
@@ -38,7 +38,7 @@ use crate::answer::plain;
 use crate::call_context::CallContext;
 use crate::tools::{APPROVAL_ID, Operation, Tool};
 
-/// How often a client is told that its user has not answered yet.
+/// How often a client is notified that its user has not responded yet.
 const STILL: Duration = Duration::from_secs(5);
 /// How a VM is called in an approval that has no name before it is created.
 const NEW_VM: &str = "new";
@@ -53,7 +53,7 @@ pub struct Retry {
 /// The decision about a call.
 #[derive(Debug)]
 pub enum Decision {
-    /// Go on.
+    /// Continue.
     Proceed(Permission),
     /// Ask the user first.
     Ask(Box<InputRequiredResult>),
@@ -146,7 +146,7 @@ async fn subject(call: &CallContext, asked: Asked<'_>) -> Result<(VmName, Option
     }
 }
 
-/// The same of what a person has to say yes to.
+/// The same for operations that a person must confirm.
 async fn asked(
     call: &CallContext,
     words: String,
@@ -162,7 +162,7 @@ async fn asked(
     }
     let shows_forms = context.client_capabilities().is_some_and(|client| shows_forms(&client));
     let by_result = shows_forms && is_modern(context);
-    // An answer to a form that nobody knows any more is none: the user is asked again.
+    // A response to an unknown form is ignored: the confirmation is requested again.
     if let (true, Some(answers), Some(secret)) = (by_result, &retry.answers, &retry.state)
         && let Some(id) = call.app.open_forms().approval_of(secret)
     {
@@ -187,7 +187,7 @@ async fn asked(
     Err(by_hand(call, &approval.id, ask))
 }
 
-/// Whether a request stands for itself, in the protocol without `initialize`.
+/// Whether a request is complete, in the protocol without `initialize`.
 pub fn is_modern(context: &RequestContext<RoleServer>) -> bool {
     context.protocol_version().is_some_and(|version| version.as_str() >= ProtocolVersion::V_2026_07_28.as_str())
 }
@@ -200,8 +200,8 @@ fn answered(call: &CallContext, id: &str, ask: &Ask, answers: &InputResponses) -
     decided(call, id, ask, &answer)
 }
 
-/// Asks a client with a session, and waits for the person: as long as a client waits for an answer. Then the form is still open, and a yes
-/// in it is as good as one by hand.
+/// Requests the confirmation from a client with a session, and waits as long as the client waits for a result. Then the form is still open, and an approval
+/// in it is equivalent to one by hand.
 async fn elicited(
     call: &CallContext,
     context: &RequestContext<RoleServer>,
@@ -232,7 +232,7 @@ async fn elicited(
         let answer = tokio::select! {
             answer = &mut heard => answer,
             _ = still.tick() => {
-                // Less than what the work itself tells.
+                // Less than what the work itself reports.
                 asked += 0.01;
                 call.progress.tell(asked, None, "waiting for the user's confirmation");
                 continue;
@@ -245,7 +245,7 @@ async fn elicited(
         };
         return match answer {
             Ok(Ok(answer)) => decided(call, &approval.id, ask, &answer),
-            // It says that it can ask, and cannot: the user can still say yes by hand.
+            // It claims to support forms, and does not: the user can still approve by hand.
             Ok(Err(error)) => {
                 tracing::warn!("the client could not ask its user: {error}");
                 Err(by_hand(call, &approval.id, ask))
@@ -272,7 +272,7 @@ fn written(call: &CallContext, id: &str, answer: &ElicitResult) -> Result<FormAn
     Ok(given)
 }
 
-/// A person has answered; a yes is used up at once. Who has only closed the form was not asked.
+/// A person has responded; an approval is used at once. Closing the form is not a response.
 fn decided(call: &CallContext, id: &str, ask: &Ask, answer: &ElicitResult) -> Result<()> {
     match written(call, id, answer)? {
         FormAnswer::Yes => use_up(call, id, ask),
@@ -281,7 +281,7 @@ fn decided(call: &CallContext, id: &str, ask: &Ask, answer: &ElicitResult) -> Re
     }
 }
 
-/// Uses an approval up. What is denied here a person can still decide, so it is told differently from what the server forbids.
+/// Uses an approval up. What is denied here a person can still decide, so it is reported differently from what the server forbids.
 fn use_up(call: &CallContext, id: &str, ask: &Ask) -> Result<()> {
     let nido = call.app.unreconciled();
     nido.approval_use(id, ask).map_err(|error| {
@@ -303,7 +303,7 @@ fn said_no(approval: &Approval, ask: &Ask) -> bool {
     approval.state == ApprovalState::Denied && (&approval.actor, &approval.vm_id) == (&ask.actor, &ask.vm_id)
 }
 
-/// What a model is told when a person has said no: just now, or a while ago.
+/// What a model gets when a person has denied the operation: just now, or a while ago.
 fn refused(call: &CallContext) -> Error {
     call.next_step("the user has refused: do not try it again, nor in another way, unless they ask for it");
     Error::new(Code::Denied, "the user denied it").hint("ask the user what to do instead")

@@ -1,6 +1,6 @@
 //! Requests whose method is known and whose params are none of that method. Pure.
 //!
-//! The protocol's library takes such a request for one of a method that it does not know; to whoever asked it is the params that
+//! The protocol's library takes such a request for one of a method that it does not know; for the client it is the params that
 //! are wrong, and which part of them.
 
 use nido_api::sanitize::head;
@@ -13,13 +13,13 @@ use serde_json::{Value, json};
 
 use crate::answer::plain;
 
-/// How much of what was said wrongly is said again, in bytes.
+/// How much of an invalid value is repeated, in bytes.
 const SHOWN: usize = 300;
 
 /// The method that calls a tool.
 pub const CALL: &str = "tools/call";
 
-/// What is wrong with the params of this method, or nothing if it is none that is served here: `modern` says to whom, because how
+/// What is wrong with the params of this method, or nothing if it is not served here: `modern` is the protocol of the client, because how
 /// to listen differs between the eras.
 pub fn wrong(method: &str, params: Option<&Value>, modern: bool) -> Option<String> {
     let check: fn(Value) -> Option<String> = match method {
@@ -47,7 +47,7 @@ fn told<T: DeserializeOwned>(params: Value) -> Option<String> {
     Some(format!("{field}: {}", error.into_inner()))
 }
 
-/// Which tool was to be called, as far as that can be told, and what the audit log is told of its arguments: what is not in its
+/// Which tool was to be called, if that is known, and what the audit log gets of its arguments: what is not in its
 /// place cannot be searched for secrets.
 pub fn called(params: Option<&Value>) -> (String, Value) {
     let params = params.unwrap_or(&Value::Null);

@@ -1,4 +1,4 @@
-//! Whether bytes from a client are a message, and what it is answered if they are none. Pure.
+//! Whether bytes from a client are a message, and the response if they are not. Pure.
 //!
 //! The protocol's library drops what it cannot read, and its client then waits for an answer until it gives up. So every message is
 //! looked at here first.
@@ -54,7 +54,7 @@ pub fn read(bytes: &[u8]) -> ParsedMessage {
         return ParsedMessage::Nothing;
     }
     if let Ok(message) = serde_json::from_slice(bytes) {
-        // The library takes a request whose id is none for a notification, which nobody answers.
+        // The library takes a request with an invalid id for a notification, which gets no response.
         if !matches!(message, JsonRpcMessage::Notification(_)) || !has_id(bytes) {
             return ParsedMessage::Message(Box::new(message));
         }
@@ -62,7 +62,7 @@ pub fn read(bytes: &[u8]) -> ParsedMessage {
     let value: Value = match serde_json::from_slice(bytes) {
         Ok(value) => value,
         Err(error) => {
-            // JSON that is nested too deeply is JSON all the same: it has an id.
+            // JSON that is nested too deeply is JSON nevertheless: it has an id.
             let is_deep = error.to_string().starts_with("recursion limit");
             let id = if is_deep { id_in(bytes) } else { None };
             let words = if is_deep { "the message is nested too deeply" } else { "the message is not JSON" };
@@ -75,7 +75,7 @@ pub fn read(bytes: &[u8]) -> ParsedMessage {
         return ParsedMessage::Refused(Refusal::invalid(None, words));
     };
     let id = fields.get("id");
-    // A notification: nobody waits for its answer.
+    // A notification: it gets no response.
     if id.is_none() && fields.get("method").is_some_and(Value::is_string) {
         return ParsedMessage::Nothing;
     }
@@ -101,7 +101,7 @@ pub fn id_in(bytes: &[u8]) -> Option<RequestId> {
     seeker.id()
 }
 
-/// Looks for the id of a message that is too long to be kept: the value of `id` in its outermost object.
+/// Finds the id of a message that is too long to be kept: the value of `id` in its outermost object.
 #[derive(Debug, Default)]
 pub struct IdSeeker {
     depth: usize,

@@ -1,6 +1,6 @@
 //! What commands wrote, kept whole for a while where an answer shows only both ends of it.
 //!
-//! Invariant: bounded in number and in bytes, and shown to nobody but the caller whose command it was. It is in memory: it ends
+//! Invariant: bounded in number and in bytes, and shown only to the caller whose command it was. It is in memory: it ends
 //! with the server.
 
 use std::collections::VecDeque;
@@ -26,7 +26,7 @@ pub struct Output {
     pub actor: String,
     /// Which stream, and of which VM.
     pub title: String,
-    /// What it wrote; of very much the middle is missing, and a line says so.
+    /// What it wrote; of very much the middle is missing, and a line states that.
     pub bytes: Vec<u8>,
 }
 
@@ -35,7 +35,7 @@ pub struct Output {
 pub struct OutputStore(Mutex<VecDeque<Arc<Output>>>);
 
 impl OutputStore {
-    /// Keeps one, and forgets the oldest where there is no room.
+    /// Keeps one, and drops the oldest if the store is full.
     pub fn keep(&self, actor: &str, title: String, bytes: Vec<u8>) -> Result<Arc<Output>> {
         let id = nido_files::random::id()?;
         let output = Arc::new(Output { id, actor: actor.into(), title, bytes });
@@ -82,7 +82,7 @@ impl OutputBuffer {
         }
     }
 
-    /// What there is of it.
+    /// The stored part of it.
     pub fn bytes(self) -> Vec<u8> {
         let mut bytes = self.head;
         if self.left_out > 0 {

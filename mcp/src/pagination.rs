@@ -1,6 +1,6 @@
 //! Long lists, a page at a time. Pure.
 //!
-//! Invariant: a cursor names a place, not a number of entries; what comes and goes meanwhile makes no other entry be missed or come twice.
+//! Invariant: a cursor names a position, not a number of entries; adding or removing entries meanwhile does not skip or repeat others.
 
 use nido_api::VmInfo;
 use nido_api::error::{Code, Error, Result};
@@ -23,7 +23,7 @@ pub fn cursor_of_vms(cursor: Option<&str>) -> Result<Option<&str>> {
     }
 }
 
-/// At most so many of those that stand behind the cursor, and the cursor of the next page, if there is one. `place` says where one
+/// At most so many of those that stand behind the cursor, and the cursor of the next page, if there is one. `place` returns where one
 /// stands among all, and never changes.
 pub fn page<T>(
     mut all: Vec<T>,

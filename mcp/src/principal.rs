@@ -11,7 +11,7 @@ pub struct Principal {
     pub actor: String,
     /// What they may do.
     pub scope: Scope,
-    /// What VMs may be that they make, beside what the policy says.
+    /// The limits of the VMs that they create, in addition to the policy.
     pub limits: Limits,
 }
 

@@ -30,7 +30,7 @@ struct Step {
 pub struct Progress {
     steps: watch::Sender<Step>,
     /// What the client has not received yet. One receiver for the whole call: a step that work reports before the client is
-    /// served is sent all the same.
+    /// served is sent nevertheless.
     unsent: Arc<Mutex<watch::Receiver<Step>>>,
 }
 
@@ -52,7 +52,7 @@ impl Progress {
         });
     }
 
-    /// A start goes on.
+    /// A start continues.
     pub fn stage(&self, stage: StartStage) {
         let (done, words) = match stage {
             StartStage::Preparing => (1.0, "preparing disk and configuration"),

@@ -6,7 +6,7 @@
 //!     If its exit_code is not 0, continue with step 5.             what else there is to decide
 //! ```
 //!
-//! A model reads it, and so does the test that follows it to the letter (`tests/mcp/prompts.py`).
+//! A model reads it, and so does the test that follows it exactly (`tests/mcp/prompts.py`).
 //!
 //! Invariant: what users give is in the text as a JSON string, or between marks, and nowhere else.
 
@@ -18,7 +18,7 @@ const WORK: &str = "/srv/work";
 const FETCH_SECONDS: u64 = 300;
 /// How long tests may take.
 const TESTS_SECONDS: u64 = 1800;
-/// How often they may be run again, when something was missing. The step says it in a word.
+/// How often they may be run again, when something was missing. The step states it in a word.
 const REPEATS: u64 = 3;
 /// The memory of their VM, in MiB.
 pub const TESTS_MEMORY_MIB: u32 = 1024;
@@ -110,7 +110,7 @@ fn rules(last: usize) -> String {
     )
 }
 
-/// The step that ends every recipe but for what the user is told.
+/// The step that ends every recipe but for the report to the user.
 fn delete(name: &str) -> String {
     String::from("Delete the VM, whatever happened before. It is yours, so usually no confirmation is needed.\n")
         + &call("vm_delete", json!({ "name": name, "force": true }))
@@ -281,7 +281,7 @@ mod tests {
                     assert!(arguments.get(key.as_str().unwrap()).is_some(), "{}: {key}", tool.name());
                 }
             }
-            // What is said to be the step in which things end is that one.
+            // The step that is named as the last one is the last one.
             assert!(text.contains("continue with step 4.") && text.contains("\n4. Delete the VM"), "{text}");
         }
     }

@@ -1,6 +1,6 @@
 //! What the protocol asks of a server: lists, calls, reading, listening.
 //!
-//! Both eras of the protocol come here. Where they differ it is in how listeners are told, and in how a person is asked.
+//! Serves both versions of the protocol. They differ in how listeners are notified, and in how a confirmation is requested.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -45,14 +45,14 @@ const FIXED_FOR_MS: u64 = 3_600_000;
 /// How long it may keep what changes with every VM.
 const FRESH_FOR_MS: u64 = 0;
 
-/// Says how long a result may be kept, in the revision that has a word for it.
+/// States how long a result may be cached, in the revision that has a field for it.
 macro_rules! kept_for {
     ($result:expr, $ms:expr, $context:expr) => {
         if is_modern(&$context) { $result.with_ttl_ms($ms).with_cache_scope(CacheScope::Private) } else { $result }
     };
 }
 
-/// How much of the name of a resource that there is not is said again, in bytes.
+/// How much of the name of an unknown resource is repeated, in bytes.
 const URI_SHOWN: usize = 2048;
 
 /// One session's view of the server, or one request's where there are no sessions.
@@ -63,7 +63,7 @@ pub struct Server {
     subscribed: Arc<SubscribedUris>,
     /// Over when the last of this server is dropped.
     session: Arc<Session>,
-    /// Whether a client has said `initialize`.
+    /// Whether a client has sent `initialize`.
     initialized: Arc<AtomicBool>,
 }
 
@@ -79,12 +79,12 @@ impl Server {
         Self { app: Arc::clone(app), principal: None, subscribed: Arc::default(), session, initialized: Arc::default() }
     }
 
-    /// What a throw-away VM belongs to that is made now. A request that stands for itself is over with its answer.
+    /// The owner of an ephemeral VM that is created now. A complete request ends with its response.
     fn session(&self, context: &RequestContext<RoleServer>) -> SessionKey {
         if self.principal.is_none() && is_modern(context) { SessionKey::SERVER } else { self.session.key() }
     }
 
-    /// Who asks. A session does not lend its caller's rights to whoever else knows its number.
+    /// The caller. A session does not grant its caller's rights to another caller that knows its id.
     fn principal(&self, context: &RequestContext<RoleServer>) -> Result<Principal, ErrorData> {
         let with_request = || context.extensions.get::<Parts>()?.extensions.get::<Principal>().cloned();
         let known = self.principal.clone().or_else(with_request);
@@ -92,7 +92,7 @@ impl Server {
     }
 }
 
-/// Writes down what was read, and not by a tool. Where that cannot be written, nothing is shown.
+/// Records what was read, and not by a tool. Where that cannot be written, nothing is shown.
 async fn audit_read(
     app: &App,
     who: &Caller,
@@ -139,7 +139,7 @@ fn refused(error: &Error) -> ErrorData {
     }
 }
 
-/// The same of a resource, which is named as the protocol says.
+/// The same of a resource, which is named as in the protocol.
 fn refused_reading(error: &Error, uri: &str) -> ErrorData {
     let mut refused = refused(error);
     if let Some(data) = &mut refused.data {
@@ -193,7 +193,7 @@ impl ServerHandler for Server {
         let asked = &request.protocol_version;
         let mut info = self.get_info();
         info.protocol_version = match asked {
-            // Whoever speaks it speaks the one before it, and perhaps none behind it.
+            // A client that speaks it speaks the one before it, and possibly no newer one.
             version if *version == ProtocolVersion::V_2025_03_26 => ProtocolVersion::V_2024_11_05,
             known if known.has_initialize() && self.supported_protocol_versions().contains(known) => known.clone(),
             _ => ProtocolVersion::LATEST_WITH_INITIALIZE,
@@ -231,7 +231,7 @@ impl ServerHandler for Server {
             return Err(ErrorData::invalid_params("there is no such tool; tools/list tells which there are", None));
         };
         let retry = Retry { answers: request.input_responses, state: request.request_state };
-        // Large, and on the stack of whoever serves the session otherwise.
+        // Large, and otherwise on the stack of the session's task.
         let session = self.session(&context);
         self.app.leases().take_over(session, &principal.caller(&context));
         let asked = CallRequest { tool, arguments, retry, session };

@@ -50,13 +50,13 @@ pub async fn serve(app: &Arc<App>, end: impl Future<Output = ()>) -> Result<()> 
 async fn session(app: &Arc<App>) -> Result<()> {
     let server = Server::of(app, Principal::own_user(app.settings().scope));
     let (input, output) = rmcp::transport::stdio();
-    // Calls are still answered then; listeners would be waited for in vain.
+    // Calls are still answered then; listeners would never end.
     match server.serve(LineTransport::new(input, output, nobody_reads, app.quiet().clone())).await {
         Ok(running) => {
             let ended = running.waiting().await;
             ended.map(drop).map_err(|e| Error::internal(format!("the session broke down: {e}")))
         }
-        // It went away before it said anything that needs an answer.
+        // It disconnected before it sent a request.
         Err(ServerInitializeError::ConnectionClosed(_)) => Ok(()),
         Err(error) => {
             let words = format!("the client does not speak MCP: {}", plain(&error.to_string()));
@@ -166,7 +166,7 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> LineTr
         Some(Refusal::invalid(Some(request.clone()), words))
     }
 
-    /// The next line, or nothing at the end. Dropped and called again it goes on where it was.
+    /// The next line, or nothing at the end. Dropped and called again, it continues where it was.
     async fn next(&mut self) -> Option<ParsedMessage> {
         loop {
             let available = self.input.fill_buf().await.ok().filter(|bytes| !bytes.is_empty())?;
@@ -302,7 +302,7 @@ mod tests {
         TxJsonRpcMessage::<RoleServer>::error(error, Some(RequestId::Number(id)))
     }
 
-    // 2,650 answers that nobody read took 1.1 GB.
+    // 2,650 unread responses took 1.1 GB.
     #[tokio::test]
     async fn a_client_that_does_not_read_is_not_read_from() {
         let (mut lines, mut said, mut heard) = lines(false);

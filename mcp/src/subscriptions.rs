@@ -1,4 +1,4 @@
-//! What happens to VMs and templates, told to sessions that want to know: one look at the event log for all of them. Logs that grow are
+//! Notifies subscribed sessions of changes of VMs and templates: one reader of the event log for all of them. Logs that grow are
 //! looked at for those who subscribed to them, every [`LOGS_EVERY`].
 //!
 //! Invariant: the log is read once, however many sessions listen.
@@ -21,7 +21,7 @@ use crate::resource_uri::{TEMPLATES, VMS, logs_uri, vm_of};
 
 /// How many events a slow session may be behind.
 const BEHIND: usize = 1024;
-/// How often logs are looked at, and how often a session is told of one at most.
+/// How often logs are checked, and how often a session is notified of one at most.
 const LOGS_EVERY: Duration = Duration::from_secs(2);
 
 /// What has changed.
@@ -49,13 +49,13 @@ impl Change {
     }
 }
 
-/// Notifies listeners of changes. The event log is not read before somebody listens.
+/// Notifies listeners of changes. The event log is not read before the first subscription.
 #[derive(Debug)]
 pub struct ChangeFeed {
     nido: Arc<Nido>,
     /// The server's background work.
     tasks: TaskTracker,
-    /// Done when nobody listens any more.
+    /// Completes when no listener remains.
     quiet: CancellationToken,
     sender: broadcast::Sender<Change>,
     started: Mutex<bool>,
@@ -70,7 +70,7 @@ impl ChangeFeed {
 
     /// The list of resources has one more.
     pub fn output_kept(&self) {
-        // Nobody may be listening at the moment.
+        // There may be no listener at the moment.
         let _ = self.sender.send(Change::Output);
     }
 
@@ -101,7 +101,7 @@ impl ChangeFeed {
                 Ok((events, cursor)) if cursor != request.since => {
                     request.since = cursor;
                     for Event { event: kind, vm_name: vm, .. } in events {
-                        // Nobody may be listening at the moment.
+                        // There may be no listener at the moment.
                         let _ = self.sender.send(Change::Event { kind, vm });
                     }
                     continue;
@@ -168,7 +168,7 @@ impl LogSizes {
     }
 }
 
-/// Tells a session with `initialize` until it is gone.
+/// Notifies a session with `initialize` until it ends.
 pub async fn tell_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscribed: Arc<SubscribedUris>) {
     let mut changes = feed.listen();
     let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOGS_EVERY));
@@ -206,7 +206,7 @@ pub async fn tell_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscri
     }
 }
 
-/// Tells a request that listens until it is cancelled or the server ends.
+/// Notifies a request that listens until it is cancelled or the server ends.
 pub async fn tell_listener(feed: Arc<ChangeFeed>, context: SubscriptionContext) {
     let mut changes = feed.listen();
     let SubscriptionFilter { resource_subscriptions, resources_list_changed, .. } = context.accepted().clone();

@@ -5,7 +5,7 @@
 //!      │ yes
 //!  attempt, on the disk (call_audit.rs)
 //!      │
-//!  arguments are parsed into an operation ── invalid ──> error, nobody is asked
+//!  arguments are parsed into an operation ── invalid ──> error, without a confirmation
 //!      │
 //!  where a person has to confirm (confirmation.rs): the operation is admitted, or fails; then the person is asked
 //!      │
@@ -14,7 +14,7 @@
 //!      │ too long for a client to wait: a job, answered at once and asked for later; where there can be none, it is cancelled
 //! ```
 //!
-//! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written down, nothing is shown.
+//! Invariant: if the attempt cannot be written, nothing is done; if a read cannot be recorded, nothing is returned.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -49,7 +49,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(10);
 /// The outcome of the work.
 type WorkOutcome = std::result::Result<Result<ToolResult>, JoinError>;
 
-/// Why a call does not go on.
+/// Why a call stops.
 #[derive(Debug)]
 enum Stop {
     /// The user is asked first.
@@ -133,7 +133,7 @@ pub async fn carry_out(
         Err(Stop::Failed(error)) => return Ok(result(Err(failed(&call, &error, name).await)).into()),
     };
     call.vm = permission.vm;
-    // Whoever drops this call does not want its work any more.
+    // Dropping this call cancels its work.
     let unwanted = cancelled.clone().drop_guard();
     let done = call.clone();
     let verdict = move |outcome: &Result<ToolResult>| call_audit::verdict(&done, &outcome.as_ref(), permission.word);
@@ -223,7 +223,7 @@ async fn answered(
     }
 }
 
-/// Work that takes too long and cannot become a job: nobody would hear of its end, so it is stopped before that is said.
+/// Work that takes too long and cannot become a job: its end could not be reported, so it is stopped before the response.
 async fn given_up(
     call: &CallContext,
     name: Option<VmName>,
@@ -248,14 +248,14 @@ async fn given_up(
     Ok(result(Err(failed(call, &Error::new(why.code(), words), name).await)).into())
 }
 
-/// The work, and what is told beside its result.
+/// The work, and the notes for its result.
 async fn work(call: CallContext, operation: Box<dyn Operation>) -> Result<ToolResult> {
     let done = operation.run(call.clone()).await?;
     let notes = call.notes().arguments.clone();
     Ok(done.noted(&notes))
 }
 
-/// Carries a job to its end, and writes down how that was.
+/// Carries a job to its end, and records how that was.
 async fn job_of(call: CallContext, id: String, work: JoinHandle<Result<ToolResult>>) {
     let outcome = async {
         match work.await {

@@ -2,7 +2,7 @@
 
 use crate::rig::TestHome;
 
-/// What is decided about a VM shows in `info`, and the guest is what it says.
+/// The machine that was selected for a VM is in `info`, and the guest has it.
 fn check_sandbox(machine: &'static str) {
     let home = TestHome::new();
     let vm = home.spawn("box", &["--machine", machine, "--cold"]);

@@ -1,4 +1,4 @@
-//! The core of the suite: spawn, exec, copy, forward, stop, start, delete; as whoever runs the suite and, if that is
+//! The core of the suite: spawn, exec, copy, forward, stop, start, delete; as the user who runs the suite and, if that is
 //! root, as an ordinary user too.
 
 use std::fs;

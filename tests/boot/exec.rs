@@ -133,7 +133,7 @@ fn streams_are_complete_and_not_buffered() {
 fn a_blocked_command_does_not_block_others() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
-    // One that says nothing, one whose output nobody reads, one whose input is never read.
+    // One without output, one whose output is not read, one whose input is not read.
     let (_silent, _silent_keys) = vm.exec(["sleep", "98767"]).start();
     let (unread, _unread_keys) = vm.exec(["yes"]).start();
     unread.read_until("y\ny\n");
@@ -154,7 +154,7 @@ fn a_blocked_command_does_not_block_others() {
         stuck.wait().expect(137);
     }
     assert!(feed.join().unwrap().is_err());
-    // With their callers dead, the commands end too.
+    // When their callers have ended, the commands end, too.
     for command in ["sleep 98767", "yes"] {
         eventually("the end of what was stuck", || pids_with(&vm, command).is_empty().then_some(()));
     }

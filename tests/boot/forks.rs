@@ -1,4 +1,4 @@
-//! VMs that go on from a bake instead of booting: when they do, that each is a machine of its own, and what is said where
+//! VMs that resume from a bake instead of booting: when they do, that each has its own identity, and what is reported where
 //! they cannot.
 
 use std::collections::BTreeSet;
@@ -22,7 +22,7 @@ fn a_fresh_vm_is_forked_and_one_that_was_in_use_boots() {
     assert_eq!(vm.exec(["hostname"]).text(), "web");
     assert_eq!(vm.sh("cat /etc/hostname; getent hosts web | awk '{print $1}'").text(), "web\n127.0.1.1");
     assert_eq!(vm.sh("ip -br -4 addr show eth0 | awk '{print $3}'").text(), "10.0.2.15/24");
-    // The disk that was asked for, although the guest was saved with another.
+    // The disk that was requested, although the guest was saved with another.
     assert_eq!(vm.exec(["cat", "/sys/block/vda/size"]).text(), ((4_u64 << 30) / 512).to_string());
     eventually("the file system has grown", || {
         let kib: u64 = vm.sh("df -k --output=size / | tail -n 1").text().trim().parse().unwrap();
@@ -93,7 +93,7 @@ fn a_bake_of_another_qemu_is_never_loaded() {
         done.stderr
     );
     assert_eq!(path(&home.nido(["info", "web"]).json()), "cold");
-    // Baked again it is as good as new.
+    // Baked again it is equivalent to new.
     home.nido(["template", "bake", "sandbox"]).ok();
     home.nido(["spawn", "quick", "--fork"]).ok();
     for name in ["web", "quick"] {
@@ -181,7 +181,7 @@ fn a_supervisor_killed_while_it_forks_is_replaced() {
         }
         let done = spawning.wait();
         if done.code == 0 {
-            // Another one has brought it to its end: renewed, or it would not answer to its token.
+            // Another supervisor has completed it: the identity was reset, or it would not accept its token.
             assert_eq!(home.nido(["exec", "web", "--", "hostname"]).text(), "web");
             home.nido(["delete", "--force", "web", "--yes"]).ok();
         }
@@ -196,7 +196,7 @@ fn a_template_whose_bake_is_in_use_keeps_its_parts() {
     let vm = home.spawn("user", &["--net", "none", "--fork"]);
     let refused = home.nido(["template", "delete", "sandbox"]).problem(1, "template_in_use");
     assert!(refused["detail"].as_str().unwrap().contains("user"));
-    // Its bake is replaced, and the one it runs on stays until it is gone.
+    // Its bake is replaced, and the one it runs on stays until the VM is deleted.
     home.nido(["template", "bake", "sandbox", "--net", "none", "--again"]).ok();
     vm.sh("find / -xdev -type f -size -64k -print0 | head -z -n 2000 | xargs -0 cat > /dev/null").ok();
     vm.nido("restart", &[]).ok();
@@ -220,7 +220,7 @@ fn a_running_vm_is_copied_and_runs_on() {
         assert!(info["forwards"].as_array().unwrap().is_empty());
         let sh = |script: &str| home.nido(["exec", name, "--", "sh", "-c", script]).text();
         assert_eq!(sh("cat /root/note /dev/shm/note /proc/sys/kernel/hostname"), format!("data\nmemory\n{name}"));
-        // The process goes on in the copy.
+        // The process continues in the copy.
         let copy = Vm { home: &home, name };
         copy.await_count();
         for fact in fingerprint(&copy) {
@@ -251,7 +251,7 @@ fn a_running_vm_is_copied_and_runs_on() {
     }
 }
 
-// What a process asked of /dev/urandom first was the same in all copies: they ran before they were renewed.
+// What a process asked of /dev/urandom first was the same in all copies: they ran before the identity reset.
 #[test]
 fn copies_of_a_running_vm_never_draw_the_same_random_numbers() {
     const DRAWN_LEAST: usize = 20;
@@ -289,7 +289,7 @@ fn copies_of_a_running_vm_never_draw_the_same_random_numbers() {
     }
 }
 
-/// A guest with host keys and something that has to be renewed by a hook. The sandbox has no ssh server, so a few lines stand
+/// A guest with host keys and something that a hook has to reset. The sandbox has no ssh server, so a few lines stand
 /// in for the maker of keys.
 const OWN_THINGS: &str = r#"
     cat > /usr/bin/ssh-keygen <<'KEYGEN'
@@ -335,7 +335,7 @@ fn clones_of_a_template_made_from_a_vm_reset_their_identity() {
         home.nido(["delete", "--force", name, "--yes"]).ok();
     }
 
-    // A clone whose hook fails is there all the same, and says so.
+    // A clone whose hook fails exists nevertheless, and has a warning.
     vm.sh(
         "printf '#!/bin/sh\necho no >&2\nexit 7\n' > /etc/nido/renew.d/20-fails; chmod 755 /etc/nido/renew.d/20-fails",
     )

@@ -29,7 +29,7 @@ fn files_and_processes_are_closed_to_others() {
     let qemu = vm.qemu();
     assert_eq!(qemu.status("Seccomp").as_deref(), Some("2"));
     assert_eq!(qemu.status("NoNewPrivs").as_deref(), Some("1"));
-    // The token is nobody's business: neither on a command line nor in an environment.
+    // The token is private: neither on a command line nor in an environment.
     let config = fs::read(dir.join("guest.cbor")).unwrap();
     let token = config.windows(34).find(|at| at.starts_with(b"\x58\x20")).expect("32 bytes of CBOR")[2..].to_vec();
     let hex: String = token.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -89,7 +89,7 @@ fn the_monitor_cannot_start_programs() {
     let vm = home.spawn("web", &["--net", "none"]);
     let (dir, qemu) = (vm.dir(), vm.qemu());
     let marker = home.user_dir().join("broken-out");
-    // The monitor talks to one at a time; without its supervisor it is free.
+    // The monitor serves one client at a time; without its supervisor it is free.
     vm.kill_supervisor();
     let mut monitor = connect(&dir, "qmp.sock");
     let mut lines = BufReader::new(monitor.try_clone().unwrap()).lines();

@@ -17,9 +17,9 @@ use crate::{Options, guest, keys};
 
 /// What can happen.
 enum Happening {
-    /// Somebody has connected to the monitor.
+    /// A client has connected to the monitor.
     Connected(UnixStream),
-    /// It has said something.
+    /// It has sent a message.
     Line(String),
     /// It has gone.
     Disconnected,
@@ -375,7 +375,7 @@ fn await_end(mut agent: Child, sender: Sender<Happening>) {
 
 /// SIGTERM becomes a happening. To be called before there are other threads.
 fn await_sigterm(sender: Sender<Happening>) {
-    // Blocked by whoever started it: as with QEMU, it never comes.
+    // Blocked by the process that started it: as with QEMU, it never comes.
     if SigSet::thread_get_mask().is_ok_and(|blocked| blocked.contains(Signal::SIGTERM)) {
         return;
     }

@@ -1,4 +1,4 @@
-//! `-machine none -qmp stdio`: what this QEMU says it can do. It has no kernel vsock, so that the agent is always reached
+//! `-machine none -qmp stdio`: what this QEMU reports that it can do. It has no kernel vsock, so that the agent is always reached
 //! through the socket that stands for the virtio-serial port.
 
 use std::io::{BufRead as _, Write as _};

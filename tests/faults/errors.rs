@@ -13,7 +13,7 @@ use crate::support::run::Ran;
 /// How many times one failpoint of one operation fails, at most.
 const TIMES_MAX: u32 = 1;
 
-/// A command either did what it was to do, or says in one sentence why not.
+/// A command either succeeded, or reports in one sentence why not.
 fn expect_result_or_sentence(ran: &Ran, rig: &Rig, operation: &Operation) {
     if ran.code() == 0 {
         assert!((operation.done)(rig), "it was acknowledged, and is not there");

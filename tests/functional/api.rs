@@ -25,7 +25,7 @@ fn the_lifecycle_of_a_vm_over_http() {
     assert_eq!(server.post("/v1/vms/web/pause", &json!({})).ok(200)["status"], "paused");
     assert_eq!(server.post("/v1/vms/web/resume", &json!({})).ok(200)["status"], "running");
     server.send("DELETE", "/v1/vms/web", &[], b"").problem(409, "vm_busy");
-    // A body may be absent where nothing has to be said.
+    // A body may be absent if no field is required.
     assert_eq!(server.send("POST", "/v1/vms/web/stop", &[], b"").ok(200)["status"], "stopped");
     assert_eq!(server.post("/v1/vms/web/start", &json!({"wait": true})).ok(200)["status"], "running");
     assert_eq!(server.send("DELETE", "/v1/vms/web?force=true", &[], b"").ok(200)["name"], "web");
@@ -236,7 +236,7 @@ fn a_request_with_a_key_is_carried_out_by_one_server_and_never_again() {
     let again = ask(&body);
     assert_eq!(again.header("idempotency-replayed"), "true");
     assert_eq!(again.ok(200), done);
-    // One that was killed has left nobody who knows.
+    // The outcome of a killed one is unknown.
     let body = json!({ "command": command("sleep 98751") }).to_string();
     let lost = begin(&first, "lost", &body);
     begun(2);

@@ -19,7 +19,7 @@ fn requests_without_a_valid_token_are_refused() {
         ask(&[("authorization", bad)]).problem(401, "unauthorized");
     }
     ask(&[("authorization", &good)]).ok(200);
-    // What says nothing about VMs is open.
+    // Routes without information about VMs are open.
     server.plain("GET", "/healthz", &[], b"").ok(200);
     server.plain("GET", "/openapi.json", &[], b"").ok(200);
     server.plain("GET", "/metrics", &[], b"").problem(401, "unauthorized");
@@ -95,7 +95,7 @@ fn behind_a_proxy_its_host_and_origin_are_accepted_and_links_lead_there() {
     assert!(index.contains("src=\"page/app.js\"") && !index.contains("=\"/"), "{index}");
 }
 
-// Proxies keep an answer until a buffer is full, unless they are told not to.
+// Proxies keep an answer until a buffer is full, unless a header forbids it.
 #[test]
 fn a_stream_of_events_is_not_buffered_by_proxies() {
     let home = Home::new();
@@ -119,7 +119,7 @@ fn other_machines_are_let_in_over_tls_only() {
     refused(&["--bind", "0.0.0.0"]);
     let server = Server::with(&home, &["--allow-remote", "--insecure-http"]);
     assert!(server.address().starts_with("0.0.0.0:"));
-    // Without a certificate of the user's the server makes its own, and tells its fingerprint.
+    // Without a certificate of the user's the server makes its own, and prints its fingerprint.
     let live = home.nido(["api-server", "start", "--port", "0", "--allow-remote", "--json"]).start();
     let listening: serde_json::Value = serde_json::from_str(&live.line()).unwrap();
     let address = listening["address"].as_str().unwrap().strip_prefix("https://0.0.0.0:").unwrap().to_owned();

@@ -53,12 +53,12 @@ fn attempts_are_in_the_audit_log_before_they_run() {
     let log = format!("{lines:?}");
     assert!(!log.contains("s3cret") && !log.contains("hunter2"), "{log}");
     home.nido(["audit", "verify"]).run().ok();
-    // Where it cannot be written down, it is not done.
+    // Where it cannot be recorded, it is not done.
     let audit = home.path().join("audit");
     std::fs::rename(&audit, home.scratch("kept")).unwrap();
     std::fs::write(&audit, "").unwrap();
     server.send("DELETE", "/v1/vms/web?force=true", &[], b"").problem(503, "audit_failed");
-    // Nor is anything told.
+    // Nor is anything returned.
     server.get("/v1/vms/web").problem(503, "audit_failed");
     server.get("/healthz").ok(200);
     std::fs::remove_file(&audit).unwrap();
@@ -192,7 +192,7 @@ fn a_replayed_response_has_its_own_audit_line() {
     assert_eq!(reads[0]["params"], acts[0]["params"]);
     assert_ne!(reads[0]["id"], acts[0]["id"]);
     assert!(!text(&home).contains("s3cr3t"));
-    // What cannot be written down is not told again.
+    // A replay that cannot be recorded is not sent.
     let audit = home.path().join("audit");
     std::fs::rename(&audit, home.scratch("kept")).unwrap();
     std::fs::write(&audit, "").unwrap();
@@ -322,7 +322,7 @@ fn reads_push_no_act_out_of_the_log_and_repeat_in_one_line() {
     assert_eq!(show(&home, ["--tool", "vm_delete"]).len(), 2);
 }
 
-// An agent that tried its token at the REST API left no trace; nor did whoever guessed tokens.
+// An agent that tried its token at the REST API left no trace; nor did attempts to guess tokens.
 #[test]
 fn refused_clients_are_recorded() {
     let home = Home::new();

@@ -62,7 +62,7 @@ fn a_request_that_was_refused_before_it_began_may_be_sent_again_with_its_key() {
     server.send("POST", "/v1/vms/web/exec", &headers, body.to_string().as_bytes()).problem(422, "spec_invalid");
 }
 
-// The 202 of an operation was replayed when its operation was not known any more.
+// The 202 of an operation was replayed when its operation no longer existed.
 #[test]
 fn repeating_a_key_returns_the_operations_current_state() {
     let home = Home::new();
@@ -80,7 +80,7 @@ fn repeating_a_key_returns_the_operations_current_state() {
     send().problem(409, "outcome_unknown");
 }
 
-// A client that names JSON by default was refused where it had nothing to say.
+// A client that names JSON by default was refused where it sent no body.
 #[test]
 fn an_optional_body_may_be_empty_with_any_content_type() {
     let home = Home::new();
@@ -200,7 +200,7 @@ fn an_operation_is_its_callers_and_the_admins() {
     ask("DELETE", &of_one, &one).ok(200);
 }
 
-// A request with a key went on after its token had been revoked.
+// A request with a key continued after its token had been revoked.
 #[test]
 fn a_command_with_a_key_ends_with_its_token() {
     let home = Home::new();

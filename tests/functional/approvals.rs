@@ -1,4 +1,4 @@
-//! Approvals over the real `nido`: what waits is listed, a person's word counts once, and for nothing but what was asked.
+//! Approvals over the real `nido`: pending requests are listed, a decision counts once, and only for its request.
 
 use nido_api::error::Code;
 use nido_api::{Ask, RestoreRequest, StopRequest, VmRef};

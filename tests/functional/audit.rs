@@ -224,7 +224,7 @@ fn a_checkpoint_finds_a_truncated_and_a_rewritten_log() {
     let problem = against().fails(1, "audit_broken");
     assert!(problem["detail"].as_str().unwrap().contains("it was truncated"), "{problem}");
 
-    // Written anew by the owner, with another key.
+    // Rewritten by the owner, with another key.
     fs::remove_dir_all(home.path().join("audit")).unwrap();
     for name in ["a", "b", "c", "d"] {
         home.nido(["delete", name, "--json"]).run().fails(1, "vm_not_found");
@@ -372,7 +372,7 @@ fn without_its_line_nothing_is_done() {
     assert_eq!(verify(&home)["lines"], 2);
 }
 
-// `verify` said "the log is empty", and that all was well.
+// `verify` reported "the log is empty", and that all was well.
 #[test]
 fn a_log_that_was_emptied_or_removed_is_noticed() {
     let home = with_operations(2);

@@ -27,7 +27,7 @@ fn changes_of_tokens_and_webhooks_are_recorded() {
     let made = home.nido(["token", "create", "--name", "ci", "--scope", "run", "--expires", "1h", "--json"]).run();
     let made = made.ok().json();
     let (id, token) = (made["id"].as_str().unwrap(), made["token"].as_str().unwrap());
-    // Who takes the token itself for its name has not told it to the log.
+    // A token that is given as its name is not written to the log.
     home.nido(["token", "revoke", token, "--json"]).run().fails(1, "token_not_found");
     home.nido(["token", "revoke", id]).run().ok();
     home.nido(["token", "revoke", "ci", "--json"]).run().fails(1, "token_not_found");

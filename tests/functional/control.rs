@@ -106,7 +106,7 @@ fn a_stop_ends_also_if_qemu_does_not_reply_to_the_next_supervisor() {
     let stopping = home.nido(["stop", "web", "--timeout", "1h"]).start();
     home.await_info("web", |info| info["status"] == "stopping");
     kill_process(pid_of(&home, "fake-qemu"), Signal::STOP).unwrap();
-    // Nor does its client ask for the stop again.
+    // Nor does its client request the stop again.
     stopping.signal(Signal::KILL);
     drop(stopping.wait());
     processes::kill(pid_of(&home, " supervise "));

@@ -241,7 +241,7 @@ fn a_tree_copy_skips_and_names_unreadable_entries() {
         assert_eq!(fs::read(copy.join("c")).unwrap(), b"c");
         assert!(!copy.join("b").exists() && !copy.join("closed").exists());
     }
-    // Said to people, too. A file alone is an error of its own.
+    // In the text output, too. A file alone is an error of its own.
     let ran = home.nido(["cp"]).arg(home.scratch("here/tree")).arg(to(&home.scratch("there/x"))).plainly().run();
     let ran = ran.exits(1);
     assert!(ran.stderr.contains("2 entries could not be read") && ran.stderr.contains("tree/b"), "{}", ran.stderr);

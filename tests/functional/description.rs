@@ -14,13 +14,13 @@ const NOT_HERE: [&str; 1] = ["vm_fork"];
 /// A client that has read the description.
 struct Client<'a> {
     server: &'a Server,
-    /// By operation: method, path, and what is said of it.
+    /// By operation: method, path, and its description.
     operations: BTreeMap<String, (String, String, Value)>,
     /// The links that were followed.
     followed: Vec<String>,
 }
 
-/// What was answered, and the request's part in it.
+/// A response, and the request's part in it.
 struct Told {
     operation: String,
     status: u16,
@@ -129,7 +129,7 @@ fn openapi_links_lead_to_the_described_operations() {
     let begun = json!({ "name": "later", "start": false });
     let begun = client.ask("vm_spawn", &BTreeMap::new(), Some(&begun), "respond-async");
     assert_eq!(begun.status, 202);
-    // Polled, then cancelled; after that it is not known any more.
+    // Polled, then cancelled; after that it does not exist any more.
     client.follow_all(&begun, 1);
 
     let mut all: Vec<_> = client.operations.iter().flat_map(|(id, (_, _, operation))| names(id, operation)).collect();

@@ -176,7 +176,7 @@ fn output_that_cannot_be_written_is_an_error() {
 
 #[test]
 fn one_sigterm_ends_nido_even_if_the_guest_hangs() {
-    // A command that ignored it, or a guest that stood still, kept nido alive: timeout(1), systemd and CI send just one.
+    // A command that ignored it, or a guest that was paused, kept nido running: timeout(1), systemd and CI send just one.
     let home = vm();
     let script = "trap '' TERM; echo ready; while :; do sleep 0.05; done";
     let ignoring = home.nido(["exec", "web", "--", "sh", "-c", script]).start();
@@ -202,7 +202,7 @@ fn one_sigterm_ends_nido_even_if_the_guest_hangs() {
 
 #[test]
 fn a_command_that_is_too_large_is_not_the_guests_fault() {
-    // What nido itself could not put into a frame was laid at the guest's door: "may have been tampered with".
+    // What nido itself could not put into a frame was reported as a fault of the guest: "may have been tampered with".
     let home = vm();
     let long = "a".repeat(120_000);
     let mut arguments = home.nido(["exec", "web", "--json", "--", "true"]);
@@ -230,7 +230,7 @@ fn quotes_of_a_guests_message_are_not_escaped() {
 
 #[test]
 fn more_commands_than_the_guest_runs_at_once_wait_for_their_turn() {
-    // The 65th was told that the agent is out of reach, or had too many sessions.
+    // The 65th got the error that the agent is unreachable, or had too many sessions.
     let home = vm();
     let all: Vec<_> = (0..70).map(|_| home.nido(["exec", "web", "--", "sleep", "0.5"]).start()).collect();
     for exec in all {

@@ -67,7 +67,7 @@ fn the_end_of_the_connection_is_that_of_the_command() {
     let home = Home::new();
     let server = Server::with(&home, &["--patience", "1s"]);
     home.spawn("web");
-    // Said, or not said, or not read any more, or not there any more when asked.
+    // A client that sends, does not send, does not read, or does not reply to a ping.
     let mut closed = start(&server, &json!({"start": {"argv": ["sleep", "98741"]}}));
     closed.close();
     expect_none(&home, "sleep 98741");
@@ -111,7 +111,7 @@ fn a_command_is_in_the_audit_log_before_it_runs() {
     let command = json!({"argv": ["sh", "-c", "echo hi; exit 3"], "env": {"TOKEN": "s3cret"}, "stdin": "hunter2"});
     let mut socket = start(&server, &json!({"start": command, "pty": {"rows": 24, "columns": 80}}));
     socket.until("exit");
-    // Whoever is told of the end finds it there.
+    // A client that is notified of the end finds it there.
     assert_eq!(outcomes(&home), [["success", "exit_code:3"]]);
     let params = &lines(&home, "attempt")[0]["params"];
     assert_eq!((&params["name"], &params["argv"][2]), (&json!("web"), &json!("echo hi; exit 3")), "{params}");
@@ -125,13 +125,13 @@ fn a_command_is_in_the_audit_log_before_it_runs() {
     let mut socket = open(&server);
     socket.say(&json!({"start": {"argv": ["no-such-command"]}}));
     socket.until("error");
-    // Where nothing was begun somebody was there all the same.
+    // An attempt is recorded although no command was begun.
     let mut socket = open(&server);
     socket.say(&json!({"begin": {}}));
     socket.until("error");
     assert_eq!(outcomes(&home)[2..], [["error", "command_not_found"], ["error", "spec_invalid"]]);
     assert_eq!(lines(&home, "attempt").len(), 3);
-    // Where it cannot be written down it is not run.
+    // Where it cannot be recorded it is not run.
     let mut socket = open(&server);
     let (audit, proof) = (home.path().join("audit"), home.scratch("proof"));
     std::fs::rename(&audit, home.scratch("kept")).unwrap();
@@ -153,7 +153,7 @@ fn running_commands_may_finish_when_the_server_ends() {
     let mut running = start(&server, &json!({"start": {"command": "echo up; sleep 1; echo done"}}));
     running.expect("up\n");
     server.live().signal(Signal::TERM);
-    // Who has not said anything yet comes too late.
+    // A client that has sent nothing yet is too late.
     assert_eq!((idle.until("error").0["code"].as_str(), idle.next()), (Some("interrupted"), Message::Close));
     let (exit, out, _) = running.until("exit");
     assert_eq!((&exit["exit_code"], &out[..], running.next()), (&json!(0), &b"done\n"[..], Message::Close));
@@ -266,7 +266,7 @@ fn long_running_streams_end_with_their_token() {
     for command in ["sleep 98747", "sleep 98748"] {
         expect_none(&home, command);
     }
-    // Nobody else is cut off.
+    // No other client is disconnected.
     home.nido(["stop", "web"]).run().ok();
     while other.line() != "event: vm.stopped" {}
 }

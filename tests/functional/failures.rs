@@ -1,4 +1,4 @@
-//! What goes wrong: with the contract's code, one sentence, and nothing left over.
+//! Failures: with the contract's code, one sentence, and no orphans.
 
 use rustix::process::Signal;
 
@@ -117,7 +117,7 @@ fn a_vm_that_fails_under_kvm_has_failed_and_lowers_no_isolation() {
         let verdict = entry.map_or_else(String::new, |entry| entry["value"].to_string());
         assert!(!verdict.contains("web") && !verdict.contains("boot"), "a guest has written a verdict: {verdict}");
     }
-    // The same if nobody waits.
+    // The same without a waiting command.
     kvm.write(KvmVerdict::WORKS);
     home.nido(["spawn", "later", "--timeout", "2s", "--no-wait"]).run().ok();
     let info = home.await_info("later", |info| info["status"] == "failed");
@@ -299,7 +299,7 @@ fn the_doctor_reports_what_is_missing() {
     assert!(told.text().contains("failed   ") && told.text().contains("hint: "), "{}", told.text());
 }
 
-/// What the doctor says of a QEMU is what a start says of it.
+/// The doctor and a start report the same about a QEMU.
 #[test]
 fn the_doctor_reports_which_vms_a_qemu_can_start() {
     let machine = |home: &Home, code: i32| {

@@ -1,4 +1,4 @@
-//! Whatever is killed at whatever moment: nothing that happened is hidden, told out of order, or left lying about.
+//! Any process is killed at any moment: no event is lost or out of order, and no orphan remains.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read as _;
@@ -12,7 +12,7 @@ use crate::support::http::Server;
 use crate::support::receiver::Receiver;
 use crate::support::{Home, Live, processes, until};
 
-/// Rounds, unless `NIDO_KILL_ROUNDS` says otherwise.
+/// Rounds, unless `NIDO_KILL_ROUNDS` is set.
 const ROUNDS: u64 = 200;
 /// How many names there are: few, so that operations meet.
 const NAMES: u64 = 5;
@@ -40,7 +40,7 @@ fn number(variable: &str) -> Option<u64> {
     Some(std::env::var(variable).ok()?.parse().unwrap())
 }
 
-/// Something over REST, whose answer nobody waits for yet. The server may die meanwhile.
+/// A request over REST whose response is not awaited yet. The server may be killed meanwhile.
 fn ask(server: &Server, random: &mut Random) -> TcpStream {
     let name = random.name();
     let (method, path, body) = match random.below(12) {
@@ -76,7 +76,7 @@ fn kills_of_any_process_lose_no_event_and_leave_no_orphans() {
     println!("NIDO_KILL_SEED={seed} NIDO_KILL_ROUNDS={rounds}");
     let mut random = Random(seed);
     let receiver = Receiver::start();
-    // So that deliverers are killed while they wait for an answer, too.
+    // So that delivery workers are killed while they wait for a response, too.
     receiver.dawdle(Duration::from_millis(2));
     let home = Home::new();
     let webhook = add(&home, &receiver.url());
@@ -111,7 +111,7 @@ fn kills_of_any_process_lose_no_event_and_leave_no_orphans() {
     let doctor = home.nido(["doctor", "--json"]).run().json();
     let orphans = doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == "orphans").unwrap();
     assert_eq!(orphans["status"], "ok", "{orphans}");
-    // Those that live work, and go when they are told to.
+    // Running VMs work, and are deleted on request.
     for name in home.names() {
         home.nido(["delete", &name, "--force", "--yes"]).run().ok();
     }
@@ -155,7 +155,7 @@ fn all_events(home: &Home) -> Vec<Value> {
     }
 }
 
-/// What is told of a VM begins with its making and ends with its deletion, both once: nothing in between is missing at an end.
+/// The events of a VM begin with its creation and end with its deletion, both once: nothing in between is missing at an end.
 fn expect_whole_lives(events: &[Value]) {
     let mut lives: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for event in events.iter().filter(|event| event["vm_name"].is_string()) {
@@ -174,7 +174,7 @@ fn expect_whole_lives(events: &[Value]) {
 fn an_unreported_template_deletion_is_reported_by_the_next_reader() {
     let home = Home::new();
     home.nido(["template", "ls"]).run().ok();
-    // As by somebody who was killed behind it.
+    // As by a process that was killed after it.
     std::fs::remove_file(home.path().join("templates/sandbox.json")).unwrap();
     for _ in 0..2 {
         home.nido(["template", "ls"]).run().ok();

@@ -1,4 +1,4 @@
-//! The life of VMs: made, started, halted, stopped, forgotten; and what survives what.
+//! The lifecycle of VMs: created, started, paused, stopped, deleted; and what survives what.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -106,14 +106,14 @@ fn a_stop_whose_supervisor_is_killed_ends_all_the_same() {
     home.spawn("web");
     let stopping = home.nido(["stop", "web", "--timeout", "1s"]).start();
     home.await_info("web", |info| info["status"] == "stopping");
-    // The command asks the next supervisor again; any command that looks at the VM would start one as well.
+    // The command asks the next supervisor again; any command that reads the VM would start one as well.
     let all = processes::of(&home.path()).into_iter();
     all.filter(|(_, line)| line.contains(" supervise ")).for_each(|(pid, _)| processes::kill(pid));
     stopping.wait();
     home.await_info("web", |info| info["status"] == "stopped");
 }
 
-// A pause that was admitted before the stop halted the guest behind it, which could then never go down.
+// A pause that was admitted before the stop paused the guest after it, which could then never go down.
 #[test]
 fn a_guest_that_powers_off_is_not_paused() {
     let home = Home::new();

@@ -19,7 +19,7 @@ fn with_token(home: &Home, limits: &[&str]) -> (Server, impl Fn(&Server, &str, &
     (server, post)
 }
 
-// Whoever might make VMs might make any number of any size, with the host's network, and publish ports to everybody.
+// A caller with permission to create VMs could create any number of any size, with the host's network, and publish ports to all hosts.
 #[test]
 fn a_token_s_limits_hold_over_rest() {
     let home = Home::new();

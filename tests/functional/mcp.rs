@@ -1,4 +1,4 @@
-//! The MCP server over the real program: both eras of the protocol, tools and their answers, what is written down.
+//! The MCP server over the real program: both eras of the protocol, tools and their answers, what is recorded.
 
 use serde_json::{Value, json};
 
@@ -147,7 +147,7 @@ fn every_call_is_recorded_with_caller_and_outcome() {
     assert!(!client.tools().contains_key("vm_delete"));
     drop(client);
     let log = home.nido(["audit", "show", "--json"]).run().ok().json();
-    // Of what is done and of what is read there are two logs; within a second nobody knows what came first.
+    // Of what is done and of what is read there are two logs; within a second the order is unknown.
     let (reads, acts): (Vec<_>, Vec<_>) =
         log["records"].as_array().unwrap().iter().cloned().partition(|line| line["log"] == "reads");
     assert_eq!(reads.iter().map(|line| &line["tool"]).collect::<Vec<_>>(), ["vm_ls"]);
@@ -236,7 +236,7 @@ fn every_next_step_leads_on() {
     home.nido(["pause", "web"]).run().ok();
     let error = client.bad("vm_spawn", request.clone(), "vm_exists");
     resumes(&mut client, &error);
-    // The VM of this very request, at rest: it is not begun anew unasked.
+    // The VM of this very request, stopped: it is not started again without a request.
     client.good("vm_stop", json!({"name": "web", "force": true}));
     let error = client.bad("vm_spawn", request.clone(), "vm_exists");
     assert!(error["next_step"].as_str().unwrap().contains("this very request: vm_start"), "{error}");
@@ -293,7 +293,7 @@ fn cancelling_kills_the_command_and_removes_the_vm_that_was_begun() {
         });
         client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
         until("the command's end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
-        // The guest never comes to life.
+        // The guest never starts.
         home.qemu("no-agent");
         let id = client.begin("vm_spawn", json!({"name": "late", "accel": "tcg"}), json!({}));
         until("the VM that is begun", || home.names().contains(&"late".to_owned()).then_some(()));
@@ -490,7 +490,7 @@ fn clients_are_configured_and_keep_other_settings() {
         assert_eq!((&now["other"], &now["mcpServers"]["x"]), (&1.into(), &json!({})));
         assert_eq!(now["mcpServers"]["nido"]["args"], json!(["mcp-server", "start"]));
     }
-    // What only this environment finds is written down: the client starts it with another one.
+    // What only this environment finds is recorded: the client starts it with another one.
     let moved = home.scratch("data");
     let install_moved = home.nido(["mcp-server", "install", "--client", "cursor", "--file", path]);
     let entry =
@@ -522,7 +522,7 @@ fn log_subscribers_are_notified_of_growth() {
         let console = home.path().join("vms").join(vm["id"].as_str().unwrap()).join("console.log");
         let told = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
-            // The first look says how long the log is; what is written behind it is growth.
+            // The first check reads the length of the log; what is written behind it is growth.
             scope.spawn(|| {
                 let mut log = std::fs::File::options().append(true).create(true).open(&console).unwrap();
                 // For a minute at most: a test that fails meanwhile waits for this thread.

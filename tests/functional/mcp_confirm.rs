@@ -1,4 +1,4 @@
-//! A person's word before something is destroyed: who is asked, about what, and what counts as an answer.
+//! Confirmation by a person before something is destroyed: which client gets the form, for which calls, and what counts as a response.
 
 use serde_json::{Value, json};
 
@@ -20,7 +20,7 @@ fn a_client_without_forms_gets_the_approve_command() {
     let error = client.bad("vm_delete", json!({"name": "web"}), "approval_required");
     let id = error["approval_id"].as_str().unwrap();
     assert!(error["hint"].as_str().unwrap().contains(&format!("nido approve {id}")), "{error}");
-    // Not given yet; and what a model makes up is none.
+    // Not given yet; and an id that a model invents is not one.
     client.bad("vm_delete", json!({"name": "web", "approval_id": id}), "approval_required");
     client.bad("vm_delete", json!({"name": "web", "approval_id": "apr_0123456789abcdef"}), "approval_required");
     home.nido(["approve", id, "--yes"]).run().ok();
@@ -62,7 +62,7 @@ fn a_client_with_forms_shows_one_in_both_protocol_versions() {
                     let id = client.request("tools/call", again.clone());
                     let first = client.done("vm_delete", id);
                     if goes {
-                        // Used up: for another VM of that name it is good for nothing.
+                        // Used up: for another VM of that name it is invalid.
                         kept(&mut client);
                         let id = client.request("tools/call", again);
                         assert_eq!(client.done("vm_delete", id)["isError"], true);
@@ -137,7 +137,7 @@ fn form(client: &mut Client, era: Era, tool: &str, arguments: &Value) -> (Form, 
     }
 }
 
-/// The user says yes; what becomes of the call.
+/// The user approves; returns the result of the call.
 fn yes(client: &mut Client, tool: &str, form: Form) -> Value {
     answer_with(client, tool, form, &json!({"action": "accept", "content": {"confirm": true}}))
 }
@@ -205,7 +205,7 @@ fn stopping_another_callers_ephemeral_vm_needs_confirmation() {
         assert_eq!(home.info("theirs")["status"], "running");
         assert_eq!(yes(&mut client, "vm_stop", open)["isError"], false);
         assert!(!home.names().contains(&"theirs".to_owned()));
-        // Nobody is asked about what is not lost, or is the caller's own.
+        // No confirmation is needed if nothing is lost, or for the caller's own VM.
         assert_eq!(client.good("vm_stop", json!({"name": "kept", "force": true}))["status"], "stopped");
         client.good("vm_spawn", json!({"name": "own", "accel": "tcg", "ephemeral": true}));
         client.good("vm_stop", json!({"name": "own", "force": true}));
@@ -298,7 +298,7 @@ fn a_late_approval_is_valid_for_the_next_call() {
     assert!(home.names().is_empty());
 }
 
-// `rm -rf` in a VM that somebody else had made was done unasked.
+// `rm -rf` in a VM that another caller had created ran without a confirmation.
 #[test]
 fn commands_and_files_for_vms_of_others_need_confirmation() {
     let home = Home::new();
@@ -317,7 +317,7 @@ fn commands_and_files_for_vms_of_others_need_confirmation() {
     client.bad("vm_upload", json!({"name": "theirs", "path": path, "content": "x"}), "approval_required");
     client.good("vm_spawn", json!({"name": "own", "accel": "tcg"}));
     client.good("vm_exec", json!({"name": "own", "argv": ["true"]}));
-    // Its own, but destroyed at once: refused, and nobody is asked.
+    // Its own, but destroyed at once: refused without a confirmation.
     for wrong in [json!({"name": "own", "command": "rm -rf /"}), json!({"name": "theirs", "argv": ["rm", "-rf", "/"]})]
     {
         client.bad("vm_exec", wrong, "denied");
@@ -336,7 +336,7 @@ fn commands_and_files_for_vms_of_others_need_confirmation() {
     home.nido(["mcp-server", "start", "--json", "--policy", policy.to_str().unwrap()]).run().fails(2, "spec_invalid");
 }
 
-// A person said yes to what could not be done, and was asked again for what could.
+// A person approved an impossible call, and was asked again for the possible one.
 #[test]
 fn an_impossible_call_needs_no_confirmation() {
     let home = Home::new();

@@ -1,4 +1,4 @@
-//! Calls of tools that last longer than a client waits: they go on as jobs, or are cancelled where there can be none.
+//! Calls of tools that last longer than a client waits: they continue as jobs, or are cancelled if they cannot be jobs.
 
 use nido_api::{JOBS_MAX, JobOutcome, JobRequest};
 use nido_core::{Nido, OpenOptions};
@@ -57,7 +57,7 @@ fn a_job_of_a_tool_is_an_operation_of_the_rest_api_that_can_be_cancelled_there()
     assert_eq!(job["state"], "cancelled");
 }
 
-/// Somebody whose jobs are all that can be kept.
+/// A caller with the maximum number of jobs.
 struct Full {
     nido: Nido,
     jobs: Vec<String>,
@@ -89,11 +89,11 @@ fn long_calls_that_cannot_be_jobs_are_cancelled_with_an_error() {
     let message = error["message"].as_str().unwrap();
     assert!(message.contains("so it was cancelled: 1000 jobs are running, which is the limit"), "{message}");
     assert!(error["next_step"].as_str().unwrap().contains("job_cancel"), "{error}");
-    // The guest never comes to life: nothing is left of it.
+    // The guest never starts: nothing remains of it.
     home.qemu("no-agent");
     client.bad("vm_spawn", json!({"name": "late", "accel": "tcg"}), "limit_exceeded");
     assert_eq!(home.names(), ["web"]);
-    // With room for one it goes on.
+    // With room for one it continues.
     full.nido.job_end(&full.jobs[0], JobOutcome::Cancelled).unwrap();
     let begun = client.good("vm_exec", command);
     client.good("job_cancel", json!({"job_id": begun["job_id"]}));

@@ -1,4 +1,4 @@
-//! Throw-away VMs of agents: they go with the session that they were made in, however that ends, and nothing else does.
+//! Ephemeral VMs of agents: they are deleted with the session that created them, however that ends, and no others are.
 
 use serde_json::{Value, json};
 
@@ -20,7 +20,7 @@ fn gone(home: &Home, vm: &Value) {
     await_gone(home, vm["id"].as_str().unwrap());
 }
 
-/// Two throw-away VMs, one that runs and one at rest, and two that are to stay.
+/// Two ephemeral VMs, a running and a stopped one, and two persistent ones.
 fn fill(client: &mut Client) -> [Value; 4] {
     let mut outlives = throw_away("outlives");
     outlives["outlives_session"] = true.into();
@@ -75,7 +75,7 @@ fn ephemeral_vms_are_deleted_when_their_server_is_killed() {
         let events = events(&home, "runs");
         let expired = events.iter().find(|event| event["event"] == "vm.expired").unwrap();
         assert_eq!(expired["details"]["limit"], "session");
-        // That was a command: the one at rest went with it.
+        // That was a command: the stopped one was deleted with it.
         assert_eq!(vms.each_ref().map(|vm| exists(&home, vm)), [false, false, true, true]);
         assert_eq!(home.names(), ["kept", "outlives"]);
     }
@@ -85,7 +85,7 @@ fn ephemeral_vms_are_deleted_when_their_server_is_killed() {
 fn vms_in_creation_are_deleted_with_their_session() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
-    // The guest never comes to life.
+    // The guest never starts.
     home.qemu("no-agent");
     client.begin("vm_spawn", throw_away("late"), json!({}));
     until("the VM that is begun", || home.names().contains(&"late".to_owned()).then_some(()));
@@ -197,7 +197,7 @@ fn unused_sessions_over_http_end() {
     let unused = Old::begin(&server);
     let stays = used.good("vm_spawn", &throw_away("stays"));
     let goes = unused.good("vm_spawn", &throw_away("goes"));
-    // A session that goes on beside it does not take its VMs over, however often it calls.
+    // Another open session does not take its VMs over, however often it calls.
     until("the end of the session that is not used", || {
         assert_eq!(used.good("vm_info", &json!({"name": "stays"}))["id"], stays["id"]);
         (!exists(&home, &goes)).then_some(())

@@ -1,4 +1,4 @@
-//! The MCP server over stdio: what is too long for one answer, and what is said to the client alone.
+//! The MCP server over stdio: results that are too long for one page, and logs for the client.
 
 use serde_json::{Value, json};
 
@@ -20,15 +20,15 @@ fn invalid_requests_are_reported_only_to_their_client() {
         client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 4711}}));
         client.say(&json!({"jsonrpc": "2.0", "id": 4711, "result": {}}));
         let told = client.ended().stderr;
-        // Which files of the host count is told at the start.
+        // Which files of the host count is logged at the start.
         told.lines().filter(|line| !line.starts_with("host files can be read")).collect::<String>()
     };
     for era in Era::ALL {
         let home = Home::new();
         assert_eq!(asked(&home, era, &[]), "");
-        // It can be seen by whoever looks for it.
+        // The user can find it.
         assert!(asked(&home, era, &["-v"]).contains("there is no such tool"));
-        // Clients keep what a server says on standard error in a file.
+        // Clients keep a server's standard error in a file.
         assert!(!asked(&home, era, &["-vv"]).contains("word-of-mouth"));
     }
 }

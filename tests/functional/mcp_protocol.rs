@@ -1,4 +1,4 @@
-//! The MCP server and what is no proper message to it: other revisions, params that are none, lines that are nothing.
+//! The MCP server and invalid messages: other revisions, invalid params, invalid lines.
 
 use serde_json::{Value, json};
 
@@ -73,7 +73,7 @@ fn invalid_lines_get_an_error_and_nothing_else() {
     assert_eq!(client.answer(77)["error"]["code"], -32601);
     client.good("vm_ls", json!({}));
     client.ended().ok();
-    // Somebody who says something else from the beginning.
+    // A client that begins with another message.
     let ran = home.nido(["mcp-server", "start", "--json"]).input("GET / HTTP/1.1\r\n\r\n").run();
     assert!(ran.text().lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{}", ran.text());
 }

@@ -1,4 +1,4 @@
-//! The specification's own examples, through a client, against a server: what it writes down has to work as it is written.
+//! The specification's own examples, through a client, against a server: what it records has to work as it is written.
 
 use serde_json::{Value, json};
 

@@ -113,7 +113,7 @@ fn a_policy_about_commands_limits_and_confirmation_holds_for_runs_and_copies() {
     let tools = client.tools();
     assert!(tools["vm_run"]["description"].as_str().unwrap().contains("only these commands"), "{}", tools["vm_run"]);
     assert!(tools["vm_run"]["inputSchema"]["properties"].get("command").is_none());
-    // Parsed, then admitted; nobody is asked about what cannot be done.
+    // Parsed, then admitted; no confirmation is requested for an impossible call.
     client.bad("vm_run", json!({"argv": "echo"}), "spec_invalid");
     client.bad("vm_run", json!({"argv": ["env"]}), "denied");
     client.bad("vm_run", json!({"command": "echo hi"}), "denied");
@@ -167,7 +167,7 @@ fn ports_are_published_and_unpublished_and_written_as_on_the_command_line() {
     assert_eq!(left.as_array().unwrap().len(), 1, "{left}");
     client.bad("vm_ports", json!({"name": "web", "publish": "ssh"}), "spec_invalid");
     client.bad("vm_ports", json!({"name": "web", "unpublish": "80"}), "forward_not_found");
-    // Other machines do not reach it, unless a policy says so.
+    // Other machines do not reach it, unless a policy allows it.
     client.bad("vm_ports", json!({"name": "web", "publish": "0.0.0.0:0:80"}), "denied");
     // Of a VM of another caller they are listed, and no more without a person's confirmation.
     home.spawn("theirs");

@@ -1,4 +1,4 @@
-//! Pools as the command line takes and tells them. Their clones are made in the boot suite.
+//! Pools on the command line. Their clones are made in the boot suite.
 
 use crate::support::Home;
 

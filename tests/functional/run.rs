@@ -59,7 +59,7 @@ fn a_vm_that_is_to_be_kept_is_kept() {
 
 #[test]
 fn a_vm_that_is_kept_is_named_in_every_form() {
-    // With --json and with --quiet nothing said what the VM is called.
+    // With --json and with --quiet the VM's name was not printed.
     let home = Home::new();
     let ran = home.nido(["run", "--keep", "--json", "--", "sh", "-c", "echo hello; exit 3"]).run().exits(3);
     let names = home.names();

@@ -39,7 +39,7 @@ const OWNERS: [(&str, &[&str]); 10] = [
 /// Calls that only nido-files may make, as they stand in the source.
 const FILE_CALLS: [&str; 7] =
     ["fs::rename", "renameat", ".persist(", "flock(", "F_OFD_", ".try_lock()", ".lock_shared()"];
-/// Files that make one of [`FILE_CALLS`] all the same, and why.
+/// Files that make one of [`FILE_CALLS`] nevertheless, and why.
 const FILE_CALLERS: [(&str, &str); 7] = [
     ("images/src/build/slim.rs", "moves a file within a scratch directory"),
     ("images/src/build/stages.rs", "moves a file within a scratch directory"),

@@ -1,4 +1,4 @@
-//! Templates that travel: files, pipes, refusals. Their guests are started in the boot suite.
+//! Export and import of templates: files, pipes, refusals. Their guests are started in the boot suite.
 
 use std::fs;
 use std::io::Write as _;
@@ -33,7 +33,7 @@ fn a_template_is_exported_and_imported() {
     home.nido(["template", "delete", "box"]).run().ok();
     let came = home.nido(["template", "import", "--json"]).arg(&file).run().ok().json();
     assert_eq!((&came["template"]["name"], &came["already_present"]), (&"box".into(), &false.into()));
-    // The agent in the archive was none of ours.
+    // The agent in the archive was not ours.
     assert_eq!(came["template"]["agent_current"], true);
     assert!(came["warnings"][0].as_str().unwrap().contains("was replaced"), "{came}");
     let again = home.nido(["template", "import", "--json"]).arg(&file).run().ok().json();

@@ -152,7 +152,7 @@ fn a_restore_that_cannot_copy_the_disk_leaves_the_vm_running() {
     assert_eq!(left(&directory), 0);
 }
 
-// What a killed `snapshot create` of a VM at rest had left stayed for ever, and made a paused VM go on.
+// The orphan of a killed `snapshot create` of a stopped VM was never removed, and resumed a paused VM.
 #[test]
 fn orphans_of_a_killed_snapshot_are_removed_by_the_next_start_and_by_gc() {
     let home = Home::new();
@@ -222,7 +222,7 @@ fn parts_that_no_vm_uses_any_more_are_collected_by_the_next_command() {
     assert_eq!(checks(&home, "orphans")["detail"], json!("none"));
 }
 
-// The list never said when an idle VM would end.
+// The list never reported when an idle VM would end.
 #[test]
 fn a_list_has_the_time_of_the_idle_stop() {
     let home = Home::new();

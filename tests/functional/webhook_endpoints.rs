@@ -1,4 +1,4 @@
-//! Endpoints of webhooks: how they may fail, which are refused, and what is told about them.
+//! Endpoints of webhooks: how they may fail, which are refused, and what is reported about them.
 
 use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt as _;
@@ -28,7 +28,7 @@ fn an_endpoint_that_fails_in_every_way_gets_everything_in_the_end() {
         (Reply::Last(format!("HTTP/1.1 200 OK\r\n{}\r\n", "x: y\r\n".repeat(1000))), "no response: "),
         (Reply::Last(format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(1 << 20))), "no response: "),
     ];
-    // Always, for the deliverer tries again by itself, too, whenever it likes.
+    // Always, for the delivery worker retries by itself, too.
     receiver.always(Some(failures[0].0.clone()));
     create(&home, "web");
     home.nido(["delete", "web", "--yes"]).run().ok();
@@ -47,7 +47,7 @@ fn an_endpoint_that_fails_in_every_way_gets_everything_in_the_end() {
     await_taken(&receiver, 2);
     expect_order(&receiver.messages());
     expect_no_deliverer(&home);
-    // An answer that never ends is an answer, and what it says is not kept.
+    // A response that never ends is a response, and its body is not kept.
     let endless = format!("HTTP/1.1 200 OK\r\ncontent-length: 999999999\r\n\r\n{}", "y".repeat(1 << 20));
     receiver.reply([Reply::Say(endless)]);
     create(&home, "endless");
@@ -70,7 +70,7 @@ fn retry_after_of_an_endpoint_is_respected() {
     });
     let next: jiff::Timestamp = waits["next_at"].as_str().unwrap().parse().unwrap();
     assert!((3500..3700).contains(&next.duration_since(jiff::Timestamp::now()).as_secs()));
-    // So it is about other VMs, and nobody else is kept waiting.
+    // So it is about other VMs, and no other endpoint is delayed.
     let other = Receiver::start();
     let second = add(&home, &other.url());
     for vm in ["a", "b", "c"] {
@@ -79,7 +79,7 @@ fn retry_after_of_an_endpoint_is_respected() {
     await_taken(&other, 3);
     assert_eq!(receiver.messages().len(), 1);
     remove(&home, &second);
-    // Tried again by itself, without anybody's help, after a second or so.
+    // Retried automatically after about a second.
     receiver.reply([Reply::status(503, "retry-after: 1\r\n")]);
     home.nido(["webhook", "redeliver", &waits["id"].to_string()]).run().ok();
     await_taken(&receiver, 4);

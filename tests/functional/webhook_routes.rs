@@ -37,7 +37,7 @@ fn the_lifecycle_of_an_endpoint_over_http() {
     let messages = until("it to come again", || Some(receiver.messages()).filter(|all| all.len() == 4));
     assert_eq!(messages[2].header("webhook-id"), messages[3].header("webhook-id"));
 
-    // The secret was told once: no answer and no line of the audit log has it, given or made.
+    // The secret was returned once: no answer and no line of the audit log has it, given or made.
     let given = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
     let body = json!({"url": receiver.url(), "allow_private": true, "secret": given, "format": "slack"});
     let other = server.post("/v1/webhooks", &body).ok(201);

@@ -7,7 +7,7 @@
 //!                  └────────────────────────────────────────┘
 //! ```
 //!
-//! Invariant: what a client brings back says nothing but which call it is of. As nido's own, it is a number that the server knows,
+//! Invariant: what a client sends back only identifies its call. As nido's own, it is a number that the server knows,
 //! good for one use; any other is refused.
 
 #![allow(deprecated, reason = "the suite wants sampling and roots, which the protocol is giving up")]
@@ -31,15 +31,15 @@ use crate::server::{Server, of_json};
 /// How long a client with a session may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 
-/// What is asked for at once: by their keys, requests as the protocol has them.
+/// What is requested at once: by their keys, requests as the protocol has them.
 type Round = BTreeMap<&'static str, Value>;
 
-/// All that is asked for, one after the other.
+/// All that is requested, one after the other.
 pub struct Rounds {
     rounds: Vec<Round>,
     /// Whether the client is given something to bring back.
     stateful: bool,
-    /// What the client cannot be asked for is left out. Otherwise the call is refused.
+    /// Requests that the client does not support are left out. Otherwise the call is refused.
     as_it_can: bool,
 }
 
@@ -114,7 +114,7 @@ pub fn rounds(name: &str) -> Option<Rounds> {
     Some(Rounds { rounds, stateful, as_it_can: name.ends_with("_capabilities") })
 }
 
-/// Goes on with a call as far as what the client has brought back allows.
+/// Continues a call as far as the client's replies allow.
 pub fn ask(
     server: &Server,
     name: &str,
@@ -144,7 +144,7 @@ pub fn ask(
     Ok(Asked::Again(Box::new(InputRequiredResult::new(Some(requests), state))))
 }
 
-/// What of a round this client can be asked for.
+/// What of a round this client can be requested.
 fn askable(round: &Round, can: &ClientCapabilities, as_it_can: bool) -> Result<Round, ErrorData> {
     let can = json!(can);
     let needs =
@@ -181,7 +181,7 @@ fn sampling(words: &str) -> Value {
     json!({ "messages": [{ "role": "user", "content": { "type": "text", "text": words } }], "maxTokens": 100 })
 }
 
-/// Asks a client with a session to fill in a form; what it said, in words.
+/// Requests that a client with a session fills in a form; returns its reply as text.
 pub async fn elicit(context: &RequestContext<RoleServer>, message: &str, schema: Value) -> Result<String, ErrorData> {
     let form: ElicitRequestParams = of_json(json!({ "mode": "form", "message": message, "requestedSchema": schema }))?;
     let answer = context.peer.create_elicitation_with_timeout(form, Some(ANSWER_WITHIN)).await;

@@ -155,7 +155,7 @@ fn resource(uri: &str) -> Value {
 }
 
 fn tell(server: &Server, changed: Changed) -> Vec<Value> {
-    // Nobody may be listening.
+    // There may be no listener.
     let told = server.fixture.changes.send(changed).unwrap_or(0);
     vec![words(&format!("{told} listeners were told."))]
 }

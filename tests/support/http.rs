@@ -14,7 +14,7 @@ pub struct Server {
     token: String,
 }
 
-/// An answer.
+/// An HTTP response.
 #[derive(Debug)]
 pub struct Answer {
     /// Its status.
@@ -82,7 +82,7 @@ impl Server {
         self.live.as_ref().unwrap()
     }
 
-    /// Waits for its end, which somebody has asked for.
+    /// Waits for its end, which was requested.
     pub fn ended(mut self) {
         self.live.take().unwrap().wait().ok();
     }
@@ -114,7 +114,7 @@ impl Server {
         self.open(method, path, headers, body).answer()
     }
 
-    /// A request whose body is said to have `length` bytes, and that is not sent further than `body`.
+    /// A request whose body is declared to have `length` bytes, and that is not sent further than `body`.
     pub fn begin(&self, method: &str, path: &str, headers: &[(&str, &str)], length: usize, body: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let mut head = format!("{method} {path} HTTP/1.1\r\ncontent-length: {length}\r\n");
@@ -241,7 +241,7 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
     }
 
-    /// The body as JSON, after a look at the status.
+    /// The body as JSON, after a check of the status.
     #[track_caller]
     pub fn ok(self, status: u16) -> Value {
         assert_eq!(self.status, status, "{}", String::from_utf8_lossy(&self.body));

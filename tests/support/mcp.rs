@@ -15,7 +15,7 @@ use super::{Home, Live};
 pub enum Era {
     /// `initialize`, then a session.
     Legacy,
-    /// Every request says everything.
+    /// Every request is complete.
     Modern,
 }
 
@@ -32,7 +32,7 @@ impl Era {
     }
 }
 
-/// A server that runs, and what was said to it.
+/// A server that runs, and the messages sent to it.
 pub struct Client {
     live: Option<Live>,
     era: Era,
@@ -40,13 +40,13 @@ pub struct Client {
     next: u64,
     /// Answers that came before they were waited for.
     answers: HashMap<u64, Value>,
-    /// What the server said by itself: notifications and requests, in their order.
+    /// What the server sent by itself: notifications and requests, in their order.
     pub heard: Vec<Value>,
     schemas: HashMap<String, Value>,
 }
 
 impl Client {
-    /// Starts a server, and says what has to be said first.
+    /// Starts a server, and sends the initial messages.
     pub fn start(home: &Home, era: Era) -> Self {
         Self::with(home, era, &[], json!({}))
     }
@@ -107,7 +107,7 @@ impl Client {
         }
     }
 
-    /// Sends a request, and tells its number.
+    /// Sends a request, and returns its id.
     pub fn request(&mut self, method: &str, mut params: Value) -> u64 {
         let id = self.next;
         self.next += 1;
@@ -148,7 +148,7 @@ impl Client {
         }
     }
 
-    /// Waits for what the server says by itself.
+    /// Waits for a message that the server sends by itself.
     pub fn hear(&mut self, method: &str) -> Value {
         loop {
             if let Some(at) = self.heard.iter().position(|message| message["method"] == method) {
@@ -228,7 +228,7 @@ impl Client {
         result["structuredContent"].clone()
     }
 
-    /// Calls a tool that has to fail with this code; what it says about it.
+    /// Calls a tool that has to fail with this code; returns the error.
     #[track_caller]
     pub fn bad(&mut self, tool: &str, arguments: Value, code: &str) -> Value {
         let result = self.call(tool, arguments);
@@ -247,7 +247,7 @@ impl Client {
         assert!(live.end(), "it has ended by itself");
     }
 
-    /// Tells the server to end with a signal, and waits for its end.
+    /// Ends the server with a signal, and waits for its end.
     pub fn told_to_end(mut self) -> super::run::Ran {
         let live = self.live.take().unwrap();
         live.signal(rustix::process::Signal::TERM);

@@ -68,13 +68,13 @@ impl<'a> Nido<'a> {
         self
     }
 
-    /// Permission bits count, whoever runs the tests: root gives up what lets it pass over them.
+    /// Permission bits count, for root, too: it drops the capabilities that override them.
     pub fn plainly(mut self) -> Self {
         self.plainly = rustix::process::geteuid().is_root();
         self
     }
 
-    /// The command, standard streams not yet settled.
+    /// The command, standard streams not yet set.
     pub(super) fn command(&self) -> Command {
         let nido = env!("CARGO_BIN_EXE_nido");
         let mut command = match (&self.before, self.plainly) {
@@ -166,7 +166,7 @@ impl Live {
         kill_process(pid(&self.child), signal).unwrap();
     }
 
-    /// Looks again and again, until there is something to be seen; it must not end meanwhile.
+    /// Polls until there is a result; it must not end meanwhile.
     pub fn until<T>(&mut self, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         until(what, || {
             let ended = self.child.try_wait().unwrap();
@@ -279,7 +279,7 @@ impl Ran {
         serde_json::from_str(line).unwrap_or_else(|e| panic!("nido {}: {e}: {}", self.what, self.stderr))
     }
 
-    /// Expects a failure with this error code and exit code, told in JSON with a sentence.
+    /// Expects a failure with this error code and exit code, in JSON with a sentence.
     pub fn fails(self, exit: i32, code: &str) -> Value {
         let ran = self.exits(exit);
         let problem = ran.problem();

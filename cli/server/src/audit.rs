@@ -138,7 +138,7 @@ fn action(method: &Method, route: &str) -> Option<AuditAction> {
         Some(operation) if route == access::EXEC_SOCKET => AuditAction::Open(operation),
         Some(operation) if operation.is_read() => AuditAction::Read(operation),
         Some(operation) => AuditAction::Write(operation),
-        // A method that the route does not have is recorded all the same.
+        // A method that the route does not have is recorded nevertheless.
         None if *method == Method::GET || *method == Method::HEAD => AuditAction::Read(op::OTHER),
         None => AuditAction::Write(op::OTHER),
     })
@@ -163,7 +163,7 @@ async fn arguments(app: &App, request: Request) -> Result<(Request, Value)> {
     Ok((Request::from_parts(parts, body), recorded))
 }
 
-/// Members that hold arguments which may not stand beside the path parameters.
+/// Members that hold arguments which must not be mixed with the path parameters.
 const RESERVED_MEMBERS: [&str; 2] = ["query", "body"];
 
 /// How many unknown query parameters are recorded, and the most bytes of each name and value.

@@ -296,7 +296,7 @@ impl<S: Send + Sync> FromRequestParts<S> for CallerGrant {
     }
 }
 
-/// Lets in callers whose scope is that of the route's operation. It runs for every route, so none can be forgotten.
+/// Admits callers with the scope of the route's operation. It runs for every route, so none is left out.
 pub async fn require_scope(request: Request, next: Next) -> Result<Response, Problem> {
     let route = request.extensions().get::<MatchedPath>();
     let needed = route.map_or(Ok(None), |route| access::required_scope(request.method(), route.as_str()))?;

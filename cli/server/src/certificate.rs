@@ -39,7 +39,7 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// The names and the key that a certificate was issued for, in a file beside it.
+/// The names and the key that a certificate was issued for, in a file next to it.
 #[derive(Debug, Serialize, Deserialize)]
 struct CertificateRecord {
     names: Vec<String>,
@@ -233,7 +233,7 @@ mod tests {
         fs::write(directory.join(".tmp-key.pem-0123"), "-----BEGIN").unwrap();
         assert!(!OwnCertificate::obtain(&directory, &names).unwrap().made);
         assert_eq!(fs::read_dir(&directory).unwrap().count(), 4);
-        // Between the certificate and what says for whom it was issued.
+        // Between the certificate and the record of its names.
         fs::write(directory.join("certificate.pem"), issue(&KeyPair::generate().unwrap(), &names).unwrap()).unwrap();
         let again = OwnCertificate::obtain(&directory, &names).unwrap();
         assert!(again.made && again.public_key_pin == first.public_key_pin);

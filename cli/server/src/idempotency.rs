@@ -269,7 +269,7 @@ fn replay(app: &App, caller: &Caller, kept: &str) -> Result<Option<Response>, Pr
 mod tests {
     use super::*;
 
-    // After any 409, 429 or 5xx the same key began anew: a command whose VM was stopped meanwhile ran twice.
+    // After any 409, 429 or 5xx the same key ran the request again: a command whose VM was stopped meanwhile ran twice.
     #[test]
     fn only_requests_refused_before_any_change_are_retried() {
         for &code in Code::ALL {
@@ -284,7 +284,7 @@ mod tests {
         {
             assert_eq!(retention(Some(code), false), Retention::Discard, "{code:?}");
         }
-        // Of these it is not known whether something had begun.
+        // For these it is unknown whether something had begun.
         for code in [
             Code::AgentUnreachable,
             Code::Interrupted,

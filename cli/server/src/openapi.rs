@@ -65,7 +65,7 @@ pub fn api_description() -> ApiDescription {
     ApiDescription::parse(text())
 }
 
-/// What the types hold and their derived schemas do not say: how large numbers may be, what a command needs, which bodies
+/// What the types hold and their derived schemas do not express: how large numbers may be, what a command needs, which bodies
 /// may be absent; and what a client can do next.
 fn sharpen(api: &mut Value) {
     limit_numbers(api);
@@ -179,7 +179,7 @@ fn add_parameters(operation: &mut Value, method: &Method, path: &str) {
     }
 }
 
-/// What a success is, where the route does not say it.
+/// The description of a success, if the route has none.
 fn usual_words(status: &str) -> &'static str {
     match status {
         "201" => "Created.",
@@ -211,7 +211,7 @@ fn lead_on(api: &mut Value) {
     }
 }
 
-/// Says of every integer what its type can hold. The formats are those of OpenAPI itself, which has none without a sign: a generator
+/// Adds to every integer the range of its type. The formats are those of OpenAPI itself, which has none without a sign: a generator
 /// that does not know a format takes 32 bits, too few for the size of a disk.
 fn limit_numbers(schema: &mut Value) {
     match schema {

@@ -116,12 +116,12 @@ pub struct OperationOutput {
     pub value: Value,
     /// How a command ended, in a word for the audit log; empty where there was none.
     pub word: String,
-    /// The memory that the answer takes.
+    /// The memory that the response takes.
     pub held: Option<Reservation>,
 }
 
 impl OperationOutput {
-    /// The answer.
+    /// The response.
     pub fn answer(self, status: StatusCode) -> Response {
         let mut response = response::json(status, &self.value);
         if let Some(held) = self.held {

@@ -159,7 +159,7 @@ enum Colour {
     Other,
 }
 
-/// Looks for `ESC [ digits and semicolons m` at the start of `bytes`.
+/// Finds `ESC [ digits and semicolons m` at the start of `bytes`.
 fn colour(bytes: &[u8]) -> Colour {
     for (at, byte) in bytes.iter().enumerate().take(MAX_COLOUR) {
         match (at, byte) {

@@ -1,4 +1,4 @@
-//! What every verb that serves agents says before it serves: which files of the host they may name.
+//! What every verb that serves agents prints before it serves: which files of the host they may name.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -90,7 +90,7 @@ impl Args {
                 })?;
             }
             Verb::Rm { one, all } => {
-                // Without a VM of that name the removal says so, and the audit log has it.
+                // Without a VM of that name the removal reports that, and the audit log has it.
                 let published = nido.forward_list(&one.name).map(|list| list.forwards).unwrap_or_default();
                 let meant = meant(&published, &one, all)?;
                 for forward in &meant {
@@ -107,7 +107,7 @@ impl Args {
 }
 
 /// The forwards that are removed. A guest port alone is clear only if it is published once, unless all are meant. One that is not
-/// there is passed on: the core knows what to say.
+/// there is passed on: the core reports the error.
 fn meant(published: &[ForwardSpec], one: &OneArgs, all: bool) -> Result<Vec<ForwardSpec>, Error> {
     let OneArgs { name, forward } = one;
     if forward.host_port != 0 {

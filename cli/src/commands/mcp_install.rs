@@ -65,7 +65,7 @@ impl Client {
         matches!(self, Self::ClaudeCode | Self::Vscode)
     }
 
-    /// Where it looks.
+    /// The directories that are searched.
     fn file(self) -> Result<PathBuf> {
         let of_user = |name: &str| {
             let home = std::env::var_os("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);

@@ -1,4 +1,4 @@
-//! `run`: a VM for one command. Whatever happens, it is gone afterwards, unless `--keep` says otherwise.
+//! `run`: a VM for one command. The VM is always deleted afterwards, unless `--keep` is given.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -147,7 +147,7 @@ fn without_vm(failure: Failure) -> Failure {
     }
 }
 
-/// Refuses what looks like a volume of `docker run -v`: here -v is --verbose, and the volume would be the command.
+/// Refuses an argument like a volume of `docker run -v`: here -v is --verbose, and the volume would be the command.
 fn refuse_volume(program: Option<&OsString>) -> Result<(), Error> {
     let Some(text) = program.map(|program| program.as_bytes()) else { return Ok(()) };
     let Some(at) = text.windows(2).position(|pair| pair == b":/") else { return Ok(()) };

@@ -68,7 +68,7 @@ pub async fn spawn(cx: &Context, nido: &Nido, spec: VmSpec, start: StartRequest)
     Err(Failure::Interrupted { signal: interrupted, undo: Duration::ZERO })
 }
 
-/// A VM that is not there, or whose name belongs to another one by now, is as good as deleted.
+/// A VM that is not there, or whose name belongs to another one by now, is equivalent to deleted.
 pub fn absent(deleted: Result<VmInfo, Error>) -> Result<(), Error> {
     match deleted {
         Err(error) if !matches!(error.code(), Code::VmNotFound | Code::VmReplaced) => Err(error),

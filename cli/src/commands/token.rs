@@ -172,7 +172,7 @@ impl Args {
     }
 }
 
-/// The token that is revoked, as the audit log has it: once it is gone, nobody knows whose id that was. What cannot be a name is
+/// The token that is revoked, as the audit log has it: once it is deleted, the owner of the id is unknown. What cannot be a name is
 /// left out; it may be the token itself.
 fn revoked(nido: &Nido, named: &str) -> Result<Value, Error> {
     let tokens = nido.token_list()?.tokens;

@@ -308,7 +308,7 @@ fn next_frame(file: &OwnedFd, most: u64) -> Result<(Vec<u8>, bool), Errno> {
         let read = if is_exact {
             rustix::io::read(file, rustix::buffer::spare_capacity(&mut frame))
         } else {
-            // More room than was asked for: bytes of the next stretch must not get into it.
+            // More room than was requested: bytes of the next stretch must not get into it.
             let begin = frame.len();
             frame.resize(begin + left, 0);
             let read = rustix::io::read(file, &mut frame[begin..]);

@@ -19,7 +19,7 @@ use super::output::Output;
 use super::place::{Ids, failed, give_to, malformed, special};
 use crate::refusal::Refusal;
 
-/// How the request wants files to be written.
+/// How files are written for this request.
 #[derive(Debug, Clone, Copy)]
 pub struct WriteOptions {
     /// Whose they are.
@@ -134,7 +134,7 @@ fn replaceable(directory: &OwnedFd, name: &OsStr, shown: &Path) -> Result<Option
     }
 }
 
-/// Writes an entry that is no directory under a temporary name. `linked` finds what a hard link is another name of.
+/// Writes an entry other than a directory under a temporary name. `linked` finds what a hard link is another name of.
 pub fn write_leaf<'a>(
     (directory, name, shown): (&'a OwnedFd, &OsStr, &Path),
     entry: &Entry,

@@ -97,7 +97,7 @@ async fn pass_on(input: &mut FrameReader, pieces: &mpsc::Sender<Inbound>) -> Res
             None => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
         };
         let is_last = matches!(piece, Inbound::TreeEnd);
-        // A closed queue means that the disk has failed; its own answer says why.
+        // A closed queue means that the disk has failed; its own reply has the cause.
         if pieces.send(piece).await.is_err() || is_last {
             return Ok(());
         }

@@ -1,7 +1,7 @@
 //! A DHCP client, as small as a guest of a user network needs: discover, request, and the same again when half the
 //! lease is over.
 //!
-//! Invariant: an answer counts only if it is to this card and this exchange; whatever else it holds is read within its
+//! Invariant: a reply counts only if it is to this card and this exchange; whatever else it holds is read within its
 //! bounds.
 
 use std::io;
@@ -14,11 +14,11 @@ use super::link::Card;
 const COOKIE: [u8; 4] = [99, 130, 83, 99];
 /// Length of a message before its options: the fixed part and the cookie.
 const FIXED: usize = 240;
-/// How long one answer is waited for before asking again.
+/// How long one reply is waited for before asking again.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How often is asked.
+/// How many requests are sent.
 const ATTEMPTS: u32 = 10;
-/// Shortest time between two exchanges, whatever the server says.
+/// Shortest time between two exchanges, whatever the server requests.
 const MIN_RENEWAL: Duration = Duration::from_secs(60);
 
 const DISCOVER: u8 = 1;
@@ -37,7 +37,7 @@ mod option {
     pub const WANTED: u8 = 55;
 }
 
-/// What a server says.
+/// A server's reply.
 #[derive(Debug, PartialEq, Eq)]
 struct Answer {
     kind: u8,
@@ -73,7 +73,7 @@ fn exchange(card: &Card) -> io::Result<Answer> {
     ask(&socket, &message(card, random, REQUEST, wanted), card, random, ACK)
 }
 
-/// Sends a message until an answer of the wanted kind comes.
+/// Sends a message until a reply of the wanted kind comes.
 fn ask(socket: &UdpSocket, message: &[u8], card: &Card, exchange: [u8; 4], wanted: u8) -> io::Result<Answer> {
     let mut answer = [0; 1500];
     for _ in 0..ATTEMPTS {
@@ -97,7 +97,7 @@ fn ask(socket: &UdpSocket, message: &[u8], card: &Card, exchange: [u8; 4], wante
 
 fn message(card: &Card, exchange: [u8; 4], kind: u8, wanted: Option<(Ipv4Addr, Ipv4Addr)>) -> Vec<u8> {
     let mut message = vec![0; FIXED];
-    // A request, Ethernet, addresses of 6 bytes; the answer shall be broadcast, as the card has no address yet.
+    // A request, Ethernet, addresses of 6 bytes; the reply shall be broadcast, as the card has no address yet.
     message[..4].copy_from_slice(&[1, 1, 6, 0]);
     message[4..8].copy_from_slice(&exchange);
     message[10] = 0x80;
@@ -114,7 +114,7 @@ fn message(card: &Card, exchange: [u8; 4], kind: u8, wanted: Option<(Ipv4Addr, I
     message
 }
 
-/// Reads an answer; `None` if it is not one, or not for us.
+/// Reads a reply; `None` if it is not one, or not for us.
 fn parse(bytes: &[u8], mac: [u8; 6], exchange: [u8; 4]) -> Option<Answer> {
     let is_ours = bytes.len() > FIXED
         && bytes[0] == 2

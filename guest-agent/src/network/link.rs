@@ -1,4 +1,4 @@
-//! Network cards, and the kernel's routing socket for the three things said to it.
+//! Network cards, and the kernel's routing socket for the three requests that it gets.
 //!
 //! Invariant: each request is answered by the kernel before the next; "it is so already" is success.
 

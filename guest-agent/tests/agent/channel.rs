@@ -169,7 +169,7 @@ async fn unexpected_input_between_requests_is_dropped() {
 async fn the_agent_is_found_again_after_noise_and_half_a_frame() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
-    // What an older host may have left behind: noise, half a preamble, a preamble without its end.
+    // What an interrupted host may have sent: noise, half a preamble, a preamble without its end.
     channel.write_all(&[0xff, b'N', b'I', 0, 1, 2, 3]).await.unwrap();
     agree(&mut channel, 1).await;
     // A multiplexer's frame that promises 1 MiB and ends after ten bytes.

@@ -27,7 +27,7 @@ async fn both_directions_carry_bytes_and_end_independently() {
         };
         let ask = async {
             session.stream.write_all(&ours).await.unwrap();
-            // Half-closed: the answer still comes.
+            // Half-closed: the reply still comes.
             session.stream.shutdown().await.unwrap();
             let mut received = Vec::new();
             session.stream.read_to_end(&mut received).await.unwrap();

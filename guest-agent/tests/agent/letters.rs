@@ -1,4 +1,4 @@
-//! Orders in one piece, before any multiplexer: what a guest that has just been loaded is told first.
+//! Bootstrap requests: what a guest that has just been loaded receives before any multiplexer starts.
 
 use nido_guest_agent::wire::{
     self, Fault, HEAD, Head, Hello, Refusal, Refused, TOKEN_LEN, ToGuest, ToHost, VERSION, Welcome, sync,
@@ -35,7 +35,7 @@ async fn receive(channel: &mut UnixStream) -> (sync::Block, Vec<u8>) {
     (block, words)
 }
 
-/// Posts a letter; gives the messages that answer it.
+/// Sends a bootstrap request; returns the messages of the reply.
 async fn ask(channel: &mut UnixStream, seed: u8, words: &[u8]) -> Vec<ToHost> {
     post(channel, seed, words).await;
     let (block, mut answer) = receive(channel).await;

@@ -1,4 +1,4 @@
-//! Freeze, thaw and renew, as far as an agent goes that leaves its machine alone.
+//! Freeze, thaw and identity reset, for an agent that does not own its machine.
 
 use nido_guest_agent::wire::{
     ENTROPY_LEN, Fault, Power, Refusal, Refused, Renew, TOKEN_LEN, ToGuest, ToHost, VERSION, sync,
@@ -48,7 +48,7 @@ async fn a_renewal_changes_the_token_and_leaves_a_foreign_machine_alone() {
     assert_eq!(reason, Refusal::Token);
     let mut fresh = host.stream().await;
     assert!(matches!(fresh.greet(&NEW_TOKEN, VERSION, VERSION).await, Some(ToHost::Welcome(_))));
-    // The session that brought the token goes on, and may bring another.
+    // The session that brought the token stays open, and may bring another.
     session.send(&ToGuest::Renew(order(TOKEN))).await;
     assert!(matches!(session.message().await, ToHost::Renewed(_)));
     assert_eq!(fresh.next().await, None);
@@ -61,7 +61,7 @@ async fn sessions_of_the_old_token_end_with_all_that_runs_in_them() {
     let mut idle = host.open().await;
     let mut running = host.open().await;
     let pid = running.start(shell("trap '' HUP TERM; sleep 1000 & wait; sleep 1000")).await;
-    // Nobody reads what it writes, so the agent is stuck in a send.
+    // No process reads its output, so the agent is stuck in a send.
     let mut flooding = host.open().await;
     let flood = flooding.start(shell("exec cat /dev/zero")).await;
     let mut session = host.open().await;
@@ -98,8 +98,8 @@ async fn an_incomplete_request_changes_nothing() {
     host.open().await;
 }
 
-/// What a saved guest goes through: the host that froze it ends the connection and probes without going on; another
-/// host finds it and renews it.
+/// What a saved guest goes through: the host that froze it ends the connection and probes without continuing; another
+/// host finds it and resets its identity.
 #[tokio::test]
 async fn a_frozen_agent_waits_for_the_next_host() {
     let mut host = Host::start_silent().await;

@@ -65,7 +65,7 @@ impl Host {
         host
     }
 
-    /// Starts an agent and leaves it to the test to talk to it.
+    /// Starts an agent; the test communicates with it.
     pub async fn start_silent() -> Self {
         Self::start_under(&[]).await
     }
@@ -231,7 +231,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Sends a hello; gives the answer.
+    /// Sends a hello; gives the reply.
     pub async fn greet(&mut self, token: &[u8], oldest: u16, newest: u16) -> Option<ToHost> {
         self.send(&ToGuest::Hello(Hello { oldest, newest, token: token.to_vec().into(), nonce: 99 })).await;
         match self.next().await {
@@ -326,7 +326,7 @@ pub fn command(argv: &[&str]) -> Exec {
     Exec { argv: argv.iter().map(|argument| argument.as_bytes().to_vec().into()).collect(), ..Exec::default() }
 }
 
-/// A renewal that names another token.
+/// An identity reset with another token.
 pub fn order(token: [u8; TOKEN_LEN]) -> Renew {
     Renew {
         token: token.to_vec().into(),

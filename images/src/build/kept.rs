@@ -59,13 +59,13 @@ impl KeptKernels {
         Self { directory: home.join(layout::KERNELS) }
     }
 
-    /// Where they are, created if need be; its lock is held by who compiles one.
+    /// Where they are, created if need be; its lock is held while one is compiled.
     pub fn directory(&self) -> Result<&Path, ImageError> {
         create_private(&self.directory)?;
         Ok(&self.directory)
     }
 
-    /// Looks for a kernel and reads it. One that is damaged is removed.
+    /// Finds a kernel and reads it. One that is damaged is removed.
     pub fn find(&self, key: &str) -> Option<Found> {
         let directory = self.directory.join(key);
         let bytes = fs::read(directory.join(RECORD)).ok()?;
@@ -113,9 +113,9 @@ impl KeptKernels {
         }
     }
 
-    /// Removes what no build is likely to ask for again. `roots` are the hashes of the templates' root disks.
+    /// Removes kernels that no build is likely to need again. `roots` are the hashes of the templates' root disks.
     pub fn prune(&self, roots: &HashSet<String>) {
-        // Whoever compiles a kernel now is going to keep it; the next build prunes.
+        // A build that compiles a kernel now keeps it; the next build prunes.
         let Ok(lock) = File::open(&self.directory) else { return };
         let Ok(listing) = fs::read_dir(&self.directory) else { return };
         if !try_lock(&lock, Mode::Exclusive).is_ok_and(|taken| taken) {

@@ -36,7 +36,7 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(2 * 60 * 60);
 /// What the caller may choose.
 #[derive(Debug, Clone, Default)]
 pub struct BuildOptions {
-    /// Build everything anew, with fresh packages, even if the template is up to date.
+    /// Rebuild everything with fresh packages, even if the template is up to date.
     pub rebuild: bool,
     /// Which kernel it shall boot. By default the one it boots now; a new template gets the stock kernel.
     pub kernel: Option<KernelChoice>,
@@ -59,7 +59,7 @@ enum Plan {
     UpToDate,
     /// Only the agent is another one.
     InitramfsOnly,
-    /// Another kernel is asked for.
+    /// Another kernel is requested.
     KernelOnly,
     Everything,
 }
@@ -117,7 +117,7 @@ struct Wanted {
     existing: Option<Manifest>,
 }
 
-/// Runs the stages the plan asks for.
+/// Runs the stages of the plan.
 fn run(
     home: &Path,
     store: &Store,
@@ -164,7 +164,7 @@ fn run(
     Ok(BuildOutcome { manifest, already_built: false, stages_reused })
 }
 
-/// Makes kernel and root disk, or takes what is there; says which stages that saved.
+/// Makes kernel and root disk, or reuses them; returns the stages that were skipped.
 fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(BuiltParts, Vec<Stage>), ImageError> {
     let Some(manifest) = wanted.existing else { return Ok((make_everything(work, kept, wanted.kernel)?, Vec::new())) };
     let made = BuiltParts::from(manifest);
@@ -194,7 +194,7 @@ fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(
     Ok((make_everything(work, kept, wanted.kernel)?, Vec::new()))
 }
 
-/// Makes kernel and root disk anew. The modules of the stock kernel are in every root disk, so that it serves both kernels.
+/// Rebuilds kernel and root disk. The modules of the stock kernel are in every root disk, so that it serves both kernels.
 fn make_everything(
     work: &mut Work<'_, '_>,
     kept: &KeptKernels,
@@ -247,7 +247,7 @@ fn lock(
     Ok((path, lock.into_file()))
 }
 
-/// The log of work on the template `name`, emptied; whoever has it is the only one who works on that template.
+/// The log of work on the template `name`, emptied; its holder is the only process that works on that template.
 pub(crate) fn open_log(
     home: &Path,
     name: &str,
@@ -259,10 +259,10 @@ pub(crate) fn open_log(
     Ok(BuildLog::new(path, file))
 }
 
-/// What is said of waiting for a lock.
+/// What is reported while waiting for a lock.
 struct Waiting<'a> {
     stage: Stage,
-    /// Who holds it.
+    /// Its holder.
     program: &'a str,
     log: &'a Path,
 }

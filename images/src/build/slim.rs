@@ -1,5 +1,5 @@
 //! The kernel stage for the slim kernel: fetch the source, configure, compile; or take the kernel that was kept.
-//! Invariant: one build compiles at a time under one home, and what it compiled is kept before anybody uses it.
+//! Invariant: one build compiles at a time under one home, and what it compiled is kept before it is used.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -55,7 +55,7 @@ impl Work<'_, '_> {
         Ok(kernel)
     }
 
-    /// Keeps a kernel. A build that cannot do so is none the worse.
+    /// Keeps a kernel. A failure does not fail the build.
     pub fn keep(&mut self, kept: &KeptKernels, key: &str, kernel: &BuiltKernel, files: (&Path, &Path)) {
         if let Err(error) = kept.keep(key, kernel, files, self.scratch) {
             self.session.log.line(&format!("the kernel cannot be cached: {error}"));

@@ -1,5 +1,5 @@
-//! The stages of a build, one method each. Each leaves its results in the scratch directory; only the last touches
-//! the store. Invariant: a stage names every file it leaves by a constant of this file.
+//! The stages of a build, one method each. Each writes its results to the scratch directory; only the last touches
+//! the store. Invariant: a stage names every file that it writes by a constant of this file.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -73,7 +73,7 @@ pub struct Work<'a, 'session> {
 }
 
 impl Work<'_, '_> {
-    /// Makes the root directory and unpacks the kernel package beside it.
+    /// Makes the root directory and unpacks the kernel package next to it.
     pub fn packages(&mut self, host: &Host) -> Result<(), ImageError> {
         let network = self.host_options(host)?;
         self.write_files(&apt::mirror_options(&network))?;
@@ -172,7 +172,7 @@ impl Work<'_, '_> {
         let raw = self.scratch.join("root.raw");
         let mut mkfs = host.confined("mkfs.ext4", self.scratch);
         // A small journal: a guest killed in mid-write must come back without a check, but most guests are short-lived.
-        // The file is fresh and so all zeros; saying that spares the guest the background zeroing of inode tables.
+        // The file is fresh and so all zeros; stating that spares the guest the background zeroing of inode tables.
         mkfs.args(["-q", "-F", "-L", "nido-root", "-m", "1", "-J", "size=16"])
             .args(["-E", "root_owner=0:0,assume_storage_prezeroed=1", "-d"])
             .args([&self.scratch.join(ROOTFS), &raw])

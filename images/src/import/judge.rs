@@ -148,7 +148,7 @@ pub fn contents(manifest: &Manifest, directory: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether an overlay's name for its backing file is that of a part: as seen from beside it, or from a VM's directory.
+/// Whether an overlay's name for its backing file is that of a part: as seen from its directory, or from a VM's directory.
 fn stands_on(backing: &str, sha256: &str) -> bool {
     backing.strip_prefix("../../blobs/sha256/").unwrap_or(backing) == sha256
 }

@@ -147,7 +147,7 @@ fn import_with(
     Ok(ImportOutcome { manifest, already_present: false, notes })
 }
 
-/// Makes sure that the agent in the initramfs is this program's: the one in the archive may say of itself what it wants. What
+/// Makes sure that the agent in the initramfs is this program's: the one in the archive may claim anything of itself. What
 /// was saved with another agent in its memory is dropped.
 fn fit_agent(
     mut manifest: Manifest,
@@ -173,7 +173,7 @@ fn fit_agent(
     Ok((manifest, notes))
 }
 
-/// Looks for a template of that name. Gives it if it is the `same` as the new one; that there is another is an error unless
+/// Finds a template of that name. Returns it if it is the `same` as the new one; that there is another is an error unless
 /// it is to be replaced. One that is damaged counts as absent if it is otherwise the same.
 fn refuse_other(
     store: &Store,

@@ -1,6 +1,6 @@
 //! Reads an archive's frames and fills files in a scratch directory with its parts.
-//! Invariant: never more is written than the manifest says; a file is as long as its part, its hash has been compared, and
-//! holes are holes; memory is bounded whatever the archive says.
+//! Invariant: never more is written than the manifest states; a file is as long as its part, its hash has been compared, and
+//! holes are holes; memory is bounded whatever the archive claims.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek as _};
@@ -14,7 +14,7 @@ use crate::travel::{Piece, TravelProgress, Watch};
 
 /// What is left free on the disk, in bytes: it is not for an archive to fill it.
 const RESERVE_BYTES: u64 = 256 * 1024 * 1024;
-/// How much is written between two looks at the disk.
+/// How much is written between two checks of the free space.
 const LOOK_BYTES: u64 = 16 * 1024 * 1024;
 
 /// An archive that is being read.
@@ -80,7 +80,7 @@ impl<'a, 'watch> Archive<'a, 'watch> {
         }
     }
 
-    /// Tells that the parts are being published; the last moment to stop.
+    /// Reports that the parts are being published; the last moment to stop.
     pub fn publishing(&mut self) -> Result<(), ImageError> {
         self.watch.check()?;
         self.stage.stage = "publish";
@@ -191,7 +191,7 @@ impl<'a, 'watch> Archive<'a, 'watch> {
     }
 }
 
-/// Says what is wrong with a frame that stands where a part, or the end, belongs. Pure.
+/// Describes the error for a frame where a part, or the end, belongs. Pure.
 fn unexpected(frame: &Frame, index: usize, pieces: &[Piece]) -> String {
     let position = |hash: &str| pieces.iter().position(|piece| piece.part.sha256 == hash);
     match frame {

@@ -61,7 +61,7 @@ impl From<VmInfo> for VmBrief {
             labels: vm.labels,
             ephemeral: vm.ephemeral,
             lease: vm.lease,
-            // Nobody plans by the millisecond.
+            // Milliseconds are of no use here.
             expires_at: vm.expires_at.map(|at| format!("{at:.0}")),
             idle_at: vm.idle_at.map(|at| format!("{at:.0}")),
             failure: vm.failure.map(|failure| FailureBrief { cause: failure.cause, message: failure.message }),

@@ -15,9 +15,9 @@ use crate::call_context::CallContext;
 use crate::schema;
 use crate::session_leases::SessionKey;
 
-/// The argument with which a throw-away VM is not the session's.
+/// The argument that makes an ephemeral VM independent of the session.
 const OUTLIVES: &str = "outlives_session";
-/// The longest life of a throw-away VM where there are no sessions, unless the caller says how long.
+/// The longest time to live of an ephemeral VM without a session, unless the caller specifies it.
 const TTL_MS: u64 = 3_600_000;
 
 pub const SPAWN: Tool = Tool {
@@ -61,7 +61,7 @@ const EPHEMERAL: &str = "Delete it when it stops, and with this session.";
 const PORTS: &str = "Published, HOST:GUEST.";
 const OUTLIVES_WORDS: &str = "Ephemeral, but not with this session.";
 
-/// What vm_spawn does always.
+/// The fields that vm_spawn always sets.
 pub const SPAWN_DOES: [&str; 2] = ["start", "wait"];
 /// What vm_create never does.
 pub const CREATE_NEVER_DOES: [&str; 4] = ["start", "wait", "path", "start_timeout_ms"];
@@ -193,7 +193,7 @@ async fn spawn(call: &CallContext, vm: NewVm) -> Result<ToolResult> {
         Err(error) if error.code() == Code::VmExists && nido.spec(&name).is_ok_and(|there| there == spec) => {
             existing(call, &name, start, error).await
         }
-        // It was removed: what the error says about it must not lead back to it.
+        // It was removed: the error's hint must not refer to it.
         Err(error) if begun.id().is_some() && error.code() != Code::VmExists => {
             call.next_step(
                 "nothing is left of the VM: call vm_spawn again, with a longer start_timeout_seconds if the guest was slow, or \
@@ -217,7 +217,7 @@ async fn existing(call: &CallContext, name: &VmName, start: StartRequest, error:
             let mut tell = |stage| call.progress.stage(stage);
             brief::vm(call.unless_cancelled(nido.start(name, start, &mut tell)).await?)
         }
-        // To start it again is a decision: it has ended, or somebody has paused it.
+        // To start it again is a decision: it has ended, or a caller has paused it.
         VmState::Paused | VmState::Stopped | VmState::Failed | VmState::Unknown => {
             call.next_step("it is the VM of this very request: vm_start lets it run again, with its disk as it is");
             Err(error)

@@ -1,5 +1,5 @@
 //! Every tool as clients see it, against `tests/golden/mcp/*.json`, and the table in `docs/mcp.md`. `NIDO_BLESS=1 cargo test -p
-//! nido-mcp golden` writes them anew; read the difference: a model will read it too.
+//! nido-mcp golden` rewrites them; read the difference: a model will read it too.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -89,7 +89,7 @@ fn every_tool_carries_the_annotations_of_the_specification() {
     }
 }
 
-/// Arguments that need no description: their names say it.
+/// Arguments that need no description: their names suffice.
 const PLAIN_FIELDS: [&str; 13] = [
     "name",
     "labels",

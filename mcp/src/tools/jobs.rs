@@ -16,7 +16,7 @@ use crate::schema;
 
 /// How long a caller may wait for a job, in milliseconds: clients give up a little later.
 const WAIT_MAX: u64 = 30_000;
-/// How often a job is looked at while somebody waits for it.
+/// How often a job is polled while a caller waits for it.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 pub const GET: Tool = Tool {

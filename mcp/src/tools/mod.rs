@@ -135,7 +135,7 @@ impl Tool {
         }
     }
 
-    /// Arguments that its schema does not have and that are passed on: an approval, and those of which the tool says why it does not
+    /// Arguments that its schema does not have and that are passed on: an approval, and those for which the tool reports why it does not
     /// have them.
     pub(crate) fn also_accepts(&self) -> Vec<&'static str> {
         let explained: &[&str] = match self.name() {
@@ -159,7 +159,7 @@ impl Tool {
         self.op.has_output
     }
 
-    /// The same on a server with this policy: which commands may be run is no secret to whoever has to choose one.
+    /// The same on a server with this policy: which commands may be run is no secret to a caller that has to choose one.
     pub(crate) fn described_under(&self, policy: &Policy) -> Described {
         let mut described = self.described();
         let Some(allowed) = policy.summary().filter(|_| self.runs_commands()) else { return described };
@@ -216,7 +216,7 @@ pub fn find(name: &str) -> Option<&'static Tool> {
     ALL.into_iter().find(|tool| tool.name() == name)
 }
 
-/// Arguments as a type; what is wrong is told with the name of the field.
+/// Arguments as a type; an error names the field.
 pub(crate) fn arguments<T: DeserializeOwned>(arguments: Value) -> Result<T> {
     serde_path_to_error::deserialize(arguments).map_err(|error| {
         let path = error.path().to_string();

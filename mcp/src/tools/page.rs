@@ -1,12 +1,12 @@
-//! Lists of tools in pages: how many may be asked for. Pure.
+//! Lists of tools in pages: how many may be requested. Pure.
 
 use nido_api::error::{Code, Error, Result};
 
 use crate::pagination;
 
-/// How many a page holds if nobody says otherwise.
+/// How many a page holds by default.
 const PAGE: usize = 50;
-/// The most that one may hold; the schemas say so, too.
+/// The most that one may hold; the schemas state it, too.
 const PAGE_MAX: usize = 500;
 
 /// Which page is wanted, as tools are asked for it.

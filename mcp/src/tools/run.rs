@@ -45,7 +45,7 @@ const UNLISTED: [&str; 12] = [
 /// Arguments of the VM.
 const OF_THE_VM: [&str; 10] =
     ["template", "cpus", "memory_mib", "disk_bytes", "net", "machine", "accel", "nested", "require_isolation", "path"];
-/// The argument that says how long its start may take, as callers and as the core name it.
+/// The argument for the start timeout, with its names for callers and in the core.
 const START_TIMEOUT: [&str; 2] = ["start_timeout_seconds", "start_timeout_ms"];
 
 fn schema_of_arguments() -> Value {

@@ -43,7 +43,7 @@ pub struct Done {
 }
 
 impl Call {
-    /// `user` is who it runs as; whoever runs the suite if absent.
+    /// `user` is the user it runs as; if absent, the one who runs the suite.
     pub fn new(mut command: Command, user: Option<u32>) -> Self {
         if let Some(user) = user {
             command.uid(user).gid(user);
@@ -70,7 +70,7 @@ impl Call {
 
     /// Starts it on a terminal of so many rows and columns.
     pub fn on_terminal(self, rows: u16, columns: u16) -> Terminal {
-        // A terminal tells its size to the session that it controls.
+        // A terminal passes its size to the session that it controls.
         let Self { command, .. } = self.behind(["setsid", "--ctty"]);
         Terminal::start(command, rows, columns)
     }
@@ -127,7 +127,7 @@ impl Call {
         let detail = problem["detail"].as_str().unwrap();
         assert!(!detail.is_empty() && !detail.contains('\n') && !detail.ends_with('.'), "one sentence: {detail:?}");
         assert!(problem["title"].is_string() && problem["status"].is_u64() && problem["type"].is_string());
-        // `delete` answers with those it has deleted all the same.
+        // `delete` answers with those it has deleted nevertheless.
         let answer = String::from_utf8_lossy(&done.stdout);
         assert!(["", "{\"vms\":[]}\n"].contains(&&*answer), "an error is no answer: {answer:?}");
         problem
@@ -160,7 +160,7 @@ impl Call {
     }
 }
 
-/// Reads a stream in the background, but not much further than somebody takes it.
+/// Reads a stream in the background, but not much further than the reader.
 fn collect(mut stream: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
     let (done, whole) = mpsc::sync_channel(16);
     std::thread::spawn(move || {
@@ -259,7 +259,7 @@ impl Done {
         self
     }
 
-    /// It did not succeed, and said why.
+    /// It failed, with the reason.
     #[track_caller]
     pub fn expect_failure(&self) {
         assert!([1, 2].contains(&self.code) && !self.stderr.is_empty(), "{} ended with {}", self.shown, self.code);

@@ -21,10 +21,10 @@ const NOBODY: u32 = 65534;
 /// How long what was killed may take to be gone.
 const GONE_WITHIN: Duration = Duration::from_secs(30);
 
-/// Who calls `nido`.
+/// The user who calls `nido`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Who {
-    /// Whoever runs the suite.
+    /// The user who runs the suite.
     Caller,
     /// An ordinary user; only root can become one.
     Nobody,
@@ -101,7 +101,7 @@ impl TestHome {
         self.base.path().join("home")
     }
 
-    /// A directory for files of the test's own, writable for whoever calls `nido`.
+    /// A directory for files of the test's own, writable for the user who calls `nido`.
     pub fn user_dir(&self) -> PathBuf {
         self.base.path().join("user")
     }
@@ -181,7 +181,7 @@ impl TestHome {
         }
     }
 
-    /// What there is to know about a test that failed.
+    /// The report of a test that failed.
     fn report(&self) {
         let dirs = fs::read_dir(self.path().join("vms")).map(|entries| entries.flatten().collect::<Vec<_>>());
         for dir in dirs.unwrap_or_default() {

@@ -30,7 +30,7 @@ impl Process {
         fs::read_link(format!("/proc/{}/cwd", self.pid)).ok()
     }
 
-    /// Whether it is a VM; a QEMU that is asked what it can do is none.
+    /// Whether it is a VM; a QEMU that is probed is not one.
     pub fn is_qemu(&self) -> bool {
         self.arguments.first().is_some_and(|program| program.contains("qemu-system-"))
             && self.arguments.iter().any(|argument| argument.starts_with("guest="))
@@ -66,7 +66,7 @@ pub fn send(pid: i32, signal: Signal) {
     }
 }
 
-/// Every process that works in `directory` or was told of it, but for this one.
+/// Every process that works in `directory` or has it in its arguments, except this one.
 pub fn processes_in(directory: &Path) -> Vec<Process> {
     let told = directory.to_str().expect("test homes have plain names");
     let me = i32::try_from(std::process::id()).unwrap();

@@ -76,7 +76,7 @@ impl Terminal {
         }
     }
 
-    /// Whether the terminal echoes and edits lines, as it does when nobody has changed it.
+    /// Whether the terminal echoes and edits lines, as it does by default.
     pub fn is_cooked(&self) -> bool {
         let modes = tcgetattr(&self.line).unwrap().local_modes;
         modes.contains(LocalModes::ICANON | LocalModes::ECHO)

@@ -1,4 +1,4 @@
-//! Approvals: a person's yes or no to one operation that a program asked for.
+//! Approvals: a person's approval or denial of one operation that a program requested.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use sha2::{Digest as _, Sha256};
 use crate::hex;
 use crate::name::VmName;
 
-/// How long an approval can be given and used, from the moment it was asked for.
+/// How long an approval can be given and used, from the moment it was requested.
 pub const APPROVAL_LIFETIME: Duration = Duration::from_secs(120);
 /// How many approvals one caller may wait for at a time.
 pub const APPROVALS_PENDING_MAX: usize = 32;
 
-/// What approval is asked for. All of it but the VM's name and what the client calls itself is what an approval is bound to.
+/// What approval is requested. All of it but the VM's name and what the client calls itself is what an approval is bound to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ask {
     /// The operation, for example `vm_delete`.
@@ -26,7 +26,7 @@ pub struct Ask {
     pub vm_name: VmName,
     /// Who really asks, as in the audit log: `uid:1000`, `token:ci`.
     pub actor: String,
-    /// What the client says it is. A claim.
+    /// The client's own name for itself. A claim.
     pub agent: Option<String>,
     /// The operation's arguments, as they came. What is called `approval_id` at the top does not count, nor what is `null` or
     /// `false` there: it is the same as left out.
@@ -40,7 +40,7 @@ impl Ask {
         let counted = match &self.arguments {
             Value::Object(fields) => {
                 let counts = |key: &str, value: &Value| {
-                    // What is said by leaving it out is the same as what is not said.
+                    // An omitted value and its default are the same.
                     key != "approval_id" && !value.is_null() && *value != Value::Bool(false)
                 };
                 let counted = fields.iter().filter(|(key, value)| counts(key, value));

@@ -1,4 +1,4 @@
-//! The audit log, as it is asked for and answered. What the words mean: `docs/audit.md`.
+//! The audit log, as it is requested and answered. What the words mean: `docs/audit.md`.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};

@@ -25,7 +25,7 @@ impl Face {
         }
     }
 
-    /// The face of a word in a line.
+    /// The front end that a word in a line denotes.
     #[must_use]
     pub fn of_word(word: &str) -> Option<Self> {
         [Self::Mcp, Self::Api, Self::Cli].into_iter().find(|face| face.word() == word)
@@ -35,11 +35,11 @@ impl Face {
 /// On whose behalf something is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
-    /// Which face was asked.
+    /// Which front end received the request.
     pub face: Face,
     /// Who really called: `uid:1000` by peer credentials, `token:ci#ID` by a token's name and id.
     pub actor: String,
-    /// What the client says it is. A claim.
+    /// The client's own name for itself. A claim.
     pub agent: Option<String>,
 }
 

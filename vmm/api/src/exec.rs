@@ -200,7 +200,7 @@ impl Collected {
         Self { out: Piece::default(), err: Piece::default(), limit }
     }
 
-    /// Takes in what the command has said.
+    /// Adds output of the command.
     pub fn add(&mut self, event: &ExecEvent) {
         let (piece, bytes) = match event {
             ExecEvent::Stdout(bytes) => (&mut self.out, bytes),
@@ -224,7 +224,7 @@ impl Collected {
         }
     }
 
-    /// Leaves out what the command has said.
+    /// Drops the command's output.
     pub fn cut(&mut self, event: &ExecEvent) {
         match event {
             ExecEvent::Stdout(bytes) => self.out.truncated |= !bytes.is_empty(),

@@ -115,7 +115,7 @@ pub enum JobOutcome {
     Done(Value),
     /// It failed.
     Failed(Problem),
-    /// It was cancelled, and is not going on.
+    /// It was cancelled, and has stopped.
     Cancelled,
 }
 

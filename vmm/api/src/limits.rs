@@ -102,7 +102,7 @@ impl Limits {
         }
     }
 
-    /// Whether a VM may be this. How many there are the store looks at when it is made.
+    /// Whether a VM may be this. The store checks their number when it is created.
     ///
     /// # Errors
     /// `limit_exceeded`, `denied`.

@@ -48,7 +48,7 @@ impl PoolKind {
         }
     }
 
-    /// The flags that ask for it on the command line, each with a space before it; empty for the machine one gets without.
+    /// The flags that request it on the command line, each with a space before it; empty for the machine one gets without.
     #[must_use]
     pub fn flags(&self, defaults: &Self) -> String {
         let mut flags = String::new();
@@ -91,7 +91,7 @@ pub struct PoolRequest {
 }
 
 impl PoolRequest {
-    /// So many clones of the machine that a bake is asked for.
+    /// So many clones of the machine that a bake is requested.
     #[must_use]
     pub const fn of(wanted: u32, bake: &BakeRequest) -> Self {
         let BakeRequest { cpus, memory_mib, net, machine, accel, nested, .. } = *bake;

@@ -1,6 +1,6 @@
 //! Lists, filtered and a page at a time: the same for every front end. Pure.
 //!
-//! Invariant: a cursor names a place in the order of creation, not a number of entries; what comes and goes meanwhile makes no
+//! Invariant: a cursor names a place in the order of creation, not a number of entries; what is added or removed meanwhile makes no
 //! other entry be missed or come twice.
 
 use std::collections::BTreeMap;
@@ -54,7 +54,7 @@ impl VmQuery {
         (self.status.is_empty() || self.status.contains(&vm.status)) && self.labels.iter().all(has)
     }
 
-    /// The page of these VMs that is asked for.
+    /// The page of these VMs that is requested.
     ///
     /// # Errors
     /// `spec_invalid`: a limit of 0 or above [`PAGE_MAX`], a cursor that no page gave.

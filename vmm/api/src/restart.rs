@@ -2,7 +2,7 @@
 //!
 //! | how it ended | `no` | `on-failure` | `always` |
 //! |---|---|---|---|
-//! | it failed (guest panic, QEMU died, start failed) | no | yes | yes |
+//! | it failed (guest panic, QEMU was killed, start failed) | no | yes | yes |
 //! | the guest powered itself off | no | no | yes |
 //! | stopped by a user, by a limit, by the end of its session | no | no | no |
 //! | stopped because the host shuts down | no | at the next boot | at the next boot |
@@ -97,7 +97,7 @@ pub fn decide(policy: RestartPolicy, ended: Ended) -> Restart {
         (VmState::Failed, _) => Restart::Soon,
         (VmState::Stopped, Some(StateCause::Guest)) if policy == RestartPolicy::Always => Restart::Soon,
         (VmState::Stopped, Some(StateCause::Host)) => Restart::AtBoot,
-        // A restart that failed before QEMU ran: a published port was in use, say.
+        // A restart that failed before QEMU ran: for example, a published port was in use.
         (VmState::Stopped, None) if ended.restarting => Restart::Soon,
         _ => Restart::Never,
     }

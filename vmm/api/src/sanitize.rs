@@ -44,7 +44,7 @@ const STRING_MAX: usize = 4096;
 pub struct Shown {
     /// Lines that end with `\n`, tabs, and characters that are what they look like.
     pub text: String,
-    /// The middle was left out; a line in its place says how much.
+    /// The middle was left out; a line in its place states how much.
     pub truncated: bool,
     /// Something that would not have been seen was taken out, or bytes that are no text were replaced.
     pub altered: bool,
@@ -131,7 +131,7 @@ fn control_string(text: &str) -> usize {
         match c {
             '\x07' | '\u{9c}' => return at + c.len_utf8(),
             '\x1b' if text[at + 1..].starts_with('\\') => return at + 2,
-            // A terminal would go on or give up, each in its own way. So nobody has to look at anything twice.
+            // Terminals differ in whether they continue or stop here. So no text has to be examined twice.
             c if c.is_control() => return 0,
             _ => {}
         }

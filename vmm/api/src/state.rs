@@ -167,7 +167,7 @@ pub enum Fact {
     GuestShutdown,
     /// The guest's kernel panicked.
     GuestPanicked,
-    /// A stop was asked for.
+    /// A stop was requested.
     StopAsked,
     /// QEMU is gone; whether it ended in order (exit code 0 after a shutdown).
     QemuExited {
@@ -371,7 +371,7 @@ mod tests {
         }
     }
 
-    // A row that said `running` kept a resume from ever reaching QEMU.
+    // A row with `running` kept a resume from ever reaching QEMU.
     #[test]
     fn a_resume_reaches_qemu_in_every_recorded_state() {
         for state in [VmState::Running, VmState::Paused] {

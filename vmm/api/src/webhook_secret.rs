@@ -100,7 +100,7 @@ impl WebhookSecret {
     pub fn sign(&self, message_id: &str, timestamp: i64, body: &str) -> Option<String> {
         let Kind::Key(key) = &self.0 else { return None };
         let signed = format!("{message_id}.{timestamp}.{body}");
-        // HMAC takes keys of every length; the type cannot say so.
+        // HMAC takes keys of every length; the type does not express that.
         let mac = Hmac::<Sha256>::new_from_slice(key).ok()?.chain_update(signed).finalize().into_bytes();
         Some(format!("v1,{}", STANDARD.encode(mac)))
     }

@@ -222,7 +222,7 @@ impl Root {
         };
         let fd = rustix::fs::open(path, DIRECTORY, Mode::empty()).map_err(|e| refused(path, e))?;
         let real = std::fs::read_link(of(&fd)).map_err(failed)?;
-        // What is answered can be asked for again: a path with '..' in it could not.
+        // What is answered can be requested again: a path with '..' in it could not.
         let named = std::path::absolute(path).map_err(failed)?;
         let named = if leads_upwards(&named) { real.clone() } else { named };
         Ok(Self { fd, named, real, hidden })

@@ -1,4 +1,4 @@
-//! `Nido`: the core API, one method per operation. Every face calls these and nothing else.
+//! `Nido`: the core API, one method per operation. Every front end calls these and nothing else.
 //!
 //! The methods are spread over `nido/*.rs` by noun; this file opens a home and holds what they share.
 //!
@@ -141,7 +141,7 @@ impl Nido {
         self.context.resume_deliveries();
     }
 
-    /// What the user ought to know about the home that was opened: a new store beside VMs that it does not know.
+    /// Warnings about the home that was opened: a new store with VMs that it does not list.
     #[must_use]
     pub fn notice(&self) -> Option<String> {
         if !self.store().is_new() {

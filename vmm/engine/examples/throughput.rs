@@ -31,7 +31,7 @@ async fn main() -> Outcome {
     }
 }
 
-/// The supervisor's part, as long as somebody holds its standard input open.
+/// The supervisor's part, as long as its standard input is open.
 async fn serve(dir: &Path) -> Outcome {
     let channel = UnixListener::bind(dir.join("channel.sock"))?;
     let clients = UnixListener::bind(dir.join("agent.sock"))?;

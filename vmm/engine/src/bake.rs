@@ -112,7 +112,7 @@ fn same_kind(bake: &BakedMachine, wanted: &BakedMachine) -> bool {
     differences(bake, wanted).is_empty()
 }
 
-/// What of `wanted` the bake does not have, in words. The clock is not among them: no user asks for it.
+/// What of `wanted` the bake does not have, in words. The clock is not among them: no user requests it.
 fn differences(bake: &BakedMachine, wanted: &BakedMachine) -> Vec<String> {
     let mut words = Vec::new();
     let mut differ = |same: bool, word: String| words.extend((!same).then_some(word));

@@ -1,7 +1,7 @@
-//! That somebody is still there, for what belongs to them: a lock of its own below `present/`, held for as long.
+//! Liveness locks: a process holds a lock of its own below `present/` as long as it runs, for what belongs to it.
 //!
-//! Invariant: nobody is taken for gone because the look failed. Only a lock that is seen to be free, or a file that is seen not
-//! to be there, says so.
+//! Invariant: a process does not count as ended because a check failed. Only a lock that is free, or a file that does
+//! not exist, proves it.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use nido_files::random;
 /// How often another id is tried when reconciliation removed the file before it was locked.
 const TRIES: u32 = 16;
 
-/// Somebody who is there, until it is dropped or its process dies.
+/// A process's liveness lock; released when it is dropped or its process ends.
 #[derive(Debug)]
 pub struct Presence {
     id: String,
@@ -39,7 +39,7 @@ impl Presence {
         Err(Error::internal("the liveness lock of this process could not be acquired"))
     }
 
-    /// What others know it by.
+    /// Its id for other processes.
     pub fn id(&self) -> &str {
         &self.id
     }
@@ -47,12 +47,12 @@ impl Presence {
 
 impl Drop for Presence {
     fn drop(&mut self) {
-        // While it is locked: nobody else can have it, and without the file it counts as gone.
+        // While it is locked: no other process can acquire it, and without the file the process counts as ended.
         let _ = std::fs::remove_file(&self.path);
     }
 }
 
-/// Whether somebody is certainly gone.
+/// Whether the process with this lock has certainly ended.
 pub fn is_gone(directory: &Path, id: &str) -> bool {
     match is_free(&directory.join(id)) {
         Ok(free) => free,
@@ -63,7 +63,7 @@ pub fn is_gone(directory: &Path, id: &str) -> bool {
     }
 }
 
-/// The ids of processes that died: their files are there, and nobody holds the locks.
+/// The ids of processes that have ended: their files exist, and the locks are free.
 #[must_use]
 pub fn dead(directory: &Path) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
@@ -71,7 +71,7 @@ pub fn dead(directory: &Path) -> Vec<String> {
     ids.filter(|id| is_free(&directory.join(id)).unwrap_or(false)).collect()
 }
 
-/// Removes the file of a process that died, unless another process has taken the lock since.
+/// Removes the file of a process that has ended, unless another process has taken the lock since.
 ///
 /// # Errors
 /// The file cannot be opened or removed.
@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn a_failed_check_does_not_count_as_ended() {
         let root = tempfile::tempdir().unwrap();
-        // No file, but not for want of one.
+        // There is no file, but not because it is missing.
         let file = root.path().join("file");
         std::fs::write(&file, "").unwrap();
         assert!(!is_gone(&file, "0123"));

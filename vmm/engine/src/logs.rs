@@ -1,6 +1,6 @@
 //! The logs of a VM: their last lines for errors, and their size.
 //!
-//! QEMU and the guest append for as long as they live, supervisor or not; so a log that has grown too long is copied aside
+//! QEMU and the guest append as long as they run, with or without a supervisor; so a log that has grown too long is copied
 //! and cut where it stands.
 //!
 //! Invariant: a log takes at most about twice [`LOG_BYTES_MAX`] on disk while a supervisor lives.
@@ -62,7 +62,7 @@ fn last_lines(path: &Path) -> std::io::Result<Vec<String>> {
 /// Rotates the log at `path` if it is too long: `NAME` becomes `NAME.1` by copying, for its writers keep their descriptor.
 ///
 /// # Errors
-/// The copy cannot be written; the log is cut all the same, so it does not fill the disk.
+/// The copy cannot be written; the log is cut nevertheless, so it does not fill the disk.
 pub fn rotate(path: &Path) -> std::io::Result<()> {
     let too_long = std::fs::metadata(path).is_ok_and(|meta| meta.len() > LOG_BYTES_MAX);
     if !too_long {

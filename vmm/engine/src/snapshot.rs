@@ -38,7 +38,7 @@ const RECORD: &str = "snapshot.json";
 /// Version of [`Record`].
 const FORMAT: u32 = 1;
 
-/// What is written down about a snapshot.
+/// What is recorded about a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// The version of this record.
@@ -89,7 +89,7 @@ fn directory(vm: &VmDir) -> PathBuf {
     path
 }
 
-/// A snapshot that is being taken. Dropped before it is published, it leaves nothing.
+/// A snapshot that is being taken. Dropped before it is published, it is removed.
 #[derive(Debug)]
 pub struct Unfinished {
     path: PathBuf,
@@ -151,7 +151,7 @@ impl Unfinished {
             io::Write::write_all(&mut file, &text)?;
             nido_files::failpoint!("snapshot.record");
             if let Some(parent) = self.target.parent() {
-                // The VM that wanted it may be gone: then this fails.
+                // The VM that it is for may be deleted: then this fails.
                 make_private_dir_in_place(parent)?;
                 sync_parent(parent)?;
             }

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Invariants: under the final name there is always a complete file, whatever is killed; with [`Durability::PowerCut`] also
-//! after a power cut. A temporary file is removed when its writer fails; what a killed writer left is named as
-//! [`is_temporary`] says, or has the one fixed name that its caller chose and the next attempt replaces.
+//! after a power cut. A temporary file is removed when its writer fails; the file of a killed writer has a name that
+//! [`is_temporary`] recognizes, or has the one fixed name that its caller chose and the next attempt replaces.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};

@@ -21,7 +21,7 @@ use crate::lock::Pauses;
 pub enum Mode {
     /// Others that share it.
     Shared,
-    /// Nobody.
+    /// No process.
     Exclusive,
 }
 

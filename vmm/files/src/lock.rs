@@ -1,4 +1,4 @@
-//! Locks that say who lives: the kernel frees them when their last holder dies, whatever killed it.
+//! Liveness locks: the kernel frees them when their last holder ends, whatever killed it.
 //!
 //! They are "open file description" locks: like `flock` they are inherited and end with the last holder; unlike `flock`
 //! they can be looked at without being taken, so a glance never makes another process's attempt fail.
@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
-/// A lock that is held. Whoever inherits the descriptor holds it too.
+/// A lock that is held. A process that inherits the descriptor holds it, too.
 #[derive(Debug)]
 pub struct Held(File);
 
 impl Held {
-    /// Tries to take the lock; makes the file if need be. `None`: somebody else holds it.
+    /// Tries to take the lock; makes the file if need be. `None`: another process holds it.
     ///
     /// # Errors
     /// The file cannot be opened.
@@ -52,7 +52,7 @@ impl Held {
         }
     }
 
-    /// Takes the lock, waiting until `deadline`. `None`: it is still held by somebody else then.
+    /// Takes the lock, waiting until `deadline`. `None`: another process still holds it then.
     ///
     /// # Errors
     /// As [`Held::try_take`].
@@ -117,13 +117,13 @@ impl Pauses {
     }
 }
 
-/// Whether somebody holds the lock. A file that is not there, or cannot be looked at, is not locked.
+/// Whether a process holds the lock. A missing or inaccessible file is not locked.
 #[must_use]
 pub fn is_held(path: &Path) -> bool {
     is_free(path).is_ok_and(|free| !free)
 }
 
-/// Whether nobody holds the lock, for whom it matters that the look itself may fail. A file that is not there is not locked.
+/// Whether no process holds the lock; fails if that cannot be checked. A missing file is not locked.
 ///
 /// # Errors
 /// The file cannot be looked at.

@@ -1,4 +1,4 @@
-//! The table `approvals`: which operations wait for a person's yes, and what became of it.
+//! The table `approvals`: which operations wait for a person's approval, and the decisions.
 //!
 //! Invariant: an approval is used at most once, by one `UPDATE` that compares everything it is bound to; a process that is killed
 //! behind it has used it.
@@ -97,7 +97,7 @@ impl Store {
         readable_rows("approvals", rows.map(|row| row.map(|row| row.decode(now).map(|row| row.approval))))
     }
 
-    /// Writes down a person's word, if it still counts: yes to what waits, no also to what was approved and not used.
+    /// Records a person's decision, if it is still valid: approval of a pending request, denial also of an approved and unused one.
     /// Whether it did.
     ///
     /// # Errors
@@ -225,7 +225,7 @@ mod tests {
         assert_eq!(store.approvals().unwrap().len(), 2);
     }
 
-    // A dialog that was closed was a no for two minutes, also against the user who asked for it then.
+    // A dialog that was closed was a denial for two minutes, also against the user who asked for it then.
     #[test]
     fn a_denial_in_a_form_is_asked_again_a_limited_number_of_times() {
         let (_dir, store) = open();

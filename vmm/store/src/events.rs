@@ -55,7 +55,7 @@ impl Store {
         if cursor % PRUNED_EVERY == 0 { prune(&self.connection, cursor, now) } else { Ok(()) }
     }
 
-    /// The events behind a cursor, the oldest first, and the cursor to go on from. Not all at once: whoever gets the same
+    /// The events behind a cursor, the oldest first, and the cursor to continue from. Not all at once: a caller that gets the same
     /// cursor back has them all.
     ///
     /// # Errors
@@ -109,7 +109,7 @@ impl Store {
         Ok(last.unwrap_or(0).unsigned_abs())
     }
 
-    /// Says that a template is there, once for each time it was made: `stamp` tells those apart.
+    /// Records that a template exists, once for each time it was created: `stamp` distinguishes those.
     ///
     /// # Errors
     /// Of the store.
@@ -118,7 +118,7 @@ impl Store {
         self.announce((EventKind::TemplateCreated, "", template.as_str(), stamp), None, &details)
     }
 
-    /// Says that a template is gone, once for each time it was announced: what comes under its name is another.
+    /// Records that a template is deleted, once for each time it was announced: a later one of its name is another.
     ///
     /// # Errors
     /// Of the store.
@@ -145,7 +145,7 @@ impl Store {
         names.map_err(fault)?.map(|name| name.map_err(fault)?.parse()).collect()
     }
 
-    /// Says that a snapshot is there, once for each time it was taken.
+    /// Records that a snapshot exists, once for each time it was taken.
     ///
     /// # Errors
     /// Of the store.
@@ -155,7 +155,7 @@ impl Store {
         self.announce(what, Some(&row.spec.name), &details)
     }
 
-    /// An event about something that lies in files. Whoever finds it may announce it: the first one's word counts, so
+    /// An event about something that lies in files. Any process that finds it may announce it: only the first one counts, so
     /// nothing is lost if its maker is killed behind the last step.
     fn announce(
         &self,

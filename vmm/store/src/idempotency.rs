@@ -34,7 +34,7 @@ pub enum KeyState {
 
 impl Store {
     /// Marks a request as being carried out by a server's run, if nothing is known of its key. What a run that is gone has
-    /// left unanswered is never carried out again: what it has done is not known.
+    /// left unanswered is never carried out again: its effect is unknown.
     ///
     /// # Errors
     /// Of the store.

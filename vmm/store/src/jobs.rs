@@ -70,7 +70,7 @@ impl Store {
         readable_rows("jobs", rows)
     }
 
-    /// Who carries out jobs, as far as is written down.
+    /// Who carries out jobs, as far as is recorded.
     ///
     /// # Errors
     /// Of the store.

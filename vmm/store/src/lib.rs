@@ -94,7 +94,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Opens a store that cannot be written, to read it: on a read-only mount, say. Every write fails as `read_only`.
+    /// Opens a store that cannot be written, to read it: for example, on a read-only mount. Every write fails as `read_only`.
     ///
     /// # Errors
     /// `path_not_found`, `permission_denied`, `read_only` if there are changes in its write-ahead log that cannot be
@@ -109,7 +109,7 @@ impl Store {
                 .map(|version| (connection, version))
         };
         let opened = Connection::open_with_flags(path, flags).and_then(readable);
-        // Without a log beside it nothing is missing in the file itself, and SQLite need not make an index of the log.
+        // Without a write-ahead log nothing is missing in the file itself, and SQLite need not make an index of the log.
         let log_bytes = std::fs::metadata(beside(path, "-wal")).map_or(0, |log| log.len());
         let (connection, version) = match opened {
             Ok(opened) => opened,
@@ -172,7 +172,7 @@ impl Store {
     }
 }
 
-/// Makes the store's file if need be; it holds secrets, so only its owner may read it. What SQLite lays beside it gets the
+/// Makes the store's file if need be; it holds secrets, so only its owner may read it. The files that SQLite creates next to it get the
 /// same mode as the file has.
 fn keep_private(path: &Path) -> std::io::Result<()> {
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;

@@ -1,14 +1,14 @@
 //! The table `deliveries`: pending webhook messages, written with the event itself.
 //!
 //! ```text
-//!  append ──> queue ──> pending ──due──> an attempt ──settle──> delivered
+//!  append ──> queue ──> pending ──due──> an attempt ──record_attempts──> delivered
 //!                          ^                          │
 //!                          ├──── again, later ────────┤
 //!                          └──── redeliver ──── failed <┘  given up, or the endpoint is gone
 //! ```
 //!
 //! Invariant: of each lane (an endpoint, and a VM or a template) the first pending delivery has a `due_ms`, and no other
-//! has. So whoever takes what is due sends in order, and finds it without a look at what waits behind.
+//! has. So the delivery worker sends in order, and finds what is due without reading what waits behind it.
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::{DeliveryState, Event, WebhookBody, encode_webhook_body};
@@ -58,7 +58,7 @@ pub enum Outcome {
     Again {
         /// When, in milliseconds since 1970.
         at_ms: i64,
-        /// Until when the endpoint wants to be left alone, if it said so; in milliseconds since 1970.
+        /// Until when the endpoint requested a pause, if it did; in milliseconds since 1970.
         rests_until_ms: Option<i64>,
         /// Why.
         why: String,
@@ -70,7 +70,7 @@ pub enum Outcome {
     },
     /// The endpoint does not want to be sent anything any more.
     Gone {
-        /// How it said so.
+        /// How it requested that.
         why: String,
     },
 }
@@ -152,7 +152,7 @@ impl Store {
         statement.query_row(params![webhook_id, now_ms], |row| row.get(0)).map_err(fault)
     }
 
-    /// Writes down what came of attempts.
+    /// Records what came of attempts.
     ///
     /// # Errors
     /// Of the store; then nothing is written.
@@ -168,7 +168,7 @@ impl Store {
             Outcome::Failed { why } | Outcome::Gone { why } => (DeliveryState::Failed, None, Some(why)),
         };
         let done = (state != DeliveryState::Pending).then_some(now_ms);
-        // What was given up while it was under way is delivered all the same if it was taken.
+        // What was given up while it was under way is delivered nevertheless if it was taken.
         let update = "UPDATE deliveries SET state = ?2, attempts = ?3, due_ms = ?4, last_status = ?5, last_error = ?6, \
                       done_ms = ?7 WHERE id = ?1 AND (state = 'pending' OR ?2 = 'delivered') RETURNING webhook_id, lane";
         let values = params![id, state.word(), attempts, due, status, why, done];
@@ -210,7 +210,7 @@ impl Store {
     }
 
     /// Queues a delivery again, with a fresh series of attempts. One that is pending is due at once, unless it waits for
-    /// another one ahead of it; one that is finished waits for nobody, and nobody for it. Who asks for that knows better than
+    /// another one ahead of it; a finished one waits for no other, and no other waits for it. A caller that requests that knows better than
     /// the endpoint whether it wants to be left alone.
     ///
     /// # Errors
@@ -234,7 +234,7 @@ impl Store {
         })
     }
 
-    /// Forgets finished deliveries that are old, or too many.
+    /// Deletes finished deliveries that are old, or too many.
     ///
     /// # Errors
     /// Of the store.

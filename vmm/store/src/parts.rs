@@ -22,7 +22,7 @@ impl BootParts {
 }
 
 impl Store {
-    /// Hashes of all template parts that VMs own. `None` if that cannot be told, because a VM's row names none.
+    /// Hashes of all template parts that VMs own. `None` if that is unknown, because a VM's row names none.
     ///
     /// # Errors
     /// Of the store.

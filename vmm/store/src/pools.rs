@@ -31,7 +31,7 @@ pub struct PoolRow {
 /// What a clone becomes.
 #[derive(Debug)]
 pub struct Claim<'a> {
-    /// What was asked for.
+    /// What was requested.
     pub spec: &'a VmSpec,
     /// Virtual size of its disk.
     pub disk_bytes: u64,
@@ -116,7 +116,7 @@ impl Store {
         self.connection.query_row(exists, [], |row| row.get(0)).map_err(fault)
     }
 
-    /// The ids of clones that wait and go on from the bake with this memory image, in random order, so that several who
+    /// The ids of waiting clones that resume from the bake with this memory image, in random order, so that several who
     /// claim at the same time rarely meet.
     ///
     /// # Errors

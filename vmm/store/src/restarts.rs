@@ -89,7 +89,7 @@ impl Store {
         self.connection.execute(upsert, [id]).map(drop).map_err(fault)
     }
 
-    /// A user starts the VM: its restarts are counted anew.
+    /// A user starts the VM: its restart count begins again.
     ///
     /// # Errors
     /// Of the store.

@@ -102,7 +102,7 @@ pub struct Saved {
     pub state: String,
     /// The token the saved agent expects, in hexadecimal.
     pub token: String,
-    /// The guest was saved in the middle of what it did, sessions with its agent included: it is renewed as one that is
+    /// The guest was saved in the middle of what it did, sessions with its agent included: its identity is reset as that of one that is
     /// restored from a snapshot.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub live: bool,
@@ -113,7 +113,7 @@ pub struct Saved {
 pub struct VmRow {
     /// Its id.
     pub id: String,
-    /// What was asked for. Its `forwards` are those asked for at creation; [`VmRow::forwards`] counts.
+    /// What was requested. Its `forwards` are those asked for at creation; [`VmRow::forwards`] counts.
     pub spec: VmSpec,
     /// Its state.
     pub state: VmState,
@@ -158,7 +158,7 @@ pub struct VmRow {
 }
 
 impl VmRow {
-    /// The token of the saved guest that it goes on from, if it is made a machine of its own then. Who is loaded only to
+    /// The token of the saved guest that it resumes from, if its identity is reset then. One that is loaded only to
     /// be saved again is not.
     #[must_use]
     pub fn renewed_from(&self) -> Option<&str> {

@@ -198,7 +198,7 @@ mod tests {
         };
         let (vms, all) = copied("whole");
         assert_eq!((vms, all.iter().all(|table| table.is_complete)), (200, true));
-        // A page in the middle that is no page.
+        // A damaged page in the middle.
         let mut bytes = std::fs::read(&path).unwrap();
         let middle = bytes.len() / 4096 / 2 * 4096;
         bytes[middle..middle + 4096].fill(0xff);

@@ -55,7 +55,7 @@ pub enum Transition {
     },
     /// The guest agent replies.
     Ready(Box<AgentReady>),
-    /// Something is to be known about the machine that it runs on.
+    /// A property of the machine that it runs on has changed.
     MachineChanged(Machine),
     /// A time limit was reached.
     LimitReached(Limit),
@@ -68,9 +68,9 @@ pub enum Transition {
         /// The state: one without a QEMU.
         to: VmState,
     },
-    /// A QEMU runs whose row says that there is none.
+    /// A QEMU runs although its row states that there is none.
     FoundRunning,
-    /// A directory without a row was adopted: what its record says of the last start.
+    /// A directory without a row was adopted: the last start according to its record.
     Adopted(Box<Adopted>),
 }
 
@@ -121,7 +121,7 @@ pub struct End {
     pub last_log_entries: Vec<String>,
 }
 
-/// What the record of an adopted VM says of its last start.
+/// The last start of an adopted VM according to its record.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Adopted {
     /// The machine.

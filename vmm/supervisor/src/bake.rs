@@ -30,7 +30,7 @@ use super::qmp::QMP_TIMEOUT;
 use super::readiness::AgentRoute;
 use super::state::{Report, Supervisor};
 
-/// How long the guest may take to fall silent.
+/// How long the agent may take to close its channel.
 const QUIET_WITHIN: Duration = Duration::from_secs(30);
 /// How long QEMU may take to save a machine's state.
 const SAVED_WITHIN: Duration = Duration::from_secs(60);

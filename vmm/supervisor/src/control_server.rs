@@ -16,13 +16,13 @@ use tokio::time::timeout;
 
 use super::control::{MAX_LINE, Reply, Request, decode_request, encode};
 
-/// How long a client may take to say what it wants.
+/// How long a client may take to send its request.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
 /// How often a client that waits for a start gets the current stage.
 const ALIVE_EVERY: Duration = Duration::from_secs(10);
 
-/// How far the VM's life has come.
+/// How far the start of the VM has come.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Life {
     /// QEMU does not answer yet.
@@ -31,7 +31,7 @@ pub(super) enum Life {
     Booting,
     /// It does.
     Ready,
-    /// It is over, and the store says so. Why, if it was not wanted.
+    /// The VM has ended, and the store has recorded it. The reason, if it was not requested.
     Ended(Option<Problem>),
     /// It was there to be baked, and has been: its parts are in the store.
     Baked(Box<Bake>),
@@ -239,7 +239,7 @@ async fn until_ready(life: &mut watch::Receiver<Life>, client: &mut Client) -> s
             changed = life.changed() => if changed.is_err() {
                 return client.send(&Reply::Failed { problem: ended_early() }).await;
             },
-            // The same stage again: a sign of life.
+            // The same stage again, to show that the start continues.
             () = tokio::time::sleep(ALIVE_EVERY) => {}
             () = client.closed() => return Err(std::io::ErrorKind::BrokenPipe.into()),
         }

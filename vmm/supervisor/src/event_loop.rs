@@ -29,17 +29,17 @@ use super::role::Role;
 use super::startup::NotRunning;
 use super::state::{SESSION_EVERY, Supervisor, instant_of};
 
-/// How often logs are looked at.
+/// How often logs are checked.
 const LOGS_EVERY: Duration = Duration::from_secs(5);
-/// How often the supervisor looks whether the guardian lives.
+/// How often the supervisor checks whether the guardian runs.
 const GUARDIAN_EVERY: Duration = Duration::from_secs(3);
 /// With less free space a disk counts as full.
 const DISK_FULL_BYTES: u64 = 8 << 20;
-/// How often a change that the store did not take is repeated.
+/// How often a change that the store did not accept is repeated.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
-/// How long answers to the last requests may take to be written.
+/// How long replies to the last requests may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-/// How long the command that asked for a start may take to ask how it goes.
+/// How long the command that requested a start may take to request its status.
 const ASKED_WITHIN: Duration = Duration::from_millis(500);
 
 impl Supervisor {

@@ -9,7 +9,7 @@ use nido_engine::qemu::QemuExit;
 pub struct ExitEvidence {
     /// QMP's word for why the machine shut down: `guest-shutdown`, `guest-reset`, `host-qmp-quit`, …
     pub shutdown_reason: Option<String>,
-    /// The guest's kernel said that it panics.
+    /// The guest's kernel reported a panic.
     pub panicked: bool,
     /// The guest did not become ready in time, so the plug was pulled.
     pub late_after_ms: Option<u64>,

@@ -1,5 +1,5 @@
 //! The supervisor: one process per running VM, this same program. It starts QEMU, or takes over one that lost its
-//! supervisor; carries sessions to the agent; keeps the limits; writes down how it all ended.
+//! supervisor; carries sessions to the agent; keeps the limits; records how it all ended.
 //!
 //! ```text
 //!   command --control.sock--> control_server.rs --calls--+
@@ -78,7 +78,7 @@ pub struct SuperviseRequest {
 /// Supervises one VM and returns when it has stopped; at once if it does not run, or has a supervisor.
 ///
 /// # Errors
-/// Whatever keeps it from supervising. The VM's row says how the VM ended.
+/// Any failure to supervise. The VM's row states how the VM ended.
 pub async fn supervise(context: Arc<Context>, request: SuperviseRequest, asked_at: Option<Instant>) -> Result<()> {
     let dir = context.vm_dir(&request.id);
     let Some(lock) = own_lock(&dir)? else { return Ok(()) };

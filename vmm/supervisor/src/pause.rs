@@ -5,7 +5,7 @@
 //!  resume, or space on a full disk --> resume(): query-status, free space, cont, look again --> the loop
 //! ```
 //!
-//! Invariant: only QEMU knows whether the CPUs run; nothing here, and nothing in the row, is taken for its answer.
+//! Invariant: only QEMU knows whether the CPUs run; nothing here, and nothing in the row, is taken for its reply.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -73,7 +73,7 @@ pub(super) fn io_cause(no_space_reported: Option<bool>, home: &Path) -> StateCau
     if full { StateCause::DiskFull } else { StateCause::IoError }
 }
 
-/// How long the CPUs stood still while something waited for the guest.
+/// How long the CPUs were paused while something waited for the guest.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Stillness {
     since: Option<Instant>,
@@ -115,7 +115,7 @@ impl ByItself {
     }
 
     /// Whether it is time, and there is space. Each attempt makes the next one wait longer: where a quota or a thin volume is
-    /// full, free space says nothing.
+    /// full, free space has no meaning.
     pub(super) fn is_due(&mut self, now: Instant, home: &Path) -> bool {
         if now < self.at || disk_free_bytes(home).is_ok_and(|free| free < RESUME_BY_ITSELF_BYTES) {
             return false;

@@ -81,7 +81,7 @@ struct Needed {
 }
 
 impl Supervisor {
-    /// Begins to take a snapshot; the answer comes when it is whole.
+    /// Begins to take a snapshot; the reply comes when it is whole.
     pub(super) fn take_snapshot(
         &self,
         name: SnapshotName,
@@ -201,7 +201,7 @@ impl Needed {
     }
 
     /// Saving reads all of the guest's memory. In a memory file system a hole of the image that is read takes space, and the one
-    /// who reads dies where there is none.
+    /// the reader ends where there is none.
     fn holes(&self, dir: &VmDir) -> u64 {
         let in_memory = rustix::fs::statfs(dir.path().as_os_str()).is_ok_and(|facts| facts.f_type == TMPFS_MAGIC);
         match self.image.as_ref().filter(|_| in_memory).and_then(|image| fs::metadata(image).ok()) {
@@ -227,7 +227,7 @@ impl Taking {
         blocking(move || unfinished.publish(&record)).await
     }
 
-    /// Saves a VM that runs, and runs on. Returns for how long its CPUs were paused.
+    /// Saves a running VM, which keeps running. Returns for how long its CPUs were paused.
     async fn save_running(&self, unfinished: Unfinished, bounds: Option<Bounds>) -> Result<(Unfinished, Duration)> {
         let deadline = Instant::now() + FROZEN_WITHIN;
         let stream = self.way.stream(deadline).await.map_err(|e| self.guest_error(e))?;

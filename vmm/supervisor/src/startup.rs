@@ -146,7 +146,7 @@ impl Supervisor {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             },
-            // Its log says why.
+            // Its log has the cause.
             exit = running.process.wait() => return Err(NotRunning::Exit(exit.unwrap_or(QemuExit::Unknown))),
         };
         // A QEMU that cannot load ends itself.
@@ -210,7 +210,7 @@ impl Supervisor {
         self.remove_warning();
         self.mend_snapshot(&running).await;
         match monitor.query_status(QMP_TIMEOUT).await {
-            // It was loading, and what it has loaded is not known to be whole. Its guest has done nothing yet, so another
+            // It was loading, and what it has loaded may be incomplete. Its guest has done nothing yet, so another
             // QEMU is as good.
             Ok(RunState::inmigrate) => {
                 tracing::info!("it was still loading; starting again");
@@ -296,7 +296,7 @@ impl Supervisor {
         if self.channel.is_some() { ActiveSessions::new() } else { self.users.clone() }
     }
 
-    /// Waits for the guest's first answer, on a task of its own.
+    /// Waits for the guest's first reply, on a task of its own.
     pub(super) fn watch_for_agent(&self, running: &Running) -> oneshot::Receiver<Readiness> {
         self.watch_for_agent_within(self.lifecycle.ready_within(), running)
     }

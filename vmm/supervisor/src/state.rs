@@ -57,7 +57,7 @@ pub(super) struct Supervisor {
     pub(super) baked: Option<Result<()>>,
     /// One snapshot at a time.
     pub(super) snapshotting: Arc<Semaphore>,
-    /// Signals that ask for an end.
+    /// Signals that request an end.
     pub(super) termination: Termination,
     /// The guest's next answer, if it has been sent on its way again.
     pub(super) awaited: Option<oneshot::Receiver<Readiness>>,

@@ -87,7 +87,7 @@ impl Unwritten {
         self.changes.is_empty()
     }
 
-    /// Writes what is there, in order. At the first change that fails it stops, and the file says what the store does not.
+    /// Writes what is there, in order. At the first change that fails it stops, and the file has what the store lacks.
     pub(super) fn flush(
         &mut self,
         row: &VmRow,
@@ -109,7 +109,7 @@ impl Unwritten {
         Ok(())
     }
 
-    /// Forgets what a supervisor before could not write: this one has looked for itself.
+    /// Ignores what an earlier supervisor could not write: this one has checked the VM itself.
     pub(super) fn forget(&mut self) {
         self.told = true;
     }
@@ -164,7 +164,7 @@ mod tests {
         Transition::Entered { state: VmState::Paused, cause: Some(cause), timings: None }
     }
 
-    // A change of state that the store did not take was lost: it said `running` of a VM that stood still, for ever.
+    // A change of state that the store did not accept was lost: the row kept `running` for a paused VM.
     #[test]
     fn a_failed_change_is_repeated_and_kept_in_a_file() {
         let home = tempfile::tempdir().unwrap();

@@ -11,7 +11,7 @@ fn unknown_host_names_are_refused() {
     }
 }
 
-// `Host` twice, `Host: localhost@evil`, and a target that names another host were let through.
+// `Host` twice, `Host: localhost@evil`, and a target that names another host were accepted.
 #[test]
 fn a_request_that_can_be_read_in_two_ways_is_refused() {
     let request = |target: &str, headers: &[(&str, &str)]| {

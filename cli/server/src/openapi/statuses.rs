@@ -112,7 +112,7 @@ fn codes(id: &str, method: &Method, path: &str, parameters: bool) -> BTreeMap<u1
 /// The statuses whose codes are the same wherever they appear.
 const COMMON: [u16; 7] = [400, 401, 408, 413, 415, 429, 500];
 
-/// Adds the errors of an operation to its answers.
+/// Adds the errors of an operation to its responses.
 pub fn add(operation: &mut Value, method: &Method, path: &str) {
     let id = operation["operationId"].as_str().unwrap_or_default().to_owned();
     let Some(responses) = operation["responses"].as_object_mut() else { return };
@@ -133,7 +133,7 @@ fn problem(slugs: &[&str]) -> Value {
     })
 }
 
-/// The answers that operations share.
+/// The responses that operations share.
 pub fn common() -> Map<String, Value> {
     let of = |status: u16| {
         let slugs: Vec<_> = Code::ALL.iter().filter(|code| code.status() == status).map(|code| code.slug()).collect();

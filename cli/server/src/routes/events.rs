@@ -1,4 +1,4 @@
-//! Events: those there are as JSON, those that come as a stream.
+//! Events: the existing ones as JSON, new ones as a stream.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -32,7 +32,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 
 /// How long a listener waits before it connects again.
 const RETRY: Duration = Duration::from_secs(2);
-/// The most events of one answer.
+/// The most events of one response.
 const LIMIT_MAX: usize = 1000;
 
 /// Filters for events.

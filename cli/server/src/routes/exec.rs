@@ -91,7 +91,7 @@ fn feed(control: ExecControl, stdin: Vec<u8>) {
     });
 }
 
-/// Runs a command to its end. What it writes beyond the memory that is left for answers is cut off.
+/// Runs a command to its end. Output beyond the memory that is left for responses is truncated.
 async fn collect(
     app: &App,
     name: &VmName,

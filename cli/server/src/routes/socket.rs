@@ -10,8 +10,8 @@
 //!                                                        <-  text    {"exit": ExecExit}  or  {"error": Problem}, then the end
 //! ```
 //!
-//! A browser cannot give a header; it gives its token as a protocol: `nido` and `nido.token.TOKEN`. Whoever says nothing while nothing
-//! is said to them is asked with a ping whether they are there.
+//! A browser cannot give a header; it gives its token as a protocol: `nido` and `nido.token.TOKEN`. A client that sends nothing while nothing
+//! is sent to it gets a ping.
 //!
 //! Invariant: the end of the connection, whatever ends it, kills the command; and no command begins before it is in the audit log.
 
@@ -45,7 +45,7 @@ use crate::streams::wait_for_end;
 
 /// The largest message of a client, in bytes.
 const MESSAGE_MAX: usize = 1 << 20;
-/// How long a client may take to say what shall be started.
+/// How long a client may take to send the command.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How many pieces of standard input may wait for a command that does not read.
 const INPUT_QUEUE_MAX: usize = 16;
@@ -161,7 +161,7 @@ impl Session {
         };
         let _ = socket.send(text(&last)).await;
         let _ = socket.send(Message::Close(Some(CloseFrame { code, reason: "".into() }))).await;
-        // What the client is still saying must not tear down what it has not read yet.
+        // Messages that the client still sends must not reset what it has not read yet.
         let _ = timeout(CLOSE_TIMEOUT, async { while let Some(Ok(_)) = socket.recv().await {} }).await;
     }
 
@@ -178,7 +178,7 @@ impl Session {
         }
     }
 
-    /// Runs a command; from when it is written down, `line` is what is open of that.
+    /// Runs a command; from when it is recorded, `line` is what is open of that.
     async fn serve(&self, socket: &mut WebSocket, line: &mut Option<Attempt>) -> Result<SessionEnd> {
         let Some(start) = self.first(socket).await? else { return Ok(SessionEnd::Gone) };
         *line = Some(self.app.nido.attempt(self.request(self.arguments(&start)?)).await?);
@@ -224,13 +224,13 @@ impl Session {
             arguments.extend(command);
         }
         arguments.extend(said);
-        // What was not said is not written down.
+        // Absent values are not recorded.
         arguments.retain(|_, value| !value.is_null() && value.as_object().is_none_or(|fields| !fields.is_empty()));
         Ok(Value::Object(arguments))
     }
 }
 
-/// Whether the client is there while nothing is said.
+/// Whether the client is connected while no message is sent.
 struct PingTimer {
     every: Duration,
     ask_at: Instant,
@@ -243,7 +243,7 @@ impl PingTimer {
     }
 
     /// It has been quiet for long enough to ask; whether it has been asked too often. Where a client is not listened to, for the
-    /// command has not read what it said before, its silence says nothing.
+    /// command has not read its earlier messages, its silence has no meaning.
     fn is_gone(&mut self, listening: bool) -> bool {
         self.unanswered = if listening { self.unanswered + 1 } else { 0 };
         self.ask_at = Instant::now() + self.every;
@@ -251,7 +251,7 @@ impl PingTimer {
     }
 }
 
-/// Carries what both say until one of them ends. Input goes through a task of its own: a command that does not read must not
+/// Forwards the messages of both until one of them ends. Input goes through a task of its own: a command that does not read must not
 /// keep its output or a signal from getting through.
 async fn talk(
     app: &App,

@@ -1,4 +1,4 @@
-//! Archives that somebody made to do harm.
+//! Malicious archives.
 
 use std::io::Write as _;
 

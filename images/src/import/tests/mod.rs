@@ -1,4 +1,4 @@
-//! Archives that are good, and archives that are not. What every test of the bad ones asks: it was refused, and nothing of it
+//! Valid and invalid archives. Every test of an invalid one checks that it was refused, and nothing of it
 //! is left.
 
 mod hostile;

@@ -31,7 +31,7 @@ pub struct Contents {
     pub packages: Vec<u8>,
     pub memory: Vec<u8>,
     pub state: Vec<u8>,
-    /// The frozen disk of the bake, if not the overlay that belongs to the root disk.
+    /// The backing layer of the bake, if not the overlay that belongs to the root disk.
     pub overlay: Option<Vec<u8>>,
 }
 
@@ -42,7 +42,7 @@ pub struct Rig {
     pub manifest: Manifest,
 }
 
-/// A qcow2 image of a GiB as its header says; on `backing` if that is not empty.
+/// A qcow2 image of a GiB according to its header; on `backing` if that is not empty.
 pub fn qcow2(backing: &str, length: usize) -> Vec<u8> {
     let mut image = b"QFI\xfb\0\0\0\x03".to_vec();
     image.resize(length.max(1024), 0);

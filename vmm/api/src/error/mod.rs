@@ -1,4 +1,4 @@
-//! What can go wrong, as data: a stable code, one sentence, a hint. The faces only render it.
+//! What can go wrong, as data: a stable code, one sentence, a hint. The front ends only render it.
 //!
 //! Invariant: a code belongs to exactly one kind, and neither ever changes its spelling once released.
 
@@ -104,7 +104,7 @@ impl Error {
         self.hint.as_deref()
     }
 
-    /// Last lines of the log that tells why.
+    /// Last lines of the log that has the cause.
     #[must_use]
     pub fn log_lines(&self) -> &[String] {
         &self.log_tail

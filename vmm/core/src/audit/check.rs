@@ -1,4 +1,4 @@
-//! Whether the lines of an audit log hang together. Pure: lines go in, a verdict comes out.
+//! Verifies the hash chain of an audit log. Pure: lines go in, a verdict comes out.
 //!
 //! Invariant: of lines that nido wrote, in the order in which it wrote them and from a file's first line on, nothing is
 //! wrong; where one was altered, removed, inserted or moved, the first line at which that shows is named. A missing tail
@@ -176,7 +176,7 @@ impl<'a> Check<'a> {
     }
 }
 
-/// Which number and chain come before the first line that is kept. After a rotation that dropped files the line itself says so.
+/// Which number and chain come before the first line that is kept. After a rotation that dropped files the line itself states them.
 fn first(
     line: &Line,
     against: Option<&AuditCheckpoint>,

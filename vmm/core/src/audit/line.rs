@@ -27,9 +27,9 @@ const CHAIN_KEY: &str = " chain='";
 pub struct Record {
     /// When, to the second.
     pub time: Timestamp,
-    /// Which face was asked.
+    /// Which front end received the request.
     pub face: Face,
-    /// What the client says it is; empty if it says nothing. A claim.
+    /// The client's own name for itself; empty if it sends none. A claim.
     pub agent: Vec<u8>,
     /// The operation, named like the MCP tool: `vm_exec`.
     pub tool: Vec<u8>,
@@ -37,7 +37,7 @@ pub struct Record {
     pub params: Vec<u8>,
     /// `pending` of an attempt; `success`, `error`, `denied` or `unknown` of an outcome.
     pub result: Vec<u8>,
-    /// A word that says why: an error's code, a command's exit code.
+    /// A word for the reason: an error's code, a command's exit code.
     pub reason: Vec<u8>,
     /// Who really called: `uid:1000`, `token:ci`.
     pub actor: Vec<u8>,
@@ -98,9 +98,9 @@ fn chain(previous: &str, body: &[u8]) -> String {
 /// A line as it stands in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
-    /// What it says.
+    /// Its content.
     pub record: Record,
-    /// The chain it says it makes.
+    /// The chain hash that it states.
     pub chain: String,
 }
 
@@ -114,7 +114,7 @@ impl Line {
         (record.body().as_bytes() == body).then(|| Self { record, chain: chain.to_owned() })
     }
 
-    /// Whether the line makes the chain it says, when it comes behind `previous`.
+    /// Whether the line has the chain hash that it states, when it follows `previous`.
     #[must_use]
     pub fn follows(&self, previous: &str) -> bool {
         chain(previous, self.record.body().as_bytes()) == self.chain

@@ -1,4 +1,4 @@
-//! The audit log's files: appended to, mended, rotated.
+//! The audit log's files: appended to, repaired, rotated.
 //!
 //! ```text
 //!  mcp-audit.log      the newest lines; the writer holds mcp-audit.lock
@@ -9,7 +9,7 @@
 //!
 //! Invariants: a writer that is killed at any instant leaves complete lines and at most one partial line at the end, which the
 //! next writer takes away; a line that was waited for is on the disk, and so is every line before it. The first line of
-//! a file that is not the first one says which chain it follows, so it can be checked when its predecessors are gone.
+//! a file that is not the first one states which chain it follows, so it can be checked when its predecessors are gone.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write as _};
@@ -68,7 +68,7 @@ impl Log {
         Self::with_limits(directory, LIMIT_BYTES, KEEP)
     }
 
-    /// The log of what changes nothing, beside it.
+    /// The log of reads, next to it.
     #[must_use]
     pub fn reads(directory: PathBuf) -> Self {
         Self { name: READS, ..Self::with_limits(directory, LIMIT_BYTES, KEEP_READS) }
@@ -233,7 +233,7 @@ fn opening(next: &Record, last: &Last) -> Record {
     }
 }
 
-/// Which older file goes, and which are renamed to which number, in this order; 0 is the newest. Pure. Wherever it is cut off, each
+/// Which older file goes, and which are renamed to which number, in this order; 0 is the newest. Pure. Wherever it is interrupted, each
 /// line is in exactly one file, and the order of the numbers is that of the lines.
 pub(super) fn moves(older: &[u32], keep: u32) -> (Option<u32>, Vec<(u32, u32)>) {
     let free = (1..=keep).find(|number| !older.contains(number));

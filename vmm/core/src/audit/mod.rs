@@ -1,20 +1,20 @@
 //! The audit log: callers, operations and results, in lines that form a hash chain.
 //!
 //! ```text
-//!  face -- audit_begin --> attempt, on the disk --> the act --> outcome, on the disk
+//!  front end -- audit_begin --> attempt, on the disk --> the operation --> outcome, on the disk
 //!              |                                      (none: killed on the way)
 //!              +-- cannot be written: the act is refused
 //!
-//!  face -- a look at something -- audit_looked --> outcome, on its way to the disk --> the answer
+//!  front end -- a read -- audit_read_access --> outcome, queued for the disk --> the result
 //!                                      +-- cannot be written: the answer is withheld
 //!
 //!  line.rs    a line: rendered, parsed, chained          [pure]
-//!  redact.rs  what of the arguments may be written down  [pure]
-//!  log.rs     the files: appended to, mended, rotated; two logs, one for what changes something, one for what is only read
+//!  redact.rs  what of the arguments may be recorded  [pure]
+//!  log.rs     the files: appended to, repaired, rotated; two logs, one for what changes something, one for what is only read
 //!  whole.rs   arguments that are too long for a line
 //!  repeats.rs reads that repeat are counted
 //!  read.rs    the files: read
-//!  check.rs   whether lines hang together                [pure]
+//!  check.rs   verifies the hash chain                [pure]
 //!  checkpoint.rs  a signed statement about the last line, to be kept elsewhere
 //! ```
 //!
@@ -42,7 +42,7 @@ use self::log::{Last, Log};
 use self::repeats::Repeats;
 pub use nido_api::{Caller, Face};
 
-/// The longest text of any kind but arguments, in bytes; more is cut off.
+/// The longest text of any kind but arguments, in bytes; more is truncated.
 const MAX_WORD: usize = 256;
 
 /// What became of an operation.
@@ -54,12 +54,12 @@ pub enum Ending {
     Error,
     /// It was not allowed.
     Denied,
-    /// Nobody knows: it was broken off.
+    /// Unknown: it was interrupted.
     Unknown,
 }
 
 impl From<&Error> for Ending {
-    /// How an operation that failed like this ended: the same on every face.
+    /// How an operation that failed like this ended: the same for every front end.
     fn from(error: &Error) -> Self {
         Self::of_code(error.code())
     }
@@ -87,9 +87,9 @@ impl Ending {
     }
 }
 
-/// An operation whose attempt is written down and whose outcome is not yet.
+/// An operation whose attempt is recorded and whose outcome is not yet.
 ///
-/// Dropped without an end, it writes that nobody knows (`result='unknown' reason='interrupted'`).
+/// Dropped without an end, it writes that the outcome is unknown (`result='unknown' reason='interrupted'`).
 #[derive(Debug)]
 pub struct Audited {
     log: Log,
@@ -118,10 +118,10 @@ impl Audited {
         &self.attempt
     }
 
-    /// Writes down what became of it: `success`, or `error` or `denied` with the error's code.
+    /// Records what became of it: `success`, or `error` or `denied` with the error's code.
     ///
     /// # Errors
-    /// `audit_failed`; the operation has been done all the same.
+    /// `audit_failed`; the operation has been done nevertheless.
     pub fn end<T>(self, outcome: &Result<T>) -> Result<()> {
         match outcome {
             Ok(_) => self.end_as(Ending::Success, ""),
@@ -129,7 +129,7 @@ impl Audited {
         }
     }
 
-    /// Writes down what became of it, and a word that says why.
+    /// Writes the outcome, and a word for its reason.
     ///
     /// # Errors
     /// As [`Self::end`].
@@ -154,7 +154,7 @@ impl Drop for Audited {
     }
 }
 
-/// Writes down that something was not allowed; it needs no attempt, for nothing is done.
+/// Records that something was not allowed; it needs no attempt, for nothing is done.
 pub(crate) fn denied(
     log: &Log,
     caller: &Caller,
@@ -167,7 +167,7 @@ pub(crate) fn denied(
     log.append(Record { result: word(Ending::Denied.word()), reason: word(reason), ..record })
 }
 
-/// Writes down that something was looked at, and what came of it. It changes nothing, so it needs no attempt and the disk is not
+/// Records that something was looked at, and what came of it. It changes nothing, so it needs no attempt and the disk is not
 /// waited for. What repeats is counted.
 pub(crate) fn looked(
     repeats: &Repeats,
@@ -186,7 +186,7 @@ pub(crate) fn looked(
     Ok(())
 }
 
-/// A record about something that is done or refused: arguments that do not fit into it are kept beside it, and are on the disk before
+/// A record about something that is done or refused: arguments that do not fit into it are kept next to it, and are on the disk before
 /// it is.
 fn act(log: &Log, caller: &Caller, tool: &str, arguments: &serde_json::Value, id: &str, stage: &str) -> Result<Record> {
     let (params, whole) = redact::params_and_whole(arguments);

@@ -34,7 +34,7 @@ impl Log {
         })
     }
 
-    /// Whether the lines hang together, and fit a checkpoint; and the first line that is kept.
+    /// Whether the hash chain is intact, and matches a checkpoint; and the first line that is kept.
     ///
     /// # Errors
     /// `internal` if the files cannot be read.

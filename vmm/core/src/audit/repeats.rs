@@ -1,7 +1,7 @@
 //! Reads that repeat: the same caller, the same arguments, the same result. Pure, but for what writes the counts at the end.
 //!
 //! Invariant: of what repeats within a minute the first [`WRITTEN`] have a line of their own, and all further ones are counted
-//! in one line (`reason='repeated:N'`). So no caller fills the log by asking for the same again and again. What is counted and not
+//! in one line (`reason='repeated:N'`). So no caller fills the log by requesting the same again and again. What is counted and not
 //! yet written is lost if the process is killed.
 
 use std::collections::HashMap;

@@ -1,4 +1,4 @@
-//! Arguments that are too long for a line, kept whole (and redacted) beside the log.
+//! Arguments that are too long for a line, kept whole (and redacted) next to the log.
 //!
 //! ```text
 //!  params/SHA256.json      named by its content; the line has the hash in `cut`
@@ -58,7 +58,7 @@ fn keep(directory: &PathBuf, whole: &Whole, all_max: u64) -> io::Result<()> {
     let mut file = OpenOptions::new();
     let mut file =
         file.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&temporary)?;
-    // One fixed name: what a killed writer left is overwritten, and counts when room is made.
+    // One fixed name: the file of a killed writer is overwritten, and counts when room is made.
     let written = file.write_all(whole.text.as_bytes());
     written.and_then(|()| atomic_file::publish(&file, &temporary, &path, Durability::PowerCut)).inspect_err(|_| {
         let _ = std::fs::remove_file(&temporary);

@@ -11,7 +11,7 @@ use super::*;
 
 const BIG: u64 = 1 << 20;
 
-/// `root/` with `a` and `sub/b`, `outside/secret` beside it.
+/// `root/` with `a` and `sub/b`, `outside/secret` next to it.
 fn place() -> (tempfile::TempDir, PathBuf, Roots) {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("root");
@@ -136,7 +136,7 @@ fn nothing_else_is() {
     assert_eq!(code(Roots::open(&[root.join("none")])), Code::PathNotFound);
 }
 
-// To open a pipe that nobody writes to waits for ever.
+// Opening a pipe without a writer waits for ever.
 #[test]
 fn pipes_and_sockets_are_refused_at_once() {
     let (_dir, root, roots) = place();
@@ -169,7 +169,7 @@ fn a_file_appears_whole_or_not_at_all() {
     again.file().unwrap().write_all(b"newer").unwrap();
     again.commit(BIG).unwrap();
     assert_eq!(std::fs::read(root.join("sub/new")).unwrap(), b"newer");
-    // Somebody else was quicker.
+    // Another process was faster.
     let late = roots.write(&root.join("sub/late"), false).unwrap();
     std::fs::write(root.join("sub/late"), "theirs").unwrap();
     assert_eq!(code(late.commit(BIG)), Code::PathExists);

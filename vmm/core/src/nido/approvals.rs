@@ -13,7 +13,7 @@ use nido_store::ApprovalRow;
 
 use super::Nido;
 
-/// How often a person is asked about the same after they have said no in a form.
+/// How often the same request is shown again after a person has denied it in a form.
 const NOES_IN_FORMS: i64 = 3;
 
 impl Nido {
@@ -57,7 +57,7 @@ impl Nido {
         })
     }
 
-    /// A person says yes. Saying it twice changes nothing.
+    /// A person approves it. A second approval changes nothing.
     ///
     /// # Errors
     /// `approval_not_found`; `approval_ended` if it was denied or used, or its time is over.

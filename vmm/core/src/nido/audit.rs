@@ -1,4 +1,4 @@
-//! The audit log of a home: written by every face before and after it acts, shown, checked, signed.
+//! The audit log of a home: written by every front end before and after an operation, shown, checked, signed.
 
 use std::collections::VecDeque;
 
@@ -43,7 +43,7 @@ impl Nido {
         }
     }
 
-    /// Writes down that `caller` asks for `tool` with these arguments, which are redacted, and waits until that is on the
+    /// Records that `caller` asks for `tool` with these arguments, which are redacted, and waits until that is on the
     /// disk, which blocks the thread for some milliseconds. The operation must not be done if this fails. How it ended goes to
     /// [`Audited::end`].
     ///
@@ -60,7 +60,7 @@ impl Nido {
         Ok(audited)
     }
 
-    /// Writes down that `caller` was not allowed what it asked for. `reason` is a word, such as `not_in_allowlist`.
+    /// Records that `caller` was not allowed what it asked for. `reason` is a word, such as `not_in_allowlist`.
     ///
     /// # Errors
     /// `audit_failed`.
@@ -70,7 +70,7 @@ impl Nido {
         Ok(())
     }
 
-    /// Writes down that `caller` looked at something with `tool`, and how that ended: one line, without waiting for the disk. The
+    /// Records that `caller` looked at something with `tool`, and how that ended: one line, without waiting for the disk. The
     /// answer must be withheld if this fails. What changes anything, or reaches into a guest, goes to [`Self::audit_begin`].
     ///
     /// # Errors
@@ -87,7 +87,7 @@ impl Nido {
         audit::looked(&self.reads, caller, tool, arguments, &random::id()?, (ending, reason))
     }
 
-    /// Writes down how often this process was asked to show the same, where that was only counted.
+    /// Records how often this process was asked to show the same, where that was only counted.
     pub fn audit_flush(&self) {
         for record in self.reads.take() {
             if let Err(error) = self.reads.log().append_soon(record) {
@@ -121,7 +121,7 @@ impl Nido {
         Ok(shown)
     }
 
-    /// Whether the lines of both logs hang together, whether the one of what was done still has what the store knows of it, and, given a
+    /// Whether the hash chains of both logs are intact, whether the one of what was done still has what the store knows of it, and, given a
     /// checkpoint, whether it still is the one that was signed. That something is wrong is an answer, not an error.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //! The clone's supervisor assigns it to the caller, in one transaction: so there is no moment in which it is claimed and
 //! not supervised, and the claiming command may be killed at any point.
 //!
-//! Invariant: a pool is never the reason for an error. What cannot be claimed is forked, and the machine's reason says
+//! Invariant: a pool is never the reason for an error. What cannot be claimed is forked, and the machine's reason states
 //! which of the two it was.
 
 use std::time::{Duration, Instant};
@@ -24,10 +24,10 @@ use super::begun::BegunVm;
 use super::create::{boot_parts, check_labels, disk_bytes, machine_request};
 use super::supervisor_client::read_reply;
 
-/// How long a clone's supervisor may take to say whether the clone is ours.
+/// How long a clone's supervisor may take to reply to a claim.
 const CLAIMED_WITHIN: Duration = Duration::from_secs(2);
 
-/// What came of asking one clone.
+/// The result of claiming one clone.
 enum Asked {
     /// It is ours, and ready.
     Ready,

@@ -94,7 +94,7 @@ impl Nido {
     }
 }
 
-/// Makes the directory of a new VM and holds it. Until it has a row, whoever removes strays may take it for one: it is
+/// Makes the directory of a new VM and holds it. Until it has a row, a process that removes orphans may take it for one: it is
 /// made again then.
 async fn make_and_hold(dir: &VmDir) -> Result<Held> {
     let deadline = Instant::now() + Duration::from_secs(5);
@@ -177,7 +177,7 @@ pub(super) fn machine_request(spec: &VmSpec, disk_bytes: u64, cid: u32) -> Machi
     }
 }
 
-/// Whether the VM has a disk. An empty file is none: a power cut can leave one of a disk that nobody has written to yet.
+/// Whether the VM has a disk. An empty file is not one: after a power cut, a disk without writes can be empty.
 pub(super) fn has_disk(dir: &VmDir) -> bool {
     std::fs::metadata(dir.file(DISK)).is_ok_and(|disk| disk.len() > 0)
 }
@@ -192,7 +192,7 @@ pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
     let fresh = dir.file(DISK_TEMPORARY);
     let _ = std::fs::remove_file(&fresh);
     let (bytes, below) = match (row.parts.frozen.last(), row.purpose) {
-        // A guest that goes on finds the disk it was saved with; the supervisor enlarges it.
+        // A guest that resumes finds the disk it was saved with; the supervisor enlarges it.
         (Some(frozen), _) => (frozen.virtual_bytes, Home::blob_from_vm_dir(&frozen.sha256)),
         // It becomes a part itself, and lies beside the disk it stands on.
         (None, Purpose::Bake) => (row.disk_bytes, row.parts.root.clone()),
@@ -212,7 +212,7 @@ mod tests {
 
     use super::*;
 
-    // A command that removed strays took the directory of a VM that another one was just making: "cannot lock the new VM".
+    // A command that removed orphans took the directory of a VM that another one was just making: "cannot lock the new VM".
     #[test]
     fn a_directory_removed_as_an_orphan_is_recreated() {
         let root = tempfile::tempdir().unwrap();

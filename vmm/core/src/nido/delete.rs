@@ -74,11 +74,11 @@ impl Nido {
         Ok(info)
     }
 
-    /// Ends the VM's process, if its state says that there is one. Whether it was stopped as any VM in use is.
+    /// Ends the VM's process, if its state implies one. Returns whether it was stopped as any VM in use is.
     async fn end_for_deletion(&self, row: &VmRow, force: bool) -> Result<bool> {
         match admit(row.state, Request::Delete) {
             Admission::Do | Admission::AlreadySo => Ok(false),
-            // Nobody can be asked to end it; erasing ends what is left of it.
+            // No process can be asked to end it; deleting its files ends a remaining QEMU.
             Admission::Denied(_) if (force || row.purpose == Purpose::Pool) && self.files_are_gone(&row.id) => {
                 Ok(false)
             }
@@ -122,7 +122,7 @@ impl Nido {
         Ok(Some((held, now)))
     }
 
-    /// Ends a QEMU that lives although the VM's row says that it is at rest.
+    /// Ends a QEMU that runs although the VM's row states that it is stopped.
     async fn end_unrecorded_qemu(&self, row: &VmRow, force: bool) -> Result<()> {
         let name = &row.spec.name;
         if !force {

@@ -1,6 +1,6 @@
-//! The deliverer: takes what is due, attempts it, writes down what came of it, until nothing is pending.
+//! The delivery worker: takes due deliveries, attempts them, records the results, until nothing is pending.
 //!
-//! Invariants: of a lane the next delivery is begun after the one before has been written down. Each endpoint has its own
+//! Invariants: of a lane the next delivery is begun after the one before has been recorded. Each endpoint has its own
 //! [`AT_ONCE`] and nothing that endpoints share runs out, so a slow one delays no other. A result that cannot be written
 //! is kept, and nothing new is begun until it is.
 
@@ -58,7 +58,7 @@ struct Flight {
     abort: AbortHandle,
 }
 
-/// What the deliverer has in hand.
+/// The delivery worker's current deliveries.
 #[derive(Debug, Default)]
 struct Desk {
     senders: HashMap<String, Arc<Sender>>,
@@ -146,7 +146,7 @@ impl Desk {
         }
     }
 
-    /// Writes down what has landed.
+    /// Records what has landed.
     async fn settle(&mut self, nido: &Nido) -> Result<()> {
         if self.landed.is_empty() {
             return Ok(());
@@ -156,7 +156,7 @@ impl Desk {
         let attempts: Vec<_> = self.landed.drain(..).map(|(flight, answer)| judge(&flight, answer, now)).collect();
         let mut tries = 0;
         loop {
-            // The store is let go of before anything is waited for.
+            // The store is released before any wait.
             let written = nido.store().settle(&attempts, now);
             let Err(error) = written else { break };
             tries += 1;

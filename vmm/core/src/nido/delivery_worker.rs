@@ -5,7 +5,7 @@
 //!  any command, at its start; a server, all the time ── anything pending, deliver.lock free? ─────────────────────^
 //! ```
 //!
-//! Invariant: a process that queues looks at the lock afterwards, and a worker looks for more after it has released the lock. So
+//! Invariant: a process that queues checks the lock afterwards, and a worker checks the queue after it has released the lock. So
 //! nothing is overlooked; and what a process that was killed in between has queued, the next nido command finds.
 
 use nido_api::error::{Error, Result};

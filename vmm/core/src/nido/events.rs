@@ -1,4 +1,4 @@
-//! The events, read: those there are, and those that come.
+//! Reads events: the existing ones, and new ones.
 //!
 //! Writers do not notify readers, because a writer may be killed before it could. Instead, readers watch the store's
 //! file, which the kernel does for them, and look by themselves now and then.
@@ -15,11 +15,11 @@ use tokio::io::unix::AsyncFd;
 
 use super::Nido;
 
-/// How often a reader looks by itself.
+/// How often a reader polls.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// The same without notifications of the kernel.
 const LOOK_EVERY_UNWATCHED: Duration = Duration::from_secs(1);
-/// When a reader looks again after a write, the last first: what is written counts only a moment later.
+/// When a reader polls again after a write, the last first: what is written counts only a moment later.
 const ECHOES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(20), Duration::from_millis(3)];
 /// The most events that [`Nido::events`] gives at once.
 const PAGE: usize = 1000;
@@ -137,7 +137,7 @@ impl EventFeed<'_> {
 #[derive(Debug)]
 pub struct Watch {
     descriptor: Option<AsyncFd<OwnedFd>>,
-    /// How often it still looks soon, because something has been written.
+    /// How often it still polls soon, because something has been written.
     echoes: usize,
 }
 
@@ -158,7 +158,7 @@ impl Watch {
     fn descriptor(nido: &Nido) -> Result<AsyncFd<OwnedFd>> {
         let broken = |e: std::io::Error| Error::io("cannot watch the store", e);
         let descriptor = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| broken(e.into()))?;
-        // The log of writes comes and goes with the last process that has the store open, so its directory is watched.
+        // The write-ahead log is removed by the last process that has the store open, so its directory is watched.
         inotify::add_watch(&descriptor, nido.home().root(), WatchFlags::MODIFY | WatchFlags::CREATE)
             .map_err(|e| broken(e.into()))?;
         #[expect(

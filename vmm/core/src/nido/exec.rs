@@ -19,7 +19,7 @@ use super::denied::denied;
 /// How long the agent of a running VM may take to answer a request.
 pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
-/// A running VM's agent, and what says that it is in use.
+/// A running VM's agent, and the connection that marks the VM as in use.
 pub(super) struct Reached {
     pub guest: Guest,
     /// With virtio-serial the supervisor detects the use itself; with vsock this connection reports it.
@@ -124,7 +124,7 @@ fn wire_exec(request: ExecRequest) -> Exec {
     }
 }
 
-/// What the caller says to a running command.
+/// The caller's requests to a running command.
 #[derive(Debug, Clone)]
 pub struct ExecControl {
     control: Control,
@@ -166,7 +166,7 @@ impl ExecControl {
     }
 }
 
-/// What a running command says. Dropping it kills the command.
+/// The output of a running command. Dropping it kills the command.
 #[derive(Debug)]
 pub struct ExecEvents {
     events: Events,

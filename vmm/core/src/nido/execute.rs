@@ -211,7 +211,7 @@ impl Attempt {
     /// Records an outcome that is known otherwise. Writing may wait for the disk or for another process, so a blocking thread does it.
     ///
     /// # Errors
-    /// `audit_failed`; what was done has been done all the same.
+    /// `audit_failed`; what was done has been done nevertheless.
     pub async fn end(self, verdict: Verdict) -> Result<()> {
         blocking(move || self.end_now(&verdict)).await
     }

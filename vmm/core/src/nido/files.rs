@@ -105,7 +105,7 @@ fn left(mut file: &File) -> Option<u64> {
     Some(all.saturating_sub(file.stream_position().ok()?))
 }
 
-/// Passes on at most some twenty reports a second: a copy of many small files must not be slowed by its telling.
+/// Passes on at most some twenty reports a second: a copy of many small files must not be slowed by its reports.
 fn throttled(tell: impl Fn(Progress)) -> impl FnMut(Progress) {
     let mut last: Option<Instant> = None;
     move |now| {

@@ -1,13 +1,13 @@
 //! The guardian of a home: `nido watch`, one process while any VM runs. It starts a supervisor for a QEMU that has none, records
 //! the end of a QEMU that ended without one, kills a QEMU whose supervisor hangs when the time to live is over, and restarts VMs as
-//! their restart policies say.
+//! their restart policies specify.
 //!
 //! ```text
 //!  a supervisor (at its start, and every 3 s), a command ── guardian.lock free? ──> nido watch ── no VM runs: ends
 //!  nido watch ── every 2 s: rows, locks ── decide (pure) ── act
 //! ```
 //!
-//! Invariants: at most one guardian stays in a home (it holds `guardian.lock`). Between two looks it has no store open, and no look
+//! Invariants: at most one guardian stays in a home (it holds `guardian.lock`). Between two scans it has no store open, and no scan
 //! creates a file. While a guardian or a supervisor lives, a killed one is replaced; if all of them are killed at the same moment,
 //! the next nido command does it.
 
@@ -42,7 +42,7 @@ const LOCKS_INTERVAL_MIN: Duration = Duration::from_millis(200);
 /// How long a QEMU that was killed may take to end. It is looked at again.
 const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a guardian has nothing to do any more.
+/// Why a guardian ends.
 #[derive(Debug, PartialEq, Eq)]
 enum End {
     /// No VM runs.
@@ -103,7 +103,7 @@ impl Nido {
     }
 }
 
-/// What a look has shown.
+/// The result of a scan.
 #[derive(Debug, Default)]
 struct Seen {
     vms: Vec<VmFacts>,
@@ -117,7 +117,7 @@ impl Seen {
     }
 }
 
-/// A guardian, between two looks.
+/// A guardian, between two scans.
 #[derive(Debug)]
 struct Guardian {
     options: OpenOptions,
@@ -211,7 +211,7 @@ impl Guardian {
         vm
     }
 
-    /// Looks at what was seen last once more: the store cannot be read.
+    /// Checks the VMs of the last scan again: the store cannot be read.
     fn look_at_locks(&mut self) {
         let mut vms = std::mem::take(&mut self.seen.vms);
         vms.iter_mut().for_each(|vm| self.read_locks(vm));

@@ -37,7 +37,7 @@ impl Nido {
         self.store().insert_job(&id, request, &holder)
     }
 
-    /// Says how far it has come. Each time the store is written to: some times a second is enough.
+    /// Records its progress. Each time the store is written to: some times a second is enough.
     ///
     /// # Errors
     /// Of the store.
@@ -47,7 +47,7 @@ impl Nido {
         self.store().progress_job(id, &JobProgress { stage, percent })
     }
 
-    /// Says how it ended. Of what has ended already nothing changes.
+    /// Records how it ended. Of what has ended already nothing changes.
     ///
     /// # Errors
     /// `limit_exceeded` if its result is longer than [`JOB_RESULT_MAX`]; the job has failed with that then.
@@ -152,7 +152,7 @@ impl Nido {
         self.store().is_job_cancelled(id)
     }
 
-    /// Writes down which jobs are lost.
+    /// Records which jobs are lost.
     fn settle_jobs(&self) -> Result<()> {
         let holders = self.store().job_holders()?;
         let directory = self.home().present();

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  server:      lease_open (a lock, held) --- VMs made with its id --- lease_end, dropped, or killed
-//!  supervisor:  looks every second whether the lock is held; if not, it ends and removes its VM
+//!  supervisor:  checks every second whether the lock is held; if not, it ends and removes its VM
 //!  command:     reconciliation starts a supervisor that checks it, or deletes a stopped VM
 //! ```
 //!

@@ -276,7 +276,7 @@ impl Nido {
         Ok(self.describe(&self.current(now.unwrap_or_else(|| row.clone()))))
     }
 
-    /// Stops a VM. The answer about an ephemeral VM is the last that is heard of it.
+    /// Stops a VM. The result for an ephemeral VM is the last information about it.
     ///
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `spec_invalid` if it may take too long, `timeout` if even the plug could not be pulled.
@@ -295,7 +295,7 @@ impl Nido {
 
     pub(super) async fn stop_row(&self, row: &VmRow, stop: StopRequest) -> Result<VmInfo> {
         match self.ask(row, &Request::Stop(stop.into())).await {
-            // It ended by itself before it could be asked: how, its row says.
+            // It ended by itself before the request: its row states how.
             Err(e) if self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest()) => return Err(e),
             Ok(_) | Err(_) => {}
         }

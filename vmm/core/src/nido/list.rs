@@ -1,4 +1,4 @@
-//! Telling about VMs. Nothing here touches a socket but the question for how long a VM has been idle.
+//! Lists and describes VMs. Nothing here touches a socket but the question for how long a VM has been idle.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
@@ -94,7 +94,7 @@ impl Nido {
         moment::now().checked_add(SignedDuration::from_millis(left)).ok()
     }
 
-    /// The VMs that are asked for, a page at a time, as [`Self::list_with_idle`] has them.
+    /// The VMs that are requested, a page at a time, as [`Self::list_with_idle`] has them.
     ///
     /// # Errors
     /// `spec_invalid` for a limit or a cursor that cannot be; of the store.
@@ -207,7 +207,7 @@ impl Nido {
     }
 }
 
-/// What the state does not say: why the VM is paused or stopped, or why its row cannot be read.
+/// What the state does not include: why the VM is paused or stopped, or why its row cannot be read.
 fn status_detail(row: &VmRow) -> Option<String> {
     let unreadable = row.unreadable.as_ref().map(|why| format!("its row in the store cannot be read: {why}"));
     let cause = row.cause.filter(|cause| *cause != StateCause::User);

@@ -85,7 +85,7 @@ impl Part {
         Ok(Self { file, at: 0, end })
     }
 
-    /// The next piece; empty at the end, and where the file was cut short meanwhile.
+    /// The next piece; empty at the end, and where the file was truncated meanwhile.
     fn read(&mut self) -> std::io::Result<Vec<u8>> {
         let room = usize::try_from(self.end - self.at).unwrap_or(PIECE).min(PIECE);
         let mut piece = vec![0; room];

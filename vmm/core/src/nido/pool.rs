@@ -35,7 +35,7 @@ const FAILURES_MAX: u32 = 2;
 const BACK_OFF: Duration = Duration::from_secs(1);
 /// How long a filler waits for the client that has just taken a clone, and for its first command.
 const OTHERS_FIRST: Duration = Duration::from_millis(100);
-/// How long a filler may take to let go of the pools.
+/// How long a filler may take to release the pools.
 const LET_GO: Duration = Duration::from_secs(60);
 
 impl Nido {

@@ -197,7 +197,7 @@ async fn end_background_processes(home: &Home, ids: &[String]) -> Result<()> {
         .hint("stop servers first"))
 }
 
-/// Whether it is a process of nido that may be killed at any moment: its first argument that is no global option is its verb.
+/// Whether it is a process of nido that may be killed at any moment: its first argument that is not a global option is its verb.
 fn is_background(user: &FileUser) -> bool {
     let mut words = user.command.iter().skip(1);
     while let Some(word) = words.next() {
@@ -227,7 +227,7 @@ async fn lock_vms(home: &Home, ids: &[String]) -> Result<Vec<Held>> {
     Ok(all)
 }
 
-/// What a rebuild that was killed has left.
+/// The temporary file of a rebuild that was killed.
 fn remove_temporary(home: &Home) -> Result<PathBuf> {
     let temporary = home.rebuilt_database();
     for file in with_logs(&temporary) {
@@ -239,7 +239,7 @@ fn remove_temporary(home: &Home) -> Result<PathBuf> {
     Ok(temporary)
 }
 
-/// A database, and the files that SQLite lays beside it.
+/// A database, and the files that SQLite creates next to it.
 fn with_logs(database: &Path) -> [PathBuf; 3] {
     ["", "-wal", "-shm"].map(|ending| {
         let mut path = database.as_os_str().to_owned();
@@ -252,7 +252,7 @@ fn with_logs(database: &Path) -> [PathBuf; 3] {
 fn take_rows(store: &Store, home: &Home, done: &mut Rebuilt) -> Result<()> {
     let tables: Vec<_> = FROM_BACKUPS.into_iter().chain(FROM_THE_STORE).collect();
     let first = store.salvage(&home.database(), &tables)?;
-    // A table of a store that was emptied is complete, and says nothing.
+    // A table of a store that was emptied is complete, and has no data.
     let is_empty = !first.iter().any(|table| table.rows > 0);
     note(&first, DATABASE, done);
     let missing = |table: &&str| first.iter().any(|one| one.table == **table && (!one.is_complete || is_empty));

@@ -19,10 +19,10 @@ use super::Nido;
 /// How long a stop waits for a process that works on the VM.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Who starts a VM.
+/// What starts a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Starter {
-    /// A user: restarts are counted anew.
+    /// A user: the restart count begins again.
     User,
     /// Its restart policy, after so many restarts in a row that did not work.
     Policy {
@@ -44,7 +44,7 @@ impl Nido {
         Ok(rows.filter(|row| ids.contains(&row.id)).map(|row| row.spec.name).collect())
     }
 
-    /// Starts a VM because its restart policy says so, after so many restarts in a row that did not work: for the guardian.
+    /// Starts a VM because its restart policy requires it, after so many restarts in a row that did not work: for the guardian.
     ///
     /// # Errors
     /// Those of [`Nido::start`]; `vm_busy` if a user keeps it stopped.

@@ -13,7 +13,7 @@ use super::begun::BegunVm;
 pub const RUN_IDLE_MS: u64 = 60_000;
 
 impl Nido {
-    /// Makes a VM as `spec` says and as `run` needs it, does `work` with it, and deletes it, also if `work` fails. `begun` holds which
+    /// Creates a VM from `spec` for `run`, does `work` with it, and deletes it, also if `work` fails. `begun` holds which
     /// VM that is, from the moment it exists.
     ///
     /// # Errors

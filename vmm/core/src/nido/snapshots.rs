@@ -1,4 +1,4 @@
-//! Snapshots, seen from the API: of a running VM its supervisor takes them, of one at rest this process.
+//! Snapshots, as the API has them: the supervisor takes those of a running VM, this process those of a stopped one.
 
 use std::time::Instant;
 
@@ -22,7 +22,7 @@ pub(super) fn check(row: &VmRow, dir: &VmDir, name: &SnapshotName) -> Result<()>
 }
 
 impl Nido {
-    /// Takes a snapshot: of a running VM memory, devices and disk, of one at rest the disk.
+    /// Takes a snapshot: of a running VM memory, devices and disk, of a stopped one the disk.
     ///
     /// # Errors
     /// `vm_not_found`, `snapshot_exists`, `vm_busy`, `vm_not_running` if it never ran, `agent_unreachable`, `disk_full`.
@@ -86,7 +86,7 @@ impl Nido {
 
     /// Makes a VM what it was. One that runs is ended for it, once the snapshot's disk lies beside its own; what it has done since
     /// is lost. If the start fails, it has the disk from before. Of a snapshot with memory the VM
-    /// goes on where it was, with the time, the random numbers and the token of now.
+    /// resumes where it was, with new time, random numbers and token.
     ///
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `snapshot_not_found`, `template_mismatch` if this host cannot load it, `spec_invalid` for an
@@ -135,7 +135,7 @@ impl Nido {
         restored
     }
 
-    /// Writes down that a VM's disk is that of a snapshot.
+    /// Records that a VM's disk is that of a snapshot.
     fn restored_disk(&self, row: &VmRow, name: &SnapshotName) -> Result<VmInfo> {
         let restored = Transition::DiskRestored { snapshot: name.clone(), to: state_at_rest(row) };
         self.store().transition(&row.id, &restored)?.log(&row.id, "the restored disk");
@@ -195,7 +195,7 @@ impl Nido {
         )
     }
 
-    /// Locks this very VM at rest, whatever has its name meanwhile.
+    /// Locks exactly this VM, which must be stopped, even if another one has its name meanwhile.
     pub(super) async fn hold_at_rest(&self, row: &VmRow) -> Result<(Held, VmRow)> {
         let name = &row.spec.name;
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);

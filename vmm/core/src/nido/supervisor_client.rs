@@ -1,7 +1,7 @@
 //! Supervisors as a command sees them: starting one, finding the one there is, asking it something.
 //!
 //! A supervisor is this same program, started with the verb `supervise`. Its standard input is the locked
-//! `supervisor.lock` (so the lock is never free in between), its standard output a pipe on which it says one line once
+//! `supervisor.lock` (so the lock is never free in between), its standard output a pipe on which it writes one line once
 //! its sockets are there.
 
 use std::process::Stdio;
@@ -24,7 +24,7 @@ use super::Nido;
 const LISTENS_WITHIN: Duration = Duration::from_secs(10);
 /// How long the search for a supervisor that answers may take.
 const FOUND_WITHIN: Duration = Duration::from_secs(15);
-/// How long the answer to anything but a stop or a snapshot, or the next sign of life of a start, may take.
+/// How long the reply to any request but a stop or a snapshot, or the next stage of a start, may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// How much longer than the guest's own time a stop may take: QEMU is asked to quit, and killed.
 const STOP_SLACK: Duration = Duration::from_secs(60);
@@ -70,7 +70,7 @@ impl Nido {
         let mut line = String::new();
         match timeout(LISTENS_WITHIN, BufReader::new(stdout).read_line(&mut line)).await {
             Ok(Ok(n)) if n > 0 => Ok(()),
-            // It ended before it listened: it has nothing to supervise, or its log says why.
+            // It ended before it listened: it has nothing to supervise, or its log has the cause.
             Ok(_) => Err(Error::internal("the VM's supervisor ended at once")
                 .log_tail(nido_engine::logs::log_tail(&dir, &[SUPERVISOR_LOG]))
                 .hint("see the lines above, from its log")),
@@ -203,7 +203,7 @@ impl Nido {
         }
     }
 
-    /// There is no supervisor any more: what the store says about how it ended.
+    /// There is no supervisor any more: how the VM ended according to the store.
     async fn gone(&self, row: &VmRow) -> Error {
         let name = &row.spec.name;
         // The supervisor frees its lock only when it has written everything down.
@@ -236,7 +236,7 @@ fn answer_within(request: &Request) -> Duration {
         Request::Stop(stop) if stop.force => STOP_SLACK,
         Request::Stop(stop) => Duration::from_millis(stop.timeout_ms).saturating_add(STOP_SLACK),
         Request::Snapshot { .. } => SNAPSHOT_WITHIN,
-        // While it waits for the guest it says so every few seconds.
+        // While it waits for the guest it reports that every few seconds.
         _ => ANSWER_WITHIN,
     }
 }

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use super::Nido;
 use super::templates::{CancelOnDrop, describe};
 
-/// How often work that waits for a pipe looks whether it is to stop.
+/// How often work that waits for a pipe checks whether it is cancelled.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// Reports come at most this often.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
@@ -86,7 +86,7 @@ impl Nido {
         self.remove_orphaned_builds().await;
         let outcome = watched(move |mut watch| import(&home, source, &options, &mut watch), progress).await;
         nido_files::failpoint!("import.published");
-        // What was replaced, and what a failure at the very end may have left.
+        // What was replaced, and what a failure in the last step did not remove.
         self.drop_unowned_parts().await;
         let outcome = outcome?;
         if !outcome.already_present {

@@ -53,7 +53,7 @@ impl Nido {
         for template in templates {
             self.store().announce_template(&template.name, &template.created_at.to_string())?;
         }
-        // Whoever deleted it was killed before that was said.
+        // The process that deleted it was killed before the event was written.
         let there = |name: &TemplateName| templates.iter().any(|template| template.name == *name);
         for gone in announced.iter().filter(|name| all_readable && !there(name)) {
             self.store().forget_template(gone)?;
@@ -107,7 +107,7 @@ impl Nido {
         Ok(BuildResult { template, already_built, duration_ms })
     }
 
-    /// Bakes a fresh template for the machine that a VM has if nothing is said about it, with and without a network. True if
+    /// Bakes a fresh template for the machine that a VM has by default, with and without a network. True if
     /// nothing had to be done.
     async fn default_bakes(&self, name: &TemplateName, progress: &mut (dyn FnMut(BuildStep) + Send)) -> Result<bool> {
         let mut nothing_done = true;
@@ -125,7 +125,7 @@ impl Nido {
     }
 
     /// Makes a template of a VM: its disk as it is, everything else as in the template it was made from; then bakes it. A
-    /// running VM stands still for a moment and runs on.
+    /// running VM is paused for a moment and resumed.
     ///
     /// # Errors
     /// `vm_not_found`, `template_exists`, `template_mismatch` if the VM's own template has changed since, those of a
@@ -168,7 +168,7 @@ impl Nido {
         let (vm, dir) = (&row.spec.name, self.vm_dir(&row.id));
         let lower = std::iter::once(&row.parts.root).chain(row.parts.frozen.iter().map(|frozen| &frozen.sha256));
         let mut files: Vec<_> = lower.map(|hash| self.home().blob(hash)).collect();
-        // Of a VM that runs a copy is taken: a snapshot aside, which goes again.
+        // A running VM is copied by a hidden snapshot, which is removed again.
         let mut held = None;
         let copy = if row.state.at_rest() {
             held = Some(self.hold_at_rest(row).await?);
@@ -244,7 +244,7 @@ impl Nido {
     }
 }
 
-/// Tells work to end when the future that waits for it is dropped.
+/// Cancels work when the future that waits for it is dropped.
 pub(super) struct CancelOnDrop(pub(super) Arc<AtomicBool>);
 
 impl Drop for CancelOnDrop {

@@ -83,7 +83,7 @@ impl Nido {
         if bool::from(same) && !expired { Ok(row.info) } else { Err(unknown()) }
     }
 
-    /// Whether the token of that id, which was checked before, is still good: for what lasts.
+    /// Whether the token of that id, which was checked before, is still valid: for long-running responses.
     ///
     /// # Errors
     /// `unauthorized` if it was revoked or has expired meanwhile; those of the store.

@@ -26,7 +26,7 @@ impl Nido {
         let WebhookRequest { url, mut events, secret, format, allow_private } = request;
         let url = target::parse(&url, allow_private)?;
         if let Some(host) = url.host_str().filter(|host| target::literal(host).is_none()) {
-            // To say so at once. A name that cannot be resolved now may be later; and every attempt checks again.
+            // To report it immediately. A name that cannot be resolved now may be later; and every attempt checks again.
             if let Ok(Err(error)) = tokio::time::timeout(NAME_WITHIN, resolve(host, allow_private)).await
                 && error.code() == Code::WebhookInvalid
             {

@@ -182,7 +182,7 @@ mod tests {
 
     const OWN: Facts<'_> = Facts { tool: "vm_exec", foreign: false, ephemeral: true, overwrites: false };
 
-    // Commands in a VM that somebody else had made, and files over those of the host, could not be put behind a question at all.
+    // Commands in a VM that another caller had created, and files over those of the host, could not require confirmation at all.
     #[test]
     fn any_tool_can_require_confirmation_and_access_to_others_vms_does_by_default() {
         let asks = |confirm: &str, facts: Facts<'_>| confirm.parse::<Confirm>().unwrap().asks(&facts);

@@ -1,7 +1,7 @@
-//! Commands that obviously destroy a guest: refused unless a policy says otherwise. Pure.
+//! Commands that obviously destroy a guest: refused unless a policy allows them. Pure.
 //!
 //! This is not a boundary. It prevents a model's mistakes, and spellings that are not listed pass: a hostile program reaches the
-//! same with any interpreter. The boundary is the VM; what may be run at all is said by a list of allowed commands.
+//! same with any interpreter. The boundary is the VM; a list of allowed commands defines what may be run.
 
 use super::Denial;
 

@@ -2,7 +2,7 @@
 //! reading the file. Its format: `docs/policy.md`.
 //!
 //! ```text
-//!  [vm.NAME] says something about commands?  else [template.NAME]?  else [[allow]]?  else every command is allowed
+//!  [vm.NAME] has rules for commands?  else [template.NAME]?  else [[allow]]?  else every command is allowed
 //! ```
 //!
 //! Invariant: a list that is active allows what one of its rules allows in full, and nothing else. The few commands that are refused without
@@ -312,13 +312,13 @@ impl Policy {
         self.allow.is_some() && self.sections().all(|(_, _, section)| !section.unrestricted)
     }
 
-    /// The directories that files may be read from; `None` if the policy does not say.
+    /// The directories that files may be read from; `None` if the policy does not define them.
     #[must_use]
     pub fn readable_roots(&self) -> Option<&[PathBuf]> {
         self.read_roots.as_deref().or(self.roots.as_deref())
     }
 
-    /// The directories that files may be written to; `None` if the policy does not say.
+    /// The directories that files may be written to; `None` if the policy does not define them.
     #[must_use]
     pub fn writable_roots(&self) -> Option<&[PathBuf]> {
         self.write_roots.as_deref().or(self.roots.as_deref())
@@ -336,7 +336,7 @@ impl Policy {
         toml::to_string(self).unwrap_or_else(|e| format!("# {e}\n"))
     }
 
-    /// Adds a rule for all VMs about which no section says anything. From then on there is a list.
+    /// Adds a rule for all VMs without a section. From then on there is a list.
     pub fn allow(&mut self, rule: Rule) {
         self.allow.get_or_insert_default().push(rule);
     }

@@ -26,7 +26,7 @@ const DEFAULT_USER: &str = "root";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// The program: an absolute path, or a bare name that the guest looks for in its own `PATH`.
+    /// The program: an absolute path, or a bare name that the guest finds in its own `PATH`.
     pub program: Program,
     /// The shape of its arguments; none if absent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -93,7 +93,7 @@ fn is_option(arg: &[u8]) -> bool {
     arg.first() == Some(&b'-')
 }
 
-/// Whether an argument has a part that means another directory than it says: `..`, or `.` within a path.
+/// Whether an argument has a part that denotes another directory than its text: `..`, or `.` within a path.
 fn leads_elsewhere(arg: &[u8]) -> bool {
     let mut parts = arg.split(|b| matches!(b, b'/' | b'=' | b':'));
     parts.any(|part| part == b".." || (part == b"." && arg.contains(&b'/')))
@@ -255,7 +255,7 @@ impl From<Variable> for String {
     }
 }
 
-/// As [`FromStr`] takes it, but for what it says of users and variables.
+/// As [`FromStr`] takes it, without users and variables.
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.program.0)?;

@@ -76,7 +76,7 @@ fn with_a_command_list_uploads_need_permission() {
         decide_upload(&policy, &vm.parse().unwrap(), &template.parse().unwrap()) == Verdict::Allowed
     };
     assert_eq!([decide("", "web", "sandbox"), decide("upload = true", "web", "sandbox")], [false, true]);
-    // What is said of one list is not said of another.
+    // A rule of one list does not apply to another.
     for upload in ["", "upload = true"] {
         let told = [("open", "sandbox"), ("locked", "work"), ("web", "work")].map(|(vm, of)| decide(upload, vm, of));
         assert_eq!(told, [true, false, true]);

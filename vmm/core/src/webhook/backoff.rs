@@ -10,7 +10,7 @@ pub const GIVEN_UP_AFTER_MS: i64 = 3 * 24 * 3600 * 1000;
 pub const ATTEMPTS_MIN: u32 = 6;
 /// The longest `Retry-After` that is respected, in milliseconds: a day.
 pub const RETRY_AFTER_MAX_MS: i64 = 24 * 3600 * 1000;
-/// How far a delay may be from what the table says, as a part of it.
+/// How far a delay may be from the table's value, as a part of it.
 const JITTER: f64 = 0.2;
 
 /// A delivery that has just failed.

@@ -93,7 +93,7 @@ fn slack_text(body: &Body) -> String {
     if !details.last_log_entries.is_empty() {
         let lines: Vec<_> = details.last_log_entries.iter().map(|line| escaped(line).replace('`', "'")).collect();
         let lines = lines.join("\n");
-        // The end of a log says more than its beginning.
+        // The end of a log is more useful than its beginning.
         let room = SLACK_MAX.saturating_sub(text.chars().count());
         let skipped = lines.chars().count().saturating_sub(room);
         text.push_str(&format!("\n```{}```", lines.chars().skip(skipped).collect::<String>()));

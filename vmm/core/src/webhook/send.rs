@@ -1,6 +1,6 @@
 //! One attempt: a signed message is posted, and the answer's status is all that is read of it.
 //!
-//! Invariant: the addresses that were checked are the very addresses that are connected to. A name goes through
+//! Invariant: the addresses that were checked are exactly those that are connected to. A name goes through
 //! `Checked`, an address in the URL itself through [`Sender::new`], and redirects are not followed.
 
 use std::net::SocketAddr;
@@ -136,7 +136,7 @@ async fn discard(mut response: Response) {
 /// # Errors
 /// `webhook_invalid` if one of them is not allowed, `timeout` if the name cannot be resolved in time.
 pub async fn resolve(host: &str, allow_private: bool) -> Result<Vec<SocketAddr>> {
-    // The text of the host's resolver says no more.
+    // The text of the host's resolver has no further details.
     let unknown = || Error::new(Code::Timeout, "the endpoint's name cannot be resolved");
     let found: Vec<_> = tokio::net::lookup_host((host, 0)).await.map_err(|_| unknown())?.collect();
     if found.is_empty() {

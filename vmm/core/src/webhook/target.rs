@@ -12,7 +12,7 @@ use reqwest::Url;
 /// The longest URL, in bytes.
 const URL_MAX: usize = 2048;
 
-/// The URL of an endpoint, checked as far as that is possible without asking for the name's addresses.
+/// The URL of an endpoint, checked as far as that is possible without requesting the name's addresses.
 ///
 /// # Errors
 /// `webhook_invalid`.

@@ -23,7 +23,7 @@ use super::error::GuestError;
 use super::mux::{self, HangUp, Mux};
 use super::transport::Stream;
 
-/// How many clients are served at once. Further ones are told that the agent is busy. The agent tells apart what they want:
+/// How many clients are served at once. Further ones get the reply that the agent is busy. The agent distinguishes their requests:
 /// idle connections to its ports take no places of commands.
 const MAX_CLIENTS: usize = MAX_SESSIONS;
 /// How long a client may wait for the channel to come up.
@@ -41,9 +41,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub enum Link {
     /// QEMU is not connected.
     Waiting,
-    /// QEMU is; the agent has not answered yet.
+    /// QEMU is connected; the agent has not replied yet.
     Agreeing,
-    /// The agent answers.
+    /// The agent replies.
     Up,
 }
 
@@ -59,7 +59,7 @@ impl Activity {
         Self { open: Arc::new(watch::channel(0).0), bytes: Arc::default() }
     }
 
-    /// How many clients are at work, as it changes. One that has connected and said nothing is not.
+    /// How many clients are active, as it changes. One that has sent nothing is not.
     #[must_use]
     pub fn open(&self) -> watch::Receiver<usize> {
         self.open.subscribe()
@@ -82,7 +82,7 @@ impl Activity {
     }
 }
 
-/// One client's stay.
+/// One active client session.
 struct Visit(Activity);
 
 impl Drop for Visit {
@@ -101,7 +101,7 @@ pub struct Channel {
     quiet: mpsc::Sender<Quiet>,
     /// A client waits for the multiplexer.
     wanted: Arc<Notify>,
-    /// Taken away when the letters are over.
+    /// Dropped when no more bootstrap requests are accepted.
     letters: Mutex<Option<mpsc::Sender<Letter>>>,
     tasks: [AbortHandle; 2],
 }
@@ -148,8 +148,8 @@ impl Channel {
         self.letters.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    /// Lets clients through, or makes new ones wait: until a guest that was loaded is a machine of its own, nobody but the
-    /// supervisor may talk to it.
+    /// Admits clients, or makes new ones wait: until a loaded guest's identity was reset, only the
+    /// supervisor may connect.
     pub fn open(&self, open: bool) {
         self.open.send_replace(open);
     }
@@ -170,7 +170,7 @@ impl Channel {
         });
     }
 
-    /// Ends every session and leaves the agent waiting for the host's next word, so that the machine can be saved. The
+    /// Ends every session and lets the agent wait for the host's next message, so that the machine can be saved. The
     /// connection stays; nothing goes over it any more.
     ///
     /// # Errors
@@ -222,14 +222,14 @@ impl Drop for Channel {
     }
 }
 
-/// A wish for silence.
+/// A request to close all sessions.
 #[derive(Debug)]
 struct Quiet {
     deadline: Instant,
     reply: oneshot::Sender<Result<(), GuestError>>,
 }
 
-/// A hello and an order in one piece.
+/// A hello and a request in one message.
 #[derive(Debug)]
 struct Letter {
     words: Vec<u8>,
@@ -302,7 +302,7 @@ fn duplicate(socket: &UnixStream) -> std::io::Result<UnixStream> {
     UnixStream::from_std(again.into())
 }
 
-/// Silences the agent, then holds the connection until QEMU closes it.
+/// Closes the agent's channel, then holds the connection until QEMU closes it.
 async fn keep_quiet(socket: std::io::Result<UnixStream>, quiet: Quiet) {
     let outcome = async {
         let socket = socket.map_err(|e| GuestError::stream(&e))?;
@@ -311,7 +311,7 @@ async fn keep_quiet(socket: std::io::Result<UnixStream>, quiet: Quiet) {
     match outcome.await {
         Ok(socket) => {
             let _ = quiet.reply.send(Ok(()));
-            // Whatever the guest still says is no answer to anything.
+            // Whatever the guest still sends is not a reply to anything.
             let mut bin = [0; 4096];
             while socket.readable().await.is_ok() {
                 match socket.try_read(&mut bin) {
@@ -371,7 +371,7 @@ async fn serve_clients(clients: UnixListener, door: Door, activity: Activity) {
 
 async fn serve_client(client: UnixStream, door: Door, activity: &Activity) -> Result<(), GuestError> {
     let gone = HangUp::of(&client).map_err(|e| GuestError::stream(&e))?;
-    // A connection that says nothing is no use of the guest: it may only look whether someone listens.
+    // A connection that sends nothing does not count as use of the guest: it may only check for a listener.
     client.readable().await.map_err(|e| GuestError::stream(&e))?;
     if gone.is_now() {
         return Ok(());
@@ -386,7 +386,7 @@ async fn serve_client(client: UnixStream, door: Door, activity: &Activity) -> Re
     mux.serve(client, |inward, outward| activity.count(inward, outward)).await
 }
 
-/// Says what the agent would say. A client that cannot take these few bytes at once sees its connection end instead.
+/// Sends the agent's reply. A client that cannot receive these few bytes at once is disconnected instead.
 fn refuse(client: &UnixStream) {
     let refused = Refused { reason: Refusal::Busy, oldest: wire::OLDEST, newest: wire::VERSION };
     if let Ok(frame) = wire::encode(&ToHost::Refused(refused)) {

@@ -29,13 +29,13 @@ const GRACE: Duration = Duration::from_secs(15);
 pub struct Running {
     /// Its process id in the guest.
     pub pid: u32,
-    /// What it says.
+    /// Its messages.
     pub events: Events,
     /// Its input, signals and size.
     pub control: Control,
 }
 
-/// What a command says.
+/// A message of a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// Bytes of its standard output, or of its terminal.
@@ -81,7 +81,7 @@ impl Session {
     }
 }
 
-/// What both halves know.
+/// The state that both halves share.
 #[derive(Debug)]
 struct State {
     /// One permit per byte of standard input that may be sent. Closed at the end.
@@ -105,7 +105,7 @@ impl State {
     }
 }
 
-/// What a command says, in order.
+/// The messages of a command, in order.
 #[derive(Debug)]
 pub struct Events {
     /// Absent once it was given back.
@@ -120,7 +120,7 @@ impl Events {
     ///
     /// # Errors
     /// [`GuestError::Gone`] if the guest or its agent ended, [`GuestError::Timeout`] if the command's time limit and a
-    /// grace have passed without a word, [`GuestError::Protocol`], [`GuestError::Guest`].
+    /// grace have passed without a message, [`GuestError::Protocol`], [`GuestError::Guest`].
     pub async fn next(&mut self) -> Result<Option<Event>, GuestError> {
         while !self.state.ended.load(Ordering::Acquire) {
             let outcome = self.step().await;
@@ -189,7 +189,7 @@ pub struct Control {
 }
 
 impl Control {
-    /// Sends standard input; returns once all of it has been handed over. Waits for the process to take it, so drive
+    /// Sends standard input; returns once all of it has been sent. Waits for the process to take it, so drive
     /// [`Events::next`] at the same time. Dropped halfway, an unknown part has been sent.
     ///
     /// # Errors
@@ -204,7 +204,7 @@ impl Control {
         Ok(())
     }
 
-    /// Says that no more standard input will come.
+    /// Sends the end of standard input.
     ///
     /// # Errors
     /// [`GuestError::Gone`] if the command has ended.
@@ -220,7 +220,7 @@ impl Control {
         self.tell(&ToGuest::Signal(signal)).await
     }
 
-    /// Says that the terminal has a new size.
+    /// Sends the terminal's new size.
     ///
     /// # Errors
     /// [`GuestError::Gone`] if the command has ended.

@@ -30,7 +30,7 @@ use super::transport::Stream;
 
 /// How many connections all forwards of one VM carry at once. A few of the guest's places are left to `nido proxy`.
 pub const CONNECTIONS: usize = MAX_TUNNELS - 16;
-/// How long the guest may take to answer one connection.
+/// How long the guest may take to accept one connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 /// Bytes held per way of a connection.
 const BUFFER: usize = 64 * 1024;
@@ -41,7 +41,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Tunnel {
     stream: Stream,
-    /// Bytes that came along with the answer.
+    /// Bytes that came along with the reply.
     early: Vec<u8>,
     at: usize,
 }

@@ -79,7 +79,7 @@ impl FrameBuffer {
         &mut self.bytes[self.end..]
     }
 
-    /// Says how many bytes were read into [`Self::spare`].
+    /// Records how many bytes were read into [`Self::spare`].
     pub fn filled(&mut self, count: usize) {
         self.end = (self.end + count).min(self.bytes.len());
     }

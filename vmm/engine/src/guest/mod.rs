@@ -3,7 +3,7 @@
 //! ```text
 //!  Guest (client.rs)      one method per thing an agent can do; each call is a connection and a session of its own
 //!    exec.rs  files/  forward.rs
-//!    session.rs           greeting, requests, answers            frames.rs: bytes -> frames [pure]
+//!    session.rs           greeting, requests, replies            frames.rs: bytes -> frames [pure]
 //!    transport.rs         vsock | agent.sock -> one stream type
 //!  Channel (channel.rs)   what a supervisor runs for virtio-serial: agent.sock <-> streams of the one port
 //!    mux/                 resync, yamux, splices

@@ -3,10 +3,10 @@
 //! ```text
 //!  Stream -- hello (version, token, nonce) [+ first request] ->
 //!         <- welcome (version, nonce) | refused --
-//!         -- request ->  <- answers --   ... again and again; closing cancels
+//!         -- request ->  <- replies --   ... again and again; closing cancels
 //! ```
 //!
-//! Invariant: nothing is taken for an answer before a welcome has repeated this session's own nonce, and a frame leaves
+//! Invariant: nothing is taken for a reply before a welcome has repeated this session's own nonce, and a frame leaves
 //! complete even if its sender stopped waiting.
 
 use std::net::IpAddr;
@@ -65,7 +65,7 @@ impl Session {
         &self.agent
     }
 
-    /// Asks for a sign of life.
+    /// Sends a ping.
     ///
     /// # Errors
     /// As for any request: [`GuestError::Timeout`], [`GuestError::Gone`], [`GuestError::Protocol`],
@@ -82,7 +82,7 @@ impl Session {
         }
     }
 
-    /// Has the guest go down in an orderly way; returns once it says that it does.
+    /// Has the guest go down in an orderly way; returns once it confirms.
     ///
     /// # Errors
     /// As for [`Self::ping`].
@@ -125,7 +125,7 @@ impl Session {
     /// Has the guest set its clock.
     ///
     /// # Errors
-    /// As for [`Self::ping`]; [`GuestError::Guest`] or [`GuestError::Gone`] from an agent that does not know the request.
+    /// As for [`Self::ping`]; [`GuestError::Guest`] or [`GuestError::Gone`] from an agent without this request.
     pub async fn set_clock(&mut self, time_ns: i64, deadline: Instant) -> Result<(), GuestError> {
         self.link.send(&ToGuest::SetClock(time_ns)).await?;
         match self.answer(deadline, "to set its clock").await? {
@@ -134,7 +134,7 @@ impl Session {
         }
     }
 
-    /// Makes a guest that was loaded a machine of its own, over a fresh stream. `token` is the one it was saved with.
+    /// Resets the identity of a loaded guest, over a fresh stream. `token` is the one it was saved with.
     ///
     /// # Errors
     /// Those of [`Self::open`], and [`GuestError::Guest`] if a step failed: then the guest must not be used.
@@ -205,7 +205,7 @@ fn opening(token: &[u8], first: Option<&ToGuest>) -> Result<(u64, Vec<u8>), Gues
     Ok((nonce, bytes))
 }
 
-/// What the agent says of itself in its welcome.
+/// The agent's description of itself in its welcome.
 #[derive(Debug)]
 pub struct Greeting {
     /// Its own version, for people.
@@ -214,7 +214,7 @@ pub struct Greeting {
     pub features: u32,
 }
 
-/// Whether the answer to a hello opens the session.
+/// Whether the reply to a hello opens the session.
 fn welcomed(answer: ToHost, nonce: u64) -> Result<Greeting, GuestError> {
     match answer {
         ToHost::Welcome(welcome) if welcome.nonce != nonce => Err(GuestError::breach("a welcome for another hello")),
@@ -237,7 +237,7 @@ fn renewed(answer: ToHost) -> Result<Pong, GuestError> {
     }
 }
 
-/// A sign of life without what cannot be true.
+/// A reply to a ping without impossible values.
 fn checked(mut pong: Pong) -> Pong {
     pong.agent.truncate(pong.agent.floor_char_boundary(MAX_AGENT_TEXT));
     pong.address = pong.address.filter(|text| text.parse::<IpAddr>().is_ok());

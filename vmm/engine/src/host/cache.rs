@@ -1,4 +1,4 @@
-//! Small JSON answers kept on disk with the key they rest on.
+//! Small JSON values cached on disk with the key that they depend on.
 //!
 //! Invariant: a reader sees a whole entry or none (written beside, then renamed), and an entry whose key differs is as
 //! good as absent. A cache that cannot be written costs time, never correctness, so that is only a warning.
@@ -35,7 +35,7 @@ pub fn put<K: Serialize, V: Serialize>(dir: &Path, name: &str, key: &K, value: &
     }
 }
 
-/// Forgets what is stored under `name`.
+/// Removes what is stored under `name`.
 pub fn forget(dir: &Path, name: &str) {
     let _ = fs::remove_file(dir.join(name));
 }

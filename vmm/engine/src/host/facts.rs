@@ -1,6 +1,6 @@
 //! The host's facts in one value: what [`crate::machine::decide`] decides by and `nido doctor` prints.
 //!
-//! Invariant: gathering never fails and never takes more than a fraction of a second; what cannot be found out is told
+//! Invariant: gathering never fails and never takes more than a fraction of a second; what cannot be determined is reported
 //! as absent.
 
 use std::fs;
@@ -37,11 +37,11 @@ pub struct HostFacts {
     pub gid: u32,
 }
 
-/// What the kernel's module for KVM says of virtual machines inside virtual machines.
+/// What the kernel's module for KVM reports about virtual machines inside virtual machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Nesting {
-    /// No module says anything: there is no KVM, or it is built into the kernel.
+    /// No module reports anything: there is no KVM, or it is built into the kernel.
     Unknown,
     /// Its parameter `nested` is on.
     On,

@@ -1,8 +1,8 @@
 //! Does KVM work here? Proven by running a guest, never believed because `/dev/kvm` opens.
 //!
 //! Hosts exist whose KVM opens, creates VMs and then interprets the guest's kernel at a thousandth of the speed, or
-//! stops at common instructions. Such a verdict is `PresentUnusable` and says why. Invariant: the answer comes within
-//! the deadline whatever the kernel does; `Usable` is said only after a guest program ran, right and quickly.
+//! stops at common instructions. Such a verdict is `PresentUnusable` and has the reason. Invariant: the result comes within
+//! the deadline whatever the kernel does; `Usable` is returned only after a guest program ran, right and quickly.
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
@@ -71,7 +71,7 @@ impl KvmVerdict {
     }
 }
 
-/// What a verdict rests on: it is good until the host boots again, the device changes or another user asks.
+/// What a verdict depends on: it is valid until the host boots again, the device changes or the user differs.
 #[derive(PartialEq, Serialize, Deserialize)]
 struct CacheKey {
     boot_id: String,
@@ -106,7 +106,7 @@ pub fn probe_again(cache_dir: &Path) -> KvmVerdict {
     probe(cache_dir)
 }
 
-/// Forgets the remembered verdict, so that the next [`probe`] experiments again.
+/// Removes the cached verdict, so that the next [`probe`] experiments again.
 pub fn forget(cache_dir: &Path) {
     cache::forget(cache_dir, CACHE_NAME);
 }
@@ -185,7 +185,7 @@ enum Message {
 }
 
 /// Runs the test program on a thread of its own and gives it until the deadline; then interrupts it and gives up (`None`).
-/// If the kernel does not let go of the thread even so, it is left to itself.
+/// If the kernel does not release the thread even then, the thread is abandoned.
 fn experiment(device: OwnedFd, deadline: Duration) -> Option<Result<Duration, NoRun>> {
     let end = Instant::now() + deadline;
     let (sender, receiver) = mpsc::channel();

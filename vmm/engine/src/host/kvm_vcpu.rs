@@ -1,7 +1,7 @@
 //! One virtual machine of 2 MiB with one vCPU in 64-bit mode that runs a few instructions: the experiment behind
 //! [`super::kvm`].
 //!
-//! Invariant: the guest's answer is checked, so a KVM that only pretends to have run it is found out.
+//! Invariant: the guest's result is checked, so a KVM that only pretends to have run it is found out.
 
 use std::time::{Duration, Instant};
 
@@ -86,7 +86,7 @@ pub fn best_run(kvm: &Kvm, tries: u32, good_enough: Duration) -> Result<Duration
 }
 
 /// Whether the CPU under this process runs `shrx`. A KVM that runs its guests on that CPU runs it too, whatever features it
-/// tells its guests; one that interprets them often does not.
+/// reports to its guests; one that interprets them often does not.
 fn host_has_bmi2() -> bool {
     #[cfg(target_arch = "x86_64")]
     return std::arch::is_x86_feature_detected!("bmi2");

@@ -25,7 +25,7 @@ pub use self::live::{Bounds, LiveSave, abandon};
 const COMMAND_WITHIN: Duration = Duration::from_secs(10);
 /// A rate that no disk reaches, in bytes each second.
 const UNLIMITED: u64 = 1 << 40;
-/// Pause between looks at how far it is, at first and at most.
+/// Pause between checks of the progress, at first and at most.
 const LOOK_EVERY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 
 /// Where the guest's memory is.
@@ -133,7 +133,7 @@ pub async fn load(
     let copy = copying(stream, deadline, move |mut stream| io::copy(&mut file, &mut stream).map(drop));
     let (copied, done) = tokio::join!(copy, completed(monitor, "load", deadline));
     let _ = std::fs::remove_file(socket);
-    // What QEMU says is the better reason.
+    // QEMU's error is the better reason.
     done.and(copied)
 }
 
@@ -185,7 +185,7 @@ async fn copying(
     Ok(copied.map_err(io::Error::other)??)
 }
 
-/// Waits until QEMU says that it is done.
+/// Waits until QEMU reports completion.
 async fn completed(monitor: &Monitor, what: &'static str, deadline: Instant) -> Result<(), MigrationError> {
     let mut pause = LOOK_EVERY.0;
     while Instant::now() < deadline {

@@ -6,7 +6,7 @@
 use qapi::Command;
 use serde_json::{Value, json};
 
-/// The longest line accepted. QEMU's own answers to what nido asks stay under a twentieth of it.
+/// The longest line accepted. QEMU's replies to nido's commands stay under a twentieth of it.
 pub const LINE_BYTES_MAX: usize = 1 << 20;
 
 /// A line that can be nothing of QEMU's.
@@ -59,7 +59,7 @@ impl Lines {
     }
 }
 
-/// What QEMU says.
+/// A message of QEMU.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Message {
     /// Its first words.
@@ -82,7 +82,7 @@ pub enum Message {
     },
     /// Something happened.
     Event(Event),
-    /// A message of a sort this client does not know.
+    /// A message of an unknown type.
     Other,
 }
 

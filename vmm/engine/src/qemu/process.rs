@@ -46,7 +46,7 @@ pub enum QemuExit {
     Unknown,
 }
 
-/// A QEMU process, a child of this one or found again. Dropping this leaves QEMU alone.
+/// A QEMU process, a child of this one or found again. Dropping this does not end QEMU.
 #[derive(Debug)]
 pub struct QemuProcess {
     pid: Pid,
@@ -57,7 +57,7 @@ pub struct QemuProcess {
 impl QemuProcess {
     /// Starts QEMU in a session of its own, with new privileges ruled out, a cleaned environment, default signals, files
     /// made for the owner only, no core dumps. SIGTERM, SIGINT and SIGHUP are blocked: QEMU would end of them at once, without asking
-    /// its guest; they are the supervisor's. That it was started does not say that it will stay.
+    /// its guest; they are the supervisor's. That it was started does not mean that it keeps running.
     ///
     /// # Errors
     /// The program cannot be executed or the system has no room for it.
@@ -91,7 +91,7 @@ impl QemuProcess {
     pub fn behind(socket: impl AsFd) -> io::Result<Self> {
         let pid = peer_pid(&socket)?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-        // Still connected, so the listener still lived when the pidfd was opened, and the number was still its own.
+        // Still connected, so the listener still ran when the pidfd was opened, and the number was still its own.
         let mut fds = [rustix::event::PollFd::new(&socket, rustix::event::PollFlags::empty())];
         rustix::event::poll(&mut fds, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 }))?;
         if !fds[0].revents().is_empty() {
@@ -174,7 +174,7 @@ impl QemuProcess {
 /// The process that listens (or connected, or made the pair) at the other end of a Unix socket.
 ///
 /// # Errors
-/// Not a Unix socket, or the peer lives in a PID namespace that this process cannot see.
+/// Not a Unix socket, or the peer is in a PID namespace that this process cannot see.
 pub fn peer_pid(socket: impl AsFd) -> io::Result<Pid> {
     use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
     Pid::from_raw(getsockopt(&socket, PeerCredentials)?.pid()).ok_or_else(|| io::ErrorKind::NotFound.into())
@@ -257,7 +257,7 @@ mod tests {
         }
     }
 
-    /// SIGTERM to every process, as at the host's shutdown, ended QEMU before its guest was asked.
+    /// SIGTERM to every process, as at the host's shutdown, ended QEMU before its guest could power off.
     #[tokio::test]
     async fn the_signals_that_ask_for_an_end_are_blocked() {
         let dir = tempfile::tempdir().unwrap();
@@ -295,7 +295,7 @@ mod tests {
         assert!(QemuProcess::behind(&socket).is_err());
     }
 
-    /// The supervisor of the next test, in a process of its own: starts a child, tells its number, waits to be killed.
+    /// The supervisor of the next test, in a process of its own: starts a child, prints its number, waits to be killed.
     fn be_the_supervisor(dir: &Path) {
         let process = run(dir, "/bin/sh", &["-c", "exec sleep 100"]);
         println!("\nchild {}", process.pid());

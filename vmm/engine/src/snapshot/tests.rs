@@ -49,7 +49,7 @@ fn a_snapshot_is_listed_when_it_is_complete() {
     assert_eq!(fs::read_dir(vm.file(SNAPSHOTS)).unwrap().count(), 0);
 }
 
-// One damaged snapshot failed the list of all, and could neither be deleted nor made anew.
+// One damaged snapshot failed the list of all, and could neither be deleted nor recreated.
 #[test]
 fn a_damaged_snapshot_is_listed_beside_the_others_and_can_be_deleted() {
     let (_root, vm) = vm();

@@ -91,7 +91,7 @@ async fn a_tree_survives_the_way_there_and_back() {
     assert_eq!((sent.entries, sent.bytes, sent.skipped), (got.entries, got.bytes, got.skipped));
     assert_eq!(sent.entries, describe(&here).len() as u64);
     assert_eq!(got.path, back.as_os_str().as_bytes());
-    // Nothing else is left beside it.
+    // No other file remains next to it.
     let left: Vec<_> = std::fs::read_dir(rig.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(!left.iter().any(|name| name.as_bytes().starts_with(b".nido")), "{left:?}");
 }
@@ -339,7 +339,7 @@ async fn a_symlink_in_an_archive_leads_nowhere() {
     std::fs::remove_file(tree.join("x")).unwrap();
     std::fs::create_dir(tree.join("x")).unwrap();
     std::fs::write(tree.join("x/file"), "escaped").unwrap();
-    // The link first, then something that is said to be in it.
+    // The link first, then an entry that claims to be in it.
     link.truncate(1024);
     while link.ends_with(&[0; 512]) {
         link.truncate(link.len() - 512);

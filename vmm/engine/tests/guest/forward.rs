@@ -110,7 +110,7 @@ async fn a_proxy_ends_when_the_guest_does() {
     assert_eq!(shown, "hello and goodbye");
 }
 
-/// A client of a forwarded port closes; the server inside does not look and goes on sending. Without a reset of the
+/// A client of a forwarded port closes; the server inside does not check and keeps sending. Without a reset of the
 /// half-closed stream the agent's session stayed for ever, and after 64 such clients the agent was busy.
 #[tokio::test(flavor = "current_thread")]
 async fn a_connection_whose_client_has_gone_does_not_stay() {
@@ -131,7 +131,7 @@ async fn a_connection_whose_client_has_gone_does_not_stay() {
     until("the sessions end", async || rig.guest.ping(soon()).await.unwrap().sessions == 1).await;
 }
 
-/// The same where the server is silent: then nothing but the client's own end can tell that nobody is left, and the
+/// The same where the server is silent: then nothing but the client's own end can show that the client is gone, and the
 /// VM would never count as idle.
 #[tokio::test(flavor = "current_thread")]
 async fn a_half_closed_connection_ends_with_its_client() {
@@ -146,7 +146,7 @@ async fn a_half_closed_connection_ends_with_its_client() {
     within(open.wait_for(|open| *open == 1)).await.unwrap();
     drop(tunnel);
     within(open.wait_for(|open| *open == 0)).await.unwrap();
-    // The agent notices as a host without it would: when the server says something, or closes.
+    // The agent notices as a host without it would: when the server sends something, or closes.
     drop(inside);
     until("the session ends", async || rig.guest.ping(soon()).await.unwrap().sessions == 1).await;
 }

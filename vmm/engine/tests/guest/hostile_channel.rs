@@ -103,7 +103,7 @@ async fn noise_and_old_answers_before_the_agreement_are_skipped() {
     rig.guest.ping(soon()).await.unwrap();
 }
 
-/// Goes on until GO, `offered` having been answered.
+/// Continues until GO, `offered` having been answered.
 async fn agree_from(channel: &mut UnixStream, mut offered: Block) {
     loop {
         let block = next_block(channel).await;
@@ -118,7 +118,7 @@ async fn agree_from(channel: &mut UnixStream, mut offered: Block) {
     }
 }
 
-/// An agent that was slow answers every probe it finds waiting. The answers behind the first one must not be taken for
+/// An agent that was slow answers every probe it finds waiting. The replies behind the first one must not be taken for
 /// the start of the multiplexed stream.
 #[tokio::test(flavor = "current_thread")]
 async fn an_agent_that_answers_late_and_often_is_understood() {

@@ -222,7 +222,7 @@ async fn archive_of(limits: Limits, send: impl AsyncFnOnce(&mut End)) -> (Vec<u8
 
 #[tokio::test(flavor = "current_thread")]
 async fn an_archive_has_no_byte_that_the_guest_did_not_send() {
-    // One that fits a frame is as long as it is, whatever was said.
+    // One that fits a frame is as long as it is, whatever was claimed.
     let (packed, copied) = archive_of(Limits::default(), async |end| {
         end.entry(&[], EntryKind::File(1 << 60), 0o644).await;
         end.data(b"three").await;

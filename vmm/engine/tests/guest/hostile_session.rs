@@ -106,7 +106,7 @@ async fn an_invalid_address_is_not_passed_on() {
     assert!(pong.agent.len() < 200);
 }
 
-/// What a command gives when, once started, the agent says `answer`.
+/// The result of a command when, once started, the agent sends `answer`.
 async fn exec_answered(answer: &[ToHost]) -> Result<Outcome, GuestError> {
     let liar = Liar::new();
     let lie = async {

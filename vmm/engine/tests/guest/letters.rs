@@ -1,4 +1,4 @@
-//! What a guest that has just been loaded is told first: by the real agent, and by some that lie.
+//! Bootstrap requests to a guest that has just been loaded: with the real agent, and with fake ones.
 
 use std::time::Duration;
 
@@ -43,7 +43,7 @@ async fn the_identity_is_reset_before_the_multiplexer_starts() {
     assert!(renew(&rig, TOKEN, soon()).await.is_none(), "there are streams now");
 }
 
-/// The letter that comes, and the hello in it.
+/// The bootstrap request that arrives, and the hello in it.
 async fn letter(channel: &mut UnixStream) -> (Block, wire::Hello) {
     let mut scanner = Scanner::default();
     let block = loop {

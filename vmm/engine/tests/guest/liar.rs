@@ -1,4 +1,4 @@
-//! A peer at the other end of `agent.sock` that says what a test has it say.
+//! A peer at the other end of `agent.sock` that sends what a test specifies.
 
 use nido_engine::guest::{Endpoint, Guest, Progress};
 use nido_guest_agent::wire::{self, Entry, EntryKind, Head, ToGuest, ToHost, kind};
@@ -8,7 +8,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use crate::rig::TOKEN;
 
-/// An agent at the other end of `agent.sock` that does as it is told.
+/// An agent at the other end of `agent.sock` that sends what a test specifies.
 pub struct Liar {
     pub dir: TempDir,
     pub listener: UnixListener,

@@ -41,7 +41,7 @@ pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     timeout(Duration::from_secs(60), wait).await.unwrap_or_else(|_| panic!("{what}: not in time"));
 }
 
-/// The agent as a program: a file in memory that every child inherits, so that nothing of it is left behind.
+/// The agent as a program: a file in memory that every child inherits, so that no file remains.
 fn agent_program() -> PathBuf {
     static PROGRAM: OnceLock<OwnedFd> = OnceLock::new();
     let program = PROGRAM.get_or_init(|| {
@@ -61,12 +61,12 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// The channel alone; nobody dials yet.
+    /// The channel alone; QEMU is not connected yet.
     pub fn without_agent() -> Self {
         Self::with_channel(false)
     }
 
-    /// The channel alone, for an agent that is spoken to by letter first.
+    /// The channel alone, for an agent that gets bootstrap requests first.
     pub fn with_letters() -> Self {
         Self::with_channel(true)
     }

@@ -94,7 +94,7 @@ fn a_crash_has_a_cause_and_log_lines() {
     assert_eq!((crash.event, crash.details.cause), (EventKind::VmCrashed, Some(cause)));
     assert_eq!(crash.details.last_log_entries, log_tail);
     assert!((7000..60_000).contains(&crash.details.ran_ms.unwrap()));
-    // Told once.
+    // Recorded once.
     let again = ended(VmState::Failed, None, Vec::new());
     assert_eq!(store.transition("1", &again).unwrap(), Transitioned::No(VmState::Failed));
     assert_eq!(words(&store).len(), 3);

@@ -105,7 +105,7 @@ fn a_disabled_endpoint_gets_no_deliveries() {
         happen(&store, vm, EventKind::VmPaused);
     }
     settle(&store, 1, Outcome::Gone { why: "410".into() });
-    // One that was under way at that moment was taken all the same.
+    // One that was under way at that moment was taken nevertheless.
     settle(&store, 5, Outcome::Delivered);
     happen(&store, "1", EventKind::VmPaused);
     assert_eq!(due(&store, "w"), [0; 0]);
@@ -137,7 +137,7 @@ fn a_pause_applies_to_one_whole_endpoint() {
     let next: Vec<_> =
         store.deliveries(Some("w")).unwrap().into_iter().filter_map(|delivery| delivery.next_at).collect();
     assert_eq!(next, [Timestamp::from_millisecond(until).unwrap(); 3]);
-    // A shorter rest does not end a longer one, but a person's word does.
+    // A shorter pause does not end a longer one, but a user's request does.
     settle(&store, first, again(Some(until - 5)));
     assert_eq!(of("w", until - 1), 0);
     store.redeliver(first.unsigned_abs(), now).unwrap();
@@ -158,7 +158,7 @@ fn a_redelivery_does_not_wait_and_does_not_block() {
     assert_eq!(due(&store, "w"), [1, 2]);
     let again: Delivery = store.delivery(1).unwrap();
     assert_eq!((again.state, again.attempts, again.message_id.as_str()), (DeliveryState::Pending, 0, "msg_w_1"));
-    // One that waits behind another goes on waiting, one that was to wait is due.
+    // One that waits behind another keeps waiting, one that was to wait is due.
     settle(&store, 2, Outcome::Again { rests_until_ms: None, at_ms: 1 << 47, why: "no".into() });
     store.redeliver(3, 7).unwrap();
     store.redeliver(2, 7).unwrap();

@@ -19,7 +19,7 @@ pub struct ClaimOrder {
     /// Why this machine.
     #[serde(default)]
     pub reason: String,
-    /// What the user ought to know.
+    /// Warnings for the user.
     #[serde(default)]
     pub warnings: Vec<String>,
     /// How long ago the user asked, in milliseconds.

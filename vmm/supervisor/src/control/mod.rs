@@ -42,7 +42,7 @@ const NOT_A_REQUEST: &str = "not a request to a supervisor";
 pub enum Request {
     /// Reports when the agent is ready, or why it will not be. The replies are stages on the way.
     Ready,
-    /// Stops the VM; the reply follows when QEMU has ended and the store says so.
+    /// Stops the VM; the reply follows when QEMU has ended and the store has recorded it.
     Stop(StopOrder),
     /// Terminates QEMU and keeps the VM, even an ephemeral one: it is about to be restored. Same reply as for a stop.
     StopKept,

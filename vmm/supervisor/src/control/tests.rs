@@ -111,7 +111,7 @@ fn replies_of_an_older_supervisor_are_understood() {
 fn an_older_supervisor_that_cannot_read_a_request_is_recognized() {
     let line = r#"{"answer":"failed","problem":{"type":"urn:nido:problem:spec_invalid","title":"The request is not valid","status":422,"detail":"not a request to a supervisor: unknown field `version`, expected `force` or `timeout_ms`","code":"spec_invalid"}}"#;
     assert!(matches!(decode_reply(line.as_bytes()), Ok(Reply::Unsupported { supported: UNVERSIONED, .. })));
-    // An error about the request itself is none of these.
+    // An error about the request itself does not count as one of these.
     let line = r#"{"answer":"failed","problem":{"type":"urn:nido:problem:spec_invalid","title":"The request is not valid","status":422,"detail":"the port is privileged","code":"spec_invalid"}}"#;
     assert!(matches!(decode_reply(line.as_bytes()), Ok(Reply::Failed { .. })));
 }

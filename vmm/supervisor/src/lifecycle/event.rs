@@ -50,7 +50,7 @@ pub(crate) enum Event {
     Parked(Option<Pong>),
     /// The clone became a user's VM.
     Claimed(Limits, Duration),
-    /// Its CPUs run again; the row says so when the guest is ready.
+    /// Its CPUs run again; the row has it when the guest is ready.
     Woken,
     /// QEMU has ended.
     Exited,
@@ -106,7 +106,7 @@ pub(crate) enum Action {
     CountSessions,
     /// Await the agent for so much longer.
     AwaitAgent(Duration),
-    /// Notify clients that the VM can be used, or says itself why it cannot.
+    /// Notify clients that the VM can be used, or reports itself why it cannot.
     ReportReady,
     /// Write what the agent reported, and notify clients.
     RecordReady(Pong),

@@ -127,7 +127,7 @@ impl Lifecycle {
         if self.exited {
             return Vec::new();
         }
-        // Whoever used it, used it until now.
+        // All sessions lasted until now.
         self.limits.used_by(self.users(), now);
         let mut actions = self.react(now, event);
         self.limits.used_by(self.users(), now);
@@ -282,7 +282,7 @@ impl Lifecycle {
             _ if self.asked && !self.ready => {}
             // Only the time counts in which the CPUs ran.
             AgentReply::Late if !self.ready && self.is_given_longer(now, actions) => {}
-            // A VM that was taken over: its agent has replied before, and may again, or each request says why it cannot.
+            // A VM that was taken over: its agent has replied before, and may again, or each request reports why it cannot.
             AgentReply::Late | AgentReply::Refused(..) if self.ready => {
                 self.booting = false;
                 actions.push(Action::ReportReady);
@@ -313,7 +313,7 @@ impl Lifecycle {
         actions.push(Action::RecordReady(pong));
     }
 
-    /// Whether the CPUs stood still while the agent was awaited; then it is awaited for so much longer.
+    /// Whether the CPUs were paused while the agent was awaited; then the timeout is extended by that time.
     fn is_given_longer(&mut self, now: Instant, actions: &mut Vec<Action>) -> bool {
         let stood_still = self.still.take(now);
         if stood_still.is_zero() || self.ending.is_some() {

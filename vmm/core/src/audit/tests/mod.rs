@@ -206,7 +206,7 @@ fn an_unwritable_log_is_reported() {
     fs::set_permissions(&place.path, fs::Permissions::from_mode(0o777)).unwrap();
     refused(&place);
     fs::set_permissions(&place.path, fs::Permissions::from_mode(0o700)).unwrap();
-    // Where the last line is none, there is no chain to go on with.
+    // If the last line is not a valid one, there is no chain to continue.
     let lines = place.lines();
     place.put(&["what is this".into()]);
     refused(&place);
@@ -288,7 +288,7 @@ fn reads_have_their_own_chain_and_rotation() {
     assert!(place.lines().iter().all(|line| !line.contains("tool='vm_info'")));
     let verdict = repeats.log().check(None).unwrap().0;
     assert!(verdict.ok && verdict.last_seq == Some(200), "{verdict:?}");
-    // Where it cannot be written it is said.
+    // A failed write is reported.
     fs::remove_dir_all(&place.path).unwrap();
     fs::write(&place.path, "").unwrap();
     let refused = looked(&repeats, &caller, "vm_ls", &json!({}), "0123456789abcdef", (Ending::Success, ""));

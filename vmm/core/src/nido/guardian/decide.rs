@@ -30,9 +30,9 @@ pub(super) struct VmFacts {
     pub at_rest: bool,
     /// This version of nido can read its state.
     pub readable: bool,
-    /// A process holds `supervisor.lock`, or it cannot be told.
+    /// A process holds `supervisor.lock`, or this is unknown.
     pub supervised: bool,
-    /// QEMU holds `vm.lock`, or it cannot be told.
+    /// QEMU holds `vm.lock`, or this is unknown.
     pub runs: bool,
     /// Its time to live is over.
     pub ttl_over: bool,
@@ -171,7 +171,7 @@ mod tests {
         assert_eq!(decide(all, &mut histories, start), []);
         assert_eq!(decide(all, &mut histories, start + KILL_AFTER - S), []);
         assert_eq!(decide(all, &mut histories, start + KILL_AFTER), [Act::KillQemu("a".into())]);
-        // It was started anew meanwhile.
+        // It was restarted meanwhile.
         assert_eq!(decide(&[vm(true, true)], &mut histories, start + KILL_AFTER + S), []);
         assert_eq!(decide(all, &mut histories, start + KILL_AFTER + 2 * S), []);
     }

@@ -1,6 +1,6 @@
 //! VMs that the store does not know: directories that hold data and have no row, because the store was lost or replaced.
 //!
-//! They are reported, and get a row again only when a user asks for it.
+//! They are reported, and get a row again only when a user requests it.
 
 use nido_api::VmSpec;
 use nido_api::error::{Code, Error, Result};

@@ -22,7 +22,7 @@ use super::plan::{Plan, Repair, VmRepair, plan, plan_vm};
 use crate::nido::Nido;
 use crate::nido::template_store::TEMPLATES_LOCK_TIMEOUT;
 
-/// How often a VM is planned anew, if its QEMU ends while a supervisor is being started for it.
+/// How often a VM is planned again, if its QEMU ends while a supervisor is being started for it.
 const ROUNDS_MAX: u32 = 3;
 
 /// What repairs have removed.
@@ -84,7 +84,7 @@ impl Nido {
         Ok(())
     }
 
-    /// Looks at the home, and plans what has to be done.
+    /// Takes the home's inventory, and plans the repairs.
     ///
     /// # Errors
     /// Of the store or the disk.
@@ -197,7 +197,7 @@ impl Nido {
         }
     }
 
-    /// Removes what a killed operation left in the directory of a stopped VM. The caller holds the VM's lock.
+    /// Removes the temporary files of a killed operation from the directory of a stopped VM. The caller holds the VM's lock.
     pub(in crate::nido) fn remove_unfinished(&self, id: &str, from: Option<&Origin>) {
         let dir = self.vm_dir(id);
         snapshot::remove_unfinished(&dir);

@@ -19,7 +19,7 @@ use crate::nido::Nido;
 /// How much is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::nido) enum Scope {
-    /// What a command may run into: rows that claim a process, files of dead processes, and template parts if a reason was
+    /// What a command may run into: rows that claim a process, files of processes that have ended, and template parts if a reason was
     /// recorded. Costs nothing for stopped VMs.
     Open,
     /// Directories without a row, and those whose deletion was interrupted: before a VM is created.
@@ -98,7 +98,7 @@ pub(super) struct Inventory {
     pub vms: Vec<VmFacts>,
     /// Names of directories below `vms/` whose deletion was interrupted.
     pub deleted_directories: Vec<String>,
-    /// Liveness files of processes that died.
+    /// Liveness locks of processes that have ended.
     pub dead_processes: Vec<String>,
     /// Scratch directories of builds that were killed.
     pub orphaned_builds: Vec<PathBuf>,
@@ -107,7 +107,7 @@ pub(super) struct Inventory {
 }
 
 impl Inventory {
-    /// Looks at a home.
+    /// Takes the inventory of a home.
     ///
     /// # Errors
     /// Of the store, or the directory of VMs cannot be read.
@@ -137,7 +137,7 @@ impl Inventory {
 }
 
 impl VmFacts {
-    /// Looks at one VM, whose row has been read.
+    /// Takes the inventory of one VM, whose row has been read.
     fn read(nido: &Nido, id: String, row: Option<RowFacts>, scope: Scope) -> Self {
         let supervisor = Lock::of(&nido.vm_dir(&id).file(SUPERVISOR_LOCK));
         Self::read_unattended(nido, id, row, scope, supervisor)

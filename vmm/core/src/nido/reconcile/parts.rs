@@ -25,7 +25,7 @@ pub(super) struct PartFacts {
     pub is_due: bool,
     /// What is stored.
     pub stored: Stored,
-    /// Hashes of the parts that have an owner. The error says why that cannot be told.
+    /// Hashes of the parts that have an owner. The error is the reason why that is unknown.
     pub owned: Result<HashSet<String>, String>,
 }
 
@@ -61,7 +61,7 @@ pub(super) fn part_bytes(repairs: &[PartRepair]) -> u64 {
 }
 
 impl PartFacts {
-    /// Looks at the parts of a home. What cannot be read makes the owners unknown.
+    /// Lists the parts of a home. What cannot be read makes the owners unknown.
     ///
     /// # Errors
     /// Of the store.

@@ -181,7 +181,7 @@ async fn a_vm_whose_qemu_runs_is_kept_while_no_supervisor_can_be_started() {
     }
 }
 
-/// Orphans that are no VM's: each is removed by the scope that looks for it.
+/// Orphans that belong to no VM: each is removed by the scope that covers it.
 #[tokio::test]
 async fn orphans_of_ended_processes_are_removed() {
     let root = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! The destination of a copy out of a guest on this host, resolved before the guest is asked for anything.
+//! The destination of a copy out of a guest on this host, resolved before any request to the guest.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,7 +25,7 @@ pub(super) struct How {
     pub preserve: bool,
 }
 
-/// The place for a copy, looked at before the guest is asked for anything.
+/// The destination of a copy, checked before any request to the guest.
 #[derive(Debug)]
 pub(super) struct Destination {
     pub parent: OwnedFd,
@@ -131,7 +131,7 @@ fn follow(path: &Path) -> Result<PathBuf, GuestError> {
     Err(GuestError::host(path, Errno::LOOP.into()))
 }
 
-/// The process's file mode creation mask, which can be asked for without changing it only here.
+/// The process's file mode creation mask, which can be read without changing it only here.
 fn umask() -> u32 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("Umask:"));

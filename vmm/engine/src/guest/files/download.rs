@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  parent/.nido-<random>/root...   written here, below a descriptor of the fresh directory
-//!  parent/NAME                     renamed to, at the very end
+//!  parent/NAME                     renamed to, as the last step
 //! ```
 //!
 //! Invariant: below the fresh directory every name is resolved by `openat2` with "beneath" and "no symlinks", and

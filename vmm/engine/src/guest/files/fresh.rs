@@ -1,6 +1,6 @@
 //! The fresh directory a copy out of a guest grows in, beside its destination.
 //!
-//! Invariant: it is locked for as long as the copy lives. What a killed copy has left is found without a lock and removed by
+//! Invariant: it is locked as long as the copy runs. The orphan of a killed copy is found without a lock and removed by
 //! the next download into the same directory.
 
 use std::ffi::OsStr;

@@ -41,7 +41,7 @@ pub struct Progress {
     pub entries: u64,
     /// Bytes of files.
     pub bytes: u64,
-    /// Bytes in all, where it is one file and the guest has said how long it is. A claim.
+    /// Bytes in all, where it is one file and the guest has reported its length. A claim.
     pub of: Option<u64>,
 }
 
@@ -58,7 +58,7 @@ pub struct Copied {
     pub left_out_count: u64,
     /// The first of them. Text of the guest's for a download: escape it.
     pub left_out: Vec<LeftOut>,
-    /// Where the copy is: a path of the guest's for an upload (its own word, if it gave one), of this side for a
+    /// Where the copy is: a path of the guest's for an upload (as it reported it, if it did), of this side for a
     /// download. Any bytes.
     pub path: Vec<u8>,
 }
@@ -117,7 +117,7 @@ pub struct Upload {
     pub source: Source,
     /// Where to in the guest: absolute, or relative to the user's home. Any bytes.
     pub destination: Vec<u8>,
-    /// Who shall own it; root if absent.
+    /// Its owner; root if absent.
     pub user: Option<String>,
     /// Make missing parent directories.
     pub parents: bool,
@@ -222,7 +222,7 @@ impl Guest {
         deadline: Instant,
     ) -> Result<Copied, GuestError> {
         let name = last_name(&source).map(<[u8]>::to_vec);
-        // A writer cannot make holes or links. A caller who sees the result beside the bytes is told what was left out; for any
+        // A writer cannot make holes or links. A caller that gets a result next to the bytes gets the list of skipped entries; for any
         // other one an archive that is not whole is an error.
         let features = if form == Form::FileOrArchive { feature::LEFT_OUT } else { 0 };
         let get = ToGuest::Get(Get { path: source.into(), features: Some(features) });
@@ -254,7 +254,7 @@ impl Guest {
     }
 }
 
-/// Ends the stream when the caller has gone, or has what it wanted; the thread at work sees it at its next step.
+/// Ends the stream when the caller has disconnected, or has the result; the thread at work sees it at its next step.
 struct EndOnDrop(Arc<OwnedFd>);
 
 impl Drop for EndOnDrop {

@@ -32,9 +32,9 @@ pub(super) struct Item {
     /// The nine permission bits.
     pub mode: u16,
     pub mtime_ns: i64,
-    /// User and group by number, if the guest was asked for them.
+    /// User and group by number, if they were requested.
     pub owner: Option<(u32, u32)>,
-    /// How many bytes it takes in the guest, if the guest says so. A claim.
+    /// How many bytes it takes in the guest, if the guest reports it. A claim.
     pub stored: Option<u64>,
 }
 
@@ -219,7 +219,7 @@ fn joined(path: &[ByteVec]) -> Result<Vec<u8>, GuestError> {
     Ok(path)
 }
 
-/// What the guest says of an entry that it could not read, cut to a bearable length.
+/// The guest's error for an entry that it could not read, truncated.
 fn named(left_out: wire::LeftOut) -> LeftOut {
     let wire::LeftOut { path, mut reason } = left_out;
     let mut path = Vec::from(path);

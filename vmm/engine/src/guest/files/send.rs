@@ -98,7 +98,7 @@ fn copy_name(path: &Path) -> Option<Vec<u8>> {
     super::last_name(bytes).map(<[u8]>::to_vec)
 }
 
-/// What the agent understands, and what the caller wants.
+/// The features of the agent, and the options of the caller.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct How {
     /// Bits of [`feature`].
@@ -107,7 +107,7 @@ pub(super) struct How {
     pub preserve: bool,
 }
 
-/// Sends the tree and waits for the guest's word that it has all of it.
+/// Sends the tree and waits for the guest's confirmation that it is complete.
 pub(super) fn send(wire: Wire, source: Opened, how: How, report: impl FnMut(Progress)) -> Result<Copied, GuestError> {
     let (progress, hidden) = (Progress::default(), source.hidden);
     let (linked, left_out) = (HashMap::new(), Vec::new());
@@ -424,7 +424,7 @@ impl<F: FnMut(Progress)> Sender<F> {
     }
 }
 
-/// A directory that an archive does not say more about.
+/// A directory for which an archive has no entry.
 fn directory(path: &[Vec<u8>]) -> Member {
     Member { path: path.to_vec(), kind: MemberKind::Directory, mode: 0o755, mtime_ns: now_ns() }
 }

@@ -19,7 +19,7 @@ use crate::guest::transport;
 
 /// How long the guest may be silent, or take nothing, in the middle of a copy.
 const STALL: Duration = Duration::from_secs(120);
-/// How long a failed stream is searched for the agent's last word.
+/// How long a failed stream is searched for the agent's last message.
 const LAST_WORD: Duration = Duration::from_secs(2);
 
 /// An open session, blocking.
@@ -48,7 +48,7 @@ impl Wire {
         Ok(self.next(what)?.must_be_message()?)
     }
 
-    /// Sends everything. What the agent says meanwhile can only be that it failed.
+    /// Sends everything. A message of the agent meanwhile can only be a failure.
     pub fn send(&mut self, mut bytes: &[u8]) -> Result<(), GuestError> {
         self.check()?;
         while !bytes.is_empty() {
@@ -69,7 +69,7 @@ impl Wire {
         Ok(())
     }
 
-    /// Fails if the agent has said something, or has gone.
+    /// Fails if the agent has sent a message, or has disconnected.
     fn check(&mut self) -> Result<(), GuestError> {
         while !self.frames.is_whole()? {
             if !self.read()? {

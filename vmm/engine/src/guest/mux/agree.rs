@@ -2,11 +2,11 @@
 //!
 //! QEMU reads from its end only while the guest has the port open, so a PROBE sent early simply waits there. Hence a
 //! further one is sent only once the earlier ones have been read, and a guest that boots finds one or two of them, not
-//! seconds' worth. A guest that reads and does not answer may be stuck inside a frame of an older session: filler
+//! seconds' worth. A guest that reads and does not reply may be stuck inside a frame of an older session: filler
 //! bytes get it out.
 //!
 //! A machine that is about to be saved gets no GO: its agent is left waiting for one ([`Until::Answered`]), so that each
-//! machine that goes on from there agrees with its own host at once.
+//! machine that resumes from there agrees with its own host at once.
 //!
 //! A guest that has just been loaded replies at once, and has no pending output: its first request is a
 //! hello and an order in one piece ([`letter`]).
@@ -29,7 +29,7 @@ use crate::guest::error::GuestError;
 
 /// Pause before the second PROBE, growing by half each time up to the longest.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-/// So many PROBEs that were read and not answered call for filler bytes.
+/// After so many PROBEs that were read without a reply, filler bytes are sent.
 const PATIENCE: u32 = 5;
 /// Send buffer while a session runs, in bytes; the kernel doubles it. What lies in it delays every other stream, and
 /// QEMU takes 4 KiB at a time anyway.
@@ -38,7 +38,7 @@ const SEND_BUFFER: usize = 128 * 1024;
 /// How far the preamble goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Until {
-    /// The agent waits for our next word.
+    /// The agent waits for our next message.
     Answered,
     /// The multiplexed stream begins.
     Begun,
@@ -87,7 +87,7 @@ pub(super) async fn agree(socket: &UnixStream, until: Until, deadline: Instant) 
     set_socket_send_buffer_size(socket, SEND_BUFFER).map_err(|e| GuestError::stream(&e.into()))
 }
 
-/// Sends a hello and an order in one piece to an agent that waits for its host's first word, and waits for all it is answered.
+/// Sends a hello and a request in one message to an agent that waits for its host's first one, and waits for the whole reply.
 /// Any number may follow one another, before [`agree`].
 ///
 /// # Errors
@@ -115,7 +115,7 @@ pub(super) async fn letter(socket: &UnixStream, words: &[u8], deadline: Instant)
         .unwrap_or(Err(GuestError::Timeout { what: "to reply to a bootstrap request" }))
 }
 
-/// What has come of an answer to a letter. Holds no more than the longest one.
+/// What has arrived of a reply to a bootstrap request. Holds no more than the longest one.
 struct Reply {
     nonce: [u8; 16],
     scanner: Scanner,
@@ -128,7 +128,7 @@ impl Reply {
         Self { nonce, scanner: Scanner::default(), length: None, words: Vec::new() }
     }
 
-    /// Reads what is there; gives the answer once it is whole. Whatever comes before it is left from another time.
+    /// Reads what is there; gives the reply once it is whole. Earlier bytes belong to an older session.
     fn read(&mut self, socket: &UnixStream) -> Result<Option<Vec<u8>>, GuestError> {
         for &byte in &read_some(socket)? {
             if self.length.is_some() {
@@ -176,7 +176,7 @@ fn was_read(socket: &UnixStream) -> bool {
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|count| count > 0)
 }
 
-/// What was said so far.
+/// The messages so far.
 struct Talk {
     nonce: [u8; 16],
     /// How often the nonce was sent.

@@ -46,7 +46,7 @@ impl Resets {
     }
 }
 
-/// What the driver is asked for.
+/// What the driver is requested.
 enum Request {
     Open(oneshot::Sender<yamux::Stream>),
     Reset(u32),
@@ -119,7 +119,7 @@ impl Mux {
     }
 }
 
-/// Sends a hello and an order in one piece to an agent whose multiplexer has not begun; gives all it is answered.
+/// Sends a hello and a request in one message to an agent whose multiplexer has not started; returns the whole reply.
 ///
 /// # Errors
 /// [`GuestError::Gone`], [`GuestError::Timeout`].
@@ -186,7 +186,7 @@ impl Driver {
     }
 }
 
-/// An open stream. Dropping it makes the agent notice: yamux resets a stream that is still open, but says nothing
+/// An open stream. Dropping it makes the agent notice: yamux resets a stream that is still open, but sends nothing
 /// about one whose sending side was closed before, and the agent would wait for ever to be rid of its bytes.
 #[derive(Debug)]
 pub(super) struct Open {

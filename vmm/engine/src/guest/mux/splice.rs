@@ -22,7 +22,7 @@ use tokio::time::{Sleep, sleep};
 use super::{Open, SPLIT};
 use crate::guest::transport::watch;
 
-/// Size of the buffer for a client that says little, in bytes.
+/// Size of the buffer for a client that sends little, in bytes.
 const SMALL: usize = 4096;
 /// How long data of a disconnected client may still take.
 const LINGER: Duration = Duration::from_secs(10);
@@ -73,7 +73,7 @@ pub(super) async fn splice(client: UnixStream, stream: Open, on_bytes: impl Fn(u
         if !splice.down.done {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        // The guest has finished, and our having told the client so makes a half-closed client look gone.
+        // The guest has finished, and notifying the client of that makes a half-closed client look gone.
         ready!(linger.get_or_insert_with(|| Box::pin(sleep(LINGER))).as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     })
@@ -117,7 +117,7 @@ impl Splice {
                         up.at += count;
                         on_bytes(count, 0);
                     }
-                    // The agent wants no more; what it has said is still to be delivered.
+                    // The agent reads no more; what it has sent is still to be delivered.
                     Err(_) => up.finish(),
                 }
             } else if up.eof {
@@ -181,7 +181,7 @@ impl Up {
         Poll::Ready(())
     }
 
-    /// A client that fills the small buffer has more to say.
+    /// A client that fills the small buffer has more to send.
     fn grow(&mut self) {
         self.buffer.resize(SPLIT, 0);
     }

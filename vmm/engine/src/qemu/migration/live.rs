@@ -6,7 +6,7 @@
 //!                                      \--a bound is reached: this pauses them------------------/
 //! ```
 //!
-//! A page that changes after it was sent is sent again; whoever loads the state takes the last. So the state is that of the
+//! A page that changes after it was sent is sent again; loading the state uses the last copy. So the state is that of the
 //! moment at which the CPUs were paused.
 //!
 //! Invariant: the CPUs are paused when the state is complete, and the disk has been released: `cont` resumes both. A state that
@@ -38,7 +38,7 @@ const REST_MS: u64 = 20;
 const HELD: u64 = 10;
 /// What may be left of the first pass when it is held, at most and at least, as parts of the memory.
 const HELD_BETWEEN_PARTS: (u64, u64) = (4, 64);
-/// The same before the first pass was held: as good as never.
+/// The same before the first pass was held: equivalent to never.
 const REST_BEFORE_HELD_MS: u64 = 1;
 /// How long an abandoned migration may take to end.
 const ABANDONED_WITHIN: Duration = Duration::from_secs(5);
@@ -108,7 +108,7 @@ impl Progress {
         )
     }
 
-    /// Whether it is time to hold the first pass. At the very beginning nothing is known of the memory.
+    /// Whether it is time to throttle the first pass. At the beginning the size of the memory is unknown.
     const fn is_near_end(&self) -> bool {
         let near = self.ram.total > 0 && self.ram.remaining <= self.ram.total / HELD_BETWEEN_PARTS.0;
         self.is_over() || self.ram.dirty_sync_count > 1 || near

@@ -6,7 +6,7 @@ use super::*;
 const SOON: Duration = Duration::from_secs(30);
 const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"major":7,"minor":2,"micro":0},"package":""},"capabilities":[]}}"#;
 
-/// The other end: says `lines`, one after each command it has read (the greeting and the capabilities come first),
+/// The other end: sends `lines`, one after each command it has read (the greeting and the capabilities come first),
 /// `ID` standing for the command's number. Then closes.
 async fn qemu(lines: &[&str]) -> (Monitor, mpsc::Receiver<MonitorEvent>, JoinHandle<Vec<String>>) {
     let (ours, theirs) = UnixStream::pair().unwrap();

@@ -2,7 +2,7 @@
 
 use super::BLOCK;
 
-/// What a head says.
+/// The content of a header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Head {
     /// The type flag; `0` also stands for the old format's zero byte.
@@ -28,7 +28,7 @@ impl Head {
     /// Reads a head; `None` is a block of zeros, the end of an archive.
     ///
     /// # Errors
-    /// What is wrong with it, in words.
+    /// A description of the error.
     pub fn decode(block: &[u8; BLOCK]) -> Result<Option<Self>, String> {
         if block.iter().all(|&byte| byte == 0) {
             return Ok(None);
@@ -56,7 +56,7 @@ impl Head {
         }))
     }
 
-    /// Writes a head in POSIX's format. What does not fit is cut: a PAX record has to say it.
+    /// Writes a head in POSIX's format. What does not fit is truncated: a PAX record must have it.
     pub fn encode(&self) -> [u8; BLOCK] {
         let mut block = [0; BLOCK];
         put(&mut block[..100], &self.name);

@@ -1,11 +1,11 @@
 //! Writes what a guest sends as an archive that GNU tar, BSD's and others read: POSIX's format, with PAX records where a head
 //! has no room.
 //!
-//! A head says how long a file is before its bytes come, and the guest's files may change meanwhile: one that fits a
-//! frame is written as long as it is, a longer one as long as it was said to be.
+//! A header states a file's length before its bytes, and the guest's files may change meanwhile: one that fits a
+//! frame is written as long as it is, a longer one as long as its header states.
 //!
 //! Invariant: an archive that ends is whole. A file that became shorter breaks it off; nothing is filled with zeros that a guest
-//! only claimed to have. And it leads nobody who unpacks it elsewhere: its entries come directory by directory, none below
+//! only claimed to have. And unpacking it writes nothing elsewhere: its entries come directory by directory, none below
 //! what is no directory, none where a symlink was before.
 
 use std::collections::HashSet;
@@ -192,7 +192,7 @@ mod tests {
         Item { path: path.into(), kind, mode: 0o755, mtime_ns: 0, owner: None, stored: None }
     }
 
-    /// Whether a tree of these may be unpacked by anybody: `a/` is a directory, `a@` a symlink.
+    /// Whether a tree of these is safe to unpack: `a/` is a directory, `a@` a symlink.
     fn is_harmless(tree: &str) -> bool {
         let mut order = Order::default();
         tree.split(' ').all(|word| {

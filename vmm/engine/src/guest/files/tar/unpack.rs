@@ -173,7 +173,7 @@ impl<R: Read> Archive<R> {
         Ok(Member { path, kind, mode, mtime_ns })
     }
 
-    /// Looks at what stands behind the first block of zeros: nothing but more of them.
+    /// Checks that only zeros follow the first block of zeros.
     fn end(&mut self, before: &Before) -> Result<(), GuestError> {
         if before.name.is_some() || before.target.is_some() || before.records.is_some() {
             return Err(self.bad("an extended header without an entry after it"));

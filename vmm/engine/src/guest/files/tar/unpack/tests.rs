@@ -61,7 +61,7 @@ fn an_archive_is_read() {
     let all = all.unwrap();
     assert_eq!(all[0], ("a/b".into(), MemberKind::File(513), vec![7; 513]));
     assert_eq!(all[1], ("q/r".into(), MemberKind::File(1), b"r".into()));
-    // Not what the head says: what the record says.
+    // The record takes precedence over the header.
     assert_eq!(all[2], ("long/x".into(), MemberKind::File(3), b"abc".into()));
     assert_eq!(read(&archive(&[])), Ok(Vec::new()));
 }
@@ -138,7 +138,7 @@ fn extended_headers_are_not_entries() {
 fn a_truncated_archive_is_refused() {
     let whole = archive(&[entry(b'0', "x", &[1; 600]), entry(b'L', "", b"name\0"), entry(b'0', "y", b"yy")]);
     assert_eq!(read(&whole).unwrap().len(), 2);
-    // Behind the first block of zeros everything has been said.
+    // The first block of zeros ends the archive.
     for length in (0..=whole.len() - 2 * BLOCK).step_by(64) {
         refused(&whole[..length], "it is truncated");
     }
