@@ -94,10 +94,10 @@ fn open_serial_port() -> io::Result<OwnedFd> {
 /// # Errors
 /// The receiver was dropped.
 pub async fn serve_socket(agent: Arc<Agent>, path: &Path) -> io::Result<()> {
-    const REDIAL_FOR: Duration = Duration::from_secs(10);
+    const REDIAL_TIMEOUT: Duration = Duration::from_secs(10);
     loop {
-        let mut port = Port::of_socket(dial(path, REDIAL_FOR).await?)?;
-        // A host that was killed with something unread resets the connection: that is equivalent to closed.
+        let mut port = Port::of_socket(dial(path, REDIAL_TIMEOUT).await?)?;
+        // A host that was killed with something unread resets the connection: that counts as closed.
         let _ = serve_port(&agent, &mut port).await;
     }
 }
@@ -117,7 +117,7 @@ async fn dial(path: &Path, patience: Duration) -> io::Result<OwnedFd> {
 async fn serve_port(agent: &Arc<Agent>, port: &mut Port) -> io::Result<()> {
     while agree(agent, port).await? {
         serve_mux(agent, port).await;
-        port.forget_unsent();
+        port.discard_unsent();
     }
     Ok(())
 }
@@ -135,8 +135,8 @@ async fn agree(agent: &Arc<Agent>, port: &mut Port) -> io::Result<bool> {
                 Some(sync::Block { kind: sync::Kind::Ack, nonce }.bytes().to_vec())
             }
             Some(sync::Block { kind: sync::Kind::Letter(length), nonce }) => {
-                let Some(letter) = port.next_bytes(length.into()).await? else { return Ok(false) };
-                let words = session::answer_letter(agent, &letter).await;
+                let Some(bootstrap_request) = port.next_bytes(length.into()).await? else { return Ok(false) };
+                let words = session::answer_bootstrap_request(agent, &bootstrap_request).await;
                 let length = u16::try_from(words.len()).unwrap_or_default();
                 let block = sync::Block { kind: sync::Kind::Reply(length), nonce };
                 Some([&block.bytes(), &words[..length.into()]].concat())

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use crate::refusal::Refusal;
 use crate::sys;
 
-/// How long writing everything and freezing may take, and how long thawing.
+/// How long writing everything and freezing may take, and how long unfreezing.
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Time after which a frozen file system is unfrozen.
 const LIMIT: Duration = Duration::from_millis(FREEZE_LIMIT_MS);

@@ -46,7 +46,7 @@ pub fn run() -> io::Result<()> {
     switch_root()?;
     hostname::set(&config.hostname);
     if rest {
-        identity::settle_before_init(&config);
+        identity::reset_disk_before_init(&config);
         warnings::save();
         let error = std::process::Command::new("/sbin/init").env_clear().exec();
         return Err(during("starting /sbin/init", error));
@@ -132,7 +132,7 @@ fn mount_root() -> io::Result<()> {
 
 /// Lets the root file system fill its disk, if that has become larger. The file system is in use meanwhile, and this
 /// may take a second: it is done beside the sessions.
-pub fn grow_root_beside() {
+pub fn grow_root_in_background() {
     tokio::task::spawn_blocking(|| {
         if let Err(error) = grow_root() {
             warn(format!("the root file system does not fill its disk: {error}"));

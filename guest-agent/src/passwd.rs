@@ -43,7 +43,7 @@ impl User {
 }
 
 /// Finds a user as `docker exec --user` does: `USER`, `USER:GROUP` or `:GROUP`, each a name or a number. A number that is in
-/// no file is good as well, then with group 0 and the root directory as home. None if a name does not exist.
+/// no file is valid, too, then with group 0 and the root directory as home. None if a name does not exist.
 ///
 /// # Errors
 /// A file is there and cannot be read.

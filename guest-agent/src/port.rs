@@ -88,7 +88,7 @@ impl Port {
     }
 
     /// Drops what an ended connection has not written.
-    pub fn forget_unsent(&mut self) {
+    pub fn discard_unsent(&mut self) {
         self.held.clear();
     }
 

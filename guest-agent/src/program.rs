@@ -60,7 +60,7 @@ pub fn start(agent: &Agent, request: &Exec, scope: &mut Scope) -> Result<Running
     let search = environment.iter().find_map(|pair| pair.strip_prefix(b"PATH=")).unwrap_or_default();
     let (programs, argv) = program(&user, request, search);
     let directory = directory(&user, request);
-    let ends = Ends::open(request, user.uid)
+    let ends = PipeEnds::open(request, user.uid)
         .map_err(|error| Refusal::from_io("cannot set up the command's input and output", &error))?;
 
     let strings = |list: Vec<Vec<u8>>| list.into_iter().map(c_string).collect::<Result<Vec<_>, _>>();
@@ -227,7 +227,7 @@ fn explain(failure: &LaunchError, launch: &Launch<'_>, directory: &Path) -> Refu
 }
 
 /// Both ends of everything the command reads and writes.
-struct Ends {
+struct PipeEnds {
     child_in: OwnedFd,
     child_out: OwnedFd,
     child_err: OwnedFd,
@@ -237,7 +237,7 @@ struct Ends {
     is_terminal: bool,
 }
 
-impl Ends {
+impl PipeEnds {
     /// Opens them for a user: programs open `/dev/stdout` and their terminal by name, which takes more than having them.
     fn open(request: &Exec, uid: u32) -> io::Result<Self> {
         let ends = match request.pty {

@@ -125,7 +125,7 @@ impl Scope {
     }
 
     /// Finds the current processes that their control group does not list.
-    pub fn look(&mut self) {
+    pub fn refresh(&mut self) {
         let Some(main) = self.main else { return };
         let all = processes();
         // A process whose number was reused meanwhile is not ours.
@@ -138,7 +138,7 @@ impl Scope {
 
     /// Whether nothing of it runs any more.
     pub fn is_empty(&mut self) -> bool {
-        self.look();
+        self.refresh();
         let in_group = self.group.as_ref().is_some_and(|group| is_populated(&group.path));
         self.known.is_empty() && !in_group
     }
@@ -150,7 +150,7 @@ impl Scope {
             let _ = rustix::io::pwrite(&group.kill, b"1", 0);
         }
         for _ in 0..ROUNDS {
-            self.look();
+            self.refresh();
             if self.known.is_empty() {
                 return;
             }

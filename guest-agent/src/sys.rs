@@ -77,7 +77,7 @@ pub struct LaunchError {
 }
 
 /// Everything the child needs, in the kernel's format. It is in the frame of the launching thread, which waits meanwhile.
-struct Prepared<'a> {
+struct PreparedLaunch<'a> {
     launch: &'a Launch<'a>,
     argv: Vec<*const libc::c_char>,
     environment: Vec<*const libc::c_char>,
@@ -92,8 +92,12 @@ pub fn launch(launch: &Launch<'_>) -> Result<Pid, LaunchError> {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
         strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
     };
-    let mut prepared =
-        Prepared { launch, argv: pointers(launch.argv), environment: pointers(launch.environment), failure: None };
+    let mut prepared = PreparedLaunch {
+        launch,
+        argv: pointers(launch.argv),
+        environment: pointers(launch.environment),
+        failure: None,
+    };
     let mut stack = vec![0u128; CHILD_STACK / 16];
     let top = stack.as_mut_ptr_range().end;
     let clone_error = |error| LaunchError { step: Step::Clone, error };
@@ -129,15 +133,15 @@ pub fn launch(launch: &Launch<'_>) -> Result<Pid, LaunchError> {
 
 /// The child's side of [`launch`].
 extern "C" fn child(prepared: *mut libc::c_void) -> libc::c_int {
-    // SAFETY: the pointer is the `Prepared` of the suspended launching thread, used by no other thread now.
-    let prepared = unsafe { &mut *prepared.cast::<Prepared<'_>>() };
+    // SAFETY: the pointer is the `PreparedLaunch` of the suspended launching thread, used by no other thread now.
+    let prepared = unsafe { &mut *prepared.cast::<PreparedLaunch<'_>>() };
     prepared.failure = Some(become_program(prepared));
     // SAFETY: ends the child without running anything of the agent's.
     unsafe { libc::_exit(127) }
 }
 
 /// Does not return unless it failed.
-fn become_program(prepared: &Prepared<'_>) -> (Step, i32) {
+fn become_program(prepared: &PreparedLaunch<'_>) -> (Step, i32) {
     let launch = prepared.launch;
     // SAFETY: system calls on prepared arguments only; raw calls where glibc's wrapper would involve other threads.
     unsafe {

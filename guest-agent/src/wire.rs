@@ -31,7 +31,7 @@
 //! | `Power` | | `PoweringOff` or `Failed` |
 //! | `Freeze` | | `Frozen` or `Failed` |
 //! | `Thaw` | | `Thawed` or `Failed` |
-//! | `Renew` | | `Renewed` or `Failed` |
+//! | `ResetIdentity` | | `IdentityReset` or `Failed` |
 //!
 //! `Exec`, `Put`, `Get` and `Connect` are answered `Refused` with [`Refusal::Busy`] where there are too many of their kind
 //! ([`MAX_WORK`], [`MAX_TUNNELS`]); nothing has been done then.
@@ -44,9 +44,9 @@
 //! A guest whose memory is to be saved first gets `Freeze`: the agent syncs the root disk and freezes its file system, so
 //! that disk and memory match and the disk alone is clean. Without a `Thaw`, the agent unfreezes it after
 //! [`FREEZE_LIMIT_MS`] of the guest's time. A guest that was loaded from saved memory has the identity of other guests:
-//! before any other client can reach it, it gets `Renew`, which unfreezes its file system, and sets random numbers, the
+//! before any other client can reach it, it gets `ResetIdentity`, which unfreezes its file system, and sets random numbers, the
 //! time, a token and (if its disk has another VM's identity) a name, machine id and host keys of its own. From `IdentityReset`
-//! on, only the new token opens sessions. If `Renew` fails, the guest must not be used.
+//! on, only the new token opens sessions. If `ResetIdentity` fails, the guest must not be used.
 //!
 //! # Flow control
 //!
@@ -77,7 +77,7 @@ use minicbor::{Decode, Encode};
 pub const VERSION: u16 = 3;
 /// The oldest protocol version this build still speaks. A guest that resumes from memory (running, snapshot, fork) has the agent of
 /// the nido that booted it: raising this strands such guests.
-pub const OLDEST: u16 = 3;
+pub const VERSION_OLDEST: u16 = 3;
 
 /// The version that both ends of a session speak: the newest that is in both ranges, each from the oldest to the newest.
 #[must_use]
@@ -305,7 +305,7 @@ pub enum ToGuest {
     Thaw,
     /// Resets the identity of a guest that was loaded from saved memory.
     #[n(15)]
-    Renew(#[n(0)] Renew),
+    ResetIdentity(#[n(0)] IdentityReset),
     /// So many bytes of the file whose `Entry` came last are zeros that take no room. Only to an agent with
     /// [`feature::HOLES`].
     #[n(20)]
@@ -366,7 +366,7 @@ pub enum ToHost {
     Thawed,
     /// The identity was reset.
     #[n(15)]
-    Renewed(#[n(0)] Pong),
+    IdentityReset(#[n(0)] Pong),
     /// So many bytes of the file whose `Entry` came last are zeros that take no room. Only if [`Get::features`] has
     /// [`feature::HOLES`].
     #[n(20)]
@@ -594,7 +594,7 @@ pub struct Owner {
 
 /// An entry that could not be read.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct LeftOut {
+pub struct SkippedEntry {
     /// Its whole path, cut to [`MAX_LEFT_OUT_PATH`] bytes.
     #[n(0)]
     pub path: ByteVec,
@@ -637,7 +637,7 @@ pub struct Summary {
     pub path: Option<ByteVec>,
     /// Which entries could not be read and are missing from the copy; the first [`MAX_LEFT_OUT`] of them.
     #[n(4)]
-    pub left_out: Option<Vec<LeftOut>>,
+    pub left_out: Option<Vec<SkippedEntry>>,
     /// How many there were.
     #[n(5)]
     pub left_out_count: Option<u64>,
@@ -668,7 +668,7 @@ pub enum Power {
 
 /// The identity reset of a guest that was loaded from saved memory.
 #[derive(Clone, PartialEq, Eq, Encode, Decode)]
-pub struct Renew {
+pub struct IdentityReset {
     /// The VM's token from now on, [`TOKEN_LEN`] bytes.
     #[n(0)]
     pub token: ByteVec,
@@ -692,9 +692,9 @@ pub struct Renew {
     pub disk_grown: bool,
 }
 
-impl std::fmt::Debug for Renew {
+impl std::fmt::Debug for IdentityReset {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Renew")
+        f.debug_struct("IdentityReset")
             .field("hostname", &self.hostname)
             .field("identity", &self.identity)
             .field("time_ns", &self.time_ns)
@@ -798,7 +798,7 @@ mod tests {
             assert_eq!(common_version(ours, theirs), common, "{ours:?} {theirs:?}");
             assert_eq!(common_version(theirs, ours), common, "{theirs:?} {ours:?}");
         }
-        const { assert!(OLDEST <= VERSION) };
+        const { assert!(VERSION_OLDEST <= VERSION) };
     }
 
     fn sample_exec() -> ToGuest {
@@ -813,8 +813,8 @@ mod tests {
         })
     }
 
-    fn sample_renew() -> ToGuest {
-        ToGuest::Renew(Renew {
+    fn sample_identity_reset() -> ToGuest {
+        ToGuest::ResetIdentity(IdentityReset {
             token: vec![7; TOKEN_LEN].into(),
             entropy: vec![9; ENTROPY_LEN].into(),
             time_ns: 1_700_000_000_123_456_789,
@@ -828,7 +828,7 @@ mod tests {
     #[test]
     fn messages_survive_the_wire() {
         let simple = [ToGuest::Ping, ToGuest::Signal(9), ToGuest::Power(Power::Off), ToGuest::Freeze, ToGuest::Thaw];
-        for message in simple.into_iter().chain([sample_exec(), sample_renew()]) {
+        for message in simple.into_iter().chain([sample_exec(), sample_identity_reset()]) {
             let frame = encode(&message).unwrap();
             let head = Head::parse(frame[..HEAD].try_into().unwrap()).unwrap();
             assert_eq!(head, Head { kind: kind::MESSAGE, length: frame.len() - HEAD });
@@ -868,7 +868,7 @@ mod tests {
 
         #[test]
         fn damaged_messages_never_panic(at in 0usize..256, byte in any::<u8>()) {
-            for message in [sample_exec(), sample_renew()] {
+            for message in [sample_exec(), sample_identity_reset()] {
                 let mut frame = encode(&message).unwrap();
                 let at = HEAD + at % (frame.len() - HEAD);
                 frame[at] = byte;
@@ -885,7 +885,7 @@ mod tests {
             identity in any::<String>(),
         ) {
             let (token, entropy) = (token.into(), entropy.into());
-            let message = ToGuest::Renew(Renew { token, entropy, time_ns, hostname, identity, network: None, disk_grown: false });
+            let message = ToGuest::ResetIdentity(IdentityReset { token, entropy, time_ns, hostname, identity, network: None, disk_grown: false });
             let frame = encode(&message).unwrap();
             prop_assert_eq!(decode::<ToGuest>(&frame[HEAD..]).unwrap(), message);
         }

@@ -3,8 +3,8 @@
 
 use nido_guest_agent::config::{Channel, GuestConfig, Init, Network, StaticNetwork};
 use nido_guest_agent::wire::{
-    Connect, Entry, EntryKind, Exec, Exited, Failed, Fault, HEAD, Hello, Pong, Power, Put, Refusal, Refused, Renew,
-    Summary, ToGuest, ToHost, WindowSize, decode, encode,
+    Connect, Entry, EntryKind, Exec, Exited, Failed, Fault, HEAD, Hello, IdentityReset, Pong, Power, Put, Refusal,
+    Refused, Summary, ToGuest, ToHost, WindowSize, decode, encode,
 };
 
 fn payload<M: minicbor::Encode<()>>(message: &M) -> String {
@@ -29,7 +29,7 @@ fn messages_of_the_host_keep_their_encoding() {
         stored: None,
     };
     let network = StaticNetwork { address: "a".into(), prefix: 24, gateway: Some("g".into()), dns: Vec::new() };
-    let renew = Renew {
+    let renew = IdentityReset {
         token: vec![0xaa].into(),
         entropy: vec![0xbb].into(),
         time_ns: 5,
@@ -53,7 +53,7 @@ fn messages_of_the_host_keep_their_encoding() {
         (ToGuest::Freeze, "820d80".into()),
         (ToGuest::Thaw, "820e80".into()),
         (
-            ToGuest::Renew(renew),
+            ToGuest::ResetIdentity(renew),
             "820f8187".to_owned() + "41aa" + "41bb" + "05" + "6177" + "616d" + "82018184616118186167" + "80" + "f4",
         ),
     ] {
@@ -76,7 +76,7 @@ fn messages_of_the_agent_keep_their_encoding() {
         (ToHost::Failed(failed), "820c818206626e6f"),
         (ToHost::Frozen, "820d80"),
         (ToHost::Thawed, "820e80"),
-        (ToHost::Renewed(pong), "820f818461610102f4"),
+        (ToHost::IdentityReset(pong), "820f818461610102f4"),
     ] {
         assert_eq!(payload(&message), wanted, "{message:?}");
     }

@@ -15,7 +15,7 @@ use crate::error::ImageError;
 use crate::progress::{Stage, printable};
 
 /// How often a running program is looked at for the caller's wish to stop.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Lines of output an error carries.
 const TAIL_LINES: usize = 12;
 /// Longest line taken from a program; the rest counts as a new line.
@@ -144,7 +144,7 @@ impl Session<'_> {
         let mut tail = Tail::default();
         let end = Instant::now() + deadline;
         loop {
-            let next = lines.recv_timeout(LOOK);
+            let next = lines.recv_timeout(POLL_INTERVAL);
             self.check_cancel()?;
             if Instant::now() >= end {
                 let log = self.log.path().to_owned();
@@ -158,7 +158,7 @@ impl Session<'_> {
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => match group.0.try_wait().map_err(failed)? {
-                    None => std::thread::sleep(LOOK),
+                    None => std::thread::sleep(POLL_INTERVAL),
                     Some(status) => return self.judge(stage, program, status, &tail),
                 },
             }

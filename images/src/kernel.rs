@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 pub use nido_api::KernelChoice;
 
 /// The modules the agent needs before the root disk is there. What the kernel has built in is left out.
-pub const WANTED_MODULES: [&str; 8] = [
+pub const BOOT_MODULES: [&str; 8] = [
     "qemu_fw_cfg",
     "virtio_mmio",
     "virtio_pci",
@@ -24,7 +24,7 @@ pub const MAX_KERNEL_BYTES: usize = 512 * 1024 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Payload<'a> {
     /// How it is packed.
-    pub packing: Packing,
+    pub packing: KernelCompression,
     /// The packed bytes, without the length that follows them.
     pub bytes: &'a [u8],
     /// Length of the unpacked kernel in bytes.
@@ -33,7 +33,7 @@ pub struct Payload<'a> {
 
 /// How a bzImage packs its kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Packing {
+pub enum KernelCompression {
     /// One zstd frame.
     Zstd,
     /// An xz stream (with the x86 filter).
@@ -64,8 +64,8 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>, String> {
     let packed = image.get(start..end).filter(|packed| packed.len() > 8).ok_or("its payload is out of range")?;
     let (bytes, tail) = packed.split_at(packed.len() - 4);
     let packing = match bytes {
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => Packing::Zstd,
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Packing::Xz,
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => KernelCompression::Zstd,
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => KernelCompression::Xz,
         _ => return Err("it is compressed neither with zstd nor with xz".to_owned()),
     };
     let unpacked_bytes = le32(tail) as usize;
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn other_packings_are_named_as_the_reason() {
         assert!(payload(&bzimage(b"\x1f\x8b gzip data", 1)).unwrap_err().contains("zstd"));
-        assert_eq!(payload(&bzimage(b"\xfd7zXZ\0 and so on", 1)).unwrap().packing, Packing::Xz);
+        assert_eq!(payload(&bzimage(b"\xfd7zXZ\0 and so on", 1)).unwrap().packing, KernelCompression::Xz);
     }
 
     proptest! {

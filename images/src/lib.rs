@@ -43,7 +43,7 @@ mod recipe_text;
 mod scratch;
 mod slim;
 mod store;
-mod travel;
+mod transfer;
 
 pub use agent::{AGENT, AGENT_PROTOCOL, agent_sha256};
 pub use build::{BuildOptions, BuildOutcome, build};
@@ -66,5 +66,5 @@ pub use qcow2::{
 pub use recipe::{Recipe, Spec, find as find_recipe};
 pub use recipe_text::names as recipe_names;
 pub use scratch::{orphaned_builds, remove_orphaned_build};
-pub use store::{Store, StoreLock, Stored, hash_file};
-pub use travel::{TravelProgress, Watch};
+pub use store::{Store, StoreContents, StoreLock, hash_file};
+pub use transfer::{TransferProgress, TransferWatch};

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::Path;
 
-use nido_files::atomic_file::{Durability, Temporary};
+use nido_files::atomic_file::{Durability, TemporaryFile};
 
 use crate::error::ImageError;
 
@@ -22,9 +22,9 @@ pub fn write_file_whole<T>(
     check(path, overwrite)?;
     let failed = |error| ImageError::io("write", path, error);
     // The directory is the caller's: the name identifies the file's process.
-    let mut temporary = Temporary::with_prefix(directory(path), ".nido-new-").map_err(failed)?;
+    let mut temporary = TemporaryFile::with_prefix(directory(path), ".nido-new-").map_err(failed)?;
     let written = write(temporary.file())?;
-    let place = if overwrite { Temporary::replace } else { Temporary::create };
+    let place = if overwrite { TemporaryFile::replace } else { TemporaryFile::create };
     place(temporary, path, Durability::PowerCut).map_err(|error| match error.kind() {
         ErrorKind::AlreadyExists => ImageError::PathExists { path: path.to_owned() },
         _ => failed(error),

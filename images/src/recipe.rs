@@ -6,7 +6,7 @@ use serde::Deserialize;
 use crate::apt::is_package_name;
 use crate::digest::sha256;
 use crate::error::ImageError;
-use crate::kernel::{KernelChoice, WANTED_MODULES};
+use crate::kernel::{BOOT_MODULES, KernelChoice};
 use crate::manifest::{FORMAT, Init};
 use crate::recipe_text::{COMMON, RecipeSource, SOURCES};
 use crate::slim;
@@ -110,7 +110,7 @@ fn hash(source: &RecipeSource) -> String {
     for (name, content) in own.iter().chain(&common).chain(source.files) {
         text.push_str(&format!("{name} {}\n{content}", content.len()));
     }
-    text.push_str(&format!("{}\n{}\n", WANTED_MODULES.join(" "), DPKG_OPTIONS.join(" ")));
+    text.push_str(&format!("{}\n{}\n", BOOT_MODULES.join(" "), DPKG_OPTIONS.join(" ")));
     sha256(text.as_bytes())
 }
 

@@ -14,7 +14,7 @@ pub const FETCH: &str = include_str!("../recipes/kernels/slim/fetch.sh");
 /// Unpacks, configures and compiles it; stops if an option of [`CONFIG`] does not survive.
 pub const MAKE: &str = include_str!("../recipes/kernels/slim/make.sh");
 /// Where the source is while it is compiled.
-const PLACE: &str = "/mnt/linux/";
+const MODULE_PREFIX: &str = "/mnt/linux/";
 const TOML: &str = include_str!("../recipes/kernels/slim/recipe.toml");
 
 /// The content of the slim kernel's `recipe.toml`.
@@ -97,7 +97,7 @@ impl Compilation {
             return None;
         }
         self.done = self.done.saturating_add(1);
-        let file = file.trim().trim_start_matches(PLACE);
+        let file = file.trim().trim_start_matches(MODULE_PREFIX);
         let place = file.rsplit_once('/').map_or(file, |(directory, _)| directory);
         #[expect(clippy::cast_precision_loss, reason = "a few thousand steps")]
         let fraction = (self.done as f32 / self.steps as f32).min(1.0);

@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nido_files::atomic_file::{self, Durability, Temporary, sync_parent};
+use nido_files::atomic_file::{self, Durability, TemporaryFile, sync_parent};
 use nido_files::flock::{Flock, Mode};
 use nido_files::layout;
 use nido_files::private_dir::make_private_dir;
@@ -35,7 +35,7 @@ pub struct Store {
 
 /// What lies in the directories of the store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Stored {
+pub struct StoreContents {
     /// Parts, whether a template names them or not.
     pub parts: Vec<Part>,
     /// File names of manifests whose writer was killed.
@@ -188,7 +188,7 @@ impl Store {
         self.check(manifest)?;
         let path = self.manifest_path(&manifest.name);
         let failed = |error| ImageError::io("write", &path, error);
-        let mut temporary = Temporary::with_prefix(&self.templates, TEMPORARY).map_err(failed)?;
+        let mut temporary = TemporaryFile::with_prefix(&self.templates, TEMPORARY).map_err(failed)?;
         temporary.file().write_all(&manifest.to_json()).map_err(failed)?;
         nido_files::failpoint!("template.written");
         temporary.replace(&path, Durability::PowerCut).map_err(failed)
@@ -233,12 +233,12 @@ impl Store {
     ///
     /// # Errors
     /// [`ImageError::Io`].
-    pub fn stored(&self) -> Result<Stored, ImageError> {
+    pub fn stored(&self) -> Result<StoreContents, ImageError> {
         let length = |path: PathBuf| fs::symlink_metadata(path).map_or(0, |found| found.len());
         let parts = entries(&self.blobs)?.into_iter().filter(|name| is_sha256(name));
         let parts = parts.map(|name| (length(self.blobs.join(&name)), name));
         let manifests = entries(&self.templates)?.into_iter().filter(|name| name.starts_with(TEMPORARY));
-        Ok(Stored {
+        Ok(StoreContents {
             parts: parts.map(|(bytes, sha256)| Part { sha256, bytes }).collect(),
             unfinished_manifests: manifests.collect(),
         })

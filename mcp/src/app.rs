@@ -20,9 +20,9 @@ use crate::session_leases::SessionLeases;
 use crate::subscriptions::ChangeFeed;
 
 /// How long the result of the last reconciliation is used.
-const SETTLED_FOR: Duration = Duration::from_millis(100);
+const RECONCILE_CACHE_TTL: Duration = Duration::from_millis(100);
 /// How long a call may take until its result is a job, by default: clients give up after 60 s.
-pub const ANSWER_WITHIN: Duration = Duration::from_secs(40);
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(40);
 /// How long an unused session over HTTP is kept, by default.
 pub const SESSION_IDLE: Duration = Duration::from_secs(1800);
 /// How long the ephemeral VMs of a session over HTTP that has ended wait for the next one of the same caller.
@@ -30,7 +30,7 @@ pub const SESSION_GRACE: Duration = Duration::from_secs(60);
 /// How many VMs are remembered with their creators.
 const OWN_MAX: usize = 4096;
 /// How long interrupted work may take to clean up when the server ends.
-const FINISH_WITHIN: Duration = Duration::from_secs(30);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How the server was started.
 #[derive(Debug, Clone)]
@@ -58,7 +58,7 @@ impl Default for Settings {
             policy,
             tools,
             exclude,
-            answer_within: ANSWER_WITHIN,
+            answer_within: CALL_TIMEOUT,
             scope: Scope::Admin,
             session_idle: SESSION_IDLE,
             session_grace: SESSION_GRACE,
@@ -170,7 +170,7 @@ impl App {
     /// The core. A crash since the last call is reconciled first, as every command does.
     pub(crate) async fn nido(&self) -> Result<&Nido> {
         let mut settled = self.settled.lock().await;
-        if settled.is_none_or(|at| at.elapsed() > SETTLED_FOR) {
+        if settled.is_none_or(|at| at.elapsed() > RECONCILE_CACHE_TTL) {
             self.nido.reconcile().await?;
             *settled = Some(Instant::now());
         }
@@ -196,11 +196,11 @@ impl App {
     pub async fn finish(&self) {
         self.ending.cancel();
         self.tasks.close();
-        if tokio::time::timeout(FINISH_WITHIN, self.tasks.wait()).await.is_err() {
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.tasks.wait()).await.is_err() {
             tracing::warn!("work was interrupted: the server ends");
         }
         self.leases.end_all().await;
         // Sessions that have ended by themselves meanwhile.
-        let _ = tokio::time::timeout(FINISH_WITHIN, self.tasks.wait()).await;
+        let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.tasks.wait()).await;
     }
 }

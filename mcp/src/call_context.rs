@@ -28,12 +28,12 @@ pub struct CallContext {
     pub limits: Limits,
     /// The id of the only VM that it may be done to, where that was decided (confirmation.rs).
     pub vm: Option<String>,
-    pub notes: Arc<Mutex<Notes>>,
+    pub notes: Arc<Mutex<RefusalNotes>>,
 }
 
 /// What is known of a refusal beside its error.
 #[derive(Debug, Default)]
-pub struct Notes {
+pub struct RefusalNotes {
     /// Why, in a word for the audit log.
     pub reason: Option<&'static str>,
     /// What would make it possible.
@@ -73,7 +73,7 @@ impl CallContext {
     }
 
     /// What is known of a refusal so far.
-    pub fn notes(&self) -> std::sync::MutexGuard<'_, Notes> {
+    pub fn notes(&self) -> std::sync::MutexGuard<'_, RefusalNotes> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
-use nido_api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask, VmInfo};
+use nido_api::{APPROVAL_LIFETIME, Approval, ApprovalRequest, ApprovalState, VmInfo};
 use nido_core::policy::{Confirm, Facts, is_usual};
 use rmcp::RoleServer;
 use rmcp::model::{ElicitResult, InputRequiredResult, InputResponses, ProtocolVersion};
@@ -39,7 +39,7 @@ use crate::call_context::CallContext;
 use crate::tools::{APPROVAL_ID, Operation, Tool};
 
 /// How often a client is notified that its user has not responded yet.
-const STILL: Duration = Duration::from_secs(5);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 /// How a VM is called in an approval that has no name before it is created.
 const NEW_VM: &str = "new";
 
@@ -70,7 +70,7 @@ pub struct Permission {
 
 /// A call that a person may have to confirm.
 #[derive(Debug, Clone, Copy)]
-pub struct Asked<'a> {
+pub struct PendingCall<'a> {
     pub tool: &'a Tool,
     pub operation: &'a dyn Operation,
     /// As they were read: what an approval is bound to.
@@ -80,11 +80,11 @@ pub struct Asked<'a> {
 /// Whether it may be done now.
 pub async fn confirm(
     call: &mut CallContext,
-    asked_for: Asked<'_>,
+    asked_for: PendingCall<'_>,
     retry: Retry,
     context: &RequestContext<RoleServer>,
 ) -> Result<Decision> {
-    let Asked { tool, operation, arguments } = asked_for;
+    let PendingCall { tool, operation, arguments } = asked_for;
     let policy = &call.app.settings().policy.confirm;
     if operation.only_reads() {
         return Ok(Decision::Proceed(Permission::default()));
@@ -109,7 +109,7 @@ pub async fn confirm(
     };
     let id = vm.as_ref().map(|vm| vm.id.clone());
     let go = |word, id| Ok(Decision::Proceed(Permission { word, vm: id }));
-    if !policy.asks(&facts) {
+    if !policy.requires_confirmation(&facts) {
         let left_out = *policy == Confirm::Never && is_usual(&facts);
         return go(if left_out { "confirm_never" } else { "" }, id);
     }
@@ -119,7 +119,7 @@ pub async fn confirm(
     }
     call.decided_about(id.clone());
     operation.admit(call).await?;
-    let ask = Ask {
+    let ask = ApprovalRequest {
         tool: tool.name().into(),
         vm_id: id.unwrap_or_default(),
         vm_name: name,
@@ -128,12 +128,12 @@ pub async fn confirm(
         arguments: arguments.clone(),
     };
     let words = question(call, tool, &ask, vm.as_ref()).await;
-    asked(call, words, &ask, retry, context).await
+    request_confirmation(call, words, &ask, retry, context).await
 }
 
 /// The VM that a call acts on, and its owner; of one that is to be created only the name.
-async fn subject(call: &CallContext, asked: Asked<'_>) -> Result<(VmName, Option<VmInfo>, Option<String>)> {
-    let Asked { tool, operation, .. } = asked;
+async fn subject(call: &CallContext, asked: PendingCall<'_>) -> Result<(VmName, Option<VmInfo>, Option<String>)> {
+    let PendingCall { tool, operation, .. } = asked;
     let nido = call.nido().await?;
     let Some(name) = operation.vm() else {
         let words = format!("{} cannot be confirmed, and the policy wants that", tool.name());
@@ -147,10 +147,10 @@ async fn subject(call: &CallContext, asked: Asked<'_>) -> Result<(VmName, Option
 }
 
 /// The same for operations that a person must confirm.
-async fn asked(
+async fn request_confirmation(
     call: &CallContext,
     words: String,
-    ask: &Ask,
+    ask: &ApprovalRequest,
     retry: Retry,
     context: &RequestContext<RoleServer>,
 ) -> Result<Decision> {
@@ -170,7 +170,7 @@ async fn asked(
         return go("confirmed");
     }
     let nido = call.nido().await?;
-    let approval = if shows_forms { nido.approval_ask_in_form(ask)? } else { nido.approval_ask(ask)? };
+    let approval = if shows_forms { nido.approval_request_in_form(ask)? } else { nido.approval_request(ask)? };
     if approval.state != ApprovalState::Pending {
         // The user was quicker than the model.
         use_up(call, &approval.id, ask)?;
@@ -193,7 +193,7 @@ pub fn is_modern(context: &RequestContext<RoleServer>) -> bool {
 }
 
 /// What came back from a client that was asked by a result.
-fn answered(call: &CallContext, id: &str, ask: &Ask, answers: &InputResponses) -> Result<()> {
+fn answered(call: &CallContext, id: &str, ask: &ApprovalRequest, answers: &InputResponses) -> Result<()> {
     let answer: Option<ElicitResult> =
         answers.get(FIELD).and_then(|answer| serde_json::from_value(answer.clone()).ok());
     let answer = answer.ok_or_else(|| Error::new(Code::ApprovalRequired, "the answer to the question is missing"))?;
@@ -207,7 +207,7 @@ async fn elicited(
     context: &RequestContext<RoleServer>,
     words: &str,
     approval: &Approval,
-    ask: &Ask,
+    ask: &ApprovalRequest,
 ) -> Result<()> {
     let (peer, form) = (context.peer.clone(), form(words)?);
     let (tell, mut heard) = oneshot::channel();
@@ -224,7 +224,7 @@ async fn elicited(
         }
     });
     let began = tokio::time::Instant::now();
-    let mut still = tokio::time::interval_at(began + STILL, STILL);
+    let mut still = tokio::time::interval_at(began + PROGRESS_INTERVAL, PROGRESS_INTERVAL);
     let patience = tokio::time::sleep(call.app.settings().answer_within);
     let mut patience = std::pin::pin!(patience);
     let mut asked = 0.0;
@@ -234,7 +234,7 @@ async fn elicited(
             _ = still.tick() => {
                 // Less than what the work itself reports.
                 asked += 0.01;
-                call.progress.tell(asked, None, "waiting for the user's confirmation");
+                call.progress.report(asked, None, "waiting for the user's confirmation");
                 continue;
             }
             () = &mut patience => {
@@ -273,7 +273,7 @@ fn written(call: &CallContext, id: &str, answer: &ElicitResult) -> Result<FormAn
 }
 
 /// A person has responded; an approval is used at once. Closing the form is not a response.
-fn decided(call: &CallContext, id: &str, ask: &Ask, answer: &ElicitResult) -> Result<()> {
+fn decided(call: &CallContext, id: &str, ask: &ApprovalRequest, answer: &ElicitResult) -> Result<()> {
     match written(call, id, answer)? {
         FormAnswer::Yes => use_up(call, id, ask),
         FormAnswer::No => Err(refused(call)),
@@ -282,14 +282,14 @@ fn decided(call: &CallContext, id: &str, ask: &Ask, answer: &ElicitResult) -> Re
 }
 
 /// Uses an approval up. What is denied here a person can still decide, so it is reported differently from what the server forbids.
-fn use_up(call: &CallContext, id: &str, ask: &Ask) -> Result<()> {
+fn use_up(call: &CallContext, id: &str, ask: &ApprovalRequest) -> Result<()> {
     let nido = call.app.unreconciled();
     nido.approval_use(id, ask).map_err(|error| {
         if error.code() != Code::Denied {
             return error;
         }
         match nido.approval(id) {
-            Ok(approval) if said_no(&approval, ask) => refused(call),
+            Ok(approval) if is_denied(&approval, ask) => refused(call),
             _ => {
                 call.next_step("call again without approval_id, so that the user is asked about exactly this");
                 error
@@ -299,7 +299,7 @@ fn use_up(call: &CallContext, id: &str, ask: &Ask) -> Result<()> {
 }
 
 /// Whether this caller has had a no about this VM. Pure.
-fn said_no(approval: &Approval, ask: &Ask) -> bool {
+fn is_denied(approval: &Approval, ask: &ApprovalRequest) -> bool {
     approval.state == ApprovalState::Denied && (&approval.actor, &approval.vm_id) == (&ask.actor, &ask.vm_id)
 }
 
@@ -310,7 +310,7 @@ fn refused(call: &CallContext) -> Error {
 }
 
 /// For clients that cannot ask their user, or whose user has not answered.
-fn by_hand(call: &CallContext, id: &str, ask: &Ask) -> Error {
+fn by_hand(call: &CallContext, id: &str, ask: &ApprovalRequest) -> Error {
     call.needs_approval(id);
     let words = format!("a person has to approve this for VM '{}' first", ask.vm_name);
     Error::new(Code::ApprovalRequired, words).hint(format!(

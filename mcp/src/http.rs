@@ -17,7 +17,7 @@ use rmcp::transport::streamable_http_server::{StreamableHttpServerConfig, Stream
 use tokio_util::sync::CancellationToken;
 
 use crate::app::App;
-use crate::messages::{self, IdSeeker, ParsedMessage, Refusal};
+use crate::messages::{self, IdScanner, ParsedMessage, Refusal};
 use crate::server::Server;
 
 /// How many sessions may be open at once. An unused one ends after a while: `Settings::session_idle`.
@@ -40,9 +40,9 @@ pub fn refusal(message: &[u8]) -> Option<String> {
 
 /// A message that is too long to be kept: what it is answered, when all of it has gone by.
 #[derive(Debug, Default)]
-pub struct TooLong(IdSeeker);
+pub struct OversizedMessage(IdScanner);
 
-impl TooLong {
+impl OversizedMessage {
     /// More of it.
     pub fn feed(&mut self, bytes: &[u8]) {
         self.0.feed(bytes);

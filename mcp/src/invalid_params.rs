@@ -1,4 +1,4 @@
-//! Requests whose method is known and whose params are none of that method. Pure.
+//! Requests whose method is known and whose params do not fit that method. Pure.
 //!
 //! The protocol's library takes such a request for one of a method that it does not know; for the client it is the params that
 //! are wrong, and which part of them.
@@ -23,13 +23,13 @@ pub const CALL: &str = "tools/call";
 /// to listen differs between the eras.
 pub fn wrong(method: &str, params: Option<&Value>, modern: bool) -> Option<String> {
     let check: fn(Value) -> Option<String> = match method {
-        CALL => told::<CallToolRequestParams>,
-        "completion/complete" => told::<CompleteRequestParams>,
-        "prompts/get" => told::<GetPromptRequestParams>,
-        "resources/read" => told::<ReadResourceRequestParams>,
-        "resources/subscribe" if !modern => told::<SubscribeRequestParams>,
-        "resources/unsubscribe" if !modern => told::<UnsubscribeRequestParams>,
-        "subscriptions/listen" if modern => told::<SubscriptionsListenRequestParams>,
+        CALL => problem_of::<CallToolRequestParams>,
+        "completion/complete" => problem_of::<CompleteRequestParams>,
+        "prompts/get" => problem_of::<GetPromptRequestParams>,
+        "resources/read" => problem_of::<ReadResourceRequestParams>,
+        "resources/subscribe" if !modern => problem_of::<SubscribeRequestParams>,
+        "resources/unsubscribe" if !modern => problem_of::<UnsubscribeRequestParams>,
+        "subscriptions/listen" if modern => problem_of::<SubscriptionsListenRequestParams>,
         _ => return None,
     };
     let Some(params) = params else { return Some("params: they are missing".into()) };
@@ -40,7 +40,7 @@ pub fn wrong(method: &str, params: Option<&Value>, modern: bool) -> Option<Strin
     Some(plain(head(&words, SHOWN)))
 }
 
-fn told<T: DeserializeOwned>(params: Value) -> Option<String> {
+fn problem_of<T: DeserializeOwned>(params: Value) -> Option<String> {
     let error = serde_path_to_error::deserialize::<_, T>(params).err()?;
     let path = error.path().to_string();
     let field = if path == "." { "params".to_owned() } else { path };
@@ -98,9 +98,9 @@ mod tests {
 
     #[test]
     fn values_that_cannot_be_redacted_are_not_recorded() {
-        let told = |params: Value| called(Some(&params));
-        assert_eq!(told(json!({"name": "vm_exec", "arguments": "stdin"})), ("vm_exec".into(), json!({})));
-        assert_eq!(told(json!({"arguments": {"a": 1}})), (CALL.into(), json!({"a": 1})));
+        let problem_of = |params: Value| called(Some(&params));
+        assert_eq!(problem_of(json!({"name": "vm_exec", "arguments": "stdin"})), ("vm_exec".into(), json!({})));
+        assert_eq!(problem_of(json!({"arguments": {"a": 1}})), (CALL.into(), json!({"a": 1})));
         assert_eq!(called(None), (CALL.into(), json!({})));
     }
 }

@@ -96,14 +96,14 @@ fn has_id(bytes: &[u8]) -> bool {
 
 /// The id in bytes that cannot be read as a whole.
 pub fn id_in(bytes: &[u8]) -> Option<RequestId> {
-    let mut seeker = IdSeeker::default();
+    let mut seeker = IdScanner::default();
     seeker.feed(bytes);
     seeker.id()
 }
 
 /// Finds the id of a message that is too long to be kept: the value of `id` in its outermost object.
 #[derive(Debug, Default)]
-pub struct IdSeeker {
+pub struct IdScanner {
     depth: usize,
     /// Within a text, and whether the next character is escaped.
     text: Option<bool>,
@@ -113,7 +113,7 @@ pub struct IdSeeker {
     found: Option<Vec<u8>>,
 }
 
-impl IdSeeker {
+impl IdScanner {
     /// More of the message.
     pub fn feed(&mut self, bytes: &[u8]) {
         for &byte in bytes {
@@ -248,7 +248,7 @@ mod tests {
             (r#"{"id":{"id":1}}"#.to_owned(), None),
             (format!(r#"{{"x":"{}","id":5}}"#, "y".repeat(10_000)), Some(json!(5))),
         ] {
-            let mut seeker = IdSeeker::default();
+            let mut seeker = IdScanner::default();
             message.as_bytes().chunks(3).for_each(|piece| seeker.feed(piece));
             assert_eq!(seeker.id().map(|id| json!(id)), id, "{message}");
         }
@@ -269,7 +269,7 @@ mod tests {
                 assert!(json["error"]["code"].is_i64() && json["id"].is_null() == refusal.id.is_none(), "{json}");
             }
             // An id is found in pieces as in the whole.
-            let mut seeker = IdSeeker::default();
+            let mut seeker = IdScanner::default();
             input.chunks(3).for_each(|piece| seeker.feed(piece));
             assert_eq!(seeker.id(), id_in(input));
         });

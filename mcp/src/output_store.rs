@@ -13,9 +13,9 @@ pub const HEAD: usize = 1 << 20;
 /// How much of the end of a longer stream is kept, in bytes.
 pub const TAIL: usize = 64 << 10;
 /// How many streams are kept.
-const MOST: usize = 64;
+const OUTPUTS_MAX: usize = 64;
 /// How many bytes they may have together.
-const MOST_BYTES: usize = 32 << 20;
+const OUTPUT_TOTAL_BYTES_MAX: usize = 32 << 20;
 
 /// One stream of a command that has ended.
 #[derive(Debug)]
@@ -41,7 +41,8 @@ impl OutputStore {
         let output = Arc::new(Output { id, actor: actor.into(), title, bytes });
         let mut kept = self.kept();
         kept.push_back(Arc::clone(&output));
-        while kept.len() > MOST || kept.iter().map(|one| one.bytes.len()).sum::<usize>() > MOST_BYTES {
+        while kept.len() > OUTPUTS_MAX || kept.iter().map(|one| one.bytes.len()).sum::<usize>() > OUTPUT_TOTAL_BYTES_MAX
+        {
             kept.pop_front();
         }
         Ok(output)
@@ -119,9 +120,9 @@ mod tests {
         let outputs = OutputStore::default();
         let first = outputs.keep("a", String::new(), b"1".to_vec()).unwrap();
         assert!(outputs.get("a", &first.id).is_some() && outputs.get("b", &first.id).is_none());
-        for _ in 0..MOST {
+        for _ in 0..OUTPUTS_MAX {
             outputs.keep("b", String::new(), vec![0; HEAD]).unwrap();
         }
-        assert!(outputs.get("a", &first.id).is_none() && outputs.of("b").len() <= MOST_BYTES / HEAD);
+        assert!(outputs.get("a", &first.id).is_none() && outputs.of("b").len() <= OUTPUT_TOTAL_BYTES_MAX / HEAD);
     }
 }

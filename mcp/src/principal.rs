@@ -1,6 +1,6 @@
 //! The caller of a request: who it is and what it may do.
 
-use nido_api::{Caller, Face, Limits, Scope};
+use nido_api::{Caller, FrontEnd, Limits, Scope};
 use rmcp::RoleServer;
 use rmcp::service::RequestContext;
 
@@ -25,6 +25,6 @@ impl Principal {
     /// The caller for the audit log, with the name that its client gave itself.
     pub(crate) fn caller(&self, context: &RequestContext<RoleServer>) -> Caller {
         let agent = context.client_info().map(|client| client.name);
-        Caller { face: Face::Mcp, actor: self.actor.clone(), agent }
+        Caller { face: FrontEnd::Mcp, actor: self.actor.clone(), agent }
     }
 }

@@ -231,7 +231,7 @@ pub fn quick_sandbox(vm: &PromptVm, task: &str, access: PromptCalls) -> String {
 mod tests {
     use super::*;
 
-    const WHAT: [&str; 5] = [
+    const EXAMPLE_SOURCES: [&str; 5] = [
         "https://git.example/app.git",
         "git@git.example:team/app.git",
         "/srv/exchange/app",
@@ -251,7 +251,7 @@ mod tests {
 
     fn every() -> Vec<String> {
         let tests = |repository| RepositoryTests { repository, command: "make \"test\"\n", report: "all" };
-        let mut all: Vec<_> = WHAT.iter().map(|what| deploy_and_test(&vm(), &tests(what))).collect();
+        let mut all: Vec<_> = EXAMPLE_SOURCES.iter().map(|what| deploy_and_test(&vm(), &tests(what))).collect();
         for yes in [true, false] {
             all.push(quick_sandbox(&vm(), "x", PromptCalls { shell: yes, upload: yes, download: yes }));
         }
@@ -288,7 +288,7 @@ mod tests {
 
     #[test]
     fn the_kind_of_repository_determines_how_it_is_fetched() {
-        let kinds = WHAT.map(|what| match origin(what) {
+        let kinds = EXAMPLE_SOURCES.map(|what| match origin(what) {
             Origin::Git(_) => "git",
             Origin::Archive(_) => "archive",
             Origin::Directory(_) => "directory",

@@ -13,11 +13,11 @@ use utoipa::ToSchema;
 use utoipa::openapi::{RefOr, Schema};
 
 /// Words of OpenAPI that JSON Schema has no use for.
-const NOT_OURS: [&str; 2] = ["example", "discriminator"];
+const OMITTED_KEYWORDS: [&str; 2] = ["example", "discriminator"];
 /// The key of an argument's schema under which a shorter one is, which clients get instead.
 pub const LISTED_AS: &str = "x-listed-as";
 /// What references begin with.
-const PLACE: &str = "#/components/schemas/";
+const SCHEMA_PREFIX: &str = "#/components/schemas/";
 
 /// The schema of a tool's arguments.
 #[must_use]
@@ -179,7 +179,7 @@ fn resolve(schema: &mut Value, parts: &Map<String, Value>, depth: usize) {
     if depth > 32 {
         return;
     }
-    if let Some(name) = schema.get("$ref").and_then(Value::as_str).and_then(|path| path.strip_prefix(PLACE)) {
+    if let Some(name) = schema.get("$ref").and_then(Value::as_str).and_then(|path| path.strip_prefix(SCHEMA_PREFIX)) {
         let mut part = parts.get(name).cloned().unwrap_or_else(|| json!({}));
         // The field's description is more specific than its type's.
         if let (Some(own), Some(part)) = (schema.as_object(), part.as_object_mut()) {
@@ -191,7 +191,7 @@ fn resolve(schema: &mut Value, parts: &Map<String, Value>, depth: usize) {
         Value::Object(fields) => {
             fields.retain(|key, value| {
                 let said_twice = key == "propertyNames" && *value == json!({ "type": "string" });
-                !NOT_OURS.contains(&key.as_str()) && !said_twice
+                !OMITTED_KEYWORDS.contains(&key.as_str()) && !said_twice
             });
             plain_number(fields);
             fields.values_mut().for_each(|value| resolve(value, parts, depth + 1));

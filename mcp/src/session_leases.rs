@@ -3,7 +3,7 @@
 //! ```text
 //!  over stdio                     a session is the process: until standard input ends, or it gets a signal, or is killed
 //!  over HTTP, with `initialize`   until DELETE, until it was unused for too long, or the server's end
-//!  over HTTP, without             there are none: the server's own life stands for one, and such a VM always has a ttl
+//!  over HTTP, without             there are none: the server's process counts as one, and such a VM always has a ttl
 //! ```
 //!
 //! A session over HTTP that ends leaves its VMs for a while (`Settings::session_grace`): client libraries that open a session for
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::operation as op;
-use nido_api::{Caller, Face, LeaseId, Scope};
+use nido_api::{Caller, FrontEnd, LeaseId, Scope};
 use nido_core::execute::{Request, Verdict};
 use nido_core::{Lease, Nido};
 use serde_json::json;
@@ -33,7 +33,7 @@ use crate::answer::plain;
 use crate::principal::Principal;
 
 /// How long deleting the VMs of one session may take. Their supervisors keep trying.
-const GONE_WITHIN: Duration = Duration::from_secs(20);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Names one session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -142,7 +142,7 @@ impl SessionLeases {
         let ends = self.take_all().into_iter().map(|(key, mut lease)| {
             if key == SessionKey::SERVER {
                 // It was for everybody.
-                lease.owner = Caller { actor: Principal::own_user(Scope::Run).actor, agent: None, face: Face::Mcp };
+                lease.owner = Caller { actor: Principal::own_user(Scope::Run).actor, agent: None, face: FrontEnd::Mcp };
             }
             end(&self.nido, lease)
         });
@@ -228,7 +228,7 @@ async fn end(core: &Arc<Nido>, lease: OwnedLease) {
             Err(error) => tracing::error!("{}", plain(error.message())),
         }
     }
-    let ended = tokio::time::timeout(GONE_WITHIN, core.lease_end(lease)).await;
+    let ended = tokio::time::timeout(CLEANUP_TIMEOUT, core.lease_end(lease)).await;
     let ended = ended.unwrap_or_else(|_| Err(Error::new(Code::Timeout, "the VMs of a session did not end in time")));
     if let Err(error) = &ended {
         tracing::warn!("{}; their supervisors keep trying", plain(error.message()));

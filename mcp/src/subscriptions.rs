@@ -1,5 +1,5 @@
 //! Notifies subscribed sessions of changes of VMs and templates: one reader of the event log for all of them. Logs that grow are
-//! looked at for those who subscribed to them, every [`LOGS_EVERY`].
+//! looked at for those who subscribed to them, every [`LOG_POLL_INTERVAL`].
 //!
 //! Invariant: the log is read once, however many sessions listen.
 
@@ -20,9 +20,9 @@ use tokio_util::task::TaskTracker;
 use crate::resource_uri::{TEMPLATES, VMS, logs_uri, vm_of};
 
 /// How many events a slow session may be behind.
-const BEHIND: usize = 1024;
+const CHANGES_BUFFERED_MAX: usize = 1024;
 /// How often logs are checked, and how often a session is notified of one at most.
-const LOGS_EVERY: Duration = Duration::from_secs(2);
+const LOG_POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What has changed.
 #[derive(Debug, Clone)]
@@ -64,7 +64,7 @@ pub struct ChangeFeed {
 impl ChangeFeed {
     /// A feed without listeners. The task that reads the event log is one of `tasks`, and runs until `quiet` is done.
     pub fn new(nido: Arc<Nido>, tasks: TaskTracker, quiet: CancellationToken) -> Arc<Self> {
-        let sender = broadcast::channel(BEHIND).0;
+        let sender = broadcast::channel(CHANGES_BUFFERED_MAX).0;
         Arc::new(Self { nido, tasks, quiet, sender, started: Mutex::new(false) })
     }
 
@@ -143,7 +143,7 @@ impl SubscribedUris {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
-    fn touched_by(&self, change: &Change) -> Vec<String> {
+    fn affected_uris(&self, change: &Change) -> Vec<String> {
         let uris = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         uris.iter().filter(|uri| change.touches(uri)).cloned().collect()
     }
@@ -169,9 +169,9 @@ impl LogSizes {
 }
 
 /// Notifies a session with `initialize` until it ends.
-pub async fn tell_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscribed: Arc<SubscribedUris>) {
+pub async fn notify_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscribed: Arc<SubscribedUris>) {
     let mut changes = feed.listen();
-    let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOGS_EVERY));
+    let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOG_POLL_INTERVAL));
     loop {
         let change = tokio::select! {
             change = changes.recv() => change,
@@ -191,7 +191,7 @@ pub async fn tell_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscri
         let sent = match change {
             Ok(change) => {
                 let mut sent = Ok(());
-                for uri in subscribed.touched_by(&change) {
+                for uri in subscribed.affected_uris(&change) {
                     sent = sent.and(peer.notify_resource_updated(ResourceUpdatedNotificationParam::new(uri)).await);
                 }
                 if change.lists() { sent.and(peer.notify_resource_list_changed().await) } else { sent }
@@ -207,11 +207,11 @@ pub async fn tell_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscri
 }
 
 /// Notifies a request that listens until it is cancelled or the server ends.
-pub async fn tell_listener(feed: Arc<ChangeFeed>, context: SubscriptionContext) {
+pub async fn notify_listener(feed: Arc<ChangeFeed>, context: SubscriptionContext) {
     let mut changes = feed.listen();
     let SubscriptionFilter { resource_subscriptions, resources_list_changed, .. } = context.accepted().clone();
     let (uris, lists) = (resource_subscriptions.unwrap_or_default(), resources_list_changed == Some(true));
-    let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOGS_EVERY));
+    let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOG_POLL_INTERVAL));
     loop {
         let change = tokio::select! {
             _ = look.tick() => {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::Value;
 
-use crate::rig::{Done, TestHome};
+use crate::rig::{FinishedCall, TestHome};
 
 /// Operations of a run if nothing else is requested; `scripts/soak --operations` runs 10,000.
 const OPERATIONS: usize = 300;
@@ -204,7 +204,7 @@ fn choose() -> Operation {
 }
 
 /// What a command reported. A defect of nido fails the test whatever the model predicts.
-fn outcome(done: &Done, guest: bool) -> Outcome {
+fn outcome(done: &FinishedCall, guest: bool) -> Outcome {
     if done.code == 0 {
         return Outcome::Ok;
     }
@@ -218,7 +218,7 @@ fn outcome(done: &Done, guest: bool) -> Outcome {
 }
 
 /// Carries one operation out.
-fn carry_out(home: &TestHome, turn: Turn, number: usize) -> (Outcome, Shown) {
+fn carry_out(home: &TestHome, turn: Turn, number: usize) -> (Outcome, PrintedCommand) {
     let name = format!("vm-{}", turn.name);
     let (label, copy) = (format!("s{number}"), format!("copy-{number}"));
     let (words, guest): (Vec<&str>, bool) = match turn.operation {
@@ -242,16 +242,16 @@ fn carry_out(home: &TestHome, turn: Turn, number: usize) -> (Outcome, Shown) {
         home.nido(["delete", "--force", "--yes", &copy]).ok();
     }
     let words = words.join(" ");
-    (result, Shown { words, done })
+    (result, PrintedCommand { words, done })
 }
 
 /// A command and what it printed, for a failure's report.
-struct Shown {
+struct PrintedCommand {
     words: String,
-    done: Done,
+    done: FinishedCall,
 }
 
-impl fmt::Display for Shown {
+impl fmt::Display for PrintedCommand {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "nido {}: {:?}", self.words, self.done)
     }

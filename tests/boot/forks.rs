@@ -93,7 +93,7 @@ fn a_bake_of_another_qemu_is_never_loaded() {
         done.stderr
     );
     assert_eq!(path(&home.nido(["info", "web"]).json()), "cold");
-    // Baked again it is equivalent to new.
+    // Baked again, it is complete.
     home.nido(["template", "bake", "sandbox"]).ok();
     home.nido(["spawn", "quick", "--fork"]).ok();
     for name in ["web", "quick"] {
@@ -254,7 +254,7 @@ fn a_running_vm_is_copied_and_runs_on() {
 // What a process asked of /dev/urandom first was the same in all copies: they ran before the identity reset.
 #[test]
 fn copies_of_a_running_vm_never_draw_the_same_random_numbers() {
-    const DRAWN_LEAST: usize = 20;
+    const SAMPLES_MIN: usize = 20;
     /// Numbers that were drawn before the original was saved, and lay in the guest's console: one in the shell, some in the terminal.
     const PENDING_MAX: usize = 3;
     let home = TestHome::new();
@@ -270,7 +270,7 @@ fn copies_of_a_running_vm_never_draw_the_same_random_numbers() {
             let words = console.split_whitespace().collect::<Vec<_>>();
             let numbers = words.windows(2).filter(|pair| pair[0] == "drawn" && pair[1].len() == 16);
             let numbers: Vec<_> = numbers.map(|pair| pair[1].to_owned()).collect();
-            (numbers.len() >= DRAWN_LEAST).then_some(numbers)
+            (numbers.len() >= SAMPLES_MIN).then_some(numbers)
         })
     };
     drawn("web");
@@ -291,7 +291,7 @@ fn copies_of_a_running_vm_never_draw_the_same_random_numbers() {
 
 /// A guest with host keys and something that a hook has to reset. The sandbox has no ssh server, so a few lines stand
 /// in for the maker of keys.
-const OWN_THINGS: &str = r#"
+const IDENTITY_SCRIPT: &str = r#"
     cat > /usr/bin/ssh-keygen <<'KEYGEN'
 #!/bin/sh
 while [ $# -gt 1 ]; do case $1 in -f) file=$2 ;; -t) kind=$2 ;; esac; shift; done
@@ -309,7 +309,7 @@ KEYGEN
 fn clones_of_a_template_made_from_a_vm_reset_their_identity() {
     let home = TestHome::new();
     let vm = home.spawn("maker", &["--disk", "3G"]);
-    vm.sh(OWN_THINGS).ok();
+    vm.sh(IDENTITY_SCRIPT).ok();
     let key = vm.exec(["cat", "/etc/ssh/ssh_host_ed25519_key"]).text();
     let made = home.nido(["template", "create", "mine", "--from", "maker"]).json();
     assert_eq!(made["template"]["bakes"].as_array().unwrap().len(), 2, "{made:#}");

@@ -274,7 +274,7 @@ fn a_supervisor_killed_during_a_snapshot_is_replaced_and_the_vm_keeps_running() 
 }
 
 /// How long what is left of a copy may be there.
-const LEFT_WITHIN: Duration = Duration::from_secs(90);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// The directories of other VMs than this one, and of snapshots of it that are not finished.
 fn left_of_copies(home: &TestHome, vm: &Path) -> Vec<PathBuf> {
@@ -325,7 +325,7 @@ fn a_command_killed_while_it_copies_a_vm_leaves_nothing_in_it() {
                 home.nido(["create", "next", "--net", "none"]).ok();
                 home.nido(["delete", "next", "--yes"]).ok();
                 let left = left_of_copies(&home, &dir);
-                assert!(left.is_empty() || began.elapsed() < LEFT_WITHIN, "{command:?}, {moment}: {left:?}");
+                assert!(left.is_empty() || began.elapsed() < CLEANUP_TIMEOUT, "{command:?}, {moment}: {left:?}");
                 left.is_empty().then_some(())
             });
             assert_eq!(names(&vm), [""; 0]);

@@ -8,13 +8,13 @@ use crate::kills::{prepare, steps};
 use crate::names::failpoints;
 use crate::operations::{BASIC, COPIES, Operation, TEMPLATES};
 use crate::rig::{Rig, Step};
-use crate::support::run::Ran;
+use crate::support::run::FinishedRun;
 
 /// How many times one failpoint of one operation fails, at most.
 const TIMES_MAX: u32 = 1;
 
 /// A command either succeeded, or reports in one sentence why not.
-fn expect_result_or_sentence(ran: &Ran, rig: &Rig, operation: &Operation) {
+fn expect_result_or_sentence(ran: &FinishedRun, rig: &Rig, operation: &Operation) {
     if ran.code() == 0 {
         assert!((operation.done)(rig), "it was acknowledged, and is not there");
         return;

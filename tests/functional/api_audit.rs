@@ -4,7 +4,7 @@ use std::io::Read as _;
 
 use serde_json::{Value, json};
 
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::{Home, until};
 
 /// The lines of the API that these filters want.
@@ -222,7 +222,7 @@ fn the_end_of_a_command_is_recorded_for_every_kind_of_request() {
     for (body, reason) in commands {
         server.post("/v1/vms/web/exec", &body).ok(200);
         expect("vm_exec", "at once", reason);
-        let ask = |accept: (&str, &str), path: &str, body: &Value| -> Answer {
+        let ask = |accept: (&str, &str), path: &str, body: &Value| -> HttpResponse {
             let headers = [("content-type", "application/json"), accept];
             server.send("POST", path, &headers, body.to_string().as_bytes())
         };

@@ -2,12 +2,12 @@
 
 use serde_json::{Value, json};
 
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::{Home, until};
 
 const JSON: (&str, &str) = ("content-type", "application/json");
 
-fn keyed(server: &Server, path: &str, key: &str, body: &Value) -> Answer {
+fn keyed(server: &Server, path: &str, key: &str, body: &Value) -> HttpResponse {
     server.send("POST", path, &[JSON, ("idempotency-key", key)], body.to_string().as_bytes())
 }
 

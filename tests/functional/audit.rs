@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use nido_core::audit::line::Record;
 use nido_core::audit::log::Log;
 use rustix::process::Signal;
@@ -312,7 +312,7 @@ fn fill(home: &Home) {
     for _ in 0..100 {
         let record = Record {
             time: jiff::Timestamp::UNIX_EPOCH,
-            face: Face::Api,
+            face: FrontEnd::Api,
             agent: Vec::new(),
             tool: word("vm_exec"),
             params: vec![b'x'; 4000],

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::support::{Home, Nido};
 
 /// Tool, result and reason of every outcome, with its arguments; each has its attempt.
-fn told(home: &Home) -> Vec<([String; 3], Value)> {
+fn outcomes(home: &Home) -> Vec<([String; 3], Value)> {
     let records = home.nido(["audit", "show", "--json"]).run().ok().json()["records"].as_array().unwrap().clone();
     let is = |line: &Value, stage: &str| line["stage"] == stage;
     for end in records.iter().filter(|line| is(line, "outcome")) {
@@ -59,7 +59,7 @@ fn changes_of_tokens_and_webhooks_are_recorded() {
         let result = if reason.is_empty() { "success" } else { "error" };
         ([tool, result, reason].map(str::to_owned), params)
     });
-    assert_eq!(told(&home), expected);
+    assert_eq!(outcomes(&home), expected);
     let text = fs::read_to_string(home.path().join("audit/mcp-audit.log")).unwrap();
     assert!(!text.contains("s3cr3t") && !text.contains("whsec_") && !text.contains("nido_"), "{text}");
 }
@@ -71,7 +71,7 @@ fn cleanup_replacement_and_access_are_recorded() {
     let stray = home.path().join("vms/0123456789abcdef");
     fs::create_dir_all(&stray).unwrap();
     home.nido(["doctor"]).run();
-    assert!(stray.exists() && told(&home).is_empty(), "a look removes nothing");
+    assert!(stray.exists() && outcomes(&home).is_empty(), "a look removes nothing");
     home.nido(["doctor", "--gc"]).run();
     assert!(!stray.exists());
     home.nido(["pool", "set", "sandbox", "0"]).run().ok();
@@ -84,7 +84,7 @@ fn cleanup_replacement_and_access_are_recorded() {
     let forward = format!("{}:7", added["host_port"]);
     home.nido(["forward", "rm", "web", &forward]).run().ok();
     home.nido(["proxy", "nobody", "7", "--json"]).run().fails(1, "vm_not_found");
-    let ends = told(&home);
+    let ends = outcomes(&home);
     let ended: Vec<_> = ends.iter().map(|([tool, _, reason], _)| [&**tool, &**reason]).collect();
     assert_eq!(
         ended,
@@ -114,7 +114,7 @@ fn an_interrupted_proxy_is_recorded() {
     proxy.signal(Signal::TERM);
     proxy.wait().exits(143);
     let expected = ["vm_proxy", "unknown", "interrupted"].map(str::to_owned);
-    assert_eq!(told(&home), [(expected, json!({"name": "web", "guest_port": port}))]);
+    assert_eq!(outcomes(&home), [(expected, json!({"name": "web", "guest_port": port}))]);
 }
 
 #[test]

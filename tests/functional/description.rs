@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::receiver::Receiver;
 use crate::support::{Home, until};
 
 /// Links that lead where QEMU's part in it cannot be played: copies of a VM that runs.
-const NOT_HERE: [&str; 1] = ["vm_fork"];
+const EXCLUDED_OPERATIONS: [&str; 1] = ["vm_fork"];
 
 /// A client that has read the description.
 struct Client<'a> {
@@ -21,7 +21,7 @@ struct Client<'a> {
 }
 
 /// A response, and the request's part in it.
-struct Told {
+struct RecordedResponse {
     operation: String,
     status: u16,
     path: BTreeMap<String, String>,
@@ -42,7 +42,13 @@ impl<'a> Client<'a> {
     }
 
     /// Asks for an operation: what is no part of the path goes into the query.
-    fn ask(&self, id: &str, parameters: &BTreeMap<String, String>, body: Option<&Value>, prefer: &str) -> Told {
+    fn send_request(
+        &self,
+        id: &str,
+        parameters: &BTreeMap<String, String>,
+        body: Option<&Value>,
+        prefer: &str,
+    ) -> RecordedResponse {
         let (method, template, operation) = &self.operations[id];
         let (mut path, mut query, mut of_path) = (template.clone(), Vec::new(), BTreeMap::new());
         for (name, value) in parameters {
@@ -63,27 +69,32 @@ impl<'a> Client<'a> {
         let mut headers = vec![("prefer", prefer)];
         headers.extend(body.map(|_| ("content-type", "application/json")));
         let bytes = body.map(|body| body.to_string().into_bytes()).unwrap_or_default();
-        let Answer { status, body, .. } = self.server.send(method, &path, &headers, &bytes);
+        let HttpResponse { status, body, .. } = self.server.send(method, &path, &headers, &bytes);
         let text = String::from_utf8_lossy(&body).into_owned();
         assert!((200..300).contains(&status), "{method} {path}: {status} {text}");
         assert!(operation["responses"][status.to_string()].is_object(), "{id} does not speak of {status}");
-        Told { operation: id.into(), status, path: of_path, body: serde_json::from_str(&text).unwrap_or(json!(text)) }
+        RecordedResponse {
+            operation: id.into(),
+            status,
+            path: of_path,
+            body: serde_json::from_str(&text).unwrap_or(json!(text)),
+        }
     }
 
     /// Follows every link of an answer, and those of what comes then.
-    fn follow_all(&mut self, told: &Told, depth: u8) {
+    fn follow_all(&mut self, told: &RecordedResponse, depth: u8) {
         let (_, _, operation) = &self.operations[&told.operation];
         let links = operation["responses"][told.status.to_string()]["links"].as_object().cloned().unwrap_or_default();
         for (name, link) in links.iter().filter(|_| depth > 0) {
             let target = link["operationId"].as_str().unwrap();
             assert!(self.operations.contains_key(target), "{name} leads to {target}, which is not there");
-            if NOT_HERE.contains(&target) {
+            if EXCLUDED_OPERATIONS.contains(&target) {
                 continue;
             }
             let parameters = link["parameters"].as_object().unwrap().iter();
             let parameters =
                 parameters.map(|(name, from)| (name.clone(), found(from.as_str().unwrap(), told))).collect();
-            let next = self.ask(target, &parameters, None, "wait=60");
+            let next = self.send_request(target, &parameters, None, "wait=60");
             self.followed.push(format!("{} {name}", told.operation));
             self.follow_all(&next, depth - 1);
         }
@@ -91,7 +102,7 @@ impl<'a> Client<'a> {
 }
 
 /// The value of a runtime expression.
-fn found(expression: &str, told: &Told) -> String {
+fn found(expression: &str, told: &RecordedResponse) -> String {
     if let Some(name) = expression.strip_prefix("$request.path.") {
         return told.path[name].clone();
     }
@@ -110,12 +121,12 @@ fn openapi_links_lead_to_the_described_operations() {
     let server = Server::start(&home);
     let mut client = Client::new(&server);
     let hook = json!({ "url": receiver.url(), "allow_private": true });
-    let hook = client.ask("webhook_add", &BTreeMap::new(), Some(&hook), "");
+    let hook = client.send_request("webhook_add", &BTreeMap::new(), Some(&hook), "");
 
-    let vm = client.ask("vm_spawn", &BTreeMap::new(), None, "");
+    let vm = client.send_request("vm_spawn", &BTreeMap::new(), None, "");
     assert_eq!(vm.body["name"], "web");
     for first in ["vm_list", "events", "template_list", "webhook_list"] {
-        let told = client.ask(first, &BTreeMap::new(), None, "");
+        let told = client.send_request(first, &BTreeMap::new(), None, "");
         client.follow_all(&told, 1);
     }
     // Ends with the deletion of the VM.
@@ -127,7 +138,7 @@ fn openapi_links_lead_to_the_described_operations() {
     client.follow_all(&hook, 2);
 
     let begun = json!({ "name": "later", "start": false });
-    let begun = client.ask("vm_spawn", &BTreeMap::new(), Some(&begun), "respond-async");
+    let begun = client.send_request("vm_spawn", &BTreeMap::new(), Some(&begun), "respond-async");
     assert_eq!(begun.status, 202);
     // Polled, then cancelled; after that it does not exist any more.
     client.follow_all(&begun, 1);

@@ -16,7 +16,7 @@ fn open(server: &Server) -> WebSocket {
 
 fn start(server: &Server, what: &Value) -> WebSocket {
     let mut socket = open(server);
-    socket.say(what);
+    socket.send_json(what);
     assert!(socket.until("started").0["pid"].as_u64().unwrap() > 0);
     socket
 }
@@ -37,12 +37,12 @@ fn input_goes_in_and_both_outputs_come_out() {
     socket.bytes(b"one\n");
     socket.expect("one\n");
     socket.bytes(&[0, 255]);
-    socket.say(&json!({"eof": true}));
+    socket.send_json(&json!({"eof": true}));
     let (exit, out, err) = socket.until("exit");
     assert_eq!((&exit["exit_code"], &out[..], &err[..]), (&json!(7), &[0, 255][..], &b"err\n"[..]));
     assert_eq!(socket.next(), Message::Close);
     let mut socket = start(&server, &json!({"start": {"argv": ["sleep", "60"]}}));
-    socket.say(&json!({"signal": 15}));
+    socket.send_json(&json!({"signal": 15}));
     assert_eq!(socket.until("exit").0["signal"], 15);
 }
 
@@ -56,7 +56,7 @@ fn a_terminal_has_the_requested_size() {
     let what = json!({"start": {"argv": ["sh", "-c", script]}, "pty": size, "term": "vt100"});
     let mut socket = start(&server, &what);
     socket.expect("24 80\r\nvt100\r\nready\r\n");
-    socket.say(&json!({"resize": {"rows": 40, "columns": 120}}));
+    socket.send_json(&json!({"resize": {"rows": 40, "columns": 120}}));
     let (exit, out, _) = socket.until("exit");
     assert!(String::from_utf8(out).unwrap().contains("40 120"), "{exit}");
     assert_eq!(exit["exit_code"], 0);
@@ -119,15 +119,15 @@ fn a_command_is_in_the_audit_log_before_it_runs() {
     let text = params.to_string();
     assert!(!text.contains("s3cret") && !text.contains("hunter2"), "{text}");
     let mut socket = start(&server, &json!({"start": {"argv": ["sleep", "60"]}}));
-    socket.say(&json!({"signal": 9}));
+    socket.send_json(&json!({"signal": 9}));
     socket.until("exit");
     assert_eq!(outcomes(&home)[1], ["success", "signal:9"]);
     let mut socket = open(&server);
-    socket.say(&json!({"start": {"argv": ["no-such-command"]}}));
+    socket.send_json(&json!({"start": {"argv": ["no-such-command"]}}));
     socket.until("error");
     // An attempt is recorded although no command was begun.
     let mut socket = open(&server);
-    socket.say(&json!({"begin": {}}));
+    socket.send_json(&json!({"begin": {}}));
     socket.until("error");
     assert_eq!(outcomes(&home)[2..], [["error", "command_not_found"], ["error", "spec_invalid"]]);
     assert_eq!(lines(&home, "attempt").len(), 3);
@@ -136,7 +136,7 @@ fn a_command_is_in_the_audit_log_before_it_runs() {
     let (audit, proof) = (home.path().join("audit"), home.scratch("proof"));
     std::fs::rename(&audit, home.scratch("kept")).unwrap();
     std::fs::write(&audit, "").unwrap();
-    socket.say(&json!({"start": {"argv": ["touch", proof]}}));
+    socket.send_json(&json!({"start": {"argv": ["touch", proof]}}));
     assert_eq!(socket.until("error").0["code"], "audit_failed");
     assert_eq!((socket.next(), proof.exists()), (Message::Close, false));
     std::fs::remove_file(&audit).unwrap();
@@ -237,7 +237,7 @@ fn long_running_streams_end_with_their_token() {
     let (token, bearer) = (made["token"].as_str().unwrap(), format!("Bearer {}", made["token"].as_str().unwrap()));
     let protocols = format!("nido, nido.token.{token}");
     let mut socket = WebSocket::open(server.address(), PATH, &[("sec-websocket-protocol", &protocols)]).ok().unwrap();
-    socket.say(&json!({"start": {"argv": ["sleep", "98747"]}}));
+    socket.send_json(&json!({"start": {"argv": ["sleep", "98747"]}}));
     socket.until("started");
     let json = ("content-type", "application/json");
     let stream = ("accept", "text/event-stream");
@@ -308,7 +308,7 @@ fn an_invalid_first_message_is_reported() {
     ];
     for (what, code) in wrong {
         let mut socket = open(&server);
-        socket.say(&what);
+        socket.send_json(&what);
         assert_eq!(socket.until("error").0["code"], code, "{what}");
         let expected = if code == "spec_invalid" { 1007 } else { 1008 };
         assert_eq!((socket.next(), socket.code), (Message::Close, Some(expected)));

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::webhooks::{add, deliverers, expect_no_deliverer, expect_order, remove};
 use crate::support::http::Server;
 use crate::support::receiver::Receiver;
-use crate::support::{Home, Live, processes, until};
+use crate::support::{Home, RunningNido, processes, until};
 
 /// Rounds, unless `NIDO_KILL_ROUNDS` is set.
 const ROUNDS: u64 = 200;
@@ -41,7 +41,7 @@ fn number(variable: &str) -> Option<u64> {
 }
 
 /// A request over REST whose response is not awaited yet. The server may be killed meanwhile.
-fn ask(server: &Server, random: &mut Random) -> TcpStream {
+fn send_request(server: &Server, random: &mut Random) -> TcpStream {
     let name = random.name();
     let (method, path, body) = match random.below(12) {
         0..5 => ("POST", "/v1/vms".into(), json!({ "name": name, "start": false, "accel": "tcg" }).to_string()),
@@ -57,7 +57,7 @@ fn ask(server: &Server, random: &mut Random) -> TcpStream {
 }
 
 /// Something on the command line.
-fn command(home: &Home, random: &mut Random) -> Live {
+fn command(home: &Home, random: &mut Random) -> RunningNido {
     let name = random.name();
     let nido = match random.below(12) {
         0..5 => home.nido(["create", &name, "--accel", "tcg"]),
@@ -83,7 +83,7 @@ fn kills_of_any_process_lose_no_event_and_leave_no_orphans() {
     let mut server = Server::start(&home);
     let mut killed = [0_u64; 3];
     for _ in 0..rounds {
-        let mut asked = ask(&server, &mut random);
+        let mut asked = send_request(&server, &mut random);
         let command = command(&home, &mut random);
         // The moment, whatever it is.
         std::thread::sleep(Duration::from_micros(random.below(MOMENT_US)));

@@ -135,7 +135,7 @@ fn a_guest_that_powers_off_is_not_paused() {
 fn of_two_spawns_of_one_name_exactly_one_wins() {
     let home = Home::new();
     let runs: Vec<_> = (0..2).map(|_| home.nido(["spawn", "web", "--json", "--accel", "tcg"]).start()).collect();
-    let ran: Vec<_> = runs.into_iter().map(crate::support::Live::wait).collect();
+    let ran: Vec<_> = runs.into_iter().map(crate::support::RunningNido::wait).collect();
     let won = ran.iter().filter(|ran| ran.code() == 0).count();
     assert_eq!(won, 1, "{ran:?}");
     let lost = ran.into_iter().find(|ran| ran.code() != 0).unwrap();

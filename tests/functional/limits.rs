@@ -3,11 +3,11 @@
 use serde_json::{Value, json};
 
 use crate::support::Home;
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::mcp::{Client, Era};
 
 /// A server, and what a token with these limits may do there.
-fn with_token(home: &Home, limits: &[&str]) -> (Server, impl Fn(&Server, &str, &Value) -> Answer + use<>) {
+fn with_token(home: &Home, limits: &[&str]) -> (Server, impl Fn(&Server, &str, &Value) -> HttpResponse + use<>) {
     let server = Server::start(home);
     let create = home.nido(["token", "create", "--name", "guests", "--scope", "run", "--json"]);
     let made = limits.iter().fold(create, |nido, flag| nido.arg(*flag)).run().ok().json();

@@ -239,7 +239,7 @@ fn a_qemu_that_outlived_its_row_is_ended_with_its_vm() {
     let store = nido_store::Store::open(&home.path().join("nido.db")).unwrap();
     let id = directory.file_name().unwrap().to_str().unwrap();
     let stopped = nido_store::Transition::ended(nido_api::state::VmState::Stopped, None);
-    assert_eq!(store.transition(id, &stopped).unwrap(), nido_store::Transitioned::Yes);
+    assert_eq!(store.transition(id, &stopped).unwrap(), nido_store::TransitionOutcome::Yes);
     home.nido(["delete", "web", "--json"]).run().fails(1, "vm_busy");
     assert!(directory.join("disk.qcow2").exists());
     home.nido(["delete", "web", "--force", "--yes"]).run().ok();

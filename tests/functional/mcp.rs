@@ -60,7 +60,7 @@ fn wrong_arguments_are_answers_that_name_the_field() {
         assert!(error["message"].as_str().unwrap().starts_with(words), "{error}");
     }
     // What is no tool is no call.
-    let answer = client.ask("tools/call", json!({"name": "vm_fly", "arguments": {}}));
+    let answer = client.response_to("tools/call", json!({"name": "vm_fly", "arguments": {}}));
     assert_eq!(answer["error"]["code"], -32602, "{answer}");
     assert!(home.names().is_empty());
 }
@@ -291,13 +291,13 @@ fn cancelling_kills_the_command_and_removes_the_vm_that_was_begun() {
             let pid = std::fs::read_to_string(&mark).ok()?;
             pid.trim().parse::<u32>().ok()
         });
-        client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
+        client.send_json(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
         until("the command's end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
         // The guest never starts.
         home.qemu("no-agent");
         let id = client.begin("vm_spawn", json!({"name": "late", "accel": "tcg"}), json!({}));
         until("the VM that is begun", || home.names().contains(&"late".to_owned()).then_some(()));
-        client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
+        client.send_json(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
         until("its end", || (!home.names().contains(&"late".to_owned())).then_some(()));
     }
 }
@@ -390,7 +390,7 @@ fn resources_are_read_and_completed_and_prompts_are_filled_in() {
         assert_eq!(templates["templates"][0]["name"], "sandbox");
         read(&mut client, "vmops://vm/web/logs");
         for wrong in ["vmops://vm/nobody/logs", "vmops://vm/../logs", "file:///etc/passwd", "vmops://output/0"] {
-            let answer = client.ask("resources/read", json!({"uri": wrong}));
+            let answer = client.response_to("resources/read", json!({"uri": wrong}));
             let code = if era == Era::Legacy { -32002 } else { -32602 };
             assert_eq!(answer["error"]["code"], code, "{answer}");
             assert_eq!(answer["error"]["data"]["uri"], wrong, "{answer}");
@@ -413,7 +413,7 @@ fn resources_are_read_and_completed_and_prompts_are_filled_in() {
         let asked = json!({"name": "quick_sandbox", "arguments": {"task": "count to ten"}});
         let filled = client.result("prompts/get", asked);
         assert!(filled["messages"][0]["content"]["text"].as_str().unwrap().contains("count to ten"), "{filled}");
-        let answer = client.ask("prompts/get", json!({"name": "quick_sandbox"}));
+        let answer = client.response_to("prompts/get", json!({"name": "quick_sandbox"}));
         assert_eq!(answer["error"]["code"], -32602, "{answer}");
     }
 }
@@ -547,7 +547,7 @@ fn a_session_begins_once() {
     let mut client = Client::start(&home, Era::Legacy);
     let hello =
         json!({"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "again", "version": "1"}});
-    let answer = client.ask("initialize", hello);
+    let answer = client.response_to("initialize", hello);
     assert_eq!(answer["error"]["code"], -32600, "{answer}");
     assert_eq!(client.good("vm_ls", json!({}))["vms"], json!([]));
     client.ended().ok();

@@ -49,7 +49,7 @@ fn a_client_with_forms_shows_one_in_both_protocol_versions() {
                     let id = client.request("tools/call", call);
                     let asked = client.hear("elicitation/create");
                     assert!(asked["params"]["message"].as_str().unwrap().contains("VM 'web'"), "{asked}");
-                    client.say(&json!({"jsonrpc": "2.0", "id": asked["id"], "result": answer.clone()}));
+                    client.send_json(&json!({"jsonrpc": "2.0", "id": asked["id"], "result": answer.clone()}));
                     client.done("vm_delete", id)
                 }
                 Era::Modern => {
@@ -146,7 +146,7 @@ fn yes(client: &mut Client, tool: &str, form: Form) -> Value {
 fn answer_with(client: &mut Client, tool: &str, form: Form, yes: &Value) -> Value {
     match form {
         Form::Asked { call, question } => {
-            client.say(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
+            client.send_json(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
             client.done(tool, call)
         }
         Form::Returned { mut again } => {
@@ -288,7 +288,7 @@ fn a_late_approval_is_valid_for_the_next_call() {
     let error = client.done("vm_delete", call)["structuredContent"]["error"].clone();
     assert_eq!(error["code"], "approval_required", "{error}");
     let yes = json!({"action": "accept", "content": {"confirm": true}});
-    client.say(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
+    client.send_json(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
     until("the yes", || {
         let list = home.nido(["approvals", "--all", "--json"]).run().ok().json();
         (list["approvals"][0]["state"] == "approved").then_some(())

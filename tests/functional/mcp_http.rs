@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::{Home, until};
 
 const VERSION: &str = "2026-07-28";
@@ -33,7 +33,7 @@ pub fn headers<'a>(method: &'a str, name: Option<&'a str>) -> Vec<(&'a str, &'a 
 }
 
 /// The result in an answer, which may be a stream of one message.
-pub fn result(answer: &Answer) -> Value {
+pub fn result(answer: &HttpResponse) -> Value {
     let text = String::from_utf8(answer.body.clone()).unwrap();
     assert_eq!(answer.status, 200, "{text}");
     let message = text.lines().filter_map(|line| line.strip_prefix("data: ")).next_back().unwrap_or(&text).to_owned();

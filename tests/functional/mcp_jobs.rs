@@ -1,4 +1,4 @@
-//! Calls of tools that last longer than a client waits: they continue as jobs, or are cancelled if they cannot be jobs.
+//! Calls of tools that take longer than a client waits: they continue as jobs, or are cancelled if they cannot be jobs.
 
 use nido_api::{JOBS_MAX, JobOutcome, JobRequest};
 use nido_core::{Nido, OpenOptions};
@@ -58,12 +58,12 @@ fn a_job_of_a_tool_is_an_operation_of_the_rest_api_that_can_be_cancelled_there()
 }
 
 /// A caller with the maximum number of jobs.
-struct Full {
+struct FullJobTable {
     nido: Nido,
     jobs: Vec<String>,
 }
 
-impl Full {
+impl FullJobTable {
     fn of(home: &Home) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let options = OpenOptions { home: Some(home.path()), qemu: Some(home.qemu_path()), ..OpenOptions::default() };
@@ -77,7 +77,7 @@ impl Full {
 #[test]
 fn long_calls_that_cannot_be_jobs_are_cancelled_with_an_error() {
     let home = Home::new();
-    let full = Full::of(&home);
+    let full = FullJobTable::of(&home);
     home.spawn("web");
     let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "2s"], json!({}));
     let mark = home.scratch("mark");
@@ -107,7 +107,7 @@ fn long_calls_that_cannot_be_jobs_are_cancelled_with_an_error() {
 #[test]
 fn uncancellable_calls_are_reported_as_running() {
     let home = Home::new();
-    let _full = Full::of(&home);
+    let _full = FullJobTable::of(&home);
     home.qemu("ignore-powerdown");
     home.spawn("web");
     let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "300ms"], json!({}));

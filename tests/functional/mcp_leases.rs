@@ -111,13 +111,13 @@ fn a_name_of_one_session_is_not_answered_as_another_s() {
 }
 
 /// A session of a client with `initialize`, over HTTP.
-struct Old<'a> {
+struct InitializedSession<'a> {
     server: &'a Server,
     session: String,
     bearer: String,
 }
 
-impl<'a> Old<'a> {
+impl<'a> InitializedSession<'a> {
     fn begin(server: &'a Server) -> Self {
         let bearer = format!("Bearer {}", server.token());
         let hello = json!({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
@@ -140,13 +140,13 @@ impl<'a> Old<'a> {
         ]
     }
 
-    fn ask(tool: &str, arguments: &Value) -> String {
+    fn request_body(tool: &str, arguments: &Value) -> String {
         json!({"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": tool, "arguments": arguments}})
             .to_string()
     }
 
     fn good(&self, tool: &str, arguments: &Value) -> Value {
-        let answer = self.server.plain("POST", "/mcp", &self.headers(), Self::ask(tool, arguments).as_bytes());
+        let answer = self.server.plain("POST", "/mcp", &self.headers(), Self::request_body(tool, arguments).as_bytes());
         let result = result(&answer);
         assert_eq!(result["isError"], false, "{result}");
         result["structuredContent"].clone()
@@ -161,7 +161,7 @@ impl<'a> Old<'a> {
 fn sessions_over_http_end_with_delete_and_with_the_server() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--session-grace", "1ms"]);
-    let (one, other) = (Old::begin(&server), Old::begin(&server));
+    let (one, other) = (InitializedSession::begin(&server), InitializedSession::begin(&server));
     let first = one.good("vm_spawn", &throw_away("first"));
     let second = other.good("vm_spawn", &throw_away("second"));
     other.good("vm_create", &json!({"name": "kept", "accel": "tcg"}));
@@ -172,7 +172,8 @@ fn sessions_over_http_end_with_delete_and_with_the_server() {
     let mark = home.scratch("mark");
     let command =
         json!({"name": "first", "command": format!("touch {}; exec sleep 1000", mark.display()), "timeout_ms": 0});
-    let running = server.unread("POST", "/mcp", &one.headers(), Old::ask("vm_exec", &command).as_bytes());
+    let running =
+        server.unread("POST", "/mcp", &one.headers(), InitializedSession::request_body("vm_exec", &command).as_bytes());
     until("the command", || mark.exists().then_some(()));
     one.end();
     gone(&home, &first);
@@ -193,8 +194,8 @@ fn unused_sessions_over_http_end() {
     let home = Home::new();
     let server =
         Server::serving(&home, "mcp-server", &["--transport", "http", "--session-idle", "4s", "--session-grace", "1s"]);
-    let used = Old::begin(&server);
-    let unused = Old::begin(&server);
+    let used = InitializedSession::begin(&server);
+    let unused = InitializedSession::begin(&server);
     let stays = used.good("vm_spawn", &throw_away("stays"));
     let goes = unused.good("vm_spawn", &throw_away("goes"));
     // Another open session does not take its VMs over, however often it calls.
@@ -210,7 +211,7 @@ fn unused_sessions_over_http_end() {
 fn sessions_over_http_end_with_a_server_that_is_killed() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
-    let with_session = Old::begin(&server).good("vm_spawn", &throw_away("with-session"));
+    let with_session = InitializedSession::begin(&server).good("vm_spawn", &throw_away("with-session"));
     let without = call(&server, server.token(), "vm_spawn", throw_away("without"))["structuredContent"].clone();
     server.gone();
     gone(&home, &with_session);

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::mcp_http::{result, token};
 use crate::support::Home;
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::mcp::{Client, Era};
 
 const WEB: &str = "http://localhost:6274";
@@ -36,11 +36,11 @@ fn over_stdio_invalid_messages_are_answered_with_their_id() {
     let call =
         json!({"name": "vm_exec", "arguments": {"name": "web", "argv": ["sleep", "1000"], "timeout_seconds": 0}});
     let call = json!({"jsonrpc": "2.0", "id": 704, "method": "tools/call", "params": call});
-    client.say(&call);
-    client.say(&call);
+    client.send_json(&call);
+    client.send_json(&call);
     let twice = client.answer(704);
     assert_eq!(twice["error"]["code"], -32600, "{twice}");
-    client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 704}}));
+    client.send_json(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 704}}));
     client.good("vm_ls", json!({}));
 }
 
@@ -54,7 +54,7 @@ fn hello() -> String {
     .to_string()
 }
 
-fn post(server: &Server, token: &str, more: &[(&str, &str)], body: &[u8]) -> Answer {
+fn post(server: &Server, token: &str, more: &[(&str, &str)], body: &[u8]) -> HttpResponse {
     let bearer = format!("Bearer {token}");
     let usual = [("content-type", "application/json"), ("accept", "*/*"), ("authorization", bearer.as_str())];
     server.plain("POST", "/mcp", &[&usual[..], more].concat(), body)

@@ -22,7 +22,7 @@ fn invalid_calls_are_explained_and_recorded() {
             ("resources/read", json!({"uri": 7}), "uri: invalid type"),
             ("prompts/get", json!({}), "params: missing field `name`"),
         ] {
-            let error = client.ask(method, params)["error"].clone();
+            let error = client.response_to(method, params)["error"].clone();
             assert_eq!(error["code"], -32602, "{error}");
             assert!(error["message"].as_str().unwrap().starts_with(words), "{error}");
         }
@@ -68,8 +68,8 @@ fn a_revision_with_batches_is_answered_with_the_one_before_it() {
 fn invalid_lines_get_an_error_and_nothing_else() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Legacy);
-    client.say(&json!("no message"));
-    client.say(&json!({"jsonrpc": "2.0", "id": 77, "method": "no/such/method"}));
+    client.send_json(&json!("no message"));
+    client.send_json(&json!({"jsonrpc": "2.0", "id": 77, "method": "no/such/method"}));
     assert_eq!(client.answer(77)["error"]["code"], -32601);
     client.good("vm_ls", json!({}));
     client.ended().ok();

@@ -21,7 +21,7 @@ fn the_list_of_tools_costs_at_most_12_kilobytes_and_24_with_output_schemas() {
     let home = Home::new();
     for era in Era::ALL {
         let mut client = Client::start(&home, era);
-        let mut answer = client.ask("tools/list", json!({}));
+        let mut answer = client.response_to("tools/list", json!({}));
         let whole = answer.to_string().len();
         for tool in answer["result"]["tools"].as_array_mut().unwrap() {
             assert!(tool.as_object_mut().unwrap().remove("outputSchema").is_some(), "{tool}");
@@ -38,7 +38,7 @@ fn a_list_of_20_vms_takes_at_most_3_kilobytes() {
     for number in 0..20 {
         client.good("vm_create", json!({"name": format!("agent-{number:02}"), "accel": "tcg"}));
     }
-    let answer = client.ask("tools/call", json!({"name": "vm_ls", "arguments": {}}));
+    let answer = client.response_to("tools/call", json!({"name": "vm_ls", "arguments": {}}));
     assert_eq!(answer["result"]["structuredContent"]["vms"].as_array().unwrap().len(), 20);
     let text = text(&answer["result"]);
     assert_eq!((text.lines().count(), text.lines().next()), (20, Some("agent-00 created sandbox")));
@@ -92,7 +92,7 @@ fn a_run_that_is_cancelled_or_becomes_a_job_leaves_no_vm() {
     };
     let id = begin(&mut client);
     until("the VM of the run", || running().then_some(()));
-    client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
+    client.send_json(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
     until("the end of the VM", || home.names().is_empty().then_some(()));
     let id = begin(&mut client);
     let begun = client.done("vm_run", id)["structuredContent"].clone();

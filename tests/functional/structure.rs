@@ -59,7 +59,7 @@ const LONG_FILES: [(&str, &str); 1] = [("vmm/engine/src/guest/files/send.rs", "o
 const FUNCTION_LINES_MAX: usize = 60;
 /// Longer functions: a `match` or a `select!` with a few lines for each case, or one sequence of steps.
 const LONG_FUNCTIONS: [&str; 5] = [
-    "cli/server/src/routes/socket.rs::talk",
+    "cli/server/src/routes/socket.rs::exchange_frames",
     "cli/src/session.rs::streamed",
     "mcp/src/answer.rs::next_step",
     "vmm/core/src/nido/lifecycle.rs::launch_from",

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use nido_api::name::VmName;
 use nido_api::state::VmState;
 use nido_api::{AccelChoice, Caller, Grant, LeaseId, StartRequest, VmSpec};
-use nido_core::{BegunVm, Nido, OpenOptions};
-use nido_store::{Store, Transition, Transitioned, VmRow};
+use nido_core::{Nido, OpenOptions, VmInProgress};
+use nido_store::{Store, Transition, TransitionOutcome, VmRow};
 use serde_json::json;
 
 use super::leases::await_gone;
@@ -42,7 +42,7 @@ fn undoing_a_spawn_leaves_another_vm_of_that_name_alone() {
     with_nido(&home, async |nido| {
         let name: VmName = "ci".parse().unwrap();
         let spec = VmSpec { accel: AccelChoice::Tcg, ephemeral: true, ..VmSpec::named(name.clone()) };
-        let (begun, grant) = (BegunVm::default(), Grant::unlimited(&Caller::command_line()));
+        let (begun, grant) = (VmInProgress::default(), Grant::unlimited(&Caller::command_line()));
         nido.spawn_tracked(spec, StartRequest::default(), &grant, &begun, &mut |_| ()).await.unwrap();
         let first = begun.id().unwrap();
         nido.delete(&name, true).await.unwrap();
@@ -73,7 +73,7 @@ fn vms_of_interrupted_operations_are_deleted_and_those_of_completed_ones_stay() 
         let (operation, other) = (nido.lease_open().unwrap(), nido.lease_open().unwrap());
         let lost = being_made(&home, "lost", operation.id());
         being_made(&home, "kept", other.id());
-        let at_rest = being_made(&home, "at-rest", operation.id());
+        let is_inactive = being_made(&home, "at-rest", operation.id());
         for name in ["lost", "kept"] {
             home.nido(["start", name]).run().ok();
         }
@@ -83,7 +83,7 @@ fn vms_of_interrupted_operations_are_deleted_and_those_of_completed_ones_stay() 
         await_gone(&home, &lost);
         assert_eq!(home.names(), ["kept"]);
         assert_eq!(home.info("kept")["status"], "running");
-        assert!(!home.path().join("vms").join(&at_rest).exists());
+        assert!(!home.path().join("vms").join(&is_inactive).exists());
     });
 }
 
@@ -233,6 +233,6 @@ fn a_list_has_the_time_of_the_idle_stop() {
     assert!(listed["vms"][1]["idle_at"].is_null(), "{listed}");
     // Nor does one that does not answer keep the list from coming.
     let running = Transition::Entered { state: VmState::Running, cause: None, timings: None };
-    assert_eq!(store(&home).transition(&id(&home, "w"), &running).unwrap(), Transitioned::Yes);
+    assert_eq!(store(&home).transition(&id(&home, "w"), &running).unwrap(), TransitionOutcome::Yes);
     assert!(home.nido(["ls"]).run().ok().text().contains("in "));
 }

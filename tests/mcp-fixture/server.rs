@@ -26,7 +26,7 @@ use crate::asks::States;
 use crate::{prompts, reads, tools};
 
 /// How many changes a slow listener may be behind.
-const BEHIND: usize = 16;
+const CHANGES_BUFFERED_MAX: usize = 16;
 
 /// The change that listeners are notified of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub struct Fixture {
 impl Fixture {
     pub fn new() -> Self {
         let (states, ending) = (States::default(), CancellationToken::new());
-        Self { states, changes: broadcast::channel(BEHIND).0, ending }
+        Self { states, changes: broadcast::channel(CHANGES_BUFFERED_MAX).0, ending }
     }
 }
 

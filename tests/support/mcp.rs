@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Home, Live};
+use super::{Home, RunningNido};
 
 /// The two ways in which the protocol begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +34,7 @@ impl Era {
 
 /// A server that runs, and the messages sent to it.
 pub struct Client {
-    live: Option<Live>,
+    live: Option<RunningNido>,
     era: Era,
     capabilities: Value,
     next: u64,
@@ -71,20 +71,20 @@ impl Client {
                 "protocolVersion": era.version(), "capabilities": client.capabilities,
                 "clientInfo": { "name": "tests", "version": "1" },
             });
-            let told = client.ask("initialize", hello);
+            let told = client.response_to("initialize", hello);
             assert_eq!(told["result"]["protocolVersion"], era.version(), "{told}");
-            client.say(&json!({ "jsonrpc": "2.0", "method": "notifications/initialized" }));
+            client.send_json(&json!({ "jsonrpc": "2.0", "method": "notifications/initialized" }));
         }
         client
     }
 
     /// Its process.
-    pub fn live(&mut self) -> &mut Live {
+    pub fn live(&mut self) -> &mut RunningNido {
         self.live.as_mut().unwrap()
     }
 
     /// Sends a message as it is.
-    pub fn say(&mut self, message: &Value) {
+    pub fn send_json(&mut self, message: &Value) {
         writeln!(self.live().stdin.as_mut().unwrap(), "{message}").unwrap();
     }
 
@@ -122,7 +122,7 @@ impl Client {
             }
             params["_meta"] = meta;
         }
-        self.say(&json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }));
+        self.send_json(&json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }));
         id
     }
 
@@ -163,7 +163,7 @@ impl Client {
     }
 
     /// Asks and waits for the answer.
-    pub fn ask(&mut self, method: &str, params: Value) -> Value {
+    pub fn response_to(&mut self, method: &str, params: Value) -> Value {
         let id = self.request(method, params);
         self.answer(id)
     }
@@ -171,7 +171,7 @@ impl Client {
     /// Asks, and expects a result.
     #[track_caller]
     pub fn result(&mut self, method: &str, params: Value) -> Value {
-        let answer = self.ask(method, params);
+        let answer = self.response_to(method, params);
         assert!(answer.get("error").is_none(), "{answer}");
         answer["result"].clone()
     }
@@ -248,14 +248,14 @@ impl Client {
     }
 
     /// Ends the server with a signal, and waits for its end.
-    pub fn told_to_end(mut self) -> super::run::Ran {
+    pub fn told_to_end(mut self) -> super::run::FinishedRun {
         let live = self.live.take().unwrap();
         live.signal(rustix::process::Signal::TERM);
         live.wait()
     }
 
     /// Ends standard input and waits for the server's end.
-    pub fn ended(mut self) -> super::run::Ran {
+    pub fn ended(mut self) -> super::run::FinishedRun {
         let mut live = self.live.take().unwrap();
         drop(live.stdin.take());
         live.wait()

@@ -21,7 +21,7 @@ use nido_images::{
 };
 use tempfile::TempDir;
 
-pub use run::{Live, Nido};
+pub use run::{Nido, RunningNido};
 
 /// How long anything may take that a test waits for.
 pub const DEADLINE: Duration = Duration::from_secs(60);

@@ -53,7 +53,7 @@ impl WebSocket {
     }
 
     /// Sends JSON.
-    pub fn say(&mut self, message: &Value) {
+    pub fn send_json(&mut self, message: &Value) {
         self.send(1, message.to_string().as_bytes());
     }
 

@@ -22,8 +22,8 @@ use axum::response::Response;
 use nido_api::error::{Code, Result};
 use nido_api::operation::{self as op, Operation};
 use nido_api::sanitize::head;
-use nido_api::{Caller as AuditCaller, Face};
-use nido_core::audit::Ending;
+use nido_api::{Caller as AuditCaller, FrontEnd};
+use nido_core::audit::AuditOutcome;
 use nido_core::execute::{Request as Execution, Verdict};
 use serde_json::{Map, Value, json};
 
@@ -97,15 +97,20 @@ pub async fn audit_replay(
 fn named(request: &Request) -> Option<(AuditAction, AuditCaller)> {
     let action = action(request.method(), request.extensions().get::<MatchedPath>()?.as_str())?;
     let caller = request.extensions().get::<Caller>()?;
-    Some((action, AuditCaller { face: Face::Api, actor: caller.actor.clone(), agent: user_agent(request.headers()) }))
+    Some((
+        action,
+        AuditCaller { face: FrontEnd::Api, actor: caller.actor.clone(), agent: user_agent(request.headers()) },
+    ))
 }
 
 /// The outcome that a response stands for.
 fn verdict(response: &Response) -> Verdict {
     match response.extensions().get::<Code>() {
-        None if response.status().is_client_error() => Verdict { ending: Ending::Error, reason: "refused".into() },
+        None if response.status().is_client_error() => {
+            Verdict { ending: AuditOutcome::Error, reason: "refused".into() }
+        }
         None => Verdict::success(""),
-        Some(code) => Verdict { ending: Ending::of_code(*code), reason: code.slug().into() },
+        Some(code) => Verdict { ending: AuditOutcome::of_code(*code), reason: code.slug().into() },
     }
 }
 

@@ -14,7 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 use jiff::Zoned;
 use nido_api::error::{Code, Error, Result};
 use nido_files::atomic_file::{Durability, is_temporary, write_private};
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_files::private_dir::make_private_dir_in_place;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PublicKeyData as _};
 use serde::{Deserialize, Serialize};
@@ -73,7 +73,7 @@ impl OwnCertificate {
     pub fn obtain(directory: &Path, names: &[String]) -> Result<Self> {
         let broken = |e| Error::io_at("make the server's certificate in", directory, e);
         make_private_dir_in_place(directory).map_err(broken)?;
-        let held = Held::take_blocking(&directory.join("lock"), Instant::now() + LOCK_TIMEOUT).map_err(broken)?;
+        let held = HeldLock::take_blocking(&directory.join("lock"), Instant::now() + LOCK_TIMEOUT).map_err(broken)?;
         let _held = held.ok_or_else(|| {
             Error::new(Code::Timeout, format!("another process holds {}", directory.join("lock").display()))
                 .hint("try again, or give a certificate with --cert and --key")

@@ -27,7 +27,7 @@ use super::auth::Caller;
 use super::extract::JSON_BODY_MAX;
 use super::media_type::prefers;
 use super::operation_view::{self, OperationStatus};
-use super::operations::BegunFlag;
+use super::operations::ChangeStarted;
 use super::response::{self, Problem};
 use super::{App, streams, timeouts};
 
@@ -80,7 +80,7 @@ pub async fn replay_or_run(State(app): State<Arc<App>>, request: Request, next: 
             None => return Err(refusal(&KeyState::Running).into()),
         }
     }
-    let begun = BegunFlag::default();
+    let begun = ChangeStarted::default();
     parts.extensions.insert(begun.clone());
     // A client that disconnects gets the response when it retries.
     let (server, token) = (Arc::clone(&app), caller.token);
@@ -174,7 +174,7 @@ async fn store_response(
     owner: &str,
     key: &str,
     response: Response,
-    begun: &BegunFlag,
+    begun: &ChangeStarted,
 ) -> Result<Response, Problem> {
     let code = response.extensions().get::<Code>().copied();
     let (parts, body) = response.into_parts();

@@ -56,7 +56,7 @@ const ABOUT: &str = "Disposable virtual machines on this host. Every error is a 
 /// The OpenAPI document, as it is served and kept in the repository.
 pub fn text() -> String {
     let mut api = serde_json::to_value(describe()).unwrap_or_default();
-    sharpen(&mut api);
+    refine_schemas(&mut api);
     serde_json::to_string_pretty(&api).unwrap_or_default() + "\n"
 }
 
@@ -67,7 +67,7 @@ pub fn api_description() -> ApiDescription {
 
 /// What the types hold and their derived schemas do not express: how large numbers may be, what a command needs, which bodies
 /// may be absent; and what a client can do next.
-fn sharpen(api: &mut Value) {
+fn refine_schemas(api: &mut Value) {
     limit_numbers(api);
     lead_on(api);
     api["servers"] = json!([
@@ -111,7 +111,7 @@ fn sharpen(api: &mut Value) {
     exec["properties"]["stdin_base64"]["pattern"] =
         json!("^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$");
     schemas["ForwardSpec"]["properties"]["guest_port"]["minimum"] = json!(1);
-    shapes::settle(api);
+    shapes::normalize_schemas(api);
 }
 
 /// An operation that one sentence describes has it as its description, too: generators print that.
@@ -134,7 +134,7 @@ fn complete_operations(api: &mut Value) {
             let method = Method::from_bytes(method.to_ascii_uppercase().as_bytes()).unwrap_or_default();
             for (status, answer) in operation["responses"].as_object_mut().into_iter().flatten() {
                 if answer["description"].as_str().is_none_or(str::is_empty) {
-                    answer["description"] = json!(usual_words(status));
+                    answer["description"] = json!(default_description(status));
                 }
                 if method == Method::POST {
                     answer["headers"]["Idempotency-Replayed"] =
@@ -180,7 +180,7 @@ fn add_parameters(operation: &mut Value, method: &Method, path: &str) {
 }
 
 /// The description of a success, if the route has none.
-fn usual_words(status: &str) -> &'static str {
+fn default_description(status: &str) -> &'static str {
     match status {
         "201" => "Created.",
         "202" => "Accepted: the operation runs.",

@@ -117,7 +117,7 @@ pub fn get(nido: &Nido, id: &str, caller: &Caller) -> Result<ApiOperation> {
 pub fn cancel(nido: &Nido, id: &str, caller: &Caller) -> Result<ApiOperation> {
     let mut job = find(nido, id, caller)?;
     if job.state == JobState::Running {
-        job = nido.job_cancel(id, viewer(caller)).map_err(not_known)?;
+        job = nido.job_cancel(id, viewer(caller)).map_err(not_found)?;
     }
     let mut operation = ApiOperation::from(job);
     if operation.status == OperationStatus::Running {
@@ -130,11 +130,11 @@ pub fn cancel(nido: &Nido, id: &str, caller: &Caller) -> Result<ApiOperation> {
 }
 
 fn find(nido: &Nido, id: &str, caller: &Caller) -> Result<Job> {
-    let job = nido.job_get(id, viewer(caller)).map_err(not_known)?;
+    let job = nido.job_get(id, viewer(caller)).map_err(not_found)?;
     if is_shown(&job, Timestamp::now()) { Ok(job) } else { Err(unknown()) }
 }
 
-fn not_known(error: Error) -> Error {
+fn not_found(error: Error) -> Error {
     if error.code() == Code::JobNotFound { unknown() } else { error }
 }
 

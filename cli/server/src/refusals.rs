@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use axum::extract::Request;
 use nido_api::operation::REFUSED_REQUEST;
 use nido_api::sanitize::head;
-use nido_api::{Caller as AuditCaller, Face};
+use nido_api::{Caller as AuditCaller, FrontEnd};
 use serde_json::{Value, json};
 
 use super::App;
@@ -81,7 +81,7 @@ fn line(request: &Request, actor: String, not_written: u64) -> (AuditCaller, Val
     if not_written > 0 {
         arguments["not_written"] = not_written.into();
     }
-    let face = if path == "/mcp" { Face::Mcp } else { Face::Api };
+    let face = if path == "/mcp" { FrontEnd::Mcp } else { FrontEnd::Api };
     (AuditCaller { face, actor, agent: user_agent(request.headers()) }, arguments)
 }
 

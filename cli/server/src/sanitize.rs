@@ -105,7 +105,7 @@ impl Sanitizer {
                         out.extend_from_slice(&rest[..length]);
                         length
                     }
-                    Colour::BegunFlag => return at,
+                    Colour::Incomplete => return at,
                     Colour::Other => escape_first(rest, out),
                 },
                 Some(0x80..) => match character(rest) {
@@ -113,7 +113,7 @@ impl Sanitizer {
                         out.extend_from_slice(shown(c).as_bytes());
                         c.len_utf8()
                     }
-                    Character::BegunFlag => return at,
+                    Character::Incomplete => return at,
                     Character::Wrong => escape_first(rest, out),
                 },
                 Some(_) => escape_first(rest, out),
@@ -138,7 +138,7 @@ fn escape_first(bytes: &[u8], out: &mut Vec<u8>) -> usize {
 
 enum Character {
     Whole(char),
-    BegunFlag,
+    Incomplete,
     Wrong,
 }
 
@@ -147,7 +147,7 @@ fn character(bytes: &[u8]) -> Character {
     let valid = match std::str::from_utf8(head) {
         Ok(text) => text,
         Err(error) if error.valid_up_to() > 0 => std::str::from_utf8(&head[..error.valid_up_to()]).unwrap_or_default(),
-        Err(error) if error.error_len().is_none() => return Character::BegunFlag,
+        Err(error) if error.error_len().is_none() => return Character::Incomplete,
         Err(_) => return Character::Wrong,
     };
     valid.chars().next().map_or(Character::Wrong, Character::Whole)
@@ -155,7 +155,7 @@ fn character(bytes: &[u8]) -> Character {
 
 enum Colour {
     Whole(usize),
-    BegunFlag,
+    Incomplete,
     Other,
 }
 
@@ -168,7 +168,7 @@ fn colour(bytes: &[u8]) -> Colour {
             _ => return Colour::Other,
         }
     }
-    if bytes.len() < MAX_COLOUR { Colour::BegunFlag } else { Colour::Other }
+    if bytes.len() < MAX_COLOUR { Colour::Incomplete } else { Colour::Other }
 }
 
 /// Whether the parameters of a colour sequence leave text visible: no "conceal" (8), unless it is part of a colour.

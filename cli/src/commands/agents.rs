@@ -19,7 +19,7 @@ pub fn agents(cx: &Context, nido: Arc<Nido>, settings: Settings, defaults: &Defa
     for (roots, verb) in [(&paths.read, "read"), (&paths.write, "write")] {
         wide(roots, user.as_deref(), &kept).for_each(|what| cx.output.warn(&format!("agents may {verb} {what}")));
     }
-    cx.output.talk(&paths.summary());
+    cx.output.note(&paths.summary());
     Ok(app)
 }
 

@@ -127,7 +127,7 @@ pub fn report(cx: &Context, done: &CopyResult, to_stdout: bool) -> Outcome {
     if cx.output.json && !to_stdout {
         cx.output.answer(done, String::new)?;
     }
-    cx.output.talk(&sentence(done, to_stdout));
+    cx.output.note(&sentence(done, to_stdout));
     if done.skipped > 0 && !cx.output.json {
         let what = if done.skipped == 1 { "socket, pipe or device" } else { "sockets, pipes or devices" };
         cx.output.warn(&format!("skipped {} {what}", done.skipped));

@@ -162,7 +162,7 @@ impl Start {
             return Err(Error::new(Code::SpecInvalid, words).hint("pass --transport http, or omit them").into());
         }
         if std::io::stdin().is_terminal() {
-            cx.output.talk(
+            cx.output.note(
                 "waiting for messages of an MCP client on standard input; configure one with nido mcp-server install",
             );
         }

@@ -104,7 +104,7 @@ impl Job {
         let outcome = outcome.await;
         if self.keep {
             // The only place where its name stands: not even --quiet may swallow it.
-            cx.output.tell(&format!("{name} was kept"));
+            cx.output.note_result(&format!("{name} was kept"));
             return outcome;
         }
         let outcome = outcome.map_err(without_vm);
@@ -122,7 +122,7 @@ async fn kept(cx: &Context, nido: &Nido, vm: VmInfo, request: ExecRequest) -> Ou
     match session::collect(&cx.output, nido, &vm.name, request).await? {
         Ok(exec) => {
             let exit = Exit::of_command(&exec.exit);
-            cx.output.answer(&Kept { vm, exec }, String::new)?;
+            cx.output.answer(&KeptRun { vm, exec }, String::new)?;
             Ok(exit)
         }
         Err(exit) => Ok(exit),
@@ -131,7 +131,7 @@ async fn kept(cx: &Context, nido: &Nido, vm: VmInfo, request: ExecRequest) -> Ou
 
 /// What `run --keep --json` prints; as the REST API's `/v1/runs`.
 #[derive(serde::Serialize)]
-struct Kept {
+struct KeptRun {
     vm: VmInfo,
     exec: ExecResult,
 }

@@ -224,13 +224,13 @@ pub fn summarize(output: &Output, vm: &VmInfo) {
         return;
     }
     vm.warnings.iter().for_each(|warning| output.warn(warning));
-    output.talk(&summary(vm));
+    output.note(&summary(vm));
 }
 
 /// Prints for how long a running VM's CPUs were paused to save it.
 pub fn paused(output: &Output, vm: &VmName, paused_ms: Option<u64>) {
-    if let Some(ms) = paused_ms.filter(|_| output.talks()) {
-        output.talk(&format!("{vm} was paused for {ms} ms"));
+    if let Some(ms) = paused_ms.filter(|_| output.shows_progress()) {
+        output.note(&format!("{vm} was paused for {ms} ms"));
     }
 }
 

@@ -121,7 +121,7 @@ fn set_up(network: Option<&Network>, round: u64) -> io::Result<()> {
     }
 }
 
-fn apply(routes: &link::Routes, card: &link::Card, settings: &Settings, round: u64) -> io::Result<()> {
+fn apply(routes: &link::Routes, card: &link::NetworkCard, settings: &Settings, round: u64) -> io::Result<()> {
     {
         let mut current = current();
         if current.round != round {

@@ -11,8 +11,8 @@
 //!   yamux (host = client)  <->  yamux (agent = server)
 //! ```
 //!
-//! Or, to a guest that has just been loaded, the hello and the `Renew` of a session in one piece, and the answers to
-//! them: setting up the multiplexer would cost it more than what it is requested.
+//! Or, to a guest that has just been loaded, the hello and the `IdentityReset` of a session in one piece, and the answers to
+//! them: setting up the multiplexer would cost it more than the request.
 //!
 //! ```text
 //!   LETTER nonce length, hello and identity-reset frame  ->
@@ -29,7 +29,7 @@ pub const MAGIC: [u8; 8] = *b"\xffNIDO\r\n\x01";
 /// Length of a block.
 pub const BLOCK: usize = 32;
 /// The most that may follow a LETTER or a REPLY, in bytes.
-pub const LETTER_MAX: usize = 4096;
+pub const BOOTSTRAP_REQUEST_MAX: usize = 4096;
 /// How many filler bytes (each `0xff`) the host sends ahead of a PROBE when earlier ones stayed unanswered.
 pub const FILLER: usize = 64 * 1024;
 
@@ -69,7 +69,7 @@ impl Kind {
             5 => Self::Reply(length),
             _ => return None,
         };
-        (usize::from(length) <= LETTER_MAX).then_some(kind)
+        (usize::from(length) <= BOOTSTRAP_REQUEST_MAX).then_some(kind)
     }
 }
 

@@ -374,7 +374,7 @@ async fn a_login_shell_is_one() {
     session.start(Exec { login_shell: true, stdin: true, ..Exec::default() }).await;
     session.send_raw(kind::STDIN, b"echo $0; exit 9\n").await;
     let output = session.finish().await;
-    // Users without a shell, such as nobody, have one that reports that and fails.
+    // Users without a shell, such as `nobody`, have one that reports that and fails.
     match login_shell() {
         shell if shell.ends_with("nologin") || shell.ends_with("false") => assert_eq!(output.code, Some(1)),
         _ => assert_eq!((output.stdout.first(), output.code), (Some(&b'-'), Some(9))),

@@ -1,7 +1,7 @@
 //! Freeze, thaw and identity reset, for an agent that does not own its machine.
 
 use nido_guest_agent::wire::{
-    ENTROPY_LEN, Fault, Power, Refusal, Refused, Renew, TOKEN_LEN, ToGuest, ToHost, VERSION, sync,
+    ENTROPY_LEN, Fault, IdentityReset, Power, Refusal, Refused, TOKEN_LEN, ToGuest, ToHost, VERSION, sync,
 };
 use tokio::io::AsyncWriteExt;
 
@@ -36,8 +36,8 @@ async fn a_renewal_changes_the_token_and_leaves_a_foreign_machine_alone() {
     session.send(&ToGuest::Freeze).await;
     assert_eq!(session.message().await, ToHost::Frozen);
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
-    session.send(&ToGuest::Renew(order(NEW_TOKEN))).await;
-    let ToHost::Renewed(pong) = session.message().await else { panic!("not renewed") };
+    session.send(&ToGuest::ResetIdentity(order(NEW_TOKEN))).await;
+    let ToHost::IdentityReset(pong) = session.message().await else { panic!("not renewed") };
     assert_eq!((pong.sessions, pong.is_init), (1, false));
     assert_eq!(std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap(), name);
 
@@ -49,8 +49,8 @@ async fn a_renewal_changes_the_token_and_leaves_a_foreign_machine_alone() {
     let mut fresh = host.stream().await;
     assert!(matches!(fresh.greet(&NEW_TOKEN, VERSION, VERSION).await, Some(ToHost::Welcome(_))));
     // The session that brought the token stays open, and may bring another.
-    session.send(&ToGuest::Renew(order(TOKEN))).await;
-    assert!(matches!(session.message().await, ToHost::Renewed(_)));
+    session.send(&ToGuest::ResetIdentity(order(TOKEN))).await;
+    assert!(matches!(session.message().await, ToHost::IdentityReset(_)));
     assert_eq!(fresh.next().await, None);
     host.open().await;
 }
@@ -65,8 +65,8 @@ async fn sessions_of_the_old_token_end_with_all_that_runs_in_them() {
     let mut flooding = host.open().await;
     let flood = flooding.start(shell("exec cat /dev/zero")).await;
     let mut session = host.open().await;
-    session.send(&ToGuest::Renew(order(NEW_TOKEN))).await;
-    assert!(matches!(session.message().await, ToHost::Renewed(_)));
+    session.send(&ToGuest::ResetIdentity(order(NEW_TOKEN))).await;
+    assert!(matches!(session.message().await, ToHost::IdentityReset(_)));
     assert_eq!(idle.next().await, None);
     assert_eq!(running.next().await, None);
     gone(pid).await;
@@ -82,15 +82,15 @@ async fn an_incomplete_request_changes_nothing() {
     let mut bystander = host.open().await;
     let mut session = host.open().await;
     for bad in [
-        Renew { token: vec![8; TOKEN_LEN - 1].into(), ..order(NEW_TOKEN) },
-        Renew { token: Vec::new().into(), ..order(NEW_TOKEN) },
-        Renew { entropy: vec![9; ENTROPY_LEN + 1].into(), ..order(NEW_TOKEN) },
-        Renew { entropy: Vec::new().into(), ..order(NEW_TOKEN) },
-        Renew { hostname: "two words".into(), ..order(NEW_TOKEN) },
-        Renew { identity: "../up".into(), ..order(NEW_TOKEN) },
-        Renew { time_ns: -1, ..order(NEW_TOKEN) },
+        IdentityReset { token: vec![8; TOKEN_LEN - 1].into(), ..order(NEW_TOKEN) },
+        IdentityReset { token: Vec::new().into(), ..order(NEW_TOKEN) },
+        IdentityReset { entropy: vec![9; ENTROPY_LEN + 1].into(), ..order(NEW_TOKEN) },
+        IdentityReset { entropy: Vec::new().into(), ..order(NEW_TOKEN) },
+        IdentityReset { hostname: "two words".into(), ..order(NEW_TOKEN) },
+        IdentityReset { identity: "../up".into(), ..order(NEW_TOKEN) },
+        IdentityReset { time_ns: -1, ..order(NEW_TOKEN) },
     ] {
-        session.send(&ToGuest::Renew(bad)).await;
+        session.send(&ToGuest::ResetIdentity(bad)).await;
         assert_eq!(session.failure().await, Fault::Invalid);
     }
     bystander.send(&ToGuest::Ping).await;
@@ -132,8 +132,8 @@ async fn a_frozen_agent_waits_for_the_next_host() {
     agree(&mut channel, 77).await;
     host.multiplex(channel);
     let mut session = host.open().await;
-    session.send(&ToGuest::Renew(order(NEW_TOKEN))).await;
-    assert!(matches!(session.message().await, ToHost::Renewed(_)));
+    session.send(&ToGuest::ResetIdentity(order(NEW_TOKEN))).await;
+    assert!(matches!(session.message().await, ToHost::IdentityReset(_)));
     session.send(&ToGuest::Thaw).await;
     assert_eq!(session.message().await, ToHost::Thawed);
 }

@@ -31,7 +31,7 @@ pub struct KeptKernels {
 
 /// A kept kernel whose files are what they should be.
 #[derive(Debug)]
-pub struct Found {
+pub struct KeptKernel {
     pub kernel: BuiltKernel,
     directory: PathBuf,
 }
@@ -66,7 +66,7 @@ impl KeptKernels {
     }
 
     /// Finds a kernel and reads it. One that is damaged is removed.
-    pub fn find(&self, key: &str) -> Option<Found> {
+    pub fn find(&self, key: &str) -> Option<KeptKernel> {
         let directory = self.directory.join(key);
         let bytes = fs::read(directory.join(RECORD)).ok()?;
         let sound = |record: &Record| {
@@ -78,7 +78,7 @@ impl KeptKernels {
                 // Only tells which are used last.
                 let _ = File::open(&directory).and_then(|entry| entry.set_modified(SystemTime::now()));
                 let Record { version, vmlinux, initramfs_base } = record;
-                Some(Found { kernel: BuiltKernel { version, vmlinux, base: initramfs_base }, directory })
+                Some(KeptKernel { kernel: BuiltKernel { version, vmlinux, base: initramfs_base }, directory })
             }
             _ => {
                 let _ = fs::remove_dir_all(&directory);
@@ -131,7 +131,7 @@ impl KeptKernels {
     }
 }
 
-impl Found {
+impl KeptKernel {
     /// Puts the kernel's files into a scratch directory, where stages expect them.
     pub fn link_into(self, scratch: &Path) -> Result<BuiltKernel, ImageError> {
         link(&self.directory.join(VMLINUX), &scratch.join(VMLINUX))?;

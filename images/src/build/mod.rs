@@ -99,7 +99,7 @@ pub fn build(
     if let Err(reason) = &existing {
         session.log.line(&format!("no template to reuse: {reason}"));
     }
-    let wanted = Wanted { plan, kernel, existing: existing.ok() };
+    let wanted = BuildInputs { plan, kernel, existing: existing.ok() };
     let result = run(home, &store, &recipe, wanted, progress, &mut session);
     let words = match &result {
         Ok(_) => "done".to_owned(),
@@ -110,7 +110,7 @@ pub fn build(
 }
 
 /// What a build is to do.
-struct Wanted {
+struct BuildInputs {
     plan: Plan,
     kernel: KernelChoice,
     /// The template as it is, if all its parts are there.
@@ -122,7 +122,7 @@ fn run(
     home: &Path,
     store: &Store,
     recipe: &Recipe,
-    wanted: Wanted,
+    wanted: BuildInputs,
     progress: &mut dyn FnMut(BuildProgress),
     session: &mut Session<'_>,
 ) -> Result<BuildOutcome, ImageError> {
@@ -165,7 +165,11 @@ fn run(
 }
 
 /// Makes kernel and root disk, or reuses them; returns the stages that were skipped.
-fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(BuiltParts, Vec<Stage>), ImageError> {
+fn make(
+    work: &mut Work<'_, '_>,
+    kept: &KeptKernels,
+    wanted: BuildInputs,
+) -> Result<(BuiltParts, Vec<Stage>), ImageError> {
     let Some(manifest) = wanted.existing else { return Ok((make_everything(work, kept, wanted.kernel)?, Vec::new())) };
     let made = BuiltParts::from(manifest);
     let stock = stock_key(&made.root.file);
@@ -242,7 +246,7 @@ fn lock(
     let failed = |error| ImageError::io("open", &path, error);
     let mut options = OpenOptions::new();
     let file = options.append(true).create(true).mode(0o600).open(&path).map_err(failed)?;
-    let waiting = Waiting { stage: Stage::Resolve, program: "another build of this template", log: &path };
+    let waiting = LockWait { stage: Stage::Resolve, program: "another build of this template", log: &path };
     let lock = wait_for_lock(file, &path, &waiting, progress, cancel)?;
     Ok((path, lock.into_file()))
 }
@@ -260,7 +264,7 @@ pub(crate) fn open_log(
 }
 
 /// What is reported while waiting for a lock.
-struct Waiting<'a> {
+struct LockWait<'a> {
     stage: Stage,
     /// Its holder.
     program: &'a str,
@@ -271,7 +275,7 @@ struct Waiting<'a> {
 fn wait_for_lock(
     file: File,
     path: &Path,
-    waiting: &Waiting<'_>,
+    waiting: &LockWait<'_>,
     progress: &mut dyn FnMut(BuildProgress),
     cancel: &AtomicBool,
 ) -> Result<Flock, ImageError> {

@@ -141,7 +141,7 @@ pub fn contents(manifest: &Manifest, directory: &Path) -> Result<(), String> {
         if overlay.header.virtual_bytes != bake.disk.virtual_bytes {
             return Err("the disk of a warm image does not have the size in its manifest".to_owned());
         }
-        if !stands_on(&overlay.backing, &root.file.sha256) {
+        if !has_backing_file(&overlay.backing, &root.file.sha256) {
             return Err("the disk of a warm image is not based on the template's root disk".to_owned());
         }
     }
@@ -149,7 +149,7 @@ pub fn contents(manifest: &Manifest, directory: &Path) -> Result<(), String> {
 }
 
 /// Whether an overlay's name for its backing file is that of a part: as seen from its directory, or from a VM's directory.
-fn stands_on(backing: &str, sha256: &str) -> bool {
+fn has_backing_file(backing: &str, sha256: &str) -> bool {
     backing.strip_prefix("../../blobs/sha256/").unwrap_or(backing) == sha256
 }
 
@@ -191,9 +191,9 @@ mod tests {
     #[test]
     fn an_overlay_must_name_exactly_its_root_disk() {
         let hash = "a".repeat(64);
-        assert!(stands_on(&hash, &hash) && stands_on(&format!("../../blobs/sha256/{hash}"), &hash));
+        assert!(has_backing_file(&hash, &hash) && has_backing_file(&format!("../../blobs/sha256/{hash}"), &hash));
         for other in [format!("/blobs/sha256/{hash}"), format!("../{hash}"), "b".repeat(64), format!("json:{hash}")] {
-            assert!(!stands_on(&other, &hash), "{other}");
+            assert!(!has_backing_file(&other, &hash), "{other}");
         }
     }
 }

@@ -26,7 +26,7 @@ use crate::initramfs;
 use crate::manifest::{AgentId, Digest, Manifest, Part};
 use crate::scratch::Scratch;
 use crate::store::{Store, check_name};
-use crate::travel::{Watch, pieces};
+use crate::transfer::{TransferWatch, pieces};
 
 /// How parts lie in the store, and memory images: QEMU may open those for writing, although it maps them privately.
 const PART_MODE: u32 = 0o444;
@@ -94,7 +94,7 @@ pub fn import(
     home: &Path,
     source: &mut dyn Read,
     options: &ImportOptions,
-    watch: &mut Watch<'_>,
+    watch: &mut TransferWatch<'_>,
 ) -> Result<ImportOutcome, ImageError> {
     let agent = OwnAgent { binary: AGENT, sha256: agent_sha256(), protocol: AGENT_PROTOCOL };
     import_with(agent, home, source, options, watch)
@@ -105,7 +105,7 @@ fn import_with(
     home: &Path,
     source: &mut dyn Read,
     options: &ImportOptions,
-    watch: &mut Watch<'_>,
+    watch: &mut TransferWatch<'_>,
 ) -> Result<ImportOutcome, ImageError> {
     options.name.as_deref().map_or(Ok(()), check_name)?;
     let store = Store::new(home);

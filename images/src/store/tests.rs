@@ -56,7 +56,7 @@ fn delete_removes_the_manifest_and_leaves_the_parts() {
         stored.parts.iter().for_each(|part| store.remove_part(&part.sha256, &lock).unwrap());
         store.remove_unfinished_manifest(".new-1", &lock).unwrap();
     }
-    assert_eq!(store.stored().unwrap(), Stored::default());
+    assert_eq!(store.stored().unwrap(), StoreContents::default());
 }
 
 #[test]

@@ -128,7 +128,7 @@ async fn upload(call: &CallContext, asked: Upload) -> Result<ToolResult> {
         preserve: false,
         set_mode: mode.is_some(),
     };
-    let mut tell = |now: CopyProgress| told(call, now);
+    let mut tell = |now: CopyProgress| report_progress(call, now);
     let copied = call
         .unless_cancelled(call.nido().await?.upload(VmRef { name: &asked.name, id: Some(&id) }, request, &mut tell))
         .await?;
@@ -273,7 +273,7 @@ async fn to_host(
     let writing = begun.inspect_err(|e| outside(call, e))?;
     let destination = DownloadTarget::Stream(writing.file()?);
     let request = DownloadRequest { source, destination, overwrite: false, preserve: false, max_bytes: Some(HOST_MAX) };
-    let mut tell = |now: CopyProgress| told(call, now);
+    let mut tell = |now: CopyProgress| report_progress(call, now);
     let mut copy = call.unless_cancelled(call.nido().await?.download(vm, request, &mut tell)).await?;
     let (sha256, path) = blocking(move || Ok((writing.sha256()?, writing.commit(HOST_MAX)?))).await?;
     copy.path = path.to_string_lossy().into_owned();
@@ -296,7 +296,7 @@ async fn to_answer(call: &CallContext, vm: VmRef<'_>, source: Vec<u8>, most: usi
         let mut bytes = Vec::new();
         reader.take(most as u64 + 1).read_to_end(&mut bytes).map(|_| bytes)
     });
-    let mut tell = |now: CopyProgress| told(call, now);
+    let mut tell = |now: CopyProgress| report_progress(call, now);
     let copied = call.unless_cancelled(call.nido().await?.download(vm, request, &mut tell)).await;
     let bytes = reading.await.map_err(|e| Error::internal(format!("the reader broke down: {e}")))?;
     let bytes = bytes.map_err(|e| Error::io("cannot read what was copied", e))?;
@@ -315,7 +315,7 @@ async fn to_answer(call: &CallContext, vm: VmRef<'_>, source: Vec<u8>, most: usi
     ToolResult::new(&DownloadResult { copy, content, content_base64 })
 }
 
-fn told(call: &CallContext, now: CopyProgress) {
+fn report_progress(call: &CallContext, now: CopyProgress) {
     // What grows while it is copied, or is longer than a guest reported, has no known end.
     let total = now.total_bytes.filter(|total| *total >= now.bytes);
     let words = match total {
@@ -323,7 +323,7 @@ fn told(call: &CallContext, now: CopyProgress) {
         None => format!("{} bytes copied", now.bytes),
     };
     #[expect(clippy::cast_precision_loss, reason = "for people")]
-    call.progress.tell(now.bytes as f64, total.map(|total| total as f64), words);
+    call.progress.report(now.bytes as f64, total.map(|total| total as f64), words);
 }
 
 fn pipe() -> Result<(PipeReader, PipeWriter)> {

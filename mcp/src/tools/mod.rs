@@ -94,7 +94,7 @@ pub struct Hints {
 /// Of a tool that can be called again without harm, and stays on this host.
 const REPEATABLE: Hints = Hints { idempotent: true, open_world: false };
 /// Of a tool that does something each time, and stays on this host.
-const ONCE: Hints = Hints { idempotent: false, open_world: false };
+const SINGLE_USE_HINTS: Hints = Hints { idempotent: false, open_world: false };
 
 impl Tool {
     /// Its name.
@@ -139,8 +139,8 @@ impl Tool {
     /// have them.
     pub(crate) fn also_accepts(&self) -> Vec<&'static str> {
         let explained: &[&str] = match self.name() {
-            "vm_spawn" => &creation::SPAWN_DOES,
-            "vm_create" => &creation::CREATE_NEVER_DOES,
+            "vm_spawn" => &creation::SPAWN_ONLY_FIELDS,
+            "vm_create" => &creation::START_FIELDS,
             _ => &[],
         };
         [&[APPROVAL_ID], explained].concat()

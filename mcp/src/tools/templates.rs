@@ -8,7 +8,7 @@ use nido_api::{BuildResult, BuildStep, TemplateInfo, TemplateList};
 use serde::{Deserialize, Serialize};
 
 use super::page::{PageRequest, page};
-use super::{ONCE, Operation, REPEATABLE, Tool, parse};
+use super::{Operation, REPEATABLE, SINGLE_USE_HINTS, Tool, parse};
 use crate::answer::{ToolResult, plain};
 use crate::call_context::CallContext;
 use crate::schema;
@@ -86,7 +86,7 @@ pub const CREATE: Tool = Tool {
     op: op::TEMPLATE_CREATE,
     title: "Create a template",
     about: "Creates a template from a VM's disk, for more VMs with its software. Takes a minute. Next: vm_spawn.",
-    hints: ONCE,
+    hints: SINGLE_USE_HINTS,
     takes: schema::arguments::<Create>,
     unlisted: &[],
     gives: schema::result_or_job::<BuildResult>,
@@ -125,7 +125,7 @@ impl Operation for Create {
             let mut tell = |step: BuildStep| {
                 let (done, total) = (f64::from(step.index), f64::from(step.total));
                 let done = done - 1.0 + f64::from(step.fraction.unwrap_or(0.0)).clamp(0.0, 1.0);
-                call.progress.tell(done, Some(total), plain(&step.stage));
+                call.progress.report(done, Some(total), plain(&step.stage));
             };
             let work = call.nido().await?.template_create(&self.name, &self.from, !self.no_bake, &mut tell);
             ToolResult::new(&call.unless_cancelled(Box::pin(work)).await?)

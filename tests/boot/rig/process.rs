@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
-use super::wait::PATIENCE;
+use super::wait::BOOT_TEST_TIMEOUT;
 
 /// One process.
 #[derive(Debug, Clone)]
@@ -54,7 +54,7 @@ impl Process {
         let pid = Pid::from_raw(self.pid).expect("a process has a number");
         let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
         send(self.pid, Signal::KILL);
-        let limit = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
+        let limit = Timespec { tv_sec: BOOT_TEST_TIMEOUT.as_secs().cast_signed(), tv_nsec: 0 };
         assert_eq!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)), Ok(1), "{self:?} does not die");
     }
 }

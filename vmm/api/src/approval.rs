@@ -15,9 +15,9 @@ pub const APPROVAL_LIFETIME: Duration = Duration::from_secs(120);
 /// How many approvals one caller may wait for at a time.
 pub const APPROVALS_PENDING_MAX: usize = 32;
 
-/// What approval is requested. All of it but the VM's name and what the client calls itself is what an approval is bound to.
+/// The operation that an approval is requested for. All of it but the VM's name and what the client calls itself is what an approval is bound to.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Ask {
+pub struct ApprovalRequest {
     /// The operation, for example `vm_delete`.
     pub tool: String,
     /// The id of the VM it is done to: its name may belong to another one tomorrow.
@@ -33,7 +33,7 @@ pub struct Ask {
     pub arguments: Value,
 }
 
-impl Ask {
+impl ApprovalRequest {
     /// SHA-256 of the arguments in one spelling, whatever order they came in, in hexadecimal.
     #[must_use]
     pub fn digest(&self) -> String {
@@ -143,7 +143,7 @@ mod tests {
 
     fn digest(arguments: Value) -> String {
         let (vm_name, tool) = ("web".parse().unwrap(), "vm_delete".into());
-        Ask { tool, vm_id: "1".into(), vm_name, actor: "uid:1".into(), agent: None, arguments }.digest()
+        ApprovalRequest { tool, vm_id: "1".into(), vm_name, actor: "uid:1".into(), agent: None, arguments }.digest()
     }
 
     #[test]

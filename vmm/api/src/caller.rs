@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 /// The front end that received a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Face {
+#[schema(as = Face)]
+pub enum FrontEnd {
     /// The MCP server.
     Mcp,
     /// The REST server.
@@ -14,7 +15,7 @@ pub enum Face {
     Cli,
 }
 
-impl Face {
+impl FrontEnd {
     /// The word in a line.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -36,7 +37,7 @@ impl Face {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
     /// Which front end received the request.
-    pub face: Face,
+    pub face: FrontEnd,
     /// Who really called: `uid:1000` by peer credentials, `token:ci#ID` by a token's name and id.
     pub actor: String,
     /// The client's own name for itself. A claim.
@@ -48,7 +49,7 @@ impl Caller {
     #[must_use]
     pub fn command_line() -> Self {
         let actor = format!("uid:{}", rustix::process::getuid().as_raw());
-        Self { face: Face::Cli, actor, agent: None }
+        Self { face: FrontEnd::Cli, actor, agent: None }
     }
 
     /// Who owns what this caller makes: a token wherever it was used, a user apart for each front end. What an agent makes on behalf of a

@@ -182,13 +182,13 @@ pub struct Truncated {
 /// What a command has written so far, each stream up to a limit.
 #[derive(Debug)]
 pub struct Collected {
-    out: Piece,
-    err: Piece,
+    out: OutputChunk,
+    err: OutputChunk,
     limit: usize,
 }
 
 #[derive(Debug, Default)]
-struct Piece {
+struct OutputChunk {
     bytes: Vec<u8>,
     truncated: bool,
 }
@@ -197,7 +197,7 @@ impl Collected {
     /// Nothing yet. `limit` is the most that is kept of a stream, in bytes.
     #[must_use]
     pub fn new(limit: usize) -> Self {
-        Self { out: Piece::default(), err: Piece::default(), limit }
+        Self { out: OutputChunk::default(), err: OutputChunk::default(), limit }
     }
 
     /// Adds output of the command.
@@ -243,7 +243,7 @@ impl Collected {
     }
 }
 
-impl Piece {
+impl OutputChunk {
     /// As text, or as base64 if it is not UTF-8. A character that the limit splits is omitted.
     fn text(mut self) -> (Option<String>, Option<String>) {
         if self.truncated {

@@ -91,7 +91,7 @@ pub struct PoolRequest {
 }
 
 impl PoolRequest {
-    /// So many clones of the machine that a bake is requested.
+    /// So many clones of the machine that a bake is requested for.
     #[must_use]
     pub const fn of(wanted: u32, bake: &BakeRequest) -> Self {
         let BakeRequest { cpus, memory_mib, net, machine, accel, nested, .. } = *bake;

@@ -35,7 +35,7 @@ const SECRET_END: [&str; 4] = ["token", "secret", "password", "passwd"];
 
 /// Redacted arguments that do not fit into a line.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Whole {
+pub struct OversizedArguments {
     /// Of the text, in hexadecimal.
     pub sha256: String,
     /// They, as JSON.
@@ -50,7 +50,7 @@ pub fn params(arguments: &Value) -> String {
 
 /// The same, and all of them where they are too long.
 #[must_use]
-pub fn params_and_whole(arguments: &Value) -> (String, Option<Whole>) {
+pub fn params_and_whole(arguments: &Value) -> (String, Option<OversizedArguments>) {
     let redacted = value(arguments);
     let text = redacted.to_string();
     if text.len() <= LIMIT {
@@ -61,7 +61,7 @@ pub fn params_and_whole(arguments: &Value) -> (String, Option<Whole>) {
     let all = BUDGETS.iter().map(|budget| shortened(&redacted, *budget, &cut, false));
     let first = BUDGETS.iter().map(|budget| shortened(&redacted, *budget, &cut, true));
     let fits = all.chain(first).map(|short| short.to_string()).find(|short| short.len() <= LIMIT);
-    (fits.unwrap_or_else(|| json!({ CUT: cut }).to_string()), Some(Whole { sha256, text }))
+    (fits.unwrap_or_else(|| json!({ CUT: cut }).to_string()), Some(OversizedArguments { sha256, text }))
 }
 
 /// Both ends of every text; only what counts most, or everything.

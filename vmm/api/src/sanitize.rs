@@ -41,7 +41,7 @@ const STRING_MAX: usize = 4096;
 
 /// A guest's text as a reader may see it who obeys no escape sequences but might obey words: a model, a log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shown {
+pub struct SanitizedText {
     /// Lines that end with `\n`, tabs, and characters that are what they look like.
     pub text: String,
     /// The middle was left out; a line in its place states how much.
@@ -55,7 +55,7 @@ pub struct Shown {
 ///
 /// What it returns it would not change again.
 #[must_use]
-pub fn for_reader(bytes: &[u8], limit: usize) -> Shown {
+pub fn for_reader(bytes: &[u8], limit: usize) -> SanitizedText {
     let raw = String::from_utf8_lossy(bytes);
     let mut altered = matches!(raw, std::borrow::Cow::Owned(_));
     let mut text = String::with_capacity(raw.len());
@@ -74,7 +74,7 @@ pub fn for_reader(bytes: &[u8], limit: usize) -> Shown {
         rest = &rest[length..];
     }
     let truncated = text.len() > limit;
-    Shown { text: if truncated { head_and_tail(&text, limit) } else { text }, truncated, altered }
+    SanitizedText { text: if truncated { head_and_tail(&text, limit) } else { text }, truncated, altered }
 }
 
 /// The longest tail of `text` that has at most `limit` bytes and cuts no character.
@@ -218,12 +218,12 @@ mod tests {
             prop_assert!(first.text.chars().all(|c| matches!(c, '\n' | '\t') || !is_harmful(c)), "{:?}", first.text);
             prop_assert!(first.text.len() <= limit);
             let again = for_reader(first.text.as_bytes(), limit);
-            prop_assert_eq!(again, Shown { text: first.text, truncated: false, altered: false });
+            prop_assert_eq!(again, SanitizedText { text: first.text, truncated: false, altered: false });
         }
 
         #[test]
         fn plain_text_is_not_touched(text in "[ -~äß日\n\t]{0,80}") {
-            let same = Shown { text: text.clone(), truncated: false, altered: false };
+            let same = SanitizedText { text: text.clone(), truncated: false, altered: false };
             prop_assert_eq!(for_reader(text.as_bytes(), SHOWN_LIMIT), same);
         }
     }

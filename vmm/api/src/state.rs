@@ -56,7 +56,7 @@ impl VmState {
 
     /// No QEMU belongs to it.
     #[must_use]
-    pub const fn at_rest(self) -> bool {
+    pub const fn is_inactive(self) -> bool {
         matches!(self, Self::Created | Self::Stopped | Self::Failed)
     }
 
@@ -404,9 +404,9 @@ mod tests {
                 } else {
                     let next = advance(state, FACTS[fact]);
                     if matches!(FACTS[fact], Fact::QemuExited { .. }) {
-                        prop_assert!(next.at_rest());
+                        prop_assert!(next.is_inactive());
                     }
-                    prop_assert!(!state.at_rest() || next == state);
+                    prop_assert!(!state.is_inactive() || next == state);
                     state = next;
                 }
             }

@@ -178,7 +178,7 @@ impl Home {
     /// The directory of liveness locks: of servers that carry out jobs, of sessions that VMs belong to.
     #[must_use]
     pub fn present(&self) -> PathBuf {
-        self.root.join(layout::PRESENT)
+        self.root.join(layout::LIVENESS_LOCKS)
     }
 
     /// Held (flock(2)) shared while a VM is created, exclusively while template parts are removed.

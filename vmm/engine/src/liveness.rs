@@ -6,30 +6,30 @@
 use std::path::{Path, PathBuf};
 
 use nido_api::error::{Error, Result};
-use nido_files::lock::{Held, is_free};
+use nido_files::lock::{HeldLock, is_free};
 use nido_files::private_dir::make_private_dir;
 use nido_files::random;
 
 /// How often another id is tried when reconciliation removed the file before it was locked.
-const TRIES: u32 = 16;
+const ATTEMPTS_MAX: u32 = 16;
 
 /// A process's liveness lock; released when it is dropped or its process ends.
 #[derive(Debug)]
-pub struct Presence {
+pub struct LivenessLock {
     id: String,
     path: PathBuf,
-    _held: Held,
+    _held: HeldLock,
 }
 
-impl Presence {
+impl LivenessLock {
     /// Takes a lock of its own.
     pub fn begin(directory: &Path) -> Result<Self> {
         let broken = |e| Error::io(format!("cannot use {}", directory.display()), e);
         make_private_dir(directory).map_err(broken)?;
-        for _ in 0..TRIES {
+        for _ in 0..ATTEMPTS_MAX {
             let id = random::id()?;
             let path = directory.join(&id);
-            match Held::try_take(&path) {
+            match HeldLock::try_take(&path) {
                 Ok(Some(held)) => return Ok(Self { id, path, _held: held }),
                 Ok(None) => {}
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
@@ -45,7 +45,7 @@ impl Presence {
     }
 }
 
-impl Drop for Presence {
+impl Drop for LivenessLock {
     fn drop(&mut self) {
         // While it is locked: no other process can acquire it, and without the file the process counts as ended.
         let _ = std::fs::remove_file(&self.path);
@@ -65,7 +65,7 @@ pub fn is_gone(directory: &Path, id: &str) -> bool {
 
 /// The ids of processes that have ended: their files exist, and the locks are free.
 #[must_use]
-pub fn dead(directory: &Path) -> Vec<String> {
+pub fn orphaned_ids(directory: &Path) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
     let ids = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     ids.filter(|id| is_free(&directory.join(id)).unwrap_or(false)).collect()
@@ -75,9 +75,9 @@ pub fn dead(directory: &Path) -> Vec<String> {
 ///
 /// # Errors
 /// The file cannot be opened or removed.
-pub fn remove_dead(directory: &Path, id: &str) -> std::io::Result<()> {
+pub fn remove_orphan(directory: &Path, id: &str) -> std::io::Result<()> {
     let path = directory.join(id);
-    let removed = match Held::try_take_existing(&path) {
+    let removed = match HeldLock::try_take_existing(&path) {
         Ok(Some(_held)) => std::fs::remove_file(&path),
         other => other.map(drop),
     };
@@ -95,7 +95,7 @@ mod tests {
     fn a_dropped_liveness_lock_is_released_and_removed() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("present");
-        let (first, second) = (Presence::begin(&dir).unwrap(), Presence::begin(&dir).unwrap());
+        let (first, second) = (LivenessLock::begin(&dir).unwrap(), LivenessLock::begin(&dir).unwrap());
         let id = first.id().to_owned();
         assert!(!is_gone(&dir, &id) && !is_gone(&dir, second.id()));
         drop(first);
@@ -104,10 +104,10 @@ mod tests {
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
         std::fs::write(dir.join("0123"), "").unwrap();
         assert!(is_gone(&dir, "0123"), "killed");
-        let third = Presence::begin(&dir).unwrap();
-        assert_eq!(dead(&dir), ["0123"]);
+        let third = LivenessLock::begin(&dir).unwrap();
+        assert_eq!(orphaned_ids(&dir), ["0123"]);
         for id in ["0123", third.id(), "never"] {
-            remove_dead(&dir, id).unwrap();
+            remove_orphan(&dir, id).unwrap();
         }
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1, "only the one that died");
         assert!(!is_gone(&dir, third.id()));
@@ -130,8 +130,8 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..50 {
-                        let one = Presence::begin(&dir).unwrap();
-                        dead(&dir).iter().for_each(|id| remove_dead(&dir, id).unwrap());
+                        let one = LivenessLock::begin(&dir).unwrap();
+                        orphaned_ids(&dir).iter().for_each(|id| remove_orphan(&dir, id).unwrap());
                         assert!(!is_gone(&dir, one.id()));
                     }
                 });

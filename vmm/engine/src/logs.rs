@@ -16,7 +16,7 @@ pub const LOG_BYTES_MAX: u64 = 4 << 20;
 /// How many lines go into an error.
 const TAIL_LINES: usize = 20;
 /// How many lines before a panic go with it.
-const BEFORE_PANIC: usize = 5;
+const LINES_BEFORE_PANIC: usize = 5;
 /// How much of a log is looked at for them, in bytes.
 const TAIL_BYTES: u64 = 16 * 1024;
 /// Longest line in an error, in characters.
@@ -38,7 +38,7 @@ pub fn log_tail(dir: &VmDir, names: &[&str]) -> Vec<String> {
 pub fn panic_lines(dir: &VmDir, name: &str) -> Option<Vec<String>> {
     let lines = last_lines(&dir.file(name)).ok()?;
     let at = lines.iter().rposition(|line| line.contains("Kernel panic - not syncing"))?;
-    let from = at.saturating_sub(BEFORE_PANIC);
+    let from = at.saturating_sub(LINES_BEFORE_PANIC);
     Some(lines[from..].iter().take(TAIL_LINES).cloned().collect())
 }
 

@@ -207,18 +207,18 @@ fn accelerator(
         _ if !qemu.accel_tcg => Err(Refusal::QemuLacks { what: "software emulation (TCG)" }),
         (AccelChoice::Tcg, _) => {
             no_isolation("software emulation (TCG), which was requested, has none".into())?;
-            warnings.push(format!("no hardware isolation: {TCG_PROMISE}"));
+            warnings.push(format!("no hardware isolation: {TCG_WARNING}"));
             Ok((Accel::Tcg, "tcg as requested".into()))
         }
         (AccelChoice::Auto, Some(why)) => {
             no_isolation(format!("KVM cannot be used: {why}"))?;
-            warnings.push(format!("no hardware isolation: KVM cannot be used ({why}); {TCG_PROMISE}"));
+            warnings.push(format!("no hardware isolation: KVM cannot be used ({why}); {TCG_WARNING}"));
             Ok((Accel::Tcg, format!("tcg because KVM cannot be used: {why}")))
         }
     }
 }
 
-const TCG_PROMISE: &str = "the VM runs under software emulation (TCG), which is slow and not a security boundary";
+const TCG_WARNING: &str = "the VM runs under software emulation (TCG), which is slow and not a security boundary";
 
 fn machine_type(
     request: &MachineRequest,

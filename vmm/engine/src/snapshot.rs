@@ -46,7 +46,7 @@ pub struct Record {
     /// When it was taken.
     pub created_at: Timestamp,
     /// What it takes to load it, if the VM ran.
-    pub running: Option<Running>,
+    pub running: Option<RunningState>,
     /// For how long the VM's CPUs were paused for it, in milliseconds, if they ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused_ms: Option<u64>,
@@ -54,7 +54,7 @@ pub struct Record {
 
 /// A running VM's part of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Running {
+pub struct RunningState {
     /// The machine it ran on.
     pub machine: BakedMachine,
     /// The QEMU that saved it.
@@ -66,7 +66,7 @@ pub struct Running {
 impl Record {
     /// A record of now.
     #[must_use]
-    pub fn now(running: Option<Running>) -> Self {
+    pub fn now(running: Option<RunningState>) -> Self {
         Self { format: FORMAT, created_at: moment::now(), running, paused_ms: None }
     }
 }
@@ -91,13 +91,13 @@ fn directory(vm: &VmDir) -> PathBuf {
 
 /// A snapshot that is being taken. Dropped before it is published, it is removed.
 #[derive(Debug)]
-pub struct Unfinished {
+pub struct PendingSnapshot {
     path: PathBuf,
     target: PathBuf,
     published: bool,
 }
 
-impl Unfinished {
+impl PendingSnapshot {
     /// Begins one of a VM; `into` is the VM that gets it, mostly the same.
     ///
     /// # Errors
@@ -163,7 +163,7 @@ impl Unfinished {
     }
 }
 
-impl Drop for Unfinished {
+impl Drop for PendingSnapshot {
     fn drop(&mut self) {
         if !self.published {
             let _ = fs::remove_dir_all(&self.path);

@@ -15,7 +15,7 @@ use crate::host::facts;
 /// As much as the store's index, its log and some lines of the audit log take.
 const BYTES: u64 = 512 << 10;
 /// Less free space than this is not taken from.
-const FREE_LEAST: u64 = 16 << 20;
+const FREE_BYTES_MIN: u64 = 16 << 20;
 
 /// The file that keeps the space of a home.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ impl SpaceReserve {
         let home = self.path.parent().unwrap_or(Path::new("."));
         // A process that was killed in between did not complete the file.
         let is_kept = fs::metadata(&self.path).is_ok_and(|meta| meta.len() >= BYTES);
-        if is_kept || facts::disk_free_bytes(home).map_or(true, |free| free < FREE_LEAST) {
+        if is_kept || facts::disk_free_bytes(home).map_or(true, |free| free < FREE_BYTES_MIN) {
             return;
         }
         if let Err(error) = self.allocate() {

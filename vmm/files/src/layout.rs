@@ -40,7 +40,7 @@ pub const DELIVERY_LOCK: &str = "deliver.lock";
 /// Held by the guardian, the process that gives a QEMU a supervisor again.
 pub const GUARDIAN_LOCK: &str = "guardian.lock";
 /// Liveness locks of servers and sessions, by id.
-pub const PRESENT: &str = "present";
+pub const LIVENESS_LOCKS: &str = "present";
 /// Where agents on this machine may have files copied from and to.
 pub const EXCHANGE: &str = "exchange";
 /// The server's own certificate.

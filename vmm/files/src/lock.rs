@@ -16,9 +16,9 @@ use nix::fcntl::{FcntlArg, fcntl};
 
 /// A lock that is held. A process that inherits the descriptor holds it, too.
 #[derive(Debug)]
-pub struct Held(File);
+pub struct HeldLock(File);
 
-impl Held {
+impl HeldLock {
     /// Tries to take the lock; makes the file if need be. `None`: another process holds it.
     ///
     /// # Errors
@@ -55,7 +55,7 @@ impl Held {
     /// Takes the lock, waiting until `deadline`. `None`: another process still holds it then.
     ///
     /// # Errors
-    /// As [`Held::try_take`].
+    /// As [`HeldLock::try_take`].
     pub async fn take(path: &Path, deadline: Instant) -> std::io::Result<Option<Self>> {
         let mut pauses = Pauses::new(Duration::from_millis(1), Duration::from_millis(50));
         loop {
@@ -69,10 +69,10 @@ impl Held {
         }
     }
 
-    /// As [`Held::take`], for locks that are held for moments only: blocks the thread.
+    /// As [`HeldLock::take`], for locks that are held for moments only: blocks the thread.
     ///
     /// # Errors
-    /// As [`Held::try_take`]; that another file came under the name meanwhile is no error.
+    /// As [`HeldLock::try_take`]; that another file came under the name meanwhile is no error.
     pub fn take_blocking(path: &Path, deadline: Instant) -> std::io::Result<Option<Self>> {
         let mut pauses = Pauses::new(Duration::from_micros(50), Duration::from_millis(2));
         loop {
@@ -151,34 +151,34 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
         assert!(!is_held(&path));
-        let first = Held::try_take(&path).unwrap();
+        let first = HeldLock::try_take(&path).unwrap();
         assert!(first.is_some());
         assert!(is_held(&path));
-        assert!(Held::try_take(&path).unwrap().is_none());
+        assert!(HeldLock::try_take(&path).unwrap().is_none());
         drop(first);
         assert!(!is_held(&path));
-        assert!(Held::try_take(&path).unwrap().is_some());
+        assert!(HeldLock::try_take(&path).unwrap().is_some());
     }
 
     #[test]
     fn checking_a_lock_never_creates_its_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
-        let missing = Held::try_take_existing(&path).unwrap_err();
+        let missing = HeldLock::try_take_existing(&path).unwrap_err();
         assert_eq!(missing.kind(), std::io::ErrorKind::NotFound);
         assert!(!is_held(&path) && !path.exists());
-        let held = Held::try_take(&path).unwrap();
-        assert!(held.is_some() && Held::try_take_existing(&path).unwrap().is_none());
+        let held = HeldLock::try_take(&path).unwrap();
+        assert!(held.is_some() && HeldLock::try_take_existing(&path).unwrap().is_none());
     }
 
     #[test]
     fn a_lock_on_a_file_that_was_replaced_is_not_believed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
-        let _first = Held::try_take(&path).unwrap().unwrap();
+        let _first = HeldLock::try_take(&path).unwrap().unwrap();
         std::fs::remove_file(&path).unwrap();
         // A new file under the name is another lock; the old holder no longer stands for the name.
         assert!(!is_held(&path));
-        assert!(Held::try_take(&path).unwrap().is_some());
+        assert!(HeldLock::try_take(&path).unwrap().is_some());
     }
 }

@@ -15,11 +15,11 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::{Store, VmRow, decode, encode, fault, readable};
 
 /// Events older than this are deleted, in milliseconds: 30 days.
-const KEPT_MS: i64 = 30 * 24 * 3600 * 1000;
+const RETENTION_MS: i64 = 30 * 24 * 3600 * 1000;
 /// So many of the last events are kept at most.
-const KEPT: i64 = 100_000;
+const EVENTS_MAX: i64 = 100_000;
 /// How often old ones are looked for, in events.
-const PRUNED_EVERY: i64 = 256;
+const PRUNE_INTERVAL: i64 = 256;
 /// How many rows are read at once.
 const PAGE: i64 = 1000;
 
@@ -52,7 +52,7 @@ impl Store {
             details: details.clone(),
         };
         self.queue(&event)?;
-        if cursor % PRUNED_EVERY == 0 { prune(&self.connection, cursor, now) } else { Ok(()) }
+        if cursor % PRUNE_INTERVAL == 0 { prune(&self.connection, cursor, now) } else { Ok(()) }
     }
 
     /// The events behind a cursor, the oldest first, and the cursor to continue from. Not all at once: a caller that gets the same
@@ -122,7 +122,7 @@ impl Store {
     ///
     /// # Errors
     /// Of the store.
-    pub fn forget_template(&self, template: &TemplateName) -> Result<()> {
+    pub fn record_template_deleted(&self, template: &TemplateName) -> Result<()> {
         let key = params![EventKind::TemplateCreated.word(), template.as_str()];
         let details = EventDetails { template: Some(template.clone()), ..EventDetails::default() };
         self.in_transaction(|| {
@@ -186,7 +186,7 @@ fn encode_details(details: &EventDetails) -> String {
 
 fn prune(connection: &Connection, cursor: i64, now: i64) -> Result<()> {
     let old = "DELETE FROM events WHERE at_ms < ?1 OR cursor <= ?2";
-    connection.execute(old, params![now - KEPT_MS, cursor - KEPT]).map_err(fault).map(drop)
+    connection.execute(old, params![now - RETENTION_MS, cursor - EVENTS_MAX]).map_err(fault).map(drop)
 }
 
 #[cfg(test)]

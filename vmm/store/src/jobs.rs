@@ -11,7 +11,7 @@ use rusqlite::{OptionalExtension, Row, params};
 use super::{Store, decode, encode, fault, readable_rows};
 
 /// How long a job is known after its end, in milliseconds: a day.
-const KEPT_MS: i64 = 24 * 3600 * 1000;
+const RETENTION_MS: i64 = 24 * 3600 * 1000;
 const COLUMNS: &str =
     "id, tool, vm_name, actor, state, started_ms, ended_ms, stage, percent, cancel_asked, result, error";
 /// The same without results, which may be long.
@@ -27,7 +27,7 @@ impl Store {
         let now = now_ms();
         self.in_transaction(|| {
             let old = "DELETE FROM jobs WHERE state <> 'running' AND ended_ms < ?1";
-            self.connection.execute(old, [now - KEPT_MS]).map_err(fault)?;
+            self.connection.execute(old, [now - RETENTION_MS]).map_err(fault)?;
             let room = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE state <> 'running' ORDER BY ended_ms \
                         LIMIT max(0, (SELECT count(*) FROM jobs) + 1 - ?1))";
             let most = i64::try_from(JOBS_MAX).unwrap_or(i64::MAX);

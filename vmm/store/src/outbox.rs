@@ -17,13 +17,13 @@ use rusqlite::{OptionalExtension, params};
 use super::{Store, decode, fault, readable};
 
 /// Finished deliveries older than this are deleted, in milliseconds: 7 days.
-const KEPT_MS: i64 = 7 * 24 * 3600 * 1000;
+const RETENTION_MS: i64 = 7 * 24 * 3600 * 1000;
 /// So many of an endpoint's finished deliveries are kept at most.
-const KEPT: u32 = 1000;
+const DELIVERIES_MAX: u32 = 1000;
 
 /// A delivery that is to be attempted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Due {
+pub struct DueDelivery {
     /// Its number.
     pub id: i64,
     /// The cursor of its event.
@@ -123,14 +123,14 @@ impl Store {
     ///
     /// # Errors
     /// Of the store.
-    pub fn due(&self, webhook_id: &str, now_ms: i64, limit: usize) -> Result<Vec<Due>> {
+    pub fn due(&self, webhook_id: &str, now_ms: i64, limit: usize) -> Result<Vec<DueDelivery>> {
         let query = "SELECT id, cursor, body, attempts, queued_ms FROM deliveries \
                      WHERE webhook_id = ?1 AND due_ms <= ?2 AND NOT EXISTS (SELECT 1 FROM webhooks \
                      WHERE id = ?1 AND rests_until_ms > ?2) ORDER BY due_ms LIMIT ?3";
         let mut statement = self.connection.prepare_cached(query).map_err(fault)?;
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let rows = statement.query_map(params![webhook_id, now_ms, limit], |row| {
-            Ok(Due {
+            Ok(DueDelivery {
                 id: row.get(0)?,
                 cursor: row.get::<_, i64>(1)?.unsigned_abs(),
                 body: row.get(2)?,
@@ -156,11 +156,11 @@ impl Store {
     ///
     /// # Errors
     /// Of the store; then nothing is written.
-    pub fn settle(&self, attempts: &[Attempt], now_ms: i64) -> Result<()> {
-        self.in_transaction(|| attempts.iter().try_for_each(|attempt| self.settle_one(attempt, now_ms)))
+    pub fn record_attempts(&self, attempts: &[Attempt], now_ms: i64) -> Result<()> {
+        self.in_transaction(|| attempts.iter().try_for_each(|attempt| self.record_attempt(attempt, now_ms)))
     }
 
-    fn settle_one(&self, attempt: &Attempt, now_ms: i64) -> Result<()> {
+    fn record_attempt(&self, attempt: &Attempt, now_ms: i64) -> Result<()> {
         let Attempt { id, attempts, status, outcome } = attempt;
         let (state, due, why) = match outcome {
             Outcome::Delivered => (DeliveryState::Delivered, None, None),
@@ -177,7 +177,7 @@ impl Store {
         // It may have been removed meanwhile.
         let Some((webhook_id, lane)) = lane.optional().map_err(fault)? else { return Ok(()) };
         match outcome {
-            Outcome::Again { rests_until_ms, .. } => self.rest(&webhook_id, *rests_until_ms),
+            Outcome::Again { rests_until_ms, .. } => self.postpone(&webhook_id, *rests_until_ms),
             Outcome::Gone { why } => self.disable(&webhook_id, why, now_ms),
             _ => self.next_of_lane(&webhook_id, &lane, now_ms),
         }
@@ -192,7 +192,7 @@ impl Store {
     }
 
     /// Leaves an endpoint alone until then.
-    fn rest(&self, webhook_id: &str, until_ms: Option<i64>) -> Result<()> {
+    fn postpone(&self, webhook_id: &str, until_ms: Option<i64>) -> Result<()> {
         let update = "UPDATE webhooks SET rests_until_ms = max(coalesce(rests_until_ms, 0), ?2) WHERE id = ?1";
         match until_ms {
             Some(until_ms) => self.connection.execute(update, params![webhook_id, until_ms]).map_err(fault).map(drop),
@@ -241,10 +241,10 @@ impl Store {
     pub fn prune_deliveries(&self, now_ms: i64) -> Result<()> {
         for (webhook, _) in self.webhooks()? {
             let old = "DELETE FROM deliveries WHERE webhook_id = ?1 AND done_ms < ?2";
-            self.connection.execute(old, params![webhook.id, now_ms - KEPT_MS]).map_err(fault)?;
+            self.connection.execute(old, params![webhook.id, now_ms - RETENTION_MS]).map_err(fault)?;
             let many = "DELETE FROM deliveries WHERE id IN (SELECT id FROM deliveries WHERE webhook_id = ?1 AND \
                         done_ms IS NOT NULL ORDER BY done_ms DESC, id DESC LIMIT -1 OFFSET ?2)";
-            self.connection.execute(many, params![webhook.id, KEPT]).map_err(fault)?;
+            self.connection.execute(many, params![webhook.id, DELIVERIES_MAX]).map_err(fault)?;
         }
         Ok(())
     }

@@ -23,7 +23,7 @@ pub enum Health {
 
 /// What was copied of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Salvaged {
+pub struct SalvageReport {
     /// The table.
     pub table: String,
     /// So many rows that were not there yet.
@@ -59,7 +59,7 @@ pub fn health(path: &Path) -> Result<Health> {
 fn open(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(super::BUSY_FOR)?;
+    connection.busy_timeout(super::BUSY_TIMEOUT)?;
     connection.execute_batch("PRAGMA cell_size_check=ON; PRAGMA trusted_schema=OFF;")?;
     Ok(connection)
 }
@@ -70,7 +70,7 @@ impl Store {
     ///
     /// # Errors
     /// Of this store.
-    pub fn salvage(&self, from: &Path, tables: &[&str]) -> Result<Vec<Salvaged>> {
+    pub fn salvage(&self, from: &Path, tables: &[&str]) -> Result<Vec<SalvageReport>> {
         let from = open(from).ok();
         self.in_transaction(|| {
             tables
@@ -80,7 +80,7 @@ impl Store {
                         Some(from) => self.salvage_table(from, table)?,
                         None => (0, false),
                     };
-                    Ok(Salvaged { table: (*table).to_owned(), rows, is_complete })
+                    Ok(SalvageReport { table: (*table).to_owned(), rows, is_complete })
                 })
                 .collect()
         })

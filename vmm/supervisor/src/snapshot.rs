@@ -27,7 +27,7 @@ use nido_engine::host::{facts, qemu};
 use nido_engine::machine::Accel;
 use nido_engine::qemu::Monitor;
 use nido_engine::qemu::migration::{self, Bounds, LiveSave, Memory, MigrationError};
-use nido_engine::snapshot::{self, LayerCopy, Record, Unfinished};
+use nido_engine::snapshot::{self, LayerCopy, PendingSnapshot, Record};
 use nido_store::Origin;
 use qapi::qmp::RunState;
 use tokio::time::Instant;
@@ -36,18 +36,18 @@ use super::bake::save_error;
 use super::clock::set_clock;
 use super::control::Reply;
 use super::control_server::ReplySender;
-use super::launch::Running;
+use super::launch::RunningQemu;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::readiness::AgentRoute;
 use super::state::Supervisor;
 
 /// How long the guest may take to write everything to its disk.
-const FROZEN_WITHIN: Duration = Duration::from_secs(30);
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long saving memory and devices may take.
-const SAVED_WITHIN: Duration = Duration::from_secs(600);
+const SAVE_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long, and in how many passes over the memory, the changes of a running guest are followed before it is paused.
-const FOLLOWED_FOR: Duration = Duration::from_secs(2);
-const PASSES: u64 = 8;
+const PRECOPY_TIMEOUT: Duration = Duration::from_secs(2);
+const PRECOPY_PASSES_MAX: u64 = 8;
 /// What a file system in memory calls itself.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
@@ -55,22 +55,22 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 const PRECOPY: &str = "NIDO_PRECOPY";
 
 /// Everything a snapshot is taken with.
-struct Taking {
+struct SnapshotJob {
     vm: VmName,
     dir: VmDir,
     /// The directory of the VM that gets it.
     into: VmDir,
-    way: AgentRoute,
+    agent_route: AgentRoute,
     monitor: Monitor,
-    running: snapshot::Running,
+    running: snapshot::RunningState,
     /// The VM is paused, and stays so.
     paused: bool,
     /// What it may take on the disk.
-    needed: Needed,
+    needed: SpaceEstimate,
 }
 
 /// What a snapshot may take on the disk.
-struct Needed {
+struct SpaceEstimate {
     pid: i32,
     memory_bytes: u64,
     /// The memory image that the guest maps, if it was forked.
@@ -86,7 +86,7 @@ impl Supervisor {
         &self,
         name: SnapshotName,
         into: Option<String>,
-        running: &Running,
+        running: &RunningQemu,
         reply: ReplySender,
     ) {
         let Ok(place) = self.snapshotting.clone().try_acquire_owned() else {
@@ -97,7 +97,7 @@ impl Supervisor {
             Ok(taking) => taking,
             Err(error) => return drop(reply.send(Err(error))),
         };
-        let way = self.way();
+        let agent_route = self.agent_route();
         let paused = taking.paused;
         tokio::spawn(async move {
             let taken = taking.take(&name).await;
@@ -105,12 +105,12 @@ impl Supervisor {
             let taken = taken.inspect_err(|error| tracing::error!("snapshot {name}: {error}"));
             let _ = reply.send(taken.map(|()| Reply::Done));
             if !paused {
-                set_clock(way).await;
+                set_clock(agent_route).await;
             }
         });
     }
 
-    fn taking(&self, into: Option<String>, running: &Running) -> Result<Taking> {
+    fn taking(&self, into: Option<String>, running: &RunningQemu) -> Result<SnapshotJob> {
         let vm = self.row.spec.name.clone();
         let (state, ready) = (self.lifecycle.state(), self.lifecycle.is_ready());
         let paused = state == VmState::Paused;
@@ -124,19 +124,19 @@ impl Supervisor {
             Origin::Fork(saved) => Some(home.blob(&saved.memory)),
             Origin::Boot | Origin::Restore { .. } => None,
         };
-        Ok(Taking {
+        Ok(SnapshotJob {
             vm,
             dir: self.dir.clone(),
             into: into.map_or_else(|| self.dir.clone(), |id| home.vm(&id)),
-            way: self.way(),
+            agent_route: self.agent_route(),
             monitor: running.monitor()?.clone(),
-            running: snapshot::Running {
+            running: snapshot::RunningState {
                 machine: shape(&self.machine, &facts::gather(&home.cache())),
                 qemu: qemu_id(&qemu),
                 token: nido_api::hex::encode(self.guest.token()),
             },
             paused,
-            needed: Needed {
+            needed: SpaceEstimate {
                 pid: running.process.pid(),
                 memory_bytes: u64::from(self.machine.memory_mib) << 20,
                 image,
@@ -146,7 +146,7 @@ impl Supervisor {
     }
 
     /// Resumes a VM whose snapshot was interrupted.
-    pub(super) async fn mend_snapshot(&self, running: &Running) {
+    pub(super) async fn recover_snapshot(&self, running: &RunningQemu) {
         // One that its user paused was not taking a snapshot.
         if !snapshot::remove_unfinished(&self.dir) || self.lifecycle.state() == VmState::Paused {
             return;
@@ -159,15 +159,15 @@ impl Supervisor {
         if let Err(error) = monitor.cont(QMP_TIMEOUT).await {
             tracing::error!("the VM cannot be resumed: {error}");
         }
-        let way = self.way();
+        let agent_route = self.agent_route();
         tokio::spawn(async move {
             // The agent also unfreezes it after a timeout.
-            let _ = thaw(&way, Instant::now() + FROZEN_WITHIN).await;
+            let _ = thaw(&agent_route, Instant::now() + FREEZE_TIMEOUT).await;
         });
     }
 }
 
-impl Needed {
+impl SpaceEstimate {
     /// Refuses where the disk is too full, before anything is done to the VM. Returns the bounds within which it can be saved
     /// while it runs, if it may be and there is enough space for that.
     fn check(&self, dir: &VmDir) -> Result<Option<Bounds>> {
@@ -181,7 +181,7 @@ impl Needed {
         // What is sent before the guest is paused, and all of it once more.
         let sent = memory + memory / 4;
         if self.live && free >= needed + sent {
-            return Ok(Some(Bounds { passes: PASSES, bytes: sent, within: FOLLOWED_FOR }));
+            return Ok(Some(Bounds { passes: PRECOPY_PASSES_MAX, bytes: sent, within: PRECOPY_TIMEOUT }));
         }
         if free >= needed {
             let why = if self.live {
@@ -200,8 +200,8 @@ impl Needed {
         Err(Error::new(Code::DiskFull, words).hint("free some space there, or use another disk with --home"))
     }
 
-    /// Saving reads all of the guest's memory. In a memory file system a hole of the image that is read takes space, and the one
-    /// the reader ends where there is none.
+    /// Saving reads all of the guest's memory. In a memory file system a hole of the image that is read takes space,
+    /// and QEMU is killed if there is none.
     fn holes(&self, dir: &VmDir) -> u64 {
         let in_memory = rustix::fs::statfs(dir.path().as_os_str()).is_ok_and(|facts| facts.f_type == TMPFS_MAGIC);
         match self.image.as_ref().filter(|_| in_memory).and_then(|image| fs::metadata(image).ok()) {
@@ -211,10 +211,10 @@ impl Needed {
     }
 }
 
-impl Taking {
+impl SnapshotJob {
     async fn take(self, name: &SnapshotName) -> Result<()> {
         let bounds = self.needed.check(&self.dir)?;
-        let unfinished = Unfinished::begin(&self.dir, &self.into, name)?;
+        let unfinished = PendingSnapshot::begin(&self.dir, &self.into, name)?;
         nido_files::failpoint!("take.begun");
         let (unfinished, paused_for) = if self.paused {
             (self.save_paused(unfinished).await?, None)
@@ -228,11 +228,15 @@ impl Taking {
     }
 
     /// Saves a running VM, which keeps running. Returns for how long its CPUs were paused.
-    async fn save_running(&self, unfinished: Unfinished, bounds: Option<Bounds>) -> Result<(Unfinished, Duration)> {
-        let deadline = Instant::now() + FROZEN_WITHIN;
-        let stream = self.way.stream(deadline).await.map_err(|e| self.guest_error(e))?;
+    async fn save_running(
+        &self,
+        unfinished: PendingSnapshot,
+        bounds: Option<Bounds>,
+    ) -> Result<(PendingSnapshot, Duration)> {
+        let deadline = Instant::now() + FREEZE_TIMEOUT;
+        let stream = self.agent_route.stream(deadline).await.map_err(|e| self.guest_error(e))?;
         let mut session =
-            Session::open(stream, self.way.guest.token(), deadline).await.map_err(|e| self.guest_error(e))?;
+            Session::open(stream, self.agent_route.guest.token(), deadline).await.map_err(|e| self.guest_error(e))?;
         let disk = Arc::new(unfinished.begin_disk(&self.dir)?);
         let saved = match bounds {
             Some(bounds) => self.save_live(&unfinished, &disk, &mut session, bounds).await,
@@ -247,7 +251,7 @@ impl Taking {
         let gone_on = self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e));
         let paused_for = saved.as_ref().map_or(Duration::ZERO, StdInstant::elapsed);
         nido_files::failpoint!("take.resumed");
-        let thawed = session.thaw(Instant::now() + FROZEN_WITHIN).await.map_err(|e| self.guest_error(e));
+        let thawed = session.thaw(Instant::now() + FREEZE_TIMEOUT).await.map_err(|e| self.guest_error(e));
         saved?;
         gone_on.and(thawed)?;
         tracing::info!("the VM was paused for {} ms", paused_for.as_millis());
@@ -258,7 +262,7 @@ impl Taking {
     /// Saves a VM while it runs, and pauses it at the end. Returns since when it is paused; so too below.
     async fn save_live(
         &self,
-        unfinished: &Unfinished,
+        unfinished: &PendingSnapshot,
         disk: &Arc<LayerCopy>,
         session: &mut Session,
         bounds: Bounds,
@@ -285,7 +289,7 @@ impl Taking {
     /// Pauses a VM, and saves it.
     async fn save_still(
         &self,
-        unfinished: &Unfinished,
+        unfinished: &PendingSnapshot,
         disk: &Arc<LayerCopy>,
         session: &mut Session,
     ) -> Result<StdInstant> {
@@ -299,14 +303,14 @@ impl Taking {
         Ok(paused_at)
     }
 
-    async fn begin_live(&self, unfinished: &Unfinished) -> Result<LiveSave> {
+    async fn begin_live(&self, unfinished: &PendingSnapshot) -> Result<LiveSave> {
         let (socket, state) = (Path::new(SNAPSHOT_SOCKET), unfinished.state()?);
-        LiveSave::begin(&self.monitor, socket, state, SAVED_WITHIN).await.map_err(not_saved)
+        LiveSave::begin(&self.monitor, socket, state, SAVE_TIMEOUT).await.map_err(not_saved)
     }
 
     /// The guest writes everything to its disk, and nothing more until it is unfrozen.
     async fn freeze(&self, session: &mut Session) -> Result<()> {
-        let frozen = session.freeze(Instant::now() + FROZEN_WITHIN).await.map_err(|e| self.guest_error(e));
+        let frozen = session.freeze(Instant::now() + FREEZE_TIMEOUT).await.map_err(|e| self.guest_error(e));
         nido_files::failpoint!("take.frozen");
         frozen
     }
@@ -316,7 +320,7 @@ impl Taking {
     }
 
     /// Memory and disk of a paused guest match.
-    async fn save_paused(&self, unfinished: Unfinished) -> Result<Unfinished> {
+    async fn save_paused(&self, unfinished: PendingSnapshot) -> Result<PendingSnapshot> {
         // QEMU saves a machine once; to save it again it has to have run, if only for a moment.
         if self.monitor.query_status(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))? == RunState::postmigrate {
             self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
@@ -328,9 +332,9 @@ impl Taking {
         blocking(move || unfinished.copy_disk(&dir).map(|()| unfinished)).await
     }
 
-    async fn save_memory(&self, unfinished: &Unfinished) -> Result<()> {
+    async fn save_memory(&self, unfinished: &PendingSnapshot) -> Result<()> {
         let state = unfinished.state()?;
-        migration::save(&self.monitor, Path::new(SNAPSHOT_SOCKET), state, Memory::Within, SAVED_WITHIN)
+        migration::save(&self.monitor, Path::new(SNAPSHOT_SOCKET), state, Memory::Within, SAVE_TIMEOUT)
             .await
             .map_err(not_saved)
     }
@@ -350,7 +354,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(format!("the work failed: {e}")))?
 }
 
-async fn thaw(way: &AgentRoute, deadline: Instant) -> Result<(), GuestError> {
-    let guest: &Guest = &way.guest;
-    Session::open(way.stream(deadline).await?, guest.token(), deadline).await?.thaw(deadline).await
+async fn thaw(agent_route: &AgentRoute, deadline: Instant) -> Result<(), GuestError> {
+    let guest: &Guest = &agent_route.guest;
+    Session::open(agent_route.stream(deadline).await?, guest.token(), deadline).await?.thaw(deadline).await
 }

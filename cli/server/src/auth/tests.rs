@@ -63,10 +63,10 @@ fn pages_of_others_are_refused() {
 #[test]
 fn a_token_for_agents_opens_their_address_with_and_without_a_slash() {
     for open in ["/mcp", "/mcp/"] {
-        assert!(check_restriction(Some(Door::Mcp), open).is_ok(), "{open}");
+        assert!(check_restriction(Some(TokenAudience::Mcp), open).is_ok(), "{open}");
     }
     for closed in ["/", "/v1/vms", "/mcp/v1", "/mcpx", "//mcp"] {
-        assert!(check_restriction(Some(Door::Mcp), closed).is_err(), "{closed}");
+        assert!(check_restriction(Some(TokenAudience::Mcp), closed).is_err(), "{closed}");
     }
     assert!(check_restriction(None, "/v1/vms").is_ok());
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value, json};
 
 /// Puts all schemas in order.
-pub fn settle(api: &mut Value) {
+pub fn normalize_schemas(api: &mut Value) {
     binary(api);
     plain_text(api);
     make_run_vm(api);

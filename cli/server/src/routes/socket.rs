@@ -25,8 +25,8 @@ use axum::routing::get;
 use nido_api::error::{Code, Error, Kind, Result};
 use nido_api::name::VmName;
 use nido_api::operation as op;
-use nido_api::{Caller as AuditCaller, ExecBody, ExecEvent, ExecExit, Face};
-use nido_core::audit::Ending;
+use nido_api::{Caller as AuditCaller, ExecBody, ExecEvent, ExecExit, FrontEnd};
+use nido_core::audit::AuditOutcome;
 use nido_core::execute::{Attempt, Request as Execution, Verdict};
 use nido_core::{ExecControl, ExecEvents};
 use serde::{Deserialize, Serialize};
@@ -84,7 +84,7 @@ async fn attach(
     // Check whether it can be used before the protocol is switched.
     app.nido().await?.info(&vm.name).await?;
     let upgrade = upgrade.protocols(["nido"]).max_message_size(MESSAGE_MAX);
-    let who = AuditCaller { face: Face::Api, actor: caller.actor, agent: None };
+    let who = AuditCaller { face: FrontEnd::Api, actor: caller.actor, agent: None };
     let session = Session { app, name: vm.name, who };
     Ok(upgrade.on_upgrade(move |socket| async move {
         session.run(socket, caller.token).await;
@@ -169,8 +169,8 @@ impl Session {
     async fn write_down(&self, line: Option<Attempt>, outcome: &Result<SessionEnd>) {
         let verdict = match outcome {
             Ok(SessionEnd::Exit(exit)) => Verdict::success(exit.word()),
-            Ok(SessionEnd::Gone) => Verdict { ending: Ending::Unknown, reason: Code::Interrupted.slug().into() },
-            Err(error) => Verdict { ending: Ending::Error, reason: error.code().slug().into() },
+            Ok(SessionEnd::Gone) => Verdict { ending: AuditOutcome::Unknown, reason: Code::Interrupted.slug().into() },
+            Err(error) => Verdict { ending: AuditOutcome::Error, reason: error.code().slug().into() },
         };
         let line = line.unwrap_or_else(|| self.app.nido.owe(self.request(json!({ "name": self.name }))));
         if let Err(error) = line.end(verdict).await {
@@ -192,7 +192,7 @@ impl Session {
         request.term = start.term.filter(|_| request.pty.is_some());
         let (control, events) = self.app.nido().await?.exec(&self.name, request).await?;
         self.app.metrics.exec();
-        talk(&self.app, socket, (control, stdin), events).await
+        exchange_frames(&self.app, socket, (control, stdin), events).await
     }
 
     fn request(&self, arguments: Value) -> Execution {
@@ -253,7 +253,7 @@ impl PingTimer {
 
 /// Forwards the messages of both until one of them ends. Input goes through a task of its own: a command that does not read must not
 /// keep its output or a signal from getting through.
-async fn talk(
+async fn exchange_frames(
     app: &App,
     socket: &mut WebSocket,
     (control, stdin): (ExecControl, Vec<u8>),

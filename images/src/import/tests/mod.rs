@@ -16,7 +16,7 @@ use super::{ImportNote, ImportOptions, import_with};
 use crate::error::ImageError;
 use crate::export::ExportOptions;
 use crate::store::Store;
-use crate::travel::Watch;
+use crate::transfer::TransferWatch;
 
 fn named(name: &str) -> ImportOptions {
     ImportOptions { name: Some(name.to_owned()), ..ImportOptions::default() }
@@ -151,8 +151,8 @@ fn an_interrupted_import_leaves_nothing() {
     // Stopped in the middle of each part, and right before it is published.
     for stop in 1..=9 {
         let cancel = AtomicBool::new(false);
-        let mut progress = |at: crate::travel::TravelProgress| cancel.store(at.index >= stop, Ordering::Relaxed);
-        let mut watch = Watch { progress: &mut progress, cancel: &cancel };
+        let mut progress = |at: crate::transfer::TransferProgress| cancel.store(at.index >= stop, Ordering::Relaxed);
+        let mut watch = TransferWatch { progress: &mut progress, cancel: &cancel };
         let result = import_with(AGENT, to.home(), &mut &archive[..], &ImportOptions::default(), &mut watch);
         match stop {
             // By then it is done.
@@ -171,8 +171,8 @@ fn progress_runs_from_nothing_to_everything() {
     let cancel = AtomicBool::new(false);
     let total: u64 = from.manifest.all_parts().map(|(_, part, _)| part.bytes).sum();
     let mut reports = Vec::new();
-    let mut progress = |at: crate::travel::TravelProgress| reports.push(at);
-    let mut watch = Watch { progress: &mut progress, cancel: &cancel };
+    let mut progress = |at: crate::transfer::TransferProgress| reports.push(at);
+    let mut watch = TransferWatch { progress: &mut progress, cancel: &cancel };
     import_with(AGENT, to.home(), &mut &from.archive()[..], &ImportOptions::default(), &mut watch).unwrap();
     assert!(reports.windows(2).all(|pair| pair[0].bytes <= pair[1].bytes && pair[0].index <= pair[1].index));
     assert!(reports.iter().all(|at| at.total_bytes == total && at.total == 9));

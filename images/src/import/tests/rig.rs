@@ -13,7 +13,7 @@ use crate::export::{ExportOptions, ExportOutcome, export};
 use crate::manifest::tests::sample;
 use crate::manifest::{Bake, BakedMachine, Digest, Disk, Manifest, Part, QemuId};
 use crate::store::Store;
-use crate::travel::Watch;
+use crate::transfer::TransferWatch;
 
 /// The agent of the homes here, of which only this much matters.
 pub const AGENT: OwnAgent<'static> = OwnAgent {
@@ -181,7 +181,7 @@ impl Rig {
 
     pub fn try_export(&self, options: ExportOptions, target: &mut dyn Write) -> Result<ExportOutcome, ImageError> {
         let cancel = AtomicBool::new(false);
-        let mut watch = Watch { progress: &mut |_| {}, cancel: &cancel };
+        let mut watch = TransferWatch { progress: &mut |_| {}, cancel: &cancel };
         export(self.home(), "sandbox", options, (target, Path::new("test")), &mut watch)
     }
 
@@ -230,7 +230,7 @@ pub fn import_into(
     options: &ImportOptions,
 ) -> Result<ImportOutcome, ImageError> {
     let cancel = AtomicBool::new(false);
-    let mut watch = Watch { progress: &mut |_| {}, cancel: &cancel };
+    let mut watch = TransferWatch { progress: &mut |_| {}, cancel: &cancel };
     import_with(agent, home, &mut archive, options, &mut watch)
 }
 

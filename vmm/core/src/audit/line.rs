@@ -15,7 +15,7 @@ use nido_api::hex;
 use nido_api::sanitize::is_harmful;
 use sha2::{Digest as _, Sha256};
 
-use super::Face;
+use super::FrontEnd;
 
 /// The chain before the first line there ever was.
 pub const NO_CHAIN: &str = "0000000000000000000000000000000000000000000000000000000000000000";
@@ -28,7 +28,7 @@ pub struct Record {
     /// When, to the second.
     pub time: Timestamp,
     /// Which front end received the request.
-    pub face: Face,
+    pub face: FrontEnd,
     /// The client's own name for itself; empty if it sends none. A claim.
     pub agent: Vec<u8>,
     /// The operation, named like the MCP tool: `vm_exec`.
@@ -156,7 +156,7 @@ impl Reader<'_> {
     fn record(mut self) -> Option<Record> {
         let time = self.until(b' ')?.parse().ok()?;
         self.expect(b"[")?;
-        let face = Face::of_word(&self.until(b']')?)?;
+        let face = FrontEnd::of_word(&self.until(b']')?)?;
         let record = Record {
             time,
             face,
@@ -227,7 +227,7 @@ impl Reader<'_> {
 
 /// Where a line stands.
 #[derive(Debug, Clone, Copy)]
-pub struct Place<'a> {
+pub struct LinePosition<'a> {
     /// The file's name, within the log's directory.
     pub file: &'a str,
     /// Counted from 1.
@@ -246,7 +246,7 @@ mod tests {
         let bytes = |text: &str| text.as_bytes().to_vec();
         Record {
             time: "2026-01-04T15:00:12Z".parse().unwrap(),
-            face: Face::Mcp,
+            face: FrontEnd::Mcp,
             agent: bytes("claude-desktop"),
             tool: bytes("vm_exec"),
             params: bytes(r#"{"name":"web","command":["sh","-c","echo 'a\n'"]}"#),
@@ -309,7 +309,7 @@ mod tests {
     }
 
     fn record() -> impl Strategy<Value = Record> {
-        let face = prop::sample::select(vec![Face::Mcp, Face::Api, Face::Cli]);
+        let face = prop::sample::select(vec![FrontEnd::Mcp, FrontEnd::Api, FrontEnd::Cli]);
         let values = prop::array::uniform8(value());
         (-62_135_596_800i64..253_402_207_200, face, values, any::<u64>()).prop_map(|(second, face, values, seq)| {
             let [agent, tool, params, result, reason, actor, id, stage] = values;

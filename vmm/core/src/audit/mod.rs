@@ -11,7 +11,7 @@
 //!  line.rs    a line: rendered, parsed, chained          [pure]
 //!  redact.rs  what of the arguments may be recorded  [pure]
 //!  log.rs     the files: appended to, repaired, rotated; two logs, one for what changes something, one for what is only read
-//!  whole.rs   arguments that are too long for a line
+//!  oversized_arguments.rs   arguments that are too long for a line
 //!  repeats.rs reads that repeat are counted
 //!  read.rs    the files: read
 //!  check.rs   verifies the hash chain                [pure]
@@ -26,10 +26,10 @@ pub mod line;
 pub mod log;
 pub(crate) mod read;
 pub use nido_api::redact;
+mod oversized_arguments;
 pub(crate) mod repeats;
 #[cfg(test)]
 mod tests;
-mod whole;
 
 use std::time::Instant;
 
@@ -38,16 +38,16 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::sanitize::head;
 
 use self::line::Record;
-use self::log::{Last, Log};
+use self::log::{Log, LogTail};
 use self::repeats::Repeats;
-pub use nido_api::{Caller, Face};
+pub use nido_api::{Caller, FrontEnd};
 
 /// The longest text of any kind but arguments, in bytes; more is truncated.
-const MAX_WORD: usize = 256;
+const FIELD_BYTES_MAX: usize = 256;
 
 /// What became of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ending {
+pub enum AuditOutcome {
     /// It was done.
     Success,
     /// It failed.
@@ -58,14 +58,14 @@ pub enum Ending {
     Unknown,
 }
 
-impl From<&Error> for Ending {
+impl From<&Error> for AuditOutcome {
     /// How an operation that failed like this ended: the same for every front end.
     fn from(error: &Error) -> Self {
         Self::of_code(error.code())
     }
 }
 
-impl Ending {
+impl AuditOutcome {
     /// The same, where only the error's code is known.
     #[must_use]
     pub const fn of_code(code: Code) -> Self {
@@ -94,7 +94,7 @@ impl Ending {
 pub struct Audited {
     log: Log,
     record: Record,
-    attempt: Last,
+    attempt: LogTail,
     ended: bool,
 }
 
@@ -114,7 +114,7 @@ impl Audited {
     }
 
     /// The line of the attempt.
-    pub(crate) fn attempt(&self) -> &Last {
+    pub(crate) fn attempt(&self) -> &LogTail {
         &self.attempt
     }
 
@@ -124,8 +124,8 @@ impl Audited {
     /// `audit_failed`; the operation has been done nevertheless.
     pub fn end<T>(self, outcome: &Result<T>) -> Result<()> {
         match outcome {
-            Ok(_) => self.end_as(Ending::Success, ""),
-            Err(error) => self.end_as(Ending::from(error), error.code().slug()),
+            Ok(_) => self.end_as(AuditOutcome::Success, ""),
+            Err(error) => self.end_as(AuditOutcome::from(error), error.code().slug()),
         }
     }
 
@@ -133,11 +133,11 @@ impl Audited {
     ///
     /// # Errors
     /// As [`Self::end`].
-    pub fn end_as(mut self, ending: Ending, reason: &str) -> Result<()> {
+    pub fn end_as(mut self, ending: AuditOutcome, reason: &str) -> Result<()> {
         self.write(ending, reason)
     }
 
-    fn write(&mut self, ending: Ending, reason: &str) -> Result<()> {
+    fn write(&mut self, ending: AuditOutcome, reason: &str) -> Result<()> {
         self.ended = true;
         let (result, reason, stage) = (word(ending.word()), word(reason), word("outcome"));
         self.log.append(Record { result, reason, stage, ..self.record.clone() }).map(drop)
@@ -147,7 +147,7 @@ impl Audited {
 impl Drop for Audited {
     fn drop(&mut self) {
         if !self.ended
-            && let Err(error) = self.write(Ending::Unknown, "interrupted")
+            && let Err(error) = self.write(AuditOutcome::Unknown, "interrupted")
         {
             tracing::warn!("{error}");
         }
@@ -162,20 +162,20 @@ pub(crate) fn denied(
     arguments: &serde_json::Value,
     id: &str,
     reason: &str,
-) -> Result<Last> {
+) -> Result<LogTail> {
     let record = act(log, caller, tool, arguments, id, "outcome")?;
-    log.append(Record { result: word(Ending::Denied.word()), reason: word(reason), ..record })
+    log.append(Record { result: word(AuditOutcome::Denied.word()), reason: word(reason), ..record })
 }
 
 /// Records that something was looked at, and what came of it. It changes nothing, so it needs no attempt and the disk is not
 /// waited for. What repeats is counted.
-pub(crate) fn looked(
+pub(crate) fn record_read(
     repeats: &Repeats,
     caller: &Caller,
     tool: &str,
     arguments: &serde_json::Value,
     id: &str,
-    (ending, reason): (Ending, &str),
+    (ending, reason): (AuditOutcome, &str),
 ) -> Result<()> {
     let record = record(caller, tool, redact::params(arguments), id, "outcome");
     let record = Record { result: word(ending.word()), reason: word(reason), ..record };
@@ -214,7 +214,7 @@ fn record(caller: &Caller, tool: &str, params: String, id: &str, stage: &str) ->
 }
 
 fn word(text: &str) -> Vec<u8> {
-    head(text, MAX_WORD).as_bytes().to_vec()
+    head(text, FIELD_BYTES_MAX).as_bytes().to_vec()
 }
 
 /// The audit log cannot be used, and so nothing is done.

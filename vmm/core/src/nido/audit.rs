@@ -15,12 +15,12 @@ use super::Nido;
 use super::create::SPACE_RESERVE_BYTES;
 use crate::audit::checkpoint::{Key, check_signature};
 use crate::audit::line::Line;
-use crate::audit::log::{Last, Log};
+use crate::audit::log::{Log, LogTail};
 use crate::audit::read::unreadable;
-use crate::audit::{self, Audited, Caller, Ending};
+use crate::audit::{self, AuditOutcome, Audited, Caller};
 
 /// What the store calls the log of what is done.
-const ACTS: &str = "acts";
+const WRITE_LOG_HEAD: &str = "acts";
 
 impl Nido {
     /// The log of what is done. Where it is, is written into the home before anything is written there.
@@ -37,8 +37,8 @@ impl Nido {
     }
 
     /// The store knows a line, so that a log that was emptied is noticed.
-    fn audit_written(&self, last: &Last) {
-        if let Err(error) = self.store().audit_head_written(ACTS, last.seq, &last.chain) {
+    fn audit_written(&self, last: &LogTail) {
+        if let Err(error) = self.store().audit_head_written(WRITE_LOG_HEAD, last.seq, &last.chain) {
             tracing::warn!("cannot record the last line of the audit log: {error}");
         }
     }
@@ -75,16 +75,16 @@ impl Nido {
     ///
     /// # Errors
     /// `audit_failed`.
-    pub fn audit_looked(
+    pub fn audit_read_access(
         &self,
         caller: &Caller,
         tool: &str,
         arguments: &serde_json::Value,
-        ending: Ending,
+        ending: AuditOutcome,
         reason: &str,
     ) -> Result<()> {
         self.audit_log()?;
-        audit::looked(&self.reads, caller, tool, arguments, &random::id()?, (ending, reason))
+        audit::record_read(&self.reads, caller, tool, arguments, &random::id()?, (ending, reason))
     }
 
     /// Records how often this process was asked to show the same, where that was only counted.
@@ -130,7 +130,7 @@ impl Nido {
         against.map(check_signature).transpose()?;
         let log = Log::at(self.home().audit());
         // Asked before the log is read: lines that come meanwhile are no reason to miss any.
-        let known = self.store().audit_head(ACTS)?;
+        let known = self.store().audit_head(WRITE_LOG_HEAD)?;
         let (mut verdict, _) = log.check_known(against, known)?;
         let (reads, _) = Log::reads(self.home().audit()).check(None)?;
         verdict.ok &= reads.ok;

@@ -1,4 +1,4 @@
-//! Looking at the host: can it run VMs, how well, and is anything left over from a crash.
+//! Checks the host: whether and how well it can run VMs, and whether a crash left orphans.
 
 mod checks;
 
@@ -14,11 +14,11 @@ use self::checks::{
     check, check_cgroups, check_disk, check_kvm, check_machine, check_memory, check_nesting, check_qemu, check_unit,
     check_user, check_vsock, check_webhooks,
 };
-use crate::nido::reconcile::{Finding, Plan, Removed, Repair, Scope, VmRepair};
+use crate::nido::reconcile::{Finding, Plan, RemovalCounts, Repair, Scope, VmRepair};
 use crate::nido::{Nido, OpenOptions};
 
 impl Nido {
-    /// Looks at the host. With `gc`, removes what crashes left behind.
+    /// Checks the host. With `gc`, removes orphans of crashes.
     ///
     /// # Errors
     /// Of the store.
@@ -156,7 +156,7 @@ impl Nido {
             return self.remove_orphans(plan, unknown).await;
         }
         let removes = plan.removes();
-        if removes == Removed::default() && unknown.is_none() {
+        if removes == RemovalCounts::default() && unknown.is_none() {
             return check("orphans", CheckStatus::Ok, "none");
         }
         check("orphans", CheckStatus::Warning, orphans(removes, unknown)).hint("nido doctor --gc")
@@ -174,7 +174,7 @@ impl Nido {
             Ok(ids) => ids.iter().for_each(|id| snapshot::remove_deleted(&self.vm_dir(id))),
             Err(error) => failures.push(error.to_string()),
         }
-        let Removed { directories, part_bytes, .. } = plan.removes();
+        let RemovalCounts { directories, part_bytes, .. } = plan.removes();
         let removed = format!("removed {directories} directories");
         match (unknown, &failures[..]) {
             (Some(why), _) => {
@@ -229,7 +229,7 @@ async fn check_host(
     let host = tokio::task::spawn_blocking(move || {
         if again {
             // The user may have changed something just before.
-            kvm::forget(&cache);
+            kvm::invalidate(&cache);
         }
         facts::gather(&cache)
     })
@@ -247,8 +247,8 @@ async fn check_host(
 }
 
 /// What `doctor --gc` would remove, in words.
-fn orphans(removes: Removed, unknown_parts: Option<&str>) -> String {
-    let Removed { directories, interrupted, part_bytes } = removes;
+fn orphans(removes: RemovalCounts, unknown_parts: Option<&str>) -> String {
+    let RemovalCounts { directories, interrupted, part_bytes } = removes;
     let parts = match unknown_parts {
         Some(why) => format!("the owners of template parts are unknown: {why}"),
         None => format!("{} MiB of unused template parts", part_bytes.div_ceil(1 << 20)),

@@ -16,9 +16,9 @@ use tokio::io::unix::AsyncFd;
 use super::Nido;
 
 /// How often a reader polls.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 /// The same without notifications of the kernel.
-const LOOK_EVERY_UNWATCHED: Duration = Duration::from_secs(1);
+const POLL_INTERVAL_WITHOUT_INOTIFY: Duration = Duration::from_secs(1);
 /// When a reader polls again after a write, the last first: what is written counts only a moment later.
 const ECHOES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(20), Duration::from_millis(3)];
 /// The most events that [`Nido::events`] gives at once.
@@ -150,7 +150,7 @@ impl Watch {
 
     fn with(descriptor: Result<AsyncFd<OwnedFd>>) -> Self {
         let descriptor = descriptor.inspect_err(|error| {
-            tracing::warn!("{error}; polling every {} s instead", LOOK_EVERY_UNWATCHED.as_secs());
+            tracing::warn!("{error}; polling every {} s instead", POLL_INTERVAL_WITHOUT_INOTIFY.as_secs());
         });
         Self { descriptor: descriptor.ok(), echoes: 0 }
     }
@@ -170,8 +170,8 @@ impl Watch {
 
     /// Returns when something may have been written since the last time, at the latest after two seconds.
     pub async fn changed(&mut self) {
-        let Some(descriptor) = &self.descriptor else { return tokio::time::sleep(LOOK_EVERY_UNWATCHED).await };
-        let within = self.echoes.checked_sub(1).map_or(LOOK_EVERY, |left| ECHOES[left]);
+        let Some(descriptor) = &self.descriptor else { return tokio::time::sleep(POLL_INTERVAL_WITHOUT_INOTIFY).await };
+        let within = self.echoes.checked_sub(1).map_or(POLL_INTERVAL, |left| ECHOES[left]);
         self.echoes = self.echoes.saturating_sub(1);
         let readable = tokio::time::timeout(within, descriptor.readable()).await;
         if let Ok(Ok(mut guard)) = readable {

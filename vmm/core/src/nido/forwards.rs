@@ -8,7 +8,7 @@ use nido_supervisor::control::{Reply, Request};
 use tokio::time::Instant;
 
 use super::Nido;
-use super::exec::{ANSWER_WITHIN, guest_error};
+use super::exec::{AGENT_REPLY_TIMEOUT, guest_error};
 
 impl Nido {
     /// Publishes a port of the guest; the result has the selected host port. A stopped VM publishes it when it
@@ -20,7 +20,7 @@ impl Nido {
         let vm = vm.into();
         grant.limits.check_forward(&spec)?;
         let (row, name) = (self.resolve(vm)?, vm.name);
-        if row.state.at_rest() {
+        if row.state.is_inactive() {
             if spec.host_port == 0 {
                 return Err(Error::new(
                     Code::SpecInvalid,
@@ -39,7 +39,7 @@ impl Nido {
             self.context.refresh_record(&row.id);
             return Ok(spec);
         }
-        match self.ask(&row, &Request::ForwardAdd { forward: spec.into() }).await? {
+        match self.request(&row, &Request::ForwardAdd { forward: spec.into() }).await? {
             Reply::Forward { forward } => {
                 nido_files::failpoint!("forward.published");
                 self.context.refresh_record(&row.id);
@@ -71,10 +71,10 @@ impl Nido {
                 .hint(format!("list them with nido forward ls {name}")));
         }
         for forward in found {
-            if row.state.at_rest() {
+            if row.state.is_inactive() {
                 self.store().remove_forward(&row.id, &forward)?;
             } else {
-                self.ask(&row, &Request::ForwardRemove { forward: forward.into() }).await?;
+                self.request(&row, &Request::ForwardRemove { forward: forward.into() }).await?;
             }
             nido_files::failpoint!("forward.removed");
         }
@@ -91,7 +91,7 @@ impl Nido {
         let (reached, name) = (self.reach(vm).await?, vm.name);
         let tunnel = reached
             .guest
-            .connect(&Connect { host: None, port }, Instant::now() + ANSWER_WITHIN)
+            .connect(&Connect { host: None, port }, Instant::now() + AGENT_REPLY_TIMEOUT)
             .await
             .map_err(|e| guest_error(name, e))?;
         proxy(tunnel, tokio::io::stdin(), tokio::io::stdout()).await.map_err(|e| guest_error(name, e))

@@ -6,7 +6,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use nido_api::error::Result;
 use nido_api::name::{SnapshotName, TemplateName, VmName};
-use nido_api::state::{Admission, Request as Act, StateCause, VmState, admit};
+use nido_api::state::{Admission, Request as StateRequest, StateCause, VmState, admit};
 use nido_api::{ForwardSpec, Limits, VmInfo, VmList, VmPage, VmQuery, VmRef, VmSpec, moment};
 use nido_store::{Purpose, VmRow};
 use nido_supervisor::control::{Reply, Request};
@@ -45,7 +45,7 @@ pub enum Intent<'a> {
 impl Nido {
     /// The row with what its supervisor could not write into it yet.
     pub(crate) fn current(&self, row: VmRow) -> VmRow {
-        if row.state.at_rest() {
+        if row.state.is_inactive() {
             return row;
         }
         match lagging(&self.vm_dir(&row.id), &row) {
@@ -89,7 +89,9 @@ impl Nido {
     /// When a VM ends because it is idle, if no client uses it until then.
     async fn idle_at(&self, row: &VmRow) -> Option<Timestamp> {
         let (Some(idle_ms), VmState::Running) = (row.spec.idle_ms, row.state) else { return None };
-        let Ok(Reply::Status { idle_ms: Some(quiet_ms) }) = self.ask(row, &Request::Status).await else { return None };
+        let Ok(Reply::Status { idle_ms: Some(quiet_ms) }) = self.request(row, &Request::Status).await else {
+            return None;
+        };
         let left = i64::try_from(idle_ms.saturating_sub(quiet_ms)).unwrap_or(i64::MAX);
         moment::now().checked_add(SignedDuration::from_millis(left)).ok()
     }
@@ -140,7 +142,7 @@ impl Nido {
             Intent::Delete { force } => super::delete::check(&row, *force),
             Intent::Restore { snapshot } => super::snapshots::check(&row, &self.vm_dir(&row.id), snapshot),
             Intent::Fork { copies, limits } => self.check_fork(&row, copies, limits),
-            Intent::UseAgent => match admit(row.state, Act::UseAgent) {
+            Intent::UseAgent => match admit(row.state, StateRequest::UseAgent) {
                 Admission::Denied(why) => Err(denied(&row, "used", why)),
                 Admission::Do | Admission::AlreadySo => Ok(()),
             },

@@ -22,7 +22,7 @@ mod plan;
 
 pub use self::adopt::Adoption;
 pub(super) use self::adopt::{insert_recovered, recovered_row};
-pub(super) use self::apply::Removed;
+pub(super) use self::apply::RemovalCounts;
 pub(super) use self::inventory::Scope;
 pub(super) use self::plan::{Finding, Plan, Repair, VmRepair};
 

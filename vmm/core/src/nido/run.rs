@@ -7,7 +7,7 @@ use nido_api::error::Result;
 use nido_api::{Grant, StartRequest, StartStage, VmInfo, VmSpec};
 
 use super::Nido;
-use super::begun::BegunVm;
+use super::vm_in_progress::VmInProgress;
 
 /// How long the VM of a run outlives a caller that was killed, in milliseconds.
 pub const RUN_IDLE_MS: u64 = 60_000;
@@ -22,7 +22,7 @@ impl Nido {
         &self,
         (spec, start): (VmSpec, StartRequest),
         grant: &Grant,
-        begun: &BegunVm,
+        begun: &VmInProgress,
         progress: &mut (dyn FnMut(StartStage) + Send),
         work: impl FnOnce(VmInfo) -> W + Send,
     ) -> Result<T>

@@ -56,7 +56,7 @@ impl Nido {
         // The process that deleted it was killed before the event was written.
         let there = |name: &TemplateName| templates.iter().any(|template| template.name == *name);
         for gone in announced.iter().filter(|name| all_readable && !there(name)) {
-            self.store().forget_template(gone)?;
+            self.store().record_template_deleted(gone)?;
         }
         Ok(list)
     }
@@ -99,7 +99,7 @@ impl Nido {
             already_built &= self.default_bakes(name, progress).await?;
         }
         if !already_built {
-            self.renew_pools();
+            self.refresh_pools();
         }
         let template = self.template_info(name)?;
         self.store().announce_template(name, &template.created_at.to_string())?;
@@ -170,8 +170,8 @@ impl Nido {
         let mut files: Vec<_> = lower.map(|hash| self.home().blob(hash)).collect();
         // A running VM is copied by a hidden snapshot, which is removed again.
         let mut held = None;
-        let copy = if row.state.at_rest() {
-            held = Some(self.hold_at_rest(row).await?);
+        let copy = if row.state.is_inactive() {
+            held = Some(self.lock_stopped(row).await?);
             let disk = dir.file(nido_engine::home::DISK);
             if !disk.exists() {
                 let words =
@@ -183,7 +183,7 @@ impl Nido {
             files.push(disk);
             None
         } else {
-            let aside = self.snapshot_aside(row).await?;
+            let aside = self.take_hidden_snapshot(row).await?;
             files.push(
                 nido_engine::snapshot::dir(&self.vm_dir(&aside.row.id), &aside.name).join(nido_engine::home::DISK),
             );
@@ -230,7 +230,7 @@ impl Nido {
         let gone = name.clone();
         self.with_images(move |images| images.delete(gone.as_str())).await?;
         nido_files::failpoint!("template.deleted");
-        self.store().forget_template(name)?;
+        self.store().record_template_deleted(name)?;
         drop(lock);
         self.drop_unowned_parts().await;
         Ok(())

@@ -20,15 +20,15 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use confirm::{Confirm, Facts, Question, When, is_usual};
+pub use confirm::{Confirm, ConfirmationScope, Facts, Question, is_usual};
 pub use dangerous::DANGEROUS_COMMAND;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::{TemplateName, VmName};
 use nido_api::sanitize::head;
 use nido_api::{ExecRequest, Limits};
-pub use rule::{Arg, Piece, Program, Rule, Variable};
+pub use rule::{Arg, ArgumentPart, Program, Rule, Variable};
 
-use self::rule::Miss;
+use self::rule::Mismatch;
 
 /// The word in the audit log for a command that no rule allows.
 pub const NOT_IN_ALLOWLIST: &str = "not_in_allowlist";
@@ -155,7 +155,7 @@ pub fn decide(policy: &Policy, vm: &VmName, template: &TemplateName, command: &C
     let Some(program) = command.argv.first() else {
         return denied("a login shell is not in the list of allowed commands");
     };
-    let mut nearest = Miss::Program;
+    let mut nearest = Mismatch::Program;
     for rule in rules {
         match rule.check(command) {
             Ok(()) => return Verdict::Allowed,
@@ -165,10 +165,10 @@ pub fn decide(policy: &Policy, vm: &VmName, template: &TemplateName, command: &C
     let program = String::from_utf8_lossy(program);
     let program = head(&program, SHOWN_MAX).escape_debug();
     denied(match nearest {
-        Miss::Program => format!("'{program}' is not in the list of allowed commands, spelled like this"),
-        Miss::Arguments => format!("'{program}' is allowed, but not with these arguments"),
-        Miss::User => format!("'{program}' is allowed, but not as this user"),
-        Miss::Environment => format!("'{program}' is allowed, but not with these variables"),
+        Mismatch::Program => format!("'{program}' is not in the list of allowed commands, spelled like this"),
+        Mismatch::Arguments => format!("'{program}' is allowed, but not with these arguments"),
+        Mismatch::User => format!("'{program}' is allowed, but not as this user"),
+        Mismatch::Environment => format!("'{program}' is allowed, but not with these variables"),
     })
 }
 

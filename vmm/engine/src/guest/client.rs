@@ -13,15 +13,15 @@ use tokio::time::Instant;
 
 use super::error::GuestError;
 use super::session::Session;
-use super::transport::{Endpoint, Stream, connect};
+use super::transport::{AgentAddress, Stream, connect};
 
 /// How long the first ping may take, while a guest starts; each further one twice as long.
-const FIRST_TRY: Duration = Duration::from_secs(1);
+const FIRST_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A VM's guest agent.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Guest {
-    endpoint: Endpoint,
+    endpoint: AgentAddress,
     token: Vec<u8>,
 }
 
@@ -34,13 +34,13 @@ impl fmt::Debug for Guest {
 impl Guest {
     /// The agent behind `endpoint`, with the VM's token ([`TOKEN_LEN`](nido_guest_agent::wire::TOKEN_LEN) bytes).
     #[must_use]
-    pub fn new(endpoint: Endpoint, token: Vec<u8>) -> Self {
+    pub fn new(endpoint: AgentAddress, token: Vec<u8>) -> Self {
         Self { endpoint, token }
     }
 
     /// Where it is.
     #[must_use]
-    pub fn endpoint(&self) -> &Endpoint {
+    pub fn endpoint(&self) -> &AgentAddress {
         &self.endpoint
     }
 
@@ -66,7 +66,7 @@ impl Guest {
     /// # Errors
     /// The last error when the deadline passes; at once one that trying again cannot cure.
     pub async fn wait_ready(&self, deadline: Instant) -> Result<Pong, GuestError> {
-        let mut limit = FIRST_TRY;
+        let mut limit = FIRST_ATTEMPT_TIMEOUT;
         loop {
             match self.ping(deadline.min(Instant::now() + limit)).await {
                 Err(error) if error.may_pass() && Instant::now() < deadline => {

@@ -26,7 +26,7 @@ const GRACE: Duration = Duration::from_secs(15);
 
 /// A command that runs.
 #[derive(Debug)]
-pub struct Running {
+pub struct RunningCommand {
     /// Its process id in the guest.
     pub pid: u32,
     /// Its messages.
@@ -51,7 +51,7 @@ impl Guest {
     ///
     /// # Errors
     /// Those of [`Guest::session`]; [`GuestError::Guest`] if it cannot be started.
-    pub async fn exec(&self, request: Exec, deadline: Instant) -> Result<Running, GuestError> {
+    pub async fn exec(&self, request: Exec, deadline: Instant) -> Result<RunningCommand, GuestError> {
         let limit = request.timeout_ms;
         let session = self.begin(&ToGuest::Exec(request), deadline).await?;
         session.started(limit, deadline).await
@@ -63,13 +63,13 @@ impl Session {
     ///
     /// # Errors
     /// Those of a request; [`GuestError::Guest`] if it cannot be started.
-    pub async fn exec(self, request: Exec, deadline: Instant) -> Result<Running, GuestError> {
+    pub async fn exec(self, request: Exec, deadline: Instant) -> Result<RunningCommand, GuestError> {
         let limit = request.timeout_ms;
         self.link.send(&ToGuest::Exec(request)).await?;
         self.started(limit, deadline).await
     }
 
-    async fn started(mut self, limit_ms: Option<u64>, deadline: Instant) -> Result<Running, GuestError> {
+    async fn started(mut self, limit_ms: Option<u64>, deadline: Instant) -> Result<RunningCommand, GuestError> {
         let pid = match self.answer(deadline, "to start the command").await? {
             ToHost::Started(pid) => pid,
             other => return Err(unexpected(other)),
@@ -77,7 +77,7 @@ impl Session {
         let state = Arc::new(State { credit: Semaphore::new(STDIN_WINDOW as usize), ended: AtomicBool::new(false) });
         let control = Control { link: Arc::clone(&self.link), state: Arc::clone(&state) };
         let deadline = limit_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms) + GRACE));
-        Ok(Running { pid, events: Events { session: Some(self), state, deadline, exited: false }, control })
+        Ok(RunningCommand { pid, events: Events { session: Some(self), state, deadline, exited: false }, control })
     }
 }
 
@@ -209,7 +209,7 @@ impl Control {
     /// # Errors
     /// [`GuestError::Gone`] if the command has ended.
     pub async fn eof(&self) -> Result<(), GuestError> {
-        self.tell(&ToGuest::StdinEof).await
+        self.send_control(&ToGuest::StdinEof).await
     }
 
     /// Sends a signal to the command's process group.
@@ -217,7 +217,7 @@ impl Control {
     /// # Errors
     /// [`GuestError::Gone`] if the command has ended.
     pub async fn signal(&self, signal: u8) -> Result<(), GuestError> {
-        self.tell(&ToGuest::Signal(signal)).await
+        self.send_control(&ToGuest::Signal(signal)).await
     }
 
     /// Sends the terminal's new size.
@@ -225,10 +225,10 @@ impl Control {
     /// # Errors
     /// [`GuestError::Gone`] if the command has ended.
     pub async fn resize(&self, size: WindowSize) -> Result<(), GuestError> {
-        self.tell(&ToGuest::Resize(size)).await
+        self.send_control(&ToGuest::Resize(size)).await
     }
 
-    async fn tell(&self, message: &ToGuest) -> Result<(), GuestError> {
+    async fn send_control(&self, message: &ToGuest) -> Result<(), GuestError> {
         if self.state.ended.load(Ordering::Acquire) {
             return Err(GuestError::Gone);
         }

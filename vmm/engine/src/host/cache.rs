@@ -36,7 +36,7 @@ pub fn put<K: Serialize, V: Serialize>(dir: &Path, name: &str, key: &K, value: &
 }
 
 /// Removes what is stored under `name`.
-pub fn forget(dir: &Path, name: &str) {
+pub fn invalidate(dir: &Path, name: &str) {
     let _ = fs::remove_file(dir.join(name));
 }
 
@@ -55,7 +55,7 @@ mod tests {
         put(dir.path(), "a.json", &("boot", 1), &42);
         assert_eq!(get::<(String, i32), i32>(dir.path(), "a.json", &("boot".into(), 1)), Some(42));
         assert_eq!(get::<(String, i32), i32>(dir.path(), "a.json", &("boot".into(), 2)), None);
-        forget(dir.path(), "a.json");
+        invalidate(dir.path(), "a.json");
         assert_eq!(get::<(String, i32), i32>(dir.path(), "a.json", &("boot".into(), 1)), None);
     }
 

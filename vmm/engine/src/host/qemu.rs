@@ -179,7 +179,7 @@ pub fn probe(program: &Path, cache_dir: &Path) -> Result<QemuFacts, QemuProbeErr
         return Ok(facts);
     }
     let hash = hash_of(program).map_err(|source| QemuProbeError::CannotRun { path: program.into(), source })?;
-    let facts = QemuFacts { sha256: hash, ..ask(program, PROBE_TIMEOUT)? };
+    let facts = QemuFacts { sha256: hash, ..probe_program(program, PROBE_TIMEOUT)? };
     cache::put(cache_dir, &name, &key, &facts);
     Ok(facts)
 }
@@ -217,7 +217,7 @@ const QUESTIONS: &str = concat!(
 );
 
 /// Runs the program without a machine and probes it.
-fn ask(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
+fn probe_program(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
     let mut command = Command::new(program);
     daemon::set_qemu_environment(&mut command);
     let child = command
@@ -227,7 +227,7 @@ fn ask(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
         .stderr(Stdio::piped())
         .spawn();
     let mut child = match child {
-        Ok(child) => Reaped(child),
+        Ok(child) => ReapedChild(child),
         Err(source) => return Err(QemuProbeError::CannotRun { path: program.into(), source }),
     };
     let (stdin, stdout, stderr) = (child.0.stdin.take(), child.0.stdout.take(), child.0.stderr.take());
@@ -250,9 +250,9 @@ fn ask(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
 }
 
 /// A child that is gone, and waited for, when this is.
-struct Reaped(Child);
+struct ReapedChild(Child);
 
-impl Drop for Reaped {
+impl Drop for ReapedChild {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();

@@ -183,7 +183,7 @@ mod tests {
         let lock = root.path().join("vm.lock");
         let sleep =
             |file: fs::File| Command::new("sleep").arg("100").current_dir(root.path()).stdin(file).spawn().unwrap();
-        let held = nido_files::lock::Held::try_take(&lock).unwrap().unwrap();
+        let held = nido_files::lock::HeldLock::try_take(&lock).unwrap().unwrap();
         let mut holder = sleep(held.file().try_clone().unwrap());
         drop(held);
         let mut other = sleep(fs::File::open(&lock).unwrap());

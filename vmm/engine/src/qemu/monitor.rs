@@ -90,13 +90,13 @@ pub struct Monitor {
 struct Request {
     id: u64,
     line: Vec<u8>,
-    answer: oneshot::Sender<Answer>,
+    answer: oneshot::Sender<QmpReply>,
 }
 
-type Answer = Result<Value, Refused>;
+type QmpReply = Result<Value, QmpError>;
 
 #[derive(Debug)]
-struct Refused {
+struct QmpError {
     class: String,
     desc: String,
 }
@@ -148,7 +148,7 @@ impl Monitor {
         let late = |_| MonitorError::Timeout { command: C::NAME, timeout_ms: timeout.as_millis() };
         match tokio::time::timeout(timeout, exchange).await.map_err(late)?? {
             Ok(value) => serde_json::from_value(value).map_err(strange),
-            Err(Refused { class, desc }) => Err(MonitorError::Refused { command: C::NAME, class, desc }),
+            Err(QmpError { class, desc }) => Err(MonitorError::Refused { command: C::NAME, class, desc }),
         }
     }
 
@@ -249,7 +249,7 @@ async fn greeting(stream: &mut UnixStream, lines: &mut Lines) -> Result<(), Moni
 struct Driver {
     commands: mpsc::Receiver<Request>,
     events: mpsc::Sender<MonitorEvent>,
-    waiting: HashMap<u64, oneshot::Sender<Answer>>,
+    waiting: HashMap<u64, oneshot::Sender<QmpReply>>,
     lost: u64,
     output: Vec<u8>,
     nonsense: Arc<OnceLock<WireError>>,
@@ -296,20 +296,20 @@ impl Driver {
     fn receive(&mut self, message: Message) {
         match message {
             Message::Return { id, value } => self.answer(id, Ok(value)),
-            Message::Error { id, class, desc } => self.answer(id, Err(Refused { class, desc })),
-            Message::Event(event) => self.tell(event),
+            Message::Error { id, class, desc } => self.answer(id, Err(QmpError { class, desc })),
+            Message::Event(event) => self.notify_listeners(event),
             Message::Greeting(_) | Message::Other => {}
         }
     }
 
     /// A reply without a waiting command is dropped.
-    fn answer(&mut self, id: Option<u64>, answer: Answer) {
+    fn answer(&mut self, id: Option<u64>, answer: QmpReply) {
         if let Some(waiting) = id.and_then(|id| self.waiting.remove(&id)) {
             let _ = waiting.send(answer);
         }
     }
 
-    fn tell(&mut self, event: Event) {
+    fn notify_listeners(&mut self, event: Event) {
         if self.lost > 0 && self.events.try_send(MonitorEvent::Lost(self.lost)).is_ok() {
             self.lost = 0;
         }

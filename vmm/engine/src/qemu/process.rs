@@ -210,12 +210,12 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use nido_files::lock::{Held, is_held};
+    use nido_files::lock::{HeldLock, is_held};
 
     const DIR: &str = "NIDO_TEST_LOCK_DIR";
 
     fn run(dir: &Path, program: &str, args: &[&str]) -> QemuProcess {
-        let lock = Held::try_take(&dir.join("vm.lock")).unwrap().unwrap();
+        let lock = HeldLock::try_take(&dir.join("vm.lock")).unwrap().unwrap();
         let log = OpenOptions::new().append(true).create(true).open(dir.join("qemu.log")).unwrap();
         let args: Vec<OsString> = args.iter().map(Into::into).collect();
         QemuProcess::spawn(Launch { program: program.as_ref(), args: &args, vm_dir: dir, log, lock: lock.file() })
@@ -228,7 +228,7 @@ mod tests {
 
     /// A process that another test forks at this moment may have a copy of the descriptor until it executes its program.
     async fn is_freed(lock: &Path) -> bool {
-        Held::take(lock, std::time::Instant::now() + Duration::from_secs(30)).await.unwrap().is_some()
+        HeldLock::take(lock, std::time::Instant::now() + Duration::from_secs(30)).await.unwrap().is_some()
     }
 
     fn shell(script: &str) -> (tempfile::TempDir, QemuProcess) {
@@ -296,7 +296,7 @@ mod tests {
     }
 
     /// The supervisor of the next test, in a process of its own: starts a child, prints its number, waits to be killed.
-    fn be_the_supervisor(dir: &Path) {
+    fn run_as_supervisor(dir: &Path) {
         let process = run(dir, "/bin/sh", &["-c", "exec sleep 100"]);
         println!("\nchild {}", process.pid());
         io::stdout().flush().unwrap();
@@ -306,7 +306,7 @@ mod tests {
     #[tokio::test]
     async fn the_lock_outlives_a_supervisor_that_is_killed() {
         if let Some(dir) = std::env::var_os(DIR) {
-            return be_the_supervisor(Path::new(&dir));
+            return run_as_supervisor(Path::new(&dir));
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.lock");

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio_util::compat::{FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
 
-use crate::liar::welcome;
+use crate::fake_agent::welcome;
 use crate::rig::{Rig, soon, within};
 
 /// The agent's end of the channel, up to the agreement, and what was seen on the way.

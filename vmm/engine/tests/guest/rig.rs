@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use nido_engine::guest::{Channel, Endpoint, Event, Guest, GuestError, Running};
+use nido_engine::guest::{AgentAddress, Channel, Event, Guest, GuestError, RunningCommand};
 use nido_guest_agent::config::{Channel as Reach, GuestConfig, Init};
 use nido_guest_agent::wire::{Exec, Exited};
 use rustix::fs::MemfdFlags;
@@ -67,7 +67,7 @@ impl Rig {
     }
 
     /// The channel alone, for an agent that gets bootstrap requests first.
-    pub fn with_letters() -> Self {
+    pub fn with_bootstrap() -> Self {
         Self::with_channel(true)
     }
 
@@ -75,7 +75,7 @@ impl Rig {
         let dir = TempDir::new().unwrap();
         let channel = UnixListener::bind(dir.path().join("channel.sock")).unwrap();
         let clients = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
-        let endpoint = Endpoint::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
+        let endpoint = AgentAddress::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
         let guest = Guest::new(endpoint, TOKEN.to_vec());
         let channel = Channel::start(channel, clients, letters);
         channel.open(true);
@@ -168,7 +168,7 @@ pub struct Outcome {
 }
 
 /// Takes all events.
-pub async fn collect(mut running: Running) -> Result<Outcome, GuestError> {
+pub async fn collect(mut running: RunningCommand) -> Result<Outcome, GuestError> {
     let (mut stdout, mut stderr, mut last) = (Vec::new(), Vec::new(), None);
     while let Some(event) = running.events.next().await? {
         match event {

@@ -1,4 +1,4 @@
-use super::super::{AgentReady, BootParts, End, Purpose, Transition, Transitioned};
+use super::super::{AgentReady, BootParts, Purpose, Transition, TransitionOutcome, VmEnd};
 use super::*;
 use nido_api::state::{FailureCause, VmState};
 use nido_api::{AgentInfo, Failure, Limit, VmSpec};
@@ -49,11 +49,11 @@ fn answered_from(ip_address: Option<String>) -> Transition {
 }
 
 fn ended(state: VmState, failure: Option<Failure>, last_log_entries: Vec<String>) -> Transition {
-    Transition::Ended(Box::new(End { state, cause: None, failure, last_log_entries }))
+    Transition::Ended(Box::new(VmEnd { state, cause: None, failure, last_log_entries }))
 }
 
 fn make(store: &Store, id: &str, transition: &Transition) {
-    assert_eq!(store.transition(id, transition).unwrap(), Transitioned::Yes);
+    assert_eq!(store.transition(id, transition).unwrap(), TransitionOutcome::Yes);
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn a_crash_has_a_cause_and_log_lines() {
     assert!((7000..60_000).contains(&crash.details.ran_ms.unwrap()));
     // Recorded once.
     let again = ended(VmState::Failed, None, Vec::new());
-    assert_eq!(store.transition("1", &again).unwrap(), Transitioned::No(VmState::Failed));
+    assert_eq!(store.transition("1", &again).unwrap(), TransitionOutcome::No(VmState::Failed));
     assert_eq!(words(&store).len(), 3);
 }
 
@@ -132,7 +132,7 @@ fn templates_and_snapshots_are_announced_once_per_creation() {
     assert_eq!(words(&store), ["template.created", "snapshot.created", "template.created", "snapshot.created"]);
     assert_eq!(store.announced_templates().unwrap(), std::slice::from_ref(&template));
     for _ in 0..2 {
-        store.forget_template(&template).unwrap();
+        store.record_template_deleted(&template).unwrap();
     }
     assert!(store.announced_templates().unwrap().is_empty());
     store.announce_template(&template, &Timestamp::from_second(2).unwrap().to_string()).unwrap();
@@ -159,7 +159,7 @@ fn old_events_are_deleted_and_their_cursors_never_reused() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
     store.connection.execute("UPDATE events SET at_ms = 0", []).unwrap();
-    for number in 0..PRUNED_EVERY {
+    for number in 0..PRUNE_INTERVAL {
         make(&store, "1", &to(if number % 2 == 0 { VmState::Running } else { VmState::Paused }));
     }
     assert!(all(&store)[0].event != EventKind::VmCreated);

@@ -52,7 +52,7 @@ fn a_request_of_a_newer_version_is_refused_with_the_version_that_is_spoken() {
 
 #[test]
 fn every_message_carries_its_version() {
-    let line = encode(&Request::Stop(StopOrder::default()), VERSION).unwrap();
+    let line = encode(&Request::Stop(StopCommand::default()), VERSION).unwrap();
     let text: Value = serde_json::from_slice(&line).unwrap();
     assert_eq!(text, json!({"version": 2, "op": "stop", "force": false, "timeout_ms": 30000}));
     let reply = encode(&Reply::Stage { stage: StartStage::Booting }, VERSION).unwrap();
@@ -72,7 +72,7 @@ fn an_order_with_an_unknown_field_or_without_a_new_one_is_understood() {
     expected.forwards = vec!["0:80".parse().unwrap()];
     assert_eq!((spec, order.disk_bytes, order.ticket.as_str(), order.max_vms), (expected, 7, "", None));
     let stop = br#"{"version":2,"op":"stop","why":"maintenance"}"#;
-    assert_eq!(decode_request(stop).1, Ok(Request::Stop(StopOrder { force: false, timeout_ms: 30_000 })));
+    assert_eq!(decode_request(stop).1, Ok(Request::Stop(StopCommand { force: false, timeout_ms: 30_000 })));
 }
 
 #[test]

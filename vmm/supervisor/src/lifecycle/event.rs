@@ -7,7 +7,7 @@ use nido_api::state::{FailureCause, StateCause};
 use nido_guest_agent::wire::Pong;
 
 use crate::limits::Limits;
-use crate::pause::Observed;
+use crate::pause::ObservedState;
 
 /// What happens to a VM.
 #[derive(Debug, Clone)]
@@ -33,7 +33,7 @@ pub(crate) enum Event {
     /// So many sessions has the agent, which was asked because the VM seemed to be idle.
     AgentSessions(u32),
     /// QEMU's word for what the CPUs do.
-    Observed(Observed),
+    Observed(ObservedState),
     /// QEMU reported that the CPUs run.
     CpusRun,
     /// A pause that was requested is done.

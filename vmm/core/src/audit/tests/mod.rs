@@ -13,7 +13,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::log::{LOG, Log, moves};
-use super::{Audited, Caller, Ending, Face, Repeats, denied, looked};
+use super::{AuditOutcome, Audited, Caller, FrontEnd, Repeats, denied, record_read};
 
 struct Place {
     _directory: TempDir,
@@ -68,7 +68,7 @@ impl Place {
 }
 
 fn operate(log: &Log, agent: &str, operations: usize) {
-    let caller = Caller { face: Face::Mcp, actor: "uid:7".into(), agent: Some(agent.into()) };
+    let caller = Caller { face: FrontEnd::Mcp, actor: "uid:7".into(), agent: Some(agent.into()) };
     for number in 0..operations {
         let arguments = json!({ "name": "web", "number": number });
         let begun = Audited::begin(log.clone(), &caller, "vm_exec", &arguments, "c0ffee").unwrap();
@@ -93,7 +93,7 @@ fn attempt_and_outcome_are_two_lines() {
 #[test]
 fn an_operation_that_is_dropped_ends_as_unknown() {
     let place = Place::new();
-    let caller = Caller { face: Face::Api, actor: "token:ci".into(), agent: None };
+    let caller = Caller { face: FrontEnd::Api, actor: "token:ci".into(), agent: None };
     drop(Audited::begin(place.log.clone(), &caller, "vm_delete", &json!({}), "1").unwrap());
     assert!(place.lines()[1].contains("result='unknown' reason='interrupted' actor='token:ci' id='1' stage='outcome'"));
 }
@@ -101,7 +101,7 @@ fn an_operation_that_is_dropped_ends_as_unknown() {
 #[test]
 fn a_denied_operation_is_one_line() {
     let place = Place::new();
-    let caller = Caller { face: Face::Mcp, actor: "uid:7".into(), agent: Some("x' tool='y".into()) };
+    let caller = Caller { face: FrontEnd::Mcp, actor: "uid:7".into(), agent: Some("x' tool='y".into()) };
     denied(&place.log, &caller, "vm_exec", &json!({ "token": "hunter2" }), "1", "not_in_allowlist").unwrap();
     let [line] = place.lines().try_into().unwrap();
     let told = r#"[MCP] agent='x\' tool=\'y' tool='vm_exec' params='{"token":"[redacted: 7 bytes]"}' result='denied' reason='not_in_allowlist'"#;
@@ -277,12 +277,12 @@ fn cost() {
 fn reads_have_their_own_chain_and_rotation() {
     let place = Place::with_limits(4000, 9);
     let repeats = Repeats::new(Log::reads(place.path.clone()));
-    let caller = Caller { face: Face::Api, actor: "token:ci#1".into(), agent: None };
+    let caller = Caller { face: FrontEnd::Api, actor: "token:ci#1".into(), agent: None };
     place.write(2);
     for round in 0..200 {
-        let ending = if round % 2 == 0 { (Ending::Success, "") } else { (Ending::Error, "vm_not_found") };
+        let ending = if round % 2 == 0 { (AuditOutcome::Success, "") } else { (AuditOutcome::Error, "vm_not_found") };
         let arguments = json!({ "name": format!("web-{round}") });
-        looked(&repeats, &caller, "vm_info", &arguments, "0123456789abcdef", ending).unwrap();
+        record_read(&repeats, &caller, "vm_info", &arguments, "0123456789abcdef", ending).unwrap();
     }
     place.expect(4);
     assert!(place.lines().iter().all(|line| !line.contains("tool='vm_info'")));
@@ -291,7 +291,7 @@ fn reads_have_their_own_chain_and_rotation() {
     // A failed write is reported.
     fs::remove_dir_all(&place.path).unwrap();
     fs::write(&place.path, "").unwrap();
-    let refused = looked(&repeats, &caller, "vm_ls", &json!({}), "0123456789abcdef", (Ending::Success, ""));
+    let refused = record_read(&repeats, &caller, "vm_ls", &json!({}), "0123456789abcdef", (AuditOutcome::Success, ""));
     assert_eq!(refused.unwrap_err().code(), Code::AuditFailed);
 }
 

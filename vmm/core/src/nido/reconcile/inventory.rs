@@ -129,7 +129,11 @@ impl Inventory {
         Ok(Self {
             vms: vms.into_iter().map(|(id, row)| VmFacts::read(nido, id, row, scope)).collect(),
             deleted_directories,
-            dead_processes: if scope == Scope::Create { Vec::new() } else { liveness::dead(&nido.home().present()) },
+            dead_processes: if scope == Scope::Create {
+                Vec::new()
+            } else {
+                liveness::orphaned_ids(&nido.home().present())
+            },
             orphaned_builds: if everything { nido_images::orphaned_builds(nido.home().root()) } else { Vec::new() },
             parts: (everything || is_due()).then(|| PartFacts::read(nido)).transpose()?,
         })
@@ -160,7 +164,7 @@ impl VmFacts {
         };
         let is_over =
             |row: &RowFacts| nido.context().is_abandoned_by(&row.id, row.lease.as_deref(), row.made_by.as_deref());
-        let is_stopped = row.as_ref().and_then(|row| row.state).is_some_and(VmState::at_rest);
+        let is_stopped = row.as_ref().and_then(|row| row.state).is_some_and(VmState::is_inactive);
         let looks_inside = scope == Scope::Everything && is_unattended && is_stopped && directory != Directory::Missing;
         Self {
             abandoned: is_unattended && row.as_ref().is_some_and(is_over),

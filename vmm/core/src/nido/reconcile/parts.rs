@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use nido_api::error::{Error, Result};
-use nido_images::{Store as ImageStore, Stored};
+use nido_images::{Store as ImageStore, StoreContents};
 use nido_supervisor::vm_record::VmRecord;
 
 use crate::nido::Nido;
@@ -24,7 +24,7 @@ pub(super) struct PartFacts {
     /// A part may have lost its last owner since the last removal.
     pub is_due: bool,
     /// What is stored.
-    pub stored: Stored,
+    pub stored: StoreContents,
     /// Hashes of the parts that have an owner. The error is the reason why that is unknown.
     pub owned: Result<HashSet<String>, String>,
 }
@@ -74,7 +74,7 @@ impl PartFacts {
         let owned = owned.and_then(|owned| with_other_owners(nido, &images, owned));
         Ok(match stored {
             Ok(stored) => Self { is_due, stored, owned },
-            Err(error) => Self { is_due, stored: Stored::default(), owned: Err(error.to_string()) },
+            Err(error) => Self { is_due, stored: StoreContents::default(), owned: Err(error.to_string()) },
         })
     }
 }

@@ -149,7 +149,7 @@ pub(super) fn plan_vm(vm: &VmFacts) -> Vec<VmRepair> {
     }
     let Some(state) = row.state else { return Vec::new() };
     let mut repairs = Vec::new();
-    if !state.at_rest() {
+    if !state.is_inactive() {
         repairs.push(VmRepair::RecordEnd { files_lost: vm.directory == Directory::Missing });
     }
     let has_ended = state != VmState::Created;

@@ -7,7 +7,7 @@ use std::path::Path;
 use nido_api::VmSpec;
 use nido_api::state::VmState;
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK, VM_RECORD};
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_store::{BootParts, Purpose, VmRow};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -69,7 +69,7 @@ fn open(root: &Path) -> Nido {
 }
 
 /// Makes what a case describes. The locks are held until they are dropped.
-fn make(nido: &Nido, id: &str, case: &Case, open_session: &str) -> Vec<Held> {
+fn make(nido: &Nido, id: &str, case: &Case, open_session: &str) -> Vec<HeldLock> {
     let dir = nido.vm_dir(id);
     if let Some((state, deleting, ephemeral, session)) = case.row {
         let mut spec = VmSpec::named(format!("vm-{id}").parse().unwrap());
@@ -88,8 +88,8 @@ fn make(nido: &Nido, id: &str, case: &Case, open_session: &str) -> Vec<Held> {
         return Vec::new();
     }
     dir.make().unwrap();
-    let supervisor = Held::try_take(&dir.file(SUPERVISOR_LOCK)).unwrap().unwrap();
-    let qemu = Held::try_take(&dir.file(VM_LOCK)).unwrap().unwrap();
+    let supervisor = HeldLock::try_take(&dir.file(SUPERVISOR_LOCK)).unwrap().unwrap();
+    let qemu = HeldLock::try_take(&dir.file(VM_LOCK)).unwrap().unwrap();
     if case.files != Files::Locks {
         fs::write(dir.file(DISK), "disk").unwrap();
     }
@@ -150,7 +150,7 @@ proptest! {
             if is_unwanted {
                 prop_assert!(files_of(&nido, id).is_empty(), "{:?}", case);
             } else {
-                prop_assert!(row(id).unwrap().state.at_rest(), "{:?}", case);
+                prop_assert!(row(id).unwrap().state.is_inactive(), "{:?}", case);
                 prop_assert_eq!(nido.vm_dir(id).file(DISK).exists(), has_data, "{:?}", case);
                 prop_assert!(!nido.vm_dir(id).file("snapshots/.new-one").exists(), "{:?}", case);
                 let is_whole = nido.vm_dir(id).file("snapshots/whole").exists();
@@ -206,7 +206,7 @@ async fn orphans_of_ended_processes_are_removed() {
             && home.join("blobs/sha256").join(&part).exists()
     );
     let plan = nido.plan_reconciliation(Scope::Everything).unwrap();
-    assert_eq!(plan.removes(), Removed { directories: 1, interrupted: 0, part_bytes: 4 });
+    assert_eq!(plan.removes(), RemovalCounts { directories: 1, interrupted: 0, part_bytes: 4 });
     reconcile_everything(&nido).await;
     assert!(!home.join("build/dead").exists() && !home.join("templates/.new-1").exists());
     assert!(!home.join("blobs/sha256").join(&part).exists());

@@ -18,7 +18,7 @@ pub(super) const DIRECTORY: OFlags =
 
 /// How a download is to be written.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct How {
+pub(super) struct DownloadOptions {
     /// Replace what exists.
     pub overwrite: bool,
     /// Keep owners and exact modes.
@@ -32,7 +32,7 @@ pub(super) struct Destination {
     /// For messages.
     pub parent_path: PathBuf,
     pub name: OsString,
-    pub how: How,
+    pub how: DownloadOptions,
     /// The permission bits that this process gives to nothing new.
     umask: u32,
     /// The destination was written with a slash behind it.
@@ -42,7 +42,7 @@ pub(super) struct Destination {
 impl Destination {
     /// Decides where the copy goes. `name` is what it is called in a directory. A symlink that is named is followed; one
     /// that has the copy's name in a directory is not, because a guest chose that name.
-    pub fn resolve(path: &Path, name: Option<&[u8]>, how: How) -> Result<Self, GuestError> {
+    pub fn resolve(path: &Path, name: Option<&[u8]>, how: DownloadOptions) -> Result<Self, GuestError> {
         let slash = path.as_os_str().as_bytes().ends_with(b"/");
         let (parent_path, name, must_be_directory) = match std::fs::metadata(path) {
             Ok(found) if found.is_dir() => {

@@ -47,7 +47,7 @@ pub struct Progress {
 
 /// What was copied.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Copied {
+pub struct CopyTotals {
     /// Files, directories and symlinks.
     pub entries: u64,
     /// Bytes of files.
@@ -57,7 +57,7 @@ pub struct Copied {
     /// How many entries could not be read and are missing from the copy.
     pub left_out_count: u64,
     /// The first of them. Text of the guest's for a download: escape it.
-    pub left_out: Vec<LeftOut>,
+    pub left_out: Vec<SkippedEntry>,
     /// Where the copy is: a path of the guest's for an upload (as it reported it, if it did), of this side for a
     /// download. Any bytes.
     pub path: Vec<u8>,
@@ -65,7 +65,7 @@ pub struct Copied {
 
 /// An entry that could not be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeftOut {
+pub struct SkippedEntry {
     /// Its path. Any bytes.
     pub path: Vec<u8>,
     /// Why.
@@ -164,18 +164,18 @@ impl Guest {
         upload: Upload,
         progress: impl FnMut(Progress) + Send + 'static,
         deadline: Instant,
-    ) -> Result<Copied, GuestError> {
+    ) -> Result<CopyTotals, GuestError> {
         let Upload { source, destination, user, parents, preserve, set_mode } = upload;
         let source = match source {
-            Source::Reader { reader, mode, bytes } => send::Opened::from_reader(reader, mode, bytes),
-            Source::Archive(reader) => send::Opened::from_archive(reader),
-            Source::Directory { fd, hidden } => send::Opened::from_directory(fd, hidden)?,
-            Source::Path(path) => in_background(move || send::Opened::from_path(path)).await?,
+            Source::Reader { reader, mode, bytes } => send::OpenSource::from_reader(reader, mode, bytes),
+            Source::Archive(reader) => send::OpenSource::from_archive(reader),
+            Source::Directory { fd, hidden } => send::OpenSource::from_directory(fd, hidden)?,
+            Source::Path(path) => in_background(move || send::OpenSource::from_path(path)).await?,
         };
         let name = source.name.clone().map(Into::into);
         let set_mode = Some(set_mode);
         let put = Put { path: destination.clone().into(), name, user, parents, set_mode };
-        let work = move |wire, features| send::send(wire, source, send::How { features, preserve }, progress);
+        let work = move |wire, features| send::send(wire, source, send::UploadOptions { features, preserve }, progress);
         let mut copied = self.copy(&ToGuest::Put(put), deadline, work).await?;
         if copied.path.is_empty() {
             copied.path = destination;
@@ -194,10 +194,10 @@ impl Guest {
         download: Download,
         progress: impl FnMut(Progress) + Send + 'static,
         deadline: Instant,
-    ) -> Result<Copied, GuestError> {
+    ) -> Result<CopyTotals, GuestError> {
         let Download { source, destination, overwrite, preserve, limits } = download;
         let name = last_name(&source).map(<[u8]>::to_vec);
-        let how = destination::How { overwrite, preserve };
+        let how = destination::DownloadOptions { overwrite, preserve };
         let destination = in_background(move || Destination::resolve(&destination, name.as_deref(), how)).await?;
         let features = feature::HOLES | feature::LINKS | feature::LEFT_OUT | if preserve { feature::OWNERS } else { 0 };
         let get = ToGuest::Get(Get { path: source.into(), features: Some(features) });
@@ -220,7 +220,7 @@ impl Guest {
         limits: Limits,
         progress: impl FnMut(Progress) + Send + 'static,
         deadline: Instant,
-    ) -> Result<Copied, GuestError> {
+    ) -> Result<CopyTotals, GuestError> {
         let name = last_name(&source).map(<[u8]>::to_vec);
         // A writer cannot make holes or links. A caller that gets a result next to the bytes gets the list of skipped entries; for any
         // other one an archive that is not whole is an error.

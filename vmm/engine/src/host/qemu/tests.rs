@@ -51,14 +51,17 @@ fn probed_capabilities_are_parsed() {
 fn silence_and_nonsense_are_errors_within_the_deadline() {
     let dir = tempfile::tempdir().unwrap();
     let hangs = program(dir.path(), "exec sleep 1000");
-    assert!(matches!(ask(&hangs, Duration::from_millis(50)), Err(QemuProbeError::Hangs { timeout_ms: 50, .. })));
-    match ask(&program(dir.path(), "echo no such option >&2; exit 1"), PROBE_TIMEOUT) {
+    assert!(matches!(
+        probe_program(&hangs, Duration::from_millis(50)),
+        Err(QemuProbeError::Hangs { timeout_ms: 50, .. })
+    ));
+    match probe_program(&program(dir.path(), "echo no such option >&2; exit 1"), PROBE_TIMEOUT) {
         Err(QemuProbeError::NotQemu { stderr_tail, .. }) => assert_eq!(stderr_tail, "no such option"),
         other => panic!("{other:?}"),
     }
     let path = dir.path().join("qemu");
     fs::write(&path, b"\x7fELF broken").unwrap();
-    assert!(matches!(ask(&path, PROBE_TIMEOUT), Err(QemuProbeError::CannotRun { .. })));
+    assert!(matches!(probe_program(&path, PROBE_TIMEOUT), Err(QemuProbeError::CannotRun { .. })));
 }
 
 #[test]

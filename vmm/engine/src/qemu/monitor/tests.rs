@@ -3,7 +3,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 
-const SOON: Duration = Duration::from_secs(30);
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"major":7,"minor":2,"micro":0},"package":""},"capabilities":[]}}"#;
 
 /// The other end: sends `lines`, one after each command it has read (the greeting and the capabilities come first),
@@ -37,7 +37,7 @@ async fn a_command_gets_its_answer_past_events_of_any_age() {
         r#"{"return":{"running":false,"singlestep":false,"status":"paused"},"id":ID}"#,
     ];
     let (monitor, mut events, _task) = qemu(&[&answer.join("\r\n")]).await;
-    assert_eq!(monitor.query_status(SOON).await.unwrap(), qmp::RunState::paused);
+    assert_eq!(monitor.query_status(TEST_TIMEOUT).await.unwrap(), qmp::RunState::paused);
     match events.recv().await {
         Some(MonitorEvent::Event(event)) => assert_eq!(event.name, "QUANTUM_LEAP"),
         other => panic!("{other:?}"),
@@ -48,25 +48,25 @@ async fn a_command_gets_its_answer_past_events_of_any_age() {
 async fn a_refusal_names_the_command() {
     let refusal = r#"{"error":{"class":"GenericError","desc":"not now"},"id":ID}"#;
     let (monitor, _events, _task) = qemu(&[refusal]).await;
-    let error = monitor.stop(SOON).await.unwrap_err();
+    let error = monitor.stop(TEST_TIMEOUT).await.unwrap_err();
     assert_eq!(error.to_string(), "QEMU refused stop: not now");
 }
 
 #[tokio::test]
 async fn its_end_ends_every_wait() {
     let (monitor, mut events, task) = qemu(&[]).await;
-    assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::QemuGone)));
+    assert!(matches!(monitor.cont(TEST_TIMEOUT).await, Err(MonitorError::QemuGone)));
     assert_eq!(events.recv().await, None);
     assert_eq!(task.await.unwrap().len(), 1);
-    assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::QemuGone)));
-    monitor.quit(SOON).await.unwrap();
+    assert!(matches!(monitor.cont(TEST_TIMEOUT).await, Err(MonitorError::QemuGone)));
+    monitor.quit(TEST_TIMEOUT).await.unwrap();
 }
 
 #[tokio::test]
 async fn garbage_closes_the_monitor() {
     let (monitor, mut events, _task) = qemu(&["\u{1b}[2J not json", "{}"]).await;
-    assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::Protocol { .. })));
-    assert!(matches!(monitor.quit(SOON).await, Err(MonitorError::Protocol { .. })));
+    assert!(matches!(monitor.cont(TEST_TIMEOUT).await, Err(MonitorError::Protocol { .. })));
+    assert!(matches!(monitor.quit(TEST_TIMEOUT).await, Err(MonitorError::Protocol { .. })));
     assert_eq!(events.recv().await, None);
 }
 
@@ -76,7 +76,7 @@ async fn a_command_times_out_and_a_late_reply_is_ignored() {
     let (monitor, _events, _task) = qemu(&["{}", &late]).await;
     let error = monitor.stop(Duration::from_millis(50)).await.unwrap_err();
     assert_eq!(error.to_string(), "QEMU did not reply to stop within 50 ms");
-    monitor.cont(SOON).await.unwrap();
+    monitor.cont(TEST_TIMEOUT).await.unwrap();
 }
 
 #[tokio::test]
@@ -95,11 +95,11 @@ async fn a_flood_of_events_is_counted_and_stalls_nothing() {
     let flood = vec![event; EVENTS_MAX + 10].join("\r\n") + "\r\n" + r#"{"return":{},"id":ID}"#;
     let after = format!("{event}\r\n{}", r#"{"return":{},"id":ID}"#);
     let (monitor, mut events, _task) = qemu(&[&flood, &after]).await;
-    monitor.cont(SOON).await.unwrap();
+    monitor.cont(TEST_TIMEOUT).await.unwrap();
     for _ in 0..EVENTS_MAX {
         assert!(matches!(events.recv().await, Some(MonitorEvent::Event(_))));
     }
-    monitor.cont(SOON).await.unwrap();
+    monitor.cont(TEST_TIMEOUT).await.unwrap();
     assert_eq!(events.recv().await, Some(MonitorEvent::Lost(10)));
     assert!(matches!(events.recv().await, Some(MonitorEvent::Event(_))));
 }

@@ -36,7 +36,7 @@ async fn receive(channel: &mut UnixStream) -> (sync::Block, Vec<u8>) {
 }
 
 /// Sends a bootstrap request; returns the messages of the reply.
-async fn ask(channel: &mut UnixStream, seed: u8, words: &[u8]) -> Vec<ToHost> {
+async fn send_bootstrap_request(channel: &mut UnixStream, seed: u8, words: &[u8]) -> Vec<ToHost> {
     post(channel, seed, words).await;
     let (block, mut answer) = receive(channel).await;
     assert_eq!((block.nonce, block.kind), ([seed; 16], sync::Kind::Reply(u16::try_from(answer.len()).unwrap())));
@@ -54,11 +54,13 @@ async fn a_bootstrap_request_resets_the_identity_before_the_multiplexer_starts()
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
     channel.write_all(b"noise\xff\xffNIDO").await.unwrap();
-    let refused = ask(&mut channel, 2, &words(&NEW_TOKEN, &ToGuest::Renew(order(NEW_TOKEN)))).await;
+    let refused =
+        send_bootstrap_request(&mut channel, 2, &words(&NEW_TOKEN, &ToGuest::ResetIdentity(order(NEW_TOKEN)))).await;
     assert!(matches!(&refused[..], [ToHost::Refused(Refused { reason: Refusal::Token, .. })]), "{refused:?}");
-    let renewed = ask(&mut channel, 3, &words(&TOKEN, &ToGuest::Renew(order(NEW_TOKEN)))).await;
+    let renewed =
+        send_bootstrap_request(&mut channel, 3, &words(&TOKEN, &ToGuest::ResetIdentity(order(NEW_TOKEN)))).await;
     assert!(
-        matches!(&renewed[..], [ToHost::Welcome(Welcome { nonce: 99, .. }), ToHost::Renewed(pong)] if pong.sessions == 0),
+        matches!(&renewed[..], [ToHost::Welcome(Welcome { nonce: 99, .. }), ToHost::IdentityReset(pong)] if pong.sessions == 0),
         "{renewed:?}"
     );
     agree(&mut channel, 4).await;
@@ -76,10 +78,10 @@ async fn a_bootstrap_request_resets_the_identity_before_the_multiplexer_starts()
 async fn a_bootstrap_request_has_a_hello_and_a_request_only() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
-    let whole = &words(&TOKEN, &ToGuest::Renew(order(NEW_TOKEN)));
-    let hello = whole.len() - wire::encode(&ToGuest::Renew(order(NEW_TOKEN))).unwrap().len();
+    let whole = &words(&TOKEN, &ToGuest::ResetIdentity(order(NEW_TOKEN)));
+    let hello = whole.len() - wire::encode(&ToGuest::ResetIdentity(order(NEW_TOKEN))).unwrap().len();
     for (seed, bad) in [&b""[..], b"\xff", &[0xff; 4096], &whole[..10], &whole[hello..]].iter().enumerate() {
-        let answer = ask(&mut channel, u8::try_from(seed).unwrap(), bad).await;
+        let answer = send_bootstrap_request(&mut channel, u8::try_from(seed).unwrap(), bad).await;
         assert!(
             matches!(&answer[..], [ToHost::Refused(Refused { reason: Refusal::NoHello, .. })]),
             "{bad:?}: {answer:?}"
@@ -89,7 +91,7 @@ async fn a_bootstrap_request_has_a_hello_and_a_request_only() {
     for (seed, bad) in
         [&whole[..hello], &whole[..whole.len() - 1], &[whole, &b"x"[..]].concat(), &exec].iter().enumerate()
     {
-        let answer = ask(&mut channel, u8::try_from(seed).unwrap(), bad).await;
+        let answer = send_bootstrap_request(&mut channel, u8::try_from(seed).unwrap(), bad).await;
         let [ToHost::Welcome(_), ToHost::Failed(failed)] = &answer[..] else { panic!("{bad:?}: {answer:?}") };
         assert_eq!(failed.fault, Fault::Invalid);
     }

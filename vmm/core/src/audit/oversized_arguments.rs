@@ -20,12 +20,12 @@ use nido_files::private_dir::make_private_dir;
 
 use super::failed;
 use super::log::Log;
-use super::redact::Whole;
+use super::redact::OversizedArguments;
 
 /// Where they are, in the log's directory.
 const DIRECTORY: &str = "params";
 /// The longest that is kept, in bytes.
-const ONE_MAX: usize = 8 << 20;
+const ARGUMENTS_BYTES_MAX: usize = 8 << 20;
 /// How much is kept of all, in bytes.
 const ALL_MAX: u64 = 256 << 20;
 /// What a file is called until it is whole.
@@ -36,8 +36,8 @@ impl Log {
     ///
     /// # Errors
     /// `audit_failed`.
-    pub(super) fn keep_whole(&self, whole: &Whole) -> Result<()> {
-        if whole.text.len() > ONE_MAX {
+    pub(super) fn keep_whole(&self, whole: &OversizedArguments) -> Result<()> {
+        if whole.text.len() > ARGUMENTS_BYTES_MAX {
             return Ok(());
         }
         self.make_directory().map_err(|e| failed(self.directory().display(), e))?;
@@ -47,7 +47,7 @@ impl Log {
     }
 }
 
-fn keep(directory: &PathBuf, whole: &Whole, all_max: u64) -> io::Result<()> {
+fn keep(directory: &PathBuf, whole: &OversizedArguments, all_max: u64) -> io::Result<()> {
     make_private_dir(directory)?;
     let path = directory.join(format!("{}.json", whole.sha256));
     if std::fs::metadata(&path).is_ok_and(|meta| meta.len() == whole.text.len() as u64) {
@@ -96,7 +96,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let directory = dir.path().join("params");
         for n in 0..10 {
-            let whole = Whole { sha256: format!("{n}"), text: "x".repeat(100) };
+            let whole = OversizedArguments { sha256: format!("{n}"), text: "x".repeat(100) };
             keep(&directory, &whole, 350).unwrap();
             keep(&directory, &whole, 350).unwrap();
             assert!(directory.join(format!("{n}.json")).exists());
