@@ -1,6 +1,6 @@
 //! The command line's side of the audit log: attempt and outcome around a verb, and its recorded arguments.
 //!
-//! Invariant: what must be audited is given to [`Context::audited`] unbegun; where the attempt cannot be written down it never
+//! Invariant: what must be audited is given to [`Context::audited`] unbegun; where the attempt cannot be recorded it never
 //! begins.
 
 use std::future::Future;
@@ -12,7 +12,7 @@ use nido_api::operation::Operation;
 use nido_api::redact::bytes;
 use nido_api::{Caller, DownloadRequest, DownloadTarget, ExecRequest, UploadRequest, UploadSource};
 use nido_core::Nido;
-use nido_core::audit::Ending;
+use nido_core::audit::AuditOutcome;
 use nido_core::execute::{Request, Verdict};
 use serde_json::{Value, json};
 
@@ -69,8 +69,8 @@ fn verdict<T>(outcome: &Result<T, Failure>, word: fn(&T) -> String) -> Verdict {
     match outcome {
         Ok(value) => Verdict::success(word(value)),
         Err(Failure::Nido(error)) => Verdict::failure(error),
-        Err(Failure::Stdout(_)) => Verdict { ending: Ending::Error, reason: "output_lost".into() },
-        Err(Failure::Interrupted { .. }) => Verdict { ending: Ending::Unknown, reason: "interrupted".into() },
+        Err(Failure::Stdout(_)) => Verdict { ending: AuditOutcome::Error, reason: "output_lost".into() },
+        Err(Failure::Interrupted { .. }) => Verdict { ending: AuditOutcome::Unknown, reason: "interrupted".into() },
     }
 }
 

@@ -72,7 +72,7 @@ impl Context {
         let _ = self.output.answer(listening, || format!("{}\n", listening.address));
         if let Some(own) = &listening.tls {
             let made = if own.made { "created now" } else { "kept" };
-            self.output.talk(&format!(
+            self.output.note(&format!(
                 "certificate: {}, self-signed, {made}\nSHA-256 fingerprint: {}\nfor curl pass --cacert FILE, or --pinnedpubkey {} --insecure",
                 own.certificate.display(),
                 own.sha256,
@@ -82,7 +82,7 @@ impl Context {
         let is_good = |token: &TokenInfo| token.expires_at.is_none_or(|end| end > jiff::Timestamp::now());
         let has_token = nido.token_list().is_ok_and(|list| list.tokens.iter().any(is_good));
         if listening.takes_tokens && !has_token {
-            self.output.talk(
+            self.output.note(
                 "no token is valid, so no client can use this server yet: nido token create --name NAME --scope run",
             );
         }

@@ -63,7 +63,7 @@ pub enum Codes {
 /// Why a verb did not come to its end.
 #[derive(Debug)]
 pub enum Failure {
-    /// The core said no.
+    /// The core denied it.
     Nido(Error),
     /// Standard output cannot be written.
     Stdout(io::Error),
@@ -146,7 +146,7 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// Does `work` until it ends or a signal comes; then it is dropped, and has `undo` to clear up what it left half done.
+/// Does `work` until it ends or a signal comes; then it is dropped, and has `undo` to clean up incomplete work.
 pub async fn until_signal<T>(undo: Duration, work: impl Future<Output = Result<T, Error>>) -> Result<T, Failure> {
     let mut signals = Signals::listen()?;
     tokio::select! {
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn nidos_own_failures_do_not_look_like_the_guests() {
+    fn nidos_exit_codes_differ_from_the_guests() {
         for &code in Code::ALL {
             let exit = Exit::of_error(&Error::new(code, "x"), Codes::Guest).code();
             assert!((125..=127).contains(&exit), "{code:?}");

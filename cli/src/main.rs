@@ -2,7 +2,7 @@
 //!
 //! Invariant: every way out of a verb passes through here and becomes one of the codes of [`exit`].
 
-// Comments of arguments are help texts, where square brackets say what may be left out.
+// Comments of arguments are help texts, where square brackets mark what may be left out.
 #![allow(rustdoc::broken_intra_doc_links)]
 
 mod audit;
@@ -43,11 +43,11 @@ fn run(cli: Cli) -> Exit {
     let codes = cli.verb.codes();
     if let Err(error) = begun {
         let error = Error::io("cannot close inherited file descriptors", error);
-        return settle(&context.output, codes, Err(error.into()));
+        return report_outcome(&context.output, codes, Err(error.into()));
     }
     if let Err(error) = daemon::check_open_files() {
         let hint = format!("allow at least {} open files: ulimit -n 1024", daemon::OPEN_FILES_MIN);
-        return settle(&context.output, codes, Err(Error::io("cannot start", error).hint(hint).into()));
+        return report_outcome(&context.output, codes, Err(Error::io("cannot start", error).hint(hint).into()));
     }
     commands::start_log(&cli);
     let mut runtime = if cli.verb.serves() {
@@ -60,7 +60,7 @@ fn run(cli: Cli) -> Exit {
         Ok(runtime) => runtime,
         Err(error) => {
             let error = Error::io("cannot start the runtime", error);
-            return settle(&context.output, codes, Err(error.into()));
+            return report_outcome(&context.output, codes, Err(error.into()));
         }
     };
     let outcome = runtime.block_on(cli.verb.run(&context));
@@ -69,11 +69,11 @@ fn run(cli: Cli) -> Exit {
         Err(Failure::Interrupted { undo, .. }) => undo,
         _ => Duration::ZERO,
     });
-    settle(&context.output, codes, outcome)
+    report_outcome(&context.output, codes, outcome)
 }
 
 /// Reports the error and selects the exit code.
-fn settle(output: &Output, codes: Codes, outcome: Outcome) -> Exit {
+fn report_outcome(output: &Output, codes: Codes, outcome: Outcome) -> Exit {
     match outcome {
         Ok(exit) => exit,
         Err(Failure::Nido(error)) => {

@@ -1,9 +1,9 @@
-//! What nido says: data to stdout, talk to stderr; text or JSON.
+//! The output of nido: data to stdout, messages to stderr; text or JSON.
 //!
 //! Invariants: stdout carries the answer and nothing else. With `--json` it carries one JSON value, and every line on
 //! stderr is a JSON object too. No text of a guest, of QEMU or of a file reaches a terminal without being escaped.
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use std::io::{self, IsTerminal as _, Write as _};
 
 use nido_api::error::Error;
@@ -42,7 +42,7 @@ impl Output {
     }
 
     /// Whether progress may be printed.
-    pub const fn talks(&self) -> bool {
+    pub const fn shows_progress(&self) -> bool {
         !self.json && !self.quiet
     }
 
@@ -59,32 +59,32 @@ impl Output {
     }
 
     /// Prints a note on stderr.
-    pub fn talk(&self, text: &str) {
-        if self.talks() {
-            say(&line(text));
+    pub fn note(&self, text: &str) {
+        if self.shows_progress() {
+            print_line(&line(text));
         }
     }
 
     /// Says something on stderr that is a result, also where there is no talk. In JSON the answer has it.
-    pub fn tell(&self, text: &str) {
+    pub fn note_result(&self, text: &str) {
         if !self.json {
-            say(&line(text));
+            print_line(&line(text));
         }
     }
 
     /// Warns on stderr.
     pub fn warn(&self, text: &str) {
         if self.json {
-            say(&json(&serde_json::json!({ "warning": text }), false));
+            print_line(&json(&serde_json::json!({ "warning": text }), false));
         } else {
-            say(&format!("{} {}", self.paint("33", "warning:"), line(text)));
+            print_line(&format!("{} {}", self.paint("33", "warning:"), line(text)));
         }
     }
 
     /// Reports an error on stderr.
     pub fn error(&self, error: &Error) {
         if self.json {
-            say(&json(&error.problem_for(Face::Cli), false));
+            print_line(&json(&error.problem_for(FrontEnd::Cli), false));
             return;
         }
         let mut text = format!("{} {}", self.paint("1;31", "error:"), line(error.message()));
@@ -92,10 +92,10 @@ impl Output {
             text.push_str("\n  | ");
             text.push_str(&line(logged));
         }
-        if let Some(hint) = error.hint_for(Face::Cli) {
+        if let Some(hint) = error.hint_for(FrontEnd::Cli) {
             text.push_str(&format!("\n{} {}", self.paint("36", "hint:"), line(&hint)));
         }
-        say(&text);
+        print_line(&text);
     }
 
     fn paint(&self, colour: &str, word: &str) -> String {
@@ -104,7 +104,7 @@ impl Output {
 }
 
 /// Prints a line on stderr. Errors are ignored: there is no other place to report them.
-fn say(text: &str) {
+fn print_line(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_stand_under_each_other() {
+    fn columns_are_aligned() {
         let rows = [["web".to_owned(), "running".to_owned()], ["a\x1b[2Jb".to_owned(), String::new()]];
         assert_eq!(table(["NAME", "STATUS"], rows), "NAME     STATUS\nweb      running\na^[[2Jb\n");
     }

@@ -114,7 +114,7 @@ pub fn label(text: &str) -> Result<(String, String), Error> {
     }
 }
 
-/// A variable for the guest: `KEY=VALUE`, or `KEY` for the value it has here (`own` looks that up).
+/// A variable for the guest: `KEY=VALUE`, or `KEY` for the value it has here (`own` reads that).
 pub fn variable(text: OsString, own: impl Fn(&OsString) -> Option<OsString>) -> Result<Vec<u8>, Error> {
     let shown = text.to_string_lossy().into_owned();
     let fail = |what| wrong(&shown, what, "write KEY=VALUE, or KEY to pass on its value from here");

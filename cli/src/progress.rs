@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use nido_api::{BuildStep, CopyProgress, StartStage, TravelStep};
+use nido_api::{BuildStep, CopyProgress, StartStage, TransferStep};
 use nido_server::sanitize::line;
 
 use crate::output::Output;
@@ -14,7 +14,8 @@ use crate::output::Output;
 const TICK: Duration = Duration::from_millis(100);
 const SPINNER: &str = "{spinner} {msg} {elapsed}";
 const COPY: &str = "{spinner} {msg} {binary_bytes} ({binary_bytes_per_sec})";
-const COPY_OF: &str = "{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} ({binary_bytes_per_sec}, {eta} left)";
+const COPY_PROGRESS_TEMPLATE: &str =
+    "{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} ({binary_bytes_per_sec}, {eta} left)";
 
 /// Work that is under way.
 #[derive(Debug)]
@@ -32,7 +33,7 @@ pub struct Progress<'a> {
 impl<'a> Progress<'a> {
     /// Begins to watch work on `subject`.
     pub fn new(output: &'a Output, subject: &str) -> Self {
-        let bar = (output.talks() && output.stderr_is_terminal).then(|| {
+        let bar = (output.shows_progress() && output.stderr_is_terminal).then(|| {
             let bar = ProgressBar::new_spinner().with_style(style(SPINNER)).with_message(line(subject));
             bar.enable_steady_tick(TICK);
             bar
@@ -67,7 +68,7 @@ impl<'a> Progress<'a> {
         let Some(bar) = &self.bar else { return };
         if !self.counting {
             self.counting = true;
-            bar.set_style(style(if progress.total_bytes.is_some() { COPY_OF } else { COPY }));
+            bar.set_style(style(if progress.total_bytes.is_some() { COPY_PROGRESS_TEMPLATE } else { COPY }));
         }
         if let Some(total) = progress.total_bytes {
             bar.set_length(total);
@@ -76,7 +77,7 @@ impl<'a> Progress<'a> {
     }
 
     /// An export or import has come so far. Without a terminal, only a new stage is printed.
-    pub fn travel(&mut self, step: &TravelStep) {
+    pub fn travel(&mut self, step: &TransferStep) {
         let stage = format!("[{}/{}] {}", step.index, step.total, step.stage);
         self.stage(&stage);
         self.copy(CopyProgress { bytes: step.bytes, entries: 0, total_bytes: Some(step.total_bytes) });
@@ -89,7 +90,7 @@ impl<'a> Progress<'a> {
         let text = format!("{}: {stage}", self.subject);
         match &self.bar {
             Some(bar) => bar.set_message(line(&text)),
-            None => self.output.talk(&text),
+            None => self.output.note(&text),
         }
         self.last = Some(stage.to_owned());
     }
@@ -113,7 +114,7 @@ mod tests {
 
     #[test]
     fn the_templates_parse() {
-        for template in [SPINNER, COPY, COPY_OF] {
+        for template in [SPINNER, COPY, COPY_PROGRESS_TEMPLATE] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
         }
     }

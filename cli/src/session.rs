@@ -30,10 +30,10 @@ use crate::terminal::{self, RawMode};
 /// How much of each stream `--json` keeps, in bytes.
 const COLLECT_LIMIT: usize = 16 << 20;
 /// How long passing on a signal may take before nido listens again.
-const TELL_LIMIT: Duration = Duration::from_secs(1);
+const SIGNAL_FORWARD_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the command may take to end after SIGTERM or SIGHUP was passed on. Those who send them (`timeout`, systemd, a CI
 /// runner) send one, and expect the process to end soon, even if the guest does not respond.
-const LEAVE_AFTER: Duration = Duration::from_secs(4);
+const TERMINATION_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Runs a command to its end. `raw` lets the guest's bytes reach a terminal as they are.
 pub async fn run(output: &Output, nido: &Nido, name: &VmName, request: ExecRequest, raw: bool) -> Outcome {
@@ -45,7 +45,7 @@ pub async fn run(output: &Output, nido: &Nido, name: &VmName, request: ExecReque
 }
 
 /// What can happen next while a command runs.
-enum Next {
+enum SessionEvent {
     Event(Option<Result<ExecEvent, Error>>),
     Signal(SignalEvent),
     /// The command had its time to end.
@@ -65,39 +65,39 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
     };
     let raw_mode = if pty && wants_stdin { Some(RawMode::enter()?) } else { None };
     let _feed = Feed::start(output, &control, wants_stdin);
-    let mut screens = Screens::new(output, raw || pty);
+    let mut screens = TerminalSanitizers::new(output, raw || pty);
     let writer = Writer::start();
     // A piece that waits for the writer keeps further events from being read.
     let mut waiting: Option<(Stream, Vec<u8>)> = None;
     let exit = loop {
         let next = tokio::select! {
-            signal = signals.next() => Next::Signal(signal),
-            number = escalation.time_to_leave() => Next::Leave(number),
-            event = events.next(), if waiting.is_none() => Next::Event(event),
+            signal = signals.next() => SessionEvent::Signal(signal),
+            number = escalation.time_to_leave() => SessionEvent::Leave(number),
+            event = events.next(), if waiting.is_none() => SessionEvent::Event(event),
             room = writer.room(), if waiting.is_some() => {
                 if let (Some(room), Some(piece)) = (room, waiting.take()) {
                     room.send(piece);
-                    Next::Written(true)
+                    SessionEvent::Written(true)
                 } else {
-                    Next::Written(false)
+                    SessionEvent::Written(false)
                 }
             }
         };
         match next {
-            Next::Signal(SignalEvent::Resized) if pty => {
+            SessionEvent::Signal(SignalEvent::Resized) if pty => {
                 let (rows, columns) = terminal::size();
-                tell(control.resize(rows, columns)).await;
+                send_with_timeout(control.resize(rows, columns)).await;
             }
-            Next::Signal(SignalEvent::Resized) => {}
-            Next::Signal(SignalEvent::End(number)) => {
+            SessionEvent::Signal(SignalEvent::Resized) => {}
+            SessionEvent::Signal(SignalEvent::End(number)) => {
                 let step = escalation.next(number);
-                tell(control.signal(step.signal)).await;
+                send_with_timeout(control.signal(step.signal)).await;
                 if step.leave {
                     return Ok(Exit::Signal(number));
                 }
             }
-            Next::Leave(number) => return Ok(Exit::Signal(number)),
-            Next::Event(Some(event)) => match event {
+            SessionEvent::Leave(number) => return Ok(Exit::Signal(number)),
+            SessionEvent::Event(Some(event)) => match event {
                 Ok(ExecEvent::Started(_)) => {}
                 Ok(ExecEvent::Stdout(bytes)) => waiting = screens.show(Stream::Out, bytes),
                 Ok(ExecEvent::Stderr(bytes)) => waiting = screens.show(Stream::Err, bytes),
@@ -110,10 +110,10 @@ async fn streamed(output: &Output, nido: &Nido, name: &VmName, request: ExecRequ
                     return Err(watch.lost(error).into());
                 }
             },
-            Next::Event(None) => return Err(Error::internal("the command ended without an exit status").into()),
-            Next::Written(true) => {}
-            // The writer says why below.
-            Next::Written(false) => {
+            SessionEvent::Event(None) => return Err(Error::internal("the command ended without an exit status").into()),
+            SessionEvent::Written(true) => {}
+            // The writer's error has the reason, below.
+            SessionEvent::Written(false) => {
                 return Err(writer.finish().await.err().unwrap_or(std::io::ErrorKind::BrokenPipe.into()).into());
             }
         }
@@ -138,7 +138,7 @@ async fn begin(
 }
 
 /// Writes what is left; a signal ends the wait.
-async fn drain(writer: Writer, mut screens: Screens, signals: &mut Signals) -> Result<(), Failure> {
+async fn drain(writer: Writer, mut screens: TerminalSanitizers, signals: &mut Signals) -> Result<(), Failure> {
     let write = async {
         for piece in screens.finish() {
             if let Some(room) = writer.room().await {
@@ -153,7 +153,7 @@ async fn drain(writer: Writer, mut screens: Screens, signals: &mut Signals) -> R
     }
 }
 
-/// What is known of a command and its VM, for saying why it ended.
+/// What is known of a command and its VM, to report why it ended.
 struct Watch<'a> {
     nido: &'a Nido,
     name: &'a VmName,
@@ -166,19 +166,19 @@ impl<'a> Watch<'a> {
         Self { nido, name, begun: Timestamp::now(), timeout_ms: request.timeout_ms }
     }
 
-    /// The error of a command whose VM was lost: what happened to that says more than the connection does.
+    /// The error of a command whose VM was lost: what happened to that is more useful than the error of the connection.
     fn lost(&self, error: Error) -> Error {
         self.nido.lost_while_in_use(self.name, self.begun, error)
     }
 
-    /// Says why a command did not end by itself, where that is known.
+    /// Reports why a command did not end by itself, if that is known.
     fn ended(&self, output: &Output, exit: &ExecExit) {
         match (exit.timed_out, self.timeout_ms) {
-            (true, Some(ms)) => output.talk(&format!("timed out after {}; killed", parse::show_ms(ms))),
-            (true, None) => output.talk("timed out; killed"),
+            (true, Some(ms)) => output.note(&format!("timed out after {}; killed", parse::show_ms(ms))),
+            (true, None) => output.note("timed out; killed"),
             (false, _) if exit.signal.is_some() => {
                 if let Some(why) = self.nido.changed_since(self.name, self.begun) {
-                    output.talk(&format!("{why} while the command ran"));
+                    output.note(&format!("{why} while the command ran"));
                 }
             }
             (false, _) => {}
@@ -220,9 +220,9 @@ async fn feed(output: Output, control: ExecControl) {
     let _ = control.stdin_eof().await;
 }
 
-/// Says something to the command, but does not wait for ever for a guest that does not listen.
-async fn tell(message: impl Future<Output = Result<(), Error>>) {
-    let _ = tokio::time::timeout(TELL_LIMIT, message).await;
+/// Sends a message to the command, with a timeout for a guest that does not respond.
+async fn send_with_timeout(message: impl Future<Output = Result<(), Error>>) {
+    let _ = tokio::time::timeout(SIGNAL_FORWARD_TIMEOUT, message).await;
 }
 
 /// Repeated signals become harsher: as it came, then SIGTERM, then SIGKILL and out. After SIGTERM and SIGHUP there is a
@@ -242,7 +242,7 @@ impl Escalation {
     fn next(&mut self, number: u8) -> Step {
         self.count += 1;
         if matches!(number, TERMINATE | HANGUP) && self.leave.is_none() {
-            self.leave = Some((Instant::now() + LEAVE_AFTER, number));
+            self.leave = Some((Instant::now() + TERMINATION_TIMEOUT, number));
         }
         match self.count {
             1 => Step { signal: number, leave: false },
@@ -265,12 +265,12 @@ impl Escalation {
 
 /// A sanitizer for each stream that leads to a terminal.
 #[derive(Debug)]
-struct Screens {
+struct TerminalSanitizers {
     out: Option<Sanitizer>,
     err: Option<Sanitizer>,
 }
 
-impl Screens {
+impl TerminalSanitizers {
     fn new(output: &Output, raw: bool) -> Self {
         let screen = |terminal: bool| (terminal && !raw).then(Sanitizer::default);
         Self { out: screen(output.stdout_is_terminal), err: screen(output.stderr_is_terminal) }
@@ -327,7 +327,7 @@ pub async fn collect(
         tokio::select! {
             signal = signals.next() => if let SignalEvent::End(number) = signal {
                 let step = escalation.next(number);
-                tell(control.signal(step.signal)).await;
+                send_with_timeout(control.signal(step.signal)).await;
                 if step.leave {
                     return Ok(Err(Exit::Signal(number)));
                 }

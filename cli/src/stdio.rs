@@ -88,7 +88,7 @@ pub fn write(stream: Stream, bytes: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Writes without the standard library's line buffer, and also where someone made the file non-blocking.
+/// Writes without the standard library's line buffer, and also where another process made the file non-blocking.
 fn write_all(fd: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match rustix::io::write(fd, bytes) {

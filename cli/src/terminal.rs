@@ -10,7 +10,7 @@ use nido_api::error::{Code, Error, Hint};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
 /// The settings to go back to, while raw mode is on.
-static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
+static SAVED_TERMIOS: Mutex<Option<Termios>> = Mutex::new(None);
 
 /// Raw mode is on as long as this lives.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ impl RawMode {
         let before = tcgetattr(io::stdin()).map_err(failed)?;
         let mut raw = before.clone();
         raw.make_raw();
-        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+        *SAVED_TERMIOS.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
         let inner = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
             restore();
@@ -42,13 +42,13 @@ impl Drop for RawMode {
 }
 
 fn restore() {
-    if let Some(before) = BEFORE.lock().unwrap_or_else(PoisonError::into_inner).take() {
+    if let Some(before) = SAVED_TERMIOS.lock().unwrap_or_else(PoisonError::into_inner).take() {
         // If the terminal is gone there is nothing to put back.
         let _ = tcsetattr(io::stdin(), OptionalActions::Now, &before);
     }
 }
 
-/// Rows and columns of the terminal that stdout is; 24 × 80 if it does not say.
+/// Rows and columns of the terminal that stdout is; 24 × 80 if it does not report them.
 pub fn size() -> (u16, u16) {
     match tcgetwinsize(io::stdout()) {
         Ok(size) if size.ws_row > 0 && size.ws_col > 0 => (size.ws_row, size.ws_col),

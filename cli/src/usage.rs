@@ -21,7 +21,7 @@ pub fn parse() -> Result<Cli, Exit> {
     matches.and_then(|matches| Cli::from_arg_matches(&matches)).map_err(|error| report(&error, &arguments))
 }
 
-/// What there is to say to nido. Making it takes time, so it is made where it is needed.
+/// The command line of nido. Making it takes time, so it is made where it is needed.
 fn command(arguments: &[OsString]) -> clap::Command {
     let command = Cli::command();
     if has(arguments, "--no-color") { command.color(ColorChoice::Never) } else { command }

@@ -1,4 +1,4 @@
-//! Who may talk to the agent: the VM's token, and the sessions that were opened with it.
+//! Which sessions the agent accepts: the VM's token, and the sessions that were opened with it.
 //!
 //! Invariant: when the token is replaced, every session that an older one opened ends, but for the one that replaced
 //! it. There is no moment in which a session is admitted by the old token and not ended.
@@ -17,18 +17,18 @@ pub struct Access {
 struct Grant {
     token: Vec<u8>,
     /// The session that brought this token; none for the first.
-    brought_by: Option<Number>,
+    brought_by: Option<SessionId>,
 }
 
 /// Identifies a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Number(u64);
+pub struct SessionId(u64);
 
 /// Admission to one session.
 #[derive(Debug)]
-pub struct Pass {
+pub struct SessionAdmission {
     /// Which session this is.
-    pub number: Number,
+    pub number: SessionId,
     changes: watch::Receiver<Grant>,
 }
 
@@ -45,22 +45,22 @@ impl Access {
     }
 
     /// Lets a session in, if it shows the token. Takes the same time however much of a wrong one is right.
-    pub fn admit(&self, token: &[u8]) -> Option<Pass> {
+    pub fn admit(&self, token: &[u8]) -> Option<SessionAdmission> {
         // Registered before looking, so that no change is missed.
         let mut changes = self.grant.subscribe();
         let is_right = bool::from(changes.borrow_and_update().token.as_slice().ct_eq(token));
-        is_right.then(|| Pass { number: Number(self.sessions.fetch_add(1, Ordering::Relaxed)), changes })
+        is_right.then(|| SessionAdmission { number: SessionId(self.sessions.fetch_add(1, Ordering::Relaxed)), changes })
     }
 
     /// Replaces the token and withdraws all passes but that of the session that does it.
-    pub fn replace(&self, token: Vec<u8>, by: Number) {
+    pub fn replace(&self, token: Vec<u8>, by: SessionId) {
         self.grant.send_replace(Grant { token, brought_by: Some(by) });
     }
 }
 
-impl Pass {
+impl SessionAdmission {
     /// Ready once another session has replaced the token. May be dropped and called again.
-    pub async fn withdrawn(&mut self) {
+    pub async fn revoked(&mut self) {
         while self.changes.changed().await.is_ok() {
             if self.changes.borrow_and_update().brought_by != Some(self.number) {
                 return;
@@ -83,13 +83,13 @@ mod tests {
         assert!(access.admit(b"new").is_none());
         assert!(access.admit(b"").is_none());
         access.replace(b"new".to_vec(), second.number);
-        assert!(first.withdrawn().now_or_never().is_some());
-        assert!(second.withdrawn().now_or_never().is_none());
+        assert!(first.revoked().now_or_never().is_some());
+        assert!(second.revoked().now_or_never().is_none());
         assert!(access.admit(b"old").is_none());
         let mut third = access.admit(b"new").unwrap();
-        assert!(third.withdrawn().now_or_never().is_none());
+        assert!(third.revoked().now_or_never().is_none());
         access.replace(b"newer".to_vec(), third.number);
-        assert!(second.withdrawn().now_or_never().is_some());
-        assert!(third.withdrawn().now_or_never().is_none());
+        assert!(second.revoked().now_or_never().is_some());
+        assert!(third.revoked().now_or_never().is_none());
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nido_guest_agent::places;
+use nido_guest_agent::connection_table::ConnectionTable;
 use nido_guest_agent::wire::{MAX_QUEUED, MAX_SESSIONS, MAX_TUNNELS, MAX_WORK, Power, QUEUE_LIMIT_MS};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
@@ -22,7 +22,7 @@ use crate::sys::{self, has_oom_score};
 const QUEUE_LIMIT: Duration = Duration::from_millis(QUEUE_LIMIT_MS);
 /// The agent.
 pub struct Agent {
-    /// Who may talk to it.
+    /// Which sessions are accepted.
     pub access: Access,
     /// What it is in its machine.
     pub role: Role,
@@ -39,7 +39,7 @@ pub struct Agent {
     /// Where commands are kept together.
     pub scopes: Scopes,
     sessions: AtomicUsize,
-    places: Places,
+    places: SlotLimits,
     /// Whether memory was used that is worth returning once there is no session.
     was_busy: AtomicBool,
 }
@@ -57,7 +57,7 @@ impl Agent {
             power,
             scopes: Scopes::new(role),
             sessions: AtomicUsize::new(0),
-            places: Places::default(),
+            places: SlotLimits::default(),
             was_busy: AtomicBool::new(false),
         }
     }
@@ -69,30 +69,30 @@ impl Agent {
         (taken < MAX_SESSIONS).then_some(guard)
     }
 
-    /// A place for a command or a copy, which waits for its turn; none if that does not come soon. Connections have places
+    /// A slot for a command or a copy, which is queued for a limited time; none if all stay in use. Connections have slots
     /// of their own, and pings and power requests need none: so neither idle connections nor many commands keep a guest
     /// from being commanded or stopped.
-    pub async fn work_place(&self) -> Option<Place> {
+    pub async fn work_place(&self) -> Option<Slot> {
         if let Ok(permit) = self.places.work.clone().try_acquire_owned() {
-            return Some(Place::Work(permit));
+            return Some(Slot::Work(permit));
         }
         let _queued = self.places.queue.try_acquire().ok()?;
         let permit = timeout(QUEUE_LIMIT, self.places.work.clone().acquire_owned()).await.ok()?.ok()?;
-        Some(Place::Work(permit))
+        Some(Slot::Work(permit))
     }
 
     /// A place for a connection to a port of the guest, if there is one or a half-closed connection can make room.
-    pub fn tunnel_place(&self) -> Option<Place> {
+    pub fn tunnel_place(&self) -> Option<Slot> {
         let tunnels = &self.places.tunnels;
         let ended = Arc::new(Notify::new());
         let (number, evicted) = lock(tunnels).enter(ended.clone(), Instant::now())?;
         if let Some(evicted) = evicted {
             evicted.notify_one();
         }
-        Some(Place::Tunnel(TunnelPlace { tunnels: tunnels.clone(), number, ended }))
+        Some(Slot::Tunnel(TunnelPlace { tunnels: tunnels.clone(), number, ended }))
     }
 
-    /// Says that large buffers are in use.
+    /// Records that large buffers are in use.
     pub fn takes_memory(&self) {
         self.was_busy.store(true, Ordering::Relaxed);
     }
@@ -103,22 +103,22 @@ impl Agent {
     }
 }
 
-/// What sessions compete for, each kind by itself.
-struct Places {
+/// The slots that sessions compete for, each kind with its own limit.
+struct SlotLimits {
     work: Arc<Semaphore>,
     queue: Semaphore,
-    tunnels: Arc<Mutex<places::Places<Arc<Notify>>>>,
+    tunnels: Arc<Mutex<ConnectionTable<Arc<Notify>>>>,
 }
 
-impl Default for Places {
+impl Default for SlotLimits {
     fn default() -> Self {
-        let tunnels = Arc::new(Mutex::new(places::Places::new(MAX_TUNNELS)));
+        let tunnels = Arc::new(Mutex::new(ConnectionTable::new(MAX_TUNNELS)));
         Self { work: Arc::new(Semaphore::new(MAX_WORK)), queue: Semaphore::new(MAX_QUEUED), tunnels }
     }
 }
 
-/// One place, held while the command, copy or connection lasts.
-pub enum Place {
+/// One slot, held until the command, copy or connection ends.
+pub enum Slot {
     /// Of a command or a copy.
     Work(#[allow(dead_code)] OwnedSemaphorePermit),
     /// Of a connection.
@@ -127,13 +127,13 @@ pub enum Place {
 
 /// The place of a connection.
 pub struct TunnelPlace {
-    tunnels: Arc<Mutex<places::Places<Arc<Notify>>>>,
+    tunnels: Arc<Mutex<ConnectionTable<Arc<Notify>>>>,
     number: u64,
     ended: Arc<Notify>,
 }
 
 impl TunnelPlace {
-    /// Says that one direction is closed, and that a byte has come, or the end of the other.
+    /// Records that one direction is closed, and that a byte, or the end of the other direction, has arrived.
     pub fn half_closed(&self) {
         lock(&self.tunnels).half_closed(self.number, Instant::now());
     }
@@ -146,7 +146,7 @@ impl TunnelPlace {
 
 impl Drop for TunnelPlace {
     fn drop(&mut self) {
-        lock(&self.tunnels).leave(self.number);
+        lock(&self.tunnels).release(self.number);
     }
 }
 

@@ -2,7 +2,7 @@
 //! port.
 //!
 //! Invariant: an agent without a client does nothing at all. It sleeps until the kernel wakes it, with no timer, also
-//! while the port's other end is closed (where `poll` says hang-up and `read` says nothing, again and again).
+//! while the port's other end is closed (where `poll` reports hang-up and `read` returns nothing, again and again).
 
 use std::future::poll_fn;
 use std::io;
@@ -56,7 +56,7 @@ pub async fn serve_vsock(agent: Arc<Agent>) -> io::Result<()> {
     }
 }
 
-/// Whether a failed accept says that the listener is of no more use.
+/// Whether a failed accept means that the listener is unusable.
 fn is_fatal(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK))
 }
@@ -94,10 +94,10 @@ fn open_serial_port() -> io::Result<OwnedFd> {
 /// # Errors
 /// The receiver was dropped.
 pub async fn serve_socket(agent: Arc<Agent>, path: &Path) -> io::Result<()> {
-    const REDIAL_FOR: Duration = Duration::from_secs(10);
+    const REDIAL_TIMEOUT: Duration = Duration::from_secs(10);
     loop {
-        let mut port = Port::of_socket(dial(path, REDIAL_FOR).await?)?;
-        // A host that was killed with something unread resets the connection: that is as good as closed.
+        let mut port = Port::of_socket(dial(path, REDIAL_TIMEOUT).await?)?;
+        // A host that was killed with something unread resets the connection: that counts as closed.
         let _ = serve_port(&agent, &mut port).await;
     }
 }
@@ -117,7 +117,7 @@ async fn dial(path: &Path, patience: Duration) -> io::Result<OwnedFd> {
 async fn serve_port(agent: &Arc<Agent>, port: &mut Port) -> io::Result<()> {
     while agree(agent, port).await? {
         serve_mux(agent, port).await;
-        port.forget_unsent();
+        port.discard_unsent();
     }
     Ok(())
 }
@@ -135,8 +135,8 @@ async fn agree(agent: &Arc<Agent>, port: &mut Port) -> io::Result<bool> {
                 Some(sync::Block { kind: sync::Kind::Ack, nonce }.bytes().to_vec())
             }
             Some(sync::Block { kind: sync::Kind::Letter(length), nonce }) => {
-                let Some(letter) = port.next_bytes(length.into()).await? else { return Ok(false) };
-                let words = session::answer_letter(agent, &letter).await;
+                let Some(bootstrap_request) = port.next_bytes(length.into()).await? else { return Ok(false) };
+                let words = session::answer_bootstrap_request(agent, &bootstrap_request).await;
                 let length = u16::try_from(words.len()).unwrap_or_default();
                 let block = sync::Block { kind: sync::Kind::Reply(length), nonce };
                 Some([&block.bytes(), &words[..length.into()]].concat())

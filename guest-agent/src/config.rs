@@ -1,7 +1,7 @@
 //! The configuration of the guest before the first session: one CBOR array, passed as the QEMU firmware
 //! configuration file `opt/nido/config` (readable by the guest's root only), so it is there before any channel is.
 //!
-//! It is the host's word and small by construction; still it is decoded with the same care as the wire.
+//! It comes from the host and is small by construction; still it is decoded with the same care as the wire.
 
 use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
@@ -69,12 +69,12 @@ pub enum Network {
     /// Ask the network.
     #[n(0)]
     Dhcp,
-    /// As the host says.
+    /// As configured by the host.
     #[n(1)]
     Static(#[n(0)] StaticNetwork),
 }
 
-/// Addresses as the host says. Numeric text.
+/// Addresses from the host. Numeric text.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct StaticNetwork {
     /// IPv4 address of the guest.

@@ -35,7 +35,7 @@ pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes a small file by renaming, unless it holds just that already. What a new file's mode is, `mode` says.
+/// Writes a small file by renaming, unless it holds just that already. `mode` is the mode of a new file.
 ///
 /// # Errors
 /// The file system refuses.
@@ -56,14 +56,14 @@ pub fn replace_file(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     };
     let written = file?.write_all(contents).and_then(|()| fs::rename(&temporary, path));
     if written.is_err() {
-        // The first error says more than a second one.
+        // The first error is more specific than a second one.
         let _ = fs::remove_file(&temporary);
     }
     written
 }
 
 /// Writes a small file over what it holds, where it is a plain file with one name; else by renaming. This takes a tenth
-/// of the kernel's work, and somebody who reads at the same moment may see half of it: for files that are made right
+/// of the kernel's work, and a process that reads at the same time may see half of it: for files that are made right
 /// again at every start.
 ///
 /// # Errors
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_regular_file_is_neither_waited_for_nor_taken_for_empty() {
+    fn special_files_neither_block_nor_count_as_empty() {
         // A pipe under the name of a configuration file blocked the start for ever.
         let directory = tempfile::tempdir().unwrap();
         let pipe = directory.path().join("hosts");
@@ -139,7 +139,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("resolv.conf");
         std::os::unix::fs::symlink("/nowhere/at/all", &file).unwrap();
-        // Left by somebody who was cut off, and pointing elsewhere.
+        // An orphan of an interrupted writer that points elsewhere.
         std::os::unix::fs::symlink("/nowhere/either", directory.path().join("resolv.nido-new")).unwrap();
         replace_file(&file, b"nameserver 10.0.2.3\n", 0o444).unwrap();
         assert_eq!(fs::read(&file).unwrap(), b"nameserver 10.0.2.3\n");

@@ -3,8 +3,8 @@
 //! Four tasks run at once, and none may block another: frames from the host are handled (a signal arrives even
 //! when the command neither reads its input nor has its output read), standard input is fed, output is sent, the
 //! time limit is watched. Invariant: a session that goes away, and a command whose time is up, take all processes of the
-//! command with them ([`Scope`]); what a command that ended by itself has left in the background keeps running and can go
-//! on writing. An exit is reported only after the output that preceded it.
+//! command with them ([`Scope`]); what a command that ended by itself has left in the background keeps running and can continue
+//! to write. An exit is reported only after the output that preceded it.
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -31,17 +31,17 @@ use crate::scope::Scope;
 /// Largest payload of an output frame, in bytes: what a pipe holds.
 const OUTPUT_CHUNK: usize = 64 * 1024;
 /// How long a finished command's output is still read when something else keeps it open.
-const LINGER: Duration = Duration::from_millis(100);
+const OUTPUT_DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
 /// More than a terminal holds of what was written to it and not yet read, in bytes.
 const TERMINAL_HOLDS: usize = 128 * 1024;
-/// How long a command's processes may live between SIGHUP and SIGKILL when its session is gone.
+/// How long a command's processes may run between SIGHUP and SIGKILL when its session is gone.
 const HANGUP_GRACE: Duration = Duration::from_millis(500);
-/// How often it is looked whether they have ended by then.
-const HANGUP_LOOK: Duration = Duration::from_millis(25);
-/// How many outlets of ended commands are kept open for what those have left in the background. Further ones are closed.
+/// How often it is checked whether they have ended.
+const HANGUP_POLL_INTERVAL: Duration = Duration::from_millis(25);
+/// How many output pipes of ended commands are kept open for their background processes. Further ones are closed.
 const MAX_DRAINS: usize = 256;
 /// How long the next request of a session waits until everything is ready for the next command.
-const READY_WITHIN: Duration = Duration::from_secs(1);
+const READY_TIMEOUT: Duration = Duration::from_secs(1);
 /// Credit is returned in pieces of at least this size, in bytes, or when everything was taken.
 const CREDIT_PIECE: u32 = STDIN_WINDOW / 4;
 
@@ -63,7 +63,7 @@ pub async fn run(
     let start = move || {
         let mut scope = starter.scopes.scope();
         let started = program::start(&starter, &request, &mut scope)?;
-        Ok((Guard { pid: started.pid, scope: Some(Arc::new(Mutex::new(scope))) }, started))
+        Ok((ProcessGuard { pid: started.pid, scope: Some(Arc::new(Mutex::new(scope))) }, started))
     };
     let (mut guard, started) = match tokio::task::spawn_blocking(start).await.map_err(io::Error::other)? {
         Ok(started) => started,
@@ -79,7 +79,7 @@ pub async fn run(
     let window = terminal.as_deref();
     let status = tokio::select! {
         status = sent => status?,
-        over = obey(&guard, has_stdin, window, &feed, input) => return Err(over),
+        over = handle_control(&guard, has_stdin, window, &feed, input) => return Err(over),
         () = feed_stdin(stdin, terminal.is_some(), &feed) => unreachable_end().await?,
         () = kill_at(&guard, limit.map(|limit| begun + limit), &feed) => unreachable_end().await?,
     };
@@ -98,7 +98,7 @@ pub async fn run(
         drop(scope);
         agent.scopes.make_ready();
     });
-    let _ = timeout(READY_WITHIN, made_ready).await;
+    let _ = timeout(READY_TIMEOUT, made_ready).await;
     Ok(())
 }
 
@@ -108,13 +108,13 @@ async fn unreachable_end() -> Result<ExitStatus, FrameError> {
 }
 
 /// The command's processes; hung up and killed when the session ends before the command.
-struct Guard {
+struct ProcessGuard {
     pid: Pid,
     /// Absent once the command has ended by itself.
     scope: Option<Arc<Mutex<Scope>>>,
 }
 
-impl Guard {
+impl ProcessGuard {
     /// Kills everything that the command has started.
     fn kill(&self) {
         if let Some(scope) = &self.scope {
@@ -127,17 +127,17 @@ fn lock(scope: &Mutex<Scope>) -> std::sync::MutexGuard<'_, Scope> {
     scope.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Drop for Guard {
+impl Drop for ProcessGuard {
     fn drop(&mut self) {
         let Some(scope) = self.scope.take() else { return };
         // Found before they are hung up: the death of one in between makes orphans of others.
-        lock(&scope).look();
-        // An error means that the group is gone already, which is what is wanted.
+        lock(&scope).refresh();
+        // An error means that the group is gone already, as intended.
         let _ = kill_process_group(self.pid, Signal::HUP);
         tokio::spawn(async move {
             let deadline = Instant::now() + HANGUP_GRACE;
             while !lock(&scope).is_empty() && Instant::now() < deadline {
-                tokio::time::sleep(HANGUP_LOOK).await;
+                tokio::time::sleep(HANGUP_POLL_INTERVAL).await;
             }
             lock(&scope).kill();
         });
@@ -208,9 +208,9 @@ fn protocol(message: &str) -> FrameError {
     FrameError::Wire(wire::WireError::Malformed(message.into()))
 }
 
-/// Does what the host says while the command runs. Returns only when the session is over.
-async fn obey(
-    guard: &Guard,
+/// Carries out the host's requests while the command runs. Returns only when the session is over.
+async fn handle_control(
+    guard: &ProcessGuard,
     has_stdin: bool,
     terminal: Option<&AsyncFd<OwnedFd>>,
     feed: &Feed,
@@ -243,7 +243,7 @@ async fn obey(
 
 /// Sends a signal to the process group, as a terminal does; a kill reaches everything. An unknown number and a group that
 /// is gone are the same to the host: nothing happens.
-fn send_signal(guard: &Guard, number: u8) {
+fn send_signal(guard: &ProcessGuard, number: u8) {
     match Signal::from_named_raw(i32::from(number)) {
         Some(Signal::KILL) => guard.kill(),
         Some(signal) => drop(kill_process_group(guard.pid, signal)),
@@ -290,7 +290,7 @@ async fn write_some(file: &AsyncFd<OwnedFd>, bytes: &[u8]) -> io::Result<usize> 
 }
 
 /// Kills the command and all that it started when its time has run out. Never returns.
-async fn kill_at(guard: &Guard, deadline: Option<Instant>, feed: &Feed) {
+async fn kill_at(guard: &ProcessGuard, deadline: Option<Instant>, feed: &Feed) {
     if let Some(deadline) = deadline {
         sleep_until(deadline).await;
         feed.state().timed_out = true;
@@ -299,11 +299,11 @@ async fn kill_at(guard: &Guard, deadline: Option<Instant>, feed: &Feed) {
     pending::<()>().await;
 }
 
-type Outlet = Option<Arc<AsyncFd<OwnedFd>>>;
+type OutputPipe = Option<Arc<AsyncFd<OwnedFd>>>;
 
 /// Sends output and credit until the command has ended and its output is through.
 async fn send_output(
-    [mut stdout, mut stderr]: [Outlet; 2],
+    [mut stdout, mut stderr]: [OutputPipe; 2],
     mut ended: oneshot::Receiver<ExitStatus>,
     feed: &Feed,
     host: &mut FrameWriter,
@@ -340,7 +340,7 @@ async fn send_output(
             end = &mut ended, if status.is_none() => {
                 status = Some(end.map_err(|_| io::Error::other("the command was lost"))?);
                 owed = waiting(stdout.as_deref()) + waiting(stderr.as_deref());
-                deadline = Instant::now() + LINGER;
+                deadline = Instant::now() + OUTPUT_DRAIN_TIMEOUT;
                 0
             }
             () = sleep_until(deadline), if status.is_some() && owed == 0 => 0,
@@ -364,7 +364,7 @@ async fn send_output(
 async fn forward(
     count: io::Result<usize>,
     kind: u8,
-    outlet: &mut Outlet,
+    outlet: &mut OutputPipe,
     frame: &mut Vec<u8>,
     host: &mut FrameWriter,
 ) -> Result<usize, FrameError> {
@@ -403,7 +403,7 @@ async fn read_some(outlet: Option<&AsyncFd<OwnedFd>>, frame: &mut Vec<u8>) -> io
     outlet.async_io(Interest::READABLE, |file| buffer(file)).await
 }
 
-/// Reads what there is. Unlike a look at what could be read, it brings along what the kernel still has on its way.
+/// Reads what there is. Unlike a poll, it also returns what the kernel still has on its way.
 fn read_at_once(outlet: Option<&AsyncFd<OwnedFd>>, frame: &mut Vec<u8>) -> io::Result<usize> {
     let Some(outlet) = outlet else { return Ok(0) };
     Ok(rustix::io::read(outlet, rustix::buffer::spare_capacity(frame))?)

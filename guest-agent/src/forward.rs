@@ -22,10 +22,10 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// Buffer per direction, in bytes.
 const BUFFER: usize = 64 * 1024;
 
-/// Connects to what the host asks for.
+/// Connects to the address that the host requests.
 ///
 /// # Errors
-/// A host that is no address, or nothing that answers there in time.
+/// An invalid address, or no reply from it in time.
 pub async fn connect(request: &Connect) -> Result<TcpStream, Refusal> {
     let hosts = match &request.host {
         None => vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)],

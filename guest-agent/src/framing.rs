@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use nido_guest_agent::wire::{self, HEAD, Head, ToGuest, ToHost, WireError, kind};
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 
-use crate::mux_stream::{Piece, Sink, Source};
+use crate::mux_stream::{Chunk, Sink, Source};
 
 /// Largest frame accepted before the token was checked, in bytes.
 pub const GREETING_LIMIT: usize = 1024;
@@ -22,7 +22,7 @@ pub enum Incoming {
     /// A message.
     Message(ToGuest),
     /// Raw bytes of a kind: a frame or a part of one, never empty.
-    Raw(u8, Piece),
+    Raw(u8, Chunk),
 }
 
 /// Why no further frame can be read.
@@ -41,7 +41,7 @@ pub enum FrameError {
 pub struct FrameReader {
     source: Source,
     /// What was received and not yet used.
-    piece: Piece,
+    piece: Chunk,
     /// The head being read, and how much of it there is.
     head: [u8; HEAD],
     have: usize,
@@ -53,7 +53,7 @@ pub struct FrameReader {
 impl FrameReader {
     /// Wraps the reading half of a fresh session.
     pub fn new(source: Source) -> Self {
-        Self { source, piece: Piece::default(), head: [0; HEAD], have: 0, message: Vec::new(), limit: GREETING_LIMIT }
+        Self { source, piece: Chunk::default(), head: [0; HEAD], have: 0, message: Vec::new(), limit: GREETING_LIMIT }
     }
 
     /// From here on frames may have the size the protocol allows.
@@ -186,7 +186,7 @@ impl FrameWriter {
 
     /// Closes the writing side; what was sent still arrives.
     pub async fn close(&mut self) {
-        // The other side may have disconnected already; there is no one to notify.
+        // The other side may have disconnected already; there is no receiver.
         let _ = self.stream.shutdown().await;
     }
 
@@ -249,7 +249,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_are_the_same_however_they_are_cut(
+        fn frames_do_not_depend_on_chunk_sizes(
             payloads in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..50), 0..20),
             cut in 1usize..40,
         ) {

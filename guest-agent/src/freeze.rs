@@ -1,7 +1,7 @@
 //! Holding the root file system still while the guest is saved.
 //!
 //! ```text
-//! moving --freeze--> frozen (a timer runs) --thaw, renew, power, or the timer--> moving (no timer)
+//! moving --freeze--> frozen (a timer runs) --thaw, identity reset, power, or the timer--> moving (no timer)
 //! ```
 //!
 //! Invariant: nothing stays frozen for ever. Each freeze sets a timer, and a freeze that comes too late to be
@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use crate::refusal::Refusal;
 use crate::sys;
 
-/// How long writing everything and freezing may take, and how long thawing.
+/// How long writing everything and freezing may take, and how long unfreezing.
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Time after which a frozen file system is unfrozen.
 const LIMIT: Duration = Duration::from_millis(FREEZE_LIMIT_MS);
@@ -147,7 +147,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn what_nobody_thaws_thaws_by_itself() {
+    async fn a_freeze_expires_without_a_thaw() {
         let freezer = Freezer::new(false);
         freezer.freeze().await.unwrap();
         tokio::time::sleep(LIMIT / 2).await;

@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn every_line_of_the_users_stays_as_it_is() {
-        // A byte that is no UTF-8 emptied the file, and aliases of 127.0.1.1 were dropped.
+        // A byte that is not UTF-8 emptied the file, and aliases of 127.0.1.1 were dropped.
         let users = b"# caf\xe9\r\n10.0.0.5\tdb # caf\xe9\n127.0.1.1\tweb.example web\n\n  127.0.1.1 x\n127.0.1.1\tother\n\tend";
         let after = hosts(users, "a", "b");
         assert_eq!(after, [&users[..], b"\n127.0.1.1\ta\n"].concat());
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_former_name_is_also_known_from_its_file() {
+    fn the_previous_name_is_read_from_its_file() {
         // At a cold boot the kernel has no name yet.
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("etc")).unwrap();

@@ -1,12 +1,12 @@
 //! What makes the root disk the disk of one VM: machine id, SSH host keys, whatever the guest's hooks make, and a line
-//! that says whose disk it is.
+//! that names the VM that owns the disk.
 //!
 //! ```text
 //! /var/lib/nido-guest/identity is the wanted one?  yes -> nothing to do
 //!                                            no  -> machine id -> host keys -> hooks -> the line, last
 //! ```
 //!
-//! Invariant: the line is written only after everything else was done, so whatever is cut off half-way is done again.
+//! Invariant: the line is written only after everything else was done, so an interrupted reset is repeated.
 
 use std::ffi::OsString;
 use std::fs;
@@ -37,7 +37,7 @@ const KEY_DEADLINE: Duration = Duration::from_secs(60);
 /// How long one hook may take.
 const HOOK_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Whether this can be an identity: what the host makes ids of, and one word in any shell.
+/// Whether this can be an identity: the characters of the host's ids, and one word in any shell.
 pub fn is_valid(identity: &str) -> bool {
     let is_part = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     (1..=MAX_IDENTITY).contains(&identity.len()) && identity.bytes().all(is_part)
@@ -48,7 +48,7 @@ pub fn is_own(root: &Path, identity: &str) -> bool {
     read_file(&root.join(IDENTITY)).is_ok_and(|line| line.trim_ascii() == identity.as_bytes())
 }
 
-/// Says that the disk belongs to this VM from now on.
+/// Records that the disk belongs to this VM from now on.
 ///
 /// # Errors
 /// The file system refuses.
@@ -69,7 +69,7 @@ pub fn record(root: &Path, identity: &str) -> io::Result<()> {
 ///
 /// # Errors
 /// No random numbers, or the file system refuses.
-pub fn renew_machine_id(root: &Path) -> io::Result<()> {
+pub fn reset_machine_id(root: &Path) -> io::Result<()> {
     let line = format!("{:032x}\n", random_uuid()?);
     for file in ["etc/machine-id", "var/lib/dbus/machine-id"].map(|file| root.join(file)) {
         let is_copy = file.symlink_metadata().is_ok_and(|facts| facts.is_file());
@@ -123,11 +123,11 @@ pub fn host_keys(root: &Path) -> io::Result<Vec<HostKey>> {
 ///
 /// # Errors
 /// A key cannot be made, or not in time.
-pub async fn renew_host_keys(reaper: &Arc<Reaper>, keys: &[HostKey]) -> io::Result<()> {
+pub async fn reset_host_keys(reaper: &Arc<Reaper>, keys: &[HostKey]) -> io::Result<()> {
     let mut failed = None;
     for key in keys {
         // One that cannot be made is no reason to leave the others to two machines.
-        if let Err(error) = renew_host_key(reaper, key).await {
+        if let Err(error) = reset_host_key(reaper, key).await {
             failed.get_or_insert(error);
         }
     }
@@ -137,7 +137,7 @@ pub async fn renew_host_keys(reaper: &Arc<Reaper>, keys: &[HostKey]) -> io::Resu
     failed.map_or(Ok(()), Err)
 }
 
-async fn renew_host_key(reaper: &Arc<Reaper>, HostKey { path, kind }: &HostKey) -> io::Result<()> {
+async fn reset_host_key(reaper: &Arc<Reaper>, HostKey { path, kind }: &HostKey) -> io::Result<()> {
     let fresh = path.with_extension("nido-new");
     let public = |path: &Path| PathBuf::from(format!("{}.pub", path.display()));
     for leftover in [fresh.clone(), public(&fresh)] {
@@ -208,12 +208,12 @@ fn names(directory: &Path) -> io::Result<Vec<OsString>> {
 
 /// At a cold boot, before another process 1 takes over: gives a disk that is not this VM's its machine id and host
 /// keys. The hooks, and with them the line, are left to the agent that runs as a service.
-pub fn settle_before_init(config: &GuestConfig) {
+pub fn reset_disk_before_init(config: &GuestConfig) {
     let root = Path::new("/");
     if config.identity.is_empty() || is_own(root, &config.identity) {
         return;
     }
-    done("the machine id", renew_machine_id(root));
+    done("the machine id", reset_machine_id(root));
     let keys = match host_keys(root) {
         Ok(keys) if keys.is_empty() => return,
         Ok(keys) => keys,
@@ -227,20 +227,20 @@ pub fn settle_before_init(config: &GuestConfig) {
             let reaper = Arc::new(Reaper::default());
             let reaped = reaper.clone();
             tokio::spawn(async move { reaped.reap().await });
-            renew_host_keys(&reaper, &keys).await
+            reset_host_keys(&reaper, &keys).await
         })
     });
     done("the host keys", renewed);
 }
 
-/// At a cold boot, before the host is listened to: what [`settle_before_init`] has left, or (as process 1) everything.
-pub async fn settle(reaper: &Arc<Reaper>, config: &GuestConfig, is_init: bool) {
+/// At a cold boot, before the host is listened to: what [`reset_disk_before_init`] has left, or (as process 1) everything.
+pub async fn reset_new_disk(reaper: &Arc<Reaper>, config: &GuestConfig, is_init: bool) {
     let (root, identity) = (Path::new("/"), config.identity.as_str());
     if identity.is_empty() || is_own(root, identity) {
         return;
     }
     let parts = if is_init { Parts::All } else { Parts::Hooks };
-    renew_disk(reaper, root, parts, &config.hostname, identity).await;
+    reset_disk(reaper, root, parts, &config.hostname, identity).await;
 }
 
 /// What of a disk is made this VM's own.
@@ -252,14 +252,14 @@ pub enum Parts {
     Hooks,
 }
 
-/// Makes a disk this VM's own, and says so on it if everything could be done. What could not is a warning, and is tried
+/// Makes a disk this VM's own, and records that on it if everything could be done. What could not is a warning, and is tried
 /// again at the next start: a machine id that cannot be written must not keep its owner out.
-pub async fn renew_disk(reaper: &Arc<Reaper>, root: &Path, parts: Parts, hostname: &str, identity: &str) {
+pub async fn reset_disk(reaper: &Arc<Reaper>, root: &Path, parts: Parts, hostname: &str, identity: &str) {
     let mut is_whole = true;
     if parts == Parts::All {
-        is_whole &= done("the machine id", renew_machine_id(root));
+        is_whole &= done("the machine id", reset_machine_id(root));
         let keys = match host_keys(root) {
-            Ok(keys) => renew_host_keys(reaper, &keys).await,
+            Ok(keys) => reset_host_keys(reaper, &keys).await,
             Err(error) => Err(error),
         };
         is_whole &= done("the host keys", keys);
@@ -290,7 +290,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_is_its_own_only_with_the_whole_line() {
+    fn a_disk_matches_only_with_its_complete_identity_line() {
         let root = tempfile::tempdir().unwrap();
         assert!(!is_own(root.path(), "0123abc"));
         record(root.path(), "0123abc").unwrap();
@@ -302,18 +302,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_disk_that_cannot_be_made_this_vms_own_is_not_marked_as_such_and_is_tried_again() {
-        // A machine id or a hook that could not be renewed ended the start.
+    async fn a_failed_disk_reset_is_not_recorded_and_is_retried() {
+        // A machine id or a hook that could not be reset ended the start.
         let root = tempfile::tempdir().unwrap();
         let reaper = Arc::new(Reaper::default());
         fs::create_dir_all(root.path().join("etc/machine-id/in-the-way")).unwrap();
         fs::create_dir_all(root.path().join("etc/nido")).unwrap();
         fs::write(root.path().join(HOOKS), "no directory").unwrap();
-        renew_disk(&reaper, root.path(), Parts::All, "web", "0123abc").await;
+        reset_disk(&reaper, root.path(), Parts::All, "web", "0123abc").await;
         assert!(!is_own(root.path(), "0123abc"));
         fs::remove_dir_all(root.path().join("etc/machine-id")).unwrap();
         fs::remove_file(root.path().join(HOOKS)).unwrap();
-        renew_disk(&reaper, root.path(), Parts::All, "web", "0123abc").await;
+        reset_disk(&reaper, root.path(), Parts::All, "web", "0123abc").await;
         assert!(is_own(root.path(), "0123abc") && root.path().join("etc/machine-id").is_file());
     }
 
@@ -334,29 +334,29 @@ mod tests {
         fs::create_dir_all(&etc).unwrap();
         fs::create_dir_all(&dbus).unwrap();
         let read = || fs::read_to_string(etc.join("machine-id")).unwrap();
-        renew_machine_id(root.path()).unwrap();
+        reset_machine_id(root.path()).unwrap();
         let first = read();
         assert!(!dbus.join("machine-id").exists());
         assert!(first.len() == 33 && first.trim_end().bytes().all(|byte| byte.is_ascii_hexdigit()));
         std::os::unix::fs::symlink("/etc/machine-id", dbus.join("machine-id")).unwrap();
-        renew_machine_id(root.path()).unwrap();
+        reset_machine_id(root.path()).unwrap();
         assert!(dbus.join("machine-id").is_symlink());
         assert_ne!(read(), first);
         fs::remove_file(dbus.join("machine-id")).unwrap();
         fs::write(dbus.join("machine-id"), &first).unwrap();
-        renew_machine_id(root.path()).unwrap();
+        reset_machine_id(root.path()).unwrap();
         assert_eq!(fs::read_to_string(dbus.join("machine-id")).unwrap(), read());
     }
 
     #[test]
-    fn a_random_uuid_says_that_it_is_one() {
+    fn a_random_uuid_has_its_version_bits() {
         let (one, other) = (random_uuid().unwrap(), random_uuid().unwrap());
         assert_ne!(one, other);
         assert_eq!((one >> 76 & 0xf, one >> 62 & 0b11), (4, 0b10));
     }
 
     #[test]
-    fn host_keys_are_told_by_their_names() {
+    fn host_keys_are_found_by_name() {
         assert_eq!(key_kind("ssh_host_rsa_key"), Some("rsa"));
         assert_eq!(key_kind("ssh_host_ed25519_key"), Some("ed25519"));
         assert_eq!(key_kind("ssh_host_of_mine_key"), Some("of_mine"));

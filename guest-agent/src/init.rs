@@ -5,7 +5,7 @@
 //!                                                                         '> System: copy into /run/nido, /sbin/init
 //! ```
 //!
-//! Invariant: a step without which the agent cannot serve says so on the console and ends the VM; any other is a warning.
+//! Invariant: a failed step without which the agent cannot serve is reported on the console and ends the VM; any other is a warning.
 //! Nothing waits without a deadline.
 
 use std::fs;
@@ -21,9 +21,9 @@ use rustix::mount::{MountFlags, mount, mount_move};
 use crate::warnings::{self, warn};
 use crate::{ServeMode, hostname, identity, power, read_config, run as serve, sys};
 
-/// Where the initramfs leaves the configuration for the agent as a service.
+/// Where the initramfs stores the configuration for the agent as a service.
 pub const SAVED_CONFIG: &str = "/run/nido/config";
-/// Where the initramfs leaves the agent itself.
+/// Where the initramfs stores the agent itself.
 const SAVED_AGENT: &str = "/run/nido/nido-guest-agent";
 /// How long the root disk may take to appear.
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
@@ -46,7 +46,7 @@ pub fn run() -> io::Result<()> {
     switch_root()?;
     hostname::set(&config.hostname);
     if rest {
-        identity::settle_before_init(&config);
+        identity::reset_disk_before_init(&config);
         warnings::save();
         let error = std::process::Command::new("/sbin/init").env_clear().exec();
         return Err(during("starting /sbin/init", error));
@@ -132,7 +132,7 @@ fn mount_root() -> io::Result<()> {
 
 /// Lets the root file system fill its disk, if that has become larger. The file system is in use meanwhile, and this
 /// may take a second: it is done beside the sessions.
-pub fn grow_root_beside() {
+pub fn grow_root_in_background() {
     tokio::task::spawn_blocking(|| {
         if let Err(error) = grow_root() {
             warn(format!("the root file system does not fill its disk: {error}"));

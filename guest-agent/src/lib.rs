@@ -2,7 +2,7 @@
 //! ends of a copy do to files. The binary is the agent.
 
 pub mod config;
-pub mod places;
+pub mod connection_table;
 #[cfg(feature = "replace")]
 pub mod replace;
 pub mod wire;

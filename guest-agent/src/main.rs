@@ -24,6 +24,7 @@ mod freeze;
 mod helper_process;
 mod hostname;
 mod identity;
+mod identity_reset;
 mod init;
 mod mux_stream;
 mod nested;
@@ -34,7 +35,6 @@ mod power;
 mod program;
 mod reaper;
 mod refusal;
-mod renew;
 mod role;
 mod scope;
 mod session;
@@ -157,7 +157,7 @@ async fn serve_until_power(config: GuestConfig, reach: ServeMode) -> io::Result<
             return fail_boot(&agent, mode, message).await;
         }
     }
-    settle(&agent, &config).await;
+    set_up_guest(&agent, &config).await;
     let (serving, channel) = (agent.clone(), config.channel);
     tokio::spawn(async move {
         let served = match channel {
@@ -169,25 +169,25 @@ async fn serve_until_power(config: GuestConfig, reach: ServeMode) -> io::Result<
             std::process::exit(1);
         }
     });
-    init::grow_root_beside();
-    let power = power::asked(&mut asks, mode).await?;
-    // If it stays frozen the guest goes down all the same.
+    init::grow_root_in_background();
+    let power = power::wait_for_request(&mut asks, mode).await?;
+    // If it stays frozen the guest goes down nevertheless.
     let _ = agent.freezer.thaw().await;
     power::go_down(&agent, power, mode).await
 }
 
 /// What is there before the first session: the network, and a disk that is this VM's own. What cannot be done is a warning.
-async fn settle(agent: &Agent, config: &GuestConfig) {
+async fn set_up_guest(agent: &Agent, config: &GuestConfig) {
     if let Err(error) = network::set(config.network.as_ref()) {
         warnings::warn(format!("the network could not be set up: {error}"));
     }
     if config.nested {
         nested::prepare(&agent.reaper).await;
     }
-    identity::settle(&agent.reaper, config, agent.role == Role::Init).await;
+    identity::reset_new_disk(&agent.reaper, config, agent.role == Role::Init).await;
 }
 
-/// Ends a boot that must not be used: process 1 by ending, a service by asking for the power to go off.
+/// Ends a boot that must not be used: process 1 by ending, a service by requesting the power to go off.
 async fn fail_boot(agent: &Agent, mode: power::Mode, message: String) -> io::Result<()> {
     if mode == power::Mode::Systemd {
         // Without a console it is in the journal.

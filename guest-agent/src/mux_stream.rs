@@ -1,6 +1,6 @@
 //! The two halves of a session's byte stream, and the pieces in which bytes come out of it.
 //!
-//! Invariant: bytes from the multiplexer are used in the very buffer in which it received them.
+//! Invariant: bytes from the multiplexer are used in the buffer in which it received them.
 
 use std::io;
 use std::ops::Range;
@@ -21,7 +21,7 @@ pub type Sink = Box<dyn AsyncWrite + Send + Unpin>;
 pub struct Source(Kind);
 
 enum Kind {
-    Mux(Shared),
+    Mux(SharedStream),
     Bytes {
         stream: Box<dyn AsyncRead + Send + Unpin>,
         /// What the next bytes are read into; empty until then.
@@ -37,7 +37,7 @@ pub fn split<S: AsyncRead + AsyncWrite + Send + 'static>(stream: S) -> (Source, 
 
 /// Both halves of a stream of the multiplexer.
 pub fn split_mux(stream: yamux::Stream) -> (Source, Sink) {
-    let shared = Shared(Arc::new(Mutex::new(stream)));
+    let shared = SharedStream(Arc::new(Mutex::new(stream)));
     (Source(Kind::Mux(shared.clone())), Box::new(shared))
 }
 
@@ -51,16 +51,16 @@ impl Source {
     ///
     /// # Errors
     /// The stream fails.
-    pub async fn next(&mut self) -> io::Result<Option<Piece>> {
+    pub async fn next(&mut self) -> io::Result<Option<Chunk>> {
         std::future::poll_fn(|context| self.poll_next(context)).await
     }
 
     /// See [`Source::next`].
-    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Option<Piece>>> {
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Option<Chunk>>> {
         match &mut self.0 {
             Kind::Mux(shared) => {
                 let packet = ready!(shared.with(|stream| stream.poll_next(context))).transpose()?;
-                Poll::Ready(Ok(packet.map(|packet| Piece::new(Bytes::Packet(packet)))))
+                Poll::Ready(Ok(packet.map(|packet| Chunk::new(Bytes::Packet(packet)))))
             }
             Kind::Bytes { stream, spare } => {
                 spare.resize(READ, 0);
@@ -76,7 +76,7 @@ impl Source {
                         bytes
                     }
                 };
-                Poll::Ready(Ok(Some(Piece::new(Bytes::Read(bytes)))))
+                Poll::Ready(Ok(Some(Chunk::new(Bytes::Read(bytes)))))
             }
         }
     }
@@ -99,13 +99,13 @@ impl AsRef<[u8]> for Bytes {
 
 /// Some bytes that were received, or a part of them.
 #[derive(Debug, Default)]
-pub struct Piece {
+pub struct Chunk {
     /// Absent only if there is nothing in the range.
     bytes: Option<Arc<Bytes>>,
     range: Range<usize>,
 }
 
-impl Piece {
+impl Chunk {
     fn new(bytes: Bytes) -> Self {
         let range = 0..bytes.as_ref().len();
         Self { bytes: Some(Arc::new(bytes)), range }
@@ -128,7 +128,7 @@ impl Piece {
     }
 }
 
-impl AsRef<[u8]> for Piece {
+impl AsRef<[u8]> for Chunk {
     fn as_ref(&self) -> &[u8] {
         let whole = self.bytes.as_ref().map_or(&[][..], |bytes| (**bytes).as_ref());
         &whole[self.range.clone()]
@@ -138,15 +138,15 @@ impl AsRef<[u8]> for Piece {
 /// A stream of the multiplexer, in both halves. Both are polled by the runtime's one thread, so the lock is never
 /// waited for.
 #[derive(Clone)]
-struct Shared(Arc<Mutex<yamux::Stream>>);
+struct SharedStream(Arc<Mutex<yamux::Stream>>);
 
-impl Shared {
+impl SharedStream {
     fn with<T>(&self, act: impl FnOnce(Pin<&mut yamux::Stream>) -> T) -> T {
         act(Pin::new(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 }
 
-impl AsyncWrite for Shared {
+impl AsyncWrite for SharedStream {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.with(|stream| stream.poll_write(context, bytes))
     }

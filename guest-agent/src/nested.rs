@@ -16,22 +16,22 @@ const LOADER: &str = "/sbin/modprobe";
 const DEADLINE: Duration = Duration::from_secs(30);
 const DEVICES: [&str; 2] = ["/dev/kvm", "/dev/vhost-vsock"];
 /// The guest has one user who matters; what runs in it may run machines.
-const OPEN_TO_ALL: u32 = 0o666;
+const WORLD_ACCESSIBLE: u32 = 0o666;
 
 /// Loads what VMs inside this one need.
 pub async fn prepare(reaper: &Arc<Reaper>) {
     let modules = [kvm_module(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()), Some("vhost_vsock")];
     if modules[0].is_none() {
-        say("this machine's CPU has no virtualization extension, so KVM is unavailable");
+        log("this machine's CPU has no virtualization extension, so KVM is unavailable");
     }
     for module in modules.into_iter().flatten() {
         if let Err(error) = load(reaper, module).await {
-            say(&format!("the module {module} is not loaded: {error}"));
+            log(&format!("the module {module} is not loaded: {error}"));
         }
     }
     for device in DEVICES {
-        match fs::set_permissions(device, Permissions::from_mode(OPEN_TO_ALL)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => say(&format!("{device}: {error}")),
+        match fs::set_permissions(device, Permissions::from_mode(WORLD_ACCESSIBLE)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => log(&format!("{device}: {error}")),
             _ => {}
         }
     }
@@ -65,7 +65,7 @@ fn users(counter: &str) -> u32 {
     fs::read_to_string(counter).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
-fn say(message: &str) {
+fn log(message: &str) {
     eprintln!("nido-guest-agent: {message}");
 }
 

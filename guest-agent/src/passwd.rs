@@ -36,14 +36,14 @@ impl User {
         Self::new(uid.to_string().as_bytes(), uid, 0, "/".into(), "/bin/sh".into())
     }
 
-    /// Root, as it is where no file says otherwise.
+    /// Root, as it is where no file defines otherwise.
     fn root() -> Self {
         Self::new(b"root", 0, 0, "/root".into(), "/bin/sh".into())
     }
 }
 
 /// Finds a user as `docker exec --user` does: `USER`, `USER:GROUP` or `:GROUP`, each a name or a number. A number that is in
-/// no file is good as well, then with group 0 and the root directory as home. None if a name does not exist.
+/// no file is valid, too, then with group 0 and the root directory as home. None if a name does not exist.
 ///
 /// # Errors
 /// A file is there and cannot be read.
@@ -57,7 +57,7 @@ pub fn find(wanted: &str) -> io::Result<Option<User>> {
     Ok(Some(found))
 }
 
-/// What to say of a user or group that was not found.
+/// The error text for a user or group that was not found.
 pub fn missing(wanted: &str) -> String {
     let (user, group) = split(wanted);
     let has_user = read("/etc/passwd").is_ok_and(|file| find_user(&file, user).is_some());

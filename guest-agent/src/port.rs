@@ -1,6 +1,6 @@
 //! The virtio-serial port as a byte stream.
 //!
-//! The kernel hands over at most one page per read and takes at most 32 KiB per write, each write being a message of
+//! The kernel returns at most one page per read and takes at most 32 KiB per write, each write being a message of
 //! its own to QEMU. So small pieces (the multiplexer's heads) are put together with what follows them, and large ones
 //! go straight through. Invariant: bytes keep their order, and after [`Port::poll_flush`] none is held back.
 
@@ -87,8 +87,8 @@ impl Port {
         }
     }
 
-    /// Drops what an ended connection has left unwritten.
-    pub fn forget_unsent(&mut self) {
+    /// Drops what an ended connection has not written.
+    pub fn discard_unsent(&mut self) {
         self.held.clear();
     }
 

@@ -1,4 +1,4 @@
-//! Going down in order: processes are asked, then ended, the disks are written, the power goes off.
+//! Going down in order: processes get SIGTERM, then SIGKILL, the disks are written, the power goes off.
 //!
 //! Invariant: it always ends. Every wait has a deadline, and the last step is the kernel's.
 
@@ -23,7 +23,7 @@ const TERM_GRACE: Duration = Duration::from_secs(5);
 /// How long the kernel may take to end them after SIGKILL.
 const KILL_GRACE: Duration = Duration::from_secs(2);
 
-/// Who does it.
+/// Which process does it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// The agent, as process 1.
@@ -36,14 +36,14 @@ pub enum Mode {
 ///
 /// # Errors
 /// Signals cannot be watched.
-pub async fn asked(asks: &mut mpsc::Receiver<Power>, mode: Mode) -> io::Result<Power> {
+pub async fn wait_for_request(requests: &mut mpsc::Receiver<Power>, mode: Mode) -> io::Result<Power> {
     if mode == Mode::Systemd {
-        return asks.recv().await.ok_or_else(|| io::Error::other("the requester is gone"));
+        return requests.recv().await.ok_or_else(|| io::Error::other("the requester is gone"));
     }
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let power = tokio::select! {
-        Some(power) = asks.recv() => power,
+        Some(power) = requests.recv() => power,
         _ = term.recv() => Power::Off,
         _ = interrupt.recv() => Power::Restart,
     };
@@ -56,12 +56,12 @@ pub async fn asked(asks: &mut mpsc::Receiver<Power>, mode: Mode) -> io::Result<P
 /// systemd cannot be notified, or the kernel refuses.
 pub async fn go_down(agent: &Agent, power: Power, mode: Mode) -> io::Result<()> {
     match mode {
-        Mode::Systemd => tell_systemd(agent, power).await,
+        Mode::Systemd => notify_systemd(agent, power).await,
         Mode::Init => end_everything(agent, power).await,
     }
 }
 
-async fn tell_systemd(agent: &Agent, power: Power) -> io::Result<()> {
+async fn notify_systemd(agent: &Agent, power: Power) -> io::Result<()> {
     let verb = match power {
         Power::Off => c"poweroff",
         Power::Restart => c"reboot",
@@ -91,11 +91,11 @@ async fn end_everything(agent: &Agent, power: Power) -> io::Result<()> {
             // As process 1, "every process" does not include the caller. That there is no other is no failure.
             let _ = kill(Pid::from_raw(-1), signal);
         }
-        if timeout(grace, agent.reaper.all_gone()).await.is_ok() {
+        if timeout(grace, agent.reaper.wait_until_empty()).await.is_ok() {
             break;
         }
     }
-    // What cannot be written now never can; the power goes off all the same.
+    // What cannot be written now never can; the power goes off nevertheless.
     rustix::fs::sync();
     let _ = mount_remount("/", MountFlags::RDONLY, c"");
     let command = match power {

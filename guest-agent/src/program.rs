@@ -60,7 +60,7 @@ pub fn start(agent: &Agent, request: &Exec, scope: &mut Scope) -> Result<Running
     let search = environment.iter().find_map(|pair| pair.strip_prefix(b"PATH=")).unwrap_or_default();
     let (programs, argv) = program(&user, request, search);
     let directory = directory(&user, request);
-    let ends = Ends::open(request, user.uid)
+    let ends = PipeEnds::open(request, user.uid)
         .map_err(|error| Refusal::from_io("cannot set up the command's input and output", &error))?;
 
     let strings = |list: Vec<Vec<u8>>| list.into_iter().map(c_string).collect::<Result<Vec<_>, _>>();
@@ -83,7 +83,7 @@ pub fn start(agent: &Agent, request: &Exec, scope: &mut Scope) -> Result<Running
     ends.into_running(pid, ended).map_err(|error| Refusal::from_io("cannot watch the command's output", &error))
 }
 
-/// Checks the parts of a request that need no look at the guest.
+/// Checks the parts of a request that do not depend on the guest.
 ///
 /// # Errors
 /// What breaks the protocol.
@@ -227,7 +227,7 @@ fn explain(failure: &LaunchError, launch: &Launch<'_>, directory: &Path) -> Refu
 }
 
 /// Both ends of everything the command reads and writes.
-struct Ends {
+struct PipeEnds {
     child_in: OwnedFd,
     child_out: OwnedFd,
     child_err: OwnedFd,
@@ -237,7 +237,7 @@ struct Ends {
     is_terminal: bool,
 }
 
-impl Ends {
+impl PipeEnds {
     /// Opens them for a user: programs open `/dev/stdout` and their terminal by name, which takes more than having them.
     fn open(request: &Exec, uid: u32) -> io::Result<Self> {
         let ends = match request.pty {
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_name_is_looked_for_along_the_path() {
+    fn a_bare_name_is_searched_in_path() {
         let argv = vec![b"ls".to_vec().into()];
         let request = Exec { argv, ..Exec::default() };
         assert_eq!(program(&user(), &request, b"/a::/b").0, [&b"/a/ls"[..], b"./ls", b"/b/ls"]);

@@ -35,14 +35,14 @@ impl ExitStatus {
 /// The running children of the agent.
 #[derive(Default)]
 pub struct Reaper {
-    book: Mutex<Book>,
+    book: Mutex<ChildTable>,
     /// Notified when a round of reaping found no child left.
-    all_gone: Notify,
+    wait_until_empty: Notify,
 }
 
 #[derive(Default)]
-struct Book {
-    /// Who waits for which process.
+struct ChildTable {
+    /// The waiters, by process.
     waiting: HashMap<i32, oneshot::Sender<ExitStatus>>,
     /// Launches under way: a process may end before its launcher has put it into `waiting`.
     launching: usize,
@@ -51,7 +51,7 @@ struct Book {
 }
 
 impl Reaper {
-    fn book(&self) -> std::sync::MutexGuard<'_, Book> {
+    fn book(&self) -> std::sync::MutexGuard<'_, ChildTable> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -99,7 +99,7 @@ impl Reaper {
                 Ok(None) => return false,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(_no_child) => {
-                    self.all_gone.notify_waiters();
+                    self.wait_until_empty.notify_waiters();
                     return true;
                 }
             }
@@ -118,8 +118,8 @@ impl Reaper {
     }
 
     /// Ready once no child is left; for process 1, whose children inherit all orphans to it, once no process is left.
-    pub async fn all_gone(&self) {
-        let mut told = std::pin::pin!(self.all_gone.notified());
+    pub async fn wait_until_empty(&self) {
+        let mut told = std::pin::pin!(self.wait_until_empty.notified());
         // Registered before looking, so that the last death is not missed.
         told.as_mut().enable();
         if !self.reap_ended() {

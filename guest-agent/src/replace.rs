@@ -1,7 +1,7 @@
 //! What both ends of a copy do to files alike: find the holes of a file, and put a new file in the place of another one.
 //!
 //! Invariant: nothing but a regular file (or a symlink, as a name) is ever replaced, and a file that is replaced keeps what
-//! was not asked to change: owner, mode, extended attributes, and its other names.
+//! does not change: owner, mode, extended attributes, and its other names.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -14,7 +14,7 @@ use rustix::io::Errno;
 /// Longest value and longest list of extended attributes, in bytes: the kernel's limit.
 const MAX_ATTRIBUTES: usize = 64 * 1024;
 /// Shorter holes are sent as zeros: a message costs as much.
-const LEAST_HOLE: u64 = 64 * 1024;
+const HOLE_BYTES_MIN: u64 = 64 * 1024;
 
 /// A stretch of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub enum Extent {
 /// Whether a file has holes worth looking for.
 #[must_use]
 pub fn is_sparse(stat: &Stat) -> bool {
-    stored(stat).saturating_add(LEAST_HOLE) < u64::try_from(stat.st_size).unwrap_or(0)
+    stored(stat).saturating_add(HOLE_BYTES_MIN) < u64::try_from(stat.st_size).unwrap_or(0)
 }
 
 /// How many bytes a file takes on its disk, at most its length.
@@ -48,7 +48,7 @@ pub fn next_extent(file: impl AsFd, at: u64, size: u64) -> Extent {
         Err(Errno::NXIO) => size,
         Err(_) => at,
     };
-    if data >= at.saturating_add(LEAST_HOLE) {
+    if data >= at.saturating_add(HOLE_BYTES_MIN) {
         let _ = rustix::fs::seek(file, SeekFrom::Start(data));
         return Extent::Hole(data - at);
     }
@@ -60,7 +60,7 @@ pub fn next_extent(file: impl AsFd, at: u64, size: u64) -> Extent {
             break u64::MAX;
         }
         match rustix::fs::seek(file, SeekFrom::Data(hole)) {
-            Ok(next) if next < hole.saturating_add(LEAST_HOLE) && next > end => end = next,
+            Ok(next) if next < hole.saturating_add(HOLE_BYTES_MIN) && next > end => end = next,
             _ => break hole - at,
         }
     };
@@ -70,7 +70,7 @@ pub fn next_extent(file: impl AsFd, at: u64, size: u64) -> Extent {
 
 /// What has a name that a copy is to take.
 #[derive(Debug)]
-pub enum Found {
+pub enum ExistingEntry {
     /// Nothing.
     Nothing,
     /// A regular file.
@@ -83,23 +83,23 @@ pub enum Found {
     Special,
 }
 
-/// Looks at a name without following it and without opening what is there.
+/// Inspects a name without following it and without opening it.
 ///
 /// # Errors
 /// The system's.
-pub fn look(directory: impl AsFd, name: &OsStr) -> Result<Found, Errno> {
+pub fn inspect(directory: impl AsFd, name: &OsStr) -> Result<ExistingEntry, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = match rustix::fs::openat(directory, name, flags, Mode::empty()) {
         Ok(fd) => fd,
-        Err(Errno::NOENT) => return Ok(Found::Nothing),
+        Err(Errno::NOENT) => return Ok(ExistingEntry::Nothing),
         Err(error) => return Err(error),
     };
     let stat = rustix::fs::fstat(&fd)?;
     Ok(match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => Found::File(ReplacedFile { attributes: attributes(&fd), fd, stat }),
-        FileType::Symlink => Found::Symlink,
-        FileType::Directory => Found::Directory,
-        _ => Found::Special,
+        FileType::RegularFile => ExistingEntry::File(ReplacedFile { attributes: attributes(&fd), fd, stat }),
+        FileType::Symlink => ExistingEntry::Symlink,
+        FileType::Directory => ExistingEntry::Directory,
+        _ => ExistingEntry::Special,
     })
 }
 
@@ -113,7 +113,7 @@ pub struct ReplacedFile {
 
 /// What of the new file counts more than what the old one had.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Given {
+pub struct GivenAttributes {
     /// User and group.
     pub owner: Option<(u32, u32)>,
     /// Permission bits.
@@ -126,7 +126,7 @@ impl ReplacedFile {
     ///
     /// # Errors
     /// The system's.
-    pub fn hand_on(&self, new: &File, given: Given) -> io::Result<bool> {
+    pub fn hand_on(&self, new: &File, given: GivenAttributes) -> io::Result<bool> {
         let (uid, gid) = given.owner.unwrap_or((self.stat.st_uid, self.stat.st_gid));
         let now = rustix::fs::fstat(new)?;
         if (now.st_uid, now.st_gid) != (uid, gid)
@@ -145,7 +145,7 @@ impl ReplacedFile {
     ///
     /// # Errors
     /// The system's; the file may hold a part of the new bytes then.
-    pub fn overwrite(&self, new: &mut File, given: Given) -> io::Result<File> {
+    pub fn overwrite(&self, new: &mut File, given: GivenAttributes) -> io::Result<File> {
         let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
         let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let mut file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
@@ -178,13 +178,13 @@ impl ReplacedFile {
         }
         // To write a file takes its capabilities and set-id bits away. Only its owner may give them back, and change its mode.
         let mine = [0, self.stat.st_uid].contains(&rustix::process::geteuid().as_raw());
-        if mine || given != Given::default() {
+        if mine || given != GivenAttributes::default() {
             self.set_mode_and_attributes(&file, given)?;
         }
         Ok(file)
     }
 
-    fn set_mode_and_attributes(&self, new: &File, given: Given) -> io::Result<()> {
+    fn set_mode_and_attributes(&self, new: &File, given: GivenAttributes) -> io::Result<()> {
         // What a program may do more than others belongs to its owner.
         let is_same_owner = given.owner.is_none_or(|owner| owner == (self.stat.st_uid, self.stat.st_gid));
         let kept = self.stat.st_mode & if is_same_owner { 0o7777 } else { 0o777 };
@@ -220,7 +220,7 @@ fn attributes(fd: &OwnedFd) -> Vec<(Vec<u8>, Vec<u8>)> {
         .collect()
 }
 
-/// Bytes that this process can still write where `fd` lies; none where the file system does not say.
+/// Bytes that this process can still write where `fd` lies; none if the file system does not report it.
 pub fn free_bytes(fd: impl AsFd) -> Option<u64> {
     let stat = rustix::fs::fstatvfs(fd).ok().filter(|stat| stat.f_blocks > 0)?;
     let blocks = if rustix::process::geteuid().is_root() { stat.f_bfree } else { stat.f_bavail };
@@ -264,14 +264,14 @@ mod tests {
         std::fs::hard_link(&one, &two).unwrap();
         rustix::fs::chmod(&one, Mode::from_raw_mode(0o750)).unwrap();
         std::fs::write(&new, "new").unwrap();
-        let Found::File(kept) = look(&open, OsStr::new("a")).unwrap() else { panic!("not a file") };
+        let ExistingEntry::File(kept) = inspect(&open, OsStr::new("a")).unwrap() else { panic!("not a file") };
         let mut new = File::options().read(true).write(true).open(new).unwrap();
-        assert!(!kept.hand_on(&new, Given::default()).unwrap());
-        kept.overwrite(&mut new, Given::default()).unwrap();
+        assert!(!kept.hand_on(&new, GivenAttributes::default()).unwrap());
+        kept.overwrite(&mut new, GivenAttributes::default()).unwrap();
         assert_eq!(std::fs::read(&two).unwrap(), b"new");
         std::fs::remove_file(&two).unwrap();
-        let Found::File(kept) = look(&open, OsStr::new("a")).unwrap() else { panic!("not a file") };
-        assert!(kept.hand_on(&new, Given::default()).unwrap());
+        let ExistingEntry::File(kept) = inspect(&open, OsStr::new("a")).unwrap() else { panic!("not a file") };
+        assert!(kept.hand_on(&new, GivenAttributes::default()).unwrap());
         assert_eq!(rustix::fs::fstat(&new).unwrap().st_mode & 0o7777, 0o750);
     }
 
@@ -281,10 +281,13 @@ mod tests {
         let open = File::open(directory.path()).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(directory.path().join("s")).unwrap();
         std::os::unix::fs::symlink("nowhere", directory.path().join("l")).unwrap();
-        let look = |name: &str| look(&open, OsStr::new(name)).unwrap();
-        assert!(matches!(look("s"), Found::Special));
-        assert!(matches!(look("l"), Found::Symlink));
-        assert!(matches!(look("none"), Found::Nothing));
-        assert!(matches!(super::look(File::open("/dev").unwrap(), OsStr::new("null")).unwrap(), Found::Special));
+        let inspect = |name: &str| inspect(&open, OsStr::new(name)).unwrap();
+        assert!(matches!(inspect("s"), ExistingEntry::Special));
+        assert!(matches!(inspect("l"), ExistingEntry::Symlink));
+        assert!(matches!(inspect("none"), ExistingEntry::Nothing));
+        assert!(matches!(
+            super::inspect(File::open("/dev").unwrap(), OsStr::new("null")).unwrap(),
+            ExistingEntry::Special
+        ));
     }
 }

@@ -124,8 +124,8 @@ impl Scope {
         self.main = Some(pid);
     }
 
-    /// Finds the processes that there are now, as far as they are not known by their control group.
-    pub fn look(&mut self) {
+    /// Finds the current processes that their control group does not list.
+    pub fn refresh(&mut self) {
         let Some(main) = self.main else { return };
         let all = processes();
         // A process whose number was reused meanwhile is not ours.
@@ -138,7 +138,7 @@ impl Scope {
 
     /// Whether nothing of it runs any more.
     pub fn is_empty(&mut self) -> bool {
-        self.look();
+        self.refresh();
         let in_group = self.group.as_ref().is_some_and(|group| is_populated(&group.path));
         self.known.is_empty() && !in_group
     }
@@ -150,7 +150,7 @@ impl Scope {
             let _ = rustix::io::pwrite(&group.kill, b"1", 0);
         }
         for _ in 0..ROUNDS {
-            self.look();
+            self.refresh();
             if self.known.is_empty() {
                 return;
             }
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_proc_is_read_whatever_the_name_is() {
+    fn proc_stat_is_parsed_with_any_process_name() {
         let line = "12 (a ) R 1) S 7 8 9 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 555 1 2";
         assert_eq!(parse_stat(line), Some(Process { parent: 7, group: 8, session: 9, started: 555 }));
         assert_eq!(parse_stat(&line.replace(") S", ") Z")), None);

@@ -1,33 +1,34 @@
 //! One session: hello first, then one request after another until the host closes.
 //!
 //! Invariant: nothing is done for a host that has not shown the VM's token, and a host that breaks the protocol is
-//! told so and loses the session, never the agent.
+//! notified and loses the session, never the agent.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use nido_guest_agent::wire::{
-    self, Fault, Hello, OLDEST, Pong, Power, Refusal as Reason, Refused, ToGuest, ToHost, VERSION, Welcome, feature,
+    self, Fault, Hello, Pong, Power, Refusal as Reason, Refused, ToGuest, ToHost, VERSION, VERSION_OLDEST, Welcome,
+    feature,
 };
 use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
-use crate::access::{Access, Number, Pass};
-use crate::agent::{Agent, Place, TunnelPlace};
+use crate::access::{Access, SessionAdmission, SessionId};
+use crate::agent::{Agent, Slot, TunnelPlace};
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
 use crate::mux_stream::{Sink, Source};
 use crate::refusal::Refusal;
 use crate::role::Role;
-use crate::{exec, files, forward, nested, network, renew, warnings};
+use crate::{exec, files, forward, identity_reset, nested, network, warnings};
 
 /// How long the host may take for its hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// How long what a refused host still sends is read and dropped, so that the refusal reaches it.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the host may take to close the session after the reply that the guest powers off.
-const FAREWELL_DEADLINE: Duration = Duration::from_millis(500);
+const SESSION_CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 /// The most of a failure's text in the reply to a bootstrap request, in bytes.
-const LETTERS_FAULT: usize = 2048;
+const BOOTSTRAP_ERROR_BYTES_MAX: usize = 2048;
 /// How long writing everything to the disks may take before the guest goes down.
 const SYNC_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -47,12 +48,12 @@ pub async fn serve(agent: Arc<Agent>, (source, sink): (Source, Sink)) {
     tokio::select! {
         biased;
         // The stream is dropped, and with it all that runs for this session.
-        () = pass.withdrawn() => {}
+        () = pass.revoked() => {}
         () = serve_admitted(&agent, number, input, output) => {}
     }
 }
 
-async fn serve_admitted(agent: &Arc<Agent>, number: Number, input: FrameReader, output: FrameWriter) {
+async fn serve_admitted(agent: &Arc<Agent>, number: SessionId, input: FrameReader, output: FrameWriter) {
     match answer_requests(agent, number, input, output).await {
         SessionEnd::Closed => {}
         SessionEnd::Broken(input, output) => drain(input, output).await,
@@ -73,13 +74,13 @@ enum SessionEnd {
     Forwards(FrameReader, FrameWriter, tokio::net::TcpStream, TunnelPlace),
 }
 
-/// Reads the hello and answers it. Nothing if the host was refused.
+/// Reads the hello and replies. Returns nothing if the host was refused.
 async fn greet(
     agent: &Agent,
     busy: bool,
     input: &mut FrameReader,
     output: &mut FrameWriter,
-) -> Result<Option<Pass>, FrameError> {
+) -> Result<Option<SessionAdmission>, FrameError> {
     let answer = match input.next().await {
         Ok(Some(Incoming::Message(ToGuest::Hello(hello)))) => {
             judge(&hello, &agent.access, busy).map(|pass| (pass, welcome(&hello)))
@@ -100,7 +101,7 @@ async fn greet(
 }
 
 /// Whether a hello opens the session. The token comes first: who does not have it learns nothing else.
-fn judge(hello: &Hello, access: &Access, busy: bool) -> Result<Pass, Reason> {
+fn judge(hello: &Hello, access: &Access, busy: bool) -> Result<SessionAdmission, Reason> {
     let pass = access.admit(&hello.token).ok_or(Reason::Token)?;
     spoken(hello).ok_or(Reason::Version)?;
     if busy { Err(Reason::Busy) } else { Ok(pass) }
@@ -108,15 +109,15 @@ fn judge(hello: &Hello, access: &Access, busy: bool) -> Result<Pass, Reason> {
 
 /// The protocol version of a session that begins with this hello.
 fn spoken(hello: &Hello) -> Option<u16> {
-    wire::common_version((OLDEST, VERSION), (hello.oldest, hello.newest))
+    wire::common_version((VERSION_OLDEST, VERSION), (hello.oldest, hello.newest))
 }
 
 /// Carries out a bootstrap request: a hello and an identity reset. Returns the messages that a session would have sent, as one piece.
 ///
 /// It is the first thing that runs in a guest that was loaded, where everything that runs for the first time is dear; hence
 /// no session, no stream and no timer. A host that disconnects meanwhile does not stop it: the next one learns which token is valid.
-pub async fn answer_letter(agent: &Arc<Agent>, letter: &[u8]) -> Vec<u8> {
-    let (first, second) = match wire::decode_first(letter) {
+pub async fn answer_bootstrap_request(agent: &Arc<Agent>, bootstrap_request: &[u8]) -> Vec<u8> {
+    let (first, second) = match wire::decode_first(bootstrap_request) {
         Ok((ToGuest::Hello(hello), rest)) => {
             (judge(&hello, &agent.access, false).map(|pass| (pass, welcome(&hello))), rest)
         }
@@ -127,16 +128,16 @@ pub async fn answer_letter(agent: &Arc<Agent>, letter: &[u8]) -> Vec<u8> {
         Err(reason) => return encoded(&[refused(reason)]),
     };
     let answer = match wire::decode_first(second) {
-        Ok((ToGuest::Renew(order), [])) => renew::renew(agent, order, pass.number).await,
+        Ok((ToGuest::ResetIdentity(order), [])) => identity_reset::reset_identity(agent, order, pass.number).await,
         _ => Err(Refusal::new(
             Fault::Invalid,
             "a bootstrap request contains a hello and an identity reset, and nothing else",
         )),
     };
     let answer = match answer {
-        Ok(()) => ToHost::Renewed(pong(agent)),
+        Ok(()) => ToHost::IdentityReset(pong(agent)),
         Err(Refusal { fault, mut message }) => {
-            message.truncate(message.floor_char_boundary(LETTERS_FAULT));
+            message.truncate(message.floor_char_boundary(BOOTSTRAP_ERROR_BYTES_MAX));
             ToHost::Failed(wire::Failed { fault, message })
         }
     };
@@ -158,12 +159,12 @@ fn welcome(hello: &Hello) -> ToHost {
 }
 
 fn refused(reason: Reason) -> ToHost {
-    ToHost::Refused(Refused { reason, oldest: OLDEST, newest: VERSION })
+    ToHost::Refused(Refused { reason, oldest: VERSION_OLDEST, newest: VERSION })
 }
 
 async fn answer_requests(
     agent: &Arc<Agent>,
-    number: Number,
+    number: SessionId,
     mut input: FrameReader,
     mut output: FrameWriter,
 ) -> SessionEnd {
@@ -198,7 +199,7 @@ async fn answer_requests(
             },
             ToGuest::Get(get) => files::send(get, &mut output).await,
             ToGuest::Connect(connect) => match (forward::connect(&connect).await, place) {
-                (Ok(target), Some(Place::Tunnel(place))) => match output.send(&ToHost::Connected).await {
+                (Ok(target), Some(Slot::Tunnel(place))) => match output.send(&ToHost::Connected).await {
                     Ok(()) => return SessionEnd::Forwards(input, output, target, place),
                     Err(error) => Err(error.into()),
                 },
@@ -209,7 +210,7 @@ async fn answer_requests(
             ToGuest::Freeze => {
                 let frozen = match can_be_saved() {
                     Ok(()) => {
-                        renew::prepare(agent);
+                        identity_reset::prepare(agent);
                         agent.freezer.freeze().await
                     }
                     refused => refused,
@@ -217,12 +218,12 @@ async fn answer_requests(
                 answer(&mut output, frozen.map(|()| ToHost::Frozen)).await
             }
             ToGuest::Thaw => answer(&mut output, agent.freezer.thaw().await.map(|()| ToHost::Thawed)).await,
-            ToGuest::Renew(order) => {
-                let renewed = renew::renew(agent, order, number).await;
-                answer(&mut output, renewed.map(|()| ToHost::Renewed(pong(agent)))).await
+            ToGuest::ResetIdentity(order) => {
+                let reply = identity_reset::reset_identity(agent, order, number).await;
+                answer(&mut output, reply.map(|()| ToHost::IdentityReset(pong(agent)))).await
             }
             ToGuest::SetClock(time_ns) => {
-                answer(&mut output, renew::correct_clock(agent, time_ns).map(|()| ToHost::ClockSet)).await
+                answer(&mut output, identity_reset::correct_clock(agent, time_ns).map(|()| ToHost::ClockSet)).await
             }
             ToGuest::StdinEof | ToGuest::Signal(_) | ToGuest::Resize(_) => Ok(()),
             ToGuest::Hello(_) | ToGuest::Entry(_) | ToGuest::EntryEnd | ToGuest::TreeEnd | ToGuest::Hole(_) => {
@@ -241,7 +242,7 @@ async fn answer_requests(
 struct BusyError;
 
 /// The place that a request takes, if it takes one. A host that goes while its request waits takes that along.
-async fn place(agent: &Agent, request: &ToGuest, input: &mut FrameReader) -> Result<Option<Place>, BusyError> {
+async fn place(agent: &Agent, request: &ToGuest, input: &mut FrameReader) -> Result<Option<Slot>, BusyError> {
     match request {
         ToGuest::Exec(_) | ToGuest::Put(_) | ToGuest::Get(_) => tokio::select! {
             biased;
@@ -286,7 +287,7 @@ async fn broken(input: FrameReader, mut output: FrameWriter, message: &str) -> S
     }
 }
 
-/// Closes our side and drops what still comes, so that the last answer is not lost to a reset.
+/// Closes our side and drops what still comes, so that the last reply is not lost to a reset.
 async fn drain(mut input: FrameReader, mut output: FrameWriter) {
     output.close().await;
     let mut bin = vec![0; 64 * 1024];
@@ -323,8 +324,8 @@ async fn go_down(
     }
     output.send(&ToHost::PoweringOff).await?;
     output.close().await;
-    // The host closes when it has read the answer; only then is it sure to have arrived.
-    let _ = timeout(FAREWELL_DEADLINE, input.next()).await;
+    // The host closes when it has read the reply; only then is it sure to have arrived.
+    let _ = timeout(SESSION_CLOSE_TIMEOUT, input.next()).await;
     // A second request while the first is carried out changes nothing.
     let _ = agent.power.try_send(power);
     Err(std::io::Error::from(std::io::ErrorKind::ConnectionAborted).into())

@@ -32,7 +32,7 @@ pub struct Launch<'a> {
     pub stdio: [BorrowedFd<'a>; 3],
     /// Make standard input the controlling terminal.
     pub terminal: bool,
-    /// Who it runs as; the agent's own identity if absent.
+    /// The user it runs as; the agent's own if absent.
     pub identity: Option<Identity<'a>>,
     /// The list of members of its control group.
     pub group: Option<BorrowedFd<'a>>,
@@ -40,7 +40,7 @@ pub struct Launch<'a> {
     pub reset_oom_score: bool,
 }
 
-/// Who a process runs as.
+/// The user that a process runs as.
 #[derive(Clone, Copy)]
 pub struct Identity<'a> {
     /// User id.
@@ -72,12 +72,12 @@ pub enum Step {
 pub struct LaunchError {
     /// Where it failed.
     pub step: Step,
-    /// The kernel's word.
+    /// The kernel's error.
     pub error: io::Error,
 }
 
-/// Everything the child needs, as the kernel wants it. Lives in the launching thread's frame, which sleeps meanwhile.
-struct Prepared<'a> {
+/// Everything the child needs, in the kernel's format. It is in the frame of the launching thread, which waits meanwhile.
+struct PreparedLaunch<'a> {
     launch: &'a Launch<'a>,
     argv: Vec<*const libc::c_char>,
     environment: Vec<*const libc::c_char>,
@@ -92,8 +92,12 @@ pub fn launch(launch: &Launch<'_>) -> Result<Pid, LaunchError> {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
         strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
     };
-    let mut prepared =
-        Prepared { launch, argv: pointers(launch.argv), environment: pointers(launch.environment), failure: None };
+    let mut prepared = PreparedLaunch {
+        launch,
+        argv: pointers(launch.argv),
+        environment: pointers(launch.environment),
+        failure: None,
+    };
     let mut stack = vec![0u128; CHILD_STACK / 16];
     let top = stack.as_mut_ptr_range().end;
     let clone_error = |error| LaunchError { step: Step::Clone, error };
@@ -129,15 +133,15 @@ pub fn launch(launch: &Launch<'_>) -> Result<Pid, LaunchError> {
 
 /// The child's side of [`launch`].
 extern "C" fn child(prepared: *mut libc::c_void) -> libc::c_int {
-    // SAFETY: the pointer is the `Prepared` of the suspended launching thread, used by no other thread now.
-    let prepared = unsafe { &mut *prepared.cast::<Prepared<'_>>() };
+    // SAFETY: the pointer is the `PreparedLaunch` of the suspended launching thread, used by no other thread now.
+    let prepared = unsafe { &mut *prepared.cast::<PreparedLaunch<'_>>() };
     prepared.failure = Some(become_program(prepared));
     // SAFETY: ends the child without running anything of the agent's.
     unsafe { libc::_exit(127) }
 }
 
 /// Does not return unless it failed.
-fn become_program(prepared: &Prepared<'_>) -> (Step, i32) {
+fn become_program(prepared: &PreparedLaunch<'_>) -> (Step, i32) {
     let launch = prepared.launch;
     // SAFETY: system calls on prepared arguments only; raw calls where glibc's wrapper would involve other threads.
     unsafe {
@@ -184,7 +188,7 @@ fn become_program(prepared: &Prepared<'_>) -> (Step, i32) {
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-        // Of several failures the one that is not "not there" says most.
+        // Of several failures the one that is not "not there" is the most specific.
         let mut said = libc::ENOENT;
         for program in launch.programs {
             libc::execve(program.as_ptr(), prepared.argv.as_ptr(), prepared.environment.as_ptr());
@@ -293,7 +297,7 @@ pub fn seed_random(device: &File, bytes: &[u8; ENTROPY_LEN]) -> io::Result<()> {
         bytes: [u8; ENTROPY_LEN],
     }
     let info = PoolInfo { entropy_bits: 8 * ENTROPY_LEN as i32, length: ENTROPY_LEN as i32, bytes: *bytes };
-    // SAFETY: the request reads the two numbers behind the pointer and as many bytes behind them as the second says.
+    // SAFETY: the request reads the two numbers behind the pointer and as many bytes behind them as the second states.
     let added = unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &raw const info) };
     if added < 0 {
         return Err(io::Error::last_os_error());

@@ -1,13 +1,13 @@
 //! What the guest could not do for itself and runs without: a file of its own that cannot be written, a hook that failed.
 //!
-//! The host reads the list with every sign of life and shows it in `nido info`. Invariant: the list is bounded, whatever
+//! The host reads the list with every reply to a ping and shows it in `nido info`. Invariant: the list is bounded, whatever
 //! the guest's files hold, and nothing in it ever ends a start.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nido_guest_agent::wire::{MAX_WARNING, MAX_WARNINGS};
 
-/// Where process 1 leaves its warnings for the agent that runs as a service.
+/// Where process 1 stores its warnings for the agent that runs as a service.
 const SAVED: &str = "/run/nido/warnings";
 
 static LIST: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -36,7 +36,7 @@ pub fn all() -> Vec<String> {
     list().clone()
 }
 
-/// Forgets them: the guest becomes another machine, which tries everything again.
+/// Clears them: the guest becomes another machine, which tries everything again.
 pub fn clear() {
     list().clear();
 }

@@ -19,9 +19,9 @@
 //! fresh nonce. The agent answers [`ToHost::Welcome`] with the version chosen, the nonce echoed, or
 //! [`ToHost::Refused`] and closes. The host may send its first request right behind the hello, without waiting.
 //!
-//! After that the host sends one request at a time and reads until the answer that ends it:
+//! After that the host sends one request at a time and reads until the reply that ends it:
 //!
-//! | request | answers | ended by |
+//! | request |  ended by|replies | ended by| ended by |
 //! |---|---|---|
 //! | `Ping` | | `Pong` |
 //! | `Exec` | `Started`, stdout and stderr frames, `StdinCredit` | `Exited` or `Failed` |
@@ -31,7 +31,7 @@
 //! | `Power` | | `PoweringOff` or `Failed` |
 //! | `Freeze` | | `Frozen` or `Failed` |
 //! | `Thaw` | | `Thawed` or `Failed` |
-//! | `Renew` | | `Renewed` or `Failed` |
+//! | `ResetIdentity` | | `IdentityReset` or `Failed` |
 //!
 //! `Exec`, `Put`, `Get` and `Connect` are answered `Refused` with [`Refusal::Busy`] where there are too many of their kind
 //! ([`MAX_WORK`], [`MAX_TUNNELS`]); nothing has been done then.
@@ -44,9 +44,9 @@
 //! A guest whose memory is to be saved first gets `Freeze`: the agent syncs the root disk and freezes its file system, so
 //! that disk and memory match and the disk alone is clean. Without a `Thaw`, the agent unfreezes it after
 //! [`FREEZE_LIMIT_MS`] of the guest's time. A guest that was loaded from saved memory has the identity of other guests:
-//! before any other client can reach it, it gets `Renew`, which unfreezes its file system, and sets random numbers, the
-//! time, a token and (if its disk has another VM's identity) a name, machine id and host keys of its own. From `Renewed`
-//! on, only the new token opens sessions. If `Renew` fails, the guest must not be used.
+//! before any other client can reach it, it gets `ResetIdentity`, which unfreezes its file system, and sets random numbers, the
+//! time, a token and (if its disk has another VM's identity) a name, machine id and host keys of its own. From `IdentityReset`
+//! on, only the new token opens sessions. If `ResetIdentity` fails, the guest must not be used.
 //!
 //! # Flow control
 //!
@@ -72,12 +72,12 @@ pub mod sync;
 use minicbor::bytes::ByteVec;
 use minicbor::{Decode, Encode};
 
-/// The newest protocol version this build speaks. Raised when an end that does not know of a change would misunderstand the other;
+/// The newest protocol version this build speaks. Raised when an end without a change would misunderstand the other;
 /// fields and messages that may be absent need no new version.
 pub const VERSION: u16 = 3;
-/// The oldest protocol version this build still speaks. A guest that goes on from memory (running, snapshot, fork) has the agent of
+/// The oldest protocol version this build still speaks. A guest that resumes from memory (running, snapshot, fork) has the agent of
 /// the nido that booted it: raising this strands such guests.
-pub const OLDEST: u16 = 3;
+pub const VERSION_OLDEST: u16 = 3;
 
 /// The version that both ends of a session speak: the newest that is in both ranges, each from the oldest to the newest.
 #[must_use]
@@ -122,9 +122,9 @@ pub const MAX_TUNNELS: usize = 256;
 /// How many sessions there are at most: the above, and room for pings, power requests and sessions that have not asked for
 /// anything yet.
 pub const MAX_SESSIONS: usize = MAX_WORK + MAX_QUEUED + MAX_TUNNELS + 64;
-/// How many warnings a sign of life brings along.
+/// How many warnings a reply to a ping contains.
 pub const MAX_WARNINGS: usize = 8;
-/// Longest warning of a sign of life, in bytes.
+/// Longest warning of a reply to a ping, in bytes.
 pub const MAX_WARNING: usize = 200;
 
 /// What a frame carries.
@@ -255,13 +255,13 @@ pub fn decode_first<'b, M: Decode<'b, ()>>(bytes: &'b [u8]) -> Result<(M, &'b [u
     Ok((decode(payload)?, rest))
 }
 
-/// What the host says.
+/// Messages of the host.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum ToGuest {
     /// Opens a session.
     #[n(0)]
     Hello(#[n(0)] Hello),
-    /// Asks for a sign of life.
+    /// Requests a reply.
     #[n(1)]
     Ping,
     /// Runs a command.
@@ -300,23 +300,23 @@ pub enum ToGuest {
     /// Writes everything to the root disk and holds its file system still.
     #[n(13)]
     Freeze,
-    /// Lets it go on.
+    /// Unfreezes it.
     #[n(14)]
     Thaw,
-    /// Makes a guest that was loaded from saved memory a machine of its own.
+    /// Resets the identity of a guest that was loaded from saved memory.
     #[n(15)]
-    Renew(#[n(0)] Renew),
+    ResetIdentity(#[n(0)] IdentityReset),
     /// So many bytes of the file whose `Entry` came last are zeros that take no room. Only to an agent with
     /// [`feature::HOLES`].
     #[n(20)]
     Hole(#[n(0)] u64),
-    /// Sets the wall clock: the guest, or its host, stood still. In nanoseconds since 1970. Agents of older templates do not know
+    /// Sets the wall clock: the guest, or its host, was paused. In nanoseconds since 1970. Agents of older templates do not know
     /// it, and close the session.
     #[n(16)]
     SetClock(#[n(0)] i64),
 }
 
-/// What the agent says.
+/// Messages of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum ToHost {
     /// The session is open.
@@ -325,7 +325,7 @@ pub enum ToHost {
     /// The session is refused and closed.
     #[n(1)]
     Refused(#[n(0)] Refused),
-    /// A sign of life.
+    /// The reply to a ping.
     #[n(2)]
     Pong(#[n(0)] Pong),
     /// The command runs.
@@ -361,12 +361,12 @@ pub enum ToHost {
     /// The root file system is frozen.
     #[n(13)]
     Frozen,
-    /// It goes on.
+    /// It is unfrozen.
     #[n(14)]
     Thawed,
-    /// The guest is a machine of its own.
+    /// The identity was reset.
     #[n(15)]
-    Renewed(#[n(0)] Pong),
+    IdentityReset(#[n(0)] Pong),
     /// So many bytes of the file whose `Entry` came last are zeros that take no room. Only if [`Get::features`] has
     /// [`feature::HOLES`].
     #[n(20)]
@@ -388,7 +388,7 @@ pub struct Hello {
     /// The VM's token, [`TOKEN_LEN`] bytes.
     #[n(2)]
     pub token: ByteVec,
-    /// Echoed in the answer, so that no answer of an older session can be taken for this one's.
+    /// Echoed in the reply, so that no reply of an older session can be taken for this one's.
     #[n(3)]
     pub nonce: u64,
 }
@@ -442,7 +442,7 @@ pub enum Refusal {
     Busy,
 }
 
-/// A sign of life, with what the host may want to know.
+/// The reply to a ping, with the agent's status.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Pong {
     /// The agent's own version.
@@ -536,7 +536,7 @@ pub struct Put {
     /// meant, whatever it is.
     #[n(1)]
     pub name: Option<ByteVec>,
-    /// Who shall own the files; root if absent.
+    /// The owner of the files; root if absent.
     #[n(2)]
     pub user: Option<String>,
     /// Make missing parent directories.
@@ -581,7 +581,7 @@ pub struct Entry {
     pub stored: Option<u64>,
 }
 
-/// Who owns an entry.
+/// The owner of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct Owner {
     /// The user's number.
@@ -594,7 +594,7 @@ pub struct Owner {
 
 /// An entry that could not be read.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct LeftOut {
+pub struct SkippedEntry {
     /// Its whole path, cut to [`MAX_LEFT_OUT_PATH`] bytes.
     #[n(0)]
     pub path: ByteVec,
@@ -637,7 +637,7 @@ pub struct Summary {
     pub path: Option<ByteVec>,
     /// Which entries could not be read and are missing from the copy; the first [`MAX_LEFT_OUT`] of them.
     #[n(4)]
-    pub left_out: Option<Vec<LeftOut>>,
+    pub left_out: Option<Vec<SkippedEntry>>,
     /// How many there were.
     #[n(5)]
     pub left_out_count: Option<u64>,
@@ -668,7 +668,7 @@ pub enum Power {
 
 /// The identity reset of a guest that was loaded from saved memory.
 #[derive(Clone, PartialEq, Eq, Encode, Decode)]
-pub struct Renew {
+pub struct IdentityReset {
     /// The VM's token from now on, [`TOKEN_LEN`] bytes.
     #[n(0)]
     pub token: ByteVec,
@@ -692,9 +692,9 @@ pub struct Renew {
     pub disk_grown: bool,
 }
 
-impl std::fmt::Debug for Renew {
+impl std::fmt::Debug for IdentityReset {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Renew")
+        f.debug_struct("IdentityReset")
             .field("hostname", &self.hostname)
             .field("identity", &self.identity)
             .field("time_ns", &self.time_ns)
@@ -785,7 +785,7 @@ mod tests {
 
     use super::*;
 
-    /// Both ends took one version only, so each change of the protocol cut off every guest that ran.
+    /// Both ends took one version only, so each change of the protocol disconnected every running guest.
     #[test]
     fn two_ranges_of_versions_meet_at_the_newest_common_one() {
         for (ours, theirs, common) in [
@@ -798,7 +798,7 @@ mod tests {
             assert_eq!(common_version(ours, theirs), common, "{ours:?} {theirs:?}");
             assert_eq!(common_version(theirs, ours), common, "{theirs:?} {ours:?}");
         }
-        const { assert!(OLDEST <= VERSION) };
+        const { assert!(VERSION_OLDEST <= VERSION) };
     }
 
     fn sample_exec() -> ToGuest {
@@ -813,8 +813,8 @@ mod tests {
         })
     }
 
-    fn sample_renew() -> ToGuest {
-        ToGuest::Renew(Renew {
+    fn sample_identity_reset() -> ToGuest {
+        ToGuest::ResetIdentity(IdentityReset {
             token: vec![7; TOKEN_LEN].into(),
             entropy: vec![9; ENTROPY_LEN].into(),
             time_ns: 1_700_000_000_123_456_789,
@@ -828,7 +828,7 @@ mod tests {
     #[test]
     fn messages_survive_the_wire() {
         let simple = [ToGuest::Ping, ToGuest::Signal(9), ToGuest::Power(Power::Off), ToGuest::Freeze, ToGuest::Thaw];
-        for message in simple.into_iter().chain([sample_exec(), sample_renew()]) {
+        for message in simple.into_iter().chain([sample_exec(), sample_identity_reset()]) {
             let frame = encode(&message).unwrap();
             let head = Head::parse(frame[..HEAD].try_into().unwrap()).unwrap();
             assert_eq!(head, Head { kind: kind::MESSAGE, length: frame.len() - HEAD });
@@ -868,7 +868,7 @@ mod tests {
 
         #[test]
         fn damaged_messages_never_panic(at in 0usize..256, byte in any::<u8>()) {
-            for message in [sample_exec(), sample_renew()] {
+            for message in [sample_exec(), sample_identity_reset()] {
                 let mut frame = encode(&message).unwrap();
                 let at = HEAD + at % (frame.len() - HEAD);
                 frame[at] = byte;
@@ -885,7 +885,7 @@ mod tests {
             identity in any::<String>(),
         ) {
             let (token, entropy) = (token.into(), entropy.into());
-            let message = ToGuest::Renew(Renew { token, entropy, time_ns, hostname, identity, network: None, disk_grown: false });
+            let message = ToGuest::ResetIdentity(IdentityReset { token, entropy, time_ns, hostname, identity, network: None, disk_grown: false });
             let frame = encode(&message).unwrap();
             prop_assert_eq!(decode::<ToGuest>(&frame[HEAD..]).unwrap(), message);
         }

@@ -4,6 +4,8 @@
 #[path = "support/mod.rs"]
 mod support;
 
+#[path = "agent/bootstrap.rs"]
+mod bootstrap;
 #[path = "agent/channel.rs"]
 mod channel;
 #[path = "agent/exec.rs"]
@@ -12,7 +14,5 @@ mod exec;
 mod files;
 #[path = "agent/forward.rs"]
 mod forward;
-#[path = "agent/letters.rs"]
-mod letters;
 #[path = "agent/saving.rs"]
 mod saving;

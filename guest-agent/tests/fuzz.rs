@@ -55,7 +55,7 @@ fn fuzz_messages_of_the_host() {
                 entry.path.iter().all(|part| !part.is_empty() && !part.contains(&b'/') && part.as_slice() != b"..")
             );
         }
-        // Blocks that synchronize a connection, between bytes that are none.
+        // Blocks that synchronize a connection, between arbitrary bytes.
         let mut scanner = Scanner::default();
         let blocks = input.iter().filter(|byte| scanner.push(**byte).is_some()).count();
         assert!(blocks <= input.len());

@@ -3,8 +3,8 @@
 
 use nido_guest_agent::config::{Channel, GuestConfig, Init, Network, StaticNetwork};
 use nido_guest_agent::wire::{
-    Connect, Entry, EntryKind, Exec, Exited, Failed, Fault, HEAD, Hello, Pong, Power, Put, Refusal, Refused, Renew,
-    Summary, ToGuest, ToHost, WindowSize, decode, encode,
+    Connect, Entry, EntryKind, Exec, Exited, Failed, Fault, HEAD, Hello, IdentityReset, Pong, Power, Put, Refusal,
+    Refused, Summary, ToGuest, ToHost, WindowSize, decode, encode,
 };
 
 fn payload<M: minicbor::Encode<()>>(message: &M) -> String {
@@ -16,7 +16,7 @@ fn bytes(text: &str) -> minicbor::bytes::ByteVec {
 }
 
 #[test]
-fn what_the_host_says() {
+fn messages_of_the_host_keep_their_encoding() {
     let hello = Hello { oldest: 1, newest: 2, token: vec![0xaa; 2].into(), nonce: 256 };
     let pty = Some(WindowSize { rows: 24, columns: 80 });
     let exec = Exec { argv: vec![bytes("ls")], pty, ..Exec::default() };
@@ -29,7 +29,7 @@ fn what_the_host_says() {
         stored: None,
     };
     let network = StaticNetwork { address: "a".into(), prefix: 24, gateway: Some("g".into()), dns: Vec::new() };
-    let renew = Renew {
+    let renew = IdentityReset {
         token: vec![0xaa].into(),
         entropy: vec![0xbb].into(),
         time_ns: 5,
@@ -53,7 +53,7 @@ fn what_the_host_says() {
         (ToGuest::Freeze, "820d80".into()),
         (ToGuest::Thaw, "820e80".into()),
         (
-            ToGuest::Renew(renew),
+            ToGuest::ResetIdentity(renew),
             "820f8187".to_owned() + "41aa" + "41bb" + "05" + "6177" + "616d" + "82018184616118186167" + "80" + "f4",
         ),
     ] {
@@ -62,7 +62,7 @@ fn what_the_host_says() {
 }
 
 #[test]
-fn what_the_agent_says() {
+fn messages_of_the_agent_keep_their_encoding() {
     let refused = Refused { reason: Refusal::Token, oldest: 1, newest: 1 };
     let exited = Exited { code: None, signal: Some(9), timed_out: true, duration_ms: 100 };
     let pong = Pong { agent: "a".into(), uptime_ms: 1, sessions: 2, is_init: false, address: None, warnings: None };
@@ -76,7 +76,7 @@ fn what_the_agent_says() {
         (ToHost::Failed(failed), "820c818206626e6f"),
         (ToHost::Frozen, "820d80"),
         (ToHost::Thawed, "820e80"),
-        (ToHost::Renewed(pong), "820f818461610102f4"),
+        (ToHost::IdentityReset(pong), "820f818461610102f4"),
     ] {
         assert_eq!(payload(&message), wanted, "{message:?}");
     }
@@ -89,7 +89,7 @@ fn optional_fields_at_the_end_may_be_absent() {
 }
 
 #[test]
-fn what_the_guest_knows_first() {
+fn the_guest_configuration_keeps_its_encoding() {
     let network = StaticNetwork { address: "a".into(), prefix: 24, gateway: None, dns: vec!["d".into()] };
     let config = GuestConfig {
         hostname: "h".into(),

@@ -1,7 +1,7 @@
 //! Builds a template by hand: `cargo run -p nido-images --example build -- HOME RECIPE [--rebuild] [--slim]`.
 //! Prints one line per change of stage or detail; a line on standard input, or its end with `--stdin`, stops the build.
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("error: {error}");
-            if let Some(hint) = error.hint().and_then(|hint| hint.text(Face::Cli)) {
+            if let Some(hint) = error.hint().and_then(|hint| hint.text(FrontEnd::Cli)) {
                 eprintln!("hint: {hint}");
             }
             ExitCode::FAILURE

@@ -44,7 +44,7 @@ pub fn lines_for(suite: &str, files: &[(String, String)]) -> Vec<SourceLine> {
 /// mirror that is a snapshot of the past is accepted.
 #[must_use]
 pub fn network_options(dump: &str) -> Vec<String> {
-    const WANTED: [&str; 5] = [
+    const MIRROR_OPTIONS: [&str; 5] = [
         "Acquire::http::",
         "Acquire::https::",
         "Acquire::Retries ",
@@ -53,7 +53,7 @@ pub fn network_options(dump: &str) -> Vec<String> {
     ];
     dump.lines()
         .map(str::trim)
-        .filter(|line| WANTED.iter().any(|prefix| line.starts_with(prefix)) && !line.ends_with(" \"\";"))
+        .filter(|line| MIRROR_OPTIONS.iter().any(|prefix| line.starts_with(prefix)) && !line.ends_with(" \"\";"))
         .map(|line| line.trim_end_matches(';').to_owned())
         .collect()
 }

@@ -1,4 +1,4 @@
-//! The archive a template travels in: its frames as bytes, and what they may say. Pure. `docs/template-format.md` is the
+//! The archive of an exported template: its frames as bytes, and what they may contain. Pure. `docs/template-format.md` is the
 //! same for people.
 //!
 //! ```text
@@ -16,7 +16,7 @@
 //! is all zero, and are split at multiples of [`MAX_EXTENT_BYTES`] and nowhere else: every content has one form.
 //!
 //! Invariant: no name, path or number in an archive decides where anything is written; a hash is only ever compared with
-//! what the manifest says.
+//! what the manifest states.
 
 /// The first bytes of an archive, unpacked.
 pub const MAGIC: [u8; 8] = *b"NIDOTMPL";
@@ -264,7 +264,7 @@ mod tests {
         }
 
         #[test]
-        fn zeros_are_told_from_the_rest(length in 0_usize..100, at in 0_usize..100) {
+        fn zero_blocks_are_recognized(length in 0_usize..100, at in 0_usize..100) {
             let mut block = vec![0; length];
             prop_assert!(is_zero(&block));
             if let Some(byte) = block.get_mut(at) {

@@ -15,7 +15,7 @@ use crate::error::ImageError;
 use crate::progress::{Stage, printable};
 
 /// How often a running program is looked at for the caller's wish to stop.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Lines of output an error carries.
 const TAIL_LINES: usize = 12;
 /// Longest line taken from a program; the rest counts as a new line.
@@ -34,7 +34,7 @@ pub struct BuildLog {
 }
 
 impl BuildLog {
-    /// Starts the log anew in the already opened and locked `file`.
+    /// Truncates the log in the already opened and locked `file`.
     pub(crate) fn new(path: PathBuf, file: File) -> Self {
         Self { path, file, written: 0 }
     }
@@ -81,7 +81,7 @@ impl Drop for Group {
 }
 
 impl Session<'_> {
-    /// Fails if the caller wants to stop.
+    /// Fails if the caller has cancelled.
     ///
     /// # Errors
     /// [`ImageError::Interrupted`].
@@ -144,7 +144,7 @@ impl Session<'_> {
         let mut tail = Tail::default();
         let end = Instant::now() + deadline;
         loop {
-            let next = lines.recv_timeout(LOOK);
+            let next = lines.recv_timeout(POLL_INTERVAL);
             self.check_cancel()?;
             if Instant::now() >= end {
                 let log = self.log.path().to_owned();
@@ -158,7 +158,7 @@ impl Session<'_> {
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => match group.0.try_wait().map_err(failed)? {
-                    None => std::thread::sleep(LOOK),
+                    None => std::thread::sleep(POLL_INTERVAL),
                     Some(status) => return self.judge(stage, program, status, &tail),
                 },
             }
@@ -183,7 +183,7 @@ impl Session<'_> {
     }
 }
 
-/// The last lines of a program, and whether any line said that the disk is full.
+/// The last lines of a program, and whether any line reported a full disk.
 #[derive(Default)]
 struct Tail {
     lines: VecDeque<String>,
@@ -200,7 +200,7 @@ impl Tail {
     }
 }
 
-/// Whether a line says that the disk or the quota is full.
+/// Whether a line reports a full disk or quota.
 fn is_disk_full(line: &str) -> bool {
     ["No space left on device", "Disk quota exceeded", "enough free space"].iter().any(|words| line.contains(words))
 }
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_told_from_other_failures() {
+    fn a_full_disk_is_distinguished_from_other_failures() {
         let cancel = AtomicBool::new(false);
         let script = "echo 'write: No space left on device'; exit 1";
         let (result, _) = with_session(&cancel, |session| session.run(Stage::Disk, shell(script), LONG, &mut |_| {}));
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn the_wish_to_stop_kills_the_whole_group() {
+    fn cancelling_kills_the_whole_process_group() {
         let cancel = AtomicBool::new(false);
         let mut child = String::new();
         let (result, _) = with_session(&cancel, |session| {

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 
-use nido_files::atomic_file::{PRIVATE, Temporary};
+use nido_files::atomic_file::{PRIVATE, TemporaryFile};
 
 use crate::error::ImageError;
 use crate::initramfs::with_agent;
@@ -27,7 +27,7 @@ pub fn compose_initramfs(store: &Store, base: &Path, agent: &[u8]) -> Result<Par
     store.create()?;
     let directory = base.parent().unwrap_or_else(|| Path::new("."));
     let failed = |error| ImageError::io("write in", directory, error);
-    let mut temporary = Temporary::beside(base, PRIVATE).map_err(failed)?;
+    let mut temporary = TemporaryFile::beside(base, PRIVATE).map_err(failed)?;
     // Before the store is locked, so that it is not locked for long.
     temporary.file().write_all(&bytes).and_then(|()| temporary.file().sync_all()).map_err(failed)?;
     let lock = store.lock()?;

@@ -95,10 +95,10 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     /// Path, mode, content, device numbers.
-    type Found = (String, u32, Vec<u8>, (u32, u32));
+    type ParsedEntry = (String, u32, Vec<u8>, (u32, u32));
 
     /// A reader for what the writer makes, so that tests can look inside.
-    pub(crate) fn read(mut bytes: &[u8]) -> Vec<Found> {
+    pub(crate) fn read(mut bytes: &[u8]) -> Vec<ParsedEntry> {
         let mut found = Vec::new();
         while !bytes.is_empty() {
             assert_eq!(&bytes[..6], b"070701");
@@ -121,7 +121,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_can_be_read(files in proptest::collection::vec(("[a-z][a-z/]{0,20}", any::<Vec<u8>>(), 0_u32..0o1000), 0..8)) {
+        fn written_archives_can_be_read(files in proptest::collection::vec(("[a-z][a-z/]{0,20}", any::<Vec<u8>>(), 0_u32..0o1000), 0..8)) {
             let mut archive = Archive::default();
             for (path, content, mode) in &files {
                 archive.add(path, *mode, Entry::File(content)).unwrap();

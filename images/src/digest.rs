@@ -86,7 +86,7 @@ pub fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// The bytes of a SHA-256 written in hexadecimal; `None` if it is none.
+/// The bytes of a SHA-256 written in hexadecimal; `None` if it is not one.
 pub(crate) fn unhex(text: &str) -> Option<[u8; 32]> {
     if !is_sha256(text) {
         return None;

@@ -1,4 +1,4 @@
-//! What can go wrong with templates, said for the person who must act: one sentence, and a hint where one helps.
+//! What can go wrong with templates, worded for the user who must act: one sentence, and a hint where one helps.
 //! Invariant: no text of a child process reaches a message unescaped.
 
 use nido_api::error::Hint;
@@ -16,7 +16,7 @@ pub enum ImageError {
     /// Something the build needs is not on this host.
     #[error("{tool} is not installed")]
     MissingTool {
-        /// What it is, in words: `the program xz`.
+        /// A description: `the program xz`.
         tool: String,
         /// The Debian packages that have it, separated by blanks.
         package: String,
@@ -32,7 +32,7 @@ pub enum ImageError {
     /// No built-in recipe has this name.
     #[error("there is no recipe named {name:?}")]
     RecipeNotFound {
-        /// The name as asked for.
+        /// The requested name.
         name: String,
     },
     /// A recipe's text makes no sense.
@@ -54,7 +54,7 @@ pub enum ImageError {
     /// No template of this name has been built.
     #[error("there is no template named {name}")]
     TemplateNotFound {
-        /// The name as asked for.
+        /// The requested name.
         name: String,
     },
     /// A template of this name exists, and is another one.
@@ -77,7 +77,7 @@ pub enum ImageError {
         /// What is wrong.
         reason: String,
     },
-    /// A part of a template is missing or is not what the manifest says.
+    /// A part of a template is missing or differs from the manifest.
     #[error("the {part} of template {template} is damaged: {reason}")]
     Damaged {
         /// Name of the template.
@@ -152,7 +152,7 @@ pub enum ImageError {
         stage: Stage,
         /// Name of the program.
         program: String,
-        /// Its exit status in words.
+        /// A description of its exit status.
         status: String,
         /// The last lines it wrote, escaped.
         tail: Vec<String>,
@@ -177,7 +177,7 @@ pub enum ImageError {
         /// A path on that disk.
         path: PathBuf,
     },
-    /// The caller asked to stop.
+    /// The caller cancelled it.
     #[error("the work on the template was interrupted")]
     Interrupted,
     /// Anything else the operating system refuses.
@@ -187,7 +187,7 @@ pub enum ImageError {
         action: &'static str,
         /// On which path.
         path: PathBuf,
-        /// The operating system's word.
+        /// The operating system's error.
         source: io::Error,
     },
 }
@@ -239,7 +239,7 @@ impl ImageError {
     }
 }
 
-/// The line most likely to say why: apt's and mmdebstrap's errors start with `E: `.
+/// The line most likely to have the cause: apt's and mmdebstrap's errors start with `E: `.
 fn last_line(tail: &[String]) -> String {
     tail.iter()
         .rfind(|line| line.starts_with("E: ") && !line.contains("hook failed"))

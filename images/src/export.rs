@@ -13,7 +13,7 @@ use crate::error::ImageError;
 use crate::import::judge;
 use crate::manifest::Manifest;
 use crate::store::Store;
-use crate::travel::{Piece, TravelProgress, Watch, pieces};
+use crate::transfer::{TransferPart, TransferProgress, TransferWatch, pieces};
 
 /// What the caller may choose.
 #[derive(Debug, Clone, Copy)]
@@ -44,19 +44,19 @@ pub struct ExportOutcome {
 /// Exports the template `name` of `home` to `target`, which is named in errors.
 ///
 /// # Errors
-/// Those of [`Store::open`] and [`Store::check`], [`ImageError::Damaged`] for a part that is not what its hash says,
+/// Those of [`Store::open`] and [`Store::check`], [`ImageError::Damaged`] for a part that does not match its hash,
 /// [`ImageError::NotExportable`], [`ImageError::Interrupted`], [`ImageError::DiskFull`], [`ImageError::Io`].
 pub fn export(
     home: &Path,
     name: &str,
     options: ExportOptions,
     (target, shown): (&mut dyn Write, &Path),
-    watch: &mut Watch<'_>,
+    watch: &mut TransferWatch<'_>,
 ) -> Result<ExportOutcome, ImageError> {
     watch.check()?;
     let (manifest, open) = open(&Store::new(home), name, options.memory)?;
     let total_bytes = open.iter().map(|(piece, ..)| piece.part.bytes).sum();
-    let mut counted = Counted { target, bytes: 0 };
+    let mut counted = CountingWriter { target, bytes: 0 };
     let encoder = zstd::Encoder::new(&mut counted, options.level.clamp(1, 19)).and_then(|mut encoder| {
         encoder.include_checksum(true)?;
         encoder.window_log(WINDOW_LOG)?;
@@ -79,13 +79,13 @@ pub fn export(
 }
 
 /// A part, where it lies, and its open file.
-type Opened = (Piece, PathBuf, File);
+type OpenPart = (TransferPart, PathBuf, File);
 
-/// Opens every part of a template while nobody may remove one.
-fn open(store: &Store, name: &str, memory: bool) -> Result<(Manifest, Vec<Opened>), ImageError> {
+/// Opens every part of a template under a lock, so that none can be removed.
+fn open(store: &Store, name: &str, memory: bool) -> Result<(Manifest, Vec<OpenPart>), ImageError> {
     store.open(name)?;
     let lock = store.lock()?;
-    // Again under the lock: it may have been built anew in between.
+    // Again under the lock: it may have been rebuilt in between.
     let mut manifest = store.open(name)?;
     store.check(&manifest)?;
     if !memory {
@@ -105,7 +105,7 @@ fn open(store: &Store, name: &str, memory: bool) -> Result<(Manifest, Vec<Opened
 struct Writer<'a, 'watch, W: Write> {
     encoder: zstd::Encoder<'static, W>,
     shown: &'a Path,
-    watch: &'a mut Watch<'watch>,
+    watch: &'a mut TransferWatch<'watch>,
     index: usize,
     total: usize,
     bytes: u64,
@@ -119,10 +119,10 @@ impl<W: Write> Writer<'_, '_, W> {
         self.encoder.write_all(bytes).map_err(|error| self.watch.failed("write", self.shown, error))
     }
 
-    fn part(&mut self, template: &str, piece: &Piece, path: &Path, file: &File) -> Result<(), ImageError> {
+    fn part(&mut self, template: &str, piece: &TransferPart, path: &Path, file: &File) -> Result<(), ImageError> {
         self.index += 1;
         let before = self.bytes;
-        self.tell(piece.name, before);
+        self.report(piece.name, before);
         let hash = self.watch.hash(file, piece.digest).map_err(|error| self.watch.failed("read", path, error))?;
         let Some(sha256) = unhex(&piece.part.sha256).filter(|_| hash == piece.part.sha256) else {
             let reason = "its content does not match its hash".to_owned();
@@ -132,12 +132,12 @@ impl<W: Write> Writer<'_, '_, W> {
         self.extents(piece, file, path, before)?;
         self.put(&Frame::PartEnd.encode())?;
         self.bytes = before + piece.part.bytes;
-        self.tell(piece.name, self.bytes);
+        self.report(piece.name, self.bytes);
         Ok(())
     }
 
     /// Writes what is no hole.
-    fn extents(&mut self, piece: &Piece, file: &File, path: &Path, before: u64) -> Result<(), ImageError> {
+    fn extents(&mut self, piece: &TransferPart, file: &File, path: &Path, before: u64) -> Result<(), ImageError> {
         let unreadable = |error| ImageError::io("read", path, error);
         let window = u64::from(MAX_EXTENT_BYTES);
         let mut buffer = vec![0; MAX_EXTENT_BYTES as usize];
@@ -150,7 +150,7 @@ impl<W: Write> Writer<'_, '_, W> {
             file.read_exact_at(content, at).map_err(unreadable)?;
             self.runs(content, at)?;
             at += wanted as u64;
-            self.tell(piece.name, before + at);
+            self.report(piece.name, before + at);
         }
         Ok(())
     }
@@ -167,9 +167,9 @@ impl<W: Write> Writer<'_, '_, W> {
         Ok(())
     }
 
-    fn tell(&mut self, stage: &'static str, bytes: u64) {
+    fn report(&mut self, stage: &'static str, bytes: u64) {
         let Self { index, total, total_bytes, .. } = *self;
-        (self.watch.progress)(TravelProgress { stage, index, total, bytes, total_bytes });
+        (self.watch.progress)(TransferProgress { stage, index, total, bytes, total_bytes });
     }
 }
 
@@ -189,12 +189,12 @@ fn data_runs(content: &[u8]) -> Vec<(usize, usize)> {
     runs
 }
 
-struct Counted<'a> {
+struct CountingWriter<'a> {
     target: &'a mut dyn Write,
     bytes: u64,
 }
 
-impl Write for Counted<'_> {
+impl Write for CountingWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let count = self.target.write(bytes)?;
         self.bytes += count as u64;

@@ -87,7 +87,7 @@ pub fn create(
     Ok(manifest)
 }
 
-/// Layers as `--image-opts` takes them: every format said, every file named, nothing probed.
+/// Layers as `--image-opts` takes them: every format stated, every file named, nothing probed.
 fn image_options(files: &[PathBuf]) -> OsString {
     let mut options = Vec::new();
     let mut prefix = String::new();

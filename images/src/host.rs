@@ -48,7 +48,7 @@ const SUBORDINATE_IDS: u64 = 65536;
 const KEPT_VARIABLES: [&str; 8] =
     ["http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HOME"];
 
-/// Ordinary users often have no `sbin` in their path, but mkfs lives there.
+/// Ordinary users often have no `sbin` in their path, but mkfs is there.
 const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A host that can build.
@@ -59,7 +59,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// Looks for everything a build needs.
+    /// Finds everything a build needs.
     ///
     /// # Errors
     /// [`ImageError::MissingTool`], [`ImageError::Unprivileged`] with exactly what is missing.
@@ -75,7 +75,7 @@ impl Host {
         Ok(host)
     }
 
-    /// Looks for everything that compiling a kernel needs beside that.
+    /// Finds everything else that compiling a kernel needs.
     ///
     /// # Errors
     /// [`ImageError::MissingTool`] with all that is missing.
@@ -91,7 +91,7 @@ impl Host {
         Err(ImageError::MissingTool { tool, package: words(|pair| pair.1).join(" ") })
     }
 
-    /// The host as far as it is needed to remove what an earlier build left.
+    /// The host as far as it is needed to remove orphans of an earlier build.
     pub(crate) fn for_cleaning() -> Self {
         Self { path: search_path(), root: rustix::process::geteuid().is_root() }
     }
@@ -114,7 +114,7 @@ impl Host {
         self.root
     }
 
-    /// A program that dies with this process and sees a clean environment.
+    /// A program that ends with this process and sees a clean environment.
     pub(crate) fn command(&self, program: &str, scratch: &Path) -> Command {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--", program]);
@@ -169,7 +169,7 @@ impl Host {
     }
 
     /// The same inside its own process and mount namespaces, where it is root: really, or by a user namespace in which the
-    /// caller is uid 0 and the rest are the caller's subordinate ids. When its first process dies, all in it die.
+    /// caller is uid 0 and the rest are the caller's subordinate ids. When its first process ends, all others in it end.
     pub(crate) fn confined(&self, program: &str, scratch: &Path) -> Command {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--", "unshare"]);
@@ -208,7 +208,7 @@ impl Host {
         std::env::split_paths(&self.path).any(|directory| is_executable(&directory.join(tool)))
     }
 
-    /// Proves that a user namespace with subordinate ids works, and explains why not. Where ids come from is not asked before: it
+    /// Proves that a user namespace with subordinate ids works, and explains why not. The source of the ids is not checked before: it
     /// need not be a file.
     fn probe_namespace(&self) -> Result<(), ImageError> {
         let output = self
@@ -342,7 +342,7 @@ mod tests {
 
     /// qemu-img read a guest's disk without a limit of what it may use.
     #[test]
-    fn what_reads_a_guests_disk_runs_under_limits() {
+    fn readers_of_a_guests_disk_run_under_limits() {
         let host = Host::for_cleaning();
         let directory = tempfile::tempdir().unwrap();
         let mut command = host.limited("sh", directory.path(), 1 << 20);
@@ -366,13 +366,13 @@ mod tests {
         let host = Host { path: OsString::from("/nonexistent"), root: true };
         let error = host.require("mkfs.ext4", "e2fsprogs").unwrap_err();
         assert!(error.to_string().contains("mkfs.ext4"));
-        assert!(error.hint().unwrap().text(nido_api::Face::Cli).unwrap().contains("e2fsprogs"));
+        assert!(error.hint().unwrap().text(nido_api::FrontEnd::Cli).unwrap().contains("e2fsprogs"));
     }
 
     #[test]
     fn everything_a_compiler_misses_is_named_at_once() {
         let host = Host { path: OsString::from("/nonexistent"), root: true };
-        let hint = host.probe_compiler().unwrap_err().hint().unwrap().text(nido_api::Face::Cli).unwrap();
+        let hint = host.probe_compiler().unwrap_err().hint().unwrap().text(nido_api::FrontEnd::Cli).unwrap();
         assert!(COMPILER_TOOLS.iter().all(|(_, package)| hint.contains(package)), "{hint}");
     }
 

@@ -1,6 +1,6 @@
 //! What the initramfs holds: the agent as `/init`, the modules it loads, the directories it mounts on. Nothing else.
 //! It is two archives, one after the other: `base` (modules, made with the kernel) and the agent's. So a new agent costs no new
-//! kernel stage. Invariant: `/lib/modules/list` names exactly the module files beside it, in loading order.
+//! kernel stage. Invariant: `/lib/modules/list` names exactly the module files next to it, in loading order.
 
 use crate::cpio::{Archive, Entry, TooLarge};
 

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 pub use nido_api::KernelChoice;
 
 /// The modules the agent needs before the root disk is there. What the kernel has built in is left out.
-pub const WANTED_MODULES: [&str; 8] = [
+pub const BOOT_MODULES: [&str; 8] = [
     "qemu_fw_cfg",
     "virtio_mmio",
     "virtio_pci",
@@ -24,7 +24,7 @@ pub const MAX_KERNEL_BYTES: usize = 512 * 1024 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Payload<'a> {
     /// How it is packed.
-    pub packing: Packing,
+    pub packing: KernelCompression,
     /// The packed bytes, without the length that follows them.
     pub bytes: &'a [u8],
     /// Length of the unpacked kernel in bytes.
@@ -33,7 +33,7 @@ pub struct Payload<'a> {
 
 /// How a bzImage packs its kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Packing {
+pub enum KernelCompression {
     /// One zstd frame.
     Zstd,
     /// An xz stream (with the x86 filter).
@@ -43,7 +43,7 @@ pub enum Packing {
 /// Finds the packed kernel in a bzImage by the fields of its setup header.
 ///
 /// # Errors
-/// A sentence that says what does not fit.
+/// A sentence that describes the mismatch.
 pub fn payload(image: &[u8]) -> Result<Payload<'_>, String> {
     let word = |at: usize| image.get(at..at + 4).map(|bytes| le32(bytes) as usize);
     if image.get(0x202..0x206) != Some(b"HdrS") {
@@ -64,8 +64,8 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>, String> {
     let packed = image.get(start..end).filter(|packed| packed.len() > 8).ok_or("its payload is out of range")?;
     let (bytes, tail) = packed.split_at(packed.len() - 4);
     let packing = match bytes {
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => Packing::Zstd,
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Packing::Xz,
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => KernelCompression::Zstd,
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => KernelCompression::Xz,
         _ => return Err("it is compressed neither with zstd nor with xz".to_owned()),
     };
     let unpacked_bytes = le32(tail) as usize;
@@ -78,7 +78,7 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>, String> {
 /// Unpacks a zstd payload to exactly the length its image announces.
 ///
 /// # Errors
-/// A sentence that says what does not fit.
+/// A sentence that describes the mismatch.
 pub fn unpack_zstd(payload: Payload<'_>) -> Result<Vec<u8>, String> {
     use std::io::Read as _;
     let mut kernel = Vec::with_capacity(payload.unpacked_bytes);
@@ -93,7 +93,7 @@ pub fn unpack_zstd(payload: Payload<'_>) -> Result<Vec<u8>, String> {
 /// Checks that `kernel` is a 64-bit x86 ELF file of the announced length.
 ///
 /// # Errors
-/// A sentence that says what does not fit.
+/// A sentence that describes the mismatch.
 pub fn check_vmlinux(kernel: &[u8], announced: usize) -> Result<(), String> {
     if kernel.len() != announced {
         return Err(format!("it unpacks to {} bytes instead of {announced}", kernel.len()));
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_zstd_kernel_comes_out_whole() {
+    fn a_zstd_kernel_is_unpacked_completely() {
         let kernel = elf(5000);
         let image = bzimage(&zstd::encode_all(&kernel[..], 3).unwrap(), 5000);
         assert_eq!(unpack_zstd(payload(&image).unwrap()).unwrap(), kernel);
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn other_packings_are_named_as_the_reason() {
         assert!(payload(&bzimage(b"\x1f\x8b gzip data", 1)).unwrap_err().contains("zstd"));
-        assert_eq!(payload(&bzimage(b"\xfd7zXZ\0 and so on", 1)).unwrap().packing, Packing::Xz);
+        assert_eq!(payload(&bzimage(b"\xfd7zXZ\0 and so on", 1)).unwrap().packing, KernelCompression::Xz);
     }
 
     proptest! {
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_release_tells_which_kernel_it_is() {
+    fn a_release_name_identifies_its_kernel() {
         assert_eq!(KernelChoice::of("6.1.192-nido-slim"), KernelChoice::Slim);
         assert_eq!(KernelChoice::of("6.12.117+deb12-cloud-amd64"), KernelChoice::Stock);
     }

@@ -14,7 +14,7 @@
 //! root disk is the same for both.
 //!
 //! What holds everywhere: the guest agent is in the initramfs and nowhere else; a part never changes once it has its
-//! name; a build changes nothing visible until its manifest is renamed into place; what a build leaves when it is killed is
+//! name; a build changes nothing visible until its manifest is renamed into place; the directory of a killed build is
 //! removed by the next. Pure: `apt`, `archive`, `cpio`, `initramfs`, `kernel`, `manifest`, `qcow2` (its parser), `recipe`,
 //! `recipe_text`, `slim`.
 
@@ -43,7 +43,7 @@ mod recipe_text;
 mod scratch;
 mod slim;
 mod store;
-mod travel;
+mod transfer;
 
 pub use agent::{AGENT, AGENT_PROTOCOL, agent_sha256};
 pub use build::{BuildOptions, BuildOutcome, build};
@@ -66,5 +66,5 @@ pub use qcow2::{
 pub use recipe::{Recipe, Spec, find as find_recipe};
 pub use recipe_text::names as recipe_names;
 pub use scratch::{orphaned_builds, remove_orphaned_build};
-pub use store::{Store, StoreLock, Stored, hash_file};
-pub use travel::{TravelProgress, Watch};
+pub use store::{Store, StoreContents, StoreLock, hash_file};
+pub use transfer::{TransferProgress, TransferWatch};

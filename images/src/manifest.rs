@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::is_sha256;
 
-/// Version of the manifest and of what a build makes of a recipe. A template of another version is built anew, so a change of
+/// Version of the manifest and of what a build makes of a recipe. A template of another version is rebuilt, so a change of
 /// the stages that must reach existing templates raises it.
 pub const FORMAT: u32 = 1;
 
@@ -23,7 +23,7 @@ pub struct Manifest {
     pub created_at: Timestamp,
     /// Processor architecture, `x86_64`.
     pub architecture: String,
-    /// Who runs as process 1 once the root disk is mounted.
+    /// The program that runs as process 1 once the root disk is mounted.
     pub init: Init,
     /// The ordinary user inside, uid 1000.
     pub user: String,
@@ -51,7 +51,7 @@ pub struct RecipeId {
     pub sha256: String,
 }
 
-/// Who runs as process 1 in the guest.
+/// The program that runs as process 1 in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Init {
@@ -66,7 +66,7 @@ pub enum Init {
 pub struct Kernel {
     /// Release, as `uname -r` prints it.
     pub version: String,
-    /// Kernel command line every machine type needs; the machine's own words are added to it.
+    /// Kernel command line every machine type needs; the machine's own parameters are added to it.
     pub append: String,
 }
 
@@ -113,7 +113,7 @@ pub struct AgentId {
     pub protocol: u16,
 }
 
-/// A guest of the template, saved while its agent waited for the host. A machine of the same kind goes on from there.
+/// A guest of the template, saved while its agent waited for the host. A machine of the same kind resumes it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bake {
     /// When it was saved.
@@ -122,7 +122,7 @@ pub struct Bake {
     pub machine: BakedMachine,
     /// The QEMU it was saved by. No other can load it.
     pub qemu: QemuId,
-    /// The token the saved agent expects, in hexadecimal. Of use only until a fork is renewed.
+    /// The token the saved agent expects, in hexadecimal. Used only until a fork's identity is reset.
     pub token: String,
     /// The guest's memory: a file as long as the memory, with holes. Its hash is that of [`crate::sparse_sha256`].
     pub memory: Part,
@@ -156,7 +156,7 @@ pub struct BakedMachine {
     pub net: String,
     /// `vsock` or `virtio-serial`.
     pub transport: String,
-    /// Rate of the time-stamp counter in kHz, where the guest was told it.
+    /// Rate of the time-stamp counter in kHz, if the guest was given it.
     pub tsc_khz: Option<u32>,
     /// The host's CPU, where the guest sees it (`kvm`).
     pub host_cpu: Option<String>,
@@ -166,7 +166,7 @@ pub struct BakedMachine {
 }
 
 impl BakedMachine {
-    /// Whether whoever asks for the one machine may get the other: they differ, if at all, in what no user asks for (the
+    /// Whether a request for the one machine may get the other: they differ, if at all, in what no user requests (the
     /// rate of the clock, the devices of another nido), so of two bakes of them the older is of no use.
     #[must_use]
     pub fn is_asked_for_as(&self, other: &Self) -> bool {
@@ -209,7 +209,7 @@ impl Manifest {
     /// Parses and checks a manifest.
     ///
     /// # Errors
-    /// A sentence that says what is wrong.
+    /// A sentence that describes the error.
     pub fn parse(json: &[u8]) -> Result<Self, String> {
         let manifest: Self = serde_json::from_slice(json).map_err(|error| error.to_string())?;
         if manifest.format != FORMAT {
@@ -290,7 +290,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn of_two_bakes_that_only_the_host_tells_apart_one_is_enough() {
+    fn of_two_bakes_that_differ_only_by_host_one_is_kept() {
         let machine = BakedMachine {
             machine: "microvm".to_owned(),
             accel: "tcg".to_owned(),

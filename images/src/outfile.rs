@@ -1,11 +1,11 @@
 //! A file for the caller that appears under its name only when it is complete.
-//! Invariant: until then the name keeps what it had; however the work ends but by a kill, nothing is left beside it.
+//! Invariant: until then the name keeps its content; unless the process is killed, no temporary file remains.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::Path;
 
-use nido_files::atomic_file::{Durability, Temporary};
+use nido_files::atomic_file::{Durability, TemporaryFile};
 
 use crate::error::ImageError;
 
@@ -21,10 +21,10 @@ pub fn write_file_whole<T>(
 ) -> Result<T, ImageError> {
     check(path, overwrite)?;
     let failed = |error| ImageError::io("write", path, error);
-    // The directory is the caller's: the name says whose file it is.
-    let mut temporary = Temporary::with_prefix(directory(path), ".nido-new-").map_err(failed)?;
+    // The directory is the caller's: the name identifies the file's process.
+    let mut temporary = TemporaryFile::with_prefix(directory(path), ".nido-new-").map_err(failed)?;
     let written = write(temporary.file())?;
-    let place = if overwrite { Temporary::replace } else { Temporary::create };
+    let place = if overwrite { TemporaryFile::replace } else { TemporaryFile::create };
     place(temporary, path, Durability::PowerCut).map_err(|error| match error.kind() {
         ErrorKind::AlreadyExists => ImageError::PathExists { path: path.to_owned() },
         _ => failed(error),
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn what_exists_is_replaced_only_when_asked() {
+    fn an_existing_file_is_replaced_only_on_request() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         write(&path, false).unwrap();
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn what_appeared_meanwhile_is_kept() {
+    fn a_file_that_appeared_meanwhile_is_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         let raced = write_file_whole(&path, false, |_| {
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn work_that_fails_leaves_what_was_there() {
+    fn failed_work_keeps_the_existing_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         fs::write(&path, "old").unwrap();

@@ -1,4 +1,4 @@
-//! How a build tells its caller where it is. Plain values; rendering is the caller's.
+//! How a build reports its progress to its caller. Plain values; rendering is the caller's.
 
 /// The stages of a build, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -22,7 +22,7 @@ impl Stage {
     pub const ALL: [Self; 6] =
         [Self::Resolve, Self::Packages, Self::Kernel, Self::Disk, Self::Initramfs, Self::Publish];
 
-    /// A short lower-case word for people and for JSON.
+    /// A short lower-case name for text and JSON output.
     #[must_use]
     pub const fn word(self) -> &'static str {
         match self {

@@ -1,4 +1,4 @@
-//! Looks at a qcow2 header before anything opens the image: an image that names another file of the host, or asks for
+//! Checks a qcow2 header before anything opens the image: an image that names another file of the host, or asks for
 //! something unknown, is refused. Pure but for reading the first bytes. Invariant: no input makes it panic or read out of range.
 
 use std::fs::File;
@@ -16,7 +16,7 @@ pub enum Compression {
     Zstd,
 }
 
-/// What a safe header says.
+/// The content of a safe header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Qcow2Header {
     /// 2 or 3.
@@ -29,7 +29,7 @@ pub struct Qcow2Header {
     pub compression: Compression,
 }
 
-/// What the header of a safe overlay says.
+/// The content of the header of a safe overlay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overlay {
     /// The image itself.
@@ -83,9 +83,9 @@ fn read_head<T>(path: &Path, parse: impl FnOnce(&[u8]) -> Result<T, String>) -> 
 /// Judges the first bytes of an image (64 KiB, or the whole file if it is shorter).
 ///
 /// # Errors
-/// A sentence that says why the image is refused.
+/// A sentence with the reason for the refusal.
 pub fn parse(head: &[u8]) -> Result<Qcow2Header, String> {
-    // What names another file is told first: it is the worst.
+    // A reference to another file is reported first: it is the worst.
     if head.get(..4) == Some(b"QFI\xfb") && backing_range(head)? != (0, 0) {
         return Err("it names a backing file".to_owned());
     }
@@ -99,7 +99,7 @@ pub fn parse(head: &[u8]) -> Result<Qcow2Header, String> {
 /// Judges the first bytes of an overlay (64 KiB, or the whole file if it is shorter).
 ///
 /// # Errors
-/// A sentence that says why the image is refused.
+/// A sentence with the reason for the refusal.
 pub fn parse_overlay(head: &[u8]) -> Result<Overlay, String> {
     let (header, format) = parse_own(head)?;
     let (offset, length) = backing_range(head)?;

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use crate::apt::is_package_name;
 use crate::digest::sha256;
 use crate::error::ImageError;
-use crate::kernel::{KernelChoice, WANTED_MODULES};
+use crate::kernel::{BOOT_MODULES, KernelChoice};
 use crate::manifest::{FORMAT, Init};
 use crate::recipe_text::{COMMON, RecipeSource, SOURCES};
 use crate::slim;
@@ -18,7 +18,7 @@ pub struct Recipe {
     pub name: &'static str,
     /// SHA-256 over all it consists of, with the stock kernel.
     pub sha256: String,
-    /// What `recipe.toml` says.
+    /// The content of `recipe.toml`.
     pub spec: Spec,
     /// Shell script run with the root directory as `$1` after the packages are installed; may be empty.
     pub customize: &'static str,
@@ -49,13 +49,13 @@ pub struct Spec {
     pub variant: String,
     /// Packages beside those.
     pub packages: Vec<String>,
-    /// Who is process 1 in the guest.
+    /// The program that is process 1 in the guest.
     pub init: Init,
     /// The ordinary user.
     pub user: String,
     /// Login shell of root and of the user.
     pub shell: String,
-    /// Size of the root disk as the guest sees it, in MiB. A VM may ask for more.
+    /// Size of the root disk as the guest sees it, in MiB. A VM may request more.
     pub disk_mib: u64,
     /// The package that depends on the newest kernel image.
     pub kernel: String,
@@ -110,7 +110,7 @@ fn hash(source: &RecipeSource) -> String {
     for (name, content) in own.iter().chain(&common).chain(source.files) {
         text.push_str(&format!("{name} {}\n{content}", content.len()));
     }
-    text.push_str(&format!("{}\n{}\n", WANTED_MODULES.join(" "), DPKG_OPTIONS.join(" ")));
+    text.push_str(&format!("{}\n{}\n", BOOT_MODULES.join(" "), DPKG_OPTIONS.join(" ")));
     sha256(text.as_bytes())
 }
 
@@ -142,7 +142,7 @@ mod tests {
     fn an_unknown_recipe_is_named_in_the_error() {
         let error = find("windows").unwrap_err();
         assert!(error.to_string().contains("windows"));
-        assert!(error.hint().unwrap().text(nido_api::Face::Cli).unwrap().contains("sandbox"));
+        assert!(error.hint().unwrap().text(nido_api::FrontEnd::Cli).unwrap().contains("sandbox"));
     }
 
     #[test]

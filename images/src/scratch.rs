@@ -33,7 +33,7 @@ impl Scratch {
         create_private(build)?;
         let _whole = lock(build)?;
         let failed = |error| ImageError::io("create a directory in", build, error);
-        // tempfile makes it mode 0700 under a name nobody can guess.
+        // tempfile makes it mode 0700 under an unguessable name.
         let path = tempfile::Builder::new().prefix("").tempdir_in(build).map_err(failed)?.keep();
         let lock = File::open(&path).and_then(lock_directory).map_err(failed)?;
         Ok(Self { path, host: Host::for_cleaning(), _lock: lock })
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_build_left_is_an_orphan_and_only_that() {
+    fn only_directories_of_killed_builds_are_orphans() {
         let home = tempfile::tempdir().unwrap();
         let build = home.path().join("build");
         assert!(orphaned_builds(home.path()).is_empty());

@@ -7,14 +7,14 @@ use crate::apt::is_package_name;
 use crate::digest::sha256;
 use crate::progress::printable;
 
-/// The wanted options, one `CONFIG_X=y` a line.
+/// The required options, one `CONFIG_X=y` a line.
 pub const CONFIG: &str = include_str!("../recipes/kernels/slim/config");
 /// Downloads the source.
 pub const FETCH: &str = include_str!("../recipes/kernels/slim/fetch.sh");
 /// Unpacks, configures and compiles it; stops if an option of [`CONFIG`] does not survive.
 pub const MAKE: &str = include_str!("../recipes/kernels/slim/make.sh");
 /// Where the source is while it is compiled.
-const PLACE: &str = "/mnt/linux/";
+const MODULE_PREFIX: &str = "/mnt/linux/";
 const TOML: &str = include_str!("../recipes/kernels/slim/recipe.toml");
 
 /// The content of the slim kernel's `recipe.toml`.
@@ -34,7 +34,7 @@ pub struct SlimSpec {
 /// Parses the `recipe.toml`.
 ///
 /// # Errors
-/// A sentence that says what is wrong.
+/// A sentence that describes the error.
 pub fn spec() -> Result<SlimSpec, String> {
     let spec: SlimSpec = toml::from_str(TOML).map_err(|error| error.to_string())?;
     if let Some(word) = [&spec.suite, &spec.source].into_iter().find(|word| !is_package_name(word)) {
@@ -97,7 +97,7 @@ impl Compilation {
             return None;
         }
         self.done = self.done.saturating_add(1);
-        let file = file.trim().trim_start_matches(PLACE);
+        let file = file.trim().trim_start_matches(MODULE_PREFIX);
         let place = file.rsplit_once('/').map_or(file, |(directory, _)| directory);
         #[expect(clippy::cast_precision_loss, reason = "a few thousand steps")]
         let fraction = (self.done as f32 / self.steps as f32).min(1.0);
@@ -116,7 +116,7 @@ mod tests {
         CONFIG.lines().filter(|line| !line.is_empty() && !line.starts_with('#'))
     }
 
-    /// What nido and its agent cannot do without, by who needs it. The recipe holds more; it must never hold less.
+    /// What nido and its agent cannot do without, by component. The recipe holds more; it must never hold less.
     const NEEDED: [(&str, &str); 15] = [
         ("QEMU's direct start", "PVH SMP PCI ACPI PNP BLK_DEV_INITRD"),
         ("the machine types", "VIRTIO_MMIO VIRTIO_PCI PCI_MMCONFIG X86_PM_TIMER KVM_GUEST"),
@@ -171,19 +171,19 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_tells_what_it_is() {
+    fn the_kernel_version_is_read_from_its_image() {
         assert!(options().any(|option| option == format!("CONFIG_LOCALVERSION=\"{SLIM_SUFFIX}\"")));
     }
 
     #[test]
-    fn a_kernel_is_made_in_memory_only_where_that_is_plenty() {
+    fn a_kernel_is_built_in_memory_only_with_enough_memory() {
         assert!(fits_in_memory("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:    8000000 kB\n"));
         assert!(!fits_in_memory("MemTotal:  9000000 kB\nMemAvailable:    2000000 kB\n"));
         assert!(!fits_in_memory(""));
     }
 
     #[test]
-    fn a_version_that_is_a_path_is_none() {
+    fn a_path_is_not_a_version() {
         assert_eq!(source_version("6.1.192-2\n"), Some("6.1.192-2"));
         for text in ["", "../6", "6/1", "6.1\n6.2", "-6", "6 1", &"6".repeat(65)] {
             assert_eq!(source_version(text), None, "{text:?}");

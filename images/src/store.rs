@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nido_files::atomic_file::{self, Durability, Temporary, sync_parent};
+use nido_files::atomic_file::{self, Durability, TemporaryFile, sync_parent};
 use nido_files::flock::{Flock, Mode};
 use nido_files::layout;
 use nido_files::private_dir::make_private_dir;
@@ -35,7 +35,7 @@ pub struct Store {
 
 /// What lies in the directories of the store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Stored {
+pub struct StoreContents {
     /// Parts, whether a template names them or not.
     pub parts: Vec<Part>,
     /// File names of manifests whose writer was killed.
@@ -123,7 +123,7 @@ impl Store {
         Ok(())
     }
 
-    /// Reads every part of a template and compares its hash; looks at the root disk's header too.
+    /// Reads every part of a template and compares its hash; checks the root disk's header, too.
     ///
     /// # Errors
     /// [`ImageError::Damaged`] or [`ImageError::ImageRefused`].
@@ -188,14 +188,14 @@ impl Store {
         self.check(manifest)?;
         let path = self.manifest_path(&manifest.name);
         let failed = |error| ImageError::io("write", &path, error);
-        let mut temporary = Temporary::with_prefix(&self.templates, TEMPORARY).map_err(failed)?;
+        let mut temporary = TemporaryFile::with_prefix(&self.templates, TEMPORARY).map_err(failed)?;
         temporary.file().write_all(&manifest.to_json()).map_err(failed)?;
         nido_files::failpoint!("template.written");
         temporary.replace(&path, Durability::PowerCut).map_err(failed)
     }
 
     /// Adds a bake whose parts are in the store to a template, in place of an older one for the same machine. `of` is what was
-    /// baked: a template that was built anew meanwhile does not get it.
+    /// baked: a template that was rebuilt meanwhile does not get it.
     ///
     /// # Errors
     /// [`ImageError::TemplateChanged`], and those of [`Store::open`] and [`Store::publish`].
@@ -233,12 +233,12 @@ impl Store {
     ///
     /// # Errors
     /// [`ImageError::Io`].
-    pub fn stored(&self) -> Result<Stored, ImageError> {
+    pub fn stored(&self) -> Result<StoreContents, ImageError> {
         let length = |path: PathBuf| fs::symlink_metadata(path).map_or(0, |found| found.len());
         let parts = entries(&self.blobs)?.into_iter().filter(|name| is_sha256(name));
         let parts = parts.map(|name| (length(self.blobs.join(&name)), name));
         let manifests = entries(&self.templates)?.into_iter().filter(|name| name.starts_with(TEMPORARY));
-        Ok(Stored {
+        Ok(StoreContents {
             parts: parts.map(|(bytes, sha256)| Part { sha256, bytes }).collect(),
             unfinished_manifests: manifests.collect(),
         })
@@ -247,7 +247,7 @@ impl Store {
     /// Hashes of the parts that templates name.
     ///
     /// # Errors
-    /// [`ImageError::ManifestInvalid`] if a manifest cannot be read: then it is not known what it names.
+    /// [`ImageError::ManifestInvalid`] if a manifest cannot be read: then its parts are unknown.
     pub fn named_parts(&self) -> Result<HashSet<String>, ImageError> {
         let mut named = HashSet::new();
         for manifest in self.ls()? {

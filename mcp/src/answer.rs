@@ -1,6 +1,6 @@
 //! What a tool answers: a value, or a failure that says what to do next. Pure.
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use nido_api::Job;
 use nido_api::error::{Code, Error};
 use nido_api::sanitize::{for_reader, is_harmful};
@@ -112,7 +112,7 @@ impl ErrorResult {
             code: error.code().slug().into(),
             message: plain(error.message()),
             next_step: next_step(error.code()).into(),
-            hint: error.hint_for(Face::Mcp).as_deref().map(plain),
+            hint: error.hint_for(FrontEnd::Mcp).as_deref().map(plain),
             log_tail: error.log_lines().iter().map(|line| plain(line)).collect(),
             state,
             approval_id: None,

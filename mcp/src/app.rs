@@ -19,25 +19,25 @@ use crate::principal::Principal;
 use crate::session_leases::SessionLeases;
 use crate::subscriptions::ChangeFeed;
 
-/// How long the last look for VMs without a supervisor counts.
-const SETTLED_FOR: Duration = Duration::from_millis(100);
-/// How long a call may take until it is answered with a job, unless somebody says otherwise: clients give up after 60 s.
-pub const ANSWER_WITHIN: Duration = Duration::from_secs(40);
-/// How long a session over HTTP goes on that nobody uses, unless somebody says otherwise.
+/// How long the result of the last reconciliation is used.
+const RECONCILE_CACHE_TTL: Duration = Duration::from_millis(100);
+/// How long a call may take until its result is a job, by default: clients give up after 60 s.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(40);
+/// How long an unused session over HTTP is kept, by default.
 pub const SESSION_IDLE: Duration = Duration::from_secs(1800);
-/// How long the throw-away VMs of a session over HTTP that has ended wait for the next one of the same caller.
+/// How long the ephemeral VMs of a session over HTTP that has ended wait for the next one of the same caller.
 pub const SESSION_GRACE: Duration = Duration::from_secs(60);
-/// How many VMs are remembered as somebody's own.
+/// How many VMs are remembered with their creators.
 const OWN_MAX: usize = 4096;
-/// How long work that is cut off may take to clear up behind itself when the server ends.
-const FINISH_WITHIN: Duration = Duration::from_secs(30);
+/// How long interrupted work may take to clean up when the server ends.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How the server was started.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// What callers may do at all.
     pub policy: Policy,
-    /// Only these tools, if that is said.
+    /// Only these tools, if given.
     pub tools: Option<Vec<String>>,
     /// Not these.
     pub exclude: Vec<String>,
@@ -45,9 +45,9 @@ pub struct Settings {
     pub answer_within: Duration,
     /// What a client on standard input and output may do.
     pub scope: Scope,
-    /// How long a session over HTTP goes on that nobody uses. Its throw-away VMs go with it.
+    /// How long an unused session over HTTP is kept. Its ephemeral VMs are deleted with it.
     pub session_idle: Duration,
-    /// How long its throw-away VMs wait for the next session of the same caller; not at all over stdio.
+    /// How long its ephemeral VMs wait for the next session of the same caller; not at all over stdio.
     pub session_grace: Duration,
 }
 
@@ -58,7 +58,7 @@ impl Default for Settings {
             policy,
             tools,
             exclude,
-            answer_within: ANSWER_WITHIN,
+            answer_within: CALL_TIMEOUT,
             scope: Scope::Admin,
             session_idle: SESSION_IDLE,
             session_grace: SESSION_GRACE,
@@ -80,7 +80,7 @@ pub struct App {
     changes: Arc<ChangeFeed>,
     leases: Arc<SessionLeases>,
     open_forms: OpenForms,
-    /// Who made which throw-away VM, by its id.
+    /// The creator of each ephemeral VM, by its id.
     own: std::sync::Mutex<HashMap<String, String>>,
 }
 
@@ -125,7 +125,7 @@ impl App {
         &self.changes
     }
 
-    /// What throw-away VMs belong to.
+    /// The owner of ephemeral VMs.
     pub(crate) fn leases(&self) -> &Arc<SessionLeases> {
         &self.leases
     }
@@ -135,17 +135,17 @@ impl App {
         &self.open_forms
     }
 
-    /// This caller has made this throw-away VM.
+    /// Records that this caller has created this ephemeral VM.
     pub(crate) fn remember(&self, actor: &str, vm: &str) {
         let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-        // Whoever is forgotten is asked; that is no harm.
+        // For a VM that is no longer recorded, a confirmation is required; that is harmless.
         if own.len() >= OWN_MAX {
             own.clear();
         }
         own.insert(vm.into(), actor.into());
     }
 
-    /// Whether this caller has made this throw-away VM since the server started.
+    /// Whether this caller has created this ephemeral VM since the server started.
     pub(crate) fn made(&self, actor: &str, vm: &str) -> bool {
         let own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
         own.get(vm).is_some_and(|maker| maker == actor)
@@ -155,7 +155,7 @@ impl App {
         &self.settings
     }
 
-    /// What VMs may be that this caller creates. Where nobody says otherwise, no other machine reaches them.
+    /// The limits of VMs that this caller creates. By default, no other machine reaches them.
     pub(crate) fn limits(&self, principal: &Principal) -> Limits {
         let mut limits = self.settings.policy.limits.and(&principal.limits);
         limits.publish.get_or_insert_with(Limits::loopback);
@@ -167,17 +167,17 @@ impl App {
         &self.nido
     }
 
-    /// The core. What a crash has left since the last call is settled first, as every command does.
+    /// The core. A crash since the last call is reconciled first, as every command does.
     pub(crate) async fn nido(&self) -> Result<&Nido> {
         let mut settled = self.settled.lock().await;
-        if settled.is_none_or(|at| at.elapsed() > SETTLED_FOR) {
+        if settled.is_none_or(|at| at.elapsed() > RECONCILE_CACHE_TTL) {
             self.nido.reconcile().await?;
             *settled = Some(Instant::now());
         }
         Ok(&self.nido)
     }
 
-    /// Work that goes on whatever becomes of the session that asked for it.
+    /// Work that continues even if the session that requested it ends.
     pub(crate) fn tasks(&self) -> &TaskTracker {
         &self.tasks
     }
@@ -187,20 +187,20 @@ impl App {
         &self.ending
     }
 
-    /// Done when nobody listens any more, at the latest when the server ends.
+    /// Completes when no listener remains, at the latest when the server ends.
     pub(crate) fn quiet(&self) -> &CancellationToken {
         &self.quiet
     }
 
-    /// Ends what is under way, and every session with its throw-away VMs; waits until it has cleared up.
+    /// Ends what is under way, and every session with its ephemeral VMs; waits until it has cleaned up.
     pub async fn finish(&self) {
         self.ending.cancel();
         self.tasks.close();
-        if tokio::time::timeout(FINISH_WITHIN, self.tasks.wait()).await.is_err() {
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.tasks.wait()).await.is_err() {
             tracing::warn!("work was interrupted: the server ends");
         }
         self.leases.end_all().await;
         // Sessions that have ended by themselves meanwhile.
-        let _ = tokio::time::timeout(FINISH_WITHIN, self.tasks.wait()).await;
+        let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.tasks.wait()).await;
     }
 }

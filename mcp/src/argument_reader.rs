@@ -36,7 +36,7 @@ const SHOWN: usize = 60;
 /// How many wrong fields, and how many unknown ones, are named.
 const NAMED_MAX: usize = 8;
 
-/// What an example of a field looks like, where its type alone does not show it.
+/// An example of a field, where its type alone does not show it.
 const EXAMPLES: [(&str, &str); 16] = [
     ("name", r#""web-1""#),
     ("template", r#""sandbox""#),
@@ -276,7 +276,7 @@ fn whole(value: &Value) -> Option<Value> {
     if exact.is_u64() || exact.is_i64() {
         return Some(exact);
     }
-    // Beyond that a double does not tell whole numbers apart.
+    // Beyond that a double does not distinguish whole numbers.
     const EXACT: f64 = 9_007_199_254_740_992.0;
     let number = exact.as_f64()?;
     #[expect(clippy::cast_possible_truncation, reason = "it is whole and within bounds")]
@@ -363,7 +363,7 @@ fn example_of(schema: &Value) -> String {
     format!("{{{}}}", fields.collect::<Vec<_>>().join(", "))
 }
 
-/// A wrong value, short. A long or nested one is told by its kind.
+/// A wrong value, short. For a long or nested one, its kind.
 fn shown(value: &Value) -> String {
     match value {
         Value::Null => "null".into(),

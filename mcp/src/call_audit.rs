@@ -1,4 +1,4 @@
-//! What the audit log says about calls of tools: their request, and their outcome.
+//! The audit log's record of tool calls: their request, and their outcome.
 
 use nido_api::error::{Error, Result};
 use nido_core::execute::{Request, Verdict};

@@ -20,25 +20,25 @@ pub struct CallContext {
     /// What the caller may do.
     pub scope: Scope,
     pub progress: Progress,
-    /// Nobody wants the answer any more.
+    /// The client no longer needs the result.
     pub cancelled: CancellationToken,
-    /// What throw-away VMs belong to that it makes.
+    /// The owner of the ephemeral VMs that it creates.
     pub session: SessionKey,
     /// What VMs may be that it makes.
     pub limits: Limits,
     /// The id of the only VM that it may be done to, where that was decided (confirmation.rs).
     pub vm: Option<String>,
-    pub notes: Arc<Mutex<Notes>>,
+    pub notes: Arc<Mutex<RefusalNotes>>,
 }
 
 /// What is known of a refusal beside its error.
 #[derive(Debug, Default)]
-pub struct Notes {
+pub struct RefusalNotes {
     /// Why, in a word for the audit log.
     pub reason: Option<&'static str>,
     /// What would make it possible.
     pub approval: Option<String>,
-    /// What to do next, if not what the error's code says.
+    /// What to do next, if not the error code's default.
     pub next_step: Option<&'static str>,
     /// What was not as it should be with the arguments, and did no harm.
     pub arguments: Vec<String>,
@@ -54,7 +54,7 @@ impl CallContext {
         VmRef { name, id: self.vm.as_deref() }
     }
 
-    /// Does `work` unless nobody wants it any more; then it is dropped where it is.
+    /// Does `work` unless the call is cancelled; then it is dropped.
     pub async fn unless_cancelled<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             outcome = work => outcome,
@@ -73,11 +73,11 @@ impl CallContext {
     }
 
     /// What is known of a refusal so far.
-    pub fn notes(&self) -> std::sync::MutexGuard<'_, Notes> {
+    pub fn notes(&self) -> std::sync::MutexGuard<'_, RefusalNotes> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What to do next, where the error's code alone does not tell.
+    /// What to do next, where the error's code alone does not imply it.
     pub fn next_step(&self, words: &'static str) {
         self.notes().next_step = Some(words);
     }
@@ -99,7 +99,7 @@ impl CallContext {
         }
     }
 
-    /// The lease that a throw-away VM gets.
+    /// The lease that an ephemeral VM gets.
     pub fn lease(&self) -> Result<LeaseId> {
         self.app.leases().of(self.session, &self.who)
     }

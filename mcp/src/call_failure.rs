@@ -1,4 +1,4 @@
-//! What a caller is told of a call that failed, beside the error: the VM's state, what became of it, and the next step.
+//! What a failed call returns in addition to the error: the VM's state, what became of it, and the next step.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -10,7 +10,7 @@ use crate::answer::ErrorResult;
 use crate::call_context::CallContext;
 
 /// How many of the last events are looked at for what has become of a VM.
-const EVENTS_LOOKED_AT: u64 = 2000;
+const EVENTS_SCANNED_MAX: u64 = 2000;
 
 /// What a failed call is answered: the error, with what the caller can do about it. `name` is the VM that it was about.
 pub async fn failed(call: &CallContext, error: &Error, name: Option<VmName>) -> ErrorResult {
@@ -32,7 +32,7 @@ pub async fn failed(call: &CallContext, error: &Error, name: Option<VmName>) -> 
 /// What has become of a VM of this name that was there a while ago, if its time was up.
 fn gone(call: &CallContext, name: &VmName) -> Option<String> {
     let nido = call.app.unreconciled();
-    let since = nido.last_event().ok()?.saturating_sub(EVENTS_LOOKED_AT);
+    let since = nido.last_event().ok()?.saturating_sub(EVENTS_SCANNED_MAX);
     let mut request = EventsRequest { since, vm: Some(name.clone()), ..EventsRequest::default() };
     let mut last = None;
     loop {

@@ -1,18 +1,18 @@
 //! A person's confirmation, before something is done that the policy asks about (`policy/confirm.rs`).
 //!
 //! ```text
-//!  not asked about, or it is the caller's own ephemeral VM ──────────────────────────────> go, and written down
-//!  it would fail anyway (`Operation::admit`: state, policy, limits, paths) ──────────────> error, nobody is asked
+//!  not asked about, or it is the caller's own ephemeral VM ──────────────────────────────> go, and recorded
+//!  it would fail anyway (`Operation::admit`: state, policy, limits, paths) ──────────────> error, without a confirmation
 //!  approval_id, or the answer to a form that was given out ──> used up ───────────────────> go
-//!  else an approval is asked for:
+//!  else an approval is requested:
 //!    a client without `initialize` that shows forms ──> input_required, with a secret as state
 //!    one with `initialize` that shows forms ──> elicitation/create ──> used up ───────────> go
-//!        no answer in time ──> approval_required, and a yes in the form still counts
+//!        no answer in time ──> approval_required, and an approval in the form is still valid
 //!    any other ──> approval_required: the user runs `nido approve ID`, the model calls again with approval_id
 //! ```
 //!
-//! An approval is bound to the VM's id, the caller, the tool and a digest of the arguments; it is good for two minutes and for
-//! one use. Whoever may go on goes on with that id: if the name is another VM's when the core looks, nothing is done.
+//! An approval is bound to the VM's id, the caller, the tool and a digest of the arguments; it is valid for two minutes and for
+//! one use. The approved operation continues with that id: if the name is another VM's when the core looks, nothing is done.
 //!
 //! Invariants: what a model can fill in by itself never counts as consent; what cannot be found out is not done.
 
@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::VmName;
-use nido_api::{APPROVAL_LIFETIME, Approval, ApprovalState, Ask, VmInfo};
+use nido_api::{APPROVAL_LIFETIME, Approval, ApprovalRequest, ApprovalState, VmInfo};
 use nido_core::policy::{Confirm, Facts, is_usual};
 use rmcp::RoleServer;
 use rmcp::model::{ElicitResult, InputRequiredResult, InputResponses, ProtocolVersion};
@@ -38,8 +38,8 @@ use crate::answer::plain;
 use crate::call_context::CallContext;
 use crate::tools::{APPROVAL_ID, Operation, Tool};
 
-/// How often a client is told that its user has not answered yet.
-const STILL: Duration = Duration::from_secs(5);
+/// How often a client is notified that its user has not responded yet.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 /// How a VM is called in an approval that has no name before it is created.
 const NEW_VM: &str = "new";
 
@@ -53,7 +53,7 @@ pub struct Retry {
 /// The decision about a call.
 #[derive(Debug)]
 pub enum Decision {
-    /// Go on.
+    /// Continue.
     Proceed(Permission),
     /// Ask the user first.
     Ask(Box<InputRequiredResult>),
@@ -70,7 +70,7 @@ pub struct Permission {
 
 /// A call that a person may have to confirm.
 #[derive(Debug, Clone, Copy)]
-pub struct Asked<'a> {
+pub struct PendingCall<'a> {
     pub tool: &'a Tool,
     pub operation: &'a dyn Operation,
     /// As they were read: what an approval is bound to.
@@ -80,11 +80,11 @@ pub struct Asked<'a> {
 /// Whether it may be done now.
 pub async fn confirm(
     call: &mut CallContext,
-    asked_for: Asked<'_>,
+    asked_for: PendingCall<'_>,
     retry: Retry,
     context: &RequestContext<RoleServer>,
 ) -> Result<Decision> {
-    let Asked { tool, operation, arguments } = asked_for;
+    let PendingCall { tool, operation, arguments } = asked_for;
     let policy = &call.app.settings().policy.confirm;
     if operation.only_reads() {
         return Ok(Decision::Proceed(Permission::default()));
@@ -109,7 +109,7 @@ pub async fn confirm(
     };
     let id = vm.as_ref().map(|vm| vm.id.clone());
     let go = |word, id| Ok(Decision::Proceed(Permission { word, vm: id }));
-    if !policy.asks(&facts) {
+    if !policy.requires_confirmation(&facts) {
         let left_out = *policy == Confirm::Never && is_usual(&facts);
         return go(if left_out { "confirm_never" } else { "" }, id);
     }
@@ -119,7 +119,7 @@ pub async fn confirm(
     }
     call.decided_about(id.clone());
     operation.admit(call).await?;
-    let ask = Ask {
+    let ask = ApprovalRequest {
         tool: tool.name().into(),
         vm_id: id.unwrap_or_default(),
         vm_name: name,
@@ -128,12 +128,12 @@ pub async fn confirm(
         arguments: arguments.clone(),
     };
     let words = question(call, tool, &ask, vm.as_ref()).await;
-    asked(call, words, &ask, retry, context).await
+    request_confirmation(call, words, &ask, retry, context).await
 }
 
 /// The VM that a call acts on, and its owner; of one that is to be created only the name.
-async fn subject(call: &CallContext, asked: Asked<'_>) -> Result<(VmName, Option<VmInfo>, Option<String>)> {
-    let Asked { tool, operation, .. } = asked;
+async fn subject(call: &CallContext, asked: PendingCall<'_>) -> Result<(VmName, Option<VmInfo>, Option<String>)> {
+    let PendingCall { tool, operation, .. } = asked;
     let nido = call.nido().await?;
     let Some(name) = operation.vm() else {
         let words = format!("{} cannot be confirmed, and the policy wants that", tool.name());
@@ -146,11 +146,11 @@ async fn subject(call: &CallContext, asked: Asked<'_>) -> Result<(VmName, Option
     }
 }
 
-/// The same of what a person has to say yes to.
-async fn asked(
+/// The same for operations that a person must confirm.
+async fn request_confirmation(
     call: &CallContext,
     words: String,
-    ask: &Ask,
+    ask: &ApprovalRequest,
     retry: Retry,
     context: &RequestContext<RoleServer>,
 ) -> Result<Decision> {
@@ -162,7 +162,7 @@ async fn asked(
     }
     let shows_forms = context.client_capabilities().is_some_and(|client| shows_forms(&client));
     let by_result = shows_forms && is_modern(context);
-    // An answer to a form that nobody knows any more is none: the user is asked again.
+    // A response to an unknown form is ignored: the confirmation is requested again.
     if let (true, Some(answers), Some(secret)) = (by_result, &retry.answers, &retry.state)
         && let Some(id) = call.app.open_forms().approval_of(secret)
     {
@@ -170,7 +170,7 @@ async fn asked(
         return go("confirmed");
     }
     let nido = call.nido().await?;
-    let approval = if shows_forms { nido.approval_ask_in_form(ask)? } else { nido.approval_ask(ask)? };
+    let approval = if shows_forms { nido.approval_request_in_form(ask)? } else { nido.approval_request(ask)? };
     if approval.state != ApprovalState::Pending {
         // The user was quicker than the model.
         use_up(call, &approval.id, ask)?;
@@ -187,27 +187,27 @@ async fn asked(
     Err(by_hand(call, &approval.id, ask))
 }
 
-/// Whether a request stands for itself, in the protocol without `initialize`.
+/// Whether a request is complete, in the protocol without `initialize`.
 pub fn is_modern(context: &RequestContext<RoleServer>) -> bool {
     context.protocol_version().is_some_and(|version| version.as_str() >= ProtocolVersion::V_2026_07_28.as_str())
 }
 
 /// What came back from a client that was asked by a result.
-fn answered(call: &CallContext, id: &str, ask: &Ask, answers: &InputResponses) -> Result<()> {
+fn answered(call: &CallContext, id: &str, ask: &ApprovalRequest, answers: &InputResponses) -> Result<()> {
     let answer: Option<ElicitResult> =
         answers.get(FIELD).and_then(|answer| serde_json::from_value(answer.clone()).ok());
     let answer = answer.ok_or_else(|| Error::new(Code::ApprovalRequired, "the answer to the question is missing"))?;
     decided(call, id, ask, &answer)
 }
 
-/// Asks a client with a session, and waits for the person: as long as a client waits for an answer. Then the form is still open, and a yes
-/// in it is as good as one by hand.
+/// Requests the confirmation from a client with a session, and waits as long as the client waits for a result. Then the form is still open, and an approval
+/// in it is equivalent to one by hand.
 async fn elicited(
     call: &CallContext,
     context: &RequestContext<RoleServer>,
     words: &str,
     approval: &Approval,
-    ask: &Ask,
+    ask: &ApprovalRequest,
 ) -> Result<()> {
     let (peer, form) = (context.peer.clone(), form(words)?);
     let (tell, mut heard) = oneshot::channel();
@@ -224,7 +224,7 @@ async fn elicited(
         }
     });
     let began = tokio::time::Instant::now();
-    let mut still = tokio::time::interval_at(began + STILL, STILL);
+    let mut still = tokio::time::interval_at(began + PROGRESS_INTERVAL, PROGRESS_INTERVAL);
     let patience = tokio::time::sleep(call.app.settings().answer_within);
     let mut patience = std::pin::pin!(patience);
     let mut asked = 0.0;
@@ -232,9 +232,9 @@ async fn elicited(
         let answer = tokio::select! {
             answer = &mut heard => answer,
             _ = still.tick() => {
-                // Less than what the work itself tells.
+                // Less than what the work itself reports.
                 asked += 0.01;
-                call.progress.tell(asked, None, "waiting for the user's confirmation");
+                call.progress.report(asked, None, "waiting for the user's confirmation");
                 continue;
             }
             () = &mut patience => {
@@ -245,7 +245,7 @@ async fn elicited(
         };
         return match answer {
             Ok(Ok(answer)) => decided(call, &approval.id, ask, &answer),
-            // It says that it can ask, and cannot: the user can still say yes by hand.
+            // It claims to support forms, and does not: the user can still approve by hand.
             Ok(Err(error)) => {
                 tracing::warn!("the client could not ask its user: {error}");
                 Err(by_hand(call, &approval.id, ask))
@@ -272,8 +272,8 @@ fn written(call: &CallContext, id: &str, answer: &ElicitResult) -> Result<FormAn
     Ok(given)
 }
 
-/// A person has answered; a yes is used up at once. Who has only closed the form was not asked.
-fn decided(call: &CallContext, id: &str, ask: &Ask, answer: &ElicitResult) -> Result<()> {
+/// A person has responded; an approval is used at once. Closing the form is not a response.
+fn decided(call: &CallContext, id: &str, ask: &ApprovalRequest, answer: &ElicitResult) -> Result<()> {
     match written(call, id, answer)? {
         FormAnswer::Yes => use_up(call, id, ask),
         FormAnswer::No => Err(refused(call)),
@@ -281,15 +281,15 @@ fn decided(call: &CallContext, id: &str, ask: &Ask, answer: &ElicitResult) -> Re
     }
 }
 
-/// Uses an approval up. What is denied here a person can still decide, so it is told differently from what the server forbids.
-fn use_up(call: &CallContext, id: &str, ask: &Ask) -> Result<()> {
+/// Uses an approval up. What is denied here a person can still decide, so it is reported differently from what the server forbids.
+fn use_up(call: &CallContext, id: &str, ask: &ApprovalRequest) -> Result<()> {
     let nido = call.app.unreconciled();
     nido.approval_use(id, ask).map_err(|error| {
         if error.code() != Code::Denied {
             return error;
         }
         match nido.approval(id) {
-            Ok(approval) if said_no(&approval, ask) => refused(call),
+            Ok(approval) if is_denied(&approval, ask) => refused(call),
             _ => {
                 call.next_step("call again without approval_id, so that the user is asked about exactly this");
                 error
@@ -299,18 +299,18 @@ fn use_up(call: &CallContext, id: &str, ask: &Ask) -> Result<()> {
 }
 
 /// Whether this caller has had a no about this VM. Pure.
-fn said_no(approval: &Approval, ask: &Ask) -> bool {
+fn is_denied(approval: &Approval, ask: &ApprovalRequest) -> bool {
     approval.state == ApprovalState::Denied && (&approval.actor, &approval.vm_id) == (&ask.actor, &ask.vm_id)
 }
 
-/// What a model is told when a person has said no: just now, or a while ago.
+/// What a model gets when a person has denied the operation: just now, or a while ago.
 fn refused(call: &CallContext) -> Error {
     call.next_step("the user has refused: do not try it again, nor in another way, unless they ask for it");
     Error::new(Code::Denied, "the user denied it").hint("ask the user what to do instead")
 }
 
 /// For clients that cannot ask their user, or whose user has not answered.
-fn by_hand(call: &CallContext, id: &str, ask: &Ask) -> Error {
+fn by_hand(call: &CallContext, id: &str, ask: &ApprovalRequest) -> Error {
     call.needs_approval(id);
     let words = format!("a person has to approve this for VM '{}' first", ask.vm_name);
     Error::new(Code::ApprovalRequired, words).hint(Hint::host(format!(

@@ -1,7 +1,7 @@
-//! Streamable HTTP: a service to be mounted at `/mcp`, behind whoever decides who may ask.
+//! Streamable HTTP: a service to be mounted at `/mcp`, behind the authentication of the server.
 //!
-//! Whoever that is leaves a [`Principal`](crate::Principal) with each request; one without is refused. Requests of the protocol without
-//! `initialize` stand for themselves; those with it have sessions, which nobody but this file counts.
+//! The authentication adds a [`Principal`](crate::Principal) with each request; one without is refused. Requests of the protocol without
+//! `initialize` are complete; those with it have sessions, which only this file counts.
 //!
 //! Invariants: a session is used only by the caller who opened it; no caller can keep others from opening one.
 
@@ -17,10 +17,10 @@ use rmcp::transport::streamable_http_server::{StreamableHttpServerConfig, Stream
 use tokio_util::sync::CancellationToken;
 
 use crate::app::App;
-use crate::messages::{self, IdSeeker, ParsedMessage, Refusal};
+use crate::messages::{self, IdScanner, ParsedMessage, Refusal};
 use crate::server::Server;
 
-/// How many sessions may be open at once. One that nobody uses ends after a while: `Settings::session_idle`.
+/// How many sessions may be open at once. An unused one ends after a while: `Settings::session_idle`.
 const SESSIONS: usize = 1024;
 /// How many of them one caller may have.
 const SHARE: usize = 256;
@@ -40,9 +40,9 @@ pub fn refusal(message: &[u8]) -> Option<String> {
 
 /// A message that is too long to be kept: what it is answered, when all of it has gone by.
 #[derive(Debug, Default)]
-pub struct TooLong(IdSeeker);
+pub struct OversizedMessage(IdScanner);
 
-impl TooLong {
+impl OversizedMessage {
     /// More of it.
     pub fn feed(&mut self, bytes: &[u8]) {
         self.0.feed(bytes);
@@ -55,7 +55,7 @@ impl TooLong {
     }
 }
 
-/// Who answers: nido's own [`App`], or in a test what a suite wants to find behind the same door.
+/// What serves requests: nido's own [`App`], or in a test another service behind the same authentication.
 pub trait Agents: Send + Sync + 'static {
     /// What the protocol's library asks.
     type Handler: ServerHandler;
@@ -66,7 +66,7 @@ pub trait Agents: Send + Sync + 'static {
     /// How long a session may go unused until it ends.
     fn session_idle(&self) -> Duration;
 
-    /// Done when the server ends: what would go on for ever ends with it.
+    /// Done when the server ends: endless streams end with it.
     fn ending(&self) -> &CancellationToken;
 
     /// Ends what is under way and waits until it has cleared up.
@@ -117,7 +117,7 @@ impl<A: Agents> std::fmt::Debug for Http<A> {
 }
 
 impl<A: Agents> Http<A> {
-    /// For requests that name one of these hosts, beside those of this machine; for any host if other machines are let in:
+    /// For requests that name one of these hosts, in addition to those of this machine; for any host if other machines are accepted:
     /// then it has been checked before. Pages of the origins in `web` may use it too.
     #[must_use]
     pub fn new(agents: &Arc<A>, names: &[String], web: &[String], remote: bool) -> Self {
@@ -152,7 +152,7 @@ impl<A: Agents> Http<A> {
     /// Whether this caller may make a request with these headers: a session is its owner's, and their number is limited.
     ///
     /// # Errors
-    /// `route_not_found` of somebody else's session, `rate_limited` where a new one would be one too many.
+    /// `route_not_found` of another caller's session, `rate_limited` where a new one would be one too many.
     pub async fn admit(&self, headers: &HeaderMap, actor: &str) -> Result<()> {
         if let Some(session) = headers.get(SESSION) {
             let owner = session.to_str().ok().and_then(|session| self.owners().get(session).cloned());

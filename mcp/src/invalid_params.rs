@@ -1,6 +1,6 @@
-//! Requests whose method is known and whose params are none of that method. Pure.
+//! Requests whose method is known and whose params do not fit that method. Pure.
 //!
-//! The protocol's library takes such a request for one of a method that it does not know; to whoever asked it is the params that
+//! The protocol's library takes such a request for one of a method that it does not know; for the client it is the params that
 //! are wrong, and which part of them.
 
 use nido_api::sanitize::head;
@@ -13,23 +13,23 @@ use serde_json::{Value, json};
 
 use crate::answer::plain;
 
-/// How much of what was said wrongly is said again, in bytes.
+/// How much of an invalid value is repeated, in bytes.
 const SHOWN: usize = 300;
 
 /// The method that calls a tool.
 pub const CALL: &str = "tools/call";
 
-/// What is wrong with the params of this method, or nothing if it is none that is served here: `modern` says to whom, because how
+/// What is wrong with the params of this method, or nothing if it is not served here: `modern` is the protocol of the client, because how
 /// to listen differs between the eras.
 pub fn wrong(method: &str, params: Option<&Value>, modern: bool) -> Option<String> {
     let check: fn(Value) -> Option<String> = match method {
-        CALL => told::<CallToolRequestParams>,
-        "completion/complete" => told::<CompleteRequestParams>,
-        "prompts/get" => told::<GetPromptRequestParams>,
-        "resources/read" => told::<ReadResourceRequestParams>,
-        "resources/subscribe" if !modern => told::<SubscribeRequestParams>,
-        "resources/unsubscribe" if !modern => told::<UnsubscribeRequestParams>,
-        "subscriptions/listen" if modern => told::<SubscriptionsListenRequestParams>,
+        CALL => problem_of::<CallToolRequestParams>,
+        "completion/complete" => problem_of::<CompleteRequestParams>,
+        "prompts/get" => problem_of::<GetPromptRequestParams>,
+        "resources/read" => problem_of::<ReadResourceRequestParams>,
+        "resources/subscribe" if !modern => problem_of::<SubscribeRequestParams>,
+        "resources/unsubscribe" if !modern => problem_of::<UnsubscribeRequestParams>,
+        "subscriptions/listen" if modern => problem_of::<SubscriptionsListenRequestParams>,
         _ => return None,
     };
     let Some(params) = params else { return Some("params: they are missing".into()) };
@@ -40,14 +40,14 @@ pub fn wrong(method: &str, params: Option<&Value>, modern: bool) -> Option<Strin
     Some(plain(head(&words, SHOWN)))
 }
 
-fn told<T: DeserializeOwned>(params: Value) -> Option<String> {
+fn problem_of<T: DeserializeOwned>(params: Value) -> Option<String> {
     let error = serde_path_to_error::deserialize::<_, T>(params).err()?;
     let path = error.path().to_string();
     let field = if path == "." { "params".to_owned() } else { path };
     Some(format!("{field}: {}", error.into_inner()))
 }
 
-/// Which tool was to be called, as far as that can be told, and what the audit log is told of its arguments: what is not in its
+/// Which tool was to be called, if that is known, and what the audit log gets of its arguments: what is not in its
 /// place cannot be searched for secrets.
 pub fn called(params: Option<&Value>) -> (String, Value) {
     let params = params.unwrap_or(&Value::Null);
@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wrong_is_told_with_its_place() {
+    fn errors_name_the_place() {
         for (method, params, words) in [
             (
                 CALL,
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_method_of_the_other_era_is_none() {
+    fn methods_of_the_other_protocol_version_are_unknown() {
         for (method, modern) in
             [("resources/subscribe", false), ("resources/unsubscribe", false), ("subscriptions/listen", true)]
         {
@@ -97,10 +97,10 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_searched_for_secrets_is_not_written_down() {
-        let told = |params: Value| called(Some(&params));
-        assert_eq!(told(json!({"name": "vm_exec", "arguments": "stdin"})), ("vm_exec".into(), json!({})));
-        assert_eq!(told(json!({"arguments": {"a": 1}})), (CALL.into(), json!({"a": 1})));
+    fn values_that_cannot_be_redacted_are_not_recorded() {
+        let problem_of = |params: Value| called(Some(&params));
+        assert_eq!(problem_of(json!({"name": "vm_exec", "arguments": "stdin"})), ("vm_exec".into(), json!({})));
+        assert_eq!(problem_of(json!({"arguments": {"a": 1}})), (CALL.into(), json!({"a": 1})));
         assert_eq!(called(None), (CALL.into(), json!({})));
     }
 }

@@ -58,5 +58,5 @@ mod subscriptions;
 mod tool_call;
 pub mod tools;
 
-pub use self::app::{ANSWER_WITHIN, App, SESSION_GRACE, SESSION_IDLE, Settings};
+pub use self::app::{App, CALL_TIMEOUT, SESSION_GRACE, SESSION_IDLE, Settings};
 pub use self::principal::Principal;

@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_log_that_is_cut_begins_with_a_whole_line() {
+    fn a_truncated_log_begins_with_a_whole_line() {
         assert_eq!(whole_lines(b"nd\nlast\n", true), b"last\n");
         assert_eq!(whole_lines(b"one\ntwo\n", false), b"one\ntwo\n");
         assert_eq!(whole_lines(b"endless", true), b"endless");

@@ -1,4 +1,4 @@
-//! Whether bytes from a client are a message, and what it is answered if they are none. Pure.
+//! Whether bytes from a client are a message, and the response if they are not. Pure.
 //!
 //! The protocol's library drops what it cannot read, and its client then waits for an answer until it gives up. So every message is
 //! looked at here first.
@@ -54,7 +54,7 @@ pub fn read(bytes: &[u8]) -> ParsedMessage {
         return ParsedMessage::Nothing;
     }
     if let Ok(message) = serde_json::from_slice(bytes) {
-        // The library takes a request whose id is none for a notification, which nobody answers.
+        // The library takes a request with an invalid id for a notification, which gets no response.
         if !matches!(message, JsonRpcMessage::Notification(_)) || !has_id(bytes) {
             return ParsedMessage::Message(Box::new(message));
         }
@@ -62,7 +62,7 @@ pub fn read(bytes: &[u8]) -> ParsedMessage {
     let value: Value = match serde_json::from_slice(bytes) {
         Ok(value) => value,
         Err(error) => {
-            // JSON that is nested too deeply is JSON all the same: it has an id.
+            // JSON that is nested too deeply is JSON nevertheless: it has an id.
             let is_deep = error.to_string().starts_with("recursion limit");
             let id = if is_deep { id_in(bytes) } else { None };
             let words = if is_deep { "the message is nested too deeply" } else { "the message is not JSON" };
@@ -75,7 +75,7 @@ pub fn read(bytes: &[u8]) -> ParsedMessage {
         return ParsedMessage::Refused(Refusal::invalid(None, words));
     };
     let id = fields.get("id");
-    // A notification: nobody waits for its answer.
+    // A notification: it gets no response.
     if id.is_none() && fields.get("method").is_some_and(Value::is_string) {
         return ParsedMessage::Nothing;
     }
@@ -96,14 +96,14 @@ fn has_id(bytes: &[u8]) -> bool {
 
 /// The id in bytes that cannot be read as a whole.
 pub fn id_in(bytes: &[u8]) -> Option<RequestId> {
-    let mut seeker = IdSeeker::default();
+    let mut seeker = IdScanner::default();
     seeker.feed(bytes);
     seeker.id()
 }
 
-/// Looks for the id of a message that is too long to be kept: the value of `id` in its outermost object.
+/// Finds the id of a message that is too long to be kept: the value of `id` in its outermost object.
 #[derive(Debug, Default)]
-pub struct IdSeeker {
+pub struct IdScanner {
     depth: usize,
     /// Within a text, and whether the next character is escaped.
     text: Option<bool>,
@@ -113,7 +113,7 @@ pub struct IdSeeker {
     found: Option<Vec<u8>>,
 }
 
-impl IdSeeker {
+impl IdScanner {
     /// More of the message.
     pub fn feed(&mut self, bytes: &[u8]) {
         for &byte in bytes {
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_message_is_answered_with_its_id() {
+    fn invalid_messages_are_answered_with_their_id() {
         // Clients waited for ever for the answer to a message that the library had dropped.
         for (message, id, code) in [
             (r#"{bad json"#.to_owned(), json!(null), -32700),
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_found_wherever_it_stands_and_only_in_the_outermost_object() {
+    fn an_id_is_found_at_any_position_of_the_outermost_object_only() {
         for (message, id) in [
             (r#"{"id":7,"x":"#.to_owned(), Some(json!(7))),
             (r#"{"params":{"id":1,"a":[{"id":2}]},"id":"x\"y"}"#.to_owned(), Some(json!("x\"y"))),
@@ -248,7 +248,7 @@ mod tests {
             (r#"{"id":{"id":1}}"#.to_owned(), None),
             (format!(r#"{{"x":"{}","id":5}}"#, "y".repeat(10_000)), Some(json!(5))),
         ] {
-            let mut seeker = IdSeeker::default();
+            let mut seeker = IdScanner::default();
             message.as_bytes().chunks(3).for_each(|piece| seeker.feed(piece));
             assert_eq!(seeker.id().map(|id| json!(id)), id, "{message}");
         }
@@ -269,7 +269,7 @@ mod tests {
                 assert!(json["error"]["code"].is_i64() && json["id"].is_null() == refusal.id.is_none(), "{json}");
             }
             // An id is found in pieces as in the whole.
-            let mut seeker = IdSeeker::default();
+            let mut seeker = IdScanner::default();
             input.chunks(3).for_each(|piece| seeker.feed(piece));
             assert_eq!(seeker.id(), id_in(input));
         });

@@ -1,6 +1,6 @@
 //! What commands wrote, kept whole for a while where an answer shows only both ends of it.
 //!
-//! Invariant: bounded in number and in bytes, and shown to nobody but the caller whose command it was. It is in memory: it ends
+//! Invariant: bounded in number and in bytes, and shown only to the caller whose command it was. It is in memory: it ends
 //! with the server.
 
 use std::collections::VecDeque;
@@ -13,9 +13,9 @@ pub const HEAD: usize = 1 << 20;
 /// How much of the end of a longer stream is kept, in bytes.
 pub const TAIL: usize = 64 << 10;
 /// How many streams are kept.
-const MOST: usize = 64;
+const OUTPUTS_MAX: usize = 64;
 /// How many bytes they may have together.
-const MOST_BYTES: usize = 32 << 20;
+const OUTPUT_TOTAL_BYTES_MAX: usize = 32 << 20;
 
 /// One stream of a command that has ended.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct Output {
     pub actor: String,
     /// Which stream, and of which VM.
     pub title: String,
-    /// What it wrote; of very much the middle is missing, and a line says so.
+    /// What it wrote; of very much the middle is missing, and a line states that.
     pub bytes: Vec<u8>,
 }
 
@@ -35,13 +35,14 @@ pub struct Output {
 pub struct OutputStore(Mutex<VecDeque<Arc<Output>>>);
 
 impl OutputStore {
-    /// Keeps one, and forgets the oldest where there is no room.
+    /// Keeps one, and drops the oldest if the store is full.
     pub fn keep(&self, actor: &str, title: String, bytes: Vec<u8>) -> Result<Arc<Output>> {
         let id = nido_files::random::id()?;
         let output = Arc::new(Output { id, actor: actor.into(), title, bytes });
         let mut kept = self.kept();
         kept.push_back(Arc::clone(&output));
-        while kept.len() > MOST || kept.iter().map(|one| one.bytes.len()).sum::<usize>() > MOST_BYTES {
+        while kept.len() > OUTPUTS_MAX || kept.iter().map(|one| one.bytes.len()).sum::<usize>() > OUTPUT_TOTAL_BYTES_MAX
+        {
             kept.pop_front();
         }
         Ok(output)
@@ -82,7 +83,7 @@ impl OutputBuffer {
         }
     }
 
-    /// What there is of it.
+    /// The stored part of it.
     pub fn bytes(self) -> Vec<u8> {
         let mut bytes = self.head;
         if self.left_out > 0 {
@@ -119,9 +120,9 @@ mod tests {
         let outputs = OutputStore::default();
         let first = outputs.keep("a", String::new(), b"1".to_vec()).unwrap();
         assert!(outputs.get("a", &first.id).is_some() && outputs.get("b", &first.id).is_none());
-        for _ in 0..MOST {
+        for _ in 0..OUTPUTS_MAX {
             outputs.keep("b", String::new(), vec![0; HEAD]).unwrap();
         }
-        assert!(outputs.get("a", &first.id).is_none() && outputs.of("b").len() <= MOST_BYTES / HEAD);
+        assert!(outputs.get("a", &first.id).is_none() && outputs.of("b").len() <= OUTPUT_TOTAL_BYTES_MAX / HEAD);
     }
 }

@@ -1,6 +1,6 @@
 //! The caller of a request: who it is and what it may do.
 
-use nido_api::{Caller, Face, Limits, Scope};
+use nido_api::{Caller, FrontEnd, Limits, Scope};
 use rmcp::RoleServer;
 use rmcp::service::RequestContext;
 
@@ -11,7 +11,7 @@ pub struct Principal {
     pub actor: String,
     /// What they may do.
     pub scope: Scope,
-    /// What VMs may be that they make, beside what the policy says.
+    /// The limits of the VMs that they create, in addition to the policy.
     pub limits: Limits,
 }
 
@@ -25,6 +25,6 @@ impl Principal {
     /// The caller for the audit log, with the name that its client gave itself.
     pub(crate) fn caller(&self, context: &RequestContext<RoleServer>) -> Caller {
         let agent = context.client_info().map(|client| client.name);
-        Caller { face: Face::Mcp, actor: self.actor.clone(), agent }
+        Caller { face: FrontEnd::Mcp, actor: self.actor.clone(), agent }
     }
 }

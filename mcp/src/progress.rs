@@ -30,7 +30,7 @@ struct Step {
 pub struct Progress {
     steps: watch::Sender<Step>,
     /// What the client has not received yet. One receiver for the whole call: a step that work reports before the client is
-    /// served is sent all the same.
+    /// served is sent nevertheless.
     unsent: Arc<Mutex<watch::Receiver<Step>>>,
 }
 
@@ -41,7 +41,7 @@ impl Progress {
     }
 
     /// Reports a step, unless it is not more than the last one.
-    pub fn tell(&self, done: f64, total: Option<f64>, message: impl Into<String>) {
+    pub fn report(&self, done: f64, total: Option<f64>, message: impl Into<String>) {
         let message = message.into();
         self.steps.send_if_modified(|step| {
             let more = done > step.done;
@@ -52,7 +52,7 @@ impl Progress {
         });
     }
 
-    /// A start goes on.
+    /// A start continues.
     pub fn stage(&self, stage: StartStage) {
         let (done, words) = match stage {
             StartStage::Preparing => (1.0, "preparing disk and configuration"),
@@ -60,7 +60,7 @@ impl Progress {
             StartStage::Booting => (3.0, "the guest boots"),
             StartStage::Ready => (4.0, "ready"),
         };
-        self.tell(done, Some(4.0), words);
+        self.report(done, Some(4.0), words);
     }
 
     /// How far it has come: in words, and of a hundred.
@@ -109,11 +109,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_told_only_grows() {
+    fn reported_progress_only_grows() {
         let progress = Progress::new();
         let mut seen = progress.steps.subscribe();
         let mut told = |done| {
-            progress.tell(done, None, "");
+            progress.report(done, None, "");
             seen.has_changed().unwrap() && (seen.borrow_and_update().done - done).abs() < f64::EPSILON
         };
         assert_eq!([1.0, 1.0, 0.5, 2.0].map(&mut told), [true, false, false, true]);
@@ -123,7 +123,7 @@ mod tests {
     #[test]
     fn a_step_that_is_reported_before_the_client_is_served_is_not_lost() {
         let progress = Progress::new();
-        progress.tell(1.0, None, "");
+        progress.report(1.0, None, "");
         let mut unsent = progress.unsent.blocking_lock();
         assert!(unsent.has_changed().unwrap());
         unsent.borrow_and_update();

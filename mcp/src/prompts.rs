@@ -1,6 +1,6 @@
-//! Prompts: work that users ask for often, told in the words of these tools; and completion of arguments.
+//! Prompts: frequent tasks, described with these tools; and completion of arguments.
 //!
-//! What they say is in prompt_text.rs.
+//! Their text is in prompt_text.rs.
 
 use nido_api::VmInfo;
 use nido_api::error::{Code, Error, Result};
@@ -24,10 +24,10 @@ const QUICK_SANDBOX: &str = "quick_sandbox";
 
 /// A time to live that stands for any, in seconds.
 const DEFAULT_TTL: u64 = 1800;
-/// How long a sandbox lives if nobody says otherwise.
+/// The default time to live of a sandbox.
 const TTLS: [&str; 5] = ["10m", "30m", "1h", "4h", "1d"];
 
-/// Those there are.
+/// All prompts.
 pub fn list() -> Vec<Prompt> {
     let needed = |name: &str, words: &str| PromptArgument::new(name).with_description(words).with_required(true);
     let free = |name: &str, words: &str| PromptArgument::new(name).with_description(words).with_required(false);
@@ -96,7 +96,7 @@ pub fn get(app: &App, principal: &Principal, name: &str, arguments: Option<&Json
     filled(name, arguments, usual.as_str(), |template, ttl| vm_of(app, principal, name, template, ttl))
 }
 
-/// The same wherever it is offered: `vm_of` says of a template and a time to live which VM that is, and what can be done in it.
+/// The same wherever it is offered: `vm_of` returns the VM for a template and a time to live, and what can be done in it.
 fn filled(
     name: &str,
     arguments: Option<&JsonObject>,
@@ -140,7 +140,7 @@ fn filled(
     Ok(result.with_description(prompt.description.unwrap_or_default()))
 }
 
-/// A name for a VM that nobody has: every call that a prompt tells is one that can be made as it stands.
+/// An unused VM name: every call in a prompt can be made as it is.
 fn fresh(word: &str) -> Result<String> {
     let id = nido_files::random::id()?;
     Ok(format!("{word}-{}", id.get(..6).unwrap_or_default()))
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_is_filled_in_and_each_vm_has_a_name_of_its_own() {
+    fn arguments_are_filled_in_and_each_vm_has_its_own_name() {
         let sandbox = || fill(QUICK_SANDBOX, json!({"task": "x", "ttl": "2h"})).unwrap();
         let words = sandbox();
         assert!(words.contains(r#"\"ttl_seconds\":7200"#) && words.contains("<task>x</task>"), "{words}");
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_with_the_argument() {
+    fn errors_name_the_argument() {
         let wrong = |name: &str, arguments| fill(name, arguments).unwrap_err().to_string();
         assert!(wrong(QUICK_SANDBOX, json!({})).starts_with("task: "));
         assert!(wrong(QUICK_SANDBOX, json!({"task": "x", "ttl": "soon"})).starts_with("ttl: "));

@@ -34,7 +34,7 @@ pub async fn list(app: &App, principal: &Principal, cursor: Option<&str>) -> Res
     Ok((list, next))
 }
 
-/// What there is whichever VMs there are.
+/// Resources that do not depend on the VMs.
 fn others(app: &App, principal: &Principal) -> Vec<Resource> {
     let list = [
         Resource::new(VMS, "vms")

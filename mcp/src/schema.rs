@@ -13,11 +13,11 @@ use utoipa::ToSchema;
 use utoipa::openapi::{RefOr, Schema};
 
 /// Words of OpenAPI that JSON Schema has no use for.
-const NOT_OURS: [&str; 2] = ["example", "discriminator"];
+const OMITTED_KEYWORDS: [&str; 2] = ["example", "discriminator"];
 /// The key of an argument's schema under which a shorter one is, which clients get instead.
 pub const LISTED_AS: &str = "x-listed-as";
 /// What references begin with.
-const PLACE: &str = "#/components/schemas/";
+const SCHEMA_PREFIX: &str = "#/components/schemas/";
 
 /// The schema of a tool's arguments.
 #[must_use]
@@ -54,7 +54,7 @@ fn without_bounds(schema: &mut Value) {
         fields.retain(|key, value| match key.as_str() {
             "pattern" => !value.is_string(),
             "minimum" | "exclusiveMinimum" | "maximum" | "minItems" | "maxItems" => !value.is_number(),
-            // Of a type, which the argument's name says.
+            // Of a type, which the argument's name implies.
             "description" => !value.as_str().is_some_and(|words| words.starts_with("The name of a ")),
             // Nothing that has to be known in order to leave it out.
             "default" => !(*value == json!(false) || *value == json!({})),
@@ -132,7 +132,7 @@ fn items_of(field: &Value) -> Value {
     }
 }
 
-/// Sets the descriptions of arguments; an empty one says that the name is enough.
+/// Sets the descriptions of arguments; an empty one means that the name is enough.
 #[must_use]
 pub fn described(mut schema: Value, words: &[(&str, &str)]) -> Value {
     for (name, description) in words {
@@ -179,9 +179,9 @@ fn resolve(schema: &mut Value, parts: &Map<String, Value>, depth: usize) {
     if depth > 32 {
         return;
     }
-    if let Some(name) = schema.get("$ref").and_then(Value::as_str).and_then(|path| path.strip_prefix(PLACE)) {
+    if let Some(name) = schema.get("$ref").and_then(Value::as_str).and_then(|path| path.strip_prefix(SCHEMA_PREFIX)) {
         let mut part = parts.get(name).cloned().unwrap_or_else(|| json!({}));
-        // What is said of the field is more to the point than what is said of its type.
+        // The field's description is more specific than its type's.
         if let (Some(own), Some(part)) = (schema.as_object(), part.as_object_mut()) {
             part.extend(own.iter().filter(|(key, _)| *key != "$ref").map(|(key, value)| (key.clone(), value.clone())));
         }
@@ -191,7 +191,7 @@ fn resolve(schema: &mut Value, parts: &Map<String, Value>, depth: usize) {
         Value::Object(fields) => {
             fields.retain(|key, value| {
                 let said_twice = key == "propertyNames" && *value == json!({ "type": "string" });
-                !NOT_OURS.contains(&key.as_str()) && !said_twice
+                !OMITTED_KEYWORDS.contains(&key.as_str()) && !said_twice
             });
             plain_number(fields);
             fields.values_mut().for_each(|value| resolve(value, parts, depth + 1));
@@ -259,7 +259,7 @@ fn without_null(schema: &mut Value) {
     each(schema, without_null);
 }
 
-/// What an object does not list is ignored and named, and that is not the schema's to say.
+/// What an object does not list is ignored and named, which the schema does not express.
 fn open(schema: &mut Value) {
     if let Value::Object(fields) = schema
         && fields.get("additionalProperties").is_some_and(Value::is_boolean)
@@ -299,7 +299,7 @@ fn in_seconds(schema: &mut Value) {
     *fields = renamed;
 }
 
-/// The type's own description tells a programmer what it is for.
+/// The type's own description is for programmers.
 fn described_in_place(schema: &mut Value) {
     if let Value::Object(fields) = schema {
         fields.remove("description");
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_composed_is_one_object() {
+    fn composed_schemas_are_one_object() {
         let schema = whole::<ExecResult>();
         assert_eq!(schema["type"], "object");
         assert!(schema["properties"]["exit_code"].is_object() && schema["properties"]["stdout"].is_object());

@@ -1,17 +1,17 @@
-//! Throw-away VMs go with the session that they were made in.
+//! Ephemeral VMs are deleted with the session that created them.
 //!
 //! ```text
-//!  over stdio                     a session is the process: until standard input ends, or it is told to end, or killed
-//!  over HTTP, with `initialize`   until DELETE, until nobody has used it for too long, or the server's end
-//!  over HTTP, without             there are none: the server's own life stands for one, and such a VM always has a ttl
+//!  over stdio                     a session is the process: until standard input ends, or it gets a signal, or is killed
+//!  over HTTP, with `initialize`   until DELETE, until it was unused for too long, or the server's end
+//!  over HTTP, without             there are none: the server's process counts as one, and such a VM always has a ttl
 //! ```
 //!
 //! A session over HTTP that ends leaves its VMs for a while (`Settings::session_grace`): client libraries that open a session for
 //! each call would lose them between two calls. The next session of the same caller takes them over with its first call, and
-//! only then: a session that goes on beside another one does not keep that one's VMs.
+//! only then: another open session does not keep that one's VMs.
 //!
-//! A lease of the core is a lock that this process holds, so whoever kills it ends all of them: the VMs' supervisors see to it.
-//! What ends in order is done here, and written down.
+//! A lease of the core is a lock that this process holds, so killing it ends all of them: the VMs' supervisors delete them.
+//! What ends in order is done here, and recorded.
 //!
 //! Invariant: what is over never has a lease again.
 
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::operation as op;
-use nido_api::{Caller, Face, LeaseId, Scope};
+use nido_api::{Caller, FrontEnd, LeaseId, Scope};
 use nido_core::execute::{Request, Verdict};
 use nido_core::{Lease, Nido};
 use serde_json::json;
@@ -32,8 +32,8 @@ use tokio_util::task::TaskTracker;
 use crate::answer::plain;
 use crate::principal::Principal;
 
-/// How long the VMs of one session may take to be gone. Their supervisors go on trying.
-const GONE_WITHIN: Duration = Duration::from_secs(20);
+/// How long deleting the VMs of one session may take. Their supervisors keep trying.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Names one session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -44,7 +44,7 @@ impl SessionKey {
     pub const SERVER: Self = Self(0);
 }
 
-/// The open sessions, and the leases of those that have made throw-away VMs.
+/// The open sessions, and the leases of those that have created ephemeral VMs.
 #[derive(Debug)]
 pub struct SessionLeases {
     nido: Arc<Nido>,
@@ -96,7 +96,7 @@ impl SessionLeases {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The lease of a session, opened with the first throw-away VM.
+    /// The lease of a session, opened with the first ephemeral VM.
     ///
     /// # Errors
     /// `interrupted` if the session is over; those of opening one.
@@ -142,7 +142,7 @@ impl SessionLeases {
         let ends = self.take_all().into_iter().map(|(key, mut lease)| {
             if key == SessionKey::SERVER {
                 // It was for everybody.
-                lease.owner = Caller { actor: Principal::own_user(Scope::Run).actor, agent: None, face: Face::Mcp };
+                lease.owner = Caller { actor: Principal::own_user(Scope::Run).actor, agent: None, face: FrontEnd::Mcp };
             }
             end(&self.nido, lease)
         });
@@ -190,7 +190,7 @@ impl Drop for Session {
     fn drop(&mut self) {
         let mut table = self.leases.table();
         let held = table.sessions.remove(&self.key).unwrap_or_default().leases;
-        // Without a runtime there is nobody to wait for the end; letting go of the lock is enough for the supervisors.
+        // Without a runtime the end cannot be awaited; releasing the lock is enough for the supervisors.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let leases = Arc::clone(&self.leases);
         if held.is_empty() {
@@ -211,7 +211,7 @@ impl Drop for Session {
     }
 }
 
-/// Destroys the VMs of a session that is over. What cannot be written down is done all the same: the session is over in any case.
+/// Destroys the VMs of a session that is over. What cannot be recorded is done nevertheless: the session is over in any case.
 async fn end(core: &Arc<Nido>, lease: OwnedLease) {
     let OwnedLease { lease, owner } = lease;
     let nido = Arc::clone(core);
@@ -228,7 +228,7 @@ async fn end(core: &Arc<Nido>, lease: OwnedLease) {
             Err(error) => tracing::error!("{}", plain(error.message())),
         }
     }
-    let ended = tokio::time::timeout(GONE_WITHIN, core.lease_end(lease)).await;
+    let ended = tokio::time::timeout(CLEANUP_TIMEOUT, core.lease_end(lease)).await;
     let ended = ended.unwrap_or_else(|_| Err(Error::new(Code::Timeout, "the VMs of a session did not end in time")));
     if let Err(error) = &ended {
         tracing::warn!("{}; their supervisors keep trying", plain(error.message()));

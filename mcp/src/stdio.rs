@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::answer::plain;
 use crate::app::App;
-use crate::messages::{self, IdSeeker, ParsedMessage, Refusal};
+use crate::messages::{self, IdScanner, ParsedMessage, Refusal};
 use crate::principal::Principal;
 use crate::server::Server;
 
@@ -50,13 +50,13 @@ pub async fn serve(app: &Arc<App>, end: impl Future<Output = ()>) -> Result<()> 
 async fn session(app: &Arc<App>) -> Result<()> {
     let server = Server::of(app, Principal::own_user(app.settings().scope));
     let (input, output) = rmcp::transport::stdio();
-    // Calls are still answered then; listeners would be waited for in vain.
-    match server.serve(LineTransport::new(input, output, nobody_reads, app.quiet().clone())).await {
+    // Calls are still answered then; listeners would never end.
+    match server.serve(LineTransport::new(input, output, client_disconnected, app.quiet().clone())).await {
         Ok(running) => {
             let ended = running.waiting().await;
             ended.map(drop).map_err(|e| Error::internal(format!("the session broke down: {e}")))
         }
-        // It went away before it said anything that needs an answer.
+        // It disconnected before it sent a request.
         Err(ServerInitializeError::ConnectionClosed(_)) => Ok(()),
         Err(error) => {
             let words = format!("the client does not speak MCP: {}", plain(&error.to_string()));
@@ -73,7 +73,7 @@ fn open(requests: &OpenRequests) -> MutexGuard<'_, HashSet<RequestId>> {
 }
 
 /// Whether the reader of standard output has closed its end.
-fn nobody_reads() -> bool {
+fn client_disconnected() -> bool {
     let output = rustix::stdio::stdout();
     let mut looked = [PollFd::new(&output, PollFlags::empty())];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -124,12 +124,12 @@ struct LineTransport<R, W: AsyncWrite> {
     input: BufReader<R>,
     line: Vec<u8>,
     /// The line is too long to be kept: its id is looked for while the rest goes by.
-    too_long: Option<IdSeeker>,
+    too_long: Option<IdScanner>,
     output: AsyncRwTransport<RoleServer, Empty, W>,
     open: OpenRequests,
     unread: Arc<OutgoingMessages>,
     /// Whether the client has closed its end of the output.
-    nobody_reads: fn() -> bool,
+    client_disconnected: fn() -> bool,
     /// An answer that is on its way out. It is part of the state, because the library drops `receive` where it is.
     answering: Option<BoxFuture<'static, io::Result<()>>>,
     /// Done when the input has ended.
@@ -137,7 +137,7 @@ struct LineTransport<R, W: AsyncWrite> {
 }
 
 impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> LineTransport<R, W> {
-    fn new(input: R, output: W, nobody_reads: fn() -> bool, ended: CancellationToken) -> Self {
+    fn new(input: R, output: W, client_disconnected: fn() -> bool, ended: CancellationToken) -> Self {
         let output = AsyncRwTransport::new_server(tokio::io::empty(), output);
         Self {
             input: BufReader::new(input),
@@ -146,7 +146,7 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> LineTr
             output,
             open: OpenRequests::default(),
             unread: Arc::default(),
-            nobody_reads,
+            client_disconnected,
             answering: None,
             ended,
         }
@@ -166,7 +166,7 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> LineTr
         Some(Refusal::invalid(Some(request.clone()), words))
     }
 
-    /// The next line, or nothing at the end. Dropped and called again it goes on where it was.
+    /// The next line, or nothing at the end. Dropped and called again, it continues where it was.
     async fn next(&mut self) -> Option<ParsedMessage> {
         loop {
             let available = self.input.fill_buf().await.ok().filter(|bytes| !bytes.is_empty())?;
@@ -178,7 +178,7 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> LineTr
             }
             self.input.consume(taken);
             if self.line.len() > MESSAGE_MAX {
-                let mut seeker = IdSeeker::default();
+                let mut seeker = IdScanner::default();
                 seeker.feed(&self.line);
                 self.line = Vec::new();
                 self.too_long = Some(seeker);
@@ -236,7 +236,7 @@ impl<R: AsyncRead + Send + Unpin, W: AsyncWrite + Send + Unpin + 'static> Transp
             let unread = Arc::clone(&self.unread);
             let read = if unread.has_room().await {
                 tokio::select! {
-                    read = self.next() => read.filter(|_| !(self.nobody_reads)()),
+                    read = self.next() => read.filter(|_| !(self.client_disconnected)()),
                     () = unread.broken.cancelled() => None,
                 }
             } else {
@@ -284,7 +284,7 @@ mod tests {
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(10);
+    const TEST_TIMEOUT: Duration = Duration::from_secs(10);
 
     fn request(id: usize) -> Vec<u8> {
         format!("{{\"jsonrpc\":\"2.0\",\"id\":{id},\"method\":\"ping\"}}\n").into_bytes()
@@ -302,7 +302,7 @@ mod tests {
         TxJsonRpcMessage::<RoleServer>::error(error, Some(RequestId::Number(id)))
     }
 
-    // 2,650 answers that nobody read took 1.1 GB.
+    // 2,650 unread responses took 1.1 GB.
     #[tokio::test]
     async fn a_client_that_does_not_read_is_not_read_from() {
         let (mut lines, mut said, mut heard) = lines(false);
@@ -320,8 +320,8 @@ mod tests {
                 all.extend_from_slice(&part[..read]);
             }
         });
-        assert!(tokio::time::timeout(PATIENCE, lines.receive()).await.unwrap().is_some());
-        tokio::time::timeout(PATIENCE, reader).await.unwrap().unwrap();
+        assert!(tokio::time::timeout(TEST_TIMEOUT, lines.receive()).await.unwrap().is_some());
+        tokio::time::timeout(TEST_TIMEOUT, reader).await.unwrap().unwrap();
     }
 
     #[tokio::test]

@@ -1,5 +1,5 @@
-//! What happens to VMs and templates, told to sessions that want to know: one look at the event log for all of them. Logs that grow are
-//! looked at for those who subscribed to them, every [`LOGS_EVERY`].
+//! Notifies subscribed sessions of changes of VMs and templates: one reader of the event log for all of them. Logs that grow are
+//! looked at for those who subscribed to them, every [`LOG_POLL_INTERVAL`].
 //!
 //! Invariant: the log is read once, however many sessions listen.
 
@@ -20,9 +20,9 @@ use tokio_util::task::TaskTracker;
 use crate::resource_uri::{TEMPLATES, VMS, logs_uri, vm_of};
 
 /// How many events a slow session may be behind.
-const BEHIND: usize = 1024;
-/// How often logs are looked at, and how often a session is told of one at most.
-const LOGS_EVERY: Duration = Duration::from_secs(2);
+const CHANGES_BUFFERED_MAX: usize = 1024;
+/// How often logs are checked, and how often a session is notified of one at most.
+const LOG_POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What has changed.
 #[derive(Debug, Clone)]
@@ -49,13 +49,13 @@ impl Change {
     }
 }
 
-/// Notifies listeners of changes. The event log is not read before somebody listens.
+/// Notifies listeners of changes. The event log is not read before the first subscription.
 #[derive(Debug)]
 pub struct ChangeFeed {
     nido: Arc<Nido>,
     /// The server's background work.
     tasks: TaskTracker,
-    /// Done when nobody listens any more.
+    /// Completes when no listener remains.
     quiet: CancellationToken,
     sender: broadcast::Sender<Change>,
     started: Mutex<bool>,
@@ -64,13 +64,13 @@ pub struct ChangeFeed {
 impl ChangeFeed {
     /// A feed without listeners. The task that reads the event log is one of `tasks`, and runs until `quiet` is done.
     pub fn new(nido: Arc<Nido>, tasks: TaskTracker, quiet: CancellationToken) -> Arc<Self> {
-        let sender = broadcast::channel(BEHIND).0;
+        let sender = broadcast::channel(CHANGES_BUFFERED_MAX).0;
         Arc::new(Self { nido, tasks, quiet, sender, started: Mutex::new(false) })
     }
 
     /// The list of resources has one more.
     pub fn output_kept(&self) {
-        // Nobody may be listening at the moment.
+        // There may be no listener at the moment.
         let _ = self.sender.send(Change::Output);
     }
 
@@ -101,7 +101,7 @@ impl ChangeFeed {
                 Ok((events, cursor)) if cursor != request.since => {
                     request.since = cursor;
                     for Event { event: kind, vm_name: vm, .. } in events {
-                        // Nobody may be listening at the moment.
+                        // There may be no listener at the moment.
                         let _ = self.sender.send(Change::Event { kind, vm });
                     }
                     continue;
@@ -143,7 +143,7 @@ impl SubscribedUris {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
-    fn touched_by(&self, change: &Change) -> Vec<String> {
+    fn affected_uris(&self, change: &Change) -> Vec<String> {
         let uris = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         uris.iter().filter(|uri| change.touches(uri)).cloned().collect()
     }
@@ -168,10 +168,10 @@ impl LogSizes {
     }
 }
 
-/// Tells a session with `initialize` until it is gone.
-pub async fn tell_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscribed: Arc<SubscribedUris>) {
+/// Notifies a session with `initialize` until it ends.
+pub async fn notify_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscribed: Arc<SubscribedUris>) {
     let mut changes = feed.listen();
-    let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOGS_EVERY));
+    let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOG_POLL_INTERVAL));
     loop {
         let change = tokio::select! {
             change = changes.recv() => change,
@@ -191,7 +191,7 @@ pub async fn tell_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscri
         let sent = match change {
             Ok(change) => {
                 let mut sent = Ok(());
-                for uri in subscribed.touched_by(&change) {
+                for uri in subscribed.affected_uris(&change) {
                     sent = sent.and(peer.notify_resource_updated(ResourceUpdatedNotificationParam::new(uri)).await);
                 }
                 if change.lists() { sent.and(peer.notify_resource_list_changed().await) } else { sent }
@@ -206,12 +206,12 @@ pub async fn tell_session(feed: Arc<ChangeFeed>, peer: Peer<RoleServer>, subscri
     }
 }
 
-/// Tells a request that listens until it is cancelled or the server ends.
-pub async fn tell_listener(feed: Arc<ChangeFeed>, context: SubscriptionContext) {
+/// Notifies a request that listens until it is cancelled or the server ends.
+pub async fn notify_listener(feed: Arc<ChangeFeed>, context: SubscriptionContext) {
     let mut changes = feed.listen();
     let SubscriptionFilter { resource_subscriptions, resources_list_changed, .. } = context.accepted().clone();
     let (uris, lists) = (resource_subscriptions.unwrap_or_default(), resources_list_changed == Some(true));
-    let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOGS_EVERY));
+    let (mut logs, mut look) = (LogSizes::default(), tokio::time::interval(LOG_POLL_INTERVAL));
     loop {
         let change = tokio::select! {
             _ = look.tick() => {

@@ -5,7 +5,7 @@
 //!      │ yes
 //!  attempt, on the disk (call_audit.rs)
 //!      │
-//!  arguments are parsed into an operation ── invalid ──> error, nobody is asked
+//!  arguments are parsed into an operation ── invalid ──> error, without a confirmation
 //!      │
 //!  where a person has to confirm (confirmation.rs): the operation is admitted, or fails; then the person is asked
 //!      │
@@ -14,7 +14,7 @@
 //!      │ too long for a client to wait: a job, answered at once and asked for later; where there can be none, it is cancelled
 //! ```
 //!
-//! Invariant: where the attempt cannot be written, nothing is done; where a look cannot be written down, nothing is shown.
+//! Invariant: if the attempt cannot be written, nothing is done; if a read cannot be recorded, nothing is returned.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -22,7 +22,7 @@ use std::time::Duration;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::{JOB_RESULT_MAX, JobOutcome, JobProgress, JobRequest};
-use nido_core::audit::Ending;
+use nido_core::audit::AuditOutcome;
 use nido_core::execute::Verdict;
 use rmcp::RoleServer;
 use rmcp::model::{CallToolResponse, ErrorData, InputRequiredResult};
@@ -35,39 +35,39 @@ use crate::answer::{ErrorResult, JobReference, ToolResult, plain, result};
 use crate::app::App;
 use crate::argument_reader;
 use crate::call_audit;
-use crate::call_context::{CallContext, Notes};
+use crate::call_context::{CallContext, RefusalNotes};
 use crate::call_failure::failed;
-use crate::confirmation::{Asked, Decision, Retry, confirm};
+use crate::confirmation::{Decision, PendingCall, Retry, confirm};
 use crate::principal::Principal;
 use crate::progress::Progress;
 use crate::session_leases::SessionKey;
 use crate::tools::{Operation, Tool};
 
 /// How long work that is cancelled may take to stop before its caller is answered: some clients give up soon.
-const STOP_WITHIN: Duration = Duration::from_secs(10);
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The outcome of the work.
 type WorkOutcome = std::result::Result<Result<ToolResult>, JoinError>;
 
-/// Why a call does not go on.
+/// Why a call stops.
 #[derive(Debug)]
-enum Stop {
+enum StopReason {
     /// The user is asked first.
     Question(Box<InputRequiredResult>),
     /// It failed, or is not allowed.
     Failed(Error),
 }
 
-impl From<Error> for Stop {
+impl From<Error> for StopReason {
     fn from(error: Error) -> Self {
         Self::Failed(error)
     }
 }
 
-impl Stop {
+impl StopReason {
     fn verdict(&self, call: &CallContext) -> Verdict {
         match self {
-            Self::Question(_) => Verdict { ending: Ending::Denied, reason: Code::ApprovalRequired.slug().into() },
+            Self::Question(_) => Verdict { ending: AuditOutcome::Denied, reason: Code::ApprovalRequired.slug().into() },
             Self::Failed(error) => call_audit::verdict(call, &Err(error), ""),
         }
     }
@@ -97,7 +97,7 @@ pub async fn carry_out(
         let error = denied.err().unwrap_or_else(|| Error::new(Code::Denied, words));
         return Ok(result(Err(ErrorResult::new(&error, None))).into());
     }
-    let notes = Arc::new(Mutex::new(Notes { arguments: given.notes, ..Notes::default() }));
+    let notes = Arc::new(Mutex::new(RefusalNotes { arguments: given.notes, ..RefusalNotes::default() }));
     let (progress, vm) = (Progress::new(), None);
     let limits = app.limits(principal);
     let (cancelled, scope) = (app.ending().child_token(), principal.scope);
@@ -121,19 +121,19 @@ pub async fn carry_out(
     let known = call.clone();
     let permitted = async {
         let operation = parsed?;
-        let asked = Asked { tool, operation: &*operation, arguments: &arguments };
+        let asked = PendingCall { tool, operation: &*operation, arguments: &arguments };
         match decide(&mut call, asked, retry, &context).await? {
             Decision::Proceed(permission) => Ok((operation, permission)),
-            Decision::Ask(question) => Err(Stop::Question(question)),
+            Decision::Ask(question) => Err(StopReason::Question(question)),
         }
     };
     let (attempt, (operation, permission)) = match attempt.confirmed(permitted, |stop| stop.verdict(&known)).await {
         Ok(permitted) => permitted,
-        Err(Stop::Question(question)) => return Ok((*question).into()),
-        Err(Stop::Failed(error)) => return Ok(result(Err(failed(&call, &error, name).await)).into()),
+        Err(StopReason::Question(question)) => return Ok((*question).into()),
+        Err(StopReason::Failed(error)) => return Ok(result(Err(failed(&call, &error, name).await)).into()),
     };
     call.vm = permission.vm;
-    // Whoever drops this call does not want its work any more.
+    // Dropping this call cancels its work.
     let unwanted = cancelled.clone().drop_guard();
     let done = call.clone();
     let verdict = move |outcome: &Result<ToolResult>| call_audit::verdict(&done, &outcome.as_ref(), permission.word);
@@ -145,7 +145,7 @@ pub async fn carry_out(
 /// belongs to its request.
 async fn decide(
     call: &mut CallContext,
-    asked: Asked<'_>,
+    asked: PendingCall<'_>,
     retry: Retry,
     context: &RequestContext<RoleServer>,
 ) -> Result<Decision> {
@@ -223,7 +223,7 @@ async fn answered(
     }
 }
 
-/// Work that takes too long and cannot become a job: nobody would hear of its end, so it is stopped before that is said.
+/// Work that takes too long and cannot become a job: its end could not be reported, so it is stopped before the response.
 async fn given_up(
     call: &CallContext,
     name: Option<VmName>,
@@ -232,7 +232,7 @@ async fn given_up(
 ) -> Result<CallToolResponse, ErrorData> {
     tracing::warn!("a long-running call cannot become a job: {}", plain(why.message()));
     call.cancelled.cancel();
-    let stopped = match tokio::time::timeout(STOP_WITHIN, &mut work).await {
+    let stopped = match tokio::time::timeout(STOP_TIMEOUT, &mut work).await {
         Ok(Ok(Err(error))) if error.code() == Code::Interrupted => "so it was cancelled",
         // It has ended in this very moment, one way or the other.
         Ok(done) => return answered(call, name, done).await,
@@ -248,14 +248,14 @@ async fn given_up(
     Ok(result(Err(failed(call, &Error::new(why.code(), words), name).await)).into())
 }
 
-/// The work, and what is told beside its result.
+/// The work, and the notes for its result.
 async fn work(call: CallContext, operation: Box<dyn Operation>) -> Result<ToolResult> {
     let done = operation.run(call.clone()).await?;
     let notes = call.notes().arguments.clone();
     Ok(done.noted(&notes))
 }
 
-/// Carries a job to its end, and writes down how that was.
+/// Carries a job to its end, and records how that was.
 async fn job_of(call: CallContext, id: String, work: JoinHandle<Result<ToolResult>>) {
     let outcome = async {
         match work.await {

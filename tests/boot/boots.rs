@@ -2,7 +2,7 @@
 
 use crate::rig::TestHome;
 
-/// What is decided about a VM shows in `info`, and the guest is what it says.
+/// The machine that was selected for a VM is in `info`, and the guest has it.
 fn check_sandbox(machine: &'static str) {
     let home = TestHome::new();
     let vm = home.spawn("box", &["--machine", machine, "--cold"]);
@@ -40,7 +40,7 @@ fn sandbox_on_q35() {
 
 /// Emulated: the one kind of virtualization that every host can give away.
 #[test]
-fn only_nested_guests_see_virtualization_whatever_the_machine() {
+fn only_nested_guests_see_virtualization_on_any_machine() {
     let home = TestHome::new();
     for machine in ["microvm", "pc", "q35"] {
         for (name, flags, seen) in [("outer", &["--nested"][..], true), ("plain", &[], false)] {

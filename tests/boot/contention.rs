@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::Value;
 
-use crate::rig::{Done, TestHome};
+use crate::rig::{FinishedCall, TestHome};
 
-/// Operations of a run if nothing else is asked for; `scripts/soak --operations` runs 10,000.
+/// Operations of a run if nothing else is requested; `scripts/soak --operations` runs 10,000.
 const OPERATIONS: usize = 300;
 /// How many processes run at once.
 const PROCESSES: usize = 16;
 /// How many names they share: few enough that several processes often mean the same VM.
 const NAMES: usize = 20;
-/// How many VMs may run at once. Guests are emulated: more of them would only measure the host's patience.
+/// How many VMs may run at once. Guests are emulated: more of them would only measure the host's speed.
 const RUNNING_MAX: usize = 5;
 
 /// What a VM's name stands for, as far as the model knows.
@@ -115,7 +115,7 @@ impl Model {
         Turn { operation, name }
     }
 
-    /// Checks the result of an operation and notes what it says about the state.
+    /// Checks the result of an operation and records what it implies about the state.
     fn end(&self, Turn { operation, name }: Turn, outcome: &Outcome, context: &str) {
         let mut slots = self.slots.lock().unwrap();
         let slot = &mut slots[name];
@@ -203,8 +203,8 @@ fn choose() -> Operation {
     unreachable!("the weights were added up")
 }
 
-/// What a command reported. A defect of nido fails the test whatever the model says.
-fn outcome(done: &Done, guest: bool) -> Outcome {
+/// What a command reported. A defect of nido fails the test whatever the model predicts.
+fn outcome(done: &FinishedCall, guest: bool) -> Outcome {
     if done.code == 0 {
         return Outcome::Ok;
     }
@@ -218,7 +218,7 @@ fn outcome(done: &Done, guest: bool) -> Outcome {
 }
 
 /// Carries one operation out.
-fn carry_out(home: &TestHome, turn: Turn, number: usize) -> (Outcome, Shown) {
+fn carry_out(home: &TestHome, turn: Turn, number: usize) -> (Outcome, PrintedCommand) {
     let name = format!("vm-{}", turn.name);
     let (label, copy) = (format!("s{number}"), format!("copy-{number}"));
     let (words, guest): (Vec<&str>, bool) = match turn.operation {
@@ -242,22 +242,22 @@ fn carry_out(home: &TestHome, turn: Turn, number: usize) -> (Outcome, Shown) {
         home.nido(["delete", "--force", "--yes", &copy]).ok();
     }
     let words = words.join(" ");
-    (result, Shown { words, done })
+    (result, PrintedCommand { words, done })
 }
 
 /// A command and what it printed, for a failure's report.
-struct Shown {
+struct PrintedCommand {
     words: String,
-    done: Done,
+    done: FinishedCall,
 }
 
-impl fmt::Display for Shown {
+impl fmt::Display for PrintedCommand {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "nido {}: {:?}", self.words, self.done)
     }
 }
 
-/// Tells the other threads to stop when this one has failed.
+/// Stops the other threads when this one has failed.
 struct StopOnPanic<'a>(&'a AtomicBool);
 
 impl Drop for StopOnPanic<'_> {
@@ -295,7 +295,7 @@ fn processes_that_share_a_home_get_only_the_results_that_a_model_predicts() {
             scope.spawn(work);
         }
     });
-    // Everything has ended: what the model knows is what there is.
+    // Everything has ended: the model matches the home.
     let names = home.names();
     for (number, slot) in model.slots.lock().unwrap().iter().enumerate() {
         if slot.state != State::Unknown {

@@ -1,4 +1,4 @@
-//! The core of the suite: spawn, exec, copy, forward, stop, start, delete; as whoever runs the suite and, if that is
+//! The core of the suite: spawn, exec, copy, forward, stop, start, delete; as the user who runs the suite and, if that is
 //! root, as an ordinary user too.
 
 use std::fs;
@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 
-use crate::rig::{TestHome, Who, eventually};
+use crate::rig::{TestHome, UserAccount, eventually};
 
 #[test]
 fn as_the_caller() {
@@ -21,7 +21,7 @@ fn as_the_caller_with_systemd() {
 #[test]
 fn as_an_ordinary_user() {
     if rustix::process::geteuid().is_root() {
-        walk(&TestHome::of(Who::Nobody), "sandbox");
+        walk(&TestHome::of(UserAccount::Nobody), "sandbox");
     } else {
         // The other test is that user's run already.
         println!("the suite itself runs as an ordinary user: `as_the_caller` is this test");
@@ -31,7 +31,7 @@ fn as_an_ordinary_user() {
 /// What a supervisor made could not be entered by an ordinary user: snapshots, forks and templates of running VMs failed.
 #[test]
 fn an_ordinary_user_saves_restores_and_forks_a_running_vm() {
-    let who = if rustix::process::geteuid().is_root() { Who::Nobody } else { Who::Caller };
+    let who = if rustix::process::geteuid().is_root() { UserAccount::Nobody } else { UserAccount::Caller };
     let home = TestHome::of(who);
     let vm = home.spawn("web", &[]);
     // As an earlier version left it.

@@ -1,4 +1,4 @@
-//! How a VM can end without having been asked to, and what is told about it.
+//! How a VM can end without a request, and what is reported about it.
 
 use rustix::process::Signal;
 
@@ -38,10 +38,10 @@ fn systemd_powers_off() {
 }
 
 #[test]
-fn a_kernel_panic_is_told() {
+fn a_kernel_panic_is_reported() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
-    // What a guest last says can be anything.
+    // The last output of a guest can be anything.
     vm.sh("printf '\\033[2J\\033]0;owned\\007last words\\n' > /dev/ttyS0").ok();
     let done = vm.sh("echo c > /proc/sysrq-trigger").run().expect(125);
     assert!(!done.stderr.contains('\x1b'), "{:?}", done.stderr);
@@ -61,7 +61,7 @@ fn a_kernel_panic_is_told() {
 }
 
 #[test]
-fn a_killed_qemu_is_told() {
+fn a_killed_qemu_is_reported() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
     let (running, _keys) = vm.sh("echo up; sleep 98770").start();
@@ -73,7 +73,7 @@ fn a_killed_qemu_is_told() {
     assert_eq!(info["failure"]["cause"], "qemu_signal");
     vm.nido("start", &[]).ok();
 
-    // Both at once: nobody saw it, the next command writes it down.
+    // Both at once: no process saw it, the next command records it.
     let (qemu, supervisor) = (vm.qemu(), vm.supervisor());
     supervisor.kill();
     qemu.kill();

@@ -69,7 +69,7 @@ fn arguments_environment_place_and_user() {
 }
 
 #[test]
-fn every_exit_code_and_signal_comes_back() {
+fn every_exit_code_and_signal_is_returned() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
     for code in 0..=255 {
@@ -97,7 +97,7 @@ fn a_timeout_ends_the_whole_group() {
 }
 
 #[test]
-fn streams_are_whole_and_flow() {
+fn streams_are_complete_and_not_buffered() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
 
@@ -130,10 +130,10 @@ fn streams_are_whole_and_flow() {
 }
 
 #[test]
-fn many_at_once_and_a_stuck_one_blocks_nobody() {
+fn a_blocked_command_does_not_block_others() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
-    // One that says nothing, one whose output nobody reads, one whose input is never read.
+    // One without output, one whose output is not read, one whose input is not read.
     let (_silent, _silent_keys) = vm.exec(["sleep", "98767"]).start();
     let (unread, _unread_keys) = vm.exec(["yes"]).start();
     unread.read_until("y\ny\n");
@@ -154,7 +154,7 @@ fn many_at_once_and_a_stuck_one_blocks_nobody() {
         stuck.wait().expect(137);
     }
     assert!(feed.join().unwrap().is_err());
-    // With their callers dead, the commands end too.
+    // When their callers have ended, the commands end, too.
     for command in ["sleep 98767", "yes"] {
         eventually("the end of what was stuck", || pids_with(&vm, command).is_empty().then_some(()));
     }

@@ -1,4 +1,4 @@
-//! What goes wrong with a guest, said in the contract's words, with nothing lost and nothing left over.
+//! Failures of a guest: with the contract's errors, nothing lost, and no orphans.
 
 use std::fs;
 
@@ -13,7 +13,7 @@ fn a_guest_that_never_answers() {
     assert!(problem["detail"].as_str().unwrap().contains("0.2 s") && problem["hint"].is_string(), "{problem:#}");
     home.assert_empty();
 
-    // Late enough for the kernel to have said something: its words are in the error.
+    // Late enough for output of the kernel: it is in the error.
     home.nido(["create", "web", "--net", "none"]).ok();
     let told = home.nido(["start", "web", "--cold", "--timeout", "200ms"]).problem(1, "agent_unreachable");
     let info = home.nido(["info", "web"]).json();
@@ -42,7 +42,7 @@ fn a_guest_whose_agent_is_not_there() {
 }
 
 #[test]
-fn a_guest_that_hangs_is_told_with_its_last_words() {
+fn a_hanging_guest_is_reported_with_its_last_log_lines() {
     let home = TestHome::new();
     // A kernel that talks while it boots.
     let manifest = home.path().join("templates/sandbox.json");

@@ -290,7 +290,7 @@ fn a_large_file_takes_no_more_memory_than_a_small_one() {
 }
 
 /// A request of HTTP/1.0, whose answer ends with its connection: its head and its body.
-fn ask(socket: &Path, head: &str, body: &[u8]) -> (String, Vec<u8>) {
+fn post(socket: &Path, head: &str, body: &[u8]) -> (String, Vec<u8>) {
     let mut stream = UnixStream::connect(socket).unwrap();
     let head = format!("{head}host: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
     stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body)).unwrap();
@@ -314,13 +314,13 @@ fn a_directory_goes_over_http_as_an_archive_and_back() {
     let tar = |at: &Path| Command::new("tar").args(["-C", text(at), "-c", "."]).output().unwrap().stdout;
     let url = "/v1/vms/web/files?path=/srv/deep/tree&parents=true";
     let put = format!("PUT {url} HTTP/1.0\r\ncontent-type: application/x-tar\r\n");
-    let (head, said) = ask(&socket, &put, &tar(&here));
+    let (head, said) = post(&socket, &put, &tar(&here));
     assert!(head.starts_with("HTTP/1.0 200"), "{head}{}", String::from_utf8_lossy(&said));
     assert_eq!(facts_there(&vm, "/srv/deep/tree"), facts_here(&here));
     assert_eq!(vm.sh("find /srv ! -user root | wc -l").text(), "0");
 
     let get = "GET /v1/vms/web/files?path=/srv/deep/tree HTTP/1.0\r\naccept: application/x-tar\r\n";
-    let (head, packed) = ask(&socket, get, b"");
+    let (head, packed) = post(&socket, get, b"");
     assert!(head.starts_with("HTTP/1.0 200"), "{head}");
     let archive = home.user_dir().join("packed.tar");
     fs::write(&archive, packed).unwrap();

@@ -1,4 +1,4 @@
-//! VMs that go on from a bake instead of booting: when they do, that each is a machine of its own, and what is said where
+//! VMs that resume from a bake instead of booting: when they do, that each has its own identity, and what is reported where
 //! they cannot.
 
 use std::collections::BTreeSet;
@@ -22,7 +22,7 @@ fn a_fresh_vm_is_forked_and_one_that_was_in_use_boots() {
     assert_eq!(vm.exec(["hostname"]).text(), "web");
     assert_eq!(vm.sh("cat /etc/hostname; getent hosts web | awk '{print $1}'").text(), "web\n127.0.1.1");
     assert_eq!(vm.sh("ip -br -4 addr show eth0 | awk '{print $3}'").text(), "10.0.2.15/24");
-    // The disk that was asked for, although the guest was saved with another.
+    // The disk that was requested, although the guest was saved with another.
     assert_eq!(vm.exec(["cat", "/sys/block/vda/size"]).text(), ((4_u64 << 30) / 512).to_string());
     eventually("the file system has grown", || {
         let kib: u64 = vm.sh("df -k --output=size / | tail -n 1").text().trim().parse().unwrap();
@@ -39,7 +39,7 @@ fn a_fresh_vm_is_forked_and_one_that_was_in_use_boots() {
 }
 
 #[test]
-fn what_was_created_is_forked_when_it_starts() {
+fn a_created_vm_is_forked_at_its_start() {
     let home = TestHome::new();
     home.nido(["create", "later", "--net", "none"]).ok();
     assert_eq!(path(&home.nido(["start", "later"]).json()), "fork");
@@ -49,7 +49,7 @@ fn what_was_created_is_forked_when_it_starts() {
 }
 
 #[test]
-fn what_was_not_baked_boots_and_says_why() {
+fn a_vm_without_a_bake_boots_and_reports_why() {
     let home = TestHome::new();
     let cold = home.spawn("asked", &["--cold", "--net", "none"]);
     assert_eq!(path(&cold.info()), "cold");
@@ -93,7 +93,7 @@ fn a_bake_of_another_qemu_is_never_loaded() {
         done.stderr
     );
     assert_eq!(path(&home.nido(["info", "web"]).json()), "cold");
-    // Baked again it is as good as new.
+    // Baked again, it is complete.
     home.nido(["template", "bake", "sandbox"]).ok();
     home.nido(["spawn", "quick", "--fork"]).ok();
     for name in ["web", "quick"] {
@@ -181,7 +181,7 @@ fn a_supervisor_killed_while_it_forks_is_replaced() {
         }
         let done = spawning.wait();
         if done.code == 0 {
-            // Another one has brought it to its end: renewed, or it would not answer to its token.
+            // Another supervisor has completed it: the identity was reset, or it would not accept its token.
             assert_eq!(home.nido(["exec", "web", "--", "hostname"]).text(), "web");
             home.nido(["delete", "--force", "web", "--yes"]).ok();
         }
@@ -196,7 +196,7 @@ fn a_template_whose_bake_is_in_use_keeps_its_parts() {
     let vm = home.spawn("user", &["--net", "none", "--fork"]);
     let refused = home.nido(["template", "delete", "sandbox"]).problem(1, "template_in_use");
     assert!(refused["detail"].as_str().unwrap().contains("user"));
-    // Its bake is replaced, and the one it runs on stays until it is gone.
+    // Its bake is replaced, and the one it runs on stays until the VM is deleted.
     home.nido(["template", "bake", "sandbox", "--net", "none", "--again"]).ok();
     vm.sh("find / -xdev -type f -size -64k -print0 | head -z -n 2000 | xargs -0 cat > /dev/null").ok();
     vm.nido("restart", &[]).ok();
@@ -220,7 +220,7 @@ fn a_running_vm_is_copied_and_runs_on() {
         assert!(info["forwards"].as_array().unwrap().is_empty());
         let sh = |script: &str| home.nido(["exec", name, "--", "sh", "-c", script]).text();
         assert_eq!(sh("cat /root/note /dev/shm/note /proc/sys/kernel/hostname"), format!("data\nmemory\n{name}"));
-        // The process goes on in the copy.
+        // The process continues in the copy.
         let copy = Vm { home: &home, name };
         copy.await_count();
         for fact in fingerprint(&copy) {
@@ -274,7 +274,7 @@ fn a_busy_vm_is_copied_again_and_again_with_all_of_its_memory() {
 // What a process asked of /dev/urandom first was the same in all copies: they ran before they were renewed.
 #[test]
 fn copies_of_a_running_vm_never_draw_the_same_random_numbers() {
-    const DRAWN_LEAST: usize = 20;
+    const SAMPLES_MIN: usize = 20;
     /// Numbers that were drawn before the original was saved, and lay in the guest's console: one in the shell, some in the terminal.
     const PENDING_MAX: usize = 3;
     let home = TestHome::new();
@@ -290,7 +290,7 @@ fn copies_of_a_running_vm_never_draw_the_same_random_numbers() {
             let words = console.split_whitespace().collect::<Vec<_>>();
             let numbers = words.windows(2).filter(|pair| pair[0] == "drawn" && pair[1].len() == 16);
             let numbers: Vec<_> = numbers.map(|pair| pair[1].to_owned()).collect();
-            (numbers.len() >= DRAWN_LEAST).then_some(numbers)
+            (numbers.len() >= SAMPLES_MIN).then_some(numbers)
         })
     };
     drawn("web");
@@ -309,9 +309,9 @@ fn copies_of_a_running_vm_never_draw_the_same_random_numbers() {
     }
 }
 
-/// A guest with host keys and something that has to be renewed by a hook. The sandbox has no ssh server, so a few lines stand
+/// A guest with host keys and something that a hook has to reset. The sandbox has no ssh server, so a few lines stand
 /// in for the maker of keys.
-const OWN_THINGS: &str = r#"
+const IDENTITY_SCRIPT: &str = r#"
     cat > /usr/bin/ssh-keygen <<'KEYGEN'
 #!/bin/sh
 while [ $# -gt 1 ]; do case $1 in -f) file=$2 ;; -t) kind=$2 ;; esac; shift; done
@@ -326,10 +326,10 @@ KEYGEN
 "#;
 
 #[test]
-fn a_template_is_made_of_a_vm_and_its_clones_renew_what_is_in_it() {
+fn clones_of_a_template_made_from_a_vm_reset_their_identity() {
     let home = TestHome::new();
     let vm = home.spawn("maker", &["--disk", "3G"]);
-    vm.sh(OWN_THINGS).ok();
+    vm.sh(IDENTITY_SCRIPT).ok();
     let key = vm.exec(["cat", "/etc/ssh/ssh_host_ed25519_key"]).text();
     let made = home.nido(["template", "create", "mine", "--from", "maker"]).json();
     assert_eq!(made["template"]["bakes"].as_array().unwrap().len(), 2, "{made:#}");
@@ -355,7 +355,7 @@ fn a_template_is_made_of_a_vm_and_its_clones_renew_what_is_in_it() {
         home.nido(["delete", "--force", name, "--yes"]).ok();
     }
 
-    // A clone whose hook fails is there all the same, and says so.
+    // A clone whose hook fails exists nevertheless, and has a warning.
     vm.sh(
         "printf '#!/bin/sh\necho no >&2\nexit 7\n' > /etc/nido/renew.d/20-fails; chmod 755 /etc/nido/renew.d/20-fails",
     )

@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 
 use crate::rig::{TestHome, Vm, eventually};
 
-/// Answers with the number of bytes that came, once the client has said all.
+/// Answers with the number of bytes that came, once the client has sent everything.
 const COUNTER: &str = "import socket, threading
 s = socket.create_server(('127.0.0.1', 7000))
 def serve(c):
@@ -48,7 +48,7 @@ fn ports_are_published_and_withdrawn() {
     let counting = at_spawn.as_array().unwrap().iter().find(|f| f["guest_port"] == 7000).unwrap().clone();
     let silent = at_spawn.as_array().unwrap().iter().find(|f| f["guest_port"] == 7001).unwrap().clone();
 
-    // A client that has said all still hears the answer; many at once are kept apart.
+    // A client that has closed its sending side still gets the response; many at once are not mixed.
     assert_eq!(count(&counting, 3_000_000), "3000000");
     std::thread::scope(|scope| {
         for number in 1..=12 {
@@ -76,7 +76,7 @@ fn ports_are_published_and_withdrawn() {
     assert!(connect(&added).is_err());
     home.nido(["forward", "rm", "web", &as_text]).problem(1, "forward_not_found");
 
-    // A port that somebody has.
+    // A port that is in use.
     let held = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = format!("{}:7000", held.local_addr().unwrap().port());
     home.nido(["forward", "add", "web", &taken]).problem(1, "port_in_use");

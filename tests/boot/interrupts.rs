@@ -2,10 +2,10 @@
 
 use rustix::process::Signal;
 
-use crate::rig::{Running, TestHome, Vm, eventually};
+use crate::rig::{RunningCall, TestHome, Vm, eventually};
 
-/// A script in the guest that has said that it is ready.
-fn ready(vm: &Vm<'_>, script: &str) -> (Running, std::process::ChildStdin) {
+/// A script in the guest that has reported that it is ready.
+fn ready(vm: &Vm<'_>, script: &str) -> (RunningCall, std::process::ChildStdin) {
     let (running, keys) = vm.sh(&format!("{script}\necho ready\nwhile :; do sleep 0.1; done")).start();
     running.read_until("ready\n");
     (running, keys)

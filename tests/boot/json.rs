@@ -44,7 +44,7 @@ fn has(value: &Value, fields: &[&str]) {
     }
 }
 
-/// Everything that is told about a VM; `warnings` only if there are any.
+/// Everything that is reported about a VM; `warnings` only if there are any.
 #[track_caller]
 fn is_vm(value: &Value, name: &str, status: &str) {
     let fields: Vec<_> = VM_FIELDS.into_iter().filter(|field| *field != "warnings").collect();

@@ -45,7 +45,7 @@ fn stop_start_restart_delete() {
     vm.nido("start", &[]).ok();
     assert_eq!(boot(), first, "starting what runs changes nothing");
 
-    // Written and not synced by anybody but the stop.
+    // Written, and synced only by the stop.
     vm.sh("echo one > /root/note").ok();
     vm.nido("restart", &[]).ok();
     assert_ne!(boot(), first);
@@ -69,7 +69,7 @@ fn stop_start_restart_delete() {
     vm.nido("logs", &[]).ok();
 
     vm.nido("start", &["--no-wait"]).ok();
-    // Whoever needs the guest waits for it.
+    // A command that needs the guest waits for it.
     assert_eq!(vm.exec(["cat", "/root/note"]).text(), "one");
     vm.nido("stop", &["--force"]).ok();
     assert_eq!(vm.status(), "stopped");
@@ -92,7 +92,7 @@ fn stop_start_restart_delete() {
 
 #[test]
 fn files_of_the_guest_that_cannot_be_written_do_not_keep_it_from_starting() {
-    // Process 1 ended when it could not write the hosts file: the VM never started again, and nobody could put it right.
+    // Process 1 ended when it could not write the hosts file: the VM never started again, and it could not be repaired.
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
     let lines = "10.0.0.5\\tdb # caf\\351\\n127.0.1.1\\tweb.example web2\\n";

@@ -9,9 +9,9 @@ fn an_idle_vm_is_stopped_and_a_used_one_is_not() {
     let vm = home.spawn("web", &["--net", "none", "--idle", "5s"]);
     let info = vm.info();
     assert!(info["idle_at"].is_string() && info["expires_at"].is_null(), "{info:#}");
-    // A command that is quiet for longer than the limit is activity all the same.
+    // A command that is quiet for longer than the limit is activity nevertheless.
     vm.exec(["sleep", "11"]).ok();
-    // Asking is none: if it were, this would never end.
+    // A query does not count as use: if it did, this would never end.
     eventually("the end of an idle VM", || {
         home.nido(["ls"]).ok();
         (vm.status() == "stopped").then_some(())
@@ -46,7 +46,7 @@ fn a_forwarded_connection_is_activity() {
 }
 
 #[test]
-fn a_life_ends_in_time_whoever_supervises() {
+fn a_vm_expires_on_time_after_any_kill() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none", "--ttl", "60s"]);
     assert!(vm.info()["expires_at"].is_string());

@@ -37,5 +37,5 @@ mod snapshots;
 mod soak;
 mod spawn;
 mod supervisors;
-mod templates_travel;
+mod template_transfer;
 mod terminal;

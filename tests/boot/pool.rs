@@ -1,4 +1,4 @@
-//! The warm pool: what a claimed clone is, who gets it, and that whoever is killed on the way loses and leaks nothing.
+//! The warm pool: what a claimed clone is, which command gets it, and that a process killed meanwhile loses and leaks nothing.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,7 +18,7 @@ fn set(home: &TestHome, wanted: u32) {
     home.nido(["pool", "set", "sandbox", &wanted.to_string(), "--net", "none"]).ok();
 }
 
-/// Waits until so many clones wait, and nobody fills any more.
+/// Waits until so many clones wait, and no filler runs any more.
 fn full(home: &TestHome, wanted: u32) {
     eventually("a full pool", || {
         let now = pool(home);
@@ -43,7 +43,7 @@ fn qemus(home: &TestHome) -> BTreeSet<i32> {
     home.processes().iter().filter(|process| process.is_qemu()).map(|process| process.pid).collect()
 }
 
-/// The name under which a clone waits, as its QEMU was told it.
+/// The name under which a clone waits, as its QEMU got it.
 fn name_of_a_clone(home: &TestHome) -> String {
     let arguments = home.qemu().unwrap().arguments.join(" ");
     let at = arguments.find("pool-").unwrap();
@@ -80,7 +80,7 @@ fn a_claimed_clone_is_a_vm_like_any_other() {
     full(&home, 1);
     home.nido(["spawn", "web", "--net", "none"]).problem(1, "vm_exists");
     assert_eq!(pool(&home)["ready"], 1, "a name that is taken costs no clone");
-    // It outlives a stop, as whoever spawned it wanted.
+    // It outlives a stop, as it was spawned.
     vm.sh("echo kept > /root/note; sync").ok();
     vm.nido("stop", &[]).ok();
     vm.nido("start", &[]).ok();
@@ -95,7 +95,7 @@ fn a_claimed_clone_is_a_vm_like_any_other() {
 }
 
 #[test]
-fn what_no_clone_fits_is_made_as_ever() {
+fn without_a_matching_clone_a_vm_is_created() {
     let home = TestHome::new();
     let refused = home.nido(["pool", "set", "sandbox", "1", "--memory", "640M"]).problem(1, "template_mismatch");
     assert!(refused["hint"].as_str().unwrap().ends_with("nido template bake sandbox --memory 640M"), "{refused:#}");
@@ -186,14 +186,14 @@ fn a_filler_that_was_killed_is_replaced() {
     }
 }
 
-/// What the guests are told: a claim replaces the file of its clone.
+/// What the guests get: a claim replaces the file of its clone.
 fn tokens(home: &TestHome) -> BTreeSet<u64> {
     let file = |dir: String| home.path().join("vms").join(dir).join("guest.cbor").metadata();
     home.vm_dirs().into_iter().filter_map(|dir| file(dir).ok()).map(|meta| meta.ino()).collect()
 }
 
 #[test]
-fn whoever_is_killed_while_a_clone_is_claimed_leaks_nothing() {
+fn a_kill_during_a_claim_leaks_nothing() {
     let home = TestHome::new();
     for (claimer_dies, at_once) in
         [(true, true), (true, false), (false, true), (false, false), (true, false), (false, false)]
@@ -211,7 +211,7 @@ fn whoever_is_killed_while_a_clone_is_claimed_leaks_nothing() {
             processes(&home, "supervise").iter().for_each(Process::kill);
             spawning.wait().expect(0);
         }
-        // Either nobody got it, or it is a VM.
+        // Either it is unclaimed, or it is a VM.
         let claimed = home.names().contains(&"web".to_owned());
         assert!(claimed || claimer_dies, "who lives on gets a VM");
         if claimed {

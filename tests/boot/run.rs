@@ -57,7 +57,7 @@ fn interrupted_at_any_moment_it_leaves_nothing() {
 }
 
 #[test]
-fn kept_if_asked() {
+fn kept_on_request() {
     let home = TestHome::new();
     home.nido(["run", "--keep", "--net", "none", "--", "touch", "/root/here"]).ok();
     let names = home.names();

@@ -5,10 +5,10 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 
-use nido_engine::guest::{Endpoint, Guest, GuestError};
+use nido_engine::guest::{AgentAddress, Guest, GuestError};
 use tokio::time::Instant;
 
-use crate::rig::{PATIENCE, TestHome, eventually};
+use crate::rig::{BOOT_TEST_TIMEOUT, TestHome, eventually};
 
 #[test]
 fn files_and_processes_are_closed_to_others() {
@@ -29,7 +29,7 @@ fn files_and_processes_are_closed_to_others() {
     let qemu = vm.qemu();
     assert_eq!(qemu.status("Seccomp").as_deref(), Some("2"));
     assert_eq!(qemu.status("NoNewPrivs").as_deref(), Some("1"));
-    // The token is nobody's business: neither on a command line nor in an environment.
+    // The token is private: neither on a command line nor in an environment.
     let config = fs::read(dir.join("guest.cbor")).unwrap();
     let token = config.windows(34).find(|at| at.starts_with(b"\x58\x20")).expect("32 bytes of CBOR")[2..].to_vec();
     let hex: String = token.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -59,8 +59,8 @@ fn a_wrong_token_is_refused() {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     for wrong in [vec![0; 32], vec![7; 32], vec![0; 31], Vec::new(), vec![0; 64]] {
-        let guest = Guest::new(Endpoint::Serial { dir: vm.dir(), socket: "agent.sock".into() }, wrong);
-        let refused = runtime.block_on(async { guest.ping(Instant::now() + PATIENCE).await });
+        let guest = Guest::new(AgentAddress::Serial { dir: vm.dir(), socket: "agent.sock".into() }, wrong);
+        let refused = runtime.block_on(async { guest.ping(Instant::now() + BOOT_TEST_TIMEOUT).await });
         assert!(matches!(refused, Err(GuestError::TokenRefused)), "{refused:?}");
     }
     // Nonsense ends that connection and no other.
@@ -79,7 +79,7 @@ fn connect(dir: &std::path::Path, name: &str) -> UnixStream {
     use std::os::fd::AsRawFd;
     let dir = fs::File::open(dir).unwrap();
     let stream = UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(BOOT_TEST_TIMEOUT)).unwrap();
     stream
 }
 
@@ -89,7 +89,7 @@ fn the_monitor_cannot_start_programs() {
     let vm = home.spawn("web", &["--net", "none"]);
     let (dir, qemu) = (vm.dir(), vm.qemu());
     let marker = home.user_dir().join("broken-out");
-    // The monitor talks to one at a time; without its supervisor it is free.
+    // The monitor serves one client at a time; without its supervisor it is free.
     vm.kill_supervisor();
     let mut monitor = connect(&dir, "qmp.sock");
     let mut lines = BufReader::new(monitor.try_clone().unwrap()).lines();

@@ -38,7 +38,7 @@ fn a_running_vm_goes_back_to_where_it_was() {
     assert!(made["size_bytes"].as_u64().unwrap() > 1 << 20);
     assert!(made["paused_ms"].as_u64().unwrap() > 0);
     assert_eq!(home.nido(["snapshot", "ls", "web"]).json()["snapshots"][0]["paused_ms"], made["paused_ms"]);
-    // It went on meanwhile, and its disk takes writes again.
+    // It continued meanwhile, and its disk takes writes again.
     vm.await_count();
     vm.sh("echo after > /root/note; rm /bin/ping; sync").ok();
     let id = vm.exec(["cat", "/etc/machine-id"]).text();
@@ -49,7 +49,7 @@ fn a_running_vm_goes_back_to_where_it_was() {
         assert_eq!((&restored["timings"]["path"], &restored["status"]), (&"restore".into(), &"running".into()));
         assert_eq!(vm.exec(["cat", "/root/note"]).text(), "before", "round {round}");
         vm.sh("test -x /bin/ping").ok();
-        // The process lives, and goes on from there.
+        // The process runs, and continues from there.
         vm.await_count();
         // The same machine, at another time, with random numbers of its own.
         assert_eq!(vm.exec(["cat", "/etc/machine-id"]).text(), id);
@@ -83,7 +83,7 @@ fn a_running_vm_goes_back_to_where_it_was() {
 
 #[test]
 fn an_ephemeral_vm_can_be_restored_and_still_vanishes_when_it_stops() {
-    // Agents are told to make ephemeral VMs: they could take snapshots of them, and never go back to one.
+    // Agents are instructed to create ephemeral VMs: they could take snapshots of them, and never go back to one.
     let home = TestHome::new();
     let vm = home.spawn("web", &["--ephemeral"]);
     vm.sh("echo before > /root/note; sync").ok();
@@ -191,7 +191,7 @@ fn memory_and_disk_of_a_guest_that_writes_are_of_the_same_moment() {
     let last = number();
     for name in ["two", "one"] {
         snapshot(&vm, "restore", name);
-        // It goes on. What it reads comes from the disk.
+        // It continues. What it reads comes from the disk.
         let restored = number();
         assert!((20..last + 50).contains(&restored), "{restored} {last}");
         vm.sh("sync; echo 3 > /proc/sys/vm/drop_caches").ok();
@@ -247,7 +247,7 @@ fn a_vm_with_little_memory_is_saved_while_it_runs() {
 }
 
 #[test]
-fn a_supervisor_killed_while_it_takes_one_is_replaced_and_the_vm_goes_on() {
+fn a_supervisor_killed_during_a_snapshot_is_replaced_and_the_vm_keeps_running() {
     let home = TestHome::new();
     let vm = home.spawn("web", &["--net", "none"]);
     start_counting(&vm);
@@ -274,9 +274,9 @@ fn a_supervisor_killed_while_it_takes_one_is_replaced_and_the_vm_goes_on() {
 }
 
 /// How long what is left of a copy may be there.
-const LEFT_WITHIN: Duration = Duration::from_secs(90);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// What there is of other VMs than this one, and of snapshots of it that are not finished.
+/// The directories of other VMs than this one, and of snapshots of it that are not finished.
 fn left_of_copies(home: &TestHome, vm: &Path) -> Vec<PathBuf> {
     let vms = home.path().join("vms");
     let entries =
@@ -325,7 +325,7 @@ fn a_command_killed_while_it_copies_a_vm_leaves_nothing_in_it() {
                 home.nido(["create", "next", "--net", "none"]).ok();
                 home.nido(["delete", "next", "--yes"]).ok();
                 let left = left_of_copies(&home, &dir);
-                assert!(left.is_empty() || began.elapsed() < LEFT_WITHIN, "{command:?}, {moment}: {left:?}");
+                assert!(left.is_empty() || began.elapsed() < CLEANUP_TIMEOUT, "{command:?}, {moment}: {left:?}");
                 left.is_empty().then_some(())
             });
             assert_eq!(names(&vm), [""; 0]);

@@ -1,11 +1,11 @@
-//! A mix of everything that makes, copies, takes back and removes guests, over and over; at the end nothing is left over.
+//! A mix of everything that makes, copies, takes back and removes guests, over and over; at the end there are no orphans.
 //! `scripts/soak` runs it for longer: `NIDO_SOAK_SECONDS`.
 
 use std::time::{Duration, Instant};
 
 use crate::rig::TestHome;
 
-/// How long it goes on if nobody says otherwise, in seconds.
+/// How long it runs by default, in seconds.
 const SECONDS: u64 = 30;
 
 /// Numbers that differ from run to run.

@@ -8,7 +8,7 @@ use crate::rig::{TestHome, Vm, eventually};
 type Moment = fn(&TestHome) -> bool;
 
 #[test]
-fn the_guest_has_what_was_asked_for() {
+fn the_guest_has_the_requested_resources() {
     let home = TestHome::new();
     let flags = ["--cpus", "2", "--memory", "768M", "--disk", "4G", "--label", "role=demo", "--label", "tier=1"];
     let vm = home.spawn("big", &flags);
@@ -111,7 +111,7 @@ fn isolation_is_not_promised_in_vain() {
 }
 
 #[test]
-fn virtualization_in_the_guest_only_where_asked_for() {
+fn virtualization_in_the_guest_only_on_request() {
     let home = TestHome::new();
     let has_it = |vm: &Vm<'_>| vm.sh("grep -cwE 'svm|vmx' /proc/cpuinfo || true").text() != "0";
     assert!(!has_it(&home.spawn("plain", &["--net", "none", "--accel", "tcg"])));

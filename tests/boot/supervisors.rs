@@ -1,4 +1,4 @@
-//! Supervisors are replaceable: killed at any instant, the guest goes on and the next command starts another.
+//! Supervisors are replaceable: killed at any instant, the guest keeps running and the next command starts another.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -86,7 +86,7 @@ fn a_command_ends_clearly_when_its_supervisor_is_killed() {
     eventually("the end of the command", || {
         vm.exec(["pgrep", "-x", "-f", "sleep 98772"]).run().stdout.is_empty().then_some(())
     });
-    // A guest that powers itself off while nobody looks has stopped all the same.
+    // A guest that powers itself off without a supervisor has stopped nevertheless.
     vm.sh("setsid sh -c 'sleep 2; kill -TERM 1' >/dev/null 2>&1 &").ok();
     let qemu = vm.qemu();
     vm.kill_supervisor();
@@ -149,10 +149,10 @@ fn killed_with_the_command_that_spawns() {
 }
 
 #[test]
-fn killed_while_a_guest_that_was_saved_goes_on_it_keeps_what_was_promised() {
+fn a_supervisor_killed_while_a_saved_guest_resumes_keeps_its_guarantees() {
     let home = TestHome::new();
     let vm = Vm { home: &home, name: "web" };
-    // Milliseconds after QEMU came: before, while and after the guest is loaded, gets its disk and is renewed.
+    // Milliseconds after QEMU came: before, while and after the guest is loaded, gets its disk and its identity reset.
     for after in [0, 20, 40, 60, 80, 100, 150] {
         let (spawning, _keys) = home.nido(["spawn", "web", "--net", "none", "--disk", "4G", "--fork"]).start();
         eventually("QEMU", || home.qemu());

@@ -79,7 +79,7 @@ fn guest_text_does_not_steer_the_terminal() {
 }
 
 #[test]
-fn delete_asks_on_a_terminal() {
+fn delete_prompts_on_a_terminal() {
     let home = TestHome::new();
     home.nido(["create", "web"]).ok();
     for (answer, code, left) in [("n\r", 1, true), ("\r", 1, true), ("y\r", 0, false)] {

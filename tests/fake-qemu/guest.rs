@@ -64,7 +64,7 @@ fn open_fds() -> Vec<i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// Halts or continues the guest, or ends it.
+/// Pauses or continues the guest, or ends it.
 pub fn signal(agent: Pid, signal: Signal) {
     let _ = kill(agent, signal);
 }

@@ -17,9 +17,9 @@ use crate::{Options, guest, keys};
 
 /// What can happen.
 enum Happening {
-    /// Somebody has connected to the monitor.
+    /// A client has connected to the monitor.
     Connected(UnixStream),
-    /// It has said something.
+    /// It has sent a message.
     Line(String),
     /// It has gone.
     Disconnected,
@@ -175,7 +175,9 @@ impl Machine {
                 self.client = Some(stream);
                 self.negotiated = false;
                 if !self.script.no_greeting {
-                    self.say(&json!({ "QMP": { "version": self.script.version_object(), "capabilities": [] } }));
+                    self.send_message(
+                        &json!({ "QMP": { "version": self.script.version_object(), "capabilities": [] } }),
+                    );
                 }
                 None
             }
@@ -224,7 +226,7 @@ impl Machine {
 
     fn command(&mut self, line: &str) -> Option<ExitCode> {
         let Ok(command) = serde_json::from_str::<Value>(line) else {
-            self.say(&json!({ "error": { "class": "GenericError", "desc": "JSON parse error" } }));
+            self.send_message(&json!({ "error": { "class": "GenericError", "desc": "JSON parse error" } }));
             return None;
         };
         if self.script.hang_qmp && self.negotiated {
@@ -288,11 +290,11 @@ impl Machine {
             "quit" => (json!({}), (!self.script.ignore_quit).then_some("host-qmp-quit")),
             _ => {
                 let desc = format!("The command {name} has not been found");
-                self.say(&json!({ "error": { "class": "CommandNotFound", "desc": desc }, "id": id }));
+                self.send_message(&json!({ "error": { "class": "CommandNotFound", "desc": desc }, "id": id }));
                 return None;
             }
         };
-        self.say(&json!({ "return": value, "id": id }));
+        self.send_message(&json!({ "return": value, "id": id }));
         end.and_then(|reason| self.shut_down(reason))
     }
 
@@ -324,10 +326,10 @@ impl Machine {
     }
 
     fn event(&mut self, name: &str, data: &Value) {
-        self.say(&json!({ "event": name, "data": data, "timestamp": { "seconds": 1, "microseconds": 0 } }));
+        self.send_message(&json!({ "event": name, "data": data, "timestamp": { "seconds": 1, "microseconds": 0 } }));
     }
 
-    fn say(&mut self, value: &Value) {
+    fn send_message(&mut self, value: &Value) {
         self.write(&format!("{value}\r\n"));
     }
 
@@ -375,7 +377,7 @@ fn await_end(mut agent: Child, sender: Sender<Happening>) {
 
 /// SIGTERM becomes a happening. To be called before there are other threads.
 fn await_sigterm(sender: Sender<Happening>) {
-    // Blocked by whoever started it: as with QEMU, it never comes.
+    // Blocked by the process that started it: as with QEMU, it never comes.
     if SigSet::thread_get_mask().is_ok_and(|blocked| blocked.contains(Signal::SIGTERM)) {
         return;
     }

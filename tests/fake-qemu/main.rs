@@ -9,7 +9,7 @@
 //! ```
 //!
 //! `FAKE_QEMU` is a list of [`script::Script`]'s words with `;` between them. Invariant: nothing outlives this program:
-//! the agent gets the kernel's signal when this process dies, and what the agent has started is ended before an
+//! the agent gets the kernel's signal when this process ends, and what the agent has started is ended before an
 //! orderly exit.
 
 mod guest;
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 pub struct Options(HashMap<String, Vec<String>>);
 
 impl Options {
-    /// Every word that begins with a dash is an option; the word after it, if it is none, is its value.
+    /// Every word that begins with a dash is an option; the word after it, if it is not an option, is its value.
     fn read(args: &[String]) -> Self {
         let mut options: HashMap<String, Vec<String>> = HashMap::new();
         let mut rest = args.iter().peekable();

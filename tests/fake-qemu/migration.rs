@@ -80,7 +80,7 @@ impl Migration {
         }
     }
 
-    /// What `query-status` says of a machine that does not run.
+    /// What `query-status` returns for a machine that does not run.
     pub fn status_of_paused(&self) -> &'static str {
         match self.phase {
             Phase::Incoming => "inmigrate",

@@ -1,4 +1,4 @@
-//! `-machine none -qmp stdio`: what this QEMU says it can do. It has no kernel vsock, so that the agent is always reached
+//! `-machine none -qmp stdio`: what this QEMU reports that it can do. It has no kernel vsock, so that the agent is always reached
 //! through the socket that stands for the virtio-serial port.
 
 use std::io::{BufRead as _, Write as _};
@@ -20,10 +20,10 @@ pub fn answer(script: &Script) -> ExitCode {
             std::thread::park();
         }
     }
-    say(&json!({ "QMP": { "version": script.version_object(), "capabilities": [] } }));
+    print_message(&json!({ "QMP": { "version": script.version_object(), "capabilities": [] } }));
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let Ok(question) = serde_json::from_str::<Value>(&line) else { continue };
-        say(&json!({ "return": told(&question, script), "id": question["id"] }));
+        print_message(&json!({ "return": reply_to(&question, script), "id": question["id"] }));
         if question["execute"] == "quit" {
             break;
         }
@@ -31,7 +31,7 @@ pub fn answer(script: &Script) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn told(question: &Value, script: &Script) -> Value {
+fn reply_to(question: &Value, script: &Script) -> Value {
     let has = |what: &str| !script.lacks.iter().any(|lack| what.contains(lack.as_str()));
     let names =
         |names: &[&str]| names.iter().filter(|name| has(name)).map(|name| json!({ "name": name })).collect::<Value>();
@@ -54,7 +54,7 @@ fn told(question: &Value, script: &Script) -> Value {
     }
 }
 
-fn say(value: &Value) {
+fn print_message(value: &Value) {
     println!("{value}");
     let _ = std::io::stdout().flush();
 }

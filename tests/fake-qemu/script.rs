@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-/// The misbehaviour that is asked for. Words that take a value are written `word:value`.
+/// The misbehaviour that is requested. Words that take a value are written `word:value`.
 #[derive(Debug, Default)]
 pub struct Script {
-    /// `hang-probe`: asked about itself, it says nothing and stays.
+    /// `hang-probe`: when probed, it sends nothing and keeps running.
     pub hang_probe: bool,
     /// `not-qemu`: asked about itself, it talks nonsense and ends.
     pub not_qemu: bool,
-    /// `old-version`: it says that it is version 6.2.
+    /// `old-version`: it reports version 6.2.
     pub old_version: bool,
     /// `lacks:sandbox`, `lacks:microvm`, `lacks:q35`, `lacks:pc`, `lacks:user`: it was built without that.
     pub lacks: Vec<String>,
@@ -25,7 +25,7 @@ pub struct Script {
     pub kvm_is_broken: bool,
     /// `never-listens`: there is no monitor.
     pub never_listens: bool,
-    /// `no-greeting`: the monitor takes connections and says nothing.
+    /// `no-greeting`: the monitor accepts connections and sends nothing.
     pub no_greeting: bool,
     /// `garbage-qmp`: the monitor greets and then talks nonsense.
     pub garbage_qmp: bool,
@@ -35,13 +35,13 @@ pub struct Script {
     pub unknown_event: bool,
     /// `die-after-ms:N`: it ends with code 1 so long after its start.
     pub die_after: Option<Duration>,
-    /// `exit-signal:SIGNAL` or `exit-signal:SIGNAL@MS`: it dies of that signal, at once or so long after its start.
+    /// `exit-signal:SIGNAL` or `exit-signal:SIGNAL@MS`: it is ended by that signal, at once or so long after its start.
     pub exit_signal: Option<(i32, Duration)>,
     /// `panic-after-ms:N`: the guest's kernel panics so long after the start.
     pub panic_after: Option<Duration>,
     /// `shutdown-after-ms:N`: the guest powers itself off so long after the start.
     pub shutdown_after: Option<Duration>,
-    /// `crash-on-cont`: it aborts when it is told to go on.
+    /// `crash-on-cont`: it aborts on `cont`.
     pub crash_on_cont: bool,
     /// `ignore-powerdown`: the guest does not care about the power button, nor its agent about being asked to power off.
     pub ignore_powerdown: bool,
@@ -113,7 +113,7 @@ impl Script {
         if self.old_version { "6.2.0" } else { "7.2.0" }
     }
 
-    /// The same as the monitor tells it.
+    /// The same as the monitor reports it.
     pub fn version_object(&self) -> serde_json::Value {
         let numbers: Vec<u32> = self.version().split('.').filter_map(|n| n.parse().ok()).collect();
         serde_json::json!({

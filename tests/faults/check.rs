@@ -128,7 +128,7 @@ fn recovered(rig: &Rig) -> Result<(), String> {
     // Every other process belongs to a row, and none is there for anything else.
     let of_rows = |pid: i32, line: &str| {
         let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
-        let alive = |row: &&VmRow| !row.state.at_rest();
+        let alive = |row: &&VmRow| !row.state.is_inactive();
         rows.iter().filter(alive).any(|row| cwd.starts_with(vms.join(&row.id)) || line.contains(&row.id))
     };
     match all.iter().find(|(pid, line)| !is_guardian(line) && !of_rows(pid.as_raw_nonzero().get(), line)) {
@@ -166,7 +166,7 @@ fn expect_known_files(rig: &Rig) {
         let directory = home.join("vms").join(id);
         // The next start removes the temporary files of a running VM.
         let is_temporary = |name: &str| name.starts_with(".tmp-") || name.starts_with("disk.qcow2.");
-        let may_stay = |name: &String| VM_FILES.contains(&name.as_str()) || !state.at_rest() && is_temporary(name);
+        let may_stay = |name: &String| VM_FILES.contains(&name.as_str()) || !state.is_inactive() && is_temporary(name);
         let unknown: Vec<_> = names(&directory).into_iter().filter(|name| !may_stay(name)).collect();
         assert_eq!(unknown, Vec::<String>::new(), "unknown files of VM {id}");
         for snapshot in names(&directory.join("snapshots")) {
@@ -203,8 +203,8 @@ fn expect_ports(rig: &Rig) {
     for row in rows(rig) {
         for forward in &row.forwards {
             let is_open = TcpStream::connect((forward.host, forward.host_port)).is_ok();
-            assert_eq!(is_open, !row.state.at_rest(), "port {forward} of {}", row.spec.name);
+            assert_eq!(is_open, !row.state.is_inactive(), "port {forward} of {}", row.spec.name);
         }
-        assert!(row.cid.is_none_or(|cid| !row.state.at_rest() && cids.insert(cid)), "{:?}", row.cid);
+        assert!(row.cid.is_none_or(|cid| !row.state.is_inactive() && cids.insert(cid)), "{:?}", row.cid);
     }
 }

@@ -12,13 +12,13 @@ use crate::kills::{prepare, steps};
 use crate::names::failpoints;
 use crate::operations::{BASIC, COPIES, Operation, TEMPLATES};
 use crate::rig::{Rig, Step};
-use crate::support::run::Ran;
+use crate::support::run::FinishedRun;
 
 /// How many times one failpoint of one operation fails, at most.
 const TIMES_MAX: u32 = 1;
 
-/// A command either did what it was to do, or says in one sentence why not.
-fn expect_result_or_sentence(ran: &Ran, rig: &Rig, operation: &Operation) {
+/// A command either succeeded, or reports in one sentence why not.
+fn expect_result_or_sentence(ran: &FinishedRun, rig: &Rig, operation: &Operation) {
     if ran.code() == 0 {
         assert!((operation.done)(rig), "it was acknowledged, and is not there");
         return;
@@ -71,7 +71,7 @@ fn a_disk_that_is_full_at_one_write_is_reported_and_loses_nothing() {
 }
 
 #[test]
-fn a_process_without_descriptors_says_so_and_leaves_nothing() {
+fn a_process_without_descriptors_reports_it_and_leaves_no_orphans() {
     let rig = Rig::new();
     let mut refused = 0;
     for descriptors in [4, 8, 12, 16, 24, 32, 63, 1024] {

@@ -91,6 +91,6 @@ fn a_crash_while_templates_change_loses_and_leaves_nothing() {
 }
 
 #[test]
-fn a_crash_while_clones_are_made_and_claimed_loses_and_leaves_nothing() {
+fn a_crash_during_filling_and_claims_loses_no_vm_and_leaves_no_orphans() {
     kill_everywhere(&POOLS);
 }

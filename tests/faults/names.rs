@@ -1,4 +1,4 @@
-//! Every failpoint in the source is reached by an operation, so none is dead; and no normal build contains one.
+//! Every failpoint in the source is reached by an operation, so none is unused; and no normal build contains one.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -7,7 +7,7 @@ use crate::support::http::Server;
 use crate::support::{Home, processes, until};
 
 #[test]
-fn a_vm_lives_over_http() {
+fn the_lifecycle_of_a_vm_over_http() {
     let home = Home::new();
     let server = Server::start(&home);
     let made = server.post("/v1/vms", &json!({"name": "web", "accel": "tcg", "labels": {"a": "b"}}));
@@ -25,7 +25,7 @@ fn a_vm_lives_over_http() {
     assert_eq!(server.post("/v1/vms/web/pause", &json!({})).ok(200)["status"], "paused");
     assert_eq!(server.post("/v1/vms/web/resume", &json!({})).ok(200)["status"], "running");
     server.send("DELETE", "/v1/vms/web", &[], b"").problem(409, "vm_busy");
-    // A body may be absent where nothing has to be said.
+    // A body may be absent if no field is required.
     assert_eq!(server.send("POST", "/v1/vms/web/stop", &[], b"").ok(200)["status"], "stopped");
     assert_eq!(server.post("/v1/vms/web/start", &json!({"wait": true})).ok(200)["status"], "running");
     assert_eq!(server.send("DELETE", "/v1/vms/web?force=true", &[], b"").ok(200)["name"], "web");
@@ -65,7 +65,7 @@ fn mistakes_are_problems_that_name_the_field() {
 }
 
 #[test]
-fn what_takes_long_is_polled_and_cancelled() {
+fn long_operations_are_polled_and_cancelled() {
     let home = Home::new();
     home.qemu("no-agent");
     let server = Server::start(&home);
@@ -131,7 +131,7 @@ fn operations_outlive_their_server_and_those_of_a_killed_one_are_lost() {
 }
 
 #[test]
-fn vms_outlive_the_server_and_what_runs_is_finished() {
+fn vms_outlive_the_server_and_running_requests_are_completed() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -236,7 +236,7 @@ fn a_request_with_a_key_is_carried_out_by_one_server_and_never_again() {
     let again = ask(&body);
     assert_eq!(again.header("idempotency-replayed"), "true");
     assert_eq!(again.ok(200), done);
-    // One that was killed has left nobody who knows.
+    // The outcome of a killed one is unknown.
     let body = json!({ "command": command("sleep 98751") }).to_string();
     let lost = begin(&first, "lost", &body);
     begun(2);
@@ -251,7 +251,7 @@ fn a_request_with_a_key_is_carried_out_by_one_server_and_never_again() {
 }
 
 #[test]
-fn what_commands_have_written_is_not_for_who_only_looks() {
+fn output_of_commands_needs_more_than_the_read_scope() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -273,7 +273,7 @@ fn what_commands_have_written_is_not_for_who_only_looks() {
 }
 
 #[test]
-fn a_server_that_shall_not_hear_of_the_end_of_its_terminal_does_not() {
+fn a_server_with_sighup_ignored_survives_its_terminal() {
     use std::io::BufRead as _;
     let home = Home::new();
     // As `nohup` starts it.

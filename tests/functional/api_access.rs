@@ -9,7 +9,7 @@ use crate::support::http::Server;
 use crate::support::tls::Authority;
 
 #[test]
-fn nobody_is_let_in_without_a_good_token() {
+fn requests_without_a_valid_token_are_refused() {
     let home = Home::new();
     let server = Server::start(&home);
     let ask = |headers: &[(&str, &str)]| server.plain("GET", "/v1/vms", headers, b"");
@@ -19,7 +19,7 @@ fn nobody_is_let_in_without_a_good_token() {
         ask(&[("authorization", bad)]).problem(401, "unauthorized");
     }
     ask(&[("authorization", &good)]).ok(200);
-    // What says nothing about VMs is open.
+    // Routes without information about VMs are open.
     server.plain("GET", "/healthz", &[], b"").ok(200);
     server.plain("GET", "/openapi.json", &[], b"").ok(200);
     server.plain("GET", "/metrics", &[], b"").problem(401, "unauthorized");
@@ -28,7 +28,7 @@ fn nobody_is_let_in_without_a_good_token() {
 }
 
 #[test]
-fn a_scope_holds_what_it_says_and_no_more() {
+fn a_scope_allows_exactly_its_operations() {
     let home = Home::new();
     let server = Server::start(&home);
     let token = |scope: &str| {
@@ -95,7 +95,7 @@ fn behind_a_proxy_its_host_and_origin_are_accepted_and_links_lead_there() {
     assert!(index.contains("src=\"page/app.js\"") && !index.contains("=\"/"), "{index}");
 }
 
-// Proxies keep an answer until a buffer is full, unless they are told not to.
+// Proxies keep an answer until a buffer is full, unless a header forbids it.
 #[test]
 fn a_stream_of_events_is_not_buffered_by_proxies() {
     let home = Home::new();
@@ -119,7 +119,7 @@ fn other_machines_are_let_in_over_tls_only() {
     refused(&["--bind", "0.0.0.0"]);
     let server = Server::with(&home, &["--allow-remote", "--insecure-http"]);
     assert!(server.address().starts_with("0.0.0.0:"));
-    // Without a certificate of the user's the server makes its own, and tells its fingerprint.
+    // Without a certificate of the user's the server makes its own, and prints its fingerprint.
     let live = home.nido(["api-server", "start", "--port", "0", "--allow-remote", "--json"]).start();
     let listening: serde_json::Value = serde_json::from_str(&live.line()).unwrap();
     let address = listening["address"].as_str().unwrap().strip_prefix("https://0.0.0.0:").unwrap().to_owned();
@@ -142,7 +142,7 @@ fn other_machines_are_let_in_over_tls_only() {
 }
 
 #[test]
-fn over_a_unix_socket_the_kernel_says_who_asks() {
+fn over_a_unix_socket_the_kernel_identifies_the_caller() {
     use std::os::unix::fs::PermissionsExt as _;
     let home = Home::new();
     let socket = home.scratch("api.sock");
@@ -173,7 +173,7 @@ fn a_head_without_an_end_is_refused() {
 }
 
 #[test]
-fn who_sends_too_slowly_is_told() {
+fn a_slow_sender_gets_a_timeout() {
     let home = Home::new();
     let server = Server::with(&home, &["--patience", "300ms"]);
     home.spawn("web");

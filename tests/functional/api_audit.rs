@@ -4,7 +4,7 @@ use std::io::Read as _;
 
 use serde_json::{Value, json};
 
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::{Home, until};
 
 /// The lines of the API that these filters want.
@@ -25,7 +25,7 @@ fn text(home: &Home) -> String {
 }
 
 #[test]
-fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
+fn attempts_are_in_the_audit_log_before_they_run() {
     let home = Home::new();
     let server = Server::start(&home);
     server.post("/v1/vms", &json!({"name": "web", "accel": "tcg"})).ok(201);
@@ -53,12 +53,12 @@ fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
     let log = format!("{lines:?}");
     assert!(!log.contains("s3cret") && !log.contains("hunter2"), "{log}");
     home.nido(["audit", "verify"]).run().ok();
-    // Where it cannot be written down, it is not done.
+    // Where it cannot be recorded, it is not done.
     let audit = home.path().join("audit");
     std::fs::rename(&audit, home.scratch("kept")).unwrap();
     std::fs::write(&audit, "").unwrap();
     server.send("DELETE", "/v1/vms/web?force=true", &[], b"").problem(503, "audit_failed");
-    // Nor is anything told.
+    // Nor is anything returned.
     server.get("/v1/vms/web").problem(503, "audit_failed");
     server.get("/healthz").ok(200);
     std::fs::remove_file(&audit).unwrap();
@@ -67,7 +67,7 @@ fn what_is_asked_for_is_in_the_audit_log_before_it_is_done() {
 }
 
 #[test]
-fn looks_are_in_the_audit_log_once() {
+fn reads_are_in_the_audit_log_once() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -129,7 +129,7 @@ fn no_body_and_no_query_speaks_over_the_path() {
 }
 
 #[test]
-fn contents_of_files_are_not_in_the_audit_log_whatever_they_are_called() {
+fn contents_of_files_are_never_in_the_audit_log() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -157,7 +157,7 @@ fn contents_of_files_are_not_in_the_audit_log_whatever_they_are_called() {
 }
 
 #[test]
-fn an_answer_that_is_told_again_is_a_line_of_its_own() {
+fn a_replayed_response_has_its_own_audit_line() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -192,7 +192,7 @@ fn an_answer_that_is_told_again_is_a_line_of_its_own() {
     assert_eq!(reads[0]["params"], acts[0]["params"]);
     assert_ne!(reads[0]["id"], acts[0]["id"]);
     assert!(!text(&home).contains("s3cr3t"));
-    // What cannot be written down is not told again.
+    // A replay that cannot be recorded is not sent.
     let audit = home.path().join("audit");
     std::fs::rename(&audit, home.scratch("kept")).unwrap();
     std::fs::write(&audit, "").unwrap();
@@ -203,7 +203,7 @@ fn an_answer_that_is_told_again_is_a_line_of_its_own() {
 }
 
 #[test]
-fn how_a_command_ended_is_told_whichever_way_it_was_asked_for() {
+fn the_end_of_a_command_is_recorded_for_every_kind_of_request() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -222,7 +222,7 @@ fn how_a_command_ended_is_told_whichever_way_it_was_asked_for() {
     for (body, reason) in commands {
         server.post("/v1/vms/web/exec", &body).ok(200);
         expect("vm_exec", "at once", reason);
-        let ask = |accept: (&str, &str), path: &str, body: &Value| -> Answer {
+        let ask = |accept: (&str, &str), path: &str, body: &Value| -> HttpResponse {
             let headers = [("content-type", "application/json"), accept];
             server.send("POST", path, &headers, body.to_string().as_bytes())
         };
@@ -322,9 +322,9 @@ fn reads_push_no_act_out_of_the_log_and_repeat_in_one_line() {
     assert_eq!(show(&home, ["--tool", "vm_delete"]).len(), 2);
 }
 
-// An agent that tried its token at the REST API left no trace; nor did whoever guessed tokens.
+// An agent that tried its token at the REST API left no trace; nor did attempts to guess tokens.
 #[test]
-fn who_is_turned_away_is_written_down() {
+fn refused_clients_are_recorded() {
     let home = Home::new();
     let server = Server::with(&home, &["--mcp"]);
     let create = home.nido(["token", "create", "--name", "agents", "--scope", "run", "--only", "mcp", "--json"]);

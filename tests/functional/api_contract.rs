@@ -2,12 +2,12 @@
 
 use serde_json::{Value, json};
 
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::{Home, until};
 
 const JSON: (&str, &str) = ("content-type", "application/json");
 
-fn keyed(server: &Server, path: &str, key: &str, body: &Value) -> Answer {
+fn keyed(server: &Server, path: &str, key: &str, body: &Value) -> HttpResponse {
     server.send("POST", path, &[JSON, ("idempotency-key", key)], body.to_string().as_bytes())
 }
 
@@ -62,9 +62,9 @@ fn a_request_that_was_refused_before_it_began_may_be_sent_again_with_its_key() {
     server.send("POST", "/v1/vms/web/exec", &headers, body.to_string().as_bytes()).problem(422, "spec_invalid");
 }
 
-// The 202 of an operation was replayed when its operation was not known any more.
+// The 202 of an operation was replayed when its operation no longer existed.
 #[test]
-fn a_key_of_an_operation_tells_how_the_operation_is_now() {
+fn repeating_a_key_returns_the_operations_current_state() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -80,9 +80,9 @@ fn a_key_of_an_operation_tells_how_the_operation_is_now() {
     send().problem(409, "outcome_unknown");
 }
 
-// A client that names JSON by default was refused where it had nothing to say.
+// A client that names JSON by default was refused where it sent no body.
 #[test]
-fn a_body_that_may_be_absent_may_be_empty_whatever_its_type() {
+fn an_optional_body_may_be_empty_with_any_content_type() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -102,7 +102,7 @@ fn a_body_that_may_be_absent_may_be_empty_whatever_its_type() {
 
 // Filters that no route knew were ignored: `?status=stopped` listed every VM.
 #[test]
-fn lists_are_filtered_and_paged_and_refuse_what_they_do_not_know() {
+fn lists_are_filtered_and_paged_and_refuse_unknown_parameters() {
     let home = Home::new();
     let server = Server::start(&home);
     for (name, job) in [("a", "1"), ("b", "2"), ("c", "1")] {
@@ -159,7 +159,7 @@ fn a_path_in_a_query_is_the_bytes_that_were_sent() {
 
 // What the guest refused was `denied`, as if the token lacked a right.
 #[test]
-fn what_a_guest_refuses_is_told_apart_from_what_nido_refuses() {
+fn refusals_of_a_guest_and_of_nido_are_distinguished() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -200,7 +200,7 @@ fn an_operation_is_its_callers_and_the_admins() {
     ask("DELETE", &of_one, &one).ok(200);
 }
 
-// A request with a key went on after its token had been revoked.
+// A request with a key continued after its token had been revoked.
 #[test]
 fn a_command_with_a_key_ends_with_its_token() {
     let home = Home::new();
@@ -245,7 +245,7 @@ fn a_vm_is_named_by_its_id_and_guarded_by_it() {
 
 // A cursor that was pruned, or that is ahead of the log, was answered with silence.
 #[test]
-fn a_cursor_outside_of_the_log_is_told() {
+fn a_cursor_outside_of_the_log_is_reported() {
     let home = Home::new();
     let server = Server::start(&home);
     server.post("/v1/vms", &json!({"name": "web", "start": false})).ok(201);

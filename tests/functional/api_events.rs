@@ -1,4 +1,4 @@
-//! The REST API over the real program: events, told as they come and to those who come back.
+//! The REST API over the real program: events, streamed as they happen and to clients that reconnect.
 
 use serde_json::json;
 
@@ -6,7 +6,7 @@ use crate::support::Home;
 use crate::support::http::Server;
 
 #[test]
-fn events_are_told_to_those_who_listen_and_those_who_come_back() {
+fn events_reach_listeners_and_reconnecting_clients() {
     let home = Home::new();
     let server = Server::start(&home);
     let bearer = format!("Bearer {}", server.token());
@@ -26,7 +26,7 @@ fn events_are_told_to_those_who_listen_and_those_who_come_back() {
     assert_eq!([kind(&mut live), kind(&mut live)], ["vm.created", "vm.started"]);
     home.nido(["stop", "web"]).run().ok();
     assert_eq!(kind(&mut live), "vm.stopped");
-    // Somebody who was away goes on where they were.
+    // A client that was disconnected continues where it was.
     let all = server.get("/v1/events?vm=web").ok(200);
     let cursor = all["events"][0]["cursor"].to_string();
     let mut back = listen(Some(&cursor));

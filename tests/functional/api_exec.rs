@@ -35,7 +35,7 @@ fn commands_run_and_stream() {
 }
 
 #[test]
-fn a_command_dies_with_its_listener() {
+fn a_command_ends_with_its_listener() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -52,7 +52,7 @@ fn a_command_dies_with_its_listener() {
 }
 
 #[test]
-fn a_command_dies_with_a_listener_who_does_not_read() {
+fn a_command_ends_with_a_listener_that_does_not_read() {
     let home = Home::new();
     let server = Server::with(&home, &["--patience", "200ms"]);
     home.spawn("web");
@@ -66,7 +66,7 @@ fn a_command_dies_with_a_listener_who_does_not_read() {
         found.text().trim().is_empty().then_some(())
     });
     drop(stream);
-    // Who is still written to is not cut off: so much takes longer than that.
+    // A client that still receives is not disconnected: so much takes longer than that.
     let body = json!({"command": "for n in 1 2 3 4; do sleep 0.2; echo $n; done"}).to_string();
     let mut stream = server.open("POST", "/v1/vms/web/exec", &headers, body.as_bytes());
     while stream.line() != "event: exit" {}

@@ -46,7 +46,7 @@ fn directories_go_both_ways_as_archives() {
         String::from_utf8(tar(&["-tf", packed.to_str().unwrap()])).unwrap().lines().map(str::to_owned).collect();
     listed.sort();
     assert_eq!(listed, ["./", "./a/", "./a/b/", "./a/b/file", "./a/link"]);
-    // Whoever does not know is told.
+    // A client that does not know gets the error.
     let problem = server.get(&path).problem(422, "path_invalid");
     assert!(problem["hint"].as_str().unwrap().contains("application/x-tar"), "{problem}");
     // What is below a file is no directory, so an archive would be no help.

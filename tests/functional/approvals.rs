@@ -1,7 +1,7 @@
-//! Approvals over the real `nido`: what waits is listed, a person's word counts once, and for nothing but what was asked.
+//! Approvals over the real `nido`: pending requests are listed, a decision counts once, and only for its request.
 
 use nido_api::error::Code;
-use nido_api::{Ask, RestoreRequest, StopRequest, VmRef};
+use nido_api::{ApprovalRequest, RestoreRequest, StopRequest, VmRef};
 use nido_core::{Nido, OpenOptions};
 use serde_json::{Value, json};
 
@@ -23,8 +23,8 @@ fn with_server<T>(home: &Home, work: impl AsyncFnOnce(&Nido) -> T) -> T {
     runtime.block_on(async { work(&server(home).await).await })
 }
 
-fn ask(vm: &Value) -> Ask {
-    Ask {
+fn request_for(vm: &Value) -> ApprovalRequest {
+    ApprovalRequest {
         tool: "vm_delete".into(),
         vm_id: vm["id"].as_str().unwrap().into(),
         vm_name: vm["name"].as_str().unwrap().parse().unwrap(),
@@ -43,7 +43,7 @@ fn a_person_approves_and_it_is_used_once() {
     let home = Home::new();
     let vm = created(&home, "web");
     with_server(&home, async |nido| {
-        let id = nido.approval_ask(&ask(&vm)).unwrap().id;
+        let id = nido.approval_request(&request_for(&vm)).unwrap().id;
         let list = home.nido(["approvals", "--json"]).run().ok().json();
         let shown = &list["approvals"][0];
         assert_eq!(
@@ -57,7 +57,7 @@ fn a_person_approves_and_it_is_used_once() {
             assert!(row.contains(word), "{word} is not in {row}");
         }
         assert_eq!(home.nido(["approvals", "-q"]).run().ok().text().trim(), id);
-        assert_eq!(nido.approval_use(&id, &ask(&vm)).unwrap_err().code(), Code::ApprovalRequired);
+        assert_eq!(nido.approval_use(&id, &request_for(&vm)).unwrap_err().code(), Code::ApprovalRequired);
         let done = home.nido(["approve", &id, "--yes"]).run().ok();
         assert_eq!(done.text().trim(), id);
         assert!(
@@ -66,8 +66,8 @@ fn a_person_approves_and_it_is_used_once() {
             done.stderr
         );
         assert_eq!(home.nido(["approvals", "-q"]).run().ok().text(), "", "nothing waits");
-        nido.approval_use(&id, &ask(&vm)).unwrap();
-        assert_eq!(nido.approval_use(&id, &ask(&vm)).unwrap_err().code(), Code::ApprovalRequired);
+        nido.approval_use(&id, &request_for(&vm)).unwrap();
+        assert_eq!(nido.approval_use(&id, &request_for(&vm)).unwrap_err().code(), Code::ApprovalRequired);
         home.nido(["approve", &id, "--yes", "--json"]).run().fails(1, "approval_ended");
         let all = home.nido(["approvals", "--all", "--json"]).run().ok().json();
         assert_eq!(all["approvals"][0]["state"], "used");
@@ -83,32 +83,32 @@ fn a_no_stays_a_no() {
     let home = Home::new();
     let vm = created(&home, "web");
     with_server(&home, async |nido| {
-        let id = nido.approval_ask(&ask(&vm)).unwrap().id;
+        let id = nido.approval_request(&request_for(&vm)).unwrap().id;
         home.nido(["approve", &id, "--yes"]).run().ok();
         assert_eq!(home.nido(["deny", &id, "--json"]).run().ok().json()["state"], "denied", "taken back");
-        assert_eq!(nido.approval_use(&id, &ask(&vm)).unwrap_err().code(), Code::Denied);
-        assert_eq!(nido.approval_ask(&ask(&vm)).unwrap().id, id, "asking again does not help");
+        assert_eq!(nido.approval_use(&id, &request_for(&vm)).unwrap_err().code(), Code::Denied);
+        assert_eq!(nido.approval_request(&request_for(&vm)).unwrap().id, id, "asking again does not help");
     });
     home.nido(["deny", "apr_\x1b", "--json"]).run().fails(1, "approval_not_found");
 }
 
 #[test]
-fn an_approval_dies_with_its_vm() {
+fn an_approval_ends_with_its_vm() {
     let home = Home::new();
     let first = created(&home, "web");
     with_server(&home, async |nido| {
-        let id = nido.approval_ask(&ask(&first)).unwrap().id;
+        let id = nido.approval_request(&request_for(&first)).unwrap().id;
         home.nido(["approve", &id, "--yes"]).run().ok();
         home.nido(["delete", "web"]).run().ok();
         let second = created(&home, "web");
-        let error = nido.approval_use(&id, &ask(&second)).unwrap_err();
+        let error = nido.approval_use(&id, &request_for(&second)).unwrap_err();
         assert_eq!(error.code(), Code::Denied);
         assert!(error.message().contains("another VM"), "{error}");
     });
 }
 
 #[test]
-fn what_was_decided_about_one_vm_is_not_done_to_the_next_of_its_name() {
+fn an_approval_does_not_apply_to_the_next_vm_of_its_name() {
     let home = Home::new();
     let make = || {
         let vm = home.spawn("web");

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use nido_core::audit::line::Record;
 use nido_core::audit::log::Log;
 use rustix::process::Signal;
@@ -82,7 +82,7 @@ fn a_command_leaves_its_attempt_and_its_exit_code_but_no_secret() {
 }
 
 #[test]
-fn what_destroys_or_runs_something_is_written_down() {
+fn writes_and_commands_are_recorded() {
     let home = Home::new();
     home.spawn("web");
     let file = home.scratch("file");
@@ -135,7 +135,7 @@ fn what_destroys_or_runs_something_is_written_down() {
 }
 
 #[test]
-fn an_interrupted_command_and_a_killed_nido_can_be_told_apart() {
+fn an_interrupted_command_and_a_killed_nido_are_distinguished() {
     let home = Home::new();
     home.spawn("web");
     let exec =
@@ -154,7 +154,7 @@ fn an_interrupted_command_and_a_killed_nido_can_be_told_apart() {
 }
 
 #[test]
-fn an_outcome_that_cannot_be_written_is_told_and_changes_nothing() {
+fn an_unwritable_outcome_is_reported_and_changes_nothing() {
     let home = Home::new();
     home.spawn("web");
     let mut exec = home.nido(["exec", "web", "-i", "--", "sh", "-c", "echo ready; cat >/dev/null; exit 3"]).start();
@@ -172,7 +172,7 @@ fn an_outcome_that_cannot_be_written_is_told_and_changes_nothing() {
 }
 
 #[test]
-fn what_was_done_to_the_log_is_found_and_named() {
+fn manipulations_of_the_log_are_found_and_named() {
     let home = with_operations(3);
     let good = lines(&home);
     assert_eq!((good.len(), verify(&home)["last_seq"].clone()), (6, json!(6)));
@@ -201,7 +201,7 @@ fn what_was_done_to_the_log_is_found_and_named() {
 }
 
 #[test]
-fn a_checkpoint_kept_elsewhere_finds_a_cut_tail_and_a_rewritten_log() {
+fn a_checkpoint_finds_a_truncated_and_a_rewritten_log() {
     let home = with_operations(2);
     let kept = home.scratch("checkpoint.json");
     let made = home.nido(["audit", "checkpoint", "--json", "-o"]).arg(&kept).run().ok().json();
@@ -224,7 +224,7 @@ fn a_checkpoint_kept_elsewhere_finds_a_cut_tail_and_a_rewritten_log() {
     let problem = against().fails(1, "audit_broken");
     assert!(problem["detail"].as_str().unwrap().contains("it was truncated"), "{problem}");
 
-    // Written anew by the owner, with another key.
+    // Rewritten by the owner, with another key.
     fs::remove_dir_all(home.path().join("audit")).unwrap();
     for name in ["a", "b", "c", "d"] {
         home.nido(["delete", name, "--json"]).run().fails(1, "vm_not_found");
@@ -312,7 +312,7 @@ fn fill(home: &Home) {
     for _ in 0..100 {
         let record = Record {
             time: jiff::Timestamp::UNIX_EPOCH,
-            face: Face::Api,
+            face: FrontEnd::Api,
             agent: Vec::new(),
             tool: word("vm_exec"),
             params: vec![b'x'; 4000],
@@ -372,7 +372,7 @@ fn without_its_line_nothing_is_done() {
     assert_eq!(verify(&home)["lines"], 2);
 }
 
-// `verify` said "the log is empty", and that all was well.
+// `verify` reported "the log is empty", and that all was well.
 #[test]
 fn a_log_that_was_emptied_or_removed_is_noticed() {
     let home = with_operations(2);
@@ -391,7 +391,7 @@ fn a_log_that_was_emptied_or_removed_is_noticed() {
 
 // Where the log was depended on the environment of each process: one home had two logs.
 #[test]
-fn a_home_has_one_log_whatever_the_environment_says() {
+fn a_home_has_one_log_in_any_environment() {
     let home = with_operations(1);
     let state = home.scratch("state");
     home.nido(["delete", "gone", "--json"])

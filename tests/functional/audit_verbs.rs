@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::support::{Home, Nido};
 
 /// Tool, result and reason of every outcome, with its arguments; each has its attempt.
-fn told(home: &Home) -> Vec<([String; 3], Value)> {
+fn outcomes(home: &Home) -> Vec<([String; 3], Value)> {
     let records = home.nido(["audit", "show", "--json"]).run().ok().json()["records"].as_array().unwrap().clone();
     let is = |line: &Value, stage: &str| line["stage"] == stage;
     for end in records.iter().filter(|line| is(line, "outcome")) {
@@ -22,12 +22,12 @@ fn told(home: &Home) -> Vec<([String; 3], Value)> {
 }
 
 #[test]
-fn who_may_ask_and_who_is_told_is_written_down() {
+fn changes_of_tokens_and_webhooks_are_recorded() {
     let home = Home::new();
     let made = home.nido(["token", "create", "--name", "ci", "--scope", "run", "--expires", "1h", "--json"]).run();
     let made = made.ok().json();
     let (id, token) = (made["id"].as_str().unwrap(), made["token"].as_str().unwrap());
-    // Who takes the token itself for its name has not told it to the log.
+    // A token that is given as its name is not written to the log.
     home.nido(["token", "revoke", token, "--json"]).run().fails(1, "token_not_found");
     home.nido(["token", "revoke", id]).run().ok();
     home.nido(["token", "revoke", "ci", "--json"]).run().fails(1, "token_not_found");
@@ -59,19 +59,19 @@ fn who_may_ask_and_who_is_told_is_written_down() {
         let result = if reason.is_empty() { "success" } else { "error" };
         ([tool, result, reason].map(str::to_owned), params)
     });
-    assert_eq!(told(&home), expected);
+    assert_eq!(outcomes(&home), expected);
     let text = fs::read_to_string(home.path().join("audit/mcp-audit.log")).unwrap();
     assert!(!text.contains("s3cr3t") && !text.contains("whsec_") && !text.contains("nido_"), "{text}");
 }
 
 #[test]
-fn what_is_cleared_away_replaced_or_opened_is_written_down() {
+fn cleanup_replacement_and_access_are_recorded() {
     let home = Home::new();
     home.spawn("web");
     let stray = home.path().join("vms/0123456789abcdef");
     fs::create_dir_all(&stray).unwrap();
     home.nido(["doctor"]).run();
-    assert!(stray.exists() && told(&home).is_empty(), "a look removes nothing");
+    assert!(stray.exists() && outcomes(&home).is_empty(), "a look removes nothing");
     home.nido(["doctor", "--gc"]).run();
     assert!(!stray.exists());
     home.nido(["pool", "set", "sandbox", "0"]).run().ok();
@@ -84,7 +84,7 @@ fn what_is_cleared_away_replaced_or_opened_is_written_down() {
     let forward = format!("{}:7", added["host_port"]);
     home.nido(["forward", "rm", "web", &forward]).run().ok();
     home.nido(["proxy", "nobody", "7", "--json"]).run().fails(1, "vm_not_found");
-    let ends = told(&home);
+    let ends = outcomes(&home);
     let ended: Vec<_> = ends.iter().map(|([tool, _, reason], _)| [&**tool, &**reason]).collect();
     assert_eq!(
         ended,
@@ -104,7 +104,7 @@ fn what_is_cleared_away_replaced_or_opened_is_written_down() {
 }
 
 #[test]
-fn a_way_into_a_guest_that_is_cut_off_says_so() {
+fn an_interrupted_proxy_is_recorded() {
     let home = Home::new();
     home.spawn("web");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -114,11 +114,11 @@ fn a_way_into_a_guest_that_is_cut_off_says_so() {
     proxy.signal(Signal::TERM);
     proxy.wait().exits(143);
     let expected = ["vm_proxy", "unknown", "interrupted"].map(str::to_owned);
-    assert_eq!(told(&home), [(expected, json!({"name": "web", "guest_port": port}))]);
+    assert_eq!(outcomes(&home), [(expected, json!({"name": "web", "guest_port": port}))]);
 }
 
 #[test]
-fn without_its_line_no_token_is_made_and_nothing_is_cleared_away() {
+fn without_an_audit_line_no_token_is_created_and_nothing_is_removed() {
     let home = Home::new();
     home.nido(["token", "create", "--name", "ci", "--scope", "read"]).run().ok();
     let webhook = home.nido(["webhook", "add", "--allow-private", "--url", "http://127.0.0.1:9/", "--json"]).run();

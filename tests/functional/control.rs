@@ -4,7 +4,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ use crate::support::{Home, processes, until};
 const REFUSAL_OF_VERSION_1: &str = r#"{"answer":"failed","problem":{"type":"urn:nido:problem:spec_invalid","title":"The request is not valid","status":422,"detail":"not a request to a supervisor: unknown field `version`, expected `force` or `timeout_ms`","code":"spec_invalid"}}"#;
 
 /// The last line of the replies to `line`.
-fn ask(home: &Home, id: &str, line: &str) -> Value {
+fn send_request(home: &Home, id: &str, line: &str) -> Value {
     let mut stream = UnixStream::connect(vm_dir(home, id).join("control.sock")).unwrap();
     stream.write_all(format!("{line}\n").as_bytes()).unwrap();
     let last = BufReader::new(stream).lines().map(Result::unwrap).last().unwrap();
@@ -34,23 +34,24 @@ fn pid_of(home: &Home, word: &str) -> Pid {
 fn a_client_is_replied_to_in_its_version() {
     let home = Home::new();
     let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
-    assert_eq!(ask(&home, &id, r#"{"op":"ready"}"#), json!({"answer": "done"}));
-    assert_eq!(ask(&home, &id, r#"{"version":2,"op":"ready"}"#), json!({"version": 2, "answer": "done"}));
-    let old = ask(&home, &id, r#"{"op":"dance"}"#);
+    assert_eq!(send_request(&home, &id, r#"{"op":"ready"}"#), json!({"answer": "done"}));
+    assert_eq!(send_request(&home, &id, r#"{"version":2,"op":"ready"}"#), json!({"version": 2, "answer": "done"}));
+    let old = send_request(&home, &id, r#"{"op":"dance"}"#);
     assert_eq!((&old["answer"], &old["problem"]["code"]), (&json!("failed"), &json!("spec_invalid")), "{old}");
     for line in [r#"{"version":2,"op":"dance"}"#, r#"{"version":3,"op":"ready"}"#] {
-        let new = ask(&home, &id, line);
+        let new = send_request(&home, &id, line);
         assert_eq!((&new["answer"], &new["supported"]), (&json!("unsupported"), &json!(2)), "{new}");
     }
-    assert_eq!(ask(&home, &id, r#"{"op":"stop","force":true,"timeout_ms":1}"#), json!({"answer": "done"}));
+    assert_eq!(send_request(&home, &id, r#"{"op":"stop","force":true,"timeout_ms":1}"#), json!({"answer": "done"}));
     assert_eq!(home.info("web")["status"], "stopped");
 }
 
 /// Takes the place of the VM's supervisor, replies to each connection with the next line, and returns the requests.
 fn play_supervisor(home: &Home, id: &str, replies: &'static [&'static str]) -> std::thread::JoinHandle<Vec<Value>> {
     processes::kill(pid_of(home, " supervise "));
-    let lock =
-        Held::try_take(&vm_dir(home, id).join("supervisor.lock")).unwrap().expect("the lock of a killed supervisor");
+    let lock = HeldLock::try_take(&vm_dir(home, id).join("supervisor.lock"))
+        .unwrap()
+        .expect("the lock of a killed supervisor");
     let socket = vm_dir(home, id).join("control.sock");
     std::fs::remove_file(&socket).unwrap();
     let listener = UnixListener::bind(&socket).unwrap();
@@ -69,7 +70,7 @@ fn play_supervisor(home: &Home, id: &str, replies: &'static [&'static str]) -> s
 }
 
 #[test]
-fn a_supervisor_of_an_older_nido_is_asked_again_without_a_version() {
+fn a_request_to_an_older_supervisor_is_repeated_without_a_version() {
     let home = Home::new();
     let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
     let older = play_supervisor(&home, &id, &[REFUSAL_OF_VERSION_1, r#"{"answer":"done"}"#]);
@@ -106,7 +107,7 @@ fn a_stop_ends_also_if_qemu_does_not_reply_to_the_next_supervisor() {
     let stopping = home.nido(["stop", "web", "--timeout", "1h"]).start();
     home.await_info("web", |info| info["status"] == "stopping");
     kill_process(pid_of(&home, "fake-qemu"), Signal::STOP).unwrap();
-    // Nor does its client ask for the stop again.
+    // Nor does its client request the stop again.
     stopping.signal(Signal::KILL);
     drop(stopping.wait());
     processes::kill(pid_of(&home, " supervise "));

@@ -166,7 +166,7 @@ fn a_directory_that_may_not_be_written_is_copied_with_its_mode() {
 
 // A guest chose modes on the host that the user's umask forbids.
 #[test]
-fn modes_of_a_download_are_masked_unless_they_are_to_be_kept() {
+fn modes_of_a_download_are_masked_unless_preserved() {
     let home = vm();
     let tree = home.scratch("there/tree");
     fs::create_dir(&tree).unwrap();
@@ -213,7 +213,7 @@ fn holes_and_hard_links_are_kept_both_ways() {
 
 // A tree ended at the first entry without permission, as a defect of nido (exit code 70).
 #[test]
-fn a_tree_goes_on_past_what_cannot_be_read_and_names_it() {
+fn a_tree_copy_skips_and_names_unreadable_entries() {
     let home = Home::new();
     // Permission bits count for the side that is read: for this guest, which sends, and for the command, which sends to another.
     home.nido(["spawn", "web", "--accel", "tcg"]).plainly().run().ok();
@@ -241,7 +241,7 @@ fn a_tree_goes_on_past_what_cannot_be_read_and_names_it() {
         assert_eq!(fs::read(copy.join("c")).unwrap(), b"c");
         assert!(!copy.join("b").exists() && !copy.join("closed").exists());
     }
-    // Said to people, too. A file alone is an error of its own.
+    // In the text output, too. A file alone is an error of its own.
     let ran = home.nido(["cp"]).arg(home.scratch("here/tree")).arg(to(&home.scratch("there/x"))).plainly().run();
     let ran = ran.exits(1);
     assert!(ran.stderr.contains("2 entries could not be read") && ran.stderr.contains("tree/b"), "{}", ran.stderr);

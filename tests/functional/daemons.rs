@@ -1,4 +1,4 @@
-//! Processes of nido that stay: what they keep of whoever started them, what ends them, and what ends when they are killed.
+//! Background processes of nido: what they inherit from the process that started them, what ends them, and what ends when they are killed.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -27,7 +27,7 @@ fn about(pid: Pid, what: &str) -> String {
     String::from_utf8_lossy(&fs::read(format!("/proc/{}/{what}", pid.as_raw_nonzero())).unwrap()).into_owned()
 }
 
-/// A lock of the caller's, a pipe, a mark in its environment or its directory stayed in use by supervisors, deliverers and fillers.
+/// A lock of the caller's, a pipe, a mark in its environment or its directory stayed in use by supervisors, delivery workers and pool fillers.
 #[test]
 fn processes_that_stay_keep_nothing_of_their_caller() {
     let home = Home::new();
@@ -73,7 +73,7 @@ fn processes_that_stay_keep_nothing_of_their_caller() {
     home.nido(["webhook", "remove", &webhook]).run().ok();
 }
 
-/// A VM whose supervisor was killed ran on past its time to live for as long as nobody called nido.
+/// A VM whose supervisor was killed exceeded its time to live as long as no command ran.
 #[test]
 fn a_time_to_live_ends_without_a_supervisor_and_without_a_command() {
     let home = Home::new();
@@ -107,7 +107,7 @@ fn sigterm_stops_a_vm_in_order() {
 
 /// A VM belonged to the service or session that it was started in, and went down with it.
 #[test]
-fn where_there_is_systemd_a_vm_gets_a_scope_of_its_own() {
+fn with_systemd_a_vm_gets_its_own_scope() {
     let home = Home::new();
     let programs = home.scratch("bin");
     fs::create_dir(&programs).unwrap();

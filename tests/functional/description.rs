@@ -4,24 +4,24 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::receiver::Receiver;
 use crate::support::{Home, until};
 
 /// Links that lead where QEMU's part in it cannot be played: copies of a VM that runs.
-const NOT_HERE: [&str; 1] = ["vm_fork"];
+const EXCLUDED_OPERATIONS: [&str; 1] = ["vm_fork"];
 
 /// A client that has read the description.
 struct Client<'a> {
     server: &'a Server,
-    /// By operation: method, path, and what is said of it.
+    /// By operation: method, path, and its description.
     operations: BTreeMap<String, (String, String, Value)>,
     /// The links that were followed.
     followed: Vec<String>,
 }
 
-/// What was answered, and the request's part in it.
-struct Told {
+/// A response, and the request's part in it.
+struct RecordedResponse {
     operation: String,
     status: u16,
     path: BTreeMap<String, String>,
@@ -42,7 +42,13 @@ impl<'a> Client<'a> {
     }
 
     /// Asks for an operation: what is no part of the path goes into the query.
-    fn ask(&self, id: &str, parameters: &BTreeMap<String, String>, body: Option<&Value>, prefer: &str) -> Told {
+    fn send_request(
+        &self,
+        id: &str,
+        parameters: &BTreeMap<String, String>,
+        body: Option<&Value>,
+        prefer: &str,
+    ) -> RecordedResponse {
         let (method, template, operation) = &self.operations[id];
         let (mut path, mut query, mut of_path) = (template.clone(), Vec::new(), BTreeMap::new());
         for (name, value) in parameters {
@@ -63,27 +69,32 @@ impl<'a> Client<'a> {
         let mut headers = vec![("prefer", prefer)];
         headers.extend(body.map(|_| ("content-type", "application/json")));
         let bytes = body.map(|body| body.to_string().into_bytes()).unwrap_or_default();
-        let Answer { status, body, .. } = self.server.send(method, &path, &headers, &bytes);
+        let HttpResponse { status, body, .. } = self.server.send(method, &path, &headers, &bytes);
         let text = String::from_utf8_lossy(&body).into_owned();
         assert!((200..300).contains(&status), "{method} {path}: {status} {text}");
         assert!(operation["responses"][status.to_string()].is_object(), "{id} does not speak of {status}");
-        Told { operation: id.into(), status, path: of_path, body: serde_json::from_str(&text).unwrap_or(json!(text)) }
+        RecordedResponse {
+            operation: id.into(),
+            status,
+            path: of_path,
+            body: serde_json::from_str(&text).unwrap_or(json!(text)),
+        }
     }
 
     /// Follows every link of an answer, and those of what comes then.
-    fn follow_all(&mut self, told: &Told, depth: u8) {
+    fn follow_all(&mut self, told: &RecordedResponse, depth: u8) {
         let (_, _, operation) = &self.operations[&told.operation];
         let links = operation["responses"][told.status.to_string()]["links"].as_object().cloned().unwrap_or_default();
         for (name, link) in links.iter().filter(|_| depth > 0) {
             let target = link["operationId"].as_str().unwrap();
             assert!(self.operations.contains_key(target), "{name} leads to {target}, which is not there");
-            if NOT_HERE.contains(&target) {
+            if EXCLUDED_OPERATIONS.contains(&target) {
                 continue;
             }
             let parameters = link["parameters"].as_object().unwrap().iter();
             let parameters =
                 parameters.map(|(name, from)| (name.clone(), found(from.as_str().unwrap(), told))).collect();
-            let next = self.ask(target, &parameters, None, "wait=60");
+            let next = self.send_request(target, &parameters, None, "wait=60");
             self.followed.push(format!("{} {name}", told.operation));
             self.follow_all(&next, depth - 1);
         }
@@ -91,7 +102,7 @@ impl<'a> Client<'a> {
 }
 
 /// The value of a runtime expression.
-fn found(expression: &str, told: &Told) -> String {
+fn found(expression: &str, told: &RecordedResponse) -> String {
     if let Some(name) = expression.strip_prefix("$request.path.") {
         return told.path[name].clone();
     }
@@ -104,18 +115,18 @@ fn found(expression: &str, told: &Told) -> String {
 }
 
 #[test]
-fn who_follows_the_links_gets_what_they_promise() {
+fn openapi_links_lead_to_the_described_operations() {
     let receiver = Receiver::start();
     let home = Home::new();
     let server = Server::start(&home);
     let mut client = Client::new(&server);
     let hook = json!({ "url": receiver.url(), "allow_private": true });
-    let hook = client.ask("webhook_add", &BTreeMap::new(), Some(&hook), "");
+    let hook = client.send_request("webhook_add", &BTreeMap::new(), Some(&hook), "");
 
-    let vm = client.ask("vm_spawn", &BTreeMap::new(), None, "");
+    let vm = client.send_request("vm_spawn", &BTreeMap::new(), None, "");
     assert_eq!(vm.body["name"], "web");
     for first in ["vm_list", "events", "template_list", "webhook_list"] {
-        let told = client.ask(first, &BTreeMap::new(), None, "");
+        let told = client.send_request(first, &BTreeMap::new(), None, "");
         client.follow_all(&told, 1);
     }
     // Ends with the deletion of the VM.
@@ -127,9 +138,9 @@ fn who_follows_the_links_gets_what_they_promise() {
     client.follow_all(&hook, 2);
 
     let begun = json!({ "name": "later", "start": false });
-    let begun = client.ask("vm_spawn", &BTreeMap::new(), Some(&begun), "respond-async");
+    let begun = client.send_request("vm_spawn", &BTreeMap::new(), Some(&begun), "respond-async");
     assert_eq!(begun.status, 202);
-    // Polled, then cancelled; after that it is not known any more.
+    // Polled, then cancelled; after that it does not exist any more.
     client.follow_all(&begun, 1);
 
     let mut all: Vec<_> = client.operations.iter().flat_map(|(id, (_, _, operation))| names(id, operation)).collect();

@@ -40,7 +40,7 @@ fn streams_stay_apart_and_bytes_stay_bytes() {
 }
 
 #[test]
-fn standard_input_is_only_passed_on_when_asked_for() {
+fn standard_input_is_only_passed_on_with_i() {
     let home = vm();
     let ran = home.nido(["exec", "web", "--", "cat"]).input("unheard").run().ok();
     assert_eq!(ran.text(), "");
@@ -49,7 +49,7 @@ fn standard_input_is_only_passed_on_when_asked_for() {
 }
 
 #[test]
-fn place_and_environment_are_as_told() {
+fn directory_and_environment_are_as_requested() {
     let home = vm();
     let command = ["exec", "web", "-w", "/usr", "-e", "A=1 2", "-e", "OWN", "-e", "EMPTY=", "--", "sh", "-c"];
     let ran = home.nido(command).arg("pwd; echo \"$A|$OWN|${EMPTY-unset}|${HOST-unset}\"");
@@ -110,7 +110,7 @@ fn the_third_interrupt_leaves_a_command_that_does_not_care() {
 }
 
 #[test]
-fn a_signal_is_not_held_up_by_input_nobody_reads() {
+fn a_signal_is_not_delayed_by_unread_input() {
     let home = vm();
     let script = "trap 'exit 9' INT; echo ready; while :; do sleep 0.05; done";
     let mut exec = home.nido(["exec", "web", "-i", "--", "sh", "-c", script]).start();
@@ -175,8 +175,8 @@ fn output_that_cannot_be_written_is_an_error() {
 }
 
 #[test]
-fn one_sigterm_ends_nido_whatever_the_guest_does() {
-    // A command that ignored it, or a guest that stood still, kept nido alive: timeout(1), systemd and CI send just one.
+fn one_sigterm_ends_nido_even_if_the_guest_hangs() {
+    // A command that ignored it, or a guest that was paused, kept nido running: timeout(1), systemd and CI send just one.
     let home = vm();
     let script = "trap '' TERM; echo ready; while :; do sleep 0.05; done";
     let ignoring = home.nido(["exec", "web", "--", "sh", "-c", script]).start();
@@ -202,7 +202,7 @@ fn one_sigterm_ends_nido_whatever_the_guest_does() {
 
 #[test]
 fn a_command_that_is_too_large_is_not_the_guests_fault() {
-    // What nido itself could not put into a frame was laid at the guest's door: "may have been tampered with".
+    // What nido itself could not put into a frame was reported as a fault of the guest: "may have been tampered with".
     let home = vm();
     let long = "a".repeat(120_000);
     let mut arguments = home.nido(["exec", "web", "--json", "--", "true"]);
@@ -230,7 +230,7 @@ fn quotes_of_a_guests_message_are_not_escaped() {
 
 #[test]
 fn more_commands_than_the_guest_runs_at_once_wait_for_their_turn() {
-    // The 65th was told that the agent is out of reach, or had too many sessions.
+    // The 65th got the error that the agent is unreachable, or had too many sessions.
     let home = vm();
     let all: Vec<_> = (0..70).map(|_| home.nido(["exec", "web", "--", "sleep", "0.5"]).start()).collect();
     for exec in all {
@@ -239,7 +239,7 @@ fn more_commands_than_the_guest_runs_at_once_wait_for_their_turn() {
 }
 
 #[test]
-fn a_command_whose_vm_is_stopped_says_so() {
+fn a_command_whose_vm_is_stopped_reports_it() {
     let home = vm();
     let exec = home.nido(["exec", "web", "--", "sh", "-c", "trap '' HUP TERM; echo ready; sleep 1000"]).start();
     assert_eq!(exec.line(), "ready");

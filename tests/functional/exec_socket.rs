@@ -16,7 +16,7 @@ fn open(server: &Server) -> WebSocket {
 
 fn start(server: &Server, what: &Value) -> WebSocket {
     let mut socket = open(server);
-    socket.say(what);
+    socket.send_json(what);
     assert!(socket.until("started").0["pid"].as_u64().unwrap() > 0);
     socket
 }
@@ -37,17 +37,17 @@ fn input_goes_in_and_both_outputs_come_out() {
     socket.bytes(b"one\n");
     socket.expect("one\n");
     socket.bytes(&[0, 255]);
-    socket.say(&json!({"eof": true}));
+    socket.send_json(&json!({"eof": true}));
     let (exit, out, err) = socket.until("exit");
     assert_eq!((&exit["exit_code"], &out[..], &err[..]), (&json!(7), &[0, 255][..], &b"err\n"[..]));
     assert_eq!(socket.next(), Message::Close);
     let mut socket = start(&server, &json!({"start": {"argv": ["sleep", "60"]}}));
-    socket.say(&json!({"signal": 15}));
+    socket.send_json(&json!({"signal": 15}));
     assert_eq!(socket.until("exit").0["signal"], 15);
 }
 
 #[test]
-fn a_terminal_has_the_size_it_is_told() {
+fn a_terminal_has_the_requested_size() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -56,7 +56,7 @@ fn a_terminal_has_the_size_it_is_told() {
     let what = json!({"start": {"argv": ["sh", "-c", script]}, "pty": size, "term": "vt100"});
     let mut socket = start(&server, &what);
     socket.expect("24 80\r\nvt100\r\nready\r\n");
-    socket.say(&json!({"resize": {"rows": 40, "columns": 120}}));
+    socket.send_json(&json!({"resize": {"rows": 40, "columns": 120}}));
     let (exit, out, _) = socket.until("exit");
     assert!(String::from_utf8(out).unwrap().contains("40 120"), "{exit}");
     assert_eq!(exit["exit_code"], 0);
@@ -67,7 +67,7 @@ fn the_end_of_the_connection_is_that_of_the_command() {
     let home = Home::new();
     let server = Server::with(&home, &["--patience", "1s"]);
     home.spawn("web");
-    // Said, or not said, or not read any more, or not there any more when asked.
+    // A client that sends, does not send, does not read, or does not reply to a ping.
     let mut closed = start(&server, &json!({"start": {"argv": ["sleep", "98741"]}}));
     closed.close();
     expect_none(&home, "sleep 98741");
@@ -111,7 +111,7 @@ fn a_command_is_in_the_audit_log_before_it_runs() {
     let command = json!({"argv": ["sh", "-c", "echo hi; exit 3"], "env": {"TOKEN": "s3cret"}, "stdin": "hunter2"});
     let mut socket = start(&server, &json!({"start": command, "pty": {"rows": 24, "columns": 80}}));
     socket.until("exit");
-    // Whoever is told of the end finds it there.
+    // A client that is notified of the end finds it there.
     assert_eq!(outcomes(&home), [["success", "exit_code:3"]]);
     let params = &lines(&home, "attempt")[0]["params"];
     assert_eq!((&params["name"], &params["argv"][2]), (&json!("web"), &json!("echo hi; exit 3")), "{params}");
@@ -119,24 +119,24 @@ fn a_command_is_in_the_audit_log_before_it_runs() {
     let text = params.to_string();
     assert!(!text.contains("s3cret") && !text.contains("hunter2"), "{text}");
     let mut socket = start(&server, &json!({"start": {"argv": ["sleep", "60"]}}));
-    socket.say(&json!({"signal": 9}));
+    socket.send_json(&json!({"signal": 9}));
     socket.until("exit");
     assert_eq!(outcomes(&home)[1], ["success", "signal:9"]);
     let mut socket = open(&server);
-    socket.say(&json!({"start": {"argv": ["no-such-command"]}}));
+    socket.send_json(&json!({"start": {"argv": ["no-such-command"]}}));
     socket.until("error");
-    // Where nothing was begun somebody was there all the same.
+    // An attempt is recorded although no command was begun.
     let mut socket = open(&server);
-    socket.say(&json!({"begin": {}}));
+    socket.send_json(&json!({"begin": {}}));
     socket.until("error");
     assert_eq!(outcomes(&home)[2..], [["error", "command_not_found"], ["error", "spec_invalid"]]);
     assert_eq!(lines(&home, "attempt").len(), 3);
-    // Where it cannot be written down it is not run.
+    // Where it cannot be recorded it is not run.
     let mut socket = open(&server);
     let (audit, proof) = (home.path().join("audit"), home.scratch("proof"));
     std::fs::rename(&audit, home.scratch("kept")).unwrap();
     std::fs::write(&audit, "").unwrap();
-    socket.say(&json!({"start": {"argv": ["touch", proof]}}));
+    socket.send_json(&json!({"start": {"argv": ["touch", proof]}}));
     assert_eq!(socket.until("error").0["code"], "audit_failed");
     assert_eq!((socket.next(), proof.exists()), (Message::Close, false));
     std::fs::remove_file(&audit).unwrap();
@@ -145,7 +145,7 @@ fn a_command_is_in_the_audit_log_before_it_runs() {
 }
 
 #[test]
-fn what_runs_may_finish_when_the_server_ends() {
+fn running_commands_may_finish_when_the_server_ends() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -153,7 +153,7 @@ fn what_runs_may_finish_when_the_server_ends() {
     let mut running = start(&server, &json!({"start": {"command": "echo up; sleep 1; echo done"}}));
     running.expect("up\n");
     server.live().signal(Signal::TERM);
-    // Who has not said anything yet comes too late.
+    // A client that has sent nothing yet is too late.
     assert_eq!((idle.until("error").0["code"].as_str(), idle.next()), (Some("interrupted"), Message::Close));
     let (exit, out, _) = running.until("exit");
     assert_eq!((&exit["exit_code"], &out[..], running.next()), (&json!(0), &b"done\n"[..], Message::Close));
@@ -164,7 +164,7 @@ fn what_runs_may_finish_when_the_server_ends() {
 }
 
 #[test]
-fn what_would_never_end_is_told_that_the_server_ends() {
+fn endless_commands_are_notified_that_the_server_ends() {
     let home = Home::new();
     let server = Server::with(&home, &["--patience", "1s"]);
     home.spawn("web");
@@ -229,7 +229,7 @@ fn a_server_full_of_listeners_can_be_stopped() {
 }
 
 #[test]
-fn what_lasts_ends_with_its_token() {
+fn long_running_streams_end_with_their_token() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -237,7 +237,7 @@ fn what_lasts_ends_with_its_token() {
     let (token, bearer) = (made["token"].as_str().unwrap(), format!("Bearer {}", made["token"].as_str().unwrap()));
     let protocols = format!("nido, nido.token.{token}");
     let mut socket = WebSocket::open(server.address(), PATH, &[("sec-websocket-protocol", &protocols)]).ok().unwrap();
-    socket.say(&json!({"start": {"argv": ["sleep", "98747"]}}));
+    socket.send_json(&json!({"start": {"argv": ["sleep", "98747"]}}));
     socket.until("started");
     let json = ("content-type", "application/json");
     let stream = ("accept", "text/event-stream");
@@ -266,13 +266,13 @@ fn what_lasts_ends_with_its_token() {
     for command in ["sleep 98747", "sleep 98748"] {
         expect_none(&home, command);
     }
-    // Nobody else is cut off.
+    // No other client is disconnected.
     home.nido(["stop", "web"]).run().ok();
     while other.line() != "event: vm.stopped" {}
 }
 
 #[test]
-fn who_may_not_is_refused_before_anything_is_opened() {
+fn unauthorized_clients_are_refused_before_the_upgrade() {
     let home = Home::new();
     let server = Server::with(&home, &["--allow-host", "ci.example"]);
     home.spawn("web");
@@ -297,7 +297,7 @@ fn who_may_not_is_refused_before_anything_is_opened() {
 }
 
 #[test]
-fn a_first_message_that_starts_nothing_is_told_so() {
+fn an_invalid_first_message_is_reported() {
     let home = Home::new();
     let server = Server::start(&home);
     home.spawn("web");
@@ -308,7 +308,7 @@ fn a_first_message_that_starts_nothing_is_told_so() {
     ];
     for (what, code) in wrong {
         let mut socket = open(&server);
-        socket.say(&what);
+        socket.send_json(&what);
         assert_eq!(socket.until("error").0["code"], code, "{what}");
         let expected = if code == "spec_invalid" { 1007 } else { 1008 };
         assert_eq!((socket.next(), socket.code), (Message::Close, Some(expected)));

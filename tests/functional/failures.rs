@@ -1,4 +1,4 @@
-//! What goes wrong: with the contract's code, one sentence, and nothing left over.
+//! Failures: with the contract's code, one sentence, and no orphans.
 
 use rustix::process::Signal;
 
@@ -6,7 +6,7 @@ use crate::support::Home;
 use crate::support::run::Nido;
 
 #[test]
-fn what_is_not_there_is_said() {
+fn missing_objects_are_reported() {
     let home = Home::new();
     for arguments in [["info", "web"], ["start", "web"], ["stop", "web"], ["delete", "web"], ["logs", "web"]] {
         home.nido(arguments).arg("--json").run().fails(1, "vm_not_found");
@@ -44,7 +44,7 @@ fn isolation_that_is_required_is_not_replaced() {
 }
 
 #[test]
-fn a_qemu_that_dies_at_its_start_is_quoted_harmlessly() {
+fn a_qemu_that_fails_at_its_start_is_quoted_escaped() {
     let home = Home::new();
     home.qemu("escape-stderr;die-at-start:the disk is made of cheese");
     let problem = home.nido(["spawn", "web", "--json"]).run().fails(1, "qemu_failed");
@@ -117,7 +117,7 @@ fn a_vm_that_fails_under_kvm_has_failed_and_lowers_no_isolation() {
         let verdict = entry.map_or_else(String::new, |entry| entry["value"].to_string());
         assert!(!verdict.contains("web") && !verdict.contains("boot"), "a guest has written a verdict: {verdict}");
     }
-    // The same if nobody waits.
+    // The same without a waiting command.
     kvm.write(KvmVerdict::WORKS);
     home.nido(["spawn", "later", "--timeout", "2s", "--no-wait"]).run().ok();
     let info = home.await_info("later", |info| info["status"] == "failed");
@@ -130,7 +130,7 @@ fn a_vm_that_fails_under_kvm_has_failed_and_lowers_no_isolation() {
 
 /// A VM that had run under KVM was emulated at its next start if KVM was found wanting meanwhile.
 #[test]
-fn a_vm_that_ran_with_isolation_does_not_start_without_it_unless_told_to() {
+fn a_vm_that_ran_with_isolation_starts_without_it_only_on_request() {
     let home = Home::new();
     let Some(kvm) = KvmVerdict::of(&home) else {
         eprintln!("SKIPPED: this host's /dev/kvm does not open, so nothing can be believed of it");
@@ -160,7 +160,7 @@ fn a_vm_that_ran_with_isolation_does_not_start_without_it_unless_told_to() {
 }
 
 #[test]
-fn a_monitor_that_says_nothing_ends_at_a_deadline() {
+fn a_silent_monitor_ends_at_a_deadline() {
     let home = Home::new();
     for words in ["no-greeting", "garbage-qmp", "never-listens"] {
         home.qemu(words);
@@ -182,7 +182,7 @@ fn a_vm_whose_monitor_went_silent_can_be_deleted() {
 }
 
 #[test]
-fn events_nobody_knows_do_no_harm() {
+fn unknown_events_are_ignored() {
     let home = Home::new();
     home.qemu("unknown-event");
     home.spawn("web");
@@ -192,7 +192,7 @@ fn events_nobody_knows_do_no_harm() {
 }
 
 #[test]
-fn a_vm_that_breaks_down_says_why() {
+fn a_failed_vm_reports_why() {
     let home = Home::new();
     for (words, cause, status) in [
         ("panic-after-ms:400", "guest_panic", "failed"),
@@ -262,7 +262,7 @@ fn a_template_that_lost_a_part_is_not_booted() {
 }
 
 #[test]
-fn a_full_disk_is_said_and_survived() {
+fn a_full_disk_is_reported_and_survived() {
     let home = Home::new();
     home.nido(["create", "old"]).run().ok();
     let small = home.scratch("small");
@@ -288,7 +288,7 @@ fn a_full_disk_is_said_and_survived() {
 }
 
 #[test]
-fn the_doctor_says_what_is_missing() {
+fn the_doctor_reports_what_is_missing() {
     let home = Home::new();
     let well = home.nido(["doctor", "--json"]).run();
     assert!(well.json()["checks"].as_array().unwrap().len() > 3);
@@ -299,9 +299,9 @@ fn the_doctor_says_what_is_missing() {
     assert!(told.text().contains("failed   ") && told.text().contains("hint: "), "{}", told.text());
 }
 
-/// What the doctor says of a QEMU is what a start says of it.
+/// The doctor and a start report the same about a QEMU.
 #[test]
-fn the_doctor_knows_which_vms_a_qemu_can_start() {
+fn the_doctor_reports_which_vms_a_qemu_can_start() {
     let machine = |home: &Home, code: i32| {
         let report = home.nido(["doctor", "--json"]).run().exits(code).json();
         let checks = report["checks"].as_array().unwrap();

@@ -16,7 +16,7 @@ fn vm() -> Home {
 }
 
 #[test]
-fn a_file_goes_in_and_comes_back() {
+fn a_file_is_uploaded_and_downloaded() {
     let home = vm();
     let (here, there, back) = (home.scratch("here/a, b\n=c"), home.scratch("there/x"), home.scratch("here/back"));
     let bytes: Vec<u8> = (0..1_500_000u32).map(|n| (n * 31 % 253) as u8).collect();
@@ -65,7 +65,7 @@ fn standard_streams_are_files_too() {
 }
 
 #[test]
-fn what_exists_is_not_replaced_unasked() {
+fn an_existing_file_is_replaced_only_on_request() {
     let home = vm();
     let (here, there) = (home.scratch("here/x"), home.scratch("there/x"));
     fs::write(&there, "new").unwrap();
@@ -77,7 +77,7 @@ fn what_exists_is_not_replaced_unasked() {
 }
 
 #[test]
-fn what_is_missing_is_said_and_nothing_is_left() {
+fn a_missing_file_is_reported_and_leaves_no_orphans() {
     let home = vm();
     let (missing, there) = (home.scratch("here/missing"), home.scratch("there/x"));
     home.nido(["upload", "web", "--json"]).arg(&missing).arg(&there).run().fails(1, "path_not_found");

@@ -21,7 +21,7 @@ fn server() -> u16 {
     port
 }
 
-fn ask(port: u16, text: &str) -> String {
+fn send_request(port: u16, text: &str) -> String {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     stream.write_all(text.as_bytes()).unwrap();
     stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -37,7 +37,7 @@ fn a_port_is_published_and_unpublished() {
     let guest = server();
     let added = home.nido(["forward", "add", "web", "--json"]).arg(guest.to_string()).run().ok().json();
     let host = u16::try_from(added["host_port"].as_u64().unwrap()).unwrap();
-    assert_eq!(ask(host, "hello"), "HELLO");
+    assert_eq!(send_request(host, "hello"), "HELLO");
     let list = home.nido(["forward", "ls", "web", "--json"]).run().ok().json();
     assert_eq!(list["forwards"][0]["guest_port"], guest);
     let named = format!("127.0.0.1:{host}:{guest}");
@@ -48,7 +48,7 @@ fn a_port_is_published_and_unpublished() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_said() {
+fn a_port_in_use_is_reported() {
     let home = Home::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
@@ -64,9 +64,9 @@ fn ports_named_at_spawn_are_there_from_the_start_and_after_a_restart() {
     let guest = server();
     let vm = home.nido(["spawn", "web", "--json", "-p"]).arg(format!("0:{guest}")).run().ok().json();
     let host = u16::try_from(vm["forwards"][0]["host_port"].as_u64().unwrap()).unwrap();
-    assert_eq!(ask(host, "one"), "ONE");
+    assert_eq!(send_request(host, "one"), "ONE");
     home.nido(["restart", "web", "--force"]).run().ok();
-    assert_eq!(ask(host, "two"), "TWO");
+    assert_eq!(send_request(host, "two"), "TWO");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::support::{Home, processes, until};
 
 /// Within which time a QEMU has a supervisor again. Twice what is promised, for busy machines; nothing else takes part.
-const ADOPTED_WITHIN: Duration = Duration::from_secs(10);
+const ADOPTION_TIMEOUT: Duration = Duration::from_secs(10);
 
 fn with(home: &Home, word: &str) -> Vec<Pid> {
     processes::of(&home.path()).into_iter().filter(|(_, line)| line.contains(word)).map(|(pid, _)| pid).collect()
@@ -35,7 +35,7 @@ fn await_adoptions(home: &Home, ids: &[String], count: usize) {
     for id in ids {
         until("another supervisor", || (log(home, id).matches("taking over the QEMU").count() >= count).then_some(()));
     }
-    assert!(began.elapsed() < ADOPTED_WITHIN, "{:?}", began.elapsed());
+    assert!(began.elapsed() < ADOPTION_TIMEOUT, "{:?}", began.elapsed());
 }
 
 fn id(vm: &serde_json::Value) -> String {

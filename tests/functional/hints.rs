@@ -27,7 +27,7 @@ fn each_front_end_proposes_its_own_calls() {
     let protocols = format!("nido, nido.token.{}", server.token());
     let headers = [("sec-websocket-protocol", &*protocols)];
     let mut socket = WebSocket::open(server.address(), "/v1/vms/web/exec/socket", &headers).ok().unwrap();
-    socket.say(&json!({ "start": body }));
+    socket.send_json(&json!({ "start": body }));
     assert_eq!(socket.until("error").0["hint"], REQUEST);
 
     let mut client = Client::start(&home, Era::Modern);

@@ -1,4 +1,4 @@
-//! Whatever is killed at whatever moment: nothing that happened is hidden, told out of order, or left lying about.
+//! Any process is killed at any moment: no event is lost or out of order, and no orphan remains.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read as _;
@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use super::webhooks::{add, deliverers, expect_no_deliverer, expect_order, remove};
 use crate::support::http::Server;
 use crate::support::receiver::Receiver;
-use crate::support::{Home, Live, processes, until};
+use crate::support::{Home, RunningNido, processes, until};
 
-/// Rounds, unless `NIDO_KILL_ROUNDS` says otherwise.
+/// Rounds, unless `NIDO_KILL_ROUNDS` is set.
 const ROUNDS: u64 = 200;
 /// How many names there are: few, so that operations meet.
 const NAMES: u64 = 5;
@@ -40,8 +40,8 @@ fn number(variable: &str) -> Option<u64> {
     Some(std::env::var(variable).ok()?.parse().unwrap())
 }
 
-/// Something over REST, whose answer nobody waits for yet. The server may die meanwhile.
-fn ask(server: &Server, random: &mut Random) -> TcpStream {
+/// A request over REST whose response is not awaited yet. The server may be killed meanwhile.
+fn send_request(server: &Server, random: &mut Random) -> TcpStream {
     let name = random.name();
     let (method, path, body) = match random.below(12) {
         0..5 => ("POST", "/v1/vms".into(), json!({ "name": name, "start": false, "accel": "tcg" }).to_string()),
@@ -57,7 +57,7 @@ fn ask(server: &Server, random: &mut Random) -> TcpStream {
 }
 
 /// Something on the command line.
-fn command(home: &Home, random: &mut Random) -> Live {
+fn command(home: &Home, random: &mut Random) -> RunningNido {
     let name = random.name();
     let nido = match random.below(12) {
         0..5 => home.nido(["create", &name, "--accel", "tcg"]),
@@ -70,20 +70,20 @@ fn command(home: &Home, random: &mut Random) -> Live {
 }
 
 #[test]
-fn whoever_is_killed_again_and_again_hides_nothing_and_leaves_nothing() {
+fn kills_of_any_process_lose_no_event_and_leave_no_orphans() {
     let seed = number("NIDO_KILL_SEED").unwrap_or_else(|| u64::from(std::process::id()) * 7919);
     let rounds = number("NIDO_KILL_ROUNDS").unwrap_or(ROUNDS);
     println!("NIDO_KILL_SEED={seed} NIDO_KILL_ROUNDS={rounds}");
     let mut random = Random(seed);
     let receiver = Receiver::start();
-    // So that deliverers are killed while they wait for an answer, too.
+    // So that delivery workers are killed while they wait for a response, too.
     receiver.dawdle(Duration::from_millis(2));
     let home = Home::new();
     let webhook = add(&home, &receiver.url());
     let mut server = Server::start(&home);
     let mut killed = [0_u64; 3];
     for _ in 0..rounds {
-        let mut asked = ask(&server, &mut random);
+        let mut asked = send_request(&server, &mut random);
         let command = command(&home, &mut random);
         // The moment, whatever it is.
         std::thread::sleep(Duration::from_micros(random.below(MOMENT_US)));
@@ -111,7 +111,7 @@ fn whoever_is_killed_again_and_again_hides_nothing_and_leaves_nothing() {
     let doctor = home.nido(["doctor", "--json"]).run().json();
     let orphans = doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == "orphans").unwrap();
     assert_eq!(orphans["status"], "ok", "{orphans}");
-    // Those that live work, and go when they are told to.
+    // Running VMs work, and are deleted on request.
     for name in home.names() {
         home.nido(["delete", &name, "--force", "--yes"]).run().ok();
     }
@@ -155,7 +155,7 @@ fn all_events(home: &Home) -> Vec<Value> {
     }
 }
 
-/// What is told of a VM begins with its making and ends with its deletion, both once: nothing in between is missing at an end.
+/// The events of a VM begin with its creation and end with its deletion, both once: nothing in between is missing at an end.
 fn expect_whole_lives(events: &[Value]) {
     let mut lives: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for event in events.iter().filter(|event| event["vm_name"].is_string()) {
@@ -171,10 +171,10 @@ fn expect_whole_lives(events: &[Value]) {
 }
 
 #[test]
-fn a_template_that_went_unsaid_is_said_to_be_gone_by_who_looks_next() {
+fn an_unreported_template_deletion_is_reported_by_the_next_reader() {
     let home = Home::new();
     home.nido(["template", "ls"]).run().ok();
-    // As by somebody who was killed behind it.
+    // As by a process that was killed after it.
     std::fs::remove_file(home.path().join("templates/sandbox.json")).unwrap();
     for _ in 0..2 {
         home.nido(["template", "ls"]).run().ok();

@@ -1,4 +1,4 @@
-//! VMs that are made for a session: they go with it, whether it ends in order or is killed, and with nobody's help.
+//! VMs of a session: they are deleted with it, whether it ends in order or is killed, without any command.
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Child, Command, Stdio};
@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::support::{Home, processes, until};
 
-/// Where the process that holds a session is told what to do.
+/// The instructions for the process that holds a session.
 const HOME: &str = "NIDO_TEST_LEASE_HOME";
 const QEMU: &str = "NIDO_TEST_LEASE_QEMU";
 
@@ -80,7 +80,7 @@ fn supervisors(home: &Home) -> Vec<Pid> {
     all.filter(|(_, line)| line.contains(" supervise ")).map(|(pid, _)| pid).collect()
 }
 
-/// Waits for the end of a VM's files, and asks nido nothing: that would settle it.
+/// Waits for the end of a VM's files, without calling nido: that would reconcile it.
 pub fn await_gone(home: &Home, id: &str) {
     let directory = home.path().join("vms").join(id);
     until("the end of the VM", || (!directory.exists()).then_some(()));
@@ -151,7 +151,7 @@ fn where_the_supervisor_was_killed_as_well_the_next_command_sees_to_it() {
 }
 
 #[test]
-fn a_session_goes_on_when_a_supervisor_does_not() {
+fn a_session_survives_its_supervisor() {
     let home = Home::new();
     let holder = Holder::start(&home);
     processes::kill(supervisors(&home)[0]);

@@ -1,4 +1,4 @@
-//! The life of VMs: made, started, halted, stopped, forgotten; and what survives what.
+//! The lifecycle of VMs: created, started, paused, stopped, deleted; and what survives what.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use crate::support::{Home, processes, until};
 
 #[test]
-fn a_vm_lives_from_spawn_to_delete() {
+fn the_lifecycle_of_a_vm_from_spawn_to_delete() {
     let home = Home::new();
     let spawned = home.nido(["spawn", "web", "--accel", "tcg", "--memory", "256M", "--label", "role=demo"]).run().ok();
     assert_eq!(spawned.text(), "web\n");
@@ -55,7 +55,7 @@ fn a_created_vm_waits_to_be_started() {
 }
 
 #[test]
-fn a_paused_vm_stands_still_until_it_is_resumed() {
+fn a_paused_vm_stays_paused_until_it_is_resumed() {
     let home = Home::new();
     home.spawn("web");
     home.nido(["pause", "web"]).run().ok();
@@ -87,7 +87,7 @@ fn a_stop_pulls_the_plug_of_a_guest_that_does_not_care() {
 
 // It was asked once: a guest that was coming up overlooked that, and the plug was pulled when the time was up.
 #[test]
-fn a_guest_that_overlooks_the_power_button_is_asked_again() {
+fn the_power_button_is_pressed_again_if_a_guest_misses_it() {
     let home = Home::new();
     home.qemu("no-agent;overlook-powerdown");
     home.nido(["spawn", "web", "--no-wait", "--accel", "tcg"]).run().ok();
@@ -106,16 +106,16 @@ fn a_stop_whose_supervisor_is_killed_ends_all_the_same() {
     home.spawn("web");
     let stopping = home.nido(["stop", "web", "--timeout", "1s"]).start();
     home.await_info("web", |info| info["status"] == "stopping");
-    // The command asks the next supervisor again; any command that looks at the VM would start one as well.
+    // The command asks the next supervisor again; any command that reads the VM would start one as well.
     let all = processes::of(&home.path()).into_iter();
     all.filter(|(_, line)| line.contains(" supervise ")).for_each(|(pid, _)| processes::kill(pid));
     stopping.wait();
     home.await_info("web", |info| info["status"] == "stopped");
 }
 
-// A pause that was admitted before the stop halted the guest behind it, which could then never go down.
+// A pause that was admitted before the stop paused the guest after it, which could then never go down.
 #[test]
-fn a_guest_that_goes_down_is_not_halted() {
+fn a_guest_that_powers_off_is_not_paused() {
     let home = Home::new();
     home.qemu("ignore-powerdown");
     let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
@@ -135,7 +135,7 @@ fn a_guest_that_goes_down_is_not_halted() {
 fn of_two_spawns_of_one_name_exactly_one_wins() {
     let home = Home::new();
     let runs: Vec<_> = (0..2).map(|_| home.nido(["spawn", "web", "--json", "--accel", "tcg"]).start()).collect();
-    let ran: Vec<_> = runs.into_iter().map(crate::support::Live::wait).collect();
+    let ran: Vec<_> = runs.into_iter().map(crate::support::RunningNido::wait).collect();
     let won = ran.iter().filter(|ran| ran.code() == 0).count();
     assert_eq!(won, 1, "{ran:?}");
     let lost = ran.into_iter().find(|ran| ran.code() != 0).unwrap();
@@ -145,7 +145,7 @@ fn of_two_spawns_of_one_name_exactly_one_wins() {
 }
 
 #[test]
-fn several_are_deleted_and_those_that_cannot_be_are_told() {
+fn several_vms_are_deleted_and_failures_are_reported() {
     let home = Home::new();
     home.nido(["create", "a"]).run().ok();
     home.nido(["create", "b"]).run().ok();
@@ -188,7 +188,7 @@ fn qemu_outlives_its_supervisor_and_is_found_again() {
 }
 
 #[test]
-fn a_vm_whose_processes_were_all_killed_is_told_as_failed() {
+fn a_vm_whose_processes_were_all_killed_is_failed() {
     let home = Home::new();
     home.spawn("web");
     processes::end_all(&home.path());

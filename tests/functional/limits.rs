@@ -3,11 +3,11 @@
 use serde_json::{Value, json};
 
 use crate::support::Home;
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::mcp::{Client, Era};
 
 /// A server, and what a token with these limits may do there.
-fn with_token(home: &Home, limits: &[&str]) -> (Server, impl Fn(&Server, &str, &Value) -> Answer + use<>) {
+fn with_token(home: &Home, limits: &[&str]) -> (Server, impl Fn(&Server, &str, &Value) -> HttpResponse + use<>) {
     let server = Server::start(home);
     let create = home.nido(["token", "create", "--name", "guests", "--scope", "run", "--json"]);
     let made = limits.iter().fold(create, |nido, flag| nido.arg(*flag)).run().ok().json();
@@ -19,7 +19,7 @@ fn with_token(home: &Home, limits: &[&str]) -> (Server, impl Fn(&Server, &str, &
     (server, post)
 }
 
-// Whoever might make VMs might make any number of any size, with the host's network, and publish ports to everybody.
+// A caller with permission to create VMs could create any number of any size, with the host's network, and publish ports to all hosts.
 #[test]
 fn a_token_s_limits_hold_over_rest() {
     let home = Home::new();
@@ -60,7 +60,7 @@ fn a_token_s_limits_hold_over_rest() {
 }
 
 #[test]
-fn a_policy_s_limits_hold_for_agents_who_publish_on_the_loopback_only() {
+fn a_policys_limits_hold_for_agents_which_publish_on_loopback_only() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     let open = json!([{"host": "0.0.0.0", "host_port": 8443, "guest_port": 80}]);

@@ -3,7 +3,7 @@
 use crate::support::Home;
 
 #[test]
-fn what_the_guest_writes_is_shown_and_not_obeyed() {
+fn guest_output_is_shown_escaped() {
     let home = Home::new();
     home.qemu("escape-console");
     home.spawn("web");

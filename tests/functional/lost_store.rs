@@ -11,7 +11,7 @@ fn directory(home: &Home, name: &str) -> PathBuf {
     home.path().join("vms").join(home.info(name)["id"].as_str().unwrap())
 }
 
-/// Moves the store away, as somebody does who is told that it is damaged.
+/// Moves the store away, as a user does when it is reported as damaged.
 fn lose_store(home: &Home) {
     let aside = home.scratch("aside");
     fs::create_dir_all(&aside).unwrap();
@@ -171,7 +171,7 @@ fn remove(directory: &Path) {
     fs::remove_dir_all(directory).unwrap();
 }
 
-// A VM whose directory was removed could neither be deleted nor made anew: "it is not running".
+// A VM whose directory was removed could neither be deleted nor recreated: "it is not running".
 #[test]
 fn a_vm_without_its_directory_can_be_deleted_in_every_state() {
     let home = Home::new();
@@ -239,7 +239,7 @@ fn a_qemu_that_outlived_its_row_is_ended_with_its_vm() {
     let store = nido_store::Store::open(&home.path().join("nido.db")).unwrap();
     let id = directory.file_name().unwrap().to_str().unwrap();
     let stopped = nido_store::Transition::ended(nido_api::state::VmState::Stopped, None);
-    assert_eq!(store.transition(id, &stopped).unwrap(), nido_store::Transitioned::Yes);
+    assert_eq!(store.transition(id, &stopped).unwrap(), nido_store::TransitionOutcome::Yes);
     home.nido(["delete", "web", "--json"]).run().fails(1, "vm_busy");
     assert!(directory.join("disk.qcow2").exists());
     home.nido(["delete", "web", "--force", "--yes"]).run().ok();
@@ -290,7 +290,7 @@ fn the_store_is_backed_up_and_the_backup_can_be_put_in_its_place() {
     assert_eq!(home.names(), ["web"]);
 }
 
-// A supervisor that was killed between the claim of a clone and its record left the record of a clone, which nobody would need.
+// A supervisor that was killed between the claim of a clone and its record kept the record of a clone, which has no data.
 #[test]
 fn the_record_of_a_vm_is_right_once_another_supervisor_has_it() {
     let home = Home::new();

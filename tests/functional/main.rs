@@ -1,4 +1,4 @@
-//! The real `nido` against a QEMU that is none, with the real guest agent as an ordinary process of the host.
+//! The real `nido` against a fake QEMU, with the real guest agent as an ordinary process of the host.
 //!
 //! What needs a real guest is in `tests/boot`.
 
@@ -51,9 +51,9 @@ mod reconcile;
 mod restart;
 mod run;
 mod structure;
+mod template_transfer;
 mod terminal;
 mod tls;
-mod travel;
 mod undo;
 mod unreadable;
 mod usage;

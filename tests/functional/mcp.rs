@@ -1,4 +1,4 @@
-//! The MCP server over the real program: both eras of the protocol, tools and their answers, what is written down.
+//! The MCP server over the real program: both eras of the protocol, tools and their answers, what is recorded.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use crate::support::mcp::{Client, Era};
 use crate::support::{Home, until};
 
 #[test]
-fn a_vm_lives_in_both_eras() {
+fn the_lifecycle_of_a_vm_in_both_protocol_versions() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -60,7 +60,7 @@ fn wrong_arguments_are_answers_that_name_the_field() {
         assert!(error["message"].as_str().unwrap().starts_with(words), "{error}");
     }
     // What is no tool is no call.
-    let answer = client.ask("tools/call", json!({"name": "vm_fly", "arguments": {}}));
+    let answer = client.response_to("tools/call", json!({"name": "vm_fly", "arguments": {}}));
     assert_eq!(answer["error"]["code"], -32602, "{answer}");
     assert!(home.names().is_empty());
 }
@@ -135,7 +135,7 @@ fn times_are_seconds_and_numbers_may_be_written_as_floats_or_text() {
 }
 
 #[test]
-fn every_call_is_written_down_with_who_and_how() {
+fn every_call_is_recorded_with_caller_and_outcome() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Legacy, &["--exclude-tools", "vm_delete"], json!({}));
     client.good("vm_spawn", json!({"name": "web", "accel": "tcg"}));
@@ -147,7 +147,7 @@ fn every_call_is_written_down_with_who_and_how() {
     assert!(!client.tools().contains_key("vm_delete"));
     drop(client);
     let log = home.nido(["audit", "show", "--json"]).run().ok().json();
-    // Of what is done and of what is read there are two logs; within a second nobody knows what came first.
+    // Of what is done and of what is read there are two logs; within a second the order is unknown.
     let (reads, acts): (Vec<_>, Vec<_>) =
         log["records"].as_array().unwrap().iter().cloned().partition(|line| line["log"] == "reads");
     assert_eq!(reads.iter().map(|line| &line["tool"]).collect::<Vec<_>>(), ["vm_ls"]);
@@ -169,7 +169,7 @@ fn every_call_is_written_down_with_who_and_how() {
 }
 
 #[test]
-fn a_vm_is_made_started_kept_and_taken_back_and_files_go_in_and_out() {
+fn vms_snapshots_and_files_over_mcp() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     let request = json!({"name": "web", "accel": "tcg", "net": "none"});
@@ -236,7 +236,7 @@ fn every_next_step_leads_on() {
     home.nido(["pause", "web"]).run().ok();
     let error = client.bad("vm_spawn", request.clone(), "vm_exists");
     resumes(&mut client, &error);
-    // The VM of this very request, at rest: it is not begun anew unasked.
+    // The VM of this very request, stopped: it is not started again without a request.
     client.good("vm_stop", json!({"name": "web", "force": true}));
     let error = client.bad("vm_spawn", request.clone(), "vm_exists");
     assert!(error["next_step"].as_str().unwrap().contains("this very request: vm_start"), "{error}");
@@ -249,7 +249,7 @@ fn every_next_step_leads_on() {
 }
 
 #[test]
-fn lists_come_in_pages() {
+fn lists_are_paged() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     for name in ["a", "b", "c"] {
@@ -269,7 +269,7 @@ fn lists_come_in_pages() {
 }
 
 #[test]
-fn a_server_that_only_looks_offers_nothing_else() {
+fn a_read_only_server_offers_only_reads() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Modern, &["--read-only"], json!({}));
     assert!(client.tools().values().all(|tool| tool["annotations"]["readOnlyHint"] == true));
@@ -291,19 +291,19 @@ fn cancelling_kills_the_command_and_removes_the_vm_that_was_begun() {
             let pid = std::fs::read_to_string(&mark).ok()?;
             pid.trim().parse::<u32>().ok()
         });
-        client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
+        client.send_json(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
         until("the command's end", || (!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
-        // The guest never comes to life.
+        // The guest never starts.
         home.qemu("no-agent");
         let id = client.begin("vm_spawn", json!({"name": "late", "accel": "tcg"}), json!({}));
         until("the VM that is begun", || home.names().contains(&"late".to_owned()).then_some(()));
-        client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
+        client.send_json(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
         until("its end", || (!home.names().contains(&"late".to_owned())).then_some(()));
     }
 }
 
 #[test]
-fn progress_comes_to_who_asked_for_it_and_only_grows() {
+fn progress_reaches_its_caller_and_only_grows() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     let id = client.begin("vm_spawn", json!({"name": "web", "accel": "tcg"}), json!({"progressToken": "p"}));
@@ -322,7 +322,7 @@ fn progress_comes_to_who_asked_for_it_and_only_grows() {
 }
 
 #[test]
-fn a_policy_says_which_commands_run_and_what_is_refused_is_written_down() {
+fn a_policy_limits_commands_and_refusals_are_recorded() {
     let home = Home::new();
     let policy = home.scratch("policy.toml");
     std::fs::write(&policy, "[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n").unwrap();
@@ -351,7 +351,7 @@ fn a_policy_says_which_commands_run_and_what_is_refused_is_written_down() {
 }
 
 #[test]
-fn long_output_is_cut_in_the_answer_and_whole_as_a_resource() {
+fn long_output_is_truncated_in_the_result_and_complete_as_a_resource() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Modern, &["--confirm", "never"], json!({}));
     home.spawn("web");
@@ -390,7 +390,7 @@ fn resources_are_read_and_completed_and_prompts_are_filled_in() {
         assert_eq!(templates["templates"][0]["name"], "sandbox");
         read(&mut client, "vmops://vm/web/logs");
         for wrong in ["vmops://vm/nobody/logs", "vmops://vm/../logs", "file:///etc/passwd", "vmops://output/0"] {
-            let answer = client.ask("resources/read", json!({"uri": wrong}));
+            let answer = client.response_to("resources/read", json!({"uri": wrong}));
             let code = if era == Era::Legacy { -32002 } else { -32602 };
             assert_eq!(answer["error"]["code"], code, "{answer}");
             assert_eq!(answer["error"]["data"]["uri"], wrong, "{answer}");
@@ -413,13 +413,13 @@ fn resources_are_read_and_completed_and_prompts_are_filled_in() {
         let asked = json!({"name": "quick_sandbox", "arguments": {"task": "count to ten"}});
         let filled = client.result("prompts/get", asked);
         assert!(filled["messages"][0]["content"]["text"].as_str().unwrap().contains("count to ten"), "{filled}");
-        let answer = client.ask("prompts/get", json!({"name": "quick_sandbox"}));
+        let answer = client.response_to("prompts/get", json!({"name": "quick_sandbox"}));
         assert_eq!(answer["error"]["code"], -32602, "{answer}");
     }
 }
 
 #[test]
-fn who_wants_to_know_is_told_what_happens_in_both_eras() {
+fn subscribers_are_notified_in_both_protocol_versions() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -440,7 +440,7 @@ fn who_wants_to_know_is_told_what_happens_in_both_eras() {
 }
 
 #[test]
-fn who_listens_to_templates_hears_of_their_end() {
+fn template_subscribers_are_notified_of_deletions() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -463,7 +463,7 @@ fn who_listens_to_templates_hears_of_their_end() {
 }
 
 #[test]
-fn clients_are_told_how_to_start_it_and_keep_what_they_knew() {
+fn clients_are_configured_and_keep_other_settings() {
     let home = Home::new();
     let file = home.scratch("client.json");
     let path = file.to_str().unwrap();
@@ -490,7 +490,7 @@ fn clients_are_told_how_to_start_it_and_keep_what_they_knew() {
         assert_eq!((&now["other"], &now["mcpServers"]["x"]), (&1.into(), &json!({})));
         assert_eq!(now["mcpServers"]["nido"]["args"], json!(["mcp-server", "start"]));
     }
-    // What only this environment finds is written down: the client starts it with another one.
+    // What only this environment finds is recorded: the client starts it with another one.
     let moved = home.scratch("data");
     let install_moved = home.nido(["mcp-server", "install", "--client", "cursor", "--file", path]);
     let entry =
@@ -506,7 +506,7 @@ fn clients_are_told_how_to_start_it_and_keep_what_they_knew() {
 }
 
 #[test]
-fn who_follows_a_log_is_told_when_it_has_grown() {
+fn log_subscribers_are_notified_of_growth() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -522,7 +522,7 @@ fn who_follows_a_log_is_told_when_it_has_grown() {
         let console = home.path().join("vms").join(vm["id"].as_str().unwrap()).join("console.log");
         let told = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
-            // The first look says how long the log is; what is written behind it is growth.
+            // The first check reads the length of the log; what is written behind it is growth.
             scope.spawn(|| {
                 let mut log = std::fs::File::options().append(true).create(true).open(&console).unwrap();
                 // For a minute at most: a test that fails meanwhile waits for this thread.
@@ -547,7 +547,7 @@ fn a_session_begins_once() {
     let mut client = Client::start(&home, Era::Legacy);
     let hello =
         json!({"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "again", "version": "1"}});
-    let answer = client.ask("initialize", hello);
+    let answer = client.response_to("initialize", hello);
     assert_eq!(answer["error"]["code"], -32600, "{answer}");
     assert_eq!(client.good("vm_ls", json!({}))["vms"], json!([]));
     client.ended().ok();

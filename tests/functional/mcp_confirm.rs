@@ -1,4 +1,4 @@
-//! A person's word before something is destroyed: who is asked, about what, and what counts as an answer.
+//! Confirmation by a person before something is destroyed: which client gets the form, for which calls, and what counts as a response.
 
 use serde_json::{Value, json};
 
@@ -13,14 +13,14 @@ fn kept(client: &mut Client) {
 const FORMS: fn() -> Value = || json!({"elicitation": {}});
 
 #[test]
-fn a_client_without_forms_is_told_how_its_user_can_approve() {
+fn a_client_without_forms_gets_the_approve_command() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Legacy);
     kept(&mut client);
     let error = client.bad("vm_delete", json!({"name": "web"}), "approval_required");
     let id = error["approval_id"].as_str().unwrap();
     assert!(error["hint"].as_str().unwrap().contains(&format!("nido approve {id}")), "{error}");
-    // Not given yet; and what a model makes up is none.
+    // Not given yet; and an id that a model invents is not one.
     client.bad("vm_delete", json!({"name": "web", "approval_id": id}), "approval_required");
     client.bad("vm_delete", json!({"name": "web", "approval_id": "apr_0123456789abcdef"}), "approval_required");
     home.nido(["approve", id, "--yes"]).run().ok();
@@ -35,7 +35,7 @@ fn a_client_without_forms_is_told_how_its_user_can_approve() {
 }
 
 #[test]
-fn a_client_with_forms_asks_its_user_in_both_eras() {
+fn a_client_with_forms_shows_one_in_both_protocol_versions() {
     for era in Era::ALL {
         for (answer, goes) in
             [(json!({"action": "decline"}), false), (json!({"action": "accept", "content": {"confirm": true}}), true)]
@@ -49,7 +49,7 @@ fn a_client_with_forms_asks_its_user_in_both_eras() {
                     let id = client.request("tools/call", call);
                     let asked = client.hear("elicitation/create");
                     assert!(asked["params"]["message"].as_str().unwrap().contains("VM 'web'"), "{asked}");
-                    client.say(&json!({"jsonrpc": "2.0", "id": asked["id"], "result": answer.clone()}));
+                    client.send_json(&json!({"jsonrpc": "2.0", "id": asked["id"], "result": answer.clone()}));
                     client.done("vm_delete", id)
                 }
                 Era::Modern => {
@@ -62,7 +62,7 @@ fn a_client_with_forms_asks_its_user_in_both_eras() {
                     let id = client.request("tools/call", again.clone());
                     let first = client.done("vm_delete", id);
                     if goes {
-                        // Used up: for another VM of that name it is good for nothing.
+                        // Used up: for another VM of that name it is invalid.
                         kept(&mut client);
                         let id = client.request("tools/call", again);
                         assert_eq!(client.done("vm_delete", id)["isError"], true);
@@ -91,7 +91,7 @@ fn a_client_with_forms_asks_its_user_in_both_eras() {
 }
 
 #[test]
-fn ones_own_throw_away_vms_and_policies_without_confirmation_are_not_asked_about() {
+fn own_ephemeral_vms_and_policies_without_confirmation_need_none() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
     client.good("vm_spawn", json!({"name": "own", "accel": "tcg", "ephemeral": true}));
@@ -137,7 +137,7 @@ fn form(client: &mut Client, era: Era, tool: &str, arguments: &Value) -> (Form, 
     }
 }
 
-/// The user says yes; what becomes of the call.
+/// The user approves; returns the result of the call.
 fn yes(client: &mut Client, tool: &str, form: Form) -> Value {
     answer_with(client, tool, form, &json!({"action": "accept", "content": {"confirm": true}}))
 }
@@ -146,7 +146,7 @@ fn yes(client: &mut Client, tool: &str, form: Form) -> Value {
 fn answer_with(client: &mut Client, tool: &str, form: Form, yes: &Value) -> Value {
     match form {
         Form::Asked { call, question } => {
-            client.say(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
+            client.send_json(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
             client.done(tool, call)
         }
         Form::Returned { mut again } => {
@@ -158,7 +158,7 @@ fn answer_with(client: &mut Client, tool: &str, form: Form, yes: &Value) -> Valu
 }
 
 #[test]
-fn a_yes_is_for_the_vm_that_was_asked_about_and_not_for_the_next_of_its_name() {
+fn a_confirmation_does_not_apply_to_the_next_vm_of_its_name() {
     for era in Era::ALL {
         for (tool, arguments) in [
             ("vm_delete", json!({"name": "web", "force": true})),
@@ -194,7 +194,7 @@ fn a_yes_is_for_the_vm_that_was_asked_about_and_not_for_the_next_of_its_name() {
 }
 
 #[test]
-fn a_throw_away_vm_of_somebody_else_is_not_stopped_unasked() {
+fn stopping_another_callers_ephemeral_vm_needs_confirmation() {
     for era in Era::ALL {
         let home = Home::new();
         home.nido(["spawn", "theirs", "--accel", "tcg", "--ephemeral"]).run().ok();
@@ -205,7 +205,7 @@ fn a_throw_away_vm_of_somebody_else_is_not_stopped_unasked() {
         assert_eq!(home.info("theirs")["status"], "running");
         assert_eq!(yes(&mut client, "vm_stop", open)["isError"], false);
         assert!(!home.names().contains(&"theirs".to_owned()));
-        // Nobody is asked about what is not lost, or is the caller's own.
+        // No confirmation is needed if nothing is lost, or for the caller's own VM.
         assert_eq!(client.good("vm_stop", json!({"name": "kept", "force": true}))["status"], "stopped");
         client.good("vm_spawn", json!({"name": "own", "accel": "tcg", "ephemeral": true}));
         client.good("vm_stop", json!({"name": "own", "force": true}));
@@ -221,7 +221,7 @@ fn a_throw_away_vm_of_somebody_else_is_not_stopped_unasked() {
 }
 
 #[test]
-fn an_answer_to_a_form_that_was_never_shown_is_none() {
+fn a_response_to_an_unknown_form_is_ignored() {
     let yes = json!({"confirm": {"action": "accept", "content": {"confirm": true}}});
     // A client that showed no form, and one that shows forms and answers with what is printed for people.
     for capabilities in [json!({}), FORMS()] {
@@ -249,7 +249,7 @@ fn an_answer_to_a_form_that_was_never_shown_is_none() {
 }
 
 #[test]
-fn a_name_that_is_nobody_s_is_told_without_asking() {
+fn an_unknown_name_fails_without_confirmation() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Modern, &[], FORMS());
     client.bad("vm_delete", json!({"name": "web"}), "vm_not_found");
@@ -278,7 +278,7 @@ fn a_form_that_was_only_closed_was_not_answered() {
 
 // A client gave up after a minute, and the yes that its user gave a little later was lost.
 #[test]
-fn a_yes_that_comes_late_counts_for_the_next_call() {
+fn a_late_approval_is_valid_for_the_next_call() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Legacy, &["--answer-within", "300ms"], FORMS());
     kept(&mut client);
@@ -288,7 +288,7 @@ fn a_yes_that_comes_late_counts_for_the_next_call() {
     let error = client.done("vm_delete", call)["structuredContent"]["error"].clone();
     assert_eq!(error["code"], "approval_required", "{error}");
     let yes = json!({"action": "accept", "content": {"confirm": true}});
-    client.say(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
+    client.send_json(&json!({"jsonrpc": "2.0", "id": question["id"], "result": yes}));
     until("the yes", || {
         let list = home.nido(["approvals", "--all", "--json"]).run().ok().json();
         (list["approvals"][0]["state"] == "approved").then_some(())
@@ -298,9 +298,9 @@ fn a_yes_that_comes_late_counts_for_the_next_call() {
     assert!(home.names().is_empty());
 }
 
-// `rm -rf` in a VM that somebody else had made was done unasked.
+// `rm -rf` in a VM that another caller had created ran without a confirmation.
 #[test]
-fn commands_and_files_for_vms_of_others_are_asked_about() {
+fn commands_and_files_for_vms_of_others_need_confirmation() {
     let home = Home::new();
     home.spawn("theirs");
     let mut client = Client::start(&home, Era::Legacy);
@@ -317,7 +317,7 @@ fn commands_and_files_for_vms_of_others_are_asked_about() {
     client.bad("vm_upload", json!({"name": "theirs", "path": path, "content": "x"}), "approval_required");
     client.good("vm_spawn", json!({"name": "own", "accel": "tcg"}));
     client.good("vm_exec", json!({"name": "own", "argv": ["true"]}));
-    // Its own, but destroyed at once: refused, and nobody is asked.
+    // Its own, but destroyed at once: refused without a confirmation.
     for wrong in [json!({"name": "own", "command": "rm -rf /"}), json!({"name": "theirs", "argv": ["rm", "-rf", "/"]})]
     {
         client.bad("vm_exec", wrong, "denied");
@@ -336,9 +336,9 @@ fn commands_and_files_for_vms_of_others_are_asked_about() {
     home.nido(["mcp-server", "start", "--json", "--policy", policy.to_str().unwrap()]).run().fails(2, "spec_invalid");
 }
 
-// A person said yes to what could not be done, and was asked again for what could.
+// A person approved an impossible call, and was asked again for the possible one.
 #[test]
-fn nobody_is_asked_about_what_cannot_be_done() {
+fn an_impossible_call_needs_no_confirmation() {
     let home = Home::new();
     home.spawn("web");
     let mut client = Client::with(&home, Era::Modern, &[], FORMS());
@@ -372,7 +372,7 @@ fn a_file_of_the_host_is_not_replaced_unasked() {
 }
 
 #[test]
-fn who_is_asked_can_be_told_at_once() {
+fn approvals_watch_prints_a_new_request() {
     let home = Home::new();
     let watching = home.nido(["approvals", "--watch"]).start();
     let mut client = Client::start(&home, Era::Legacy);

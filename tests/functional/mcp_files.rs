@@ -73,7 +73,7 @@ fn a_policy_without_roots_has_the_defaults_and_one_with_none_has_none() {
     drop(client);
     let mut client = start("");
     client.good("vm_upload", upload("in"));
-    // The project is read and not written; what nobody has decided about is not even read.
+    // The project is read and not written; without a decision it is not even read.
     client.bad("vm_download", download(project.join("out").to_str().unwrap()), "denied");
     for hidden in [".env", "./.env", "tree/.git/config", "tree/.git", project.join(".env").to_str().unwrap()] {
         client.bad("vm_upload", upload(hidden), "denied");
@@ -100,7 +100,7 @@ fn a_policy_without_roots_has_the_defaults_and_one_with_none_has_none() {
 }
 
 #[test]
-fn a_copy_tells_how_much_of_it_is_done_both_ways() {
+fn copies_report_progress_in_both_directions() {
     const BYTES: usize = 24 << 20;
     let home = Home::new();
     let place = home.scratch("place");

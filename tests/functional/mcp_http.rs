@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::{Home, until};
 
 const VERSION: &str = "2026-07-28";
@@ -33,7 +33,7 @@ pub fn headers<'a>(method: &'a str, name: Option<&'a str>) -> Vec<(&'a str, &'a 
 }
 
 /// The result in an answer, which may be a stream of one message.
-pub fn result(answer: &Answer) -> Value {
+pub fn result(answer: &HttpResponse) -> Value {
     let text = String::from_utf8(answer.body.clone()).unwrap();
     assert_eq!(answer.status, 200, "{text}");
     let message = text.lines().filter_map(|line| line.strip_prefix("data: ")).next_back().unwrap_or(&text).to_owned();
@@ -55,7 +55,7 @@ pub fn token(home: &Home, scope: &str) -> String {
 }
 
 #[test]
-fn tokens_say_which_tools_there_are_and_the_log_says_whose_they_were() {
+fn tokens_limit_tools_and_are_recorded() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     let (read, run) = (token(&home, "read"), token(&home, "run"));
@@ -78,7 +78,7 @@ fn tokens_say_which_tools_there_are_and_the_log_says_whose_they_were() {
     assert_eq!((&denied["isError"], &denied["structuredContent"]["error"]["code"]), (&true.into(), &"denied".into()));
     let vm = call(&server, &run, "vm_spawn", json!({"name": "web", "accel": "tcg"}));
     assert_eq!(vm["structuredContent"]["status"], "running");
-    // Files of the host are nobody's business over the network.
+    // Files of the host are not accessible over the network.
     let upload = json!({"name": "web", "path": "/x", "source": "/etc/passwd"});
     assert_eq!(call(&server, &run, "vm_upload", upload)["structuredContent"]["error"]["code"], "denied");
     let log = home.nido(["audit", "show", "--json"]).run().ok().json();
@@ -130,7 +130,7 @@ fn both_can_be_served_at_once_with_a_token_and_without_one_neither_is() {
 }
 
 #[test]
-fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
+fn a_token_for_agents_is_limited_to_mcp_and_the_policy() {
     let home = Home::new();
     let policy = home.scratch("policy.toml");
     std::fs::write(&policy, "confirm = 'never'\n[[allow]]\nprogram = \"echo\"\nargs = [\"**\"]\n").unwrap();
@@ -147,7 +147,7 @@ fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
     let token = made["token"].as_str().unwrap();
     let bearer = format!("Bearer {token}");
     home.spawn("web");
-    // What the policy forbids is forbidden there, and cannot be had next door.
+    // What the policy forbids is forbidden there, and cannot be reached over the REST API.
     let words = |program: &str| json!({"name": "web", "argv": [program, "hi"]});
     assert_eq!(call(&server, token, "vm_exec", words("echo"))["structuredContent"]["stdout"], "hi\n");
     assert_eq!(call(&server, token, "vm_exec", words("cat"))["structuredContent"]["error"]["code"], "denied");
@@ -173,7 +173,7 @@ fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
     ];
     server.plain("GET", "/v1/vms/web/exec", &upgrade, b"").problem(403, "denied");
     assert_eq!(home.names(), ["web"]);
-    // Any other token is good for both.
+    // Any other token is valid for both.
     server.get("/v1/vms").ok(200);
     call(&server, server.token(), "vm_ls", json!({}));
     home.nido(["token", "create", "--name", "x", "--scope", "run", "--only", "rest", "--json"])
@@ -182,7 +182,7 @@ fn a_token_for_agents_is_good_for_nothing_else_and_the_policy_holds_it() {
 }
 
 #[test]
-fn what_is_no_call_says_why_over_http_too() {
+fn invalid_calls_are_explained_over_http_too() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--confirm", "never"]);
     let bearer = format!("Bearer {}", server.token());
@@ -239,7 +239,7 @@ fn streams_and_commands_end_with_their_token() {
     let _runs = server.unread("POST", "/mcp", &headers, asked.as_bytes());
     let pid: u32 = until("the command", || std::fs::read_to_string(&mark).ok()?.trim().parse().ok());
     home.nido(["token", "revoke", "run"]).run().ok();
-    // It just ends: to a client of the protocol an event that is none of its own would mean nothing.
+    // It just ends: to a client of the protocol an unknown event would have no meaning.
     let mut told = String::new();
     std::io::Read::read_to_string(&mut stream, &mut told).unwrap();
     assert!(told.starts_with("HTTP/1.1 200") && told.ends_with("\r\n0\r\n\r\n") && !told.contains("error"), "{told}");
@@ -291,7 +291,7 @@ fn there_is_an_end_to_sessions() {
         assert_eq!(begin().status, 200);
     }
     begin().problem(429, "rate_limited");
-    // Clients without sessions are served all the same, and one that ends makes room.
+    // Clients without sessions are served nevertheless, and one that ends makes room.
     call(&server, server.token(), "vm_ls", json!({}));
     let with_session = [&usual[..], &[("mcp-session-id", session.as_str())]].concat();
     server.plain("DELETE", "/mcp", &with_session, b"");

@@ -1,4 +1,4 @@
-//! Calls of tools that last longer than a client waits: they go on as jobs, or are cancelled where there can be none.
+//! Calls of tools that take longer than a client waits: they continue as jobs, or are cancelled if they cannot be jobs.
 
 use nido_api::{JOBS_MAX, JobOutcome, JobRequest};
 use nido_core::{Nido, OpenOptions};
@@ -9,7 +9,7 @@ use crate::support::mcp::{Client, Era};
 use crate::support::{Home, until};
 
 #[test]
-fn what_lasts_becomes_a_job_that_can_be_waited_for_and_cancelled() {
+fn long_calls_become_jobs_that_can_be_awaited_and_cancelled() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "200ms"], json!({}));
     home.spawn("web");
@@ -57,13 +57,13 @@ fn a_job_of_a_tool_is_an_operation_of_the_rest_api_that_can_be_cancelled_there()
     assert_eq!(job["state"], "cancelled");
 }
 
-/// Somebody whose jobs are all that can be kept.
-struct Full {
+/// A caller with the maximum number of jobs.
+struct FullJobTable {
     nido: Nido,
     jobs: Vec<String>,
 }
 
-impl Full {
+impl FullJobTable {
     fn of(home: &Home) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let options = OpenOptions { home: Some(home.path()), qemu: Some(home.qemu_path()), ..OpenOptions::default() };
@@ -75,9 +75,9 @@ impl Full {
 }
 
 #[test]
-fn what_lasts_and_can_be_no_job_is_cancelled_and_says_so() {
+fn long_calls_that_cannot_be_jobs_are_cancelled_with_an_error() {
     let home = Home::new();
-    let full = Full::of(&home);
+    let full = FullJobTable::of(&home);
     home.spawn("web");
     let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "2s"], json!({}));
     let mark = home.scratch("mark");
@@ -89,11 +89,11 @@ fn what_lasts_and_can_be_no_job_is_cancelled_and_says_so() {
     let message = error["message"].as_str().unwrap();
     assert!(message.contains("so it was cancelled: 1000 jobs are running, which is the limit"), "{message}");
     assert!(error["next_step"].as_str().unwrap().contains("job_cancel"), "{error}");
-    // The guest never comes to life: nothing is left of it.
+    // The guest never starts: nothing remains of it.
     home.qemu("no-agent");
     client.bad("vm_spawn", json!({"name": "late", "accel": "tcg"}), "limit_exceeded");
     assert_eq!(home.names(), ["web"]);
-    // With room for one it goes on.
+    // With room for one it continues.
     full.nido.job_end(&full.jobs[0], JobOutcome::Cancelled).unwrap();
     let begun = client.good("vm_exec", command);
     client.good("job_cancel", json!({"job_id": begun["job_id"]}));
@@ -105,9 +105,9 @@ fn what_lasts_and_can_be_no_job_is_cancelled_and_says_so() {
 }
 
 #[test]
-fn what_cannot_be_cancelled_either_is_said_to_go_on() {
+fn uncancellable_calls_are_reported_as_running() {
     let home = Home::new();
-    let _full = Full::of(&home);
+    let _full = FullJobTable::of(&home);
     home.qemu("ignore-powerdown");
     home.spawn("web");
     let mut client = Client::with(&home, Era::Modern, &["--confirm", "never", "--answer-within", "300ms"], json!({}));

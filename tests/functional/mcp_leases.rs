@@ -1,4 +1,4 @@
-//! Throw-away VMs of agents: they go with the session that they were made in, however that ends, and nothing else does.
+//! Ephemeral VMs of agents: they are deleted with the session that created them, however that ends, and no others are.
 
 use serde_json::{Value, json};
 
@@ -20,7 +20,7 @@ fn gone(home: &Home, vm: &Value) {
     await_gone(home, vm["id"].as_str().unwrap());
 }
 
-/// Two throw-away VMs, one that runs and one at rest, and two that are to stay.
+/// Two ephemeral VMs, a running and a stopped one, and two persistent ones.
 fn fill(client: &mut Client) -> [Value; 4] {
     let mut outlives = throw_away("outlives");
     outlives["outlives_session"] = true.into();
@@ -65,7 +65,7 @@ fn the_end_of_standard_input_and_a_signal_destroy_them_before_the_server_ends() 
 }
 
 #[test]
-fn a_server_that_is_killed_takes_them_along_with_nobody_s_help() {
+fn ephemeral_vms_are_deleted_when_their_server_is_killed() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -75,17 +75,17 @@ fn a_server_that_is_killed_takes_them_along_with_nobody_s_help() {
         let events = events(&home, "runs");
         let expired = events.iter().find(|event| event["event"] == "vm.expired").unwrap();
         assert_eq!(expired["details"]["limit"], "session");
-        // That was a command: the one at rest went with it.
+        // That was a command: the stopped one was deleted with it.
         assert_eq!(vms.each_ref().map(|vm| exists(&home, vm)), [false, false, true, true]);
         assert_eq!(home.names(), ["kept", "outlives"]);
     }
 }
 
 #[test]
-fn what_is_being_made_when_the_session_ends_goes_too() {
+fn vms_in_creation_are_deleted_with_their_session() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
-    // The guest never comes to life.
+    // The guest never starts.
     home.qemu("no-agent");
     client.begin("vm_spawn", throw_away("late"), json!({}));
     until("the VM that is begun", || home.names().contains(&"late".to_owned()).then_some(()));
@@ -111,13 +111,13 @@ fn a_name_of_one_session_is_not_answered_as_another_s() {
 }
 
 /// A session of a client with `initialize`, over HTTP.
-struct Old<'a> {
+struct InitializedSession<'a> {
     server: &'a Server,
     session: String,
     bearer: String,
 }
 
-impl<'a> Old<'a> {
+impl<'a> InitializedSession<'a> {
     fn begin(server: &'a Server) -> Self {
         let bearer = format!("Bearer {}", server.token());
         let hello = json!({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
@@ -140,13 +140,13 @@ impl<'a> Old<'a> {
         ]
     }
 
-    fn ask(tool: &str, arguments: &Value) -> String {
+    fn request_body(tool: &str, arguments: &Value) -> String {
         json!({"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": tool, "arguments": arguments}})
             .to_string()
     }
 
     fn good(&self, tool: &str, arguments: &Value) -> Value {
-        let answer = self.server.plain("POST", "/mcp", &self.headers(), Self::ask(tool, arguments).as_bytes());
+        let answer = self.server.plain("POST", "/mcp", &self.headers(), Self::request_body(tool, arguments).as_bytes());
         let result = result(&answer);
         assert_eq!(result["isError"], false, "{result}");
         result["structuredContent"].clone()
@@ -161,7 +161,7 @@ impl<'a> Old<'a> {
 fn sessions_over_http_end_with_delete_and_with_the_server() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http", "--session-grace", "1ms"]);
-    let (one, other) = (Old::begin(&server), Old::begin(&server));
+    let (one, other) = (InitializedSession::begin(&server), InitializedSession::begin(&server));
     let first = one.good("vm_spawn", &throw_away("first"));
     let second = other.good("vm_spawn", &throw_away("second"));
     other.good("vm_create", &json!({"name": "kept", "accel": "tcg"}));
@@ -172,7 +172,8 @@ fn sessions_over_http_end_with_delete_and_with_the_server() {
     let mark = home.scratch("mark");
     let command =
         json!({"name": "first", "command": format!("touch {}; exec sleep 1000", mark.display()), "timeout_ms": 0});
-    let running = server.unread("POST", "/mcp", &one.headers(), Old::ask("vm_exec", &command).as_bytes());
+    let running =
+        server.unread("POST", "/mcp", &one.headers(), InitializedSession::request_body("vm_exec", &command).as_bytes());
     until("the command", || mark.exists().then_some(()));
     one.end();
     gone(&home, &first);
@@ -189,15 +190,15 @@ fn sessions_over_http_end_with_delete_and_with_the_server() {
 }
 
 #[test]
-fn sessions_over_http_end_when_nobody_uses_them() {
+fn unused_sessions_over_http_end() {
     let home = Home::new();
     let server =
         Server::serving(&home, "mcp-server", &["--transport", "http", "--session-idle", "4s", "--session-grace", "1s"]);
-    let used = Old::begin(&server);
-    let unused = Old::begin(&server);
+    let used = InitializedSession::begin(&server);
+    let unused = InitializedSession::begin(&server);
     let stays = used.good("vm_spawn", &throw_away("stays"));
     let goes = unused.good("vm_spawn", &throw_away("goes"));
-    // A session that goes on beside it does not take its VMs over, however often it calls.
+    // Another open session does not take its VMs over, however often it calls.
     until("the end of the session that is not used", || {
         assert_eq!(used.good("vm_info", &json!({"name": "stays"}))["id"], stays["id"]);
         (!exists(&home, &goes)).then_some(())
@@ -210,7 +211,7 @@ fn sessions_over_http_end_when_nobody_uses_them() {
 fn sessions_over_http_end_with_a_server_that_is_killed() {
     let home = Home::new();
     let server = Server::serving(&home, "mcp-server", &["--transport", "http"]);
-    let with_session = Old::begin(&server).good("vm_spawn", &throw_away("with-session"));
+    let with_session = InitializedSession::begin(&server).good("vm_spawn", &throw_away("with-session"));
     let without = call(&server, server.token(), "vm_spawn", throw_away("without"))["structuredContent"].clone();
     server.gone();
     gone(&home, &with_session);

@@ -1,4 +1,4 @@
-//! The MCP server over stdio: what is too long for one answer, and what is said to the client alone.
+//! The MCP server over stdio: results that are too long for one page, and logs for the client.
 
 use serde_json::{Value, json};
 
@@ -6,29 +6,33 @@ use crate::support::Home;
 use crate::support::mcp::{Client, Era};
 
 #[test]
-fn what_a_client_asks_wrongly_is_told_to_it_alone() {
+fn invalid_requests_are_reported_only_to_their_client() {
     let asked = |home: &Home, era, flags: &[&str]| {
         let mut client = Client::with(home, era, flags, json!({}));
-        assert_eq!(client.ask("tools/call", json!({"name": "nonsense", "arguments": {}}))["error"]["code"], -32602);
-        assert_eq!(client.ask("nonsense/list", json!({}))["error"]["code"], -32601);
-        let answer = client.ask("resources/read", json!({"uri": "vmops://nonsense"}));
+        assert_eq!(
+            client.response_to("tools/call", json!({"name": "nonsense", "arguments": {}}))["error"]["code"],
+            -32602
+        );
+        assert_eq!(client.response_to("nonsense/list", json!({}))["error"]["code"], -32601);
+        let answer = client.response_to("resources/read", json!({"uri": "vmops://nonsense"}));
         assert!(answer["error"]["code"].is_i64(), "{answer}");
         client.bad("vm_info", json!({"name": "nobody"}), "vm_not_found");
         let secret =
             json!({"name": "nobody", "argv": ["cat"], "stdin": "word-of-mouth", "env": {"KEY": "word-of-mouth"}});
         client.bad("vm_exec", secret, "vm_not_found");
-        client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 4711}}));
-        client.say(&json!({"jsonrpc": "2.0", "id": 4711, "result": {}}));
+        client
+            .send_json(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 4711}}));
+        client.send_json(&json!({"jsonrpc": "2.0", "id": 4711, "result": {}}));
         let told = client.ended().stderr;
-        // Which files of the host count is told at the start.
+        // Which files of the host count is logged at the start.
         told.lines().filter(|line| !line.starts_with("host files can be read")).collect::<String>()
     };
     for era in Era::ALL {
         let home = Home::new();
         assert_eq!(asked(&home, era, &[]), "");
-        // It can be seen by whoever looks for it.
+        // The user can find it.
         assert!(asked(&home, era, &["-v"]).contains("there is no such tool"));
-        // Clients keep what a server says on standard error in a file.
+        // Clients keep a server's standard error in a file.
         assert!(!asked(&home, era, &["-vv"]).contains("word-of-mouth"));
     }
 }
@@ -54,7 +58,7 @@ fn resources_are_listed_a_page_at_a_time() {
         let (first, second) = (uris(&first), uris(&second));
         assert_eq!(first[..3], ["vmops://vms", "vmops://templates", "vmops://vm/vm-0/logs"]);
         assert_eq!((first.len(), second), (202, vec!["vmops://vm/vm-200/logs".to_owned()]));
-        let answer = client.ask("resources/list", json!({"cursor": "nonsense"}));
+        let answer = client.response_to("resources/list", json!({"cursor": "nonsense"}));
         assert_eq!(answer["error"]["code"], -32602, "{answer}");
         client.bad("vm_ls", json!({"cursor": "nonsense"}), "spec_invalid");
     }

@@ -4,13 +4,13 @@ use serde_json::{Value, json};
 
 use crate::mcp_http::{result, token};
 use crate::support::Home;
-use crate::support::http::{Answer, Server};
+use crate::support::http::{HttpResponse, Server};
 use crate::support::mcp::{Client, Era};
 
 const WEB: &str = "http://localhost:6274";
 
 #[test]
-fn over_stdio_what_is_no_message_is_answered_with_its_id() {
+fn over_stdio_invalid_messages_are_answered_with_their_id() {
     // The answers never came: clients waited until they gave up.
     let home = Home::new();
     let mut client = Client::start(&home, Era::Legacy);
@@ -36,11 +36,11 @@ fn over_stdio_what_is_no_message_is_answered_with_its_id() {
     let call =
         json!({"name": "vm_exec", "arguments": {"name": "web", "argv": ["sleep", "1000"], "timeout_seconds": 0}});
     let call = json!({"jsonrpc": "2.0", "id": 704, "method": "tools/call", "params": call});
-    client.say(&call);
-    client.say(&call);
+    client.send_json(&call);
+    client.send_json(&call);
     let twice = client.answer(704);
     assert_eq!(twice["error"]["code"], -32600, "{twice}");
-    client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 704}}));
+    client.send_json(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 704}}));
     client.good("vm_ls", json!({}));
 }
 
@@ -54,14 +54,14 @@ fn hello() -> String {
     .to_string()
 }
 
-fn post(server: &Server, token: &str, more: &[(&str, &str)], body: &[u8]) -> Answer {
+fn post(server: &Server, token: &str, more: &[(&str, &str)], body: &[u8]) -> HttpResponse {
     let bearer = format!("Bearer {token}");
     let usual = [("content-type", "application/json"), ("accept", "*/*"), ("authorization", bearer.as_str())];
     server.plain("POST", "/mcp", &[&usual[..], more].concat(), body)
 }
 
 #[test]
-fn over_http_what_is_no_message_is_an_error_of_the_protocol() {
+fn over_http_invalid_messages_are_protocol_errors() {
     // Malformed JSON was 415 with the library's words, and a body that was too long broke the connection.
     let home = Home::new();
     let server = server(&home, &[]);
@@ -80,7 +80,7 @@ fn over_http_what_is_no_message_is_an_error_of_the_protocol() {
 }
 
 #[test]
-fn a_session_belongs_to_who_opened_it() {
+fn a_session_belongs_to_its_caller() {
     // A read token that knew the id could end an admin's session, and with it the admin's ephemeral VMs.
     let home = Home::new();
     let server = server(&home, &[]);
@@ -105,7 +105,7 @@ fn a_session_belongs_to_who_opened_it() {
 }
 
 #[test]
-fn clients_of_the_old_transport_are_told_where_the_endpoint_is() {
+fn clients_of_the_old_transport_get_the_new_endpoint() {
     let home = Home::new();
     let server = server(&home, &[]);
     let said = server.plain("GET", "/sse", &[("accept", "text/event-stream")], b"").problem(404, "route_not_found");
@@ -174,7 +174,7 @@ fn ephemeral_vms_wait_for_the_next_session_of_the_same_caller() {
 }
 
 #[test]
-fn a_vm_that_went_with_its_session_is_said_to_have_gone_with_it() {
+fn a_vm_deleted_with_its_session_is_reported_as_such() {
     // "There is no VM, vm_spawn makes one": a model that did so with a session for each call did it for ever.
     let home = Home::new();
     let mut client = Client::start(&home, Era::Legacy);

@@ -1,4 +1,4 @@
-//! The MCP server and what is no proper message to it: other revisions, params that are none, lines that are nothing.
+//! The MCP server and invalid messages: other revisions, invalid params, invalid lines.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use crate::support::Home;
 use crate::support::mcp::{Client, Era};
 
 #[test]
-fn what_is_no_call_says_why_and_is_written_down() {
+fn invalid_calls_are_explained_and_recorded() {
     for era in Era::ALL {
         let home = Home::new();
         let mut client = Client::start(&home, era);
@@ -22,7 +22,7 @@ fn what_is_no_call_says_why_and_is_written_down() {
             ("resources/read", json!({"uri": 7}), "uri: invalid type"),
             ("prompts/get", json!({}), "params: missing field `name`"),
         ] {
-            let error = client.ask(method, params)["error"].clone();
+            let error = client.response_to(method, params)["error"].clone();
             assert_eq!(error["code"], -32602, "{error}");
             assert!(error["message"].as_str().unwrap().starts_with(words), "{error}");
         }
@@ -65,15 +65,15 @@ fn a_revision_with_batches_is_answered_with_the_one_before_it() {
 }
 
 #[test]
-fn lines_that_are_no_messages_are_answered_and_nothing_else_is_said() {
+fn invalid_lines_get_an_error_and_nothing_else() {
     let home = Home::new();
     let mut client = Client::start(&home, Era::Legacy);
-    client.say(&json!("no message"));
-    client.say(&json!({"jsonrpc": "2.0", "id": 77, "method": "no/such/method"}));
+    client.send_json(&json!("no message"));
+    client.send_json(&json!({"jsonrpc": "2.0", "id": 77, "method": "no/such/method"}));
     assert_eq!(client.answer(77)["error"]["code"], -32601);
     client.good("vm_ls", json!({}));
     client.ended().ok();
-    // Somebody who says something else from the beginning.
+    // A client that begins with another message.
     let ran = home.nido(["mcp-server", "start", "--json"]).input("GET / HTTP/1.1\r\n\r\n").run();
     assert!(ran.text().lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{}", ran.text());
 }

@@ -1,4 +1,4 @@
-//! The specification's own examples, through a client, against a server: what it writes down has to work as it is written.
+//! The specification's own examples, through a client, against a server: what it records has to work as it is written.
 
 use serde_json::{Value, json};
 
@@ -78,7 +78,7 @@ fn the_calls_of_the_specification_work_as_they_are_written() {
 }
 
 #[test]
-fn an_address_and_an_ssh_command_are_told_only_where_they_work() {
+fn an_address_and_an_ssh_command_are_shown_only_if_they_work() {
     // ip_address was 10.0.2.15 for every VM, which nothing on the host reaches; ssh_command was always null.
     let home = Home::new();
     let mut client = Client::start(&home, Era::Modern);
@@ -101,11 +101,11 @@ fn prompts_and_resources_show_only_what_the_server_allows() {
     let home = Home::new();
     let mut client = Client::with(&home, Era::Modern, &["--read-only"], json!({}));
     assert_eq!(client.result("prompts/list", json!({}))["prompts"], json!([]));
-    let refused = client.ask("prompts/get", json!({"name": "quick_sandbox", "arguments": {"task": "x"}}));
+    let refused = client.response_to("prompts/get", json!({"name": "quick_sandbox", "arguments": {"task": "x"}}));
     assert!(refused["error"]["message"].as_str().unwrap().contains("does not offer"), "{refused}");
     let mut client = Client::with(&home, Era::Modern, &["--exclude-tools", "vm_ls,vm_info"], json!({}));
     for uri in ["vmops://vms", "vmops://vm/web/logs"] {
-        let refused = client.ask("resources/read", json!({"uri": uri}));
+        let refused = client.response_to("resources/read", json!({"uri": uri}));
         assert!(refused["error"]["message"].as_str().unwrap().contains("does not offer"), "{refused}");
     }
     assert!(!client.result("resources/list", json!({})).to_string().contains("vmops://vms"));
@@ -123,7 +123,7 @@ fn prompts_and_resources_show_only_what_the_server_allows() {
     let flags = ["--policy", policy.to_str().unwrap(), "--exclude-tools", "vm_download"];
     let mut client = Client::with(&home, Era::Modern, &flags, json!({}));
     let mut get =
-        |name: &str, arguments: Value| client.ask("prompts/get", json!({"name": name, "arguments": arguments}));
+        |name: &str, arguments: Value| client.response_to("prompts/get", json!({"name": name, "arguments": arguments}));
     let words = get("quick_sandbox", json!({"task": "x", "ttl": "1h"}))["result"].to_string();
     assert!(words.contains(r#"\"template\":\"small\""#) && words.contains(r#"\"net\":\"none\""#), "{words}");
     assert!(words.contains(r#"\"ttl_seconds\":600"#) && !words.contains("vm_download"), "{words}");

@@ -21,7 +21,7 @@ fn the_list_of_tools_costs_at_most_12_kilobytes_and_24_with_output_schemas() {
     let home = Home::new();
     for era in Era::ALL {
         let mut client = Client::start(&home, era);
-        let mut answer = client.ask("tools/list", json!({}));
+        let mut answer = client.response_to("tools/list", json!({}));
         let whole = answer.to_string().len();
         for tool in answer["result"]["tools"].as_array_mut().unwrap() {
             assert!(tool.as_object_mut().unwrap().remove("outputSchema").is_some(), "{tool}");
@@ -38,7 +38,7 @@ fn a_list_of_20_vms_takes_at_most_3_kilobytes() {
     for number in 0..20 {
         client.good("vm_create", json!({"name": format!("agent-{number:02}"), "accel": "tcg"}));
     }
-    let answer = client.ask("tools/call", json!({"name": "vm_ls", "arguments": {}}));
+    let answer = client.response_to("tools/call", json!({"name": "vm_ls", "arguments": {}}));
     assert_eq!(answer["result"]["structuredContent"]["vms"].as_array().unwrap().len(), 20);
     let text = text(&answer["result"]);
     assert_eq!((text.lines().count(), text.lines().next()), (20, Some("agent-00 created sandbox")));
@@ -92,7 +92,7 @@ fn a_run_that_is_cancelled_or_becomes_a_job_leaves_no_vm() {
     };
     let id = begin(&mut client);
     until("the VM of the run", || running().then_some(()));
-    client.say(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
+    client.send_json(&json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}));
     until("the end of the VM", || home.names().is_empty().then_some(()));
     let id = begin(&mut client);
     let begun = client.done("vm_run", id)["structuredContent"].clone();
@@ -113,7 +113,7 @@ fn a_policy_about_commands_limits_and_confirmation_holds_for_runs_and_copies() {
     let tools = client.tools();
     assert!(tools["vm_run"]["description"].as_str().unwrap().contains("only these commands"), "{}", tools["vm_run"]);
     assert!(tools["vm_run"]["inputSchema"]["properties"].get("command").is_none());
-    // Parsed, then admitted; nobody is asked about what cannot be done.
+    // Parsed, then admitted; no confirmation is requested for an impossible call.
     client.bad("vm_run", json!({"argv": "echo"}), "spec_invalid");
     client.bad("vm_run", json!({"argv": ["env"]}), "denied");
     client.bad("vm_run", json!({"command": "echo hi"}), "denied");
@@ -167,7 +167,7 @@ fn ports_are_published_and_unpublished_and_written_as_on_the_command_line() {
     assert_eq!(left.as_array().unwrap().len(), 1, "{left}");
     client.bad("vm_ports", json!({"name": "web", "publish": "ssh"}), "spec_invalid");
     client.bad("vm_ports", json!({"name": "web", "unpublish": "80"}), "forward_not_found");
-    // Other machines do not reach it, unless a policy says so.
+    // Other machines do not reach it, unless a policy allows it.
     client.bad("vm_ports", json!({"name": "web", "publish": "0.0.0.0:0:80"}), "denied");
     // Of a VM of another caller they are listed, and no more without a person's confirmation.
     home.spawn("theirs");
@@ -177,7 +177,7 @@ fn ports_are_published_and_unpublished_and_written_as_on_the_command_line() {
 }
 
 #[test]
-fn copies_that_cannot_be_made_are_refused_before_anybody_is_asked() {
+fn impossible_copies_are_refused_before_confirmation() {
     let home = Home::new();
     home.spawn("theirs");
     let mut client = Client::start(&home, Era::Legacy);

@@ -1,4 +1,4 @@
-//! A VM whose CPUs stand still: why, who is told, and how it goes on.
+//! A VM whose CPUs are paused: why, who is notified, and how it resumes.
 
 use std::fs;
 
@@ -11,9 +11,9 @@ fn supervisors(home: &Home) -> Vec<Pid> {
     all.filter(|(_, line)| line.contains(" supervise ")).map(|(pid, _)| pid).collect()
 }
 
-// A VM that a full disk had stopped was `paused` without a word, or `running` for ever; a resume did nothing and said OK.
+// A VM that a full disk had stopped was `paused` without a cause, or `running` for ever; a resume did nothing and succeeded.
 #[test]
-fn a_full_disk_pauses_a_vm_and_says_so_until_there_is_space() {
+fn a_full_disk_pauses_a_vm_until_there_is_space() {
     let home = Home::new();
     home.qemu("disk-full-after-ms:1500");
     let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
@@ -66,7 +66,7 @@ fn a_supervisor_that_takes_over_sees_why_a_vm_is_paused() {
     assert_eq!((&info["status"], &info["status_cause"]), (&"stopped".into(), &"user".into()), "{info}");
 }
 
-// The time to become ready went on while the CPUs stood still: a VM that was paused while it booted was ended.
+// The time to become ready elapsed while the CPUs were paused: a VM that was paused while it booted was ended.
 #[test]
 fn a_vm_that_is_paused_while_it_boots_is_given_its_time_again() {
     let home = Home::new();
@@ -84,7 +84,7 @@ fn a_vm_that_is_paused_while_it_boots_is_given_its_time_again() {
     assert_eq!(failed["failure"]["cause"], "guest_timeout");
 }
 
-// A VM that was paused, and that nobody could use, was ended as idle; with --ephemeral that deleted it.
+// A VM that was paused, and so could not be used, was ended as idle; with --ephemeral that deleted it.
 #[test]
 fn a_paused_vm_is_not_idle() {
     let home = Home::new();
@@ -96,7 +96,7 @@ fn a_paused_vm_is_not_idle() {
     assert!(shown.text().contains("stopped(ttl)"), "{}", shown.text());
 }
 
-// A refused argument was told to everybody who watches for crashes.
+// A refused argument was delivered to all webhooks for crashes.
 #[test]
 fn a_spawn_that_is_refused_is_no_crash() {
     let home = Home::new();
@@ -107,7 +107,7 @@ fn a_spawn_that_is_refused_is_no_crash() {
 }
 
 // The line about a store that could not be written was written to the same full disk, and the failure of that ended the
-// supervisor: QEMU's events reached nobody.
+// supervisor: QEMU's events reached no process.
 #[test]
 fn a_supervisor_outlives_its_log() {
     let home = Home::new();

@@ -1,9 +1,9 @@
-//! Pools as the command line takes and tells them. Their clones are made in the boot suite.
+//! Pools on the command line. Their clones are made in the boot suite.
 
 use crate::support::Home;
 
 #[test]
-fn a_pool_is_asked_for_in_numbers_that_make_sense() {
+fn pool_sizes_are_validated() {
     let home = Home::bare();
     for wanted in ["101", "-1", "many"] {
         let refused = home.nido(["pool", "set", "sandbox", wanted]).run().exits(2);
@@ -17,7 +17,7 @@ fn a_pool_is_asked_for_in_numbers_that_make_sense() {
 }
 
 #[test]
-fn no_pool_is_made_of_what_is_not_there() {
+fn a_pool_needs_an_existing_template() {
     let home = Home::new();
     let refused = home.nido(["pool", "set", "nothing", "1", "--json"]).run().exits(1);
     assert_eq!(refused.problem()["code"], "template_not_found");
@@ -29,7 +29,7 @@ fn no_pool_is_made_of_what_is_not_there() {
 }
 
 #[test]
-fn a_pool_that_is_not_there_is_as_good_as_ended() {
+fn ending_an_unknown_pool_succeeds() {
     let home = Home::new();
     let ended = home.nido(["pool", "set", "sandbox", "0", "--json"]).run().ok().json();
     for (field, value) in [("wanted", 0), ("ready", 0), ("filling", 0), ("cpus", 1), ("memory_mib", 512)] {

@@ -1,4 +1,4 @@
-//! `doctor --rebuild`: a store that is missing or damaged is made anew from what can be read and from the VMs' directories.
+//! `doctor --rebuild`: a store that is missing or damaged is rebuilt from what can be read and from the VMs' directories.
 
 use std::fs;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ enum Damage {
     Truncated,
 }
 
-/// What nido says about a VM, without what only the old store knew.
+/// What nido reports about a VM, without what only the old store knew.
 fn facts(home: &Home, name: &str) -> Value {
     let mut info = home.info(name);
     for key in ["agent", "timings", "ip_address", "idle_at", "status_cause", "status_detail"] {

@@ -13,7 +13,7 @@ fn orphans<const N: usize>(home: &Home, doctor: [&str; N]) -> Value {
 
 // The liveness file of a killed server stayed until another server was started.
 #[test]
-fn any_command_removes_what_dead_processes_left() {
+fn any_command_removes_orphans_of_ended_processes() {
     let home = Home::new();
     home.nido(["create", "v"]).run().ok();
     let dead = home.path().join("present/0123456789abcdef");
@@ -25,7 +25,7 @@ fn any_command_removes_what_dead_processes_left() {
 
 // Gigabytes of a killed build stayed until the next build, and doctor did not report them.
 #[test]
-fn doctor_reports_and_removes_what_killed_builds_and_snapshots_left() {
+fn doctor_reports_and_removes_orphans_of_builds_and_snapshots() {
     let home = Home::new();
     home.nido(["create", "v"]).run().ok();
     let id = home.info("v")["id"].as_str().unwrap().to_owned();

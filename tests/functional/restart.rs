@@ -91,7 +91,7 @@ fn a_vm_that_waits_for_its_restart_can_be_stopped_and_deleted() {
 }
 
 #[test]
-fn a_limit_ends_a_vm_for_good() {
+fn a_vm_ended_by_a_limit_is_not_restarted() {
     let home = Home::new();
     home.nido(["spawn", "web", "--accel", "tcg", "--ttl", "2s", "--restart", "always"]).run().ok();
     processes::expect_none(&home.path());
@@ -152,7 +152,7 @@ fn a_vm_that_is_shut_down_with_the_host_starts_at_boot_only() {
 }
 
 #[test]
-fn the_units_start_what_is_wanted_and_keep_the_guardian() {
+fn the_systemd_units_start_vms_and_keep_the_guardian() {
     let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("packaging");
     let home = Home::bare();
     for (instance, target) in [("system", "multi-user.target"), ("user", "default.target")] {

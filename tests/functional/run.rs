@@ -35,7 +35,7 @@ fn files_are_there_before_the_command() {
 }
 
 #[test]
-fn what_fails_or_is_interrupted_leaves_nothing() {
+fn a_failed_or_interrupted_run_leaves_no_orphans() {
     let home = Home::new();
     let run = home.nido(["run", "--", "sh", "-c", "echo ready; while :; do sleep 0.05; done"]).start();
     assert_eq!(run.line(), "ready");
@@ -59,7 +59,7 @@ fn a_vm_that_is_to_be_kept_is_kept() {
 
 #[test]
 fn a_vm_that_is_kept_is_named_in_every_form() {
-    // With --json and with --quiet nothing said what the VM is called.
+    // With --json and with --quiet the VM's name was not printed.
     let home = Home::new();
     let ran = home.nido(["run", "--keep", "--json", "--", "sh", "-c", "echo hello; exit 3"]).run().exits(3);
     let names = home.names();

@@ -41,7 +41,7 @@ const OWNERS: [(&str, &[&str]); 10] = [
 /// Calls that only nido-files may make, as they stand in the source.
 const FILE_CALLS: [&str; 7] =
     ["fs::rename", "renameat", ".persist(", "flock(", "F_OFD_", ".try_lock()", ".lock_shared()"];
-/// Files that make one of [`FILE_CALLS`] all the same, and why.
+/// Files that make one of [`FILE_CALLS`] nevertheless, and why.
 const FILE_CALLERS: [(&str, &str); 7] = [
     ("images/src/build/slim.rs", "moves a file within a scratch directory"),
     ("images/src/build/stages.rs", "moves a file within a scratch directory"),
@@ -110,7 +110,7 @@ const LONG_FILES: [(&str, &str); 1] = [("vmm/engine/src/guest/files/send.rs", "o
 const FUNCTION_LINES_MAX: usize = 60;
 /// Longer functions: a `match` or a `select!` with a few lines for each case, or one sequence of steps.
 const LONG_FUNCTIONS: [&str; 5] = [
-    "cli/server/src/routes/socket.rs::talk",
+    "cli/server/src/routes/socket.rs::exchange_frames",
     "cli/src/session.rs::streamed",
     "mcp/src/answer.rs::next_step",
     "vmm/core/src/nido/lifecycle.rs::launch_from",
@@ -186,7 +186,7 @@ fn hints_for_every_front_end_name_no_command() {
 }
 
 #[test]
-fn a_library_is_known_to_its_owners_only() {
+fn only_the_listed_crates_use_a_library() {
     for (name, found) in dependencies() {
         for (library, owners) in OWNERS {
             let depends = found.contains(library);
@@ -355,7 +355,7 @@ fn modules_use_each_other_without_a_cycle() {
 }
 
 #[test]
-fn a_cycle_is_found_and_named_whatever_its_form() {
+fn every_form_of_cycle_is_found_and_named() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("src");
     fs::create_dir_all(source.join("front")).unwrap();

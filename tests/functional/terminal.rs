@@ -11,7 +11,7 @@ fn vm() -> Home {
 }
 
 #[test]
-fn a_guest_cannot_speak_to_the_terminal_without_being_asked_to() {
+fn guest_output_is_escaped_on_a_terminal_by_default() {
     let home = vm();
     let nasty = "printf '\\033]0;owned\\007\\033[2J\\033[31mred\\n'";
     let mut terminal = home.nido(["exec", "web", "--", "sh", "-c", nasty]).on_terminal();
@@ -78,7 +78,7 @@ fn progress_is_drawn_and_gone_afterwards() {
 }
 
 #[test]
-fn on_a_terminal_delete_asks_first() {
+fn on_a_terminal_delete_prompts_first() {
     let home = Home::new();
     home.nido(["create", "web"]).run().ok();
     let mut terminal = home.nido(["delete", "web"]).on_terminal();

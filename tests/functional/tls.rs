@@ -38,7 +38,7 @@ fn the_api_is_served_encrypted() {
     };
     let answer = ask(&authority).unwrap();
     assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("{\"vms\":[]}"), "{answer}");
-    // Who does not trust its certificate, or does not encrypt, gets nothing; the server goes on.
+    // A client that does not trust its certificate, or does not encrypt, gets nothing; the server continues.
     ask(&stranger).unwrap_err();
     let mut plain = std::net::TcpStream::connect(address).unwrap();
     plain.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
@@ -58,7 +58,7 @@ fn webhooks_go_to_endpoints_whose_authority_the_host_trusts_and_to_no_others() {
     let (good, bad) = (Receiver::encrypted(trusted.server()), Receiver::encrypted(stranger.server()));
     let home = Home::new();
     let [root, ..] = trusted.write(&home);
-    // The deliverer is started by the commands, and has their environment.
+    // The delivery worker is started by the commands, and has their environment.
     let nido = |arguments: [&str; 5]| home.nido(arguments).env("SSL_CERT_FILE", &root);
     for receiver in [&good, &bad] {
         nido(["webhook", "add", "--allow-private", "--url", &receiver.url()]).run().ok();

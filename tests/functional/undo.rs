@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use nido_api::name::VmName;
 use nido_api::state::VmState;
 use nido_api::{AccelChoice, Caller, Grant, LeaseId, StartRequest, VmSpec};
-use nido_core::{BegunVm, Nido, OpenOptions};
-use nido_store::{Store, Transition, Transitioned, VmRow};
+use nido_core::{Nido, OpenOptions, VmInProgress};
+use nido_store::{Store, Transition, TransitionOutcome, VmRow};
 use serde_json::json;
 
 use super::leases::await_gone;
@@ -42,7 +42,7 @@ fn undoing_a_spawn_leaves_another_vm_of_that_name_alone() {
     with_nido(&home, async |nido| {
         let name: VmName = "ci".parse().unwrap();
         let spec = VmSpec { accel: AccelChoice::Tcg, ephemeral: true, ..VmSpec::named(name.clone()) };
-        let (begun, grant) = (BegunVm::default(), Grant::unlimited(&Caller::command_line()));
+        let (begun, grant) = (VmInProgress::default(), Grant::unlimited(&Caller::command_line()));
         nido.spawn_tracked(spec, StartRequest::default(), &grant, &begun, &mut |_| ()).await.unwrap();
         let first = begun.id().unwrap();
         nido.delete(&name, true).await.unwrap();
@@ -67,13 +67,13 @@ fn being_made(home: &Home, name: &str, operation: &LeaseId) -> String {
 
 // Copies that were ready when `fork` was interrupted stayed.
 #[test]
-fn vms_of_an_operation_that_was_cut_off_are_removed_and_those_of_one_that_ended_well_stay() {
+fn vms_of_interrupted_operations_are_deleted_and_those_of_completed_ones_stay() {
     let home = Home::new();
     with_nido(&home, async |nido| {
         let (operation, other) = (nido.lease_open().unwrap(), nido.lease_open().unwrap());
         let lost = being_made(&home, "lost", operation.id());
         being_made(&home, "kept", other.id());
-        let at_rest = being_made(&home, "at-rest", operation.id());
+        let is_inactive = being_made(&home, "at-rest", operation.id());
         for name in ["lost", "kept"] {
             home.nido(["start", name]).run().ok();
         }
@@ -83,7 +83,7 @@ fn vms_of_an_operation_that_was_cut_off_are_removed_and_those_of_one_that_ended_
         await_gone(&home, &lost);
         assert_eq!(home.names(), ["kept"]);
         assert_eq!(home.info("kept")["status"], "running");
-        assert!(!home.path().join("vms").join(&at_rest).exists());
+        assert!(!home.path().join("vms").join(&is_inactive).exists());
     });
 }
 
@@ -152,9 +152,9 @@ fn a_restore_that_cannot_copy_the_disk_leaves_the_vm_running() {
     assert_eq!(left(&directory), 0);
 }
 
-// What a killed `snapshot create` of a VM at rest had left stayed for ever, and made a paused VM go on.
+// The orphan of a killed `snapshot create` of a stopped VM was never removed, and resumed a paused VM.
 #[test]
-fn what_a_killed_snapshot_has_left_goes_with_the_next_start_and_with_gc() {
+fn orphans_of_a_killed_snapshot_are_removed_by_the_next_start_and_by_gc() {
     let home = Home::new();
     home.spawn("v");
     home.nido(["stop", "v"]).run().ok();
@@ -191,7 +191,7 @@ fn what_a_killed_snapshot_has_left_goes_with_the_next_start_and_with_gc() {
 
 // An empty file that a power cut had left was taken for a disk in use.
 #[test]
-fn an_empty_disk_is_made_anew() {
+fn an_empty_disk_is_recreated() {
     let home = Home::new();
     home.nido(["create", "v"]).run().ok();
     let disk = home.path().join("vms").join(id(&home, "v")).join("disk.qcow2");
@@ -222,9 +222,9 @@ fn parts_that_no_vm_uses_any_more_are_collected_by_the_next_command() {
     assert_eq!(checks(&home, "orphans")["detail"], json!("none"));
 }
 
-// The list never said when an idle VM would end.
+// The list never reported when an idle VM would end.
 #[test]
-fn a_list_says_when_a_vm_ends_for_being_idle() {
+fn a_list_has_the_time_of_the_idle_stop() {
     let home = Home::new();
     home.nido(["spawn", "v", "--idle", "1h", "--accel", "tcg"]).run().ok();
     home.spawn("w");
@@ -233,6 +233,6 @@ fn a_list_says_when_a_vm_ends_for_being_idle() {
     assert!(listed["vms"][1]["idle_at"].is_null(), "{listed}");
     // Nor does one that does not answer keep the list from coming.
     let running = Transition::Entered { state: VmState::Running, cause: None, timings: None };
-    assert_eq!(store(&home).transition(&id(&home, "w"), &running).unwrap(), Transitioned::Yes);
+    assert_eq!(store(&home).transition(&id(&home, "w"), &running).unwrap(), TransitionOutcome::Yes);
     assert!(home.nido(["ls"]).run().ok().text().contains("in "));
 }

@@ -111,7 +111,7 @@ fn values_that_are_not_valid_are_refused_with_their_code_and_a_hint() {
 }
 
 #[test]
-fn flags_stand_before_or_after_the_verb() {
+fn flags_are_accepted_before_and_after_the_verb() {
     let home = Home::bare();
     for arguments in [["--json", "ls"], ["ls", "--json"]] {
         assert_eq!(home.nido(arguments).run().ok().json(), serde_json::json!({ "vms": [] }));

@@ -1,4 +1,4 @@
-//! Endpoints of webhooks: how they may fail, which are refused, and what is told about them.
+//! Endpoints of webhooks: how they may fail, which are refused, and what is reported about them.
 
 use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt as _;
@@ -28,7 +28,7 @@ fn an_endpoint_that_fails_in_every_way_gets_everything_in_the_end() {
         (Reply::Last(format!("HTTP/1.1 200 OK\r\n{}\r\n", "x: y\r\n".repeat(1000))), "no response: "),
         (Reply::Last(format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(1 << 20))), "no response: "),
     ];
-    // Always, for the deliverer tries again by itself, too, whenever it likes.
+    // Always, for the delivery worker retries by itself, too.
     receiver.always(Some(failures[0].0.clone()));
     create(&home, "web");
     home.nido(["delete", "web", "--yes"]).run().ok();
@@ -47,7 +47,7 @@ fn an_endpoint_that_fails_in_every_way_gets_everything_in_the_end() {
     await_taken(&receiver, 2);
     expect_order(&receiver.messages());
     expect_no_deliverer(&home);
-    // An answer that never ends is an answer, and what it says is not kept.
+    // A response that never ends is a response, and its body is not kept.
     let endless = format!("HTTP/1.1 200 OK\r\ncontent-length: 999999999\r\n\r\n{}", "y".repeat(1 << 20));
     receiver.reply([Reply::Say(endless)]);
     create(&home, "endless");
@@ -59,7 +59,7 @@ fn an_endpoint_that_fails_in_every_way_gets_everything_in_the_end() {
 }
 
 #[test]
-fn an_endpoint_is_left_alone_for_as_long_as_it_asks() {
+fn retry_after_of_an_endpoint_is_respected() {
     let receiver = Receiver::start();
     let home = Home::new();
     let webhook = add(&home, &receiver.url());
@@ -70,7 +70,7 @@ fn an_endpoint_is_left_alone_for_as_long_as_it_asks() {
     });
     let next: jiff::Timestamp = waits["next_at"].as_str().unwrap().parse().unwrap();
     assert!((3500..3700).contains(&next.duration_since(jiff::Timestamp::now()).as_secs()));
-    // So it is about other VMs, and nobody else is kept waiting.
+    // So it is about other VMs, and no other endpoint is delayed.
     let other = Receiver::start();
     let second = add(&home, &other.url());
     for vm in ["a", "b", "c"] {
@@ -79,7 +79,7 @@ fn an_endpoint_is_left_alone_for_as_long_as_it_asks() {
     await_taken(&other, 3);
     assert_eq!(receiver.messages().len(), 1);
     remove(&home, &second);
-    // Tried again by itself, without anybody's help, after a second or so.
+    // Retried automatically after about a second.
     receiver.reply([Reply::status(503, "retry-after: 1\r\n")]);
     home.nido(["webhook", "redeliver", &waits["id"].to_string()]).run().ok();
     await_taken(&receiver, 4);
@@ -87,7 +87,7 @@ fn an_endpoint_is_left_alone_for_as_long_as_it_asks() {
 }
 
 #[test]
-fn slack_is_told_in_slacks_way() {
+fn slack_gets_its_message_format() {
     let home = Home::new();
     let format = |url: &str, more: &[&str]| {
         let add = ["webhook", "add", "--json", "--event", "vm.crashed", "--url", url];
@@ -130,7 +130,7 @@ fn pagerduty_gets_an_alert_for_a_crash_and_its_end() {
 }
 
 #[test]
-fn an_endpoint_that_is_gone_is_not_asked_again() {
+fn an_endpoint_that_returns_410_is_disabled() {
     let receiver = Receiver::start();
     let home = Home::new();
     let webhook = add(&home, &receiver.url());
@@ -182,7 +182,7 @@ fn an_endpoint_that_hangs_delays_no_other_and_is_given_up_after_a_while() {
 }
 
 #[test]
-fn an_endpoint_of_the_own_network_is_refused_unless_that_is_wanted() {
+fn private_endpoints_are_refused_unless_allowed() {
     let home = Home::bare();
     for url in [
         "http://example.com/",
@@ -212,7 +212,7 @@ fn an_endpoint_of_the_own_network_is_refused_unless_that_is_wanted() {
 }
 
 #[test]
-fn a_secret_is_told_once_and_then_kept() {
+fn a_secret_is_returned_only_once() {
     let receiver = Receiver::start();
     let home = Home::new();
     let wrong = home.nido(["webhook", "add", "--json", "--url", "https://1.1.1.1/", "--secret", "whsec_geheim"]).run();
@@ -248,7 +248,7 @@ fn a_secret_is_told_once_and_then_kept() {
 }
 
 #[test]
-fn a_test_message_tells_how_it_fared() {
+fn a_test_message_reports_its_result() {
     let receiver = Receiver::start();
     let home = Home::bare();
     let webhook = add(&home, &receiver.url());

@@ -8,7 +8,7 @@ use crate::support::receiver::{Receiver, Reply};
 use crate::support::{Home, until};
 
 #[test]
-fn an_endpoint_lives_over_http() {
+fn the_lifecycle_of_an_endpoint_over_http() {
     let receiver = Receiver::start();
     let home = Home::new();
     let server = Server::start(&home);
@@ -37,7 +37,7 @@ fn an_endpoint_lives_over_http() {
     let messages = until("it to come again", || Some(receiver.messages()).filter(|all| all.len() == 4));
     assert_eq!(messages[2].header("webhook-id"), messages[3].header("webhook-id"));
 
-    // The secret was told once: no answer and no line of the audit log has it, given or made.
+    // The secret was returned once: no answer and no line of the audit log has it, given or made.
     let given = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
     let body = json!({"url": receiver.url(), "allow_private": true, "secret": given, "format": "slack"});
     let other = server.post("/v1/webhooks", &body).ok(201);
@@ -55,7 +55,7 @@ fn an_endpoint_lives_over_http() {
 }
 
 #[test]
-fn what_is_wrong_with_an_endpoint_is_said() {
+fn invalid_endpoints_are_reported() {
     let home = Home::new();
     let server = Server::start(&home);
     let add = |body: Value| server.post("/v1/webhooks", &body);
@@ -71,7 +71,7 @@ fn what_is_wrong_with_an_endpoint_is_said() {
 }
 
 #[test]
-fn urls_may_hold_secrets_so_only_those_who_may_do_everything_see_them() {
+fn only_admins_see_webhook_urls() {
     let home = Home::new();
     let server = Server::start(&home);
     for scope in ["read", "run"] {

@@ -1,4 +1,4 @@
-//! Webhooks from end to end: what happens is told, once and in order, whoever is killed meanwhile.
+//! Webhooks from end to end: events are delivered once and in order, whichever process is killed meanwhile.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -28,7 +28,7 @@ pub(super) fn create(home: &Home, name: &str) {
     home.nido(["create", name, "--accel", "tcg"]).run().ok();
 }
 
-/// The deliverers that live.
+/// The running delivery workers.
 pub(super) fn deliverers(home: &Home) -> Vec<rustix::process::Pid> {
     let all = processes::of(&home.path());
     all.into_iter().filter(|(_, line)| line.trim_end().ends_with(" deliver")).map(|(pid, _)| pid).collect()
@@ -132,7 +132,7 @@ fn an_endpoint_that_was_away_and_a_host_that_was_off_lose_nothing() {
         Some(deliveries(&home).swap_remove(0)).filter(|delivery| delivery["last_error"].is_string())
     });
     assert!(refused["last_error"].as_str().unwrap().contains("refused"), "{refused}");
-    // As after a restart of the host: nothing lives, and somebody runs nido.
+    // As after a restart of the host: no process runs, and a user runs nido.
     until("a deliverer", || deliverers(&home).pop().map(processes::kill));
     let receiver = Receiver::at(port);
     home.nido(["ls"]).run().ok();
@@ -168,7 +168,7 @@ fn a_deliverer_that_is_killed_again_and_again_loses_nothing() {
 }
 
 #[test]
-fn a_server_counts_deliveries_and_replaces_who_delivers() {
+fn a_server_counts_deliveries_and_restarts_the_delivery_worker() {
     let port = Receiver::start().port();
     let home = Home::new();
     let server = Server::start(&home);
@@ -183,7 +183,7 @@ fn a_server_counts_deliveries_and_replaces_who_delivers() {
     assert_eq!(states.map(|state| count(&webhook, state)), [Some(0); 3]);
     create(&home, "web");
     assert_eq!(states.map(|state| count(&webhook, state)), [Some(1), Some(0), Some(0)]);
-    // From here on there is nobody but the server.
+    // From here on only the server runs.
     let first = until("a deliverer", || Some(deliverers(&home)).filter(|live| !live.is_empty()));
     for one in &first {
         processes::kill_if_alive(*one);
@@ -199,7 +199,7 @@ fn a_server_counts_deliveries_and_replaces_who_delivers() {
 }
 
 #[test]
-fn a_crash_is_told_though_no_command_runs() {
+fn a_crash_is_delivered_without_a_running_command() {
     let receiver = Receiver::start();
     let home = Home::new();
     let url = receiver.url();

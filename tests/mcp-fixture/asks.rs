@@ -7,8 +7,8 @@
 //!                  └────────────────────────────────────────┘
 //! ```
 //!
-//! Invariant: what a client brings back says nothing but which call it is of. As nido's own, it is a number that the server knows,
-//! good for one use; any other is refused.
+//! Invariant: what a client sends back only identifies its call. As nido's own, it is a number that the server knows,
+//! valid for one use; any other is refused.
 
 #![allow(deprecated, reason = "the suite wants sampling and roots, which the protocol is giving up")]
 
@@ -29,17 +29,17 @@ use serde_json::{Map, Value, json};
 use crate::server::{Server, of_json};
 
 /// How long a client with a session may take to answer.
-const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What is asked for at once: by their keys, requests as the protocol has them.
+/// What is requested at once: by their keys, requests as the protocol has them.
 type Round = BTreeMap<&'static str, Value>;
 
-/// All that is asked for, one after the other.
+/// All that is requested, one after the other.
 pub struct Rounds {
     rounds: Vec<Round>,
     /// Whether the client is given something to bring back.
     stateful: bool,
-    /// What the client cannot be asked for is left out. Otherwise the call is refused.
+    /// Requests that the client does not support are left out. Otherwise the call is refused.
     as_it_can: bool,
 }
 
@@ -50,7 +50,7 @@ pub struct Retry {
 }
 
 /// Where a call is.
-pub enum Asked {
+pub enum CallStage {
     /// The client has to come back.
     Again(Box<InputRequiredResult>),
     /// All is there; what it is, in words.
@@ -114,14 +114,14 @@ pub fn rounds(name: &str) -> Option<Rounds> {
     Some(Rounds { rounds, stateful, as_it_can: name.ends_with("_capabilities") })
 }
 
-/// Goes on with a call as far as what the client has brought back allows.
-pub fn ask(
+/// Continues a call as far as the client's replies allow.
+pub fn continue_call(
     server: &Server,
     name: &str,
     rounds: &Rounds,
     retry: Retry,
     context: &RequestContext<RoleServer>,
-) -> Result<Asked, ErrorData> {
+) -> Result<CallStage, ErrorData> {
     let states = &server.fixture.states;
     let (mut at, begun) = match &retry.state {
         Some(id) if rounds.stateful => (states.take(name, id)?, true),
@@ -137,14 +137,14 @@ pub fn ask(
     let Some(round) = rounds.rounds.get(at) else {
         let state = if rounds.stateful { "state-ok " } else { "" };
         let said: BTreeMap<_, _> = asked.keys().map(|key| (key, &answers[*key])).collect();
-        return Ok(Asked::Done(format!("{state}{}", json!(said))));
+        return Ok(CallStage::Done(format!("{state}{}", json!(said))));
     };
     let requests = of_json(json!(askable(round, &can, rounds.as_it_can)?))?;
     let state = rounds.stateful.then(|| states.keep(name, at)).transpose()?;
-    Ok(Asked::Again(Box::new(InputRequiredResult::new(Some(requests), state))))
+    Ok(CallStage::Again(Box::new(InputRequiredResult::new(Some(requests), state))))
 }
 
-/// What of a round this client can be asked for.
+/// The requests of a round that this client supports.
 fn askable(round: &Round, can: &ClientCapabilities, as_it_can: bool) -> Result<Round, ErrorData> {
     let can = json!(can);
     let needs =
@@ -181,10 +181,10 @@ fn sampling(words: &str) -> Value {
     json!({ "messages": [{ "role": "user", "content": { "type": "text", "text": words } }], "maxTokens": 100 })
 }
 
-/// Asks a client with a session to fill in a form; what it said, in words.
+/// Requests that a client with a session fills in a form; returns its reply as text.
 pub async fn elicit(context: &RequestContext<RoleServer>, message: &str, schema: Value) -> Result<String, ErrorData> {
     let form: ElicitRequestParams = of_json(json!({ "mode": "form", "message": message, "requestedSchema": schema }))?;
-    let answer = context.peer.create_elicitation_with_timeout(form, Some(ANSWER_WITHIN)).await;
+    let answer = context.peer.create_elicitation_with_timeout(form, Some(REPLY_TIMEOUT)).await;
     let answer = answer.map_err(|e| ErrorData::internal_error(format!("the client was not asked: {e}"), None))?;
     Ok(json!(answer).to_string())
 }
@@ -192,7 +192,7 @@ pub async fn elicit(context: &RequestContext<RoleServer>, message: &str, schema:
 /// Asks a client with a session for words of its model.
 pub async fn sample(context: &RequestContext<RoleServer>, words: &str) -> Result<String, ErrorData> {
     let request: CreateMessageRequestParams = of_json(sampling(words))?;
-    let answer = tokio::time::timeout(ANSWER_WITHIN, context.peer.create_message(request)).await;
+    let answer = tokio::time::timeout(REPLY_TIMEOUT, context.peer.create_message(request)).await;
     let answer = answer.map_err(|_| ErrorData::internal_error("the client does not answer", None))?;
     let answer = answer.map_err(|e| ErrorData::internal_error(format!("the client was not asked: {e}"), None))?;
     Ok(json!(answer).to_string())

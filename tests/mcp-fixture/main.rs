@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  conformance suite ──> nido_server::serve ──> nido_mcp::http ──> server.rs   what the protocol asks
-//!                        (all of it nido's, as it is shipped)        tools.rs  reads.rs  prompts.rs   what there is
+//!                        (all of it nido's, as it is shipped)        tools.rs  reads.rs  prompts.rs   the contents
 //!                                                                    asks.rs   what has to ask its client first
 //! ```
 //!

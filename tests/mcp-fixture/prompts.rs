@@ -5,7 +5,7 @@ use rmcp::model::{ErrorData, GetPromptRequestParams, GetPromptResponse};
 use rmcp::service::RequestContext;
 use serde_json::{Value, json};
 
-use crate::asks::{self, Asked, Retry};
+use crate::asks::{self, CallStage, Retry};
 use crate::reads::PNG;
 use crate::server::{Server, complete};
 
@@ -51,9 +51,9 @@ pub fn get(
             let rounds = asks::rounds(name).filter(|_| name.ends_with("_prompt"));
             let rounds = rounds.ok_or_else(|| ErrorData::invalid_params("there is no such prompt", None))?;
             let retry = Retry { answers: request.input_responses, state: request.request_state };
-            match asks::ask(server, name, &rounds, retry, context)? {
-                Asked::Again(result) => return Ok(GetPromptResponse::InputRequired(*result)),
-                Asked::Done(answers) => vec![text(&answers)],
+            match asks::continue_call(server, name, &rounds, retry, context)? {
+                CallStage::Again(result) => return Ok(GetPromptResponse::InputRequired(*result)),
+                CallStage::Done(answers) => vec![text(&answers)],
             }
         }
     };

@@ -26,9 +26,9 @@ use crate::asks::States;
 use crate::{prompts, reads, tools};
 
 /// How many changes a slow listener may be behind.
-const BEHIND: usize = 16;
+const CHANGES_BUFFERED_MAX: usize = 16;
 
-/// What is told to listeners to have changed.
+/// The change that listeners are notified of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Changed {
     Tools,
@@ -45,7 +45,7 @@ pub struct Fixture {
 impl Fixture {
     pub fn new() -> Self {
         let (states, ending) = (States::default(), CancellationToken::new());
-        Self { states, changes: broadcast::channel(BEHIND).0, ending }
+        Self { states, changes: broadcast::channel(CHANGES_BUFFERED_MAX).0, ending }
     }
 }
 
@@ -72,12 +72,12 @@ impl Agents for Fixture {
 /// One session's view of it, or one request's where there are no sessions.
 pub struct Server {
     pub fixture: Arc<Fixture>,
-    /// From which level on a session wants to be told.
+    /// The lowest log level that a session requested.
     level: Arc<Mutex<LoggingLevel>>,
 }
 
 impl Server {
-    /// From which level on this request's client wants to be told, if at all.
+    /// The lowest log level that this request's client requested, if any.
     pub fn level(&self, context: &RequestContext<RoleServer>) -> Option<LoggingLevel> {
         match is_modern(context) {
             true => context.meta.log_level(),
@@ -91,7 +91,7 @@ pub fn is_modern(context: &RequestContext<RoleServer>) -> bool {
     context.protocol_version().is_some_and(|version| version.as_str() >= ProtocolVersion::V_2026_07_28.as_str())
 }
 
-/// What is written down as JSON, as the library wants it.
+/// What is recorded as JSON, as the library wants it.
 pub fn of_json<T: DeserializeOwned>(value: Value) -> Result<T, ErrorData> {
     serde_json::from_value(value).map_err(|e| ErrorData::internal_error(format!("the fixture is wrong: {e}"), None))
 }
@@ -102,7 +102,7 @@ pub fn complete<T: DeserializeOwned>(mut value: Value) -> Result<T, ErrorData> {
     of_json(value)
 }
 
-/// nido's guard has been here: whoever did not come through it is nobody.
+/// nido's authentication has run: a request without it has no principal.
 fn guarded(context: &RequestContext<RoleServer>) -> Result<(), ErrorData> {
     let principal = context.extensions.get::<Parts>().and_then(|parts| parts.extensions.get::<Principal>());
     principal.map(drop).ok_or_else(|| ErrorData::invalid_request("the guard did not say who calls", None))

@@ -12,7 +12,7 @@ use rmcp::model::{
 use rmcp::service::RequestContext;
 use serde_json::{Value, json};
 
-use crate::asks::{self, Asked, Retry};
+use crate::asks::{self, CallStage, Retry};
 use crate::reads::PNG;
 use crate::server::{Changed, Server, complete};
 
@@ -119,8 +119,8 @@ pub async fn call(
             tokio::time::sleep(GAP * 4).await;
             done()
         }
-        "test_trigger_tool_change" => tell(server, Changed::Tools),
-        "test_trigger_prompt_change" => tell(server, Changed::Prompts),
+        "test_trigger_tool_change" => notify(server, Changed::Tools),
+        "test_trigger_prompt_change" => notify(server, Changed::Prompts),
         "test_sampling" => vec![words(&asks::sample(&context, argument("prompt")?).await?)],
         "test_elicitation" => vec![words(&asks::elicit(&context, argument("message")?, about_you()).await?)],
         "test_elicitation_sep1034_defaults" => {
@@ -133,9 +133,9 @@ pub async fn call(
             let rounds = asks::rounds(name).filter(|_| PLAIN.iter().any(|(tool, _)| *tool == name));
             let rounds = rounds.ok_or_else(|| ErrorData::invalid_params("there is no such tool", None))?;
             let retry = Retry { answers: request.input_responses, state: request.request_state };
-            match asks::ask(server, &request.name, &rounds, retry, &context)? {
-                Asked::Again(result) => return Ok(CallToolResponse::InputRequired(*result)),
-                Asked::Done(answers) => vec![words(&answers)],
+            match asks::continue_call(server, &request.name, &rounds, retry, &context)? {
+                CallStage::Again(result) => return Ok(CallToolResponse::InputRequired(*result)),
+                CallStage::Done(answers) => vec![words(&answers)],
             }
         }
     };
@@ -154,8 +154,8 @@ fn resource(uri: &str) -> Value {
     json!({ "type": "resource", "resource": { "uri": uri, "mimeType": "text/plain", "text": "What is in it." } })
 }
 
-fn tell(server: &Server, changed: Changed) -> Vec<Value> {
-    // Nobody may be listening.
+fn notify(server: &Server, changed: Changed) -> Vec<Value> {
+    // There may be no listener.
     let told = server.fixture.changes.send(changed).unwrap_or(0);
     vec![words(&format!("{told} listeners were told."))]
 }

@@ -37,7 +37,7 @@ fn on_kvm_over(vm: &Vm<'_>, transport: &str) -> Value {
     info
 }
 
-/// The VM's vsock address, as QEMU was told it.
+/// The VM's vsock address, as QEMU got it.
 fn cid(vm: &Vm<'_>) -> u32 {
     let arguments = vm.qemu().arguments;
     let device = arguments.iter().find(|argument| argument.contains("guest-cid=")).expect("a vsock device");
@@ -99,7 +99,7 @@ fn forks_have_addresses_and_tokens_of_their_own() {
     for vm in [&one, &two] {
         assert_eq!(on_kvm(vm)["timings"]["path"], "fork");
     }
-    // The first connection to a guest that has just been restored is lost, and vsock's own patience with it is two seconds.
+    // The first connection to a guest that has just been restored is lost, and vsock's own timeout for it is two seconds.
     let waited = [&one, &two].map(|vm| vm.info()["timings"]["agent_ms"].as_f64().unwrap());
     assert!(waited.iter().any(|ms| *ms < 2000.0), "{waited:?}");
     assert_ne!(cid(&one), cid(&two));
@@ -118,7 +118,7 @@ fn forks_have_addresses_and_tokens_of_their_own() {
     }
 }
 
-/// What the agent at a vsock address says to a hello with this token: `welcome` or `refused`.
+/// The reply of the agent at a vsock address to a hello with this token: `welcome` or `refused`.
 fn greeting(cid: u32, token: &str) -> String {
     // A frame with [0, [[version, version, token, nonce]]]; the answer's number is the payload's second byte.
     let script = format!(
@@ -135,14 +135,14 @@ print({{0:'welcome',1:'refused'}}[answer[5]])"
     String::from_utf8(ran.stdout).unwrap().trim().to_owned()
 }
 
-/// Somebody else on the host has the address that nido has chosen.
+/// Another process on the host has the address that nido has chosen.
 #[test]
 fn an_address_that_is_taken_is_replaced() {
     let home = TestHome::new();
     let place = |name: &str| home.user_dir().join(name);
     let program = std::env::var("NIDO_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".into());
     let (qemu, wanted, held) = (place("qemu-system-slow"), place("wanted"), place("held"));
-    // Started for the first time it waits until somebody has its address.
+    // Started for the first time it waits until another process has its address.
     let script = format!(
         "#!/bin/bash
 if [[ \"$*\" =~ guest-cid=([0-9]+) && ! -e '{held}' ]]; then
@@ -197,7 +197,7 @@ fn a_restored_vm_is_saved_and_restored_again() {
     on_kvm(&vm);
 }
 
-/// A host with KVM and without kernel vsock, as containers often are: nido is shown a `/dev/vhost-vsock` that is no device.
+/// A host with KVM and without kernel vsock, as containers often are: nido gets a `/dev/vhost-vsock` that is not a device.
 #[test]
 fn without_vsock_kvm_is_used_all_the_same() {
     let home = TestHome::new();

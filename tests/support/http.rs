@@ -5,18 +5,18 @@ use std::net::TcpStream;
 
 use serde_json::Value;
 
-use super::{DEADLINE, Home, Live};
+use super::{DEADLINE, Home, RunningNido};
 
 /// A server that runs, and a token that opens it.
 pub struct Server {
-    live: Option<Live>,
+    live: Option<RunningNido>,
     address: String,
     token: String,
 }
 
-/// An answer.
+/// An HTTP response.
 #[derive(Debug)]
-pub struct Answer {
+pub struct HttpResponse {
     /// Its status.
     pub status: u16,
     /// Its headers, in lower case.
@@ -78,11 +78,11 @@ impl Server {
     }
 
     /// Its process.
-    pub fn live(&self) -> &Live {
+    pub fn live(&self) -> &RunningNido {
         self.live.as_ref().unwrap()
     }
 
-    /// Waits for its end, which somebody has asked for.
+    /// Waits for its end, which was requested.
     pub fn ended(mut self) {
         self.live.take().unwrap().wait().ok();
     }
@@ -93,28 +93,28 @@ impl Server {
     }
 
     /// A request with the token and no body.
-    pub fn get(&self, path: &str) -> Answer {
+    pub fn get(&self, path: &str) -> HttpResponse {
         self.send("GET", path, &[], b"")
     }
 
     /// A request with a JSON body.
-    pub fn post(&self, path: &str, body: &Value) -> Answer {
+    pub fn post(&self, path: &str, body: &Value) -> HttpResponse {
         self.send("POST", path, &[("content-type", "application/json")], body.to_string().as_bytes())
     }
 
     /// A request with the token.
-    pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+    pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> HttpResponse {
         let bearer = format!("Bearer {}", self.token);
         let headers = [headers, &[("authorization", bearer.as_str())]].concat();
         self.plain(method, path, &headers, body)
     }
 
     /// A request as it is.
-    pub fn plain(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+    pub fn plain(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> HttpResponse {
         self.open(method, path, headers, body).answer()
     }
 
-    /// A request whose body is said to have `length` bytes, and that is not sent further than `body`.
+    /// A request whose body is declared to have `length` bytes, and that is not sent further than `body`.
     pub fn begin(&self, method: &str, path: &str, headers: &[(&str, &str)], length: usize, body: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let mut head = format!("{method} {path} HTTP/1.1\r\ncontent-length: {length}\r\n");
@@ -127,7 +127,7 @@ impl Server {
     }
 
     /// The answer to a request that was begun.
-    pub fn answer_to(stream: TcpStream) -> Answer {
+    pub fn answer_to(stream: TcpStream) -> HttpResponse {
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         Stream::read(BufReader::new(stream)).answer()
     }
@@ -207,12 +207,12 @@ impl Stream {
     }
 
     /// Everything.
-    fn answer(mut self) -> Answer {
+    fn answer(mut self) -> HttpResponse {
         let mut body = Vec::new();
         let chunked = self.headers.iter().any(|(key, value)| key == "transfer-encoding" && value == "chunked");
         if !chunked {
             self.reader.read_to_end(&mut body).unwrap();
-            return Answer { status: self.status, headers: self.headers, body };
+            return HttpResponse { status: self.status, headers: self.headers, body };
         }
         loop {
             let mut size = String::new();
@@ -223,13 +223,13 @@ impl Stream {
             self.reader.read_exact(&mut body[begin..]).unwrap();
             self.reader.read_line(&mut String::new()).unwrap();
             if size == 0 {
-                return Answer { status: self.status, headers: self.headers, body };
+                return HttpResponse { status: self.status, headers: self.headers, body };
             }
         }
     }
 }
 
-impl Answer {
+impl HttpResponse {
     /// A header's value.
     pub fn header(&self, key: &str) -> &str {
         self.headers.iter().find(|(name, _)| name == key).map_or("", |(_, value)| value)
@@ -241,7 +241,7 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
     }
 
-    /// The body as JSON, after a look at the status.
+    /// The body as JSON, after a check of the status.
     #[track_caller]
     pub fn ok(self, status: u16) -> Value {
         assert_eq!(self.status, status, "{}", String::from_utf8_lossy(&self.body));

@@ -8,14 +8,14 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Home, Live};
+use super::{Home, RunningNido};
 
 /// The two ways in which the protocol begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Era {
     /// `initialize`, then a session.
     Legacy,
-    /// Every request says everything.
+    /// Every request is complete.
     Modern,
 }
 
@@ -32,21 +32,21 @@ impl Era {
     }
 }
 
-/// A server that runs, and what was said to it.
+/// A server that runs, and the messages sent to it.
 pub struct Client {
-    live: Option<Live>,
+    live: Option<RunningNido>,
     era: Era,
     capabilities: Value,
     next: u64,
     /// Answers that came before they were waited for.
     answers: HashMap<u64, Value>,
-    /// What the server said by itself: notifications and requests, in their order.
+    /// What the server sent by itself: notifications and requests, in their order.
     pub heard: Vec<Value>,
     schemas: HashMap<String, Value>,
 }
 
 impl Client {
-    /// Starts a server, and says what has to be said first.
+    /// Starts a server, and sends the initial messages.
     pub fn start(home: &Home, era: Era) -> Self {
         Self::with(home, era, &[], json!({}))
     }
@@ -71,20 +71,20 @@ impl Client {
                 "protocolVersion": era.version(), "capabilities": client.capabilities,
                 "clientInfo": { "name": "tests", "version": "1" },
             });
-            let told = client.ask("initialize", hello);
+            let told = client.response_to("initialize", hello);
             assert_eq!(told["result"]["protocolVersion"], era.version(), "{told}");
-            client.say(&json!({ "jsonrpc": "2.0", "method": "notifications/initialized" }));
+            client.send_json(&json!({ "jsonrpc": "2.0", "method": "notifications/initialized" }));
         }
         client
     }
 
     /// Its process.
-    pub fn live(&mut self) -> &mut Live {
+    pub fn live(&mut self) -> &mut RunningNido {
         self.live.as_mut().unwrap()
     }
 
     /// Sends a message as it is.
-    pub fn say(&mut self, message: &Value) {
+    pub fn send_json(&mut self, message: &Value) {
         writeln!(self.live().stdin.as_mut().unwrap(), "{message}").unwrap();
     }
 
@@ -107,7 +107,7 @@ impl Client {
         }
     }
 
-    /// Sends a request, and tells its number.
+    /// Sends a request, and returns its id.
     pub fn request(&mut self, method: &str, mut params: Value) -> u64 {
         let id = self.next;
         self.next += 1;
@@ -122,7 +122,7 @@ impl Client {
             }
             params["_meta"] = meta;
         }
-        self.say(&json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }));
+        self.send_json(&json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }));
         id
     }
 
@@ -148,7 +148,7 @@ impl Client {
         }
     }
 
-    /// Waits for what the server says by itself.
+    /// Waits for a message that the server sends by itself.
     pub fn hear(&mut self, method: &str) -> Value {
         loop {
             if let Some(at) = self.heard.iter().position(|message| message["method"] == method) {
@@ -163,7 +163,7 @@ impl Client {
     }
 
     /// Asks and waits for the answer.
-    pub fn ask(&mut self, method: &str, params: Value) -> Value {
+    pub fn response_to(&mut self, method: &str, params: Value) -> Value {
         let id = self.request(method, params);
         self.answer(id)
     }
@@ -171,7 +171,7 @@ impl Client {
     /// Asks, and expects a result.
     #[track_caller]
     pub fn result(&mut self, method: &str, params: Value) -> Value {
-        let answer = self.ask(method, params);
+        let answer = self.response_to(method, params);
         assert!(answer.get("error").is_none(), "{answer}");
         answer["result"].clone()
     }
@@ -228,7 +228,7 @@ impl Client {
         result["structuredContent"].clone()
     }
 
-    /// Calls a tool that has to fail with this code; what it says about it.
+    /// Calls a tool that has to fail with this code; returns the error.
     #[track_caller]
     pub fn bad(&mut self, tool: &str, arguments: Value, code: &str) -> Value {
         let result = self.call(tool, arguments);
@@ -247,15 +247,15 @@ impl Client {
         assert!(live.end(), "it has ended by itself");
     }
 
-    /// Tells the server to end with a signal, and waits for its end.
-    pub fn told_to_end(mut self) -> super::run::Ran {
+    /// Ends the server with a signal, and waits for its end.
+    pub fn told_to_end(mut self) -> super::run::FinishedRun {
         let live = self.live.take().unwrap();
         live.signal(rustix::process::Signal::TERM);
         live.wait()
     }
 
     /// Ends standard input and waits for the server's end.
-    pub fn ended(mut self) -> super::run::Ran {
+    pub fn ended(mut self) -> super::run::FinishedRun {
         let mut live = self.live.take().unwrap();
         drop(live.stdin.take());
         live.wait()

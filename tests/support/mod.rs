@@ -21,12 +21,12 @@ use nido_images::{
 };
 use tempfile::TempDir;
 
-pub use run::{Live, Nido};
+pub use run::{Nido, RunningNido};
 
 /// How long anything may take that a test waits for.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// A home of its own, with a QEMU that is none.
+/// A home of its own, with a fake QEMU.
 pub struct Home {
     directory: TempDir,
     path: PathBuf,
@@ -100,12 +100,12 @@ impl Home {
         self.nido(["spawn", name, "--json", "--accel", "tcg"]).run().ok().json()
     }
 
-    /// What nido says about a VM.
+    /// What nido reports about a VM.
     pub fn info(&self, name: &str) -> serde_json::Value {
         self.nido(["info", name, "--json"]).run().ok().json()
     }
 
-    /// Waits until `wanted` holds of what nido says about a VM.
+    /// Waits until `wanted` holds for what nido reports about a VM.
     pub fn await_info(&self, name: &str, wanted: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
         until(&format!("the awaited state of {name}"), || Some(self.info(name)).filter(|info| wanted(info)))
     }
@@ -140,7 +140,7 @@ impl Drop for Home {
     }
 }
 
-/// Looks again and again, until there is something to be seen.
+/// Polls until there is a result.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {

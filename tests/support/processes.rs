@@ -51,7 +51,7 @@ pub fn of(home: &Path) -> Vec<(Pid, String)> {
     entries
         .filter_map(|entry| {
             let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)?;
-            // Dead ones that nobody has waited for yet have no command line.
+            // Zombies have no command line.
             let line = fs::read(entry.path().join("cmdline")).ok().filter(|line| !line.is_empty())?;
             let works_there = fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(home));
             let names_it = line.windows(home.as_os_str().len()).any(|part| part == home.as_os_str().as_bytes());

@@ -1,4 +1,4 @@
-//! An endpoint for webhooks: takes messages on loopback and answers as it is told.
+//! An endpoint for webhooks: takes messages on loopback and replies as configured.
 
 use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, Read, Write};
@@ -62,7 +62,7 @@ struct Shared {
     ends: bool,
 }
 
-/// A receiver that listens until it is dropped. What it was not told to treat otherwise, it takes.
+/// A receiver that listens until it is dropped. By default it accepts messages.
 pub struct Receiver {
     port: u16,
     encrypted: bool,

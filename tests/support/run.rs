@@ -68,13 +68,13 @@ impl<'a> Nido<'a> {
         self
     }
 
-    /// Permission bits count, whoever runs the tests: root gives up what lets it pass over them.
+    /// Permission bits count, for root, too: it drops the capabilities that override them.
     pub fn plainly(mut self) -> Self {
         self.plainly = rustix::process::geteuid().is_root();
         self
     }
 
-    /// The command, standard streams not yet settled.
+    /// The command, standard streams not yet set.
     pub(super) fn command(&self) -> Command {
         let nido = env!("CARGO_BIN_EXE_nido");
         let mut command = match (&self.before, self.plainly) {
@@ -105,7 +105,7 @@ impl<'a> Nido<'a> {
     }
 
     /// Runs it to its end.
-    pub fn run(mut self) -> Ran {
+    pub fn run(mut self) -> FinishedRun {
         let input = std::mem::take(&mut self.input);
         let mut live = self.start();
         let mut stdin = live.stdin.take().unwrap();
@@ -115,7 +115,7 @@ impl<'a> Nido<'a> {
     }
 
     /// Starts it; its standard input is open and empty.
-    pub fn start(self) -> Live {
+    pub fn start(self) -> RunningNido {
         let mut command = self.command();
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (line_sender, lines) = mpsc::channel();
@@ -132,7 +132,7 @@ impl<'a> Nido<'a> {
         });
         let stderr = collect(child.stderr.take().unwrap());
         let what = format!("{:?}", self.arguments);
-        Live { stdin: child.stdin.take(), child, stdout, stderr, lines, what }
+        RunningNido { stdin: child.stdin.take(), child, stdout, stderr, lines, what }
     }
 }
 
@@ -145,7 +145,7 @@ fn collect(mut stream: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
 }
 
 /// A nido that runs.
-pub struct Live {
+pub struct RunningNido {
     /// Its standard input; drop it to end that.
     pub stdin: Option<ChildStdin>,
     child: Child,
@@ -155,7 +155,7 @@ pub struct Live {
     what: String,
 }
 
-impl Live {
+impl RunningNido {
     /// Waits for the next line on its standard output.
     pub fn line(&self) -> String {
         self.lines.recv_timeout(DEADLINE).unwrap_or_else(|_| panic!("nido {} says nothing", self.what))
@@ -166,7 +166,7 @@ impl Live {
         kill_process(pid(&self.child), signal).unwrap();
     }
 
-    /// Looks again and again, until there is something to be seen; it must not end meanwhile.
+    /// Polls until there is a result; it must not end meanwhile.
     pub fn until<T>(&mut self, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         until(what, || {
             let ended = self.child.try_wait().unwrap();
@@ -198,9 +198,9 @@ impl Live {
     }
 
     /// Waits for its end.
-    pub fn wait(mut self) -> Ran {
+    pub fn wait(mut self) -> FinishedRun {
         let status = wait(&mut self.child, &self.what);
-        Ran {
+        FinishedRun {
             status,
             stdout: self.stdout.join().unwrap(),
             stderr: String::from_utf8_lossy(&self.stderr.join().unwrap()).into_owned(),
@@ -233,7 +233,7 @@ fn wait(child: &mut Child, what: &str) -> ExitStatus {
 
 /// A nido that has ended.
 #[derive(Debug)]
-pub struct Ran {
+pub struct FinishedRun {
     status: ExitStatus,
     /// What it wrote to standard output.
     pub stdout: Vec<u8>,
@@ -242,7 +242,7 @@ pub struct Ran {
     what: String,
 }
 
-impl Ran {
+impl FinishedRun {
     /// Its exit code; a signal that killed nido itself fails the test.
     pub fn code(&self) -> i32 {
         self.status.code().unwrap_or_else(|| panic!("nido {} was killed: {:?}", self.what, self.status))
@@ -279,7 +279,7 @@ impl Ran {
         serde_json::from_str(line).unwrap_or_else(|e| panic!("nido {}: {e}: {}", self.what, self.stderr))
     }
 
-    /// Expects a failure with this error code and exit code, told in JSON with a sentence.
+    /// Expects a failure with this error code and exit code, in JSON with a sentence.
     pub fn fails(self, exit: i32, code: &str) -> Value {
         let ran = self.exits(exit);
         let problem = ran.problem();

@@ -55,7 +55,7 @@ impl Terminal {
         }
     }
 
-    /// Reads what there is within so many milliseconds.
+    /// Reads the output of so many milliseconds.
     fn read(&mut self, milliseconds: i64) -> bool {
         let timeout = Timespec { tv_sec: milliseconds / 1000, tv_nsec: milliseconds % 1000 * 1_000_000 };
         if poll(&mut [PollFd::new(&self.ours, PollFlags::IN)], Some(&timeout)) != Ok(1) {
@@ -72,7 +72,7 @@ impl Terminal {
         self.ours.write_all(text.as_bytes()).unwrap();
     }
 
-    /// Gives the terminal another size and tells nido so. (It is not nido's controlling terminal.)
+    /// Gives the terminal another size and notifies nido. (It is not nido's controlling terminal.)
     pub fn resizes(&mut self, rows: u16, columns: u16) {
         resize(&self.theirs, rows, columns);
         self.signal(Signal::WINCH);

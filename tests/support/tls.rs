@@ -23,7 +23,7 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// A fresh one, which nobody knows.
+    /// A fresh, unknown one.
     pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

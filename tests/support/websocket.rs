@@ -53,7 +53,7 @@ impl WebSocket {
     }
 
     /// Sends JSON.
-    pub fn say(&mut self, message: &Value) {
+    pub fn send_json(&mut self, message: &Value) {
         self.send(1, message.to_string().as_bytes());
     }
 
@@ -62,7 +62,7 @@ impl WebSocket {
         self.send(2, bytes);
     }
 
-    /// Says that it is over.
+    /// Sends the close message.
     pub fn close(&mut self) {
         self.send(8, &[]);
     }
@@ -79,7 +79,7 @@ impl WebSocket {
         self.stream.write_all(&frame).unwrap();
     }
 
-    /// The next message. Pings are none; they are answered.
+    /// The next message. Pings are not returned; they are answered.
     pub fn next(&mut self) -> Message {
         loop {
             let mut head = [0; 2];
@@ -121,7 +121,7 @@ impl WebSocket {
         }
     }
 
-    /// Reads until standard output (or the terminal) has said this.
+    /// Reads until standard output (or the terminal) has printed this.
     pub fn expect(&mut self, wanted: &str) {
         let mut out = Vec::new();
         while !String::from_utf8_lossy(&out).contains(wanted) {

@@ -22,8 +22,8 @@ use axum::response::Response;
 use nido_api::error::{Code, Result};
 use nido_api::operation::{self as op, Operation};
 use nido_api::sanitize::head;
-use nido_api::{Caller as AuditCaller, Face};
-use nido_core::audit::Ending;
+use nido_api::{Caller as AuditCaller, FrontEnd};
+use nido_core::audit::AuditOutcome;
 use nido_core::execute::{Request as Execution, Verdict};
 use serde_json::{Map, Value, json};
 
@@ -97,15 +97,20 @@ pub async fn audit_replay(
 fn named(request: &Request) -> Option<(AuditAction, AuditCaller)> {
     let action = action(request.method(), request.extensions().get::<MatchedPath>()?.as_str())?;
     let caller = request.extensions().get::<Caller>()?;
-    Some((action, AuditCaller { face: Face::Api, actor: caller.actor.clone(), agent: user_agent(request.headers()) }))
+    Some((
+        action,
+        AuditCaller { face: FrontEnd::Api, actor: caller.actor.clone(), agent: user_agent(request.headers()) },
+    ))
 }
 
 /// The outcome that a response stands for.
 fn verdict(response: &Response) -> Verdict {
     match response.extensions().get::<Code>() {
-        None if response.status().is_client_error() => Verdict { ending: Ending::Error, reason: "refused".into() },
+        None if response.status().is_client_error() => {
+            Verdict { ending: AuditOutcome::Error, reason: "refused".into() }
+        }
         None => Verdict::success(""),
-        Some(code) => Verdict { ending: Ending::of_code(*code), reason: code.slug().into() },
+        Some(code) => Verdict { ending: AuditOutcome::of_code(*code), reason: code.slug().into() },
     }
 }
 
@@ -138,7 +143,7 @@ fn action(method: &Method, route: &str) -> Option<AuditAction> {
         Some(operation) if route == access::EXEC_SOCKET => AuditAction::Open(operation),
         Some(operation) if operation.is_read() => AuditAction::Read(operation),
         Some(operation) => AuditAction::Write(operation),
-        // A method that the route does not have is recorded all the same.
+        // A method that the route does not have is recorded nevertheless.
         None if *method == Method::GET || *method == Method::HEAD => AuditAction::Read(op::OTHER),
         None => AuditAction::Write(op::OTHER),
     })
@@ -163,7 +168,7 @@ async fn arguments(app: &App, request: Request) -> Result<(Request, Value)> {
     Ok((Request::from_parts(parts, body), recorded))
 }
 
-/// Members that hold arguments which may not stand beside the path parameters.
+/// Members that hold arguments which must not be mixed with the path parameters.
 const RESERVED_MEMBERS: [&str; 2] = ["query", "body"];
 
 /// How many unknown query parameters are recorded, and the most bytes of each name and value.

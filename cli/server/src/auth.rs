@@ -15,7 +15,7 @@ use axum::http::{HeaderMap, HeaderValue, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use nido_api::error::{Code, Error, Hint};
-use nido_api::{Caller as AuditCaller, Door, Face, Grant, Limits, Scope};
+use nido_api::{Caller as AuditCaller, FrontEnd, Grant, Limits, Scope, TokenAudience};
 
 use super::connections::ConnectionSlot;
 use super::public_url::PublicUrl;
@@ -144,7 +144,7 @@ fn admit(app: &App, request: &Request) -> Result<Option<Caller>, Refusal> {
     if request.uri().path() != "/healthz" {
         check_host(&app.hosts, &peer, request.headers(), authority(request)).map_err(unknown("wrong_host"))?;
     }
-    let for_agents = request.uri().path().trim_end_matches('/') == Door::Mcp.path();
+    let for_agents = request.uri().path().trim_end_matches('/') == TokenAudience::Mcp.path();
     let origin = request.headers().get(header::ORIGIN);
     if !(for_agents && origin.is_some_and(|origin| app.hosts.is_allowed_origin(origin))) {
         check_origin(&app.hosts, &peer, request.headers(), authority(request)).map_err(unknown("wrong_origin"))?;
@@ -176,7 +176,7 @@ fn admit(app: &App, request: &Request) -> Result<Option<Caller>, Refusal> {
 }
 
 /// Rejects a token that is restricted to another part of this server.
-fn check_restriction(only: Option<Door>, path: &str) -> Result<(), Error> {
+fn check_restriction(only: Option<TokenAudience>, path: &str) -> Result<(), Error> {
     match only {
         Some(door) if door.path() != path.trim_end_matches('/') => {
             let words = format!("this token is restricted to {}", door.path());
@@ -294,12 +294,12 @@ impl<S: Send + Sync> FromRequestParts<S> for CallerGrant {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         let caller = parts.extensions.get::<Caller>();
         let caller = caller.ok_or_else(|| Error::new(Code::Unauthorized, "this request needs a token"))?;
-        let who = AuditCaller { face: Face::Api, actor: caller.actor.clone(), agent: None };
+        let who = AuditCaller { face: FrontEnd::Api, actor: caller.actor.clone(), agent: None };
         Ok(Self(Grant::within(&who, caller.limits.clone())))
     }
 }
 
-/// Lets in callers whose scope is that of the route's operation. It runs for every route, so none can be forgotten.
+/// Admits callers with the scope of the route's operation. It runs for every route, so none is left out.
 pub async fn require_scope(request: Request, next: Next) -> Result<Response, Problem> {
     let route = request.extensions().get::<MatchedPath>();
     let needed = route.map_or(Ok(None), |route| access::required_scope(request.method(), route.as_str()))?;

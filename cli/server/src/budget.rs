@@ -97,7 +97,7 @@ mod tests {
 
     // Fifty answers of 25 MiB each, read slowly, took more than a gibibyte of memory.
     #[tokio::test]
-    async fn what_is_reserved_is_free_again_when_the_body_is_gone() {
+    async fn a_reservation_is_released_with_its_body() {
         let budget = Budget(Arc::new(AtomicUsize::new(10)));
         let (mut first, mut second) = (budget.hold(), budget.hold());
         assert!(first.grow(6) && !second.grow(5) && second.grow(4) && !first.grow(1));

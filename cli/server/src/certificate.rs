@@ -14,7 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 use jiff::Zoned;
 use nido_api::error::{Code, Error, Hint, Result};
 use nido_files::atomic_file::{Durability, is_temporary, write_private};
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_files::private_dir::make_private_dir_in_place;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PublicKeyData as _};
 use serde::{Deserialize, Serialize};
@@ -39,7 +39,7 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// The names and the key that a certificate was issued for, in a file beside it.
+/// The names and the key that a certificate was issued for, in a file next to it.
 #[derive(Debug, Serialize, Deserialize)]
 struct CertificateRecord {
     names: Vec<String>,
@@ -73,7 +73,7 @@ impl OwnCertificate {
     pub fn obtain(directory: &Path, names: &[String]) -> Result<Self> {
         let broken = |e| Error::io_at("make the server's certificate in", directory, e);
         make_private_dir_in_place(directory).map_err(broken)?;
-        let held = Held::take_blocking(&directory.join("lock"), Instant::now() + LOCK_TIMEOUT).map_err(broken)?;
+        let held = HeldLock::take_blocking(&directory.join("lock"), Instant::now() + LOCK_TIMEOUT).map_err(broken)?;
         let _held = held.ok_or_else(|| {
             Error::new(Code::Timeout, format!("another process holds {}", directory.join("lock").display()))
                 .hint(Hint::command_line("try again, or give a certificate with --cert and --key"))
@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_made_once_and_again_with_the_same_key_for_another_name() {
+    fn a_certificate_is_created_once_and_reissued_with_the_same_key_for_another_name() {
         let scratch = tempfile::tempdir().unwrap();
         let directory = scratch.path().join("tls");
         let names = |more: &[&str]| -> Vec<String> {
@@ -233,7 +233,7 @@ mod tests {
         fs::write(directory.join(".tmp-key.pem-0123"), "-----BEGIN").unwrap();
         assert!(!OwnCertificate::obtain(&directory, &names).unwrap().made);
         assert_eq!(fs::read_dir(&directory).unwrap().count(), 4);
-        // Between the certificate and what says for whom it was issued.
+        // Between the certificate and the record of its names.
         fs::write(directory.join("certificate.pem"), issue(&KeyPair::generate().unwrap(), &names).unwrap()).unwrap();
         let again = OwnCertificate::obtain(&directory, &names).unwrap();
         assert!(again.made && again.public_key_pin == first.public_key_pin);

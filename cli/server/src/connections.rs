@@ -87,7 +87,7 @@ mod tests {
 
     use super::*;
 
-    // 600 idle connections without a token kept everybody waiting, for as long as they were renewed.
+    // 600 idle connections without a token blocked all other clients, as long as they were reopened.
     #[tokio::test]
     async fn a_new_connection_replaces_the_oldest_unauthenticated_one() {
         let (slots, tracker) = (ConnectionSlots::new(3), TaskTracker::new());

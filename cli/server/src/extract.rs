@@ -148,7 +148,7 @@ fn remove_null_members(json: &mut Value) {
     }
 }
 
-/// To JSON `1.0` is a whole number as good as `1`.
+/// To JSON `1.0` is a whole number equivalent to `1`.
 fn floats_to_integers(json: &mut Value) {
     match json {
         Value::Number(number) => {
@@ -187,7 +187,7 @@ impl<S: Send + Sync, T: DeserializeOwned + VmPathParams + Send> FromRequestParts
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         let Path(mut names) = Path::<T>::from_request_parts(parts, state).await.map_err(|rejection| {
             let words = rejection.body_text();
-            // What serde puts before our own sentence says nothing more.
+            // serde's prefix to our own sentence has no further information.
             let words = words.split_once("'").map_or(words.clone(), |(_, rest)| format!("'{rest}"));
             let words = words.replace("Invalid URL: Invalid UTF-8", "the path is not UTF-8");
             Error::new(Code::NameInvalid, escaped(&words))
@@ -306,7 +306,7 @@ mod tests {
 
     // Names of types of the program stood in messages.
     #[test]
-    fn mistakes_are_told_in_words_of_json() {
+    fn errors_use_json_terms() {
         for (body, words) in [
             (
                 r#"{"name": "web", "cpus": "two"}"#,

@@ -11,7 +11,7 @@
 //! Invariant: a request that has begun to change something never runs again. If its response was not stored, a retry gets what
 //! is known about it.
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use std::sync::Arc;
 
 use axum::body::{Body, to_bytes};
@@ -28,7 +28,7 @@ use super::auth::Caller;
 use super::extract::JSON_BODY_MAX;
 use super::media_type::prefers;
 use super::operation_view::{self, OperationStatus};
-use super::operations::BegunFlag;
+use super::operations::ChangeStarted;
 use super::response::{self, Problem};
 use super::{App, streams, timeouts};
 
@@ -81,7 +81,7 @@ pub async fn replay_or_run(State(app): State<Arc<App>>, request: Request, next: 
             None => return Err(refusal(&KeyState::Running).into()),
         }
     }
-    let begun = BegunFlag::default();
+    let begun = ChangeStarted::default();
     parts.extensions.insert(begun.clone());
     // A client that disconnects gets the response when it retries.
     let (server, token) = (Arc::clone(&app), caller.token);
@@ -175,7 +175,7 @@ async fn store_response(
     owner: &str,
     key: &str,
     response: Response,
-    begun: &BegunFlag,
+    begun: &ChangeStarted,
 ) -> Result<Response, Problem> {
     let code = response.extensions().get::<Code>().copied();
     let (parts, body) = response.into_parts();
@@ -226,7 +226,7 @@ fn too_large(status: StatusCode, length: usize) -> Result<StoredResponse, Error>
 }
 
 fn kept_problem(error: &Error) -> Result<StoredResponse, Error> {
-    let problem = error.problem_for(Face::Api);
+    let problem = error.problem_for(FrontEnd::Api);
     let body = serde_json::to_value(&problem).map_err(|e| Error::internal(e.to_string()))?;
     Ok(StoredResponse { status: problem.status, location: None, body })
 }
@@ -270,7 +270,7 @@ fn replay(app: &App, caller: &Caller, kept: &str) -> Result<Option<Response>, Pr
 mod tests {
     use super::*;
 
-    // After any 409, 429 or 5xx the same key began anew: a command whose VM was stopped meanwhile ran twice.
+    // After any 409, 429 or 5xx the same key ran the request again: a command whose VM was stopped meanwhile ran twice.
     #[test]
     fn only_requests_refused_before_any_change_are_retried() {
         for &code in Code::ALL {
@@ -285,7 +285,7 @@ mod tests {
         {
             assert_eq!(retention(Some(code), false), Retention::Discard, "{code:?}");
         }
-        // Of these it is not known whether something had begun.
+        // For these it is unknown whether something had begun.
         for code in [
             Code::AgentUnreachable,
             Code::Interrupted,

@@ -14,7 +14,7 @@ use axum::routing::any;
 use futures::StreamExt as _;
 use nido_api::error::{Code, Error};
 use nido_mcp::Principal;
-use nido_mcp::http::{Agents, Http, MESSAGE_MAX, SESSION, TooLong, refusal};
+use nido_mcp::http::{Agents, Http, MESSAGE_MAX, OversizedMessage, SESSION, refusal};
 
 use super::auth::{self, Caller};
 use super::response::Problem;
@@ -118,7 +118,7 @@ async fn message(request: Request) -> Result<Request, Response> {
     }
     let (parts, body) = request.into_parts();
     let mut stream = body.into_data_stream();
-    let (mut bytes, mut too_long, mut length) = (Vec::new(), None::<TooLong>, 0);
+    let (mut bytes, mut too_long, mut length) = (Vec::new(), None::<OversizedMessage>, 0);
     while let Some(piece) = stream.next().await {
         let piece =
             piece.map_err(|error| Problem(Error::new(Code::RequestInvalid, error.to_string())).into_response())?;
@@ -128,7 +128,7 @@ async fn message(request: Request) -> Result<Request, Response> {
         } else {
             bytes.extend_from_slice(&piece);
             if bytes.len() > MESSAGE_MAX {
-                let mut seeker = TooLong::default();
+                let mut seeker = OversizedMessage::default();
                 seeker.feed(&bytes);
                 bytes = Vec::new();
                 too_long = Some(seeker);

@@ -144,7 +144,7 @@ impl Metrics {
 mod tests {
     use super::*;
 
-    // Whoever could connect made a label, and so an entry, of up to 32 KiB with every request.
+    // Any client created a label, and so an entry, of up to 32 KiB with every request.
     #[test]
     fn clients_make_no_labels() {
         let metrics = Metrics::default();

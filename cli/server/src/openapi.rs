@@ -56,7 +56,7 @@ const ABOUT: &str = "Disposable virtual machines on this host. Every error is a 
 /// The OpenAPI document, as it is served and kept in the repository.
 pub fn text() -> String {
     let mut api = serde_json::to_value(describe()).unwrap_or_default();
-    sharpen(&mut api);
+    refine_schemas(&mut api);
     serde_json::to_string_pretty(&api).unwrap_or_default() + "\n"
 }
 
@@ -65,9 +65,9 @@ pub fn api_description() -> ApiDescription {
     ApiDescription::parse(text())
 }
 
-/// What the types hold and their derived schemas do not say: how large numbers may be, what a command needs, which bodies
+/// What the types hold and their derived schemas do not express: how large numbers may be, what a command needs, which bodies
 /// may be absent; and what a client can do next.
-fn sharpen(api: &mut Value) {
+fn refine_schemas(api: &mut Value) {
     limit_numbers(api);
     lead_on(api);
     api["servers"] = json!([
@@ -111,7 +111,7 @@ fn sharpen(api: &mut Value) {
     exec["properties"]["stdin_base64"]["pattern"] =
         json!("^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$");
     schemas["ForwardSpec"]["properties"]["guest_port"]["minimum"] = json!(1);
-    shapes::settle(api);
+    shapes::normalize_schemas(api);
 }
 
 /// An operation that one sentence describes has it as its description, too: generators print that.
@@ -134,7 +134,7 @@ fn complete_operations(api: &mut Value) {
             let method = Method::from_bytes(method.to_ascii_uppercase().as_bytes()).unwrap_or_default();
             for (status, answer) in operation["responses"].as_object_mut().into_iter().flatten() {
                 if answer["description"].as_str().is_none_or(str::is_empty) {
-                    answer["description"] = json!(usual_words(status));
+                    answer["description"] = json!(default_description(status));
                 }
                 if method == Method::POST {
                     answer["headers"]["Idempotency-Replayed"] =
@@ -179,8 +179,8 @@ fn add_parameters(operation: &mut Value, method: &Method, path: &str) {
     }
 }
 
-/// What a success is, where the route does not say it.
-fn usual_words(status: &str) -> &'static str {
+/// The description of a success, if the route has none.
+fn default_description(status: &str) -> &'static str {
     match status {
         "201" => "Created.",
         "202" => "Accepted: the operation runs.",
@@ -211,7 +211,7 @@ fn lead_on(api: &mut Value) {
     }
 }
 
-/// Says of every integer what its type can hold. The formats are those of OpenAPI itself, which has none without a sign: a generator
+/// Adds to every integer the range of its type. The formats are those of OpenAPI itself, which has none without a sign: a generator
 /// that does not know a format takes 32 bits, too few for the size of a disk.
 fn limit_numbers(schema: &mut Value) {
     match schema {

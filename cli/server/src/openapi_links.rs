@@ -1,4 +1,4 @@
-//! What a client can do next with an answer: the links of the description (OpenAPI 3.1). Pure data.
+//! What a client can do next with a response: the links of the description (OpenAPI 3.1). Pure data.
 //!
 //! Invariant: a link names an operation that there is, and gives it every part of its path.
 

@@ -3,7 +3,7 @@
 //! A caller sees the jobs that it has begun, on whatever front end; an admin sees those of all callers. Ended ones are shown for an
 //! hour, cancelled ones not at all.
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -79,7 +79,7 @@ impl From<Job> for ApiOperation {
             created_at: job.started_at,
             ended_at: job.ended_at,
             result: job.result,
-            error: job.error.map(|error| error.problem_for(Face::Api)),
+            error: job.error.map(|error| error.problem_for(FrontEnd::Api)),
         }
     }
 }
@@ -111,14 +111,14 @@ pub fn list(nido: &Nido, caller: &Caller) -> Result<OperationList> {
 
 /// One of them.
 pub fn get(nido: &Nido, id: &str, caller: &Caller) -> Result<ApiOperation> {
-    find(nido, id, caller).map(|job| job.shown_to(caller.scope, Face::Api).into())
+    find(nido, id, caller).map(|job| job.shown_to(caller.scope, FrontEnd::Api).into())
 }
 
 /// Deletes one, and stops it if it is running. Its effects so far are undone as if its caller had been killed.
 pub fn cancel(nido: &Nido, id: &str, caller: &Caller) -> Result<ApiOperation> {
     let mut job = find(nido, id, caller)?;
     if job.state == JobState::Running {
-        job = nido.job_cancel(id, viewer(caller)).map_err(not_known)?;
+        job = nido.job_cancel(id, viewer(caller)).map_err(not_found)?;
     }
     let mut operation = ApiOperation::from(job);
     if operation.status == OperationStatus::Running {
@@ -131,11 +131,11 @@ pub fn cancel(nido: &Nido, id: &str, caller: &Caller) -> Result<ApiOperation> {
 }
 
 fn find(nido: &Nido, id: &str, caller: &Caller) -> Result<Job> {
-    let job = nido.job_get(id, viewer(caller)).map_err(not_known)?;
+    let job = nido.job_get(id, viewer(caller)).map_err(not_found)?;
     if is_shown(&job, Timestamp::now()) { Ok(job) } else { Err(unknown()) }
 }
 
-fn not_known(error: Error) -> Error {
+fn not_found(error: Error) -> Error {
     if error.code() == Code::JobNotFound { unknown() } else { error }
 }
 

@@ -24,7 +24,7 @@ use nido_api::error::{Error, Result};
 use nido_api::name::VmName;
 use nido_api::operation::Operation;
 use nido_api::{JobOutcome, JobProgress, JobRequest, OPERATION_RESULTS_MAX, StartStage};
-use nido_core::BegunVm;
+use nido_core::VmInProgress;
 use nido_core::execute::{Attempt, Verdict};
 use serde::Serialize;
 use serde_json::Value;
@@ -67,14 +67,14 @@ impl Operations {
 pub struct StageReporter {
     app: Arc<App>,
     job: Option<String>,
-    begun: BegunFlag,
+    begun: ChangeStarted,
 }
 
 /// Whether a request has begun to change something. Until then an error means that nothing was changed.
 #[derive(Debug, Clone, Default)]
-pub struct BegunFlag(Arc<AtomicBool>);
+pub struct ChangeStarted(Arc<AtomicBool>);
 
-impl BegunFlag {
+impl ChangeStarted {
     /// It has.
     pub fn set(&self) {
         self.0.store(true, Ordering::SeqCst);
@@ -88,7 +88,7 @@ impl BegunFlag {
 
 impl StageReporter {
     /// From here on it is not undone by an error.
-    pub fn begun(&self) -> &BegunFlag {
+    pub fn begun(&self) -> &ChangeStarted {
         &self.begun
     }
 
@@ -116,12 +116,12 @@ pub struct OperationOutput {
     pub value: Value,
     /// How a command ended, in a word for the audit log; empty where there was none.
     pub word: String,
-    /// The memory that the answer takes.
+    /// The memory that the response takes.
     pub held: Option<Reservation>,
 }
 
 impl OperationOutput {
-    /// The answer.
+    /// The response.
     pub fn answer(self, status: StatusCode) -> Response {
         let mut response = response::json(status, &self.value);
         if let Some(held) = self.held {
@@ -212,7 +212,7 @@ pub fn verdict(outcome: &Result<OperationOutput>) -> Verdict {
 pub struct OperationContext {
     headers: HeaderMap,
     ticket: Option<AuditTicket>,
-    begun: BegunFlag,
+    begun: ChangeStarted,
     actor: String,
     vm: Option<VmName>,
 }
@@ -224,7 +224,7 @@ impl<S: Send + Sync> FromRequestParts<S> for OperationContext {
         Ok(Self {
             headers: parts.headers.clone(),
             ticket: parts.extensions.get::<AuditTicket>().cloned(),
-            begun: parts.extensions.get::<BegunFlag>().cloned().unwrap_or_default(),
+            begun: parts.extensions.get::<ChangeStarted>().cloned().unwrap_or_default(),
             actor: parts.extensions.get::<Caller>().map(|caller| caller.actor.clone()).unwrap_or_default(),
             vm: vm_of(parts, state).await,
         })
@@ -253,7 +253,7 @@ impl OperationContext {
     }
 
     /// Whether the request has begun.
-    pub fn begun(&self) -> BegunFlag {
+    pub fn begun(&self) -> ChangeStarted {
         self.begun.clone()
     }
 
@@ -278,14 +278,14 @@ pub fn wants_async(headers: &HeaderMap) -> bool {
 pub struct UndoGuard {
     app: Arc<App>,
     /// The VM that the operation has begun to make.
-    pub begun: BegunVm,
+    pub begun: VmInProgress,
     armed: bool,
 }
 
 impl UndoGuard {
     /// Nothing has been begun yet.
     pub fn new(app: &Arc<App>) -> Self {
-        Self { app: Arc::clone(app), begun: BegunVm::default(), armed: true }
+        Self { app: Arc::clone(app), begun: VmInProgress::default(), armed: true }
     }
 
     /// It stays, or has been removed already.

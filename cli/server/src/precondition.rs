@@ -71,7 +71,7 @@ fn tags<'a>(values: impl Iterator<Item = &'a HeaderValue>) -> Result<Vec<String>
     if is_empty { Err(wrong()) } else { Ok(tags) }
 }
 
-/// Gives an answer that is a VM its entity tag.
+/// Gives a response that is a VM its entity tag.
 pub fn tag(response: &mut Response, id: &str) {
     if let Ok(tag) = HeaderValue::from_str(&format!("\"{id}\"")) {
         response.headers_mut().insert(header::ETAG, tag);

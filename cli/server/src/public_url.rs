@@ -41,7 +41,7 @@ impl FromStr for PublicUrl {
 }
 
 impl PublicUrl {
-    /// Lets the links of an answer lead through the proxy.
+    /// Lets the links of a response lead through the proxy.
     pub fn adapt(&self, headers: &mut HeaderMap) {
         if self.path.is_empty() {
             return;

@@ -229,7 +229,7 @@ mod tests {
 
     // `?force=1` and `?force` were refused in the words of a parser.
     #[test]
-    fn values_are_read_and_refused_in_words_of_the_api() {
+    fn errors_use_api_terms() {
         for (query, force) in [("force", true), ("force=1", true), ("force=true", true), ("force=0", false)] {
             assert_eq!(parse::<TestQuery>(query).unwrap().force, force, "{query}");
         }
@@ -244,7 +244,7 @@ mod tests {
 
     // `GET /v1/vms?status=stopped` answered with all VMs.
     #[test]
-    fn what_no_route_takes_is_refused() {
+    fn unknown_parameters_are_refused() {
         let api = crate::openapi::api_description();
         let check = |method: &Method, route: &str, query: &str| check(&api, method, route, query);
         assert!(check(&Method::GET, "/v1/vms", "status=stopped&label=a&label=b&limit=3").is_ok());

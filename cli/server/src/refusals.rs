@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use axum::extract::Request;
 use nido_api::operation::REFUSED_REQUEST;
 use nido_api::sanitize::head;
-use nido_api::{Caller as AuditCaller, Face};
+use nido_api::{Caller as AuditCaller, FrontEnd};
 use serde_json::{Value, json};
 
 use super::App;
@@ -23,7 +23,7 @@ const REFILL_INTERVAL: Duration = Duration::from_secs(5);
 /// How much of a path is kept, in bytes.
 const PATH_MAX: usize = 128;
 
-/// How many may be written down now.
+/// How many may be recorded now.
 #[derive(Debug)]
 pub struct Refusals(Mutex<State>);
 
@@ -41,7 +41,7 @@ impl Default for Refusals {
 }
 
 impl Refusals {
-    /// Whether this one is written down, and how many before it were not.
+    /// Whether this one is recorded, and how many before it were not.
     fn take(&self, now: Instant) -> Option<u64> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let more = now.duration_since(state.at).as_secs_f64() / REFILL_INTERVAL.as_secs_f64();
@@ -81,7 +81,7 @@ fn line(request: &Request, actor: String, not_written: u64) -> (AuditCaller, Val
     if not_written > 0 {
         arguments["not_written"] = not_written.into();
     }
-    let face = if path == "/mcp" { Face::Mcp } else { Face::Api };
+    let face = if path == "/mcp" { FrontEnd::Mcp } else { FrontEnd::Api };
     (AuditCaller { face, actor, agent: user_agent(request.headers()) }, arguments)
 }
 

@@ -2,7 +2,7 @@
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use nido_api::Face;
+use nido_api::FrontEnd;
 use nido_api::error::{Code, Error};
 use serde::Serialize;
 
@@ -19,7 +19,7 @@ impl From<Error> for Problem {
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let code = self.0.code();
-        let problem = self.0.problem_for(Face::Api);
+        let problem = self.0.problem_for(FrontEnd::Api);
         let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, body(&problem)).into_response();
         let headers = response.headers_mut();

@@ -105,7 +105,7 @@ impl Sanitizer {
                         out.extend_from_slice(&rest[..length]);
                         length
                     }
-                    Colour::BegunFlag => return at,
+                    Colour::Incomplete => return at,
                     Colour::Other => escape_first(rest, out),
                 },
                 Some(0x80..) => match character(rest) {
@@ -113,7 +113,7 @@ impl Sanitizer {
                         out.extend_from_slice(shown(c).as_bytes());
                         c.len_utf8()
                     }
-                    Character::BegunFlag => return at,
+                    Character::Incomplete => return at,
                     Character::Wrong => escape_first(rest, out),
                 },
                 Some(_) => escape_first(rest, out),
@@ -138,7 +138,7 @@ fn escape_first(bytes: &[u8], out: &mut Vec<u8>) -> usize {
 
 enum Character {
     Whole(char),
-    BegunFlag,
+    Incomplete,
     Wrong,
 }
 
@@ -147,7 +147,7 @@ fn character(bytes: &[u8]) -> Character {
     let valid = match std::str::from_utf8(head) {
         Ok(text) => text,
         Err(error) if error.valid_up_to() > 0 => std::str::from_utf8(&head[..error.valid_up_to()]).unwrap_or_default(),
-        Err(error) if error.error_len().is_none() => return Character::BegunFlag,
+        Err(error) if error.error_len().is_none() => return Character::Incomplete,
         Err(_) => return Character::Wrong,
     };
     valid.chars().next().map_or(Character::Wrong, Character::Whole)
@@ -155,11 +155,11 @@ fn character(bytes: &[u8]) -> Character {
 
 enum Colour {
     Whole(usize),
-    BegunFlag,
+    Incomplete,
     Other,
 }
 
-/// Looks for `ESC [ digits and semicolons m` at the start of `bytes`.
+/// Finds `ESC [ digits and semicolons m` at the start of `bytes`.
 fn colour(bytes: &[u8]) -> Colour {
     for (at, byte) in bytes.iter().enumerate().take(MAX_COLOUR) {
         match (at, byte) {
@@ -168,7 +168,7 @@ fn colour(bytes: &[u8]) -> Colour {
             _ => return Colour::Other,
         }
     }
-    if bytes.len() < MAX_COLOUR { Colour::BegunFlag } else { Colour::Other }
+    if bytes.len() < MAX_COLOUR { Colour::Incomplete } else { Colour::Other }
 }
 
 /// Whether the parameters of a colour sequence leave text visible: no "conceal" (8), unless it is part of a colour.
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_hurt_is_shown() {
+    fn harmful_characters_are_shown_escaped() {
         for (bytes, shown) in [
             (&b"\x1b]0;title\x07"[..], "^[]0;title^G"),
             (b"\x1b[2Jgone", "^[[2Jgone"),
@@ -278,7 +278,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_harmful_comes_out(bytes in nasty()) {
+        fn output_has_no_harmful_characters(bytes in nasty()) {
             let text = without_colours(&whole(&bytes));
             prop_assert!(text.chars().all(|c| matches!(c, '\n' | '\t' | '\r') || !is_harmful(c)), "{text:?}");
         }

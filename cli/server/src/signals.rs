@@ -11,7 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 /// What came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SignalEvent {
-    /// A signal that asks for an end, by its number.
+    /// A signal that requests an end, by its number.
     End(u8),
     /// The terminal has another size.
     Resized,
@@ -66,7 +66,7 @@ impl Signals {
         }
     }
 
-    /// The next one that asks for an end.
+    /// The next one that requests termination.
     pub async fn next_end(&mut self) -> u8 {
         loop {
             if let SignalEvent::End(number) = self.next().await {

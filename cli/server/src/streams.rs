@@ -8,7 +8,7 @@
 //!
 //! Invariant: a handler sees the same as when the client disconnects, so it needs no code of its own for this.
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,5 +87,5 @@ fn until(
 }
 
 fn event(error: &Error) -> Bytes {
-    format!("event: error\ndata: {}\n\n", json!(error.problem_for(Face::Api))).into()
+    format!("event: error\ndata: {}\n\n", json!(error.problem_for(FrontEnd::Api))).into()
 }

@@ -1,4 +1,4 @@
-//! What every verb that serves agents says before it serves: which files of the host they may name.
+//! What every verb that serves agents prints before it serves: which files of the host they may name.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ pub fn agents(cx: &Context, nido: Arc<Nido>, settings: Settings, defaults: &Defa
     for (roots, verb) in [(&paths.read, "read"), (&paths.write, "write")] {
         wide(roots, user.as_deref(), &kept).for_each(|what| cx.output.warn(&format!("agents may {verb} {what}")));
     }
-    cx.output.talk(&paths.summary());
+    cx.output.note(&paths.summary());
     Ok(app)
 }
 

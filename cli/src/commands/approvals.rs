@@ -72,7 +72,7 @@ async fn watch(cx: &Context, nido: &Nido) -> Outcome {
                 approval.id,
                 approval.tool,
                 approval.vm_name,
-                who(approval),
+                requester(approval),
                 json(&approval.arguments, false)
             );
             let line = if cx.output.quiet { format!("{}\n", approval.id) } else { words };
@@ -102,7 +102,7 @@ fn row(approval: &Approval, now: Timestamp) -> [String; 8] {
         approval.state.word().into(),
         approval.tool.clone(),
         approval.vm_name.to_string(),
-        who(approval),
+        requester(approval),
         show_seconds(seconds(approval.created_at, now)),
         if open { show_seconds(seconds(now, approval.expires_at)) } else { "-".into() },
         arguments,
@@ -110,7 +110,7 @@ fn row(approval: &Approval, now: Timestamp) -> [String; 8] {
 }
 
 /// The caller, and the client's own name.
-pub fn who(approval: &Approval) -> String {
+pub fn requester(approval: &Approval) -> String {
     match &approval.agent {
         Some(agent) => format!("{} ({agent})", approval.actor),
         None => approval.actor.clone(),

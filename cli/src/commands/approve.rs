@@ -4,7 +4,7 @@ use nido_api::operation as op;
 use nido_api::{Approval, Caller};
 
 use super::Context;
-use super::approvals::who;
+use super::approvals::requester;
 use super::confirmation::Confirmation;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::output::json;
@@ -50,12 +50,12 @@ pub struct DenyArgs {
 impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let asked = cx.nido().await?.approval(&self.id)?;
-        if !self.confirmation.required(cx, "approve", &words_of(&asked))? {
+        if !self.confirmation.required(cx, "approve", &approval_text(&asked))? {
             return Ok(Exit::Failure);
         }
         let decided = decide(cx, &self.id, true).await?;
         cx.output.answer(&decided, || format!("{}\n", decided.id))?;
-        cx.output.talk(&words(&decided, true));
+        cx.output.note(&decision_text(&decided, true));
         Ok(Exit::Success)
     }
 }
@@ -67,7 +67,7 @@ impl DenyArgs {
             all.push(decide(cx, id, false).await?);
         }
         cx.answer_each("approvals", &all, |decided| format!("{}\n", decided.id))?;
-        all.iter().for_each(|decided| cx.output.talk(&words(decided, false)));
+        all.iter().for_each(|decided| cx.output.note(&decision_text(decided, false)));
         Ok(Exit::Success)
     }
 }
@@ -85,11 +85,11 @@ async fn decide(cx: &Context, id: &str, yes: bool) -> Result<Approval, Failure> 
     decided.await
 }
 
-fn words(decided: &Approval, yes: bool) -> String {
-    format!("{}: {}", if yes { "approved" } else { "denied" }, words_of(decided))
+fn decision_text(decided: &Approval, yes: bool) -> String {
+    format!("{}: {}", if yes { "approved" } else { "denied" }, approval_text(decided))
 }
 
-fn words_of(approval: &Approval) -> String {
-    let (asker, arguments) = (who(approval), json(&approval.arguments, false));
+fn approval_text(approval: &Approval) -> String {
+    let (asker, arguments) = (requester(approval), json(&approval.arguments, false));
     format!("{} of VM {}, requested by {asker}, with {arguments}", approval.tool, approval.vm_name)
 }

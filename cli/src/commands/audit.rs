@@ -146,7 +146,7 @@ async fn verify(cx: &Context, against: Option<PathBuf>) -> Outcome {
             checkpoint.public_key
         ));
     }
-    cx.output.answer(&verdict, || if verdict.ok { told(&verdict) } else { String::new() })?;
+    cx.output.answer(&verdict, || if verdict.ok { summary(&verdict) } else { String::new() })?;
     match verdict.error() {
         None => Ok(Exit::Success),
         Some(error) => {
@@ -157,7 +157,7 @@ async fn verify(cx: &Context, against: Option<PathBuf>) -> Outcome {
 }
 
 /// A verdict without trouble, in sentences.
-fn told(verdict: &AuditVerdict) -> String {
+fn summary(verdict: &AuditVerdict) -> String {
     let reads = verdict.reads.iter().filter(|reads| reads.lines > 0);
     let reads: String =
         reads.map(|reads| format!("verified {} records of reads in {} files\n", reads.lines, reads.files)).collect();
@@ -185,7 +185,7 @@ async fn checkpoint(cx: &Context, output: Option<PathBuf>) -> Outcome {
     } else {
         cx.output.data(&(json(&made, !cx.output.json || cx.output.stdout_is_terminal) + "\n"))?;
     }
-    cx.output.talk(&format!("signed up to line {} with the key {}", made.seq, made.public_key));
+    cx.output.note(&format!("signed up to line {} with the key {}", made.seq, made.public_key));
     if let Some(path) = &output {
         cx.output.answer(&made, || format!("{}\n", nido_server::sanitize::line(&path.to_string_lossy())))?;
     }

@@ -20,7 +20,7 @@ pub struct Confirmation {
 impl Confirmation {
     /// Whether it may be done. `question` ends in a question mark.
     pub fn given(self, cx: &Context, question: &str) -> bool {
-        self.yes || !can_ask(cx) || asked(cx, question)
+        self.yes || !has_terminal(cx) || confirmed_by_user(cx, question)
     }
 
     /// The same for what a program must not do by mistake: without a terminal it takes `--yes`.
@@ -31,27 +31,27 @@ impl Confirmation {
         if self.yes {
             return Ok(true);
         }
-        if !can_ask(cx) {
+        if !has_terminal(cx) {
             let words = format!("nido {verb} asks for confirmation, and there is no terminal to ask on");
             return Err(Error::new(Code::ApprovalRequired, words).hint(Hint::command_line("pass --yes to confirm")));
         }
-        Ok(asked(cx, &format!("{verb} {what}?")))
+        Ok(confirmed_by_user(cx, &format!("{verb} {what}?")))
     }
 }
 
-fn can_ask(cx: &Context) -> bool {
+fn has_terminal(cx: &Context) -> bool {
     io::stdin().is_terminal() && cx.output.stderr_is_terminal
 }
 
-fn asked(cx: &Context, question: &str) -> bool {
-    let yes = ask(cx, question);
+fn confirmed_by_user(cx: &Context, question: &str) -> bool {
+    let yes = prompt(cx, question);
     if !yes {
-        cx.output.talk("nothing was changed");
+        cx.output.note("nothing was changed");
     }
     yes
 }
 
-fn ask(cx: &Context, question: &str) -> bool {
+fn prompt(cx: &Context, question: &str) -> bool {
     let mut stderr = io::stderr().lock();
     let written = if cx.output.json {
         writeln!(stderr, "{}", serde_json::json!({ "question": question, "answers": ["y", "n"] }))

@@ -21,7 +21,7 @@ use crate::exit::{Exit, Failure, Outcome, until_signal};
 use crate::parse::show_bytes;
 use crate::progress::Progress;
 
-/// How long an interrupted copy may take to remove what it left half done.
+/// How long an interrupted copy may take to remove its incomplete files.
 const UNDO_LIMIT: Duration = Duration::from_secs(5);
 /// How many of the entries that could not be read are named.
 const SHOWN: usize = 20;
@@ -105,7 +105,7 @@ pub async fn download(
     }
 }
 
-/// A result that says where the bytes went. The core knows a device or pipe of the host as an open file only.
+/// A result with the destination of the bytes. The core knows a device or pipe of the host as an open file only.
 pub fn with_destination(destination: &OsStr, mut done: CopyResult) -> CopyResult {
     if done.path.is_empty() && !is_stdout(destination) {
         done.path = destination.to_string_lossy().into_owned();
@@ -127,7 +127,7 @@ pub fn report(cx: &Context, done: &CopyResult, to_stdout: bool) -> Outcome {
     if cx.output.json && !to_stdout {
         cx.output.answer(done, String::new)?;
     }
-    cx.output.talk(&sentence(done, to_stdout));
+    cx.output.note(&sentence(done, to_stdout));
     if done.skipped > 0 && !cx.output.json {
         let what = if done.skipped == 1 { "socket, pipe or device" } else { "sockets, pipes or devices" };
         cx.output.warn(&format!("skipped {} {what}", done.skipped));
@@ -141,7 +141,7 @@ pub fn report(cx: &Context, done: &CopyResult, to_stdout: bool) -> Outcome {
     let entries = if done.unreadable == 1 { "entry" } else { "entries" };
     let what = format!("{} {entries} could not be read; everything else was copied", done.unreadable);
     if cx.output.json {
-        // The result says so already, and standard output holds one JSON value.
+        // The result states that already, and standard output holds one JSON value.
         cx.output.warn(&what);
     } else {
         cx.output.error(&Error::new(Code::PermissionDenied, what).hint("check the permissions of these entries"));

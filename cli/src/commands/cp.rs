@@ -145,7 +145,7 @@ fn add(total: &mut CopyResult, done: Result<CopyResult, Failure>) -> Result<(), 
 fn plan(mut paths: Vec<OsString>) -> Result<Plan, Error> {
     let Some(mut destination) = paths.pop() else { return Err(unclear()) };
     if paths.len() > 1 {
-        // A trailing slash says that it must be a directory.
+        // A trailing slash requires a directory.
         let remote = split(&destination);
         let path = remote.as_ref().map_or(&destination, |(_, path)| path);
         if !path.as_bytes().ends_with(b"/") {

@@ -38,7 +38,7 @@ impl Args {
         let mut names = self.vms.names(&nido, every)?;
         names.sort();
         // Ask only about VMs that can be deleted; report the errors of the others.
-        let can = |vm: &VmInfo| names.contains(&vm.name) && (self.force || vm.status.at_rest());
+        let can = |vm: &VmInfo| names.contains(&vm.name) && (self.force || vm.status.is_inactive());
         let gone: Vec<_> = nido.list()?.vms.iter().filter(|vm| can(vm)).map(|vm| vm.name.to_string()).collect();
         let question = format!("delete {} and all data in it?", gone.join(", "));
         if !gone.is_empty() && !self.confirmation.given(cx, &question) {

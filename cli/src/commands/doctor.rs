@@ -3,7 +3,7 @@
 use nido_api::error::Error;
 use nido_api::operation as op;
 use nido_api::{CheckStatus, DoctorReport};
-use nido_core::{Adoption, Nido, Rebuilt};
+use nido_core::{Adoption, Nido, RebuildReport};
 use nido_server::sanitize::line;
 
 use super::Context;
@@ -62,7 +62,7 @@ impl Args {
         if self.adopt {
             let adopted = async { nido.adopt_unknown_vms().await };
             let adopted = cx.audited(&nido, op::DOCTOR_ADOPT, serde_json::json!({}), adopted).await?;
-            tell(cx, &adopted);
+            print_adoption(cx, &adopted);
         }
         let report = if self.gc {
             cx.audited(&nido, op::DOCTOR_GC, serde_json::json!({}), nido.doctor(true)).await?
@@ -87,7 +87,7 @@ async fn rebuild(cx: &Context, confirmation: Confirmation) -> Outcome {
     Ok(if rebuilt.skipped.is_empty() { Exit::Success } else { Exit::Failure })
 }
 
-fn rebuilt_text(done: &Rebuilt) -> String {
+fn rebuilt_text(done: &RebuildReport) -> String {
     let mut out = match &done.reason {
         Some(reason) => format!("{}: a new one was made\n", line(reason)),
         None => "nido.db is sound and was not replaced\n".to_owned(),
@@ -113,12 +113,12 @@ fn rebuilt_text(done: &Rebuilt) -> String {
 }
 
 /// What was adopted, on standard error.
-fn tell(cx: &Context, adoption: &Adoption) {
+fn print_adoption(cx: &Context, adoption: &Adoption) {
     for (name, before) in &adoption.adopted {
         match before {
-            None => cx.output.talk(&format!("adopted VM {name}")),
+            None => cx.output.note(&format!("adopted VM {name}")),
             Some(before) => {
-                cx.output.talk(&format!("adopted VM {name}, which was {before}: that name belongs to another VM"));
+                cx.output.note(&format!("adopted VM {name}, which was {before}: that name belongs to another VM"));
             }
         }
     }
@@ -126,7 +126,7 @@ fn tell(cx: &Context, adoption: &Adoption) {
         cx.output.warn(&format!("cannot adopt directory vms/{}: {}", line(id), line(why)));
     }
     if adoption.adopted.is_empty() && adoption.skipped.is_empty() {
-        cx.output.talk("every VM has its row");
+        cx.output.note("every VM has its row");
     }
 }
 

@@ -61,7 +61,7 @@ struct OneArgs {
 
 impl OneArgs {
     /// As the audit log has it: with the names that the API knows.
-    fn told(&self) -> Value {
+    fn audit_arguments(&self) -> Value {
         let ForwardSpec { host, host_port, guest_port } = &self.forward;
         json!({ "name": self.name, "host": host, "host_port": host_port, "guest_port": guest_port })
     }
@@ -72,7 +72,7 @@ impl Args {
         let nido = cx.nido().await?;
         match self.verb {
             Verb::Add(one) => {
-                let arguments = one.told();
+                let arguments = one.audit_arguments();
                 let grant = Context::grant();
                 let made = nido.forward_add(&one.name, one.forward, &grant);
                 let made = cx.audited(&nido, op::FORWARD_ADD, arguments, made).await?;
@@ -90,14 +90,14 @@ impl Args {
                 })?;
             }
             Verb::Rm { one, all } => {
-                // Without a VM of that name the removal says so, and the audit log has it.
+                // Without a VM of that name the removal reports that, and the audit log has it.
                 let published = nido.forward_list(&one.name).map(|list| list.forwards).unwrap_or_default();
-                let meant = meant(&published, &one, all)?;
+                let meant = forwards_to_remove(&published, &one, all)?;
                 for forward in &meant {
                     let OneArgs { name, .. } = &one;
                     let exact = OneArgs { name: name.clone(), forward: forward.clone() };
                     let gone = nido.forward_remove(name, forward);
-                    cx.audited(&nido, op::FORWARD_REMOVE, exact.told(), gone).await?;
+                    cx.audited(&nido, op::FORWARD_REMOVE, exact.audit_arguments(), gone).await?;
                 }
                 cx.answer_each("forwards", &meant, |forward| format!("{forward}\n"))?;
             }
@@ -107,8 +107,8 @@ impl Args {
 }
 
 /// The forwards that are removed. A guest port alone is clear only if it is published once, unless all are meant. One that is not
-/// there is passed on: the core knows what to say.
-fn meant(published: &[ForwardSpec], one: &OneArgs, all: bool) -> Result<Vec<ForwardSpec>, Error> {
+/// there is passed on: the core reports the error.
+fn forwards_to_remove(published: &[ForwardSpec], one: &OneArgs, all: bool) -> Result<Vec<ForwardSpec>, Error> {
     let OneArgs { name, forward } = one;
     if forward.host_port != 0 {
         return Ok(vec![forward.clone()]);
@@ -138,14 +138,14 @@ mod tests {
     fn a_guest_port_that_is_published_several_times_has_to_be_named_exactly() {
         let parsed = |text: &str| text.parse::<ForwardSpec>().unwrap();
         let published = [parsed("8080:80"), parsed("0.0.0.0:9090:80"), parsed("2222:22")];
-        let meant = |text: &str, all| {
+        let removed = |text: &str, all| {
             let one = OneArgs { name: "web".parse().unwrap(), forward: parsed(text) };
-            meant(&published, &one, all)
+            forwards_to_remove(&published, &one, all)
         };
-        assert_eq!(meant("80", false).unwrap_err().code(), Code::SpecInvalid);
-        assert_eq!(meant("80", true).unwrap(), published[..2]);
-        assert_eq!(meant("22", false).unwrap(), published[2..]);
-        assert_eq!(meant("8080:80", false).unwrap(), published[..1]);
-        assert_eq!(meant("443", false).unwrap(), [parsed("443")]);
+        assert_eq!(removed("80", false).unwrap_err().code(), Code::SpecInvalid);
+        assert_eq!(removed("80", true).unwrap(), published[..2]);
+        assert_eq!(removed("22", false).unwrap(), published[2..]);
+        assert_eq!(removed("8080:80", false).unwrap(), published[..1]);
+        assert_eq!(removed("443", false).unwrap(), [parsed("443")]);
     }
 }

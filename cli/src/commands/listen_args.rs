@@ -1,4 +1,4 @@
-//! The flags of every verb that serves over HTTP: where it listens, and whom it lets in.
+//! The flags of every verb that serves over HTTP: where it listens, and which clients it accepts.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -53,7 +53,7 @@ pub struct ListenArgs {
 }
 
 impl ListenArgs {
-    /// Whether something was said about where to listen.
+    /// Whether an address to listen on was given.
     pub fn is_given(&self) -> bool {
         self.port.is_some() || self.socket.is_some() || self.allow_remote || self.bind.is_some()
     }
@@ -74,7 +74,7 @@ impl ListenArgs {
             return Err(Error::new(Code::Denied, words)
                 .hint(Hint::command_line("pass --allow-remote to accept clients on them")));
         }
-        // Other machines are never let in without encryption by mistake.
+        // Other machines are never accepted without encryption by mistake.
         let tls = tls.or((!address.is_loopback() && !self.insecure_http).then_some(Tls::Own));
         let address = SocketAddr::new(address, self.port.unwrap_or(8080));
         Ok(Options { listen: ListenAddress::Tcp { address, tls }, hosts, rate, timeouts, rest })

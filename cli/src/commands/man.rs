@@ -26,7 +26,7 @@ impl Args {
         std::fs::create_dir_all(&self.directory)
             .and_then(|()| clap_mangen::generate_to(Cli::command(), &self.directory))
             .map_err(|error| Error::io(format!("cannot write to {}", self.directory.display()), error))?;
-        cx.output.talk(&format!("manual pages are in {}", self.directory.display()));
+        cx.output.note(&format!("manual pages are in {}", self.directory.display()));
         Ok(Exit::Success)
     }
 }

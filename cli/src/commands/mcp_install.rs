@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use nido_api::error::{Code, Error, Hint, Result};
-use nido_files::atomic_file::{Durability, PUBLIC, Temporary};
+use nido_files::atomic_file::{Durability, PUBLIC, TemporaryFile};
 use serde_json::{Map, Value, json};
 
 use super::Context;
@@ -65,7 +65,7 @@ impl Client {
         matches!(self, Self::ClaudeCode | Self::Vscode)
     }
 
-    /// Where it looks.
+    /// The directories that are searched.
     fn file(self) -> Result<PathBuf> {
         let of_user = |name: &str| {
             let home = std::env::var_os("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
@@ -90,7 +90,7 @@ impl Install {
         if !self.write {
             let whole = merged(Value::Object(Map::new()), self.client, entry)?;
             cx.output.data(&(serde_json::to_string_pretty(&whole).unwrap_or_default() + "\n"))?;
-            cx.output.talk(&format!("add this to {}, or pass --write", file.display()));
+            cx.output.note(&format!("add this to {}, or pass --write", file.display()));
             return Ok(Exit::Success);
         }
         let there = read(&file)?;
@@ -138,7 +138,7 @@ fn moved_home() -> Option<(String, PathBuf)> {
 }
 
 /// The default search path of desktop clients.
-const USUAL_PLACES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
+const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
 /// What QEMU is called.
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -146,7 +146,7 @@ const QEMU: &str = "qemu-system-x86_64";
 fn qemu_out_of_the_way() -> Option<(String, PathBuf)> {
     let path = std::env::var_os("PATH")?;
     let found = std::env::split_paths(&path).map(|place| place.join(QEMU)).find(|program| program.is_file())?;
-    if USUAL_PLACES.iter().any(|place| found.parent() == Some(Path::new(place))) {
+    if SYSTEM_DIRECTORIES.iter().any(|place| found.parent() == Some(Path::new(place))) {
         return None;
     }
     Some(("NIDO_QEMU".into(), std::path::absolute(found).ok()?))
@@ -187,7 +187,7 @@ fn write(file: &Path, text: &str) -> Result<()> {
     let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(directory).map_err(broken)?;
     let written = || {
-        let mut temporary = Temporary::beside(&file, PUBLIC)?;
+        let mut temporary = TemporaryFile::beside(&file, PUBLIC)?;
         if let Ok(meta) = std::fs::metadata(&file) {
             temporary.file().set_permissions(meta.permissions())?;
         }
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_else_a_client_knows_stays() {
+    fn other_settings_of_a_client_stay() {
         let there = json!({"theme": "dark", "mcpServers": {"other": {"command": "x"}, "nido": {"command": "old"}}});
         let now = merged(there, Client::Cursor, json!({"command": "new"})).unwrap();
         let wanted = json!({"theme": "dark", "mcpServers": {"other": {"command": "x"}, "nido": {"command": "new"}}});

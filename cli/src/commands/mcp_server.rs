@@ -164,7 +164,7 @@ impl Start {
                 .into());
         }
         if std::io::stdin().is_terminal() {
-            cx.output.talk(
+            cx.output.note(
                 "waiting for messages of an MCP client on standard input; configure one with nido mcp-server install",
             );
         }

@@ -202,12 +202,12 @@ impl Verb {
     }
 }
 
-/// Begins to log to stderr, where that was asked for. Supervisors, fillers and deliverers always log: their stderr is
+/// Begins to log to stderr, if that was requested. Supervisors, pool fillers and delivery workers always log: their stderr is
 /// their log file.
 pub fn start_log(cli: &Cli) {
     let told = match (cli.global.verbose, &cli.verb) {
         (0, verb) if verb.stays() => "info",
-        // A server's stderr is its log, or its client keeps what it says here. The protocol's library warns of every answer that is an error, and of clients that
+        // A server's stderr is its log, or its client keeps it. The protocol's library warns of every answer that is an error, and of clients that
         // have disconnected: the client has been notified, or is gone.
         (0, Verb::McpServer(_) | Verb::ApiServer(_)) => "warn,rmcp=off",
         (0, _) => return,

@@ -57,7 +57,7 @@ impl Args {
                 let mut arguments = serde_json::json!(request);
                 arguments["name"] = template.as_str().into();
                 let pool = cx.audited(&nido, op::POOL_SET, arguments, nido.pool_set(&template, &request)).await?;
-                cx.output.talk(&match wanted {
+                cx.output.note(&match wanted {
                     0 => format!("{template} no longer has this pool"),
                     _ => format!("{} of {wanted} clones of {template} wait; see nido pool ls", pool.ready),
                 });

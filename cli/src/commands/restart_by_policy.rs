@@ -1,4 +1,4 @@
-//! `restart-by-policy`, hidden: starts a VM because its restart policy says so. Only the guardian starts it.
+//! `restart-by-policy`, hidden: starts a VM because its restart policy requires it. Only the guardian starts it.
 
 use super::Context;
 use crate::exit::{Exit, Outcome};

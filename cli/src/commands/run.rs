@@ -1,4 +1,4 @@
-//! `run`: a VM for one command. Whatever happens, it is gone afterwards, unless `--keep` says otherwise.
+//! `run`: a VM for one command. The VM is always deleted afterwards, unless `--keep` is given.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -104,7 +104,7 @@ impl Job {
         let outcome = outcome.await;
         if self.keep {
             // The only place where its name stands: not even --quiet may swallow it.
-            cx.output.tell(&format!("{name} was kept"));
+            cx.output.note_result(&format!("{name} was kept"));
             return outcome;
         }
         let outcome = outcome.map_err(without_vm);
@@ -122,7 +122,7 @@ async fn kept(cx: &Context, nido: &Nido, vm: VmInfo, request: ExecRequest) -> Ou
     match session::collect(&cx.output, nido, &vm.name, request).await? {
         Ok(exec) => {
             let exit = Exit::of_command(&exec.exit);
-            cx.output.answer(&Kept { vm, exec }, String::new)?;
+            cx.output.answer(&KeptRun { vm, exec }, String::new)?;
             Ok(exit)
         }
         Err(exit) => Ok(exit),
@@ -131,7 +131,7 @@ async fn kept(cx: &Context, nido: &Nido, vm: VmInfo, request: ExecRequest) -> Ou
 
 /// What `run --keep --json` prints; as the REST API's `/v1/runs`.
 #[derive(serde::Serialize)]
-struct Kept {
+struct KeptRun {
     vm: VmInfo,
     exec: ExecResult,
 }
@@ -149,7 +149,7 @@ fn without_vm(failure: Failure) -> Failure {
     }
 }
 
-/// Refuses what looks like a volume of `docker run -v`: here -v is --verbose, and the volume would be the command.
+/// Refuses an argument like a volume of `docker run -v`: here -v is --verbose, and the volume would be the command.
 fn refuse_volume(program: Option<&OsString>) -> Result<(), Error> {
     let Some(text) = program.map(|program| program.as_bytes()) else { return Ok(()) };
     let Some(at) = text.windows(2).position(|pair| pair == b":/") else { return Ok(()) };
@@ -217,7 +217,7 @@ mod tests {
     fn a_volume_is_not_taken_for_a_command() {
         for volume in [".:/x", "./a:/x", "/a b:/x", "~/x:/y", "..:/x:/y"] {
             let refused = refuse_volume(Some(&volume.into())).unwrap_err();
-            assert!(refused.hint_for(nido_api::Face::Cli).unwrap().contains("--copy"), "{volume}");
+            assert!(refused.hint_for(nido_api::FrontEnd::Cli).unwrap().contains("--copy"), "{volume}");
         }
         for command in ["true", "./a", "/bin/a:b", "http://x", "a:/b", ":/x"] {
             refuse_volume(Some(&command.into())).unwrap();

@@ -54,7 +54,7 @@ impl Selection {
         self.name.len() == 1
     }
 
-    /// The names, each once. `can` says whether the verb makes sense for a VM that was not named.
+    /// The names, each once. `can` returns whether the verb makes sense for a VM that was not named.
     pub fn names(&self, nido: &Nido, can: impl Fn(&VmInfo) -> bool) -> Result<Vec<VmName>, Failure> {
         if !self.name.is_empty() {
             let mut names = Vec::new();

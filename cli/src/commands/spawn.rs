@@ -5,7 +5,7 @@ use std::time::Duration;
 use nido_api::error::{Code, Error};
 use nido_api::name::VmName;
 use nido_api::{StartRequest, VmInfo, VmSpec};
-use nido_core::{BegunVm, Nido};
+use nido_core::{Nido, VmInProgress};
 use nido_server::signals::Signals;
 
 use super::Context;
@@ -49,7 +49,7 @@ impl Args {
 pub async fn spawn(cx: &Context, nido: &Nido, spec: VmSpec, start: StartRequest) -> Result<VmInfo, Failure> {
     let name = spec.name.clone();
     let (mut signals, grant) = (Signals::listen()?, Context::grant());
-    let begun = BegunVm::default();
+    let begun = VmInProgress::default();
     let interrupted = {
         let mut progress = Progress::new(&cx.output, name.as_str());
         let mut told = |stage| progress.start(stage);
@@ -59,7 +59,7 @@ pub async fn spawn(cx: &Context, nido: &Nido, spec: VmSpec, start: StartRequest)
         }
     };
     if begun.id().is_some() {
-        cx.output.talk(&format!("interrupted; removing {name}"));
+        cx.output.note(&format!("interrupted; removing {name}"));
         tokio::select! {
             gone = nido.undo(&begun) => gone?,
             _ = signals.next_end() => cx.output.warn(&format!("{name} may still exist; delete it with 'nido delete {name} --force'")),
@@ -68,7 +68,7 @@ pub async fn spawn(cx: &Context, nido: &Nido, spec: VmSpec, start: StartRequest)
     Err(Failure::Interrupted { signal: interrupted, undo: Duration::ZERO })
 }
 
-/// A VM that is not there, or whose name belongs to another one by now, is as good as deleted.
+/// A VM that is not there, or whose name belongs to another one by now, counts as deleted.
 pub fn absent(deleted: Result<VmInfo, Error>) -> Result<(), Error> {
     match deleted {
         Err(error) if !matches!(error.code(), Code::VmNotFound | Code::VmReplaced) => Err(error),

@@ -37,7 +37,7 @@ impl Args {
         let nido = cx.nido().await?;
         let wanted = if self.wanted { Some(nido.wanted()?) } else { None };
         let is_wanted = |name: &VmName| wanted.as_ref().is_none_or(|wanted| wanted.contains(name));
-        let names = self.vms.names(&nido, |vm| vm.status.at_rest() && is_wanted(&vm.name))?;
+        let names = self.vms.names(&nido, |vm| vm.status.is_inactive() && is_wanted(&vm.name))?;
         let start = async |name: &VmName| {
             let mut progress = Progress::new(&cx.output, name.as_str());
             let request = self.accel.with(self.start.request());

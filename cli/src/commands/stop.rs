@@ -2,7 +2,7 @@
 
 use nido_api::name::VmName;
 use nido_api::operation as op;
-use nido_api::{PLUG_PULLED, StopRequest, VmInfo};
+use nido_api::{QEMU_KILLED_WARNING, StopRequest, VmInfo};
 
 use super::Context;
 use super::confirmation::Confirmation;
@@ -42,7 +42,7 @@ impl Args {
     pub async fn run(self, cx: &Context) -> Outcome {
         let nido = cx.nido().await?;
         let timeout_ms = self.timeout.unwrap_or(StopRequest::default().timeout_ms);
-        let names = self.vms.names(&nido, |vm| !vm.status.at_rest())?;
+        let names = self.vms.names(&nido, |vm| !vm.status.is_inactive())?;
         let goes = |vm: &VmInfo| vm.ephemeral && names.contains(&vm.name);
         let gone: Vec<_> = nido.list()?.vms.iter().filter(|vm| goes(vm)).map(|vm| vm.name.to_string()).collect();
         let question = format!("{} and all data in it is deleted when it stops: stop it?", gone.join(", "));
@@ -53,8 +53,8 @@ impl Args {
             let request = StopRequest { force: self.force, timeout_ms };
             let arguments = serde_json::json!({ "name": name, "force": self.force, "timeout_ms": timeout_ms });
             let vm = cx.audited(&nido, op::VM_STOP, arguments, nido.stop(name, request)).await?;
-            if !self.force && !cx.output.json && vm.warnings.iter().any(|warning| warning == PLUG_PULLED) {
-                cx.output.warn(PLUG_PULLED);
+            if !self.force && !cx.output.json && vm.warnings.iter().any(|warning| warning == QEMU_KILLED_WARNING) {
+                cx.output.warn(QEMU_KILLED_WARNING);
             }
             Ok(vm)
         };

@@ -182,7 +182,7 @@ impl Args {
                 };
                 let size = show_bytes(built.template.size_bytes);
                 let seconds = Duration::from_millis(built.duration_ms).as_secs_f64();
-                cx.output.talk(&format!("{name} was made of {from} in {seconds:.1} s ({size})"));
+                cx.output.note(&format!("{name} was made of {from} in {seconds:.1} s ({size})"));
                 cx.output.answer(&built, || format!("{name}\n"))?;
                 Ok(Exit::Success)
             }
@@ -237,7 +237,7 @@ async fn build(cx: &Context, name: &TemplateName, request: BuildRequest) -> Outc
         let built = until_signal(UNDO_LIMIT, nido.template_build(name, request, &mut told));
         cx.audited(&nido, op::TEMPLATE_BUILD, arguments, built).await?
     };
-    cx.output.talk(&if built.already_built {
+    cx.output.note(&if built.already_built {
         format!("{name} is up to date")
     } else {
         let size = show_bytes(built.template.size_bytes);
@@ -257,7 +257,7 @@ async fn bake(cx: &Context, name: &TemplateName, request: BakeRequest) -> Outcom
         let baked = until_signal(Duration::ZERO, nido.template_bake(name, &request, &mut told));
         cx.audited(&nido, op::TEMPLATE_BAKE, arguments, baked).await?
     };
-    cx.output.talk(&if baked.already_baked {
+    cx.output.note(&if baked.already_baked {
         format!("{name} has been baked for {}", machine(&baked.bake))
     } else {
         let seconds = Duration::from_millis(baked.duration_ms).as_secs_f64();
@@ -294,7 +294,7 @@ async fn export(cx: &Context, args: ExportArgs) -> Outcome {
         let exported = until_signal(UNDO_LIMIT, nido.template_export(&name, request, &mut told));
         cx.audited(&nido, op::TEMPLATE_EXPORT, arguments, async { exported.await.map_err(reader_gone) }).await?
     };
-    cx.output.talk(&exported(&done));
+    cx.output.note(&exported(&done));
     if let Some(path) = &done.path {
         cx.output.answer(&done, || format!("{}\n", line(path)))?;
     }
@@ -345,7 +345,7 @@ async fn import(cx: &Context, args: ImportArgs) -> Outcome {
     if !cx.output.json {
         done.warnings.iter().for_each(|warning| cx.output.warn(warning));
     }
-    cx.output.talk(&imported(&done));
+    cx.output.note(&imported(&done));
     cx.output.answer(&done, || format!("{}\n", done.template.name))?;
     Ok(Exit::Success)
 }
@@ -364,7 +364,7 @@ fn facts(template: &TemplateInfo) -> Vec<(&'static str, String)> {
         true => "of this nido".into(),
         false => format!(
             "of another nido; {}",
-            nido_core::renewal(&template.name).text(nido_api::Face::Cli).unwrap_or_default()
+            nido_core::renewal(&template.name).text(nido_api::FrontEnd::Cli).unwrap_or_default()
         ),
     };
     let bakes: Vec<_> = template.bakes.iter().map(machine).collect();

@@ -6,7 +6,7 @@ use clap::Subcommand;
 use nido_api::error::{Code, Error};
 use nido_api::name::{TemplateName, VmName};
 use nido_api::operation as op;
-use nido_api::{Door, Limits, NetChoice, Scope, TokenInfo, TokenRequest};
+use nido_api::{Limits, NetChoice, Scope, TokenAudience, TokenInfo, TokenRequest};
 use nido_core::Nido;
 use serde_json::{Value, json};
 
@@ -49,7 +49,7 @@ enum Verb {
         scope: Scope,
         /// Part of a server to restrict it to: mcp [default: all]
         #[arg(long, value_name = "PART")]
-        only: Option<Door>,
+        only: Option<TokenAudience>,
         /// Validity, like 12h or 30d [default: does not expire]
         #[arg(long, value_name = "DURATION", value_parser = parse::duration_ms)]
         expires: Option<u64>,
@@ -145,7 +145,7 @@ impl Args {
                 let made = async { nido.token_create(&request) };
                 let made = cx.audited(&nido, op::TOKEN_CREATE, arguments, made).await?;
                 cx.output.answer(&made, || format!("{}\n", made.token))?;
-                cx.output.talk("this is the only time it is shown");
+                cx.output.note("this is the only time it is shown");
             }
             Verb::List => {
                 let list = nido.token_list()?;
@@ -172,7 +172,7 @@ impl Args {
     }
 }
 
-/// The token that is revoked, as the audit log has it: once it is gone, nobody knows whose id that was. What cannot be a name is
+/// The token that is revoked, as the audit log has it: once it is deleted, the owner of the id is unknown. What cannot be a name is
 /// left out; it may be the token itself.
 fn revoked(nido: &Nido, named: &str) -> Result<Value, Error> {
     let tokens = nido.token_list()?.tokens;
@@ -188,7 +188,7 @@ fn row(token: &TokenInfo) -> [String; 7] {
     [
         token.name.clone(),
         token.scope.word().into(),
-        token.only.map_or("-", Door::word).into(),
+        token.only.map_or("-", TokenAudience::word).into(),
         token.id.clone(),
         format!("{:.0}", token.created_at),
         token.expires_at.map_or_else(|| "never".into(), |end| format!("{end:.0}")),

@@ -1,4 +1,4 @@
-//! Flags that say what a VM shall be and how a start waits, shared by `spawn`, `create`, `run`, `start`, `restart`.
+//! Flags for a VM's specification and for how a start waits, shared by `spawn`, `create`, `run`, `start`, `restart`.
 
 use clap::ValueEnum;
 use nido_api::name::{TemplateName, VmName};
@@ -109,7 +109,7 @@ impl Accel {
 }
 
 impl VmArgs {
-    /// The core's specification; what was not said keeps the core's default.
+    /// The core's specification; an absent flag keeps the core's default.
     pub fn spec(self, name: VmName) -> VmSpec {
         let defaults = VmSpec::named(name);
         let machine = self.machine.bake();
@@ -139,7 +139,7 @@ impl VmArgs {
 }
 
 impl MachineArgs {
-    /// The core's words; what was not said keeps the core's default.
+    /// The core's words; an absent flag keeps the core's default.
     pub fn bake(self) -> BakeRequest {
         BakeRequest {
             cpus: self.cpus,
@@ -224,13 +224,13 @@ pub fn summarize(output: &Output, vm: &VmInfo) {
         return;
     }
     vm.warnings.iter().for_each(|warning| output.warn(warning));
-    output.talk(&summary(vm));
+    output.note(&summary(vm));
 }
 
 /// Prints for how long a running VM's CPUs were paused to save it.
 pub fn paused(output: &Output, vm: &VmName, paused_ms: Option<u64>) {
-    if let Some(ms) = paused_ms.filter(|_| output.talks()) {
-        output.talk(&format!("{vm} was paused for {ms} ms"));
+    if let Some(ms) = paused_ms.filter(|_| output.shows_progress()) {
+        output.note(&format!("{vm} was paused for {ms} ms"));
     }
 }
 
@@ -239,7 +239,7 @@ fn seconds(ms: f64) -> String {
     if ms < 1000.0 { format!("{ms:.0} ms") } else { format!("{:.2} s", ms / 1000.0) }
 }
 
-/// How a VM came to life, for people.
+/// How a VM was started, for people.
 pub const fn path_words(path: StartPath) -> &'static str {
     match path {
         StartPath::Cold => "cold boot",

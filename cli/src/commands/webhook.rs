@@ -113,7 +113,7 @@ impl Args {
                     false => format!("{}\n{}\n", added.webhook.id, added.secret),
                 })?;
                 if !given {
-                    cx.output.talk("keep the secret: it is not shown again");
+                    cx.output.note("keep the secret: it is not shown again");
                 }
             }
             Verb::List => {
@@ -148,7 +148,7 @@ impl Args {
             }
             Verb::Test { id } => {
                 let test = nido.webhook_test(&id).await?;
-                cx.output.answer(&test, || told(&test))?;
+                cx.output.answer(&test, || summary(&test))?;
                 if !test.delivered {
                     return Ok(Exit::Failure);
                 }
@@ -187,7 +187,7 @@ fn delivery_row(delivery: &Delivery) -> [String; 8] {
     ]
 }
 
-fn told(test: &WebhookTest) -> String {
+fn summary(test: &WebhookTest) -> String {
     let status = test.status.map(|status| format!("the endpoint responded {status}"));
     let what = test.error.clone().or(status).unwrap_or_default();
     format!(

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use minicbor::bytes::ByteVec;
 use nido_guest_agent::replace::{Extent, is_sparse, next_extent, stored};
 use nido_guest_agent::wire::{
-    Entry, EntryKind, Fault, Get, HEAD, LeftOut, MAX_COMPONENT, MAX_DEPTH, MAX_LEFT_OUT, MAX_LEFT_OUT_PATH, Owner,
+    Entry, EntryKind, Fault, Get, HEAD, MAX_COMPONENT, MAX_DEPTH, MAX_LEFT_OUT, MAX_LEFT_OUT_PATH, Owner, SkippedEntry,
     Summary, feature,
 };
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
@@ -25,7 +25,7 @@ use crate::passwd;
 use crate::refusal::Refusal;
 
 /// Opens without blocking (on a FIFO's writer, a tape) and without following a symlink.
-const QUIETLY: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
+const OPEN_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
 
 /// How many files with several names are remembered; further ones are sent as files of their own.
 const MAX_LINKED: usize = 100_000;
@@ -49,7 +49,7 @@ pub fn read_tree(request: &Get, pieces: &mpsc::Sender<Outbound>) -> Result<Summa
     let stat = rustix::fs::stat(&root).map_err(|error| walk.refusal(error))?;
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => {
-            let flags = QUIETLY.difference(OFlags::NOFOLLOW);
+            let flags = OPEN_FLAGS.difference(OFlags::NOFOLLOW);
             let file = rustix::fs::open(&root, flags, Mode::empty()).map_err(|error| walk.refusal(error))?;
             walk.file(&file)?.map_err(|error| walk.refusal(error))?;
         }
@@ -88,7 +88,7 @@ impl Walk<'_> {
     }
 
     /// An entry below the root cannot be read: a host that supports `left-out` gets it at the end, any other one a failure now.
-    fn leave_out(&mut self, error: Errno) -> Result<(), Refusal> {
+    fn skip_entry(&mut self, error: Errno) -> Result<(), Refusal> {
         if !self.has(feature::LEFT_OUT) {
             return Err(self.refusal(error));
         }
@@ -97,7 +97,7 @@ impl Walk<'_> {
         path.truncate(MAX_LEFT_OUT_PATH);
         let named = self.summary.left_out.get_or_insert_default();
         if named.len() < MAX_LEFT_OUT {
-            named.push(LeftOut { path: path.into(), reason: std::io::Error::from(error).to_string() });
+            named.push(SkippedEntry { path: path.into(), reason: std::io::Error::from(error).to_string() });
         }
         Ok(())
     }
@@ -201,7 +201,7 @@ impl Walk<'_> {
 
     /// Sends a directory and all below it, depth first. What cannot be read in it is left out, if the host wants that.
     fn tree(&mut self, root: &Path) -> Result<(), Refusal> {
-        let flags = QUIETLY.difference(OFlags::NOFOLLOW).union(OFlags::DIRECTORY);
+        let flags = OPEN_FLAGS.difference(OFlags::NOFOLLOW).union(OFlags::DIRECTORY);
         let directory = rustix::fs::open(root, flags, Mode::empty()).map_err(|error| self.refusal(error))?;
         let root = self.directory(directory)?.map_err(|error| self.refusal(error))?;
         let mut open = vec![root];
@@ -212,7 +212,7 @@ impl Walk<'_> {
                     self.path.pop();
                 }
                 Some(Err(error)) => {
-                    self.leave_out(error)?;
+                    self.skip_entry(error)?;
                     open.pop();
                     self.path.pop();
                 }
@@ -227,7 +227,7 @@ impl Walk<'_> {
                         Ok(Some(inner)) => open.push(inner),
                         Ok(None) => drop(self.path.pop()),
                         Err(error) => {
-                            self.leave_out(error)?;
+                            self.skip_entry(error)?;
                             self.path.pop();
                         }
                     }
@@ -263,7 +263,7 @@ impl Walk<'_> {
             self.summary.skipped += 1;
             return Ok(Ok(None));
         }
-        let open = |extra| match rustix::fs::openat(&parent, name, QUIETLY.union(extra), Mode::empty()) {
+        let open = |extra| match rustix::fs::openat(&parent, name, OPEN_FLAGS.union(extra), Mode::empty()) {
             Ok(file) => Ok(Some(file)),
             // Removed or replaced since it was looked at.
             Err(Errno::NOENT | Errno::LOOP | Errno::NOTDIR | Errno::NXIO) => Ok(None),
@@ -308,7 +308,7 @@ fn next_frame(file: &OwnedFd, most: u64) -> Result<(Vec<u8>, bool), Errno> {
         let read = if is_exact {
             rustix::io::read(file, rustix::buffer::spare_capacity(&mut frame))
         } else {
-            // More room than was asked for: bytes of the next stretch must not get into it.
+            // More room than was requested: bytes of the next stretch must not get into it.
             let begin = frame.len();
             frame.resize(begin + left, 0);
             let read = rustix::io::read(file, &mut frame[begin..]);

@@ -8,18 +8,18 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use nido_guest_agent::replace::{Found, Given, ReplacedFile, free_bytes, look};
+use nido_guest_agent::replace::{ExistingEntry, GivenAttributes, ReplacedFile, free_bytes, inspect};
 use nido_guest_agent::wire::{Entry, EntryKind, Fault, Summary};
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use super::Inbound;
+use super::destination::{Ids, failed, give_to, malformed, special};
 use super::output::Output;
-use super::place::{Ids, failed, give_to, malformed, special};
 use crate::refusal::Refusal;
 
-/// How the request wants files to be written.
+/// How files are written for this request.
 #[derive(Debug, Clone, Copy)]
 pub struct WriteOptions {
     /// Whose they are.
@@ -37,9 +37,9 @@ impl WriteOptions {
     }
 
     /// What of a file that is replaced does not stay as it is.
-    fn given(&self, entry: &Entry) -> Given {
+    fn given(&self, entry: &Entry) -> GivenAttributes {
         let is_preserved = entry.owner.is_some();
-        Given {
+        GivenAttributes {
             owner: if is_preserved || self.set_owner { self.ids(entry) } else { None },
             mode: (is_preserved || self.set_mode).then(|| u32::from(entry.mode & 0o777)),
         }
@@ -65,13 +65,13 @@ fn temporary_name() -> Result<OsString, Refusal> {
 }
 
 /// A name that is removed again unless it is kept.
-pub struct Temporary<'a> {
+pub struct TemporaryName<'a> {
     directory: &'a OwnedFd,
     pub name: OsString,
     kept: bool,
 }
 
-impl<'a> Temporary<'a> {
+impl<'a> TemporaryName<'a> {
     pub fn new(directory: &'a OwnedFd) -> Result<Self, Refusal> {
         Ok(Self { directory, name: temporary_name()?, kept: false })
     }
@@ -84,7 +84,7 @@ impl<'a> Temporary<'a> {
     }
 }
 
-impl Drop for Temporary<'_> {
+impl Drop for TemporaryName<'_> {
     fn drop(&mut self) {
         if self.kept {
             return;
@@ -99,9 +99,9 @@ impl Drop for Temporary<'_> {
 
 /// An entry that is complete and not in its place yet.
 pub struct Leaf<'a> {
-    temporary: Temporary<'a>,
+    temporary: TemporaryName<'a>,
     /// A file whose place is taken by one that has to be written over: it has further names.
-    over: Option<(fs::File, ReplacedFile, Given, Timestamps)>,
+    over: Option<(fs::File, ReplacedFile, GivenAttributes, Timestamps)>,
     is_link: bool,
 }
 
@@ -126,15 +126,15 @@ impl Leaf<'_> {
 
 /// The file that an entry replaces, if it replaces one.
 fn replaceable(directory: &OwnedFd, name: &OsStr, shown: &Path) -> Result<Option<ReplacedFile>, Refusal> {
-    match look(directory, name).map_err(|error| failed(shown, error))? {
-        Found::File(kept) => Ok(Some(kept)),
-        Found::Nothing | Found::Symlink => Ok(None),
-        Found::Directory => Err(failed(shown, Errno::ISDIR)),
-        Found::Special => Err(special(shown)),
+    match inspect(directory, name).map_err(|error| failed(shown, error))? {
+        ExistingEntry::File(kept) => Ok(Some(kept)),
+        ExistingEntry::Nothing | ExistingEntry::Symlink => Ok(None),
+        ExistingEntry::Directory => Err(failed(shown, Errno::ISDIR)),
+        ExistingEntry::Special => Err(special(shown)),
     }
 }
 
-/// Writes an entry that is no directory under a temporary name. `linked` finds what a hard link is another name of.
+/// Writes an entry other than a directory under a temporary name. `linked` finds what a hard link is another name of.
 pub fn write_leaf<'a>(
     (directory, name, shown): (&'a OwnedFd, &OsStr, &Path),
     entry: &Entry,
@@ -144,7 +144,7 @@ pub fn write_leaf<'a>(
     summary: &mut Summary,
 ) -> Result<Leaf<'a>, Refusal> {
     let existing = replaceable(directory, name, shown)?;
-    let temporary = Temporary::new(directory)?;
+    let temporary = TemporaryName::new(directory)?;
     let at = |error: Errno| failed(shown, error);
     let mut over = None;
     match &entry.kind {

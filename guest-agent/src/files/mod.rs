@@ -4,10 +4,10 @@
 //! short queue of large pieces joins it to the session. Invariant: memory does not grow with the size or the number
 //! of files, and a half-written file is never seen under its final name.
 
+mod destination;
 mod get;
 mod leaf;
 mod output;
-mod place;
 mod put;
 
 use std::io;
@@ -18,7 +18,7 @@ use nido_guest_agent::wire::{self, Entry, Get, HEAD, Put, ToGuest, ToHost, kind}
 use tokio::sync::mpsc;
 
 use crate::framing::{FrameError, FrameReader, FrameWriter, Incoming};
-use crate::mux_stream::Piece;
+use crate::mux_stream::Chunk;
 use crate::refusal::Refusal;
 
 /// How many pieces may wait between the session and the disk.
@@ -30,7 +30,7 @@ const CHUNK: usize = 4 * crate::port::KERNEL_CHUNK - 12 - HEAD;
 #[derive(Debug)]
 enum Inbound {
     Entry(Entry),
-    Bytes(Piece),
+    Bytes(Chunk),
     Hole(u64),
     EntryEnd,
     TreeEnd,
@@ -97,7 +97,7 @@ async fn pass_on(input: &mut FrameReader, pieces: &mpsc::Sender<Inbound>) -> Res
             None => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
         };
         let is_last = matches!(piece, Inbound::TreeEnd);
-        // A closed queue means that the disk has failed; its own answer says why.
+        // A closed queue means that the disk has failed; its own reply has the cause.
         if pieces.send(piece).await.is_err() || is_last {
             return Ok(());
         }

@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_are_zeros_wherever_they_come() {
+    fn holes_are_zeros_at_any_offset() {
         for announced in [0, LONG] {
             let mut output = Output::new(tempfile::tempfile().unwrap(), announced);
             output.write(b"begin").unwrap();
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_are_the_same_however_they_come_and_whatever_was_announced() {
+    fn output_does_not_depend_on_chunk_sizes_or_the_announced_length() {
         for length in [0, 1, ALIGNMENT, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 2 * PIECE + 12_345] {
             for announced in [0, LONG] {
                 for step in [1021, 256 * 1024, 3 * PIECE] {

@@ -16,8 +16,8 @@ use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use super::Inbound;
-use super::leaf::{Temporary, WriteOptions, expect_end, mode, times, write_leaf};
-use super::place::{AS_PLACE, Place, failed, give_to, malformed, owner};
+use super::destination::{DIRECTORY_PATH_FLAGS, Destination, failed, give_to, malformed, owner};
+use super::leaf::{TemporaryName, WriteOptions, expect_end, mode, times, write_leaf};
 use crate::refusal::Refusal;
 
 /// How entries of a tree are opened: below its root, whatever links are in it.
@@ -39,17 +39,17 @@ pub fn write_tree(request: &Put, mut queue: mpsc::Receiver<Inbound>) -> Result<S
     let ids = owner.map(|user| (user.uid, user.gid));
     let set_mode = request.set_mode.unwrap_or(true);
     let how = WriteOptions { ids, set_owner: request.user.is_some(), set_mode };
-    let place = Place::find(request, &home, ids)?;
-    let shown = place.path();
+    let destination = Destination::find(request, &home, ids)?;
+    let shown = destination.path();
     let mut summary = Summary { path: Some(shown.clone().into_os_string().into_vec().into()), ..Summary::default() };
     if root.kind == EntryKind::Directory {
-        write_directory(&place, root, how, &mut queue, &mut summary)?;
+        write_directory(&destination, root, how, &mut queue, &mut summary)?;
     } else {
-        let parent = place.open_parent()?;
+        let parent = destination.open_parent()?;
         let alone = |_: &OwnedFd, _: &OsStr| Err(malformed("a hard link to nothing"));
-        let leaf = write_leaf((&parent, &place.name, &shown), &root, how, alone, &mut queue, &mut summary)?;
+        let leaf = write_leaf((&parent, &destination.name, &shown), &root, how, alone, &mut queue, &mut summary)?;
         match queue.blocking_recv() {
-            Some(Inbound::TreeEnd) => leaf.commit(&place.name, &shown)?,
+            Some(Inbound::TreeEnd) => leaf.commit(&destination.name, &shown)?,
             _ => return Err(malformed("a tree whose root is not a directory has one entry")),
         }
     }
@@ -58,35 +58,37 @@ pub fn write_tree(request: &Put, mut queue: mpsc::Receiver<Inbound>) -> Result<S
 
 /// Writes a directory and what comes below it.
 fn write_directory(
-    place: &Place,
+    destination: &Destination,
     root: Entry,
     how: WriteOptions,
     queue: &mut mpsc::Receiver<Inbound>,
     summary: &mut Summary,
 ) -> Result<(), Refusal> {
     expect_end(queue)?;
-    let shown = place.path();
-    let parent = place.open_parent()?;
-    let merged = match rustix::fs::openat(&parent, &place.name, AS_PLACE | OFlags::NOFOLLOW, Mode::empty()) {
-        Ok(directory) => Some(directory),
-        Err(Errno::NOENT) => None,
-        Err(error) => return Err(failed(&shown, error)),
-    };
+    let shown = destination.path();
+    let parent = destination.open_parent()?;
+    let merged =
+        match rustix::fs::openat(&parent, &destination.name, DIRECTORY_PATH_FLAGS | OFlags::NOFOLLOW, Mode::empty()) {
+            Ok(directory) => Some(directory),
+            Err(Errno::NOENT) => None,
+            Err(error) => return Err(failed(&shown, error)),
+        };
     summary.entries += 1;
     let tree = |root, open| Tree { root, shown: shown.clone(), at: None, open, how };
     if let Some(directory) = merged {
         return tree(directory, Vec::new()).write(queue, summary);
     }
-    let temporary = Temporary::new(&parent)?;
+    let temporary = TemporaryName::new(&parent)?;
     rustix::fs::mkdirat(&parent, &temporary.name, Mode::from_raw_mode(0o700)).map_err(|error| failed(&shown, error))?;
     give_to(&parent, &temporary.name, how.ids(&root)).map_err(|error| failed(&shown, error))?;
-    let directory = rustix::fs::openat(&parent, &temporary.name, AS_PLACE | OFlags::NOFOLLOW, Mode::empty())
-        .map_err(|error| failed(&shown, error))?;
+    let directory =
+        rustix::fs::openat(&parent, &temporary.name, DIRECTORY_PATH_FLAGS | OFlags::NOFOLLOW, Mode::empty())
+            .map_err(|error| failed(&shown, error))?;
     let last = root.clone();
     tree(directory, vec![root]).write(queue, summary)?;
     // A directory that may not be written cannot be moved by an ordinary user: its mode comes after that.
-    temporary.rename(&place.name, RenameFlags::NOREPLACE, &shown)?;
-    set_last(&parent, &place.name, &last).map_err(|error| failed(&shown, error))
+    temporary.rename(&destination.name, RenameFlags::NOREPLACE, &shown)?;
+    set_last(&parent, &destination.name, &last).map_err(|error| failed(&shown, error))
 }
 
 /// Gives the root its mode and time once it is in its place.
@@ -159,7 +161,7 @@ impl Tree {
             }
             // Merged into; its own mode and time stay. If it is something else, what goes into it will fail.
             Err(Errno::EXIST) => {
-                let found = rustix::fs::openat(directory, name, AS_PLACE | OFlags::NOFOLLOW, Mode::empty());
+                let found = rustix::fs::openat(directory, name, DIRECTORY_PATH_FLAGS | OFlags::NOFOLLOW, Mode::empty());
                 found.map(drop).map_err(|error| failed(&shown, error))
             }
             Err(error) => Err(failed(&shown, error)),
@@ -172,7 +174,7 @@ impl Tree {
         let Some((last, above)) = target.split_last() else { return Err(malformed("a hard link to the root")) };
         let last = OsStr::from_bytes(last);
         let shown = self.path(target);
-        let parent = rustix::fs::openat2(&self.root, joined(above), AS_PLACE, Mode::empty(), INSIDE)
+        let parent = rustix::fs::openat2(&self.root, joined(above), DIRECTORY_PATH_FLAGS, Mode::empty(), INSIDE)
             .map_err(|error| failed(&shown, error))?;
         let found = rustix::fs::statat(&parent, last, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| failed(&shown, e))?;
         if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
@@ -186,7 +188,7 @@ impl Tree {
         if self.at.as_ref().is_some_and(|(path, _)| path == above) {
             return Ok(());
         }
-        let opened = rustix::fs::openat2(&self.root, joined(above), AS_PLACE, Mode::empty(), INSIDE);
+        let opened = rustix::fs::openat2(&self.root, joined(above), DIRECTORY_PATH_FLAGS, Mode::empty(), INSIDE);
         let opened = opened.map_err(|error| failed(&self.path(above), error))?;
         self.at = Some((above.to_vec(), opened));
         Ok(())

@@ -1,7 +1,7 @@
 //! A DHCP client, as small as a guest of a user network needs: discover, request, and the same again when half the
 //! lease is over.
 //!
-//! Invariant: an answer counts only if it is to this card and this exchange; whatever else it holds is read within its
+//! Invariant: a reply counts only if it is to this card and this exchange; whatever else it holds is read within its
 //! bounds.
 
 use std::io;
@@ -9,16 +9,16 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use super::Settings;
-use super::link::Card;
+use super::link::NetworkCard;
 
 const COOKIE: [u8; 4] = [99, 130, 83, 99];
 /// Length of a message before its options: the fixed part and the cookie.
 const FIXED: usize = 240;
-/// How long one answer is waited for before asking again.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// How often is asked.
+/// How long one reply is waited for before asking again.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(1);
+/// How many requests are sent.
 const ATTEMPTS: u32 = 10;
-/// Shortest time between two exchanges, whatever the server says.
+/// Shortest time between two exchanges, whatever the server requests.
 const MIN_RENEWAL: Duration = Duration::from_secs(60);
 
 const DISCOVER: u8 = 1;
@@ -34,12 +34,12 @@ mod option {
     pub const LEASE: u8 = 51;
     pub const KIND: u8 = 53;
     pub const SERVER: u8 = 54;
-    pub const WANTED: u8 = 55;
+    pub const REQUESTED_PARAMETERS: u8 = 55;
 }
 
-/// What a server says.
+/// A server's reply.
 #[derive(Debug, PartialEq, Eq)]
-struct Answer {
+struct DhcpReply {
     kind: u8,
     server: Ipv4Addr,
     lease: Duration,
@@ -50,7 +50,7 @@ struct Answer {
 ///
 /// # Errors
 /// No server replies, or the settings cannot be applied. Later exchanges that fail are tried again.
-pub fn keep_lease(card: &Card, apply: impl Fn(&Settings) -> io::Result<()>) -> io::Result<()> {
+pub fn keep_lease(card: &NetworkCard, apply: impl Fn(&Settings) -> io::Result<()>) -> io::Result<()> {
     let mut lease = exchange(card)?;
     loop {
         apply(&lease.settings)?;
@@ -62,23 +62,29 @@ pub fn keep_lease(card: &Card, apply: impl Fn(&Settings) -> io::Result<()>) -> i
     }
 }
 
-fn exchange(card: &Card) -> io::Result<Answer> {
+fn exchange(card: &NetworkCard) -> io::Result<DhcpReply> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 68))?;
     socket.set_broadcast(true)?;
     nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::BindToDevice, &card.name.clone().into())?;
     let mut random = [0; 4];
     getrandom::fill(&mut random).map_err(io::Error::other)?;
-    let offer = ask(&socket, &message(card, random, DISCOVER, None), card, random, OFFER)?;
+    let offer = request(&socket, &message(card, random, DISCOVER, None), card, random, OFFER)?;
     let wanted = Some((offer.settings.address, offer.server));
-    ask(&socket, &message(card, random, REQUEST, wanted), card, random, ACK)
+    request(&socket, &message(card, random, REQUEST, wanted), card, random, ACK)
 }
 
-/// Sends a message until an answer of the wanted kind comes.
-fn ask(socket: &UdpSocket, message: &[u8], card: &Card, exchange: [u8; 4], wanted: u8) -> io::Result<Answer> {
+/// Sends a message until a reply of the wanted kind comes.
+fn request(
+    socket: &UdpSocket,
+    message: &[u8],
+    card: &NetworkCard,
+    exchange: [u8; 4],
+    wanted: u8,
+) -> io::Result<DhcpReply> {
     let mut answer = [0; 1500];
     for _ in 0..ATTEMPTS {
         socket.send_to(message, (Ipv4Addr::BROADCAST, 67))?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
         while let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             socket.set_read_timeout(Some(left))?;
             let length = match socket.recv(&mut answer) {
@@ -95,9 +101,9 @@ fn ask(socket: &UdpSocket, message: &[u8], card: &Card, exchange: [u8; 4], wante
     Err(io::Error::new(io::ErrorKind::TimedOut, "no DHCP server replied"))
 }
 
-fn message(card: &Card, exchange: [u8; 4], kind: u8, wanted: Option<(Ipv4Addr, Ipv4Addr)>) -> Vec<u8> {
+fn message(card: &NetworkCard, exchange: [u8; 4], kind: u8, wanted: Option<(Ipv4Addr, Ipv4Addr)>) -> Vec<u8> {
     let mut message = vec![0; FIXED];
-    // A request, Ethernet, addresses of 6 bytes; the answer shall be broadcast, as the card has no address yet.
+    // A request, Ethernet, addresses of 6 bytes; the reply shall be broadcast, as the card has no address yet.
     message[..4].copy_from_slice(&[1, 1, 6, 0]);
     message[4..8].copy_from_slice(&exchange);
     message[10] = 0x80;
@@ -110,12 +116,12 @@ fn message(card: &Card, exchange: [u8; 4], kind: u8, wanted: Option<(Ipv4Addr, I
         message.extend([option::SERVER, 4]);
         message.extend(server.octets());
     }
-    message.extend([option::WANTED, 3, option::MASK, option::ROUTER, option::DNS, 255]);
+    message.extend([option::REQUESTED_PARAMETERS, 3, option::MASK, option::ROUTER, option::DNS, 255]);
     message
 }
 
-/// Reads an answer; `None` if it is not one, or not for us.
-fn parse(bytes: &[u8], mac: [u8; 6], exchange: [u8; 4]) -> Option<Answer> {
+/// Reads a reply; `None` if it is not one, or not for us.
+fn parse(bytes: &[u8], mac: [u8; 6], exchange: [u8; 4]) -> Option<DhcpReply> {
     let is_ours = bytes.len() > FIXED
         && bytes[0] == 2
         && bytes[4..8] == exchange
@@ -126,7 +132,7 @@ fn parse(bytes: &[u8], mac: [u8; 6], exchange: [u8; 4]) -> Option<Answer> {
     }
     let four = |value: &[u8]| value.first_chunk::<4>().copied();
     let address = Ipv4Addr::from(four(&bytes[16..20])?);
-    let mut answer = Answer {
+    let mut answer = DhcpReply {
         kind: 0,
         server: Ipv4Addr::UNSPECIFIED,
         lease: Duration::from_secs(3600),
@@ -166,8 +172,8 @@ mod tests {
 
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
-    fn card() -> Card {
-        Card { name: "eth0".into(), index: 2, mac: MAC }
+    fn card() -> NetworkCard {
+        NetworkCard { name: "eth0".into(), index: 2, mac: MAC }
     }
 
     fn offer() -> Vec<u8> {

@@ -1,4 +1,4 @@
-//! Network cards, and the kernel's routing socket for the three things said to it.
+//! Network cards, and the kernel's routing socket for the three requests that it gets.
 //!
 //! Invariant: each request is answered by the kernel before the next; "it is so already" is success.
 
@@ -10,7 +10,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProto
 
 /// A network card.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Card {
+pub struct NetworkCard {
     /// The kernel's name for it.
     pub name: String,
     /// The kernel's number for it.
@@ -23,7 +23,7 @@ pub struct Card {
 ///
 /// # Errors
 /// There is none.
-pub fn first_card() -> io::Result<Card> {
+pub fn first_card() -> io::Result<NetworkCard> {
     let mut names: Vec<_> =
         std::fs::read_dir("/sys/class/net")?.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
     names.sort();
@@ -33,7 +33,7 @@ pub fn first_card() -> io::Result<Card> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no network card"))
 }
 
-fn card(name: &str) -> Option<Card> {
+fn card(name: &str) -> Option<NetworkCard> {
     const ETHERNET: &str = "1";
     let fact = |fact: &str| {
         let text = std::fs::read_to_string(format!("/sys/class/net/{name}/{fact}")).ok()?;
@@ -47,7 +47,7 @@ fn card(name: &str) -> Option<Card> {
     for (byte, text) in mac.iter_mut().zip(fact("address")?.split(':')) {
         *byte = u8::from_str_radix(text, 16).ok()?;
     }
-    Some(Card { name: name.into(), index: fact("ifindex")?.parse().ok()?, mac })
+    Some(NetworkCard { name: name.into(), index: fact("ifindex")?.parse().ok()?, mac })
 }
 
 /// The kernel's routing socket.
@@ -73,7 +73,7 @@ impl Routes {
         body.extend(index.to_ne_bytes());
         body.extend(if up { UP } else { 0 }.to_ne_bytes());
         body.extend(UP.to_ne_bytes());
-        self.ask(libc::RTM_NEWLINK, 0, &body)
+        self.send_request(libc::RTM_NEWLINK, 0, &body)
     }
 
     /// Gives an interface an address.
@@ -89,7 +89,7 @@ impl Routes {
         {
             attribute(&mut body, kind, value.octets());
         }
-        self.ask(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &body)
+        self.send_request(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &body)
     }
 
     /// Takes an address from an interface.
@@ -99,7 +99,7 @@ impl Routes {
     pub fn remove_address(&self, index: u32, address: Ipv4Addr, prefix: u8) -> io::Result<()> {
         let mut body = address_head(index, prefix);
         attribute(&mut body, libc::IFA_LOCAL, address.octets());
-        match self.ask(libc::RTM_DELADDR, 0, &body) {
+        match self.send_request(libc::RTM_DELADDR, 0, &body) {
             // Another program in the guest has done it.
             Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(()),
             result => result,
@@ -116,10 +116,10 @@ impl Routes {
         body.extend([0; 4]);
         attribute(&mut body, libc::RTA_GATEWAY, gateway.octets());
         attribute(&mut body, libc::RTA_OIF, index.to_ne_bytes());
-        self.ask(libc::RTM_NEWROUTE, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &body)
+        self.send_request(libc::RTM_NEWROUTE, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &body)
     }
 
-    fn ask(&self, kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<()> {
+    fn send_request(&self, kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<()> {
         const HEAD: usize = 16;
         let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | flags;
         let mut message = Vec::with_capacity(HEAD + body.len());

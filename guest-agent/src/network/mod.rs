@@ -1,6 +1,6 @@
-//! The guest's first network card: loopback up, card up, address, route, name servers; as the host says or by DHCP.
+//! The guest's first network card: loopback up, card up, address, route, name servers; as configured by the host or by DHCP.
 //!
-//! Invariant: what the network has to be asked for never holds up the channel to the host, and of two set-ups the
+//! Invariant: requests to the network never delay the channel to the host, and of two set-ups the
 //! later one stays.
 
 mod dhcp;
@@ -48,16 +48,16 @@ fn invalid(message: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, message)
 }
 
-/// What is set up now. Kept, because asking the kernel for it would be most of the work of a ping, and of a renewal
+/// What is set up now. Kept, because asking the kernel for it would be most of the work of a ping, and of an identity reset
 /// that changes nothing.
 static CURRENT: Mutex<Current> = Mutex::new(Current { round: 0, wanted: None, is_settled: false, address: None });
 
 struct Current {
     /// Counts set-ups, so that a lease of an older one is not applied any more.
     round: u64,
-    /// What was asked for.
+    /// What was requested.
     wanted: Option<Network>,
-    /// Whether it is there, or is being asked for.
+    /// Whether it is there, or is being requested.
     is_settled: bool,
     /// The card's address and the length of its prefix.
     address: Option<(Ipv4Addr, u8)>,
@@ -72,8 +72,8 @@ pub fn address() -> Option<Ipv4Addr> {
     current().address.map(|(address, _)| address)
 }
 
-/// Makes the network as it is wanted, whatever it was. Nothing happens if it is so already. What the network itself has
-/// to be asked for is not waited for.
+/// Configures the network, whatever its state was. Nothing happens if it is so already. Requests to the network itself
+/// are not awaited.
 ///
 /// # Errors
 /// There is no card, or the kernel refuses.
@@ -121,7 +121,7 @@ fn set_up(network: Option<&Network>, round: u64) -> io::Result<()> {
     }
 }
 
-fn apply(routes: &link::Routes, card: &link::Card, settings: &Settings, round: u64) -> io::Result<()> {
+fn apply(routes: &link::Routes, card: &link::NetworkCard, settings: &Settings, round: u64) -> io::Result<()> {
     {
         let mut current = current();
         if current.round != round {

@@ -11,11 +11,11 @@
 //!   yamux (host = client)  <->  yamux (agent = server)
 //! ```
 //!
-//! Or, to a guest that has just been loaded, the hello and the `Renew` of a session in one piece, and the answers to
-//! them: setting up the multiplexer would cost it more than what it is asked for.
+//! Or, to a guest that has just been loaded, the hello and the `IdentityReset` of a session in one piece, and the answers to
+//! them: setting up the multiplexer would cost it more than the request.
 //!
 //! ```text
-//!   LETTER nonce length, hello and renew frame  ->
+//!   LETTER nonce length, hello and identity-reset frame  ->
 //!               <- REPLY nonce length, the frames that answer them; further blocks may follow
 //! ```
 //!
@@ -29,11 +29,11 @@ pub const MAGIC: [u8; 8] = *b"\xffNIDO\r\n\x01";
 /// Length of a block.
 pub const BLOCK: usize = 32;
 /// The most that may follow a LETTER or a REPLY, in bytes.
-pub const LETTER_MAX: usize = 4096;
+pub const BOOTSTRAP_REQUEST_MAX: usize = 4096;
 /// How many filler bytes (each `0xff`) the host sends ahead of a PROBE when earlier ones stayed unanswered.
 pub const FILLER: usize = 64 * 1024;
 
-/// What a block says.
+/// The type of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Host: are you there?
@@ -44,7 +44,7 @@ pub enum Kind {
     Go,
     /// Host: here are a hello and an order, so many bytes.
     Letter(u16),
-    /// Agent: this is the answer, so many bytes.
+    /// Agent: this is the reply, so many bytes.
     Reply(u16),
 }
 
@@ -69,14 +69,14 @@ impl Kind {
             5 => Self::Reply(length),
             _ => return None,
         };
-        (usize::from(length) <= LETTER_MAX).then_some(kind)
+        (usize::from(length) <= BOOTSTRAP_REQUEST_MAX).then_some(kind)
     }
 }
 
 /// One block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Block {
-    /// What it says.
+    /// Its type.
     pub kind: Kind,
     /// Which attempt it belongs to.
     pub nonce: [u8; 16],

@@ -76,7 +76,7 @@ async fn a_host_that_breaks_the_protocol_loses_its_session_only() {
 }
 
 #[tokio::test]
-async fn one_session_too_many_is_told_so_and_the_others_stay() {
+async fn a_session_beyond_the_limit_is_refused_as_busy_and_the_others_stay() {
     let mut host = Host::start().await;
     let mut open = Vec::new();
     for _ in 0..MAX_SESSIONS {
@@ -150,7 +150,7 @@ async fn a_command_too_many_waits_for_its_turn_and_pings_do_not() {
 }
 
 #[tokio::test]
-async fn stray_input_between_requests_is_dropped() {
+async fn unexpected_input_between_requests_is_dropped() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     session.send(&ToGuest::Exec(nido_guest_agent::wire::Exec { stdin: true, ..shell("exit 3") })).await;
@@ -169,7 +169,7 @@ async fn stray_input_between_requests_is_dropped() {
 async fn the_agent_is_found_again_after_noise_and_half_a_frame() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
-    // What an older host may have left behind: noise, half a preamble, a preamble without its end.
+    // What an interrupted host may have sent: noise, half a preamble, a preamble without its end.
     channel.write_all(&[0xff, b'N', b'I', 0, 1, 2, 3]).await.unwrap();
     agree(&mut channel, 1).await;
     // A multiplexer's frame that promises 1 MiB and ends after ten bytes.
@@ -214,7 +214,7 @@ async fn a_new_host_on_the_same_channel_ends_what_the_old_one_ran() {
 }
 
 #[tokio::test]
-async fn a_host_that_goes_away_takes_its_commands_along_and_may_come_back() {
+async fn a_disconnect_ends_the_hosts_commands_and_it_may_reconnect() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     let pid = session.start(shell("trap '' HUP TERM; sleep 1000 & wait; sleep 1000")).await;
@@ -238,7 +238,7 @@ async fn power_off_ends_the_agent_after_its_answer() {
 }
 
 #[tokio::test]
-async fn a_configuration_that_is_none_is_an_error() {
+async fn an_invalid_configuration_is_an_error() {
     let directory = tempfile::tempdir().unwrap();
     let config = directory.path().join("config");
     for bytes in [&b""[..], b"{}", &[0x85, 0x61, b'x', 0x41, 0, 0, 1, 0xf6]] {
@@ -276,7 +276,7 @@ fn members(group: i32) -> usize {
 }
 
 #[tokio::test]
-async fn a_silent_peer_gets_no_answer_and_harms_nobody() {
+async fn a_silent_peer_gets_no_reply_and_blocks_no_other() {
     let mut host = Host::start().await;
     let mut silent = host.stream().await;
     silent.stream.write_all(&[kind::MESSAGE]).await.unwrap();

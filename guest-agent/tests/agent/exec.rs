@@ -8,7 +8,7 @@ use super::channel::gone;
 use crate::support::{Answer, Host, command, shell, soon};
 
 #[tokio::test]
-async fn streams_and_exit_codes_are_kept_apart() {
+async fn streams_and_exit_codes_are_separate() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     let output = session.run("echo out; echo err >&2; exit 42").await;
@@ -37,7 +37,7 @@ async fn arguments_environment_and_directory_arrive_as_bytes() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_run_is_told_apart() {
+async fn failures_to_run_a_command_are_distinguished() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     let script = host.path("script");
@@ -188,7 +188,7 @@ async fn large_output_arrives_whole() {
 }
 
 #[tokio::test]
-async fn what_a_command_leaves_in_the_background_does_not_hold_its_exit() {
+async fn background_processes_do_not_delay_the_exit() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     let output = session.run("sleep 1000 & echo $!; head -c 60000 /dev/zero; exit 5").await;
@@ -215,8 +215,8 @@ async fn holds(path: &std::path::Path, text: &str) {
 }
 
 #[tokio::test]
-async fn what_a_command_leaves_in_the_background_can_go_on_writing() {
-    // The end of the command took the readers away, and the next line killed what it had left in the background.
+async fn background_processes_can_keep_writing() {
+    // The end of the command took the readers away, and the next line killed its background processes.
     let mut host = Host::start().await;
     let mut session = host.open().await;
     let (go, log) = (host.path("go"), host.path("log"));
@@ -276,7 +276,7 @@ async fn the_time_limit_reaches_children_in_other_sessions_and_groups() {
 
 #[tokio::test]
 async fn a_request_that_names_something_long_is_refused_and_the_session_stays() {
-    // The refusal repeated the name, did not fit in a frame, and the session was cut off instead.
+    // The refusal repeated the name, did not fit in a frame, and the session was closed instead.
     let mut host = Host::start().await;
     let mut session = host.open().await;
     let long = vec![b'x'; 200_000];
@@ -316,7 +316,7 @@ async fn a_terminal_that_is_read_late_loses_nothing() {
         }
     })
     .await;
-    // Another session is answered all the same; by then the first would have been given up.
+    // Another session is answered nevertheless; by then the first would have been given up.
     let mut other = host.open().await;
     assert_eq!(other.run("sleep 0.4").await.code, Some(0));
     let output = session.finish().await;
@@ -374,7 +374,7 @@ async fn a_login_shell_is_one() {
     session.start(Exec { login_shell: true, stdin: true, ..Exec::default() }).await;
     session.send_raw(kind::STDIN, b"echo $0; exit 9\n").await;
     let output = session.finish().await;
-    // Users without a shell, such as nobody, have one that says so and fails.
+    // Users without a shell, such as `nobody`, have one that reports that and fails.
     match login_shell() {
         shell if shell.ends_with("nologin") || shell.ends_with("false") => assert_eq!(output.code, Some(1)),
         _ => assert_eq!((output.stdout.first(), output.code), (Some(&b'-'), Some(9))),
@@ -437,7 +437,7 @@ async fn another_user_gets_its_own_ids_home_and_streams() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     if !rustix::process::geteuid().is_root() {
-        // An agent that is not root has nobody else to become, and says so.
+        // An agent that is not root cannot switch users, and reports that.
         session.send(&ToGuest::Exec(Exec { user: Some("root".into()), ..shell("true") })).await;
         assert_eq!(session.failure().await, Fault::Denied);
         return;

@@ -162,7 +162,7 @@ async fn a_file_that_is_replaced_keeps_its_mode_and_names_if_the_host_wants_that
 
 // A device, pipe or socket was replaced by a file; a dangling symlink, too.
 #[tokio::test]
-async fn what_is_no_file_is_not_replaced_and_a_dangling_symlink_is_followed() {
+async fn special_files_are_not_replaced_and_a_dangling_symlink_is_followed() {
     let mut host = Host::start().await;
     let socket = host.path("socket");
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
@@ -324,7 +324,7 @@ async fn until(mut done: impl FnMut() -> bool) {
 }
 
 #[tokio::test]
-async fn a_full_disk_is_told_and_the_old_file_stays() {
+async fn a_full_disk_is_reported_and_the_old_file_stays() {
     // A disk of its own, 1 MiB large, in name spaces of the agent's own.
     let mut host = Host::start_on_small_disk().await;
     let mut session = host.open().await;
@@ -344,7 +344,7 @@ async fn a_full_disk_is_told_and_the_old_file_stays() {
 }
 
 #[tokio::test]
-async fn what_is_no_file_is_skipped_and_never_waited_for() {
+async fn special_files_are_skipped_without_waiting() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     let tree = host.path("tree");
@@ -375,7 +375,7 @@ fn make_fifo(path: &Path) {
 }
 
 #[tokio::test]
-async fn a_host_that_does_not_read_holds_up_nobody_else() {
+async fn a_host_that_does_not_read_blocks_no_other_session() {
     let mut host = Host::start().await;
     let large = host.path("large");
     fs::File::create(&large).unwrap().set_len(64 * 1024 * 1024).unwrap();

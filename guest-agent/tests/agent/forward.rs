@@ -7,7 +7,7 @@ use tokio::net::TcpListener;
 use crate::support::{Host, soon};
 
 #[tokio::test]
-async fn bytes_go_both_ways_and_each_way_ends_on_its_own() {
+async fn both_directions_carry_bytes_and_end_independently() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     for address in ["127.0.0.1:0", "[::1]:0"] {
@@ -27,7 +27,7 @@ async fn bytes_go_both_ways_and_each_way_ends_on_its_own() {
         };
         let ask = async {
             session.stream.write_all(&ours).await.unwrap();
-            // Half-closed: the answer still comes.
+            // Half-closed: the reply still comes.
             session.stream.shutdown().await.unwrap();
             let mut received = Vec::new();
             session.stream.read_to_end(&mut received).await.unwrap();

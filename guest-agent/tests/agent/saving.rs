@@ -1,7 +1,7 @@
-//! Freeze, thaw and renew, as far as an agent goes that leaves its machine alone.
+//! Freeze, thaw and identity reset, for an agent that does not own its machine.
 
 use nido_guest_agent::wire::{
-    ENTROPY_LEN, Fault, Power, Refusal, Refused, Renew, TOKEN_LEN, ToGuest, ToHost, VERSION, sync,
+    ENTROPY_LEN, Fault, IdentityReset, Power, Refusal, Refused, TOKEN_LEN, ToGuest, ToHost, VERSION, sync,
 };
 use tokio::io::AsyncWriteExt;
 
@@ -11,7 +11,7 @@ use crate::support::{Host, TOKEN, agree, order, probe, shell, soon};
 const NEW_TOKEN: [u8; TOKEN_LEN] = [8; TOKEN_LEN];
 
 #[tokio::test]
-async fn freezing_and_thawing_are_answered_however_often_they_are_asked_for() {
+async fn freeze_and_thaw_are_idempotent() {
     let mut host = Host::start().await;
     let mut session = host.open().await;
     for (request, answer) in [
@@ -36,8 +36,8 @@ async fn a_renewal_changes_the_token_and_leaves_a_foreign_machine_alone() {
     session.send(&ToGuest::Freeze).await;
     assert_eq!(session.message().await, ToHost::Frozen);
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
-    session.send(&ToGuest::Renew(order(NEW_TOKEN))).await;
-    let ToHost::Renewed(pong) = session.message().await else { panic!("not renewed") };
+    session.send(&ToGuest::ResetIdentity(order(NEW_TOKEN))).await;
+    let ToHost::IdentityReset(pong) = session.message().await else { panic!("not renewed") };
     assert_eq!((pong.sessions, pong.is_init), (1, false));
     assert_eq!(std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap(), name);
 
@@ -48,9 +48,9 @@ async fn a_renewal_changes_the_token_and_leaves_a_foreign_machine_alone() {
     assert_eq!(reason, Refusal::Token);
     let mut fresh = host.stream().await;
     assert!(matches!(fresh.greet(&NEW_TOKEN, VERSION, VERSION).await, Some(ToHost::Welcome(_))));
-    // The session that brought the token goes on, and may bring another.
-    session.send(&ToGuest::Renew(order(TOKEN))).await;
-    assert!(matches!(session.message().await, ToHost::Renewed(_)));
+    // The session that brought the token stays open, and may bring another.
+    session.send(&ToGuest::ResetIdentity(order(TOKEN))).await;
+    assert!(matches!(session.message().await, ToHost::IdentityReset(_)));
     assert_eq!(fresh.next().await, None);
     host.open().await;
 }
@@ -61,12 +61,12 @@ async fn sessions_of_the_old_token_end_with_all_that_runs_in_them() {
     let mut idle = host.open().await;
     let mut running = host.open().await;
     let pid = running.start(shell("trap '' HUP TERM; sleep 1000 & wait; sleep 1000")).await;
-    // Nobody reads what it writes, so the agent is stuck in a send.
+    // No process reads its output, so the agent is stuck in a send.
     let mut flooding = host.open().await;
     let flood = flooding.start(shell("exec cat /dev/zero")).await;
     let mut session = host.open().await;
-    session.send(&ToGuest::Renew(order(NEW_TOKEN))).await;
-    assert!(matches!(session.message().await, ToHost::Renewed(_)));
+    session.send(&ToGuest::ResetIdentity(order(NEW_TOKEN))).await;
+    assert!(matches!(session.message().await, ToHost::IdentityReset(_)));
     assert_eq!(idle.next().await, None);
     assert_eq!(running.next().await, None);
     gone(pid).await;
@@ -77,20 +77,20 @@ async fn sessions_of_the_old_token_end_with_all_that_runs_in_them() {
 }
 
 #[tokio::test]
-async fn an_order_that_is_not_whole_changes_nothing() {
+async fn an_incomplete_request_changes_nothing() {
     let mut host = Host::start().await;
     let mut bystander = host.open().await;
     let mut session = host.open().await;
     for bad in [
-        Renew { token: vec![8; TOKEN_LEN - 1].into(), ..order(NEW_TOKEN) },
-        Renew { token: Vec::new().into(), ..order(NEW_TOKEN) },
-        Renew { entropy: vec![9; ENTROPY_LEN + 1].into(), ..order(NEW_TOKEN) },
-        Renew { entropy: Vec::new().into(), ..order(NEW_TOKEN) },
-        Renew { hostname: "two words".into(), ..order(NEW_TOKEN) },
-        Renew { identity: "../up".into(), ..order(NEW_TOKEN) },
-        Renew { time_ns: -1, ..order(NEW_TOKEN) },
+        IdentityReset { token: vec![8; TOKEN_LEN - 1].into(), ..order(NEW_TOKEN) },
+        IdentityReset { token: Vec::new().into(), ..order(NEW_TOKEN) },
+        IdentityReset { entropy: vec![9; ENTROPY_LEN + 1].into(), ..order(NEW_TOKEN) },
+        IdentityReset { entropy: Vec::new().into(), ..order(NEW_TOKEN) },
+        IdentityReset { hostname: "two words".into(), ..order(NEW_TOKEN) },
+        IdentityReset { identity: "../up".into(), ..order(NEW_TOKEN) },
+        IdentityReset { time_ns: -1, ..order(NEW_TOKEN) },
     ] {
-        session.send(&ToGuest::Renew(bad)).await;
+        session.send(&ToGuest::ResetIdentity(bad)).await;
         assert_eq!(session.failure().await, Fault::Invalid);
     }
     bystander.send(&ToGuest::Ping).await;
@@ -98,10 +98,10 @@ async fn an_order_that_is_not_whole_changes_nothing() {
     host.open().await;
 }
 
-/// What a saved guest goes through: the host that froze it ends the connection and probes without going on; another
-/// host finds it and renews it.
+/// What a saved guest goes through: the host that froze it ends the connection and probes without continuing; another
+/// host finds it and resets its identity.
 #[tokio::test]
-async fn a_frozen_agent_waits_for_whichever_host_comes_next() {
+async fn a_frozen_agent_waits_for_the_next_host() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
     agree(&mut channel, 1).await;
@@ -132,8 +132,8 @@ async fn a_frozen_agent_waits_for_whichever_host_comes_next() {
     agree(&mut channel, 77).await;
     host.multiplex(channel);
     let mut session = host.open().await;
-    session.send(&ToGuest::Renew(order(NEW_TOKEN))).await;
-    assert!(matches!(session.message().await, ToHost::Renewed(_)));
+    session.send(&ToGuest::ResetIdentity(order(NEW_TOKEN))).await;
+    assert!(matches!(session.message().await, ToHost::IdentityReset(_)));
     session.send(&ToGuest::Thaw).await;
     assert_eq!(session.message().await, ToHost::Thawed);
 }

@@ -1,5 +1,5 @@
 //! A host, as small as tests need one: it starts the real agent as an ordinary process, plays QEMU's end of the port
-//! and speaks the protocol. Invariant: every wait ends after [`PATIENCE`], and no agent outlives its test.
+//! and speaks the protocol. Invariant: every wait ends after [`TEST_TIMEOUT`], and no agent outlives its test.
 
 use std::future::poll_fn;
 use std::path::{Path, PathBuf};
@@ -10,21 +10,23 @@ use futures::channel::{mpsc, oneshot};
 use futures::{SinkExt, StreamExt};
 use nido_guest_agent::config::{Channel, GuestConfig, Init};
 use nido_guest_agent::wire::{
-    self, ENTROPY_LEN, Exec, Failed, Fault, HEAD, Head, Hello, Renew, TOKEN_LEN, ToGuest, ToHost, VERSION, Welcome,
-    kind, sync,
+    self, ENTROPY_LEN, Exec, Failed, Fault, HEAD, Head, Hello, IdentityReset, TOKEN_LEN, ToGuest, ToHost, VERSION,
+    Welcome, kind, sync,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
 
 /// How long anything may take.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// The token of every agent under test.
 pub const TOKEN: [u8; 32] = [7; 32];
 
 /// Waits, but not for ever.
 pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
-    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what} took longer than {PATIENCE:?}"))
+    tokio::time::timeout(TEST_TIMEOUT, future)
+        .await
+        .unwrap_or_else(|_| panic!("{what} took longer than {TEST_TIMEOUT:?}"))
 }
 
 /// An agent under test and the host's end of its port.
@@ -65,7 +67,7 @@ impl Host {
         host
     }
 
-    /// Starts an agent and leaves it to the test to talk to it.
+    /// Starts an agent; the test communicates with it.
     pub async fn start_silent() -> Self {
         Self::start_under(&[]).await
     }
@@ -231,7 +233,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Sends a hello; gives the answer.
+    /// Sends a hello; gives the reply.
     pub async fn greet(&mut self, token: &[u8], oldest: u16, newest: u16) -> Option<ToHost> {
         self.send(&ToGuest::Hello(Hello { oldest, newest, token: token.to_vec().into(), nonce: 99 })).await;
         match self.next().await {
@@ -326,9 +328,9 @@ pub fn command(argv: &[&str]) -> Exec {
     Exec { argv: argv.iter().map(|argument| argument.as_bytes().to_vec().into()).collect(), ..Exec::default() }
 }
 
-/// A renewal that names another token.
-pub fn order(token: [u8; TOKEN_LEN]) -> Renew {
-    Renew {
+/// An identity reset with another token.
+pub fn order(token: [u8; TOKEN_LEN]) -> IdentityReset {
+    IdentityReset {
         token: token.to_vec().into(),
         entropy: vec![9; ENTROPY_LEN].into(),
         time_ns: 1_700_000_000_000_000_000,

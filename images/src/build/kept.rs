@@ -31,7 +31,7 @@ pub struct KeptKernels {
 
 /// A kept kernel whose files are what they should be.
 #[derive(Debug)]
-pub struct Found {
+pub struct KeptKernel {
     pub kernel: BuiltKernel,
     directory: PathBuf,
 }
@@ -59,14 +59,14 @@ impl KeptKernels {
         Self { directory: home.join(layout::KERNELS) }
     }
 
-    /// Where they are, created if need be; its lock is held by who compiles one.
+    /// Where they are, created if need be; its lock is held while one is compiled.
     pub fn directory(&self) -> Result<&Path, ImageError> {
         create_private(&self.directory)?;
         Ok(&self.directory)
     }
 
-    /// Looks for a kernel and reads it. One that is damaged is removed.
-    pub fn find(&self, key: &str) -> Option<Found> {
+    /// Finds a kernel and reads it. One that is damaged is removed.
+    pub fn find(&self, key: &str) -> Option<KeptKernel> {
         let directory = self.directory.join(key);
         let bytes = fs::read(directory.join(RECORD)).ok()?;
         let sound = |record: &Record| {
@@ -78,7 +78,7 @@ impl KeptKernels {
                 // Only tells which are used last.
                 let _ = File::open(&directory).and_then(|entry| entry.set_modified(SystemTime::now()));
                 let Record { version, vmlinux, initramfs_base } = record;
-                Some(Found { kernel: BuiltKernel { version, vmlinux, base: initramfs_base }, directory })
+                Some(KeptKernel { kernel: BuiltKernel { version, vmlinux, base: initramfs_base }, directory })
             }
             _ => {
                 let _ = fs::remove_dir_all(&directory);
@@ -113,9 +113,9 @@ impl KeptKernels {
         }
     }
 
-    /// Removes what no build is likely to ask for again. `roots` are the hashes of the templates' root disks.
+    /// Removes kernels that no build is likely to need again. `roots` are the hashes of the templates' root disks.
     pub fn prune(&self, roots: &HashSet<String>) {
-        // Whoever compiles a kernel now is going to keep it; the next build prunes.
+        // A build that compiles a kernel now keeps it; the next build prunes.
         let Ok(lock) = File::open(&self.directory) else { return };
         let Ok(listing) = fs::read_dir(&self.directory) else { return };
         if !try_lock(&lock, Mode::Exclusive).is_ok_and(|taken| taken) {
@@ -131,7 +131,7 @@ impl KeptKernels {
     }
 }
 
-impl Found {
+impl KeptKernel {
     /// Puts the kernel's files into a scratch directory, where stages expect them.
     pub fn link_into(self, scratch: &Path) -> Result<BuiltKernel, ImageError> {
         link(&self.directory.join(VMLINUX), &scratch.join(VMLINUX))?;
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_comes_back_as_it_was() {
+    fn a_kept_kernel_is_read_back_unchanged() {
         let (home, scratch, kernel) = home();
         let kept = KeptKernels::new(home.path());
         let files = (scratch.join("made"), scratch.join("base"));

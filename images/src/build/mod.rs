@@ -36,7 +36,7 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(2 * 60 * 60);
 /// What the caller may choose.
 #[derive(Debug, Clone, Default)]
 pub struct BuildOptions {
-    /// Build everything anew, with fresh packages, even if the template is up to date.
+    /// Rebuild everything with fresh packages, even if the template is up to date.
     pub rebuild: bool,
     /// Which kernel it shall boot. By default the one it boots now; a new template gets the stock kernel.
     pub kernel: Option<KernelChoice>,
@@ -59,7 +59,7 @@ enum Plan {
     UpToDate,
     /// Only the agent is another one.
     InitramfsOnly,
-    /// Another kernel is asked for.
+    /// Another kernel is requested.
     KernelOnly,
     Everything,
 }
@@ -99,7 +99,7 @@ pub fn build(
     if let Err(reason) = &existing {
         session.log.line(&format!("no template to reuse: {reason}"));
     }
-    let wanted = Wanted { plan, kernel, existing: existing.ok() };
+    let wanted = BuildInputs { plan, kernel, existing: existing.ok() };
     let result = run(home, &store, &recipe, wanted, progress, &mut session);
     let words = match &result {
         Ok(_) => "done".to_owned(),
@@ -110,19 +110,19 @@ pub fn build(
 }
 
 /// What a build is to do.
-struct Wanted {
+struct BuildInputs {
     plan: Plan,
     kernel: KernelChoice,
     /// The template as it is, if all its parts are there.
     existing: Option<Manifest>,
 }
 
-/// Runs the stages the plan asks for.
+/// Runs the stages of the plan.
 fn run(
     home: &Path,
     store: &Store,
     recipe: &Recipe,
-    wanted: Wanted,
+    wanted: BuildInputs,
     progress: &mut dyn FnMut(BuildProgress),
     session: &mut Session<'_>,
 ) -> Result<BuildOutcome, ImageError> {
@@ -164,8 +164,12 @@ fn run(
     Ok(BuildOutcome { manifest, already_built: false, stages_reused })
 }
 
-/// Makes kernel and root disk, or takes what is there; says which stages that saved.
-fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(BuiltParts, Vec<Stage>), ImageError> {
+/// Makes kernel and root disk, or reuses them; returns the stages that were skipped.
+fn make(
+    work: &mut Work<'_, '_>,
+    kept: &KeptKernels,
+    wanted: BuildInputs,
+) -> Result<(BuiltParts, Vec<Stage>), ImageError> {
     let Some(manifest) = wanted.existing else { return Ok((make_everything(work, kept, wanted.kernel)?, Vec::new())) };
     let made = BuiltParts::from(manifest);
     let stock = stock_key(&made.root.file);
@@ -194,7 +198,7 @@ fn make(work: &mut Work<'_, '_>, kept: &KeptKernels, wanted: Wanted) -> Result<(
     Ok((make_everything(work, kept, wanted.kernel)?, Vec::new()))
 }
 
-/// Makes kernel and root disk anew. The modules of the stock kernel are in every root disk, so that it serves both kernels.
+/// Rebuilds kernel and root disk. The modules of the stock kernel are in every root disk, so that it serves both kernels.
 fn make_everything(
     work: &mut Work<'_, '_>,
     kept: &KeptKernels,
@@ -242,12 +246,12 @@ fn lock(
     let failed = |error| ImageError::io("open", &path, error);
     let mut options = OpenOptions::new();
     let file = options.append(true).create(true).mode(0o600).open(&path).map_err(failed)?;
-    let waiting = Waiting { stage: Stage::Resolve, program: "another build of this template", log: &path };
+    let waiting = LockWait { stage: Stage::Resolve, program: "another build of this template", log: &path };
     let lock = wait_for_lock(file, &path, &waiting, progress, cancel)?;
     Ok((path, lock.into_file()))
 }
 
-/// The log of work on the template `name`, emptied; whoever has it is the only one who works on that template.
+/// The log of work on the template `name`, emptied; its holder is the only process that works on that template.
 pub(crate) fn open_log(
     home: &Path,
     name: &str,
@@ -259,10 +263,10 @@ pub(crate) fn open_log(
     Ok(BuildLog::new(path, file))
 }
 
-/// What is said of waiting for a lock.
-struct Waiting<'a> {
+/// What is reported while waiting for a lock.
+struct LockWait<'a> {
     stage: Stage,
-    /// Who holds it.
+    /// Its holder.
     program: &'a str,
     log: &'a Path,
 }
@@ -271,7 +275,7 @@ struct Waiting<'a> {
 fn wait_for_lock(
     file: File,
     path: &Path,
-    waiting: &Waiting<'_>,
+    waiting: &LockWait<'_>,
     progress: &mut dyn FnMut(BuildProgress),
     cancel: &AtomicBool,
 ) -> Result<Flock, ImageError> {

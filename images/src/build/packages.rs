@@ -1,4 +1,4 @@
-//! Reads along while packages are installed, to say how far it is; and reads dpkg's list of what was. Pure.
+//! Reads along while packages are installed, to report progress; and reads dpkg's list of the result. Pure.
 
 use crate::progress::printable;
 
@@ -11,7 +11,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Takes a line; returns what to show, if the line says something, and how much is done, if that is known.
+    /// Takes a line; returns what to show, if the line is relevant, and how much is done, if that is known.
     pub fn hear(&mut self, line: &str) -> Option<(String, Option<f32>)> {
         if let Some(rest) = line.split_once(" upgraded, ").map(|(_, rest)| rest) {
             let count = rest.split(' ').next().and_then(|count| count.parse::<usize>().ok()).unwrap_or(0);
@@ -19,7 +19,7 @@ impl Listener {
             return None;
         }
         let detail = if let Some(words) = line.strip_prefix("I: ") {
-            // These two repeat a script's text, or say what the next stage says anyway.
+            // These two repeat a script's text, or what the next stage reports anyway.
             if words.starts_with("running --") || words.starts_with("success") {
                 return None;
             }
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_installed_is_listed_in_order() {
+    fn installed_packages_are_listed_in_order() {
         let status = "Package: b\nStatus: install ok installed\nArchitecture: all\nVersion: 2\nDescription: x\n y\n\n\
             Package: gone\nStatus: deinstall ok config-files\nArchitecture: all\nVersion: 1\n\n\
             Package: a\nStatus: install ok installed\nArchitecture: amd64\nVersion: 1:1-2\n";

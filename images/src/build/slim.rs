@@ -1,5 +1,5 @@
 //! The kernel stage for the slim kernel: fetch the source, configure, compile; or take the kernel that was kept.
-//! Invariant: one build compiles at a time under one home, and what it compiled is kept before anybody uses it.
+//! Invariant: one build compiles at a time under one home, and what it compiled is kept before it is used.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::kept::{KeptKernels, slim_key};
 use super::stages::{BASE, BuiltKernel, SHORT_DEADLINE, VMLINUX, Work, apt_sources, read};
-use super::{Waiting, packages, wait_for_lock, write_file};
+use super::{LockWait, packages, wait_for_lock, write_file};
 use crate::error::ImageError;
 use crate::host::Host;
 use crate::kernel::{self, KernelChoice};
@@ -33,7 +33,8 @@ impl Work<'_, '_> {
             slim::spec().map_err(|reason| ImageError::RecipeInvalid { name: "kernels/slim".to_owned(), reason })?;
         let path = kept.directory()?;
         let directory = File::open(path).map_err(|error| ImageError::io("open", path, error))?;
-        let waiting = Waiting { stage: Stage::Kernel, program: "another build's kernel", log: self.session.log.path() };
+        let waiting =
+            LockWait { stage: Stage::Kernel, program: "another build's kernel", log: self.session.log.path() };
         let _lock = wait_for_lock(directory, path, &waiting, self.progress, self.session.cancel)?;
 
         let mut ask = host.command("gcc", self.scratch);
@@ -55,7 +56,7 @@ impl Work<'_, '_> {
         Ok(kernel)
     }
 
-    /// Keeps a kernel. A build that cannot do so is none the worse.
+    /// Keeps a kernel. A failure does not fail the build.
     pub fn keep(&mut self, kept: &KeptKernels, key: &str, kernel: &BuiltKernel, files: (&Path, &Path)) {
         if let Err(error) = kept.keep(key, kernel, files, self.scratch) {
             self.session.log.line(&format!("the kernel cannot be cached: {error}"));
@@ -64,7 +65,7 @@ impl Work<'_, '_> {
 
     /// Asks the mirror for the source's version, and gets it unless its kernel is kept.
     fn fetch(&mut self, host: &Host, kept: &KeptKernels, spec: &SlimSpec, tag: &str) -> Result<(), ImageError> {
-        self.tell(Stage::Kernel, "request the kernel's source from the mirror", None);
+        self.report(Stage::Kernel, "request the kernel's source from the mirror", None);
         let network = self.host_options(host)?;
         let out = self.scratch.join(SOURCE);
         fs::create_dir_all(&out).map_err(|error| ImageError::io("create", &out, error))?;
@@ -148,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_compiler_is_known_by_its_first_line() {
+    fn a_compiler_is_identified_by_its_first_line() {
         assert_eq!(first_line(b"gcc (Debian 12.2.0-14) 12.2.0\nCopyright\n"), "gcc (Debian 12.2.0-14) 12.2.0");
         assert_eq!(first_line(b""), "");
     }

@@ -1,5 +1,5 @@
-//! The stages of a build, one method each. Each leaves its results in the scratch directory; only the last touches
-//! the store. Invariant: a stage names every file it leaves by a constant of this file.
+//! The stages of a build, one method each. Each writes its results to the scratch directory; only the last touches
+//! the store. Invariant: a stage names every file that it writes by a constant of this file.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -14,7 +14,7 @@ use crate::command::Session;
 use crate::error::ImageError;
 use crate::host::Host;
 use crate::initramfs::{self, Module};
-use crate::kernel::{self, Packing};
+use crate::kernel::{self, KernelCompression};
 use crate::manifest::{Disk, Manifest, Part};
 use crate::progress::{BuildProgress, Stage};
 use crate::qcow2::{Compression, read_qcow2_header};
@@ -73,7 +73,7 @@ pub struct Work<'a, 'session> {
 }
 
 impl Work<'_, '_> {
-    /// Makes the root directory and unpacks the kernel package beside it.
+    /// Makes the root directory and unpacks the kernel package next to it.
     pub fn packages(&mut self, host: &Host) -> Result<(), ImageError> {
         let network = self.host_options(host)?;
         self.write_files(&apt::mirror_options(&network))?;
@@ -97,7 +97,7 @@ impl Work<'_, '_> {
         command.arg(&spec.suite).arg(self.scratch.join(ROOTFS));
         command.args(apt::lines_for(&spec.suite, &apt_sources()));
 
-        self.tell(Stage::Packages, "request packages from the mirror", None);
+        self.report(Stage::Packages, "request packages from the mirror", None);
         let mut listener = packages::Listener::default();
         let progress = &mut *self.progress;
         self.session.run(Stage::Packages, command, PACKAGES_DEADLINE, &mut |line| {
@@ -109,15 +109,15 @@ impl Work<'_, '_> {
 
     /// Extracts the stock kernel and the modules the agent loads.
     pub fn kernel(&mut self, host: &Host) -> Result<BuiltKernel, ImageError> {
-        self.tell(Stage::Kernel, "extract the kernel", Some(0.0));
+        self.report(Stage::Kernel, "extract the kernel", Some(0.0));
         let invalid = |reason| ImageError::KernelInvalid { reason };
         let boot = self.scratch.join(KERNEL).join("boot");
         let version = the_kernel_version(&boot)?;
         let image = read(&boot.join(format!("vmlinuz-{version}")))?;
         let payload = kernel::payload(&image).map_err(invalid)?;
         let vmlinux = match payload.packing {
-            Packing::Zstd => kernel::unpack_zstd(payload).map_err(invalid)?,
-            Packing::Xz => {
+            KernelCompression::Zstd => kernel::unpack_zstd(payload).map_err(invalid)?,
+            KernelCompression::Xz => {
                 let packed = self.scratch.join("vmlinux.xz");
                 write_file(&packed, payload.bytes)?;
                 let vmlinux = self.unpack(host, &packed)?;
@@ -127,10 +127,10 @@ impl Work<'_, '_> {
         };
         write_file(&self.scratch.join(VMLINUX), &vmlinux)?;
 
-        self.tell(Stage::Kernel, "unpack the modules", Some(0.5));
+        self.report(Stage::Kernel, "unpack the modules", Some(0.5));
         let modules = self.scratch.join(ROOTFS).join("usr/lib/modules").join(&version);
         let text = |name: &str| read(&modules.join(name)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        let order = kernel::loading_order(&kernel::WANTED_MODULES, &text("modules.dep")?, &text("modules.builtin")?)
+        let order = kernel::loading_order(&kernel::BOOT_MODULES, &text("modules.dep")?, &text("modules.builtin")?)
             .map_err(invalid)?;
         let mut unpacked = Vec::new();
         for path in order {
@@ -163,7 +163,7 @@ impl Work<'_, '_> {
 
     /// Turns the root directory into a disk image.
     pub fn disk(&mut self, host: &Host) -> Result<Disk, ImageError> {
-        self.tell(Stage::Disk, "create the file system", Some(0.0));
+        self.report(Stage::Disk, "create the file system", Some(0.0));
         // Real root leaves device nodes there, a user namespace cannot; the guest mounts its own.
         let mut empty_dev = host.confined("find", self.scratch);
         empty_dev.arg(self.scratch.join(ROOTFS).join("dev")).args(["-mindepth", "1", "-delete"]);
@@ -172,14 +172,14 @@ impl Work<'_, '_> {
         let raw = self.scratch.join("root.raw");
         let mut mkfs = host.confined("mkfs.ext4", self.scratch);
         // A small journal: a guest killed in mid-write must come back without a check, but most guests are short-lived.
-        // The file is fresh and so all zeros; saying that spares the guest the background zeroing of inode tables.
+        // The file is fresh and so all zeros; stating that spares the guest the background zeroing of inode tables.
         mkfs.args(["-q", "-F", "-L", "nido-root", "-m", "1", "-J", "size=16"])
             .args(["-E", "root_owner=0:0,assume_storage_prezeroed=1", "-d"])
             .args([&self.scratch.join(ROOTFS), &raw])
             .arg(format!("{}M", self.recipe.spec.disk_mib));
         self.session.run(Stage::Disk, mkfs, DISK_DEADLINE, &mut |_| {})?;
 
-        self.tell(Stage::Disk, "compress the image", Some(0.5));
+        self.report(Stage::Disk, "compress the image", Some(0.5));
         let image = self.scratch.join(ROOT);
         let mut convert = host.command("qemu-img", self.scratch);
         convert
@@ -200,7 +200,7 @@ impl Work<'_, '_> {
     /// Puts the agent on top of the base archive.
     pub fn initramfs(&mut self, base: &Path) -> Result<Part, ImageError> {
         self.session.check_cancel()?;
-        self.tell(Stage::Initramfs, "install the guest agent", None);
+        self.report(Stage::Initramfs, "install the guest agent", None);
         let initramfs = initramfs::with_agent(&read(base)?, AGENT)
             .map_err(|error| ImageError::KernelInvalid { reason: error.to_string() })?;
         let path = self.scratch.join(INITRAMFS);
@@ -211,7 +211,7 @@ impl Work<'_, '_> {
     /// Moves what was made into the store and publishes the manifest.
     pub fn publish(&mut self, manifest: &Manifest) -> Result<(), ImageError> {
         self.session.check_cancel()?;
-        self.tell(Stage::Publish, "publish the template", None);
+        self.report(Stage::Publish, "publish the template", None);
         let parts = &manifest.parts;
         let files = [
             (VMLINUX, &parts.vmlinux),
@@ -274,7 +274,7 @@ impl Work<'_, '_> {
         }
     }
 
-    pub fn tell(&mut self, stage: Stage, detail: &str, fraction: Option<f32>) {
+    pub fn report(&mut self, stage: Stage, detail: &str, fraction: Option<f32>) {
         (self.progress)(BuildProgress::new(stage, detail, fraction));
     }
 }

@@ -141,15 +141,15 @@ pub fn contents(manifest: &Manifest, directory: &Path) -> Result<(), String> {
         if overlay.header.virtual_bytes != bake.disk.virtual_bytes {
             return Err("the disk of a warm image does not have the size in its manifest".to_owned());
         }
-        if !stands_on(&overlay.backing, &root.file.sha256) {
+        if !has_backing_file(&overlay.backing, &root.file.sha256) {
             return Err("the disk of a warm image is not based on the template's root disk".to_owned());
         }
     }
     Ok(())
 }
 
-/// Whether an overlay's name for its backing file is that of a part: as seen from beside it, or from a VM's directory.
-fn stands_on(backing: &str, sha256: &str) -> bool {
+/// Whether an overlay's name for its backing file is that of a part: as seen from its directory, or from a VM's directory.
+fn has_backing_file(backing: &str, sha256: &str) -> bool {
     backing.strip_prefix("../../blobs/sha256/").unwrap_or(backing) == sha256
 }
 
@@ -189,11 +189,11 @@ mod tests {
     }
 
     #[test]
-    fn an_overlay_stands_on_the_very_disk() {
+    fn an_overlay_must_name_exactly_its_root_disk() {
         let hash = "a".repeat(64);
-        assert!(stands_on(&hash, &hash) && stands_on(&format!("../../blobs/sha256/{hash}"), &hash));
+        assert!(has_backing_file(&hash, &hash) && has_backing_file(&format!("../../blobs/sha256/{hash}"), &hash));
         for other in [format!("/blobs/sha256/{hash}"), format!("../{hash}"), "b".repeat(64), format!("json:{hash}")] {
-            assert!(!stands_on(&other, &hash), "{other}");
+            assert!(!has_backing_file(&other, &hash), "{other}");
         }
     }
 }

@@ -26,7 +26,7 @@ use crate::initramfs;
 use crate::manifest::{AgentId, Digest, Manifest, Part};
 use crate::scratch::Scratch;
 use crate::store::{Store, check_name};
-use crate::travel::{Watch, pieces};
+use crate::transfer::{TransferWatch, pieces};
 
 /// How parts lie in the store, and memory images: QEMU may open those for writing, although it maps them privately.
 const PART_MODE: u32 = 0o444;
@@ -94,7 +94,7 @@ pub fn import(
     home: &Path,
     source: &mut dyn Read,
     options: &ImportOptions,
-    watch: &mut Watch<'_>,
+    watch: &mut TransferWatch<'_>,
 ) -> Result<ImportOutcome, ImageError> {
     let agent = OwnAgent { binary: AGENT, sha256: agent_sha256(), protocol: AGENT_PROTOCOL };
     import_with(agent, home, source, options, watch)
@@ -105,7 +105,7 @@ fn import_with(
     home: &Path,
     source: &mut dyn Read,
     options: &ImportOptions,
-    watch: &mut Watch<'_>,
+    watch: &mut TransferWatch<'_>,
 ) -> Result<ImportOutcome, ImageError> {
     options.name.as_deref().map_or(Ok(()), check_name)?;
     let store = Store::new(home);
@@ -147,7 +147,7 @@ fn import_with(
     Ok(ImportOutcome { manifest, already_present: false, notes })
 }
 
-/// Makes sure that the agent in the initramfs is this program's: the one in the archive may say of itself what it wants. What
+/// Makes sure that the agent in the initramfs is this program's: the one in the archive may claim anything of itself. What
 /// was saved with another agent in its memory is dropped.
 fn fit_agent(
     mut manifest: Manifest,
@@ -173,7 +173,7 @@ fn fit_agent(
     Ok((manifest, notes))
 }
 
-/// Looks for a template of that name. Gives it if it is the `same` as the new one; that there is another is an error unless
+/// Finds a template of that name. Returns it if it is the `same` as the new one; that there is another is an error unless
 /// it is to be replaced. One that is damaged counts as absent if it is otherwise the same.
 fn refuse_other(
     store: &Store,

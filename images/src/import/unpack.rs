@@ -1,6 +1,6 @@
 //! Reads an archive's frames and fills files in a scratch directory with its parts.
-//! Invariant: never more is written than the manifest says; a file is as long as its part, its hash has been compared, and
-//! holes are holes; memory is bounded whatever the archive says.
+//! Invariant: never more is written than the manifest states; a file is as long as its part, its hash has been compared, and
+//! holes are holes; memory is bounded whatever the archive claims.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek as _};
@@ -10,22 +10,22 @@ use std::path::Path;
 use crate::archive::{BLOCK, Extents, Frame, HEAD_BYTES, Head, MAX_EXTENT_BYTES, WINDOW_LOG, is_zero};
 use crate::error::ImageError;
 use crate::manifest::Manifest;
-use crate::travel::{Piece, TravelProgress, Watch};
+use crate::transfer::{TransferPart, TransferProgress, TransferWatch};
 
 /// What is left free on the disk, in bytes: it is not for an archive to fill it.
 const RESERVE_BYTES: u64 = 256 * 1024 * 1024;
-/// How much is written between two looks at the disk.
-const LOOK_BYTES: u64 = 16 * 1024 * 1024;
+/// How much is written between two checks of the free space.
+const SPACE_CHECK_BYTES: u64 = 16 * 1024 * 1024;
 
 /// An archive that is being read.
 pub struct Archive<'a, 'watch> {
     decoder: zstd::Decoder<'static, BufReader<&'a mut dyn Read>>,
-    watch: &'a mut Watch<'watch>,
+    watch: &'a mut TransferWatch<'watch>,
     scratch: &'a Path,
     extent: Vec<u8>,
     /// Bytes that may be written until the disk is looked at again.
     unseen: u64,
-    stage: TravelProgress,
+    stage: TransferProgress,
 }
 
 pub fn refused(reason: impl Into<String>) -> ImageError {
@@ -34,13 +34,17 @@ pub fn refused(reason: impl Into<String>) -> ImageError {
 
 impl<'a, 'watch> Archive<'a, 'watch> {
     /// An archive out of `source`; its parts will go to `scratch`.
-    pub fn new(source: &'a mut dyn Read, scratch: &'a Path, watch: &'a mut Watch<'watch>) -> Result<Self, ImageError> {
+    pub fn new(
+        source: &'a mut dyn Read,
+        scratch: &'a Path,
+        watch: &'a mut TransferWatch<'watch>,
+    ) -> Result<Self, ImageError> {
         let decoder = zstd::Decoder::new(source).and_then(|mut decoder| {
             decoder.window_log_max(WINDOW_LOG)?;
             Ok(decoder.single_frame())
         });
         let decoder = decoder.map_err(|error| watch.failed("read", Path::new("the archive"), error))?;
-        let stage = TravelProgress { stage: "manifest", index: 0, total: 0, bytes: 0, total_bytes: 0 };
+        let stage = TransferProgress { stage: "manifest", index: 0, total: 0, bytes: 0, total_bytes: 0 };
         Ok(Self { decoder, watch, scratch, extent: Vec::new(), unseen: 0, stage })
     }
 
@@ -59,7 +63,7 @@ impl<'a, 'watch> Archive<'a, 'watch> {
 
     /// All parts in their order, into files of the scratch directory that are named by their hashes; then nothing more may
     /// come.
-    pub fn parts(&mut self, pieces: &[Piece]) -> Result<(), ImageError> {
+    pub fn parts(&mut self, pieces: &[TransferPart]) -> Result<(), ImageError> {
         self.stage.total = pieces.len() + 1;
         self.stage.total_bytes = pieces.iter().map(|piece| piece.part.bytes).sum();
         for (index, piece) in pieces.iter().enumerate() {
@@ -80,29 +84,29 @@ impl<'a, 'watch> Archive<'a, 'watch> {
         }
     }
 
-    /// Tells that the parts are being published; the last moment to stop.
+    /// Reports that the parts are being published; the last moment to stop.
     pub fn publishing(&mut self) -> Result<(), ImageError> {
         self.watch.check()?;
         self.stage.stage = "publish";
         self.stage.index = self.stage.total;
-        self.tell(self.stage.bytes);
+        self.report(self.stage.bytes);
         Ok(())
     }
 
-    fn part(&mut self, piece: &Piece) -> Result<(), ImageError> {
+    fn part(&mut self, piece: &TransferPart) -> Result<(), ImageError> {
         let path = self.scratch.join(&piece.part.sha256);
         let failed = |error| ImageError::io("write", &path, error);
         let mut file = File::options().read(true).write(true).create_new(true).open(&path).map_err(failed)?;
         file.set_len(piece.part.bytes).map_err(failed)?;
         let before = self.stage.bytes;
-        self.tell(before);
+        self.report(before);
         let mut extents = Extents::of(piece.part.bytes);
         loop {
             match self.frame()? {
                 Frame::Extent { offset, length } => {
                     extents.admit(offset, length).map_err(refused)?;
                     self.extent(&file, &path, offset, length)?;
-                    self.tell(before + offset + u64::from(length));
+                    self.report(before + offset + u64::from(length));
                 }
                 Frame::PartEnd => break,
                 other => return Err(refused(format!("{} is inside its {}", other.describe(), piece.name))),
@@ -115,7 +119,7 @@ impl<'a, 'watch> Archive<'a, 'watch> {
         }
         // Here, so that it does not take long while the store is locked.
         file.sync_all().map_err(failed)?;
-        self.tell(before + piece.part.bytes);
+        self.report(before + piece.part.bytes);
         Ok(())
     }
 
@@ -127,21 +131,21 @@ impl<'a, 'watch> Archive<'a, 'watch> {
         if content.chunks(usize::try_from(BLOCK).unwrap_or(usize::MAX)).any(is_zero) {
             return Err(refused("it contains zeros instead of a hole"));
         }
-        self.look_at_disk(length as u64)?;
+        self.check_disk_space(length as u64)?;
         file.write_all_at(&content, offset).map_err(|error| ImageError::io("write", path, error))?;
         self.extent = content;
         Ok(())
     }
 
     /// Refuses to fill the disk to its brim.
-    fn look_at_disk(&mut self, wanted: u64) -> Result<(), ImageError> {
+    fn check_disk_space(&mut self, wanted: u64) -> Result<(), ImageError> {
         if self.unseen < wanted {
             let found = rustix::fs::statvfs(self.scratch);
             let found = found.map_err(|error| ImageError::io("look at", self.scratch, error.into()))?;
-            if found.f_bavail.saturating_mul(found.f_frsize) < RESERVE_BYTES.saturating_add(LOOK_BYTES) {
+            if found.f_bavail.saturating_mul(found.f_frsize) < RESERVE_BYTES.saturating_add(SPACE_CHECK_BYTES) {
                 return Err(ImageError::DiskFull { path: self.scratch.to_owned() });
             }
-            self.unseen = LOOK_BYTES;
+            self.unseen = SPACE_CHECK_BYTES;
         }
         self.unseen -= wanted;
         Ok(())
@@ -185,14 +189,14 @@ impl<'a, 'watch> Archive<'a, 'watch> {
         self.watch.check().err().unwrap_or_else(|| refused(reason))
     }
 
-    fn tell(&mut self, bytes: u64) {
+    fn report(&mut self, bytes: u64) {
         self.stage.bytes = bytes;
         (self.watch.progress)(self.stage.clone());
     }
 }
 
-/// Says what is wrong with a frame that stands where a part, or the end, belongs. Pure.
-fn unexpected(frame: &Frame, index: usize, pieces: &[Piece]) -> String {
+/// Describes the error for a frame where a part, or the end, belongs. Pure.
+fn unexpected(frame: &Frame, index: usize, pieces: &[TransferPart]) -> String {
     let position = |hash: &str| pieces.iter().position(|piece| piece.part.sha256 == hash);
     match frame {
         Frame::Part { sha256, .. } => match position(&nido_api::hex::encode(sha256)) {

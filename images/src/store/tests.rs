@@ -56,11 +56,11 @@ fn delete_removes_the_manifest_and_leaves_the_parts() {
         stored.parts.iter().for_each(|part| store.remove_part(&part.sha256, &lock).unwrap());
         store.remove_unfinished_manifest(".new-1", &lock).unwrap();
     }
-    assert_eq!(store.stored().unwrap(), Stored::default());
+    assert_eq!(store.stored().unwrap(), StoreContents::default());
 }
 
 #[test]
-fn it_is_not_known_what_an_unreadable_manifest_names() {
+fn an_unreadable_manifest_makes_part_owners_unknown() {
     let (home, store) = store(&["one"]);
     fs::write(home.path().join("templates/broken.json"), "{").unwrap();
     assert!(matches!(store.named_parts(), Err(ImageError::ManifestInvalid { .. })));

@@ -48,7 +48,7 @@ fn null_and_empty_values_of_optional_fields_mean_absent() {
 }
 
 #[test]
-fn values_in_another_spelling_are_read_as_what_they_are() {
+fn values_in_another_spelling_are_parsed() {
     for (field, given, read) in [
         ("cpus", json!(2.0), json!(2)),
         ("cpus", json!("2"), json!(2)),

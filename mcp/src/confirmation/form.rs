@@ -13,7 +13,7 @@ pub const FIELD: &str = "confirm";
 
 /// Whether this client can show a form to its user.
 pub fn shows_forms(client: &ClientCapabilities) -> bool {
-    // One that says nothing about the kind means forms.
+    // One without a kind supports forms.
     client.elicitation.as_ref().is_some_and(|can| can.form.is_some() || can.url.is_none())
 }
 
@@ -25,7 +25,7 @@ pub fn form(words: &str) -> Result<ElicitRequestParams> {
     Ok(ElicitRequestParams::FormElicitationParams { meta: None, message: words.into(), requested_schema })
 }
 
-/// The same as a result that asks for it; the client brings `secret` back with the answer.
+/// The same as a result that requests it; the client brings `secret` back with the answer.
 pub fn form_result(words: &str, secret: String) -> Result<InputRequiredResult> {
     let request = InputRequest::Elicitation(ElicitRequest::new(form(words)?));
     Ok(InputRequiredResult::new(Some(BTreeMap::from([(FIELD.to_owned(), request)])), Some(secret)))

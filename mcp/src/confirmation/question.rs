@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use nido_api::name::VmName;
 use nido_api::sanitize::head;
 use nido_api::state::VmState;
-use nido_api::{Ask, VmInfo};
+use nido_api::{ApprovalRequest, VmInfo};
 use serde_json::Value;
 
 use crate::answer::plain;
@@ -20,7 +20,7 @@ const SNAPSHOTS_NAMED: usize = 5;
 
 /// What a person is asked: what is done to what, and what is lost. Nothing of a guest is in it, and what the agent has written is shown
 /// without what hides or reorders text.
-pub async fn question(call: &CallContext, tool: &Tool, ask: &Ask, seen: Option<&VmInfo>) -> String {
+pub async fn question(call: &CallContext, tool: &Tool, ask: &ApprovalRequest, seen: Option<&VmInfo>) -> String {
     let agent = ask.agent.as_deref().map_or_else(|| "An agent".into(), plain);
     let name = &ask.vm_name;
     let vm = seen.map_or_else(|| format!("VM '{name}'"), described);
@@ -72,7 +72,7 @@ pub async fn question(call: &CallContext, tool: &Tool, ask: &Ask, seen: Option<&
 async fn end_of_state(
     call: &CallContext,
     tool: &Tool,
-    ask: &Ask,
+    ask: &ApprovalRequest,
     seen: Option<&VmInfo>,
     (agent, vm): (&str, &str),
 ) -> String {
@@ -112,7 +112,7 @@ async fn end_of_state(
 }
 
 /// An argument that is text, as far as a question shows it.
-fn shown(ask: &Ask, key: &str) -> String {
+fn shown(ask: &ApprovalRequest, key: &str) -> String {
     plain(head(ask.arguments.get(key).and_then(Value::as_str).unwrap_or_default(), SHOWN))
 }
 
@@ -148,7 +148,7 @@ enum Loss {
 }
 
 /// The parts of a VM that are lost, as far as it has them.
-async fn lost(call: &CallContext, ask: &Ask, vm: Option<&VmInfo>, losses: &[Loss]) -> String {
+async fn lost(call: &CallContext, ask: &ApprovalRequest, vm: Option<&VmInfo>, losses: &[Loss]) -> String {
     let snapshots = match call.nido().await {
         Ok(nido) => nido.snapshot_list(&ask.vm_name).map(|list| list.snapshots).unwrap_or_default(),
         Err(_) => Vec::new(),

@@ -61,7 +61,7 @@ impl From<VmInfo> for VmBrief {
             labels: vm.labels,
             ephemeral: vm.ephemeral,
             lease: vm.lease,
-            // Nobody plans by the millisecond.
+            // Milliseconds are of no use here.
             expires_at: vm.expires_at.map(|at| format!("{at:.0}")),
             idle_at: vm.idle_at.map(|at| format!("{at:.0}")),
             failure: vm.failure.map(|failure| FailureBrief { cause: failure.cause, message: failure.message }),
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_leaves_out_what_is_empty_and_says_each_warning_once() {
+    fn a_list_omits_empty_fields_and_has_each_warning_once() {
         let list = vm_list(vec![info("a", &["no isolation"]), info("b", &["no isolation", "slow"])], None);
         let seen = serde_json::to_value(&list).unwrap();
         let vm = |name: &str| {

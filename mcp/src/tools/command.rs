@@ -20,7 +20,7 @@ use crate::output_store::OutputBuffer;
 use crate::{resource_uri, schema};
 
 /// How often a client is notified that a silent command still runs.
-const STILL: Duration = Duration::from_secs(2);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Descriptions of a command's arguments.
 pub const DESCRIPTIONS: [(&str, &str); 8] = [
@@ -106,13 +106,13 @@ impl Command {
         }
         let (began, mut bytes) = (Instant::now(), 0);
         let [mut stdout, mut stderr] = [OutputBuffer::default(), OutputBuffer::default()];
-        let mut still = tokio::time::interval_at(began + STILL, STILL);
+        let mut still = tokio::time::interval_at(began + PROGRESS_INTERVAL, PROGRESS_INTERVAL);
         loop {
             let event = tokio::select! {
                 event = events.next() => event,
                 now = still.tick() => {
                     let seconds = now.duration_since(began).as_secs_f64();
-                    call.progress.tell(seconds, None, format!("running for {seconds:.0} s; {bytes} bytes of output"));
+                    call.progress.report(seconds, None, format!("running for {seconds:.0} s; {bytes} bytes of output"));
                     continue;
                 }
             };

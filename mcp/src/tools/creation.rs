@@ -6,18 +6,18 @@ use nido_api::name::VmName;
 use nido_api::operation as op;
 use nido_api::state::VmState;
 use nido_api::{SpawnRequest, StartRequest, VmInfo, VmSpec};
-use nido_core::BegunVm;
+use nido_core::VmInProgress;
 use serde_json::{Value, json};
 
-use super::{ONCE, Operation, Tool, arguments, brief, field};
+use super::{Operation, SINGLE_USE_HINTS, Tool, arguments, brief, field};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
 use crate::session_leases::SessionKey;
 
-/// The argument with which a throw-away VM is not the session's.
-const OUTLIVES: &str = "outlives_session";
-/// The longest life of a throw-away VM where there are no sessions, unless the caller says how long.
+/// The argument that makes an ephemeral VM independent of the session.
+const OUTLIVES_SESSION: &str = "outlives_session";
+/// The longest time to live of an ephemeral VM without a session, unless the caller specifies it.
 const TTL_MS: u64 = 3_600_000;
 
 pub const SPAWN: Tool = Tool {
@@ -25,11 +25,11 @@ pub const SPAWN: Tool = Tool {
     title: "Create and start a VM",
     about: "Creates a VM, starts it and waits until it takes commands. For this task only: set ephemeral and \
         ttl_seconds. The same name and arguments again return the existing VM. Next: vm_exec; at the end vm_delete.",
-    hints: ONCE,
-    takes: || without(&SPAWN_DOES),
+    hints: SINGLE_USE_HINTS,
+    takes: || without(&SPAWN_ONLY_FIELDS),
     unlisted: &UNLISTED,
     gives: schema::vm_or_job,
-    parse: |given| Ok(Box::new(Spawn(NewVm::parse(given, &SPAWN_DOES)?))),
+    parse: |given| Ok(Box::new(Spawn(NewVm::parse(given, &SPAWN_ONLY_FIELDS)?))),
 };
 
 /// Arguments of a new VM that few callers need.
@@ -37,7 +37,7 @@ pub const UNLISTED: [&str; 6] = ["machine", "accel", "nested", "require_isolatio
 
 /// The same of a VM that is not started yet.
 const UNLISTED_IN_CREATE: [&str; 7] =
-    ["start_timeout_seconds", "machine", "accel", "nested", "require_isolation", "idle_seconds", OUTLIVES];
+    ["start_timeout_seconds", "machine", "accel", "nested", "require_isolation", "idle_seconds", OUTLIVES_SESSION];
 
 /// Descriptions of the arguments of a new VM.
 pub const DESCRIPTIONS: [(&str, &str); 13] = [
@@ -59,20 +59,20 @@ pub const DESCRIPTIONS: [(&str, &str); 13] = [
 const RESTART: &str = "restart";
 const EPHEMERAL: &str = "Delete it when it stops, and with this session.";
 const PORTS: &str = "Published, HOST:GUEST.";
-const OUTLIVES_WORDS: &str = "Ephemeral, but not with this session.";
+const OUTLIVES_SESSION_TEXT: &str = "Ephemeral, but not with this session.";
 
-/// What vm_spawn does always.
-pub const SPAWN_DOES: [&str; 2] = ["start", "wait"];
+/// The fields that vm_spawn always sets.
+pub const SPAWN_ONLY_FIELDS: [&str; 2] = ["start", "wait"];
 /// What vm_create never does.
-pub const CREATE_NEVER_DOES: [&str; 4] = ["start", "wait", "path", "start_timeout_ms"];
+pub const START_FIELDS: [&str; 4] = ["start", "wait", "path", "start_timeout_ms"];
 
 /// The arguments of a new VM, without those that make no sense for the tool.
 fn without(left_out: &[&str]) -> Value {
     let mut schema = schema::described(schema::arguments::<SpawnRequest>(), &DESCRIPTIONS);
     if let Some(properties) = schema["properties"].as_object_mut() {
         properties["ephemeral"]["description"] = EPHEMERAL.into();
-        let outlives = json!({ "type": "boolean", "default": false, "description": OUTLIVES_WORDS });
-        properties.insert(OUTLIVES.into(), outlives);
+        let outlives = json!({ "type": "boolean", "default": false, "description": OUTLIVES_SESSION_TEXT });
+        properties.insert(OUTLIVES_SESSION.into(), outlives);
         let ports = json!({ "type": "array", "items": { "type": "string" }, "description": PORTS });
         properties["forwards"][schema::LISTED_AS] = ports;
         properties.remove(RESTART);
@@ -105,11 +105,11 @@ impl NewVm {
             );
             return Err(Error::new(Code::SpecInvalid, words));
         }
-        let outlives = given.as_object_mut().and_then(|given| given.remove(OUTLIVES));
-        let outlives = outlives.map_or(Ok(false), |outlives| field(OUTLIVES, Some(outlives)))?;
+        let outlives = given.as_object_mut().and_then(|given| given.remove(OUTLIVES_SESSION));
+        let outlives = outlives.map_or(Ok(false), |outlives| field(OUTLIVES_SESSION, Some(outlives)))?;
         let (spec, start) = arguments::<SpawnRequest>(given)?.split();
         if outlives && !spec.ephemeral {
-            let words = format!("{OUTLIVES}: only a VM that is ephemeral would be deleted with the session");
+            let words = format!("{OUTLIVES_SESSION}: only a VM that is ephemeral would be deleted with the session");
             return Err(Error::new(Code::SpecInvalid, words));
         }
         Ok(Self { spec, start: start.unwrap_or_default(), outlives })
@@ -180,7 +180,7 @@ impl Operation for Spawn {
 async fn spawn(call: &CallContext, vm: NewVm) -> Result<ToolResult> {
     let (spec, start) = vm.spec(call)?;
     let nido = call.nido().await?;
-    let (name, begun, grant) = (spec.name.clone(), BegunVm::default(), call.grant());
+    let (name, begun, grant) = (spec.name.clone(), VmInProgress::default(), call.grant());
     let mut tell = |stage| call.progress.stage(stage);
     let spawning = Box::pin(nido.spawn_tracked(spec.clone(), start, &grant, &begun, &mut tell));
     let spawned = call.unless_cancelled(spawning).await;
@@ -193,7 +193,7 @@ async fn spawn(call: &CallContext, vm: NewVm) -> Result<ToolResult> {
         Err(error) if error.code() == Code::VmExists && nido.spec(&name).is_ok_and(|there| there == spec) => {
             existing(call, &name, start, error).await
         }
-        // It was removed: what the error says about it must not lead back to it.
+        // It was removed: the error's hint must not refer to it.
         Err(error) if begun.id().is_some() && error.code() != Code::VmExists => {
             call.next_step(
                 "nothing is left of the VM: call vm_spawn again, with a longer start_timeout_seconds if the guest was slow, or \
@@ -217,7 +217,7 @@ async fn existing(call: &CallContext, name: &VmName, start: StartRequest, error:
             let mut tell = |stage| call.progress.stage(stage);
             brief::vm(call.unless_cancelled(nido.start(name, start, &mut tell)).await?)
         }
-        // To start it again is a decision: it has ended, or somebody has paused it.
+        // To start it again is a decision: it has ended, or a caller has paused it.
         VmState::Paused | VmState::Stopped | VmState::Failed | VmState::Unknown => {
             call.next_step("it is the VM of this very request: vm_start lets it run again, with its disk as it is");
             Err(error)
@@ -227,7 +227,7 @@ async fn existing(call: &CallContext, name: &VmName, start: StartRequest, error:
 }
 
 /// Removes what was begun. Nothing half-made stays.
-pub async fn remove(call: &CallContext, begun: &BegunVm) {
+pub async fn remove(call: &CallContext, begun: &VmInProgress) {
     if let Err(error) = call.app.unreconciled().undo(begun).await {
         tracing::error!("VM {} was begun and could not be removed: {error}", begun.id().unwrap_or_default());
     }
@@ -237,11 +237,11 @@ pub const CREATE: Tool = Tool {
     op: op::VM_CREATE,
     title: "Create a VM",
     about: "Creates a VM without starting it; arguments as in vm_spawn. Next: vm_start.",
-    hints: ONCE,
-    takes: || schema::undescribed(without(&CREATE_NEVER_DOES)),
+    hints: SINGLE_USE_HINTS,
+    takes: || schema::undescribed(without(&START_FIELDS)),
     unlisted: &UNLISTED_IN_CREATE,
     gives: schema::vm_or_job,
-    parse: |given| Ok(Box::new(Create(NewVm::parse(given, &CREATE_NEVER_DOES)?))),
+    parse: |given| Ok(Box::new(Create(NewVm::parse(given, &START_FIELDS)?))),
 };
 
 #[derive(Debug)]
@@ -269,10 +269,10 @@ async fn create(call: &CallContext, vm: NewVm) -> Result<ToolResult> {
     let (spec, _) = vm.spec(call)?;
     let nido = call.nido().await?;
     let name = spec.name.clone();
-    call.progress.tell(1.0, Some(2.0), "preparing disk and configuration");
+    call.progress.report(1.0, Some(2.0), "preparing disk and configuration");
     match nido.create(spec.clone(), &call.grant()).await {
         Ok(vm) => {
-            call.progress.tell(2.0, Some(2.0), "created");
+            call.progress.report(2.0, Some(2.0), "created");
             created(call, vm)
         }
         Err(error) if error.code() == Code::VmExists => match nido.spec(&name) {

@@ -28,7 +28,7 @@ use crate::schema;
 const INLINE_MAX: usize = 1 << 20;
 /// The longest file that is copied from or to the host, in bytes.
 const HOST_MAX: u64 = 4 << 30;
-/// Permission bits of a file if nobody says otherwise.
+/// The default permission bits of a file.
 const MODE: u16 = 0o644;
 
 pub const UPLOAD: Tool = Tool {
@@ -69,7 +69,7 @@ struct Upload {
     parents: Option<bool>,
 }
 
-/// Whether a file may be put there, before anybody is asked about it: the id of the VM that it was decided about.
+/// Whether a file may be put there, before a confirmation is requested: the id of the VM that it was decided about.
 async fn may_upload(call: &CallContext, name: &VmName) -> Result<String> {
     let (id, template) = call.nido().await?.identity(call.which(name))?;
     let verdict = decide_upload(&call.app.settings().policy, name, &template);
@@ -128,7 +128,7 @@ async fn upload(call: &CallContext, asked: Upload) -> Result<ToolResult> {
         preserve: false,
         set_mode: mode.is_some(),
     };
-    let mut tell = |now: CopyProgress| told(call, now);
+    let mut tell = |now: CopyProgress| report_progress(call, now);
     let copied = call
         .unless_cancelled(call.nido().await?.upload(VmRef { name: &asked.name, id: Some(&id) }, request, &mut tell))
         .await?;
@@ -140,7 +140,7 @@ fn of_host(roots: &Roots, path: &Path, mode: Option<u16>) -> Result<UploadSource
     match roots.read(path, HOST_MAX) {
         Ok(found) => Ok(UploadSource::Stream { file: found.file, mode: mode.unwrap_or(found.mode & 0o777) }),
         Err(error) if error.code() == Code::PathInvalid => {
-            // Not a directory either: then what it is was said already.
+            // Not a directory either: then an error has reported it already.
             let directory = roots.directory(path).map_err(|_| error)?;
             if mode.is_some() {
                 return Err(invalid("mode: what is in a directory keeps its own permission bits; leave it out"));
@@ -158,7 +158,7 @@ fn inline(bytes: Vec<u8>, mode: Option<u16>) -> Result<UploadSource> {
         return Err(Error::new(Code::LimitExceeded, format!("content: it is longer than {INLINE_MAX} bytes")));
     }
     let (reader, writer) = pipe()?;
-    // It ends with the copy at the latest: then nobody reads any more.
+    // It ends with the copy at the latest: then there is no reader any more.
     tokio::task::spawn_blocking(move || { writer }.write_all(&bytes));
     Ok(UploadSource::Stream { file: File::from(OwnedFd::from(reader)), mode: mode.unwrap_or(MODE) })
 }
@@ -169,7 +169,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     done.map_err(|e| Error::internal(format!("the work broke down: {e}")))?
 }
 
-/// The audit log tells a path that is not allowed from a command that is not.
+/// The audit log distinguishes a path that is not allowed from a command that is not.
 fn outside(call: &CallContext, error: &Error) {
     if error.code() == Code::Denied {
         call.refused_because("not_in_roots");
@@ -273,7 +273,7 @@ async fn to_host(
     let writing = begun.inspect_err(|e| outside(call, e))?;
     let destination = DownloadTarget::Stream(writing.file()?);
     let request = DownloadRequest { source, destination, overwrite: false, preserve: false, max_bytes: Some(HOST_MAX) };
-    let mut tell = |now: CopyProgress| told(call, now);
+    let mut tell = |now: CopyProgress| report_progress(call, now);
     let mut copy = call.unless_cancelled(call.nido().await?.download(vm, request, &mut tell)).await?;
     let (sha256, path) = blocking(move || Ok((writing.sha256()?, writing.commit(HOST_MAX)?))).await?;
     copy.path = path.to_string_lossy().into_owned();
@@ -291,12 +291,12 @@ async fn to_answer(call: &CallContext, vm: VmRef<'_>, source: Vec<u8>, most: usi
     let destination = DownloadTarget::Stream(File::from(OwnedFd::from(writer)));
     let request =
         DownloadRequest { source, destination, overwrite: false, preserve: false, max_bytes: Some(most as u64) };
-    // Whatever the guest says: no more than that is ever taken in.
+    // Whatever the guest reports: no more than that is ever read.
     let reading = tokio::task::spawn_blocking(move || {
         let mut bytes = Vec::new();
         reader.take(most as u64 + 1).read_to_end(&mut bytes).map(|_| bytes)
     });
-    let mut tell = |now: CopyProgress| told(call, now);
+    let mut tell = |now: CopyProgress| report_progress(call, now);
     let copied = call.unless_cancelled(call.nido().await?.download(vm, request, &mut tell)).await;
     let bytes = reading.await.map_err(|e| Error::internal(format!("the reader broke down: {e}")))?;
     let bytes = bytes.map_err(|e| Error::io("cannot read what was copied", e))?;
@@ -315,15 +315,15 @@ async fn to_answer(call: &CallContext, vm: VmRef<'_>, source: Vec<u8>, most: usi
     ToolResult::new(&DownloadResult { copy, content, content_base64 })
 }
 
-fn told(call: &CallContext, now: CopyProgress) {
-    // What grows while it is copied, or is longer than a guest said, has no known end.
+fn report_progress(call: &CallContext, now: CopyProgress) {
+    // What grows while it is copied, or is longer than a guest reported, has no known end.
     let total = now.total_bytes.filter(|total| *total >= now.bytes);
     let words = match total {
         Some(total) => format!("{} of {total} bytes copied", now.bytes),
         None => format!("{} bytes copied", now.bytes),
     };
     #[expect(clippy::cast_precision_loss, reason = "for people")]
-    call.progress.tell(now.bytes as f64, total.map(|total| total as f64), words);
+    call.progress.report(now.bytes as f64, total.map(|total| total as f64), words);
 }
 
 fn pipe() -> Result<(PipeReader, PipeWriter)> {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::brief::{VmBrief, vm_list};
-use super::{ONCE, Operation, Tool, arguments};
+use super::{Operation, SINGLE_USE_HINTS, Tool, arguments};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
@@ -23,7 +23,7 @@ pub const FORK: Tool = Tool {
     op: op::VM_FORK,
     title: "Copy a running VM",
     about: "Copies a running VM with memory and disk, to try several ways from one state. It keeps running.",
-    hints: ONCE,
+    hints: SINGLE_USE_HINTS,
     takes: schema::arguments::<Fork>,
     unlisted: &[],
     gives: schema::result_or_job::<Copies>,

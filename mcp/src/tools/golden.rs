@@ -1,5 +1,5 @@
 //! Every tool as clients see it, against `tests/golden/mcp/*.json`, and the table in `docs/mcp.md`. `NIDO_BLESS=1 cargo test -p
-//! nido-mcp golden` writes them anew; read the difference: a model will read it too.
+//! nido-mcp golden` rewrites them; read the difference: a model will read it too.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -8,14 +8,14 @@ use serde_json::Value;
 
 use super::{ALL, Hints, Tool};
 
-const TABLE_BEGINS: &str = "<!-- tools: written by the tests of nido-mcp -->\n";
-const TABLE_ENDS: &str = "<!-- /tools -->\n";
+const TABLE_START: &str = "<!-- tools: written by the tests of nido-mcp -->\n";
+const TABLE_END: &str = "<!-- /tools -->\n";
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-fn bless() -> bool {
+fn update_golden() -> bool {
     std::env::var_os("NIDO_BLESS").is_some()
 }
 
@@ -27,7 +27,7 @@ fn golden_files_are_what_clients_see() {
     for tool in ALL {
         let now = serde_json::to_string_pretty(&tool.described()).unwrap() + "\n";
         let path = directory.join(format!("{}.json", tool.name()));
-        if bless() {
+        if update_golden() {
             std::fs::write(&path, &now).unwrap();
         }
         let golden = std::fs::read_to_string(&path).unwrap_or_default();
@@ -55,10 +55,10 @@ fn table() -> String {
 fn golden_table_of_the_documentation() {
     let path = root().join("docs/mcp.md");
     let text = std::fs::read_to_string(&path).unwrap();
-    let (before, rest) = text.split_once(TABLE_BEGINS).expect("where the table begins");
-    let (_, after) = rest.split_once(TABLE_ENDS).expect("where the table ends");
-    let now = format!("{before}{TABLE_BEGINS}{}{TABLE_ENDS}{after}", table());
-    if bless() {
+    let (before, rest) = text.split_once(TABLE_START).expect("where the table begins");
+    let (_, after) = rest.split_once(TABLE_END).expect("where the table ends");
+    let now = format!("{before}{TABLE_START}{}{TABLE_END}{after}", table());
+    if update_golden() {
         std::fs::write(&path, &now).unwrap();
     } else {
         assert_eq!(now, text, "docs/mcp.md is stale; NIDO_BLESS=1 writes its table anew");
@@ -89,7 +89,7 @@ fn every_tool_carries_the_annotations_of_the_specification() {
     }
 }
 
-/// Arguments that need no description: their names say it.
+/// Arguments that need no description: their names suffice.
 const PLAIN_FIELDS: [&str; 13] = [
     "name",
     "labels",
@@ -108,7 +108,7 @@ const PLAIN_FIELDS: [&str; 13] = [
 
 /// What every tool owes its readers.
 #[test]
-fn every_tool_is_told_whole() {
+fn every_tool_is_described_completely() {
     for tool in ALL {
         let seen = serde_json::to_value(tool.described()).unwrap();
         let name = tool.name();

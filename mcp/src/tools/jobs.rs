@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use nido_api::error::{Code, Error, Result};
 use nido_api::operation as op;
-use nido_api::{Face, JOB_RESULT_MAX, Job, JobState, Viewer};
+use nido_api::{FrontEnd, JOB_RESULT_MAX, Job, JobState, Viewer};
 use serde::Deserialize;
 use tokio::time::Instant;
 
@@ -16,8 +16,8 @@ use crate::schema;
 
 /// How long a caller may wait for a job, in milliseconds: clients give up a little later.
 const WAIT_MAX: u64 = 30_000;
-/// How often a job is looked at while somebody waits for it.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How often a job is polled while a caller waits for it.
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 pub const GET: Tool = Tool {
     op: op::JOB_GET,
@@ -56,9 +56,9 @@ async fn get(call: &CallContext, asked: Get) -> Result<ToolResult> {
     loop {
         let job = nido.job_get(&asked.job_id, Viewer::Actor(&call.who.actor))?;
         if job.state != JobState::Running || Instant::now() >= deadline {
-            return shown(job.shown_to(call.scope, Face::Mcp));
+            return shown(job.shown_to(call.scope, FrontEnd::Mcp));
         }
-        let pause = tokio::time::sleep_until(deadline.min(Instant::now() + LOOK_EVERY));
+        let pause = tokio::time::sleep_until(deadline.min(Instant::now() + POLL_INTERVAL));
         call.unless_cancelled(async {
             pause.await;
             Ok(())
@@ -74,7 +74,7 @@ fn shown(mut job: Job) -> Result<ToolResult> {
         return ToolResult::new(&job);
     }
     job.result = None;
-    let route = op::OPERATION_INFO.call(Face::Api).unwrap_or_default();
+    let route = op::OPERATION_INFO.call(FrontEnd::Api).unwrap_or_default();
     let note = format!("the result has {bytes} bytes, more than a tool returns; the REST API has it: {route}");
     Ok(ToolResult::new(&job)?.noted(&[note]))
 }
@@ -101,7 +101,7 @@ impl Operation for Cancel {
     fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
         Box::pin(async move {
             let job = call.nido().await?.job_cancel(&self.job_id, Viewer::Actor(&call.who.actor))?;
-            shown(job.shown_to(call.scope, Face::Mcp))
+            shown(job.shown_to(call.scope, FrontEnd::Mcp))
         })
     }
 }

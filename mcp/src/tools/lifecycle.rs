@@ -48,7 +48,7 @@ impl Operation for Start {
                 // There is no other tool for it: to an agent a VM runs or does not.
                 call.unless_cancelled(nido.resume(&self.name)).await?;
             }
-            // A start that nobody waits for continues by itself.
+            // A start without a waiting caller continues by itself.
             brief::vm(call.unless_cancelled(nido.start(&self.name, how, &mut tell)).await?)
         })
     }

@@ -108,7 +108,7 @@ pub struct Hints {
 /// Of a tool that can be called again without harm, and stays on this host.
 const REPEATABLE: Hints = Hints { idempotent: true, open_world: false };
 /// Of a tool that does something each time, and stays on this host.
-const ONCE: Hints = Hints { idempotent: false, open_world: false };
+const SINGLE_USE_HINTS: Hints = Hints { idempotent: false, open_world: false };
 
 impl Tool {
     /// Its name.
@@ -149,12 +149,12 @@ impl Tool {
         }
     }
 
-    /// Arguments that its schema does not have and that are passed on: an approval, and those of which the tool says why it does not
+    /// Arguments that its schema does not have and that are passed on: an approval, and those for which the tool reports why it does not
     /// have them.
     pub(crate) fn also_accepts(&self) -> Vec<&'static str> {
         let explained: &[&str] = match self.name() {
-            "vm_spawn" => &creation::SPAWN_DOES,
-            "vm_create" => &creation::CREATE_NEVER_DOES,
+            "vm_spawn" => &creation::SPAWN_ONLY_FIELDS,
+            "vm_create" => &creation::START_FIELDS,
             _ => &[],
         };
         [&[APPROVAL_ID], explained].concat()
@@ -173,7 +173,7 @@ impl Tool {
         self.op.has_output
     }
 
-    /// The same on a server with this policy: which commands may be run is no secret to whoever has to choose one.
+    /// The same on a server with this policy: which commands may be run is no secret to a caller that has to choose one.
     pub(crate) fn described_under(&self, policy: &Policy) -> Described {
         let mut described = self.described();
         let Some(allowed) = policy.summary().filter(|_| self.runs_commands()) else { return described };
@@ -230,7 +230,7 @@ pub fn find(name: &str) -> Option<&'static Tool> {
     ALL.into_iter().find(|tool| tool.name() == name)
 }
 
-/// Arguments as a type; what is wrong is told with the name of the field.
+/// Arguments as a type; an error names the field.
 pub(crate) fn arguments<T: DeserializeOwned>(arguments: Value) -> Result<T> {
     serde_path_to_error::deserialize(arguments).map_err(|error| {
         let path = error.path().to_string();

@@ -31,7 +31,7 @@ pub trait Operation: Debug + Send + Sync {
         false
     }
 
-    /// Fails if the operation would fail as things are, so that nobody is asked about what cannot be done.
+    /// Fails if the operation would fail as things are, so that no confirmation is requested for an impossible operation.
     fn admit<'a>(&'a self, _: &'a CallContext) -> BoxFuture<'a, Result<()>> {
         Box::pin(async { Ok(()) })
     }

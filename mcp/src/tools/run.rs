@@ -4,7 +4,7 @@ use futures::future::BoxFuture;
 use nido_api::error::{Code, Result};
 use nido_api::operation as op;
 use nido_api::{ExecBody, SpawnRequest, StartRequest, VmRef, VmSpec};
-use nido_core::BegunVm;
+use nido_core::VmInProgress;
 use serde_json::{Map, Value, json};
 
 use super::command::{self, Command};
@@ -43,15 +43,15 @@ const UNLISTED: [&str; 12] = [
 ];
 
 /// Arguments of the VM.
-const OF_THE_VM: [&str; 10] =
+const VM_PARAMETERS: [&str; 10] =
     ["template", "cpus", "memory_mib", "disk_bytes", "net", "machine", "accel", "nested", "require_isolation", "path"];
-/// The argument that says how long its start may take, as callers and as the core name it.
+/// The argument for the start timeout, with its names for callers and in the core.
 const START_TIMEOUT: [&str; 2] = ["start_timeout_seconds", "start_timeout_ms"];
 
 fn schema_of_arguments() -> Value {
     let mut schema = schema::described(schema::arguments::<ExecBody>(), &command::DESCRIPTIONS);
     let vm = schema::described(schema::arguments::<SpawnRequest>(), &creation::DESCRIPTIONS);
-    for name in OF_THE_VM.iter().chain(&START_TIMEOUT[..1]) {
+    for name in VM_PARAMETERS.iter().chain(&START_TIMEOUT[..1]) {
         schema["properties"][name] = vm["properties"][name].clone();
     }
     schema["properties"]["timeout_seconds"]["default"] = json!(60);
@@ -69,7 +69,7 @@ struct Run {
 impl Run {
     fn parse(mut given: Value) -> Result<Self> {
         let mut vm = Map::new();
-        for name in OF_THE_VM.iter().chain(&START_TIMEOUT[1..]) {
+        for name in VM_PARAMETERS.iter().chain(&START_TIMEOUT[1..]) {
             let value = given.as_object_mut().and_then(|given| given.remove(*name));
             vm.extend(value.map(|value| ((*name).to_owned(), value)));
         }
@@ -107,7 +107,7 @@ impl Operation for Run {
 }
 
 async fn run(call: &CallContext, spec: VmSpec, start: StartRequest, command: Command) -> Result<ToolResult> {
-    let (name, begun, grant) = (spec.name.clone(), BegunVm::default(), call.grant());
+    let (name, begun, grant) = (spec.name.clone(), VmInProgress::default(), call.grant());
     let mut tell = |stage| call.progress.stage(stage);
     let work =
         |vm: nido_api::VmInfo| async move { command.run(call, VmRef { name: &vm.name, id: Some(&vm.id) }).await };

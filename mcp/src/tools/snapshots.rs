@@ -8,7 +8,7 @@ use nido_api::{RestoreRequest, SnapshotInfo};
 use nido_core::Intent;
 use serde::Deserialize;
 
-use super::{ONCE, Operation, REPEATABLE, Tool, brief, parse};
+use super::{Operation, REPEATABLE, SINGLE_USE_HINTS, Tool, brief, parse};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
@@ -18,7 +18,7 @@ pub const SNAPSHOT: Tool = Tool {
     title: "Take a snapshot",
     about: "Saves a VM's disk, and memory if it runs, before something risky. vm_restore goes back; vm_info lists \
         snapshots.",
-    hints: ONCE,
+    hints: SINGLE_USE_HINTS,
     takes: schema::arguments::<Take>,
     unlisted: &[],
     gives: schema::result_or_job::<SnapshotInfo>,

@@ -7,7 +7,7 @@ use nido_api::operation as op;
 use nido_api::{BuildResult, BuildStep, TemplateInfo, TemplateList};
 use serde::{Deserialize, Serialize};
 
-use super::{ONCE, Operation, REPEATABLE, Tool, page_request, parse};
+use super::{Operation, REPEATABLE, SINGLE_USE_HINTS, Tool, page_request, parse};
 use crate::answer::{ToolResult, plain};
 use crate::call_context::CallContext;
 use crate::schema;
@@ -82,7 +82,7 @@ pub const CREATE: Tool = Tool {
     op: op::TEMPLATE_CREATE,
     title: "Create a template",
     about: "Creates a template from a VM's disk, for more VMs with its software. Takes a minute. Next: vm_spawn.",
-    hints: ONCE,
+    hints: SINGLE_USE_HINTS,
     takes: schema::arguments::<Create>,
     unlisted: &[],
     gives: schema::result_or_job::<BuildResult>,
@@ -121,7 +121,7 @@ impl Operation for Create {
             let mut tell = |step: BuildStep| {
                 let (done, total) = (f64::from(step.index), f64::from(step.total));
                 let done = done - 1.0 + f64::from(step.fraction.unwrap_or(0.0)).clamp(0.0, 1.0);
-                call.progress.tell(done, Some(total), plain(&step.stage));
+                call.progress.report(done, Some(total), plain(&step.stage));
             };
             let work = call.nido().await?.template_create(&self.name, &self.from, !self.no_bake, &mut tell);
             ToolResult::new(&call.unless_cancelled(Box::pin(work)).await?)

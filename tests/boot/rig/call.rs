@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::process::send;
 use super::pty::Terminal;
-use super::wait::PATIENCE;
+use super::wait::BOOT_TEST_TIMEOUT;
 
 /// A call that is being put together.
 pub struct Call {
@@ -22,7 +22,7 @@ pub struct Call {
 }
 
 /// A call that is under way.
-pub struct Running {
+pub struct RunningCall {
     child: Child,
     shown: String,
     stdout: mpsc::Receiver<Vec<u8>>,
@@ -32,7 +32,7 @@ pub struct Running {
 
 /// A call that has ended.
 #[derive(Debug)]
-pub struct Done {
+pub struct FinishedCall {
     /// The exit code; 128+n if signal n ended it.
     pub code: i32,
     pub stdout: Vec<u8>,
@@ -43,7 +43,7 @@ pub struct Done {
 }
 
 impl Call {
-    /// `user` is who it runs as; whoever runs the suite if absent.
+    /// `user` is the user it runs as; if absent, the one who runs the suite.
     pub fn new(mut command: Command, user: Option<u32>) -> Self {
         if let Some(user) = user {
             command.uid(user).gid(user);
@@ -70,26 +70,26 @@ impl Call {
 
     /// Starts it on a terminal of so many rows and columns.
     pub fn on_terminal(self, rows: u16, columns: u16) -> Terminal {
-        // A terminal tells its size to the session that it controls.
+        // A terminal passes its size to the session that it controls.
         let Self { command, .. } = self.behind(["setsid", "--ctty"]);
         Terminal::start(command, rows, columns)
     }
 
     /// Starts it. Its standard input is a pipe that closes when it is dropped.
     #[track_caller]
-    pub fn start(mut self) -> (Running, ChildStdin) {
+    pub fn start(mut self) -> (RunningCall, ChildStdin) {
         let shown = format!("{:?}", self.command);
         self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = self.command.spawn().unwrap_or_else(|error| panic!("{shown}: {error}"));
         let stdout = collect(child.stdout.take().unwrap());
         let stderr = collect(child.stderr.take().unwrap());
         let stdin = child.stdin.take().unwrap();
-        (Running { child, shown, stdout, stderr, deadline: Instant::now() + PATIENCE }, stdin)
+        (RunningCall { child, shown, stdout, stderr, deadline: Instant::now() + BOOT_TEST_TIMEOUT }, stdin)
     }
 
     /// Runs it to its end.
     #[track_caller]
-    pub fn run(mut self) -> Done {
+    pub fn run(mut self) -> FinishedCall {
         let bytes = self.stdin.take().unwrap_or_default();
         let (running, mut stdin) = self.start();
         // A command that does not read its input ends the pipe; that is for the test to judge by its result.
@@ -101,7 +101,7 @@ impl Call {
 
     /// Runs it and expects success.
     #[track_caller]
-    pub fn ok(self) -> Done {
+    pub fn ok(self) -> FinishedCall {
         self.run().expect(0)
     }
 
@@ -127,7 +127,7 @@ impl Call {
         let detail = problem["detail"].as_str().unwrap();
         assert!(!detail.is_empty() && !detail.contains('\n') && !detail.ends_with('.'), "one sentence: {detail:?}");
         assert!(problem["title"].is_string() && problem["status"].is_u64() && problem["type"].is_string());
-        // `delete` answers with those it has deleted all the same.
+        // `delete` answers with those it has deleted nevertheless.
         let answer = String::from_utf8_lossy(&done.stdout);
         assert!(["", "{\"vms\":[]}\n"].contains(&&*answer), "an error is no answer: {answer:?}");
         problem
@@ -160,7 +160,7 @@ impl Call {
     }
 }
 
-/// Reads a stream in the background, but not much further than somebody takes it.
+/// Reads a stream in the background, but not much further than the reader.
 fn collect(mut stream: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
     let (done, whole) = mpsc::sync_channel(16);
     std::thread::spawn(move || {
@@ -174,7 +174,7 @@ fn collect(mut stream: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
     whole
 }
 
-impl Running {
+impl RunningCall {
     pub fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).unwrap()
     }
@@ -199,7 +199,7 @@ impl Running {
 
     /// Waits for its end. Everything it printed after [`Self::read_until`] is in the answer.
     #[track_caller]
-    pub fn wait(mut self) -> Done {
+    pub fn wait(mut self) -> FinishedCall {
         let (mut stdout, mut stderr, mut peak_kib) = (Vec::new(), Vec::new(), 0);
         while Instant::now() < self.deadline {
             // The kernel's own high-water mark: looking rarely misses little. A process that has ended has none.
@@ -217,7 +217,7 @@ impl Running {
                     if let Some(status) = self.child.try_wait().unwrap() {
                         stderr.extend(self.stderr.iter().flatten());
                         let stderr = String::from_utf8_lossy(&stderr).into_owned();
-                        return Done { code: code(status), stdout, stderr, peak_kib, shown: self.shown };
+                        return FinishedCall { code: code(status), stdout, stderr, peak_kib, shown: self.shown };
                     }
                 }
             }
@@ -245,7 +245,7 @@ fn code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
-impl Done {
+impl FinishedCall {
     #[track_caller]
     pub fn expect(self, code: i32) -> Self {
         assert_eq!(
@@ -259,7 +259,7 @@ impl Done {
         self
     }
 
-    /// It did not succeed, and said why.
+    /// It failed, with the reason.
     #[track_caller]
     pub fn expect_failure(&self) {
         assert!([1, 2].contains(&self.code) && !self.stderr.is_empty(), "{} ended with {}", self.shown, self.code);

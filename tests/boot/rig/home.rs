@@ -17,14 +17,14 @@ use super::process::{Process, processes_in};
 use super::wait::eventually;
 
 /// `nobody` and `nogroup`.
-const NOBODY: u32 = 65534;
+const NOBODY_UID: u32 = 65534;
 /// How long what was killed may take to be gone.
-const GONE_WITHIN: Duration = Duration::from_secs(30);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Who calls `nido`.
+/// The user that runs `nido`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Who {
-    /// Whoever runs the suite.
+pub enum UserAccount {
+    /// The user who runs the suite.
     Caller,
     /// An ordinary user; only root can become one.
     Nobody,
@@ -33,7 +33,7 @@ pub enum Who {
 /// A home of its own for one test.
 pub struct TestHome {
     base: TempDir,
-    who: Who,
+    who: UserAccount,
     nido: PathBuf,
 }
 
@@ -57,15 +57,15 @@ fn nido_under_test() -> PathBuf {
 
 impl TestHome {
     pub fn new() -> Self {
-        Self::of(Who::Caller)
+        Self::of(UserAccount::Caller)
     }
 
     /// Links the templates into a fresh home. Another user's lies where that user can reach it.
-    pub fn of(who: Who) -> Self {
+    pub fn of(who: UserAccount) -> Self {
         let source = source();
         let place = match who {
-            Who::Caller => source.parent().expect("a home below some directory").to_owned(),
-            Who::Nobody => std::env::temp_dir(),
+            UserAccount::Caller => source.parent().expect("a home below some directory").to_owned(),
+            UserAccount::Nobody => std::env::temp_dir(),
         };
         let base = tempfile::Builder::new().prefix("nido-boot-").tempdir_in(place).unwrap();
         let home = base.path().join("home");
@@ -85,7 +85,7 @@ impl TestHome {
             }
         }
         let mut nido = nido_under_test();
-        if who == Who::Nobody {
+        if who == UserAccount::Nobody {
             let reachable = base.path().join("nido");
             place_program(&nido, &reachable);
             nido = reachable;
@@ -101,7 +101,7 @@ impl TestHome {
         self.base.path().join("home")
     }
 
-    /// A directory for files of the test's own, writable for whoever calls `nido`.
+    /// A directory for files of the test's own, writable for the user that runs `nido`.
     pub fn user_dir(&self) -> PathBuf {
         self.base.path().join("user")
     }
@@ -116,7 +116,7 @@ impl TestHome {
                 command.env(kept, value);
             }
         }
-        Call::new(command, (self.who == Who::Nobody).then_some(NOBODY))
+        Call::new(command, (self.who == UserAccount::Nobody).then_some(NOBODY_UID))
     }
 
     /// Spawns a VM and waits until it is ready.
@@ -171,7 +171,7 @@ impl TestHome {
     }
 
     fn wait_for_no_process(&self) -> Vec<Process> {
-        let deadline = Instant::now() + GONE_WITHIN;
+        let deadline = Instant::now() + CLEANUP_TIMEOUT;
         loop {
             let left = self.processes();
             if left.is_empty() || Instant::now() > deadline {
@@ -181,7 +181,7 @@ impl TestHome {
         }
     }
 
-    /// What there is to know about a test that failed.
+    /// The report of a test that failed.
     fn report(&self) {
         let dirs = fs::read_dir(self.path().join("vms")).map(|entries| entries.flatten().collect::<Vec<_>>());
         for dir in dirs.unwrap_or_default() {
@@ -320,5 +320,5 @@ fn give_away(path: &Path) {
         fs::set_permissions(&own, fs::Permissions::from_mode(0o600)).unwrap();
         fs::rename(&own, path).unwrap();
     }
-    chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    chown(path, Some(NOBODY_UID), Some(NOBODY_UID)).unwrap();
 }

@@ -6,7 +6,7 @@ mod process;
 mod pty;
 mod wait;
 
-pub use call::{Done, Running};
-pub use home::{TestHome, Vm, Who};
+pub use call::{FinishedCall, RunningCall};
+pub use home::{TestHome, UserAccount, Vm};
 pub use process::{Process, send};
-pub use wait::{PATIENCE, eventually};
+pub use wait::{BOOT_TEST_TIMEOUT, eventually};

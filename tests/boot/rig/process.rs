@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
-use super::wait::PATIENCE;
+use super::wait::BOOT_TEST_TIMEOUT;
 
 /// One process.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ impl Process {
         fs::read_link(format!("/proc/{}/cwd", self.pid)).ok()
     }
 
-    /// Whether it is a VM; a QEMU that is asked what it can do is none.
+    /// Whether it is a VM; a QEMU that is probed is not one.
     pub fn is_qemu(&self) -> bool {
         self.arguments.first().is_some_and(|program| program.contains("qemu-system-"))
             && self.arguments.iter().any(|argument| argument.starts_with("guest="))
@@ -54,7 +54,7 @@ impl Process {
         let pid = Pid::from_raw(self.pid).expect("a process has a number");
         let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
         send(self.pid, Signal::KILL);
-        let limit = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
+        let limit = Timespec { tv_sec: BOOT_TEST_TIMEOUT.as_secs().cast_signed(), tv_nsec: 0 };
         assert_eq!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)), Ok(1), "{self:?} does not die");
     }
 }
@@ -66,7 +66,7 @@ pub fn send(pid: i32, signal: Signal) {
     }
 }
 
-/// Every process that works in `directory` or was told of it, but for this one.
+/// Every process that works in `directory` or has it in its arguments, except this one.
 pub fn processes_in(directory: &Path) -> Vec<Process> {
     let told = directory.to_str().expect("test homes have plain names");
     let me = i32::try_from(std::process::id()).unwrap();

@@ -10,7 +10,7 @@ use std::time::Instant;
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
-use super::wait::{PATIENCE, eventually};
+use super::wait::{BOOT_TEST_TIMEOUT, eventually};
 
 /// A command on a terminal.
 pub struct Terminal {
@@ -61,7 +61,7 @@ impl Terminal {
     /// Reads the screen until it shows `wanted` (bytes that came since the last such wait).
     #[track_caller]
     pub fn expect(&mut self, wanted: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + BOOT_TEST_TIMEOUT;
         loop {
             let text = String::from_utf8_lossy(&self.seen).into_owned();
             if let Some(at) = text.find(wanted) {
@@ -76,7 +76,7 @@ impl Terminal {
         }
     }
 
-    /// Whether the terminal echoes and edits lines, as it does when nobody has changed it.
+    /// Whether the terminal echoes and edits lines, as it does by default.
     pub fn is_cooked(&self) -> bool {
         let modes = tcgetattr(&self.line).unwrap().local_modes;
         modes.contains(LocalModes::ICANON | LocalModes::ECHO)

@@ -3,7 +3,7 @@
 //! first from then on.
 //!
 //! ```text
-//!  corpus and seeds ── each as it is ──> check        edits: bytes flipped, replaced, removed, inserted, repeated, cut off,
+//!  corpus and seeds ── each as it is ──> check        edits: bytes flipped, replaced, removed, inserted, repeated, truncated,
 //!        └── a few edits, parts of another seed ──> check         numbers at their limits
 //! ```
 //!
@@ -20,7 +20,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, Test
 
 /// How long one parser is tested, unless `NIDO_FUZZ_SECONDS` is set, in seconds.
 const SECONDS: u64 = 2;
-/// How many inputs are tried between two looks at the clock.
+/// How many inputs are tried between two checks of the clock.
 const CASES: u32 = 256;
 /// The longest input, in bytes.
 pub const INPUT_MAX: usize = 1 << 16;

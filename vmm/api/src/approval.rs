@@ -1,4 +1,4 @@
-//! Approvals: a person's yes or no to one operation that a program asked for.
+//! Approvals: a person's approval or denial of one operation that a program requested.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use sha2::{Digest as _, Sha256};
 use crate::hex;
 use crate::name::VmName;
 
-/// How long an approval can be given and used, from the moment it was asked for.
+/// How long an approval can be given and used, from the moment it was requested.
 pub const APPROVAL_LIFETIME: Duration = Duration::from_secs(120);
 /// How many approvals one caller may wait for at a time.
 pub const APPROVALS_PENDING_MAX: usize = 32;
 
-/// What approval is asked for. All of it but the VM's name and what the client calls itself is what an approval is bound to.
+/// The operation that an approval is requested for. All of it but the VM's name and what the client calls itself is what an approval is bound to.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Ask {
+pub struct ApprovalRequest {
     /// The operation, for example `vm_delete`.
     pub tool: String,
     /// The id of the VM it is done to: its name may belong to another one tomorrow.
@@ -26,21 +26,21 @@ pub struct Ask {
     pub vm_name: VmName,
     /// Who really asks, as in the audit log: `uid:1000`, `token:ci`.
     pub actor: String,
-    /// What the client says it is. A claim.
+    /// The client's own name for itself. A claim.
     pub agent: Option<String>,
     /// The operation's arguments, as they came. What is called `approval_id` at the top does not count, nor what is `null` or
     /// `false` there: it is the same as left out.
     pub arguments: Value,
 }
 
-impl Ask {
+impl ApprovalRequest {
     /// SHA-256 of the arguments in one spelling, whatever order they came in, in hexadecimal.
     #[must_use]
     pub fn digest(&self) -> String {
         let counted = match &self.arguments {
             Value::Object(fields) => {
                 let counts = |key: &str, value: &Value| {
-                    // What is said by leaving it out is the same as what is not said.
+                    // An omitted value and its default are the same.
                     key != "approval_id" && !value.is_null() && *value != Value::Bool(false)
                 };
                 let counted = fields.iter().filter(|(key, value)| counts(key, value));
@@ -143,7 +143,7 @@ mod tests {
 
     fn digest(arguments: Value) -> String {
         let (vm_name, tool) = ("web".parse().unwrap(), "vm_delete".into());
-        Ask { tool, vm_id: "1".into(), vm_name, actor: "uid:1".into(), agent: None, arguments }.digest()
+        ApprovalRequest { tool, vm_id: "1".into(), vm_name, actor: "uid:1".into(), agent: None, arguments }.digest()
     }
 
     #[test]
@@ -167,7 +167,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn two_texts_never_look_alike(a in any::<String>(), b in any::<String>(), c in any::<String>()) {
+        fn different_arguments_have_different_digests(a in any::<String>(), b in any::<String>(), c in any::<String>()) {
             let pair = |x: &str, y: &str| digest(json!({ "x": x, "y": y }));
             prop_assert_eq!(pair(&a, &b) == pair(&a, &c), b == c);
             let one = format!("{a}\",\"y\":\"{b}");

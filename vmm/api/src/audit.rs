@@ -1,9 +1,9 @@
-//! The audit log, as it is asked for and answered. What the words mean: `docs/audit.md`.
+//! The audit log, as it is requested and answered. What the words mean: `docs/audit.md`.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::Face;
+use super::FrontEnd;
 use crate::error::{Code, Error};
 use crate::name::VmName;
 
@@ -29,7 +29,7 @@ pub struct AuditRecord {
     /// Time, to the second.
     pub time: Timestamp,
     /// The front end that received the request.
-    pub face: Face,
+    pub face: FrontEnd,
     /// The authenticated caller: `uid:1000`, `token:ci#ID`.
     pub actor: String,
     /// The name that the client gave itself. Not verified.

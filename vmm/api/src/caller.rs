@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 /// The front end that received a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Face {
+#[schema(as = Face)]
+pub enum FrontEnd {
     /// The MCP server.
     Mcp,
     /// The REST server.
@@ -14,7 +15,7 @@ pub enum Face {
     Cli,
 }
 
-impl Face {
+impl FrontEnd {
     /// The word in a line.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -25,7 +26,7 @@ impl Face {
         }
     }
 
-    /// The face of a word in a line.
+    /// The front end that a word in a line denotes.
     #[must_use]
     pub fn of_word(word: &str) -> Option<Self> {
         [Self::Mcp, Self::Api, Self::Cli].into_iter().find(|face| face.word() == word)
@@ -35,11 +36,11 @@ impl Face {
 /// On whose behalf something is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
-    /// Which face was asked.
-    pub face: Face,
+    /// Which front end received the request.
+    pub face: FrontEnd,
     /// Who really called: `uid:1000` by peer credentials, `token:ci#ID` by a token's name and id.
     pub actor: String,
-    /// What the client says it is. A claim.
+    /// The client's own name for itself. A claim.
     pub agent: Option<String>,
 }
 
@@ -48,7 +49,7 @@ impl Caller {
     #[must_use]
     pub fn command_line() -> Self {
         let actor = format!("uid:{}", rustix::process::getuid().as_raw());
-        Self { face: Face::Cli, actor, agent: None }
+        Self { face: FrontEnd::Cli, actor, agent: None }
     }
 
     /// Who owns what this caller makes: a token wherever it was used, a user apart for each front end. What an agent makes on behalf of a

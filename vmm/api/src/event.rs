@@ -16,7 +16,7 @@ pub enum EventKind {
     VmCreated,
     /// A VM runs, and its agent has answered for the first time since this start.
     VmStarted,
-    /// A VM ended as asked, or powered itself off.
+    /// A VM ended as requested, or powered itself off.
     VmStopped,
     /// A VM is gone.
     VmDeleted,

@@ -182,13 +182,13 @@ pub struct Truncated {
 /// What a command has written so far, each stream up to a limit.
 #[derive(Debug)]
 pub struct Collected {
-    out: Piece,
-    err: Piece,
+    out: OutputChunk,
+    err: OutputChunk,
     limit: usize,
 }
 
 #[derive(Debug, Default)]
-struct Piece {
+struct OutputChunk {
     bytes: Vec<u8>,
     truncated: bool,
 }
@@ -197,10 +197,10 @@ impl Collected {
     /// Nothing yet. `limit` is the most that is kept of a stream, in bytes.
     #[must_use]
     pub fn new(limit: usize) -> Self {
-        Self { out: Piece::default(), err: Piece::default(), limit }
+        Self { out: OutputChunk::default(), err: OutputChunk::default(), limit }
     }
 
-    /// Takes in what the command has said.
+    /// Adds output of the command.
     pub fn add(&mut self, event: &ExecEvent) {
         let (piece, bytes) = match event {
             ExecEvent::Stdout(bytes) => (&mut self.out, bytes),
@@ -224,7 +224,7 @@ impl Collected {
         }
     }
 
-    /// Leaves out what the command has said.
+    /// Drops the command's output.
     pub fn cut(&mut self, event: &ExecEvent) {
         match event {
             ExecEvent::Stdout(bytes) => self.out.truncated |= !bytes.is_empty(),
@@ -243,7 +243,7 @@ impl Collected {
     }
 }
 
-impl Piece {
+impl OutputChunk {
     /// As text, or as base64 if it is not UTF-8. A character that the limit splits is omitted.
     fn text(mut self) -> (Option<String>, Option<String>) {
         if self.truncated {
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_text_comes_as_base64() {
+    fn binary_output_is_base64() {
         let text = collect(100, &["grün".as_bytes()]);
         assert_eq!((text.stdout.as_deref(), text.stdout_base64), (Some("grün"), None));
         let bytes = collect(100, &[b"\xff\x00"]);
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_cut_at_the_limit_and_says_so() {
+    fn a_stream_is_truncated_at_the_limit_and_marked() {
         assert!(!collect(3, &[b"abc"]).truncated.stdout);
         let cut = collect(3, &[b"ab", "é".as_bytes()]);
         assert_eq!((cut.stdout.as_deref(), cut.truncated.stdout, cut.truncated.stderr), (Some("ab"), true, false));

@@ -115,7 +115,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_shown_parses_back(v4 in any::<[u8; 4]>(), host_port in any::<u16>(), guest_port in 1u16..) {
+        fn displayed_forwards_parse(v4 in any::<[u8; 4]>(), host_port in any::<u16>(), guest_port in 1u16..) {
             let spec = ForwardSpec { host: v4.into(), host_port, guest_port };
             prop_assert_eq!(spec.to_string().parse::<ForwardSpec>().unwrap(), spec);
         }

@@ -1,4 +1,4 @@
-//! Bytes as hexadecimal digits, as they are written down and shown.
+//! Bytes as hexadecimal digits, as they are recorded and shown.
 
 /// Two lower-case digits a byte.
 #[must_use]

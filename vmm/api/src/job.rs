@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Face, Scope};
+use super::{FrontEnd, Scope};
 use crate::error::{ErrorRecord, Problem};
 use crate::name::VmName;
 use crate::operation;
@@ -101,7 +101,7 @@ pub struct Job {
 impl Job {
     /// As a caller of this scope sees it over a front end: without the output of commands, unless it may run commands.
     #[must_use]
-    pub fn shown_to(mut self, scope: Scope, face: Face) -> Self {
+    pub fn shown_to(mut self, scope: Scope, face: FrontEnd) -> Self {
         self.error = self.error.map(|error| error.shown_to(face));
         if operation::find(&self.tool).is_some_and(|known| known.has_output && !known.admits(scope)) {
             self.result = None;
@@ -156,7 +156,7 @@ mod tests {
             result: Some(Value::Null),
             error: None,
         };
-        let shown = |tool: &str, scope| job(tool).shown_to(scope, Face::Api).result.is_some();
+        let shown = |tool: &str, scope| job(tool).shown_to(scope, FrontEnd::Api).result.is_some();
         for tool in ["vm_exec", "vm_run"] {
             assert!(!shown(tool, Scope::Read) && shown(tool, Scope::Run) && shown(tool, Scope::Admin), "{tool}");
         }

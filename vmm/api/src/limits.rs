@@ -102,7 +102,7 @@ impl Limits {
         }
     }
 
-    /// Whether a VM may be this. How many there are the store looks at when it is made.
+    /// Whether a VM may be this. The store checks their number when it is created.
     ///
     /// # Errors
     /// `limit_exceeded`, `denied`.
@@ -181,14 +181,14 @@ fn both<T: Clone + PartialEq>(one: Option<&[T]>, other: Option<&[T]>) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Face;
+    use crate::FrontEnd;
 
     fn spec() -> VmSpec {
         VmSpec { ttl_ms: Some(1000), ..VmSpec::named("web".parse().unwrap()) }
     }
 
     #[test]
-    fn what_is_absent_does_not_limit_and_an_empty_list_allows_nothing() {
+    fn an_absent_limit_allows_everything_and_an_empty_list_nothing() {
         Limits::default().check(&VmSpec { ttl_ms: None, cpus: 64, ..spec() }, u64::MAX).unwrap();
         let code = |limits: &Limits, spec: &VmSpec| limits.check(spec, 1 << 30).map_err(|e| e.code()).err();
         let none = Limits { publish: Some(vec![]), net: Some(vec![]), ..Limits::default() };
@@ -224,7 +224,7 @@ mod tests {
             (VmSpec { template: "debian-12".parse().unwrap(), ..fits.clone() }, 1 << 30, Code::Denied),
         ] {
             let error = limits.check(&wrong, disk).unwrap_err();
-            assert!(error.code() == code && error.hint_for(Face::Cli).is_some(), "{error}");
+            assert!(error.code() == code && error.hint_for(FrontEnd::Cli).is_some(), "{error}");
         }
     }
 

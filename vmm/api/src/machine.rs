@@ -108,6 +108,6 @@ pub struct Machine {
     pub tsc_khz: Option<u32>,
     /// One sentence: why this machine type and this accelerator.
     pub reason: String,
-    /// What the user ought to know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
 }

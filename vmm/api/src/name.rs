@@ -112,7 +112,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_parses_is_safe_in_a_path(text in ".{0,80}") {
+        fn valid_names_are_safe_in_a_path(text in ".{0,80}") {
             if let Ok(name) = text.parse::<VmName>() {
                 prop_assert!(name.as_str().bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'));
                 prop_assert_eq!(name.to_string(), text);

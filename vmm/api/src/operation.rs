@@ -17,7 +17,7 @@ mod table;
 mod tests;
 
 pub use self::table::*;
-use crate::{Face, Scope};
+use crate::{FrontEnd, Scope};
 
 /// The `tool` of requests that were refused before they reached an operation.
 pub const REFUSED_REQUEST: &str = "request";
@@ -35,7 +35,7 @@ pub enum Effect {
 
 /// Which calls of an operation a person confirms, unless a policy specifies otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum When {
+pub enum ConfirmationScope {
     /// All.
     Any,
     /// Those on a VM that another caller has created.
@@ -46,7 +46,7 @@ pub enum When {
     Overwrite,
 }
 
-impl When {
+impl ConfirmationScope {
     /// The conditions that have a word of their own.
     pub const CONDITIONS: [Self; 3] = [Self::Foreign, Self::Ephemeral, Self::Overwrite];
 
@@ -125,7 +125,7 @@ pub struct Operation {
     /// Whether it can take so long that the REST API offers it as a job (`Prefer: respond-async`).
     pub long_running: bool,
     /// Which of its calls a person confirms by default.
-    pub confirmed: &'static [When],
+    pub confirmed: &'static [ConfirmationScope],
     /// Whether it is admitted on a full disk, because it gives space back.
     pub frees_space: bool,
     /// Whether its result is the output of a command in a guest.
@@ -166,11 +166,11 @@ impl Operation {
 
     /// How a user of a front end calls it; `None` where the front end does not have it.
     #[must_use]
-    pub fn call(&self, face: Face) -> Option<String> {
+    pub fn call(&self, face: FrontEnd) -> Option<String> {
         match face {
-            Face::Cli => self.command.map(|words| format!("nido {words}")),
-            Face::Mcp => self.tool.map(str::to_owned),
-            Face::Api => self.route.map(|route| format!("{} {}", route.method.word(), route.path)),
+            FrontEnd::Cli => self.command.map(|words| format!("nido {words}")),
+            FrontEnd::Mcp => self.tool.map(str::to_owned),
+            FrontEnd::Api => self.route.map(|route| format!("{} {}", route.method.word(), route.path)),
         }
     }
 
@@ -224,7 +224,7 @@ impl Operation {
         Self { long_running: true, ..self }
     }
 
-    const fn confirmed(self, confirmed: &'static [When]) -> Self {
+    const fn confirmed(self, confirmed: &'static [ConfirmationScope]) -> Self {
         Self { confirmed, ..self }
     }
 

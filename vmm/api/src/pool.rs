@@ -48,7 +48,7 @@ impl PoolKind {
         }
     }
 
-    /// The flags that ask for it on the command line, each with a space before it; empty for the machine one gets without.
+    /// The flags that request it on the command line, each with a space before it; empty for the machine one gets without.
     #[must_use]
     pub fn flags(&self, defaults: &Self) -> String {
         let mut flags = String::new();
@@ -91,7 +91,7 @@ pub struct PoolRequest {
 }
 
 impl PoolRequest {
-    /// So many clones of the machine that a bake is asked for.
+    /// So many clones of the machine that a bake is requested for.
     #[must_use]
     pub const fn of(wanted: u32, bake: &BakeRequest) -> Self {
         let BakeRequest { cpus, memory_mib, net, machine, accel, nested, .. } = *bake;
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flags_say_what_is_not_the_default() {
+    fn flags_show_only_non_default_values() {
         let plain = PoolKind::of(&VmSpec::named("x".parse().unwrap()));
         assert_eq!(plain.flags(&plain), "");
         let other = PoolKind { memory_mib: 640, net: NetChoice::None, nested: true, ..plain.clone() };

@@ -1,9 +1,9 @@
-//! What of an operation's arguments may be written down. Pure.
+//! What of an operation's arguments may be recorded. Pure.
 //!
 //! Secrets are recognised by the names of what holds them: a secret in the middle of a shell script is not, and a script is never
 //! taken for one. Of a `url` the host is kept: its path may be the secret, as that of Slack's endpoints is. Of standard input and contents
 //! the SHA-256 is kept. Invariant: what comes out is JSON of at most [`LIMIT`] bytes; of every argument both ends are in it, what was
-//! run comes first, and it says how much was left out.
+//! run comes first, and states how much was left out.
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
@@ -12,7 +12,7 @@ use url::Url;
 use crate::hex;
 use crate::sanitize::head;
 
-/// The longest arguments that are written down as they are, in bytes.
+/// The longest arguments that are recorded as they are, in bytes.
 pub const LIMIT: usize = 4096;
 /// How much is shown of each text of those that are longer: as much as fits.
 const BUDGETS: [usize; 5] = [1024, 384, 128, 48, 16];
@@ -23,26 +23,26 @@ const FIRST: [&str; 10] =
 const ITEMS: usize = 24;
 /// The longest name of a field there.
 const NAME: usize = 64;
-/// The field that says what was left out.
+/// The field that names what was left out.
 const CUT: &str = "cut";
 
 /// Words in a name whose value is secret.
 const SECRET: [&str; 6] = ["passphrase", "credential", "credentials", "authorization", "cookie", "apikey"];
-/// Words in a name that say that its value is too much for a log.
+/// Words in a name that mark that its value is too much for a log.
 const DATA: [&str; 4] = ["stdin", "content", "contents", "data"];
 /// Ends of such words: `PGPASSWORD`.
 const SECRET_END: [&str; 4] = ["token", "secret", "password", "passwd"];
 
 /// Redacted arguments that do not fit into a line.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Whole {
+pub struct OversizedArguments {
     /// Of the text, in hexadecimal.
     pub sha256: String,
     /// They, as JSON.
     pub text: String,
 }
 
-/// Arguments as they are written down: redacted, as JSON, of limited length.
+/// Arguments as they are recorded: redacted, as JSON, of limited length.
 #[must_use]
 pub fn params(arguments: &Value) -> String {
     params_and_whole(arguments).0
@@ -50,7 +50,7 @@ pub fn params(arguments: &Value) -> String {
 
 /// The same, and all of them where they are too long.
 #[must_use]
-pub fn params_and_whole(arguments: &Value) -> (String, Option<Whole>) {
+pub fn params_and_whole(arguments: &Value) -> (String, Option<OversizedArguments>) {
     let redacted = value(arguments);
     let text = redacted.to_string();
     if text.len() <= LIMIT {
@@ -61,7 +61,7 @@ pub fn params_and_whole(arguments: &Value) -> (String, Option<Whole>) {
     let all = BUDGETS.iter().map(|budget| shortened(&redacted, *budget, &cut, false));
     let first = BUDGETS.iter().map(|budget| shortened(&redacted, *budget, &cut, true));
     let fits = all.chain(first).map(|short| short.to_string()).find(|short| short.len() <= LIMIT);
-    (fits.unwrap_or_else(|| json!({ CUT: cut }).to_string()), Some(Whole { sha256, text }))
+    (fits.unwrap_or_else(|| json!({ CUT: cut }).to_string()), Some(OversizedArguments { sha256, text }))
 }
 
 /// Both ends of every text; only what counts most, or everything.
@@ -203,7 +203,7 @@ fn hidden(from: &Value) -> Value {
     }
 }
 
-/// Of what is too much for a log, how much it was, and a hash that says whether it was something that is known.
+/// Of what is too much for a log, how much it was, and a hash to compare it with known values.
 fn hashed(from: &Value) -> Value {
     let text = match from {
         Value::Null | Value::Bool(_) => return from.clone(),
@@ -226,7 +226,7 @@ fn is_word_char(c: char) -> bool {
 }
 
 /// Whether one of the words a name is made of is secret: `apiToken`, `API_TOKEN`, `--api-token`;
-/// or it is the key of somebody or something.
+/// or it is a key.
 fn is_secret(name: &str) -> bool {
     let words = words(name);
     let has = |wanted: &[&str]| words.iter().any(|word| wanted.contains(&word.as_str()));

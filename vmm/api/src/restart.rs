@@ -2,7 +2,7 @@
 //!
 //! | how it ended | `no` | `on-failure` | `always` |
 //! |---|---|---|---|
-//! | it failed (guest panic, QEMU died, start failed) | no | yes | yes |
+//! | it failed (guest panic, QEMU was killed, start failed) | no | yes | yes |
 //! | the guest powered itself off | no | no | yes |
 //! | stopped by a user, by a limit, by the end of its session | no | no | no |
 //! | stopped because the host shuts down | no | at the next boot | at the next boot |
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::state::{FailureCause, StateCause, VmState};
 
 /// How long a VM has to run for a restart to count as one that worked.
-const WORKS_AFTER: Duration = Duration::from_secs(10);
+const STABLE_RUN_TIME: Duration = Duration::from_secs(10);
 /// The longest wait before a restart.
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 
@@ -63,7 +63,7 @@ impl RestartPolicy {
 
 /// How a VM ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ended {
+pub struct ExitFacts {
     /// Its state.
     pub state: VmState,
     /// Why it is stopped.
@@ -89,7 +89,7 @@ pub enum Restart {
 
 /// Decides whether a VM that has ended is started again.
 #[must_use]
-pub fn decide(policy: RestartPolicy, ended: Ended) -> Restart {
+pub fn decide(policy: RestartPolicy, ended: ExitFacts) -> Restart {
     if policy.is_no() || ended.held || ended.failure == Some(FailureCause::FilesLost) {
         return Restart::Never;
     }
@@ -97,7 +97,7 @@ pub fn decide(policy: RestartPolicy, ended: Ended) -> Restart {
         (VmState::Failed, _) => Restart::Soon,
         (VmState::Stopped, Some(StateCause::Guest)) if policy == RestartPolicy::Always => Restart::Soon,
         (VmState::Stopped, Some(StateCause::Host)) => Restart::AtBoot,
-        // A restart that failed before QEMU ran: a published port was in use, say.
+        // A restart that failed before QEMU ran: for example, a published port was in use.
         (VmState::Stopped, None) if ended.restarting => Restart::Soon,
         _ => Restart::Never,
     }
@@ -112,15 +112,15 @@ pub fn back_off(in_row: u32) -> Duration {
 /// Whether the last start worked: the guest became ready, and the VM ended no sooner than 10 s after it was started.
 #[must_use]
 pub fn worked(was_ready: bool, ran: Option<Duration>) -> bool {
-    was_ready && ran.is_some_and(|ran| ran >= WORKS_AFTER)
+    was_ready && ran.is_some_and(|ran| ran >= STABLE_RUN_TIME)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn ended(state: VmState, cause: Option<StateCause>) -> Ended {
-        Ended { state, cause, failure: None, held: false, restarting: false }
+    fn ended(state: VmState, cause: Option<StateCause>) -> ExitFacts {
+        ExitFacts { state, cause, failure: None, held: false, restarting: false }
     }
 
     #[test]
@@ -130,10 +130,10 @@ mod tests {
             let soon = |expected: bool| if expected { Restart::Soon } else { Restart::Never };
             let failed = ended(VmState::Failed, None);
             assert_eq!(decide(policy, failed), soon(policy != No));
-            assert_eq!(decide(policy, Ended { held: true, ..failed }), Restart::Never);
-            assert_eq!(decide(policy, Ended { failure: Some(FailureCause::FilesLost), ..failed }), Restart::Never);
+            assert_eq!(decide(policy, ExitFacts { held: true, ..failed }), Restart::Never);
+            assert_eq!(decide(policy, ExitFacts { failure: Some(FailureCause::FilesLost), ..failed }), Restart::Never);
             let stopped = ended(VmState::Stopped, None);
-            assert_eq!(decide(policy, Ended { restarting: true, ..stopped }), soon(policy != No));
+            assert_eq!(decide(policy, ExitFacts { restarting: true, ..stopped }), soon(policy != No));
             for cause in StateCause::ALL {
                 let expected = match cause {
                     StateCause::Guest => soon(policy == Always),
@@ -155,14 +155,14 @@ mod tests {
         let waits: Vec<_> = (0..8).map(|in_row| back_off(in_row).as_secs()).collect();
         assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60]);
         assert_eq!(back_off(u32::MAX), BACK_OFF_MAX);
-        assert!(worked(true, Some(WORKS_AFTER)));
+        assert!(worked(true, Some(STABLE_RUN_TIME)));
         assert!(
-            !worked(false, Some(WORKS_AFTER)) && !worked(true, None) && !worked(true, Some(Duration::from_secs(9)))
+            !worked(false, Some(STABLE_RUN_TIME)) && !worked(true, None) && !worked(true, Some(Duration::from_secs(9)))
         );
     }
 
     #[test]
-    fn every_word_is_the_one_of_the_api() {
+    fn every_policy_uses_its_api_name() {
         for policy in RestartPolicy::ALL {
             assert_eq!(serde_json::to_value(policy).unwrap(), policy.word());
             assert_eq!(RestartPolicy::from_word(policy.word()), Some(policy));

@@ -41,10 +41,10 @@ const STRING_MAX: usize = 4096;
 
 /// A guest's text as a reader may see it who obeys no escape sequences but might obey words: a model, a log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shown {
+pub struct SanitizedText {
     /// Lines that end with `\n`, tabs, and characters that are what they look like.
     pub text: String,
-    /// The middle was left out; a line in its place says how much.
+    /// The middle was left out; a line in its place states how much.
     pub truncated: bool,
     /// Something that would not have been seen was taken out, or bytes that are no text were replaced.
     pub altered: bool,
@@ -55,7 +55,7 @@ pub struct Shown {
 ///
 /// What it returns it would not change again.
 #[must_use]
-pub fn for_reader(bytes: &[u8], limit: usize) -> Shown {
+pub fn for_reader(bytes: &[u8], limit: usize) -> SanitizedText {
     let raw = String::from_utf8_lossy(bytes);
     let mut altered = matches!(raw, std::borrow::Cow::Owned(_));
     let mut text = String::with_capacity(raw.len());
@@ -74,7 +74,7 @@ pub fn for_reader(bytes: &[u8], limit: usize) -> Shown {
         rest = &rest[length..];
     }
     let truncated = text.len() > limit;
-    Shown { text: if truncated { head_and_tail(&text, limit) } else { text }, truncated, altered }
+    SanitizedText { text: if truncated { head_and_tail(&text, limit) } else { text }, truncated, altered }
 }
 
 /// The longest tail of `text` that has at most `limit` bytes and cuts no character.
@@ -131,7 +131,7 @@ fn control_string(text: &str) -> usize {
         match c {
             '\x07' | '\u{9c}' => return at + c.len_utf8(),
             '\x1b' if text[at + 1..].starts_with('\\') => return at + 2,
-            // A terminal would go on or give up, each in its own way. So nobody has to look at anything twice.
+            // Terminals differ in whether they continue or stop here. So no text has to be examined twice.
             c if c.is_control() => return 0,
             _ => {}
         }
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn it_says_what_was_done() {
+    fn the_result_reports_truncation_and_changes() {
         let said = |bytes: &[u8], limit| {
             let shown = for_reader(bytes, limit);
             (shown.truncated, shown.altered)
@@ -218,12 +218,12 @@ mod tests {
             prop_assert!(first.text.chars().all(|c| matches!(c, '\n' | '\t') || !is_harmful(c)), "{:?}", first.text);
             prop_assert!(first.text.len() <= limit);
             let again = for_reader(first.text.as_bytes(), limit);
-            prop_assert_eq!(again, Shown { text: first.text, truncated: false, altered: false });
+            prop_assert_eq!(again, SanitizedText { text: first.text, truncated: false, altered: false });
         }
 
         #[test]
         fn plain_text_is_not_touched(text in "[ -~äß日\n\t]{0,80}") {
-            let same = Shown { text: text.clone(), truncated: false, altered: false };
+            let same = SanitizedText { text: text.clone(), truncated: false, altered: false };
             prop_assert_eq!(for_reader(text.as_bytes(), SHOWN_LIMIT), same);
         }
     }

@@ -56,7 +56,7 @@ impl VmState {
 
     /// No QEMU belongs to it.
     #[must_use]
-    pub const fn at_rest(self) -> bool {
+    pub const fn is_inactive(self) -> bool {
         matches!(self, Self::Created | Self::Stopped | Self::Failed)
     }
 
@@ -167,7 +167,7 @@ pub enum Fact {
     GuestShutdown,
     /// The guest's kernel panicked.
     GuestPanicked,
-    /// A stop was asked for.
+    /// A stop was requested.
     StopAsked,
     /// QEMU is gone; whether it ended in order (exit code 0 after a shutdown).
     QemuExited {
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn words_come_back() {
+    fn state_names_parse() {
         for state in VmState::ALL {
             assert_eq!(VmState::from_word(state.word()), Some(state));
             assert_eq!(serde_json::to_string(&state).unwrap(), format!("\"{}\"", state.word()));
@@ -364,23 +364,23 @@ mod tests {
     }
 
     #[test]
-    fn causes_have_the_same_word_in_the_store_and_in_json() {
+    fn causes_have_the_same_name_in_the_store_and_in_json() {
         for cause in StateCause::ALL {
             assert_eq!(StateCause::from_word(cause.word()), Some(cause));
             assert_eq!(serde_json::to_string(&cause).unwrap(), format!("\"{}\"", cause.word()));
         }
     }
 
-    // A row that said `running` kept a resume from ever reaching QEMU.
+    // A row with `running` kept a resume from ever reaching QEMU.
     #[test]
-    fn a_resume_reaches_qemu_whatever_the_row_says() {
+    fn a_resume_reaches_qemu_in_every_recorded_state() {
         for state in [VmState::Running, VmState::Paused] {
             assert_eq!(admit(state, Request::Resume), Admission::Do);
         }
     }
 
     #[test]
-    fn a_stop_that_was_asked_for_ends_in_stopped() {
+    fn a_requested_stop_ends_in_stopped() {
         for clean in [true, false] {
             let stopping = advance(VmState::Running, Fact::StopAsked);
             assert_eq!(advance(stopping, Fact::QemuExited { clean }), VmState::Stopped);
@@ -404,9 +404,9 @@ mod tests {
                 } else {
                     let next = advance(state, FACTS[fact]);
                     if matches!(FACTS[fact], Fact::QemuExited { .. }) {
-                        prop_assert!(next.at_rest());
+                        prop_assert!(next.is_inactive());
                     }
-                    prop_assert!(!state.at_rest() || next == state);
+                    prop_assert!(!state.is_inactive() || next == state);
                     state = next;
                 }
             }

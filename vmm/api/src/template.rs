@@ -221,7 +221,7 @@ pub enum ImportSource {
 
 /// How far an export or an import has come.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TravelStep {
+pub struct TransferStep {
     /// The part that is worked on, or `publish`.
     pub stage: String,
     /// Its number, from 1.

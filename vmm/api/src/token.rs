@@ -47,12 +47,12 @@ impl std::str::FromStr for Scope {
 /// The part of a server to which a token is restricted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Door {
+pub enum TokenAudience {
     /// The MCP server. The REST API has neither its policy nor its confirmations.
     Mcp,
 }
 
-impl Door {
+impl TokenAudience {
     /// The word for it.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -70,7 +70,7 @@ impl Door {
     }
 }
 
-impl std::str::FromStr for Door {
+impl std::str::FromStr for TokenAudience {
     type Err = Error;
 
     fn from_str(word: &str) -> Result<Self, Error> {
@@ -93,7 +93,7 @@ pub struct TokenRequest {
     pub scope: Scope,
     /// The part of a server to which it is restricted; absent for all parts.
     #[serde(default)]
-    pub only: Option<Door>,
+    pub only: Option<TokenAudience>,
     /// Its validity, in milliseconds; it does not expire if absent.
     #[serde(default)]
     pub expires_in_ms: Option<u64>,
@@ -112,7 +112,7 @@ pub struct TokenInfo {
     /// Its scope.
     pub scope: Scope,
     /// The part of a server to which it is restricted, if any.
-    pub only: Option<Door>,
+    pub only: Option<TokenAudience>,
     /// When it was created.
     pub created_at: Timestamp,
     /// When it expires.

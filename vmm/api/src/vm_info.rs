@@ -89,7 +89,7 @@ const fn is_zero(count: &u32) -> bool {
 }
 
 /// The warning of a VM whose guest was not given the time it needed to power off.
-pub const PLUG_PULLED: &str =
+pub const QEMU_KILLED_WARNING: &str =
     "the guest did not power off in time, so QEMU was terminated: data that was not yet on its disk is lost";
 
 /// State of the guest agent.

@@ -26,7 +26,7 @@ pub enum WebhookFormat {
 }
 
 /// Where Slack's incoming webhooks live.
-const SLACKS_HOSTS: [&str; 2] = ["hooks.slack.com", "hooks.slack-gov.com"];
+const SLACK_HOSTS: [&str; 2] = ["hooks.slack.com", "hooks.slack-gov.com"];
 
 /// Where PagerDuty's Events API is.
 const PAGERDUTY_HOSTS: [&str; 2] = ["events.pagerduty.com", "events.eu.pagerduty.com"];
@@ -39,7 +39,7 @@ impl WebhookFormat {
     #[must_use]
     pub fn usual_at(host: &str) -> Self {
         match host {
-            _ if SLACKS_HOSTS.contains(&host) => Self::Slack,
+            _ if SLACK_HOSTS.contains(&host) => Self::Slack,
             _ if PAGERDUTY_HOSTS.contains(&host) => Self::PagerDuty,
             _ => Self::Standard,
         }

@@ -100,7 +100,7 @@ impl WebhookSecret {
     pub fn sign(&self, message_id: &str, timestamp: i64, body: &str) -> Option<String> {
         let Kind::Key(key) = &self.0 else { return None };
         let signed = format!("{message_id}.{timestamp}.{body}");
-        // HMAC takes keys of every length; the type cannot say so.
+        // HMAC takes keys of every length; the type does not express that.
         let mac = Hmac::<Sha256>::new_from_slice(key).ok()?.chain_update(signed).finalize().into_bytes();
         Some(format!("v1,{}", STANDARD.encode(mac)))
     }
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_that_is_none_is_refused_and_not_repeated() {
+    fn an_invalid_secret_is_refused_and_not_repeated() {
         let (short, long) = (STANDARD.encode([7; 23]), STANDARD.encode([7; 65]));
         for bad in ["", "whsec_", "geheim", "whsec_ge heim", "WHSEC_AAAA", &format!("whsec_{short}"), &long] {
             let Err(error) = WebhookSecret::parse(bad) else { panic!("{bad} was taken") };
@@ -150,7 +150,7 @@ mod tests {
         }
 
         #[test]
-        fn whatever_is_changed_changes_the_signature(id in "[a-z]{1,9}", at in 0..i64::MAX, body in ".{0,40}") {
+        fn every_change_alters_the_signature(id in "[a-z]{1,9}", at in 0..i64::MAX, body in ".{0,40}") {
             let (ours, other) = (WebhookSecret::new([1; 32]), WebhookSecret::new([2; 32]));
             let signature = ours.sign(&id, at, &body);
             prop_assert_ne!(&signature, &other.sign(&id, at, &body));

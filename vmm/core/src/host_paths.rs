@@ -22,8 +22,8 @@ use rustix::io::Errno;
 
 use crate::policy::Policy;
 
-pub use self::writing::Writing;
-use self::writing::{TRIES, check_target, make};
+pub use self::writing::PendingFile;
+use self::writing::{NAME_ATTEMPTS_MAX, check_target, make};
 
 const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
@@ -171,14 +171,14 @@ impl Roots {
     /// # Errors
     /// `denied` outside of the roots and where a symlink is on the way, `path_not_found`, `path_exists` unless it may be
     /// overwritten, `path_invalid` for what is not a regular file.
-    pub fn write(&self, path: &Path, overwrite: bool) -> Result<Writing> {
+    pub fn write(&self, path: &Path, overwrite: bool) -> Result<PendingFile> {
         let (root, below) = self.find(path)?;
         let name = below.file_name().ok_or_else(|| not_a_file(path, FileType::Directory))?.to_owned();
         let parent = below.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let directory = root.resolve(parent, DIRECTORY).map_err(|e| refused(path, e))?;
         check_target(&directory, &name, overwrite, path)?;
         let (file, fresh) = make(&directory).map_err(|e| refused(path, e))?;
-        Ok(Writing { file: file.into(), fresh, directory, name, overwrite, path: root.named.join(&below) })
+        Ok(PendingFile { file: file.into(), fresh, directory, name, overwrite, path: root.named.join(&below) })
     }
 
     /// The root of a path, and what of it lies below. Pure but for what it borrows: nothing is looked up.
@@ -222,14 +222,14 @@ impl Root {
         };
         let fd = rustix::fs::open(path, DIRECTORY, Mode::empty()).map_err(|e| refused(path, e))?;
         let real = std::fs::read_link(of(&fd)).map_err(failed)?;
-        // What is answered can be asked for again: a path with '..' in it could not.
+        // What is answered can be requested again: a path with '..' in it could not.
         let named = std::path::absolute(path).map_err(failed)?;
         let named = if leads_upwards(&named) { real.clone() } else { named };
         Ok(Self { fd, named, real, hidden })
     }
 
     fn resolve(&self, below: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
-        for _ in 0..TRIES {
+        for _ in 0..NAME_ATTEMPTS_MAX {
             match rustix::fs::openat2(&self.fd, below, flags, Mode::empty(), INSIDE) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 outcome => return outcome,

@@ -24,6 +24,6 @@ pub use nido_supervisor::SuperviseRequest;
 
 pub use nido::execute;
 pub use nido::{
-    Adoption, BegunVm, EventFeed, ExecControl, ExecEvents, Intent, Lease, LogStream, Nido, OpenOptions, RUN_IDLE_MS,
-    Rebuilt, RestoredRows, RestoredVm, SkippedDirectory, Watch,
+    Adoption, EventFeed, ExecControl, ExecEvents, Intent, Lease, LogStream, Nido, OpenOptions, RUN_IDLE_MS,
+    RebuildReport, RestoredRows, RestoredVm, SkippedDirectory, VmInProgress, Watch,
 };

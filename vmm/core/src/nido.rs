@@ -1,4 +1,4 @@
-//! `Nido`: the core API, one method per operation. Every face calls these and nothing else.
+//! `Nido`: the core API, one method per operation. Every front end calls these and nothing else.
 //!
 //! The methods are spread over `nido/*.rs` by noun; this file opens a home and holds what they share.
 //!
@@ -9,7 +9,6 @@
 mod approvals;
 mod audit;
 mod bake;
-mod begun;
 mod claim;
 mod create;
 mod delete;
@@ -43,29 +42,30 @@ mod template_archive;
 mod template_store;
 mod templates;
 mod tokens;
+mod vm_in_progress;
 mod webhooks;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-pub use begun::BegunVm;
 pub use events::{EventFeed, Watch};
 pub use exec::{ExecControl, ExecEvents};
 pub use leases::Lease;
 pub use list::Intent;
 pub use logs::LogStream;
-pub use rebuild::{Rebuilt, RestoredRows, RestoredVm, SkippedDirectory};
+pub use rebuild::{RebuildReport, RestoredRows, RestoredVm, SkippedDirectory};
 pub use reconcile::Adoption;
 pub use run::RUN_IDLE_MS;
+pub use vm_in_progress::VmInProgress;
 
 use nido_api::VmRef;
 use nido_api::error::{Code, Error, Result};
 use nido_engine::home::{Home, VmDir};
 use nido_engine::host::{HostFacts, QemuFacts, facts, qemu};
-use nido_engine::liveness::Presence;
+use nido_engine::liveness::LivenessLock;
 use nido_engine::space_reserve::SpaceReserve;
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_store::VmRow;
 pub use nido_supervisor::context::OpenOptions;
 use nido_supervisor::context::{Context, StoreGuard};
@@ -83,7 +83,7 @@ const BACKUP_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 pub struct Nido {
     context: Arc<Context>,
     /// The liveness lock of this process, once it is needed.
-    presence: Arc<Mutex<Option<Presence>>>,
+    liveness_lock: Arc<Mutex<Option<LivenessLock>>>,
     /// What this process was asked to show, for the audit log.
     reads: Arc<Repeats>,
     /// Notified when this process requests the cancellation of a job.
@@ -111,7 +111,7 @@ impl Nido {
     pub(crate) fn open_unreconciled(options: OpenOptions) -> Result<Self> {
         let context = Arc::new(Context::open(options)?);
         let reads = Arc::new(Repeats::new(Log::reads(context.home().audit())));
-        Ok(Self { context, presence: Arc::default(), reads, job_cancelled: Arc::default() })
+        Ok(Self { context, liveness_lock: Arc::default(), reads, job_cancelled: Arc::default() })
     }
 
     /// Whether the home could only be opened for reading. What writes fails as `read_only` then.
@@ -141,7 +141,7 @@ impl Nido {
         self.context.resume_deliveries();
     }
 
-    /// What the user ought to know about the home that was opened: a new store beside VMs that it does not know.
+    /// Warnings about the home that was opened: a new store with VMs that it does not list.
     #[must_use]
     pub fn notice(&self) -> Option<String> {
         if !self.store().is_new() {
@@ -162,7 +162,7 @@ impl Nido {
         if !is_due || self.unknown_vms().map_or(true, |unknown| !unknown.is_empty()) {
             return;
         }
-        let Ok(Some(_held)) = Held::try_take(&self.home().backup_lock()) else { return };
+        let Ok(Some(_held)) = HeldLock::try_take(&self.home().backup_lock()) else { return };
         if let Err(error) = self.store().back_up(&last, &older) {
             tracing::warn!("the store was not backed up: {error}");
         }

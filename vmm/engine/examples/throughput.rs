@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nido_engine::guest::{Channel, Download, Endpoint, Event, Guest, Limits, Source, Upload};
+use nido_engine::guest::{AgentAddress, Channel, Download, Event, Guest, Limits, Source, Upload};
 use nido_guest_agent::config::{Channel as Reach, GuestConfig, Init};
 use nido_guest_agent::wire::Exec;
 use tokio::net::UnixListener;
@@ -31,7 +31,7 @@ async fn main() -> Outcome {
     }
 }
 
-/// The supervisor's part, as long as somebody holds its standard input open.
+/// The supervisor's part, as long as its standard input is open.
 async fn serve(dir: &Path) -> Outcome {
     let channel = UnixListener::bind(dir.join("channel.sock"))?;
     let clients = UnixListener::bind(dir.join("agent.sock"))?;
@@ -42,9 +42,9 @@ async fn serve(dir: &Path) -> Outcome {
 }
 
 /// Ends a process when dropped.
-struct Ended(Child);
+struct KilledOnDrop(Child);
 
-impl Drop for Ended {
+impl Drop for KilledOnDrop {
     fn drop(&mut self) {
         // Gone already is as good.
         let _ = self.0.kill();
@@ -52,8 +52,8 @@ impl Drop for Ended {
     }
 }
 
-fn spawn(program: &Path, arguments: &[&str]) -> Outcome<Ended> {
-    Ok(Ended(Command::new(program).args(arguments).stdin(Stdio::piped()).spawn()?))
+fn spawn(program: &Path, arguments: &[&str]) -> Outcome<KilledOnDrop> {
+    Ok(KilledOnDrop(Command::new(program).args(arguments).stdin(Stdio::piped()).spawn()?))
 }
 
 fn deadline() -> tokio::time::Instant {
@@ -79,7 +79,7 @@ async fn measure(mib: usize) -> Outcome {
     std::fs::set_permissions(path("agent"), std::fs::Permissions::from_mode(0o755))?;
     let arguments = ["serve", "--channel-socket", &path("channel.sock"), "--config", &path("config")];
     let agent = spawn(Path::new(&path("agent")), &arguments)?;
-    let endpoint = Endpoint::Serial { dir: dir.into(), socket: "agent.sock".into() };
+    let endpoint = AgentAddress::Serial { dir: dir.into(), socket: "agent.sock".into() };
     let guest = Guest::new(endpoint, TOKEN.to_vec());
     guest.wait_ready(deadline()).await?;
 
@@ -148,7 +148,7 @@ fn print_each(what: &str, started: Instant) {
 }
 
 /// Prints private and peak memory.
-fn report(when: &str, supervisor: &Ended, agent: &Ended) {
+fn report(when: &str, supervisor: &KilledOnDrop, agent: &KilledOnDrop) {
     for (who, pid) in [("client", std::process::id()), ("channel", supervisor.0.id()), ("agent", agent.0.id())] {
         let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
         let sum = |text: &str, keys: &[&str]| -> u64 {

@@ -15,14 +15,14 @@ const TSC_TOLERANCE_PPM: u64 = 200;
 
 /// Why no bake fits.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unfit {
+pub enum BakeMismatch {
     /// There is none for such a machine: the end of a sentence, with the difference.
     Missing(String),
     /// There is one for such a machine, and this host cannot load it.
     Mismatch(String),
 }
 
-impl Unfit {
+impl BakeMismatch {
     /// The words of either.
     #[must_use]
     pub fn why(&self) -> &str {
@@ -60,22 +60,22 @@ pub fn qemu_id(qemu: &QemuFacts) -> QemuId {
 ///
 /// # Errors
 /// What is in the way.
-pub fn choose<'a>(bakes: &'a [Bake], wanted: &BakedMachine, qemu: &QemuId) -> Result<&'a Bake, Unfit> {
+pub fn choose<'a>(bakes: &'a [Bake], wanted: &BakedMachine, qemu: &QemuId) -> Result<&'a Bake, BakeMismatch> {
     if bakes.is_empty() {
-        return Err(Unfit::Missing("the template has no warm image".into()));
+        return Err(BakeMismatch::Missing("the template has no warm image".into()));
     }
     let fitting: Vec<&Bake> = bakes.iter().filter(|bake| same_kind(&bake.machine, wanted)).collect();
     let Some(newest) = fitting.last() else {
         // Reports the difference from the closest bake.
         let closest = bakes.iter().map(|bake| differences(&bake.machine, wanted)).min_by_key(Vec::len);
-        return Err(Unfit::Missing(format!("no warm image has {}", closest.unwrap_or_default().join(" and "))));
+        return Err(BakeMismatch::Missing(format!("no warm image has {}", closest.unwrap_or_default().join(" and "))));
     };
     let loadable = |bake: &&Bake| fits((&bake.machine, &bake.qemu), wanted, qemu).is_ok();
     match fitting.iter().copied().find(loadable) {
         Some(bake) => Ok(bake),
         None => Err(fits((&newest.machine, &newest.qemu), wanted, qemu)
             .err()
-            .unwrap_or_else(|| Unfit::Missing(String::new()))),
+            .unwrap_or_else(|| BakeMismatch::Missing(String::new()))),
     }
 }
 
@@ -83,28 +83,28 @@ pub fn choose<'a>(bakes: &'a [Bake], wanted: &BakedMachine, qemu: &QemuId) -> Re
 ///
 /// # Errors
 /// What is in the way.
-pub fn fits(saved: (&BakedMachine, &QemuId), wanted: &BakedMachine, qemu: &QemuId) -> Result<(), Unfit> {
+pub fn fits(saved: (&BakedMachine, &QemuId), wanted: &BakedMachine, qemu: &QemuId) -> Result<(), BakeMismatch> {
     let (machine, by) = saved;
     let differences = differences(machine, wanted);
     if !differences.is_empty() {
-        return Err(Unfit::Missing(format!("it was not saved with {}", differences.join(" and "))));
+        return Err(BakeMismatch::Missing(format!("it was not saved with {}", differences.join(" and "))));
     }
     if by.sha256 != qemu.sha256 {
-        return Err(Unfit::Mismatch(if by.version == qemu.version {
+        return Err(BakeMismatch::Mismatch(if by.version == qemu.version {
             format!("it was saved by another build of QEMU {}", qemu.version)
         } else {
             format!("it was saved by QEMU {}, and here is {}", by.version, qemu.version)
         }));
     }
     if machine.devices != wanted.devices {
-        return Err(Unfit::Mismatch(
+        return Err(BakeMismatch::Mismatch(
             "it was saved by another nido version, whose machines have different devices".into(),
         ));
     }
     if clocks_agree(machine, wanted) {
         Ok(())
     } else {
-        Err(Unfit::Mismatch("it was saved on a host whose time-stamp counter has another frequency".into()))
+        Err(BakeMismatch::Mismatch("it was saved on a host whose time-stamp counter has another frequency".into()))
     }
 }
 
@@ -112,7 +112,7 @@ fn same_kind(bake: &BakedMachine, wanted: &BakedMachine) -> bool {
     differences(bake, wanted).is_empty()
 }
 
-/// What of `wanted` the bake does not have, in words. The clock is not among them: no user asks for it.
+/// What of `wanted` the bake does not have, in words. The clock is not among them: no user requests it.
 fn differences(bake: &BakedMachine, wanted: &BakedMachine) -> Vec<String> {
     let mut words = Vec::new();
     let mut differ = |same: bool, word: String| words.extend((!same).then_some(word));
@@ -183,27 +183,29 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_named() {
+    fn missing_parts_are_named() {
         let why = |bakes: &[Bake], wanted| choose(bakes, &wanted, &qemu("7.2", "a")).unwrap_err();
-        assert_eq!(why(&[], machine()), Unfit::Missing("the template has no warm image".into()));
+        assert_eq!(why(&[], machine()), BakeMismatch::Missing("the template has no warm image".into()));
         let bakes = [bake(machine(), qemu("7.2", "a")), bake(BakedMachine { cpus: 2, ..machine() }, qemu("7.2", "a"))];
         let wanted = BakedMachine { cpus: 2, memory_mib: 1024, ..machine() };
-        assert_eq!(why(&bakes, wanted), Unfit::Missing("no warm image has 1024 MiB of memory".into()));
+        assert_eq!(why(&bakes, wanted), BakeMismatch::Missing("no warm image has 1024 MiB of memory".into()));
     }
 
     #[test]
-    fn what_cannot_be_loaded_here_is_a_mismatch() {
+    fn a_bake_of_another_host_is_a_mismatch() {
         let why = |bake: Bake| choose(&[bake], &machine(), &qemu("7.2", "a")).unwrap_err();
         let other = why(bake(machine(), qemu("10.0", "b")));
-        assert_eq!(other, Unfit::Mismatch("it was saved by QEMU 10.0, and here is 7.2".into()));
+        assert_eq!(other, BakeMismatch::Mismatch("it was saved by QEMU 10.0, and here is 7.2".into()));
         assert!(
-            matches!(why(bake(machine(), qemu("7.2", "b"))), Unfit::Mismatch(why) if why.contains("another build"))
+            matches!(why(bake(machine(), qemu("7.2", "b"))), BakeMismatch::Mismatch(why) if why.contains("another build"))
         );
         let fast = BakedMachine { tsc_khz: Some(2_400_000), ..machine() };
-        assert!(matches!(why(bake(fast, qemu("7.2", "a"))), Unfit::Mismatch(why) if why.contains("time-stamp")));
+        assert!(matches!(why(bake(fast, qemu("7.2", "a"))), BakeMismatch::Mismatch(why) if why.contains("time-stamp")));
         let other_devices = BakedMachine { devices: String::new(), ..machine() };
-        assert!(matches!(why(bake(other_devices, qemu("7.2", "a"))), Unfit::Mismatch(why) if why.contains("devices")));
+        assert!(
+            matches!(why(bake(other_devices, qemu("7.2", "a"))), BakeMismatch::Mismatch(why) if why.contains("devices"))
+        );
         let clockless = BakedMachine { tsc_khz: None, ..machine() };
-        assert!(matches!(why(bake(clockless, qemu("7.2", "a"))), Unfit::Mismatch(_)));
+        assert!(matches!(why(bake(clockless, qemu("7.2", "a"))), BakeMismatch::Mismatch(_)));
     }
 }

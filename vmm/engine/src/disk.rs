@@ -1,4 +1,4 @@
-//! A VM's disk: an empty qcow2 overlay on its template's frozen disk.
+//! A VM's disk: an empty qcow2 overlay on its template's backing layer.
 //!
 //! Written here rather than by `qemu-img create`, which costs a process of 15 to 30 ms for what is four small clusters.
 //! The layout is QEMU's `docs/interop/qcow2.txt`, version 3:
@@ -87,7 +87,7 @@ mod tests {
 
     use super::*;
 
-    /// QEMU's own tool has the last word on what a qcow2 file is.
+    /// QEMU's own tool decides what a qcow2 file is.
     #[test]
     fn qemu_img_finds_nothing_wrong_and_reads_the_backing_file() {
         let dir = tempfile::tempdir().unwrap();
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn what_exists_is_not_overwritten() {
+    fn an_existing_disk_is_not_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         std::fs::write(&path, "precious").unwrap();

@@ -110,7 +110,7 @@ pub fn guest_error(vm: &str, error: GuestError) -> Error {
     Error::new(code, error.to_string()).hint(hint).because(error)
 }
 
-/// What a guest says went wrong. Its words are shown escaped.
+/// A guest's error. Its text is shown escaped.
 fn fault_error(fault: Fault, message: &str) -> Error {
     let text = nido_api::sanitize::on_one_line(message);
     let (code, hint) = match fault {

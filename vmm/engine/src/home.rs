@@ -14,7 +14,7 @@ use nido_files::atomic_file::{Durability, create_private};
 use nido_files::layout;
 use nido_files::private_dir::{make_private_dir, make_private_dir_in_place};
 
-/// Locked while QEMU lives: QEMU inherits the descriptor.
+/// Locked while QEMU runs: QEMU inherits the descriptor.
 pub const VM_LOCK: &str = "vm.lock";
 /// Locked by the process that may change the VM: its supervisor, or the command that starts or deletes it.
 pub const SUPERVISOR_LOCK: &str = "supervisor.lock";
@@ -30,7 +30,7 @@ pub const CONTROL_SOCKET: &str = "control.sock";
 pub const CONSOLE_LOG: &str = "console.log";
 /// What QEMU itself prints.
 pub const QEMU_LOG: &str = "qemu.log";
-/// What the supervisor has to say.
+/// The supervisor's log.
 pub const SUPERVISOR_LOG: &str = "supervisor.log";
 /// The configuration that the guest reads at boot (contains the token).
 pub const GUEST_CONFIG: &str = "guest.cbor";
@@ -40,9 +40,9 @@ pub const MEMORY_IMAGE: &str = "memory.img";
 pub const DEVICE_STATE: &str = "state.bin";
 /// Where QEMU is given the state of a machine that was saved.
 pub const LOAD_SOCKET: &str = "load.sock";
-/// Where QEMU leaves the state of a machine that becomes a warm image.
+/// Where QEMU saves the state of a machine that becomes a warm image.
 pub const SAVE_SOCKET: &str = "save.sock";
-/// Where QEMU leaves the state of a machine for a snapshot.
+/// Where QEMU saves the state of a machine for a snapshot.
 pub const SNAPSHOT_SOCKET: &str = "snapshot.sock";
 /// The VM's snapshots, by name.
 pub const SNAPSHOTS: &str = "snapshots";
@@ -176,10 +176,10 @@ impl Home {
         VmDir { path: self.vms().join(id) }
     }
 
-    /// The directory of those who are there: servers that carry out jobs, sessions that VMs belong to.
+    /// The directory of liveness locks: of servers that carry out jobs, of sessions that VMs belong to.
     #[must_use]
     pub fn present(&self) -> PathBuf {
-        self.root.join(layout::PRESENT)
+        self.root.join(layout::LIVENESS_LOCKS)
     }
 
     /// Held (flock(2)) shared while a VM is created, exclusively while template parts are removed.
@@ -230,7 +230,7 @@ impl Home {
         format!("../../{}/{sha256}", layout::BLOBS)
     }
 
-    /// Where the audit log is: where the home says. Before anything was written into it: of the home that applies when none is named,
+    /// Where the audit log is: as the home records. Before anything was written into it: of the home that applies when none is named,
     /// `/var/log/nido` for root, else `nido` in `$XDG_STATE_HOME` or `~/.local/state`; of every other, in the home.
     #[must_use]
     pub fn audit(&self) -> PathBuf {
@@ -240,7 +240,7 @@ impl Home {
         }
     }
 
-    /// The same, and from now on it is there, whatever the environment of other processes says: one home never has two logs.
+    /// The same, and from now on it is fixed, whatever the environment of other processes: one home never has two logs.
     ///
     /// # Errors
     /// The home cannot be written.

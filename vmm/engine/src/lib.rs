@@ -1,12 +1,12 @@
 //! How one VM runs on this host: what machine a request becomes, QEMU's command line, process and monitor, the guest agent's client,
-//! disks, snapshots and paths. Nothing here knows the store or the caller.
+//! disks, snapshots and paths. Nothing here depends on the store or the caller.
 //!
 //! ```text
 //!   machine.rs + host/     request and host facts become a machine      [machine.rs: pure]
 //!   qemu/                  its command line, process, monitor, migration
 //!   guest/                 the client of the agent inside
 //!   home.rs                every path of a home
-//!   liveness.rs            which processes live
+//!   liveness.rs            which processes run
 //! ```
 //!
 //! Invariants: nothing outside `home.rs` makes a path of the home; every wait has a deadline.

@@ -1,35 +1,35 @@
-//! That somebody is still there, for what belongs to them: a lock of its own below `present/`, held for as long.
+//! Liveness locks: a process holds a lock of its own below `present/` as long as it runs, for what belongs to it.
 //!
-//! Invariant: nobody is taken for gone because the look failed. Only a lock that is seen to be free, or a file that is seen not
-//! to be there, says so.
+//! Invariant: a process does not count as ended because a check failed. Only a lock that is free, or a file that does
+//! not exist, proves it.
 
 use std::path::{Path, PathBuf};
 
 use nido_api::error::{Error, Result};
-use nido_files::lock::{Held, is_free};
+use nido_files::lock::{HeldLock, is_free};
 use nido_files::private_dir::make_private_dir;
 use nido_files::random;
 
 /// How often another id is tried when reconciliation removed the file before it was locked.
-const TRIES: u32 = 16;
+const ATTEMPTS_MAX: u32 = 16;
 
-/// Somebody who is there, until it is dropped or its process dies.
+/// A process's liveness lock; released when it is dropped or its process ends.
 #[derive(Debug)]
-pub struct Presence {
+pub struct LivenessLock {
     id: String,
     path: PathBuf,
-    _held: Held,
+    _held: HeldLock,
 }
 
-impl Presence {
+impl LivenessLock {
     /// Takes a lock of its own.
     pub fn begin(directory: &Path) -> Result<Self> {
         let broken = |e| Error::io(format!("cannot use {}", directory.display()), e);
         make_private_dir(directory).map_err(broken)?;
-        for _ in 0..TRIES {
+        for _ in 0..ATTEMPTS_MAX {
             let id = random::id()?;
             let path = directory.join(&id);
-            match Held::try_take(&path) {
+            match HeldLock::try_take(&path) {
                 Ok(Some(held)) => return Ok(Self { id, path, _held: held }),
                 Ok(None) => {}
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
@@ -39,20 +39,20 @@ impl Presence {
         Err(Error::internal("the liveness lock of this process could not be acquired"))
     }
 
-    /// What others know it by.
+    /// Its id for other processes.
     pub fn id(&self) -> &str {
         &self.id
     }
 }
 
-impl Drop for Presence {
+impl Drop for LivenessLock {
     fn drop(&mut self) {
-        // While it is locked: nobody else can have it, and without the file it counts as gone.
+        // While it is locked: no other process can acquire it, and without the file the process counts as ended.
         let _ = std::fs::remove_file(&self.path);
     }
 }
 
-/// Whether somebody is certainly gone.
+/// Whether the process with this lock has certainly ended.
 pub fn is_gone(directory: &Path, id: &str) -> bool {
     match is_free(&directory.join(id)) {
         Ok(free) => free,
@@ -63,21 +63,21 @@ pub fn is_gone(directory: &Path, id: &str) -> bool {
     }
 }
 
-/// The ids of processes that died: their files are there, and nobody holds the locks.
+/// The ids of processes that have ended: their files exist, and the locks are free.
 #[must_use]
-pub fn dead(directory: &Path) -> Vec<String> {
+pub fn orphaned_ids(directory: &Path) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
     let ids = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     ids.filter(|id| is_free(&directory.join(id)).unwrap_or(false)).collect()
 }
 
-/// Removes the file of a process that died, unless another process has taken the lock since.
+/// Removes the file of a process that has ended, unless another process has taken the lock since.
 ///
 /// # Errors
 /// The file cannot be opened or removed.
-pub fn remove_dead(directory: &Path, id: &str) -> std::io::Result<()> {
+pub fn remove_orphan(directory: &Path, id: &str) -> std::io::Result<()> {
     let path = directory.join(id);
-    let removed = match Held::try_take_existing(&path) {
+    let removed = match HeldLock::try_take_existing(&path) {
         Ok(Some(_held)) => std::fs::remove_file(&path),
         other => other.map(drop),
     };
@@ -92,10 +92,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_is_dropped_is_gone_and_leaves_nothing() {
+    fn a_dropped_liveness_lock_is_released_and_removed() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("present");
-        let (first, second) = (Presence::begin(&dir).unwrap(), Presence::begin(&dir).unwrap());
+        let (first, second) = (LivenessLock::begin(&dir).unwrap(), LivenessLock::begin(&dir).unwrap());
         let id = first.id().to_owned();
         assert!(!is_gone(&dir, &id) && !is_gone(&dir, second.id()));
         drop(first);
@@ -104,34 +104,34 @@ mod tests {
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
         std::fs::write(dir.join("0123"), "").unwrap();
         assert!(is_gone(&dir, "0123"), "killed");
-        let third = Presence::begin(&dir).unwrap();
-        assert_eq!(dead(&dir), ["0123"]);
+        let third = LivenessLock::begin(&dir).unwrap();
+        assert_eq!(orphaned_ids(&dir), ["0123"]);
         for id in ["0123", third.id(), "never"] {
-            remove_dead(&dir, id).unwrap();
+            remove_orphan(&dir, id).unwrap();
         }
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1, "only the one that died");
         assert!(!is_gone(&dir, third.id()));
     }
 
     #[test]
-    fn a_look_that_fails_says_nothing() {
+    fn a_failed_check_does_not_count_as_ended() {
         let root = tempfile::tempdir().unwrap();
-        // No file, but not for want of one.
+        // There is no file, but not because it is missing.
         let file = root.path().join("file");
         std::fs::write(&file, "").unwrap();
         assert!(!is_gone(&file, "0123"));
     }
 
     #[test]
-    fn many_come_and_go_at_once() {
+    fn concurrent_liveness_locks_do_not_interfere() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("present");
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..50 {
-                        let one = Presence::begin(&dir).unwrap();
-                        dead(&dir).iter().for_each(|id| remove_dead(&dir, id).unwrap());
+                        let one = LivenessLock::begin(&dir).unwrap();
+                        orphaned_ids(&dir).iter().for_each(|id| remove_orphan(&dir, id).unwrap());
                         assert!(!is_gone(&dir, one.id()));
                     }
                 });

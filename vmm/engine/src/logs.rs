@@ -1,6 +1,6 @@
 //! The logs of a VM: their last lines for errors, and their size.
 //!
-//! QEMU and the guest append for as long as they live, supervisor or not; so a log that has grown too long is copied aside
+//! QEMU and the guest append as long as they run, with or without a supervisor; so a log that has grown too long is copied
 //! and cut where it stands.
 //!
 //! Invariant: a log takes at most about twice [`LOG_BYTES_MAX`] on disk while a supervisor lives.
@@ -16,7 +16,7 @@ pub const LOG_BYTES_MAX: u64 = 4 << 20;
 /// How many lines go into an error.
 const TAIL_LINES: usize = 20;
 /// How many lines before a panic go with it.
-const BEFORE_PANIC: usize = 5;
+const LINES_BEFORE_PANIC: usize = 5;
 /// How much of a log is looked at for them, in bytes.
 const TAIL_BYTES: u64 = 16 * 1024;
 /// Longest line in an error, in characters.
@@ -38,7 +38,7 @@ pub fn log_tail(dir: &VmDir, names: &[&str]) -> Vec<String> {
 pub fn panic_lines(dir: &VmDir, name: &str) -> Option<Vec<String>> {
     let lines = last_lines(&dir.file(name)).ok()?;
     let at = lines.iter().rposition(|line| line.contains("Kernel panic - not syncing"))?;
-    let from = at.saturating_sub(BEFORE_PANIC);
+    let from = at.saturating_sub(LINES_BEFORE_PANIC);
     Some(lines[from..].iter().take(TAIL_LINES).cloned().collect())
 }
 
@@ -62,7 +62,7 @@ fn last_lines(path: &Path) -> std::io::Result<Vec<String>> {
 /// Rotates the log at `path` if it is too long: `NAME` becomes `NAME.1` by copying, for its writers keep their descriptor.
 ///
 /// # Errors
-/// The copy cannot be written; the log is cut all the same, so it does not fill the disk.
+/// The copy cannot be written; the log is cut nevertheless, so it does not fill the disk.
 pub fn rotate(path: &Path) -> std::io::Result<()> {
     let too_long = std::fs::metadata(path).is_ok_and(|meta| meta.len() > LOG_BYTES_MAX);
     if !too_long {
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_log_is_cut_where_it_stands_and_its_writer_goes_on() {
+    fn a_long_log_is_rotated_in_place_while_it_is_written() {
         use std::io::Write;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console.log");

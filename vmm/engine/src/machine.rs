@@ -1,11 +1,11 @@
-//! What was asked for, and what the host offers, become a machine; or a refusal that says why not. Pure.
+//! Derives the machine from a request and the host, or a refusal with its reason. Pure.
 //!
 //! ```text
 //! MachineRequest + HostFacts + QemuFacts --decide--> Machine --qemu::argv--> argument list
 //! ```
 //!
 //! Invariants: KVM is chosen only where it is proven to run; TCG is never chosen in silence (a warning stands in the
-//! [`Machine`]), never where isolation is required, never for a VM that ran under KVM before unless its user says so, and never
+//! [`Machine`]), never where isolation is required, never for a VM that ran under KVM before unless its user requests it, and never
 //! because a test of KVM did not end; a [`Machine`] holds only what the QEMU at hand can do.
 
 use nido_api::{AccelChoice, MachineChoice, NetChoice};
@@ -41,17 +41,17 @@ pub struct MachineRequest {
     pub memory_mib: u32,
     /// Virtual size of the disk in bytes.
     pub disk_bytes: u64,
-    /// Machine type asked for.
+    /// Machine type requested.
     pub machine: MachineChoice,
-    /// Accelerator asked for.
+    /// Accelerator requested.
     pub accel: AccelChoice,
-    /// Network asked for.
+    /// Network requested.
     pub net: NetChoice,
     /// Give the guest virtualization of its own.
     pub nested: bool,
     /// Refuse to run without hardware isolation.
     pub require_isolation: bool,
-    /// What ran it at its last start. A VM that ran under KVM runs under TCG only if TCG is asked for.
+    /// What ran it at its last start. A VM that ran under KVM runs under TCG only if TCG is requested.
     pub ran_under: Option<Accel>,
     /// The CID reserved for this VM, used where the kernel offers vsock.
     pub cid: u32,
@@ -60,7 +60,7 @@ pub struct MachineRequest {
 /// Why there is no machine for a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// KVM was asked for and is not usable.
+    /// KVM was requested and is not usable.
     #[error("KVM cannot be used: {why}")]
     KvmUnavailable {
         /// What is wrong with it.
@@ -84,7 +84,7 @@ pub enum Refusal {
         /// Why there is none.
         why: String,
     },
-    /// VMs inside the VM were asked for, and the host's KVM does not allow them.
+    /// VMs inside the VM were requested, and the host's KVM does not allow them.
     #[error("the host does not allow nested VMs: the parameter `nested` of its module {module} is off")]
     NestingOff {
         /// The module.
@@ -207,18 +207,18 @@ fn accelerator(
         _ if !qemu.accel_tcg => Err(Refusal::QemuLacks { what: "software emulation (TCG)" }),
         (AccelChoice::Tcg, _) => {
             no_isolation("software emulation (TCG), which was requested, has none".into())?;
-            warnings.push(format!("no hardware isolation: {TCG_PROMISE}"));
+            warnings.push(format!("no hardware isolation: {TCG_WARNING}"));
             Ok((Accel::Tcg, "tcg as requested".into()))
         }
         (AccelChoice::Auto, Some(why)) => {
             no_isolation(format!("KVM cannot be used: {why}"))?;
-            warnings.push(format!("no hardware isolation: KVM cannot be used ({why}); {TCG_PROMISE}"));
+            warnings.push(format!("no hardware isolation: KVM cannot be used ({why}); {TCG_WARNING}"));
             Ok((Accel::Tcg, format!("tcg because KVM cannot be used: {why}")))
         }
     }
 }
 
-const TCG_PROMISE: &str = "the VM runs under software emulation (TCG), which is slow and not a security boundary";
+const TCG_WARNING: &str = "the VM runs under software emulation (TCG), which is slow and not a security boundary";
 
 fn machine_type(
     request: &MachineRequest,

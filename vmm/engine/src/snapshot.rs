@@ -39,7 +39,7 @@ const RECORD: &str = "snapshot.json";
 /// Version of [`Record`].
 const FORMAT: u32 = 1;
 
-/// What is written down about a snapshot.
+/// What is recorded about a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// The version of this record.
@@ -47,7 +47,7 @@ pub struct Record {
     /// When it was taken.
     pub created_at: Timestamp,
     /// What it takes to load it, if the VM ran.
-    pub running: Option<Running>,
+    pub running: Option<RunningState>,
     /// For how long the VM's CPUs were paused for it, in milliseconds, if they ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused_ms: Option<u64>,
@@ -55,7 +55,7 @@ pub struct Record {
 
 /// A running VM's part of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Running {
+pub struct RunningState {
     /// The machine it ran on.
     pub machine: BakedMachine,
     /// The QEMU that saved it.
@@ -67,7 +67,7 @@ pub struct Running {
 impl Record {
     /// A record of now.
     #[must_use]
-    pub fn now(running: Option<Running>) -> Self {
+    pub fn now(running: Option<RunningState>) -> Self {
         Self { format: FORMAT, created_at: moment::now(), running, paused_ms: None }
     }
 }
@@ -90,15 +90,15 @@ fn directory(vm: &VmDir) -> PathBuf {
     path
 }
 
-/// A snapshot that is being taken. Dropped before it is published, it leaves nothing.
+/// A snapshot that is being taken. Dropped before it is published, it is removed.
 #[derive(Debug)]
-pub struct Unfinished {
+pub struct PendingSnapshot {
     path: PathBuf,
     target: PathBuf,
     published: bool,
 }
 
-impl Unfinished {
+impl PendingSnapshot {
     /// Begins one of a VM; `into` is the VM that gets it, mostly the same.
     ///
     /// # Errors
@@ -153,7 +153,7 @@ impl Unfinished {
             io::Write::write_all(&mut file, &text)?;
             nido_files::failpoint!("snapshot.record");
             if let Some(parent) = self.target.parent() {
-                // The VM that wanted it may be gone: then this fails.
+                // The VM that it is for may be deleted: then this fails.
                 make_private_dir_in_place(parent)?;
                 sync_parent(parent)?;
             }
@@ -165,7 +165,7 @@ impl Unfinished {
     }
 }
 
-impl Drop for Unfinished {
+impl Drop for PendingSnapshot {
     fn drop(&mut self) {
         if !self.published {
             let _ = fs::remove_dir_all(&self.path);

@@ -1,4 +1,4 @@
-//! Space that is kept for giving space back: on a full disk the store and the audit log could not say what is deleted.
+//! Reserved space for deletions: on a full disk the store and the audit log could not record them.
 //!
 //! Invariant: only what frees space uses it. It is kept again as soon as there is enough.
 
@@ -15,7 +15,7 @@ use crate::host::facts;
 /// As much as the store's index, its log and some lines of the audit log take.
 const BYTES: u64 = 512 << 10;
 /// Less free space than this is not taken from.
-const FREE_LEAST: u64 = 16 << 20;
+const FREE_BYTES_MIN: u64 = 16 << 20;
 
 /// The file that keeps the space of a home.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ impl SpaceReserve {
         Self { path: home.space_reserve() }
     }
 
-    /// Gives the space to whoever takes it first. Whether there was any.
+    /// Releases the space to any process that writes first. Returns whether there was any.
     pub fn release(&self) -> bool {
         let was_kept = fs::remove_file(&self.path).is_ok();
         if was_kept {
@@ -41,9 +41,9 @@ impl SpaceReserve {
     /// Keeps the space, if it is not kept yet and there is enough.
     pub fn keep(&self) {
         let home = self.path.parent().unwrap_or(Path::new("."));
-        // A process that was killed in between leaves a file that is too short.
+        // A process that was killed in between did not complete the file.
         let is_kept = fs::metadata(&self.path).is_ok_and(|meta| meta.len() >= BYTES);
-        if is_kept || facts::disk_free_bytes(home).map_or(true, |free| free < FREE_LEAST) {
+        if is_kept || facts::disk_free_bytes(home).map_or(true, |free| free < FREE_BYTES_MIN) {
             return;
         }
         if let Err(error) = self.allocate() {
@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_kept_once_and_given_once() {
+    fn the_reserve_is_created_once_and_released_once() {
         let home = tempfile::tempdir().unwrap();
         let reserve = SpaceReserve { path: home.path().join("space.reserve") };
         assert!(!reserve.release());

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Invariants: under the final name there is always a complete file, whatever is killed; with [`Durability::PowerCut`] also
-//! after a power cut. A temporary file is removed when its writer fails; what a killed writer left is named as
-//! [`is_temporary`] says, or has the one fixed name that its caller chose and the next attempt replaces.
+//! after a power cut. A temporary file is removed when its writer fails; the file of a killed writer has a name that
+//! [`is_temporary`] recognizes, or has the one fixed name that its caller chose and the next attempt replaces.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -38,13 +38,13 @@ const NAME_BYTES_MAX: usize = 100;
 
 /// A file under a temporary name. Dropped unpublished, it is removed.
 #[derive(Debug)]
-pub struct Temporary {
+pub struct TemporaryFile {
     file: File,
     path: PathBuf,
     is_published: bool,
 }
 
-impl Temporary {
+impl TemporaryFile {
     /// A new file in the directory of `path`, with the mode `mode` as far as the umask allows.
     ///
     /// # Errors
@@ -113,7 +113,7 @@ impl Temporary {
     }
 }
 
-impl Drop for Temporary {
+impl Drop for TemporaryFile {
     fn drop(&mut self) {
         if !self.is_published {
             let _ = fs::remove_file(&self.path);
@@ -146,8 +146,8 @@ pub fn create_private(path: &Path, bytes: &[u8], durability: Durability) -> io::
     private(path, bytes)?.create(path, durability)
 }
 
-fn private(path: &Path, bytes: &[u8]) -> io::Result<Temporary> {
-    let mut temporary = Temporary::beside(path, PRIVATE)?;
+fn private(path: &Path, bytes: &[u8]) -> io::Result<TemporaryFile> {
+    let mut temporary = TemporaryFile::beside(path, PRIVATE)?;
     temporary.file().write_all(bytes)?;
     Ok(temporary)
 }
@@ -248,7 +248,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for name in ["x".repeat(255), "\u{e4}".repeat(127)] {
             let path = dir.path().join(name);
-            let temporary = Temporary::beside(&path, PRIVATE).unwrap();
+            let temporary = TemporaryFile::beside(&path, PRIVATE).unwrap();
             let name = temporary.path().file_name().unwrap().to_str().unwrap().to_owned();
             assert!(is_temporary(&name), "{name}");
             temporary.replace(&path, Durability::Kill).unwrap();

@@ -21,7 +21,7 @@ use crate::lock::Pauses;
 pub enum Mode {
     /// Others that share it.
     Shared,
-    /// Nobody.
+    /// No process.
     Exclusive,
 }
 
@@ -59,7 +59,7 @@ impl Flock {
     /// # Errors
     /// As [`try_lock`].
     pub async fn take(file: File, mode: Mode, deadline: Instant) -> io::Result<Option<Self>> {
-        let mut pauses = Pauses::new(SHORTEST_PAUSE, LONGEST_PAUSE);
+        let mut pauses = Pauses::new(PAUSE_MIN, PAUSE_MAX);
         loop {
             if try_lock(&file, mode)? {
                 return Ok(Some(Self(file)));
@@ -82,7 +82,7 @@ impl Flock {
         deadline: Instant,
         mut keep_waiting: impl FnMut() -> bool,
     ) -> io::Result<Option<Self>> {
-        let mut pauses = Pauses::new(SHORTEST_PAUSE, LONGEST_PAUSE);
+        let mut pauses = Pauses::new(PAUSE_MIN, PAUSE_MAX);
         loop {
             if try_lock(&file, mode)? {
                 return Ok(Some(Self(file)));
@@ -101,8 +101,8 @@ impl Flock {
     }
 }
 
-const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+const PAUSE_MAX: Duration = Duration::from_millis(50);
 
 #[cfg(test)]
 mod tests {

@@ -19,7 +19,7 @@ pub const REBUILD_LOCK: &str = "rebuild.lock";
 pub const SPACE_RESERVE: &str = "space.reserve";
 /// The directories of VMs, by id.
 pub const VMS: &str = "vms";
-/// The manifests of templates, by name. Whoever publishes or removes parts holds a flock(2) lock on it.
+/// The manifests of templates, by name. A process that publishes or removes parts holds a flock(2) lock on it.
 pub const TEMPLATES: &str = "templates";
 /// Held (flock(2)) shared while a VM is created, exclusively while parts are removed.
 pub const TEMPLATES_LOCK: &str = "templates.lock";
@@ -40,7 +40,7 @@ pub const DELIVERY_LOCK: &str = "deliver.lock";
 /// Held by the guardian, the process that gives a QEMU a supervisor again.
 pub const GUARDIAN_LOCK: &str = "guardian.lock";
 /// Liveness locks of servers and sessions, by id.
-pub const PRESENT: &str = "present";
+pub const LIVENESS_LOCKS: &str = "present";
 /// Where agents on this machine may have files copied from and to.
 pub const EXCHANGE: &str = "exchange";
 /// The server's own certificate.

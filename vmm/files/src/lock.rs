@@ -1,4 +1,4 @@
-//! Locks that say who lives: the kernel frees them when their last holder dies, whatever killed it.
+//! Liveness locks: the kernel frees them when their last holder ends, whatever killed it.
 //!
 //! They are "open file description" locks: like `flock` they are inherited and end with the last holder; unlike `flock`
 //! they can be looked at without being taken, so a glance never makes another process's attempt fail.
@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
-/// A lock that is held. Whoever inherits the descriptor holds it too.
+/// A lock that is held. A process that inherits the descriptor holds it, too.
 #[derive(Debug)]
-pub struct Held(File);
+pub struct HeldLock(File);
 
-impl Held {
-    /// Tries to take the lock; makes the file if need be. `None`: somebody else holds it.
+impl HeldLock {
+    /// Tries to take the lock; makes the file if need be. `None`: another process holds it.
     ///
     /// # Errors
     /// The file cannot be opened.
@@ -52,10 +52,10 @@ impl Held {
         }
     }
 
-    /// Takes the lock, waiting until `deadline`. `None`: it is still held by somebody else then.
+    /// Takes the lock, waiting until `deadline`. `None`: another process still holds it then.
     ///
     /// # Errors
-    /// As [`Held::try_take`].
+    /// As [`HeldLock::try_take`].
     pub async fn take(path: &Path, deadline: Instant) -> std::io::Result<Option<Self>> {
         let mut pauses = Pauses::new(Duration::from_millis(1), Duration::from_millis(50));
         loop {
@@ -69,10 +69,10 @@ impl Held {
         }
     }
 
-    /// As [`Held::take`], for locks that are held for moments only: blocks the thread.
+    /// As [`HeldLock::take`], for locks that are held for moments only: blocks the thread.
     ///
     /// # Errors
-    /// As [`Held::try_take`]; that another file came under the name meanwhile is no error.
+    /// As [`HeldLock::try_take`]; that another file came under the name meanwhile is no error.
     pub fn take_blocking(path: &Path, deadline: Instant) -> std::io::Result<Option<Self>> {
         let mut pauses = Pauses::new(Duration::from_micros(50), Duration::from_millis(2));
         loop {
@@ -117,13 +117,13 @@ impl Pauses {
     }
 }
 
-/// Whether somebody holds the lock. A file that is not there, or cannot be looked at, is not locked.
+/// Whether a process holds the lock. A missing or inaccessible file is not locked.
 #[must_use]
 pub fn is_held(path: &Path) -> bool {
     is_free(path).is_ok_and(|free| !free)
 }
 
-/// Whether nobody holds the lock, for whom it matters that the look itself may fail. A file that is not there is not locked.
+/// Whether no process holds the lock; fails if that cannot be checked. A missing file is not locked.
 ///
 /// # Errors
 /// The file cannot be looked at.
@@ -151,34 +151,34 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
         assert!(!is_held(&path));
-        let first = Held::try_take(&path).unwrap();
+        let first = HeldLock::try_take(&path).unwrap();
         assert!(first.is_some());
         assert!(is_held(&path));
-        assert!(Held::try_take(&path).unwrap().is_none());
+        assert!(HeldLock::try_take(&path).unwrap().is_none());
         drop(first);
         assert!(!is_held(&path));
-        assert!(Held::try_take(&path).unwrap().is_some());
+        assert!(HeldLock::try_take(&path).unwrap().is_some());
     }
 
     #[test]
-    fn a_look_at_a_lock_never_creates_its_file() {
+    fn checking_a_lock_never_creates_its_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
-        let missing = Held::try_take_existing(&path).unwrap_err();
+        let missing = HeldLock::try_take_existing(&path).unwrap_err();
         assert_eq!(missing.kind(), std::io::ErrorKind::NotFound);
         assert!(!is_held(&path) && !path.exists());
-        let held = Held::try_take(&path).unwrap();
-        assert!(held.is_some() && Held::try_take_existing(&path).unwrap().is_none());
+        let held = HeldLock::try_take(&path).unwrap();
+        assert!(held.is_some() && HeldLock::try_take_existing(&path).unwrap().is_none());
     }
 
     #[test]
     fn a_lock_on_a_file_that_was_replaced_is_not_believed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
-        let _first = Held::try_take(&path).unwrap().unwrap();
+        let _first = HeldLock::try_take(&path).unwrap().unwrap();
         std::fs::remove_file(&path).unwrap();
         // A new file under the name is another lock; the old holder no longer stands for the name.
         assert!(!is_held(&path));
-        assert!(Held::try_take(&path).unwrap().is_some());
+        assert!(HeldLock::try_take(&path).unwrap().is_some());
     }
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 /// is left as it is, a read-only one included, unless its owner cannot enter it: earlier versions made such directories.
 ///
 /// # Errors
-/// Of the file system; a file that is no directory is in the way.
+/// Of the file system; a file that is not a directory has the name.
 pub fn make_private_dir(path: &Path) -> std::io::Result<()> {
     if let Some(parent) = path.parent()
         && !parent.as_os_str().is_empty()

@@ -1,4 +1,4 @@
-//! The table `approvals`: which operations wait for a person's yes, and what became of it.
+//! The table `approvals`: which operations wait for a person's approval, and the decisions.
 //!
 //! Invariant: an approval is used at most once, by one `UPDATE` that compares everything it is bound to; a process that is killed
 //! behind it has used it.
@@ -6,13 +6,13 @@
 use jiff::Timestamp;
 use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::sanitize::head;
-use nido_api::{APPROVAL_LIFETIME, APPROVALS_PENDING_MAX, Approval, ApprovalState, Ask, redact};
+use nido_api::{APPROVAL_LIFETIME, APPROVALS_PENDING_MAX, Approval, ApprovalRequest, ApprovalState, redact};
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::{Store, decode, fault, readable_rows};
 
 /// How long one is remembered after it is over, in milliseconds: an hour.
-const KEPT_MS: i64 = 3600 * 1000;
+const RETENTION_MS: i64 = 3600 * 1000;
 /// How much is kept of what a client calls itself, in bytes.
 const AGENT_MAX: usize = 256;
 const COLUMNS: &str = "id, tool, vm_id, vm_name, actor, agent, arguments, state, created_ms, expires_ms, \
@@ -32,15 +32,15 @@ impl Store {
     ///
     /// # Errors
     /// `limit_exceeded` if the caller waits for too many.
-    pub fn ask_approval(&self, id: &str, ask: &Ask) -> Result<Approval> {
-        self.ask_approval_again(id, ask, 0)
+    pub fn request_approval(&self, id: &str, ask: &ApprovalRequest) -> Result<Approval> {
+        self.request_approval_again(id, ask, 0)
     }
 
     /// The same, where a no that a person has given in a form is not the end until there were so many.
     ///
     /// # Errors
     /// `limit_exceeded` if the caller waits for too many.
-    pub fn ask_approval_again(&self, id: &str, ask: &Ask, noes: i64) -> Result<Approval> {
+    pub fn request_approval_again(&self, id: &str, ask: &ApprovalRequest, noes: i64) -> Result<Approval> {
         let (now, digest) = (now_ms(), ask.digest());
         let open = format!(
             "SELECT {COLUMNS} FROM approvals WHERE vm_id = ?1 AND actor = ?2 AND tool = ?3 AND digest = ?4 \
@@ -49,7 +49,7 @@ impl Store {
              AND state = 'denied' AND expires_ms > ?5) < ?6) ORDER BY created_ms DESC, rowid DESC LIMIT 1"
         );
         self.in_transaction(|| {
-            self.connection.execute("DELETE FROM approvals WHERE expires_ms < ?1", [now - KEPT_MS]).map_err(fault)?;
+            self.connection.execute("DELETE FROM approvals WHERE expires_ms < ?1", [now - RETENTION_MS]).map_err(fault)?;
             let same = params![ask.vm_id, ask.actor, ask.tool, digest, now, noes];
             if let Some(row) = self.connection.query_row(&open, same, raw).optional().map_err(fault)? {
                 return Ok(row.decode(now)?.approval);
@@ -93,11 +93,11 @@ impl Store {
         let query =
             format!("SELECT {COLUMNS} FROM approvals WHERE expires_ms >= ?1 ORDER BY created_ms DESC, rowid DESC");
         let mut statement = self.connection.prepare(&query).map_err(fault)?;
-        let rows = statement.query_map([now - KEPT_MS], raw).map_err(fault)?;
+        let rows = statement.query_map([now - RETENTION_MS], raw).map_err(fault)?;
         readable_rows("approvals", rows.map(|row| row.map(|row| row.decode(now).map(|row| row.approval))))
     }
 
-    /// Writes down a person's word, if it still counts: yes to what waits, no also to what was approved and not used.
+    /// Records a person's decision, if it is still valid: approval of a pending request, denial also of an approved and unused one.
     /// Whether it did.
     ///
     /// # Errors
@@ -117,7 +117,7 @@ impl Store {
     ///
     /// # Errors
     /// Of the store.
-    pub fn use_approval(&self, id: &str, ask: &Ask) -> Result<bool> {
+    pub fn use_approval(&self, id: &str, ask: &ApprovalRequest) -> Result<bool> {
         let update = "UPDATE approvals SET state = 'used' WHERE id = ?1 AND state = 'approved' AND expires_ms > ?2 \
                       AND vm_id = ?3 AND actor = ?4 AND tool = ?5 AND digest = ?6";
         let values = params![id, now_ms(), ask.vm_id, ask.actor, ask.tool, ask.digest()];
@@ -199,8 +199,8 @@ mod tests {
         (dir, store)
     }
 
-    fn ask(vm: &str) -> Ask {
-        Ask {
+    fn request_for(vm: &str) -> ApprovalRequest {
+        ApprovalRequest {
             tool: "vm_delete".into(),
             vm_id: vm.into(),
             vm_name: "web".parse().unwrap(),
@@ -211,54 +211,58 @@ mod tests {
     }
 
     #[test]
-    fn the_same_question_is_asked_once() {
+    fn the_same_request_has_one_approval() {
         let (_dir, store) = open();
-        let first = store.ask_approval("apr_1", &ask("1")).unwrap();
+        let first = store.request_approval("apr_1", &request_for("1")).unwrap();
         assert_eq!((first.id.as_str(), first.state), ("apr_1", ApprovalState::Pending));
         assert_eq!(first.arguments, json!({ "name": "web", "token": "[redacted: 6 bytes]" }));
-        assert_eq!(store.ask_approval("apr_2", &ask("1")).unwrap(), first);
+        assert_eq!(store.request_approval("apr_2", &request_for("1")).unwrap(), first);
         assert!(store.decide_approval("apr_1", true, "uid:0").unwrap());
-        let again = store.ask_approval("apr_3", &ask("1")).unwrap();
+        let again = store.request_approval("apr_3", &request_for("1")).unwrap();
         assert_eq!((again.id.as_str(), again.state), ("apr_1", ApprovalState::Approved));
-        assert!(store.use_approval("apr_1", &ask("1")).unwrap());
-        assert_eq!(store.ask_approval("apr_4", &ask("1")).unwrap().id, "apr_4", "what was used is over");
+        assert!(store.use_approval("apr_1", &request_for("1")).unwrap());
+        assert_eq!(store.request_approval("apr_4", &request_for("1")).unwrap().id, "apr_4", "what was used is over");
         assert_eq!(store.approvals().unwrap().len(), 2);
     }
 
-    // A dialog that was closed was a no for two minutes, also against the user who asked for it then.
+    // A dialog that was closed was a denial for two minutes, also against the user who opened it.
     #[test]
-    fn a_no_in_a_form_is_asked_about_again_but_not_for_ever() {
+    fn a_denial_in_a_form_is_asked_again_a_limited_number_of_times() {
         let (_dir, store) = open();
         for number in 1..=3 {
             let id = format!("apr_{number}");
-            assert_eq!(store.ask_approval_again(&id, &ask("1"), 3).unwrap().state, ApprovalState::Pending);
+            assert_eq!(store.request_approval_again(&id, &request_for("1"), 3).unwrap().state, ApprovalState::Pending);
             assert!(store.decide_approval(&id, false, "uid:1 through a client").unwrap());
         }
-        assert_eq!(store.ask_approval_again("apr_4", &ask("1"), 3).unwrap().state, ApprovalState::Denied);
-        store.ask_approval("apr_5", &ask("2")).unwrap();
+        assert_eq!(store.request_approval_again("apr_4", &request_for("1"), 3).unwrap().state, ApprovalState::Denied);
+        store.request_approval("apr_5", &request_for("2")).unwrap();
         store.decide_approval("apr_5", false, "uid:0").unwrap();
-        assert_eq!(store.ask_approval_again("apr_6", &ask("2"), 3).unwrap().state, ApprovalState::Denied, "by hand");
+        assert_eq!(
+            store.request_approval_again("apr_6", &request_for("2"), 3).unwrap().state,
+            ApprovalState::Denied,
+            "by hand"
+        );
     }
 
     #[test]
-    fn a_no_is_not_asked_away() {
+    fn a_denial_is_not_replaced_by_a_new_request() {
         let (_dir, store) = open();
-        store.ask_approval("apr_1", &ask("1")).unwrap();
+        store.request_approval("apr_1", &request_for("1")).unwrap();
         assert!(store.decide_approval("apr_1", false, "uid:0").unwrap());
-        assert_eq!(store.ask_approval("apr_2", &ask("1")).unwrap().state, ApprovalState::Denied);
+        assert_eq!(store.request_approval("apr_2", &request_for("1")).unwrap().state, ApprovalState::Denied);
         assert!(!store.decide_approval("apr_1", true, "uid:0").unwrap());
-        assert!(!store.use_approval("apr_1", &ask("1")).unwrap());
+        assert!(!store.use_approval("apr_1", &request_for("1")).unwrap());
     }
 
     #[test]
     fn it_is_used_once_however_many_try() {
         let (dir, store) = open();
-        store.ask_approval("apr_1", &ask("1")).unwrap();
+        store.request_approval("apr_1", &request_for("1")).unwrap();
         store.decide_approval("apr_1", true, "uid:0").unwrap();
         let path = dir.path().join("db");
         let used = std::thread::scope(|scope| {
             let tries: Vec<_> = (0..8)
-                .map(|_| scope.spawn(|| Store::open(&path).unwrap().use_approval("apr_1", &ask("1")).unwrap()))
+                .map(|_| scope.spawn(|| Store::open(&path).unwrap().use_approval("apr_1", &request_for("1")).unwrap()))
                 .collect();
             tries.into_iter().map(|tried| u32::from(tried.join().unwrap())).sum::<u32>()
         });
@@ -266,10 +270,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_over_cannot_be_decided_or_used_and_is_forgotten() {
+    fn expired_approvals_cannot_be_decided_or_used_and_are_deleted() {
         let (_dir, store) = open();
-        store.ask_approval("apr_1", &ask("1")).unwrap();
-        store.ask_approval("apr_2", &ask("2")).unwrap();
+        store.request_approval("apr_1", &request_for("1")).unwrap();
+        store.request_approval("apr_2", &request_for("2")).unwrap();
         store.decide_approval("apr_2", true, "uid:0").unwrap();
         let age = |ms: i64| store.connection.execute("UPDATE approvals SET expires_ms = ?1", [now_ms() - ms]).unwrap();
         age(0);
@@ -278,22 +282,22 @@ mod tests {
             assert!(!store.decide_approval(id, true, "uid:0").unwrap());
             assert!(!store.decide_approval(id, false, "uid:0").unwrap());
         }
-        assert!(!store.use_approval("apr_2", &ask("2")).unwrap());
-        age(KEPT_MS + 1000);
+        assert!(!store.use_approval("apr_2", &request_for("2")).unwrap());
+        age(RETENTION_MS + 1000);
         assert!(store.approvals().unwrap().is_empty());
-        assert_eq!(store.ask_approval("apr_3", &ask("1")).unwrap().id, "apr_3");
+        assert_eq!(store.request_approval("apr_3", &request_for("1")).unwrap().id, "apr_3");
         assert!(store.approval("apr_1").unwrap().is_none(), "swept");
     }
 
     #[test]
-    fn nobody_waits_for_too_many() {
+    fn pending_approvals_are_limited() {
         let (_dir, store) = open();
         for n in 0..APPROVALS_PENDING_MAX {
-            store.ask_approval(&format!("apr_{n}"), &ask(&n.to_string())).unwrap();
+            store.request_approval(&format!("apr_{n}"), &request_for(&n.to_string())).unwrap();
         }
-        let other = Ask { actor: "uid:7".into(), agent: Some("x".repeat(5000)), ..ask("x") };
-        let asked = store.ask_approval("apr_o", &other).expect("each caller has its own");
+        let other = ApprovalRequest { actor: "uid:7".into(), agent: Some("x".repeat(5000)), ..request_for("x") };
+        let asked = store.request_approval("apr_o", &other).expect("each caller has its own");
         assert_eq!(asked.agent.map(|agent| agent.len()), Some(AGENT_MAX));
-        assert_eq!(store.ask_approval("apr_x", &ask("x")).unwrap_err().code(), Code::LimitExceeded);
+        assert_eq!(store.request_approval("apr_x", &request_for("x")).unwrap_err().code(), Code::LimitExceeded);
     }
 }

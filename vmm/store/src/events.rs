@@ -15,11 +15,11 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::{Store, VmRow, decode, encode, fault, readable};
 
 /// Events older than this are deleted, in milliseconds: 30 days.
-const KEPT_MS: i64 = 30 * 24 * 3600 * 1000;
+const RETENTION_MS: i64 = 30 * 24 * 3600 * 1000;
 /// So many of the last events are kept at most.
-const KEPT: i64 = 100_000;
+const EVENTS_MAX: i64 = 100_000;
 /// How often old ones are looked for, in events.
-const PRUNED_EVERY: i64 = 256;
+const PRUNE_INTERVAL: i64 = 256;
 /// How many rows are read at once.
 const PAGE: i64 = 1000;
 
@@ -52,10 +52,10 @@ impl Store {
             details: details.clone(),
         };
         self.queue(&event)?;
-        if cursor % PRUNED_EVERY == 0 { prune(&self.connection, cursor, now) } else { Ok(()) }
+        if cursor % PRUNE_INTERVAL == 0 { prune(&self.connection, cursor, now) } else { Ok(()) }
     }
 
-    /// The events behind a cursor, the oldest first, and the cursor to go on from. Not all at once: whoever gets the same
+    /// The events behind a cursor, the oldest first, and the cursor to continue from. Not all at once: a caller that gets the same
     /// cursor back has them all.
     ///
     /// # Errors
@@ -109,7 +109,7 @@ impl Store {
         Ok(last.unwrap_or(0).unsigned_abs())
     }
 
-    /// Says that a template is there, once for each time it was made: `stamp` tells those apart.
+    /// Records that a template exists, once for each time it was created: `stamp` distinguishes those.
     ///
     /// # Errors
     /// Of the store.
@@ -118,11 +118,11 @@ impl Store {
         self.announce((EventKind::TemplateCreated, "", template.as_str(), stamp), None, &details)
     }
 
-    /// Says that a template is gone, once for each time it was announced: what comes under its name is another.
+    /// Records that a template is deleted, once for each time it was announced: a later one of its name is another.
     ///
     /// # Errors
     /// Of the store.
-    pub fn forget_template(&self, template: &TemplateName) -> Result<()> {
+    pub fn record_template_deleted(&self, template: &TemplateName) -> Result<()> {
         let key = params![EventKind::TemplateCreated.word(), template.as_str()];
         let details = EventDetails { template: Some(template.clone()), ..EventDetails::default() };
         self.in_transaction(|| {
@@ -145,7 +145,7 @@ impl Store {
         names.map_err(fault)?.map(|name| name.map_err(fault)?.parse()).collect()
     }
 
-    /// Says that a snapshot is there, once for each time it was taken.
+    /// Records that a snapshot exists, once for each time it was taken.
     ///
     /// # Errors
     /// Of the store.
@@ -155,7 +155,7 @@ impl Store {
         self.announce(what, Some(&row.spec.name), &details)
     }
 
-    /// An event about something that lies in files. Whoever finds it may announce it: the first one's word counts, so
+    /// An event about something that lies in files. Any process that finds it may announce it: only the first one counts, so
     /// nothing is lost if its maker is killed behind the last step.
     fn announce(
         &self,
@@ -186,7 +186,7 @@ fn encode_details(details: &EventDetails) -> String {
 
 fn prune(connection: &Connection, cursor: i64, now: i64) -> Result<()> {
     let old = "DELETE FROM events WHERE at_ms < ?1 OR cursor <= ?2";
-    connection.execute(old, params![now - KEPT_MS, cursor - KEPT]).map_err(fault).map(drop)
+    connection.execute(old, params![now - RETENTION_MS, cursor - EVENTS_MAX]).map_err(fault).map(drop)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use rusqlite::{OptionalExtension, params};
 use super::{Store, fault};
 
 /// How long an answer is kept, in milliseconds: a day.
-const KEPT_MS: i64 = 24 * 3600 * 1000;
+const RETENTION_MS: i64 = 24 * 3600 * 1000;
 /// How many keys of one caller are known at most.
 const KEYS_MAX: i64 = 100_000;
 /// How many bytes of answers are kept for one caller.
@@ -34,7 +34,7 @@ pub enum KeyState {
 
 impl Store {
     /// Marks a request as being carried out by a server's run, if nothing is known of its key. What a run that is gone has
-    /// left unanswered is never carried out again: what it has done is not known.
+    /// left unanswered is never carried out again: its effect is unknown.
     ///
     /// # Errors
     /// Of the store.
@@ -48,7 +48,7 @@ impl Store {
         let now = jiff::Timestamp::now().as_millisecond();
         self.in_transaction(|| {
             let forget = "DELETE FROM answers WHERE at_ms < ?1";
-            self.connection.execute(forget, [now - KEPT_MS]).map_err(fault)?;
+            self.connection.execute(forget, [now - RETENTION_MS]).map_err(fault)?;
             let known = "SELECT request, answer, run FROM answers WHERE caller = ?1 AND key = ?2";
             let read = |row: &rusqlite::Row<'_>| {
                 Ok((row.get::<_, String>(0)?, row.get::<_, Option<String>>(1)?, row.get::<_, String>(2)?))

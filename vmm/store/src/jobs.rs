@@ -11,7 +11,7 @@ use rusqlite::{OptionalExtension, Row, params};
 use super::{Store, decode, encode, fault, readable_rows};
 
 /// How long a job is known after its end, in milliseconds: a day.
-const KEPT_MS: i64 = 24 * 3600 * 1000;
+const RETENTION_MS: i64 = 24 * 3600 * 1000;
 const COLUMNS: &str =
     "id, tool, vm_name, actor, state, started_ms, ended_ms, stage, percent, cancel_asked, result, error";
 /// The same without results, which may be long.
@@ -27,7 +27,7 @@ impl Store {
         let now = now_ms();
         self.in_transaction(|| {
             let old = "DELETE FROM jobs WHERE state <> 'running' AND ended_ms < ?1";
-            self.connection.execute(old, [now - KEPT_MS]).map_err(fault)?;
+            self.connection.execute(old, [now - RETENTION_MS]).map_err(fault)?;
             let room = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE state <> 'running' ORDER BY ended_ms \
                         LIMIT max(0, (SELECT count(*) FROM jobs) + 1 - ?1))";
             let most = i64::try_from(JOBS_MAX).unwrap_or(i64::MAX);
@@ -70,7 +70,7 @@ impl Store {
         readable_rows("jobs", rows)
     }
 
-    /// Who carries out jobs, as far as is written down.
+    /// Who carries out jobs, as far as is recorded.
     ///
     /// # Errors
     /// Of the store.
@@ -260,7 +260,7 @@ mod tests {
 
     // A thousand results of many MiB each were kept for an hour.
     #[test]
-    fn the_results_of_a_caller_stay_within_a_budget_and_what_runs_is_never_deleted() {
+    fn results_stay_within_a_budget_and_running_jobs_are_never_deleted() {
         let (_dir, store) = open();
         for (id, actor, bytes) in [("job_1", "a", 40), ("job_2", "b", 90), ("job_3", "a", 0), ("job_4", "a", 40)] {
             store.insert_job(id, &request(actor), "h").unwrap();
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn what_ended_makes_room_and_what_runs_does_not() {
+    fn ended_jobs_free_slots_and_running_ones_do_not() {
         let (_dir, store) = open();
         store
             .in_transaction(|| {

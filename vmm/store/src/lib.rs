@@ -1,6 +1,6 @@
 //! The store: facts that several processes must agree on, in one SQLite file in WAL mode.
 //!
-//! Every method is one transaction. Uniqueness is a constraint, a change of state a conditional `UPDATE`. Whoever
+//! Every method is one transaction. Uniqueness is a constraint, a change of state a conditional `UPDATE`. A process that
 //! changes a VM's row beyond its forwards holds the VM's `supervisor.lock`. What happens to VMs becomes an event in the
 //! same transaction (`events.rs`).
 
@@ -36,15 +36,15 @@ use rusqlite::{Connection, OpenFlags};
 
 pub use approvals::ApprovalRow;
 pub use idempotency::KeyState;
-pub use outbox::{Attempt, Due, Outcome};
+pub use outbox::{Attempt, DueDelivery, Outcome};
 pub use pools::{Claim, PoolRow};
 pub use restarts::RestartFacts;
-pub use row::{BootParts, Frozen, Origin, Purpose, Saved, VmRow};
+pub use row::{BackingLayer, BootParts, Origin, Purpose, StoredBake, VmRow};
 pub use row_facts::RowFacts;
-pub use salvage::{Health, Salvaged, health};
+pub use salvage::{Health, SalvageReport, health};
 pub use stored_spec::{spec_of_stored, stored_spec};
 pub use tokens::TokenRow;
-pub use transition::{Adopted, AgentReady, End, Launching, Transition, Transitioned};
+pub use transition::{AdoptedStart, AgentReady, LaunchRecord, Transition, TransitionOutcome, VmEnd};
 pub use webhooks::WebhookRow;
 
 use nido_api::error::{Code, Error, Hint, Result};
@@ -52,7 +52,7 @@ use nido_api::error::{Code, Error, Hint, Result};
 use self::schema::{SCHEMA_VERSION, STEPS};
 
 /// How long to wait for another process that is writing.
-const BUSY_FOR: Duration = Duration::from_secs(10);
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 /// An open store.
 #[derive(Debug)]
 pub struct Store {
@@ -77,11 +77,11 @@ impl Store {
 
     fn open_file(path: &Path) -> Result<Self> {
         let connection = Connection::open(path).map_err(fault)?;
-        connection.busy_timeout(BUSY_FOR).map_err(fault)?;
+        connection.busy_timeout(BUSY_TIMEOUT).map_err(fault)?;
         // WAL: readers never wait. NORMAL: a killed process loses nothing; a power cut at most the last changes.
         let settings =
             "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON; PRAGMA cache_size=-256;";
-        let deadline = Instant::now() + BUSY_FOR;
+        let deadline = Instant::now() + BUSY_TIMEOUT;
         // Where two processes make the store at the same moment, SQLite does not wait for the other by itself.
         while let Err(error) = connection.execute_batch(settings) {
             if error.sqlite_error_code() != Some(rusqlite::ErrorCode::DatabaseBusy) || Instant::now() > deadline {
@@ -94,7 +94,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Opens a store that cannot be written, to read it: on a read-only mount, say. Every write fails as `read_only`.
+    /// Opens a store that cannot be written, to read it: for example, on a read-only mount. Every write fails as `read_only`.
     ///
     /// # Errors
     /// `path_not_found`, `permission_denied`, `read_only` if there are changes in its write-ahead log that cannot be
@@ -103,14 +103,14 @@ impl Store {
         std::fs::File::open(path).map_err(|e| Error::io_at("open the store", path, e))?;
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let readable = |connection: Connection| {
-            connection.busy_timeout(BUSY_FOR)?;
+            connection.busy_timeout(BUSY_TIMEOUT)?;
             connection
                 .query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0))
                 .map(|version| (connection, version))
         };
         let opened = Connection::open_with_flags(path, flags).and_then(readable);
-        // Without a log beside it nothing is missing in the file itself, and SQLite need not make an index of the log.
-        let log_bytes = std::fs::metadata(beside(path, "-wal")).map_or(0, |log| log.len());
+        // Without a write-ahead log nothing is missing in the file itself, and SQLite need not make an index of the log.
+        let log_bytes = std::fs::metadata(sibling_path(path, "-wal")).map_or(0, |log| log.len());
         let (connection, version) = match opened {
             Ok(opened) => opened,
             Err(_) if log_bytes == 0 => {
@@ -172,7 +172,7 @@ impl Store {
     }
 }
 
-/// Makes the store's file if need be; it holds secrets, so only its owner may read it. What SQLite lays beside it gets the
+/// Makes the store's file if need be; it holds secrets, so only its owner may read it. The files that SQLite creates next to it get the
 /// same mode as the file has.
 fn keep_private(path: &Path) -> std::io::Result<()> {
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
@@ -181,7 +181,7 @@ fn keep_private(path: &Path) -> std::io::Result<()> {
     }
     // Of an older nido. The files next to it first: once the file itself is private, the check is skipped.
     for ending in ["-wal", "-shm"] {
-        match std::fs::set_permissions(beside(path, ending), Permissions::from_mode(0o600)) {
+        match std::fs::set_permissions(sibling_path(path, ending), Permissions::from_mode(0o600)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
@@ -190,7 +190,7 @@ fn keep_private(path: &Path) -> std::io::Result<()> {
 }
 
 /// A file of SQLite's beside the store.
-fn beside(path: &Path, ending: &str) -> PathBuf {
+fn sibling_path(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(ending);
     name.into()

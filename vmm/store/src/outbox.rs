@@ -1,14 +1,14 @@
 //! The table `deliveries`: pending webhook messages, written with the event itself.
 //!
 //! ```text
-//!  append ──> queue ──> pending ──due──> an attempt ──settle──> delivered
+//!  append ──> queue ──> pending ──due──> an attempt ──record_attempts──> delivered
 //!                          ^                          │
 //!                          ├──── again, later ────────┤
 //!                          └──── redeliver ──── failed <┘  given up, or the endpoint is gone
 //! ```
 //!
 //! Invariant: of each lane (an endpoint, and a VM or a template) the first pending delivery has a `due_ms`, and no other
-//! has. So whoever takes what is due sends in order, and finds it without a look at what waits behind.
+//! has. So the delivery worker sends in order, and finds what is due without reading what waits behind it.
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::{DeliveryState, Event, WebhookBody, encode_webhook_body};
@@ -17,13 +17,13 @@ use rusqlite::{OptionalExtension, params};
 use super::{Store, decode, fault, readable};
 
 /// Finished deliveries older than this are deleted, in milliseconds: 7 days.
-const KEPT_MS: i64 = 7 * 24 * 3600 * 1000;
+const RETENTION_MS: i64 = 7 * 24 * 3600 * 1000;
 /// So many of an endpoint's finished deliveries are kept at most.
-const KEPT: u32 = 1000;
+const DELIVERIES_MAX: u32 = 1000;
 
 /// A delivery that is to be attempted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Due {
+pub struct DueDelivery {
     /// Its number.
     pub id: i64,
     /// The cursor of its event.
@@ -58,7 +58,7 @@ pub enum Outcome {
     Again {
         /// When, in milliseconds since 1970.
         at_ms: i64,
-        /// Until when the endpoint wants to be left alone, if it said so; in milliseconds since 1970.
+        /// Until when the endpoint requested a pause, if it did; in milliseconds since 1970.
         rests_until_ms: Option<i64>,
         /// Why.
         why: String,
@@ -70,7 +70,7 @@ pub enum Outcome {
     },
     /// The endpoint does not want to be sent anything any more.
     Gone {
-        /// How it said so.
+        /// How it requested that.
         why: String,
     },
 }
@@ -123,14 +123,14 @@ impl Store {
     ///
     /// # Errors
     /// Of the store.
-    pub fn due(&self, webhook_id: &str, now_ms: i64, limit: usize) -> Result<Vec<Due>> {
+    pub fn due(&self, webhook_id: &str, now_ms: i64, limit: usize) -> Result<Vec<DueDelivery>> {
         let query = "SELECT id, cursor, body, attempts, queued_ms FROM deliveries \
                      WHERE webhook_id = ?1 AND due_ms <= ?2 AND NOT EXISTS (SELECT 1 FROM webhooks \
                      WHERE id = ?1 AND rests_until_ms > ?2) ORDER BY due_ms LIMIT ?3";
         let mut statement = self.connection.prepare_cached(query).map_err(fault)?;
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let rows = statement.query_map(params![webhook_id, now_ms, limit], |row| {
-            Ok(Due {
+            Ok(DueDelivery {
                 id: row.get(0)?,
                 cursor: row.get::<_, i64>(1)?.unsigned_abs(),
                 body: row.get(2)?,
@@ -152,15 +152,15 @@ impl Store {
         statement.query_row(params![webhook_id, now_ms], |row| row.get(0)).map_err(fault)
     }
 
-    /// Writes down what came of attempts.
+    /// Records what came of attempts.
     ///
     /// # Errors
     /// Of the store; then nothing is written.
-    pub fn settle(&self, attempts: &[Attempt], now_ms: i64) -> Result<()> {
-        self.in_transaction(|| attempts.iter().try_for_each(|attempt| self.settle_one(attempt, now_ms)))
+    pub fn record_attempts(&self, attempts: &[Attempt], now_ms: i64) -> Result<()> {
+        self.in_transaction(|| attempts.iter().try_for_each(|attempt| self.record_attempt(attempt, now_ms)))
     }
 
-    fn settle_one(&self, attempt: &Attempt, now_ms: i64) -> Result<()> {
+    fn record_attempt(&self, attempt: &Attempt, now_ms: i64) -> Result<()> {
         let Attempt { id, attempts, status, outcome } = attempt;
         let (state, due, why) = match outcome {
             Outcome::Delivered => (DeliveryState::Delivered, None, None),
@@ -168,7 +168,7 @@ impl Store {
             Outcome::Failed { why } | Outcome::Gone { why } => (DeliveryState::Failed, None, Some(why)),
         };
         let done = (state != DeliveryState::Pending).then_some(now_ms);
-        // What was given up while it was under way is delivered all the same if it was taken.
+        // What was given up while it was under way is delivered nevertheless if it was taken.
         let update = "UPDATE deliveries SET state = ?2, attempts = ?3, due_ms = ?4, last_status = ?5, last_error = ?6, \
                       done_ms = ?7 WHERE id = ?1 AND (state = 'pending' OR ?2 = 'delivered') RETURNING webhook_id, lane";
         let values = params![id, state.word(), attempts, due, status, why, done];
@@ -177,7 +177,7 @@ impl Store {
         // It may have been removed meanwhile.
         let Some((webhook_id, lane)) = lane.optional().map_err(fault)? else { return Ok(()) };
         match outcome {
-            Outcome::Again { rests_until_ms, .. } => self.rest(&webhook_id, *rests_until_ms),
+            Outcome::Again { rests_until_ms, .. } => self.postpone(&webhook_id, *rests_until_ms),
             Outcome::Gone { why } => self.disable(&webhook_id, why, now_ms),
             _ => self.next_of_lane(&webhook_id, &lane, now_ms),
         }
@@ -192,7 +192,7 @@ impl Store {
     }
 
     /// Leaves an endpoint alone until then.
-    fn rest(&self, webhook_id: &str, until_ms: Option<i64>) -> Result<()> {
+    fn postpone(&self, webhook_id: &str, until_ms: Option<i64>) -> Result<()> {
         let update = "UPDATE webhooks SET rests_until_ms = max(coalesce(rests_until_ms, 0), ?2) WHERE id = ?1";
         match until_ms {
             Some(until_ms) => self.connection.execute(update, params![webhook_id, until_ms]).map_err(fault).map(drop),
@@ -210,7 +210,7 @@ impl Store {
     }
 
     /// Queues a delivery again, with a fresh series of attempts. One that is pending is due at once, unless it waits for
-    /// another one ahead of it; one that is finished waits for nobody, and nobody for it. Who asks for that knows better than
+    /// another one ahead of it; a finished one waits for no other, and no other waits for it. A caller that requests that knows better than
     /// the endpoint whether it wants to be left alone.
     ///
     /// # Errors
@@ -234,17 +234,17 @@ impl Store {
         })
     }
 
-    /// Forgets finished deliveries that are old, or too many.
+    /// Deletes finished deliveries that are old, or too many.
     ///
     /// # Errors
     /// Of the store.
     pub fn prune_deliveries(&self, now_ms: i64) -> Result<()> {
         for (webhook, _) in self.webhooks()? {
             let old = "DELETE FROM deliveries WHERE webhook_id = ?1 AND done_ms < ?2";
-            self.connection.execute(old, params![webhook.id, now_ms - KEPT_MS]).map_err(fault)?;
+            self.connection.execute(old, params![webhook.id, now_ms - RETENTION_MS]).map_err(fault)?;
             let many = "DELETE FROM deliveries WHERE id IN (SELECT id FROM deliveries WHERE webhook_id = ?1 AND \
                         done_ms IS NOT NULL ORDER BY done_ms DESC, id DESC LIMIT -1 OFFSET ?2)";
-            self.connection.execute(many, params![webhook.id, KEPT]).map_err(fault)?;
+            self.connection.execute(many, params![webhook.id, DELIVERIES_MAX]).map_err(fault)?;
         }
         Ok(())
     }

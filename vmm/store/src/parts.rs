@@ -22,7 +22,7 @@ impl BootParts {
 }
 
 impl Store {
-    /// Hashes of all template parts that VMs own. `None` if that cannot be told, because a VM's row names none.
+    /// Hashes of all template parts that VMs own. `None` if that is unknown, because a VM's row names none.
     ///
     /// # Errors
     /// Of the store.
@@ -67,7 +67,7 @@ impl Store {
             statement.execute(params![row.id, part, false]).map_err(fault)?;
         }
         // A guest reads its memory image for as long as it runs.
-        if let (Origin::Fork(saved), false) = (&row.origin, row.state.at_rest()) {
+        if let (Origin::Fork(saved), false) = (&row.origin, row.state.is_inactive()) {
             for part in [&saved.memory, &saved.state] {
                 statement.execute(params![row.id, part, true]).map_err(fault)?;
             }
@@ -80,7 +80,7 @@ impl Store {
         let Some(now) = self.vm_by_id(&before.id)? else { return Ok(()) };
         let same = now.parts == before.parts && now.origin == before.origin;
         // What a row that cannot be read owned before, it owns still.
-        if now.unreadable.is_some() || same && now.state.at_rest() == before.state.at_rest() {
+        if now.unreadable.is_some() || same && now.state.is_inactive() == before.state.is_inactive() {
             return Ok(());
         }
         let owned = self.parts_of(&before.id)?;
@@ -113,7 +113,7 @@ impl Store {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::{Adopted, Launching, Purpose, Saved, Transition, Transitioned};
+    use crate::{AdoptedStart, LaunchRecord, Purpose, StoredBake, Transition, TransitionOutcome};
     use nido_api::VmSpec;
     use nido_api::state::VmState;
 
@@ -170,18 +170,18 @@ pub(super) mod tests {
     }
 
     fn make(store: &Store, id: &str, transition: &Transition) {
-        assert_eq!(store.transition(id, transition).unwrap(), Transitioned::Yes);
+        assert_eq!(store.transition(id, transition).unwrap(), TransitionOutcome::Yes);
     }
 
     #[test]
     fn a_memory_image_is_due_when_its_last_reader_stops() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("db")).unwrap();
-        let saved = Saved { memory: "m".into(), state: "s".into(), token: "t".into(), live: false };
+        let saved = StoredBake { memory: "m".into(), state: "s".into(), token: "t".into(), live: false };
         for id in ["1", "2"] {
             store.insert_vm(&row(id, Purpose::Use, "r")).unwrap();
             let origin = Origin::Fork(saved.clone());
-            let last_start = Adopted { machine: None, origin, cid: None, started_at: None, expires_at: None };
+            let last_start = AdoptedStart { machine: None, origin, cid: None, started_at: None, expires_at: None };
             make(&store, id, &Transition::Adopted(Box::new(last_start)));
             make(&store, id, &Transition::Entered { state: VmState::Running, cause: None, timings: None });
         }
@@ -196,7 +196,7 @@ pub(super) mod tests {
         collected(&store);
         make(&store, "2", &Transition::StartBegan);
         assert_eq!(owned(&store), ["a", "b", "d", "m", "r", "s"]);
-        let launching = Launching {
+        let launching = LaunchRecord {
             machine: crate::transition::tests::machine(),
             cid: None,
             started_at: jiff::Timestamp::now(),
@@ -237,8 +237,8 @@ pub(super) mod tests {
         let hash = |digit: &str| digit.repeat(64);
         let mut parts = parts_with_root(&hash("c"));
         (parts.vmlinux, parts.initramfs, parts.packages) = (hash("a"), hash("b"), hash("d"));
-        parts.frozen = vec![crate::Frozen { sha256: hash("e"), virtual_bytes: 1 }];
-        let saved = Saved { memory: hash("f"), state: hash("0"), token: hash("1"), live: false };
+        parts.frozen = vec![crate::BackingLayer { sha256: hash("e"), virtual_bytes: 1 }];
+        let saved = StoredBake { memory: hash("f"), state: hash("0"), token: hash("1"), live: false };
         let (parts, origin) = (crate::encode(&parts).unwrap(), crate::encode(&Origin::Fork(saved)).unwrap());
         let insert = "INSERT INTO vms (id, name, spec, state, parts, disk_bytes, created_ms, origin) VALUES (?1, ?1, '{}', ?2, ?3, 1, 1, ?4)";
         for (id, state) in [("1", "running"), ("2", "stopped")] {

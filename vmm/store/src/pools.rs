@@ -15,7 +15,7 @@ use super::vms::{insert_forward, name_taken};
 use super::{Origin, Store, VmRow, decode, encode, encode_spec, fault, readable_rows};
 
 /// How long it is known what became of an attempt to claim a clone, in milliseconds.
-const CLAIMS_KEPT_MS: i64 = 24 * 3600 * 1000;
+const CLAIM_RETENTION_MS: i64 = 24 * 3600 * 1000;
 
 /// One pool as the store knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct PoolRow {
 /// What a clone becomes.
 #[derive(Debug)]
 pub struct Claim<'a> {
-    /// What was asked for.
+    /// What was requested.
     pub spec: &'a VmSpec,
     /// Virtual size of its disk.
     pub disk_bytes: u64,
@@ -116,7 +116,7 @@ impl Store {
         self.connection.query_row(exists, [], |row| row.get(0)).map_err(fault)
     }
 
-    /// The ids of clones that wait and go on from the bake with this memory image, in random order, so that several who
+    /// The ids of waiting clones that resume from the bake with this memory image, in random order, so that several who
     /// claim at the same time rarely meet.
     ///
     /// # Errors
@@ -199,7 +199,7 @@ impl Store {
     }
 
     fn write_claim(&self, ticket: &str, id: Option<&str>, now: Timestamp) -> Result<()> {
-        let old = now.as_millisecond() - CLAIMS_KEPT_MS;
+        let old = now.as_millisecond() - CLAIM_RETENTION_MS;
         self.connection.execute("DELETE FROM claims WHERE at_ms < ?1", [old]).map_err(fault)?;
         let insert = "INSERT INTO claims (ticket, vm_id, at_ms) VALUES (?1, ?2, ?3)";
         self.connection.execute(insert, params![ticket, id, now.as_millisecond()]).map(drop).map_err(fault)
@@ -209,7 +209,7 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Adopted, AgentReady, BootParts, Purpose, Saved, Transition, Transitioned};
+    use crate::{AdoptedStart, AgentReady, BootParts, Purpose, StoredBake, Transition, TransitionOutcome};
     use nido_api::error::Code;
     use nido_api::machine::{Accel, MachineType, Transport};
     use nido_api::{AccelChoice, MachineChoice, NetChoice};
@@ -231,7 +231,7 @@ mod tests {
     }
 
     fn origin(memory: &str, token: &str) -> Origin {
-        Origin::Fork(Saved { memory: memory.into(), state: "s".into(), token: token.into(), live: false })
+        Origin::Fork(StoredBake { memory: memory.into(), state: "s".into(), token: token.into(), live: false })
     }
 
     fn open_with_clones(count: usize) -> (tempfile::TempDir, Store) {
@@ -253,8 +253,13 @@ mod tests {
             let spec = VmSpec::named(format!("pool-{number}").parse().unwrap());
             let id = number.to_string();
             store.insert_vm(&VmRow::new(id.clone(), spec, Purpose::Pool, VmState::Starting, parts, 1 << 30)).unwrap();
-            let forked =
-                Adopted { machine: None, origin: origin("m", "bake"), cid: None, started_at: None, expires_at: None };
+            let forked = AdoptedStart {
+                machine: None,
+                origin: origin("m", "bake"),
+                cid: None,
+                started_at: None,
+                expires_at: None,
+            };
             let parked = AgentReady {
                 state: VmState::Paused,
                 cause: None,
@@ -264,7 +269,7 @@ mod tests {
                 machine: None,
             };
             for transition in [Transition::Adopted(Box::new(forked)), Transition::Ready(Box::new(parked))] {
-                assert_eq!(store.transition(&id, &transition).unwrap(), Transitioned::Yes);
+                assert_eq!(store.transition(&id, &transition).unwrap(), TransitionOutcome::Yes);
             }
         }
         (dir, store)

@@ -3,7 +3,7 @@
 //! Invariant: a row is written under the VM's `supervisor.lock`, so a stop by a user and a restart exclude each other.
 
 use nido_api::error::Result;
-use nido_api::restart::{Ended, RestartPolicy};
+use nido_api::restart::{ExitFacts, RestartPolicy};
 use nido_api::state::{FailureCause, StateCause, VmState};
 use rusqlite::{OptionalExtension as _, Row, params};
 
@@ -17,7 +17,7 @@ pub struct RestartFacts {
     /// Its policy.
     pub policy: RestartPolicy,
     /// How it ended.
-    pub ended: Ended,
+    pub ended: ExitFacts,
     /// So many restarts in a row did not work.
     pub in_row: u32,
     /// When it was last started, in milliseconds since 1970.
@@ -42,7 +42,7 @@ impl RestartFacts {
         Ok(Some(Self {
             id: row.get(0)?,
             policy,
-            ended: Ended { state, cause, failure, held: row.get(5)?, restarting: row.get::<_, u32>(6)? > 0 },
+            ended: ExitFacts { state, cause, failure, held: row.get(5)?, restarting: row.get::<_, u32>(6)? > 0 },
             in_row: row.get(6)?,
             started_ms: row.get(7)?,
             was_ready: row.get(8)?,
@@ -89,7 +89,7 @@ impl Store {
         self.connection.execute(upsert, [id]).map(drop).map_err(fault)
     }
 
-    /// A user starts the VM: its restarts are counted anew.
+    /// A user starts the VM: its restart count begins again.
     ///
     /// # Errors
     /// Of the store.
@@ -113,7 +113,7 @@ mod tests {
     use nido_api::{Failure, VmSpec};
 
     use super::*;
-    use crate::{Purpose, Transition, Transitioned, VmRow, parts::tests::parts_with_root};
+    use crate::{Purpose, Transition, TransitionOutcome, VmRow, parts::tests::parts_with_root};
 
     #[test]
     fn restarts_are_counted_unless_a_user_keeps_the_vm_stopped() {
@@ -126,10 +126,10 @@ mod tests {
             assert_eq!(store.vms_to_restart().unwrap(), []);
             let failure = Failure { cause: FailureCause::GuestPanic, message: "x".into(), log_tail: Vec::new() };
             let failed = Transition::ended(VmState::Failed, Some(failure));
-            assert_eq!(store.transition(name, &failed).unwrap(), Transitioned::Yes);
+            assert_eq!(store.transition(name, &failed).unwrap(), TransitionOutcome::Yes);
         }
         let one = || <[RestartFacts; 1]>::try_from(store.vms_to_restart().unwrap()).unwrap()[0].clone();
-        let ended = Ended {
+        let ended = ExitFacts {
             state: VmState::Failed,
             cause: None,
             failure: Some(FailureCause::GuestPanic),

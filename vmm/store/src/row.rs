@@ -32,12 +32,12 @@ pub struct BootParts {
     pub append: String,
     /// What the guests that it was forked from had written to their disks: layers on `root`, the lowest first.
     #[serde(default)]
-    pub frozen: Vec<Frozen>,
+    pub frozen: Vec<BackingLayer>,
 }
 
 /// The disk of a bake: a layer between another disk and its forks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Frozen {
+pub struct BackingLayer {
     /// Its hash.
     pub sha256: String,
     /// Its virtual size: that of the disk the baked guest saw.
@@ -83,7 +83,7 @@ pub enum Origin {
     #[default]
     Boot,
     /// It was forked from a bake.
-    Fork(Saved),
+    Fork(StoredBake),
     /// It was restored from one of its snapshots.
     Restore {
         /// Its name.
@@ -95,14 +95,14 @@ pub enum Origin {
 
 /// A bake as a start needs it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Saved {
+pub struct StoredBake {
     /// Hash of the memory image.
     pub memory: String,
     /// Hash of the device state.
     pub state: String,
     /// The token the saved agent expects, in hexadecimal.
     pub token: String,
-    /// The guest was saved in the middle of what it did, sessions with its agent included: it is renewed as one that is
+    /// The guest was saved in the middle of what it did, sessions with its agent included: its identity is reset as that of one that is
     /// restored from a snapshot.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub live: bool,
@@ -113,7 +113,7 @@ pub struct Saved {
 pub struct VmRow {
     /// Its id.
     pub id: String,
-    /// What was asked for. Its `forwards` are those asked for at creation; [`VmRow::forwards`] counts.
+    /// What was requested. Its `forwards` are those of its creation; [`VmRow::forwards`] counts.
     pub spec: VmSpec,
     /// Its state.
     pub state: VmState,
@@ -158,12 +158,12 @@ pub struct VmRow {
 }
 
 impl VmRow {
-    /// The token of the saved guest that it goes on from, if it is made a machine of its own then. Who is loaded only to
+    /// The token of the saved guest that it resumes from, if its identity is reset then. One that is loaded only to
     /// be saved again is not.
     #[must_use]
-    pub fn renewed_from(&self) -> Option<&str> {
+    pub fn identity_reset_token(&self) -> Option<&str> {
         match &self.origin {
-            Origin::Fork(Saved { token, .. }) | Origin::Restore { token, .. } => {
+            Origin::Fork(StoredBake { token, .. }) | Origin::Restore { token, .. } => {
                 (self.purpose != Purpose::Bake).then_some(token)
             }
             Origin::Boot => None,

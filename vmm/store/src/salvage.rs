@@ -23,7 +23,7 @@ pub enum Health {
 
 /// What was copied of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Salvaged {
+pub struct SalvageReport {
     /// The table.
     pub table: String,
     /// So many rows that were not there yet.
@@ -59,7 +59,7 @@ pub fn health(path: &Path) -> Result<Health> {
 fn open(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(super::BUSY_FOR)?;
+    connection.busy_timeout(super::BUSY_TIMEOUT)?;
     connection.execute_batch("PRAGMA cell_size_check=ON; PRAGMA trusted_schema=OFF;")?;
     Ok(connection)
 }
@@ -70,7 +70,7 @@ impl Store {
     ///
     /// # Errors
     /// Of this store.
-    pub fn salvage(&self, from: &Path, tables: &[&str]) -> Result<Vec<Salvaged>> {
+    pub fn salvage(&self, from: &Path, tables: &[&str]) -> Result<Vec<SalvageReport>> {
         let from = open(from).ok();
         self.in_transaction(|| {
             tables
@@ -80,7 +80,7 @@ impl Store {
                         Some(from) => self.salvage_table(from, table)?,
                         None => (0, false),
                     };
-                    Ok(Salvaged { table: (*table).to_owned(), rows, is_complete })
+                    Ok(SalvageReport { table: (*table).to_owned(), rows, is_complete })
                 })
                 .collect()
         })
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sound_a_missing_and_a_damaged_store_are_told_apart() {
+    fn a_sound_a_missing_and_a_damaged_store_are_distinguished() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("nido.db");
         assert_eq!(health(&path).unwrap(), Health::Missing);
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_read_of_a_damaged_store_is_copied() {
+    fn readable_rows_of_a_damaged_store_are_copied() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("nido.db");
         drop(filled(&path, 200));
@@ -198,7 +198,7 @@ mod tests {
         };
         let (vms, all) = copied("whole");
         assert_eq!((vms, all.iter().all(|table| table.is_complete)), (200, true));
-        // A page in the middle that is no page.
+        // A damaged page in the middle.
         let mut bytes = std::fs::read(&path).unwrap();
         let middle = bytes.len() / 4096 / 2 * 4096;
         bytes[middle..middle + 4096].fill(0xff);

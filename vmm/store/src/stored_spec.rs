@@ -162,13 +162,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_stored_is_read_again() {
+    fn stored_specs_are_read_back() {
         assert_eq!(spec_of_stored(stored_spec(&spec()).unwrap()).unwrap(), spec());
     }
 
     // A field that a newer nido had added made the row, and with it every command, unreadable.
     #[test]
-    fn a_field_that_is_not_known_is_ignored_and_a_newer_format_is_not_read() {
+    fn unknown_fields_are_ignored_and_newer_formats_refused() {
         let mut stored = stored_spec(&spec()).unwrap();
         stored["future"] = json!({"a": 1});
         assert_eq!(spec_of_stored(stored.clone()).unwrap(), spec());
@@ -178,7 +178,7 @@ mod tests {
 
     // What the first versions stored was the API's own type.
     #[test]
-    fn what_the_first_versions_stored_is_read() {
+    fn specs_of_the_first_versions_are_read() {
         assert_eq!(spec_of_stored(serde_json::to_value(spec()).unwrap()).unwrap(), spec());
         let oldest = json!({"name": "web", "template": "sandbox", "cpus": 1, "memory_mib": 512});
         assert_eq!(spec_of_stored(oldest).unwrap(), VmSpec::named("web".parse().unwrap()));

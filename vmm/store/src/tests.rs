@@ -1,12 +1,12 @@
-use nido_api::Face;
+use nido_api::FrontEnd;
 use proptest::prelude::*;
 
 use super::*;
 
 proptest! {
-    // A number of many digits came back as its neighbour: an event said another time than the webhook about it.
+    // A number of many digits came back as its neighbour: an event had another time than its webhook message.
     #[test]
-    fn numbers_come_back_as_they_were(ms in proptest::num::f64::NORMAL) {
+    fn large_numbers_are_exact(ms in proptest::num::f64::NORMAL) {
         prop_assert_eq!(decode::<f64>("timings", &encode(&ms).unwrap()).unwrap(), ms);
     }
 }
@@ -19,7 +19,7 @@ fn shape(connection: &Connection) -> Vec<(String, String)> {
     rows.map(Result::unwrap).collect()
 }
 
-// A store that was no database any more gave an error without its path and without a way out.
+// A store that was not a database any more gave an error without its path and without a fix.
 #[test]
 fn a_damaged_store_is_named_with_its_path_and_a_hint() {
     let dir = tempfile::tempdir().unwrap();
@@ -28,7 +28,7 @@ fn a_damaged_store_is_named_with_its_path_and_a_hint() {
     let error = Store::open(&path).unwrap_err();
     assert_eq!(error.code(), Code::StoreDamaged);
     assert!(error.message().contains(&*path.to_string_lossy()), "{error}");
-    assert!(error.hint_for(Face::Cli).unwrap().contains("nido doctor --rebuild"));
+    assert!(error.hint_for(FrontEnd::Cli).unwrap().contains("nido doctor --rebuild"));
     // Damaged in the middle: found only when that page is read.
     std::fs::remove_file(&path).unwrap();
     drop(Store::open(&path).unwrap());
@@ -53,7 +53,7 @@ fn a_store_that_was_not_there_or_empty_is_new() {
 }
 
 #[test]
-fn nobody_else_may_read_a_store_new_or_old() {
+fn a_store_is_private_new_or_old() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("nido.db");
     let modes = || {
@@ -83,7 +83,7 @@ fn a_store_of_any_version_becomes_one_of_today() {
         let old = Connection::open(&path).unwrap();
         STEPS[..version].iter().for_each(|step| old.execute_batch(step).unwrap());
         old.pragma_update(None, "user_version", version as i64).unwrap();
-        // Whoever had a token then has it still.
+        // Tokens of that time are still valid.
         let token = "INSERT INTO tokens (id, name, sha256, scope, created_ms) VALUES ('1', 'ci', 'x', 'run', 0)";
         let had_token = old.execute(token, []).is_ok();
         drop(old);

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use nido_api::error::{Code, Error, Hint, Result};
-use nido_api::{Door, TokenInfo};
+use nido_api::{TokenAudience, TokenInfo};
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::{Store, decode, encode, fault, readable_rows};
@@ -25,7 +25,7 @@ impl Store {
     /// `token_exists`.
     pub fn insert_token(&self, token: &TokenRow) -> Result<()> {
         let TokenInfo { id, name, scope, only, created_at, expires_at, limits } = &token.info;
-        let only = only.map(Door::word);
+        let only = only.map(TokenAudience::word);
         let expires = expires_at.map(Timestamp::as_millisecond);
         let row =
             params![id, name, token.sha256, scope.word(), created_at.as_millisecond(), expires, only, encode(limits)?];

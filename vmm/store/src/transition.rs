@@ -1,7 +1,7 @@
 //! How a VM's row changes: one named transition for each thing that happens to a VM.
 //!
 //! Invariants: a transition is made only from the states that it names, in the transaction that also writes its event; one that
-//! comes too late changes nothing and is reported as [`Transitioned::No`].
+//! comes too late changes nothing and is reported as [`TransitionOutcome::No`].
 
 mod events;
 
@@ -16,14 +16,14 @@ use self::events::events_of;
 use super::{BootParts, Origin, Store, VmRow, encode, fault};
 
 /// States without a QEMU.
-const AT_REST: &[VmState] = &[VmState::Created, VmState::Stopped, VmState::Failed];
+const STOPPED_STATES: &[VmState] = &[VmState::Created, VmState::Stopped, VmState::Failed];
 /// States of a VM that a supervisor takes care of. A row that another version of nido wrote keeps its own supervisor.
 const SUPERVISED: &[VmState] =
     &[VmState::Starting, VmState::Running, VmState::Paused, VmState::Stopping, VmState::Unknown];
 /// States in which a start may be prepared.
-const BEFORE_LAUNCH: &[VmState] = &[VmState::Created, VmState::Stopped, VmState::Failed, VmState::Starting];
+const LAUNCHABLE_STATES: &[VmState] = &[VmState::Created, VmState::Stopped, VmState::Failed, VmState::Starting];
 /// The state of a start that has begun.
-const STARTING: &[VmState] = &[VmState::Starting];
+const STARTING_STATE: &[VmState] = &[VmState::Starting];
 
 /// What happens to a VM.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,7 +36,7 @@ pub enum Transition {
         to: VmState,
     },
     /// The machine of a start was decided.
-    Launching(Box<Launching>),
+    Launching(Box<LaunchRecord>),
     /// The start takes another vsock address, because another program uses the first one.
     AddressChanged {
         /// The address.
@@ -55,12 +55,12 @@ pub enum Transition {
     },
     /// The guest agent replies.
     Ready(Box<AgentReady>),
-    /// Something is to be known about the machine that it runs on.
+    /// A property of the machine that it runs on has changed.
     MachineChanged(Machine),
     /// A time limit was reached.
     LimitReached(Limit),
     /// QEMU has ended, or never ran.
-    Ended(Box<End>),
+    Ended(Box<VmEnd>),
     /// The disk is again as it was in a snapshot.
     DiskRestored {
         /// The snapshot.
@@ -68,15 +68,15 @@ pub enum Transition {
         /// The state: one without a QEMU.
         to: VmState,
     },
-    /// A QEMU runs whose row says that there is none.
+    /// A QEMU runs although its row states that there is none.
     FoundRunning,
-    /// A directory without a row was adopted: what its record says of the last start.
-    Adopted(Box<Adopted>),
+    /// A directory without a row was adopted: the last start according to its record.
+    Adopted(Box<AdoptedStart>),
 }
 
 /// A start, as it was decided.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Launching {
+pub struct LaunchRecord {
     /// The machine.
     pub machine: Machine,
     /// Its vsock address, if it has one.
@@ -110,7 +110,7 @@ pub struct AgentReady {
 
 /// How a VM ended.
 #[derive(Debug, Clone, PartialEq)]
-pub struct End {
+pub struct VmEnd {
     /// The state: one without a QEMU.
     pub state: VmState,
     /// Why it was stopped.
@@ -121,9 +121,9 @@ pub struct End {
     pub last_log_entries: Vec<String>,
 }
 
-/// What the record of an adopted VM says of its last start.
+/// The last start of an adopted VM according to its record.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Adopted {
+pub struct AdoptedStart {
     /// The machine.
     pub machine: Option<Machine>,
     /// How it was started.
@@ -139,7 +139,7 @@ pub struct Adopted {
 /// Whether a transition was made.
 #[must_use]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Transitioned {
+pub enum TransitionOutcome {
     /// It was.
     Yes,
     /// It was not: the VM is in this state, from which the transition does not lead.
@@ -148,7 +148,7 @@ pub enum Transitioned {
     Gone,
 }
 
-impl Transitioned {
+impl TransitionOutcome {
     /// Logs a transition that came too late.
     pub fn log(self, id: &str, what: &str) {
         match self {
@@ -162,16 +162,16 @@ impl Transition {
     /// How a VM ended.
     #[must_use]
     pub fn ended(state: VmState, failure: Option<Failure>) -> Self {
-        Self::Ended(Box::new(End { state, cause: None, failure, last_log_entries: Vec::new() }))
+        Self::Ended(Box::new(VmEnd { state, cause: None, failure, last_log_entries: Vec::new() }))
     }
 
     /// The states from which it leads.
     #[must_use]
     pub const fn from(&self) -> &'static [VmState] {
         match self {
-            Self::StartBegan | Self::DiskRestored { .. } | Self::FoundRunning => AT_REST,
-            Self::Launching(_) => BEFORE_LAUNCH,
-            Self::StartGivenUp { .. } | Self::AddressChanged { .. } => STARTING,
+            Self::StartBegan | Self::DiskRestored { .. } | Self::FoundRunning => STOPPED_STATES,
+            Self::Launching(_) => LAUNCHABLE_STATES,
+            Self::StartGivenUp { .. } | Self::AddressChanged { .. } => STARTING_STATE,
             Self::Entered { .. }
             | Self::Ready(_)
             | Self::MachineChanged(_)
@@ -234,7 +234,7 @@ impl Transition {
             Self::Ready(ready) => ready.columns(&mut columns)?,
             Self::MachineChanged(machine) => columns.set("machine", encode(machine)?),
             Self::Ended(end) => {
-                columns.forget_guest(&AgentInfo { ready: false, ..before.agent.clone() })?;
+                columns.clear_guest(&AgentInfo { ready: false, ..before.agent.clone() })?;
                 columns.set("cid", None::<u32>);
                 columns.set("expires_ms", None::<i64>);
                 columns.set("failure", end.failure.as_ref().map(encode).transpose()?);
@@ -252,9 +252,9 @@ impl Transition {
     }
 }
 
-impl Launching {
+impl LaunchRecord {
     fn columns(&self, columns: &mut Columns) -> Result<()> {
-        columns.forget_guest(&AgentInfo::default())?;
+        columns.clear_guest(&AgentInfo::default())?;
         columns.set("cid", self.cid);
         columns.set("machine", encode(&self.machine)?);
         columns.set("started_ms", self.started_at.as_millisecond());
@@ -296,7 +296,7 @@ impl Columns {
     }
 
     /// What is known only of a guest that runs.
-    fn forget_guest(&mut self, agent: &AgentInfo) -> Result<()> {
+    fn clear_guest(&mut self, agent: &AgentInfo) -> Result<()> {
         self.set("agent", encode(agent)?);
         self.set("ip_address", None::<String>);
         Ok(())
@@ -308,18 +308,18 @@ impl Store {
     ///
     /// # Errors
     /// `vm_busy` if the vsock address is in use, else of the store.
-    pub fn transition(&self, id: &str, transition: &Transition) -> Result<Transitioned> {
+    pub fn transition(&self, id: &str, transition: &Transition) -> Result<TransitionOutcome> {
         self.in_transaction(|| {
-            let Some(before) = self.vm_by_id(id)? else { return Ok(Transitioned::Gone) };
+            let Some(before) = self.vm_by_id(id)? else { return Ok(TransitionOutcome::Gone) };
             if !transition.from().contains(&before.state) {
-                return Ok(Transitioned::No(before.state));
+                return Ok(TransitionOutcome::No(before.state));
             }
             self.set_columns(id, transition.columns(&before)?)?;
             self.update_owned_parts(&before)?;
             for (kind, details) in events_of(&before, transition) {
                 self.append(kind, Some(&before.spec.name), &details)?;
             }
-            Ok(Transitioned::Yes)
+            Ok(TransitionOutcome::Yes)
         })
     }
 

@@ -160,7 +160,7 @@ impl Store {
         Ok(all)
     }
 
-    /// Says that a VM's files are about to be removed.
+    /// Records that a VM's files are about to be removed.
     ///
     /// # Errors
     /// Of the store.
@@ -191,7 +191,7 @@ impl Store {
                     let details = EventDetails { ip_address: ip_address.flatten(), last_log_entries, ..of_vm(&row) };
                     self.append(EventKind::VmDeleted, Some(&row.spec.name), &details)
                 }
-                // What cannot be read can be removed all the same.
+                // What cannot be read can be removed nevertheless.
                 _ => Ok(()),
             }
         })

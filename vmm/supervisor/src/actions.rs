@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 
 use nido_api::sanitize::{head, on_one_line};
 use nido_api::state::{StateCause, VmState};
-use nido_api::{AgentInfo, Limit, PLUG_PULLED};
+use nido_api::{AgentInfo, Limit, QEMU_KILLED_WARNING};
 use nido_engine::machine::Machine;
 use nido_guest_agent::wire::{MAX_WARNING, MAX_WARNINGS, Pong};
 use nido_store::{AgentReady, Transition};
 use tokio::time::Instant as TokioInstant;
 
-use super::control_server::Life;
-use super::launch::Running;
+use super::control_server::StartupPhase;
+use super::launch::RunningQemu;
 use super::lifecycle::{Action, Event};
-use super::pause::ByItself;
+use super::pause::AutomaticResume;
 use super::power_off::PowerOff;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::role::Role;
@@ -27,18 +27,18 @@ const SESSIONS_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long QEMU may take to acknowledge that it quits.
 const QUIT_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a warning of the guest's begins with.
-const OF_GUEST: &str = "in the guest: ";
+const GUEST_WARNING_PREFIX: &str = "in the guest: ";
 
 impl Supervisor {
     /// Decides what follows from an event, and does it.
-    pub(super) fn step(&mut self, event: Event, running: &Running) {
+    pub(super) fn step(&mut self, event: Event, running: &RunningQemu) {
         self.lifecycle.set_saving(self.is_being_saved());
         for action in self.lifecycle.step(Instant::now(), event) {
             self.perform(action, running);
         }
     }
 
-    fn perform(&mut self, action: Action, running: &Running) {
+    fn perform(&mut self, action: Action, running: &RunningQemu) {
         match action {
             Action::RecordState => self.record_state(),
             Action::RecordLimit(limit) => {
@@ -70,7 +70,7 @@ impl Supervisor {
                 );
                 self.awaited = Some(self.watch_for_agent_within(within, running));
             }
-            Action::ReportReady => drop(self.life.send_replace(Life::Ready)),
+            Action::ReportReady => drop(self.life.send_replace(StartupPhase::Ready)),
             Action::RecordReady(pong) => self.record_ready(pong),
             Action::SaveGuest => self.begin_bake(running),
             Action::Park(pong) => self.park(pong, running),
@@ -80,7 +80,7 @@ impl Supervisor {
 
     fn record_state(&mut self) {
         let (state, cause) = (self.lifecycle.state(), self.lifecycle.cause());
-        self.by_itself = (cause == Some(StateCause::DiskFull)).then(|| ByItself::new(Instant::now()));
+        self.by_itself = (cause == Some(StateCause::DiskFull)).then(|| AutomaticResume::new(Instant::now()));
         let timings = self.row.timings.filter(|timings| timings.total_ms > 0.0);
         self.write(Transition::Entered { state, cause, timings });
         if state == VmState::Stopping {
@@ -90,13 +90,13 @@ impl Supervisor {
 
     fn warn_plug_pulled(&mut self) {
         tracing::warn!("the guest did not power off in time; terminating QEMU");
-        if !self.machine.warnings.iter().any(|warning| warning == PLUG_PULLED) {
-            self.machine.warnings.push(PLUG_PULLED.into());
+        if !self.machine.warnings.iter().any(|warning| warning == QEMU_KILLED_WARNING) {
+            self.machine.warnings.push(QEMU_KILLED_WARNING.into());
             self.write(Transition::MachineChanged(self.machine.clone()));
         }
     }
 
-    fn power_off(&self, deadline: Instant, running: &Running) {
+    fn power_off(&self, deadline: Instant, running: &RunningQemu) {
         let Ok(monitor) = running.monitor().cloned() else { return };
         let (guest, ready) = (self.guest.clone(), self.lifecycle.is_ready());
         tokio::spawn(PowerOff { guest, monitor, ready, deadline: TokioInstant::from_std(deadline) }.request());
@@ -114,7 +114,7 @@ impl Supervisor {
     }
 
     /// Pauses a clone that is ready: from here on it waits.
-    fn park(&self, pong: Pong, running: &Running) {
+    fn park(&self, pong: Pong, running: &RunningQemu) {
         let (monitor, report) = (running.monitor().cloned(), self.reports.0.clone());
         tokio::spawn(async move {
             let paused = match monitor {
@@ -129,12 +129,12 @@ impl Supervisor {
     pub(super) fn set_guest_clock(&mut self) {
         self.clock_stale = !self.lifecycle.is_ready() || self.lifecycle.role() != Role::Use;
         if !self.clock_stale && self.lifecycle.state() == VmState::Running {
-            tokio::spawn(super::clock::set_clock(self.way()));
+            tokio::spawn(super::clock::set_clock(self.agent_route()));
         }
     }
 
     fn record_ready(&mut self, pong: Pong) {
-        let total_ms = self.asked_for_ms();
+        let total_ms = self.since_request_ms();
         if !self.row.agent.ready
             && let Some(timings) = &mut self.row.timings
         {
@@ -155,7 +155,7 @@ impl Supervisor {
             timings: self.row.timings,
         })));
         nido_files::failpoint!("ready.written");
-        self.life.send_replace(Life::Ready);
+        self.life.send_replace(StartupPhase::Ready);
         if self.clock_stale {
             self.set_guest_clock();
         }
@@ -163,9 +163,9 @@ impl Supervisor {
 
     /// The machine with what its guest warns of, if that is something new. Earlier warnings of the guest's are over.
     fn with_guest_warnings(&mut self, of_guest: Vec<String>) -> Option<Machine> {
-        let shown = |text: String| format!("{OF_GUEST}{}", on_one_line(head(&text, MAX_WARNING)));
+        let shown = |text: String| format!("{GUEST_WARNING_PREFIX}{}", on_one_line(head(&text, MAX_WARNING)));
         let mut warnings = self.machine.warnings.clone();
-        warnings.retain(|warning| !warning.starts_with(OF_GUEST));
+        warnings.retain(|warning| !warning.starts_with(GUEST_WARNING_PREFIX));
         warnings.extend(of_guest.into_iter().take(MAX_WARNINGS).map(shown));
         if warnings == self.machine.warnings {
             return None;

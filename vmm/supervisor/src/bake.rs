@@ -24,29 +24,29 @@ use nido_store::Origin;
 use tokio::time::Instant;
 
 use super::jobs::{self, HostProbe, WarmImage};
-use super::launch::Running;
+use super::launch::RunningQemu;
 use super::qmp::QMP_TIMEOUT;
 use super::readiness::AgentRoute;
 use super::state::{Report, Supervisor};
 
-/// How long the guest may take to fall silent.
-const QUIET_WITHIN: Duration = Duration::from_secs(30);
+/// How long the agent may take to close its channel.
+const CHANNEL_CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long QEMU may take to save a machine's state.
-const SAVED_WITHIN: Duration = Duration::from_secs(60);
+const SAVE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the guest may take to come to rest.
-const RESTS_WITHIN: Duration = Duration::from_secs(20);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Over how long its CPU time is counted, what share of it counts as rest, and how many such spans in a row it takes: what
 /// a kernel puts off, it puts off for a second or two (the addresses of a network card, for one).
-const LOOK_EVERY: Duration = Duration::from_millis(400);
-const RESTING_PERCENT: u32 = 3;
-const RESTING_SPANS: u32 = 10;
+const CPU_SAMPLE_INTERVAL: Duration = Duration::from_millis(400);
+const IDLE_CPU_PERCENT: u32 = 3;
+const IDLE_SAMPLES: u32 = 10;
 /// How long the end of a QEMU may take to be seen.
-const END_SEEN_WITHIN: Duration = Duration::from_millis(500);
+const EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// What the guest is saved with.
 struct Saving {
     name: String,
-    way: AgentRoute,
+    agent_route: AgentRoute,
     monitor: Monitor,
     pid: i32,
     /// It booted to be saved: it is left alone until it rests.
@@ -57,11 +57,11 @@ struct Saving {
 
 impl Supervisor {
     /// Starts to save the guest. Its machine ends then; the result is reported when QEMU has ended.
-    pub(super) fn begin_bake(&self, running: &Running) {
+    pub(super) fn begin_bake(&self, running: &RunningQemu) {
         let Ok(monitor) = running.monitor().cloned() else { return };
         let saving = Saving {
             name: self.row.spec.name.to_string(),
-            way: self.way(),
+            agent_route: self.agent_route(),
             monitor,
             pid: running.process.pid(),
             rests: self.row.origin == Origin::Boot,
@@ -72,7 +72,7 @@ impl Supervisor {
             let saved = saving.save().await;
             if saved.is_err() {
                 // If QEMU has ended, the event loop detects that and derives the cause.
-                tokio::time::sleep(END_SEEN_WITHIN).await;
+                tokio::time::sleep(EXIT_TIMEOUT).await;
             }
             let _ = report.send(Report::Saved(saved)).await;
         });
@@ -96,7 +96,7 @@ impl Saving {
     async fn save(self) -> Result<()> {
         let broken = |why: String| Error::new(Code::QemuFailed, format!("the guest cannot be saved: {why}"));
         if !self.twin {
-            let deadline = Instant::now() + QUIET_WITHIN;
+            let deadline = Instant::now() + CHANNEL_CLOSE_TIMEOUT;
             self.silence(deadline).await.map_err(|e| nido_engine::error_sources::guest_error(&self.name, e))?;
             // A copy of a running VM is wanted at once, and its programs may never rest.
             if self.rests {
@@ -109,21 +109,22 @@ impl Saving {
         }
         nido_files::failpoint!("save.paused");
         let state = File::create(DEVICE_STATE).map_err(|e| Error::io("cannot save the guest", e))?;
-        migration::save(&self.monitor, Path::new(SAVE_SOCKET), state, Memory::Apart, SAVED_WITHIN)
+        migration::save(&self.monitor, Path::new(SAVE_SOCKET), state, Memory::Apart, SAVE_TIMEOUT)
             .await
             .map_err(|e| save_error("cannot save the guest", e))
     }
 
     /// Freezes the guest's disk, and leaves its agent waiting for the first word of another host.
     async fn silence(&self, deadline: Instant) -> Result<(), GuestError> {
-        let way = &self.way;
-        let mut session = Session::open(way.stream(deadline).await?, way.guest.token(), deadline).await?;
+        let agent_route = &self.agent_route;
+        let mut session =
+            Session::open(agent_route.stream(deadline).await?, agent_route.guest.token(), deadline).await?;
         // This syncs everything to the disk. Unfreeze at once: doing so after each fork would cost more than all other steps.
         session.freeze(deadline).await?;
         session.thaw(deadline).await?;
         drop(session);
-        match &way.channel {
-            Some(channel) => channel.quieten(deadline).await,
+        match &agent_route.channel {
+            Some(channel) => channel.close_for_save(deadline).await,
             None => Ok(()),
         }
     }
@@ -141,14 +142,14 @@ pub(super) fn save_error(what: &str, error: MigrationError) -> Error {
 
 /// Waits until the guest has nothing left to do, but not for ever: some always have.
 async fn rest(qemu: i32) {
-    let deadline = Instant::now() + RESTS_WITHIN;
+    let deadline = Instant::now() + IDLE_TIMEOUT;
     let (mut before, mut rested) = (cpu_time(qemu), 0);
     while Instant::now() < deadline {
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(CPU_SAMPLE_INTERVAL).await;
         let now = cpu_time(qemu);
-        let rests = now.saturating_sub(before) < LOOK_EVERY * RESTING_PERCENT / 100;
+        let rests = now.saturating_sub(before) < CPU_SAMPLE_INTERVAL * IDLE_CPU_PERCENT / 100;
         rested = if rests { rested + 1 } else { 0 };
-        if rested == RESTING_SPANS {
+        if rested == IDLE_SAMPLES {
             return;
         }
         before = now;

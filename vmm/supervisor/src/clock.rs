@@ -10,13 +10,14 @@ use tokio::time::Instant;
 use super::readiness::AgentRoute;
 
 /// How long the guest may take.
-const SET_WITHIN: Duration = Duration::from_secs(30);
+const CLOCK_SET_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Sets the guest's clock to the host's.
-pub(super) async fn set_clock(way: AgentRoute) {
-    let deadline = Instant::now() + SET_WITHIN;
+pub(super) async fn set_clock(agent_route: AgentRoute) {
+    let deadline = Instant::now() + CLOCK_SET_TIMEOUT;
     let set = async {
-        let mut session = Session::open(way.stream(deadline).await?, way.guest.token(), deadline).await?;
+        let mut session =
+            Session::open(agent_route.stream(deadline).await?, agent_route.guest.token(), deadline).await?;
         let now = i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX);
         session.set_clock(now, deadline).await
     };

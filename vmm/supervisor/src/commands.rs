@@ -7,15 +7,15 @@ use nido_api::error::Result;
 use nido_api::state::StateCause;
 
 use super::control::{Reply, Request};
-use super::control_server::{Call, ReplySender};
+use super::control_server::{ControlRequest, ReplySender};
 use super::forwards::bind;
-use super::launch::Running;
+use super::launch::RunningQemu;
 use super::lifecycle::{Event, Stop};
 use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::state::{Report, Supervisor};
 
 impl Supervisor {
-    pub(super) async fn on_call(&mut self, Call { request, reply }: Call, running: &Running) {
+    pub(super) async fn on_call(&mut self, ControlRequest { request, reply }: ControlRequest, running: &RunningQemu) {
         let outcome = match request {
             // The loop has no part in them: they wait, or last.
             Request::Ready | Request::Lease => Ok(Reply::Done),
@@ -58,7 +58,7 @@ impl Supervisor {
     }
 
     /// Pauses the CPUs, in a task of its own.
-    fn begin_pause(&self, reply: ReplySender, running: &Running) {
+    fn begin_pause(&self, reply: ReplySender, running: &RunningQemu) {
         let (monitor, report) = (running.monitor().cloned(), self.reports.0.clone());
         tokio::spawn(async move {
             let outcome = match monitor {
@@ -69,7 +69,7 @@ impl Supervisor {
         });
     }
 
-    async fn add_forward(&mut self, spec: &ForwardSpec, running: &Running) -> Result<Reply> {
+    async fn add_forward(&mut self, spec: &ForwardSpec, running: &RunningQemu) -> Result<Reply> {
         running.monitor()?;
         let (bound, listener) = bind(spec).await?;
         nido_files::failpoint!("forward.bound");
@@ -78,7 +78,7 @@ impl Supervisor {
         Ok(Reply::Forward { forward: bound.into() })
     }
 
-    async fn remove_forward(&mut self, spec: &ForwardSpec, running: &Running) -> Result<Reply> {
+    async fn remove_forward(&mut self, spec: &ForwardSpec, running: &RunningQemu) -> Result<Reply> {
         running.monitor()?;
         self.context.store().remove_forward(&self.row.id, spec)?;
         nido_files::failpoint!("forward.unrecorded");

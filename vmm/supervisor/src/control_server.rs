@@ -16,15 +16,15 @@ use tokio::time::timeout;
 
 use super::control::{MAX_LINE, Reply, Request, decode_request, encode};
 
-/// How long a client may take to say what it wants.
-const REQUEST_WITHIN: Duration = Duration::from_secs(10);
+/// How long a client may take to send its request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often a client that waits for a start gets the current stage.
-const ALIVE_EVERY: Duration = Duration::from_secs(10);
+const STAGE_REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How far the VM's life has come.
+/// How far the start of the VM has come.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Life {
+pub(super) enum StartupPhase {
     /// QEMU does not answer yet.
     Launching,
     /// The agent does not.
@@ -42,7 +42,7 @@ pub(super) type ReplySender = oneshot::Sender<Result<Reply>>;
 
 /// A request on its way to the loop.
 #[derive(Debug)]
-pub(super) struct Call {
+pub(super) struct ControlRequest {
     pub request: Request,
     /// Closed once the client no longer waits.
     pub reply: ReplySender,
@@ -111,19 +111,19 @@ impl Drop for SessionGuard {
 /// What each connection needs.
 #[derive(Debug, Clone)]
 pub(super) struct ControlQueue {
-    pub calls: mpsc::Sender<Call>,
-    pub life: watch::Receiver<Life>,
+    pub calls: mpsc::Sender<ControlRequest>,
+    pub life: watch::Receiver<StartupPhase>,
     pub users: ActiveSessions,
 }
 
 /// Accepts connections until dropped.
-pub(super) async fn serve(listener: UnixListener, desk: ControlQueue) {
+pub(super) async fn serve(listener: UnixListener, queue: ControlQueue) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let desk = desk.clone();
+                let queue = queue.clone();
                 tokio::spawn(async move {
-                    if let Err(error) = attend(stream, desk).await {
+                    if let Err(error) = serve_connection(stream, queue).await {
                         tracing::debug!("a control connection ended: {error}");
                     }
                 });
@@ -136,18 +136,18 @@ pub(super) async fn serve(listener: UnixListener, desk: ControlQueue) {
     }
 }
 
-async fn attend(stream: UnixStream, desk: ControlQueue) -> std::io::Result<()> {
+async fn serve_connection(stream: UnixStream, queue: ControlQueue) -> std::io::Result<()> {
     let (reader, writer) = stream.into_split();
     let mut reader = BufReader::with_capacity(1024, reader).take(MAX_LINE as u64);
     let mut line = Vec::new();
-    let read = timeout(REQUEST_WITHIN, reader.read_until(b'\n', &mut line)).await;
+    let read = timeout(REQUEST_TIMEOUT, reader.read_until(b'\n', &mut line)).await;
     if !matches!(read, Ok(Ok(n)) if n > 0) {
         return Ok(());
     }
     let (version, request) = decode_request(&line);
     let mut client = Client { reader: reader.into_inner(), writer, version };
     match request {
-        Ok(request) => carry_out(request, desk, &mut client).await,
+        Ok(request) => carry_out(request, queue, &mut client).await,
         Err(refusal) => client.send(&refusal).await,
     }
 }
@@ -180,57 +180,57 @@ impl Client {
     }
 }
 
-async fn carry_out(request: Request, mut desk: ControlQueue, client: &mut Client) -> std::io::Result<()> {
+async fn carry_out(request: Request, mut queue: ControlQueue, client: &mut Client) -> std::io::Result<()> {
     let completion = completion(&request);
     let is_use =
         matches!(completion, Completion::Ready | Completion::Held) || matches!(request, Request::Snapshot { .. });
-    let _use = is_use.then(|| desk.users.enter());
+    let _use = is_use.then(|| queue.users.enter());
     // A stop is carried out also if the loop is over: then its last word is in `life`.
     let is_stop = matches!(request, Request::Stop(_) | Request::StopKept);
     match completion {
         Completion::Held => {
             // It does not care how the VM ends, and must not delay the end.
-            drop(desk);
+            drop(queue);
             client.closed().await;
             Ok(())
         }
-        Completion::Ready => until_ready(&mut desk.life, client).await,
+        Completion::Ready => until_ready(&mut queue.life, client).await,
         Completion::Reply => {
-            let reply = desk.ask(request).await;
+            let reply = queue.send_request(request).await;
             client.send(&reply.unwrap_or_else(|error| Reply::failed(&error))).await
         }
         Completion::Ended => {
-            let reply = match desk.ask(request).await {
+            let reply = match queue.send_request(request).await {
                 Err(error) if !is_stop => Reply::failed(&error),
-                _ => until_ended(&mut desk).await,
+                _ => until_ended(&mut queue).await,
             };
             client.send(&reply).await
         }
-        Completion::Claimed => until_claimed(request, &mut desk, client).await,
+        Completion::Claimed => until_claimed(request, &mut queue, client).await,
     }
 }
 
 impl ControlQueue {
-    async fn ask(&self, request: Request) -> Result<Reply> {
+    async fn send_request(&self, request: Request) -> Result<Reply> {
         let (reply, answer) = oneshot::channel();
         let ending = || Error::new(Code::VmNotRunning, "the VM has just ended");
-        self.calls.send(Call { request, reply }).await.map_err(|_| ending())?;
+        self.calls.send(ControlRequest { request, reply }).await.map_err(|_| ending())?;
         answer.await.map_err(|_| ending())?
     }
 }
 
-async fn until_ready(life: &mut watch::Receiver<Life>, client: &mut Client) -> std::io::Result<()> {
+async fn until_ready(life: &mut watch::Receiver<StartupPhase>, client: &mut Client) -> std::io::Result<()> {
     loop {
         let now = life.borrow_and_update().clone();
         let stage = match now {
-            Life::Launching => StartStage::Launching,
-            Life::Booting => StartStage::Booting,
-            Life::Ready => {
+            StartupPhase::Launching => StartStage::Launching,
+            StartupPhase::Booting => StartStage::Booting,
+            StartupPhase::Ready => {
                 client.send(&Reply::Stage { stage: StartStage::Ready }).await?;
                 return client.send(&Reply::Done).await;
             }
-            Life::Baked(bake) => return client.send(&Reply::Baked { bake }).await,
-            Life::Ended(problem) => {
+            StartupPhase::Baked(bake) => return client.send(&Reply::Baked { bake }).await,
+            StartupPhase::Ended(problem) => {
                 return client.send(&Reply::Failed { problem: problem.unwrap_or_else(ended_early) }).await;
             }
         };
@@ -239,32 +239,32 @@ async fn until_ready(life: &mut watch::Receiver<Life>, client: &mut Client) -> s
             changed = life.changed() => if changed.is_err() {
                 return client.send(&Reply::Failed { problem: ended_early() }).await;
             },
-            // The same stage again: a sign of life.
-            () = tokio::time::sleep(ALIVE_EVERY) => {}
+            // The same stage again, to show that the start continues.
+            () = tokio::time::sleep(STAGE_REPORT_INTERVAL) => {}
             () = client.closed() => return Err(std::io::ErrorKind::BrokenPipe.into()),
         }
     }
 }
 
 /// A client that has disconnected gets no VM.
-async fn until_claimed(request: Request, desk: &mut ControlQueue, client: &mut Client) -> std::io::Result<()> {
+async fn until_claimed(request: Request, queue: &mut ControlQueue, client: &mut Client) -> std::io::Result<()> {
     if client.is_gone() {
         return Ok(());
     }
     let claimed = tokio::select! {
-        claimed = desk.ask(request) => claimed,
+        claimed = queue.send_request(request) => claimed,
         () = client.closed() => return Ok(()),
     };
     if let Err(error) = claimed {
         return client.send(&Reply::failed(&error)).await;
     }
-    let _use = desk.users.enter();
+    let _use = queue.users.enter();
     client.send(&Reply::Stage { stage: StartStage::Preparing }).await?;
-    until_ready(&mut desk.life, client).await
+    until_ready(&mut queue.life, client).await
 }
 
-async fn until_ended(desk: &mut ControlQueue) -> Reply {
-    match desk.life.wait_for(|life| matches!(life, Life::Ended(_) | Life::Baked(_))).await {
+async fn until_ended(queue: &mut ControlQueue) -> Reply {
+    match queue.life.wait_for(|life| matches!(life, StartupPhase::Ended(_) | StartupPhase::Baked(_))).await {
         Ok(_) => Reply::Done,
         Err(_) => Reply::failed(&Error::internal("the supervisor ended before the VM did")),
     }

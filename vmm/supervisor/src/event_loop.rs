@@ -12,29 +12,29 @@ use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, QMP_SOCKET
 use nido_engine::host::kvm;
 use nido_engine::machine::Accel;
 use nido_engine::qemu::QemuExit;
-use nido_store::{End, Transition};
+use nido_store::{Transition, VmEnd};
 use rustix::fs::unlink;
 use tokio::sync::oneshot;
 use tokio::time::{Instant as TokioInstant, sleep_until};
 
-use super::control_server::{ActiveSessions, Life};
+use super::control_server::{ActiveSessions, StartupPhase};
 use super::failure_error;
 use super::jobs::{self, Job, Tails, rotate_logs};
-use super::launch::Running;
+use super::launch::RunningQemu;
 use super::lifecycle::{Event, Stop};
 use super::readiness::Readiness;
 use super::role::Role;
 use super::startup::NotRunning;
-use super::state::{SESSION_EVERY, Supervisor, TAILS_JOB, TAILS_TIMEOUT, instant_of};
+use super::state::{SESSION_CHECK_INTERVAL, Supervisor, TAILS_JOB, TAILS_TIMEOUT, instant_of};
 
 /// How often logs are looked at.
-const LOGS_EVERY: Duration = Duration::from_secs(5);
+const LOG_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the supervisor looks whether the guardian lives.
-const GUARDIAN_EVERY: Duration = Duration::from_secs(3);
+const GUARDIAN_CHECK_INTERVAL: Duration = Duration::from_secs(3);
 /// How often a change that the store did not take is repeated.
-const RETRY_EVERY: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// How long answers to the last requests may take to be written.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const FINAL_REPLIES_TIMEOUT: Duration = Duration::from_secs(2);
 /// The job that rotates logs, and after how long that is worth a warning.
 const ROTATION_JOB: &str = "rotating the logs";
 const ROTATED_WITHIN: Duration = Duration::from_secs(30);
@@ -44,7 +44,7 @@ const JOBS_TIMEOUT: Duration = Duration::from_secs(5);
 const REMOVAL_JOB: &str = "removing the VM's files";
 const REMOVED_WITHIN: Duration = Duration::from_secs(30);
 /// How long the command that asked for a start may take to ask how it goes.
-const ASKED_WITHIN: Duration = Duration::from_millis(500);
+const STATUS_REQUEST_TIMEOUT: Duration = Duration::from_millis(500);
 
 impl Supervisor {
     /// Supervises until the VM is stopped.
@@ -92,17 +92,17 @@ impl Supervisor {
     }
 
     /// Everything from QEMU's first answer to its end.
-    async fn watch_over(&mut self, mut running: Running) -> QemuExit {
+    async fn watch_over(&mut self, mut running: RunningQemu) -> QemuExit {
         let first = self.begin_watching(&running);
         let mut awaiting_agent = first.is_some();
         let mut ready = first.unwrap_or_else(|| oneshot::channel().1);
-        let mut retry = tokio::time::interval(RETRY_EVERY);
+        let mut retry = tokio::time::interval(RETRY_INTERVAL);
         retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut logs = tokio::time::interval(LOGS_EVERY);
+        let mut logs = tokio::time::interval(LOG_CHECK_INTERVAL);
         logs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut guardian = tokio::time::interval(GUARDIAN_EVERY);
+        let mut guardian = tokio::time::interval(GUARDIAN_CHECK_INTERVAL);
         guardian.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut session = tokio::time::interval(SESSION_EVERY);
+        let mut session = tokio::time::interval(SESSION_CHECK_INTERVAL);
         session.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut direct = self.users.watch();
         let mut spliced =
@@ -134,7 +134,7 @@ impl Supervisor {
                 Ok(()) = spliced.changed() => {}
                 _ = logs.tick() => {
                     self.begin_rotation();
-                    self.look_at_host(&running);
+                    self.check_host(&running);
                     // The host may have slept, which the timer does not count; the wall clock does.
                     self.step(Event::ExpiresAt(self.row.expires_at.map(instant_of)), &running);
                 }
@@ -154,7 +154,7 @@ impl Supervisor {
     }
 
     /// What the watch over a QEMU begins with: the first reply of its agent, if that is awaited.
-    fn begin_watching(&mut self, running: &Running) -> Option<oneshot::Receiver<Readiness>> {
+    fn begin_watching(&mut self, running: &RunningQemu) -> Option<oneshot::Receiver<Readiness>> {
         if self.lifecycle.state() == VmState::Stopping && !self.lifecycle.is_ending() {
             // The supervisor before was stopping it: the deadline is this one's now.
             let StopRequest { force, timeout_ms } = StopRequest::default();
@@ -215,7 +215,7 @@ impl Supervisor {
 
     /// Records how the VM ended, notifies all waiting clients, and removes its files if it is ephemeral.
     async fn end(mut self, state: VmState, failure: Option<Failure>, instead: Option<ErrorRecord>) -> Result<()> {
-        let never_ran = *self.life.borrow() == Life::Launching;
+        let never_ran = *self.life.borrow() == StartupPhase::Launching;
         let vanishes = self.row.spec.ephemeral && !self.kept || self.context.is_abandoned(&self.row);
         // Any process that finds a stopped ephemeral VM deletes it.
         let state = if self.row.spec.ephemeral && self.kept { VmState::Created } else { state };
@@ -223,15 +223,15 @@ impl Supervisor {
         tracing::info!(state = state.word(), "VM {} ended", self.row.spec.name);
         let cause = self.lifecycle.end_cause(state);
         let last_log_entries = self.lifecycle.evidence().console_tail.clone();
-        self.unwritten.push(Transition::Ended(Box::new(End { state, cause, failure, last_log_entries })));
+        self.unwritten.push(Transition::Ended(Box::new(VmEnd { state, cause, failure, last_log_entries })));
         let (context, row) = (&self.context, &self.row);
         let written = self.unwritten.flush(row, |transition| context.store().transition(&row.id, transition));
         nido_files::failpoint!("end.recorded");
         // No process waits for a clone that was taken over only to be deleted.
         if never_ran && (self.lifecycle.role() == Role::Use || problem.is_some()) {
             // The command that requested the start knows that we listen, and is about to request the result.
-            self.life.send_replace(Life::Ended(problem.clone()));
-            let deadline = Instant::now() + ASKED_WITHIN;
+            self.life.send_replace(StartupPhase::Ended(problem.clone()));
+            let deadline = Instant::now() + STATUS_REQUEST_TIMEOUT;
             while self.life.receiver_count() < 2 && Instant::now() < deadline {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
@@ -251,12 +251,12 @@ impl Supervisor {
             None => Some(Ok(())),
         };
         self.life.send_replace(match (problem, baked) {
-            (None, Ok(Some(bake))) => Life::Baked(Box::new(bake)),
-            (None, Err(error)) => Life::Ended(Some(error.record())),
-            (problem, _) => Life::Ended(problem),
+            (None, Ok(Some(bake))) => StartupPhase::Baked(Box::new(bake)),
+            (None, Err(error)) => StartupPhase::Ended(Some(error.record())),
+            (problem, _) => StartupPhase::Ended(problem),
         });
         // Connections that wait for this end hold a receiver each; the accepting task holds one for ever.
-        let deadline = Instant::now() + LAST_WORDS;
+        let deadline = Instant::now() + FINAL_REPLIES_TIMEOUT;
         while self.life.receiver_count() > 1 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

@@ -9,7 +9,7 @@ use nido_engine::qemu::QemuExit;
 pub struct ExitEvidence {
     /// QMP's word for why the machine shut down: `guest-shutdown`, `guest-reset`, `host-qmp-quit`, …
     pub shutdown_reason: Option<String>,
-    /// The guest's kernel said that it panics.
+    /// The guest's kernel reported a panic.
     pub panicked: bool,
     /// The guest did not become ready in time, so the plug was pulled.
     pub late_after_ms: Option<u64>,
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_that_was_asked_for_is_no_failure_however_it_ended() {
+    fn a_requested_stop_is_never_a_failure() {
         for exit in [QemuExit::Code(0), QemuExit::Signal(9), QemuExit::Unknown] {
             assert_eq!(exit_cause(VmState::Stopping, exit, &ExitEvidence::default()), (VmState::Stopped, None));
         }
@@ -144,14 +144,14 @@ mod tests {
 
     /// A guest that wrote the words of a panic to its console and powered off was reported as failed.
     #[test]
-    fn a_guest_that_powers_off_has_not_panicked_whatever_its_console_says() {
+    fn a_power_off_is_not_a_panic_whatever_the_console_shows() {
         assert!(!seen("guest-shutdown").may_have_panicked());
         assert!(seen("guest-reset").may_have_panicked());
         assert!(ExitEvidence::default().may_have_panicked());
     }
 
     #[test]
-    fn causes_are_told_apart() {
+    fn exit_causes_are_distinguished() {
         let cause = |exit, tail: &str| {
             let seen = ExitEvidence { qemu_tail: vec![tail.into()], ..ExitEvidence::default() };
             exit_cause(VmState::Running, exit, &seen).1.unwrap().cause
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_late_guest_is_told_with_its_time() {
+    fn a_late_guest_is_reported_with_its_timeout() {
         let late = ExitEvidence { late_after_ms: Some(1500), ..ExitEvidence::default() };
         let (_, failure) = exit_cause(VmState::Running, QemuExit::Code(0), &late);
         assert_eq!(failure.unwrap().message, "the guest agent did not reply within 1.5 s");

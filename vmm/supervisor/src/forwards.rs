@@ -20,7 +20,7 @@ pub(super) struct Forwards {
     places: Connections,
 }
 
-/// Takes the port of the host; the answer has its number.
+/// Takes the port of the host; the reply has its number.
 pub(super) async fn bind(spec: &ForwardSpec) -> Result<(ForwardSpec, TcpListener)> {
     let address = SocketAddr::new(spec.host, spec.host_port);
     let refused = |e: std::io::Error| match e.kind() {

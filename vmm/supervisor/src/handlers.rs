@@ -18,7 +18,7 @@ use super::control::Reply;
 use super::control_server::ReplySender;
 use super::host_clocks::HostClocks;
 use super::jobs::Job;
-use super::launch::Running;
+use super::launch::RunningQemu;
 use super::lifecycle::{AgentReply, Event};
 use super::pause::{Resume, io_cause, observed};
 use super::qmp::QMP_TIMEOUT;
@@ -29,7 +29,7 @@ use super::state::{Report, Supervisor};
 const REOPENED_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Supervisor {
-    pub(super) fn on_agent(&mut self, answer: Readiness, running: &Running) {
+    pub(super) fn on_agent(&mut self, answer: Readiness, running: &RunningQemu) {
         let reply = match answer {
             Readiness::Yes(pong) => AgentReply::Ready(pong),
             Readiness::Late => AgentReply::Late,
@@ -47,7 +47,7 @@ impl Supervisor {
     }
 
     /// What the host does without a word: its clock jumps, it sleeps, its disk has space again.
-    pub(super) fn look_at_host(&mut self, running: &Running) {
+    pub(super) fn check_host(&mut self, running: &RunningQemu) {
         if self.host_clocks.jumped(HostClocks::now()) {
             tracing::info!("the host's clock has jumped, or it slept");
             self.set_guest_clock();
@@ -62,7 +62,7 @@ impl Supervisor {
     }
 
     /// Resumes the CPUs, in a task of its own.
-    pub(super) fn begin_resume(&mut self, reply: Option<ReplySender>, running: &Running) {
+    pub(super) fn begin_resume(&mut self, reply: Option<ReplySender>, running: &RunningQemu) {
         let monitor = match running.monitor() {
             Ok(monitor) => monitor.clone(),
             Err(error) => {
@@ -93,7 +93,7 @@ impl Supervisor {
         });
     }
 
-    pub(super) async fn on_report(&mut self, report: Report, running: &Running) {
+    pub(super) async fn on_report(&mut self, report: Report, running: &RunningQemu) {
         match report {
             Report::Paused(outcome, reply) => {
                 if outcome.is_ok() {
@@ -108,7 +108,7 @@ impl Supervisor {
                 }
                 self.step(Event::ResumeEnds(outcome.is_ok()), running);
                 // Only QEMU knows; it may have been paused again meanwhile.
-                self.ask_status(running).await;
+                self.query_status(running).await;
                 if let Some(reply) = reply {
                     let _ = reply.send(outcome.map(|()| Reply::Done));
                 }
@@ -133,10 +133,10 @@ impl Supervisor {
         }
     }
 
-    pub(super) async fn on_event(&mut self, event: MonitorEvent, running: &Running) {
+    pub(super) async fn on_event(&mut self, event: MonitorEvent, running: &RunningQemu) {
         let MonitorEvent::Event(event) = event else {
             tracing::warn!("QEMU sent events faster than they were read");
-            return self.ask_status(running).await;
+            return self.query_status(running).await;
         };
         tracing::info!(event = %event.name, data = %event.data, "QEMU");
         match event.name.as_str() {
@@ -148,7 +148,7 @@ impl Supervisor {
             "SHUTDOWN" => self.lifecycle.evidence().shutdown_reason = Some(shutdown_reason(&event)),
             "GUEST_PANICKED" => self.step(Event::Panicked, running),
             "BLOCK_IO_ERROR" => self.no_space = Some(event.data.get("nospace") == Some(&serde_json::Value::Bool(true))),
-            "STOP" | "SUSPEND" => self.ask_status(running).await,
+            "STOP" | "SUSPEND" => self.query_status(running).await,
             "RESUME" | "WAKEUP" => self.cpus_run(Event::CpusRun, running),
             _ => {}
         }
@@ -170,7 +170,7 @@ impl Supervisor {
         });
     }
 
-    async fn ask_status(&mut self, running: &Running) {
+    async fn query_status(&mut self, running: &RunningQemu) {
         let Ok(monitor) = running.monitor() else { return };
         match monitor.query_status(QMP_TIMEOUT).await {
             Ok(status) => self.observe(status, running),
@@ -179,7 +179,7 @@ impl Supervisor {
     }
 
     /// Takes QEMU's word for what the CPUs do.
-    pub(super) fn observe(&mut self, status: RunState, running: &Running) {
+    pub(super) fn observe(&mut self, status: RunState, running: &RunningQemu) {
         let cause = self.lifecycle.cause();
         let known = match status {
             RunState::io_error if cause == Some(StateCause::DiskFull) => cause,
@@ -191,14 +191,14 @@ impl Supervisor {
     }
 
     /// The CPUs run, unless a resume is on its way or a snapshot is being taken.
-    fn cpus_run(&mut self, event: Event, running: &Running) {
+    fn cpus_run(&mut self, event: Event, running: &RunningQemu) {
         self.step(event, running);
         if self.lifecycle.state() != nido_api::state::VmState::Paused && !self.lifecycle.is_resuming() {
             self.no_space = None;
         }
     }
 
-    pub(super) async fn drain_events(&mut self, running: &mut Running) {
+    pub(super) async fn drain_events(&mut self, running: &mut RunningQemu) {
         let deadline = TokioInstant::now() + Duration::from_millis(200);
         while let Ok(Some(event)) = tokio::time::timeout_at(deadline, running.events.recv()).await {
             if let MonitorEvent::Event(event) = &event

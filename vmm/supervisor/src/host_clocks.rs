@@ -5,7 +5,7 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 
 /// How far the host's clocks may diverge before the guest's clock is set.
-const JUMP: Duration = Duration::from_millis(500);
+const CLOCK_JUMP_MIN: Duration = Duration::from_millis(500);
 
 /// The host's clocks against each other: the wall clock is set, and while the host sleeps only some of them run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +27,7 @@ impl HostClocks {
 
     /// Whether they have moved against each other since the last time that they had, as they are `now`.
     pub(super) fn jumped(&mut self, now: Self) -> bool {
-        let far = |a: i128, b: i128| a.abs_diff(b) > JUMP.as_nanos();
+        let far = |a: i128, b: i128| a.abs_diff(b) > CLOCK_JUMP_MIN.as_nanos();
         let jumped = far(self.wall_ns, now.wall_ns) || far(self.boot_ns, now.boot_ns);
         if jumped {
             *self = now;
@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_own_clocks_stand_still_against_each_other() {
+    fn the_hosts_clocks_do_not_drift() {
         let mut clocks = HostClocks::now();
         assert!(!clocks.jumped(HostClocks::now()));
     }

@@ -13,16 +13,16 @@ use nido_engine::host::QemuFacts;
 use nido_engine::machine::Machine;
 use nido_engine::qemu::argv::{Disk, Files, Memory, flatten, parts};
 use nido_engine::qemu::{Monitor, MonitorError, MonitorEvent, QemuProcess, process};
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_store::{Origin, Purpose, VmRow};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
 /// How long QEMU may take until its monitor answers.
-const MONITOR_WITHIN: Duration = Duration::from_secs(30);
+const MONITOR_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A QEMU that runs, and the connection to its monitor.
-pub(super) struct Running {
+pub(super) struct RunningQemu {
     pub process: QemuProcess,
     /// `None`: its monitor does not reply, and all that can be done with this QEMU is to kill it.
     monitor: Option<Monitor>,
@@ -30,7 +30,7 @@ pub(super) struct Running {
     pub events: mpsc::Receiver<MonitorEvent>,
 }
 
-impl Running {
+impl RunningQemu {
     /// QEMU's monitor.
     ///
     /// # Errors
@@ -61,15 +61,15 @@ pub(super) async fn launch(
     row: &VmRow,
     machine: &Machine,
     qemu: &QemuFacts,
-) -> Result<Running, LaunchError> {
+) -> Result<RunningQemu, LaunchError> {
     let process = spawn(home, row, machine, qemu).map_err(LaunchError::Failed)?;
     nido_files::failpoint!("launch.spawned");
     let connected = tokio::select! {
-        connected = Monitor::connect(Path::new(QMP_SOCKET), MONITOR_WITHIN) => connected,
+        connected = Monitor::connect(Path::new(QMP_SOCKET), MONITOR_TIMEOUT) => connected,
         exit = process.wait() => return Err(LaunchError::Exited(exit.unwrap_or(process::QemuExit::Unknown))),
     };
     match connected {
-        Ok((monitor, events)) => Ok(Running { process, monitor: Some(monitor), events }),
+        Ok((monitor, events)) => Ok(RunningQemu { process, monitor: Some(monitor), events }),
         // It closed the monitor: give it the moment it takes to be seen ending.
         Err(MonitorError::QemuGone | MonitorError::Io(_)) => {
             match tokio::time::timeout(Duration::from_secs(2), process.wait()).await {
@@ -128,7 +128,7 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
     }
     let broken = |e| Error::io("cannot prepare QEMU", e);
     // First of all: while a QEMU of this VM runs, its logs and its monitor's socket are its own.
-    let lock = Held::try_take(Path::new(VM_LOCK))
+    let lock = HeldLock::try_take(Path::new(VM_LOCK))
         .map_err(broken)?
         .ok_or_else(|| Error::new(Code::VmBusy, "a QEMU of this VM runs already"))?;
     nido_files::failpoint!("launch.locked");
@@ -145,7 +145,7 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
 }
 
 /// Finds the QEMU behind the VM's monitor, which may not reply. The working directory is the VM's.
-pub(super) async fn attach() -> Result<Running> {
+pub(super) async fn attach() -> Result<RunningQemu> {
     let lost = |why: String| {
         Error::new(
             Code::QemuFailed,
@@ -155,10 +155,10 @@ pub(super) async fn attach() -> Result<Running> {
     let stream = UnixStream::connect(QMP_SOCKET).await.map_err(|e| lost(e.to_string()))?;
     let process = QemuProcess::behind(&stream).map_err(|e| lost(e.to_string()))?;
     Ok(match Monitor::negotiate(stream).await {
-        Ok((monitor, events)) => Running { process, monitor: Some(monitor), events },
+        Ok((monitor, events)) => RunningQemu { process, monitor: Some(monitor), events },
         Err(error) => {
             tracing::error!("{}", lost(error.to_string()));
-            Running { process, monitor: None, events: mpsc::channel(1).1 }
+            RunningQemu { process, monitor: None, events: mpsc::channel(1).1 }
         }
     })
 }

@@ -1,5 +1,5 @@
 //! The supervisor: one process per running VM, this same program. It starts QEMU, or takes over one that lost its
-//! supervisor; carries sessions to the agent; keeps the limits; writes down how it all ended.
+//! supervisor; carries sessions to the agent; keeps the limits; records how it all ended.
 //!
 //! ```text
 //!   command --control.sock--> control_server.rs --calls--+
@@ -56,7 +56,7 @@ use nido_api::operation as op;
 use nido_api::state::{FailureCause, VmState};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK, VmDir};
 use nido_engine::host::daemon::raise_open_files;
-use nido_files::lock::{Held, is_held};
+use nido_files::lock::{HeldLock, is_held};
 use rustix::fs::Mode;
 
 use crate::context::Context;
@@ -80,7 +80,7 @@ pub struct SuperviseRequest {
 /// Supervises one VM and returns when it has stopped; at once if it does not run, or has a supervisor.
 ///
 /// # Errors
-/// Whatever keeps it from supervising. The VM's row says how the VM ended.
+/// Any failure to supervise. The VM's row states how the VM ended.
 pub async fn supervise(context: Arc<Context>, request: SuperviseRequest, asked_at: Option<Instant>) -> Result<()> {
     let dir = context.vm_dir(&request.id);
     let Some(lock) = own_lock(&dir)? else { return Ok(()) };
@@ -93,7 +93,7 @@ pub async fn supervise(context: Arc<Context>, request: SuperviseRequest, asked_a
         return Ok(());
     }
     nido_files::failpoint!("supervise.begun");
-    settle_in(&dir)?;
+    prepare_process(&dir)?;
     let asked_at = asked_at.unwrap_or_else(Instant::now);
     state::Supervisor::prepare(context, row, lock, attach, asked_at, request.ready_within_ms)?
         .run(attach, announce)
@@ -101,7 +101,7 @@ pub async fn supervise(context: Arc<Context>, request: SuperviseRequest, asked_a
 }
 
 /// The lock that came as standard input, or else taken here. `None`: another supervisor has it.
-fn own_lock(dir: &VmDir) -> Result<Option<Held>> {
+fn own_lock(dir: &VmDir) -> Result<Option<HeldLock>> {
     use std::os::fd::AsFd;
     use std::os::unix::fs::MetadataExt;
     let path = dir.file(SUPERVISOR_LOCK);
@@ -112,13 +112,13 @@ fn own_lock(dir: &VmDir) -> Result<Option<Held>> {
         _ => false,
     };
     if same {
-        return Ok(Some(Held::inherited(inherited)));
+        return Ok(Some(HeldLock::inherited(inherited)));
     }
-    Held::try_take(&path).map_err(broken)
+    HeldLock::try_take(&path).map_err(broken)
 }
 
 /// Makes this process fit to stay: it works in the VM's directory, and what it creates is private.
-fn settle_in(dir: &VmDir) -> Result<()> {
+fn prepare_process(dir: &VmDir) -> Result<()> {
     rustix::process::umask(Mode::from_bits_truncate(0o077));
     raise_open_files();
     std::env::set_current_dir(dir.path()).map_err(|e| Error::io("cannot enter the VM's directory", e))

@@ -16,7 +16,7 @@ pub struct Limits {
 
 /// Which limit was reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reached {
+pub enum LimitReached {
     /// Its life is over.
     Ttl,
     /// No client has used it for too long.
@@ -78,12 +78,12 @@ impl Limits {
 
     /// The limit that is reached at `now`.
     #[must_use]
-    pub fn reached(&self, now: Instant) -> Option<Reached> {
+    pub fn reached(&self, now: Instant) -> Option<LimitReached> {
         if self.expires_at.is_some_and(|at| now >= at) {
-            return Some(Reached::Ttl);
+            return Some(LimitReached::Ttl);
         }
         let idle_for = self.idle_for(now)?;
-        self.idle.is_some_and(|idle| idle_for >= idle).then_some(Reached::Idle)
+        self.idle.is_some_and(|idle| idle_for >= idle).then_some(LimitReached::Idle)
     }
 }
 
@@ -102,7 +102,7 @@ mod tests {
         assert_eq!(limits.next_deadline(), None);
         limits.used_by(0, start + 500 * S);
         assert_eq!(limits.reached(start + 509 * S), None);
-        assert_eq!(limits.reached(start + 510 * S), Some(Reached::Idle));
+        assert_eq!(limits.reached(start + 510 * S), Some(LimitReached::Idle));
         assert_eq!(limits.next_deadline(), Some(start + 510 * S));
     }
 
@@ -112,7 +112,7 @@ mod tests {
         let mut limits = Limits::new(start, Some(start + 3 * S), Some(10 * S));
         limits.used_by(2, start);
         assert_eq!(limits.reached(start + 2 * S), None);
-        assert_eq!(limits.reached(start + 3 * S), Some(Reached::Ttl));
+        assert_eq!(limits.reached(start + 3 * S), Some(LimitReached::Ttl));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //!  resume, or space on a full disk --> resume(): query-status, free space, cont, look again --> the loop
 //! ```
 //!
-//! Invariant: only QEMU knows whether the CPUs run; nothing here, and nothing in the row, is taken for its answer.
+//! Invariant: only QEMU knows whether the CPUs run; nothing here, and nothing in the row, is taken for its reply.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -23,14 +23,14 @@ const RESUME_NEEDS_BYTES: u64 = 1 << 20;
 /// With this much it resumes by itself.
 const RESUME_BY_ITSELF_BYTES: u64 = 32 << 20;
 /// How long after a resume the same write may fail again, and how often that is looked at.
-const FAILS_AGAIN_WITHIN: Duration = Duration::from_millis(500);
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const REPEATED_IO_ERROR_WINDOW: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Pauses between the attempts to resume by itself, at first and at most.
 const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
 
 /// What QEMU's run state means for the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Observed {
+pub(super) enum ObservedState {
     /// The CPUs run.
     Runs,
     /// The CPUs are paused, and a user must act.
@@ -44,25 +44,25 @@ pub(super) enum Observed {
 }
 
 /// What a run state means. `known` is the cause of the pause according to events and the row.
-pub(super) const fn observed(state: RunState, known: Option<StateCause>) -> Observed {
+pub(super) const fn observed(state: RunState, known: Option<StateCause>) -> ObservedState {
     match state {
-        RunState::running => Observed::Runs,
-        RunState::internal_error => Observed::KvmFailed,
-        RunState::guest_panicked => Observed::Panicked,
-        RunState::io_error => Observed::Paused(match known {
+        RunState::running => ObservedState::Runs,
+        RunState::internal_error => ObservedState::KvmFailed,
+        RunState::guest_panicked => ObservedState::Panicked,
+        RunState::io_error => ObservedState::Paused(match known {
             Some(StateCause::DiskFull) => StateCause::DiskFull,
             _ => StateCause::IoError,
         }),
-        RunState::suspended => Observed::Paused(StateCause::GuestSuspended),
-        RunState::shutdown | RunState::inmigrate => Observed::Passing,
+        RunState::suspended => ObservedState::Paused(StateCause::GuestSuspended),
+        RunState::shutdown | RunState::inmigrate => ObservedState::Passing,
         // Saved or not: a command, this supervisor's or another program's, has stopped the CPUs.
         RunState::paused
         | RunState::postmigrate
         | RunState::finish_migrate
         | RunState::save_vm
         | RunState::restore_vm
-        | RunState::prelaunch => Observed::Paused(StateCause::User),
-        _ => Observed::Paused(StateCause::Qemu),
+        | RunState::prelaunch => ObservedState::Paused(StateCause::User),
+        _ => ObservedState::Paused(StateCause::Qemu),
     }
 }
 
@@ -73,14 +73,14 @@ pub(super) fn io_cause(no_space_reported: Option<bool>, home: &Path) -> StateCau
     if full { StateCause::DiskFull } else { StateCause::IoError }
 }
 
-/// How long the CPUs stood still while something waited for the guest.
+/// How long the CPUs were paused while something waited for the guest.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Stillness {
+pub(super) struct PausedTime {
     since: Option<Instant>,
     total: Duration,
 }
 
-impl Stillness {
+impl PausedTime {
     /// Records that the CPUs are paused, or run, from now on.
     pub(super) fn note(&mut self, still: bool, now: Instant) {
         match (still, self.since) {
@@ -104,18 +104,18 @@ impl Stillness {
 
 /// When a VM that was paused by a full disk is resumed without a request.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct ByItself {
+pub(super) struct AutomaticResume {
     at: Instant,
     pause: Duration,
 }
 
-impl ByItself {
+impl AutomaticResume {
     pub(super) fn new(now: Instant) -> Self {
         Self { at: now + RETRY_PAUSE.0, pause: RETRY_PAUSE.0 }
     }
 
     /// Whether it is time, and there is space. Each attempt makes the next one wait longer: where a quota or a thin volume is
-    /// full, free space says nothing.
+    /// full, free space has no meaning.
     pub(super) fn is_due(&mut self, now: Instant, home: &Path) -> bool {
         if now < self.at || disk_free_bytes(home).is_ok_and(|free| free < RESUME_BY_ITSELF_BYTES) {
             return false;
@@ -154,14 +154,14 @@ impl Resume {
             return Ok(());
         }
         self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
-        if failed_io { self.stays_up().await } else { Ok(()) }
+        if failed_io { self.keeps_running().await } else { Ok(()) }
     }
 
     /// Whether the write that failed succeeds now: QEMU repeats it first.
-    async fn stays_up(&self) -> Result<()> {
-        let deadline = Instant::now() + FAILS_AGAIN_WITHIN;
+    async fn keeps_running(&self) -> Result<()> {
+        let deadline = Instant::now() + REPEATED_IO_ERROR_WINDOW;
         while Instant::now() < deadline {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             if self.status().await? == RunState::io_error {
                 return Err(match self.cause {
                     Some(StateCause::DiskFull) => still_full("the guest's write failed again"),
@@ -193,19 +193,19 @@ mod tests {
     #[test]
     fn every_run_state_has_its_meaning() {
         for (state, known, wanted) in [
-            (RunState::running, Some(StateCause::DiskFull), Observed::Runs),
-            (RunState::paused, None, Observed::Paused(StateCause::User)),
-            (RunState::postmigrate, None, Observed::Paused(StateCause::User)),
-            (RunState::io_error, None, Observed::Paused(StateCause::IoError)),
-            (RunState::io_error, Some(StateCause::User), Observed::Paused(StateCause::IoError)),
-            (RunState::io_error, Some(StateCause::DiskFull), Observed::Paused(StateCause::DiskFull)),
-            (RunState::suspended, None, Observed::Paused(StateCause::GuestSuspended)),
-            (RunState::watchdog, None, Observed::Paused(StateCause::Qemu)),
-            (RunState::debug, None, Observed::Paused(StateCause::Qemu)),
-            (RunState::internal_error, None, Observed::KvmFailed),
-            (RunState::guest_panicked, None, Observed::Panicked),
-            (RunState::shutdown, None, Observed::Passing),
-            (RunState::inmigrate, None, Observed::Passing),
+            (RunState::running, Some(StateCause::DiskFull), ObservedState::Runs),
+            (RunState::paused, None, ObservedState::Paused(StateCause::User)),
+            (RunState::postmigrate, None, ObservedState::Paused(StateCause::User)),
+            (RunState::io_error, None, ObservedState::Paused(StateCause::IoError)),
+            (RunState::io_error, Some(StateCause::User), ObservedState::Paused(StateCause::IoError)),
+            (RunState::io_error, Some(StateCause::DiskFull), ObservedState::Paused(StateCause::DiskFull)),
+            (RunState::suspended, None, ObservedState::Paused(StateCause::GuestSuspended)),
+            (RunState::watchdog, None, ObservedState::Paused(StateCause::Qemu)),
+            (RunState::debug, None, ObservedState::Paused(StateCause::Qemu)),
+            (RunState::internal_error, None, ObservedState::KvmFailed),
+            (RunState::guest_panicked, None, ObservedState::Panicked),
+            (RunState::shutdown, None, ObservedState::Passing),
+            (RunState::inmigrate, None, ObservedState::Passing),
         ] {
             assert_eq!(observed(state, known), wanted, "{state:?}");
         }
@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn time_that_the_cpus_stood_still_is_counted_once() {
         let start = Instant::now();
-        let mut still = Stillness::default();
+        let mut still = PausedTime::default();
         still.note(true, start);
         still.note(true, start + S);
         still.note(false, start + 3 * S);
@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn attempts_to_resume_become_rarer() {
         let (start, home) = (Instant::now(), std::env::temp_dir());
-        let mut by_itself = ByItself::new(start);
+        let mut by_itself = AutomaticResume::new(start);
         assert!(!by_itself.is_due(start, &home));
         let mut due = Vec::new();
         for second in 0..100 {

@@ -17,11 +17,11 @@ use nido_store::{Claim, Origin, VmRow};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
-use super::control::ClaimOrder;
-use super::control_server::Life;
+use super::control::ClaimCommand;
+use super::control_server::StartupPhase;
 use super::forwards::bind;
 use super::jobs::Job;
-use super::launch::Running;
+use super::launch::RunningQemu;
 use super::lifecycle::{AgentReply, Event, taken};
 use super::limits::Limits;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
@@ -31,7 +31,7 @@ use crate::context::write_guest_config;
 impl Supervisor {
     /// Makes this clone the claimer's VM. When this returns without an error the row is the VM's, and the guest is on its way to
     /// being ready; else the clone waits on as before.
-    pub(super) async fn claim(&mut self, order: ClaimOrder, running: &Running) -> Result<()> {
+    pub(super) async fn claim(&mut self, order: ClaimCommand, running: &RunningQemu) -> Result<()> {
         self.lifecycle.admit_claim()?;
         running.monitor()?;
         let spec = VmSpec::from(order.spec.clone());
@@ -44,7 +44,7 @@ impl Supervisor {
         self.row = row;
         self.machine = self.row.machine.clone().unwrap_or_else(|| self.machine.clone());
         self.asked_at = asked_at.unwrap_or_else(Instant::now);
-        self.life.send_replace(Life::Booting);
+        self.life.send_replace(StartupPhase::Booting);
         let now = Instant::now();
         let expires_at = spec.ttl_ms.and_then(|ttl| now.checked_add(Duration::from_millis(ttl)));
         let limits = Limits::new(now, expires_at, spec.idle_ms.map(Duration::from_millis));
@@ -82,7 +82,7 @@ impl Supervisor {
     }
 
     /// Writes down, in one step, whose the clone is now.
-    fn take_row(&self, order: &ClaimOrder, spec: &VmSpec, ports: &[(ForwardSpec, TcpListener)]) -> Result<VmRow> {
+    fn take_row(&self, order: &ClaimCommand, spec: &VmSpec, ports: &[(ForwardSpec, TcpListener)]) -> Result<VmRow> {
         let Origin::Fork(mut saved) = self.row.origin.clone() else {
             return Err(Error::internal("a clone that was not forked"));
         };
@@ -113,7 +113,7 @@ impl Supervisor {
     }
 
     /// Resumes the guest, and resets its identity for its new owner.
-    async fn wake(&mut self, ports: Vec<(ForwardSpec, TcpListener)>, running: &Running) -> Result<()> {
+    async fn wake(&mut self, ports: Vec<(ForwardSpec, TcpListener)>, running: &RunningQemu) -> Result<()> {
         write_guest_config(&self.dir, &self.row, &self.machine)?;
         self.guest = self.context.guest(&self.row)?;
         nido_files::failpoint!("claim.config");
@@ -121,7 +121,7 @@ impl Supervisor {
         running.monitor()?.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
         nido_files::failpoint!("claim.resumed");
         self.step(Event::Woken, running);
-        let awake_ms = self.asked_for_ms();
+        let awake_ms = self.since_request_ms();
         let timings =
             Timings { path: StartPath::Pool, qemu_ms: awake_ms, load_ms: awake_ms, agent_ms: 0.0, total_ms: 0.0 };
         self.row.timings = Some(timings);

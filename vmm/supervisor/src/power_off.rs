@@ -11,11 +11,11 @@ use tokio::time::Instant as TokioInstant;
 use super::qmp::QMP_TIMEOUT;
 
 /// How long the agent may take to report that it powers off, before the power button is pressed.
-const AGENT_WITHIN: Duration = Duration::from_secs(30);
+const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The same of an agent that was not there yet when it was asked first.
-const NEW_AGENT_WITHIN: Duration = Duration::from_secs(5);
+const AGENT_RESTART_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long after that it is asked again.
-const ASKED_AGAIN_AFTER: Duration = Duration::from_secs(2);
+const RETRY_DELAY: Duration = Duration::from_secs(2);
 
 /// A guest that is asked to power off.
 pub(super) struct PowerOff {
@@ -37,7 +37,7 @@ impl PowerOff {
                 let _ = self.monitor.cont(QMP_TIMEOUT).await;
             }
             // The agent syncs and powers off; where it does not answer, the power button is what is left.
-            let patience = if self.ready { AGENT_WITHIN } else { NEW_AGENT_WITHIN };
+            let patience = if self.ready { AGENT_TIMEOUT } else { AGENT_RESTART_TIMEOUT };
             let within = self.deadline.min(TokioInstant::now() + patience);
             if may_answer && self.guest.power(Power::Off, within).await.is_ok() {
                 return;
@@ -46,7 +46,7 @@ impl PowerOff {
                 return;
             }
             may_answer = true;
-            tokio::time::sleep_until(self.deadline.min(TokioInstant::now() + ASKED_AGAIN_AFTER)).await;
+            tokio::time::sleep_until(self.deadline.min(TokioInstant::now() + RETRY_DELAY)).await;
         }
     }
 }

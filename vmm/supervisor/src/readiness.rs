@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use nido_engine::guest::{Channel, Endpoint, Guest, GuestError, Session, Stream, connect};
+use nido_engine::guest::{AgentAddress, Channel, Guest, GuestError, Session, Stream, connect};
 use nido_files::random;
-use nido_guest_agent::wire::{ENTROPY_LEN, Exec, Pong, Renew};
+use nido_guest_agent::wire::{ENTROPY_LEN, Exec, IdentityReset, Pong};
 use tokio::time::Instant as TokioInstant;
 
 /// How long a clone's first command may take, in milliseconds.
@@ -32,16 +32,23 @@ impl AgentRoute {
     pub(super) async fn stream(&self, deadline: TokioInstant) -> Result<Stream, GuestError> {
         match (&self.channel, self.guest.endpoint()) {
             (Some(channel), _) => channel.stream(deadline).await,
-            (None, endpoint @ (Endpoint::Vsock { .. } | Endpoint::Serial { .. })) => connect(endpoint, deadline).await,
+            (None, endpoint @ (AgentAddress::Vsock { .. } | AgentAddress::Serial { .. })) => {
+                connect(endpoint, deadline).await
+            }
         }
     }
 }
 
 /// Resets the guest's identity. Tries each token: a supervisor that was killed may have replaced the first one.
-pub(super) async fn renewed(way: &AgentRoute, tokens: &[Vec<u8>], renewal: Renew, deadline: TokioInstant) -> Readiness {
+pub(super) async fn reset_identity(
+    agent_route: &AgentRoute,
+    tokens: &[Vec<u8>],
+    identity_reset: IdentityReset,
+    deadline: TokioInstant,
+) -> Readiness {
     let mut refused = None;
     for token in tokens {
-        match renew_once(way, token, renewal.clone(), deadline).await {
+        match reset_identity_once(agent_route, token, identity_reset.clone(), deadline).await {
             Ok(pong) => return Readiness::Yes(pong),
             Err(GuestError::TokenRefused) => {
                 refused = Some(Readiness::NotRenewed(GuestError::TokenRefused.to_string()));
@@ -54,28 +61,28 @@ pub(super) async fn renewed(way: &AgentRoute, tokens: &[Vec<u8>], renewal: Renew
     refused.unwrap_or(Readiness::Late)
 }
 
-async fn renew_once(
-    way: &AgentRoute,
+async fn reset_identity_once(
+    agent_route: &AgentRoute,
     token: &[u8],
-    mut renewal: Renew,
+    mut identity_reset: IdentityReset,
     deadline: TokioInstant,
 ) -> Result<Pong, GuestError> {
     let entropy = random::bytes::<ENTROPY_LEN>().map_err(|e| GuestError::Unreachable(e.to_string()))?;
-    renewal.entropy = entropy.to_vec().into();
-    renewal.time_ns = i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX);
-    if let Some(channel) = &way.channel
-        && let Some(answer) = Session::renew_by_letter(channel, token, &renewal, deadline).await
+    identity_reset.entropy = entropy.to_vec().into();
+    identity_reset.time_ns = i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX);
+    if let Some(channel) = &agent_route.channel
+        && let Some(answer) = Session::reset_identity_by_bootstrap(channel, token, &identity_reset, deadline).await
     {
         return answer;
     }
-    Session::renew(way.stream(deadline).await?, token, renewal, deadline).await
+    Session::reset(agent_route.stream(deadline).await?, token, identity_reset, deadline).await
 }
 
 /// Has the guest run a command that does nothing. Under emulation what runs for the first time after a load is slow:
 /// the command that claims the clone must not wait for that. A failure is ignored.
-pub(super) async fn warm(way: &AgentRoute, deadline: TokioInstant) {
+pub(super) async fn warm(agent_route: &AgentRoute, deadline: TokioInstant) {
     let work = async {
-        let session = Session::open(way.stream(deadline).await?, way.guest.token(), deadline).await?;
+        let session = Session::open(agent_route.stream(deadline).await?, agent_route.guest.token(), deadline).await?;
         let argv = ["sh", "-c", "true"].map(|word| word.as_bytes().to_vec().into()).to_vec();
         let request = Exec { argv, timeout_ms: Some(WARM_WITHIN_MS), ..Exec::default() };
         let mut running = session.exec(request, deadline).await?;

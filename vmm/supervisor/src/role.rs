@@ -18,7 +18,7 @@ pub(super) enum Role {
 
 /// What follows when the agent replies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum AtReady {
+pub(super) enum ReadyAction {
     /// Clients are notified.
     Report,
     /// It is paused until it is claimed.
@@ -58,11 +58,11 @@ impl Role {
     }
 
     /// What follows when the agent replies.
-    pub(super) const fn at_ready(self) -> AtReady {
+    pub(super) const fn at_ready(self) -> ReadyAction {
         match self {
-            Self::Use => AtReady::Report,
-            Self::Clone => AtReady::Park,
-            Self::WarmImage { .. } => AtReady::Save,
+            Self::Use => ReadyAction::Report,
+            Self::Clone => ReadyAction::Park,
+            Self::WarmImage { .. } => ReadyAction::Save,
         }
     }
 

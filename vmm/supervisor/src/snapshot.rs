@@ -23,7 +23,7 @@ use nido_engine::home::SNAPSHOT_SOCKET;
 use nido_engine::machine::Accel;
 use nido_engine::qemu::Monitor;
 use nido_engine::qemu::migration::{self, Bounds, LiveSave, Memory, MigrationError};
-use nido_engine::snapshot::{self, LayerCopy, Record, Unfinished};
+use nido_engine::snapshot::{self, LayerCopy, PendingSnapshot, Record};
 use nido_store::Origin;
 use qapi::qmp::RunState;
 use tokio::time::Instant;
@@ -33,15 +33,15 @@ use super::clock::set_clock;
 use super::control::Reply;
 use super::control_server::ReplySender;
 use super::jobs::{HostProbe, Jobs, Preparation, Prepared};
-use super::launch::Running;
+use super::launch::RunningQemu;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::readiness::AgentRoute;
 use super::state::Supervisor;
 
 /// How long the guest may take to write everything to its disk.
-const FROZEN_WITHIN: Duration = Duration::from_secs(30);
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long saving memory and devices may take.
-const SAVED_WITHIN: Duration = Duration::from_secs(600);
+const SAVE_TIMEOUT: Duration = Duration::from_secs(600);
 /// What jobs of a snapshot do.
 const TAKING_JOB: &str = "taking a snapshot";
 const REMOVAL_JOB: &str = "removing an unfinished snapshot";
@@ -52,9 +52,9 @@ const REMOVED_WITHIN: Duration = Duration::from_secs(10);
 const PRECOPY: &str = "NIDO_PRECOPY";
 
 /// Everything a snapshot is taken with.
-struct Taking {
+struct SnapshotJob {
     vm: VmName,
-    way: AgentRoute,
+    agent_route: AgentRoute,
     monitor: Monitor,
     jobs: Jobs,
     /// The VM is paused, and stays so.
@@ -63,12 +63,12 @@ struct Taking {
 }
 
 impl Supervisor {
-    /// Begins to take a snapshot; the answer comes when it is whole.
+    /// Begins to take a snapshot; the reply comes when it is whole.
     pub(super) fn take_snapshot(
         &self,
         name: SnapshotName,
         into: Option<String>,
-        running: &Running,
+        running: &RunningQemu,
         reply: ReplySender,
     ) {
         let Ok(place) = self.snapshotting.clone().try_acquire_owned() else {
@@ -79,7 +79,7 @@ impl Supervisor {
             Ok(begun) => begun,
             Err(error) => return drop(reply.send(Err(error))),
         };
-        let way = self.way();
+        let agent_route = self.agent_route();
         let (name, paused) = (preparation.name.clone(), taking.paused);
         tokio::spawn(async move {
             let taken = taking.take(preparation).await;
@@ -87,12 +87,17 @@ impl Supervisor {
             let taken = taken.inspect_err(|error| tracing::error!("snapshot {name}: {error}"));
             let _ = reply.send(taken.map(|()| Reply::Done));
             if !paused {
-                set_clock(way).await;
+                set_clock(agent_route).await;
             }
         });
     }
 
-    fn taking(&self, name: SnapshotName, into: Option<String>, running: &Running) -> Result<(Taking, Preparation)> {
+    fn taking(
+        &self,
+        name: SnapshotName,
+        into: Option<String>,
+        running: &RunningQemu,
+    ) -> Result<(SnapshotJob, Preparation)> {
         let vm = self.row.spec.name.clone();
         let (state, ready) = (self.lifecycle.state(), self.lifecycle.is_ready());
         let paused = state == VmState::Paused;
@@ -117,12 +122,12 @@ impl Supervisor {
             memory_bytes: u64::from(self.machine.memory_mib) << 20,
             image,
         };
-        let (way, monitor, jobs) = (self.way(), running.monitor()?.clone(), self.jobs.clone());
-        Ok((Taking { vm, way, monitor, jobs, paused, accel: self.machine.accel }, preparation))
+        let (agent_route, monitor, jobs) = (self.agent_route(), running.monitor()?.clone(), self.jobs.clone());
+        Ok((SnapshotJob { vm, agent_route, monitor, jobs, paused, accel: self.machine.accel }, preparation))
     }
 
     /// Resumes a VM whose snapshot was interrupted.
-    pub(super) async fn mend_snapshot(&self, running: &Running) {
+    pub(super) async fn recover_snapshot(&self, running: &RunningQemu) {
         // One that its user paused was not taking a snapshot.
         if !self.remove_unfinished_snapshot().await || self.lifecycle.state() == VmState::Paused {
             return;
@@ -135,10 +140,10 @@ impl Supervisor {
         if let Err(error) = monitor.cont(QMP_TIMEOUT).await {
             tracing::error!("the VM cannot be resumed: {error}");
         }
-        let way = self.way();
+        let agent_route = self.agent_route();
         tokio::spawn(async move {
             // The agent also unfreezes it after a timeout.
-            let _ = thaw(&way, Instant::now() + FROZEN_WITHIN).await;
+            let _ = thaw(&agent_route, Instant::now() + FREEZE_TIMEOUT).await;
         });
     }
 
@@ -157,7 +162,7 @@ impl Supervisor {
     }
 }
 
-impl Taking {
+impl SnapshotJob {
     async fn take(self, preparation: Preparation) -> Result<()> {
         let dir = preparation.dir.clone();
         let precopy = self.permits_precopy().await;
@@ -197,14 +202,14 @@ impl Taking {
     /// Saves a VM that runs, and runs on. Returns for how long its CPUs were paused.
     async fn save_running(
         &self,
-        unfinished: &Unfinished,
+        unfinished: &PendingSnapshot,
         disk: &Arc<LayerCopy>,
         bounds: Option<Bounds>,
     ) -> Result<Duration> {
-        let deadline = Instant::now() + FROZEN_WITHIN;
-        let stream = self.way.stream(deadline).await.map_err(|e| self.guest_error(e))?;
+        let deadline = Instant::now() + FREEZE_TIMEOUT;
+        let stream = self.agent_route.stream(deadline).await.map_err(|e| self.guest_error(e))?;
         let mut session =
-            Session::open(stream, self.way.guest.token(), deadline).await.map_err(|e| self.guest_error(e))?;
+            Session::open(stream, self.agent_route.guest.token(), deadline).await.map_err(|e| self.guest_error(e))?;
         let saved = match bounds {
             Some(bounds) => self.save_live(unfinished, disk, &mut session, bounds).await,
             None => self.save_still(unfinished, disk, &mut session).await,
@@ -218,7 +223,7 @@ impl Taking {
         let gone_on = self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e));
         let paused_for = saved.as_ref().map_or(Duration::ZERO, StdInstant::elapsed);
         nido_files::failpoint!("take.resumed");
-        let thawed = session.thaw(Instant::now() + FROZEN_WITHIN).await.map_err(|e| self.guest_error(e));
+        let thawed = session.thaw(Instant::now() + FREEZE_TIMEOUT).await.map_err(|e| self.guest_error(e));
         saved?;
         gone_on.and(thawed)?;
         tracing::info!("the VM was paused for {} ms", paused_for.as_millis());
@@ -230,7 +235,7 @@ impl Taking {
     /// Saves a VM while it runs, and pauses it at the end. Returns since when it is paused; so too below.
     async fn save_live(
         &self,
-        unfinished: &Unfinished,
+        unfinished: &PendingSnapshot,
         disk: &Arc<LayerCopy>,
         session: &mut Session,
         bounds: Bounds,
@@ -257,7 +262,7 @@ impl Taking {
     /// Pauses a VM, and saves it.
     async fn save_still(
         &self,
-        unfinished: &Unfinished,
+        unfinished: &PendingSnapshot,
         disk: &Arc<LayerCopy>,
         session: &mut Session,
     ) -> Result<StdInstant> {
@@ -271,14 +276,14 @@ impl Taking {
         Ok(paused_at)
     }
 
-    async fn begin_live(&self, unfinished: &Unfinished) -> Result<LiveSave> {
+    async fn begin_live(&self, unfinished: &PendingSnapshot) -> Result<LiveSave> {
         let (socket, state) = (Path::new(SNAPSHOT_SOCKET), unfinished.state()?);
-        LiveSave::begin(&self.monitor, socket, state, SAVED_WITHIN).await.map_err(not_saved)
+        LiveSave::begin(&self.monitor, socket, state, SAVE_TIMEOUT).await.map_err(not_saved)
     }
 
     /// The guest writes everything to its disk, and nothing more until it is unfrozen.
     async fn freeze(&self, session: &mut Session) -> Result<()> {
-        let frozen = session.freeze(Instant::now() + FROZEN_WITHIN).await.map_err(|e| self.guest_error(e));
+        let frozen = session.freeze(Instant::now() + FREEZE_TIMEOUT).await.map_err(|e| self.guest_error(e));
         nido_files::failpoint!("take.frozen");
         frozen
     }
@@ -288,7 +293,7 @@ impl Taking {
     }
 
     /// Memory and disk of a paused guest match; the disk is copied later.
-    async fn save_paused(&self, unfinished: &Unfinished) -> Result<()> {
+    async fn save_paused(&self, unfinished: &PendingSnapshot) -> Result<()> {
         // QEMU saves a machine once; to save it again it has to have run, if only for a moment.
         if self.monitor.query_status(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))? == RunState::postmigrate {
             self.monitor.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
@@ -297,9 +302,9 @@ impl Taking {
         self.save_memory(unfinished).await
     }
 
-    async fn save_memory(&self, unfinished: &Unfinished) -> Result<()> {
+    async fn save_memory(&self, unfinished: &PendingSnapshot) -> Result<()> {
         let state = unfinished.state()?;
-        migration::save(&self.monitor, Path::new(SNAPSHOT_SOCKET), state, Memory::Within, SAVED_WITHIN)
+        migration::save(&self.monitor, Path::new(SNAPSHOT_SOCKET), state, Memory::Within, SAVE_TIMEOUT)
             .await
             .map_err(not_saved)
     }
@@ -314,7 +319,7 @@ fn not_saved(error: MigrationError) -> Error {
     save_error("cannot take the snapshot", error)
 }
 
-async fn thaw(way: &AgentRoute, deadline: Instant) -> Result<(), GuestError> {
-    let guest: &Guest = &way.guest;
-    Session::open(way.stream(deadline).await?, guest.token(), deadline).await?.thaw(deadline).await
+async fn thaw(agent_route: &AgentRoute, deadline: Instant) -> Result<(), GuestError> {
+    let guest: &Guest = &agent_route.guest;
+    Session::open(agent_route.stream(deadline).await?, guest.token(), deadline).await?.thaw(deadline).await
 }

@@ -26,28 +26,28 @@ use nido_engine::qemu::argv::NET;
 use nido_engine::qemu::migration::{self, Memory};
 use nido_engine::qemu::{Monitor, QemuExit};
 use nido_files::random;
-use nido_guest_agent::wire::Renew;
+use nido_guest_agent::wire::IdentityReset;
 use nido_store::{Origin, Transition};
 use qapi::qmp::{self, RunState};
 use tokio::sync::oneshot;
 use tokio::time::Instant as TokioInstant;
 
-use super::control_server::{ActiveSessions, Life};
+use super::control_server::{ActiveSessions, StartupPhase};
 use super::forwards::bind;
 use super::jobs::{self, HostProbe};
-use super::launch::{LaunchError, Running, attach, launch};
+use super::launch::{LaunchError, RunningQemu, attach, launch};
 use super::lifecycle::{Event, Stop};
 use super::qmp::QMP_TIMEOUT;
-use super::readiness::{AgentRoute, Readiness, renewed, warm};
+use super::readiness::{AgentRoute, Readiness, reset_identity, warm};
 use super::role::Role;
 use super::state::{RECORD_JOB, RECORDED_WITHIN, Supervisor, TAILS_JOB, TAILS_TIMEOUT};
 
 /// How long loading may take: milliseconds for a bake, seconds for a large memory.
-const LOADED_WITHIN: Duration = Duration::from_secs(600);
+const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long a QEMU that was left by its supervisor may take to listen to another.
-const REACHED_WITHIN: Duration = Duration::from_secs(15);
+const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(15);
 /// How many vsock addresses are tried when the first is taken.
-const OTHER_ADDRESSES: u32 = 4;
+const ADDRESS_RETRIES_MAX: u32 = 4;
 
 /// How a VM ended without having run under this supervisor.
 pub(super) enum NotRunning {
@@ -60,20 +60,20 @@ pub(super) enum NotRunning {
 }
 
 impl Supervisor {
-    pub(super) async fn start(&mut self) -> Result<Running, NotRunning> {
+    pub(super) async fn start(&mut self) -> Result<RunningQemu, NotRunning> {
         self.bind_forwards().await.map_err(NotRunning::Error)?;
         nido_files::failpoint!("startup.ports");
         let host = HostProbe::new(&self.context);
         let facts = jobs::run(move || host.qemu()).await.map_err(NotRunning::Error)?;
         let running = self.launch(&facts).await?;
         nido_files::failpoint!("startup.monitor");
-        let qemu_ms = self.asked_for_ms();
+        let qemu_ms = self.since_request_ms();
         let mut timings = Timings { path: StartPath::Cold, qemu_ms, load_ms: qemu_ms, agent_ms: 0.0, total_ms: 0.0 };
         if let Some((path, state, memory)) = self.what_to_load() {
             timings.path = path;
             self.load(&state, memory, &running).await?;
             nido_files::failpoint!("startup.resumed");
-            timings.load_ms = self.asked_for_ms();
+            timings.load_ms = self.since_request_ms();
         }
         self.row.timings = Some(timings);
         self.step(Event::QmpReady, &running);
@@ -82,12 +82,12 @@ impl Supervisor {
     }
 
     /// Starts QEMU. If another program uses the vsock address, tries another one.
-    async fn launch(&mut self, facts: &QemuFacts) -> Result<Running, NotRunning> {
+    async fn launch(&mut self, facts: &QemuFacts) -> Result<RunningQemu, NotRunning> {
         let mut tries = 0;
         loop {
             match launch(self.context.home(), &self.row, &self.machine, facts).await {
                 Ok(running) => return Ok(running),
-                Err(LaunchError::Exited(_)) if tries < OTHER_ADDRESSES && self.address_was_taken().await => {
+                Err(LaunchError::Exited(_)) if tries < ADDRESS_RETRIES_MAX && self.address_was_taken().await => {
                     tries += 1;
                     self.take_another_address().map_err(NotRunning::Error)?;
                 }
@@ -103,7 +103,7 @@ impl Supervisor {
         }
         let dir = self.dir.clone();
         let tail = jobs::run_within(TAILS_JOB, TAILS_TIMEOUT, move || Ok(log_tail(&dir, &[QEMU_LOG]))).await;
-        tail.is_ok_and(|lines| lines.iter().any(|line| says_address_is_taken(line)))
+        tail.is_ok_and(|lines| lines.iter().any(|line| reports_address_in_use(line)))
     }
 
     fn take_another_address(&mut self) -> Result<()> {
@@ -130,12 +130,12 @@ impl Supervisor {
     }
 
     /// Loads a saved state into a QEMU that waits for one, and resumes it.
-    async fn load(&self, state: &Path, memory: Memory, running: &Running) -> Result<(), NotRunning> {
+    async fn load(&self, state: &Path, memory: Memory, running: &RunningQemu) -> Result<(), NotRunning> {
         let broken = |why: String| Error::new(Code::QemuFailed, format!("the VM cannot be resumed: {why}"));
         let work = async {
             let monitor = running.monitor()?;
             let state = File::open(state).map_err(|e| broken(e.to_string()))?;
-            migration::load(monitor, Path::new(LOAD_SOCKET), state, memory, LOADED_WITHIN)
+            migration::load(monitor, Path::new(LOAD_SOCKET), state, memory, LOAD_TIMEOUT)
                 .await
                 .map_err(|e| broken(nido_api::sanitize::on_one_line(&e.to_string())))?;
             nido_files::failpoint!("startup.loaded");
@@ -152,7 +152,7 @@ impl Supervisor {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             },
-            // Its log says why.
+            // Its log has the cause.
             exit = running.process.wait() => return Err(NotRunning::Exit(exit.unwrap_or(QemuExit::Unknown))),
         };
         // A QEMU that cannot load ends itself.
@@ -174,7 +174,7 @@ impl Supervisor {
     }
 
     /// Sets the link of the guest's network card. A loaded guest has the identity of another one until its identity reset.
-    async fn set_link(&self, up: bool, running: &Running) -> Result<()> {
+    async fn set_link(&self, up: bool, running: &RunningQemu) -> Result<()> {
         if !self.has_link_to_hold() {
             return Ok(());
         }
@@ -182,7 +182,7 @@ impl Supervisor {
     }
 
     /// The guest was saved with a disk of its template's size; the VM may have been promised a larger one.
-    pub(super) async fn resize_disk(&self, running: &Running) -> Result<()> {
+    pub(super) async fn resize_disk(&self, running: &RunningQemu) -> Result<()> {
         let baked = self.row.parts.frozen.last().map_or(self.row.disk_bytes, |frozen| frozen.virtual_bytes);
         if baked == self.row.disk_bytes {
             return Ok(());
@@ -195,7 +195,7 @@ impl Supervisor {
         })
     }
 
-    pub(super) async fn take_over(&mut self) -> Result<Running, NotRunning> {
+    pub(super) async fn take_over(&mut self) -> Result<RunningQemu, NotRunning> {
         tracing::info!("taking over the QEMU of VM {}", self.row.spec.name);
         let running = self.attach().await?;
         // No process waits for this VM any more. Creating another clone is faster than checking this one.
@@ -223,9 +223,9 @@ impl Supervisor {
         }
         nido_files::failpoint!("takeover.begun");
         self.remove_warning();
-        self.mend_snapshot(&running).await;
+        self.recover_snapshot(&running).await;
         match monitor.query_status(QMP_TIMEOUT).await {
-            // It was loading, and what it has loaded is not known to be whole. Its guest has done nothing yet, so another
+            // It was loading, and what it has loaded may be incomplete. Its guest has done nothing yet, so another
             // QEMU is as good.
             Ok(RunState::inmigrate) => {
                 tracing::info!("it was still loading; starting again");
@@ -249,7 +249,7 @@ impl Supervisor {
             }
             Ok(status) => {
                 // What the supervisor before could not write does not count any more.
-                self.unwritten.forget();
+                self.unwritten.mark_checked();
                 if self.lifecycle.state() == VmState::Starting && status == RunState::running {
                     self.step(Event::QmpReady, &running);
                 }
@@ -273,14 +273,14 @@ impl Supervisor {
     }
 
     /// From here on the agent is awaited.
-    fn begin_booting(&mut self, running: &Running) {
-        self.life.send_replace(Life::Booting);
+    fn begin_booting(&mut self, running: &RunningQemu) {
+        self.life.send_replace(StartupPhase::Booting);
         self.step(Event::Booting, running);
     }
 
     /// Finds the QEMU that holds the VM's lock. One that cannot be reached has only just been started, or is about to end.
-    async fn attach(&self) -> Result<Running, NotRunning> {
-        let deadline = Instant::now() + REACHED_WITHIN;
+    async fn attach(&self) -> Result<RunningQemu, NotRunning> {
+        let deadline = Instant::now() + TAKEOVER_TIMEOUT;
         loop {
             match attach().await {
                 Ok(attached) => return Ok(attached),
@@ -311,12 +311,16 @@ impl Supervisor {
         if self.channel.is_some() { ActiveSessions::new() } else { self.users.clone() }
     }
 
-    /// Waits for the guest's first answer, on a task of its own.
-    pub(super) fn watch_for_agent(&self, running: &Running) -> oneshot::Receiver<Readiness> {
+    /// Waits for the guest's first reply, on a task of its own.
+    pub(super) fn watch_for_agent(&self, running: &RunningQemu) -> oneshot::Receiver<Readiness> {
         self.watch_for_agent_within(self.lifecycle.ready_within(), running)
     }
 
-    pub(super) fn watch_for_agent_within(&self, within: Duration, running: &Running) -> oneshot::Receiver<Readiness> {
+    pub(super) fn watch_for_agent_within(
+        &self,
+        within: Duration,
+        running: &RunningQemu,
+    ) -> oneshot::Receiver<Readiness> {
         let (done, awake) = oneshot::channel();
         let deadline = TokioInstant::now() + within;
         let link = self.channel.as_ref().map(|channel| channel.link());
@@ -324,21 +328,22 @@ impl Supervisor {
         let door = self.channel.clone();
         // No client uses a clone before it is claimed.
         let opens = self.lifecycle.role().opens_to_clients();
-        let saved = self.row.renewed_from().filter(|_| !self.lifecycle.is_ready());
-        let renewal = saved.map(|token| (nido_api::hex::decode(token), self.renewal()));
-        let held = (renewal.is_some() && self.has_link_to_hold()).then(|| running.monitor().cloned().ok()).flatten();
+        let saved = self.row.identity_reset_token().filter(|_| !self.lifecycle.is_ready());
+        let identity_reset = saved.map(|token| (nido_api::hex::decode(token), self.identity_reset()));
+        let held =
+            (identity_reset.is_some() && self.has_link_to_hold()).then(|| running.monitor().cloned().ok()).flatten();
         tokio::spawn(async move {
-            let answer = match renewal {
-                Some((token, renewal)) => {
+            let answer = match identity_reset {
+                Some((token, identity_reset)) => {
                     let tokens = [token, guest.token().to_vec()];
-                    let way = AgentRoute { guest: guest.clone(), channel: door.clone() };
-                    let mut answer = renewed(&way, &tokens, renewal, deadline).await;
+                    let agent_route = AgentRoute { guest: guest.clone(), channel: door.clone() };
+                    let mut answer = reset_identity(&agent_route, &tokens, identity_reset, deadline).await;
                     if let (Readiness::Yes(_), Some(monitor)) = (&answer, held)
                         && let Err(error) = switch_link(&monitor, true).await
                     {
                         answer = Readiness::NotRenewed(error.to_string());
                     }
-                    door.iter().for_each(|channel| channel.end_letters());
+                    door.iter().for_each(|channel| channel.end_bootstrap());
                     answer
                 }
                 None => {
@@ -367,8 +372,8 @@ impl Supervisor {
     }
 
     /// What makes the guest a machine of its own; the random bytes and the time are put in when it is sent.
-    pub(super) fn renewal(&self) -> Renew {
-        Renew {
+    pub(super) fn identity_reset(&self) -> IdentityReset {
+        IdentityReset {
             token: self.guest.token().to_vec().into(),
             entropy: Vec::new().into(),
             time_ns: 0,
@@ -389,6 +394,6 @@ async fn switch_link(monitor: &Monitor, up: bool) -> Result<()> {
 }
 
 /// Whether a line of QEMU's is the one with which it ends because another program uses the VM's vsock address.
-fn says_address_is_taken(line: &str) -> bool {
+fn reports_address_in_use(line: &str) -> bool {
     line.contains("unable to set guest cid") && line.contains("Address already in use")
 }

@@ -11,7 +11,7 @@ use nido_api::error::{Error, Result};
 use nido_engine::guest::{Channel, Guest};
 use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, UNWRITTEN, VmDir};
 use nido_engine::machine::{Accel, Machine, Transport};
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_files::private_dir::make_socket_private;
 use nido_guest_agent::wire::Pong;
 use nido_store::{Origin, Transition, VmRow};
@@ -19,23 +19,23 @@ use rustix::fs::unlink;
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
-use super::control_server::{ActiveSessions, Call, ControlQueue, Life, ReplySender, serve};
+use super::control_server::{ActiveSessions, ControlQueue, ControlRequest, ReplySender, StartupPhase, serve};
 use super::forwards::Forwards;
 use super::host_clocks::HostClocks;
 use super::jobs::Jobs;
-use super::lifecycle::{Beginning, Lifecycle};
+use super::lifecycle::{InitialState, Lifecycle};
 use super::limits::Limits;
-use super::pause::ByItself;
+use super::pause::AutomaticResume;
 use super::readiness::{AgentRoute, Readiness};
 use super::role::Role;
 use super::terminate::Termination;
-use super::unwritten::Unwritten;
+use super::unwritten::UnwrittenChanges;
 use crate::context::Context;
 
 /// How long a guest may take to become ready by default.
-const READY_WITHIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
+const DEFAULT_READY_TIMEOUT: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
 /// How often the supervisor of a session's VM checks whether the session continues.
-pub(super) const SESSION_EVERY: Duration = Duration::from_secs(1);
+pub(super) const SESSION_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The job that writes the VM's record, and how long it is waited for.
 pub(super) const RECORD_JOB: &str = "writing the VM's record";
 pub(super) const RECORDED_WITHIN: Duration = Duration::from_secs(30);
@@ -47,13 +47,13 @@ pub(super) const TAILS_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) struct Supervisor {
     pub(super) context: Arc<Context>,
     pub(super) row: VmRow,
-    pub(super) lock: Held,
+    pub(super) lock: HeldLock,
     pub(super) machine: Machine,
     pub(super) dir: VmDir,
     pub(super) guest: Guest,
     pub(super) asked_at: Instant,
-    pub(super) life: watch::Sender<Life>,
-    pub(super) calls: mpsc::Receiver<Call>,
+    pub(super) life: watch::Sender<StartupPhase>,
+    pub(super) calls: mpsc::Receiver<ControlRequest>,
     pub(super) users: ActiveSessions,
     pub(super) channel: Option<Arc<Channel>>,
     pub(super) forwards: Forwards,
@@ -64,18 +64,18 @@ pub(super) struct Supervisor {
     pub(super) baked: Option<Result<()>>,
     /// One snapshot at a time.
     pub(super) snapshotting: Arc<Semaphore>,
-    /// Signals that ask for an end.
+    /// Signals that request an end.
     pub(super) termination: Termination,
     /// The guest's next answer, if it has been sent on its way again.
     pub(super) awaited: Option<oneshot::Receiver<Readiness>>,
     /// What QEMU reported of the disk: whether the host's is full.
     pub(super) no_space: Option<bool>,
     /// When a full disk's VM resumes by itself.
-    pub(super) by_itself: Option<ByItself>,
+    pub(super) by_itself: Option<AutomaticResume>,
     /// The guest's clock has to be set when its agent answers.
     pub(super) clock_stale: bool,
     pub(super) host_clocks: HostClocks,
-    pub(super) unwritten: Unwritten,
+    pub(super) unwritten: UnwrittenChanges,
     /// Jobs that may change the VM's directory.
     pub(super) jobs: Jobs,
     /// What tasks of the supervisor's own report.
@@ -103,7 +103,7 @@ impl Supervisor {
     pub(super) fn prepare(
         context: Arc<Context>,
         row: VmRow,
-        lock: Held,
+        lock: HeldLock,
         attach: bool,
         asked_at: Instant,
         ready_within_ms: Option<u64>,
@@ -115,22 +115,22 @@ impl Supervisor {
             Transport::VirtioSerial { .. } => {
                 // The agent of a warm image waits for a new connection. That of a snapshot has an open one, and the state of a
                 // clone's connection is unknown.
-                let letters = !attach
+                let bootstrap_requests = !attach
                     && matches!(&row.origin, Origin::Fork(saved) if !saved.live)
-                    && row.renewed_from().is_some();
-                Some(Arc::new(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?, letters)))
+                    && row.identity_reset_token().is_some();
+                Some(Arc::new(Channel::start(listen(CHANNEL_SOCKET)?, listen(AGENT_SOCKET)?, bootstrap_requests)))
             }
             Transport::Vsock { .. } => None,
         };
-        let default = if machine.accel == Accel::Kvm { READY_WITHIN.0 } else { READY_WITHIN.1 };
+        let default = if machine.accel == Accel::Kvm { DEFAULT_READY_TIMEOUT.0 } else { DEFAULT_READY_TIMEOUT.1 };
         let (call_desk, calls) = mpsc::channel(16);
         let users = ActiveSessions::new();
-        let life = watch::channel(Life::Launching).0;
+        let life = watch::channel(StartupPhase::Launching).0;
         let desk = ControlQueue { calls: call_desk, life: life.subscribe(), users: users.clone() };
         tokio::spawn(serve(listen(CONTROL_SOCKET)?, desk));
         let limits =
             Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
-        let lifecycle = Lifecycle::new(Beginning {
+        let lifecycle = Lifecycle::new(InitialState {
             role: Role::of(&row),
             state: row.state,
             cause: row.cause,
@@ -162,14 +162,14 @@ impl Supervisor {
             by_itself: None,
             clock_stale: attach,
             host_clocks: HostClocks::now(),
-            unwritten: Unwritten::prepare(Path::new(UNWRITTEN)),
+            unwritten: UnwrittenChanges::prepare(Path::new(UNWRITTEN)),
             jobs: Jobs::new(),
             reports: mpsc::channel(16),
         })
     }
 
     /// Milliseconds since the user asked for the start.
-    pub(super) fn asked_for_ms(&self) -> f64 {
+    pub(super) fn since_request_ms(&self) -> f64 {
         self.asked_at.elapsed().as_secs_f64() * 1000.0
     }
 
@@ -178,7 +178,7 @@ impl Supervisor {
         self.snapshotting.available_permits() == 0
     }
 
-    pub(super) fn way(&self) -> AgentRoute {
+    pub(super) fn agent_route(&self) -> AgentRoute {
         AgentRoute { guest: self.guest.clone(), channel: self.channel.clone() }
     }
 

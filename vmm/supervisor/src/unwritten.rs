@@ -14,7 +14,7 @@ use nido_api::Failure;
 use nido_api::error::Result;
 use nido_api::state::{StateCause, VmState};
 use nido_engine::home::{UNWRITTEN, VmDir};
-use nido_store::{Transition, Transitioned, VmRow};
+use nido_store::{Transition, TransitionOutcome, VmRow};
 use serde::{Deserialize, Serialize};
 
 /// Size of the file.
@@ -24,7 +24,7 @@ const CHANGES_MAX: usize = 64;
 
 /// A state that the store does not know yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lagging {
+pub struct UnwrittenState {
     /// The start that it belongs to, in milliseconds since 1970.
     started_ms: i64,
     /// The state.
@@ -36,10 +36,10 @@ pub struct Lagging {
 }
 
 /// The state of the VM that `row` describes, if the store lags behind it.
-pub fn lagging(dir: &VmDir, row: &VmRow) -> Option<Lagging> {
+pub fn lagging(dir: &VmDir, row: &VmRow) -> Option<UnwrittenState> {
     let bytes = std::fs::read(dir.file(UNWRITTEN)).ok().filter(|bytes| bytes.first() == Some(&b'{'))?;
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-    let lagging: Lagging = serde_json::from_slice(&bytes[..end]).ok()?;
+    let lagging: UnwrittenState = serde_json::from_slice(&bytes[..end]).ok()?;
     (Some(lagging.started_ms) == started_ms(row)).then_some(lagging)
 }
 
@@ -49,13 +49,13 @@ fn started_ms(row: &VmRow) -> Option<i64> {
 
 /// The changes that are still to be written, in order.
 #[derive(Debug, Default)]
-pub(super) struct Unwritten {
+pub(super) struct UnwrittenChanges {
     changes: VecDeque<Transition>,
     file: Option<File>,
     told: bool,
 }
 
-impl Unwritten {
+impl UnwrittenChanges {
     /// Creates the file. Without it (the disk is full already) changes are only retried.
     pub(super) fn prepare(path: &Path) -> Self {
         let open = || {
@@ -87,16 +87,16 @@ impl Unwritten {
         self.changes.is_empty()
     }
 
-    /// Writes what is there, in order. At the first change that fails it stops, and the file says what the store does not.
+    /// Writes what is there, in order. At the first change that fails it stops, and the file has what the store lacks.
     pub(super) fn flush(
         &mut self,
         row: &VmRow,
-        mut write: impl FnMut(&Transition) -> Result<Transitioned>,
+        mut write: impl FnMut(&Transition) -> Result<TransitionOutcome>,
     ) -> Result<()> {
         while let Some(change) = self.changes.front() {
             match write(change) {
                 Err(error) => {
-                    self.tell(row);
+                    self.write_file(row);
                     return Err(error);
                 }
                 Ok(done) => done.log(&row.id, change.to().map_or("a change", VmState::word)),
@@ -109,15 +109,16 @@ impl Unwritten {
         Ok(())
     }
 
-    /// Forgets what a supervisor before could not write: this one has looked for itself.
-    pub(super) fn forget(&mut self) {
+    /// Ignores what an earlier supervisor could not write: this one has checked the VM itself.
+    pub(super) fn mark_checked(&mut self) {
         self.told = true;
     }
 
-    fn tell(&mut self, row: &VmRow) {
+    fn write_file(&mut self, row: &VmRow) {
         let last = self.changes.iter().rev().find_map(|change| Some((change.to()?, change)));
         let (Some((state, change)), Some(started_ms)) = (last, started_ms(row)) else { return };
-        let mut lagging = Lagging { started_ms, state, cause: change.cause(), failure: change.failure().cloned() };
+        let mut lagging =
+            UnwrittenState { started_ms, state, cause: change.cause(), failure: change.failure().cloned() };
         self.told = true;
         loop {
             match serde_json::to_vec(&lagging) {
@@ -164,15 +165,15 @@ mod tests {
         Transition::Entered { state: VmState::Paused, cause: Some(cause), timings: None }
     }
 
-    // A change of state that the store did not take was lost: it said `running` of a VM that stood still, for ever.
+    // A change of state that the store did not accept was lost: the row kept `running` for a paused VM.
     #[test]
-    fn a_change_that_failed_is_repeated_and_told_meanwhile() {
+    fn a_failed_change_is_repeated_and_kept_in_a_file() {
         let home = tempfile::tempdir().unwrap();
         std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
         let dir = nido_engine::home::Home::open(home.path()).unwrap().vm("1");
         dir.make().unwrap();
         let row = row();
-        let mut unwritten = Unwritten::prepare(&dir.file(UNWRITTEN));
+        let mut unwritten = UnwrittenChanges::prepare(&dir.file(UNWRITTEN));
         let full = |_: &Transition| Err(Error::internal("full"));
         unwritten.push(paused(StateCause::DiskFull));
         assert!(unwritten.flush(&row, full).is_err());
@@ -194,7 +195,7 @@ mod tests {
         unwritten
             .flush(&row, |change| {
                 written.push(change.to());
-                Ok(Transitioned::Yes)
+                Ok(TransitionOutcome::Yes)
             })
             .unwrap();
         assert_eq!(written, [Some(VmState::Paused), Some(VmState::Failed)]);
@@ -204,7 +205,7 @@ mod tests {
 
     #[test]
     fn of_too_many_changes_old_states_are_left_out_and_nothing_else() {
-        let mut unwritten = Unwritten::default();
+        let mut unwritten = UnwrittenChanges::default();
         unwritten.push(Transition::LimitReached(Limit::Ttl));
         for _ in 0..CHANGES_MAX + 20 {
             unwritten.push(paused(StateCause::User));
@@ -214,7 +215,7 @@ mod tests {
         unwritten
             .flush(&row(), |change| {
                 written.push(change.clone());
-                Ok(Transitioned::Yes)
+                Ok(TransitionOutcome::Yes)
             })
             .unwrap();
         assert_eq!(written.len(), CHANGES_MAX);

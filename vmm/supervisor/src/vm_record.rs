@@ -24,7 +24,7 @@ const FORMAT: u32 = 1;
 /// The longest record that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 /// Files that hold nothing of a guest: locks, sockets, logs, configuration.
-const WITHOUT_DATA: [&str; 13] = [
+const DISPOSABLE_FILES: [&str; 13] = [
     SUPERVISOR_LOCK,
     VM_LOCK,
     VM_RECORD,
@@ -224,7 +224,7 @@ pub fn holds_data(dir: &VmDir) -> bool {
 /// Whether a file of that name holds nothing of a guest.
 fn is_without_data(name: &str) -> bool {
     let rotated = name.strip_suffix(".1").filter(|log| log.ends_with(".log"));
-    WITHOUT_DATA.contains(&rotated.unwrap_or(name)) || is_temporary(name)
+    DISPOSABLE_FILES.contains(&rotated.unwrap_or(name)) || is_temporary(name)
 }
 
 /// Removes a directory that holds no data. What appears in it meanwhile is kept, and so is the directory then.
@@ -252,7 +252,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
-    use nido_store::{BootParts, Frozen, Origin, Saved};
+    use nido_store::{BackingLayer, BootParts, Origin, StoredBake};
 
     fn vm() -> (tempfile::TempDir, VmDir) {
         let root = tempfile::tempdir().unwrap();
@@ -274,20 +274,20 @@ mod tests {
             packages: hash("d"),
             init: nido_images::Init::Agent,
             append: "quiet".into(),
-            frozen: vec![Frozen { sha256: hash("e"), virtual_bytes: 1 }],
+            frozen: vec![BackingLayer { sha256: hash("e"), virtual_bytes: 1 }],
         };
         let mut spec = VmSpec::named("web".parse().unwrap());
         spec.labels.insert("role".into(), "demo".into());
         spec.forwards = vec!["8080:80".parse().unwrap()];
         let mut row = VmRow::new("0123456789abcdef".into(), spec, Purpose::Use, VmState::Stopped, parts, 1 << 30);
-        row.origin = Origin::Fork(Saved { memory: hash("f"), state: hash("0"), token: "12".into(), live: true });
+        row.origin = Origin::Fork(StoredBake { memory: hash("f"), state: hash("0"), token: "12".into(), live: true });
         row.owner = Some("CLI uid:1000".into());
         row.created_at = Timestamp::from_millisecond(1_700_000_000_123).unwrap();
         row
     }
 
     #[test]
-    fn a_row_comes_back_from_its_record() {
+    fn a_row_is_restored_from_its_record() {
         let (_root, dir) = vm();
         VmRecord::of(&row()).unwrap().write(&dir, Durability::Kill).unwrap();
         let record = VmRecord::read(&dir, &row().id).unwrap();

@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn names_that_were_made_to_point_here_are_refused() {
+fn unknown_host_names_are_refused() {
     let hosts = Hosts { names: vec!["ci.example".into()], ..Hosts::default() };
     for ours in ["localhost", "localhost:8080", "127.0.0.1:8080", "[::1]:8080", "10.1.2.3", "CI.example:80"] {
         assert!(hosts.is_ours(ours), "{ours}");
@@ -11,7 +11,7 @@ fn names_that_were_made_to_point_here_are_refused() {
     }
 }
 
-// `Host` twice, `Host: localhost@evil`, and a target that names another host were let through.
+// `Host` twice, `Host: localhost@evil`, and a target that names another host were accepted.
 #[test]
 fn a_request_that_can_be_read_in_two_ways_is_refused() {
     let request = |target: &str, headers: &[(&str, &str)]| {
@@ -63,10 +63,10 @@ fn pages_of_others_are_refused() {
 #[test]
 fn a_token_for_agents_opens_their_address_with_and_without_a_slash() {
     for open in ["/mcp", "/mcp/"] {
-        assert!(check_restriction(Some(Door::Mcp), open).is_ok(), "{open}");
+        assert!(check_restriction(Some(TokenAudience::Mcp), open).is_ok(), "{open}");
     }
     for closed in ["/", "/v1/vms", "/mcp/v1", "/mcpx", "//mcp"] {
-        assert!(check_restriction(Some(Door::Mcp), closed).is_err(), "{closed}");
+        assert!(check_restriction(Some(TokenAudience::Mcp), closed).is_err(), "{closed}");
     }
     assert!(check_restriction(None, "/v1/vms").is_ok());
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value, json};
 
 /// Puts all schemas in order.
-pub fn settle(api: &mut Value) {
+pub fn normalize_schemas(api: &mut Value) {
     binary(api);
     plain_text(api);
     make_run_vm(api);
@@ -52,7 +52,7 @@ fn binary(api: &mut Value) {
     });
 }
 
-/// Links of the program's own documentation say nothing here.
+/// Links of the program's own documentation have no meaning here.
 fn plain_text(api: &mut Value) {
     each(api, &mut |object| {
         if let Some(Value::String(text)) = object.get_mut("description") {
@@ -102,7 +102,7 @@ fn reachable(api: &Value, part: &str) -> BTreeSet<String> {
     found
 }
 
-/// Gives requests a schema of their own; that of answers has all of its members.
+/// Gives requests a schema of their own; that of responses has all of its members.
 fn split_off(api: &mut Value, name: &str, asked: &BTreeSet<String>) {
     let theirs = name.strip_suffix("Spec").unwrap_or(name).to_owned() + "Request";
     let schemas = &mut api["components"]["schemas"];

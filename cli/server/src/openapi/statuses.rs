@@ -24,7 +24,7 @@ const START: &[Code] = &[
     Code::DiskFull,
 ];
 /// Of what is done to a VM by its supervisor.
-const ACT: &[Code] =
+const SUPERVISOR_CODES: &[Code] =
     &[Code::VmBusy, Code::VmNotRunning, Code::QemuFailed, Code::AgentUnreachable, Code::Timeout, Code::DiskFull];
 /// Of what the agent does in a guest.
 const GUEST: &[Code] = &[
@@ -48,21 +48,28 @@ const BUILD: &[Code] = &[Code::TemplateExists, Code::TemplateInUse, Code::Templa
 fn own(id: &str) -> Vec<&'static [Code]> {
     match id {
         "vm_spawn" => vec![START, TEMPLATE, &[Code::VmExists, Code::NameInvalid]],
-        "run" => vec![START, ACT, TEMPLATE, GUEST, COMMAND, &[Code::VmExists, Code::VmNotFound, Code::NameInvalid]],
-        "vm_start" | "vm_restart" => vec![START, ACT, TEMPLATE],
-        "snapshot_restore" => vec![START, ACT, SNAPSHOT],
-        "vm_fork" => vec![START, ACT, &[Code::VmExists]],
-        "vm_stop" | "vm_delete" | "vm_pause" | "vm_resume" => vec![ACT],
-        "vm_exec" => vec![ACT, GUEST, COMMAND],
-        "vm_download" | "vm_upload" => vec![ACT, GUEST, FILES],
-        "snapshot_create" => vec![ACT, &[Code::SnapshotExists, Code::LimitExceeded, Code::GuestFailed]],
+        "run" => vec![
+            START,
+            SUPERVISOR_CODES,
+            TEMPLATE,
+            GUEST,
+            COMMAND,
+            &[Code::VmExists, Code::VmNotFound, Code::NameInvalid],
+        ],
+        "vm_start" | "vm_restart" => vec![START, SUPERVISOR_CODES, TEMPLATE],
+        "snapshot_restore" => vec![START, SUPERVISOR_CODES, SNAPSHOT],
+        "vm_fork" => vec![START, SUPERVISOR_CODES, &[Code::VmExists]],
+        "vm_stop" | "vm_delete" | "vm_pause" | "vm_resume" => vec![SUPERVISOR_CODES],
+        "vm_exec" => vec![SUPERVISOR_CODES, GUEST, COMMAND],
+        "vm_download" | "vm_upload" => vec![SUPERVISOR_CODES, GUEST, FILES],
+        "snapshot_create" => vec![SUPERVISOR_CODES, &[Code::SnapshotExists, Code::LimitExceeded, Code::GuestFailed]],
         "snapshot_info" => vec![SNAPSHOT],
-        "snapshot_delete" => vec![SNAPSHOT, ACT],
-        "forward_add" => vec![ACT, &[Code::PortInUse, Code::LimitExceeded]],
-        "forward_remove" => vec![ACT, &[Code::ForwardNotFound]],
+        "snapshot_delete" => vec![SNAPSHOT, SUPERVISOR_CODES],
+        "forward_add" => vec![SUPERVISOR_CODES, &[Code::PortInUse, Code::LimitExceeded]],
+        "forward_remove" => vec![SUPERVISOR_CODES, &[Code::ForwardNotFound]],
         "template_info" => vec![&[Code::TemplateNotFound, Code::TemplateMismatch]],
-        "template_create" => vec![START, ACT, BUILD, &[Code::VmNotFound, Code::TemplateNotFound]],
-        "template_build" | "template_bake" => vec![START, ACT, BUILD, TEMPLATE],
+        "template_create" => vec![START, SUPERVISOR_CODES, BUILD, &[Code::VmNotFound, Code::TemplateNotFound]],
+        "template_build" | "template_bake" => vec![START, SUPERVISOR_CODES, BUILD, TEMPLATE],
         "template_delete" => vec![TEMPLATE, &[Code::TemplateInUse]],
         "pool_list" => vec![&[Code::QemuMissing, Code::QemuTooOld, Code::QemuFailed]],
         "pool_info" => vec![TEMPLATE, &[Code::QemuMissing]],
@@ -112,7 +119,7 @@ fn codes(id: &str, method: &Method, path: &str, parameters: bool) -> BTreeMap<u1
 /// The statuses whose codes are the same wherever they appear.
 const COMMON: [u16; 7] = [400, 401, 408, 413, 415, 429, 500];
 
-/// Adds the errors of an operation to its answers.
+/// Adds the errors of an operation to its responses.
 pub fn add(operation: &mut Value, method: &Method, path: &str) {
     let id = operation["operationId"].as_str().unwrap_or_default().to_owned();
     let Some(responses) = operation["responses"].as_object_mut() else { return };
@@ -133,7 +140,7 @@ fn problem(slugs: &[&str]) -> Value {
     })
 }
 
-/// The answers that operations share.
+/// The responses that operations share.
 pub fn common() -> Map<String, Value> {
     let of = |status: u16| {
         let slugs: Vec<_> = Code::ALL.iter().filter(|code| code.status() == status).map(|code| code.slug()).collect();

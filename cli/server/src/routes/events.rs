@@ -1,6 +1,6 @@
-//! Events: those there are as JSON, those that come as a stream.
+//! Events: the existing ones as JSON, new ones as a stream.
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ pub fn routes() -> OpenApiRouter<Arc<App>> {
 
 /// How long a listener waits before it connects again.
 const RETRY: Duration = Duration::from_secs(2);
-/// The most events of one answer.
+/// The most events of one response.
 const LIMIT_MAX: usize = 1000;
 
 /// Filters for events.
@@ -174,7 +174,7 @@ fn frame(next: &FeedItem) -> sse::Event {
 }
 
 fn error_frame(error: &Error) -> sse::Event {
-    sse::Event::default().event("error").data(json!(error.problem_for(Face::Api)).to_string())
+    sse::Event::default().event("error").data(json!(error.problem_for(FrontEnd::Api)).to_string())
 }
 
 /// One listener. All share one watch of the store.

@@ -1,10 +1,10 @@
 //! Examples of bodies and answers, for people who read the description and programs that follow its links.
 //!
-//! Invariant: each is what its type reads and writes, to the field; a test says so.
+//! Invariant: each is what its type reads and writes, to the field; a test checks it.
 
 use serde_json::{Value, json};
 
-/// One example: of which operation, of its body (none) or the answer of which status, and what.
+/// One example: of which operation, of its body (none) or the response of which status, and what.
 pub type Example = (&'static str, Option<u16>, Value);
 
 macro_rules! examples {
@@ -40,7 +40,7 @@ macro_rules! examples {
                 assert!(serde_json::from_value::<T>(example).is_err(), "{operation}");
             }
 
-            /// An answer is read, and written again as it was.
+            /// A response is read, and written again as it was.
             fn check_answer<T: Serialize + DeserializeOwned>(operation: &str, example: &Value) {
                 assert_eq!(&serde_json::to_value(read::<T>(operation, example)).unwrap(), example, "{operation}");
             }

@@ -1,6 +1,6 @@
 //! Commands in a VM: run to their end, or followed as server-sent events; and runs, a VM for one command.
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use crate::auth::CallerGrant;
 use crate::budget::{Reservation, json_length};
 use crate::extract::{JsonBody, PathParams, parser_message};
 use crate::media_type::prefers;
-use crate::operations::{self, BegunFlag, OperationContext, UndoGuard, ended};
+use crate::operations::{self, ChangeStarted, OperationContext, UndoGuard, ended};
 use crate::response::HandlerResult;
 use crate::{App, audit_entry};
 
@@ -92,12 +92,12 @@ fn feed(control: ExecControl, stdin: Vec<u8>) {
     });
 }
 
-/// Runs a command to its end. What it writes beyond the memory that is left for answers is cut off.
+/// Runs a command to its end. Output beyond the memory that is left for responses is truncated.
 async fn collect(
     app: &App,
     name: &VmName,
     (request, stdin): (ExecRequest, Vec<u8>),
-    (begun, held): (&BegunFlag, &mut Reservation),
+    (begun, held): (&ChangeStarted, &mut Reservation),
 ) -> Result<ExecResult> {
     let wants_stdin = request.stdin;
     let began_at = jiff::Timestamp::now();
@@ -157,7 +157,7 @@ impl ExecEventStream {
     /// Makes frames of what has happened.
     fn take(&mut self, event: Result<ExecEvent>) {
         match event {
-            Ok(ExecEvent::Started(pid)) => self.say("started", &json!({ "pid": pid })),
+            Ok(ExecEvent::Started(pid)) => self.send_event("started", &json!({ "pid": pid })),
             Ok(ExecEvent::Stdout(bytes)) => {
                 let piece = self.out.push(bytes);
                 self.frames.extend(piece.map(|piece| frame("stdout", &piece)));
@@ -169,12 +169,12 @@ impl ExecEventStream {
             Ok(ExecEvent::Exited(exit)) => {
                 self.finish();
                 audit_entry::end(self.line.take(), &Verdict::success(exit.word()));
-                self.say("exit", &json!(exit));
+                self.send_event("exit", &json!(exit));
             }
             Err(error) => {
                 self.finish();
                 audit_entry::end(self.line.take(), &Verdict::failure(&error));
-                self.say("error", &json!(error.problem_for(Face::Api)));
+                self.send_event("error", &json!(error.problem_for(FrontEnd::Api)));
             }
         }
     }
@@ -187,7 +187,7 @@ impl ExecEventStream {
         }
     }
 
-    fn say(&mut self, kind: &str, data: &serde_json::Value) {
+    fn send_event(&mut self, kind: &str, data: &serde_json::Value) {
         self.frames.push_back(frame(kind, data));
     }
 }

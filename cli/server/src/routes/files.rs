@@ -98,7 +98,7 @@ async fn download(
         let request = DownloadRequest { source, destination, overwrite: false, preserve: false, max_bytes: None };
         owner.nido.download(&vm.name, request, &mut |_| ()).await
     });
-    // An error before the first byte is a problem; one behind it breaks the answer off, which a client sees.
+    // An error before the first byte is a problem; one behind it breaks the response off, which a client sees.
     let mut bytes = ReaderStream::with_capacity(reader, PIECE);
     let first = bytes.next().await;
     let typed = |body: Stream| {
@@ -112,8 +112,8 @@ async fn download(
     }
     let counter = Arc::clone(&app);
     let rest = stream::iter(first).chain(bytes).inspect_ok(move |piece| counter.metrics.bytes_out(piece.len() as u64));
-    // Its line ends with the answer's last byte; whoever hangs up before that leaves it to say so by itself. Of a HEAD nothing
-    // follows, and nobody reads on.
+    // Its line ends with the response's last byte; if the client disconnects before that, the line records the interruption. Of a HEAD nothing
+    // follows, and no client reads on.
     let line = if method == Method::HEAD { None } else { Some(context.take_attempt()?) };
     let end = stream::once(async move {
         let outcome = joined(copying.await);
@@ -164,7 +164,7 @@ async fn upload(
         while let Some(piece) = pieces.next().await {
             let piece = piece.map_err(|error| timeouts::body_error(&error))?;
             app.metrics.bytes_in(piece.len() as u64);
-            // The copy has ended, and says why.
+            // The copy has ended, and has the reason.
             if writer.write_all(&piece).await.is_err() {
                 return Ok(());
             }

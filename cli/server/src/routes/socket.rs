@@ -10,8 +10,8 @@
 //!                                                        <-  text    {"exit": ExecExit}  or  {"error": Problem}, then the end
 //! ```
 //!
-//! A browser cannot give a header; it gives its token as a protocol: `nido` and `nido.token.TOKEN`. Whoever says nothing while nothing
-//! is said to them is asked with a ping whether they are there.
+//! A browser cannot give a header; it gives its token as a protocol: `nido` and `nido.token.TOKEN`. A client that sends nothing while nothing
+//! is sent to it gets a ping.
 //!
 //! Invariant: the end of the connection, whatever ends it, kills the command; and no command begins before it is in the audit log.
 
@@ -25,8 +25,8 @@ use axum::routing::get;
 use nido_api::error::{Code, Error, Kind, Result};
 use nido_api::name::VmName;
 use nido_api::operation as op;
-use nido_api::{Caller as AuditCaller, ExecBody, ExecEvent, ExecExit, Face};
-use nido_core::audit::Ending;
+use nido_api::{Caller as AuditCaller, ExecBody, ExecEvent, ExecExit, FrontEnd};
+use nido_core::audit::AuditOutcome;
 use nido_core::execute::{Attempt, Request as Execution, Verdict};
 use nido_core::{ExecControl, ExecEvents};
 use serde::{Deserialize, Serialize};
@@ -45,7 +45,7 @@ use crate::streams::wait_for_end;
 
 /// The largest message of a client, in bytes.
 const MESSAGE_MAX: usize = 1 << 20;
-/// How long a client may take to say what shall be started.
+/// How long a client may take to send the command.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How many pieces of standard input may wait for a command that does not read.
 const INPUT_QUEUE_MAX: usize = 16;
@@ -84,7 +84,7 @@ async fn attach(
     // Check whether it can be used before the protocol is switched.
     app.nido().await?.info(&vm.name).await?;
     let upgrade = upgrade.protocols(["nido"]).max_message_size(MESSAGE_MAX);
-    let who = AuditCaller { face: Face::Api, actor: caller.actor, agent: None };
+    let who = AuditCaller { face: FrontEnd::Api, actor: caller.actor, agent: None };
     let session = Session { app, name: vm.name, who };
     Ok(upgrade.on_upgrade(move |socket| async move {
         session.run(socket, caller.token).await;
@@ -156,12 +156,12 @@ impl Session {
                         Kind::Unavailable | Kind::Internal => close_code::ERROR,
                     },
                 };
-                (json!({ "error": error.problem_for(Face::Api) }), code)
+                (json!({ "error": error.problem_for(FrontEnd::Api) }), code)
             }
         };
         let _ = socket.send(text(&last)).await;
         let _ = socket.send(Message::Close(Some(CloseFrame { code, reason: "".into() }))).await;
-        // What the client is still saying must not tear down what it has not read yet.
+        // Messages that the client still sends must not reset what it has not read yet.
         let _ = timeout(CLOSE_TIMEOUT, async { while let Some(Ok(_)) = socket.recv().await {} }).await;
     }
 
@@ -169,8 +169,8 @@ impl Session {
     async fn write_down(&self, line: Option<Attempt>, outcome: &Result<SessionEnd>) {
         let verdict = match outcome {
             Ok(SessionEnd::Exit(exit)) => Verdict::success(exit.word()),
-            Ok(SessionEnd::Gone) => Verdict { ending: Ending::Unknown, reason: Code::Interrupted.slug().into() },
-            Err(error) => Verdict { ending: Ending::Error, reason: error.code().slug().into() },
+            Ok(SessionEnd::Gone) => Verdict { ending: AuditOutcome::Unknown, reason: Code::Interrupted.slug().into() },
+            Err(error) => Verdict { ending: AuditOutcome::Error, reason: error.code().slug().into() },
         };
         let line = line.unwrap_or_else(|| self.app.nido.owe(self.request(json!({ "name": self.name }))));
         if let Err(error) = line.end(verdict).await {
@@ -178,7 +178,7 @@ impl Session {
         }
     }
 
-    /// Runs a command; from when it is written down, `line` is what is open of that.
+    /// Runs a command; from when it is recorded, `line` is what is open of that.
     async fn serve(&self, socket: &mut WebSocket, line: &mut Option<Attempt>) -> Result<SessionEnd> {
         let Some(start) = self.first(socket).await? else { return Ok(SessionEnd::Gone) };
         *line = Some(self.app.nido.attempt(self.request(self.arguments(&start)?)).await?);
@@ -192,7 +192,7 @@ impl Session {
         request.term = start.term.filter(|_| request.pty.is_some());
         let (control, events) = self.app.nido().await?.exec(&self.name, request).await?;
         self.app.metrics.exec();
-        talk(&self.app, socket, (control, stdin), events).await
+        exchange_frames(&self.app, socket, (control, stdin), events).await
     }
 
     fn request(&self, arguments: Value) -> Execution {
@@ -224,13 +224,13 @@ impl Session {
             arguments.extend(command);
         }
         arguments.extend(said);
-        // What was not said is not written down.
+        // Absent values are not recorded.
         arguments.retain(|_, value| !value.is_null() && value.as_object().is_none_or(|fields| !fields.is_empty()));
         Ok(Value::Object(arguments))
     }
 }
 
-/// Whether the client is there while nothing is said.
+/// Whether the client is connected while no message is sent.
 struct PingTimer {
     every: Duration,
     ask_at: Instant,
@@ -243,7 +243,7 @@ impl PingTimer {
     }
 
     /// It has been quiet for long enough to ask; whether it has been asked too often. Where a client is not listened to, for the
-    /// command has not read what it said before, its silence says nothing.
+    /// command has not read its earlier messages, its silence has no meaning.
     fn is_gone(&mut self, listening: bool) -> bool {
         self.unanswered = if listening { self.unanswered + 1 } else { 0 };
         self.ask_at = Instant::now() + self.every;
@@ -251,9 +251,9 @@ impl PingTimer {
     }
 }
 
-/// Carries what both say until one of them ends. Input goes through a task of its own: a command that does not read must not
+/// Forwards the messages of both until one of them ends. Input goes through a task of its own: a command that does not read must not
 /// keep its output or a signal from getting through.
-async fn talk(
+async fn exchange_frames(
     app: &App,
     socket: &mut WebSocket,
     (control, stdin): (ExecControl, Vec<u8>),
@@ -356,7 +356,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_leaves_two_pings_unanswered_is_gone_if_it_was_listened_to() {
+    fn two_unanswered_pings_disconnect_a_client_that_was_read_from() {
         let asked = |listening: &[bool]| {
             let mut quiet = PingTimer::since_now(Duration::from_secs(30));
             listening.iter().map(|listening| quiet.is_gone(*listening)).collect::<Vec<_>>()

@@ -1,4 +1,4 @@
-//! Archives that somebody made to do harm.
+//! Malicious archives.
 
 use std::io::Write as _;
 
@@ -24,7 +24,7 @@ fn begin(manifest: &Manifest) -> Vec<u8> {
 const KERNEL: &[u8] = b"\x7fELF the kernel";
 
 #[test]
-fn what_is_no_archive_is_refused() {
+fn files_that_are_not_archives_are_refused() {
     let to = Rig::empty();
     assert!(to.refuses(b"").contains("truncated"));
     assert!(to.refuses(b"PK\x03\x04 a zip file, say").contains("damaged"));
@@ -85,7 +85,7 @@ fn bombs_are_refused_before_they_go_off() {
 }
 
 #[test]
-fn parts_come_once_and_as_the_manifest_says() {
+fn parts_appear_once_and_match_the_manifest() {
     let to = Rig::empty();
     let own = |m: &Manifest| part(&m.parts.vmlinux, KERNEL);
     let reason = |frames: &dyn Fn(&Manifest) -> Vec<u8>| to.refuses(&forged(|_| {}, frames));
@@ -169,7 +169,7 @@ fn disks_that_reach_outside_are_refused() {
 }
 
 #[test]
-fn a_kernel_that_is_none_is_refused() {
+fn an_invalid_kernel_is_refused() {
     let to = Rig::empty();
     for vmlinux in [&b"MZ"[..], b"", b"#!/bin/sh\n"] {
         let from = Rig::with(|parts| parts.vmlinux = vmlinux.to_vec());

@@ -1,4 +1,4 @@
-//! Archives that are good, and archives that are not. What every test of the bad ones asks: it was refused, and nothing of it
+//! Valid and invalid archives. Every test of an invalid one checks that it was refused, and nothing of it
 //! is left.
 
 mod hostile;
@@ -16,7 +16,7 @@ use super::{ImportNote, ImportOptions, import_with};
 use crate::error::ImageError;
 use crate::export::ExportOptions;
 use crate::store::Store;
-use crate::travel::Watch;
+use crate::transfer::TransferWatch;
 
 fn named(name: &str) -> ImportOptions {
     ImportOptions { name: Some(name.to_owned()), ..ImportOptions::default() }
@@ -80,7 +80,7 @@ fn the_same_template_twice_is_no_error() {
 }
 
 #[test]
-fn a_template_that_lost_a_part_is_made_whole() {
+fn an_import_restores_a_missing_part() {
     let (from, to) = (Rig::small(), Rig::empty());
     to.import(&from.archive(), &ImportOptions::default()).unwrap();
     fs::remove_file(Store::new(to.home()).blob_path(&from.manifest.parts.packages)).unwrap();
@@ -89,12 +89,12 @@ fn a_template_that_lost_a_part_is_made_whole() {
 }
 
 #[test]
-fn another_template_of_that_name_is_replaced_only_when_asked() {
+fn another_template_of_that_name_is_replaced_only_on_request() {
     let (first, second, to) = (Rig::small(), Rig::large(), Rig::empty());
     to.import(&first.archive(), &ImportOptions::default()).unwrap();
     let refused = to.import(&second.archive(), &ImportOptions::default()).unwrap_err();
     assert!(matches!(&refused, ImageError::TemplateExists { name } if name == "sandbox"), "{refused}");
-    assert!(refused.hint().unwrap().text(nido_api::Face::Cli).unwrap().contains("--name"));
+    assert!(refused.hint().unwrap().text(nido_api::FrontEnd::Cli).unwrap().contains("--name"));
     assert_eq!(Store::new(to.home()).verify("sandbox").unwrap(), first.manifest);
     // Bakes that only the archive has are a difference too.
     let bare = Rig::empty();
@@ -109,7 +109,7 @@ fn another_template_of_that_name_is_replaced_only_when_asked() {
 }
 
 #[test]
-fn another_agent_is_replaced_and_what_was_saved_with_it_is_dropped() {
+fn another_agent_is_replaced_and_bakes_with_it_are_dropped() {
     let from = Rig::small();
     let to = Rig::empty();
     let other = super::OwnAgent { binary: b"a newer agent", sha256: &crate::digest::sha256(b"newer"), ..AGENT };
@@ -127,7 +127,7 @@ fn another_agent_is_replaced_and_what_was_saved_with_it_is_dropped() {
 }
 
 #[test]
-fn an_initramfs_that_holds_another_agent_than_it_says_is_made_anew() {
+fn an_initramfs_with_an_unexpected_agent_is_rebuilt() {
     let from = Rig::with(|parts| parts.initramfs = b"something else".to_vec());
     let to = Rig::empty();
     let arrived = to.import(&from.archive(), &ImportOptions::default()).unwrap();
@@ -151,8 +151,8 @@ fn an_interrupted_import_leaves_nothing() {
     // Stopped in the middle of each part, and right before it is published.
     for stop in 1..=9 {
         let cancel = AtomicBool::new(false);
-        let mut progress = |at: crate::travel::TravelProgress| cancel.store(at.index >= stop, Ordering::Relaxed);
-        let mut watch = Watch { progress: &mut progress, cancel: &cancel };
+        let mut progress = |at: crate::transfer::TransferProgress| cancel.store(at.index >= stop, Ordering::Relaxed);
+        let mut watch = TransferWatch { progress: &mut progress, cancel: &cancel };
         let result = import_with(AGENT, to.home(), &mut &archive[..], &ImportOptions::default(), &mut watch);
         match stop {
             // By then it is done.
@@ -171,8 +171,8 @@ fn progress_runs_from_nothing_to_everything() {
     let cancel = AtomicBool::new(false);
     let total: u64 = from.manifest.all_parts().map(|(_, part, _)| part.bytes).sum();
     let mut reports = Vec::new();
-    let mut progress = |at: crate::travel::TravelProgress| reports.push(at);
-    let mut watch = Watch { progress: &mut progress, cancel: &cancel };
+    let mut progress = |at: crate::transfer::TransferProgress| reports.push(at);
+    let mut watch = TransferWatch { progress: &mut progress, cancel: &cancel };
     import_with(AGENT, to.home(), &mut &from.archive()[..], &ImportOptions::default(), &mut watch).unwrap();
     assert!(reports.windows(2).all(|pair| pair[0].bytes <= pair[1].bytes && pair[0].index <= pair[1].index));
     assert!(reports.iter().all(|at| at.total_bytes == total && at.total == 9));
@@ -200,7 +200,7 @@ fn a_full_disk_ends_an_export() {
 }
 
 #[test]
-fn what_is_not_there_is_not_exported() {
+fn a_missing_template_is_not_exported() {
     let refused = Rig::empty().try_export(ExportOptions::default(), &mut Vec::new()).unwrap_err();
     assert!(matches!(refused, ImageError::TemplateNotFound { .. }));
 }

@@ -1,4 +1,4 @@
-//! Whatever is changed in an archive: it brings the very template, or nothing at all.
+//! Whatever is changed in an archive: the import yields the same template, or nothing.
 
 use std::sync::LazyLock;
 
@@ -79,7 +79,7 @@ proptest! {
         the_template_or_nothing(&archive);
     }
 
-    /// Past the checksum of the compression, which whoever means harm gets right.
+    /// Past the checksum of the compression, which an attacker gets right.
     #[test]
     fn changed_frames_are_the_template_or_nothing(
         changes in proptest::collection::vec((place(INSIDE.len()), change()), 1..4),

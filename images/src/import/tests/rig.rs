@@ -13,7 +13,7 @@ use crate::export::{ExportOptions, ExportOutcome, export};
 use crate::manifest::tests::sample;
 use crate::manifest::{Bake, BakedMachine, Digest, Disk, Manifest, Part, QemuId};
 use crate::store::Store;
-use crate::travel::Watch;
+use crate::transfer::TransferWatch;
 
 /// The agent of the homes here, of which only this much matters.
 pub const AGENT: OwnAgent<'static> = OwnAgent {
@@ -31,7 +31,7 @@ pub struct Contents {
     pub packages: Vec<u8>,
     pub memory: Vec<u8>,
     pub state: Vec<u8>,
-    /// The frozen disk of the bake, if not the overlay that belongs to the root disk.
+    /// The backing layer of the bake, if not the overlay that belongs to the root disk.
     pub overlay: Option<Vec<u8>>,
 }
 
@@ -42,7 +42,7 @@ pub struct Rig {
     pub manifest: Manifest,
 }
 
-/// A qcow2 image of a GiB as its header says; on `backing` if that is not empty.
+/// A qcow2 image of a GiB according to its header; on `backing` if that is not empty.
 pub fn qcow2(backing: &str, length: usize) -> Vec<u8> {
     let mut image = b"QFI\xfb\0\0\0\x03".to_vec();
     image.resize(length.max(1024), 0);
@@ -181,7 +181,7 @@ impl Rig {
 
     pub fn try_export(&self, options: ExportOptions, target: &mut dyn Write) -> Result<ExportOutcome, ImageError> {
         let cancel = AtomicBool::new(false);
-        let mut watch = Watch { progress: &mut |_| {}, cancel: &cancel };
+        let mut watch = TransferWatch { progress: &mut |_| {}, cancel: &cancel };
         export(self.home(), "sandbox", options, (target, Path::new("test")), &mut watch)
     }
 
@@ -230,7 +230,7 @@ pub fn import_into(
     options: &ImportOptions,
 ) -> Result<ImportOutcome, ImageError> {
     let cancel = AtomicBool::new(false);
-    let mut watch = Watch { progress: &mut |_| {}, cancel: &cancel };
+    let mut watch = TransferWatch { progress: &mut |_| {}, cancel: &cancel };
     import_with(agent, home, &mut archive, options, &mut watch)
 }
 

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::Face;
+use crate::FrontEnd;
 use crate::operation::{self, Method, Operation};
 
 /// What can be done about an error: one of the alternatives.
@@ -144,14 +144,14 @@ impl Hint {
 
     /// In the words of a front end; `None` if its users cannot do it.
     #[must_use]
-    pub fn text(&self, face: Face) -> Option<String> {
+    pub fn text(&self, face: FrontEnd) -> Option<String> {
         match (self, face) {
-            (Self::Note { text }, _) | (Self::Host { text } | Self::CommandLine { text }, Face::Cli) => {
+            (Self::Note { text }, _) | (Self::Host { text } | Self::CommandLine { text }, FrontEnd::Cli) => {
                 Some(text.clone())
             }
             (Self::Run(call), _) => call.text(face),
-            (Self::Host { text }, Face::Mcp) => Some(format!("ask the user to {text}")),
-            (Self::Host { text }, Face::Api) => Some(format!("ask the operator of the host to {text}")),
+            (Self::Host { text }, FrontEnd::Mcp) => Some(format!("ask the user to {text}")),
+            (Self::Host { text }, FrontEnd::Api) => Some(format!("ask the operator of the host to {text}")),
             (Self::CommandLine { .. } | Self::Unknown, _) => None,
         }
     }
@@ -170,22 +170,22 @@ impl From<String> for Hint {
 }
 
 /// The alternatives in the words of a front end.
-pub(super) fn text(hints: &[Hint], face: Face) -> Option<String> {
+pub(super) fn text(hints: &[Hint], face: FrontEnd) -> Option<String> {
     let texts: Vec<_> = hints.iter().filter_map(|hint| hint.text(face)).collect();
     if texts.is_empty() { None } else { Some(texts.join(", or: ")) }
 }
 
 impl Call {
-    fn text(&self, face: Face) -> Option<String> {
+    fn text(&self, face: FrontEnd) -> Option<String> {
         let operation = operation::find(&self.op)?;
         let call = match face {
-            Face::Cli => self.command(operation)?,
-            Face::Api => self.request(operation)?,
+            FrontEnd::Cli => self.command(operation)?,
+            FrontEnd::Api => self.request(operation)?,
             // A person decides what is destroyed, and is asked by the tool, not told by an error.
-            Face::Mcp if operation.is_destructive() => return None,
+            FrontEnd::Mcp if operation.is_destructive() => return None,
             // Tools have fewer options than commands and requests.
-            Face::Mcp if !self.options.is_empty() => return None,
-            Face::Mcp => {
+            FrontEnd::Mcp if !self.options.is_empty() => return None,
+            FrontEnd::Mcp => {
                 let tool = operation.tool?;
                 let arguments = self.object(|_| true);
                 if arguments.is_empty() { tool.to_owned() } else { format!("{tool} {}", Value::Object(arguments)) }
@@ -254,7 +254,7 @@ mod tests {
     use crate::operation as op;
 
     fn all(hint: &Hint) -> [Option<String>; 3] {
-        [Face::Cli, Face::Api, Face::Mcp].map(|face| hint.text(face))
+        [FrontEnd::Cli, FrontEnd::Api, FrontEnd::Mcp].map(|face| hint.text(face))
     }
 
     fn texts(cli: &str, api: &str, mcp: Option<&str>) -> [Option<String>; 3] {
@@ -285,7 +285,7 @@ mod tests {
             texts("nido delete web --force", "DELETE /v1/vms/web?force=true", None)
         );
         for operation in op::ALL.iter().filter(|operation| operation.is_destructive()) {
-            assert_eq!(Hint::run(operation).text(Face::Mcp), None, "{}", operation.id);
+            assert_eq!(Hint::run(operation).text(FrontEnd::Mcp), None, "{}", operation.id);
         }
     }
 
@@ -304,9 +304,9 @@ mod tests {
     #[test]
     fn an_operation_that_a_front_end_lacks_is_left_out() {
         let hints = [Hint::note("choose another name"), Hint::run_on(op::VM_PAUSE, "web")];
-        assert_eq!(text(&hints, Face::Mcp).as_deref(), Some("choose another name"));
-        assert_eq!(text(&hints, Face::Cli).as_deref(), Some("choose another name, or: nido pause web"));
-        assert_eq!(text(&hints[..0], Face::Cli), None);
+        assert_eq!(text(&hints, FrontEnd::Mcp).as_deref(), Some("choose another name"));
+        assert_eq!(text(&hints, FrontEnd::Cli).as_deref(), Some("choose another name, or: nido pause web"));
+        assert_eq!(text(&hints[..0], FrontEnd::Cli), None);
     }
 
     #[test]

@@ -140,7 +140,7 @@ impl HostRefusal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Face;
+    use crate::FrontEnd;
     use crate::error::{Error, Kind};
 
     fn of(number: i32) -> Error {
@@ -149,7 +149,7 @@ mod tests {
 
     // A file without permission, a read-only mount and a used address were called a defect of nido (exit code 70).
     #[test]
-    fn what_the_host_refuses_is_no_defect_and_has_a_hint() {
+    fn refusals_of_the_host_are_not_internal_errors_and_have_hints() {
         for (number, code) in [
             (libc::EACCES, Code::PermissionDenied),
             (libc::EPERM, Code::PermissionDenied),
@@ -173,7 +173,7 @@ mod tests {
             let error = of(number);
             assert_eq!(error.code(), code, "{number}");
             assert!(!matches!(error.kind(), Kind::Internal | Kind::Invalid), "{number}");
-            assert!(error.hint_for(Face::Cli).is_some(), "{number}");
+            assert!(error.hint_for(FrontEnd::Cli).is_some(), "{number}");
         }
         assert_eq!(of(libc::EBADF).code(), Code::Internal);
     }

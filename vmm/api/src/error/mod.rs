@@ -15,7 +15,7 @@ pub use code::{Code, Kind};
 pub use hint::{Call, CallOption, Hint};
 
 use self::host::{HostRefusal, Subject};
-use crate::Face;
+use crate::FrontEnd;
 
 /// The result of every operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -103,11 +103,11 @@ impl Error {
 
     /// What to do about it, in the words of a front end.
     #[must_use]
-    pub fn hint_for(&self, face: Face) -> Option<String> {
+    pub fn hint_for(&self, face: FrontEnd) -> Option<String> {
         hint::text(&self.hints, face)
     }
 
-    /// Last lines of the log that tells why.
+    /// Last lines of the log that has the cause.
     #[must_use]
     pub fn log_lines(&self) -> &[String] {
         &self.log_tail
@@ -115,7 +115,7 @@ impl Error {
 
     /// The same as an RFC 9457 problem object, with a hint in the words of a front end.
     #[must_use]
-    pub fn problem_for(&self, face: Face) -> Problem {
+    pub fn problem_for(&self, face: FrontEnd) -> Problem {
         Problem {
             r#type: format!("urn:nido:error:{}", self.code.slug()),
             title: self.code.title().into(),
@@ -130,7 +130,7 @@ impl Error {
     /// The same for the store and for another process of nido.
     #[must_use]
     pub fn record(&self) -> ErrorRecord {
-        ErrorRecord { problem: self.problem_for(Face::Cli), hints: Some(self.hints.clone()) }
+        ErrorRecord { problem: self.problem_for(FrontEnd::Cli), hints: Some(self.hints.clone()) }
     }
 }
 
@@ -182,13 +182,13 @@ pub struct ErrorRecord {
 impl ErrorRecord {
     /// As a user of a front end reads it.
     #[must_use]
-    pub fn problem_for(&self, face: Face) -> Problem {
+    pub fn problem_for(&self, face: FrontEnd) -> Problem {
         Error::from(self.clone()).problem_for(face)
     }
 
     /// The same, to be serialized for a user of that front end.
     #[must_use]
-    pub fn shown_to(&self, face: Face) -> Self {
+    pub fn shown_to(&self, face: FrontEnd) -> Self {
         Self { problem: self.problem_for(face), hints: None }
     }
 
@@ -261,14 +261,14 @@ mod tests {
         let earlier: Problem = serde_json::from_str(&json).unwrap();
         assert_eq!(earlier.hint.as_deref(), Some("nido start web"));
         let read: ErrorRecord = serde_json::from_str(&serde_json::to_string(&earlier).unwrap()).unwrap();
-        assert_eq!(read.problem_for(Face::Cli), earlier);
-        assert_eq!(read.problem_for(Face::Api).hint, None);
+        assert_eq!(read.problem_for(FrontEnd::Cli), earlier);
+        assert_eq!(read.problem_for(FrontEnd::Api).hint, None);
     }
 
     #[test]
     fn a_full_disk_has_a_code_of_its_own() {
         let error = Error::io("cannot write x", std::io::Error::from_raw_os_error(libc::ENOSPC));
         assert_eq!(error.code(), Code::DiskFull);
-        assert!(error.hint_for(Face::Cli).is_some());
+        assert!(error.hint_for(FrontEnd::Cli).is_some());
     }
 }

@@ -1,6 +1,6 @@
 //! The entries of the registry, by noun.
 
-use super::When::{Any, Ephemeral, Foreign, Overwrite};
+use super::ConfirmationScope::{Any, Ephemeral, Foreign, Overwrite};
 use super::{Operation, Scope};
 
 /// Defines a constant for each operation, and [`ALL`] in the same order.

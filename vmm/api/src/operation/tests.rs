@@ -28,7 +28,7 @@ fn ids_nouns_with_verbs_routes_and_commands_are_unique() {
 }
 
 #[test]
-fn what_destroys_asks() {
+fn destructive_operations_need_confirmation() {
     for op in ALL {
         let asks = !op.confirmed.is_empty();
         assert!(!op.is_destructive() || asks || OWN.contains(&op.noun), "{} destroys and never asks", op.id);
@@ -56,7 +56,8 @@ fn a_tool_named_by_several_operations_is_an_operation_itself() {
 
 #[test]
 fn an_operation_is_called_in_the_language_of_each_front_end() {
-    let of = |op: &Operation| [Face::Cli, Face::Api, Face::Mcp].map(|face| op.call(face).unwrap_or_default());
+    let of =
+        |op: &Operation| [FrontEnd::Cli, FrontEnd::Api, FrontEnd::Mcp].map(|face| op.call(face).unwrap_or_default());
     assert_eq!(of(VM_LS), ["nido ls", "GET /v1/vms", "vm_ls"]);
     assert_eq!(of(VM_SNAPSHOT), ["nido snapshot create", "POST /v1/vms/{name}/snapshots", "vm_snapshot"]);
     assert_eq!(of(VM_SHELL), ["nido shell", "", ""]);
@@ -81,9 +82,9 @@ fn reference() -> String {
             "| `{}` | {} | {} | {} | {} | {effect} | {} | {job} | {} |",
             op.id,
             op.about,
-            face(Face::Cli),
-            face(Face::Api),
-            face(Face::Mcp),
+            face(FrontEnd::Cli),
+            face(FrontEnd::Api),
+            face(FrontEnd::Mcp),
             op.scope.word(),
             if when.is_empty() { "–" } else { &when },
         );

@@ -11,7 +11,7 @@ fn redacted(from: &Value) -> Value {
 }
 
 #[test]
-fn secrets_are_known_by_their_names() {
+fn secrets_are_recognized_by_name() {
     let from = json!({
         "name": "web", "token": "t0ps3cret", "apiToken": "x", "webhook-secret": "yy", "PASSWORD": "zzz", "stdin": "hello",
         "content": "file", "data": [1, 2], "private_key": "k", "public_key": "p", "tokens_left": 3, "interactive": true,
@@ -29,7 +29,7 @@ fn secrets_are_known_by_their_names() {
 }
 
 #[test]
-fn of_an_address_the_host_is_kept() {
+fn redaction_keeps_the_host_of_an_address() {
     for (address, kept) in [
         (json!("https://hooks.slack.com/services/T0/B0/s3cret"), json!("https://hooks.slack.com/[redacted: 22 bytes]")),
         (json!("https://hooks.slack.com"), json!("https://hooks.slack.com")),
@@ -49,7 +49,7 @@ fn of_an_address_the_host_is_kept() {
 }
 
 #[test]
-fn of_the_environment_the_names_are_kept() {
+fn redaction_keeps_the_names_of_variables() {
     let env = json!({ "env": ["LANG=C", "TOKEN=a=b", "EMPTY=", 7] });
     assert_eq!(redacted(&env), json!({ "env": ["LANG", "TOKEN", "EMPTY", "[redacted: 1 bytes]"] }));
     assert_eq!(redacted(&json!({ "environment": { "A": "b" } })), json!({ "environment": ["A"] }));
@@ -72,7 +72,7 @@ fn arguments_of_a_command_that_are_called_secret_are_left_out() {
 
 // Padding in front of a command, or in a field before it, left a hash and padding in the log.
 #[test]
-fn of_what_is_too_long_both_ends_are_kept_and_what_was_run_comes_first() {
+fn long_arguments_keep_both_ends_and_the_command_first() {
     let fits = json!({ "a": "x".repeat(LIMIT - 8) });
     assert_eq!(params_and_whole(&fits), (fits.to_string(), None));
     let padding = "é".repeat(LIMIT);
@@ -110,7 +110,7 @@ fn a_script_is_no_secret() {
 }
 
 #[test]
-fn bytes_that_are_no_text_are_kept_as_digits() {
+fn binary_bytes_are_recorded_as_numbers() {
     assert_eq!((bytes(b"ls"), bytes(b"\xff\x00")), (json!("ls"), json!({ "hex": "ff00" })));
     assert_eq!(bytes(b"--token=\xff\x00"), "--token=[redacted: 2 bytes]");
     let command = json!({ "command": ["--token", bytes(b"\xff"), bytes(b"\xff")] });
@@ -120,7 +120,7 @@ fn bytes_that_are_no_text_are_kept_as_digits() {
 
 proptest! {
     #[test]
-    fn a_secret_never_comes_out(secret in "[A-Z]{12,40}", key in "(my_)?(token|secret|password|stdin|content|data)") {
+    fn a_secret_is_never_in_the_output(secret in "[A-Z]{12,40}", key in "(my_)?(token|secret|password|stdin|content|data)") {
         let from = json!({ &key: &secret, "deep": [{ &key: [&secret] }], "env": [format!("K={secret}")], "command": [format!("--{key}"), &secret, format!("{key}={secret}")] });
         prop_assert!(!params(&from).contains(&secret), "{}", params(&from));
     }

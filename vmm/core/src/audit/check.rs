@@ -1,4 +1,4 @@
-//! Whether the lines of an audit log hang together. Pure: lines go in, a verdict comes out.
+//! Verifies the hash chain of an audit log. Pure: lines go in, a verdict comes out.
 //!
 //! Invariant: of lines that nido wrote, in the order in which it wrote them and from a file's first line on, nothing is
 //! wrong; where one was altered, removed, inserted or moved, the first line at which that shows is named. A missing tail
@@ -7,12 +7,12 @@
 use nido_api::{AuditCheckpoint, AuditHead, AuditTrouble, AuditVerdict, hex};
 use sha2::{Digest as _, Sha256};
 
-use super::line::{Line, NO_CHAIN, Place};
+use super::line::{Line, LinePosition, NO_CHAIN};
 use super::log::ROTATE;
 
 /// A log that is being looked at.
 #[derive(Debug)]
-pub struct Check<'a> {
+pub struct ChainCheck<'a> {
     against: Option<&'a AuditCheckpoint>,
     /// A line that the store knows.
     known: Option<(u64, String)>,
@@ -29,7 +29,7 @@ pub struct Check<'a> {
     verdict: AuditVerdict,
 }
 
-impl<'a> Check<'a> {
+impl<'a> ChainCheck<'a> {
     /// Before the first line.
     pub fn new(files: usize, against: Option<&'a AuditCheckpoint>) -> Self {
         let verdict = AuditVerdict {
@@ -62,7 +62,7 @@ impl<'a> Check<'a> {
     }
 
     /// The next line, without its end, and whether it has one. `false`: something is wrong, and the rest does not matter.
-    pub fn line(&mut self, place: Place<'_>, text: &[u8], whole: bool) -> bool {
+    pub fn line(&mut self, place: LinePosition<'_>, text: &[u8], whole: bool) -> bool {
         if !whole && place.newest {
             self.verdict.half_line = true;
             return true;
@@ -121,7 +121,7 @@ impl<'a> Check<'a> {
         self.before = Some((seq, line.chain));
     }
 
-    fn wrong(&mut self, place: Option<Place<'_>>, seq: Option<u64>, message: String) {
+    fn wrong(&mut self, place: Option<LinePosition<'_>>, seq: Option<u64>, message: String) {
         self.verdict.ok = false;
         let (file, line) = (place.map(|place| place.file.to_owned()), place.map(|place| place.line));
         self.verdict.trouble = Some(AuditTrouble { file, line, seq, message });
@@ -176,7 +176,7 @@ impl<'a> Check<'a> {
     }
 }
 
-/// Which number and chain come before the first line that is kept. After a rotation that dropped files the line itself says so.
+/// Which number and chain come before the first line that is kept. After a rotation that dropped files the line itself states them.
 fn first(
     line: &Line,
     against: Option<&AuditCheckpoint>,

@@ -15,7 +15,7 @@ use nido_api::hex;
 use nido_api::sanitize::is_harmful;
 use sha2::{Digest as _, Sha256};
 
-use super::Face;
+use super::FrontEnd;
 
 /// The chain before the first line there ever was.
 pub const NO_CHAIN: &str = "0000000000000000000000000000000000000000000000000000000000000000";
@@ -27,9 +27,9 @@ const CHAIN_KEY: &str = " chain='";
 pub struct Record {
     /// When, to the second.
     pub time: Timestamp,
-    /// Which face was asked.
-    pub face: Face,
-    /// What the client says it is; empty if it says nothing. A claim.
+    /// Which front end received the request.
+    pub face: FrontEnd,
+    /// The client's own name for itself; empty if it sends none. A claim.
     pub agent: Vec<u8>,
     /// The operation, named like the MCP tool: `vm_exec`.
     pub tool: Vec<u8>,
@@ -37,7 +37,7 @@ pub struct Record {
     pub params: Vec<u8>,
     /// `pending` of an attempt; `success`, `error`, `denied` or `unknown` of an outcome.
     pub result: Vec<u8>,
-    /// A word that says why: an error's code, a command's exit code.
+    /// A word for the reason: an error's code, a command's exit code.
     pub reason: Vec<u8>,
     /// Who really called: `uid:1000`, `token:ci`.
     pub actor: Vec<u8>,
@@ -98,9 +98,9 @@ fn chain(previous: &str, body: &[u8]) -> String {
 /// A line as it stands in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
-    /// What it says.
+    /// Its content.
     pub record: Record,
-    /// The chain it says it makes.
+    /// The chain hash that it states.
     pub chain: String,
 }
 
@@ -114,7 +114,7 @@ impl Line {
         (record.body().as_bytes() == body).then(|| Self { record, chain: chain.to_owned() })
     }
 
-    /// Whether the line makes the chain it says, when it comes behind `previous`.
+    /// Whether the line has the chain hash that it states, when it follows `previous`.
     #[must_use]
     pub fn follows(&self, previous: &str) -> bool {
         chain(previous, self.record.body().as_bytes()) == self.chain
@@ -156,7 +156,7 @@ impl Reader<'_> {
     fn record(mut self) -> Option<Record> {
         let time = self.until(b' ')?.parse().ok()?;
         self.expect(b"[")?;
-        let face = Face::of_word(&self.until(b']')?)?;
+        let face = FrontEnd::of_word(&self.until(b']')?)?;
         let record = Record {
             time,
             face,
@@ -227,7 +227,7 @@ impl Reader<'_> {
 
 /// Where a line stands.
 #[derive(Debug, Clone, Copy)]
-pub struct Place<'a> {
+pub struct LinePosition<'a> {
     /// The file's name, within the log's directory.
     pub file: &'a str,
     /// Counted from 1.
@@ -246,7 +246,7 @@ mod tests {
         let bytes = |text: &str| text.as_bytes().to_vec();
         Record {
             time: "2026-01-04T15:00:12Z".parse().unwrap(),
-            face: Face::Mcp,
+            face: FrontEnd::Mcp,
             agent: bytes("claude-desktop"),
             tool: bytes("vm_exec"),
             params: bytes(r#"{"name":"web","command":["sh","-c","echo 'a\n'"]}"#),
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_break_or_hide_a_line_is_escaped() {
+    fn unsafe_characters_of_a_line_are_escaped() {
         let record = Record { agent: b"\x00\r\n\t\x1b[2J\\'\xff\xe2\x82 \xe2\x80\xae".to_vec(), ..plain() };
         let (line, _) = record.render(NO_CHAIN);
         let shown = r"agent='\u{0}\u{d}\n\t\u{1b}[2J\\\'\xff\xe2\x82 \u{202e}'";
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nido_does_not_write_is_no_line() {
+    fn lines_that_nido_does_not_write_are_invalid() {
         let (line, _) = plain().render(NO_CHAIN);
         for (from, to) in [
             ("seq='42'", "seq='042'"),
@@ -309,7 +309,7 @@ mod tests {
     }
 
     fn record() -> impl Strategy<Value = Record> {
-        let face = prop::sample::select(vec![Face::Mcp, Face::Api, Face::Cli]);
+        let face = prop::sample::select(vec![FrontEnd::Mcp, FrontEnd::Api, FrontEnd::Cli]);
         let values = prop::array::uniform8(value());
         (-62_135_596_800i64..253_402_207_200, face, values, any::<u64>()).prop_map(|(second, face, values, seq)| {
             let [agent, tool, params, result, reason, actor, id, stage] = values;
@@ -320,7 +320,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_rendered_is_one_line_and_parses_to_the_same(record in record(), previous in "[0-9a-f]{64}") {
+        fn a_rendered_line_parses_to_the_same_record(record in record(), previous in "[0-9a-f]{64}") {
             let (line, chain) = record.render(&previous);
             prop_assert!(line.bytes().all(|b| b >= 0x20 && b != 0x7f), "{line:?}");
             prop_assert!(!line.chars().any(is_harmful), "{line:?}");

@@ -1,4 +1,4 @@
-//! The audit log's files: appended to, mended, rotated.
+//! The audit log's files: appended to, repaired, rotated.
 //!
 //! ```text
 //!  mcp-audit.log      the newest lines; the writer holds mcp-audit.lock
@@ -9,7 +9,7 @@
 //!
 //! Invariants: a writer that is killed at any instant leaves complete lines and at most one partial line at the end, which the
 //! next writer takes away; a line that was waited for is on the disk, and so is every line before it. The first line of
-//! a file that is not the first one says which chain it follows, so it can be checked when its predecessors are gone.
+//! a file that is not the first one states which chain it follows, so it can be checked when its predecessors are gone.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write as _};
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use nido_api::error::Result;
 use nido_api::moment;
 use nido_files::atomic_file;
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_files::private_dir::make_private_dir;
 
 use super::line::{Line, NO_CHAIN, Record};
@@ -29,7 +29,7 @@ use super::{failed, word};
 /// The newest lines about what changes something, or was refused.
 pub const LOG: &str = "mcp-audit.log";
 /// The newest lines about what changes nothing.
-pub const READS: &str = "mcp-audit-reads.log";
+pub const READ_LOG: &str = "mcp-audit-reads.log";
 /// When a new file is begun, in bytes.
 const LIMIT_BYTES: u64 = 16 << 20;
 /// How many older files are kept: 1 GiB.
@@ -54,7 +54,7 @@ pub struct Log {
 
 /// The end of a file, or of the whole log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Last {
+pub struct LogTail {
     /// The last line's number.
     pub seq: u64,
     /// The chain up to and with it.
@@ -68,10 +68,10 @@ impl Log {
         Self::with_limits(directory, LIMIT_BYTES, KEEP)
     }
 
-    /// The log of what changes nothing, beside it.
+    /// The log of reads, next to it.
     #[must_use]
     pub fn reads(directory: PathBuf) -> Self {
-        Self { name: READS, ..Self::with_limits(directory, LIMIT_BYTES, KEEP_READS) }
+        Self { name: READ_LOG, ..Self::with_limits(directory, LIMIT_BYTES, KEEP_READS) }
     }
 
     /// As [`Self::at`]: a new file is begun before one gets longer than `limit_bytes`, and `keep` older ones are kept.
@@ -90,7 +90,7 @@ impl Log {
     ///
     /// # Errors
     /// `audit_failed`.
-    pub fn append(&self, record: Record) -> Result<Last> {
+    pub fn append(&self, record: Record) -> Result<LogTail> {
         let (file, last) = self.write(record)?;
         // Others may write meanwhile: this covers their lines, too.
         file.sync_data().map_err(|e| failed(self.file(0).display(), e))?;
@@ -102,11 +102,11 @@ impl Log {
     ///
     /// # Errors
     /// `audit_failed`.
-    pub fn append_soon(&self, record: Record) -> Result<Last> {
+    pub fn append_soon(&self, record: Record) -> Result<LogTail> {
         self.write(record).map(|(_, last)| last)
     }
 
-    fn write(&self, record: Record) -> Result<(File, Last)> {
+    fn write(&self, record: Record) -> Result<(File, LogTail)> {
         self.make_directory().map_err(|e| failed(self.directory.display(), e))?;
         let written = self.locked(|| self.append_locked(record));
         written.map_err(|e| failed(self.file(0).display(), e))
@@ -115,7 +115,7 @@ impl Log {
     /// Runs something while no process writes.
     pub(super) fn locked<T>(&self, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let lock = self.directory.join(self.name).with_extension("lock");
-        let held = Held::take_blocking(&lock, Instant::now() + LOCK_LIMIT)?;
+        let held = HeldLock::take_blocking(&lock, Instant::now() + LOCK_LIMIT)?;
         let _held = held.ok_or_else(|| io::Error::new(ErrorKind::TimedOut, "another process keeps it locked"))?;
         act()
     }
@@ -133,7 +133,7 @@ impl Log {
     }
 
     /// Returns the file, which is not synced yet, and where it ends.
-    fn append_locked(&self, mut record: Record) -> io::Result<(File, Last)> {
+    fn append_locked(&self, mut record: Record) -> io::Result<(File, LogTail)> {
         let path = self.file(0);
         let mut file = open(&path)?;
         let (mut length, last) = end(&file)?;
@@ -167,12 +167,12 @@ impl Log {
         if length == 0 {
             atomic_file::sync_parent(&path)?;
         }
-        Ok((file, Last { seq: record.seq, chain }))
+        Ok((file, LogTail { seq: record.seq, chain }))
     }
 
     /// Where the older files end.
-    fn last_of_older(&self) -> io::Result<Last> {
-        let none = Last { seq: 0, chain: NO_CHAIN.into() };
+    fn last_of_older(&self) -> io::Result<LogTail> {
+        let none = LogTail { seq: 0, chain: NO_CHAIN.into() };
         let Some(newest) = self.older()?.into_iter().min() else { return Ok(none) };
         let (_, last) = end(&File::open(self.file(newest))?)?;
         last.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "an older file of it is empty"))
@@ -220,7 +220,7 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 /// The first line of a file that continues another one.
-fn opening(next: &Record, last: &Last) -> Record {
+fn opening(next: &Record, last: &LogTail) -> Record {
     Record {
         agent: Vec::new(),
         tool: word(ROTATE),
@@ -233,7 +233,7 @@ fn opening(next: &Record, last: &Last) -> Record {
     }
 }
 
-/// Which older file goes, and which are renamed to which number, in this order; 0 is the newest. Pure. Wherever it is cut off, each
+/// Which older file goes, and which are renamed to which number, in this order; 0 is the newest. Pure. Wherever it is interrupted, each
 /// line is in exactly one file, and the order of the numbers is that of the lines.
 pub(super) fn moves(older: &[u32], keep: u32) -> (Option<u32>, Vec<(u32, u32)>) {
     let free = (1..=keep).find(|number| !older.contains(number));
@@ -242,7 +242,7 @@ pub(super) fn moves(older: &[u32], keep: u32) -> (Option<u32>, Vec<(u32, u32)>) 
 }
 
 /// How long a file is up to its last line end, and its last line.
-fn end(file: &File) -> io::Result<(u64, Option<Last>)> {
+fn end(file: &File) -> io::Result<(u64, Option<LogTail>)> {
     let length = file.metadata()?.len();
     let mut look = TAIL;
     loop {
@@ -255,7 +255,7 @@ fn end(file: &File) -> io::Result<(u64, Option<Last>)> {
                     io::Error::new(ErrorKind::InvalidData, "its last line was altered; see 'nido audit verify'")
                 })?;
                 let whole = from + (before + line.len() + 1) as u64;
-                return Ok((whole, Some(Last { seq: parsed.record.seq, chain: parsed.chain })));
+                return Ok((whole, Some(LogTail { seq: parsed.record.seq, chain: parsed.chain })));
             }
             None if from == 0 => return Ok((0, None)),
             _ => look = look.saturating_mul(4),

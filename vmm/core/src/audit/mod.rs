@@ -1,20 +1,20 @@
 //! The audit log: callers, operations and results, in lines that form a hash chain.
 //!
 //! ```text
-//!  face -- audit_begin --> attempt, on the disk --> the act --> outcome, on the disk
+//!  front end -- audit_begin --> attempt, on the disk --> the operation --> outcome, on the disk
 //!              |                                      (none: killed on the way)
 //!              +-- cannot be written: the act is refused
 //!
-//!  face -- a look at something -- audit_looked --> outcome, on its way to the disk --> the answer
+//!  front end -- a read -- audit_read_access --> outcome, queued for the disk --> the result
 //!                                      +-- cannot be written: the answer is withheld
 //!
 //!  line.rs    a line: rendered, parsed, chained          [pure]
-//!  redact.rs  what of the arguments may be written down  [pure]
-//!  log.rs     the files: appended to, mended, rotated; two logs, one for what changes something, one for what is only read
-//!  whole.rs   arguments that are too long for a line
+//!  redact.rs  what of the arguments may be recorded  [pure]
+//!  log.rs     the files: appended to, repaired, rotated; two logs, one for what changes something, one for what is only read
+//!  oversized_arguments.rs   arguments that are too long for a line
 //!  repeats.rs reads that repeat are counted
 //!  read.rs    the files: read
-//!  check.rs   whether lines hang together                [pure]
+//!  check.rs   verifies the hash chain                [pure]
 //!  checkpoint.rs  a signed statement about the last line, to be kept elsewhere
 //! ```
 //!
@@ -26,10 +26,10 @@ pub mod line;
 pub mod log;
 pub(crate) mod read;
 pub use nido_api::redact;
+mod oversized_arguments;
 pub(crate) mod repeats;
 #[cfg(test)]
 mod tests;
-mod whole;
 
 use std::time::Instant;
 
@@ -38,34 +38,34 @@ use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::sanitize::head;
 
 use self::line::Record;
-use self::log::{Last, Log};
+use self::log::{Log, LogTail};
 use self::repeats::Repeats;
-pub use nido_api::{Caller, Face};
+pub use nido_api::{Caller, FrontEnd};
 
-/// The longest text of any kind but arguments, in bytes; more is cut off.
-const MAX_WORD: usize = 256;
+/// The longest text of any kind but arguments, in bytes; more is truncated.
+const FIELD_BYTES_MAX: usize = 256;
 
 /// What became of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ending {
+pub enum AuditOutcome {
     /// It was done.
     Success,
     /// It failed.
     Error,
     /// It was not allowed.
     Denied,
-    /// Nobody knows: it was broken off.
+    /// Unknown: it was interrupted.
     Unknown,
 }
 
-impl From<&Error> for Ending {
-    /// How an operation that failed like this ended: the same on every face.
+impl From<&Error> for AuditOutcome {
+    /// How an operation that failed like this ended: the same for every front end.
     fn from(error: &Error) -> Self {
         Self::of_code(error.code())
     }
 }
 
-impl Ending {
+impl AuditOutcome {
     /// The same, where only the error's code is known.
     #[must_use]
     pub const fn of_code(code: Code) -> Self {
@@ -87,14 +87,14 @@ impl Ending {
     }
 }
 
-/// An operation whose attempt is written down and whose outcome is not yet.
+/// An operation whose attempt is recorded and whose outcome is not yet.
 ///
-/// Dropped without an end, it writes that nobody knows (`result='unknown' reason='interrupted'`).
+/// Dropped without an end, it writes that the outcome is unknown (`result='unknown' reason='interrupted'`).
 #[derive(Debug)]
 pub struct Audited {
     log: Log,
     record: Record,
-    attempt: Last,
+    attempt: LogTail,
     ended: bool,
 }
 
@@ -114,30 +114,30 @@ impl Audited {
     }
 
     /// The line of the attempt.
-    pub(crate) fn attempt(&self) -> &Last {
+    pub(crate) fn attempt(&self) -> &LogTail {
         &self.attempt
     }
 
-    /// Writes down what became of it: `success`, or `error` or `denied` with the error's code.
+    /// Records what became of it: `success`, or `error` or `denied` with the error's code.
     ///
     /// # Errors
-    /// `audit_failed`; the operation has been done all the same.
+    /// `audit_failed`; the operation has been done nevertheless.
     pub fn end<T>(self, outcome: &Result<T>) -> Result<()> {
         match outcome {
-            Ok(_) => self.end_as(Ending::Success, ""),
-            Err(error) => self.end_as(Ending::from(error), error.code().slug()),
+            Ok(_) => self.end_as(AuditOutcome::Success, ""),
+            Err(error) => self.end_as(AuditOutcome::from(error), error.code().slug()),
         }
     }
 
-    /// Writes down what became of it, and a word that says why.
+    /// Writes the outcome, and a word for its reason.
     ///
     /// # Errors
     /// As [`Self::end`].
-    pub fn end_as(mut self, ending: Ending, reason: &str) -> Result<()> {
+    pub fn end_as(mut self, ending: AuditOutcome, reason: &str) -> Result<()> {
         self.write(ending, reason)
     }
 
-    fn write(&mut self, ending: Ending, reason: &str) -> Result<()> {
+    fn write(&mut self, ending: AuditOutcome, reason: &str) -> Result<()> {
         self.ended = true;
         let (result, reason, stage) = (word(ending.word()), word(reason), word("outcome"));
         self.log.append(Record { result, reason, stage, ..self.record.clone() }).map(drop)
@@ -147,14 +147,14 @@ impl Audited {
 impl Drop for Audited {
     fn drop(&mut self) {
         if !self.ended
-            && let Err(error) = self.write(Ending::Unknown, "interrupted")
+            && let Err(error) = self.write(AuditOutcome::Unknown, "interrupted")
         {
             tracing::warn!("{error}");
         }
     }
 }
 
-/// Writes down that something was not allowed; it needs no attempt, for nothing is done.
+/// Records that something was not allowed; it needs no attempt, for nothing is done.
 pub(crate) fn denied(
     log: &Log,
     caller: &Caller,
@@ -162,20 +162,20 @@ pub(crate) fn denied(
     arguments: &serde_json::Value,
     id: &str,
     reason: &str,
-) -> Result<Last> {
+) -> Result<LogTail> {
     let record = act(log, caller, tool, arguments, id, "outcome")?;
-    log.append(Record { result: word(Ending::Denied.word()), reason: word(reason), ..record })
+    log.append(Record { result: word(AuditOutcome::Denied.word()), reason: word(reason), ..record })
 }
 
-/// Writes down that something was looked at, and what came of it. It changes nothing, so it needs no attempt and the disk is not
+/// Records that something was looked at, and what came of it. It changes nothing, so it needs no attempt and the disk is not
 /// waited for. What repeats is counted.
-pub(crate) fn looked(
+pub(crate) fn record_read(
     repeats: &Repeats,
     caller: &Caller,
     tool: &str,
     arguments: &serde_json::Value,
     id: &str,
-    (ending, reason): (Ending, &str),
+    (ending, reason): (AuditOutcome, &str),
 ) -> Result<()> {
     let record = record(caller, tool, redact::params(arguments), id, "outcome");
     let record = Record { result: word(ending.word()), reason: word(reason), ..record };
@@ -186,7 +186,7 @@ pub(crate) fn looked(
     Ok(())
 }
 
-/// A record about something that is done or refused: arguments that do not fit into it are kept beside it, and are on the disk before
+/// A record about something that is done or refused: arguments that do not fit into it are kept next to it, and are on the disk before
 /// it is.
 fn act(log: &Log, caller: &Caller, tool: &str, arguments: &serde_json::Value, id: &str, stage: &str) -> Result<Record> {
     let (params, whole) = redact::params_and_whole(arguments);
@@ -214,7 +214,7 @@ fn record(caller: &Caller, tool: &str, params: String, id: &str, stage: &str) ->
 }
 
 fn word(text: &str) -> Vec<u8> {
-    head(text, MAX_WORD).as_bytes().to_vec()
+    head(text, FIELD_BYTES_MAX).as_bytes().to_vec()
 }
 
 /// The audit log cannot be used, and so nothing is done.

@@ -6,9 +6,9 @@ use std::io::{self, BufRead as _, BufReader, Read as _};
 use nido_api::error::{Error, Result};
 use nido_api::{AuditCheckpoint, AuditHead, AuditVerdict};
 
-use super::check::Check;
+use super::check::ChainCheck;
 use super::log::Log;
-use crate::audit::line::Place;
+use crate::audit::line::LinePosition;
 
 /// The files of a log, open, and how long they were.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ impl Log {
         })
     }
 
-    /// Whether the lines hang together, and fit a checkpoint; and the first line that is kept.
+    /// Whether the hash chain is intact, and matches a checkpoint; and the first line that is kept.
     ///
     /// # Errors
     /// `internal` if the files cannot be read.
@@ -52,7 +52,7 @@ impl Log {
         known: Option<(u64, String)>,
     ) -> Result<(AuditVerdict, Option<AuditHead>)> {
         let files = self.open_all().map_err(unreadable)?;
-        let mut check = Check::new(files.count(), against).with_known(known);
+        let mut check = ChainCheck::new(files.count(), against).with_known(known);
         files.each(|place, text, whole| check.line(place, text, whole)).map_err(unreadable)?;
         Ok(check.end())
     }
@@ -73,7 +73,7 @@ impl Files {
     ///
     /// # Errors
     /// A file cannot be read.
-    pub fn each(self, mut seen: impl FnMut(Place<'_>, &[u8], bool) -> bool) -> io::Result<()> {
+    pub fn each(self, mut seen: impl FnMut(LinePosition<'_>, &[u8], bool) -> bool) -> io::Result<()> {
         let count = self.0.len();
         for (number, (name, file, length)) in self.0.into_iter().enumerate() {
             let mut reader = BufReader::new(file.take(length));
@@ -83,7 +83,7 @@ impl Files {
                 if reader.read_until(b'\n', &mut text)? == 0 {
                     break;
                 }
-                let place = Place { file: &name, line, newest: number + 1 == count };
+                let place = LinePosition { file: &name, line, newest: number + 1 == count };
                 let whole = text.pop_if(|last| *last == b'\n').is_some();
                 if !seen(place, &text, whole) {
                     return Ok(());

@@ -1,7 +1,7 @@
 //! Reads that repeat: the same caller, the same arguments, the same result. Pure, but for what writes the counts at the end.
 //!
 //! Invariant: of what repeats within a minute the first [`WRITTEN`] have a line of their own, and all further ones are counted
-//! in one line (`reason='repeated:N'`). So no caller fills the log by asking for the same again and again. What is counted and not
+//! in one line (`reason='repeated:N'`). So no caller fills the log by requesting the same again and again. What is counted and not
 //! yet written is lost if the process is killed.
 
 use std::collections::HashMap;
@@ -17,7 +17,7 @@ const WRITTEN: u64 = 8;
 /// How long they are counted.
 const WINDOW: Duration = Duration::from_secs(60);
 /// How many different reads are counted at a time.
-const KEPT: usize = 512;
+const CALLS_TRACKED_MAX: usize = 512;
 
 /// What makes two reads the same.
 type Key = [Vec<u8>; 6];
@@ -26,11 +26,11 @@ type Key = [Vec<u8>; 6];
 #[derive(Debug)]
 pub struct Repeats {
     log: Log,
-    seen: Mutex<HashMap<Key, Seen>>,
+    seen: Mutex<HashMap<Key, RepeatCount>>,
 }
 
 #[derive(Debug)]
-struct Seen {
+struct RepeatCount {
     since: Instant,
     written: u64,
     more: u64,
@@ -52,7 +52,7 @@ impl Repeats {
     pub fn note(&self, record: &Record, now: Instant) -> (bool, Vec<Record>) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let key = key(record);
-        let full = seen.len() >= KEPT && !seen.contains_key(&key);
+        let full = seen.len() >= CALLS_TRACKED_MAX && !seen.contains_key(&key);
         let mut over = Vec::new();
         seen.retain(|_, one| {
             let stays = !full && now.duration_since(one.since) < WINDOW;
@@ -61,7 +61,7 @@ impl Repeats {
             }
             stays
         });
-        let fresh = || Seen { since: now, written: 0, more: 0, record: record.clone() };
+        let fresh = || RepeatCount { since: now, written: 0, more: 0, record: record.clone() };
         let one = seen.entry(key).or_insert_with(fresh);
         let own = one.written < WRITTEN;
         if own {
@@ -94,7 +94,7 @@ fn key(record: &Record) -> Key {
     [agent, tool, params, result, reason, actor].map(Clone::clone)
 }
 
-fn counted(seen: &Seen) -> Option<Record> {
+fn counted(seen: &RepeatCount) -> Option<Record> {
     let reason = word(&format!("repeated:{}", seen.more));
     (seen.more > 0).then(|| Record { reason, ..seen.record.clone() })
 }
@@ -104,12 +104,12 @@ mod tests {
     use jiff::Timestamp;
 
     use super::*;
-    use crate::audit::Face;
+    use crate::audit::FrontEnd;
 
     fn record(tool: &str) -> Record {
         Record {
             time: Timestamp::UNIX_EPOCH,
-            face: Face::Api,
+            face: FrontEnd::Api,
             agent: Vec::new(),
             tool: word(tool),
             params: b"{}".to_vec(),
@@ -124,7 +124,7 @@ mod tests {
 
     // A token that may only read asked for the same a thousand times a second, and every line about an act was gone in a minute.
     #[test]
-    fn what_repeats_is_counted_in_one_line() {
+    fn repeated_reads_are_counted_in_one_line() {
         let dir = tempfile::tempdir().unwrap();
         let repeats = Repeats::new(Log::reads(dir.path().join("audit")));
         let now = Instant::now();
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_counted_is_written_when_the_process_ends_or_there_is_too_much_of_it() {
+    fn counts_are_written_at_exit_and_when_the_table_is_full() {
         let dir = tempfile::tempdir().unwrap();
         let log = Log::reads(dir.path().join("audit"));
         let repeats = Repeats::new(log.clone());
@@ -146,7 +146,8 @@ mod tests {
         for _ in 0..10 {
             repeats.note(&record("vm_ls"), now);
         }
-        let over: Vec<_> = (0..KEPT).flat_map(|n| repeats.note(&record(&format!("t{n}")), now).1).collect();
+        let over: Vec<_> =
+            (0..CALLS_TRACKED_MAX).flat_map(|n| repeats.note(&record(&format!("t{n}")), now).1).collect();
         assert_eq!(over.len(), 1);
         assert_eq!(&*over[0].reason, b"repeated:2");
         for _ in 0..9 {

@@ -1,6 +1,6 @@
 //! Files of the host: what may be reached below a root, and that nothing else is.
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::symlink;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use super::*;
 
 const BIG: u64 = 1 << 20;
 
-/// `root/` with `a` and `sub/b`, `outside/secret` beside it.
+/// `root/` with `a` and `sub/b`, `outside/secret` next to it.
 fn place() -> (tempfile::TempDir, PathBuf, Roots) {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("root");
@@ -33,7 +33,7 @@ fn text(readable: Result<Readable>) -> Result<String> {
 
 fn code<T: std::fmt::Debug>(outcome: Result<T>) -> Code {
     let error = outcome.unwrap_err();
-    assert!(error.hint_for(Face::Cli).is_some(), "{error}");
+    assert!(error.hint_for(FrontEnd::Cli).is_some(), "{error}");
     error.code()
 }
 
@@ -53,7 +53,7 @@ fn files_below_a_root_are_read() {
     assert_eq!(code(roots.read(&root.join("none"), BIG)), Code::PathNotFound);
     for directory in [&root, &root.join("sub"), Path::new(".")] {
         let error = roots.read(directory, BIG).unwrap_err();
-        assert!(error.code() == Code::PathInvalid && error.hint_for(Face::Cli).unwrap().contains("tar"), "{error}");
+        assert!(error.code() == Code::PathInvalid && error.hint_for(FrontEnd::Cli).unwrap().contains("tar"), "{error}");
     }
     for (directory, name) in [(root.as_path(), "a"), (Path::new("sub"), "b"), (Path::new("."), "a")] {
         let open = roots.directory(directory).unwrap();
@@ -137,7 +137,7 @@ fn nothing_else_is() {
     assert_eq!(code(Roots::open(&[root.join("none")])), Code::PathNotFound);
 }
 
-// To open a pipe that nobody writes to waits for ever.
+// Opening a pipe without a writer waits for ever.
 #[test]
 fn pipes_and_sockets_are_refused_at_once() {
     let (_dir, root, roots) = place();
@@ -170,7 +170,7 @@ fn a_file_appears_whole_or_not_at_all() {
     again.file().unwrap().write_all(b"newer").unwrap();
     again.commit(BIG).unwrap();
     assert_eq!(std::fs::read(root.join("sub/new")).unwrap(), b"newer");
-    // Somebody else was quicker.
+    // Another process was faster.
     let late = roots.write(&root.join("sub/late"), false).unwrap();
     std::fs::write(root.join("sub/late"), "theirs").unwrap();
     assert_eq!(code(late.commit(BIG)), Code::PathExists);
@@ -199,7 +199,7 @@ fn a_file_system_without_nameless_files_will_do() {
 }
 
 #[test]
-fn a_symlink_that_comes_and_goes_leads_nowhere() {
+fn a_changing_symlink_is_never_followed() {
     let (dir, root, roots) = place();
     std::fs::write(dir.path().join("outside/b"), "secret").unwrap();
     symlink("../outside", root.join("way")).unwrap();

@@ -16,11 +16,11 @@ use sha2::{Digest as _, Sha256};
 use super::{check_size, not_a_file, of, refused, shown};
 
 /// How often the kernel is asked again when something was renamed while it looked.
-pub(super) const TRIES: u32 = 64;
+pub(super) const NAME_ATTEMPTS_MAX: u32 = 64;
 
 /// A file that is being written, and has no name, or a name of its own, until it is whole. Dropped, nothing is left of it.
 #[derive(Debug)]
-pub struct Writing {
+pub struct PendingFile {
     pub(super) file: File,
     /// Where it lies if it needs a name.
     pub(super) fresh: Option<String>,
@@ -31,7 +31,7 @@ pub struct Writing {
     pub(super) path: PathBuf,
 }
 
-impl Writing {
+impl PendingFile {
     /// The file, to be written to.
     ///
     /// # Errors
@@ -92,7 +92,7 @@ impl Writing {
     }
 }
 
-impl Drop for Writing {
+impl Drop for PendingFile {
     fn drop(&mut self) {
         if let Some(fresh) = &self.fresh
             && let Err(error) = rustix::fs::unlinkat(&self.directory, fresh, AtFlags::empty())

@@ -7,32 +7,32 @@
 //! ```
 
 use nido_api::error::{Code, Error, Hint, Result};
-use nido_api::{Approval, ApprovalList, ApprovalState, Ask};
+use nido_api::{Approval, ApprovalList, ApprovalRequest, ApprovalState};
 use nido_files::random;
 use nido_store::ApprovalRow;
 
 use super::Nido;
 
-/// How often a person is asked about the same after they have said no in a form.
-const NOES_IN_FORMS: i64 = 3;
+/// How often the same request is shown again after a person has denied it in a form.
+const DENIALS_IN_FORMS_MAX: i64 = 3;
 
 impl Nido {
     /// Asks for approval. While one for exactly this is open, whether a person has decided or not, that is the answer.
     ///
     /// # Errors
     /// `limit_exceeded` if the caller waits for too many.
-    pub fn approval_ask(&self, ask: &Ask) -> Result<Approval> {
+    pub fn approval_request(&self, ask: &ApprovalRequest) -> Result<Approval> {
         let id = format!("apr_{}", random::id()?);
-        self.store().ask_approval(&id, ask)
+        self.store().request_approval(&id, ask)
     }
 
     /// The same where a form is shown: a no there is not the end at once.
     ///
     /// # Errors
-    /// As [`Self::approval_ask`].
-    pub fn approval_ask_in_form(&self, ask: &Ask) -> Result<Approval> {
+    /// As [`Self::approval_request`].
+    pub fn approval_request_in_form(&self, ask: &ApprovalRequest) -> Result<Approval> {
         let id = format!("apr_{}", random::id()?);
-        self.store().ask_approval_again(&id, ask, NOES_IN_FORMS)
+        self.store().request_approval_again(&id, ask, DENIALS_IN_FORMS_MAX)
     }
 
     /// Those that wait, and those of the last hour.
@@ -57,7 +57,7 @@ impl Nido {
         })
     }
 
-    /// A person says yes. Saying it twice changes nothing.
+    /// A person approves it. A second approval changes nothing.
     ///
     /// # Errors
     /// `approval_not_found`; `approval_ended` if it was denied or used, or its time is over.
@@ -90,7 +90,7 @@ impl Nido {
     ///
     /// # Errors
     /// `approval_required` if there is no valid one; `denied` if a person denied it, or it is for another operation.
-    pub fn approval_use(&self, id: &str, ask: &Ask) -> Result<()> {
+    pub fn approval_use(&self, id: &str, ask: &ApprovalRequest) -> Result<()> {
         if self.store().use_approval(id, ask)? {
             return Ok(());
         }
@@ -108,7 +108,7 @@ fn how_it_ended(state: ApprovalState) -> &'static str {
 }
 
 /// Why an approval cannot be used. Pure. Checks what it is bound to first, so that a caller learns nothing about approvals of other callers.
-fn why_not(id: &str, row: Option<&ApprovalRow>, ask: &Ask) -> Error {
+fn why_not(id: &str, row: Option<&ApprovalRow>, ask: &ApprovalRequest) -> Error {
     let again = "request it again without approval_id";
     let Some(ApprovalRow { approval, digest }) = row else {
         let words = format!("there is no approval '{}'", id.escape_debug());
@@ -147,8 +147,8 @@ mod tests {
         (dir, nido)
     }
 
-    fn ask() -> Ask {
-        Ask {
+    fn request() -> ApprovalRequest {
+        ApprovalRequest {
             tool: "vm_restore".into(),
             vm_id: "1".into(),
             vm_name: "web".parse().unwrap(),
@@ -159,29 +159,32 @@ mod tests {
     }
 
     #[test]
-    fn a_yes_is_good_for_one_use_of_exactly_what_was_asked() {
+    fn an_approval_is_valid_for_one_use_of_its_request() {
         let (_dir, nido) = home();
-        let asked = nido.approval_ask(&ask()).unwrap();
-        let refused = |id: &str, ask: &Ask| {
+        let asked = nido.approval_request(&request()).unwrap();
+        let refused = |id: &str, ask: &ApprovalRequest| {
             let error = nido.approval_use(id, ask).unwrap_err();
             (error.code(), error.message().to_owned())
         };
-        assert_eq!(refused("apr_none", &ask()).0, Code::ApprovalRequired);
-        let (code, words) = refused(&asked.id, &ask());
+        assert_eq!(refused("apr_none", &request()).0, Code::ApprovalRequired);
+        let (code, words) = refused(&asked.id, &request());
         assert!(code == Code::ApprovalRequired && words.contains("is pending"), "{words}");
         nido.approve(&asked.id, "uid:0").unwrap();
         for (other, what) in [
-            (Ask { vm_id: "2".into(), ..ask() }, "another VM"),
-            (Ask { actor: "token:ci".into(), ..ask() }, "another caller"),
-            (Ask { tool: "vm_delete".into(), ..ask() }, "another operation"),
-            (Ask { arguments: json!({ "name": "web", "snapshot": "other" }), ..ask() }, "other arguments"),
+            (ApprovalRequest { vm_id: "2".into(), ..request() }, "another VM"),
+            (ApprovalRequest { actor: "token:ci".into(), ..request() }, "another caller"),
+            (ApprovalRequest { tool: "vm_delete".into(), ..request() }, "another operation"),
+            (
+                ApprovalRequest { arguments: json!({ "name": "web", "snapshot": "other" }), ..request() },
+                "other arguments",
+            ),
         ] {
             let (code, words) = refused(&asked.id, &other);
             assert!(code == Code::Denied && words.contains(what), "{words}");
         }
         let with_id = json!({ "snapshot": "clean", "name": "web", "approval_id": asked.id });
-        nido.approval_use(&asked.id, &Ask { arguments: with_id, ..ask() }).unwrap();
-        let (code, words) = refused(&asked.id, &ask());
+        nido.approval_use(&asked.id, &ApprovalRequest { arguments: with_id, ..request() }).unwrap();
+        let (code, words) = refused(&asked.id, &request());
         assert!(code == Code::ApprovalRequired && words.contains("it was used"), "{words}");
         assert_eq!(nido.approve(&asked.id, "uid:0").unwrap_err().code(), Code::ApprovalEnded);
         assert_eq!(nido.deny(&asked.id, "uid:0").unwrap_err().code(), Code::ApprovalEnded);
@@ -190,22 +193,22 @@ mod tests {
     #[test]
     fn a_no_is_final_and_a_yes_can_be_taken_back() {
         let (_dir, nido) = home();
-        let id = nido.approval_ask(&ask()).unwrap().id;
+        let id = nido.approval_request(&request()).unwrap().id;
         nido.approve(&id, "uid:0").unwrap();
         assert_eq!(nido.approve(&id, "uid:5").unwrap().decided_by.as_deref(), Some("uid:0"), "the first word counts");
         let taken_back = nido.deny(&id, "uid:5").unwrap();
         assert_eq!((taken_back.state, taken_back.decided_by.as_deref()), (ApprovalState::Denied, Some("uid:5")));
-        let error = nido.approval_use(&id, &ask()).unwrap_err();
+        let error = nido.approval_use(&id, &request()).unwrap_err();
         assert_eq!(error.code(), Code::Denied);
         assert_eq!(nido.approve(&id, "uid:0").unwrap_err().code(), Code::ApprovalEnded);
         assert_eq!(nido.approve("apr_none", "uid:0").unwrap_err().code(), Code::ApprovalNotFound);
     }
 
     #[test]
-    fn those_that_wait_come_first() {
+    fn pending_approvals_are_listed_first() {
         let (_dir, nido) = home();
-        let first = nido.approval_ask(&ask()).unwrap().id;
-        let second = nido.approval_ask(&Ask { vm_id: "2".into(), ..ask() }).unwrap().id;
+        let first = nido.approval_request(&request()).unwrap().id;
+        let second = nido.approval_request(&ApprovalRequest { vm_id: "2".into(), ..request() }).unwrap().id;
         let ids = || nido.approvals().unwrap().approvals.into_iter().map(|approval| approval.id).collect::<Vec<_>>();
         assert_eq!(ids(), [&*second, &*first]);
         nido.approve(&second, "uid:0").unwrap();

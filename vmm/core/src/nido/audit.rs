@@ -1,4 +1,4 @@
-//! The audit log of a home: written by every face before and after it acts, shown, checked, signed.
+//! The audit log of a home: written by every front end before and after an operation, shown, checked, signed.
 
 use std::collections::VecDeque;
 
@@ -15,12 +15,12 @@ use super::Nido;
 use super::create::SPACE_RESERVE_BYTES;
 use crate::audit::checkpoint::{Key, check_signature};
 use crate::audit::line::Line;
-use crate::audit::log::{Last, Log};
+use crate::audit::log::{Log, LogTail};
 use crate::audit::read::unreadable;
-use crate::audit::{self, Audited, Caller, Ending};
+use crate::audit::{self, AuditOutcome, Audited, Caller};
 
 /// What the store calls the log of what is done.
-const ACTS: &str = "acts";
+const WRITE_LOG_HEAD: &str = "acts";
 
 impl Nido {
     /// The log of what is done. Where it is, is written into the home before anything is written there.
@@ -37,13 +37,13 @@ impl Nido {
     }
 
     /// The store knows a line, so that a log that was emptied is noticed.
-    fn audit_written(&self, last: &Last) {
-        if let Err(error) = self.store().audit_head_written(ACTS, last.seq, &last.chain) {
+    fn audit_written(&self, last: &LogTail) {
+        if let Err(error) = self.store().audit_head_written(WRITE_LOG_HEAD, last.seq, &last.chain) {
             tracing::warn!("cannot record the last line of the audit log: {error}");
         }
     }
 
-    /// Writes down that `caller` asks for `tool` with these arguments, which are redacted, and waits until that is on the
+    /// Records that `caller` asks for `tool` with these arguments, which are redacted, and waits until that is on the
     /// disk, which blocks the thread for some milliseconds. The operation must not be done if this fails. How it ended goes to
     /// [`Audited::end`].
     ///
@@ -60,7 +60,7 @@ impl Nido {
         Ok(audited)
     }
 
-    /// Writes down that `caller` was not allowed what it asked for. `reason` is a word, such as `not_in_allowlist`.
+    /// Records that `caller` was not allowed what it asked for. `reason` is a word, such as `not_in_allowlist`.
     ///
     /// # Errors
     /// `audit_failed`.
@@ -70,24 +70,24 @@ impl Nido {
         Ok(())
     }
 
-    /// Writes down that `caller` looked at something with `tool`, and how that ended: one line, without waiting for the disk. The
+    /// Records that `caller` looked at something with `tool`, and how that ended: one line, without waiting for the disk. The
     /// answer must be withheld if this fails. What changes anything, or reaches into a guest, goes to [`Self::audit_begin`].
     ///
     /// # Errors
     /// `audit_failed`.
-    pub fn audit_looked(
+    pub fn audit_read_access(
         &self,
         caller: &Caller,
         tool: &str,
         arguments: &serde_json::Value,
-        ending: Ending,
+        ending: AuditOutcome,
         reason: &str,
     ) -> Result<()> {
         self.audit_log()?;
-        audit::looked(&self.reads, caller, tool, arguments, &random::id()?, (ending, reason))
+        audit::record_read(&self.reads, caller, tool, arguments, &random::id()?, (ending, reason))
     }
 
-    /// Writes down how often this process was asked to show the same, where that was only counted.
+    /// Records how often this process was asked to show the same, where that was only counted.
     pub fn audit_flush(&self) {
         for record in self.reads.take() {
             if let Err(error) = self.reads.log().append_soon(record) {
@@ -121,7 +121,7 @@ impl Nido {
         Ok(shown)
     }
 
-    /// Whether the lines of both logs hang together, whether the one of what was done still has what the store knows of it, and, given a
+    /// Whether the hash chains of both logs are intact, whether the one of what was done still has what the store knows of it, and, given a
     /// checkpoint, whether it still is the one that was signed. That something is wrong is an answer, not an error.
     ///
     /// # Errors
@@ -130,7 +130,7 @@ impl Nido {
         against.map(check_signature).transpose()?;
         let log = Log::at(self.home().audit());
         // Asked before the log is read: lines that come meanwhile are no reason to miss any.
-        let known = self.store().audit_head(ACTS)?;
+        let known = self.store().audit_head(WRITE_LOG_HEAD)?;
         let (mut verdict, _) = log.check_known(against, known)?;
         let (reads, _) = Log::reads(self.home().audit()).check(None)?;
         verdict.ok &= reads.ok;

@@ -10,20 +10,20 @@ use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::TemplateName;
 use nido_api::state::VmState;
 use nido_api::{BakeInfo, BakeRequest, BakeResult, Grant, PathChoice, StartRequest, StartStage, VmSpec, moment};
-use nido_engine::bake::{Unfit, choose, qemu_id, shape};
+use nido_engine::bake::{BakeMismatch, choose, qemu_id, shape};
 use nido_engine::host::{HostFacts, QemuFacts};
 use nido_engine::machine::{self, Machine};
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_files::random;
 use nido_images::{Bake, Manifest};
-use nido_store::{Frozen, Origin, Purpose, Saved, VmRow};
+use nido_store::{BackingLayer, Origin, Purpose, StoredBake, VmRow};
 use nido_supervisor::control::{Reply, Request};
 
 use super::Nido;
 use super::create::machine_request;
 
 /// How soon a VM that is to be saved ends when no process waits for it any more.
-pub(super) const FORSAKEN_MS: u64 = 3000;
+pub(super) const ABANDONED_VM_TTL_MS: u64 = 3000;
 
 impl Nido {
     /// Bakes a template for one kind of machine. A bake for the same kind is replaced.
@@ -64,7 +64,7 @@ impl Nido {
         };
         if !already_baked {
             self.drop_unowned_parts().await;
-            self.renew_pools();
+            self.refresh_pools();
         }
         let duration_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(BakeResult { template: name.clone(), bake: info, already_baked, duration_ms })
@@ -103,14 +103,14 @@ impl Nido {
     pub(super) async fn await_bake(
         &self,
         row: &VmRow,
-        held: Held,
+        held: HeldLock,
         timeout_ms: Option<u64>,
         from: Option<Origin>,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Bake> {
         let start = StartRequest { wait: true, timeout_ms, path: PathChoice::Cold, ..StartRequest::default() };
         let outcome = match Box::pin(self.launch_from(row, held, start, Instant::now(), from)).await {
-            Ok(()) => self.ask_with_stages(row, &Request::Ready, progress).await,
+            Ok(()) => self.request_with_stages(row, &Request::Ready, progress).await,
             Err(error) => Err(error),
         };
         match outcome {
@@ -132,7 +132,7 @@ impl Nido {
         path: PathChoice,
         machine: &mut Machine,
         (host, qemu): (&HostFacts, &QemuFacts),
-    ) -> Result<(Origin, Vec<Frozen>)> {
+    ) -> Result<(Origin, Vec<BackingLayer>)> {
         let boot = |row: &VmRow| (Origin::Boot, row.parts.frozen.clone());
         if row.purpose == Purpose::Bake {
             return Ok(boot(row));
@@ -158,7 +158,7 @@ impl Nido {
             Err(unfit) if path == PathChoice::Fork => Err(refused(unfit.why())),
             Err(unfit) => {
                 machine.reason.push_str(&format!("; booted because {}", unfit.why()));
-                if let Unfit::Mismatch(why) = &unfit {
+                if let BakeMismatch::Mismatch(why) = &unfit {
                     let fix = format!("nido template bake {}", row.spec.template);
                     machine.warnings.push(format!(
                         "booted instead of forked: the template's warm image cannot be used, {why}; fix it with: {fix}"
@@ -174,8 +174,8 @@ impl Nido {
         row: &VmRow,
         machine: &Machine,
         (host, qemu): (&HostFacts, &QemuFacts),
-    ) -> Result<Bake, Unfit> {
-        let changed = || Unfit::Missing("the template has changed since the VM was created".into());
+    ) -> Result<Bake, BakeMismatch> {
+        let changed = || BakeMismatch::Missing("the template has changed since the VM was created".into());
         let manifest = self.manifest(&row.spec.template).map_err(|_| changed())?;
         if !same_parts(&manifest, row) {
             return Err(changed());
@@ -192,8 +192,8 @@ pub(super) fn same_parts(manifest: &Manifest, row: &VmRow) -> bool {
 }
 
 /// What a start needs of a bake.
-pub(super) fn saved(bake: &Bake) -> Saved {
-    Saved {
+pub(super) fn saved(bake: &Bake) -> StoredBake {
+    StoredBake {
         memory: bake.memory.sha256.clone(),
         state: bake.state.sha256.clone(),
         token: bake.token.clone(),
@@ -202,8 +202,8 @@ pub(super) fn saved(bake: &Bake) -> Saved {
 }
 
 /// What a disk needs of one.
-pub(super) fn frozen(bake: &Bake) -> Frozen {
-    Frozen { sha256: bake.disk.file.sha256.clone(), virtual_bytes: bake.disk.virtual_bytes }
+pub(super) fn frozen(bake: &Bake) -> BackingLayer {
+    BackingLayer { sha256: bake.disk.file.sha256.clone(), virtual_bytes: bake.disk.virtual_bytes }
 }
 
 fn bake_spec(template: &TemplateName, request: &BakeRequest) -> Result<VmSpec> {
@@ -217,7 +217,7 @@ fn bake_spec(template: &TemplateName, request: &BakeRequest) -> Result<VmSpec> {
         accel: request.accel,
         nested: request.nested,
         ephemeral: true,
-        idle_ms: Some(FORSAKEN_MS),
+        idle_ms: Some(ABANDONED_VM_TTL_MS),
         ..defaults
     })
 }

@@ -3,7 +3,7 @@
 //! The clone's supervisor assigns it to the caller, in one transaction: so there is no moment in which it is claimed and
 //! not supervised, and the claiming command may be killed at any point.
 //!
-//! Invariant: a pool is never the reason for an error. What cannot be claimed is forked, and the machine's reason says
+//! Invariant: a pool is never the reason for an error. What cannot be claimed is forked, and the machine's reason states
 //! which of the two it was.
 
 use std::time::{Duration, Instant};
@@ -14,21 +14,21 @@ use nido_engine::bake::{choose, qemu_id, shape};
 use nido_engine::home::CONTROL_SOCKET;
 use nido_engine::machine;
 use nido_files::random;
-use nido_supervisor::control::{ClaimOrder, MAX_LINE, Reply, Request, VERSION, encode};
+use nido_supervisor::control::{ClaimCommand, MAX_LINE, Reply, Request, VERSION, encode};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::Nido;
-use super::begun::BegunVm;
 use super::create::{boot_parts, check_labels, disk_bytes, machine_request};
 use super::supervisor_client::read_reply;
+use super::vm_in_progress::VmInProgress;
 
-/// How long a clone's supervisor may take to say whether the clone is ours.
-const CLAIMED_WITHIN: Duration = Duration::from_secs(2);
+/// How long a clone's supervisor may take to reply to a claim.
+const CLAIM_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What came of asking one clone.
-enum Asked {
+/// The result of claiming one clone.
+enum ClaimOutcome {
     /// It is ours, and ready.
     Ready,
     /// It waits no longer, or its supervisor is gone.
@@ -47,14 +47,14 @@ impl Nido {
         spec: &VmSpec,
         start: StartRequest,
         grant: &Grant,
-        (asked_at, begun): (Instant, &BegunVm),
+        (asked_at, begun): (Instant, &VmInProgress),
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Option<VmInfo>> {
         if start.path == PathChoice::Cold || !self.store().has_waiting_clones()? {
             return Ok(None);
         }
         // Errors in the request are reported by the code that creates a VM for it.
-        let Ok((memory, mut order)) = self.claim_order(spec, start, grant).await else { return Ok(None) };
+        let Ok((memory, mut order)) = self.claim_command(spec, start, grant).await else { return Ok(None) };
         let mut tried = Vec::new();
         loop {
             let waiting = self.store().waiting_clones(&memory)?;
@@ -66,14 +66,14 @@ impl Nido {
                 progress(stage);
             };
             match self.claim(&id, &order, &mut told).await? {
-                Asked::Ready => {
+                ClaimOutcome::Ready => {
                     nido_files::failpoint!("claim.ready");
                     let row = self.store().vm_by_id(&id)?;
                     let row = row.ok_or_else(|| Error::new(Code::VmNotRunning, "the VM has just ended"))?;
                     return Ok(Some(self.describe(&row)));
                 }
-                Asked::Lost => tried.push(id),
-                Asked::Broken(error) => {
+                ClaimOutcome::Lost => tried.push(id),
+                ClaimOutcome::Broken(error) => {
                     tracing::warn!("a clone of the pool could not be resumed: {error}");
                     self.delete_id(&id).await?;
                     return Ok(None);
@@ -83,7 +83,7 @@ impl Nido {
     }
 
     /// What a clone is asked to become, and the memory image of the clones that can.
-    async fn claim_order(&self, spec: &VmSpec, start: StartRequest, grant: &Grant) -> Result<(String, ClaimOrder)> {
+    async fn claim_command(&self, spec: &VmSpec, start: StartRequest, grant: &Grant) -> Result<(String, ClaimCommand)> {
         check_labels(spec)?;
         let (host, qemu) = self.host_facts().await?;
         let manifest = self.manifest(&spec.template)?;
@@ -93,7 +93,7 @@ impl Nido {
         let machine = machine::decide(&request, &host, &qemu)?;
         let bake = choose(&manifest.bakes, &shape(&machine, &host), &qemu_id(&qemu))
             .map_err(|unfit| Error::new(Code::TemplateMismatch, unfit.why()))?;
-        let order = ClaimOrder {
+        let order = ClaimCommand {
             spec: spec.clone().into(),
             disk_bytes,
             reason: format!("{}; taken from the pool", machine.reason),
@@ -110,36 +110,36 @@ impl Nido {
     async fn claim(
         &self,
         id: &str,
-        order: &ClaimOrder,
+        order: &ClaimCommand,
         progress: &mut (dyn FnMut(StartStage) + Send),
-    ) -> Result<Asked> {
+    ) -> Result<ClaimOutcome> {
         let line = encode(&Request::Claim(Box::new(order.clone())), VERSION)?;
-        let Ok(sockets) = self.vm_dir(id).sockets() else { return Ok(Asked::Lost) };
+        let Ok(sockets) = self.vm_dir(id).sockets() else { return Ok(ClaimOutcome::Lost) };
         let Ok(mut connection) = UnixStream::connect(sockets.path(CONTROL_SOCKET)).await else {
-            return Ok(Asked::Lost);
+            return Ok(ClaimOutcome::Lost);
         };
         if line.len() > MAX_LINE || connection.write_all(&line).await.is_err() {
-            return Ok(Asked::Lost);
+            return Ok(ClaimOutcome::Lost);
         }
         let mut connection = BufReader::new(connection);
         nido_files::failpoint!("claim.requested");
-        match timeout(CLAIMED_WITHIN, read_reply(&mut connection)).await {
+        match timeout(CLAIM_TIMEOUT, read_reply(&mut connection)).await {
             Ok(Ok(Some(Reply::Stage { stage }))) => progress(stage),
             Ok(Ok(Some(Reply::Failed { problem }))) => {
                 let error = Error::from(problem);
                 return match error.code() {
                     // Another clone, or a fork, would meet the same.
                     Code::VmExists | Code::PortInUse | Code::Denied | Code::LimitExceeded => Err(error),
-                    _ => Ok(Asked::Lost),
+                    _ => Ok(ClaimOutcome::Lost),
                 };
             }
             // The clone belongs to another nido: it has not been claimed.
-            Ok(Ok(Some(Reply::Unsupported { .. }))) => return Ok(Asked::Lost),
+            Ok(Ok(Some(Reply::Unsupported { .. }))) => return Ok(ClaimOutcome::Lost),
             // It is slow, or was killed. The store decides whether the clone is ours: once the attempt is given up there,
             // the supervisor cannot carry it out any more.
             _ => {
                 if self.store().give_up_claim(&order.ticket, jiff::Timestamp::now())?.is_none() {
-                    return Ok(Asked::Lost);
+                    return Ok(ClaimOutcome::Lost);
                 }
                 progress(StartStage::Preparing);
                 return self.await_claimed(id, progress).await;
@@ -148,10 +148,10 @@ impl Nido {
         loop {
             match read_reply(&mut connection).await {
                 Ok(Some(Reply::Stage { stage })) => progress(stage),
-                Ok(Some(Reply::Done)) => return Ok(Asked::Ready),
-                Ok(Some(Reply::Failed { problem })) => return Ok(Asked::Broken(problem.into())),
+                Ok(Some(Reply::Done)) => return Ok(ClaimOutcome::Ready),
+                Ok(Some(Reply::Failed { problem })) => return Ok(ClaimOutcome::Broken(problem.into())),
                 Ok(Some(other)) => {
-                    return Ok(Asked::Broken(Error::internal(format!(
+                    return Ok(ClaimOutcome::Broken(Error::internal(format!(
                         "unexpected reply of the supervisor: {other:?}"
                     ))));
                 }
@@ -163,13 +163,13 @@ impl Nido {
     }
 
     /// Waits until a clone that is ours is ready.
-    async fn await_claimed(&self, id: &str, progress: &mut (dyn FnMut(StartStage) + Send)) -> Result<Asked> {
+    async fn await_claimed(&self, id: &str, progress: &mut (dyn FnMut(StartStage) + Send)) -> Result<ClaimOutcome> {
         let Some(row) = self.store().vm_by_id(id)? else {
-            return Ok(Asked::Broken(Error::new(Code::VmNotRunning, "the VM has just ended")));
+            return Ok(ClaimOutcome::Broken(Error::new(Code::VmNotRunning, "the VM has just ended")));
         };
-        Ok(match self.ask_with_stages(&row, &Request::Ready, progress).await {
-            Ok(_) => Asked::Ready,
-            Err(error) => Asked::Broken(error),
+        Ok(match self.request_with_stages(&row, &Request::Ready, progress).await {
+            Ok(_) => ClaimOutcome::Ready,
+            Err(error) => ClaimOutcome::Broken(error),
         })
     }
 }

@@ -13,7 +13,7 @@ use nido_engine::home::{DISK, DISK_TEMPORARY, Home, SUPERVISOR_LOCK, VmDir};
 use nido_engine::host::facts;
 use nido_engine::machine::{self, MachineRequest};
 use nido_files::atomic_file::{self, Durability};
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_files::random;
 use nido_images::Manifest;
 use nido_store::{BootParts, Purpose, VmRow};
@@ -46,7 +46,7 @@ impl Nido {
         purpose: Purpose,
         state: VmState,
         grant: &Grant,
-    ) -> Result<(VmRow, Held)> {
+    ) -> Result<(VmRow, HeldLock)> {
         check_labels(&spec)?;
         let (host, qemu) = self.host_facts().await?;
         let _template_lock = self.templates_shared().await?;
@@ -61,7 +61,7 @@ impl Nido {
     }
 
     /// Makes the directory and the row of a VM, which is the grant's then.
-    pub(super) async fn insert(&self, row: VmRow, grant: &Grant) -> Result<(VmRow, Held)> {
+    pub(super) async fn insert(&self, row: VmRow, grant: &Grant) -> Result<(VmRow, HeldLock)> {
         let row = VmRow { owner: grant.owner.clone(), ..row };
         self.require_space()?;
         self.reconcile_scope(Scope::Create).await?;
@@ -94,14 +94,14 @@ impl Nido {
     }
 }
 
-/// Makes the directory of a new VM and holds it. Until it has a row, whoever removes strays may take it for one: it is
+/// Makes the directory of a new VM and holds it. Until it has a row, a process that removes orphans may take it for one: it is
 /// made again then.
-async fn make_and_hold(dir: &VmDir) -> Result<Held> {
+async fn make_and_hold(dir: &VmDir) -> Result<HeldLock> {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         dir.make()?;
         nido_files::failpoint!("create.directory");
-        match Held::take(&dir.file(SUPERVISOR_LOCK), deadline).await {
+        match HeldLock::take(&dir.file(SUPERVISOR_LOCK), deadline).await {
             Ok(Some(held)) => return Ok(held),
             Ok(None) => return Err(Error::new(Code::VmBusy, "the new VM's directory is held by another process")),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && Instant::now() < deadline => {}
@@ -177,7 +177,7 @@ pub(super) fn machine_request(spec: &VmSpec, disk_bytes: u64, cid: u32) -> Machi
     }
 }
 
-/// Whether the VM has a disk. An empty file is none: a power cut can leave one of a disk that nobody has written to yet.
+/// Whether the VM has a disk. An empty file is not one: after a power cut, a disk without writes can be empty.
 pub(super) fn has_disk(dir: &VmDir) -> bool {
     std::fs::metadata(dir.file(DISK)).is_ok_and(|disk| disk.len() > 0)
 }
@@ -192,7 +192,7 @@ pub(super) fn make_disk(dir: &VmDir, row: &VmRow) -> Result<()> {
     let fresh = dir.file(DISK_TEMPORARY);
     let _ = std::fs::remove_file(&fresh);
     let (bytes, below) = match (row.parts.frozen.last(), row.purpose) {
-        // A guest that goes on finds the disk it was saved with; the supervisor enlarges it.
+        // A guest that resumes finds the disk it was saved with; the supervisor enlarges it.
         (Some(frozen), _) => (frozen.virtual_bytes, Home::blob_from_vm_dir(&frozen.sha256)),
         // It becomes a part itself, and lies beside the disk it stands on.
         (None, Purpose::Bake) => (row.disk_bytes, row.parts.root.clone()),
@@ -212,9 +212,9 @@ mod tests {
 
     use super::*;
 
-    // A command that removed strays took the directory of a VM that another one was just making: "cannot lock the new VM".
+    // A command that removed orphans took the directory of a VM that another one was just making: "cannot lock the new VM".
     #[test]
-    fn a_directory_that_is_taken_for_a_stray_is_made_again() {
+    fn a_directory_removed_as_an_orphan_is_recreated() {
         let root = tempfile::tempdir().unwrap();
         let home = Home::open(&root.path().join("home")).unwrap();
         let dir = home.vm("fresh");
@@ -223,7 +223,7 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
-                    let Ok(Some(_held)) = Held::try_take(&dir.file(SUPERVISOR_LOCK)) else { continue };
+                    let Ok(Some(_held)) = HeldLock::try_take(&dir.file(SUPERVISOR_LOCK)) else { continue };
                     removed.fetch_add(u32::from(std::fs::remove_dir_all(dir.path()).is_ok()), Ordering::Relaxed);
                 }
             });

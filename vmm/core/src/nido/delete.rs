@@ -16,7 +16,7 @@ use nido_api::state::{Admission, Request, VmState, admit};
 use nido_api::{StopRequest, VmInfo, VmRef};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK};
 use nido_engine::host::vm_processes;
-use nido_files::lock::{Held, is_held};
+use nido_files::lock::{HeldLock, is_held};
 use nido_store::{Purpose, VmRow};
 use nido_supervisor::control::Request as Control;
 
@@ -76,18 +76,18 @@ impl Nido {
         Ok(info)
     }
 
-    /// Ends the VM's process, if its state says that there is one. Whether it was stopped as any VM in use is.
+    /// Ends the VM's process, if its state implies one. Returns whether it was stopped as any VM in use is.
     async fn end_for_deletion(&self, row: &VmRow, force: bool) -> Result<bool> {
         match admit(row.state, Request::Delete) {
             Admission::Do | Admission::AlreadySo => Ok(false),
-            // Nobody can be asked to end it; erasing ends what is left of it.
+            // No process can be asked to end it; deleting its files ends a remaining QEMU.
             Admission::Denied(_) if (force || row.purpose == Purpose::Pool) && self.files_are_gone(&row.id) => {
                 Ok(false)
             }
             Admission::Denied(_) if force && row.unreadable.is_some() => self.end_unreadable(row).map(|()| true),
             Admission::Denied(_) if row.purpose == Purpose::Pool => {
                 // Unless another command claims it at this moment.
-                if let Err(error) = self.ask(row, &Control::Retire).await
+                if let Err(error) = self.request(row, &Control::Retire).await
                     && self.store().vm_by_id(&row.id)?.is_some_and(|now| now.purpose != Purpose::Pool)
                 {
                     return Err(error);
@@ -102,10 +102,10 @@ impl Nido {
     }
 
     /// Locks the VM, and reads its row again. The lock is `None` if its directory is gone; everything is if its row is.
-    async fn hold_for_deletion(&self, row: &VmRow) -> Result<Option<(Option<Held>, VmRow)>> {
+    async fn hold_for_deletion(&self, row: &VmRow) -> Result<Option<(Option<HeldLock>, VmRow)>> {
         let name = &row.spec.name;
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
-        let held = match Held::take(&lock, Instant::now() + LOCK_TIMEOUT).await {
+        let held = match HeldLock::take(&lock, Instant::now() + LOCK_TIMEOUT).await {
             Ok(Some(held)) => Some(held),
             Ok(None) => return Err(Error::new(Code::VmBusy, format!("VM '{name}' is held by another nido process"))),
             // An ephemeral VM that was stopped above is gone by now.
@@ -118,13 +118,13 @@ impl Nido {
             let words = format!("'{name}' was claimed meanwhile; it is VM '{}' now", now.spec.name);
             return Err(Error::new(Code::VmBusy, words));
         }
-        if !now.state.at_rest() && held.is_some() && is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
+        if !now.state.is_inactive() && held.is_some() && is_held(&self.vm_dir(&row.id).file(VM_LOCK)) {
             return Err(Error::new(Code::VmBusy, format!("VM '{name}' was started meanwhile")));
         }
         Ok(Some((held, now)))
     }
 
-    /// Ends a QEMU that lives although the VM's row says that it is at rest.
+    /// Ends a QEMU that runs although the VM's row states that it is stopped.
     async fn end_unrecorded_qemu(&self, row: &VmRow, force: bool) -> Result<()> {
         let name = &row.spec.name;
         if !force {

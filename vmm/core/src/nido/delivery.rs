@@ -1,7 +1,7 @@
-//! The deliverer: takes what is due, attempts it, writes down what came of it, until nothing is pending.
+//! The delivery worker: takes due deliveries, attempts them, records the results, until nothing is pending.
 //!
-//! Invariants: of a lane the next delivery is begun after the one before has been written down. Each endpoint has its own
-//! [`AT_ONCE`] and nothing that endpoints share runs out, so a slow one delays no other. A result that cannot be written
+//! Invariants: of a lane the next delivery is begun after the one before has been recorded. Each endpoint has its own
+//! [`CONCURRENT_DELIVERIES_MAX`] and nothing that endpoints share runs out, so a slow one delays no other. A result that cannot be written
 //! is kept, and nothing new is begun until it is.
 
 use std::collections::HashMap;
@@ -12,16 +12,16 @@ use jiff::Timestamp;
 use nido_api::error::Result;
 use nido_api::webhook_message_id;
 use nido_files::random;
-use nido_store::{Attempt, Due, Outcome, WebhookRow};
+use nido_store::{Attempt, DueDelivery, Outcome, WebhookRow};
 use tokio::task::{AbortHandle, Id, JoinSet};
 
 use super::{Nido, Watch};
-use crate::webhook::{Answer, Failed, RETRY_AFTER_MAX_MS, Sender, Verdict, next_attempt};
+use crate::webhook::{AttemptResult, FailedDelivery, RETRY_AFTER_MAX_MS, Sender, Verdict, next_attempt};
 
 /// How many messages one endpoint is sent at the same time, each of another lane.
-const AT_ONCE: usize = 8;
+const CONCURRENT_DELIVERIES_MAX: usize = 8;
 /// How often old deliveries are deleted, in results.
-const PRUNED_EVERY: usize = 500;
+const PRUNE_INTERVAL: usize = 500;
 /// How often a result is written again that could not be, a second apart.
 const WRITES_MAX: u32 = 60;
 
@@ -30,16 +30,16 @@ const WRITES_MAX: u32 = 60;
 /// # Errors
 /// Of the store.
 pub async fn drain(nido: &Nido) -> Result<()> {
-    let mut desk = Desk::default();
+    let mut queue = DeliveryQueue::default();
     let mut watch = Watch::new(nido);
     nido.store().prune_deliveries(now_ms())?;
     loop {
-        let next = desk.begin(nido)?;
-        if desk.flights.is_empty() && !nido.store().has_pending()? {
+        let next = queue.begin(nido)?;
+        if queue.flights.is_empty() && !nido.store().has_pending()? {
             break;
         }
-        desk.wait(&mut watch, next).await;
-        desk.settle(nido).await?;
+        queue.wait(&mut watch, next).await;
+        queue.record_results(nido).await?;
     }
     nido.store().prune_deliveries(now_ms())
 }
@@ -50,7 +50,7 @@ fn now_ms() -> i64 {
 
 /// A message that is under way.
 #[derive(Debug)]
-struct Flight {
+struct PendingDelivery {
     delivery: i64,
     webhook_id: String,
     attempts: u32,
@@ -58,30 +58,31 @@ struct Flight {
     abort: AbortHandle,
 }
 
-/// What the deliverer has in hand.
+/// The delivery worker's current deliveries.
 #[derive(Debug, Default)]
-struct Desk {
+struct DeliveryQueue {
     senders: HashMap<String, Arc<Sender>>,
-    tasks: JoinSet<Answer>,
-    flights: HashMap<Id, Flight>,
-    landed: Vec<(Flight, Answer)>,
+    tasks: JoinSet<AttemptResult>,
+    flights: HashMap<Id, PendingDelivery>,
+    landed: Vec<(PendingDelivery, AttemptResult)>,
     settled: usize,
 }
 
-impl Desk {
+impl DeliveryQueue {
     /// Begins what is due. Returns when the next is, in milliseconds since 1970.
     fn begin(&mut self, nido: &Nido) -> Result<Option<i64>> {
         let webhooks = nido.store().webhooks_enabled()?;
-        self.forget_others(&webhooks);
+        self.drop_removed_webhooks(&webhooks);
         let now = now_ms();
         let mut next: Option<i64> = None;
         for webhook in &webhooks {
             let under_way = self.flights.values().filter(|flight| flight.webhook_id == webhook.id).count();
             // What is under way is due as well.
-            if under_way < AT_ONCE {
-                let due = nido.store().due(&webhook.id, now, AT_ONCE)?;
-                let known = |due: &Due| self.flights.values().any(|flight| flight.delivery == due.id);
-                let fresh: Vec<_> = due.into_iter().filter(|due| !known(due)).take(AT_ONCE - under_way).collect();
+            if under_way < CONCURRENT_DELIVERIES_MAX {
+                let due = nido.store().due(&webhook.id, now, CONCURRENT_DELIVERIES_MAX)?;
+                let known = |due: &DueDelivery| self.flights.values().any(|flight| flight.delivery == due.id);
+                let fresh: Vec<_> =
+                    due.into_iter().filter(|due| !known(due)).take(CONCURRENT_DELIVERIES_MAX - under_way).collect();
                 fresh.into_iter().for_each(|due| self.send(webhook, due));
             }
             let later = nido.store().next_due(&webhook.id, now)?;
@@ -91,7 +92,7 @@ impl Desk {
     }
 
     /// Drops what belongs to endpoints that were removed or disabled.
-    fn forget_others(&mut self, webhooks: &[WebhookRow]) {
+    fn drop_removed_webhooks(&mut self, webhooks: &[WebhookRow]) {
         let is_there = |id: &str| webhooks.iter().any(|webhook| webhook.id == id);
         self.senders.retain(|id, _| is_there(id));
         for flight in self.flights.values().filter(|flight| !is_there(&flight.webhook_id)) {
@@ -99,7 +100,7 @@ impl Desk {
         }
     }
 
-    fn send(&mut self, webhook: &WebhookRow, due: Due) {
+    fn send(&mut self, webhook: &WebhookRow, due: DueDelivery) {
         let sender = match self.senders.get(&webhook.id) {
             Some(sender) => Ok(sender.clone()),
             None => Sender::new(webhook).map(Arc::new),
@@ -107,16 +108,16 @@ impl Desk {
         if let Ok(sender) = &sender {
             self.senders.entry(webhook.id.clone()).or_insert_with(|| sender.clone());
         }
-        let Due { id: delivery, cursor, body, attempts, queued_ms } = due;
+        let DueDelivery { id: delivery, cursor, body, attempts, queued_ms } = due;
         let message_id = webhook_message_id(&webhook.id, cursor);
         let abort = self.tasks.spawn(async move {
             match sender {
                 Ok(sender) => sender.post(&message_id, body).await,
-                Err(error) => Answer::none(error.message()),
+                Err(error) => AttemptResult::none(error.message()),
             }
         });
         let (webhook_id, attempts) = (webhook.id.clone(), attempts.saturating_add(1));
-        self.flights.insert(abort.id(), Flight { delivery, webhook_id, attempts, queued_ms, abort });
+        self.flights.insert(abort.id(), PendingDelivery { delivery, webhook_id, attempts, queued_ms, abort });
     }
 
     /// Waits until something has landed, something is due, or something was written.
@@ -132,22 +133,22 @@ impl Desk {
         }
     }
 
-    fn land(&mut self, landed: Result<(Id, Answer), tokio::task::JoinError>) {
+    fn land(&mut self, landed: Result<(Id, AttemptResult), tokio::task::JoinError>) {
         let (id, answer) = match landed {
             Ok((id, answer)) => (id, answer),
             Err(error) if error.is_cancelled() => {
                 self.flights.remove(&error.id());
                 return;
             }
-            Err(error) => (error.id(), Answer::none("nido failed while it sent the message")),
+            Err(error) => (error.id(), AttemptResult::none("nido failed while it sent the message")),
         };
         if let Some(flight) = self.flights.remove(&id) {
             self.landed.push((flight, answer));
         }
     }
 
-    /// Writes down what has landed.
-    async fn settle(&mut self, nido: &Nido) -> Result<()> {
+    /// Records what has landed.
+    async fn record_results(&mut self, nido: &Nido) -> Result<()> {
         if self.landed.is_empty() {
             return Ok(());
         }
@@ -156,8 +157,8 @@ impl Desk {
         let attempts: Vec<_> = self.landed.drain(..).map(|(flight, answer)| judge(&flight, answer, now)).collect();
         let mut tries = 0;
         loop {
-            // The store is let go of before anything is waited for.
-            let written = nido.store().settle(&attempts, now);
+            // The store is released before any wait.
+            let written = nido.store().record_attempts(&attempts, now);
             let Err(error) = written else { break };
             tries += 1;
             if tries == WRITES_MAX {
@@ -167,7 +168,7 @@ impl Desk {
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
         self.settled += attempts.len();
-        if self.settled >= PRUNED_EVERY {
+        if self.settled >= PRUNE_INTERVAL {
             self.settled = 0;
             nido.store().prune_deliveries(now)?;
         }
@@ -176,8 +177,8 @@ impl Desk {
 }
 
 /// What comes of an attempt, by the answer and the delivery's history.
-fn judge(flight: &Flight, answer: Answer, now_ms: i64) -> Attempt {
-    let Flight { delivery: id, attempts, queued_ms, .. } = *flight;
+fn judge(flight: &PendingDelivery, answer: AttemptResult, now_ms: i64) -> Attempt {
+    let PendingDelivery { delivery: id, attempts, queued_ms, .. } = *flight;
     let outcome = match answer.verdict {
         Verdict::Delivered => Outcome::Delivered,
         Verdict::Gone => {
@@ -186,7 +187,7 @@ fn judge(flight: &Flight, answer: Answer, now_ms: i64) -> Attempt {
             Outcome::Gone { why }
         }
         Verdict::Again { why, retry_after_ms } => {
-            let failed = Failed { attempts, queued_ms, now_ms, retry_after_ms };
+            let failed = FailedDelivery { attempts, queued_ms, now_ms, retry_after_ms };
             match next_attempt(&failed, chance()) {
                 Some(at_ms) => {
                     tracing::debug!("delivery {id} failed: {why}");

@@ -5,11 +5,11 @@
 //!  any command, at its start; a server, all the time ── anything pending, deliver.lock free? ─────────────────────^
 //! ```
 //!
-//! Invariant: a process that queues looks at the lock afterwards, and a worker looks for more after it has released the lock. So
+//! Invariant: a process that queues checks the lock afterwards, and a worker checks the queue after it has released the lock. So
 //! nothing is overlooked; and what a process that was killed in between has queued, the next nido command finds.
 
 use nido_api::error::{Error, Result};
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 
 use super::delivery::drain;
 use super::{Nido, OpenOptions};
@@ -24,7 +24,7 @@ impl Nido {
         let nido = Self::open_unreconciled(options)?;
         let path = nido.home().delivery_lock();
         loop {
-            let held = Held::try_take(&path).map_err(|e| Error::io("cannot lock the deliveries", e))?;
+            let held = HeldLock::try_take(&path).map_err(|e| Error::io("cannot lock the deliveries", e))?;
             let Some(held) = held else { return Ok(()) };
             let drained = drain(&nido).await;
             drop(held);

@@ -1,8 +1,8 @@
-//! Looking at the host: can it run VMs, how well, and is anything left over from a crash.
+//! Checks the host: whether and how well it can run VMs, and whether a crash left orphans.
 
 mod checks;
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use std::path::{Path, PathBuf};
 
 use nido_api::error::{Error, Result};
@@ -15,11 +15,11 @@ use self::checks::{
     check, check_cgroups, check_disk, check_kvm, check_machine, check_memory, check_nesting, check_qemu, check_unit,
     check_user, check_vsock, check_webhooks,
 };
-use crate::nido::reconcile::{Finding, Plan, Removed, Repair, Scope, VmRepair};
+use crate::nido::reconcile::{Finding, Plan, RemovalCounts, Repair, Scope, VmRepair};
 use crate::nido::{Nido, OpenOptions};
 
 impl Nido {
-    /// Looks at the host. With `gc`, removes what crashes left behind.
+    /// Checks the host. With `gc`, removes orphans of crashes.
     ///
     /// # Errors
     /// Of the store.
@@ -62,7 +62,7 @@ impl Nido {
         // Facts may have been cached there; what cannot be removed is a few bytes of the user's own.
         let _ = std::fs::remove_dir_all(&scratch);
         let plain = check("home", CheckStatus::Failed, error.message());
-        checks.push(match error.hint_for(Face::Cli) {
+        checks.push(match error.hint_for(FrontEnd::Cli) {
             Some(hint) => plain.hint(hint),
             None => plain,
         });
@@ -101,7 +101,7 @@ impl Nido {
                 CheckStatus::Warning,
                 format!("{} holds the agent of another nido", names(&stale)),
             )
-            .hint(nido_engine::template::renewal(&first.name).text(Face::Cli).unwrap_or_default()));
+            .hint(nido_engine::template::renewal(&first.name).text(FrontEnd::Cli).unwrap_or_default()));
         }
         Ok(check("templates", CheckStatus::Ok, names(&list.templates.iter().collect::<Vec<_>>())))
     }
@@ -126,7 +126,7 @@ impl Nido {
             Ok(_) => check("template build", CheckStatus::Ok, "everything that it needs is installed"),
             Err(error) => {
                 let plain = check("template build", CheckStatus::Warning, error.to_string());
-                match error.hint().and_then(|hint| hint.text(Face::Cli)) {
+                match error.hint().and_then(|hint| hint.text(FrontEnd::Cli)) {
                     Some(hint) => plain.hint(hint),
                     None => plain,
                 }
@@ -157,7 +157,7 @@ impl Nido {
             return self.remove_orphans(plan, unknown).await;
         }
         let removes = plan.removes();
-        if removes == Removed::default() && unknown.is_none() {
+        if removes == RemovalCounts::default() && unknown.is_none() {
             return check("orphans", CheckStatus::Ok, "none");
         }
         check("orphans", CheckStatus::Warning, orphans(removes, unknown)).hint("nido doctor --gc")
@@ -175,7 +175,7 @@ impl Nido {
             Ok(ids) => ids.iter().for_each(|id| snapshot::remove_deleted(&self.vm_dir(id))),
             Err(error) => failures.push(error.to_string()),
         }
-        let Removed { directories, part_bytes, .. } = plan.removes();
+        let RemovalCounts { directories, part_bytes, .. } = plan.removes();
         let removed = format!("removed {directories} directories");
         match (unknown, &failures[..]) {
             (Some(why), _) => {
@@ -230,7 +230,7 @@ async fn check_host(
     let host = tokio::task::spawn_blocking(move || {
         if again {
             // The user may have changed something just before.
-            kvm::forget(&cache);
+            kvm::invalidate(&cache);
         }
         facts::gather(&cache)
     })
@@ -248,8 +248,8 @@ async fn check_host(
 }
 
 /// What `doctor --gc` would remove, in words.
-fn orphans(removes: Removed, unknown_parts: Option<&str>) -> String {
-    let Removed { directories, interrupted, part_bytes } = removes;
+fn orphans(removes: RemovalCounts, unknown_parts: Option<&str>) -> String {
+    let RemovalCounts { directories, interrupted, part_bytes } = removes;
     let parts = match unknown_parts {
         Some(why) => format!("the owners of template parts are unknown: {why}"),
         None => format!("{} MiB of unused template parts", part_bytes.div_ceil(1 << 20)),

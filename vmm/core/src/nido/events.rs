@@ -1,4 +1,4 @@
-//! The events, read: those there are, and those that come.
+//! Reads events: the existing ones, and new ones.
 //!
 //! Writers do not notify readers, because a writer may be killed before it could. Instead, readers watch the store's
 //! file, which the kernel does for them, and look by themselves now and then.
@@ -15,11 +15,11 @@ use tokio::io::unix::AsyncFd;
 
 use super::Nido;
 
-/// How often a reader looks by itself.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How often a reader polls.
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 /// The same without notifications of the kernel.
-const LOOK_EVERY_UNWATCHED: Duration = Duration::from_secs(1);
-/// When a reader looks again after a write, the last first: what is written counts only a moment later.
+const POLL_INTERVAL_WITHOUT_INOTIFY: Duration = Duration::from_secs(1);
+/// When a reader polls again after a write, the last first: what is written counts only a moment later.
 const ECHOES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(20), Duration::from_millis(3)];
 /// The most events that [`Nido::events`] gives at once.
 const PAGE: usize = 1000;
@@ -137,7 +137,7 @@ impl EventFeed<'_> {
 #[derive(Debug)]
 pub struct Watch {
     descriptor: Option<AsyncFd<OwnedFd>>,
-    /// How often it still looks soon, because something has been written.
+    /// How often it still polls soon, because something has been written.
     echoes: usize,
 }
 
@@ -150,7 +150,7 @@ impl Watch {
 
     fn with(descriptor: Result<AsyncFd<OwnedFd>>) -> Self {
         let descriptor = descriptor.inspect_err(|error| {
-            tracing::warn!("{error}; polling every {} s instead", LOOK_EVERY_UNWATCHED.as_secs());
+            tracing::warn!("{error}; polling every {} s instead", POLL_INTERVAL_WITHOUT_INOTIFY.as_secs());
         });
         Self { descriptor: descriptor.ok(), echoes: 0 }
     }
@@ -158,7 +158,7 @@ impl Watch {
     fn descriptor(nido: &Nido) -> Result<AsyncFd<OwnedFd>> {
         let broken = |e: std::io::Error| Error::io("cannot watch the store", e);
         let descriptor = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| broken(e.into()))?;
-        // The log of writes comes and goes with the last process that has the store open, so its directory is watched.
+        // The write-ahead log is removed by the last process that has the store open, so its directory is watched.
         inotify::add_watch(&descriptor, nido.home().root(), WatchFlags::MODIFY | WatchFlags::CREATE)
             .map_err(|e| broken(e.into()))?;
         #[expect(
@@ -170,8 +170,8 @@ impl Watch {
 
     /// Returns when something may have been written since the last time, at the latest after two seconds.
     pub async fn changed(&mut self) {
-        let Some(descriptor) = &self.descriptor else { return tokio::time::sleep(LOOK_EVERY_UNWATCHED).await };
-        let within = self.echoes.checked_sub(1).map_or(LOOK_EVERY, |left| ECHOES[left]);
+        let Some(descriptor) = &self.descriptor else { return tokio::time::sleep(POLL_INTERVAL_WITHOUT_INOTIFY).await };
+        let within = self.echoes.checked_sub(1).map_or(POLL_INTERVAL, |left| ECHOES[left]);
         self.echoes = self.echoes.saturating_sub(1);
         let readable = tokio::time::timeout(within, descriptor.readable()).await;
         if let Ok(Ok(mut guard)) = readable {
@@ -189,7 +189,7 @@ mod tests {
     use crate::nido::OpenOptions;
 
     #[tokio::test]
-    async fn who_cannot_watch_looks_and_misses_nothing() {
+    async fn without_inotify_events_are_polled_completely() {
         let dir = tempfile::tempdir().unwrap();
         let open = || {
             let home = Some(dir.path().join("home"));

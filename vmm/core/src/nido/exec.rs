@@ -6,9 +6,9 @@ use jiff::Timestamp;
 use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::VmName;
 use nido_api::operation as op;
-use nido_api::state::{Admission, Request as Act, VmState, admit};
+use nido_api::state::{Admission, Request as StateRequest, VmState, admit};
 use nido_api::{ExecEvent, ExecExit, ExecRequest, VmRef};
-use nido_engine::guest::{Control, Endpoint, Event, Events, Guest};
+use nido_engine::guest::{AgentAddress, Control, Event, Events, Guest};
 use nido_guest_agent::wire::{Exec, WindowSize};
 use nido_supervisor::control::Request;
 use tokio::net::UnixStream;
@@ -18,10 +18,10 @@ use super::Nido;
 use super::denied::denied;
 
 /// How long the agent of a running VM may take to answer a request.
-pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+pub(super) const AGENT_REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A running VM's agent, and what says that it is in use.
-pub(super) struct Reached {
+/// A running VM's agent, and the connection that marks the VM as in use.
+pub(super) struct ReachableAgent {
     pub guest: Guest,
     /// With virtio-serial the supervisor detects the use itself; with vsock this connection reports it.
     pub lease: Option<UnixStream>,
@@ -39,7 +39,7 @@ impl Nido {
         let reached = self.reach(which).await?;
         let running = reached
             .guest
-            .exec(wire_exec(request), Instant::now() + ANSWER_WITHIN)
+            .exec(wire_exec(request), Instant::now() + AGENT_REPLY_TIMEOUT)
             .await
             .map_err(|e| guest_error(name, e))?;
         let name = name.clone();
@@ -49,28 +49,28 @@ impl Nido {
 
     /// The agent of a VM that can be used, or why it cannot. Waits for one that is still starting, and for the
     /// supervisor of one that has lost it.
-    pub(super) async fn reach(&self, vm: impl Into<VmRef<'_>>) -> Result<Reached> {
+    pub(super) async fn reach(&self, vm: impl Into<VmRef<'_>>) -> Result<ReachableAgent> {
         let vm = vm.into();
         let mut row = self.current(self.resolve(vm)?);
-        if let Admission::Denied(why) = admit(row.state, Act::UseAgent) {
+        if let Admission::Denied(why) = admit(row.state, StateRequest::UseAgent) {
             return Err(denied(&row, "used", why));
         }
         if row.state == VmState::Starting || !row.agent.ready {
-            self.ask(&row, &Request::Ready).await?;
+            self.request(&row, &Request::Ready).await?;
             // This very VM, whatever has its name by now.
             let gone = || Error::new(Code::VmNotFound, format!("VM '{}' was deleted", vm.name));
             row = self.store().vm_by_id(&row.id)?.ok_or_else(gone)?;
         }
         let guest = self.context.guest(&row)?;
         let lease = match guest.endpoint() {
-            Endpoint::Vsock { .. } => Some(self.lease(&row).await?),
-            Endpoint::Serial { .. } => {
+            AgentAddress::Vsock { .. } => Some(self.lease(&row).await?),
+            AgentAddress::Serial { .. } => {
                 // The agent's socket is the supervisor's: there must be one.
                 drop(self.supervisor(&row).await?);
                 None
             }
         };
-        Ok(Reached { guest, lease })
+        Ok(ReachableAgent { guest, lease })
     }
 
     /// What has become of a VM since then, if it is no longer the running VM that it was.
@@ -125,7 +125,7 @@ fn wire_exec(request: ExecRequest) -> Exec {
     }
 }
 
-/// What the caller says to a running command.
+/// The caller's requests to a running command.
 #[derive(Debug, Clone)]
 pub struct ExecControl {
     control: Control,
@@ -167,7 +167,7 @@ impl ExecControl {
     }
 }
 
-/// What a running command says. Dropping it kills the command.
+/// The output of a running command. Dropping it kills the command.
 #[derive(Debug)]
 pub struct ExecEvents {
     events: Events,

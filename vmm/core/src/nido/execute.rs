@@ -24,7 +24,7 @@ use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
 use super::Nido;
-use crate::audit::{Audited, Caller, Ending};
+use crate::audit::{AuditOutcome, Audited, Caller};
 
 /// What is to be done, and for whom.
 #[derive(Debug, Clone)]
@@ -41,7 +41,7 @@ pub struct Request {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
     /// What became of it.
-    pub ending: Ending,
+    pub ending: AuditOutcome,
     /// A word that explains it; may be empty.
     pub reason: String,
 }
@@ -50,13 +50,13 @@ impl Verdict {
     /// It was done; `reason` is a word about how.
     #[must_use]
     pub fn success(reason: impl Into<String>) -> Self {
-        Self { ending: Ending::Success, reason: reason.into() }
+        Self { ending: AuditOutcome::Success, reason: reason.into() }
     }
 
     /// It failed: the code is the reason.
     #[must_use]
     pub fn failure(error: &Error) -> Self {
-        Self { ending: Ending::from(error), reason: error.code().slug().into() }
+        Self { ending: AuditOutcome::from(error), reason: error.code().slug().into() }
     }
 
     /// Of a result that needs no word.
@@ -83,14 +83,14 @@ enum Entry {
 
 /// What an operation gave, and whether its outcome could be recorded.
 #[derive(Debug)]
-pub struct Executed<T, E = Error> {
+pub struct AuditedOutcome<T, E = Error> {
     /// The result.
     pub outcome: Result<T, E>,
     /// Why the outcome of something that has been done is not in the audit log.
     pub unrecorded: Option<Error>,
 }
 
-impl<T, E> Executed<T, E> {
+impl<T, E> AuditedOutcome<T, E> {
     /// The result. An outcome that could not be recorded goes to the process's own log.
     ///
     /// # Errors
@@ -111,8 +111,8 @@ impl Nido {
         confirm: impl Future<Output = Result<C, E>>,
         work: impl AsyncFnOnce(C) -> Result<T, E>,
         verdict: impl Fn(&Result<T, E>) -> Verdict,
-    ) -> Executed<T, E> {
-        let failed = |error: E| Executed { outcome: Err(error), unrecorded: None };
+    ) -> AuditedOutcome<T, E> {
+        let failed = |error: E| AuditedOutcome { outcome: Err(error), unrecorded: None };
         let attempt = match self.attempt(request).await {
             Ok(attempt) => attempt,
             Err(error) => return failed(error.into()),
@@ -170,7 +170,7 @@ impl Attempt {
             Err(error) => error,
         };
         let verdict = verdict(&error);
-        let Executed { outcome, unrecorded } = self.ended(Ok::<_, E>(error), verdict).await;
+        let AuditedOutcome { outcome, unrecorded } = self.ended(Ok::<_, E>(error), verdict).await;
         if let Some(unrecorded) = unrecorded {
             tracing::error!("{unrecorded}");
         }
@@ -183,7 +183,7 @@ impl Attempt {
         self,
         work: impl Future<Output = Result<T, E>>,
         verdict: impl FnOnce(&Result<T, E>) -> Verdict,
-    ) -> Executed<T, E> {
+    ) -> AuditedOutcome<T, E> {
         let outcome = work.await;
         let verdict = verdict(&outcome);
         self.ended(outcome, verdict).await
@@ -199,19 +199,19 @@ impl Attempt {
         tasks.spawn(async move { self.carry_out(work, verdict).await.or_log() })
     }
 
-    async fn ended<T, E: From<Error>>(self, outcome: Result<T, E>, verdict: Verdict) -> Executed<T, E> {
+    async fn ended<T, E: From<Error>>(self, outcome: Result<T, E>, verdict: Verdict) -> AuditedOutcome<T, E> {
         let is_read = matches!(self.entry, Entry::Owed(_));
         match self.end(verdict).await {
-            Ok(()) => Executed { outcome, unrecorded: None },
-            Err(error) if is_read => Executed { outcome: Err(error.into()), unrecorded: None },
-            Err(error) => Executed { outcome, unrecorded: Some(error) },
+            Ok(()) => AuditedOutcome { outcome, unrecorded: None },
+            Err(error) if is_read => AuditedOutcome { outcome: Err(error.into()), unrecorded: None },
+            Err(error) => AuditedOutcome { outcome, unrecorded: Some(error) },
         }
     }
 
     /// Records an outcome that is known otherwise. Writing may wait for the disk or for another process, so a blocking thread does it.
     ///
     /// # Errors
-    /// `audit_failed`; what was done has been done all the same.
+    /// `audit_failed`; what was done has been done nevertheless.
     pub async fn end(self, verdict: Verdict) -> Result<()> {
         blocking(move || self.end_now(&verdict)).await
     }
@@ -224,7 +224,7 @@ impl Attempt {
         match self.entry {
             Entry::Written(audited) => audited.end_as(*ending, reason),
             Entry::Owed(Request { operation, caller, arguments }) => {
-                self.nido.audit_looked(&caller, operation.id, &arguments, *ending, reason)
+                self.nido.audit_read_access(&caller, operation.id, &arguments, *ending, reason)
             }
         }
     }
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_operation_stands_in_the_log_before_it_begins_and_after_it_ends() {
+    async fn an_operation_is_recorded_before_and_after() {
         let (_dir, nido) = home();
         let done = Cell::new(false);
         let before = async {
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_confirmed_is_not_done() {
+    async fn an_unconfirmed_operation_is_not_run() {
         let (_dir, nido) = home();
         let done = Cell::new(false);
         let refused = run(&nido, VM_DELETE, Err(Error::new(Code::ApprovalRequired, "ask first")), &done).await;

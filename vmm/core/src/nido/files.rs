@@ -9,12 +9,12 @@ use nido_api::name::VmName;
 use nido_api::{
     CopyProgress, CopyResult, DownloadRequest, DownloadTarget, UnreadableEntry, UploadRequest, UploadSource, VmRef,
 };
-use nido_engine::guest::{Copied, Download, Form, GuestError, LeftOut, Limits, Progress, Source, Upload};
+use nido_engine::guest::{CopyTotals, Download, Form, GuestError, Limits, Progress, SkippedEntry, Source, Upload};
 use tokio::sync::mpsc;
 use tokio::time::Instant as TokioInstant;
 
 use super::Nido;
-use super::exec::{ANSWER_WITHIN, guest_error};
+use super::exec::{AGENT_REPLY_TIMEOUT, guest_error};
 
 impl Nido {
     /// Copies from the host into the guest. Dropping the future stops it; the guest keeps nothing half-written.
@@ -50,7 +50,7 @@ impl Nido {
         let send = move |now| {
             let _ = tell.send(now);
         };
-        let work = reached.guest.upload(upload, throttled(send), TokioInstant::now() + ANSWER_WITHIN);
+        let work = reached.guest.upload(upload, throttled(send), TokioInstant::now() + AGENT_REPLY_TIMEOUT);
         finish(name, began, follow(work, heard, total_bytes, progress).await)
     }
 
@@ -72,7 +72,7 @@ impl Nido {
         let send = throttled(move |now| {
             let _ = tell.send(now);
         });
-        let deadline = TokioInstant::now() + ANSWER_WITHIN;
+        let deadline = TokioInstant::now() + AGENT_REPLY_TIMEOUT;
         let limits = Limits::default();
         let limits = Limits { bytes: request.max_bytes.unwrap_or(limits.bytes), ..limits };
         let copied = match request.destination {
@@ -105,7 +105,7 @@ fn left(mut file: &File) -> Option<u64> {
     Some(all.saturating_sub(file.stream_position().ok()?))
 }
 
-/// Passes on at most some twenty reports a second: a copy of many small files must not be slowed by its telling.
+/// Passes on at most some twenty reports a second: a copy of many small files must not be slowed by its reports.
 fn throttled(tell: impl Fn(Progress)) -> impl FnMut(Progress) {
     let mut last: Option<Instant> = None;
     move |now| {
@@ -117,11 +117,11 @@ fn throttled(tell: impl Fn(Progress)) -> impl FnMut(Progress) {
 }
 
 async fn follow(
-    work: impl Future<Output = Result<Copied, GuestError>>,
+    work: impl Future<Output = Result<CopyTotals, GuestError>>,
     mut heard: mpsc::UnboundedReceiver<Progress>,
     total_bytes: Option<u64>,
     progress: &mut (dyn FnMut(CopyProgress) + Send),
-) -> Result<Copied, GuestError> {
+) -> Result<CopyTotals, GuestError> {
     let mut work = std::pin::pin!(work);
     loop {
         tokio::select! {
@@ -133,9 +133,9 @@ async fn follow(
     }
 }
 
-fn finish(name: &VmName, began: Instant, copied: Result<Copied, GuestError>) -> Result<CopyResult> {
+fn finish(name: &VmName, began: Instant, copied: Result<CopyTotals, GuestError>) -> Result<CopyResult> {
     let copied = copied.map_err(|e| guest_error(name, e))?;
-    let unreadable = |entry: LeftOut| UnreadableEntry {
+    let unreadable = |entry: SkippedEntry| UnreadableEntry {
         path: String::from_utf8_lossy(&entry.path).into_owned(),
         reason: entry.reason,
     };

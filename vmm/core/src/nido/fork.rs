@@ -14,22 +14,22 @@ use nido_api::restart::RestartPolicy;
 use nido_api::state::VmState;
 use nido_api::{ForkResult, Grant, Limits, PathChoice, StartRequest, StartStage, VmInfo, VmRef, VmSpec};
 use nido_engine::snapshot;
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_files::random;
-use nido_store::{BootParts, Origin, Purpose, Saved, VmRow};
+use nido_store::{BootParts, Origin, Purpose, StoredBake, VmRow};
 use nido_supervisor::control::Request;
 
 use super::Nido;
-use super::bake::{FORSAKEN_MS, frozen, saved};
+use super::bake::{ABANDONED_VM_TTL_MS, frozen, saved};
 use super::denied::denied;
 
 /// A snapshot of a running VM that is not among its snapshots: it is in the directory of a hidden VM, which is deleted
 /// when no process holds its lock any more. So a killed command leaves nothing.
-pub(super) struct Aside {
+pub(super) struct HiddenSnapshot {
     /// The VM that has it.
     pub row: VmRow,
     /// Its lock.
-    pub held: Held,
+    pub held: HeldLock,
     /// The snapshot's name there.
     pub name: SnapshotName,
 }
@@ -124,7 +124,7 @@ impl Nido {
         progress: &mut (dyn FnMut(&VmName, StartStage) + Send),
     ) -> Result<(BootParts, Origin, Option<u64>)> {
         let vm = &source.spec.name;
-        let Aside { row, held, name } = self.snapshot_aside(source).await?;
+        let HiddenSnapshot { row, held, name } = self.take_hidden_snapshot(source).await?;
         nido_files::failpoint!("fork.saved");
         let dir = self.vm_dir(&row.id);
         let taken = snapshot::open(&dir, vm, &name).and_then(|record| {
@@ -144,15 +144,15 @@ impl Nido {
         let bake = self.await_bake(&row, held, None, from, &mut |stage| progress(vm, stage)).await?;
         let mut parts = source.parts.clone();
         parts.frozen.push(frozen(&bake));
-        Ok((parts, Origin::Fork(Saved { live: true, ..saved(&bake) }), paused_ms))
+        Ok((parts, Origin::Fork(StoredBake { live: true, ..saved(&bake) }), paused_ms))
     }
 
     /// Takes a snapshot of a running VM that is not among its snapshots.
-    pub(super) async fn snapshot_aside(&self, source: &VmRow) -> Result<Aside> {
+    pub(super) async fn take_hidden_snapshot(&self, source: &VmRow) -> Result<HiddenSnapshot> {
         let spec = VmSpec {
             name: random::vm_name("bake")?,
             ephemeral: true,
-            idle_ms: Some(FORSAKEN_MS),
+            idle_ms: Some(ABANDONED_VM_TTL_MS),
             ttl_ms: None,
             forwards: Vec::new(),
             lease: None,
@@ -165,11 +165,11 @@ impl Nido {
         let name: SnapshotName = "aside".parse()?;
         nido_files::failpoint!("fork.hidden-made");
         let taken = async {
-            self.ask(source, &Request::Ready).await?;
-            self.ask(source, &Request::Snapshot { name: name.clone(), into: Some(row.id.clone()) }).await
+            self.request(source, &Request::Ready).await?;
+            self.request(source, &Request::Snapshot { name: name.clone(), into: Some(row.id.clone()) }).await
         };
         match taken.await {
-            Ok(_) => Ok(Aside { row, held, name }),
+            Ok(_) => Ok(HiddenSnapshot { row, held, name }),
             Err(error) => {
                 self.context.erase(&row.id)?;
                 Err(error)

@@ -9,7 +9,7 @@ use nido_supervisor::control::{Reply, Request};
 use tokio::time::Instant;
 
 use super::Nido;
-use super::exec::{ANSWER_WITHIN, guest_error};
+use super::exec::{AGENT_REPLY_TIMEOUT, guest_error};
 
 impl Nido {
     /// Publishes a port of the guest; the result has the selected host port. A stopped VM publishes it when it
@@ -21,7 +21,7 @@ impl Nido {
         let vm = vm.into();
         grant.limits.check_forward(&spec)?;
         let (row, name) = (self.resolve(vm)?, vm.name);
-        if row.state.at_rest() {
+        if row.state.is_inactive() {
             if spec.host_port == 0 {
                 return Err(Error::new(
                     Code::SpecInvalid,
@@ -40,7 +40,7 @@ impl Nido {
             self.context.refresh_record(&row.id);
             return Ok(spec);
         }
-        match self.ask(&row, &Request::ForwardAdd { forward: spec.into() }).await? {
+        match self.request(&row, &Request::ForwardAdd { forward: spec.into() }).await? {
             Reply::Forward { forward } => {
                 nido_files::failpoint!("forward.published");
                 self.context.refresh_record(&row.id);
@@ -72,10 +72,10 @@ impl Nido {
                 .hint(Hint::run_on(op::FORWARD_LIST, name).to("list them")));
         }
         for forward in found {
-            if row.state.at_rest() {
+            if row.state.is_inactive() {
                 self.store().remove_forward(&row.id, &forward)?;
             } else {
-                self.ask(&row, &Request::ForwardRemove { forward: forward.into() }).await?;
+                self.request(&row, &Request::ForwardRemove { forward: forward.into() }).await?;
             }
             nido_files::failpoint!("forward.removed");
         }
@@ -92,7 +92,7 @@ impl Nido {
         let (reached, name) = (self.reach(vm).await?, vm.name);
         let tunnel = reached
             .guest
-            .connect(&Connect { host: None, port }, Instant::now() + ANSWER_WITHIN)
+            .connect(&Connect { host: None, port }, Instant::now() + AGENT_REPLY_TIMEOUT)
             .await
             .map_err(|e| guest_error(name, e))?;
         proxy(tunnel, tokio::io::stdin(), tokio::io::stdout()).await.map_err(|e| guest_error(name, e))

@@ -1,13 +1,13 @@
 //! The guardian of a home: `nido watch`, one process while any VM runs. It starts a supervisor for a QEMU that has none, records
 //! the end of a QEMU that ended without one, kills a QEMU whose supervisor hangs when the time to live is over, and restarts VMs as
-//! their restart policies say.
+//! their restart policies specify.
 //!
 //! ```text
 //!  a supervisor (at its start, and every 3 s), a command ── guardian.lock free? ──> nido watch ── no VM runs: ends
 //!  nido watch ── every 2 s: rows, locks ── decide (pure) ── act
 //! ```
 //!
-//! Invariants: at most one guardian stays in a home (it holds `guardian.lock`). Between two looks it has no store open, and no look
+//! Invariants: at most one guardian stays in a home (it holds `guardian.lock`). Between two scans it has no store open, and no scan
 //! creates a file. While a guardian or a supervisor lives, a killed one is replaced; if all of them are killed at the same moment,
 //! the next nido command does it.
 
@@ -23,18 +23,18 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::state::VmState;
 use nido_engine::home::{Home, SUPERVISOR_LOCK, VM_LOCK};
 use nido_engine::host::{scope, vm_processes};
-use nido_files::lock::{Held, is_free, is_held};
+use nido_files::lock::{HeldLock, is_free, is_held};
 use nido_store::{RestartFacts, RowFacts, Store, Transition};
 use nido_supervisor::SUPERVISOR_FAILS;
 use nido_supervisor::context::{open_home, restart_unawaited, start_supervisor_unawaited};
 
-use self::decide::{Act, Histories, VmFacts, decide};
-use self::restarts::{Waits, due, waits};
+use self::decide::{GuardianAction, Histories, VmFacts, decide};
+use self::restarts::{PendingRestarts, due, waits};
 use super::reconcile::Scope;
 use super::{Nido, OpenOptions};
 
 /// How often the store is read.
-const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+const SCAN_INTERVAL: Duration = Duration::from_secs(2);
 /// How often locks are looked at, for each running VM: with many VMs no more often than the store.
 const LOCKS_INTERVAL_PER_VM: Duration = Duration::from_millis(20);
 /// The same with few VMs.
@@ -42,9 +42,9 @@ const LOCKS_INTERVAL_MIN: Duration = Duration::from_millis(200);
 /// How long a QEMU that was killed may take to end. It is looked at again.
 const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a guardian has nothing to do any more.
+/// Why a guardian ends.
 #[derive(Debug, PartialEq, Eq)]
-enum End {
+enum EndReason {
     /// No VM runs.
     NothingRuns,
     /// The home was removed or replaced, or its store is of another version of nido.
@@ -61,10 +61,10 @@ impl Nido {
         let Some(home) = open_home(&options)? else { return Ok(()) };
         let mut guardian = Guardian::new(options, home)?;
         loop {
-            let held = Held::try_take(&guardian.home.guardian_lock());
+            let held = HeldLock::try_take(&guardian.home.guardian_lock());
             let Some(held) = held.map_err(|e| Error::io("cannot lock the guardian's lock", e))? else {
                 if stay {
-                    tokio::time::sleep(LOOK_INTERVAL).await;
+                    tokio::time::sleep(SCAN_INTERVAL).await;
                     continue;
                 }
                 return Ok(());
@@ -75,7 +75,7 @@ impl Nido {
             let end = guardian.guard(stay).await;
             drop(held);
             // A process that saw the lock held in between relies on this.
-            if end == End::NotOurs || !guardian.look().is_ok_and(|seen| seen.needs_guardian()) {
+            if end == EndReason::NotOurs || !guardian.scan().is_ok_and(|seen| seen.needs_guardian()) {
                 return Ok(());
             }
         }
@@ -86,13 +86,13 @@ impl Nido {
         if self.store().vms_to_restart()?.iter().any(waits) {
             return Ok(true);
         }
-        Ok(self.store().rows_to_reconcile()?.iter().any(|row| row.state.is_some_and(|state| !state.at_rest())))
+        Ok(self.store().rows_to_reconcile()?.iter().any(|row| row.state.is_some_and(|state| !state.is_inactive())))
     }
 
     /// Adds to a VM's row that no supervisor stays. The next supervisor that works removes it.
     fn warn_of_supervisors(&self, id: &str) -> Result<()> {
         let lock = self.vm_dir(id).file(SUPERVISOR_LOCK);
-        let Ok(Some(_held)) = Held::try_take_existing(&lock) else { return Ok(()) };
+        let Ok(Some(_held)) = HeldLock::try_take_existing(&lock) else { return Ok(()) };
         let row = self.store().vm_by_id(id)?;
         let Some(mut machine) = row.and_then(|row| row.machine) else { return Ok(()) };
         if !machine.warnings.iter().any(|warning| warning == SUPERVISOR_FAILS) {
@@ -103,21 +103,21 @@ impl Nido {
     }
 }
 
-/// What a look has shown.
+/// The result of a scan.
 #[derive(Debug, Default)]
-struct Seen {
+struct HomeScan {
     vms: Vec<VmFacts>,
     /// Stopped and failed VMs with a restart policy.
     ended: Vec<RestartFacts>,
 }
 
-impl Seen {
+impl HomeScan {
     fn needs_guardian(&self) -> bool {
         self.vms.iter().any(VmFacts::needs_guardian) || self.ended.iter().any(waits)
     }
 }
 
-/// A guardian, between two looks.
+/// A guardian, between two scans.
 #[derive(Debug)]
 struct Guardian {
     options: OpenOptions,
@@ -125,7 +125,7 @@ struct Guardian {
     /// Which directory the home is: device and inode.
     identity: (u64, u64),
     /// What was seen last.
-    seen: Seen,
+    seen: HomeScan,
     /// Why the store could not be read the last time.
     trouble: Option<String>,
 }
@@ -133,7 +133,7 @@ struct Guardian {
 impl Guardian {
     fn new(options: OpenOptions, home: Home) -> Result<Self> {
         let identity = identity(home.root()).ok_or_else(|| Error::internal("nido's home cannot be looked at"))?;
-        Ok(Self { options, home, identity, seen: Seen::default(), trouble: None })
+        Ok(Self { options, home, identity, seen: HomeScan::default(), trouble: None })
     }
 
     /// Where there is systemd: the scope of the VM whose supervisor started this process ends with that VM.
@@ -148,30 +148,30 @@ impl Guardian {
         });
     }
 
-    async fn guard(&mut self, stay: bool) -> End {
-        let (mut histories, mut restarts) = (Histories::default(), Waits::default());
+    async fn guard(&mut self, stay: bool) -> EndReason {
+        let (mut histories, mut restarts) = (Histories::default(), PendingRestarts::default());
         loop {
             if identity(self.home.root()) != Some(self.identity) {
-                return End::NotOurs;
+                return EndReason::NotOurs;
             }
-            match self.look() {
+            match self.scan() {
                 Ok(seen) => {
                     self.trouble = None;
                     self.seen = seen;
                     if !stay && !self.seen.needs_guardian() {
-                        return End::NothingRuns;
+                        return EndReason::NothingRuns;
                     }
                 }
                 // A nido that can read it starts another guardian.
                 Err(error) if error.code() == Code::ReadOnly => {
                     tracing::warn!("{error}");
-                    return End::NotOurs;
+                    return EndReason::NotOurs;
                 }
                 Err(error) => {
                     self.note_trouble(&error);
-                    self.look_at_locks();
+                    self.check_locks();
                     if !stay && !self.seen.vms.iter().any(|vm| vm.runs || vm.supervised) {
-                        return End::NothingRuns;
+                        return EndReason::NothingRuns;
                     }
                 }
             }
@@ -191,18 +191,18 @@ impl Guardian {
     }
 
     /// Reads the store, then the locks. Nothing is created, and nothing stays open.
-    fn look(&self) -> Result<Seen> {
+    fn scan(&self) -> Result<HomeScan> {
         let store = Store::open_to_read(&self.home.database())?;
         let (rows, ended) = (store.rows_to_reconcile()?, store.vms_to_restart()?);
         drop(store);
         let now = Timestamp::now().as_millisecond();
-        Ok(Seen { vms: rows.iter().map(|row| self.facts(row, now)).collect(), ended })
+        Ok(HomeScan { vms: rows.iter().map(|row| self.facts(row, now)).collect(), ended })
     }
 
     fn facts(&self, row: &RowFacts, now: i64) -> VmFacts {
         let mut vm = VmFacts {
             id: row.id.clone(),
-            at_rest: row.state.is_some_and(VmState::at_rest),
+            is_inactive: row.state.is_some_and(VmState::is_inactive),
             readable: row.state.is_some(),
             ttl_over: row.expires_ms.is_some_and(|at| at <= now),
             ..VmFacts::default()
@@ -211,11 +211,11 @@ impl Guardian {
         vm
     }
 
-    /// Looks at what was seen last once more: the store cannot be read.
-    fn look_at_locks(&mut self) {
+    /// Checks the VMs of the last scan again: the store cannot be read.
+    fn check_locks(&mut self) {
         let mut vms = std::mem::take(&mut self.seen.vms);
         vms.iter_mut().for_each(|vm| self.read_locks(vm));
-        self.seen = Seen { vms, ended: Vec::new() };
+        self.seen = HomeScan { vms, ended: Vec::new() };
     }
 
     fn read_locks(&self, vm: &mut VmFacts) {
@@ -236,18 +236,18 @@ impl Guardian {
         self.trouble = Some(trouble);
     }
 
-    async fn act(&self, act: &Act) -> Result<()> {
+    async fn act(&self, act: &GuardianAction) -> Result<()> {
         match act {
-            Act::Supervise(id) => self.supervise(id),
-            Act::KillQemu(id) => {
+            GuardianAction::Supervise(id) => self.supervise(id),
+            GuardianAction::KillQemu(id) => {
                 tracing::error!("VM {id} does not stop at the end of its time to live; killing its QEMU");
                 vm_processes::kill_lock_holders(&self.file(id, VM_LOCK), KILL_TIMEOUT);
                 Ok(())
             }
             // Both need the store.
-            Act::RecordEnd(_) | Act::Warn(_) if self.trouble.is_some() => Ok(()),
-            Act::RecordEnd(id) => self.open()?.repair_vm(id, Scope::Open).await,
-            Act::Warn(id) => self.open()?.warn_of_supervisors(id),
+            GuardianAction::RecordEnd(_) | GuardianAction::Warn(_) if self.trouble.is_some() => Ok(()),
+            GuardianAction::RecordEnd(id) => self.open()?.repair_vm(id, Scope::Open).await,
+            GuardianAction::Warn(id) => self.open()?.warn_of_supervisors(id),
         }
     }
 
@@ -258,7 +258,7 @@ impl Guardian {
     fn supervise(&self, id: &str) -> Result<()> {
         let lock = self.file(id, SUPERVISOR_LOCK);
         // Never created: its directory may just be being removed.
-        let held = Held::try_take_existing(&lock).map_err(|e| Error::io("cannot lock the VM", e))?;
+        let held = HeldLock::try_take_existing(&lock).map_err(|e| Error::io("cannot lock the VM", e))?;
         let Some(held) = held.filter(|_| is_held(&self.file(id, VM_LOCK))) else { return Ok(()) };
         tracing::info!("VM {id} lost its supervisor; starting another");
         start_supervisor_unawaited(&self.options, &self.home, id, held)
@@ -267,8 +267,8 @@ impl Guardian {
     /// Sleeps until the next look, or until a supervisor has ended.
     async fn pause(&self) {
         let count = u32::try_from(self.seen.vms.len()).unwrap_or(u32::MAX);
-        let step = LOCKS_INTERVAL_PER_VM.saturating_mul(count).clamp(LOCKS_INTERVAL_MIN, LOOK_INTERVAL);
-        let deadline = Instant::now() + LOOK_INTERVAL;
+        let step = LOCKS_INTERVAL_PER_VM.saturating_mul(count).clamp(LOCKS_INTERVAL_MIN, SCAN_INTERVAL);
+        let deadline = Instant::now() + SCAN_INTERVAL;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -12,7 +12,7 @@ impl Nido {
     /// # Errors
     /// Of the store.
     pub fn answer_begin(&self, caller: &str, key: &str, request: &str) -> Result<KeyState> {
-        let (run, present) = (self.presence()?, self.home().present());
+        let (run, present) = (self.liveness_lock()?, self.home().present());
         self.store().begin_answer((caller, key), request, &run, |run| is_gone(&present, run))
     }
 

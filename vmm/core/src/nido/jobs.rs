@@ -14,14 +14,14 @@ use std::time::Duration;
 use nido_api::error::{Code, Error, Result};
 use nido_api::sanitize::head;
 use nido_api::{JOB_RESULT_MAX, Job, JobList, JobOutcome, JobProgress, JobRequest, OPERATION_RESULTS_MAX, Viewer};
-use nido_engine::liveness::{Presence, is_gone};
+use nido_engine::liveness::{LivenessLock, is_gone};
 use nido_files::random;
 use serde_json::Value;
 
 use super::Nido;
 
 /// How often the process that carries a job out checks whether its cancellation was requested.
-const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// The longest word about how far a job has come, in bytes.
 const STAGE_MAX: usize = 200;
 
@@ -31,13 +31,13 @@ impl Nido {
     /// # Errors
     /// `limit_exceeded` if too many are running.
     pub fn job_begin(&self, request: &JobRequest) -> Result<Job> {
-        self.settle_jobs()?;
-        let holder = self.presence()?;
+        self.reconcile_jobs()?;
+        let holder = self.liveness_lock()?;
         let id = format!("job_{}", random::id()?);
         self.store().insert_job(&id, request, &holder)
     }
 
-    /// Says how far it has come. Each time the store is written to: some times a second is enough.
+    /// Records its progress. Each time the store is written to: some times a second is enough.
     ///
     /// # Errors
     /// Of the store.
@@ -47,7 +47,7 @@ impl Nido {
         self.store().progress_job(id, &JobProgress { stage, percent })
     }
 
-    /// Says how it ended. Of what has ended already nothing changes.
+    /// Records how it ended. Of what has ended already nothing changes.
     ///
     /// # Errors
     /// `limit_exceeded` if its result is longer than [`JOB_RESULT_MAX`]; the job has failed with that then.
@@ -82,7 +82,7 @@ impl Nido {
         progress: impl Fn() -> Option<JobProgress>,
     ) {
         let mut work = std::pin::pin!(work);
-        let mut look = tokio::time::interval(LOOK_INTERVAL);
+        let mut look = tokio::time::interval(POLL_INTERVAL);
         let mut recorded = None;
         let outcome = loop {
             tokio::select! {
@@ -111,7 +111,7 @@ impl Nido {
     /// # Errors
     /// `job_not_found`.
     pub fn job_get(&self, id: &str, viewer: Viewer<'_>) -> Result<Job> {
-        self.settle_jobs()?;
+        self.reconcile_jobs()?;
         self.store().job(id, viewer)
     }
 
@@ -120,7 +120,7 @@ impl Nido {
     /// # Errors
     /// Of the store.
     pub fn jobs(&self, viewer: Viewer<'_>) -> Result<JobList> {
-        self.settle_jobs()?;
+        self.reconcile_jobs()?;
         Ok(JobList { jobs: self.store().jobs(viewer)? })
     }
 
@@ -129,7 +129,7 @@ impl Nido {
     /// # Errors
     /// `job_not_found`.
     pub fn job_cancel(&self, id: &str, viewer: Viewer<'_>) -> Result<Job> {
-        self.settle_jobs()?;
+        self.reconcile_jobs()?;
         let job = self.store().cancel_job(id, viewer)?;
         // Those that this process carries out need not wait until they are looked at.
         self.job_cancelled.notify_waiters();
@@ -152,8 +152,8 @@ impl Nido {
         self.store().is_job_cancelled(id)
     }
 
-    /// Writes down which jobs are lost.
-    fn settle_jobs(&self) -> Result<()> {
+    /// Records which jobs are lost.
+    fn reconcile_jobs(&self) -> Result<()> {
         let holders = self.store().job_holders()?;
         let directory = self.home().present();
         for holder in holders.iter().filter(|holder| is_gone(&directory, holder)) {
@@ -163,13 +163,13 @@ impl Nido {
     }
 
     /// What this process is known by, for as long as it lives.
-    pub(super) fn presence(&self) -> Result<String> {
-        let mut presence = self.presence.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(there) = &*presence {
+    pub(super) fn liveness_lock(&self) -> Result<String> {
+        let mut liveness_lock = self.liveness_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(there) = &*liveness_lock {
             return Ok(there.id().to_owned());
         }
-        let begun = Presence::begin(&self.home().present())?;
-        Ok(presence.insert(begun).id().to_owned())
+        let begun = LivenessLock::begin(&self.home().present())?;
+        Ok(liveness_lock.insert(begun).id().to_owned())
     }
 }
 
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_is_lost_with_whoever_carried_it_out_and_what_it_did_stays() {
+    fn a_job_is_lost_with_its_process_and_its_effects_stay() {
         let dir = tempfile::tempdir().unwrap();
         let (server, other) = (open(&dir), open(&dir));
         let (ended, running) = (server.job_begin(&request()).unwrap(), server.job_begin(&request()).unwrap());
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_job_is_one_once_its_holder_says_so() {
+    fn a_job_is_cancelled_when_its_process_confirms_it() {
         let dir = tempfile::tempdir().unwrap();
         let nido = open(&dir);
         let id = nido.job_begin(&request()).unwrap().id;
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_is_not_kept() {
+    fn oversized_results_are_not_stored() {
         let dir = tempfile::tempdir().unwrap();
         let nido = open(&dir);
         let id = nido.job_begin(&request()).unwrap().id;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  server:      lease_open (a lock, held) --- VMs made with its id --- lease_end, dropped, or killed
-//!  supervisor:  looks every second whether the lock is held; if not, it ends and removes its VM
+//!  supervisor:  checks every second whether the lock is held; if not, it ends and removes its VM
 //!  command:     reconciliation starts a supervisor that checks it, or deletes a stopped VM
 //! ```
 //!
@@ -13,7 +13,7 @@
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::{LeaseId, Limit, VmSpec};
-use nido_engine::liveness::{Presence, is_gone};
+use nido_engine::liveness::{LivenessLock, is_gone};
 use nido_store::Transition;
 
 use super::Nido;
@@ -22,7 +22,7 @@ use super::Nido;
 #[derive(Debug)]
 pub struct Lease {
     id: LeaseId,
-    _presence: Presence,
+    _presence: LivenessLock,
 }
 
 impl Lease {
@@ -39,9 +39,9 @@ impl Nido {
     /// # Errors
     /// `disk_full`, `internal`.
     pub fn lease_open(&self) -> Result<Lease> {
-        let presence = Presence::begin(&self.home().present())?;
-        let id = presence.id().to_owned().try_into()?;
-        Ok(Lease { id, _presence: presence })
+        let liveness_lock = LivenessLock::begin(&self.home().present())?;
+        let id = liveness_lock.id().to_owned().try_into()?;
+        Ok(Lease { id, _presence: liveness_lock })
     }
 
     /// Ends a lease, and destroys its VMs now. All are tried; the first error is the answer.

@@ -4,24 +4,24 @@ use std::time::{Duration, Instant};
 
 use jiff::SignedDuration;
 use nido_api::error::{Code, Error, Result};
-use nido_api::state::{Admission, Request as Act, VmState, admit};
+use nido_api::state::{Admission, Request as StateRequest, VmState, admit};
 use nido_api::{Grant, PathChoice, STOP_MAX_MS, StartRequest, StartStage, StopRequest, VmInfo, VmRef, VmSpec, moment};
 use nido_engine::home::{SUPERVISOR_LOCK, VM_LOCK};
 use nido_engine::machine::{self, GUEST_CIDS, Machine, MachineRequest, Transport};
-use nido_files::lock::{Held, is_held};
+use nido_files::lock::{HeldLock, is_held};
 use nido_files::random;
-use nido_store::{BootParts, Launching, Origin, Purpose, Transition, Transitioned, VmRow};
+use nido_store::{BootParts, LaunchRecord, Origin, Purpose, Transition, TransitionOutcome, VmRow};
 use nido_supervisor::context::write_guest_config;
 use nido_supervisor::control::Request;
 
 use super::Nido;
-use super::begun::BegunVm;
 use super::create::{boot_parts, disk_bytes, machine_request, make_disk};
 use super::denied::denied;
-use super::restart_policy::Starter;
+use super::restart_policy::StartOrigin;
+use super::vm_in_progress::VmInProgress;
 
 /// How long a start waits for another process that holds the VM's lock.
-pub(super) const LET_GO: Duration = Duration::from_secs(5);
+pub(super) const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Nido {
     /// Makes a VM and starts it. If this fails, the VM is gone again. An operation that may be dropped half-way uses
@@ -36,7 +36,7 @@ impl Nido {
         grant: &Grant,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
-        self.spawn_tracked(spec, start, grant, &BegunVm::default(), progress).await
+        self.spawn_tracked(spec, start, grant, &VmInProgress::default(), progress).await
     }
 
     /// The same; `begun` holds which VM was begun, so that [`Nido::undo`] removes it if the future is dropped.
@@ -48,7 +48,7 @@ impl Nido {
         spec: VmSpec,
         start: StartRequest,
         grant: &Grant,
-        begun: &BegunVm,
+        begun: &VmInProgress,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
@@ -109,27 +109,27 @@ impl Nido {
         start: StartRequest,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
-        self.start_for(vm.into(), start, Starter::User, progress).await
+        self.start_for(vm.into(), start, StartOrigin::User, progress).await
     }
 
     pub(super) async fn start_for(
         &self,
         vm: VmRef<'_>,
         start: StartRequest,
-        starter: Starter,
+        starter: StartOrigin,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         let asked_at = Instant::now();
         let name = vm.name;
         let row = self.resolve(vm)?;
-        match admit(row.state, Act::Start) {
+        match admit(row.state, StateRequest::Start) {
             Admission::AlreadySo => return self.await_start(&row, start, progress).await,
             Admission::Denied(why) => return Err(denied(&row, "started", why)),
             Admission::Do => {}
         }
         progress(StartStage::Preparing);
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
-        let held = Held::take(&lock, Instant::now() + LET_GO).await.map_err(|e| match e.kind() {
+        let held = HeldLock::take(&lock, Instant::now() + LOCK_TIMEOUT).await.map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound if self.files_are_gone(&row.id) => self.files_lost(&row, "started"),
             _ => Error::io("cannot lock the VM", e),
         })?;
@@ -145,7 +145,7 @@ impl Nido {
             let row = self.reconcile_vm(&row).await?.ok_or_else(|| super::gone_meanwhile(name))?;
             return self.await_start(&row, start, progress).await;
         }
-        if !matches!(admit(row.state, Act::Start), Admission::Do) {
+        if !matches!(admit(row.state, StateRequest::Start), Admission::Do) {
             return Err(Error::new(Code::VmBusy, format!("VM '{name}' changed meanwhile; it is {}", row.state.word())));
         }
         self.count_start(&row, starter)?;
@@ -161,12 +161,12 @@ impl Nido {
     /// Records that a start has begun. The caller holds the VM's lock.
     pub(super) fn begin_start(&self, row: &VmRow) -> Result<()> {
         match self.store().transition(&row.id, &Transition::StartBegan)? {
-            Transitioned::Yes => Ok(()),
-            Transitioned::No(state) => {
+            TransitionOutcome::Yes => Ok(()),
+            TransitionOutcome::No(state) => {
                 let words = format!("VM '{}' changed meanwhile; it is {}", row.spec.name, state.word());
                 Err(Error::new(Code::VmBusy, words))
             }
-            Transitioned::Gone => Err(super::gone_meanwhile(&row.spec.name)),
+            TransitionOutcome::Gone => Err(super::gone_meanwhile(&row.spec.name)),
         }
     }
 
@@ -180,7 +180,13 @@ impl Nido {
     }
 
     /// Decides on the machine, writes it down and hands the VM to a new supervisor.
-    pub(crate) async fn launch(&self, row: &VmRow, held: Held, start: StartRequest, asked_at: Instant) -> Result<()> {
+    pub(crate) async fn launch(
+        &self,
+        row: &VmRow,
+        held: HeldLock,
+        start: StartRequest,
+        asked_at: Instant,
+    ) -> Result<()> {
         Box::pin(self.launch_from(row, held, start, asked_at, None)).await
     }
 
@@ -188,7 +194,7 @@ impl Nido {
     pub(super) async fn launch_from(
         &self,
         row: &VmRow,
-        held: Held,
+        held: HeldLock,
         start: StartRequest,
         asked_at: Instant,
         from: Option<Origin>,
@@ -226,7 +232,7 @@ impl Nido {
             if origin == Origin::Boot && row.purpose != Purpose::Bake {
                 boot_parts = Box::pin(self.with_own_agent(boot_parts)).await?;
             }
-            let launching = Transition::Launching(Box::new(Launching {
+            let launching = Transition::Launching(Box::new(LaunchRecord {
                 cid: matches!(machine.transport, Transport::Vsock { .. }).then_some(cid),
                 machine: machine.clone(),
                 started_at,
@@ -238,8 +244,10 @@ impl Nido {
                 // Another VM has this vsock address: take another.
                 Err(e) if e.code() == Code::VmBusy && tries < 8 => tries += 1,
                 Err(e) => return Err(e),
-                Ok(Transitioned::Yes) => break (machine, boot_parts, origin),
-                Ok(Transitioned::No(_) | Transitioned::Gone) => return Err(super::gone_meanwhile(&row.spec.name)),
+                Ok(TransitionOutcome::Yes) => break (machine, boot_parts, origin),
+                Ok(TransitionOutcome::No(_) | TransitionOutcome::Gone) => {
+                    return Err(super::gone_meanwhile(&row.spec.name));
+                }
             }
         };
         nido_files::failpoint!("start.machine");
@@ -265,7 +273,7 @@ impl Nido {
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         if start.wait {
-            self.ask_with_stages(row, &Request::Ready, progress).await?;
+            self.request_with_stages(row, &Request::Ready, progress).await?;
         }
         nido_files::failpoint!("start.ready");
         self.describe_current(row)
@@ -276,7 +284,7 @@ impl Nido {
         Ok(self.describe(&self.current(now.unwrap_or_else(|| row.clone()))))
     }
 
-    /// Stops a VM. The answer about an ephemeral VM is the last that is heard of it.
+    /// Stops a VM. The result for an ephemeral VM is the last information about it.
     ///
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `spec_invalid` if it may take too long, `timeout` if even the plug could not be pulled.
@@ -287,20 +295,20 @@ impl Nido {
                 .hint("use force for a guest that takes longer"));
         }
         let row = self.resolve(vm)?;
-        if matches!(admit(row.state, Act::Stop), Admission::Do) {
+        if matches!(admit(row.state, StateRequest::Stop), Admission::Do) {
             return self.stop_row(&row, stop).await;
         }
         self.keep_stopped(&row, stop).await
     }
 
     pub(super) async fn stop_row(&self, row: &VmRow, stop: StopRequest) -> Result<VmInfo> {
-        match self.ask(row, &Request::Stop(stop.into())).await {
-            // It ended by itself before it could be asked: how, its row says.
-            Err(e) if self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest()) => return Err(e),
+        match self.request(row, &Request::Stop(stop.into())).await {
+            // It ended by itself before the request: its row states how.
+            Err(e) if self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.is_inactive()) => return Err(e),
             Ok(_) | Err(_) => {}
         }
         let mut info = self.describe_current(row)?;
-        if !info.status.at_rest() {
+        if !info.status.is_inactive() {
             info.status = VmState::Stopped;
         }
         Ok(info)
@@ -337,7 +345,7 @@ impl Nido {
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `vm_not_running`.
     pub async fn pause(&self, vm: impl Into<VmRef<'_>>) -> Result<VmInfo> {
-        self.pause_or_resume(vm.into(), Act::Pause, "paused", &Request::Pause).await
+        self.pause_or_resume(vm.into(), StateRequest::Pause, "paused", &Request::Pause).await
     }
 
     /// Resumes the CPUs.
@@ -345,16 +353,16 @@ impl Nido {
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `vm_not_running`.
     pub async fn resume(&self, vm: impl Into<VmRef<'_>>) -> Result<VmInfo> {
-        self.pause_or_resume(vm.into(), Act::Resume, "resumed", &Request::Resume).await
+        self.pause_or_resume(vm.into(), StateRequest::Resume, "resumed", &Request::Resume).await
     }
 
-    async fn pause_or_resume(&self, vm: VmRef<'_>, act: Act, done: &str, request: &Request) -> Result<VmInfo> {
+    async fn pause_or_resume(&self, vm: VmRef<'_>, act: StateRequest, done: &str, request: &Request) -> Result<VmInfo> {
         let row = self.current(self.resolve(vm)?);
         match admit(row.state, act) {
             Admission::Denied(why) => return Err(denied(&row, done, why)),
             Admission::AlreadySo => {}
             Admission::Do => {
-                self.ask(&row, request).await?;
+                self.request(&row, request).await?;
                 nido_files::failpoint!("pause.done");
             }
         }

@@ -1,4 +1,4 @@
-//! Telling about VMs. Nothing here touches a socket but the question for how long a VM has been idle.
+//! Lists and describes VMs. Nothing here touches a socket but the question for how long a VM has been idle.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use nido_api::error::Result;
 use nido_api::name::{SnapshotName, TemplateName, VmName};
-use nido_api::state::{Admission, Request as Act, StateCause, VmState, admit};
+use nido_api::state::{Admission, Request as StateRequest, StateCause, VmState, admit};
 use nido_api::{ForwardSpec, Limits, VmInfo, VmList, VmPage, VmQuery, VmRef, VmSpec, moment};
 use nido_store::{Purpose, VmRow};
 use nido_supervisor::control::{Reply, Request};
@@ -46,7 +46,7 @@ pub enum Intent<'a> {
 impl Nido {
     /// The row with what its supervisor could not write into it yet.
     pub(crate) fn current(&self, row: VmRow) -> VmRow {
-        if row.state.at_rest() {
+        if row.state.is_inactive() {
             return row;
         }
         match lagging(&self.vm_dir(&row.id), &row) {
@@ -73,7 +73,9 @@ impl Nido {
     /// When a VM ends because it is idle, if no client uses it until then.
     async fn idle_at(&self, row: &VmRow) -> Option<Timestamp> {
         let (Some(idle_ms), VmState::Running) = (row.spec.idle_ms, row.state) else { return None };
-        let Ok(Reply::Status { idle_ms: Some(quiet_ms) }) = self.ask(row, &Request::Status).await else { return None };
+        let Ok(Reply::Status { idle_ms: Some(quiet_ms) }) = self.request(row, &Request::Status).await else {
+            return None;
+        };
         let left = i64::try_from(idle_ms.saturating_sub(quiet_ms)).unwrap_or(i64::MAX);
         moment::now().checked_add(SignedDuration::from_millis(left)).ok()
     }
@@ -137,7 +139,7 @@ impl Nido {
             Intent::Delete { force } => super::delete::check(&row, *force),
             Intent::Restore { snapshot } => super::snapshots::check(&row, &self.vm_dir(&row.id), snapshot),
             Intent::Fork { copies, limits } => self.check_fork(&row, copies, limits),
-            Intent::UseAgent => match admit(row.state, Act::UseAgent) {
+            Intent::UseAgent => match admit(row.state, StateRequest::UseAgent) {
                 Admission::Denied(why) => Err(denied(&row, "used", why)),
                 Admission::Do | Admission::AlreadySo => Ok(()),
             },
@@ -204,7 +206,7 @@ impl Nido {
     }
 }
 
-/// What the state does not say: why the VM is paused or stopped, or why its row cannot be read.
+/// What the state does not include: why the VM is paused or stopped, or why its row cannot be read.
 fn status_detail(row: &VmRow) -> Option<String> {
     let unreadable = row.unreadable.as_ref().map(|why| format!("its row in the store cannot be read: {why}"));
     let cause = row.cause.filter(|cause| *cause != StateCause::User);

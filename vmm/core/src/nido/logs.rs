@@ -17,7 +17,7 @@ use super::Nido;
 /// Bytes given at once.
 const PIECE: usize = 64 * 1024;
 /// How often a followed log is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 impl Nido {
     /// Reads a log: its rotated part, then the rest, then what comes while the VM is looked after.
@@ -50,7 +50,7 @@ impl Nido {
         if let Some(lines) = request.tail_lines {
             tail(&mut past, lines).map_err(broken)?;
         }
-        let follow = request.follow.then_some(Follow { path, alive, position, inode: 0 });
+        let follow = request.follow.then_some(LogFollower { path, alive, position, inode: 0 });
         Ok(LogStream { past, follow })
     }
 }
@@ -85,7 +85,7 @@ impl Part {
         Ok(Self { file, at: 0, end })
     }
 
-    /// The next piece; empty at the end, and where the file was cut short meanwhile.
+    /// The next piece; empty at the end, and where the file was truncated meanwhile.
     fn read(&mut self) -> std::io::Result<Vec<u8>> {
         let room = usize::try_from(self.end - self.at).unwrap_or(PIECE).min(PIECE);
         let mut piece = vec![0; room];
@@ -136,11 +136,11 @@ fn tail(parts: &mut VecDeque<Part>, lines: usize) -> std::io::Result<()> {
 #[derive(Debug)]
 pub struct LogStream {
     past: VecDeque<Part>,
-    follow: Option<Follow>,
+    follow: Option<LogFollower>,
 }
 
 #[derive(Debug)]
-struct Follow {
+struct LogFollower {
     path: PathBuf,
     alive: PathBuf,
     position: u64,
@@ -164,17 +164,17 @@ impl LogStream {
             match follow.read() {
                 Ok(piece) if !piece.is_empty() => return Some(Ok(piece)),
                 Ok(_) if over => return None,
-                Ok(_) => tokio::time::sleep(LOOK_EVERY).await,
+                Ok(_) => tokio::time::sleep(POLL_INTERVAL).await,
                 // The VM is gone, its log with it.
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound && over => return None,
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => tokio::time::sleep(LOOK_EVERY).await,
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => tokio::time::sleep(POLL_INTERVAL).await,
                 Err(e) => return Some(Err(Error::io("cannot read the log", e))),
             }
         }
     }
 }
 
-impl Follow {
+impl LogFollower {
     fn read(&mut self) -> std::io::Result<Vec<u8>> {
         let mut file = File::open(&self.path)?;
         let meta = file.metadata()?;

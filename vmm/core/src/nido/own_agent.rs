@@ -1,7 +1,7 @@
 //! A VM boots with the guest agent of this nido: its initramfs is composed of its template's base and the agent
 //! inside this program. So a VM outlives changes of the protocol between nido and its agent, and its disk stays reachable.
 //!
-//! Guests that are loaded from saved memory have the agent that they were saved with; `wire::OLDEST` is the oldest supported version.
+//! Guests that are loaded from saved memory have the agent that they were saved with; `wire::VERSION_OLDEST` is the oldest supported version.
 
 use nido_api::error::{Error, Result};
 use nido_images::{AGENT, agent_sha256, compose_initramfs};

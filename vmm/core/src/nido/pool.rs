@@ -19,7 +19,7 @@ use nido_api::{Grant, POOL_MAX, PathChoice, PoolInfo, PoolKind, PoolList, PoolRe
 use nido_engine::bake::{choose, qemu_id, shape};
 use nido_engine::host::{HostFacts, QemuFacts};
 use nido_engine::machine;
-use nido_files::lock::{Held, is_held};
+use nido_files::lock::{HeldLock, is_held};
 use nido_files::random;
 use nido_store::{Origin, PoolRow, Purpose, VmRow};
 use nido_supervisor::control::Request;
@@ -28,15 +28,15 @@ use super::create::machine_request;
 use super::{Nido, OpenOptions as NidoOptions};
 
 /// How many clones are made at the same time.
-const AT_ONCE: usize = 2;
+const CONCURRENT_CLONES_MAX: usize = 2;
 /// How many clones in a row may fail before the filler gives up.
 const FAILURES_MAX: u32 = 2;
 /// How long the filler waits after a failure.
 const BACK_OFF: Duration = Duration::from_secs(1);
 /// How long a filler waits for the client that has just taken a clone, and for its first command.
-const OTHERS_FIRST: Duration = Duration::from_millis(100);
-/// How long a filler may take to let go of the pools.
-const LET_GO: Duration = Duration::from_secs(60);
+const CLIENT_PRIORITY_DELAY: Duration = Duration::from_millis(100);
+/// How long a filler may take to release the pools.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Nido {
     /// Sets how many clones of a template wait, for one kind of machine. They are made in the background; what is too much
@@ -65,8 +65,8 @@ impl Nido {
         }
         if !self.pool_plan().await?.remove.is_empty() {
             let path = self.home().pool_lock();
-            let deadline = Instant::now() + LET_GO;
-            let held = Held::take(&path, deadline).await.map_err(|e| Error::io("cannot lock the pools", e))?;
+            let deadline = Instant::now() + LOCK_TIMEOUT;
+            let held = HeldLock::take(&path, deadline).await.map_err(|e| Error::io("cannot lock the pools", e))?;
             // A filler that cannot be waited for removes them itself.
             if held.is_some() {
                 let plan = self.pool_plan().await?;
@@ -82,7 +82,7 @@ impl Nido {
     /// Waits until the clones that have ended are deleted, with their files, by their supervisors or by this process.
     async fn await_ended_clones(&self) {
         let rows = self.store().vms().unwrap_or_default();
-        for clone in rows.iter().filter(|row| row.purpose == Purpose::Pool && row.state.at_rest()) {
+        for clone in rows.iter().filter(|row| row.purpose == Purpose::Pool && row.state.is_inactive()) {
             if let Err(error) = self.delete_row(clone, true).await {
                 tracing::info!("clone {} is not deleted yet: {error}", clone.spec.name);
             }
@@ -116,9 +116,9 @@ impl Nido {
     pub async fn pool_fill(options: NidoOptions) -> Result<()> {
         let nido = Self::open(options).await?;
         let path = nido.home().pool_lock();
-        tokio::time::sleep(OTHERS_FIRST).await;
+        tokio::time::sleep(CLIENT_PRIORITY_DELAY).await;
         loop {
-            let Some(held) = Held::try_take(&path).map_err(|e| Error::io("cannot lock the pools", e))? else {
+            let Some(held) = HeldLock::try_take(&path).map_err(|e| Error::io("cannot lock the pools", e))? else {
                 return Ok(());
             };
             let filled = nido.fill().await;
@@ -141,7 +141,7 @@ impl Nido {
     }
 
     /// Has clones replaced that a change of a template made useless.
-    pub(super) fn renew_pools(&self) {
+    pub(super) fn refresh_pools(&self) {
         if self.store().pools().is_ok_and(|pools| !pools.is_empty()) {
             self.start_filler();
         }
@@ -166,7 +166,7 @@ impl Nido {
             }
             nido_files::failpoint!("pool.planned");
             self.remove_clones(&plan.remove).await?;
-            plan.start.truncate(AT_ONCE);
+            plan.start.truncate(CONCURRENT_CLONES_MAX);
             for made in join_all(plan.start.into_iter().map(|pool| self.make_clone(pool))).await {
                 match made {
                     Ok(()) => failures = 0,
@@ -193,7 +193,7 @@ impl Nido {
         let made = match Box::pin(self.launch(&row, held, start, asked_at)).await {
             Ok(()) => {
                 nido_files::failpoint!("pool.launched");
-                self.ask(&row, &Request::Ready).await.map(drop)
+                self.request(&row, &Request::Ready).await.map(drop)
             }
             Err(error) => Err(error),
         };

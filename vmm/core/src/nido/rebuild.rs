@@ -23,17 +23,17 @@ use nido_engine::host::daemon::raise_open_files;
 use nido_engine::host::vm_processes::{FileUser, kill_lock_holders, kill_user, users_of};
 use nido_files::atomic_file::{Durability, rename_synced};
 use nido_files::layout::DATABASE;
-use nido_files::lock::{Held, is_held};
-use nido_store::{Health, Salvaged, Store, health};
+use nido_files::lock::{HeldLock, is_held};
+use nido_store::{Health, SalvageReport, Store, health};
 use nido_supervisor::context::open_home;
 use serde::Serialize;
 
 use super::{Nido, OpenOptions};
 
 /// Tables whose rows are taken from a backup where the store itself does not have them any more.
-const FROM_BACKUPS: [&str; 4] = ["tokens", "webhooks", "audit_heads", "pools"];
+const BACKUP_TABLES: [&str; 4] = ["tokens", "webhooks", "audit_heads", "pools"];
 /// Tables whose rows count only as they were last.
-const FROM_THE_STORE: [&str; 7] = ["events", "announced", "vms", "forwards", "part_owners", "restarts", "deliveries"];
+const STORE_TABLES: [&str; 7] = ["events", "announced", "vms", "forwards", "part_owners", "restarts", "deliveries"];
 /// Verbs of background processes: killed at any moment, each is replaced by another that continues its work.
 const BACKGROUND: [&str; 4] = ["supervise", "watch", "deliver", "pool-fill"];
 /// How long a process that was killed may take to end, and a lock to be released.
@@ -41,7 +41,7 @@ const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a rebuild has done.
 #[derive(Debug, Default, Serialize)]
-pub struct Rebuilt {
+pub struct RebuildReport {
     /// Why there is a new store. Absent: the store is sound and knows every VM, and nothing was changed.
     pub reason: Option<String>,
     /// Where the file that was replaced is kept.
@@ -93,9 +93,9 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_busy` if a process uses the home that cannot be ended without a loss, `path_not_found` without a home, those of the disk.
-    pub async fn rebuild(options: OpenOptions) -> Result<Rebuilt> {
+    pub async fn rebuild(options: OpenOptions) -> Result<RebuildReport> {
         let home = open_home(&options)?.ok_or_else(|| Error::new(Code::PathNotFound, "there is no home to rebuild"))?;
-        let lock = Held::try_take(&home.rebuild_lock()).map_err(|e| Error::io("cannot lock the rebuild", e))?;
+        let lock = HeldLock::try_take(&home.rebuild_lock()).map_err(|e| Error::io("cannot lock the rebuild", e))?;
         let Some(_only_one) = lock else {
             return Err(Error::new(Code::VmBusy, "another process is rebuilding this home"));
         };
@@ -106,7 +106,7 @@ impl Nido {
     }
 
     /// The store is sound: what it does not know gets a row, and nothing else changes.
-    async fn adopt_all(options: OpenOptions) -> Result<Rebuilt> {
+    async fn adopt_all(options: OpenOptions) -> Result<RebuildReport> {
         let nido = Self::open(options).await?;
         let adoption = nido.adopt_unknown_vms().await?;
         let vm = |(name, before): (nido_api::name::VmName, Option<nido_api::name::VmName>)| RestoredVm {
@@ -115,19 +115,19 @@ impl Nido {
             renamed_from: before.map(|before| before.to_string()),
         };
         let skipped = adoption.skipped.into_iter().map(|(id, reason)| SkippedDirectory { id, reason });
-        Ok(Rebuilt {
+        Ok(RebuildReport {
             vms: adoption.adopted.into_iter().map(vm).collect(),
             skipped: skipped.collect(),
-            ..Rebuilt::default()
+            ..RebuildReport::default()
         })
     }
 
-    async fn rebuild_store(options: OpenOptions, home: &Home, reason: String) -> Result<Rebuilt> {
+    async fn rebuild_store(options: OpenOptions, home: &Home, reason: String) -> Result<RebuildReport> {
         raise_open_files();
         let directories = vm_directories(home)?;
         end_background_processes(home, &directories).await?;
         let held = lock_vms(home, &directories).await?;
-        let mut done = Rebuilt { reason: Some(reason), ..Rebuilt::default() };
+        let mut done = RebuildReport { reason: Some(reason), ..RebuildReport::default() };
         let temporary = remove_temporary(home)?;
         let store = Store::open(&temporary)?;
         take_rows(&store, home, &mut done)?;
@@ -199,7 +199,7 @@ async fn end_background_processes(home: &Home, ids: &[String]) -> Result<()> {
         .hint(Hint::host("stop servers first")))
 }
 
-/// Whether it is a process of nido that may be killed at any moment: its first argument that is no global option is its verb.
+/// Whether it is a process of nido that may be killed at any moment: its first argument that is not a global option is its verb.
 fn is_background(user: &FileUser) -> bool {
     let mut words = user.command.iter().skip(1);
     while let Some(word) = words.next() {
@@ -217,12 +217,12 @@ fn shown(user: &FileUser) -> String {
 }
 
 /// Locks every VM: no command starts, changes or deletes one meanwhile.
-async fn lock_vms(home: &Home, ids: &[String]) -> Result<Vec<Held>> {
+async fn lock_vms(home: &Home, ids: &[String]) -> Result<Vec<HeldLock>> {
     let mut all = Vec::new();
     for id in ids {
         let lock = home.vm(id).file(SUPERVISOR_LOCK);
         let held =
-            Held::take(&lock, Instant::now() + END_TIMEOUT).await.map_err(|e| Error::io("cannot lock a VM", e))?;
+            HeldLock::take(&lock, Instant::now() + END_TIMEOUT).await.map_err(|e| Error::io("cannot lock a VM", e))?;
         let busy = || Error::new(Code::VmBusy, format!("a process works on the VM in vms/{id}"));
         all.push(
             held.ok_or_else(|| {
@@ -233,7 +233,7 @@ async fn lock_vms(home: &Home, ids: &[String]) -> Result<Vec<Held>> {
     Ok(all)
 }
 
-/// What a rebuild that was killed has left.
+/// The temporary file of a rebuild that was killed.
 fn remove_temporary(home: &Home) -> Result<PathBuf> {
     let temporary = home.rebuilt_database();
     for file in with_logs(&temporary) {
@@ -245,7 +245,7 @@ fn remove_temporary(home: &Home) -> Result<PathBuf> {
     Ok(temporary)
 }
 
-/// A database, and the files that SQLite lays beside it.
+/// A database, and the files that SQLite creates next to it.
 fn with_logs(database: &Path) -> [PathBuf; 3] {
     ["", "-wal", "-shm"].map(|ending| {
         let mut path = database.as_os_str().to_owned();
@@ -255,14 +255,14 @@ fn with_logs(database: &Path) -> [PathBuf; 3] {
 }
 
 /// Takes over what can be read of the store, and of its backups what it has not.
-fn take_rows(store: &Store, home: &Home, done: &mut Rebuilt) -> Result<()> {
-    let tables: Vec<_> = FROM_BACKUPS.into_iter().chain(FROM_THE_STORE).collect();
+fn take_rows(store: &Store, home: &Home, done: &mut RebuildReport) -> Result<()> {
+    let tables: Vec<_> = BACKUP_TABLES.into_iter().chain(STORE_TABLES).collect();
     let first = store.salvage(&home.database(), &tables)?;
-    // A table of a store that was emptied is complete, and says nothing.
+    // A table of a store that was emptied is complete, and has no data.
     let is_empty = !first.iter().any(|table| table.rows > 0);
     note(&first, DATABASE, done);
     let missing = |table: &&str| first.iter().any(|one| one.table == **table && (!one.is_complete || is_empty));
-    let mut missing: Vec<&str> = FROM_BACKUPS.into_iter().filter(|table| missing(table)).collect();
+    let mut missing: Vec<&str> = BACKUP_TABLES.into_iter().filter(|table| missing(table)).collect();
     for backup in home.database_backups() {
         if missing.is_empty() || !backup.exists() {
             continue;
@@ -287,8 +287,8 @@ fn take_rows(store: &Store, home: &Home, done: &mut Rebuilt) -> Result<()> {
     Ok(())
 }
 
-fn note(found: &[Salvaged], from: &str, done: &mut Rebuilt) {
-    let shown = |table: &&Salvaged| {
+fn note(found: &[SalvageReport], from: &str, done: &mut RebuildReport) {
+    let shown = |table: &&SalvageReport| {
         table.rows > 0 && !matches!(&*table.table, "vms" | "forwards" | "part_owners" | "restarts" | "announced")
     };
     let rows = found.iter().filter(shown).map(|table| RestoredRows {

@@ -11,7 +11,7 @@ use nido_api::name::VmName;
 use nido_api::restart::{Restart, decide, worked};
 use nido_api::{StartRequest, StartStage, StopRequest, VmInfo, VmRef};
 use nido_engine::home::SUPERVISOR_LOCK;
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_store::{RestartFacts, VmRow};
 
 use super::Nido;
@@ -19,10 +19,10 @@ use super::Nido;
 /// How long a stop waits for a process that works on the VM.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Who starts a VM.
+/// What starts a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Starter {
-    /// A user: restarts are counted anew.
+pub(super) enum StartOrigin {
+    /// A user: the restart count begins again.
     User,
     /// Its restart policy, after so many restarts in a row that did not work.
     Policy {
@@ -44,7 +44,7 @@ impl Nido {
         Ok(rows.filter(|row| ids.contains(&row.id)).map(|row| row.spec.name).collect())
     }
 
-    /// Starts a VM because its restart policy says so, after so many restarts in a row that did not work: for the guardian.
+    /// Starts a VM because its restart policy requires it, after so many restarts in a row that did not work: for the guardian.
     ///
     /// # Errors
     /// Those of [`Nido::start`]; `vm_busy` if a user keeps it stopped.
@@ -54,7 +54,7 @@ impl Nido {
             return Ok(());
         }
         let Some(row) = self.store().vm_by_id(id)?.filter(|row| row.unreadable.is_none()) else { return Ok(()) };
-        let starter = Starter::Policy { in_row: in_row.saturating_add(1) };
+        let starter = StartOrigin::Policy { in_row: in_row.saturating_add(1) };
         let start = StartRequest { wait: false, ..StartRequest::default() };
         let vm = VmRef { name: &row.spec.name, id: Some(&row.id) };
         self.start_for(vm, start, starter, &mut |_| {}).await.map(drop)
@@ -70,16 +70,16 @@ impl Nido {
         start: StartRequest,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
-        self.start_for(name.into(), start, Starter::Policy { in_row: 1 }, progress).await
+        self.start_for(name.into(), start, StartOrigin::Policy { in_row: 1 }, progress).await
     }
 
     /// Counts a start. The caller holds the VM's lock.
-    pub(super) fn count_start(&self, row: &VmRow, starter: Starter) -> Result<()> {
+    pub(super) fn count_start(&self, row: &VmRow, starter: StartOrigin) -> Result<()> {
         match starter {
             _ if row.spec.restart.is_no() => Ok(()),
-            Starter::User => self.store().allow_restarts(&row.id),
-            Starter::Policy { in_row } if self.store().count_restart(&row.id, in_row)? => Ok(()),
-            Starter::Policy { .. } => {
+            StartOrigin::User => self.store().allow_restarts(&row.id),
+            StartOrigin::Policy { in_row } if self.store().count_restart(&row.id, in_row)? => Ok(()),
+            StartOrigin::Policy { .. } => {
                 Err(Error::new(Code::VmBusy, format!("VM '{}' was stopped by a user meanwhile", row.spec.name)))
             }
         }
@@ -87,16 +87,16 @@ impl Nido {
 
     /// A user stops a VM that does not run: it may wait for its restart.
     pub(super) async fn keep_stopped(&self, row: &VmRow, stop: StopRequest) -> Result<VmInfo> {
-        if row.spec.restart.is_no() || !row.state.at_rest() {
+        if row.spec.restart.is_no() || !row.state.is_inactive() {
             return Ok(self.describe(row));
         }
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
         // Without its directory it cannot be started anyway.
-        let held = Held::take(&lock, Instant::now() + LOCK_TIMEOUT).await.ok().flatten();
+        let held = HeldLock::take(&lock, Instant::now() + LOCK_TIMEOUT).await.ok().flatten();
         let now = self.store().vm_by_id(&row.id)?;
         match now {
             // Its restart was quicker.
-            Some(now) if !now.state.at_rest() => {
+            Some(now) if !now.state.is_inactive() => {
                 drop(held);
                 self.stop_row(&now, stop).await
             }

@@ -7,13 +7,13 @@ use nido_api::error::Result;
 use nido_api::{Grant, StartRequest, StartStage, VmInfo, VmSpec};
 
 use super::Nido;
-use super::begun::BegunVm;
+use super::vm_in_progress::VmInProgress;
 
 /// How long the VM of a run outlives a caller that was killed, in milliseconds.
 pub const RUN_IDLE_MS: u64 = 60_000;
 
 impl Nido {
-    /// Makes a VM as `spec` says and as `run` needs it, does `work` with it, and deletes it, also if `work` fails. `begun` holds which
+    /// Creates a VM from `spec` for `run`, does `work` with it, and deletes it, also if `work` fails. `begun` holds which
     /// VM that is, from the moment it exists.
     ///
     /// # Errors
@@ -22,7 +22,7 @@ impl Nido {
         &self,
         (spec, start): (VmSpec, StartRequest),
         grant: &Grant,
-        begun: &BegunVm,
+        begun: &VmInProgress,
         progress: &mut (dyn FnMut(StartStage) + Send),
         work: impl FnOnce(VmInfo) -> W + Send,
     ) -> Result<T>

@@ -1,4 +1,4 @@
-//! Snapshots, seen from the API: of a running VM its supervisor takes them, of one at rest this process.
+//! Snapshots, as the API has them: the supervisor takes those of a running VM, this process those of a stopped one.
 
 use std::time::Instant;
 
@@ -7,14 +7,14 @@ use nido_api::name::SnapshotName;
 use nido_api::state::VmState;
 use nido_api::{RestoreRequest, SnapshotInfo, SnapshotList, StartRequest, StartStage, VmInfo, VmRef};
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VmDir};
-use nido_engine::snapshot::{self, DiskCopy, PreviousDisk, Record, Unfinished};
-use nido_files::lock::Held;
+use nido_engine::snapshot::{self, DiskCopy, PendingSnapshot, PreviousDisk, Record};
+use nido_files::lock::HeldLock;
 use nido_store::{Origin, Transition, VmRow};
 use nido_supervisor::control::Request;
 
 use super::Nido;
 use super::denied::denied;
-use super::lifecycle::LET_GO;
+use super::lifecycle::LOCK_TIMEOUT;
 
 /// Whether a VM may be what it was in a snapshot.
 pub(super) fn check(row: &VmRow, dir: &VmDir, name: &SnapshotName) -> Result<()> {
@@ -22,7 +22,7 @@ pub(super) fn check(row: &VmRow, dir: &VmDir, name: &SnapshotName) -> Result<()>
 }
 
 impl Nido {
-    /// Takes a snapshot: of a running VM memory, devices and disk, of one at rest the disk.
+    /// Takes a snapshot: of a running VM memory, devices and disk, of a stopped one the disk.
     ///
     /// # Errors
     /// `vm_not_found`, `snapshot_exists`, `vm_busy`, `vm_not_running` if it never ran, `agent_unreachable`, `disk_full`.
@@ -33,17 +33,17 @@ impl Nido {
         let dir = self.vm_dir(&row.id);
         match row.state {
             VmState::Starting | VmState::Running | VmState::Paused => {
-                self.ask(&row, &Request::Ready).await?;
-                self.ask(&row, &Request::Snapshot { name: name.clone(), into: None }).await?;
+                self.request(&row, &Request::Ready).await?;
+                self.request(&row, &Request::Snapshot { name: name.clone(), into: None }).await?;
             }
             VmState::Stopping => return Err(denied(&row, "snapshotted", "it is being stopped")),
             VmState::Unknown => return Err(denied(&row, "snapshotted", "its row in the store cannot be read")),
             VmState::Created | VmState::Stopped | VmState::Failed => {
-                let (_held, row) = self.hold_at_rest(&row).await?;
+                let (_held, row) = self.lock_stopped(&row).await?;
                 if !dir.file(DISK).exists() {
                     return Err(denied(&row, "snapshotted", "it has never been started"));
                 }
-                let unfinished = Unfinished::begin(&dir, &dir, name)?;
+                let unfinished = PendingSnapshot::begin(&dir, &dir, name)?;
                 nido_files::failpoint!("snapshot.begun");
                 unfinished.copy_disk(&dir)?;
                 unfinished.publish(&Record::now(None))?;
@@ -86,7 +86,7 @@ impl Nido {
 
     /// Makes a VM what it was. One that runs is ended for it, once the snapshot's disk lies beside its own; what it has done since
     /// is lost. If the start fails, it has the disk from before. Of a snapshot with memory the VM
-    /// goes on where it was, with the time, the random numbers and the token of now.
+    /// resumes where it was, with new time, random numbers and token.
     ///
     /// # Errors
     /// `vm_not_found`, `vm_replaced`, `snapshot_not_found`, `template_mismatch` if this host cannot load it, `spec_invalid` for an
@@ -112,11 +112,11 @@ impl Nido {
         // While it still runs: what fails here costs nothing.
         let copy = copy_of(&dir, name).await?;
         nido_files::failpoint!("restore.copied");
-        if !row.state.at_rest() {
+        if !row.state.is_inactive() {
             self.stop_to_restore(&row).await?;
         }
         nido_files::failpoint!("restore.stopped");
-        let (held, row) = self.hold_at_rest(&row).await?;
+        let (held, row) = self.lock_stopped(&row).await?;
         let previous = copy.put_in_place()?;
         nido_files::failpoint!("restore.placed");
         let restored = match saved {
@@ -135,9 +135,9 @@ impl Nido {
         restored
     }
 
-    /// Writes down that a VM's disk is that of a snapshot.
+    /// Records that a VM's disk is that of a snapshot.
     fn restored_disk(&self, row: &VmRow, name: &SnapshotName) -> Result<VmInfo> {
-        let restored = Transition::DiskRestored { snapshot: name.clone(), to: state_at_rest(row) };
+        let restored = Transition::DiskRestored { snapshot: name.clone(), to: stopped_state(row) };
         self.store().transition(&row.id, &restored)?.log(&row.id, "the restored disk");
         self.describe_current(row)
     }
@@ -146,14 +146,14 @@ impl Nido {
     async fn start_restored(
         &self,
         row: &VmRow,
-        held: Held,
+        held: HeldLock,
         start: StartRequest,
         (origin, asked_at): (Origin, Instant),
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<VmInfo> {
         self.begin_start(row)?;
         if let Err(error) = Box::pin(self.launch_from(row, held, start, asked_at, Some(origin))).await {
-            self.give_up_start(row, state_at_rest(row));
+            self.give_up_start(row, stopped_state(row));
             return Err(error);
         }
         self.await_start(row, start, progress).await
@@ -163,7 +163,7 @@ impl Nido {
     /// locked, it keeps the snapshot's.
     async fn undo_restore(&self, row: &VmRow, previous: &PreviousDisk) {
         let undone = async {
-            let (_held, _) = self.hold_at_rest(row).await?;
+            let (_held, _) = self.lock_stopped(row).await?;
             previous.put_back()
         };
         if let Err(error) = undone.await {
@@ -173,14 +173,14 @@ impl Nido {
 
     /// Stops a VM that stays, also if it is ephemeral.
     async fn stop_to_restore(&self, row: &VmRow) -> Result<()> {
-        match self.ask(row, &Request::StopKept).await {
+        match self.request(row, &Request::StopKept).await {
             // It may have ended by itself before it could be asked.
-            Err(error) if self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest()) => Err(error),
+            Err(error) if self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.is_inactive()) => Err(error),
             _ => Ok(()),
         }
     }
 
-    async fn check_loadable(&self, row: &VmRow, name: &SnapshotName, saved: &snapshot::Running) -> Result<()> {
+    async fn check_loadable(&self, row: &VmRow, name: &SnapshotName, saved: &snapshot::RunningState) -> Result<()> {
         let (host, qemu) = self.host_facts().await?;
         let request =
             super::create::machine_request(&row.spec, row.disk_bytes, *nido_engine::machine::GUEST_CIDS.start());
@@ -195,12 +195,12 @@ impl Nido {
         )
     }
 
-    /// Locks this very VM at rest, whatever has its name meanwhile.
-    pub(super) async fn hold_at_rest(&self, row: &VmRow) -> Result<(Held, VmRow)> {
+    /// Locks exactly this VM, which must be stopped, even if another one has its name meanwhile.
+    pub(super) async fn lock_stopped(&self, row: &VmRow) -> Result<(HeldLock, VmRow)> {
         let name = &row.spec.name;
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
         let gone = || super::gone_meanwhile(name);
-        let held = Held::take(&lock, Instant::now() + LET_GO).await.map_err(|e| match e.kind() {
+        let held = HeldLock::take(&lock, Instant::now() + LOCK_TIMEOUT).await.map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound if matches!(self.store().vm_by_id(&row.id), Ok(Some(_))) => {
                 self.files_lost(row, "used")
             }
@@ -210,7 +210,7 @@ impl Nido {
         let busy = || Error::new(Code::VmBusy, format!("VM '{name}' is held by another nido process"));
         let held = held.ok_or_else(busy)?;
         let row = self.store().vm_by_id(&row.id)?.ok_or_else(gone)?;
-        if row.state.at_rest() { Ok((held, row)) } else { Err(busy()) }
+        if row.state.is_inactive() { Ok((held, row)) } else { Err(busy()) }
     }
 }
 
@@ -223,6 +223,6 @@ async fn copy_of(dir: &VmDir, name: &SnapshotName) -> Result<DiskCopy> {
 
 /// The state of a VM whose disk was restored. An ephemeral VM that has stopped is one to be removed, by whichever process sees it
 /// first; so it counts as one that was never started.
-fn state_at_rest(row: &VmRow) -> VmState {
+fn stopped_state(row: &VmRow) -> VmState {
     if row.spec.ephemeral { VmState::Created } else { VmState::Stopped }
 }

@@ -12,7 +12,7 @@ impl Nido {
     /// Supervises one VM and returns when it has stopped; at once if it does not run, or has a supervisor.
     ///
     /// # Errors
-    /// Whatever keeps it from supervising. The VM's row says how the VM ended.
+    /// Any failure to supervise. The VM's row states how the VM ended.
     pub async fn supervise(options: OpenOptions, request: SuperviseRequest) -> Result<()> {
         let asked_at =
             Instant::now().checked_sub(Duration::from_secs_f64(request.asked_ms_ago.clamp(0.0, 1e9) / 1000.0));

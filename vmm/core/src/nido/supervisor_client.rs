@@ -1,7 +1,7 @@
 //! Supervisors as a command sees them: starting one, finding the one there is, asking it something.
 //!
 //! A supervisor is this same program, started with the verb `supervise`. Its standard input is the locked
-//! `supervisor.lock` (so the lock is never free in between), its standard output a pipe on which it says one line once
+//! `supervisor.lock` (so the lock is never free in between), its standard output a pipe on which it writes one line once
 //! its sockets are there.
 
 use std::process::Stdio;
@@ -11,7 +11,7 @@ use nido_api::StartStage;
 use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::operation as op;
 use nido_engine::home::{CONTROL_SOCKET, SUPERVISOR_LOCK, SUPERVISOR_LOG, VM_LOCK};
-use nido_files::lock::{Held, is_held};
+use nido_files::lock::{HeldLock, is_held};
 use nido_store::VmRow;
 use nido_supervisor::control::{MAX_LINE, Reply, Request, UNVERSIONED, VERSION, decode_reply, encode};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -22,18 +22,18 @@ use tokio::time::timeout;
 use super::Nido;
 
 /// How long a supervisor may take until it listens.
-const LISTENS_WITHIN: Duration = Duration::from_secs(10);
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the search for a supervisor that answers may take.
-const FOUND_WITHIN: Duration = Duration::from_secs(15);
-/// How long the answer to anything but a stop or a snapshot, or the next sign of life of a start, may take.
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long the reply to any request but a stop or a snapshot, or the next stage of a start, may take.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 /// How much longer than the guest's own time a stop may take: QEMU is asked to quit, and killed.
-const STOP_SLACK: Duration = Duration::from_secs(60);
+const STOP_MARGIN: Duration = Duration::from_secs(60);
 /// How long a snapshot may take: freezing, saving memory, copying and syncing the disk.
-const SNAPSHOT_WITHIN: Duration = Duration::from_secs(3600);
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// How many supervisors of one VM may die over one request before it is given up.
-const ASKED_AGAIN: u32 = 3;
+const REQUEST_ATTEMPTS_MAX: u32 = 3;
 
 /// A start that a supervisor carries out.
 #[derive(Debug, Clone, Copy)]
@@ -46,7 +46,7 @@ pub(super) struct Launch {
 
 impl Nido {
     /// Starts a supervisor and hands it the lock; returns once it listens.
-    pub(super) async fn start_supervisor(&self, id: &str, held: Held, launch: Option<Launch>) -> Result<()> {
+    pub(super) async fn start_supervisor(&self, id: &str, held: HeldLock, launch: Option<Launch>) -> Result<()> {
         let dir = self.vm_dir(id);
         let broken = |e| Error::io("cannot start a supervisor", e);
         let log = nido_supervisor::context::open_log(&dir.file(SUPERVISOR_LOG)).map_err(broken)?;
@@ -69,9 +69,9 @@ impl Nido {
             return Err(Error::internal("a supervisor without standard output"));
         };
         let mut line = String::new();
-        match timeout(LISTENS_WITHIN, BufReader::new(stdout).read_line(&mut line)).await {
+        match timeout(LISTEN_TIMEOUT, BufReader::new(stdout).read_line(&mut line)).await {
             Ok(Ok(n)) if n > 0 => Ok(()),
-            // It ended before it listened: it has nothing to supervise, or its log says why.
+            // It ended before it listened: it has nothing to supervise, or its log has the cause.
             Ok(_) => Err(Error::internal("the VM's supervisor ended at once")
                 .log_tail(nido_engine::logs::log_tail(&dir, &[SUPERVISOR_LOG]))
                 .hint("see the lines above, from its log")),
@@ -80,7 +80,7 @@ impl Nido {
     }
 
     /// Starts a supervisor for a QEMU that lost its own; false if that QEMU has ended meanwhile.
-    pub(super) async fn supervise_again(&self, id: &str, held: Held) -> Result<bool> {
+    pub(super) async fn supervise_again(&self, id: &str, held: HeldLock) -> Result<bool> {
         match self.start_supervisor(id, held, None).await {
             Ok(()) => Ok(true),
             Err(error) if is_held(&self.vm_dir(id).file(VM_LOCK)) => Err(error),
@@ -92,23 +92,23 @@ impl Nido {
     ///
     /// # Errors
     /// `vm_not_running` if there is nothing to supervise any more, `timeout`, and whatever it answers.
-    pub(super) async fn ask(&self, row: &VmRow, request: &Request) -> Result<Reply> {
-        self.ask_with_stages(row, request, &mut |_| {}).await
+    pub(super) async fn request(&self, row: &VmRow, request: &Request) -> Result<Reply> {
+        self.request_with_stages(row, request, &mut |_| {}).await
     }
 
-    pub(super) async fn ask_with_stages(
+    pub(super) async fn request_with_stages(
         &self,
         row: &VmRow,
         request: &Request,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Reply> {
-        for _ in 0..ASKED_AGAIN {
-            if let Some(answer) = self.ask_once(row, request, progress).await? {
+        for _ in 0..REQUEST_ATTEMPTS_MAX {
+            if let Some(answer) = self.request_once(row, request, progress).await? {
                 return Ok(answer);
             }
             // For a supervisor that was killed, the store has the result.
-            let why = self.gone(row).await;
-            let goes_on = self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.at_rest());
+            let why = self.gone_error(row).await;
+            let goes_on = self.store().vm_by_id(&row.id)?.is_some_and(|now| !now.state.is_inactive());
             let may_repeat = !matches!(
                 request,
                 Request::ForwardAdd { .. } | Request::ForwardRemove { .. } | Request::Snapshot { .. }
@@ -118,20 +118,20 @@ impl Nido {
                 return Err(why);
             }
         }
-        Err(self.gone(row).await)
+        Err(self.gone_error(row).await)
     }
 
     /// Asks whichever supervisor there is, in the version of the protocol that it speaks. `None` if it is gone before its reply.
-    async fn ask_once(
+    async fn request_once(
         &self,
         row: &VmRow,
         request: &Request,
         progress: &mut (dyn FnMut(StartStage) + Send),
     ) -> Result<Option<Reply>> {
-        let mut reply = self.ask_in_version(row, request, VERSION, progress).await?;
+        let mut reply = self.request_in_version(row, request, VERSION, progress).await?;
         // One of an older nido has done nothing yet: it may know the request without a version.
         if matches!(reply, Some(Reply::Unsupported { supported: UNVERSIONED, .. })) {
-            reply = self.ask_in_version(row, request, UNVERSIONED, progress).await?;
+            reply = self.request_in_version(row, request, UNVERSIONED, progress).await?;
         }
         match reply {
             Some(Reply::Failed { problem }) => Err(problem.into()),
@@ -141,7 +141,7 @@ impl Nido {
     }
 
     /// The last reply to a request in that version.
-    async fn ask_in_version(
+    async fn request_in_version(
         &self,
         row: &VmRow,
         request: &Request,
@@ -153,7 +153,7 @@ impl Nido {
         if connection.get_mut().write_all(&line).await.is_err() {
             return Ok(None);
         }
-        let limit = answer_within(request);
+        let limit = reply_timeout(request);
         let mut last = None;
         loop {
             match timeout(limit, read_reply(&mut connection)).await.map_err(|_| silent(row))?? {
@@ -178,7 +178,7 @@ impl Nido {
 
     /// A connection to the VM's supervisor.
     pub(super) async fn supervisor(&self, row: &VmRow) -> Result<UnixStream> {
-        let deadline = Instant::now() + FOUND_WITHIN;
+        let deadline = Instant::now() + DISCOVERY_TIMEOUT;
         let dir = self.vm_dir(&row.id);
         let mut pause = Duration::from_millis(1);
         loop {
@@ -187,13 +187,13 @@ impl Nido {
             {
                 return Ok(connection);
             }
-            match Held::try_take_existing(&dir.file(SUPERVISOR_LOCK)) {
+            match HeldLock::try_take_existing(&dir.file(SUPERVISOR_LOCK)) {
                 Ok(Some(held)) if is_held(&dir.file(VM_LOCK)) => drop(self.supervise_again(&row.id, held).await?),
                 Ok(Some(held)) => {
                     drop(held);
-                    return Err(self.gone(row).await);
+                    return Err(self.gone_error(row).await);
                 }
-                Err(_) => return Err(self.gone(row).await),
+                Err(_) => return Err(self.gone_error(row).await),
                 // A supervisor has just started, or is about to end.
                 Ok(None) if Instant::now() < deadline => {
                     tokio::time::sleep(pause).await;
@@ -204,12 +204,12 @@ impl Nido {
         }
     }
 
-    /// There is no supervisor any more: what the store says about how it ended.
-    async fn gone(&self, row: &VmRow) -> Error {
+    /// There is no supervisor any more: how the VM ended according to the store.
+    async fn gone_error(&self, row: &VmRow) -> Error {
         let name = &row.spec.name;
         // The supervisor frees its lock only when it has written everything down.
         let lock = self.vm_dir(&row.id).file(SUPERVISOR_LOCK);
-        let _ = Held::take(&lock, Instant::now() + Duration::from_secs(2)).await;
+        let _ = HeldLock::take(&lock, Instant::now() + Duration::from_secs(2)).await;
         let now = match self.reconcile_vm(row).await {
             Ok(now) => now,
             Err(error) => return error,
@@ -218,7 +218,7 @@ impl Nido {
             Some(now) => match &now.failure {
                 Some(failure) => nido_supervisor::failure_error(name, failure),
                 // Another supervisor has it now.
-                None if !now.state.at_rest() => Error::new(
+                None if !now.state.is_inactive() => Error::new(
                     Code::VmBusy,
                     format!("the supervisor of VM '{name}' was lost meanwhile; the VM keeps running"),
                 )
@@ -231,14 +231,14 @@ impl Nido {
 }
 
 /// How long the supervisor may be silent: what it allows itself, and some more.
-fn answer_within(request: &Request) -> Duration {
+fn reply_timeout(request: &Request) -> Duration {
     match request {
-        Request::StopKept => STOP_SLACK,
-        Request::Stop(stop) if stop.force => STOP_SLACK,
-        Request::Stop(stop) => Duration::from_millis(stop.timeout_ms).saturating_add(STOP_SLACK),
-        Request::Snapshot { .. } => SNAPSHOT_WITHIN,
-        // While it waits for the guest it says so every few seconds.
-        _ => ANSWER_WITHIN,
+        Request::StopKept => STOP_MARGIN,
+        Request::Stop(stop) if stop.force => STOP_MARGIN,
+        Request::Stop(stop) => Duration::from_millis(stop.timeout_ms).saturating_add(STOP_MARGIN),
+        Request::Snapshot { .. } => SNAPSHOT_TIMEOUT,
+        // While it waits for the guest it reports that every few seconds.
+        _ => REPLY_TIMEOUT,
     }
 }
 

@@ -14,18 +14,18 @@ use std::time::{Duration, Instant};
 
 use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::TemplateName;
-use nido_api::{ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult, ImportSource, TravelStep};
-use nido_images::{ExportOptions, ExportOutcome, ImportOptions, TravelProgress, Watch};
+use nido_api::{ExportRequest, ExportResult, ExportTarget, ImportRequest, ImportResult, ImportSource, TransferStep};
+use nido_images::{ExportOptions, ExportOutcome, ImportOptions, TransferProgress, TransferWatch};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 
 use super::Nido;
 use super::templates::{CancelOnDrop, describe};
 
-/// How often work that waits for a pipe looks whether it is to stop.
-const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// How often work that waits for a pipe checks whether it is cancelled.
+const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// Reports come at most this often.
-const REPORT_EVERY: Duration = Duration::from_millis(50);
+const REPORT_INTERVAL: Duration = Duration::from_millis(50);
 /// A pipe that is ready takes so many bytes without blocking.
 const PIPE_BYTES: usize = 4096;
 /// How hard an archive may be compressed.
@@ -41,7 +41,7 @@ impl Nido {
         &self,
         name: &TemplateName,
         request: ExportRequest,
-        progress: &mut (dyn FnMut(TravelStep) + Send),
+        progress: &mut (dyn FnMut(TransferStep) + Send),
     ) -> Result<ExportResult> {
         if !LEVELS.contains(&request.level) {
             return Err(Error::new(Code::SpecInvalid, format!("{} is not a compression level", request.level))
@@ -53,7 +53,7 @@ impl Nido {
             ExportTarget::Stream(_) => None,
         };
         let (home, template) = (self.home().root().to_owned(), name.to_string());
-        let work = move |mut watch: Watch<'_>| export(&home, &template, request, &mut watch);
+        let work = move |mut watch: TransferWatch<'_>| export(&home, &template, request, &mut watch);
         let done = watched(work, progress).await?;
         Ok(ExportResult {
             template: name.clone(),
@@ -73,7 +73,7 @@ impl Nido {
     pub async fn template_import(
         &self,
         request: ImportRequest,
-        progress: &mut (dyn FnMut(TravelStep) + Send),
+        progress: &mut (dyn FnMut(TransferStep) + Send),
     ) -> Result<ImportResult> {
         let began = Instant::now();
         let home = self.home().root().to_owned();
@@ -86,11 +86,11 @@ impl Nido {
         self.remove_orphaned_builds().await;
         let outcome = watched(move |mut watch| import(&home, source, &options, &mut watch), progress).await;
         nido_files::failpoint!("import.published");
-        // What was replaced, and what a failure at the very end may have left.
+        // What was replaced, and what a failure in the last step did not remove.
         self.drop_unowned_parts().await;
         let outcome = outcome?;
         if !outcome.already_present {
-            self.renew_pools();
+            self.refresh_pools();
         }
         let template = describe(&outcome.manifest, &self.template_users()?)?;
         self.store().announce_template(&template.name, &template.created_at.to_string())?;
@@ -103,7 +103,7 @@ impl Nido {
     }
 }
 
-fn export(home: &Path, name: &str, request: ExportRequest, watch: &mut Watch<'_>) -> Result<ExportOutcome> {
+fn export(home: &Path, name: &str, request: ExportRequest, watch: &mut TransferWatch<'_>) -> Result<ExportOutcome> {
     let options = ExportOptions { memory: request.memory, level: request.level };
     let done = match request.target {
         ExportTarget::Path(path) => nido_images::write_file_whole(&path, request.overwrite, |file| {
@@ -121,7 +121,7 @@ fn import(
     home: &Path,
     source: ImportSource,
     options: &ImportOptions,
-    watch: &mut Watch<'_>,
+    watch: &mut TransferWatch<'_>,
 ) -> Result<nido_images::ImportOutcome> {
     let file = match source {
         ImportSource::Path(path) => open(&path)?,
@@ -150,15 +150,15 @@ fn open(path: &Path) -> Result<File> {
 
 /// Runs blocking work that reports how far it is, and asks it to stop if this future is dropped.
 async fn watched<T: Send + 'static>(
-    work: impl FnOnce(Watch<'_>) -> Result<T> + Send + 'static,
-    progress: &mut (dyn FnMut(TravelStep) + Send),
+    work: impl FnOnce(TransferWatch<'_>) -> Result<T> + Send + 'static,
+    progress: &mut (dyn FnMut(TransferStep) + Send),
 ) -> Result<T> {
     let cancel = CancelOnDrop(Arc::default());
     let flag = Arc::clone(&cancel.0);
     let (steps, mut step) = mpsc::unbounded_channel();
     let work = tokio::task::spawn_blocking(move || {
         let mut tell = throttled(move |now| drop(steps.send(now)));
-        work(Watch { progress: &mut tell, cancel: &flag })
+        work(TransferWatch { progress: &mut tell, cancel: &flag })
     });
     while let Some(now) = step.recv().await {
         progress(travel_step(&now));
@@ -167,18 +167,18 @@ async fn watched<T: Send + 'static>(
 }
 
 /// Passes on every new stage, and otherwise at most some twenty reports a second.
-fn throttled(tell: impl Fn(TravelProgress)) -> impl FnMut(TravelProgress) {
+fn throttled(tell: impl Fn(TransferProgress)) -> impl FnMut(TransferProgress) {
     let mut last: Option<(Instant, usize)> = None;
     move |now| {
-        if last.is_none_or(|(at, index)| index != now.index || at.elapsed() >= REPORT_EVERY) {
+        if last.is_none_or(|(at, index)| index != now.index || at.elapsed() >= REPORT_INTERVAL) {
             last = Some((Instant::now(), now.index));
             tell(now);
         }
     }
 }
 
-fn travel_step(now: &TravelProgress) -> TravelStep {
-    TravelStep {
+fn travel_step(now: &TransferProgress) -> TransferStep {
+    TransferStep {
         stage: now.stage.to_owned(),
         index: u32::try_from(now.index).unwrap_or(u32::MAX),
         total: u32::try_from(now.total).unwrap_or(u32::MAX),
@@ -211,7 +211,7 @@ impl<'a> Stream<'a> {
             if self.cancel.load(Ordering::Relaxed) {
                 return Err(io::Error::other("a stop was requested"));
             }
-            match poll(&mut [PollFd::from_borrowed_fd(self.file.as_fd(), wanted)], Some(&LOOK)) {
+            match poll(&mut [PollFd::from_borrowed_fd(self.file.as_fd(), wanted)], Some(&POLL_INTERVAL)) {
                 Ok(0) | Err(rustix::io::Errno::INTR) => {}
                 Ok(_) => return Ok(()),
                 Err(error) => return Err(error.into()),
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_that_says_nothing_does_not_hold_up_the_end() {
+    fn a_silent_pipe_does_not_delay_the_end() {
         let (reader, writer) = pipe();
         let cancel = AtomicBool::new(false);
         let mut stream = Stream::new(reader, &cancel);
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_that_nobody_reads_does_not_hold_up_the_end() {
+    fn an_unread_pipe_does_not_delay_the_end() {
         let (_reader, writer) = pipe();
         let cancel = AtomicBool::new(false);
         let mut stream = Stream::new(writer, &cancel);
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_in_comes_out() {
+    fn a_copy_through_a_pipe_is_unchanged() {
         let (reader, writer) = pipe();
         let cancel = AtomicBool::new(false);
         let (mut to, mut from) = (Stream::new(writer, &cancel), Stream::new(reader, &cancel));

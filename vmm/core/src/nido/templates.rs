@@ -67,10 +67,10 @@ impl Nido {
         for template in templates {
             self.store().announce_template(&template.name, &template.created_at.to_string())?;
         }
-        // Whoever deleted it was killed before that was said.
+        // The process that deleted it was killed before the event was written.
         let there = |name: &TemplateName| templates.iter().any(|template| template.name == *name);
         for gone in announced.iter().filter(|name| all_readable && !there(name)) {
-            self.store().forget_template(gone)?;
+            self.store().record_template_deleted(gone)?;
         }
         Ok(list)
     }
@@ -113,7 +113,7 @@ impl Nido {
             already_built &= self.default_bakes(name, progress).await?;
         }
         if !already_built {
-            self.renew_pools();
+            self.refresh_pools();
         }
         let template = self.template_info(name)?;
         self.store().announce_template(name, &template.created_at.to_string())?;
@@ -121,7 +121,7 @@ impl Nido {
         Ok(BuildResult { template, already_built, duration_ms })
     }
 
-    /// Bakes a fresh template for the machine that a VM has if nothing is said about it, with and without a network. True if
+    /// Bakes a fresh template for the machine that a VM has by default, with and without a network. True if
     /// nothing had to be done.
     async fn default_bakes(&self, name: &TemplateName, progress: &mut (dyn FnMut(BuildStep) + Send)) -> Result<bool> {
         let mut nothing_done = true;
@@ -139,7 +139,7 @@ impl Nido {
     }
 
     /// Makes a template of a VM: its disk as it is, everything else as in the template it was made from; then bakes it. A
-    /// running VM stands still for a moment and runs on.
+    /// running VM is paused for a moment and resumed.
     ///
     /// # Errors
     /// `vm_not_found`, `template_exists`, `template_mismatch` if the VM's own template has changed since, those of a
@@ -182,10 +182,10 @@ impl Nido {
         let (vm, dir) = (&row.spec.name, self.vm_dir(&row.id));
         let lower = std::iter::once(&row.parts.root).chain(row.parts.frozen.iter().map(|frozen| &frozen.sha256));
         let mut files: Vec<_> = lower.map(|hash| self.home().blob(hash)).collect();
-        // Of a VM that runs a copy is taken: a snapshot aside, which goes again.
+        // A running VM is copied by a hidden snapshot, which is removed again.
         let mut held = None;
-        let copy = if row.state.at_rest() {
-            held = Some(self.hold_at_rest(row).await?);
+        let copy = if row.state.is_inactive() {
+            held = Some(self.lock_stopped(row).await?);
             let disk = dir.file(nido_engine::home::DISK);
             if !disk.exists() {
                 let words =
@@ -196,7 +196,7 @@ impl Nido {
             files.push(disk);
             None
         } else {
-            let aside = self.snapshot_aside(row).await?;
+            let aside = self.take_hidden_snapshot(row).await?;
             files.push(
                 nido_engine::snapshot::dir(&self.vm_dir(&aside.row.id), &aside.name).join(nido_engine::home::DISK),
             );
@@ -244,7 +244,7 @@ impl Nido {
         let gone = name.clone();
         self.with_images(move |images| images.delete(gone.as_str())).await?;
         nido_files::failpoint!("template.deleted");
-        self.store().forget_template(name)?;
+        self.store().record_template_deleted(name)?;
         drop(lock);
         self.drop_unowned_parts().await;
         Ok(())
@@ -258,7 +258,7 @@ impl Nido {
     }
 }
 
-/// Tells work to end when the future that waits for it is dropped.
+/// Cancels work when the future that waits for it is dropped.
 pub(super) struct CancelOnDrop(pub(super) Arc<AtomicBool>);
 
 impl Drop for CancelOnDrop {

@@ -83,7 +83,7 @@ impl Nido {
         if bool::from(same) && !expired { Ok(row.info) } else { Err(unknown()) }
     }
 
-    /// Whether the token of that id, which was checked before, is still good: for what lasts.
+    /// Whether the token of that id, which was checked before, is still valid: for long-running responses.
     ///
     /// # Errors
     /// `unauthorized` if it was revoked or has expired meanwhile; those of the store.
@@ -99,10 +99,10 @@ impl Nido {
 mod tests {
     use super::*;
     use crate::nido::OpenOptions;
-    use nido_api::{Door, Limits, Scope};
+    use nido_api::{Limits, Scope, TokenAudience};
 
     #[test]
-    fn a_token_is_good_until_it_ends_or_is_revoked() {
+    fn a_token_is_valid_until_it_expires_or_is_revoked() {
         let dir = tempfile::tempdir().unwrap();
         let home = dir.path().join("home");
         let nido = Nido::open_unreconciled(OpenOptions { home: Some(home), ..OpenOptions::default() }).unwrap();
@@ -117,14 +117,14 @@ mod tests {
         assert_eq!(nido.token_check(&made.token).unwrap().id, made.info.id);
         assert_eq!(nido.token_create(&request).unwrap_err().code(), Code::TokenExists);
         let limits = Limits { max_vms: Some(2), publish: Some(vec![]), ..Limits::default() };
-        let narrow = TokenRequest { name: "agents".into(), only: Some(Door::Mcp), limits, ..request.clone() };
+        let narrow = TokenRequest { name: "agents".into(), only: Some(TokenAudience::Mcp), limits, ..request.clone() };
         let narrow = nido.token_create(&narrow).unwrap();
         let checked = nido.token_check(&narrow.token).unwrap();
-        assert_eq!((checked.only, checked.limits.max_vms), (Some(Door::Mcp), Some(2)));
+        assert_eq!((checked.only, checked.limits.max_vms), (Some(TokenAudience::Mcp), Some(2)));
         assert_eq!(checked.limits.publish, Some(vec![]), "none is not any");
         let list = nido.token_list().unwrap().tokens;
-        assert_eq!(list.iter().map(|token| token.only).collect::<Vec<_>>(), [Some(Door::Mcp), None]);
-        assert_eq!(nido.token_revoke("agents").unwrap().only, Some(Door::Mcp));
+        assert_eq!(list.iter().map(|token| token.only).collect::<Vec<_>>(), [Some(TokenAudience::Mcp), None]);
+        assert_eq!(nido.token_revoke("agents").unwrap().only, Some(TokenAudience::Mcp));
         let flipped = if made.token.ends_with('0') { "1" } else { "0" };
         let forged = format!("{}{flipped}", &made.token[..made.token.len() - 1]);
         for bad in ["", "nido_", "nido__", &forged, &made.token[5..], &made.info.id] {

@@ -15,7 +15,7 @@ use super::Nido;
 use crate::webhook::{Sender, Verdict, resolve, target};
 
 /// How long the addresses of a new endpoint's name are waited for.
-const NAME_WITHIN: Duration = Duration::from_secs(5);
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Nido {
     /// Adds an endpoint, which gets every later event that it selects.
@@ -26,8 +26,8 @@ impl Nido {
         let WebhookRequest { url, mut events, secret, format, allow_private } = request;
         let url = target::parse(&url, allow_private)?;
         if let Some(host) = url.host_str().filter(|host| target::literal(host).is_none()) {
-            // To say so at once. A name that cannot be resolved now may be later; and every attempt checks again.
-            if let Ok(Err(error)) = tokio::time::timeout(NAME_WITHIN, resolve(host, allow_private)).await
+            // To report it immediately. A name that cannot be resolved now may be later; and every attempt checks again.
+            if let Ok(Err(error)) = tokio::time::timeout(RESOLVE_TIMEOUT, resolve(host, allow_private)).await
                 && error.code() == Code::WebhookInvalid
             {
                 return Err(error);

@@ -13,12 +13,12 @@ use std::str::FromStr;
 
 use nido_api::error::{Code, Error, Result};
 use nido_api::operation;
-pub use nido_api::operation::When;
+pub use nido_api::operation::ConfirmationScope;
 use serde::{Deserialize, Serialize};
 
 /// Which calls a person confirms first.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "Written", into = "Written")]
+#[serde(try_from = "TextValue", into = "TextValue")]
 pub enum Confirm {
     /// What destroys, and what reaches into a VM that another caller has made.
     #[default]
@@ -35,7 +35,7 @@ pub struct Question {
     /// The tool.
     pub tool: String,
     /// Which of its calls.
-    pub when: When,
+    pub when: ConfirmationScope,
 }
 
 /// What is known of a call.
@@ -52,12 +52,12 @@ pub struct Facts<'a> {
 }
 
 /// Whether a condition applies to a call.
-const fn applies(when: When, facts: &Facts<'_>) -> bool {
+const fn applies(when: ConfirmationScope, facts: &Facts<'_>) -> bool {
     match when {
-        When::Any => true,
-        When::Foreign => facts.foreign,
-        When::Ephemeral => facts.ephemeral,
-        When::Overwrite => facts.overwrites,
+        ConfirmationScope::Any => true,
+        ConfirmationScope::Foreign => facts.foreign,
+        ConfirmationScope::Ephemeral => facts.ephemeral,
+        ConfirmationScope::Overwrite => facts.overwrites,
     }
 }
 
@@ -70,7 +70,7 @@ impl Confirm {
 
     /// Whether a call is asked about.
     #[must_use]
-    pub fn asks(&self, facts: &Facts<'_>) -> bool {
+    pub fn requires_confirmation(&self, facts: &Facts<'_>) -> bool {
         self.conditions(facts.tool).any(|when| applies(when, facts))
     }
 
@@ -80,7 +80,7 @@ impl Confirm {
         these.iter().map(|question| question.tool.as_str())
     }
 
-    fn conditions(&self, tool: &str) -> impl Iterator<Item = When> {
+    fn conditions(&self, tool: &str) -> impl Iterator<Item = ConfirmationScope> {
         let usual = operation::find(tool).filter(|_| *self == Self::Always);
         let usual = usual.map_or(&[][..], |operation| operation.confirmed).iter().copied();
         let these: &[Question] = if let Self::These(these) = self { these } else { &[] };
@@ -91,33 +91,33 @@ impl Confirm {
 /// Whether a call is among those that are asked about by default.
 #[must_use]
 pub fn is_usual(facts: &Facts<'_>) -> bool {
-    Confirm::Always.asks(facts)
+    Confirm::Always.requires_confirmation(facts)
 }
 
 /// As it is written.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
-enum Written {
+enum TextValue {
     Word(String),
     List(Vec<String>),
 }
 
-impl TryFrom<Written> for Confirm {
+impl TryFrom<TextValue> for Confirm {
     type Error = Error;
 
-    fn try_from(written: Written) -> Result<Self> {
+    fn try_from(written: TextValue) -> Result<Self> {
         match written {
-            Written::Word(word) => match word.as_str() {
+            TextValue::Word(word) => match word.as_str() {
                 "always" => Ok(Self::Always),
                 "never" => Ok(Self::Never),
                 _ => Err(wrong(format!("'{}' is not `always`, `never` or a list of tools", word.escape_debug()))),
             },
-            Written::List(list) => list.iter().map(|item| item.parse()).collect::<Result<_>>().map(Self::These),
+            TextValue::List(list) => list.iter().map(|item| item.parse()).collect::<Result<_>>().map(Self::These),
         }
     }
 }
 
-impl From<Confirm> for Written {
+impl From<Confirm> for TextValue {
     fn from(confirm: Confirm) -> Self {
         match confirm {
             Confirm::Always => Self::Word("always".into()),
@@ -133,8 +133,8 @@ impl FromStr for Confirm {
 
     fn from_str(text: &str) -> Result<Self> {
         match text {
-            "always" | "never" => Written::Word(text.into()).try_into(),
-            list => Written::List(list.split(',').map(str::to_owned).collect()).try_into(),
+            "always" | "never" => TextValue::Word(text.into()).try_into(),
+            list => TextValue::List(list.split(',').map(str::to_owned).collect()).try_into(),
         }
     }
 }
@@ -144,9 +144,9 @@ impl FromStr for Question {
 
     fn from_str(text: &str) -> Result<Self> {
         let (tool, when) = match text.split_once('@') {
-            None => (text, When::Any),
+            None => (text, ConfirmationScope::Any),
             Some((tool, word)) => {
-                let known = When::CONDITIONS.into_iter().find(|known| known.word() == Some(word));
+                let known = ConfirmationScope::CONDITIONS.into_iter().find(|known| known.word() == Some(word));
                 let known = known.ok_or_else(|| {
                     wrong(format!("'{}' is not `foreign`, `ephemeral` or `overwrite`", word.escape_debug()))
                 })?;
@@ -182,36 +182,58 @@ mod tests {
 
     const OWN: Facts<'_> = Facts { tool: "vm_exec", foreign: false, ephemeral: true, overwrites: false };
 
-    // Commands in a VM that somebody else had made, and files over those of the host, could not be put behind a question at all.
+    // Commands in a VM that another caller had created, and files over those of the host, could not require confirmation at all.
     #[test]
-    fn any_tool_can_be_asked_about_and_by_default_what_reaches_into_others_vms_is() {
-        let asks = |confirm: &str, facts: Facts<'_>| confirm.parse::<Confirm>().unwrap().asks(&facts);
+    fn any_tool_can_require_confirmation_and_access_to_others_vms_does_by_default() {
+        let requires_confirmation =
+            |confirm: &str, facts: Facts<'_>| confirm.parse::<Confirm>().unwrap().requires_confirmation(&facts);
         let foreign = Facts { foreign: true, ..OWN };
-        assert_eq!([asks("always", OWN), asks("always", foreign), asks("never", foreign)], [false, true, false]);
         assert_eq!(
-            [asks("vm_exec", OWN), asks("vm_exec@foreign", OWN), asks("vm_exec@foreign", foreign)],
+            [
+                requires_confirmation("always", OWN),
+                requires_confirmation("always", foreign),
+                requires_confirmation("never", foreign)
+            ],
+            [false, true, false]
+        );
+        assert_eq!(
+            [
+                requires_confirmation("vm_exec", OWN),
+                requires_confirmation("vm_exec@foreign", OWN),
+                requires_confirmation("vm_exec@foreign", foreign)
+            ],
             [true, false, true]
         );
         let spawn = Facts { tool: "vm_spawn", ..OWN };
-        assert_eq!([asks("always", spawn), asks("vm_delete,vm_spawn", spawn)], [false, true]);
+        assert_eq!(
+            [requires_confirmation("always", spawn), requires_confirmation("vm_delete,vm_spawn", spawn)],
+            [false, true]
+        );
         let delete = Facts { tool: "vm_delete", ..OWN };
-        assert_eq!([asks("always", delete), asks("vm_exec", delete)], [true, false], "a list is exactly that");
+        assert_eq!(
+            [requires_confirmation("always", delete), requires_confirmation("vm_exec", delete)],
+            [true, false],
+            "a list is exactly that"
+        );
         let write = Facts { tool: "vm_download", overwrites: true, ..OWN };
-        assert!(asks("always", write) && !asks("always", Facts { overwrites: false, ..write }));
+        assert!(
+            requires_confirmation("always", write)
+                && !requires_confirmation("always", Facts { overwrites: false, ..write })
+        );
     }
 
     #[test]
-    fn what_is_asked_about_by_default_is_in_the_registry() {
+    fn default_confirmations_are_in_the_registry() {
         let of = |tool: &str| Confirm::Always.conditions(tool).collect::<Vec<_>>();
         for (tool, when) in [
-            ("vm_delete", When::Any),
-            ("vm_restore", When::Any),
-            ("vm_stop", When::Ephemeral),
-            ("vm_exec", When::Foreign),
-            ("vm_upload", When::Foreign),
-            ("vm_ports", When::Foreign),
-            ("vm_fork", When::Foreign),
-            ("vm_download", When::Overwrite),
+            ("vm_delete", ConfirmationScope::Any),
+            ("vm_restore", ConfirmationScope::Any),
+            ("vm_stop", ConfirmationScope::Ephemeral),
+            ("vm_exec", ConfirmationScope::Foreign),
+            ("vm_upload", ConfirmationScope::Foreign),
+            ("vm_ports", ConfirmationScope::Foreign),
+            ("vm_fork", ConfirmationScope::Foreign),
+            ("vm_download", ConfirmationScope::Overwrite),
         ] {
             assert_eq!(of(tool), [when], "{tool}");
         }
@@ -220,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_list_of_tools_is_refused() {
+    fn invalid_tool_lists_are_refused() {
         for wrong in ["", "always,never!", "vm_exec@", "vm_exec@mine", "VM_EXEC", "vm_exec,,vm_stop", "yes@foreign@x"] {
             assert_eq!(wrong.parse::<Confirm>().unwrap_err().code(), Code::SpecInvalid, "{wrong}");
         }

@@ -1,7 +1,7 @@
-//! Commands that obviously destroy a guest: refused unless a policy says otherwise. Pure.
+//! Commands that obviously destroy a guest: refused unless a policy allows them. Pure.
 //!
 //! This is not a boundary. It prevents a model's mistakes, and spellings that are not listed pass: a hostile program reaches the
-//! same with any interpreter. The boundary is the VM; what may be run at all is said by a list of allowed commands.
+//! same with any interpreter. The boundary is the VM; a list of allowed commands defines what may be run.
 
 use super::Denial;
 
@@ -206,7 +206,7 @@ mod tests {
 
     // The specification shows `rm -rf /` as denied, reason dangerous_command; it was run.
     #[test]
-    fn what_obviously_destroys_a_guest_is_refused_in_its_spellings() {
+    fn destructive_commands_are_refused_in_their_spellings() {
         for line in [
             "rm -rf /",
             "rm -rf --no-preserve-root / 2>/dev/null; echo $?",
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_ordinary_is_not() {
+    fn ordinary_commands_are_allowed() {
         for line in [
             "rm -rf /tmp/x /srv/build",
             "rm -rf ./*",

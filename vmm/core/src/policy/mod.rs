@@ -2,7 +2,7 @@
 //! reading the file. Its format: `docs/policy.md`.
 //!
 //! ```text
-//!  [vm.NAME] says something about commands?  else [template.NAME]?  else [[allow]]?  else every command is allowed
+//!  [vm.NAME] has rules for commands?  else [template.NAME]?  else [[allow]]?  else every command is allowed
 //! ```
 //!
 //! Invariant: a list that is active allows what one of its rules allows in full, and nothing else. The few commands that are refused without
@@ -20,15 +20,15 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use confirm::{Confirm, Facts, Question, When, is_usual};
+pub use confirm::{Confirm, ConfirmationScope, Facts, Question, is_usual};
 pub use dangerous::DANGEROUS_COMMAND;
 use nido_api::error::{Code, Error, Hint, Result};
 use nido_api::name::{TemplateName, VmName};
 use nido_api::sanitize::head;
 use nido_api::{ExecRequest, Limits};
-pub use rule::{Arg, Piece, Program, Rule, Variable};
+pub use rule::{Arg, ArgumentPart, Program, Rule, Variable};
 
-use self::rule::Miss;
+use self::rule::Mismatch;
 
 /// The word in the audit log for a command that no rule allows.
 pub const NOT_IN_ALLOWLIST: &str = "not_in_allowlist";
@@ -155,7 +155,7 @@ pub fn decide(policy: &Policy, vm: &VmName, template: &TemplateName, command: &C
     let Some(program) = command.argv.first() else {
         return denied("a login shell is not in the list of allowed commands");
     };
-    let mut nearest = Miss::Program;
+    let mut nearest = Mismatch::Program;
     for rule in rules {
         match rule.check(command) {
             Ok(()) => return Verdict::Allowed,
@@ -165,10 +165,10 @@ pub fn decide(policy: &Policy, vm: &VmName, template: &TemplateName, command: &C
     let program = String::from_utf8_lossy(program);
     let program = head(&program, SHOWN_MAX).escape_debug();
     denied(match nearest {
-        Miss::Program => format!("'{program}' is not in the list of allowed commands, spelled like this"),
-        Miss::Arguments => format!("'{program}' is allowed, but not with these arguments"),
-        Miss::User => format!("'{program}' is allowed, but not as this user"),
-        Miss::Environment => format!("'{program}' is allowed, but not with these variables"),
+        Mismatch::Program => format!("'{program}' is not in the list of allowed commands, spelled like this"),
+        Mismatch::Arguments => format!("'{program}' is allowed, but not with these arguments"),
+        Mismatch::User => format!("'{program}' is allowed, but not as this user"),
+        Mismatch::Environment => format!("'{program}' is allowed, but not with these variables"),
     })
 }
 
@@ -312,13 +312,13 @@ impl Policy {
         self.allow.is_some() && self.sections().all(|(_, _, section)| !section.unrestricted)
     }
 
-    /// The directories that files may be read from; `None` if the policy does not say.
+    /// The directories that files may be read from; `None` if the policy does not define them.
     #[must_use]
     pub fn readable_roots(&self) -> Option<&[PathBuf]> {
         self.read_roots.as_deref().or(self.roots.as_deref())
     }
 
-    /// The directories that files may be written to; `None` if the policy does not say.
+    /// The directories that files may be written to; `None` if the policy does not define them.
     #[must_use]
     pub fn writable_roots(&self) -> Option<&[PathBuf]> {
         self.write_roots.as_deref().or(self.roots.as_deref())
@@ -336,7 +336,7 @@ impl Policy {
         toml::to_string(self).unwrap_or_else(|e| format!("# {e}\n"))
     }
 
-    /// Adds a rule for all VMs about which no section says anything. From then on there is a list.
+    /// Adds a rule for all VMs without a section. From then on there is a list.
     pub fn allow(&mut self, rule: Rule) {
         self.allow.get_or_insert_default().push(rule);
     }

@@ -26,7 +26,7 @@ const DEFAULT_USER: &str = "root";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// The program: an absolute path, or a bare name that the guest looks for in its own `PATH`.
+    /// The program: an absolute path, or a bare name that the guest finds in its own `PATH`.
     pub program: Program,
     /// The shape of its arguments; none if absent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -41,7 +41,7 @@ pub struct Rule {
 
 /// What of a command a rule does not allow. The further it got, the nearer the rule was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Miss {
+pub(super) enum Mismatch {
     /// Another program.
     Program,
     /// Other arguments.
@@ -54,23 +54,23 @@ pub(super) enum Miss {
 
 impl Rule {
     /// Whether the rule allows this, and if not, why.
-    pub(super) fn check(&self, command: &Command<'_>) -> Result<(), Miss> {
-        let Some((program, args)) = command.argv.split_first() else { return Err(Miss::Program) };
+    pub(super) fn check(&self, command: &Command<'_>) -> Result<(), Mismatch> {
+        let Some((program, args)) = command.argv.split_first() else { return Err(Mismatch::Program) };
         if program != self.program.0.as_bytes() {
-            return Err(Miss::Program);
+            return Err(Mismatch::Program);
         }
         if !shaped(&self.args, args) {
-            return Err(Miss::Arguments);
+            return Err(Mismatch::Arguments);
         }
         let user = command.user.unwrap_or(DEFAULT_USER);
         if self.users.as_ref().is_some_and(|users| !users.iter().any(|allowed| allowed == user)) {
-            return Err(Miss::User);
+            return Err(Mismatch::User);
         }
         let may_be_set = |pair: &Vec<u8>| {
             let name = pair.iter().position(|b| *b == b'=').map(|at| &pair[..at]);
             self.env.iter().any(|allowed| name == Some(allowed.0.as_bytes()))
         };
-        if command.env.iter().all(may_be_set) { Ok(()) } else { Err(Miss::Environment) }
+        if command.env.iter().all(may_be_set) { Ok(()) } else { Err(Mismatch::Environment) }
     }
 }
 
@@ -93,35 +93,35 @@ fn is_option(arg: &[u8]) -> bool {
     arg.first() == Some(&b'-')
 }
 
-/// Whether an argument has a part that means another directory than it says: `..`, or `.` within a path.
+/// Whether an argument has a part that denotes another directory than its text: `..`, or `.` within a path.
 fn leads_elsewhere(arg: &[u8]) -> bool {
     let mut parts = arg.split(|b| matches!(b, b'/' | b'=' | b':'));
     parts.any(|part| part == b".." || (part == b"." && arg.contains(&b'/')))
 }
 
 /// Whether an argument is made of these pieces.
-fn matches(pieces: &[Piece], arg: &[u8]) -> bool {
-    let has_wildcard = pieces.contains(&Piece::Any);
-    if has_wildcard && (leads_elsewhere(arg) || (pieces.first() == Some(&Piece::Any) && is_option(arg))) {
+fn matches(pieces: &[ArgumentPart], arg: &[u8]) -> bool {
+    let has_wildcard = pieces.contains(&ArgumentPart::Any);
+    if has_wildcard && (leads_elsewhere(arg) || (pieces.first() == Some(&ArgumentPart::Any) && is_option(arg))) {
         return false;
     }
-    let Some((Piece::Text(head), pieces)) = pieces.split_first() else { return within(pieces, arg) };
+    let Some((ArgumentPart::Text(head), pieces)) = pieces.split_first() else { return within(pieces, arg) };
     arg.strip_prefix(head.as_bytes()).is_some_and(|arg| within(pieces, arg))
 }
 
 /// The same, where a wildcard comes first or nothing comes. Each text is looked for as early as it can stand, but the last one
 /// at the end.
-fn within(pieces: &[Piece], mut arg: &[u8]) -> bool {
+fn within(pieces: &[ArgumentPart], mut arg: &[u8]) -> bool {
     let Some((last, pieces)) = pieces.split_last() else { return arg.is_empty() };
     for piece in pieces {
-        let Piece::Text(text) = piece else { continue };
+        let ArgumentPart::Text(text) = piece else { continue };
         let text = text.as_bytes();
         let Some(at) = arg.windows(text.len().max(1)).position(|window| window.starts_with(text)) else { return false };
         arg = &arg[at + text.len()..];
     }
     match last {
-        Piece::Any => true,
-        Piece::Text(text) => arg.ends_with(text.as_bytes()),
+        ArgumentPart::Any => true,
+        ArgumentPart::Text(text) => arg.ends_with(text.as_bytes()),
     }
 }
 
@@ -130,7 +130,7 @@ fn within(pieces: &[Piece], mut arg: &[u8]) -> bool {
 #[serde(try_from = "String", into = "String")]
 pub enum Arg {
     /// One argument.
-    Word(Vec<Piece>),
+    Word(Vec<ArgumentPart>),
     /// Any further arguments that are no options.
     Rest,
     /// Any further arguments.
@@ -139,7 +139,7 @@ pub enum Arg {
 
 /// A piece of a word. Two texts, and two wildcards, never stand side by side, and no text is empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Piece {
+pub enum ArgumentPart {
     /// These characters.
     Text(String),
     /// Any characters.
@@ -160,13 +160,13 @@ impl TryFrom<String> for Arg {
         let mut chars = text.chars();
         while let Some(c) = chars.next() {
             let literal = match c {
-                '*' if pieces.last() == Some(&Piece::Any) => {
+                '*' if pieces.last() == Some(&ArgumentPart::Any) => {
                     return Err(
                         wrong("** must be a whole argument, and the last one").hint("write * for any characters")
                     );
                 }
                 '*' => {
-                    pieces.push(Piece::Any);
+                    pieces.push(ArgumentPart::Any);
                     continue;
                 }
                 '\\' => match chars.next() {
@@ -176,8 +176,8 @@ impl TryFrom<String> for Arg {
                 plain => plain,
             };
             match pieces.last_mut() {
-                Some(Piece::Text(text)) => text.push(literal),
-                _ => pieces.push(Piece::Text(literal.into())),
+                Some(ArgumentPart::Text(text)) => text.push(literal),
+                _ => pieces.push(ArgumentPart::Text(literal.into())),
             }
         }
         Ok(Self::Word(pieces))
@@ -196,8 +196,8 @@ impl fmt::Display for Arg {
             Self::Rest => f.write_str("**"),
             Self::RestWithOptions => f.write_str("-**"),
             Self::Word(pieces) => pieces.iter().try_for_each(|piece| match piece {
-                Piece::Any => f.write_str("*"),
-                Piece::Text(text) => f.write_str(&text.replace('\\', "\\\\").replace('*', "\\*")),
+                ArgumentPart::Any => f.write_str("*"),
+                ArgumentPart::Text(text) => f.write_str(&text.replace('\\', "\\\\").replace('*', "\\*")),
             }),
         }
     }
@@ -255,7 +255,7 @@ impl From<Variable> for String {
     }
 }
 
-/// As [`FromStr`] takes it, but for what it says of users and variables.
+/// As [`FromStr`] takes it, without users and variables.
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.program.0)?;

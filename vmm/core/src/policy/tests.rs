@@ -1,4 +1,4 @@
-use nido_api::Face;
+use nido_api::FrontEnd;
 use std::os::unix::fs::PermissionsExt as _;
 
 use proptest::prelude::*;
@@ -65,7 +65,7 @@ fn an_empty_list_of_roots_is_not_an_absent_one() {
 }
 
 #[test]
-fn where_a_list_counts_files_are_put_only_if_it_says_so() {
+fn with_a_command_list_uploads_need_permission() {
     let text = |upload: &str| {
         format!(
             "{upload}\nallow = [{{ program = 'git' }}]\n[vm.open]\nunrestricted = true\n\
@@ -77,7 +77,7 @@ fn where_a_list_counts_files_are_put_only_if_it_says_so() {
         decide_upload(&policy, &vm.parse().unwrap(), &template.parse().unwrap()) == Verdict::Allowed
     };
     assert_eq!([decide("", "web", "sandbox"), decide("upload = true", "web", "sandbox")], [false, true]);
-    // What is said of one list is not said of another.
+    // A rule of one list does not apply to another.
     for upload in ["", "upload = true"] {
         let told = [("open", "sandbox"), ("locked", "work"), ("web", "work")].map(|(vm, of)| decide(upload, vm, of));
         assert_eq!(told, [true, false, true]);
@@ -104,7 +104,7 @@ fn without_a_list_everything_is_allowed_and_with_one_little_is() {
 }
 
 #[test]
-fn what_is_wrong_is_said_with_its_line() {
+fn policy_errors_name_the_line() {
     for (text, words) in [
         (
             "confrim = 'never'",
@@ -143,7 +143,7 @@ fn what_is_wrong_is_said_with_its_line() {
 }
 
 #[test]
-fn a_policy_that_others_may_write_is_none() {
+fn a_policy_writable_by_others_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("policy.toml");
     assert_eq!(Policy::load(&path).unwrap_err().code(), Code::PathNotFound);
@@ -155,7 +155,7 @@ fn a_policy_that_others_may_write_is_none() {
     assert_eq!(Policy::load(&path).unwrap(), Policy::parse(EXAMPLE).unwrap());
     std::fs::write(&path, "x = 1").unwrap();
     let error = Policy::load(&path).unwrap_err();
-    assert!(error.message().contains("policy.toml") && error.hint_for(Face::Cli).is_some(), "{error}");
+    assert!(error.message().contains("policy.toml") && error.hint_for(FrontEnd::Cli).is_some(), "{error}");
 }
 
 fn rules() -> impl Strategy<Value = Option<Vec<Rule>>> {

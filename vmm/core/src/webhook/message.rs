@@ -10,7 +10,7 @@ const SUMMARY_MAX: usize = 1024;
 
 /// Whom a body is posted to.
 #[derive(Debug)]
-pub struct To<'a> {
+pub struct Recipient<'a> {
     /// What the endpoint is sent.
     pub format: WebhookFormat,
     /// The message's id.
@@ -23,7 +23,7 @@ pub struct To<'a> {
 ///
 /// # Errors
 /// `internal` if it cannot be read.
-pub fn render(kept: String, to: &To<'_>) -> Result<String> {
+pub fn render(kept: String, to: &Recipient<'_>) -> Result<String> {
     let read = |kept: &str| -> Result<Body> {
         serde_json::from_str(kept).map_err(|e| Error::internal(format!("a message cannot be read: {e}")))
     };
@@ -36,7 +36,7 @@ pub fn render(kept: String, to: &To<'_>) -> Result<String> {
 
 /// An event of PagerDuty's Events API v2. A crash triggers the alert of its VM; when the VM runs again, or is gone, it is
 /// resolved. Every other event is an alert of its own.
-fn pagerduty(body: &Body, to: &To<'_>) -> serde_json::Value {
+fn pagerduty(body: &Body, to: &Recipient<'_>) -> serde_json::Value {
     let is = |kind: EventKind| body.event == kind.word();
     let key = body.details.vm_id.as_ref().map_or_else(|| to.message_id.to_owned(), |id| format!("nido-{id}"));
     let routing_key = to.routing_key.unwrap_or_default();
@@ -93,7 +93,7 @@ fn slack_text(body: &Body) -> String {
     if !details.last_log_entries.is_empty() {
         let lines: Vec<_> = details.last_log_entries.iter().map(|line| escaped(line).replace('`', "'")).collect();
         let lines = lines.join("\n");
-        // The end of a log says more than its beginning.
+        // The end of a log is more useful than its beginning.
         let room = SLACK_MAX.saturating_sub(text.chars().count());
         let skipped = lines.chars().count().saturating_sub(room);
         text.push_str(&format!("\n```{}```", lines.chars().skip(skipped).collect::<String>()));
@@ -114,8 +114,8 @@ mod tests {
 
     const KEY: &str = "0123456789abcdef0123456789abcdef";
 
-    fn to(format: WebhookFormat) -> To<'static> {
-        To { format, message_id: "msg_w1_7", routing_key: Some(KEY) }
+    fn to(format: WebhookFormat) -> Recipient<'static> {
+        Recipient { format, message_id: "msg_w1_7", routing_key: Some(KEY) }
     }
 
     fn crash() -> Event {

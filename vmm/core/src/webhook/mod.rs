@@ -16,6 +16,6 @@ mod send;
 pub mod target;
 mod verdict;
 
-pub use backoff::{Failed, RETRY_AFTER_MAX_MS, next_attempt};
-pub use send::{Answer, Sender, resolve};
+pub use backoff::{FailedDelivery, RETRY_AFTER_MAX_MS, next_attempt};
+pub use send::{AttemptResult, Sender, resolve};
 pub use verdict::Verdict;

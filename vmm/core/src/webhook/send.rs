@@ -1,7 +1,7 @@
 //! One attempt: a signed message is posted, and the answer's status is all that is read of it.
 //!
-//! Invariant: the addresses that were checked are the very addresses that are connected to. A name goes through
-//! `Checked`, an address in the URL itself through [`Sender::new`], and redirects are not followed.
+//! Invariant: the addresses that were checked are exactly those that are connected to. A name goes through
+//! `CheckedResolver`, an address in the URL itself through [`Sender::new`], and redirects are not followed.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -15,33 +15,33 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Response, Url};
 
-use super::message::{To, render};
+use super::message::{Recipient, render};
 use super::target;
 use super::verdict::{Verdict, verdict};
 
 /// How long an attempt may take, from the lookup of the name to the answer's head.
-pub const ANSWER_WITHIN: Duration = Duration::from_secs(15);
+pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(15);
 /// The most header lines of an answer.
 const HEADERS_MAX: usize = 64;
 /// How much of an answer's body is read, to be thrown away, so that its connection can be used again.
 const BODY_MAX: usize = 16 << 10;
 /// How long that may take.
-const BODY_WITHIN: Duration = Duration::from_millis(100);
+const BODY_TIMEOUT: Duration = Duration::from_millis(100);
 /// How long a connection is kept that nothing is sent over. Short, so that the other side rarely closes it first.
 const IDLE: Duration = Duration::from_secs(1);
 /// The longest reason that is kept, in characters.
-const WHY_MAX: usize = 200;
+const REASON_BYTES_MAX: usize = 200;
 
 /// What came of an attempt.
 #[derive(Debug)]
-pub struct Answer {
+pub struct AttemptResult {
     /// The HTTP status, if there was an answer.
     pub status: Option<u16>,
     /// What it means.
     pub verdict: Verdict,
 }
 
-impl Answer {
+impl AttemptResult {
     /// There was none.
     #[must_use]
     pub fn none(why: impl Into<String>) -> Self {
@@ -68,7 +68,7 @@ impl Sender {
         let client = Client::builder()
             .tls_backend_preconfigured(tls(url.scheme() == "https")?)
             .user_agent(concat!("nido/", env!("CARGO_PKG_VERSION")))
-            .dns_resolver(Arc::new(Checked { allow_private: row.allow_private }))
+            .dns_resolver(Arc::new(CheckedResolver { allow_private: row.allow_private }))
             .redirect(reqwest::redirect::Policy::none())
             .retry(reqwest::retry::never())
             // The process that starts a delivery worker may have proxies in its environment that do not apply to the worker.
@@ -82,21 +82,21 @@ impl Sender {
     }
 
     /// Posts a message, once. `kept` is its body as it was written with the event.
-    pub async fn post(&self, message_id: &str, kept: String) -> Answer {
-        let to = To { format: self.format, message_id, routing_key: self.secret.routing_key() };
+    pub async fn post(&self, message_id: &str, kept: String) -> AttemptResult {
+        let to = Recipient { format: self.format, message_id, routing_key: self.secret.routing_key() };
         let body = match render(kept, &to) {
             Ok(body) => body,
-            Err(error) => return Answer::none(error.message()),
+            Err(error) => return AttemptResult::none(error.message()),
         };
-        match tokio::time::timeout(ANSWER_WITHIN, self.request(message_id, body).send()).await {
-            Err(_) => Answer::none(format!("no response within {} s", ANSWER_WITHIN.as_secs())),
-            Ok(Err(error)) => Answer::none(reason(&error)),
+        match tokio::time::timeout(RESPONSE_TIMEOUT, self.request(message_id, body).send()).await {
+            Err(_) => AttemptResult::none(format!("no response within {} s", RESPONSE_TIMEOUT.as_secs())),
+            Ok(Err(error)) => AttemptResult::none(reason(&error)),
             Ok(Ok(response)) => {
                 let status = response.status().as_u16();
                 let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
                 let verdict = verdict(status, retry_after, Timestamp::now());
                 discard(response).await;
-                Answer { status: Some(status), verdict }
+                AttemptResult { status: Some(status), verdict }
             }
         }
     }
@@ -128,7 +128,7 @@ async fn discard(mut response: Response) {
             }
         }
     };
-    let _ = tokio::time::timeout(BODY_WITHIN, read).await;
+    let _ = tokio::time::timeout(BODY_TIMEOUT, read).await;
 }
 
 /// The addresses of a name, all of them checked.
@@ -136,7 +136,7 @@ async fn discard(mut response: Response) {
 /// # Errors
 /// `webhook_invalid` if one of them is not allowed, `timeout` if the name cannot be resolved in time.
 pub async fn resolve(host: &str, allow_private: bool) -> Result<Vec<SocketAddr>> {
-    // The text of the host's resolver says no more.
+    // The text of the host's resolver has no further details.
     let unknown = || Error::new(Code::Timeout, "the endpoint's name cannot be resolved");
     let found: Vec<_> = tokio::net::lookup_host((host, 0)).await.map_err(|_| unknown())?.collect();
     if found.is_empty() {
@@ -149,11 +149,11 @@ pub async fn resolve(host: &str, allow_private: bool) -> Result<Vec<SocketAddr>>
 }
 
 /// Resolves names to addresses that may be connected to.
-struct Checked {
+struct CheckedResolver {
     allow_private: bool,
 }
 
-impl Resolve for Checked {
+impl Resolve for CheckedResolver {
     fn resolve(&self, name: Name) -> Resolving {
         let allow_private = self.allow_private;
         Box::pin(async move {
@@ -204,7 +204,7 @@ fn reason(error: &reqwest::Error) -> String {
     if let Some(rustls::Error::InvalidCertificate(why)) = deepest.downcast_ref() {
         return format!("no response: the endpoint's certificate {}", certificate_fault(why));
     }
-    let text: String = deepest.to_string().chars().flat_map(char::escape_debug).take(WHY_MAX).collect();
+    let text: String = deepest.to_string().chars().flat_map(char::escape_debug).take(REASON_BYTES_MAX).collect();
     format!("no response: {text}")
 }
 
@@ -223,7 +223,10 @@ fn certificate_fault(error: &rustls::CertificateError) -> String {
             if text.contains("CaUsedAsEndEntity") {
                 return "is a self-signed certificate authority; use a certificate that an authority trusted by this host has signed".into();
             }
-            format!("is not valid: {}", text.chars().flat_map(char::escape_debug).take(WHY_MAX).collect::<String>())
+            format!(
+                "is not valid: {}",
+                text.chars().flat_map(char::escape_debug).take(REASON_BYTES_MAX).collect::<String>()
+            )
         }
     }
 }
@@ -247,7 +250,7 @@ mod tests {
 
     async fn why(url: &str, allow_private: bool) -> String {
         match Sender::new(&row(url, allow_private)).unwrap().post("msg", "{}".into()).await {
-            Answer { status: None, verdict: Verdict::Again { why, .. } } => why,
+            AttemptResult { status: None, verdict: Verdict::Again { why, .. } } => why,
             other => panic!("{other:?}"),
         }
     }
@@ -268,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_certificate_is_said_in_words() {
+    fn certificate_errors_are_explained() {
         use rustls::CertificateError as Fault;
         for (error, words) in [
             (Fault::UnknownIssuer, "is not signed by an authority that this host trusts"),
@@ -281,7 +284,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reason_never_tells_the_url() {
+    async fn a_reason_never_contains_the_url() {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let refused = why(&format!("http://127.0.0.1:{port}/secret-path"), true).await;
         assert!(refused.contains("refused") && !refused.contains("secret-path"), "{refused}");

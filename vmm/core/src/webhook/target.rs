@@ -12,7 +12,7 @@ use reqwest::Url;
 /// The longest URL, in bytes.
 const URL_MAX: usize = 2048;
 
-/// The URL of an endpoint, checked as far as that is possible without asking for the name's addresses.
+/// The URL of an endpoint, checked as far as that is possible without requesting the name's addresses.
 ///
 /// # Errors
 /// `webhook_invalid`.
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_leads_to_the_web_and_to_nobody_in_particular() {
+    fn a_url_is_http_without_credentials() {
         for bad in [
             "",
             "example.com",
@@ -172,7 +172,7 @@ mod tests {
         ] {
             let error = parse(bad, false).unwrap_err();
             assert_eq!(error.code(), Code::WebhookInvalid, "{bad}");
-            assert!(error.hint_for(nido_api::Face::Cli).is_some());
+            assert!(error.hint_for(nido_api::FrontEnd::Cli).is_some());
         }
         for good in
             ["https://example.com", "https://example.com:8443/a?b=c#d", "https://1.1.1.1/", "https://[2606:4700::1]/"]
@@ -197,7 +197,7 @@ mod tests {
         }
 
         #[test]
-        fn what_the_standard_library_knows_to_be_special_is_refused(v4 in any::<u32>(), v6 in any::<u128>()) {
+        fn special_addresses_are_refused(v4 in any::<u32>(), v6 in any::<u128>()) {
             let (v4, v6) = (Ipv4Addr::from(v4), Ipv6Addr::from(v6));
             if v4.is_private() || v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_documentation() {
                 prop_assert!(!is_global(v4.into()));

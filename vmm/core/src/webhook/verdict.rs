@@ -8,7 +8,7 @@ use jiff::fmt::rfc2822;
 pub enum Verdict {
     /// The endpoint took it.
     Delivered,
-    /// The endpoint is gone for good: nothing more is sent to it.
+    /// The endpoint is permanently gone: nothing more is sent to it.
     Gone,
     /// It is attempted again.
     Again {

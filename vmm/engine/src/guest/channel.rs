@@ -2,7 +2,7 @@
 //! each client gets a stream of its own to the agent.
 //!
 //! ```text
-//!  channel.sock <- QEMU        Waiting --dial--> [letters] Agreeing --ACK--> Up --end--> Waiting ...
+//!  channel.sock <- QEMU        Waiting --dial--> [bootstrap_requests] Agreeing --ACK--> Up --end--> Waiting ...
 //!  agent.sock   <- clients     each waits until the channel is up, then is spliced
 //! ```
 //!
@@ -23,15 +23,15 @@ use super::error::GuestError;
 use super::mux::{self, HangUp, Mux};
 use super::transport::Stream;
 
-/// How many clients are served at once. Further ones are told that the agent is busy. The agent tells apart what they want:
+/// How many clients are served at once. Further ones get the reply that the agent is busy. The agent distinguishes their requests:
 /// idle connections to its ports take no places of commands.
 const MAX_CLIENTS: usize = MAX_SESSIONS;
 /// How long a client may wait for the channel to come up.
-const CLIENT_PATIENCE: Duration = Duration::from_secs(120);
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(120);
 /// After so long without an agreement the connection is dropped, and QEMU dials again.
 const AGREEMENT_LIMIT: Duration = Duration::from_secs(3600);
-/// How long after the last letter the multiplexer may be delayed while no client needs it: guests that were loaded together
-/// need their first moments for becoming machines of their own.
+/// How long after the last bootstrap request the multiplexer may be delayed while no client needs it: guests that were
+/// loaded together need their first moments for the identity reset.
 const MUX_LATEST: Duration = Duration::from_secs(1);
 /// Pause after a listener could not accept (out of descriptors, mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -41,9 +41,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub enum Link {
     /// QEMU is not connected.
     Waiting,
-    /// QEMU is; the agent has not answered yet.
+    /// QEMU is connected; the agent has not replied yet.
     Agreeing,
-    /// The agent answers.
+    /// The agent replies.
     Up,
 }
 
@@ -59,7 +59,7 @@ impl Activity {
         Self { open: Arc::new(watch::channel(0).0), bytes: Arc::default() }
     }
 
-    /// How many clients are at work, as it changes. One that has connected and said nothing is not.
+    /// How many clients are active, as it changes. One that has sent nothing is not.
     #[must_use]
     pub fn open(&self) -> watch::Receiver<usize> {
         self.open.subscribe()
@@ -76,16 +76,16 @@ impl Activity {
         self.bytes.1.fetch_add(outward as u64, Ordering::Relaxed);
     }
 
-    fn enter(&self) -> Visit {
+    fn enter(&self) -> ActiveSession {
         self.open.send_modify(|open| *open += 1);
-        Visit(self.clone())
+        ActiveSession(self.clone())
     }
 }
 
-/// One client's stay.
-struct Visit(Activity);
+/// One active client session.
+struct ActiveSession(Activity);
 
-impl Drop for Visit {
+impl Drop for ActiveSession {
     fn drop(&mut self) {
         self.0.open.send_modify(|open| *open -= 1);
     }
@@ -98,11 +98,11 @@ pub struct Channel {
     link: watch::Receiver<Link>,
     mux: watch::Receiver<Option<Mux>>,
     open: watch::Sender<bool>,
-    quiet: mpsc::Sender<Quiet>,
+    close: mpsc::Sender<CloseRequest>,
     /// A client waits for the multiplexer.
     wanted: Arc<Notify>,
-    /// Taken away when the letters are over.
-    letters: Mutex<Option<mpsc::Sender<Letter>>>,
+    /// Dropped when no more bootstrap requests are accepted.
+    bootstrap_requests: Mutex<Option<mpsc::Sender<BootstrapRequest>>>,
     tasks: [AbortHandle; 2],
 }
 
@@ -110,46 +110,51 @@ impl Channel {
     /// Starts serving: `channel` is where QEMU dials, `clients` is `agent.sock`. Clients wait for [`Self::open`]. Needs a
     /// running tokio runtime.
     ///
-    /// With `letters` the agent is one that was saved while it waited for its host. It is spoken to by [`Self::letter`]
-    /// only, and the multiplexer waits for [`Self::end_letters`].
+    /// With `bootstrap` the agent is one that was saved while it waited for its host. It gets only
+    /// [`Self::bootstrap_request`]s until [`Self::end_bootstrap`] starts the multiplexer.
     #[must_use]
-    pub fn start(channel: UnixListener, clients: UnixListener, letters: bool) -> Self {
+    pub fn start(channel: UnixListener, clients: UnixListener, bootstrap: bool) -> Self {
         let activity = Activity::new();
         let (link_now, link) = watch::channel(Link::Waiting);
         let (mux_now, mux) = watch::channel(None);
         let (open, opened) = watch::channel(false);
-        let (quiet, hushed) = mpsc::channel(1);
-        let (letter, posted) = mpsc::channel(1);
+        let (close, close_requests) = mpsc::channel(1);
+        let (bootstrap_request, bootstrap_queue) = mpsc::channel(1);
         let wanted = Arc::new(Notify::new());
-        let dials = Dials { link: link_now, current: mux_now, hushed, posted, wanted: wanted.clone() };
-        let dials = tokio::spawn(dials.serve(channel)).abort_handle();
-        let door = Door { opened, mux: mux.clone(), wanted: wanted.clone() };
-        let visits = tokio::spawn(serve_clients(clients, door, activity.clone())).abort_handle();
-        let letters = Mutex::new(letters.then_some(letter));
-        Self { activity, link, mux, open, quiet, wanted, letters, tasks: [dials, visits] }
+        let connections = ConnectionServer {
+            link: link_now,
+            current: mux_now,
+            close_requests,
+            bootstrap_queue,
+            wanted: wanted.clone(),
+        };
+        let connections = tokio::spawn(connections.serve(channel)).abort_handle();
+        let gate = ClientGate { opened, mux: mux.clone(), wanted: wanted.clone() };
+        let sessions = tokio::spawn(serve_clients(clients, gate, activity.clone())).abort_handle();
+        let bootstrap_requests = Mutex::new(bootstrap.then_some(bootstrap_request));
+        Self { activity, link, mux, open, close, wanted, bootstrap_requests, tasks: [connections, sessions] }
     }
 
-    /// Has the agent answer a hello and an order in one piece. `None` if the time for letters is over: then there are streams.
+    /// Sends a hello and a request in one message, and returns the reply. `None` after [`Self::end_bootstrap`]: then there are streams.
     ///
     /// # Errors
     /// [`GuestError::Gone`], [`GuestError::Timeout`].
-    pub async fn letter(&self, words: Vec<u8>, deadline: Instant) -> Option<Result<Vec<u8>, GuestError>> {
-        let letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+    pub async fn bootstrap_request(&self, words: Vec<u8>, deadline: Instant) -> Option<Result<Vec<u8>, GuestError>> {
+        let bootstrap_requests = self.bootstrap_requests.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
         let (reply, answer) = oneshot::channel();
         let exchange = async {
-            letters.send(Letter { words, deadline, reply }).await.map_err(|_| GuestError::Gone)?;
+            bootstrap_requests.send(BootstrapRequest { words, deadline, reply }).await.map_err(|_| GuestError::Gone)?;
             answer.await.map_err(|_| GuestError::Gone)?
         };
         Some(in_time(exchange, deadline, "to reply to a bootstrap request").await)
     }
 
     /// Lets the multiplexer start, as soon as a client needs it, at the latest after a delay.
-    pub fn end_letters(&self) {
-        self.letters.lock().unwrap_or_else(PoisonError::into_inner).take();
+    pub fn end_bootstrap(&self) {
+        self.bootstrap_requests.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    /// Lets clients through, or makes new ones wait: until a guest that was loaded is a machine of its own, nobody but the
-    /// supervisor may talk to it.
+    /// Admits clients, or makes new ones wait until the identity of a loaded guest was reset.
     pub fn open(&self, open: bool) {
         self.open.send_replace(open);
     }
@@ -170,15 +175,15 @@ impl Channel {
         });
     }
 
-    /// Ends every session and leaves the agent waiting for the host's next word, so that the machine can be saved. The
+    /// Ends every session and lets the agent wait for the host's next message, so that the machine can be saved. The
     /// connection stays; nothing goes over it any more.
     ///
     /// # Errors
     /// [`GuestError::Gone`], [`GuestError::Timeout`].
-    pub async fn quieten(&self, deadline: Instant) -> Result<(), GuestError> {
+    pub async fn close_for_save(&self, deadline: Instant) -> Result<(), GuestError> {
         self.wanted.notify_one();
         let (reply, answer) = oneshot::channel();
-        self.quiet.send(Quiet { deadline, reply }).await.map_err(|_| GuestError::Gone)?;
+        self.close.send(CloseRequest { deadline, reply }).await.map_err(|_| GuestError::Gone)?;
         match timeout_at(deadline, answer).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) => Err(GuestError::Gone),
@@ -222,31 +227,31 @@ impl Drop for Channel {
     }
 }
 
-/// A wish for silence.
+/// A request to close all sessions.
 #[derive(Debug)]
-struct Quiet {
+struct CloseRequest {
     deadline: Instant,
     reply: oneshot::Sender<Result<(), GuestError>>,
 }
 
-/// A hello and an order in one piece.
+/// A hello and a request in one message.
 #[derive(Debug)]
-struct Letter {
+struct BootstrapRequest {
     words: Vec<u8>,
     deadline: Instant,
     reply: oneshot::Sender<Result<Vec<u8>, GuestError>>,
 }
 
 /// Serves QEMU's connections, one after the other.
-struct Dials {
+struct ConnectionServer {
     link: watch::Sender<Link>,
     current: watch::Sender<Option<Mux>>,
-    hushed: mpsc::Receiver<Quiet>,
-    posted: mpsc::Receiver<Letter>,
+    close_requests: mpsc::Receiver<CloseRequest>,
+    bootstrap_queue: mpsc::Receiver<BootstrapRequest>,
     wanted: Arc<Notify>,
 }
 
-impl Dials {
+impl ConnectionServer {
     async fn serve(mut self, channel: UnixListener) {
         loop {
             let socket = match channel.accept().await {
@@ -257,7 +262,7 @@ impl Dials {
                     continue;
                 }
             };
-            self.serve_letters(&socket).await;
+            self.serve_bootstrap_requests(&socket).await;
             self.link.send_replace(Link::Agreeing);
             // A second way to the same connection: it outlives the multiplexer when that is ended for a save.
             let kept = duplicate(&socket);
@@ -270,11 +275,11 @@ impl Dials {
         }
     }
 
-    async fn serve_letters(&mut self, socket: &UnixStream) {
+    async fn serve_bootstrap_requests(&mut self, socket: &UnixStream) {
         let mut had_any = false;
         // Ends when all senders are dropped.
-        while let Some(letter) = self.posted.recv().await {
-            let _ = letter.reply.send(mux::letter(socket, &letter.words, letter.deadline).await);
+        while let Some(request) = self.bootstrap_queue.recv().await {
+            let _ = request.reply.send(mux::bootstrap_request(socket, &request.words, request.deadline).await);
             had_any = true;
         }
         if had_any {
@@ -288,10 +293,10 @@ impl Dials {
         self.link.send_replace(Link::Up);
         tokio::select! {
             reason = mux.ended() => tracing::info!("the agent's channel ended: {reason}"),
-            Some(quiet) = self.hushed.recv() => {
+            Some(close) = self.close_requests.recv() => {
                 self.current.send_replace(None);
                 mux.end().await;
-                keep_quiet(kept, quiet).await;
+                hold_closed(kept, close).await;
             }
         }
     }
@@ -302,16 +307,16 @@ fn duplicate(socket: &UnixStream) -> std::io::Result<UnixStream> {
     UnixStream::from_std(again.into())
 }
 
-/// Silences the agent, then holds the connection until QEMU closes it.
-async fn keep_quiet(socket: std::io::Result<UnixStream>, quiet: Quiet) {
+/// Closes the agent's channel, then holds the connection until QEMU closes it.
+async fn hold_closed(socket: std::io::Result<UnixStream>, close: CloseRequest) {
     let outcome = async {
         let socket = socket.map_err(|e| GuestError::stream(&e))?;
-        mux::quieten(&socket, quiet.deadline).await.map(|()| socket)
+        mux::close_for_save(&socket, close.deadline).await.map(|()| socket)
     };
     match outcome.await {
         Ok(socket) => {
-            let _ = quiet.reply.send(Ok(()));
-            // Whatever the guest still says is no answer to anything.
+            let _ = close.reply.send(Ok(()));
+            // Whatever the guest still sends is not a reply to anything.
             let mut bin = [0; 4096];
             while socket.readable().await.is_ok() {
                 match socket.try_read(&mut bin) {
@@ -321,19 +326,19 @@ async fn keep_quiet(socket: std::io::Result<UnixStream>, quiet: Quiet) {
                 }
             }
         }
-        Err(error) => drop(quiet.reply.send(Err(error))),
+        Err(error) => drop(close.reply.send(Err(error))),
     }
 }
 
 /// What clients have to wait for.
 #[derive(Debug, Clone)]
-struct Door {
+struct ClientGate {
     opened: watch::Receiver<bool>,
     mux: watch::Receiver<Option<Mux>>,
     wanted: Arc<Notify>,
 }
 
-impl Door {
+impl ClientGate {
     /// Waits until the channel is up and open for clients.
     async fn pass(mut self) -> Option<Mux> {
         self.wanted.notify_one();
@@ -342,11 +347,11 @@ impl Door {
     }
 }
 
-async fn serve_clients(clients: UnixListener, door: Door, activity: Activity) {
+async fn serve_clients(clients: UnixListener, gate: ClientGate, activity: Activity) {
     let places = Arc::new(Semaphore::new(MAX_CLIENTS));
-    let mut visits = JoinSet::new();
+    let mut sessions = JoinSet::new();
     loop {
-        while visits.try_join_next().is_some() {}
+        while sessions.try_join_next().is_some() {}
         let client = match clients.accept().await {
             Ok((client, _)) => client,
             Err(error) => {
@@ -359,9 +364,9 @@ async fn serve_clients(clients: UnixListener, door: Door, activity: Activity) {
             refuse(&client);
             continue;
         };
-        let (door, activity) = (door.clone(), activity.clone());
-        visits.spawn(async move {
-            if let Err(error) = serve_client(client, door, &activity).await {
+        let (gate, activity) = (gate.clone(), activity.clone());
+        sessions.spawn(async move {
+            if let Err(error) = serve_client(client, gate, &activity).await {
                 tracing::debug!("a client's session ended: {error}");
             }
             drop(place);
@@ -369,16 +374,16 @@ async fn serve_clients(clients: UnixListener, door: Door, activity: Activity) {
     }
 }
 
-async fn serve_client(client: UnixStream, door: Door, activity: &Activity) -> Result<(), GuestError> {
+async fn serve_client(client: UnixStream, gate: ClientGate, activity: &Activity) -> Result<(), GuestError> {
     let gone = HangUp::of(&client).map_err(|e| GuestError::stream(&e))?;
-    // A connection that says nothing is no use of the guest: it may only look whether someone listens.
+    // A connection that sends nothing does not count as use of the guest: it may only check for a listener.
     client.readable().await.map_err(|e| GuestError::stream(&e))?;
     if gone.is_now() {
         return Ok(());
     }
-    let _visit = activity.enter();
+    let _session = activity.enter();
     let up = tokio::select! {
-        up = timeout(CLIENT_PATIENCE, door.pass()) => up.ok().flatten(),
+        up = timeout(CLIENT_TIMEOUT, gate.pass()) => up.ok().flatten(),
         () = gone.wait() => None,
     };
     drop(gone);
@@ -386,9 +391,9 @@ async fn serve_client(client: UnixStream, door: Door, activity: &Activity) -> Re
     mux.serve(client, |inward, outward| activity.count(inward, outward)).await
 }
 
-/// Says what the agent would say. A client that cannot take these few bytes at once sees its connection end instead.
+/// Sends the agent's reply. A client that cannot receive these few bytes at once is disconnected instead.
 fn refuse(client: &UnixStream) {
-    let refused = Refused { reason: Refusal::Busy, oldest: wire::OLDEST, newest: wire::VERSION };
+    let refused = Refused { reason: Refusal::Busy, oldest: wire::VERSION_OLDEST, newest: wire::VERSION };
     if let Ok(frame) = wire::encode(&ToHost::Refused(refused)) {
         let _ = rustix::net::send(client, &frame, rustix::net::SendFlags::NOSIGNAL);
     }

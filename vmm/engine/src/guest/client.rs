@@ -1,6 +1,6 @@
 //! One VM's guest agent as the rest of nido sees it: where it is, its token, and one method per thing it can do.
 //!
-//! Each call makes its own connection and session, so calls never wait for each other; the hello and the request
+//! Each call opens its own connection and session, so calls never wait for each other; the hello and the request
 //! travel together.
 //!
 //! Invariant: dropping the future of a call, or what it returned, cancels the work in the guest.
@@ -13,15 +13,15 @@ use tokio::time::Instant;
 
 use super::error::GuestError;
 use super::session::Session;
-use super::transport::{Endpoint, Stream, connect};
+use super::transport::{AgentAddress, Stream, connect};
 
-/// How long the first attempt at a sign of life may take, while a guest starts; each further one twice as long.
-const FIRST_TRY: Duration = Duration::from_secs(1);
+/// How long the first ping may take, while a guest starts; each further one twice as long.
+const FIRST_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A VM's guest agent.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Guest {
-    endpoint: Endpoint,
+    endpoint: AgentAddress,
     token: Vec<u8>,
 }
 
@@ -34,13 +34,13 @@ impl fmt::Debug for Guest {
 impl Guest {
     /// The agent behind `endpoint`, with the VM's token ([`TOKEN_LEN`](nido_guest_agent::wire::TOKEN_LEN) bytes).
     #[must_use]
-    pub fn new(endpoint: Endpoint, token: Vec<u8>) -> Self {
+    pub fn new(endpoint: AgentAddress, token: Vec<u8>) -> Self {
         Self { endpoint, token }
     }
 
     /// Where it is.
     #[must_use]
-    pub fn endpoint(&self) -> &Endpoint {
+    pub fn endpoint(&self) -> &AgentAddress {
         &self.endpoint
     }
 
@@ -52,7 +52,7 @@ impl Guest {
         Session::open(self.dial(deadline).await?, &self.token, deadline).await
     }
 
-    /// Asks for a sign of life, once.
+    /// Sends one ping.
     ///
     /// # Errors
     /// Those of [`Self::session`] and [`Session::ping`].
@@ -60,13 +60,13 @@ impl Guest {
         self.begin(&ToGuest::Ping, deadline).await?.pong(deadline).await
     }
 
-    /// Waits for the first sign of life of a guest that is starting. A connection that stays silent is given up and
+    /// Waits for the first reply of a guest that is starting. A connection that stays silent is given up and
     /// another one made.
     ///
     /// # Errors
     /// The last error when the deadline passes; at once one that trying again cannot cure.
     pub async fn wait_ready(&self, deadline: Instant) -> Result<Pong, GuestError> {
-        let mut limit = FIRST_TRY;
+        let mut limit = FIRST_ATTEMPT_TIMEOUT;
         loop {
             match self.ping(deadline.min(Instant::now() + limit)).await {
                 Err(error) if error.may_pass() && Instant::now() < deadline => {
@@ -80,7 +80,7 @@ impl Guest {
         }
     }
 
-    /// Has the guest go down in an orderly way; returns once it says that it does.
+    /// Has the guest go down in an orderly way; returns once it confirms.
     ///
     /// # Errors
     /// Those of [`Self::session`] and [`Session::power`].

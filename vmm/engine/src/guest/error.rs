@@ -1,6 +1,6 @@
 //! What can go wrong between nido and a guest agent, as data. `nido_api::error` turns it into codes and hints.
 //!
-//! Invariant: text that came from the guest is kept apart (in [`GuestError::Guest`]) and bounded; code that shows it
+//! Invariant: text that came from the guest is kept separate (in [`GuestError::Guest`]) and bounded; code that shows it
 //! escapes it.
 
 use std::io;
@@ -11,13 +11,13 @@ use nido_guest_agent::wire::{self, Failed, Fault, MAX_TUNNELS, MAX_WORK, WireErr
 /// Longest text of a guest's that is kept, in bytes.
 const MAX_GUEST_TEXT: usize = 4096;
 
-/// Why something asked of a guest was not done.
+/// Why a request to a guest failed.
 #[derive(Debug, thiserror::Error)]
 pub enum GuestError {
     /// No connection could be made before the deadline.
     #[error("the guest agent cannot be reached: {0}")]
     Unreachable(String),
-    /// The connection stands, but an answer did not come in time.
+    /// The connection stands, but a reply did not come in time.
     #[error("the guest agent took too long {what}")]
     Timeout {
         /// What was waited for, as in "took too long to answer the greeting".
@@ -31,7 +31,7 @@ pub enum GuestError {
         /// The newest version the guest speaks.
         guest: u16,
     },
-    /// The guest does not know the token it was given.
+    /// The guest does not accept the token.
     #[error("the guest agent rejected this VM's token")]
     TokenRefused,
     /// Too many commands and copies, or sessions of any kind, at once.
@@ -48,7 +48,7 @@ pub enum GuestError {
         /// The most there may be.
         limit: usize,
     },
-    /// The connection ended before the answer did.
+    /// The connection ended before the reply did.
     #[error("the connection to the guest agent ended early")]
     Gone,
     /// The guest broke the protocol.
@@ -74,7 +74,7 @@ pub enum GuestError {
     /// A path that cannot be used.
     #[error("{0}")]
     BadName(String),
-    /// A directory where the bytes of a file were asked for.
+    /// A directory where the bytes of a file were requested.
     #[error("it is a directory")]
     IsDirectory,
     /// A tar archive that cannot be unpacked.
@@ -102,7 +102,7 @@ pub enum GuestError {
 }
 
 impl GuestError {
-    /// A breach of the protocol, in words.
+    /// A violation of the protocol, with its description.
     pub fn breach(what: impl Into<String>) -> Self {
         Self::Protocol(WireError::Malformed(what.into()))
     }
@@ -115,7 +115,7 @@ impl GuestError {
         })
     }
 
-    /// What the guest says went wrong, its text cut to a bearable length.
+    /// The guest's error, its text truncated.
     pub fn failed(mut failed: Failed) -> Self {
         let cut = failed.message.floor_char_boundary(MAX_GUEST_TEXT);
         failed.message.truncate(cut);
@@ -138,7 +138,7 @@ impl GuestError {
         Self::Gone
     }
 
-    /// What the guest says went wrong, if that is what this is.
+    /// The guest's error, if this is one.
     #[must_use]
     pub fn fault(&self) -> Option<Fault> {
         match self {

@@ -26,16 +26,16 @@ const GRACE: Duration = Duration::from_secs(15);
 
 /// A command that runs.
 #[derive(Debug)]
-pub struct Running {
+pub struct RunningCommand {
     /// Its process id in the guest.
     pub pid: u32,
-    /// What it says.
+    /// Its messages.
     pub events: Events,
     /// Its input, signals and size.
     pub control: Control,
 }
 
-/// What a command says.
+/// A message of a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// Bytes of its standard output, or of its terminal.
@@ -51,7 +51,7 @@ impl Guest {
     ///
     /// # Errors
     /// Those of [`Guest::session`]; [`GuestError::Guest`] if it cannot be started.
-    pub async fn exec(&self, request: Exec, deadline: Instant) -> Result<Running, GuestError> {
+    pub async fn exec(&self, request: Exec, deadline: Instant) -> Result<RunningCommand, GuestError> {
         let limit = request.timeout_ms;
         let session = self.begin(&ToGuest::Exec(request), deadline).await?;
         session.started(limit, deadline).await
@@ -63,13 +63,13 @@ impl Session {
     ///
     /// # Errors
     /// Those of a request; [`GuestError::Guest`] if it cannot be started.
-    pub async fn exec(self, request: Exec, deadline: Instant) -> Result<Running, GuestError> {
+    pub async fn exec(self, request: Exec, deadline: Instant) -> Result<RunningCommand, GuestError> {
         let limit = request.timeout_ms;
         self.link.send(&ToGuest::Exec(request)).await?;
         self.started(limit, deadline).await
     }
 
-    async fn started(mut self, limit_ms: Option<u64>, deadline: Instant) -> Result<Running, GuestError> {
+    async fn started(mut self, limit_ms: Option<u64>, deadline: Instant) -> Result<RunningCommand, GuestError> {
         let pid = match self.answer(deadline, "to start the command").await? {
             ToHost::Started(pid) => pid,
             other => return Err(unexpected(other)),
@@ -77,11 +77,11 @@ impl Session {
         let state = Arc::new(State { credit: Semaphore::new(STDIN_WINDOW as usize), ended: AtomicBool::new(false) });
         let control = Control { link: Arc::clone(&self.link), state: Arc::clone(&state) };
         let deadline = limit_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms) + GRACE));
-        Ok(Running { pid, events: Events { session: Some(self), state, deadline, exited: false }, control })
+        Ok(RunningCommand { pid, events: Events { session: Some(self), state, deadline, exited: false }, control })
     }
 }
 
-/// What both halves know.
+/// The state that both halves share.
 #[derive(Debug)]
 struct State {
     /// One permit per byte of standard input that may be sent. Closed at the end.
@@ -105,7 +105,7 @@ impl State {
     }
 }
 
-/// What a command says, in order.
+/// The messages of a command, in order.
 #[derive(Debug)]
 pub struct Events {
     /// Absent once it was given back.
@@ -120,7 +120,7 @@ impl Events {
     ///
     /// # Errors
     /// [`GuestError::Gone`] if the guest or its agent ended, [`GuestError::Timeout`] if the command's time limit and a
-    /// grace have passed without a word, [`GuestError::Protocol`], [`GuestError::Guest`].
+    /// grace have passed without a message, [`GuestError::Protocol`], [`GuestError::Guest`].
     pub async fn next(&mut self) -> Result<Option<Event>, GuestError> {
         while !self.state.ended.load(Ordering::Acquire) {
             let outcome = self.step().await;
@@ -189,7 +189,7 @@ pub struct Control {
 }
 
 impl Control {
-    /// Sends standard input; returns once all of it has been handed over. Waits for the process to take it, so drive
+    /// Sends standard input; returns once all of it has been sent. Waits for the process to take it, so drive
     /// [`Events::next`] at the same time. Dropped halfway, an unknown part has been sent.
     ///
     /// # Errors
@@ -204,12 +204,12 @@ impl Control {
         Ok(())
     }
 
-    /// Says that no more standard input will come.
+    /// Sends the end of standard input.
     ///
     /// # Errors
     /// [`GuestError::Gone`] if the command has ended.
     pub async fn eof(&self) -> Result<(), GuestError> {
-        self.tell(&ToGuest::StdinEof).await
+        self.send_control(&ToGuest::StdinEof).await
     }
 
     /// Sends a signal to the command's process group.
@@ -217,18 +217,18 @@ impl Control {
     /// # Errors
     /// [`GuestError::Gone`] if the command has ended.
     pub async fn signal(&self, signal: u8) -> Result<(), GuestError> {
-        self.tell(&ToGuest::Signal(signal)).await
+        self.send_control(&ToGuest::Signal(signal)).await
     }
 
-    /// Says that the terminal has a new size.
+    /// Sends the terminal's new size.
     ///
     /// # Errors
     /// [`GuestError::Gone`] if the command has ended.
     pub async fn resize(&self, size: WindowSize) -> Result<(), GuestError> {
-        self.tell(&ToGuest::Resize(size)).await
+        self.send_control(&ToGuest::Resize(size)).await
     }
 
-    async fn tell(&self, message: &ToGuest) -> Result<(), GuestError> {
+    async fn send_control(&self, message: &ToGuest) -> Result<(), GuestError> {
         if self.state.ended.load(Ordering::Acquire) {
             return Err(GuestError::Gone);
         }

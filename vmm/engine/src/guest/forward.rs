@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use nido_guest_agent::places::Places;
+use nido_guest_agent::connection_table::ConnectionTable;
 use nido_guest_agent::wire::{Connect, MAX_TUNNELS, ToGuest, ToHost};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -30,7 +30,7 @@ use super::transport::Stream;
 
 /// How many connections all forwards of one VM carry at once. A few of the guest's places are left to `nido proxy`.
 pub const CONNECTIONS: usize = MAX_TUNNELS - 16;
-/// How long the guest may take to answer one connection.
+/// How long the guest may take to accept one connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 /// Bytes held per way of a connection.
 const BUFFER: usize = 64 * 1024;
@@ -41,7 +41,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Tunnel {
     stream: Stream,
-    /// Bytes that came along with the answer.
+    /// Bytes that came along with the reply.
     early: Vec<u8>,
     at: usize,
 }
@@ -138,7 +138,7 @@ impl Guest {
         }
     }
 
-    async fn carry(&self, client: TcpStream, to: &Connect, place: &Place) -> Result<(), GuestError> {
+    async fn carry(&self, client: TcpStream, to: &Connect, place: &ForwardSlot) -> Result<(), GuestError> {
         let tunnel = self.connect(to, Instant::now() + CONNECT_LIMIT).await?;
         // Small messages of an interactive protocol must not wait for each other.
         let _ = client.set_nodelay(true);
@@ -162,7 +162,7 @@ async fn pass(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     is_half_closed: &AtomicBool,
-    place: &Place,
+    place: &ForwardSlot,
 ) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     loop {
@@ -184,7 +184,7 @@ async fn pass(
 
 /// The places of all forwarded connections of one VM. Clones share them.
 #[derive(Debug, Clone)]
-pub struct Connections(Arc<Mutex<Places<Arc<Notify>>>>);
+pub struct Connections(Arc<Mutex<ConnectionTable<Arc<Notify>>>>);
 
 impl Default for Connections {
     fn default() -> Self {
@@ -196,40 +196,40 @@ impl Connections {
     /// So many places.
     #[must_use]
     pub fn new(limit: usize) -> Self {
-        Self(Arc::new(Mutex::new(Places::new(limit))))
+        Self(Arc::new(Mutex::new(ConnectionTable::new(limit))))
     }
 
-    fn places(&self) -> MutexGuard<'_, Places<Arc<Notify>>> {
+    fn places(&self) -> MutexGuard<'_, ConnectionTable<Arc<Notify>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enter(&self) -> Option<Place> {
+    fn enter(&self) -> Option<ForwardSlot> {
         let ended = Arc::new(Notify::new());
         let (number, evicted) = self.places().enter(ended.clone(), std::time::Instant::now())?;
         if let Some(evicted) = evicted {
             evicted.notify_one();
         }
-        Some(Place { of: self.clone(), number, ended })
+        Some(ForwardSlot { of: self.clone(), number, ended })
     }
 }
 
 /// The place of one connection.
 #[derive(Debug)]
-struct Place {
+struct ForwardSlot {
     of: Connections,
     number: u64,
     ended: Arc<Notify>,
 }
 
-impl Place {
+impl ForwardSlot {
     fn half_closed(&self) {
         self.of.places().half_closed(self.number, std::time::Instant::now());
     }
 }
 
-impl Drop for Place {
+impl Drop for ForwardSlot {
     fn drop(&mut self) {
-        self.of.places().leave(self.number);
+        self.of.places().release(self.number);
     }
 }
 

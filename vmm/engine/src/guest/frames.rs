@@ -79,7 +79,7 @@ impl FrameBuffer {
         &mut self.bytes[self.end..]
     }
 
-    /// Says how many bytes were read into [`Self::spare`].
+    /// Records how many bytes were read into [`Self::spare`].
     pub fn filled(&mut self, count: usize) {
         self.end = (self.end + count).min(self.bytes.len());
     }
@@ -123,7 +123,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_come_out_as_they_went_in(
+        fn frames_are_unchanged_by_the_buffer(
             payloads in proptest::collection::vec((any::<u8>(), 0usize..40_000), 0..6),
             step in 1usize..50_000,
             rest in proptest::collection::vec(any::<u8>(), 0..3),

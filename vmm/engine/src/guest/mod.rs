@@ -3,7 +3,7 @@
 //! ```text
 //!  Guest (client.rs)      one method per thing an agent can do; each call is a connection and a session of its own
 //!    exec.rs  files/  forward.rs
-//!    session.rs           greeting, requests, answers            frames.rs: bytes -> frames [pure]
+//!    session.rs           greeting, requests, replies            frames.rs: bytes -> frames [pure]
 //!    transport.rs         vsock | agent.sock -> one stream type
 //!  Channel (channel.rs)   what a supervisor runs for virtio-serial: agent.sock <-> streams of the one port
 //!    mux/                 resync, yamux, splices
@@ -27,8 +27,8 @@ mod transport;
 pub use channel::{Activity, Channel, Link};
 pub use client::Guest;
 pub use error::GuestError;
-pub use exec::{Control, Event, Events, Running};
-pub use files::{Copied, Download, Form, LeftOut, Limits, Progress, Source, Upload};
+pub use exec::{Control, Event, Events, RunningCommand};
+pub use files::{CopyTotals, Download, Form, Limits, Progress, SkippedEntry, Source, Upload};
 pub use forward::{Connections, Tunnel, proxy};
 pub use session::Session;
-pub use transport::{Endpoint, Stream, connect};
+pub use transport::{AgentAddress, Stream, connect};

@@ -3,10 +3,10 @@
 //! ```text
 //!  Stream -- hello (version, token, nonce) [+ first request] ->
 //!         <- welcome (version, nonce) | refused --
-//!         -- request ->  <- answers --   ... again and again; closing cancels
+//!         -- request ->  <- replies --   ... again and again; closing cancels
 //! ```
 //!
-//! Invariant: nothing is taken for an answer before a welcome has repeated this session's own nonce, and a frame leaves
+//! Invariant: nothing is taken for a reply before a welcome has repeated this session's own nonce, and a frame leaves
 //! complete even if its sender stopped waiting.
 
 use std::net::IpAddr;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nido_files::random;
-use nido_guest_agent::wire::{self, Head, Hello, Pong, Power, Refusal, Refused, Renew, ToGuest, ToHost};
+use nido_guest_agent::wire::{self, Head, Hello, IdentityReset, Pong, Power, Refusal, Refused, ToGuest, ToHost};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
@@ -65,7 +65,7 @@ impl Session {
         &self.agent
     }
 
-    /// Asks for a sign of life.
+    /// Sends a ping.
     ///
     /// # Errors
     /// As for any request: [`GuestError::Timeout`], [`GuestError::Gone`], [`GuestError::Protocol`],
@@ -82,7 +82,7 @@ impl Session {
         }
     }
 
-    /// Has the guest go down in an orderly way; returns once it says that it does.
+    /// Has the guest go down in an orderly way; returns once it confirms.
     ///
     /// # Errors
     /// As for [`Self::ping`].
@@ -125,7 +125,7 @@ impl Session {
     /// Has the guest set its clock.
     ///
     /// # Errors
-    /// As for [`Self::ping`]; [`GuestError::Guest`] or [`GuestError::Gone`] from an agent that does not know the request.
+    /// As for [`Self::ping`]; [`GuestError::Guest`] or [`GuestError::Gone`] from an agent without this request.
     pub async fn set_clock(&mut self, time_ns: i64, deadline: Instant) -> Result<(), GuestError> {
         self.link.send(&ToGuest::SetClock(time_ns)).await?;
         match self.answer(deadline, "to set its clock").await? {
@@ -134,34 +134,39 @@ impl Session {
         }
     }
 
-    /// Makes a guest that was loaded a machine of its own, over a fresh stream. `token` is the one it was saved with.
+    /// Resets the identity of a loaded guest, over a fresh stream. `token` is the one it was saved with.
     ///
     /// # Errors
     /// Those of [`Self::open`], and [`GuestError::Guest`] if a step failed: then the guest must not be used.
-    pub async fn renew(stream: Stream, token: &[u8], renew: Renew, deadline: Instant) -> Result<Pong, GuestError> {
-        let mut session = Self::open_with(stream, token, Some(&ToGuest::Renew(renew)), deadline).await?;
-        renewed(session.answer(deadline, "to reset its identity").await?)
+    pub async fn reset(
+        stream: Stream,
+        token: &[u8],
+        reset: IdentityReset,
+        deadline: Instant,
+    ) -> Result<Pong, GuestError> {
+        let mut session = Self::open_with(stream, token, Some(&ToGuest::ResetIdentity(reset)), deadline).await?;
+        reset_reply(session.answer(deadline, "to reset its identity").await?)
     }
 
     /// Does the same with a bootstrap request; `None` if the multiplexer has started.
     ///
     /// # Errors
-    /// As for [`Self::renew`].
-    pub async fn renew_by_letter(
+    /// As for [`Self::reset`].
+    pub async fn reset_identity_by_bootstrap(
         channel: &Channel,
         token: &[u8],
-        renew: &Renew,
+        reset: &IdentityReset,
         deadline: Instant,
     ) -> Option<Result<Pong, GuestError>> {
-        let (nonce, words) = match opening(token, Some(&ToGuest::Renew(renew.clone()))) {
+        let (nonce, words) = match opening(token, Some(&ToGuest::ResetIdentity(reset.clone()))) {
             Ok(opening) => opening,
             Err(error) => return Some(Err(error)),
         };
-        let answer = channel.letter(words, deadline).await?;
+        let answer = channel.bootstrap_request(words, deadline).await?;
         Some(answer.and_then(|words| {
             let (welcome, rest) = wire::decode_first(&words)?;
             welcomed(welcome, nonce)?;
-            renewed(wire::decode_first(rest)?.0)
+            reset_reply(wire::decode_first(rest)?.0)
         }))
     }
 
@@ -197,7 +202,7 @@ pub async fn greet(
 fn opening(token: &[u8], first: Option<&ToGuest>) -> Result<(u64, Vec<u8>), GuestError> {
     let nonce = random::bytes().map_err(|e| GuestError::Unreachable(e.to_string()))?;
     let nonce = u64::from_le_bytes(nonce);
-    let hello = Hello { oldest: wire::OLDEST, newest: wire::VERSION, token: token.to_vec().into(), nonce };
+    let hello = Hello { oldest: wire::VERSION_OLDEST, newest: wire::VERSION, token: token.to_vec().into(), nonce };
     let mut bytes = GuestError::encode(&ToGuest::Hello(hello))?;
     if let Some(first) = first {
         bytes.extend_from_slice(&GuestError::encode(first)?);
@@ -205,7 +210,7 @@ fn opening(token: &[u8], first: Option<&ToGuest>) -> Result<(u64, Vec<u8>), Gues
     Ok((nonce, bytes))
 }
 
-/// What the agent says of itself in its welcome.
+/// The agent's description of itself in its welcome.
 #[derive(Debug)]
 pub struct Greeting {
     /// Its own version, for people.
@@ -214,11 +219,11 @@ pub struct Greeting {
     pub features: u32,
 }
 
-/// Whether the answer to a hello opens the session.
+/// Whether the reply to a hello opens the session.
 fn welcomed(answer: ToHost, nonce: u64) -> Result<Greeting, GuestError> {
     match answer {
         ToHost::Welcome(welcome) if welcome.nonce != nonce => Err(GuestError::breach("a welcome for another hello")),
-        ToHost::Welcome(welcome) if !(wire::OLDEST..=wire::VERSION).contains(&welcome.version) => {
+        ToHost::Welcome(welcome) if !(wire::VERSION_OLDEST..=wire::VERSION).contains(&welcome.version) => {
             Err(GuestError::VersionMismatch { host: wire::VERSION, guest: welcome.version })
         }
         ToHost::Welcome(mut welcome) => {
@@ -230,14 +235,14 @@ fn welcomed(answer: ToHost, nonce: u64) -> Result<Greeting, GuestError> {
     }
 }
 
-fn renewed(answer: ToHost) -> Result<Pong, GuestError> {
+fn reset_reply(answer: ToHost) -> Result<Pong, GuestError> {
     match answer {
-        ToHost::Renewed(pong) => Ok(checked(pong)),
+        ToHost::IdentityReset(pong) => Ok(checked(pong)),
         other => Err(unexpected(other)),
     }
 }
 
-/// A sign of life without what cannot be true.
+/// A reply to a ping without impossible values.
 fn checked(mut pong: Pong) -> Pong {
     pong.agent.truncate(pong.agent.floor_char_boundary(MAX_AGENT_TEXT));
     pong.address = pong.address.filter(|text| text.parse::<IpAddr>().is_ok());

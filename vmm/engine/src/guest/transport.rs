@@ -27,13 +27,13 @@ use super::error::GuestError;
 const FIRST_ATTEMPT: Duration = Duration::from_millis(30);
 /// How long a later attempt may take at most: the kernel's own limit, because a guest that needs longer than that for its
 /// answer would never be reached.
-const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
+const ATTEMPT_TIMEOUT_MAX: Duration = Duration::from_secs(2);
 /// Pause after a refused attempt, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 
 /// Where a VM's guest agent answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Endpoint {
+pub enum AgentAddress {
     /// Kernel vsock.
     Vsock {
         /// The guest's context id.
@@ -50,7 +50,7 @@ pub enum Endpoint {
     },
 }
 
-impl Endpoint {
+impl AgentAddress {
     /// What `info` calls this transport.
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -65,7 +65,7 @@ impl Endpoint {
 ///
 /// # Errors
 /// [`GuestError::Unreachable`] with the last reason.
-pub async fn connect(endpoint: &Endpoint, deadline: Instant) -> Result<Stream, GuestError> {
+pub async fn connect(endpoint: &AgentAddress, deadline: Instant) -> Result<Stream, GuestError> {
     let (mut attempt, mut pause) = (FIRST_ATTEMPT, PAUSE.0);
     let mut reason = String::from("no time left to try");
     while Instant::now() < deadline {
@@ -79,7 +79,7 @@ pub async fn connect(endpoint: &Endpoint, deadline: Instant) -> Result<Stream, G
             }
             Err(_) => {
                 reason = "the connection was not accepted".into();
-                attempt = (attempt * 2).min(LONGEST_ATTEMPT);
+                attempt = (attempt * 2).min(ATTEMPT_TIMEOUT_MAX);
             }
         }
     }
@@ -92,10 +92,10 @@ fn is_final(error: &io::Error) -> bool {
     matches!(errno, Some(libc::EACCES | libc::EPERM | libc::EAFNOSUPPORT | libc::EINVAL | libc::ENOTDIR | libc::ELOOP))
 }
 
-async fn dial(endpoint: &Endpoint) -> io::Result<Stream> {
+async fn dial(endpoint: &AgentAddress) -> io::Result<Stream> {
     match endpoint {
-        Endpoint::Vsock { cid, port } => dial_vsock(*cid, *port).await,
-        Endpoint::Serial { dir, socket } => {
+        AgentAddress::Vsock { cid, port } => dial_vsock(*cid, *port).await,
+        AgentAddress::Serial { dir, socket } => {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let dir = rustix::fs::open(dir, flags, Mode::empty())?;
             // Through the descriptor, because a socket's address holds 108 bytes and a home may be deeper than that.
@@ -250,7 +250,7 @@ mod tests {
         // Binding has the same limit, so it goes through a descriptor as well.
         let held = std::fs::File::open(&dir).unwrap();
         let listener = UnixListener::bind(format!("/proc/self/fd/{}/agent.sock", held.as_raw_fd())).unwrap();
-        let endpoint = Endpoint::Serial { dir, socket: "agent.sock".into() };
+        let endpoint = AgentAddress::Serial { dir, socket: "agent.sock".into() };
         let stream = connect(&endpoint, in_ms(10_000)).await.unwrap();
         let (mut peer, _) = listener.accept().unwrap();
         io::Write::write_all(&mut peer, b"hello").unwrap();
@@ -261,7 +261,7 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn a_socket_that_appears_later_is_reached() {
         let dir = tempfile::tempdir().unwrap();
-        let endpoint = Endpoint::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
+        let endpoint = AgentAddress::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
         // The first attempt is made, and fails, before the listener is polled for the first time.
         let late = async { UnixListener::bind(dir.path().join("agent.sock")).unwrap() };
         let (stream, _listener) = tokio::join!(connect(&endpoint, in_ms(10_000)), late);
@@ -271,7 +271,7 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn an_absent_socket_is_unreachable_by_the_deadline() {
         let dir = tempfile::tempdir().unwrap();
-        let endpoint = Endpoint::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
+        let endpoint = AgentAddress::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
         let outcome = connect(&endpoint, in_ms(30)).await;
         assert!(matches!(outcome, Err(GuestError::Unreachable(_))), "{outcome:?}");
     }

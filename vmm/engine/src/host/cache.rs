@@ -1,4 +1,4 @@
-//! Small JSON answers kept on disk with the key they rest on.
+//! Small JSON values cached on disk with the key that they depend on.
 //!
 //! Invariant: a reader sees a whole entry or none (written beside, then renamed), and an entry whose key differs is as
 //! good as absent. A cache that cannot be written costs time, never correctness, so that is only a warning.
@@ -35,8 +35,8 @@ pub fn put<K: Serialize, V: Serialize>(dir: &Path, name: &str, key: &K, value: &
     }
 }
 
-/// Forgets what is stored under `name`.
-pub fn forget(dir: &Path, name: &str) {
+/// Removes what is stored under `name`.
+pub fn invalidate(dir: &Path, name: &str) {
     let _ = fs::remove_file(dir.join(name));
 }
 
@@ -50,17 +50,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_answers_only_to_its_own_key() {
+    fn an_entry_is_returned_only_for_its_key() {
         let dir = tempfile::tempdir().unwrap();
         put(dir.path(), "a.json", &("boot", 1), &42);
         assert_eq!(get::<(String, i32), i32>(dir.path(), "a.json", &("boot".into(), 1)), Some(42));
         assert_eq!(get::<(String, i32), i32>(dir.path(), "a.json", &("boot".into(), 2)), None);
-        forget(dir.path(), "a.json");
+        invalidate(dir.path(), "a.json");
         assert_eq!(get::<(String, i32), i32>(dir.path(), "a.json", &("boot".into(), 1)), None);
     }
 
     #[test]
-    fn a_damaged_entry_is_as_good_as_none() {
+    fn a_damaged_entry_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a.json"), b"{\"key\":1,\"val").unwrap();
         assert_eq!(get::<i32, i32>(dir.path(), "a.json", &1), None);

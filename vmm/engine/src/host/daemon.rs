@@ -36,7 +36,7 @@ pub const KEPT_VARIABLES: [&str; 18] = [
 ];
 /// How many files a process of nido must be allowed to open, at least.
 pub const OPEN_FILES_MIN: u64 = 64;
-/// What QEMU sees, when it is asked what it can do as well as when it runs a VM.
+/// What QEMU sees, when it is probed as well as when it runs a VM.
 const QEMU_VARIABLES: [(&str, &str); 2] = [("PATH", "/usr/local/bin:/usr/bin:/bin"), ("LC_ALL", "C.UTF-8")];
 
 /// A command for a process of nido that stays. Its directory has to be nido's own.

@@ -1,6 +1,6 @@
 //! The host's facts in one value: what [`crate::machine::decide`] decides by and `nido doctor` prints.
 //!
-//! Invariant: gathering never fails and never takes more than a fraction of a second; what cannot be found out is told
+//! Invariant: gathering never fails and never takes more than a fraction of a second; what cannot be determined is reported
 //! as absent.
 
 use std::fs;
@@ -37,11 +37,11 @@ pub struct HostFacts {
     pub gid: u32,
 }
 
-/// What the kernel's module for KVM says of virtual machines inside virtual machines.
+/// What the kernel's module for KVM reports about virtual machines inside virtual machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Nesting {
-    /// No module says anything: there is no KVM, or it is built into the kernel.
+    /// No module reports anything: there is no KVM, or it is built into the kernel.
     Unknown,
     /// Its parameter `nested` is on.
     On,
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn nesting_is_what_the_module_says() {
+    fn nesting_is_read_from_the_kernel_module() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(nesting(dir.path()), Nesting::Unknown);
         let parameters = dir.path().join("kvm_amd/parameters");
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cpu_is_told_by_its_own_entry() {
+    fn a_cpu_is_read_from_its_own_entry() {
         let text =
             "processor\t: 0\nvendor_id\t: V\nmodel\t\t: 1\nmodel name\t: M x\ncpu MHz\t: 9\n\nmodel name\t: other\n";
         assert_eq!(cpu_model(text), "V 1 M x");
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn facts_are_the_same_when_asked_again() {
+    fn facts_are_stable() {
         let dir = tempfile::tempdir().unwrap();
         let first = gather(dir.path());
         let second = HostFacts { memory_available_mib: first.memory_available_mib, ..gather(dir.path()) };

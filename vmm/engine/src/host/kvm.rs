@@ -1,8 +1,8 @@
 //! Does KVM work here? Proven by running a guest, never believed because `/dev/kvm` opens.
 //!
 //! Hosts exist whose KVM opens, creates VMs and then interprets the guest's kernel at a thousandth of the speed, or
-//! stops at common instructions. Such a verdict is `PresentUnusable` and says why. Invariant: the answer comes within
-//! the deadline whatever the kernel does; `Usable` is said only after a guest program ran, right and quickly.
+//! stops at common instructions. Such a verdict is `PresentUnusable` and has the reason. Invariant: the result comes within
+//! the deadline whatever the kernel does; `Usable` is returned only after a guest program ran, right and quickly.
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
@@ -16,7 +16,7 @@ use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
 use super::cache;
-use super::kvm_vcpu::{self, NoRun};
+use super::kvm_vcpu::{self, RunFailure};
 
 const DEVICE: &str = "/dev/kvm";
 const CACHE_NAME: &str = "kvm.json";
@@ -71,7 +71,7 @@ impl KvmVerdict {
     }
 }
 
-/// What a verdict rests on: it is good until the host boots again, the device changes or another user asks.
+/// What a verdict depends on: it is valid until the host boots again, the device changes or the user differs.
 #[derive(PartialEq, Serialize, Deserialize)]
 struct CacheKey {
     boot_id: String,
@@ -102,13 +102,13 @@ pub fn probe(cache_dir: &Path) -> KvmVerdict {
 /// the guest may have caused it. Blocks.
 #[must_use]
 pub fn probe_again(cache_dir: &Path) -> KvmVerdict {
-    forget(cache_dir);
+    invalidate(cache_dir);
     probe(cache_dir)
 }
 
-/// Forgets the remembered verdict, so that the next [`probe`] experiments again.
-pub fn forget(cache_dir: &Path) {
-    cache::forget(cache_dir, CACHE_NAME);
+/// Removes the cached verdict, so that the next [`probe`] experiments again.
+pub fn invalidate(cache_dir: &Path) {
+    cache::invalidate(cache_dir, CACHE_NAME);
 }
 
 /// What gives this user the right to open the device.
@@ -141,7 +141,7 @@ fn unopened(error: &std::io::Error) -> KvmVerdict {
     match error.kind() {
         ErrorKind::NotFound => KvmVerdict::Absent,
         ErrorKind::PermissionDenied => KvmVerdict::NotPermitted,
-        _ => judge(Err(NoRun::from_errno(error.raw_os_error(), format!("cannot open {DEVICE}: {error}")))),
+        _ => judge(Err(RunFailure::from_errno(error.raw_os_error(), format!("cannot open {DEVICE}: {error}")))),
     }
 }
 
@@ -151,7 +151,7 @@ fn experiments(device: &OwnedFd, deadlines: impl IntoIterator<Item = Duration>) 
     for deadline in deadlines {
         let result = match device.try_clone() {
             Ok(device) => experiment(device, deadline),
-            Err(error) => Some(Err(NoRun::Undecided(format!("KVM could not be tested: {error}")))),
+            Err(error) => Some(Err(RunFailure::Undecided(format!("KVM could not be tested: {error}")))),
         };
         if let Some(result) = result {
             return judge(result);
@@ -163,7 +163,7 @@ fn experiments(device: &OwnedFd, deadlines: impl IntoIterator<Item = Duration>) 
 }
 
 /// What a finished experiment proves.
-fn judge(result: Result<Duration, NoRun>) -> KvmVerdict {
+fn judge(result: Result<Duration, RunFailure>) -> KvmVerdict {
     match result {
         Ok(best) if best <= RUN_MAX => {
             KvmVerdict::Usable { micros: u64::try_from(best.as_micros()).unwrap_or(u64::MAX) }
@@ -174,19 +174,19 @@ fn judge(result: Result<Duration, NoRun>) -> KvmVerdict {
                 format!("KVM interprets the guest instead of running it ({ms} ms for 10000 iterations of a loop)");
             KvmVerdict::PresentUnusable { reason }
         }
-        Err(NoRun::Unusable(reason)) => KvmVerdict::PresentUnusable { reason },
-        Err(NoRun::Undecided(reason)) => KvmVerdict::Undecided { reason },
+        Err(RunFailure::Unusable(reason)) => KvmVerdict::PresentUnusable { reason },
+        Err(RunFailure::Undecided(reason)) => KvmVerdict::Undecided { reason },
     }
 }
 
 enum Message {
     Began(kick::Thread),
-    Done(Result<Duration, NoRun>),
+    Done(Result<Duration, RunFailure>),
 }
 
 /// Runs the test program on a thread of its own and gives it until the deadline; then interrupts it and gives up (`None`).
-/// If the kernel does not let go of the thread even so, it is left to itself.
-fn experiment(device: OwnedFd, deadline: Duration) -> Option<Result<Duration, NoRun>> {
+/// If the kernel does not release the thread even then, the thread is abandoned.
+fn experiment(device: OwnedFd, deadline: Duration) -> Option<Result<Duration, RunFailure>> {
     let end = Instant::now() + deadline;
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
@@ -201,7 +201,7 @@ fn experiment(device: OwnedFd, deadline: Duration) -> Option<Result<Duration, No
             Ok(Message::Began(thread)) => runner = Some(thread),
             Ok(Message::Done(result)) => return Some(result),
             Err(RecvTimeoutError::Disconnected) => {
-                return Some(Err(NoRun::Undecided("the test of KVM ended without a result".into())));
+                return Some(Err(RunFailure::Undecided("the test of KVM ended without a result".into())));
             }
             Err(RecvTimeoutError::Timeout) => break,
         }
@@ -263,7 +263,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_does_not_open_is_told_apart() {
+    fn failures_to_open_kvm_are_distinguished() {
         assert_eq!(unopened(&ErrorKind::NotFound.into()), KvmVerdict::Absent);
         assert_eq!(unopened(&ErrorKind::PermissionDenied.into()), KvmVerdict::NotPermitted);
         let broken = std::io::Error::from_raw_os_error(libc::ENODEV);
@@ -277,7 +277,7 @@ mod tests {
     #[test]
     fn a_descriptor_that_is_not_kvm_is_no_kvm() {
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert!(matches!(experiment(file.into(), DEADLINES[0]), Some(Err(NoRun::Unusable(_)))));
+        assert!(matches!(experiment(file.into(), DEADLINES[0]), Some(Err(RunFailure::Unusable(_)))));
     }
 
     #[test]
@@ -300,8 +300,8 @@ mod tests {
     fn only_a_quick_and_right_run_is_kvm() {
         assert_eq!(judge(Ok(Duration::from_micros(24))), KvmVerdict::Usable { micros: 24 });
         assert!(matches!(judge(Ok(Duration::from_millis(8))), KvmVerdict::PresentUnusable { .. }));
-        assert_eq!(judge(Err(NoRun::Unusable("no".into()))), KvmVerdict::PresentUnusable { reason: "no".into() });
-        assert_eq!(judge(Err(NoRun::Undecided("?".into()))), KvmVerdict::Undecided { reason: "?".into() });
+        assert_eq!(judge(Err(RunFailure::Unusable("no".into()))), KvmVerdict::PresentUnusable { reason: "no".into() });
+        assert_eq!(judge(Err(RunFailure::Undecided("?".into()))), KvmVerdict::Undecided { reason: "?".into() });
     }
 
     /// A `/dev/kvm` of root's alone had the doctor advise to join the group root, which would not even have helped.

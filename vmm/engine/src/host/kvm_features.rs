@@ -1,12 +1,12 @@
 //! What KVM shows its guests of this host's CPU, as a digest.
 //!
-//! A guest that was saved has chosen its code by these features. The CPU's name does not say them: kernels, their command lines
+//! A guest that was saved has chosen its code by these features. The CPU's name does not imply them: kernels, their command lines
 //! (`clearcpuid=`, `tsx=off`, mitigations) and firmware switches take features away or add some.
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
-/// Leaves whose registers are features, on every CPU of the host the same. The others hold numbers of the very CPU that was asked
+/// Leaves whose registers are features, on every CPU of the host the same. The others hold numbers of the queried CPU
 /// (APIC ids, topology), clock rates, and texts.
 const FEATURE_LEAVES: [u32; 9] = [0x1, 0x7, 0xd, 0x14, 0x19, 0x4000_0001, 0x8000_0001, 0x8000_0008, 0x8000_0021];
 
@@ -30,7 +30,7 @@ fn digest_of(entries: &[kvm_cpuid_entry2], mut registers: Vec<u32>) -> String {
 fn line(entry: &kvm_cpuid_entry2) -> String {
     let kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, .. } = *entry;
     match function {
-        // The first register is the CPU's signature, which its name says; the second holds the number of the CPU.
+        // The first register is the CPU's signature, which its name implies; the second holds the number of the CPU.
         0x1 => format!("{function:x} {ecx:x} {edx:x}"),
         // The size of the state that is switched on at the moment.
         0xd if index < 2 => format!("{function:x} {index:x} {eax:x} {ecx:x} {edx:x}"),

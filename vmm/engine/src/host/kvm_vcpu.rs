@@ -1,7 +1,7 @@
 //! One virtual machine of 2 MiB with one vCPU in 64-bit mode that runs a few instructions: the experiment behind
 //! [`super::kvm`].
 //!
-//! Invariant: the guest's answer is checked, so a KVM that only pretends to have run it is found out.
+//! Invariant: the guest's result is checked, so a KVM that only pretends to have run it is found out.
 
 use std::time::{Duration, Instant};
 
@@ -36,14 +36,14 @@ const SHRX_AT: usize = 19;
 
 /// Why there is no time of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NoRun {
+pub enum RunFailure {
     /// KVM cannot run guests; one sentence.
     Unusable(String),
     /// The kernel was short of something, or busy: another try may end otherwise. One sentence.
     Undecided(String),
 }
 
-impl NoRun {
+impl RunFailure {
     /// What an error of the kernel's proves: some pass by themselves.
     pub fn from_errno(errno: Option<i32>, sentence: String) -> Self {
         match errno {
@@ -59,18 +59,19 @@ impl NoRun {
 ///
 /// # Errors
 /// One sentence about the step that failed.
-pub fn best_run(kvm: &Kvm, tries: u32, good_enough: Duration) -> Result<Duration, NoRun> {
+pub fn best_run(kvm: &Kvm, tries: u32, good_enough: Duration) -> Result<Duration, RunFailure> {
     let failed = |step: &'static str| {
-        move |e: kvm_ioctls::Error| NoRun::from_errno(Some(e.errno()), format!("KVM cannot {step}: {e}"))
+        move |e: kvm_ioctls::Error| RunFailure::from_errno(Some(e.errno()), format!("KVM cannot {step}: {e}"))
     };
     if kvm.get_api_version() != 12 {
         let version = kvm.get_api_version();
-        return Err(NoRun::Unusable(format!("KVM has version {version} of its interface, not 12")));
+        return Err(RunFailure::Unusable(format!("KVM has version {version} of its interface, not 12")));
     }
     let vm = kvm.create_vm().map_err(failed("create a VM"))?;
     let cpuid =
         kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(failed("report its CPU features"))?;
-    let memory = memory(host_has_bmi2()).map_err(|e| NoRun::Undecided(format!("no memory for the KVM test: {e}")))?;
+    let memory =
+        memory(host_has_bmi2()).map_err(|e| RunFailure::Undecided(format!("no memory for the KVM test: {e}")))?;
     map(&vm, &memory).map_err(failed("give a VM memory"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(failed("create a vCPU"))?;
     vcpu.set_cpuid2(&cpuid).map_err(failed("set the CPU features"))?;
@@ -86,7 +87,7 @@ pub fn best_run(kvm: &Kvm, tries: u32, good_enough: Duration) -> Result<Duration
 }
 
 /// Whether the CPU under this process runs `shrx`. A KVM that runs its guests on that CPU runs it too, whatever features it
-/// tells its guests; one that interprets them often does not.
+/// reports to its guests; one that interprets them often does not.
 fn host_has_bmi2() -> bool {
     #[cfg(target_arch = "x86_64")]
     return std::arch::is_x86_feature_detected!("bmi2");
@@ -145,20 +146,20 @@ fn enter_long_mode(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
 }
 
 /// One run. Its time is the shorter of the clock's and the thread's own: on a busy host the clock also counts other programs.
-fn run_once(vcpu: &mut VcpuFd) -> Result<Duration, NoRun> {
+fn run_once(vcpu: &mut VcpuFd) -> Result<Duration, RunFailure> {
     let regs = kvm_regs { rip: CODE, rflags: 2, rsp: 0x8000, ..Default::default() };
     vcpu.set_regs(&regs)
-        .map_err(|e| NoRun::from_errno(Some(e.errno()), format!("KVM cannot set the vCPU's registers: {e}")))?;
+        .map_err(|e| RunFailure::from_errno(Some(e.errno()), format!("KVM cannot set the vCPU's registers: {e}")))?;
     let (start, cpu_start) = (Instant::now(), thread_cpu_time());
     let exit = vcpu.run();
     let took = start.elapsed().min(thread_cpu_time().saturating_sub(cpu_start));
-    let unusable = |sentence: &str| Err(NoRun::Unusable(sentence.into()));
+    let unusable = |sentence: &str| Err(RunFailure::Unusable(sentence.into()));
     match exit {
         Ok(VcpuExit::IoOut(ANSWER_PORT, [ANSWER])) => Ok(took),
         Ok(VcpuExit::IoOut(..)) => unusable("KVM is broken: the test program returned a wrong result"),
         Ok(VcpuExit::InternalError) => unusable("KVM cannot run ordinary instructions (KVM_EXIT_INTERNAL_ERROR)"),
         Ok(other) => unusable(&format!("KVM cannot run ordinary instructions ({other:?})")),
-        Err(e) => Err(NoRun::from_errno(Some(e.errno()), format!("KVM cannot run a vCPU: {e}"))),
+        Err(e) => Err(RunFailure::from_errno(Some(e.errno()), format!("KVM cannot run a vCPU: {e}"))),
     }
 }
 

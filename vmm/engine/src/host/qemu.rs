@@ -1,6 +1,6 @@
-//! Which QEMU there is, and what it can do: asked of QEMU itself, over its monitor, and remembered.
+//! The QEMU binary and its capabilities: probed over its monitor, and cached.
 //!
-//! Starting QEMU costs tens of milliseconds, so the answers are cached by the identity of the file (path, inode, size,
+//! Starting QEMU costs tens of milliseconds, so the replies are cached by the identity of the file (path, inode, size,
 //! time of change). Invariant: a QEMU that hangs, exits or is another program is an error within the deadline, and
 //! nothing of it stays running.
 
@@ -24,7 +24,7 @@ pub const MINIMUM_VERSION: QemuVersion = QemuVersion { major: 7, minor: 2, micro
 pub const DEFAULT_PROGRAM: &str = "qemu-system-x86_64";
 /// How long QEMU may take to report its version and features: usually 0.2 s; 9 s on a busy host that is itself emulated.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
-/// The most it may say (its schema is a quarter of a megabyte).
+/// The longest reply (its schema is a quarter of a megabyte).
 const OUTPUT_BYTES_MAX: u64 = 8 << 20;
 /// Raised whenever [`QemuFacts`] or the way to them changes.
 const CACHE_FORMAT: u32 = 3;
@@ -97,7 +97,7 @@ pub enum QemuProbeError {
     CannotRun {
         /// The program.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
     /// The program did not report its features in time.
@@ -179,7 +179,7 @@ pub fn probe(program: &Path, cache_dir: &Path) -> Result<QemuFacts, QemuProbeErr
         return Ok(facts);
     }
     let hash = hash_of(program).map_err(|source| QemuProbeError::CannotRun { path: program.into(), source })?;
-    let facts = QemuFacts { sha256: hash, ..ask(program, PROBE_TIMEOUT)? };
+    let facts = QemuFacts { sha256: hash, ..probe_program(program, PROBE_TIMEOUT)? };
     cache::put(cache_dir, &name, &key, &facts);
     Ok(facts)
 }
@@ -216,8 +216,8 @@ const QUESTIONS: &str = concat!(
     "\n",
 );
 
-/// Runs the program without a machine and asks it about itself.
-fn ask(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
+/// Runs the program without a machine and probes it.
+fn probe_program(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
     let mut command = Command::new(program);
     daemon::set_qemu_environment(&mut command);
     let child = command
@@ -227,13 +227,13 @@ fn ask(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
         .stderr(Stdio::piped())
         .spawn();
     let mut child = match child {
-        Ok(child) => Reaped(child),
+        Ok(child) => ReapedChild(child),
         Err(source) => return Err(QemuProbeError::CannotRun { path: program.into(), source }),
     };
     let (stdin, stdout, stderr) = (child.0.stdin.take(), child.0.stdout.take(), child.0.stderr.take());
     let (sender, receiver) = mpsc::channel();
     // The threads end when the child does: its death closes the pipes.
-    // Its input stays open until the answers are there: a QEMU that ends, or is left, drops what it has not yet written.
+    // Its input stays open until the replies are there: a QEMU that ends, or is left, drops what it has not yet written.
     let _input = std::thread::spawn(move || stdin.map(|mut pipe| pipe.write_all(QUESTIONS.as_bytes()).map(|()| pipe)));
     let errors = std::thread::spawn(move || stderr.map(|pipe| read_capped(pipe, 64 << 10)).unwrap_or_default());
     std::thread::spawn(move || sender.send(stdout.map(read_answers).unwrap_or_default()));
@@ -250,16 +250,16 @@ fn ask(program: &Path, timeout: Duration) -> Result<QemuFacts, QemuProbeError> {
 }
 
 /// A child that is gone, and waited for, when this is.
-struct Reaped(Child);
+struct ReapedChild(Child);
 
-impl Drop for Reaped {
+impl Drop for ReapedChild {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Reads up to the answer to the last question.
+/// Reads up to the reply to the last question.
 fn read_answers(pipe: impl Read) -> Vec<u8> {
     let mut pipe = BufReader::new(pipe.take(OUTPUT_BYTES_MAX));
     let mut bytes = Vec::new();

@@ -4,8 +4,8 @@
 //! restart` kills every process of a service's control group. In a scope of its own a VM is stopped in order when the host shuts
 //! down: systemd sends SIGTERM, which QEMU blocks and the supervisor answers by having the guest power off.
 //!
-//! systemd is asked over D-Bus by its own `busctl`. Invariant: a host without systemd, or without a bus, costs a few file system
-//! calls; and nothing waits for the answer.
+//! Requests to systemd go over D-Bus with its own `busctl`. Invariant: a host without systemd, or without a bus, costs a few file system
+//! calls; and nothing waits for the reply.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -54,7 +54,7 @@ pub fn bus() -> Option<Bus> {
 /// Puts processes of a VM into its scope, `nido-ID.scope`. A VM that was taken over has one already.
 ///
 /// # Errors
-/// What systemd, or `busctl`, said.
+/// The error of systemd or `busctl`.
 pub async fn adopt(bus: Bus, id: &str, vm: &str, pids: &[i32]) -> Result<(), String> {
     adopt_as(bus, id, &format!("nido VM {vm}"), pids).await
 }
@@ -62,7 +62,7 @@ pub async fn adopt(bus: Bus, id: &str, vm: &str, pids: &[i32]) -> Result<(), Str
 /// Puts a process that serves a whole home into the scope `nido-ID.scope`: it must not keep the scope of a VM from ending.
 ///
 /// # Errors
-/// What systemd, or `busctl`, said.
+/// The error of systemd or `busctl`.
 pub async fn adopt_helper(bus: Bus, id: &str, description: &str) -> Result<(), String> {
     let own = i32::try_from(std::process::id()).unwrap_or_default();
     adopt_as(bus, id, description, &[own]).await
@@ -145,7 +145,7 @@ pub fn ties(cgroup: &str, bus: Option<Bus>, kill_user_processes: bool) -> Option
     }
 }
 
-/// Whether logind kills what a user leaves behind at logout. Pure, over its configuration files, the most important last.
+/// Whether logind kills a user's processes at logout. Pure, over its configuration files, the most important last.
 #[must_use]
 pub fn kills_user_processes<'a>(files: impl Iterator<Item = &'a str>) -> bool {
     let lines = files.flat_map(str::lines).filter_map(|line| line.trim().strip_prefix("KillUserProcesses="));
@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scope_is_asked_for_as_systemd_wants_it() {
+    fn a_scope_request_has_systemds_format() {
         let words = start_arguments("00ff", "nido VM web", &[7, 8]).join(" ");
         assert_eq!(
             words,
@@ -181,9 +181,9 @@ mod tests {
         assert_eq!(attach_arguments("00ff", &[9]), ["AttachProcessesToUnit", "ssau", "nido-00ff.scope", "", "1", "9"]);
     }
 
-    /// A restart of the unit that runs `nido api-server` killed every VM, and nothing said so before.
+    /// A restart of the unit that runs `nido api-server` killed every VM, without a warning.
     #[test]
-    fn what_kills_vms_with_their_starter_is_reported() {
+    fn units_that_kill_vms_with_their_starter_are_reported() {
         let service = "0::/system.slice/nido.service\n";
         assert!(
             ties(service, None, false)
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_word_of_logind_counts() {
+    fn the_last_setting_of_logind_wins() {
         assert!(!kills_user_processes(["#KillUserProcesses=yes\n"].into_iter()));
         assert!(kills_user_processes(["KillUserProcesses=no\n", "[Login]\nKillUserProcesses=yes\n"].into_iter()));
         assert!(!kills_user_processes(["KillUserProcesses=yes\n", "KillUserProcesses=no\n"].into_iter()));

@@ -1,7 +1,7 @@
 //! The rate of the CPU's time-stamp counter, in kHz.
 //!
 //! A guest under emulation reads the host's counter, and on the leanest machine type it has no second clock to
-//! calibrate against, so nido tells it. Invariant: a rate that varies between two measurements is never reported.
+//! calibrate against, so nido passes it. Invariant: a rate that varies between two measurements is never reported.
 
 use std::time::Duration;
 

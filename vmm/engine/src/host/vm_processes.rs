@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// Kills every process of this user that works in the removed directory `dir`, but not this one. Returns how many still live
+/// Kills every process of this user that works in the removed directory `dir`, but not this one. Returns how many still run
 /// after `timeout`.
 pub fn kill_processes_in_removed(dir: &Path, timeout: Duration) -> usize {
     kill(&processes_in_removed(dir), timeout)
@@ -22,7 +22,7 @@ pub fn count_processes_in_removed(dir: &Path) -> usize {
     processes_in_removed(dir).len()
 }
 
-/// Kills every process of this user, but not this one, that holds the lock at `path`. Returns how many still live after
+/// Kills every process of this user, but not this one, that holds the lock at `path`. Returns how many still run after
 /// `timeout`.
 pub fn kill_lock_holders(path: &Path, timeout: Duration) -> usize {
     let Some(wanted) = real(path) else { return 0 };
@@ -183,7 +183,7 @@ mod tests {
         let lock = root.path().join("vm.lock");
         let sleep =
             |file: fs::File| Command::new("sleep").arg("100").current_dir(root.path()).stdin(file).spawn().unwrap();
-        let held = nido_files::lock::Held::try_take(&lock).unwrap().unwrap();
+        let held = nido_files::lock::HeldLock::try_take(&lock).unwrap().unwrap();
         let mut holder = sleep(held.file().try_clone().unwrap());
         drop(held);
         let mut other = sleep(fs::File::open(&lock).unwrap());

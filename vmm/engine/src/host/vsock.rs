@@ -1,6 +1,6 @@
 //! Can this user give a VM a kernel vsock device?
 //!
-//! Invariant: `Usable` is said only after `/dev/vhost-vsock` was really opened.
+//! Invariant: `Usable` is returned only after `/dev/vhost-vsock` was really opened.
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
@@ -20,12 +20,12 @@ pub enum VsockVerdict {
     NotPermitted,
     /// The device is there and does not open; `reason` is the system's sentence.
     Unusable {
-        /// What the system said.
+        /// The system's error.
         reason: String,
     },
 }
 
-/// Opens `/dev/vhost-vsock` and says what came of it. Costs microseconds, so it is never cached.
+/// Opens `/dev/vhost-vsock` and returns the result. Costs microseconds, so it is never cached.
 #[must_use]
 pub fn probe() -> VsockVerdict {
     probe_at(Path::new("/dev/vhost-vsock"))
@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_opens_is_usable_and_the_rest_says_why() {
+    fn an_openable_device_is_usable_and_others_have_a_reason() {
         let dir = tempfile::tempdir().unwrap();
         let device = dir.path().join("vhost-vsock");
         assert_eq!(probe_at(&device), VsockVerdict::Absent);

@@ -75,7 +75,7 @@ fn auto_does_not_fall_back_to_tcg_when_the_kvm_test_did_not_end() {
 
 /// A VM that ran under KVM was started under TCG as soon as KVM was found wanting.
 #[test]
-fn a_vm_that_ran_under_kvm_runs_under_tcg_only_if_asked_to() {
+fn a_vm_that_ran_under_kvm_runs_under_tcg_only_on_request() {
     let ran = MachineRequest { ran_under: Some(Accel::Kvm), ..request() };
     for verdict in
         [KvmVerdict::Absent, KvmVerdict::NotPermitted, KvmVerdict::PresentUnusable { reason: "it crawls".into() }]

@@ -22,7 +22,7 @@ pub struct Files {
     pub kernel: OsString,
     /// The initramfs.
     pub initrd: OsString,
-    /// The template's own words for the kernel's command line; may be empty.
+    /// The template's own parameters for the kernel's command line; may be empty.
     pub kernel_append: String,
     /// The root disk.
     pub disk: Disk,
@@ -92,7 +92,7 @@ pub fn parts(machine: &Machine, files: &Files) -> Vec<Part> {
         disk(machine, &files.disk),
     ];
     parts.extend((machine.net == NetChoice::Nat).then(|| nat(machine)));
-    // "panic": how a guest's kernel says that it panics, before `panic=-1` makes it reset.
+    // "panic": how a guest's kernel reports a panic, before `panic=-1` makes it reset.
     parts.extend([rng(machine), fw_cfg(files), part("panic", ["-device", "pvpanic"]), kernel(machine, files)]);
     parts.extend(files.incoming.then(|| part("incoming", ["-incoming", "defer", "-S"])));
     parts
@@ -276,7 +276,7 @@ fn disk(machine: &Machine, disk: &Disk) -> Part {
 fn nat(machine: &Machine) -> Part {
     // A PCI network card would bring a boot ROM along; the kernel is given, so nothing boots from the network.
     let rom = if machine.machine == MachineType::Microvm { "" } else { ",romfile=" };
-    // Asked to announce itself, each guest that was loaded would spend its first milliseconds telling a switch that is
+    // Asked to announce itself, each guest that was loaded would spend its first milliseconds notifying a switch that is
     // not there where it has moved to.
     let device = format!("{},netdev={NET},guest_announce=off{rom}", virtio(machine, "virtio-net"));
     part("net", ["-netdev", &format!("user,id={NET}"), "-device", &device])

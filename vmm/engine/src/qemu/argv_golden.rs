@@ -182,7 +182,7 @@ fn a_newer_qemu_redials_sooner() {
 }
 
 #[test]
-fn the_devices_of_a_machine_are_told_from_others_but_not_its_address() {
+fn the_device_digest_covers_devices_but_not_the_address() {
     let of = |kind, vsock| machine(kind, AccelChoice::Tcg, vsock);
     let here = of(MachineChoice::Microvm, VsockVerdict::Usable);
     let elsewhere = Machine { transport: Transport::Vsock { cid: 99 }, memory_mib: 1024, ..here.clone() };

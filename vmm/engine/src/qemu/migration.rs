@@ -22,11 +22,11 @@ mod live;
 pub use self::live::{Bounds, LiveSave, abandon, is_precopy_reliable};
 
 /// How long one command about a migration may take.
-const COMMAND_WITHIN: Duration = Duration::from_secs(10);
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 /// A rate that no disk reaches, in bytes each second.
 const UNLIMITED: u64 = 1 << 40;
-/// Pause between looks at how far it is, at first and at most.
-const LOOK_EVERY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
+/// Pause between checks of the progress, at first and at most.
+const POLL_INTERVAL: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 
 /// Where the guest's memory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,14 +101,14 @@ async fn begin(monitor: &Monitor, socket: &Path, deadline: Instant) -> Result<Un
     make_socket_private(socket)?;
     listener.set_nonblocking(true)?;
     let uri = Some(format!("unix:{}", socket.display()));
-    monitor.execute(qmp::migrate { uri, channels: None, detach: None, resume: None }, COMMAND_WITHIN).await?;
+    monitor.execute(qmp::migrate { uri, channels: None, detach: None, resume: None }, COMMAND_TIMEOUT).await?;
     // QEMU has connected, or is about to.
     loop {
         match listener.accept() {
             Ok((stream, _)) => return Ok(stream),
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error.into()),
             Err(_) if Instant::now() > deadline => return Err(MigrationError::Late),
-            Err(_) => tokio::time::sleep(LOOK_EVERY.0).await,
+            Err(_) => tokio::time::sleep(POLL_INTERVAL.0).await,
         }
     }
 }
@@ -128,19 +128,19 @@ pub async fn load(
     set_capabilities(monitor, memory).await?;
     let _ = std::fs::remove_file(socket);
     let uri = Some(format!("unix:{}", socket.display()));
-    monitor.execute(qmp::migrate_incoming { uri, channels: None, exit_on_error: None }, COMMAND_WITHIN).await?;
+    monitor.execute(qmp::migrate_incoming { uri, channels: None, exit_on_error: None }, COMMAND_TIMEOUT).await?;
     let stream = UnixStream::connect(socket)?;
     let copy = copying(stream, deadline, move |mut stream| io::copy(&mut file, &mut stream).map(drop));
     let (copied, done) = tokio::join!(copy, completed(monitor, "load", deadline));
     let _ = std::fs::remove_file(socket);
-    // What QEMU says is the better reason.
+    // QEMU's error is the better reason.
     done.and(copied)
 }
 
 async fn set_capabilities(monitor: &Monitor, memory: Memory) -> Result<(), MigrationError> {
     let state = memory == Memory::Apart;
     let capabilities = vec![MigrationCapabilityStatus { capability: MigrationCapability::x_ignore_shared, state }];
-    monitor.execute(qmp::migrate_set_capabilities { capabilities }, COMMAND_WITHIN).await?;
+    monitor.execute(qmp::migrate_set_capabilities { capabilities }, COMMAND_TIMEOUT).await?;
     Ok(())
 }
 
@@ -167,7 +167,7 @@ impl qapi::Command for SetParameters {
 }
 
 async fn set_parameters(monitor: &Monitor, parameters: SetParameters) -> Result<(), MigrationError> {
-    monitor.execute(parameters, COMMAND_WITHIN).await?;
+    monitor.execute(parameters, COMMAND_TIMEOUT).await?;
     Ok(())
 }
 
@@ -185,11 +185,11 @@ async fn copying(
     Ok(copied.map_err(io::Error::other)??)
 }
 
-/// Waits until QEMU says that it is done.
+/// Waits until QEMU reports completion.
 async fn completed(monitor: &Monitor, what: &'static str, deadline: Instant) -> Result<(), MigrationError> {
-    let mut pause = LOOK_EVERY.0;
+    let mut pause = POLL_INTERVAL.0;
     while Instant::now() < deadline {
-        let now = monitor.execute(qmp::query_migrate {}, COMMAND_WITHIN).await?;
+        let now = monitor.execute(qmp::query_migrate {}, COMMAND_TIMEOUT).await?;
         match now.status {
             Some(MigrationStatus::completed) => return Ok(()),
             Some(MigrationStatus::failed | MigrationStatus::cancelled) => {
@@ -197,7 +197,7 @@ async fn completed(monitor: &Monitor, what: &'static str, deadline: Instant) -> 
             }
             _ => tokio::time::sleep(pause).await,
         }
-        pause = (pause * 3 / 2).min(LOOK_EVERY.1);
+        pause = (pause * 3 / 2).min(POLL_INTERVAL.1);
     }
     Err(MigrationError::Late)
 }

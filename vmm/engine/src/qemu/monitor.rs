@@ -1,7 +1,7 @@
 //! The client of QEMU's monitor (QMP).
 //!
 //! One task owns the socket; [`Monitor`] sends it commands, the owner of the VM receives the events. Invariants: every
-//! command ends within its deadline, or at once when QEMU has exited; an answer belongs to its command by number; the
+//! command ends within its deadline, or at once when QEMU has exited; a reply belongs to its command by number; the
 //! guest cannot stall the monitor by causing events (they are dropped, and counted, when the owner does not keep up).
 
 use std::collections::HashMap;
@@ -28,13 +28,13 @@ const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(10);
 /// How soon a monitor that does not listen yet is dialled again.
 const REDIAL: Duration = Duration::from_millis(2);
 
-/// Why a command has no answer.
+/// Why a command has no reply.
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
     /// QEMU closed the monitor: it has ended, or is about to.
     #[error("QEMU has exited")]
     QemuGone,
-    /// No answer came in time.
+    /// No reply came in time.
     #[error("QEMU did not reply to {command} within {timeout_ms} ms")]
     Timeout {
         /// The command.
@@ -52,7 +52,7 @@ pub enum MonitorError {
         /// QEMU's sentence; escape it before showing it.
         desc: String,
     },
-    /// The other end does not speak QMP, or answered what the command cannot return.
+    /// The other end does not speak QMP, or sent a reply that the command cannot have.
     #[error("the monitor does not speak QMP: {reason}")]
     Protocol {
         /// What was wrong.
@@ -90,13 +90,13 @@ pub struct Monitor {
 struct Request {
     id: u64,
     line: Vec<u8>,
-    answer: oneshot::Sender<Answer>,
+    answer: oneshot::Sender<QmpReply>,
 }
 
-type Answer = Result<Value, Refused>;
+type QmpReply = Result<Value, QmpError>;
 
 #[derive(Debug)]
-struct Refused {
+struct QmpError {
     class: String,
     desc: String,
 }
@@ -117,7 +117,7 @@ impl Monitor {
     /// Negotiates on a connected socket; as [`Monitor::connect`].
     ///
     /// # Errors
-    /// The other end does not speak QMP, says nothing for a while, or closes.
+    /// The other end does not speak QMP, sends nothing for a while, or closes.
     pub async fn negotiate(mut stream: UnixStream) -> Result<(Self, mpsc::Receiver<MonitorEvent>), MonitorError> {
         let mut lines = Lines::default();
         let late = |_| MonitorError::Timeout { command: "the greeting", timeout_ms: NEGOTIATION_TIMEOUT.as_millis() };
@@ -132,7 +132,7 @@ impl Monitor {
         Ok((monitor, received))
     }
 
-    /// Runs one command. Dropping the future forgets the answer, not the command.
+    /// Runs one command. Dropping the future discards the reply, not the command.
     ///
     /// # Errors
     /// See [`MonitorError`].
@@ -148,7 +148,7 @@ impl Monitor {
         let late = |_| MonitorError::Timeout { command: C::NAME, timeout_ms: timeout.as_millis() };
         match tokio::time::timeout(timeout, exchange).await.map_err(late)?? {
             Ok(value) => serde_json::from_value(value).map_err(strange),
-            Err(Refused { class, desc }) => Err(MonitorError::Refused { command: C::NAME, class, desc }),
+            Err(QmpError { class, desc }) => Err(MonitorError::Refused { command: C::NAME, class, desc }),
         }
     }
 
@@ -249,14 +249,14 @@ async fn greeting(stream: &mut UnixStream, lines: &mut Lines) -> Result<(), Moni
 struct Driver {
     commands: mpsc::Receiver<Request>,
     events: mpsc::Sender<MonitorEvent>,
-    waiting: HashMap<u64, oneshot::Sender<Answer>>,
+    waiting: HashMap<u64, oneshot::Sender<QmpReply>>,
     lost: u64,
     output: Vec<u8>,
     nonsense: Arc<OnceLock<WireError>>,
 }
 
 impl Driver {
-    /// Runs until QEMU closes the connection, sends invalid QMP, or all handles are dropped. Ending drops the senders, which tells
+    /// Runs until QEMU closes the connection, sends invalid QMP, or all handles are dropped. Ending drops the senders, which notifies
     /// every waiting command and the events' owner.
     async fn run(mut self, mut stream: UnixStream, mut lines: Lines) {
         let (mut input, mut output) = stream.split();
@@ -296,20 +296,20 @@ impl Driver {
     fn receive(&mut self, message: Message) {
         match message {
             Message::Return { id, value } => self.answer(id, Ok(value)),
-            Message::Error { id, class, desc } => self.answer(id, Err(Refused { class, desc })),
-            Message::Event(event) => self.tell(event),
+            Message::Error { id, class, desc } => self.answer(id, Err(QmpError { class, desc })),
+            Message::Event(event) => self.notify_listeners(event),
             Message::Greeting(_) | Message::Other => {}
         }
     }
 
     /// A reply without a waiting command is dropped.
-    fn answer(&mut self, id: Option<u64>, answer: Answer) {
+    fn answer(&mut self, id: Option<u64>, answer: QmpReply) {
         if let Some(waiting) = id.and_then(|id| self.waiting.remove(&id)) {
             let _ = waiting.send(answer);
         }
     }
 
-    fn tell(&mut self, event: Event) {
+    fn notify_listeners(&mut self, event: Event) {
         if self.lost > 0 && self.events.try_send(MonitorEvent::Lost(self.lost)).is_ok() {
             self.lost = 0;
         }

@@ -6,7 +6,7 @@
 use qapi::Command;
 use serde_json::{Value, json};
 
-/// The longest line accepted. QEMU's own answers to what nido asks stay under a twentieth of it.
+/// The longest line accepted. QEMU's replies to nido's commands stay under a twentieth of it.
 pub const LINE_BYTES_MAX: usize = 1 << 20;
 
 /// A line that can be nothing of QEMU's.
@@ -59,7 +59,7 @@ impl Lines {
     }
 }
 
-/// What QEMU says.
+/// A message of QEMU.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Message {
     /// Its first words.
@@ -82,7 +82,7 @@ pub enum Message {
     },
     /// Something happened.
     Event(Event),
-    /// A message of a sort this client does not know.
+    /// A message of an unknown type.
     Other,
 }
 
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_known_event_has_a_type() {
+    fn known_events_are_typed() {
         let line = br#"{"timestamp":{"seconds":1,"microseconds":2},"event":"SHUTDOWN","data":{"guest":true,"reason":"guest-shutdown"}}"#;
         let Ok(Message::Event(event)) = read(line) else { panic!("no event") };
         assert!(matches!(event.typed(), Some(qapi::qmp::Event::SHUTDOWN { data, .. }) if data.guest));

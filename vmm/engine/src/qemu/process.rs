@@ -46,7 +46,7 @@ pub enum QemuExit {
     Unknown,
 }
 
-/// A QEMU process, a child of this one or found again. Dropping this leaves QEMU alone.
+/// A QEMU process, a child of this one or found again. Dropping this does not end QEMU.
 #[derive(Debug)]
 pub struct QemuProcess {
     pid: Pid,
@@ -57,7 +57,7 @@ pub struct QemuProcess {
 impl QemuProcess {
     /// Starts QEMU in a session of its own, with new privileges ruled out, a cleaned environment, default signals, files
     /// made for the owner only, no core dumps. SIGTERM, SIGINT and SIGHUP are blocked: QEMU would end of them at once, without asking
-    /// its guest; they are the supervisor's. That it was started does not say that it will stay.
+    /// its guest; they are the supervisor's. That it was started does not mean that it keeps running.
     ///
     /// # Errors
     /// The program cannot be executed or the system has no room for it.
@@ -91,7 +91,7 @@ impl QemuProcess {
     pub fn behind(socket: impl AsFd) -> io::Result<Self> {
         let pid = peer_pid(&socket)?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-        // Still connected, so the listener still lived when the pidfd was opened, and the number was still its own.
+        // Still connected, so the listener still ran when the pidfd was opened, and the number was still its own.
         let mut fds = [rustix::event::PollFd::new(&socket, rustix::event::PollFlags::empty())];
         rustix::event::poll(&mut fds, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 }))?;
         if !fds[0].revents().is_empty() {
@@ -174,7 +174,7 @@ impl QemuProcess {
 /// The process that listens (or connected, or made the pair) at the other end of a Unix socket.
 ///
 /// # Errors
-/// Not a Unix socket, or the peer lives in a PID namespace that this process cannot see.
+/// Not a Unix socket, or the peer is in a PID namespace that this process cannot see.
 pub fn peer_pid(socket: impl AsFd) -> io::Result<Pid> {
     use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
     Pid::from_raw(getsockopt(&socket, PeerCredentials)?.pid()).ok_or_else(|| io::ErrorKind::NotFound.into())
@@ -210,12 +210,12 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use nido_files::lock::{Held, is_held};
+    use nido_files::lock::{HeldLock, is_held};
 
     const DIR: &str = "NIDO_TEST_LOCK_DIR";
 
     fn run(dir: &Path, program: &str, args: &[&str]) -> QemuProcess {
-        let lock = Held::try_take(&dir.join("vm.lock")).unwrap().unwrap();
+        let lock = HeldLock::try_take(&dir.join("vm.lock")).unwrap().unwrap();
         let log = OpenOptions::new().append(true).create(true).open(dir.join("qemu.log")).unwrap();
         let args: Vec<OsString> = args.iter().map(Into::into).collect();
         QemuProcess::spawn(Launch { program: program.as_ref(), args: &args, vm_dir: dir, log, lock: lock.file() })
@@ -228,7 +228,7 @@ mod tests {
 
     /// A process that another test forks at this moment may have a copy of the descriptor until it executes its program.
     async fn is_freed(lock: &Path) -> bool {
-        Held::take(lock, std::time::Instant::now() + Duration::from_secs(30)).await.unwrap().is_some()
+        HeldLock::take(lock, std::time::Instant::now() + Duration::from_secs(30)).await.unwrap().is_some()
     }
 
     fn shell(script: &str) -> (tempfile::TempDir, QemuProcess) {
@@ -257,7 +257,7 @@ mod tests {
         }
     }
 
-    /// SIGTERM to every process, as at the host's shutdown, ended QEMU before its guest was asked.
+    /// SIGTERM to every process, as at the host's shutdown, ended QEMU before its guest could power off.
     #[tokio::test]
     async fn the_signals_that_ask_for_an_end_are_blocked() {
         let dir = tempfile::tempdir().unwrap();
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_tells_how_it_ended() {
+    async fn the_exit_status_is_reported() {
         assert_eq!(ended(&shell("exit 7").1).await, QemuExit::Code(7));
         assert_eq!(ended(&shell("kill -6 $$").1).await, QemuExit::Signal(6));
         let (dir, process) = shell("exec sleep 100");
@@ -295,8 +295,8 @@ mod tests {
         assert!(QemuProcess::behind(&socket).is_err());
     }
 
-    /// The supervisor of the next test, in a process of its own: starts a child, tells its number, waits to be killed.
-    fn be_the_supervisor(dir: &Path) {
+    /// The supervisor of the next test, in a process of its own: starts a child, prints its number, waits to be killed.
+    fn run_as_supervisor(dir: &Path) {
         let process = run(dir, "/bin/sh", &["-c", "exec sleep 100"]);
         println!("\nchild {}", process.pid());
         io::stdout().flush().unwrap();
@@ -306,7 +306,7 @@ mod tests {
     #[tokio::test]
     async fn the_lock_outlives_a_supervisor_that_is_killed() {
         if let Some(dir) = std::env::var_os(DIR) {
-            return be_the_supervisor(Path::new(&dir));
+            return run_as_supervisor(Path::new(&dir));
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.lock");

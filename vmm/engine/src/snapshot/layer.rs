@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Where the file system can share blocks, the last refresh is all of the copy. Elsewhere each refresh writes what has changed
-//! since the one before, so that the last one, for which the guest stands still, has little to do.
+//! since the one before, so that the last one, for which the guest is paused, has little to do.
 //!
 //! Invariant: after a refresh during which the layer did not change, every byte is equal.
 

@@ -16,7 +16,7 @@ const COPY: &str = "disk.qcow2.restore-";
 /// The disk that a VM had before a restore.
 const PREVIOUS: &str = "disk.qcow2.previous";
 
-/// A copy of a snapshot's layer beside the VM's own disk, complete and on the disk. Dropped, it leaves nothing.
+/// A copy of a snapshot's layer next to the VM's own disk, complete and synced. It is removed when dropped.
 #[derive(Debug)]
 pub struct DiskCopy {
     copy: PathBuf,

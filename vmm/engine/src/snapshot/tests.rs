@@ -15,18 +15,18 @@ fn name(text: &str) -> SnapshotName {
 }
 
 #[test]
-fn a_snapshot_is_there_when_it_is_whole() {
+fn a_snapshot_is_listed_when_it_is_complete() {
     let (_root, vm) = vm();
     let of: VmName = "web".parse().unwrap();
     fs::write(vm.file(DISK), "one").unwrap();
-    drop(Unfinished::begin(&vm, &vm, &name("never")).unwrap());
-    std::mem::forget(Unfinished::begin(&vm, &vm, &name("killed")).unwrap());
+    drop(PendingSnapshot::begin(&vm, &vm, &name("never")).unwrap());
+    std::mem::forget(PendingSnapshot::begin(&vm, &vm, &name("killed")).unwrap());
     assert_eq!(list(&vm, &of).unwrap(), []);
     assert!(remove_unfinished(&vm) && !remove_unfinished(&vm));
-    let taking = Unfinished::begin(&vm, &vm, &name("first")).unwrap();
+    let taking = PendingSnapshot::begin(&vm, &vm, &name("first")).unwrap();
     taking.copy_disk(&vm).unwrap();
     taking.publish(&Record { paused_ms: Some(41), ..Record::now(None) }).unwrap();
-    assert_eq!(Unfinished::begin(&vm, &vm, &name("first")).unwrap_err().code(), Code::SnapshotExists);
+    assert_eq!(PendingSnapshot::begin(&vm, &vm, &name("first")).unwrap_err().code(), Code::SnapshotExists);
     let told = list(&vm, &of).unwrap();
     assert_eq!((told.len(), told[0].name.as_str(), told[0].running), (1, "first", false));
     assert_eq!(told[0].paused_ms, Some(41));
@@ -49,14 +49,14 @@ fn a_snapshot_is_there_when_it_is_whole() {
     assert_eq!(fs::read_dir(vm.file(SNAPSHOTS)).unwrap().count(), 0);
 }
 
-// One damaged snapshot failed the list of all, and could neither be deleted nor made anew.
+// One damaged snapshot failed the list of all, and could neither be deleted nor recreated.
 #[test]
 fn a_damaged_snapshot_is_listed_beside_the_others_and_can_be_deleted() {
     let (_root, vm) = vm();
     let of: VmName = "web".parse().unwrap();
     fs::write(vm.file(DISK), "one").unwrap();
     for snapshot in ["empty", "none", "nodisk", "whole"] {
-        let taking = Unfinished::begin(&vm, &vm, &name(snapshot)).unwrap();
+        let taking = PendingSnapshot::begin(&vm, &vm, &name(snapshot)).unwrap();
         taking.copy_disk(&vm).unwrap();
         taking.publish(&Record::now(None)).unwrap();
     }
@@ -77,7 +77,7 @@ fn a_damaged_snapshot_is_listed_beside_the_others_and_can_be_deleted() {
 }
 
 #[test]
-fn a_deletion_that_was_cut_off_is_no_snapshot_that_was() {
+fn a_partly_deleted_snapshot_is_not_listed() {
     let (_root, vm) = vm();
     fs::create_dir_all(vm.file(SNAPSHOTS).join(".gone-first")).unwrap();
     assert!(!remove_unfinished(&vm));
@@ -90,13 +90,13 @@ fn a_snapshot_for_another_vm_is_never_among_its_own() {
     let other = crate::home::Home::open(root.path()).unwrap().vm("fedcba9876543210");
     let of: VmName = "web".parse().unwrap();
     fs::write(vm.file(DISK), "one").unwrap();
-    let taking = Unfinished::begin(&vm, &other, &name("aside")).unwrap();
+    let taking = PendingSnapshot::begin(&vm, &other, &name("aside")).unwrap();
     taking.copy_disk(&vm).unwrap();
     // The one that wanted it was killed, and its VM removed.
     assert_eq!(taking.publish(&Record::now(None)).unwrap_err().code(), Code::PathNotFound);
     assert_eq!(fs::read_dir(vm.file(SNAPSHOTS)).unwrap().count(), 0);
     other.make().unwrap();
-    let taking = Unfinished::begin(&vm, &other, &name("aside")).unwrap();
+    let taking = PendingSnapshot::begin(&vm, &other, &name("aside")).unwrap();
     taking.copy_disk(&vm).unwrap();
     taking.publish(&Record::now(None)).unwrap();
     assert_eq!(list(&vm, &of).unwrap(), []);

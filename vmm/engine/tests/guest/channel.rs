@@ -8,7 +8,7 @@ use nido_guest_agent::wire::MAX_SESSIONS;
 use crate::rig::{Rig, TOKEN, collect, command, soon, within};
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_ping_is_answered_and_says_who_answers() {
+async fn a_ping_returns_the_agents_description() {
     let rig = Rig::start().await;
     let pong = rig.guest.ping(soon()).await.unwrap();
     assert_eq!(pong.agent, env!("CARGO_PKG_VERSION"));
@@ -58,7 +58,7 @@ async fn many_commands_at_once() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn one_session_too_many_is_told_so() {
+async fn a_session_beyond_the_limit_is_refused_as_busy() {
     let rig = Rig::start().await;
     let mut open = Vec::new();
     let refused = loop {
@@ -74,7 +74,7 @@ async fn one_session_too_many_is_told_so() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_dead_agent_is_noticed_and_a_new_one_served() {
+async fn an_ended_agent_is_noticed_and_a_new_one_served() {
     let mut rig = Rig::start().await;
     let running = rig.guest.exec(command(&["sleep", "1000"]), soon()).await.unwrap();
     rig.stop_agent();
@@ -87,7 +87,7 @@ async fn a_dead_agent_is_noticed_and_a_new_one_served() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn the_supervisors_own_sessions_and_mere_looks_are_no_activity() {
+async fn the_supervisors_sessions_and_idle_connections_are_not_activity() {
     let rig = Rig::start().await;
     let mut open = rig.channel.activity().open();
     within(open.wait_for(|open| *open == 0)).await.unwrap();

@@ -18,7 +18,7 @@ async fn a_command_has_two_outputs_and_a_status() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_command_that_cannot_run_says_why() {
+async fn a_command_that_cannot_run_reports_why() {
     let rig = Rig::start().await;
     for (request, fault) in [
         (command(&["no-such-program"]), Fault::CommandNotFound),
@@ -32,7 +32,7 @@ async fn a_command_that_cannot_run_says_why() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn standard_input_of_any_length_comes_back_whole() {
+async fn standard_input_of_any_length_arrives_completely() {
     let rig = Rig::start().await;
     let running = rig.guest.exec(Exec { stdin: true, ..command(&["cat"]) }, soon()).await.unwrap();
     let sent: Vec<u8> = (0..5_000_000u32).map(|i| (i / 7) as u8).collect();
@@ -48,7 +48,7 @@ async fn standard_input_of_any_length_comes_back_whole() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_signal_overtakes_input_that_nobody_reads() {
+async fn a_signal_overtakes_unread_input() {
     let rig = Rig::start().await;
     let running = rig.guest.exec(Exec { stdin: true, ..command(&["sleep", "1000"]) }, soon()).await.unwrap();
     let control = running.control.clone();
@@ -116,7 +116,7 @@ async fn dropping_the_events_kills_the_command() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn output_that_is_not_taken_stops_the_writer_and_nobody_else() {
+async fn unread_output_blocks_only_its_writer() {
     let rig = Rig::start().await;
     let mut stuck = rig.guest.exec(command(&["cat", "/dev/zero"]), soon()).await.unwrap();
     within(stuck.events.next()).await.unwrap();

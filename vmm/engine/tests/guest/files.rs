@@ -91,7 +91,7 @@ async fn a_tree_survives_the_way_there_and_back() {
     assert_eq!((sent.entries, sent.bytes, sent.skipped), (got.entries, got.bytes, got.skipped));
     assert_eq!(sent.entries, describe(&here).len() as u64);
     assert_eq!(got.path, back.as_os_str().as_bytes());
-    // Nothing else is left beside it.
+    // No other file remains next to it.
     let left: Vec<_> = std::fs::read_dir(rig.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(!left.iter().any(|name| name.as_bytes().starts_with(b".nido")), "{left:?}");
 }
@@ -113,7 +113,7 @@ async fn an_existing_directory_gets_the_copy_under_its_own_name() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn what_exists_is_replaced_only_if_asked() {
+async fn existing_files_are_replaced_only_on_request() {
     let rig = Rig::start().await;
     let (new, old) = (rig.path("new"), rig.path("old"));
     std::fs::write(&new, b"new").unwrap();
@@ -127,7 +127,7 @@ async fn what_exists_is_replaced_only_if_asked() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn directories_are_merged_if_asked() {
+async fn directories_are_merged_on_request() {
     let rig = Rig::start().await;
     let (tree, into) = (rig.path("tree"), rig.path("into"));
     make_tree(&tree);
@@ -180,7 +180,7 @@ async fn one_file_through_a_reader_and_a_writer() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn what_is_missing_is_said_to_be_missing() {
+async fn missing_files_are_reported() {
     let rig = Rig::start().await;
     let missing = rig.path("missing");
     let error = within(rig.guest.upload(upload(&missing, &rig.path("x")), nowhere, soon())).await.unwrap_err();
@@ -339,7 +339,7 @@ async fn a_symlink_in_an_archive_leads_nowhere() {
     std::fs::remove_file(tree.join("x")).unwrap();
     std::fs::create_dir(tree.join("x")).unwrap();
     std::fs::write(tree.join("x/file"), "escaped").unwrap();
-    // The link first, then something that is said to be in it.
+    // The link first, then an entry that claims to be in it.
     link.truncate(1024);
     while link.ends_with(&[0; 512]) {
         link.truncate(link.len() - 512);

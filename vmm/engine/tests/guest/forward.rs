@@ -48,7 +48,7 @@ async fn a_port_is_forwarded_and_half_closes_are_kept() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_forward_without_room_refuses_and_clients_that_have_gone_make_room() {
+async fn a_full_forward_refuses_and_closed_clients_free_slots() {
     // The 33rd connection was accepted and never served, and clients that had gone kept their places.
     let rig = Rig::start().await;
     let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -83,7 +83,7 @@ async fn a_forward_without_room_refuses_and_clients_that_have_gone_make_room() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_port_nobody_listens_on_is_said_to_be_closed() {
+async fn a_port_without_a_listener_is_reported_as_closed() {
     let rig = Rig::start().await;
     let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = unused.local_addr().unwrap().port();
@@ -110,7 +110,7 @@ async fn a_proxy_ends_when_the_guest_does() {
     assert_eq!(shown, "hello and goodbye");
 }
 
-/// A client of a forwarded port closes; the server inside does not look and goes on sending. Without a reset of the
+/// A client of a forwarded port closes; the server inside does not check and keeps sending. Without a reset of the
 /// half-closed stream the agent's session stayed for ever, and after 64 such clients the agent was busy.
 #[tokio::test(flavor = "current_thread")]
 async fn a_connection_whose_client_has_gone_does_not_stay() {
@@ -131,7 +131,7 @@ async fn a_connection_whose_client_has_gone_does_not_stay() {
     until("the sessions end", async || rig.guest.ping(soon()).await.unwrap().sessions == 1).await;
 }
 
-/// The same where the server is silent: then nothing but the client's own end can tell that nobody is left, and the
+/// The same where the server is silent: then nothing but the client's own end can show that the client is gone, and the
 /// VM would never count as idle.
 #[tokio::test(flavor = "current_thread")]
 async fn a_half_closed_connection_ends_with_its_client() {
@@ -146,7 +146,7 @@ async fn a_half_closed_connection_ends_with_its_client() {
     within(open.wait_for(|open| *open == 1)).await.unwrap();
     drop(tunnel);
     within(open.wait_for(|open| *open == 0)).await.unwrap();
-    // The agent notices as a host without it would: when the server says something, or closes.
+    // The agent notices as a host without it would: when the server sends something, or closes.
     drop(inside);
     until("the session ends", async || rig.guest.ping(soon()).await.unwrap().sessions == 1).await;
 }

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio_util::compat::{FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
 
-use crate::liar::welcome;
+use crate::fake_agent::welcome;
 use crate::rig::{Rig, soon, within};
 
 /// The agent's end of the channel, up to the agreement, and what was seen on the way.
@@ -103,7 +103,7 @@ async fn noise_and_old_answers_before_the_agreement_are_skipped() {
     rig.guest.ping(soon()).await.unwrap();
 }
 
-/// Goes on until GO, `offered` having been answered.
+/// Continues until GO, `offered` having been answered.
 async fn agree_from(channel: &mut UnixStream, mut offered: Block) {
     loop {
         let block = next_block(channel).await;
@@ -118,7 +118,7 @@ async fn agree_from(channel: &mut UnixStream, mut offered: Block) {
     }
 }
 
-/// An agent that was slow answers every probe it finds waiting. The answers behind the first one must not be taken for
+/// An agent that was slow answers every probe it finds waiting. The replies behind the first one must not be taken for
 /// the start of the multiplexed stream.
 #[tokio::test(flavor = "current_thread")]
 async fn an_agent_that_answers_late_and_often_is_understood() {
@@ -173,7 +173,7 @@ async fn an_agent_stuck_inside_a_frame_is_fed_until_it_is_out() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_guest_that_opens_streams_loses_the_channel_and_may_come_back() {
+async fn a_guest_that_opens_streams_is_disconnected_and_may_reconnect() {
     let rig = Rig::without_agent();
     let mut channel = dial(&rig).await;
     within(agree(&mut channel)).await;

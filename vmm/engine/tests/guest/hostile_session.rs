@@ -7,12 +7,12 @@ use nido_guest_agent::wire::{self, Exited, Failed, Fault, Pong, STDIN_WINDOW, Su
 use tokio::io::AsyncWriteExt;
 use tokio::time::Instant;
 
-use crate::liar::{End, Liar, welcome};
+use crate::fake_agent::{FakeAgent, FakeSession, welcome};
 use crate::rig::{Outcome, collect, command, soon, within};
 
 /// What a ping gives when the agent's first bytes are `answer`.
-async fn ping_answered(answer: impl AsyncFnOnce(&mut End, wire::Hello)) -> GuestError {
-    let liar = Liar::new();
+async fn ping_answered(answer: impl AsyncFnOnce(&mut FakeSession, wire::Hello)) -> GuestError {
+    let liar = FakeAgent::new();
     let lie = async {
         let mut end = liar.accept().await;
         let hello = end.hello().await;
@@ -25,14 +25,14 @@ async fn ping_answered(answer: impl AsyncFnOnce(&mut End, wire::Hello)) -> Guest
 
 #[tokio::test(flavor = "current_thread")]
 async fn a_welcome_for_another_hello_is_no_welcome() {
-    let error = ping_answered(async |end, hello| end.say(&welcome(hello.nonce ^ 1)).await).await;
+    let error = ping_answered(async |end, hello| end.send_message(&welcome(hello.nonce ^ 1)).await).await;
     assert!(matches!(error, GuestError::Protocol(_)), "{error}");
 }
 
 #[tokio::test(flavor = "current_thread")]
 async fn an_answer_without_a_welcome_is_not_taken() {
     let pong = Pong { agent: "liar".into(), uptime_ms: 1, sessions: 1, is_init: true, address: None, warnings: None };
-    let error = ping_answered(async |end, _| end.say(&ToHost::Pong(pong)).await).await;
+    let error = ping_answered(async |end, _| end.send_message(&ToHost::Pong(pong)).await).await;
     assert!(matches!(error, GuestError::Protocol(_)), "{error}");
 }
 
@@ -40,13 +40,13 @@ async fn an_answer_without_a_welcome_is_not_taken() {
 async fn another_version_is_named() {
     let error = ping_answered(async |end, hello| {
         let welcome = wire::Welcome { version: 9, nonce: hello.nonce, agent: String::new(), features: None };
-        end.say(&ToHost::Welcome(welcome)).await;
+        end.send_message(&ToHost::Welcome(welcome)).await;
     })
     .await;
     assert!(matches!(error, GuestError::VersionMismatch { host: wire::VERSION, guest: 9 }), "{error}");
     let error = ping_answered(async |end, _| {
         let refused = wire::Refused { reason: wire::Refusal::Version, oldest: 7, newest: 8 };
-        end.say(&ToHost::Refused(refused)).await;
+        end.send_message(&ToHost::Refused(refused)).await;
     })
     .await;
     assert!(matches!(error, GuestError::VersionMismatch { guest: 8, .. }), "{error}");
@@ -79,18 +79,18 @@ async fn an_early_end_is_an_end() {
 
 #[tokio::test(flavor = "current_thread")]
 async fn silence_ends_at_the_deadline() {
-    let liar = Liar::new();
+    let liar = FakeAgent::new();
     let error = liar.guest.ping(Instant::now() + Duration::from_millis(50)).await.unwrap_err();
     assert!(matches!(error, GuestError::Timeout { .. }), "{error}");
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn an_address_that_is_none_is_not_passed_on() {
-    let liar = Liar::new();
+async fn an_invalid_address_is_not_passed_on() {
+    let liar = FakeAgent::new();
     let lie = async {
         let mut end = liar.accept_welcome().await;
         let address = Some("\u{1b}[2Jpwned".into());
-        end.say(&ToHost::Pong(Pong {
+        end.send_message(&ToHost::Pong(Pong {
             agent: "x".repeat(9999),
             uptime_ms: 1,
             sessions: 1,
@@ -106,14 +106,14 @@ async fn an_address_that_is_none_is_not_passed_on() {
     assert!(pong.agent.len() < 200);
 }
 
-/// What a command gives when, once started, the agent says `answer`.
+/// The result of a command when, once started, the agent sends `answer`.
 async fn exec_answered(answer: &[ToHost]) -> Result<Outcome, GuestError> {
-    let liar = Liar::new();
+    let liar = FakeAgent::new();
     let lie = async {
         let mut end = liar.accept_welcome().await;
-        end.say(&ToHost::Started(42)).await;
+        end.send_message(&ToHost::Started(42)).await;
         for message in answer {
-            end.say(message).await;
+            end.send_message(message).await;
         }
         end
     };
@@ -140,7 +140,7 @@ async fn an_exit_has_one_status() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_failure_of_endless_words_is_cut() {
+async fn a_long_failure_text_is_truncated() {
     let failed = Failed { fault: Fault::Other, message: "\u{e9}".repeat(100_000) };
     let Err(GuestError::Guest(failed)) = exec_answered(&[ToHost::Failed(failed)]).await else { panic!("no failure") };
     assert!(failed.message.len() <= 4096);

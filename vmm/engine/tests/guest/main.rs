@@ -2,13 +2,13 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod bootstrap;
 mod channel;
 mod exec;
+mod fake_agent;
 mod files;
 mod forward;
 mod hostile_channel;
 mod hostile_files;
 mod hostile_session;
-mod letters;
-mod liar;
 mod rig;

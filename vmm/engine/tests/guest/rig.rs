@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use nido_engine::guest::{Channel, Endpoint, Event, Guest, GuestError, Running};
+use nido_engine::guest::{AgentAddress, Channel, Event, Guest, GuestError, RunningCommand};
 use nido_guest_agent::config::{Channel as Reach, GuestConfig, Init};
 use nido_guest_agent::wire::{Exec, Exited};
 use rustix::fs::MemfdFlags;
@@ -41,7 +41,7 @@ pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     timeout(Duration::from_secs(60), wait).await.unwrap_or_else(|_| panic!("{what}: not in time"));
 }
 
-/// The agent as a program: a file in memory that every child inherits, so that nothing of it is left behind.
+/// The agent as a program: a file in memory that every child inherits, so that no file remains.
 fn agent_program() -> PathBuf {
     static PROGRAM: OnceLock<OwnedFd> = OnceLock::new();
     let program = PROGRAM.get_or_init(|| {
@@ -61,13 +61,13 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// The channel alone; nobody dials yet.
+    /// The channel alone; QEMU is not connected yet.
     pub fn without_agent() -> Self {
         Self::with_channel(false)
     }
 
-    /// The channel alone, for an agent that is spoken to by letter first.
-    pub fn with_letters() -> Self {
+    /// The channel alone, for an agent that gets bootstrap requests first.
+    pub fn with_bootstrap() -> Self {
         Self::with_channel(true)
     }
 
@@ -75,7 +75,7 @@ impl Rig {
         let dir = TempDir::new().unwrap();
         let channel = UnixListener::bind(dir.path().join("channel.sock")).unwrap();
         let clients = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
-        let endpoint = Endpoint::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
+        let endpoint = AgentAddress::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
         let guest = Guest::new(endpoint, TOKEN.to_vec());
         let channel = Channel::start(channel, clients, letters);
         channel.open(true);
@@ -168,7 +168,7 @@ pub struct Outcome {
 }
 
 /// Takes all events.
-pub async fn collect(mut running: Running) -> Result<Outcome, GuestError> {
+pub async fn collect(mut running: RunningCommand) -> Result<Outcome, GuestError> {
     let (mut stdout, mut stderr, mut last) = (Vec::new(), Vec::new(), None);
     while let Some(event) = running.events.next().await? {
         match event {

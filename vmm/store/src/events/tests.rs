@@ -1,4 +1,4 @@
-use super::super::{AgentReady, BootParts, End, Purpose, Transition, Transitioned};
+use super::super::{AgentReady, BootParts, Purpose, Transition, TransitionOutcome, VmEnd};
 use super::*;
 use nido_api::state::{FailureCause, VmState};
 use nido_api::{AgentInfo, Failure, Limit, VmSpec};
@@ -49,15 +49,15 @@ fn answered_from(ip_address: Option<String>) -> Transition {
 }
 
 fn ended(state: VmState, failure: Option<Failure>, last_log_entries: Vec<String>) -> Transition {
-    Transition::Ended(Box::new(End { state, cause: None, failure, last_log_entries }))
+    Transition::Ended(Box::new(VmEnd { state, cause: None, failure, last_log_entries }))
 }
 
 fn make(store: &Store, id: &str, transition: &Transition) {
-    assert_eq!(store.transition(id, transition).unwrap(), Transitioned::Yes);
+    assert_eq!(store.transition(id, transition).unwrap(), TransitionOutcome::Yes);
 }
 
 #[test]
-fn a_life_is_told_in_order() {
+fn the_events_of_a_vm_are_in_order() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
     let address = answered_from(Some("10.0.2.15".into()));
@@ -81,7 +81,7 @@ fn a_life_is_told_in_order() {
 }
 
 #[test]
-fn a_crash_has_a_cause_and_last_words() {
+fn a_crash_has_a_cause_and_log_lines() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
     let started_at = Timestamp::now().checked_sub(std::time::Duration::from_secs(7)).unwrap();
@@ -94,14 +94,14 @@ fn a_crash_has_a_cause_and_last_words() {
     assert_eq!((crash.event, crash.details.cause), (EventKind::VmCrashed, Some(cause)));
     assert_eq!(crash.details.last_log_entries, log_tail);
     assert!((7000..60_000).contains(&crash.details.ran_ms.unwrap()));
-    // Told once.
+    // Recorded once.
     let again = ended(VmState::Failed, None, Vec::new());
-    assert_eq!(store.transition("1", &again).unwrap(), Transitioned::No(VmState::Failed));
+    assert_eq!(store.transition("1", &again).unwrap(), TransitionOutcome::No(VmState::Failed));
     assert_eq!(words(&store).len(), 3);
 }
 
 #[test]
-fn what_is_nobodys_is_no_event_until_it_is_claimed() {
+fn clones_have_no_events_until_they_are_claimed() {
     let (_dir, store) = open();
     for (id, purpose) in [("1", Purpose::Pool), ("2", Purpose::Bake)] {
         store.insert_vm(&row(id, purpose)).unwrap();
@@ -120,7 +120,7 @@ fn a_start_that_was_called_off_is_no_stop() {
 }
 
 #[test]
-fn what_lies_in_files_is_announced_once_for_each_time_it_was_made() {
+fn templates_and_snapshots_are_announced_once_per_creation() {
     let (_dir, store) = open();
     let vm = row("1", Purpose::Use);
     let (template, snapshot) = ("sandbox".parse().unwrap(), "first".parse().unwrap());
@@ -132,7 +132,7 @@ fn what_lies_in_files_is_announced_once_for_each_time_it_was_made() {
     assert_eq!(words(&store), ["template.created", "snapshot.created", "template.created", "snapshot.created"]);
     assert_eq!(store.announced_templates().unwrap(), std::slice::from_ref(&template));
     for _ in 0..2 {
-        store.forget_template(&template).unwrap();
+        store.record_template_deleted(&template).unwrap();
     }
     assert!(store.announced_templates().unwrap().is_empty());
     store.announce_template(&template, &Timestamp::from_second(2).unwrap().to_string()).unwrap();
@@ -140,7 +140,7 @@ fn what_lies_in_files_is_announced_once_for_each_time_it_was_made() {
 }
 
 #[test]
-fn readers_go_on_where_they_were_and_choose() {
+fn readers_continue_at_their_cursor_and_filter() {
     let (_dir, store) = open();
     for id in ["1", "2", "3"] {
         store.insert_vm(&row(id, Purpose::Use)).unwrap();
@@ -155,11 +155,11 @@ fn readers_go_on_where_they_were_and_choose() {
 }
 
 #[test]
-fn old_events_are_forgotten_and_their_cursors_never_come_back() {
+fn old_events_are_deleted_and_their_cursors_never_reused() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", Purpose::Use)).unwrap();
     store.connection.execute("UPDATE events SET at_ms = 0", []).unwrap();
-    for number in 0..PRUNED_EVERY {
+    for number in 0..PRUNE_INTERVAL {
         make(&store, "1", &to(if number % 2 == 0 { VmState::Running } else { VmState::Paused }));
     }
     assert!(all(&store)[0].event != EventKind::VmCreated);

@@ -39,8 +39,8 @@ fn due(store: &Store, webhook: &str) -> Vec<i64> {
     ids
 }
 
-fn settle(store: &Store, id: i64, outcome: Outcome) {
-    store.settle(&[Attempt { id, attempts: 1, status: None, outcome }], 5).unwrap();
+fn record_attempts(store: &Store, id: i64, outcome: Outcome) {
+    store.record_attempts(&[Attempt { id, attempts: 1, status: None, outcome }], 5).unwrap();
 }
 
 fn states(store: &Store) -> Vec<(u64, DeliveryState)> {
@@ -48,7 +48,7 @@ fn states(store: &Store) -> Vec<(u64, DeliveryState)> {
 }
 
 #[test]
-fn whoever_asked_for_an_event_is_told_of_it_and_nobody_else() {
+fn events_are_queued_only_for_their_webhooks() {
     let (_dir, store) = open();
     add(&store, "all", &[]);
     add(&store, "crash", &[EventKind::VmCrashed]);
@@ -65,7 +65,7 @@ fn whoever_asked_for_an_event_is_told_of_it_and_nobody_else() {
 }
 
 #[test]
-fn what_is_not_committed_is_not_queued() {
+fn uncommitted_events_are_not_queued() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     let failed: Result<()> = store.in_transaction(|| {
@@ -84,29 +84,29 @@ fn a_lane_goes_one_by_one_and_lanes_do_not_wait_for_each_other() {
         happen(&store, vm, EventKind::VmPaused);
     }
     assert_eq!(due(&store, "w"), [1, 3]);
-    settle(&store, 1, Outcome::Again { rests_until_ms: None, at_ms: i64::MAX - 1, why: "no".into() });
+    record_attempts(&store, 1, Outcome::Again { rests_until_ms: None, at_ms: i64::MAX - 1, why: "no".into() });
     assert_eq!(due(&store, "w"), [1, 3], "the rest waits behind it");
     assert_eq!(store.due("w", i64::MAX - 2, 9).unwrap().len(), 1);
     assert_eq!(store.next_due("w", Timestamp::now().as_millisecond()).unwrap(), Some(i64::MAX - 1));
-    settle(&store, 1, Outcome::Delivered);
-    settle(&store, 3, Outcome::Failed { why: "no".into() });
+    record_attempts(&store, 1, Outcome::Delivered);
+    record_attempts(&store, 3, Outcome::Failed { why: "no".into() });
     assert_eq!(due(&store, "w"), [2]);
-    settle(&store, 2, Outcome::Delivered);
-    settle(&store, 4, Outcome::Delivered);
+    record_attempts(&store, 2, Outcome::Delivered);
+    record_attempts(&store, 4, Outcome::Delivered);
     assert!(!store.has_pending().unwrap());
 }
 
 #[test]
-fn an_endpoint_that_is_gone_is_sent_nothing_any_more() {
+fn a_disabled_endpoint_gets_no_deliveries() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     add(&store, "other", &[]);
     for vm in ["1", "1", "2"] {
         happen(&store, vm, EventKind::VmPaused);
     }
-    settle(&store, 1, Outcome::Gone { why: "410".into() });
-    // One that was under way at that moment was taken all the same.
-    settle(&store, 5, Outcome::Delivered);
+    record_attempts(&store, 1, Outcome::Gone { why: "410".into() });
+    // One that was under way at that moment was taken nevertheless.
+    record_attempts(&store, 5, Outcome::Delivered);
     happen(&store, "1", EventKind::VmPaused);
     assert_eq!(due(&store, "w"), [0; 0]);
     assert_eq!(store.webhooks_enabled().unwrap().len(), 1);
@@ -117,7 +117,7 @@ fn an_endpoint_that_is_gone_is_sent_nothing_any_more() {
 }
 
 #[test]
-fn an_endpoint_rests_as_a_whole_and_no_other_with_it() {
+fn a_pause_applies_to_one_whole_endpoint() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     add(&store, "other", &[]);
@@ -129,7 +129,7 @@ fn an_endpoint_rests_as_a_whole_and_no_other_with_it() {
     assert_eq!((of("w", now), of("other", now)), (2, 2));
     let first = store.due("w", now, 9).unwrap()[0].id;
     let again = |until| Outcome::Again { rests_until_ms: until, at_ms: now + 9, why: "429".into() };
-    settle(&store, first, again(Some(until)));
+    record_attempts(&store, first, again(Some(until)));
     assert_eq!((of("w", now), of("w", until - 1), of("other", now)), (0, 0, 2));
     happen(&store, "3", EventKind::VmPaused);
     assert_eq!((of("w", until - 1), of("w", until)), (0, 3), "also of what came later");
@@ -137,29 +137,29 @@ fn an_endpoint_rests_as_a_whole_and_no_other_with_it() {
     let next: Vec<_> =
         store.deliveries(Some("w")).unwrap().into_iter().filter_map(|delivery| delivery.next_at).collect();
     assert_eq!(next, [Timestamp::from_millisecond(until).unwrap(); 3]);
-    // A shorter rest does not end a longer one, but a person's word does.
-    settle(&store, first, again(Some(until - 5)));
+    // A shorter pause does not end a longer one, but a user's request does.
+    record_attempts(&store, first, again(Some(until - 5)));
     assert_eq!(of("w", until - 1), 0);
     store.redeliver(first.unsigned_abs(), now).unwrap();
     assert_eq!(of("w", now + 1000), 3);
 }
 
 #[test]
-fn what_is_sent_again_waits_for_nobody_and_nobody_for_it() {
+fn a_redelivery_does_not_wait_and_does_not_block() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     for _ in 0..3 {
         happen(&store, "1", EventKind::VmPaused);
     }
-    settle(&store, 1, Outcome::Failed { why: "no".into() });
+    record_attempts(&store, 1, Outcome::Failed { why: "no".into() });
     store.take_queued();
     store.redeliver(1, 7).unwrap();
     assert!(store.take_queued());
     assert_eq!(due(&store, "w"), [1, 2]);
     let again: Delivery = store.delivery(1).unwrap();
     assert_eq!((again.state, again.attempts, again.message_id.as_str()), (DeliveryState::Pending, 0, "msg_w_1"));
-    // One that waits behind another goes on waiting, one that was to wait is due.
-    settle(&store, 2, Outcome::Again { rests_until_ms: None, at_ms: 1 << 47, why: "no".into() });
+    // One that waits behind another keeps waiting, one that was to wait is due.
+    record_attempts(&store, 2, Outcome::Again { rests_until_ms: None, at_ms: 1 << 47, why: "no".into() });
     store.redeliver(3, 7).unwrap();
     store.redeliver(2, 7).unwrap();
     assert_eq!(store.due("w", 8, 9).unwrap().len(), 2);
@@ -167,12 +167,12 @@ fn what_is_sent_again_waits_for_nobody_and_nobody_for_it() {
 }
 
 #[test]
-fn with_an_endpoint_goes_what_waits_for_it() {
+fn pending_deliveries_are_deleted_with_their_endpoint() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
     happen(&store, "1", EventKind::VmPaused);
     store.remove_webhook("w").unwrap();
-    settle(&store, 1, Outcome::Delivered);
+    record_attempts(&store, 1, Outcome::Delivered);
     assert!(!store.has_pending().unwrap() && states(&store).is_empty());
     assert_eq!(store.remove_webhook("w").unwrap_err().code(), Code::WebhookNotFound);
     for number in 0..nido_api::WEBHOOKS_MAX {
@@ -183,24 +183,24 @@ fn with_an_endpoint_goes_what_waits_for_it() {
 }
 
 #[test]
-fn what_is_finished_is_kept_for_a_while() {
+fn finished_deliveries_are_kept_for_a_while() {
     let (_dir, store) = open();
     add(&store, "w", &[]);
-    for number in 0..i64::from(KEPT) + 20 {
+    for number in 0..i64::from(DELIVERIES_MAX) + 20 {
         happen(&store, "1", EventKind::VmPaused);
-        settle(&store, number + 1, Outcome::Delivered);
+        record_attempts(&store, number + 1, Outcome::Delivered);
     }
     happen(&store, "1", EventKind::VmPaused);
     store.prune_deliveries(5).unwrap();
     let query = "SELECT count(*), min(id) FROM deliveries";
     let left = || store.connection.query_row(query, [], |row| Ok((row.get::<_, u32>(0)?, row.get::<_, u32>(1)?)));
-    assert_eq!(left().unwrap(), (KEPT + 1, 21));
-    store.prune_deliveries(KEPT_MS + 6).unwrap();
+    assert_eq!(left().unwrap(), (DELIVERIES_MAX + 1, 21));
+    store.prune_deliveries(RETENTION_MS + 6).unwrap();
     assert_eq!(left().unwrap().0, 1, "what is pending stays");
 }
 
 #[test]
-fn no_question_of_the_deliverer_looks_at_everything() {
+fn the_delivery_workers_queries_use_indexes() {
     let (_dir, store) = open();
     for query in [
         "SELECT id FROM deliveries WHERE webhook_id = 'a' AND due_ms <= 1 ORDER BY due_ms LIMIT 8",
@@ -235,9 +235,9 @@ proptest! {
         for (what, id, vm) in steps {
             match what {
                 0 | 1 => happen(&store, &vm.to_string(), EventKind::VmPaused),
-                2 => settle(&store, id, Outcome::Delivered),
-                3 if due(&store, "w").contains(&id) => settle(&store, id, Outcome::Again { rests_until_ms: None, at_ms: 9, why: "no".into() }),
-                4 => settle(&store, id, Outcome::Failed { why: "no".into() }),
+                2 => record_attempts(&store, id, Outcome::Delivered),
+                3 if due(&store, "w").contains(&id) => record_attempts(&store, id, Outcome::Again { rests_until_ms: None, at_ms: 9, why: "no".into() }),
+                4 => record_attempts(&store, id, Outcome::Failed { why: "no".into() }),
                 5 => drop(store.redeliver(id.unsigned_abs(), 9)),
                 _ => {}
             }

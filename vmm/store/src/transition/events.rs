@@ -5,7 +5,7 @@ use nido_api::name::SnapshotName;
 use nido_api::state::{StateCause, VmState};
 use nido_api::{EventDetails, EventKind};
 
-use super::{AgentReady, End, Transition};
+use super::{AgentReady, Transition, VmEnd};
 use crate::events::of_vm;
 use crate::{Origin, Purpose, VmRow};
 
@@ -40,9 +40,10 @@ pub(super) fn events_of(before: &VmRow, transition: &Transition) -> Vec<(EventKi
 
 fn change_of_state(before: &VmRow, after: VmState, cause: Option<StateCause>) -> Option<(EventKind, EventDetails)> {
     match (before.state, after) {
-        (VmState::Starting | VmState::Running, VmState::Paused) => {
-            Some((EventKind::VmPaused, EventDetails { status_cause: cause, message: told(cause), ..of_vm(before) }))
-        }
+        (VmState::Starting | VmState::Running, VmState::Paused) => Some((
+            EventKind::VmPaused,
+            EventDetails { status_cause: cause, message: describe_cause(cause), ..of_vm(before) },
+        )),
         (VmState::Paused, VmState::Running) => Some((EventKind::VmResumed, of_vm(before))),
         _ => None,
     }
@@ -50,7 +51,7 @@ fn change_of_state(before: &VmRow, after: VmState, cause: Option<StateCause>) ->
 
 /// The events of an agent that replies for the first time since the start.
 fn first_reply(before: &VmRow, ready: &AgentReady, about: &EventDetails) -> Vec<(EventKind, EventDetails)> {
-    if !ready.agent.ready || before.agent.ready || ready.state.at_rest() {
+    if !ready.agent.ready || before.agent.ready || ready.state.is_inactive() {
         return Vec::new();
     }
     let restored = match &before.origin {
@@ -61,7 +62,7 @@ fn first_reply(before: &VmRow, ready: &AgentReady, about: &EventDetails) -> Vec<
     restored.into_iter().chain([started]).collect()
 }
 
-fn end_of(before: &VmRow, end: &End) -> Option<(EventKind, EventDetails)> {
+fn end_of(before: &VmRow, end: &VmEnd) -> Option<(EventKind, EventDetails)> {
     let ran_ms = before.started_at.map(|started| {
         let ran = Timestamp::now().duration_since(started).as_millis();
         u64::try_from(ran).unwrap_or(0)
@@ -84,7 +85,7 @@ fn end_of(before: &VmRow, end: &End) -> Option<(EventKind, EventDetails)> {
             let details = EventDetails {
                 ran_ms,
                 status_cause: end.cause,
-                message: told(end.cause),
+                message: describe_cause(end.cause),
                 last_log_entries: end.last_log_entries.clone(),
                 ..of_vm(before)
             };
@@ -99,6 +100,6 @@ fn restored(snapshot: &SnapshotName, about: EventDetails) -> (EventKind, EventDe
 }
 
 /// A cause in a sentence, unless a user asked for what happened.
-fn told(cause: Option<StateCause>) -> Option<String> {
+fn describe_cause(cause: Option<StateCause>) -> Option<String> {
     cause.filter(|cause| *cause != StateCause::User).map(|cause| cause.detail().into())
 }

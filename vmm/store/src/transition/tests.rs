@@ -29,7 +29,7 @@ pub(crate) fn machine() -> Machine {
 
 fn all() -> Vec<Transition> {
     let failure = Failure { cause: FailureCause::GuestPanic, message: "x".into(), log_tail: Vec::new() };
-    let launching = Launching {
+    let launching = LaunchRecord {
         machine: machine(),
         cid: Some(5),
         started_at: Timestamp::from_second(1).unwrap(),
@@ -45,8 +45,13 @@ fn all() -> Vec<Transition> {
         timings: None,
         machine: None,
     };
-    let adopted =
-        Adopted { machine: Some(machine()), origin: Origin::Boot, cid: Some(5), started_at: None, expires_at: None };
+    let adopted = AdoptedStart {
+        machine: Some(machine()),
+        origin: Origin::Boot,
+        cid: Some(5),
+        started_at: None,
+        expires_at: None,
+    };
     vec![
         Transition::StartBegan,
         Transition::StartGivenUp { to: VmState::Created },
@@ -72,18 +77,18 @@ fn a_transition_is_made_from_the_states_that_it_names_and_changes_nothing_in_oth
             let done = store.transition("1", &transition).unwrap();
             let after = row(&store);
             if transition.from().contains(&state) {
-                assert_eq!(done, Transitioned::Yes, "{transition:?} from {state:?}");
+                assert_eq!(done, TransitionOutcome::Yes, "{transition:?} from {state:?}");
                 assert_eq!(after.state, transition.to().unwrap_or(state), "{transition:?}");
                 let cause = if transition.to().is_some() { transition.cause() } else { before.cause };
                 assert_eq!(after.cause, cause, "{transition:?}");
                 assert_eq!(after.failure.as_ref(), transition.failure(), "{transition:?}");
             } else {
-                assert_eq!(done, Transitioned::No(state), "{transition:?} from {state:?}");
+                assert_eq!(done, TransitionOutcome::No(state), "{transition:?} from {state:?}");
                 assert_eq!((after, events(&store)), (before, told), "{transition:?} from {state:?}");
             }
         }
         let (_dir, store) = open_with(VmState::Created);
-        assert_eq!(store.transition("2", &transition).unwrap(), Transitioned::Gone);
+        assert_eq!(store.transition("2", &transition).unwrap(), TransitionOutcome::Gone);
     }
 }
 
@@ -94,15 +99,15 @@ fn how_a_vm_ended_is_recorded_once() {
     for transition in all() {
         let is_of_supervisor = transition.from() == SUPERVISED;
         if is_of_supervisor && !matches!(transition, Transition::Ended(_)) {
-            assert_eq!(store.transition("1", &transition).unwrap(), Transitioned::Yes);
+            assert_eq!(store.transition("1", &transition).unwrap(), TransitionOutcome::Yes);
         }
     }
     let stopped = Transition::ended(VmState::Stopped, None);
-    assert_eq!(store.transition("1", &stopped).unwrap(), Transitioned::Yes);
+    assert_eq!(store.transition("1", &stopped).unwrap(), TransitionOutcome::Yes);
     let (ended, told) = (row(&store), events(&store));
     assert_eq!((ended.ip_address.clone(), ended.cid, ended.agent.ready), (None, None, false));
     for late in all().iter().filter(|transition| transition.from() == SUPERVISED) {
-        assert_eq!(store.transition("1", late).unwrap(), Transitioned::No(VmState::Stopped));
+        assert_eq!(store.transition("1", late).unwrap(), TransitionOutcome::No(VmState::Stopped));
     }
     assert_eq!((row(&store), events(&store)), (ended, told));
 }
@@ -111,6 +116,6 @@ fn how_a_vm_ended_is_recorded_once() {
 fn a_start_that_was_given_up_after_a_supervisor_had_the_vm_is_not_undone() {
     let (_dir, store) = open_with(VmState::Running);
     let given_up = Transition::StartGivenUp { to: VmState::Stopped };
-    assert_eq!(store.transition("1", &given_up).unwrap(), Transitioned::No(VmState::Running));
+    assert_eq!(store.transition("1", &given_up).unwrap(), TransitionOutcome::No(VmState::Running));
     assert_eq!(row(&store).state, VmState::Running);
 }

@@ -1,4 +1,4 @@
-use super::super::{Adopted, BootParts, Origin, Transition, Transitioned};
+use super::super::{AdoptedStart, BootParts, Origin, Transition, TransitionOutcome};
 use super::*;
 use nido_api::VmSpec;
 use nido_api::state::VmState;
@@ -31,7 +31,7 @@ fn row(id: &str, name: &str) -> VmRow {
 }
 
 #[test]
-fn a_row_comes_back_as_it_went_in() {
+fn a_row_is_read_back_unchanged() {
     let (_dir, store) = open();
     let vm = row("1", "web");
     store.insert_vm(&vm).unwrap();
@@ -67,18 +67,18 @@ fn a_vsock_address_is_taken_once() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", "a")).unwrap();
     store.insert_vm(&row("2", "b")).unwrap();
-    let taken = Adopted { machine: None, origin: Origin::Boot, cid: Some(77), started_at: None, expires_at: None };
+    let taken = AdoptedStart { machine: None, origin: Origin::Boot, cid: Some(77), started_at: None, expires_at: None };
     let take = Transition::Adopted(Box::new(taken));
-    assert_eq!(store.transition("1", &take).unwrap(), Transitioned::Yes);
+    assert_eq!(store.transition("1", &take).unwrap(), TransitionOutcome::Yes);
     assert_eq!(store.transition("2", &take).unwrap_err().code(), Code::VmBusy);
 }
 
 #[test]
-fn only_rows_to_reconcile_are_looked_after() {
+fn only_unreconciled_rows_are_listed() {
     let (_dir, store) = open();
     store.insert_vm(&row("1", "a")).unwrap();
     store.insert_vm(&row("2", "b")).unwrap();
-    assert_eq!(store.transition("2", &Transition::FoundRunning).unwrap(), Transitioned::Yes);
+    assert_eq!(store.transition("2", &Transition::FoundRunning).unwrap(), TransitionOutcome::Yes);
     let ids: Vec<_> = store.rows_to_reconcile().unwrap().into_iter().map(|vm| vm.id).collect();
     assert_eq!(ids, ["2"]);
     store.mark_deleting("1").unwrap();

@@ -7,7 +7,7 @@ use std::process::Stdio;
 
 use nido_api::error::{Error, Result};
 use nido_engine::home::{Home, SUPERVISOR_LOG};
-use nido_files::lock::{Held, is_held};
+use nido_files::lock::{HeldLock, is_held};
 
 use super::background::daemon;
 use super::{Context, OpenOptions, open_log};
@@ -28,7 +28,7 @@ impl Context {
 ///
 /// # Errors
 /// Of its log, or of starting it.
-pub fn start_supervisor_unawaited(options: &OpenOptions, home: &Home, id: &str, held: Held) -> Result<()> {
+pub fn start_supervisor_unawaited(options: &OpenOptions, home: &Home, id: &str, held: HeldLock) -> Result<()> {
     let failed = |e| Error::io("cannot start a supervisor", e);
     let dir = home.vm(id);
     let log = open_log(&dir.file(SUPERVISOR_LOG)).map_err(failed)?;

@@ -2,7 +2,7 @@
 
 use nido_api::NetChoice;
 use nido_api::error::{Error, Result};
-use nido_engine::guest::{Endpoint, Guest};
+use nido_engine::guest::{AgentAddress, Guest};
 use nido_engine::home::{AGENT_SOCKET, GUEST_CONFIG, VmDir};
 use nido_engine::machine::{Machine, Transport};
 use nido_files::atomic_file::{self, Durability};
@@ -20,9 +20,9 @@ impl Context {
     pub fn guest(&self, row: &VmRow) -> Result<Guest> {
         let dir = self.vm_dir(&row.id);
         let endpoint = match row.machine.as_ref().map(|m| m.transport) {
-            Some(Transport::Vsock { cid }) => Endpoint::Vsock { cid, port: nido_guest_agent::wire::VSOCK_PORT },
+            Some(Transport::Vsock { cid }) => AgentAddress::Vsock { cid, port: nido_guest_agent::wire::VSOCK_PORT },
             Some(Transport::VirtioSerial { .. }) | None => {
-                Endpoint::Serial { dir: dir.path().to_owned(), socket: AGENT_SOCKET.into() }
+                AgentAddress::Serial { dir: dir.path().to_owned(), socket: AGENT_SOCKET.into() }
             }
         };
         Ok(Guest::new(endpoint, read_token(&dir)?))

@@ -14,7 +14,7 @@
 //! A connection that asked for a [`Request::Lease`] counts as activity for as long as it stays open: the kernel closes it
 //! when its holder ends, so no lease outlives a killed client.
 
-mod claim_order;
+mod claim_command;
 
 use std::net::IpAddr;
 
@@ -25,7 +25,7 @@ use nido_images::Bake;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use self::claim_order::{ClaimOrder, VmOrder};
+pub use self::claim_command::{ClaimCommand, VmOrder};
 
 /// The version of this nido's messages.
 pub const VERSION: u32 = 2;
@@ -42,8 +42,8 @@ const NOT_A_REQUEST: &str = "not a request to a supervisor";
 pub enum Request {
     /// Reports when the agent is ready, or why it will not be. The replies are stages on the way.
     Ready,
-    /// Stops the VM; the reply follows when QEMU has ended and the store says so.
-    Stop(StopOrder),
+    /// Stops the VM; the reply follows when QEMU has ended and the store has recorded it.
+    Stop(StopCommand),
     /// Terminates QEMU and keeps the VM, even an ephemeral one: it is about to be restored. Same reply as for a stop.
     StopKept,
     /// Pauses the CPUs.
@@ -62,15 +62,15 @@ pub enum Request {
     /// Listens on a port of the host.
     ForwardAdd {
         /// Which; a host port of 0 takes a free one.
-        forward: ForwardOrder,
+        forward: ForwardCommand,
     },
     /// Stops listening.
     ForwardRemove {
         /// Which.
-        forward: ForwardOrder,
+        forward: ForwardCommand,
     },
     /// Claims a clone that waits in a pool. The replies are stages, the first one when it has been claimed.
-    Claim(Box<ClaimOrder>),
+    Claim(Box<ClaimCommand>),
     /// Deletes an unclaimed clone; the reply follows when it is deleted.
     Retire,
     /// Reports for how long the VM has been idle.
@@ -80,34 +80,34 @@ pub enum Request {
 /// How a VM is to be stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct StopOrder {
+pub struct StopCommand {
     /// Terminate QEMU at once.
     pub force: bool,
     /// Time limit for the guest to power off, in milliseconds.
     pub timeout_ms: u64,
 }
 
-impl Default for StopOrder {
+impl Default for StopCommand {
     fn default() -> Self {
         StopRequest::default().into()
     }
 }
 
-impl From<StopRequest> for StopOrder {
+impl From<StopRequest> for StopCommand {
     fn from(StopRequest { force, timeout_ms }: StopRequest) -> Self {
         Self { force, timeout_ms }
     }
 }
 
-impl From<StopOrder> for StopRequest {
-    fn from(StopOrder { force, timeout_ms }: StopOrder) -> Self {
+impl From<StopCommand> for StopRequest {
+    fn from(StopCommand { force, timeout_ms }: StopCommand) -> Self {
         Self { force, timeout_ms }
     }
 }
 
 /// A published port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ForwardOrder {
+pub struct ForwardCommand {
     /// Address of the host; the loopback if absent.
     #[serde(default)]
     pub host: Option<IpAddr>,
@@ -118,14 +118,14 @@ pub struct ForwardOrder {
     pub guest_port: u16,
 }
 
-impl From<ForwardSpec> for ForwardOrder {
+impl From<ForwardSpec> for ForwardCommand {
     fn from(ForwardSpec { host, host_port, guest_port }: ForwardSpec) -> Self {
         Self { host: Some(host), host_port, guest_port }
     }
 }
 
-impl From<ForwardOrder> for ForwardSpec {
-    fn from(ForwardOrder { host, host_port, guest_port }: ForwardOrder) -> Self {
+impl From<ForwardCommand> for ForwardSpec {
+    fn from(ForwardCommand { host, host_port, guest_port }: ForwardCommand) -> Self {
         Self { host: host.unwrap_or(IpAddr::from([127, 0, 0, 1])), host_port, guest_port }
     }
 }
@@ -144,7 +144,7 @@ pub enum Reply {
     /// The forward as it stands now.
     Forward {
         /// With the port that was taken.
-        forward: ForwardOrder,
+        forward: ForwardCommand,
     },
     /// For how long the VM has been idle.
     Status {

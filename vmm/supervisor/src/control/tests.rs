@@ -30,7 +30,7 @@ fn a_line_of_an_older_client_is_understood_and_replied_to_without_a_version() {
 }
 
 #[test]
-fn a_request_that_is_not_known_gets_a_reply_that_its_client_understands() {
+fn an_unknown_request_gets_a_versioned_refusal() {
     let (_, old) = decode_request(br#"{"op":"dance"}"#);
     let Err(Reply::Failed { problem }) = old else { panic!("{old:?}") };
     assert_eq!(problem.slug(), "spec_invalid");
@@ -52,7 +52,7 @@ fn a_request_of_a_newer_version_is_refused_with_the_version_that_is_spoken() {
 
 #[test]
 fn every_message_carries_its_version() {
-    let line = encode(&Request::Stop(StopOrder::default()), VERSION).unwrap();
+    let line = encode(&Request::Stop(StopCommand::default()), VERSION).unwrap();
     let text: Value = serde_json::from_slice(&line).unwrap();
     assert_eq!(text, json!({"version": 2, "op": "stop", "force": false, "timeout_ms": 30000}));
     let reply = encode(&Reply::Stage { stage: StartStage::Booting }, VERSION).unwrap();
@@ -72,11 +72,11 @@ fn an_order_with_an_unknown_field_or_without_a_new_one_is_understood() {
     expected.forwards = vec!["0:80".parse().unwrap()];
     assert_eq!((spec, order.disk_bytes, order.ticket.as_str(), order.max_vms), (expected, 7, "", None));
     let stop = br#"{"version":2,"op":"stop","why":"maintenance"}"#;
-    assert_eq!(decode_request(stop).1, Ok(Request::Stop(StopOrder { force: false, timeout_ms: 30_000 })));
+    assert_eq!(decode_request(stop).1, Ok(Request::Stop(StopCommand { force: false, timeout_ms: 30_000 })));
 }
 
 #[test]
-fn a_specification_comes_back_from_its_order() {
+fn a_specification_survives_the_claim_command() {
     let mut spec = VmSpec::named("web".parse().unwrap());
     spec.forwards = vec!["8080:80".parse().unwrap()];
     spec.labels.insert("role".into(), "demo".into());
@@ -111,7 +111,7 @@ fn replies_of_an_older_supervisor_are_understood() {
 fn an_older_supervisor_that_cannot_read_a_request_is_recognized() {
     let line = r#"{"answer":"failed","problem":{"type":"urn:nido:problem:spec_invalid","title":"The request is not valid","status":422,"detail":"not a request to a supervisor: unknown field `version`, expected `force` or `timeout_ms`","code":"spec_invalid"}}"#;
     assert!(matches!(decode_reply(line.as_bytes()), Ok(Reply::Unsupported { supported: UNVERSIONED, .. })));
-    // An error about the request itself is none of these.
+    // An error about the request itself does not count as one of these.
     let line = r#"{"answer":"failed","problem":{"type":"urn:nido:problem:spec_invalid","title":"The request is not valid","status":422,"detail":"the port is privileged","code":"spec_invalid"}}"#;
     assert!(matches!(decode_reply(line.as_bytes()), Ok(Reply::Failed { .. })));
 }

@@ -13,7 +13,7 @@ use nido_engine::home::VmDir;
 use nido_engine::host::facts;
 use nido_engine::machine::Machine;
 use nido_engine::qemu::migration::Bounds;
-use nido_engine::snapshot::{self, LayerCopy, Running, Unfinished};
+use nido_engine::snapshot::{self, LayerCopy, PendingSnapshot, RunningState};
 
 use super::HostProbe;
 
@@ -45,8 +45,8 @@ pub(crate) struct Preparation {
 /// A snapshot that has been begun.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    pub unfinished: Unfinished,
-    pub running: Running,
+    pub unfinished: PendingSnapshot,
+    pub running: RunningState,
     /// The copy of the disk, unless the VM is paused.
     pub disk: Option<LayerCopy>,
     /// Within them it is saved while it runs; else it is paused for that.
@@ -60,9 +60,9 @@ impl Preparation {
     /// `snapshot_exists`, `disk_full`, `internal`, those of a test of QEMU. Then nothing is left.
     pub(crate) fn run(self, precopy: Result<(), String>) -> Result<Prepared> {
         let qemu = qemu_id(&self.host.qemu()?);
-        let running = Running { machine: self.host.shape(&self.machine), qemu, token: self.token.clone() };
+        let running = RunningState { machine: self.host.shape(&self.machine), qemu, token: self.token.clone() };
         let bounds = self.check_space(precopy)?;
-        let unfinished = Unfinished::begin(&self.dir, &self.into, &self.name)?;
+        let unfinished = PendingSnapshot::begin(&self.dir, &self.into, &self.name)?;
         nido_files::failpoint!("take.begun");
         let disk = if self.paused { None } else { Some(unfinished.begin_disk(&self.dir)?) };
         Ok(Prepared { unfinished, running, disk, bounds })

@@ -83,7 +83,7 @@ impl Lifecycle {
         if self.state != VmState::Paused || !self.ready || self.ending.is_some() { Err(taken()) } else { Ok(()) }
     }
 
-    /// Whether this is a clone that nobody has claimed.
+    /// Whether this is an unclaimed clone.
     pub(crate) fn admit_retirement(&self) -> Result<()> {
         if self.role == Role::Clone { Ok(()) } else { Err(taken()) }
     }
@@ -100,7 +100,7 @@ impl Lifecycle {
     }
 }
 
-/// The reply about a clone that somebody else has.
+/// The reply about a clone that another command has claimed.
 pub(crate) fn taken() -> Error {
     Error::new(Code::VmBusy, "the clone is no longer waiting")
 }

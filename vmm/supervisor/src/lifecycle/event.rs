@@ -7,7 +7,7 @@ use nido_api::state::{FailureCause, StateCause};
 use nido_guest_agent::wire::Pong;
 
 use crate::limits::Limits;
-use crate::pause::Observed;
+use crate::pause::ObservedState;
 
 /// What happens to a VM.
 #[derive(Debug, Clone)]
@@ -33,7 +33,7 @@ pub(crate) enum Event {
     /// So many sessions has the agent, which was asked because the VM seemed to be idle.
     AgentSessions(u32),
     /// QEMU's word for what the CPUs do.
-    Observed(Observed),
+    Observed(ObservedState),
     /// QEMU reported that the CPUs run.
     CpusRun,
     /// A pause that was requested is done.
@@ -50,7 +50,7 @@ pub(crate) enum Event {
     Parked(Option<Pong>),
     /// The clone became a user's VM.
     Claimed(Limits, Duration),
-    /// Its CPUs run again; the row says so when the guest is ready.
+    /// Its CPUs run again; the row has it when the guest is ready.
     Woken,
     /// QEMU has ended.
     Exited,
@@ -106,7 +106,7 @@ pub(crate) enum Action {
     CountSessions,
     /// Await the agent for so much longer.
     AwaitAgent(Duration),
-    /// Notify clients that the VM can be used, or says itself why it cannot.
+    /// Notify clients that the VM can be used, or reports itself why it cannot.
     ReportReady,
     /// Write what the agent reported, and notify clients.
     RecordReady(Pong),

@@ -25,9 +25,9 @@ use nido_guest_agent::wire::Pong;
 pub(super) use self::admission::taken;
 pub(super) use self::event::{Action, AgentReply, Event, Stop};
 use super::exit_cause::ExitEvidence;
-use super::limits::{Limits, Reached};
-use super::pause::{Observed, Stillness};
-use super::role::{AtReady, Role};
+use super::limits::{LimitReached, Limits};
+use super::pause::{ObservedState, PausedTime};
+use super::role::{ReadyAction, Role};
 
 /// How long QEMU may take to quit before it is killed, and to die of that.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -47,7 +47,7 @@ enum Step {
 
 /// An end that has begun.
 #[derive(Debug, Clone, Copy)]
-struct Ending {
+struct PendingEnd {
     step: Step,
     deadline: Instant,
 }
@@ -63,7 +63,7 @@ pub(super) struct Lifecycle {
     /// The agent is awaited.
     booting: bool,
     ready_within: Duration,
-    ending: Option<Ending>,
+    ending: Option<PendingEnd>,
     /// A stop was requested.
     asked: bool,
     stop_cause: Option<StateCause>,
@@ -79,14 +79,14 @@ pub(super) struct Lifecycle {
     /// A snapshot is being taken.
     saving: bool,
     resuming: bool,
-    still: Stillness,
+    still: PausedTime,
     evidence: ExitEvidence,
     exited: bool,
 }
 
 /// What a lifecycle begins with.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Beginning {
+pub(super) struct InitialState {
     pub role: Role,
     pub state: VmState,
     pub cause: Option<StateCause>,
@@ -97,8 +97,8 @@ pub(super) struct Beginning {
 }
 
 impl Lifecycle {
-    pub(super) fn new(beginning: Beginning) -> Self {
-        let Beginning { role, state, cause, ready, ready_within, limits, agent_counts } = beginning;
+    pub(super) fn new(beginning: InitialState) -> Self {
+        let InitialState { role, state, cause, ready, ready_within, limits, agent_counts } = beginning;
         Self {
             role,
             state,
@@ -116,7 +116,7 @@ impl Lifecycle {
             mute: false,
             saving: false,
             resuming: false,
-            still: Stillness::default(),
+            still: PausedTime::default(),
             evidence: ExitEvidence::default(),
             exited: false,
         }
@@ -127,7 +127,7 @@ impl Lifecycle {
         if self.exited {
             return Vec::new();
         }
-        // Whoever used it, used it until now.
+        // All sessions lasted until now.
         self.limits.used_by(self.users(), now);
         let mut actions = self.react(now, event);
         self.limits.used_by(self.users(), now);
@@ -183,7 +183,7 @@ impl Lifecycle {
             Event::Woken => self.state = advance(self.state, Fact::GuestResumed),
             Event::Claimed(limits, ready_within) => {
                 (self.role, self.state, self.cause, self.ready) = (Role::Use, VmState::Starting, None, false);
-                (self.limits, self.ready_within, self.still) = (limits, ready_within, Stillness::default());
+                (self.limits, self.ready_within, self.still) = (limits, ready_within, PausedTime::default());
                 self.booting = true;
             }
             Event::Exited => self.exited = true,
@@ -201,15 +201,15 @@ impl Lifecycle {
     /// What is due at `now`.
     fn check_time(&mut self, now: Instant, actions: &mut Vec<Action>) {
         match self.ending {
-            Some(Ending { deadline, .. }) if now < deadline => {}
-            Some(Ending { step: Step::PowerOff, .. }) => {
+            Some(PendingEnd { deadline, .. }) if now < deadline => {}
+            Some(PendingEnd { step: Step::PowerOff, .. }) => {
                 actions.push(Action::WarnPlugPulled);
                 self.quit(now, actions);
             }
-            Some(Ending { step: Step::Quit | Step::Kill, .. }) => self.kill(now, actions),
+            Some(PendingEnd { step: Step::Quit | Step::Kill, .. }) => self.kill(now, actions),
             None => match self.limits.reached(now) {
-                Some(Reached::Idle) if self.asked_if_idle.is_some() => {}
-                Some(Reached::Idle) if self.agent_counts => {
+                Some(LimitReached::Idle) if self.asked_if_idle.is_some() => {}
+                Some(LimitReached::Idle) if self.agent_counts => {
                     self.limits.used(now);
                     self.asked_if_idle = Some(now);
                     actions.push(Action::CountSessions);
@@ -229,10 +229,10 @@ impl Lifecycle {
         }
     }
 
-    fn end_limit(&mut self, now: Instant, reached: Reached, actions: &mut Vec<Action>) {
+    fn end_limit(&mut self, now: Instant, reached: LimitReached, actions: &mut Vec<Action>) {
         let (cause, limit) = match reached {
-            Reached::Ttl => (StateCause::Ttl, Limit::Ttl),
-            Reached::Idle => (StateCause::Idle, Limit::Idle),
+            LimitReached::Ttl => (StateCause::Ttl, Limit::Ttl),
+            LimitReached::Idle => (StateCause::Idle, Limit::Idle),
         };
         actions.push(Action::RecordLimit(limit));
         self.stop(now, Stop { cause: Some(cause), force: false, timeout: LIMIT_STOP_TIMEOUT }, actions);
@@ -252,27 +252,27 @@ impl Lifecycle {
         // The earliest deadline counts.
         let deadline = now.checked_add(stop.timeout).unwrap_or(now);
         let deadline = match self.ending {
-            Some(Ending { step: Step::Quit | Step::Kill, .. }) => return,
+            Some(PendingEnd { step: Step::Quit | Step::Kill, .. }) => return,
             Some(ending) => ending.deadline.min(deadline),
             None => deadline,
         };
-        self.ending = Some(Ending { step: Step::PowerOff, deadline });
+        self.ending = Some(PendingEnd { step: Step::PowerOff, deadline });
         actions.push(Action::PowerOff(deadline));
     }
 
     fn quit(&mut self, now: Instant, actions: &mut Vec<Action>) {
         match self.ending {
-            Some(Ending { step: Step::Quit | Step::Kill, .. }) => {}
+            Some(PendingEnd { step: Step::Quit | Step::Kill, .. }) => {}
             _ if self.mute => self.kill(now, actions),
             _ => {
-                self.ending = Some(Ending { step: Step::Quit, deadline: now + QUIT_TIMEOUT });
+                self.ending = Some(PendingEnd { step: Step::Quit, deadline: now + QUIT_TIMEOUT });
                 actions.push(Action::Quit);
             }
         }
     }
 
     fn kill(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        self.ending = Some(Ending { step: Step::Kill, deadline: now + QUIT_TIMEOUT });
+        self.ending = Some(PendingEnd { step: Step::Kill, deadline: now + QUIT_TIMEOUT });
         actions.push(Action::Kill);
     }
 
@@ -282,7 +282,7 @@ impl Lifecycle {
             _ if self.asked && !self.ready => {}
             // Only the time counts in which the CPUs ran.
             AgentReply::Late if !self.ready && self.is_given_longer(now, actions) => {}
-            // A VM that was taken over: its agent has replied before, and may again, or each request says why it cannot.
+            // A VM that was taken over: its agent has replied before, and may again, or each request reports why it cannot.
             AgentReply::Late | AgentReply::Refused(..) if self.ready => {
                 self.booting = false;
                 actions.push(Action::ReportReady);
@@ -301,19 +301,19 @@ impl Lifecycle {
                 self.quit(now, actions);
             }
             AgentReply::Ready(pong) => match self.role.at_ready() {
-                AtReady::Save => actions.push(Action::SaveGuest),
-                AtReady::Park => actions.push(Action::Park(pong)),
-                AtReady::Report => self.become_ready(pong, actions),
+                ReadyAction::Save => actions.push(Action::SaveGuest),
+                ReadyAction::Park => actions.push(Action::Park(pong)),
+                ReadyAction::Report => self.become_ready(pong, actions),
             },
         }
     }
 
     fn become_ready(&mut self, pong: Pong, actions: &mut Vec<Action>) {
-        (self.ready, self.booting, self.still) = (true, false, Stillness::default());
+        (self.ready, self.booting, self.still) = (true, false, PausedTime::default());
         actions.push(Action::RecordReady(pong));
     }
 
-    /// Whether the CPUs stood still while the agent was awaited; then it is awaited for so much longer.
+    /// Whether the CPUs were paused while the agent was awaited; then the timeout is extended by that time.
     fn is_given_longer(&mut self, now: Instant, actions: &mut Vec<Action>) -> bool {
         let stood_still = self.still.take(now);
         if stood_still.is_zero() || self.ending.is_some() {
@@ -329,28 +329,28 @@ impl Lifecycle {
         if sessions > 0 {
             self.limits.used(now);
         } else if !used_since && self.ending.is_none() && self.limits.idle_for(now).is_some() {
-            self.end_limit(now, Reached::Idle, actions);
+            self.end_limit(now, LimitReached::Idle, actions);
         }
     }
 
-    fn on_observed(&mut self, now: Instant, observed: Observed, actions: &mut Vec<Action>) {
+    fn on_observed(&mut self, now: Instant, observed: ObservedState, actions: &mut Vec<Action>) {
         match observed {
-            Observed::KvmFailed => {
+            ObservedState::KvmFailed => {
                 self.record_evidence(|evidence| evidence.kvm_error = true);
                 self.quit(now, actions);
             }
-            Observed::Panicked => {
+            ObservedState::Panicked => {
                 self.record_evidence(|evidence| evidence.panicked = true);
                 self.quit(now, actions);
             }
-            Observed::Runs if self.resuming || self.is_saved_while_paused() => {}
-            Observed::Runs => self.resumed(now, actions),
+            ObservedState::Runs if self.resuming || self.is_saved_while_paused() => {}
+            ObservedState::Runs => self.resumed(now, actions),
             // It resumes automatically; no user has requested a pause.
-            Observed::Paused(StateCause::User) if self.saving && self.state != VmState::Paused => {}
+            ObservedState::Paused(StateCause::User) if self.saving && self.state != VmState::Paused => {}
             // A pause that was asked for changes nothing about why the VM was paused before.
-            Observed::Paused(StateCause::User) if self.state == VmState::Paused && self.cause.is_some() => {}
-            Observed::Paused(cause) => self.paused(now, cause, actions),
-            Observed::Passing => {}
+            ObservedState::Paused(StateCause::User) if self.state == VmState::Paused && self.cause.is_some() => {}
+            ObservedState::Paused(cause) => self.paused(now, cause, actions),
+            ObservedState::Passing => {}
         }
     }
 

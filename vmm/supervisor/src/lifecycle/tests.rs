@@ -12,7 +12,7 @@ fn pong() -> Pong {
 
 fn vm(role: Role, now: Instant, ttl: Option<Duration>, idle: Option<Duration>) -> Lifecycle {
     let limits = Limits::new(now, ttl.map(|ttl| now + ttl), idle);
-    Lifecycle::new(Beginning {
+    Lifecycle::new(InitialState {
         role,
         state: VmState::Starting,
         cause: None,
@@ -51,7 +51,7 @@ fn kill_at_deadlines(vm: &mut Lifecycle, mut now: Instant) -> (Vec<Action>, Inst
 }
 
 #[test]
-fn a_stop_asks_the_guest_then_qemu_then_kills() {
+fn a_stop_requests_power_off_then_quits_qemu_then_kills() {
     let now = Instant::now();
     let mut vm = running(now);
     let actions = vm.step(now, stop(false, 30 * S));
@@ -98,7 +98,7 @@ fn a_guest_that_is_late_after_a_stop_has_stopped() {
 fn a_failure_before_a_stop_stays_one() {
     let now = Instant::now();
     let mut vm = running(now);
-    assert_eq!(vm.step(now, Event::Observed(Observed::Panicked)), [Action::Quit]);
+    assert_eq!(vm.step(now, Event::Observed(ObservedState::Panicked)), [Action::Quit]);
     vm.step(now, stop(true, S));
     assert_eq!(vm.end(QemuExit::Code(0)).1.unwrap().cause, FailureCause::GuestPanic);
 }
@@ -110,7 +110,7 @@ fn a_booting_and_a_paused_vm_are_not_idle_but_a_waiting_warm_image_is() {
     vm.step(now, Event::Booting);
     vm.step(now, Event::Sessions(0));
     assert_eq!(vm.step(now + 50 * S, Event::Agent(AgentReply::Ready(pong()))), [Action::RecordReady(pong())]);
-    vm.step(now + 55 * S, Event::Observed(Observed::Paused(StateCause::User)));
+    vm.step(now + 55 * S, Event::Observed(ObservedState::Paused(StateCause::User)));
     assert_eq!(vm.step(now + 500 * S, Event::Tick), []);
     vm.step(now + 500 * S, Event::CpusRun);
     assert_eq!(vm.step(now + 509 * S, Event::Tick), []);
@@ -140,7 +140,7 @@ fn a_guest_that_is_still_being_loaded_is_not_idle() {
 fn an_idle_vm_is_stopped_only_when_its_agent_has_no_sessions() {
     let now = Instant::now();
     let limits = Limits::new(now, None, Some(S));
-    let beginning = Beginning {
+    let beginning = InitialState {
         role: Role::Use,
         state: VmState::Running,
         cause: None,
@@ -165,7 +165,7 @@ fn only_time_in_which_the_cpus_ran_counts_against_a_guest_that_is_late() {
     let mut vm = vm(Role::Use, now, None, None);
     vm.step(now, Event::QmpReady);
     vm.step(now, Event::Booting);
-    vm.step(now + 10 * S, Event::Observed(Observed::Paused(StateCause::DiskFull)));
+    vm.step(now + 10 * S, Event::Observed(ObservedState::Paused(StateCause::DiskFull)));
     vm.step(now + 30 * S, Event::CpusRun);
     assert_eq!(vm.step(now + 60 * S, Event::Agent(AgentReply::Late)), [Action::AwaitAgent(20 * S)]);
     assert_eq!(vm.step(now + 80 * S, Event::Agent(AgentReply::Late)), [Action::Quit]);
@@ -192,12 +192,12 @@ fn a_clone_is_claimed_once_and_is_a_users_vm_then() {
 /// Everything that can happen but a stop and the exit.
 fn event() -> impl Strategy<Value = Event> {
     let observed = prop_oneof![
-        Just(Observed::Runs),
-        Just(Observed::Paused(StateCause::User)),
-        Just(Observed::Paused(StateCause::DiskFull)),
-        Just(Observed::KvmFailed),
-        Just(Observed::Panicked),
-        Just(Observed::Passing),
+        Just(ObservedState::Runs),
+        Just(ObservedState::Paused(StateCause::User)),
+        Just(ObservedState::Paused(StateCause::DiskFull)),
+        Just(ObservedState::KvmFailed),
+        Just(ObservedState::Panicked),
+        Just(ObservedState::Passing),
     ];
     let reply = prop_oneof![
         Just(AgentReply::Ready(pong())),

@@ -1,4 +1,4 @@
-//! Logs that somebody wrote to: what the chain finds, what only a checkpoint finds.
+//! Logs that another program wrote to: what the chain finds, what only a checkpoint finds.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -20,7 +20,7 @@ fn place(verdict: &AuditVerdict) -> (Option<&str>, Option<u64>, Option<u64>) {
 }
 
 #[test]
-fn whatever_is_done_to_a_line_is_found_and_named() {
+fn every_change_of_a_line_is_found_and_named() {
     let place_ = Place::new();
     place_.write(4);
     let lines = place_.lines();
@@ -66,7 +66,7 @@ fn in_older_files_too() {
     fs::write(&older, text.replacen("uid:7", "uid:8", 1)).unwrap();
     let verdict = place_.verdict();
     assert_eq!(place(&verdict), (Some("mcp-audit.log.2"), Some(1), Some(seq)));
-    // A half line is only excused at the very end.
+    // A half line is only accepted at the end.
     fs::write(&older, &text[..text.len() - 1]).unwrap();
     assert_eq!(place(&place_.verdict()).0, Some("mcp-audit.log.2"));
     fs::remove_file(&older).unwrap();
@@ -100,14 +100,14 @@ fn a_checkpoint_finds_what_the_chain_cannot() {
     let lines = place_.lines();
     assert_eq!(place_.log.checkpoint().unwrap().public_key, checkpoint.public_key);
 
-    // A tail that was cut off where the chain shows nothing.
+    // A tail that was truncated where the chain shows nothing.
     place_.put(&lines[..5]);
     place_.expect(5);
     let cut = place_.against(Some(&checkpoint));
     assert_eq!(place(&cut), (None, None, Some(6)));
     assert!(cut.trouble.unwrap().message.contains("it was truncated"));
 
-    // A log that was written anew by somebody who knows how.
+    // A log that was rewritten with a valid chain.
     let other = Place::new();
     operate(&other.log, "forger", 9);
     fs::copy(other.newest(), place_.newest()).unwrap();
@@ -138,7 +138,7 @@ fn a_checkpoint_that_was_altered_is_refused() {
 }
 
 #[test]
-fn a_checkpoint_of_lines_that_were_dropped_says_so() {
+fn a_checkpoint_of_rotated_lines_is_reported() {
     let place_ = Place::with_limits(1500, 2);
     let mut checkpoints = Vec::new();
     let caller = Caller::command_line();

@@ -13,7 +13,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::log::{LOG, Log, moves};
-use super::{Audited, Caller, Ending, Face, Repeats, denied, looked};
+use super::{AuditOutcome, Audited, Caller, FrontEnd, Repeats, denied, record_read};
 
 struct Place {
     _directory: TempDir,
@@ -68,7 +68,7 @@ impl Place {
 }
 
 fn operate(log: &Log, agent: &str, operations: usize) {
-    let caller = Caller { face: Face::Mcp, actor: "uid:7".into(), agent: Some(agent.into()) };
+    let caller = Caller { face: FrontEnd::Mcp, actor: "uid:7".into(), agent: Some(agent.into()) };
     for number in 0..operations {
         let arguments = json!({ "name": "web", "number": number });
         let begun = Audited::begin(log.clone(), &caller, "vm_exec", &arguments, "c0ffee").unwrap();
@@ -93,15 +93,15 @@ fn attempt_and_outcome_are_two_lines() {
 #[test]
 fn an_operation_that_is_dropped_ends_as_unknown() {
     let place = Place::new();
-    let caller = Caller { face: Face::Api, actor: "token:ci".into(), agent: None };
+    let caller = Caller { face: FrontEnd::Api, actor: "token:ci".into(), agent: None };
     drop(Audited::begin(place.log.clone(), &caller, "vm_delete", &json!({}), "1").unwrap());
     assert!(place.lines()[1].contains("result='unknown' reason='interrupted' actor='token:ci' id='1' stage='outcome'"));
 }
 
 #[test]
-fn what_was_denied_is_one_line() {
+fn a_denied_operation_is_one_line() {
     let place = Place::new();
-    let caller = Caller { face: Face::Mcp, actor: "uid:7".into(), agent: Some("x' tool='y".into()) };
+    let caller = Caller { face: FrontEnd::Mcp, actor: "uid:7".into(), agent: Some("x' tool='y".into()) };
     denied(&place.log, &caller, "vm_exec", &json!({ "token": "hunter2" }), "1", "not_in_allowlist").unwrap();
     let [line] = place.lines().try_into().unwrap();
     let told = r#"[MCP] agent='x\' tool=\'y' tool='vm_exec' params='{"token":"[redacted: 7 bytes]"}' result='denied' reason='not_in_allowlist'"#;
@@ -119,7 +119,7 @@ fn an_empty_log_is_in_order_and_makes_no_file() {
 }
 
 #[test]
-fn files_are_rotated_and_the_chain_goes_on() {
+fn the_chain_continues_across_rotated_files() {
     let place = Place::with_limits(2000, 3);
     place.write(40);
     let verdict = place.expect(place.verdict().last_seq.unwrap());
@@ -139,7 +139,7 @@ fn files_are_rotated_and_the_chain_goes_on() {
 }
 
 #[test]
-fn a_log_without_its_newest_file_goes_on_after_the_older_ones() {
+fn without_the_newest_file_the_log_continues_after_the_older_ones() {
     let place = Place::with_limits(2000, 9);
     place.write(10);
     let older = place.log.files().unwrap().len();
@@ -194,19 +194,19 @@ fn a_rotation_killed_at_any_step_loses_no_line() {
 }
 
 #[test]
-fn a_log_that_cannot_be_written_is_told() {
+fn an_unwritable_log_is_reported() {
     let place = Place::new();
     place.write(1);
     let refused = |place: &Place| {
         let caller = Caller::command_line();
         let error = Audited::begin(place.log.clone(), &caller, "vm_exec", &json!({}), "1").unwrap_err();
         assert_eq!(error.code(), Code::AuditFailed);
-        assert!(error.hint_for(Face::Cli).is_some());
+        assert!(error.hint_for(FrontEnd::Cli).is_some());
     };
     fs::set_permissions(&place.path, fs::Permissions::from_mode(0o777)).unwrap();
     refused(&place);
     fs::set_permissions(&place.path, fs::Permissions::from_mode(0o700)).unwrap();
-    // Where the last line is none, there is no chain to go on with.
+    // If the last line is not a valid one, there is no chain to continue.
     let lines = place.lines();
     place.put(&["what is this".into()]);
     refused(&place);
@@ -274,30 +274,30 @@ fn cost() {
 
 // Reads went into the same files as what was done: a token that may only read pushed every line about an act out of them in a minute.
 #[test]
-fn reads_have_a_chain_of_their_own_and_push_nothing_out() {
+fn reads_have_their_own_chain_and_rotation() {
     let place = Place::with_limits(4000, 9);
     let repeats = Repeats::new(Log::reads(place.path.clone()));
-    let caller = Caller { face: Face::Api, actor: "token:ci#1".into(), agent: None };
+    let caller = Caller { face: FrontEnd::Api, actor: "token:ci#1".into(), agent: None };
     place.write(2);
     for round in 0..200 {
-        let ending = if round % 2 == 0 { (Ending::Success, "") } else { (Ending::Error, "vm_not_found") };
+        let ending = if round % 2 == 0 { (AuditOutcome::Success, "") } else { (AuditOutcome::Error, "vm_not_found") };
         let arguments = json!({ "name": format!("web-{round}") });
-        looked(&repeats, &caller, "vm_info", &arguments, "0123456789abcdef", ending).unwrap();
+        record_read(&repeats, &caller, "vm_info", &arguments, "0123456789abcdef", ending).unwrap();
     }
     place.expect(4);
     assert!(place.lines().iter().all(|line| !line.contains("tool='vm_info'")));
     let verdict = repeats.log().check(None).unwrap().0;
     assert!(verdict.ok && verdict.last_seq == Some(200), "{verdict:?}");
-    // Where it cannot be written it is said.
+    // A failed write is reported.
     fs::remove_dir_all(&place.path).unwrap();
     fs::write(&place.path, "").unwrap();
-    let refused = looked(&repeats, &caller, "vm_ls", &json!({}), "0123456789abcdef", (Ending::Success, ""));
+    let refused = record_read(&repeats, &caller, "vm_ls", &json!({}), "0123456789abcdef", (AuditOutcome::Success, ""));
     assert_eq!(refused.unwrap_err().code(), Code::AuditFailed);
 }
 
 // Of arguments that were padded a hash was left, and nothing that it could be compared with.
 #[test]
-fn arguments_that_are_too_long_for_a_line_are_kept_whole_beside_it() {
+fn oversized_arguments_are_stored_in_a_separate_file() {
     let place = Place::new();
     let caller = Caller::command_line();
     let arguments =

@@ -1,6 +1,6 @@
 //! The checks of `doctor` that only look at facts: what is wrong, and what to do about it. Pure.
 
-use nido_api::Face;
+use nido_api::FrontEnd;
 use nido_api::error::{Error, Result};
 use nido_api::{
     AccelChoice, CheckStatus, DoctorCheck, MachineChoice, NetChoice, WebhookInfo, default_cpus, default_memory_mib,
@@ -116,7 +116,7 @@ pub(super) fn check_machine(host: &HostFacts, qemu: &QemuFacts) -> DoctorCheck {
             check("machine", CheckStatus::Warning, format!("VMs start only with {flags}: {refusal}")).hint(ANOTHER_QEMU)
         }
         None => {
-            let hint = Error::from(refusal.clone()).hint_for(Face::Cli).unwrap_or_else(|| ANOTHER_QEMU.to_owned());
+            let hint = Error::from(refusal.clone()).hint_for(FrontEnd::Cli).unwrap_or_else(|| ANOTHER_QEMU.to_owned());
             check("machine", CheckStatus::Failed, format!("no VM can be started: {refusal}")).hint(hint)
         }
     }
@@ -231,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_vm_can_be_made_on_a_full_disk() {
+    fn a_full_disk_is_reported_as_a_failure() {
         let status = |free| check_disk("/home/nido", free).status;
         assert_eq!(status(Ok(LOW_DISK)), CheckStatus::Ok);
         assert_eq!(status(Ok(SPACE_RESERVE_BYTES)), CheckStatus::Warning);

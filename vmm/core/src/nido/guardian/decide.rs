@@ -17,7 +17,7 @@ const END_DELAY: Duration = Duration::from_secs(1);
 /// The longest wait between two attempts.
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 /// A supervisor that has lived for so long counts as one that works.
-const WORKS_AFTER: Duration = Duration::from_secs(10);
+const STABLE_RUN_TIME: Duration = Duration::from_secs(10);
 /// After so many supervisors in a row that ended, the VM gets a warning.
 const WARN_AT: u32 = 4;
 
@@ -27,12 +27,12 @@ pub(super) struct VmFacts {
     /// Its id.
     pub id: String,
     /// Its state in the store is one in which no process takes care of it.
-    pub at_rest: bool,
+    pub is_inactive: bool,
     /// This version of nido can read its state.
     pub readable: bool,
-    /// A process holds `supervisor.lock`, or it cannot be told.
+    /// A process holds `supervisor.lock`, or this is unknown.
     pub supervised: bool,
-    /// QEMU holds `vm.lock`, or it cannot be told.
+    /// QEMU holds `vm.lock`, or this is unknown.
     pub runs: bool,
     /// Its time to live is over.
     pub ttl_over: bool,
@@ -41,13 +41,13 @@ pub(super) struct VmFacts {
 impl VmFacts {
     /// Whether the guardian has to stay for it.
     pub fn needs_guardian(&self) -> bool {
-        self.runs || self.readable && !self.at_rest
+        self.runs || self.readable && !self.is_inactive
     }
 }
 
 /// What is done about a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Act {
+pub(super) enum GuardianAction {
     /// Starts a supervisor for its QEMU.
     Supervise(String),
     /// Records that it has ended, as reconciliation does.
@@ -72,22 +72,22 @@ struct History {
 pub(super) struct Histories(HashMap<String, History>);
 
 /// Decides, and keeps in mind what was decided.
-pub(super) fn decide(vms: &[VmFacts], histories: &mut Histories, now: Instant) -> Vec<Act> {
+pub(super) fn decide(vms: &[VmFacts], histories: &mut Histories, now: Instant) -> Vec<GuardianAction> {
     histories.0.retain(|id, _| vms.iter().any(|vm| vm.id == *id));
     vms.iter().flat_map(|vm| decide_vm(vm, histories.0.entry(vm.id.clone()).or_default(), now)).collect()
 }
 
-fn decide_vm(vm: &VmFacts, history: &mut History, now: Instant) -> Vec<Act> {
+fn decide_vm(vm: &VmFacts, history: &mut History, now: Instant) -> Vec<GuardianAction> {
     // From when this process saw it: the host may have slept, and the supervisor with it.
     let over_since = vm.ttl_over.then(|| history.over_since.unwrap_or(now));
     history.over_since = over_since;
     let mut acts = Vec::new();
     if vm.runs && over_since.is_some_and(|since| now.duration_since(since) >= KILL_AFTER) {
-        acts.push(Act::KillQemu(vm.id.clone()));
+        acts.push(GuardianAction::KillQemu(vm.id.clone()));
     }
     if vm.supervised {
         let since = *history.supervised_since.get_or_insert(now);
-        if now.duration_since(since) >= WORKS_AFTER {
+        if now.duration_since(since) >= STABLE_RUN_TIME {
             (history.attempts, history.next_attempt) = (0, None);
         }
         return acts;
@@ -97,15 +97,19 @@ fn decide_vm(vm: &VmFacts, history: &mut History, now: Instant) -> Vec<Act> {
         // A moment later, in case a command is at work on it, or its directory is just being removed.
         history.next_attempt = Some(now + END_DELAY);
     }
-    if !vm.readable || history.next_attempt.is_some_and(|at| now < at) || !vm.runs && vm.at_rest {
+    if !vm.readable || history.next_attempt.is_some_and(|at| now < at) || !vm.runs && vm.is_inactive {
         return acts;
     }
     history.attempts = history.attempts.saturating_add(1);
     history.next_attempt = Some(now + back_off(history.attempts));
     if vm.runs && history.attempts == WARN_AT {
-        acts.push(Act::Warn(vm.id.clone()));
+        acts.push(GuardianAction::Warn(vm.id.clone()));
     }
-    acts.push(if vm.runs { Act::Supervise(vm.id.clone()) } else { Act::RecordEnd(vm.id.clone()) });
+    acts.push(if vm.runs {
+        GuardianAction::Supervise(vm.id.clone())
+    } else {
+        GuardianAction::RecordEnd(vm.id.clone())
+    });
     acts
 }
 
@@ -128,11 +132,11 @@ mod tests {
     fn a_qemu_without_a_supervisor_gets_one_and_an_ended_one_is_recorded() {
         let (mut histories, now) = (Histories::default(), Instant::now());
         assert_eq!(decide(&[vm(true, true)], &mut histories, now), []);
-        assert_eq!(decide(&[vm(false, true)], &mut histories, now), [Act::Supervise("a".into())]);
+        assert_eq!(decide(&[vm(false, true)], &mut histories, now), [GuardianAction::Supervise("a".into())]);
         let mut histories = Histories::default();
         assert_eq!(decide(&[vm(false, false)], &mut histories, now), []);
-        assert_eq!(decide(&[vm(false, false)], &mut histories, now + S), [Act::RecordEnd("a".into())]);
-        let stopped = VmFacts { at_rest: true, ..vm(false, false) };
+        assert_eq!(decide(&[vm(false, false)], &mut histories, now + S), [GuardianAction::RecordEnd("a".into())]);
+        let stopped = VmFacts { is_inactive: true, ..vm(false, false) };
         assert_eq!(decide(std::slice::from_ref(&stopped), &mut Histories::default(), now), []);
         assert!(!stopped.needs_guardian() && vm(false, true).needs_guardian() && vm(true, false).needs_guardian());
         let unreadable = VmFacts { readable: false, ..vm(false, true) };
@@ -148,8 +152,8 @@ mod tests {
         for second in 0..400 {
             for act in decide(&[vm(false, true)], &mut histories, start + second * S) {
                 match act {
-                    Act::Supervise(_) => at.push(second),
-                    Act::Warn(_) => warned += 1,
+                    GuardianAction::Supervise(_) => at.push(second),
+                    GuardianAction::Warn(_) => warned += 1,
                     other => panic!("{other:?}"),
                 }
             }
@@ -160,7 +164,10 @@ mod tests {
         for second in 400..411 {
             assert_eq!(decide(&[vm(true, true)], &mut histories, start + second * S), []);
         }
-        assert_eq!(decide(&[vm(false, true)], &mut histories, start + 411 * S), [Act::Supervise("a".into())]);
+        assert_eq!(
+            decide(&[vm(false, true)], &mut histories, start + 411 * S),
+            [GuardianAction::Supervise("a".into())]
+        );
     }
 
     #[test]
@@ -170,8 +177,8 @@ mod tests {
         let all = std::slice::from_ref(&over);
         assert_eq!(decide(all, &mut histories, start), []);
         assert_eq!(decide(all, &mut histories, start + KILL_AFTER - S), []);
-        assert_eq!(decide(all, &mut histories, start + KILL_AFTER), [Act::KillQemu("a".into())]);
-        // It was started anew meanwhile.
+        assert_eq!(decide(all, &mut histories, start + KILL_AFTER), [GuardianAction::KillQemu("a".into())]);
+        // It was restarted meanwhile.
         assert_eq!(decide(&[vm(true, true)], &mut histories, start + KILL_AFTER + S), []);
         assert_eq!(decide(all, &mut histories, start + KILL_AFTER + 2 * S), []);
     }

@@ -11,7 +11,7 @@ use crate::nido::restart_policy::in_row;
 
 /// A VM that waits for its restart.
 #[derive(Debug)]
-struct Wait {
+struct PendingRestart {
     /// The start that has ended.
     started_ms: Option<i64>,
     /// How many restarts in a row did not work, as it was when the end was seen.
@@ -22,7 +22,7 @@ struct Wait {
 
 /// The VMs that wait for their restart.
 #[derive(Debug, Default)]
-pub(super) struct Waits(HashMap<String, Wait>);
+pub(super) struct PendingRestarts(HashMap<String, PendingRestart>);
 
 /// Whether a VM waits for its restart.
 pub(super) fn waits(vm: &RestartFacts) -> bool {
@@ -30,13 +30,18 @@ pub(super) fn waits(vm: &RestartFacts) -> bool {
 }
 
 /// The VMs whose restart is due now, each with how many in a row did not work.
-pub(super) fn due(vms: &[RestartFacts], all: &mut Waits, now: Instant, wall: Timestamp) -> Vec<(String, u32)> {
+pub(super) fn due(
+    vms: &[RestartFacts],
+    all: &mut PendingRestarts,
+    now: Instant,
+    wall: Timestamp,
+) -> Vec<(String, u32)> {
     all.0.retain(|id, wait| vms.iter().any(|vm| vm.id == *id && vm.started_ms == wait.started_ms && waits(vm)));
     let mut due = Vec::new();
     for vm in vms.iter().filter(|vm| waits(vm)) {
         let wait = all.0.entry(vm.id.clone()).or_insert_with(|| {
             let in_row = in_row(vm, wall);
-            Wait { started_ms: vm.started_ms, in_row, tries: 0, due: now + back_off(in_row) }
+            PendingRestart { started_ms: vm.started_ms, in_row, tries: 0, due: now + back_off(in_row) }
         });
         if now >= wait.due {
             due.push((vm.id.clone(), wait.in_row));
@@ -52,7 +57,7 @@ pub(super) fn due(vms: &[RestartFacts], all: &mut Waits, now: Instant, wall: Tim
 mod tests {
     use std::time::Duration;
 
-    use nido_api::restart::{Ended, RestartPolicy};
+    use nido_api::restart::{ExitFacts, RestartPolicy};
     use nido_api::state::VmState;
 
     use super::*;
@@ -63,7 +68,13 @@ mod tests {
         RestartFacts {
             id: "a".into(),
             policy: RestartPolicy::OnFailure,
-            ended: Ended { state: VmState::Failed, cause: None, failure: None, held: false, restarting: in_row > 0 },
+            ended: ExitFacts {
+                state: VmState::Failed,
+                cause: None,
+                failure: None,
+                held: false,
+                restarting: in_row > 0,
+            },
             in_row,
             started_ms: Some(started_ms),
             was_ready: true,
@@ -76,7 +87,7 @@ mod tests {
 
     #[test]
     fn a_restart_waits_for_its_back_off() {
-        let (mut all, start) = (Waits::default(), Instant::now());
+        let (mut all, start) = (PendingRestarts::default(), Instant::now());
         // It ran for two seconds only.
         let vm = [failed(1_000, 3)];
         assert_eq!(due(&vm, &mut all, start, at(3_000)), []);
@@ -90,11 +101,11 @@ mod tests {
     }
 
     #[test]
-    fn what_a_user_keeps_stopped_does_not_wait() {
-        let (mut all, start) = (Waits::default(), Instant::now());
+    fn vms_that_a_user_stopped_are_not_restarted() {
+        let (mut all, start) = (PendingRestarts::default(), Instant::now());
         let vm = failed(1_000, 0);
         assert!(waits(&vm) && due(std::slice::from_ref(&vm), &mut all, start, at(2_000)).is_empty());
-        let held = RestartFacts { ended: Ended { held: true, ..vm.ended }, ..vm };
+        let held = RestartFacts { ended: ExitFacts { held: true, ..vm.ended }, ..vm };
         assert!(!waits(&held));
         assert_eq!(due(&[held], &mut all, start + 100 * S, at(100_000)), []);
     }

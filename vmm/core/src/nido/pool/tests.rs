@@ -1,6 +1,6 @@
 use super::*;
 use nido_api::AgentInfo;
-use nido_store::{BootParts, Saved};
+use nido_store::{BootParts, StoredBake};
 
 fn pool(wanted: u32) -> PoolRow {
     let kind = kind_of(&PoolRequest::default()).unwrap();
@@ -23,7 +23,7 @@ fn clone(pool: &PoolRow, id: &str, state: VmState, memory: Option<&str>) -> VmRo
     let mut row = VmRow::new(id.into(), clone_spec(pool).unwrap(), Purpose::Pool, state, parts, 1);
     row.agent = AgentInfo { ready: state == VmState::Paused, ..AgentInfo::default() };
     if let Some(memory) = memory {
-        let saved = Saved { memory: memory.into(), state: String::new(), token: String::new(), live: false };
+        let saved = StoredBake { memory: memory.into(), state: String::new(), token: String::new(), live: false };
         row.origin = Origin::Fork(saved);
     }
     row
@@ -34,7 +34,7 @@ fn ids(rows: &[VmRow]) -> Vec<&str> {
 }
 
 #[test]
-fn what_is_missing_is_started_and_what_is_under_way_counts() {
+fn missing_clones_are_started_and_starting_ones_counted() {
     let pool = pool(4);
     let clones = [
         clone(&pool, "ready", VmState::Paused, Some("m")),

@@ -8,12 +8,17 @@ use nido_files::lock::is_held;
 use nido_store::{Purpose, Store};
 use nido_supervisor::vm_record::VmRecord;
 
-use super::{Rebuilt, RestoredVm, SkippedDirectory};
+use super::{RebuildReport, RestoredVm, SkippedDirectory};
 use crate::nido::Nido;
 use crate::nido::reconcile::{insert_recovered, recovered_row};
 
 /// Completes the rows of VMs. Returns the ids of running VMs whose rows come from their directories.
-pub(super) fn take_vms(store: &Store, home: &Home, directories: &[String], done: &mut Rebuilt) -> Result<Vec<String>> {
+pub(super) fn take_vms(
+    store: &Store,
+    home: &Home,
+    directories: &[String],
+    done: &mut RebuildReport,
+) -> Result<Vec<String>> {
     let there: HashSet<_> = directories.iter().collect();
     let mut known = HashSet::new();
     for row in store.vms()? {

@@ -1,14 +1,14 @@
 //! VMs that the store does not know: directories that hold data and have no row, because the store was lost or replaced.
 //!
-//! They are reported, and get a row again only when a user asks for it.
+//! They are reported, and get a row again only when a user requests it.
 
 use nido_api::VmSpec;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::state::VmState;
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK, VmDir};
-use nido_files::lock::{Held, is_held};
-use nido_store::{Adopted, Store, Transition, VmRow};
+use nido_files::lock::{HeldLock, is_held};
+use nido_store::{AdoptedStart, Store, Transition, VmRow};
 use nido_supervisor::control::Request;
 use nido_supervisor::vm_record::VmRecord;
 use std::time::Duration;
@@ -62,7 +62,7 @@ impl Nido {
         if !record.is_of_user() {
             return Err(broken(format!("nido created it for itself ({}), and no longer needs it", record.purpose)));
         }
-        let held = match Held::try_take(&dir.file(SUPERVISOR_LOCK)) {
+        let held = match HeldLock::try_take(&dir.file(SUPERVISOR_LOCK)) {
             Ok(held) => held,
             Err(e) => return Err(Error::io("it cannot be locked", e)),
         };
@@ -80,7 +80,7 @@ impl Nido {
 
     /// Waits for a while until the supervisor of an adopted VM has recorded that the agent replies.
     pub(in crate::nido) async fn await_ready(&self, row: &VmRow) {
-        let is_ready = self.ask(row, &Request::Ready);
+        let is_ready = self.request(row, &Request::Ready);
         if !matches!(tokio::time::timeout(READY_TIMEOUT, is_ready).await, Ok(Ok(_))) {
             tracing::warn!("the guest agent of VM {} does not reply yet", row.spec.name);
         }
@@ -92,7 +92,7 @@ impl Nido {
 ///
 /// # Errors
 /// Its record was written by a nido that is too different.
-pub(in crate::nido) fn recovered_row(dir: &VmDir, record: &VmRecord, runs: bool) -> Result<(VmRow, Adopted)> {
+pub(in crate::nido) fn recovered_row(dir: &VmDir, record: &VmRecord, runs: bool) -> Result<(VmRow, AdoptedStart)> {
     let mut row = record.row()?;
     if record.is_of_user() {
         row.spec = VmSpec { ephemeral: false, lease: None, ..row.spec };
@@ -102,7 +102,7 @@ pub(in crate::nido) fn recovered_row(dir: &VmDir, record: &VmRecord, runs: bool)
         (false, true) => VmState::Stopped,
         (false, false) => VmState::Created,
     };
-    let last_start = Adopted {
+    let last_start = AdoptedStart {
         machine: row.machine.clone(),
         origin: row.origin.clone(),
         cid: row.cid.filter(|_| runs),
@@ -116,7 +116,11 @@ pub(in crate::nido) fn recovered_row(dir: &VmDir, record: &VmRecord, runs: bool)
 ///
 /// # Errors
 /// Of the store.
-pub(in crate::nido) fn insert_recovered(store: &Store, row: &mut VmRow, last_start: Adopted) -> Result<Option<VmName>> {
+pub(in crate::nido) fn insert_recovered(
+    store: &Store,
+    row: &mut VmRow,
+    last_start: AdoptedStart,
+) -> Result<Option<VmName>> {
     let wanted = row.spec.name.clone();
     for number in 1_u32.. {
         row.spec.name = if number == 1 { wanted.clone() } else { numbered(&wanted, number)? };

@@ -10,8 +10,8 @@ use nido_engine::host::vm_processes;
 use nido_engine::logs::log_tail;
 use nido_engine::temporary_files::remove_temporary_files;
 use nido_engine::{liveness, snapshot};
-use nido_files::lock::Held;
-use nido_store::{End, Origin, Transition, VmRow};
+use nido_files::lock::HeldLock;
+use nido_store::{Origin, Transition, VmEnd, VmRow};
 use nido_supervisor::context::remove_tree;
 use nido_supervisor::lagging;
 use nido_supervisor::vm_record::remove_without_data;
@@ -22,12 +22,12 @@ use super::plan::{Plan, Repair, VmRepair, plan, plan_vm};
 use crate::nido::Nido;
 use crate::nido::template_store::TEMPLATES_LOCK_TIMEOUT;
 
-/// How often a VM is planned anew, if its QEMU ends while a supervisor is being started for it.
+/// How often a VM is planned again, if its QEMU ends while a supervisor is being started for it.
 const ROUNDS_MAX: u32 = 3;
 
 /// What repairs have removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(in crate::nido) struct Removed {
+pub(in crate::nido) struct RemovalCounts {
     /// Directories of VMs and builds.
     pub directories: usize,
     /// VMs in whose directories a snapshot or a restore was interrupted.
@@ -38,8 +38,8 @@ pub(in crate::nido) struct Removed {
 
 impl Plan {
     /// What the plan removes that no VM and no template needs.
-    pub(in crate::nido) fn removes(&self) -> Removed {
-        let mut removed = Removed::default();
+    pub(in crate::nido) fn removes(&self) -> RemovalCounts {
+        let mut removed = RemovalCounts::default();
         for repair in &self.repairs {
             match repair {
                 Repair::Vm { repairs, .. } => {
@@ -84,7 +84,7 @@ impl Nido {
         Ok(())
     }
 
-    /// Looks at the home, and plans what has to be done.
+    /// Takes the home's inventory, and plans the repairs.
     ///
     /// # Errors
     /// Of the store or the disk.
@@ -100,7 +100,7 @@ impl Nido {
                 let path = self.home().vms().join(name);
                 remove_tree(&path).map_err(|e| Error::io_at("remove", &path, e))
             }
-            Repair::RemoveLivenessFile(id) => liveness::remove_dead(&self.home().present(), id)
+            Repair::RemoveLivenessFile(id) => liveness::remove_orphan(&self.home().present(), id)
                 .map_err(|e| Error::io("cannot remove the liveness file of a process that ended", e)),
             Repair::RemoveBuild(path) => Ok(nido_images::remove_orphaned_build(path)?),
             Repair::Parts(_) if scope == Scope::Open => {
@@ -147,12 +147,12 @@ impl Nido {
 
     /// Locks a VM that no process takes care of. `None`: one does, or the lock cannot be looked at. `Some(None)`: there is nothing
     /// to lock, because the VM's directory is gone.
-    fn lock_for_repair(&self, id: &str) -> Result<Option<Option<Held>>> {
+    fn lock_for_repair(&self, id: &str) -> Result<Option<Option<HeldLock>>> {
         let lock = self.vm_dir(id).file(SUPERVISOR_LOCK);
-        let held = match Held::try_take_existing(&lock) {
+        let held = match HeldLock::try_take_existing(&lock) {
             Err(e) if e.kind() == ErrorKind::NotFound && self.files_are_gone(id) => return Ok(Some(None)),
             // Only the lock's file is missing.
-            Err(e) if e.kind() == ErrorKind::NotFound => Held::try_take(&lock),
+            Err(e) if e.kind() == ErrorKind::NotFound => HeldLock::try_take(&lock),
             held => held,
         };
         match held {
@@ -166,10 +166,10 @@ impl Nido {
     }
 
     /// Starts a supervisor for a QEMU that lost its own. False if that QEMU has ended meanwhile.
-    async fn take_over(&self, id: &str, held: Held) -> Result<bool> {
+    async fn take_over(&self, id: &str, held: HeldLock) -> Result<bool> {
         let Some(row) = self.store().vm_by_id(id)?.filter(|row| row.unreadable.is_none()) else { return Ok(true) };
         tracing::info!("VM {} lost its supervisor; starting another", row.spec.name);
-        if row.state.at_rest() {
+        if row.state.is_inactive() {
             // A QEMU that outlived its row.
             self.store().transition(id, &Transition::FoundRunning)?.log(id, "that its QEMU runs");
         }
@@ -197,7 +197,7 @@ impl Nido {
         }
     }
 
-    /// Removes what a killed operation left in the directory of a stopped VM. The caller holds the VM's lock.
+    /// Removes the temporary files of a killed operation from the directory of a stopped VM. The caller holds the VM's lock.
     pub(in crate::nido) fn remove_unfinished(&self, id: &str, from: Option<&Origin>) {
         let dir = self.vm_dir(id);
         snapshot::remove_unfinished(&dir);
@@ -214,7 +214,7 @@ impl Nido {
         let end = match lagging(&self.vm_dir(id), &row) {
             _ if files_lost => Transition::ended(VmState::Failed, Some(self.files_lost_failure(id))),
             // A supervisor that saw the end, and could not write it into the store, wrote it into the VM's directory.
-            Some(known) if known.state.at_rest() => Transition::Ended(Box::new(End {
+            Some(known) if known.state.is_inactive() => Transition::Ended(Box::new(VmEnd {
                 state: known.state,
                 cause: known.cause,
                 failure: known.failure,

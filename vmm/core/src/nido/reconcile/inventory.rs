@@ -19,7 +19,7 @@ use crate::nido::Nido;
 /// How much is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::nido) enum Scope {
-    /// What a command may run into: rows that claim a process, files of dead processes, and template parts if a reason was
+    /// What a command may run into: rows that claim a process, files of processes that have ended, and template parts if a reason was
     /// recorded. Costs nothing for stopped VMs.
     Open,
     /// Directories without a row, and those whose deletion was interrupted: before a VM is created.
@@ -98,7 +98,7 @@ pub(super) struct Inventory {
     pub vms: Vec<VmFacts>,
     /// Names of directories below `vms/` whose deletion was interrupted.
     pub deleted_directories: Vec<String>,
-    /// Liveness files of processes that died.
+    /// Liveness locks of processes that have ended.
     pub dead_processes: Vec<String>,
     /// Scratch directories of builds that were killed.
     pub orphaned_builds: Vec<PathBuf>,
@@ -107,7 +107,7 @@ pub(super) struct Inventory {
 }
 
 impl Inventory {
-    /// Looks at a home.
+    /// Takes the inventory of a home.
     ///
     /// # Errors
     /// Of the store, or the directory of VMs cannot be read.
@@ -129,7 +129,11 @@ impl Inventory {
         Ok(Self {
             vms: vms.into_iter().map(|(id, row)| VmFacts::read(nido, id, row, scope)).collect(),
             deleted_directories,
-            dead_processes: if scope == Scope::Create { Vec::new() } else { liveness::dead(&nido.home().present()) },
+            dead_processes: if scope == Scope::Create {
+                Vec::new()
+            } else {
+                liveness::orphaned_ids(&nido.home().present())
+            },
             orphaned_builds: if everything { nido_images::orphaned_builds(nido.home().root()) } else { Vec::new() },
             parts: (everything || is_due()).then(|| PartFacts::read(nido)).transpose()?,
         })
@@ -137,7 +141,7 @@ impl Inventory {
 }
 
 impl VmFacts {
-    /// Looks at one VM, whose row has been read.
+    /// Takes the inventory of one VM, whose row has been read.
     fn read(nido: &Nido, id: String, row: Option<RowFacts>, scope: Scope) -> Self {
         let supervisor = Lock::of(&nido.vm_dir(&id).file(SUPERVISOR_LOCK));
         Self::read_unattended(nido, id, row, scope, supervisor)
@@ -160,7 +164,7 @@ impl VmFacts {
         };
         let is_over =
             |row: &RowFacts| nido.context().is_abandoned_by(&row.id, row.lease.as_deref(), row.made_by.as_deref());
-        let is_stopped = row.as_ref().and_then(|row| row.state).is_some_and(VmState::at_rest);
+        let is_stopped = row.as_ref().and_then(|row| row.state).is_some_and(VmState::is_inactive);
         let looks_inside = scope == Scope::Everything && is_unattended && is_stopped && directory != Directory::Missing;
         Self {
             abandoned: is_unattended && row.as_ref().is_some_and(is_over),

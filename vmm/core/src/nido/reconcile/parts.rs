@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use nido_api::error::{Error, Result};
-use nido_images::{Store as ImageStore, Stored};
+use nido_images::{Store as ImageStore, StoreContents};
 use nido_supervisor::vm_record::VmRecord;
 
 use crate::nido::Nido;
@@ -24,8 +24,8 @@ pub(super) struct PartFacts {
     /// A part may have lost its last owner since the last removal.
     pub is_due: bool,
     /// What is stored.
-    pub stored: Stored,
-    /// Hashes of the parts that have an owner. The error says why that cannot be told.
+    pub stored: StoreContents,
+    /// Hashes of the parts that have an owner. The error is the reason why that is unknown.
     pub owned: Result<HashSet<String>, String>,
 }
 
@@ -61,7 +61,7 @@ pub(super) fn part_bytes(repairs: &[PartRepair]) -> u64 {
 }
 
 impl PartFacts {
-    /// Looks at the parts of a home. What cannot be read makes the owners unknown.
+    /// Lists the parts of a home. What cannot be read makes the owners unknown.
     ///
     /// # Errors
     /// Of the store.
@@ -74,7 +74,7 @@ impl PartFacts {
         let owned = owned.and_then(|owned| with_other_owners(nido, &images, owned));
         Ok(match stored {
             Ok(stored) => Self { is_due, stored, owned },
-            Err(error) => Self { is_due, stored: Stored::default(), owned: Err(error.to_string()) },
+            Err(error) => Self { is_due, stored: StoreContents::default(), owned: Err(error.to_string()) },
         })
     }
 }

@@ -5,7 +5,7 @@
 //!  any       any        held             any       none: the process that holds it takes care of the VM
 //!  any       any        free             held      start a supervisor: QEMU lost its own
 //!  deleting  any        free             free      finish the deletion
-//!  running   there      free             free      record the end that nobody recorded
+//!  running   there      free             free      record the unrecorded end
 //!  running   missing    -                -         record that the files are lost
 //!  stopped   any        free             free      delete it, if it is ephemeral or its session is over; else remove what an
 //!                                                  interrupted snapshot or restore left
@@ -50,7 +50,7 @@ pub(in crate::nido) enum Repair {
     },
     /// Removes the rest of a VM's directory whose deletion was interrupted.
     RemoveDeletedDirectory(String),
-    /// Removes the file of a process that died.
+    /// Removes the file of a process that has ended.
     RemoveLivenessFile(String),
     /// Removes the scratch directory of a build that was killed.
     RemoveBuild(std::path::PathBuf),
@@ -67,7 +67,7 @@ pub(in crate::nido) enum Finding {
     FilesLost(String),
     /// The state of a VM is not one that this version of nido knows.
     UnknownState(String),
-    /// It cannot be told which template parts are used.
+    /// It is unknown which template parts are used.
     PartsUnknown(String),
 }
 
@@ -80,7 +80,7 @@ impl Finding {
         }
     }
 
-    /// Why it cannot be told which template parts are used.
+    /// Why it is unknown which template parts are used.
     pub(in crate::nido) fn unknown_parts(&self) -> Option<&str> {
         match self {
             Self::PartsUnknown(why) => Some(why),
@@ -149,7 +149,7 @@ pub(super) fn plan_vm(vm: &VmFacts) -> Vec<VmRepair> {
     }
     let Some(state) = row.state else { return Vec::new() };
     let mut repairs = Vec::new();
-    if !state.at_rest() {
+    if !state.is_inactive() {
         repairs.push(VmRepair::RecordEnd { files_lost: vm.directory == Directory::Missing });
     }
     let has_ended = state != VmState::Created;

@@ -7,7 +7,7 @@ use std::path::Path;
 use nido_api::VmSpec;
 use nido_api::state::VmState;
 use nido_engine::home::{DISK, SUPERVISOR_LOCK, VM_LOCK, VM_RECORD};
-use nido_files::lock::Held;
+use nido_files::lock::HeldLock;
 use nido_store::{BootParts, Purpose, VmRow};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -69,7 +69,7 @@ fn open(root: &Path) -> Nido {
 }
 
 /// Makes what a case describes. The locks are held until they are dropped.
-fn make(nido: &Nido, id: &str, case: &Case, open_session: &str) -> Vec<Held> {
+fn make(nido: &Nido, id: &str, case: &Case, open_session: &str) -> Vec<HeldLock> {
     let dir = nido.vm_dir(id);
     if let Some((state, deleting, ephemeral, session)) = case.row {
         let mut spec = VmSpec::named(format!("vm-{id}").parse().unwrap());
@@ -88,8 +88,8 @@ fn make(nido: &Nido, id: &str, case: &Case, open_session: &str) -> Vec<Held> {
         return Vec::new();
     }
     dir.make().unwrap();
-    let supervisor = Held::try_take(&dir.file(SUPERVISOR_LOCK)).unwrap().unwrap();
-    let qemu = Held::try_take(&dir.file(VM_LOCK)).unwrap().unwrap();
+    let supervisor = HeldLock::try_take(&dir.file(SUPERVISOR_LOCK)).unwrap().unwrap();
+    let qemu = HeldLock::try_take(&dir.file(VM_LOCK)).unwrap().unwrap();
     if case.files != Files::Locks {
         fs::write(dir.file(DISK), "disk").unwrap();
     }
@@ -117,7 +117,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_home_is_reconciled_once_and_nothing_that_lives_or_may_be_wanted_is_touched(all in vec(cases(), 1..5)) {
+    fn reconciliation_is_idempotent_and_keeps_running_vms_and_data(all in vec(cases(), 1..5)) {
         let root = tempfile::tempdir().unwrap();
         let nido = open(&root.path().join("home"));
         let session = nido.lease_open().unwrap();
@@ -150,7 +150,7 @@ proptest! {
             if is_unwanted {
                 prop_assert!(files_of(&nido, id).is_empty(), "{:?}", case);
             } else {
-                prop_assert!(row(id).unwrap().state.at_rest(), "{:?}", case);
+                prop_assert!(row(id).unwrap().state.is_inactive(), "{:?}", case);
                 prop_assert_eq!(nido.vm_dir(id).file(DISK).exists(), has_data, "{:?}", case);
                 prop_assert!(!nido.vm_dir(id).file("snapshots/.new-one").exists(), "{:?}", case);
                 let is_whole = nido.vm_dir(id).file("snapshots/whole").exists();
@@ -181,9 +181,9 @@ async fn a_vm_whose_qemu_runs_is_kept_while_no_supervisor_can_be_started() {
     }
 }
 
-/// Orphans that are no VM's: each is removed by the scope that looks for it.
+/// Orphans that belong to no VM: each is removed by the scope that covers it.
 #[tokio::test]
-async fn what_dead_processes_left_is_removed() {
+async fn orphans_of_ended_processes_are_removed() {
     let root = tempfile::tempdir().unwrap();
     let home = root.path().join("home");
     let nido = open(&home);
@@ -206,7 +206,7 @@ async fn what_dead_processes_left_is_removed() {
             && home.join("blobs/sha256").join(&part).exists()
     );
     let plan = nido.plan_reconciliation(Scope::Everything).unwrap();
-    assert_eq!(plan.removes(), Removed { directories: 1, interrupted: 0, part_bytes: 4 });
+    assert_eq!(plan.removes(), RemovalCounts { directories: 1, interrupted: 0, part_bytes: 4 });
     reconcile_everything(&nido).await;
     assert!(!home.join("build/dead").exists() && !home.join("templates/.new-1").exists());
     assert!(!home.join("blobs/sha256").join(&part).exists());

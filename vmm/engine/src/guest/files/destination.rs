@@ -1,4 +1,4 @@
-//! The destination of a copy out of a guest on this host, resolved before the guest is asked for anything.
+//! The destination of a copy out of a guest on this host, resolved before any request to the guest.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,21 +18,21 @@ pub(super) const DIRECTORY: OFlags =
 
 /// How a download is to be written.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct How {
+pub(super) struct DownloadOptions {
     /// Replace what exists.
     pub overwrite: bool,
     /// Keep owners and exact modes.
     pub preserve: bool,
 }
 
-/// The place for a copy, looked at before the guest is asked for anything.
+/// The destination of a copy, checked before any request to the guest.
 #[derive(Debug)]
 pub(super) struct Destination {
     pub parent: OwnedFd,
     /// For messages.
     pub parent_path: PathBuf,
     pub name: OsString,
-    pub how: How,
+    pub how: DownloadOptions,
     /// The permission bits that this process gives to nothing new.
     umask: u32,
     /// The destination was written with a slash behind it.
@@ -42,7 +42,7 @@ pub(super) struct Destination {
 impl Destination {
     /// Decides where the copy goes. `name` is what it is called in a directory. A symlink that is named is followed; one
     /// that has the copy's name in a directory is not, because a guest chose that name.
-    pub fn resolve(path: &Path, name: Option<&[u8]>, how: How) -> Result<Self, GuestError> {
+    pub fn resolve(path: &Path, name: Option<&[u8]>, how: DownloadOptions) -> Result<Self, GuestError> {
         let slash = path.as_os_str().as_bytes().ends_with(b"/");
         let (parent_path, name, must_be_directory) = match std::fs::metadata(path) {
             Ok(found) if found.is_dir() => {
@@ -131,7 +131,7 @@ fn follow(path: &Path) -> Result<PathBuf, GuestError> {
     Err(GuestError::host(path, Errno::LOOP.into()))
 }
 
-/// The process's file mode creation mask, which can be asked for without changing it only here.
+/// The process's file mode creation mask, which can be read without changing it only here.
 fn umask() -> u32 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("Umask:"));

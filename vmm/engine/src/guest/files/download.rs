@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  parent/.nido-<random>/root...   written here, below a descriptor of the fresh directory
-//!  parent/NAME                     renamed to, at the very end
+//!  parent/NAME                     renamed to, as the last step
 //! ```
 //!
 //! Invariant: below the fresh directory every name is resolved by `openat2` with "beneath" and "no symlinks", and
@@ -21,14 +21,14 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
 
 use super::destination::{DIRECTORY, Destination, give, kind_at, times};
-use super::fresh::{Fresh, ROOT};
+use super::fresh::{ROOT, StagingDirectory};
 use super::merge::{put_directory, put_new, put_over};
-use super::receive::{Item, ItemKind, Piece, Receiver};
-use super::{Copied, Progress};
+use super::receive::{FileChunk, Item, ItemKind, Receiver};
+use super::{CopyTotals, Progress};
 use crate::guest::error::GuestError;
 
 /// How often the free space is looked at: after so many bytes.
-const LOOK_EVERY: u64 = 16 << 20;
+const SPACE_CHECK_BYTES: u64 = 16 << 20;
 /// So much stays free, in bytes: a guest must not fill the host's disk to its last byte.
 const RESERVE: u64 = 128 << 20;
 /// Memory for directories whose mode and time are still to be set, in bytes.
@@ -42,8 +42,8 @@ const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLIN
 pub(super) fn download<F: FnMut(Progress)>(
     receiver: &mut Receiver<F>,
     destination: &Destination,
-) -> Result<Copied, GuestError> {
-    let fresh = Fresh::make(destination)?;
+) -> Result<CopyTotals, GuestError> {
+    let fresh = StagingDirectory::make(destination)?;
     let Some(root) = receiver.item()? else { return Err(GuestError::breach("an empty tree")) };
     if let ItemKind::File(_) = root.kind {
         if destination.must_be_directory {
@@ -87,14 +87,14 @@ fn write_file<F: FnMut(Progress)>(
     let full = || GuestError::DiskFull(at.clone());
     // Known before the first byte: then nothing is written at all.
     let needed = item.stored.unwrap_or_default();
-    if needed > LOOK_EVERY && free_bytes(&file).is_some_and(|free| free < needed.saturating_add(RESERVE)) {
+    if needed > SPACE_CHECK_BYTES && free_bytes(&file).is_some_and(|free| free < needed.saturating_add(RESERVE)) {
         return Err(full());
     }
     let (mut since, mut ends_in_hole) = (0, false);
     receiver.body(true, |piece| match piece {
-        Piece::Bytes(bytes) => {
+        FileChunk::Bytes(bytes) => {
             since += bytes.len() as u64;
-            if since >= LOOK_EVERY {
+            if since >= SPACE_CHECK_BYTES {
                 since = 0;
                 if free_bytes(&file).is_some_and(|free| free < RESERVE) {
                     return Err(full());
@@ -103,7 +103,7 @@ fn write_file<F: FnMut(Progress)>(
             ends_in_hole = false;
             file.write_all(bytes).map_err(|e| GuestError::host(&at, e))
         }
-        Piece::Hole(length) => {
+        FileChunk::Hole(length) => {
             ends_in_hole = true;
             let length = i64::try_from(length).map_err(|_| GuestError::breach("a hole that is too long"))?;
             file.seek(SeekFrom::Current(length)).map(drop).map_err(|e| GuestError::host(&at, e))

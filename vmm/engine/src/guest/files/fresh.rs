@@ -1,6 +1,6 @@
 //! The fresh directory a copy out of a guest grows in, beside its destination.
 //!
-//! Invariant: it is locked for as long as the copy lives. What a killed copy has left is found without a lock and removed by
+//! Invariant: it is locked as long as the copy runs. The orphan of a killed copy is found without a lock and removed by
 //! the next download into the same directory.
 
 use std::ffi::OsStr;
@@ -21,16 +21,16 @@ pub(super) const ROOT: &str = "root";
 /// What the names of fresh directories begin with; 16 hexadecimal digits follow.
 const PREFIX: &str = ".nido-";
 /// A fresh directory younger than this may not have been locked yet.
-const LEAST_AGE: Duration = Duration::from_secs(60);
+const AGE_MIN: Duration = Duration::from_secs(60);
 
 /// The fresh directory a copy grows in. Goes with all that is in it when dropped.
-pub(super) struct Fresh<'a> {
+pub(super) struct StagingDirectory<'a> {
     pub fd: OwnedFd,
     name: String,
     destination: &'a Destination,
 }
 
-impl<'a> Fresh<'a> {
+impl<'a> StagingDirectory<'a> {
     pub fn make(destination: &'a Destination) -> Result<Self, GuestError> {
         remove_orphans(destination);
         let name = format!("{PREFIX}{}", random::id().map_err(|_| destination.failed(Errno::IO))?);
@@ -43,7 +43,7 @@ impl<'a> Fresh<'a> {
     }
 }
 
-impl Drop for Fresh<'_> {
+impl Drop for StagingDirectory<'_> {
     fn drop(&mut self) {
         let removed = remove_inside(&self.fd)
             .and_then(|()| rustix::fs::unlinkat(&self.destination.parent, &self.name, AtFlags::REMOVEDIR));
@@ -98,7 +98,7 @@ fn is_orphan(directory: &OwnedFd) -> bool {
     let changed = Duration::from_secs(u64::try_from(stat.st_ctime).unwrap_or(u64::MAX));
     let age = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(changed);
     stat.st_uid == rustix::process::geteuid().as_raw()
-        && age >= LEAST_AGE
+        && age >= AGE_MIN
         && names(directory).is_ok_and(|names| names.iter().all(|name| name == ROOT))
         && try_lock(directory, flock::Mode::Exclusive).is_ok_and(|taken| taken)
 }

@@ -10,21 +10,21 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use nido_guest_agent::replace::{Found, Given, look};
+use nido_guest_agent::replace::{ExistingEntry, GivenAttributes, inspect};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps};
 use rustix::io::Errno;
 
 use super::destination::{DIRECTORY, Destination, give, kind_at, names, special};
-use super::fresh::{Fresh, ROOT};
+use super::fresh::{ROOT, StagingDirectory};
 use super::receive::Item;
 use crate::guest::error::GuestError;
 
 impl Destination {
     /// What of a file that is replaced does not stay as it is.
-    pub fn given(&self, item: &Item) -> Given {
+    pub fn given(&self, item: &Item) -> GivenAttributes {
         let mode = self.how.preserve.then(|| u32::from(item.mode));
         let owner = item.owner.filter(|_| rustix::process::geteuid().is_root());
-        Given { owner, mode }
+        GivenAttributes { owner, mode }
     }
 }
 
@@ -32,15 +32,15 @@ impl Destination {
 pub(super) fn put_over(
     (from, name): (&OwnedFd, &OsStr),
     (to, target): (&OwnedFd, &OsStr),
-    given: Given,
+    given: GivenAttributes,
     path: &Path,
 ) -> Result<(), GuestError> {
     let failed = |e: Errno| GuestError::host(path, e.into());
-    match look(to, target).map_err(failed)? {
-        Found::Directory => return Err(GuestError::PathExists(path.to_owned())),
-        Found::Special => return Err(special(path)),
-        Found::Nothing | Found::Symlink => {}
-        Found::File(kept) => {
+    match inspect(to, target).map_err(failed)? {
+        ExistingEntry::Directory => return Err(GuestError::PathExists(path.to_owned())),
+        ExistingEntry::Special => return Err(special(path)),
+        ExistingEntry::Nothing | ExistingEntry::Symlink => {}
+        ExistingEntry::File(kept) => {
             let time = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
             if FileType::from_raw_mode(time.st_mode) == FileType::RegularFile {
                 // The guest's mode may forbid its owner to read it.
@@ -61,7 +61,10 @@ pub(super) fn put_over(
 }
 
 /// Puts a directory in its place. Returns the paths below it that were there before.
-pub(super) fn put_directory(fresh: &Fresh<'_>, destination: &Destination) -> Result<HashSet<Vec<u8>>, GuestError> {
+pub(super) fn put_directory(
+    fresh: &StagingDirectory<'_>,
+    destination: &Destination,
+) -> Result<HashSet<Vec<u8>>, GuestError> {
     let mut merged = HashSet::new();
     match destination.existing()? {
         Some(FileType::Directory) if destination.how.overwrite => {
@@ -78,7 +81,7 @@ pub(super) fn put_directory(fresh: &Fresh<'_>, destination: &Destination) -> Res
 }
 
 /// Renames to where nothing is; the kernel makes sure of that.
-pub(super) fn put_new(fresh: &Fresh<'_>, destination: &Destination) -> Result<(), GuestError> {
+pub(super) fn put_new(fresh: &StagingDirectory<'_>, destination: &Destination) -> Result<(), GuestError> {
     let flags = RenameFlags::NOREPLACE;
     match rustix::fs::renameat_with(&fresh.fd, ROOT, &destination.parent, &destination.name, flags) {
         Err(Errno::EXIST) => Err(GuestError::PathExists(destination.path())),
@@ -118,12 +121,12 @@ impl Merge<'_> {
     }
 
     /// What of the file that is replaced does not stay: with `preserve` what the new one has.
-    fn given(&self, from: &OwnedFd, name: &OsStr) -> rustix::io::Result<Given> {
+    fn given(&self, from: &OwnedFd, name: &OsStr) -> rustix::io::Result<GivenAttributes> {
         if !self.destination.how.preserve {
-            return Ok(Given::default());
+            return Ok(GivenAttributes::default());
         }
         let stat = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let owner = rustix::process::geteuid().is_root().then_some((stat.st_uid, stat.st_gid));
-        Ok(Given { owner, mode: Some(stat.st_mode & 0o777) })
+        Ok(GivenAttributes { owner, mode: Some(stat.st_mode & 0o777) })
     }
 }

@@ -41,13 +41,13 @@ pub struct Progress {
     pub entries: u64,
     /// Bytes of files.
     pub bytes: u64,
-    /// Bytes in all, where it is one file and the guest has said how long it is. A claim.
+    /// Bytes in all, where it is one file and the guest has reported its length. A claim.
     pub of: Option<u64>,
 }
 
 /// What was copied.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Copied {
+pub struct CopyTotals {
     /// Files, directories and symlinks.
     pub entries: u64,
     /// Bytes of files.
@@ -57,15 +57,15 @@ pub struct Copied {
     /// How many entries could not be read and are missing from the copy.
     pub left_out_count: u64,
     /// The first of them. Text of the guest's for a download: escape it.
-    pub left_out: Vec<LeftOut>,
-    /// Where the copy is: a path of the guest's for an upload (its own word, if it gave one), of this side for a
+    pub left_out: Vec<SkippedEntry>,
+    /// Where the copy is: a path of the guest's for an upload (as it reported it, if it did), of this side for a
     /// download. Any bytes.
     pub path: Vec<u8>,
 }
 
 /// An entry that could not be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeftOut {
+pub struct SkippedEntry {
     /// Its path. Any bytes.
     pub path: Vec<u8>,
     /// Why.
@@ -117,7 +117,7 @@ pub struct Upload {
     pub source: Source,
     /// Where to in the guest: absolute, or relative to the user's home. Any bytes.
     pub destination: Vec<u8>,
-    /// Who shall own it; root if absent.
+    /// Its owner; root if absent.
     pub user: Option<String>,
     /// Make missing parent directories.
     pub parents: bool,
@@ -164,18 +164,18 @@ impl Guest {
         upload: Upload,
         progress: impl FnMut(Progress) + Send + 'static,
         deadline: Instant,
-    ) -> Result<Copied, GuestError> {
+    ) -> Result<CopyTotals, GuestError> {
         let Upload { source, destination, user, parents, preserve, set_mode } = upload;
         let source = match source {
-            Source::Reader { reader, mode, bytes } => send::Opened::from_reader(reader, mode, bytes),
-            Source::Archive(reader) => send::Opened::from_archive(reader),
-            Source::Directory { fd, hidden } => send::Opened::from_directory(fd, hidden)?,
-            Source::Path(path) => in_background(move || send::Opened::from_path(path)).await?,
+            Source::Reader { reader, mode, bytes } => send::OpenSource::from_reader(reader, mode, bytes),
+            Source::Archive(reader) => send::OpenSource::from_archive(reader),
+            Source::Directory { fd, hidden } => send::OpenSource::from_directory(fd, hidden)?,
+            Source::Path(path) => in_background(move || send::OpenSource::from_path(path)).await?,
         };
         let name = source.name.clone().map(Into::into);
         let set_mode = Some(set_mode);
         let put = Put { path: destination.clone().into(), name, user, parents, set_mode };
-        let work = move |wire, features| send::send(wire, source, send::How { features, preserve }, progress);
+        let work = move |wire, features| send::send(wire, source, send::UploadOptions { features, preserve }, progress);
         let mut copied = self.copy(&ToGuest::Put(put), deadline, work).await?;
         if copied.path.is_empty() {
             copied.path = destination;
@@ -194,10 +194,10 @@ impl Guest {
         download: Download,
         progress: impl FnMut(Progress) + Send + 'static,
         deadline: Instant,
-    ) -> Result<Copied, GuestError> {
+    ) -> Result<CopyTotals, GuestError> {
         let Download { source, destination, overwrite, preserve, limits } = download;
         let name = last_name(&source).map(<[u8]>::to_vec);
-        let how = destination::How { overwrite, preserve };
+        let how = destination::DownloadOptions { overwrite, preserve };
         let destination = in_background(move || Destination::resolve(&destination, name.as_deref(), how)).await?;
         let features = feature::HOLES | feature::LINKS | feature::LEFT_OUT | if preserve { feature::OWNERS } else { 0 };
         let get = ToGuest::Get(Get { path: source.into(), features: Some(features) });
@@ -220,9 +220,9 @@ impl Guest {
         limits: Limits,
         progress: impl FnMut(Progress) + Send + 'static,
         deadline: Instant,
-    ) -> Result<Copied, GuestError> {
+    ) -> Result<CopyTotals, GuestError> {
         let name = last_name(&source).map(<[u8]>::to_vec);
-        // A writer cannot make holes or links. A caller who sees the result beside the bytes is told what was left out; for any
+        // A writer cannot make holes or links. A caller that gets a result next to the bytes gets the list of skipped entries; for any
         // other one an archive that is not whole is an error.
         let features = if form == Form::FileOrArchive { feature::LEFT_OUT } else { 0 };
         let get = ToGuest::Get(Get { path: source.into(), features: Some(features) });
@@ -254,7 +254,7 @@ impl Guest {
     }
 }
 
-/// Ends the stream when the caller has gone, or has what it wanted; the thread at work sees it at its next step.
+/// Ends the stream when the caller has disconnected, or has the result; the thread at work sees it at its next step.
 struct EndOnDrop(Arc<OwnedFd>);
 
 impl Drop for EndOnDrop {

@@ -10,7 +10,7 @@ use minicbor::bytes::ByteVec;
 use nido_guest_agent::wire::{self, EntryKind, MAX_LEFT_OUT, MAX_LEFT_OUT_PATH, ToHost, check_path, kind};
 
 use super::wire::Wire;
-use super::{Copied, LeftOut, Limits, Progress};
+use super::{CopyTotals, Limits, Progress, SkippedEntry};
 use crate::guest::error::GuestError;
 use crate::guest::session::unexpected;
 
@@ -32,9 +32,9 @@ pub(super) struct Item {
     /// The nine permission bits.
     pub mode: u16,
     pub mtime_ns: i64,
-    /// User and group by number, if the guest was asked for them.
+    /// User and group by number, if they were requested.
     pub owner: Option<(u32, u32)>,
-    /// How many bytes it takes in the guest, if the guest says so. A claim.
+    /// How many bytes it takes in the guest, if the guest reports it. A claim.
     pub stored: Option<u64>,
 }
 
@@ -50,7 +50,7 @@ pub(super) enum ItemKind {
 
 /// A piece of a file.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Piece<'a> {
+pub(super) enum FileChunk<'a> {
     Bytes(&'a [u8]),
     /// So many zeros that take no room.
     Hole(u64),
@@ -66,7 +66,7 @@ pub(super) struct Receiver<F> {
     /// Bytes of holes that were written as zeros.
     zeros: u64,
     left_out_count: u64,
-    left_out: Vec<LeftOut>,
+    left_out: Vec<SkippedEntry>,
     report: F,
 }
 
@@ -124,7 +124,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
     pub fn body(
         &mut self,
         is_file: bool,
-        mut take: impl FnMut(Piece<'_>) -> Result<(), GuestError>,
+        mut take: impl FnMut(FileChunk<'_>) -> Result<(), GuestError>,
     ) -> Result<(), GuestError> {
         loop {
             let frame = self.wire.next("to send more of a file")?;
@@ -136,7 +136,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
                         if self.holes > MAX_HOLES {
                             return Err(GuestError::LimitExceeded { what: "holes", limit: MAX_HOLES });
                         }
-                        take(Piece::Hole(length))?;
+                        take(FileChunk::Hole(length))?;
                     }
                     other => return Err(unexpected(other)),
                 }
@@ -146,24 +146,24 @@ impl<F: FnMut(Progress)> Receiver<F> {
             if self.progress.bytes > self.limits.bytes {
                 return Err(GuestError::LimitExceeded { what: "bytes", limit: self.limits.bytes });
             }
-            take(Piece::Bytes(frame.payload))?;
+            take(FileChunk::Bytes(frame.payload))?;
             (self.report)(self.progress);
         }
     }
 
     /// What was copied, after the end of the tree.
-    pub fn copied(&self, path: Vec<u8>) -> Copied {
+    pub fn copied(&self, path: Vec<u8>) -> CopyTotals {
         let Progress { entries, bytes, of: _ } = self.progress;
         let (left_out_count, left_out) = (self.left_out_count, self.left_out.clone());
-        Copied { entries, bytes, skipped: self.skipped, left_out_count, left_out, path }
+        CopyTotals { entries, bytes, skipped: self.skipped, left_out_count, left_out, path }
     }
 
     /// Hands the bytes of a file to a writer, holes as zeros; those count like bytes.
     pub fn body_to(&mut self, mut write: impl FnMut(&[u8]) -> Result<(), GuestError>) -> Result<(), GuestError> {
         let (mut zeros, most) = (self.zeros, self.limits.bytes);
         let done = self.body(true, |piece| match piece {
-            Piece::Bytes(bytes) => write(bytes),
-            Piece::Hole(mut length) => {
+            FileChunk::Bytes(bytes) => write(bytes),
+            FileChunk::Hole(mut length) => {
                 zeros = length.saturating_add(zeros);
                 if zeros > most {
                     return Err(GuestError::LimitExceeded { what: "bytes", limit: most });
@@ -181,7 +181,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
     }
 
     /// Copies a tree that is one file to a writer.
-    pub fn copy_to(mut self, writer: impl Write) -> Result<Copied, GuestError> {
+    pub fn copy_to(mut self, writer: impl Write) -> Result<CopyTotals, GuestError> {
         match self.item()? {
             Some(Item { kind: ItemKind::File(_), .. }) => self.rest_of_file_to(writer),
             _ => Err(GuestError::IsDirectory),
@@ -189,14 +189,14 @@ impl<F: FnMut(Progress)> Receiver<F> {
     }
 
     /// Copies one file as it is, or a directory as an archive.
-    pub fn file_or_archive_to(mut self, writer: impl Write) -> Result<Copied, GuestError> {
+    pub fn file_or_archive_to(mut self, writer: impl Write) -> Result<CopyTotals, GuestError> {
         match self.item()? {
             Some(Item { kind: ItemKind::File(_), .. }) => self.rest_of_file_to(writer),
             first => self.archive_from(first, writer, None),
         }
     }
 
-    fn rest_of_file_to(mut self, mut writer: impl Write) -> Result<Copied, GuestError> {
+    fn rest_of_file_to(mut self, mut writer: impl Write) -> Result<CopyTotals, GuestError> {
         let failed = |error| GuestError::host(Path::new("the output"), error);
         self.body_to(|bytes| writer.write_all(bytes).map_err(failed))?;
         if self.item()?.is_some() {
@@ -219,13 +219,13 @@ fn joined(path: &[ByteVec]) -> Result<Vec<u8>, GuestError> {
     Ok(path)
 }
 
-/// What the guest says of an entry that it could not read, cut to a bearable length.
-fn named(left_out: wire::LeftOut) -> LeftOut {
-    let wire::LeftOut { path, mut reason } = left_out;
+/// The guest's error for an entry that it could not read, truncated.
+fn named(left_out: wire::SkippedEntry) -> SkippedEntry {
+    let wire::SkippedEntry { path, mut reason } = left_out;
     let mut path = Vec::from(path);
     path.truncate(MAX_LEFT_OUT_PATH);
     reason.truncate(reason.floor_char_boundary(MAX_REASON));
-    LeftOut { path, reason }
+    SkippedEntry { path, reason }
 }
 
 fn checked_target(target: Vec<u8>) -> Result<Vec<u8>, GuestError> {

@@ -24,14 +24,14 @@ use rustix::io::Errno;
 
 use super::tar::{Archive, Member, MemberKind};
 use super::wire::Wire;
-use super::{Copied, LeftOut, Limits, Progress};
+use super::{CopyTotals, Limits, Progress, SkippedEntry};
 use crate::guest::error::GuestError;
 use crate::guest::session::unexpected;
 
 /// Size of the one buffer: a full frame and some small ones.
 const BUFFER: usize = HEAD + MAX_RAW + 8 * 1024;
 /// With less room than this left, the buffer is sent before more of a file is read.
-const LEAST_READ: usize = 32 * 1024;
+const READ_BYTES_MIN: usize = 32 * 1024;
 
 /// How many files with several names are remembered; further ones are sent as files of their own.
 const MAX_LINKED: usize = 100_000;
@@ -40,7 +40,7 @@ const MAX_LINKED: usize = 100_000;
 const OPEN: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
 
 /// A source that is there and can be read.
-pub(super) struct Opened {
+pub(super) struct OpenSource {
     root: Root,
     /// For messages.
     path: PathBuf,
@@ -58,7 +58,7 @@ enum Root {
     Archive(Box<dyn Read + Send>),
 }
 
-impl Opened {
+impl OpenSource {
     pub fn from_reader(reader: Box<dyn Read + Send>, mode: u16, bytes: Option<u64>) -> Self {
         Self { root: Root::Reader(reader, mode, bytes), path: "the input".into(), name: None, hidden: true }
     }
@@ -98,17 +98,22 @@ fn copy_name(path: &Path) -> Option<Vec<u8>> {
     super::last_name(bytes).map(<[u8]>::to_vec)
 }
 
-/// What the agent understands, and what the caller wants.
+/// The features of the agent, and the options of the caller.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct How {
+pub(super) struct UploadOptions {
     /// Bits of [`feature`].
     pub features: u32,
     /// Keep owners and modes.
     pub preserve: bool,
 }
 
-/// Sends the tree and waits for the guest's word that it has all of it.
-pub(super) fn send(wire: Wire, source: Opened, how: How, report: impl FnMut(Progress)) -> Result<Copied, GuestError> {
+/// Sends the tree and waits for the guest's confirmation that it is complete.
+pub(super) fn send(
+    wire: Wire,
+    source: OpenSource,
+    how: UploadOptions,
+    report: impl FnMut(Progress),
+) -> Result<CopyTotals, GuestError> {
     let (progress, hidden) = (Progress::default(), source.hidden);
     let (linked, left_out) = (HashMap::new(), Vec::new());
     let mut sender = Sender {
@@ -125,7 +130,7 @@ pub(super) fn send(wire: Wire, source: Opened, how: How, report: impl FnMut(Prog
         is_begun: false,
         report,
     };
-    let mut at = Place { path: source.path, components: Vec::new() };
+    let mut at = WalkPosition { path: source.path, components: Vec::new() };
     match source.root {
         Root::File(fd, stat) => sender.file(&at, File::from(fd), &stat)?,
         Root::Directory(fd, stat) => sender.directory(&mut at, fd, &stat)?,
@@ -146,17 +151,17 @@ fn now_ns() -> i64 {
 }
 
 /// Where the walk stands.
-struct Place {
+struct WalkPosition {
     path: PathBuf,
     components: Vec<Vec<u8>>,
 }
 
-impl Place {
+impl WalkPosition {
     fn failed(&self, error: Errno) -> GuestError {
         GuestError::host(&self.path, error.into())
     }
 
-    fn entry(&self, kind: EntryKind, stat: &Stat, how: How) -> Entry {
+    fn entry(&self, kind: EntryKind, stat: &Stat, how: UploadOptions) -> Entry {
         let path = self.components.iter().map(|c| c.clone().into()).collect();
         let mtime_ns = i64::try_from(i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec));
         let mode = u16::try_from(stat.st_mode & 0o777).unwrap_or(0);
@@ -179,10 +184,10 @@ struct Sender<F> {
     progress: Progress,
     skipped: u64,
     hidden: bool,
-    how: How,
+    how: UploadOptions,
     /// Files with several names, by device and inode: under which path they were sent.
     linked: HashMap<(u64, u64), Vec<ByteVec>>,
-    left_out: Vec<LeftOut>,
+    left_out: Vec<SkippedEntry>,
     left_out_count: u64,
     /// Whether the file at hand has been announced: then it can no longer be left out.
     is_begun: bool,
@@ -210,7 +215,7 @@ impl<F: FnMut(Progress)> Sender<F> {
         self.wire.send(&frame)
     }
 
-    fn file(&mut self, at: &Place, mut file: File, stat: &Stat) -> Result<(), GuestError> {
+    fn file(&mut self, at: &WalkPosition, mut file: File, stat: &Stat) -> Result<(), GuestError> {
         let entry = at.entry(EntryKind::File(length(stat)), stat, self.how);
         if self.how.features & feature::LINKS != 0 && stat.st_nlink > 1 && !at.components.is_empty() {
             let key = (stat.st_dev, stat.st_ino);
@@ -235,7 +240,7 @@ impl<F: FnMut(Progress)> Sender<F> {
     }
 
     /// Sends what a file with holes holds, and ends the entry.
-    fn extents(&mut self, at: &Place, file: &mut File, size: u64) -> Result<(), GuestError> {
+    fn extents(&mut self, at: &WalkPosition, file: &mut File, size: u64) -> Result<(), GuestError> {
         let mut position = 0;
         while position < size {
             match next_extent(&*file, position, size) {
@@ -254,15 +259,15 @@ impl<F: FnMut(Progress)> Sender<F> {
     }
 
     /// Sends the bytes of the entry that was announced, up to the end, and ends it.
-    fn bytes(&mut self, at: &Place, from: impl Read) -> Result<(), GuestError> {
+    fn bytes(&mut self, at: &WalkPosition, from: impl Read) -> Result<(), GuestError> {
         self.data(at, from)?;
         self.progress.entries += 1;
         self.message(&ToGuest::EntryEnd)
     }
 
-    fn data(&mut self, at: &Place, mut from: impl Read) -> Result<(), GuestError> {
+    fn data(&mut self, at: &WalkPosition, mut from: impl Read) -> Result<(), GuestError> {
         loop {
-            if self.out.len() - self.used < HEAD + LEAST_READ {
+            if self.out.len() - self.used < HEAD + READ_BYTES_MIN {
                 self.flush()?;
             }
             let start = self.used + HEAD;
@@ -280,14 +285,14 @@ impl<F: FnMut(Progress)> Sender<F> {
     }
 
     /// Notes an entry below the root that cannot be read; the copy continues without it.
-    fn leave_out(&mut self, path: &Path, reason: &dyn std::fmt::Display) {
+    fn skip_entry(&mut self, path: &Path, reason: &dyn std::fmt::Display) {
         self.left_out_count += 1;
         if self.left_out.len() < MAX_LEFT_OUT {
-            self.left_out.push(LeftOut { path: path.as_os_str().as_bytes().to_vec(), reason: reason.to_string() });
+            self.left_out.push(SkippedEntry { path: path.as_os_str().as_bytes().to_vec(), reason: reason.to_string() });
         }
     }
 
-    fn directory(&mut self, at: &mut Place, fd: OwnedFd, stat: &Stat) -> Result<(), GuestError> {
+    fn directory(&mut self, at: &mut WalkPosition, fd: OwnedFd, stat: &Stat) -> Result<(), GuestError> {
         if at.components.len() >= MAX_DEPTH {
             return Err(GuestError::BadName(format!("{} is nested too deep", at.path.display())));
         }
@@ -296,12 +301,12 @@ impl<F: FnMut(Progress)> Sender<F> {
         self.children(at, listing)
     }
 
-    fn children(&mut self, at: &mut Place, mut listing: Dir) -> Result<(), GuestError> {
+    fn children(&mut self, at: &mut WalkPosition, mut listing: Dir) -> Result<(), GuestError> {
         while let Some(found) = listing.read() {
             let found = match found {
                 Ok(found) => found,
                 Err(error) => {
-                    self.leave_out(&at.path, &io::Error::from(error));
+                    self.skip_entry(&at.path, &io::Error::from(error));
                     break;
                 }
             };
@@ -322,7 +327,7 @@ impl<F: FnMut(Progress)> Sender<F> {
                 Err(GuestError::PathNotFound(path)) if path == at.path => self.skipped += 1,
                 // Raised before anything of it was sent: by what lists or opens it, or by its first read.
                 Err(GuestError::HostIo { path, source }) if path == at.path && !self.is_begun => {
-                    self.leave_out(&path, &source);
+                    self.skip_entry(&path, &source);
                 }
                 outcome => outcome?,
             }
@@ -332,7 +337,7 @@ impl<F: FnMut(Progress)> Sender<F> {
         Ok(())
     }
 
-    fn child(&mut self, at: &mut Place, dir: impl AsFd, name: &CStr) -> Result<(), GuestError> {
+    fn child(&mut self, at: &mut WalkPosition, dir: impl AsFd, name: &CStr) -> Result<(), GuestError> {
         let stat = rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| at.failed(e))?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Symlink => {
@@ -360,7 +365,7 @@ impl<F: FnMut(Progress)> Sender<F> {
 
     /// Sends what is in an archive. Directories that it does not name are made, and those that it comes back to are named to
     /// the guest again, which changes nothing about them: so none has to be remembered.
-    fn archive(&mut self, at: &Place, mut archive: Archive<impl Read>) -> Result<(), GuestError> {
+    fn archive(&mut self, at: &WalkPosition, mut archive: Archive<impl Read>) -> Result<(), GuestError> {
         let mut next = archive.next()?;
         let is_root = |member: &mut Member| member.path.is_empty();
         let root = next.take_if(is_root).unwrap_or_else(|| directory(&[]));
@@ -407,11 +412,11 @@ impl<F: FnMut(Progress)> Sender<F> {
         self.message(&ToGuest::EntryEnd)
     }
 
-    fn finish(mut self) -> Result<Copied, GuestError> {
+    fn finish(mut self) -> Result<CopyTotals, GuestError> {
         self.message(&ToGuest::TreeEnd)?;
         self.flush()?;
         match self.wire.answer("to finish a copy")? {
-            ToHost::PutDone(done) => Ok(Copied {
+            ToHost::PutDone(done) => Ok(CopyTotals {
                 left_out_count: self.left_out_count,
                 left_out: self.left_out,
                 entries: self.progress.entries,
@@ -424,7 +429,7 @@ impl<F: FnMut(Progress)> Sender<F> {
     }
 }
 
-/// A directory that an archive does not say more about.
+/// A directory for which an archive has no entry.
 fn directory(path: &[Vec<u8>]) -> Member {
     Member { path: path.to_vec(), kind: MemberKind::Directory, mode: 0o755, mtime_ns: now_ns() }
 }

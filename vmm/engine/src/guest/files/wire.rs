@@ -1,7 +1,7 @@
 //! A session's frames for blocking code: copying files is system calls all the way, and does them on a thread of its
 //! own without a hop per piece.
 //!
-//! Invariant: every wait ends, by [`STALL`] at the latest or as soon as the stream is shut down from outside, which is
+//! Invariant: every wait ends, by [`STALL_TIMEOUT`] at the latest or as soon as the stream is shut down from outside, which is
 //! how a copy is cancelled.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,9 +18,9 @@ use crate::guest::session::unexpected;
 use crate::guest::transport;
 
 /// How long the guest may be silent, or take nothing, in the middle of a copy.
-const STALL: Duration = Duration::from_secs(120);
-/// How long a failed stream is searched for the agent's last word.
-const LAST_WORD: Duration = Duration::from_secs(2);
+const STALL_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a failed stream is searched for the agent's last message.
+const FINAL_REPLY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// An open session, blocking.
 pub(super) struct Wire {
@@ -37,7 +37,7 @@ impl Wire {
     pub fn next(&mut self, what: &'static str) -> Result<Frame<'_>, GuestError> {
         while !self.frames.is_whole()? {
             if !self.read()? {
-                self.wait(PollFlags::IN, STALL, what)?;
+                self.wait(PollFlags::IN, STALL_TIMEOUT, what)?;
             }
         }
         Ok(self.frames.pop())
@@ -48,7 +48,7 @@ impl Wire {
         Ok(self.next(what)?.must_be_message()?)
     }
 
-    /// Sends everything. What the agent says meanwhile can only be that it failed.
+    /// Sends everything. A message of the agent meanwhile can only be a failure.
     pub fn send(&mut self, mut bytes: &[u8]) -> Result<(), GuestError> {
         self.check()?;
         while !bytes.is_empty() {
@@ -57,19 +57,19 @@ impl Wire {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     if self
-                        .wait(PollFlags::IN | PollFlags::OUT, STALL, "to take more of a copy")?
+                        .wait(PollFlags::IN | PollFlags::OUT, STALL_TIMEOUT, "to take more of a copy")?
                         .contains(PollFlags::IN)
                     {
                         self.check()?;
                     }
                 }
-                Err(_) => return Err(self.last_word()),
+                Err(_) => return Err(self.final_reply()),
             }
         }
         Ok(())
     }
 
-    /// Fails if the agent has said something, or has gone.
+    /// Fails if the agent has sent a message, or has disconnected.
     fn check(&mut self) -> Result<(), GuestError> {
         while !self.frames.is_whole()? {
             if !self.read()? {
@@ -80,11 +80,11 @@ impl Wire {
     }
 
     /// Why the stream failed: the agent's reason if it gave one.
-    fn last_word(&mut self) -> GuestError {
+    fn final_reply(&mut self) -> GuestError {
         loop {
             match self.check() {
                 Err(error) => return error,
-                Ok(()) if self.wait(PollFlags::IN, LAST_WORD, "to report why it stopped").is_ok() => {}
+                Ok(()) if self.wait(PollFlags::IN, FINAL_REPLY_TIMEOUT, "to report why it stopped").is_ok() => {}
                 Ok(()) => return GuestError::Gone,
             }
         }

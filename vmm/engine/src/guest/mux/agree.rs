@@ -2,14 +2,14 @@
 //!
 //! QEMU reads from its end only while the guest has the port open, so a PROBE sent early simply waits there. Hence a
 //! further one is sent only once the earlier ones have been read, and a guest that boots finds one or two of them, not
-//! seconds' worth. A guest that reads and does not answer may be stuck inside a frame of an older session: filler
+//! seconds' worth. A guest that reads and does not reply may be stuck inside a frame of an older session: filler
 //! bytes get it out.
 //!
-//! A machine that is about to be saved gets no GO: its agent is left waiting for one ([`Until::Answered`]), so that each
-//! machine that goes on from there agrees with its own host at once.
+//! A machine that is about to be saved gets no GO: its agent is left waiting for one ([`PreambleEnd::Answered`]), so that each
+//! machine that resumes from there agrees with its own host at once.
 //!
 //! A guest that has just been loaded replies at once, and has no pending output: its first request is a
-//! hello and an order in one piece ([`letter`]).
+//! hello and an order in one piece ([`bootstrap_request`]).
 //!
 //! Invariant: GO follows the ACK to a PROBE that was sent exactly once, so no second ACK can come behind it and be
 //! taken for the start of the multiplexed stream.
@@ -29,29 +29,29 @@ use crate::guest::error::GuestError;
 
 /// Pause before the second PROBE, growing by half each time up to the longest.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-/// So many PROBEs that were read and not answered call for filler bytes.
-const PATIENCE: u32 = 5;
+/// After so many PROBEs that were read without a reply, filler bytes are sent.
+const UNANSWERED_PROBES_MAX: u32 = 5;
 /// Send buffer while a session runs, in bytes; the kernel doubles it. What lies in it delays every other stream, and
 /// QEMU takes 4 KiB at a time anyway.
 const SEND_BUFFER: usize = 128 * 1024;
 
 /// How far the preamble goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Until {
-    /// The agent waits for our next word.
+pub(super) enum PreambleEnd {
+    /// The agent waits for our next message.
     Answered,
     /// The multiplexed stream begins.
     Begun,
 }
 
-/// Runs the preamble on a connection from QEMU. After [`Until::Begun`] the next byte either way is the multiplexer's.
+/// Runs the preamble on a connection from QEMU. After [`PreambleEnd::Begun`] the next byte either way is the multiplexer's.
 ///
 /// # Errors
 /// [`GuestError::Gone`] if QEMU closed the connection, [`GuestError::Timeout`].
-pub(super) async fn agree(socket: &UnixStream, until: Until, deadline: Instant) -> Result<(), GuestError> {
+pub(super) async fn agree(socket: &UnixStream, until: PreambleEnd, deadline: Instant) -> Result<(), GuestError> {
     // With the smallest buffer "writable" means "what was sent before has been read".
     set_socket_send_buffer_size(socket, 1).map_err(|e| GuestError::stream(&e.into()))?;
-    let mut talk = Talk::new()?;
+    let mut talk = Negotiation::new()?;
     let mut pause = PAUSE.0;
     let mut tick = Instant::now() + pause;
     loop {
@@ -76,7 +76,7 @@ pub(super) async fn agree(socket: &UnixStream, until: Until, deadline: Instant) 
             () = sleep_until(deadline) => return Err(GuestError::Timeout { what: "to open its channel" }),
         }
     }
-    if until == Until::Answered {
+    if until == PreambleEnd::Answered {
         return Ok(());
     }
     while !talk.out.is_empty() {
@@ -87,12 +87,16 @@ pub(super) async fn agree(socket: &UnixStream, until: Until, deadline: Instant) 
     set_socket_send_buffer_size(socket, SEND_BUFFER).map_err(|e| GuestError::stream(&e.into()))
 }
 
-/// Sends a hello and an order in one piece to an agent that waits for its host's first word, and waits for all it is answered.
+/// Sends a hello and a request in one message to an agent that waits for its host's first one, and waits for the whole reply.
 /// Any number may follow one another, before [`agree`].
 ///
 /// # Errors
 /// [`GuestError::Gone`] if QEMU closed the connection, [`GuestError::Timeout`].
-pub(super) async fn letter(socket: &UnixStream, words: &[u8], deadline: Instant) -> Result<Vec<u8>, GuestError> {
+pub(super) async fn bootstrap_request(
+    socket: &UnixStream,
+    words: &[u8],
+    deadline: Instant,
+) -> Result<Vec<u8>, GuestError> {
     let length = u16::try_from(words.len()).map_err(|_| GuestError::breach("a bootstrap reply that is too long"))?;
     let nonce = random::bytes().map_err(|e| GuestError::Unreachable(e.to_string()))?;
     let mut out = Block { kind: Kind::Letter(length), nonce }.bytes().to_vec();
@@ -115,7 +119,7 @@ pub(super) async fn letter(socket: &UnixStream, words: &[u8], deadline: Instant)
         .unwrap_or(Err(GuestError::Timeout { what: "to reply to a bootstrap request" }))
 }
 
-/// What has come of an answer to a letter. Holds no more than the longest one.
+/// What has arrived of a reply to a bootstrap request. Holds no more than the longest one.
 struct Reply {
     nonce: [u8; 16],
     scanner: Scanner,
@@ -128,7 +132,7 @@ impl Reply {
         Self { nonce, scanner: Scanner::default(), length: None, words: Vec::new() }
     }
 
-    /// Reads what is there; gives the answer once it is whole. Whatever comes before it is left from another time.
+    /// Reads what is there; gives the reply once it is whole. Earlier bytes belong to an older session.
     fn read(&mut self, socket: &UnixStream) -> Result<Option<Vec<u8>>, GuestError> {
         for &byte in &read_some(socket)? {
             if self.length.is_some() {
@@ -176,8 +180,8 @@ fn was_read(socket: &UnixStream) -> bool {
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|count| count > 0)
 }
 
-/// What was said so far.
-struct Talk {
+/// The messages so far.
+struct Negotiation {
     nonce: [u8; 16],
     /// How often the nonce was sent.
     sent: u32,
@@ -186,7 +190,7 @@ struct Talk {
     out: Vec<u8>,
 }
 
-impl Talk {
+impl Negotiation {
     fn new() -> Result<Self, GuestError> {
         let mut talk = Self { nonce: [0; 16], sent: 0, unanswered: 0, scanner: Scanner::default(), out: Vec::new() };
         talk.begin()?;
@@ -208,7 +212,7 @@ impl Talk {
 
     fn probe_again(&mut self) {
         self.unanswered += 1;
-        if self.unanswered.is_multiple_of(PATIENCE) {
+        if self.unanswered.is_multiple_of(UNANSWERED_PROBES_MAX) {
             self.out.resize(FILLER, 0xff);
         }
         self.probe();

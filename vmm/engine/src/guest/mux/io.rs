@@ -25,13 +25,13 @@ pub(super) struct ChannelIo {
     socket: UnixStream,
     out: Vec<u8>,
     sent: usize,
-    cut: Cut,
+    cut: FramePosition,
     resets: Resets,
 }
 
 impl ChannelIo {
     pub fn new(socket: UnixStream, resets: Resets) -> Self {
-        Self { socket, out: Vec::with_capacity(OUT), sent: 0, cut: Cut::default(), resets }
+        Self { socket, out: Vec::with_capacity(OUT), sent: 0, cut: FramePosition::default(), resets }
     }
 
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -63,13 +63,13 @@ fn reset(id: u32) -> [u8; HEAD] {
 
 /// Where in the sequence of frames the writing stands.
 #[derive(Debug, Default)]
-struct Cut {
+struct FramePosition {
     head: [u8; HEAD],
     have: usize,
     body_left: usize,
 }
 
-impl Cut {
+impl FramePosition {
     fn is_between(&self) -> bool {
         self.have == 0 && self.body_left == 0
     }
@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cut_between_frames_is_found_however_they_are_written() {
+    fn frame_boundaries_are_found_in_any_sequence_of_writes() {
         let mut data = [0; HEAD + 5];
         data[11] = 5;
         let mut update = [0; HEAD];
@@ -140,7 +140,7 @@ mod tests {
         let frames: Vec<u8> = data.iter().chain(&update).chain(&data).copied().collect();
         let ends = [HEAD + 5, 2 * HEAD + 5, 3 * HEAD + 10];
         for step in 1..frames.len() {
-            let mut cut = Cut::default();
+            let mut cut = FramePosition::default();
             let mut at = 0;
             for piece in frames.chunks(step) {
                 cut.feed(piece);

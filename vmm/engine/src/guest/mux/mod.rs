@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use yamux::{Config, Connection, Mode};
 
-use self::agree::Until;
+use self::agree::PreambleEnd;
 use self::io::ChannelIo;
 pub(super) use self::splice::HangUp;
 use super::error::GuestError;
@@ -28,7 +28,7 @@ pub(super) const SPLIT: usize = 64 * 1024;
 /// stream counts until yamux has noticed that it is gone.
 const MAX_STREAMS: usize = 2 * nido_guest_agent::wire::MAX_SESSIONS;
 /// How many streams a guest may try to open before it is taken for broken.
-const MAX_STRAYS: u32 = 16;
+const MAX_UNKNOWN_STREAMS: u32 = 16;
 /// Requests to the driver on their way.
 const REQUESTS: usize = 128;
 
@@ -46,7 +46,7 @@ impl Resets {
     }
 }
 
-/// What the driver is asked for.
+/// A request to the driver.
 enum Request {
     Open(oneshot::Sender<yamux::Stream>),
     Reset(u32),
@@ -66,7 +66,7 @@ impl Mux {
     /// # Errors
     /// [`GuestError::Gone`], [`GuestError::Timeout`].
     pub async fn start(socket: UnixStream, deadline: Instant) -> Result<Self, GuestError> {
-        agree::agree(&socket, Until::Begun, deadline).await?;
+        agree::agree(&socket, PreambleEnd::Begun, deadline).await?;
         let mut config = Config::default();
         config.set_max_num_streams(MAX_STREAMS);
         config.set_max_connection_receive_window(Some(MAX_STREAMS * yamux::DEFAULT_CREDIT as usize));
@@ -75,7 +75,7 @@ impl Mux {
         let connection = Connection::new(ChannelIo::new(socket, resets.clone()), config, Mode::Client);
         let (requests, asked) = mpsc::channel(REQUESTS);
         let (end, ended) = watch::channel(None);
-        let mut driver = Driver { connection, asked, opening: None, resets, strays: 0 };
+        let mut driver = Driver { connection, asked, opening: None, resets, unknown_streams: 0 };
         tokio::spawn(async move {
             let reason = std::future::poll_fn(|cx| driver.poll(cx)).await;
             drop(driver);
@@ -88,11 +88,11 @@ impl Mux {
     ///
     /// # Errors
     /// [`GuestError::Gone`].
-    pub async fn open(&self) -> Result<Open, GuestError> {
+    pub async fn open(&self) -> Result<OpenStream, GuestError> {
         let (give, given) = oneshot::channel();
         self.requests.send(Request::Open(give)).await.map_err(|_| GuestError::Gone)?;
         let stream = given.await.map_err(|_| GuestError::Gone)?;
-        Ok(Open { stream: Some(stream), requests: self.requests.clone() })
+        Ok(OpenStream { stream: Some(stream), requests: self.requests.clone() })
     }
 
     /// Joins a client to a fresh stream, until both have ended.
@@ -119,20 +119,24 @@ impl Mux {
     }
 }
 
-/// Sends a hello and an order in one piece to an agent whose multiplexer has not begun; gives all it is answered.
+/// Sends a hello and a request in one message to an agent whose multiplexer has not started; returns the whole reply.
 ///
 /// # Errors
 /// [`GuestError::Gone`], [`GuestError::Timeout`].
-pub(super) async fn letter(socket: &UnixStream, words: &[u8], deadline: Instant) -> Result<Vec<u8>, GuestError> {
-    agree::letter(socket, words, deadline).await
+pub(super) async fn bootstrap_request(
+    socket: &UnixStream,
+    words: &[u8],
+    deadline: Instant,
+) -> Result<Vec<u8>, GuestError> {
+    agree::bootstrap_request(socket, words, deadline).await
 }
 
 /// Leaves the agent behind `socket`, whose multiplexer has been ended, waiting for the host's next word.
 ///
 /// # Errors
 /// [`GuestError::Gone`], [`GuestError::Timeout`].
-pub(super) async fn quieten(socket: &UnixStream, deadline: Instant) -> Result<(), GuestError> {
-    agree::agree(socket, Until::Answered, deadline).await
+pub(super) async fn close_for_save(socket: &UnixStream, deadline: Instant) -> Result<(), GuestError> {
+    agree::agree(socket, PreambleEnd::Answered, deadline).await
 }
 
 /// The one task's state.
@@ -141,7 +145,7 @@ struct Driver {
     asked: mpsc::Receiver<Request>,
     opening: Option<oneshot::Sender<yamux::Stream>>,
     resets: Resets,
-    strays: u32,
+    unknown_streams: u32,
 }
 
 impl Driver {
@@ -173,8 +177,8 @@ impl Driver {
             }
             match self.connection.poll_next_inbound(cx) {
                 Poll::Ready(Some(Ok(_stray))) => {
-                    self.strays += 1;
-                    if self.strays > MAX_STRAYS {
+                    self.unknown_streams += 1;
+                    if self.unknown_streams > MAX_UNKNOWN_STREAMS {
                         return Poll::Ready("the guest kept opening streams".into());
                     }
                 }
@@ -186,16 +190,16 @@ impl Driver {
     }
 }
 
-/// An open stream. Dropping it makes the agent notice: yamux resets a stream that is still open, but says nothing
+/// An open stream. Dropping it makes the agent notice: yamux resets a stream that is still open, but sends nothing
 /// about one whose sending side was closed before, and the agent would wait for ever to be rid of its bytes.
 #[derive(Debug)]
-pub(super) struct Open {
+pub(super) struct OpenStream {
     /// Absent only while it is dropped.
     stream: Option<yamux::Stream>,
     requests: mpsc::Sender<Request>,
 }
 
-impl Deref for Open {
+impl Deref for OpenStream {
     type Target = yamux::Stream;
 
     #[allow(clippy::expect_used)]
@@ -204,14 +208,14 @@ impl Deref for Open {
     }
 }
 
-impl DerefMut for Open {
+impl DerefMut for OpenStream {
     #[allow(clippy::expect_used)]
     fn deref_mut(&mut self) -> &mut yamux::Stream {
         self.stream.as_mut().expect("present until dropped")
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenStream {
     fn drop(&mut self) {
         let Some(stream) = self.stream.take() else { return };
         let reset = stream.is_write_closed().then(|| stream.id().val());

@@ -19,13 +19,13 @@ use tokio::io::{AsyncWrite as _, Interest};
 use tokio::net::UnixStream;
 use tokio::time::{Sleep, sleep};
 
-use super::{Open, SPLIT};
+use super::{OpenStream, SPLIT};
 use crate::guest::transport::watch;
 
-/// Size of the buffer for a client that says little, in bytes.
+/// Size of the buffer for a client that sends little, in bytes.
 const SMALL: usize = 4096;
 /// How long data of a disconnected client may still take.
-const LINGER: Duration = Duration::from_secs(10);
+const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Watches for the moment when the other end of a socket is gone entirely, which reading cannot tell from half-closed.
 #[derive(Debug)]
@@ -55,9 +55,9 @@ impl HangUp {
 }
 
 /// Runs until the splice has ended. `on_bytes` gets the bytes moved into the guest and out of it.
-pub(super) async fn splice(client: UnixStream, stream: Open, on_bytes: impl Fn(usize, usize)) -> io::Result<()> {
+pub(super) async fn splice(client: UnixStream, stream: OpenStream, on_bytes: impl Fn(usize, usize)) -> io::Result<()> {
     let gone = HangUp::of(&client)?;
-    let mut splice = Splice { client, stream, up: Up::default(), down: Down::default() };
+    let mut splice = Splice { client, stream, up: Upload::default(), down: Download::default() };
     let mut linger: Option<Pin<Box<Sleep>>> = None;
     poll_fn(|cx| {
         let up = splice.poll_up(cx, &on_bytes);
@@ -73,8 +73,8 @@ pub(super) async fn splice(client: UnixStream, stream: Open, on_bytes: impl Fn(u
         if !splice.down.done {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        // The guest has finished, and our having told the client so makes a half-closed client look gone.
-        ready!(linger.get_or_insert_with(|| Box::pin(sleep(LINGER))).as_mut().poll(cx));
+        // The guest has finished, and notifying the client of that makes a half-closed client look gone.
+        ready!(linger.get_or_insert_with(|| Box::pin(sleep(HALF_CLOSED_TIMEOUT))).as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     })
     .await
@@ -82,14 +82,14 @@ pub(super) async fn splice(client: UnixStream, stream: Open, on_bytes: impl Fn(u
 
 struct Splice {
     client: UnixStream,
-    stream: Open,
-    up: Up,
-    down: Down,
+    stream: OpenStream,
+    up: Upload,
+    down: Download,
 }
 
 /// From the client into the guest.
 #[derive(Default)]
-struct Up {
+struct Upload {
     buffer: Vec<u8>,
     at: usize,
     end: usize,
@@ -99,7 +99,7 @@ struct Up {
 
 /// From the guest to the client.
 #[derive(Default)]
-struct Down {
+struct Download {
     packet: Option<yamux::Packet>,
     at: usize,
     ended: bool,
@@ -117,7 +117,7 @@ impl Splice {
                         up.at += count;
                         on_bytes(count, 0);
                     }
-                    // The agent wants no more; what it has said is still to be delivered.
+                    // The agent reads no more; what it has sent is still to be delivered.
                     Err(_) => up.finish(),
                 }
             } else if up.eof {
@@ -156,7 +156,7 @@ impl Splice {
     }
 }
 
-impl Up {
+impl Upload {
     fn finish(&mut self) {
         *self = Self { done: true, ..Self::default() };
     }
@@ -181,7 +181,7 @@ impl Up {
         Poll::Ready(())
     }
 
-    /// A client that fills the small buffer has more to say.
+    /// A client that fills the small buffer has more to send.
     fn grow(&mut self) {
         self.buffer.resize(SPLIT, 0);
     }

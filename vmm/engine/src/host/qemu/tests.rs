@@ -25,7 +25,7 @@ fn answers_that_break_off_are_an_error_and_not_remembered() {
 }
 
 #[test]
-fn what_it_says_is_what_it_can() {
+fn probed_capabilities_are_parsed() {
     let output = [
         GREETING,
         r#"{"return":{},"id":"capabilities"}"#,
@@ -51,18 +51,21 @@ fn what_it_says_is_what_it_can() {
 fn silence_and_nonsense_are_errors_within_the_deadline() {
     let dir = tempfile::tempdir().unwrap();
     let hangs = program(dir.path(), "exec sleep 1000");
-    assert!(matches!(ask(&hangs, Duration::from_millis(50)), Err(QemuProbeError::Hangs { timeout_ms: 50, .. })));
-    match ask(&program(dir.path(), "echo no such option >&2; exit 1"), PROBE_TIMEOUT) {
+    assert!(matches!(
+        probe_program(&hangs, Duration::from_millis(50)),
+        Err(QemuProbeError::Hangs { timeout_ms: 50, .. })
+    ));
+    match probe_program(&program(dir.path(), "echo no such option >&2; exit 1"), PROBE_TIMEOUT) {
         Err(QemuProbeError::NotQemu { stderr_tail, .. }) => assert_eq!(stderr_tail, "no such option"),
         other => panic!("{other:?}"),
     }
     let path = dir.path().join("qemu");
     fs::write(&path, b"\x7fELF broken").unwrap();
-    assert!(matches!(ask(&path, PROBE_TIMEOUT), Err(QemuProbeError::CannotRun { .. })));
+    assert!(matches!(probe_program(&path, PROBE_TIMEOUT), Err(QemuProbeError::CannotRun { .. })));
 }
 
 #[test]
-fn it_is_asked_once_until_it_changes() {
+fn qemu_is_probed_once_until_it_changes() {
     let dir = tempfile::tempdir().unwrap();
     let cache = dir.path().join("cache");
     let script = format!("echo x >> {}/asked; echo '{GREETING}'; echo '{LAST}'", dir.path().display());
@@ -76,7 +79,7 @@ fn it_is_asked_once_until_it_changes() {
 }
 
 #[test]
-fn it_is_looked_for_where_it_was_named_or_in_path() {
+fn qemu_is_found_by_its_configured_path_or_in_path() {
     let dir = tempfile::tempdir().unwrap();
     let path = program(dir.path(), "");
     let search = std::env::join_paths([Path::new("relative"), dir.path()]).unwrap();

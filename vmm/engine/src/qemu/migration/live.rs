@@ -6,7 +6,7 @@
 //!                                      \--a bound is reached: this pauses them------------------/
 //! ```
 //!
-//! A page that changes after it was sent is sent again; whoever loads the state takes the last. So the state is that of the
+//! A page that changes after it was sent is sent again; loading the state uses the last copy. So the state is that of the
 //! moment at which the CPUs were paused.
 //!
 //! Invariant: the CPUs are paused when the state is complete, and the disk has been released: `cont` resumes both. A state that
@@ -24,7 +24,7 @@ use serde::Deserialize;
 use tokio::task::JoinHandle;
 
 use super::{
-    COMMAND_WITHIN, Memory, MigrationError, SetParameters, UNLIMITED, begin, set_capabilities, set_parameters,
+    COMMAND_TIMEOUT, Memory, MigrationError, SetParameters, UNLIMITED, begin, set_capabilities, set_parameters,
 };
 use crate::machine::Accel;
 use crate::qemu::monitor::{Monitor, MonitorError};
@@ -32,17 +32,17 @@ use crate::qemu::monitor::{Monitor, MonitorError};
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
 /// How often progress is looked at. The pause of the CPUs is noticed, and ends, so much later.
-const LOOK_EVERY: Duration = Duration::from_millis(2);
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// QEMU pauses the CPUs by itself when it expects to send the rest within this time, in milliseconds.
-const REST_MS: u64 = 20;
+const DOWNTIME_LIMIT_MS: u64 = 20;
 /// Rate at which nothing but a page now and then is sent, in bytes each second. QEMU divides it by ten; 0 is no limit.
-const HELD: u64 = 10;
+const THROTTLED_BANDWIDTH: u64 = 10;
 /// What may be left of the first pass when it is held, at most and at least, as parts of the memory.
-const HELD_BETWEEN_PARTS: (u64, u64) = (4, 64);
-/// The same before the first pass was held: as good as never.
-const REST_BEFORE_HELD_MS: u64 = 1;
+const THROTTLE_RANGE_PARTS: (u64, u64) = (4, 64);
+/// The same before the first pass is throttled: practically never.
+const DOWNTIME_LIMIT_BEFORE_THROTTLE_MS: u64 = 1;
 /// How long an abandoned migration may take to end.
-const ABANDONED_WITHIN: Duration = Duration::from_secs(5);
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The first major version of QEMU whose record of changed pages is complete under emulation.
 const EMULATED_SINCE: i64 = 9;
@@ -125,15 +125,15 @@ impl Progress {
         )
     }
 
-    /// Whether it is time to hold the first pass. At the very beginning nothing is known of the memory.
+    /// Whether it is time to throttle the first pass. At the beginning the size of the memory is unknown.
     const fn is_near_end(&self) -> bool {
-        let near = self.ram.total > 0 && self.ram.remaining <= self.ram.total / HELD_BETWEEN_PARTS.0;
+        let near = self.ram.total > 0 && self.ram.remaining <= self.ram.total / THROTTLE_RANGE_PARTS.0;
         self.is_over() || self.ram.dirty_sync_count > 1 || near
     }
 
     /// Whether enough is left of the first pass for it not to end while it is held.
     const fn can_be_held(&self) -> bool {
-        let enough = self.ram.remaining >= self.ram.total / HELD_BETWEEN_PARTS.1;
+        let enough = self.ram.remaining >= self.ram.total / THROTTLE_RANGE_PARTS.1;
         !self.is_over() && self.ram.dirty_sync_count <= 1 && enough
     }
 
@@ -176,7 +176,8 @@ impl LiveSave {
     ) -> Result<Self, MigrationError> {
         let deadline = Instant::now() + within;
         set_capabilities(monitor, Memory::Within).await?;
-        let unlimited = SetParameters { max_bandwidth: Some(UNLIMITED), downtime_limit: Some(REST_BEFORE_HELD_MS) };
+        let unlimited =
+            SetParameters { max_bandwidth: Some(UNLIMITED), downtime_limit: Some(DOWNTIME_LIMIT_BEFORE_THROTTLE_MS) };
         set_parameters(monitor, unlimited).await?;
         let stream = begin(monitor, socket, deadline).await;
         let _ = std::fs::remove_file(socket);
@@ -213,9 +214,10 @@ impl LiveSave {
                 break;
             }
             self.check_deadline()?;
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
-        set_parameters(&self.monitor, SetParameters { max_bandwidth: Some(HELD), downtime_limit: None }).await?;
+        set_parameters(&self.monitor, SetParameters { max_bandwidth: Some(THROTTLED_BANDWIDTH), downtime_limit: None })
+            .await?;
         let progress = self.query().await?;
         tracing::debug!(?progress, "the first pass is held");
         Ok(progress.can_be_held())
@@ -226,7 +228,7 @@ impl LiveSave {
     /// # Errors
     /// See [`Self::begin`].
     pub async fn finish(mut self, bounds: Bounds) -> Result<Instant, MigrationError> {
-        let unlimited = SetParameters { max_bandwidth: Some(UNLIMITED), downtime_limit: Some(REST_MS) };
+        let unlimited = SetParameters { max_bandwidth: Some(UNLIMITED), downtime_limit: Some(DOWNTIME_LIMIT_MS) };
         set_parameters(&self.monitor, unlimited).await?;
         let (held_at, mut paused_at) = (Instant::now(), None);
         let mut ran_at = held_at;
@@ -247,9 +249,9 @@ impl LiveSave {
                 }
                 Step::Pause => {
                     paused_at = Some(Instant::now());
-                    self.monitor.stop(COMMAND_WITHIN).await?;
+                    self.monitor.stop(COMMAND_TIMEOUT).await?;
                 }
-                Step::Wait => tokio::time::sleep(LOOK_EVERY).await,
+                Step::Wait => tokio::time::sleep(POLL_INTERVAL).await,
             }
             ran_at = asked_at;
             self.check_deadline()?;
@@ -267,7 +269,7 @@ impl LiveSave {
     }
 
     async fn query(&self) -> Result<Progress, MonitorError> {
-        self.monitor.execute(QueryMigrate {}, COMMAND_WITHIN).await
+        self.monitor.execute(QueryMigrate {}, COMMAND_TIMEOUT).await
     }
 
     fn check_deadline(&self) -> Result<(), MigrationError> {
@@ -292,16 +294,16 @@ impl Drop for LiveSave {
 /// # Errors
 /// See [`MigrationError`].
 pub async fn abandon(monitor: &Monitor) -> Result<(), MigrationError> {
-    let deadline = Instant::now() + ABANDONED_WITHIN;
+    let deadline = Instant::now() + CANCEL_TIMEOUT;
     let mut asked = false;
-    while !monitor.execute(QueryMigrate {}, COMMAND_WITHIN).await?.is_over() {
+    while !monitor.execute(QueryMigrate {}, COMMAND_TIMEOUT).await?.is_over() {
         if !asked {
             asked = true;
-            monitor.execute(qmp::migrate_cancel {}, COMMAND_WITHIN).await?;
+            monitor.execute(qmp::migrate_cancel {}, COMMAND_TIMEOUT).await?;
         } else if Instant::now() > deadline {
             return Err(MigrationError::Late);
         } else {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
     Ok(())

@@ -3,10 +3,10 @@ use tokio::task::JoinHandle;
 
 use super::*;
 
-const SOON: Duration = Duration::from_secs(30);
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"major":7,"minor":2,"micro":0},"package":""},"capabilities":[]}}"#;
 
-/// The other end: says `lines`, one after each command it has read (the greeting and the capabilities come first),
+/// The other end: sends `lines`, one after each command it has read (the greeting and the capabilities come first),
 /// `ID` standing for the command's number. Then closes.
 async fn qemu(lines: &[&str]) -> (Monitor, mpsc::Receiver<MonitorEvent>, JoinHandle<Vec<String>>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -37,7 +37,7 @@ async fn a_command_gets_its_answer_past_events_of_any_age() {
         r#"{"return":{"running":false,"singlestep":false,"status":"paused"},"id":ID}"#,
     ];
     let (monitor, mut events, _task) = qemu(&[&answer.join("\r\n")]).await;
-    assert_eq!(monitor.query_status(SOON).await.unwrap(), qmp::RunState::paused);
+    assert_eq!(monitor.query_status(TEST_TIMEOUT).await.unwrap(), qmp::RunState::paused);
     match events.recv().await {
         Some(MonitorEvent::Event(event)) => assert_eq!(event.name, "QUANTUM_LEAP"),
         other => panic!("{other:?}"),
@@ -48,39 +48,39 @@ async fn a_command_gets_its_answer_past_events_of_any_age() {
 async fn a_refusal_names_the_command() {
     let refusal = r#"{"error":{"class":"GenericError","desc":"not now"},"id":ID}"#;
     let (monitor, _events, _task) = qemu(&[refusal]).await;
-    let error = monitor.stop(SOON).await.unwrap_err();
+    let error = monitor.stop(TEST_TIMEOUT).await.unwrap_err();
     assert_eq!(error.to_string(), "QEMU refused stop: not now");
 }
 
 #[tokio::test]
 async fn its_end_ends_every_wait() {
     let (monitor, mut events, task) = qemu(&[]).await;
-    assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::QemuGone)));
+    assert!(matches!(monitor.cont(TEST_TIMEOUT).await, Err(MonitorError::QemuGone)));
     assert_eq!(events.recv().await, None);
     assert_eq!(task.await.unwrap().len(), 1);
-    assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::QemuGone)));
-    monitor.quit(SOON).await.unwrap();
+    assert!(matches!(monitor.cont(TEST_TIMEOUT).await, Err(MonitorError::QemuGone)));
+    monitor.quit(TEST_TIMEOUT).await.unwrap();
 }
 
 #[tokio::test]
 async fn garbage_closes_the_monitor() {
     let (monitor, mut events, _task) = qemu(&["\u{1b}[2J not json", "{}"]).await;
-    assert!(matches!(monitor.cont(SOON).await, Err(MonitorError::Protocol { .. })));
-    assert!(matches!(monitor.quit(SOON).await, Err(MonitorError::Protocol { .. })));
+    assert!(matches!(monitor.cont(TEST_TIMEOUT).await, Err(MonitorError::Protocol { .. })));
+    assert!(matches!(monitor.quit(TEST_TIMEOUT).await, Err(MonitorError::Protocol { .. })));
     assert_eq!(events.recv().await, None);
 }
 
 #[tokio::test]
-async fn silence_ends_at_the_deadline_and_a_late_answer_harms_nobody() {
+async fn a_command_times_out_and_a_late_reply_is_ignored() {
     let late = r#"{"return":{},"id":1}"#.to_owned() + "\r\n" + r#"{"return":{},"id":ID}"#;
     let (monitor, _events, _task) = qemu(&["{}", &late]).await;
     let error = monitor.stop(Duration::from_millis(50)).await.unwrap_err();
     assert_eq!(error.to_string(), "QEMU did not reply to stop within 50 ms");
-    monitor.cont(SOON).await.unwrap();
+    monitor.cont(TEST_TIMEOUT).await.unwrap();
 }
 
 #[tokio::test]
-async fn what_does_not_greet_is_no_monitor() {
+async fn a_peer_without_a_greeting_is_refused() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.write_all(b"SSH-2.0-OpenSSH\r\n").await.unwrap();
     assert!(matches!(Monitor::negotiate(ours).await, Err(MonitorError::Protocol { .. })));
@@ -95,11 +95,11 @@ async fn a_flood_of_events_is_counted_and_stalls_nothing() {
     let flood = vec![event; EVENTS_MAX + 10].join("\r\n") + "\r\n" + r#"{"return":{},"id":ID}"#;
     let after = format!("{event}\r\n{}", r#"{"return":{},"id":ID}"#);
     let (monitor, mut events, _task) = qemu(&[&flood, &after]).await;
-    monitor.cont(SOON).await.unwrap();
+    monitor.cont(TEST_TIMEOUT).await.unwrap();
     for _ in 0..EVENTS_MAX {
         assert!(matches!(events.recv().await, Some(MonitorEvent::Event(_))));
     }
-    monitor.cont(SOON).await.unwrap();
+    monitor.cont(TEST_TIMEOUT).await.unwrap();
     assert_eq!(events.recv().await, Some(MonitorEvent::Lost(10)));
     assert!(matches!(events.recv().await, Some(MonitorEvent::Event(_))));
 }

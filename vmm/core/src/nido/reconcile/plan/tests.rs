@@ -1,7 +1,7 @@
 use std::collections::HashSet;
 
 use nido_api::state::{Fact, advance};
-use nido_images::{Part, Stored};
+use nido_images::{Part, StoreContents};
 use nido_store::RowFacts;
 use proptest::collection::vec;
 use proptest::option;
@@ -51,7 +51,7 @@ fn inventories() -> impl Strategy<Value = Inventory> {
     ];
     let parts =
         (stored, vec(Just(".new-1".to_owned()), 0..2), owned).prop_map(|(parts, unfinished_manifests, owned)| {
-            PartFacts { is_due: !parts.is_empty(), stored: Stored { parts, unfinished_manifests }, owned }
+            PartFacts { is_due: !parts.is_empty(), stored: StoreContents { parts, unfinished_manifests }, owned }
         });
     (vec(vms(), 0..5), any::<bool>(), option::of(parts)).prop_map(|(mut vms, others, parts)| {
         for (number, vm) in vms.iter_mut().enumerate() {

@@ -2,7 +2,7 @@
 
 use super::BLOCK;
 
-/// What a head says.
+/// The content of a header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Head {
     /// The type flag; `0` also stands for the old format's zero byte.
@@ -28,7 +28,7 @@ impl Head {
     /// Reads a head; `None` is a block of zeros, the end of an archive.
     ///
     /// # Errors
-    /// What is wrong with it, in words.
+    /// A description of the error.
     pub fn decode(block: &[u8; BLOCK]) -> Result<Option<Self>, String> {
         if block.iter().all(|&byte| byte == 0) {
             return Ok(None);
@@ -56,7 +56,7 @@ impl Head {
         }))
     }
 
-    /// Writes a head in POSIX's format. What does not fit is cut: a PAX record has to say it.
+    /// Writes a head in POSIX's format. What does not fit is truncated: a PAX record must have it.
     pub fn encode(&self) -> [u8; BLOCK] {
         let mut block = [0; BLOCK];
         put(&mut block[..100], &self.name);
@@ -133,7 +133,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(
+        fn written_headers_are_parsed(
             name in proptest::collection::vec(1_u8.., 0..=100),
             target in proptest::collection::vec(1_u8.., 0..=100),
             mode in 0_u64..0o1_0000, size in 0..=OCTAL_MAX, mtime_s in 0..0o777_7777_7777_i64,
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_damaged_is_refused() {
+    fn damaged_headers_are_refused() {
         let mut block = head().encode();
         block[0] ^= 1;
         Head::decode(&block).unwrap_err();

@@ -1,11 +1,11 @@
 //! Writes what a guest sends as an archive that GNU tar, BSD's and others read: POSIX's format, with PAX records where a head
 //! has no room.
 //!
-//! A head says how long a file is before its bytes come, and the guest's files may change meanwhile: one that fits a
-//! frame is written as long as it is, a longer one as long as it was said to be.
+//! A header states a file's length before its bytes, and the guest's files may change meanwhile: one that fits a
+//! frame is written as long as it is, a longer one as long as its header states.
 //!
 //! Invariant: an archive that ends is whole. A file that became shorter breaks it off; nothing is filled with zeros that a guest
-//! only claimed to have. And it leads nobody who unpacks it elsewhere: its entries come directory by directory, none below
+//! only claimed to have. And unpacking it writes nothing elsewhere: its entries come directory by directory, none below
 //! what is no directory, none where a symlink was before.
 
 use std::collections::HashSet;
@@ -20,7 +20,7 @@ use super::pax::Records;
 use super::{BLOCK, padding};
 use crate::guest::error::GuestError;
 use crate::guest::files::receive::{Item, ItemKind, Receiver};
-use crate::guest::files::{Copied, Progress};
+use crate::guest::files::{CopyTotals, Progress};
 
 /// How much is written at once, in bytes.
 const BUFFER: usize = 64 * 1024;
@@ -29,7 +29,7 @@ const RECORDS: &[u8] = b"./PaxHeaders/x";
 
 impl<F: FnMut(Progress)> Receiver<F> {
     /// Copies a tree to a writer as an archive. Its entries are called `./PATH`; a file alone is called `name`.
-    pub fn archive_to(mut self, writer: impl Write, name: Option<&[u8]>) -> Result<Copied, GuestError> {
+    pub fn archive_to(mut self, writer: impl Write, name: Option<&[u8]>) -> Result<CopyTotals, GuestError> {
         let first = self.item()?;
         self.archive_from(first, writer, name)
     }
@@ -40,7 +40,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
         first: Option<Item>,
         writer: impl Write,
         name: Option<&[u8]>,
-    ) -> Result<Copied, GuestError> {
+    ) -> Result<CopyTotals, GuestError> {
         let mut writer = BufWriter::with_capacity(BUFFER, writer);
         let packed = self.pack_all(first, &mut writer, name);
         // After a failure nothing more is written: where it was early, there is not one byte yet.
@@ -54,7 +54,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
         writer: &mut impl Write,
         name: Option<&[u8]>,
     ) -> Result<(), GuestError> {
-        let mut order = Order::default();
+        let mut order = PackCommand::default();
         let mut next = first;
         while let Some(item) = next {
             order.check(&item)?;
@@ -123,7 +123,7 @@ impl<F: FnMut(Progress)> Receiver<F> {
 /// What has come so far, as far as it matters to the program that unpacks it. A program that is not careful would write through a symlink
 /// that it has just made.
 #[derive(Default)]
-struct Order {
+struct PackCommand {
     /// The directory that the last entry is, or is in.
     inside: Vec<u8>,
     /// Where symlinks are: of each eight bytes, as the number of entries has a limit, under a key that the guest cannot know.
@@ -131,7 +131,7 @@ struct Order {
     key: RandomState,
 }
 
-impl Order {
+impl PackCommand {
     fn check(&mut self, item: &Item) -> Result<(), GuestError> {
         let parent = item.path.iter().rposition(|&byte| byte == b'/').map_or(&b""[..], |at| &item.path[..at]);
         let below = self.inside.strip_prefix(parent);
@@ -192,9 +192,9 @@ mod tests {
         Item { path: path.into(), kind, mode: 0o755, mtime_ns: 0, owner: None, stored: None }
     }
 
-    /// Whether a tree of these may be unpacked by anybody: `a/` is a directory, `a@` a symlink.
+    /// Whether a tree of these is safe to unpack: `a/` is a directory, `a@` a symlink.
     fn is_harmless(tree: &str) -> bool {
-        let mut order = Order::default();
+        let mut order = PackCommand::default();
         tree.split(' ').all(|word| {
             let kind = match word.as_bytes().last() {
                 Some(b'/') => ItemKind::Directory,
@@ -207,7 +207,7 @@ mod tests {
 
     // A guest could send a symlink and a file below it, or in its place, and have who unpacks it write anywhere.
     #[test]
-    fn an_archive_leads_nobody_elsewhere() {
+    fn unpacking_an_archive_writes_nothing_elsewhere() {
         for tree in ["./ a/ a/b a/c/ a/c/d a/e f/ f/g@ f/h", "./ a@ b@ ab/ ab/c", "./ a/ a/a/ a/a/a@ a/b/ a/b/a"] {
             assert!(is_harmless(tree), "{tree}");
         }
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_room_in_a_head_stands_before_it() {
+    fn long_values_are_in_a_pax_record() {
         let mut item = item("", ItemKind::File(0));
         (item.mode, item.mtime_ns) = (0o640, -1_500_000_000);
         let (long, target) = ([b'a'; 101], [b'b'; 4000]);

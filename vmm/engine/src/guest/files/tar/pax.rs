@@ -1,6 +1,6 @@
 //! PAX records: what does not fit the head of an entry stands before it, as text. Pure.
 
-/// What a list of records says of the entry behind it. Records that are of no use here (owners, attributes) are left out.
+/// The content of a list of records for the next entry. Records that are of no use here (owners, attributes) are left out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Records {
     /// Instead of the head's name.
@@ -17,7 +17,7 @@ impl Records {
     /// Reads records: `LENGTH KEY=VALUE\n`, the length in decimal and of all of it.
     ///
     /// # Errors
-    /// What is wrong with them, in words.
+    /// A description of the error.
     pub fn decode(mut bytes: &[u8]) -> Result<Self, String> {
         let mut records = Self::default();
         while !bytes.is_empty() {
@@ -93,7 +93,7 @@ fn record(bytes: &mut Vec<u8>, key: &str, value: &[u8]) {
     bytes.push(b'\n');
 }
 
-/// `-1.5` in nanoseconds; what is finer is cut off.
+/// `-1.5` in nanoseconds; what is finer is truncated.
 fn nanoseconds(text: &str) -> Option<i64> {
     let (negative, text) = text.strip_prefix('-').map_or((false, text), |text| (true, text));
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
@@ -114,7 +114,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(
+        fn written_headers_are_parsed(
             path in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..200)),
             target in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..200)),
             size in proptest::option::of(any::<u64>()),

@@ -63,7 +63,7 @@ pub struct Archive<R> {
 
 /// What stands before an entry and belongs to it.
 #[derive(Default)]
-struct Before {
+struct ExtendedHeader {
     name: Option<Vec<u8>>,
     target: Option<Vec<u8>>,
     records: Option<Records>,
@@ -94,7 +94,7 @@ impl<R: Read> Archive<R> {
 
     /// The next entry; none at the end.
     pub fn next(&mut self) -> Result<Option<Member>, GuestError> {
-        let mut before = Before::default();
+        let mut before = ExtendedHeader::default();
         loop {
             let skipped = io::copy(&mut (&mut self.from).take(self.left + self.padding), &mut io::sink());
             if skipped.map_err(|e| self.failed(e))? < self.left + self.padding {
@@ -115,7 +115,7 @@ impl<R: Read> Archive<R> {
 
     /// Takes in an entry that only describes the next one. Those before one entry count as part of it, as there is one of each
     /// kind; those that are about all could be any number.
-    fn is_about_the_next(&mut self, head: &Head, before: &mut Before) -> Result<bool, GuestError> {
+    fn is_about_the_next(&mut self, head: &Head, before: &mut ExtendedHeader) -> Result<bool, GuestError> {
         let twice = match head.flag {
             b'L' => before.name.replace(self.name(head.size)?).is_some(),
             b'K' => before.target.replace(self.name(head.size)?).is_some(),
@@ -133,7 +133,7 @@ impl<R: Read> Archive<R> {
         if twice { Err(self.bad("an entry that is described twice")) } else { Ok(true) }
     }
 
-    fn member(&mut self, head: Head, before: Before) -> Result<Member, GuestError> {
+    fn member(&mut self, head: Head, before: ExtendedHeader) -> Result<Member, GuestError> {
         let records = before.records.unwrap_or_default();
         if (records.path.is_some() && before.name.is_some()) || (records.target.is_some() && before.target.is_some()) {
             return Err(self.bad("an entry that is described twice"));
@@ -173,8 +173,8 @@ impl<R: Read> Archive<R> {
         Ok(Member { path, kind, mode, mtime_ns })
     }
 
-    /// Looks at what stands behind the first block of zeros: nothing but more of them.
-    fn end(&mut self, before: &Before) -> Result<(), GuestError> {
+    /// Checks that only zeros follow the first block of zeros.
+    fn end(&mut self, before: &ExtendedHeader) -> Result<(), GuestError> {
         if before.name.is_some() || before.target.is_some() || before.records.is_some() {
             return Err(self.bad("an extended header without an entry after it"));
         }

@@ -61,7 +61,7 @@ fn an_archive_is_read() {
     let all = all.unwrap();
     assert_eq!(all[0], ("a/b".into(), MemberKind::File(513), vec![7; 513]));
     assert_eq!(all[1], ("q/r".into(), MemberKind::File(1), b"r".into()));
-    // Not what the head says: what the record says.
+    // The record takes precedence over the header.
     assert_eq!(all[2], ("long/x".into(), MemberKind::File(3), b"abc".into()));
     assert_eq!(read(&archive(&[])), Ok(Vec::new()));
 }
@@ -81,7 +81,7 @@ fn nothing_leaves_the_directory() {
 }
 
 #[test]
-fn what_the_protocol_cannot_carry_is_refused_and_devices_are_no_files() {
+fn unsupported_entries_are_refused_and_devices_are_skipped() {
     refused(&archive(&[entry(b'1', "x", b"")]), "a hard link");
     refused(&archive(&[entry(b'S', "x", b"")]), "a sparse file");
     refused(&archive(&[entry(b'V', "x", b"")]), "unknown type");
@@ -94,7 +94,7 @@ fn what_the_protocol_cannot_carry_is_refused_and_devices_are_no_files() {
 }
 
 #[test]
-fn what_two_readers_could_understand_differently_is_refused() {
+fn ambiguous_entries_are_refused() {
     let pax = |records: &[u8]| entry(b'x', "x", records);
     let file = || entry(b'0', "x", b"");
     refused(&archive(&[pax(b"9 path=a\n"), pax(b"9 path=b\n"), file()]), "described twice");
@@ -128,17 +128,17 @@ fn claims_are_not_believed_and_quotas_hold() {
 
 // Every file that GNU tar describes (times of nanoseconds, long names) counted twice, so half as many were taken.
 #[test]
-fn what_describes_an_entry_is_no_entry() {
+fn extended_headers_are_not_entries() {
     let described = [entry(b'x', "x", b"18 mtime=1.500000\n"), entry(b'K', "", b"t\0"), entry(b'5', "x", b"")].concat();
     assert_eq!(read(&archive(&vec![described.clone(); 100])).unwrap().len(), 100);
     refused(&archive(&vec![described; 101]), "more entries than the limit of 100");
 }
 
 #[test]
-fn an_archive_that_breaks_off_is_none() {
+fn a_truncated_archive_is_refused() {
     let whole = archive(&[entry(b'0', "x", &[1; 600]), entry(b'L', "", b"name\0"), entry(b'0', "y", b"yy")]);
     assert_eq!(read(&whole).unwrap().len(), 2);
-    // Behind the first block of zeros everything has been said.
+    // The first block of zeros ends the archive.
     for length in (0..=whole.len() - 2 * BLOCK).step_by(64) {
         refused(&whole[..length], "it is truncated");
     }
@@ -147,7 +147,7 @@ fn an_archive_that_breaks_off_is_none() {
 }
 
 #[test]
-fn what_gnu_tar_writes_is_read_in_every_format() {
+fn archives_of_gnu_tar_are_read_in_every_format() {
     let here = tempfile::tempdir().unwrap();
     let deep = "d".repeat(120);
     std::fs::create_dir_all(here.path().join(&deep)).unwrap();

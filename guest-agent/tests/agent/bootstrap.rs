@@ -1,4 +1,4 @@
-//! Orders in one piece, before any multiplexer: what a guest that has just been loaded is told first.
+//! Bootstrap requests: what a guest that has just been loaded receives before any multiplexer starts.
 
 use nido_guest_agent::wire::{
     self, Fault, HEAD, Head, Hello, Refusal, Refused, TOKEN_LEN, ToGuest, ToHost, VERSION, Welcome, sync,
@@ -35,8 +35,8 @@ async fn receive(channel: &mut UnixStream) -> (sync::Block, Vec<u8>) {
     (block, words)
 }
 
-/// Posts a letter; gives the messages that answer it.
-async fn ask(channel: &mut UnixStream, seed: u8, words: &[u8]) -> Vec<ToHost> {
+/// Sends a bootstrap request; returns the messages of the reply.
+async fn send_bootstrap_request(channel: &mut UnixStream, seed: u8, words: &[u8]) -> Vec<ToHost> {
     post(channel, seed, words).await;
     let (block, mut answer) = receive(channel).await;
     assert_eq!((block.nonce, block.kind), ([seed; 16], sync::Kind::Reply(u16::try_from(answer.len()).unwrap())));
@@ -50,15 +50,17 @@ async fn ask(channel: &mut UnixStream, seed: u8, words: &[u8]) -> Vec<ToHost> {
 }
 
 #[tokio::test]
-async fn a_guest_is_renewed_by_letter_and_then_the_multiplexer_begins() {
+async fn a_bootstrap_request_resets_the_identity_before_the_multiplexer_starts() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
     channel.write_all(b"noise\xff\xffNIDO").await.unwrap();
-    let refused = ask(&mut channel, 2, &words(&NEW_TOKEN, &ToGuest::Renew(order(NEW_TOKEN)))).await;
+    let refused =
+        send_bootstrap_request(&mut channel, 2, &words(&NEW_TOKEN, &ToGuest::ResetIdentity(order(NEW_TOKEN)))).await;
     assert!(matches!(&refused[..], [ToHost::Refused(Refused { reason: Refusal::Token, .. })]), "{refused:?}");
-    let renewed = ask(&mut channel, 3, &words(&TOKEN, &ToGuest::Renew(order(NEW_TOKEN)))).await;
+    let renewed =
+        send_bootstrap_request(&mut channel, 3, &words(&TOKEN, &ToGuest::ResetIdentity(order(NEW_TOKEN)))).await;
     assert!(
-        matches!(&renewed[..], [ToHost::Welcome(Welcome { nonce: 99, .. }), ToHost::Renewed(pong)] if pong.sessions == 0),
+        matches!(&renewed[..], [ToHost::Welcome(Welcome { nonce: 99, .. }), ToHost::IdentityReset(pong)] if pong.sessions == 0),
         "{renewed:?}"
     );
     agree(&mut channel, 4).await;
@@ -73,13 +75,13 @@ async fn a_guest_is_renewed_by_letter_and_then_the_multiplexer_begins() {
 }
 
 #[tokio::test]
-async fn a_letter_holds_a_hello_and_an_order_and_nothing_else() {
+async fn a_bootstrap_request_has_a_hello_and_a_request_only() {
     let mut host = Host::start_silent().await;
     let mut channel = host.accept().await;
-    let whole = &words(&TOKEN, &ToGuest::Renew(order(NEW_TOKEN)));
-    let hello = whole.len() - wire::encode(&ToGuest::Renew(order(NEW_TOKEN))).unwrap().len();
+    let whole = &words(&TOKEN, &ToGuest::ResetIdentity(order(NEW_TOKEN)));
+    let hello = whole.len() - wire::encode(&ToGuest::ResetIdentity(order(NEW_TOKEN))).unwrap().len();
     for (seed, bad) in [&b""[..], b"\xff", &[0xff; 4096], &whole[..10], &whole[hello..]].iter().enumerate() {
-        let answer = ask(&mut channel, u8::try_from(seed).unwrap(), bad).await;
+        let answer = send_bootstrap_request(&mut channel, u8::try_from(seed).unwrap(), bad).await;
         assert!(
             matches!(&answer[..], [ToHost::Refused(Refused { reason: Refusal::NoHello, .. })]),
             "{bad:?}: {answer:?}"
@@ -89,7 +91,7 @@ async fn a_letter_holds_a_hello_and_an_order_and_nothing_else() {
     for (seed, bad) in
         [&whole[..hello], &whole[..whole.len() - 1], &[whole, &b"x"[..]].concat(), &exec].iter().enumerate()
     {
-        let answer = ask(&mut channel, u8::try_from(seed).unwrap(), bad).await;
+        let answer = send_bootstrap_request(&mut channel, u8::try_from(seed).unwrap(), bad).await;
         let [ToHost::Welcome(_), ToHost::Failed(failed)] = &answer[..] else { panic!("{bad:?}: {answer:?}") };
         assert_eq!(failed.fault, Fault::Invalid);
     }

@@ -19,7 +19,7 @@ use crate::passwd::{self, User};
 use crate::refusal::Refusal;
 
 /// Directories are looked at, not read.
-pub const AS_PLACE: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+pub const DIRECTORY_PATH_FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 /// How many symlinks lead to a file that does not exist yet: the kernel's limit.
 const MAX_LINKS: usize = 40;
 
@@ -27,12 +27,12 @@ const MAX_LINKS: usize = 40;
 pub type Ids = Option<(u32, u32)>;
 
 /// Where the root of the tree goes.
-pub struct Place {
+pub struct Destination {
     parent: PathBuf,
     pub name: OsString,
 }
 
-impl Place {
+impl Destination {
     /// Follows the request's path: a directory takes the copy under the name given, everything else is meant itself.
     pub fn find(request: &Put, home: &Path, ids: Ids) -> Result<Self, Refusal> {
         let mut path = resolve(&request.path, home)?;
@@ -68,7 +68,7 @@ impl Place {
     }
 
     pub fn open_parent(&self) -> Result<OwnedFd, Refusal> {
-        rustix::fs::open(&self.parent, AS_PLACE, Mode::empty()).map_err(|error| failed(&self.parent, error))
+        rustix::fs::open(&self.parent, DIRECTORY_PATH_FLAGS, Mode::empty()).map_err(|error| failed(&self.parent, error))
     }
 }
 

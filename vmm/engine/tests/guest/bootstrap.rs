@@ -1,21 +1,21 @@
-//! What a guest that has just been loaded is told first: by the real agent, and by some that lie.
+//! Bootstrap requests to a guest that has just been loaded: with the real agent, and with fake ones.
 
 use std::time::Duration;
 
 use nido_engine::guest::{Guest, GuestError, Link, Session};
-use nido_guest_agent::wire::sync::{BLOCK, Block, Kind, LETTER_MAX, Scanner};
-use nido_guest_agent::wire::{self, ENTROPY_LEN, Head, Pong, Renew, TOKEN_LEN, ToGuest, ToHost};
+use nido_guest_agent::wire::sync::{BLOCK, BOOTSTRAP_REQUEST_MAX, Block, Kind, Scanner};
+use nido_guest_agent::wire::{self, ENTROPY_LEN, Head, IdentityReset, Pong, TOKEN_LEN, ToGuest, ToHost};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
-use crate::liar::welcome;
+use crate::fake_agent::welcome;
 use crate::rig::{Rig, TOKEN, soon, within};
 
 const NEW_TOKEN: [u8; TOKEN_LEN] = [8; TOKEN_LEN];
 
-fn order() -> Renew {
-    Renew {
+fn order() -> IdentityReset {
+    IdentityReset {
         token: NEW_TOKEN.to_vec().into(),
         entropy: vec![9; ENTROPY_LEN].into(),
         time_ns: 1_700_000_000_000_000_000,
@@ -26,25 +26,25 @@ fn order() -> Renew {
     }
 }
 
-async fn renew(rig: &Rig, token: &[u8], deadline: Instant) -> Option<Result<Pong, GuestError>> {
-    within(Session::renew_by_letter(&rig.channel, token, &order(), deadline)).await
+async fn reset_identity(rig: &Rig, token: &[u8], deadline: Instant) -> Option<Result<Pong, GuestError>> {
+    within(Session::reset_identity_by_bootstrap(&rig.channel, token, &order(), deadline)).await
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_guest_is_renewed_before_the_multiplexer_begins() {
-    let mut rig = Rig::with_letters();
+async fn the_identity_is_reset_before_the_multiplexer_starts() {
+    let mut rig = Rig::with_bootstrap();
     rig.start_agent();
-    assert!(matches!(renew(&rig, b"wrong", soon()).await, Some(Err(GuestError::TokenRefused))));
+    assert!(matches!(reset_identity(&rig, b"wrong", soon()).await, Some(Err(GuestError::TokenRefused))));
     assert_eq!(*rig.channel.link().borrow(), Link::Waiting);
-    renew(&rig, TOKEN, soon()).await.unwrap().unwrap();
-    rig.channel.end_letters();
+    reset_identity(&rig, TOKEN, soon()).await.unwrap().unwrap();
+    rig.channel.end_bootstrap();
     assert!(matches!(rig.guest.wait_ready(soon()).await, Err(GuestError::TokenRefused)));
     Guest::new(rig.guest.endpoint().clone(), NEW_TOKEN.to_vec()).wait_ready(soon()).await.unwrap();
-    assert!(renew(&rig, TOKEN, soon()).await.is_none(), "there are streams now");
+    assert!(reset_identity(&rig, TOKEN, soon()).await.is_none(), "there are streams now");
 }
 
-/// The letter that comes, and the hello in it.
-async fn letter(channel: &mut UnixStream) -> (Block, wire::Hello) {
+/// The bootstrap request that arrives, and the hello in it.
+async fn receive_bootstrap_request(channel: &mut UnixStream) -> (Block, wire::Hello) {
     let mut scanner = Scanner::default();
     let block = loop {
         if let Some(block) = scanner.push(channel.read_u8().await.unwrap()) {
@@ -66,28 +66,35 @@ fn reply(to: Block, words: &[u8]) -> Vec<u8> {
     [&Block { kind, nonce: to.nonce }.bytes(), words].concat()
 }
 
-fn renewed() -> ToHost {
-    ToHost::Renewed(Pong { agent: "x".into(), uptime_ms: 0, sessions: 1, is_init: true, address: None, warnings: None })
+fn identity_reset_reply() -> ToHost {
+    ToHost::IdentityReset(Pong {
+        agent: "x".into(),
+        uptime_ms: 0,
+        sessions: 1,
+        is_init: true,
+        address: None,
+        warnings: None,
+    })
 }
 
-/// Answers one letter with what `answer` makes of it; gives what came of that.
+/// Replies to one bootstrap request with `answer`; returns the result.
 async fn answered(answer: impl FnOnce(Block, u64) -> Vec<u8>) -> Result<Pong, GuestError> {
-    let rig = Rig::with_letters();
+    let rig = Rig::with_bootstrap();
     let mut channel = UnixStream::connect(rig.path("channel.sock")).await.unwrap();
     let guest = async {
-        let (block, hello) = letter(&mut channel).await;
+        let (block, hello) = receive_bootstrap_request(&mut channel).await;
         channel.write_all(&answer(block, hello.nonce)).await.unwrap();
     };
-    let (outcome, ()) = tokio::join!(renew(&rig, TOKEN, soon()), guest);
+    let (outcome, ()) = tokio::join!(reset_identity(&rig, TOKEN, soon()), guest);
     outcome.unwrap()
 }
 
 fn whole(nonce: u64) -> Vec<u8> {
-    [wire::encode(&welcome(nonce)).unwrap(), wire::encode(&renewed()).unwrap()].concat()
+    [wire::encode(&welcome(nonce)).unwrap(), wire::encode(&identity_reset_reply()).unwrap()].concat()
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn only_the_answer_to_this_letter_counts() {
+async fn only_the_reply_to_this_bootstrap_request_is_accepted() {
     let noise = |block: Block, nonce| {
         let older = Block { nonce: [3; 16], ..block };
         [vec![0xab; 10_000], b"\xff\xffNIDO".to_vec(), reply(older, b"old"), reply(block, &whole(nonce))].concat()
@@ -99,7 +106,7 @@ async fn only_the_answer_to_this_letter_counts() {
         |block, nonce| reply(block, &wire::encode(&welcome(nonce)).unwrap()),
         |block, nonce| reply(block, &[wire::encode(&welcome(nonce)).unwrap(), vec![0x01, 0xff, 0xff, 0xff]].concat()),
         |block, _| reply(block, b""),
-        |block, _| reply(block, &[0xff; LETTER_MAX]),
+        |block, _| reply(block, &[0xff; BOOTSTRAP_REQUEST_MAX]),
         |block, nonce| {
             reply(block, &[wire::encode(&welcome(nonce)).unwrap(), wire::encode(&ToHost::Thawed).unwrap()].concat())
         },
@@ -109,18 +116,18 @@ async fn only_the_answer_to_this_letter_counts() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_guest_that_does_not_answer_is_late_and_one_that_goes_is_gone() {
-    let rig = Rig::with_letters();
+async fn a_silent_guest_times_out_and_a_closed_one_is_gone() {
+    let rig = Rig::with_bootstrap();
     let mut channel = UnixStream::connect(rig.path("channel.sock")).await.unwrap();
     channel.write_all(&vec![0xab; 100_000]).await.unwrap();
-    let late = renew(&rig, TOKEN, Instant::now() + Duration::from_millis(300)).await;
+    let late = reset_identity(&rig, TOKEN, Instant::now() + Duration::from_millis(300)).await;
     assert!(matches!(late, Some(Err(GuestError::Timeout { .. }))), "{late:?}");
     let half = async {
-        letter(&mut channel).await;
-        let (block, hello) = letter(&mut channel).await;
+        receive_bootstrap_request(&mut channel).await;
+        let (block, hello) = receive_bootstrap_request(&mut channel).await;
         channel.write_all(&reply(block, &whole(hello.nonce))[..BLOCK + 3]).await.unwrap();
         drop(channel);
     };
-    let (gone, ()) = tokio::join!(renew(&rig, TOKEN, soon()), half);
+    let (gone, ()) = tokio::join!(reset_identity(&rig, TOKEN, soon()), half);
     assert!(matches!(gone, Some(Err(GuestError::Gone))), "{gone:?}");
 }

@@ -1,17 +1,17 @@
-//! Places for connections, on either side of the channel. Pure.
+//! Slots for connections, on either side of the channel. Pure.
 //!
-//! Where all are taken, a half-closed connection that has been silent for a while makes room: one end has said that it
-//! sends nothing more, and the other may never close. Invariant: never more places than the limit are taken.
+//! If all are taken, a half-closed connection that has been silent for a while is replaced: one end has announced that it
+//! sends no more, and the other may never close. Invariant: never more slots than the limit are taken.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// How long a half-closed connection may be silent before another one may have its place.
-const SILENCE: Duration = Duration::from_secs(1);
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Connections that are open. `T` is what ends one.
 #[derive(Debug)]
-pub struct Places<T> {
+pub struct ConnectionTable<T> {
     limit: usize,
     next: u64,
     open: BTreeMap<u64, Entry<T>>,
@@ -24,7 +24,7 @@ struct Entry<T> {
     half_closed: Option<Instant>,
 }
 
-impl<T> Places<T> {
+impl<T> ConnectionTable<T> {
     /// So many places.
     #[must_use]
     pub const fn new(limit: usize) -> Self {
@@ -37,7 +37,7 @@ impl<T> Places<T> {
         if self.open.len() >= self.limit {
             let silent = self.open.iter().filter_map(|(number, entry)| Some((entry.half_closed?, *number)));
             let (since, number) = silent.min()?;
-            if now.saturating_duration_since(since) < SILENCE {
+            if now.saturating_duration_since(since) < SILENCE_TIMEOUT {
                 return None;
             }
             evicted = self.open.remove(&number).map(|entry| entry.end);
@@ -56,7 +56,7 @@ impl<T> Places<T> {
     }
 
     /// Gives a place back. One that was taken away is gone already.
-    pub fn leave(&mut self, number: u64) {
+    pub fn release(&mut self, number: u64) {
         self.open.remove(&number);
     }
 
@@ -75,7 +75,7 @@ mod tests {
     fn a_silent_half_closed_connection_makes_room_and_no_other_does() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut places = Places::new(2);
+        let mut places = ConnectionTable::new(2);
         assert_eq!(places.enter('a', start), Some((0, None)));
         assert_eq!(places.enter('b', start), Some((1, None)));
         assert_eq!(places.enter('c', at(100)), None, "both are whole");
@@ -84,9 +84,9 @@ mod tests {
         assert_eq!(places.enter('c', at(100)), None, "not silent yet");
         places.half_closed(0, at(102));
         assert_eq!(places.enter('c', at(110)), Some((2, Some('b'))), "the one that has been silent longest");
-        places.leave(1);
+        places.release(1);
         assert_eq!(places.taken(), 2);
-        places.leave(0);
+        places.release(0);
         assert_eq!(places.enter('d', at(110)), Some((3, None)));
         assert_eq!(places.enter('e', at(110)), None);
     }

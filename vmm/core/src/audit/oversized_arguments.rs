@@ -1,4 +1,4 @@
-//! Arguments that are too long for a line, kept whole (and redacted) beside the log.
+//! Arguments that are too long for a line, kept whole (and redacted) next to the log.
 //!
 //! ```text
 //!  params/SHA256.json      named by its content; the line has the hash in `cut`
@@ -20,12 +20,12 @@ use nido_files::private_dir::make_private_dir;
 
 use super::failed;
 use super::log::Log;
-use super::redact::Whole;
+use super::redact::OversizedArguments;
 
 /// Where they are, in the log's directory.
 const DIRECTORY: &str = "params";
 /// The longest that is kept, in bytes.
-const ONE_MAX: usize = 8 << 20;
+const ARGUMENTS_BYTES_MAX: usize = 8 << 20;
 /// How much is kept of all, in bytes.
 const ALL_MAX: u64 = 256 << 20;
 /// What a file is called until it is whole.
@@ -36,8 +36,8 @@ impl Log {
     ///
     /// # Errors
     /// `audit_failed`.
-    pub(super) fn keep_whole(&self, whole: &Whole) -> Result<()> {
-        if whole.text.len() > ONE_MAX {
+    pub(super) fn keep_whole(&self, whole: &OversizedArguments) -> Result<()> {
+        if whole.text.len() > ARGUMENTS_BYTES_MAX {
             return Ok(());
         }
         self.make_directory().map_err(|e| failed(self.directory().display(), e))?;
@@ -47,7 +47,7 @@ impl Log {
     }
 }
 
-fn keep(directory: &PathBuf, whole: &Whole, all_max: u64) -> io::Result<()> {
+fn keep(directory: &PathBuf, whole: &OversizedArguments, all_max: u64) -> io::Result<()> {
     make_private_dir(directory)?;
     let path = directory.join(format!("{}.json", whole.sha256));
     if std::fs::metadata(&path).is_ok_and(|meta| meta.len() == whole.text.len() as u64) {
@@ -58,7 +58,7 @@ fn keep(directory: &PathBuf, whole: &Whole, all_max: u64) -> io::Result<()> {
     let mut file = OpenOptions::new();
     let mut file =
         file.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&temporary)?;
-    // One fixed name: what a killed writer left is overwritten, and counts when room is made.
+    // One fixed name: the file of a killed writer is overwritten, and counts when room is made.
     let written = file.write_all(whole.text.as_bytes());
     written.and_then(|()| atomic_file::publish(&file, &temporary, &path, Durability::PowerCut)).inspect_err(|_| {
         let _ = std::fs::remove_file(&temporary);
@@ -92,11 +92,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_kept_is_bounded_and_the_newest_stays() {
+    fn stored_arguments_are_bounded_and_the_newest_stay() {
         let dir = tempfile::tempdir().unwrap();
         let directory = dir.path().join("params");
         for n in 0..10 {
-            let whole = Whole { sha256: format!("{n}"), text: "x".repeat(100) };
+            let whole = OversizedArguments { sha256: format!("{n}"), text: "x".repeat(100) };
             keep(&directory, &whole, 350).unwrap();
             keep(&directory, &whole, 350).unwrap();
             assert!(directory.join(format!("{n}.json")).exists());

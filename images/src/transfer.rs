@@ -1,4 +1,4 @@
-//! What export and import share: how they tell where they are, how they are stopped, and how files are hashed meanwhile.
+//! What export and import share: progress reports, cancellation, and hashing of files.
 //! Invariant: work that was a stop was requested fails with [`ImageError::Interrupted`], whatever it was doing.
 
 use std::fs::File;
@@ -12,7 +12,7 @@ use crate::manifest::{Digest, Manifest, Part};
 
 /// One report of an export or an import.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TravelProgress {
+pub struct TransferProgress {
     /// What is being worked on: the name of a part, or `publish`.
     pub stage: &'static str,
     /// Its number, from 1.
@@ -25,15 +25,15 @@ pub struct TravelProgress {
     pub total_bytes: u64,
 }
 
-/// Who watches an export or an import, and may stop it.
-pub struct Watch<'a> {
-    /// Is told how far it has come.
-    pub progress: &'a mut dyn FnMut(TravelProgress),
+/// The progress callback and the cancellation of an export or import.
+pub struct TransferWatch<'a> {
+    /// Receives progress reports.
+    pub progress: &'a mut dyn FnMut(TransferProgress),
     /// Set to stop it.
     pub cancel: &'a AtomicBool,
 }
 
-impl Watch<'_> {
+impl TransferWatch<'_> {
     /// Fails if it is to stop.
     pub(crate) fn check(&self) -> Result<(), ImageError> {
         if self.cancel.load(Ordering::Relaxed) { Err(ImageError::Interrupted) } else { Ok(()) }
@@ -47,19 +47,19 @@ impl Watch<'_> {
     /// The hash of a file's content, of the kind that its part has. The file is read from where it stands.
     pub(crate) fn hash(&self, file: &File, digest: Digest) -> io::Result<String> {
         let (hash, _) = match digest {
-            Digest::Plain => sha256_of(Stoppable { file, cancel: self.cancel })?,
+            Digest::Plain => sha256_of(CancellableReader { file, cancel: self.cancel })?,
             Digest::Sparse => sparse_sha256(file)?,
         };
         Ok(hash)
     }
 }
 
-struct Stoppable<'a> {
+struct CancellableReader<'a> {
     file: &'a File,
     cancel: &'a AtomicBool,
 }
 
-impl Read for Stoppable<'_> {
+impl Read for CancellableReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.cancel.load(Ordering::Relaxed) {
             return Err(io::Error::other("a stop was requested"));
@@ -70,7 +70,7 @@ impl Read for Stoppable<'_> {
 
 /// A part as it travels: content that several places of a manifest name travels once.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Piece {
+pub(crate) struct TransferPart {
     /// The first place that names it.
     pub name: &'static str,
     /// Hash and length.
@@ -80,11 +80,11 @@ pub(crate) struct Piece {
 }
 
 /// The parts of a template in the order in which they travel.
-pub(crate) fn pieces(manifest: &Manifest) -> Vec<Piece> {
-    let mut pieces: Vec<Piece> = Vec::new();
+pub(crate) fn pieces(manifest: &Manifest) -> Vec<TransferPart> {
+    let mut pieces: Vec<TransferPart> = Vec::new();
     for (name, part, digest) in manifest.all_parts() {
         if pieces.iter().all(|piece| piece.part.sha256 != part.sha256) {
-            pieces.push(Piece { name, part: part.clone(), digest });
+            pieces.push(TransferPart { name, part: part.clone(), digest });
         }
     }
     pieces

@@ -9,9 +9,9 @@ use super::Nido;
 
 /// Which VM an operation has begun to make. Clones are the same value.
 #[derive(Debug, Clone, Default)]
-pub struct BegunVm(Arc<Mutex<Option<String>>>);
+pub struct VmInProgress(Arc<Mutex<Option<String>>>);
 
-impl BegunVm {
+impl VmInProgress {
     /// Its id, if one was begun.
     #[must_use]
     pub fn id(&self) -> Option<String> {
@@ -28,7 +28,7 @@ impl Nido {
     ///
     /// # Errors
     /// Those of [`Nido::delete`].
-    pub async fn undo(&self, begun: &BegunVm) -> Result<()> {
+    pub async fn undo(&self, begun: &VmInProgress) -> Result<()> {
         match begun.id() {
             Some(id) => self.delete_id(&id).await,
             None => Ok(()),

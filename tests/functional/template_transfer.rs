@@ -1,4 +1,4 @@
-//! Templates that travel: files, pipes, refusals. Their guests are started in the boot suite.
+//! Export and import of templates: files, pipes, refusals. Their guests are started in the boot suite.
 
 use std::fs;
 use std::io::Write as _;
@@ -26,14 +26,14 @@ fn build_dir(home: &Home) -> usize {
 }
 
 #[test]
-fn a_template_goes_out_and_comes_back() {
+fn a_template_is_exported_and_imported() {
     let home = exported();
     let file = archive(&home);
     assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     home.nido(["template", "delete", "box"]).run().ok();
     let came = home.nido(["template", "import", "--json"]).arg(&file).run().ok().json();
     assert_eq!((&came["template"]["name"], &came["already_present"]), (&"box".into(), &false.into()));
-    // The agent in the archive was none of ours.
+    // The agent in the archive was not ours.
     assert_eq!(came["template"]["agent_current"], true);
     assert!(came["warnings"][0].as_str().unwrap().contains("was replaced"), "{came}");
     let again = home.nido(["template", "import", "--json"]).arg(&file).run().ok().json();
@@ -66,7 +66,7 @@ fn it_goes_through_a_pipe() {
 }
 
 #[test]
-fn a_reader_that_leaves_ends_an_export_without_a_word() {
+fn a_closed_reader_ends_an_export_silently() {
     let home = exported();
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_nido"));
     command.args(["template", "export", "box", "-", "--quiet"]).env("NIDO_HOME", home.path());
@@ -77,7 +77,7 @@ fn a_reader_that_leaves_ends_an_export_without_a_word() {
 }
 
 #[test]
-fn files_that_exist_are_kept_unless_told_otherwise() {
+fn existing_files_are_kept_without_force() {
     let home = exported();
     let export = |words: [&str; 2]| home.nido(["template", "export", "box"]).arg(words[0]).arg(words[1]);
     let file = archive(&home);
@@ -101,7 +101,7 @@ fn files_that_exist_are_kept_unless_told_otherwise() {
 }
 
 #[test]
-fn what_is_refused_leaves_nothing() {
+fn a_refused_import_leaves_no_orphans() {
     let home = exported();
     let import =
         |words: &[&str]| words.iter().fold(home.nido(["template", "import", "--json"]), |nido, word| nido.arg(*word));

@@ -1,6 +1,6 @@
-//! A peer at the other end of `agent.sock` that says what a test has it say.
+//! A peer at the other end of `agent.sock` that sends what a test specifies.
 
-use nido_engine::guest::{Endpoint, Guest, Progress};
+use nido_engine::guest::{AgentAddress, Guest, Progress};
 use nido_guest_agent::wire::{self, Entry, EntryKind, Head, ToGuest, ToHost, kind};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -8,39 +8,39 @@ use tokio::net::{UnixListener, UnixStream};
 
 use crate::rig::TOKEN;
 
-/// An agent at the other end of `agent.sock` that does as it is told.
-pub struct Liar {
+/// An agent at the other end of `agent.sock` that sends what a test specifies.
+pub struct FakeAgent {
     pub dir: TempDir,
     pub listener: UnixListener,
     pub guest: Guest,
 }
 
 /// The liar's end of one session.
-pub struct End(pub UnixStream);
+pub struct FakeSession(pub UnixStream);
 
-impl Liar {
+impl FakeAgent {
     pub fn new() -> Self {
         let dir = TempDir::new().unwrap();
         let listener = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
-        let endpoint = Endpoint::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
+        let endpoint = AgentAddress::Serial { dir: dir.path().into(), socket: "agent.sock".into() };
         Self { dir, listener, guest: Guest::new(endpoint, TOKEN.to_vec()) }
     }
 
-    pub async fn accept(&self) -> End {
-        End(self.listener.accept().await.unwrap().0)
+    pub async fn accept(&self) -> FakeSession {
+        FakeSession(self.listener.accept().await.unwrap().0)
     }
 
     /// A session that has been greeted as it should be, its first request read.
-    pub async fn accept_welcome(&self) -> End {
+    pub async fn accept_welcome(&self) -> FakeSession {
         let mut end = self.accept().await;
         let hello = end.hello().await;
-        end.say(&welcome(hello.nonce)).await;
+        end.send_message(&welcome(hello.nonce)).await;
         end.read().await;
         end
     }
 }
 
-impl End {
+impl FakeSession {
     pub async fn read(&mut self) -> ToGuest {
         let mut head = [0; wire::HEAD];
         self.0.read_exact(&mut head).await.unwrap();
@@ -56,7 +56,7 @@ impl End {
         }
     }
 
-    pub async fn say(&mut self, message: &ToHost) {
+    pub async fn send_message(&mut self, message: &ToHost) {
         self.raw(&wire::encode(message).unwrap()).await;
     }
 
@@ -72,12 +72,12 @@ impl End {
 
     pub async fn entry(&mut self, path: &[&str], kind: EntryKind, mode: u16) {
         let path = path.iter().map(|c| c.as_bytes().to_vec().into()).collect();
-        self.say(&ToHost::Entry(Entry { path, kind, mode, mtime_ns: 0, owner: None, stored: None })).await;
+        self.send_message(&ToHost::Entry(Entry { path, kind, mode, mtime_ns: 0, owner: None, stored: None })).await;
     }
 
     pub async fn whole(&mut self, path: &[&str], kind: EntryKind) {
         self.entry(path, kind, 0o755).await;
-        self.say(&ToHost::EntryEnd).await;
+        self.send_message(&ToHost::EntryEnd).await;
     }
 }
 

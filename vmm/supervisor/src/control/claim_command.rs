@@ -7,11 +7,11 @@ use nido_api::restart::RestartPolicy;
 use nido_api::{AccelChoice, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
 use serde::{Deserialize, Serialize};
 
-use super::ForwardOrder;
+use super::ForwardCommand;
 
 /// What a clone becomes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ClaimOrder {
+pub struct ClaimCommand {
     /// What was requested. It fits the clone.
     pub spec: VmOrder,
     /// Virtual size of its disk; no smaller than the clone's.
@@ -19,7 +19,7 @@ pub struct ClaimOrder {
     /// Why this machine.
     #[serde(default)]
     pub reason: String,
-    /// What the user ought to know.
+    /// Warnings for the user.
     #[serde(default)]
     pub warnings: Vec<String>,
     /// How long ago the user asked, in milliseconds.
@@ -63,7 +63,7 @@ pub struct VmOrder {
     #[serde(default)]
     pub nested: bool,
     #[serde(default)]
-    pub forwards: Vec<ForwardOrder>,
+    pub forwards: Vec<ForwardCommand>,
     #[serde(default)]
     pub ttl_ms: Option<u64>,
     #[serde(default)]
@@ -91,7 +91,7 @@ impl From<VmSpec> for VmOrder {
             accel: spec.accel,
             require_isolation: spec.require_isolation,
             nested: spec.nested,
-            forwards: spec.forwards.into_iter().map(ForwardOrder::from).collect(),
+            forwards: spec.forwards.into_iter().map(ForwardCommand::from).collect(),
             ttl_ms: spec.ttl_ms,
             idle_ms: spec.idle_ms,
             ephemeral: spec.ephemeral,
