@@ -96,10 +96,18 @@ fn requests_are_refused_while_the_removal_of_a_vm_hangs() {
     let dir = vm_dir(&home, &spawn.json());
     // Its last lines are read when QEMU has ended, which has a deadline, and again before the files are removed.
     replace_by_pipe(&dir.join("console.log"));
-    let waiting = connect(&dir);
     let stop = home.nido(["stop", "web", "--force", "--yes"]).start();
-    until("the end of the control socket", || (!dir.join("control.sock").exists()).then_some(()));
-    let reply = status(waiting);
+    // The supervisor removes its socket before the files. A connection has to send its request within ten seconds.
+    let mut last = None;
+    until("the end of the control socket", || match UnixStream::connect(dir.join("control.sock")) {
+        Ok(connection) => {
+            last = Some(connection);
+            std::thread::sleep(Duration::from_millis(20));
+            None
+        }
+        Err(_) => Some(()),
+    });
+    let reply = status(last.unwrap());
     assert_eq!((&reply["answer"], &reply["problem"]["code"]), (&"failed".into(), &"vm_not_running".into()), "{reply}");
     drop(hold_reader(&dir.join("console.log")));
     stop.wait().ok();
@@ -150,7 +158,10 @@ fn requests_are_answered_while_the_record_of_a_claimed_clone_is_written() {
     let pipe = hold_reader(&record);
     expect_status(&dir);
     // Its owner is notified when the record is on the disk.
-    spawn.until("the reply to another request", || Some(expect_status(&dir)));
+    spawn.until("the reply to another request", || {
+        expect_status(&dir);
+        Some(())
+    });
     drop(pipe);
     spawn.wait().ok();
     let text = fs::read_to_string(&record).unwrap();

@@ -117,7 +117,7 @@ pub enum JobOutcome {
     Done(Value),
     /// It failed.
     Failed(ErrorRecord),
-    /// It was cancelled, and is not going on.
+    /// It was cancelled.
     Cancelled,
 }
 

@@ -37,12 +37,12 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 const FINAL_REPLIES_TIMEOUT: Duration = Duration::from_secs(2);
 /// The job that rotates logs, and after how long that is worth a warning.
 const ROTATION_JOB: &str = "rotating the logs";
-const ROTATED_WITHIN: Duration = Duration::from_secs(30);
+const ROTATION_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long jobs that may change a VM's directory may take until it is removed all the same.
 const JOBS_TIMEOUT: Duration = Duration::from_secs(5);
 /// The job that removes the files of a VM, and how long clients wait for it.
 const REMOVAL_JOB: &str = "removing the VM's files";
-const REMOVED_WITHIN: Duration = Duration::from_secs(30);
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the command that asked for a start may take to ask how it goes.
 const STATUS_REQUEST_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -175,7 +175,7 @@ impl Supervisor {
     /// Rotates the logs that are too long, unless the rotation before has not finished.
     fn begin_rotation(&self) {
         if !self.jobs.is_running(ROTATION_JOB) {
-            self.report_end(self.jobs.start(ROTATION_JOB, rotate_logs), ROTATED_WITHIN);
+            self.report_end(self.jobs.start(ROTATION_JOB, rotate_logs), ROTATION_TIMEOUT);
         }
     }
 
@@ -247,7 +247,7 @@ impl Supervisor {
         nido_files::failpoint!("end.closed");
         let mut removal = if vanishes { Some(self.begin_removal().await) } else { None };
         let removed = match &mut removal {
-            Some(removal) => removal.wait(REMOVED_WITHIN).await,
+            Some(removal) => removal.wait(REMOVAL_TIMEOUT).await,
             None => Some(Ok(())),
         };
         self.life.send_replace(match (problem, baked) {
@@ -262,7 +262,7 @@ impl Supervisor {
         }
         let removed = match (removed, removal) {
             (None, Some(removal)) => {
-                tracing::warn!("{REMOVAL_JOB} takes longer than {} s", REMOVED_WITHIN.as_secs());
+                tracing::warn!("{REMOVAL_JOB} takes longer than {} s", REMOVAL_TIMEOUT.as_secs());
                 removal.end().await
             }
             (removed, _) => removed.unwrap_or(Ok(())),

@@ -25,7 +25,7 @@ use super::launch::RunningQemu;
 use super::lifecycle::{AgentReply, Event, taken};
 use super::limits::Limits;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
-use super::state::{RECORD_JOB, RECORDED_WITHIN, Report, Supervisor};
+use super::state::{RECORD_JOB, RECORD_TIMEOUT, Report, Supervisor};
 use crate::context::write_guest_config;
 
 impl Supervisor {
@@ -71,7 +71,7 @@ impl Supervisor {
         let (passed_on, awaited) = oneshot::channel();
         self.awaited = reply.is_some().then_some(awaited);
         tokio::spawn(async move {
-            let recorded = record.outcome_within(RECORDED_WITHIN).await;
+            let recorded = record.outcome_within(RECORD_TIMEOUT).await;
             let _ = reports.send(Report::JobEnded(RECORD_JOB, recorded)).await;
             if let Some(reply) = reply
                 && let Ok(reply) = reply.await

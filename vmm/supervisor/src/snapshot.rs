@@ -46,7 +46,7 @@ const SAVE_TIMEOUT: Duration = Duration::from_secs(600);
 const TAKING_JOB: &str = "taking a snapshot";
 const REMOVAL_JOB: &str = "removing an unfinished snapshot";
 /// How long the removal of an unfinished snapshot is waited for.
-const REMOVED_WITHIN: Duration = Duration::from_secs(10);
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// With this environment variable set to 0, VMs are paused until their memory is saved.
 const PRECOPY: &str = "NIDO_PRECOPY";
@@ -155,7 +155,7 @@ impl Supervisor {
             let _place = place;
             Ok(snapshot::remove_unfinished(&dir))
         });
-        removal.outcome_within(REMOVED_WITHIN).await.unwrap_or_else(|error| {
+        removal.outcome_within(REMOVAL_TIMEOUT).await.unwrap_or_else(|error| {
             tracing::warn!("{error}");
             true
         })

@@ -40,7 +40,7 @@ use super::lifecycle::{Event, Stop};
 use super::qmp::QMP_TIMEOUT;
 use super::readiness::{AgentRoute, Readiness, reset_identity, warm};
 use super::role::Role;
-use super::state::{RECORD_JOB, RECORDED_WITHIN, Supervisor, TAILS_JOB, TAILS_TIMEOUT};
+use super::state::{RECORD_JOB, RECORD_TIMEOUT, Supervisor, TAILS_JOB, TAILS_TIMEOUT};
 
 /// How long loading may take: milliseconds for a bake, seconds for a large memory.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
@@ -215,7 +215,7 @@ impl Supervisor {
             context.refresh_record(&id);
             Ok(())
         });
-        if let Err(error) = record.outcome_within(RECORDED_WITHIN).await {
+        if let Err(error) = record.outcome_within(RECORD_TIMEOUT).await {
             tracing::warn!("{RECORD_JOB}: {error}");
         }
         if let Err(error) = self.bind_forwards().await {

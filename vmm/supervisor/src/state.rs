@@ -38,7 +38,7 @@ const DEFAULT_READY_TIMEOUT: (Duration, Duration) = (Duration::from_secs(60), Du
 pub(super) const SESSION_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The job that writes the VM's record, and how long it is waited for.
 pub(super) const RECORD_JOB: &str = "writing the VM's record";
-pub(super) const RECORDED_WITHIN: Duration = Duration::from_secs(30);
+pub(super) const RECORD_TIMEOUT: Duration = Duration::from_secs(30);
 /// The job that reads the ends of the logs, and how long it is waited for: a VM can end without them.
 pub(super) const TAILS_JOB: &str = "reading the logs";
 pub(super) const TAILS_TIMEOUT: Duration = Duration::from_secs(5);

@@ -3,6 +3,8 @@
 //! Invariants: a hint for the servers names no command or option of the command line, unless it is for the operator of the host,
 //! and says so; an error does not propose to a model to destroy something.
 
+use std::fmt::Display;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -93,7 +95,7 @@ impl Hint {
     }
 
     /// Another operation on a VM.
-    pub fn run_on(operation: &Operation, vm: impl ToString) -> Self {
+    pub fn run_on(operation: &Operation, vm: &(impl Display + ?Sized)) -> Self {
         Self::run(operation).with("name", vm)
     }
 
@@ -108,7 +110,7 @@ impl Hint {
 
     /// Adds an argument of the operation, by its name in requests.
     #[must_use]
-    pub fn with(mut self, name: &str, value: impl ToString) -> Self {
+    pub fn with(mut self, name: &str, value: &(impl Display + ?Sized)) -> Self {
         if let Self::Run(call) = &mut self {
             call.arguments.push((name.into(), value.to_string()));
         }
@@ -290,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_of_servers_are_told_who_can_use_the_host() {
+    fn hints_for_the_host_are_addressed_to_its_user_or_operator() {
         assert_eq!(
             all(&Hint::host("run nido approve apr_1")),
             texts(
