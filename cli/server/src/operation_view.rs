@@ -111,7 +111,7 @@ pub fn list(nido: &Nido, caller: &Caller) -> Result<OperationList> {
 
 /// One of them.
 pub fn get(nido: &Nido, id: &str, caller: &Caller) -> Result<ApiOperation> {
-    find(nido, id, caller).map(|job| job.shown_to(caller.scope, FrontEnd::Api).into())
+    find(nido, id, caller).map(|job| job.shown_to(caller.scope).into())
 }
 
 /// Deletes one, and stops it if it is running. Its effects so far are undone as if its caller had been killed.

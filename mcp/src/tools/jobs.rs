@@ -56,7 +56,7 @@ async fn get(call: &CallContext, asked: Get) -> Result<ToolResult> {
     loop {
         let job = nido.job_get(&asked.job_id, Viewer::Actor(&call.who.actor))?;
         if job.state != JobState::Running || Instant::now() >= deadline {
-            return shown(job.shown_to(call.scope, FrontEnd::Mcp));
+            return shown(job.shown_to(call.scope).worded_for(FrontEnd::Mcp));
         }
         let pause = tokio::time::sleep_until(deadline.min(Instant::now() + POLL_INTERVAL));
         call.unless_cancelled(async {
@@ -101,7 +101,7 @@ impl Operation for Cancel {
     fn run(self: Box<Self>, call: CallContext) -> BoxFuture<'static, Result<ToolResult>> {
         Box::pin(async move {
             let job = call.nido().await?.job_cancel(&self.job_id, Viewer::Actor(&call.who.actor))?;
-            shown(job.shown_to(call.scope, FrontEnd::Mcp))
+            shown(job.shown_to(call.scope).worded_for(FrontEnd::Mcp))
         })
     }
 }

@@ -99,10 +99,16 @@ pub struct Job {
 }
 
 impl Job {
-    /// As a caller of this scope sees it over a front end: without the output of commands, unless it may run commands.
+    /// With an error in the words of a front end, to be serialized for its user.
     #[must_use]
-    pub fn shown_to(mut self, scope: Scope, face: FrontEnd) -> Self {
-        self.error = self.error.map(|error| error.shown_to(face));
+    pub fn worded_for(mut self, front_end: FrontEnd) -> Self {
+        self.error = self.error.map(|error| error.worded_for(front_end));
+        self
+    }
+
+    /// As a caller of this scope sees it: without the output of commands, unless it may run commands.
+    #[must_use]
+    pub fn shown_to(mut self, scope: Scope) -> Self {
         if operation::find(&self.tool).is_some_and(|known| known.has_output && !known.admits(scope)) {
             self.result = None;
         }
@@ -156,7 +162,7 @@ mod tests {
             result: Some(Value::Null),
             error: None,
         };
-        let shown = |tool: &str, scope| job(tool).shown_to(scope, FrontEnd::Api).result.is_some();
+        let shown = |tool: &str, scope| job(tool).shown_to(scope).result.is_some();
         for tool in ["vm_exec", "vm_run"] {
             assert!(!shown(tool, Scope::Read) && shown(tool, Scope::Run) && shown(tool, Scope::Admin), "{tool}");
         }

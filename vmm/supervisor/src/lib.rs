@@ -124,10 +124,13 @@ fn prepare_process(dir: &VmDir) -> Result<()> {
     std::env::set_current_dir(dir.path()).map_err(|e| Error::io("cannot enter the VM's directory", e))
 }
 
+/// The line that a supervisor writes to its standard output when it listens.
+pub const LISTENING: &str = "listening\n";
+
 /// Notifies the command that started this supervisor that it listens, and closes the pipe.
 fn announce() {
     let mut out = std::io::stdout();
-    let _ = out.write_all(b"listening\n").and_then(|()| out.flush());
+    let _ = out.write_all(LISTENING.as_bytes()).and_then(|()| out.flush());
     if let Ok(null) = File::options().write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stdout(&null);
     }

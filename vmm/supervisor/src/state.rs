@@ -16,6 +16,7 @@ use nido_files::private_dir::make_socket_private;
 use nido_guest_agent::wire::Pong;
 use nido_store::{Origin, Transition, VmRow};
 use rustix::fs::unlink;
+use rustix::io::Errno;
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
@@ -197,8 +198,11 @@ impl Supervisor {
 }
 
 fn listen(name: &str) -> Result<UnixListener> {
-    let _ = unlink(Path::new(name));
     let failed = |e| Error::io(format!("cannot listen on {name}"), e);
+    match unlink(Path::new(name)) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(error) => return Err(failed(error.into())),
+    }
     let listener = UnixListener::bind(name).map_err(failed)?;
     make_socket_private(Path::new(name)).map_err(failed)?;
     Ok(listener)

@@ -146,12 +146,12 @@ impl Hint {
 
     /// In the words of a front end; `None` if its users cannot do it.
     #[must_use]
-    pub fn text(&self, face: FrontEnd) -> Option<String> {
-        match (self, face) {
+    pub fn text(&self, front_end: FrontEnd) -> Option<String> {
+        match (self, front_end) {
             (Self::Note { text }, _) | (Self::Host { text } | Self::CommandLine { text }, FrontEnd::Cli) => {
                 Some(text.clone())
             }
-            (Self::Run(call), _) => call.text(face),
+            (Self::Run(call), _) => call.text(front_end),
             (Self::Host { text }, FrontEnd::Mcp) => Some(format!("ask the user to {text}")),
             (Self::Host { text }, FrontEnd::Api) => Some(format!("ask the operator of the host to {text}")),
             (Self::CommandLine { .. } | Self::Unknown, _) => None,
@@ -172,15 +172,15 @@ impl From<String> for Hint {
 }
 
 /// The alternatives in the words of a front end.
-pub(super) fn text(hints: &[Hint], face: FrontEnd) -> Option<String> {
-    let texts: Vec<_> = hints.iter().filter_map(|hint| hint.text(face)).collect();
+pub(super) fn text(hints: &[Hint], front_end: FrontEnd) -> Option<String> {
+    let texts: Vec<_> = hints.iter().filter_map(|hint| hint.text(front_end)).collect();
     if texts.is_empty() { None } else { Some(texts.join(", or: ")) }
 }
 
 impl Call {
-    fn text(&self, face: FrontEnd) -> Option<String> {
+    fn text(&self, front_end: FrontEnd) -> Option<String> {
         let operation = operation::find(&self.op)?;
-        let call = match face {
+        let call = match front_end {
             FrontEnd::Cli => self.command(operation)?,
             FrontEnd::Api => self.request(operation)?,
             // A person decides what is destroyed, and is asked by the tool, not told by an error.
@@ -256,7 +256,7 @@ mod tests {
     use crate::operation as op;
 
     fn all(hint: &Hint) -> [Option<String>; 3] {
-        [FrontEnd::Cli, FrontEnd::Api, FrontEnd::Mcp].map(|face| hint.text(face))
+        [FrontEnd::Cli, FrontEnd::Api, FrontEnd::Mcp].map(|front_end| hint.text(front_end))
     }
 
     fn texts(cli: &str, api: &str, mcp: Option<&str>) -> [Option<String>; 3] {

@@ -103,8 +103,8 @@ impl Error {
 
     /// What to do about it, in the words of a front end.
     #[must_use]
-    pub fn hint_for(&self, face: FrontEnd) -> Option<String> {
-        hint::text(&self.hints, face)
+    pub fn hint_for(&self, front_end: FrontEnd) -> Option<String> {
+        hint::text(&self.hints, front_end)
     }
 
     /// Last lines of the log that has the cause.
@@ -115,14 +115,14 @@ impl Error {
 
     /// The same as an RFC 9457 problem object, with a hint in the words of a front end.
     #[must_use]
-    pub fn problem_for(&self, face: FrontEnd) -> Problem {
+    pub fn problem_for(&self, front_end: FrontEnd) -> Problem {
         Problem {
             r#type: format!("urn:nido:error:{}", self.code.slug()),
             title: self.code.title().into(),
             status: self.code.status(),
             detail: self.message.clone(),
             code: self.code.slug().into(),
-            hint: self.hint_for(face),
+            hint: self.hint_for(front_end),
             log_tail: self.log_tail.clone(),
         }
     }
@@ -182,14 +182,14 @@ pub struct ErrorRecord {
 impl ErrorRecord {
     /// As a user of a front end reads it.
     #[must_use]
-    pub fn problem_for(&self, face: FrontEnd) -> Problem {
-        Error::from(self.clone()).problem_for(face)
+    pub fn problem_for(&self, front_end: FrontEnd) -> Problem {
+        Error::from(self.clone()).problem_for(front_end)
     }
 
-    /// The same, to be serialized for a user of that front end.
+    /// The same, to be serialized for a user of that front end. It is not parsed again.
     #[must_use]
-    pub fn shown_to(&self, face: FrontEnd) -> Self {
-        Self { problem: self.problem_for(face), hints: None }
+    pub fn worded_for(&self, front_end: FrontEnd) -> Self {
+        Self { problem: self.problem_for(front_end), hints: None }
     }
 
     /// The sentence.
@@ -252,6 +252,13 @@ mod tests {
             assert_eq!((back.code(), back.message()), (code, "it failed"));
             assert_eq!((back.hints, back.log_tail), (error.hints, error.log_tail));
         }
+    }
+
+    #[test]
+    fn a_record_keeps_hints_that_name_an_operation() {
+        let hint = Hint::run_on(op::VM_START, "web").cold().to("boot it");
+        let json = serde_json::to_string(&Error::new(Code::VmBusy, "x").hint(hint.clone()).record()).unwrap();
+        assert_eq!(Error::from(serde_json::from_str::<ErrorRecord>(&json).unwrap()).hints, [hint], "{json}");
     }
 
     #[test]

@@ -1,26 +1,29 @@
 //! Supervisors as a command sees them: starting one, finding the one there is, asking it something.
 //!
 //! A supervisor is this same program, started with the verb `supervise`. Its standard input is the locked
-//! `supervisor.lock` (so the lock is never free in between), its standard output a pipe on which it writes one line once
-//! its sockets are there.
+//! `supervisor.lock` (so the lock is never free in between), its standard output a pipe on which it writes one line: that it
+//! listens, or why it does not.
 
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use nido_api::StartStage;
-use nido_api::error::{Code, Error, Hint, Result};
+use nido_api::error::{Code, Error, ErrorRecord, Hint, Result};
 use nido_api::operation as op;
-use nido_engine::home::{CONTROL_SOCKET, SUPERVISOR_LOCK, SUPERVISOR_LOG, VM_LOCK};
+use nido_engine::home::{CONTROL_SOCKET, SUPERVISOR_LOCK, SUPERVISOR_LOG, VM_LOCK, VmDir};
 use nido_files::lock::{HeldLock, is_held};
 use nido_store::VmRow;
+use nido_supervisor::LISTENING;
 use nido_supervisor::control::{MAX_LINE, Reply, Request, UNVERSIONED, VERSION, decode_reply, encode};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt as _, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::Nido;
 
+/// The most bytes of a supervisor's first line.
+const FIRST_LINE_MAX: u64 = 1 << 16;
 /// How long a supervisor may take until it listens.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the search for a supervisor that answers may take.
@@ -69,12 +72,9 @@ impl Nido {
             return Err(Error::internal("a supervisor without standard output"));
         };
         let mut line = String::new();
-        match timeout(LISTEN_TIMEOUT, BufReader::new(stdout).read_line(&mut line)).await {
-            Ok(Ok(n)) if n > 0 => Ok(()),
-            // It ended before it listened: it has nothing to supervise, or its log has the cause.
-            Ok(_) => Err(Error::internal("the VM's supervisor ended at once")
-                .log_tail(nido_engine::logs::log_tail(&dir, &[SUPERVISOR_LOG]))
-                .hint("see the lines above, from its log")),
+        match timeout(LISTEN_TIMEOUT, BufReader::new(stdout.take(FIRST_LINE_MAX)).read_line(&mut line)).await {
+            Ok(Ok(_)) if line == LISTENING => Ok(()),
+            Ok(_) => Err(ended_at_once(&line, &dir)),
             Err(_) => Err(Error::new(Code::Timeout, "the VM's supervisor did not start in time")),
         }
     }
@@ -262,6 +262,15 @@ pub(super) async fn read_reply(connection: &mut BufReader<UnixStream>) -> Result
         }
     }
     decode_reply(&line).map(Some)
+}
+
+/// The error of a supervisor that ended before it listened: as it reports, or with its log if it was killed.
+fn ended_at_once(line: &str, dir: &VmDir) -> Error {
+    serde_json::from_str::<ErrorRecord>(line).map(Error::from).unwrap_or_else(|_| {
+        Error::internal("the VM's supervisor ended at once")
+            .log_tail(nido_engine::logs::log_tail(dir, &[SUPERVISOR_LOG]))
+            .hint("see the lines above, from its log")
+    })
 }
 
 /// The supervisor of another nido, which does not know the request.
