@@ -10,6 +10,8 @@ use serde_json::Value;
 
 use crate::support::{Home, Nido, processes, publish_whole};
 
+/// How often it is checked whether the processes of a home have recovered. Each check runs commands, which take CPU time from them.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How long the processes of a home may take until they have recovered.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(40);
 
@@ -133,7 +135,7 @@ impl Rig {
                 Ok(found) => return found,
                 Err(why) => assert!(Instant::now() < deadline, "{why}"),
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 

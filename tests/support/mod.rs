@@ -25,6 +25,8 @@ pub use run::{Nido, RunningNido};
 
 /// How long anything may take that a test waits for.
 pub const DEADLINE: Duration = Duration::from_secs(60);
+/// How often a condition is checked: a test that waits leaves the processor to the processes that it waits for.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// A home of its own, with a fake QEMU.
 pub struct Home {
@@ -147,8 +149,8 @@ pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         if let Some(seen) = look() {
             return seen;
         }
-        assert!(began.elapsed() < DEADLINE, "waited for {what} in vain");
-        std::thread::yield_now();
+        assert!(began.elapsed() < DEADLINE, "{what}: not within {} s", DEADLINE.as_secs());
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 
