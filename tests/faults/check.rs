@@ -159,9 +159,13 @@ fn expect_known_files(rig: &Rig) {
     let known: BTreeSet<String> = HOME_FILES.map(str::to_owned).into();
     let unknown: Vec<_> = names(&home).into_iter().filter(|name| !known.contains(name)).collect();
     assert_eq!(unknown, Vec::<String>::new(), "unknown files in the home");
-    let rows = rows(rig);
-    let ids: BTreeSet<String> = rows.iter().map(|row| row.id.clone()).collect();
-    assert_eq!(names(&home.join("vms")), ids, "directories and rows");
+    // A command may just have started a process that fills pools: the directory of a clone is there before its row.
+    let rows = rig.until_well(|| {
+        let rows = rows(rig);
+        let ids: BTreeSet<String> = rows.iter().map(|row| row.id.clone()).collect();
+        let found = names(&home.join("vms"));
+        if found == ids { Ok(rows) } else { Err(format!("directories {found:?}, rows {ids:?}")) }
+    });
     for VmRow { id, state, .. } in &rows {
         let directory = home.join("vms").join(id);
         // The next start removes the temporary files of a running VM.
