@@ -54,7 +54,7 @@ fn a_command_ends_with_its_listener() {
 #[test]
 fn a_command_ends_with_a_listener_that_does_not_read() {
     let home = Home::new();
-    let server = Server::with(&home, &["--patience", "200ms"]);
+    let server = Server::with(&home, &["--patience", "500ms"]);
     home.spawn("web");
     let bearer = format!("Bearer {}", server.token());
     let headers = [("authorization", &*bearer), ("content-type", "application/json"), ("accept", "text/event-stream")];
