@@ -1,4 +1,4 @@
-//! A VM whose CPUs are paused: why, who is notified, and how it resumes.
+//! A VM whose CPUs are paused: the cause, which clients are notified, and how it resumes.
 
 use std::fs;
 

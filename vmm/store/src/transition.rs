@@ -68,7 +68,7 @@ pub enum Transition {
         /// The state: one without a QEMU.
         to: VmState,
     },
-    /// A QEMU runs although its row states that there is none.
+    /// A QEMU runs although its row states that the VM is stopped.
     FoundRunning,
     /// A directory without a row was adopted: the last start according to its record.
     Adopted(Box<AdoptedStart>),

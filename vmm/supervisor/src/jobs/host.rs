@@ -26,7 +26,7 @@ impl HostProbe {
     /// Tests QEMU, unless that is cached.
     ///
     /// # Errors
-    /// There is none, or it does not behave as one.
+    /// `qemu_missing`, `qemu_failed`.
     pub(crate) fn qemu(&self) -> Result<QemuFacts> {
         Ok(qemu::probe(&qemu::find(self.named.as_deref())?, &self.cache)?)
     }

@@ -96,8 +96,8 @@ impl Preparation {
         Err(Error::new(Code::DiskFull, words).hint(Hint::home_full()))
     }
 
-    /// Saving reads all of the guest's memory. In a memory file system a hole of the image that is read takes space, and the one
-    /// who reads dies where there is none.
+    /// Saving reads all of the guest's memory. In a memory file system a hole of the image takes space when it is read; QEMU is
+    /// killed by SIGBUS if no space is left.
     fn holes(&self) -> u64 {
         let in_memory = rustix::fs::statfs(self.dir.path().as_os_str()).is_ok_and(|facts| facts.f_type == TMPFS_MAGIC);
         match self.image.as_ref().filter(|_| in_memory).and_then(|image| fs::metadata(image).ok()) {
