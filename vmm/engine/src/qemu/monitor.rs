@@ -4,16 +4,20 @@
 //! command ends within its deadline, or at once when QEMU has exited; a reply belongs to its command by number; the
 //! guest cannot stall the monitor by causing events (they are dropped, and counted, when the owner does not keep up).
 
-use std::collections::HashMap;
-use std::io;
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use qapi::{Command, qmp};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -89,7 +93,7 @@ pub struct Monitor {
 #[derive(Debug)]
 struct Request {
     id: u64,
-    line: Vec<u8>,
+    message: OutgoingMessage,
     answer: oneshot::Sender<QmpReply>,
 }
 
@@ -126,7 +130,7 @@ impl Monitor {
         let (events, received) = mpsc::channel(EVENTS_MAX);
         let monitor = Self { requests, last_id: Arc::default(), nonsense: Arc::default() };
         let (nonsense, waiting) = (monitor.nonsense.clone(), HashMap::new());
-        let driver = Driver { commands, events, waiting, lost: 0, output: Vec::new(), nonsense };
+        let driver = Driver { commands, events, waiting, lost: 0, output: VecDeque::new(), nonsense };
         tokio::spawn(driver.run(stream, lines));
         monitor.execute(qmp::qmp_capabilities { enable: None }, NEGOTIATION_TIMEOUT).await?;
         Ok((monitor, received))
@@ -137,12 +141,33 @@ impl Monitor {
     /// # Errors
     /// See [`MonitorError`].
     pub async fn execute<C: Command>(&self, command: C, timeout: Duration) -> Result<C::Ok, MonitorError> {
+        self.exchange(command, None, timeout).await
+    }
+
+    /// Hands a copy of an open file to QEMU, which knows it by that name until a command uses it, or another file gets the name.
+    ///
+    /// # Errors
+    /// See [`MonitorError`].
+    pub async fn send_file(&self, name: &str, file: &File, timeout: Duration) -> Result<(), MonitorError> {
+        let copy = OwnedFd::from(file.try_clone()?);
+        self.exchange(qmp::getfd { fdname: name.into() }, Some(copy), timeout).await.map(drop)
+    }
+
+    async fn exchange<C: Command>(
+        &self,
+        command: C,
+        file: Option<OwnedFd>,
+        timeout: Duration,
+    ) -> Result<C::Ok, MonitorError> {
         let id = self.last_id.fetch_add(1, Ordering::Relaxed);
         let strange = |e: serde_json::Error| MonitorError::Protocol { reason: format!("{}: {e}", C::NAME) };
         let line = wire::write(&command, id).map_err(strange)?;
         let (sender, answer) = oneshot::channel();
         let exchange = async {
-            self.requests.send(Request { id, line, answer: sender }).await.map_err(|_| self.why_closed())?;
+            self.requests
+                .send(Request { id, message: OutgoingMessage { line, file }, answer: sender })
+                .await
+                .map_err(|_| self.why_closed())?;
             answer.await.map_err(|_| self.why_closed())
         };
         let late = |_| MonitorError::Timeout { command: C::NAME, timeout_ms: timeout.as_millis() };
@@ -245,13 +270,29 @@ async fn greeting(stream: &mut UnixStream, lines: &mut Lines) -> Result<(), Moni
     }
 }
 
+/// Writes bytes, and passes a descriptor with them (`SCM_RIGHTS`).
+fn send_with_file(stream: &UnixStream, bytes: &[u8], file: BorrowedFd<'_>) -> io::Result<usize> {
+    let files = [file];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&files));
+    Ok(sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
+}
+
+/// A command on its way to QEMU, and the descriptor that goes with it.
+#[derive(Debug)]
+struct OutgoingMessage {
+    line: Vec<u8>,
+    file: Option<OwnedFd>,
+}
+
 /// The task that owns the socket.
 struct Driver {
     commands: mpsc::Receiver<Request>,
     events: mpsc::Sender<MonitorEvent>,
     waiting: HashMap<u64, oneshot::Sender<QmpReply>>,
     lost: u64,
-    output: Vec<u8>,
+    output: VecDeque<OutgoingMessage>,
     nonsense: Arc<OnceLock<WireError>>,
 }
 
@@ -259,7 +300,7 @@ impl Driver {
     /// Runs until QEMU closes the connection, sends invalid QMP, or all handles are dropped. Ending drops the senders, which notifies
     /// every waiting command and the events' owner.
     async fn run(mut self, mut stream: UnixStream, mut lines: Lines) {
-        let (mut input, mut output) = stream.split();
+        let (mut input, output) = stream.split();
         let mut chunk = vec![0; 16 << 10];
         loop {
             loop {
@@ -277,20 +318,37 @@ impl Driver {
                     Ok(n) if n > 0 => lines.push(&chunk[..n]),
                     _ => return,
                 },
-                written = output.write(&self.output), if !self.output.is_empty() => match written {
-                    Ok(n) => drop(self.output.drain(..n)),
-                    Err(_) => return,
-                },
+                writable = output.writable(), if !self.output.is_empty() => {
+                    if writable.and_then(|()| self.write(output.as_ref())).is_err_and(|e| e.kind() != io::ErrorKind::WouldBlock) {
+                        return;
+                    }
+                }
                 request = self.commands.recv() => match request {
                     Some(request) => {
                         self.waiting.retain(|_, answer| !answer.is_closed());
-                        self.output.extend_from_slice(&request.line);
+                        self.output.push_back(request.message);
                         self.waiting.insert(request.id, request.answer);
                     }
                     None => return,
                 },
             }
         }
+    }
+
+    /// Writes as much of the next message as the socket takes.
+    fn write(&mut self, stream: &UnixStream) -> io::Result<()> {
+        let Some(message) = self.output.front_mut() else { return Ok(()) };
+        let written = match &message.file {
+            None => stream.try_write(&message.line)?,
+            Some(file) => stream.try_io(Interest::WRITABLE, || send_with_file(stream, &message.line, file.as_fd()))?,
+        };
+        // It went with the first byte.
+        message.file = None;
+        message.line.drain(..written);
+        if message.line.is_empty() {
+            self.output.pop_front();
+        }
+        Ok(())
     }
 
     fn receive(&mut self, message: Message) {

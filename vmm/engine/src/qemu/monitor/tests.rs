@@ -1,4 +1,8 @@
-use tokio::io::{AsyncBufReadExt as _, BufReader};
+use std::io::{Read as _, Seek as _, Write as _};
+use std::os::fd::AsFd as _;
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::task::JoinHandle;
 
 use super::*;
@@ -109,4 +113,48 @@ async fn a_monitor_that_never_listens_ends_at_the_deadline() {
     let dir = tempfile::tempdir().unwrap();
     let result = Monitor::connect(&dir.path().join("qmp.sock"), Duration::from_millis(100)).await;
     assert!(matches!(result, Err(MonitorError::Timeout { .. })));
+}
+
+#[tokio::test]
+async fn a_file_arrives_with_its_command_and_with_no_other() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let task = tokio::spawn(async move {
+        let mut output = theirs;
+        output.write_all(format!("{GREETING}\r\n").as_bytes()).await.unwrap();
+        let mut heard = Vec::new();
+        for _ in 0..3 {
+            let (mut line, mut space) = ([0; 4096], [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))]);
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let received = output.async_io(Interest::READABLE, || {
+                let mut parts = [io::IoSliceMut::new(&mut line)];
+                Ok(recvmsg(output.as_fd(), &mut parts, &mut control, RecvFlags::DONTWAIT)?)
+            });
+            let bytes = received.await.unwrap().bytes;
+            let command: Value = serde_json::from_slice(&line[..bytes]).unwrap();
+            let files: Vec<OwnedFd> = control
+                .drain()
+                .filter_map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(files) => Some(files),
+                    _ => None,
+                })
+                .flatten()
+                .collect();
+            output.write_all(format!("{{\"return\":{{}},\"id\":{}}}\r\n", command["id"]).as_bytes()).await.unwrap();
+            heard.push((command, files));
+        }
+        heard
+    });
+    let (monitor, _events) = Monitor::negotiate(ours).await.unwrap();
+    let mut file = tempfile::tempfile().unwrap();
+    monitor.send_file("state", &file, TEST_TIMEOUT).await.unwrap();
+    monitor.cont(TEST_TIMEOUT).await.unwrap();
+    let heard = task.await.unwrap();
+    assert_eq!(heard.iter().map(|(_, files)| files.len()).collect::<Vec<_>>(), [0, 1, 0]);
+    let (command, files) = heard.into_iter().nth(1).unwrap();
+    assert_eq!((&command["execute"], &command["arguments"]["fdname"]), (&"getfd".into(), &"state".into()));
+    File::from(files.into_iter().next().unwrap()).write_all(b"saved").unwrap();
+    let mut text = String::new();
+    file.rewind().unwrap();
+    file.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "saved");
 }
