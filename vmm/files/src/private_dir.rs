@@ -75,9 +75,34 @@ pub fn make_socket_private(path: &Path) -> std::io::Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
 }
 
+/// Removes what is left of a socket, so that its path can be bound again.
+///
+/// # Errors
+/// Of the file system; not that there is nothing.
+pub fn remove_socket(path: &Path) -> std::io::Result<()> {
+    std::fs::remove_file(path).or_else(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // A socket that could not be removed was "address in use" when its path was bound.
+    #[test]
+    fn a_socket_that_cannot_be_removed_is_reported_and_a_missing_one_is_not() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("a.sock");
+        remove_socket(&path).unwrap();
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        remove_socket(&path).unwrap();
+        assert!(!path.exists());
+        std::fs::create_dir(&path).unwrap();
+        remove_socket(&path).unwrap_err();
+        assert!(path.exists());
+    }
 
     /// Directories that a supervisor made could not be entered by an ordinary user: snapshots and forks of running VMs failed.
     #[test]

@@ -54,13 +54,14 @@ impl Supervisor {
             Action::PowerOff(deadline) => self.power_off(deadline, running),
             Action::Quit => {
                 nido_files::failpoint!("stop.quitting");
-                if let Ok(monitor) = running.monitor().cloned() {
-                    tokio::spawn(async move { monitor.quit(QUIT_REPLY_TIMEOUT).await });
+                match running.monitor().cloned() {
+                    Ok(monitor) => drop(tokio::spawn(async move { monitor.quit(QUIT_REPLY_TIMEOUT).await })),
+                    Err(_) => self.cancel_start(running),
                 }
             }
             Action::Kill => {
-                tracing::warn!("QEMU does not quit; killing it");
-                let _ = running.process.kill();
+                tracing::warn!("killing QEMU");
+                running.process.kill();
             }
             Action::CountSessions => self.count_sessions(),
             Action::AwaitAgent(within) => {

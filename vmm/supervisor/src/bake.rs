@@ -58,12 +58,12 @@ struct Saving {
 impl Supervisor {
     /// Starts to save the guest. Its machine ends then; the result is reported when QEMU has ended.
     pub(super) fn begin_bake(&self, running: &RunningQemu) {
-        let Ok(monitor) = running.monitor().cloned() else { return };
+        let (Ok(monitor), Ok(pid)) = (running.monitor().cloned(), running.pid()) else { return };
         let saving = Saving {
             name: self.row.spec.name.to_string(),
             agent_route: self.agent_route(),
             monitor,
-            pid: running.process.pid(),
+            pid,
             rests: self.row.origin == Origin::Boot,
             twin: self.lifecycle.role().is_twin(),
         };

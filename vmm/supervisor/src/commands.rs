@@ -15,7 +15,8 @@ use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::state::{Report, Supervisor};
 
 impl Supervisor {
-    pub(super) async fn on_call(&mut self, ControlRequest { request, reply }: ControlRequest, running: &RunningQemu) {
+    pub(super) async fn on_call(&mut self, call: ControlRequest, running: &RunningQemu) {
+        let Some(ControlRequest { request, reply }) = self.defer(call) else { return };
         let outcome = match request {
             // The loop has no part in them: they wait, or last.
             Request::Ready | Request::Lease => Ok(Reply::Done),

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nido_api::error::{ErrorRecord, Result};
+use nido_api::error::{Error, ErrorRecord, Result};
 use nido_api::state::{FailureCause, VmState};
 use nido_api::{Failure, StopRequest};
 use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, QMP_SOCKET};
@@ -15,7 +15,7 @@ use nido_engine::qemu::QemuExit;
 use nido_store::{Transition, VmEnd};
 use rustix::fs::unlink;
 use tokio::sync::oneshot;
-use tokio::time::{Instant as TokioInstant, sleep_until};
+use tokio::time::{Instant as TokioInstant, Interval, MissedTickBehavior, sleep_until};
 
 use super::control_server::{ActiveSessions, StartupPhase};
 use super::failure_error;
@@ -24,7 +24,8 @@ use super::launch::RunningQemu;
 use super::lifecycle::{Event, Stop};
 use super::readiness::Readiness;
 use super::role::Role;
-use super::startup::NotRunning;
+use super::start_report::End;
+use super::startup::ADDRESS_RETRIES_MAX;
 use super::state::{SESSION_CHECK_INTERVAL, Supervisor, TAILS_JOB, TAILS_TIMEOUT, instant_of};
 
 /// How often logs are looked at.
@@ -50,24 +51,30 @@ impl Supervisor {
     /// Supervises until the VM is stopped.
     pub(super) async fn run(mut self, attach_to: bool, announce: impl FnOnce()) -> Result<()> {
         announce();
-        let running = if attach_to { self.take_over().await } else { self.start().await };
-        match running {
-            Ok(running) => {
-                self.ensure_guardian();
-                self.leave_callers_unit(&running.process);
-                let exit = self.watch_over(running).await;
-                self.conclude(exit).await
+        let (mut attach, mut retries) = (attach_to, 0);
+        loop {
+            match self.watch_over(attach).await {
+                End::StartAgain => attach = false,
+                End::NeverConnected(_) if retries < ADDRESS_RETRIES_MAX && self.address_was_taken().await => {
+                    retries += 1;
+                    self.forwards.close().await;
+                    if let Err(error) = self.take_another_address() {
+                        return self.end_unstarted(&error).await;
+                    }
+                }
+                End::Exit(exit) | End::NeverConnected(exit) => return self.conclude(exit).await,
+                End::Error(error) => return self.end_unstarted(&error).await,
+                // What the store says stays as it is.
+                End::OutOfReach(error) => return Err(error),
             }
-            Err(NotRunning::Exit(exit)) => self.conclude(exit).await,
-            // It never ran: what keeps it from running is the answer, and the VM is as it was.
-            Err(NotRunning::Error(error)) => {
-                tracing::error!("{error}");
-                self.refuse_calls();
-                self.end(VmState::Stopped, None, Some(error.record())).await
-            }
-            // It lives, and there is no way to it. What the store says stays as it is.
-            Err(NotRunning::OutOfReach(error)) => Err(error),
         }
+    }
+
+    /// The guest never ran: what keeps it from running is the reply, and the VM is as it was.
+    async fn end_unstarted(mut self, error: &Error) -> Result<()> {
+        tracing::error!("{error}");
+        self.refuse_calls();
+        self.end(VmState::Stopped, None, Some(error.record())).await
     }
 
     /// QEMU has ended, and so has the VM. A VM that failed under KVM never gets another start without it: what failed may be the
@@ -91,40 +98,39 @@ impl Supervisor {
         }
     }
 
-    /// Everything from QEMU's first answer to its end.
-    async fn watch_over(&mut self, mut running: RunningQemu) -> QemuExit {
-        let first = self.begin_watching(&running);
-        let mut awaiting_agent = first.is_some();
-        let mut ready = first.unwrap_or_else(|| oneshot::channel().1);
-        let mut retry = tokio::time::interval(RETRY_INTERVAL);
-        retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut logs = tokio::time::interval(LOG_CHECK_INTERVAL);
-        logs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut guardian = tokio::time::interval(GUARDIAN_CHECK_INTERVAL);
-        guardian.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut session = tokio::time::interval(SESSION_CHECK_INTERVAL);
-        session.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    /// Everything from QEMU's start, or the search for one that runs, to its end.
+    async fn watch_over(&mut self, attach: bool) -> End {
+        let mut running = RunningQemu::awaited();
+        if let Err(error) = self.begin_start(attach, &running).await {
+            return End::Error(error);
+        }
+        let mut awaiting_agent = false;
+        let mut ready = oneshot::channel().1;
+        let (mut retry, mut logs) = (every(RETRY_INTERVAL), every(LOG_CHECK_INTERVAL));
+        let (mut guardian, mut session) = (every(GUARDIAN_CHECK_INTERVAL), every(SESSION_CHECK_INTERVAL));
         let mut direct = self.users.watch();
         let mut spliced =
             self.channel.as_ref().map_or_else(|| ActiveSessions::new().watch(), |channel| channel.activity().open());
         let mut monitor_open = true;
         loop {
             let sessions = *direct.borrow_and_update() + *spliced.borrow_and_update();
-            self.step(Event::Sessions(sessions), &running);
+            let starting = self.is_starting();
+            if !starting {
+                self.step(Event::Sessions(sessions), &running);
+            }
             let wake = self.lifecycle.next_deadline().map(TokioInstant::from_std);
             tokio::select! {
-                exit = running.process.wait() => {
-                    self.step(Event::Exited, &running);
-                    // What QEMU said last may still be on its way.
-                    self.drain_events(&mut running).await;
-                    return exit.unwrap_or(QemuExit::Unknown);
-                }
-                event = running.events.recv(), if monitor_open => match event {
+                exit = running.process.wait() => return self.on_exit(exit, &mut running).await,
+                event = running.events.recv(), if monitor_open && !starting => match event {
                     Some(event) => self.on_event(event, &running).await,
                     None => monitor_open = false,
                 },
                 Some(call) = self.calls.recv() => self.on_call(call, &running).await,
-                Some(report) = self.reports.1.recv() => self.on_report(report, &running).await,
+                Some(report) = self.reports.1.recv() => {
+                    if let Some(end) = self.on_report(report, &mut running).await {
+                        return end;
+                    }
+                }
                 outcome = &mut ready, if awaiting_agent => {
                     awaiting_agent = false;
                     self.on_agent(outcome.unwrap_or(Readiness::Late), &running);
@@ -138,23 +144,41 @@ impl Supervisor {
                     // The host may have slept, which the timer does not count; the wall clock does.
                     self.step(Event::ExpiresAt(self.row.expires_at.map(instant_of)), &running);
                 }
-                _ = guardian.tick() => self.ensure_guardian(),
+                _ = guardian.tick(), if !starting => self.ensure_guardian(),
                 _ = retry.tick(), if !self.unwritten.is_empty() => self.flush(),
                 _ = session.tick(), if self.row.spec.lease.is_some() || self.row.made_by.is_some() => {
-                    if !self.lifecycle.has_quit() && self.context.is_abandoned(&self.row) {
-                        self.step(Event::SessionEnded, &running);
-                    }
+                    self.check_session(&running);
                 }
                 () = sleep_until(wake.unwrap_or_else(TokioInstant::now)), if wake.is_some() => self.step(Event::Tick, &running),
             }
             if let Some(next) = self.awaited.take() {
                 (ready, awaiting_agent) = (next, true);
             }
+            if let Some(end) = self.end_cancelled_start(&running).await {
+                return end;
+            }
         }
     }
 
+    fn check_session(&mut self, running: &RunningQemu) {
+        if !self.lifecycle.has_quit() && self.context.is_abandoned(&self.row) {
+            self.step(Event::SessionEnded, running);
+        }
+    }
+
+    async fn on_exit(&mut self, exit: QemuExit, running: &mut RunningQemu) -> End {
+        self.abort_start().await;
+        if !running.is_connected() {
+            return End::NeverConnected(exit);
+        }
+        self.step(Event::Exited, running);
+        // What QEMU said last may still be on its way.
+        self.drain_events(running).await;
+        End::Exit(exit)
+    }
+
     /// What the watch over a QEMU begins with: the first reply of its agent, if that is awaited.
-    fn begin_watching(&mut self, running: &RunningQemu) -> Option<oneshot::Receiver<Readiness>> {
+    pub(super) fn begin_watching(&mut self, running: &RunningQemu) -> Option<oneshot::Receiver<Readiness>> {
         if self.lifecycle.state() == VmState::Stopping && !self.lifecycle.is_ending() {
             // The supervisor before was stopping it: the deadline is this one's now.
             let StopRequest { force, timeout_ms } = StopRequest::default();
@@ -182,6 +206,7 @@ impl Supervisor {
     /// The loop is over: requests get an error at once, and stops wait for the VM's end.
     fn refuse_calls(&mut self) {
         self.calls.close();
+        self.deferred.clear();
         while self.calls.try_recv().is_ok() {}
     }
 
@@ -276,6 +301,13 @@ impl Supervisor {
         }
         written.and(removed)
     }
+}
+
+/// Ticks at once, and then at this interval.
+fn every(interval: Duration) -> Interval {
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
 }
 
 /// Whether such a failure may come from a KVM that does not work (any more).

@@ -23,6 +23,7 @@ use super::lifecycle::{AgentReply, Event};
 use super::pause::{Resume, io_cause, observed};
 use super::qmp::QMP_TIMEOUT;
 use super::readiness::Readiness;
+use super::start_report::End;
 use super::state::{Report, Supervisor};
 
 /// How long an agent may take to greet on a channel whose port was opened again.
@@ -93,8 +94,10 @@ impl Supervisor {
         });
     }
 
-    pub(super) async fn on_report(&mut self, report: Report, running: &RunningQemu) {
+    /// `Some`: the supervision of this QEMU is over.
+    pub(super) async fn on_report(&mut self, report: Report, running: &mut RunningQemu) -> Option<End> {
         match report {
+            Report::Start(report) => return self.on_start_report(report, running).await,
             Report::Paused(outcome, reply) => {
                 if outcome.is_ok() {
                     self.step(Event::Paused, running);
@@ -131,6 +134,7 @@ impl Supervisor {
                 }
             }
         }
+        None
     }
 
     pub(super) async fn on_event(&mut self, event: MonitorEvent, running: &RunningQemu) {

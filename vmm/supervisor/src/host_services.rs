@@ -1,7 +1,6 @@
 //! What the supervisor arranges with the host when QEMU runs: a guardian, and a systemd scope.
 
 use nido_engine::host::scope;
-use nido_engine::qemu::QemuProcess;
 
 use super::state::Supervisor;
 
@@ -15,10 +14,10 @@ impl Supervisor {
     }
 
     /// Where there is systemd, QEMU and this supervisor leave the unit of the process that started them.
-    pub(super) fn leave_callers_unit(&self, qemu: &QemuProcess) {
-        let Some(bus) = scope::bus() else { return };
+    pub(super) fn leave_callers_unit(&self, qemu: Option<i32>) {
+        let (Some(bus), Some(qemu)) = (scope::bus(), qemu) else { return };
         let own = i32::try_from(std::process::id()).unwrap_or_default();
-        let (id, name, pids) = (self.row.id.clone(), self.row.spec.name.to_string(), [own, qemu.pid()]);
+        let (id, name, pids) = (self.row.id.clone(), self.row.spec.name.to_string(), [own, qemu]);
         tokio::spawn(async move {
             match scope::adopt(bus, &id, &name, &pids).await {
                 Ok(()) => tracing::info!("the VM has its own systemd scope"),

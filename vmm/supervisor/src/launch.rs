@@ -3,91 +3,153 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nido_api::error::{Code, Error, Result};
+use nido_api::sanitize::on_one_line;
 use nido_engine::home::{
     CHANNEL_SOCKET, CONSOLE_LOG, DISK, GUEST_CONFIG, Home, MEMORY_IMAGE, QEMU_LOG, QMP_SOCKET, VM_LOCK,
 };
 use nido_engine::host::QemuFacts;
 use nido_engine::machine::Machine;
 use nido_engine::qemu::argv::{Disk, Files, Memory, flatten, parts};
-use nido_engine::qemu::{Monitor, MonitorError, MonitorEvent, QemuProcess, process};
+use nido_engine::qemu::{Monitor, MonitorError, MonitorEvent, QemuExit, QemuProcess, process};
 use nido_files::lock::HeldLock;
+use nido_files::private_dir::remove_socket;
 use nido_store::{Origin, Purpose, VmRow};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
 /// How long QEMU may take until its monitor answers.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the end of a QEMU that closed its monitor may take to be seen.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A QEMU that runs, and the connection to its monitor.
+/// A monitor that replies, and what QEMU reports over it.
+pub(super) type Connection = (Monitor, mpsc::Receiver<MonitorEvent>);
+
+/// The process of a QEMU, from the moment in which it is started or found. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct QemuHandle(Arc<OnceLock<QemuProcess>>);
+
+impl QemuHandle {
+    /// Waits until QEMU has ended; for ever while it has not been started.
+    pub(super) async fn wait(&self) -> QemuExit {
+        match self.0.get() {
+            Some(process) => process.wait().await.unwrap_or(QemuExit::Unknown),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Kills QEMU, if it was started.
+    pub(super) fn kill(&self) {
+        self.0.get().into_iter().for_each(|process| drop(process.kill()));
+    }
+
+    /// Its number, if it was started.
+    pub(super) fn pid(&self) -> Option<i32> {
+        self.0.get().map(QemuProcess::pid)
+    }
+
+    /// Whether it was started.
+    pub(super) fn exists(&self) -> bool {
+        self.0.get().is_some()
+    }
+}
+
+/// The connection to QEMU's monitor.
+#[derive(Debug)]
+enum MonitorLink {
+    /// Not connected yet.
+    Awaited,
+    Open(Monitor),
+    /// It does not reply: it hangs, or was suspended by a signal. All that can be done with this QEMU is to kill it.
+    Mute,
+}
+
+/// A VM's QEMU, and the connection to its monitor.
 pub(super) struct RunningQemu {
-    pub process: QemuProcess,
-    /// `None`: its monitor does not reply, and all that can be done with this QEMU is to kill it.
-    monitor: Option<Monitor>,
+    pub process: QemuHandle,
+    link: MonitorLink,
     /// What QEMU reports; ended for one whose monitor does not reply.
     pub events: mpsc::Receiver<MonitorEvent>,
 }
 
 impl RunningQemu {
+    /// One that has not been started or found yet.
+    pub(super) fn awaited() -> Self {
+        Self { process: QemuHandle::default(), link: MonitorLink::Awaited, events: mpsc::channel(1).1 }
+    }
+
+    /// Its monitor has replied.
+    pub(super) fn connected(&mut self, (monitor, events): Connection) {
+        (self.link, self.events) = (MonitorLink::Open(monitor), events);
+    }
+
+    /// Its monitor was connected to, and does not reply.
+    pub(super) fn fell_mute(&mut self) {
+        self.link = MonitorLink::Mute;
+    }
+
     /// QEMU's monitor.
     ///
     /// # Errors
-    /// `qemu_failed` if it does not reply.
+    /// `qemu_failed` if it does not reply; `vm_busy` if it is not connected yet.
     pub(super) fn monitor(&self) -> Result<&Monitor> {
-        self.monitor
-            .as_ref()
-            .ok_or_else(|| Error::new(Code::QemuFailed, "the VM's QEMU does not reply").hint("stop the VM with force"))
+        match &self.link {
+            MonitorLink::Open(monitor) => Ok(monitor),
+            MonitorLink::Awaited => Err(being_started()),
+            MonitorLink::Mute => {
+                Err(Error::new(Code::QemuFailed, "the VM's QEMU does not reply").hint("stop the VM with force"))
+            }
+        }
     }
 
-    /// Whether its monitor does not reply: it hangs, or was suspended by a signal.
+    /// QEMU's number.
+    ///
+    /// # Errors
+    /// `vm_busy` if it was not started yet.
+    pub(super) fn pid(&self) -> Result<i32> {
+        self.process.pid().ok_or_else(being_started)
+    }
+
+    /// Whether its monitor does not reply.
     pub(super) const fn is_mute(&self) -> bool {
-        self.monitor.is_none()
+        matches!(self.link, MonitorLink::Mute)
+    }
+
+    /// Whether its monitor has been connected to.
+    pub(super) const fn is_connected(&self) -> bool {
+        !matches!(self.link, MonitorLink::Awaited)
     }
 }
 
-/// Why there is no QEMU.
-pub(super) enum LaunchError {
-    /// It ended before it answered.
-    Exited(process::QemuExit),
-    /// It could not be started or reached.
-    Failed(Error),
+fn being_started() -> Error {
+    Error::new(Code::VmBusy, "the VM is being started")
+}
+
+/// Connects to the monitor of a QEMU that was just started, whose end another task awaits; for so long at most, or a default that
+/// is shorter.
+pub(super) async fn connect(limit: Duration) -> Result<Connection> {
+    let why = match Monitor::connect(Path::new(QMP_SOCKET), MONITOR_TIMEOUT.min(limit)).await {
+        Ok(connected) => return Ok(connected),
+        // It closed the monitor: it takes a moment until its end is seen.
+        Err(MonitorError::QemuGone | MonitorError::Io(_)) => {
+            tokio::time::sleep(END_TIMEOUT).await;
+            "QEMU's monitor does not reply".to_owned()
+        }
+        Err(error) => on_one_line(&error.to_string()),
+    };
+    Err(Error::new(Code::QemuFailed, format!("QEMU could not be controlled: {why}")))
 }
 
 /// Starts QEMU for the VM. The working directory is the VM's.
-pub(super) async fn launch(
-    home: &Home,
-    row: &VmRow,
-    machine: &Machine,
-    qemu: &QemuFacts,
-) -> Result<RunningQemu, LaunchError> {
-    let process = spawn(home, row, machine, qemu).map_err(LaunchError::Failed)?;
+pub(super) fn launch(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts, handle: &QemuHandle) -> Result<()> {
+    let process = spawn(home, row, machine, qemu)?;
+    let _ = handle.0.set(process);
     nido_files::failpoint!("launch.spawned");
-    let connected = tokio::select! {
-        connected = Monitor::connect(Path::new(QMP_SOCKET), MONITOR_TIMEOUT) => connected,
-        exit = process.wait() => return Err(LaunchError::Exited(exit.unwrap_or(process::QemuExit::Unknown))),
-    };
-    match connected {
-        Ok((monitor, events)) => Ok(RunningQemu { process, monitor: Some(monitor), events }),
-        // It closed the monitor: give it the moment it takes to be seen ending.
-        Err(MonitorError::QemuGone | MonitorError::Io(_)) => {
-            match tokio::time::timeout(Duration::from_secs(2), process.wait()).await {
-                Ok(exit) => Err(LaunchError::Exited(exit.unwrap_or(process::QemuExit::Unknown))),
-                Err(_) => Err(give_up(&process, "QEMU's monitor does not reply").await),
-            }
-        }
-        Err(error) => Err(give_up(&process, &error.to_string()).await),
-    }
-}
-
-async fn give_up(process: &QemuProcess, why: &str) -> LaunchError {
-    let _ = process.kill();
-    let _ = tokio::time::timeout(Duration::from_secs(5), process.wait()).await;
-    LaunchError::Failed(Error::new(
-        Code::QemuFailed,
-        format!("QEMU could not be controlled: {}", nido_api::sanitize::on_one_line(why)),
-    ))
+    Ok(())
 }
 
 fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Result<QemuProcess> {
@@ -132,7 +194,7 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
         .map_err(broken)?
         .ok_or_else(|| Error::new(Code::VmBusy, "a QEMU of this VM runs already"))?;
     nido_files::failpoint!("launch.locked");
-    let _ = std::fs::remove_file(QMP_SOCKET);
+    remove_socket(Path::new(QMP_SOCKET)).map_err(broken)?;
     let log = OpenOptions::new().append(true).create(true).mode(0o600).open(QEMU_LOG).map_err(broken)?;
     // The last run's words are not this one's: they would be taken for the reason of its end.
     log.set_len(0).map_err(broken)?;
@@ -144,21 +206,12 @@ fn spawn(home: &Home, row: &VmRow, machine: &Machine, qemu: &QemuFacts) -> Resul
         .map_err(|e| Error::io(format!("cannot start {}", program.display()), e))
 }
 
-/// Finds the QEMU behind the VM's monitor, which may not reply. The working directory is the VM's.
-pub(super) async fn attach() -> Result<RunningQemu> {
-    let lost = |why: String| {
-        Error::new(
-            Code::QemuFailed,
-            format!("the VM's QEMU cannot be reached: {}", nido_api::sanitize::on_one_line(&why)),
-        )
-    };
+/// Finds the QEMU behind the VM's monitor; its connection is returned if it replies. The working directory is the VM's.
+pub(super) async fn attach(handle: &QemuHandle) -> Result<Option<Connection>> {
+    let lost =
+        |why: String| Error::new(Code::QemuFailed, format!("the VM's QEMU cannot be reached: {}", on_one_line(&why)));
     let stream = UnixStream::connect(QMP_SOCKET).await.map_err(|e| lost(e.to_string()))?;
     let process = QemuProcess::behind(&stream).map_err(|e| lost(e.to_string()))?;
-    Ok(match Monitor::negotiate(stream).await {
-        Ok((monitor, events)) => RunningQemu { process, monitor: Some(monitor), events },
-        Err(error) => {
-            tracing::error!("{}", lost(error.to_string()));
-            RunningQemu { process, monitor: None, events: mpsc::channel(1).1 }
-        }
-    })
+    let _ = handle.0.set(process);
+    Ok(Monitor::negotiate(stream).await.inspect_err(|error| tracing::error!("{}", lost(error.to_string()))).ok())
 }

@@ -15,6 +15,7 @@
 //! SIGTERM has it stop the VM in order (`terminate.rs`).
 
 mod actions;
+mod agent_watch;
 mod bake;
 mod clock;
 mod commands;
@@ -31,6 +32,7 @@ mod jobs;
 mod launch;
 mod lifecycle;
 mod limits;
+mod loaded_guest;
 mod pause;
 mod pool;
 mod power_off;
@@ -38,6 +40,7 @@ mod qmp;
 mod readiness;
 mod role;
 mod snapshot;
+mod start_report;
 mod startup;
 mod state;
 mod terminate;
@@ -62,9 +65,9 @@ use rustix::fs::Mode;
 use crate::context::Context;
 pub use crate::unwritten::lagging;
 
-/// The warning of a VM for which no supervisor stays. A supervisor that works removes it.
-pub const SUPERVISOR_FAILS: &str = "every supervisor that is started for it ends at once, so nothing enforces its limits but its time to live: \
-     see its log with nido logs --source supervisor";
+/// What the warning of a VM begins with for which no supervisor stays. A supervisor that works removes it.
+pub const SUPERVISOR_FAILS: &str =
+    "every supervisor that is started for it ends at once, so nothing enforces its limits but its time to live";
 
 /// What a supervisor is started with.
 #[derive(Debug, Clone)]

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     expires_at: Option<Instant>,
+    /// The latest end of its time to live: a wall clock that is put back does not extend it.
+    expires_by: Option<Instant>,
     idle: Option<Duration>,
     users: usize,
     quiet_since: Instant,
@@ -27,12 +29,13 @@ impl Limits {
     /// Limits that begin to count at `now`.
     #[must_use]
     pub const fn new(now: Instant, expires_at: Option<Instant>, idle: Option<Duration>) -> Self {
-        Self { expires_at, idle, users: 0, quiet_since: now }
+        Self { expires_at, expires_by: expires_at, idle, users: 0, quiet_since: now }
     }
 
-    /// Sets the end of its time to live again.
-    pub const fn expire_at(&mut self, expires_at: Option<Instant>) {
-        self.expires_at = expires_at;
+    /// Sets the end of its time to live as the wall clock has it now. That clock also counts while the host sleeps, and it can be set:
+    /// the earlier of both ends counts.
+    pub fn expire_at(&mut self, expires_at: Option<Instant>) {
+        self.expires_at = expires_at.into_iter().chain(self.expires_by).min();
     }
 
     /// So many sessions are open now.
@@ -92,6 +95,21 @@ mod tests {
     use super::*;
 
     const S: Duration = Duration::from_secs(1);
+
+    // A time to live was extended when the wall clock was put back.
+    #[test]
+    fn a_wall_clock_that_is_set_never_extends_a_time_to_live() {
+        let start = Instant::now();
+        let end = start + Duration::from_secs(60);
+        let mut limits = Limits::new(start, Some(end), None);
+        for (wall, expected) in [(30, 30), (3600, 60), (59, 59), (61, 60)] {
+            limits.expire_at(Some(start + Duration::from_secs(wall)));
+            assert_eq!(limits.expires_at(), Some(start + Duration::from_secs(expected)), "{wall}");
+        }
+        let mut unlimited = Limits::new(start, None, None);
+        unlimited.expire_at(None);
+        assert_eq!(unlimited.expires_at(), None);
+    }
 
     #[test]
     fn an_open_session_is_activity_however_long() {

@@ -24,6 +24,7 @@ use super::jobs::Job;
 use super::launch::RunningQemu;
 use super::lifecycle::{AgentReply, Event, taken};
 use super::limits::Limits;
+use super::loaded_guest::enlarge_disk;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
 use super::state::{RECORD_JOB, RECORD_TIMEOUT, Report, Supervisor};
 use crate::context::write_guest_config;
@@ -117,7 +118,7 @@ impl Supervisor {
         write_guest_config(&self.dir, &self.row, &self.machine)?;
         self.guest = self.context.guest(&self.row)?;
         nido_files::failpoint!("claim.config");
-        self.resize_disk(running).await?;
+        enlarge_disk(&self.row, running.monitor()?).await?;
         running.monitor()?.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
         nido_files::failpoint!("claim.resumed");
         self.step(Event::Woken, running);

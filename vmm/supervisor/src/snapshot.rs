@@ -19,13 +19,14 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::name::{SnapshotName, VmName};
 use nido_api::state::VmState;
 use nido_engine::guest::{Guest, GuestError, Session};
-use nido_engine::home::SNAPSHOT_SOCKET;
+use nido_engine::home::{SNAPSHOT_SOCKET, VmDir};
 use nido_engine::machine::Accel;
 use nido_engine::qemu::Monitor;
 use nido_engine::qemu::migration::{self, Bounds, LiveSave, Memory, MigrationError};
 use nido_engine::snapshot::{self, LayerCopy, PendingSnapshot, Record};
 use nido_store::Origin;
 use qapi::qmp::RunState;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::bake::save_error;
@@ -119,7 +120,7 @@ impl Supervisor {
             dir: self.dir.clone(),
             into: into.map_or_else(|| self.dir.clone(), |id| home.vm(&id)),
             paused,
-            pid: running.process.pid(),
+            pid: running.pid()?,
             memory_bytes: u64::from(self.machine.memory_mib) << 20,
             image,
         };
@@ -127,30 +128,49 @@ impl Supervisor {
         Ok((SnapshotJob { vm, agent_route, monitor, jobs, paused, accel: self.machine.accel }, preparation))
     }
 
-    /// Resumes a VM whose snapshot was interrupted.
-    pub(super) async fn recover_snapshot(&self, running: &RunningQemu) {
-        // One that its user paused was not taking a snapshot.
-        if !self.remove_unfinished_snapshot().await || self.lifecycle.state() == VmState::Paused {
+    /// What resumes the VM if the supervisor before was killed while it took a snapshot.
+    pub(super) fn snapshot_recovery(&self) -> SnapshotRecovery {
+        SnapshotRecovery {
+            dir: self.dir.clone(),
+            jobs: self.jobs.clone(),
+            snapshotting: Arc::clone(&self.snapshotting),
+            agent_route: self.agent_route(),
+            paused: self.lifecycle.state() == VmState::Paused,
+        }
+    }
+}
+
+/// Removes what is left of an interrupted snapshot, and resumes the VM.
+pub(super) struct SnapshotRecovery {
+    dir: VmDir,
+    jobs: Jobs,
+    snapshotting: Arc<Semaphore>,
+    agent_route: AgentRoute,
+    /// Its user paused it: then it was not paused for a snapshot.
+    paused: bool,
+}
+
+impl SnapshotRecovery {
+    pub(super) async fn run(self, monitor: &Monitor) {
+        if !self.undo_interrupted().await || self.paused {
             return;
         }
         tracing::warn!("a snapshot was interrupted; resuming the VM");
-        let Ok(monitor) = running.monitor() else { return };
         if let Err(error) = migration::abandon(monitor).await {
             tracing::error!("saving the VM does not end: {error}");
         }
         if let Err(error) = monitor.cont(QMP_TIMEOUT).await {
             tracing::error!("the VM cannot be resumed: {error}");
         }
-        let agent_route = self.agent_route();
         tokio::spawn(async move {
             // The agent also unfreezes it after a timeout.
-            let _ = thaw(&agent_route, Instant::now() + FREEZE_TIMEOUT).await;
+            let _ = thaw(&self.agent_route, Instant::now() + FREEZE_TIMEOUT).await;
         });
     }
 
     /// Whether a snapshot was interrupted. If its removal takes too long, the VM counts as paused for one; no other snapshot is
     /// taken until it is removed.
-    async fn remove_unfinished_snapshot(&self) -> bool {
+    async fn undo_interrupted(&self) -> bool {
         let (dir, place) = (self.dir.clone(), self.snapshotting.clone().try_acquire_owned());
         let removal = self.jobs.start(REMOVAL_JOB, move || {
             let _place = place;

@@ -12,11 +12,9 @@ use nido_engine::guest::{Channel, Guest};
 use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, UNWRITTEN, VmDir};
 use nido_engine::machine::{Accel, Machine, Transport};
 use nido_files::lock::HeldLock;
-use nido_files::private_dir::make_socket_private;
+use nido_files::private_dir::{make_socket_private, remove_socket};
 use nido_guest_agent::wire::Pong;
 use nido_store::{Origin, Transition, VmRow};
-use rustix::fs::unlink;
-use rustix::io::Errno;
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
@@ -29,6 +27,7 @@ use super::limits::Limits;
 use super::pause::AutomaticResume;
 use super::readiness::{AgentRoute, Readiness};
 use super::role::Role;
+use super::start_report::{PendingStart, StartReport};
 use super::terminate::Termination;
 use super::unwritten::UnwrittenChanges;
 use crate::context::Context;
@@ -77,6 +76,12 @@ pub(super) struct Supervisor {
     pub(super) clock_stale: bool,
     pub(super) host_clocks: HostClocks,
     pub(super) unwritten: UnwrittenChanges,
+    /// The start of QEMU, or the take-over of one, until it is over.
+    pub(super) startup: Option<PendingStart>,
+    /// It was given up, and its task may not have ended yet.
+    pub(super) start_cancelled: bool,
+    /// Requests that wait until the start is over.
+    pub(super) deferred: Vec<ControlRequest>,
     /// Jobs that may change the VM's directory.
     pub(super) jobs: Jobs,
     /// What tasks of the supervisor's own report.
@@ -85,6 +90,8 @@ pub(super) struct Supervisor {
 
 /// What a task beside the loop reports when it is done.
 pub(super) enum Report {
+    /// How far the start of QEMU, or a take-over, has come.
+    Start(StartReport),
     /// A pause: whether it is done, and the client that requested it.
     Paused(Result<()>, ReplySender),
     /// A resume: whether the CPUs run, and the client that requested it, if any.
@@ -136,6 +143,7 @@ impl Supervisor {
             state: row.state,
             cause: row.cause,
             ready: row.agent.ready,
+            has_run: attach,
             ready_within: ready_within_ms.map_or(default, Duration::from_millis),
             limits,
             agent_counts: channel.is_none(),
@@ -164,6 +172,9 @@ impl Supervisor {
             clock_stale: attach,
             host_clocks: HostClocks::now(),
             unwritten: UnwrittenChanges::prepare(Path::new(UNWRITTEN)),
+            startup: None,
+            start_cancelled: false,
+            deferred: Vec::new(),
             jobs: Jobs::new(),
             reports: mpsc::channel(16),
         })
@@ -199,10 +210,7 @@ impl Supervisor {
 
 fn listen(name: &str) -> Result<UnixListener> {
     let failed = |e| Error::io(format!("cannot listen on {name}"), e);
-    match unlink(Path::new(name)) {
-        Ok(()) | Err(Errno::NOENT) => {}
-        Err(error) => return Err(failed(error.into())),
-    }
+    remove_socket(Path::new(name)).map_err(failed)?;
     let listener = UnixListener::bind(name).map_err(failed)?;
     make_socket_private(Path::new(name)).map_err(failed)?;
     Ok(listener)

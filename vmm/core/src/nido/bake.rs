@@ -159,9 +159,8 @@ impl Nido {
             Err(unfit) => {
                 machine.reason.push_str(&format!("; booted because {}", unfit.why()));
                 if let BakeMismatch::Mismatch(why) = &unfit {
-                    let fix = format!("nido template bake {}", row.spec.template);
                     machine.warnings.push(format!(
-                        "booted instead of forked: the template's warm image cannot be used, {why}; fix it with: {fix}"
+                        "booted instead of forked: the template's warm image cannot be used, {why}; a new one has to be baked"
                     ));
                 }
                 Ok((Origin::Boot, Vec::new()))

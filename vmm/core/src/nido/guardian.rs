@@ -95,8 +95,8 @@ impl Nido {
         let Ok(Some(_held)) = HeldLock::try_take_existing(&lock) else { return Ok(()) };
         let row = self.store().vm_by_id(id)?;
         let Some(mut machine) = row.and_then(|row| row.machine) else { return Ok(()) };
-        if !machine.warnings.iter().any(|warning| warning == SUPERVISOR_FAILS) {
-            machine.warnings.push(SUPERVISOR_FAILS.into());
+        if !machine.warnings.iter().any(|warning| warning.starts_with(SUPERVISOR_FAILS)) {
+            machine.warnings.push(format!("{SUPERVISOR_FAILS}: the supervisor's log has the cause"));
         }
         self.store().transition(id, &Transition::MachineChanged(machine))?.log(id, "what its machine warns of");
         Ok(())

@@ -51,11 +51,6 @@ impl Lifecycle {
         self.ready_within
     }
 
-    /// QEMU's monitor does not reply: it can only be killed.
-    pub(crate) const fn set_mute(&mut self) {
-        self.mute = true;
-    }
-
     /// Whether a snapshot is being taken.
     pub(crate) const fn set_saving(&mut self, saving: bool) {
         self.saving = saving;

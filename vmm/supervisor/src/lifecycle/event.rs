@@ -24,7 +24,14 @@ pub(crate) enum Event {
     SessionEnded,
     /// The host shuts down, its user logs out, or an administrator ends the supervisor.
     Terminated,
-    /// QEMU replies on its monitor.
+    /// QEMU has to be started: the guest has not run.
+    Launching,
+    /// The QEMU that the supervisor before has left was found; whether its monitor does not reply.
+    Attached {
+        /// It can only be killed.
+        mute: bool,
+    },
+    /// The guest runs: QEMU replies on its monitor, and has loaded what it had to load.
     QmpReady,
     /// The agent is awaited.
     Booting,

@@ -12,6 +12,7 @@
 //! exit; a guest that was loaded only to be saved again never runs.
 
 mod admission;
+mod ending;
 mod event;
 #[cfg(test)]
 mod tests;
@@ -23,34 +24,12 @@ use nido_api::state::{Fact, StateCause, VmState, advance};
 use nido_guest_agent::wire::Pong;
 
 pub(super) use self::admission::taken;
+use self::ending::{PendingEnd, Step, TERMINATE_STOP_TIMEOUT};
 pub(super) use self::event::{Action, AgentReply, Event, Stop};
 use super::exit_cause::ExitEvidence;
 use super::limits::{LimitReached, Limits};
 use super::pause::{ObservedState, PausedTime};
 use super::role::{ReadyAction, Role};
-
-/// How long QEMU may take to quit before it is killed, and to die of that.
-const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the guest may take to power off at the end of its time to live, before QEMU is terminated.
-const LIMIT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long the guest may take to power off when the supervisor is asked to end. The host's own limit has to be longer.
-const TERMINATE_STOP_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How far an end has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
-    PowerOff,
-    Quit,
-    Kill,
-}
-
-/// An end that has begun.
-#[derive(Debug, Clone, Copy)]
-struct PendingEnd {
-    step: Step,
-    deadline: Instant,
-}
 
 /// A VM from QEMU's start to its end.
 #[derive(Debug)]
@@ -60,6 +39,8 @@ pub(super) struct Lifecycle {
     /// Why it is paused.
     cause: Option<StateCause>,
     ready: bool,
+    /// The guest has run, so that it has something to lose.
+    has_run: bool,
     /// The agent is awaited.
     booting: bool,
     ready_within: Duration,
@@ -91,6 +72,8 @@ pub(super) struct InitialState {
     pub state: VmState,
     pub cause: Option<StateCause>,
     pub ready: bool,
+    /// The guest has run, under a supervisor before this one.
+    pub has_run: bool,
     pub ready_within: Duration,
     pub limits: Limits,
     pub agent_counts: bool,
@@ -98,12 +81,13 @@ pub(super) struct InitialState {
 
 impl Lifecycle {
     pub(super) fn new(beginning: InitialState) -> Self {
-        let InitialState { role, state, cause, ready, ready_within, limits, agent_counts } = beginning;
+        let InitialState { role, state, cause, ready, has_run, ready_within, limits, agent_counts } = beginning;
         Self {
             role,
             state,
             cause,
             ready,
+            has_run,
             booting: false,
             ready_within,
             ending: None,
@@ -154,7 +138,12 @@ impl Lifecycle {
                 let stop = Stop { cause: Some(StateCause::Host), force: false, timeout: TERMINATE_STOP_TIMEOUT };
                 self.stop(now, stop, &mut actions);
             }
-            Event::QmpReady => self.learn(now, Fact::QmpReady, &mut actions),
+            Event::Launching => self.has_run = false,
+            Event::Attached { mute } => self.attached(now, mute, &mut actions),
+            Event::QmpReady => {
+                self.has_run = true;
+                self.learn(now, Fact::QmpReady, &mut actions);
+            }
             Event::Booting => self.booting = true,
             Event::Agent(reply) => self.on_agent(now, reply, &mut actions),
             Event::AgentSessions(sessions) => self.on_sessions_counted(now, sessions, &mut actions),
@@ -227,53 +216,6 @@ impl Lifecycle {
             None if self.asked_if_idle.is_some() => self.limits.expires_at(),
             None => self.limits.next_deadline(),
         }
-    }
-
-    fn end_limit(&mut self, now: Instant, reached: LimitReached, actions: &mut Vec<Action>) {
-        let (cause, limit) = match reached {
-            LimitReached::Ttl => (StateCause::Ttl, Limit::Ttl),
-            LimitReached::Idle => (StateCause::Idle, Limit::Idle),
-        };
-        actions.push(Action::RecordLimit(limit));
-        self.stop(now, Stop { cause: Some(cause), force: false, timeout: LIMIT_STOP_TIMEOUT }, actions);
-    }
-
-    fn request_stop(&mut self, now: Instant, cause: Option<StateCause>, actions: &mut Vec<Action>) {
-        self.asked = true;
-        self.stop_cause = self.stop_cause.or(cause);
-        self.learn(now, Fact::StopAsked, actions);
-    }
-
-    fn stop(&mut self, now: Instant, stop: Stop, actions: &mut Vec<Action>) {
-        self.request_stop(now, stop.cause, actions);
-        if stop.force || self.mute || !self.role.powers_off() {
-            return self.quit(now, actions);
-        }
-        // The earliest deadline counts.
-        let deadline = now.checked_add(stop.timeout).unwrap_or(now);
-        let deadline = match self.ending {
-            Some(PendingEnd { step: Step::Quit | Step::Kill, .. }) => return,
-            Some(ending) => ending.deadline.min(deadline),
-            None => deadline,
-        };
-        self.ending = Some(PendingEnd { step: Step::PowerOff, deadline });
-        actions.push(Action::PowerOff(deadline));
-    }
-
-    fn quit(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        match self.ending {
-            Some(PendingEnd { step: Step::Quit | Step::Kill, .. }) => {}
-            _ if self.mute => self.kill(now, actions),
-            _ => {
-                self.ending = Some(PendingEnd { step: Step::Quit, deadline: now + QUIT_TIMEOUT });
-                actions.push(Action::Quit);
-            }
-        }
-    }
-
-    fn kill(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        self.ending = Some(PendingEnd { step: Step::Kill, deadline: now + QUIT_TIMEOUT });
-        actions.push(Action::Kill);
     }
 
     fn on_agent(&mut self, now: Instant, reply: AgentReply, actions: &mut Vec<Action>) {

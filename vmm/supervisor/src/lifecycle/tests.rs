@@ -2,6 +2,7 @@ use nido_api::state::FailureCause;
 use nido_engine::qemu::QemuExit;
 use proptest::prelude::*;
 
+use super::ending::QUIT_TIMEOUT;
 use super::*;
 
 const S: Duration = Duration::from_secs(1);
@@ -11,16 +12,21 @@ fn pong() -> Pong {
 }
 
 fn vm(role: Role, now: Instant, ttl: Option<Duration>, idle: Option<Duration>) -> Lifecycle {
+    Lifecycle::new(initial(role, now, ttl, idle))
+}
+
+fn initial(role: Role, now: Instant, ttl: Option<Duration>, idle: Option<Duration>) -> InitialState {
     let limits = Limits::new(now, ttl.map(|ttl| now + ttl), idle);
-    Lifecycle::new(InitialState {
+    InitialState {
         role,
         state: VmState::Starting,
         cause: None,
         ready: false,
+        has_run: false,
         ready_within: 60 * S,
         limits,
         agent_counts: false,
-    })
+    }
 }
 
 fn running(now: Instant) -> Lifecycle {
@@ -78,9 +84,35 @@ fn a_repeated_stop_never_extends_the_deadline() {
 fn a_qemu_that_does_not_reply_is_killed_at_once() {
     let now = Instant::now();
     let mut vm = vm(Role::Use, now, Some(10 * S), None);
-    vm.set_mute();
+    vm.step(now, Event::Attached { mute: true });
     let actions = vm.step(now + 10 * S, Event::Tick);
     assert_eq!(actions, [Action::RecordLimit(Limit::Ttl), Action::RecordState, Action::Kill]);
+}
+
+// A stop waited until QEMU had started and loaded its guest.
+#[test]
+fn a_guest_that_has_not_run_is_not_asked_to_power_off() {
+    let now = Instant::now();
+    for event in [stop(false, 100 * S), Event::Terminated, Event::Tick] {
+        let mut vm = vm(Role::Use, now, Some(5 * S), None);
+        vm.step(now, Event::Launching);
+        let actions = vm.step(now + 5 * S, event);
+        assert_eq!(actions.last(), Some(&Action::Quit), "{actions:?}");
+        assert_eq!(vm.end(QemuExit::Signal(9)), (VmState::Stopped, None));
+    }
+}
+
+#[test]
+fn a_stop_that_was_requested_before_qemu_was_found_is_carried_out_then() {
+    let now = Instant::now();
+    for (mute, elapsed, expected) in
+        [(false, S, Action::PowerOff(now + 10 * S)), (false, 10 * S, Action::Kill), (true, S, Action::Kill)]
+    {
+        let mut vm = Lifecycle::new(InitialState { has_run: true, ..initial(Role::Use, now, None, None) });
+        vm.step(now, stop(false, 10 * S));
+        vm.step(now + elapsed, Event::Tick);
+        assert_eq!(vm.step(now + elapsed, Event::Attached { mute }), [expected]);
+    }
 }
 
 // A guest that was stopped while it booted, and whose agent was late meanwhile, was `failed`.
@@ -145,6 +177,7 @@ fn an_idle_vm_is_stopped_only_when_its_agent_has_no_sessions() {
         state: VmState::Running,
         cause: None,
         ready: true,
+        has_run: true,
         ready_within: S,
         limits,
         agent_counts: true,
@@ -208,6 +241,8 @@ fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         Just(Event::Tick),
         (0usize..3).prop_map(Event::Sessions),
+        Just(Event::Launching),
+        any::<bool>().prop_map(|mute| Event::Attached { mute }),
         Just(Event::QmpReady),
         Just(Event::Booting),
         reply.prop_map(Event::Agent),
@@ -260,7 +295,7 @@ proptest! {
         force in any::<bool>(), seconds in 0u64..100, after in history(prop_oneof![event(), stops()])
     ) {
         let (mut vm, mut now) = (vm(role, Instant::now(), None, None), Instant::now());
-        if mute { vm.set_mute(); }
+        if mute { vm.step(now, Event::Attached { mute }); }
         play(&mut vm, &mut now, before);
         let asked_at = now;
         vm.step(now, stop(force, Duration::from_secs(seconds)));
