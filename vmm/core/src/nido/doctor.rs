@@ -2,9 +2,10 @@
 
 mod checks;
 
-use nido_api::FrontEnd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use nido_api::FrontEnd;
 use nido_api::error::{Error, Result};
 use nido_api::{CheckStatus, DoctorCheck, DoctorReport, TemplateInfo};
 use nido_engine::host::{HostFacts, QemuFacts, facts, kvm, qemu};
@@ -17,6 +18,9 @@ use self::checks::{
 };
 use crate::nido::reconcile::{Finding, Plan, RemovalCounts, Repair, Scope, VmRepair};
 use crate::nido::{Nido, OpenOptions};
+
+/// How long a process may take from the directory of a new VM to its lock, if it is not stopped.
+const CREATION_TIME: Duration = Duration::from_millis(200);
 
 impl Nido {
     /// Checks the host. With `gc`, removes orphans of crashes.
@@ -156,7 +160,15 @@ impl Nido {
         if gc {
             return self.remove_orphans(plan, unknown).await;
         }
-        let removes = plan.removes();
+        let mut removes = plan.removes();
+        if removes.directories > 0 {
+            // The directory of a VM that is being made is there before its lock and its row.
+            tokio::time::sleep(CREATION_TIME).await;
+            if let Ok(mut later) = self.plan_reconciliation(Scope::Everything) {
+                later.repairs.retain(|repair| plan.repairs.contains(repair));
+                removes = later.removes();
+            }
+        }
         if removes == RemovalCounts::default() && unknown.is_none() {
             return check("orphans", CheckStatus::Ok, "none");
         }
