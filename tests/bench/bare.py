@@ -171,14 +171,14 @@ class Streams(Template):
         if code != 0:
             raise wire.WireError(f"{command}: {output!r}")
 
-    def send(self, path):
-        """Seconds in which the guest reads as many bytes as a file has."""
+    def send(self, path, into="/dev/null"):
+        """Seconds in which the guest reads as many bytes as a file has, and writes them."""
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             begun = time.monotonic()
             sender = threading.Thread(target=self.port.sendfile, args=(file,))
             sender.start()
-            self._run(f"head -c {size} <$device >/dev/null")
+            self._run(f"dd of={into} bs=256K iflag=count_bytes,fullblock count={size} status=none <$device")
             sender.join()
             return time.monotonic() - begun
 
