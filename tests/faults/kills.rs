@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::check::{await_recovery, expect_clean};
-use crate::operations::{BASIC, COPIES, Operation, POOLS, TEMPLATES};
+use crate::operations::{ACCESS, BASIC, COPIES, Operation, POOLS, TEMPLATES};
 use crate::rig::{Rig, Step};
 
 /// How many times one failpoint of one operation is used, at most, unless `NIDO_FAULT_TIMES` is set: the first times that a
@@ -93,4 +93,9 @@ fn a_crash_while_templates_change_loses_and_leaves_nothing() {
 #[test]
 fn a_crash_during_filling_and_claims_loses_no_vm_and_leaves_no_orphans() {
     kill_everywhere(&POOLS);
+}
+
+#[test]
+fn a_crash_while_access_changes_loses_and_leaves_nothing() {
+    kill_everywhere(&ACCESS);
 }

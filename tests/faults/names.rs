@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::check::await_recovery;
 use crate::kills::steps;
-use crate::operations::{BASIC, COPIES, POOLS, TEMPLATES};
+use crate::operations::{ACCESS, BASIC, COPIES, POOLS, TEMPLATES};
 use crate::rig::Rig;
 
 fn root() -> PathBuf {
@@ -40,7 +40,7 @@ fn every_failpoint_is_reached_by_an_operation() {
     let named = failpoints("");
     let rig = Rig::new();
     let mut reached = BTreeSet::new();
-    for operation in BASIC.iter().chain(&COPIES).chain(&TEMPLATES).chain(&POOLS) {
+    for operation in BASIC.iter().chain(&COPIES).chain(&TEMPLATES).chain(&POOLS).chain(&ACCESS) {
         reached.extend(steps(&rig, operation).into_iter().map(|step| step.name));
         await_recovery(&rig);
     }

@@ -281,3 +281,45 @@ pub const POOLS: [Operation; 5] = [
         done: |rig| exists(rig, "op"),
     },
 ];
+
+fn has_token(rig: &Rig) -> bool {
+    let listed = rig.ok("token list");
+    listed["tokens"].as_array().unwrap().iter().any(|token| token["name"] == "op")
+}
+
+fn has_checkpoint(rig: &Rig) -> bool {
+    let file = fs::read_to_string(rig.home.scratch("checkpoint"));
+    file.is_ok_and(|text| !text.is_empty()) && rig.nido("audit verify").run().code() == 0
+}
+
+/// Who may use the servers, where events are posted, and what is signed of the audit log.
+pub const ACCESS: [Operation; 4] = [
+    Operation {
+        name: "token create",
+        prepare: &[],
+        arrange: nothing,
+        command: "token create --name op --scope run",
+        done: has_token,
+    },
+    Operation {
+        name: "token revoke",
+        prepare: &["token create --name op --scope run"],
+        arrange: nothing,
+        command: "token revoke op --yes",
+        done: |rig| !has_token(rig),
+    },
+    Operation {
+        name: "webhook add",
+        prepare: &[],
+        arrange: nothing,
+        command: "webhook add --allow-private --url http://127.0.0.1:9/",
+        done: |rig| !rig.ok("webhook ls")["webhooks"].as_array().unwrap().is_empty(),
+    },
+    Operation {
+        name: "audit checkpoint",
+        prepare: &[],
+        arrange: |rig| drop(fs::remove_file(rig.home.scratch("checkpoint"))),
+        command: "audit checkpoint -o @/checkpoint",
+        done: has_checkpoint,
+    },
+];

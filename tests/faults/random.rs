@@ -9,6 +9,7 @@ use crate::kills::prepare;
 use crate::operations::{BASIC, COPIES, Operation, TEMPLATES};
 use crate::rig::{BYSTANDERS, Rig};
 use crate::support::processes;
+use crate::support::random::{Random, number};
 
 /// How many processes are killed, unless `NIDO_FAULT_KILLS` is set.
 const KILLS: u64 = 8;
@@ -17,26 +18,9 @@ const MOMENT_US: u64 = 400_000;
 /// How many rounds may pass without one.
 const ROUNDS_PER_KILL: u64 = 10;
 
-/// A sequence that looks random and is the same for the same seed (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % limit
-    }
-
-    fn of<'a, T>(&mut self, all: &'a [T]) -> Option<&'a T> {
-        let at = self.below(u64::try_from(all.len()).unwrap().max(1));
-        all.get(usize::try_from(at).unwrap())
-    }
-}
-
-fn number(variable: &str) -> Option<u64> {
-    Some(std::env::var(variable).ok()?.parse().unwrap())
+fn one_of<'a, T>(random: &mut Random, all: &'a [T]) -> Option<&'a T> {
+    let at = random.below(u64::try_from(all.len()).unwrap().max(1));
+    all.get(usize::try_from(at).unwrap())
 }
 
 /// The processes of nido in the home that work for no bystander.
@@ -55,7 +39,7 @@ fn round(rig: &Rig, operation: &Operation, bystanders: &[String], random: &mut R
     let mut victims = victims(rig, bystanders);
     // The command has its home in the environment.
     victims.push(command.pid());
-    let killed = random.of(&victims).is_some_and(|pid| processes::kill_if_alive(*pid));
+    let killed = one_of(random, &victims).is_some_and(|pid| processes::kill_if_alive(*pid));
     let acknowledged = command.succeeds();
     await_recovery(rig);
     assert!(!acknowledged || (operation.done)(rig), "it was acknowledged, and is not there");
@@ -75,7 +59,7 @@ fn processes_that_are_killed_at_random_moments_lose_and_leave_nothing() {
     let operations: Vec<_> = BASIC.iter().chain(&COPIES).chain(&TEMPLATES).collect();
     let (mut killed, began) = (0, Instant::now());
     for number in 1.. {
-        let operation = random.of(&operations).unwrap();
+        let operation = one_of(&mut random, &operations).unwrap();
         println!("NIDO_FAULT_SEED={seed}, round {number}: {}", operation.name);
         killed += round(&rig, operation, &bystanders, &mut random);
         if killed >= wanted {

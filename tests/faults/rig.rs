@@ -177,6 +177,10 @@ impl Rig {
         for webhook in webhooks["webhooks"].as_array().unwrap() {
             self.ok(&format!("webhook remove {}", webhook["id"].as_str().unwrap()));
         }
+        let tokens = self.ok("token list");
+        for token in tokens["tokens"].as_array().unwrap() {
+            self.ok(&format!("token revoke {} --yes", token["id"].as_str().unwrap()));
+        }
         for name in self.home.names() {
             if !BYSTANDERS.contains(&name.as_str()) {
                 self.home.nido(["delete", &name, "--force", "--yes"]).run().ok();

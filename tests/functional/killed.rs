@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::webhooks::{add, deliverers, expect_no_deliverer, expect_order, remove};
 use crate::support::http::Server;
+use crate::support::random::{Random, number};
 use crate::support::receiver::Receiver;
 use crate::support::{Home, RunningNido, processes, until};
 
@@ -19,30 +20,13 @@ const NAMES: u64 = 5;
 /// Within which time after the beginning of a round something is killed, in microseconds: as long as a command takes.
 const MOMENT_US: u64 = 60_000;
 
-/// A sequence that looks random and is the same for the same seed (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % limit
-    }
-
-    fn name(&mut self) -> String {
-        format!("vm-{}", self.below(NAMES))
-    }
-}
-
-fn number(variable: &str) -> Option<u64> {
-    Some(std::env::var(variable).ok()?.parse().unwrap())
+fn name(random: &mut Random) -> String {
+    format!("vm-{}", random.below(NAMES))
 }
 
 /// A request over REST whose response is not awaited yet. The server may be killed meanwhile.
 fn send_request(server: &Server, random: &mut Random) -> TcpStream {
-    let name = random.name();
+    let name = name(random);
     let (method, path, body) = match random.below(12) {
         0..5 => ("POST", "/v1/vms".into(), json!({ "name": name, "start": false, "accel": "tcg" }).to_string()),
         5 => ("POST", "/v1/vms".into(), json!({ "name": name, "accel": "tcg" }).to_string()),
@@ -58,7 +42,7 @@ fn send_request(server: &Server, random: &mut Random) -> TcpStream {
 
 /// Something on the command line.
 fn command(home: &Home, random: &mut Random) -> RunningNido {
-    let name = random.name();
+    let name = name(random);
     let nido = match random.below(12) {
         0..5 => home.nido(["create", &name, "--accel", "tcg"]),
         5 => home.nido(["spawn", &name, "--accel", "tcg"]),

@@ -5,6 +5,7 @@
 pub mod http;
 pub mod mcp;
 pub mod processes;
+pub mod random;
 pub mod receiver;
 pub mod run;
 pub mod terminal;

@@ -1,12 +1,12 @@
 //! `delete`: deletes VMs with their disks. Asks for confirmation on a terminal.
 
+use nido_api::VmInfo;
 use nido_api::operation as op;
-use nido_api::{VmInfo, VmList};
 
 use super::Context;
 use super::confirmation::Confirmation;
-use super::selection::{Selection, every};
-use crate::exit::{Codes, Exit, Failure, Outcome};
+use super::selection::{Selection, each, every};
+use crate::exit::{Exit, Outcome};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,21 +44,10 @@ impl Args {
         if !gone.is_empty() && !self.confirmation.given(cx, &question) {
             return Ok(Exit::Failure);
         }
-        let mut vms = Vec::new();
-        let mut exit = Exit::Success;
-        for name in &names {
+        each(cx, &names, async |name| {
             let arguments = serde_json::json!({ "name": name, "force": self.force });
-            match cx.audited(&nido, op::VM_DELETE, arguments, nido.delete(name, self.force)).await {
-                Ok(vm) => vms.push(vm),
-                Err(Failure::Nido(error)) => {
-                    cx.output.error(&error);
-                    exit = Exit::of_error(&error, Codes::Own);
-                }
-                Err(other) => return Err(other),
-            }
-        }
-        let list = VmList { vms };
-        cx.output.answer(&list, || list.vms.iter().map(|vm| format!("{}\n", vm.name)).collect())?;
-        Ok(exit)
+            Ok(cx.audited(&nido, op::VM_DELETE, arguments, nido.delete(name, self.force)).await?)
+        })
+        .await
     }
 }

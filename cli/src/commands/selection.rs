@@ -81,21 +81,31 @@ impl Selection {
         {
             return cx.acted(&act(name).await?);
         }
-        let (mut vms, mut exit) = (Vec::new(), Exit::Success);
-        for name in &names {
-            match act(name).await {
-                Ok(vm) => vms.push(vm),
-                Err(Failure::Nido(error)) => {
-                    cx.output.error(&error);
-                    exit = Exit::of_error(&error, Codes::Own);
-                }
-                Err(other) => return Err(other),
-            }
-        }
-        let list = VmList { vms };
-        cx.output.answer(&list, || list.vms.iter().map(|vm| format!("{}\n", vm.name)).collect())?;
-        Ok(exit)
+        each(cx, &names, act).await
     }
+}
+
+/// Does something to each of the VMs, one after another, and answers with the list of what they are then. An error of one is reported,
+/// and the others follow.
+pub async fn each(
+    cx: &Context,
+    names: &[VmName],
+    mut act: impl AsyncFnMut(&VmName) -> Result<VmInfo, Failure>,
+) -> Outcome {
+    let (mut vms, mut exit) = (Vec::new(), Exit::Success);
+    for name in names {
+        match act(name).await {
+            Ok(vm) => vms.push(vm),
+            Err(Failure::Nido(error)) => {
+                cx.output.error(&error);
+                exit = Exit::of_error(&error, Codes::Own);
+            }
+            Err(other) => return Err(other),
+        }
+    }
+    let list = VmList { vms };
+    cx.output.answer(&list, || list.vms.iter().map(|vm| format!("{}\n", vm.name)).collect())?;
+    Ok(exit)
 }
 
 /// Never fails: for verbs that can be done to every VM.

@@ -10,7 +10,7 @@ use nido_api::{ForwardSpec, LeaseId, VmSpec};
 use rusqlite::Row;
 
 use super::row::{BootParts, Purpose, VmRow};
-use super::stored_spec::spec_of_stored;
+use super::stored_spec::spec_of_text;
 
 impl BootParts {
     /// What stands for parts that cannot be read.
@@ -86,10 +86,6 @@ impl Columns {
     }
 }
 
-fn read_spec(text: &str) -> std::result::Result<VmSpec, String> {
-    serde_json::from_str(text).map_err(|e| e.to_string()).and_then(spec_of_stored)
-}
-
 impl Raw {
     pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
@@ -131,7 +127,7 @@ impl Raw {
         let mut row = VmRow {
             purpose: columns.or("purpose", purpose, Purpose::Use),
             origin: columns.optional("origin", self.origin.as_deref()).unwrap_or_default(),
-            spec: columns.or("spec", read_spec(&self.spec), VmSpec::named(name.clone())),
+            spec: columns.or("spec", spec_of_text(&self.spec), VmSpec::named(name.clone())),
             state,
             // A cause of a newer version is no reason to refuse the row.
             cause: self.cause.as_deref().and_then(StateCause::from_word),

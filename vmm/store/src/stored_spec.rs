@@ -72,11 +72,31 @@ pub fn stored_spec(spec: &VmSpec) -> serde_json::Result<serde_json::Value> {
 /// One sentence: it is damaged, or a newer nido wrote it.
 pub fn spec_of_stored(stored: serde_json::Value) -> Result<VmSpec, String> {
     // First: a newer format may have any shape.
-    let format = stored.get("format").and_then(serde_json::Value::as_u64).unwrap_or(1);
-    if format > u64::from(FORMAT) {
-        return Err(format!("a newer nido wrote it (format {format}; this one reads up to {FORMAT})"));
-    }
+    check_format(stored.get("format").and_then(serde_json::Value::as_u64))?;
     serde_json::from_value::<StoredSpec>(stored).map(VmSpec::from).map_err(|e| e.to_string())
+}
+
+/// The same from its text. A list of VMs reads many: no value is built in between.
+///
+/// # Errors
+/// See [`spec_of_stored`].
+pub(crate) fn spec_of_text(text: &str) -> Result<VmSpec, String> {
+    #[derive(Deserialize)]
+    struct Format {
+        #[serde(default)]
+        format: Option<u64>,
+    }
+    check_format(serde_json::from_str::<Format>(text).map_err(|e| e.to_string())?.format)?;
+    serde_json::from_str::<StoredSpec>(text).map(VmSpec::from).map_err(|e| e.to_string())
+}
+
+fn check_format(format: Option<u64>) -> Result<(), String> {
+    match format {
+        Some(format) if format > u64::from(FORMAT) => {
+            Err(format!("a newer nido wrote it (format {format}; this one reads up to {FORMAT})"))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl From<VmSpec> for StoredSpec {
@@ -161,9 +181,18 @@ mod tests {
         VmSpec { ttl_ms: Some(7), nested: true, restart: RestartPolicy::Always, disk_bytes: Some(1 << 30), ..spec }
     }
 
+    /// Read as a value, and as text.
+    fn read(stored: serde_json::Value) -> Result<VmSpec, String> {
+        let of_text = spec_of_text(&stored.to_string());
+        let of_value = spec_of_stored(stored);
+        assert_eq!(of_text.is_ok(), of_value.is_ok());
+        assert!(of_text.is_err() || of_text == of_value);
+        of_value
+    }
+
     #[test]
     fn stored_specs_are_read_back() {
-        assert_eq!(spec_of_stored(stored_spec(&spec()).unwrap()).unwrap(), spec());
+        assert_eq!(read(stored_spec(&spec()).unwrap()).unwrap(), spec());
     }
 
     // A field that a newer nido had added made the row, and with it every command, unreadable.
@@ -171,21 +200,21 @@ mod tests {
     fn unknown_fields_are_ignored_and_newer_formats_refused() {
         let mut stored = stored_spec(&spec()).unwrap();
         stored["future"] = json!({"a": 1});
-        assert_eq!(spec_of_stored(stored.clone()).unwrap(), spec());
+        assert_eq!(read(stored.clone()).unwrap(), spec());
         stored["format"] = json!(FORMAT + 1);
-        assert!(spec_of_stored(stored).unwrap_err().contains("newer nido"));
+        assert!(read(stored).unwrap_err().contains("newer nido"));
     }
 
     // What the first versions stored was the API's own type.
     #[test]
     fn specs_of_the_first_versions_are_read() {
-        assert_eq!(spec_of_stored(serde_json::to_value(spec()).unwrap()).unwrap(), spec());
+        assert_eq!(read(serde_json::to_value(spec()).unwrap()).unwrap(), spec());
         let oldest = json!({"name": "web", "template": "sandbox", "cpus": 1, "memory_mib": 512});
-        assert_eq!(spec_of_stored(oldest).unwrap(), VmSpec::named("web".parse().unwrap()));
+        assert_eq!(read(oldest).unwrap(), VmSpec::named("web".parse().unwrap()));
         for damaged in
             [json!(7), json!({}), json!({"name": "-"}), json!({"name": "web", "template": "t", "cpus": "two"})]
         {
-            assert!(spec_of_stored(damaged).is_err());
+            assert!(read(damaged).is_err());
         }
     }
 }

@@ -48,7 +48,7 @@ impl Plan {
                 }
                 Repair::RemoveDeletedDirectory(_) | Repair::RemoveBuild(_) => removed.directories += 1,
                 Repair::Parts(parts) => removed.part_bytes += part_bytes(parts),
-                Repair::RemoveLivenessFile(_) => {}
+                Repair::RemoveLivenessFile(_) | Repair::RemoveTemporaryFile(_) => {}
             }
         }
         removed
@@ -102,6 +102,10 @@ impl Nido {
             }
             Repair::RemoveLivenessFile(id) => liveness::remove_orphan(&self.home().present(), id)
                 .map_err(|e| Error::io("cannot remove the liveness file of a process that ended", e)),
+            Repair::RemoveTemporaryFile(path) => match std::fs::remove_file(path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io_at("remove", path, error)),
+                _ => Ok(()),
+            },
             Repair::RemoveBuild(path) => Ok(nido_images::remove_orphaned_build(path)?),
             Repair::Parts(_) if scope == Scope::Open => {
                 self.remove_unowned_parts_if_due().await;

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use nido_api::error::{Error, Result};
 use nido_api::state::VmState;
-use nido_engine::home::{REMOVED_PREFIX, SUPERVISOR_LOCK, VM_LOCK, VM_RECORD, VmDir};
-use nido_engine::temporary_files::has_temporary_files;
+use nido_engine::home::{Home, REMOVED_PREFIX, SUPERVISOR_LOCK, VM_LOCK, VM_RECORD, VmDir};
+use nido_engine::temporary_files::{abandoned_files, has_temporary_files};
 use nido_engine::{liveness, snapshot};
+use nido_files::layout;
 use nido_files::lock::is_free;
 use nido_store::RowFacts;
 use nido_supervisor::vm_record::holds_data;
@@ -102,6 +103,8 @@ pub(super) struct Inventory {
     pub dead_processes: Vec<String>,
     /// Scratch directories of builds that were killed.
     pub orphaned_builds: Vec<PathBuf>,
+    /// Temporary files of processes that were killed, outside of VMs' directories.
+    pub temporary_files: Vec<PathBuf>,
     /// Template parts and their owners. `None`: there is no reason to look.
     pub parts: Option<PartFacts>,
 }
@@ -135,9 +138,15 @@ impl Inventory {
                 liveness::orphaned_ids(&nido.home().present())
             },
             orphaned_builds: if everything { nido_images::orphaned_builds(nido.home().root()) } else { Vec::new() },
+            temporary_files: if everything { abandoned(nido.home()) } else { Vec::new() },
             parts: (everything || is_due()).then(|| PartFacts::read(nido)).transpose()?,
         })
     }
+}
+
+fn abandoned(home: &Home) -> Vec<PathBuf> {
+    let directories = [home.root().to_owned(), home.cache(), home.root().join(layout::TEMPLATES)];
+    directories.iter().flat_map(|directory| abandoned_files(directory)).collect()
 }
 
 impl VmFacts {

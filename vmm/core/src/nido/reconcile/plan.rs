@@ -54,6 +54,8 @@ pub(in crate::nido) enum Repair {
     RemoveLivenessFile(String),
     /// Removes the scratch directory of a build that was killed.
     RemoveBuild(std::path::PathBuf),
+    /// Removes a temporary file of a process that was killed.
+    RemoveTemporaryFile(std::path::PathBuf),
     /// Removes template parts, and records that nothing is left to remove.
     Parts(Vec<PartRepair>),
 }
@@ -119,6 +121,7 @@ pub(super) fn plan(inventory: &Inventory) -> Plan {
     plan.repairs.extend(inventory.deleted_directories.iter().cloned().map(Repair::RemoveDeletedDirectory));
     plan.repairs.extend(inventory.dead_processes.iter().cloned().map(Repair::RemoveLivenessFile));
     plan.repairs.extend(inventory.orphaned_builds.iter().cloned().map(Repair::RemoveBuild));
+    plan.repairs.extend(inventory.temporary_files.iter().cloned().map(Repair::RemoveTemporaryFile));
     if let Some(parts) = &inventory.parts {
         let repairs = plan_parts(parts);
         if parts.is_due || !repairs.is_empty() {

@@ -63,6 +63,7 @@ fn inventories() -> impl Strategy<Value = Inventory> {
             deleted_directories: others(".gone-1"),
             dead_processes: others("0123"),
             orphaned_builds: others("build/1").into_iter().map(Into::into).collect(),
+            temporary_files: others("cache/.tmp-1").into_iter().map(Into::into).collect(),
             parts,
         }
     })
@@ -79,6 +80,7 @@ fn after(inventory: &Inventory, repair: &Repair) -> Inventory {
         Repair::RemoveDeletedDirectory(name) => now.deleted_directories.retain(|other| other != name),
         Repair::RemoveLivenessFile(id) => now.dead_processes.retain(|other| other != id),
         Repair::RemoveBuild(path) => now.orphaned_builds.retain(|other| other != path),
+        Repair::RemoveTemporaryFile(path) => now.temporary_files.retain(|other| other != path),
         Repair::Parts(repairs) => {
             let parts = now.parts.as_mut().unwrap();
             parts.is_due = false;
