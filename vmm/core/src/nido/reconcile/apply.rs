@@ -103,7 +103,7 @@ impl Nido {
             Repair::RemoveLivenessFile(id) => liveness::remove_orphan(&self.home().present(), id)
                 .map_err(|e| Error::io("cannot remove the liveness file of a process that ended", e)),
             Repair::RemoveTemporaryFile(path) => match std::fs::remove_file(path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io_at("remove", path, error)),
+                Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io_at("remove", path, error)),
                 _ => Ok(()),
             },
             Repair::RemoveBuild(path) => Ok(nido_images::remove_orphaned_build(path)?),
