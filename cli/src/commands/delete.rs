@@ -46,7 +46,7 @@ impl Args {
         }
         each(cx, &names, async |name| {
             let arguments = serde_json::json!({ "name": name, "force": self.force });
-            Ok(cx.audited(&nido, op::VM_DELETE, arguments, nido.delete(name, self.force)).await?)
+            cx.audited(&nido, op::VM_DELETE, arguments, nido.delete(name, self.force)).await
         })
         .await
     }
