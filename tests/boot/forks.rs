@@ -88,7 +88,7 @@ fn a_bake_of_another_qemu_is_never_loaded() {
     assert!(refused["detail"].as_str().unwrap().contains("6.1.0"), "{refused:#}");
     let done = home.nido(["spawn", "web"]).ok();
     assert!(
-        done.stderr.contains("booted instead of forked") && done.stderr.contains("nido template bake"),
+        done.stderr.contains("booted instead of forked") && done.stderr.contains("a new one has to be baked"),
         "{}",
         done.stderr
     );
