@@ -15,18 +15,16 @@ use nido_api::{ForwardSpec, StartPath, Timings, VmSpec};
 use nido_engine::machine::Machine;
 use nido_store::{Claim, Origin, VmRow};
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
 
 use super::control::ClaimCommand;
 use super::control_server::StartupPhase;
 use super::forwards::bind;
-use super::jobs::Job;
 use super::launch::RunningQemu;
 use super::lifecycle::{AgentReply, Event, taken};
 use super::limits::Limits;
 use super::loaded_guest::enlarge_disk;
 use super::qmp::{QMP_TIMEOUT, qmp_error};
-use super::state::{RECORD_JOB, RECORD_TIMEOUT, Report, Supervisor};
+use super::state::{RECORD_JOB, RECORD_TIMEOUT, Supervisor};
 use crate::context::write_guest_config;
 
 impl Supervisor {
@@ -51,35 +49,18 @@ impl Supervisor {
         let limits = Limits::new(now, expires_at, spec.idle_ms.map(Duration::from_millis));
         let ready_within = order.ready_within_ms.map_or(self.lifecycle.ready_within(), Duration::from_millis);
         self.step(Event::Claimed(limits, ready_within), running);
-        // Synced before the owner is notified that the VM is ready, in parallel to the identity reset.
-        let record = self.context.prepare_record(&self.row).map(|write| self.jobs.start(RECORD_JOB, write));
-        let awake = self.wake(ports, running).await;
-        match record {
-            Ok(record) => self.await_record_before_agent(record),
+        // The row has everything: the owner does not wait for the disk, and the next supervisor would write the record.
+        match self.context.prepare_record(&self.row) {
+            Ok(write) => self.report_end(self.jobs.start(RECORD_JOB, write), RECORD_TIMEOUT),
             Err(error) => tracing::warn!("the record of VM {} is not up to date: {error}", self.row.id),
         }
+        let awake = self.wake(ports, running).await;
         if let Err(error) = awake {
             tracing::error!("the claimed VM cannot be resumed: {error}");
             let why = error.message().chars().take(400).collect();
             self.step(Event::Agent(AgentReply::NotRenewed(why)), running);
         }
         Ok(())
-    }
-
-    /// Passes on the agent's reply, upon which the owner is notified, after the record is on the disk, or takes too long.
-    fn await_record_before_agent(&mut self, record: Job<()>) {
-        let (reply, reports) = (self.awaited.take(), self.reports.0.clone());
-        let (passed_on, awaited) = oneshot::channel();
-        self.awaited = reply.is_some().then_some(awaited);
-        tokio::spawn(async move {
-            let recorded = record.outcome_within(RECORD_TIMEOUT).await;
-            let _ = reports.send(Report::JobEnded(RECORD_JOB, recorded)).await;
-            if let Some(reply) = reply
-                && let Ok(reply) = reply.await
-            {
-                let _ = passed_on.send(reply);
-            }
-        });
     }
 
     /// Writes down, in one step, whose the clone is now.
