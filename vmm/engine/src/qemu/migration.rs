@@ -237,3 +237,16 @@ async fn completed(monitor: &Monitor, what: &'static str, deadline: Instant) -> 
     }
     Err(MigrationError::Late)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // QEMU reports only that it failed.
+    #[test]
+    fn a_full_disk_is_the_reason_that_a_file_could_not_be_written() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        assert_eq!(why_unwritten(&full).unwrap().kind(), io::ErrorKind::StorageFull);
+        assert!(why_unwritten(&tempfile::tempfile().unwrap()).is_none());
+    }
+}
