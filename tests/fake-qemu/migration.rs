@@ -7,13 +7,12 @@ use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::{Options, keys};
 
-/// While there is a file of this name in the VM's directory, loading does not end.
+/// If there is a file of this name in the VM's directory, loading does not end.
 const HANG: &str = "fake-hang";
 /// The largest state that is loaded, in bytes.
 const STATE_MAX: u64 = 1 << 20;
@@ -61,9 +60,11 @@ impl Migration {
             done(listener.and_then(|listener| {
                 let mut state = Vec::new();
                 listener.accept()?.0.take(STATE_MAX).read_to_end(&mut state)?;
-                while Path::new(HANG).exists() {
+                if Path::new(HANG).exists() {
                     eprintln!("fake-qemu: loading hangs");
-                    std::thread::sleep(Duration::from_secs(1));
+                    loop {
+                        std::thread::park();
+                    }
                 }
                 Ok(state)
             }));

@@ -146,19 +146,23 @@ pub(super) struct SnapshotRecovery {
     jobs: Jobs,
     snapshotting: Arc<Semaphore>,
     agent_route: AgentRoute,
-    /// Its user paused it: then it was not paused for a snapshot.
+    /// Its user paused it: it stays paused.
     paused: bool,
 }
 
 impl SnapshotRecovery {
     pub(super) async fn run(self, monitor: &Monitor) {
-        if !self.undo_interrupted().await || self.paused {
+        if !self.undo_interrupted().await {
             return;
         }
-        tracing::warn!("a snapshot was interrupted; resuming the VM");
+        // QEMU writes the state by itself, whatever has become of the supervisor before.
         if let Err(error) = migration::abandon(monitor).await {
             tracing::error!("saving the VM does not end: {error}");
         }
+        if self.paused {
+            return;
+        }
+        tracing::warn!("a snapshot was interrupted; resuming the VM");
         if let Err(error) = monitor.cont(QMP_TIMEOUT).await {
             tracing::error!("the VM cannot be resumed: {error}");
         }

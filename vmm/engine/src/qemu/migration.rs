@@ -84,8 +84,12 @@ pub async fn save(
     }
     match begin_to_file(monitor, &file).await {
         Ok(()) => {
-            let saved = completed(monitor, "save", deadline).await;
-            saved.map_err(|error| why_unwritten(&file).map_or(error, MigrationError::Io))
+            let Err(error) = completed(monitor, "save", deadline).await else { return Ok(()) };
+            // No stream breaks when this process gives up: QEMU would write on, and pause the machine when it is done.
+            if let Err(error) = abandon(monitor).await {
+                tracing::warn!("saving the machine does not end: {error}");
+            }
+            Err(why_unwritten(&file).map_or(error, MigrationError::Io))
         }
         Err(MonitorError::Refused { desc, .. }) => {
             tracing::info!("QEMU does not write a file itself: {}", desc.escape_debug());
@@ -103,7 +107,7 @@ async fn begin_to_file(monitor: &Monitor, file: &File) -> Result<(), MonitorErro
     Ok(())
 }
 
-/// Why QEMU could not write a file: it does not say so. The next bytes fail as well.
+/// Why QEMU could not write a file: it does not report that. The next bytes fail as well.
 fn why_unwritten(file: &File) -> Option<io::Error> {
     let end = file.metadata().ok()?.len();
     file.write_all_at(&[0; PROBE_BYTES], end).err()

@@ -64,7 +64,7 @@ impl Lifecycle {
         actions.push(Action::PowerOff(deadline));
     }
 
-    /// A stop may have been requested before QEMU was found. Nobody waits any more for a VM whose role is not use.
+    /// A stop may have been requested before QEMU was found. No process waits any more for a VM whose role is not use.
     pub(super) fn attached(&mut self, now: Instant, mute: bool, actions: &mut Vec<Action>) {
         self.mute = mute;
         match self.ending {
