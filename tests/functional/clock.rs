@@ -2,10 +2,13 @@
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::run::{Nido, RunningNido};
+use nido_files::lock::is_held;
+use rustix::process::{Signal, kill_process};
+
+use crate::support::run::{FinishedRun, Nido, RunningNido};
 use crate::support::{Home, processes, until};
 
 /// Adds the seconds that a file holds to the wall clock of each process that loads it.
@@ -97,4 +100,36 @@ fn a_wall_clock_that_is_put_back_does_not_extend_a_time_to_live() {
     let info = home.await_info("web", |info| info["status"] == "stopped");
     assert_eq!(info["status_cause"], "ttl", "{info}");
     supervisor.kill();
+}
+
+// The guardian read it from the wall clock alone, too.
+#[test]
+fn a_wall_clock_that_is_put_back_does_not_keep_a_vm_whose_supervisor_hangs() {
+    let home = Home::new();
+    let clock = WallClock::new(&home);
+    let spawned = |ran: FinishedRun| home.path().join("vms").join(ran.ok().json()["id"].as_str().unwrap());
+    let other = spawned(home.nido(["spawn", "other", "--accel", "tcg", "--json"]).run());
+    let web = spawned(home.nido(["spawn", "web", "--accel", "tcg", "--ttl", "8s", "--json"]).run());
+    let one = |word: &str| {
+        let mut all = processes::of(&home.path()).into_iter().filter(|(_, line)| line.contains(word));
+        all.next().unwrap().0
+    };
+    let supervisor = |of: &Path| one(&format!(" supervise {}", of.file_name().unwrap().display()));
+    let before = until("the guardian", || is_held(&home.path().join("guardian.lock")).then(|| one(" watch")));
+    // Nothing else starts a guardian: no command is run, and no supervisor runs.
+    let hangs = supervisor(&web);
+    kill_process(hangs, Signal::STOP).unwrap();
+    kill_process(before, Signal::STOP).unwrap();
+    processes::kill(supervisor(&other));
+    processes::kill(before);
+    let guardian = clock.of(home.nido(["watch"])).start();
+    // It has read the store.
+    let log = || fs::read_to_string(other.join("supervisor.log")).unwrap_or_default();
+    until("another supervisor", || log().contains("taking over the QEMU").then_some(()));
+    assert!(is_held(&web.join("vm.lock")));
+    clock.set(-2 * 3600);
+    until("the end of its QEMU", || (!is_held(&web.join("vm.lock"))).then_some(()));
+    assert!(is_held(&other.join("vm.lock")));
+    processes::kill(hangs);
+    guardian.kill();
 }

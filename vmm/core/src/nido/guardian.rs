@@ -12,6 +12,7 @@
 //! the next nido command does it.
 
 mod decide;
+mod expiry;
 mod restarts;
 
 use std::os::unix::fs::MetadataExt as _;
@@ -29,6 +30,7 @@ use nido_supervisor::SUPERVISOR_FAILS;
 use nido_supervisor::context::{open_home, restart_unawaited, start_supervisor_unawaited};
 
 use self::decide::{GuardianAction, Histories, VmFacts, decide};
+use self::expiry::{Expiries, Moment};
 use self::restarts::{PendingRestarts, due, waits};
 use super::reconcile::Scope;
 use super::{Nido, OpenOptions};
@@ -126,6 +128,7 @@ struct Guardian {
     identity: (u64, u64),
     /// What was seen last.
     seen: HomeScan,
+    expiries: Expiries,
     /// Why the store could not be read the last time.
     trouble: Option<String>,
 }
@@ -133,7 +136,8 @@ struct Guardian {
 impl Guardian {
     fn new(options: OpenOptions, home: Home) -> Result<Self> {
         let identity = identity(home.root()).ok_or_else(|| Error::internal("nido's home cannot be looked at"))?;
-        Ok(Self { options, home, identity, seen: HomeScan::default(), trouble: None })
+        let (seen, expiries) = (HomeScan::default(), Expiries::default());
+        Ok(Self { options, home, identity, seen, expiries, trouble: None })
     }
 
     /// Where there is systemd: the scope of the VM whose supervisor started this process ends with that VM.
@@ -191,20 +195,21 @@ impl Guardian {
     }
 
     /// Reads the store, then the locks. Nothing is created, and nothing stays open.
-    fn scan(&self) -> Result<HomeScan> {
+    fn scan(&mut self) -> Result<HomeScan> {
         let store = Store::open_to_read(&self.home.database())?;
         let (rows, ended) = (store.rows_to_reconcile()?, store.vms_to_restart()?);
         drop(store);
-        let now = Timestamp::now().as_millisecond();
+        let now = Moment::now();
+        self.expiries.retain(&rows);
         Ok(HomeScan { vms: rows.iter().map(|row| self.facts(row, now)).collect(), ended })
     }
 
-    fn facts(&self, row: &RowFacts, now: i64) -> VmFacts {
+    fn facts(&mut self, row: &RowFacts, now: Moment) -> VmFacts {
         let mut vm = VmFacts {
             id: row.id.clone(),
             is_inactive: row.state.is_some_and(VmState::is_inactive),
             readable: row.state.is_some(),
-            ttl_over: row.expires_ms.is_some_and(|at| at <= now),
+            ttl_over: self.expiries.is_over(&row.id, row.expires_ms, now),
             ..VmFacts::default()
         };
         self.read_locks(&mut vm);
