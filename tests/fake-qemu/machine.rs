@@ -1,7 +1,7 @@
 //! A machine that runs: its monitor, its console, its guest. One loop takes what happens, in order.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, ExitCode, ExitStatus};
 use std::sync::mpsc::{self, Sender};
@@ -13,12 +13,14 @@ use serde_json::{Value, json};
 
 use crate::migration::{self, Migration};
 use crate::script::Script;
-use crate::{Options, guest, keys};
+use crate::{Options, guest, keys, monitor};
 
 /// What can happen.
-enum Happening {
+pub enum Happening {
     /// A client has connected to the monitor.
     Connected(UnixStream),
+    /// It has sent a file, for the message that comes next.
+    File(File),
     /// It has sent a message.
     Line(String),
     /// It has gone.
@@ -29,12 +31,14 @@ enum Happening {
     Terminated,
     /// A saved machine has arrived.
     Loaded(std::io::Result<Vec<u8>>),
+    /// The save that is in progress comes to its end.
+    SaveEnds,
     /// A time of the script has come.
     Alarm(Alarm),
 }
 
 #[derive(Clone, Copy)]
-enum Alarm {
+pub enum Alarm {
     Die,
     Signal(i32),
     Panic,
@@ -112,7 +116,7 @@ impl Machine {
         let console = options.part("-chardev", "id=console", "path").ok_or_else(|| needed("console"))?;
         if !script.never_listens {
             let _ = fs::remove_file(&monitor_path);
-            listen(UnixListener::bind(&monitor_path)?, sender.clone());
+            monitor::listen(UnixListener::bind(&monitor_path)?, sender.clone());
         }
         let mut machine = Self {
             monitor_path,
@@ -183,6 +187,11 @@ impl Machine {
             }
             Happening::Disconnected => {
                 self.client = None;
+                self.migration.client_gone();
+                None
+            }
+            Happening::File(file) => {
+                self.migration.file_arrived(file);
                 None
             }
             Happening::Line(line) => self.command(&line),
@@ -190,6 +199,12 @@ impl Machine {
                 let saved = self.migration.loaded(loaded);
                 if let Some(guest) = &mut self.guest {
                     guest.saved = saved;
+                }
+                None
+            }
+            Happening::SaveEnds => {
+                if self.migration.save_ends() {
+                    self.set_running(false);
                 }
                 None
             }
@@ -258,7 +273,7 @@ impl Machine {
             "cont" if self.script.crash_on_cont => return die_of(Signal::SIGABRT as i32),
             "cont" => {
                 let failed = self.io_error.take();
-                self.migration.resumed();
+                self.migration.resumed(&self.sender);
                 if let Err(error) = self.start_guest() {
                     eprintln!("fake-qemu: {error}");
                 }
@@ -269,18 +284,9 @@ impl Machine {
                 }
                 (done, None)
             }
-            "set_link" | "block_resize" | "migrate-set-capabilities" | "migrate-set-parameters"
-                if self.script.migrates =>
-            {
-                (json!({}), None)
+            name if self.script.migrates && migration::COMMANDS.contains(&name) && !self.script.is_missing(name) => {
+                (self.migration.command(name, &command["arguments"], &self.sender), None)
             }
-            "migrate" if self.script.migrates => (self.migration.save(&command["arguments"]["uri"]), None),
-            "migrate-incoming" if self.script.migrates => {
-                let sender = self.sender.clone();
-                let done = move |loaded| drop(sender.send(Happening::Loaded(loaded)));
-                (self.migration.load(&command["arguments"]["uri"], done), None)
-            }
-            "query-migrate" if self.script.migrates => (self.migration.status(), None),
             "system_powerdown" => {
                 self.event("POWERDOWN", &json!({}));
                 let overlooked = std::mem::take(&mut self.script.overlook_powerdown) || self.script.ignore_powerdown;
@@ -351,20 +357,6 @@ fn die_of(signal: i32) -> Option<ExitCode> {
         let _ = raise(signal);
     }
     Some(ExitCode::FAILURE)
-}
-
-/// One client at a time, as QEMU's sockets do.
-fn listen(listener: UnixListener, sender: Sender<Happening>) {
-    std::thread::spawn(move || {
-        for stream in listener.incoming().map_while(Result::ok) {
-            let Ok(reader) = stream.try_clone() else { continue };
-            let _ = sender.send(Happening::Connected(stream));
-            for line in BufReader::new(reader).lines().map_while(Result::ok) {
-                let _ = sender.send(Happening::Line(line));
-            }
-            let _ = sender.send(Happening::Disconnected);
-        }
-    });
 }
 
 fn await_end(mut agent: Child, sender: Sender<Happening>) {

@@ -15,6 +15,7 @@
 mod guest;
 mod machine;
 mod migration;
+mod monitor;
 mod probe;
 mod script;
 

@@ -11,7 +11,8 @@ pub struct Script {
     pub not_qemu: bool,
     /// `old-version`: it reports version 6.2.
     pub old_version: bool,
-    /// `lacks:sandbox`, `lacks:microvm`, `lacks:q35`, `lacks:pc`, `lacks:user`: it was built without that.
+    /// `lacks:sandbox`, `lacks:microvm`, `lacks:q35`, `lacks:pc`, `lacks:user`: it was built without that. `lacks:getfd`: the
+    /// monitor does not know that command.
     pub lacks: Vec<String>,
     /// `die-at-start:MESSAGE`: it complains on its standard error and ends with code 1.
     pub die_at_start: Option<String>,
@@ -106,6 +107,11 @@ impl Script {
             _ => return None,
         }
         Some(())
+    }
+
+    /// Whether the monitor does not know a command.
+    pub fn is_missing(&self, command: &str) -> bool {
+        self.lacks.iter().any(|lack| lack == command)
     }
 
     /// The version it pretends to be.

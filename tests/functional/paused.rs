@@ -121,3 +121,19 @@ fn a_supervisor_outlives_its_log() {
     home.nido(["exec", "web", "--", "true"]).run().ok();
     assert_eq!(supervisors(&home), before);
 }
+
+#[test]
+fn a_qemu_that_takes_no_files_saves_over_a_socket() {
+    let home = Home::new();
+    home.qemu("migrates;lacks:getfd");
+    let id = home.spawn("web")["id"].as_str().unwrap().to_owned();
+    home.nido(["pause", "web"]).run().ok();
+    home.nido(["snapshot", "create", "web", "s"]).run().ok();
+    assert_eq!(home.info("web")["status"], "paused");
+    let log = fs::read_to_string(home.path().join("vms").join(id).join("supervisor.log")).unwrap();
+    assert!(log.contains("QEMU does not write a file itself"), "{log}");
+    home.nido(["resume", "web"]).run().ok();
+    home.nido(["exec", "web", "--", "true"]).run().ok();
+    home.nido(["snapshot", "restore", "web", "s", "--yes"]).run().ok();
+    home.nido(["exec", "web", "--", "true"]).run().ok();
+}
