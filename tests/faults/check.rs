@@ -9,7 +9,7 @@ use nido_api::state::VmState;
 use nido_files::lock::is_held;
 use nido_store::{Purpose, Store, VmRow};
 
-use crate::rig::Rig;
+use crate::rig::{BYSTANDERS, Rig};
 use crate::support::processes;
 
 /// What lies in a home.
@@ -152,6 +152,16 @@ pub fn expect_clean(rig: &Rig) {
     let audit = rig.home.nido(["audit", "verify", "--json"]).run().json();
     assert!(audit["ok"] == true || audit["code"].is_string(), "{audit}");
     rig.expect_bystanders();
+}
+
+/// Every paused VM can be resumed, and stays running: nothing that was interrupted pauses it again.
+pub fn expect_resumable(rig: &Rig) {
+    let names = rig.home.names().into_iter().filter(|name| !BYSTANDERS.contains(&name.as_str()));
+    for name in names.filter(|name| rig.home.info(name)["status"] == "paused") {
+        rig.home.nido(["resume", &name]).run().ok();
+        rig.home.nido(["exec", &name, "--timeout", "20s", "--", "true"]).run().ok();
+        assert_eq!(rig.home.info(&name)["status"], "running", "{name} was resumed");
+    }
 }
 
 fn expect_known_files(rig: &Rig) {

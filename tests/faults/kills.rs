@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::check::{await_recovery, expect_clean};
+use crate::check::{await_recovery, expect_clean, expect_resumable};
 use crate::operations::{ACCESS, BASIC, COPIES, Operation, POOLS, TEMPLATES};
 use crate::rig::{Rig, Step};
 
@@ -26,6 +26,7 @@ fn kill_at(rig: &mut Rig, operation: &Operation, step: &Step) -> bool {
     let killed = rig.disarm();
     assert!(!acknowledged || (operation.done)(rig), "it was acknowledged, and is not there");
     expect_clean(rig);
+    expect_resumable(rig);
     rig.clear();
     // The name is free.
     rig.ok("create op --accel tcg");

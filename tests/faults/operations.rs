@@ -160,7 +160,7 @@ pub const BASIC: [Operation; 11] = [
     },
 ];
 
-pub const COPIES: [Operation; 9] = [
+pub const COPIES: [Operation; 11] = [
     Operation {
         name: "snapshot create",
         prepare: &[SPAWN, "stop op"],
@@ -174,6 +174,13 @@ pub const COPIES: [Operation; 9] = [
         arrange: nothing,
         command: "snapshot create op s",
         done: |rig| has_snapshot(rig) && is(rig, "op", "running"),
+    },
+    Operation {
+        name: "snapshot create of a paused VM",
+        prepare: &[SPAWN, "pause op"],
+        arrange: nothing,
+        command: "snapshot create op s",
+        done: |rig| has_snapshot(rig) && is(rig, "op", "paused"),
     },
     Operation {
         name: "snapshot restore",
@@ -202,6 +209,13 @@ pub const COPIES: [Operation; 9] = [
         arrange: nothing,
         command: "fork op op-2",
         done: |rig| is(rig, "op-2", "running") && is(rig, "op", "running"),
+    },
+    Operation {
+        name: "fork of a paused VM",
+        prepare: &[SPAWN, "pause op"],
+        arrange: nothing,
+        command: "fork op op-2",
+        done: |rig| is(rig, "op-2", "running") && is(rig, "op", "paused"),
     },
     Operation {
         name: "forward add",

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
 
-use crate::check::{await_recovery, expect_clean};
+use crate::check::{await_recovery, expect_clean, expect_resumable};
 use crate::kills::prepare;
 use crate::operations::{BASIC, COPIES, Operation, TEMPLATES};
 use crate::rig::{BYSTANDERS, Rig};
@@ -44,6 +44,7 @@ fn round(rig: &Rig, operation: &Operation, bystanders: &[String], random: &mut R
     await_recovery(rig);
     assert!(!acknowledged || (operation.done)(rig), "it was acknowledged, and is not there");
     expect_clean(rig);
+    expect_resumable(rig);
     rig.clear();
     await_recovery(rig);
     u64::from(killed)

@@ -104,6 +104,7 @@ async fn begin_to_file(monitor: &Monitor, file: &File) -> Result<(), MonitorErro
     monitor.send_file(STATE_FILE, file, COMMAND_TIMEOUT).await?;
     let uri = Some(format!("fd:{STATE_FILE}"));
     monitor.execute(qmp::migrate { uri, channels: None, detach: None, resume: None }, COMMAND_TIMEOUT).await?;
+    nido_files::failpoint!("save.begun");
     Ok(())
 }
 
