@@ -1,0 +1,1 @@
+//! The network of one VM: the host's end of its Ethernet link.
