@@ -1,1 +1,3 @@
 //! The network of one VM: the host's end of its Ethernet link.
+
+pub mod names;
