@@ -15,7 +15,7 @@ pub struct PoolKind {
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
-    /// Network.
+    /// Network: `nat` also for `restricted`, which is the same hardware.
     pub net: NetChoice,
     /// Requested machine type.
     pub machine: MachineChoice,
@@ -30,7 +30,7 @@ impl PoolKind {
     #[must_use]
     pub const fn of(spec: &VmSpec) -> Self {
         let VmSpec { cpus, memory_mib, net, machine, accel, nested, .. } = *spec;
-        Self { cpus, memory_mib, net, machine, accel, nested }
+        Self { cpus, memory_mib, net: net.hardware(), machine, accel, nested }
     }
 
     /// The same machine, as one is asked to be baked.
@@ -127,6 +127,15 @@ pub struct PoolList {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_restricted_vm_is_of_the_kind_of_nat() {
+        let plain = VmSpec::named("x".parse().unwrap());
+        let restricted = VmSpec { net: NetChoice::Restricted, ..plain.clone() };
+        assert_eq!(PoolKind::of(&restricted), PoolKind::of(&plain));
+        let without = VmSpec { net: NetChoice::None, ..plain.clone() };
+        assert_ne!(PoolKind::of(&without), PoolKind::of(&plain));
+    }
 
     #[test]
     fn flags_show_only_non_default_values() {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ForwardSpec, LeaseId};
+use super::{EgressRule, ForwardSpec, LeaseId, NetChoice};
 use crate::error::{Code, Error};
 use crate::name::{TemplateName, VmName};
 use crate::restart::RestartPolicy;
@@ -62,29 +62,6 @@ impl AccelChoice {
     }
 }
 
-/// Network of a VM.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum NetChoice {
-    /// QEMU's user network: the guest reaches whatever the host reaches (its loopback included); nothing reaches the
-    /// guest.
-    #[default]
-    Nat,
-    /// No network card. Commands, file copies and published ports work.
-    None,
-}
-
-impl NetChoice {
-    /// The word for it.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Nat => "nat",
-            Self::None => "none",
-        }
-    }
-}
-
 /// Specification of a VM. Every field except the name has a default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -106,6 +83,10 @@ pub struct VmSpec {
     /// Network.
     #[serde(default)]
     pub net: NetChoice,
+    /// What the guest may reach: everything that it may with `restricted`; in addition to the rest with `nat`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 256)]
+    pub allow: Vec<EgressRule>,
     /// Machine type.
     #[serde(default)]
     pub machine: MachineChoice,
@@ -171,6 +152,7 @@ impl VmSpec {
             memory_mib: default_memory_mib(),
             disk_bytes: None,
             net: NetChoice::default(),
+            allow: Vec::new(),
             machine: MachineChoice::default(),
             accel: AccelChoice::default(),
             require_isolation: false,
@@ -210,6 +192,10 @@ pub struct SpawnRequest {
     /// Network.
     #[serde(default)]
     pub net: NetChoice,
+    /// What the guest may reach: everything that it may with `restricted`; in addition to the rest with `nat`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 256)]
+    pub allow: Vec<EgressRule>,
     /// Machine type.
     #[serde(default)]
     pub machine: MachineChoice,
@@ -274,6 +260,7 @@ impl SpawnRequest {
             memory_mib: self.memory_mib,
             disk_bytes: self.disk_bytes,
             net: self.net,
+            allow: self.allow,
             machine: self.machine,
             accel: self.accel,
             require_isolation: self.require_isolation,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{ForwardSpec, LeaseId, NetChoice};
+use super::{EgressRule, ForwardSpec, LeaseId, NetChoice};
 use crate::name::{TemplateName, VmName};
 use crate::restart::RestartPolicy;
 use crate::state::{FailureCause, StateCause, VmState};
@@ -45,6 +45,9 @@ pub struct VmInfo {
     pub disk_bytes: u64,
     /// Network.
     pub net: NetChoice,
+    /// What the guest may reach: everything that it may with `restricted`; in addition to the rest with `nat`. Absent: no rules.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow: Vec<EgressRule>,
     /// The address at which this host reaches the guest: that of its published ports. `null` if it has none.
     pub ip_address: Option<String>,
     /// A command that opens an SSH session through the published port 22; `null` without one.

@@ -40,7 +40,8 @@ pub fn shape(machine: &Machine, host: &HostFacts) -> BakedMachine {
         cpu_model: machine.cpu_model.clone(),
         cpus: machine.cpus,
         memory_mib: machine.memory_mib,
-        net: machine.net.name().into(),
+        // The rules of a VM are not part of its hardware.
+        net: machine.net.hardware().name().into(),
         transport: machine.transport.name().into(),
         tsc_khz: machine.tsc_khz,
         host_cpu: (machine.accel == Accel::Kvm).then(|| host.cpu_model.clone()),

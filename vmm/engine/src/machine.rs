@@ -164,7 +164,7 @@ fn check_qemu(request: &MachineRequest, qemu: &QemuFacts) -> Result<(), Refusal>
     if !qemu.sandbox {
         return Err(Refusal::QemuLacks { what: "its own system call filter (-sandbox)" });
     }
-    if request.net == NetChoice::Nat && !qemu.user_network {
+    if request.net.has_card() && !qemu.user_network {
         return Err(Refusal::QemuLacks { what: "user networking (slirp)" });
     }
     Ok(())

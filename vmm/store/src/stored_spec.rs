@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
-use nido_api::{AccelChoice, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
+use nido_api::{AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
 use serde::{Deserialize, Serialize};
 
 /// The format that this version writes, and the highest that it reads.
@@ -29,6 +29,8 @@ struct StoredSpec {
     disk_bytes: Option<u64>,
     #[serde(default)]
     net: NetChoice,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    allow: Vec<EgressRule>,
     #[serde(default)]
     machine: MachineChoice,
     #[serde(default)]
@@ -109,6 +111,7 @@ impl From<VmSpec> for StoredSpec {
             memory_mib,
             disk_bytes,
             net,
+            allow,
             machine,
             accel,
             require_isolation,
@@ -129,6 +132,7 @@ impl From<VmSpec> for StoredSpec {
             memory_mib,
             disk_bytes,
             net,
+            allow,
             machine,
             accel,
             require_isolation,
@@ -153,6 +157,7 @@ impl From<StoredSpec> for VmSpec {
             memory_mib: stored.memory_mib,
             disk_bytes: stored.disk_bytes,
             net: stored.net,
+            allow: stored.allow,
             machine: stored.machine,
             accel: stored.accel,
             require_isolation: stored.require_isolation,
@@ -178,6 +183,8 @@ mod tests {
         let mut spec = VmSpec::named("web".parse().unwrap());
         spec.labels.insert("role".into(), "demo".into());
         spec.forwards = vec!["8080:80".parse().unwrap()];
+        spec.net = NetChoice::Restricted;
+        spec.allow = ["example.com:443", "[2001:db8::/32]:53/udp"].map(|rule| rule.parse().unwrap()).into();
         VmSpec { ttl_ms: Some(7), nested: true, restart: RestartPolicy::Always, disk_bytes: Some(1 << 30), ..spec }
     }
 
@@ -211,9 +218,13 @@ mod tests {
         assert_eq!(read(serde_json::to_value(spec()).unwrap()).unwrap(), spec());
         let oldest = json!({"name": "web", "template": "sandbox", "cpus": 1, "memory_mib": 512});
         assert_eq!(read(oldest).unwrap(), VmSpec::named("web".parse().unwrap()));
-        for damaged in
-            [json!(7), json!({}), json!({"name": "-"}), json!({"name": "web", "template": "t", "cpus": "two"})]
-        {
+        for damaged in [
+            json!(7),
+            json!({}),
+            json!({"name": "web", "template": "t", "cpus": 1, "memory_mib": 1, "allow": ["@new"]}),
+            json!({"name": "-"}),
+            json!({"name": "web", "template": "t", "cpus": "two"}),
+        ] {
             assert!(read(damaged).is_err());
         }
     }

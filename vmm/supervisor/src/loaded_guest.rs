@@ -1,7 +1,6 @@
 //! What is done to the machine of a guest that was loaded, before or after its identity reset: the link of its network card, the size
 //! of its disk.
 
-use nido_api::NetChoice;
 use nido_api::error::{Code, Error, Result};
 use nido_api::sanitize::on_one_line;
 use nido_engine::machine::Machine;
@@ -14,7 +13,7 @@ use super::qmp::QMP_TIMEOUT;
 
 /// Whether the guest has a network card and is loaded: it may send nothing before its identity reset.
 pub(super) fn has_link_to_hold(row: &VmRow, machine: &Machine) -> bool {
-    row.origin != Origin::Boot && machine.net == NetChoice::Nat
+    row.origin != Origin::Boot && machine.net.has_card()
 }
 
 /// Sets the link of the guest's network card.

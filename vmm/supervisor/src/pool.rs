@@ -70,8 +70,13 @@ impl Supervisor {
         };
         // The token that the guest accepts until the next identity reset.
         saved.token = nido_api::hex::encode(self.guest.token());
-        let machine =
-            Machine { reason: order.reason.clone(), warnings: order.warnings.clone(), ..self.machine.clone() };
+        // A clone waits with the network of its pool; its rules are those of its owner.
+        let machine = Machine {
+            reason: order.reason.clone(),
+            warnings: order.warnings.clone(),
+            net: spec.net,
+            ..self.machine.clone()
+        };
         let now = Timestamp::now();
         let life = |ttl| SignedDuration::from_millis(i64::try_from(ttl).unwrap_or(i64::MAX));
         let forwards: Vec<_> = ports.iter().map(|(bound, _)| bound.clone()).collect();

@@ -279,6 +279,7 @@ mod tests {
         let mut spec = VmSpec::named("web".parse().unwrap());
         spec.labels.insert("role".into(), "demo".into());
         spec.forwards = vec!["8080:80".parse().unwrap()];
+        spec.allow = vec!["host:8080".parse().unwrap()];
         let mut row = VmRow::new("0123456789abcdef".into(), spec, Purpose::Use, VmState::Stopped, parts, 1 << 30);
         row.origin = Origin::Fork(StoredBake { memory: hash("f"), state: hash("0"), token: "12".into(), live: true });
         row.owner = Some("CLI uid:1000".into());

@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::shared::warning_about;
 use super::{DomainName, Ports, Target};
+use crate::FrontEnd;
 use crate::error::{Code, Error};
 use crate::sanitize::head;
 
@@ -143,6 +144,10 @@ impl Serialize for EgressRule {
 
 impl<'de> Deserialize<'de> for EgressRule {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(d)?.parse().map_err(|error: Error| {
+            // What reads a body or a tool's arguments keeps the message only.
+            let hint = error.hint_for(FrontEnd::Api).unwrap_or_default();
+            serde::de::Error::custom(format!("{error}; {hint}"))
+        })
     }
 }

@@ -148,6 +148,8 @@ fn wrong_rules_are_refused_with_the_reason() {
         assert!(error.code() == Code::SpecInvalid && error.message().contains(why), "{bad}: {error}");
         assert!(error.message().starts_with(&format!("'{bad}' is not a network rule: ")), "{error}");
         assert!(error.hint_for(FrontEnd::Cli).is_some() && error.hint_for(FrontEnd::Mcp).is_some());
+        let of_json = serde_json::from_value::<EgressRule>(bad.into()).unwrap_err().to_string();
+        assert!(of_json.contains(why) && of_json.contains("for example"), "{of_json}");
     }
     assert!("a".repeat(5000).parse::<EgressRule>().unwrap_err().message().len() < 200);
 }

@@ -211,7 +211,7 @@ fn bake_spec(template: &TemplateName, request: &BakeRequest) -> Result<VmSpec> {
         template: template.clone(),
         cpus: request.cpus.unwrap_or(defaults.cpus),
         memory_mib: request.memory_mib.unwrap_or(defaults.memory_mib),
-        net: request.net,
+        net: request.net.hardware(),
         machine: request.machine,
         accel: request.accel,
         nested: request.nested,

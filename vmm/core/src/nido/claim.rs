@@ -20,7 +20,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::Nido;
-use super::create::{boot_parts, check_labels, disk_bytes, machine_request};
+use super::create::{boot_parts, check_spec, disk_bytes, machine_request};
 use super::supervisor_client::read_reply;
 use super::vm_in_progress::VmInProgress;
 
@@ -84,7 +84,7 @@ impl Nido {
 
     /// What a clone is asked to become, and the memory image of the clones that can.
     async fn claim_command(&self, spec: &VmSpec, start: StartRequest, grant: &Grant) -> Result<(String, ClaimCommand)> {
-        check_labels(spec)?;
+        check_spec(spec)?;
         let (host, qemu) = self.host_facts().await?;
         let manifest = self.manifest(&spec.template)?;
         let disk_bytes = disk_bytes(spec, &boot_parts(&manifest))?;

@@ -47,7 +47,7 @@ impl Nido {
         state: VmState,
         grant: &Grant,
     ) -> Result<(VmRow, HeldLock)> {
-        check_labels(&spec)?;
+        check_spec(&spec)?;
         let (host, qemu) = self.host_facts().await?;
         let _template_lock = self.templates_shared().await?;
         let manifest = self.manifest(&spec.template)?;
@@ -110,7 +110,8 @@ async fn make_and_hold(dir: &VmDir) -> Result<HeldLock> {
     }
 }
 
-pub(super) fn check_labels(spec: &VmSpec) -> Result<()> {
+pub(super) fn check_spec(spec: &VmSpec) -> Result<()> {
+    spec.net.check_rules(&spec.allow)?;
     let long = |text: &String| text.len() > LABEL_BYTES_MAX;
     if spec.labels.len() > LABELS_MAX || spec.labels.iter().any(|(k, v)| k.is_empty() || long(k) || long(v)) {
         let rule =

@@ -280,7 +280,7 @@ fn kind_of(request: &PoolRequest) -> Result<PoolKind> {
     Ok(PoolKind {
         cpus: request.cpus.unwrap_or(defaults.cpus),
         memory_mib: request.memory_mib.unwrap_or(defaults.memory_mib),
-        net: request.net,
+        net: request.net.hardware(),
         machine: request.machine,
         accel: request.accel,
         nested: request.nested,

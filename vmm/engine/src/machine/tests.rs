@@ -162,6 +162,18 @@ fn an_old_or_crippled_qemu_is_refused() {
     assert!(decide(&offline, &host(WORKS), &no_slirp).is_ok());
 }
 
+/// A warm image or a clone of a pool that was made for `nat` continues as a restricted VM, and the other way round.
+#[test]
+fn restricted_and_nat_have_the_same_shape() {
+    let shape_of = |net| {
+        let host = host(WORKS);
+        crate::bake::shape(&decide(&MachineRequest { net, ..request() }, &host, &qemu_facts()).unwrap(), &host)
+    };
+    assert_eq!(shape_of(NetChoice::Restricted), shape_of(NetChoice::Nat));
+    assert_eq!(shape_of(NetChoice::Restricted).net, "nat");
+    assert_ne!(shape_of(NetChoice::None), shape_of(NetChoice::Nat));
+}
+
 #[test]
 fn values_out_of_range_name_their_field() {
     let cases = [

@@ -7,7 +7,6 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
-use nido_api::NetChoice;
 use nido_guest_agent::config::FW_CFG_NAME;
 use nido_guest_agent::wire::SERIAL_PORT;
 
@@ -91,7 +90,7 @@ pub fn parts(machine: &Machine, files: &Files) -> Vec<Part> {
         channel(machine, files),
         disk(machine, &files.disk),
     ];
-    parts.extend((machine.net == NetChoice::Nat).then(|| nat(machine)));
+    parts.extend(machine.net.has_card().then(|| nat(machine)));
     // "panic": how a guest's kernel reports a panic, before `panic=-1` makes it reset.
     parts.extend([rng(machine), fw_cfg(files), part("panic", ["-device", "pvpanic"]), kernel(machine, files)]);
     parts.extend(files.incoming.then(|| part("incoming", ["-incoming", "defer", "-S"])));

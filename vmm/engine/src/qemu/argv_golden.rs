@@ -193,4 +193,5 @@ fn the_device_digest_covers_devices_but_not_the_address() {
     assert_ne!(devices(&here), devices(&of(MachineChoice::Microvm, VsockVerdict::Absent)));
     assert_ne!(devices(&here), devices(&of(MachineChoice::Pc, VsockVerdict::Usable)));
     assert_ne!(devices(&here), devices(&Machine { net: NetChoice::None, ..here.clone() }));
+    assert_eq!(devices(&here), devices(&Machine { net: NetChoice::Restricted, ..here.clone() }));
 }

@@ -68,7 +68,7 @@ fn hostname(row: &VmRow) -> String {
 /// The guest's network settings.
 #[must_use]
 pub fn guest_network(net: NetChoice) -> Option<Network> {
-    (net == NetChoice::Nat).then(|| {
+    net.has_card().then(|| {
         // QEMU's user network is always the same inside.
         Network::Static(StaticNetwork {
             address: "10.0.2.15".into(),

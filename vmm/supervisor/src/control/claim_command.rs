@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
-use nido_api::{AccelChoice, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
+use nido_api::{AccelChoice, EgressRule, ForwardSpec, LeaseId, MachineChoice, NetChoice, VmSpec};
 use serde::{Deserialize, Serialize};
 
 use super::ForwardCommand;
@@ -54,6 +54,8 @@ pub struct VmOrder {
     pub disk_bytes: Option<u64>,
     #[serde(default)]
     pub net: NetChoice,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow: Vec<EgressRule>,
     #[serde(default)]
     pub machine: MachineChoice,
     #[serde(default)]
@@ -87,6 +89,7 @@ impl From<VmSpec> for VmOrder {
             memory_mib: Some(spec.memory_mib),
             disk_bytes: spec.disk_bytes,
             net: spec.net,
+            allow: spec.allow,
             machine: spec.machine,
             accel: spec.accel,
             require_isolation: spec.require_isolation,
@@ -113,6 +116,7 @@ impl From<VmOrder> for VmSpec {
             memory_mib: order.memory_mib.unwrap_or(default.memory_mib),
             disk_bytes: order.disk_bytes,
             net: order.net,
+            allow: order.allow,
             machine: order.machine,
             accel: order.accel,
             require_isolation: order.require_isolation,

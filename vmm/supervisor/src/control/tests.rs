@@ -79,6 +79,8 @@ fn an_order_with_an_unknown_field_or_without_a_new_one_is_understood() {
 fn a_specification_survives_the_claim_command() {
     let mut spec = VmSpec::named("web".parse().unwrap());
     spec.forwards = vec!["8080:80".parse().unwrap()];
+    spec.net = nido_api::NetChoice::Restricted;
+    spec.allow = vec!["example.com:443".parse().unwrap()];
     spec.labels.insert("role".into(), "demo".into());
     (spec.cpus, spec.ttl_ms, spec.ephemeral, spec.nested) = (3, Some(5), true, true);
     let sent = serde_json::to_value(VmOrder::from(spec.clone())).unwrap();

@@ -48,6 +48,13 @@ fn missing_clones_are_started_and_starting_ones_counted() {
 }
 
 #[test]
+fn a_pool_for_restricted_vms_is_the_pool_for_nat() {
+    let request = PoolRequest { net: nido_api::NetChoice::Restricted, ..PoolRequest::default() };
+    assert_eq!(kind_of(&request).unwrap(), pool(1).kind);
+    assert!(belongs(&clone(&pool(1), "ready", VmState::Paused, Some("m")), &pool(1)));
+}
+
+#[test]
 fn of_too_many_those_that_are_not_ready_go() {
     let pool = pool(1);
     let clones = [clone(&pool, "new", VmState::Running, Some("m")), clone(&pool, "ready", VmState::Paused, Some("m"))];
