@@ -37,7 +37,7 @@ const SHOWN: usize = 60;
 const NAMED_MAX: usize = 8;
 
 /// An example of a field, where its type alone does not show it.
-const EXAMPLES: [(&str, &str); 16] = [
+const EXAMPLES: [(&str, &str); 17] = [
     ("name", r#""web-1""#),
     ("template", r#""sandbox""#),
     ("snapshot", r#""before-upgrade""#),
@@ -47,6 +47,7 @@ const EXAMPLES: [(&str, &str); 16] = [
     ("env", r#"{"LANG": "C"}"#),
     ("labels", r#"{"team": "web"}"#),
     ("forwards", r#"["8080:80"]"#),
+    ("allow", r#"["example.com:443"]"#),
     ("guest_port", "80"),
     ("host_port", "8080"),
     ("memory_mib", "1024"),

@@ -46,6 +46,7 @@ mod mcp_messages;
 mod mcp_protocol;
 mod mcp_spec;
 mod mcp_tools;
+mod network;
 mod paused;
 mod pool;
 mod rebuild;

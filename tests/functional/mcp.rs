@@ -43,7 +43,7 @@ fn wrong_arguments_are_answers_that_name_the_field() {
     for (tool, arguments, words) in [
         ("vm_spawn", json!({"name": "Web"}), "name: 'Web' is not a VM name"),
         ("vm_spawn", json!({"name": "web", "cpus": "two"}), "cpus: must be a whole number"),
-        ("vm_spawn", json!({"name": "web", "net": "bridge"}), "net: must be one of nat, none"),
+        ("vm_spawn", json!({"name": "web", "net": "bridge"}), "net: must be one of nat, restricted, none"),
         ("vm_spawn", json!({"name": "web", "start": false}), "start: there is no such argument"),
         ("vm_spawn", json!({"name": "web", "ttl_seconds": 0}), "ttl_seconds: must be a number greater than 0"),
         ("vm_spawn", json!({"name": "web", "ttl_ms": 0}), "ttl_ms: must be a number greater than 0"),

@@ -1,7 +1,7 @@
 //! `info`: everything about one VM.
 
 use jiff::Timestamp;
-use nido_api::{NetChoice, VmInfo, VmList};
+use nido_api::{VmInfo, VmList};
 
 use super::Context;
 use super::ls::between;
@@ -74,7 +74,10 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
     some("nested", vm.nested.then(|| "the guest can run VMs".to_owned()));
     some("reason", vm.machine_reason.clone());
     some("agent", agent(vm));
-    some("network", Some(if vm.net == NetChoice::Nat { "nat" } else { "none" }.into()));
+    some("network", Some(vm.net.name().into()));
+    for rule in &vm.allow {
+        some("allow", Some(rule.to_string()));
+    }
     some("address", vm.ip_address.clone());
     some("ssh", vm.ssh_command.clone());
     for forward in &vm.forwards {

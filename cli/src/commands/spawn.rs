@@ -18,6 +18,7 @@ Examples:
   nido spawn web
   nido spawn web --template debian-12 --cpus 2 --memory 1G --disk 8G
   nido spawn web -p 8080:80 --ttl 2h --label role=demo
+  nido spawn bot --net restricted --allow pypi.org --allow '*.pythonhosted.org:443'
   nido spawn box --net none --require-isolation --ephemeral
   nido spawn web --json | jq .status
 

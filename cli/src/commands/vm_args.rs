@@ -4,8 +4,8 @@ use clap::ValueEnum;
 use nido_api::name::{TemplateName, VmName};
 use nido_api::restart::RestartPolicy;
 use nido_api::{
-    AccelChoice, BakeRequest, ForwardSpec, MachineChoice, NetChoice, PathChoice, StartPath, StartRequest, VmInfo,
-    VmSpec,
+    AccelChoice, BakeRequest, EgressRule, ForwardSpec, MachineChoice, NetChoice, PathChoice, StartPath, StartRequest,
+    VmInfo, VmSpec,
 };
 
 use crate::output::Output;
@@ -24,6 +24,10 @@ pub struct VmArgs {
     /// Publish a port of the guest on the host's loopback; may be repeated
     #[arg(long, short, value_name = "[[HOST:]PORT:]GUEST")]
     publish: Vec<ForwardSpec>,
+    /// Let the guest reach this: example.com:443, *.example.com, 10.0.0.0/8:53/udp, host:8080 (the host's loopback); may be
+    /// repeated [default ports: 80,443]
+    #[arg(long, value_name = "TARGET[:PORTS][/udp]")]
+    allow: Vec<EgressRule>,
     /// Stop the VM this long after its start, for example 10m
     #[arg(long, value_name = "TIME", value_parser = parse::duration_ms)]
     ttl: Option<u64>,
@@ -56,7 +60,7 @@ pub struct MachineArgs {
     /// Memory, for example 512M or 2G [default: 512M]
     #[arg(long, value_name = "SIZE", value_parser = parse::memory_mib)]
     memory: Option<u32>,
-    /// Network: nat reaches whatever the host can reach, none has no network card [default: nat]
+    /// Network: nat reaches what the host reaches, restricted only what --allow names, none has no network card [default: nat]
     #[arg(long, value_name = "KIND")]
     net: Option<Net>,
     /// Provide virtualization in the guest
@@ -73,6 +77,7 @@ pub struct MachineArgs {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Net {
     Nat,
+    Restricted,
     None,
 }
 
@@ -119,6 +124,7 @@ impl VmArgs {
             memory_mib: machine.memory_mib.unwrap_or(defaults.memory_mib),
             disk_bytes: self.disk,
             net: machine.net,
+            allow: self.allow,
             machine: machine.machine,
             accel: machine.accel,
             nested: machine.nested,
@@ -146,6 +152,7 @@ impl MachineArgs {
             memory_mib: self.memory,
             net: self.net.map_or(NetChoice::default(), |net| match net {
                 Net::Nat => NetChoice::Nat,
+                Net::Restricted => NetChoice::Restricted,
                 Net::None => NetChoice::None,
             }),
             machine: self.machine.map_or(MachineChoice::default(), |machine| match machine {

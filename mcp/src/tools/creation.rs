@@ -23,7 +23,7 @@ const TTL_MS: u64 = 3_600_000;
 pub const SPAWN: Tool = Tool {
     op: op::VM_SPAWN,
     title: "Create and start a VM",
-    about: "Creates a VM, starts it and waits until it takes commands. For this task only: set ephemeral and \
+    about: "Creates and starts a VM; waits until it takes commands. For this task only: set ephemeral and \
         ttl_seconds. The same name and arguments again return the existing VM. Next: vm_exec; at the end vm_delete.",
     hints: SINGLE_USE_HINTS,
     takes: || without(&SPAWN_ONLY_FIELDS),
@@ -35,30 +35,46 @@ pub const SPAWN: Tool = Tool {
 /// Arguments of a new VM that few callers need.
 pub const UNLISTED: [&str; 6] = ["machine", "accel", "nested", "require_isolation", "path", "start_timeout_seconds"];
 
-/// The same of a VM that is not started yet.
-const UNLISTED_IN_CREATE: [&str; 7] =
-    ["start_timeout_seconds", "machine", "accel", "nested", "require_isolation", "idle_seconds", OUTLIVES_SESSION];
+/// The same of a VM that is not started yet: its description refers to vm_spawn for the others.
+const UNLISTED_IN_CREATE: [&str; 13] = [
+    "start_timeout_seconds",
+    "cpus",
+    "memory_mib",
+    "disk_bytes",
+    "forwards",
+    "machine",
+    "accel",
+    "nested",
+    "require_isolation",
+    "idle_seconds",
+    "labels",
+    ALLOW,
+    OUTLIVES_SESSION,
+];
 
 /// Descriptions of the arguments of a new VM.
-pub const DESCRIPTIONS: [(&str, &str); 13] = [
+const DESCRIPTIONS: [(&str, &str); 13] = [
     ("name", "a-z, 0-9, -; unique."),
     ("template", "See template_list."),
     ("cpus", "Default 1."),
     ("memory_mib", "MiB; default 512."),
     ("disk_bytes", "Bytes; at least the template's."),
-    ("net", "Network."),
+    ("net", ""),
     ("labels", ""),
     ("machine", "Machine type."),
     ("accel", "tcg: emulation, slow."),
     ("nested", "Let the guest run VMs."),
     ("require_isolation", "Fail without KVM."),
-    ("ttl_seconds", "Stop it after so many seconds."),
-    ("idle_seconds", "The same, after seconds unused."),
+    ("ttl_seconds", "Stop after so many seconds."),
+    ("idle_seconds", "Or after seconds unused."),
 ];
 /// A field of a new VM that no tool has: the size of what a model reads is limited.
 const RESTART: &str = "restart";
-const EPHEMERAL: &str = "Delete it when it stops, and with this session.";
+const EPHEMERAL: &str = "Delete when it stops, and with this session.";
 const PORTS: &str = "Published, HOST:GUEST.";
+/// The field that holds network rules.
+const ALLOW: &str = "allow";
+const RULES: &str = "All that restricted reaches, e.g. example.com:443.";
 const OUTLIVES_SESSION_TEXT: &str = "Ephemeral, but not with this session.";
 
 /// The fields that vm_spawn always sets.
@@ -66,9 +82,17 @@ pub const SPAWN_ONLY_FIELDS: [&str; 2] = ["start", "wait"];
 /// What vm_create never does.
 pub const START_FIELDS: [&str; 4] = ["start", "wait", "path", "start_timeout_ms"];
 
+/// The arguments of a new VM that it has in common with the VM of a run.
+pub fn vm_arguments() -> Value {
+    let mut schema = schema::described(schema::arguments::<SpawnRequest>(), &DESCRIPTIONS);
+    let rules = json!({ "type": "array", "items": { "type": "string" }, "description": RULES });
+    schema["properties"][ALLOW][schema::LISTED_AS] = rules;
+    schema
+}
+
 /// The arguments of a new VM, without those that make no sense for the tool.
 fn without(left_out: &[&str]) -> Value {
-    let mut schema = schema::described(schema::arguments::<SpawnRequest>(), &DESCRIPTIONS);
+    let mut schema = vm_arguments();
     if let Some(properties) = schema["properties"].as_object_mut() {
         properties["ephemeral"]["description"] = EPHEMERAL.into();
         let outlives = json!({ "type": "boolean", "default": false, "description": OUTLIVES_SESSION_TEXT });

@@ -90,13 +90,14 @@ fn every_tool_carries_the_annotations_of_the_specification() {
 }
 
 /// Arguments that need no description: their names suffice.
-const PLAIN_FIELDS: [&str; 13] = [
+const PLAIN_FIELDS: [&str; 14] = [
     "name",
     "labels",
     "snapshot",
     "job_id",
     "env",
     "directory",
+    "net",
     "stdin",
     "content",
     "content_base64",

@@ -17,8 +17,7 @@ use crate::schema;
 pub const RUN: Tool = Tool {
     op: op::VM_RUN,
     title: "Run one command",
-    about: "Runs one command in a new VM, as vm_exec does, and deletes the VM. For more commands or files use \
-        vm_spawn.",
+    about: "Runs one command in a new VM, as vm_exec does, then deletes it. For more commands or files: vm_spawn.",
     hints: Hints { idempotent: false, open_world: true },
     takes: schema_of_arguments,
     unlisted: &UNLISTED,
@@ -43,14 +42,25 @@ const UNLISTED: [&str; 12] = [
 ];
 
 /// Arguments of the VM.
-const VM_PARAMETERS: [&str; 10] =
-    ["template", "cpus", "memory_mib", "disk_bytes", "net", "machine", "accel", "nested", "require_isolation", "path"];
+const VM_PARAMETERS: [&str; 11] = [
+    "template",
+    "cpus",
+    "memory_mib",
+    "disk_bytes",
+    "net",
+    "allow",
+    "machine",
+    "accel",
+    "nested",
+    "require_isolation",
+    "path",
+];
 /// The argument for the start timeout, with its names for callers and in the core.
 const START_TIMEOUT: [&str; 2] = ["start_timeout_seconds", "start_timeout_ms"];
 
 fn schema_of_arguments() -> Value {
     let mut schema = schema::described(schema::arguments::<ExecBody>(), &command::DESCRIPTIONS);
-    let vm = schema::described(schema::arguments::<SpawnRequest>(), &creation::DESCRIPTIONS);
+    let vm = creation::vm_arguments();
     for name in VM_PARAMETERS.iter().chain(&START_TIMEOUT[..1]) {
         schema["properties"][name] = vm["properties"][name].clone();
     }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{EGRESS_RULES_MAX, EgressRule};
-use crate::error::{Code, Error, Hint, Result};
+use crate::error::{Code, Error, Result};
 
 /// Network of a VM.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
@@ -52,11 +52,7 @@ impl NetChoice {
     /// `spec_invalid`.
     pub fn check_rules(self, allow: &[EgressRule]) -> Result<()> {
         let refused = |words: String| Err(Error::new(Code::SpecInvalid, words));
-        let restricted = |error: Error| {
-            error
-                .hint("set net to restricted, or leave the rule out")
-                .or_hint(Hint::command_line("pass --net restricted"))
-        };
+        let restricted = |error: Error| error.hint("set the network to restricted, or leave the rule out");
         if allow.len() > EGRESS_RULES_MAX {
             let words = format!("allow: {} rules are too many; a VM has at most {EGRESS_RULES_MAX}", allow.len());
             return refused(words).map_err(|error| error.hint("combine rules, for example with *.NAME or a network"));

@@ -83,7 +83,7 @@ pub struct VmSpec {
     /// Network.
     #[serde(default)]
     pub net: NetChoice,
-    /// What the guest may reach: everything that it may with `restricted`; in addition to the rest with `nat`.
+    /// Rules of the network: with `restricted` all that the guest reaches, with `nat` what it reaches in addition.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 256)]
     pub allow: Vec<EgressRule>,
@@ -192,7 +192,7 @@ pub struct SpawnRequest {
     /// Network.
     #[serde(default)]
     pub net: NetChoice,
-    /// What the guest may reach: everything that it may with `restricted`; in addition to the rest with `nat`.
+    /// Rules of the network: with `restricted` all that the guest reaches, with `nat` what it reaches in addition.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 256)]
     pub allow: Vec<EgressRule>,

@@ -45,7 +45,7 @@ pub struct VmInfo {
     pub disk_bytes: u64,
     /// Network.
     pub net: NetChoice,
-    /// What the guest may reach: everything that it may with `restricted`; in addition to the rest with `nat`. Absent: no rules.
+    /// Rules of the network: with `restricted` all that the guest reaches, with `nat` what it reaches in addition. Absent: no rules.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<EgressRule>,
     /// The address at which this host reaches the guest: that of its published ports. `null` if it has none.
