@@ -64,9 +64,11 @@ pub fn usual_template(limits: &Limits) -> Result<TemplateName> {
 /// `limit_exceeded`, `denied` if the caller may have no such VM at all.
 pub fn within(limits: &Limits, vm: PromptVm) -> Result<PromptVm> {
     let ttl_max = limits.ttl_max_ms.map_or(u64::MAX, |ms| ms / 1000);
-    let no_nat = limits.net.as_ref().is_some_and(|net| !net.contains(&NetChoice::Nat));
+    // Neither of the others reaches anything without rules, which a prompt does not have.
+    let allowed = limits.net.as_ref().filter(|net| !net.contains(&NetChoice::Nat));
     let memory_mib = vm.memory_mib.map(|mib| mib.min(limits.max_memory_mib.unwrap_or(mib)));
-    let net = no_nat.then_some(NetChoice::None.name());
+    let net = allowed
+        .map(|net| if net.contains(&NetChoice::None) { NetChoice::None.name() } else { NetChoice::Restricted.name() });
     let vm = PromptVm { memory_mib, ttl_seconds: vm.ttl_seconds.min(ttl_max), net, ..vm };
     let (spec, _) = spawn_request(vm.arguments())?.split();
     limits.check(&spec, 0).map(|()| vm)
@@ -106,6 +108,8 @@ mod tests {
         };
         let less = PromptVm { memory_mib: Some(600), ttl_seconds: 60, net: Some("none"), ..vm() };
         assert_eq!(within(&limits, vm()).unwrap(), less);
+        let restricted = Limits { net: Some(vec![NetChoice::Restricted]), ..Limits::default() };
+        assert_eq!(within(&restricted, vm()).unwrap().net, Some("restricted"));
         let templates = Some(vec!["debian-12".parse().unwrap()]);
         let limits = Limits { templates, ..Limits::default() };
         assert!(within(&limits, vm()).is_err());
