@@ -64,23 +64,23 @@ pub fn usual_template(limits: &Limits) -> Result<TemplateName> {
 /// `limit_exceeded`, `denied` if the caller may have no such VM at all.
 pub fn within(limits: &Limits, vm: PromptVm) -> Result<PromptVm> {
     let ttl_max = limits.ttl_max_ms.map_or(u64::MAX, |ms| ms / 1000);
-    // Neither of the others reaches anything without rules, which a prompt does not have.
-    let allowed = limits.net.as_ref().filter(|net| !net.contains(&NetChoice::Nat));
     let memory_mib = vm.memory_mib.map(|mib| mib.min(limits.max_memory_mib.unwrap_or(mib)));
-    let net = allowed
-        .map(|net| if net.contains(&NetChoice::None) { NetChoice::None.name() } else { NetChoice::Restricted.name() });
+    // Without rules, which a prompt does not have, the last two reach nothing.
+    let mut candidates = [vm.net, NetChoice::None, NetChoice::Restricted].into_iter();
+    let is_allowed = |net: &NetChoice| limits.net.as_ref().is_none_or(|allowed| allowed.contains(net));
+    let net = candidates.find(is_allowed).unwrap_or(NetChoice::Nat);
     let vm = PromptVm { memory_mib, ttl_seconds: vm.ttl_seconds.min(ttl_max), net, ..vm };
-    let (spec, _) = spawn_request(vm.arguments())?.split();
+    let (spec, _) = request(vm.arguments())?.split();
     limits.check(&spec, 0).map(|()| vm)
 }
 
-fn spawn_request(mut arguments: Value) -> Result<SpawnRequest> {
+fn request(mut arguments: Value) -> Result<SpawnRequest> {
     if let Some(fields) = arguments.as_object_mut()
         && let Some(Value::Number(seconds)) = fields.remove("ttl_seconds")
     {
         fields.insert("ttl_ms".into(), (seconds.as_u64().unwrap_or(0).saturating_mul(1000)).into());
     }
-    tools::arguments(arguments)
+    tools::spawn_request(arguments)
 }
 
 #[cfg(test)]
@@ -93,7 +93,7 @@ mod tests {
             template: "sandbox".into(),
             memory_mib: Some(1024),
             ttl_seconds: 10_800,
-            net: None,
+            net: tools::DEFAULT_NET,
         }
     }
 
@@ -106,10 +106,12 @@ mod tests {
             net: Some(vec![NetChoice::None]),
             ..Limits::default()
         };
-        let less = PromptVm { memory_mib: Some(600), ttl_seconds: 60, net: Some("none"), ..vm() };
+        let less = PromptVm { memory_mib: Some(600), ttl_seconds: 60, net: NetChoice::None, ..vm() };
         assert_eq!(within(&limits, vm()).unwrap(), less);
         let restricted = Limits { net: Some(vec![NetChoice::Restricted]), ..Limits::default() };
-        assert_eq!(within(&restricted, vm()).unwrap().net, Some("restricted"));
+        assert_eq!(within(&restricted, PromptVm { net: NetChoice::Nat, ..vm() }).unwrap().net, NetChoice::Restricted);
+        let nat = Limits { net: Some(vec![NetChoice::Nat]), ..Limits::default() };
+        assert_eq!(within(&nat, vm()).unwrap().net, NetChoice::Nat);
         let templates = Some(vec!["debian-12".parse().unwrap()]);
         let limits = Limits { templates, ..Limits::default() };
         assert!(within(&limits, vm()).is_err());

@@ -10,7 +10,10 @@
 //!
 //! Invariant: what users give is in the text as a JSON string, or between marks, and nowhere else.
 
+use nido_api::NetChoice;
 use serde_json::{Value, json};
+
+use crate::tools::DEFAULT_NET;
 
 /// Where the repository lies in the VM.
 const WORK: &str = "/srv/work";
@@ -39,8 +42,8 @@ pub struct PromptVm {
     pub template: String,
     pub memory_mib: Option<u32>,
     pub ttl_seconds: u64,
-    /// Its network, if not the usual one.
-    pub net: Option<&'static str>,
+    /// Its network.
+    pub net: NetChoice,
 }
 
 impl PromptVm {
@@ -52,7 +55,7 @@ impl PromptVm {
         if let Some(mib) = memory_mib {
             arguments["memory_mib"] = json!(mib);
         }
-        if let Some(net) = net {
+        if *net != DEFAULT_NET {
             arguments["net"] = json!(net);
         }
         arguments
@@ -245,7 +248,7 @@ mod tests {
             template: "sandbox".into(),
             memory_mib: Some(1024),
             ttl_seconds: 1800,
-            net: Some("none"),
+            net: NetChoice::None,
         }
     }
 

@@ -2,9 +2,9 @@
 //!
 //! Their text is in prompt_text.rs.
 
-use nido_api::VmInfo;
 use nido_api::error::{Code, Error, Result};
 use nido_api::name::TemplateName;
+use nido_api::{NetChoice, VmInfo};
 use rmcp::model::{
     ArgumentInfo, CompletionInfo, GetPromptResult, JsonObject, Prompt, PromptArgument, PromptMessage, Reference, Role,
 };
@@ -14,7 +14,7 @@ use crate::principal::Principal;
 use crate::prompt_access::{PromptAccess, access, usual_template, within};
 use crate::prompt_text::{self, PromptCalls, PromptVm, RepositoryTests};
 use crate::resource_uri::LOGS;
-use crate::tools;
+use crate::tools::{self, DEFAULT_NET};
 
 /// The longest argument that is put into a prompt, in bytes.
 const ARGUMENT_MAX: usize = 4096;
@@ -82,11 +82,12 @@ fn vm_of(
         let words = format!("this server does not offer {prompt}: it does not allow all of the calls that it takes");
         Error::new(Code::Denied, words)
     })?;
-    let (word, memory_mib) = match prompt {
-        DEPLOY_AND_TEST => ("test", Some(prompt_text::TESTS_MEMORY_MIB)),
-        _ => ("sandbox", None),
+    // Which hosts a repository and its packages are on is unknown.
+    let (word, memory_mib, net) = match prompt {
+        DEPLOY_AND_TEST => ("test", Some(prompt_text::TESTS_MEMORY_MIB), NetChoice::Nat),
+        _ => ("sandbox", None, DEFAULT_NET),
     };
-    let vm = PromptVm { name: fresh(word)?, template: template.into(), memory_mib, ttl_seconds, net: None };
+    let vm = PromptVm { name: fresh(word)?, template: template.into(), memory_mib, ttl_seconds, net };
     Ok((access, within(&app.limits(principal), vm)?))
 }
 
@@ -219,7 +220,7 @@ mod tests {
         let vm = |template: &str, ttl_seconds| {
             template.parse::<TemplateName>().map_err(|error| invalid(format!("template: {error}")))?;
             let (name, template) = (fresh("sandbox")?, template.to_owned());
-            Ok((access, PromptVm { name, template, memory_mib: None, ttl_seconds, net: None }))
+            Ok((access, PromptVm { name, template, memory_mib: None, ttl_seconds, net: DEFAULT_NET }))
         };
         let result = filled(name, Some(&arguments), "sandbox", vm)?;
         Ok(serde_json::to_string(&result.messages).unwrap())

@@ -101,6 +101,12 @@ fn rules_are_accepted_over_mcp() {
     client.bad("vm_create", json!({"name": "web", "net": "none", "allow": ["host:80"]}), "spec_invalid");
     client.good("vm_spawn", json!({"name": "web", "accel": "tcg", "net": "restricted", "allow": rules()}));
     assert_eq!(home.info("web")["allow"], rules());
+    // A call that names no network has this one.
+    client.good("vm_create", json!({"name": "plain", "allow": ["example.com"]}));
+    assert_eq!(
+        (&home.info("plain")["net"], &home.info("plain")["allow"]),
+        (&json!("restricted"), &json!(["example.com"]))
+    );
     // The same request again is the same VM.
     client.good("vm_spawn", json!({"name": "web", "accel": "tcg", "net": "restricted", "allow": rules()}));
     client.bad("vm_spawn", json!({"name": "web", "accel": "tcg", "net": "restricted"}), "vm_exists");

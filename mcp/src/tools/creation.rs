@@ -5,7 +5,7 @@ use nido_api::error::{Code, Error, Result};
 use nido_api::name::VmName;
 use nido_api::operation as op;
 use nido_api::state::VmState;
-use nido_api::{SpawnRequest, StartRequest, VmInfo, VmSpec};
+use nido_api::{NetChoice, SpawnRequest, StartRequest, VmInfo, VmSpec};
 use nido_core::VmInProgress;
 use serde_json::{Value, json};
 
@@ -74,7 +74,9 @@ const EPHEMERAL: &str = "Delete when it stops, and with this session.";
 const PORTS: &str = "Published, HOST:GUEST.";
 /// The field that holds network rules.
 const ALLOW: &str = "allow";
-const RULES: &str = "All that restricted reaches, e.g. example.com:443.";
+const RULES: &str = "All that net restricted, the default, reaches: example.com:443.";
+/// The network of a VM for which the call specifies none: the caller names what its guest may reach.
+pub const DEFAULT_NET: NetChoice = NetChoice::Restricted;
 const OUTLIVES_SESSION_TEXT: &str = "Ephemeral, but not with this session.";
 
 /// The fields that vm_spawn always sets.
@@ -88,6 +90,14 @@ pub fn vm_arguments() -> Value {
     let rules = json!({ "type": "array", "items": { "type": "string" }, "description": RULES });
     schema["properties"][ALLOW][schema::LISTED_AS] = rules;
     schema
+}
+
+/// The request for a new VM, with the defaults of the tools.
+pub fn spawn_request(mut given: Value) -> Result<SpawnRequest> {
+    if let Some(fields) = given.as_object_mut() {
+        fields.entry("net").or_insert_with(|| json!(DEFAULT_NET));
+    }
+    arguments(given)
 }
 
 /// The arguments of a new VM, without those that make no sense for the tool.
@@ -131,7 +141,7 @@ impl NewVm {
         }
         let outlives = given.as_object_mut().and_then(|given| given.remove(OUTLIVES_SESSION));
         let outlives = outlives.map_or(Ok(false), |outlives| field(OUTLIVES_SESSION, Some(outlives)))?;
-        let (spec, start) = arguments::<SpawnRequest>(given)?.split();
+        let (spec, start) = spawn_request(given)?.split();
         if outlives && !spec.ephemeral {
             let words = format!("{OUTLIVES_SESSION}: only a VM that is ephemeral would be deleted with the session");
             return Err(Error::new(Code::SpecInvalid, words));

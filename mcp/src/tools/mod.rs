@@ -48,6 +48,8 @@ use crate::app::Settings;
 use crate::principal::Principal;
 use crate::schema;
 
+pub(crate) use creation::{DEFAULT_NET, spawn_request};
+
 /// Every tool, in the order in which they are listed.
 pub const ALL: [&Tool; 20] = [
     &vms::LS,

@@ -3,13 +3,13 @@
 use futures::future::BoxFuture;
 use nido_api::error::{Code, Result};
 use nido_api::operation as op;
-use nido_api::{ExecBody, SpawnRequest, StartRequest, VmRef, VmSpec};
+use nido_api::{ExecBody, StartRequest, VmRef, VmSpec};
 use nido_core::VmInProgress;
 use serde_json::{Map, Value, json};
 
 use super::command::{self, Command};
 use super::creation::{self, may_be_created, owned_by_session};
-use super::{Hints, Operation, Tool, arguments};
+use super::{Hints, Operation, Tool};
 use crate::answer::ToolResult;
 use crate::call_context::CallContext;
 use crate::schema;
@@ -84,7 +84,7 @@ impl Run {
             vm.extend(value.map(|value| ((*name).to_owned(), value)));
         }
         vm.insert("name".into(), json!(nido_files::random::vm_name("run")?));
-        let (spec, start) = arguments::<SpawnRequest>(vm.into())?.split();
+        let (spec, start) = creation::spawn_request(vm.into())?.split();
         Ok(Self { spec, start: start.unwrap_or_default(), command: Command::parse(given)? })
     }
 
