@@ -89,4 +89,7 @@ pub struct StaticNetwork {
     /// Name servers.
     #[n(3)]
     pub dns: Vec<String>,
+    /// Largest packet of the link, in bytes; as it is if absent.
+    #[n(4)]
+    pub mtu: Option<u32>,
 }

@@ -77,7 +77,13 @@ fn fuzz_messages_of_the_guest() {
 #[test]
 fn fuzz_configuration_of_the_guest() {
     use nido_guest_agent::config::{Channel, Init, Network, StaticNetwork};
-    let network = StaticNetwork { address: "a".into(), prefix: 24, gateway: Some("g".into()), dns: vec!["d".into()] };
+    let network = StaticNetwork {
+        address: "a".into(),
+        prefix: 24,
+        gateway: Some("g".into()),
+        dns: vec!["d".into()],
+        mtu: Some(9000),
+    };
     let config = GuestConfig {
         hostname: "web".into(),
         token: vec![1; 32].into(),

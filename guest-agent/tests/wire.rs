@@ -28,7 +28,8 @@ fn messages_of_the_host_keep_their_encoding() {
         owner: None,
         stored: None,
     };
-    let network = StaticNetwork { address: "a".into(), prefix: 24, gateway: Some("g".into()), dns: Vec::new() };
+    let network =
+        StaticNetwork { address: "a".into(), prefix: 24, gateway: Some("g".into()), dns: Vec::new(), mtu: None };
     let renew = IdentityReset {
         token: vec![0xaa].into(),
         entropy: vec![0xbb].into(),
@@ -90,7 +91,7 @@ fn optional_fields_at_the_end_may_be_absent() {
 
 #[test]
 fn the_guest_configuration_keeps_its_encoding() {
-    let network = StaticNetwork { address: "a".into(), prefix: 24, gateway: None, dns: vec!["d".into()] };
+    let network = StaticNetwork { address: "a".into(), prefix: 24, gateway: None, dns: vec!["d".into()], mtu: None };
     let config = GuestConfig {
         hostname: "h".into(),
         token: vec![1].into(),

@@ -10,6 +10,7 @@ import shutil
 import statistics
 
 import forks
+import network
 from result import Result
 from rig import Rig, say
 from sampling import in_turns
@@ -109,6 +110,7 @@ def against(bench, program):
             ("download", f"`nido download` of {COPY_MIB} MiB, whole process", downloaded, bench.count(8, 2)),
         ]
         results = [compared(name, title, {side: measure(side) for side in sides}, count) for name, title, measure, count in operations]
+        results += networks(sides, bench)
         for rig in sides.values():
             rig.run("pool", "set", "sandbox", "2")
         try:
@@ -120,11 +122,36 @@ def against(bench, program):
         return results
 
 
-def compared(name, title, sides, count):
+def networks(sides, bench):
+    """The guest's network. QEMU's own one, which programs without rules use, has targets of its own."""
+    server = network.Server()
+    try:
+        vms = {side: network.reaching(rig, "network", server.port) for side, rig in sides.items()}
+        is_slirp = not vms[OTHER][1]
+        size = network.TRANSFER_MIB * MIB
+        operations = [
+            ("net-up", f"The guest sends {network.TRANSFER_MIB} MiB", "up", size, 1 / 2.5),
+            ("net-down", f"The guest receives {network.TRANSFER_MIB} MiB", "down", size, 1 / 1.4),
+            ("net-connect", "The guest connects, median of 20", "connect", network.CONNECTIONS, None),
+        ]
+        results = []
+        for name, title, what, amount, target in operations:
+            measure = {side: network.measured(vm, what, server.port, amount) for side, (vm, _) in vms.items()}
+            result = compared(name, title, measure, bench.count(10, 3), target if is_slirp else SLOWER_MAX)
+            if target is None and is_slirp:
+                result.require("longer than the other by", result.more(THIS, OTHER), "<=", 1, "ms")
+            results.append(result)
+        return results
+    finally:
+        server.close()
+
+
+def compared(name, title, sides, count, most=SLOWER_MAX):
     """One operation, measured in turns. The figure is the median of the ratios of each turn."""
     result = Result(name, title, "ms", in_turns(sides, count, warm_up=1, what=name))
     ratios = [this / other for this, other in zip(result.samples[THIS], result.samples[OTHER], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
-    result.require(f"{THIS} / {OTHER}", statistics.median(ratios), "<=", SLOWER_MAX)
+    if most is not None:
+        result.require(f"{THIS} / {OTHER}", statistics.median(ratios), "<=", most)
     result.notes.append(f"ratio of each turn: quartiles {quartiles[0]:.3f} and {quartiles[2]:.3f}")
     return result

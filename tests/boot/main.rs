@@ -28,6 +28,7 @@ mod interrupts;
 mod json;
 mod lifecycle;
 mod limits;
+mod names;
 mod network;
 mod pool;
 mod rig;

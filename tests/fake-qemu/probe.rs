@@ -47,7 +47,7 @@ fn reply_to(question: &Value, script: &Script) -> Value {
             false => json!([]),
         },
         (Some("query-qmp-schema"), _) => {
-            let kinds: Vec<_> = ["user", "tap", "hubport"].into_iter().filter(|kind| has(kind)).collect();
+            let kinds: Vec<_> = ["dgram", "tap", "hubport"].into_iter().filter(|kind| has(kind)).collect();
             json!([{ "meta-type": "enum", "values": kinds }])
         }
         _ => json!({}),

@@ -11,7 +11,7 @@ pub struct Script {
     pub not_qemu: bool,
     /// `old-version`: it reports version 6.2.
     pub old_version: bool,
-    /// `lacks:sandbox`, `lacks:microvm`, `lacks:q35`, `lacks:pc`, `lacks:user`: it was built without that. `lacks:getfd`: the
+    /// `lacks:sandbox`, `lacks:microvm`, `lacks:q35`, `lacks:pc`, `lacks:dgram`: it was built without that. `lacks:getfd`: the
     /// monitor does not know that command.
     pub lacks: Vec<String>,
     /// `die-at-start:MESSAGE`: it complains on its standard error and ends with code 1.

@@ -308,7 +308,7 @@ fn the_doctor_reports_which_vms_a_qemu_can_start() {
         checks.iter().find(|check| check["name"] == "machine").unwrap().clone()
     };
     let all = ["", "lacks:microvm"];
-    let some = [("lacks:user", "--net none"), ("lacks:microvm;lacks:q35", "--machine pc")];
+    let some = [("lacks:dgram", "--net none"), ("lacks:microvm;lacks:q35", "--machine pc")];
     let none = ["lacks:sandbox", "lacks:microvm;lacks:q35;lacks:pc"];
     for words in all {
         let home = Home::new();

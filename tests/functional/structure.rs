@@ -8,15 +8,19 @@ use std::process::Command;
 use nido_api::error::Hint;
 
 /// What each crate may depend on, of this workspace.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("nido-api", &[]),
     ("nido-files", &["nido-api"]),
     ("nido-fuzz", &[]),
     ("nido-guest-agent", &[]),
     ("nido-images", &["nido-api", "nido-files", "nido-guest-agent"]),
     ("nido-engine", &["nido-api", "nido-files", "nido-guest-agent", "nido-images"]),
+    ("nido-net", &["nido-api"]),
     ("nido-store", &["nido-api", "nido-files", "nido-images"]),
-    ("nido-supervisor", &["nido-api", "nido-engine", "nido-files", "nido-guest-agent", "nido-images", "nido-store"]),
+    (
+        "nido-supervisor",
+        &["nido-api", "nido-engine", "nido-files", "nido-guest-agent", "nido-images", "nido-net", "nido-store"],
+    ),
     (
         "nido-core",
         &["nido-api", "nido-engine", "nido-files", "nido-guest-agent", "nido-images", "nido-store", "nido-supervisor"],
@@ -26,7 +30,7 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("nido", &["nido-api", "nido-core", "nido-engine", "nido-files", "nido-mcp", "nido-server"]),
 ];
 /// Which crates alone may depend on a library: what it stands for is known in one place.
-const OWNERS: [(&str, &[&str]); 10] = [
+const OWNERS: [(&str, &[&str]); 11] = [
     ("axum", &["nido-server"]),
     ("clap", &["nido"]),
     ("getrandom", &["nido-files", "nido-guest-agent"]),
@@ -36,6 +40,7 @@ const OWNERS: [(&str, &[&str]); 10] = [
     ("reqwest", &["nido-core"]),
     ("rmcp", &["nido-mcp"]),
     ("rusqlite", &["nido-store"]),
+    ("smoltcp", &["nido-net"]),
     ("yamux", &["nido-engine", "nido-guest-agent"]),
 ];
 /// Calls that only nido-files may make, as they stand in the source.

@@ -17,7 +17,7 @@ Examples:
   nido events -f --event vm.crashed --json | jq -r .details.message
   nido events --since 1200 --json
 
-Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired
+Events: vm.created vm.started vm.stopped vm.deleted vm.crashed vm.paused vm.resumed vm.expired net.denied
 snapshot.created snapshot.restored template.created template.deleted. They are kept for 30 days,
 at most the last 100000. Each has a cursor; pass the last one as --since to continue after it.";
 
@@ -116,6 +116,9 @@ fn about(details: &EventDetails) -> String {
     }
     if let Some(timings) = &details.timings {
         words.push(format!("{} in {:.0} ms", path_words(timings.path), timings.total_ms));
+    }
+    if let Some(denial) = &details.denial {
+        words.push(sanitize::line(&super::info::refusal(denial)));
     }
     if let Some(message) = &details.message {
         words.push(sanitize::line(message));

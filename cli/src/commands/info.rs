@@ -1,6 +1,7 @@
 //! `info`: everything about one VM.
 
 use jiff::Timestamp;
+use nido_api::egress::{Denial, NetworkInfo};
 use nido_api::{VmInfo, VmList};
 
 use super::Context;
@@ -78,6 +79,8 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
     for rule in &vm.allow {
         some("allow", Some(rule.to_string()));
     }
+    facts.extend(vm.network.as_ref().map(traffic).unwrap_or_default());
+    let mut some = |key, value: Option<String>| facts.extend(value.map(|value| (key, value)));
     some("address", vm.ip_address.clone());
     some("ssh", vm.ssh_command.clone());
     for forward in &vm.forwards {
@@ -108,6 +111,23 @@ fn facts(vm: &VmInfo, now: Timestamp) -> Vec<(&'static str, String)> {
         }
     }
     facts
+}
+
+/// What the network has done, and what it refused.
+fn traffic(network: &NetworkInfo) -> Vec<(&'static str, String)> {
+    let NetworkInfo { sent_bytes, received_bytes, open, denied, denials, .. } = network;
+    let bytes = format!("{} sent, {} received, {open} open", show_bytes(*sent_bytes), show_bytes(*received_bytes));
+    let mut facts = vec![("traffic", bytes)];
+    facts.extend(denials.iter().map(|denial| ("denied", refusal(denial))));
+    let others = denied.saturating_sub(denials.iter().map(|denial| denial.count).sum());
+    facts.extend((others > 0).then(|| ("denied", format!("{others} × others"))));
+    facts
+}
+
+/// A refusal, and what would have allowed it.
+pub(super) fn refusal(denial: &Denial) -> String {
+    let rule = denial.rule.as_ref().map(|rule| format!("; --allow {rule} allows it")).unwrap_or_default();
+    format!("{} × {} ({}){rule}", denial.count, denial.what(), denial.reason.name())
 }
 
 /// The state, and why, where that is not a user's doing.

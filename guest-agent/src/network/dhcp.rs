@@ -30,6 +30,7 @@ mod option {
     pub const MASK: u8 = 1;
     pub const ROUTER: u8 = 3;
     pub const DNS: u8 = 6;
+    pub const MTU: u8 = 26;
     pub const ADDRESS: u8 = 50;
     pub const LEASE: u8 = 51;
     pub const KIND: u8 = 53;
@@ -116,7 +117,7 @@ fn message(card: &NetworkCard, exchange: [u8; 4], kind: u8, wanted: Option<(Ipv4
         message.extend([option::SERVER, 4]);
         message.extend(server.octets());
     }
-    message.extend([option::REQUESTED_PARAMETERS, 3, option::MASK, option::ROUTER, option::DNS, 255]);
+    message.extend([option::REQUESTED_PARAMETERS, 4, option::MASK, option::ROUTER, option::DNS, option::MTU, 255]);
     message
 }
 
@@ -136,7 +137,7 @@ fn parse(bytes: &[u8], mac: [u8; 6], exchange: [u8; 4]) -> Option<DhcpReply> {
         kind: 0,
         server: Ipv4Addr::UNSPECIFIED,
         lease: Duration::from_secs(3600),
-        settings: Settings { address, prefix: 24, gateway: None, dns: Vec::new() },
+        settings: Settings { address, prefix: 24, gateway: None, dns: Vec::new(), mtu: None },
     };
     let mut rest = &bytes[FIXED..];
     while let [code, tail @ ..] = rest {
@@ -155,6 +156,9 @@ fn parse(bytes: &[u8], mac: [u8; 6], exchange: [u8; 4]) -> Option<DhcpReply> {
                     option::ROUTER => answer.settings.gateway = Some(four(value)?.into()),
                     option::DNS => {
                         answer.settings.dns = value.chunks_exact(4).filter_map(four).map(Ipv4Addr::from).collect();
+                    }
+                    option::MTU => {
+                        answer.settings.mtu = value.first_chunk().map(|value| u16::from_be_bytes(*value).into());
                     }
                     _ => {}
                 }
@@ -193,7 +197,10 @@ mod tests {
         assert_eq!(answer.lease, Duration::from_secs(256));
         let dns = vec![Ipv4Addr::new(10, 0, 2, 3), Ipv4Addr::new(9, 9, 9, 9)];
         let gateway = Some(Ipv4Addr::new(10, 0, 2, 2));
-        assert_eq!(answer.settings, Settings { address: Ipv4Addr::new(10, 0, 2, 15), prefix: 24, gateway, dns });
+        assert_eq!(
+            answer.settings,
+            Settings { address: Ipv4Addr::new(10, 0, 2, 15), prefix: 24, gateway, dns, mtu: None }
+        );
     }
 
     #[test]

@@ -76,6 +76,18 @@ impl Routes {
         self.send_request(libc::RTM_NEWLINK, 0, &body)
     }
 
+    /// Sets the largest packet of an interface, in bytes.
+    ///
+    /// # Errors
+    /// The kernel, or the card, refuses.
+    pub fn set_mtu(&self, index: u32, mtu: u32) -> io::Result<()> {
+        let mut body = vec![0; 4];
+        body.extend(index.to_ne_bytes());
+        body.extend([0; 8]);
+        attribute(&mut body, libc::IFLA_MTU, mtu.to_ne_bytes());
+        self.send_request(libc::RTM_NEWLINK, 0, &body)
+    }
+
     /// Gives an interface an address.
     ///
     /// # Errors

@@ -26,6 +26,7 @@ struct Settings {
     prefix: u8,
     gateway: Option<Ipv4Addr>,
     dns: Vec<Ipv4Addr>,
+    mtu: Option<u32>,
 }
 
 impl Settings {
@@ -40,6 +41,7 @@ impl Settings {
             prefix: given.prefix,
             gateway: given.gateway.as_deref().map(number).transpose()?,
             dns: given.dns.iter().map(|server| number(server)).collect::<Result<_, _>>()?,
+            mtu: given.mtu,
         })
     }
 }
@@ -130,6 +132,12 @@ fn apply(routes: &link::Routes, card: &link::NetworkCard, settings: &Settings, r
         routes.add_address(card.index, settings.address, settings.prefix)?;
         current.address = Some((settings.address, settings.prefix));
     }
+    // Packets of the usual size are only slower.
+    if let Some(mtu) = settings.mtu
+        && let Err(error) = routes.set_mtu(card.index, mtu)
+    {
+        warn(format!("the largest packet could not be set to {mtu} bytes: {error}"));
+    }
     if let Some(gateway) = settings.gateway {
         routes.default_route(card.index, gateway)?;
     }
@@ -154,6 +162,7 @@ mod tests {
             prefix,
             gateway: Some("10.0.2.2".into()),
             dns: vec!["10.0.2.3".into()],
+            mtu: Some(65_520),
         }
     }
 

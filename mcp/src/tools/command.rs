@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
+use nido_api::egress::Denial;
 use nido_api::error::{Error, Result};
 use nido_api::name::{TemplateName, VmName};
-use nido_api::sanitize::{SHOWN_LIMIT, for_reader};
+use nido_api::sanitize::{self, SHOWN_LIMIT, for_reader};
 use nido_api::{ExecBody, ExecEvent, ExecExit, ExecRequest, ExecResult, Truncated, VmRef};
 use nido_core::policy::{self, decide, decide_dangerous, decide_shell};
 use nido_core::{ExecControl, ExecEvents};
@@ -21,6 +23,9 @@ use crate::{resource_uri, schema};
 
 /// How often a client is notified that a silent command still runs.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How many refusals of the network are reported with a command.
+const DENIALS_SHOWN: usize = 5;
 
 /// Descriptions of a command's arguments.
 pub const DESCRIPTIONS: [(&str, &str); 8] = [
@@ -53,6 +58,9 @@ struct CommandResult {
     /// Resources that hold the streams that were cut.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     full_output: Vec<String>,
+    /// If it failed: what the VM's network refused meanwhile.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    denied: Vec<String>,
 }
 
 /// Which streams are not shown as they were written.
@@ -96,7 +104,7 @@ impl Command {
 
     /// Runs it to its end. Dropped, it kills the command.
     pub async fn run(self, call: &CallContext, vm: VmRef<'_>) -> Result<CommandOutput> {
-        let (wants_stdin, stdin) = (self.request.stdin, self.stdin);
+        let (wants_stdin, stdin, since) = (self.request.stdin, self.stdin, Timestamp::now());
         let (control, mut events): (ExecControl, ExecEvents) = call.nido().await?.exec(vm, self.request).await?;
         if wants_stdin {
             tokio::spawn(async move {
@@ -118,7 +126,8 @@ impl Command {
             };
             let (stream, piece) = match event {
                 Some(Ok(ExecEvent::Exited(exit))) => {
-                    return Ok(CommandOutput { exit, stdout: stdout.bytes(), stderr: stderr.bytes() });
+                    let denied = if exit.exit_code == Some(0) { Vec::new() } else { denied(call, vm, since).await };
+                    return Ok(CommandOutput { exit, stdout: stdout.bytes(), stderr: stderr.bytes(), denied });
                 }
                 Some(Ok(ExecEvent::Started(_))) => continue,
                 Some(Ok(ExecEvent::Stdout(piece))) => (&mut stdout, piece),
@@ -138,12 +147,25 @@ pub struct CommandOutput {
     exit: ExecExit,
     stdout: Vec<u8>,
     stderr: Vec<u8>,
+    denied: Vec<String>,
+}
+
+/// What the VM's network refused since a command began, in sentences: the likely reason why it failed.
+async fn denied(call: &CallContext, vm: VmRef<'_>, since: Timestamp) -> Vec<String> {
+    let Ok(nido) = call.nido().await else { return Vec::new() };
+    let network = nido.info(vm).await.ok().and_then(|info| info.network);
+    let denials = network.into_iter().flat_map(|network| network.denials).filter(|denial| denial.last_at >= since);
+    let sentence = |denial: Denial| {
+        let rule = denial.rule.as_ref().map(|rule| format!("; the rule {rule} would allow it")).unwrap_or_default();
+        sanitize::on_one_line(&format!("{} ({}{rule})", denial.what(), denial.reason.name()))
+    };
+    denials.take(DENIALS_SHOWN).map(sentence).collect()
 }
 
 impl CommandOutput {
     /// The result of the call: both ends of each stream; the whole of a stream that is cut becomes a resource.
     pub fn result(self, call: &CallContext, vm: &VmName) -> Result<ToolResult> {
-        let Self { exit, stdout, stderr } = self;
+        let Self { exit, stdout, stderr, denied } = self;
         let (out, err) = (for_reader(&stdout, SHOWN_LIMIT), for_reader(&stderr, SHOWN_LIMIT));
         let truncated = Truncated { stdout: out.truncated, stderr: err.truncated };
         let altered = AlteredStreams { stdout: out.altered, stderr: err.altered };
@@ -157,17 +179,17 @@ impl CommandOutput {
         if !links.is_empty() {
             call.app.changes().output_kept();
         }
-        let text = text(&out.text, &err.text, exit, &links);
+        let text = text(&out.text, &err.text, exit, &links, &denied);
         let (stdout, stderr) = (Some(out.text), Some(err.text));
         let result = ExecResult { stdout, stdout_base64: None, stderr, stderr_base64: None, exit, truncated };
         let full_output = links.iter().map(|link| link.uri.clone()).collect();
-        let done = ToolResult::new(&CommandResult { result, altered, full_output })?.with_text(text);
+        let done = ToolResult::new(&CommandResult { result, altered, full_output, denied })?.with_text(text);
         Ok(ToolResult { word: exit.word(), links, ..done })
     }
 }
 
 /// What a model reads: the output, then a status line. A guest can write such a line, too; the last one is nido's.
-fn text(stdout: &str, stderr: &str, exit: ExecExit, links: &[Resource]) -> String {
+fn text(stdout: &str, stderr: &str, exit: ExecExit, links: &[Resource], denied: &[String]) -> String {
     let mut text = stdout.to_owned();
     let end_line = |text: &mut String| {
         if !text.is_empty() && !text.ends_with('\n') {
@@ -190,6 +212,9 @@ fn text(stdout: &str, stderr: &str, exit: ExecExit, links: &[Resource]) -> Strin
     for link in links {
         text += &format!("; cut, whole: {}", link.uri);
     }
+    if !denied.is_empty() {
+        text += &format!("; the network refused: {}", denied.join(", "));
+    }
     text + "]"
 }
 
@@ -200,9 +225,15 @@ mod tests {
     #[test]
     fn the_text_of_a_command_is_its_output_and_a_status_line() {
         let exit = |exit_code, signal, timed_out| ExecExit { exit_code, signal, timed_out, duration_ms: 12 };
-        assert_eq!(text("out", "err\n", exit(Some(3), None, false), &[]), "out\n[stderr]\nerr\n[exit code 3, 12 ms]");
-        assert_eq!(text("", "", exit(Some(0), None, false), &[]), "[exit code 0, 12 ms]");
-        assert_eq!(text("a\n", "", exit(None, Some(9), false), &[]), "a\n[killed by signal 9, 12 ms]");
-        assert_eq!(text("", "", exit(None, Some(9), true), &[]), "[timed out, killed, 12 ms]");
+        assert_eq!(
+            text("out", "err\n", exit(Some(3), None, false), &[], &[]),
+            "out\n[stderr]\nerr\n[exit code 3, 12 ms]"
+        );
+        assert_eq!(text("", "", exit(Some(0), None, false), &[], &[]), "[exit code 0, 12 ms]");
+        assert_eq!(text("a\n", "", exit(None, Some(9), false), &[], &[]), "a\n[killed by signal 9, 12 ms]");
+        assert_eq!(text("", "", exit(None, Some(9), true), &[], &[]), "[timed out, killed, 12 ms]");
+        let denied = ["tcp to 1.1.1.1 port 443".to_owned()];
+        let refused = text("", "", exit(Some(7), None, false), &[], &denied);
+        assert_eq!(refused, "[exit code 7, 12 ms; the network refused: tcp to 1.1.1.1 port 443]");
     }
 }

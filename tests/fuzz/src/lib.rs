@@ -56,12 +56,13 @@ pub fn fuzz(name: &str, seeds: &[Vec<u8>], check: impl Fn(&[u8])) {
     let limit = Duration::from_secs(number("NIDO_FUZZ_SECONDS").unwrap_or(SECONDS));
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
     let config = Config { cases: CASES, failure_persistence: None, ..Config::default() };
-    let mut runner = TestRunner::new_with_rng(config, rng);
+    let mut seeds = TestRunner::new_with_rng(config.clone(), TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
     let strategy = edits::derived(all);
-    let (began, mut tried) = (Instant::now(), 0);
+    let (began, mut tried) = (Instant::now(), 0_u64);
     while began.elapsed() < limit {
+        // A runner stops when it has run its number of cases: each batch needs a new one.
+        let mut runner = TestRunner::new_with_rng(config.clone(), seeds.new_rng());
         let outcome = runner.run(&strategy, |input| {
             check(&input);
             Ok::<_, TestCaseError>(())
@@ -71,7 +72,7 @@ pub fn fuzz(name: &str, seeds: &[Vec<u8>], check: impl Fn(&[u8])) {
             panic!("{name} fails on {} bytes (NIDO_FUZZ_SEED={seed}): {why}\nkept in {path}", input.len());
         }
         assert!(outcome.is_ok(), "{name}: {outcome:?}");
-        tried += CASES;
+        tried += u64::from(CASES);
     }
     println!("fuzz {name}: {tried} inputs, NIDO_FUZZ_SEED={seed}");
 }

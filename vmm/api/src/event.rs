@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::Timings;
+use crate::egress::Denial;
 use crate::error::{Code, Error};
 use crate::name::{SnapshotName, TemplateName, VmName};
 use crate::state::{FailureCause, StateCause};
@@ -28,6 +29,8 @@ pub enum EventKind {
     VmResumed,
     /// A VM's time is up, to live or to be idle; it is being stopped.
     VmExpired,
+    /// A VM's network refused what its guest tried to reach: the first time for each destination, then once a minute at most.
+    NetDenied,
     /// A snapshot is whole.
     SnapshotCreated,
     /// A VM is as it was in a snapshot.
@@ -40,7 +43,7 @@ pub enum EventKind {
 
 impl EventKind {
     /// Every kind.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::VmCreated,
         Self::VmStarted,
         Self::VmStopped,
@@ -49,6 +52,7 @@ impl EventKind {
         Self::VmPaused,
         Self::VmResumed,
         Self::VmExpired,
+        Self::NetDenied,
         Self::SnapshotCreated,
         Self::SnapshotRestored,
         Self::TemplateCreated,
@@ -67,6 +71,7 @@ impl EventKind {
             Self::VmPaused => "vm.paused",
             Self::VmResumed => "vm.resumed",
             Self::VmExpired => "vm.expired",
+            Self::NetDenied => "net.denied",
             Self::SnapshotCreated => "snapshot.created",
             Self::SnapshotRestored => "snapshot.restored",
             Self::TemplateCreated => "template.created",
@@ -178,6 +183,10 @@ pub struct EventDetails {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub timings: Option<Timings>,
+    /// Of a refusal by the network: what was refused. The domain name was chosen by the guest; do not trust it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub denial: Option<Denial>,
 }
 
 /// A limit on the life of a VM.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::egress::NetworkInfo;
 use super::{EgressRule, ForwardSpec, LeaseId, NetChoice};
 use crate::name::{TemplateName, VmName};
 use crate::restart::RestartPolicy;
@@ -77,6 +78,10 @@ pub struct VmInfo {
     pub expires_at: Option<Timestamp>,
     /// When it will have been idle for too long, if it is not used until then.
     pub idle_at: Option<Timestamp>,
+    /// What its network has done since its supervisor started. Absent in lists, and for a VM that does not run or has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub network: Option<NetworkInfo>,
     /// Why it failed.
     pub failure: Option<Failure>,
     /// Duration of its last start.

@@ -26,6 +26,10 @@ pub const CHANNEL_SOCKET: &str = "channel.sock";
 pub const AGENT_SOCKET: &str = "agent.sock";
 /// Requests to the supervisor.
 pub const CONTROL_SOCKET: &str = "control.sock";
+/// The supervisor's end of the guest's network link: a frame is a datagram.
+pub const NETWORK_SOCKET: &str = "net.sock";
+/// QEMU's end of it.
+pub const NETWORK_QEMU_SOCKET: &str = "net-qemu.sock";
 /// The guest's serial console, as QEMU writes it.
 pub const CONSOLE_LOG: &str = "console.log";
 /// What QEMU itself prints.

@@ -164,8 +164,8 @@ fn check_qemu(request: &MachineRequest, qemu: &QemuFacts) -> Result<(), Refusal>
     if !qemu.sandbox {
         return Err(Refusal::QemuLacks { what: "its own system call filter (-sandbox)" });
     }
-    if request.net.has_card() && !qemu.user_network {
-        return Err(Refusal::QemuLacks { what: "user networking (slirp)" });
+    if request.net.has_card() && !qemu.datagram_network {
+        return Err(Refusal::QemuLacks { what: "networking by datagrams (-netdev dgram)" });
     }
     Ok(())
 }

@@ -4,9 +4,12 @@
 mod hellos;
 
 use hellos::{browser, message, recorded, records};
+use nido_api::egress::EgressRule;
 use nido_net::dns::{self, Query};
+use nido_net::frame::{self, Frame};
 use nido_net::names::canonical_name;
 use nido_net::peek::{HEAD_MAX, HELLO_MAX, Peek, RequestStream, Step, client_hello, http_head};
+use nido_net::subnet;
 
 #[test]
 fn fuzz_dns_queries() {
@@ -106,5 +109,39 @@ fn fuzz_http_requests() {
         let whole = follow(input, usize::MAX >> 1);
         assert_eq!(follow(input, 7), whole);
         assert_eq!(follow(input, 1000), whole);
+    });
+}
+
+#[test]
+fn fuzz_frames() {
+    let frame = |ethertype: u16, packet: &[u8]| {
+        [&subnet::GATEWAY_MAC[..], &subnet::GUEST_MAC, &ethertype.to_be_bytes(), packet].concat()
+    };
+    let v4 = [0x45, 0, 0, 30, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 0, 2, 15, 1, 2, 3, 4, 0x12, 0x34, 0, 53, 0, 10, 0, 0, 1, 2];
+    let mut v6 = vec![0x60, 0, 0, 0, 0, 8, 58, 255, 0xfe, 0x80];
+    v6.extend([0; 14]);
+    v6.extend([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 133, 0, 0, 0, 0, 0, 0, 0]);
+    let seeds = [frame(frame::IPV4, &v4), frame(frame::IPV6, &v6), frame(frame::ARP, &[0; 28])];
+    nido_fuzz::fuzz("frames", &seeds, |input| match frame::parse(input) {
+        Ok(Frame::Ip(packet)) => {
+            assert!(packet.bytes.len() <= input.len() - 14 && packet.payload.len() < packet.bytes.len());
+            assert!(subnet::is_guest(packet.source) || packet.source.is_unspecified());
+            let _ = (frame::ports(packet.payload), frame::datagram(packet.payload));
+        }
+        Ok(Frame::Arp(packet)) => assert_eq!(packet.len(), input.len() - 14),
+        Err(_) => {}
+    });
+}
+
+#[test]
+fn fuzz_network_rules() {
+    let seeds = ["example.com", "*.example.com:443,8000-8010", "[2001:db8::/32]:*/udp", "10.0.0.0/8:53/udp", "host:8080"];
+    let seeds = seeds.map(|rule| rule.as_bytes().to_vec());
+    nido_fuzz::fuzz("network-rules", &seeds, |input| {
+        let Ok(text) = std::str::from_utf8(input) else { return };
+        if let Ok(rule) = text.parse::<EgressRule>() {
+            let shown = rule.to_string();
+            assert_eq!(shown.parse::<EgressRule>().unwrap(), rule, "{shown}");
+        }
     });
 }

@@ -6,6 +6,7 @@
 mod events;
 
 use jiff::Timestamp;
+use nido_api::egress::Denial;
 use nido_api::error::{Code, Error, Result};
 use nido_api::machine::Machine;
 use nido_api::name::SnapshotName;
@@ -59,6 +60,8 @@ pub enum Transition {
     MachineChanged(Machine),
     /// A time limit was reached.
     LimitReached(Limit),
+    /// The network refused what the guest tried to reach.
+    NetDenied(Box<Denial>),
     /// QEMU has ended, or never ran.
     Ended(Box<VmEnd>),
     /// The disk is again as it was in a snapshot.
@@ -176,6 +179,7 @@ impl Transition {
             | Self::Ready(_)
             | Self::MachineChanged(_)
             | Self::LimitReached(_)
+            | Self::NetDenied(_)
             | Self::Ended(_) => SUPERVISED,
             Self::Adopted(_) => &VmState::ALL,
         }
@@ -191,7 +195,8 @@ impl Transition {
             Self::Ready(ready) => Some(ready.state),
             Self::Ended(end) => Some(end.state),
             Self::FoundRunning => Some(VmState::Running),
-            Self::AddressChanged { .. } | Self::MachineChanged(_) | Self::LimitReached(_) | Self::Adopted(_) => None,
+            Self::AddressChanged { .. } | Self::MachineChanged(_) | Self::Adopted(_) => None,
+            Self::LimitReached(_) | Self::NetDenied(_) => None,
         }
     }
 
@@ -224,7 +229,7 @@ impl Transition {
             columns.set("state_cause", self.cause().map(StateCause::word));
         }
         match self {
-            Self::StartBegan | Self::StartGivenUp { .. } | Self::LimitReached(_) => {}
+            Self::StartBegan | Self::StartGivenUp { .. } | Self::LimitReached(_) | Self::NetDenied(_) => {}
             Self::Launching(launch) => launch.columns(&mut columns)?,
             Self::AddressChanged { cid, machine } => {
                 columns.set("cid", *cid);

@@ -48,7 +48,10 @@ impl Supervisor {
                 self.step(Event::Stop(Stop::force(None)), running);
                 Reply::Done
             }),
-            Request::Status => Ok(Reply::Status { idle_ms: self.lifecycle.idle_for(Instant::now()).map(milliseconds) }),
+            Request::Status => {
+                let idle_ms = self.lifecycle.idle_for(Instant::now()).map(milliseconds);
+                Ok(Reply::Status { idle_ms, network: self.network_info().await.map(Box::new) })
+            }
         };
         let _ = reply.send(outcome);
     }

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use nido_api::error::{Error, ErrorRecord, Result};
 use nido_api::state::{FailureCause, VmState};
 use nido_api::{Failure, StopRequest};
-use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, QMP_SOCKET};
+use nido_engine::home::{
+    AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, NETWORK_QEMU_SOCKET, NETWORK_SOCKET, QMP_SOCKET,
+};
 use nido_engine::host::kvm;
 use nido_engine::machine::Accel;
 use nido_engine::qemu::QemuExit;
@@ -233,7 +235,8 @@ impl Supervisor {
     }
 
     fn leave_sockets(&self) {
-        for socket in [QMP_SOCKET, CHANNEL_SOCKET, AGENT_SOCKET, CONTROL_SOCKET] {
+        let network = [NETWORK_SOCKET, NETWORK_QEMU_SOCKET];
+        for socket in [QMP_SOCKET, CHANNEL_SOCKET, AGENT_SOCKET, CONTROL_SOCKET].into_iter().chain(network) {
             let _ = unlink(Path::new(socket));
         }
     }

@@ -32,7 +32,10 @@ const REOPENED_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 impl Supervisor {
     pub(super) fn on_agent(&mut self, answer: Readiness, running: &RunningQemu) {
         let reply = match answer {
-            Readiness::Yes(pong) => AgentReply::Ready(pong),
+            Readiness::Yes(pong) => {
+                self.find_old_connections();
+                AgentReply::Ready(pong)
+            }
             Readiness::Late => AgentReply::Late,
             Readiness::Refused(error) => {
                 tracing::error!("no session with the guest agent: {error}");
@@ -128,6 +131,12 @@ impl Supervisor {
                 tracing::debug!("the agent of a VM that seems to be idle has {sessions} sessions");
                 self.step(Event::AgentSessions(sessions), running);
             }
+            Report::OldConnections(ends) => {
+                if let Some(network) = &self.network {
+                    network.reset_connections(ends);
+                }
+            }
+            Report::Denied(denial) => self.on_denied(denial),
             Report::JobEnded(what, outcome) => {
                 if let Err(error) = outcome {
                     tracing::warn!("{what}: {error}");

@@ -104,6 +104,7 @@ impl Supervisor {
         write_guest_config(&self.dir, &self.row, &self.machine)?;
         self.guest = self.context.guest(&self.row)?;
         nido_files::failpoint!("claim.config");
+        self.apply_network_policy().await?;
         enlarge_disk(&self.row, running.monitor()?).await?;
         running.monitor()?.cont(QMP_TIMEOUT).await.map_err(|e| qmp_error(&e))?;
         nido_files::failpoint!("claim.resumed");

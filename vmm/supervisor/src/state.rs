@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use nido_api::egress::Denial;
 use nido_api::error::{Error, Result};
 use nido_engine::guest::{Channel, Guest};
 use nido_engine::home::{AGENT_SOCKET, CHANNEL_SOCKET, CONTROL_SOCKET, UNWRITTEN, VmDir};
@@ -14,6 +15,7 @@ use nido_engine::machine::{Accel, Machine, Transport};
 use nido_files::lock::HeldLock;
 use nido_files::private_dir::{make_socket_private, remove_socket};
 use nido_guest_agent::wire::Pong;
+use nido_net::Network;
 use nido_store::{Origin, Transition, VmRow};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -24,6 +26,8 @@ use super::host_clocks::HostClocks;
 use super::jobs::Jobs;
 use super::lifecycle::{InitialState, Lifecycle};
 use super::limits::Limits;
+use super::network;
+use super::old_connections::Ends;
 use super::pause::AutomaticResume;
 use super::readiness::{AgentRoute, Readiness};
 use super::role::Role;
@@ -57,6 +61,10 @@ pub(super) struct Supervisor {
     pub(super) users: ActiveSessions,
     pub(super) channel: Option<Arc<Channel>>,
     pub(super) forwards: Forwards,
+    /// The guest's network, if it has a card.
+    pub(super) network: Option<Network>,
+    /// The guest may have connections that this network does not know.
+    pub(super) has_old_connections: bool,
     pub(super) lifecycle: Lifecycle,
     /// It stays when it has stopped, although it is ephemeral: it is being restored.
     pub(super) kept: bool,
@@ -102,6 +110,10 @@ pub(super) enum Report {
     Saved(Result<()>),
     /// How many sessions the agent has, this question's own left out.
     InUse(u32),
+    /// The connections that the guest had before this supervisor, or before it was saved.
+    OldConnections(Vec<Ends>),
+    /// The network refused what the guest tried to reach.
+    Denied(Box<Denial>),
     /// What a job does, and its outcome: an error, too, if it is late and continues.
     JobEnded(&'static str, Result<()>),
 }
@@ -136,6 +148,9 @@ impl Supervisor {
         let life = watch::channel(StartupPhase::Launching).0;
         let desk = ControlQueue { calls: call_desk, life: life.subscribe(), users: users.clone() };
         tokio::spawn(serve(listen(CONTROL_SOCKET)?, desk));
+        let reports = mpsc::channel(16);
+        let network = network::start(&row, pass_on_denials(&reports.0))?;
+        let has_old_connections = network.is_some() && (attach || has_connections(&row.origin));
         let limits =
             Limits::new(Instant::now(), row.expires_at.map(instant_of), row.spec.idle_ms.map(Duration::from_millis));
         let lifecycle = Lifecycle::new(InitialState {
@@ -161,6 +176,8 @@ impl Supervisor {
             users,
             channel,
             forwards: Forwards::default(),
+            has_old_connections,
+            network,
             lifecycle,
             kept: false,
             baked: None,
@@ -176,7 +193,7 @@ impl Supervisor {
             start_cancelled: false,
             deferred: Vec::new(),
             jobs: Jobs::new(),
-            reports: mpsc::channel(16),
+            reports,
         })
     }
 
@@ -205,6 +222,29 @@ impl Supervisor {
         if let Err(error) = self.unwritten.flush(row, |transition| context.store().transition(&row.id, transition)) {
             tracing::error!("cannot write to the store: {error}");
         }
+    }
+}
+
+/// Where the network reports what it refuses.
+fn pass_on_denials(reports: &mpsc::Sender<Report>) -> mpsc::Sender<Denial> {
+    let (denials, mut refused) = mpsc::channel(16);
+    let reports = reports.clone();
+    tokio::spawn(async move {
+        while let Some(denial) = refused.recv().await {
+            if reports.send(Report::Denied(Box::new(denial))).await.is_err() {
+                return;
+            }
+        }
+    });
+    denials
+}
+
+/// Whether a guest is loaded that was in use: one of a warm image has no connections.
+fn has_connections(origin: &Origin) -> bool {
+    match origin {
+        Origin::Boot => false,
+        Origin::Fork(saved) => saved.live,
+        Origin::Restore { .. } => true,
     }
 }
 

@@ -9,6 +9,7 @@
 //! matches nothing that it does not name: no address by a name, and no name by an address.
 
 mod address;
+mod denial;
 mod domain;
 mod ports;
 mod rule;
@@ -17,6 +18,7 @@ mod shared;
 mod target;
 
 pub use address::{embedded_v4, is_global};
+pub use denial::{Denial, DenialReason, DeniedProtocol, NetworkInfo};
 pub use domain::DomainName;
 pub use ports::{PortRange, Ports};
 pub use rule::{EgressRule, Protocol};

@@ -1,10 +1,12 @@
-//! Lists and describes VMs. Nothing here touches a socket but the question for how long a VM has been idle.
+//! Lists and describes VMs. Nothing here touches a socket but the question what a VM does: for how long it has been idle, and what
+//! its network has refused.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use nido_api::egress::NetworkInfo;
 use nido_api::error::Result;
 use nido_api::name::{SnapshotName, TemplateName, VmName};
 use nido_api::state::{Admission, Request as StateRequest, StateCause, VmState, admit};
@@ -16,8 +18,8 @@ use nido_supervisor::lagging;
 use super::Nido;
 use super::denied::denied;
 
-/// How long a list waits for one supervisor.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a list, or a description, waits for one supervisor.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What is to be done to a VM.
 #[derive(Debug, Clone, Copy)]
@@ -73,11 +75,25 @@ impl Nido {
     /// When a VM ends because it is idle, if no client uses it until then.
     async fn idle_at(&self, row: &VmRow) -> Option<Timestamp> {
         let (Some(idle_ms), VmState::Running) = (row.spec.idle_ms, row.state) else { return None };
-        let Ok(Reply::Status { idle_ms: Some(quiet_ms) }) = self.request(row, &Request::Status).await else {
+        let Ok(Reply::Status { idle_ms: Some(quiet_ms), .. }) = self.request(row, &Request::Status).await else {
             return None;
         };
-        let left = i64::try_from(idle_ms.saturating_sub(quiet_ms)).unwrap_or(i64::MAX);
-        moment::now().checked_add(SignedDuration::from_millis(left)).ok()
+        idle_end(idle_ms, quiet_ms)
+    }
+
+    /// What only the supervisor of a running VM knows: when it ends because it is idle, and what its network has done.
+    async fn status(&self, row: &VmRow) -> (Option<Timestamp>, Option<NetworkInfo>) {
+        let is_of_interest = row.spec.net.has_card() || row.spec.idle_ms.is_some();
+        if !matches!(row.state, VmState::Running | VmState::Paused) || !is_of_interest {
+            return (None, None);
+        }
+        match tokio::time::timeout(STATUS_TIMEOUT, self.request(row, &Request::Status)).await {
+            Ok(Ok(Reply::Status { idle_ms, network })) => {
+                let idle = row.spec.idle_ms.zip(idle_ms).filter(|_| row.state == VmState::Running);
+                (idle.and_then(|(limit, quiet)| idle_end(limit, quiet)), network.map(|network| *network))
+            }
+            _ => (None, None),
+        }
     }
 
     /// The requested VMs, a page at a time, with the time at which each running VM ends for being idle. A supervisor that does not
@@ -92,7 +108,7 @@ impl Nido {
         let by_id: HashMap<&str, &VmRow> = rows.iter().map(|row| (row.id.as_str(), row)).collect();
         let asked = page.vms.iter().map(async |vm| {
             let row = by_id.get(vm.id.as_str())?;
-            tokio::time::timeout(IDLE_TIMEOUT, self.idle_at(row)).await.ok().flatten()
+            tokio::time::timeout(STATUS_TIMEOUT, self.idle_at(row)).await.ok().flatten()
         });
         let ends = futures::future::join_all(asked).await;
         for (vm, idle_at) in page.vms.iter_mut().zip(ends) {
@@ -161,7 +177,7 @@ impl Nido {
     pub async fn info(&self, vm: impl Into<VmRef<'_>>) -> Result<VmInfo> {
         let row = self.current(self.resolve_to_show(vm.into())?);
         let mut info = self.describe(&row);
-        info.idle_at = self.idle_at(&row).await;
+        (info.idle_at, info.network) = self.status(&row).await;
         Ok(info)
     }
 
@@ -200,11 +216,18 @@ impl Nido {
             started_at: row.started_at,
             expires_at: row.expires_at,
             idle_at: None,
+            network: None,
             failure: row.failure.clone(),
             timings: row.timings,
             warnings: warnings(row),
         }
     }
+}
+
+/// When a VM ends that may be idle for so long, and has been for this long.
+fn idle_end(limit_ms: u64, quiet_ms: u64) -> Option<Timestamp> {
+    let left = i64::try_from(limit_ms.saturating_sub(quiet_ms)).unwrap_or(i64::MAX);
+    moment::now().checked_add(SignedDuration::from_millis(left)).ok()
 }
 
 /// What its user should know: about the machine, and about rules that allow more than they seem to.

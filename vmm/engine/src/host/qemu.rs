@@ -69,8 +69,8 @@ pub struct QemuFacts {
     pub accel_tcg: bool,
     /// It can confine itself (`-sandbox`).
     pub sandbox: bool,
-    /// It has a user network (built with slirp).
-    pub user_network: bool,
+    /// It can pass frames to a socket as datagrams.
+    pub datagram_network: bool,
     /// It has `vhost-vsock-device` (virtio-mmio).
     pub vhost_vsock_mmio: bool,
     /// It has `vhost-vsock-pci`.
@@ -317,7 +317,7 @@ fn parse(program: &Path, output: &[u8]) -> Option<QemuFacts> {
         accel_kvm: has("accels", "kvm-accel"),
         accel_tcg: has("accels", "tcg-accel"),
         sandbox: option("sandbox").is_some(),
-        user_network: schema_enum("user", "hubport"),
+        datagram_network: schema_enum("dgram", "hubport"),
         vhost_vsock_mmio: has("virtio", "vhost-vsock-device"),
         vhost_vsock_pci: has("pci", "vhost-vsock-pci"),
         reconnect_ms: schema_member("reconnect-ms", "telnet"),

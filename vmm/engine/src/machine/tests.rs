@@ -16,7 +16,7 @@ pub fn qemu_facts() -> QemuFacts {
         accel_kvm: true,
         accel_tcg: true,
         sandbox: true,
-        user_network: true,
+        datagram_network: true,
         vhost_vsock_mmio: true,
         vhost_vsock_pci: true,
         reconnect_ms: false,
@@ -156,10 +156,10 @@ fn an_old_or_crippled_qemu_is_refused() {
     assert_eq!(refusal.to_string(), "QEMU 6.9.9 is too old: nido needs 7.2.0 or newer");
     let unconfined = QemuFacts { sandbox: false, ..qemu_facts() };
     assert!(matches!(decide(&request(), &host(WORKS), &unconfined), Err(Refusal::QemuLacks { .. })));
-    let no_slirp = QemuFacts { user_network: false, ..qemu_facts() };
-    assert!(decide(&request(), &host(WORKS), &no_slirp).is_err());
+    let no_datagrams = QemuFacts { datagram_network: false, ..qemu_facts() };
+    assert!(decide(&request(), &host(WORKS), &no_datagrams).is_err());
     let offline = MachineRequest { net: NetChoice::None, ..request() };
-    assert!(decide(&offline, &host(WORKS), &no_slirp).is_ok());
+    assert!(decide(&offline, &host(WORKS), &no_datagrams).is_ok());
 }
 
 /// A warm image or a clone of a pool that was made for `nat` continues as a restricted VM, and the other way round.

@@ -10,6 +10,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use nido_guest_agent::config::FW_CFG_NAME;
 use nido_guest_agent::wire::SERIAL_PORT;
 
+use crate::home::{NETWORK_QEMU_SOCKET, NETWORK_SOCKET};
 use crate::machine::{Accel, Machine, MachineType, Transport};
 
 /// What belongs to one start of one VM. Paths are absolute or relative to the VM's directory.
@@ -90,14 +91,14 @@ pub fn parts(machine: &Machine, files: &Files) -> Vec<Part> {
         channel(machine, files),
         disk(machine, &files.disk),
     ];
-    parts.extend(machine.net.has_card().then(|| nat(machine)));
+    parts.extend(machine.net.has_card().then(|| network(machine)));
     // "panic": how a guest's kernel reports a panic, before `panic=-1` makes it reset.
     parts.extend([rng(machine), fw_cfg(files), part("panic", ["-device", "pvpanic"]), kernel(machine, files)]);
     parts.extend(files.incoming.then(|| part("incoming", ["-incoming", "defer", "-S"])));
     parts
 }
 
-/// The name of the user network.
+/// The name of the network card's backend.
 pub const NET: &str = "net";
 /// A disk of the host's that fails, or is full, pauses the guest: nothing is lost, and it can resume.
 const ON_IO_ERROR: &str = ",werror=stop,rerror=stop";
@@ -118,9 +119,17 @@ pub fn devices(machine: &Machine) -> String {
         serial @ Transport::VirtioSerial { .. } => serial,
     };
     let args = flatten(parts(&Machine { transport, ..machine.clone() }, &Files::default()));
-    let seen = args.windows(2).filter(|pair| pair[0] == "-machine" || pair[0] == "-device");
-    // What QEMU does about a host's error, the guest does not see: it is no part of the machine's shape.
-    seen.map(|pair| pair[1].to_string_lossy().replace(ON_IO_ERROR, "") + "\n").collect()
+    let line = |pair: &[OsString]| {
+        let value = pair[1].to_string_lossy();
+        match pair[0].to_str()? {
+            // What QEMU does about a host's error, the guest does not see: it is no part of the machine's shape.
+            "-machine" | "-device" => Some(value.replace(ON_IO_ERROR, "") + "\n"),
+            // The user network of QEMU has a state of its own, which no other backend can load.
+            "-netdev" => Some(format!("netdev {}\n", value.split(',').next().unwrap_or_default())),
+            _ => None,
+        }
+    };
+    args.windows(2).filter_map(line).collect()
 }
 
 /// A value inside a `key=value,key=value` argument: QEMU ends it at a comma that is not doubled.
@@ -272,13 +281,17 @@ fn disk(machine: &Machine, disk: &Disk) -> Part {
     Part { name: "disk", args }
 }
 
-fn nat(machine: &Machine) -> Part {
+fn network(machine: &Machine) -> Part {
     // A PCI network card would bring a boot ROM along; the kernel is given, so nothing boots from the network.
     let rom = if machine.machine == MachineType::Microvm { "" } else { ",romfile=" };
     // Asked to announce itself, each guest that was loaded would spend its first milliseconds notifying a switch that is
     // not there where it has moved to.
     let device = format!("{},netdev={NET},guest_announce=off{rom}", virtio(machine, "virtio-net"));
-    part("net", ["-netdev", &format!("user,id={NET}"), "-device", &device])
+    // Datagrams: with a stream, QEMU 7.2 waits for a supervisor that does not read, and the guest's processors with it.
+    let backend = format!(
+        "dgram,id={NET},local.type=unix,local.path={NETWORK_QEMU_SOCKET},remote.type=unix,remote.path={NETWORK_SOCKET}"
+    );
+    part("net", ["-netdev", &backend, "-device", &device])
 }
 
 fn rng(machine: &Machine) -> Part {

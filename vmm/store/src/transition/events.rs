@@ -1,6 +1,7 @@
 //! What of a transition of a VM is an event. Pure.
 
 use jiff::Timestamp;
+use nido_api::egress::Denial;
 use nido_api::name::SnapshotName;
 use nido_api::state::{StateCause, VmState};
 use nido_api::{EventDetails, EventKind};
@@ -18,6 +19,9 @@ pub(super) fn events_of(before: &VmRow, transition: &Transition) -> Vec<(EventKi
     match transition {
         Transition::LimitReached(limit) => {
             vec![(EventKind::VmExpired, EventDetails { limit: Some(*limit), ..of_vm(before) })]
+        }
+        Transition::NetDenied(denial) => {
+            vec![(EventKind::NetDenied, EventDetails { denial: Some(Denial::clone(denial)), ..of_vm(before) })]
         }
         Transition::Entered { state, cause, .. } => change_of_state(before, *state, *cause).into_iter().collect(),
         Transition::Ready(ready) => {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::{Purpose, parts::tests::parts_with_root};
+use nido_api::egress::{Denial, DenialReason, DeniedProtocol};
 use nido_api::state::FailureCause;
 use nido_api::{EventsRequest, VmSpec};
 
@@ -52,6 +53,18 @@ fn all() -> Vec<Transition> {
         started_at: None,
         expires_at: None,
     };
+    let at = Timestamp::UNIX_EPOCH;
+    let denial = Denial {
+        protocol: DeniedProtocol::Tcp,
+        name: None,
+        address: Some([1, 1, 1, 1].into()),
+        port: Some(443),
+        reason: DenialReason::AddressNotLearned,
+        count: 1,
+        first_at: at,
+        last_at: at,
+        rule: None,
+    };
     vec![
         Transition::StartBegan,
         Transition::StartGivenUp { to: VmState::Created },
@@ -61,6 +74,7 @@ fn all() -> Vec<Transition> {
         Transition::Ready(Box::new(ready)),
         Transition::MachineChanged(machine()),
         Transition::LimitReached(Limit::Ttl),
+        Transition::NetDenied(Box::new(denial)),
         Transition::ended(VmState::Failed, Some(failure)),
         Transition::DiskRestored { snapshot: "s".parse().unwrap(), to: VmState::Stopped },
         Transition::FoundRunning,

@@ -8,6 +8,7 @@ use nido_engine::machine::{Machine, Transport};
 use nido_files::atomic_file::{self, Durability};
 use nido_files::random;
 use nido_guest_agent::config::{Channel, GuestConfig, Init, Network, StaticNetwork};
+use nido_net::subnet;
 use nido_store::{Origin, Purpose, VmRow};
 
 use super::Context;
@@ -69,12 +70,12 @@ fn hostname(row: &VmRow) -> String {
 #[must_use]
 pub fn guest_network(net: NetChoice) -> Option<Network> {
     net.has_card().then(|| {
-        // QEMU's user network is always the same inside.
         Network::Static(StaticNetwork {
-            address: "10.0.2.15".into(),
-            prefix: 24,
-            gateway: Some("10.0.2.2".into()),
-            dns: vec!["10.0.2.3".into()],
+            address: subnet::GUEST_V4.to_string(),
+            prefix: subnet::PREFIX_V4,
+            gateway: Some(subnet::GATEWAY_V4.to_string()),
+            dns: vec![subnet::DNS_V4.to_string()],
+            mtu: Some(subnet::MTU as u32),
         })
     })
 }

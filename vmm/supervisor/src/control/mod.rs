@@ -18,6 +18,7 @@ mod claim_command;
 
 use std::net::IpAddr;
 
+use nido_api::egress::NetworkInfo;
 use nido_api::error::{Code, Error, ErrorRecord, Result};
 use nido_api::name::SnapshotName;
 use nido_api::{ForwardSpec, StartStage, StopRequest};
@@ -73,7 +74,7 @@ pub enum Request {
     Claim(Box<ClaimCommand>),
     /// Deletes an unclaimed clone; the reply follows when it is deleted.
     Retire,
-    /// Reports for how long the VM has been idle.
+    /// Reports for how long the VM has been idle, and what its network has done.
     Status,
 }
 
@@ -146,10 +147,13 @@ pub enum Reply {
         /// With the port that was taken.
         forward: ForwardCommand,
     },
-    /// For how long the VM has been idle.
+    /// What a VM does.
     Status {
         /// For how long nothing has used the VM; absent while something does.
         idle_ms: Option<u64>,
+        /// What its network has done; absent if it has none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        network: Option<Box<NetworkInfo>>,
     },
     /// The guest has been saved, and the VM is gone.
     Baked {

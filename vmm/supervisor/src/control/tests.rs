@@ -94,7 +94,7 @@ fn replies_of_an_older_supervisor_are_understood() {
     let reply = |line: &str| decode_reply(line.as_bytes()).unwrap();
     assert_eq!(reply(r#"{"answer":"done"}"#), Reply::Done);
     assert_eq!(reply(r#"{"answer":"stage","stage":"booting"}"#), Reply::Stage { stage: StartStage::Booting });
-    assert_eq!(reply(r#"{"answer":"status","idle_ms":5}"#), Reply::Status { idle_ms: Some(5) });
+    assert_eq!(reply(r#"{"answer":"status","idle_ms":5}"#), Reply::Status { idle_ms: Some(5), network: None });
     let forward: ForwardSpec = "127.0.0.1:8080:80".parse().unwrap();
     assert_eq!(
         reply(r#"{"answer":"forward","forward":{"host":"127.0.0.1","host_port":8080,"guest_port":80}}"#),

@@ -75,7 +75,7 @@ pub(super) fn check_qemu(found: Result<&QemuFacts, &nido_engine::host::QemuProbe
                 ("kvm", qemu.accel_kvm),
                 ("tcg", qemu.accel_tcg),
                 ("sandbox", qemu.sandbox),
-                ("user network", qemu.user_network),
+                ("network by datagrams", qemu.datagram_network),
                 ("vhost-vsock", qemu.vhost_vsock_mmio),
             ];
             let list: Vec<_> = can.iter().filter(|(_, has)| *has).map(|(what, _)| *what).collect();

@@ -36,14 +36,14 @@ fn probed_capabilities_are_parsed() {
         r#"{"error":{"class":"GenericError","desc":"?"},"id":"pci"}"#,
         r#"{"return":[{"name":"rom"},{"name":"size"}],"id":"memory-file"}"#,
         r#"{"return":[{"option":"sandbox","parameters":[]}],"id":"options"}"#,
-        r#"{"return":[{"meta-type":"enum","values":["user","hubport"]},{"meta-type":"enum","values":["socket","exec","file"]},
+        r#"{"return":[{"meta-type":"enum","values":["dgram","hubport"]},{"meta-type":"enum","values":["socket","exec","file"]},
            {"meta-type":"object","members":[{"name":"telnet"},{"name":"reconnect-ms"}]}],"id":"schema"}"#,
     ];
     let output = output.map(|line| line.replace('\n', " ")).join("\r\n");
     let facts = parse(Path::new("/q"), output.as_bytes()).unwrap();
     assert_eq!(facts.version.to_string(), "9.1.4");
     assert!(facts.microvm && facts.q35 && facts.accel_tcg && facts.vhost_vsock_mmio && facts.memory_file_rom);
-    assert!(facts.sandbox && facts.user_network && facts.file_migration && facts.reconnect_ms);
+    assert!(facts.sandbox && facts.datagram_network && facts.file_migration && facts.reconnect_ms);
     assert!(!facts.pc && !facts.accel_kvm && !facts.vhost_vsock_pci);
 }
 

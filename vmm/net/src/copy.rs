@@ -1,0 +1,298 @@
+//! Copies between the guest and the host until a connection ends.
+//!
+//! Invariants: the end of one direction leaves the other open; a reset on one side becomes a reset on the other; nothing of the
+//! guest's passes its gate unchecked.
+
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use nido_api::egress::DenialReason;
+use smoltcp::socket::tcp::State;
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::gate::{Admission, Gate};
+use crate::peek::HELLO_MAX;
+use crate::resources::Reservation;
+use crate::shared::Shared;
+use crate::stack::Stack;
+use crate::tasks::{FlowKey, Packets};
+
+/// How many packets of the guest's are taken between two looks at the host's side.
+const PACKET_BURST: usize = 32;
+/// How many bytes wait for the gate.
+const PENDING_MAX: usize = HELLO_MAX;
+/// How long the guest may take to send what the gate checks, once it has begun.
+const GATE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The host's end of a connection.
+pub trait HostEnd: AsyncRead + AsyncWrite + Unpin {
+    /// Ends it with a reset.
+    fn reset(self);
+}
+
+impl HostEnd for TcpStream {
+    fn reset(self) {
+        let _ = rustix::net::sockopt::set_socket_linger(&self, Some(Duration::ZERO));
+    }
+}
+
+impl HostEnd for DuplexStream {
+    fn reset(self) {}
+}
+
+/// Accepts a connection whose first packet this is, and copies until it ends.
+pub async fn copy<H: HostEnd>(shared: &Shared, key: FlowKey, syn: Vec<u8>, packets: Packets, host: H, gate: Gate) {
+    let mut stack = Stack::new(key.remote);
+    stack.receive(syn);
+    let mut copy = Copy {
+        shared,
+        key,
+        stack,
+        host,
+        packets,
+        gate,
+        pending: Vec::new(),
+        admitted: 0,
+        pending_since: None,
+        timer: Box::pin(sleep_until(Instant::now())),
+        memory: shared.memory.reserve(),
+        sent: false,
+        received: false,
+    };
+    let end = copy.run().await;
+    match end {
+        End::Closed => return,
+        End::GuestReset => {}
+        End::HostReset | End::Revoked => copy.reset_guest().await,
+        End::OutOfMemory => {
+            shared.deny_connection(key.remote, DenialReason::ConnectionLimit, None);
+            copy.reset_guest().await;
+        }
+        End::Refused(reason, name) => {
+            shared.deny_connection(key.remote, reason, name);
+            copy.reset_guest().await;
+        }
+    }
+    copy.host.reset();
+}
+
+/// Why copying ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum End {
+    /// Both directions ended.
+    Closed,
+    /// The guest's end was reset.
+    GuestReset,
+    /// The host's end was reset.
+    HostReset,
+    /// All connections together hold too much.
+    OutOfMemory,
+    /// The rules no longer allow it.
+    Revoked,
+    /// Its first bytes are not what the rules allow.
+    Refused(DenialReason, Option<String>),
+}
+
+struct Copy<'a, H> {
+    shared: &'a Shared,
+    key: FlowKey,
+    stack: Stack,
+    host: H,
+    packets: Packets,
+    gate: Gate,
+    /// What the guest has sent and the host has not got, while there is a gate.
+    pending: Vec<u8>,
+    /// How much of it may pass.
+    admitted: usize,
+    /// Since when the gate waits for more.
+    pending_since: Option<Instant>,
+    timer: Pin<Box<Sleep>>,
+    memory: Reservation<'a>,
+    /// The host has sent everything.
+    sent: bool,
+    /// The host has got everything.
+    received: bool,
+}
+
+impl<H: HostEnd> Copy<'_, H> {
+    async fn run(&mut self) -> End {
+        loop {
+            self.stack.poll();
+            for frame in self.stack.take_frames() {
+                self.shared.port.send(&frame).await;
+            }
+            if let Some(end) = self.end() {
+                return end;
+            }
+            if !self.memory.resize(self.stack.queued()) {
+                return End::OutOfMemory;
+            }
+            let deadline = self.pending_since.map(|since| since + GATE_TIMEOUT);
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return End::Refused(DenialReason::SniMissing, None);
+            }
+            let wake = self.stack.poll_at().map(Instant::from_std).into_iter().chain(deadline).min();
+            if let Some(wake) = wake {
+                self.timer.as_mut().reset(wake);
+            }
+            if let Err(end) = poll_fn(|context| self.advance(context, wake)).await {
+                return end;
+            }
+        }
+    }
+
+    /// How the connection ended, if it did.
+    fn end(&self) -> Option<End> {
+        match self.stack.state() {
+            // A connection that was reset before it was accepted waits for another.
+            State::Listen => Some(End::GuestReset),
+            State::Closed if self.sent && self.received => Some(End::Closed),
+            State::Closed if !self.stack.can_receive() => Some(End::GuestReset),
+            State::TimeWait if self.received => Some(End::Closed),
+            _ => None,
+        }
+    }
+
+    /// Moves what can be moved; ready when something was, or time is over.
+    fn advance(&mut self, context: &mut Context<'_>, wake: Option<Instant>) -> Poll<Result<(), End>> {
+        let mut moved = self.take_packets(context)?;
+        moved |= if self.gate.is_open() && self.pending.is_empty() {
+            self.to_host(context)?
+        } else {
+            self.to_host_checked(context)?
+        };
+        moved |= self.end_of_guest(context);
+        moved |= self.to_guest(context)?;
+        if moved || wake.is_some() && self.timer.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        Poll::Pending
+    }
+
+    fn take_packets(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
+        let mut taken = 0;
+        while taken < PACKET_BURST {
+            match self.packets.poll_next(context) {
+                Poll::Ready(Some(packet)) => self.stack.receive(packet),
+                Poll::Ready(None) => return Err(End::Revoked),
+                Poll::Pending => break,
+            }
+            taken += 1;
+        }
+        Ok(taken > 0)
+    }
+
+    /// Passes on what the guest has sent.
+    fn to_host(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
+        let mut moved = false;
+        while self.stack.can_receive() {
+            let host = Pin::new(&mut self.host);
+            let written = self.stack.take(|bytes| match host.poll_write(context, bytes) {
+                Poll::Ready(Ok(count)) => (count, Poll::Ready(Ok(count))),
+                other => (0, other),
+            });
+            match written.map_err(|_| End::GuestReset)? {
+                Poll::Ready(Ok(count)) => self.shared.counters.add_sent(count),
+                Poll::Ready(Err(_)) => return Err(End::HostReset),
+                Poll::Pending => return Ok(moved),
+            }
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Passes on what the guest has sent, as far as the gate admits it.
+    fn to_host_checked(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
+        let mut moved = false;
+        loop {
+            while self.admitted > 0 {
+                match Pin::new(&mut self.host).poll_write(context, &self.pending[..self.admitted]) {
+                    Poll::Ready(Ok(count)) => {
+                        self.pending.drain(..count);
+                        self.admitted -= count;
+                        self.shared.counters.add_sent(count);
+                    }
+                    Poll::Ready(Err(_)) => return Err(End::HostReset),
+                    Poll::Pending => return Ok(moved),
+                }
+                moved = true;
+            }
+            if self.gate.is_open() {
+                return Ok(moved);
+            }
+            let room = PENDING_MAX - self.pending.len();
+            let pending = &mut self.pending;
+            if room > 0 && self.stack.can_receive() {
+                let take = |bytes: &mut [u8]| {
+                    let count = bytes.len().min(room);
+                    pending.extend(&bytes[..count]);
+                    (count, ())
+                };
+                self.stack.take(take).map_err(|_| End::GuestReset)?;
+                moved = true;
+                if self.stack.can_receive() && self.pending.len() < PENDING_MAX {
+                    continue;
+                }
+            }
+            let (shared, remote) = (self.shared, self.key.remote);
+            match self.gate.admit(&self.pending, |name| shared.is_allowed(remote, name)) {
+                Admission::Pass(count) => (self.admitted, self.pending_since) = (count, None),
+                Admission::Refused(reason, name) => return Err(End::Refused(reason, name)),
+                Admission::NeedMore => {
+                    if !self.pending.is_empty() {
+                        self.pending_since.get_or_insert_with(Instant::now);
+                    }
+                    return Ok(moved);
+                }
+            }
+        }
+    }
+
+    /// Ends the direction to the host when the guest has ended it, and everything has passed.
+    fn end_of_guest(&mut self, context: &mut Context<'_>) -> bool {
+        let is_over = self.stack.is_received() && self.pending.is_empty() && self.stack.state() != State::Closed;
+        if self.received || !is_over {
+            return false;
+        }
+        self.received = Pin::new(&mut self.host).poll_shutdown(context).is_ready();
+        self.received
+    }
+
+    fn to_guest(&mut self, context: &mut Context<'_>) -> Result<bool, End> {
+        let mut moved = false;
+        while !self.sent && self.stack.can_send() && self.memory.allows(self.stack.queued()) {
+            let host = Pin::new(&mut self.host);
+            let read = self.stack.fill(|room| {
+                let mut buffer = ReadBuf::new(room);
+                match host.poll_read(context, &mut buffer) {
+                    Poll::Ready(Ok(())) => (buffer.filled().len(), Poll::Ready(Ok(buffer.filled().len()))),
+                    Poll::Ready(Err(error)) => (0, Poll::Ready(Err(error))),
+                    Poll::Pending => (0, Poll::Pending),
+                }
+            });
+            match read.map_err(|_| End::GuestReset)? {
+                Poll::Ready(Ok(0)) => {
+                    self.sent = true;
+                    self.stack.close();
+                }
+                Poll::Ready(Ok(count)) => self.shared.counters.add_received(count),
+                Poll::Ready(Err(_)) => return Err(End::HostReset),
+                Poll::Pending => return Ok(moved),
+            }
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    async fn reset_guest(&mut self) {
+        self.stack.abort();
+        self.stack.poll();
+        for frame in self.stack.take_frames() {
+            self.shared.port.send(&frame).await;
+        }
+    }
+}

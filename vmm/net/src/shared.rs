@@ -1,0 +1,282 @@
+//! What all connections of a VM share: the way to the guest, the rules, the names, the counters and the limits.
+
+use std::cell::{Cell, RefCell};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Instant;
+
+use nido_api::egress::{Denial, DenialReason, DeniedProtocol, DomainName, EgressRule, Protocol};
+use tokio::sync::mpsc;
+
+use crate::denials::{Denials, Refused};
+use crate::names::{NameBudget, Pins};
+use crate::packet;
+use crate::policy::{Mode, Policy, Verdict};
+use crate::port::Port;
+use crate::resources::{Memory, Rate};
+use crate::tasks::{FlowKey, Tasks};
+
+/// What the guest may use at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections of TCP.
+    pub tcp_flows: usize,
+    /// Pairs of ends of UDP.
+    pub udp_flows: usize,
+    /// New connections and pairs in a second.
+    pub new_flows_per_second: u32,
+    /// Questions to the name server in a second.
+    pub questions_per_second: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { tcp_flows: 512, udp_flows: 128, new_flows_per_second: 200, questions_per_second: 50 }
+    }
+}
+
+/// What a network starts with.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// What the guest may reach.
+    pub policy: Policy,
+    /// What it may use.
+    pub limits: Limits,
+    /// The host's own file of names.
+    pub hosts: PathBuf,
+}
+
+impl Settings {
+    /// The usual limits, and the host's usual file.
+    #[must_use]
+    pub fn new(policy: Policy) -> Self {
+        Self { policy, limits: Limits::default(), hosts: "/etc/hosts".into() }
+    }
+}
+
+/// What has passed.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Bytes that the guest has sent.
+    sent: Cell<u64>,
+    /// Bytes that it has got.
+    received: Cell<u64>,
+    /// Connections that were begun.
+    connections: Cell<u64>,
+    /// Frames that were dropped.
+    dropped: Cell<u64>,
+}
+
+impl Counters {
+    /// The guest has sent so many bytes.
+    pub fn add_sent(&self, bytes: usize) {
+        self.sent.set(self.sent.get() + bytes as u64);
+    }
+
+    /// The guest has got so many bytes.
+    pub fn add_received(&self, bytes: usize) {
+        self.received.set(self.received.get() + bytes as u64);
+    }
+
+    /// A connection was begun.
+    pub fn add_connection(&self) {
+        self.connections.set(self.connections.get() + 1);
+    }
+
+    /// A frame was dropped.
+    pub fn add_dropped(&self) {
+        self.dropped.set(self.dropped.get() + 1);
+    }
+}
+
+/// What a VM's network did since its supervisor started.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Bytes that the guest has sent.
+    pub sent_bytes: u64,
+    /// Bytes that it has got.
+    pub received_bytes: u64,
+    /// Connections that were begun.
+    pub connections: u64,
+    /// Connections and pairs of ends of UDP that are open.
+    pub open: usize,
+    /// Frames that were dropped: malformed, with another source, or fragments; and those that QEMU did not take.
+    pub dropped_frames: u64,
+    /// How often something was refused.
+    pub denied: u64,
+    /// What was refused.
+    pub denials: Vec<Denial>,
+    /// Refusals that are not among `denials`.
+    pub other_denials: u64,
+}
+
+/// What all tasks share.
+pub struct Shared {
+    /// The way to the guest.
+    pub port: Port,
+    /// What has passed.
+    pub counters: Counters,
+    /// What connections hold.
+    pub memory: Memory,
+    /// Connections of TCP.
+    pub tcp: Rc<Tasks>,
+    /// Pairs of ends of UDP.
+    pub udp: Rc<Tasks>,
+    /// Other exchanges that are under way: echo requests and questions.
+    pub exchanges: Cell<usize>,
+    /// What the guest may use.
+    pub limits: Limits,
+    /// New connections and pairs.
+    pub new_flows: Rate,
+    /// Questions to the name server.
+    pub questions: Rate,
+    /// The host's own file of names.
+    pub hosts: PathBuf,
+    policy: RefCell<Policy>,
+    pins: RefCell<Pins>,
+    budget: RefCell<NameBudget<EgressRule>>,
+    denials: RefCell<Denials>,
+    reports: mpsc::Sender<Denial>,
+}
+
+impl Shared {
+    /// A network without connections.
+    pub fn new(port: Port, settings: Settings, reports: mpsc::Sender<Denial>) -> Rc<Self> {
+        let (limits, now) = (settings.limits, Instant::now());
+        Rc::new(Self {
+            port,
+            counters: Counters::default(),
+            memory: Memory::default(),
+            tcp: Rc::default(),
+            udp: Rc::default(),
+            exchanges: Cell::new(0),
+            limits,
+            new_flows: Rate::new(limits.new_flows_per_second, now),
+            questions: Rate::new(limits.questions_per_second, now),
+            hosts: settings.hosts,
+            policy: RefCell::new(settings.policy),
+            pins: RefCell::default(),
+            budget: RefCell::default(),
+            denials: RefCell::default(),
+            reports,
+        })
+    }
+
+    /// Counts a refusal, and reports it if that is due.
+    pub fn deny(&self, refused: Refused) {
+        if let Some(denial) = self.denials.borrow_mut().count(refused, Instant::now()) {
+            // One that finds no room is in the list all the same.
+            let _ = self.reports.try_send(denial);
+        }
+    }
+
+    /// A connection was refused, or ended, after it had begun.
+    pub fn deny_connection(&self, remote: SocketAddr, reason: DenialReason, name: Option<String>) {
+        let (address, port) = (Some(remote.ip()), Some(remote.port()));
+        self.deny(Refused { protocol: DeniedProtocol::Tcp, name, address, port, reason });
+    }
+
+    /// What holds without a rule.
+    pub fn mode(&self) -> Mode {
+        self.policy.borrow().mode
+    }
+
+    /// Decides about a destination. The names whose addresses are too old to count have to be resolved again first.
+    pub fn decide(&self, destination: SocketAddr, protocol: Protocol) -> (Verdict, Vec<DomainName>) {
+        let now = Instant::now();
+        let (mut fresh, mut stale) = (Vec::new(), Vec::new());
+        for (name, is_fresh) in self.pins.borrow().names_of(destination.ip(), now) {
+            let Ok(name) = name.parse() else { continue };
+            if is_fresh { fresh.push(name) } else { stale.push(name) }
+        }
+        let policy = self.policy.borrow();
+        let verdict = policy.decide(destination, protocol, &fresh);
+        stale.retain(|name| {
+            let again = policy.decide(destination, protocol, std::slice::from_ref(name));
+            matches!((&verdict, again), (Verdict::Denied(..), Verdict::ByName(..)))
+        });
+        if matches!(verdict, Verdict::ByName(..)) {
+            self.pins.borrow_mut().touch(destination.ip(), now);
+        }
+        (verdict, stale)
+    }
+
+    /// Whether a connection to this address may be for this name.
+    pub fn is_allowed(&self, remote: SocketAddr, name: &str) -> bool {
+        match self.decide(remote, Protocol::Tcp).0 {
+            Verdict::ByName(_, names) => names.iter().any(|allowed| allowed.as_str() == name),
+            Verdict::Allowed(_) | Verdict::Denied(..) => false,
+        }
+    }
+
+    /// Whether a name may be resolved now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn admit_question(&self, name: &DomainName) -> Result<(), DenialReason> {
+        let policy = self.policy.borrow();
+        if !policy.allows_question(name) {
+            return Err(DenialReason::NameNotAllowed);
+        }
+        match policy.wildcard(name) {
+            Some(rule) => {
+                let charged = self.budget.borrow_mut().charge(rule.clone(), name.as_str(), Instant::now());
+                charged.map_err(|_| DenialReason::RateLimit)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether an address may be part of an answer.
+    pub fn allows_answer(&self, address: IpAddr) -> bool {
+        self.policy.borrow().allows_answer(address)
+    }
+
+    /// The name server has returned these addresses for a name.
+    pub fn remember(&self, name: &DomainName, addresses: &[IpAddr]) {
+        self.pins.borrow_mut().insert(name.as_str(), addresses, Instant::now());
+    }
+
+    /// Replaces the rules. Connections that they no longer allow are reset.
+    pub fn set_policy(&self, policy: Policy) {
+        self.budget.borrow_mut().retain(|rule| policy.rules.contains(rule));
+        self.policy.replace(policy);
+        let stays = |key: &FlowKey, protocol| {
+            let (verdict, stale) = self.decide(key.remote, protocol);
+            crate::subnet::is_name_server(key.remote.ip())
+                || !matches!(verdict, Verdict::Denied(..))
+                || !stale.is_empty()
+        };
+        self.tcp.retain(|key| stays(key, Protocol::Tcp));
+        self.udp.retain(|key| stays(key, Protocol::Udp));
+    }
+
+    /// Provokes the guest to show the numbers of connections that are not known here: it answers a segment that does not fit with
+    /// those that do, and gets a reset.
+    pub async fn reset_connections(&self, ends: Vec<(SocketAddr, SocketAddr)>) {
+        const ACK: u8 = 0x10;
+        for (guest, remote) in ends {
+            let is_known = self.tcp.has(&FlowKey { guest, remote });
+            if !is_known && guest.is_ipv4() == remote.is_ipv4() {
+                self.port.send(&packet::tcp_without_data(remote, guest, 1, 1, ACK)).await;
+            }
+        }
+    }
+
+    /// What the network did.
+    pub fn report(&self) -> Report {
+        let denials = self.denials.borrow();
+        let (listed, other_denials) = denials.list();
+        Report {
+            sent_bytes: self.counters.sent.get(),
+            received_bytes: self.counters.received.get(),
+            connections: self.counters.connections.get(),
+            open: self.tcp.count() + self.udp.count(),
+            dropped_frames: self.counters.dropped.get() + self.port.lost(),
+            denied: denials.total(),
+            denials: listed,
+            other_denials,
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! The VM's network: an engine in this process, to which QEMU passes the frames of the guest's card.
+//!
+//! Invariants: while no supervisor runs, the guest has no network, and QEMU's end finds the next supervisor by the name of its
+//! socket; a clone that no user has claimed reaches nothing.
+
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+
+use nido_api::NetChoice;
+use nido_api::egress::Denial;
+use nido_api::error::{Error, Result};
+use nido_engine::home::{NETWORK_QEMU_SOCKET, NETWORK_SOCKET};
+use nido_files::private_dir::{make_socket_private, remove_socket};
+use nido_net::{Mode, Network, Policy, Settings};
+use nido_store::{Purpose, VmRow};
+use tokio::sync::mpsc;
+
+/// Starts the network of a VM that has a card. The working directory is the VM's.
+///
+/// # Errors
+/// The socket cannot be bound, or no thread can be started.
+pub(super) fn start(row: &VmRow, denials: mpsc::Sender<Denial>) -> Result<Option<Network>> {
+    if !row.spec.net.has_card() {
+        return Ok(None);
+    }
+    let failed = |e| Error::io("cannot start the VM's network", e);
+    let ours = Path::new(NETWORK_SOCKET);
+    remove_socket(ours).map_err(failed)?;
+    let socket = UnixDatagram::bind(ours).map_err(failed)?;
+    make_socket_private(ours).map_err(failed)?;
+    Network::start(socket, NETWORK_QEMU_SOCKET.into(), Settings::new(policy(row)), denials).map(Some).map_err(failed)
+}
+
+/// What the guest of a VM may reach.
+pub(super) fn policy(row: &VmRow) -> Policy {
+    match (row.purpose, row.spec.net) {
+        (Purpose::Pool, _) => Policy { mode: Mode::Restricted, rules: Vec::new() },
+        (_, NetChoice::Nat) => Policy { mode: Mode::Nat, rules: row.spec.allow.clone() },
+        (_, NetChoice::Restricted | NetChoice::None) => {
+            Policy { mode: Mode::Restricted, rules: row.spec.allow.clone() }
+        }
+    }
+}

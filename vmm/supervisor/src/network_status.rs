@@ -1,0 +1,64 @@
+//! What the supervisor asks its VM's network for, and records of it.
+
+use std::time::Duration;
+
+use nido_api::egress::{Denial, NetworkInfo};
+use nido_api::error::{Error, Result};
+use nido_store::Transition;
+use tokio::time::timeout;
+
+use super::network::policy;
+use super::old_connections;
+use super::state::{Report, Supervisor};
+
+/// How long the engine may take to reply.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(2);
+/// How many refusals are reported with the VM.
+const DENIALS_SHOWN: usize = 20;
+
+impl Supervisor {
+    /// Has the network follow the VM's row. When this returns, nothing else is allowed any more.
+    ///
+    /// # Errors
+    /// The network does not reply.
+    pub(super) async fn apply_network_policy(&self) -> Result<()> {
+        let Some(network) = &self.network else { return Ok(()) };
+        match timeout(REPLY_TIMEOUT, network.set_policy(policy(&self.row))).await {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => Err(Error::internal("the VM's network does not take its rules")),
+        }
+    }
+
+    /// What the network has done.
+    pub(super) async fn network_info(&self) -> Option<NetworkInfo> {
+        let report = timeout(REPLY_TIMEOUT, self.network.as_ref()?.report()).await.ok()??;
+        Some(NetworkInfo {
+            sent_bytes: report.sent_bytes,
+            received_bytes: report.received_bytes,
+            connections: report.connections,
+            open: report.open as u64,
+            denied: report.denied,
+            denials: report.denials.into_iter().take(DENIALS_SHOWN).collect(),
+        })
+    }
+
+    /// Has the guest asked, once, for connections that this network does not know, so that they are reset.
+    pub(super) fn find_old_connections(&mut self) {
+        if !std::mem::take(&mut self.has_old_connections) {
+            return;
+        }
+        let (guest, reports) = (self.guest.clone(), self.reports.0.clone());
+        tokio::spawn(async move {
+            match old_connections::list(&guest).await {
+                Ok(ends) => drop(reports.send(Report::OldConnections(ends)).await),
+                Err(error) => tracing::warn!("the guest does not report its old connections: {error}"),
+            }
+        });
+    }
+
+    /// Records a refusal.
+    pub(super) fn on_denied(&mut self, denial: Box<Denial>) {
+        tracing::info!(reason = denial.reason.name(), "the network refused {}", denial.what());
+        self.write(Transition::NetDenied(denial));
+    }
+}
